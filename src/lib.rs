@@ -1,0 +1,1 @@
+#![allow(missing_docs)] // replaced by the lead
