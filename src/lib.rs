@@ -1,1 +1,18 @@
-#![allow(missing_docs)] // replaced by the lead
+//! Parallel training for [burn](https://burn.dev), for any module, unedited.
+#![deny(missing_docs)]
+#![deny(unsafe_op_in_unsafe_fn)]
+
+pub mod comm;
+mod error;
+pub mod launch;
+pub mod mesh;
+
+pub use error::Error;
+
+/// What a training program needs.
+pub mod prelude {
+    pub use crate::Error;
+    pub use crate::comm::{Communicator, ReduceOp};
+    pub use crate::launch::{self, Rank};
+    pub use crate::mesh::Mesh;
+}

@@ -1,0 +1,264 @@
+//! A collective as data: what is logged, compared between ranks, counted and printed.
+
+use std::fmt;
+
+use burn::tensor::DType;
+
+/// How the contributions of the ranks become one value, element by element.
+///
+/// Contributions are folded in rank order, so a result is bit-identical on every rank and from run to run. `f16` and
+/// `bf16` are folded in `f32` and rounded once at the end. Integer sums and products wrap on overflow, as in MPI and
+/// NCCL. A NaN on any rank makes `Max` and `Min` NaN.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum ReduceOp {
+    /// `x_0 + x_1 + ...`: floats and integers.
+    Sum,
+    /// `(x_0 + x_1 + ...) / n`: floats only.
+    Mean,
+    /// The largest: floats, integers; logical or for bools.
+    Max,
+    /// The smallest: floats, integers; logical and for bools.
+    Min,
+    /// `x_0 * x_1 * ...`: floats and integers.
+    Product,
+    /// `f_0 * x_0 + f_1 * x_1 + ...` with a factor of each rank's own: floats only. It is how token-exact averages are
+    /// made without a pass of their own over the data (NCCL's `ncclRedOpCreatePreMulSum`).
+    PreMulSum(f64),
+}
+
+impl ReduceOp {
+    /// Whether both mean the same reduction. The factor of [`PreMulSum`](Self::PreMulSum) is each rank's own affair.
+    pub(crate) fn agrees(self, other: Self) -> bool {
+        std::mem::discriminant(&self) == std::mem::discriminant(&other)
+    }
+}
+
+/// What the ranks of a group do together, or one does towards another.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum Operation {
+    /// Every rank gets the reduction of all.
+    AllReduce(ReduceOp),
+    /// Every rank gets its part of the reduction of all.
+    ReduceScatter(ReduceOp),
+    /// Every rank gets the parts of all, in rank order.
+    AllGather,
+    /// Every rank gets what the root holds.
+    Broadcast {
+        /// Rank that holds it.
+        root: usize,
+    },
+    /// The root gets the reduction of all.
+    Reduce {
+        /// The reduction.
+        op: ReduceOp,
+        /// Rank that gets it.
+        root: usize,
+    },
+    /// The root gets the parts of all, in rank order.
+    Gather {
+        /// Rank that gets them.
+        root: usize,
+    },
+    /// Every rank gets its part of what the root holds.
+    Scatter {
+        /// Rank that holds it.
+        root: usize,
+    },
+    /// Every rank gets part `rank` of every rank, in rank order.
+    AllToAll,
+    /// Nobody goes on before all have come.
+    Barrier,
+    /// The group is divided into groups.
+    Split,
+    /// A message leaves.
+    Send {
+        /// Receiving rank.
+        to: usize,
+        /// Tag of the message.
+        tag: u64,
+    },
+    /// A message is awaited.
+    Receive {
+        /// Sending rank.
+        from: usize,
+        /// Tag of the message.
+        tag: u64,
+    },
+}
+
+impl Operation {
+    /// The names of all operations, in the order of [`index`](Self::index).
+    pub(crate) const NAMES: [&'static str; 12] = [
+        "all_reduce",
+        "reduce_scatter",
+        "all_gather",
+        "broadcast",
+        "reduce",
+        "gather",
+        "scatter",
+        "all_to_all",
+        "barrier",
+        "split",
+        "send",
+        "recv",
+    ];
+
+    pub(crate) fn index(&self) -> usize {
+        match self {
+            Self::AllReduce(_) => 0,
+            Self::ReduceScatter(_) => 1,
+            Self::AllGather => 2,
+            Self::Broadcast { .. } => 3,
+            Self::Reduce { .. } => 4,
+            Self::Gather { .. } => 5,
+            Self::Scatter { .. } => 6,
+            Self::AllToAll => 7,
+            Self::Barrier => 8,
+            Self::Split => 9,
+            Self::Send { .. } => 10,
+            Self::Receive { .. } => 11,
+        }
+    }
+
+    /// The name of the [`Communicator`](super::Communicator) method that calls it.
+    pub fn name(&self) -> &'static str {
+        Self::NAMES[self.index()]
+    }
+
+    /// Whether the first dims of the ranks' tensors may differ.
+    fn allows_ragged(&self) -> bool {
+        matches!(self, Self::AllGather | Self::Gather { .. } | Self::AllToAll)
+    }
+
+    fn agrees(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::AllReduce(a), Self::AllReduce(b)) | (Self::ReduceScatter(a), Self::ReduceScatter(b)) => a.agrees(*b),
+            (Self::Reduce { op: a, root: r }, Self::Reduce { op: b, root: s }) => a.agrees(*b) && r == s,
+            _ => self == other,
+        }
+    }
+}
+
+/// The shape of what a rank brings, without an allocation: up to eight dims, the rest folded into the last.
+///
+/// Collectives that take parts divide the first dim; everything behind it is one row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    rank: u8,
+    dims: [usize; Self::MAX],
+}
+
+impl Extent {
+    const MAX: usize = 8;
+
+    /// The extent of a tensor with these dims.
+    pub fn new(shape: &[usize]) -> Self {
+        let mut dims = [1; Self::MAX];
+        for (place, &dim) in shape.iter().enumerate() {
+            if place < Self::MAX {
+                dims[place] = dim;
+            } else {
+                dims[Self::MAX - 1] *= dim;
+            }
+        }
+        Self { rank: shape.len().min(Self::MAX) as u8, dims }
+    }
+
+    /// The extent of a plain buffer.
+    pub fn flat(len: usize) -> Self {
+        Self::new(&[len])
+    }
+
+    /// The dims.
+    pub fn dims(&self) -> &[usize] {
+        &self.dims[..self.rank as usize]
+    }
+
+    /// Size of the first dim (1 for a scalar).
+    pub fn rows(&self) -> usize {
+        self.dims[0]
+    }
+
+    /// Elements in a row.
+    pub fn width(&self) -> usize {
+        self.dims[1..].iter().product()
+    }
+
+    /// The dims with another first one.
+    pub(crate) fn with_rows(&self, rows: usize) -> Vec<usize> {
+        let mut dims = self.dims().to_vec();
+        if let Some(first) = dims.first_mut() {
+            *first = rows;
+        }
+        dims
+    }
+
+    /// Elements in all.
+    pub fn elements(&self) -> usize {
+        self.dims.iter().product()
+    }
+}
+
+/// One rank's call of an operation.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Call {
+    /// The operation with its arguments.
+    pub operation: Operation,
+    /// Element type of what the rank brings; `None` if it brings nothing and takes what comes.
+    pub dtype: Option<DType>,
+    /// Shape of what the rank brings.
+    pub extent: Extent,
+    /// Separate buffers that the call reduces together; 1 unless coalesced.
+    pub pieces: usize,
+    /// A fingerprint of the lengths of those buffers, so that differently cut calls of the same total do not match.
+    pub(crate) cut: u64,
+}
+
+impl Call {
+    pub(crate) fn new(operation: Operation, dtype: Option<DType>, extent: Extent) -> Self {
+        Self { operation, dtype, extent, pieces: 1, cut: 0 }
+    }
+
+    /// Whether two ranks' calls, of the same place in their sequences, belong together.
+    pub(crate) fn agrees(&self, other: &Self) -> bool {
+        if !self.operation.agrees(&other.operation) {
+            return false;
+        }
+        let same_dtype = match (self.dtype, other.dtype) {
+            (Some(a), Some(b)) => a == b,
+            _ => true,
+        };
+        let same_extent = match self.operation {
+            Operation::Scatter { .. } => true,
+            operation if operation.allows_ragged() => {
+                self.extent.rank == other.extent.rank && self.extent.dims[1..] == other.extent.dims[1..]
+            }
+            _ => self.extent == other.extent,
+        };
+        same_dtype && same_extent && self.pieces == other.pieces && self.cut == other.cut
+    }
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.operation.name())?;
+        match self.operation {
+            Operation::AllReduce(op) | Operation::ReduceScatter(op) => write!(f, "({op:?})")?,
+            Operation::Reduce { op, root } => write!(f, "({op:?}, root {root})")?,
+            Operation::Broadcast { root } | Operation::Gather { root } | Operation::Scatter { root } => {
+                write!(f, "(root {root})")?
+            }
+            Operation::Send { to, tag } => write!(f, "(to {to}, tag {tag})")?,
+            Operation::Receive { from, tag } => write!(f, "(from {from}, tag {tag})")?,
+            _ => {}
+        }
+        if let Some(dtype) = self.dtype {
+            write!(f, " of {dtype:?} {:?}", self.extent.dims())?;
+        }
+        if self.pieces != 1 {
+            write!(f, " in {} pieces", self.pieces)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,93 @@
+//! What was moved, and how long it took.
+
+use std::collections::BTreeMap;
+use std::ops::Sub;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use super::Operation;
+
+/// Calls, bytes and time of one kind of operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Tally {
+    /// Calls that succeeded.
+    pub calls: u64,
+    /// Bytes that this rank moved: read from peers plus written to peers. For an all-reduce of `S` bytes over `n` ranks
+    /// that is `2 (n - 1) / n * S`, the lower bound, when `n` divides the elements.
+    pub bytes: u64,
+    /// Time from the call to its end, waiting for peers included.
+    pub time: Duration,
+}
+
+/// A snapshot of what a communicator has done since it was made, by operation.
+///
+/// Subtract an earlier snapshot to get what a step did.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Counters(BTreeMap<&'static str, Tally>);
+
+impl Counters {
+    /// The tally of one operation, named as the method of [`Communicator`](super::Communicator): `"all_reduce"`.
+    pub fn of(&self, operation: &str) -> Tally {
+        self.0.get(operation).copied().unwrap_or_default()
+    }
+
+    /// All operations that were called.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, Tally)> {
+        self.0.iter().map(|(name, tally)| (*name, *tally))
+    }
+
+    /// Over all operations.
+    pub fn total(&self) -> Tally {
+        self.0.values().fold(Tally::default(), |sum, tally| Tally {
+            calls: sum.calls + tally.calls,
+            bytes: sum.bytes + tally.bytes,
+            time: sum.time + tally.time,
+        })
+    }
+}
+
+impl Sub for Counters {
+    type Output = Counters;
+
+    fn sub(self, earlier: Counters) -> Counters {
+        let since = |name: &'static str, now: Tally| {
+            let then = earlier.of(name);
+            let tally = Tally {
+                calls: now.calls.saturating_sub(then.calls),
+                bytes: now.bytes.saturating_sub(then.bytes),
+                time: now.time.saturating_sub(then.time),
+            };
+            (name, tally)
+        };
+        Counters(self.0.iter().map(|(name, tally)| since(name, *tally)).filter(|(_, t)| t.calls > 0).collect())
+    }
+}
+
+/// The running totals behind [`Counters`]: one line per operation, added to without a lock.
+#[derive(Debug, Default)]
+pub(crate) struct CounterBoard([RunningTally; Operation::NAMES.len()]);
+
+#[derive(Debug, Default)]
+struct RunningTally {
+    calls: AtomicU64,
+    bytes: AtomicU64,
+    nanoseconds: AtomicU64,
+}
+
+impl CounterBoard {
+    pub fn add(&self, operation: &Operation, bytes: u64, time: Duration) {
+        let tally = &self.0[operation.index()];
+        tally.calls.fetch_add(1, Relaxed);
+        tally.bytes.fetch_add(bytes, Relaxed);
+        tally.nanoseconds.fetch_add(time.as_nanos() as u64, Relaxed);
+    }
+
+    pub fn snapshot(&self) -> Counters {
+        let read = |tally: &RunningTally| Tally {
+            calls: tally.calls.load(Relaxed),
+            bytes: tally.bytes.load(Relaxed),
+            time: Duration::from_nanos(tally.nanoseconds.load(Relaxed)),
+        };
+        Counters(Operation::NAMES.into_iter().zip(self.0.iter().map(read)).filter(|(_, tally)| tally.calls > 0).collect())
+    }
+}

@@ -1,0 +1,122 @@
+//! What the ranks of a group share, and the fate that all groups of a world share.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
+use std::time::Duration;
+
+use super::bell::Patience;
+use super::mailbox::Mailboxes;
+use super::rendezvous::Rendezvous;
+use crate::Error;
+use crate::comm::transport::BufferMut;
+use crate::comm::watch::Watch;
+use crate::comm::Call;
+
+/// What a rank lays out for the others in a meeting.
+#[derive(Clone, Copy)]
+pub(super) struct Post {
+    pub call: Call,
+    /// The in-place buffers, `call.pieces` of them, or null.
+    pub buffers: *const BufferMut<'static>,
+    /// The input of a collective that is not in place, or null.
+    pub input: *const u8,
+    /// Two numbers for [`Operation::Split`](crate::comm::Operation::Split).
+    pub color_and_key: (u64, i64),
+}
+
+// SAFETY: the places are followed only inside a meeting, while their owner waits for all to depart.
+unsafe impl Send for Post {}
+
+/// The end of a world: the first error, and all groups that must hear of it.
+#[derive(Debug, Default)]
+pub(super) struct Fate {
+    error: OnceLock<Error>,
+    groups: Mutex<Vec<Weak<Group>>>,
+}
+
+impl Fate {
+    pub fn error(&self) -> Option<&Error> {
+        self.error.get()
+    }
+
+    /// Fails all groups of the world. The first error stays.
+    pub fn fail(&self, error: Error) {
+        // Set under the lock, so that a group that is being added sees either the error or this loop.
+        let groups = lock(&self.groups);
+        let _ = self.error.set(error);
+        for group in groups.iter().filter_map(Weak::upgrade) {
+            group.rendezvous.abort();
+        }
+    }
+
+    pub fn add(&self, group: &Arc<Group>) {
+        let mut groups = lock(&self.groups);
+        groups.retain(|group| group.strong_count() > 0);
+        groups.push(Arc::downgrade(group));
+        if self.error.get().is_some() {
+            group.rendezvous.abort();
+        }
+    }
+}
+
+/// A group that some ranks of a [`Group`] are being split into; kept until the last of them has fetched it.
+pub(super) struct Half {
+    pub group: Arc<Group>,
+    pub fetched: usize,
+}
+
+pub(super) struct Group {
+    pub name: Arc<str>,
+    /// World ranks of the members.
+    pub members: Vec<usize>,
+    pub rendezvous: Rendezvous<Post>,
+    pub mail: Mailboxes,
+    pub watch: Watch,
+    pub fate: Arc<Fate>,
+    pub timeout: Duration,
+    pub patience: Patience,
+    /// Ranks that left, and whether they did so in a panic.
+    pub left: Mutex<Vec<(usize, bool)>>,
+    /// Splits in the making, by meeting and color.
+    pub halves: Mutex<HashMap<(u64, u64), Half>>,
+}
+
+impl std::fmt::Debug for Group {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Group").field("name", &self.name).field("members", &self.members).finish_non_exhaustive()
+    }
+}
+
+impl Group {
+    pub fn new(
+        name: Arc<str>,
+        members: Vec<usize>,
+        fate: Arc<Fate>,
+        timeout: Duration,
+        patience: Patience,
+    ) -> Arc<Self> {
+        let size = members.len();
+        let group = Arc::new(Self {
+            name,
+            members,
+            rendezvous: Rendezvous::new(size),
+            mail: Mailboxes::new(size),
+            watch: Watch::new(size),
+            fate,
+            timeout,
+            patience,
+            left: Mutex::default(),
+            halves: Mutex::default(),
+        });
+        group.fate.add(&group);
+        group
+    }
+
+    pub fn size(&self) -> usize {
+        self.members.len()
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}

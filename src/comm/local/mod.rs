@@ -1,0 +1,353 @@
+//! The embedded engine: ranks are threads of one process.
+//!
+//! Buffers are never copied into the engine. In a collective every rank lays out where its buffers are, meets the others
+//! (see `rendezvous.rs` for the protocol), and then does its share of the work directly on everybody's memory:
+//!
+//! - *all-reduce, reduce*: each rank folds its `1/n` of the elements of all buffers, in rank order, and writes the result
+//!   into all of them. `2 (n - 1) / n` of the bytes are moved per rank, the lower bound;
+//! - *reduce-scatter*: each rank folds its part out of all inputs into its own output;
+//! - *all-gather, gather, scatter, all-to-all, broadcast*: each rank copies what it is to have straight from its owner.
+//!
+//! Messages hand over the tensor itself. Several groups work at the same time; within one group, collectives follow each
+//! other.
+
+mod bell;
+mod group;
+mod mailbox;
+mod rendezvous;
+mod sync;
+mod work;
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use self::bell::Patience;
+use self::group::{Fate, Group, Half, Post, lock};
+use self::rendezvous::Interrupted;
+use super::{Call, CallLog, Communicator, Extent, Message, Operation, Transfer, Transport};
+use crate::Error;
+
+/// How long a rank that finds a peer gone waits for the reason, which may be on its way: a rank drops its communicators
+/// while it unwinds, before whoever started it can tell why.
+const GRACE: Duration = Duration::from_millis(100);
+
+/// Time-out when `BURN_PARALLEL_TIMEOUT_S` does not say otherwise.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Settings of a world of threads.
+#[derive(Debug, Clone)]
+pub struct WorldConfig {
+    timeout: Duration,
+    name: Arc<str>,
+}
+
+impl WorldConfig {
+    /// The default: group name `world`, and the time-out of the environment variable `BURN_PARALLEL_TIMEOUT_S` (seconds,
+    /// fractions allowed), or 300 s.
+    ///
+    /// # Errors
+    /// [`Error::Environment`] if the variable is not a positive number.
+    pub fn from_env() -> Result<Self, Error> {
+        const VARIABLE: &str = "BURN_PARALLEL_TIMEOUT_S";
+        let timeout = match std::env::var(VARIABLE) {
+            Err(_) => DEFAULT_TIMEOUT,
+            Ok(value) => match value.trim().parse::<f64>().ok().and_then(|s| Duration::try_from_secs_f64(s).ok()) {
+                Some(timeout) if !timeout.is_zero() => timeout,
+                _ => {
+                    return Err(Error::Environment { variable: VARIABLE, value, expected: "a positive number of seconds" });
+                }
+            },
+        };
+        Ok(Self { timeout, name: "world".into() })
+    }
+
+    /// Sets how long any wait may last before the whole world fails with [`Error::Timeout`].
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Sets the name by which errors call the group.
+    pub fn with_name(mut self, name: &str) -> Self {
+        self.name = name.into();
+        self
+    }
+}
+
+/// Makes a world of `size` ranks in this process: one communicator for each, to be moved to its thread.
+///
+/// [`launch::threads`](crate::launch::threads) does this and starts the threads.
+///
+/// # Errors
+/// If `size` is 0.
+///
+/// ```
+/// use burn_parallel::comm::{ReduceOp, local};
+///
+/// let world = local::world(2, local::WorldConfig::from_env()?)?;
+/// std::thread::scope(|scope| {
+///     for comm in world {
+///         scope.spawn(move || {
+///             let ranks = comm.all_gather(vec![comm.rank() as i32]).unwrap();
+///             assert_eq!(ranks, [0, 1]);
+///         });
+///     }
+/// });
+/// # Ok::<(), burn_parallel::Error>(())
+/// ```
+pub fn world(size: usize, config: WorldConfig) -> Result<Vec<Communicator>, Error> {
+    if size == 0 {
+        return Err(Error::invalid("local::world", "a world needs at least 1 rank, not 0"));
+    }
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    // With a core for each rank, spinning a few tens of microseconds saves two context switches a collective.
+    let patience = if size <= cores { Patience { spins: 2000, yields: 20 } } else { Patience { spins: 20, yields: 20 } };
+    let fate = Arc::new(Fate::default());
+    let group = Group::new(config.name, (0..size).collect(), fate, config.timeout, patience);
+    Ok((0..size).map(|rank| Communicator::new(LocalTransport::new(group.clone(), rank))).collect())
+}
+
+/// A rank's place in a group of threads.
+#[derive(Debug)]
+struct LocalTransport {
+    group: Arc<Group>,
+    rank: usize,
+    /// Number of the next meeting. Held during a collective: a rank does one at a time.
+    meeting: Mutex<u64>,
+}
+
+impl LocalTransport {
+    fn new(group: Arc<Group>, rank: usize) -> Arc<Self> {
+        Arc::new(Self { group, rank, meeting: Mutex::new(0) })
+    }
+
+    /// Meets the others, checks that all call the same, and runs `work`, which returns the bytes it moved.
+    fn meet<R>(&self, post: Post, work: impl FnOnce(&work::Posts<'_>) -> R) -> Result<(u64, R), Error> {
+        let group = &*self.group;
+        let mut turn = lock(&self.meeting);
+        if let Some(error) = group.fate.error() {
+            return Err(error.clone());
+        }
+        let began = Instant::now();
+        group.watch.begin(self.rank, post.call, began);
+        let meeting = *turn;
+        let work = |posts: &work::Posts<'_>| match posts.iter().all(|other| other.call.agrees(&post.call)) {
+            true => Ok(work(posts)),
+            false => Err(posts.iter().map(|other| other.call).collect::<Vec<_>>()),
+        };
+        let remaining = || group.timeout.checked_sub(began.elapsed()).filter(|left| !left.is_zero());
+        // SAFETY: the turn is held, and counts this rank's meetings.
+        let met = unsafe { group.rendezvous.meet(self.rank, meeting, post, patience(group), remaining, work) };
+        match met {
+            Ok(Ok(result)) => {
+                *turn += 1;
+                group.watch.finish(self.rank);
+                Ok((meeting, result))
+            }
+            Ok(Err(calls)) => {
+                let (name, log) = (group.name.clone(), group.watch.log());
+                Err(self.fail(Error::Mismatch { group: name, sequence: meeting, calls, log }))
+            }
+            Err(interrupted) => Err(self.interrupted(interrupted, &post.call, began, || self.absent(&post.call))),
+        }
+    }
+
+    /// Turns an interrupted wait into the error of the world.
+    fn interrupted(&self, why: Interrupted, call: &Call, began: Instant, missing: impl FnOnce() -> String) -> Error {
+        let group = &*self.group;
+        match why {
+            Interrupted::Aborted => {}
+            Interrupted::Expired => group.fate.fail(Error::Timeout {
+                group: group.name.clone(),
+                rank: self.rank,
+                operation: call.to_string(),
+                waited: began.elapsed(),
+                missing: missing(),
+                log: group.watch.log(),
+            }),
+            Interrupted::Left => {
+                let since = Instant::now();
+                let remaining = || GRACE.checked_sub(since.elapsed()).filter(|left| !left.is_zero());
+                let told = || group.fate.error().is_some();
+                if !group.rendezvous.bell.wait(Patience { spins: 0, yields: 0 }, told, remaining)
+                    && let Some(&(rank, panicked)) = lock(&group.left).first()
+                {
+                    let (name, operation, log) = (group.name.clone(), call.to_string(), group.watch.log());
+                    group.fate.fail(match panicked {
+                        true => Error::RankPanicked { rank: group.members[rank], message: "see its own message".into() },
+                        false => Error::RankLost { group: name, rank, operation, log },
+                    });
+                }
+            }
+        }
+        self.failure_or_abort()
+    }
+
+    fn fail(&self, error: Error) -> Error {
+        self.group.fate.fail(error);
+        self.failure_or_abort()
+    }
+
+    /// The world's error. One is always set before a group is interrupted; should it not be, this says so.
+    fn failure_or_abort(&self) -> Error {
+        self.group.fate.error().cloned().unwrap_or_else(|| Error::Aborted {
+            group: self.group.name.clone(),
+            rank: self.rank,
+            reason: "the group was interrupted without a reason".into(),
+            log: self.group.watch.log(),
+        })
+    }
+
+    /// Who has not come to `call`, in words.
+    fn absent(&self, call: &Call) -> String {
+        let watch = &self.group.watch;
+        let came = |rank: usize| watch.current(rank).is_some_and(|theirs| theirs.agrees(call));
+        let absent: Vec<String> = (0..self.size()).filter(|rank| !came(*rank)).map(|rank| rank.to_string()).collect();
+        match absent.len() {
+            0 => "nobody any more: the last one came as time ran out".into(),
+            1 => format!("rank {}", absent[0]),
+            _ => format!("ranks {}", absent.join(", ")),
+        }
+    }
+
+    fn check_rank(&self, rank: usize, operation: &'static str) -> Result<(), Error> {
+        match rank < self.size() {
+            true => Ok(()),
+            false => Err(Error::NoSuchRank { group: self.group.name.clone(), rank, size: self.size(), operation }),
+        }
+    }
+}
+
+/// A background thread does not spin: the thread that computes needs its core.
+fn patience(group: &Group) -> Patience {
+    match super::pending::in_background() {
+        true => Patience { spins: 0, yields: 0 },
+        false => group.patience,
+    }
+}
+
+impl Transport for LocalTransport {
+    fn engine(&self) -> &'static str {
+        "local"
+    }
+
+    fn group(&self) -> &Arc<str> {
+        &self.group.name
+    }
+
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.group.size()
+    }
+
+    fn collective(&self, call: &Call, transfer: Transfer<'_, '_>) -> Result<u64, Error> {
+        let mut post = Post { call: *call, buffers: std::ptr::null(), input: std::ptr::null(), color_and_key: (0, 0) };
+        let (_, moved) = match transfer {
+            Transfer::Nothing => self.meet(post, |_| Ok(0)),
+            Transfer::InPlace(buffers) => {
+                post.buffers = buffers.as_ptr().cast();
+                self.meet(post, |posts| work::in_place(&call.operation, self.rank, posts))
+            }
+            Transfer::Through { input, output } => {
+                post.input = input.as_ptr();
+                self.meet(post, |posts| work::through(&call.operation, self.rank, posts, output))
+            }
+        }?;
+        moved
+    }
+
+    fn send(&self, to: usize, tag: u64, message: Message) -> Result<(), Error> {
+        self.check_rank(to, "send")?;
+        let group = &*self.group;
+        if let Some(error) = group.fate.error() {
+            return Err(error.clone());
+        }
+        group.mail.put(self.rank, to, tag, message);
+        group.rendezvous.bell.ring();
+        Ok(())
+    }
+
+    fn receive(&self, from: usize, tag: u64) -> Result<Message, Error> {
+        self.check_rank(from, "recv")?;
+        let group = &*self.group;
+        if let Some(error) = group.fate.error() {
+            return Err(error.clone());
+        }
+        let began = Instant::now();
+        let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
+        let mut message = group.mail.take(from, self.rank, tag);
+        if message.is_none() {
+            // Only a receive that has to wait is worth a line in the log.
+            let _turn = lock(&self.meeting);
+            group.watch.begin(self.rank, call, began);
+            let remaining = || group.timeout.checked_sub(began.elapsed()).filter(|left| !left.is_zero());
+            let gone = || lock(&group.left).iter().any(|(rank, _)| *rank == from);
+            let mut over = None;
+            let ready = || {
+                // Looked at before the mailbox: what the sender put in before it left is still delivered.
+                over = group.rendezvous.interruption().filter(|why| *why == Interrupted::Aborted || gone());
+                message = group.mail.take(from, self.rank, tag);
+                message.is_some() || over.is_some()
+            };
+            let in_time = group.rendezvous.bell.wait(patience(group), ready, remaining);
+            group.watch.finish(self.rank);
+            if message.is_none() {
+                let why = over.filter(|_| in_time).unwrap_or(Interrupted::Expired);
+                return Err(self.interrupted(why, &call, began, || {
+                    format!("rank {from}; tags that it has sent and nobody has read: {:?}", group.mail.tags(from, self.rank))
+                }));
+            }
+        }
+        message.ok_or_else(|| self.failure_or_abort())
+    }
+
+    fn split(&self, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error> {
+        let call = Call::new(Operation::Split, None, Extent::flat(0));
+        let post =
+            Post { call, buffers: std::ptr::null(), input: std::ptr::null(), color_and_key: (color, key) };
+        let (meeting, mut members) = self.meet(post, |posts| {
+            let mine = posts.iter().enumerate().filter(|(_, other)| other.color_and_key.0 == color);
+            mine.map(|(rank, other)| (other.color_and_key.1, rank)).collect::<Vec<_>>()
+        })?;
+        members.sort_unstable();
+        let ranks: Vec<usize> = members.into_iter().map(|(_, rank)| rank).collect();
+        let parent = &*self.group;
+        // Whoever comes first makes the group; whoever fetches it last clears it away.
+        let mut halves = lock(&parent.halves);
+        let half = halves.entry((meeting, color)).or_insert_with(|| {
+            let name = format!("{}/{color}", parent.name).into();
+            let world_ranks = ranks.iter().map(|rank| parent.members[*rank]).collect();
+            let group = Group::new(name, world_ranks, parent.fate.clone(), parent.timeout, parent.patience);
+            Half { group, fetched: 0 }
+        });
+        half.fetched += 1;
+        let group = half.group.clone();
+        if half.fetched == ranks.len() {
+            halves.remove(&(meeting, color));
+        }
+        let rank = ranks.iter().position(|rank| *rank == self.rank).expect("a rank is of its own color");
+        Ok(LocalTransport::new(group, rank))
+    }
+
+    fn abort(&self, error: Error) {
+        self.group.fate.fail(error);
+    }
+
+    fn failure(&self) -> Option<Error> {
+        self.group.fate.error().cloned()
+    }
+
+    fn log(&self) -> CallLog {
+        self.group.watch.log()
+    }
+}
+
+impl Drop for LocalTransport {
+    fn drop(&mut self) {
+        lock(&self.group.left).push((self.rank, std::thread::panicking()));
+        self.group.rendezvous.leave();
+    }
+}

@@ -1,0 +1,25 @@
+//! The primitives under the rendezvous. `tests/loom_local.rs` compiles `bell.rs` and `rendezvous.rs` against a module of
+//! this name made of loom's primitives, so those two files name nothing else of the crate or of `std::sync`.
+
+pub(super) use std::hint::spin_loop;
+pub(super) use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
+pub(super) use std::sync::{Condvar, Mutex};
+pub(super) use std::thread::yield_now;
+
+/// `std::cell::UnsafeCell` with loom's interface.
+#[derive(Debug)]
+pub(super) struct UnsafeCell<T>(std::cell::UnsafeCell<T>);
+
+impl<T> UnsafeCell<T> {
+    pub(super) fn new(value: T) -> Self {
+        Self(std::cell::UnsafeCell::new(value))
+    }
+
+    pub(super) fn with<R>(&self, read: impl FnOnce(*const T) -> R) -> R {
+        read(self.0.get())
+    }
+
+    pub(super) fn with_mut<R>(&self, write: impl FnOnce(*mut T) -> R) -> R {
+        write(self.0.get())
+    }
+}

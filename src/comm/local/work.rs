@@ -1,0 +1,170 @@
+//! A rank's share of a committed collective, on everybody's memory.
+
+use std::ops::Range;
+
+use super::group::Post;
+use super::rendezvous;
+use crate::Error;
+use crate::comm::reduce::{Source, fold};
+use crate::comm::transport::BufferMut;
+use crate::comm::{Call, Extent, Operation, Output, ReduceOp, part};
+
+pub(super) type Posts<'a> = rendezvous::Posts<'a, Post>;
+
+/// The share of a collective whose results go where the contributions were. Returns the bytes moved.
+pub(super) fn in_place(operation: &Operation, rank: usize, posts: &Posts<'_>) -> Result<u64, Error> {
+    match *operation {
+        Operation::AllReduce(op) => Ok(fold_share(op, rank, posts, None)),
+        Operation::Reduce { op, root } => Ok(fold_share(op, rank, posts, Some(root))),
+        Operation::Broadcast { root } => Ok(copy_from_root(root, rank, posts)),
+        _ => unreachable!("{operation:?} is not done in place"),
+    }
+}
+
+/// The share of a collective that reads inputs and fills an output. Returns the bytes moved.
+pub(super) fn through(
+    operation: &Operation,
+    rank: usize,
+    posts: &Posts<'_>,
+    output: &mut dyn Output,
+) -> Result<u64, Error> {
+    let everything = |_: usize, extent: &Extent| 0..extent.rows();
+    let my_part = |_: usize, extent: &Extent| part(extent.rows(), posts.len(), rank);
+    match *operation {
+        Operation::ReduceScatter(op) => fold_part(op, rank, posts, output),
+        Operation::AllGather => collect(rank, posts, output, everything),
+        Operation::Gather { root } if root == rank => collect(rank, posts, output, everything),
+        Operation::Gather { .. } => Ok(0),
+        Operation::Scatter { root } => {
+            collect(rank, posts, output, |from, extent| if from == root { my_part(from, extent) } else { 0..0 })
+        }
+        Operation::AllToAll => collect(rank, posts, output, my_part),
+        _ => unreachable!("{operation:?} is done in place"),
+    }
+}
+
+/// Folds this rank's share of the elements of all buffers and writes it into those of all, or of the root.
+fn fold_share(op: ReduceOp, rank: usize, posts: &Posts<'_>, root: Option<usize>) -> u64 {
+    let size = posts.len();
+    let own = buffers(posts.get(rank));
+    let total: usize = own.iter().map(|buffer| buffer.elements).sum();
+    let share = part(total, size, rank);
+    let mut inputs = [Source { data: std::ptr::null(), factor: 1.0 }; FEW];
+    let mut outputs = [std::ptr::null_mut(); FEW];
+    let (mut many_inputs, mut many_outputs) = (Vec::new(), Vec::new());
+    let (inputs, outputs): (&mut [Source], &mut [*mut u8]) = if size <= FEW {
+        (&mut inputs[..size], &mut outputs[..size])
+    } else {
+        many_inputs.resize(size, inputs[0]);
+        many_outputs.resize(size, outputs[0]);
+        (&mut many_inputs, &mut many_outputs)
+    };
+    let mut passed = 0;
+    for (piece, buffer) in own.iter().enumerate() {
+        // The share runs through the buffers as if they were one behind the other.
+        let here = share.start.clamp(passed, passed + buffer.elements)..share.end.clamp(passed, passed + buffer.elements);
+        if !here.is_empty() {
+            for (other, post) in posts.iter().enumerate() {
+                let bytes = (here.start - passed) * buffer.dtype.size();
+                // SAFETY: all ranks brought buffers of the same lengths, and `here` lies within this one.
+                let place = unsafe { buffers(post)[piece].data.add(bytes) };
+                inputs[other] = Source { data: place, factor: factor(&post.call.operation) };
+                outputs[other] = place;
+            }
+            let into = match root {
+                None => &*outputs,
+                Some(root) => &outputs[root..=root],
+            };
+            // SAFETY: the shares of the ranks do not overlap, and the owners wait until all have departed.
+            unsafe { fold(buffer.dtype, op, inputs, into, here.len()) };
+        }
+        passed += buffer.elements;
+    }
+    let bytes = (share.len() * own.first().map_or(0, |buffer| buffer.dtype.size())) as u64;
+    let read = bytes * (size as u64 - 1);
+    let written = match root {
+        None => bytes * (size as u64 - 1),
+        Some(root) => bytes * u64::from(root != rank),
+    };
+    read + written
+}
+
+/// Worlds up to this size need no allocation for an all-reduce.
+const FEW: usize = 8;
+
+fn copy_from_root(root: usize, rank: usize, posts: &Posts<'_>) -> u64 {
+    if rank == root {
+        return 0;
+    }
+    let mut moved = 0;
+    for (from, to) in buffers(posts.get(root)).iter().zip(buffers(posts.get(rank))) {
+        let bytes = from.elements * from.dtype.size();
+        // SAFETY: equal lengths were checked; the root only waits, and this rank alone writes its own buffer.
+        unsafe { from.data.copy_to_nonoverlapping(to.data, bytes) };
+        moved += bytes as u64;
+    }
+    moved
+}
+
+/// Folds this rank's part of all inputs into its output.
+fn fold_part(op: ReduceOp, rank: usize, posts: &Posts<'_>, output: &mut dyn Output) -> Result<u64, Error> {
+    let Call { dtype: Some(dtype), extent, .. } = posts.get(rank).call else { return Ok(0) };
+    let rows = part(extent.rows(), posts.len(), rank);
+    let (skipped, elements) = (rows.start * extent.width(), rows.len() * extent.width());
+    let place = output.allocate(&extent.with_rows(rows.len()), dtype)?;
+    let source = |post: Post| Source {
+        // SAFETY: every input is as long as this rank's, and its owner waits.
+        data: unsafe { post.input.add(skipped * dtype.size()) },
+        factor: factor(&post.call.operation),
+    };
+    let sources: Vec<Source> = posts.iter().map(source).collect();
+    // SAFETY: the output is this rank's own.
+    unsafe { fold(dtype, op, &sources, &[place.data], elements) };
+    Ok((elements * dtype.size() * (posts.len() - 1)) as u64)
+}
+
+/// Copies some rows of every rank's input, in rank order, into the output.
+fn collect(
+    rank: usize,
+    posts: &Posts<'_>,
+    output: &mut dyn Output,
+    wanted: impl Fn(usize, &Extent) -> Range<usize>,
+) -> Result<u64, Error> {
+    let Some((dtype, extent)) =
+        posts.iter().find(|post| !post.input.is_null()).and_then(|post| Some((post.call.dtype?, post.call.extent)))
+    else {
+        return Ok(0);
+    };
+    let rows = posts.iter().enumerate().map(|(from, post)| wanted(from, &post.call.extent).len()).sum();
+    let mut place = output.allocate(&extent.with_rows(rows), dtype)?.data;
+    let row_bytes = extent.width() * dtype.size();
+    let mut moved = 0;
+    for (from, post) in posts.iter().enumerate() {
+        let range = wanted(from, &post.call.extent);
+        let bytes = range.len() * row_bytes;
+        if bytes > 0 {
+            // SAFETY: the rows lie within the sender's input, whose owner waits; the output has room for all of them.
+            unsafe {
+                post.input.add(range.start * row_bytes).copy_to_nonoverlapping(place, bytes);
+                place = place.add(bytes);
+            }
+        }
+        moved += if from == rank { 0 } else { bytes as u64 };
+    }
+    Ok(moved)
+}
+
+/// The buffers of a post, for no longer than the meeting lasts.
+fn buffers<'meeting>(post: Post) -> &'meeting [BufferMut<'static>] {
+    // SAFETY: a post of an in-place collective points to as many buffers as its call has pieces, and its owner waits.
+    unsafe { std::slice::from_raw_parts(post.buffers, post.call.pieces) }
+}
+
+fn factor(operation: &Operation) -> f64 {
+    match operation {
+        Operation::AllReduce(ReduceOp::PreMulSum(factor))
+        | Operation::ReduceScatter(ReduceOp::PreMulSum(factor))
+        | Operation::Reduce { op: ReduceOp::PreMulSum(factor), .. } => *factor,
+        _ => 1.0,
+    }
+}

@@ -1,0 +1,126 @@
+//! What can travel: burn tensors of any kind, and vectors.
+
+use burn::backend::flex::FlexTensor;
+use burn::backend::{Flex, GradientCheckpointingStrategy};
+use burn::tensor::kind::{Autodiff, Basic};
+use burn::tensor::{BackendPrimitive, DType, Device, Tensor, TensorData};
+
+use super::Element;
+use crate::Error;
+
+/// Something that a collective can carry: a burn tensor of any rank and kind, or a `Vec` of [`Element`]s.
+///
+/// Collectives take a payload by value and give back one of the same type, so that memory which nobody else holds is
+/// worked on in place: a `Vec` always, a tensor of [`Device::flex`] when it is contiguous and not shared. A tensor of
+/// another device travels through host memory.
+///
+/// **Not differentiable.** A tensor on an autodiff device goes in without its graph and comes out as a constant; moves
+/// that gradients flow through are in [`layout`](crate::layout).
+pub trait Payload: Sized + Send + 'static {
+    /// What is needed beside the data to make the payload again: nothing, or the device.
+    type Home: Clone + Default + Send + 'static;
+
+    /// The dtype that this type always has, if it has one.
+    fn fixed_dtype() -> Option<DType>;
+
+    /// The data in host memory, and what is needed for the way back.
+    fn into_host(self) -> (FlexTensor, Self::Home);
+
+    /// The way back.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the data is of another rank or kind than this type.
+    fn from_host(data: FlexTensor, home: &Self::Home) -> Result<Self, Error>;
+}
+
+impl<E: Element> Payload for Vec<E> {
+    type Home = ();
+
+    fn fixed_dtype() -> Option<DType> {
+        Some(E::DTYPE)
+    }
+
+    fn into_host(self) -> (FlexTensor, ()) {
+        let len = self.len();
+        (FlexTensor::from_data(TensorData::new(self, [len])), ())
+    }
+
+    fn from_host(data: FlexTensor, (): &()) -> Result<Self, Error> {
+        let found = data.dtype();
+        data.into_data().try_into_vec::<E>().map_err(|_| {
+            Error::invalid("payload", format!("a vector of {:?} was expected, elements of {found:?} came", E::DTYPE))
+        })
+    }
+}
+
+/// Where a tensor lived: its device, and how its autodiff treats checkpoints, if it had any.
+#[derive(Debug, Clone)]
+pub struct TensorHome {
+    device: Device,
+    autodiff: Option<GradientCheckpointingStrategy>,
+}
+
+impl Default for TensorHome {
+    fn default() -> Self {
+        Self { device: Device::flex(), autodiff: None }
+    }
+}
+
+/// The kinds of tensor that travel: `Float`, `Int`, `Bool`.
+pub trait TensorKind: Basic + Autodiff + BackendPrimitive<Flex, Primitive = FlexTensor> + Send + 'static {
+    /// Whether a dtype is of this kind.
+    fn holds(dtype: DType) -> bool;
+}
+
+impl TensorKind for burn::tensor::Float {
+    fn holds(dtype: DType) -> bool {
+        dtype.is_float()
+    }
+}
+
+impl TensorKind for burn::tensor::Int {
+    fn holds(dtype: DType) -> bool {
+        dtype.is_int() || dtype.is_uint()
+    }
+}
+
+impl TensorKind for burn::tensor::Bool {
+    fn holds(dtype: DType) -> bool {
+        dtype.is_bool()
+    }
+}
+
+impl<const D: usize, K: TensorKind> Payload for Tensor<D, K> {
+    type Home = TensorHome;
+
+    fn fixed_dtype() -> Option<DType> {
+        None
+    }
+
+    fn into_host(self) -> (FlexTensor, TensorHome) {
+        let home = TensorHome { device: self.device().inner(), autodiff: self.gradient_checkpointing_strategy() };
+        let plain = self.inner();
+        let on_flex = plain.device() == Device::flex();
+        let data = match on_flex {
+            true => plain.try_into_primitive::<Flex>().expect("the device says that this is a flex tensor"),
+            false => FlexTensor::from_data(plain.into_data()),
+        };
+        (data, home)
+    }
+
+    fn from_host(data: FlexTensor, home: &TensorHome) -> Result<Self, Error> {
+        let (dtype, rank) = (data.dtype(), data.layout().shape().num_dims());
+        if rank != D || !K::holds(dtype) {
+            let expected = format!("a tensor of rank {D} and another kind was expected");
+            return Err(Error::invalid("payload", format!("{expected}, one of rank {rank} and dtype {dtype:?} came")));
+        }
+        let plain = match home.device == Device::flex() {
+            true => Tensor::from_primitive::<Flex>(data),
+            false => Tensor::from_data(data.into_data(), &home.device),
+        };
+        Ok(match home.autodiff {
+            None => plain,
+            Some(strategy) => plain.autodiff().with_gradient_checkpointing_strategy(strategy),
+        })
+    }
+}

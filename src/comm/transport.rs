@@ -1,0 +1,165 @@
+//! The trait that a new engine implements.
+
+use std::fmt::Debug;
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use burn::backend::flex::FlexTensor;
+use burn::tensor::DType;
+
+use super::{Call, CallLog, Element};
+use crate::Error;
+
+/// Elements of one dtype, lent to a transport for reading.
+#[derive(Debug, Clone, Copy)]
+pub struct BufferRef<'a> {
+    pub(crate) data: *const u8,
+    pub(crate) elements: usize,
+    pub(crate) dtype: DType,
+    lent: PhantomData<&'a [u8]>,
+}
+
+/// Elements of one dtype, lent to a transport for reading and writing.
+#[derive(Debug)]
+pub struct BufferMut<'a> {
+    pub(crate) data: *mut u8,
+    pub(crate) elements: usize,
+    pub(crate) dtype: DType,
+    lent: PhantomData<&'a mut [u8]>,
+}
+
+impl<'a> BufferRef<'a> {
+    /// Lends a slice.
+    pub fn new<E: Element>(slice: &'a [E]) -> Self {
+        Self { data: slice.as_ptr().cast(), elements: slice.len(), dtype: E::DTYPE, lent: PhantomData }
+    }
+
+    /// Lends `elements` elements of `dtype` at `data`.
+    ///
+    /// # Safety
+    /// They must be initialised, and stay valid and unchanged for `'a`.
+    pub unsafe fn from_raw(data: *const u8, elements: usize, dtype: DType) -> Self {
+        Self { data, elements, dtype, lent: PhantomData }
+    }
+
+    /// First byte.
+    pub fn as_ptr(&self) -> *const u8 {
+        self.data
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.elements
+    }
+
+    /// Their type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+}
+
+impl<'a> BufferMut<'a> {
+    /// Lends a slice.
+    pub fn new<E: Element>(slice: &'a mut [E]) -> Self {
+        Self { data: slice.as_mut_ptr().cast(), elements: slice.len(), dtype: E::DTYPE, lent: PhantomData }
+    }
+
+    /// Lends `elements` elements of `dtype` at `data`.
+    ///
+    /// # Safety
+    /// They must be valid for writes, and for reads if the operation reads them, and untouched by others for `'a`.
+    pub unsafe fn from_raw(data: *mut u8, elements: usize, dtype: DType) -> Self {
+        Self { data, elements, dtype, lent: PhantomData }
+    }
+
+    /// First byte.
+    pub fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.data
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.elements
+    }
+
+    /// Their type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+}
+
+/// Where received elements go. Their number may be known only once every rank has come (gathers of unequal lengths), so
+/// the transport asks for the place when it knows.
+pub trait Output {
+    /// Room for a tensor of these dims and `dtype`, which the transport fills completely if the operation succeeds.
+    ///
+    /// # Errors
+    /// If the receiver wants another dtype or another number of elements.
+    fn allocate(&mut self, dims: &[usize], dtype: DType) -> Result<BufferMut<'_>, Error>;
+}
+
+/// The data of one collective.
+pub enum Transfer<'a, 'b> {
+    /// Buffers that hold this rank's contribution before and the result after: all-reduce, reduce, broadcast. Several
+    /// buffers travel as one collective, without being copied together.
+    InPlace(&'a mut [BufferMut<'b>]),
+    /// A contribution and a place for the result: all the others. A rank that only receives brings an empty input.
+    Through {
+        /// What this rank brings.
+        input: BufferRef<'b>,
+        /// Where what it receives goes.
+        output: &'a mut dyn Output,
+    },
+    /// Nothing: barrier.
+    Nothing,
+}
+
+/// A message from rank to rank: a tensor that moves, storage and all.
+#[derive(Debug, Clone)]
+pub struct Message(pub FlexTensor);
+
+/// An engine that joins the ranks of one group.
+///
+/// # Contract
+///
+/// - A transport belongs to one rank of one group; its methods block until the operation is done on this rank's side, and
+///   may be called from any thread of the rank, one collective at a time.
+/// - A collective is checked: when the calls of the ranks do not [agree](Call), all ranks get the same error, and no
+///   buffer has been touched.
+/// - No method blocks past the time-out. When it runs out, a rank is lost, or [`abort`](Self::abort) is called, *every*
+///   rank of the group, and of every group split from the same world, returns the same error from then on.
+/// - Dropping a transport leaves the group. Peers that then still wait for this rank get an error.
+pub trait Transport: Debug + Send + Sync {
+    /// Name of the engine, as in `local`.
+    fn engine(&self) -> &'static str;
+
+    /// Name of the group.
+    fn group(&self) -> &Arc<str>;
+
+    /// Index of this rank in the group.
+    fn rank(&self) -> usize;
+
+    /// Ranks in the group.
+    fn size(&self) -> usize;
+
+    /// Runs one collective. Returns the bytes that this rank moved: those it read from peers and those it wrote to them.
+    fn collective(&self, call: &Call, transfer: Transfer<'_, '_>) -> Result<u64, Error>;
+
+    /// Sends a message. May return before it is received.
+    fn send(&self, to: usize, tag: u64, message: Message) -> Result<(), Error>;
+
+    /// Receives the oldest message of `from` that bears `tag`.
+    fn receive(&self, from: usize, tag: u64) -> Result<Message, Error>;
+
+    /// Divides the group: ranks of equal `color` form a group, ordered by `key`, then by rank. Collective.
+    fn split(&self, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error>;
+
+    /// Fails the world with `error`, unless it has failed already.
+    fn abort(&self, error: Error);
+
+    /// The error that the world has failed with.
+    fn failure(&self) -> Option<Error>;
+
+    /// The last collectives of every rank.
+    fn log(&self) -> CallLog;
+}

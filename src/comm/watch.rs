@@ -1,0 +1,109 @@
+//! What every rank of a group called last, kept for the day something goes wrong.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
+
+use crossbeam_utils::CachePadded;
+
+use super::Call;
+
+/// Calls remembered per rank.
+const REMEMBERED: usize = 8;
+
+/// The last collectives of every rank of a group, as printed under an [`Error`](crate::Error).
+#[derive(Clone, PartialEq, Eq, Default)]
+pub struct CallLog(Arc<[String]>);
+
+impl CallLog {
+    /// One line per rank, in rank order.
+    pub fn lines(&self) -> &[String] {
+        &self.0
+    }
+}
+
+impl fmt::Display for CallLog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|line| write!(f, "\n  {line}"))
+    }
+}
+
+impl fmt::Debug for CallLog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    number: u64,
+    call: Call,
+    began: Instant,
+    done: bool,
+}
+
+#[derive(Debug, Default)]
+struct History {
+    entries: VecDeque<Entry>,
+    issued: u64,
+}
+
+/// The histories of the ranks of one group. Each rank writes its own, under a lock that is contended only when another
+/// rank writes a report.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    ranks: Box<[CachePadded<Mutex<History>>]>,
+}
+
+impl Watch {
+    pub fn new(size: usize) -> Self {
+        Self { ranks: (0..size).map(|_| CachePadded::default()).collect() }
+    }
+
+    pub fn begin(&self, rank: usize, call: Call, now: Instant) {
+        let mut history = self.lock(rank);
+        let number = history.issued;
+        history.issued += 1;
+        if history.entries.len() == REMEMBERED {
+            history.entries.pop_front();
+        }
+        history.entries.push_back(Entry { number, call, began: now, done: false });
+    }
+
+    pub fn finish(&self, rank: usize) {
+        if let Some(entry) = self.lock(rank).entries.back_mut() {
+            entry.done = true;
+        }
+    }
+
+    /// What `rank` is in, if anything.
+    pub fn current(&self, rank: usize) -> Option<Call> {
+        self.lock(rank).entries.back().filter(|entry| !entry.done).map(|entry| entry.call)
+    }
+
+    pub fn log(&self) -> CallLog {
+        CallLog((0..self.ranks.len()).map(|rank| self.line(rank)).collect())
+    }
+
+    fn line(&self, rank: usize) -> String {
+        let history = self.lock(rank);
+        if history.entries.is_empty() {
+            return format!("rank {rank}: nothing yet");
+        }
+        let calls: Vec<String> = history
+            .entries
+            .iter()
+            .rev()
+            .map(|entry| match entry.done {
+                true => format!("#{} {}", entry.number, entry.call),
+                false => format!("#{} {} (waiting for {:.1?})", entry.number, entry.call, entry.began.elapsed()),
+            })
+            .collect();
+        format!("rank {rank}: {}", calls.join(" < "))
+    }
+
+    fn lock(&self, rank: usize) -> MutexGuard<'_, History> {
+        self.ranks[rank].lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}

@@ -1,0 +1,234 @@
+//! The one error type of the crate.
+//!
+//! Every failure a user or a peer can cause is a variant of [`Error`]. Its message names the rank, the group and the
+//! operation, the numbers involved, and the knob to turn. When a group fails, every rank of it returns a clone of the
+//! *same* error, so an [`Error`] never holds anything that differs from rank to rank.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use burn::tensor::DType;
+
+use crate::comm::{Call, CallLog, ReduceOp};
+
+/// What went wrong, for every rank of the group alike.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A wait outlasted the time-out: some ranks never came.
+    #[error(
+        "time-out in group `{group}`: rank {rank} waited {waited:.1?} in {operation} for {missing}; raise the limit with \
+         BURN_PARALLEL_TIMEOUT_S or `with_timeout` if the others were only slow{log}"
+    )]
+    Timeout {
+        /// Group in which the wait happened.
+        group: Arc<str>,
+        /// Rank, within the group, whose wait ran out first.
+        rank: usize,
+        /// What it was waiting in.
+        operation: String,
+        /// How long it waited.
+        waited: Duration,
+        /// The ranks, within the group, that it was waiting for, in words.
+        missing: String,
+        /// The last collectives of every rank of the group.
+        log: CallLog,
+    },
+
+    /// The ranks of a group called different collectives, or the same one with other lengths, dtypes or roots.
+    #[error(
+        "the ranks of group `{group}` do not agree on collective #{sequence}: {}; every rank must issue the same \
+         collectives in the same order with matching arguments{log}", describe_calls(.calls)
+    )]
+    Mismatch {
+        /// Group in which it happened.
+        group: Arc<str>,
+        /// Number of the collective in this group, counted from 0.
+        sequence: u64,
+        /// What each rank called, in rank order.
+        calls: Vec<Call>,
+        /// The last collectives of every rank of the group.
+        log: CallLog,
+    },
+
+    /// A received message is not what the receiver asked for.
+    #[error(
+        "rank {to} of group `{group}` expected {expected} from rank {from} with tag {tag}, but {found} came; \
+         make both sides agree on dtype and shape, or use another tag"
+    )]
+    UnexpectedMessage {
+        /// Group in which it happened.
+        group: Arc<str>,
+        /// Sending rank.
+        from: usize,
+        /// Receiving rank.
+        to: usize,
+        /// Tag of the message.
+        tag: u64,
+        /// What the receiver wanted.
+        expected: String,
+        /// What the sender sent.
+        found: String,
+    },
+
+    /// A rank dropped its communicator while others still needed it.
+    #[error(
+        "rank {rank} left group `{group}` while {operation} was waiting for it; keep its communicator alive until every \
+         rank has issued its last collective{log}"
+    )]
+    RankLost {
+        /// Group in which it happened.
+        group: Arc<str>,
+        /// The rank, within the group, that left.
+        rank: usize,
+        /// What another rank was calling.
+        operation: String,
+        /// The last collectives of every rank of the group.
+        log: CallLog,
+    },
+
+    /// A rank panicked.
+    #[error("rank {rank} panicked: {message}")]
+    RankPanicked {
+        /// World rank.
+        rank: usize,
+        /// The panic's message.
+        message: String,
+    },
+
+    /// The function that a rank ran returned an error.
+    #[error("rank {rank} failed: {cause}")]
+    RankFailed {
+        /// World rank.
+        rank: usize,
+        /// The error it returned.
+        cause: Box<Error>,
+    },
+
+    /// A rank called [`abort`](crate::comm::Communicator::abort).
+    #[error("rank {rank} of group `{group}` aborted the run: {reason}{log}")]
+    Aborted {
+        /// Group on which `abort` was called.
+        group: Arc<str>,
+        /// Rank, within the group, that called it.
+        rank: usize,
+        /// Its words.
+        reason: String,
+        /// The last collectives of every rank of the group.
+        log: CallLog,
+    },
+
+    /// A rank index that the group does not have.
+    #[error("rank {rank} does not exist in group `{group}` of {size} ranks, asked for by {operation}")]
+    NoSuchRank {
+        /// Group that was asked.
+        group: Arc<str>,
+        /// The index.
+        rank: usize,
+        /// Ranks in the group.
+        size: usize,
+        /// The operation.
+        operation: &'static str,
+    },
+
+    /// The reduction has no meaning for this element type.
+    #[error("{op:?} is not defined for {dtype:?}; {advice}")]
+    UnsupportedReduction {
+        /// The reduction.
+        op: ReduceOp,
+        /// The element type.
+        dtype: DType,
+        /// What to do instead.
+        advice: &'static str,
+    },
+
+    /// The element type cannot travel.
+    #[error("{operation} cannot carry {dtype:?}; cast the tensor to a plain float, integer or bool dtype first")]
+    UnsupportedDType {
+        /// The operation.
+        operation: &'static str,
+        /// The element type.
+        dtype: DType,
+    },
+
+    /// An argument that the rank alone can tell to be wrong.
+    #[error("{operation}: {problem}")]
+    InvalidArgument {
+        /// The function.
+        operation: &'static str,
+        /// What is wrong, with the numbers and the knob.
+        problem: String,
+    },
+
+    /// The axes of a mesh do not fit the world, or are not well named.
+    #[error("mesh: {problem}")]
+    Mesh {
+        /// What is wrong, with the numbers.
+        problem: String,
+    },
+
+    /// The ranks hold models of different structure.
+    #[error(
+        "the model of rank {rank} differs from that of rank 0 in group `{group}` at `{path}`: {problem}; build the same \
+         model on every rank"
+    )]
+    ModelMismatch {
+        /// Group over which the model was wrapped.
+        group: Arc<str>,
+        /// First rank that differs.
+        rank: usize,
+        /// Path of the first parameter that differs.
+        path: String,
+        /// How.
+        problem: String,
+    },
+
+    /// An environment variable that does not parse.
+    #[error("environment variable {variable}={value:?} is not {expected}")]
+    Environment {
+        /// Its name.
+        variable: &'static str,
+        /// Its value.
+        value: String,
+        /// What it should be.
+        expected: &'static str,
+    },
+
+    /// A rank could not be started.
+    #[error("rank {rank} of {size} could not be started: {problem}; ask for fewer ranks or fewer threads per rank")]
+    Launch {
+        /// World rank.
+        rank: usize,
+        /// Ranks asked for.
+        size: usize,
+        /// What the system said.
+        problem: String,
+    },
+
+    /// The training step could not be captured or rewritten as a graph.
+    #[error("graph: {problem}")]
+    Graph {
+        /// What is wrong and what to do.
+        problem: String,
+    },
+
+    /// An error of the user's own code, passed through.
+    #[error("{0}")]
+    User(String),
+}
+
+impl Error {
+    /// Wraps an error of the user's own code, so that a rank can return it.
+    pub fn user(error: impl std::fmt::Display) -> Self {
+        Self::User(error.to_string())
+    }
+
+    pub(crate) fn invalid(operation: &'static str, problem: impl Into<String>) -> Self {
+        Self::InvalidArgument { operation, problem: problem.into() }
+    }
+}
+
+fn describe_calls(calls: &[Call]) -> String {
+    let said: Vec<String> = calls.iter().enumerate().map(|(rank, call)| format!("rank {rank} called {call}")).collect();
+    said.join(", ")
+}

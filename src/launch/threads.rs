@@ -1,0 +1,141 @@
+//! Ranks as threads of this process.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
+use std::time::Duration;
+
+use burn::tensor::Device;
+
+use super::Rank;
+use crate::Error;
+use crate::comm::local::{self, WorldConfig};
+use crate::comm::{Communicator, panic_message};
+
+/// Prepares a world of `size` ranks that are threads of this process. [`Threads::run`] starts it.
+///
+/// ```
+/// use burn_parallel::prelude::*;
+///
+/// let sizes = launch::threads(4).run(|rank| Ok(rank.size()))?;
+/// assert_eq!(sizes, [4, 4, 4, 4]);
+/// # Ok::<(), Error>(())
+/// ```
+pub fn threads(size: usize) -> Threads {
+    Threads { size, threads_per_rank: None, seed: 0, device: Device::flex(), timeout: None }
+}
+
+/// A world of threads to be started.
+#[derive(Debug, Clone)]
+#[must_use = "nothing runs before `run`"]
+pub struct Threads {
+    size: usize,
+    threads_per_rank: Option<usize>,
+    seed: u64,
+    device: Device,
+    timeout: Option<Duration>,
+}
+
+impl Threads {
+    /// Sets how many threads compute for each rank. By default the cores are divided, at least one for each.
+    ///
+    /// Each rank has a rayon pool of its own: burn's CPU backend computes on the pool that it is called from, and ranks
+    /// that share one wait for each other's work.
+    pub fn threads_per_rank(mut self, threads: usize) -> Self {
+        self.threads_per_rank = Some(threads);
+        self
+    }
+
+    /// Sets the seed of the run, see [`Rank::seed`] and [`Rank::rng`]. Default 0.
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// Sets the device of all ranks. Default [`Device::flex`].
+    pub fn device(mut self, device: Device) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// Sets the longest time a rank waits for its peers, in place of `BURN_PARALLEL_TIMEOUT_S` (default 300 s).
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
+        self
+    }
+
+    /// Runs `f` on every rank, each on a thread of its own, and returns their results in rank order.
+    ///
+    /// # Errors
+    ///
+    /// The first error of any rank, after all of them have ended: an error or a panic of one rank fails the world, and the
+    /// others return from whatever they wait in. [`Error::InvalidArgument`] and [`Error::Launch`] before anything runs.
+    pub fn run<T, F>(self, f: F) -> Result<Vec<T>, Error>
+    where
+        T: Send,
+        F: Fn(Rank) -> Result<T, Error> + Sync,
+    {
+        let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
+        let threads = self.threads_per_rank.unwrap_or((cores / self.size.max(1)).max(1));
+        if threads == 0 {
+            return Err(Error::invalid("threads_per_rank", "a rank needs at least 1 thread, not 0"));
+        }
+        let mut config = WorldConfig::from_env()?;
+        if let Some(timeout) = self.timeout {
+            config = config.with_timeout(timeout);
+        }
+        let world = local::world(self.size, config)?;
+        let mut not_started = None;
+        let ended: Vec<Ended<T>> = thread::scope(|scope| {
+            let mut handles = Vec::with_capacity(self.size);
+            for comm in world {
+                let index = comm.rank();
+                let rank = Rank::new(comm.clone(), self.device.clone(), threads, self.seed);
+                let f = &f;
+                let body = move || run_rank(rank, comm, threads, f);
+                match thread::Builder::new().name(format!("rank {index}")).spawn_scoped(scope, body) {
+                    Ok(handle) => handles.push(handle),
+                    Err(problem) => {
+                        // Its communicator is gone with it, and the others find that out by themselves.
+                        let problem = problem.to_string();
+                        not_started = Some(Error::Launch { rank: index, size: self.size, problem });
+                    }
+                }
+            }
+            let lost = |_| Err(Error::invalid("launch::threads", "a rank's thread ended before its function"));
+            handles.into_iter().map(|handle| handle.join().unwrap_or_else(lost)).collect()
+        });
+        match not_started {
+            Some(error) => Err(error),
+            None => ended.into_iter().collect(),
+        }
+    }
+}
+
+/// A rank's result, or the error of the world.
+type Ended<T> = Result<T, Error>;
+
+/// Runs one rank on its pool. A failure is told to the world, which keeps the first.
+fn run_rank<T, F>(rank: Rank, comm: Communicator, threads: usize, f: &F) -> Ended<T>
+where
+    T: Send,
+    F: Fn(Rank) -> Result<T, Error> + Sync,
+{
+    let index = comm.rank();
+    // `comm` is kept to the end, so that peers learn that this rank is gone only after they can learn why.
+    let fail = |error: Error| {
+        comm.fail(error.clone());
+        Err(comm.failure().unwrap_or(error))
+    };
+    let thread_name = move |thread| format!("rank {index} compute {thread}");
+    let pool = match rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(thread_name).build() {
+        Ok(pool) => pool,
+        Err(problem) => return fail(Error::Launch { rank: index, size: comm.size(), problem: problem.to_string() }),
+    };
+    match catch_unwind(AssertUnwindSafe(|| pool.install(|| f(rank)))) {
+        Ok(Ok(result)) => Ok(result),
+        // An error that came from the world is not this rank's own.
+        Ok(Err(cause)) if comm.failure().as_ref() == Some(&cause) => Err(cause),
+        Ok(Err(cause)) => fail(Error::RankFailed { rank: index, cause: Box::new(cause) }),
+        Err(panic) => fail(Error::RankPanicked { rank: index, message: panic_message(&*panic) }),
+    }
+}
