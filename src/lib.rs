@@ -3,6 +3,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod comm;
+pub mod data_parallel;
 mod error;
 pub mod launch;
 pub mod mesh;
@@ -13,6 +14,7 @@ pub use error::Error;
 pub mod prelude {
     pub use crate::Error;
     pub use crate::comm::{Communicator, ReduceOp};
+    pub use crate::data_parallel::{DataParallel, DataParallelConfig, Loss};
     pub use crate::launch::{self, Rank};
     pub use crate::mesh::Mesh;
 }

@@ -138,7 +138,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::UnsupportedReduction`].
     pub fn all_reduce<P: Payload>(&self, payload: P, op: ReduceOp) -> Result<P, Error> {
-        let (data, home) = payload.into_host();
+        let (data, home) = payload.into_host()?;
         P::from_host(self.all_reduce_host(data, op)?, &home)
     }
 
@@ -147,7 +147,8 @@ impl Communicator {
     /// # Errors
     /// [`Error::UnsupportedReduction`]; [`Error::InvalidArgument`] if their dtypes differ.
     pub fn all_reduce_coalesced<P: Payload>(&self, payloads: Vec<P>, op: ReduceOp) -> Result<Vec<P>, Error> {
-        let (tensors, homes): (Vec<_>, Vec<_>) = payloads.into_iter().map(P::into_host).unzip();
+        let hosts = payloads.into_iter().map(P::into_host).collect::<Result<Vec<_>, _>>()?;
+        let (tensors, homes): (Vec<_>, Vec<_>) = hosts.into_iter().unzip();
         let reduced = self.all_reduce_many(tensors, op)?;
         reduced.into_iter().zip(&homes).map(|(data, home)| P::from_host(data, home)).collect()
     }
@@ -165,7 +166,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::UnsupportedReduction`].
     pub fn reduce_scatter<P: Payload>(&self, payload: P, op: ReduceOp) -> Result<P, Error> {
-        let (data, home) = payload.into_host();
+        let (data, home) = payload.into_host()?;
         reduce::check(op, data.dtype())?;
         self.through(Operation::ReduceScatter(op), Some(data), None).and_then(|data| P::from_host(data, &home))
     }
@@ -173,7 +174,7 @@ impl Communicator {
     /// Every rank gets the payloads of all, one behind the other along the first dim in rank order. First dims may differ;
     /// the other dims and the dtype may not.
     pub fn all_gather<P: Payload>(&self, payload: P) -> Result<P, Error> {
-        let (data, home) = payload.into_host();
+        let (data, home) = payload.into_host()?;
         self.through(Operation::AllGather, Some(data), None).and_then(|data| P::from_host(data, &home))
     }
 
@@ -193,7 +194,7 @@ impl Communicator {
     /// [`Error::NoSuchRank`].
     pub fn broadcast<P: Payload>(&self, payload: P, root: usize) -> Result<P, Error> {
         self.check_root(root, "broadcast")?;
-        let (data, home) = payload.into_host();
+        let (data, home) = payload.into_host()?;
         P::from_host(self.host_in_place(Operation::Broadcast { root }, data)?, &home)
     }
 
@@ -210,7 +211,7 @@ impl Communicator {
     /// [`Error::NoSuchRank`], [`Error::UnsupportedReduction`].
     pub fn reduce<P: Payload>(&self, payload: P, op: ReduceOp, root: usize) -> Result<Option<P>, Error> {
         self.check_root(root, "reduce")?;
-        let (data, home) = payload.into_host();
+        let (data, home) = payload.into_host()?;
         reduce::check(op, data.dtype())?;
         let data = self.host_in_place(Operation::Reduce { op, root }, data)?;
         (root == self.rank()).then(|| P::from_host(data, &home)).transpose()
@@ -222,7 +223,7 @@ impl Communicator {
     /// [`Error::NoSuchRank`].
     pub fn gather<P: Payload>(&self, payload: P, root: usize) -> Result<Option<P>, Error> {
         self.check_root(root, "gather")?;
-        let (data, home) = payload.into_host();
+        let (data, home) = payload.into_host()?;
         let gathered = self.through(Operation::Gather { root }, Some(data), None)?;
         (root == self.rank()).then(|| P::from_host(gathered, &home)).transpose()
     }
@@ -239,7 +240,7 @@ impl Communicator {
             self.fail(error.clone());
             return Err(error);
         }
-        let (data, home) = match payload.filter(|_| root == self.rank()).map(P::into_host) {
+        let (data, home) = match payload.filter(|_| root == self.rank()).map(P::into_host).transpose()? {
             Some((data, home)) => (Some(data), home),
             None => (None, P::Home::default()),
         };
@@ -248,7 +249,7 @@ impl Communicator {
 
     /// Part `j` of this rank's first dim goes to rank `j`; the rank gets its part of every rank, in rank order.
     pub fn all_to_all<P: Payload>(&self, payload: P) -> Result<P, Error> {
-        let (data, home) = payload.into_host();
+        let (data, home) = payload.into_host()?;
         self.through(Operation::AllToAll, Some(data), None).and_then(|data| P::from_host(data, &home))
     }
 
@@ -257,7 +258,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::NoSuchRank`].
     pub fn send<P: Payload>(&self, payload: P, to: usize, tag: u64) -> Result<(), Error> {
-        let (data, _) = payload.into_host();
+        let (data, _) = payload.into_host()?;
         host::check_dtype("send", data.dtype())?;
         let bytes = data.layout().num_elements() * data.dtype().size();
         let call = Call::new(Operation::Send { to, tag }, Some(data.dtype()), host::extent(&data));
@@ -342,9 +343,7 @@ impl Communicator {
         let nothing = unsafe { BufferRef::from_raw(std::ptr::null(), 0, dtype.unwrap_or(DType::F32)) };
         let input = data.as_ref().map_or(nothing, host::lend);
         let mut output = TensorOutput::new(dtype);
-        self.run(&call, |transport| {
-            transport.collective(&call, Transfer::Through { input, output: &mut output })
-        })?;
+        self.run(&call, |transport| transport.collective(&call, Transfer::Through { input, output: &mut output }))?;
         // A rank that receives nothing gets back a tensor of no use to anybody: its own input, or an empty one.
         Ok(output.into_tensor().or(data).unwrap_or_else(|| FlexTensor::zeros([0].into(), dtype.unwrap_or(DType::F32))))
     }

@@ -88,6 +88,8 @@ impl CounterBoard {
             bytes: tally.bytes.load(Relaxed),
             time: Duration::from_nanos(tally.nanoseconds.load(Relaxed)),
         };
-        Counters(Operation::NAMES.into_iter().zip(self.0.iter().map(read)).filter(|(_, tally)| tally.calls > 0).collect())
+        Counters(
+            Operation::NAMES.into_iter().zip(self.0.iter().map(read)).filter(|(_, tally)| tally.calls > 0).collect(),
+        )
     }
 }

@@ -54,9 +54,7 @@ fn read<R>(tensor: &FlexTensor, f: impl FnOnce(&[u8]) -> R) -> R {
 /// Lends a contiguous tensor for reading.
 pub(crate) fn lend(tensor: &FlexTensor) -> BufferRef<'_> {
     // SAFETY: the bytes belong to the tensor, which is borrowed for as long.
-    read(tensor, |bytes| unsafe {
-        BufferRef::from_raw(bytes.as_ptr(), tensor.shape().num_elements(), tensor.dtype())
-    })
+    read(tensor, |bytes| unsafe { BufferRef::from_raw(bytes.as_ptr(), tensor.shape().num_elements(), tensor.dtype()) })
 }
 
 /// Lends an [`exclusive`] tensor for reading and writing.
@@ -108,7 +106,8 @@ impl<E: Element> Output for SliceOutput<'_, E> {
         let elements: usize = dims.iter().product();
         if dtype != E::DTYPE || elements != self.0.len() {
             let (room, wanted) = (self.0.len(), E::DTYPE);
-            let problem = format!("the output has room for {room} elements of {wanted:?}, {elements} of {dtype:?} came");
+            let problem =
+                format!("the output has room for {room} elements of {wanted:?}, {elements} of {dtype:?} came");
             return Err(Error::invalid("receive", problem));
         }
         Ok(BufferMut::new(self.0))

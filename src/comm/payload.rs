@@ -24,7 +24,10 @@ pub trait Payload: Sized + Send + 'static {
     fn fixed_dtype() -> Option<DType>;
 
     /// The data in host memory, and what is needed for the way back.
-    fn into_host(self) -> (FlexTensor, Self::Home);
+    ///
+    /// # Errors
+    /// [`Error::UnsupportedDType`] if it is quantized.
+    fn into_host(self) -> Result<(FlexTensor, Self::Home), Error>;
 
     /// The way back.
     ///
@@ -40,9 +43,9 @@ impl<E: Element> Payload for Vec<E> {
         Some(E::DTYPE)
     }
 
-    fn into_host(self) -> (FlexTensor, ()) {
+    fn into_host(self) -> Result<(FlexTensor, ()), Error> {
         let len = self.len();
-        (FlexTensor::from_data(TensorData::new(self, [len])), ())
+        Ok((FlexTensor::from_data(TensorData::new(self, [len])), ()))
     }
 
     fn from_host(data: FlexTensor, (): &()) -> Result<Self, Error> {
@@ -58,6 +61,13 @@ impl<E: Element> Payload for Vec<E> {
 pub struct TensorHome {
     device: Device,
     autodiff: Option<GradientCheckpointingStrategy>,
+}
+
+impl TensorHome {
+    /// A device without autodiff.
+    pub(crate) fn plain(device: Device) -> Self {
+        Self { device, autodiff: None }
+    }
 }
 
 impl Default for TensorHome {
@@ -97,7 +107,11 @@ impl<const D: usize, K: TensorKind> Payload for Tensor<D, K> {
         None
     }
 
-    fn into_host(self) -> (FlexTensor, TensorHome) {
+    fn into_host(self) -> Result<(FlexTensor, TensorHome), Error> {
+        let dtype = self.dtype();
+        if !K::holds(dtype) {
+            return Err(Error::UnsupportedDType { operation: "a collective", dtype });
+        }
         let home = TensorHome { device: self.device().inner(), autodiff: self.gradient_checkpointing_strategy() };
         let plain = self.inner();
         let on_flex = plain.device() == Device::flex();
@@ -105,7 +119,7 @@ impl<const D: usize, K: TensorKind> Payload for Tensor<D, K> {
             true => plain.try_into_primitive::<Flex>().expect("the device says that this is a flex tensor"),
             false => FlexTensor::from_data(plain.into_data()),
         };
-        (data, home)
+        Ok((data, home))
     }
 
     fn from_host(data: FlexTensor, home: &TensorHome) -> Result<Self, Error> {

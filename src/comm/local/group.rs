@@ -8,9 +8,9 @@ use super::bell::Patience;
 use super::mailbox::Mailboxes;
 use super::rendezvous::Rendezvous;
 use crate::Error;
+use crate::comm::Call;
 use crate::comm::transport::BufferMut;
 use crate::comm::watch::Watch;
-use crate::comm::Call;
 
 /// What a rank lays out for the others in a meeting.
 #[derive(Clone, Copy)]

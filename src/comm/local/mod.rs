@@ -54,7 +54,11 @@ impl WorldConfig {
             Ok(value) => match value.trim().parse::<f64>().ok().and_then(|s| Duration::try_from_secs_f64(s).ok()) {
                 Some(timeout) if !timeout.is_zero() => timeout,
                 _ => {
-                    return Err(Error::Environment { variable: VARIABLE, value, expected: "a positive number of seconds" });
+                    return Err(Error::Environment {
+                        variable: VARIABLE,
+                        value,
+                        expected: "a positive number of seconds",
+                    });
                 }
             },
         };
@@ -101,7 +105,8 @@ pub fn world(size: usize, config: WorldConfig) -> Result<Vec<Communicator>, Erro
     }
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     // With a core for each rank, spinning a few tens of microseconds saves two context switches a collective.
-    let patience = if size <= cores { Patience { spins: 2000, yields: 20 } } else { Patience { spins: 20, yields: 20 } };
+    let patience =
+        if size <= cores { Patience { spins: 2000, yields: 20 } } else { Patience { spins: 20, yields: 20 } };
     let fate = Arc::new(Fate::default());
     let group = Group::new(config.name, (0..size).collect(), fate, config.timeout, patience);
     Ok((0..size).map(|rank| Communicator::new(LocalTransport::new(group.clone(), rank))).collect())
@@ -174,7 +179,9 @@ impl LocalTransport {
                 {
                     let (name, operation, log) = (group.name.clone(), call.to_string(), group.watch.log());
                     group.fate.fail(match panicked {
-                        true => Error::RankPanicked { rank: group.members[rank], message: "see its own message".into() },
+                        true => {
+                            Error::RankPanicked { rank: group.members[rank], message: "see its own message".into() }
+                        }
                         false => Error::RankLost { group: name, rank, operation, log },
                     });
                 }
@@ -297,7 +304,10 @@ impl Transport for LocalTransport {
             if message.is_none() {
                 let why = over.filter(|_| in_time).unwrap_or(Interrupted::Expired);
                 return Err(self.interrupted(why, &call, began, || {
-                    format!("rank {from}; tags that it has sent and nobody has read: {:?}", group.mail.tags(from, self.rank))
+                    format!(
+                        "rank {from}; tags that it has sent and nobody has read: {:?}",
+                        group.mail.tags(from, self.rank)
+                    )
                 }));
             }
         }
@@ -306,8 +316,7 @@ impl Transport for LocalTransport {
 
     fn split(&self, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error> {
         let call = Call::new(Operation::Split, None, Extent::flat(0));
-        let post =
-            Post { call, buffers: std::ptr::null(), input: std::ptr::null(), color_and_key: (color, key) };
+        let post = Post { call, buffers: std::ptr::null(), input: std::ptr::null(), color_and_key: (color, key) };
         let (meeting, mut members) = self.meet(post, |posts| {
             let mine = posts.iter().enumerate().filter(|(_, other)| other.color_and_key.0 == color);
             mine.map(|(rank, other)| (other.color_and_key.1, rank)).collect::<Vec<_>>()

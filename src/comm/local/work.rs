@@ -62,7 +62,8 @@ fn fold_share(op: ReduceOp, rank: usize, posts: &Posts<'_>, root: Option<usize>)
     let mut passed = 0;
     for (piece, buffer) in own.iter().enumerate() {
         // The share runs through the buffers as if they were one behind the other.
-        let here = share.start.clamp(passed, passed + buffer.elements)..share.end.clamp(passed, passed + buffer.elements);
+        let here =
+            share.start.clamp(passed, passed + buffer.elements)..share.end.clamp(passed, passed + buffer.elements);
         if !here.is_empty() {
             for (other, post) in posts.iter().enumerate() {
                 let bytes = (here.start - passed) * buffer.dtype.size();

@@ -1,0 +1,192 @@
+//! Hearing of every gradient of an unmodified module as soon as it is there.
+//!
+//! Each trainable parameter carries a burn [`Reparameterization`] that leaves its value as it is, but puts an operation
+//! into the graph at every use of the parameter ([`Param::val`]). When backward comes to that operation, the gradient of
+//! this use is complete.
+//!
+//! burn runs backward by descending *order* of the nodes, the longest distance from a leaf. An operation right behind a
+//! leaf would have order 1 and be the last to run, all of them together at the very end of backward. So the operation has
+//! a second parent, an untracked tensor whose node has the order that is wanted: the `k`-th use of a forward gets order
+//! `k * STRIDE`. Then the uses are visited in reverse, each about when the layers behind it are done: earlier would be
+//! wrong and cannot be (an operation runs after all that depends on it), later costs only overlap.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Weak};
+
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::{BalancedCheckpointing, CheckpointStrategy, NoCheckpointing};
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::flex::FlexTensor;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, DispatchKindConversion, DispatchTensor, Flex, GradientCheckpointingStrategy};
+use burn::module::{Module, Param, ParamId, Reparameterization, Reparameterizer};
+use burn::tensor::{DType, Shape, Tensor};
+
+/// Operations between two uses that keep the hook of the earlier one from running too late: more than a transformer block
+/// has one behind the other between its weights.
+const STRIDE: usize = 32;
+
+/// Orders above this all share one anchor, so that endless forwards without a backward cost no memory.
+const HIGHEST_ORDER: usize = 1 << 15;
+
+/// Hears of uses and gradients of parameters.
+pub(super) trait GradientListener: Send + Sync {
+    /// A use of parameter `param` enters the graph. Returns its number among the uses since the last backward.
+    fn used(&self, param: usize) -> usize;
+
+    /// The gradient of one use of parameter `param` is complete.
+    fn arrived(&self, param: usize, gradient: FlexTensor);
+}
+
+#[derive(Clone)]
+struct Listener(Weak<dyn GradientListener>);
+
+impl fmt::Debug for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Listener")
+    }
+}
+
+/// The reparameterization that listens. Without its listener it does nothing.
+#[derive(Module, Debug)]
+pub(super) struct GradientHook {
+    #[module(skip)]
+    listener: Listener,
+    #[module(skip)]
+    param: usize,
+}
+
+impl Reparameterization for GradientHook {
+    const NAME: &'static str = "gradient_hook";
+
+    fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
+        if !base.is_require_grad() {
+            return base;
+        }
+        let Some(listener) = self.listener.0.upgrade() else { return base };
+        let order = (listener.used(self.param) * STRIDE).min(HIGHEST_ORDER);
+        let arrival = Arrival { listener: self.listener.clone(), param: self.param };
+        match base.gradient_checkpointing_strategy() {
+            None => base,
+            Some(GradientCheckpointingStrategy::Disabled) => listen::<D, NoCheckpointing>(base, order, arrival),
+            Some(GradientCheckpointingStrategy::Balanced) => listen::<D, BalancedCheckpointing>(base, order, arrival),
+        }
+    }
+}
+
+/// Attaches a [`GradientHook`] to every parameter that the listener knows.
+pub(super) struct AttachHooks<'a> {
+    listener: Listener,
+    numbers: &'a HashMap<ParamId, usize>,
+}
+
+impl<'a> AttachHooks<'a> {
+    /// `numbers` are those by which the listener calls the parameters.
+    pub fn new<L: GradientListener + 'static>(listener: &Arc<L>, numbers: &'a HashMap<ParamId, usize>) -> Self {
+        let listener = Arc::downgrade(listener) as Weak<dyn GradientListener>;
+        Self { listener: Listener(listener), numbers }
+    }
+}
+
+impl Reparameterizer for AttachHooks<'_> {
+    type Reparam = GradientHook;
+
+    fn reparameterize<const D: usize>(
+        &mut self,
+        _path: &str,
+        param: Param<Tensor<D>>,
+    ) -> (Param<Tensor<D>>, Option<GradientHook>) {
+        let number = self.numbers.get(&param.id).copied();
+        (param, number.map(|param| GradientHook { listener: self.listener.clone(), param }))
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Arrival {
+    listener: Listener,
+    param: usize,
+}
+
+/// The identity whose backward tells the listener, and does not hand the gradient on: the listener has it now.
+#[derive(Debug)]
+struct Listen;
+
+impl Backward<Flex, 2> for Listen {
+    type State = Arrival;
+
+    fn backward(self, ops: Ops<Arrival, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let gradient = grads.consume::<Flex>(&ops.node);
+        match ops.state.listener.0.upgrade() {
+            Some(listener) => listener.arrived(ops.state.param, gradient),
+            None => {
+                // The wrapper has gone while its graph lived on: burn's own way.
+                let [parameter, _anchor] = ops.parents;
+                if let Some(parameter) = parameter {
+                    grads.register::<Flex>(parameter.id, gradient);
+                }
+            }
+        }
+    }
+}
+
+fn listen<const D: usize, C: CheckpointStrategy>(x: Tensor<D>, order: usize, arrival: Arrival) -> Tensor<D>
+where
+    DispatchTensor: DispatchKindConversion<Autodiff<Flex, C>>,
+{
+    // Hooks are attached to parameters on the CPU device; a model moved elsewhere since then is simply not listened to.
+    let Ok(tracked) = x.clone().try_into_primitive::<Autodiff<Flex, C>>() else { return x };
+    drop(x);
+    let (value, parameter) = tracked.into_parts();
+    let output = match Listen.prepare::<C>([parameter, anchor(order).node()]).compute_bound().stateful() {
+        OpsKind::Tracked(prepared) => prepared.finish(arrival, value),
+        OpsKind::UnTracked(prepared) => prepared.finish(value),
+    };
+    Tensor::from_primitive::<Autodiff<Flex, C>>(output)
+}
+
+/// An operation of no effect that adds 1 to the order of a node.
+#[derive(Debug)]
+struct Deepen;
+
+impl Backward<Flex, 1> for Deepen {
+    type State = ();
+
+    fn backward(self, _: Ops<(), 1>, _: &mut Gradients, _: &mut Checkpointer) {}
+}
+
+type Anchor = FloatTensor<Autodiff<Flex>>;
+
+/// Untracked tensors by the order of their nodes, and the end of the chain they were cut from.
+#[derive(Default)]
+struct Anchors {
+    known: HashMap<usize, Anchor>,
+    tip: Option<(usize, Anchor)>,
+}
+
+thread_local! {
+    static ANCHORS: RefCell<Anchors> = RefCell::default();
+}
+
+/// An untracked tensor whose node has exactly this order.
+fn anchor(order: usize) -> Anchor {
+    ANCHORS.with_borrow_mut(|anchors| {
+        if let Some(anchor) = anchors.known.get(&order) {
+            return anchor.clone();
+        }
+        let root = || (0, Anchor::new(FlexTensor::zeros(Shape::from(vec![1]), DType::F32)));
+        let (reached, mut tensor) = anchors.tip.take().filter(|(reached, _)| *reached <= order).unwrap_or_else(root);
+        for _ in reached..order {
+            let (value, node) = tensor.into_parts();
+            tensor = match Deepen.prepare::<NoCheckpointing>([node]).compute_bound().stateful() {
+                OpsKind::UnTracked(prepared) => prepared.finish(value),
+                OpsKind::Tracked(prepared) => prepared.finish((), value),
+            };
+        }
+        anchors.known.insert(order, tensor.clone());
+        anchors.tip = Some((order, tensor.clone()));
+        tensor
+    })
+}

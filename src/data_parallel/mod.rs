@@ -1,0 +1,92 @@
+//! Data parallelism: a replica of the model on every rank, each with its share of the batch, and one gradient.
+//!
+//! [`DataParallel`] is implemented for every burn [`Module`]. Wrapping broadcasts rank 0's parameters and returns a
+//! [`Replica`], which dereferences to the model; `backward` on it returns the gradients of the whole batch, and burn's own
+//! optimizers do the rest:
+//!
+//! ```
+//! use burn::nn::{Linear, LinearConfig};
+//! use burn::optim::{GradientsParams, ModuleOptimizer, SgdConfig};
+//! use burn::tensor::Tensor;
+//! use burn_parallel::prelude::*;
+//!
+//! let biases = launch::threads(2).run(|rank| {
+//!     let device = rank.device().autodiff();
+//!     let mut model = LinearConfig::new(3, 1).init(&device).data_parallel(&rank, DataParallelConfig::new())?;
+//!     let mut optim: ModuleOptimizer = SgdConfig::new().init().into();
+//!     for _ in 0..3 {
+//!         let input = Tensor::<2>::ones([4, 3], &device) * (rank.rank() as f32 + 1.0);
+//!         let loss = model.forward(input).mean();
+//!         let grads = model.backward(loss)?;
+//!         model = optim.step(0.1, model, grads);
+//!     }
+//!     Ok(model.weight.val().into_data())
+//! })?;
+//! assert_eq!(biases[0], biases[1]);
+//! # Ok::<(), Error>(())
+//! ```
+//!
+//! The design is that of PyTorch's `DistributedDataParallel` (Li et al. 2020, arXiv:2006.15704): gradients are reduced in
+//! buckets, in the order in which backward completes them, while backward goes on. What differs: accumulation is a
+//! property of the step and not of a context, averages are weighted by what was really seen ([`Loss`]), and ranks may bring
+//! different numbers of batches ([`Replica::join`]).
+//!
+//! # Random numbers
+//!
+//! Ranks that are threads share burn's random generator with each other: `Dropout` and random tensors then draw numbers
+//! that depend on which thread comes first, and a run does not repeat itself bit by bit. Parameters are not touched by
+//! this: they come from rank 0. What can be drawn outside burn is better drawn from [`Rank::rng`](crate::launch::Rank::rng),
+//! which is a stream of its own for each rank.
+
+mod buckets;
+mod comm_hook;
+mod config;
+mod hook;
+mod join;
+mod loss;
+mod reducer;
+mod replica;
+mod structure;
+
+use std::sync::Arc;
+
+use burn::module::Module;
+
+pub use comm_hook::{AllReduceHook, Bucket, CastHook, CommHook};
+pub use config::DataParallelConfig;
+pub use join::Join;
+pub use loss::Loss;
+pub use replica::{Replica, Step, StepCounters};
+
+use self::hook::AttachHooks;
+use self::reducer::Reducer;
+use self::structure::Structure;
+use crate::Error;
+use crate::comm::Communicator;
+
+/// Makes any burn module a replica of a data-parallel group.
+pub trait DataParallel: Module {
+    /// Wraps the module. Collective over `group`: every rank wraps the same model. All parameters and buffers take rank
+    /// 0's values; quantized ones stay as they are.
+    ///
+    /// Attach LoRA adapters before wrapping: a parameter takes one reparameterization, and the replica's hook is one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::ModelMismatch`] if the ranks' models differ in structure; those of [`Communicator`].
+    fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replica<Self>, Error> {
+        let mut module = self;
+        let structure = Structure::of(&module);
+        if group.size() > 1 {
+            structure.agree(group)?;
+            module = structure::broadcast(structure::own_buffers(module), group)?;
+        }
+        let reducer = Arc::new(Reducer::new(structure.trained, group, config)?);
+        if group.size() > 1 {
+            module = module.apply_reparameterization(AttachHooks::new(&reducer, reducer.numbers()));
+        }
+        Ok(Replica::new(module, reducer))
+    }
+}
+
+impl<M: Module> DataParallel for M {}

@@ -1,0 +1,358 @@
+//! From gradients that arrive one by one to averages over the group.
+//!
+//! # A step
+//!
+//! The thread that runs backward hands gradients in ([`GradientListener::arrived`]); as soon as all those of a bucket are
+//! there, and the buckets before it are on their way, the bucket is started on the communicator's background thread. Every
+//! rank starts the same collectives in the same order, whatever the order in which its gradients arrive:
+//!
+//! 1. the *head*: the weights and losses of all ranks are summed, which gives each rank's factor in the average;
+//! 2. the buckets, in order; what a rank has no gradient for counts as zero;
+//! 3. the *tail*: which parameters were used anywhere, so that one that no rank used gets no gradient at all, as on a
+//!    single device; and which gradients came late.
+//!
+//! *Late* is a gradient that arrives after its bucket was started. That takes a parameter that is used in a forward before
+//! the last backward and is then used again; it is summed in a collective of its own after the tail.
+//!
+//! Head and tail go over a communicator of their own, so the counters of the other one are those of the gradients alone.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+
+use burn::backend::Flex;
+use burn::backend::flex::FlexTensor;
+use burn::backend::ops::FloatTensorOps;
+use burn::module::ParamId;
+use burn::tensor::{DType, Shape, Tensor};
+
+use super::buckets;
+use super::comm_hook::Bucket;
+use super::config::DataParallelConfig;
+use super::hook::GradientListener;
+use super::structure::Trained;
+use crate::Error;
+use crate::comm::{Communicator, Payload, Pending, ReduceOp};
+
+/// What a rank brings into a step's average.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Contribution {
+    /// Weight of its micro-batches.
+    pub weight: f64,
+    /// Sum over them of weight times mean loss.
+    pub loss: f64,
+    /// Weight in units of which the gradients are summed.
+    pub unit: f64,
+}
+
+/// The averages over the group.
+pub(super) struct Reduced {
+    /// Mean loss over everything that made up the step; NaN if nothing did.
+    pub loss: f64,
+    /// Weight over all ranks.
+    pub weight: f64,
+    /// Gradient of each parameter that was used on any rank.
+    pub gradients: HashMap<usize, FlexTensor>,
+}
+
+pub(super) struct Reducer {
+    params: Vec<Trained>,
+    numbers: HashMap<ParamId, usize>,
+    /// Carries the buckets.
+    data: Communicator,
+    /// Carries head and tail.
+    control: Communicator,
+    config: DataParallelConfig,
+    step: Mutex<Step>,
+}
+
+#[derive(Default)]
+struct Step {
+    params: Vec<Progress>,
+    /// Parameters of each bucket, in the order in which buckets are started.
+    buckets: Vec<Vec<usize>>,
+    /// Whether the buckets follow the order in which backward completes gradients, or still the guess at it.
+    observed: bool,
+    /// Order in which gradients were completed.
+    completed: Vec<usize>,
+    /// Uses since the last backward.
+    uses: usize,
+    /// The reduction under way, during the backward of the last micro-batch.
+    flight: Option<Flight>,
+}
+
+#[derive(Default)]
+struct Progress {
+    /// Uses in the graph, and those whose gradient has arrived.
+    uses: usize,
+    arrived: usize,
+    gradient: Option<FlexTensor>,
+    used: bool,
+    started: bool,
+    late: Option<FlexTensor>,
+}
+
+struct Flight {
+    head: Pending<[f64; 2]>,
+    factor: Arc<OnceLock<f64>>,
+    buckets: Vec<Pending<Vec<FlexTensor>>>,
+}
+
+impl Reducer {
+    /// # Errors
+    /// Those of [`Communicator::split`].
+    pub fn new(params: Vec<Trained>, group: &Communicator, config: DataParallelConfig) -> Result<Self, Error> {
+        let (data, control) = (group.split(0, group.rank() as i64)?, group.split(0, group.rank() as i64)?);
+        let numbers = params.iter().enumerate().map(|(number, param)| (param.id, number)).collect();
+        let reducer = Self { params, numbers, data, control, config, step: Mutex::default() };
+        let guess: Vec<usize> = (0..reducer.params.len()).rev().collect();
+        {
+            let mut step = reducer.lock();
+            step.params = reducer.params.iter().map(|_| Progress::default()).collect();
+            step.buckets = reducer.divide(&guess);
+        }
+        Ok(reducer)
+    }
+
+    /// The number of a parameter among those that are trained.
+    pub fn number(&self, id: ParamId) -> Option<usize> {
+        self.numbers.get(&id).copied()
+    }
+
+    /// The numbers of all parameters that are trained.
+    pub fn numbers(&self) -> &HashMap<ParamId, usize> {
+        &self.numbers
+    }
+
+    pub fn data(&self) -> &Communicator {
+        &self.data
+    }
+
+    pub fn control(&self) -> &Communicator {
+        &self.control
+    }
+
+    /// Number of buckets, each one collective a step.
+    pub fn buckets(&self) -> usize {
+        self.lock().buckets.len()
+    }
+
+    /// Starts the reduction: what arrives from now on completes the step.
+    pub fn open(self: &Arc<Self>, contribution: Contribution) {
+        let factor = Arc::new(OnceLock::new());
+        let (control, set) = (self.control.clone(), factor.clone());
+        let head = self.data.start(move |_| {
+            let sums = control.all_reduce(vec![contribution.weight, contribution.loss], ReduceOp::Sum)?;
+            let _ = set.set(if sums[0] > 0.0 { contribution.unit / sums[0] } else { 0.0 });
+            Ok([sums[0], sums[1]])
+        });
+        self.lock().flight = Some(Flight { head, factor, buckets: Vec::new() });
+        if self.config.overlap {
+            self.start_complete();
+        }
+    }
+
+    /// Takes the gradients that did not come through hooks, starts what is left, and waits for everything.
+    ///
+    /// # Errors
+    /// The error of the world; the step is then void.
+    pub fn close(self: &Arc<Self>, unheard: Vec<(usize, FlexTensor)>) -> Result<Reduced, Error> {
+        for (param, gradient) in unheard {
+            self.add(param, gradient);
+        }
+        let mut step = self.lock();
+        while self.start_next(&mut step, true) {}
+        let Some(flight) = step.flight.take() else {
+            return Err(Error::invalid("DataParallel::backward", "the reduction was not open"));
+        };
+        let flags: Vec<u8> =
+            step.params.iter().map(|param| u8::from(param.used) + u8::from(param.late.is_some())).collect();
+        let layout = step.buckets.clone();
+        let completed = std::mem::take(&mut step.completed);
+        let mut late: HashMap<usize, FlexTensor> =
+            step.params.iter_mut().enumerate().filter_map(|(place, param)| Some((place, param.late.take()?))).collect();
+        let observe = !step.observed;
+        step.observed = true;
+        step.reset();
+        drop(step);
+
+        let control = self.control.clone();
+        let tail = self.data.start(move |_| control.all_reduce(flags, ReduceOp::Max));
+        let [weight, loss] = flight.head.wait()?;
+        let mut gradients = HashMap::new();
+        for (params, bucket) in layout.iter().zip(flight.buckets) {
+            gradients.extend(params.iter().copied().zip(bucket.wait()?));
+        }
+        let used = tail.wait()?;
+        let tardy: Vec<usize> = (0..used.len()).filter(|param| used[*param] > 1).collect();
+        if !tardy.is_empty() {
+            let factor = flight.factor.get().copied().unwrap_or_default();
+            let extra = tardy.iter().map(|param| late.remove(param).unwrap_or_else(|| self.zeros(*param))).collect();
+            let extra = self.data.all_reduce_many(extra, ReduceOp::PreMulSum(factor))?;
+            for (param, extra) in tardy.into_iter().zip(extra) {
+                accumulate(gradients.entry(param).or_insert_with(|| self.zeros(param)), extra);
+            }
+        }
+        gradients.retain(|param, _| used[*param] > 0);
+        if observe {
+            self.follow(completed)?;
+        }
+        Ok(Reduced { loss: loss / weight, weight, gradients })
+    }
+
+    /// Keeps a gradient that did not come through a hook for the step.
+    pub fn keep(&self, param: usize, gradient: FlexTensor) {
+        self.add(param, gradient);
+    }
+
+    /// Forgets the uses of a forward whose backward has run, keeping its gradients for the step.
+    pub fn end_micro_batch(&self) {
+        self.lock().forget_uses();
+    }
+
+    /// Throws away everything that was accumulated.
+    pub fn discard(&self) {
+        self.lock().reset();
+    }
+
+    /// Divides the buckets anew by the order in which rank 0 has seen gradients complete.
+    fn follow(&self, completed: Vec<usize>) -> Result<(), Error> {
+        let mut order: Vec<u64> = completed.into_iter().map(|param| param as u64).collect();
+        let mut seen: Vec<bool> = vec![false; self.params.len()];
+        order.retain(|param| !std::mem::replace(&mut seen[*param as usize], true));
+        order.extend((0..self.params.len()).rev().filter(|param| !seen[*param]).map(|param| param as u64));
+        let order = self.control.broadcast(order, 0)?;
+        let order: Vec<usize> = order.into_iter().map(|param| param as usize).collect();
+        let divided = self.divide(&order);
+        self.lock().buckets = divided;
+        Ok(())
+    }
+
+    fn divide(&self, order: &[usize]) -> Vec<Vec<usize>> {
+        let dtypes: Vec<DType> = self.params.iter().map(|param| param.dtype).collect();
+        let sizes: Vec<usize> = self.params.iter().map(|param| param.elements * param.dtype.size()).collect();
+        buckets::divide(order, &sizes, &dtypes, self.config.first_bucket_bytes, self.config.bucket_bytes)
+    }
+
+    fn add(&self, param: usize, gradient: FlexTensor) {
+        let mut step = self.lock();
+        let progress = &mut step.params[param];
+        progress.used = true;
+        progress.arrived += 1;
+        let place = if progress.started { &mut progress.late } else { &mut progress.gradient };
+        match place {
+            Some(sum) => accumulate(sum, gradient),
+            None => *place = Some(gradient),
+        }
+        if progress.arrived >= progress.uses {
+            step.completed.push(param);
+        }
+    }
+
+    /// Starts the buckets whose turn it is and whose gradients are all there.
+    fn start_complete(&self) {
+        let mut step = self.lock();
+        while self.start_next(&mut step, false) {}
+    }
+
+    /// Starts the next bucket if it is complete, or in any case if `all`. Returns whether it did.
+    fn start_next(&self, step: &mut Step, all: bool) -> bool {
+        let Some(index) = step.flight.as_ref().map(|flight| flight.buckets.len()) else { return false };
+        let Some(params) = step.buckets.get(index) else { return false };
+        let there = |param: &usize| {
+            let progress = &step.params[*param];
+            progress.gradient.is_some() && progress.uses > 0 && progress.arrived >= progress.uses
+        };
+        if !all && !params.iter().all(there) {
+            return false;
+        }
+        let params = params.clone();
+        let gradients: Vec<FlexTensor> = params
+            .iter()
+            .map(|param| {
+                let progress = &mut step.params[*param];
+                progress.started = true;
+                progress.gradient.take().unwrap_or_else(|| self.zeros(*param))
+            })
+            .collect();
+        let paths = params.iter().map(|param| self.params[*param].path.clone()).collect();
+        if let Some(flight) = &mut step.flight {
+            let (hook, factor) = (self.config.hook.clone(), flight.factor.clone());
+            flight.buckets.push(self.data.start(move |comm| {
+                // The head ran before, on the same thread; if it failed, so does everything after it.
+                let factor = factor.get().copied().unwrap_or_default();
+                let shapes: Vec<Shape> = gradients.iter().map(|gradient| gradient.layout().shape().clone()).collect();
+                let gradients = gradients.into_iter().map(flatten).collect();
+                let reduced = hook.reduce(Bucket { index, paths, gradients, factor }, comm)?;
+                restore(reduced, shapes)
+            }));
+        }
+        true
+    }
+
+    fn zeros(&self, param: usize) -> FlexTensor {
+        FlexTensor::zeros(Shape::from(self.params[param].shape.clone()), self.params[param].dtype)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Step> {
+        self.step.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl GradientListener for Reducer {
+    fn used(&self, param: usize) -> usize {
+        let mut step = self.lock();
+        step.params[param].uses += 1;
+        step.uses += 1;
+        step.uses
+    }
+
+    fn arrived(&self, param: usize, gradient: FlexTensor) {
+        self.add(param, gradient);
+        if self.config.overlap {
+            self.start_complete();
+        }
+    }
+}
+
+impl Step {
+    fn forget_uses(&mut self) {
+        self.uses = 0;
+        self.completed.clear();
+        for param in &mut self.params {
+            (param.uses, param.arrived) = (0, 0);
+        }
+    }
+
+    fn reset(&mut self) {
+        self.forget_uses();
+        self.flight = None;
+        self.params.iter_mut().for_each(|param| *param = Progress::default());
+    }
+}
+
+fn accumulate(sum: &mut FlexTensor, gradient: FlexTensor) {
+    let placeholder = FlexTensor::zeros([0].into(), sum.dtype());
+    let before = std::mem::replace(sum, placeholder);
+    *sum = Flex::float_add(before, gradient);
+}
+
+/// A gradient as a flat tensor over the same memory.
+fn flatten(gradient: FlexTensor) -> Tensor<1> {
+    let gradient = crate::comm::host::exclusive(gradient);
+    let len = gradient.layout().num_elements();
+    Tensor::from_primitive::<Flex>(Flex::float_reshape(gradient, [len].into()))
+}
+
+/// Flat tensors as gradients of their shapes again.
+fn restore(reduced: Vec<Tensor<1>>, shapes: Vec<Shape>) -> Result<Vec<FlexTensor>, Error> {
+    let lens = |gradients: &[Tensor<1>]| gradients.iter().map(|gradient| gradient.dims()[0]).collect::<Vec<_>>();
+    let (expected, found) = (shapes.iter().map(Shape::num_elements).collect::<Vec<_>>(), lens(&reduced));
+    if expected != found {
+        let problem = format!("a bucket of gradients of lengths {expected:?} came back with lengths {found:?}");
+        return Err(Error::invalid("CommHook::reduce", problem));
+    }
+    let restore = |(gradient, shape): (Tensor<1>, Shape)| {
+        gradient.into_host().map(|(gradient, _)| Flex::float_reshape(gradient, shape))
+    };
+    reduced.into_iter().zip(shapes).map(restore).collect()
+}

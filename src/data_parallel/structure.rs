@@ -1,0 +1,236 @@
+//! Making the replicas one model: the same structure is demanded, the same values are given.
+
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::sync::Arc;
+
+use burn::backend::GradientCheckpointingStrategy;
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::tensor::{Bool, DType, Int, Tensor};
+
+use crate::Error;
+use crate::comm::{Communicator, Payload, ReduceOp};
+
+/// A float parameter that is trained.
+#[derive(Debug, Clone)]
+pub(super) struct Trained {
+    pub id: ParamId,
+    pub path: Arc<str>,
+    pub shape: Vec<usize>,
+    pub elements: usize,
+    pub dtype: DType,
+}
+
+/// What a module holds, in the order in which it is visited.
+#[derive(Debug, Default)]
+pub(super) struct Structure {
+    pub trained: Vec<Trained>,
+    /// A line for each tensor: what must be equal on all ranks.
+    lines: Vec<(String, String)>,
+    path: Vec<String>,
+}
+
+impl Structure {
+    pub fn of<M: Module>(module: &M) -> Self {
+        let mut structure = Self::default();
+        module.visit(&mut structure);
+        structure
+    }
+
+    fn add(&mut self, shape: impl AsRef<[usize]>, dtype: DType, note: &str) -> String {
+        let path = self.path.join(".");
+        self.lines.push((path.clone(), format!("{dtype:?} {:?}{note}", shape.as_ref())));
+        path
+    }
+
+    /// Demands that all ranks hold the same structure.
+    ///
+    /// # Errors
+    /// [`Error::ModelMismatch`], the same on all ranks, with the first rank that differs and the first path where it does.
+    pub fn agree(&self, group: &Communicator) -> Result<(), Error> {
+        let mut text = String::new();
+        for (path, what) in &self.lines {
+            let _ = writeln!(text, "{path}\t{what}");
+        }
+        let len = group.broadcast(vec![text.len() as u64], 0)?[0] as usize;
+        let mut theirs = text.clone().into_bytes();
+        theirs.resize(len, 0);
+        let theirs = group.broadcast(theirs, 0)?;
+        let differs = theirs != text.as_bytes();
+        let first = group.all_reduce(vec![if differs { group.rank() as u64 } else { u64::MAX }], ReduceOp::Min)?[0];
+        if first == u64::MAX {
+            return Ok(());
+        }
+        let rank = first as usize;
+        let found =
+            if group.rank() == rank { self.difference(&String::from_utf8_lossy(&theirs)) } else { String::new() };
+        let len = group.broadcast(vec![found.len() as u64], rank)?[0] as usize;
+        let mut found = found.into_bytes();
+        found.resize(len, 0);
+        let found = String::from_utf8_lossy(&group.broadcast(found, rank)?).into_owned();
+        let (path, problem) = found.split_once('\t').unwrap_or((&found, "it differs"));
+        Err(Error::ModelMismatch { group: group.group().clone(), rank, path: path.into(), problem: problem.into() })
+    }
+
+    /// The first line that differs from those of rank 0, as `path<tab>problem`.
+    fn difference(&self, theirs: &str) -> String {
+        let theirs: Vec<(&str, &str)> = theirs.lines().filter_map(|line| line.split_once('\t')).collect();
+        for place in 0..self.lines.len().max(theirs.len()) {
+            match (self.lines.get(place), theirs.get(place)) {
+                (Some((path, what)), Some((their_path, their_what))) if path == their_path && what == their_what => {}
+                (Some((path, what)), Some((their_path, their_what))) if path == their_path => {
+                    return format!("{path}\tit is {what} here and {their_what} on rank 0");
+                }
+                (Some((path, _)), Some((their_path, _))) => {
+                    return format!("{path}\trank 0 has `{their_path}` in its place");
+                }
+                (Some((path, _)), None) => return format!("{path}\trank 0 does not have it"),
+                (None, Some((their_path, _))) => return format!("{their_path}\tit is missing here"),
+                (None, None) => {}
+            }
+        }
+        String::new()
+    }
+}
+
+impl ModuleVisitor for Structure {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let base = param.base();
+        let trained = base.is_require_grad();
+        let path = self.add(base.shape(), base.dtype(), if trained { "" } else { ", not trained" });
+        // A parameter that the module holds in two places is one parameter.
+        if trained && !self.trained.iter().any(|known| known.id == param.id) {
+            let elements = base.shape().num_elements();
+            self.trained.push(Trained {
+                id: param.id,
+                path: path.into(),
+                shape: base.shape().to_vec(),
+                elements,
+                dtype: base.dtype(),
+            });
+        }
+    }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        let base = param.base();
+        self.add(base.shape(), base.dtype(), "");
+    }
+
+    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
+        let base = param.base();
+        self.add(base.shape(), base.dtype(), "");
+    }
+}
+
+/// Gives the module running statistics of its own. burn's are shared by all clones of a module, forks included, and
+/// averaged over the threads that use them; replicas on threads would mix theirs.
+pub(super) fn own_buffers<M: Module>(module: M) -> M {
+    let mut strategies = Strategies { found: HashMap::new() };
+    module.visit(&mut strategies);
+    if strategies.found.is_empty() {
+        return module;
+    }
+    // The way through validation makes the buffers anew; it forgets how autodiff treats checkpoints.
+    module.valid().train().map(&mut strategies)
+}
+
+/// How autodiff treats checkpoints for each parameter that has it.
+struct Strategies {
+    found: HashMap<ParamId, GradientCheckpointingStrategy>,
+}
+
+impl ModuleVisitor for Strategies {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let Some(strategy) = param.base().gradient_checkpointing_strategy() {
+            self.found.insert(param.id, strategy);
+        }
+    }
+}
+
+impl ModuleMapper for Strategies {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match self.found.get(&param.id) {
+            Some(strategy) => param.map(|value| match value.is_autodiff() {
+                true => value.with_gradient_checkpointing_strategy(*strategy),
+                false => value,
+            }),
+            None => param,
+        }
+    }
+}
+
+/// Gives every parameter and buffer of the module the values of rank 0, as fresh leaves of this rank's own: replicas that
+/// share autodiff leaves would wait for each other's locks in the middle of a collective.
+///
+/// # Errors
+/// Those of [`Communicator::broadcast`].
+pub(super) fn broadcast<M: Module>(module: M, group: &Communicator) -> Result<M, Error> {
+    let mut mapper = Broadcast { group, seen: HashMap::new(), trained_too: true, outcome: Ok(()) };
+    let module = module.map(&mut mapper);
+    mapper.outcome.map(|()| module)
+}
+
+/// Gives what is not trained, running statistics above all, the values of rank 0.
+///
+/// # Errors
+/// Those of [`Communicator::broadcast`].
+pub(super) fn broadcast_buffers<M: Module>(module: M, group: &Communicator) -> Result<M, Error> {
+    let mut mapper = Broadcast { group, seen: HashMap::new(), trained_too: false, outcome: Ok(()) };
+    let module = module.map(&mut mapper);
+    mapper.outcome.map(|()| module)
+}
+
+struct Broadcast<'a> {
+    group: &'a Communicator,
+    /// Leaves already made, so that a parameter held in two places stays one.
+    seen: HashMap<ParamId, Box<dyn std::any::Any>>,
+    trained_too: bool,
+    outcome: Result<(), Error>,
+}
+
+impl Broadcast<'_> {
+    fn receive<P: Payload>(&mut self, value: P) -> Option<P> {
+        if self.outcome.is_err() {
+            return None;
+        }
+        self.group.broadcast(value, 0).map_err(|error| self.outcome = Err(error)).ok()
+    }
+}
+
+impl ModuleMapper for Broadcast<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let (id, value, mapper) = param.consume();
+        if let Some(leaf) = self.seen.get(&id).and_then(|leaf| leaf.downcast_ref::<Tensor<D>>()) {
+            return Param::from_mapped_value(id, leaf.clone(), mapper);
+        }
+        let trained = value.is_require_grad();
+        // Quantized weights are never trained and do not travel: each rank keeps those it loaded.
+        if trained && !self.trained_too || matches!(value.dtype(), DType::QFloat(_)) {
+            return Param::from_mapped_value(id, value, mapper);
+        }
+        let fallback = value.clone();
+        let leaf = self.receive(value).map_or(fallback, |value| if trained { value.require_grad() } else { value });
+        self.seen.insert(id, Box::new(leaf.clone()));
+        Param::from_mapped_value(id, leaf, mapper)
+    }
+
+    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
+        let (id, value, mapper) = param.consume();
+        let value = self.receive(value.clone()).unwrap_or(value);
+        Param::from_mapped_value(id, value, mapper)
+    }
+
+    fn map_bool<const D: usize>(&mut self, param: Param<Tensor<D, Bool>>) -> Param<Tensor<D, Bool>> {
+        let (id, value, mapper) = param.consume();
+        let value = self.receive(value.clone()).unwrap_or(value);
+        Param::from_mapped_value(id, value, mapper)
+    }
+}
