@@ -1,0 +1,186 @@
+//! The command line: what it takes, and which of it makes no sense.
+
+use std::fs::{self, OpenOptions};
+use std::path::{Path, PathBuf};
+
+use clap::error::{Error, ErrorKind};
+use clap::{CommandFactory, FromArgMatches, Parser};
+
+use crate::gpt::GptConfig;
+use crate::text::VOCAB;
+
+/// Trains a small byte-level GPT on any UTF-8 text, on several ranks.
+#[derive(Parser, Debug)]
+#[command(name = "train_lm", max_term_width = 100)]
+struct Flags {
+    /// The text to learn from, UTF-8 [default: a text that comes with the example]
+    #[arg(long, value_name = "PATH")]
+    text: Option<PathBuf>,
+
+    /// How many ranks train together, each on a thread of its own [default: --dp, or 1]
+    #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
+    ranks: Option<usize>,
+
+    /// How many of the ranks share each batch: data parallelism [default: --ranks]
+    #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
+    dp: Option<usize>,
+
+    /// How many steps to train
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = up_to::<1_000_000_000>)]
+    steps: usize,
+
+    /// The rows of a step, over all ranks
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = up_to::<1_000_000>)]
+    batch: usize,
+
+    /// The rows that go through the model at once on a rank [default: all that it has]
+    #[arg(long, value_name = "N", value_parser = up_to::<1_000_000>)]
+    micro_batch: Option<usize>,
+
+    /// The length of a row in bytes
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = up_to::<65_536>)]
+    seq: usize,
+
+    /// The layers of the model
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = up_to::<1024>)]
+    layers: usize,
+
+    /// The width of the model
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = up_to::<65_536>)]
+    d_model: usize,
+
+    /// The attention heads of each layer
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = up_to::<65_536>)]
+    heads: usize,
+
+    /// The highest learning rate: it warms up to this, then falls to a tenth of it
+    #[arg(long, value_name = "RATE", default_value_t = 3e-3, value_parser = learning_rate)]
+    lr: f64,
+
+    /// The seed of the weights, the batches and the sample
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+
+    /// Where to write losses, speed and communication as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// A run that makes sense.
+#[derive(Clone, Debug)]
+pub struct Args {
+    /// The text to learn from; the project's own if there is none.
+    pub text: Option<PathBuf>,
+    /// How many ranks train together.
+    pub ranks: usize,
+    /// How many ranks share each batch.
+    pub dp: usize,
+    /// How many steps to train.
+    pub steps: usize,
+    /// The rows of a step over all ranks.
+    pub batch: usize,
+    /// The most rows that go through the model at once on a rank.
+    pub micro_batch: usize,
+    /// The length of a row in tokens.
+    pub seq: usize,
+    /// The layers of the model.
+    pub layers: usize,
+    /// The width of the model.
+    pub d_model: usize,
+    /// The attention heads of each layer.
+    pub heads: usize,
+    /// The highest learning rate.
+    pub lr: f64,
+    /// The seed of everything random.
+    pub seed: u64,
+    /// Where to write the outcome as JSON.
+    pub json: Option<PathBuf>,
+}
+
+impl Args {
+    /// Reads the command line; what makes no sense, alone or together, is an error, and so is a wish for help.
+    pub fn from_command_line() -> Result<Self, Error> {
+        // `--steps -1` is a wrong number of steps, not a flag that nobody knows.
+        let command = Flags::command().mut_args(|flag| flag.allow_negative_numbers(true));
+        let flags = Flags::from_arg_matches(&command.try_get_matches()?)?;
+        let wrong = |why| Err(Error::raw(ErrorKind::ValueValidation, why));
+
+        let ranks = flags.ranks.or(flags.dp).unwrap_or(1);
+        let dp = flags.dp.unwrap_or(ranks);
+        if dp != ranks {
+            return wrong(format!(
+                "--dp {dp} differs from --ranks {ranks}: every rank is a replica, give one of the two"
+            ));
+        }
+        let Flags { batch, d_model, heads, .. } = flags;
+        if batch < dp {
+            return wrong(format!("--batch {batch} is smaller than --dp {dp}: every rank needs a row of each batch"));
+        }
+        if let Some(micro_batch) = flags.micro_batch.filter(|&rows| rows > batch) {
+            return wrong(format!("--micro-batch {micro_batch} is larger than --batch {batch}"));
+        }
+        if d_model % heads != 0 {
+            return wrong(format!("--heads {heads} does not divide --d-model {d_model}"));
+        }
+        if let Some(json) = &flags.json
+            && let Err(why) = writable(json, flags.text.as_deref())
+        {
+            return wrong(why);
+        }
+
+        Ok(Self {
+            text: flags.text,
+            ranks,
+            dp,
+            steps: flags.steps,
+            batch,
+            micro_batch: flags.micro_batch.unwrap_or(batch),
+            seq: flags.seq,
+            layers: flags.layers,
+            d_model,
+            heads,
+            lr: flags.lr,
+            seed: flags.seed,
+            json: flags.json,
+        })
+    }
+
+    /// The model that the flags describe.
+    pub fn model(&self) -> GptConfig {
+        GptConfig::new(VOCAB, self.seq, self.d_model, self.heads, self.layers)
+    }
+}
+
+fn up_to<const MOST: usize>(value: &str) -> Result<usize, String> {
+    match value.parse::<i128>() {
+        Ok(n) if n < 1 => Err("it must be at least 1".into()),
+        Ok(n) if n > MOST as i128 => Err(format!("it must be at most {MOST}")),
+        Ok(n) => Ok(n as usize),
+        Err(_) => Err("it must be a whole number".into()),
+    }
+}
+
+fn learning_rate(value: &str) -> Result<f64, String> {
+    match value.parse() {
+        Ok(rate) if rate > 0.0 && rate <= 1.0 => Ok(rate),
+        Ok(_) => Err("it must be greater than 0 and at most 1".into()),
+        Err(_) => Err("it must be a number".into()),
+    }
+}
+
+/// Finds out before the training, not after it, that the outcome can't be written; leaves no file behind.
+fn writable(json: &Path, text: Option<&Path>) -> Result<(), String> {
+    let existed = json.exists();
+    if existed && text.is_some_and(|text| json.canonicalize().ok() == text.canonicalize().ok()) {
+        return Err(format!("--json {json:?} would overwrite the text"));
+    }
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(json)
+        .map_err(|why| format!("cannot write --json {json:?}: {why}"))?;
+    if !existed {
+        fs::remove_file(json).map_err(|why| format!("cannot write --json {json:?}: {why}"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,223 @@
+//! The example `train_lm` as its user meets it: its flags, its errors, its JSON.
+
+#[allow(dead_code)]
+#[path = "../examples/train_lm/text.rs"]
+mod text;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+/// The example beside this test. A plain `cargo test` builds it; with `--test train_lm_cli` alone, build it first.
+fn train_lm(flags: &[&str]) -> Output {
+    let test = std::env::current_exe().unwrap();
+    let example = test.parent().and_then(Path::parent).unwrap().join("examples").join("train_lm");
+    Command::new(&example).args(flags).output().unwrap_or_else(|why| {
+        panic!("{}: {why}; `cargo build --release --example train_lm` makes it", example.display())
+    })
+}
+
+/// A model so small that a run takes milliseconds.
+const TINY: [&str; 8] = ["--layers", "1", "--d-model", "16", "--seq", "16", "--steps", "3"];
+
+fn tiny(flags: &[&str]) -> Output {
+    train_lm(&[&TINY[..], flags].concat())
+}
+
+/// A folder for one test, gone when the test ends.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("train_lm-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.join(name).to_str().unwrap().to_owned()
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) -> String {
+        fs::write(self.0.join(name), bytes).unwrap();
+        self.path(name)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The run ended with code 2, wrote nothing but one line, and the line says `what`.
+#[track_caller]
+fn refused(flags: &[&str], what: &str) {
+    let output = train_lm(flags);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{flags:?}: {stderr}");
+    assert!(output.stdout.is_empty(), "{flags:?}");
+    assert_eq!(stderr.lines().count(), 1, "{flags:?}: {stderr}");
+    assert!(stderr.starts_with("train_lm: ") && stderr.contains(what), "{flags:?}: {stderr}");
+}
+
+fn json(folder: &Folder, flags: &[&str]) -> Value {
+    let path = folder.path("outcome.json");
+    let output = tiny(&[flags, &["--json", &path]].concat());
+    assert!(output.status.success(), "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+fn losses(outcome: &Value) -> Vec<f64> {
+    outcome["losses"].as_array().unwrap().iter().map(|loss| loss.as_f64().unwrap()).collect()
+}
+
+#[test]
+fn flags_that_make_no_sense_are_refused() {
+    for flag in ["--ranks", "--dp", "--steps", "--batch", "--micro-batch", "--seq", "--layers", "--d-model", "--heads"]
+    {
+        refused(&[flag, "0"], "at least 1");
+        refused(&[flag, "-3"], "at least 1");
+        refused(&[flag, "many"], "whole number");
+        refused(&[flag, "99999999999999999999999999"], "at most");
+        refused(&[flag], flag);
+    }
+    for rate in ["0", "-1", "1.5", "nan", "inf"] {
+        refused(&["--lr", rate], "greater than 0 and at most 1");
+    }
+    refused(&["--lr", "fast"], "must be a number");
+    refused(&["--seed", "-1"], "--seed");
+    refused(&["--colour", "red"], "--colour");
+    refused(&["extra"], "extra");
+    refused(&["--steps", "3", "--steps", "4"], "--steps");
+}
+
+#[test]
+fn flags_that_do_not_fit_together_are_refused() {
+    refused(&["--d-model", "10", "--heads", "4"], "--heads 4 does not divide --d-model 10");
+    refused(&["--ranks", "2", "--dp", "3"], "--dp 3 differs from --ranks 2");
+    refused(&["--dp", "4", "--batch", "3"], "--batch 3 is smaller than --dp 4");
+    refused(&["--batch", "4", "--micro-batch", "5"], "--micro-batch 5 is larger than --batch 4");
+}
+
+#[test]
+fn texts_that_cannot_be_learned_are_refused() {
+    let folder = Folder::new("texts");
+    refused(&["--text", &folder.path("missing.txt")], "cannot read the text");
+    refused(&["--text", folder.0.to_str().unwrap()], "cannot read the text");
+    refused(&["--text", &folder.write("empty.txt", b"")], "is empty");
+    refused(&["--text", &folder.write("latin1.txt", b"caf\xe9 au lait")], "byte is number 3");
+    refused(&["--text", &folder.write("short.txt", &[b'a'; 16]), "--seq", "16"], "17 that --seq 16 needs");
+    refused(&["--text", &folder.path("two\nlines.txt")], "cannot read the text");
+}
+
+#[test]
+fn json_that_cannot_be_written_is_refused_before_the_training() {
+    let folder = Folder::new("json");
+    refused(&["--json", &folder.path("missing/outcome.json")], "cannot write --json");
+    refused(&["--json", folder.0.to_str().unwrap()], "cannot write --json");
+    let text = folder.write("text.txt", b"a text that someone would be sorry to lose");
+    refused(&["--text", &text, "--json", &text], "would overwrite the text");
+    assert_eq!(fs::read(&text).unwrap(), b"a text that someone would be sorry to lose");
+
+    // A refused run leaves the file of an earlier one as it was, and no new one.
+    let earlier = folder.write("earlier.json", b"{}");
+    refused(&["--json", &earlier, "--text", &folder.path("missing.txt")], "cannot read the text");
+    assert_eq!(fs::read(&earlier).unwrap(), b"{}");
+    let new = folder.path("new.json");
+    refused(&["--json", &new, "--text", &folder.path("missing.txt")], "cannot read the text");
+    assert!(!Path::new(&new).exists());
+}
+
+#[test]
+fn help_is_no_error() {
+    let output = train_lm(&["--help"]);
+    let help = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    for flag in ["--text", "--ranks", "--dp", "--steps", "--batch", "--micro-batch", "--seq", "--layers", "--d-model"] {
+        assert!(help.contains(flag), "{flag}: {help}");
+    }
+}
+
+#[test]
+fn the_json_tells_what_came_of_the_run() {
+    let folder = Folder::new("outcome");
+    let outcome = json(&folder, &[]);
+    let object = outcome.as_object().unwrap();
+    let mut keys: Vec<&str> = object.keys().map(String::as_str).collect();
+    keys.sort();
+    assert_eq!(keys, ["axes", "bytes_sent_per_step", "calls_per_step", "losses", "parameters", "tokens_per_second"]);
+
+    let losses = losses(&outcome);
+    assert_eq!(losses.len(), 3);
+    // An untrained model knows no byte from another: ln 256 = 5.5 nats.
+    assert!((losses[0] - 256f64.ln()).abs() < 0.3, "{losses:?}");
+    assert!(losses[2] < losses[0], "{losses:?}");
+    assert!(outcome["tokens_per_second"].as_f64().unwrap() > 0.0);
+
+    // Embeddings of 256 bytes and 16 positions; one layer of 4 + 8 squares of the width with their biases (4, 4 and 1)
+    // and two norms; the last norm; the output.
+    let d = 16;
+    let parameters = (256 + 16) * d + (12 * d * d + 9 * d + 4 * d) + 2 * d + 256 * d;
+    assert_eq!(outcome["parameters"].as_u64(), Some(parameters));
+}
+
+#[test]
+fn a_seed_gives_the_same_losses_again_and_another_seed_others() {
+    let folder = Folder::new("seed");
+    let first = losses(&json(&folder, &["--seed", "7"]));
+    assert_eq!(first, losses(&json(&folder, &["--seed", "7"])));
+    assert_ne!(first, losses(&json(&folder, &["--seed", "8"])));
+}
+
+#[test]
+fn micro_batches_change_no_loss() {
+    let folder = Folder::new("micro");
+    let whole = losses(&json(&folder, &["--batch", "8"]));
+    for rows in ["1", "3", "4"] {
+        let parts = losses(&json(&folder, &["--batch", "8", "--micro-batch", rows]));
+        for (a, b) in whole.iter().zip(&parts) {
+            assert!((a - b).abs() < 1e-5 * a, "--micro-batch {rows}: {whole:?} {parts:?}");
+        }
+    }
+}
+
+#[test]
+fn the_shortest_text_trains_and_a_line_appears_without_a_terminal() {
+    let folder = Folder::new("shortest");
+    let output = tiny(&["--text", &folder.write("short.txt", &[b'a'; 17])]);
+    let (stdout, stderr) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert!(output.status.success(), "{stderr}");
+    assert!(stderr.contains("step 3/3: loss "), "{stderr}");
+    assert!(stdout.contains("the text is too short"), "{stdout}");
+}
+
+#[test]
+fn ranks_share_the_rows_of_a_batch_without_loss_or_repetition() {
+    let text = text::Text::load(None, 32).unwrap();
+    for (batch, step) in [(1, 0), (8, 3), (13, 700)] {
+        let whole = text.rows(5, step, batch, 0, 1);
+        assert_eq!(whole.len(), batch);
+        assert!(whole.iter().all(|row| row.len() == 33));
+        for ranks in 1..=batch {
+            let parts: Vec<Vec<&[u8]>> = (0..ranks).map(|rank| text.rows(5, step, batch, rank, ranks)).collect();
+            assert!(parts.iter().all(|part| part.len() == batch / ranks || part.len() == batch.div_ceil(ranks)));
+            assert_eq!(parts.concat(), whole, "{ranks} ranks");
+        }
+    }
+    assert_ne!(text.rows(5, 0, 8, 0, 1), text.rows(5, 1, 8, 0, 1), "another step");
+    assert_ne!(text.rows(5, 0, 8, 0, 1), text.rows(6, 0, 8, 0, 1), "another seed");
+}
+
+#[test]
+fn held_out_rows_are_never_trained_on() {
+    let text = text::Text::load(None, 32).unwrap();
+    let (train, held_out) = text.split();
+    assert!(held_out > 5_000 && train > 9 * held_out - 10);
+    let rows = text.held_out(64);
+    assert_eq!(rows.len(), 64);
+    let last_trained = (0..200).flat_map(|step| text.rows(0, step, 64, 0, 1)).map(|row| row.as_ptr_range().end).max();
+    assert!(rows.iter().all(|row| row.len() == 33 && row.as_ptr() >= last_trained.unwrap()));
+}
