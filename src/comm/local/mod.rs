@@ -31,6 +31,10 @@ use crate::Error;
 /// while it unwinds, before whoever started it can tell why.
 const GRACE: Duration = Duration::from_millis(100);
 
+/// How long a rank that finds the group aborted waits for the error. Whoever runs out of time aborts first and writes the
+/// error then, so this is a matter of microseconds; the limit is there because every wait has one.
+const WRITING: Duration = Duration::from_secs(10);
+
 /// Time-out when `BURN_PARALLEL_TIMEOUT_S` does not say otherwise.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(300);
 
@@ -161,7 +165,9 @@ impl LocalTransport {
     fn interrupted(&self, why: Interrupted, call: &Call, began: Instant, missing: impl FnOnce() -> String) -> Error {
         let group = &*self.group;
         match why {
-            Interrupted::Aborted => {}
+            Interrupted::Aborted => {
+                self.told(WRITING);
+            }
             Interrupted::Expired => group.fate.fail(Error::Timeout {
                 group: group.name.clone(),
                 rank: self.rank,
@@ -171,10 +177,7 @@ impl LocalTransport {
                 log: group.watch.log(),
             }),
             Interrupted::Left => {
-                let since = Instant::now();
-                let remaining = || GRACE.checked_sub(since.elapsed()).filter(|left| !left.is_zero());
-                let told = || group.fate.error().is_some();
-                if !group.rendezvous.bell.wait(Patience { spins: 0, yields: 0 }, told, remaining)
+                if !self.told(GRACE)
                     && let Some(&(rank, panicked)) = lock(&group.left).first()
                 {
                     let (name, operation, log) = (group.name.clone(), call.to_string(), group.watch.log());
@@ -188,6 +191,15 @@ impl LocalTransport {
             }
         }
         self.failure_or_abort()
+    }
+
+    /// Waits for the error of the world, and no longer than `limit`. Returns whether it is there.
+    fn told(&self, limit: Duration) -> bool {
+        let group = &*self.group;
+        let since = Instant::now();
+        let remaining = || limit.checked_sub(since.elapsed()).filter(|left| !left.is_zero());
+        let told = || group.fate.error().is_some();
+        group.rendezvous.bell.wait(Patience { spins: 0, yields: 0 }, told, remaining)
     }
 
     fn fail(&self, error: Error) -> Error {
