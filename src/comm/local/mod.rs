@@ -177,8 +177,10 @@ impl LocalTransport {
                 log: group.watch.log(),
             }),
             Interrupted::Left => {
+                let first = lock(&group.left).first().copied();
+                // The list is not locked any more: failing rings the bell, under whose lock receivers look at the list.
                 if !self.told(GRACE)
-                    && let Some(&(rank, panicked)) = lock(&group.left).first()
+                    && let Some((rank, panicked)) = first
                 {
                     let (name, operation, log) = (group.name.clone(), call.to_string(), group.watch.log());
                     group.fate.fail(match panicked {
