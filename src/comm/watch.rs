@@ -61,7 +61,8 @@ impl Watch {
         Self { ranks: (0..size).map(|_| CachePadded::default()).collect() }
     }
 
-    pub fn begin(&self, rank: usize, call: Call, now: Instant) {
+    /// Notes that `rank` goes into `call`. Returns the number by which to [`finish`](Self::finish) it.
+    pub fn begin(&self, rank: usize, call: Call, now: Instant) -> u64 {
         let mut history = self.lock(rank);
         let number = history.issued;
         history.issued += 1;
@@ -69,17 +70,20 @@ impl Watch {
             history.entries.pop_front();
         }
         history.entries.push_back(Entry { number, call, began: now, done: false });
+        number
     }
 
-    pub fn finish(&self, rank: usize) {
-        if let Some(entry) = self.lock(rank).entries.back_mut() {
+    /// Notes that `rank` is done with its call of this number. A receive may be under way on one thread of the rank while
+    /// another runs collectives.
+    pub fn finish(&self, rank: usize, number: u64) {
+        if let Some(entry) = self.lock(rank).entries.iter_mut().rev().find(|entry| entry.number == number) {
             entry.done = true;
         }
     }
 
-    /// What `rank` is in, if anything.
-    pub fn current(&self, rank: usize) -> Option<Call> {
-        self.lock(rank).entries.back().filter(|entry| !entry.done).map(|entry| entry.call)
+    /// Whether `rank` is in a call that agrees with this one.
+    pub fn is_in(&self, rank: usize, call: &Call) -> bool {
+        self.lock(rank).entries.iter().any(|entry| !entry.done && entry.call.agrees(call))
     }
 
     pub fn log(&self) -> CallLog {

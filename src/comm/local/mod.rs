@@ -138,7 +138,7 @@ impl LocalTransport {
             return Err(error.clone());
         }
         let began = Instant::now();
-        group.watch.begin(self.rank, post.call, began);
+        let number = group.watch.begin(self.rank, post.call, began);
         let meeting = *turn;
         let work = |posts: &work::Posts<'_>| match posts.iter().all(|other| other.call.agrees(&post.call)) {
             true => Ok(work(posts)),
@@ -150,7 +150,7 @@ impl LocalTransport {
         match met {
             Ok(Ok(result)) => {
                 *turn += 1;
-                group.watch.finish(self.rank);
+                group.watch.finish(self.rank, number);
                 Ok((meeting, result))
             }
             Ok(Err(calls)) => {
@@ -222,7 +222,7 @@ impl LocalTransport {
     /// Who has not come to `call`, in words.
     fn absent(&self, call: &Call) -> String {
         let watch = &self.group.watch;
-        let came = |rank: usize| watch.current(rank).is_some_and(|theirs| theirs.agrees(call));
+        let came = |rank: usize| watch.is_in(rank, call);
         let absent: Vec<String> = (0..self.size()).filter(|rank| !came(*rank)).map(|rank| rank.to_string()).collect();
         match absent.len() {
             0 => "nobody any more: the last one came as time ran out".into(),
@@ -301,9 +301,9 @@ impl Transport for LocalTransport {
         let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
         let mut message = group.mail.take(from, self.rank, tag);
         if message.is_none() {
-            // Only a receive that has to wait is worth a line in the log.
-            let _turn = lock(&self.meeting);
-            group.watch.begin(self.rank, call, began);
+            // Only a receive that has to wait is worth a line in the log. It does not hold up collectives that another
+            // thread of this rank runs: the message may be sent only after them.
+            let number = group.watch.begin(self.rank, call, began);
             let remaining = || group.timeout.checked_sub(began.elapsed()).filter(|left| !left.is_zero());
             let gone = || lock(&group.left).iter().any(|(rank, _)| *rank == from);
             let mut over = None;
@@ -314,7 +314,7 @@ impl Transport for LocalTransport {
                 message.is_some() || over.is_some()
             };
             let in_time = group.rendezvous.bell.wait(patience(group), ready, remaining);
-            group.watch.finish(self.rank);
+            group.watch.finish(self.rank, number);
             if message.is_none() {
                 let why = over.filter(|_| in_time).unwrap_or(Interrupted::Expired);
                 return Err(self.interrupted(why, &call, began, || {
