@@ -177,10 +177,14 @@ impl LocalTransport {
                 log: group.watch.log(),
             }),
             Interrupted::Left => {
-                let first = lock(&group.left).first().copied();
+                let waited_for = |rank: usize| match call.operation {
+                    Operation::Receive { from, .. } => rank == from,
+                    _ => true,
+                };
+                let gone = lock(&group.left).iter().copied().find(|(rank, _)| waited_for(*rank));
                 // The list is not locked any more: failing rings the bell, under whose lock receivers look at the list.
                 if !self.told(GRACE)
-                    && let Some((rank, panicked)) = first
+                    && let Some((rank, panicked)) = gone
                 {
                     let (name, operation, log) = (group.name.clone(), call.to_string(), group.watch.log());
                     group.fate.fail(match panicked {
