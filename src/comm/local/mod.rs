@@ -318,8 +318,9 @@ impl Transport for LocalTransport {
                 message.is_some() || over.is_some()
             };
             let in_time = group.rendezvous.bell.wait(patience(group), ready, remaining);
-            group.watch.finish(self.rank, number);
-            if message.is_none() {
+            if message.is_some() {
+                group.watch.finish(self.rank, number);
+            } else {
                 let why = over.filter(|_| in_time).unwrap_or(Interrupted::Expired);
                 return Err(self.interrupted(why, &call, began, || {
                     format!(
