@@ -301,15 +301,19 @@ impl Communicator {
     }
 
     pub(crate) fn all_reduce_many(&self, data: Vec<FlexTensor>, op: ReduceOp) -> Result<Vec<FlexTensor>, Error> {
-        let Some(dtype) = data.first().map(FlexTensor::dtype) else { return Ok(data) };
-        reduce::check(op, dtype)?;
-        if let Some(other) = data.iter().find(|tensor| tensor.dtype() != dtype) {
-            let problem = format!("tensors of {dtype:?} and {:?} cannot be reduced together", other.dtype());
-            return Err(Error::invalid("all_reduce_coalesced", problem));
+        // A rank that brings nothing meets the others all the same: they may have brought something.
+        let dtype = data.first().map(FlexTensor::dtype);
+        for tensor in &data {
+            let first = dtype.unwrap_or(tensor.dtype());
+            if tensor.dtype() != first {
+                let problem = format!("tensors of {first:?} and {:?} cannot be reduced together", tensor.dtype());
+                return Err(Error::invalid("all_reduce_coalesced", problem));
+            }
+            reduce::check(op, first)?;
         }
         let mut data: Vec<FlexTensor> = data.into_iter().map(host::exclusive).collect();
         let lens = data.iter().map(|tensor| tensor.layout().num_elements());
-        let mut call = Call::new(Operation::AllReduce(op), Some(dtype), Extent::flat(lens.clone().sum()));
+        let mut call = Call::new(Operation::AllReduce(op), dtype, Extent::flat(lens.clone().sum()));
         call.pieces = data.len();
         call.cut = fingerprint(lens);
         let mut buffers: Vec<BufferMut<'_>> = data.iter_mut().map(host::lend_mut).collect();
