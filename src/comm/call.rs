@@ -257,7 +257,8 @@ impl fmt::Display for Call {
             write!(f, " of {dtype:?} {:?}", self.extent.dims())?;
         }
         if self.pieces != 1 {
-            write!(f, " in {} pieces", self.pieces)?;
+            // Calls that differ in their cut alone must not look alike.
+            write!(f, " in {} pieces (cut {:04x})", self.pieces, self.cut >> 48)?;
         }
         Ok(())
     }

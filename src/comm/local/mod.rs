@@ -140,7 +140,7 @@ impl LocalTransport {
         let began = Instant::now();
         let number = group.watch.begin(self.rank, post.call, began);
         let meeting = *turn;
-        let work = |posts: &work::Posts<'_>| match agree(&post.call, posts) {
+        let work = |posts: &work::Posts<'_>| match agree(&post, posts) {
             true => Ok(work(posts)),
             false => Err(posts.iter().map(|other| other.call).collect::<Vec<_>>()),
         };
@@ -245,13 +245,14 @@ impl LocalTransport {
 
 /// Whether the calls of all ranks belong together; the same answer on every rank. A call without a dtype agrees with any,
 /// so whoever brings none looks at what the others make of each other.
-fn agree(own: &Call, posts: &work::Posts<'_>) -> bool {
+fn agree(own: &Post, posts: &work::Posts<'_>) -> bool {
     let one_dtype = || {
         let mut dtypes = posts.iter().filter_map(|post| post.call.dtype);
         let first = dtypes.next();
         dtypes.all(|dtype| Some(dtype) == first)
     };
-    posts.iter().all(|post| post.call.agrees(own)) && (own.dtype.is_some() || one_dtype())
+    posts.iter().all(|post| post.call.agrees(&own.call) && work::same_cut(own, &post))
+        && (own.call.dtype.is_some() || one_dtype())
 }
 
 /// A background thread does not spin: the thread that computes needs its core.
