@@ -41,13 +41,19 @@ impl Progress {
         name: impl FnOnce() -> String,
         job: impl FnOnce() -> Result<R, Error> + Send + 'static,
     ) -> Pending<R> {
+        let job = move || {
+            catch_unwind(AssertUnwindSafe(job))
+                .unwrap_or_else(|panic| Err(Error::RankPanicked { rank, message: panic_message(&*panic) }))
+        };
+        if BACKGROUND.get() == self.address() {
+            // Started by a job of this very thread: done at once, for it cannot be done while that job waits for it.
+            let outcome = job();
+            return Pending::deferred(move || outcome);
+        }
         let (reply, result) = channel();
         let in_flight = self.in_flight.clone();
         let job: Job = Box::new(move || {
-            let outcome = catch_unwind(AssertUnwindSafe(job)).unwrap_or_else(|panic| {
-                let message = panic_message(&*panic);
-                Err(Error::RankPanicked { rank, message })
-            });
+            let outcome = job();
             in_flight.fetch_sub(1, Ordering::Release);
             // Nobody may be waiting any more: then the result is not wanted.
             let _ = reply.send(outcome);
