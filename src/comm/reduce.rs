@@ -154,7 +154,7 @@ unsafe fn integer<T: Number>(op: ReduceOp, sources: &[Source], outputs: &[*mut u
     }
 }
 
-/// Folds block by block in `T`. `first` opens the accumulator, `combine` adds to it, `last` closes it.
+/// Folds in `T`. `first` opens the accumulator, `combine` adds to it, `last` closes it.
 #[inline(always)]
 unsafe fn blocks<T: Number>(
     sources: &[Source],
@@ -164,45 +164,49 @@ unsafe fn blocks<T: Number>(
     first: impl Fn(T, f64) -> T,
     last: impl Fn(T) -> T,
 ) {
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            if let (&[a, b], &[x, y]) = (sources, outputs)
-                && (a.data.cast_mut(), b.data.cast_mut()) == (x, y)
-            {
-                // SAFETY: two ranks' buffers are two borrows, so these do not overlap.
-                let (left, right) = unsafe {
-                    (slice::from_raw_parts_mut(x.cast::<T>(), len), slice::from_raw_parts_mut(y.cast::<T>(), len))
-                };
-                for (l, r) in left.iter_mut().zip(right) {
-                    let folded = last(combine(first(*l, a.factor), *r, b.factor));
-                    (*l, *r) = (folded, folded);
-                }
-                return;
-            }
-            let mut accumulator = [T::default(); BLOCK];
-            let mut done = 0;
-            while done < len {
-                let n = BLOCK.min(len - done);
-                let acc = &mut accumulator[..n];
-                for (order, source) in sources.iter().enumerate() {
-                    // SAFETY: readable, and nothing is written while this slice lives.
-                    let block = unsafe { slice::from_raw_parts(source.data.cast::<T>().add(done), n) };
-                    if order == 0 {
-                        acc.iter_mut().zip(block).for_each(|(acc, x)| *acc = first(*x, source.factor));
-                    } else {
-                        acc.iter_mut().zip(block).for_each(|(acc, x)| *acc = combine(*acc, *x, source.factor));
+    // SAFETY: passed on; the pair is of two ranks' buffers, which are two borrows and do not overlap.
+    unsafe {
+        match (sources, outputs) {
+            (&[a, b], &[x, y]) if a.data.cast_mut() == x && b.data.cast_mut() == y => pulp::Arch::new().dispatch(
+                #[inline(always)]
+                || {
+                    let left = slice::from_raw_parts_mut(x.cast::<T>(), len);
+                    let right = slice::from_raw_parts_mut(y.cast::<T>(), len);
+                    for (l, r) in left.iter_mut().zip(right) {
+                        let folded = last(combine(first(*l, a.factor), *r, b.factor));
+                        (*l, *r) = (folded, folded);
                     }
-                }
-                acc.iter_mut().for_each(|x| *x = last(*x));
-                for output in outputs {
-                    // SAFETY: writable; the accumulator is memory of our own.
-                    unsafe { acc.as_ptr().copy_to_nonoverlapping(output.cast::<T>().add(done), n) };
-                }
-                done += n;
-            }
-        },
-    )
+                },
+            ),
+            _ => pulp::Arch::new().dispatch(
+                #[inline(always)]
+                || {
+                    let mut accumulator = [T::default(); BLOCK];
+                    let mut done = 0;
+                    while done < len {
+                        let n = BLOCK.min(len - done);
+                        let acc = &mut accumulator[..n];
+                        for (order, source) in sources.iter().enumerate() {
+                            // Nothing is written while this slice lives.
+                            let block = slice::from_raw_parts(source.data.cast::<T>().add(done), n);
+                            if order == 0 {
+                                acc.iter_mut().zip(block).for_each(|(acc, x)| *acc = first(*x, source.factor));
+                            } else {
+                                let factor = source.factor;
+                                acc.iter_mut().zip(block).for_each(|(acc, x)| *acc = combine(*acc, *x, factor));
+                            }
+                        }
+                        acc.iter_mut().for_each(|x| *x = last(*x));
+                        for output in outputs {
+                            // The accumulator is memory of our own.
+                            acc.as_ptr().copy_to_nonoverlapping(output.cast::<T>().add(done), n);
+                        }
+                        done += n;
+                    }
+                },
+            ),
+        }
+    }
 }
 
 /// Folds 16-bit floats in `f32`, rounding once.

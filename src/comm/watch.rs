@@ -1,6 +1,5 @@
 //! What every rank of a group called last, kept for the day something goes wrong.
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
@@ -39,14 +38,28 @@ impl fmt::Debug for CallLog {
 struct Entry {
     number: u64,
     call: Call,
-    began: Instant,
+    /// Since when the rank has been asleep in it, if it has.
+    asleep_since: Option<Instant>,
     done: bool,
 }
 
+/// The last calls of a rank, call `n` in place `n % REMEMBERED`.
 #[derive(Debug, Default)]
 struct History {
-    entries: VecDeque<Entry>,
+    entries: [Option<Entry>; REMEMBERED],
     issued: u64,
+}
+
+impl History {
+    fn find(&mut self, number: u64) -> Option<&mut Entry> {
+        self.entries[(number % REMEMBERED as u64) as usize].as_mut().filter(|entry| entry.number == number)
+    }
+
+    /// The calls remembered, last first.
+    fn latest(&self) -> impl Iterator<Item = &Entry> {
+        let numbers = (self.issued.saturating_sub(REMEMBERED as u64)..self.issued).rev();
+        numbers.filter_map(|number| self.entries[(number % REMEMBERED as u64) as usize].as_ref())
+    }
 }
 
 /// The histories of the ranks of one group. Each rank writes its own, under a lock that is contended only when another
@@ -61,29 +74,34 @@ impl Watch {
         Self { ranks: (0..size).map(|_| CachePadded::default()).collect() }
     }
 
-    /// Notes that `rank` goes into `call`. Returns the number by which to [`finish`](Self::finish) it.
-    pub fn begin(&self, rank: usize, call: Call, now: Instant) -> u64 {
+    /// Notes that `rank` goes into `call`. Returns the number by which to speak of it afterwards.
+    pub fn begin(&self, rank: usize, call: &Call) -> u64 {
         let mut history = self.lock(rank);
         let number = history.issued;
         history.issued += 1;
-        if history.entries.len() == REMEMBERED {
-            history.entries.pop_front();
-        }
-        history.entries.push_back(Entry { number, call, began: now, done: false });
+        history.entries[(number % REMEMBERED as u64) as usize] =
+            Some(Entry { number, call: *call, asleep_since: None, done: false });
         number
+    }
+
+    /// Notes that `rank` is about to sleep in its call of this number.
+    pub fn sleeps(&self, rank: usize, number: u64, now: Instant) {
+        if let Some(entry) = self.lock(rank).find(number) {
+            entry.asleep_since = Some(now);
+        }
     }
 
     /// Notes that `rank` is done with its call of this number. A receive may be under way on one thread of the rank while
     /// another runs collectives.
     pub fn finish(&self, rank: usize, number: u64) {
-        if let Some(entry) = self.lock(rank).entries.iter_mut().rev().find(|entry| entry.number == number) {
+        if let Some(entry) = self.lock(rank).find(number) {
             entry.done = true;
         }
     }
 
     /// Whether `rank` is in a call that agrees with this one.
     pub fn is_in(&self, rank: usize, call: &Call) -> bool {
-        self.lock(rank).entries.iter().any(|entry| !entry.done && entry.call.agrees(call))
+        self.lock(rank).latest().any(|entry| !entry.done && entry.call.agrees(call))
     }
 
     pub fn log(&self) -> CallLog {
@@ -92,16 +110,15 @@ impl Watch {
 
     fn line(&self, rank: usize) -> String {
         let history = self.lock(rank);
-        if history.entries.is_empty() {
+        if history.issued == 0 {
             return format!("rank {rank}: nothing yet");
         }
         let calls: Vec<String> = history
-            .entries
-            .iter()
-            .rev()
-            .map(|entry| match entry.done {
-                true => format!("#{} {}", entry.number, entry.call),
-                false => format!("#{} {} (waiting for {:.1?})", entry.number, entry.call, entry.began.elapsed()),
+            .latest()
+            .map(|entry| match (entry.done, entry.asleep_since) {
+                (true, _) => format!("#{} {}", entry.number, entry.call),
+                (false, None) => format!("#{} {} (just begun)", entry.number, entry.call),
+                (false, Some(then)) => format!("#{} {} (waiting for {:.1?})", entry.number, entry.call, then.elapsed()),
             })
             .collect();
         format!("rank {rank}: {}", calls.join(" < "))

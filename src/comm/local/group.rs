@@ -15,13 +15,21 @@ use crate::comm::watch::Watch;
 /// What a rank lays out for the others in a meeting.
 #[derive(Clone, Copy)]
 pub(super) struct Post {
-    pub call: Call,
+    pub call: *const Call,
     /// The in-place buffers, `call.pieces` of them, or null.
     pub buffers: *const BufferMut<'static>,
     /// The input of a collective that is not in place, or null.
     pub input: *const u8,
     /// Two numbers for [`Operation::Split`](crate::comm::Operation::Split).
     pub color_and_key: (u64, i64),
+}
+
+impl Post {
+    /// The call, for no longer than the meeting lasts.
+    pub fn call<'meeting>(&self) -> &'meeting Call {
+        // SAFETY: the call outlives the meeting it is posted for, and posts are read only there.
+        unsafe { &*self.call }
+    }
 }
 
 // SAFETY: the places are followed only inside a meeting, while their owner waits for all to depart.

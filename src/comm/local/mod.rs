@@ -137,32 +137,32 @@ impl LocalTransport {
         if let Some(error) = group.fate.error() {
             return Err(error.clone());
         }
-        let began = Instant::now();
-        let number = group.watch.begin(self.rank, post.call, began);
+        let call = *post.call();
+        let mut clock = Clock::new(group, self.rank, &call);
         let meeting = *turn;
         let work = |posts: &work::Posts<'_>| match agree(&post, posts) {
             true => Ok(work(posts)),
-            false => Err(posts.iter().map(|other| other.call).collect::<Vec<_>>()),
+            false => Err(posts.iter().map(|other| *other.call()).collect::<Vec<_>>()),
         };
-        let remaining = || group.timeout.checked_sub(began.elapsed()).filter(|left| !left.is_zero());
         // SAFETY: the turn is held, and counts this rank's meetings.
-        let met = unsafe { group.rendezvous.meet(self.rank, meeting, post, patience(group), remaining, work) };
+        let met =
+            unsafe { group.rendezvous.meet(self.rank, meeting, post, patience(group), || clock.remaining(), work) };
         match met {
             Ok(Ok(result)) => {
                 *turn += 1;
-                group.watch.finish(self.rank, number);
+                clock.finish();
                 Ok((meeting, result))
             }
             Ok(Err(calls)) => {
                 let (name, log) = (group.name.clone(), group.watch.log());
                 Err(self.fail(Error::Mismatch { group: name, sequence: meeting, calls, log }))
             }
-            Err(interrupted) => Err(self.interrupted(interrupted, &post.call, began, || self.absent(&post.call))),
+            Err(why) => Err(self.interrupted(why, &call, clock.elapsed(), || self.absent(&call))),
         }
     }
 
     /// Turns an interrupted wait into the error of the world.
-    fn interrupted(&self, why: Interrupted, call: &Call, began: Instant, missing: impl FnOnce() -> String) -> Error {
+    fn interrupted(&self, why: Interrupted, call: &Call, waited: Duration, missing: impl FnOnce() -> String) -> Error {
         let group = &*self.group;
         match why {
             Interrupted::Aborted => {
@@ -172,7 +172,7 @@ impl LocalTransport {
                 group: group.name.clone(),
                 rank: self.rank,
                 operation: call.to_string(),
-                waited: began.elapsed(),
+                waited,
                 missing: missing(),
                 log: group.watch.log(),
             }),
@@ -247,12 +247,45 @@ impl LocalTransport {
 /// so whoever brings none looks at what the others make of each other.
 fn agree(own: &Post, posts: &work::Posts<'_>) -> bool {
     let one_dtype = || {
-        let mut dtypes = posts.iter().filter_map(|post| post.call.dtype);
+        let mut dtypes = posts.iter().filter_map(|post| post.call().dtype);
         let first = dtypes.next();
         dtypes.all(|dtype| Some(dtype) == first)
     };
-    posts.iter().all(|post| post.call.agrees(&own.call) && work::same_cut(own, &post))
-        && (own.call.dtype.is_some() || one_dtype())
+    posts.iter().all(|post| post.call().agrees(own.call()) && work::same_cut(own, &post))
+        && (own.call().dtype.is_some() || one_dtype())
+}
+
+/// One call of a rank, in the log from its beginning, and timed from when it goes to sleep: most never do, and reading
+/// the time costs as much as a small collective.
+struct Clock<'a> {
+    group: &'a Group,
+    rank: usize,
+    number: u64,
+    asleep_since: Option<Instant>,
+}
+
+impl<'a> Clock<'a> {
+    fn new(group: &'a Group, rank: usize, call: &Call) -> Self {
+        Self { group, rank, number: group.watch.begin(rank, call), asleep_since: None }
+    }
+
+    /// What is left of the time-out; called by whoever is about to sleep.
+    fn remaining(&mut self) -> Option<Duration> {
+        let since = *self.asleep_since.get_or_insert_with(|| {
+            let now = Instant::now();
+            self.group.watch.sleeps(self.rank, self.number, now);
+            now
+        });
+        self.group.timeout.checked_sub(since.elapsed()).filter(|left| !left.is_zero())
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.asleep_since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    fn finish(&self) {
+        self.group.watch.finish(self.rank, self.number);
+    }
 }
 
 /// A background thread does not spin: the thread that computes needs its core.
@@ -281,7 +314,7 @@ impl Transport for LocalTransport {
     }
 
     fn collective(&self, call: &Call, transfer: Transfer<'_, '_>) -> Result<u64, Error> {
-        let mut post = Post { call: *call, buffers: std::ptr::null(), input: std::ptr::null(), color_and_key: (0, 0) };
+        let mut post = Post { call, buffers: std::ptr::null(), input: std::ptr::null(), color_and_key: (0, 0) };
         let (_, moved) = match transfer {
             Transfer::Nothing => self.meet(post, |_| Ok(0)),
             Transfer::InPlace(buffers) => {
@@ -313,14 +346,12 @@ impl Transport for LocalTransport {
         if let Some(error) = group.fate.error() {
             return Err(error.clone());
         }
-        let began = Instant::now();
         let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
         let mut message = group.mail.take(from, self.rank, tag);
         if message.is_none() {
             // Only a receive that has to wait is worth a line in the log. It does not hold up collectives that another
             // thread of this rank runs: the message may be sent only after them.
-            let number = group.watch.begin(self.rank, call, began);
-            let remaining = || group.timeout.checked_sub(began.elapsed()).filter(|left| !left.is_zero());
+            let mut clock = Clock::new(group, self.rank, &call);
             let gone = || lock(&group.left).iter().any(|(rank, _)| *rank == from);
             let mut over = None;
             let ready = || {
@@ -329,12 +360,12 @@ impl Transport for LocalTransport {
                 message = group.mail.take(from, self.rank, tag);
                 message.is_some() || over.is_some()
             };
-            let in_time = group.rendezvous.bell.wait(patience(group), ready, remaining);
+            let in_time = group.rendezvous.bell.wait(patience(group), ready, || clock.remaining());
             if message.is_some() {
-                group.watch.finish(self.rank, number);
+                clock.finish();
             } else {
                 let why = over.filter(|_| in_time).unwrap_or(Interrupted::Expired);
-                return Err(self.interrupted(why, &call, began, || {
+                return Err(self.interrupted(why, &call, clock.elapsed(), || {
                     format!(
                         "rank {from}; tags that it has sent and nobody has read: {:?}",
                         group.mail.tags(from, self.rank)
@@ -347,7 +378,8 @@ impl Transport for LocalTransport {
 
     fn split(&self, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error> {
         let call = Call::new(Operation::Split, None, Extent::flat(0));
-        let post = Post { call, buffers: std::ptr::null(), input: std::ptr::null(), color_and_key: (color, key) };
+        let post =
+            Post { call: &call, buffers: std::ptr::null(), input: std::ptr::null(), color_and_key: (color, key) };
         let (meeting, mut members) = self.meet(post, |posts| {
             let mine = posts.iter().enumerate().filter(|(_, other)| other.color_and_key.0 == color);
             mine.map(|(rank, other)| (other.color_and_key.1, rank)).collect::<Vec<_>>()

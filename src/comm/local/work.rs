@@ -69,7 +69,7 @@ fn fold_share(op: ReduceOp, rank: usize, posts: &Posts<'_>, root: Option<usize>)
                 let bytes = (here.start - passed) * buffer.dtype.size();
                 // SAFETY: all ranks brought buffers of the same lengths, and `here` lies within this one.
                 let place = unsafe { buffers(post)[piece].data.add(bytes) };
-                inputs[other] = Source { data: place, factor: factor(&post.call.operation) };
+                inputs[other] = Source { data: place, factor: factor(&post.call().operation) };
                 outputs[other] = place;
             }
             let into = match root {
@@ -109,14 +109,14 @@ fn copy_from_root(root: usize, rank: usize, posts: &Posts<'_>) -> u64 {
 
 /// Folds this rank's part of all inputs into its output.
 fn fold_part(op: ReduceOp, rank: usize, posts: &Posts<'_>, output: &mut dyn Output) -> Result<u64, Error> {
-    let Call { dtype: Some(dtype), extent, .. } = posts.get(rank).call else { return Ok(0) };
+    let Call { dtype: Some(dtype), extent, .. } = *posts.get(rank).call() else { return Ok(0) };
     let rows = part(extent.rows(), posts.len(), rank);
     let (skipped, elements) = (rows.start * extent.width(), rows.len() * extent.width());
     let place = output.allocate(&extent.with_rows(rows.len()), dtype)?;
     let source = |post: Post| Source {
         // SAFETY: every input is as long as this rank's, and its owner waits.
         data: unsafe { post.input.add(skipped * dtype.size()) },
-        factor: factor(&post.call.operation),
+        factor: factor(&post.call().operation),
     };
     let sources: Vec<Source> = posts.iter().map(source).collect();
     // SAFETY: the output is this rank's own.
@@ -132,16 +132,16 @@ fn collect(
     wanted: impl Fn(usize, &Extent) -> Range<usize>,
 ) -> Result<u64, Error> {
     let Some((dtype, extent)) =
-        posts.iter().find(|post| !post.input.is_null()).and_then(|post| Some((post.call.dtype?, post.call.extent)))
+        posts.iter().find(|post| !post.input.is_null()).and_then(|post| Some((post.call().dtype?, post.call().extent)))
     else {
         return Ok(0);
     };
-    let rows = posts.iter().enumerate().map(|(from, post)| wanted(from, &post.call.extent).len()).sum();
+    let rows = posts.iter().enumerate().map(|(from, post)| wanted(from, &post.call().extent).len()).sum();
     let mut place = output.allocate(&extent.with_rows(rows), dtype)?.data;
     let row_bytes = extent.width() * dtype.size();
     let mut moved = 0;
     for (from, post) in posts.iter().enumerate() {
-        let range = wanted(from, &post.call.extent);
+        let range = wanted(from, &post.call().extent);
         let bytes = range.len() * row_bytes;
         if bytes > 0 {
             // SAFETY: the rows lie within the sender's input, whose owner waits; the output has room for all of them.
@@ -158,7 +158,7 @@ fn collect(
 /// Whether two agreeing posts bring buffers of the same lengths. Memory safety hangs on it, so it does not trust the
 /// fingerprint in the calls.
 pub(super) fn same_cut(own: &Post, other: &Post) -> bool {
-    own.call.pieces == 1 || {
+    own.call().pieces == 1 || {
         let lens = |post: &Post| buffers(*post).iter().map(|buffer| buffer.elements);
         lens(own).eq(lens(other))
     }
@@ -167,7 +167,7 @@ pub(super) fn same_cut(own: &Post, other: &Post) -> bool {
 /// The buffers of a post, for no longer than the meeting lasts.
 fn buffers<'meeting>(post: Post) -> &'meeting [BufferMut<'static>] {
     // SAFETY: a post of an in-place collective points to as many buffers as its call has pieces, and its owner waits.
-    unsafe { std::slice::from_raw_parts(post.buffers, post.call.pieces) }
+    unsafe { std::slice::from_raw_parts(post.buffers, post.call().pieces) }
 }
 
 fn factor(operation: &Operation) -> f64 {
