@@ -10,9 +10,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::backend::ops::{BoolTensorOps, FloatTensorOps, IntTensorOps};
 use burn::backend::tensor::FloatTensor;
+use burn::backend::flex::FlexDevice;
 use burn::backend::{
-    Autodiff, AutodiffBackend, BackendTensor, DispatchAutodiffContext, DispatchDevice, DispatchKindConversion,
-    DispatchTensor, GradientCheckpointingStrategy, TensorMetadata,
+    Autodiff, AutodiffBackend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchDevice, DispatchKindConversion,
+    DispatchTensor, Flex, GradientCheckpointingStrategy, TensorMetadata, get_device_settings, set_default_dtypes,
 };
 use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::prelude::*;
@@ -33,7 +34,29 @@ type Leaf = FloatTensor<AutodiffCapture>;
 
 thread_local! {
     // burn gives out at most 65,536 capture devices in a process, so each thread keeps its own for good.
-    static DEVICE: CaptureDevice = CaptureDevice::default();
+    static DEVICE: Result<CaptureDevice, Error> = like_flex(CaptureDevice::default());
+}
+
+/// Gives a new capture device the default dtypes of Flex: an index made inside the step must have the dtype of one that
+/// comes from outside.
+fn like_flex(device: CaptureDevice) -> Result<CaptureDevice, Error> {
+    let configure = || {
+        let flex = get_device_settings::<Flex>(&FlexDevice);
+        set_default_dtypes::<CaptureBackend>(&device, flex.float_dtype, flex.int_dtype, flex.bool_dtype)?;
+        let flex = Device::flex().settings();
+        let device = DispatchDevice::Capture(device);
+        set_default_dtypes::<Dispatch>(&device, flex.float_dtype, flex.int_dtype, flex.bool_dtype)
+    };
+    let mut configured = Ok(());
+    // Asking the device which dtypes it supports is an operation on it.
+    let scope = device.capture_scope(|scope| {
+        configured = configure();
+        scope.complete([], [])
+    });
+    let problem = |e: String| graph_error(format!("the capture device cannot be given the dtypes of Flex: {e}"));
+    scope.map_err(|e| problem(e.to_string()))?;
+    configured.map_err(|e| problem(format!("{e:?}")))?;
+    Ok(device)
 }
 
 /// What the closure of [`capture_step`] may return: the loss, or the loss and further outputs.
@@ -78,7 +101,7 @@ where
     F: FnOnce(&M, I) -> R,
     R: StepLoss,
 {
-    let device = DEVICE.with(|device| *device);
+    let device = DEVICE.with(Clone::clone)?;
     let mut recording = Err(graph_error("nothing was recorded"));
     // The closure's state cannot be seen again after a panic: `model` is only cloned, the rest is moved in.
     let captured = catch_unwind(AssertUnwindSafe(|| {
@@ -421,15 +444,16 @@ impl TensorMapper for CaptureOutputs {
 
 /// What to do about a panic of burn during a capture.
 fn explain(panic: &str) -> Error {
-    let advice = if panic.contains("Cannot move a tensor to a capture device") {
+    let says = |words: &[&str]| words.iter().any(|words| panic.contains(words));
+    let advice = if says(&["Cannot move"]) {
         "`to_device` inside the step cannot be recorded: move tensors before the step. A `BatchNorm` that is called twice \
          in one forward does the same; give each call its own `BatchNorm`"
-    } else if panic.contains("no concrete value") || panic.contains("no initialized value") || panic.contains("Cannot move a tensor from") {
+    } else if says(&["no concrete value", "no initialized value"]) {
         "the step reads a tensor on the host (`into_scalar`, `into_data`, `to_data`), which has no value while the graph is \
          recorded: keep such decisions outside the step, or express them with tensor operations (`mask_where`)"
-    } else if panic.contains("seeding") {
+    } else if says(&["seeding"]) {
         "the step seeds a device: seed before the step"
-    } else if panic.contains("not on the same backend") || panic.contains("wrong backend") || panic.contains("Expected Capture") {
+    } else if says(&["not on the same device", "not on the same backend", "wrong backend"]) {
         "the step uses a tensor that is neither an input nor part of the module: pass it as an input"
     } else {
         "the step panicked while it was recorded; does it run eagerly?"
