@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use burn::module::ParamId;
 use burn::tensor::{DType, Shape};
 use burn_capture::CapturedGraph;
-use burn_ir::{NumericOperationIr, OperationIr, TensorId, TensorIr};
+use burn_ir::{BaseOperationIr, ModuleOperationIr, NumericOperationIr, OperationIr, TensorId, TensorIr};
 
-use super::capture::{EdgeTensor, Recording};
+use super::capture::Recording;
 use super::graph_error;
+use super::leaves::EdgeTensor;
 use super::module::{Survey, Surveyed};
 use super::step::{BatchNormBinding, InputBinding, ParamBinding, Rename, StepGraph, Uses};
 use crate::error::Error;
@@ -149,7 +150,10 @@ fn batch_norms(survey: &Survey) -> Vec<BatchNormIds> {
 /// burn hands an update to the `RunningState`, which keeps it out of reach of visitors. So it is found in the operations:
 /// `BatchNorm` computes `running * (1 - momentum) + batch * momentum` and nothing reads the sum.
 fn running_updates(
-    survey: &Survey, running: &HashSet<ParamId>, params: &HashMap<ParamId, TensorId>, forward: &[OperationIr],
+    survey: &Survey,
+    running: &HashSet<ParamId>,
+    params: &HashMap<ParamId, TensorId>,
+    forward: &[OperationIr],
 ) -> Result<HashMap<ParamId, TensorId>, Error> {
     let mut known = HashMap::new();
     for norm in batch_norms(survey) {
@@ -166,20 +170,34 @@ fn running_updates(
                 tensor.path
             )));
         }
-        if let Some(update) = updated(params[&tensor.id], forward, &uses) {
+        let running = params[&tensor.id];
+        let mut readers = uses.readers(running).iter().map(|reader| &forward[*reader]);
+        if let Some(update) = updated(running, forward, &uses) {
             updates.insert(tensor.id, update);
+        } else if !readers.all(|op| {
+            // Evaluation reads running statistics in the normalisation only, which autodiff takes apart.
+            matches!(
+                op,
+                OperationIr::Module(ModuleOperationIr::BatchNorm(_))
+                    | OperationIr::BaseFloat(BaseOperationIr::Reshape(_))
+            )
+        }) {
+            return Err(graph_error(format!(
+                "cannot find how the step updates `{}`: this burn release updates it in another way than 0.22. Freeze the \
+                 batch norm, or train this module eagerly",
+                tensor.path
+            )));
         }
     }
     Ok(updates)
 }
 
 fn updated(running: TensorId, forward: &[OperationIr], uses: &Uses) -> Option<TensorId> {
-    let readers = uses.readers(running).iter().map(|reader| &forward[*reader]);
-    let mut scaled = readers.filter_map(|op| match op {
+    let mut readers = uses.readers(running).iter().map(|reader| &forward[*reader]);
+    let scaled = readers.find_map(|op| match op {
         OperationIr::NumericFloat(_, NumericOperationIr::MulScalar(op)) => Some(op.out.id),
         _ => None,
-    });
-    let scaled = scaled.next()?;
+    })?;
     uses.readers(scaled).iter().find_map(|reader| match &forward[*reader] {
         OperationIr::NumericFloat(_, NumericOperationIr::Add(op)) if op.lhs.id == scaled => Some(op.out.id),
         _ => None,

@@ -10,22 +10,6 @@
 //!
 //! The pass renames the output of each such `mean_dim` and puts an [`OperationIr::Custom`] after it that makes the old
 //! tensor, so every later reader sees the group's value.
-//!
-//! # Contract of the custom operations
-//! Both have one input and one output, float `[channels, 1]`, and one scalar: `n`, the number of samples per channel that
-//! the local mean was taken over (batch times spatial size). Of rank `r`, let `n_r` be that number and `m_r` the input.
-//! Every rank must make the same calls in the same order; `n_r` may differ.
-//!
-//! - [`SYNC_BATCH_NORM_MEAN`] gives `sum(n_r m_r) / sum(n_r)`. For the variance that is exact too, since every rank has
-//!   centred with the group's mean already.
-//! - [`SYNC_BATCH_NORM_GRAD`] gives, on rank `q`, `sum(w_r n_r m_r) / (w_q sum(n_r))`, where `w_r` is the weight with which
-//!   rank `r`'s loss (and so each of its parameter gradients) enters the group's loss. If every rank's loss is a *mean*
-//!   over its own samples and gradients are combined sample-exactly, `w_r` is the local number of samples; if losses are
-//!   sums, or ranks are averaged with equal weight, all `w_r` are equal and the formula is that of the forward. Only ratios
-//!   of weights matter. (The gradient of the group's loss with respect to rank `r`'s activation is `w_r dy_r`: the mean
-//!   must be taken over those, and be divided by `w_q` again because `q`'s gradients are weighted later.)
-//!
-//! [`register_sync_batch_norm`](super::register_sync_batch_norm) implements both over an all-reduce.
 
 use std::collections::BTreeMap;
 
@@ -38,9 +22,9 @@ use super::graph_error;
 use super::step::{BatchNormBinding, Rename, StepGraph, Uses};
 use crate::error::Error;
 
-/// Id of the custom operation on forward statistics; see [the contract](self).
+/// Id of the custom operation on forward statistics; [`sync_batch_norm`] tells its contract.
 pub const SYNC_BATCH_NORM_MEAN: &str = "sync_batch_norm_mean";
-/// Id of the custom operation on backward means; see [the contract](self).
+/// Id of the custom operation on backward means; [`sync_batch_norm`] tells its contract.
 pub const SYNC_BATCH_NORM_GRAD: &str = "sync_batch_norm_grad";
 
 /// What [`sync_batch_norm`] rewrote.
@@ -54,7 +38,24 @@ pub struct BatchNormSync {
 
 /// Makes every burn `BatchNorm` of the module that is in training mode normalise over the whole group.
 ///
-/// Batch norms that are frozen or that the step does not call are left alone.
+/// Batch norms that are frozen or that the step does not call are left alone. After every batch statistic, in the forward
+/// and in the backward pass, a custom operation is put in that takes the local value and gives the group's.
+///
+/// # Contract of the custom operations
+/// Both have one input and one output, float `[channels, 1]`, and one scalar: `n`, the number of samples per channel that
+/// the local mean was taken over (batch times spatial size). Of rank `r`, let `n_r` be that number and `m_r` the input.
+/// Every rank must make the same calls in the same order; `n_r` may differ.
+///
+/// - [`SYNC_BATCH_NORM_MEAN`] gives `sum(n_r m_r) / sum(n_r)`. For the variance that is exact too, since every rank has
+///   centred with the group's mean already.
+/// - [`SYNC_BATCH_NORM_GRAD`] gives, on rank `q`, `sum(w_r n_r m_r) / (w_q sum(n_r))`, where `w_r` is the weight with which
+///   rank `r`'s loss (and so each of its parameter gradients) enters the group's loss. If every rank's loss is a *mean*
+///   over its own samples and gradients are combined sample-exactly, `w_r` is the local number of samples; if losses are
+///   sums, or ranks are averaged with equal weight, all `w_r` are equal and the formula is that of the forward. Only ratios
+///   of weights matter. (The gradient of the group's loss with respect to rank `r`'s activation is `w_r dy_r`: the mean
+///   must be taken over those, and be divided by `w_q` again because `q`'s gradients are weighted later.)
+///
+/// [`register_sync_batch_norm`](super::register_sync_batch_norm) implements both over an all-reduce.
 ///
 /// # Errors
 /// [`Error::Graph`] if the statistics of a batch norm in training mode cannot be found. The graph is unchanged then.
@@ -106,25 +107,28 @@ impl<'a> Finder<'a> {
         self.uses.readers(tensor).iter().map(|index| self.op(*index))
     }
 
+    fn forward_readers(&self, tensor: TensorId) -> impl Iterator<Item = &'a OperationIr> {
+        let forward = self.uses.readers(tensor).iter().filter(|index| **index < self.graph.forward_len);
+        forward.map(|index| self.op(*index))
+    }
+
     /// The calls of one batch norm with batch statistics, told by its gamma.
     fn calls(&self, norm: &BatchNormBinding) -> Result<Vec<&'a BatchNormOpIr>, Error> {
-        let mut calls = Vec::new();
-        let mut used = false;
-        for index in self.uses.readers(norm.gamma).iter().filter(|index| **index < self.graph.forward_len) {
-            used = true;
-            let OperationIr::Module(ModuleOperationIr::BatchNorm(call)) = self.op(*index) else { continue };
-            if call.mean.id == norm.running_mean || call.variance.id == norm.running_var {
-                return Err(graph_error(format!(
-                    "batch norm `{}` is in training mode but was called on a tensor without autodiff, so it used its \
-                     running statistics: compute its input from the inputs or parameters of the step, or freeze it",
-                    norm.path
-                )));
-            }
-            if call.gamma.id == norm.gamma {
-                calls.push(call);
-            }
+        // Training reads running statistics only to scale them by `1 - momentum`.
+        let scaled = |op| matches!(op, &OperationIr::NumericFloat(_, NumericOperationIr::MulScalar(_)));
+        if !self.forward_readers(norm.running_mean).chain(self.forward_readers(norm.running_var)).all(scaled) {
+            return Err(graph_error(format!(
+                "batch norm `{}` is in training mode but was called on a tensor without autodiff, so it used its running \
+                 statistics: compute its input from the inputs or parameters of the step, or freeze it",
+                norm.path
+            )));
         }
-        if used && calls.is_empty() {
+        let calls = self.forward_readers(norm.gamma).filter_map(|op| match op {
+            OperationIr::Module(ModuleOperationIr::BatchNorm(call)) if call.gamma.id == norm.gamma => Some(call),
+            _ => None,
+        });
+        let calls: Vec<_> = calls.collect();
+        if calls.is_empty() && self.forward_readers(norm.gamma).next().is_some() {
             return Err(graph_error(format!(
                 "batch norm `{}` is in training mode and its gamma is used, but not in a batch normalisation that can be \
                  synchronised: freeze it, or train without synchronising it",
@@ -172,29 +176,40 @@ impl<'a> Finder<'a> {
             product(op).filter(|p| p.lhs.id == centred.out.id && self.is_inverse_std(p.rhs.id, call.variance.id))
         })?;
         let x_hat = normalized.out.id;
-        // dy * x_hat; the other reader of x_hat is x_hat * mean(dy * x_hat).
+        // dy * x_hat, averaged, times x_hat again.
         let weighted = self.readers(x_hat).find_map(|op| product(op).filter(|p| p.rhs.id == x_hat))?;
         let mean_weighted = self.flat_mean(weighted.out.id)?;
-        let mean_grad = self.flat_mean(weighted.lhs.id)?;
-        Some([mean_grad, mean_weighted])
+        let projected = self.readers(x_hat).find_map(|op| {
+            product(op).filter(|p| p.lhs.id == x_hat && self.mean_dim(p.rhs.id) == Some(mean_weighted))
+        })?;
+        // (dy - mean(dy)) - projected. Another batch norm with the same dy, as in a residual block, has a mean(dy) of its
+        // own, so the mean is looked for from here and not among the readers of dy.
+        let whole =
+            self.readers(projected.out.id).find_map(|op| subtraction(op).filter(|s| s.rhs.id == projected.out.id))?;
+        let centred_grad = subtraction(self.maker(whole.lhs.id)?).filter(|s| s.lhs.id == weighted.lhs.id)?;
+        Some([self.mean_dim(centred_grad.rhs.id)?, mean_weighted])
     }
 
     /// Whether a tensor is `1 / sqrt(variance + epsilon)`, reshapes aside.
     fn is_inverse_std(&self, tensor: TensorId, variance: TensorId) -> bool {
         let made = |tensor: &TensorIr| self.maker(self.before_reshapes(tensor.id));
-        let Some(OperationIr::Float(_, FloatOperationIr::Recip(recip))) = self.maker(self.before_reshapes(tensor)) else {
+        let Some(OperationIr::Float(_, FloatOperationIr::Recip(recip))) = self.maker(self.before_reshapes(tensor))
+        else {
             return false;
         };
         let Some(OperationIr::Float(_, FloatOperationIr::Sqrt(sqrt))) = made(&recip.input) else { return false };
-        let Some(OperationIr::NumericFloat(_, NumericOperationIr::AddScalar(add))) = made(&sqrt.input) else { return false };
+        let Some(OperationIr::NumericFloat(_, NumericOperationIr::AddScalar(add))) = made(&sqrt.input) else {
+            return false;
+        };
         add.lhs.id == variance
     }
 
-    /// Index of the mean of `tensor` over `[channels, n]`: the first two dims swapped, flattened, averaged. Its result must
-    /// be subtracted from or multiplied with something, which tells it from a mean of the user's over the same tensor.
+    /// Index of the one mean of `tensor` over `[channels, n]`: the first two dims swapped, flattened, averaged.
     fn flat_mean(&self, tensor: TensorId) -> Option<usize> {
         let swapped = self.readers(tensor).filter_map(|op| match op {
-            OperationIr::BaseFloat(BaseOperationIr::SwapDims(swap)) if (swap.dim1, swap.dim2) == (0, 1) => Some(swap.out.id),
+            OperationIr::BaseFloat(BaseOperationIr::SwapDims(swap)) if (swap.dim1, swap.dim2) == (0, 1) => {
+                Some(swap.out.id)
+            }
             _ => None,
         });
         let flattened = swapped.flat_map(|t| self.readers(t)).filter_map(|op| match op {
@@ -204,7 +219,6 @@ impl<'a> Finder<'a> {
         let means = flattened.flat_map(|t| self.uses.readers(t).iter().copied());
         let mut means = means.filter(|index| *index >= self.graph.forward_len && self.is_channel_mean(self.op(*index)));
         let mean = means.next()?;
-        // Two candidates would mean that the user's model differentiates through the same pattern.
         means.next().is_none().then_some(mean)
     }
 }

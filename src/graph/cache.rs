@@ -6,10 +6,11 @@ use burn::backend::{DispatchTensor, TensorMetadata};
 use burn::module::{Module, ParamId};
 use burn::tensor::{DType, Shape};
 
-use super::capture::{StepLoss, capture_step, join};
+use super::capture::{StepLoss, capture_step};
 use super::custom::CustomOps;
 use super::execute::Executor;
 use super::inputs::{GraphInputs, TensorMapper};
+use super::leaves::join;
 use super::module::Survey;
 use super::step::StepGraph;
 use crate::error::Error;
@@ -20,7 +21,9 @@ type Pass = Box<dyn Fn(&mut StepGraph) -> Result<(), Error> + Send>;
 /// parameters.
 ///
 /// The loss closure must be the same computation whenever the key is the same; it is called only to capture. Changes of
-/// plain fields of the module (a dropout probability) are not noticed: [`clear`](Self::clear) then.
+/// plain fields of the module (a dropout probability) are not noticed: [`clear`](Self::clear) then. Nothing is ever thrown
+/// out by itself: pad batches, at least the last, to few different shapes. A graph holds operations and constants, no
+/// weights.
 pub struct GraphCache {
     ops: CustomOps,
     pass: Pass,

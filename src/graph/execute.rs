@@ -13,6 +13,7 @@ use burn_router::TensorInterpreter;
 
 use super::custom::CustomOps;
 use super::inputs::{GraphInputs, GraphTensor, TensorMapper};
+use super::leaves::join;
 use super::liveness::{Action, MemoryEstimate, program};
 use super::module::{gradients_params, read_params, write_running_states};
 use super::step::{StepGraph, op_name};
@@ -44,6 +45,9 @@ pub struct StepOutputs {
 /// Each step takes parameters and running statistics from the module and the batch from the inputs, sharing their buffers,
 /// and frees every intermediate at its last use. Random operations draw new numbers each time. Only the constants of the
 /// graph stay between steps.
+///
+/// Ranks that are threads need running statistics of their own: `model.clone().fork(&device)` still shares them between
+/// clones (so in eager burn too), `.train()` after it gives each its own.
 #[derive(Debug)]
 pub struct Executor {
     graph: StepGraph,
@@ -76,13 +80,15 @@ impl Executor {
         let mut needed = HashSet::new();
         for action in &program {
             match action {
-                Action::Run(OperationIr::Custom(op)) if !ops.contains(&op.id) => {
-                    return Err(graph_error(format!(
-                        "no custom operation `{}` is registered; there is {ops:?}",
-                        op.id
-                    )));
+                Action::Run(op) => {
+                    if let OperationIr::Custom(op) = &**op
+                        && !ops.contains(&op.id)
+                    {
+                        let problem = format!("no custom operation `{}` is registered; there is {ops:?}", op.id);
+                        return Err(graph_error(problem));
+                    }
+                    needed.extend(op.inputs().map(|t| t.id));
                 }
-                Action::Run(op) => needed.extend(op.inputs().map(|t| t.id)),
                 Action::Give(tensor) => drop(needed.insert(tensor.id)),
                 Action::Free(_) => {}
             }
@@ -206,13 +212,14 @@ impl Executor {
     }
 
     fn run(&mut self, on_gradient: &mut dyn FnMut(ParamId, FlexTensor) -> Result<(), Error>) -> Result<Results, Error> {
-        let mut results = Results { loss: None, updates: HashMap::new(), outputs: vec![None; self.graph.outputs.len()] };
+        let mut results =
+            Results { loss: None, updates: HashMap::new(), outputs: vec![None; self.graph.outputs.len()] };
         for (position, action) in self.program.iter().enumerate() {
             self.position = position;
             match action {
                 Action::Run(op) => {
-                    self.interpreter.register_op(op.clone());
-                    if matches!(op, OperationIr::Custom(_))
+                    self.interpreter.register_op(OperationIr::clone(op));
+                    if matches!(**op, OperationIr::Custom(_))
                         && let Some(error) = self.ops.take_error()
                     {
                         return Err(error);
@@ -242,7 +249,9 @@ struct Results {
 
 impl Results {
     fn take(
-        &mut self, meaning: Meaning, value: GraphTensor,
+        &mut self,
+        meaning: Meaning,
+        value: GraphTensor,
         on_gradient: &mut dyn FnMut(ParamId, FlexTensor) -> Result<(), Error>,
     ) -> Result<(), Error> {
         match meaning {
@@ -285,7 +294,7 @@ struct BindInputs {
 
 impl TensorMapper for BindInputs {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
-        let path = super::capture::join(&self.path);
+        let path = join(&self.path);
         let value = GraphTensor::from_user(tensor.clone(), &format!("input `{path}`"))?;
         self.values.push((path, value));
         Ok(tensor)

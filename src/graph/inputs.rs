@@ -128,7 +128,9 @@ impl GraphTensor {
     /// [`Error::Graph`] if it is of another kind or rank.
     pub fn float<const D: usize>(self) -> Result<Tensor<D>, Error> {
         match self {
-            Self::Float(tensor) if tensor.layout().shape().num_dims() == D => Ok(Tensor::from_primitive::<Flex>(tensor)),
+            Self::Float(tensor) if tensor.layout().shape().num_dims() == D => {
+                Ok(Tensor::from_primitive::<Flex>(tensor))
+            }
             other => Err(other.mismatch("float", D)),
         }
     }

@@ -13,7 +13,7 @@ use super::step::StepGraph;
 /// One action of a program.
 #[derive(Clone, Debug)]
 pub(crate) enum Action {
-    Run(OperationIr),
+    Run(Box<OperationIr>),
     /// The tensor has had its last reader, which could not consume it itself.
     Free(TensorIr),
     /// A result is ready. If nothing reads it later it is moved out, else shared.
@@ -30,7 +30,7 @@ pub struct MemoryEstimate {
 }
 
 impl MemoryEstimate {
-    /// The operations as they stand, without freeing anything but what they consume.
+    /// The operations as a capture gives them: nothing is freed, since they say nothing about last uses.
     pub fn of_operations(operations: &[OperationIr]) -> Self {
         Self::of(operations.iter().map(Step::Run))
     }
@@ -115,7 +115,7 @@ pub(crate) fn program(graph: &StepGraph) -> Vec<Action> {
         };
         let outputs: Vec<TensorIr> = op.outputs().cloned().collect();
         op.visit_mut(&mut SetStatus { outputs: outputs.iter().map(|t| t.id).collect(), consumed });
-        program.push(Action::Run(op));
+        program.push(Action::Run(Box::new(op)));
         program.extend(freed.into_iter().map(Action::Free));
         for out in outputs {
             let read_later = last_reader.contains_key(&out.id);

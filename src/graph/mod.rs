@@ -42,6 +42,7 @@ mod capture;
 mod custom;
 mod execute;
 mod inputs;
+mod leaves;
 mod liveness;
 mod module;
 mod step;

@@ -101,7 +101,8 @@ impl ModuleVisitor for Survey {
 
 /// The current values of the wanted parameters, sharing their buffers.
 pub(crate) fn read_params<M: Module>(
-    module: &M, wanted: &HashSet<ParamId>,
+    module: &M,
+    wanted: &HashSet<ParamId>,
 ) -> Result<HashMap<ParamId, GraphTensor>, Error> {
     let mut read = ReadParams { wanted, values: HashMap::new(), path: ModulePath::default(), failed: None };
     module.visit(&mut read);

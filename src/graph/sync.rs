@@ -13,8 +13,8 @@ use crate::error::Error;
 ///
 /// `all_reduce_sum` gives the element-wise sum over the ranks of the group; it is called once per operation with
 /// `channels + 1` elements, in the same order on every rank. They are `f64`, so that a group of one rank leaves an `f32`
-/// statistic as it is to the last bit. `loss_weight` is the weight of this rank's loss in the group's loss (see the contract
-/// in the module page of `graph::batch_norm`): the local number of samples if the loss is a mean over them, any constant if
+/// statistic as it is to the last bit. `loss_weight` is the weight of this rank's loss in the group's loss (see the
+/// contract at [`sync_batch_norm`](super::sync_batch_norm)): the local number of samples if the loss is a mean over them, any constant if
 /// ranks count equally. It is asked once per backward operation, must be positive, and may change between steps.
 pub fn register_sync_batch_norm<R, W>(ops: &mut CustomOps, all_reduce_sum: R, loss_weight: W)
 where
@@ -33,7 +33,10 @@ where
 }
 
 fn group_mean(
-    op: &CustomOpIr, mut inputs: Vec<FlexTensor>, weight: f64, all_reduce_sum: &dyn Fn(Vec<f64>) -> Result<Vec<f64>, Error>,
+    op: &CustomOpIr,
+    mut inputs: Vec<FlexTensor>,
+    weight: f64,
+    all_reduce_sum: &dyn Fn(Vec<f64>) -> Result<Vec<f64>, Error>,
 ) -> Result<Vec<FlexTensor>, Error> {
     let (Some(local), Some(samples)) = (inputs.pop(), op.scalars.last()) else {
         return Err(graph_error(format!("custom operation `{}` needs an input and the number of samples", op.id)));

@@ -10,6 +10,14 @@ use burn_parallel::graph::*;
 
 use super::models::*;
 
+/// A batch norm on a tensor that is neither parameter nor input.
+#[derive(Module, Debug)]
+struct OnConstant {
+    norm: nn::BatchNorm,
+    constant: Tensor<4>,
+    head: Residual,
+}
+
 /// Sums over two threads: the simplest thing that can be an all-reduce.
 #[derive(Default)]
 struct Pair {
@@ -61,7 +69,7 @@ fn train(model: &Cnn, cut: usize, steps: u64) -> Vec<(Vec<f64>, Values, BatchNor
                     *found.lock().unwrap() = sync_batch_norm(graph)?;
                     Ok(())
                 });
-                let mut optim: ModuleOptimizer = AdamWConfig::new().init().into();
+                let mut optim: ModuleOptimizer = AdamWConfig::new().init();
                 let mut losses = Vec::new();
                 for seed in 0..steps {
                     let batch = split(rows.clone(), seed);
@@ -82,7 +90,12 @@ fn train(model: &Cnn, cut: usize, steps: u64) -> Vec<(Vec<f64>, Values, BatchNor
 }
 
 /// Gradients weighted with the number of samples, in the order in which both ranks visit the parameters.
-fn average(model: &Cnn, gradients: &GradientsParams, sum: impl Fn(Vec<f64>) -> Vec<f64>, count: f64) -> GradientsParams {
+fn average<M: Module>(
+    model: &M,
+    gradients: &GradientsParams,
+    sum: impl Fn(Vec<f64>) -> Vec<f64>,
+    count: f64,
+) -> GradientsParams {
     struct Average<'a, F>(&'a GradientsParams, GradientsParams, F, f64);
     impl<F: Fn(Vec<f64>) -> Vec<f64>> burn::module::ModuleVisitor for Average<'_, F> {
         fn visit_float<const D: usize>(&mut self, param: &burn::module::Param<Tensor<D>>) {
@@ -100,7 +113,7 @@ fn average(model: &Cnn, gradients: &GradientsParams, sum: impl Fn(Vec<f64>) -> V
 
 fn whole(model: &Cnn, steps: u64) -> (Vec<f64>, Values) {
     let mut model = model.clone().fork(&device()).train();
-    let mut optim: ModuleOptimizer = AdamWConfig::new().init().into();
+    let mut optim: ModuleOptimizer = AdamWConfig::new().init();
     let mut losses = Vec::new();
     for seed in 0..steps {
         let (x, t) = split(0..8, seed);
@@ -142,37 +155,74 @@ fn a_frozen_batch_norm_is_left_alone() {
     like_one_device(&model, 3, BatchNormSync { modules: 2, collectives: 8 });
 }
 
-/// One step, without an optimizer in between that could hide or blow up differences.
+/// One step of two ranks: the largest differences of gradients and of running statistics from one device.
+fn one_step<M: Module + Sync>(
+    model: &M,
+    cut: usize,
+    sync: bool,
+    weigh: bool,
+    loss: impl Fn(&M, (Tensor<4>, Tensor<1, Int>)) -> Tensor<1> + Sync,
+) -> (f32, f32) {
+    let reference = model.clone().fork(&device()).train();
+    let (_, expected) = eager(&reference, |m| loss(m, split(0..8, 5)));
+    let (expected, expected_stats) = (grad_floats(&reference, &expected), floats(&reference));
+    let (stats, grads) = (Arc::new(Pair::default()), Arc::new(Pair::default()));
+    std::thread::scope(|scope| {
+        let ranks = [0..cut, cut..8].into_iter().enumerate().map(|(rank, rows)| {
+            let (stats, grads, expected, expected_stats) = (stats.clone(), grads.clone(), &expected, &expected_stats);
+            let (model, loss) = (model.clone().fork(&device()).train(), &loss);
+            scope.spawn(move || {
+                let count = rows.len() as f64;
+                let mut ops = CustomOps::new();
+                let weight = if weigh { count } else { 1.0 };
+                register_sync_batch_norm(&mut ops, move |x| Ok(stats.sum(rank, x)), move || weight);
+                let mut graph = capture_step(&model, split(rows.clone(), 0), loss).unwrap();
+                if sync {
+                    sync_batch_norm(&mut graph).unwrap();
+                }
+                let result = Executor::new(graph, ops).unwrap().step(&model, split(rows, 5)).unwrap();
+                let gradients = average(&model, &result.gradients, |x| grads.sum(rank, x), count);
+                let gradients = difference(expected, &grad_floats(&model, &gradients));
+                (gradients, difference(expected_stats, &floats(&model)))
+            })
+        });
+        let ranks: Vec<_> = ranks.collect();
+        let worst = |a: (f32, f32), b: (f32, f32)| (a.0.max(b.0), a.1.max(b.1));
+        ranks.into_iter().map(|rank| rank.join().unwrap()).fold((0.0, 0.0), worst)
+    })
+}
+
 #[test]
 fn gradients_and_running_statistics_of_one_step() {
     let model = Cnn::new(&device());
-    let reference = model.clone().fork(&device()).train();
-    let (x, t) = split(0..8, 5);
-    let (_, expected) = eager(&reference, |m| m.loss(x, t));
-    let expected = grad_floats(&reference, &expected);
-    let expected_stats = floats(&reference);
+    let loss = |m: &Cnn, (x, t)| m.loss(x, t);
     for cut in [4, 3, 1] {
-        let (stats, grads) = (Arc::new(Pair::default()), Arc::new(Pair::default()));
-        std::thread::scope(|scope| {
-            for (rank, rows) in [0..cut, cut..8].into_iter().enumerate() {
-                let (stats, grads, expected, expected_stats) = (stats.clone(), grads.clone(), &expected, &expected_stats);
-                let model = model.clone().fork(&device()).train();
-                scope.spawn(move || {
-                    let count = rows.len() as f64;
-                    let mut ops = CustomOps::new();
-                    register_sync_batch_norm(&mut ops, move |x| Ok(stats.sum(rank, x)), move || count);
-                    let mut graph = capture_step(&model, split(rows.clone(), 0), |m, (x, t)| m.loss(x, t)).unwrap();
-                    sync_batch_norm(&mut graph).unwrap();
-                    let result = Executor::new(graph, ops).unwrap().step(&model, split(rows, 5)).unwrap();
-                    let gradients = average(&model, &result.gradients, |x| grads.sum(rank, x), count);
-                    let worst = difference(expected, &grad_floats(&model, &gradients));
-                    assert!(worst <= 1e-5, "cut {cut}: gradients differ by {worst}");
-                    let worst = difference(expected_stats, &floats(&model));
-                    assert!(worst <= 1e-5, "cut {cut}: running statistics differ by {worst}");
-                });
-            }
-        });
+        let (gradients, statistics) = one_step(&model, cut, true, true, loss);
+        assert!(gradients <= 1e-5 && statistics <= 1e-5, "cut {cut}: {gradients} {statistics}");
     }
+    // That this says something: local statistics are far off, and so is an unweighted backward of unequal parts.
+    let (gradients, statistics) = one_step(&model, 4, false, true, loss);
+    assert!(gradients > 1e-2 && statistics > 1e-2, "{gradients} {statistics}");
+    let (gradients, statistics) = one_step(&model, 3, true, false, loss);
+    assert!(gradients > 1e-4 && statistics <= 1e-5, "{gradients} {statistics}");
+}
+
+#[test]
+fn two_batch_norms_with_the_same_gradient() {
+    let model = Residual::new(&device());
+    let loss = |m: &Residual, (x, t)| m.loss(x, t);
+    for cut in [4, 3] {
+        let (gradients, statistics) = one_step(&model, cut, true, true, loss);
+        assert!(gradients <= 1e-5 && statistics <= 1e-5, "cut {cut}: {gradients} {statistics}");
+    }
+}
+
+#[test]
+fn a_thread_can_take_an_executor_along() {
+    fn is_send<T: Send>() {}
+    is_send::<Executor>();
+    is_send::<GraphCache>();
+    is_send::<CustomOps>();
 }
 
 #[test]
@@ -183,7 +233,9 @@ fn a_group_of_one_changes_nothing() {
     let graph = capture_step(&plain, batch(), |m, (x, t)| m.loss(x, t)).unwrap();
     let mut rewritten = graph.clone();
     sync_batch_norm(&mut rewritten).unwrap();
-    assert!(graph.forward_len + 6 == rewritten.forward_len && graph.operations.len() + 12 == rewritten.operations.len());
+    assert!(
+        graph.forward_len + 6 == rewritten.forward_len && graph.operations.len() + 12 == rewritten.operations.len()
+    );
     let mut ops = CustomOps::new();
     register_sync_batch_norm(&mut ops, Ok, || 5.0);
     let a = Executor::new(graph, CustomOps::new()).unwrap().step(&plain, batch()).unwrap();
@@ -191,6 +243,41 @@ fn a_group_of_one_changes_nothing() {
     assert_eq!(scalar(a.loss), scalar(b.loss));
     assert_eq!(difference(&grad_floats(&plain, &a.gradients), &grad_floats(&plain, &b.gradients)), 0.0);
     assert_eq!(difference(&floats(&plain), &floats(&synced)), 0.0);
+}
+
+#[test]
+fn batch_norm_is_found_also_with_gradient_checkpointing() {
+    let model = Cnn::new(&device().gradient_checkpointing());
+    let batch = || images(5, 3, &Device::flex());
+    let mut graph = capture_step(&model, batch(), |m, (x, t)| m.loss(x, t)).unwrap();
+    let plain = model.valid().train();
+    let without = capture_step(&plain, batch(), |m, (x, t)| m.loss(x, t)).unwrap();
+    assert!(graph.operations.len() > without.operations.len(), "something is computed again");
+    assert_eq!(sync_batch_norm(&mut graph).unwrap(), BatchNormSync { modules: 3, collectives: 12 });
+    let mut ops = CustomOps::new();
+    register_sync_batch_norm(&mut ops, Ok, || 1.0);
+    let a = Executor::new(graph, ops).unwrap().step(&model, batch()).unwrap();
+    let (_, b) = eager(&plain, |m| m.loss(images(5, 3, &device()).0, batch().1));
+    assert!(difference(&grad_floats(&plain, &a.gradients), &grad_floats(&plain, &b)) <= 1e-6);
+}
+
+#[test]
+fn errors_of_the_all_reduce_and_wrong_weights_are_the_steps() {
+    let model = Cnn::new(&device());
+    let batch = || images(4, 1, &device());
+    let mut graph = capture_step(&model, batch(), |m, (x, t)| m.loss(x, t)).unwrap();
+    sync_batch_norm(&mut graph).unwrap();
+    let run = |reduce: fn(Vec<f64>) -> Result<Vec<f64>, Error>, weight: f64| {
+        let mut ops = CustomOps::new();
+        register_sync_batch_norm(&mut ops, reduce, move || weight);
+        let before = floats(&model);
+        let error = Executor::new(graph.clone(), ops).unwrap().step(&model, batch()).unwrap_err().to_string();
+        assert_eq!(difference(&before, &floats(&model)), 0.0, "a failed step leaves the running statistics");
+        error
+    };
+    assert_eq!(run(|_| Err(Error::Graph { problem: "rank 1 left".into() }), 1.0), "graph: rank 1 left");
+    assert!(run(|_| Ok(vec![]), 1.0).contains("was given 3 elements but returned 0"));
+    assert!(run(Ok, 0.0).contains("must be positive, but it is 0"));
 }
 
 #[test]
@@ -220,17 +307,17 @@ fn fingerprints_do_not_depend_on_the_batch() {
 
 #[test]
 fn what_cannot_be_synchronised_is_an_error() {
-    let model = Cnn::new(&device());
-    let mut graph = capture_step(&model, images(4, 1, &device()), |m, (x, t)| {
-        m.loss(x, t) + m.norm.forward(Tensor::<4>::ones([2, 4, 3, 3], &Device::flex())).sum().mul_scalar(0.0).inner()
-    });
-    // Either the capture or the pass must refuse: the batch norm ran once on running statistics.
-    let problem = match &mut graph {
-        Ok(graph) => sync_batch_norm(graph).map(|_| ()).unwrap_err(),
-        Err(error) => error.clone(),
+    let model = OnConstant {
+        norm: nn::BatchNormConfig::new(2).init(&device()),
+        constant: Tensor::ones([4, 2, 8, 8], &device()),
+        head: Residual::new(&device()),
     };
-    assert!(matches!(problem, Error::Graph { .. }), "{problem}");
+    let loss = |m: &OnConstant, (x, t)| m.head.loss(x + m.norm.forward(m.constant.clone()), t);
+    let mut graph = capture_step(&model, images(4, 1, &device()), loss).unwrap();
+    let problem = sync_batch_norm(&mut graph).unwrap_err().to_string();
+    assert!(problem.contains("batch norm `norm` is in training mode but was called on"), "{problem}");
 
+    let model = Cnn::new(&device());
     let mut graph = capture_step(&model, images(4, 1, &device()), |m, (x, t)| m.loss(x, t)).unwrap();
     // As if burn computed the statistics in another way.
     graph.operations.retain(|op| !format!("{op:?}").contains("MeanDim"));

@@ -21,7 +21,10 @@ fn the_same_step_twice_is_the_same_graph() {
     assert!(0 < a.forward_len && a.forward_len < a.operations.len());
     assert_eq!(a.collective_fingerprint(), b.collective_fingerprint());
     let paths: Vec<&str> = a.params.iter().map(|p| p.path.as_str()).collect();
-    assert_eq!(paths[..4], ["input_norm.gamma", "input_norm.beta", "input_norm.running_mean", "input_norm.running_var"]);
+    assert_eq!(
+        paths[..4],
+        ["input_norm.gamma", "input_norm.beta", "input_norm.running_mean", "input_norm.running_var"]
+    );
     assert_eq!(a.params.iter().filter(|p| p.update.is_some()).count(), 6);
     assert_eq!(a.batch_norms.len(), 3);
 }
@@ -57,7 +60,8 @@ struct Batch {
 
 impl GraphInputs for Batch {
     fn map_tensors(
-        self, mapper: &mut dyn burn_parallel::graph::TensorMapper,
+        self,
+        mapper: &mut dyn burn_parallel::graph::TensorMapper,
     ) -> Result<Self, burn_parallel::error::Error> {
         let (rows, keep, targets) = (self.rows, self.keep, self.targets).map_tensors(mapper)?;
         Ok(Self { rows, keep, targets })
@@ -83,7 +87,11 @@ fn inputs_of_every_kind_and_extra_outputs() {
     let batch = |seed| {
         let mut numbers = Numbers(seed);
         let rows = vec![numbers.tensor([5, 6], &device), numbers.tensor([5, 6], &device.clone().inner())];
-        Batch { rows, keep: Some(numbers.tensor([5, 6], &device).greater_elem(0.0)), targets: numbers.classes([5], 4, &device) }
+        Batch {
+            rows,
+            keep: Some(numbers.tensor([5, 6], &device).greater_elem(0.0)),
+            targets: numbers.classes([5], 4, &device),
+        }
     };
     let graph = capture_step(&model, batch(1), loss).unwrap();
     let inputs: Vec<&str> = graph.inputs.iter().map(|i| i.path.as_str()).collect();

@@ -75,6 +75,16 @@ fn a_panic_of_the_model() {
 }
 
 #[test]
+fn a_capture_inside_a_capture() {
+    let inner = |m: &Mlp, x: Tensor<2>| {
+        let problem = capture_step(m, x.clone(), |m, x| m.forward(x).mean()).unwrap_err().to_string();
+        assert!(problem.contains("inside the closure of another"), "{problem}");
+        m.forward(x).mean()
+    };
+    capture_step(&Mlp::new(0.0, &device()), Numbers(1).tensor([3, 6], &device()), inner).unwrap();
+}
+
+#[test]
 fn inputs_or_a_model_that_do_not_fit_the_graph() {
     let device = device();
     let model = Mlp::new(0.0, &device);

@@ -32,7 +32,8 @@ impl Numbers {
 
     pub fn classes<const D: usize>(&mut self, shape: [usize; D], classes: usize, device: &Device) -> Tensor<D, Int> {
         let n = shape.iter().product();
-        let data: Vec<i64> = (0..n).map(|_| ((self.next() + 1.0) / 2.0 * classes as f32) as i64 % classes as i64).collect();
+        let data: Vec<i64> =
+            (0..n).map(|_| ((self.next() + 1.0) / 2.0 * classes as f32) as i64 % classes as i64).collect();
         Tensor::from_data(TensorData::new(data, shape), device)
     }
 }
@@ -132,6 +133,33 @@ impl Cnn {
         let x = AdaptiveAvgPool2dConfig::new([2, 2]).init().forward(x);
         let batch = x.dims()[0];
         cross_entropy(self.head.forward(x.reshape([batch, 20])), targets)
+    }
+}
+
+/// Two batch norms whose outputs are added, so that both get the same gradient.
+#[derive(Module, Debug)]
+pub struct Residual {
+    pub main: BatchNorm,
+    pub conv: Conv2d,
+    pub shortcut: BatchNorm,
+    pub head: Linear,
+}
+
+impl Residual {
+    pub fn new(device: &Device) -> Self {
+        Self {
+            main: BatchNormConfig::new(2).init(device),
+            conv: Conv2dConfig::new([2, 2], [1, 1]).with_bias(false).init(device),
+            shortcut: BatchNormConfig::new(2).init(device),
+            head: LinearConfig::new(128, 3).init(device),
+        }
+    }
+
+    pub fn loss(&self, images: Tensor<4>, targets: Tensor<1, Int>) -> Tensor<1> {
+        let batch = images.dims()[0];
+        let main = self.main.forward(activation::tanh(self.conv.forward(images.clone())));
+        let x = activation::relu(main + self.shortcut.forward(images));
+        cross_entropy(self.head.forward(x.reshape([batch, 128])), targets)
     }
 }
 

@@ -12,7 +12,7 @@ fn parity<M: Module, I: GraphInputs + Clone>(model: M, batch: impl Fn(u64) -> I,
     // `train` gives running statistics of its own to each copy.
     let (mut eager_model, mut graph_model) = (model.clone().train(), model.train().fork(&device()));
     let [mut eager_optim, mut graph_optim]: [ModuleOptimizer; 2] =
-        std::array::from_fn(|_| AdamWConfig::new().with_weight_decay(0.01).init().into());
+        std::array::from_fn(|_| AdamWConfig::new().with_weight_decay(0.01).init());
     let graph = capture_step(&graph_model, batch(0), &loss).unwrap();
     let mut executor = Executor::new(graph, CustomOps::new()).unwrap();
 
@@ -119,7 +119,7 @@ fn two_parameters_with_one_id() {
     assert!(difference(&grad_floats(&model, &gradients), &grad_floats(&model, &result.gradients)) <= 1e-6);
 
     // burn's optimizer updates one of the two: from then on they are not tied, which must not pass unseen.
-    let mut optim: ModuleOptimizer = AdamWConfig::new().init().into();
+    let mut optim: ModuleOptimizer = AdamWConfig::new().init();
     let model = optim.step(0.1, model, result.gradients);
     let problem = executor.step(&model, x()).unwrap_err().to_string();
     assert!(problem.contains("`second.weight` shares its id"), "{problem}");
