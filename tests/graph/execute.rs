@@ -86,6 +86,22 @@ fn gradients_come_early_and_in_the_order_of_the_backward_pass() {
 }
 
 #[test]
+fn running_statistics_are_shared_by_clones_and_forks_until_train() {
+    let device = device();
+    let model = Cnn::new(&device);
+    let (fork, own) = (model.clone().fork(&device), model.clone().fork(&device).train());
+    let batch = || images(4, 1, &device);
+    let graph = capture_step(&model, batch(), |m, (x, t)| m.loss(x, t)).unwrap();
+    let mut executor = Executor::new(graph, CustomOps::new()).unwrap();
+    let start = floats(&model);
+    executor.step(&own, batch()).unwrap();
+    assert_eq!(difference(&start, &floats(&model)), 0.0);
+    assert!(difference(&start, &floats(&own)) > 0.1);
+    executor.step(&fork, batch()).unwrap();
+    assert_eq!(difference(&floats(&model), &floats(&own)), 0.0);
+}
+
+#[test]
 fn custom_operations_run_and_fail() {
     let device = device();
     let model = Mlp::new(0.0, &device);
