@@ -5,6 +5,7 @@
 pub mod comm;
 pub mod data_parallel;
 mod error;
+pub mod graph;
 pub mod launch;
 pub mod mesh;
 

@@ -1,0 +1,201 @@
+//! Recording a training step of an unmodified module.
+//!
+//! burn's capture device records tensor code, but has no autodiff of its own: `Device::capture().autodiff()` panics. So
+//! the leaves are made here, on `Autodiff<CaptureBackend>`, and the concrete backward of that backend is called. Parameters
+//! and inputs enter as tensors *without data*: nothing is copied, and a `forward` that reads them on the host fails
+//! instead of freezing what it read.
+
+use std::collections::{HashMap, HashSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use burn::backend::{AutodiffBackend, BackendTensor, TensorMetadata};
+use burn::module::{Module, ParamId};
+use burn::prelude::*;
+use burn_capture::{CaptureDevice, CapturedGraph};
+use burn_ir::TensorId;
+
+use super::inputs::{GraphInputs, TensorMapper};
+use super::leaves::{
+    AutodiffCapture, CaptureInputs, CaptureOutputs, EdgeTensor, Leaf, RunningStates, ToCapture, ToLeaves, as_autodiff,
+    capture_device, placeholder, this_thread,
+};
+use super::module::Survey;
+use super::step::StepGraph;
+use super::{assemble, graph_error, panic_text};
+use crate::error::Error;
+
+/// What the closure of [`capture_step`] may return: the loss, or the loss and further outputs.
+pub trait StepLoss {
+    /// Separates the loss and hands the further outputs to `mapper`.
+    ///
+    /// # Errors
+    /// Those of the mapper.
+    fn split(self, mapper: &mut dyn TensorMapper) -> Result<Tensor<1>, Error>;
+}
+
+impl StepLoss for Tensor<1> {
+    fn split(self, _: &mut dyn TensorMapper) -> Result<Tensor<1>, Error> {
+        Ok(self)
+    }
+}
+
+impl<O: GraphInputs> StepLoss for (Tensor<1>, O) {
+    fn split(self, mapper: &mut dyn TensorMapper) -> Result<Tensor<1>, Error> {
+        self.1.map_tensors(mapper)?;
+        Ok(self.0)
+    }
+}
+
+/// Records one training step of `model`: `loss` on `inputs`, and the backward pass.
+///
+/// The module is taken in training mode, as after [`Module::train`]: parameters require gradients and flags are on unless
+/// they were frozen. `model` and `inputs` stay as they are, on whatever device with or without autodiff. The inputs give
+/// shapes and dtypes only. `loss` must be computed from the module and the inputs that the closure is given; it must have
+/// one element. Extra outputs are returned beside it: `|model, x| (loss, (logits, accuracy))`.
+///
+/// If the module's device checkpoints gradients ([`Device::gradient_checkpointing`]), the recomputation is in the graph.
+///
+/// # Errors
+/// [`Error::Graph`] saying what to do, if the step cannot be recorded (see [the module page](super)), if the loss has more
+/// than one element, or does not depend on a trainable parameter. burn reports some of these as panics, which are caught;
+/// their message still goes through the panic hook.
+pub fn capture_step<M, I, F, R>(model: &M, inputs: I, loss: F) -> Result<StepGraph, Error>
+where
+    M: Module,
+    I: GraphInputs,
+    F: FnOnce(&M, I) -> R,
+    R: StepLoss,
+{
+    let device = this_thread()?;
+    let mut recording =
+        Err(graph_error("a step is captured inside the closure of another capture: capture them one by one"));
+    // The closure's state cannot be seen again after a panic: `model` is only cloned, the rest is moved in.
+    let captured = catch_unwind(AssertUnwindSafe(|| {
+        device.capture_scope(|scope| {
+            recording = record(device, model, inputs, loss);
+            // Inputs and outputs are told apart here, not by burn: they enter as operations without data.
+            scope.complete([], [])
+        })
+    }));
+    let captured: CapturedGraph = match captured {
+        Ok(Ok(captured)) => captured,
+        Ok(Err(error)) => {
+            return Err(match recording {
+                Err(problem) => problem,
+                Ok(_) => graph_error(format!(
+                    "the step reads a tensor that was made outside it ({error}): pass it as an input, or keep it in the \
+                     module"
+                )),
+            });
+        }
+        Err(payload) => return Err(explain(&panic_text(payload))),
+    };
+    assemble::assemble(captured, recording?)
+}
+
+/// What the closure of a capture leaves behind, in the capture's own tensor ids.
+pub(super) struct Recording {
+    pub(super) survey: Survey,
+    /// Tensor of every parameter and running statistic.
+    pub(super) params: HashMap<ParamId, TensorId>,
+    pub(super) running: HashSet<ParamId>,
+    pub(super) gradients: HashMap<ParamId, TensorId>,
+    pub(super) inputs: Vec<EdgeTensor>,
+    pub(super) outputs: Vec<EdgeTensor>,
+    pub(super) loss: EdgeTensor,
+    /// An operation that stands between forward and backward.
+    pub(super) marker: TensorId,
+}
+
+fn record<M, I, F, R>(device: CaptureDevice, model: &M, inputs: I, loss: F) -> Result<Recording, Error>
+where
+    M: Module,
+    I: GraphInputs,
+    F: FnOnce(&M, I) -> R,
+    R: StepLoss,
+{
+    let train = model.clone().train();
+    let survey = Survey::of(&train);
+    let strategy = survey.strategy.unwrap_or_default();
+
+    // `valid` also unshares the running statistics, so that mapping them does not reach the original module.
+    let valid = train.valid();
+    let before = valid.clone();
+    let mut empty = ToCapture::new(device);
+    let captured = valid.map(&mut empty);
+    let tensors = empty.finish()?;
+    let mut running = RunningStates { device: capture_device(device), ids: HashSet::new() };
+    before.visit(&mut running);
+
+    let flags = survey.flags.iter().map(|(_, id, on)| (*id, *on)).collect();
+    let trainable = survey.trainable();
+    let mut leaves = ToLeaves::new(strategy, trainable, flags, running.ids);
+    // Parameters are there already; this moves the module's other tensors, which become constants.
+    let captured = captured.to_device(&capture_device(device)).map(&mut leaves);
+    leaves.check()?;
+
+    let mut edge = CaptureInputs { device, strategy, path: Vec::new(), inputs: Vec::new() };
+    let inputs = inputs.map_tensors(&mut edge)?;
+
+    let mut outputs = CaptureOutputs { path: Vec::new(), outputs: Vec::new() };
+    let loss = loss(&captured, inputs).split(&mut outputs)?;
+    let (loss, tracked) = check_loss(loss)?;
+    let marker = placeholder(device, [1].into(), loss.dtype, "the loss")?.id();
+
+    let mut found = AutodiffCapture::backward(tracked);
+    let gradients = leaves.leaves.iter().filter_map(|(id, leaf)| {
+        let gradient =
+            if leaves.trainable.contains(id) { AutodiffCapture::grad_remove(leaf, &mut found) } else { None };
+        gradient.map(|gradient| (*id, gradient.id()))
+    });
+    let gradients = gradients.collect();
+    Ok(Recording {
+        survey,
+        params: tensors.iter().map(|(id, tensor)| (*id, tensor.id())).collect(),
+        running: leaves.running,
+        gradients,
+        inputs: edge.inputs,
+        outputs: outputs.outputs,
+        loss,
+        marker,
+    })
+}
+
+fn check_loss(loss: Tensor<1>) -> Result<(EdgeTensor, Leaf), Error> {
+    let [elements] = loss.dims();
+    if elements != 1 {
+        return Err(graph_error(format!(
+            "the loss must have one element, but it has {elements}: reduce it with `.mean()` or `.sum()`"
+        )));
+    }
+    let loss = loss.into_dispatch();
+    let (shape, dtype) = (loss.shape(), loss.dtype());
+    let unconnected = "the loss does not depend on any trainable parameter: compute it from the module and the inputs that \
+                       the closure is given, and check that the module is not frozen";
+    let Some(BackendTensor::Float(tracked)) = as_autodiff(loss) else {
+        return Err(graph_error(unconnected));
+    };
+    if !tracked.is_tracked() {
+        return Err(graph_error(unconnected));
+    }
+    Ok((EdgeTensor { path: "loss".into(), id: tracked.primitive().id(), shape, dtype }, tracked))
+}
+
+/// What to do about a panic of burn during a capture.
+fn explain(panic: &str) -> Error {
+    let says = |words: &[&str]| words.iter().any(|words| panic.contains(words));
+    let advice = if says(&["Cannot move"]) {
+        "`to_device` inside the step cannot be recorded: move tensors before the step. A `BatchNorm` that is called twice \
+         in one forward does the same; give each call its own `BatchNorm`"
+    } else if says(&["no concrete value", "no initialized value"]) {
+        "the step reads a tensor on the host (`into_scalar`, `into_data`, `to_data`), which has no value while the graph is \
+         recorded: keep such decisions outside the step, or express them with tensor operations (`mask_where`)"
+    } else if says(&["seeding"]) {
+        "the step seeds a device: seed before the step"
+    } else if says(&["not on the same device", "not on the same backend", "wrong backend"]) {
+        "the step uses a tensor that is neither an input nor part of the module: pass it as an input"
+    } else {
+        "the step panicked while it was recorded; does it run eagerly?"
+    };
+    graph_error(format!("{advice} (burn said: {panic})"))
+}

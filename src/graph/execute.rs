@@ -1,0 +1,310 @@
+//! Running a captured step with the parameters of now.
+
+use std::collections::{HashMap, HashSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use burn::backend::flex::{FlexDevice, FlexTensor};
+use burn::backend::{DispatchTensor, Flex};
+use burn::module::{Module, ParamId};
+use burn::optim::GradientsParams;
+use burn::prelude::*;
+use burn_ir::{OperationIr, TensorId, TensorIr};
+use burn_router::TensorInterpreter;
+
+use super::custom::CustomOps;
+use super::inputs::{GraphInputs, GraphTensor, TensorMapper};
+use super::leaves::join;
+use super::liveness::{Action, MemoryEstimate, program};
+use super::module::{gradients_params, read_params, write_running_states};
+use super::step::{StepGraph, op_name};
+use super::{graph_error, panic_text};
+use crate::error::Error;
+
+/// What [`Executor::step`] gives.
+#[derive(Debug)]
+pub struct StepResult {
+    /// The loss, one element, on Flex without autodiff.
+    pub loss: Tensor<1>,
+    /// The gradients, ready for burn's optimizers.
+    pub gradients: GradientsParams,
+    /// The extra outputs, in order.
+    pub outputs: Vec<GraphTensor>,
+}
+
+/// What [`Executor::step_with`] gives: the gradients went to its callback.
+#[derive(Debug)]
+pub struct StepOutputs {
+    /// The loss, one element, on Flex without autodiff.
+    pub loss: Tensor<1>,
+    /// The extra outputs, in order.
+    pub outputs: Vec<GraphTensor>,
+}
+
+/// Runs a [`StepGraph`] on Flex, any number of times.
+///
+/// Each step takes parameters and running statistics from the module and the batch from the inputs, sharing their buffers,
+/// and frees every intermediate at its last use. Random operations draw new numbers each time. Only the constants of the
+/// graph stay between steps.
+///
+/// Ranks that are threads need running statistics of their own: `model.clone().fork(&device)` still shares them between
+/// clones (so in eager burn too), `.train()` after it gives each its own.
+#[derive(Debug)]
+pub struct Executor {
+    graph: StepGraph,
+    program: Vec<Action>,
+    ops: CustomOps,
+    interpreter: TensorInterpreter<Flex>,
+    /// Edge tensors that some operation or result reads; others would only be kept alive.
+    needed: HashSet<TensorId>,
+    wanted: HashSet<ParamId>,
+    meaning: HashMap<TensorId, Vec<Meaning>>,
+    /// The action that runs, for messages.
+    position: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Meaning {
+    Loss,
+    Gradient(ParamId),
+    Update(ParamId),
+    Output(usize),
+}
+
+impl Executor {
+    /// Prepares `graph` for running with the given custom operations.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if the graph has a custom operation that `ops` does not know.
+    pub fn new(graph: StepGraph, ops: CustomOps) -> Result<Self, Error> {
+        let program = program(&graph);
+        let mut needed = HashSet::new();
+        for action in &program {
+            match action {
+                Action::Run(op) => {
+                    if let OperationIr::Custom(op) = &**op
+                        && !ops.contains(&op.id)
+                    {
+                        let problem = format!("no custom operation `{}` is registered; there is {ops:?}", op.id);
+                        return Err(graph_error(problem));
+                    }
+                    needed.extend(op.inputs().map(|t| t.id));
+                }
+                Action::Give(tensor) => drop(needed.insert(tensor.id)),
+                Action::Free(_) => {}
+            }
+        }
+        let mut meaning: HashMap<TensorId, Vec<Meaning>> = HashMap::new();
+        let mut mean = |tensor: &TensorIr, what| meaning.entry(tensor.id).or_default().push(what);
+        mean(&graph.loss, Meaning::Loss);
+        for param in &graph.params {
+            param.gradient.iter().for_each(|t| mean(t, Meaning::Gradient(param.id)));
+            param.update.iter().for_each(|t| mean(t, Meaning::Update(param.id)));
+        }
+        graph.outputs.iter().enumerate().for_each(|(index, t)| mean(t, Meaning::Output(index)));
+        let wanted = graph.params.iter().filter(|p| needed.contains(&p.tensor.id)).map(|p| p.id).collect();
+        let interpreter = interpreter(&graph, &needed, &ops);
+        Ok(Self { graph, program, ops, interpreter, needed, wanted, meaning, position: 0 })
+    }
+
+    /// The graph that runs.
+    pub fn graph(&self) -> &StepGraph {
+        &self.graph
+    }
+
+    /// What one step needs of memory beside parameters, inputs and constants.
+    pub fn memory(&self) -> MemoryEstimate {
+        MemoryEstimate::of_program(&self.program)
+    }
+
+    /// Runs one step: loss and gradients of `model` on `inputs`. Running statistics of `model` are updated as by an eager
+    /// forward, seen by all its clones.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if the model or the inputs do not fit the graph, or an operation panics; the error of a custom
+    /// operation. The executor can be used again after an error.
+    pub fn step<M: Module, I: GraphInputs>(&mut self, model: &M, inputs: I) -> Result<StepResult, Error> {
+        let mut gradients = HashMap::new();
+        let StepOutputs { loss, outputs } = self.step_with(model, inputs, |id, gradient| {
+            gradients.insert(id, gradient);
+            Ok(())
+        })?;
+        Ok(StepResult { loss, gradients: gradients_params(model, gradients), outputs })
+    }
+
+    /// As [`step`](Self::step), but hands each gradient to `on_gradient` as soon as it is computed, while the rest of the
+    /// backward pass is still to run: a reduction that starts here overlaps with it.
+    ///
+    /// Gradients come in the order of the backward pass, the same on every rank, once per parameter, and have the
+    /// parameter's shape and dtype (not necessarily contiguous). Turn what becomes of them into burn's
+    /// [`GradientsParams`] with [`gradients_params`].
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), and the first error of `on_gradient`.
+    pub fn step_with<M, I, F>(&mut self, model: &M, inputs: I, mut on_gradient: F) -> Result<StepOutputs, Error>
+    where
+        M: Module,
+        I: GraphInputs,
+        F: FnMut(ParamId, FlexTensor) -> Result<(), Error>,
+    {
+        self.bind_params(model)?;
+        self.bind_inputs(inputs)?;
+        let ran = catch_unwind(AssertUnwindSafe(|| self.run(&mut on_gradient)));
+        let results = match ran {
+            Ok(Ok(results)) => results,
+            failed => {
+                // Whatever the step left behind must not be found by the next.
+                self.interpreter = interpreter(&self.graph, &self.needed, &self.ops);
+                return match failed {
+                    Ok(Err(error)) => Err(error),
+                    Err(payload) => {
+                        let at = match &self.program[self.position] {
+                            Action::Run(op) => op_name(op),
+                            Action::Free(_) | Action::Give(_) => "the handling of a result".into(),
+                        };
+                        Err(graph_error(format!("{at} panicked: {}", panic_text(payload))))
+                    }
+                    Ok(Ok(_)) => unreachable!("matched above"),
+                };
+            }
+        };
+        let Results { loss, outputs, updates } = results;
+        write_running_states(model, updates);
+        let loss = loss.ok_or_else(|| graph_error("the step gave no loss"))?.float::<1>()?;
+        let outputs: Option<Vec<_>> = outputs.into_iter().collect();
+        Ok(StepOutputs { loss, outputs: outputs.ok_or_else(|| graph_error("the step did not give all its outputs"))? })
+    }
+
+    fn bind_params<M: Module>(&mut self, model: &M) -> Result<(), Error> {
+        if self.graph.params.iter().any(|p| p.update.is_some()) {
+            // An eager forward before this step may have left updates pending in the running statistics, which only
+            // `valid` applies.
+            let _ = model.valid();
+        }
+        let mut values = read_params(model, &self.wanted)?;
+        for param in self.graph.params.iter().filter(|p| self.needed.contains(&p.tensor.id)) {
+            let value = values.remove(&param.id).ok_or_else(|| {
+                graph_error(format!(
+                    "the model has no parameter `{}` with the id it had at the capture: is this another model?",
+                    param.path
+                ))
+            })?;
+            fits(&format!("parameter `{}`", param.path), &value, &param.tensor)?;
+            self.interpreter.register_tensor_to_device(param.tensor.id, value.into_handle());
+        }
+        Ok(())
+    }
+
+    fn bind_inputs<I: GraphInputs>(&mut self, inputs: I) -> Result<(), Error> {
+        let mut bind = BindInputs { path: Vec::new(), values: Vec::new() };
+        drop(inputs.map_tensors(&mut bind)?);
+        let given: Vec<&str> = bind.values.iter().map(|(path, _)| path.as_str()).collect();
+        let wanted: Vec<&str> = self.graph.inputs.iter().map(|input| input.path.as_str()).collect();
+        if given != wanted {
+            return Err(graph_error(format!("the graph was captured with inputs {wanted:?} but is given {given:?}")));
+        }
+        for (input, (path, value)) in self.graph.inputs.iter().zip(bind.values) {
+            fits(&format!("input `{path}`"), &value, &input.tensor)?;
+            if self.needed.contains(&input.tensor.id) {
+                self.interpreter.register_tensor_to_device(input.tensor.id, value.into_handle());
+            }
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, on_gradient: &mut dyn FnMut(ParamId, FlexTensor) -> Result<(), Error>) -> Result<Results, Error> {
+        let mut results =
+            Results { loss: None, updates: HashMap::new(), outputs: vec![None; self.graph.outputs.len()] };
+        for (position, action) in self.program.iter().enumerate() {
+            self.position = position;
+            match action {
+                Action::Run(op) => {
+                    self.interpreter.register_op(OperationIr::clone(op));
+                    if matches!(**op, OperationIr::Custom(_))
+                        && let Some(error) = self.ops.take_error()
+                    {
+                        return Err(error);
+                    }
+                }
+                Action::Free(tensor) => self.interpreter.register_op(OperationIr::Drop(tensor.clone())),
+                Action::Give(tensor) => {
+                    let value = GraphTensor::from_handle(self.interpreter.get_tensor(tensor))?;
+                    let meanings = self.meaning.get(&tensor.id).map_or(&[][..], Vec::as_slice);
+                    let Some((last, others)) = meanings.split_last() else { continue };
+                    for meaning in others {
+                        results.take(*meaning, value.clone(), on_gradient)?;
+                    }
+                    results.take(*last, value, on_gradient)?;
+                }
+            }
+        }
+        Ok(results)
+    }
+}
+
+struct Results {
+    loss: Option<GraphTensor>,
+    outputs: Vec<Option<GraphTensor>>,
+    updates: HashMap<ParamId, FlexTensor>,
+}
+
+impl Results {
+    fn take(
+        &mut self,
+        meaning: Meaning,
+        value: GraphTensor,
+        on_gradient: &mut dyn FnMut(ParamId, FlexTensor) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        match meaning {
+            Meaning::Loss => self.loss = Some(value),
+            Meaning::Gradient(id) => on_gradient(id, value.into_tensor())?,
+            Meaning::Update(id) => drop(self.updates.insert(id, value.into_tensor())),
+            Meaning::Output(index) => self.outputs[index] = Some(value),
+        }
+        Ok(())
+    }
+}
+
+fn interpreter(graph: &StepGraph, needed: &HashSet<TensorId>, ops: &CustomOps) -> TensorInterpreter<Flex> {
+    let mut interpreter = TensorInterpreter::with_custom_ops(FlexDevice, ops.registry());
+    for (id, value) in graph.constants.iter().filter(|(id, _)| needed.contains(id)) {
+        interpreter.register_tensor_data_id(*id, value.clone());
+    }
+    interpreter
+}
+
+fn fits(what: &str, value: &GraphTensor, binding: &TensorIr) -> Result<(), Error> {
+    let tensor = value.tensor();
+    let (shape, dtype) = (tensor.layout().shape(), tensor.dtype());
+    if *shape == binding.shape && dtype == binding.dtype {
+        return Ok(());
+    }
+    Err(graph_error(format!(
+        "{what} is {dtype:?} {:?}, but the graph was captured with {:?} {:?}: capture again for other shapes (a \
+         `GraphCache` does), or pad the batch",
+        shape.as_slice(),
+        binding.dtype,
+        binding.shape.as_slice()
+    )))
+}
+
+struct BindInputs {
+    path: Vec<usize>,
+    values: Vec<(String, GraphTensor)>,
+}
+
+impl TensorMapper for BindInputs {
+    fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
+        let path = join(&self.path);
+        let value = GraphTensor::from_user(tensor.clone(), &format!("input `{path}`"))?;
+        self.values.push((path, value));
+        Ok(tensor)
+    }
+
+    fn enter(&mut self, index: usize) {
+        self.path.push(index);
+    }
+
+    fn exit(&mut self) {
+        self.path.pop();
+    }
+}

@@ -1,0 +1,74 @@
+//! Any burn module as data: one training step captured as a list of operations, rewritten, and executed.
+//!
+//! An eager wrapper cannot reach inside an unmodified `forward`. Here the step (forward, loss and backward) of an
+//! ordinary [`Module`](burn::module::Module) is recorded once with [`capture_step`], which yields a [`StepGraph`]:
+//! burn-ir operations with the parameters, inputs and results named. Passes rewrite that list, for example
+//! [`sync_batch_norm`], which puts a collective after every batch statistic. An [`Executor`] then runs it on Flex at
+//! each step with the model's current parameters and new inputs, faster than eager since there is no tape.
+//!
+//! ```
+//! use burn::{nn::{Linear, LinearConfig}, prelude::*};
+//! use burn_parallel::graph::{CustomOps, Executor, capture_step};
+//!
+//! let device = Device::flex().autodiff();
+//! let model: Linear = LinearConfig::new(4, 2).init(&device);
+//! let x = Tensor::<2>::ones([3, 4], &device);
+//!
+//! let graph = capture_step(&model, x.clone(), |model, x| model.forward(x).powi_scalar(2).mean())?;
+//! let mut executor = Executor::new(graph, CustomOps::new())?;
+//! let step = executor.step(&model, x)?;
+//! assert_eq!(step.loss.dims(), [1]);
+//! assert_eq!(step.gradients.len(), 2);
+//! # Ok::<(), burn_parallel::error::Error>(())
+//! ```
+//!
+//! # What a graph fixes
+//! Shapes, dtypes, trainable parameters, training flags, plain fields of the module (a dropout probability), tensors
+//! of the module that are not parameters, and every decision that `forward` takes on the host are those of the moment
+//! of capture. Parameters, running statistics, inputs and random numbers are new at each execution. A [`GraphCache`]
+//! captures again when shapes, dtypes, flags or trainable parameters change.
+//!
+//! # What cannot be captured (each is an [`Error::Graph`])
+//! A host read in `forward` (`into_scalar`, `into_data`), `to_device` of a float tensor in `forward`, one `BatchNorm`
+//! called twice in one forward (burn 0.22 moves its running statistics with `to_device`), a `RunningState` that is not a
+//! `BatchNorm`'s, quantized parameters.
+//!
+//! [`Error::Graph`]: crate::error::Error::Graph
+
+mod assemble;
+mod batch_norm;
+mod cache;
+mod capture;
+mod custom;
+mod execute;
+mod inputs;
+mod leaves;
+mod liveness;
+mod module;
+mod step;
+mod sync;
+
+pub use batch_norm::{BatchNormSync, SYNC_BATCH_NORM_GRAD, SYNC_BATCH_NORM_MEAN, sync_batch_norm};
+pub use cache::GraphCache;
+pub use capture::{StepLoss, capture_step};
+pub use custom::CustomOps;
+pub use execute::{Executor, StepOutputs, StepResult};
+pub use inputs::{GraphInputs, GraphTensor, TensorMapper};
+pub use liveness::MemoryEstimate;
+pub use module::gradients_params;
+pub use step::{BatchNormBinding, InputBinding, ParamBinding, StepGraph};
+pub use sync::register_sync_batch_norm;
+
+use crate::error::Error;
+
+pub(crate) fn graph_error(problem: impl Into<String>) -> Error {
+    Error::Graph { problem: problem.into() }
+}
+
+/// What a panic said, for the panics of burn that a user's model can cause.
+pub(crate) fn panic_text(payload: Box<dyn std::any::Any + Send>) -> String {
+    match payload.downcast::<String>() {
+        Ok(text) => *text,
+        Err(payload) => payload.downcast::<&str>().map_or_else(|_| "a panic without a message".into(), |t| (*t).into()),
+    }
+}

@@ -1,0 +1,275 @@
+//! Ordinary burn models, and eager steps to compare with.
+
+use std::collections::HashMap;
+
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::nn::conv::{Conv2d, Conv2dConfig};
+use burn::nn::loss::CrossEntropyLossConfig;
+use burn::nn::pool::{AdaptiveAvgPool2dConfig, MaxPool2dConfig};
+use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
+use burn::nn::*;
+use burn::optim::GradientsParams;
+use burn::prelude::*;
+use burn::tensor::{Gradients, TensorData, activation};
+
+pub fn device() -> Device {
+    Device::flex().autodiff()
+}
+
+/// Numbers in [-1, 1) that are the same everywhere.
+pub struct Numbers(pub u64);
+
+impl Numbers {
+    pub fn next(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    pub fn tensor<const D: usize>(&mut self, shape: [usize; D], device: &Device) -> Tensor<D> {
+        let n = shape.iter().product();
+        Tensor::from_data(TensorData::new((0..n).map(|_| self.next()).collect::<Vec<f32>>(), shape), device)
+    }
+
+    pub fn classes<const D: usize>(&mut self, shape: [usize; D], classes: usize, device: &Device) -> Tensor<D, Int> {
+        let n = shape.iter().product();
+        let data: Vec<i64> =
+            (0..n).map(|_| ((self.next() + 1.0) / 2.0 * classes as f32) as i64 % classes as i64).collect();
+        Tensor::from_data(TensorData::new(data, shape), device)
+    }
+}
+
+pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    CrossEntropyLossConfig::new().init(&logits.device()).forward(logits, targets)
+}
+
+#[derive(Module, Debug)]
+pub struct Mlp {
+    pub first: Linear,
+    pub dropout: Dropout,
+    pub second: Linear,
+}
+
+impl Mlp {
+    pub fn new(dropout: f64, device: &Device) -> Self {
+        Self {
+            first: LinearConfig::new(6, 16).init(device),
+            dropout: DropoutConfig::new(dropout).init(),
+            second: LinearConfig::new(16, 4).init(device),
+        }
+    }
+
+    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        self.second.forward(self.dropout.forward(activation::gelu(self.first.forward(x))))
+    }
+
+    pub fn loss(&self, x: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+        cross_entropy(self.forward(x), targets)
+    }
+}
+
+#[derive(Module, Debug)]
+pub struct Lm {
+    pub embedding: Embedding,
+    pub position: PositionalEncoding,
+    pub encoder: TransformerEncoder,
+    pub norm: LayerNorm,
+    pub head: Linear,
+}
+
+impl Lm {
+    pub fn new(vocab: usize, d: usize, layers: usize, device: &Device) -> Self {
+        Self {
+            embedding: EmbeddingConfig::new(vocab, d).init(device),
+            position: PositionalEncodingConfig::new(d).with_max_sequence_size(64).init(device),
+            encoder: TransformerEncoderConfig::new(d, 4 * d, 2, layers).with_dropout(0.0).init(device),
+            norm: LayerNormConfig::new(d).init(device),
+            head: LinearConfig::new(d, vocab).init(device),
+        }
+    }
+
+    pub fn loss(&self, tokens: Tensor<2, Int>, targets: Tensor<2, Int>) -> Tensor<1> {
+        let [b, s] = tokens.dims();
+        let mask = attention::generate_autoregressive_mask(b, s, &tokens.device());
+        let x = self.position.forward(self.embedding.forward(tokens));
+        let x = self.encoder.forward(TransformerEncoderInput::new(x).mask_attn(mask));
+        let logits = self.head.forward(self.norm.forward(x));
+        let vocab = logits.dims()[2];
+        cross_entropy(logits.reshape([b * s, vocab]), targets.reshape([b * s]))
+    }
+}
+
+#[derive(Module, Debug)]
+pub struct Cnn {
+    pub input_norm: BatchNorm,
+    pub first: Conv2d,
+    pub norm: BatchNorm,
+    pub second: Conv2d,
+    pub second_norm: BatchNorm,
+    pub head: Linear,
+}
+
+impl Cnn {
+    pub fn new(device: &Device) -> Self {
+        Self {
+            input_norm: BatchNormConfig::new(2).init(device),
+            // A bias before a batch norm, or without padding a shift before it, has the gradient 0, of which every run
+            // computes other digits, which Adam blows up to the size of the learning rate.
+            first: Conv2dConfig::new([2, 4], [3, 3])
+                .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
+                .with_bias(false)
+                .init(device),
+            norm: BatchNormConfig::new(4).init(device),
+            second: Conv2dConfig::new([4, 5], [2, 2]).with_bias(false).init(device),
+            second_norm: BatchNormConfig::new(5).with_momentum(0.3).init(device),
+            head: LinearConfig::new(5 * 4, 3).init(device),
+        }
+    }
+
+    pub fn loss(&self, images: Tensor<4>, targets: Tensor<1, Int>) -> Tensor<1> {
+        let x = self.input_norm.forward(images);
+        let x = activation::relu(self.norm.forward(self.first.forward(x)));
+        let x = MaxPool2dConfig::new([2, 2]).init().forward(x);
+        let x = activation::relu(self.second_norm.forward(self.second.forward(x)));
+        let x = AdaptiveAvgPool2dConfig::new([2, 2]).init().forward(x);
+        let batch = x.dims()[0];
+        cross_entropy(self.head.forward(x.reshape([batch, 20])), targets)
+    }
+}
+
+/// Two batch norms whose outputs are added, so that both get the same gradient.
+#[derive(Module, Debug)]
+pub struct Residual {
+    pub main: BatchNorm,
+    pub conv: Conv2d,
+    pub shortcut: BatchNorm,
+    pub head: Linear,
+}
+
+impl Residual {
+    pub fn new(device: &Device) -> Self {
+        Self {
+            main: BatchNormConfig::new(2).init(device),
+            conv: Conv2dConfig::new([2, 2], [1, 1]).with_bias(false).init(device),
+            shortcut: BatchNormConfig::new(2).init(device),
+            head: LinearConfig::new(128, 3).init(device),
+        }
+    }
+
+    pub fn loss(&self, images: Tensor<4>, targets: Tensor<1, Int>) -> Tensor<1> {
+        let batch = images.dims()[0];
+        let main = self.main.forward(activation::tanh(self.conv.forward(images.clone())));
+        let x = activation::relu(main + self.shortcut.forward(images));
+        cross_entropy(self.head.forward(x.reshape([batch, 128])), targets)
+    }
+}
+
+pub fn images(batch: usize, seed: u64, device: &Device) -> (Tensor<4>, Tensor<1, Int>) {
+    let mut numbers = Numbers(seed);
+    (numbers.tensor([batch, 2, 8, 8], device) * 2.0 + 0.5, numbers.classes([batch], 3, device))
+}
+
+#[derive(Module, Debug)]
+pub struct Rnn {
+    pub embedding: Embedding,
+    pub lstm: Lstm,
+    pub head: Linear,
+}
+
+impl Rnn {
+    pub fn new(device: &Device) -> Self {
+        Self {
+            embedding: EmbeddingConfig::new(11, 6).init(device),
+            lstm: LstmConfig::new(6, 7, true).init(device),
+            head: LinearConfig::new(7, 11).init(device),
+        }
+    }
+
+    pub fn loss(&self, tokens: Tensor<2, Int>, targets: Tensor<2, Int>) -> Tensor<1> {
+        let [b, s] = tokens.dims();
+        let (x, _) = self.lstm.forward(self.embedding.forward(tokens), None);
+        cross_entropy(self.head.forward(x).reshape([b * s, 11]), targets.reshape([b * s]))
+    }
+}
+
+/// The embedding is also the head: one parameter, used twice.
+#[derive(Module, Debug)]
+pub struct Tied {
+    pub embedding: Embedding,
+    pub inner: Linear,
+}
+
+impl Tied {
+    pub fn new(device: &Device) -> Self {
+        Self { embedding: EmbeddingConfig::new(11, 6).init(device), inner: LinearConfig::new(6, 6).init(device) }
+    }
+
+    pub fn loss(&self, tokens: Tensor<2, Int>, targets: Tensor<2, Int>) -> Tensor<1> {
+        let [b, s] = tokens.dims();
+        let x = activation::tanh(self.inner.forward(self.embedding.forward(tokens))).reshape([b * s, 6]);
+        cross_entropy(x.matmul(self.embedding.weight.val().transpose()), targets.reshape([b * s]))
+    }
+}
+
+pub type Values = HashMap<ParamId, Vec<f32>>;
+
+/// Every float parameter and running statistic.
+#[derive(Default)]
+struct Floats(Values);
+
+impl ModuleVisitor for Floats {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.0.insert(param.id, param.val().inner().into_data().try_to_vec().unwrap());
+    }
+}
+
+pub fn floats<M: Module>(model: &M) -> Values {
+    let mut floats = Floats::default();
+    // Applies what an eager forward left pending in running statistics.
+    model.valid().visit(&mut floats);
+    floats.0
+}
+
+struct GradFloats<'a>(&'a GradientsParams, Values);
+
+impl ModuleVisitor for GradFloats<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let Some(gradient) = self.0.get::<D>(param.id) {
+            self.1.insert(param.id, gradient.into_data().try_to_vec().unwrap());
+        }
+    }
+}
+
+pub fn grad_floats<M: Module>(model: &M, gradients: &GradientsParams) -> Values {
+    let mut floats = GradFloats(gradients, Values::new());
+    model.visit(&mut floats);
+    floats.1
+}
+
+pub fn scalar(loss: Tensor<1>) -> f32 {
+    loss.inner().into_scalar::<f32>()
+}
+
+pub fn eager<M: Module>(model: &M, loss: impl FnOnce(&M) -> Tensor<1>) -> (f32, GradientsParams) {
+    let loss = loss(model);
+    let gradients: Gradients = loss.backward();
+    (scalar(loss), GradientsParams::from_grads(gradients, model))
+}
+
+/// Largest difference, relative to the largest value of the same tensor (or 1e-3).
+#[track_caller]
+pub fn difference(a: &Values, b: &Values) -> f32 {
+    let mut keys: [Vec<_>; 2] = [a, b].map(|v| v.keys().map(|k| k.to_string()).collect());
+    keys.iter_mut().for_each(|k| k.sort());
+    assert_eq!(keys[0], keys[1], "not the same parameters");
+    let mut worst = 0.0f32;
+    for (id, x) in a {
+        let y = &b[id];
+        assert_eq!(x.len(), y.len());
+        let scale = x.iter().fold(1e-3f32, |m, v| m.max(v.abs()));
+        for (x, y) in x.iter().zip(y) {
+            assert!(x.is_finite() && y.is_finite());
+            worst = worst.max((x - y).abs() / scale);
+        }
+    }
+    worst
+}
