@@ -13,19 +13,12 @@ pub struct DataParallelConfig {
     pub(super) first_bucket_bytes: usize,
     pub(super) hook: Arc<dyn CommHook>,
     pub(super) overlap: bool,
-    pub(super) sync_batch_norm: bool,
 }
 
 impl DataParallelConfig {
     /// The default: buckets of 25 MB, the first of 1 MB, gradients reduced in their own dtype while backward runs.
     pub fn new() -> Self {
-        Self {
-            bucket_bytes: 25_000_000,
-            first_bucket_bytes: 1_000_000,
-            hook: Arc::new(AllReduceHook),
-            overlap: true,
-            sync_batch_norm: false,
-        }
+        Self { bucket_bytes: 25_000_000, first_bucket_bytes: 1_000_000, hook: Arc::new(AllReduceHook), overlap: true }
     }
 
     /// Sets how many bytes of gradients are reduced together. Larger buckets mean fewer collectives, smaller ones start
@@ -57,13 +50,6 @@ impl DataParallelConfig {
     /// Sets whether buckets are reduced while backward still runs (default), or all after it.
     pub fn with_overlap(mut self, overlap: bool) -> Self {
         self.overlap = overlap;
-        self
-    }
-
-    /// Sets whether burn's `BatchNorm` takes its statistics over the whole group instead of each rank's own rows. The step
-    /// is then run from a captured graph, through [`step`](super::Replica::step) alone.
-    pub fn with_sync_batch_norm(mut self, sync: bool) -> Self {
-        self.sync_batch_norm = sync;
         self
     }
 }

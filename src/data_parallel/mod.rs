@@ -47,6 +47,7 @@ mod loss;
 mod reducer;
 mod replica;
 mod structure;
+mod sync_batch_norm;
 
 use std::sync::Arc;
 

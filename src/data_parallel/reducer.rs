@@ -6,10 +6,10 @@
 //! there, and the buckets before it are on their way, the bucket is started on the communicator's background thread. Every
 //! rank starts the same collectives in the same order, whatever the order in which its gradients arrive:
 //!
-//! 1. the *head*: the weights and losses of all ranks are summed, which gives each rank's factor in the average;
+//! 1. the *head*: the weights of all ranks are summed, which gives each rank's factor in the average;
 //! 2. the buckets, in order; what a rank has no gradient for counts as zero;
-//! 3. the *tail*: which parameters were used anywhere, so that one that no rank used gets no gradient at all, as on a
-//!    single device; and which gradients came late.
+//! 3. the *tail*: the losses are summed; and it is agreed which parameters were used anywhere, so that one that no rank
+//!    used gets no gradient at all, as on a single device, and which gradients came late.
 //!
 //! *Late* is a gradient that arrives after its bucket was started. That takes a parameter that is used in a forward before
 //! the last backward and is then used again; it is summed in a collective of its own after the tail.
@@ -18,6 +18,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::{Duration, Instant};
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
@@ -38,8 +39,6 @@ use crate::comm::{Communicator, Payload, Pending, ReduceOp};
 pub(super) struct Contribution {
     /// Weight of its micro-batches.
     pub weight: f64,
-    /// Sum over them of weight times mean loss.
-    pub loss: f64,
     /// Weight in units of which the gradients are summed.
     pub unit: f64,
 }
@@ -52,6 +51,8 @@ pub(super) struct Reduced {
     pub weight: f64,
     /// Gradient of each parameter that was used on any rank.
     pub gradients: HashMap<usize, FlexTensor>,
+    /// How long this rank had nothing to do but wait for them.
+    pub waited: Duration,
 }
 
 pub(super) struct Reducer {
@@ -92,9 +93,19 @@ struct Progress {
 }
 
 struct Flight {
-    head: Pending<[f64; 2]>,
+    head: Pending<f64>,
     factor: Arc<OnceLock<f64>>,
     buckets: Vec<Pending<Vec<FlexTensor>>>,
+}
+
+/// What the mark of a parameter, added up over the ranks, is at least if any gradient came late: more than there are ranks.
+const LATE: f64 = (1u64 << 32) as f64;
+
+impl Progress {
+    /// 1 if the parameter was used, and [`LATE`] more if it has a late gradient.
+    fn mark(&self) -> f64 {
+        f64::from(u8::from(self.used)) + if self.late.is_some() { LATE } else { 0.0 }
+    }
 }
 
 impl Reducer {
@@ -131,19 +142,26 @@ impl Reducer {
         &self.control
     }
 
+    /// Fails the world because of what this rank was given.
+    pub fn refuse(&self, operation: &'static str, problem: String) -> Error {
+        let error = Error::invalid(operation, problem);
+        self.control.fail(error.clone());
+        error
+    }
+
     /// Number of buckets, each one collective a step.
     pub fn buckets(&self) -> usize {
         self.lock().buckets.len()
     }
 
     /// Starts the reduction: what arrives from now on completes the step.
-    pub fn open(self: &Arc<Self>, contribution: Contribution) {
+    pub fn open(&self, contribution: Contribution) {
         let factor = Arc::new(OnceLock::new());
         let (control, set) = (self.control.clone(), factor.clone());
         let head = self.data.start(move |_| {
-            let sums = control.all_reduce(vec![contribution.weight, contribution.loss], ReduceOp::Sum)?;
-            let _ = set.set(if sums[0] > 0.0 { contribution.unit / sums[0] } else { 0.0 });
-            Ok([sums[0], sums[1]])
+            let weight = control.all_reduce(vec![contribution.weight], ReduceOp::Sum)?[0];
+            let _ = set.set(if weight > 0.0 { contribution.unit / weight } else { 0.0 });
+            Ok(weight)
         });
         self.lock().flight = Some(Flight { head, factor, buckets: Vec::new() });
         if self.config.overlap {
@@ -151,39 +169,37 @@ impl Reducer {
         }
     }
 
-    /// Takes the gradients that did not come through hooks, starts what is left, and waits for everything.
+    /// Starts what is left and waits for everything. `loss` is this rank's sum of weight times mean loss.
     ///
     /// # Errors
     /// The error of the world; the step is then void.
-    pub fn close(self: &Arc<Self>, unheard: Vec<(usize, FlexTensor)>) -> Result<Reduced, Error> {
-        for (param, gradient) in unheard {
-            self.add(param, gradient);
-        }
+    pub fn close(&self, loss: f64) -> Result<Reduced, Error> {
+        let began = Instant::now();
         let mut step = self.lock();
         while self.start_next(&mut step, true) {}
         let Some(flight) = step.flight.take() else {
             return Err(Error::invalid("DataParallel::backward", "the reduction was not open"));
         };
-        let flags: Vec<u8> =
-            step.params.iter().map(|param| u8::from(param.used) + u8::from(param.late.is_some())).collect();
+        let mut tail = vec![loss];
+        tail.extend(step.params.iter().map(Progress::mark));
         let layout = step.buckets.clone();
         let completed = std::mem::take(&mut step.completed);
         let mut late: HashMap<usize, FlexTensor> =
             step.params.iter_mut().enumerate().filter_map(|(place, param)| Some((place, param.late.take()?))).collect();
-        let observe = !step.observed;
-        step.observed = true;
+        let observed = std::mem::replace(&mut step.observed, true);
         step.reset();
         drop(step);
 
         let control = self.control.clone();
-        let tail = self.data.start(move |_| control.all_reduce(flags, ReduceOp::Max));
-        let [weight, loss] = flight.head.wait()?;
+        let tail = self.data.start(move |_| control.all_reduce(tail, ReduceOp::Sum));
+        let weight = flight.head.wait()?;
         let mut gradients = HashMap::new();
         for (params, bucket) in layout.iter().zip(flight.buckets) {
             gradients.extend(params.iter().copied().zip(bucket.wait()?));
         }
-        let used = tail.wait()?;
-        let tardy: Vec<usize> = (0..used.len()).filter(|param| used[*param] > 1).collect();
+        let tail = tail.wait()?;
+        let (loss, marks) = (tail[0] / weight, &tail[1..]);
+        let tardy: Vec<usize> = (0..marks.len()).filter(|param| marks[*param] >= LATE).collect();
         if !tardy.is_empty() {
             let factor = flight.factor.get().copied().unwrap_or_default();
             let extra = tardy.iter().map(|param| late.remove(param).unwrap_or_else(|| self.zeros(*param))).collect();
@@ -192,20 +208,31 @@ impl Reducer {
                 accumulate(gradients.entry(param).or_insert_with(|| self.zeros(param)), extra);
             }
         }
-        gradients.retain(|param, _| used[*param] > 0);
-        if observe {
+        gradients.retain(|param, _| marks[*param] > 0.0);
+        if !observed {
             self.follow(completed)?;
         }
-        Ok(Reduced { loss: loss / weight, weight, gradients })
+        Ok(Reduced { loss, weight, gradients, waited: began.elapsed() })
     }
 
-    /// Keeps a gradient that did not come through a hook for the step.
-    pub fn keep(&self, param: usize, gradient: FlexTensor) {
-        self.add(param, gradient);
+    /// Takes a gradient that did not come through a hook.
+    pub fn add(&self, param: usize, gradient: FlexTensor) {
+        let mut step = self.lock();
+        let progress = &mut step.params[param];
+        progress.used = true;
+        progress.arrived += 1;
+        let place = if progress.started { &mut progress.late } else { &mut progress.gradient };
+        match place {
+            Some(sum) => accumulate(sum, gradient),
+            None => *place = Some(gradient),
+        }
+        if progress.arrived >= progress.uses {
+            step.completed.push(param);
+        }
     }
 
-    /// Forgets the uses of a forward whose backward has run, keeping its gradients for the step.
-    pub fn end_micro_batch(&self) {
+    /// Forgets the uses of a forward whose backward has run, or that will have none; its gradients stay with the step.
+    pub fn forget_uses(&self) {
         self.lock().forget_uses();
     }
 
@@ -231,21 +258,6 @@ impl Reducer {
         let dtypes: Vec<DType> = self.params.iter().map(|param| param.dtype).collect();
         let sizes: Vec<usize> = self.params.iter().map(|param| param.elements * param.dtype.size()).collect();
         buckets::divide(order, &sizes, &dtypes, self.config.first_bucket_bytes, self.config.bucket_bytes)
-    }
-
-    fn add(&self, param: usize, gradient: FlexTensor) {
-        let mut step = self.lock();
-        let progress = &mut step.params[param];
-        progress.used = true;
-        progress.arrived += 1;
-        let place = if progress.started { &mut progress.late } else { &mut progress.gradient };
-        match place {
-            Some(sum) => accumulate(sum, gradient),
-            None => *place = Some(gradient),
-        }
-        if progress.arrived >= progress.uses {
-            step.completed.push(param);
-        }
     }
 
     /// Starts the buckets whose turn it is and whose gradients are all there.

@@ -1,10 +1,10 @@
 //! A model that is one of several replicas.
 
 use std::fmt;
-use std::ops::{Deref, DerefMut};
-use std::sync::Arc;
+use std::ops::{Deref, DerefMut, Sub};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
-use burn::backend::flex::FlexTensor;
 use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Gradients, Tensor};
@@ -12,8 +12,10 @@ use burn::tensor::{Device, Gradients, Tensor};
 use super::join::Join;
 use super::loss::Loss;
 use super::reducer::{Contribution, Reduced, Reducer};
+use super::sync_batch_norm::SyncBatchNorm;
 use crate::Error;
 use crate::comm::{Counters, Payload};
+use crate::graph::GraphInputs;
 
 /// A model that is one of several replicas of a group. Dereferences to the model and is itself a burn [`Module`] with the
 /// same parameter paths, so optimizers, records and visitors take it as they take the model.
@@ -24,8 +26,33 @@ use crate::comm::{Counters, Payload};
 pub struct Replica<M> {
     module: M,
     reducer: Arc<Reducer>,
-    /// Contribution of the micro-batches accumulated so far.
-    accumulated: Contribution,
+    /// The micro-batches of the step so far.
+    so_far: SoFar,
+    waited: Duration,
+    /// The captured steps with synchronised batch norm, once there are any.
+    synchronized: Arc<Mutex<Option<SyncBatchNorm>>>,
+}
+
+/// What this rank's micro-batches bring into the step.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct SoFar {
+    pub contribution: Contribution,
+    /// Sum of weight times mean loss.
+    pub loss: f64,
+}
+
+impl SoFar {
+    /// Adds a micro-batch whose summed loss is `loss`.
+    pub fn add(&mut self, loss: f64, weight: f64) {
+        if weight > 0.0 {
+            let sum = &mut self.contribution;
+            if sum.unit == 0.0 {
+                sum.unit = weight;
+            }
+            sum.weight += weight;
+            self.loss += loss;
+        }
+    }
 }
 
 /// What a training step gave.
@@ -48,11 +75,28 @@ pub struct StepCounters {
     pub gradients: Counters,
     /// The few numbers that go with them: weights, losses, which parameters were used.
     pub control: Counters,
+    /// Statistics of synchronised batch norm.
+    pub statistics: Counters,
+    /// How long this rank had nothing else to do but wait for gradients: communication that nothing hid.
+    pub waited: Duration,
+}
+
+impl Sub for StepCounters {
+    type Output = Self;
+
+    fn sub(self, earlier: Self) -> Self {
+        Self {
+            gradients: self.gradients - earlier.gradients,
+            control: self.control - earlier.control,
+            statistics: self.statistics - earlier.statistics,
+            waited: self.waited - earlier.waited,
+        }
+    }
 }
 
 impl<M: Module> Replica<M> {
     pub(super) fn new(module: M, reducer: Arc<Reducer>) -> Self {
-        Self { module, reducer, accumulated: Contribution::default() }
+        Self { module, reducer, so_far: SoFar::default(), synchronized: Arc::default(), waited: Duration::ZERO }
     }
 
     /// The model. Its hooks do nothing once the replica is gone.
@@ -68,7 +112,12 @@ impl<M: Module> Replica<M> {
 
     /// What this replica has communicated since it was made.
     pub fn counters(&self) -> StepCounters {
-        StepCounters { gradients: self.reducer.data().counters(), control: self.reducer.control().counters() }
+        StepCounters {
+            gradients: self.reducer.data().counters(),
+            control: self.reducer.control().counters(),
+            statistics: self.lock_synchronized().as_ref().map(SyncBatchNorm::counters).unwrap_or_default(),
+            waited: self.waited,
+        }
     }
 
     /// Runs forward and backward on this rank's share of the batch and averages over the group.
@@ -105,10 +154,7 @@ impl<M: Module> Replica<M> {
             }
         }
         let (reduced, grads) = self.reduce(last)?;
-        let now = self.counters();
-        let counters =
-            StepCounters { gradients: now.gradients - before.gradients, control: now.control - before.control };
-        Ok(Step { loss: reduced.loss, weight: reduced.weight, grads, counters })
+        Ok(Step { loss: reduced.loss, weight: reduced.weight, grads, counters: self.counters() - before })
     }
 
     /// Runs backward and returns the gradients of the mean loss over the group and over what was
@@ -133,12 +179,40 @@ impl<M: Module> Replica<M> {
     /// # Errors
     /// [`Error::InvalidArgument`] if the weight of the loss is negative or not finite.
     pub fn accumulate(&mut self, loss: impl Into<Loss>) -> Result<(), Error> {
-        let unheard = self.run_backward(loss.into(), false)?;
-        for (param, gradient) in unheard {
-            self.reducer.keep(param, gradient);
-        }
-        self.reducer.end_micro_batch();
+        self.run_backward(loss.into(), false)?;
+        self.reducer.forget_uses();
         Ok(())
+    }
+
+    /// [`step_micro_batches`](Self::step_micro_batches) with **synchronised batch norm**: every burn `BatchNorm` takes its
+    /// statistics over the rows of all ranks, as on one device with the whole batch, and updates its running statistics
+    /// with them (PyTorch's `SyncBatchNorm`; Peng et al. 2018, arXiv:1711.07240). The model is not edited: the step is
+    /// captured as a [graph](crate::graph) once per shape of its inputs, and collectives are put into it.
+    ///
+    /// Each micro-batch comes with its weight, the number of items that `forward` averages its loss over. What a captured
+    /// step cannot do is said in [`graph`](crate::graph): above all, `forward` must not read tensors on the host. It is run
+    /// only to capture; what it decides is the same in every step.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Graph`] if the step cannot be captured; [`Error::InvalidArgument`], on every rank, if the ranks bring
+    /// different numbers of micro-batches or one of no weight, since they meet inside of each; the error of the world.
+    pub fn step_sync_batch_norm<I: GraphInputs + Clone>(
+        &mut self,
+        micro_batches: Vec<(I, f64)>,
+        forward: impl Fn(&M, I) -> Tensor<1>,
+    ) -> Result<Step, Error> {
+        let before = self.counters();
+        let synchronized = self.synchronized.clone();
+        let mut synchronized = synchronized.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let steps = match &mut *synchronized {
+            Some(steps) => steps,
+            none => none.insert(SyncBatchNorm::new(self.reducer.data())?),
+        };
+        let loss = steps.run(&self.module, &self.reducer, micro_batches, forward);
+        drop(synchronized);
+        let (reduced, grads) = self.finish(loss)?;
+        Ok(Step { loss: reduced.loss, weight: reduced.weight, grads, counters: self.counters() - before })
     }
 
     /// Iterates over this rank's batches until every rank has run out, so that ranks with different numbers of batches
@@ -176,69 +250,65 @@ impl<M: Module> Replica<M> {
     }
 
     fn reduce(&mut self, last: Option<Loss>) -> Result<(Reduced, GradientsParams), Error> {
-        let outcome = self.try_reduce(last);
-        self.accumulated = Contribution::default();
-        if outcome.is_err() {
-            self.reducer.discard();
-        }
-        outcome
-    }
-
-    fn try_reduce(&mut self, last: Option<Loss>) -> Result<(Reduced, GradientsParams), Error> {
-        let unheard = match last {
-            Some(loss) => self.run_backward(loss, true)?,
+        let backward = match last {
+            Some(loss) => self.run_backward(loss, true),
             None => {
-                self.reducer.open(self.accumulated);
-                Vec::new()
+                self.reducer.open(self.so_far.contribution);
+                Ok(())
             }
         };
-        let mut reduced = self.reducer.close(unheard)?;
-        let mut register =
-            Register { reducer: &self.reducer, reduced: &mut reduced, grads: GradientsParams::new(), error: None };
-        self.module.visit(&mut register);
-        match register.error.take() {
-            Some(error) => Err(error),
-            None => {
-                let grads = register.grads;
-                Ok((reduced, grads))
-            }
-        }
+        self.finish(backward.map(|()| self.so_far.loss))
     }
 
-    /// Backward of one micro-batch; the reduction is opened first if it is the `last`. Returns the gradients that no hook
-    /// has heard of.
-    fn run_backward(&mut self, loss: Loss, last: bool) -> Result<Vec<(usize, FlexTensor)>, Error> {
+    /// Waits for the reduction and hands it to burn, after a backward that brought this sum of losses.
+    fn finish(&mut self, loss: Result<f64, Error>) -> Result<(Reduced, GradientsParams), Error> {
+        self.so_far = SoFar::default();
+        let outcome = loss.and_then(|loss| self.reducer.close(loss)).and_then(|mut reduced| {
+            self.waited += reduced.waited;
+            let mut register =
+                Register { reducer: &self.reducer, reduced: &mut reduced, grads: GradientsParams::new(), error: None };
+            self.module.visit(&mut register);
+            match register.error.take() {
+                Some(error) => Err(error),
+                None => {
+                    let grads = register.grads;
+                    Ok((reduced, grads))
+                }
+            }
+        });
+        outcome.inspect_err(|_| self.reducer.discard())
+    }
+
+    /// Backward of one micro-batch; the reduction is opened first if it is the `last`.
+    fn run_backward(&mut self, loss: Loss, last: bool) -> Result<(), Error> {
         if !loss.weight.is_finite() || loss.weight < 0.0 {
-            let error =
-                Error::invalid("Loss", format!("its weight is {}, it must be finite and not negative", loss.weight));
-            self.reducer.control().fail(error.clone());
-            return Err(error);
+            let problem = format!("its weight is {}, it must be finite and not negative", loss.weight);
+            return Err(self.reducer.refuse("Loss", problem));
+        }
+        if loss.weight > 0.0 && !loss.value.is_tracked() {
+            let problem = "it depends on no parameter that is trained: was it computed on a device without autodiff, or \
+                           with every parameter frozen?";
+            return Err(self.reducer.refuse("Loss", problem.into()));
         }
         let value = loss.value.clone().inner().into_scalar::<f64>();
-        let mut sum = self.accumulated;
-        if loss.weight > 0.0 {
-            if sum.unit == 0.0 {
-                sum.unit = loss.weight;
-            }
-            sum.weight += loss.weight;
-            sum.loss += if loss.summed { value } else { value * loss.weight };
-        }
-        self.accumulated = sum;
+        self.so_far.add(if loss.summed { value } else { value * loss.weight }, loss.weight);
+        let contribution = self.so_far.contribution;
         if last {
-            self.reducer.open(sum);
+            self.reducer.open(contribution);
         }
         if loss.weight == 0.0 {
-            return Ok(Vec::new());
+            return Ok(());
         }
-        let factor = loss.factor(sum.unit);
+        let factor = loss.factor(contribution.unit);
         let scaled = if factor == 1.0 { loss.value } else { loss.value.mul_scalar(factor) };
         let mut grads = scaled.backward();
-        let mut collect = Collect { reducer: &self.reducer, grads: &mut grads, found: Vec::new(), error: None };
+        let mut collect = Collect { reducer: &self.reducer, grads: &mut grads, error: None };
         self.module.visit(&mut collect);
-        match collect.error {
-            Some(error) => Err(error),
-            None => Ok(collect.found),
-        }
+        collect.error.map_or(Ok(()), Err)
+    }
+
+    fn lock_synchronized(&self) -> MutexGuard<'_, Option<SyncBatchNorm>> {
+        self.synchronized.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
@@ -246,7 +316,6 @@ impl<M: Module> Replica<M> {
 struct Collect<'a> {
     reducer: &'a Reducer,
     grads: &'a mut Gradients,
-    found: Vec<(usize, FlexTensor)>,
     error: Option<Error>,
 }
 
@@ -255,7 +324,7 @@ impl ModuleVisitor for Collect<'_> {
         let Some(number) = self.reducer.number(param.id) else { return };
         let Some(gradient) = param.base().grad_remove(self.grads) else { return };
         match gradient.into_host() {
-            Ok((gradient, _)) => self.found.push((number, gradient)),
+            Ok((gradient, _)) => self.reducer.add(number, gradient),
             Err(error) => self.error = Some(error),
         }
     }
@@ -309,7 +378,7 @@ impl<M: fmt::Display> fmt::Display for Replica<M> {
 
 impl<M: Module> Replica<M> {
     fn with(&self, module: M) -> Self {
-        Self { module, reducer: self.reducer.clone(), accumulated: self.accumulated }
+        Self { module, reducer: self.reducer.clone(), synchronized: self.synchronized.clone(), ..*self }
     }
 }
 

@@ -19,7 +19,7 @@
 //! let step = executor.step(&model, x)?;
 //! assert_eq!(step.loss.dims(), [1]);
 //! assert_eq!(step.gradients.len(), 2);
-//! # Ok::<(), burn_parallel::error::Error>(())
+//! # Ok::<(), burn_parallel::Error>(())
 //! ```
 //!
 //! # What a graph fixes
@@ -33,7 +33,7 @@
 //! called twice in one forward (burn 0.22 moves its running statistics with `to_device`), a `RunningState` that is not a
 //! `BatchNorm`'s, quantized parameters.
 //!
-//! [`Error::Graph`]: crate::error::Error::Graph
+//! [`Error::Graph`]: crate::Error::Graph
 
 mod assemble;
 mod batch_norm;

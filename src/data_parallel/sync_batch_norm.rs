@@ -1,0 +1,106 @@
+//! Training steps whose batch norms take their statistics over the whole group.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use burn::backend::Flex;
+use burn::backend::ops::FloatTensorOps;
+use burn::module::Module;
+use burn::tensor::{Scalar, Tensor};
+
+use super::hook::GradientListener;
+use super::reducer::Reducer;
+use super::replica::SoFar;
+use crate::Error;
+use crate::comm::{Communicator, Counters, ReduceOp};
+use crate::graph::{CustomOps, GraphCache, GraphInputs, register_sync_batch_norm, sync_batch_norm};
+
+/// Captured steps with collectives in them, and the communicator of those collectives: they run on the thread that
+/// computes, in between buckets that are reduced in the background.
+#[derive(Debug)]
+pub(super) struct SyncBatchNorm {
+    graphs: GraphCache,
+    group: Communicator,
+    /// Weight of the micro-batch at hand, as the bits of an `f64`.
+    weight: Arc<AtomicU64>,
+}
+
+impl SyncBatchNorm {
+    /// # Errors
+    /// Those of [`Communicator::split`].
+    pub fn new(group: &Communicator) -> Result<Self, Error> {
+        let group = group.split(0, group.rank() as i64)?;
+        let weight = Arc::new(AtomicU64::new(1f64.to_bits()));
+        let (comm, of_micro_batch) = (group.clone(), weight.clone());
+        let mut ops = CustomOps::new();
+        register_sync_batch_norm(
+            &mut ops,
+            move |sums| comm.all_reduce(sums, ReduceOp::Sum),
+            move || f64::from_bits(of_micro_batch.load(Ordering::Relaxed)),
+        );
+        let graphs = GraphCache::new(ops, |graph| sync_batch_norm(graph).map(|_| ()));
+        Ok(Self { graphs, group, weight })
+    }
+
+    pub fn counters(&self) -> Counters {
+        self.group.counters()
+    }
+
+    /// Runs the micro-batches, handing gradients to the reducer, which it opens before the last one. Returns this rank's
+    /// sum of weight times mean loss.
+    pub fn run<M: Module, I: GraphInputs + Clone>(
+        &mut self,
+        module: &M,
+        reducer: &Reducer,
+        micro_batches: Vec<(I, f64)>,
+        forward: impl Fn(&M, I) -> Tensor<1>,
+    ) -> Result<f64, Error> {
+        self.agree(&micro_batches)?;
+        let mut so_far = SoFar::default();
+        let last = micro_batches.len().saturating_sub(1);
+        for (number, (input, weight)) in micro_batches.into_iter().enumerate() {
+            self.weight.store(weight.to_bits(), Ordering::Relaxed);
+            let executor = self.graphs.executor(module, &input, &forward)?;
+            // The capture has used parameters; what counts is what the graph has gradients for.
+            reducer.forget_uses();
+            let trained = executor.graph().params.iter().filter(|param| param.gradient.is_some());
+            trained.filter_map(|param| reducer.number(param.id)).for_each(|param| {
+                reducer.used(param);
+            });
+            so_far.add(0.0, weight);
+            let unit = so_far.contribution.unit;
+            if number == last {
+                reducer.open(so_far.contribution);
+            }
+            let step = executor.step_with(module, input, |id, gradient| {
+                let scaled = match weight == unit {
+                    true => gradient,
+                    false => Flex::float_mul_scalar(gradient, Scalar::Float(weight / unit)),
+                };
+                if let Some(param) = reducer.number(id) {
+                    reducer.arrived(param, scaled);
+                }
+                Ok(())
+            })?;
+            so_far.loss += step.loss.into_scalar::<f64>() * weight;
+        }
+        reducer.forget_uses();
+        Ok(so_far.loss)
+    }
+
+    /// Makes sure that all ranks will meet in the same places.
+    fn agree<I>(&self, micro_batches: &[(I, f64)]) -> Result<(), Error> {
+        let weightless = micro_batches.iter().any(|(_, weight)| !(weight.is_finite() && *weight > 0.0));
+        let mine = if weightless { 0 } else { micro_batches.len() as u64 };
+        let counts = self.group.all_gather(vec![mine])?;
+        if counts[0] > 0 && counts.iter().all(|count| *count == counts[0]) {
+            return Ok(());
+        }
+        let problem = format!(
+            "synchronised batch norm needs the same number of micro-batches of positive weight on every rank, at least \
+             1, but the ranks bring {counts:?} (0 also for one with a weight that is not positive): drop the rest of the \
+             data or pad it"
+        );
+        Err(Error::invalid("step_sync_batch_norm", problem))
+    }
+}
