@@ -16,6 +16,7 @@ pub mod prelude {
     pub use crate::Error;
     pub use crate::comm::{Communicator, ReduceOp};
     pub use crate::data_parallel::{DataParallel, DataParallelConfig, Loss};
+    pub use crate::data_parallel::{DistributedDataset, DistributedSampler, Remainder};
     pub use crate::launch::{self, Rank};
     pub use crate::mesh::Mesh;
 }

@@ -31,7 +31,15 @@
 //! property of the step and not of a context, averages are weighted by what was really seen ([`Loss`]), and ranks may bring
 //! different numbers of batches ([`Replica::join`]).
 //!
+//! # Data
+//!
+//! Each rank reads its own share of the data. [`DistributedSampler`] says which items these are, without losing or repeating
+//! any, and [`DistributedDataset`] makes of them a burn dataset for burn's dataloaders.
+//!
 //! # Random numbers
+//!
+//! The order in which a [`DistributedSampler`] shuffles depends on its seed and the epoch only: every rank computes the same
+//! one for itself, in every run, whatever else draws random numbers.
 //!
 //! Ranks that are threads share burn's random generator with each other: `Dropout` and random tensors then draw numbers
 //! that depend on which thread comes first, and a run does not repeat itself bit by bit. Parameters are not touched by
@@ -41,11 +49,13 @@
 mod buckets;
 mod comm_hook;
 mod config;
+mod dataset;
 mod hook;
 mod join;
 mod loss;
 mod reducer;
 mod replica;
+mod sampler;
 mod structure;
 mod sync_batch_norm;
 
@@ -55,9 +65,11 @@ use burn::module::Module;
 
 pub use comm_hook::{AllReduceHook, Bucket, CastHook, CommHook};
 pub use config::DataParallelConfig;
+pub use dataset::DistributedDataset;
 pub use join::Join;
 pub use loss::Loss;
 pub use replica::{Replica, Step, StepCounters};
+pub use sampler::{DistributedSampler, Remainder, Share};
 
 use self::hook::AttachHooks;
 use self::reducer::Reducer;
