@@ -15,15 +15,15 @@ const ROWS: usize = 11;
 
 fn optimizer(name: &str) -> ModuleOptimizer {
     match name {
-        "adamw" => AdamWConfig::new().init().into(),
-        _ => SgdConfig::new().init().into(),
+        "adamw" => AdamWConfig::new().init(),
+        _ => SgdConfig::new().init(),
     }
 }
 
 /// Losses and final parameters of one device on the whole batch.
 fn alone<M: Module>(case: &Case<M>, optim: &str) -> (Vec<f64>, Vec<(String, Vec<f32>)>) {
     let device = Device::flex().autodiff();
-    let mut model = case.model.clone().fork(&device);
+    let mut model = case.model.clone().fork(&device).train();
     let mut optim = optimizer(optim);
     let mut losses = Vec::new();
     for step in 0..STEPS {
@@ -32,7 +32,7 @@ fn alone<M: Module>(case: &Case<M>, optim: &str) -> (Vec<f64>, Vec<(String, Vec<
         let grads = burn::optim::GradientsParams::from_grads(loss.backward(), &model);
         model = optim.step(1e-2, model, grads);
     }
-    (losses, parameters(&model))
+    (losses, parameters(&model.valid()))
 }
 
 fn parity<M: Module + Sync>(case: Case<M>) {
@@ -42,7 +42,7 @@ fn parity<M: Module + Sync>(case: Case<M>) {
             let ranks = launch::threads(size)
                 .run(|rank| {
                     let device = rank.device().autodiff();
-                    let model = case.model.clone().fork(&device);
+                    let model = case.model.clone().fork(&device).train();
                     let mut model = model.data_parallel(&rank, DataParallelConfig::new().with_bucket_bytes(3000))?;
                     let mut optim = optimizer(optim);
                     let mut seen = Vec::new();
@@ -56,7 +56,7 @@ fn parity<M: Module + Sync>(case: Case<M>) {
                         seen.push(done.loss);
                         model = optim.step(1e-2, model, done.grads);
                     }
-                    Ok((seen, parameters(&model)))
+                    Ok((seen, parameters(&model.valid())))
                 })
                 .unwrap();
             for (seen, found) in &ranks {
@@ -108,4 +108,44 @@ fn lora_adapters() {
     let mut case = zoo::transformer();
     case.model = zoo::with_values(case.model.apply_lora(burn::module::Lora::new(2, 4.0)), 7);
     parity(case);
+}
+
+/// Batch norm over all ranks is batch norm over the whole batch, running statistics included.
+#[test]
+fn synchronised_batch_norm() {
+    let case = zoo::cnn_with_batch_norm();
+    for optim in ["adamw", "sgd"] {
+        let (losses, expected) = alone(&case, optim);
+        for size in WORLDS {
+            let ranks = launch::threads(size)
+                .run(|rank| {
+                    let model = case.model.clone().fork(&rank.device().autodiff()).train();
+                    let mut model = model.data_parallel(&rank, DataParallelConfig::new().with_bucket_bytes(500))?;
+                    let mut optim = optimizer(optim);
+                    let mut seen = Vec::new();
+                    for step in 0..STEPS {
+                        let rows = part(ROWS, size, rank.rank());
+                        let input = (case.input)(step, rows.clone());
+                        let batch = vec![((input.features, input.targets), rows.len() as f64)];
+                        let done = model.step_sync_batch_norm(batch, |model, (features, targets)| {
+                            let tokens = burn::tensor::Tensor::zeros([1, 1], &features.device());
+                            (case.loss)(model, zoo::Batch { features, tokens, targets })
+                        })?;
+                        seen.push(done.loss);
+                        model = optim.step(1e-2, model, done.grads);
+                    }
+                    // Two collectives forward and two backward for the one batch norm, and one a step to agree.
+                    assert_eq!(model.counters().statistics.of("all_reduce").calls, 4 * STEPS as u64);
+                    Ok((seen, parameters(&model.valid())))
+                })
+                .unwrap();
+            for (seen, found) in &ranks {
+                for (a, b) in losses.iter().zip(seen) {
+                    assert!((a - b).abs() <= 1e-5 * a.abs().max(1e-3), "{size} ranks, {optim}: loss {a} against {b}");
+                }
+                assert_close(&expected, found, 1e-4, &format!("{size} ranks, {optim}"));
+                assert_eq!(found, &ranks[0].1, "replicas are bit-identical");
+            }
+        }
+    }
 }

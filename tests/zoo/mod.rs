@@ -190,7 +190,7 @@ fn cnn_loss(model: &Cnn, batch: Batch) -> Tensor<1> {
 fn cnn_with(norm: bool) -> Case<Cnn> {
     let device = Device::flex().autodiff();
     let model = Cnn {
-        first: Conv2dConfig::new([1, 3], [3, 3]).init(&device),
+        first: Conv2dConfig::new([1, 3], [3, 3]).with_bias(!norm).init(&device),
         norm: norm.then(|| BatchNormConfig::new(3).init(&device)),
         second: Conv2dConfig::new([3, 5], [2, 2]).init(&device),
         pool: AdaptiveAvgPool2dConfig::new([2, 2]).init(),
