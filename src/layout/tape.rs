@@ -35,7 +35,7 @@ impl Pair {
             if self.forward == Step::Keep {
                 return Ok(tensor);
             }
-            let (data, home) = tensor.into_host();
+            let (data, home) = tensor.into_host()?;
             return Tensor::from_host(self.forward.take(self.name, data, comm)?, &home);
         }
         let device = tensor.device().inner();

@@ -106,7 +106,11 @@ fn other_shapes() {
     // Widths that the padded blocks of an all-to-all do not tell apart.
     endings(
         |rank| layout::all_to_all(leaf([2, 2 * rank.size() - rank.rank() % 2]), 0, 1, rank).map(|_| ()),
-        |_, endings| assert!(matches!(all_alike(endings), Error::Mismatch { .. })),
+        |size, endings| {
+            let (error, widths) = (all_alike(endings), [2 * size, 2 * size - 1]);
+            assert!(matches!(error, Error::Mismatch { .. }));
+            assert!(widths.iter().all(|width| error.to_string().contains(&format!("(cut from {width})"))), "{error}");
+        },
     );
 }
 

@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_parallel::Error;
-use burn_parallel::comm::Communicator;
+use burn_parallel::comm::{Communicator, Counters};
 use burn_parallel::layout::{self, Layout};
 use burn_parallel::prelude::{Mesh, launch};
 
@@ -229,6 +229,55 @@ fn two_axes() {
             let loss = (whole * ws[world.rank()].tensor(&device, DType::F32)).sum();
             let grads = layout::backward(&loss, &world)?;
             assert_eq!(Dense::of(&leaf.grad(&grads).unwrap()), part(&Dense::sum(ws.clone())));
+        }
+        Ok(())
+    });
+    run.unwrap();
+}
+
+/// What each move costs, forward and backward, to the byte: 4 ranks, 8 x 4 floats of 4 bytes, 128 bytes in all.
+#[test]
+fn traffic() {
+    type Move = fn(Tensor<2>, &Communicator) -> Result<Tensor<2>, Error>;
+    type Cost = Option<(&'static str, u64)>;
+    const WHOLE: [usize; 2] = [8, 4];
+    const PART: [usize; 2] = [2, 4];
+    let moves: [(Move, [usize; 2], Cost, Cost); 7] = [
+        (layout::copy_to_group, WHOLE, None, Some(("all_reduce", 192))),
+        (layout::reduce_from_group, WHOLE, Some(("all_reduce", 192)), None),
+        (|x, c| layout::scatter_to_group(x, 0, c), WHOLE, None, Some(("all_gather", 96))),
+        (|x, c| layout::gather_from_group(x, 0, c), PART, Some(("all_gather", 96)), None),
+        (
+            |x, c| layout::gather_and_copy_to_group(x, 0, c),
+            PART,
+            Some(("all_gather", 96)),
+            Some(("reduce_scatter", 96)),
+        ),
+        (
+            |x, c| layout::reduce_scatter_to_group(x, 0, c),
+            WHOLE,
+            Some(("reduce_scatter", 96)),
+            Some(("all_gather", 96)),
+        ),
+        (|x, c| layout::all_to_all(x, 0, 1, c), PART, Some(("all_to_all", 24)), Some(("all_to_all", 24))),
+    ];
+    let run = launch::threads(4).run(|world| {
+        let spent = |before: &Counters| {
+            (world.counters() - before.clone())
+                .iter()
+                .map(|(name, tally)| (name, tally.calls, tally.bytes))
+                .filter(|(_, calls, _)| *calls > 0)
+                .collect::<Vec<_>>()
+        };
+        let due = |cost: Cost| cost.map(|(name, bytes)| (name, 1, bytes)).into_iter().collect::<Vec<_>>();
+        for (index, (go, dims, forward, backward)) in moves.into_iter().enumerate() {
+            let leaf = Tensor::<2>::ones(dims, &Device::flex().autodiff()).require_grad();
+            let before = world.counters();
+            let moved = go(leaf, &world)?;
+            assert_eq!(spent(&before), due(forward), "forward of {index}");
+            let before = world.counters();
+            layout::backward(&moved.sum(), &world)?;
+            assert_eq!(spent(&before), due(backward), "backward of {index}");
         }
         Ok(())
     });
