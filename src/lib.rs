@@ -7,6 +7,7 @@ pub mod data_parallel;
 mod error;
 pub mod graph;
 pub mod launch;
+pub mod layout;
 pub mod mesh;
 
 pub use error::Error;
@@ -18,5 +19,6 @@ pub mod prelude {
     pub use crate::data_parallel::{DataParallel, DataParallelConfig, Loss};
     pub use crate::data_parallel::{DistributedDataset, DistributedSampler, Remainder};
     pub use crate::launch::{self, Rank};
+    pub use crate::layout::{self, Layout};
     pub use crate::mesh::Mesh;
 }

@@ -211,7 +211,8 @@ pub struct Call {
     pub extent: Extent,
     /// Separate buffers that the call reduces together; 1 unless coalesced.
     pub pieces: usize,
-    /// A fingerprint of the lengths of those buffers, so that differently cut calls of the same total do not match.
+    /// A fingerprint of the lengths of those buffers, so that differently cut calls of the same total do not match. For
+    /// calls of one piece, whatever number else the ranks must agree on.
     pub(crate) cut: u64,
 }
 
@@ -259,6 +260,8 @@ impl fmt::Display for Call {
         if self.pieces != 1 {
             // Calls that differ in their cut alone must not look alike.
             write!(f, " in {} pieces (cut {:04x})", self.pieces, self.cut >> 48)?;
+        } else if self.cut != 0 {
+            write!(f, " (cut from {})", self.cut)?;
         }
         Ok(())
     }

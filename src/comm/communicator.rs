@@ -337,12 +337,24 @@ impl Communicator {
         data: Option<FlexTensor>,
         expected: Option<DType>,
     ) -> Result<FlexTensor, Error> {
+        self.through_agreed(operation, data, expected, 0)
+    }
+
+    /// [`through`](Self::through) with a number that must be the same on all ranks, where the shapes do not tell.
+    pub(crate) fn through_agreed(
+        &self,
+        operation: Operation,
+        data: Option<FlexTensor>,
+        expected: Option<DType>,
+        agreed: u64,
+    ) -> Result<FlexTensor, Error> {
         let data = data.map(host::packed);
         let dtype = data.as_ref().map(FlexTensor::dtype).or(expected);
         if let Some(dtype) = dtype {
             host::check_dtype(operation.name(), dtype)?;
         }
-        let call = Call::new(operation, dtype, data.as_ref().map_or(Extent::flat(0), host::extent));
+        let mut call = Call::new(operation, dtype, data.as_ref().map_or(Extent::flat(0), host::extent));
+        call.cut = agreed;
         // SAFETY: nothing is read through a null place of length 0.
         let nothing = unsafe { BufferRef::from_raw(std::ptr::null(), 0, dtype.unwrap_or(DType::F32)) };
         let input = data.as_ref().map_or(nothing, host::lend);

@@ -1,0 +1,154 @@
+//! The one operation that puts a move on burn's tape.
+//!
+//! A move is a pair of [`Step`]s: one is taken now, the other, its conjugate, when the gradient comes back. burn's
+//! `backward()` cannot return an error, so a step that fails there fails the world instead, and hands on zeros: the backward
+//! runs to its end without another wait, and the error is found on the communicator.
+
+use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, unary};
+use burn::backend::flex::FlexTensor;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, Backend, Dispatch, ExtensionType, Flex, TensorMetadata, backend_extension};
+use burn::tensor::{Device, Gradients as LossGradients, Shape, Tensor};
+
+use super::moves::Step;
+use crate::Error;
+use crate::comm::{Communicator, Payload, host};
+
+/// A step, the step that its gradient takes, and the function that errors speak of.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pair {
+    pub name: &'static str,
+    pub forward: Step,
+    pub backward: Step,
+}
+
+impl Pair {
+    /// Moves a tensor over the group. Without autodiff, or for a constant, nothing is recorded.
+    pub fn apply<const D: usize>(self, tensor: Tensor<D>, comm: &Communicator) -> Result<Tensor<D>, Error> {
+        if comm.size() == 1 {
+            return Ok(tensor);
+        }
+        host::check_dtype(self.name, tensor.dtype())?;
+        if !tensor.is_tracked() {
+            if self.forward == Step::Keep {
+                return Ok(tensor);
+            }
+            let (data, home) = tensor.into_host()?;
+            return Tensor::from_host(self.forward.take(self.name, data, comm)?, &home);
+        }
+        let device = tensor.device().inner();
+        if device != Device::flex() {
+            let problem = format!("gradients flow through moves on Device::flex() alone; this tensor is on {device:?}");
+            return Err(Error::invalid(self.name, problem));
+        }
+        let moved = <Dispatch as MoveBackend>::take_step(tensor.into_dispatch(), self, comm.clone());
+        match moved.error {
+            None => Ok(Tensor::from_dispatch(moved.tensor)),
+            Some(error) => Err(error),
+        }
+    }
+
+    /// The pair that the gradient sees.
+    fn turned(self) -> Self {
+        Self { name: self.name, forward: self.backward, backward: self.forward }
+    }
+
+    /// Whether the forward step of this pair gives this rank nothing, by design.
+    fn gives_nothing(&self, comm: &Communicator) -> bool {
+        matches!(self.forward, Step::GatherTo { root, .. } if root != comm.rank())
+    }
+}
+
+/// What a step gives: a tensor that means something only if there is no error.
+#[derive(ExtensionType)]
+pub(super) struct Moved<B: Backend> {
+    pub tensor: FloatTensor<B>,
+    pub error: Option<Error>,
+}
+
+/// The backends that moves run on.
+#[backend_extension(Flex, Autodiff)]
+pub(super) trait MoveBackend: Backend {
+    /// Takes the forward step of a pair; the implementation with autodiff records the other.
+    fn take_step(tensor: FloatTensor<Self>, pair: Pair, comm: Communicator) -> Moved<Self>;
+}
+
+impl MoveBackend for Flex {
+    fn take_step(tensor: FloatTensor<Self>, pair: Pair, comm: Communicator) -> Moved<Self> {
+        let (shape, dtype) = (tensor.shape(), tensor.dtype());
+        match pair.forward.take(pair.name, tensor, &comm) {
+            Ok(tensor) => Moved { tensor, error: None },
+            Err(error) => Moved { tensor: FlexTensor::zeros(shape, dtype), error: Some(error) },
+        }
+    }
+}
+
+impl<B: MoveBackend, C: CheckpointStrategy> MoveBackend for Autodiff<B, C> {
+    fn take_step(tensor: FloatTensor<Self>, pair: Pair, comm: Communicator) -> Moved<Self> {
+        let shape = tensor.shape();
+        let (tensor, guard) = tensor.into_parts();
+        // Compute-bound: checkpointing must never repeat a step, which would be a collective that the peers don't take.
+        match TurnedStep.prepare::<C>([guard]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let moved = B::take_step(tensor, pair, comm.clone());
+                Moved { tensor: prep.finish((pair, comm, shape), moved.tensor), error: moved.error }
+            }
+            OpsKind::UnTracked(prep) => {
+                let moved = B::take_step(tensor, pair, comm);
+                Moved { tensor: prep.finish(moved.tensor), error: moved.error }
+            }
+        }
+    }
+}
+
+/// The step of the gradient.
+#[derive(Debug)]
+struct TurnedStep;
+
+impl<B: MoveBackend> Backward<B, 1> for TurnedStep {
+    /// The pair, its group, and the shape that the input had.
+    type State = (Pair, Communicator, Shape);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let (pair, comm, shape) = ops.state;
+        unary::<B, _>(ops.parents, ops.node, grads, |grad| {
+            let (device, dtype) = (grad.device(), grad.dtype());
+            let turned = pair.turned();
+            let Moved { tensor, error } = B::take_step(grad, turned, comm.clone());
+            if error.is_none() && tensor.shape() == shape {
+                return tensor;
+            }
+            if error.is_none() && !turned.gives_nothing(&comm) {
+                let (rank, group, came) = (comm.rank(), comm.group(), tensor.shape());
+                let problem = format!(
+                    "on rank {rank} of group `{group}` the gradient of an input of {:?} came back as {:?}; every rank must \
+                     bring tensors of the same logical shape, divided as `comm::part` does",
+                    shape.as_slice(),
+                    came.as_slice()
+                );
+                comm.fail(Error::invalid(pair.name, problem));
+            }
+            B::float_zeros(shape, &device, dtype.into())
+        });
+    }
+}
+
+/// Runs burn's `backward()` and returns the error of the world, should a collective have failed in it.
+///
+/// `comm` is any communicator of the world: the first failure anywhere fails them all. The moves of a backward that failed
+/// hand on zeros, so its gradients are of no use.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] if the loss needs no gradient; the error with which the world has failed.
+pub fn backward<const D: usize>(loss: &Tensor<D>, comm: &Communicator) -> Result<LossGradients, Error> {
+    if !loss.is_tracked() {
+        return Err(Error::invalid("backward", "no parameter or input that the loss depends on requires a gradient"));
+    }
+    let grads = loss.backward();
+    match comm.failure() {
+        None => Ok(grads),
+        Some(error) => Err(error),
+    }
+}
