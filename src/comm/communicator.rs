@@ -94,6 +94,12 @@ impl Communicator {
         self.inner.transport.abort(error);
     }
 
+    /// Leaves the world, with all groups of it that this rank is in, whoever still holds a communicator.
+    pub(crate) fn leave(&self) {
+        self.inner.progress.drain();
+        self.inner.transport.leave();
+    }
+
     /// Divides the group: ranks that bring the same `color` form a group, ordered by `key`, then by rank. Collective.
     pub fn split(&self, color: u64, key: i64) -> Result<Self, Error> {
         let call = Call::new(Operation::Split, None, Extent::flat(0));

@@ -157,6 +157,9 @@ pub trait Transport: Debug + Send + Sync {
     /// Fails the world with `error`, unless it has failed already.
     fn abort(&self, error: Error);
 
+    /// Leaves the world: this rank will call nothing more on this group, nor on any group split from the same world.
+    fn leave(&self);
+
     /// The error that the world has failed with.
     fn failure(&self) -> Option<Error>;
 

@@ -99,7 +99,7 @@ impl<M: Module> Replica<M> {
         Self { module, reducer, so_far: SoFar::default(), synchronized: Arc::default(), waited: Duration::ZERO }
     }
 
-    /// The model. Its hooks do nothing once the replica is gone.
+    /// The model. It trains as before once all clones of the replica are gone.
     pub fn into_inner(self) -> M {
         self.module
     }

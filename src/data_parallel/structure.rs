@@ -69,7 +69,10 @@ impl Structure {
         found.resize(len, 0);
         let found = String::from_utf8_lossy(&group.broadcast(found, rank)?).into_owned();
         let (path, problem) = found.split_once('\t').unwrap_or((&found, "it differs"));
-        Err(Error::ModelMismatch { group: group.group().clone(), rank, path: path.into(), problem: problem.into() })
+        let name = group.group().clone();
+        let error = Error::ModelMismatch { group: name, rank, path: path.into(), problem: problem.into() };
+        group.fail(error.clone());
+        Err(error)
     }
 
     /// The first line that differs from those of rank 0, as `path<tab>problem`.

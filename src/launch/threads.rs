@@ -132,7 +132,11 @@ where
         Err(problem) => return fail(Error::Launch { rank: index, size: comm.size(), problem: problem.to_string() }),
     };
     match catch_unwind(AssertUnwindSafe(|| pool.install(|| f(rank)))) {
-        Ok(Ok(result)) => Ok(result),
+        Ok(Ok(result)) => {
+            // Said outright: a tape that burn has not cleared away yet may keep communicators alive.
+            comm.leave();
+            Ok(result)
+        }
         // An error that came from the world is not this rank's own.
         Ok(Err(cause)) if comm.failure().as_ref() == Some(&cause) => Err(cause),
         Ok(Err(cause)) => fail(Error::RankFailed { rank: index, cause: Box::new(cause) }),

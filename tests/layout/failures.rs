@@ -207,11 +207,11 @@ fn a_loss_without_a_gradient() {
 }
 
 /// burn keeps the tape of a forward without a backward until somebody's next backward, and with it the communicators in
-/// it: the others may learn only by time-out that the rank has ended.
+/// it; that the rank has ended is known all the same.
 #[test]
 fn a_rank_that_ends_with_a_tape_in_hand() {
     let began = Instant::now();
-    let world = launch::threads(2).timeout(Duration::from_secs(1)).run(|rank| {
+    let world = launch::threads(2).timeout(Duration::from_secs(60)).run(|rank| {
         let loss = layout::copy_to_group(leaf([2]), &rank)?.sum();
         if rank.rank() == 1 {
             drop(loss);
@@ -220,6 +220,6 @@ fn a_rank_that_ends_with_a_tape_in_hand() {
         rank.barrier()
     });
     let error = world.unwrap_err();
-    assert!(matches!(error, Error::RankLost { rank: 1, .. } | Error::Timeout { rank: 0, .. }), "{error}");
+    assert!(matches!(error, Error::RankLost { rank: 1, .. }), "{error}");
     assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
 }

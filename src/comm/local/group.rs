@@ -57,6 +57,15 @@ impl Fate {
         }
     }
 
+    /// Takes a rank of the world out of all groups.
+    pub fn leave(&self, world_rank: usize) {
+        for group in lock(&self.groups).iter().filter_map(Weak::upgrade) {
+            if let Some(rank) = group.members.iter().position(|member| *member == world_rank) {
+                group.leave(rank, false);
+            }
+        }
+    }
+
     pub fn add(&self, group: &Arc<Group>) {
         let mut groups = lock(&self.groups);
         groups.retain(|group| group.strong_count() > 0);
@@ -118,6 +127,12 @@ impl Group {
         });
         group.fate.add(&group);
         group
+    }
+
+    /// Takes note that a rank will not come again.
+    pub fn leave(&self, rank: usize, panicked: bool) {
+        lock(&self.left).push((rank, panicked));
+        self.rendezvous.leave();
     }
 
     pub fn size(&self) -> usize {

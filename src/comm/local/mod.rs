@@ -408,6 +408,10 @@ impl Transport for LocalTransport {
         self.group.fate.fail(error);
     }
 
+    fn leave(&self) {
+        self.group.fate.leave(self.group.members[self.rank]);
+    }
+
     fn failure(&self) -> Option<Error> {
         self.group.fate.error().cloned()
     }
@@ -419,7 +423,6 @@ impl Transport for LocalTransport {
 
 impl Drop for LocalTransport {
     fn drop(&mut self) {
-        lock(&self.group.left).push((self.rank, std::thread::panicking()));
-        self.group.rendezvous.leave();
+        self.group.leave(self.rank, std::thread::panicking());
     }
 }
