@@ -8,7 +8,7 @@ use super::bell::Patience;
 use super::mailbox::Mailboxes;
 use super::rendezvous::Rendezvous;
 use crate::Error;
-use crate::comm::Call;
+use crate::comm::{Call, CallLog};
 use crate::comm::transport::BufferMut;
 use crate::comm::watch::Watch;
 
@@ -118,6 +118,15 @@ impl Group {
         });
         group.fate.add(&group);
         group
+    }
+
+    /// The last collectives of every rank of the group, and of the ranks that wait in other groups of the world: a failure
+    /// is theirs as well.
+    pub fn log(&self) -> CallLog {
+        let others: Vec<Arc<Self>> = lock(&self.fate.groups).iter().filter_map(Weak::upgrade).collect();
+        let others = others.iter().filter(|other| !std::ptr::eq(&***other, self));
+        let elsewhere = others.flat_map(|other| other.watch.waiting().map(|line| format!("in `{}` {line}", other.name)));
+        CallLog::new(self.watch.lines().chain(elsewhere))
     }
 
     pub fn size(&self) -> usize {
