@@ -1,6 +1,7 @@
 //! The ranks of one group, seen from one of them.
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use burn::tensor::DType;
 
 use super::counters::CounterBoard;
 use super::host::{self, SliceOutput, TensorOutput};
-use super::pending::Progress;
+use super::pending::{Progress, panic_message};
 use super::transport::{BufferMut, BufferRef, Transfer, Transport};
 use super::{Call, CallLog, Counters, Element, Extent, Message, Operation, Payload, Pending, ReduceOp, reduce};
 use crate::Error;
@@ -100,6 +101,12 @@ impl Communicator {
         self.inner.transport.leave();
     }
 
+    /// Fails the world, and returns the error that it failed with, which may be an earlier one.
+    fn fail_with(&self, error: Error) -> Error {
+        self.fail(error.clone());
+        self.failure().unwrap_or(error)
+    }
+
     /// Divides the group: ranks that bring the same `color` form a group, ordered by `key`, then by rank. Collective.
     pub fn split(&self, color: u64, key: i64) -> Result<Self, Error> {
         let call = Call::new(Operation::Split, None, Extent::flat(0));
@@ -136,7 +143,13 @@ impl Communicator {
     ) -> Pending<R> {
         let comm = self.clone();
         let name = || format!("{} of {}", self.rank(), self.group());
-        self.inner.progress.submit(self.rank(), name, move || operation(&comm))
+        self.inner.progress.submit(self.rank(), name, move || {
+            catch_unwind(AssertUnwindSafe(|| operation(&comm))).unwrap_or_else(|panic| {
+                // The world hears of it now, not when somebody waits for this operation.
+                let (rank, message) = (comm.inner.transport.world_rank(), panic_message(&*panic));
+                Err(comm.fail_with(Error::RankPanicked { rank, message, log: comm.log() }))
+            })
+        })
     }
 
     /// Every rank gets the reduction over all ranks, bit-identical everywhere. All bring the same shape and dtype.
@@ -238,19 +251,21 @@ impl Communicator {
     /// arrive on the CPU device [`Device::flex`](burn::tensor::Device::flex) of ranks that bring none.
     ///
     /// # Errors
-    /// [`Error::NoSuchRank`]; [`Error::InvalidArgument`] if the root brings nothing.
+    /// [`Error::NoSuchRank`]; [`Error::InvalidArgument`] if the root brings nothing, or what a receiver does not take; the
+    /// world fails with it.
     pub fn scatter<P: Payload>(&self, payload: Option<P>, root: usize) -> Result<P, Error> {
         self.check_root(root, "scatter")?;
         if root == self.rank() && payload.is_none() {
-            let error = Error::invalid("scatter", format!("rank {root} is the root and brings nothing to scatter"));
-            self.fail(error.clone());
-            return Err(error);
+            let problem = format!("rank {root} is the root and brings nothing to scatter");
+            return Err(self.fail_with(Error::invalid("scatter", problem)));
         }
         let (data, home) = match payload.filter(|_| root == self.rank()).map(P::into_host).transpose()? {
             Some((data, home)) => (Some(data), home),
             None => (None, P::Home::default()),
         };
-        self.through(Operation::Scatter { root }, data, P::fixed_dtype()).and_then(|data| P::from_host(data, &home))
+        let data = self.through(Operation::Scatter { root }, data, P::fixed_dtype())?;
+        // Only here can a receiver be surprised: it brought nothing for the others to compare with.
+        P::from_host(data, &home).map_err(|error| self.fail_with(error))
     }
 
     /// Part `j` of this rank's first dim goes to rank `j`; the rank gets its part of every rank, in rank order.
@@ -289,9 +304,8 @@ impl Communicator {
         let found = format!("{:?} {:?}", data.dtype(), host::extent(&data).dims());
         P::from_host(data, &P::Home::default()).map_err(|_| {
             let (group, to, expected) = (self.group().clone(), self.rank(), std::any::type_name::<P>().to_owned());
-            let error = Error::UnexpectedMessage { group, from, to, tag, expected, found };
-            self.fail(error);
-            self.failure().unwrap_or_else(|| Error::invalid("recv", "the engine did not keep the error"))
+            let error = Error::UnexpectedMessage { group, from, to, tag, expected, found, log: self.log() };
+            self.fail_with(error)
         })
     }
 
@@ -382,11 +396,10 @@ impl Communicator {
 
     fn count(&self, call: &Call, operation: impl FnOnce() -> Result<u64, Error>) -> Result<(), Error> {
         let began = Instant::now();
-        let bytes = operation().inspect_err(|error| {
+        let bytes = operation().map_err(|error| match error {
+            Error::NoSuchRank { .. } => error,
             // An error that only this rank has found, with the others already done, must not leave them guessing later.
-            if self.failure().is_none() && !matches!(error, Error::NoSuchRank { .. }) {
-                self.fail(error.clone());
-            }
+            error => self.fail_with(error),
         })?;
         self.inner.counters.add(&call.operation, bytes, Duration::max(began.elapsed(), Duration::from_nanos(1)));
         Ok(())

@@ -53,18 +53,18 @@ impl WorldConfig {
     /// [`Error::Environment`] if the variable is not a positive number.
     pub fn from_env() -> Result<Self, Error> {
         const VARIABLE: &str = "BURN_PARALLEL_TIMEOUT_S";
-        let timeout = match std::env::var(VARIABLE) {
-            Err(_) => DEFAULT_TIMEOUT,
-            Ok(value) => match value.trim().parse::<f64>().ok().and_then(|s| Duration::try_from_secs_f64(s).ok()) {
-                Some(timeout) if !timeout.is_zero() => timeout,
-                _ => {
-                    return Err(Error::Environment {
-                        variable: VARIABLE,
-                        value,
-                        expected: "a positive number of seconds",
-                    });
+        let timeout = match std::env::var_os(VARIABLE) {
+            None => DEFAULT_TIMEOUT,
+            Some(value) => {
+                let value = value.to_string_lossy().into_owned();
+                match value.trim().parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()) {
+                    Some(timeout) if !timeout.is_zero() => timeout,
+                    _ => {
+                        let expected = "a positive number of seconds";
+                        return Err(Error::Environment { variable: VARIABLE, value, expected });
+                    }
                 }
-            },
+            }
         };
         Ok(Self { timeout, name: "world".into() })
     }
@@ -139,7 +139,9 @@ impl LocalTransport {
         }
         let call = *post.call();
         let mut clock = Clock::new(group, self.rank, &call);
+        // Counted before: should the work panic, the meeting has taken place all the same.
         let meeting = *turn;
+        *turn += 1;
         let work = |posts: &work::Posts<'_>| match agree(&post, posts) {
             true => Ok(work(posts)),
             false => Err(posts.iter().map(|other| *other.call()).collect::<Vec<_>>()),
@@ -149,12 +151,11 @@ impl LocalTransport {
             unsafe { group.rendezvous.meet(self.rank, meeting, post, patience(group), || clock.remaining(), work) };
         match met {
             Ok(Ok(result)) => {
-                *turn += 1;
                 clock.finish();
                 Ok((meeting, result))
             }
             Ok(Err(calls)) => {
-                let (name, log) = (group.name.clone(), group.watch.log());
+                let (name, log) = (group.name.clone(), group.log());
                 Err(self.fail(Error::Mismatch { group: name, sequence: meeting, calls, log }))
             }
             Err(why) => Err(self.interrupted(why, &call, clock.elapsed(), || self.absent(&call))),
@@ -174,7 +175,7 @@ impl LocalTransport {
                 operation: call.to_string(),
                 waited,
                 missing: missing(),
-                log: group.watch.log(),
+                log: group.log(),
             }),
             Interrupted::Left => {
                 let waited_for = |rank: usize| match call.operation {
@@ -186,10 +187,11 @@ impl LocalTransport {
                 if !self.told(GRACE)
                     && let Some((rank, panicked)) = gone
                 {
-                    let (name, operation, log) = (group.name.clone(), call.to_string(), group.watch.log());
+                    let (name, operation, log) = (group.name.clone(), call.to_string(), group.log());
                     group.fate.fail(match panicked {
                         true => {
-                            Error::RankPanicked { rank: group.members[rank], message: "see its own message".into() }
+                            let message = "see its own message".into();
+                            Error::RankPanicked { rank: group.members[rank], message, log }
                         }
                         false => Error::RankLost { group: name, rank, operation, log },
                     });
@@ -219,7 +221,7 @@ impl LocalTransport {
             group: self.group.name.clone(),
             rank: self.rank,
             reason: "the group was interrupted without a reason".into(),
-            log: self.group.watch.log(),
+            log: self.group.log(),
         })
     }
 
@@ -307,6 +309,10 @@ impl Transport for LocalTransport {
 
     fn rank(&self) -> usize {
         self.rank
+    }
+
+    fn world_rank(&self) -> usize {
+        self.group.members[self.rank]
     }
 
     fn size(&self) -> usize {
@@ -417,7 +423,7 @@ impl Transport for LocalTransport {
     }
 
     fn log(&self) -> CallLog {
-        self.group.watch.log()
+        self.group.log()
     }
 }
 
