@@ -115,7 +115,7 @@ impl Watch {
 
     /// Those of the ranks that are in a call.
     pub fn waiting(&self) -> impl Iterator<Item = String> {
-        let waits = |rank: &usize| self.lock(*rank).entries.iter().any(|entry| !entry.done);
+        let waits = |rank: &usize| self.lock(*rank).latest().any(|entry| !entry.done);
         (0..self.ranks.len()).filter(waits).map(|rank| self.line(rank))
     }
 

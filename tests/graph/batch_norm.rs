@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use burn::module::Module;
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::prelude::*;
-use burn_parallel::error::Error;
+use burn_parallel::Error;
 use burn_parallel::graph::*;
 
 use super::models::*;

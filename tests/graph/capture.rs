@@ -62,7 +62,7 @@ impl GraphInputs for Batch {
     fn map_tensors(
         self,
         mapper: &mut dyn burn_parallel::graph::TensorMapper,
-    ) -> Result<Self, burn_parallel::error::Error> {
+    ) -> Result<Self, burn_parallel::Error> {
         let (rows, keep, targets) = (self.rows, self.keep, self.targets).map_tensors(mapper)?;
         Ok(Self { rows, keep, targets })
     }

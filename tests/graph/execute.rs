@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use burn::backend::flex::FlexTensor;
 use burn::prelude::*;
 use burn_ir::{CustomOpIr, OperationIr, TensorIr};
-use burn_parallel::error::Error;
+use burn_parallel::Error;
 use burn_parallel::graph::{CustomOps, Executor, MemoryEstimate, capture_step, gradients_params};
 
 use super::models::*;
