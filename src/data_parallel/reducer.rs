@@ -18,6 +18,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::{Duration, Instant};
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
@@ -78,6 +79,8 @@ struct Step {
     uses: usize,
     /// The reduction under way, during the backward of the last micro-batch.
     flight: Option<Flight>,
+    /// Time that all steps so far have spent waiting for their reductions.
+    waited: Duration,
 }
 
 #[derive(Default)]
@@ -136,6 +139,11 @@ impl Reducer {
         self.lock().buckets.len()
     }
 
+    /// Time that the caller was held up by reductions, over all steps.
+    pub fn waited(&self) -> Duration {
+        self.lock().waited
+    }
+
     /// Starts the reduction: what arrives from now on completes the step.
     pub fn open(self: &Arc<Self>, contribution: Contribution) {
         let factor = Arc::new(OnceLock::new());
@@ -177,6 +185,7 @@ impl Reducer {
 
         let control = self.control.clone();
         let tail = self.data.start(move |_| control.all_reduce(flags, ReduceOp::Max));
+        let waiting = Instant::now();
         let [weight, loss] = flight.head.wait()?;
         let mut gradients = HashMap::new();
         for (params, bucket) in layout.iter().zip(flight.buckets) {
@@ -196,6 +205,7 @@ impl Reducer {
         if observe {
             self.follow(completed)?;
         }
+        self.lock().waited += waiting.elapsed();
         Ok(Reduced { loss: loss / weight, weight, gradients })
     }
 

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
+use std::time::Duration;
 
 use burn::backend::flex::FlexTensor;
 use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, Param};
@@ -48,6 +49,9 @@ pub struct StepCounters {
     pub gradients: Counters,
     /// The few numbers that go with them: weights, losses, which parameters were used.
     pub control: Counters,
+    /// Time for which the step was held up, after its backward, by reductions that were not finished. The times in the
+    /// other two count the communication itself, most of it in the background of the backward.
+    pub waited: Duration,
 }
 
 impl<M: Module> Replica<M> {
@@ -68,7 +72,11 @@ impl<M: Module> Replica<M> {
 
     /// What this replica has communicated since it was made.
     pub fn counters(&self) -> StepCounters {
-        StepCounters { gradients: self.reducer.data().counters(), control: self.reducer.control().counters() }
+        StepCounters {
+            gradients: self.reducer.data().counters(),
+            control: self.reducer.control().counters(),
+            waited: self.reducer.waited(),
+        }
     }
 
     /// Runs forward and backward on this rank's share of the batch and averages over the group.
@@ -106,8 +114,11 @@ impl<M: Module> Replica<M> {
         }
         let (reduced, grads) = self.reduce(last)?;
         let now = self.counters();
-        let counters =
-            StepCounters { gradients: now.gradients - before.gradients, control: now.control - before.control };
+        let counters = StepCounters {
+            gradients: now.gradients - before.gradients,
+            control: now.control - before.control,
+            waited: now.waited - before.waited,
+        };
         Ok(Step { loss: reduced.loss, weight: reduced.weight, grads, counters })
     }
 
