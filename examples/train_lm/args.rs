@@ -26,7 +26,7 @@ struct Flags {
     dp: Option<usize>,
 
     /// How many steps to train
-    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = up_to::<1_000_000_000>)]
+    #[arg(long, value_name = "N", default_value_t = 1200, value_parser = up_to::<1_000_000_000>)]
     steps: usize,
 
     /// The rows of a step, over all ranks
