@@ -11,19 +11,24 @@ use std::process::{Command, Output};
 use serde_json::Value;
 
 /// The example beside this test. A plain `cargo test` builds it; with `--test train_lm_cli` alone, build it first.
-fn train_lm(flags: &[&str]) -> Output {
+fn example() -> PathBuf {
     let test = std::env::current_exe().unwrap();
-    let example = test.parent().and_then(Path::parent).unwrap().join("examples").join("train_lm");
+    test.parent().and_then(Path::parent).unwrap().join("examples").join("train_lm")
+}
+
+fn train_lm(flags: &[&str]) -> Output {
+    let example = example();
     Command::new(&example).args(flags).output().unwrap_or_else(|why| {
         panic!("{}: {why}; `cargo build --release --example train_lm` makes it", example.display())
     })
 }
 
 /// A model so small that a run takes milliseconds.
-const TINY: [&str; 8] = ["--layers", "1", "--d-model", "16", "--seq", "16", "--steps", "3"];
+const TINY: [&str; 6] = ["--layers", "1", "--d-model", "16", "--seq", "16"];
 
 fn tiny(flags: &[&str]) -> Output {
-    train_lm(&[&TINY[..], flags].concat())
+    let steps: &[&str] = if flags.contains(&"--steps") { &[] } else { &["--steps", "3"] };
+    train_lm(&[&TINY[..], steps, flags].concat())
 }
 
 /// A folder for one test, gone when the test ends.
@@ -68,6 +73,13 @@ fn json(folder: &Folder, flags: &[&str]) -> Value {
     let output = tiny(&[flags, &["--json", &path]].concat());
     assert!(output.status.success(), "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+#[track_caller]
+fn same_losses(expected: &[f64], found: &[f64], within: f64) {
+    assert_eq!(expected.len(), found.len());
+    let same = expected.iter().zip(found).all(|(a, b)| (a - b).abs() <= within * a.abs());
+    assert!(same, "{expected:?} {found:?}");
 }
 
 fn losses(outcome: &Value) -> Vec<f64> {
@@ -177,11 +189,46 @@ fn micro_batches_change_no_loss() {
     let folder = Folder::new("micro");
     let whole = losses(&json(&folder, &["--batch", "8"]));
     for rows in ["1", "3", "4"] {
-        let parts = losses(&json(&folder, &["--batch", "8", "--micro-batch", rows]));
-        for (a, b) in whole.iter().zip(&parts) {
-            assert!((a - b).abs() < 1e-5 * a, "--micro-batch {rows}: {whole:?} {parts:?}");
+        same_losses(&whole, &losses(&json(&folder, &["--batch", "8", "--micro-batch", rows])), 1e-5);
+    }
+}
+
+#[test]
+fn any_number_of_ranks_gives_the_losses_of_one() {
+    let folder = Folder::new("ranks");
+    for flags in [&["--batch", "12"][..], &["--batch", "7"], &["--batch", "7", "--micro-batch", "2"]] {
+        let run = |dp| losses(&json(&folder, &[flags, &["--steps", "12", "--dp", dp]].concat()));
+        let alone = run("1");
+        for dp in ["2", "3", "4"] {
+            same_losses(&alone, &run(dp), 1e-4);
         }
     }
+}
+
+#[test]
+fn the_json_tells_of_ranks_and_what_they_sent() {
+    let folder = Folder::new("sent");
+    for dp in 1..=4 {
+        let outcome = json(&folder, &["--dp", &dp.to_string()]);
+        assert_eq!(outcome["axes"], serde_json::json!({ "dp": dp }));
+        // The gradients, each 4 bytes; the control numbers add little.
+        let gradients = 4.0 * outcome["parameters"].as_f64().unwrap() * 2.0 * f64::from(dp - 1) / f64::from(dp);
+        let sent = outcome["bytes_sent_per_step"].as_f64().unwrap();
+        assert!((gradients..=1.02 * gradients).contains(&sent), "{dp} ranks sent {sent} for {gradients}");
+        // One bucket with a call before and after it; and once the order of the gradients.
+        let calls = outcome["calls_per_step"].as_f64().unwrap();
+        assert_eq!((3.0 * calls).round(), 10.0, "{dp} ranks made {calls} calls");
+    }
+}
+
+#[test]
+fn ranks_that_fail_end_the_run_with_code_1() {
+    let output = Command::new(example()).args(TINY).env("BURN_PARALLEL_TIMEOUT_S", "0.000001").output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(output.stdout.is_empty());
+    let told: Vec<&str> = stderr.lines().filter(|line| line.starts_with("train_lm: ")).collect();
+    assert!(told.len() == 1 && told[0].contains("time-out") && told[0].contains("BURN_PARALLEL_TIMEOUT_S"), "{stderr}");
 }
 
 #[test]

@@ -17,7 +17,7 @@ struct Flags {
     #[arg(long, value_name = "PATH")]
     text: Option<PathBuf>,
 
-    /// How many ranks train together, each on a thread of its own [default: --dp, or 1]
+    /// How many ranks train together, each on a thread of its own [default: --dp, or 2]
     #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
     ranks: Option<usize>,
 
@@ -26,7 +26,7 @@ struct Flags {
     dp: Option<usize>,
 
     /// How many steps to train
-    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = up_to::<1_000_000_000>)]
+    #[arg(long, value_name = "N", default_value_t = 1200, value_parser = up_to::<1_000_000_000>)]
     steps: usize,
 
     /// The rows of a step, over all ranks
@@ -105,7 +105,7 @@ impl Args {
         let flags = Flags::from_arg_matches(&command.try_get_matches()?)?;
         let wrong = |why| Err(Error::raw(ErrorKind::ValueValidation, why));
 
-        let ranks = flags.ranks.or(flags.dp).unwrap_or(1);
+        let ranks = flags.ranks.or(flags.dp).unwrap_or(2);
         let dp = flags.dp.unwrap_or(ranks);
         if dp != ranks {
             return wrong(format!(
@@ -114,7 +114,9 @@ impl Args {
         }
         let Flags { batch, d_model, heads, .. } = flags;
         if batch < dp {
-            return wrong(format!("--batch {batch} is smaller than --dp {dp}: every rank needs a row of each batch"));
+            return wrong(format!(
+                "--batch {batch} is smaller than --dp {dp}: every rank needs a row of each batch, give --ranks {batch}"
+            ));
         }
         if let Some(micro_batch) = flags.micro_batch.filter(|&rows| rows > batch) {
             return wrong(format!("--micro-batch {micro_batch} is larger than --batch {batch}"));
@@ -134,7 +136,7 @@ impl Args {
             dp,
             steps: flags.steps,
             batch,
-            micro_batch: flags.micro_batch.unwrap_or(batch),
+            micro_batch: flags.micro_batch.unwrap_or(batch).min(batch.div_ceil(dp)),
             seq: flags.seq,
             layers: flags.layers,
             d_model,

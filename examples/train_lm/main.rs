@@ -1,6 +1,6 @@
 //! Trains a small GPT on text: `cargo run --release --example train_lm -- --help`.
 //!
-//! `gpt.rs` is an ordinary burn model and knows nothing of ranks; `train.rs` is an ordinary burn loop.
+//! `gpt.rs` is an ordinary burn model and knows nothing of ranks; `train.rs` is an ordinary burn loop, run by every rank.
 
 mod args;
 mod gpt;
@@ -14,9 +14,12 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use burn::tensor::Device;
+use burn_parallel::launch;
 
 use crate::args::Args;
+use crate::sample::{generate, readable};
 use crate::text::Text;
+use crate::train::{held_out_loss, train};
 
 fn main() -> ExitCode {
     env_logger::init();
@@ -44,21 +47,24 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args, text: &Text) -> Result<(), Box<dyn Error>> {
-    if args.ranks > 1 {
-        return Err(format!("--ranks {}: this version trains on one rank only", args.ranks).into());
-    }
-    let device = Device::flex().autodiff();
+    let device = Device::flex();
     device.seed(args.seed);
-    let model = args.model().init(&device);
+    // Made once, before there are ranks: they would all draw from the same random numbers, in any order.
+    let model = args.model().init(&device.autodiff());
 
-    let (train, held_out) = text.split();
-    eprintln!("{train} bytes to learn from, {held_out} held out");
-    let outcome = train::train(model, &device, args, text)?;
+    let (learned, held_out) = text.split();
+    eprintln!("{learned} bytes to learn from, {held_out} held out");
+    let mut outcomes =
+        launch::threads(args.ranks).seed(args.seed).run(|rank| train(rank, model.clone(), args, text))?;
+    let outcome = outcomes.swap_remove(0);
 
     if let Some(path) = &args.json {
         outcome.write_json(args, path).map_err(|why| format!("cannot write --json {path:?}: {why}"))?;
     }
-    match io::stdout().write_all(outcome.summary(args).as_bytes()) {
+    let held_out = held_out_loss(&outcome.model, text);
+    let sample = readable(&generate(&outcome.model, b"\n", 300, 0.8, args.seed));
+    let summary = outcome.summary(args, held_out);
+    match writeln!(io::stdout(), "\nThe model writes:\n\n{}\n\n{summary}", sample.trim()) {
         Err(why) if why.kind() != io::ErrorKind::BrokenPipe => Err(why.into()),
         _ => Ok(()),
     }

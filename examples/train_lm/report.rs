@@ -6,15 +6,19 @@ use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use burn::module::Module;
+use burn_parallel::comm::Tally;
+use burn_parallel::data_parallel::StepCounters;
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use serde::Serialize;
 
 use crate::args::Args;
+use crate::gpt::Gpt;
 
 /// Without a terminal, a line appears this often.
-const EVERY: Duration = Duration::from_secs(2);
+const EVERY: Duration = Duration::from_secs(5);
 
 /// Tells how far the training is: a bar on a terminal, a line now and then elsewhere, nothing on ranks but the first.
 pub struct Progress {
@@ -37,8 +41,10 @@ impl Progress {
             if !io::stderr().is_terminal() {
                 return Shown::Lines;
             }
-            let style = ProgressStyle::with_template("{bar:30} {pos}/{len} steps, {eta} left, {msg}");
-            Shown::Bar(ProgressBar::new(steps as u64).with_style(style.unwrap_or(ProgressStyle::default_bar())))
+            // In two lines it fits a narrow terminal.
+            let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} steps, {eta} left\n{wide_msg}");
+            let bar = ProgressBar::new(steps as u64).with_finish(ProgressFinish::Abandon);
+            Shown::Bar(bar.with_style(style.unwrap_or(ProgressStyle::default_bar())))
         });
         Self { shown, steps, tokens: 0, started: Instant::now(), spoke: None }
     }
@@ -48,15 +54,15 @@ impl Progress {
         self.started.elapsed()
     }
 
-    /// Tells of a step: its loss, its tokens over all ranks, and the time that went into communication so far.
-    pub fn step(&mut self, step: usize, loss: f64, tokens: usize, communication: Duration) {
+    /// Tells of a step: its loss, its tokens over all ranks, and the time that it waited for communication so far.
+    pub fn step(&mut self, step: usize, loss: f64, tokens: usize, waited: Duration) {
         self.tokens += tokens;
         let Some(shown) = &self.shown else { return };
         let seconds = self.elapsed().as_secs_f64();
         let message = format!(
             "loss {loss:.4}, {:.0} tokens/s, {:.1} % communication",
             self.tokens as f64 / seconds,
-            100.0 * communication.as_secs_f64() / seconds
+            100.0 * waited.as_secs_f64() / seconds
         );
         let done = step + 1;
         match shown {
@@ -76,27 +82,19 @@ impl Progress {
     }
 }
 
-/// What came of a training.
+/// What came of a training, as one rank saw it.
 #[derive(Clone, Debug)]
 pub struct Outcome {
+    /// The trained model, the same on every rank.
+    pub model: Gpt,
     /// The loss of each step over the whole batch, in nats per byte.
     pub losses: Vec<f64>,
-    /// The loss on text that was held out, if there was enough of it.
-    pub held_out: Option<f64>,
     /// The tokens of all steps and ranks.
     pub tokens: usize,
     /// The time that the steps took.
     pub elapsed: Duration,
-    /// The part of it that the rank spent waiting for communication.
-    pub communication: Duration,
-    /// The bytes that the rank sent in all steps.
-    pub bytes_sent: u64,
-    /// The collectives that the rank called in all steps.
-    pub calls: u64,
-    /// How many numbers the model learned.
-    pub parameters: usize,
-    /// Text that the trained model wrote.
-    pub sample: String,
+    /// The communication of the rank in all steps.
+    pub counters: StepCounters,
 }
 
 #[derive(Serialize)]
@@ -115,27 +113,32 @@ impl Outcome {
         self.tokens as f64 / self.elapsed.as_secs_f64()
     }
 
-    fn per_step(&self, total: u64) -> f64 {
-        total as f64 / self.losses.len() as f64
+    /// Bytes and calls of a step: those of the gradients, and those of the few numbers that go with them.
+    fn communication(&self) -> [(f64, f64); 2] {
+        let steps = self.losses.len() as f64;
+        let per_step = |tally: Tally| (tally.bytes as f64 / steps, tally.calls as f64 / steps);
+        [per_step(self.counters.gradients.total()), per_step(self.counters.control.total())]
     }
 
     /// Writes the outcome as JSON.
     pub fn write_json(&self, args: &Args, path: &Path) -> io::Result<()> {
+        let [gradients, control] = self.communication();
         let json = Json {
             losses: &self.losses,
             tokens_per_second: self.tokens_per_second(),
             axes: BTreeMap::from([("dp", args.dp)]),
-            bytes_sent_per_step: self.per_step(self.bytes_sent),
-            calls_per_step: self.per_step(self.calls),
-            parameters: self.parameters,
+            bytes_sent_per_step: gradients.0 + control.0,
+            calls_per_step: gradients.1 + control.1,
+            parameters: self.model.num_params(),
         };
         fs::write(path, serde_json::to_string(&json)? + "\n")
     }
 
-    /// The sample and the table that end a run.
-    pub fn summary(&self, args: &Args) -> String {
-        let Self { losses, elapsed, .. } = self;
-        let seconds = elapsed.as_secs_f64();
+    /// The table that ends a run; `held_out` is the loss on text that was held out, if there was enough of it.
+    pub fn summary(&self, args: &Args, held_out: Option<f64>) -> String {
+        let losses = &self.losses;
+        let seconds = self.elapsed.as_secs_f64();
+        let [gradients, control] = self.communication();
         let mut table = Table::new();
         table.load_preset(UTF8_FULL_CONDENSED);
         let mut row = |name: &str, value: String| {
@@ -146,7 +149,10 @@ impl Outcome {
             "model",
             format!(
                 "{} parameters: {} layers, width {}, {} heads",
-                self.parameters, args.layers, args.d_model, args.heads
+                self.model.num_params(),
+                args.layers,
+                args.d_model,
+                args.heads
             ),
         );
         row(
@@ -160,22 +166,22 @@ impl Outcome {
         row("loss, last steps", format!("{:.4} nats per byte", last_tenth(losses)));
         row(
             "loss, held-out text",
-            match self.held_out {
+            match held_out {
                 Some(loss) => format!("{loss:.4} nats per byte"),
                 None => "none: the text is too short".into(),
             },
         );
         row("time", format!("{seconds:.1} s, {:.0} tokens/s", self.tokens_per_second()));
         row(
-            "communication",
-            format!(
-                "{:.1} % of the time, {:.0} bytes and {:.1} calls a step and rank",
-                100.0 * self.communication.as_secs_f64() / seconds,
-                self.per_step(self.bytes_sent),
-                self.per_step(self.calls)
-            ),
+            "waiting for communication",
+            format!("{:.1} % of the time", 100.0 * self.counters.waited.as_secs_f64() / seconds),
         );
-        format!("\nThe model writes:\n\n{}\n\n{table}\n", self.sample.trim())
+        let mut sent = |name, (bytes, calls)| {
+            row(name, format!("{bytes:.0} bytes in {calls:.1} calls, per step and rank"));
+        };
+        sent("gradients", gradients);
+        sent("control numbers", control);
+        table.to_string()
     }
 }
 

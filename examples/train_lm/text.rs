@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn_parallel::comm::part;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -57,9 +58,9 @@ impl Text {
     pub fn rows(&self, seed: u64, step: usize, batch: usize, rank: usize, ranks: usize) -> Vec<&[u8]> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(step as u64);
-        let mut starts = (0..batch).map(|_| rng.random_range(0..(self.train - self.seq) as u64) as usize);
-        let (from, to) = (rank * batch / ranks, (rank + 1) * batch / ranks);
-        starts.by_ref().take(to).skip(from).map(|start| &self.bytes[start..=start + self.seq]).collect()
+        let starts: Vec<u64> = (0..batch).map(|_| rng.random_range(0..(self.train - self.seq) as u64)).collect();
+        let row = |start: &u64| &self.bytes[*start as usize..][..=self.seq];
+        starts[part(batch, ranks, rank)].iter().map(row).collect()
     }
 
     /// Up to `most` rows of the held-out text, evenly spaced and the same at every call.

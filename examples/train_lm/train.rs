@@ -1,75 +1,67 @@
 //! The training loop.
 
-use std::error::Error;
-use std::time::Duration;
-
 use burn::lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig;
 use burn::lr_scheduler::linear::LinearLrSchedulerConfig;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::lr_scheduler::sequential::SequentialLrSchedulerConfig;
 use burn::module::Module;
-use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams};
-use burn::tensor::Device;
+use burn::optim::AdamWConfig;
+use burn_parallel::prelude::*;
 
 use crate::args::Args;
 use crate::gpt::Gpt;
 use crate::report::{Outcome, Progress};
-use crate::sample::{generate, readable};
 use crate::text::{Text, tensors};
 
-/// Trains the model on a text as the flags say.
-pub fn train(mut model: Gpt, device: &Device, args: &Args, text: &Text) -> Result<Outcome, Box<dyn Error>> {
-    let mut optimizer = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init();
+/// Trains the model on a text as the flags say. Every rank runs this, each on its rows of every batch.
+pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome, Error> {
+    let device = rank.device().autodiff();
+    let mesh = Mesh::new(&rank, [("dp", args.dp)])?;
+    let dp = mesh.axis("dp")?;
+    let mut model = model.fork(&device).data_parallel(&dp, DataParallelConfig::new())?;
+    let mut optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init();
     let mut schedule = schedule(args)?;
-    let mut progress = Progress::new(args.steps, true);
+    let mut progress = Progress::new(args.steps, rank.rank() == 0);
     let mut losses = Vec::with_capacity(args.steps);
-    let tokens = args.batch * args.seq;
 
-    for step in 0..args.steps {
-        let mut nats = 0.0;
-        let mut grads = GradientsAccumulator::new();
-        for rows in text.rows(args.seed, step, args.batch, 0, 1).chunks(args.micro_batch) {
-            let (inputs, targets) = tensors(rows, device);
-            let (loss, _) = model.loss_sum(inputs, targets);
-            nats += loss.clone().into_scalar::<f64>();
-            // A sum over the micro-batches of sums over tokens, divided once: the mean over all tokens.
-            let gradients = loss.div_scalar(tokens as f64).backward();
-            grads.accumulate(&model, GradientsParams::from_grads(gradients, &model));
+    for number in 0..args.steps {
+        let rows = text.rows(args.seed, number, args.batch, dp.rank(), dp.size());
+        let micro_batches = rows.chunks(args.micro_batch).map(|rows| tensors(rows, &device));
+        let step = model.step_micro_batches(micro_batches, |model, (tokens, targets)| {
+            let (nats, count) = model.loss_sum(tokens, targets);
+            Loss::sum(nats, count as f64)
+        })?;
+        // The mean over the tokens of all ranks: every rank has the same, and ends here with the others.
+        if !step.loss.is_finite() {
+            let problem = format!("the loss of step {} is {}: a lower --lr may help", number + 1, step.loss);
+            return Err(Error::user(problem));
         }
-        model = optimizer.step(schedule.step(), model, grads.grads());
+        model = optim.step(schedule.step(), model, step.grads);
 
-        let loss = nats / tokens as f64;
-        if !loss.is_finite() {
-            return Err(format!("the loss of step {} is {loss}: a lower --lr may help", step + 1).into());
-        }
-        losses.push(loss);
-        progress.step(step, loss, tokens, Duration::ZERO);
+        losses.push(step.loss);
+        progress.step(number, step.loss, args.batch * args.seq, model.counters().waited);
     }
 
     Ok(Outcome {
         losses,
-        tokens: args.steps * tokens,
+        tokens: args.steps * args.batch * args.seq,
         elapsed: progress.elapsed(),
-        communication: Duration::ZERO,
-        bytes_sent: 0,
-        calls: 0,
-        parameters: model.num_params(),
-        held_out: held_out_loss(&model, text),
-        sample: readable(&generate(&model, b"\n", 300, 0.8, args.seed)),
+        counters: model.counters(),
+        model: model.into_inner(),
     })
 }
 
 /// The learning rate of each step: up to `--lr` in a tenth of the steps, then down to a tenth of it along a cosine.
-fn schedule(args: &Args) -> Result<ModuleLrScheduler, String> {
+fn schedule(args: &Args) -> Result<ModuleLrScheduler, Error> {
     let warm_up = (args.steps / 10).clamp(1, 100);
     let up = LinearLrSchedulerConfig::new(args.lr / warm_up as f64, args.lr, warm_up);
     let down =
         CosineAnnealingLrSchedulerConfig::new(args.lr, (args.steps - warm_up).max(1)).with_min_lr(args.lr / 10.0);
-    SequentialLrSchedulerConfig::new(vec![up.into(), down.into()], vec![warm_up]).init()
+    SequentialLrSchedulerConfig::new(vec![up.into(), down.into()], vec![warm_up]).init().map_err(Error::user)
 }
 
 /// The mean loss on rows that were held out, in nats per byte.
-fn held_out_loss(model: &Gpt, text: &Text) -> Option<f64> {
+pub fn held_out_loss(model: &Gpt, text: &Text) -> Option<f64> {
     let model = model.valid();
     let device = model.devices().remove(0);
     let (mut nats, mut tokens) = (0.0, 0);

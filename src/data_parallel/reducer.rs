@@ -24,7 +24,7 @@ use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::backend::ops::FloatTensorOps;
 use burn::module::ParamId;
-use burn::tensor::{DType, Shape, Tensor};
+use burn::tensor::{DType, Scalar, Shape, Tensor};
 
 use super::buckets;
 use super::comm_hook::Bucket;
@@ -77,6 +77,8 @@ struct Step {
     completed: Vec<usize>,
     /// Uses since the last backward.
     uses: usize,
+    /// What the only rank of a group of one brought.
+    alone: Contribution,
     /// The reduction under way, during the backward of the last micro-batch.
     flight: Option<Flight>,
 }
@@ -142,6 +144,21 @@ impl Reducer {
         &self.control
     }
 
+    /// The averages over a group of one: nothing to communicate, and nothing to compute but for accumulated gradients.
+    fn close_alone(&self, loss: f64) -> Reduced {
+        let mut step = self.lock();
+        let Contribution { weight, unit } = step.alone;
+        let average = |gradient| match unit == weight {
+            true => gradient,
+            false => Flex::float_mul_scalar(gradient, Scalar::Float(unit / weight)),
+        };
+        let taken =
+            step.params.iter_mut().enumerate().filter_map(|(place, param)| Some((place, param.gradient.take()?)));
+        let gradients = taken.map(|(place, gradient)| (place, average(gradient))).collect();
+        step.reset();
+        Reduced { loss: loss / weight, weight, gradients, waited: Duration::ZERO }
+    }
+
     /// Fails the world because of what this rank was given.
     pub fn refuse(&self, operation: &'static str, problem: String) -> Error {
         let error = Error::invalid(operation, problem);
@@ -156,6 +173,10 @@ impl Reducer {
 
     /// Starts the reduction: what arrives from now on completes the step.
     pub fn open(&self, contribution: Contribution) {
+        if self.data.size() == 1 {
+            self.lock().alone = contribution;
+            return;
+        }
         let factor = Arc::new(OnceLock::new());
         let (control, set) = (self.control.clone(), factor.clone());
         let head = self.data.start(move |_| {
@@ -174,6 +195,9 @@ impl Reducer {
     /// # Errors
     /// The error of the world; the step is then void.
     pub fn close(&self, loss: f64) -> Result<Reduced, Error> {
+        if self.data.size() == 1 {
+            return Ok(self.close_alone(loss));
+        }
         let began = Instant::now();
         let mut step = self.lock();
         while self.start_next(&mut step, true) {}

@@ -59,10 +59,7 @@ struct Batch {
 }
 
 impl GraphInputs for Batch {
-    fn map_tensors(
-        self,
-        mapper: &mut dyn burn_parallel::graph::TensorMapper,
-    ) -> Result<Self, burn_parallel::Error> {
+    fn map_tensors(self, mapper: &mut dyn burn_parallel::graph::TensorMapper) -> Result<Self, burn_parallel::Error> {
         let (rows, keep, targets) = (self.rows, self.keep, self.targets).map_tensors(mapper)?;
         Ok(Self { rows, keep, targets })
     }
