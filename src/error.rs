@@ -54,7 +54,7 @@ pub enum Error {
     /// A received message is not what the receiver asked for.
     #[error(
         "rank {to} of group `{group}` expected {expected} from rank {from} with tag {tag}, but {found} came; \
-         make both sides agree on dtype and shape, or use another tag"
+         make both sides agree on dtype and shape, or use another tag{log}"
     )]
     UnexpectedMessage {
         /// Group in which it happened.
@@ -69,6 +69,8 @@ pub enum Error {
         expected: String,
         /// What the sender sent.
         found: String,
+        /// The last collectives of every rank of the group.
+        log: CallLog,
     },
 
     /// A rank dropped its communicator while others still needed it.
@@ -88,21 +90,25 @@ pub enum Error {
     },
 
     /// A rank panicked.
-    #[error("rank {rank} panicked: {message}")]
+    #[error("rank {rank} panicked: {message}{log}")]
     RankPanicked {
         /// World rank.
         rank: usize,
         /// The panic's message.
         message: String,
+        /// The last collectives of every rank of the world, or of the group in which it was noticed.
+        log: CallLog,
     },
 
     /// The function that a rank ran returned an error.
-    #[error("rank {rank} failed: {cause}")]
+    #[error("rank {rank} failed: {cause}{log}")]
     RankFailed {
         /// World rank.
         rank: usize,
         /// The error it returned.
         cause: Box<Error>,
+        /// The last collectives of every rank of the world.
+        log: CallLog,
     },
 
     /// A rank called [`abort`](crate::comm::Communicator::abort).

@@ -1,6 +1,7 @@
 //! The ranks of one group, seen from one of them.
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use burn::tensor::DType;
 
 use super::counters::CounterBoard;
 use super::host::{self, SliceOutput, TensorOutput};
-use super::pending::Progress;
+use super::pending::{Progress, panic_message};
 use super::transport::{BufferMut, BufferRef, Transfer, Transport};
 use super::{Call, CallLog, Counters, Element, Extent, Message, Operation, Payload, Pending, ReduceOp, reduce};
 use crate::Error;
@@ -100,6 +101,12 @@ impl Communicator {
         self.inner.transport.leave();
     }
 
+    /// Fails the world, and returns the error that it failed with, which may be an earlier one.
+    fn fail_with(&self, error: Error) -> Error {
+        self.fail(error.clone());
+        self.failure().unwrap_or(error)
+    }
+
     /// Divides the group: ranks that bring the same `color` form a group, ordered by `key`, then by rank. Collective.
     pub fn split(&self, color: u64, key: i64) -> Result<Self, Error> {
         let call = Call::new(Operation::Split, None, Extent::flat(0));
@@ -136,7 +143,13 @@ impl Communicator {
     ) -> Pending<R> {
         let comm = self.clone();
         let name = || format!("{} of {}", self.rank(), self.group());
-        self.inner.progress.submit(self.rank(), name, move || operation(&comm))
+        self.inner.progress.submit(self.rank(), name, move || {
+            catch_unwind(AssertUnwindSafe(|| operation(&comm))).unwrap_or_else(|panic| {
+                // The world hears of it now, not when somebody waits for this operation.
+                let (rank, message) = (comm.inner.transport.world_rank(), panic_message(&*panic));
+                Err(comm.fail_with(Error::RankPanicked { rank, message, log: comm.log() }))
+            })
+        })
     }
 
     /// Every rank gets the reduction over all ranks, bit-identical everywhere. All bring the same shape and dtype.
@@ -289,9 +302,8 @@ impl Communicator {
         let found = format!("{:?} {:?}", data.dtype(), host::extent(&data).dims());
         P::from_host(data, &P::Home::default()).map_err(|_| {
             let (group, to, expected) = (self.group().clone(), self.rank(), std::any::type_name::<P>().to_owned());
-            let error = Error::UnexpectedMessage { group, from, to, tag, expected, found };
-            self.fail(error);
-            self.failure().unwrap_or_else(|| Error::invalid("recv", "the engine did not keep the error"))
+            let error = Error::UnexpectedMessage { group, from, to, tag, expected, found, log: self.log() };
+            self.fail_with(error)
         })
     }
 

@@ -6,7 +6,6 @@
 //! waits for peers: the core belongs to the thread that computes.
 
 use std::cell::Cell;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -34,17 +33,13 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Runs `job` after all that was submitted before. `name` is for the thread, if this is its first job.
+    /// Runs `job`, which does not panic, after all that was submitted before. `name` is for the thread, if this is its first job.
     pub fn submit<R: Send + 'static>(
         &self,
         rank: usize,
         name: impl FnOnce() -> String,
         job: impl FnOnce() -> Result<R, Error> + Send + 'static,
     ) -> Pending<R> {
-        let job = move || {
-            catch_unwind(AssertUnwindSafe(job))
-                .unwrap_or_else(|panic| Err(Error::RankPanicked { rank, message: panic_message(&*panic) }))
-        };
         if BACKGROUND.get() == self.address() {
             // Started by a job of this very thread: done at once, for it cannot be done while that job waits for it.
             let outcome = job();

@@ -139,6 +139,9 @@ pub trait Transport: Debug + Send + Sync {
     /// Index of this rank in the group.
     fn rank(&self) -> usize;
 
+    /// Index of this rank in the world that the group was split from.
+    fn world_rank(&self) -> usize;
+
     /// Ranks in the group.
     fn size(&self) -> usize;
 

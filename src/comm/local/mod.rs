@@ -189,7 +189,8 @@ impl LocalTransport {
                     let (name, operation, log) = (group.name.clone(), call.to_string(), group.watch.log());
                     group.fate.fail(match panicked {
                         true => {
-                            Error::RankPanicked { rank: group.members[rank], message: "see its own message".into() }
+                            let message = "see its own message".into();
+                            Error::RankPanicked { rank: group.members[rank], message, log }
                         }
                         false => Error::RankLost { group: name, rank, operation, log },
                     });
@@ -307,6 +308,10 @@ impl Transport for LocalTransport {
 
     fn rank(&self) -> usize {
         self.rank
+    }
+
+    fn world_rank(&self) -> usize {
+        self.group.members[self.rank]
     }
 
     fn size(&self) -> usize {
