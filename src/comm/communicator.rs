@@ -255,9 +255,8 @@ impl Communicator {
     pub fn scatter<P: Payload>(&self, payload: Option<P>, root: usize) -> Result<P, Error> {
         self.check_root(root, "scatter")?;
         if root == self.rank() && payload.is_none() {
-            let error = Error::invalid("scatter", format!("rank {root} is the root and brings nothing to scatter"));
-            self.fail(error.clone());
-            return Err(error);
+            let problem = format!("rank {root} is the root and brings nothing to scatter");
+            return Err(self.fail_with(Error::invalid("scatter", problem)));
         }
         let (data, home) = match payload.filter(|_| root == self.rank()).map(P::into_host).transpose()? {
             Some((data, home)) => (Some(data), home),
@@ -394,11 +393,10 @@ impl Communicator {
 
     fn count(&self, call: &Call, operation: impl FnOnce() -> Result<u64, Error>) -> Result<(), Error> {
         let began = Instant::now();
-        let bytes = operation().inspect_err(|error| {
+        let bytes = operation().map_err(|error| match error {
+            Error::NoSuchRank { .. } => error,
             // An error that only this rank has found, with the others already done, must not leave them guessing later.
-            if self.failure().is_none() && !matches!(error, Error::NoSuchRank { .. }) {
-                self.fail(error.clone());
-            }
+            error => self.fail_with(error),
         })?;
         self.inner.counters.add(&call.operation, bytes, Duration::max(began.elapsed(), Duration::from_nanos(1)));
         Ok(())
