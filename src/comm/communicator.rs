@@ -251,7 +251,8 @@ impl Communicator {
     /// arrive on the CPU device [`Device::flex`](burn::tensor::Device::flex) of ranks that bring none.
     ///
     /// # Errors
-    /// [`Error::NoSuchRank`]; [`Error::InvalidArgument`] if the root brings nothing.
+    /// [`Error::NoSuchRank`]; [`Error::InvalidArgument`] if the root brings nothing, or what a receiver does not take; the
+    /// world fails with it.
     pub fn scatter<P: Payload>(&self, payload: Option<P>, root: usize) -> Result<P, Error> {
         self.check_root(root, "scatter")?;
         if root == self.rank() && payload.is_none() {
@@ -262,7 +263,9 @@ impl Communicator {
             Some((data, home)) => (Some(data), home),
             None => (None, P::Home::default()),
         };
-        self.through(Operation::Scatter { root }, data, P::fixed_dtype()).and_then(|data| P::from_host(data, &home))
+        let data = self.through(Operation::Scatter { root }, data, P::fixed_dtype())?;
+        // Only here can a receiver be surprised: it brought nothing for the others to compare with.
+        P::from_host(data, &home).map_err(|error| self.fail_with(error))
     }
 
     /// Part `j` of this rank's first dim goes to rank `j`; the rank gets its part of every rank, in rank order.
