@@ -53,18 +53,18 @@ impl WorldConfig {
     /// [`Error::Environment`] if the variable is not a positive number.
     pub fn from_env() -> Result<Self, Error> {
         const VARIABLE: &str = "BURN_PARALLEL_TIMEOUT_S";
-        let timeout = match std::env::var(VARIABLE) {
-            Err(_) => DEFAULT_TIMEOUT,
-            Ok(value) => match value.trim().parse::<f64>().ok().and_then(|s| Duration::try_from_secs_f64(s).ok()) {
-                Some(timeout) if !timeout.is_zero() => timeout,
-                _ => {
-                    return Err(Error::Environment {
-                        variable: VARIABLE,
-                        value,
-                        expected: "a positive number of seconds",
-                    });
+        let timeout = match std::env::var_os(VARIABLE) {
+            None => DEFAULT_TIMEOUT,
+            Some(value) => {
+                let value = value.to_string_lossy().into_owned();
+                match value.trim().parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()) {
+                    Some(timeout) if !timeout.is_zero() => timeout,
+                    _ => {
+                        let expected = "a positive number of seconds";
+                        return Err(Error::Environment { variable: VARIABLE, value, expected });
+                    }
                 }
-            },
+            }
         };
         Ok(Self { timeout, name: "world".into() })
     }
