@@ -139,7 +139,9 @@ impl LocalTransport {
         }
         let call = *post.call();
         let mut clock = Clock::new(group, self.rank, &call);
+        // Counted before: should the work panic, the meeting has taken place all the same.
         let meeting = *turn;
+        *turn += 1;
         let work = |posts: &work::Posts<'_>| match agree(&post, posts) {
             true => Ok(work(posts)),
             false => Err(posts.iter().map(|other| *other.call()).collect::<Vec<_>>()),
@@ -149,7 +151,6 @@ impl LocalTransport {
             unsafe { group.rendezvous.meet(self.rank, meeting, post, patience(group), || clock.remaining(), work) };
         match met {
             Ok(Ok(result)) => {
-                *turn += 1;
                 clock.finish();
                 Ok((meeting, result))
             }

@@ -103,13 +103,10 @@ impl<T: Copy> Rendezvous<T> {
         if arrivals & COUNT < target {
             return Err(Self::flag(arrivals).unwrap_or(Interrupted::Aborted));
         }
-        let result = work(&Posts { posts: &self.posts });
-        if self.departures.fetch_add(1, Ordering::AcqRel) + 1 == target {
-            self.bell.ring();
-        }
-        let all_left = || self.departures.load(Ordering::Acquire) >= target;
-        while !self.bell.wait(patience, all_left, || Some(Duration::from_secs(3600))) {}
-        Ok(result)
+        // Departs when it is dropped, so also if the work panics: the others count on it, and our buffer must not be freed
+        // under their hands.
+        let _departure = Departure { meeting: self, target, patience };
+        Ok(work(&Posts { posts: &self.posts }))
     }
 
     /// Forbids every later commit and wakes all.
@@ -173,6 +170,24 @@ impl<T: Copy> Rendezvous<T> {
         } else {
             None
         }
+    }
+}
+
+/// A rank that is in a committed meeting. Dropping it departs, and waits for all to have departed.
+struct Departure<'a, T: Copy> {
+    meeting: &'a Rendezvous<T>,
+    target: u64,
+    patience: Patience,
+}
+
+impl<T: Copy> Drop for Departure<'_, T> {
+    fn drop(&mut self) {
+        let Rendezvous { departures, bell, .. } = self.meeting;
+        if departures.fetch_add(1, Ordering::AcqRel) + 1 == self.target {
+            bell.ring();
+        }
+        let all_left = || departures.load(Ordering::Acquire) >= self.target;
+        while !bell.wait(self.patience, all_left, || Some(Duration::from_secs(3600))) {}
     }
 }
 
