@@ -16,7 +16,11 @@ const REMEMBERED: usize = 8;
 pub struct CallLog(Arc<[String]>);
 
 impl CallLog {
-    /// One line per rank, in rank order.
+    pub(crate) fn new(lines: impl Iterator<Item = String>) -> Self {
+        Self(lines.collect())
+    }
+
+    /// One line per rank, in rank order, and one for each rank that waits in another group of the world.
     pub fn lines(&self) -> &[String] {
         &self.0
     }
@@ -104,8 +108,15 @@ impl Watch {
         self.lock(rank).latest().any(|entry| !entry.done && entry.call.agrees(call))
     }
 
-    pub fn log(&self) -> CallLog {
-        CallLog((0..self.ranks.len()).map(|rank| self.line(rank)).collect())
+    /// One line per rank.
+    pub fn lines(&self) -> impl Iterator<Item = String> {
+        (0..self.ranks.len()).map(|rank| self.line(rank))
+    }
+
+    /// Those of the ranks that are in a call.
+    pub fn waiting(&self) -> impl Iterator<Item = String> {
+        let waits = |rank: &usize| self.lock(*rank).latest().any(|entry| !entry.done);
+        (0..self.ranks.len()).filter(waits).map(|rank| self.line(rank))
     }
 
     fn line(&self, rank: usize) -> String {

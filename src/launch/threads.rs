@@ -140,8 +140,6 @@ where
         // An error that came from the world is not this rank's own.
         Ok(Err(cause)) if comm.failure().as_ref() == Some(&cause) => Err(cause),
         Ok(Err(cause)) => fail(Error::RankFailed { rank: index, cause: Box::new(cause), log: comm.log() }),
-        Err(panic) => {
-            fail(Error::RankPanicked { rank: index, message: panic_message(&*panic), log: comm.log() })
-        }
+        Err(panic) => fail(Error::RankPanicked { rank: index, message: panic_message(&*panic), log: comm.log() }),
     }
 }

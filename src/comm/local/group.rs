@@ -8,9 +8,9 @@ use super::bell::Patience;
 use super::mailbox::Mailboxes;
 use super::rendezvous::Rendezvous;
 use crate::Error;
-use crate::comm::Call;
 use crate::comm::transport::BufferMut;
 use crate::comm::watch::Watch;
+use crate::comm::{Call, CallLog};
 
 /// What a rank lays out for the others in a meeting.
 #[derive(Clone, Copy)]
@@ -133,6 +133,16 @@ impl Group {
     pub fn leave(&self, rank: usize, panicked: bool) {
         lock(&self.left).push((rank, panicked));
         self.rendezvous.leave();
+    }
+
+    /// The last collectives of every rank of the group, and of the ranks that wait in other groups of the world: a failure
+    /// is theirs as well.
+    pub fn log(&self) -> CallLog {
+        let others: Vec<Arc<Self>> = lock(&self.fate.groups).iter().filter_map(Weak::upgrade).collect();
+        let others = others.iter().filter(|other| !std::ptr::eq(&***other, self));
+        let elsewhere =
+            others.flat_map(|other| other.watch.waiting().map(|line| format!("in `{}` {line}", other.name)));
+        CallLog::new(self.watch.lines().chain(elsewhere))
     }
 
     pub fn size(&self) -> usize {

@@ -155,7 +155,7 @@ impl LocalTransport {
                 Ok((meeting, result))
             }
             Ok(Err(calls)) => {
-                let (name, log) = (group.name.clone(), group.watch.log());
+                let (name, log) = (group.name.clone(), group.log());
                 Err(self.fail(Error::Mismatch { group: name, sequence: meeting, calls, log }))
             }
             Err(why) => Err(self.interrupted(why, &call, clock.elapsed(), || self.absent(&call))),
@@ -175,7 +175,7 @@ impl LocalTransport {
                 operation: call.to_string(),
                 waited,
                 missing: missing(),
-                log: group.watch.log(),
+                log: group.log(),
             }),
             Interrupted::Left => {
                 let waited_for = |rank: usize| match call.operation {
@@ -187,7 +187,7 @@ impl LocalTransport {
                 if !self.told(GRACE)
                     && let Some((rank, panicked)) = gone
                 {
-                    let (name, operation, log) = (group.name.clone(), call.to_string(), group.watch.log());
+                    let (name, operation, log) = (group.name.clone(), call.to_string(), group.log());
                     group.fate.fail(match panicked {
                         true => {
                             let message = "see its own message".into();
@@ -221,7 +221,7 @@ impl LocalTransport {
             group: self.group.name.clone(),
             rank: self.rank,
             reason: "the group was interrupted without a reason".into(),
-            log: self.group.watch.log(),
+            log: self.group.log(),
         })
     }
 
@@ -423,7 +423,7 @@ impl Transport for LocalTransport {
     }
 
     fn log(&self) -> CallLog {
-        self.group.watch.log()
+        self.group.log()
     }
 }
 
