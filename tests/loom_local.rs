@@ -8,6 +8,7 @@
 //! Time is a thread of its own, the *clock*: when it strikes, `remaining` is `None` from then on, and whoever sleeps with
 //! a time-out wakes, as the operating system would have it. It may strike at any moment.
 #![allow(dead_code, reason = "the files are used here in part")]
+#![allow(clippy::duplicate_mod, reason = "once on loom's primitives, once on the usual ones")]
 
 #[path = "../src/comm/local/bell.rs"]
 mod bell;
@@ -385,4 +386,48 @@ fn a_rank_that_never_comes_is_given_up() {
         assert_eq!(results, [Interrupted::Aborted, Interrupted::Expired]);
         assert_eq!(world.shares[0].load(SeqCst), 0);
     });
+}
+
+/// The same files on the primitives that they run on, for what loom cannot model: unwinding.
+#[path = "../src/comm/local"]
+mod plain {
+    mod bell;
+    mod rendezvous;
+    mod sync;
+
+    use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+    use std::thread;
+    use std::time::Duration;
+
+    #[test]
+    fn a_rank_that_panics_at_work_departs_when_all_have() {
+        let (rendezvous, working) = (rendezvous::Rendezvous::new(3), super::Tally::new(0));
+        let patience = bell::Patience { spins: 10, yields: 10 };
+        let meet = |rank: usize, meeting: u64| {
+            let remaining = || Some(Duration::from_secs(1));
+            let work = |_: &rendezvous::Posts<'_, ()>| match rank {
+                // Without a message on the way.
+                1 => resume_unwind(Box::new(())),
+                _ => {
+                    working.fetch_add(1, super::SeqCst);
+                    thread::sleep(Duration::from_millis(20));
+                    working.fetch_sub(1, super::SeqCst);
+                }
+            };
+            // SAFETY: each rank is one thread and counts its meetings.
+            unsafe { rendezvous.meet(rank, meeting, (), patience, remaining, work) }
+        };
+        thread::scope(|scope| {
+            for rank in 0..3 {
+                let (meet, working) = (&meet, &working);
+                scope.spawn(move || {
+                    for meeting in 0..3 {
+                        let met = catch_unwind(AssertUnwindSafe(|| meet(rank, meeting)));
+                        assert_eq!(met.is_err(), rank == 1);
+                        assert_eq!(working.load(super::SeqCst), 0, "nobody is at work on a buffer that is freed");
+                    }
+                });
+            }
+        });
+    }
 }
