@@ -215,9 +215,9 @@ fn the_json_tells_of_ranks_and_what_they_sent() {
         let gradients = 4.0 * outcome["parameters"].as_f64().unwrap() * 2.0 * f64::from(dp - 1) / f64::from(dp);
         let sent = outcome["bytes_sent_per_step"].as_f64().unwrap();
         assert!((gradients..=1.02 * gradients).contains(&sent), "{dp} ranks sent {sent} for {gradients}");
-        // One bucket with a call before and after it; and once the order of the gradients.
+        // One bucket with a call before and after it; and once the order of the gradients. One rank has nobody to call.
         let calls = outcome["calls_per_step"].as_f64().unwrap();
-        assert_eq!((3.0 * calls).round(), 10.0, "{dp} ranks made {calls} calls");
+        assert_eq!((3.0 * calls).round(), if dp == 1 { 0.0 } else { 10.0 }, "{dp} ranks made {calls} calls");
     }
 }
 
