@@ -1,4 +1,52 @@
-//! Parallel training for [burn](https://burn.dev), for any module, unedited.
+//! Parallel training for [burn](https://burn.dev): wrap the module that you have, without editing it, and train it on many
+//! ranks.
+//!
+//! ```
+//! use burn::nn::LinearConfig;
+//! use burn::optim::{AdamWConfig, ModuleOptimizer};
+//! use burn::tensor::Tensor;
+//! use burn_parallel::prelude::*;
+//!
+//! // Two ranks: threads of this process, each with a compute pool of its own.
+//! let losses = launch::threads(2).run(|rank| {
+//!     let device = rank.device().autodiff();
+//!     let model = LinearConfig::new(4, 1).init(&device); // any burn module
+//!     let mut model = model.data_parallel(&rank, DataParallelConfig::new())?;
+//!     let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+//!     let mut losses = Vec::new();
+//!     for _ in 0..5 {
+//!         let rows = Tensor::<2>::ones([8, 4], &device); // this rank's share of the batch
+//!         let step = model.step(rows, |model, rows| model.forward(rows).powf_scalar(2.0).mean())?;
+//!         model = optim.step(1e-2, model, step.grads);
+//!         losses.push(step.loss); // the mean over all ranks
+//!     }
+//!     Ok(losses)
+//! })?;
+//! assert_eq!(losses[0], losses[1]);
+//! assert!(losses[0][4] < losses[0][0]);
+//! # Ok::<(), Error>(())
+//! ```
+//!
+//! # The rooms
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`launch`] | starting the ranks of a world |
+//! | [`mesh`] | ranks arranged along named axes |
+//! | [`comm`] | the communicator: collectives and messages, and the trait for engines |
+//! | [`layout`] | differentiable moves between layouts, for models written by hand |
+//! | [`data_parallel`] | replicas: gradient buckets, accumulation, uneven data, synchronised batch norm, sampler |
+//! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
+//!
+//! # Words
+//!
+//! A *rank* is one worker, the *world* is all of them, a *group* is the ranks that one communicator joins. A *mesh* has
+//! *axes*; tensors have *dims*. A *micro-batch* goes through the model at once; several make a step.
+//!
+//! # Failure
+//!
+//! Nothing waits for ever, and nobody waits for the dead: a rank that panics, returns an error, leaves, or calls something
+//! else than its peers fails the world, and all ranks return the same [`Error`], which says who did what.
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 

@@ -2,7 +2,7 @@
 //!
 //! Works on raw places: in an in-place all-reduce the results go where the contributions were. A block of elements is read
 //! from every rank before it is written to any, so outputs may be the inputs. Floats of 16 bits are folded in `f32`.
-//! Loops are plain and compiled for the widest vectors of the machine at hand ([`pulp`]).
+//! Loops are plain, and compiled several times: for the widest vectors of the machine at hand.
 
 use std::slice;
 
@@ -64,6 +64,37 @@ pub(crate) unsafe fn fold(dtype: DType, op: ReduceOp, sources: &[Source], output
             other => unreachable!("{other:?} was refused before the collective began"),
         }
     }
+}
+
+/// Runs `work` as compiled for the widest vectors of this machine. Each element is computed by itself and nothing is
+/// contracted, so the width changes no bit of a result.
+#[inline(always)]
+fn vectorized(work: impl FnOnce()) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+        fn avx512(work: impl FnOnce()) {
+            work();
+        }
+        #[target_feature(enable = "avx2")]
+        fn avx2(work: impl FnOnce()) {
+            work();
+        }
+        let bits_512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl");
+        // SAFETY: the features have just been detected.
+        unsafe {
+            if bits_512 {
+                return avx512(work);
+            }
+            if is_x86_feature_detected!("avx2") {
+                return avx2(work);
+            }
+        }
+    }
+    work();
 }
 
 trait Number: Copy + Default + PartialOrd + 'static {
@@ -167,7 +198,7 @@ unsafe fn blocks<T: Number>(
     // SAFETY: passed on; the pair is of two ranks' buffers, which are two borrows and do not overlap.
     unsafe {
         match (sources, outputs) {
-            (&[a, b], &[x, y]) if a.data.cast_mut() == x && b.data.cast_mut() == y => pulp::Arch::new().dispatch(
+            (&[a, b], &[x, y]) if a.data.cast_mut() == x && b.data.cast_mut() == y => vectorized(
                 #[inline(always)]
                 || {
                     let left = slice::from_raw_parts_mut(x.cast::<T>(), len);
@@ -178,7 +209,7 @@ unsafe fn blocks<T: Number>(
                     }
                 },
             ),
-            _ => pulp::Arch::new().dispatch(
+            _ => vectorized(
                 #[inline(always)]
                 || {
                     let mut accumulator = [T::default(); BLOCK];

@@ -137,8 +137,8 @@ impl LocalTransport {
         if let Some(error) = group.fate.error() {
             return Err(error.clone());
         }
-        let call = *post.call();
-        let mut clock = Clock::new(group, self.rank, &call);
+        let call = post.call();
+        let mut clock = Clock::new(group, self.rank, call);
         // Counted before: should the work panic, the meeting has taken place all the same.
         let meeting = *turn;
         *turn += 1;
@@ -158,7 +158,7 @@ impl LocalTransport {
                 let (name, log) = (group.name.clone(), group.log());
                 Err(self.fail(Error::Mismatch { group: name, sequence: meeting, calls, log }))
             }
-            Err(why) => Err(self.interrupted(why, &call, clock.elapsed(), || self.absent(&call))),
+            Err(why) => Err(self.interrupted(why, call, clock.elapsed(), || self.absent(call))),
         }
     }
 

@@ -46,6 +46,9 @@ pub(super) fn through(
 /// Folds this rank's share of the elements of all buffers and writes it into those of all, or of the root.
 fn fold_share(op: ReduceOp, rank: usize, posts: &Posts<'_>, root: Option<usize>) -> u64 {
     let size = posts.len();
+    if size == 1 && !matches!(op, ReduceOp::PreMulSum(_)) {
+        return 0;
+    }
     let own = buffers(posts.get(rank));
     let total: usize = own.iter().map(|buffer| buffer.elements).sum();
     let share = part(total, size, rank);
