@@ -211,7 +211,8 @@ fn vectors<E: Item>(comm: &Communicator, seed: u64, len: usize, alike: &mut Vec<
         let (second, third) = rest.split_at(rest.len() / 5).clone_parts();
         let pieces = comm.all_reduce_coalesced(vec![first, second, vec![], third], my_op)?;
         assert_eq!(pieces.len(), 4);
-        assert!(pieces.concat().iter().zip(&result).all(|(a, b)| a.bits() == b.bits()));
+        // Not by its bits: the sign of a NaN may depend on where in a vector register it was made.
+        equal(&pieces.concat(), &result, op);
 
         equal(&comm.reduce_scatter(mine(), my_op)?, &expected[part(len, size, rank)], op);
         match comm.reduce(mine(), my_op, root)? {
