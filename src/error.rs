@@ -18,7 +18,7 @@ pub enum Error {
     /// A wait outlasted the time-out: some ranks never came.
     #[error(
         "time-out in group `{group}`: rank {rank} waited {waited:.1?} in {operation} for {missing}; raise the limit with \
-         BURN_PARALLEL_TIMEOUT_S or `with_timeout` if the others were only slow{log}"
+         BURN_PARALLEL_TIMEOUT_S, `Threads::timeout` or `with_timeout` if the others were only slow{log}"
     )]
     Timeout {
         /// Group in which the wait happened.

@@ -53,7 +53,7 @@ impl Mesh {
             let coordinate = world.rank() / inner % size;
             // Ranks that agree on everything but this coordinate share a color.
             let color = world.rank() - coordinate * inner;
-            let comm = world.split(color as u64, coordinate as i64)?;
+            let comm = world.split_named(name, color as u64, coordinate as i64)?;
             made.push(Axis { name: name.to_owned(), size, coordinate, comm });
             inner *= size;
         }

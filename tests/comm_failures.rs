@@ -839,3 +839,43 @@ fn the_time_out_of_the_environment() {
         assert_eq!(said.matches("is not a positive number").count(), 2, "{said}");
     }
 }
+
+/// What was started and not waited for is finished before its rank leaves, in every group.
+#[test]
+fn a_rank_that_returns_with_operations_under_way() {
+    let sums = within(LIMIT, || {
+        launch::threads(3).timeout(LONG).run(|rank| {
+            let group = rank.split_named("late", 0, rank.rank() as i64)?;
+            let slow = Duration::from_millis(100 * rank.rank() as u64);
+            let pending = group.start(move |comm| {
+                thread::sleep(slow);
+                comm.all_reduce(vec![1.0f32], ReduceOp::Sum)
+            });
+            if rank.rank() == 2 {
+                drop(pending);
+                return Ok(vec![]);
+            }
+            pending.wait()
+        })
+    });
+    assert_eq!(sums.unwrap(), [vec![3.0], vec![3.0], vec![]]);
+}
+
+/// Two background threads of one rank that wait for each other are found out.
+#[test]
+fn operations_that_wait_for_each_other() {
+    let error = failure(2, SHORT, Some(0), |rank| {
+        let groups = [rank.split_named("left", 0, 0)?, rank.split_named("right", 0, 0)?];
+        if rank.rank() == 1 {
+            return rank.barrier();
+        }
+        let [left, right] = groups;
+        let (gives, takes) = mpsc::channel();
+        let first = left.start(move |_| takes.recv().map_err(Error::user));
+        let second = right.start(move |_| first.wait());
+        let outcome = second.wait();
+        drop(gives);
+        outcome
+    });
+    assert!(matches!(error, Error::Timeout { .. }), "{error}");
+}

@@ -10,7 +10,7 @@ use burn::tensor::DType;
 
 use super::counters::CounterBoard;
 use super::host::{self, SliceOutput, TensorOutput};
-use super::pending::{Progress, panic_message};
+use super::pending::{Progress, Underway, panic_message};
 use super::transport::{BufferMut, BufferRef, Transfer, Transport};
 use super::{Call, CallLog, Counters, Element, Extent, Message, Operation, Payload, Pending, ReduceOp, reduce};
 use crate::Error;
@@ -46,7 +46,12 @@ impl fmt::Debug for Communicator {
 impl Communicator {
     /// Puts a communicator on an engine of one's own.
     pub fn new(transport: Arc<dyn Transport>) -> Self {
-        Self { inner: Arc::new(Inner { transport, counters: CounterBoard::default(), progress: Progress::default() }) }
+        Self::with_underway(transport, Arc::default())
+    }
+
+    fn with_underway(transport: Arc<dyn Transport>, underway: Arc<Underway>) -> Self {
+        let (counters, progress) = (CounterBoard::default(), Progress::new(underway));
+        Self { inner: Arc::new(Inner { transport, counters, progress }) }
     }
 
     /// Index of this rank in the group.
@@ -95,9 +100,10 @@ impl Communicator {
         self.inner.transport.abort(error);
     }
 
-    /// Leaves the world, with all groups of it that this rank is in, whoever still holds a communicator.
+    /// Leaves the world, with all groups of it that this rank is in, whoever still holds a communicator. What this rank
+    /// has started in the background is finished before.
     pub(crate) fn leave(&self) {
-        self.inner.progress.drain();
+        self.inner.progress.underway().wait(2 * self.inner.transport.timeout());
         self.inner.transport.leave();
     }
 
@@ -108,14 +114,22 @@ impl Communicator {
     }
 
     /// Divides the group: ranks that bring the same `color` form a group, ordered by `key`, then by rank. Collective.
+    ///
+    /// Errors call the new group by the name of this one and its color; see [`split_named`](Self::split_named).
     pub fn split(&self, color: u64, key: i64) -> Result<Self, Error> {
+        self.split_named("", color, key)
+    }
+
+    /// [`split`](Self::split) with a name for what the groups are for, by which errors and logs call them: `world/dp0`.
+    pub fn split_named(&self, name: &str, color: u64, key: i64) -> Result<Self, Error> {
         let call = Call::new(Operation::Split, None, Extent::flat(0));
         let mut half = None;
         self.run(&call, |transport| {
-            half = Some(transport.split(color, key)?);
+            half = Some(transport.split(name, color, key)?);
             Ok(0)
         })?;
-        half.map(Self::new).ok_or_else(|| Error::invalid("split", "the engine returned no group"))
+        let half = half.ok_or_else(|| Error::invalid("split", "the engine returned no group"))?;
+        Ok(Self::with_underway(half, self.inner.progress.underway().clone()))
     }
 
     /// Waits until every rank of the group has come.
@@ -141,13 +155,23 @@ impl Communicator {
         &self,
         operation: impl FnOnce(&Communicator) -> Result<R, Error> + Send + 'static,
     ) -> Pending<R> {
-        let comm = self.clone();
+        let (comm, watched) = (self.clone(), self.clone());
         let name = || format!("{} of {}", self.rank(), self.group());
-        self.inner.progress.submit(self.rank(), name, move || {
+        let pending = self.inner.progress.submit(self.rank(), name, move || {
             catch_unwind(AssertUnwindSafe(|| operation(&comm))).unwrap_or_else(|panic| {
                 // The world hears of it now, not when somebody waits for this operation.
                 let (rank, message) = (comm.inner.transport.world_rank(), panic_message(&*panic));
                 Err(comm.fail_with(Error::RankPanicked { rank, message, log: comm.log() }))
+            })
+        });
+        pending.within(2 * self.inner.transport.timeout(), move |waited| {
+            watched.fail_with(Error::Timeout {
+                group: watched.group().clone(),
+                rank: watched.rank(),
+                operation: "an operation in the background".into(),
+                waited,
+                missing: "its end: does it wait for another, or compute for longer than the time-out?".into(),
+                log: watched.log(),
             })
         })
     }

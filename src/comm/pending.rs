@@ -6,9 +6,10 @@
 //! waits for peers: the core belongs to the thread that computes.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
 
 use crate::Error;
 
@@ -24,15 +25,64 @@ pub(crate) fn in_background() -> bool {
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// The background thread of a communicator.
+/// What a rank has under way in the background, over all its communicators of a world.
 #[derive(Debug, Default)]
+pub(crate) struct Underway {
+    jobs: Mutex<usize>,
+    none: Condvar,
+}
+
+impl Underway {
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.jobs.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Waits until nothing is under way, for as long as `limit` at most.
+    pub fn wait(&self, limit: Duration) {
+        let _ = self.none.wait_timeout_while(self.lock(), limit, |jobs| *jobs > 0);
+    }
+}
+
+/// A job counted as under way until this is dropped.
+struct Counted(Arc<Underway>);
+
+impl Counted {
+    fn new(underway: &Arc<Underway>) -> Self {
+        *underway.lock() += 1;
+        Self(underway.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut jobs = self.0.lock();
+        *jobs -= 1;
+        if *jobs == 0 {
+            self.0.none.notify_all();
+        }
+    }
+}
+
+/// The background thread of a communicator.
+#[derive(Debug)]
 pub(crate) struct Progress {
     jobs: Mutex<Option<Sender<Job>>>,
     /// Jobs submitted and not yet done.
     in_flight: Arc<AtomicUsize>,
+    /// Jobs done so far.
+    done: Arc<AtomicU64>,
+    underway: Arc<Underway>,
 }
 
 impl Progress {
+    pub fn new(underway: Arc<Underway>) -> Self {
+        Self { jobs: Mutex::default(), in_flight: Arc::default(), done: Arc::default(), underway }
+    }
+
+    pub fn underway(&self) -> &Arc<Underway> {
+        &self.underway
+    }
+
     /// Runs `job`, which does not panic, after all that was submitted before. `name` is for the thread, if this is its first job.
     pub fn submit<R: Send + 'static>(
         &self,
@@ -46,9 +96,11 @@ impl Progress {
             return Pending::deferred(move || outcome);
         }
         let (reply, result) = channel();
-        let in_flight = self.in_flight.clone();
+        let (in_flight, done, counted) = (self.in_flight.clone(), self.done.clone(), Counted::new(&self.underway));
         let job: Job = Box::new(move || {
             let outcome = job();
+            drop(counted);
+            done.fetch_add(1, Ordering::Relaxed);
             in_flight.fetch_sub(1, Ordering::Release);
             // Nobody may be waiting any more: then the result is not wanted.
             let _ = reply.send(outcome);
@@ -67,7 +119,7 @@ impl Progress {
             // The thread ends only when this sender is dropped.
             let _ = jobs.send(job);
         }
-        Pending { state: State::Background(result) }
+        Pending { state: State::Background { result, done: self.done.clone() }, overdue: None }
     }
 
     /// Waits until all that was submitted is done, unless this is the thread that does it.
@@ -108,10 +160,14 @@ pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
 #[must_use = "the result, or the error, is had by waiting"]
 pub struct Pending<R> {
     state: State<R>,
+    /// How long the background thread may take over one job, and what to do when it takes longer.
+    overdue: Option<(Duration, Overdue)>,
 }
 
+type Overdue = Box<dyn FnOnce(Duration) -> Error + Send>;
+
 enum State<R> {
-    Background(Receiver<Result<R, Error>>),
+    Background { result: Receiver<Result<R, Error>>, done: Arc<AtomicU64> },
     Deferred(Box<dyn FnOnce() -> Result<R, Error> + Send>),
     Failed(Error),
 }
@@ -126,23 +182,57 @@ impl<R> Pending<R> {
     /// Waits for the result.
     ///
     /// # Errors
-    /// Those of the operation. Every operation ends within the time-out of its communicator, and so does this.
+    /// Those of the operation. Every collective ends within the time-out of its communicator; operations that wait for
+    /// each other, or that never return, end this with [`Error::Timeout`] when the background thread has been at one of
+    /// them for more than twice as long.
     pub fn wait(self) -> Result<R, Error> {
         match self.state {
-            State::Background(result) => result.recv().unwrap_or_else(|_| {
-                Err(Error::invalid("Pending::wait", "the background thread ended before it ran the operation"))
-            }),
+            State::Background { result, done } => await_result(&result, &done, self.overdue),
             State::Deferred(operation) => operation(),
             State::Failed(error) => Err(error),
         }
     }
 
+    /// Sets a limit for each job of the background thread, and what makes the error when one takes longer.
+    pub(crate) fn within(mut self, limit: Duration, overdue: impl FnOnce(Duration) -> Error + Send + 'static) -> Self {
+        self.overdue = Some((limit, Box::new(overdue)));
+        self
+    }
+
     /// An operation that needs no thread: others make its progress, and it is finished by waiting.
     pub(crate) fn deferred(operation: impl FnOnce() -> Result<R, Error> + Send + 'static) -> Self {
-        Self { state: State::Deferred(Box::new(operation)) }
+        Self { state: State::Deferred(Box::new(operation)), overdue: None }
     }
 
     fn failed(error: Error) -> Self {
-        Self { state: State::Failed(error) }
+        Self { state: State::Failed(error), overdue: None }
+    }
+}
+
+/// Waits for a result as long as the thread that brings it gets on with its jobs.
+fn await_result<R>(
+    result: &Receiver<Result<R, Error>>,
+    done: &AtomicU64,
+    overdue: Option<(Duration, Overdue)>,
+) -> Result<R, Error> {
+    let limit = overdue.as_ref().map_or(Duration::MAX, |(limit, _)| *limit);
+    let mut seen = done.load(Ordering::Relaxed);
+    loop {
+        match result.recv_timeout(limit) {
+            Ok(outcome) => return outcome,
+            Err(RecvTimeoutError::Disconnected) => {
+                let problem = "the background thread ended before it ran the operation";
+                return Err(Error::invalid("Pending::wait", problem));
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                let now = done.load(Ordering::Relaxed);
+                if now == seen
+                    && let Some((limit, overdue)) = overdue
+                {
+                    return Err(overdue(limit));
+                }
+                seen = now;
+            }
+        }
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt::Debug;
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::time::Duration;
 
 use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
@@ -154,8 +155,12 @@ pub trait Transport: Debug + Send + Sync {
     /// Receives the oldest message of `from` that bears `tag`.
     fn receive(&self, from: usize, tag: u64) -> Result<Message, Error>;
 
-    /// Divides the group: ranks of equal `color` form a group, ordered by `key`, then by rank. Collective.
-    fn split(&self, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error>;
+    /// How long any wait may last.
+    fn timeout(&self) -> Duration;
+
+    /// Divides the group: ranks of equal `color` form a group, ordered by `key`, then by rank. Collective. The group is
+    /// called by the name of this one, `name` and its color.
+    fn split(&self, name: &str, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error>;
 
     /// Fails the world with `error`, unless it has failed already.
     fn abort(&self, error: Error);

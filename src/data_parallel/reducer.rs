@@ -114,7 +114,8 @@ impl Reducer {
     /// # Errors
     /// Those of [`Communicator::split`].
     pub fn new(params: Vec<Trained>, group: &Communicator, config: DataParallelConfig) -> Result<Self, Error> {
-        let (data, control) = (group.split(0, group.rank() as i64)?, group.split(0, group.rank() as i64)?);
+        let of_its_own = |name| group.split_named(name, 0, group.rank() as i64);
+        let (data, control) = (of_its_own("gradients")?, of_its_own("control")?);
         let numbers = params.iter().enumerate().map(|(number, param)| (param.id, number)).collect();
         let reducer = Self { params, numbers, data, control, config, step: Mutex::default() };
         let guess: Vec<usize> = (0..reducer.params.len()).rev().collect();

@@ -29,7 +29,7 @@ impl SyncBatchNorm {
     /// # Errors
     /// Those of [`Communicator::split`].
     pub fn new(group: &Communicator) -> Result<Self, Error> {
-        let group = group.split(0, group.rank() as i64)?;
+        let group = group.split_named("batch_norm", 0, group.rank() as i64)?;
         let weight = Arc::new(AtomicU64::new(1f64.to_bits()));
         let (comm, of_micro_batch) = (group.clone(), weight.clone());
         let mut ops = CustomOps::new();

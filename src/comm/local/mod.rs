@@ -382,7 +382,11 @@ impl Transport for LocalTransport {
         message.ok_or_else(|| self.failure_or_abort())
     }
 
-    fn split(&self, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error> {
+    fn timeout(&self) -> Duration {
+        self.group.timeout
+    }
+
+    fn split(&self, name: &str, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error> {
         let call = Call::new(Operation::Split, None, Extent::flat(0));
         let post =
             Post { call: &call, buffers: std::ptr::null(), input: std::ptr::null(), color_and_key: (color, key) };
@@ -396,7 +400,7 @@ impl Transport for LocalTransport {
         // Whoever comes first makes the group; whoever fetches it last clears it away.
         let mut halves = lock(&parent.halves);
         let half = halves.entry((meeting, color)).or_insert_with(|| {
-            let name = format!("{}/{color}", parent.name).into();
+            let name = format!("{}/{name}{color}", parent.name).into();
             let world_ranks = ranks.iter().map(|rank| parent.members[*rank]).collect();
             let group = Group::new(name, world_ranks, parent.fate.clone(), parent.timeout, parent.patience);
             Half { group, fetched: 0 }
