@@ -24,11 +24,13 @@
 //! - The first failure anywhere in a world fails every group of that world, so nobody waits for the dead.
 
 mod call;
+mod collectives;
 mod communicator;
 mod counters;
 mod element;
 pub(crate) mod host;
 pub mod local;
+mod messages;
 mod partition;
 mod payload;
 mod pending;

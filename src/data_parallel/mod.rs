@@ -56,8 +56,10 @@ mod loss;
 mod reducer;
 mod replica;
 mod sampler;
+mod step;
 mod structure;
 mod sync_batch_norm;
+mod transparent;
 
 use std::sync::Arc;
 
@@ -68,8 +70,10 @@ pub use config::DataParallelConfig;
 pub use dataset::DistributedDataset;
 pub use join::Join;
 pub use loss::Loss;
-pub use replica::{Replica, Step, StepCounters};
+pub use replica::Replica;
 pub use sampler::{DistributedSampler, Remainder, Share};
+
+pub use step::{Step, StepCounters};
 
 use self::hook::AttachHooks;
 use self::reducer::Reducer;

@@ -1,20 +1,19 @@
 //! A model that is one of several replicas.
 
-use std::fmt;
-use std::ops::{Deref, DerefMut, Sub};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
-use burn::tensor::{Device, Gradients, Tensor};
+use burn::tensor::{Gradients, Tensor};
 
 use super::join::Join;
 use super::loss::Loss;
-use super::reducer::{Contribution, Reduced, Reducer};
+use super::reducer::{Reduced, Reducer};
+use super::step::{SoFar, Step, StepCounters};
 use super::sync_batch_norm::SyncBatchNorm;
 use crate::Error;
-use crate::comm::{Counters, Payload};
+use crate::comm::Payload;
 use crate::graph::GraphInputs;
 
 /// A model that is one of several replicas of a group. Dereferences to the model and is itself a burn [`Module`] with the
@@ -24,8 +23,8 @@ use crate::graph::GraphInputs;
 /// of [`accumulate`](Self::accumulate)s. Every rank makes the same number of `backward`s; not of `accumulate`s.
 #[derive(Clone)]
 pub struct Replica<M> {
-    module: M,
-    reducer: Arc<Reducer>,
+    pub(super) module: M,
+    pub(super) reducer: Arc<Reducer>,
     /// The micro-batches of the step so far.
     so_far: SoFar,
     waited: Duration,
@@ -33,70 +32,19 @@ pub struct Replica<M> {
     synchronized: Arc<Mutex<Option<SyncBatchNorm>>>,
 }
 
-/// What this rank's micro-batches bring into the step.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct SoFar {
-    pub contribution: Contribution,
-    /// Sum of weight times mean loss.
-    pub loss: f64,
-}
-
-impl SoFar {
-    /// Adds a micro-batch whose summed loss is `loss`.
-    pub fn add(&mut self, loss: f64, weight: f64) {
-        if weight > 0.0 {
-            let sum = &mut self.contribution;
-            if sum.unit == 0.0 {
-                sum.unit = weight;
-            }
-            sum.weight += weight;
-            self.loss += loss;
-        }
-    }
-}
-
-/// What a training step gave.
-#[derive(Debug)]
-pub struct Step {
-    /// Mean loss over everything that all ranks brought; NaN if nobody brought anything.
-    pub loss: f64,
-    /// Weight (number of items) over all ranks.
-    pub weight: f64,
-    /// Gradients of that mean loss, for burn's optimizers; bit-identical on all ranks.
-    pub grads: GradientsParams,
-    /// What the step cost in communication on this rank.
-    pub counters: StepCounters,
-}
-
-/// What a step cost in communication on one rank.
-#[derive(Debug, Clone, Default)]
-pub struct StepCounters {
-    /// The buckets: one collective for each.
-    pub gradients: Counters,
-    /// The few numbers that go with them: weights, losses, which parameters were used.
-    pub control: Counters,
-    /// Statistics of synchronised batch norm.
-    pub statistics: Counters,
-    /// How long this rank had nothing else to do but wait for gradients: communication that nothing hid.
-    pub waited: Duration,
-}
-
-impl Sub for StepCounters {
-    type Output = Self;
-
-    fn sub(self, earlier: Self) -> Self {
-        Self {
-            gradients: self.gradients - earlier.gradients,
-            control: self.control - earlier.control,
-            statistics: self.statistics - earlier.statistics,
-            waited: self.waited - earlier.waited,
-        }
-    }
-}
-
 impl<M: Module> Replica<M> {
     pub(super) fn new(module: M, reducer: Arc<Reducer>) -> Self {
         Self { module, reducer, so_far: SoFar::default(), synchronized: Arc::default(), waited: Duration::ZERO }
+    }
+
+    /// This replica of a changed model.
+    pub(super) fn change(self, change: impl FnOnce(M) -> M) -> Self {
+        Self { module: change(self.module), ..self }
+    }
+
+    /// Another replica, of another state of the model.
+    pub(super) fn with(&self, module: M) -> Self {
+        Self { module, reducer: self.reducer.clone(), synchronized: self.synchronized.clone(), ..*self }
     }
 
     /// The model. It trains as before once all clones of the replica are gone.
@@ -347,72 +295,5 @@ impl ModuleVisitor for Register<'_> {
             Ok(gradient) => self.grads.register(param.id, gradient),
             Err(error) => self.error = Some(error),
         }
-    }
-}
-
-impl<M> Deref for Replica<M> {
-    type Target = M;
-
-    fn deref(&self) -> &M {
-        &self.module
-    }
-}
-
-impl<M> DerefMut for Replica<M> {
-    fn deref_mut(&mut self) -> &mut M {
-        &mut self.module
-    }
-}
-
-impl<M: fmt::Debug> fmt::Debug for Replica<M> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Replica").field("module", &self.module).field("group", self.reducer.data()).finish()
-    }
-}
-
-impl<M: fmt::Display> fmt::Display for Replica<M> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.module.fmt(f)
-    }
-}
-
-impl<M: Module> Replica<M> {
-    fn with(&self, module: M) -> Self {
-        Self { module, reducer: self.reducer.clone(), synchronized: self.synchronized.clone(), ..*self }
-    }
-}
-
-/// A replica is seen through: paths and parameters are those of the model.
-impl<M: Module> Module for Replica<M> {
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        self.module.collect_devices(devices)
-    }
-
-    fn fork(self, device: &Device) -> Self {
-        Self { module: self.module.fork(device), ..self }
-    }
-
-    fn to_device(self, device: &Device) -> Self {
-        Self { module: self.module.to_device(device), ..self }
-    }
-
-    fn train(self) -> Self {
-        Self { module: self.module.train(), ..self }
-    }
-
-    fn valid(&self) -> Self {
-        self.with(self.module.valid())
-    }
-
-    fn materialize(self) -> Self {
-        Self { module: self.module.materialize(), ..self }
-    }
-
-    fn visit<Visitor: ModuleVisitor>(&self, visitor: &mut Visitor) {
-        self.module.visit(visitor);
-    }
-
-    fn map<Mapper: ModuleMapper>(self, mapper: &mut Mapper) -> Self {
-        Self { module: self.module.map(mapper), ..self }
     }
 }

@@ -10,7 +10,7 @@ use burn::tensor::{Scalar, Tensor};
 
 use super::hook::GradientListener;
 use super::reducer::Reducer;
-use super::replica::SoFar;
+use super::step::SoFar;
 use crate::Error;
 use crate::comm::{Communicator, Counters, ReduceOp};
 use crate::graph::{CustomOps, GraphCache, GraphInputs, register_sync_batch_norm, sync_batch_norm};

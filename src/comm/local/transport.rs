@@ -1,0 +1,308 @@
+//! A rank's place in a group of threads.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::bell::Patience;
+use super::clock::Clock;
+use super::group::{Group, Half, Post, lock};
+use super::rendezvous::Interrupted;
+use super::work;
+use crate::Error;
+use crate::comm::{Call, CallLog, Extent, Message, Operation, Transfer, Transport};
+
+/// How long a rank that finds a peer gone waits for the reason, which may be on its way: a rank drops its communicators
+/// while it unwinds, before whoever started it can tell why.
+const GRACE: Duration = Duration::from_millis(100);
+
+/// How long a rank that finds the group aborted waits for the error. Whoever runs out of time aborts first and writes the
+/// error then, so this is a matter of microseconds; the limit is there because every wait has one.
+const WRITING: Duration = Duration::from_secs(10);
+
+/// A rank's place in a group of threads.
+#[derive(Debug)]
+pub(super) struct LocalTransport {
+    group: Arc<Group>,
+    rank: usize,
+    /// Number of the next meeting. Held during a collective: a rank does one at a time.
+    meeting: Mutex<u64>,
+}
+
+impl LocalTransport {
+    pub fn new(group: Arc<Group>, rank: usize) -> Arc<Self> {
+        Arc::new(Self { group, rank, meeting: Mutex::new(0) })
+    }
+
+    /// Meets the others, checks that all call the same, and runs `work`, which returns the bytes it moved.
+    fn meet<R>(&self, post: Post, work: impl FnOnce(&work::Posts<'_>) -> R) -> Result<(u64, R), Error> {
+        let group = &*self.group;
+        let mut turn = lock(&self.meeting);
+        if let Some(error) = group.fate.error() {
+            return Err(error.clone());
+        }
+        let call = post.call();
+        let mut clock = Clock::new(group, self.rank, call);
+        // Counted before: should the work panic, the meeting has taken place all the same.
+        let meeting = *turn;
+        *turn += 1;
+        let work = |posts: &work::Posts<'_>| match agree(&post, posts) {
+            true => Ok(work(posts)),
+            false => Err(posts.iter().map(|other| *other.call()).collect::<Vec<_>>()),
+        };
+        // SAFETY: the turn is held, and counts this rank's meetings.
+        let met =
+            unsafe { group.rendezvous.meet(self.rank, meeting, post, patience(group), || clock.remaining(), work) };
+        match met {
+            Ok(Ok(result)) => {
+                clock.finish();
+                Ok((meeting, result))
+            }
+            Ok(Err(calls)) => {
+                let (name, log) = (group.name.clone(), group.log());
+                Err(self.fail(Error::Mismatch { group: name, sequence: meeting, calls, log }))
+            }
+            Err(why) => Err(self.interrupted(why, call, clock.elapsed(), || self.absent(call))),
+        }
+    }
+
+    /// Turns an interrupted wait into the error of the world.
+    fn interrupted(&self, why: Interrupted, call: &Call, waited: Duration, missing: impl FnOnce() -> String) -> Error {
+        let group = &*self.group;
+        match why {
+            Interrupted::Aborted => {
+                self.told(WRITING);
+            }
+            Interrupted::Expired => group.fate.fail(Error::Timeout {
+                group: group.name.clone(),
+                rank: self.rank,
+                operation: call.to_string(),
+                waited,
+                missing: missing(),
+                log: group.log(),
+            }),
+            Interrupted::Left => {
+                let waited_for = |rank: usize| match call.operation {
+                    Operation::Receive { from, .. } => rank == from,
+                    _ => true,
+                };
+                let gone = lock(&group.left).iter().copied().find(|(rank, _)| waited_for(*rank));
+                // The list is not locked any more: failing rings the bell, under whose lock receivers look at the list.
+                if !self.told(GRACE)
+                    && let Some((rank, panicked)) = gone
+                {
+                    let (name, operation, log) = (group.name.clone(), call.to_string(), group.log());
+                    group.fate.fail(match panicked {
+                        true => {
+                            let message = "see its own message".into();
+                            Error::RankPanicked { rank: group.members[rank], message, log }
+                        }
+                        false => Error::RankLost { group: name, rank, operation, log },
+                    });
+                }
+            }
+        }
+        self.failure_or_abort()
+    }
+
+    /// Waits for the error of the world, and no longer than `limit`. Returns whether it is there.
+    fn told(&self, limit: Duration) -> bool {
+        let group = &*self.group;
+        let since = Instant::now();
+        let remaining = || limit.checked_sub(since.elapsed()).filter(|left| !left.is_zero());
+        let told = || group.fate.error().is_some();
+        group.rendezvous.bell.wait(Patience { spins: 0, yields: 0 }, told, remaining)
+    }
+
+    fn fail(&self, error: Error) -> Error {
+        self.group.fate.fail(error);
+        self.failure_or_abort()
+    }
+
+    /// The world's error. One is always set before a group is interrupted; should it not be, this says so.
+    fn failure_or_abort(&self) -> Error {
+        self.group.fate.error().cloned().unwrap_or_else(|| Error::Aborted {
+            group: self.group.name.clone(),
+            rank: self.rank,
+            reason: "the group was interrupted without a reason".into(),
+            log: self.group.log(),
+        })
+    }
+
+    /// Who has not come to `call`, in words.
+    fn absent(&self, call: &Call) -> String {
+        let watch = &self.group.watch;
+        let came = |rank: usize| watch.is_in(rank, call);
+        let absent: Vec<String> = (0..self.size()).filter(|rank| !came(*rank)).map(|rank| rank.to_string()).collect();
+        match absent.len() {
+            0 => "nobody any more: the last one came as time ran out".into(),
+            1 => format!("rank {}", absent[0]),
+            _ => format!("ranks {}", absent.join(", ")),
+        }
+    }
+
+    fn check_rank(&self, rank: usize, operation: &'static str) -> Result<(), Error> {
+        match rank < self.size() {
+            true => Ok(()),
+            false => Err(Error::NoSuchRank { group: self.group.name.clone(), rank, size: self.size(), operation }),
+        }
+    }
+}
+
+/// Whether the calls of all ranks belong together; the same answer on every rank. A call without a dtype agrees with any,
+/// so whoever brings none looks at what the others make of each other.
+fn agree(own: &Post, posts: &work::Posts<'_>) -> bool {
+    let one_dtype = || {
+        let mut dtypes = posts.iter().filter_map(|post| post.call().dtype);
+        let first = dtypes.next();
+        dtypes.all(|dtype| Some(dtype) == first)
+    };
+    posts.iter().all(|post| post.call().agrees(own.call()) && work::same_cut(own, &post))
+        && (own.call().dtype.is_some() || one_dtype())
+}
+
+/// A background thread does not spin: the thread that computes needs its core.
+fn patience(group: &Group) -> Patience {
+    match crate::comm::pending::in_background() {
+        true => Patience { spins: 0, yields: 0 },
+        false => group.patience,
+    }
+}
+
+impl Transport for LocalTransport {
+    fn engine(&self) -> &'static str {
+        "local"
+    }
+
+    fn group(&self) -> &Arc<str> {
+        &self.group.name
+    }
+
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn world_rank(&self) -> usize {
+        self.group.members[self.rank]
+    }
+
+    fn size(&self) -> usize {
+        self.group.size()
+    }
+
+    fn collective(&self, call: &Call, transfer: Transfer<'_, '_>) -> Result<u64, Error> {
+        let mut post = Post { call, buffers: std::ptr::null(), input: std::ptr::null(), color_and_key: (0, 0) };
+        let (_, moved) = match transfer {
+            Transfer::Nothing => self.meet(post, |_| Ok(0)),
+            Transfer::InPlace(buffers) => {
+                post.buffers = buffers.as_ptr().cast();
+                self.meet(post, |posts| work::in_place(&call.operation, self.rank, posts))
+            }
+            Transfer::Through { input, output } => {
+                post.input = input.as_ptr();
+                self.meet(post, |posts| work::through(&call.operation, self.rank, posts, output))
+            }
+        }?;
+        moved
+    }
+
+    fn send(&self, to: usize, tag: u64, message: Message) -> Result<(), Error> {
+        self.check_rank(to, "send")?;
+        let group = &*self.group;
+        if let Some(error) = group.fate.error() {
+            return Err(error.clone());
+        }
+        group.mail.put(self.rank, to, tag, message);
+        group.rendezvous.bell.ring();
+        Ok(())
+    }
+
+    fn receive(&self, from: usize, tag: u64) -> Result<Message, Error> {
+        self.check_rank(from, "recv")?;
+        let group = &*self.group;
+        if let Some(error) = group.fate.error() {
+            return Err(error.clone());
+        }
+        let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
+        let mut message = group.mail.take(from, self.rank, tag);
+        if message.is_none() {
+            // Only a receive that has to wait is worth a line in the log. It does not hold up collectives that another
+            // thread of this rank runs: the message may be sent only after them.
+            let mut clock = Clock::new(group, self.rank, &call);
+            let gone = || lock(&group.left).iter().any(|(rank, _)| *rank == from);
+            let mut over = None;
+            let ready = || {
+                // Looked at before the mailbox: what the sender put in before it left is still delivered.
+                over = group.rendezvous.interruption().filter(|why| *why == Interrupted::Aborted || gone());
+                message = group.mail.take(from, self.rank, tag);
+                message.is_some() || over.is_some()
+            };
+            let in_time = group.rendezvous.bell.wait(patience(group), ready, || clock.remaining());
+            if message.is_some() {
+                clock.finish();
+            } else {
+                let why = over.filter(|_| in_time).unwrap_or(Interrupted::Expired);
+                return Err(self.interrupted(why, &call, clock.elapsed(), || {
+                    format!(
+                        "rank {from}; tags that it has sent and nobody has read: {:?}",
+                        group.mail.tags(from, self.rank)
+                    )
+                }));
+            }
+        }
+        message.ok_or_else(|| self.failure_or_abort())
+    }
+
+    fn timeout(&self) -> Duration {
+        self.group.timeout
+    }
+
+    fn split(&self, name: &str, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error> {
+        let call = Call::new(Operation::Split, None, Extent::flat(0));
+        let post =
+            Post { call: &call, buffers: std::ptr::null(), input: std::ptr::null(), color_and_key: (color, key) };
+        let (meeting, mut members) = self.meet(post, |posts| {
+            let mine = posts.iter().enumerate().filter(|(_, other)| other.color_and_key.0 == color);
+            mine.map(|(rank, other)| (other.color_and_key.1, rank)).collect::<Vec<_>>()
+        })?;
+        members.sort_unstable();
+        let ranks: Vec<usize> = members.into_iter().map(|(_, rank)| rank).collect();
+        let parent = &*self.group;
+        // Whoever comes first makes the group; whoever fetches it last clears it away.
+        let mut halves = lock(&parent.halves);
+        let half = halves.entry((meeting, color)).or_insert_with(|| {
+            let name = format!("{}/{name}{color}", parent.name).into();
+            let world_ranks = ranks.iter().map(|rank| parent.members[*rank]).collect();
+            let group = Group::new(name, world_ranks, parent.fate.clone(), parent.timeout, parent.patience);
+            Half { group, fetched: 0 }
+        });
+        half.fetched += 1;
+        let group = half.group.clone();
+        if half.fetched == ranks.len() {
+            halves.remove(&(meeting, color));
+        }
+        let rank = ranks.iter().position(|rank| *rank == self.rank).expect("a rank is of its own color");
+        Ok(LocalTransport::new(group, rank))
+    }
+
+    fn abort(&self, error: Error) {
+        self.group.fate.fail(error);
+    }
+
+    fn leave(&self) {
+        self.group.fate.leave(self.group.members[self.rank]);
+    }
+
+    fn failure(&self) -> Option<Error> {
+        self.group.fate.error().cloned()
+    }
+
+    fn log(&self) -> CallLog {
+        self.group.log()
+    }
+}
+
+impl Drop for LocalTransport {
+    fn drop(&mut self) {
+        self.group.leave(self.rank, std::thread::panicking());
+    }
+}
