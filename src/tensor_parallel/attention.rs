@@ -111,7 +111,8 @@ impl ParallelAttention {
         let query = heads(apply(&self.query, input.clone()), self.local_heads);
         let (key, value) = self.keys_and_values(input)?;
         let d_k = query.dims()[3];
-        let mut scores = query.matmul(key.transpose()).div_scalar((d_k as f64).sqrt());
+        // The root of an f32, as in burn, for the same numbers in f64 as well.
+        let mut scores = query.matmul(key.transpose()).div_scalar((d_k as f32).sqrt());
         if let Some(mask) = mask_pad {
             scores = scores.mask_fill(mask.reshape([batch, 1, 1, sequence]), self.min_float);
         }

@@ -132,7 +132,9 @@ impl ParallelAttentionConfig {
             format!("the {size} ranks of group `{}` do not divide n_heads {heads}: use another degree", group.group())
         } else if !whole(kv_heads, size) && !whole(size, kv_heads) {
             let name = group.group();
-            format!("n_kv_heads {kv_heads} and the {size} ranks of group `{name}` do not divide each other: use another degree")
+            format!(
+                "n_kv_heads {kv_heads} and the {size} ranks of group `{name}` do not divide each other: use another degree"
+            )
         } else {
             let sharers = (size / kv_heads).max(1);
             let kv_heads = match sharers {
@@ -147,8 +149,7 @@ impl ParallelAttentionConfig {
     /// This rank's columns of the query layer, and of the key and value layers.
     fn widths(&self, share: &Share, group: &Communicator) -> [Range<usize>; 2] {
         let first = group.rank() * share.heads;
-        [first..first + share.heads, share.kv_heads.clone()]
-            .map(|heads| heads.start * share.d_k..heads.end * share.d_k)
+        [first..first + share.heads, share.kv_heads.clone()].map(|heads| heads.start * share.d_k..heads.end * share.d_k)
     }
 
     fn layer(

@@ -6,8 +6,8 @@ use burn::nn::{Embedding, Initializer};
 use burn::tensor::module::{embedding, linear};
 use burn::tensor::{Device, Int, Tensor};
 
-use super::init::{agreed_seed, table};
 use super::ids::{check_ids, localize};
+use super::init::{agreed_seed, table};
 use super::region::{enter, leave};
 use super::slice::{check_features, cut, own_part};
 use crate::Error;

@@ -92,7 +92,8 @@ impl ParallelFeedForwardConfig {
         group: &Communicator,
     ) -> Result<ParallelFeedForward, Error> {
         if gate.is_some() != self.gated() {
-            let problem = format!("{:?} takes a gate: {}; one is given: {}", self.activation, self.gated(), gate.is_some());
+            let problem =
+                format!("{:?} takes a gate: {}; one is given: {}", self.activation, self.gated(), gate.is_some());
             return Err(Error::invalid(NAME, problem));
         }
         let own = own_part(NAME, "d_ff", self.d_ff, group)?;
@@ -210,9 +211,8 @@ impl ParallelFeedForward {
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Result<Tensor<D>, Error> {
         check_features(NAME, &input, self.up.weight.dims()[0], &self.group)?;
         let input = enter(NAME, input, self.sequence_parallel, &self.group)?;
-        let apply = |layer: &Linear| {
-            linear(input.clone(), layer.weight.val(), layer.bias.as_ref().map(|bias| bias.val()))
-        };
+        let apply =
+            |layer: &Linear| linear(input.clone(), layer.weight.val(), layer.bias.as_ref().map(|bias| bias.val()));
         let up = apply(&self.up);
         let hidden = match (&self.gate, self.activation) {
             (Some(gate), _) => activation::silu(apply(gate)) * up,
