@@ -515,9 +515,14 @@ fn collectives_are_counted() {
             let heads = ParallelAttentionConfig::new(12, 12);
             let layer = heads.init(&rank, &device)?;
             check(&rank, whole, |x| layer.forward(x, None), SUM, SUM)?;
-            let layer = heads.clone().with_n_kv_heads(Some(1)).init(&rank, &device)?;
-            // The all-reduces of the shared weights and biases are counted by the group that shares them.
-            check(&rank, whole, |x| layer.forward(x, None), SUM, SUM)?;
+            // One key/value head for all ranks: its weights and biases are summed as well, in the group that shares them.
+            for (bias, sums) in [(true, 2), (false, 1)] {
+                let layer = heads.clone().with_n_kv_heads(Some(1)).with_bias(bias).init(&rank, &device)?;
+                check(&rank, whole, |x| layer.forward(x, None), SUM, SUM)?;
+                let sharers = layer.sharers().expect("all ranks share one head");
+                assert_eq!((sharers.size(), sharers.counters().total().calls), (size, sums));
+                assert_eq!(sharers.counters().of("all_reduce").calls, sums);
+            }
             let layer = heads.with_output_bias(false).with_sequence_parallel(true).init(&rank, &device)?;
             check(&rank, part, |x| layer.forward(x, None), BOTH, BOTH)?;
 
@@ -561,6 +566,35 @@ fn cross_entropy_never_gathers_the_logits() {
         assert_eq!(logits.grad(&grads).map(|dz| dz.dims()), Some([ROWS, width]));
         let total = rank.counters().total();
         assert_eq!((total.calls, total.bytes), (2, (3 * ROWS * 4 * 2 / 4 * 3) as u64));
+        Ok(())
+    });
+    run.unwrap();
+}
+
+/// Scores whose exponentials no float holds, the largest on the last rank: what counts is the largest of all.
+#[test]
+fn cross_entropy_of_large_scores() {
+    let run = launch::threads(3).run(|rank| {
+        let device = rank.device().autodiff();
+        let width = part(7, 3, rank.rank()).len();
+        let logits = Tensor::<2>::full([2, width], 1000.0 * rank.rank() as f64, &device).require_grad();
+        let loss = vocab_parallel_cross_entropy(logits.clone(), Tensor::from_ints([0, 6], &device), 7, &[], &rank)?;
+        // The last rank has two columns, which share the probability.
+        let expected = Dense { dims: vec![2], values: vec![2000.0 + 2f64.ln(), 2f64.ln()] };
+        Dense::of(&loss).assert_near(&expected, 1e-6, "loss");
+        let grads = layout::backward(&loss.sum(), &rank)?;
+        let values = match rank.rank() {
+            0 => vec![-1.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+            1 => vec![0.0; 4],
+            _ => vec![0.5, 0.5, 0.5, -0.5],
+        };
+        let found = Dense::of(&logits.grad(&grads).expect("a gradient"));
+        found.assert_near(&Dense { dims: vec![2, width], values }, 1e-6, "gradient");
+        // 16-bit scores are computed in 32 bits.
+        let half = logits.detach().cast(DType::F16);
+        let loss = vocab_parallel_cross_entropy(half, Tensor::from_ints([0, 6], &device), 7, &[], &rank)?;
+        assert_eq!(loss.dtype(), DType::F32);
+        Dense::of(&loss).assert_near(&expected, 1e-6, "loss of 16-bit scores");
         Ok(())
     });
     run.unwrap();
@@ -758,6 +792,28 @@ fn a_language_model() {
         }
         Ok(())
     });
+}
+
+/// What is cut from a whole layer does not keep it alive, and evaluates without a tape.
+#[test]
+fn slices_are_copies_and_evaluate() {
+    let run = launch::threads(3).run(|rank| {
+        let device = rank.device().autodiff();
+        let full = PositionWiseFeedForwardConfig::new(5, 10).with_dropout(0.0).init(&device);
+        let full = filled(full, 12, &device, DType::F32);
+        let local = ParallelFeedForward::from_full(&full, &rank)?.valid();
+        for weight in [&local.up.weight, &local.down.weight] {
+            let bytes = weight.shape().num_elements() * 4;
+            let flex = weight.val().try_into_primitive::<burn::backend::Flex>().expect("a plain flex tensor");
+            assert_eq!(flex.storage::<f32>().len() * 4, bytes);
+        }
+        let x = Dense::fractions(&[3, 5], 1).tensor::<2>(&rank.device(), DType::F32);
+        let found = local.forward(x.clone())?;
+        assert!(!found.is_tracked());
+        Dense::of(&found).assert_near(&Dense::of(&full.valid().forward(x)), 1e-5, "evaluation");
+        Ok(())
+    });
+    run.unwrap();
 }
 
 /// What cannot be is refused, with its numbers, on every rank alike; the world lives on.

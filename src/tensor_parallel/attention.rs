@@ -56,7 +56,6 @@ pub struct ParallelAttention {
     pub(super) min_float: f64,
     #[module(skip)]
     pub(super) sequence_parallel: bool,
-    /// The ranks that hold the same key/value head, if there are several.
     #[module(skip)]
     pub(super) sharers: Option<Communicator>,
     #[module(skip)]
@@ -84,6 +83,12 @@ impl ParallelAttention {
             .with_causal(causal)
             .with_min_float(whole.min_float)
             .init_from(&whole.query, &whole.key, &whole.value, &whole.output, group)
+    }
+
+    /// The ranks that hold the same key/value head as this one, if there are others. Its counters tell what summing the
+    /// gradients of these parameters costs.
+    pub fn sharers(&self) -> Option<&Communicator> {
+        self.sharers.as_ref()
     }
 
     /// Applies the attention. Every rank of the group calls it, and runs backward through it.
