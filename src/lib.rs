@@ -57,6 +57,7 @@ pub mod graph;
 pub mod launch;
 pub mod layout;
 pub mod mesh;
+pub mod tensor_parallel;
 
 pub use error::Error;
 
@@ -69,4 +70,5 @@ pub mod prelude {
     pub use crate::launch::{self, Rank};
     pub use crate::layout::{self, Layout};
     pub use crate::mesh::Mesh;
+    pub use crate::tensor_parallel;
 }
