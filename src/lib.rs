@@ -36,6 +36,7 @@
 //! | [`comm`] | the communicator: collectives and messages, and the trait for engines |
 //! | [`layout`] | differentiable moves between layouts, for models written by hand |
 //! | [`data_parallel`] | replicas: gradient buckets, accumulation, uneven data, synchronised batch norm, sampler |
+//! | [`tensor_parallel`] | layers split over ranks, for models written with that in mind |
 //! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
 //!
 //! # Words
