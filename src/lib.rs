@@ -9,6 +9,8 @@ pub mod graph;
 pub mod launch;
 pub mod layout;
 pub mod mesh;
+pub mod plan;
+pub mod tensor_parallel;
 
 pub use error::Error;
 
@@ -21,4 +23,6 @@ pub mod prelude {
     pub use crate::launch::{self, Rank};
     pub use crate::layout::{self, Layout};
     pub use crate::mesh::Mesh;
+    pub use crate::plan::Plan;
+    pub use crate::tensor_parallel::TensorParallel;
 }

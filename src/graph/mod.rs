@@ -45,6 +45,7 @@ mod inputs;
 mod leaves;
 mod liveness;
 mod module;
+pub mod shard;
 mod step;
 mod sync;
 

@@ -1,0 +1,35 @@
+//! Models whose layers are split over the ranks of a group.
+//!
+//! Any [`Module`](burn::module::Module), unedited: [`TensorParallel::tensor_parallel`] with a [`Plan`](crate::plan::Plan)
+//! leaves each rank its parts of the parameters, and [`Sharded::step`] runs a training step on them with the collectives
+//! that it takes.
+//!
+//! ```
+//! use burn::nn::{Linear, LinearConfig};
+//! use burn::optim::{AdamWConfig, ModuleOptimizer};
+//! use burn::prelude::*;
+//! use burn_parallel::prelude::*;
+//!
+//! launch::threads(2).run(|rank| {
+//!     let device = rank.device().autodiff();
+//!     let model: Linear = LinearConfig::new(4, 6).init(&device); // an ordinary burn model
+//!     let plan = Plan::new().shard("weight", 1).shard("bias", 0);
+//!     let mut model = model.tensor_parallel(&rank, &plan)?;
+//!     let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+//!     for _ in 0..3 {
+//!         let x = Tensor::<2>::ones([3, 4], &device);
+//!         let step = model.step(x, |model, x| model.forward(x).powi_scalar(2).mean())?;
+//!         model = optim.step(0.01, model, step.grads);
+//!     }
+//!     assert_eq!(model.local().weight.dims(), [4, 3]);
+//!     Ok(())
+//! })?;
+//! # Ok::<(), Error>(())
+//! ```
+
+mod distribute;
+mod sharded;
+mod wrap;
+
+pub use sharded::{Sharded, Step};
+pub use wrap::TensorParallel;
