@@ -57,6 +57,7 @@ pub use execute::{Executor, StepOutputs, StepResult};
 pub use inputs::{GraphInputs, GraphTensor, TensorMapper};
 pub use liveness::MemoryEstimate;
 pub use module::gradients_params;
+pub(crate) use module::with_autodiff;
 pub use step::{BatchNormBinding, InputBinding, ParamBinding, StepGraph};
 pub use sync::register_sync_batch_norm;
 

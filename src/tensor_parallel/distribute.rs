@@ -3,11 +3,13 @@
 use std::any::Any;
 use std::collections::HashMap;
 
+use burn::backend::GradientCheckpointingStrategy;
 use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::tensor::{Bool, Int, Tensor};
 
 use crate::Error;
 use crate::comm::{Communicator, Payload, ReduceOp};
+use crate::graph::with_autodiff;
 use crate::layout::{Layout, gather_from_group, scatter_from_root};
 use crate::plan::PlanTable;
 
@@ -107,8 +109,9 @@ impl ModuleMapper for Convert<'_> {
         if self.outcome.is_err() {
             return Param::from_mapped_value(id, value, mapper);
         }
-        let leaf = match self.float(value.clone().detach(), layout) {
-            Ok(local) => local.set_require_grad(trained),
+        let strategy = value.gradient_checkpointing_strategy();
+        let leaf = match self.float(value.clone().inner(), layout) {
+            Ok(local) => leaf(local, strategy, trained),
             Err(error) => {
                 self.outcome = Err(error);
                 value
@@ -128,6 +131,18 @@ impl ModuleMapper for Convert<'_> {
         let (id, value, mapper) = param.consume();
         let value = self.other(value.clone()).unwrap_or(value);
         Param::from_mapped_value(id, value, mapper)
+    }
+}
+
+/// A tensor without autodiff as a leaf of the kind that another one was.
+fn leaf<const D: usize>(
+    value: Tensor<D>,
+    strategy: Option<GradientCheckpointingStrategy>,
+    trained: bool,
+) -> Tensor<D> {
+    match strategy {
+        Some(strategy) => with_autodiff(value, strategy).set_require_grad(trained),
+        None => value,
     }
 }
 
@@ -152,8 +167,10 @@ impl ModuleMapper for Outline<'_> {
         let value = param.val();
         let Ok(dims) = <[usize; D]>::try_from(row.dims.as_slice()) else { return param };
         // Stride 0: one element stands for all.
+        let (strategy, trained) = (value.gradient_checkpointing_strategy(), value.is_require_grad());
+        let value = value.inner();
         let whole = Tensor::<D>::zeros([1; D], (&value.device(), value.dtype())).expand(dims);
-        let whole = whole.set_require_grad(value.is_require_grad());
+        let whole = leaf(whole, strategy, trained);
         self.seen.insert(id, Box::new(whole.clone()));
         Param::initialized(id, whole)
     }
