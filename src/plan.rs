@@ -84,7 +84,8 @@ impl Plan {
     /// key, value and the inner layer by columns, the projections back by rows.
     ///
     /// It goes by burn's field names: `query`, `key`, `value`, `linear_inner`, `linear_outer`; and `output` in fields whose
-    /// names end in `mha`, `attn` or `attention`. The degree should divide the number of heads: otherwise heads are
+    /// names end in `mha`, `attn` or `attention`. `SwiGlu` has fields of the same names, both of which are best split by
+    /// columns: give it rules of its own. The degree should divide the number of heads: otherwise heads are
     /// gathered, which is right but slow.
     pub fn megatron() -> Self {
         let mut plan = Self::new();

@@ -31,7 +31,7 @@ pub trait TensorMapper {
 ///
 /// ```
 /// use burn::prelude::*;
-/// use burn_parallel::{error::Error, graph::{GraphInputs, TensorMapper}};
+/// use burn_parallel::{Error, graph::{GraphInputs, TensorMapper}};
 ///
 /// #[derive(Clone)]
 /// struct Batch { images: Tensor<4>, targets: Tensor<1, Int> }

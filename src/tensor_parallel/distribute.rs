@@ -135,11 +135,7 @@ impl ModuleMapper for Convert<'_> {
 }
 
 /// A tensor without autodiff as a leaf of the kind that another one was.
-fn leaf<const D: usize>(
-    value: Tensor<D>,
-    strategy: Option<GradientCheckpointingStrategy>,
-    trained: bool,
-) -> Tensor<D> {
+fn leaf<const D: usize>(value: Tensor<D>, strategy: Option<GradientCheckpointingStrategy>, trained: bool) -> Tensor<D> {
     match strategy {
         Some(strategy) => with_autodiff(value, strategy).set_require_grad(trained),
         None => value,

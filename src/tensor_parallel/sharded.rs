@@ -123,12 +123,7 @@ impl<M: Module> Sharded<M> {
 }
 
 /// Splits a captured step, and makes sure that all ranks got the same collectives.
-fn split(
-    graph: &mut StepGraph,
-    plan: &Plan,
-    table: &PlanTable,
-    group: &Communicator,
-) -> Result<ShardReport, Error> {
+fn split(graph: &mut StepGraph, plan: &Plan, table: &PlanTable, group: &Communicator) -> Result<ShardReport, Error> {
     let degree = group.size();
     let layout = |id| table.row(id).map_or(Layout::Replicated, |row| row.layout);
     let params: Vec<Layout> = graph.params.iter().map(|param| layout(param.id)).collect();

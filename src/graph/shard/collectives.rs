@@ -22,15 +22,12 @@ pub fn register_collectives(ops: &mut CustomOps, group: &Communicator) {
     let comm = group.clone();
     ops.register(ALL_GATHER, move |op, inputs| run(ALL_GATHER, Step::Gather { dim: dim(op)? }, inputs, &comm));
     let comm = group.clone();
-    ops.register(REDUCE_SCATTER, move |op, inputs| run(REDUCE_SCATTER, Step::SumSlice { dim: dim(op)? }, inputs, &comm));
+    ops.register(REDUCE_SCATTER, move |op, inputs| {
+        run(REDUCE_SCATTER, Step::SumSlice { dim: dim(op)? }, inputs, &comm)
+    });
 }
 
-fn run(
-    name: &'static str,
-    step: Step,
-    inputs: Vec<FlexTensor>,
-    comm: &Communicator,
-) -> Result<Vec<FlexTensor>, Error> {
+fn run(name: &'static str, step: Step, inputs: Vec<FlexTensor>, comm: &Communicator) -> Result<Vec<FlexTensor>, Error> {
     let [input] = <[FlexTensor; 1]>::try_from(inputs)
         .map_err(|inputs| graph_error(format!("custom operation `{name}` takes one input, not {}", inputs.len())))?;
     Ok(vec![step.take(name, input, comm)?])

@@ -21,6 +21,8 @@
 //! means over a split dim run whole.
 //!
 //! [`Communicator`]: crate::comm::Communicator
+//! [`Layout`]: crate::layout::Layout
+//! [`StepGraph::collective_fingerprint`]: crate::graph::StepGraph::collective_fingerprint
 
 mod collectives;
 mod held;

@@ -14,8 +14,7 @@ pub(super) fn base(op: &Base) -> Vec<Strategy> {
         }),
         Base::Scatter(op) => each_dim(&op.tensor.shape, |dim| {
             let (size, indices, values) = (op.tensor.shape[dim], op.indices.shape[dim], op.value.shape[dim]);
-            (dim != op.dim && size == indices && size == values)
-                .then(|| Strategy::new([Sharded(dim); 3], Sharded(dim)))
+            (dim != op.dim && size == indices && size == values).then(|| Strategy::new([Sharded(dim); 3], Sharded(dim)))
         }),
         Base::Select(op) => {
             let mut found = each_dim(&op.tensor.shape, |dim| {

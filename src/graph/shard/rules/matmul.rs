@@ -72,11 +72,7 @@ pub(super) fn module(op: &Module) -> Vec<Strategy> {
 }
 
 /// A linear layer whose product is partial adds its bias after the sum, so the two are separated.
-pub(super) fn lower(
-    op: &Module,
-    layouts: &[Layout],
-    fresh: &mut dyn FnMut() -> TensorId,
-) -> Option<Vec<OperationIr>> {
+pub(super) fn lower(op: &Module, layouts: &[Layout], fresh: &mut dyn FnMut() -> TensorId) -> Option<Vec<OperationIr>> {
     let Module::Linear(op) = op else { return None };
     let bias = op.bias.as_ref()?;
     let last = op.x.shape.num_dims() - 1;

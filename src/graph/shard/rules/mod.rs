@@ -58,7 +58,7 @@ pub(crate) fn strategies(op: &OperationIr, degree: usize) -> Vec<Strategy> {
 /// Whether the degree divides what the strategy splits, and no tensor is wanted in two layouts at once.
 fn fits(op: &OperationIr, strategy: &Strategy, degree: usize) -> bool {
     let divides = |tensor: &TensorIr, layout: Layout| match layout {
-        Layout::Sharded(dim) => dim < tensor.shape.num_dims() && tensor.shape[dim] % degree == 0,
+        Layout::Sharded(dim) => dim < tensor.shape.num_dims() && tensor.shape[dim].is_multiple_of(degree),
         _ => true,
     };
     let inputs: Vec<(&TensorIr, Layout)> = op.inputs().zip(strategy.inputs.iter().copied()).collect();
@@ -102,10 +102,7 @@ pub(crate) fn as_sum(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, &TensorI
 /// Whether it moves the elements of its only input without reading or adding them.
 pub(crate) fn only_moves(op: &OperationIr) -> bool {
     use BaseOperationIr::{Expand, Flip, Permute, Reshape, SwapDims};
-    matches!(
-        op,
-        OperationIr::BaseFloat(Reshape(_) | SwapDims(_) | Permute(_) | Expand(_) | Flip(_))
-    )
+    matches!(op, OperationIr::BaseFloat(Reshape(_) | SwapDims(_) | Permute(_) | Expand(_) | Flip(_)))
 }
 
 /// A strategy for every dim of a shape for which `of` has one.

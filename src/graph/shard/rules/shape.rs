@@ -8,17 +8,14 @@ use crate::layout::Layout::{Partial, Sharded};
 
 pub(super) fn base(op: &Base, degree: usize) -> Vec<Strategy> {
     let moved = |input: &TensorIr, to: &dyn Fn(usize) -> Option<usize>| {
-        let mut found =
-            each_dim(&input.shape, |dim| to(dim).map(|to| Strategy::new([Sharded(dim)], Sharded(to))));
+        let mut found = each_dim(&input.shape, |dim| to(dim).map(|to| Strategy::new([Sharded(dim)], Sharded(to))));
         if !input.dtype.is_bool() {
             found.push(Strategy::new([Partial], Partial));
         }
         found
     };
     match op {
-        Base::Reshape(op) => {
-            moved(&op.input, &|dim| reshaped(&op.input.shape, &op.out.shape, dim, degree))
-        }
+        Base::Reshape(op) => moved(&op.input, &|dim| reshaped(&op.input.shape, &op.out.shape, dim, degree)),
         Base::SwapDims(op) => moved(&op.input, &|dim| {
             Some(if dim == op.dim1 {
                 op.dim2
@@ -40,8 +37,7 @@ pub(super) fn base(op: &Base, degree: usize) -> Vec<Strategy> {
         }),
         Base::RepeatDim(op) => moved(&op.tensor, &|dim| (dim != op.dim).then_some(dim)),
         Base::Cat(op) => each_dim(&op.out.shape, |dim| {
-            (dim != op.dim)
-                .then(|| Strategy { inputs: vec![Sharded(dim); op.tensors.len()], output: Sharded(dim) })
+            (dim != op.dim).then(|| Strategy { inputs: vec![Sharded(dim); op.tensors.len()], output: Sharded(dim) })
         }),
         _ => Vec::new(),
     }
@@ -53,7 +49,7 @@ fn reshaped(from: &Shape, to: &Shape, dim: usize, degree: usize) -> Option<usize
     let before: usize = from.as_slice()[..dim].iter().product();
     let mut product = 1;
     for (place, size) in to.as_slice().iter().enumerate() {
-        if product == before && size % degree == 0 {
+        if product == before && size.is_multiple_of(degree) {
             return Some(place);
         }
         product *= size;
@@ -64,9 +60,7 @@ fn reshaped(from: &Shape, to: &Shape, dim: usize, degree: usize) -> Option<usize
 /// Whether the ranges take all of a dim, in order.
 fn whole(ranges: &[Slice], shape: &Shape, dim: usize) -> bool {
     let size = shape[dim] as isize;
-    ranges.get(dim).is_none_or(|range| {
-        range.step == 1 && range.start == 0 && range.end.is_none_or(|end| end == size)
-    })
+    ranges.get(dim).is_none_or(|range| range.step == 1 && range.start == 0 && range.end.is_none_or(|end| end == size))
 }
 
 pub(super) fn localise(op: &mut Base, dim: usize, degree: usize) {
