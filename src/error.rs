@@ -218,6 +218,13 @@ pub enum Error {
         problem: String,
     },
 
+    /// A plan does not fit the model, the inputs or the number of ranks.
+    #[error("plan: {problem}")]
+    Plan {
+        /// What is wrong, with the path, the dims and the degree.
+        problem: String,
+    },
+
     /// An error of the user's own code, passed through.
     #[error("{0}")]
     User(String),

@@ -36,7 +36,8 @@
 //! | [`comm`] | the communicator: collectives and messages, and the trait for engines |
 //! | [`layout`] | differentiable moves between layouts, for models written by hand |
 //! | [`data_parallel`] | replicas: gradient buckets, accumulation, uneven data, synchronised batch norm, sampler |
-//! | [`tensor_parallel`] | layers split over ranks, for models written with that in mind |
+//! | [`plan`] | which parameters are split, by path |
+//! | [`tensor_parallel`] | any module split over ranks by a plan; explicit layers for models written with that in mind |
 //! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
 //!
 //! # Words
@@ -58,6 +59,7 @@ pub mod graph;
 pub mod launch;
 pub mod layout;
 pub mod mesh;
+pub mod plan;
 pub mod tensor_parallel;
 
 pub use error::Error;
@@ -71,5 +73,6 @@ pub mod prelude {
     pub use crate::launch::{self, Rank};
     pub use crate::layout::{self, Layout};
     pub use crate::mesh::Mesh;
-    pub use crate::tensor_parallel;
+    pub use crate::plan::Plan;
+    pub use crate::tensor_parallel::TensorParallel;
 }

@@ -17,7 +17,7 @@ use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData, activation};
 use burn_parallel::comm::{Counters, part};
 use burn_parallel::prelude::*;
-use burn_parallel::tensor_parallel::*;
+use burn_parallel::tensor_parallel::layers::*;
 use dense::Dense;
 
 const STEPS: u64 = 3;

@@ -130,7 +130,7 @@ pub(crate) fn program(graph: &StepGraph) -> Vec<Action> {
 }
 
 /// The operations that the results depend on.
-fn without_dead(operations: &[OperationIr], results: &HashSet<TensorId>) -> Vec<OperationIr> {
+pub(crate) fn without_dead(operations: &[OperationIr], results: &HashSet<TensorId>) -> Vec<OperationIr> {
     let mut needed = results.clone();
     let mut alive: Vec<OperationIr> = Vec::new();
     for op in operations.iter().rev() {

@@ -3,7 +3,8 @@
 //! An eager wrapper cannot reach inside an unmodified `forward`. Here the step (forward, loss and backward) of an
 //! ordinary [`Module`](burn::module::Module) is recorded once with [`capture_step`], which yields a [`StepGraph`]:
 //! burn-ir operations with the parameters, inputs and results named. Passes rewrite that list, for example
-//! [`sync_batch_norm`], which puts a collective after every batch statistic. An [`Executor`] then runs it on Flex at
+//! [`sync_batch_norm`], which puts a collective after every batch statistic, or [`shard::partition`], which splits the step
+//! over the ranks of a group. An [`Executor`] then runs it on Flex at
 //! each step with the model's current parameters and new inputs, faster than eager since there is no tape.
 //!
 //! ```
@@ -45,6 +46,7 @@ mod inputs;
 mod leaves;
 mod liveness;
 mod module;
+pub mod shard;
 mod step;
 mod sync;
 
@@ -56,6 +58,7 @@ pub use execute::{Executor, StepOutputs, StepResult};
 pub use inputs::{GraphInputs, GraphTensor, TensorMapper};
 pub use liveness::MemoryEstimate;
 pub use module::gradients_params;
+pub(crate) use module::with_autodiff;
 pub use step::{BatchNormBinding, InputBinding, ParamBinding, StepGraph};
 pub use sync::register_sync_batch_norm;
 

@@ -196,7 +196,8 @@ impl ModuleMapper for WriteRunningStates {
     }
 }
 
-fn with_autodiff<const D: usize>(tensor: Tensor<D>, strategy: GradientCheckpointingStrategy) -> Tensor<D> {
+/// The tensor on autodiff, as one that takes part in gradient checkpointing by `strategy`.
+pub(crate) fn with_autodiff<const D: usize>(tensor: Tensor<D>, strategy: GradientCheckpointingStrategy) -> Tensor<D> {
     let mut tensor = tensor.autodiff().into_dispatch();
     tensor.autodiff = DispatchAutodiffContext::Enabled(strategy);
     Tensor::from_dispatch(tensor)

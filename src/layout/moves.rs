@@ -9,7 +9,7 @@ use crate::comm::{Communicator, Operation, ReduceOp, part};
 
 /// What a move does in one direction. Every step is linear in the tensors of all ranks.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Step {
+pub(crate) enum Step {
     /// `y = x`.
     Keep,
     /// `y = x` on rank 0, `y = 0` on the others.

@@ -1,0 +1,69 @@
+//! What a partition put into a graph.
+
+use std::fmt;
+
+/// The kinds of collectives that a partition puts in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CollectiveKind {
+    /// Partial to replicated.
+    AllReduce,
+    /// Sharded to replicated.
+    AllGather,
+    /// Partial to sharded.
+    ReduceScatter,
+}
+
+/// One collective of a partitioned graph.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Collective {
+    /// What it does.
+    pub kind: CollectiveKind,
+    /// Dims of the logical tensor.
+    pub dims: Vec<usize>,
+    /// Whether it belongs to the forward pass.
+    pub forward: bool,
+    /// The operation that needed it, or `result`.
+    pub reader: String,
+}
+
+/// An operation that had split inputs but no rule to run on them: they were gathered, and it runs whole on every rank.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fallback {
+    /// The operation.
+    pub operation: String,
+    /// Dims of its first output.
+    pub dims: Vec<usize>,
+    /// Whether it belongs to the forward pass.
+    pub forward: bool,
+}
+
+/// What a [`partition`](super::partition) put in, and what it could not split.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ShardReport {
+    /// The collectives in order, the same on every rank.
+    pub collectives: Vec<Collective>,
+    /// The operations that run whole although some of their inputs were split.
+    pub fallbacks: Vec<Fallback>,
+}
+
+impl ShardReport {
+    /// How many collectives of a kind there are in the forward and in the backward pass.
+    pub fn count(&self, kind: CollectiveKind) -> [usize; 2] {
+        let of = |forward| self.collectives.iter().filter(|c| c.kind == kind && c.forward == forward).count();
+        [of(true), of(false)]
+    }
+}
+
+impl fmt::Display for ShardReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Collective { kind, dims, forward, reader } in &self.collectives {
+            let pass = if *forward { "forward" } else { "backward" };
+            writeln!(f, "{pass:8} {kind:?} {dims:?} for {reader}")?;
+        }
+        for Fallback { operation, dims, forward } in &self.fallbacks {
+            let pass = if *forward { "forward" } else { "backward" };
+            writeln!(f, "{pass:8} whole on every rank: {operation} {dims:?}")?;
+        }
+        Ok(())
+    }
+}

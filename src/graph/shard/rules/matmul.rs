@@ -1,0 +1,95 @@
+//! Products of matrices, and burn's linear layer forward and backward. With the contracted dim split, each rank has a
+//! partial product.
+
+use burn::tensor::Shape;
+use burn_ir::{
+    BaseOperationIr, BinaryOpIr, FloatOperationIr, LinearOpIr, ModuleOperationIr as Module, NumericOperationIr,
+    OperationIr, ShapeOpIr, TensorId, TensorIr,
+};
+
+use super::{Strategy, each_dim};
+use crate::layout::Layout::{self, Partial, Replicated, Sharded};
+
+pub(super) fn float(op: &FloatOperationIr) -> Vec<Strategy> {
+    let FloatOperationIr::Matmul(op) = op else { return Vec::new() };
+    let (lhs, rhs, out) = (&op.lhs.shape, &op.rhs.shape, &op.out.shape);
+    let rank = out.num_dims();
+    if rank < 2 || lhs.num_dims() != rank || rhs.num_dims() != rank {
+        return Vec::new();
+    }
+    let (row, column) = (rank - 2, rank - 1);
+    let batch = |shape: &Shape, dim: usize| if shape[dim] == out[dim] { Sharded(dim) } else { Replicated };
+    let mut found: Vec<Strategy> =
+        (0..row).map(|dim| Strategy::new([batch(lhs, dim), batch(rhs, dim)], Sharded(dim))).collect();
+    found.push(Strategy::new([Sharded(row), Replicated], Sharded(row)));
+    found.push(Strategy::new([Replicated, Sharded(column)], Sharded(column)));
+    found.push(Strategy::new([Sharded(column), Sharded(row)], Partial));
+    found
+}
+
+pub(super) fn module(op: &Module) -> Vec<Strategy> {
+    match op {
+        Module::Linear(op) => {
+            let last = op.x.shape.num_dims() - 1;
+            let bias = |layout: Layout| op.bias.iter().map(move |_| layout);
+            let with_bias = |inputs: [Layout; 2], of_bias: Layout, output: Layout| Strategy {
+                inputs: inputs.into_iter().chain(bias(of_bias)).collect(),
+                output,
+            };
+            let mut found: Vec<Strategy> =
+                (0..last).map(|dim| with_bias([Sharded(dim), Replicated], Replicated, Sharded(dim))).collect();
+            found.push(with_bias([Replicated, Sharded(1)], Sharded(0), Sharded(last)));
+            if op.bias.is_none() {
+                found.push(Strategy::new([Sharded(last), Sharded(0)], Partial));
+            }
+            found
+        }
+        Module::LinearXBackward(op) => {
+            let last = op.output_grad.shape.num_dims() - 1;
+            let mut found: Vec<Strategy> =
+                (0..last).map(|dim| Strategy::new([Replicated, Sharded(dim)], Sharded(dim))).collect();
+            found.push(Strategy::new([Sharded(1), Sharded(last)], Partial));
+            found.push(Strategy::new([Sharded(0), Replicated], Sharded(last)));
+            found
+        }
+        Module::LinearWeightBackward(op) => {
+            let last = op.output_grad.shape.num_dims() - 1;
+            let mut found: Vec<Strategy> = (0..last).map(|dim| Strategy::new([Sharded(dim); 2], Partial)).collect();
+            found.push(Strategy::new([Replicated, Sharded(last)], Sharded(1)));
+            found.push(Strategy::new([Sharded(last), Replicated], Sharded(0)));
+            found
+        }
+        Module::LinearBiasBackward(op) => {
+            let last = op.output_grad.shape.num_dims() - 1;
+            let mut found = each_dim(&op.output_grad.shape, |dim| {
+                Some(Strategy::new([Sharded(dim)], if dim == last { Sharded(0) } else { Partial }))
+            });
+            found.push(Strategy::new([Partial], Partial));
+            found
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// A linear layer whose product is partial adds its bias after the sum, so the two are separated.
+pub(super) fn lower(op: &Module, layouts: &[Layout], fresh: &mut dyn FnMut() -> TensorId) -> Option<Vec<OperationIr>> {
+    let Module::Linear(op) = op else { return None };
+    let bias = op.bias.as_ref()?;
+    let last = op.x.shape.num_dims() - 1;
+    let [x, weight, ..] = layouts else { return None };
+    if !(*weight == Sharded(0) || (*x == Sharded(last) && *weight == Replicated)) {
+        return None;
+    }
+    let product = TensorIr::uninit(fresh(), op.out.shape.clone(), op.out.dtype);
+    let mut dims = vec![1; last + 1];
+    dims[last] = bias.shape[0];
+    let row = TensorIr::uninit(fresh(), Shape::from(dims), bias.dtype);
+    Some(vec![
+        OperationIr::Module(Module::Linear(LinearOpIr { bias: None, out: product.clone(), ..op.clone() })),
+        OperationIr::BaseFloat(BaseOperationIr::Reshape(ShapeOpIr { input: bias.clone(), out: row.clone() })),
+        OperationIr::NumericFloat(
+            op.out.dtype,
+            NumericOperationIr::Add(BinaryOpIr { lhs: product, rhs: row, out: op.out.clone() }),
+        ),
+    ])
+}

@@ -1,0 +1,111 @@
+//! What each operation can do with split inputs, in files by kind.
+//!
+//! A rule is a pure function from an operation, in its global shapes, to the [`Strategy`]s under which every rank can run
+//! it on local tensors and get its share of the result. It knows neither what lies where nor what a move costs: the
+//! [pass](super) chooses. Reductions over a split dim that need more than a sum are lowered to ones that do not.
+
+mod elementwise;
+mod index;
+mod matmul;
+mod reduce;
+mod shape;
+
+use burn::tensor::Shape;
+use burn_ir::{BaseOperationIr, NumericOperationIr, OperationIr, TensorId, TensorIr};
+
+use crate::layout::Layout;
+
+/// One way to run an operation: given inputs in these layouts, in the order of [`OperationIr::inputs`], the local
+/// operation gives all its outputs in that layout.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Strategy {
+    pub(crate) inputs: Vec<Layout>,
+    pub(crate) output: Layout,
+}
+
+impl Strategy {
+    fn new<const N: usize>(inputs: [Layout; N], output: Layout) -> Self {
+        Self { inputs: inputs.into(), output }
+    }
+
+    /// All inputs whole, and so the outputs: right for every operation that draws no random numbers.
+    pub(crate) fn replicated(op: &OperationIr) -> Self {
+        Self { inputs: op.inputs().map(|_| Layout::Replicated).collect(), output: Layout::Replicated }
+    }
+}
+
+/// The strategies of an operation beside the replicated one; none for an operation without a rule.
+pub(crate) fn strategies(op: &OperationIr, degree: usize) -> Vec<Strategy> {
+    let mut found = match op {
+        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => match base {
+            BaseOperationIr::Gather(_)
+            | BaseOperationIr::Scatter(_)
+            | BaseOperationIr::Select(_)
+            | BaseOperationIr::SelectAssign(_) => index::base(base),
+            _ => shape::base(base, degree),
+        },
+        OperationIr::NumericFloat(_, numeric) | OperationIr::NumericInt(_, numeric) => reduce::numeric(numeric),
+        OperationIr::Float(_, float) => matmul::float(float),
+        OperationIr::Module(module) => [matmul::module(module), index::module(module)].concat(),
+        OperationIr::Activation(activation) => reduce::activation(activation),
+        _ => Vec::new(),
+    };
+    found.extend(elementwise::strategies(op));
+    found.retain(|strategy| fits(op, strategy, degree));
+    found
+}
+
+/// Whether the degree divides what the strategy splits, and no tensor is wanted in two layouts at once.
+fn fits(op: &OperationIr, strategy: &Strategy, degree: usize) -> bool {
+    let divides = |tensor: &TensorIr, layout: Layout| match layout {
+        Layout::Sharded(dim) => dim < tensor.shape.num_dims() && tensor.shape[dim].is_multiple_of(degree),
+        _ => true,
+    };
+    let inputs: Vec<(&TensorIr, Layout)> = op.inputs().zip(strategy.inputs.iter().copied()).collect();
+    let agree = |(tensor, layout): &(&TensorIr, Layout)| inputs.iter().all(|(t, l)| t.id != tensor.id || l == layout);
+    inputs.iter().all(|input| divides(input.0, input.1) && agree(input))
+        && op.outputs().all(|out| divides(out, strategy.output))
+}
+
+/// Rewrites an operation whose rules need it as several, given the layouts that its inputs are in.
+pub(crate) fn lower(
+    op: &OperationIr,
+    layouts: &[Layout],
+    fresh: &mut dyn FnMut() -> TensorId,
+) -> Option<Vec<OperationIr>> {
+    match op {
+        OperationIr::NumericFloat(dtype, numeric) => reduce::lower(*dtype, numeric, layouts, fresh),
+        OperationIr::Module(module) => matmul::lower(module, layouts, fresh),
+        _ => None,
+    }
+}
+
+/// Makes what an operation says beside its tensors local: ranges over a dim that is split.
+pub(crate) fn localise(op: &mut OperationIr, strategy: &Strategy, degree: usize) {
+    if let (
+        Layout::Sharded(dim),
+        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base),
+    ) = (strategy.output, op)
+    {
+        shape::localise(base, dim, degree);
+    }
+}
+
+/// Whether it is the sum of two float tensors, and of which.
+pub(crate) fn as_sum(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, &TensorIr)> {
+    match op {
+        OperationIr::NumericFloat(_, NumericOperationIr::Add(op)) => Some((&op.lhs, &op.rhs, &op.out)),
+        _ => None,
+    }
+}
+
+/// Whether it moves the elements of its only input without reading or adding them.
+pub(crate) fn only_moves(op: &OperationIr) -> bool {
+    use BaseOperationIr::{Expand, Flip, Permute, Reshape, SwapDims};
+    matches!(op, OperationIr::BaseFloat(Reshape(_) | SwapDims(_) | Permute(_) | Expand(_) | Flip(_)))
+}
+
+/// A strategy for every dim of a shape for which `of` has one.
+fn each_dim(shape: &Shape, of: impl FnMut(usize) -> Option<Strategy>) -> Vec<Strategy> {
+    (0..shape.num_dims()).filter_map(of).collect()
+}

@@ -1,0 +1,75 @@
+//! Operations that move elements about.
+
+use burn::tensor::{Shape, Slice};
+use burn_ir::{BaseOperationIr as Base, TensorIr};
+
+use super::{Strategy, each_dim};
+use crate::layout::Layout::{Partial, Sharded};
+
+pub(super) fn base(op: &Base, degree: usize) -> Vec<Strategy> {
+    let moved = |input: &TensorIr, to: &dyn Fn(usize) -> Option<usize>| {
+        let mut found = each_dim(&input.shape, |dim| to(dim).map(|to| Strategy::new([Sharded(dim)], Sharded(to))));
+        if !input.dtype.is_bool() {
+            found.push(Strategy::new([Partial], Partial));
+        }
+        found
+    };
+    match op {
+        Base::Reshape(op) => moved(&op.input, &|dim| reshaped(&op.input.shape, &op.out.shape, dim, degree)),
+        Base::SwapDims(op) => moved(&op.input, &|dim| {
+            Some(if dim == op.dim1 {
+                op.dim2
+            } else if dim == op.dim2 {
+                op.dim1
+            } else {
+                dim
+            })
+        }),
+        Base::Permute(op) => moved(&op.input, &|dim| op.axes.iter().position(|axis| *axis == dim)),
+        Base::Expand(op) => {
+            let before = op.out.shape.num_dims().saturating_sub(op.input.shape.num_dims());
+            moved(&op.input, &|dim| (op.input.shape[dim] == op.out.shape[dim + before]).then_some(dim + before))
+        }
+        Base::Flip(op) => moved(&op.input, &|dim| (!op.axes.contains(&dim)).then_some(dim)),
+        Base::Slice(op) => moved(&op.tensor, &|dim| whole(&op.ranges, &op.tensor.shape, dim).then_some(dim)),
+        Base::SliceAssign(op) => each_dim(&op.tensor.shape, |dim| {
+            whole(&op.ranges, &op.tensor.shape, dim).then(|| Strategy::new([Sharded(dim); 2], Sharded(dim)))
+        }),
+        Base::RepeatDim(op) => moved(&op.tensor, &|dim| (dim != op.dim).then_some(dim)),
+        Base::Cat(op) => each_dim(&op.out.shape, |dim| {
+            (dim != op.dim).then(|| Strategy { inputs: vec![Sharded(dim); op.tensors.len()], output: Sharded(dim) })
+        }),
+        _ => Vec::new(),
+    }
+}
+
+/// Where a split dim goes in a reshape: to the dim that begins at the same place and can be split too, as the `d` of
+/// `[b, s, d]` goes to the heads of `[b, s, h, d / h]`.
+fn reshaped(from: &Shape, to: &Shape, dim: usize, degree: usize) -> Option<usize> {
+    let before: usize = from.as_slice()[..dim].iter().product();
+    let mut product = 1;
+    for (place, size) in to.as_slice().iter().enumerate() {
+        if product == before && size.is_multiple_of(degree) {
+            return Some(place);
+        }
+        product *= size;
+    }
+    None
+}
+
+/// Whether the ranges take all of a dim, in order.
+fn whole(ranges: &[Slice], shape: &Shape, dim: usize) -> bool {
+    let size = shape[dim] as isize;
+    ranges.get(dim).is_none_or(|range| range.step == 1 && range.start == 0 && range.end.is_none_or(|end| end == size))
+}
+
+pub(super) fn localise(op: &mut Base, dim: usize, degree: usize) {
+    let (ranges, shape) = match op {
+        Base::Slice(op) => (&mut op.ranges, &op.tensor.shape),
+        Base::SliceAssign(op) => (&mut op.ranges, &op.tensor.shape),
+        _ => return,
+    };
+    if let Some(range) = ranges.get_mut(dim) {
+        *range = Slice::new(0, Some((shape[dim] / degree) as isize), 1);
+    }
+}
