@@ -59,6 +59,7 @@ pub mod graph;
 pub mod launch;
 pub mod layout;
 pub mod mesh;
+mod params;
 pub mod plan;
 pub mod tensor_parallel;
 

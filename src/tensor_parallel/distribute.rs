@@ -8,42 +8,19 @@ use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::tensor::{Bool, Int, Tensor};
 
 use crate::Error;
-use crate::comm::{Communicator, Payload, ReduceOp};
+use crate::comm::{Communicator, Payload};
 use crate::graph::with_autodiff;
 use crate::layout::{Layout, gather_from_group, scatter_from_root};
-use crate::plan::PlanTable;
+use crate::params;
+use crate::plan::{PlanRow, PlanTable};
 
 /// Demands that all ranks bring the same parameters in the same layouts.
+///
+/// # Errors
+/// Those of [`params::agree`].
 pub(super) fn agree(table: &PlanTable, group: &Communicator) -> Result<(), Error> {
-    let rows = table.rows();
-    let mine = rows.iter().map(|row| hash(&format!("{} {:?} {:?} {}", row.path, row.dims, row.dtype, row.layout)));
-    let mut mine: Vec<u64> = mine.collect();
-    let theirs = group.broadcast(vec![mine.len() as u64], 0)?[0] as usize;
-    let places = theirs.max(mine.len());
-    mine.resize(theirs, 0);
-    let expected = group.broadcast(mine.clone(), 0)?;
-    let place = expected.iter().zip(&mine).position(|(a, b)| a != b);
-    let place = place.or((places != theirs).then_some(theirs));
-    // Of the first rank that differs, the first place: the same answer on every rank.
-    let word = place.map_or(u64::MAX, |place| (group.rank() as u64) << 32 | place as u64);
-    let first = group.all_reduce(vec![word], ReduceOp::Min)?[0];
-    if first == u64::MAX {
-        return Ok(());
-    }
-    let (rank, place) = ((first >> 32) as usize, first & 0xffff_ffff);
-    let error = Error::ModelMismatch {
-        group: group.group().clone(),
-        rank,
-        path: format!("parameter number {place}"),
-        problem: "path, dims, dtype or layout differ".into(),
-    };
-    group.fail(error.clone());
-    Err(error)
-}
-
-/// FNV-1a: the same in every process.
-fn hash(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+    let line = |row: &PlanRow| (row.path.clone(), format!("{:?} {:?}, {}", row.dtype, row.dims, row.layout));
+    params::agree(&table.rows().iter().map(line).collect::<Vec<_>>(), group)
 }
 
 /// Gives this rank its part of every parameter of rank 0's module, as fresh leaves.

@@ -1,0 +1,57 @@
+//! What the ranks of a group must agree on before they share a model.
+
+use std::fmt::Write;
+
+use crate::Error;
+use crate::comm::{Communicator, ReduceOp};
+
+/// Demands that all ranks describe their parameters alike: `(path, what it is)` in the order of the module.
+///
+/// # Errors
+/// [`Error::ModelMismatch`], the same on all ranks, with the first rank that differs and the first path where it does.
+pub(crate) fn agree(lines: &[(String, String)], group: &Communicator) -> Result<(), Error> {
+    let mut text = String::new();
+    for (path, what) in lines {
+        let _ = writeln!(text, "{path}\t{what}");
+    }
+    let len = group.broadcast(vec![text.len() as u64], 0)?[0] as usize;
+    let mut theirs = text.clone().into_bytes();
+    theirs.resize(len, 0);
+    let theirs = group.broadcast(theirs, 0)?;
+    let differs = theirs != text.as_bytes();
+    let first = group.all_reduce(vec![if differs { group.rank() as u64 } else { u64::MAX }], ReduceOp::Min)?[0];
+    if first == u64::MAX {
+        return Ok(());
+    }
+    let rank = first as usize;
+    let found = if group.rank() == rank { difference(lines, &String::from_utf8_lossy(&theirs)) } else { String::new() };
+    let len = group.broadcast(vec![found.len() as u64], rank)?[0] as usize;
+    let mut found = found.into_bytes();
+    found.resize(len, 0);
+    let found = String::from_utf8_lossy(&group.broadcast(found, rank)?).into_owned();
+    let (path, problem) = found.split_once('\t').unwrap_or((&found, "it differs"));
+    let name = group.group().clone();
+    let error = Error::ModelMismatch { group: name, rank, path: path.into(), problem: problem.into() };
+    group.fail(error.clone());
+    Err(error)
+}
+
+/// The first line that differs from those of rank 0, as `path<tab>problem`.
+fn difference(lines: &[(String, String)], theirs: &str) -> String {
+    let theirs: Vec<(&str, &str)> = theirs.lines().filter_map(|line| line.split_once('\t')).collect();
+    for place in 0..lines.len().max(theirs.len()) {
+        match (lines.get(place), theirs.get(place)) {
+            (Some((path, what)), Some((their_path, their_what))) if path == their_path && what == their_what => {}
+            (Some((path, what)), Some((their_path, their_what))) if path == their_path => {
+                return format!("{path}\tit is {what} here and {their_what} on rank 0");
+            }
+            (Some((path, _)), Some((their_path, _))) => {
+                return format!("{path}\trank 0 has `{their_path}` in its place");
+            }
+            (Some((path, _)), None) => return format!("{path}\trank 0 does not have it"),
+            (None, Some((their_path, _))) => return format!("{their_path}\tit is missing here"),
+            (None, None) => {}
+        }
+    }
+    String::new()
+}
