@@ -2,9 +2,13 @@
 
 mod zoo;
 
-use std::sync::Mutex;
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::NoCheckpointing};
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, unary};
+use burn::backend::{Autodiff, Flex};
 use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer, SgdConfig};
@@ -550,57 +554,89 @@ fn other_float_dtypes() {
     }
 }
 
-/// Notes when each bucket's turn came.
-#[derive(Debug)]
-struct Clock(Mutex<Vec<(usize, Instant)>>);
+/// Opens when the first bucket's turn has come.
+#[derive(Debug, Default)]
+struct Turn {
+    come: Mutex<bool>,
+    comes: Condvar,
+}
 
-impl CommHook for &'static Clock {
+impl Turn {
+    /// Whether it has come, or comes within the time.
+    fn wait(&self, limit: Duration) -> bool {
+        let guard = self.come.lock().unwrap();
+        *self.comes.wait_timeout_while(guard, limit, |come| !*come).unwrap().0
+    }
+}
+
+/// Tells of the first bucket of each rank.
+#[derive(Debug, Default)]
+struct TellTurn([Arc<Turn>; 2]);
+
+impl CommHook for TellTurn {
     fn reduce(&self, bucket: Bucket, group: &Communicator) -> Result<Vec<Tensor<1>>, Error> {
-        self.0.lock().unwrap().push((bucket.index, Instant::now()));
+        if bucket.index == 0 {
+            let turn = &self.0[group.rank()];
+            *turn.come.lock().unwrap() = true;
+            turn.comes.notify_all();
+        }
         group.all_reduce_coalesced(bucket.gradients, ReduceOp::PreMulSum(bucket.factor))
     }
 }
 
+/// What a [`gate`] waits for in backward, how long at most, and what it saw.
+type GateState = (Arc<Turn>, Duration, Arc<Mutex<Option<bool>>>);
+
+#[derive(Debug)]
+struct Gate;
+
+impl Backward<Flex, 1> for Gate {
+    type State = GateState;
+
+    fn backward(self, ops: Ops<GateState, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let (turn, limit, seen) = ops.state;
+        *seen.lock().unwrap() = Some(turn.wait(limit));
+        unary::<Flex, _>(ops.parents, ops.node, grads, |gradient| gradient);
+    }
+}
+
+/// The identity, whose backward waits for the first bucket's turn.
+fn gate(x: Tensor<2>, state: GateState) -> Tensor<2> {
+    let (value, node) = x.try_into_primitive::<Autodiff<Flex>>().unwrap().into_parts();
+    let output = match Gate.prepare::<NoCheckpointing>([node]).compute_bound().stateful() {
+        OpsKind::Tracked(prepared) => prepared.finish(state, value),
+        OpsKind::UnTracked(prepared) => prepared.finish(value),
+    };
+    Tensor::from_primitive::<Autodiff<Flex>>(output)
+}
+
+/// Backward stops behind the first layer until the bucket of the last layers is being reduced: with overlap it is, without
+/// it never would be.
 #[test]
 fn buckets_are_reduced_while_backward_runs() {
-    static OVERLAPPED: Clock = Clock(Mutex::new(Vec::new()));
-    static AFTERWARDS: Clock = Clock(Mutex::new(Vec::new()));
-    let run = |clock: &'static Clock, overlap| {
-        launch::threads(2)
+    for (overlap, limit) in [(true, Duration::from_secs(30)), (false, Duration::from_millis(200))] {
+        let turns: [Arc<Turn>; 2] = Default::default();
+        let seen = launch::threads(2)
             .run(|rank| {
                 let device = rank.device().autodiff();
-                let layers: Vec<Linear> = (0..6).map(|_| LinearConfig::new(384, 384).init(&device)).collect();
-                let config = DataParallelConfig::new().with_bucket_bytes(700_000).with_overlap(overlap);
-                let mut model = layers.data_parallel(&rank, config.with_comm_hook(clock))?;
-                let mut ends = Vec::new();
-                for _ in 0..4 {
-                    let mut x = Tensor::<2>::ones([256, 384], &device);
-                    for layer in model.iter() {
-                        x = layer.forward(x).tanh();
+                let layers: Vec<Linear> = (0..4).map(|_| LinearConfig::new(8, 8).init(&device)).collect();
+                let hook = TellTurn(turns.clone());
+                let config = DataParallelConfig::new().with_bucket_bytes(300).with_overlap(overlap);
+                let mut model = layers.data_parallel(&rank, config.with_comm_hook(hook))?;
+                let seen = Arc::new(Mutex::new(None));
+                let mut x = Tensor::<2>::ones([2, 8], &device);
+                for (number, layer) in model.iter().enumerate() {
+                    x = layer.forward(x).tanh();
+                    if number == 0 {
+                        x = gate(x, (turns[rank.rank()].clone(), limit, seen.clone()));
                     }
-                    let loss = x.mean();
-                    let began = Instant::now();
-                    model.backward(loss)?;
-                    ends.push((began, Instant::now()));
                 }
-                Ok(ends)
+                model.backward(x.mean())?;
+                Ok(seen.lock().unwrap().take())
             })
-            .unwrap()
-    };
-    // How far into `backward` the first bucket's turn came, at best, in shares of its duration.
-    let earliest = |clock: &'static Clock, overlap| {
-        let ends = run(clock, overlap).concat();
-        let turns = clock.0.lock().unwrap();
-        let first = turns.iter().filter(|(index, _)| *index == 0).map(|(_, turn)| *turn);
-        let shares = first.filter_map(|turn| {
-            let (began, ended) = ends.iter().find(|(began, ended)| (*began..*ended).contains(&turn))?;
-            Some((turn - *began).as_secs_f64() / (*ended - *began).as_secs_f64())
-        });
-        shares.fold(1.0, f64::min)
-    };
-    let (overlapped, afterwards) = (earliest(&OVERLAPPED, true), earliest(&AFTERWARDS, false));
-    assert!(overlapped < 0.5, "the first bucket started at {overlapped} of backward");
-    assert!(overlapped < afterwards, "{overlapped} with overlap, {afterwards} without");
+            .unwrap();
+        assert_eq!(seen, [Some(overlap); 2], "with overlap {overlap}");
+    }
 }
 
 #[test]
