@@ -14,7 +14,7 @@ use crate::Error;
 /// The ranks of one group, seen from one of them: what they do together.
 ///
 /// Cheap to clone; clones are the same member of the same group. The group ends for this rank when the last clone is
-/// dropped. Collectives take a [`Payload`] by value and return one; [`start`](Self::start) runs any of them in the
+/// dropped. Collectives take a [`Payload`](super::Payload) by value and return one; [`start`](Self::start) runs any of them in the
 /// background. Operations that divide tensors divide their first dim into [parts](super::part).
 ///
 /// # Errors
@@ -65,7 +65,7 @@ impl Communicator {
         self.inner.transport.group()
     }
 
-    /// Name of the engine: `local`, `nccl`, `mpi`, or that of a [`Transport`] of your own.
+    /// Name of the engine: `local`, or that of a [`Transport`] of your own.
     pub fn engine(&self) -> &'static str {
         self.inner.transport.engine()
     }
