@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::loss::CrossEntropyLossConfig;
 use burn::nn::pool::{AdaptiveAvgPool2dConfig, MaxPool2dConfig};
@@ -42,6 +42,25 @@ pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     CrossEntropyLossConfig::new().init(&logits.device()).forward(logits, targets)
 }
 
+/// Replaces what burn draws from a generator that all tests share by numbers that are the same in every run.
+fn seeded<M: Module>(model: M) -> M {
+    struct Fill(Numbers);
+    impl ModuleMapper for Fill {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let (id, value, mapper) = param.consume();
+            let drawn: Vec<f32> = value.clone().inner().into_data().try_to_vec().unwrap();
+            if !value.is_require_grad() || drawn.iter().all(|x| *x == drawn[0]) {
+                return Param::from_mapped_value(id, value, mapper);
+            }
+            let dims: [usize; D] = value.dims();
+            let bound = (dims[D - 1] as f32 / drawn.len() as f32).sqrt().min(0.5);
+            let value = (self.0.tensor(dims, &value.device()) * bound).require_grad();
+            Param::from_mapped_value(id, value, mapper)
+        }
+    }
+    model.map(&mut Fill(Numbers(7)))
+}
+
 #[derive(Module, Debug)]
 pub struct Mlp {
     pub first: Linear,
@@ -51,11 +70,11 @@ pub struct Mlp {
 
 impl Mlp {
     pub fn new(dropout: f64, device: &Device) -> Self {
-        Self {
+        seeded(Self {
             first: LinearConfig::new(6, 16).init(device),
             dropout: DropoutConfig::new(dropout).init(),
             second: LinearConfig::new(16, 4).init(device),
-        }
+        })
     }
 
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
@@ -78,13 +97,13 @@ pub struct Lm {
 
 impl Lm {
     pub fn new(vocab: usize, d: usize, layers: usize, device: &Device) -> Self {
-        Self {
+        seeded(Self {
             embedding: EmbeddingConfig::new(vocab, d).init(device),
             position: PositionalEncodingConfig::new(d).with_max_sequence_size(64).init(device),
             encoder: TransformerEncoderConfig::new(d, 4 * d, 2, layers).with_dropout(0.0).init(device),
             norm: LayerNormConfig::new(d).init(device),
             head: LinearConfig::new(d, vocab).init(device),
-        }
+        })
     }
 
     pub fn loss(&self, tokens: Tensor<2, Int>, targets: Tensor<2, Int>) -> Tensor<1> {
@@ -110,7 +129,7 @@ pub struct Cnn {
 
 impl Cnn {
     pub fn new(device: &Device) -> Self {
-        Self {
+        seeded(Self {
             input_norm: BatchNormConfig::new(2).init(device),
             // A bias before a batch norm, or without padding a shift before it, has the gradient 0, of which every run
             // computes other digits, which Adam blows up to the size of the learning rate.
@@ -122,7 +141,7 @@ impl Cnn {
             second: Conv2dConfig::new([4, 5], [2, 2]).with_bias(false).init(device),
             second_norm: BatchNormConfig::new(5).with_momentum(0.3).init(device),
             head: LinearConfig::new(5 * 4, 3).init(device),
-        }
+        })
     }
 
     pub fn loss(&self, images: Tensor<4>, targets: Tensor<1, Int>) -> Tensor<1> {
@@ -147,12 +166,12 @@ pub struct Residual {
 
 impl Residual {
     pub fn new(device: &Device) -> Self {
-        Self {
+        seeded(Self {
             main: BatchNormConfig::new(2).init(device),
             conv: Conv2dConfig::new([2, 2], [1, 1]).with_bias(false).init(device),
             shortcut: BatchNormConfig::new(2).init(device),
             head: LinearConfig::new(128, 3).init(device),
-        }
+        })
     }
 
     pub fn loss(&self, images: Tensor<4>, targets: Tensor<1, Int>) -> Tensor<1> {
@@ -177,11 +196,11 @@ pub struct Rnn {
 
 impl Rnn {
     pub fn new(device: &Device) -> Self {
-        Self {
+        seeded(Self {
             embedding: EmbeddingConfig::new(11, 6).init(device),
             lstm: LstmConfig::new(6, 7, true).init(device),
             head: LinearConfig::new(7, 11).init(device),
-        }
+        })
     }
 
     pub fn loss(&self, tokens: Tensor<2, Int>, targets: Tensor<2, Int>) -> Tensor<1> {
@@ -200,7 +219,10 @@ pub struct Tied {
 
 impl Tied {
     pub fn new(device: &Device) -> Self {
-        Self { embedding: EmbeddingConfig::new(11, 6).init(device), inner: LinearConfig::new(6, 6).init(device) }
+        seeded(Self {
+            embedding: EmbeddingConfig::new(11, 6).init(device),
+            inner: LinearConfig::new(6, 6).init(device),
+        })
     }
 
     pub fn loss(&self, tokens: Tensor<2, Int>, targets: Tensor<2, Int>) -> Tensor<1> {
