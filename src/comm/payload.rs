@@ -26,7 +26,7 @@ pub trait Payload: Sized + Send + 'static {
     /// The data in host memory, and what is needed for the way back.
     ///
     /// # Errors
-    /// [`Error::UnsupportedDType`] if it is quantized.
+    /// [`Error::UnsupportedDType`] if it is quantized; [`Error::InvalidArgument`] if its values cannot be read.
     fn into_host(self) -> Result<(FlexTensor, Self::Home), Error>;
 
     /// The way back.
@@ -116,7 +116,9 @@ impl<const D: usize, K: TensorKind> Payload for Tensor<D, K> {
         let plain = self.inner();
         let on_flex = plain.device() == Device::flex();
         let data = match on_flex {
-            true => plain.try_into_primitive::<Flex>().expect("the device says that this is a flex tensor"),
+            true => plain.try_into_primitive::<Flex>().map_err(|problem| {
+                Error::invalid("payload", format!("the tensor cannot be read on its device: {problem:?}"))
+            })?,
             false => FlexTensor::from_data(plain.into_data()),
         };
         Ok((data, home))
