@@ -27,6 +27,17 @@ pub enum ReduceOp {
 }
 
 impl ReduceOp {
+    fn number(self) -> u64 {
+        match self {
+            Self::Sum => 0,
+            Self::Mean => 1,
+            Self::Max => 2,
+            Self::Min => 3,
+            Self::Product => 4,
+            Self::PreMulSum(_) => 5,
+        }
+    }
+
     /// Whether both mean the same reduction. The factor of [`PreMulSum`](Self::PreMulSum) is each rank's own affair.
     pub(crate) fn agrees(self, other: Self) -> bool {
         std::mem::discriminant(&self) == std::mem::discriminant(&other)
@@ -238,6 +249,30 @@ impl Call {
             _ => self.extent == other.extent,
         };
         same_dtype && same_extent && self.pieces == other.pieces && self.cut == other.cut
+    }
+}
+
+impl Call {
+    /// A number that is the same for equal calls of an operation in place, factors apart, and in all likelihood differs for
+    /// others; for certain if their elements differ in size. Not 0.
+    pub(crate) fn digest(&self) -> u64 {
+        let mut hash = 0xcbf2_9ce4_8422_2325;
+        let mut add = |word: u64| hash = u64::wrapping_mul(hash ^ word, 0x9e37_79b9_7f4a_7c15).rotate_left(29);
+        add(self.operation.index() as u64);
+        let (op, root) = match self.operation {
+            Operation::AllReduce(op) => (Some(op), 0),
+            Operation::Reduce { op, root } => (Some(op), root),
+            Operation::Broadcast { root } => (None, root),
+            // Others are not brought in place.
+            _ => (None, 0),
+        };
+        add(op.map_or(0, |op| 1 + op.number()) << 32 | root as u64);
+        add(self.pieces as u64);
+        add(self.cut);
+        self.extent.dims().iter().for_each(|dim| add(*dim as u64));
+        add(self.extent.dims().len() as u64);
+        add(self.dtype.map_or(0, |dtype| 1 + super::element::number(dtype)));
+        hash << 8 | (1 + self.dtype.map_or(0, |dtype| dtype.size() as u64))
     }
 }
 

@@ -30,6 +30,27 @@ elements! {
     bool => DType::Bool(BoolStore::Native),
 }
 
+/// A number for each dtype that travels, and one for all others.
+pub(crate) fn number(dtype: DType) -> u64 {
+    match dtype {
+        DType::F64 => 0,
+        DType::F32 => 1,
+        DType::F16 => 2,
+        DType::BF16 => 3,
+        DType::I64 => 4,
+        DType::I32 => 5,
+        DType::I16 => 6,
+        DType::I8 => 7,
+        DType::U64 => 8,
+        DType::U32 => 9,
+        DType::U16 => 10,
+        DType::U8 => 11,
+        DType::Bool(BoolStore::Native) => 12,
+        DType::Bool(BoolStore::U8) => 13,
+        _ => 14,
+    }
+}
+
 /// Runs `$body` with `$T` bound to the type that *stores* elements of `$dtype` (bools are stored as `u8`), or evaluates
 /// `$otherwise` for types that do not travel (quantized ones, packed bools).
 macro_rules! with_storage_type {

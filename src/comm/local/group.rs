@@ -1,6 +1,7 @@
 //! What the ranks of a group share, and the fate that all groups of a world share.
 
 use std::collections::HashMap;
+use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
 
@@ -13,22 +14,68 @@ use crate::comm::watch::Watch;
 use crate::comm::{Call, CallLog};
 
 /// What a rank lays out for the others in a meeting.
+///
+/// All of it is on one cache line, and a peer of the most frequent calls, those with one buffer in place, needs nothing
+/// else: to follow a pointer here is to wait once more for another core's cache.
 #[derive(Clone, Copy)]
 pub(super) struct Post {
-    pub call: *const Call,
+    call: NonNull<Call>,
+    /// [`Call::digest`] of a call with one buffer in place, else 0.
+    digest: u64,
+    /// The one buffer in place and its length.
+    data: *mut u8,
+    elements: usize,
     /// The in-place buffers, `call.pieces` of them, or null.
-    pub buffers: *const BufferMut<'static>,
+    buffers: *const BufferMut<'static>,
     /// The input of a collective that is not in place, or null.
     pub input: *const u8,
-    /// Two numbers for [`Operation::Split`](crate::comm::Operation::Split).
-    pub color_and_key: (u64, i64),
 }
 
 impl Post {
+    /// Brings nothing.
+    pub fn nothing(call: &Call) -> Self {
+        let (data, buffers, input) = (std::ptr::null_mut(), std::ptr::null(), std::ptr::null());
+        Self { call: call.into(), digest: 0, data, elements: 0, buffers, input }
+    }
+
+    /// Brings an input that is only read.
+    pub fn input(call: &Call, input: *const u8) -> Self {
+        Self { input, ..Self::nothing(call) }
+    }
+
+    /// Brings buffers to be worked on in place.
+    pub fn in_place(call: &Call, buffers: &mut [BufferMut<'_>]) -> Self {
+        let mut post = Self { buffers: buffers.as_ptr().cast(), ..Self::nothing(call) };
+        if let [buffer] = buffers {
+            post.digest = call.digest();
+            (post.data, post.elements) = (buffer.data, buffer.elements);
+        }
+        post
+    }
+
     /// The call, for no longer than the meeting lasts.
     pub fn call<'meeting>(&self) -> &'meeting Call {
         // SAFETY: the call outlives the meeting it is posted for, and posts are read only there.
-        unsafe { &*self.call }
+        unsafe { self.call.as_ref() }
+    }
+
+    /// Whether both bring one buffer in place of equal dtype and length, to equal calls. If not, they may agree still.
+    pub fn equals(&self, other: &Self) -> bool {
+        self.digest != 0 && self.digest == other.digest && self.elements == other.elements
+    }
+
+    /// The place of an in-place buffer; `pieces` is how many the ranks have agreed on.
+    pub fn place(&self, piece: usize, pieces: usize) -> *mut u8 {
+        match pieces {
+            1 => self.data,
+            _ => self.buffers()[piece].data,
+        }
+    }
+
+    /// The in-place buffers, for no longer than the meeting lasts.
+    pub fn buffers<'meeting>(&self) -> &'meeting [BufferMut<'static>] {
+        // SAFETY: a post of an in-place collective points to as many buffers as its call has pieces, and its owner waits.
+        unsafe { std::slice::from_raw_parts(self.buffers, self.call().pieces) }
     }
 }
 

@@ -156,8 +156,9 @@ fn agree(own: &Post, posts: &work::Posts<'_>) -> bool {
         let first = dtypes.next();
         dtypes.all(|dtype| Some(dtype) == first)
     };
-    posts.iter().all(|post| post.call().agrees(own.call()) && work::same_cut(own, &post))
-        && (own.call().dtype.is_some() || one_dtype())
+    posts.iter().all(|post| post.equals(own))
+        || posts.iter().all(|post| post.call().agrees(own.call()) && work::same_cut(own, &post))
+            && (own.call().dtype.is_some() || one_dtype())
 }
 
 /// A background thread does not spin: the thread that computes needs its core.
@@ -190,15 +191,14 @@ impl Transport for LocalTransport {
     }
 
     fn collective(&self, call: &Call, transfer: Transfer<'_, '_>) -> Result<u64, Error> {
-        let mut post = Post { call, buffers: std::ptr::null(), input: std::ptr::null(), color_and_key: (0, 0) };
         let (_, moved) = match transfer {
-            Transfer::Nothing => self.meet(post, |_| Ok(0)),
+            Transfer::Nothing => self.meet(Post::nothing(call), |_| Ok(0)),
             Transfer::InPlace(buffers) => {
-                post.buffers = buffers.as_ptr().cast();
+                let post = Post::in_place(call, buffers);
                 self.meet(post, |posts| work::in_place(&call.operation, self.rank, posts))
             }
             Transfer::Through { input, output } => {
-                post.input = input.as_ptr();
+                let post = Post::input(call, input.as_ptr());
                 self.meet(post, |posts| work::through(&call.operation, self.rank, posts, output))
             }
         }?;
@@ -258,11 +258,13 @@ impl Transport for LocalTransport {
 
     fn split(&self, name: &str, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error> {
         let call = Call::new(Operation::Split, None, Extent::flat(0));
-        let post =
-            Post { call: &call, buffers: std::ptr::null(), input: std::ptr::null(), color_and_key: (color, key) };
+        let mine = (color, key);
+        let post = Post::input(&call, std::ptr::from_ref(&mine).cast());
         let (meeting, mut members) = self.meet(post, |posts| {
-            let mine = posts.iter().enumerate().filter(|(_, other)| other.color_and_key.0 == color);
-            mine.map(|(rank, other)| (other.color_and_key.1, rank)).collect::<Vec<_>>()
+            // SAFETY: every rank of a split posts its color and key, and waits.
+            let brought = |post: Post| unsafe { *post.input.cast::<(u64, i64)>() };
+            let all = posts.iter().map(brought).enumerate();
+            all.filter(|(_, (other, _))| *other == color).map(|(rank, (_, key))| (key, rank)).collect::<Vec<_>>()
         })?;
         members.sort_unstable();
         let ranks: Vec<usize> = members.into_iter().map(|(_, rank)| rank).collect();

@@ -6,7 +6,6 @@ use super::group::Post;
 use super::rendezvous;
 use crate::Error;
 use crate::comm::reduce::{Source, fold};
-use crate::comm::transport::BufferMut;
 use crate::comm::{Call, Extent, Operation, Output, ReduceOp, part};
 
 pub(super) type Posts<'a> = rendezvous::Posts<'a, Post>;
@@ -49,7 +48,7 @@ fn fold_share(op: ReduceOp, rank: usize, posts: &Posts<'_>, root: Option<usize>)
     if size == 1 && !matches!(op, ReduceOp::PreMulSum(_)) {
         return 0;
     }
-    let own = buffers(posts.get(rank));
+    let own = posts.get(rank).buffers();
     let total: usize = own.iter().map(|buffer| buffer.elements).sum();
     let share = part(total, size, rank);
     let mut inputs = [Source { data: std::ptr::null(), factor: 1.0 }; FEW];
@@ -62,6 +61,7 @@ fn fold_share(op: ReduceOp, rank: usize, posts: &Posts<'_>, root: Option<usize>)
         many_outputs.resize(size, outputs[0]);
         (&mut many_inputs, &mut many_outputs)
     };
+    let scaled = matches!(op, ReduceOp::PreMulSum(_));
     let mut passed = 0;
     for (piece, buffer) in own.iter().enumerate() {
         // The share runs through the buffers as if they were one behind the other.
@@ -71,8 +71,9 @@ fn fold_share(op: ReduceOp, rank: usize, posts: &Posts<'_>, root: Option<usize>)
             for (other, post) in posts.iter().enumerate() {
                 let bytes = (here.start - passed) * buffer.dtype.size();
                 // SAFETY: all ranks brought buffers of the same lengths, and `here` lies within this one.
-                let place = unsafe { buffers(post)[piece].data.add(bytes) };
-                inputs[other] = Source { data: place, factor: factor(&post.call().operation) };
+                let place = unsafe { post.place(piece, own.len()).add(bytes) };
+                let factor = if scaled { factor(&post.call().operation) } else { 1.0 };
+                inputs[other] = Source { data: place, factor };
                 outputs[other] = place;
             }
             let into = match root {
@@ -101,7 +102,7 @@ fn copy_from_root(root: usize, rank: usize, posts: &Posts<'_>) -> u64 {
         return 0;
     }
     let mut moved = 0;
-    for (from, to) in buffers(posts.get(root)).iter().zip(buffers(posts.get(rank))) {
+    for (from, to) in posts.get(root).buffers().iter().zip(posts.get(rank).buffers()) {
         let bytes = from.elements * from.dtype.size();
         // SAFETY: equal lengths were checked; the root only waits, and this rank alone writes its own buffer.
         unsafe { from.data.copy_to_nonoverlapping(to.data, bytes) };
@@ -162,15 +163,9 @@ fn collect(
 /// fingerprint in the calls.
 pub(super) fn same_cut(own: &Post, other: &Post) -> bool {
     own.call().pieces == 1 || {
-        let lens = |post: &Post| buffers(*post).iter().map(|buffer| buffer.elements);
+        let lens = |post: &Post| post.buffers().iter().map(|buffer| buffer.elements);
         lens(own).eq(lens(other))
     }
-}
-
-/// The buffers of a post, for no longer than the meeting lasts.
-fn buffers<'meeting>(post: Post) -> &'meeting [BufferMut<'static>] {
-    // SAFETY: a post of an in-place collective points to as many buffers as its call has pieces, and its owner waits.
-    unsafe { std::slice::from_raw_parts(post.buffers, post.call().pieces) }
 }
 
 fn factor(operation: &Operation) -> f64 {
