@@ -38,6 +38,7 @@
 //! | [`data_parallel`] | replicas: gradient buckets, accumulation, uneven data, synchronised batch norm, sampler |
 //! | [`plan`] | which parameters are split, by path |
 //! | [`tensor_parallel`] | any module split over ranks by a plan; explicit layers for models written with that in mind |
+//! | [`pipeline_parallel`] | schedules as data, their validator and simulator, one executor for all |
 //! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
 //!
 //! # Words
@@ -60,6 +61,7 @@ pub mod launch;
 pub mod layout;
 pub mod mesh;
 mod params;
+pub mod pipeline_parallel;
 pub mod plan;
 pub mod tensor_parallel;
 
