@@ -3,7 +3,7 @@
 use burn::backend::flex::FlexTensor;
 use burn::backend::{BackendTensor, DispatchKindConversion, DispatchTensor, Flex, TensorMetadata};
 use burn::prelude::*;
-use burn::tensor::{Bool, Int};
+use burn::tensor::{Bool, DType, Int};
 use burn_ir::HandleKind;
 
 use super::graph_error;
@@ -164,6 +164,15 @@ impl GraphTensor {
             tensor.dtype(),
             tensor.layout().shape().as_slice()
         ))
+    }
+
+    /// A tensor as the kind that its dtype says.
+    pub(crate) fn of_dtype(tensor: FlexTensor, dtype: DType) -> Self {
+        match dtype {
+            dtype if dtype.is_float() => Self::Float(tensor),
+            dtype if dtype.is_bool() => Self::Bool(tensor),
+            _ => Self::Int(tensor),
+        }
     }
 
     pub(crate) fn tensor(&self) -> &FlexTensor {

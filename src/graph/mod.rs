@@ -41,6 +41,7 @@ mod batch_norm;
 mod cache;
 mod capture;
 mod custom;
+pub mod cut;
 mod execute;
 mod inputs;
 mod leaves;
@@ -54,7 +55,7 @@ pub use batch_norm::{BatchNormSync, SYNC_BATCH_NORM_GRAD, SYNC_BATCH_NORM_MEAN, 
 pub use cache::GraphCache;
 pub use capture::{StepLoss, capture_step};
 pub use custom::CustomOps;
-pub use execute::{Executor, StepOutputs, StepResult};
+pub use execute::{Executor, StepOutputs, StepResult, graph_tensors};
 pub use inputs::{GraphInputs, GraphTensor, TensorMapper};
 pub use liveness::MemoryEstimate;
 pub use module::gradients_params;
