@@ -6,11 +6,12 @@ use burn::backend::{DispatchTensor, TensorMetadata};
 use burn::module::{Module, ParamId};
 use burn::tensor::{DType, Shape};
 
-use super::capture::{StepLoss, capture_step};
+use super::capture::capture_step;
 use super::custom::CustomOps;
 use super::execute::Executor;
 use super::inputs::{GraphInputs, TensorMapper};
 use super::leaves::join;
+use super::loss::StepLoss;
 use super::module::Survey;
 use super::step::StepGraph;
 use crate::error::Error;

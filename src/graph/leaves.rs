@@ -276,25 +276,36 @@ pub(super) struct CaptureOutputs {
     pub(super) outputs: Vec<EdgeTensor>,
 }
 
+impl CaptureOutputs {
+    pub(super) fn new() -> Self {
+        Self { path: Vec::new(), outputs: Vec::new() }
+    }
+}
+
+/// A tensor that was computed on the capture device, as an edge of the graph.
+pub(super) fn computed(what: &str, path: String, tensor: &DispatchTensor) -> Result<EdgeTensor, Error> {
+    let (shape, dtype) = (tensor.shape(), tensor.dtype());
+    let id = match tensor.autodiff {
+        DispatchAutodiffContext::Disabled => {
+            match <DispatchTensor as DispatchKindConversion<CaptureBackend>>::try_into_backend(tensor.clone()) {
+                Ok(BackendTensor::Float(t) | BackendTensor::Int(t) | BackendTensor::Bool(t)) => Some(t.id()),
+                _ => None,
+            }
+        }
+        DispatchAutodiffContext::Enabled(_) => match as_autodiff(tensor.clone()) {
+            Some(BackendTensor::Float(t)) => Some(t.primitive().id()),
+            Some(BackendTensor::Int(t) | BackendTensor::Bool(t)) => Some(t.id()),
+            _ => None,
+        },
+    };
+    let id = id.ok_or_else(|| graph_error(format!("{what} was not computed from the module and the inputs")))?;
+    Ok(EdgeTensor { path, id, shape, dtype })
+}
+
 impl TensorMapper for CaptureOutputs {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
-        let (path, shape, dtype) = (join(&self.path), tensor.shape(), tensor.dtype());
-        let id = match tensor.autodiff {
-            DispatchAutodiffContext::Disabled => {
-                match <DispatchTensor as DispatchKindConversion<CaptureBackend>>::try_into_backend(tensor.clone()) {
-                    Ok(BackendTensor::Float(t) | BackendTensor::Int(t) | BackendTensor::Bool(t)) => Some(t.id()),
-                    _ => None,
-                }
-            }
-            DispatchAutodiffContext::Enabled(_) => match as_autodiff(tensor.clone()) {
-                Some(BackendTensor::Float(t)) => Some(t.primitive().id()),
-                Some(BackendTensor::Int(t) | BackendTensor::Bool(t)) => Some(t.id()),
-                _ => None,
-            },
-        };
-        let id =
-            id.ok_or_else(|| graph_error(format!("output `{path}` was not computed from the module and the inputs")))?;
-        self.outputs.push(EdgeTensor { path, id, shape, dtype });
+        let path = join(&self.path);
+        self.outputs.push(computed(&format!("output `{path}`"), path, &tensor)?);
         Ok(tensor)
     }
 

@@ -45,20 +45,23 @@ mod execute;
 mod inputs;
 mod leaves;
 mod liveness;
+mod loss;
 mod module;
 pub mod shard;
+mod split;
 mod step;
 mod sync;
 
 pub use batch_norm::{BatchNormSync, SYNC_BATCH_NORM_GRAD, SYNC_BATCH_NORM_MEAN, sync_batch_norm};
 pub use cache::GraphCache;
-pub use capture::{StepLoss, capture_step};
+pub use capture::capture_step;
 pub use custom::CustomOps;
 pub use execute::{Executor, StepOutputs, StepResult};
 pub use inputs::{GraphInputs, GraphTensor, TensorMapper};
 pub use liveness::MemoryEstimate;
+pub use loss::{LossParts, StepLoss, TokenLoss};
 pub use module::gradients_params;
-pub(crate) use module::with_autodiff;
+pub(crate) use split::ModelSplit;
 pub use step::{BatchNormBinding, InputBinding, ParamBinding, StepGraph};
 pub use sync::register_sync_batch_norm;
 
