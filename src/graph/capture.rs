@@ -46,13 +46,18 @@ where
     F: FnOnce(&M, I) -> R,
     R: StepLoss,
 {
+    in_scope(|device| record(device, model, inputs, loss))
+}
+
+/// Runs `record` on the capture device of this thread and makes a graph of what it recorded.
+pub(super) fn in_scope(record: impl FnOnce(CaptureDevice) -> Result<Recording, Error>) -> Result<StepGraph, Error> {
     let device = this_thread()?;
     let mut recording =
         Err(graph_error("a step is captured inside the closure of another capture: capture them one by one"));
-    // The closure's state cannot be seen again after a panic: `model` is only cloned, the rest is moved in.
+    // The closure's state cannot be seen again after a panic: models are only cloned, the rest is moved in.
     let captured = catch_unwind(AssertUnwindSafe(|| {
         device.capture_scope(|scope| {
-            recording = record(device, model, inputs, loss);
+            recording = record(device);
             // Inputs and outputs are told apart here, not by burn: they enter as operations without data.
             scope.complete([], [])
         })
@@ -116,7 +121,7 @@ where
     let captured = captured.to_device(&capture_device(device)).map(&mut leaves);
     leaves.check()?;
 
-    let mut edge = CaptureInputs { device, strategy, path: Vec::new(), inputs: Vec::new() };
+    let mut edge = CaptureInputs::new(device, Some(strategy));
     let inputs = inputs.map_tensors(&mut edge)?;
 
     let mut outputs = CaptureOutputs::new();

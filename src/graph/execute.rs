@@ -48,6 +48,32 @@ pub struct StepOutputs {
     pub outputs: Vec<GraphTensor>,
 }
 
+/// Hears of a step while it runs.
+pub trait StepObserver {
+    /// Before anything runs: the parameters whose gradients will come, in no particular order.
+    ///
+    /// # Errors
+    /// Whatever ends the step.
+    fn expect(&mut self, _gradients: &[ParamId]) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// The number of items of the loss, once; mostly before the first gradient, always if it follows from shapes or from
+    /// the inputs alone. 1 for a loss that is a mean.
+    ///
+    /// # Errors
+    /// Whatever ends the step.
+    fn weight(&mut self, _weight: f64) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// A gradient, as told at [`Executor::step_with`].
+    ///
+    /// # Errors
+    /// Whatever ends the step.
+    fn gradient(&mut self, id: ParamId, gradient: FlexTensor) -> Result<(), Error>;
+}
+
 /// Runs a [`StepGraph`] on Flex, any number of times.
 ///
 /// Each step takes parameters and running statistics from the module and the batch from the inputs, sharing their buffers,
@@ -148,6 +174,32 @@ impl Executor {
         Ok(StepResult { loss, weight, gradients: gradients_params(model, gradients), outputs })
     }
 
+    /// As [`step_with`](Self::step_with), telling an observer of everything as soon as it is known.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), and the first error of the observer.
+    pub fn step_observed<M, I>(
+        &mut self,
+        model: &M,
+        inputs: I,
+        observer: &mut dyn StepObserver,
+    ) -> Result<StepOutputs, Error>
+    where
+        M: Module,
+        I: GraphInputs,
+    {
+        let expected: Vec<ParamId> = self.graph.params.iter().filter(|p| p.gradient.is_some()).map(|p| p.id).collect();
+        observer.expect(&expected)?;
+        if self.graph.weight.is_none() {
+            observer.weight(1.0)?;
+        }
+        let results = self.execute(model, inputs, observer)?;
+        let loss =
+            results.loss.ok_or_else(|| graph_error("this is the graph of a forward alone, which has no loss"))?;
+        let (loss, weight) = (loss.float::<1>()?, results.weight.unwrap_or(1.0));
+        Ok(StepOutputs { loss, weight, outputs: results.outputs })
+    }
+
     /// As [`step`](Self::step), but hands each gradient to `on_gradient` as soon as it is computed, while the rest of the
     /// backward pass is still to run: a reduction that starts here overlaps with it.
     ///
@@ -157,23 +209,19 @@ impl Executor {
     ///
     /// # Errors
     /// As [`step`](Self::step), and the first error of `on_gradient`.
-    pub fn step_with<M, I, F>(&mut self, model: &M, inputs: I, mut on_gradient: F) -> Result<StepOutputs, Error>
+    pub fn step_with<M, I, F>(&mut self, model: &M, inputs: I, on_gradient: F) -> Result<StepOutputs, Error>
     where
         M: Module,
         I: GraphInputs,
         F: FnMut(ParamId, FlexTensor) -> Result<(), Error>,
     {
-        let results = self.execute(model, inputs, &mut on_gradient)?;
-        let loss =
-            results.loss.ok_or_else(|| graph_error("this is the graph of a forward alone, which has no loss"))?;
-        let loss = loss.float::<1>()?;
-        let weight = results.weight.map_or(Ok(1.0), |weight| weight.float::<1>().map(Tensor::into_scalar::<f64>))?;
-        if !(weight.is_finite() && weight >= 0.0) {
-            return Err(graph_error(format!(
-                "the number of items of the loss is {weight}, it must be finite and not negative"
-            )));
+        struct Gradients<F>(F);
+        impl<F: FnMut(ParamId, FlexTensor) -> Result<(), Error>> StepObserver for Gradients<F> {
+            fn gradient(&mut self, id: ParamId, gradient: FlexTensor) -> Result<(), Error> {
+                (self.0)(id, gradient)
+            }
         }
-        Ok(StepOutputs { loss, weight, outputs: results.outputs })
+        self.step_observed(model, inputs, &mut Gradients(on_gradient))
     }
 
     /// Runs a forward alone, or the forward of a step with the backward thrown in: the outputs, in order.
@@ -181,18 +229,24 @@ impl Executor {
     /// # Errors
     /// As [`step`](Self::step).
     pub fn forward<M: Module, I: GraphInputs>(&mut self, model: &M, inputs: I) -> Result<Vec<GraphTensor>, Error> {
-        self.execute(model, inputs, &mut |_, _| Ok(())).map(|results| results.outputs)
+        struct Nobody;
+        impl StepObserver for Nobody {
+            fn gradient(&mut self, _: ParamId, _: FlexTensor) -> Result<(), Error> {
+                Ok(())
+            }
+        }
+        self.execute(model, inputs, &mut Nobody).map(|results| results.outputs)
     }
 
     fn execute<M: Module, I: GraphInputs>(
         &mut self,
         model: &M,
         inputs: I,
-        on_gradient: &mut OnGradient<'_>,
+        observer: &mut dyn StepObserver,
     ) -> Result<Given, Error> {
         self.bind_params(model)?;
         self.bind_inputs(inputs)?;
-        let ran = catch_unwind(AssertUnwindSafe(|| self.run(on_gradient)));
+        let ran = catch_unwind(AssertUnwindSafe(|| self.run(observer)));
         let results = match ran {
             Ok(Ok(results)) => results,
             failed => {
@@ -255,7 +309,7 @@ impl Executor {
         Ok(())
     }
 
-    fn run(&mut self, on_gradient: &mut OnGradient<'_>) -> Result<Results, Error> {
+    fn run(&mut self, observer: &mut dyn StepObserver) -> Result<Results, Error> {
         let mut results = Results {
             loss: None,
             weight: None,
@@ -279,9 +333,9 @@ impl Executor {
                     let meanings = self.meaning.get(&tensor.id).map_or(&[][..], Vec::as_slice);
                     let Some((last, others)) = meanings.split_last() else { continue };
                     for meaning in others {
-                        results.take(*meaning, value.clone(), on_gradient)?;
+                        results.take(*meaning, value.clone(), observer)?;
                     }
-                    results.take(*last, value, on_gradient)?;
+                    results.take(*last, value, observer)?;
                 }
             }
         }
@@ -289,29 +343,35 @@ impl Executor {
     }
 }
 
-type OnGradient<'a> = dyn FnMut(ParamId, FlexTensor) -> Result<(), Error> + 'a;
-
 /// The results of a run that stay with the caller.
 struct Given {
     loss: Option<GraphTensor>,
-    weight: Option<GraphTensor>,
+    weight: Option<f64>,
     outputs: Vec<GraphTensor>,
 }
 
 /// The results of a run as they come in.
 struct Results {
     loss: Option<GraphTensor>,
-    weight: Option<GraphTensor>,
+    weight: Option<f64>,
     outputs: Vec<Option<GraphTensor>>,
     updates: HashMap<ParamId, FlexTensor>,
 }
 
 impl Results {
-    fn take(&mut self, meaning: Meaning, value: GraphTensor, on_gradient: &mut OnGradient<'_>) -> Result<(), Error> {
+    fn take(&mut self, meaning: Meaning, value: GraphTensor, observer: &mut dyn StepObserver) -> Result<(), Error> {
         match meaning {
             Meaning::Loss => self.loss = Some(value),
-            Meaning::Weight => self.weight = Some(value),
-            Meaning::Gradient(id) => on_gradient(id, value.into_tensor())?,
+            Meaning::Weight => {
+                let weight = value.float::<1>()?.into_scalar::<f64>();
+                if !(weight.is_finite() && weight >= 0.0) {
+                    let must = "it must be finite and not negative";
+                    return Err(graph_error(format!("the number of items of the loss is {weight}, {must}")));
+                }
+                observer.weight(weight)?;
+                self.weight = Some(weight);
+            }
+            Meaning::Gradient(id) => observer.gradient(id, value.into_tensor())?,
             Meaning::Update(id) => drop(self.updates.insert(id, value.into_tensor())),
             Meaning::Output(index) => self.outputs[index] = Some(value),
         }

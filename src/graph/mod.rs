@@ -1,8 +1,8 @@
 //! Any burn module as data: one training step captured as a list of operations, rewritten, and executed.
 //!
 //! An eager wrapper cannot reach inside an unmodified `forward`. Here the step (forward, loss and backward) of an
-//! ordinary [`Module`](burn::module::Module) is recorded once with [`capture_step`], which yields a [`StepGraph`]:
-//! burn-ir operations with the parameters, inputs and results named. Passes rewrite that list, for example
+//! ordinary [`Module`](burn::module::Module) is recorded once with [`capture_step`], or a forward alone with
+//! [`capture_forward`], which yields a [`StepGraph`]: burn-ir operations with the parameters, inputs and results named. Passes rewrite that list, for example
 //! [`sync_batch_norm`], which puts a collective after every batch statistic, or [`shard::partition`], which splits the step
 //! over the ranks of a group. An [`Executor`] then runs it on Flex at
 //! each step with the model's current parameters and new inputs, faster than eager since there is no tape.
@@ -42,6 +42,7 @@ mod cache;
 mod capture;
 mod custom;
 mod execute;
+mod forward;
 mod inputs;
 mod leaves;
 mod liveness;
@@ -56,7 +57,8 @@ pub use batch_norm::{BatchNormSync, SYNC_BATCH_NORM_GRAD, SYNC_BATCH_NORM_MEAN, 
 pub use cache::GraphCache;
 pub use capture::capture_step;
 pub use custom::CustomOps;
-pub use execute::{Executor, StepOutputs, StepResult};
+pub use execute::{Executor, StepObserver, StepOutputs, StepResult};
+pub use forward::{Forward, ForwardGraph, capture_forward};
 pub use inputs::{GraphInputs, GraphTensor, TensorMapper};
 pub use liveness::MemoryEstimate;
 pub use loss::{LossParts, StepLoss, TokenLoss};

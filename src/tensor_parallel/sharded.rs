@@ -10,7 +10,9 @@ use burn::tensor::{Device, Tensor};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::graph::shard::ShardReport;
-use crate::graph::{CustomOps, GraphCache, GraphInputs, GraphTensor, ModelSplit, StepGraph, StepLoss};
+use crate::graph::{
+    CustomOps, GraphCache, GraphInputs, GraphTensor, ModelSplit, StepGraph, StepLoss, StepObserver, StepOutputs,
+};
 use crate::plan::{Plan, PlanTable};
 
 /// A model split over a group: a burn [`Module`] with the paths and ids of the model and this rank's parts of its
@@ -93,12 +95,12 @@ impl<M: Module> Sharded<M> {
     /// Runs a training step: `loss` on `inputs`, forward and backward.
     ///
     /// `loss` sees the model with the dims that it has as a whole. It is recorded when inputs of these shapes come for the
-    /// first time, as [`graph`](crate::graph) tells, which also says what cannot be; later it is not called again.
-    /// Collective: every rank passes the same whole inputs.
+    /// first time, as [`graph`](crate::graph) tells, which also says what cannot be; later it is not called again (see
+    /// [`GraphCache`] for what counts as the same closure). Collective: every rank passes the same whole inputs.
     ///
     /// # Errors
-    /// [`Error::Graph`] if the step cannot be recorded or draws random numbers; [`Error::Plan`] if an input cannot be split
-    /// as planned; those of [`Communicator`].
+    /// [`Error::Graph`] if the step cannot be recorded; [`Error::Plan`] if an input cannot be split as planned; those of
+    /// [`Communicator`].
     pub fn step<I, F, R>(&mut self, inputs: I, loss: F) -> Result<Step, Error>
     where
         I: GraphInputs + Clone,
@@ -110,6 +112,47 @@ impl<M: Module> Sharded<M> {
         let executor = engine.graphs.executor(&whole, &inputs, loss)?;
         let result = executor.step(&self.local, inputs)?;
         Ok(Step { loss: result.loss, weight: result.weight, grads: result.gradients, outputs: result.outputs })
+    }
+
+    /// As [`step`](Self::step), but tells an observer of the number of items and of each gradient as soon as they are there,
+    /// while the rest of the backward pass is still to run. Gradients are those of this rank's parts, and of the sum if the
+    /// closure gives a [`TokenLoss`](crate::graph::TokenLoss).
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), and those of the observer.
+    pub fn step_observed<I, F, R>(
+        &mut self,
+        inputs: I,
+        loss: F,
+        observer: &mut dyn StepObserver,
+    ) -> Result<StepOutputs, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnOnce(&M, I) -> R,
+        R: StepLoss,
+    {
+        let whole = self.split.outline(&self.local);
+        let mut engine = lock(&self.engine);
+        engine.graphs.executor(&whole, &inputs, loss)?.step_observed(&self.local, inputs, observer)
+    }
+
+    /// Runs a forward pass for evaluation: what `forward` gives, whole on every rank and on Flex without autodiff.
+    ///
+    /// The model is in evaluation mode, as after [`Module::valid`]: no dropout, running statistics in batch norms. Outputs
+    /// are a tensor or a structure of tensors. Recorded like [`step`](Self::step). Collective: every rank passes the same
+    /// whole inputs.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnOnce(&M, I) -> O,
+        O: GraphInputs + Clone + Send + 'static,
+    {
+        let whole = self.split.outline(&self.local);
+        let mut engine = lock(&self.engine);
+        engine.graphs.forward(&whole, &inputs, forward)?.run(&self.local, inputs)
     }
 }
 
