@@ -38,6 +38,7 @@
 //! | [`data_parallel`] | replicas: gradient buckets, accumulation, uneven data, synchronised batch norm, sampler |
 //! | [`plan`] | which parameters are split, by path |
 //! | [`tensor_parallel`] | any module split over ranks by a plan; explicit layers for models written with that in mind |
+//! | [`train`] | where strategies meet: replicas of models that are split |
 //! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
 //!
 //! # Words
@@ -62,6 +63,7 @@ pub mod mesh;
 mod params;
 pub mod plan;
 pub mod tensor_parallel;
+pub mod train;
 
 pub use error::Error;
 
@@ -71,6 +73,7 @@ pub mod prelude {
     pub use crate::comm::{Communicator, ReduceOp};
     pub use crate::data_parallel::{DataParallel, DataParallelConfig, Loss};
     pub use crate::data_parallel::{DistributedDataset, DistributedSampler, Remainder};
+    pub use crate::graph::TokenLoss;
     pub use crate::launch::{self, Rank};
     pub use crate::layout::{self, Layout};
     pub use crate::mesh::Mesh;
