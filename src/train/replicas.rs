@@ -26,7 +26,7 @@ use crate::graph::{GraphInputs, GraphTensor, StepLoss, StepObserver};
 pub struct Replicas<E> {
     pub(super) engine: E,
     pub(super) reducer: Arc<Reducer>,
-    waited: Duration,
+    pub(super) waited: Duration,
 }
 
 /// What [`Replicas::step`] gives.
