@@ -39,6 +39,7 @@
 //! | [`plan`] | which parameters are split, by path |
 //! | [`tensor_parallel`] | any module split over ranks by a plan; explicit layers for models written with that in mind |
 //! | [`pipeline_parallel`] | schedules as data, their validator and simulator, one executor for all |
+//! | [`train`] | where strategies meet: replicas of models that are split |
 //! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
 //!
 //! # Words
@@ -64,6 +65,7 @@ mod params;
 pub mod pipeline_parallel;
 pub mod plan;
 pub mod tensor_parallel;
+pub mod train;
 
 pub use error::Error;
 
@@ -73,6 +75,7 @@ pub mod prelude {
     pub use crate::comm::{Communicator, ReduceOp};
     pub use crate::data_parallel::{DataParallel, DataParallelConfig, Loss};
     pub use crate::data_parallel::{DistributedDataset, DistributedSampler, Remainder};
+    pub use crate::graph::TokenLoss;
     pub use crate::launch::{self, Rank};
     pub use crate::layout::{self, Layout};
     pub use crate::mesh::Mesh;

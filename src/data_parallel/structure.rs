@@ -13,7 +13,7 @@ use crate::params;
 
 /// A float parameter that is trained.
 #[derive(Debug, Clone)]
-pub(super) struct Trained {
+pub(crate) struct Trained {
     pub id: ParamId,
     pub path: Arc<str>,
     pub shape: Vec<usize>,

@@ -27,7 +27,6 @@
 //! # Ok::<(), Error>(())
 //! ```
 
-mod distribute;
 pub mod layers;
 mod sharded;
 mod wrap;

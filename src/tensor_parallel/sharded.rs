@@ -7,12 +7,12 @@ use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor};
 
-use super::distribute::{agree, assemble, distribute, outline};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
-use crate::graph::shard::{ShardReport, partition, register_collectives};
-use crate::graph::{CustomOps, GraphCache, GraphInputs, GraphTensor, StepGraph, StepLoss};
-use crate::layout::Layout;
+use crate::graph::shard::ShardReport;
+use crate::graph::{
+    CustomOps, GraphCache, GraphInputs, GraphTensor, ModelSplit, StepGraph, StepLoss, StepObserver, StepOutputs,
+};
 use crate::plan::{Plan, PlanTable};
 
 /// A model split over a group: a burn [`Module`] with the paths and ids of the model and this rank's parts of its
@@ -24,8 +24,7 @@ use crate::plan::{Plan, PlanTable};
 #[derive(Clone)]
 pub struct Sharded<M> {
     local: M,
-    table: Arc<PlanTable>,
-    group: Communicator,
+    split: ModelSplit,
     engine: Arc<Mutex<Engine>>,
 }
 
@@ -39,6 +38,9 @@ struct Engine {
 pub struct Step {
     /// The loss that one device would compute, on every rank; on Flex without autodiff.
     pub loss: Tensor<1>,
+    /// The number of items that the loss is the mean over, if the closure gave a [`TokenLoss`](crate::graph::TokenLoss);
+    /// else 1.
+    pub weight: f64,
     /// The gradients of this rank's parts, for burn's optimizers.
     pub grads: GradientsParams,
     /// The extra outputs of the loss closure, whole on every rank.
@@ -47,25 +49,19 @@ pub struct Step {
 
 impl<M: Module> Sharded<M> {
     pub(super) fn new(model: M, group: &Communicator, plan: &Plan) -> Result<Self, Error> {
-        let table = plan.table(&model, group.size())?;
-        agree(&table, group)?;
-        // Collectives of steps are counted by themselves.
-        let group = group.split(0, group.rank() as i64)?;
-        let local = if group.size() == 1 { model } else { distribute(model, &table, &group)? };
-        let table = Arc::new(table);
-
+        let (local, split) = ModelSplit::distribute(model, group, plan)?;
         let report = Arc::<Mutex<ShardReport>>::default();
         let mut ops = CustomOps::new();
-        register_collectives(&mut ops, &group);
+        split.register(&mut ops);
         let pass = {
-            let (plan, table, group, report) = (plan.clone(), table.clone(), group.clone(), report.clone());
+            let (split, report) = (split.clone(), report.clone());
             move |graph: &mut StepGraph| {
-                *lock(&report) = split(graph, &plan, &table, &group)?;
+                *lock(&report) = split.apply(graph)?;
                 Ok(())
             }
         };
         let engine = Engine { graphs: GraphCache::new(ops, pass), report };
-        Ok(Self { local, table, group, engine: Arc::new(Mutex::new(engine)) })
+        Ok(Self { local, split, engine: Arc::new(Mutex::new(engine)) })
     }
 
     /// This rank's part of the model.
@@ -75,7 +71,7 @@ impl<M: Module> Sharded<M> {
 
     /// Every parameter with its layout.
     pub fn table(&self) -> &PlanTable {
-        &self.table
+        self.split.table()
     }
 
     /// What the last captured step was given in collectives, and what of it could not be split.
@@ -85,7 +81,7 @@ impl<M: Module> Sharded<M> {
 
     /// What steps have communicated on this rank so far, with the distribution of the parameters and the comparisons.
     pub fn counters(&self) -> Counters {
-        self.group.counters()
+        self.split.group().counters()
     }
 
     /// The whole model, on every rank. Collective.
@@ -93,55 +89,70 @@ impl<M: Module> Sharded<M> {
     /// # Errors
     /// Those of [`Communicator`].
     pub fn assemble(&self) -> Result<M, Error> {
-        match self.group.size() {
-            1 => Ok(self.local.clone()),
-            _ => assemble(self.local.clone(), &self.table, &self.group),
-        }
+        self.split.assemble(&self.local)
     }
 
     /// Runs a training step: `loss` on `inputs`, forward and backward.
     ///
     /// `loss` sees the model with the dims that it has as a whole. It is recorded when inputs of these shapes come for the
-    /// first time, as [`graph`](crate::graph) tells, which also says what cannot be; later it is not called again.
-    /// Collective: every rank passes the same whole inputs.
+    /// first time, as [`graph`](crate::graph) tells, which also says what cannot be; later it is not called again (see
+    /// [`GraphCache`] for what counts as the same closure). Collective: every rank passes the same whole inputs.
     ///
     /// # Errors
-    /// [`Error::Graph`] if the step cannot be recorded or draws random numbers; [`Error::Plan`] if an input cannot be split
-    /// as planned; those of [`Communicator`].
+    /// [`Error::Graph`] if the step cannot be recorded; [`Error::Plan`] if an input cannot be split as planned; those of
+    /// [`Communicator`].
     pub fn step<I, F, R>(&mut self, inputs: I, loss: F) -> Result<Step, Error>
     where
         I: GraphInputs + Clone,
         F: FnOnce(&M, I) -> R,
         R: StepLoss,
     {
-        let whole = outline(&self.local, &self.table);
+        let whole = self.split.outline(&self.local);
         let mut engine = lock(&self.engine);
         let executor = engine.graphs.executor(&whole, &inputs, loss)?;
         let result = executor.step(&self.local, inputs)?;
-        Ok(Step { loss: result.loss, grads: result.gradients, outputs: result.outputs })
+        Ok(Step { loss: result.loss, weight: result.weight, grads: result.gradients, outputs: result.outputs })
     }
-}
 
-/// Splits a captured step, and makes sure that all ranks got the same collectives.
-fn split(graph: &mut StepGraph, plan: &Plan, table: &PlanTable, group: &Communicator) -> Result<ShardReport, Error> {
-    let degree = group.size();
-    let layout = |id| table.row(id).map_or(Layout::Replicated, |row| row.layout);
-    let params: Vec<Layout> = graph.params.iter().map(|param| layout(param.id)).collect();
-    let inputs = graph.inputs.iter().map(|input| (input.path.as_str(), input.tensor.shape.as_slice()));
-    let inputs = plan.input_layouts(inputs, degree)?;
-    let (local, report) = partition(graph, &params, &inputs, degree, group.rank())?;
-    *graph = local;
-    let fingerprints = group.all_gather(vec![graph.collective_fingerprint()])?;
-    match fingerprints.iter().position(|fingerprint| *fingerprint != fingerprints[0]) {
-        None => Ok(report),
-        Some(rank) => {
-            let problem = format!(
-                "rank {rank} of group `{}` would run other collectives than rank 0: pass the same step and inputs of the \
-                 same shapes on every rank",
-                group.group()
-            );
-            Err(Error::Graph { problem })
-        }
+    /// As [`step`](Self::step), but tells an observer of the number of items and of each gradient as soon as they are there,
+    /// while the rest of the backward pass is still to run. Gradients are those of this rank's parts, and of the sum if the
+    /// closure gives a [`TokenLoss`](crate::graph::TokenLoss).
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), and those of the observer.
+    pub fn step_observed<I, F, R>(
+        &mut self,
+        inputs: I,
+        loss: F,
+        observer: &mut dyn StepObserver,
+    ) -> Result<StepOutputs, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnOnce(&M, I) -> R,
+        R: StepLoss,
+    {
+        let whole = self.split.outline(&self.local);
+        let mut engine = lock(&self.engine);
+        engine.graphs.executor(&whole, &inputs, loss)?.step_observed(&self.local, inputs, observer)
+    }
+
+    /// Runs a forward pass for evaluation: what `forward` gives, whole on every rank and on Flex without autodiff.
+    ///
+    /// The model is in evaluation mode, as after [`Module::valid`]: no dropout, running statistics in batch norms. Outputs
+    /// are a tensor or a structure of tensors. Recorded like [`step`](Self::step). Collective: every rank passes the same
+    /// whole inputs.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnOnce(&M, I) -> O,
+        O: GraphInputs + Clone + Send + 'static,
+    {
+        let whole = self.split.outline(&self.local);
+        let mut engine = lock(&self.engine);
+        engine.graphs.forward(&whole, &inputs, forward)?.run(&self.local, inputs)
     }
 }
 
@@ -151,7 +162,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl<M: fmt::Debug> fmt::Debug for Sharded<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Sharded").field("local", &self.local).field("group", &self.group).finish()
+        f.debug_struct("Sharded").field("local", &self.local).field("group", self.split.group()).finish()
     }
 }
 

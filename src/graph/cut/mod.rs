@@ -61,6 +61,8 @@ pub struct CutGraph {
     pub holders: Vec<Vec<usize>>,
     /// What it costs.
     pub report: CutReport,
+    /// The stage of each operation.
+    placement: Vec<usize>,
 }
 
 impl CutGraph {
@@ -85,6 +87,16 @@ impl CutGraph {
 /// [`Error::Plan`] if a parameter is given to a stage that does not exist, or to an earlier one than the only ones where
 /// the operations that read it can run; [`Error::Graph`] if the number of homes is wrong.
 pub fn cut(graph: &StepGraph, homes: &[usize], stages: usize) -> Result<CutGraph, Error> {
+    cut_like(graph, homes, stages, None)
+}
+
+/// As [`cut`], with every operation on the stage that it has in a cut of the same step for a batch of another size.
+pub(crate) fn cut_like(
+    graph: &StepGraph,
+    homes: &[usize],
+    stages: usize,
+    model: Option<&CutGraph>,
+) -> Result<CutGraph, Error> {
     if homes.len() != graph.params.len() {
         let (params, homes) = (graph.params.len(), homes.len());
         return Err(graph_error(format!("a graph of {params} parameters was given stages for {homes}")));
@@ -104,19 +116,22 @@ pub fn cut(graph: &StepGraph, homes: &[usize], stages: usize) -> Result<CutGraph
     // Once more, with the sums of tied parameters taken apart.
     let mut results: HashSet<_> = ids(gradients.iter().map(|part| &part.wanted));
     let updates = graph.params.iter().filter_map(|param| param.update.as_ref());
-    results.extend(updates.chain(&graph.outputs).chain([&graph.loss]).map(|tensor| tensor.id));
+    results.extend(updates.chain(&graph.outputs).chain(&graph.loss).chain(&graph.weight).map(|tensor| tensor.id));
     let operations = graph.operations.clone();
     let analysis = Analysis::new(&operations, graph.forward_len, &graph.params, &results);
     let bounds = Bounds::new(&analysis, &graph.params, homes, stages)?;
     let mut wanted: Vec<Wanted> = gradients.iter().map(|part| part.wanted.clone()).collect();
     wanted.extend(pinned_results(&graph, &bounds.holders));
-    let stage = place(&analysis, &bounds, &wanted, stages);
+    let stage = match model.filter(|model| model.placement.len() == operations.len()) {
+        Some(model) => model.placement.clone(),
+        None => place(&analysis, &bounds, &wanted, stages),
+    };
     check(&analysis, &bounds, &stage)?;
 
     let placement = Placement { analysis, stage, holders: bounds.holders, gradients };
     let parts = split(&graph, &placement, stages);
     let report = report(&graph, &parts, &placement.holders);
-    Ok(CutGraph { stages: parts, holders: placement.holders, report })
+    Ok(CutGraph { stages: parts, holders: placement.holders, report, placement: placement.stage })
 }
 
 /// Makes sure that tensors of the forward pass go up and those of the backward pass down.

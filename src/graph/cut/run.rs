@@ -30,6 +30,8 @@ pub struct StageForward {
     pub sends: BTreeMap<usize, Tensors>,
     /// The loss, on the stage that computes it.
     pub loss: Option<GraphTensor>,
+    /// The number of items of the loss, if it is a sum over items, on the same stage.
+    pub weight: Option<GraphTensor>,
     /// The extra outputs that this stage gives, by their place in the graph.
     pub outputs: BTreeMap<usize, GraphTensor>,
 }
@@ -195,8 +197,9 @@ impl StageRun {
         }
         let outputs = self.part.outputs.iter();
         let outputs = outputs.filter_map(|(place, tensor)| Some((*place, given.get(&tensor.id)?.clone()))).collect();
-        let loss = self.part.loss.as_ref().and_then(|loss| given.get(&loss.id).cloned());
-        Ok(StageForward { sends: self.sends(&mut given, |to, here| to > here)?, loss, outputs })
+        let [loss, weight] =
+            [&self.part.loss, &self.part.weight].map(|result| given.get(&result.as_ref()?.id).cloned());
+        Ok(StageForward { sends: self.sends(&mut given, |to, here| to > here)?, loss, weight, outputs })
     }
 
     /// The part of the backward pass that earlier stages wait for. `received` is what came from later stages; gradients of
@@ -355,7 +358,8 @@ fn sections(graph: &StepGraph, part: &StageGraph) -> [Vec<Action>; 3] {
         let give = if route.to > part.stage { &mut forward } else { &mut backward };
         give.extend(route.tensors.iter().map(|tensor| (tensor.id, tensor.clone())));
     }
-    let results = part.loss.iter().chain(part.outputs.iter().chain(&part.updates).map(|(_, tensor)| tensor));
+    let named = part.outputs.iter().chain(&part.updates).map(|(_, tensor)| tensor);
+    let results = part.loss.iter().chain(&part.weight).chain(named);
     forward.extend(results.map(|tensor| (tensor.id, tensor.clone())));
     let mut gradients: HashMap<TensorId, TensorIr> =
         part.gradients.iter().map(|(_, tensor)| (tensor.id, tensor.clone())).collect();

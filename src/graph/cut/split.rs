@@ -41,6 +41,8 @@ pub struct StageGraph {
     pub sends: Vec<Route>,
     /// The loss, on the stage that computes it.
     pub loss: Option<TensorIr>,
+    /// The number of items of the loss, on the stage that computes the loss.
+    pub weight: Option<TensorIr>,
     /// The extra outputs that it gives, by their place in the graph.
     pub outputs: Vec<(usize, TensorIr)>,
     /// The gradients that it gives, by the place of the parameter. Of a parameter that several stages hold, each gives its
@@ -61,7 +63,7 @@ pub(super) struct Placement<'a> {
 
 /// What every stage runs.
 pub(super) fn split(graph: &StepGraph, placement: &Placement<'_>, stages: usize) -> Vec<StageGraph> {
-    let loss = placement.stage_of(&graph.loss).unwrap_or(stages - 1);
+    let loss = graph.loss.as_ref().and_then(|loss| placement.stage_of(loss)).unwrap_or(stages - 1);
     let output = |tensor: &TensorIr| placement.stage_of(tensor).unwrap_or(loss);
     let mut parts: Vec<StageGraph> = (0..stages)
         .map(|stage| StageGraph {
@@ -72,7 +74,8 @@ pub(super) fn split(graph: &StepGraph, placement: &Placement<'_>, stages: usize)
             params: (0..graph.params.len()).filter(|param| placement.holders[*param].contains(&stage)).collect(),
             receives: Vec::new(),
             sends: Vec::new(),
-            loss: (stage == loss).then(|| graph.loss.clone()),
+            loss: graph.loss.clone().filter(|_| stage == loss),
+            weight: graph.weight.clone().filter(|_| stage == loss),
             outputs: graph.outputs.iter().cloned().enumerate().filter(|(_, t)| output(t) == stage).collect(),
             gradients: placement
                 .gradients
@@ -132,7 +135,8 @@ impl<'a> Placement<'a> {
     fn forward(&self, part: &StageGraph) -> Walk<'_, 'a> {
         let mut walk = self.walk(part.stage);
         self.placed_on(part.stage, true).into_iter().for_each(|op| walk.run(op));
-        let results = part.loss.iter().chain(part.outputs.iter().chain(&part.updates).map(|(_, tensor)| tensor));
+        let named = part.outputs.iter().chain(&part.updates).map(|(_, tensor)| tensor);
+        let results = part.loss.iter().chain(&part.weight).chain(named);
         results.for_each(|tensor| walk.ask(tensor));
         walk
     }
@@ -233,7 +237,7 @@ pub(super) fn pinned_results(graph: &StepGraph, holders: &[Vec<usize>]) -> Vec<W
 pub(super) fn inputs_read(graph: &StepGraph, part: &StageGraph) -> BTreeSet<usize> {
     let operations = part.forward.iter().chain(&part.backward_input).chain(&part.backward_weight);
     let mut read: HashSet<TensorId> = operations.flat_map(|op| op.inputs().map(|input| input.id)).collect();
-    read.extend(part.loss.iter().map(|tensor| tensor.id));
+    read.extend(part.loss.iter().chain(&part.weight).map(|tensor| tensor.id));
     read.extend(part.outputs.iter().chain(&part.gradients).map(|(_, tensor)| tensor.id));
     (0..graph.inputs.len()).filter(|input| read.contains(&graph.inputs[*input].tensor.id)).collect()
 }

@@ -99,7 +99,8 @@ pub fn partition(
             binding.tensor.shape[*dim] /= degree;
         }
     }
-    local.loss = pass.result(&graph.loss, Replicated);
+    local.loss = graph.loss.as_ref().map(|loss| pass.result(loss, Replicated));
+    local.weight = graph.weight.as_ref().map(|weight| pass.result(weight, Replicated));
     local.outputs = graph.outputs.iter().map(|output| pass.result(output, Replicated)).collect();
     local.operations = pass.operations;
     local.forward_len = forward_len;
@@ -167,7 +168,7 @@ impl Pass {
                 wanted.entry(result.id).or_default().push(*layout);
             }
         }
-        for result in std::iter::once(&graph.loss).chain(&graph.outputs) {
+        for result in graph.loss.iter().chain(&graph.weight).chain(&graph.outputs) {
             wanted.entry(result.id).or_default().push(Replicated);
         }
         let made_forward = graph.operations[..graph.forward_len].iter().flat_map(|op| op.outputs().map(|t| (t.id, ())));
