@@ -7,6 +7,7 @@ use burn::tensor::{Bool, DType, Int};
 use burn_ir::HandleKind;
 
 use super::graph_error;
+use crate::comm::Payload;
 use crate::error::Error;
 
 /// What [`GraphInputs::map_tensors`] does with each tensor, in order.
@@ -224,6 +225,24 @@ impl GraphTensor {
             Ok(_) => Err(graph_error(format!("{what} is neither a float, an int nor a bool tensor"))),
             Err(problem) => Err(graph_error(format!("{what} must be on Device::flex(), where graphs run: {problem}"))),
         }
+    }
+}
+
+/// A tensor of any rank and kind travels as it is.
+impl Payload for GraphTensor {
+    type Home = ();
+
+    fn fixed_dtype() -> Option<DType> {
+        None
+    }
+
+    fn into_host(self) -> Result<(FlexTensor, ()), Error> {
+        Ok((self.into_tensor(), ()))
+    }
+
+    fn from_host(data: FlexTensor, (): &()) -> Result<Self, Error> {
+        let dtype = data.dtype();
+        Ok(Self::of_dtype(data, dtype))
     }
 }
 

@@ -56,14 +56,18 @@ mod sync;
 
 pub use batch_norm::{BatchNormSync, SYNC_BATCH_NORM_GRAD, SYNC_BATCH_NORM_MEAN, sync_batch_norm};
 pub use cache::GraphCache;
+pub(crate) use cache::StepKey;
 pub use capture::capture_step;
 pub use custom::CustomOps;
 pub use execute::{Executor, StepObserver, StepOutputs, StepResult, graph_tensors};
+pub(crate) use execute::named_tensors;
+pub(crate) use forward::dispatch;
 pub use forward::{Forward, ForwardGraph, capture_forward};
 pub use inputs::{GraphInputs, GraphTensor, TensorMapper};
 pub use liveness::MemoryEstimate;
 pub use loss::{LossParts, StepLoss, TokenLoss};
 pub use module::gradients_params;
+pub(crate) use module::read_params;
 pub(crate) use split::ModelSplit;
 pub use step::{BatchNormBinding, InputBinding, ParamBinding, StepGraph};
 pub use sync::register_sync_batch_norm;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use burn::module::Module;
+use burn::module::{Module, ParamId};
 
 use super::shard::{ShardReport, partition, register_collectives};
 use super::{CustomOps, StepGraph, graph_error};
@@ -46,10 +46,14 @@ impl ModelSplit {
         &self.group
     }
 
+    /// The dims of a parameter as a whole, if it is split.
+    pub(crate) fn whole_dims(&self, id: ParamId) -> Option<Vec<usize>> {
+        self.table.row(id).filter(|row| row.layout != Layout::Replicated).map(|row| row.dims.clone())
+    }
+
     /// The module with the dims that it has as a whole, of which split parameters take no memory: what a capture looks at.
     pub(crate) fn outline<M: Module>(&self, local: &M) -> M {
-        let split = |id| self.table.row(id).filter(|row| row.layout != Layout::Replicated);
-        params::outline(local, &|id, _| split(id).map(|row| row.dims.clone()))
+        params::outline(local, &|id, _| self.whole_dims(id))
     }
 
     /// Puts the whole model together, on every rank. Collective.

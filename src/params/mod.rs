@@ -3,10 +3,12 @@
 
 mod agree;
 mod distribute;
+mod hold;
 mod leaf;
 mod outline;
 
 pub(crate) use agree::agree;
 pub(crate) use distribute::{agree_on_layouts, assemble, distribute};
+pub(crate) use hold::{hold, put};
 pub(crate) use leaf::with_autodiff;
 pub(crate) use outline::outline;

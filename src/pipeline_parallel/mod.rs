@@ -1,11 +1,23 @@
 //! Pipeline parallelism: a model's layers spread over ranks as stages, which work on several micro-batches at a time.
 
+mod batch;
+mod config;
+mod engine;
+mod execute;
+mod graph_stage;
+mod module;
 mod parcel;
+mod pipelined;
 pub mod schedule;
 mod stage;
+mod tied;
+mod wrap;
 
+pub use config::PipelineConfig;
 pub use parcel::Parcel;
+pub use pipelined::{Pipelined, Run, Step};
 pub use stage::{Forwarded, LossSum, MicroBatch, Stage};
+pub use wrap::PipelineParallel;
 
 use crate::Error;
 

@@ -64,6 +64,11 @@ impl<M: Module> Sharded<M> {
         Ok(Self { local, split, engine: Arc::new(Mutex::new(engine)) })
     }
 
+    /// This rank's part of the model, and how it was split: for engines of other strategies.
+    pub(crate) fn into_parts(self) -> (M, ModelSplit) {
+        (self.local, self.split)
+    }
+
     /// This rank's part of the model.
     pub fn local(&self) -> &M {
         &self.local

@@ -34,6 +34,8 @@ pub struct StageForward {
     pub weight: Option<GraphTensor>,
     /// The extra outputs that this stage gives, by their place in the graph.
     pub outputs: BTreeMap<usize, GraphTensor>,
+    /// The next values of running statistics, which the stage goes on with by itself.
+    pub updates: HashMap<ParamId, FlexTensor>,
 }
 
 /// Runs the part of a step that one stage has, on Flex.
@@ -141,6 +143,16 @@ impl StageRun {
         Ok(())
     }
 
+    /// Goes on with these running statistics.
+    pub fn carry(&mut self, updates: &HashMap<ParamId, FlexTensor>) {
+        for (id, value) in updates {
+            if let Some(old) = self.values.get_mut(id) {
+                *old = GraphTensor::Float(value.clone());
+            }
+        }
+        self.updated.extend(updates.iter().map(|(id, value)| (*id, value.clone())));
+    }
+
     /// Lets go of the parameters, and gives running statistics their new values, seen by all clones of `model`.
     pub fn unbind<M: Module>(&mut self, model: &M) {
         self.values.clear();
@@ -187,19 +199,14 @@ impl StageRun {
         self.under_way.insert(micro_batch, tensors);
         self.receive(micro_batch, received, |from, here| from < here)?;
         let mut given = self.run(micro_batch, 0)?;
-        for (tensor, ids) in &self.updates {
-            let Some(value) = given.get(tensor) else { continue };
-            for id in ids {
-                // The next micro-batch goes on from here.
-                self.values.insert(*id, value.clone());
-                self.updated.insert(*id, value.clone().into_tensor());
-            }
-        }
+        let updates = self.updates.iter().flat_map(|(tensor, ids)| ids.iter().map(|id| (*id, *tensor)));
+        let updates = updates.filter_map(|(id, tensor)| Some((id, given.get(&tensor)?.clone().into_tensor()))).collect();
+        self.carry(&updates);
         let outputs = self.part.outputs.iter();
         let outputs = outputs.filter_map(|(place, tensor)| Some((*place, given.get(&tensor.id)?.clone()))).collect();
         let [loss, weight] =
             [&self.part.loss, &self.part.weight].map(|result| given.get(&result.as_ref()?.id).cloned());
-        Ok(StageForward { sends: self.sends(&mut given, |to, here| to > here)?, loss, weight, outputs })
+        Ok(StageForward { sends: self.sends(&mut given, |to, here| to > here)?, loss, weight, outputs, updates })
     }
 
     /// The part of the backward pass that earlier stages wait for. `received` is what came from later stages; gradients of

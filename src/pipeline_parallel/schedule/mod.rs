@@ -10,6 +10,7 @@ mod timetable;
 mod zero_bubble;
 
 pub use action::{Action, Direction, Unit};
+pub(crate) use forward_only::timetable as forward_timetable;
 pub use routes::{Edge, Routes};
 pub use timetable::Timetable;
 
