@@ -1,12 +1,15 @@
 //! Interleaved 1F1B: several stages on each rank (Narayanan et al. 2021, arXiv:2104.04473).
 
-use super::{Action, Timetable, Unit};
+use super::{Action, Timetable, Unit, one_forward_one_backward};
 use crate::Error;
 
 /// Micro-batches pass in groups of as many as there are ranks, through one stage of a rank after the other; the last group
 /// may be smaller. Within this order every rank is as with 1F1B: forwards that fill the pipeline, one forward and one
-/// backward in turn, the backwards that are left.
+/// backward in turn, the backwards that are left. With one stage on each rank it is 1F1B.
 pub(super) fn timetable(ranks: usize, stages_per_rank: usize, micro_batches: usize) -> Result<Timetable, Error> {
+    if stages_per_rank == 1 {
+        return one_forward_one_backward::timetable(ranks, micro_batches);
+    }
     let row = |rank| {
         let forwards = passes(ranks, rank, micro_batches, || 0..stages_per_rank);
         let backwards = passes(ranks, rank, micro_batches, || (0..stages_per_rank).rev());

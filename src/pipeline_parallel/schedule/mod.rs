@@ -1,18 +1,30 @@
 //! Schedules as data: what each rank of a pipeline does, in order.
 
 mod action;
+mod costs;
+mod csv;
 mod forward_only;
 mod gpipe;
+mod grid;
 mod interleaved;
+mod lower;
 mod one_forward_one_backward;
+mod play;
 mod routes;
+mod simulate;
 mod timetable;
+mod validate;
 mod zero_bubble;
 
 pub use action::{Action, Direction, Unit};
 pub(crate) use forward_only::timetable as forward_timetable;
+pub use costs::{Costs, StageCosts};
+pub use play::Event;
+use play::play;
 pub use routes::{Edge, Routes};
+pub use simulate::Simulation;
 pub use timetable::Timetable;
+pub use validate::PeakActivations;
 
 use crate::Error;
 
