@@ -30,7 +30,7 @@ pub struct Sharded<M> {
 
 struct Engine {
     graphs: GraphCache,
-    report: Arc<Mutex<ShardReport>>,
+    reports: Arc<Mutex<Vec<ShardReport>>>,
 }
 
 /// What [`Sharded::step`] gives.
@@ -48,19 +48,19 @@ pub struct Step {
 }
 
 impl<M: Module> Sharded<M> {
-    pub(super) fn new(model: M, group: &Communicator, plan: &Plan) -> Result<Self, Error> {
-        let (local, split) = ModelSplit::distribute(model, group, plan)?;
-        let report = Arc::<Mutex<ShardReport>>::default();
+    pub(super) fn new(model: M, axes: &[(&str, &Communicator)], plan: &Plan) -> Result<Self, Error> {
+        let (local, split) = ModelSplit::distribute(model, axes, plan)?;
+        let reports = Arc::<Mutex<Vec<ShardReport>>>::default();
         let mut ops = CustomOps::new();
         split.register(&mut ops);
         let pass = {
-            let (split, report) = (split.clone(), report.clone());
+            let (split, reports) = (split.clone(), reports.clone());
             move |graph: &mut StepGraph| {
-                *lock(&report) = split.apply(graph)?;
+                *lock(&reports) = split.apply(graph)?;
                 Ok(())
             }
         };
-        let engine = Engine { graphs: GraphCache::new(ops, pass), report };
+        let engine = Engine { graphs: GraphCache::new(ops, pass), reports };
         Ok(Self { local, split, engine: Arc::new(Mutex::new(engine)) })
     }
 
@@ -74,14 +74,21 @@ impl<M: Module> Sharded<M> {
         self.split.table()
     }
 
-    /// What the last captured step was given in collectives, and what of it could not be split.
+    /// What the last captured step was given in collectives over the axis that the plan speaks of, and what of it could not
+    /// be split.
     pub fn report(&self) -> ShardReport {
-        lock(&lock(&self.engine).report).clone()
+        self.reports().into_iter().next().unwrap_or_default()
     }
 
-    /// What steps have communicated on this rank so far, with the distribution of the parameters and the comparisons.
+    /// As [`report`](Self::report), for every axis.
+    pub fn reports(&self) -> Vec<ShardReport> {
+        lock(&lock(&self.engine).reports).clone()
+    }
+
+    /// What steps have communicated on this rank so far over all axes, with the distribution of the parameters and the
+    /// comparisons.
     pub fn counters(&self) -> Counters {
-        self.split.group().counters()
+        self.split.groups().map(Communicator::counters).fold(Counters::default(), |sum, more| sum + more)
     }
 
     /// The whole model, on every rank. Collective.
