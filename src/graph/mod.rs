@@ -44,8 +44,10 @@ mod custom;
 mod execute;
 mod inputs;
 mod leaves;
+mod listing;
 mod liveness;
 mod module;
+pub(crate) mod random;
 pub mod shard;
 mod step;
 mod sync;
@@ -59,6 +61,7 @@ pub use inputs::{GraphInputs, GraphTensor, TensorMapper};
 pub use liveness::MemoryEstimate;
 pub use module::gradients_params;
 pub(crate) use module::with_autodiff;
+pub use random::{COUNTED_RANDOM, RandomSource, counted_random, register_counted_random};
 pub use step::{BatchNormBinding, InputBinding, ParamBinding, StepGraph};
 pub use sync::register_sync_batch_norm;
 

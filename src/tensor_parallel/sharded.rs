@@ -10,10 +10,16 @@ use burn::tensor::{Device, Tensor};
 use super::distribute::{agree, assemble, distribute, outline};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
-use crate::graph::shard::{ShardReport, partition, register_collectives};
-use crate::graph::{CustomOps, GraphCache, GraphInputs, GraphTensor, StepGraph, StepLoss};
+use crate::graph::shard::{PartitionOptions, ShardReport, partition, register_collectives};
+use crate::graph::{
+    CustomOps, GraphCache, GraphInputs, GraphTensor, RandomSource, StepGraph, StepLoss, counted_random,
+    register_counted_random,
+};
 use crate::layout::Layout;
 use crate::plan::{Plan, PlanTable};
+
+/// What the axis over which steps are split is called in graphs.
+const AXIS: &str = "tp";
 
 /// A model split over a group: a burn [`Module`] with the paths and ids of the model and this rank's parts of its
 /// parameters, so optimizers, records and visitors take it as they take the model. Its own `forward` makes no sense on
@@ -32,6 +38,7 @@ pub struct Sharded<M> {
 struct Engine {
     graphs: GraphCache,
     report: Arc<Mutex<ShardReport>>,
+    random: RandomSource,
 }
 
 /// What [`Sharded::step`] gives.
@@ -56,7 +63,7 @@ impl<M: Module> Sharded<M> {
 
         let report = Arc::<Mutex<ShardReport>>::default();
         let mut ops = CustomOps::new();
-        register_collectives(&mut ops, &group);
+        register_collectives(&mut ops, AXIS, &group);
         let pass = {
             let (plan, table, group, report) = (plan.clone(), table.clone(), group.clone(), report.clone());
             move |graph: &mut StepGraph| {
@@ -64,7 +71,9 @@ impl<M: Module> Sharded<M> {
                 Ok(())
             }
         };
-        let engine = Engine { graphs: GraphCache::new(ops, pass), report };
+        let random = RandomSource::new(0);
+        register_counted_random(&mut ops, &random);
+        let engine = Engine { graphs: GraphCache::new(ops, pass), report, random };
         Ok(Self { local, table, group, engine: Arc::new(Mutex::new(engine)) })
     }
 
@@ -106,7 +115,7 @@ impl<M: Module> Sharded<M> {
     /// Collective: every rank passes the same whole inputs.
     ///
     /// # Errors
-    /// [`Error::Graph`] if the step cannot be recorded or draws random numbers; [`Error::Plan`] if an input cannot be split
+    /// [`Error::Graph`] if the step cannot be recorded; [`Error::Plan`] if an input cannot be split
     /// as planned; those of [`Communicator`].
     pub fn step<I, F, R>(&mut self, inputs: I, loss: F) -> Result<Step, Error>
     where
@@ -118,6 +127,7 @@ impl<M: Module> Sharded<M> {
         let mut engine = lock(&self.engine);
         let executor = engine.graphs.executor(&whole, &inputs, loss)?;
         let result = executor.step(&self.local, inputs)?;
+        engine.random.advance();
         Ok(Step { loss: result.loss, grads: result.gradients, outputs: result.outputs })
     }
 }
@@ -125,11 +135,12 @@ impl<M: Module> Sharded<M> {
 /// Splits a captured step, and makes sure that all ranks got the same collectives.
 fn split(graph: &mut StepGraph, plan: &Plan, table: &PlanTable, group: &Communicator) -> Result<ShardReport, Error> {
     let degree = group.size();
+    counted_random(graph);
     let layout = |id| table.row(id).map_or(Layout::Replicated, |row| row.layout);
     let params: Vec<Layout> = graph.params.iter().map(|param| layout(param.id)).collect();
     let inputs = graph.inputs.iter().map(|input| (input.path.as_str(), input.tensor.shape.as_slice()));
     let inputs = plan.input_layouts(inputs, degree)?;
-    let (local, report) = partition(graph, &params, &inputs, degree, group.rank())?;
+    let (local, report) = partition(graph, &params, &inputs, &PartitionOptions::new(AXIS, degree, group.rank()))?;
     *graph = local;
     let fingerprints = group.all_gather(vec![graph.collective_fingerprint()])?;
     match fingerprints.iter().position(|fingerprint| *fingerprint != fingerprints[0]) {
