@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use burn::module::Module;
 
-use super::shard::{ShardReport, partition, register_collectives};
-use super::{CustomOps, StepGraph, graph_error};
+use super::shard::{PartitionOptions, ShardReport, partition, register_collectives};
+use super::{CustomOps, RandomSource, StepGraph, counted_random, graph_error, register_counted_random};
 use crate::comm::Communicator;
 use crate::error::Error;
 use crate::layout::Layout;
@@ -20,6 +20,7 @@ use crate::plan::{AxisPlan, Plan, PlanTable};
 pub(crate) struct ModelSplit {
     table: Arc<PlanTable>,
     axes: Arc<[SplitAxis]>,
+    random: RandomSource,
 }
 
 #[derive(Debug)]
@@ -54,7 +55,7 @@ impl ModelSplit {
             }
             made.push(SplitAxis { name: (*name).into(), group, plan });
         }
-        Ok((local, Self { table: Arc::new(table), axes: made.into() }))
+        Ok((local, Self { table: Arc::new(table), axes: made.into(), random: RandomSource::new(0) }))
     }
 
     pub(crate) fn table(&self) -> &PlanTable {
@@ -89,11 +90,22 @@ impl ModelSplit {
         Ok(whole)
     }
 
-    /// Says how the collectives are run that [`apply`](Self::apply) puts in.
+    /// The same split whose steps draw other random numbers.
+    pub(crate) fn with_random(self, random: RandomSource) -> Self {
+        Self { random, ..self }
+    }
+
+    /// What the random numbers of the steps follow from; whoever runs steps advances it after each.
+    pub(crate) fn random(&self) -> &RandomSource {
+        &self.random
+    }
+
+    /// Says how the operations are run that [`apply`](Self::apply) puts in.
     pub(crate) fn register(&self, ops: &mut CustomOps) {
         for axis in self.axes.iter() {
-            register_collectives(ops, &axis.group);
+            register_collectives(ops, &axis.name, &axis.group);
         }
+        register_counted_random(ops, &self.random);
     }
 
     /// Splits a graph captured of the [outline](Self::outline), in place: the local graph of this rank. Collective: all
@@ -104,17 +116,20 @@ impl ModelSplit {
     /// run different collectives; those of [`Communicator`].
     pub(crate) fn apply(&self, graph: &mut StepGraph) -> Result<Vec<ShardReport>, Error> {
         let mut reports = Vec::new();
+        counted_random(graph);
         for (index, SplitAxis { name, group, plan }) in self.axes.iter().enumerate() {
             let layout = |id| self.table.row(id).map_or(Layout::Replicated, |row| row.layouts[index]);
             let params: Vec<Layout> = graph.params.iter().map(|param| layout(param.id)).collect();
             let inputs = graph.inputs.iter().map(|input| (input.path.as_str(), input.tensor.shape.as_slice()));
             let inputs = plan.input_layouts(inputs, (name, group.size()))?;
-            let (local, report) = partition(graph, &params, &inputs, group.size(), group.rank())?;
+            let mut options = PartitionOptions::new(name, group.size(), group.rank());
+            options.sequence_dim = plan.sequence_dim();
+            let (local, report) = partition(graph, &params, &inputs, &options)?;
             *graph = local;
             reports.push(report);
         }
-        for SplitAxis { group, .. } in self.axes.iter() {
-            let fingerprints = group.all_gather(vec![graph.collective_fingerprint()])?;
+        for SplitAxis { name, group, .. } in self.axes.iter() {
+            let fingerprints = group.all_gather(vec![graph.axis_fingerprint(name)])?;
             if let Some(rank) = fingerprints.iter().position(|fingerprint| *fingerprint != fingerprints[0]) {
                 return Err(graph_error(format!(
                     "rank {rank} of group `{}` would run other collectives than rank 0: pass the same step and inputs of \

@@ -11,7 +11,8 @@ use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::graph::shard::ShardReport;
 use crate::graph::{
-    CustomOps, GraphCache, GraphInputs, GraphTensor, ModelSplit, StepGraph, StepLoss, StepObserver, StepOutputs,
+    CustomOps, GraphCache, GraphInputs, GraphTensor, ModelSplit, RandomSource, StepGraph, StepLoss, StepObserver,
+    StepOutputs,
 };
 use crate::plan::{Plan, PlanTable};
 
@@ -24,13 +25,30 @@ use crate::plan::{Plan, PlanTable};
 #[derive(Clone)]
 pub struct Sharded<M> {
     local: M,
-    split: ModelSplit,
+    pub(super) split: ModelSplit,
+    seed: u64,
     engine: Arc<Mutex<Engine>>,
 }
 
 struct Engine {
     graphs: GraphCache,
     reports: Arc<Mutex<Vec<ShardReport>>>,
+}
+
+impl Engine {
+    fn of(split: &ModelSplit) -> Self {
+        let reports = Arc::<Mutex<Vec<ShardReport>>>::default();
+        let mut ops = CustomOps::new();
+        split.register(&mut ops);
+        let pass = {
+            let (split, reports) = (split.clone(), reports.clone());
+            move |graph: &mut StepGraph| {
+                *lock(&reports) = split.apply(graph)?;
+                Ok(())
+            }
+        };
+        Self { graphs: GraphCache::new(ops, pass), reports }
+    }
 }
 
 /// What [`Sharded::step`] gives.
@@ -50,18 +68,19 @@ pub struct Step {
 impl<M: Module> Sharded<M> {
     pub(super) fn new(model: M, axes: &[(&str, &Communicator)], plan: &Plan) -> Result<Self, Error> {
         let (local, split) = ModelSplit::distribute(model, axes, plan)?;
-        let reports = Arc::<Mutex<Vec<ShardReport>>>::default();
-        let mut ops = CustomOps::new();
-        split.register(&mut ops);
-        let pass = {
-            let (split, reports) = (split.clone(), reports.clone());
-            move |graph: &mut StepGraph| {
-                *lock(&reports) = split.apply(graph)?;
-                Ok(())
-            }
-        };
-        let engine = Engine { graphs: GraphCache::new(ops, pass), reports };
-        Ok(Self { local, split, engine: Arc::new(Mutex::new(engine)) })
+        Ok(Self { local, engine: Arc::new(Mutex::new(Engine::of(&split))), split, seed: 0 })
+    }
+
+    /// Sets the seed of the random numbers that steps draw, dropout above all: the same on every rank of the split, which
+    /// then draw what one device would. 0 by default. Forgets the captured steps.
+    pub fn with_seed(self, seed: u64) -> Self {
+        let split = self.split.with_random(RandomSource::new(seed));
+        Self { engine: Arc::new(Mutex::new(Engine::of(&split))), split, seed, local: self.local }
+    }
+
+    /// The seed of the random numbers that steps draw.
+    pub fn seed(&self) -> u64 {
+        self.seed
     }
 
     /// This rank's part of the model.
@@ -118,6 +137,7 @@ impl<M: Module> Sharded<M> {
         let mut engine = lock(&self.engine);
         let executor = engine.graphs.executor(&whole, &inputs, loss)?;
         let result = executor.step(&self.local, inputs)?;
+        self.split.random().advance();
         Ok(Step { loss: result.loss, weight: result.weight, grads: result.gradients, outputs: result.outputs })
     }
 
@@ -140,7 +160,9 @@ impl<M: Module> Sharded<M> {
     {
         let whole = self.split.outline(&self.local);
         let mut engine = lock(&self.engine);
-        engine.graphs.executor(&whole, &inputs, loss)?.step_observed(&self.local, inputs, observer)
+        let step = engine.graphs.executor(&whole, &inputs, loss)?.step_observed(&self.local, inputs, observer)?;
+        self.split.random().advance();
+        Ok(step)
     }
 
     /// Runs a forward pass for evaluation: what `forward` gives, whole on every rank and on Flex without autodiff.
