@@ -128,7 +128,7 @@ impl ModelSplit {
             *graph = local;
             reports.push(report);
         }
-        for SplitAxis { name, group, .. } in self.axes.iter() {
+        for SplitAxis { name, group, .. } in self.axes.iter().filter(|axis| axis.group.size() > 1) {
             let fingerprints = group.all_gather(vec![graph.axis_fingerprint(name)])?;
             if let Some(rank) = fingerprints.iter().position(|fingerprint| *fingerprint != fingerprints[0]) {
                 return Err(graph_error(format!(
