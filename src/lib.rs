@@ -36,6 +36,7 @@
 //! | [`comm`] | the communicator: collectives and messages, and the trait for engines |
 //! | [`layout`] | differentiable moves between layouts, for models written by hand |
 //! | [`data_parallel`] | replicas: gradient buckets, accumulation, uneven data, synchronised batch norm, sampler |
+//! | [`params`] | parameters read from a store a part at a time |
 //! | [`plan`] | which parameters are split, by path |
 //! | [`tensor_parallel`] | any module split over ranks by a plan; explicit layers for models written with that in mind |
 //! | [`train`] | where strategies meet: replicas of models that are split |
@@ -60,7 +61,7 @@ pub mod graph;
 pub mod launch;
 pub mod layout;
 pub mod mesh;
-mod params;
+pub mod params;
 pub mod plan;
 pub mod tensor_parallel;
 pub mod train;

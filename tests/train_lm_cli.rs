@@ -215,9 +215,7 @@ fn any_number_of_ranks_gives_the_losses_of_one() {
 fn any_number_of_parts_gives_the_losses_of_one() {
     let folder = Folder::new("parts");
     for batch in ["8", "7"] {
-        let run = |flags: &[&str]| {
-            losses(&json(&folder, &[&["--steps", "12", "--layers", "2", "--batch", batch][..], flags].concat()))
-        };
+        let run = |flags: &[&str]| losses(&json(&folder, &[&["--steps", "12", "--batch", batch][..], flags].concat()));
         let alone = run(&["--dp", "1"]);
         for flags in [&["--tp", "2"][..], &["--tp", "4"], &["--dp", "2", "--tp", "2"]] {
             same_losses(&alone, &run(flags), 1e-4);

@@ -1,15 +1,16 @@
 //! How one model is split over one or several axes: what every strategy knows of tensor parallelism.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::module::Module;
 
 use super::shard::{PartitionOptions, ShardReport, partition, register_collectives};
 use super::{CustomOps, RandomSource, StepGraph, counted_random, graph_error, register_counted_random};
-use crate::comm::Communicator;
+use crate::comm::{Communicator, part};
 use crate::error::Error;
 use crate::layout::Layout;
-use crate::params;
+use crate::params::{self, SliceSource};
 use crate::plan::{AxisPlan, Plan, PlanTable};
 
 /// The split of a model: where each parameter lies over each axis, and the groups that it is split over. Cheap to clone.
@@ -88,6 +89,26 @@ impl ModelSplit {
             whole = params::assemble(whole, &self.table, index, &axis.group)?;
         }
         Ok(whole)
+    }
+
+    /// Gives this rank's parts the values that a source has, of which nothing else is read. Lazy parameters are not made.
+    ///
+    /// # Errors
+    /// Those of [`params::load`].
+    pub(crate) fn load<M: Module>(&self, local: M, source: &mut dyn SliceSource) -> Result<M, Error> {
+        let held = |id| {
+            let row = self.table.row(id)?;
+            let mut ranges: Vec<Range<usize>> = row.dims.iter().map(|size| 0..*size).collect();
+            for (layout, axis) in row.layouts.iter().zip(self.axes.iter()) {
+                if let Layout::Sharded(dim) = layout {
+                    let (range, group) = (&mut ranges[*dim], &axis.group);
+                    let own = part(range.len(), group.size(), group.rank());
+                    *range = range.start + own.start..range.start + own.end;
+                }
+            }
+            Some(params::Held { dims: row.dims.clone(), ranges })
+        };
+        params::load(local, source, &held)
     }
 
     /// The same split whose steps draw other random numbers.

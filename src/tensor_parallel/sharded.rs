@@ -14,6 +14,7 @@ use crate::graph::{
     CustomOps, GraphCache, GraphInputs, GraphTensor, ModelSplit, RandomSource, StepGraph, StepLoss, StepObserver,
     StepOutputs,
 };
+use crate::params::SliceSource;
 use crate::plan::{Plan, PlanTable};
 
 /// A model split over a group: a burn [`Module`] with the paths and ids of the model and this rank's parts of its
@@ -108,6 +109,17 @@ impl<M: Module> Sharded<M> {
     /// comparisons.
     pub fn counters(&self) -> Counters {
         self.split.groups().map(Communicator::counters).fold(Counters::default(), |sum, more| sum + more)
+    }
+
+    /// Gives all parameters the values that a store has under their paths. Each rank asks for its own parts only, and lazy
+    /// parameters are never made whole: so a model is loaded that no rank could hold. Not collective; every rank has the
+    /// same store.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the source lacks a parameter, or has it with other dims than the whole one has; those
+    /// of the source.
+    pub fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
+        Ok(Self { local: self.split.load(self.local, source)?, ..self })
     }
 
     /// The whole model, on every rank. Collective.
