@@ -88,7 +88,8 @@ fn losses(outcome: &Value) -> Vec<f64> {
 
 #[test]
 fn flags_that_make_no_sense_are_refused() {
-    for flag in ["--ranks", "--dp", "--steps", "--batch", "--micro-batch", "--seq", "--layers", "--d-model", "--heads"]
+    for flag in
+        ["--ranks", "--dp", "--tp", "--steps", "--batch", "--micro-batch", "--seq", "--layers", "--d-model", "--heads"]
     {
         refused(&[flag, "0"], "at least 1");
         refused(&[flag, "-3"], "at least 1");
@@ -109,7 +110,10 @@ fn flags_that_make_no_sense_are_refused() {
 #[test]
 fn flags_that_do_not_fit_together_are_refused() {
     refused(&["--d-model", "10", "--heads", "4"], "--heads 4 does not divide --d-model 10");
-    refused(&["--ranks", "2", "--dp", "3"], "--dp 3 differs from --ranks 2");
+    refused(&["--ranks", "2", "--dp", "3"], "--dp 3 x --tp 1 makes 3 ranks, but --ranks is 2");
+    refused(&["--ranks", "4", "--dp", "3", "--tp", "2"], "--dp 3 x --tp 2 makes 6 ranks, but --ranks is 4");
+    refused(&["--ranks", "3", "--tp", "2"], "--tp 2 does not divide --ranks 3");
+    refused(&["--tp", "3"], "--tp 3 does not divide --heads 4");
     refused(&["--dp", "4", "--batch", "3"], "--batch 3 is smaller than --dp 4");
     refused(&["--batch", "4", "--micro-batch", "5"], "--micro-batch 5 is larger than --batch 4");
 }
@@ -148,7 +152,9 @@ fn help_is_no_error() {
     let output = train_lm(&["--help"]);
     let help = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0));
-    for flag in ["--text", "--ranks", "--dp", "--steps", "--batch", "--micro-batch", "--seq", "--layers", "--d-model"] {
+    for flag in
+        ["--text", "--ranks", "--dp", "--tp", "--steps", "--batch", "--micro-batch", "--seq", "--layers", "--d-model"]
+    {
         assert!(help.contains(flag), "{flag}: {help}");
     }
 }
@@ -206,11 +212,36 @@ fn any_number_of_ranks_gives_the_losses_of_one() {
 }
 
 #[test]
+fn any_number_of_parts_gives_the_losses_of_one() {
+    let folder = Folder::new("parts");
+    for batch in ["8", "7"] {
+        let run = |flags: &[&str]| losses(&json(&folder, &[&["--steps", "12", "--batch", batch][..], flags].concat()));
+        let alone = run(&["--dp", "1"]);
+        for flags in [&["--tp", "2"][..], &["--tp", "4"], &["--dp", "2", "--tp", "2"]] {
+            same_losses(&alone, &run(flags), 1e-4);
+        }
+        same_losses(&alone, &run(&["--dp", "2", "--tp", "2", "--micro-batch", "3"]), 1e-4);
+    }
+}
+
+#[test]
+fn the_json_tells_what_the_parts_of_a_layer_sent() {
+    let folder = Folder::new("parts-sent");
+    let outcome = json(&folder, &["--tp", "2", "--batch", "8"]);
+    assert_eq!(outcome["axes"], serde_json::json!({ "dp": 1, "tp": 2 }));
+    // Two all-reduces forward and two backward, of 8 rows of 16 tokens and width 16; the ranks compare their graphs once.
+    let (calls, bytes) = (outcome["calls_per_step"].as_f64(), outcome["bytes_sent_per_step"].as_f64());
+    assert_eq!(calls.map(|calls| (3.0 * calls).round()), Some(13.0));
+    let activations = 4.0 * 4.0 * 8.0 * 16.0 * 16.0;
+    assert!((activations..activations + 10.0).contains(&bytes.unwrap()), "{bytes:?} {activations}");
+}
+
+#[test]
 fn the_json_tells_of_ranks_and_what_they_sent() {
     let folder = Folder::new("sent");
     for dp in 1..=4 {
         let outcome = json(&folder, &["--dp", &dp.to_string()]);
-        assert_eq!(outcome["axes"], serde_json::json!({ "dp": dp }));
+        assert_eq!(outcome["axes"], serde_json::json!({ "dp": dp, "tp": 1 }));
         // The gradients, each 4 bytes; the control numbers add little.
         let gradients = 4.0 * outcome["parameters"].as_f64().unwrap() * 2.0 * f64::from(dp - 1) / f64::from(dp);
         let sent = outcome["bytes_sent_per_step"].as_f64().unwrap();

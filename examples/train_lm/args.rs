@@ -17,13 +17,17 @@ struct Flags {
     #[arg(long, value_name = "PATH")]
     text: Option<PathBuf>,
 
-    /// How many ranks train together, each on a thread of its own [default: --dp, or 2]
+    /// How many ranks train together, each on a thread of its own [default: --dp times --tp, or 2]
     #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
     ranks: Option<usize>,
 
-    /// How many of the ranks share each batch: data parallelism [default: --ranks]
+    /// How many replicas of the model share each batch: data parallelism [default: --ranks divided by --tp]
     #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
     dp: Option<usize>,
+
+    /// How many ranks share each layer of a replica: tensor parallelism
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = up_to::<1024>)]
+    tp: usize,
 
     /// How many steps to train
     #[arg(long, value_name = "N", default_value_t = 1200, value_parser = up_to::<1_000_000_000>)]
@@ -73,8 +77,10 @@ pub struct Args {
     pub text: Option<PathBuf>,
     /// How many ranks train together.
     pub ranks: usize,
-    /// How many ranks share each batch.
+    /// How many replicas of the model share each batch.
     pub dp: usize,
+    /// How many ranks share each layer of a replica.
+    pub tp: usize,
     /// How many steps to train.
     pub steps: usize,
     /// The rows of a step over all ranks.
@@ -105,17 +111,19 @@ impl Args {
         let flags = Flags::from_arg_matches(&command.try_get_matches()?)?;
         let wrong = |why| Err(Error::raw(ErrorKind::ValueValidation, why));
 
-        let ranks = flags.ranks.or(flags.dp).unwrap_or(2);
-        let dp = flags.dp.unwrap_or(ranks);
-        if dp != ranks {
-            return wrong(format!(
-                "--dp {dp} differs from --ranks {ranks}: every rank is a replica, give one of the two"
-            ));
+        let tp = flags.tp;
+        let ranks = flags.ranks.unwrap_or(flags.dp.map_or(tp.max(2), |dp| dp * tp));
+        if flags.dp.is_none() && ranks % tp != 0 {
+            return wrong(format!("--tp {tp} does not divide --ranks {ranks}"));
+        }
+        let dp = flags.dp.unwrap_or(ranks / tp);
+        if dp * tp != ranks {
+            return wrong(format!("--dp {dp} x --tp {tp} makes {} ranks, but --ranks is {ranks}", dp * tp));
         }
         let Flags { batch, d_model, heads, .. } = flags;
         if batch < dp {
             return wrong(format!(
-                "--batch {batch} is smaller than --dp {dp}: every rank needs a row of each batch, give --ranks {batch}"
+                "--batch {batch} is smaller than --dp {dp}: every replica needs a row of each batch, give --dp {batch}"
             ));
         }
         if let Some(micro_batch) = flags.micro_batch.filter(|&rows| rows > batch) {
@@ -123,6 +131,9 @@ impl Args {
         }
         if d_model % heads != 0 {
             return wrong(format!("--heads {heads} does not divide --d-model {d_model}"));
+        }
+        if heads % tp != 0 {
+            return wrong(format!("--tp {tp} does not divide --heads {heads}: each rank takes whole heads"));
         }
         if let Some(json) = &flags.json
             && let Err(why) = writable(json, flags.text.as_deref())
@@ -134,6 +145,7 @@ impl Args {
             text: flags.text,
             ranks,
             dp,
+            tp,
             steps: flags.steps,
             batch,
             micro_batch: flags.micro_batch.unwrap_or(batch).min(batch.div_ceil(dp)),

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use burn::module::Module;
-use burn_parallel::comm::Tally;
+use burn_parallel::comm::{Counters, Tally};
 use burn_parallel::data_parallel::StepCounters;
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
@@ -93,8 +93,10 @@ pub struct Outcome {
     pub tokens: usize,
     /// The time that the steps took.
     pub elapsed: Duration,
-    /// The communication of the rank in all steps.
-    pub counters: StepCounters,
+    /// What the rank communicated with the other replicas in all steps.
+    pub averaging: StepCounters,
+    /// What it communicated with those that hold the other parts of its replica.
+    pub splitting: Counters,
 }
 
 #[derive(Serialize)]
@@ -113,22 +115,23 @@ impl Outcome {
         self.tokens as f64 / self.elapsed.as_secs_f64()
     }
 
-    /// Bytes and calls of a step: those of the gradients, and those of the few numbers that go with them.
-    fn communication(&self) -> [(f64, f64); 2] {
+    /// Bytes and calls of a step: those of the gradients, those of the few numbers that go with them, and those of the
+    /// activations of split layers.
+    fn communication(&self) -> [(f64, f64); 3] {
         let steps = self.losses.len() as f64;
         let per_step = |tally: Tally| (tally.bytes as f64 / steps, tally.calls as f64 / steps);
-        [per_step(self.counters.gradients.total()), per_step(self.counters.control.total())]
+        [&self.averaging.gradients, &self.averaging.control, &self.splitting].map(|counters| per_step(counters.total()))
     }
 
     /// Writes the outcome as JSON.
     pub fn write_json(&self, args: &Args, path: &Path) -> io::Result<()> {
-        let [gradients, control] = self.communication();
+        let communication = self.communication();
         let json = Json {
             losses: &self.losses,
             tokens_per_second: self.tokens_per_second(),
-            axes: BTreeMap::from([("dp", args.dp)]),
-            bytes_sent_per_step: gradients.0 + control.0,
-            calls_per_step: gradients.1 + control.1,
+            axes: BTreeMap::from([("dp", args.dp), ("tp", args.tp)]),
+            bytes_sent_per_step: communication.iter().map(|(bytes, _)| bytes).sum(),
+            calls_per_step: communication.iter().map(|(_, calls)| calls).sum(),
             parameters: self.model.num_params(),
         };
         fs::write(path, serde_json::to_string(&json)? + "\n")
@@ -138,13 +141,13 @@ impl Outcome {
     pub fn summary(&self, args: &Args, held_out: Option<f64>) -> String {
         let losses = &self.losses;
         let seconds = self.elapsed.as_secs_f64();
-        let [gradients, control] = self.communication();
+        let [gradients, control, activations] = self.communication();
         let mut table = Table::new();
         table.load_preset(UTF8_FULL_CONDENSED);
         let mut row = |name: &str, value: String| {
             table.add_row([name.to_owned(), value]);
         };
-        row("ranks", format!("{} (dp {})", args.ranks, args.dp));
+        row("ranks", format!("{} (dp {}, tp {})", args.ranks, args.dp, args.tp));
         row(
             "model",
             format!(
@@ -173,14 +176,17 @@ impl Outcome {
         );
         row("time", format!("{seconds:.1} s, {:.0} tokens/s", self.tokens_per_second()));
         row(
-            "waiting for communication",
-            format!("{:.1} % of the time", 100.0 * self.counters.waited.as_secs_f64() / seconds),
+            "waiting for gradients",
+            format!("{:.1} % of the time", 100.0 * self.averaging.waited.as_secs_f64() / seconds),
         );
         let mut sent = |name, (bytes, calls)| {
             row(name, format!("{bytes:.0} bytes in {calls:.1} calls, per step and rank"));
         };
         sent("gradients", gradients);
         sent("control numbers", control);
+        if args.tp > 1 {
+            sent("activations of split layers", activations);
+        }
         table.to_string()
     }
 }

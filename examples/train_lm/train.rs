@@ -13,12 +13,14 @@ use crate::gpt::Gpt;
 use crate::report::{Outcome, Progress};
 use crate::text::{Text, tensors};
 
-/// Trains the model on a text as the flags say. Every rank runs this, each on its rows of every batch.
+/// Trains the model on a text as the flags say. Every rank runs this, each replica on its rows of every batch.
 pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome, Error> {
     let device = rank.device().autodiff();
-    let mesh = Mesh::new(&rank, [("dp", args.dp)])?;
-    let dp = mesh.axis("dp")?;
-    let mut model = model.fork(&device).data_parallel(&dp, DataParallelConfig::new())?;
+    let mesh = Mesh::new(&rank, [("dp", args.dp), ("tp", args.tp)])?;
+    let (dp, tp) = (mesh.axis("dp")?, mesh.axis("tp")?);
+    let mut model =
+        model.fork(&device).tensor_parallel(&tp, &Plan::megatron())?.data_parallel(&dp, DataParallelConfig::new())?;
+    let wrapping = model.counters();
     let mut optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init();
     let mut schedule = schedule(args)?;
     let mut progress = Progress::new(args.steps, rank.rank() == 0);
@@ -29,7 +31,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
         let micro_batches = rows.chunks(args.micro_batch).map(|rows| tensors(rows, &device));
         let step = model.step_micro_batches(micro_batches, |model, (tokens, targets)| {
             let (nats, count) = model.loss_sum(tokens, targets);
-            Loss::sum(nats, count as f64)
+            TokenLoss::of(nats, count)
         })?;
         // The mean over the tokens of all ranks: every rank has the same, and ends here with the others.
         if !step.loss.is_finite() {
@@ -39,15 +41,16 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
         model = optim.step(schedule.step(), model, step.grads);
 
         losses.push(step.loss);
-        progress.step(number, step.loss, args.batch * args.seq, model.counters().waited);
+        progress.step(number, step.loss, args.batch * args.seq, model.averaging().waited);
     }
 
     Ok(Outcome {
         losses,
         tokens: args.steps * args.batch * args.seq,
         elapsed: progress.elapsed(),
-        counters: model.counters(),
-        model: model.into_inner(),
+        averaging: model.averaging(),
+        splitting: model.counters() - wrapping,
+        model: model.assemble()?,
     })
 }
 

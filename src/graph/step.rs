@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use burn::module::ParamId;
 use burn::tensor::TensorData;
-use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
+use burn_ir::{CustomOpIr, IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
 
 /// A parameter or running statistic of the module, as the graph sees it.
 #[derive(Clone, Debug)]
@@ -100,9 +100,16 @@ impl StepGraph {
     /// comparing it once before the first step tells early that collectives would not match. (By convention the last
     /// scalar of a custom operation is the part that may differ between ranks, as a sample count does.)
     pub fn collective_fingerprint(&self) -> u64 {
+        self.fingerprint(|_| true)
+    }
+
+    /// As [`collective_fingerprint`](Self::collective_fingerprint), of some custom operations only.
+    pub(crate) fn fingerprint(&self, counts: impl Fn(&CustomOpIr) -> bool) -> u64 {
         let mut hasher = DefaultHasher::new();
         for op in &self.operations {
-            if let OperationIr::Custom(op) = op {
+            if let OperationIr::Custom(op) = op
+                && counts(op)
+            {
                 op.id.hash(&mut hasher);
                 op.scalars.split_last().map(|(_, scalars)| scalars).hash(&mut hasher);
                 for out in &op.outputs {

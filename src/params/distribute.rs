@@ -8,7 +8,7 @@ use std::any::Any;
 use std::collections::HashMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Bool, Int, Shape, Tensor};
+use burn::tensor::{Bool, DType, Int, Shape, Tensor};
 
 use super::leaf::{Kind, Lazy, leaf};
 use crate::Error;
@@ -21,29 +21,36 @@ use crate::plan::{PlanRow, PlanTable};
 /// # Errors
 /// Those of [`agree`](super::agree).
 pub(crate) fn agree_on_layouts(table: &PlanTable, group: &Communicator) -> Result<(), Error> {
-    let line = |row: &PlanRow| (row.path.clone(), format!("{:?} {:?}, {}", row.dtype, row.dims, row.layout));
+    let layouts = |row: &PlanRow| row.layouts.iter().map(ToString::to_string).collect::<Vec<_>>().join(" and ");
+    let line = |row: &PlanRow| (row.path.clone(), format!("{:?} {:?}, {}", row.dtype, row.dims, layouts(row)));
     super::agree(&table.rows().iter().map(line).collect::<Vec<_>>(), group)
 }
 
-/// Gives this rank its part of every parameter of rank 0's module, as fresh leaves.
+/// Gives this rank its part along axis number `axis` of the table, of every parameter of rank 0's module, which the axes
+/// before it have taken their parts of; as fresh leaves.
 ///
 /// # Errors
 /// Those of [`Communicator`].
-pub(crate) fn distribute<M: Module>(module: M, table: &PlanTable, group: &Communicator) -> Result<M, Error> {
+pub(crate) fn distribute<M: Module>(
+    module: M,
+    table: &PlanTable,
+    axis: usize,
+    group: &Communicator,
+) -> Result<M, Error> {
     let mut lazies = Lazies::default();
     module.visit(&mut lazies);
     let lazy = group.broadcast(lazies.0, 0)?;
-    let mut mapper = Distribute { table, group, lazy: lazy.into_iter(), seen: HashMap::new(), outcome: Ok(()) };
+    let mut mapper = Distribute { table, axis, group, lazy: lazy.into_iter(), seen: HashMap::new(), outcome: Ok(()) };
     let module = module.map(&mut mapper);
     mapper.outcome.map(|()| module)
 }
 
-/// Puts the parts of all ranks together, on every rank.
+/// Puts the parts of all ranks along axis number `axis` of the table together, on every rank of its group.
 ///
 /// # Errors
 /// Those of [`Communicator`].
-pub(crate) fn assemble<M: Module>(module: M, table: &PlanTable, group: &Communicator) -> Result<M, Error> {
-    let mut mapper = Assemble { table, group, seen: HashMap::new(), outcome: Ok(()) };
+pub(crate) fn assemble<M: Module>(module: M, table: &PlanTable, axis: usize, group: &Communicator) -> Result<M, Error> {
+    let mut mapper = Assemble { table, axis, group, seen: HashMap::new(), outcome: Ok(()) };
     let module = module.map(&mut mapper);
     mapper.outcome.map(|()| module)
 }
@@ -60,12 +67,23 @@ impl ModuleVisitor for Lazies {
 
 struct Distribute<'a, L> {
     table: &'a PlanTable,
+    axis: usize,
     group: &'a Communicator,
     /// Whether the parameters to come are lazy on rank 0.
     lazy: L,
     /// Parameters already made, so that one held in two places stays one.
     seen: HashMap<ParamId, Box<dyn Any>>,
     outcome: Result<(), Error>,
+}
+
+/// What of a parameter is spread over the ranks of an axis.
+#[derive(Clone)]
+struct Share {
+    layout: Layout,
+    dtype: DType,
+    /// Before and after.
+    dims: Vec<usize>,
+    local_dims: Vec<usize>,
 }
 
 /// This rank's share of rank 0's value. Of the `value` of the other ranks only rank and dtype count, and its dims if it is
@@ -78,41 +96,48 @@ fn receive<const D: usize>(value: Tensor<D>, layout: Layout, group: &Communicato
 }
 
 /// What a rank that is not the first brings to [`receive`].
-fn nothing<const D: usize>(row: &PlanRow, like: &Tensor<D>) -> Tensor<D> {
-    let dims = match (row.layout, <[usize; D]>::try_from(row.dims.as_slice())) {
+fn nothing<const D: usize>(share: &Share, like: &Tensor<D>) -> Tensor<D> {
+    let dims = match (share.layout, <[usize; D]>::try_from(share.dims.as_slice())) {
         (Layout::Replicated, Ok(dims)) => dims,
         _ => [0; D],
     };
-    Tensor::zeros(dims, (&like.device(), row.dtype))
+    Tensor::zeros(dims, (&like.device(), share.dtype))
 }
 
 impl<L: Iterator<Item = u8>> Distribute<'_, L> {
-    fn now<const D: usize>(&mut self, param: Param<Tensor<D>>, row: &PlanRow) -> Param<Tensor<D>> {
+    fn share(&self, id: ParamId) -> Option<Share> {
+        let row = self.table.row(id)?;
+        let dims = |axes| row.dims_after(axes, self.table.axes());
+        let (dims, local_dims) = (dims(self.axis), dims(self.axis + 1));
+        Some(Share { layout: row.layouts[self.axis], dtype: row.dtype, dims, local_dims })
+    }
+
+    fn now<const D: usize>(&mut self, param: Param<Tensor<D>>, share: &Share) -> Param<Tensor<D>> {
         let first = self.group.rank() == 0;
         let (kind, value, id, mapper) = match param.is_initialized() || first {
             true => {
                 let (id, value, mapper) = param.consume();
                 let kind = Kind::of(&value);
                 let value = value.inner();
-                (kind, if first { value } else { nothing(row, &value) }, id, mapper)
+                (kind, if first { value } else { nothing(share, &value) }, id, mapper)
             }
             false => {
                 let Lazy { stand_in, device, trained } = Lazy::of(&param);
                 let (id, one, mapper) = stand_in.consume();
-                (Kind::on(&device, trained), nothing(row, &one.inner()), id, mapper)
+                (Kind::on(&device, trained), nothing(share, &one.inner()), id, mapper)
             }
         };
-        let local = receive(value.clone(), row.layout, self.group).unwrap_or_else(|error| {
+        let local = receive(value.clone(), share.layout, self.group).unwrap_or_else(|error| {
             self.outcome = Err(error);
             value
         });
         Param::from_mapped_value(id, leaf(local, kind), mapper)
     }
 
-    fn later<const D: usize>(&self, param: Param<Tensor<D>>, row: &PlanRow) -> Param<Tensor<D>> {
+    fn later<const D: usize>(&self, param: Param<Tensor<D>>, share: &Share) -> Param<Tensor<D>> {
         let Lazy { stand_in, device, trained } = Lazy::of(&param);
         let (id, one, mapper) = stand_in.consume();
-        let (group, whole) = (self.group.clone(), row.clone());
+        let (group, whole) = (self.group.clone(), share.clone());
         let first = group.rank() == 0;
         // Only rank 0 makes the value as the model says.
         let source = first.then_some(param);
@@ -128,7 +153,7 @@ impl<L: Iterator<Item = u8>> Distribute<'_, L> {
             leaf(local.to_device(&device.clone().inner()), Kind::on(device, trained))
         };
         let (load, save) = (mapper.clone(), mapper);
-        Param::uninitialized(id, init, device, trained, Shape::from(row.local_dims.clone()))
+        Param::uninitialized(id, init, device, trained, Shape::from(share.local_dims.clone()))
             .load_mapper(move |value| load.on_load(value))
             .save_mapper(move |value| save.on_save(value))
     }
@@ -147,8 +172,8 @@ impl<L: Iterator<Item = u8>> ModuleMapper for Distribute<'_, L> {
         if let Some(made) = self.seen.get(&param.id).and_then(|made| made.downcast_ref::<Param<Tensor<D>>>()) {
             return made.clone();
         }
-        let Some(row) = self.table.row(param.id).cloned().filter(|_| self.outcome.is_ok()) else { return param };
-        let made = if lazy { self.later(param, &row) } else { self.now(param, &row) };
+        let Some(share) = self.share(param.id).filter(|_| self.outcome.is_ok()) else { return param };
+        let made = if lazy { self.later(param, &share) } else { self.now(param, &share) };
         self.seen.insert(made.id, Box::new(made.clone()));
         made
     }
@@ -168,6 +193,7 @@ impl<L: Iterator<Item = u8>> ModuleMapper for Distribute<'_, L> {
 
 struct Assemble<'a> {
     table: &'a PlanTable,
+    axis: usize,
     group: &'a Communicator,
     /// Leaves already made, so that a parameter held in two places stays one.
     seen: HashMap<ParamId, Box<dyn Any>>,
@@ -176,7 +202,7 @@ struct Assemble<'a> {
 
 impl ModuleMapper for Assemble<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let layout = self.table.row(param.id).map_or(Layout::Replicated, |row| row.layout);
+        let layout = self.table.row(param.id).map_or(Layout::Replicated, |row| row.layouts[self.axis]);
         let Layout::Sharded(dim) = layout else { return param };
         let (id, value, mapper) = param.consume();
         if let Some(whole) = self.seen.get(&id).and_then(|whole| whole.downcast_ref::<Tensor<D>>()) {

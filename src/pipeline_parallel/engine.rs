@@ -235,7 +235,9 @@ impl Engine {
         let mine: Vec<u64> = cuts.iter().map(CutGraph::fingerprint).collect();
         agree(&mine, &self.group, "cut the step in another way than rank 0: bring the same model and inputs of the same shapes")?;
         if let Some(split) = &self.split {
-            agree(&mine, split.group(), "cut its part of the step in another way than rank 0")?;
+            for group in split.groups() {
+                agree(&mine, group, "cut its part of the step in another way than rank 0")?;
+            }
         }
         match &self.holders {
             Some(holders) if self.cut.is_some() => {

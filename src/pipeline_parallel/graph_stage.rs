@@ -12,7 +12,7 @@ use super::schedule::Edge;
 use super::{Forwarded, LossSum, MicroBatch, Parcel, Stage, stage_error};
 use crate::Error;
 use crate::graph::cut::{StageRun, Tensors};
-use crate::graph::{GraphTensor, graph_error};
+use crate::graph::{GraphTensor, RandomSource, graph_error};
 
 /// A stage of a captured step. Micro-batches of different sizes are captured apart; they share parameters and gradients.
 #[derive(Debug)]
@@ -23,11 +23,18 @@ pub(super) struct GraphStage {
     /// The size of each micro-batch, as an index of `runs`.
     sizes: Vec<usize>,
     gradients: HashMap<ParamId, FlexTensor>,
+    /// What random numbers follow from, and the number of the first micro-batch of this step among all so far.
+    random: Option<(RandomSource, u64)>,
 }
 
 impl GraphStage {
     pub(super) fn new(index: usize, runs: Vec<StageRun>, sizes: Vec<usize>) -> Self {
-        Self { index, runs, sizes, gradients: HashMap::new() }
+        Self { index, runs, sizes, gradients: HashMap::new(), random: None }
+    }
+
+    /// Has each micro-batch draw numbers of its own.
+    pub(super) fn draw_from(&mut self, source: &RandomSource, first: u64) {
+        self.random = Some((source.clone(), first));
     }
 
     /// Takes the parameters of a step.
@@ -94,6 +101,9 @@ impl Stage<Vec<GraphTensor>> for GraphStage {
         parcels_in: Vec<Parcel>,
     ) -> Result<Forwarded, Error> {
         let index = self.index;
+        if let Some((source, first)) = &self.random {
+            source.set_step(first + micro_batch.index as u64);
+        }
         let (run, _) = self.run(micro_batch.index)?;
         let given = run.forward(micro_batch.index, micro_batch.input, received(parcels_in)?)?;
         if !micro_batch.trains {

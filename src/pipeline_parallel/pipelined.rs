@@ -235,7 +235,14 @@ impl<M: Module> Pipelined<M> {
         let Some(CapturedStep { stages, trained }) = engine.steps.get_mut(&key) else {
             return Err(stage_error("the step was not captured"));
         };
+        let random = engine.split.as_ref().map(|split| (split.random(), split.random().step()));
+        if let Some((source, first)) = random {
+            stages.iter_mut().for_each(|stage| stage.draw_from(source, first));
+        }
         let mut executed = execute(&engine.timetable, stages, &inputs, &engine.group, &self.local)?;
+        if let Some((source, first)) = random {
+            source.set_step(first + inputs.len() as u64);
+        }
         let mut gradients = HashMap::new();
         for stage in stages {
             for (id, gradient) in stage.unbind(&self.local) {

@@ -29,7 +29,9 @@
 
 pub mod layers;
 mod sharded;
+mod suggest;
 mod wrap;
 
 pub use sharded::{Sharded, Step};
+pub use suggest::PlanCost;
 pub use wrap::TensorParallel;

@@ -11,8 +11,10 @@ use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::graph::shard::ShardReport;
 use crate::graph::{
-    CustomOps, GraphCache, GraphInputs, GraphTensor, ModelSplit, StepGraph, StepLoss, StepObserver, StepOutputs,
+    CustomOps, GraphCache, GraphInputs, GraphTensor, ModelSplit, RandomSource, StepGraph, StepLoss, StepObserver,
+    StepOutputs,
 };
+use crate::params::SliceSource;
 use crate::plan::{Plan, PlanTable};
 
 /// A model split over a group: a burn [`Module`] with the paths and ids of the model and this rank's parts of its
@@ -24,13 +26,30 @@ use crate::plan::{Plan, PlanTable};
 #[derive(Clone)]
 pub struct Sharded<M> {
     local: M,
-    split: ModelSplit,
+    pub(super) split: ModelSplit,
+    seed: u64,
     engine: Arc<Mutex<Engine>>,
 }
 
 struct Engine {
     graphs: GraphCache,
-    report: Arc<Mutex<ShardReport>>,
+    reports: Arc<Mutex<Vec<ShardReport>>>,
+}
+
+impl Engine {
+    fn of(split: &ModelSplit) -> Self {
+        let reports = Arc::<Mutex<Vec<ShardReport>>>::default();
+        let mut ops = CustomOps::new();
+        split.register(&mut ops);
+        let pass = {
+            let (split, reports) = (split.clone(), reports.clone());
+            move |graph: &mut StepGraph| {
+                *lock(&reports) = split.apply(graph)?;
+                Ok(())
+            }
+        };
+        Self { graphs: GraphCache::new(ops, pass), reports }
+    }
 }
 
 /// What [`Sharded::step`] gives.
@@ -48,20 +67,21 @@ pub struct Step {
 }
 
 impl<M: Module> Sharded<M> {
-    pub(super) fn new(model: M, group: &Communicator, plan: &Plan) -> Result<Self, Error> {
-        let (local, split) = ModelSplit::distribute(model, group, plan)?;
-        let report = Arc::<Mutex<ShardReport>>::default();
-        let mut ops = CustomOps::new();
-        split.register(&mut ops);
-        let pass = {
-            let (split, report) = (split.clone(), report.clone());
-            move |graph: &mut StepGraph| {
-                *lock(&report) = split.apply(graph)?;
-                Ok(())
-            }
-        };
-        let engine = Engine { graphs: GraphCache::new(ops, pass), report };
-        Ok(Self { local, split, engine: Arc::new(Mutex::new(engine)) })
+    pub(super) fn new(model: M, axes: &[(&str, &Communicator)], plan: &Plan) -> Result<Self, Error> {
+        let (local, split) = ModelSplit::distribute(model, axes, plan)?;
+        Ok(Self { local, engine: Arc::new(Mutex::new(Engine::of(&split))), split, seed: 0 })
+    }
+
+    /// Sets the seed of the random numbers that steps draw, dropout above all: the same on every rank of the split, which
+    /// then draw what one device would. 0 by default. Forgets the captured steps.
+    pub fn with_seed(self, seed: u64) -> Self {
+        let split = self.split.with_random(RandomSource::new(seed));
+        Self { engine: Arc::new(Mutex::new(Engine::of(&split))), split, seed, local: self.local }
+    }
+
+    /// The seed of the random numbers that steps draw.
+    pub fn seed(&self) -> u64 {
+        self.seed
     }
 
     /// This rank's part of the model, and how it was split: for engines of other strategies.
@@ -79,14 +99,32 @@ impl<M: Module> Sharded<M> {
         self.split.table()
     }
 
-    /// What the last captured step was given in collectives, and what of it could not be split.
+    /// What the last captured step was given in collectives over the axis that the plan speaks of, and what of it could not
+    /// be split.
     pub fn report(&self) -> ShardReport {
-        lock(&lock(&self.engine).report).clone()
+        self.reports().into_iter().next().unwrap_or_default()
     }
 
-    /// What steps have communicated on this rank so far, with the distribution of the parameters and the comparisons.
+    /// As [`report`](Self::report), for every axis.
+    pub fn reports(&self) -> Vec<ShardReport> {
+        lock(&lock(&self.engine).reports).clone()
+    }
+
+    /// What steps have communicated on this rank so far over all axes, with the distribution of the parameters and the
+    /// comparisons.
     pub fn counters(&self) -> Counters {
-        self.split.group().counters()
+        self.split.groups().map(Communicator::counters).fold(Counters::default(), |sum, more| sum + more)
+    }
+
+    /// Gives all parameters the values that a store has under their paths. Each rank asks for its own parts only, and lazy
+    /// parameters are never made whole: so a model is loaded that no rank could hold. Not collective; every rank has the
+    /// same store.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the source lacks a parameter, or has it with other dims than the whole one has; those
+    /// of the source.
+    pub fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
+        Ok(Self { local: self.split.load(self.local, source)?, ..self })
     }
 
     /// The whole model, on every rank. Collective.
@@ -116,6 +154,7 @@ impl<M: Module> Sharded<M> {
         let mut engine = lock(&self.engine);
         let executor = engine.graphs.executor(&whole, &inputs, loss)?;
         let result = executor.step(&self.local, inputs)?;
+        self.split.random().advance();
         Ok(Step { loss: result.loss, weight: result.weight, grads: result.gradients, outputs: result.outputs })
     }
 
@@ -138,7 +177,9 @@ impl<M: Module> Sharded<M> {
     {
         let whole = self.split.outline(&self.local);
         let mut engine = lock(&self.engine);
-        engine.graphs.executor(&whole, &inputs, loss)?.step_observed(&self.local, inputs, observer)
+        let step = engine.graphs.executor(&whole, &inputs, loss)?.step_observed(&self.local, inputs, observer)?;
+        self.split.random().advance();
+        Ok(step)
     }
 
     /// Runs a forward pass for evaluation: what `forward` gives, whole on every rank and on Flex without autodiff.

@@ -10,6 +10,9 @@ use crate::graph::{GraphInputs, StepLoss, StepObserver, StepOutputs};
 use crate::pipeline_parallel::{PipelineConfig, Pipelined};
 use crate::tensor_parallel::Sharded;
 
+/// The golden ratio in 64 bits: replicas of neighbouring seeds have no seed in common.
+const SEED_STRIDE: u64 = 0x9e37_79b9_7f4a_7c15;
+
 /// A model of which each rank holds a part and which trains through its captured step.
 pub trait GraphEngine: Module {
     /// The model that step closures see.
@@ -105,11 +108,13 @@ impl<M: Module> Sharded<M> {
     /// averaged over `group` while the backward pass still runs. Collective over `group`, in which every rank holds the same
     /// parts: the axis of a [`Mesh`](crate::mesh::Mesh) that is not the one of the split.
     ///
-    /// All replicas take the values of the first. Lazy parameters are made now.
+    /// All replicas take the values of the first. Lazy parameters are made now. Replicas draw different random numbers, from
+    /// seeds that follow from [`seed`](Sharded::seed).
     ///
     /// # Errors
     /// [`Error::ModelMismatch`] if the ranks of `group` hold different parts; those of [`Communicator`].
     pub fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replicas<Self>, Error> {
-        Replicas::new(self, group, config)
+        let seed = self.seed().wrapping_add(group.rank() as u64 * SEED_STRIDE);
+        Replicas::new(self.with_seed(seed), group, config)
     }
 }

@@ -1,6 +1,6 @@
 //! What the ranks hold of each logical tensor.
 
-use burn_ir::{TensorId, TensorIr};
+use burn_ir::{BaseOperationIr, OperationIr, TensorId, TensorIr};
 
 use crate::layout::Layout;
 
@@ -11,8 +11,20 @@ pub(super) struct Held {
     /// The layout in which it came to be.
     layout: Layout,
     versions: Vec<(Layout, TensorId)>,
+    pub(super) origin: Origin,
+}
+
+/// How a tensor comes to be.
+#[derive(Debug, Clone)]
+pub(super) enum Origin {
+    /// It is there.
+    Made,
+    /// A parameter: there, and not meant to be whole anywhere.
+    Parameter,
     /// A sum that was not made yet; then there are no versions.
-    pub(super) waiting: Option<WaitingSum>,
+    Waiting(WaitingSum),
+    /// An operation that is run in whatever layout is asked for; whole tensors are enough for it.
+    Planned(Box<OperationIr>),
 }
 
 /// A partial and a whole term that are to be added once the partial one is reduced.
@@ -24,17 +36,30 @@ pub(super) struct WaitingSum {
 
 impl Held {
     pub(super) fn new(global: TensorIr, layout: Layout, local: TensorId) -> Self {
-        Self { global, layout, versions: vec![(layout, local)], waiting: None }
+        Self { global, layout, versions: vec![(layout, local)], origin: Origin::Made }
+    }
+
+    pub(super) fn parameter(global: TensorIr, layout: Layout) -> Self {
+        let local = global.id;
+        Self { origin: Origin::Parameter, ..Self::new(global, layout, local) }
     }
 
     pub(super) fn waiting(global: TensorIr, sum: WaitingSum) -> Self {
-        Self { global, layout: Layout::Replicated, versions: Vec::new(), waiting: Some(sum) }
+        Self { global, layout: Layout::Partial, versions: Vec::new(), origin: Origin::Waiting(sum) }
     }
 
-    /// The layout that rules should see: what was partial is whole once somebody has had it reduced.
+    pub(super) fn planned(global: TensorIr, op: OperationIr) -> Self {
+        Self { global, layout: Layout::Replicated, versions: Vec::new(), origin: Origin::Planned(Box::new(op)) }
+    }
+
+    /// The layout that rules should see: what was partial is what somebody has had made of it.
     pub(super) fn layout(&self) -> Layout {
         match self.layout {
             Layout::Partial if self.version(Layout::Replicated).is_some() => Layout::Replicated,
+            Layout::Partial => {
+                let mut made = self.versions.iter().map(|(layout, _)| *layout);
+                made.find(|layout| *layout != Layout::Partial).unwrap_or(Layout::Partial)
+            }
             layout => layout,
         }
     }
@@ -55,6 +80,27 @@ impl Held {
 
     pub(super) fn elements(&self) -> u64 {
         self.global.shape.num_elements() as u64
+    }
+
+    pub(super) fn is_waiting(&self) -> bool {
+        matches!(self.origin, Origin::Waiting(_))
+    }
+
+    pub(super) fn is_planned(&self) -> bool {
+        matches!(self.origin, Origin::Planned(_))
+    }
+
+    pub(super) fn is_parameter(&self) -> bool {
+        matches!(self.origin, Origin::Parameter)
+    }
+
+    /// Whether it is planned as nothing but zeros, which are as well the sum of zeros.
+    pub(super) fn is_planned_zeros(&self) -> bool {
+        let Origin::Planned(op) = &self.origin else { return false };
+        matches!(
+            **op,
+            OperationIr::BaseFloat(BaseOperationIr::Zeros(_)) | OperationIr::BaseInt(BaseOperationIr::Zeros(_))
+        )
     }
 
     /// The local tensor `id` that holds it in this layout.

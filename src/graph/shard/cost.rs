@@ -1,0 +1,121 @@
+//! The choice of a strategy by what it makes the ranks move.
+
+use burn_ir::{OperationIr, TensorId, TensorIr};
+
+use super::pass::Pass;
+use super::report::Fallback;
+use super::rules::{How, Strategy, only_moves, strategies};
+use crate::graph::step::op_name;
+use crate::layout::Layout::{self, Partial, Replicated, Sharded};
+
+// What a move costs for each element of the logical tensor, next to the others. To gather is to give up a split, and
+// with it to compute and to hold everything on every rank; a parameter is split in order to be whole nowhere.
+const GATHER_PARAMETER: u64 = 400;
+const GATHER: u64 = 40;
+const REDUCE: u64 = 20;
+const SCATTER: u64 = 10;
+const EXCHANGE: u64 = 5;
+const STILL_PARTIAL: u64 = 1;
+
+impl Pass<'_> {
+    pub(super) fn choose(&mut self, op: &OperationIr, layouts: &[Layout]) -> Strategy {
+        let whole = Strategy::replicated(op);
+        let all_whole = layouts.iter().all(|layout| *layout == Replicated);
+        let sequence = self.sequence(op);
+        if all_whole && sequence.is_none() {
+            return whole;
+        }
+        let inputs: Vec<TensorId> = op.inputs().map(|input| input.id).collect();
+        let split = strategies(op, self.options.degree).into_iter().filter(|strategy| {
+            // Only what goes on with a layout that is there: nothing is split for its own sake, but along the sequence.
+            strategy.inputs.iter().zip(layouts).any(|(want, have)| want == have && *want != Replicated)
+                || (sequence.is_some() && sequence == Some(strategy.output) && strategy.how == How::Locally)
+        });
+        let mut best: Option<(u64, Strategy)> = None;
+        for strategy in split.chain([whole.clone()]) {
+            if let Some(cost) = self.strategy_cost(op, &inputs, &strategy)
+                && best.as_ref().is_none_or(|(least, _)| cost < *least)
+            {
+                best = Some((cost, strategy));
+            }
+        }
+        let strategy = best.map_or(whole, |(_, strategy)| strategy);
+        let gathers = inputs.iter().zip(layouts).zip(&strategy.inputs).any(|((id, have), want)| {
+            matches!(have, Sharded(_)) && *want == Replicated && self.held[id].version(Replicated).is_none()
+        });
+        if strategy.output == Replicated && gathers {
+            let dims = op.outputs().next().map(|out| out.shape.to_vec()).unwrap_or_default();
+            self.report.fallbacks.push(Fallback { operation: op_name(op), dims, forward: self.forward });
+        }
+        strategy
+    }
+
+    /// The layout that sequence parallelism has the output of an operation in, if it is an activation.
+    fn sequence(&self, op: &OperationIr) -> Option<Layout> {
+        let dim = self.options.sequence_dim?;
+        let out = op.outputs().next()?;
+        (self.forward || op.inputs().any(|input| self.held[&input.id].layout() != Replicated))
+            .then(|| self.is_activation(out, dim).then_some(Sharded(dim)))
+            .flatten()
+    }
+
+    fn is_activation(&self, tensor: &TensorIr, dim: usize) -> bool {
+        let size = tensor.shape.as_slice().get(dim).copied().unwrap_or(1);
+        tensor.dtype.is_float() && tensor.shape.num_dims() == 3 && dim < 2 && size.is_multiple_of(self.options.degree)
+    }
+
+    fn strategy_cost(&self, op: &OperationIr, inputs: &[TensorId], strategy: &Strategy) -> Option<u64> {
+        let outputs: u64 = op.outputs().map(|out| out.shape.num_elements() as u64).sum();
+        let mut cost = match (strategy.output, &strategy.how) {
+            (Partial, _) => STILL_PARTIAL * outputs.max(1),
+            (_, How::Reduced(_)) => REDUCE * outputs.max(1),
+            _ => 0,
+        };
+        for (place, (id, want)) in inputs.iter().zip(&strategy.inputs).enumerate() {
+            let more = self.cost(*id, *want)?;
+            if !inputs[..place].contains(id) {
+                cost += more;
+            }
+        }
+        Some(cost)
+    }
+
+    /// What it costs to have a tensor in a layout; `None` if it should not be.
+    fn cost(&self, id: TensorId, want: Layout) -> Option<u64> {
+        let held = &self.held[&id];
+        let each = match (held.layout(), want) {
+            (_, Partial) if held.is_planned_zeros() => 0,
+            (Partial, Partial) if held.is_waiting() || self.is_reduced_anyway(id) => return None,
+            (Partial, Partial) => 0,
+            (_, Partial) => return None,
+            (_, want) if held.version(want).is_some() => 0,
+            (Replicated, _) => 0,
+            (Partial, Sharded(_)) if self.is_wanted_whole(id) => 0,
+            (Partial, Replicated) => REDUCE,
+            (Partial, Sharded(_)) => SCATTER,
+            (Sharded(_), _) if held.version(Replicated).is_some() => 0,
+            (Sharded(_), Replicated) if held.is_parameter() => GATHER_PARAMETER,
+            (Sharded(_), Replicated) => GATHER,
+            (Sharded(_), Sharded(_)) => EXCHANGE,
+        };
+        Some(each * held.elements())
+    }
+
+    pub(super) fn is_wanted_whole(&self, id: TensorId) -> bool {
+        self.wanted.get(&id).is_some_and(|layouts| layouts.contains(&Replicated))
+    }
+
+    /// Whether some reader, or the result, cannot take a partial tensor as it is, so that the sum is made in any case.
+    pub(super) fn is_reduced_anyway(&self, id: TensorId) -> bool {
+        self.is_wanted_whole(id)
+            || self.readers.get(&id).into_iter().flatten().any(|reader| {
+                let op = &self.source[*reader];
+                let place = op.inputs().position(|input| input.id == id);
+                let takes = |s: &Strategy| place.and_then(|place| s.inputs.get(place)) == Some(&Partial);
+                if !strategies(op, self.options.degree).iter().any(takes) {
+                    return true;
+                }
+                only_moves(op) && op.outputs().any(|out| self.is_reduced_anyway(out.id))
+            })
+    }
+}
