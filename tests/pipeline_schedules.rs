@@ -74,15 +74,15 @@ fn actions_print_and_parse_in_the_notation_of_the_field() {
 #[test]
 fn texts_that_are_no_actions_are_refused_with_the_reason() {
     for (text, reason) in [
-        ("", "the number of the stage is expected before the letters, as in `2F0`, and there is none"),
-        ("F3", "the number of the stage is expected before the letters"),
-        ("1F", "the number of the micro-batch is expected behind the letters, as in `2F0`, and there is none"),
-        ("13", "the number of the micro-batch is expected"),
+        ("", "the number of the stage before the letters, as in `2F0`, is expected, and there is none"),
+        ("F3", "the number of the stage before the letters"),
+        ("1F", "the number of the micro-batch behind the letters, as in `2F0`, is expected, and there is none"),
+        ("13", "the number of the micro-batch behind the letters"),
         ("1X3", "`X` is none of F, B, I, W, SEND_F, RECV_F, SEND_B, RECV_B"),
         ("1f3", "`f` is none of"),
         ("1F 3", "`F ` is none of"),
         ("1SENDF3", "`SENDF` is none of"),
-        ("-1F3", "the number of the stage"),
+        ("-1F3", "`-1F` is none of"),
         ("1Fé3", "`Fé` is none of"),
         ("99999999999999999999999F0", "`99999999999999999999999`, which is too large"),
     ] {
@@ -269,16 +269,6 @@ fn sends_and_receives_are_where_they_were() {
 }
 
 #[test]
-fn a_receive_is_posted_before_the_pass_that_runs_while_its_tensors_come() {
-    let timetable = Schedule::OneForwardOneBackward.timetable(4, 8).unwrap();
-    let full = timetable.with_communication(&chain(&timetable)).unwrap();
-    let row = &full.rows()[1];
-    let at = |text: &str| row.iter().position(|action| action.to_string() == text).unwrap();
-    // In the steady state a rank receives the next activations while it runs a backward, not after it.
-    assert!(at("1RECV_F5") < at("1B3") && at("1B3") < at("1F5"), "{full}");
-}
-
-#[test]
 fn timetables_are_read_from_text() {
     let timetable = parse("# comment\n\n0F0,,0F1,\" 0B0 \", ,0B1\n,1F0,1B0,1F1,1B1\n");
     assert_eq!((timetable.ranks(), timetable.stages(), timetable.micro_batches()), (2, 2, 2));
@@ -330,7 +320,7 @@ fn wrong_timetables_are_refused_with_the_first_wrong_action() {
     for (text, reason) in [
         ("0F0,0B0\n1B0,1F0", "1B0 on rank 1 is wrong: it comes without 1F0 before it"),
         ("0F0,0F0,0B0\n1F0,1B0", "0F0 on rank 0 is wrong: it is there twice"),
-        ("0F0,0B0,1B0\n1F0", "1F0 on rank 1 is wrong: stage 1 is on rank 0"),
+        ("0F0,0B0\n1F0,1B0,0W0", "0W0 on rank 1 is wrong: stage 0 is on rank 0"),
         ("0F0,0I0,0B0,0W0\n1F0,1B0", "0B0 on rank 0 is wrong: 0I0 is there as well"),
         ("0F0,0B0,0I0,0W0\n1F0,1B0", "0I0 on rank 0 is wrong: 0B0 is there as well"),
         ("0F0,0W0,0I0\n1F0,1B0", "0W0 on rank 0 is wrong: it comes without 0I0 before it"),
@@ -368,8 +358,7 @@ fn wrong_timetables_are_refused_with_the_first_wrong_action() {
 #[test]
 fn the_first_wrong_action_is_marked_in_the_timetable() {
     let mut rows = Schedule::OneForwardOneBackward.timetable(3, 4).unwrap().rows().to_vec();
-    rows[1].swap(4, 5);
-    rows[1].swap(4, 6);
+    rows[1].swap(3, 6);
     let timetable = Timetable::new(rows).unwrap();
     golden("marked.txt", &format!("{}\n", refusal(timetable.validate(&chain(&timetable)))));
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use burn::module::Module;
 use burn_parallel::comm::{Counters, Tally};
 use burn_parallel::data_parallel::StepCounters;
+use burn_parallel::pipeline_parallel::RunReport;
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};

@@ -7,6 +7,7 @@ use burn::lr_scheduler::sequential::SequentialLrSchedulerConfig;
 use burn::module::Module;
 use burn::optim::AdamWConfig;
 use burn::tensor::{Int, Tensor};
+use burn_parallel::pipeline_parallel::schedule::{Costs, Routes, StageCosts};
 use burn_parallel::prelude::*;
 use burn_parallel::train::{GraphEngine, Replicas};
 
@@ -35,7 +36,9 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
     let wrapping = model.counters();
     let mut pipeline = Pipeline::default();
     let (model, outcome) = run(&rank, &dp, model, args, text, |model| pipeline.add(model.last_run()))?;
-    pipeline.bound = model.timetable().idle_bound()?;
+    let timetable = model.timetable();
+    let chain = Routes::chain(timetable.stages());
+    pipeline.bound = timetable.simulate(&chain, &Costs::uniform(StageCosts::default()))?.idle_share();
     Ok(Outcome { splitting: model.counters() - wrapping, pipeline: Some(pipeline), ..outcome.of(model.assemble()?) })
 }
 

@@ -188,6 +188,14 @@ impl GraphTensor {
         }
     }
 
+    pub(crate) fn into_dispatch(self) -> DispatchTensor {
+        match self {
+            Self::Float(tensor) => Tensor::<1>::from_primitive::<Flex>(tensor).into_dispatch(),
+            Self::Int(tensor) => Tensor::<1, Int>::from_primitive::<Flex>(tensor).into_dispatch(),
+            Self::Bool(tensor) => Tensor::<1, Bool>::from_primitive::<Flex>(tensor).into_dispatch(),
+        }
+    }
+
     pub(crate) fn into_handle(self) -> HandleKind<Flex> {
         match self {
             Self::Float(tensor) => HandleKind::Float(tensor),

@@ -8,11 +8,12 @@ use burn::tensor::Tensor;
 
 use super::batch::Batch;
 use super::graph_stage::GraphStage;
-use super::schedule::{Timetable, forward_timetable};
+use super::pipeline::Pipeline;
+use super::schedule::Timetable;
 use super::tied::Ties;
 use super::{PipelineConfig, stage_error};
 use crate::Error;
-use crate::comm::Communicator;
+use crate::comm::{Communicator, Counters};
 use crate::graph::cut::{CutGraph, StageRun, cut_like};
 use crate::graph::{
     CustomOps, ForwardGraph, GraphInputs, LossParts, ModelSplit, StepGraph, StepKey, StepLoss, TensorMapper, TokenLoss,
@@ -35,6 +36,8 @@ pub(super) struct Engine {
     /// The first cut, to which all others keep.
     pub cut: Option<CutGraph>,
     pub ties: Ties,
+    /// What steps have sent from stage to stage.
+    pub sent: Counters,
     ops: CustomOps,
     pub steps: HashMap<StepKey, CapturedStep>,
     pub forwards: HashMap<StepKey, Box<dyn Any + Send>>,
@@ -42,6 +45,7 @@ pub(super) struct Engine {
 
 /// A step for one kind of batch.
 pub(super) struct CapturedStep {
+    pub pipeline: Pipeline,
     pub stages: Vec<GraphStage>,
     /// The parameters that get a gradient on any rank.
     pub trained: HashSet<ParamId>,
@@ -49,8 +53,8 @@ pub(super) struct CapturedStep {
 
 /// A forward pass for one kind of batch.
 pub(super) struct CapturedForward<O> {
+    pub pipeline: Pipeline,
     pub stages: Vec<GraphStage>,
-    pub timetable: Timetable,
     /// The graph for each size of micro-batch.
     pub graphs: Vec<ForwardGraph<O>>,
     pub sizes: Vec<usize>,
@@ -95,6 +99,7 @@ impl Engine {
             holders,
             cut: None,
             ties: Ties::default(),
+            sent: Counters::default(),
             ops,
             steps: HashMap::new(),
             forwards: HashMap::new(),
@@ -161,7 +166,8 @@ impl Engine {
         let stages = self.stages(&graphs, &cuts, &sizes)?;
         let gradients = cuts[0].stages.iter().flat_map(|stage| &stage.gradients);
         let trained = gradients.map(|(param, _)| graphs[0].params[*param].id).collect();
-        self.steps.insert(key, CapturedStep { stages, trained });
+        let pipeline = Pipeline::new(&self.group, self.timetable.clone(), &stages)?;
+        self.steps.insert(key, CapturedStep { pipeline, stages, trained });
         let key = StepKey::of::<M, I, F>(&outline, &inputs)?;
         Ok((key, batch))
     }
@@ -203,8 +209,8 @@ impl Engine {
                 cuts[0].stages.iter().position(|stage| stage.outputs.iter().any(|(output, _)| *output == place))
             };
             let givers = (0..graphs[0].outputs.len()).map(|place| giver(place).unwrap_or(0)).collect();
-            let timetable = forward_timetable(self.timetable.stage_ranks(), count)?;
-            let forward = CapturedForward { stages, timetable, graphs: captured, sizes, givers };
+            let pipeline = Pipeline::new(&self.group, self.timetable.clone(), &stages)?;
+            let forward = CapturedForward { pipeline, stages, graphs: captured, sizes, givers };
             self.forwards.insert(key, Box::new(forward));
         }
         let key = StepKey::of::<M, I, F>(&outline, &inputs)?;

@@ -2,11 +2,12 @@
 
 mod batch;
 mod config;
+mod eager;
 mod engine;
-mod execute;
 mod graph_stage;
 mod module;
 mod parcel;
+mod pipeline;
 mod pipelined;
 pub mod schedule;
 mod stage;
@@ -14,8 +15,10 @@ mod tied;
 mod wrap;
 
 pub use config::PipelineConfig;
+pub use eager::{EagerStage, Received, Sent};
 pub use parcel::Parcel;
-pub use pipelined::{Pipelined, Run, Step};
+pub use pipeline::{Pipeline, PipelineRun, RunReport};
+pub use pipelined::{Pipelined, Step};
 pub use stage::{Forwarded, LossSum, MicroBatch, Stage};
 pub use wrap::PipelineParallel;
 

@@ -11,9 +11,9 @@ use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Scalar, Tensor, TensorData};
 
 use super::engine::{CapturedStep, Engine};
-use super::execute::{Executed, run};
 use super::graph_stage::{GraphStage, accumulate};
-use super::schedule::Timetable;
+use super::pipeline::{PipelineRun, RunReport};
+use super::schedule::{Timetable, Unit};
 use super::{PipelineConfig, Stage, stage_error};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
@@ -35,16 +35,7 @@ pub struct Pipelined<M> {
     pub(super) local: M,
     pub(super) group: Communicator,
     pub(super) engine: Arc<Mutex<Engine>>,
-    pub(super) last: Option<Run>,
-}
-
-/// What a step took on one rank.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Run {
-    /// The share of the time from first to last action in which this rank was not computing.
-    pub idle: f64,
-    /// The most micro-batches that this rank kept something of at once, over all its stages.
-    pub peak_activations: usize,
+    pub(super) last: Option<RunReport>,
 }
 
 /// What [`Pipelined::step`] gives.
@@ -59,7 +50,7 @@ pub struct Step {
     /// The extra outputs of the closure for each micro-batch, on the rank that computes them; empty on the others.
     pub outputs: Vec<Vec<GraphTensor>>,
     /// What it took on this rank.
-    pub run: Run,
+    pub report: RunReport,
 }
 
 impl<M: Module> Pipelined<M> {
@@ -95,13 +86,16 @@ impl<M: Module> Pipelined<M> {
     }
 
     /// What the last step took on this rank.
-    pub fn last_run(&self) -> Option<Run> {
-        self.last
+    pub fn last_run(&self) -> Option<&RunReport> {
+        self.last.as_ref()
     }
 
-    /// What this rank has sent, received and waited for in the group of the pipeline so far.
+    /// What the steps so far have sent from stage to stage on this rank, and, if the model is split as well, what its parts
+    /// have communicated.
     pub fn counters(&self) -> Counters {
-        self.group.counters()
+        let engine = lock(&self.engine);
+        let split = engine.split.iter().flat_map(ModelSplit::groups).map(Communicator::counters);
+        split.fold(engine.sent.clone(), |sum, counters| sum + counters)
     }
 
     /// The whole model, on every rank. Collective.
@@ -179,7 +173,7 @@ impl<M: Module> Pipelined<M> {
             gradients = gradients.into_iter().map(mean).collect();
         }
         let grads = gradients_params(&self.local, gradients.into_iter().collect());
-        Ok(Step { loss: run.loss.sum / weight, weight, grads, outputs, run: self.last.unwrap_or_default() })
+        Ok(Step { loss: run.loss.sum / weight, weight, grads, outputs, report: self.last.clone().unwrap_or_default() })
     }
 
     /// As [`step`](Self::step), but hands weight and gradients to an observer when the pipeline has run. Gradients are those
@@ -218,7 +212,7 @@ impl<M: Module> Pipelined<M> {
         &mut self,
         inputs: I,
         mut loss: F,
-    ) -> Result<(Executed, Vec<Vec<GraphTensor>>, Vec<(ParamId, FlexTensor)>), Error>
+    ) -> Result<(PipelineRun, Vec<Vec<GraphTensor>>, Vec<(ParamId, FlexTensor)>), Error>
     where
         I: GraphInputs + Clone,
         F: FnMut(&M, I) -> R,
@@ -232,14 +226,14 @@ impl<M: Module> Pipelined<M> {
         self.take(local)?;
         let inputs: Vec<Vec<GraphTensor>> =
             (0..engine.config.micro_batches).map(|micro_batch| batch.micro_batch(micro_batch)).collect();
-        let Some(CapturedStep { stages, trained }) = engine.steps.get_mut(&key) else {
+        let Some(CapturedStep { pipeline, stages, trained }) = engine.steps.get_mut(&key) else {
             return Err(stage_error("the step was not captured"));
         };
         let random = engine.split.as_ref().map(|split| (split.random(), split.random().step()));
         if let Some((source, first)) = random {
             stages.iter_mut().for_each(|stage| stage.draw_from(source, first));
         }
-        let mut executed = execute(&engine.timetable, stages, &inputs, &engine.group, &self.local)?;
+        let mut executed = bound(stages, &self.local, |stages| pipeline.step(stages, &inputs))?;
         if let Some((source, first)) = random {
             source.set_step(first + inputs.len() as u64);
         }
@@ -253,12 +247,12 @@ impl<M: Module> Pipelined<M> {
         engine.ties.sum(&mut gradients, &trained)?;
         let order = engine.gradients(&trained);
         let gradients = order.into_iter().filter_map(|id| Some((id, gradients.remove(&id)?))).collect();
-        let idle = 1.0 - executed.busy.as_secs_f64() / executed.elapsed.as_secs_f64().max(f64::MIN_POSITIVE);
-        self.last = Some(Run { idle, peak_activations: executed.peak_live });
+        engine.sent = std::mem::take(&mut engine.sent) + executed.report.counters.clone();
+        self.last = Some(executed.report.clone());
         let outputs = std::mem::take(&mut executed.outputs);
         let mut by_micro_batch = vec![Vec::new(); inputs.len()];
-        for ((_, micro_batch), outputs) in outputs {
-            by_micro_batch[micro_batch].extend(outputs);
+        for (unit, outputs) in outputs {
+            by_micro_batch[unit.micro_batch].extend(outputs);
         }
         if by_micro_batch.iter().all(Vec::is_empty) {
             by_micro_batch.clear();
@@ -285,17 +279,18 @@ impl<M: Module> Pipelined<M> {
         let (captured, batch) = engine.prepare_forward(&self.local, inputs, forward)?;
         let count = captured.sizes.len();
         let inputs: Vec<Vec<GraphTensor>> = (0..count).map(|micro_batch| batch.micro_batch(micro_batch)).collect();
-        let mut executed = execute(&captured.timetable, &mut captured.stages, &inputs, &group, &self.local)?;
+        let pipeline = &mut captured.pipeline;
+        let mut executed = bound(&mut captured.stages, &self.local, |stages| pipeline.evaluate(stages, &inputs))?;
         captured.stages.iter_mut().for_each(|stage| drop(stage.unbind(&self.local)));
         let mut whole = Vec::with_capacity(captured.givers.len());
         for (place, giver) in captured.givers.iter().enumerate() {
-            let root = captured.timetable.rank_of(*giver).unwrap_or(0);
+            let root = captured.pipeline.timetable().rank_of(*giver).unwrap_or(0);
             // Its place among the outputs of its stage.
             let before = captured.givers[..place].iter().filter(|other| *other == giver).count();
             let mut parts = Vec::with_capacity(count);
             for (micro_batch, size) in captured.sizes.iter().enumerate() {
                 let like = &captured.graphs[*size].graph.outputs[place];
-                let own = executed.outputs.get_mut(&(*giver, micro_batch)).and_then(|given| given.get(before).cloned());
+                let own = executed.outputs.get_mut(&Unit::new(*giver, micro_batch)).and_then(|given| given.get(before).cloned());
                 let nothing = || GraphTensor::of_dtype(FlexTensor::zeros(like.shape.clone(), like.dtype), like.dtype);
                 parts.push(group.broadcast(own.unwrap_or_else(nothing), root)?);
             }
@@ -305,17 +300,14 @@ impl<M: Module> Pipelined<M> {
     }
 }
 
-/// Runs a timetable with the parameters of `model`. After an error nothing of the step is left.
-fn execute<M: Module>(
-    timetable: &Timetable,
+/// Runs stages with the parameters of `model`. After an error nothing of the step is left.
+fn bound<M: Module>(
     stages: &mut [GraphStage],
-    inputs: &[Vec<GraphTensor>],
-    group: &Communicator,
     model: &M,
-) -> Result<Executed, Error> {
+    run: impl FnOnce(&mut [GraphStage]) -> Result<PipelineRun, Error>,
+) -> Result<PipelineRun, Error> {
     let bound = stages.iter_mut().try_for_each(|stage| stage.bind(model));
-    let executed = bound.and_then(|()| run(timetable, stages, inputs, group));
-    executed.inspect_err(|_| stages.iter_mut().for_each(GraphStage::discard))
+    bound.and_then(|()| run(stages)).inspect_err(|_| stages.iter_mut().for_each(GraphStage::discard))
 }
 
 /// Tensors of one kind one behind the other.

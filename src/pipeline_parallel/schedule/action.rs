@@ -137,31 +137,28 @@ impl FromStr for Action {
         let digit = |c: char| c.is_ascii_digit();
         let (stage, rest) = text.split_at(text.len() - text.trim_start_matches(digit).len());
         let (letters, micro_batch) = rest.split_at(rest.trim_end_matches(digit).len());
+        let action: fn(Unit) -> Self = match letters {
+            "F" | "" => Self::Forward,
+            "B" => Self::Backward,
+            "I" => Self::BackwardInput,
+            "W" => Self::BackwardWeight,
+            "SEND_F" => |unit| Self::Send(Direction::Forward, unit),
+            "SEND_B" => |unit| Self::Send(Direction::Backward, unit),
+            "RECV_F" => |unit| Self::Receive(Direction::Forward, unit),
+            "RECV_B" => |unit| Self::Receive(Direction::Backward, unit),
+            other => {
+                let known = "F, B, I, W, SEND_F, RECV_F, SEND_B, RECV_B";
+                return Err(schedule_error(format!("`{text}` is no action: `{other}` is none of {known}")));
+            }
+        };
         let number = |digits: &str, what: &str| {
             digits.parse::<usize>().map_err(|_| {
-                let found = if digits.is_empty() { "none".to_owned() } else { format!("`{digits}`, which is too large") };
-                let place = if what == "stage" { "before" } else { "behind" };
-                schedule_error(format!(
-                    "`{text}` is no action: the number of the {what} is expected {place} the letters, as in `2F0`, and there \
-                     is {found}"
-                ))
+                let found = if digits.is_empty() { "none".into() } else { format!("`{digits}`, which is too large") };
+                let expected = format!("the number of the {what} the letters, as in `2F0`");
+                schedule_error(format!("`{text}` is no action: {expected}, is expected, and there is {found}"))
             })
         };
-        let unit = Unit { stage: number(stage, "stage")?, micro_batch: number(micro_batch, "micro-batch")? };
-        Ok(match letters {
-            "F" => Self::Forward(unit),
-            "B" => Self::Backward(unit),
-            "I" => Self::BackwardInput(unit),
-            "W" => Self::BackwardWeight(unit),
-            "SEND_F" => Self::Send(Direction::Forward, unit),
-            "SEND_B" => Self::Send(Direction::Backward, unit),
-            "RECV_F" => Self::Receive(Direction::Forward, unit),
-            "RECV_B" => Self::Receive(Direction::Backward, unit),
-            other => {
-                return Err(schedule_error(format!(
-                    "`{text}` is no action: `{other}` is none of F, B, I, W, SEND_F, RECV_F, SEND_B, RECV_B"
-                )));
-            }
-        })
+        let stage = number(stage, "stage before")?;
+        Ok(action(Unit { stage, micro_batch: number(micro_batch, "micro-batch behind")? }))
     }
 }

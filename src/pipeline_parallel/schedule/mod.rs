@@ -17,8 +17,8 @@ mod validate;
 mod zero_bubble;
 
 pub use action::{Action, Direction, Unit};
-pub(crate) use forward_only::timetable as forward_timetable;
 pub use costs::{Costs, StageCosts};
+pub(crate) use forward_only::timetable as evaluation;
 pub use play::Event;
 use play::play;
 pub use routes::{Edge, Routes};
@@ -81,7 +81,7 @@ impl Schedule {
             Self::ZeroBubbleH1 => zero_bubble::timetable(ranks, micro_batches),
             Self::ForwardOnly { stages_per_rank } => {
                 let stage_ranks: Vec<usize> = (0..ranks * stages_per_rank).map(|stage| stage % ranks).collect();
-                forward_only::timetable(&stage_ranks, micro_batches)
+                forward_only::timetable(&stage_ranks, ranks, micro_batches)
             }
             Self::Custom(timetable) => {
                 let found = (timetable.ranks(), timetable.micro_batches());
