@@ -39,7 +39,7 @@
 //! | [`params`] | parameters read from a store a part at a time |
 //! | [`plan`] | which parameters are split, by path |
 //! | [`tensor_parallel`] | any module split over ranks by a plan; explicit layers for models written with that in mind |
-//! | [`pipeline_parallel`] | schedules as data, their validator and simulator, one executor for all |
+//! | [`pipeline_parallel`] | any module cut into stages; schedules as data, their validator and simulator, one executor for all |
 //! | [`train`] | where strategies meet: replicas of models that are split |
 //! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
 //!

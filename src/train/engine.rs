@@ -85,7 +85,8 @@ impl<M: Module> Pipelined<M> {
     /// stages; those of [`Communicator`].
     pub fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replicas<Self>, Error> {
         if !self.is_cut() {
-            let problem = "who holds what is not known before the model is cut: `prepare` it with a batch, or cut it by paths";
+            let problem =
+                "who holds what is not known before the model is cut: `prepare` it with a batch, or cut it by paths";
             return Err(Error::Pipeline { problem: problem.into() });
         }
         Replicas::new(self, group, config)
