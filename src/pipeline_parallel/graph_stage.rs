@@ -8,7 +8,7 @@ use burn::backend::ops::FloatTensorOps;
 use burn::module::{Module, ParamId};
 use burn::tensor::Scalar;
 
-use super::schedule::Edge;
+use super::schedule::{Direction, Edge};
 use super::{Forwarded, LossSum, MicroBatch, Parcel, Stage, stage_error};
 use crate::Error;
 use crate::graph::cut::{StageRun, Tensors};
@@ -22,6 +22,8 @@ pub(super) struct GraphStage {
     runs: Vec<StageRun>,
     /// The size of each micro-batch, as an index of `runs`.
     sizes: Vec<usize>,
+    /// With as many tensors as the size that sends most: a batch of one row, for example, spares some operations.
+    edges: Vec<Edge>,
     gradients: HashMap<ParamId, FlexTensor>,
     /// What random numbers follow from, and the number of the first micro-batch of this step among all so far.
     random: Option<(RandomSource, u64)>,
@@ -29,7 +31,26 @@ pub(super) struct GraphStage {
 
 impl GraphStage {
     pub(super) fn new(index: usize, runs: Vec<StageRun>, sizes: Vec<usize>) -> Self {
-        Self { index, runs, sizes, gradients: HashMap::new(), random: None }
+        let mut most: BTreeMap<(usize, usize), usize> = BTreeMap::new();
+        for run in &runs {
+            for route in run.graph().receives.iter().chain(&run.graph().sends) {
+                let tensors = most.entry((route.from, route.to)).or_default();
+                *tensors = route.tensors.len().max(*tensors);
+            }
+        }
+        let edges = most.into_iter().map(|((from, to), tensors)| Edge::new(from, to, tensors)).collect();
+        Self { index, runs, sizes, edges, gradients: HashMap::new(), random: None }
+    }
+
+    /// One parcel for each edge in a direction, filled up with nothing.
+    fn parcels(&self, direction: Direction, mut sends: BTreeMap<usize, Tensors>) -> Vec<Parcel> {
+        let edges = self.edges.iter().filter(|edge| edge.from == self.index && edge.direction() == direction);
+        let parcel = |edge: &Edge| {
+            let mut tensors: Vec<_> = sends.remove(&edge.to).unwrap_or_default().into_iter().map(Some).collect();
+            tensors.resize(edge.tensors, None);
+            Parcel { from: edge.from, to: edge.to, tensors }
+        };
+        edges.map(parcel).collect()
     }
 
     /// Has each micro-batch draw numbers of its own.
@@ -72,12 +93,8 @@ fn scaled(gradient: FlexTensor, scale: f64) -> FlexTensor {
     if scale == 1.0 { gradient } else { Flex::float_mul_scalar(gradient, Scalar::Float(scale)) }
 }
 
-fn received(parcels: Vec<Parcel>) -> Result<BTreeMap<usize, Tensors>, Error> {
-    parcels.into_iter().map(|parcel| Ok((parcel.from, parcel.into_tensors()?))).collect()
-}
-
-fn parcels(from: usize, sends: BTreeMap<usize, Tensors>) -> Vec<Parcel> {
-    sends.into_iter().map(|(to, tensors)| Parcel::new(from, to, tensors)).collect()
+fn received(parcels: Vec<Parcel>) -> BTreeMap<usize, Tensors> {
+    parcels.into_iter().map(|parcel| (parcel.from, parcel.tensors.into_iter().flatten().collect())).collect()
 }
 
 fn number(tensor: GraphTensor) -> Result<f64, Error> {
@@ -90,22 +107,19 @@ impl Stage<Vec<GraphTensor>> for GraphStage {
     }
 
     fn edges(&self) -> Vec<Edge> {
-        let Some(run) = self.runs.first() else { return Vec::new() };
-        let routes = run.graph().receives.iter().chain(&run.graph().sends);
-        routes.map(|route| Edge::new(route.from, route.to, route.tensors.len())).collect()
+        self.edges.clone()
     }
 
     fn forward(
         &mut self,
         micro_batch: MicroBatch<'_, Vec<GraphTensor>>,
-        parcels_in: Vec<Parcel>,
+        parcels: Vec<Parcel>,
     ) -> Result<Forwarded, Error> {
-        let index = self.index;
         if let Some((source, first)) = &self.random {
             source.set_step(first + micro_batch.index as u64);
         }
         let (run, _) = self.run(micro_batch.index)?;
-        let given = run.forward(micro_batch.index, micro_batch.input, received(parcels_in)?)?;
+        let given = run.forward(micro_batch.index, micro_batch.input, received(parcels))?;
         if !micro_batch.trains {
             run.finish(micro_batch.index);
         }
@@ -118,21 +132,21 @@ impl Stage<Vec<GraphTensor>> for GraphStage {
             return Err(graph_error(format!("the number of items of the loss is {weight}, {must}")));
         }
         let loss = given.loss.map(number).transpose()?.map(|sum| LossSum { sum, weight });
-        Ok(Forwarded { parcels: parcels(index, given.sends), loss, outputs: given.outputs.into_values().collect() })
+        let parcels = self.parcels(Direction::Forward, given.sends);
+        Ok(Forwarded { parcels, loss, outputs: given.outputs.into_values().collect() })
     }
 
     fn backward_input(
         &mut self,
         micro_batch: MicroBatch<'_, Vec<GraphTensor>>,
-        parcels_in: Vec<Parcel>,
+        parcels: Vec<Parcel>,
     ) -> Result<Vec<Parcel>, Error> {
-        let index = self.index;
         let (run, gradients) = self.run(micro_batch.index)?;
-        let sends = run.backward_input(micro_batch.index, received(parcels_in)?, &mut |id, gradient| {
+        let sends = run.backward_input(micro_batch.index, received(parcels), &mut |id, gradient| {
             accumulate(gradients, id, scaled(gradient, micro_batch.scale));
             Ok(())
         })?;
-        Ok(parcels(index, sends))
+        Ok(self.parcels(Direction::Backward, sends))
     }
 
     fn backward_weight(&mut self, micro_batch: MicroBatch<'_, Vec<GraphTensor>>) -> Result<(), Error> {

@@ -177,8 +177,12 @@ fn after(analysis: &Analysis<'_>, bounds: &Bounds, wanted: &[Wanted], boundary: 
         }
     }
     for Wanted { tensor, stage } in wanted {
-        if let Origin::Op(_) = analysis.origin(tensor.id) {
+        if let Origin::Op(maker) = analysis.origin(tensor.id) {
             readers.entry(analysis.twin(tensor.id).unwrap_or(tensor.id)).or_default().push(side(*stage));
+            match analysis.is_forward(maker) {
+                true => link(&mut network, side(*stage), nodes[maker], NEVER),
+                false => link(&mut network, nodes[maker], side(*stage), NEVER),
+            }
         }
     }
     for op in analysis.placed() {
