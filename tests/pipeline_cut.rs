@@ -445,7 +445,7 @@ fn what_only_gradients_of_parameters_need_can_wait() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn random_boundaries(mut starts in proptest::collection::vec(0usize..80, 1..4), which in 0usize..3) {

@@ -217,6 +217,14 @@ impl Args {
         })
     }
 
+    /// The most rows that go through a layer at once.
+    pub fn rows_at_once(&self) -> usize {
+        match self.pp {
+            1 => self.micro_batch,
+            _ => self.batch.div_ceil(self.dp).div_ceil(self.micro_batches),
+        }
+    }
+
     /// The model that the flags describe.
     pub fn model(&self) -> GptConfig {
         GptConfig::new(VOCAB, self.seq, self.d_model, self.heads, self.layers)

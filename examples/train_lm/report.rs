@@ -212,7 +212,10 @@ impl Outcome {
             "training",
             format!(
                 "{} steps of {} x {} bytes, at most {} rows at once",
-                args.steps, args.batch, args.seq, args.micro_batch
+                args.steps,
+                args.batch,
+                args.seq,
+                args.rows_at_once()
             ),
         );
         row("loss, first step", format!("{:.4} nats per byte", losses[0]));
