@@ -26,8 +26,8 @@ enum Optimizer {
 impl Optimizer {
     fn init(self) -> (ModuleOptimizer, f64) {
         match self {
-            Self::AdamW => (AdamWConfig::new().init().into(), 1e-2),
-            Self::Sgd => (SgdConfig::new().init().into(), 0.3),
+            Self::AdamW => (AdamWConfig::new().init(), 1e-2),
+            Self::Sgd => (SgdConfig::new().init(), 0.3),
         }
     }
 }
@@ -166,7 +166,7 @@ fn a_stage_that_the_loss_does_not_reach_has_no_gradient() {
             let run = pipeline.step(std::slice::from_mut(&mut stage), &rows)?;
             let grads = stage.take_gradients(run.gradient_factor);
             let count = grads.len();
-            let mut optim: ModuleOptimizer = AdamWConfig::new().init().into();
+            let mut optim: ModuleOptimizer = AdamWConfig::new().init();
             let stage = stage.update(|layer| optim.step(0.1, layer, grads));
             Ok((count, values(stage.module()) == before))
         })

@@ -48,7 +48,7 @@ use crate::graph::GraphTensor;
 ///     });
 ///     let timetable = Schedule::OneForwardOneBackward.timetable(2, 4)?;
 ///     let mut pipeline = Pipeline::new(&rank, timetable, std::slice::from_ref(&stage))?;
-///     let mut optim: ModuleOptimizer = SgdConfig::new().init().into();
+///     let mut optim: ModuleOptimizer = SgdConfig::new().init();
 ///     let mut losses = Vec::new();
 ///     for _ in 0..3 {
 ///         let micro_batches = vec![Tensor::<2>::ones([3, 4], &Device::flex()); 4];
