@@ -1,7 +1,8 @@
 //! What the pipeline's executor costs beside what the stages compute: stages that do nothing but hand on a small tensor.
 //!
-//! The time of a step divided by the actions of a rank is the overhead of an action. With one rank it is the executor
-//! alone; with two it includes a message each way for every micro-batch and the wake-up of the rank that waits for it.
+//! Two figures for each schedule, divided by the actions of a rank: the time of a step; and what the executor itself takes of
+//! it on the host, without waiting for the other rank. With one rank they are the same. With two, and nothing to compute,
+//! every pass waits for a message of the other rank, so that the first is the time in which a thread is woken up.
 //!
 //! `cargo bench --bench pipeline`
 
@@ -73,8 +74,8 @@ impl Stage<()> for Idle {
     }
 }
 
-/// The time of so many steps, on the slowest rank.
-fn steps(schedule: &Schedule, ranks: usize, iterations: u64) -> Duration {
+/// The time of so many steps, on the slowest rank, and how much of it was neither waiting nor in the stages.
+fn steps(schedule: &Schedule, ranks: usize, iterations: u64) -> (Duration, Duration) {
     let times = launch::threads(ranks).threads_per_rank(1).run(|rank| {
         let timetable = schedule.timetable(ranks, MICRO_BATCHES)?;
         let routes = Routes::chain(timetable.stages());
@@ -83,11 +84,12 @@ fn steps(schedule: &Schedule, ranks: usize, iterations: u64) -> Duration {
         let mut pipeline = Pipeline::new(&rank, timetable, &stages)?;
         pipeline.step(&mut stages, &[(); MICRO_BATCHES])?;
         rank.barrier()?;
-        let began = Instant::now();
+        let (began, mut own) = (Instant::now(), Duration::ZERO);
         for _ in 0..iterations {
-            pipeline.step(&mut stages, &[(); MICRO_BATCHES])?;
+            let report = pipeline.step(&mut stages, &[(); MICRO_BATCHES])?.report;
+            own += report.elapsed - report.waited - report.busy;
         }
-        Ok(began.elapsed())
+        Ok((began.elapsed(), own))
     });
     times.expect("a world of threads").into_iter().max().unwrap_or_default()
 }
@@ -115,14 +117,18 @@ fn overhead(criterion: &mut Criterion) {
         let mut per_action = Vec::new();
         group.bench_function(BenchmarkId::new(name, format!("{ranks} ranks, {actions} actions")), |bencher| {
             bencher.iter_custom(|iterations| {
-                let time = steps(&schedule, ranks, iterations);
-                per_action.push(time.as_secs_f64() * 1e6 / (iterations * actions as u64) as f64);
+                let (time, own) = steps(&schedule, ranks, iterations);
+                let of_action = |time: Duration| time.as_secs_f64() * 1e6 / (iterations * actions as u64) as f64;
+                per_action.push((of_action(own), of_action(time)));
                 time
             });
         });
-        per_action.sort_by(f64::total_cmp);
-        if let Some(median) = per_action.get(per_action.len() / 2) {
-            println!("    {median:.2} us an action (median of {} samples)", per_action.len());
+        per_action.sort_by(|a, b| a.0.total_cmp(&b.0));
+        if let Some((own, time)) = per_action.get(per_action.len() / 2) {
+            println!(
+                "    an action: {own:.2} us on the host, {time:.2} us of the step (median of {})",
+                per_action.len()
+            );
         }
     }
     group.finish();

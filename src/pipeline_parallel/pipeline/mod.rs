@@ -11,7 +11,7 @@ mod report;
 
 use std::collections::{BTreeMap, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 pub use report::{PipelineRun, RunReport};
 
@@ -248,12 +248,13 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
         let [sum, weight, busy] = comm.all_reduce(mine, ReduceOp::Sum)?[..] else {
             return Err(stage_error("the loss came back incomplete"));
         };
+        let waited = self.mail.waited + waits.elapsed();
         let elapsed = began.elapsed();
         let total = comm.size() as f64 * elapsed.as_secs_f64();
         let report = RunReport {
             actions: row.len(),
             elapsed,
-            waited: self.mail.waited + waits.elapsed(),
+            waited,
             idle_share: if total > 0.0 { (1.0 - busy / total).max(0.0) } else { 0.0 },
             counters,
             ..self.report
@@ -272,7 +273,7 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
         };
         let began = Instant::now();
         let given = self.call(action, received);
-        self.report.busy += Instant::now().saturating_duration_since(began).max(Duration::from_nanos(1));
+        self.report.busy += began.elapsed();
         let given = given.and_then(|given| match direction {
             Some(direction) => self.mail.give(unit, direction, given),
             None => Ok(()),
