@@ -94,3 +94,26 @@ fn bad_flags_are_one_line_and_status_2() {
         assert!(message.starts_with("schedules: ") && message.contains(reason), "{flags:?}: {message}");
     }
 }
+
+/// The page shows commands and what they print, as blocks that begin with `$ schedules`.
+#[test]
+fn the_documentation_shows_what_is_printed() {
+    let page = include_str!("../docs/pipeline-parallel.md");
+    let blocks: Vec<&str> = page.split("```text\n$ schedules ").skip(1).collect();
+    assert!(blocks.len() >= 5);
+    for block in blocks {
+        let (flags, rest) = block.split_once('\n').unwrap();
+        let (shown, _) = rest.split_once("\n```").unwrap();
+        assert_eq!(printed(&flags.split(' ').collect::<Vec<_>>()).trim_end(), shown, "schedules {flags}");
+    }
+    for (p, m) in [(2, 4), (2, 8), (4, 8), (4, 16), (8, 32)] {
+        let share = |schedule: &str| {
+            let text = printed(&["--schedule", schedule, "-p", &p.to_string(), "-m", &m.to_string()]);
+            let line = text.lines().find(|line| line.starts_with("idle share")).unwrap();
+            line.rsplit(' ').next().unwrap().to_owned()
+        };
+        let shares = ["gpipe", "1f1b", "interleaved", "zb"].map(share);
+        let row = format!("| {p} | {m} | {} |\n", shares.join(" | "));
+        assert!(page.contains(&row), "{row}");
+    }
+}

@@ -1,4 +1,9 @@
 //! Pipeline parallelism: a model's layers spread over ranks as stages, which work on several micro-batches at a time.
+//!
+//! A [`Schedule`](schedule::Schedule) says in which order; written out for so many ranks and micro-batches it is a
+//! [`Timetable`](schedule::Timetable), which can be read, printed, [validated](schedule::Timetable::validate) and
+//! [simulated](schedule::Timetable::simulate) without running a model. A [`Pipeline`] runs it over the [`Stage`]s that the
+//! ranks hold, whatever they are made of: [`EagerStage`] makes one of any module and a closure.
 
 mod eager;
 mod parcel;

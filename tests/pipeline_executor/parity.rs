@@ -56,6 +56,16 @@ fn on_one_device(mut blocks: Vec<Block>, micro_batches: usize, optimizer: Optimi
 }
 
 fn compare(schedule: &Schedule, ranks: usize, micro_batches: usize, optimizer: Optimizer) {
+    compare_on(schedule, ranks, micro_batches, optimizer, Device::autodiff);
+}
+
+fn compare_on(
+    schedule: &Schedule,
+    ranks: usize,
+    micro_batches: usize,
+    optimizer: Optimizer,
+    autodiff: fn(Device) -> Device,
+) {
     let timetable = schedule.timetable(ranks, micro_batches).unwrap();
     let stages = timetable.stages();
     let name = format!("{schedule:?}, {ranks} ranks, {micro_batches} micro-batches, {optimizer:?}");
@@ -64,7 +74,7 @@ fn compare(schedule: &Schedule, ranks: usize, micro_batches: usize, optimizer: O
     let trained = launch::threads(ranks)
         .threads_per_rank(1)
         .run(|rank| {
-            let device = rank.device().autodiff();
+            let device = autodiff(rank.device());
             let mut held: Vec<_> = timetable
                 .stages_of(rank.rank())
                 .into_iter()
@@ -133,6 +143,14 @@ fn fewer_micro_batches_than_stages_train_like_one_device() {
 }
 
 #[test]
+fn gradient_checkpointing_changes_nothing() {
+    let checkpointing = |device: Device| device.autodiff().gradient_checkpointing();
+    for schedule in schedules() {
+        compare_on(&schedule, 3, 4, Optimizer::AdamW, checkpointing);
+    }
+}
+
+#[test]
 fn a_timetable_of_ones_own_trains_like_one_device() {
     // Forwards in one order and backwards in another; two stages on the first rank, one on the second.
     let text = "0F0,0F2,2F0,0F1,2F2,2F1,2B1,2I0,2B2,2W0,0B2,0B1,0I0,0W0\n1F2,1F0,1F1,1B1,1B2,1B0";
@@ -195,7 +213,7 @@ fn a_scale_of_the_loss_cancels_out() {
                         })
                     });
                 let timetable = Schedule::GPipe.timetable(2, 2)?;
-                let mut pipeline = Pipeline::new(&rank, timetable, std::slice::from_ref(&stage))?.with_scale(scale);
+                let mut pipeline = Pipeline::new(&rank, timetable, std::slice::from_ref(&stage))?.with_scale(scale)?;
                 let rows = vec![Tensor::<2>::ones([3, 2], &Device::flex()); 2];
                 let run = pipeline.step(std::slice::from_mut(&mut stage), &rows)?;
                 let grads = stage.take_gradients(run.gradient_factor);

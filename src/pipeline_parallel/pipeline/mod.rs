@@ -92,9 +92,15 @@ impl Pipeline {
 
     /// Sets what the gradient of the summed loss is multiplied by where backward begins, the same on every rank. Default 1;
     /// gradients of small float dtypes may need less, for the sum over a micro-batch has larger ones than the mean.
-    pub fn with_scale(mut self, scale: f64) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::Pipeline`] if it is 0 or not finite.
+    pub fn with_scale(mut self, scale: f64) -> Result<Self, Error> {
+        if scale == 0.0 || !scale.is_finite() {
+            return Err(stage_error(format!("the scale of the loss is {scale}; it must be finite and not 0")));
+        }
         self.scale = scale;
-        self
+        Ok(self)
     }
 
     /// The timetable, with its sends and receives.
@@ -259,7 +265,7 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
             counters,
             ..self.report
         };
-        let gradient_factor = 1.0 / (self.pipeline.scale * weight);
+        let gradient_factor = if weight == 0.0 { 0.0 } else { 1.0 / (self.pipeline.scale * weight) };
         Ok(PipelineRun { loss: LossSum { sum, weight }, gradient_factor, outputs: self.outputs, report })
     }
 
