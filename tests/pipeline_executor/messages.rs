@@ -1,5 +1,9 @@
 //! What the executor does, counts and refuses, whatever the stages compute.
 
+use std::sync::Mutex;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+
 use burn_parallel::pipeline_parallel::Pipeline;
 use burn_parallel::pipeline_parallel::schedule::{Action, Direction, Edge, Routes, Schedule, Timetable};
 use burn_parallel::prelude::*;
@@ -88,6 +92,32 @@ fn every_schedule_runs_as_its_timetable_says() {
             assert_eq!(all.len(), ranks);
         }
     }
+}
+
+/// The second rank's first pass lasts until the first rank has run all of its forwards: so these went on, and their tensors
+/// were sent, while nobody received.
+#[test]
+fn a_rank_computes_on_while_its_tensors_travel() {
+    let (all_forwards, gate) = channel();
+    let (all_forwards, gate) = (Mutex::new(Some(all_forwards)), Mutex::new(gate));
+    launch::threads(2)
+        .run(|rank| {
+            let disturb = |action: Action| {
+                if action.to_string() == "0F3" {
+                    all_forwards.lock().unwrap().take();
+                }
+                if action.to_string() == "1F0" {
+                    // Ends when the sender is dropped.
+                    let outcome = gate.lock().unwrap().recv_timeout(Duration::from_secs(60));
+                    assert_eq!(outcome, Err::<(), _>(RecvTimeoutError::Disconnected));
+                }
+                Ok(())
+            };
+            let mut held = [Probe::new(rank.rank(), &routes(2), 2, disturb)];
+            let mut pipeline = Pipeline::new(&rank, Schedule::GPipe.timetable(2, 4)?, &held)?;
+            pipeline.step(&mut held, &[1.0; 4])
+        })
+        .unwrap();
 }
 
 #[test]
