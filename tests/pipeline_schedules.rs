@@ -384,8 +384,8 @@ fn runs(timetable: &Timetable, routes: &Routes) -> bool {
     let split = |done: &HashSet<Action>, unit| done.contains(&Action::BackwardInput(unit));
     loop {
         let mut moved = false;
-        for rank in 0..timetable.ranks() {
-            while let Some(action) = timetable.rows()[rank].get(next[rank]) {
+        for (rank, row) in timetable.rows().iter().enumerate() {
+            while let Some(action) = row.get(next[rank]) {
                 let unit = action.unit();
                 let computed = |direction: Direction, unit: Unit| match direction {
                     Direction::Forward => done.contains(&Action::Forward(unit)),

@@ -5,6 +5,11 @@
 //! a [schedule](schedule). Where shapes change from one micro-batch to the next, or a step cannot be captured, a stage is
 //! written by hand: [`EagerStage`], or a [`Stage`] of one's own, for the same executor ([`Pipeline`]).
 //!
+//! A [`Schedule`](schedule::Schedule) says in which order; written out for so many ranks and micro-batches it is a
+//! [`Timetable`](schedule::Timetable), which can be read, printed, [validated](schedule::Timetable::validate) and
+//! [simulated](schedule::Timetable::simulate) without running a model. A [`Pipeline`] runs it over the [`Stage`]s that the
+//! ranks hold, whatever they are made of: [`EagerStage`] makes one of any module and a closure.
+//!
 //! ```
 //! use burn::nn::{Linear, LinearConfig};
 //! use burn::optim::{AdamWConfig, ModuleOptimizer};

@@ -43,7 +43,8 @@ pub struct EagerStage<M, F> {
 struct Tape {
     /// Leaves by giving stage; `None` for what has no gradient.
     inputs: Vec<(usize, Vec<Option<Tensor<1>>>)>,
-    outputs: Vec<(usize, Vec<Tensor<1>>)>,
+    /// What was given, by taking stage; `None` for what has no gradient.
+    outputs: Vec<(usize, Vec<Option<Tensor<1>>>)>,
     loss: Option<Tensor<1>>,
 }
 
@@ -124,7 +125,7 @@ where
             let from = parcel.from;
             let leaves: Vec<DispatchTensor> =
                 parcel.into_tensors()?.into_iter().map(|tensor| leaf(tensor, strategy)).collect();
-            inputs.push((from, leaves.iter().map(trained).collect()));
+            inputs.push((from, leaves.iter().map(float).collect()));
             tensors.insert(from, VecDeque::from(leaves));
         }
         let sent = (self.forward)(&self.module, micro_batch.input, Received { stage: self.index, tensors })?;
@@ -137,7 +138,7 @@ where
             let plain =
                 tensors.iter().map(|tensor| GraphTensor::from_user(tensor.clone(), "a tensor for another stage"));
             forwarded.parcels.push(Parcel::new(self.index, to, plain.collect::<Result<Vec<_>, Error>>()?));
-            tape.outputs.push((to, tensors.into_iter().map(Tensor::from_dispatch).collect()));
+            tape.outputs.push((to, tensors.iter().map(float).collect()));
         }
         if let Some(loss) = sent.loss {
             let sum = loss.sum.clone().inner().into_scalar::<f64>();
@@ -198,7 +199,7 @@ where
 
 /// Where a backward begins: one number whose gradient reaches everything that the stage has given.
 fn root(
-    outputs: Vec<(usize, Vec<Tensor<1>>)>,
+    outputs: Vec<(usize, Vec<Option<Tensor<1>>>)>,
     loss: Option<Tensor<1>>,
     received: Vec<Parcel>,
     scale: f64,
@@ -209,9 +210,8 @@ fn root(
     for parcel in received {
         let sent = outputs.iter().find(|(to, _)| *to == parcel.from).map_or(&[][..], |(_, tensors)| tensors);
         for (output, gradient) in sent.iter().zip(parcel.tensors) {
-            let Some(gradient) = gradient else { continue };
+            let (Some(output), Some(gradient)) = (output, gradient) else { continue };
             let gradient = gradient.into_tensor();
-            // Looked at before dtype and tape: a mask has neither a gradient nor a tape.
             let (expected, came) = (output.clone().into_dispatch().shape(), gradient.shape());
             if expected != came || output.dtype() != gradient.dtype() {
                 let (from, to) = (output.dtype(), gradient.dtype());
@@ -244,9 +244,9 @@ fn leaf(tensor: GraphTensor, strategy: Option<GradientCheckpointingStrategy>) ->
     }
 }
 
-fn trained(leaf: &DispatchTensor) -> Option<Tensor<1>> {
-    let tensor = leaf.dtype().is_float().then(|| Tensor::<1>::from_dispatch(leaf.clone()))?;
-    tensor.is_require_grad().then_some(tensor)
+/// The tensor if it is one of floats, on its tape.
+fn float(tensor: &DispatchTensor) -> Option<Tensor<1>> {
+    tensor.dtype().is_float().then(|| Tensor::from_dispatch(tensor.clone()))
 }
 
 /// How the module's parameters take part in gradient checkpointing: tensors of one operation must do alike.

@@ -11,7 +11,7 @@ mod report;
 
 use std::collections::{BTreeMap, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 pub use report::{PipelineRun, RunReport};
 
@@ -48,7 +48,7 @@ use crate::graph::GraphTensor;
 ///     });
 ///     let timetable = Schedule::OneForwardOneBackward.timetable(2, 4)?;
 ///     let mut pipeline = Pipeline::new(&rank, timetable, std::slice::from_ref(&stage))?;
-///     let mut optim: ModuleOptimizer = SgdConfig::new().init().into();
+///     let mut optim: ModuleOptimizer = SgdConfig::new().init();
 ///     let mut losses = Vec::new();
 ///     for _ in 0..3 {
 ///         let micro_batches = vec![Tensor::<2>::ones([3, 4], &Device::flex()); 4];
@@ -92,9 +92,15 @@ impl Pipeline {
 
     /// Sets what the gradient of the summed loss is multiplied by where backward begins, the same on every rank. Default 1;
     /// gradients of small float dtypes may need less, for the sum over a micro-batch has larger ones than the mean.
-    pub fn with_scale(mut self, scale: f64) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::Pipeline`] if it is 0 or not finite.
+    pub fn with_scale(mut self, scale: f64) -> Result<Self, Error> {
+        if scale == 0.0 || !scale.is_finite() {
+            return Err(stage_error(format!("the scale of the loss is {scale}; it must be finite and not 0")));
+        }
         self.scale = scale;
-        self
+        Ok(self)
     }
 
     /// The timetable, with its sends and receives.
@@ -248,17 +254,18 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
         let [sum, weight, busy] = comm.all_reduce(mine, ReduceOp::Sum)?[..] else {
             return Err(stage_error("the loss came back incomplete"));
         };
+        let waited = self.mail.waited + waits.elapsed();
         let elapsed = began.elapsed();
         let total = comm.size() as f64 * elapsed.as_secs_f64();
         let report = RunReport {
             actions: row.len(),
             elapsed,
-            waited: self.mail.waited + waits.elapsed(),
+            waited,
             idle_share: if total > 0.0 { (1.0 - busy / total).max(0.0) } else { 0.0 },
             counters,
             ..self.report
         };
-        let gradient_factor = 1.0 / (self.pipeline.scale * weight);
+        let gradient_factor = if weight == 0.0 { 0.0 } else { 1.0 / (self.pipeline.scale * weight) };
         Ok(PipelineRun { loss: LossSum { sum, weight }, gradient_factor, outputs: self.outputs, report })
     }
 
@@ -272,7 +279,7 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
         };
         let began = Instant::now();
         let given = self.call(action, received);
-        self.report.busy += Instant::now().saturating_duration_since(began).max(Duration::from_nanos(1));
+        self.report.busy += began.elapsed();
         let given = given.and_then(|given| match direction {
             Some(direction) => self.mail.give(unit, direction, given),
             None => Ok(()),

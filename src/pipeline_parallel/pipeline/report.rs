@@ -13,7 +13,8 @@ use crate::pipeline_parallel::schedule::Unit;
 pub struct PipelineRun {
     /// The loss over all micro-batches, the same on every rank.
     pub loss: LossSum,
-    /// What the gradients that the stages hold are to be multiplied by to be those of the mean loss.
+    /// What the gradients that the stages hold are to be multiplied by to be those of the mean loss; 0 if nothing
+    /// had any weight.
     pub gradient_factor: f64,
     /// What the stages of this rank had to show beside, by stage and micro-batch.
     pub outputs: BTreeMap<Unit, Vec<GraphTensor>>,

@@ -33,7 +33,7 @@ impl Timetable {
 /// use burn_parallel::pipeline_parallel::schedule::{Routes, Timetable};
 ///
 /// let timetable: Timetable = "
-///     # two ranks, two micro-batches
+///     ## two ranks, two micro-batches
 ///     0F0, 0F1,    , 0B0, 0B1
 ///        , 1F0, 1B0, 1F1, 1B1
 /// ".parse()?;

@@ -20,7 +20,7 @@ impl Simulation {
     /// let timetable = Schedule::OneForwardOneBackward.timetable(2, 3)?;
     /// let simulation = timetable.simulate(&Routes::chain(2), &Costs::default())?;
     /// assert_eq!(simulation.grid(), "\
-    /// rank 0 | 0F0 0F1 .   0B0 --- 0F2 .   0B1 --- .   0B2 ---
+    /// rank 0 | 0F0 0F1 .   .   0B0 --- 0F2 0B1 --- .   0B2 ---
     /// rank 1 | .   1F0 1B0 --- 1F1 1B1 --- 1F2 1B2 --- .   .
     /// ");
     /// # Ok::<(), burn_parallel::Error>(())
