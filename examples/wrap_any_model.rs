@@ -208,8 +208,8 @@ fn sounds(step: usize) -> (Tensor<3>, Tensor<1, Int>) {
     let mut samples = Vec::new();
     for time in &times {
         for moment in 0..8 {
-            let loudness = if moment / 2 == *time { 2.0 } else { 0.5 };
-            samples.extend((0..8).map(|_| rng.random_range(-1.0..1.0) * loudness));
+            let noise = if moment / 2 == *time { 1.0 } else { 0.0 };
+            samples.extend((0..8).map(|_| rng.random_range(-1.0..1.0) + noise));
         }
     }
     (tensor(samples, [BATCH, 8, 8]), classes(times))
