@@ -10,7 +10,7 @@ use burn::tensor::{Device, Tensor};
 use super::distribute::{agree, assemble, distribute, outline};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
-use crate::graph::shard::{PartitionOptions, ShardReport, partition, register_collectives};
+use crate::graph::shard::{PartitionOptions, ShardReport, fold_reductions, overlap, partition, register_collectives};
 use crate::graph::{
     CustomOps, GraphCache, GraphInputs, GraphTensor, RandomSource, StepGraph, StepLoss, counted_random,
     register_counted_random,
@@ -20,6 +20,8 @@ use crate::plan::{Plan, PlanTable};
 
 /// What the axis over which steps are split is called in graphs.
 const AXIS: &str = "tp";
+/// Gradients that are reduced together.
+const BUCKET_BYTES: usize = 4 << 20;
 
 /// A model split over a group: a burn [`Module`] with the paths and ids of the model and this rank's parts of its
 /// parameters, so optimizers, records and visitors take it as they take the model. Its own `forward` makes no sense on
@@ -142,6 +144,8 @@ fn split(graph: &mut StepGraph, plan: &Plan, table: &PlanTable, group: &Communic
     let inputs = plan.input_layouts(inputs, degree)?;
     let (local, report) = partition(graph, &params, &inputs, &PartitionOptions::new(AXIS, degree, group.rank()))?;
     *graph = local;
+    fold_reductions(graph, BUCKET_BYTES);
+    overlap(graph);
     let fingerprints = group.all_gather(vec![graph.collective_fingerprint()])?;
     match fingerprints.iter().position(|fingerprint| *fingerprint != fingerprints[0]) {
         None => Ok(report),

@@ -25,6 +25,22 @@ fn all_reduces_become_reduce_scatters_and_gathers() {
     }
 }
 
+/// Without a split vocabulary the logits are split along the sequence, and go over to the loss split along the batch.
+#[test]
+fn a_head_that_is_not_split() {
+    let references = TOKENS.alone(2);
+    for degree in [2, 3] {
+        let reports = TOKENS.compare(&[Axis::new("tp", degree, Plan::megatron()).sequence(1)], &references).unwrap();
+        let report = &reports[0];
+        assert!(report.fallbacks.iter().all(|f| f.operation.contains("Reshape")), "{report}");
+        assert_eq!(report.count(ReduceScatter), [4, 4], "{report}");
+        assert_eq!(report.count(AllGather), [4, 4], "{report}");
+        assert_eq!(report.count(AllToAll), [1, 1], "{report}");
+        let results = report.collectives.iter().filter(|c| c.kind == AllReduce);
+        assert!(results.clone().all(|c| c.reader == "result"), "{report}");
+    }
+}
+
 #[test]
 fn with_a_batch_axis() {
     let references = TOKENS.alone(2);

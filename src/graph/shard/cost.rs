@@ -4,7 +4,7 @@ use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::pass::Pass;
 use super::report::Fallback;
-use super::rules::{How, Strategy, strategies};
+use super::rules::{How, Strategy, only_moves, strategies};
 use crate::graph::step::op_name;
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 
@@ -24,17 +24,25 @@ impl Pass<'_> {
             return whole;
         }
         let inputs: Vec<TensorId> = op.inputs().map(|input| input.id).collect();
-        let mut best: Option<(u64, Strategy)> = None;
-        let split = strategies(op, self.options.degree).into_iter().filter(|strategy| {
+        let mut best: Option<((u64, bool), Strategy)> = None;
+        let found = strategies(op, self.options.degree);
+        // Elements that are moved in a way that no part of them can follow: what comes of it shows only further on.
+        let torn = only_moves(op)
+            && layouts.iter().all(|have| matches!(have, Sharded(_)))
+            && !inputs.iter().all(|id| self.held[id].parameter)
+            && !found.iter().any(|strategy| strategy.inputs == layouts);
+        let split = found.into_iter().filter(|strategy| {
             // Only what goes on with a layout that is there: nothing is split for its own sake, but along the sequence.
             strategy.inputs.iter().zip(layouts).any(|(want, have)| want == have && *want != Replicated)
                 || self.follows_sequence(op, layouts, strategy)
+                || (torn && strategy.output != Partial)
         });
         for strategy in split.chain([whole.clone()]) {
-            if let Some(cost) = self.strategy_cost(op, &inputs, &strategy)
-                && best.as_ref().is_none_or(|(least, _)| cost < *least)
-            {
-                best = Some((cost, strategy));
+            let Some(cost) = self.strategy_cost(op, &inputs, &strategy) else { continue };
+            let cost = if torn { cost + self.cost_to_readers(op, strategy.output) } else { cost };
+            let aside = op.outputs().any(|out| self.along_sequence(out).map(Sharded) != Some(strategy.output));
+            if best.as_ref().is_none_or(|(least, _)| (cost, aside) < *least) {
+                best = Some(((cost, aside), strategy));
             }
         }
         let strategy = best.map_or(whole, |(_, strategy)| strategy);
@@ -88,6 +96,33 @@ impl Pass<'_> {
         Some(cost)
     }
 
+    /// What it costs those that read what an operation makes, if it comes in this layout: whether it is worth while to
+    /// gather a tensor that is moved, or to split it in another way, shows only then.
+    fn cost_to_readers(&self, op: &OperationIr, layout: Layout) -> u64 {
+        let Some(out) = op.outputs().next().filter(|_| layout != Partial) else { return 0 };
+        let of_reader = |reader: &usize| {
+            let op = &self.source[*reader];
+            let of_input = |(input, want): (&TensorIr, &Layout)| match (input.id == out.id, layout, *want) {
+                (true, _, Partial) => None,
+                (true, Sharded(_), Replicated) => Some(GATHER * out.shape.num_elements() as u64),
+                (true, Sharded(from), Sharded(to)) if from != to => Some(EXCHANGE * out.shape.num_elements() as u64),
+                (true, ..) => Some(0),
+                _ if self.held.contains_key(&input.id) => self.cost(input.id, *want),
+                _ => Some(0),
+            };
+            let still = |strategy: &Strategy| match strategy.output {
+                Partial => SCATTER * op.outputs().map(|out| out.shape.num_elements() as u64).sum::<u64>(),
+                _ => 0,
+            };
+            let of = |strategy: &Strategy| {
+                let moved: Option<u64> = op.inputs().zip(&strategy.inputs).map(of_input).sum();
+                Some(moved? + still(strategy))
+            };
+            strategies(op, self.options.degree).iter().chain([&Strategy::replicated(op)]).filter_map(of).min()
+        };
+        self.readers.get(&out.id).into_iter().flatten().filter_map(of_reader).sum()
+    }
+
     /// What it costs to have a tensor in a layout; `None` if it should not be.
     fn cost(&self, id: TensorId, want: Layout) -> Option<u64> {
         let held = &self.held[&id];
@@ -102,7 +137,7 @@ impl Pass<'_> {
             (Partial, Replicated) => REDUCE,
             (Partial, Sharded(_)) => SCATTER,
             (Sharded(_), _) if held.version(Replicated).is_some() => 0,
-            (Sharded(_), Replicated) if held.parameter => GATHER_PARAMETER,
+            (Sharded(_), _) if held.parameter => GATHER_PARAMETER,
             (Sharded(_), Replicated) => GATHER,
             (Sharded(_), Sharded(_)) => EXCHANGE,
         };

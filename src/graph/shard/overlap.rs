@@ -202,5 +202,5 @@ fn ticket(op: &CustomOpIr) -> Result<u64, Error> {
 /// One element in the shape of a tensor.
 fn token(of: &TensorIr) -> FlexTensor {
     let strides = vec![0; of.shape.num_dims()];
-    FlexTensor::zeros([1].into(), of.dtype).with_layout(Layout::new(of.shape.clone(), strides.into(), 0))
+    FlexTensor::zeros([1].into(), of.dtype).with_layout(Layout::new(of.shape.clone(), strides, 0))
 }

@@ -162,6 +162,25 @@ impl<'a> Pass<'a> {
         }
         let ids: Vec<TensorId> = outputs.iter().map(|out| out.id).collect();
         self.emit_as(op, strategy, &ids);
+        if moves {
+            self.back_to_sequence(&outputs, strategy.output);
+        }
+    }
+
+    /// What was split along the batch while batch and sequence were one dim is split along the sequence again when they
+    /// are two.
+    fn back_to_sequence(&mut self, outputs: &[TensorIr], layout: Layout) {
+        for out in outputs {
+            if let (Sharded(have), Some(want)) = (layout, self.along_sequence(out))
+                && have < 2
+                && have != want
+            {
+                let local = self.get(out.id, Sharded(want)).id;
+                if let Some(held) = self.held.get_mut(&out.id) {
+                    held.prefer(Sharded(want), local);
+                }
+            }
+        }
     }
 
     /// Runs `op`, whose outputs get these ids, with its inputs in the layouts of a strategy.
