@@ -39,6 +39,7 @@
 //! | [`params`] | parameters read from a store a part at a time |
 //! | [`plan`] | which parameters are split, by path |
 //! | [`tensor_parallel`] | any module split over ranks by a plan; explicit layers for models written with that in mind |
+//! | [`pipeline_parallel`] | schedules as data, their validator and simulator, one executor for all |
 //! | [`train`] | where strategies meet: replicas of models that are split |
 //! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
 //!
@@ -62,6 +63,7 @@ pub mod launch;
 pub mod layout;
 pub mod mesh;
 pub mod params;
+pub mod pipeline_parallel;
 pub mod plan;
 pub mod tensor_parallel;
 pub mod train;
@@ -74,10 +76,11 @@ pub mod prelude {
     pub use crate::comm::{Communicator, ReduceOp};
     pub use crate::data_parallel::{DataParallel, DataParallelConfig, Loss};
     pub use crate::data_parallel::{DistributedDataset, DistributedSampler, Remainder};
-    pub use crate::graph::TokenLoss;
+    pub use crate::graph::{TokenLoss, cut::Cut};
     pub use crate::launch::{self, Rank};
     pub use crate::layout::{self, Layout};
     pub use crate::mesh::Mesh;
+    pub use crate::pipeline_parallel::{PipelineConfig, PipelineParallel, schedule::Schedule};
     pub use crate::plan::Plan;
     pub use crate::tensor_parallel::TensorParallel;
 }

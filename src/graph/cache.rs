@@ -44,8 +44,9 @@ impl core::fmt::Debug for GraphCache {
     }
 }
 
+/// What a captured step is for.
 #[derive(Debug, PartialEq, Eq, Hash)]
-struct StepKey {
+pub(crate) struct StepKey {
     /// Closures written in different places are of different types.
     closure: TypeId,
     inputs: Vec<(String, Shape, DType)>,
@@ -124,7 +125,7 @@ impl GraphCache {
 }
 
 impl StepKey {
-    fn of<M: Module, I: GraphInputs + Clone, F>(model: &M, inputs: &I) -> Result<Self, Error> {
+    pub(crate) fn of<M: Module, I: GraphInputs + Clone, F>(model: &M, inputs: &I) -> Result<Self, Error> {
         let mut seen = Inputs { path: Vec::new(), seen: Vec::new() };
         drop(inputs.clone().map_tensors(&mut seen)?);
         // A module on a plain device has its training settings switched on by the capture.

@@ -293,14 +293,13 @@ impl Executor {
     }
 
     fn bind_inputs<I: GraphInputs>(&mut self, inputs: I) -> Result<(), Error> {
-        let mut bind = BindInputs { path: Vec::new(), values: Vec::new() };
-        drop(inputs.map_tensors(&mut bind)?);
-        let given: Vec<&str> = bind.values.iter().map(|(path, _)| path.as_str()).collect();
+        let values = named_tensors(inputs)?;
+        let given: Vec<&str> = values.iter().map(|(path, _)| path.as_str()).collect();
         let wanted: Vec<&str> = self.graph.inputs.iter().map(|input| input.path.as_str()).collect();
         if given != wanted {
             return Err(graph_error(format!("the graph was captured with inputs {wanted:?} but is given {given:?}")));
         }
-        for (input, (path, value)) in self.graph.inputs.iter().zip(bind.values) {
+        for (input, (path, value)) in self.graph.inputs.iter().zip(values) {
             fits(&format!("input `{path}`"), &value, &input.tensor)?;
             if self.needed.contains(&input.tensor.id) {
                 self.interpreter.register_tensor_to_device(input.tensor.id, value.into_handle());
@@ -387,7 +386,7 @@ fn interpreter(graph: &StepGraph, needed: &HashSet<TensorId>, ops: &CustomOps) -
     interpreter
 }
 
-fn fits(what: &str, value: &GraphTensor, binding: &TensorIr) -> Result<(), Error> {
+pub(crate) fn fits(what: &str, value: &GraphTensor, binding: &TensorIr) -> Result<(), Error> {
     let tensor = value.tensor();
     let (shape, dtype) = (tensor.layout().shape(), tensor.dtype());
     if *shape == binding.shape && dtype == binding.dtype {
@@ -400,6 +399,21 @@ fn fits(what: &str, value: &GraphTensor, binding: &TensorIr) -> Result<(), Error
         binding.dtype,
         binding.shape.as_slice()
     )))
+}
+
+/// The tensors of a structure as plain Flex tensors, with their places in it.
+pub(crate) fn named_tensors<I: GraphInputs>(inputs: I) -> Result<Vec<(String, GraphTensor)>, Error> {
+    let mut bind = BindInputs { path: Vec::new(), values: Vec::new() };
+    drop(inputs.map_tensors(&mut bind)?);
+    Ok(bind.values)
+}
+
+/// The tensors of a structure in order, sharing their buffers.
+///
+/// # Errors
+/// [`Error::Graph`] for a tensor that is not on `Device::flex()` or is quantized.
+pub fn graph_tensors<I: GraphInputs>(inputs: I) -> Result<Vec<GraphTensor>, Error> {
+    Ok(named_tensors(inputs)?.into_iter().map(|(_, value)| value).collect())
 }
 
 struct BindInputs {

@@ -163,7 +163,8 @@ impl TensorMapper for Fill {
     fn exit(&mut self) {}
 }
 
-fn dispatch(tensor: GraphTensor) -> DispatchTensor {
+/// A plain tensor as burn's own.
+pub(crate) fn dispatch(tensor: GraphTensor) -> DispatchTensor {
     <DispatchTensor as DispatchKindConversion<Flex>>::from_backend(match tensor {
         GraphTensor::Float(tensor) => BackendTensor::Float(tensor),
         GraphTensor::Int(tensor) => BackendTensor::Int(tensor),

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::module::Module;
+use burn::module::{Module, ParamId};
 
 use super::shard::{PartitionOptions, ShardReport, fold_reductions, overlap, partition, register_collectives};
 use super::{CustomOps, RandomSource, StepGraph, counted_random, graph_error, register_counted_random};
@@ -76,10 +76,14 @@ impl ModelSplit {
         self.axes.iter().map(|axis| &axis.group)
     }
 
+    /// The dims of a parameter as a whole, if it is split.
+    pub(crate) fn whole_dims(&self, id: ParamId) -> Option<Vec<usize>> {
+        self.table.row(id).filter(|row| row.is_split()).map(|row| row.dims.clone())
+    }
+
     /// The module with the dims that it has as a whole, of which split parameters take no memory: what a capture looks at.
     pub(crate) fn outline<M: Module>(&self, local: &M) -> M {
-        let split = |id| self.table.row(id).filter(|row| row.is_split());
-        params::outline(local, &|id, _| split(id).map(|row| row.dims.clone()))
+        params::outline(local, &|id, _| self.whole_dims(id))
     }
 
     /// Puts the whole model together, on every rank. Collective.

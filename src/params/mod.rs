@@ -4,6 +4,7 @@
 mod agree;
 mod buffers;
 mod distribute;
+mod hold;
 mod leaf;
 mod load;
 mod outline;
@@ -16,6 +17,7 @@ pub use source::SliceSource;
 pub(crate) use agree::agree;
 pub(crate) use buffers::own_buffers;
 pub(crate) use distribute::{agree_on_layouts, assemble, distribute};
+pub(crate) use hold::{hold, put};
 pub(crate) use leaf::with_autodiff;
 pub(crate) use load::{Held, load};
 pub(crate) use outline::outline;

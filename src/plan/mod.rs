@@ -53,7 +53,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use concise::{concise, like};
 pub use table::{PlanRow, PlanTable};
 
-use self::pattern::matches;
+pub(crate) use self::pattern::matches;
 use self::table::local_dims;
 use self::text::{PlanText, RuleText};
 use crate::Error;

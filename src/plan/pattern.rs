@@ -1,7 +1,7 @@
 //! Patterns of parameter paths.
 
 /// Whether `pattern`, in which `*` stands for any characters, matches all of `path`.
-pub(super) fn matches(pattern: &str, path: &str) -> bool {
+pub(crate) fn matches(pattern: &str, path: &str) -> bool {
     let Some((first, rest)) = pattern.split_once('*') else { return pattern == path };
     let Some(mut path) = path.strip_prefix(first) else { return false };
     let (between, last) = rest.rsplit_once('*').map_or((None, rest), |(between, last)| (Some(between), last));

@@ -85,6 +85,11 @@ impl<M: Module> Sharded<M> {
         self.seed
     }
 
+    /// This rank's part of the model, and how it was split: for engines of other strategies.
+    pub(crate) fn into_parts(self) -> (M, ModelSplit) {
+        (self.local, self.split)
+    }
+
     /// This rank's part of the model.
     pub fn local(&self) -> &M {
         &self.local
