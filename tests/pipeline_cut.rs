@@ -6,9 +6,9 @@ mod models;
 
 use std::collections::{BTreeMap, HashMap};
 
+use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::backend::ops::FloatTensorOps;
-use burn::backend::Flex;
 use burn::module::{Module, Param, ParamId};
 use burn::nn::{Dropout, DropoutConfig, Linear, LinearConfig};
 use burn::prelude::*;
@@ -331,7 +331,9 @@ fn what_is_computed_again_is_computed_where_it_was() {
     let mut numbers = Numbers(3);
     let batch = (numbers.classes([2, 7], 13, &device), numbers.classes([2, 7], 13, &device));
     let plain = same(&lm(3), lm_batch(2), lm_loss, &Cut::before(["encoder.layers.1.*", "encoder.layers.2.*"]), 3);
-    for by in [Cut::before(["encoder.layers.1.*", "encoder.layers.2.*"]), Cut::before(["encoder.layers.0.mha.key*", "head*"])] {
+    for by in
+        [Cut::before(["encoder.layers.1.*", "encoder.layers.2.*"]), Cut::before(["encoder.layers.0.mha.key*", "head*"])]
+    {
         same(&model, batch.clone(), lm_loss, &by, 3);
     }
     let by = Cut::before(["encoder.layers.1.*", "encoder.layers.2.*"]);
@@ -408,7 +410,8 @@ fn what_only_gradients_of_parameters_need_can_wait() {
     // Nobody waits for the first stage; in the middle both halves of the backward pass cost about as much as the forward.
     assert!(parts.stages[0].backward_input.is_empty());
     let middle = &parts.stages[1];
-    let [forward, input, weight] = [&middle.forward, &middle.backward_input, &middle.backward_weight].map(|ops| cost(ops));
+    let [forward, input, weight] =
+        [&middle.forward, &middle.backward_input, &middle.backward_weight].map(|ops| cost(ops));
     assert!(input / forward > 0.5 && weight / forward > 0.2 && input / forward < 3.0, "{forward} {input} {weight}");
 }
 

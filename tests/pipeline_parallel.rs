@@ -163,8 +163,12 @@ fn compare<M: Module, I: GraphInputs + Clone>(
             let (found, expected) = (result.loss as f32, reference.loss);
             assert!((found - expected).abs() <= 1e-4 * expected.abs(), "{what}: {found} {expected}");
             let mine = gradients(&model, &result.grads);
-            let expected: Values =
-                reference.gradients.iter().filter(|(path, _)| mine.contains_key(*path)).map(|(p, v)| (p.clone(), v.clone())).collect();
+            let expected: Values = reference
+                .gradients
+                .iter()
+                .filter(|(path, _)| mine.contains_key(*path))
+                .map(|(p, v)| (p.clone(), v.clone()))
+                .collect();
             same(&format!("gradients, {what}"), &expected, &mine, 3e-4);
             // Every gradient is somewhere.
             let mut anywhere = Vec::new();
@@ -395,11 +399,7 @@ fn running_statistics_take_a_step_for_each_micro_batch() {
 }
 
 /// The first rank's error is everybody's.
-fn refused(
-    ranks: usize,
-    config: PipelineConfig,
-    batch: fn(u64) -> (Tensor<2, Int>, Tensor<2, Int>),
-) -> Error {
+fn refused(ranks: usize, config: PipelineConfig, batch: fn(u64) -> (Tensor<2, Int>, Tensor<2, Int>)) -> Error {
     launch::threads(ranks)
         .run(|rank| {
             let mut model = lm().pipeline_parallel(&rank, config.clone())?;

@@ -10,7 +10,7 @@ use burn::nn::{Dropout, DropoutConfig, Embedding, EmbeddingConfig, Linear, Linea
 use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::graph::shard::CollectiveKind;
+use burn_parallel::graph::shard::{Collective, CollectiveKind};
 use burn_parallel::graph::{GraphInputs, TensorMapper};
 use burn_parallel::prelude::*;
 use models::{Cnn, Mlp, Numbers, Rnn, Tied, Values, cross_entropy, device, difference, eager, floats, images, scalar};
@@ -359,6 +359,29 @@ fn a_vocabulary_and_a_gated_layer_by_ready_plans() {
     let report = &reports.unwrap()[0];
     assert_eq!(report.count(CollectiveKind::AllGather), [0, 0], "{report}");
     assert!(report.fallbacks.is_empty(), "{report}");
+}
+
+#[test]
+fn sequence_parallelism_by_plan() {
+    let model: TransformerEncoder = TransformerEncoderConfig::new(24, 48, 6, 2).with_dropout(0.0).init(&device());
+    let loss = |m: &TransformerEncoder, x: Tensor<3>| m.forward(TransformerEncoderInput::new(x)).powi_scalar(2).mean();
+    let batch = |step: usize| Numbers(step as u64 + 3).tensor([2, 6, 24], &device());
+    let plan = Plan::megatron().sequence_parallel(1);
+    trains_like_one(&model, batch, loss, &plan, &[1, 2, 3]);
+    for (plan, scattered) in [(&plan, true), (&Plan::megatron(), false)] {
+        let reports = launch::threads(2).run(|rank| {
+            let mut model = own(&model).tensor_parallel(&rank, plan)?;
+            model.step(batch(0), loss)?;
+            Ok(model.report())
+        });
+        let report = &reports.unwrap()[0];
+        let activations = |kind| {
+            let of_kind = |c: &&Collective| c.kind == kind && c.dims == [2, 6, 24];
+            report.collectives.iter().filter(of_kind).count()
+        };
+        let counts = [CollectiveKind::AllReduce, CollectiveKind::ReduceScatter].map(activations);
+        assert_eq!(counts, if scattered { [0, 8] } else { [8, 0] }, "{report}");
+    }
 }
 
 #[test]

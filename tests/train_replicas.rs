@@ -192,8 +192,9 @@ fn gradients_are_reduced_in_buckets_over_the_replicas_only() {
         Ok((bytes, step.counters.gradients.total(), split.total()))
     });
     for (bytes, gradients, split) in counters.unwrap() {
-        // Of two ranks each sends what it holds, in two parts of one size.
-        assert_eq!((gradients.bytes, gradients.calls), (bytes.next_multiple_of(8), 1));
+        // Of two ranks each sends as much as it holds, but for an element that the halves differ by.
+        assert_eq!(gradients.calls, 1);
+        assert!(gradients.bytes.abs_diff(bytes) <= 4, "{} {bytes}", gradients.bytes);
         // Two layers, two all-reduces each way.
         assert_eq!(split.calls, 8);
     }

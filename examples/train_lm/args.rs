@@ -172,7 +172,9 @@ impl Args {
         // The replica with fewest rows decides.
         let rows = batch / dp;
         if pp > 1 && flags.micro_batch.is_some() {
-            return wrong(format!("--micro-batch is for ranks that hold all layers: with --pp {pp}, give --micro-batches"));
+            return wrong(format!(
+                "--micro-batch is for ranks that hold all layers: with --pp {pp}, give --micro-batches"
+            ));
         }
         if let Some(micro_batches) = flags.micro_batches {
             if pp == 1 {

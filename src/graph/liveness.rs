@@ -122,8 +122,7 @@ pub(crate) fn with_lifetimes<const SECTIONS: usize>(
                 Item::Run(op) => run(op, ends, |id| last_reader.contains_key(id), &mut program),
                 Item::Give(tensor) => {
                     if given.insert(tensor.id) {
-                        let status =
-                            if ends(&tensor.id) { TensorStatus::ReadWrite } else { TensorStatus::ReadOnly };
+                        let status = if ends(&tensor.id) { TensorStatus::ReadWrite } else { TensorStatus::ReadOnly };
                         program.push(Action::Give(TensorIr { status, ..tensor }));
                     } else if ends(&tensor.id) {
                         program.push(Action::Free(tensor));

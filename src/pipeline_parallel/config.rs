@@ -19,12 +19,7 @@ pub struct PipelineConfig {
 impl PipelineConfig {
     /// This many micro-batches, 1F1B, stages of equal cost, all inputs divided along their first dim.
     pub fn new(micro_batches: usize) -> Self {
-        Self {
-            micro_batches,
-            schedule: Schedule::OneForwardOneBackward,
-            cut: Cut::default(),
-            whole_inputs: Vec::new(),
-        }
+        Self { micro_batches, schedule: Schedule::OneForwardOneBackward, cut: Cut::default(), whole_inputs: Vec::new() }
     }
 
     /// Another schedule. An interleaved one cuts the model into several stages for each rank.

@@ -119,9 +119,9 @@ impl Engine {
     pub(super) fn hold<M: Module>(&self, model: M) -> M {
         let Some(holders) = &self.holders else { return model };
         let rank = Some(self.group.rank());
-        let held = |id: &ParamId| holders.get(id).is_none_or(|stages| {
-            stages.iter().any(|stage| self.timetable.rank_of(*stage) == rank)
-        });
+        let held = |id: &ParamId| {
+            holders.get(id).is_none_or(|stages| stages.iter().any(|stage| self.timetable.rank_of(*stage) == rank))
+        };
         // Few numbers, which all clones of a module share: they stay.
         let running = |row: &&PlanRow| row.path.ends_with("running_mean") || row.path.ends_with("running_var");
         let kept: HashSet<ParamId> =
@@ -138,7 +138,12 @@ impl Engine {
     }
 
     /// Makes sure that the step for this batch is captured and cut; `local` loses what this rank does not hold.
-    pub(super) fn prepare<M, I, F, R>(&mut self, local: &mut Option<M>, inputs: I, loss: &mut F) -> Result<(StepKey, Batch), Error>
+    pub(super) fn prepare<M, I, F, R>(
+        &mut self,
+        local: &mut Option<M>,
+        inputs: I,
+        loss: &mut F,
+    ) -> Result<(StepKey, Batch), Error>
     where
         M: Module,
         I: GraphInputs + Clone,
@@ -158,7 +163,8 @@ impl Engine {
         for first in firsts {
             let rows = batch.rows(first).len();
             let micro_batch = batch.structured(inputs.clone(), first)?;
-            let mut graph = capture_step(&outline, micro_batch, |model, inputs| OfRows { loss: loss(model, inputs), rows })?;
+            let mut graph =
+                capture_step(&outline, micro_batch, |model, inputs| OfRows { loss: loss(model, inputs), rows })?;
             self.split_graph(&mut graph)?;
             graphs.push(graph);
         }
@@ -239,7 +245,11 @@ impl Engine {
             cuts.push(cut);
         }
         let mine: Vec<u64> = cuts.iter().map(CutGraph::fingerprint).collect();
-        agree(&mine, &self.group, "cut the step in another way than rank 0: bring the same model and inputs of the same shapes")?;
+        agree(
+            &mine,
+            &self.group,
+            "cut the step in another way than rank 0: bring the same model and inputs of the same shapes",
+        )?;
         if let Some(split) = &self.split {
             for group in split.groups() {
                 agree(&mine, group, "cut its part of the step in another way than rank 0")?;
@@ -275,9 +285,10 @@ impl Engine {
     fn stages(&self, graphs: &[StepGraph], cuts: &[CutGraph], sizes: &[usize]) -> Result<Vec<GraphStage>, Error> {
         let mut stages = Vec::new();
         for index in self.timetable.stages_of(self.group.rank()) {
-            let runs = graphs.iter().zip(cuts).map(|(graph, cut)| {
-                StageRun::new(graph, cut.stages[index].clone(), self.ops.clone())
-            });
+            let runs = graphs
+                .iter()
+                .zip(cuts)
+                .map(|(graph, cut)| StageRun::new(graph, cut.stages[index].clone(), self.ops.clone()));
             stages.push(GraphStage::new(index, runs.collect::<Result<_, _>>()?, sizes.to_vec()));
         }
         Ok(stages)

@@ -290,7 +290,10 @@ impl<M: Module> Pipelined<M> {
             let mut parts = Vec::with_capacity(count);
             for (micro_batch, size) in captured.sizes.iter().enumerate() {
                 let like = &captured.graphs[*size].graph.outputs[place];
-                let own = executed.outputs.get_mut(&Unit::new(*giver, micro_batch)).and_then(|given| given.get(before).cloned());
+                let own = executed
+                    .outputs
+                    .get_mut(&Unit::new(*giver, micro_batch))
+                    .and_then(|given| given.get(before).cloned());
                 let nothing = || GraphTensor::of_dtype(FlexTensor::zeros(like.shape.clone(), like.dtype), like.dtype);
                 parts.push(group.broadcast(own.unwrap_or_else(nothing), root)?);
             }

@@ -85,7 +85,8 @@ impl<M: Module> Pipelined<M> {
     /// stages; those of [`Communicator`].
     pub fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replicas<Self>, Error> {
         if !self.is_cut() {
-            let problem = "who holds what is not known before the model is cut: `prepare` it with a batch, or cut it by paths";
+            let problem =
+                "who holds what is not known before the model is cut: `prepare` it with a batch, or cut it by paths";
             return Err(Error::Pipeline { problem: problem.into() });
         }
         Replicas::new(self, group, config)
@@ -114,7 +115,7 @@ impl<M: Module> Sharded<M> {
     /// # Errors
     /// [`Error::ModelMismatch`] if the ranks of `group` hold different parts; those of [`Communicator`].
     pub fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replicas<Self>, Error> {
-        let seed = self.seed().wrapping_add(group.rank() as u64 * SEED_STRIDE);
+        let seed = self.seed().wrapping_add(SEED_STRIDE.wrapping_mul(group.rank() as u64));
         Replicas::new(self.with_seed(seed), group, config)
     }
 }

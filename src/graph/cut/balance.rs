@@ -130,7 +130,13 @@ fn gaps(analysis: &Analysis<'_>, bounds: &Bounds, used: usize) -> Vec<f64> {
             }
         }
         let mut sum = 0.0;
-        change.into_iter().map(|change| { sum += change; sum }).collect::<Vec<f64>>()
+        change
+            .into_iter()
+            .map(|change| {
+                sum += change;
+                sum
+            })
+            .collect::<Vec<f64>>()
     };
     let (early, late) = (crossing(&early), crossing(&late));
     (0..=used).map(|gap| if gap == 0 || gap == used { 0.0 } else { early[gap].min(late[gap]) }).collect()

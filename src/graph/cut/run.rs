@@ -137,7 +137,8 @@ impl StageRun {
         let wanted = self.params.iter().map(|(id, ..)| *id).collect();
         self.values = read_params(model, &wanted)?;
         for (id, path, tensor) in &self.params {
-            let value = self.values.get(id).ok_or_else(|| graph_error(format!("the stage lacks parameter `{path}`")))?;
+            let value =
+                self.values.get(id).ok_or_else(|| graph_error(format!("the stage lacks parameter `{path}`")))?;
             fits(&format!("parameter `{path}`"), value, tensor)?;
         }
         Ok(())
@@ -200,7 +201,8 @@ impl StageRun {
         self.receive(micro_batch, received, |from, here| from < here)?;
         let mut given = self.run(micro_batch, 0)?;
         let updates = self.updates.iter().flat_map(|(tensor, ids)| ids.iter().map(|id| (*id, *tensor)));
-        let updates = updates.filter_map(|(id, tensor)| Some((id, given.get(&tensor)?.clone().into_tensor()))).collect();
+        let updates =
+            updates.filter_map(|(id, tensor)| Some((id, given.get(&tensor)?.clone().into_tensor()))).collect();
         self.carry(&updates);
         let outputs = self.part.outputs.iter();
         let outputs = outputs.filter_map(|(place, tensor)| Some((*place, given.get(&tensor.id)?.clone()))).collect();
@@ -271,7 +273,9 @@ impl StageRun {
     ) -> Result<(), Error> {
         let stage = self.part.stage;
         let tensors = self.under_way.get_mut(&micro_batch).ok_or_else(|| {
-            graph_error(format!("stage {stage} is to run the backward pass of micro-batch {micro_batch} before its forward"))
+            graph_error(format!(
+                "stage {stage} is to run the backward pass of micro-batch {micro_batch} before its forward"
+            ))
         })?;
         for route in self.part.receives.iter().filter(|route| direction(route.from, stage)) {
             let values = received.remove(&route.from).unwrap_or_default();
@@ -295,9 +299,9 @@ impl StageRun {
         direction: fn(usize, usize) -> bool,
     ) -> Result<BTreeMap<usize, Tensors>, Error> {
         let mut sends = BTreeMap::new();
-        let mut routes: Vec<_> =
-            self.part.sends.iter().filter(|route| direction(route.to, self.part.stage)).collect();
-        let mut uses: HashMap<TensorId, usize> = self.gradients.iter().map(|(id, params)| (*id, params.len())).collect();
+        let mut routes: Vec<_> = self.part.sends.iter().filter(|route| direction(route.to, self.part.stage)).collect();
+        let mut uses: HashMap<TensorId, usize> =
+            self.gradients.iter().map(|(id, params)| (*id, params.len())).collect();
         for tensor in routes.iter().flat_map(|route| &route.tensors) {
             *uses.entry(tensor.id).or_default() += 1;
         }
@@ -318,7 +322,9 @@ impl StageRun {
     fn run(&mut self, micro_batch: usize, section: usize) -> Result<HashMap<TensorId, GraphTensor>, Error> {
         let stage = self.part.stage;
         let tensors = self.under_way.get_mut(&micro_batch).ok_or_else(|| {
-            graph_error(format!("stage {stage} is to run the backward pass of micro-batch {micro_batch} before its forward"))
+            graph_error(format!(
+                "stage {stage} is to run the backward pass of micro-batch {micro_batch} before its forward"
+            ))
         })?;
         let (program, ops) = (&self.sections[section], &self.ops);
         let mut position = 0;

@@ -227,9 +227,11 @@ impl Walk<'_, '_> {
 
 /// The stage results that are wanted where they are, whatever the gradients.
 pub(super) fn pinned_results(graph: &StepGraph, holders: &[Vec<usize>]) -> Vec<Wanted> {
-    let updates = graph.params.iter().zip(holders).filter_map(|(param, holders)| {
-        param.update.clone().map(|tensor| Wanted { tensor, stage: holders[0] })
-    });
+    let updates = graph
+        .params
+        .iter()
+        .zip(holders)
+        .filter_map(|(param, holders)| param.update.clone().map(|tensor| Wanted { tensor, stage: holders[0] }));
     updates.collect()
 }
 

@@ -25,9 +25,7 @@ pub(super) fn gradient_parts(graph: &mut StepGraph, analysis: &Analysis<'_>, bou
     let mut results: HashMap<TensorId, usize> = HashMap::new();
     graph.results().for_each(|tensor| *results.entry(tensor.id).or_default() += 1);
     // A part of the sum that somebody else reads must stay.
-    let read_once = |tensor: TensorId| {
-        uses.readers(tensor).len() + results.get(&tensor).copied().unwrap_or(0) <= 1
-    };
+    let read_once = |tensor: TensorId| uses.readers(tensor).len() + results.get(&tensor).copied().unwrap_or(0) <= 1;
     let mut parts = Vec::new();
     for param in 0..graph.params.len() {
         let Some(gradient) = graph.params[param].gradient.clone() else { continue };

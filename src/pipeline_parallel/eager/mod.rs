@@ -17,7 +17,8 @@ use self::seed::seed;
 use super::schedule::Edge;
 use super::{Forwarded, LossSum, MicroBatch, Parcel, Stage, stage_error};
 use crate::Error;
-use crate::graph::{GraphTensor, with_autodiff};
+use crate::graph::GraphTensor;
+use crate::params::with_autodiff;
 
 /// A stage that runs a closure with burn's own autodiff. Shapes may differ from one micro-batch to the next, and what the
 /// closure does as well.
