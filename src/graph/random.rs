@@ -172,7 +172,7 @@ impl Draw {
             dense -= 1;
             run *= dims[dense];
         }
-        let runs = if run == 0 { 0 } else { count / run };
+        let runs = count.checked_div(run).unwrap_or(0);
         for number in 0..runs {
             let (mut rest, mut place) = (number, self.first);
             for dim in (0..dense).rev() {

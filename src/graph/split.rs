@@ -5,13 +5,16 @@ use std::sync::Arc;
 
 use burn::module::{Module, ParamId};
 
-use super::shard::{PartitionOptions, ShardReport, partition, register_collectives};
+use super::shard::{PartitionOptions, ShardReport, fold_reductions, overlap, partition, register_collectives};
 use super::{CustomOps, RandomSource, StepGraph, counted_random, graph_error, register_counted_random};
 use crate::comm::{Communicator, part};
 use crate::error::Error;
 use crate::layout::Layout;
 use crate::params::{self, SliceSource};
 use crate::plan::{AxisPlan, Plan, PlanTable};
+
+/// Gradients that are reduced together, where an axis shares out the batch.
+const BUCKET_BYTES: usize = 4 << 20;
 
 /// The split of a model: where each parameter lies over each axis, and the groups that it is split over. Cheap to clone.
 ///
@@ -164,5 +167,12 @@ impl ModelSplit {
             }
         }
         Ok(reports)
+    }
+
+    /// Reduces gradients together and takes collectives apart into start and wait, so that they run beside work that does
+    /// not depend on them. The last that is done to a graph: nothing else knows these operations.
+    pub(crate) fn schedule(&self, graph: &mut StepGraph) {
+        fold_reductions(graph, BUCKET_BYTES);
+        overlap(graph);
     }
 }

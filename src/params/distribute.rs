@@ -11,6 +11,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Int, Shape, Tensor};
 
 use super::leaf::{Kind, Lazy, leaf};
+use super::own_buffers;
 use crate::Error;
 use crate::comm::{Communicator, Payload};
 use crate::layout::{Layout, gather_from_group, scatter_from_root};
@@ -41,7 +42,7 @@ pub(crate) fn distribute<M: Module>(
     module.visit(&mut lazies);
     let lazy = group.broadcast(lazies.0, 0)?;
     let mut mapper = Distribute { table, axis, group, lazy: lazy.into_iter(), seen: HashMap::new(), outcome: Ok(()) };
-    let module = module.map(&mut mapper);
+    let module = own_buffers(module).map(&mut mapper);
     mapper.outcome.map(|()| module)
 }
 
@@ -51,7 +52,7 @@ pub(crate) fn distribute<M: Module>(
 /// Those of [`Communicator`].
 pub(crate) fn assemble<M: Module>(module: M, table: &PlanTable, axis: usize, group: &Communicator) -> Result<M, Error> {
     let mut mapper = Assemble { table, axis, group, seen: HashMap::new(), outcome: Ok(()) };
-    let module = module.map(&mut mapper);
+    let module = own_buffers(module).map(&mut mapper);
     mapper.outcome.map(|()| module)
 }
 

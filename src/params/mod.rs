@@ -2,6 +2,7 @@
 //! memory, and read from a store a part at a time.
 
 mod agree;
+mod buffers;
 mod distribute;
 mod hold;
 mod leaf;
@@ -14,6 +15,7 @@ pub use self::safetensors::Safetensors;
 pub use source::SliceSource;
 
 pub(crate) use agree::agree;
+pub(crate) use buffers::own_buffers;
 pub(crate) use distribute::{agree_on_layouts, assemble, distribute};
 pub(crate) use hold::{hold, put};
 pub(crate) use leaf::with_autodiff;

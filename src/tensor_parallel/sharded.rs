@@ -45,6 +45,7 @@ impl Engine {
             let (split, reports) = (split.clone(), reports.clone());
             move |graph: &mut StepGraph| {
                 *lock(&reports) = split.apply(graph)?;
+                split.schedule(graph);
                 Ok(())
             }
         };

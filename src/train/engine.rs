@@ -115,7 +115,7 @@ impl<M: Module> Sharded<M> {
     /// # Errors
     /// [`Error::ModelMismatch`] if the ranks of `group` hold different parts; those of [`Communicator`].
     pub fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replicas<Self>, Error> {
-        let seed = self.seed().wrapping_add(group.rank() as u64 * SEED_STRIDE);
+        let seed = self.seed().wrapping_add(SEED_STRIDE.wrapping_mul(group.rank() as u64));
         Replicas::new(self.with_seed(seed), group, config)
     }
 }

@@ -3,6 +3,7 @@
 use burn::backend::flex::FlexTensor;
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorIr};
 
+use super::overlap;
 use crate::comm::{Communicator, ReduceOp};
 use crate::error::Error;
 use crate::graph::{CustomOps, StepGraph, graph_error};
@@ -111,6 +112,7 @@ pub fn register_collectives(ops: &mut CustomOps, axis: &str, group: &Communicato
         let comm = group.clone();
         ops.register(&format!("{axis}.{}", kind.name()), move |op, inputs| kind.run(op, inputs, &comm));
     }
+    overlap::register(ops, axis, group);
 }
 
 impl StepGraph {

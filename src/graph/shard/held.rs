@@ -12,6 +12,10 @@ pub(super) struct Held {
     layout: Layout,
     versions: Vec<(Layout, TensorId)>,
     pub(super) origin: Origin,
+    /// Whether it is a parameter, or one with its elements moved: not meant to be whole anywhere.
+    pub(super) parameter: bool,
+    /// The operation that made it, if that only moves elements: another version of its input gives one of this.
+    pub(super) moved: Option<Box<OperationIr>>,
 }
 
 /// How a tensor comes to be.
@@ -19,37 +23,41 @@ pub(super) struct Held {
 pub(super) enum Origin {
     /// It is there.
     Made,
-    /// A parameter: there, and not meant to be whole anywhere.
-    Parameter,
     /// A sum that was not made yet; then there are no versions.
     Waiting(WaitingSum),
     /// An operation that is run in whatever layout is asked for; whole tensors are enough for it.
     Planned(Box<OperationIr>),
 }
 
-/// A partial and a whole term that are to be added once the partial one is reduced.
+/// A partial term and one that is not, local tensors both, that are to be added once the partial one is reduced.
 #[derive(Debug, Clone)]
 pub(super) struct WaitingSum {
     pub(super) partial: TensorIr,
     pub(super) whole: TensorIr,
+    /// How the whole term lies: whole, or split along a dim, as then the sum will be.
+    pub(super) layout: Layout,
 }
 
 impl Held {
     pub(super) fn new(global: TensorIr, layout: Layout, local: TensorId) -> Self {
-        Self { global, layout, versions: vec![(layout, local)], origin: Origin::Made }
+        Self { global, layout, versions: vec![(layout, local)], origin: Origin::Made, parameter: false, moved: None }
     }
 
     pub(super) fn parameter(global: TensorIr, layout: Layout) -> Self {
         let local = global.id;
-        Self { origin: Origin::Parameter, ..Self::new(global, layout, local) }
+        Self { parameter: true, ..Self::new(global, layout, local) }
     }
 
     pub(super) fn waiting(global: TensorIr, sum: WaitingSum) -> Self {
-        Self { global, layout: Layout::Partial, versions: Vec::new(), origin: Origin::Waiting(sum) }
+        Self::without_versions(global, Layout::Partial, Origin::Waiting(sum))
     }
 
     pub(super) fn planned(global: TensorIr, op: OperationIr) -> Self {
-        Self { global, layout: Layout::Replicated, versions: Vec::new(), origin: Origin::Planned(Box::new(op)) }
+        Self::without_versions(global, Layout::Replicated, Origin::Planned(Box::new(op)))
+    }
+
+    fn without_versions(global: TensorIr, layout: Layout, origin: Origin) -> Self {
+        Self { global, layout, versions: Vec::new(), origin, parameter: false, moved: None }
     }
 
     /// The layout that rules should see: what was partial is what somebody has had made of it.
@@ -88,10 +96,6 @@ impl Held {
 
     pub(super) fn is_planned(&self) -> bool {
         matches!(self.origin, Origin::Planned(_))
-    }
-
-    pub(super) fn is_parameter(&self) -> bool {
-        matches!(self.origin, Origin::Parameter)
     }
 
     /// Whether it is planned as nothing but zeros, which are as well the sum of zeros.

@@ -22,6 +22,8 @@
 //! for the second. Every rank of an axis gets the same operations but for the places of slices, hence the same sequence of
 //! collectives ([`StepGraph::axis_fingerprint`]).
 //!
+//! [`fold_reductions`] then makes one collective of many small ones, and [`overlap`] has operations run beside collectives.
+//!
 //! # Not split
 //! Arg-max, top-k, sorting and cumulative reductions over a split dim, and groups of a convolution, run whole.
 //!
@@ -31,9 +33,12 @@
 
 mod collectives;
 mod cost;
+mod fold;
 mod held;
 mod moves;
 mod options;
+mod order;
+mod overlap;
 mod partition;
 mod pass;
 mod planned;
@@ -42,6 +47,8 @@ mod rules;
 mod sums;
 
 pub use collectives::{CollectiveKind, register_collectives};
+pub use fold::fold_reductions;
 pub use options::PartitionOptions;
+pub use overlap::overlap;
 pub use partition::partition;
 pub use report::{Collective, Fallback, ShardReport};

@@ -21,10 +21,23 @@ impl Pass<'_> {
         match held.origin {
             Origin::Waiting(_) => return self.settle(id, want),
             Origin::Planned(_) => return self.make(id, want),
-            Origin::Made | Origin::Parameter => {}
+            Origin::Made => {}
         }
-        if held.layout() == Partial && matches!(want, Sharded(_)) && self.is_wanted_whole(id) {
-            self.get(id, Replicated);
+        if let Some((op, strategy)) = self.moved(id, want) {
+            let local = self.fresh();
+            self.emit_as(op, &strategy, &[local]);
+            if let Some(held) = self.held.get_mut(&id) {
+                held.add(want, local);
+            }
+            return self.held[&id].local(want, local, degree);
+        }
+        let held = &self.held[&id];
+        if held.layout() == Partial {
+            match (want, self.along_sequence(&held.global)) {
+                (Sharded(_), _) if self.is_wanted_whole(id) => drop(self.get(id, Replicated)),
+                (Replicated, Some(dim)) if !self.is_wanted_whole(id) => drop(self.get(id, Sharded(dim))),
+                _ => {}
+            }
         }
         let held = &self.held[&id];
         // Whatever it came as, what there is whole is whole.

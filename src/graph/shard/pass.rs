@@ -7,7 +7,7 @@ use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr};
 use super::held::Held;
 use super::options::PartitionOptions;
 use super::report::ShardReport;
-use super::rules::{How, Strategy, lower, realise};
+use super::rules::{How, Strategy, lower, only_moves, realise};
 use crate::graph::StepGraph;
 use crate::graph::liveness::without_dead;
 use crate::graph::step::op_name;
@@ -153,11 +153,35 @@ impl<'a> Pass<'a> {
     /// Runs `op` with its inputs in the layouts of a strategy.
     fn emit(&mut self, op: OperationIr, strategy: &Strategy) {
         let outputs: Vec<TensorIr> = op.outputs().cloned().collect();
+        let moves = only_moves(&op);
+        let parameter = moves && op.inputs().all(|input| self.held[&input.id].parameter);
         for out in &outputs {
-            self.held.insert(out.id, Held::new(out.clone(), strategy.output, out.id));
+            let mut held = Held::new(out.clone(), strategy.output, out.id);
+            held.parameter = parameter;
+            held.moved = moves.then(|| Box::new(op.clone()));
+            self.held.insert(out.id, held);
         }
         let ids: Vec<TensorId> = outputs.iter().map(|out| out.id).collect();
         self.emit_as(op, strategy, &ids);
+        if moves {
+            self.back_to_sequence(&outputs, strategy.output);
+        }
+    }
+
+    /// What was split along the batch while batch and sequence were one dim is split along the sequence again when they
+    /// are two.
+    fn back_to_sequence(&mut self, outputs: &[TensorIr], layout: Layout) {
+        for out in outputs {
+            if let (Sharded(have), Some(want)) = (layout, self.along_sequence(out))
+                && have < 2
+                && have != want
+            {
+                let local = self.get(out.id, Sharded(want)).id;
+                if let Some(held) = self.held.get_mut(&out.id) {
+                    held.prefer(Sharded(want), local);
+                }
+            }
+        }
     }
 
     /// Runs `op`, whose outputs get these ids, with its inputs in the layouts of a strategy.

@@ -25,7 +25,8 @@ impl Pass<'_> {
             held.is_planned()
                 || (held.version(Replicated).is_some() && held.global.shape.num_elements() < out.shape.num_elements())
         };
-        if !creates && !(spreads && planned && op.inputs().all(small)) {
+        let anywhere = creates || (spreads && planned && op.inputs().all(small));
+        if !anywhere {
             return false;
         }
         self.held.insert(out.id, Held::planned(out.clone(), op.clone()));

@@ -5,10 +5,12 @@
 //! [pass](super) chooses. [`realise`] then says what the ranks run for it.
 
 mod collective;
+mod convolution;
 mod creation;
 mod elementwise;
 mod index;
 mod matmul;
+mod module;
 mod reduce;
 mod shape;
 
@@ -79,7 +81,10 @@ pub(crate) fn strategies(op: &OperationIr, degree: usize) -> Vec<Strategy> {
             [reduce::numeric(numeric), creation::numeric(numeric)].concat()
         }
         OperationIr::Float(_, float) => matmul::float(float),
-        OperationIr::Module(module) => [matmul::module(module), index::module(module)].concat(),
+        OperationIr::Module(module) => {
+            [matmul::module(module), index::module(module), convolution::module(module), module::strategies(op)]
+                .concat()
+        }
         OperationIr::Activation(activation) => reduce::activation(activation),
         OperationIr::Custom(_) => [collective::strategies(op), creation::random(op)].concat(),
         _ => Vec::new(),
@@ -108,7 +113,9 @@ pub(crate) fn lower(
     fresh: &mut dyn FnMut() -> TensorId,
 ) -> Option<Vec<OperationIr>> {
     match op {
-        OperationIr::Module(module) => matmul::lower(module, layouts, fresh),
+        OperationIr::Module(module) => {
+            matmul::lower(module, layouts, fresh).or_else(|| convolution::lower(module, layouts, fresh))
+        }
         _ => None,
     }
 }
