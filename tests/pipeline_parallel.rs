@@ -478,6 +478,37 @@ fn a_stage_that_fails_ends_every_rank_with_its_error() {
 }
 
 #[test]
+fn dropout_does_not_depend_on_ranks_and_schedules() {
+    let make = || burn::nn::transformer::TransformerEncoderConfig::new(8, 16, 2, 3).with_dropout(0.4).init(&device());
+    let losses = |ranks: usize, config: PipelineConfig| {
+        let run = launch::threads(ranks).run(|rank| {
+            let mut model = filled(make()).pipeline_parallel(&rank, config.clone())?;
+            let mut losses = Vec::new();
+            for _ in 0..2 {
+                let step = model.step(Numbers(2).tensor([6, 4, 8], &device()), |model, x: Tensor<3>| {
+                    let x = model.forward(burn::nn::transformer::TransformerEncoderInput::new(x));
+                    x.powi_scalar(2).mean()
+                })?;
+                losses.push(step.loss);
+            }
+            Ok(losses)
+        });
+        run.unwrap().swap_remove(0)
+    };
+    let alone = losses(1, PipelineConfig::new(3));
+    // Neither do steps draw the same numbers.
+    assert!((alone[0] - alone[1]).abs() > 1e-6);
+    for schedule in schedules() {
+        for ranks in [2, 3] {
+            let found = losses(ranks, PipelineConfig::new(3).with_schedule(schedule.clone()));
+            assert!(found.iter().zip(&alone).all(|(a, b)| (a - b).abs() < 1e-5), "{schedule:?}: {found:?} {alone:?}");
+        }
+    }
+    let other = losses(2, PipelineConfig::new(3).with_seed(1));
+    assert!((other[0] - alone[0]).abs() > 1e-6);
+}
+
+#[test]
 fn live_activations_are_what_the_schedule_promises() {
     let peaks = |schedule: Schedule| {
         let run = launch::threads(3).run(|rank| {

@@ -14,12 +14,20 @@ pub struct PipelineConfig {
     pub cut: Cut,
     /// Inputs that every micro-batch gets whole, by their place in the inputs.
     pub whole_inputs: Vec<String>,
+    /// The seed of the random numbers that steps draw, dropout above all. That of a model that is split as well stays.
+    pub seed: u64,
 }
 
 impl PipelineConfig {
-    /// This many micro-batches, 1F1B, stages of equal cost, all inputs divided along their first dim.
+    /// This many micro-batches, 1F1B, stages of equal cost, all inputs divided along their first dim, seed 0.
     pub fn new(micro_batches: usize) -> Self {
-        Self { micro_batches, schedule: Schedule::OneForwardOneBackward, cut: Cut::default(), whole_inputs: Vec::new() }
+        Self {
+            micro_batches,
+            schedule: Schedule::OneForwardOneBackward,
+            cut: Cut::default(),
+            whole_inputs: Vec::new(),
+            seed: 0,
+        }
     }
 
     /// Another schedule. An interleaved one cuts the model into several stages for each rank.
@@ -31,6 +39,12 @@ impl PipelineConfig {
     /// Another cut.
     pub fn with_cut(mut self, cut: Cut) -> Self {
         self.cut = cut;
+        self
+    }
+
+    /// Another seed than 0. With the same seed and micro-batches, any number of ranks and any schedule draw the same numbers.
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
         self
     }
 

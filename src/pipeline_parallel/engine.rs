@@ -16,8 +16,8 @@ use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::graph::cut::{CutGraph, StageRun, cut_like};
 use crate::graph::{
-    CustomOps, ForwardGraph, GraphInputs, LossParts, ModelSplit, StepGraph, StepKey, StepLoss, TensorMapper, TokenLoss,
-    capture_forward, capture_step, graph_error,
+    CustomOps, ForwardGraph, GraphInputs, LossParts, ModelSplit, RandomSource, StepGraph, StepKey, StepLoss,
+    TensorMapper, TokenLoss, capture_forward, capture_step, counted_random, graph_error, register_counted_random,
 };
 use crate::params;
 use crate::plan::{Plan, PlanRow};
@@ -39,6 +39,8 @@ pub(super) struct Engine {
     /// What steps have sent from stage to stage.
     pub sent: Counters,
     ops: CustomOps,
+    /// What random numbers follow from; its step counts micro-batches.
+    pub random: RandomSource,
     pub steps: HashMap<StepKey, CapturedStep>,
     pub forwards: HashMap<StepKey, Box<dyn Any + Send>>,
 }
@@ -76,18 +78,27 @@ impl Engine {
 
         let line = |row: &PlanRow| (row.path.clone(), format!("{:?} {:?}", row.dtype, row.dims));
         let mut lines: Vec<(String, String)> = rows.iter().map(line).collect();
-        let PipelineConfig { micro_batches, schedule, cut, whole_inputs } = &config;
+        let PipelineConfig { micro_batches, schedule, cut, whole_inputs, seed } = &config;
         lines.push(("the pipeline's micro-batches".into(), micro_batches.to_string()));
         lines.push(("the pipeline's schedule".into(), format!("{schedule:?}").replace('\n', " ")));
         lines.push(("the pipeline's cut".into(), format!("{cut:?}").replace('\n', " ")));
         lines.push(("the pipeline's whole inputs".into(), format!("{whole_inputs:?}")));
+        lines.push(("the pipeline's seed".into(), seed.to_string()));
         params::agree(&lines, group)?;
 
         let group = group.split_named("pipeline", 0, group.rank() as i64)?;
         let mut ops = CustomOps::new();
-        if let Some(split) = &split {
-            split.register(&mut ops);
-        }
+        let random = match &split {
+            Some(split) => {
+                split.register(&mut ops);
+                split.random().clone()
+            }
+            None => {
+                let random = RandomSource::new(config.seed);
+                register_counted_random(&mut ops, &random);
+                random
+            }
+        };
         let holders = homes.map(|homes| rows.iter().zip(homes).map(|(row, home)| (row.id, vec![home])).collect());
         Ok(Self {
             dims: rows.iter().map(|row| (row.id, row.dims.clone())).collect(),
@@ -101,6 +112,7 @@ impl Engine {
             ties: Ties::default(),
             sent: Counters::default(),
             ops,
+            random,
             steps: HashMap::new(),
             forwards: HashMap::new(),
         })
@@ -225,7 +237,11 @@ impl Engine {
     }
 
     fn split_graph(&self, graph: &mut StepGraph) -> Result<(), Error> {
-        self.split.as_ref().map_or(Ok(()), |split| split.apply(graph).map(|_| ()))
+        match &self.split {
+            Some(split) => drop(split.apply(graph)?),
+            None => drop(counted_random(graph)),
+        }
+        Ok(())
     }
 
     /// Cuts graphs of one step for micro-batches of different sizes. The first time ever it is decided who holds what, and

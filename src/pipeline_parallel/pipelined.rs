@@ -98,6 +98,12 @@ impl<M: Module> Pipelined<M> {
         split.fold(engine.sent.clone(), |sum, counters| sum + counters)
     }
 
+    /// Has steps draw the random numbers of replica number `replica` of this pipeline: a run of its own, which the others
+    /// do not reach.
+    pub(crate) fn draw_as(&self, replica: usize) {
+        lock(&self.engine).random.set_step((replica as u64) << 40);
+    }
+
     /// The whole model, on every rank. Collective.
     ///
     /// # Errors
@@ -229,14 +235,10 @@ impl<M: Module> Pipelined<M> {
         let Some(CapturedStep { pipeline, stages, trained }) = engine.steps.get_mut(&key) else {
             return Err(stage_error("the step was not captured"));
         };
-        let random = engine.split.as_ref().map(|split| (split.random(), split.random().step()));
-        if let Some((source, first)) = random {
-            stages.iter_mut().for_each(|stage| stage.draw_from(source, first));
-        }
+        let first = engine.random.step();
+        stages.iter_mut().for_each(|stage| stage.draw_from(&engine.random, first));
         let mut executed = bound(stages, &self.local, |stages| pipeline.step(stages, &inputs))?;
-        if let Some((source, first)) = random {
-            source.set_step(first + inputs.len() as u64);
-        }
+        engine.random.set_step(first + inputs.len() as u64);
         let mut gradients = HashMap::new();
         for stage in stages {
             for (id, gradient) in stage.unbind(&self.local) {

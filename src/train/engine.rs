@@ -77,8 +77,8 @@ impl<M: Module> Pipelined<M> {
     /// over `group` once the pipeline has drained. Collective over `group`, in which every rank holds the same stages: the
     /// axis of a [`Mesh`](crate::mesh::Mesh) that is not that of the pipeline.
     ///
-    /// The model must be cut: by paths, or after [`prepare`](Self::prepare). All replicas take the values of the first. Lazy
-    /// parameters of this rank's stages are made now.
+    /// The model must be cut: by paths, or after [`prepare`](Self::prepare). All replicas take the values of the first, and
+    /// draw different random numbers. Lazy parameters of this rank's stages are made now.
     ///
     /// # Errors
     /// [`Error::Pipeline`] if the model is not cut yet; [`Error::ModelMismatch`] if the ranks of `group` hold different
@@ -89,6 +89,7 @@ impl<M: Module> Pipelined<M> {
                 "who holds what is not known before the model is cut: `prepare` it with a batch, or cut it by paths";
             return Err(Error::Pipeline { problem: problem.into() });
         }
+        self.draw_as(group.rank());
         Replicas::new(self, group, config)
     }
 }
