@@ -225,6 +225,33 @@ pub enum Error {
         problem: String,
     },
 
+    /// A schedule of a pipeline is wrong, or does not fit the pipeline.
+    #[error("schedule: {problem}")]
+    Schedule {
+        /// What is wrong, with the action, and the timetable around it.
+        problem: String,
+    },
+
+    /// The stages of a pipeline do not fit each other or the batch.
+    #[error("pipeline: {problem}")]
+    Pipeline {
+        /// What is wrong, with the stages and the numbers.
+        problem: String,
+    },
+
+    /// A stage of a pipeline failed.
+    #[error("rank {rank} of group `{group}` failed in action {action} of its timetable: {cause}")]
+    Stage {
+        /// Group of the pipeline.
+        group: Arc<str>,
+        /// Rank, within the group, that holds the stage.
+        rank: usize,
+        /// What it was doing, as in `1B3`: the backward of micro-batch 3 in stage 1.
+        action: String,
+        /// The error that the stage returned, or its panic.
+        cause: Box<Error>,
+    },
+
     /// An error of the user's own code, passed through.
     #[error("{0}")]
     User(String),

@@ -36,8 +36,11 @@
 //! | [`comm`] | the communicator: collectives and messages, and the trait for engines |
 //! | [`layout`] | differentiable moves between layouts, for models written by hand |
 //! | [`data_parallel`] | replicas: gradient buckets, accumulation, uneven data, synchronised batch norm, sampler |
+//! | [`params`] | parameters read from a store a part at a time |
 //! | [`plan`] | which parameters are split, by path |
 //! | [`tensor_parallel`] | any module split over ranks by a plan; explicit layers for models written with that in mind |
+//! | [`pipeline_parallel`] | any module cut into stages; schedules as data, their validator and simulator, one executor for all |
+//! | [`train`] | where strategies meet: replicas of models that are split |
 //! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
 //!
 //! # Words
@@ -59,9 +62,11 @@ pub mod graph;
 pub mod launch;
 pub mod layout;
 pub mod mesh;
-mod params;
+pub mod params;
+pub mod pipeline_parallel;
 pub mod plan;
 pub mod tensor_parallel;
+pub mod train;
 
 pub use error::Error;
 
@@ -71,9 +76,11 @@ pub mod prelude {
     pub use crate::comm::{Communicator, ReduceOp};
     pub use crate::data_parallel::{DataParallel, DataParallelConfig, Loss};
     pub use crate::data_parallel::{DistributedDataset, DistributedSampler, Remainder};
+    pub use crate::graph::{TokenLoss, cut::Cut};
     pub use crate::launch::{self, Rank};
     pub use crate::layout::{self, Layout};
     pub use crate::mesh::Mesh;
+    pub use crate::pipeline_parallel::{PipelineConfig, PipelineParallel, schedule::Schedule};
     pub use crate::plan::Plan;
     pub use crate::tensor_parallel::TensorParallel;
 }

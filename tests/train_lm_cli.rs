@@ -88,8 +88,8 @@ fn losses(outcome: &Value) -> Vec<f64> {
 
 #[test]
 fn flags_that_make_no_sense_are_refused() {
-    for flag in ["--ranks", "--dp", "--steps", "--batch", "--micro-batch", "--seq", "--layers", "--d-model", "--heads"]
-    {
+    let sizes = ["--ranks", "--dp", "--pp", "--tp", "--steps", "--batch", "--micro-batch", "--micro-batches", "--seq"];
+    for flag in sizes.into_iter().chain(["--layers", "--d-model", "--heads"]) {
         refused(&[flag, "0"], "at least 1");
         refused(&[flag, "-3"], "at least 1");
         refused(&[flag, "many"], "whole number");
@@ -100,6 +100,7 @@ fn flags_that_make_no_sense_are_refused() {
         refused(&["--lr", rate], "greater than 0 and at most 1");
     }
     refused(&["--lr", "fast"], "must be a number");
+    refused(&["--schedule", "slow"], "--schedule");
     refused(&["--seed", "-1"], "--seed");
     refused(&["--colour", "red"], "--colour");
     refused(&["extra"], "extra");
@@ -109,8 +110,17 @@ fn flags_that_make_no_sense_are_refused() {
 #[test]
 fn flags_that_do_not_fit_together_are_refused() {
     refused(&["--d-model", "10", "--heads", "4"], "--heads 4 does not divide --d-model 10");
-    refused(&["--ranks", "2", "--dp", "3"], "--dp 3 differs from --ranks 2");
+    refused(&["--ranks", "2", "--dp", "3"], "--dp 3 x --tp 1 makes 3 ranks, but --ranks is 2");
+    refused(&["--ranks", "4", "--dp", "3", "--tp", "2"], "--dp 3 x --tp 2 makes 6 ranks, but --ranks is 4");
+    refused(&["--ranks", "3", "--tp", "2"], "--tp 2 does not divide --ranks 3");
+    refused(&["--tp", "3"], "--tp 3 does not divide --heads 4");
     refused(&["--dp", "4", "--batch", "3"], "--batch 3 is smaller than --dp 4");
+    refused(&["--ranks", "4", "--pp", "3"], "--pp 3 x --tp 1 does not divide --ranks 4");
+    refused(&["--dp", "2", "--pp", "2", "--ranks", "2"], "--dp 2 x --pp 2 x --tp 1 makes 4 ranks, but --ranks is 2");
+    refused(&["--pp", "2", "--micro-batch", "4"], "give --micro-batches");
+    refused(&["--micro-batches", "4"], "give --pp");
+    refused(&["--pp", "2", "--batch", "4", "--micro-batches", "5"], "--micro-batches 5 is more than the 4 rows");
+    refused(&["--pp", "2", "--dp", "2", "--batch", "5", "--micro-batches", "3"], "more than the 2 rows of a replica");
     refused(&["--batch", "4", "--micro-batch", "5"], "--micro-batch 5 is larger than --batch 4");
 }
 
@@ -148,7 +158,9 @@ fn help_is_no_error() {
     let output = train_lm(&["--help"]);
     let help = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0));
-    for flag in ["--text", "--ranks", "--dp", "--steps", "--batch", "--micro-batch", "--seq", "--layers", "--d-model"] {
+    for flag in
+        ["--text", "--ranks", "--dp", "--pp", "--tp", "--schedule", "--micro-batches", "--steps", "--batch", "--seq"]
+    {
         assert!(help.contains(flag), "{flag}: {help}");
     }
 }
@@ -206,11 +218,74 @@ fn any_number_of_ranks_gives_the_losses_of_one() {
 }
 
 #[test]
+fn any_number_of_parts_gives_the_losses_of_one() {
+    let folder = Folder::new("parts");
+    for batch in ["8", "7"] {
+        let run = |flags: &[&str]| losses(&json(&folder, &[&["--steps", "12", "--batch", batch][..], flags].concat()));
+        let alone = run(&["--dp", "1"]);
+        for flags in [&["--tp", "2"][..], &["--tp", "4"], &["--dp", "2", "--tp", "2"]] {
+            same_losses(&alone, &run(flags), 1e-4);
+        }
+        same_losses(&alone, &run(&["--dp", "2", "--tp", "2", "--micro-batch", "3"]), 1e-4);
+    }
+}
+
+#[test]
+fn any_pipeline_gives_the_losses_of_one_rank() {
+    let folder = Folder::new("pipelines");
+    let deep = ["--layers", "3", "--d-model", "16", "--seq", "16", "--steps", "8", "--batch", "9"];
+    let run = |flags: &[&str]| {
+        let path = folder.path("outcome.json");
+        let output = train_lm(&[&deep[..], flags, &["--json", &path]].concat());
+        assert!(output.status.success(), "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));
+        losses(&serde_json::from_slice(&fs::read(path).unwrap()).unwrap())
+    };
+    let alone = run(&["--dp", "1"]);
+    for schedule in ["gpipe", "1f1b", "interleaved", "zb"] {
+        for pp in ["2", "3"] {
+            same_losses(&alone, &run(&["--pp", pp, "--dp", "1", "--schedule", schedule, "--micro-batches", "6"]), 1e-4);
+        }
+    }
+    // Fewer micro-batches than stages; and every axis at once, on 8 ranks.
+    same_losses(&alone, &run(&["--pp", "4", "--dp", "1", "--micro-batches", "2"]), 1e-4);
+    same_losses(&alone, &run(&["--dp", "2", "--pp", "2", "--micro-batches", "4"]), 1e-4);
+    same_losses(&alone, &run(&["--pp", "2", "--tp", "2", "--dp", "1"]), 1e-4);
+    same_losses(&alone, &run(&["--dp", "2", "--pp", "2", "--tp", "2", "--schedule", "zb"]), 1e-4);
+}
+
+#[test]
+fn the_json_tells_how_idle_a_pipeline_was() {
+    let folder = Folder::new("idle");
+    for (schedule, bound, peak) in [("gpipe", 0.2, 4), ("1f1b", 0.2, 2), ("zb", 1.0 / 13.0, 2)] {
+        let flags = ["--pp", "2", "--dp", "1", "--batch", "4", "--micro-batches", "4", "--schedule", schedule];
+        let outcome = json(&folder, &flags);
+        assert_eq!(outcome["axes"], serde_json::json!({ "dp": 1, "pp": 2, "tp": 1 }));
+        let pipeline = &outcome["pipeline"];
+        assert!((pipeline["bound"].as_f64().unwrap() - bound).abs() < 1e-9, "{pipeline}");
+        assert_eq!(pipeline["peak_activations"].as_u64(), Some(peak), "{pipeline}");
+        assert!((0.0..1.0).contains(&pipeline["idle"].as_f64().unwrap()), "{pipeline}");
+    }
+    assert!(json(&folder, &["--dp", "1"]).get("pipeline").is_none());
+}
+
+#[test]
+fn the_json_tells_what_the_parts_of_a_layer_sent() {
+    let folder = Folder::new("parts-sent");
+    let outcome = json(&folder, &["--tp", "2", "--batch", "8"]);
+    assert_eq!(outcome["axes"], serde_json::json!({ "dp": 1, "pp": 1, "tp": 2 }));
+    // Two all-reduces forward and two backward, of 8 rows of 16 tokens and width 16; the ranks compare their graphs once.
+    let (calls, bytes) = (outcome["calls_per_step"].as_f64(), outcome["bytes_sent_per_step"].as_f64());
+    assert_eq!(calls.map(|calls| (3.0 * calls).round()), Some(13.0));
+    let activations = 4.0 * 4.0 * 8.0 * 16.0 * 16.0;
+    assert!((activations..activations + 10.0).contains(&bytes.unwrap()), "{bytes:?} {activations}");
+}
+
+#[test]
 fn the_json_tells_of_ranks_and_what_they_sent() {
     let folder = Folder::new("sent");
     for dp in 1..=4 {
         let outcome = json(&folder, &["--dp", &dp.to_string()]);
-        assert_eq!(outcome["axes"], serde_json::json!({ "dp": dp }));
+        assert_eq!(outcome["axes"], serde_json::json!({ "dp": dp, "pp": 1, "tp": 1 }));
         // The gradients, each 4 bytes; the control numbers add little.
         let gradients = 4.0 * outcome["parameters"].as_f64().unwrap() * 2.0 * f64::from(dp - 1) / f64::from(dp);
         let sent = outcome["bytes_sent_per_step"].as_f64().unwrap();

@@ -3,8 +3,9 @@
 use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 
+use burn_parallel::prelude::Schedule;
 use clap::error::{Error, ErrorKind};
-use clap::{CommandFactory, FromArgMatches, Parser};
+use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 
 use crate::gpt::GptConfig;
 use crate::text::VOCAB;
@@ -17,13 +18,29 @@ struct Flags {
     #[arg(long, value_name = "PATH")]
     text: Option<PathBuf>,
 
-    /// How many ranks train together, each on a thread of its own [default: --dp, or 2]
+    /// How many ranks train together, each on a thread of its own [default: --dp times --pp times --tp, or 2]
     #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
     ranks: Option<usize>,
 
-    /// How many of the ranks share each batch: data parallelism [default: --ranks]
+    /// How many replicas of the model share each batch: data parallelism [default: --ranks divided by --pp and --tp]
     #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
     dp: Option<usize>,
+
+    /// How many ranks share each layer of a replica: tensor parallelism
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = up_to::<1024>)]
+    tp: usize,
+
+    /// How many ranks share the layers of a replica: pipeline parallelism
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = up_to::<1024>)]
+    pp: usize,
+
+    /// In which order the stages of a pipeline take the micro-batches
+    #[arg(long, value_name = "NAME", value_enum, default_value = "1f1b")]
+    schedule: ScheduleName,
+
+    /// How many micro-batches a pipeline divides its rows into [default: 4 times --pp, as far as there are rows]
+    #[arg(long, value_name = "M", value_parser = up_to::<1_000_000>)]
+    micro_batches: Option<usize>,
 
     /// How many steps to train
     #[arg(long, value_name = "N", default_value_t = 1200, value_parser = up_to::<1_000_000_000>)]
@@ -66,6 +83,23 @@ struct Flags {
     json: Option<PathBuf>,
 }
 
+/// The schedules of pipelines by the names of the field.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ScheduleName {
+    /// All forwards, then all backwards
+    #[value(name = "gpipe")]
+    GPipe,
+    /// One forward, one backward
+    #[value(name = "1f1b")]
+    OneForwardOneBackward,
+    /// One forward, one backward, with two stages on each rank
+    #[value(name = "interleaved")]
+    Interleaved,
+    /// One forward, one backward, with gradients of weights in the gaps: ZB-H1
+    #[value(name = "zb")]
+    ZeroBubble,
+}
+
 /// A run that makes sense.
 #[derive(Clone, Debug)]
 pub struct Args {
@@ -73,8 +107,16 @@ pub struct Args {
     pub text: Option<PathBuf>,
     /// How many ranks train together.
     pub ranks: usize,
-    /// How many ranks share each batch.
+    /// How many replicas of the model share each batch.
     pub dp: usize,
+    /// How many ranks share each layer of a replica.
+    pub tp: usize,
+    /// How many ranks share the layers of a replica.
+    pub pp: usize,
+    /// In which order a pipeline works.
+    pub schedule: Schedule,
+    /// How many micro-batches a pipeline divides its rows into.
+    pub micro_batches: usize,
     /// How many steps to train.
     pub steps: usize,
     /// The rows of a step over all ranks.
@@ -105,24 +147,48 @@ impl Args {
         let flags = Flags::from_arg_matches(&command.try_get_matches()?)?;
         let wrong = |why| Err(Error::raw(ErrorKind::ValueValidation, why));
 
-        let ranks = flags.ranks.or(flags.dp).unwrap_or(2);
-        let dp = flags.dp.unwrap_or(ranks);
-        if dp != ranks {
-            return wrong(format!(
-                "--dp {dp} differs from --ranks {ranks}: every rank is a replica, give one of the two"
-            ));
+        let (pp, tp) = (flags.pp, flags.tp);
+        let (parts, shown) = match pp {
+            1 => (tp, format!("--tp {tp}")),
+            _ => (pp * tp, format!("--pp {pp} x --tp {tp}")),
+        };
+        let ranks = flags.ranks.unwrap_or(flags.dp.map_or(parts.max(2), |dp| dp * parts));
+        if flags.dp.is_none() && ranks % parts != 0 {
+            return wrong(format!("{shown} does not divide --ranks {ranks}"));
+        }
+        let dp = flags.dp.unwrap_or(ranks / parts);
+        if dp * parts != ranks {
+            return wrong(format!("--dp {dp} x {shown} makes {} ranks, but --ranks is {ranks}", dp * parts));
         }
         let Flags { batch, d_model, heads, .. } = flags;
         if batch < dp {
             return wrong(format!(
-                "--batch {batch} is smaller than --dp {dp}: every rank needs a row of each batch, give --ranks {batch}"
+                "--batch {batch} is smaller than --dp {dp}: every replica needs a row of each batch, give --dp {batch}"
             ));
         }
         if let Some(micro_batch) = flags.micro_batch.filter(|&rows| rows > batch) {
             return wrong(format!("--micro-batch {micro_batch} is larger than --batch {batch}"));
         }
+        // The replica with fewest rows decides.
+        let rows = batch / dp;
+        if pp > 1 && flags.micro_batch.is_some() {
+            return wrong(format!(
+                "--micro-batch is for ranks that hold all layers: with --pp {pp}, give --micro-batches"
+            ));
+        }
+        if let Some(micro_batches) = flags.micro_batches {
+            if pp == 1 {
+                return wrong(format!("--micro-batches {micro_batches} is for pipelines: give --pp as well"));
+            }
+            if micro_batches > rows {
+                return wrong(format!("--micro-batches {micro_batches} is more than the {rows} rows of a replica"));
+            }
+        }
         if d_model % heads != 0 {
             return wrong(format!("--heads {heads} does not divide --d-model {d_model}"));
+        }
+        if heads % tp != 0 {
+            return wrong(format!("--tp {tp} does not divide --heads {heads}: each rank takes whole heads"));
         }
         if let Some(json) = &flags.json
             && let Err(why) = writable(json, flags.text.as_deref())
@@ -134,6 +200,10 @@ impl Args {
             text: flags.text,
             ranks,
             dp,
+            tp,
+            pp,
+            schedule: flags.schedule.schedule(),
+            micro_batches: flags.micro_batches.unwrap_or((4 * pp).min(rows)),
             steps: flags.steps,
             batch,
             micro_batch: flags.micro_batch.unwrap_or(batch).min(batch.div_ceil(dp)),
@@ -147,9 +217,28 @@ impl Args {
         })
     }
 
+    /// The most rows that go through a layer at once.
+    pub fn rows_at_once(&self) -> usize {
+        match self.pp {
+            1 => self.micro_batch,
+            _ => self.batch.div_ceil(self.dp).div_ceil(self.micro_batches),
+        }
+    }
+
     /// The model that the flags describe.
     pub fn model(&self) -> GptConfig {
         GptConfig::new(VOCAB, self.seq, self.d_model, self.heads, self.layers)
+    }
+}
+
+impl ScheduleName {
+    fn schedule(self) -> Schedule {
+        match self {
+            Self::GPipe => Schedule::GPipe,
+            Self::OneForwardOneBackward => Schedule::OneForwardOneBackward,
+            Self::Interleaved => Schedule::Interleaved { stages_per_rank: 2 },
+            Self::ZeroBubble => Schedule::ZeroBubbleH1,
+        }
     }
 }
 

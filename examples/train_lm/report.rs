@@ -7,8 +7,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use burn::module::Module;
-use burn_parallel::comm::Tally;
+use burn_parallel::comm::{Counters, Tally};
 use burn_parallel::data_parallel::StepCounters;
+use burn_parallel::pipeline_parallel::RunReport;
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
@@ -82,6 +83,50 @@ impl Progress {
     }
 }
 
+/// What a training loop gives.
+pub struct Trained {
+    /// The loss of each step over the whole batch, in nats per byte.
+    pub losses: Vec<f64>,
+    /// The tokens of all steps and ranks.
+    pub tokens: usize,
+    /// The time that the steps took.
+    pub elapsed: Duration,
+    /// What the rank communicated with the other replicas in all steps.
+    pub averaging: StepCounters,
+}
+
+impl Trained {
+    /// The outcome with the trained model.
+    pub fn of(self, model: Gpt) -> Outcome {
+        let Self { losses, tokens, elapsed, averaging } = self;
+        Outcome { model, losses, tokens, elapsed, averaging, splitting: Counters::default(), pipeline: None }
+    }
+}
+
+/// How a pipeline was used, over all steps.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Pipeline {
+    /// The share of the time in which ranks of the pipeline did not compute.
+    pub idle: f64,
+    /// What that share is for stages that take equally long and messages that take no time.
+    pub bound: f64,
+    /// The most micro-batches that one rank kept something of at once.
+    pub peak_activations: usize,
+    #[serde(skip)]
+    steps: usize,
+}
+
+impl Pipeline {
+    /// Adds a step.
+    pub fn add(&mut self, run: Option<&RunReport>) {
+        if let Some(run) = run {
+            self.idle = (self.idle * self.steps as f64 + run.idle_share) / (self.steps + 1) as f64;
+            self.peak_activations = self.peak_activations.max(run.peak_activations_of_rank);
+            self.steps += 1;
+        }
+    }
+}
+
 /// What came of a training, as one rank saw it.
 #[derive(Clone, Debug)]
 pub struct Outcome {
@@ -93,8 +138,12 @@ pub struct Outcome {
     pub tokens: usize,
     /// The time that the steps took.
     pub elapsed: Duration,
-    /// The communication of the rank in all steps.
-    pub counters: StepCounters,
+    /// What the rank communicated with the other replicas in all steps.
+    pub averaging: StepCounters,
+    /// What it communicated with those that hold the other parts of its replica.
+    pub splitting: Counters,
+    /// How the pipeline was used, if the layers are on several ranks.
+    pub pipeline: Option<Pipeline>,
 }
 
 #[derive(Serialize)]
@@ -105,6 +154,8 @@ struct Json<'a> {
     bytes_sent_per_step: f64,
     calls_per_step: f64,
     parameters: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pipeline: Option<&'a Pipeline>,
 }
 
 impl Outcome {
@@ -113,23 +164,25 @@ impl Outcome {
         self.tokens as f64 / self.elapsed.as_secs_f64()
     }
 
-    /// Bytes and calls of a step: those of the gradients, and those of the few numbers that go with them.
-    fn communication(&self) -> [(f64, f64); 2] {
+    /// Bytes and calls of a step: those of the gradients, those of the few numbers that go with them, and those of the
+    /// activations of split layers.
+    fn communication(&self) -> [(f64, f64); 3] {
         let steps = self.losses.len() as f64;
         let per_step = |tally: Tally| (tally.bytes as f64 / steps, tally.calls as f64 / steps);
-        [per_step(self.counters.gradients.total()), per_step(self.counters.control.total())]
+        [&self.averaging.gradients, &self.averaging.control, &self.splitting].map(|counters| per_step(counters.total()))
     }
 
     /// Writes the outcome as JSON.
     pub fn write_json(&self, args: &Args, path: &Path) -> io::Result<()> {
-        let [gradients, control] = self.communication();
+        let communication = self.communication();
         let json = Json {
             losses: &self.losses,
             tokens_per_second: self.tokens_per_second(),
-            axes: BTreeMap::from([("dp", args.dp)]),
-            bytes_sent_per_step: gradients.0 + control.0,
-            calls_per_step: gradients.1 + control.1,
+            axes: BTreeMap::from([("dp", args.dp), ("pp", args.pp), ("tp", args.tp)]),
+            bytes_sent_per_step: communication.iter().map(|(bytes, _)| bytes).sum(),
+            calls_per_step: communication.iter().map(|(_, calls)| calls).sum(),
             parameters: self.model.num_params(),
+            pipeline: self.pipeline.as_ref(),
         };
         fs::write(path, serde_json::to_string(&json)? + "\n")
     }
@@ -138,13 +191,13 @@ impl Outcome {
     pub fn summary(&self, args: &Args, held_out: Option<f64>) -> String {
         let losses = &self.losses;
         let seconds = self.elapsed.as_secs_f64();
-        let [gradients, control] = self.communication();
+        let [gradients, control, activations] = self.communication();
         let mut table = Table::new();
         table.load_preset(UTF8_FULL_CONDENSED);
         let mut row = |name: &str, value: String| {
             table.add_row([name.to_owned(), value]);
         };
-        row("ranks", format!("{} (dp {})", args.ranks, args.dp));
+        row("ranks", format!("{} (dp {}, pp {}, tp {})", args.ranks, args.dp, args.pp, args.tp));
         row(
             "model",
             format!(
@@ -159,7 +212,10 @@ impl Outcome {
             "training",
             format!(
                 "{} steps of {} x {} bytes, at most {} rows at once",
-                args.steps, args.batch, args.seq, args.micro_batch
+                args.steps,
+                args.batch,
+                args.seq,
+                args.rows_at_once()
             ),
         );
         row("loss, first step", format!("{:.4} nats per byte", losses[0]));
@@ -173,14 +229,24 @@ impl Outcome {
         );
         row("time", format!("{seconds:.1} s, {:.0} tokens/s", self.tokens_per_second()));
         row(
-            "waiting for communication",
-            format!("{:.1} % of the time", 100.0 * self.counters.waited.as_secs_f64() / seconds),
+            "waiting for gradients",
+            format!("{:.1} % of the time", 100.0 * self.averaging.waited.as_secs_f64() / seconds),
         );
+        if let Some(Pipeline { idle, bound, peak_activations, .. }) = &self.pipeline {
+            row("pipeline", format!("{:?}, {} micro-batches", args.schedule, args.micro_batches));
+            row("idle in the pipeline", format!("{:.1} % of the time; ideal {:.1} %", 100.0 * idle, 100.0 * bound));
+            row("micro-batches alive at once", peak_activations.to_string());
+        }
         let mut sent = |name, (bytes, calls)| {
             row(name, format!("{bytes:.0} bytes in {calls:.1} calls, per step and rank"));
         };
         sent("gradients", gradients);
         sent("control numbers", control);
+        if args.pp > 1 {
+            sent("activations between stages", activations);
+        } else if args.tp > 1 {
+            sent("activations of split layers", activations);
+        }
         table.to_string()
     }
 }

@@ -6,19 +6,58 @@ use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::lr_scheduler::sequential::SequentialLrSchedulerConfig;
 use burn::module::Module;
 use burn::optim::AdamWConfig;
+use burn::tensor::{Int, Tensor};
+use burn_parallel::pipeline_parallel::schedule::{Costs, Routes, StageCosts};
 use burn_parallel::prelude::*;
+use burn_parallel::train::{GraphEngine, Replicas};
 
 use crate::args::Args;
 use crate::gpt::Gpt;
-use crate::report::{Outcome, Progress};
+use crate::report::{Outcome, Pipeline, Progress, Trained};
 use crate::text::{Text, tensors};
 
-/// Trains the model on a text as the flags say. Every rank runs this, each on its rows of every batch.
+/// Trains the model on a text as the flags say. Every rank runs this, each replica on its rows of every batch.
 pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome, Error> {
+    let mesh = Mesh::new(&rank, [("dp", args.dp), ("pp", args.pp), ("tp", args.tp)])?;
+    let (dp, pp, tp) = (mesh.axis("dp")?, mesh.axis("pp")?, mesh.axis("tp")?);
+    let model = model.fork(&rank.device().autodiff()).tensor_parallel(&tp, &Plan::megatron())?;
+    if args.pp == 1 {
+        let model = model.data_parallel(&dp, DataParallelConfig::new())?;
+        let wrapping = model.counters();
+        let (model, outcome) = run(&rank, &dp, model, args, text, |_| {})?;
+        return Ok(Outcome { splitting: model.counters() - wrapping, ..outcome.of(model.assemble()?) });
+    }
+
+    let config = PipelineConfig::new(args.micro_batches).with_schedule(args.schedule.clone());
+    let mut model = model.pipeline_parallel(&pp, config)?;
+    let rows = text.rows(args.seed, 0, args.batch, dp.rank(), dp.size());
+    model.prepare(tensors(&rows, &rank.device().autodiff()), loss)?;
+    let model = model.data_parallel(&dp, DataParallelConfig::new())?;
+    let wrapping = model.counters();
+    let mut pipeline = Pipeline::default();
+    let (model, outcome) = run(&rank, &dp, model, args, text, |model| pipeline.add(model.last_run()))?;
+    let timetable = model.timetable();
+    let chain = Routes::chain(timetable.stages());
+    pipeline.bound = timetable.simulate(&chain, &Costs::uniform(StageCosts::default()))?.idle_share();
+    Ok(Outcome { splitting: model.counters() - wrapping, pipeline: Some(pipeline), ..outcome.of(model.assemble()?) })
+}
+
+/// The summed loss of some rows, and the number of their tokens.
+fn loss(model: &Gpt, (tokens, targets): (Tensor<2, Int>, Tensor<2, Int>)) -> TokenLoss {
+    let (nats, count) = model.loss_sum(tokens, targets);
+    TokenLoss::of(nats, count)
+}
+
+/// The training loop, whatever the model is spread over; `after` sees the model after each step.
+fn run<E: GraphEngine<Model = Gpt>>(
+    rank: &Rank,
+    dp: &Communicator,
+    mut model: Replicas<E>,
+    args: &Args,
+    text: &Text,
+    mut after: impl FnMut(&E),
+) -> Result<(Replicas<E>, Trained), Error> {
     let device = rank.device().autodiff();
-    let mesh = Mesh::new(&rank, [("dp", args.dp)])?;
-    let dp = mesh.axis("dp")?;
-    let mut model = model.fork(&device).data_parallel(&dp, DataParallelConfig::new())?;
     let mut optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init();
     let mut schedule = schedule(args)?;
     let mut progress = Progress::new(args.steps, rank.rank() == 0);
@@ -27,10 +66,8 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
     for number in 0..args.steps {
         let rows = text.rows(args.seed, number, args.batch, dp.rank(), dp.size());
         let micro_batches = rows.chunks(args.micro_batch).map(|rows| tensors(rows, &device));
-        let step = model.step_micro_batches(micro_batches, |model, (tokens, targets)| {
-            let (nats, count) = model.loss_sum(tokens, targets);
-            Loss::sum(nats, count as f64)
-        })?;
+        let step = model.step_micro_batches(micro_batches, loss)?;
+        after(&model);
         // The mean over the tokens of all ranks: every rank has the same, and ends here with the others.
         if !step.loss.is_finite() {
             let problem = format!("the loss of step {} is {}: a lower --lr may help", number + 1, step.loss);
@@ -39,16 +76,11 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
         model = optim.step(schedule.step(), model, step.grads);
 
         losses.push(step.loss);
-        progress.step(number, step.loss, args.batch * args.seq, model.counters().waited);
+        progress.step(number, step.loss, args.batch * args.seq, model.averaging().waited);
     }
-
-    Ok(Outcome {
-        losses,
-        tokens: args.steps * args.batch * args.seq,
-        elapsed: progress.elapsed(),
-        counters: model.counters(),
-        model: model.into_inner(),
-    })
+    let tokens = args.steps * args.batch * args.seq;
+    let trained = Trained { losses, tokens, elapsed: progress.elapsed(), averaging: model.averaging() };
+    Ok((model, trained))
 }
 
 /// The learning rate of each step: up to `--lr` in a tenth of the steps, then down to a tenth of it along a cosine.

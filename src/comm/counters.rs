@@ -1,7 +1,7 @@
 //! What was moved, and how long it took.
 
 use std::collections::BTreeMap;
-use std::ops::Sub;
+use std::ops::{Add, Sub};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -43,6 +43,21 @@ impl Counters {
             bytes: sum.bytes + tally.bytes,
             time: sum.time + tally.time,
         })
+    }
+}
+
+impl Add for Counters {
+    type Output = Counters;
+
+    /// What two communicators have done together.
+    fn add(mut self, other: Counters) -> Counters {
+        for (name, more) in other.0 {
+            let tally = self.0.entry(name).or_default();
+            tally.calls += more.calls;
+            tally.bytes += more.bytes;
+            tally.time += more.time;
+        }
+        self
     }
 }
 

@@ -33,7 +33,7 @@ const STRIDE: usize = 32;
 const HIGHEST_ORDER: usize = 1 << 15;
 
 /// Hears of uses and gradients of parameters.
-pub(super) trait GradientListener: Send + Sync {
+pub(crate) trait GradientListener: Send + Sync {
     /// A use of parameter `param` enters the graph. Returns its number among the uses since the last backward.
     fn used(&self, param: usize) -> usize;
 

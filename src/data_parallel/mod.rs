@@ -76,10 +76,13 @@ pub use sampler::{DistributedSampler, Remainder, Share};
 pub use step::{Step, StepCounters};
 
 use self::hook::AttachHooks;
-use self::reducer::Reducer;
+pub(crate) use self::hook::GradientListener;
+pub(crate) use self::reducer::{Contribution, Reduced, Reducer};
+pub(crate) use self::replica::register;
 use self::structure::Structure;
 use crate::Error;
 use crate::comm::Communicator;
+use crate::params::own_buffers;
 
 /// Makes any burn module a replica of a data-parallel group.
 pub trait DataParallel: Module {
@@ -92,13 +95,8 @@ pub trait DataParallel: Module {
     ///
     /// [`Error::ModelMismatch`] if the ranks' models differ in structure; those of [`Communicator`].
     fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replica<Self>, Error> {
-        let mut module = self;
-        let structure = Structure::of(&module);
-        if group.size() > 1 {
-            structure.agree(group)?;
-            module = structure::broadcast(structure::own_buffers(module), group)?;
-        }
-        let reducer = Arc::new(Reducer::new(structure.trained, group, config)?);
+        let (mut module, reducer) = replicate(self, group, config)?;
+        let reducer = Arc::new(reducer);
         if group.size() > 1 {
             module = module.apply_reparameterization(AttachHooks::new(&reducer, reducer.numbers()));
         }
@@ -107,3 +105,21 @@ pub trait DataParallel: Module {
 }
 
 impl<M: Module> DataParallel for M {}
+
+/// Makes sure that all ranks bring the same module, gives it rank 0's values, and makes a reducer for its gradients.
+///
+/// # Errors
+/// [`Error::ModelMismatch`] if the ranks' modules differ in structure; those of [`Communicator`].
+pub(crate) fn replicate<M: Module>(
+    module: M,
+    group: &Communicator,
+    config: DataParallelConfig,
+) -> Result<(M, Reducer), Error> {
+    let structure = Structure::of(&module);
+    let mut module = module;
+    if group.size() > 1 {
+        structure.agree(group)?;
+        module = structure::broadcast(own_buffers(module), group)?;
+    }
+    Ok((module, Reducer::new(structure.trained, group, config)?))
+}

@@ -36,7 +36,7 @@ use crate::comm::{Communicator, Payload, Pending, ReduceOp};
 
 /// What a rank brings into a step's average.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Contribution {
+pub(crate) struct Contribution {
     /// Weight of its micro-batches.
     pub weight: f64,
     /// Weight in units of which the gradients are summed.
@@ -44,7 +44,7 @@ pub(super) struct Contribution {
 }
 
 /// The averages over the group.
-pub(super) struct Reduced {
+pub(crate) struct Reduced {
     /// Mean loss over everything that made up the step; NaN if nothing did.
     pub loss: f64,
     /// Weight over all ranks.
@@ -55,7 +55,7 @@ pub(super) struct Reduced {
     pub waited: Duration,
 }
 
-pub(super) struct Reducer {
+pub(crate) struct Reducer {
     params: Vec<Trained>,
     numbers: HashMap<ParamId, usize>,
     /// Carries the buckets.
@@ -149,7 +149,7 @@ impl Reducer {
     fn close_alone(&self, loss: f64) -> Reduced {
         let mut step = self.lock();
         let Contribution { weight, unit } = step.alone;
-        let average = |gradient| match unit == weight {
+        let average = |gradient| match unit == weight || weight == 0.0 {
             true => gradient,
             false => Flex::float_mul_scalar(gradient, Scalar::Float(unit / weight)),
         };

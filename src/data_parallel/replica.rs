@@ -213,16 +213,7 @@ impl<M: Module> Replica<M> {
         self.so_far = SoFar::default();
         let outcome = loss.and_then(|loss| self.reducer.close(loss)).and_then(|mut reduced| {
             self.waited += reduced.waited;
-            let mut register =
-                Register { reducer: &self.reducer, reduced: &mut reduced, grads: GradientsParams::new(), error: None };
-            self.module.visit(&mut register);
-            match register.error.take() {
-                Some(error) => Err(error),
-                None => {
-                    let grads = register.grads;
-                    Ok((reduced, grads))
-                }
-            }
+            register(&self.reducer, &mut reduced, &self.module).map(|grads| (reduced, grads))
         });
         outcome.inspect_err(|_| self.reducer.discard())
     }
@@ -279,6 +270,19 @@ impl ModuleVisitor for Collect<'_> {
 }
 
 /// Hands the reduced gradients to burn, on the devices of their parameters.
+///
+/// # Errors
+/// Those of [`Payload::from_host`].
+pub(crate) fn register<M: Module>(
+    reducer: &Reducer,
+    reduced: &mut Reduced,
+    module: &M,
+) -> Result<GradientsParams, Error> {
+    let mut register = Register { reducer, reduced, grads: GradientsParams::new(), error: None };
+    module.visit(&mut register);
+    register.error.map_or(Ok(register.grads), Err)
+}
+
 struct Register<'a> {
     reducer: &'a Reducer,
     reduced: &'a mut Reduced,

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use burn::backend::GradientCheckpointingStrategy;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Int, Tensor};
 
@@ -13,7 +12,7 @@ use crate::params;
 
 /// A float parameter that is trained.
 #[derive(Debug, Clone)]
-pub(super) struct Trained {
+pub(crate) struct Trained {
     pub id: ParamId,
     pub path: Arc<str>,
     pub shape: Vec<usize>,
@@ -86,43 +85,6 @@ impl ModuleVisitor for Structure {
     fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
         let base = param.base();
         self.add(base.shape(), base.dtype(), "");
-    }
-}
-
-/// Gives the module running statistics of its own. burn's are shared by all clones of a module, forks included, and
-/// averaged over the threads that use them; replicas on threads would mix theirs.
-pub(super) fn own_buffers<M: Module>(module: M) -> M {
-    let mut strategies = Strategies { found: HashMap::new() };
-    module.visit(&mut strategies);
-    if strategies.found.is_empty() {
-        return module;
-    }
-    // The way through validation makes the buffers anew; it forgets how autodiff treats checkpoints.
-    module.valid().train().map(&mut strategies)
-}
-
-/// How autodiff treats checkpoints for each parameter that has it.
-struct Strategies {
-    found: HashMap<ParamId, GradientCheckpointingStrategy>,
-}
-
-impl ModuleVisitor for Strategies {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(strategy) = param.base().gradient_checkpointing_strategy() {
-            self.found.insert(param.id, strategy);
-        }
-    }
-}
-
-impl ModuleMapper for Strategies {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        match self.found.get(&param.id) {
-            Some(strategy) => param.map(|value| match value.is_autodiff() {
-                true => value.with_gradient_checkpointing_strategy(*strategy),
-                false => value,
-            }),
-            None => param,
-        }
     }
 }
 

@@ -15,7 +15,7 @@ use super::step::{BatchNormBinding, InputBinding, ParamBinding, Rename, StepGrap
 use crate::error::Error;
 
 pub(super) fn assemble(captured: CapturedGraph, recording: Recording) -> Result<StepGraph, Error> {
-    let Recording { survey, params, running, gradients, inputs, outputs, loss, marker } = recording;
+    let Recording { survey, params, running, gradients, inputs, outputs, loss, weight, marker } = recording;
 
     // Parameters and inputs were recorded as operations that make tensors without data.
     let edge: HashSet<TensorId> = params.values().copied().chain(inputs.iter().map(|i| i.id)).collect();
@@ -24,11 +24,15 @@ pub(super) fn assemble(captured: CapturedGraph, recording: Recording) -> Result<
     for op in captured.graph.operations {
         let made = op.outputs().next().map(|out| out.id);
         match made {
-            Some(id) if id == marker => forward_len = operations.len(),
+            Some(id) if Some(id) == marker => forward_len = operations.len(),
             Some(id) if edge.contains(&id) => {}
             _ if matches!(op, OperationIr::Init(_) | OperationIr::Drop(_)) => {}
             _ => operations.push(op),
         }
+    }
+
+    if marker.is_none() {
+        forward_len = operations.len();
     }
 
     let updates = running_updates(&survey, &running, &params, &operations[..forward_len])?;
@@ -54,7 +58,7 @@ pub(super) fn assemble(captured: CapturedGraph, recording: Recording) -> Result<
     let inputs = inputs.into_iter().map(|i| InputBinding { tensor: ids.edge(&i), path: i.path }).collect();
 
     let mut read: HashSet<TensorId> = operations.iter().flat_map(|op| op.inputs().map(|t| t.id)).collect();
-    read.extend(outputs.iter().map(|o| o.id));
+    read.extend(outputs.iter().chain(&loss).chain(&weight).map(|o| o.id));
     let constants: BTreeMap<_, _> = captured.values.into_iter().filter(|(id, _)| read.contains(id)).collect();
     let constants = constants.into_iter().map(|(id, value)| (ids.of(id), value)).collect();
 
@@ -83,7 +87,8 @@ pub(super) fn assemble(captured: CapturedGraph, recording: Recording) -> Result<
         params: bindings,
         inputs,
         constants,
-        loss: ids.edge(&loss),
+        loss: loss.as_ref().map(|loss| ids.edge(loss)),
+        weight: weight.as_ref().map(|weight| ids.edge(weight)),
         outputs: outputs.iter().map(|o| ids.edge(o)).collect(),
         batch_norms,
         next_id: ids.0.borrow().len() as u64,

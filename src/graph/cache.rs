@@ -1,43 +1,54 @@
 //! One captured graph per kind of step.
 
+use std::any::{Any, TypeId};
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
 
 use burn::backend::{DispatchTensor, TensorMetadata};
 use burn::module::{Module, ParamId};
 use burn::tensor::{DType, Shape};
 
-use super::capture::{StepLoss, capture_step};
+use super::capture::capture_step;
 use super::custom::CustomOps;
 use super::execute::Executor;
+use super::forward::{Forward, capture_forward};
+use super::graph_error;
 use super::inputs::{GraphInputs, TensorMapper};
 use super::leaves::join;
+use super::loss::StepLoss;
 use super::module::Survey;
 use super::step::StepGraph;
 use crate::error::Error;
 
 type Pass = Box<dyn Fn(&mut StepGraph) -> Result<(), Error> + Send>;
 
-/// Executors by what their graph was captured for: shapes and dtypes of inputs and parameters, training flags, trainable
-/// parameters.
+/// Executors by what their graph was captured for: the closure, shapes and dtypes of inputs and parameters, training flags,
+/// trainable parameters.
 ///
-/// The loss closure must be the same computation whenever the key is the same; it is called only to capture. Changes of
-/// plain fields of the module (a dropout probability) are not noticed: [`clear`](Self::clear) then. Nothing is ever thrown
+/// Closures are told apart by where they are written, not by what they capture (and function pointers, as opposed to
+/// functions, not at all): one that is to compute something else the next time needs to be another closure, or get what
+/// changes as an input. It is called only to capture. Changes of plain fields of the module (a dropout probability) are not noticed: [`clear`](Self::clear) then. Nothing is ever thrown
 /// out by itself: pad batches, at least the last, to few different shapes. A graph holds operations and constants, no
 /// weights.
 pub struct GraphCache {
     ops: CustomOps,
     pass: Pass,
     executors: HashMap<StepKey, Executor>,
+    /// A [`Forward`] of the outputs that its closure gives.
+    forwards: HashMap<StepKey, Box<dyn Any + Send>>,
 }
 
 impl core::fmt::Debug for GraphCache {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.debug_struct("GraphCache").field("graphs", &self.executors.len()).finish()
+        f.debug_struct("GraphCache").field("graphs", &self.len()).finish()
     }
 }
 
+/// What a captured step is for.
 #[derive(Debug, PartialEq, Eq, Hash)]
-struct StepKey {
+pub(crate) struct StepKey {
+    /// Closures written in different places are of different types.
+    closure: TypeId,
     inputs: Vec<(String, Shape, DType)>,
     params: Vec<(ParamId, Shape, DType)>,
     flags: Vec<(ParamId, bool)>,
@@ -47,7 +58,7 @@ struct StepKey {
 impl GraphCache {
     /// An empty cache whose graphs are rewritten by `pass` once captured, and run with `ops`.
     pub fn new(ops: CustomOps, pass: impl Fn(&mut StepGraph) -> Result<(), Error> + Send + 'static) -> Self {
-        Self { ops, pass: Box::new(pass), executors: HashMap::new() }
+        Self { ops, pass: Box::new(pass), executors: HashMap::new(), forwards: HashMap::new() }
     }
 
     /// The executor for this model and these inputs, captured now if it is not there yet.
@@ -61,10 +72,10 @@ impl GraphCache {
         F: FnOnce(&M, I) -> R,
         R: StepLoss,
     {
-        let key = StepKey::of(model, inputs)?;
+        let key = StepKey::of::<M, I, F>(model, inputs)?;
         match self.executors.entry(key) {
-            std::collections::hash_map::Entry::Occupied(entry) => Ok(entry.into_mut()),
-            std::collections::hash_map::Entry::Vacant(entry) => {
+            Entry::Occupied(entry) => Ok(entry.into_mut()),
+            Entry::Vacant(entry) => {
                 let mut graph = capture_step(model, inputs.clone(), loss)?;
                 (self.pass)(&mut graph)?;
                 Ok(entry.insert(Executor::new(graph, self.ops.clone())?))
@@ -72,30 +83,56 @@ impl GraphCache {
         }
     }
 
+    /// The executor of a forward alone ([`capture_forward`]) for this model and these inputs, captured now if it is not
+    /// there yet.
+    ///
+    /// # Errors
+    /// Those of [`capture_forward`], of the pass and of [`Executor::new`].
+    pub fn forward<M, I, F, O>(&mut self, model: &M, inputs: &I, forward: F) -> Result<&mut Forward<O>, Error>
+    where
+        M: Module,
+        I: GraphInputs + Clone,
+        F: FnOnce(&M, I) -> O,
+        O: GraphInputs + Clone + Send + 'static,
+    {
+        let key = StepKey::of::<M, I, F>(model, inputs)?;
+        let made = match self.forwards.entry(key) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let mut captured = capture_forward(model, inputs.clone(), forward)?;
+                (self.pass)(&mut captured.graph)?;
+                entry.insert(Box::new(Forward::new(captured, self.ops.clone())?))
+            }
+        };
+        made.downcast_mut().ok_or_else(|| graph_error("a closure of one type gave outputs of two types"))
+    }
+
     /// How many graphs were captured since the last [`clear`](Self::clear).
     pub fn len(&self) -> usize {
-        self.executors.len()
+        self.executors.len() + self.forwards.len()
     }
 
     /// Whether none was.
     pub fn is_empty(&self) -> bool {
-        self.executors.is_empty()
+        self.len() == 0
     }
 
     /// Forgets all graphs.
     pub fn clear(&mut self) {
         self.executors.clear();
+        self.forwards.clear();
     }
 }
 
 impl StepKey {
-    fn of<M: Module, I: GraphInputs + Clone>(model: &M, inputs: &I) -> Result<Self, Error> {
+    pub(crate) fn of<M: Module, I: GraphInputs + Clone, F>(model: &M, inputs: &I) -> Result<Self, Error> {
         let mut seen = Inputs { path: Vec::new(), seen: Vec::new() };
         drop(inputs.clone().map_tensors(&mut seen)?);
         // A module on a plain device has its training settings switched on by the capture.
         let survey = Survey::of(&model.clone().train());
         let trainable = survey.trainable();
         Ok(Self {
+            closure: typeid::of::<F>(),
             inputs: seen.seen,
             trainable: trainable.iter().map(ParamId::to_string).collect(),
             params: survey.tensors.into_iter().map(|t| (t.id, t.shape, t.dtype)).collect(),

@@ -14,44 +14,24 @@ use burn::prelude::*;
 use burn_capture::{CaptureDevice, CapturedGraph};
 use burn_ir::TensorId;
 
-use super::inputs::{GraphInputs, TensorMapper};
+use super::inputs::GraphInputs;
 use super::leaves::{
     AutodiffCapture, CaptureInputs, CaptureOutputs, EdgeTensor, Leaf, RunningStates, ToCapture, ToLeaves, as_autodiff,
-    capture_device, placeholder, this_thread,
+    capture_device, computed, placeholder, this_thread,
 };
+use super::loss::{LossParts, StepLoss};
 use super::module::Survey;
 use super::step::StepGraph;
 use super::{assemble, graph_error, panic_text};
 use crate::error::Error;
-
-/// What the closure of [`capture_step`] may return: the loss, or the loss and further outputs.
-pub trait StepLoss {
-    /// Separates the loss and hands the further outputs to `mapper`.
-    ///
-    /// # Errors
-    /// Those of the mapper.
-    fn split(self, mapper: &mut dyn TensorMapper) -> Result<Tensor<1>, Error>;
-}
-
-impl StepLoss for Tensor<1> {
-    fn split(self, _: &mut dyn TensorMapper) -> Result<Tensor<1>, Error> {
-        Ok(self)
-    }
-}
-
-impl<O: GraphInputs> StepLoss for (Tensor<1>, O) {
-    fn split(self, mapper: &mut dyn TensorMapper) -> Result<Tensor<1>, Error> {
-        self.1.map_tensors(mapper)?;
-        Ok(self.0)
-    }
-}
 
 /// Records one training step of `model`: `loss` on `inputs`, and the backward pass.
 ///
 /// The module is taken in training mode, as after [`Module::train`]: parameters require gradients and flags are on unless
 /// they were frozen. `model` and `inputs` stay as they are, on whatever device with or without autodiff. The inputs give
 /// shapes and dtypes only. `loss` must be computed from the module and the inputs that the closure is given; it must have
-/// one element. Extra outputs are returned beside it: `|model, x| (loss, (logits, accuracy))`.
+/// one element; as a [`TokenLoss`](super::TokenLoss) it is a sum that comes with its number of items. Extra outputs are
+/// returned beside it: `|model, x| (loss, (logits, accuracy))`.
 ///
 /// If the module's device checkpoints gradients ([`Device::gradient_checkpointing`]), the recomputation is in the graph.
 ///
@@ -66,13 +46,18 @@ where
     F: FnOnce(&M, I) -> R,
     R: StepLoss,
 {
+    in_scope(|device| record(device, model, inputs, loss))
+}
+
+/// Runs `record` on the capture device of this thread and makes a graph of what it recorded.
+pub(super) fn in_scope(record: impl FnOnce(CaptureDevice) -> Result<Recording, Error>) -> Result<StepGraph, Error> {
     let device = this_thread()?;
     let mut recording =
         Err(graph_error("a step is captured inside the closure of another capture: capture them one by one"));
-    // The closure's state cannot be seen again after a panic: `model` is only cloned, the rest is moved in.
+    // The closure's state cannot be seen again after a panic: models are only cloned, the rest is moved in.
     let captured = catch_unwind(AssertUnwindSafe(|| {
         device.capture_scope(|scope| {
-            recording = record(device, model, inputs, loss);
+            recording = record(device);
             // Inputs and outputs are told apart here, not by burn: they enter as operations without data.
             scope.complete([], [])
         })
@@ -102,9 +87,11 @@ pub(super) struct Recording {
     pub(super) gradients: HashMap<ParamId, TensorId>,
     pub(super) inputs: Vec<EdgeTensor>,
     pub(super) outputs: Vec<EdgeTensor>,
-    pub(super) loss: EdgeTensor,
+    /// None if this is a forward alone.
+    pub(super) loss: Option<EdgeTensor>,
+    pub(super) weight: Option<EdgeTensor>,
     /// An operation that stands between forward and backward.
-    pub(super) marker: TensorId,
+    pub(super) marker: Option<TensorId>,
 }
 
 fn record<M, I, F, R>(device: CaptureDevice, model: &M, inputs: I, loss: F) -> Result<Recording, Error>
@@ -134,12 +121,13 @@ where
     let captured = captured.to_device(&capture_device(device)).map(&mut leaves);
     leaves.check()?;
 
-    let mut edge = CaptureInputs { device, strategy, path: Vec::new(), inputs: Vec::new() };
+    let mut edge = CaptureInputs::new(device, Some(strategy));
     let inputs = inputs.map_tensors(&mut edge)?;
 
-    let mut outputs = CaptureOutputs { path: Vec::new(), outputs: Vec::new() };
-    let loss = loss(&captured, inputs).split(&mut outputs)?;
+    let mut outputs = CaptureOutputs::new();
+    let LossParts { loss, weight } = loss(&captured, inputs).split(&mut outputs)?;
     let (loss, tracked) = check_loss(loss)?;
+    let weight = weight.map(edge_of_weight).transpose()?;
     let marker = placeholder(device, [1].into(), loss.dtype, "the loss")?.id();
 
     let mut found = AutodiffCapture::backward(tracked);
@@ -156,9 +144,20 @@ where
         gradients,
         inputs: edge.inputs,
         outputs: outputs.outputs,
-        loss,
-        marker,
+        loss: Some(loss),
+        weight,
+        marker: Some(marker),
     })
+}
+
+fn edge_of_weight(weight: Tensor<1>) -> Result<EdgeTensor, Error> {
+    let [elements] = weight.dims();
+    if elements != 1 {
+        return Err(graph_error(format!(
+            "the number of items of a `TokenLoss` must have one element, but it has {elements}: reduce it with `.sum()`"
+        )));
+    }
+    computed("the number of items of the loss", "weight".into(), &weight.into_dispatch())
 }
 
 fn check_loss(loss: Tensor<1>) -> Result<(EdgeTensor, Leaf), Error> {

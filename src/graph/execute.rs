@@ -4,10 +4,12 @@ use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::backend::flex::{FlexDevice, FlexTensor};
+use burn::backend::ops::FloatTensorOps;
 use burn::backend::{DispatchTensor, Flex};
 use burn::module::{Module, ParamId};
 use burn::optim::GradientsParams;
 use burn::prelude::*;
+use burn::tensor::Scalar;
 use burn_ir::{OperationIr, TensorId, TensorIr};
 use burn_router::TensorInterpreter;
 
@@ -23,9 +25,11 @@ use crate::error::Error;
 /// What [`Executor::step`] gives.
 #[derive(Debug)]
 pub struct StepResult {
-    /// The loss, one element, on Flex without autodiff.
+    /// The loss, one element, on Flex without autodiff. Of a [`TokenLoss`](super::TokenLoss), the mean over its items.
     pub loss: Tensor<1>,
-    /// The gradients, ready for burn's optimizers.
+    /// The number of items of a [`TokenLoss`](super::TokenLoss); 1 for a loss that is a mean already.
+    pub weight: f64,
+    /// The gradients of that loss, ready for burn's optimizers.
     pub gradients: GradientsParams,
     /// The extra outputs, in order.
     pub outputs: Vec<GraphTensor>,
@@ -34,10 +38,40 @@ pub struct StepResult {
 /// What [`Executor::step_with`] gives: the gradients went to its callback.
 #[derive(Debug)]
 pub struct StepOutputs {
-    /// The loss, one element, on Flex without autodiff.
+    /// The loss, one element, on Flex without autodiff. Of a [`TokenLoss`](super::TokenLoss), the sum, of which the gradients
+    /// are.
     pub loss: Tensor<1>,
+    /// The number of items of a [`TokenLoss`](super::TokenLoss): what loss and gradients are still to be divided by, once
+    /// they are added up over micro-batches and ranks. 1 for a loss that is a mean already.
+    pub weight: f64,
     /// The extra outputs, in order.
     pub outputs: Vec<GraphTensor>,
+}
+
+/// Hears of a step while it runs.
+pub trait StepObserver {
+    /// Before anything runs: the parameters whose gradients will come, in no particular order.
+    ///
+    /// # Errors
+    /// Whatever ends the step.
+    fn expect(&mut self, _gradients: &[ParamId]) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// The number of items of the loss, once; mostly before the first gradient, always if it follows from shapes or from
+    /// the inputs alone. 1 for a loss that is a mean.
+    ///
+    /// # Errors
+    /// Whatever ends the step.
+    fn weight(&mut self, _weight: f64) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// A gradient, as told at [`Executor::step_with`].
+    ///
+    /// # Errors
+    /// Whatever ends the step.
+    fn gradient(&mut self, id: ParamId, gradient: FlexTensor) -> Result<(), Error>;
 }
 
 /// Runs a [`StepGraph`] on Flex, any number of times.
@@ -65,6 +99,7 @@ pub struct Executor {
 #[derive(Clone, Copy, Debug)]
 enum Meaning {
     Loss,
+    Weight,
     Gradient(ParamId),
     Update(ParamId),
     Output(usize),
@@ -95,7 +130,8 @@ impl Executor {
         }
         let mut meaning: HashMap<TensorId, Vec<Meaning>> = HashMap::new();
         let mut mean = |tensor: &TensorIr, what| meaning.entry(tensor.id).or_default().push(what);
-        mean(&graph.loss, Meaning::Loss);
+        graph.loss.iter().for_each(|t| mean(t, Meaning::Loss));
+        graph.weight.iter().for_each(|t| mean(t, Meaning::Weight));
         for param in &graph.params {
             param.gradient.iter().for_each(|t| mean(t, Meaning::Gradient(param.id)));
             param.update.iter().for_each(|t| mean(t, Meaning::Update(param.id)));
@@ -117,18 +153,51 @@ impl Executor {
     }
 
     /// Runs one step: loss and gradients of `model` on `inputs`. Running statistics of `model` are updated as by an eager
-    /// forward, seen by all its clones.
+    /// forward, seen by all its clones. A [`TokenLoss`](super::TokenLoss) and its gradients are divided by its number of
+    /// items.
     ///
     /// # Errors
     /// [`Error::Graph`] if the model or the inputs do not fit the graph, or an operation panics; the error of a custom
     /// operation. The executor can be used again after an error.
     pub fn step<M: Module, I: GraphInputs>(&mut self, model: &M, inputs: I) -> Result<StepResult, Error> {
         let mut gradients = HashMap::new();
-        let StepOutputs { loss, outputs } = self.step_with(model, inputs, |id, gradient| {
+        let StepOutputs { loss, weight, outputs } = self.step_with(model, inputs, |id, gradient| {
             gradients.insert(id, gradient);
             Ok(())
         })?;
-        Ok(StepResult { loss, gradients: gradients_params(model, gradients), outputs })
+        if weight != 1.0 && weight > 0.0 {
+            let mean = |(id, sum)| (id, Flex::float_mul_scalar(sum, Scalar::Float(1.0 / weight)));
+            gradients = gradients.into_iter().map(mean).collect();
+        }
+        // Of no items at all the loss is NaN, the gradients are those of nothing.
+        let loss = if weight == 1.0 { loss } else { loss.div_scalar(weight) };
+        Ok(StepResult { loss, weight, gradients: gradients_params(model, gradients), outputs })
+    }
+
+    /// As [`step_with`](Self::step_with), telling an observer of everything as soon as it is known.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), and the first error of the observer.
+    pub fn step_observed<M, I>(
+        &mut self,
+        model: &M,
+        inputs: I,
+        observer: &mut dyn StepObserver,
+    ) -> Result<StepOutputs, Error>
+    where
+        M: Module,
+        I: GraphInputs,
+    {
+        let expected: Vec<ParamId> = self.graph.params.iter().filter(|p| p.gradient.is_some()).map(|p| p.id).collect();
+        observer.expect(&expected)?;
+        if self.graph.weight.is_none() {
+            observer.weight(1.0)?;
+        }
+        let results = self.execute(model, inputs, observer)?;
+        let loss =
+            results.loss.ok_or_else(|| graph_error("this is the graph of a forward alone, which has no loss"))?;
+        let (loss, weight) = (loss.float::<1>()?, results.weight.unwrap_or(1.0));
+        Ok(StepOutputs { loss, weight, outputs: results.outputs })
     }
 
     /// As [`step`](Self::step), but hands each gradient to `on_gradient` as soon as it is computed, while the rest of the
@@ -140,15 +209,44 @@ impl Executor {
     ///
     /// # Errors
     /// As [`step`](Self::step), and the first error of `on_gradient`.
-    pub fn step_with<M, I, F>(&mut self, model: &M, inputs: I, mut on_gradient: F) -> Result<StepOutputs, Error>
+    pub fn step_with<M, I, F>(&mut self, model: &M, inputs: I, on_gradient: F) -> Result<StepOutputs, Error>
     where
         M: Module,
         I: GraphInputs,
         F: FnMut(ParamId, FlexTensor) -> Result<(), Error>,
     {
+        struct Gradients<F>(F);
+        impl<F: FnMut(ParamId, FlexTensor) -> Result<(), Error>> StepObserver for Gradients<F> {
+            fn gradient(&mut self, id: ParamId, gradient: FlexTensor) -> Result<(), Error> {
+                (self.0)(id, gradient)
+            }
+        }
+        self.step_observed(model, inputs, &mut Gradients(on_gradient))
+    }
+
+    /// Runs a forward alone, or the forward of a step with the backward thrown in: the outputs, in order.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn forward<M: Module, I: GraphInputs>(&mut self, model: &M, inputs: I) -> Result<Vec<GraphTensor>, Error> {
+        struct Nobody;
+        impl StepObserver for Nobody {
+            fn gradient(&mut self, _: ParamId, _: FlexTensor) -> Result<(), Error> {
+                Ok(())
+            }
+        }
+        self.execute(model, inputs, &mut Nobody).map(|results| results.outputs)
+    }
+
+    fn execute<M: Module, I: GraphInputs>(
+        &mut self,
+        model: &M,
+        inputs: I,
+        observer: &mut dyn StepObserver,
+    ) -> Result<Given, Error> {
         self.bind_params(model)?;
         self.bind_inputs(inputs)?;
-        let ran = catch_unwind(AssertUnwindSafe(|| self.run(&mut on_gradient)));
+        let ran = catch_unwind(AssertUnwindSafe(|| self.run(observer)));
         let results = match ran {
             Ok(Ok(results)) => results,
             failed => {
@@ -167,11 +265,11 @@ impl Executor {
                 };
             }
         };
-        let Results { loss, outputs, updates } = results;
+        let Results { loss, weight, outputs, updates } = results;
         write_running_states(model, updates);
-        let loss = loss.ok_or_else(|| graph_error("the step gave no loss"))?.float::<1>()?;
         let outputs: Option<Vec<_>> = outputs.into_iter().collect();
-        Ok(StepOutputs { loss, outputs: outputs.ok_or_else(|| graph_error("the step did not give all its outputs"))? })
+        let outputs = outputs.ok_or_else(|| graph_error("the step did not give all its outputs"))?;
+        Ok(Given { loss, weight, outputs })
     }
 
     fn bind_params<M: Module>(&mut self, model: &M) -> Result<(), Error> {
@@ -195,14 +293,13 @@ impl Executor {
     }
 
     fn bind_inputs<I: GraphInputs>(&mut self, inputs: I) -> Result<(), Error> {
-        let mut bind = BindInputs { path: Vec::new(), values: Vec::new() };
-        drop(inputs.map_tensors(&mut bind)?);
-        let given: Vec<&str> = bind.values.iter().map(|(path, _)| path.as_str()).collect();
+        let values = named_tensors(inputs)?;
+        let given: Vec<&str> = values.iter().map(|(path, _)| path.as_str()).collect();
         let wanted: Vec<&str> = self.graph.inputs.iter().map(|input| input.path.as_str()).collect();
         if given != wanted {
             return Err(graph_error(format!("the graph was captured with inputs {wanted:?} but is given {given:?}")));
         }
-        for (input, (path, value)) in self.graph.inputs.iter().zip(bind.values) {
+        for (input, (path, value)) in self.graph.inputs.iter().zip(values) {
             fits(&format!("input `{path}`"), &value, &input.tensor)?;
             if self.needed.contains(&input.tensor.id) {
                 self.interpreter.register_tensor_to_device(input.tensor.id, value.into_handle());
@@ -211,9 +308,13 @@ impl Executor {
         Ok(())
     }
 
-    fn run(&mut self, on_gradient: &mut dyn FnMut(ParamId, FlexTensor) -> Result<(), Error>) -> Result<Results, Error> {
-        let mut results =
-            Results { loss: None, updates: HashMap::new(), outputs: vec![None; self.graph.outputs.len()] };
+    fn run(&mut self, observer: &mut dyn StepObserver) -> Result<Results, Error> {
+        let mut results = Results {
+            loss: None,
+            weight: None,
+            updates: HashMap::new(),
+            outputs: vec![None; self.graph.outputs.len()],
+        };
         for (position, action) in self.program.iter().enumerate() {
             self.position = position;
             match action {
@@ -231,9 +332,9 @@ impl Executor {
                     let meanings = self.meaning.get(&tensor.id).map_or(&[][..], Vec::as_slice);
                     let Some((last, others)) = meanings.split_last() else { continue };
                     for meaning in others {
-                        results.take(*meaning, value.clone(), on_gradient)?;
+                        results.take(*meaning, value.clone(), observer)?;
                     }
-                    results.take(*last, value, on_gradient)?;
+                    results.take(*last, value, observer)?;
                 }
             }
         }
@@ -241,22 +342,35 @@ impl Executor {
     }
 }
 
+/// The results of a run that stay with the caller.
+struct Given {
+    loss: Option<GraphTensor>,
+    weight: Option<f64>,
+    outputs: Vec<GraphTensor>,
+}
+
+/// The results of a run as they come in.
 struct Results {
     loss: Option<GraphTensor>,
+    weight: Option<f64>,
     outputs: Vec<Option<GraphTensor>>,
     updates: HashMap<ParamId, FlexTensor>,
 }
 
 impl Results {
-    fn take(
-        &mut self,
-        meaning: Meaning,
-        value: GraphTensor,
-        on_gradient: &mut dyn FnMut(ParamId, FlexTensor) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+    fn take(&mut self, meaning: Meaning, value: GraphTensor, observer: &mut dyn StepObserver) -> Result<(), Error> {
         match meaning {
             Meaning::Loss => self.loss = Some(value),
-            Meaning::Gradient(id) => on_gradient(id, value.into_tensor())?,
+            Meaning::Weight => {
+                let weight = value.float::<1>()?.into_scalar::<f64>();
+                if !(weight.is_finite() && weight >= 0.0) {
+                    let must = "it must be finite and not negative";
+                    return Err(graph_error(format!("the number of items of the loss is {weight}, {must}")));
+                }
+                observer.weight(weight)?;
+                self.weight = Some(weight);
+            }
+            Meaning::Gradient(id) => observer.gradient(id, value.into_tensor())?,
             Meaning::Update(id) => drop(self.updates.insert(id, value.into_tensor())),
             Meaning::Output(index) => self.outputs[index] = Some(value),
         }
@@ -272,7 +386,7 @@ fn interpreter(graph: &StepGraph, needed: &HashSet<TensorId>, ops: &CustomOps) -
     interpreter
 }
 
-fn fits(what: &str, value: &GraphTensor, binding: &TensorIr) -> Result<(), Error> {
+pub(crate) fn fits(what: &str, value: &GraphTensor, binding: &TensorIr) -> Result<(), Error> {
     let tensor = value.tensor();
     let (shape, dtype) = (tensor.layout().shape(), tensor.dtype());
     if *shape == binding.shape && dtype == binding.dtype {
@@ -285,6 +399,21 @@ fn fits(what: &str, value: &GraphTensor, binding: &TensorIr) -> Result<(), Error
         binding.dtype,
         binding.shape.as_slice()
     )))
+}
+
+/// The tensors of a structure as plain Flex tensors, with their places in it.
+pub(crate) fn named_tensors<I: GraphInputs>(inputs: I) -> Result<Vec<(String, GraphTensor)>, Error> {
+    let mut bind = BindInputs { path: Vec::new(), values: Vec::new() };
+    drop(inputs.map_tensors(&mut bind)?);
+    Ok(bind.values)
+}
+
+/// The tensors of a structure in order, sharing their buffers.
+///
+/// # Errors
+/// [`Error::Graph`] for a tensor that is not on `Device::flex()` or is quantized.
+pub fn graph_tensors<I: GraphInputs>(inputs: I) -> Result<Vec<GraphTensor>, Error> {
+    Ok(named_tensors(inputs)?.into_iter().map(|(_, value)| value).collect())
 }
 
 struct BindInputs {

@@ -3,10 +3,11 @@
 use burn::backend::flex::FlexTensor;
 use burn::backend::{BackendTensor, DispatchKindConversion, DispatchTensor, Flex, TensorMetadata};
 use burn::prelude::*;
-use burn::tensor::{Bool, Int};
+use burn::tensor::{Bool, DType, Int};
 use burn_ir::HandleKind;
 
 use super::graph_error;
+use crate::comm::Payload;
 use crate::error::Error;
 
 /// What [`GraphInputs::map_tensors`] does with each tensor, in order.
@@ -166,6 +167,15 @@ impl GraphTensor {
         ))
     }
 
+    /// A tensor as the kind that its dtype says.
+    pub(crate) fn of_dtype(tensor: FlexTensor, dtype: DType) -> Self {
+        match dtype {
+            dtype if dtype.is_float() => Self::Float(tensor),
+            dtype if dtype.is_bool() => Self::Bool(tensor),
+            _ => Self::Int(tensor),
+        }
+    }
+
     pub(crate) fn tensor(&self) -> &FlexTensor {
         match self {
             Self::Float(tensor) | Self::Int(tensor) | Self::Bool(tensor) => tensor,
@@ -175,6 +185,14 @@ impl GraphTensor {
     pub(crate) fn into_tensor(self) -> FlexTensor {
         match self {
             Self::Float(tensor) | Self::Int(tensor) | Self::Bool(tensor) => tensor,
+        }
+    }
+
+    pub(crate) fn into_dispatch(self) -> DispatchTensor {
+        match self {
+            Self::Float(tensor) => Tensor::<1>::from_primitive::<Flex>(tensor).into_dispatch(),
+            Self::Int(tensor) => Tensor::<1, Int>::from_primitive::<Flex>(tensor).into_dispatch(),
+            Self::Bool(tensor) => Tensor::<1, Bool>::from_primitive::<Flex>(tensor).into_dispatch(),
         }
     }
 
@@ -215,6 +233,24 @@ impl GraphTensor {
             Ok(_) => Err(graph_error(format!("{what} is neither a float, an int nor a bool tensor"))),
             Err(problem) => Err(graph_error(format!("{what} must be on Device::flex(), where graphs run: {problem}"))),
         }
+    }
+}
+
+/// A tensor of any rank and kind travels as it is.
+impl Payload for GraphTensor {
+    type Home = ();
+
+    fn fixed_dtype() -> Option<DType> {
+        None
+    }
+
+    fn into_host(self) -> Result<(FlexTensor, ()), Error> {
+        Ok((self.into_tensor(), ()))
+    }
+
+    fn from_host(data: FlexTensor, (): &()) -> Result<Self, Error> {
+        let dtype = data.dtype();
+        Ok(Self::of_dtype(data, dtype))
     }
 }
 

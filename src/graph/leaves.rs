@@ -96,6 +96,17 @@ pub(super) fn as_autodiff(mut tensor: DispatchTensor) -> Option<BackendTensor<Au
     <DispatchTensor as DispatchKindConversion<AutodiffCapture>>::try_into_backend(tensor).ok()
 }
 
+fn without_autodiff(tensor: Recorded, dtype: DType) -> DispatchTensor {
+    let tensor = if dtype.is_float() {
+        BackendTensor::Float(tensor)
+    } else if dtype.is_bool() {
+        BackendTensor::Bool(tensor)
+    } else {
+        BackendTensor::Int(tensor)
+    };
+    <DispatchTensor as DispatchKindConversion<CaptureBackend>>::from_backend(tensor)
+}
+
 fn on_autodiff(tensor: Recorded, dtype: DType, strategy: GradientCheckpointingStrategy) -> DispatchTensor {
     let tensor = if dtype.is_float() {
         BackendTensor::Float(AutodiffCapture::from_inner(tensor))
@@ -245,13 +256,20 @@ pub(super) fn join(path: &[usize]) -> String {
     path.iter().map(usize::to_string).collect::<Vec<_>>().join(".")
 }
 
-/// Inputs become capture tensors without data, on autodiff as a batch made on the training device would be: dropout and
-/// batch norm ask their input whether this is training.
+/// Inputs become capture tensors without data; for training on autodiff, as a batch made on the training device would be:
+/// dropout and batch norm ask their input whether this is training.
 pub(super) struct CaptureInputs {
-    pub(super) device: CaptureDevice,
-    pub(super) strategy: GradientCheckpointingStrategy,
-    pub(super) path: Vec<usize>,
+    device: CaptureDevice,
+    strategy: Option<GradientCheckpointingStrategy>,
+    path: Vec<usize>,
     pub(super) inputs: Vec<EdgeTensor>,
+}
+
+impl CaptureInputs {
+    /// With autodiff if there is a strategy for its checkpoints.
+    pub(super) fn new(device: CaptureDevice, strategy: Option<GradientCheckpointingStrategy>) -> Self {
+        Self { device, strategy, path: Vec::new(), inputs: Vec::new() }
+    }
 }
 
 impl TensorMapper for CaptureInputs {
@@ -259,7 +277,10 @@ impl TensorMapper for CaptureInputs {
         let (path, shape, dtype) = (join(&self.path), tensor.shape(), tensor.dtype());
         let tensor = placeholder(self.device, shape.clone(), dtype, &format!("input `{path}`"))?;
         self.inputs.push(EdgeTensor { path, id: tensor.id(), shape, dtype });
-        Ok(on_autodiff(tensor, dtype, self.strategy))
+        Ok(match self.strategy {
+            Some(strategy) => on_autodiff(tensor, dtype, strategy),
+            None => without_autodiff(tensor, dtype),
+        })
     }
 
     fn enter(&mut self, index: usize) {
@@ -276,25 +297,36 @@ pub(super) struct CaptureOutputs {
     pub(super) outputs: Vec<EdgeTensor>,
 }
 
+impl CaptureOutputs {
+    pub(super) fn new() -> Self {
+        Self { path: Vec::new(), outputs: Vec::new() }
+    }
+}
+
+/// A tensor that was computed on the capture device, as an edge of the graph.
+pub(super) fn computed(what: &str, path: String, tensor: &DispatchTensor) -> Result<EdgeTensor, Error> {
+    let (shape, dtype) = (tensor.shape(), tensor.dtype());
+    let id = match tensor.autodiff {
+        DispatchAutodiffContext::Disabled => {
+            match <DispatchTensor as DispatchKindConversion<CaptureBackend>>::try_into_backend(tensor.clone()) {
+                Ok(BackendTensor::Float(t) | BackendTensor::Int(t) | BackendTensor::Bool(t)) => Some(t.id()),
+                _ => None,
+            }
+        }
+        DispatchAutodiffContext::Enabled(_) => match as_autodiff(tensor.clone()) {
+            Some(BackendTensor::Float(t)) => Some(t.primitive().id()),
+            Some(BackendTensor::Int(t) | BackendTensor::Bool(t)) => Some(t.id()),
+            _ => None,
+        },
+    };
+    let id = id.ok_or_else(|| graph_error(format!("{what} was not computed from the module and the inputs")))?;
+    Ok(EdgeTensor { path, id, shape, dtype })
+}
+
 impl TensorMapper for CaptureOutputs {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
-        let (path, shape, dtype) = (join(&self.path), tensor.shape(), tensor.dtype());
-        let id = match tensor.autodiff {
-            DispatchAutodiffContext::Disabled => {
-                match <DispatchTensor as DispatchKindConversion<CaptureBackend>>::try_into_backend(tensor.clone()) {
-                    Ok(BackendTensor::Float(t) | BackendTensor::Int(t) | BackendTensor::Bool(t)) => Some(t.id()),
-                    _ => None,
-                }
-            }
-            DispatchAutodiffContext::Enabled(_) => match as_autodiff(tensor.clone()) {
-                Some(BackendTensor::Float(t)) => Some(t.primitive().id()),
-                Some(BackendTensor::Int(t) | BackendTensor::Bool(t)) => Some(t.id()),
-                _ => None,
-            },
-        };
-        let id =
-            id.ok_or_else(|| graph_error(format!("output `{path}` was not computed from the module and the inputs")))?;
-        self.outputs.push(EdgeTensor { path, id, shape, dtype });
+        let path = join(&self.path);
+        self.outputs.push(computed(&format!("output `{path}`"), path, &tensor)?);
         Ok(tensor)
     }
 

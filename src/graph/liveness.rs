@@ -74,59 +74,90 @@ enum Step<'a> {
     Nothing,
 }
 
+/// One step of a program whose lifetimes are still to be worked out.
+pub(crate) enum Item {
+    Run(Box<OperationIr>),
+    /// A result is wanted here.
+    Give(TensorIr),
+}
+
 /// The program of a graph.
 pub(crate) fn program(graph: &StepGraph) -> Vec<Action> {
     let results: HashSet<TensorId> = graph.results().map(|t| t.id).collect();
     let keep: HashSet<TensorId> = graph.constants.keys().copied().collect();
     let operations = without_dead(&graph.operations, &results);
     let made: HashSet<TensorId> = operations.iter().flat_map(|op| op.outputs().map(|t| t.id)).collect();
-
-    let mut last_reader: HashMap<TensorId, usize> = HashMap::new();
-    for (index, op) in operations.iter().enumerate() {
-        for input in op.inputs() {
-            last_reader.insert(input.id, index);
-        }
-    }
-
-    let mut program = Vec::with_capacity(operations.len() * 2);
-    let mut given = HashSet::new();
-    let mut give = |program: &mut Vec<Action>, tensor: &TensorIr, moved: bool| {
-        if given.insert(tensor.id) {
-            let status = if moved { TensorStatus::ReadWrite } else { TensorStatus::ReadOnly };
-            program.push(Action::Give(TensorIr { status, ..tensor.clone() }));
-        }
-    };
     // A result may be a parameter, an input or a constant as it came.
-    for tensor in graph.results().filter(|t| !made.contains(&t.id)) {
-        give(&mut program, tensor, !last_reader.contains_key(&tensor.id) && !keep.contains(&tensor.id));
+    let mut items: Vec<Item> =
+        graph.results().filter(|t| !made.contains(&t.id)).map(|t| Item::Give(t.clone())).collect();
+    for op in operations {
+        let given: Vec<TensorIr> = op.outputs().filter(|out| results.contains(&out.id)).cloned().collect();
+        items.push(Item::Run(Box::new(op)));
+        items.extend(given.into_iter().map(Item::Give));
     }
-    for (index, mut op) in operations.into_iter().enumerate() {
-        let mut count: HashMap<TensorId, usize> = HashMap::new();
-        for input in op.inputs() {
-            *count.entry(input.id).or_default() += 1;
+    with_lifetimes([items], &keep).into_iter().flatten().collect()
+}
+
+/// Works out the lifetimes of a program in sections, which run one after the other with other programs in between.
+///
+/// A result is given once in each section. What is in `keep` stays for ever.
+pub(crate) fn with_lifetimes<const SECTIONS: usize>(
+    sections: [Vec<Item>; SECTIONS],
+    keep: &HashSet<TensorId>,
+) -> [Vec<Action>; SECTIONS] {
+    let mut last_reader: HashMap<TensorId, usize> = HashMap::new();
+    for (index, item) in sections.iter().flatten().enumerate() {
+        match item {
+            Item::Run(op) => last_reader.extend(op.inputs().map(|input| (input.id, index))),
+            Item::Give(tensor) => drop(last_reader.insert(tensor.id, index)),
         }
-        let ends = |id: &TensorId| last_reader.get(id) == Some(&index) && !keep.contains(id);
-        // The interpreter fetches inputs one by one: a consuming first fetch would leave nothing for the second.
-        let consumed = count.iter().filter(|(id, n)| **n == 1 && ends(id)).map(|(id, _)| *id).collect();
-        let freed: Vec<TensorIr> = {
-            let mut seen = HashSet::new();
-            let twice = op.inputs().filter(|t| count[&t.id] > 1 && ends(&t.id) && seen.insert(t.id));
-            twice.cloned().collect()
-        };
-        let outputs: Vec<TensorIr> = op.outputs().cloned().collect();
-        op.visit_mut(&mut SetStatus { outputs: outputs.iter().map(|t| t.id).collect(), consumed });
-        program.push(Action::Run(Box::new(op)));
-        program.extend(freed.into_iter().map(Action::Free));
-        for out in outputs {
-            let read_later = last_reader.contains_key(&out.id);
-            if results.contains(&out.id) {
-                give(&mut program, &out, !read_later);
-            } else if !read_later {
-                program.push(Action::Free(out));
+    }
+    let mut index = 0;
+    sections.map(|items| {
+        let mut program = Vec::with_capacity(items.len() * 2);
+        let mut given = HashSet::new();
+        for item in items {
+            let ends = |id: &TensorId| last_reader.get(id) == Some(&index) && !keep.contains(id);
+            match item {
+                Item::Run(op) => run(op, ends, |id| last_reader.contains_key(id), &mut program),
+                Item::Give(tensor) => {
+                    if given.insert(tensor.id) {
+                        let status = if ends(&tensor.id) { TensorStatus::ReadWrite } else { TensorStatus::ReadOnly };
+                        program.push(Action::Give(TensorIr { status, ..tensor }));
+                    } else if ends(&tensor.id) {
+                        program.push(Action::Free(tensor));
+                    }
+                }
             }
+            index += 1;
         }
+        program
+    })
+}
+
+/// Puts in an operation, and frees what it has read last and what nobody reads.
+fn run(
+    mut op: Box<OperationIr>,
+    ends: impl Fn(&TensorId) -> bool,
+    is_read: impl Fn(&TensorId) -> bool,
+    program: &mut Vec<Action>,
+) {
+    let mut count: HashMap<TensorId, usize> = HashMap::new();
+    for input in op.inputs() {
+        *count.entry(input.id).or_default() += 1;
     }
-    program
+    // The interpreter fetches inputs one by one: a consuming first fetch would leave nothing for the second.
+    let consumed = count.iter().filter(|(id, n)| **n == 1 && ends(id)).map(|(id, _)| *id).collect();
+    let freed: Vec<TensorIr> = {
+        let mut seen = HashSet::new();
+        let twice = op.inputs().filter(|t| count[&t.id] > 1 && ends(&t.id) && seen.insert(t.id));
+        twice.cloned().collect()
+    };
+    let outputs: Vec<TensorIr> = op.outputs().cloned().collect();
+    op.visit_mut(&mut SetStatus { outputs: outputs.iter().map(|t| t.id).collect(), consumed });
+    program.push(Action::Run(op));
+    program.extend(freed.into_iter().map(Action::Free));
+    program.extend(outputs.into_iter().filter(|out| !is_read(&out.id)).map(Action::Free));
 }
 
 /// The operations that the results depend on.

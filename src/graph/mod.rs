@@ -1,8 +1,8 @@
 //! Any burn module as data: one training step captured as a list of operations, rewritten, and executed.
 //!
 //! An eager wrapper cannot reach inside an unmodified `forward`. Here the step (forward, loss and backward) of an
-//! ordinary [`Module`](burn::module::Module) is recorded once with [`capture_step`], which yields a [`StepGraph`]:
-//! burn-ir operations with the parameters, inputs and results named. Passes rewrite that list, for example
+//! ordinary [`Module`](burn::module::Module) is recorded once with [`capture_step`], or a forward alone with
+//! [`capture_forward`], which yields a [`StepGraph`]: burn-ir operations with the parameters, inputs and results named. Passes rewrite that list, for example
 //! [`sync_batch_norm`], which puts a collective after every batch statistic, or [`shard::partition`], which splits the step
 //! over the ranks of a group. An [`Executor`] then runs it on Flex at
 //! each step with the model's current parameters and new inputs, faster than eager since there is no tape.
@@ -41,24 +41,37 @@ mod batch_norm;
 mod cache;
 mod capture;
 mod custom;
+pub mod cut;
 mod execute;
+mod forward;
 mod inputs;
 mod leaves;
+mod listing;
 mod liveness;
+mod loss;
 mod module;
+pub(crate) mod random;
 pub mod shard;
+mod split;
 mod step;
 mod sync;
 
 pub use batch_norm::{BatchNormSync, SYNC_BATCH_NORM_GRAD, SYNC_BATCH_NORM_MEAN, sync_batch_norm};
 pub use cache::GraphCache;
-pub use capture::{StepLoss, capture_step};
+pub(crate) use cache::StepKey;
+pub use capture::capture_step;
 pub use custom::CustomOps;
-pub use execute::{Executor, StepOutputs, StepResult};
+pub(crate) use execute::named_tensors;
+pub use execute::{Executor, StepObserver, StepOutputs, StepResult, graph_tensors};
+pub(crate) use forward::dispatch;
+pub use forward::{Forward, ForwardGraph, capture_forward};
 pub use inputs::{GraphInputs, GraphTensor, TensorMapper};
 pub use liveness::MemoryEstimate;
+pub use loss::{LossParts, StepLoss, TokenLoss};
 pub use module::gradients_params;
-pub(crate) use module::with_autodiff;
+pub(crate) use module::read_params;
+pub use random::{COUNTED_RANDOM, RandomSource, counted_random, register_counted_random};
+pub(crate) use split::ModelSplit;
 pub use step::{BatchNormBinding, InputBinding, ParamBinding, StepGraph};
 pub use sync::register_sync_batch_norm;
 

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use burn::backend::flex::FlexTensor;
-use burn::backend::{DispatchAutodiffContext, DispatchTensor, Flex, GradientCheckpointingStrategy};
+use burn::backend::{DispatchTensor, Flex, GradientCheckpointingStrategy};
 use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::prelude::*;
@@ -12,6 +12,7 @@ use burn::tensor::{Bool, DType, Int, Shape};
 use super::graph_error;
 use super::inputs::GraphTensor;
 use crate::error::Error;
+use crate::params::with_autodiff;
 
 /// One float, int or bool parameter or running statistic.
 pub(crate) struct Surveyed {
@@ -194,13 +195,6 @@ impl ModuleMapper for WriteRunningStates {
             }
         }
     }
-}
-
-/// The tensor on autodiff, as one that takes part in gradient checkpointing by `strategy`.
-pub(crate) fn with_autodiff<const D: usize>(tensor: Tensor<D>, strategy: GradientCheckpointingStrategy) -> Tensor<D> {
-    let mut tensor = tensor.autodiff().into_dispatch();
-    tensor.autodiff = DispatchAutodiffContext::Enabled(strategy);
-    Tensor::from_dispatch(tensor)
 }
 
 /// Gradients by parameter id as burn's optimizers take them.

@@ -1,11 +1,11 @@
-//! A captured training step: operations, and what the tensors at its edge mean.
+//! A captured step: operations, and what the tensors at its edge mean.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use burn::module::ParamId;
 use burn::tensor::TensorData;
-use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
+use burn_ir::{CustomOpIr, IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
 
 /// A parameter or running statistic of the module, as the graph sees it.
 #[derive(Clone, Debug)]
@@ -50,7 +50,7 @@ pub struct BatchNormBinding {
     pub training: bool,
 }
 
-/// One training step as data: forward, loss and backward in execution order.
+/// One step as data: forward, loss and backward in execution order, or a forward alone.
 ///
 /// Tensor ids are canonical (parameters, inputs, constants, then operation outputs, counted from 0), so two captures of
 /// the same step are equal. Tensor statuses mean nothing here: the executor works them out after all passes have run.
@@ -67,9 +67,13 @@ pub struct StepGraph {
     /// Values of the tensors that were made on the host during the capture, or are held by the module outside a
     /// parameter.
     pub constants: BTreeMap<TensorId, TensorData>,
-    /// The loss: one element.
-    pub loss: TensorIr,
-    /// Extra outputs of the loss closure, in order.
+    /// The loss, of which the gradients are: one element. `None` in a forward alone
+    /// ([`capture_forward`](super::capture_forward)).
+    pub loss: Option<TensorIr>,
+    /// The number of items that the loss is the sum over ([`TokenLoss`](super::TokenLoss)): one element. `None` if the loss
+    /// is a mean, which counts for 1.
+    pub weight: Option<TensorIr>,
+    /// Extra outputs of the step closure, in order; of a forward alone, its outputs.
     pub outputs: Vec<TensorIr>,
     /// The module's batch norms.
     pub batch_norms: Vec<BatchNormBinding>,
@@ -83,10 +87,11 @@ impl StepGraph {
         TensorId::new(self.next_id - 1)
     }
 
-    /// The tensors that the step gives: loss, gradients, updates and extra outputs. A tensor may appear several times.
+    /// The tensors that the step gives: loss, its weight, gradients, updates and extra outputs. A tensor may appear several
+    /// times.
     pub fn results(&self) -> impl Iterator<Item = &TensorIr> {
         let params = self.params.iter().flat_map(|p| p.gradient.iter().chain(&p.update));
-        std::iter::once(&self.loss).chain(params).chain(&self.outputs)
+        self.loss.iter().chain(&self.weight).chain(params).chain(&self.outputs)
     }
 
     /// A hash of the custom operations in order: ids, scalars but the last, and output shapes.
@@ -95,9 +100,16 @@ impl StepGraph {
     /// comparing it once before the first step tells early that collectives would not match. (By convention the last
     /// scalar of a custom operation is the part that may differ between ranks, as a sample count does.)
     pub fn collective_fingerprint(&self) -> u64 {
+        self.fingerprint(|_| true)
+    }
+
+    /// As [`collective_fingerprint`](Self::collective_fingerprint), of some custom operations only.
+    pub(crate) fn fingerprint(&self, counts: impl Fn(&CustomOpIr) -> bool) -> u64 {
         let mut hasher = DefaultHasher::new();
         for op in &self.operations {
-            if let OperationIr::Custom(op) = op {
+            if let OperationIr::Custom(op) = op
+                && counts(op)
+            {
                 op.id.hash(&mut hasher);
                 op.scalars.split_last().map(|(_, scalars)| scalars).hash(&mut hasher);
                 for out in &op.outputs {

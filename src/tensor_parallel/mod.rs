@@ -2,7 +2,9 @@
 //!
 //! Any [`Module`](burn::module::Module), unedited: [`TensorParallel::tensor_parallel`] with a [`Plan`](crate::plan::Plan)
 //! leaves each rank its parts of the parameters, and [`Sharded::step`] runs a training step on them with the collectives
-//! that it takes. For models that are written with tensor parallelism in mind there are explicit [`layers`].
+//! that it takes. [`Plan::suggest_for`](crate::plan::Plan::suggest_for) finds a plan for a model that it has never seen, and
+//! [`Sharded::load`] reads each rank's parts only. For models that are written with tensor parallelism in mind there are
+//! explicit [`layers`].
 //!
 //! ```
 //! use burn::nn::{Linear, LinearConfig};
@@ -27,10 +29,11 @@
 //! # Ok::<(), Error>(())
 //! ```
 
-mod distribute;
 pub mod layers;
 mod sharded;
+mod suggest;
 mod wrap;
 
 pub use sharded::{Sharded, Step};
+pub use suggest::PlanCost;
 pub use wrap::TensorParallel;

@@ -7,12 +7,14 @@ use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor};
 
-use super::distribute::{agree, assemble, distribute, outline};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
-use crate::graph::shard::{ShardReport, partition, register_collectives};
-use crate::graph::{CustomOps, GraphCache, GraphInputs, GraphTensor, StepGraph, StepLoss};
-use crate::layout::Layout;
+use crate::graph::shard::ShardReport;
+use crate::graph::{
+    CustomOps, GraphCache, GraphInputs, GraphTensor, ModelSplit, RandomSource, StepGraph, StepLoss, StepObserver,
+    StepOutputs,
+};
+use crate::params::SliceSource;
 use crate::plan::{Plan, PlanTable};
 
 /// A model split over a group: a burn [`Module`] with the paths and ids of the model and this rank's parts of its
@@ -24,14 +26,31 @@ use crate::plan::{Plan, PlanTable};
 #[derive(Clone)]
 pub struct Sharded<M> {
     local: M,
-    table: Arc<PlanTable>,
-    group: Communicator,
+    pub(super) split: ModelSplit,
+    seed: u64,
     engine: Arc<Mutex<Engine>>,
 }
 
 struct Engine {
     graphs: GraphCache,
-    report: Arc<Mutex<ShardReport>>,
+    reports: Arc<Mutex<Vec<ShardReport>>>,
+}
+
+impl Engine {
+    fn of(split: &ModelSplit) -> Self {
+        let reports = Arc::<Mutex<Vec<ShardReport>>>::default();
+        let mut ops = CustomOps::new();
+        split.register(&mut ops);
+        let pass = {
+            let (split, reports) = (split.clone(), reports.clone());
+            move |graph: &mut StepGraph| {
+                *lock(&reports) = split.apply(graph)?;
+                split.schedule(graph);
+                Ok(())
+            }
+        };
+        Self { graphs: GraphCache::new(ops, pass), reports }
+    }
 }
 
 /// What [`Sharded::step`] gives.
@@ -39,6 +58,9 @@ struct Engine {
 pub struct Step {
     /// The loss that one device would compute, on every rank; on Flex without autodiff.
     pub loss: Tensor<1>,
+    /// The number of items that the loss is the mean over, if the closure gave a [`TokenLoss`](crate::graph::TokenLoss);
+    /// else 1.
+    pub weight: f64,
     /// The gradients of this rank's parts, for burn's optimizers.
     pub grads: GradientsParams,
     /// The extra outputs of the loss closure, whole on every rank.
@@ -46,26 +68,26 @@ pub struct Step {
 }
 
 impl<M: Module> Sharded<M> {
-    pub(super) fn new(model: M, group: &Communicator, plan: &Plan) -> Result<Self, Error> {
-        let table = plan.table(&model, group.size())?;
-        agree(&table, group)?;
-        // Collectives of steps are counted by themselves.
-        let group = group.split(0, group.rank() as i64)?;
-        let local = if group.size() == 1 { model } else { distribute(model, &table, &group)? };
-        let table = Arc::new(table);
+    pub(super) fn new(model: M, axes: &[(&str, &Communicator)], plan: &Plan) -> Result<Self, Error> {
+        let (local, split) = ModelSplit::distribute(model, axes, plan)?;
+        Ok(Self { local, engine: Arc::new(Mutex::new(Engine::of(&split))), split, seed: 0 })
+    }
 
-        let report = Arc::<Mutex<ShardReport>>::default();
-        let mut ops = CustomOps::new();
-        register_collectives(&mut ops, &group);
-        let pass = {
-            let (plan, table, group, report) = (plan.clone(), table.clone(), group.clone(), report.clone());
-            move |graph: &mut StepGraph| {
-                *lock(&report) = split(graph, &plan, &table, &group)?;
-                Ok(())
-            }
-        };
-        let engine = Engine { graphs: GraphCache::new(ops, pass), report };
-        Ok(Self { local, table, group, engine: Arc::new(Mutex::new(engine)) })
+    /// Sets the seed of the random numbers that steps draw, dropout above all: the same on every rank of the split, which
+    /// then draw what one device would. 0 by default. Forgets the captured steps.
+    pub fn with_seed(self, seed: u64) -> Self {
+        let split = self.split.with_random(RandomSource::new(seed));
+        Self { engine: Arc::new(Mutex::new(Engine::of(&split))), split, seed, local: self.local }
+    }
+
+    /// The seed of the random numbers that steps draw.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// This rank's part of the model, and how it was split: for engines of other strategies.
+    pub(crate) fn into_parts(self) -> (M, ModelSplit) {
+        (self.local, self.split)
     }
 
     /// This rank's part of the model.
@@ -75,17 +97,35 @@ impl<M: Module> Sharded<M> {
 
     /// Every parameter with its layout.
     pub fn table(&self) -> &PlanTable {
-        &self.table
+        self.split.table()
     }
 
-    /// What the last captured step was given in collectives, and what of it could not be split.
+    /// What the last captured step was given in collectives over the axis that the plan speaks of, and what of it could not
+    /// be split.
     pub fn report(&self) -> ShardReport {
-        lock(&lock(&self.engine).report).clone()
+        self.reports().into_iter().next().unwrap_or_default()
     }
 
-    /// What steps have communicated on this rank so far, with the distribution of the parameters and the comparisons.
+    /// As [`report`](Self::report), for every axis.
+    pub fn reports(&self) -> Vec<ShardReport> {
+        lock(&lock(&self.engine).reports).clone()
+    }
+
+    /// What steps have communicated on this rank so far over all axes, with the distribution of the parameters and the
+    /// comparisons.
     pub fn counters(&self) -> Counters {
-        self.group.counters()
+        self.split.groups().map(Communicator::counters).fold(Counters::default(), |sum, more| sum + more)
+    }
+
+    /// Gives all parameters the values that a store has under their paths. Each rank asks for its own parts only, and lazy
+    /// parameters are never made whole: so a model is loaded that no rank could hold. Not collective; every rank has the
+    /// same store.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the source lacks a parameter, or has it with other dims than the whole one has; those
+    /// of the source.
+    pub fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
+        Ok(Self { local: self.split.load(self.local, source)?, ..self })
     }
 
     /// The whole model, on every rank. Collective.
@@ -93,55 +133,73 @@ impl<M: Module> Sharded<M> {
     /// # Errors
     /// Those of [`Communicator`].
     pub fn assemble(&self) -> Result<M, Error> {
-        match self.group.size() {
-            1 => Ok(self.local.clone()),
-            _ => assemble(self.local.clone(), &self.table, &self.group),
-        }
+        self.split.assemble(&self.local)
     }
 
     /// Runs a training step: `loss` on `inputs`, forward and backward.
     ///
     /// `loss` sees the model with the dims that it has as a whole. It is recorded when inputs of these shapes come for the
-    /// first time, as [`graph`](crate::graph) tells, which also says what cannot be; later it is not called again.
-    /// Collective: every rank passes the same whole inputs.
+    /// first time, as [`graph`](crate::graph) tells, which also says what cannot be; later it is not called again (see
+    /// [`GraphCache`] for what counts as the same closure). Collective: every rank passes the same whole inputs.
     ///
     /// # Errors
-    /// [`Error::Graph`] if the step cannot be recorded or draws random numbers; [`Error::Plan`] if an input cannot be split
-    /// as planned; those of [`Communicator`].
+    /// [`Error::Graph`] if the step cannot be recorded; [`Error::Plan`] if an input cannot be split as planned; those of
+    /// [`Communicator`].
     pub fn step<I, F, R>(&mut self, inputs: I, loss: F) -> Result<Step, Error>
     where
         I: GraphInputs + Clone,
         F: FnOnce(&M, I) -> R,
         R: StepLoss,
     {
-        let whole = outline(&self.local, &self.table);
+        let whole = self.split.outline(&self.local);
         let mut engine = lock(&self.engine);
         let executor = engine.graphs.executor(&whole, &inputs, loss)?;
         let result = executor.step(&self.local, inputs)?;
-        Ok(Step { loss: result.loss, grads: result.gradients, outputs: result.outputs })
+        self.split.random().advance();
+        Ok(Step { loss: result.loss, weight: result.weight, grads: result.gradients, outputs: result.outputs })
     }
-}
 
-/// Splits a captured step, and makes sure that all ranks got the same collectives.
-fn split(graph: &mut StepGraph, plan: &Plan, table: &PlanTable, group: &Communicator) -> Result<ShardReport, Error> {
-    let degree = group.size();
-    let layout = |id| table.row(id).map_or(Layout::Replicated, |row| row.layout);
-    let params: Vec<Layout> = graph.params.iter().map(|param| layout(param.id)).collect();
-    let inputs = graph.inputs.iter().map(|input| (input.path.as_str(), input.tensor.shape.as_slice()));
-    let inputs = plan.input_layouts(inputs, degree)?;
-    let (local, report) = partition(graph, &params, &inputs, degree, group.rank())?;
-    *graph = local;
-    let fingerprints = group.all_gather(vec![graph.collective_fingerprint()])?;
-    match fingerprints.iter().position(|fingerprint| *fingerprint != fingerprints[0]) {
-        None => Ok(report),
-        Some(rank) => {
-            let problem = format!(
-                "rank {rank} of group `{}` would run other collectives than rank 0: pass the same step and inputs of the \
-                 same shapes on every rank",
-                group.group()
-            );
-            Err(Error::Graph { problem })
-        }
+    /// As [`step`](Self::step), but tells an observer of the number of items and of each gradient as soon as they are there,
+    /// while the rest of the backward pass is still to run. Gradients are those of this rank's parts, and of the sum if the
+    /// closure gives a [`TokenLoss`](crate::graph::TokenLoss).
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), and those of the observer.
+    pub fn step_observed<I, F, R>(
+        &mut self,
+        inputs: I,
+        loss: F,
+        observer: &mut dyn StepObserver,
+    ) -> Result<StepOutputs, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnOnce(&M, I) -> R,
+        R: StepLoss,
+    {
+        let whole = self.split.outline(&self.local);
+        let mut engine = lock(&self.engine);
+        let step = engine.graphs.executor(&whole, &inputs, loss)?.step_observed(&self.local, inputs, observer)?;
+        self.split.random().advance();
+        Ok(step)
+    }
+
+    /// Runs a forward pass for evaluation: what `forward` gives, whole on every rank and on Flex without autodiff.
+    ///
+    /// The model is in evaluation mode, as after [`Module::valid`]: no dropout, running statistics in batch norms. Outputs
+    /// are a tensor or a structure of tensors. Recorded like [`step`](Self::step). Collective: every rank passes the same
+    /// whole inputs.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnOnce(&M, I) -> O,
+        O: GraphInputs + Clone + Send + 'static,
+    {
+        let whole = self.split.outline(&self.local);
+        let mut engine = lock(&self.engine);
+        engine.graphs.forward(&whole, &inputs, forward)?.run(&self.local, inputs)
     }
 }
 
@@ -151,7 +209,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl<M: fmt::Debug> fmt::Debug for Sharded<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Sharded").field("local", &self.local).field("group", &self.group).finish()
+        f.debug_struct("Sharded").field("local", &self.local).field("group", self.split.group()).finish()
     }
 }
 

@@ -5,21 +5,53 @@ use burn::module::Module;
 use super::Sharded;
 use crate::Error;
 use crate::comm::Communicator;
-use crate::plan::Plan;
+use crate::mesh::Mesh;
+use crate::plan::{DEFAULT_AXIS, Plan};
 
 /// Splits any burn module over a group. Implemented for every [`Module`].
 pub trait TensorParallel: Module + Sized {
     /// Leaves this rank its parts of the parameters, by `plan`. All parameters get the values that rank 0 brings.
     ///
-    /// Collective: every rank of `group` brings the same model structure and the same plan. Parameters are distributed one
-    /// by one, and a lazy one is made only for that moment, so that no more than one whole split parameter of this model
-    /// exists on a rank at a time, beside what was made before.
+    /// Collective: every rank of `group` brings the same model structure and the same plan. Values that rank 0 has are
+    /// distributed one by one; the other ranks drop theirs unread. A parameter that is lazy on rank 0 stays lazy: it gets its
+    /// value from [`Sharded::load`], of which each rank reads its part, or else at the first step, where rank 0 makes one
+    /// whole parameter at a time. No other rank ever holds the whole of a split parameter, unless its model came with it.
     ///
     /// # Errors
     /// [`Error::Plan`] as [`Plan::table`]; [`Error::ModelMismatch`] if the ranks bring different models or plans; those of
     /// [`Communicator`].
     fn tensor_parallel(self, group: &Communicator, plan: &Plan) -> Result<Sharded<Self>, Error> {
-        Sharded::new(self, group, plan)
+        Sharded::new(self, &[(DEFAULT_AXIS, group)], plan)
+    }
+
+    /// As [`tensor_parallel`](Self::tensor_parallel), over several axes of a mesh: the plan speaks of the first one named
+    /// here, and of the others by [`Plan::on`]. All ranks of these axes pass the same whole inputs.
+    ///
+    /// ```
+    /// # use burn::{nn::{Linear, LinearConfig}, prelude::*};
+    /// # use burn_parallel::prelude::*;
+    /// # launch::threads(4).run(|world| {
+    /// # let device = world.device().autodiff();
+    /// # let model: Linear = LinearConfig::new(4, 6).init(&device);
+    /// let mesh = Mesh::new(&world, [("dp", 2), ("tp", 2)])?;
+    /// // Columns over `tp`, the rows of the batch over `dp`.
+    /// let plan = Plan::new().shard("weight", 1).shard("bias", 0).on("dp", Plan::new().shard_input("", 0));
+    /// let mut model = model.tensor_parallel_over(&mesh, &["tp", "dp"], &plan)?;
+    /// let x = Tensor::<2>::ones([6, 4], &device);
+    /// let step = model.step(x, |model, x| model.forward(x).powi_scalar(2).mean())?;
+    /// # Ok(()) })?;
+    /// # Ok::<(), Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`tensor_parallel`](Self::tensor_parallel); [`Error::Mesh`] if the mesh has no axis of such a name;
+    /// [`Error::Plan`] if none is named.
+    fn tensor_parallel_over(self, mesh: &Mesh, axes: &[&str], plan: &Plan) -> Result<Sharded<Self>, Error> {
+        if axes.is_empty() {
+            return Err(Error::Plan { problem: "name at least one axis of the mesh to split the model over".into() });
+        }
+        let groups = axes.iter().map(|name| mesh.axis(name)).collect::<Result<Vec<_>, _>>()?;
+        Sharded::new(self, &axes.iter().copied().zip(&groups).collect::<Vec<_>>(), plan)
     }
 }
 

@@ -46,7 +46,7 @@ fn memory_is_freed_at_the_last_use() {
     let graph = capture_step(&model, batch(), |m, (x, t)| m.loss(x, t)).unwrap();
     let without = MemoryEstimate::of_operations(&graph.operations);
     let gradients: usize = graph.params.iter().filter_map(|p| p.gradient.as_ref()).map(bytes).sum();
-    let loss = bytes(&graph.loss);
+    let loss = bytes(graph.loss.as_ref().unwrap());
     let with = Executor::new(graph, CustomOps::new()).unwrap().memory();
     assert!(with.peak * 2 < without.peak, "{with:?} {without:?}");
     assert_eq!(with.left_over, gradients + loss, "only the results are left");
@@ -108,9 +108,10 @@ fn custom_operations_run_and_fail() {
     let x = || Numbers(1).tensor([3, 6], &device);
     let mut graph = capture_step(&model, x(), |m, x| m.forward(x).mean()).unwrap();
     // Doubles the loss.
-    let out = graph.loss.clone();
-    graph.loss.id = graph.fresh_id();
-    graph.operations.push(OperationIr::Custom(CustomOpIr::new("double", &[out], &[graph.loss.clone()])));
+    let out = graph.loss.clone().unwrap();
+    let doubled = TensorIr { id: graph.fresh_id(), ..out.clone() };
+    graph.operations.push(OperationIr::Custom(CustomOpIr::new("double", &[out], std::slice::from_ref(&doubled))));
+    graph.loss = Some(doubled);
     let problem = Executor::new(graph.clone(), CustomOps::new()).unwrap_err().to_string();
     assert!(problem.contains("no custom operation `double`"), "{problem}");
 

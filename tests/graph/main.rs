@@ -7,3 +7,4 @@ mod execute;
 mod models;
 mod parity;
 mod speed;
+mod token_loss;

@@ -1,39 +1,130 @@
-//! The custom operations of a partitioned graph, over a communicator.
+//! The custom operations of a partitioned graph, over communicators.
 
 use burn::backend::flex::FlexTensor;
-use burn_ir::CustomOpIr;
+use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorIr};
 
-use crate::comm::Communicator;
+use super::overlap;
+use crate::comm::{Communicator, ReduceOp};
 use crate::error::Error;
-use crate::graph::{CustomOps, graph_error};
+use crate::graph::{CustomOps, StepGraph, graph_error};
 use crate::layout::Step;
 
-/// Id of the custom operation that sums over the ranks. No scalars.
-pub const ALL_REDUCE: &str = "all_reduce";
-/// Id of the custom operation that puts the parts of all ranks together along a dim, its first scalar.
-pub const ALL_GATHER: &str = "all_gather";
-/// Id of the custom operation that sums over the ranks and keeps this rank's part along a dim, its first scalar.
-pub const REDUCE_SCATTER: &str = "reduce_scatter";
-
-/// Registers what a [partitioned](super::partition) graph needs, over `group`.
-pub fn register_collectives(ops: &mut CustomOps, group: &Communicator) {
-    let comm = group.clone();
-    ops.register(ALL_REDUCE, move |_, inputs| run(ALL_REDUCE, Step::Sum, inputs, &comm));
-    let comm = group.clone();
-    ops.register(ALL_GATHER, move |op, inputs| run(ALL_GATHER, Step::Gather { dim: dim(op)? }, inputs, &comm));
-    let comm = group.clone();
-    ops.register(REDUCE_SCATTER, move |op, inputs| {
-        run(REDUCE_SCATTER, Step::SumSlice { dim: dim(op)? }, inputs, &comm)
-    });
+/// The kinds of collectives that a partition puts in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum CollectiveKind {
+    /// Partial to replicated: the sum over the ranks.
+    AllReduce,
+    /// The largest over the ranks of what each reduced from its part.
+    AllReduceMax,
+    /// The smallest over the ranks.
+    AllReduceMin,
+    /// The product over the ranks.
+    AllReduceProduct,
+    /// Sharded to replicated.
+    AllGather,
+    /// Partial to sharded.
+    ReduceScatter,
+    /// Sharded along one dim to sharded along another.
+    AllToAll,
 }
 
-fn run(name: &'static str, step: Step, inputs: Vec<FlexTensor>, comm: &Communicator) -> Result<Vec<FlexTensor>, Error> {
-    let [input] = <[FlexTensor; 1]>::try_from(inputs)
-        .map_err(|inputs| graph_error(format!("custom operation `{name}` takes one input, not {}", inputs.len())))?;
-    Ok(vec![step.take(name, input, comm)?])
+impl CollectiveKind {
+    pub(crate) const ALL: [Self; 7] = [
+        Self::AllReduce,
+        Self::AllReduceMax,
+        Self::AllReduceMin,
+        Self::AllReduceProduct,
+        Self::AllGather,
+        Self::ReduceScatter,
+        Self::AllToAll,
+    ];
+
+    /// What the id of its custom operation ends in, behind the name of the axis: `tp.all_reduce`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AllReduce => "all_reduce",
+            Self::AllReduceMax => "all_reduce_max",
+            Self::AllReduceMin => "all_reduce_min",
+            Self::AllReduceProduct => "all_reduce_product",
+            Self::AllGather => "all_gather",
+            Self::ReduceScatter => "reduce_scatter",
+            Self::AllToAll => "all_to_all",
+        }
+    }
+
+    /// The custom operation over an axis. `dims` are the dim along which it gathers or scatters, or the dims that an
+    /// all-to-all splits and joins.
+    pub(crate) fn operation(self, axis: &str, dims: &[usize], from: TensorIr, to: TensorIr) -> OperationIr {
+        // By convention the last scalar does not count in the fingerprint; the dims shall.
+        let scalars = dims.iter().copied().chain([0]).map(|dim| ScalarIr::UInt(dim as u64)).collect();
+        let id = format!("{axis}.{}", self.name());
+        OperationIr::Custom(CustomOpIr { id, inputs: vec![from], outputs: vec![to], scalars })
+    }
+
+    /// What it does with the tensors of this rank.
+    pub(crate) fn run(
+        self,
+        op: &CustomOpIr,
+        inputs: Vec<FlexTensor>,
+        comm: &Communicator,
+    ) -> Result<Vec<FlexTensor>, Error> {
+        if self == Self::AllReduce && inputs.len() != 1 {
+            return comm.all_reduce_many(inputs, ReduceOp::Sum);
+        }
+        let [input] = <[FlexTensor; 1]>::try_from(inputs).map_err(|inputs| {
+            graph_error(format!("custom operation `{}` takes one input, not {}", op.id, inputs.len()))
+        })?;
+        let step = |step: Step| step.take(self.name(), input.clone(), comm);
+        let output = match self {
+            Self::AllReduce => comm.all_reduce_host(input, ReduceOp::Sum)?,
+            Self::AllReduceMax => comm.all_reduce_host(input, ReduceOp::Max)?,
+            Self::AllReduceMin => comm.all_reduce_host(input, ReduceOp::Min)?,
+            Self::AllReduceProduct => comm.all_reduce_host(input, ReduceOp::Product)?,
+            Self::AllGather => step(Step::Gather { dim: dim(op, 0)? })?,
+            Self::ReduceScatter => step(Step::SumSlice { dim: dim(op, 0)? })?,
+            Self::AllToAll => step(Step::Exchange { split: dim(op, 0)?, join: dim(op, 1)? })?,
+        };
+        Ok(vec![output])
+    }
 }
 
-fn dim(op: &CustomOpIr) -> Result<usize, Error> {
-    let dim = op.scalars.first().map(|dim| dim.elem::<u64>() as usize);
-    dim.ok_or_else(|| graph_error(format!("custom operation `{}` needs a dim as its first scalar", op.id)))
+/// A collective of a graph, told by its custom operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CollectiveOp<'a> {
+    pub(crate) axis: &'a str,
+    pub(crate) kind: CollectiveKind,
+}
+
+impl<'a> CollectiveOp<'a> {
+    pub(crate) fn of(op: &'a OperationIr) -> Option<(Self, &'a CustomOpIr)> {
+        let OperationIr::Custom(op) = op else { return None };
+        let (axis, name) = op.id.rsplit_once('.')?;
+        let kind = CollectiveKind::ALL.into_iter().find(|kind| kind.name() == name)?;
+        Some((Self { axis, kind }, op))
+    }
+}
+
+/// Registers what a graph needs that was [partitioned](super::partition) over the axis of this name, over the `group` of
+/// its ranks.
+pub fn register_collectives(ops: &mut CustomOps, axis: &str, group: &Communicator) {
+    for kind in CollectiveKind::ALL {
+        let comm = group.clone();
+        ops.register(&format!("{axis}.{}", kind.name()), move |op, inputs| kind.run(op, inputs, &comm));
+    }
+    overlap::register(ops, axis, group);
+}
+
+impl StepGraph {
+    /// A hash of the collectives over one axis in order: kinds, dims and shapes.
+    ///
+    /// The ranks along the axis must have the same fingerprint, also where those along another axis have not.
+    pub fn axis_fingerprint(&self, axis: &str) -> u64 {
+        self.fingerprint(|op| op.id.rsplit_once('.').is_some_and(|(of, _)| of == axis))
+    }
+}
+
+pub(crate) fn dim(op: &CustomOpIr, place: usize) -> Result<usize, Error> {
+    let dim = op.scalars.get(place).map(|dim| dim.elem::<u64>() as usize);
+    dim.ok_or_else(|| graph_error(format!("custom operation `{}` needs a dim as scalar {place}", op.id)))
 }

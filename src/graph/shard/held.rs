@@ -1,6 +1,6 @@
 //! What the ranks hold of each logical tensor.
 
-use burn_ir::{TensorId, TensorIr};
+use burn_ir::{BaseOperationIr, OperationIr, TensorId, TensorIr};
 
 use crate::layout::Layout;
 
@@ -11,30 +11,63 @@ pub(super) struct Held {
     /// The layout in which it came to be.
     layout: Layout,
     versions: Vec<(Layout, TensorId)>,
-    /// A sum that was not made yet; then there are no versions.
-    pub(super) waiting: Option<WaitingSum>,
+    pub(super) origin: Origin,
+    /// Whether it is a parameter, or one with its elements moved: not meant to be whole anywhere.
+    pub(super) parameter: bool,
+    /// The operation that made it, if that only moves elements: another version of its input gives one of this.
+    pub(super) moved: Option<Box<OperationIr>>,
 }
 
-/// A partial and a whole term that are to be added once the partial one is reduced.
+/// How a tensor comes to be.
+#[derive(Debug, Clone)]
+pub(super) enum Origin {
+    /// It is there.
+    Made,
+    /// A sum that was not made yet; then there are no versions.
+    Waiting(WaitingSum),
+    /// An operation that is run in whatever layout is asked for; whole tensors are enough for it.
+    Planned(Box<OperationIr>),
+}
+
+/// A partial term and one that is not, local tensors both, that are to be added once the partial one is reduced.
 #[derive(Debug, Clone)]
 pub(super) struct WaitingSum {
     pub(super) partial: TensorIr,
     pub(super) whole: TensorIr,
+    /// How the whole term lies: whole, or split along a dim, as then the sum will be.
+    pub(super) layout: Layout,
 }
 
 impl Held {
     pub(super) fn new(global: TensorIr, layout: Layout, local: TensorId) -> Self {
-        Self { global, layout, versions: vec![(layout, local)], waiting: None }
+        Self { global, layout, versions: vec![(layout, local)], origin: Origin::Made, parameter: false, moved: None }
+    }
+
+    pub(super) fn parameter(global: TensorIr, layout: Layout) -> Self {
+        let local = global.id;
+        Self { parameter: true, ..Self::new(global, layout, local) }
     }
 
     pub(super) fn waiting(global: TensorIr, sum: WaitingSum) -> Self {
-        Self { global, layout: Layout::Replicated, versions: Vec::new(), waiting: Some(sum) }
+        Self::without_versions(global, Layout::Partial, Origin::Waiting(sum))
     }
 
-    /// The layout that rules should see: what was partial is whole once somebody has had it reduced.
+    pub(super) fn planned(global: TensorIr, op: OperationIr) -> Self {
+        Self::without_versions(global, Layout::Replicated, Origin::Planned(Box::new(op)))
+    }
+
+    fn without_versions(global: TensorIr, layout: Layout, origin: Origin) -> Self {
+        Self { global, layout, versions: Vec::new(), origin, parameter: false, moved: None }
+    }
+
+    /// The layout that rules should see: what was partial is what somebody has had made of it.
     pub(super) fn layout(&self) -> Layout {
         match self.layout {
             Layout::Partial if self.version(Layout::Replicated).is_some() => Layout::Replicated,
+            Layout::Partial => {
+                let mut made = self.versions.iter().map(|(layout, _)| *layout);
+                made.find(|layout| *layout != Layout::Partial).unwrap_or(Layout::Partial)
+            }
             layout => layout,
         }
     }
@@ -55,6 +88,23 @@ impl Held {
 
     pub(super) fn elements(&self) -> u64 {
         self.global.shape.num_elements() as u64
+    }
+
+    pub(super) fn is_waiting(&self) -> bool {
+        matches!(self.origin, Origin::Waiting(_))
+    }
+
+    pub(super) fn is_planned(&self) -> bool {
+        matches!(self.origin, Origin::Planned(_))
+    }
+
+    /// Whether it is planned as nothing but zeros, which are as well the sum of zeros.
+    pub(super) fn is_planned_zeros(&self) -> bool {
+        let Origin::Planned(op) = &self.origin else { return false };
+        matches!(
+            **op,
+            OperationIr::BaseFloat(BaseOperationIr::Zeros(_)) | OperationIr::BaseInt(BaseOperationIr::Zeros(_))
+        )
     }
 
     /// The local tensor `id` that holds it in this layout.

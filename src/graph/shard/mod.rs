@@ -1,35 +1,54 @@
-//! Splitting a captured step over the ranks of a group: sharding propagation.
+//! Splitting a captured step over the ranks of a mesh axis: sharding propagation.
 //!
 //! [`partition`] takes the layouts of the parameters and the inputs, walks the operations once, forward and backward
 //! alike, and gives every tensor a [`Layout`]. For each operation it weighs the ways in which ranks can run it on what
-//! they hold, takes the one that moves least, and puts in the collectives that it needs: [`ALL_REDUCE`],
-//! [`ALL_GATHER`] and [`REDUCE_SCATTER`], custom operations that [`register_collectives`] runs over a [`Communicator`].
+//! they hold, takes the one that moves least, and puts in the collectives that it needs, custom operations that
+//! [`register_collectives`] runs over a [`Communicator`]. [`CollectiveKind`] lists them.
 //!
 //! - A tensor that was moved once is kept in both layouts, and one that was reduced is never reduced again.
 //! - Partial tensors stay partial through sums, scalings and moves, so that the gradients of the query, key and value
 //!   projections are reduced as one. They are not where that would reduce twice: where another reader needs the whole.
 //! - In a sum of partial and whole terms the whole ones wait until the partial ones are added up and reduced.
+//! - What can be made from nothing, masks and ones and zeros, is made when it is read, in the layout that is asked for.
+//! - What is read or written by index along a split dim is so by each rank in its part, so that an embedding split by rows
+//!   and a loss over split classes never gather either.
 //! - An operation without a fitting rule gathers its inputs and runs whole on every rank: slow, but right. The
 //!   [`ShardReport`] tells which.
 //!
-//! Every rank gets the same operations but for the places of slices, hence the same sequence of collectives
-//! ([`StepGraph::collective_fingerprint`]).
+//! With [`with_sequence_dim`](PartitionOptions::with_sequence_dim) activations stay split along the sequence between the
+//! layers that are split otherwise.
 //!
-//! # Not split yet
-//! Random operations (dropout) are refused: ranks that are threads draw from one generator of burn's, so that a tensor that
-//! must be equal on all ranks would not be. Convolutions, attention as one operation, and reductions other than sums and
-//! means over a split dim run whole.
+//! Several axes are partitioned one after another: the collectives of the first are operations with rules like any other,
+//! for the second. Every rank of an axis gets the same operations but for the places of slices, hence the same sequence of
+//! collectives ([`StepGraph::axis_fingerprint`]).
+//!
+//! [`fold_reductions`] then makes one collective of many small ones, and [`overlap`] has operations run beside collectives.
+//!
+//! # Not split
+//! Arg-max, top-k, sorting and cumulative reductions over a split dim, and groups of a convolution, run whole.
 //!
 //! [`Communicator`]: crate::comm::Communicator
 //! [`Layout`]: crate::layout::Layout
-//! [`StepGraph::collective_fingerprint`]: crate::graph::StepGraph::collective_fingerprint
+//! [`StepGraph::axis_fingerprint`]: crate::graph::StepGraph::axis_fingerprint
 
 mod collectives;
+mod cost;
+mod fold;
 mod held;
+mod moves;
+mod options;
+mod order;
+mod overlap;
+mod partition;
 mod pass;
+mod planned;
 mod report;
 mod rules;
+mod sums;
 
-pub use collectives::{ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, register_collectives};
-pub use pass::partition;
-pub use report::{Collective, CollectiveKind, Fallback, ShardReport};
+pub use collectives::{CollectiveKind, register_collectives};
+pub use fold::fold_reductions;
+pub use options::PartitionOptions;
+pub use overlap::overlap;
+pub use partition::partition;
+pub use report::{Collective, Fallback, ShardReport};

@@ -2,16 +2,7 @@
 
 use std::fmt;
 
-/// The kinds of collectives that a partition puts in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum CollectiveKind {
-    /// Partial to replicated.
-    AllReduce,
-    /// Sharded to replicated.
-    AllGather,
-    /// Partial to sharded.
-    ReduceScatter,
-}
+use super::collectives::CollectiveKind;
 
 /// One collective of a partitioned graph.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,9 +28,11 @@ pub struct Fallback {
     pub forward: bool,
 }
 
-/// What a [`partition`](super::partition) put in, and what it could not split.
+/// What a [`partition`](super::partition) put in over one axis, and what it could not split.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ShardReport {
+    /// Name of the axis.
+    pub axis: String,
     /// The collectives in order, the same on every rank.
     pub collectives: Vec<Collective>,
     /// The operations that run whole although some of their inputs were split.
@@ -58,7 +51,7 @@ impl fmt::Display for ShardReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for Collective { kind, dims, forward, reader } in &self.collectives {
             let pass = if *forward { "forward" } else { "backward" };
-            writeln!(f, "{pass:8} {kind:?} {dims:?} for {reader}")?;
+            writeln!(f, "{pass:8} {}.{} {dims:?} for {reader}", self.axis, kind.name())?;
         }
         for Fallback { operation, dims, forward } in &self.fallbacks {
             let pass = if *forward { "forward" } else { "backward" };

@@ -24,11 +24,11 @@ pub(super) fn strategies(op: &OperationIr) -> Vec<Strategy> {
     }
     let along = |dim: usize| {
         let of = |input: &&TensorIr| if input.shape[dim] == out.shape[dim] { Sharded(dim) } else { Replicated };
-        Strategy { inputs: inputs.iter().map(of).collect(), output: Sharded(dim) }
+        Strategy::of(inputs.iter().map(of).collect(), Sharded(dim))
     };
     let mut found: Vec<Strategy> = (0..rank).filter(|dim| out.shape[*dim] > 1).map(along).collect();
     if is_linear(op) {
-        found.push(Strategy { inputs: vec![Partial; inputs.len()], output: Partial });
+        found.push(Strategy::of(vec![Partial; inputs.len()], Partial));
     }
     found
 }
@@ -45,7 +45,8 @@ fn is_linear(op: &OperationIr) -> bool {
     }
 }
 
-fn is_elementwise(op: &OperationIr) -> bool {
+/// Whether each element of the output is computed from the elements at its place, and nothing else.
+pub(crate) fn is_elementwise(op: &OperationIr) -> bool {
     match op {
         OperationIr::BaseFloat(op) | OperationIr::BaseInt(op) | OperationIr::BaseBool(op) => matches!(
             op,

@@ -1,21 +1,40 @@
 //! Operations that read or write at places which another tensor tells.
+//!
+//! Along any dim but the one that is indexed, every rank finds what it needs in its own part. Along the indexed dim it
+//! finds some of it: with indices counted from where its part begins, and zeros for what lies outside, reads give partial
+//! tensors, of which one rank's summand is not zero; and each rank adds what falls into its part. That is Megatron-LM's
+//! vocabulary-parallel embedding and loss ([arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3).
 
-use burn_ir::{BaseOperationIr as Base, ModuleOperationIr as Module};
+use burn::tensor::{DType, IndexingUpdateOp, Shape};
+use burn_ir::{
+    BaseOperationIr as Base, BinaryOpIr, BoolOperationIr, MaskFillOpIr, ModuleOperationIr as Module,
+    NumericOperationIr as Numeric, OperationIr, ScalarIr, ScalarOpIr, ShapeOpIr, TensorId, TensorIr,
+};
 
-use super::{Strategy, each_dim};
+use super::{How, Strategy, each_dim, of_kind};
 use crate::layout::Layout::{Partial, Replicated, Sharded};
 
 pub(super) fn base(op: &Base) -> Vec<Strategy> {
     match op {
-        // Along any dim but the one that is indexed, every rank finds what it needs in its own part.
-        Base::Gather(op) => each_dim(&op.tensor.shape, |dim| {
-            (dim != op.dim && op.tensor.shape[dim] == op.indices.shape[dim])
-                .then(|| Strategy::new([Sharded(dim); 2], Sharded(dim)))
-        }),
-        Base::Scatter(op) => each_dim(&op.tensor.shape, |dim| {
-            let (size, indices, values) = (op.tensor.shape[dim], op.indices.shape[dim], op.value.shape[dim]);
-            (dim != op.dim && size == indices && size == values).then(|| Strategy::new([Sharded(dim); 3], Sharded(dim)))
-        }),
+        Base::Gather(op) => {
+            let mut found = each_dim(&op.tensor.shape, |dim| {
+                (dim != op.dim && op.tensor.shape[dim] == op.indices.shape[dim])
+                    .then(|| Strategy::new([Sharded(dim); 2], Sharded(dim)))
+            });
+            if !op.tensor.dtype.is_bool() {
+                found.push(reads(op.dim));
+            }
+            found
+        }
+        Base::Scatter(op) => {
+            let mut found = each_dim(&op.tensor.shape, |dim| {
+                let (size, indices, values) = (op.tensor.shape[dim], op.indices.shape[dim], op.value.shape[dim]);
+                (dim != op.dim && size == indices && size == values)
+                    .then(|| Strategy::new([Sharded(dim); 3], Sharded(dim)))
+            });
+            found.extend(writes(op.dim, op.dim, &op.update));
+            found
+        }
         Base::Select(op) => {
             let mut found = each_dim(&op.tensor.shape, |dim| {
                 (dim != op.dim).then(|| Strategy::new([Sharded(dim), Replicated], Sharded(dim)))
@@ -23,12 +42,34 @@ pub(super) fn base(op: &Base) -> Vec<Strategy> {
             found.push(Strategy::new([Replicated, Sharded(0)], Sharded(op.dim)));
             if !op.tensor.dtype.is_bool() {
                 found.push(Strategy::new([Partial, Replicated], Partial));
+                found.push(reads(op.dim));
             }
             found
         }
-        Base::SelectAssign(op) => each_dim(&op.tensor.shape, |dim| {
-            (dim != op.dim).then(|| Strategy::new([Sharded(dim), Replicated, Sharded(dim)], Sharded(dim)))
-        }),
+        Base::SelectAssign(op) => {
+            let mut found = each_dim(&op.tensor.shape, |dim| {
+                (dim != op.dim).then(|| Strategy::new([Sharded(dim), Replicated, Sharded(dim)], Sharded(dim)))
+            });
+            found.extend(writes(op.dim, 0, &op.update));
+            found
+        }
+        _ => Vec::new(),
+    }
+}
+
+fn reads(dim: usize) -> Strategy {
+    Strategy::new([Sharded(dim), Replicated], Partial).done(How::Indexed { dim })
+}
+
+/// Values that are added at indices, along the dim that is indexed, and with the values themselves split along it, of
+/// which each rank adds its own.
+fn writes(dim: usize, of_indices: usize, update: &IndexingUpdateOp) -> Vec<Strategy> {
+    match update {
+        IndexingUpdateOp::Add => vec![
+            Strategy::new([Sharded(dim), Replicated, Replicated], Sharded(dim)).done(How::Indexed { dim }),
+            Strategy::new([Partial, Sharded(of_indices), Sharded(dim)], Partial),
+            Strategy::new([Partial, Replicated, Partial], Partial),
+        ],
         _ => Vec::new(),
     }
 }
@@ -37,17 +78,170 @@ pub(super) fn module(op: &Module) -> Vec<Strategy> {
     match op {
         Module::Embedding(op) => {
             let last = op.out.shape.num_dims() - 1;
-            let mut found = vec![Strategy::new([Sharded(1), Replicated], Sharded(last))];
+            let mut found = vec![Strategy::new([Sharded(1), Replicated], Sharded(last)), reads(0)];
             found.extend((0..last).map(|dim| Strategy::new([Replicated, Sharded(dim)], Sharded(dim))));
             found
         }
-        // Of the weights only the shape is read. Each rank adds up the rows that its own tokens point at.
+        // Of the weights only the shape is read. Each rank adds up the rows that its own tokens point at, or those that lie
+        // in its part.
         Module::EmbeddingBackward(op) => {
             let last = op.out_grad.shape.num_dims() - 1;
-            let mut found = vec![Strategy::new([Sharded(1), Sharded(last), Replicated], Sharded(1))];
+            let mut found = vec![
+                Strategy::new([Sharded(1), Sharded(last), Replicated], Sharded(1)),
+                Strategy::new([Sharded(0), Replicated, Replicated], Sharded(0)).done(How::Indexed { dim: 0 }),
+                Strategy::new([Replicated, Partial, Replicated], Partial),
+            ];
             found.extend((0..last).map(|dim| Strategy::new([Replicated, Sharded(dim), Sharded(dim)], Partial)));
             found
         }
         _ => Vec::new(),
     }
+}
+
+/// The operation on a rank's part of the indexed dim.
+pub(super) fn from_part(
+    op: OperationIr,
+    dim: usize,
+    rank: usize,
+    fresh: &mut dyn FnMut() -> TensorId,
+) -> Vec<OperationIr> {
+    match op {
+        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) => match base {
+            Base::Gather(mut op) => {
+                let mut part = Part::of(&op.tensor, dim, &op.indices, rank, fresh);
+                let out = op.out.clone();
+                (op.indices, op.out) = (part.indices.clone(), part.like(&out));
+                let (dtype, read) = (out.dtype, op.out.clone());
+                part.operations.push(of_kind(dtype, Base::Gather(op)));
+                part.zero_outside(read, out, None)
+            }
+            Base::Select(mut op) => {
+                let mut part = Part::of(&op.tensor, dim, &op.indices, rank, fresh);
+                let out = op.out.clone();
+                (op.indices, op.out) = (part.indices.clone(), part.like(&out));
+                let (dtype, read) = (out.dtype, op.out.clone());
+                part.operations.push(of_kind(dtype, Base::Select(op)));
+                part.zero_outside(read, out, Some(dim))
+            }
+            Base::Scatter(mut op) => {
+                let part = Part::of(&op.tensor, dim, &op.indices, rank, fresh);
+                let dtype = op.out.dtype;
+                let (mut operations, indices, value) = part.inside(op.value, None);
+                (op.indices, op.value) = (indices, value);
+                operations.push(of_kind(dtype, Base::Scatter(op)));
+                operations
+            }
+            Base::SelectAssign(mut op) => {
+                let part = Part::of(&op.tensor, dim, &op.indices, rank, fresh);
+                let dtype = op.out.dtype;
+                let (mut operations, indices, value) = part.inside(op.value, Some(dim));
+                (op.indices, op.value) = (indices, value);
+                operations.push(of_kind(dtype, Base::SelectAssign(op)));
+                operations
+            }
+            other => vec![of_kind(DType::F32, other)],
+        },
+        OperationIr::Module(Module::Embedding(mut op)) => {
+            let mut part = Part::of(&op.weights, dim, &op.indices, rank, fresh);
+            let out = op.out.clone();
+            (op.indices, op.out) = (part.indices.clone(), part.like(&out));
+            let read = op.out.clone();
+            part.operations.push(OperationIr::Module(Module::Embedding(op)));
+            part.zero_outside(read, out, None)
+        }
+        OperationIr::Module(Module::EmbeddingBackward(mut op)) => {
+            let part = Part::of(&op.weights, dim, &op.indices, rank, fresh);
+            let (mut operations, indices, gradient) = part.inside(op.out_grad, None);
+            (op.indices, op.out_grad) = (indices, gradient);
+            operations.push(OperationIr::Module(Module::EmbeddingBackward(op)));
+            operations
+        }
+        other => vec![other],
+    }
+}
+
+/// Indices as a rank sees them, and the operations that make them.
+struct Part<'a> {
+    operations: Vec<OperationIr>,
+    /// Counted from the beginning of the part; 0 for those outside.
+    indices: TensorIr,
+    /// Which are outside.
+    outside: TensorIr,
+    fresh: &'a mut dyn FnMut() -> TensorId,
+}
+
+impl<'a> Part<'a> {
+    fn of(
+        tensor: &TensorIr,
+        dim: usize,
+        indices: &TensorIr,
+        rank: usize,
+        fresh: &'a mut dyn FnMut() -> TensorId,
+    ) -> Self {
+        let size = tensor.shape[dim];
+        let dtype = indices.dtype;
+        let mut new = |dtype| TensorIr::uninit(fresh(), indices.shape.clone(), dtype);
+        let truth = DType::Bool(burn::tensor::BoolStore::Native);
+        let (shifted, before, behind, outside, own) = (new(dtype), new(truth), new(truth), new(truth), new(dtype));
+        let with = |lhs: &TensorIr, rhs: usize, out: &TensorIr| ScalarOpIr {
+            lhs: lhs.clone(),
+            rhs: ScalarIr::Int(rhs as i64),
+            out: out.clone(),
+        };
+        let either = BinaryOpIr { lhs: before.clone(), rhs: behind.clone(), out: outside.clone() };
+        let fill =
+            MaskFillOpIr { tensor: shifted.clone(), mask: outside.clone(), value: ScalarIr::Int(0), out: own.clone() };
+        let operations = vec![
+            OperationIr::NumericInt(dtype, Numeric::SubScalar(with(indices, rank * size, &shifted))),
+            OperationIr::NumericInt(dtype, Numeric::LowerElem(with(&shifted, 0, &before))),
+            OperationIr::NumericInt(dtype, Numeric::GreaterEqualElem(with(&shifted, size, &behind))),
+            OperationIr::Bool(BoolOperationIr::Or(either)),
+            OperationIr::BaseInt(Base::MaskFill(fill)),
+        ];
+        Self { operations, indices: own, outside, fresh }
+    }
+
+    fn like(&mut self, tensor: &TensorIr) -> TensorIr {
+        TensorIr { id: (self.fresh)(), ..tensor.clone() }
+    }
+
+    /// The mask of what is outside, in as many dims as `tensor`: along `dim` if the indices belong to one, else along the
+    /// leading dims.
+    fn mask(&mut self, tensor: &TensorIr, dim: Option<usize>) -> TensorIr {
+        let rank = tensor.shape.num_dims();
+        if self.outside.shape.num_dims() == rank && dim.is_none() {
+            return self.outside.clone();
+        }
+        let mut dims = vec![1; rank];
+        match dim {
+            Some(dim) => dims[dim] = self.outside.shape[0],
+            None => {
+                let leading = self.outside.shape.as_slice();
+                dims[..leading.len()].copy_from_slice(leading);
+            }
+        }
+        let mask = TensorIr::uninit((self.fresh)(), Shape::from(dims), self.outside.dtype);
+        let reshape = ShapeOpIr { input: self.outside.clone(), out: mask.clone() };
+        self.operations.push(OperationIr::BaseBool(Base::Reshape(reshape)));
+        mask
+    }
+
+    /// Gives `read` as `out`, with zeros for what is outside.
+    fn zero_outside(mut self, read: TensorIr, out: TensorIr, dim: Option<usize>) -> Vec<OperationIr> {
+        let mask = self.mask(&read, dim);
+        let (dtype, value) = (out.dtype, zero(out.dtype));
+        self.operations.push(of_kind(dtype, Base::MaskFill(MaskFillOpIr { tensor: read, mask, value, out })));
+        self.operations
+    }
+
+    /// The operations so far, the indices, and the values with zeros for what is outside.
+    fn inside(mut self, values: TensorIr, dim: Option<usize>) -> (Vec<OperationIr>, TensorIr, TensorIr) {
+        let out = self.like(&values);
+        let indices = self.indices.clone();
+        (self.zero_outside(values, out.clone(), dim), indices, out)
+    }
+}
+
+fn zero(dtype: DType) -> ScalarIr {
+    ScalarIr::new(0i64, &dtype)
 }

@@ -32,9 +32,8 @@ pub(super) fn module(op: &Module) -> Vec<Strategy> {
         Module::Linear(op) => {
             let last = op.x.shape.num_dims() - 1;
             let bias = |layout: Layout| op.bias.iter().map(move |_| layout);
-            let with_bias = |inputs: [Layout; 2], of_bias: Layout, output: Layout| Strategy {
-                inputs: inputs.into_iter().chain(bias(of_bias)).collect(),
-                output,
+            let with_bias = |inputs: [Layout; 2], of_bias: Layout, output: Layout| {
+                Strategy::of(inputs.into_iter().chain(bias(of_bias)).collect(), output)
             };
             let mut found: Vec<Strategy> =
                 (0..last).map(|dim| with_bias([Sharded(dim), Replicated], Replicated, Sharded(dim))).collect();

@@ -2,18 +2,25 @@
 //!
 //! A rule is a pure function from an operation, in its global shapes, to the [`Strategy`]s under which every rank can run
 //! it on local tensors and get its share of the result. It knows neither what lies where nor what a move costs: the
-//! [pass](super) chooses. Reductions over a split dim that need more than a sum are lowered to ones that do not.
+//! [pass](super) chooses. [`realise`] then says what the ranks run for it.
 
+mod collective;
+mod convolution;
+mod creation;
 mod elementwise;
 mod index;
 mod matmul;
+mod module;
 mod reduce;
 mod shape;
 
-use burn::tensor::Shape;
+use burn::tensor::{DType, Shape};
 use burn_ir::{BaseOperationIr, NumericOperationIr, OperationIr, TensorId, TensorIr};
 
+use super::collectives::CollectiveKind;
 use crate::layout::Layout;
+
+pub(crate) use elementwise::is_elementwise;
 
 /// One way to run an operation: given inputs in these layouts, in the order of [`OperationIr::inputs`], the local
 /// operation gives all its outputs in that layout.
@@ -21,16 +28,42 @@ use crate::layout::Layout;
 pub(crate) struct Strategy {
     pub(crate) inputs: Vec<Layout>,
     pub(crate) output: Layout,
+    pub(crate) how: How,
+}
+
+/// What the local operation is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum How {
+    /// The operation as it is, on local tensors.
+    Locally,
+    /// The operation, divided by the number of ranks: a mean of which each rank has an equal share.
+    Averaged,
+    /// The operation with indices counted from the beginning of this rank's part of a dim. What lies outside reads or adds
+    /// zeros.
+    Indexed {
+        /// The dim that is indexed and split.
+        dim: usize,
+    },
+    /// The operation, then a collective that reduces what the ranks got.
+    Reduced(CollectiveKind),
 }
 
 impl Strategy {
     fn new<const N: usize>(inputs: [Layout; N], output: Layout) -> Self {
-        Self { inputs: inputs.into(), output }
+        Self::of(inputs.into(), output)
+    }
+
+    fn of(inputs: Vec<Layout>, output: Layout) -> Self {
+        Self { inputs, output, how: How::Locally }
+    }
+
+    fn done(self, how: How) -> Self {
+        Self { how, ..self }
     }
 
     /// All inputs whole, and so the outputs: right for every operation that draws no random numbers.
     pub(crate) fn replicated(op: &OperationIr) -> Self {
-        Self { inputs: op.inputs().map(|_| Layout::Replicated).collect(), output: Layout::Replicated }
+        Self::of(op.inputs().map(|_| Layout::Replicated).collect(), Layout::Replicated)
     }
 }
 
@@ -42,12 +75,18 @@ pub(crate) fn strategies(op: &OperationIr, degree: usize) -> Vec<Strategy> {
             | BaseOperationIr::Scatter(_)
             | BaseOperationIr::Select(_)
             | BaseOperationIr::SelectAssign(_) => index::base(base),
-            _ => shape::base(base, degree),
+            _ => [shape::base(base, degree), reduce::base(base), creation::base(base)].concat(),
         },
-        OperationIr::NumericFloat(_, numeric) | OperationIr::NumericInt(_, numeric) => reduce::numeric(numeric),
+        OperationIr::NumericFloat(_, numeric) | OperationIr::NumericInt(_, numeric) => {
+            [reduce::numeric(numeric), creation::numeric(numeric)].concat()
+        }
         OperationIr::Float(_, float) => matmul::float(float),
-        OperationIr::Module(module) => [matmul::module(module), index::module(module)].concat(),
+        OperationIr::Module(module) => {
+            [matmul::module(module), index::module(module), convolution::module(module), module::strategies(op)]
+                .concat()
+        }
         OperationIr::Activation(activation) => reduce::activation(activation),
+        OperationIr::Custom(_) => [collective::strategies(op), creation::random(op)].concat(),
         _ => Vec::new(),
     };
     found.extend(elementwise::strategies(op));
@@ -67,27 +106,53 @@ fn fits(op: &OperationIr, strategy: &Strategy, degree: usize) -> bool {
         && op.outputs().all(|out| divides(out, strategy.output))
 }
 
-/// Rewrites an operation whose rules need it as several, given the layouts that its inputs are in.
+/// Rewrites an operation as several that have rules of their own, given the layouts that its inputs are in.
 pub(crate) fn lower(
     op: &OperationIr,
     layouts: &[Layout],
     fresh: &mut dyn FnMut() -> TensorId,
 ) -> Option<Vec<OperationIr>> {
     match op {
-        OperationIr::NumericFloat(dtype, numeric) => reduce::lower(*dtype, numeric, layouts, fresh),
-        OperationIr::Module(module) => matmul::lower(module, layouts, fresh),
+        OperationIr::Module(module) => {
+            matmul::lower(module, layouts, fresh).or_else(|| convolution::lower(module, layouts, fresh))
+        }
         _ => None,
     }
 }
 
-/// Makes what an operation says beside its tensors local: ranges over a dim that is split.
-pub(crate) fn localise(op: &mut OperationIr, strategy: &Strategy, degree: usize) {
-    if let (
-        Layout::Sharded(dim),
-        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base),
-    ) = (strategy.output, op)
-    {
-        shape::localise(base, dim, degree);
+/// What a rank runs for an operation whose tensors are local already.
+pub(crate) fn realise(
+    mut op: OperationIr,
+    strategy: &Strategy,
+    degree: usize,
+    rank: usize,
+    fresh: &mut dyn FnMut() -> TensorId,
+) -> Vec<OperationIr> {
+    match strategy.how {
+        How::Averaged => return reduce::averaged(op, degree, fresh),
+        How::Indexed { dim } => return index::from_part(op, dim, rank, fresh),
+        How::Locally | How::Reduced(_) => {}
+    }
+    if let Layout::Sharded(dim) = strategy.output {
+        match &mut op {
+            OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => {
+                shape::take_all(base, dim);
+            }
+            OperationIr::Custom(_) => creation::draw_part(&mut op, dim, rank),
+            _ => {}
+        }
+    }
+    vec![op]
+}
+
+/// The operation on tensors of this dtype.
+pub(crate) fn of_kind(dtype: DType, op: BaseOperationIr) -> OperationIr {
+    if dtype.is_float() {
+        OperationIr::BaseFloat(op)
+    } else if dtype.is_bool() {
+        OperationIr::BaseBool(op)
+    } else {
+        OperationIr::BaseInt(op)
     }
 }
 

@@ -1,16 +1,17 @@
-//! Reductions, and what else works along a dim: sums over a split dim are partial, means become sums, and the rest is
-//! split along other dims.
+//! Reductions, and what else works along a dim: sums and means over a split dim are partial, the largest, smallest and the
+//! product are reduced again over the ranks, and the rest is split along other dims.
 
-use burn::tensor::DType;
 use burn_ir::{
-    ActivationOperationIr, NumericOperationIr as Numeric, OperationIr, ReduceDimOpIr, ReduceOpIr, ScalarIr, ScalarOpIr,
+    ActivationOperationIr, BaseOperationIr as Base, NumericOperationIr as Numeric, OperationIr, ScalarIr, ScalarOpIr,
     TensorId, TensorIr,
 };
 
-use super::{Strategy, each_dim};
-use crate::layout::Layout::{self, Partial, Sharded};
+use super::super::collectives::CollectiveKind;
+use super::{How, Strategy, each_dim};
+use crate::layout::Layout::{Partial, Replicated, Sharded};
 
 pub(super) fn numeric(op: &Numeric) -> Vec<Strategy> {
+    use CollectiveKind::{AllReduceMax, AllReduceMin, AllReduceProduct};
     match op {
         Numeric::Sum(op) => {
             let mut found = each_dim(&op.input.shape, |dim| Some(Strategy::new([Sharded(dim)], Partial)));
@@ -19,9 +20,15 @@ pub(super) fn numeric(op: &Numeric) -> Vec<Strategy> {
         }
         Numeric::SumDim(op) => sum(&op.input, &[op.axis]),
         Numeric::SumDims(op) => sum(&op.input, &op.axes),
-        Numeric::Mean(_) => vec![Strategy::new([Partial], Partial)],
+        Numeric::Mean(op) => {
+            let share = |dim| Some(Strategy::new([Sharded(dim)], Partial).done(How::Averaged));
+            let mut found = each_dim(&op.input.shape, share);
+            found.push(Strategy::new([Partial], Partial));
+            found
+        }
         Numeric::MeanDim(op) => {
             let mut found = beside(&op.input, op.axis);
+            found.push(Strategy::new([Sharded(op.axis)], Partial).done(How::Averaged));
             found.push(Strategy::new([Partial], Partial));
             found
         }
@@ -30,14 +37,31 @@ pub(super) fn numeric(op: &Numeric) -> Vec<Strategy> {
             found.push(Strategy::new([Partial], Partial));
             found
         }
-        Numeric::ProdDim(op)
-        | Numeric::ArgMax(op)
-        | Numeric::ArgMin(op)
-        | Numeric::MaxDim(op)
-        | Numeric::MinDim(op)
-        | Numeric::MaxAbsDim(op) => beside(&op.input, op.axis),
+        Numeric::ProdDim(op) => along(&op.input, op.axis, AllReduceProduct),
+        Numeric::MaxDim(op) | Numeric::MaxAbsDim(op) => along(&op.input, op.axis, AllReduceMax),
+        Numeric::MinDim(op) => along(&op.input, op.axis, AllReduceMin),
+        Numeric::Prod(op) => over(&op.input, AllReduceProduct),
+        Numeric::Max(op) | Numeric::MaxAbs(op) => over(&op.input, AllReduceMax),
+        Numeric::Min(op) => over(&op.input, AllReduceMin),
+        Numeric::ArgMax(op) | Numeric::ArgMin(op) | Numeric::ArgTopK(op) | Numeric::TopK(op) => {
+            beside(&op.input, op.axis)
+        }
+        Numeric::Sort(op) | Numeric::ArgSort(op) => beside(&op.input, op.dim),
         Numeric::MaxDimWithIndices(op) | Numeric::MinDimWithIndices(op) => beside(&op.tensor, op.dim),
+        Numeric::TopKWithIndices(op) => beside(&op.tensor, op.dim),
+        Numeric::SortWithIndices(op) => beside(&op.input, op.dim),
         Numeric::CumProd(op) | Numeric::CumMin(op) | Numeric::CumMax(op) => beside(&op.input, op.axis),
+        _ => Vec::new(),
+    }
+}
+
+/// Of bools the largest is true if any is, the smallest if all are.
+pub(super) fn base(op: &Base) -> Vec<Strategy> {
+    match op {
+        Base::All(op) => over(&op.input, CollectiveKind::AllReduceMin),
+        Base::Any(op) => over(&op.input, CollectiveKind::AllReduceMax),
+        Base::AllDim(op) => along(&op.input, op.axis, CollectiveKind::AllReduceMin),
+        Base::AnyDim(op) => along(&op.input, op.axis, CollectiveKind::AllReduceMax),
         _ => Vec::new(),
     }
 }
@@ -63,33 +87,28 @@ fn beside(input: &TensorIr, axis: usize) -> Vec<Strategy> {
     each_dim(&input.shape, |dim| (dim != axis).then(|| Strategy::new([Sharded(dim)], Sharded(dim))))
 }
 
-/// A mean over a split dim: the sum, divided by the count.
-pub(super) fn lower(
-    dtype: DType,
-    op: &Numeric,
-    layouts: &[Layout],
-    fresh: &mut dyn FnMut() -> TensorId,
-) -> Option<Vec<OperationIr>> {
-    let (Sharded(dim), out) = (*layouts.first()?, op_out(op)?) else { return None };
-    let sum = TensorIr::uninit(fresh(), out.shape.clone(), out.dtype);
-    let (op, count) = match op {
-        Numeric::Mean(op) => {
-            let count = op.input.shape.num_elements();
-            (Numeric::Sum(ReduceOpIr { input: op.input.clone(), out: sum.clone() }), count)
-        }
-        Numeric::MeanDim(op) if op.axis == dim => {
-            (Numeric::SumDim(ReduceDimOpIr { out: sum.clone(), ..op.clone() }), op.input.shape[dim])
-        }
-        _ => return None,
-    };
-    let scale = ScalarOpIr { lhs: sum, rhs: ScalarIr::Float(1.0 / count as f64), out: out.clone() };
-    Some(vec![OperationIr::NumericFloat(dtype, op), OperationIr::NumericFloat(dtype, Numeric::MulScalar(scale))])
+/// Split along any dim; along this one the ranks' results are reduced.
+fn along(input: &TensorIr, axis: usize, kind: CollectiveKind) -> Vec<Strategy> {
+    let mut found = beside(input, axis);
+    found.push(Strategy::new([Sharded(axis)], Replicated).done(How::Reduced(kind)));
+    found
 }
 
-fn op_out(op: &Numeric) -> Option<&TensorIr> {
-    match op {
-        Numeric::Mean(op) => Some(&op.out),
-        Numeric::MeanDim(op) => Some(&op.out),
-        _ => None,
-    }
+fn over(input: &TensorIr, kind: CollectiveKind) -> Vec<Strategy> {
+    each_dim(&input.shape, |dim| Some(Strategy::new([Sharded(dim)], Replicated).done(How::Reduced(kind))))
+}
+
+/// A mean over an equal share, as a summand of the mean over all.
+pub(super) fn averaged(mut op: OperationIr, degree: usize, fresh: &mut dyn FnMut() -> TensorId) -> Vec<OperationIr> {
+    let OperationIr::NumericFloat(dtype, mean) = &mut op else { return vec![op] };
+    let dtype = *dtype;
+    let out = match mean {
+        Numeric::Mean(op) => &mut op.out,
+        Numeric::MeanDim(op) => &mut op.out,
+        _ => return vec![op],
+    };
+    let share = TensorIr { id: fresh(), ..out.clone() };
+    let out = std::mem::replace(out, share.clone());
+    let scale = ScalarOpIr { lhs: share, rhs: ScalarIr::Float(1.0 / degree as f64), out };
+    vec![op, OperationIr::NumericFloat(dtype, Numeric::MulScalar(scale))]
 }

@@ -37,7 +37,7 @@ pub(super) fn base(op: &Base, degree: usize) -> Vec<Strategy> {
         }),
         Base::RepeatDim(op) => moved(&op.tensor, &|dim| (dim != op.dim).then_some(dim)),
         Base::Cat(op) => each_dim(&op.out.shape, |dim| {
-            (dim != op.dim).then(|| Strategy { inputs: vec![Sharded(dim); op.tensors.len()], output: Sharded(dim) })
+            (dim != op.dim).then(|| Strategy::of(vec![Sharded(dim); op.tensors.len()], Sharded(dim)))
         }),
         _ => Vec::new(),
     }
@@ -63,13 +63,14 @@ fn whole(ranges: &[Slice], shape: &Shape, dim: usize) -> bool {
     ranges.get(dim).is_none_or(|range| range.step == 1 && range.start == 0 && range.end.is_none_or(|end| end == size))
 }
 
-pub(super) fn localise(op: &mut Base, dim: usize, degree: usize) {
+/// Makes the ranges over a split dim, which take all of it, take all of the local one.
+pub(super) fn take_all(op: &mut Base, dim: usize) {
     let (ranges, shape) = match op {
         Base::Slice(op) => (&mut op.ranges, &op.tensor.shape),
         Base::SliceAssign(op) => (&mut op.ranges, &op.tensor.shape),
         _ => return,
     };
     if let Some(range) = ranges.get_mut(dim) {
-        *range = Slice::new(0, Some((shape[dim] / degree) as isize), 1);
+        *range = Slice::new(0, Some(shape[dim] as isize), 1);
     }
 }

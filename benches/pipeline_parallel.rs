@@ -1,0 +1,174 @@
+//! A pipeline of two stages against one rank alone and against two ranks that do not talk to each other.
+//!
+//! The three take turns within one run, round by round, and what counts is the median over rounds of their ratio: a
+//! machine that is slower for a while is slower for all of them. One rank alone and the independent ranks run the same
+//! captured step in the same micro-batches. Two stages of equal cost with `m` micro-batches can at best be `2m / (m + 1)`
+//! times as fast as one rank; the efficiency is the part of that which is reached, after what two independent ranks lose on
+//! the same machine.
+//!
+//! `cargo bench --bench pipeline_parallel -- [ROUNDS]`
+
+use std::time::Instant;
+
+use burn::module::Module;
+use burn::nn::attention::generate_autoregressive_mask;
+use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
+use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
+use burn::optim::{AdamConfig, ModuleOptimizer};
+use burn::tensor::{Device, Int, Tensor, TensorData, activation};
+use burn_parallel::pipeline_parallel::Pipelined;
+use burn_parallel::prelude::*;
+
+const STEPS_PER_TURN: usize = 2;
+
+/// 4 layers of width 256, 8 heads, vocabulary 4096: 5.3 million parameters.
+#[derive(Module, Debug)]
+struct Gpt {
+    tokens: Embedding,
+    positions: Embedding,
+    encoder: TransformerEncoder,
+    norm: LayerNorm,
+    head: Linear,
+}
+
+const ROWS: usize = 8;
+const SEQUENCE: usize = 128;
+const VOCABULARY: usize = 4096;
+
+impl Gpt {
+    fn new(device: &Device) -> Self {
+        Self {
+            tokens: EmbeddingConfig::new(VOCABULARY, 256).init(device),
+            positions: EmbeddingConfig::new(SEQUENCE, 256).init(device),
+            encoder: TransformerEncoderConfig::new(256, 1024, 8, 4)
+                .with_dropout(0.0)
+                .with_norm_first(true)
+                .init(device),
+            norm: LayerNormConfig::new(256).init(device),
+            head: LinearConfig::new(256, VOCABULARY).init(device),
+        }
+    }
+
+    fn loss(&self, (tokens, targets): (Tensor<2, Int>, Tensor<2, Int>)) -> TokenLoss {
+        let (device, [rows, length]) = (tokens.device(), tokens.dims());
+        let positions = Tensor::<1, Int>::arange(0..length as i64, &device).reshape([1, length]);
+        let x = self.tokens.forward(tokens) + self.positions.forward(positions);
+        let mask = generate_autoregressive_mask(1, length, &device);
+        let x = self.encoder.forward(TransformerEncoderInput::new(x).mask_attn(mask));
+        let logits = self.head.forward(self.norm.forward(x)).reshape([rows * length, VOCABULARY]);
+        let nats = activation::log_softmax(logits, 1).gather(1, targets.reshape([rows * length, 1]));
+        TokenLoss::of(nats.sum().neg(), rows * length)
+    }
+}
+
+fn batch() -> (Tensor<2, Int>, Tensor<2, Int>) {
+    let numbers = |salt: usize| {
+        let values: Vec<i64> = (0..ROWS * SEQUENCE).map(|i| ((i * 7919 + salt) % VOCABULARY) as i64).collect();
+        Tensor::<2, Int>::from_data(TensorData::new(values, [ROWS, SEQUENCE]), &Device::flex())
+    };
+    (numbers(1), numbers(104_729))
+}
+
+/// A model in training.
+struct Training {
+    model: Option<Pipelined<Gpt>>,
+    optimizer: ModuleOptimizer,
+}
+
+impl Training {
+    fn new(model: &Gpt, group: &Communicator, device: &Device, config: &PipelineConfig) -> Result<Self, Error> {
+        let mut model = model.clone().fork(device).pipeline_parallel(group, config.clone())?;
+        model.prepare(batch(), |model, batch| model.loss(batch))?;
+        Ok(Self { model: Some(model), optimizer: AdamConfig::new().init() })
+    }
+
+    fn step(&mut self) -> Result<(f64, f64), Error> {
+        let Some(mut model) = self.model.take() else { return Ok((0.0, 0.0)) };
+        let step = model.step(batch(), |model, batch| model.loss(batch))?;
+        // Host time of the executor for each action: what is neither a pass nor waiting.
+        let run = &step.report;
+        let host = run.elapsed.saturating_sub(run.busy).saturating_sub(run.waited).as_secs_f64() / run.actions as f64;
+        self.model = Some(self.optimizer.step(1e-4, model, step.grads));
+        Ok((run.idle_share, host))
+    }
+}
+
+/// Seconds a step of one rank alone, of two independent ranks and of two stages; the idle share; host seconds an action.
+fn rounds(rounds: usize, model: &Gpt, schedule: &Schedule, micro_batches: usize) -> Vec<[f64; 5]> {
+    let measured = launch::threads(2).run(|rank| {
+        let device = rank.device().autodiff();
+        let alone = rank.split(rank.rank() as u64, 0)?;
+        let config = PipelineConfig::new(micro_batches);
+        let mut single = Training::new(model, &alone, &device, &config.clone().with_schedule(Schedule::GPipe))?;
+        let mut stages = Training::new(model, &rank, &device, &config.with_schedule(schedule.clone()))?;
+        if rank.rank() == 0
+            && let Some(report) = stages.model.as_ref().and_then(Pipelined::report)
+        {
+            eprint!("{report}");
+        }
+        let mut times = Vec::new();
+        for round in 0..rounds + 1 {
+            let mut time = [0.0; 5];
+            for mode in 0..3 {
+                rank.barrier()?;
+                let began = Instant::now();
+                for _ in 0..STEPS_PER_TURN {
+                    match mode {
+                        0 if rank.rank() > 0 => {}
+                        0 | 1 => drop(single.step()?),
+                        _ => [time[3], time[4]] = stages.step()?.into(),
+                    }
+                }
+                time[mode] = began.elapsed().as_secs_f64() / STEPS_PER_TURN as f64;
+            }
+            let slowest = rank.all_reduce(time.to_vec(), ReduceOp::Max)?;
+            // The first round is for caches and lazy initialisation.
+            if round > 0 {
+                times.push([slowest[0], slowest[1], slowest[2], slowest[3], slowest[4]]);
+            }
+        }
+        Ok(times)
+    });
+    measured.expect("a world of threads").swap_remove(0)
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn main() {
+    let number = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(9);
+    let model = Gpt::new(&Device::flex().autodiff()).materialize();
+    for micro_batches in [4, 8] {
+        let schedules = [
+            Schedule::GPipe,
+            Schedule::OneForwardOneBackward,
+            Schedule::Interleaved { stages_per_rank: 2 },
+            Schedule::ZeroBubbleH1,
+        ];
+        for schedule in schedules {
+            let times = rounds(number, &model, &schedule, micro_batches);
+            let of = |mode: usize| median(times.iter().map(|time| time[mode]));
+            let over = |a: usize, b: usize| median(times.iter().map(|time| time[a] / time[b]));
+            let m = micro_batches as f64;
+            let name = format!("{schedule:?}, m = {micro_batches}");
+            println!(
+                "{name}: one rank {:.1} ms, two independent {:.1} ms, two stages {:.1} ms a step",
+                1e3 * of(0),
+                1e3 * of(1),
+                1e3 * of(2)
+            );
+            println!(
+                "{name}: speed-up {:.3} over one rank (ideal of a fill-drain pipeline {:.3}); efficiency after what \
+                 independent ranks lose {:.3}; idle {:.3}; host time {:.1} us an action",
+                over(0, 2),
+                2.0 * m / (m + 1.0),
+                over(1, 2) / 2.0 * (m + 1.0) / m,
+                of(3),
+                1e6 * of(4)
+            );
+        }
+    }
+}

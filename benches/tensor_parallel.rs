@@ -1,0 +1,196 @@
+//! A tensor-parallel step against one rank: eager burn, its captured graph, and the graph split over two ranks.
+//!
+//! The three take turns within one run, round by round, and what counts is the median over rounds of their ratio: a
+//! machine that is slower for a while is slower for all of them. Every rank computes with one thread. All steps are whole:
+//! forward, backward and optimizer.
+//!
+//! `cargo bench --bench tensor_parallel -- [mlp|gpt] [ROUNDS]`
+
+use std::time::Instant;
+
+use burn::module::Module;
+use burn::nn::attention::generate_autoregressive_mask;
+use burn::nn::loss::{CrossEntropyLossConfig, MseLoss, Reduction};
+use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
+use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
+use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer, SgdConfig};
+use burn::tensor::{Device, Int, Tensor, TensorData, activation};
+use burn_parallel::graph::GraphInputs;
+use burn_parallel::prelude::*;
+use burn_parallel::tensor_parallel::Sharded;
+
+const STEPS_PER_TURN: usize = 2;
+
+/// 4 blocks of 1024 - 4096 - 1024: 33.6 million parameters, 8 multiplications.
+#[derive(Module, Debug)]
+struct Mlp {
+    layers: Vec<Linear>,
+}
+
+impl Mlp {
+    fn new(device: &Device) -> Self {
+        let sizes = (0..8).map(|layer| if layer % 2 == 0 { (1024, 4096) } else { (4096, 1024) });
+        Self { layers: sizes.map(|(from, to)| LinearConfig::new(from, to).init(device)).collect() }
+    }
+
+    fn loss(&self, input: Tensor<2>, targets: Tensor<2>) -> Tensor<1> {
+        let output =
+            self.layers.chunks(2).fold(input, |x, block| block[1].forward(activation::relu(block[0].forward(x))));
+        MseLoss::new().forward(output, targets, Reduction::Mean)
+    }
+}
+
+/// 4 layers of width 256, 8 heads, vocabulary 4096: 5.3 million parameters.
+#[derive(Module, Debug)]
+struct Gpt {
+    tokens: Embedding,
+    positions: Embedding,
+    encoder: TransformerEncoder,
+    norm: LayerNorm,
+    head: Linear,
+}
+
+const SEQUENCE: usize = 128;
+const VOCABULARY: usize = 4096;
+
+impl Gpt {
+    fn new(device: &Device) -> Self {
+        Self {
+            tokens: EmbeddingConfig::new(VOCABULARY, 256).init(device),
+            positions: EmbeddingConfig::new(SEQUENCE, 256).init(device),
+            encoder: TransformerEncoderConfig::new(256, 1024, 8, 4)
+                .with_dropout(0.0)
+                .with_norm_first(true)
+                .init(device),
+            norm: LayerNormConfig::new(256).init(device),
+            head: LinearConfig::new(256, VOCABULARY).init(device),
+        }
+    }
+
+    fn loss(&self, tokens: Tensor<2, Int>, targets: Tensor<2, Int>) -> Tensor<1> {
+        let (device, [rows, length]) = (tokens.device(), tokens.dims());
+        let positions = Tensor::<1, Int>::arange(0..length as i64, &device).reshape([1, length]);
+        let x = self.tokens.forward(tokens) + self.positions.forward(positions);
+        let mask = generate_autoregressive_mask(rows, length, &device);
+        let x = self.encoder.forward(TransformerEncoderInput::new(x).mask_attn(mask));
+        let logits = self.head.forward(self.norm.forward(x)).reshape([rows * length, VOCABULARY]);
+        CrossEntropyLossConfig::new().init(&device).forward(logits, targets.reshape([rows * length]))
+    }
+}
+
+/// Seconds a step of one rank eagerly, of one rank from the graph, and of two ranks, by round.
+fn rounds<M: Module + Sync, I: GraphInputs + Clone + Sync>(
+    rounds: usize,
+    model: M,
+    plan: &Plan,
+    optimizer: impl Fn() -> ModuleOptimizer + Sync,
+    inputs: impl Fn() -> I + Sync,
+    loss: impl Fn(&M, I) -> Tensor<1> + Sync,
+) -> Vec<[f64; 3]> {
+    let measured = launch::threads(2).threads_per_rank(1).run(|rank| {
+        let device = rank.device().autodiff();
+        let alone = rank.split(rank.rank() as u64, 0)?;
+        let mut eager = Some(model.clone().fork(&device));
+        let mut graph = Some(model.clone().fork(&device).tensor_parallel(&alone, &Plan::new())?);
+        let mut split = Some(model.clone().fork(&device).tensor_parallel(&rank, plan)?);
+        let mut optims = [optimizer(), optimizer(), optimizer()];
+        // Models go through the optimizer by value, so that it can update them in place.
+        let step = |model: &mut Option<Sharded<M>>, optim: &mut ModuleOptimizer| -> Result<(), Error> {
+            if let Some(mut taken) = model.take() {
+                let grads = taken.step(inputs(), &loss)?.grads;
+                *model = Some(optim.step(1e-4, taken, grads));
+            }
+            Ok(())
+        };
+        let mut times = Vec::new();
+        for round in 0..rounds + 1 {
+            let mut time = [0.0; 3];
+            for (mode, time) in time.iter_mut().enumerate() {
+                rank.barrier()?;
+                let began = Instant::now();
+                for _ in 0..STEPS_PER_TURN {
+                    match mode {
+                        0 | 1 if rank.rank() > 0 => {}
+                        0 => {
+                            if let Some(taken) = eager.take() {
+                                let grads = GradientsParams::from_grads(loss(&taken, inputs()).backward(), &taken);
+                                eager = Some(optims[0].step(1e-4, taken, grads));
+                            }
+                        }
+                        1 => step(&mut graph, &mut optims[1])?,
+                        _ => step(&mut split, &mut optims[2])?,
+                    }
+                }
+                *time = began.elapsed().as_secs_f64() / STEPS_PER_TURN as f64;
+            }
+            let slowest = rank.all_reduce(time.to_vec(), ReduceOp::Max)?;
+            // The first round captures, and is for caches and lazy initialisation.
+            if round > 0 {
+                times.push([slowest[0], slowest[1], slowest[2]]);
+            }
+        }
+        Ok(times)
+    });
+    measured.expect("a world of threads").swap_remove(0)
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn report(name: &str, times: &[[f64; 3]]) {
+    let [eager, graph, split] = [0, 1, 2].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
+    let over = |a: usize, b: usize| median(times.iter().map(|time| time[a] / time[b]));
+    println!("{name}: eager {eager:.1} ms, graph {graph:.1} ms, two ranks {split:.1} ms a step");
+    println!(
+        "{name}: speed of the graph over eager {:.3}; of two ranks over one, both from the graph, {:.3}",
+        over(0, 1),
+        over(1, 2)
+    );
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
+    let wanted =
+        |name: &str| !arguments.iter().any(|a| a == "mlp" || a == "gpt") || arguments.iter().any(|a| a == name);
+    let number = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(9);
+    let device = Device::flex().autodiff();
+    if wanted("mlp") {
+        let numbers = |salt: usize| {
+            let values: Vec<f32> = (0..32 * 1024).map(|i| ((i * 7919 + salt) % 1000) as f32 / 500.0 - 1.0).collect();
+            Tensor::<2>::from_data(TensorData::new(values, [32, 1024]), &Device::flex().autodiff())
+        };
+        // Of each block the first layer by columns, the second by rows.
+        let plan = (0..8).fold(Plan::new(), |plan, layer| match layer % 2 {
+            0 => plan.shard(format!("layers.{layer}.weight"), 1).shard(format!("layers.{layer}.bias"), 0),
+            _ => plan.shard(format!("layers.{layer}.weight"), 0),
+        });
+        let times = rounds(
+            number,
+            Mlp::new(&device).materialize(),
+            &plan,
+            || SgdConfig::new().init(),
+            || (numbers(1), numbers(2)),
+            |model, (input, targets)| model.loss(input, targets),
+        );
+        report("mlp", &times);
+    }
+    if wanted("gpt") {
+        let numbers = |salt: usize| {
+            let values: Vec<i64> = (0..8 * SEQUENCE).map(|i| ((i * 7919 + salt) % VOCABULARY) as i64).collect();
+            Tensor::<2, Int>::from_data(TensorData::new(values, [8, SEQUENCE]), &Device::flex().autodiff())
+        };
+        let plan = Plan::megatron().shard("tokens.weight", 0).shard("head.weight", 1).shard("head.bias", 0);
+        let times = rounds(
+            number,
+            Gpt::new(&device).materialize(),
+            &plan,
+            || AdamConfig::new().init(),
+            || (numbers(1), numbers(104729)),
+            |model, (tokens, targets)| model.loss(tokens, targets),
+        );
+        report("gpt", &times);
+    }
+}

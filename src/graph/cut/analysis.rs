@@ -1,0 +1,176 @@
+//! What each operation of a step is to a cut.
+
+use std::collections::{HashMap, HashSet};
+
+use burn_ir::{BaseOperationIr, FloatOperationIr, NumericOperationIr, OperationIr, TensorId, TensorIr};
+
+use super::cost::is_view;
+use crate::graph::step::{ParamBinding, Rename};
+
+/// What an operation is to a cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// No result depends on it.
+    Dead,
+    /// Every stage that needs its output can make it: it reads inputs and constants only, and is cheap, or it is a view
+    /// of a parameter.
+    Free,
+    /// An operation of the backward pass that computes a tensor of the forward pass once more: gradient checkpointing.
+    Again,
+    /// All others: they run on one stage.
+    Placed,
+}
+
+/// Where the value of a tensor comes from, once views and copies are seen through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// Inputs and constants, which every stage has.
+    Anywhere,
+    /// The parameter of this index.
+    Param(usize),
+    /// The operation of this index, which is [`Kind::Placed`].
+    Op(usize),
+}
+
+/// The operations of a step as a cut sees them.
+#[derive(Debug)]
+pub(super) struct Analysis<'a> {
+    pub operations: &'a [OperationIr],
+    pub forward_len: usize,
+    pub kinds: Vec<Kind>,
+    /// Of tensors that operations make: the operation.
+    makers: HashMap<TensorId, usize>,
+    origins: HashMap<TensorId, Origin>,
+    /// Of tensors that are computed again: the tensor of the forward pass.
+    twins: HashMap<TensorId, TensorId>,
+}
+
+impl<'a> Analysis<'a> {
+    pub(super) fn new(
+        operations: &'a [OperationIr],
+        forward_len: usize,
+        params: &[ParamBinding],
+        results: &HashSet<TensorId>,
+    ) -> Self {
+        let mut analysis = Self {
+            operations,
+            forward_len,
+            kinds: vec![Kind::Dead; operations.len()],
+            makers: HashMap::new(),
+            origins: params.iter().enumerate().map(|(index, param)| (param.tensor.id, Origin::Param(index))).collect(),
+            twins: HashMap::new(),
+        };
+        let alive = alive(operations, results);
+        let mut known = Known::default();
+        for (index, op) in operations.iter().enumerate().filter(|(index, _)| alive[*index]) {
+            analysis.makers.extend(op.outputs().map(|out| (out.id, index)));
+            analysis.kinds[index] = analysis.add(index, op, &mut known);
+        }
+        analysis
+    }
+
+    fn add(&mut self, index: usize, op: &OperationIr, known: &mut Known) -> Kind {
+        if !is_random(op) {
+            let text = known.text(op, &self.twins);
+            if self.is_forward(index) {
+                known.0.entry(text).or_insert(index);
+            } else if let Some(forward) = known.0.get(&text) {
+                let twins = op.outputs().map(|t| t.id).zip(self.operations[*forward].outputs().map(|t| t.id));
+                self.twins.extend(twins.collect::<Vec<_>>());
+                return Kind::Again;
+            }
+        }
+        let origins: Vec<Origin> = op.inputs().map(|input| self.origin(input.id)).collect();
+        let anywhere = origins.iter().all(|origin| *origin == Origin::Anywhere) && is_cheap(op);
+        let origin = match origins.first() {
+            _ if anywhere => Origin::Anywhere,
+            Some(param @ Origin::Param(_)) if is_view(op) || is_cast(op) => *param,
+            _ => Origin::Op(index),
+        };
+        self.origins.extend(op.outputs().map(|out| (out.id, origin)));
+        if origin == Origin::Op(index) { Kind::Placed } else { Kind::Free }
+    }
+
+    pub(super) fn is_forward(&self, op: usize) -> bool {
+        op < self.forward_len
+    }
+
+    /// The operations that run on one stage.
+    pub(super) fn placed(&self) -> impl DoubleEndedIterator<Item = usize> {
+        (0..self.operations.len()).filter(|index| self.kinds[*index] == Kind::Placed)
+    }
+
+    pub(super) fn maker(&self, tensor: TensorId) -> Option<usize> {
+        self.makers.get(&tensor).copied()
+    }
+
+    /// The tensor of the forward pass that this one computes again.
+    pub(super) fn twin(&self, tensor: TensorId) -> Option<TensorId> {
+        self.twins.get(&tensor).copied()
+    }
+
+    pub(super) fn origin(&self, tensor: TensorId) -> Origin {
+        let tensor = self.twin(tensor).unwrap_or(tensor);
+        self.origins.get(&tensor).copied().unwrap_or(Origin::Anywhere)
+    }
+
+    /// Where the inputs of an operation come from.
+    pub(super) fn origins(&self, op: usize) -> impl Iterator<Item = (Origin, &TensorIr)> {
+        self.operations[op].inputs().map(|input| (self.origin(input.id), input))
+    }
+}
+
+fn alive(operations: &[OperationIr], results: &HashSet<TensorId>) -> Vec<bool> {
+    let mut needed = results.clone();
+    let mut alive = vec![false; operations.len()];
+    for (index, op) in operations.iter().enumerate().rev() {
+        if op.outputs().any(|out| needed.contains(&out.id)) {
+            needed.extend(op.inputs().map(|input| input.id));
+            alive[index] = true;
+        }
+    }
+    alive
+}
+
+/// Operations of the forward pass by what they compute.
+#[derive(Default)]
+struct Known(HashMap<String, usize>);
+
+impl Known {
+    /// Two operations of the same text compute the same: the operation on the twins of its inputs, whatever its outputs
+    /// are called.
+    fn text(&self, op: &OperationIr, twins: &HashMap<TensorId, TensorId>) -> String {
+        let outputs: Vec<TensorId> = op.outputs().map(|out| out.id).collect();
+        let mut op = op.clone();
+        op.visit_mut(&mut Rename(|id| match outputs.iter().position(|out| *out == id) {
+            Some(place) => TensorId::new(u64::MAX - place as u64),
+            None => twins.get(&id).copied().unwrap_or(id),
+        }));
+        format!("{op:?}")
+    }
+}
+
+fn is_random(op: &OperationIr) -> bool {
+    matches!(
+        op,
+        OperationIr::Float(_, FloatOperationIr::Random(_))
+            | OperationIr::NumericFloat(_, NumericOperationIr::IntRandom(_))
+            | OperationIr::NumericInt(_, NumericOperationIr::IntRandom(_))
+    )
+}
+
+fn is_cast(op: &OperationIr) -> bool {
+    matches!(op, OperationIr::BaseFloat(BaseOperationIr::Cast(_)))
+}
+
+/// Whether it costs less to run an operation on several stages than to send what it gives.
+fn is_cheap(op: &OperationIr) -> bool {
+    !is_random(op)
+        && !matches!(
+            op,
+            OperationIr::Custom(_)
+                | OperationIr::Module(_)
+                | OperationIr::Float(_, FloatOperationIr::Matmul(_))
+                | OperationIr::Int(burn_ir::IntOperationIr::Matmul(_))
+        )
+}

@@ -1,0 +1,173 @@
+//! A forward pass alone, as data: what evaluation and generation run.
+
+use std::collections::HashSet;
+
+use burn::backend::flex::FlexTensor;
+use burn::backend::{BackendTensor, DispatchKindConversion, DispatchTensor, Flex, TensorMetadata};
+use burn::module::Module;
+use burn::tensor::Shape;
+use burn_capture::CaptureDevice;
+
+use super::capture::{Recording, in_scope};
+use super::custom::CustomOps;
+use super::execute::Executor;
+use super::graph_error;
+use super::inputs::{GraphInputs, GraphTensor, TensorMapper};
+use super::leaves::{CaptureInputs, CaptureOutputs, ToCapture, capture_device};
+use super::module::Survey;
+use super::step::StepGraph;
+use crate::error::Error;
+
+/// A captured forward pass, and the structure of what it gives.
+#[derive(Clone, Debug)]
+pub struct ForwardGraph<O> {
+    /// The operations. There is no loss and no gradient, and all operations are of the forward pass.
+    pub graph: StepGraph,
+    /// The outputs with tensors of no elements.
+    hollow: O,
+}
+
+/// Records a forward pass of `model` in evaluation mode, as after [`Module::valid`]: `forward` on `inputs`.
+///
+/// Dropout is off, batch norms take their running statistics, nothing is differentiated. What `forward` gives is a tensor
+/// or a structure of tensors, anything that implements [`GraphInputs`]; what is not a tensor in it is that of the capture
+/// at every execution. `model` and `inputs` stay as they are; the inputs give shapes and dtypes only.
+///
+/// # Errors
+/// As [`capture_step`](super::capture_step), but for what concerns the loss.
+pub fn capture_forward<M, I, F, O>(model: &M, inputs: I, forward: F) -> Result<ForwardGraph<O>, Error>
+where
+    M: Module,
+    I: GraphInputs,
+    F: FnOnce(&M, I) -> O,
+    O: GraphInputs,
+{
+    let mut hollow = None;
+    let graph = in_scope(|device| {
+        let (recording, outputs) = record(device, model, inputs, forward)?;
+        hollow = Some(outputs);
+        Ok(recording)
+    })?;
+    let hollow = hollow.ok_or_else(|| graph_error("the forward pass was not recorded"))?;
+    Ok(ForwardGraph { graph, hollow })
+}
+
+impl<O: GraphInputs + Clone> ForwardGraph<O> {
+    /// The outputs of one execution, in the order of the graph's, as what the closure gave; on Flex without autodiff.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if there are more or fewer.
+    pub fn outputs(&self, given: Vec<GraphTensor>) -> Result<O, Error> {
+        let mut fill = Fill(given.into_iter());
+        let outputs = self.hollow.clone().map_tensors(&mut fill)?;
+        match fill.0.next() {
+            None => Ok(outputs),
+            Some(_) => Err(graph_error("there are more outputs than the captured forward gave")),
+        }
+    }
+}
+
+/// A captured forward that runs with the parameters of now.
+#[derive(Debug)]
+pub struct Forward<O> {
+    executor: Executor,
+    captured: ForwardGraph<O>,
+}
+
+impl<O: GraphInputs + Clone> Forward<O> {
+    /// Prepares a captured forward for running with the given custom operations.
+    ///
+    /// # Errors
+    /// Those of [`Executor::new`].
+    pub fn new(captured: ForwardGraph<O>, ops: CustomOps) -> Result<Self, Error> {
+        Ok(Self { executor: Executor::new(captured.graph.clone(), ops)?, captured })
+    }
+
+    /// Runs it: what the closure would give.
+    ///
+    /// # Errors
+    /// As [`Executor::step`].
+    pub fn run<M: Module, I: GraphInputs>(&mut self, model: &M, inputs: I) -> Result<O, Error> {
+        let given = self.executor.forward(model, inputs)?;
+        self.captured.outputs(given)
+    }
+}
+
+fn record<M, I, F, O>(device: CaptureDevice, model: &M, inputs: I, forward: F) -> Result<(Recording, O), Error>
+where
+    M: Module,
+    I: GraphInputs,
+    F: FnOnce(&M, I) -> O,
+    O: GraphInputs,
+{
+    // `valid` also unshares the running statistics, so that mapping them does not reach the original module.
+    let valid = model.valid();
+    let survey = Survey::of(&valid);
+    let mut empty = ToCapture::new(device);
+    // Parameters are moved by the mapper; `to_device` moves the module's other tensors, which become constants.
+    let captured = valid.map(&mut empty).to_device(&capture_device(device));
+    let tensors = empty.finish()?;
+
+    let mut edge = CaptureInputs::new(device, None);
+    let inputs = inputs.map_tensors(&mut edge)?;
+    let mut outputs = CaptureOutputs::new();
+    let given = forward(&captured, inputs).map_tensors(&mut outputs)?;
+    let given = given.map_tensors(&mut Hollow)?;
+    let recording = Recording {
+        survey,
+        params: tensors.iter().map(|(id, tensor)| (*id, tensor.id())).collect(),
+        running: HashSet::new(),
+        gradients: std::collections::HashMap::new(),
+        inputs: edge.inputs,
+        outputs: outputs.outputs,
+        loss: None,
+        weight: None,
+        marker: None,
+    };
+    Ok((recording, given))
+}
+
+/// Takes the tensors out of a structure that must outlive the capture.
+struct Hollow;
+
+impl TensorMapper for Hollow {
+    fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
+        let dtype = tensor.dtype();
+        let nothing = FlexTensor::zeros(Shape::from(vec![0; tensor.shape().num_dims()]), dtype);
+        let nothing = if dtype.is_float() {
+            GraphTensor::Float(nothing)
+        } else if dtype.is_bool() {
+            GraphTensor::Bool(nothing)
+        } else {
+            GraphTensor::Int(nothing)
+        };
+        Ok(dispatch(nothing))
+    }
+
+    fn enter(&mut self, _: usize) {}
+
+    fn exit(&mut self) {}
+}
+
+/// Puts what an execution gave where the tensors were.
+struct Fill(std::vec::IntoIter<GraphTensor>);
+
+impl TensorMapper for Fill {
+    fn map(&mut self, _: DispatchTensor) -> Result<DispatchTensor, Error> {
+        let given = self.0.next();
+        given.map(dispatch).ok_or_else(|| graph_error("there are fewer outputs than the captured forward gave"))
+    }
+
+    fn enter(&mut self, _: usize) {}
+
+    fn exit(&mut self) {}
+}
+
+/// A plain tensor as burn's own.
+pub(crate) fn dispatch(tensor: GraphTensor) -> DispatchTensor {
+    <DispatchTensor as DispatchKindConversion<Flex>>::from_backend(match tensor {
+        GraphTensor::Float(tensor) => BackendTensor::Float(tensor),
+        GraphTensor::Int(tensor) => BackendTensor::Int(tensor),
+        GraphTensor::Bool(tensor) => BackendTensor::Bool(tensor),
+    })
+}

@@ -1,0 +1,246 @@
+//! Random numbers that any rank can draw from any place on.
+//!
+//! burn draws from one generator of the process, in the order in which operations happen to run: ranks cannot share out such
+//! numbers. [`counted_random`] replaces every random operation by one in which each element's number is a function of the
+//! seed, the step, the operation's number and the element's place in the whole tensor: a counter-based generator in the
+//! sense of Salmon et al., [Parallel random numbers: as easy as 1, 2, 3](https://doi.org/10.1145/2063384.2063405), here
+//! ChaCha with 8 rounds. So a rank draws exactly its part, and a step split in whatever way draws what it draws on one rank.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use burn::backend::flex::{FlexTensor, Layout};
+use burn::tensor::{Bytes, DType, Distribution, bf16, f16};
+use burn_ir::{CustomOpIr, FloatOperationIr, NumericOperationIr, OperationIr, RandomOpIr, ScalarIr};
+use rand::{RngCore, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::custom::CustomOps;
+use super::graph_error;
+use super::step::StepGraph;
+use crate::error::Error;
+
+/// Id of the custom operation that draws numbers.
+pub const COUNTED_RANDOM: &str = "counted_random";
+
+/// Replaces the random operations of a step by such whose numbers depend on nothing but the seed, the step, the number of
+/// the operation and the place of the element. Returns how many there were.
+///
+/// Run it before anything that splits the graph. [`register_counted_random`] says what they do.
+pub fn counted_random(graph: &mut StepGraph) -> usize {
+    let mut number = 0;
+    for op in &mut graph.operations {
+        let random = match op {
+            OperationIr::Float(_, FloatOperationIr::Random(random))
+            | OperationIr::NumericFloat(_, NumericOperationIr::IntRandom(random))
+            | OperationIr::NumericInt(_, NumericOperationIr::IntRandom(random)) => random,
+            _ => continue,
+        };
+        *op = Draw::new(number, random).into_operation(random);
+        number += 1;
+    }
+    number as usize
+}
+
+/// The seed, and the number of the step: what all ranks must have in common to draw common numbers.
+///
+/// Clones share the step.
+#[derive(Debug, Clone)]
+pub struct RandomSource {
+    seed: u64,
+    step: Arc<AtomicU64>,
+}
+
+impl RandomSource {
+    /// Numbers from `seed`, before the first step.
+    pub fn new(seed: u64) -> Self {
+        Self { seed, step: Arc::new(AtomicU64::new(0)) }
+    }
+
+    /// Goes on to the numbers of the next step.
+    pub fn advance(&self) {
+        self.step.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The number of the step.
+    pub fn step(&self) -> u64 {
+        self.step.load(Ordering::Relaxed)
+    }
+
+    /// Sets the number of the step, as when training goes on from a checkpoint.
+    pub fn set_step(&self, step: u64) {
+        self.step.store(step, Ordering::Relaxed);
+    }
+
+    /// The numbers of one operation, from a place on: two words for each.
+    fn stream(&self, operation: u64, place: u64) -> ChaCha8Rng {
+        let mut key = [0; 32];
+        for (word, value) in [self.seed, self.step(), operation].into_iter().enumerate() {
+            key[word * 8..][..8].copy_from_slice(&value.to_le_bytes());
+        }
+        let mut stream = ChaCha8Rng::from_seed(key);
+        stream.set_word_pos(2 * u128::from(place));
+        stream
+    }
+}
+
+/// Registers the operation that [`counted_random`] puts into a graph. `source` says which step it is.
+pub fn register_counted_random(ops: &mut CustomOps, source: &RandomSource) {
+    let source = source.clone();
+    ops.register(COUNTED_RANDOM, move |op, _| {
+        let [out] = op.outputs.as_slice() else {
+            return Err(graph_error(format!("custom operation `{}` makes one tensor", op.id)));
+        };
+        let draw = Draw::of(op).ok_or_else(|| graph_error(format!("custom operation `{}` lacks scalars", op.id)))?;
+        let bits = draw.bits(out.shape.as_slice(), &source);
+        Ok(vec![draw.tensor(bits, out.shape.to_vec(), out.dtype)?])
+    });
+}
+
+/// Whether an operation draws such numbers.
+pub(crate) fn is_counted_random(op: &OperationIr) -> bool {
+    matches!(op, OperationIr::Custom(op) if op.id == COUNTED_RANDOM)
+}
+
+/// Has an operation draw from `offset` on along a dim of what it drew before.
+pub(crate) fn draw_from(op: &mut OperationIr, dim: usize, offset: usize) {
+    if let OperationIr::Custom(op) = op
+        && op.id == COUNTED_RANDOM
+        && let Some(mut draw) = Draw::of(op)
+    {
+        draw.first += offset as u64 * draw.strides.get(dim).copied().unwrap_or(0);
+        op.scalars = draw.scalars();
+    }
+}
+
+/// What a random operation says: its number, the distribution, and which places of the whole tensor it draws for.
+///
+/// Element `(i, j, ..)` has place `first + i * strides[0] + j * strides[1] + ..`.
+struct Draw {
+    operation: u64,
+    distribution: Distribution,
+    strides: Vec<u64>,
+    first: u64,
+}
+
+impl Draw {
+    fn new(operation: u64, random: &RandomOpIr) -> Self {
+        let dims = random.out.shape.as_slice();
+        let strides = (0..dims.len()).map(|dim| dims[dim + 1..].iter().product::<usize>() as u64).collect();
+        Self { operation, distribution: random.distribution, strides, first: 0 }
+    }
+
+    fn into_operation(self, random: &RandomOpIr) -> OperationIr {
+        let out = random.out.clone();
+        OperationIr::Custom(CustomOpIr::with_scalars(COUNTED_RANDOM, &[], &[out], self.scalars()))
+    }
+
+    fn scalars(&self) -> Vec<ScalarIr> {
+        let (kind, a, b) = match self.distribution {
+            Distribution::Default => (0, 0.0, 1.0),
+            Distribution::Bernoulli(p) => (1, p, 0.0),
+            Distribution::Uniform(low, high) => (2, low, high),
+            Distribution::Normal(mean, deviation) => (3, mean, deviation),
+        };
+        let head = [ScalarIr::UInt(self.operation), ScalarIr::UInt(kind), ScalarIr::Float(a), ScalarIr::Float(b)];
+        // The last is each rank's own.
+        let places = self.strides.iter().chain([&self.first]).map(|place| ScalarIr::UInt(*place));
+        head.into_iter().chain(places).collect()
+    }
+
+    fn of(op: &CustomOpIr) -> Option<Self> {
+        let [operation, kind, a, b, strides @ .., first] = op.scalars.as_slice() else { return None };
+        let (a, b) = (a.elem::<f64>(), b.elem::<f64>());
+        let distribution = match kind.elem::<u64>() {
+            0 => Distribution::Default,
+            1 => Distribution::Bernoulli(a),
+            2 => Distribution::Uniform(a, b),
+            _ => Distribution::Normal(a, b),
+        };
+        let strides = strides.iter().map(|stride| stride.elem()).collect();
+        Some(Self { operation: operation.elem(), distribution, strides, first: first.elem() })
+    }
+
+    /// 64 random bits for each element, in the order of the local tensor.
+    fn bits(&self, dims: &[usize], source: &RandomSource) -> Vec<u64> {
+        let count: usize = dims.iter().product();
+        let mut bits = Vec::with_capacity(count);
+        // Elements whose places follow each other come from one stream.
+        let mut run = 1;
+        let mut dense = dims.len();
+        while dense > 0 && (self.strides[dense - 1] == run as u64 || dims[dense - 1] == 1) {
+            dense -= 1;
+            run *= dims[dense];
+        }
+        let runs = count.checked_div(run).unwrap_or(0);
+        for number in 0..runs {
+            let (mut rest, mut place) = (number, self.first);
+            for dim in (0..dense).rev() {
+                place += (rest % dims[dim]) as u64 * self.strides[dim];
+                rest /= dims[dim];
+            }
+            let mut stream = source.stream(self.operation, place);
+            bits.extend((0..run).map(|_| stream.next_u64()));
+        }
+        bits
+    }
+
+    fn tensor(&self, bits: Vec<u64>, dims: Vec<usize>, dtype: DType) -> Result<FlexTensor, Error> {
+        let layout = Layout::contiguous(dims.into());
+        let floats = || bits.iter().map(|bits| self.float(*bits));
+        let ints = || bits.iter().map(|bits| self.int(*bits));
+        let bytes = match dtype {
+            DType::F64 => Bytes::from_elems(floats().collect::<Vec<f64>>()),
+            DType::F32 => Bytes::from_elems(floats().map(|x| self.below_high(x as f32)).collect::<Vec<f32>>()),
+            DType::F16 => Bytes::from_elems(floats().map(f16::from_f64).collect::<Vec<f16>>()),
+            DType::BF16 => Bytes::from_elems(floats().map(bf16::from_f64).collect::<Vec<bf16>>()),
+            DType::I64 => Bytes::from_elems(ints().collect::<Vec<i64>>()),
+            DType::I32 => Bytes::from_elems(ints().map(|x| x as i32).collect::<Vec<i32>>()),
+            DType::I16 => Bytes::from_elems(ints().map(|x| x as i16).collect::<Vec<i16>>()),
+            DType::I8 => Bytes::from_elems(ints().map(|x| x as i8).collect::<Vec<i8>>()),
+            DType::U64 => Bytes::from_elems(ints().map(|x| x as u64).collect::<Vec<u64>>()),
+            DType::U32 => Bytes::from_elems(ints().map(|x| x as u32).collect::<Vec<u32>>()),
+            DType::U16 => Bytes::from_elems(ints().map(|x| x as u16).collect::<Vec<u16>>()),
+            DType::U8 => Bytes::from_elems(ints().map(|x| x as u8).collect::<Vec<u8>>()),
+            _ => return Err(graph_error(format!("random numbers cannot be drawn as {dtype:?}"))),
+        };
+        Ok(FlexTensor::new(bytes, layout, dtype))
+    }
+
+    fn float(&self, bits: u64) -> f64 {
+        let unit = (bits >> 11) as f64 / (1u64 << 53) as f64;
+        match self.distribution {
+            Distribution::Default => unit,
+            Distribution::Bernoulli(p) => f64::from(u8::from(unit < p)),
+            Distribution::Uniform(low, high) => low + unit * (high - low),
+            // Box and Muller, of which the cosine is enough.
+            Distribution::Normal(mean, deviation) => {
+                let radius = ((bits >> 32) as f64 + 0.5) / (1u64 << 32) as f64;
+                let angle = (bits as u32) as f64 / (1u64 << 32) as f64;
+                mean + deviation * (-2.0 * radius.ln()).sqrt() * (std::f64::consts::TAU * angle).cos()
+            }
+        }
+    }
+
+    /// Rounding must not reach the excluded end of a range.
+    fn below_high(&self, x: f32) -> f32 {
+        let high = match self.distribution {
+            Distribution::Default => 1.0,
+            Distribution::Uniform(low, high) if high > low => high as f32,
+            _ => return x,
+        };
+        if x < high { x } else { high.next_down() }
+    }
+
+    fn int(&self, bits: u64) -> i64 {
+        match self.distribution {
+            Distribution::Default => bits as i64,
+            Distribution::Uniform(low, high) => {
+                let (low, high) = (low as i64, high as i64);
+                let span = high.wrapping_sub(low).max(1) as u64;
+                low.wrapping_add(((u128::from(bits) * u128::from(span)) >> 64) as i64)
+            }
+            _ => self.float(bits) as i64,
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! The choice of a strategy by what it makes the ranks move.
+
+use burn_ir::{OperationIr, TensorId, TensorIr};
+
+use super::pass::Pass;
+use super::report::Fallback;
+use super::rules::{How, Strategy, only_moves, strategies};
+use crate::graph::step::op_name;
+use crate::layout::Layout::{self, Partial, Replicated, Sharded};
+
+// What a move costs for each element of the logical tensor, next to the others. To gather is to give up a split, and
+// with it to compute and to hold everything on every rank; a parameter is split in order to be whole nowhere.
+const GATHER_PARAMETER: u64 = 400;
+const GATHER: u64 = 40;
+const REDUCE: u64 = 20;
+const SCATTER: u64 = 10;
+const EXCHANGE: u64 = 5;
+const STILL_PARTIAL: u64 = 1;
+
+impl Pass<'_> {
+    pub(super) fn choose(&mut self, op: &OperationIr, layouts: &[Layout]) -> Strategy {
+        let whole = Strategy::replicated(op);
+        if self.options.sequence_dim.is_none() && layouts.iter().all(|layout| *layout == Replicated) {
+            return whole;
+        }
+        let inputs: Vec<TensorId> = op.inputs().map(|input| input.id).collect();
+        let mut best: Option<((u64, bool), Strategy)> = None;
+        let found = strategies(op, self.options.degree);
+        // Elements that are moved in a way that no part of them can follow: what comes of it shows only further on.
+        let torn = only_moves(op)
+            && layouts.iter().all(|have| matches!(have, Sharded(_)))
+            && !inputs.iter().all(|id| self.held[id].parameter)
+            && !found.iter().any(|strategy| strategy.inputs == layouts);
+        let split = found.into_iter().filter(|strategy| {
+            // Only what goes on with a layout that is there: nothing is split for its own sake, but along the sequence.
+            strategy.inputs.iter().zip(layouts).any(|(want, have)| want == have && *want != Replicated)
+                || self.follows_sequence(op, layouts, strategy)
+                || (torn && strategy.output != Partial)
+        });
+        for strategy in split.chain([whole.clone()]) {
+            let Some(cost) = self.strategy_cost(op, &inputs, &strategy) else { continue };
+            let cost = if torn { cost + self.cost_to_readers(op, strategy.output) } else { cost };
+            let aside = op.outputs().any(|out| self.along_sequence(out).map(Sharded) != Some(strategy.output));
+            if best.as_ref().is_none_or(|(least, _)| (cost, aside) < *least) {
+                best = Some(((cost, aside), strategy));
+            }
+        }
+        let strategy = best.map_or(whole, |(_, strategy)| strategy);
+        let gathers = inputs.iter().zip(layouts).zip(&strategy.inputs).any(|((id, have), want)| {
+            matches!(have, Sharded(_))
+                && *want == Replicated
+                && self.held[id].version(Replicated).is_none()
+                && self.moved(*id, Replicated).is_none()
+        });
+        if strategy.output == Replicated && gathers {
+            let dims = op.outputs().next().map(|out| out.shape.to_vec()).unwrap_or_default();
+            self.report.fallbacks.push(Fallback { operation: op_name(op), dims, forward: self.forward });
+        }
+        strategy
+    }
+
+    /// Whether sequence parallelism asks for a strategy: it makes an activation that is split along the sequence, in the
+    /// forward pass, or turns a partial one into that.
+    fn follows_sequence(&self, op: &OperationIr, layouts: &[Layout], strategy: &Strategy) -> bool {
+        let follows =
+            |tensor: &TensorIr, layout: Layout| self.along_sequence(tensor).is_some_and(|dim| layout == Sharded(dim));
+        let enters =
+            self.forward && strategy.how == How::Locally && op.outputs().all(|out| follows(out, strategy.output));
+        enters
+            || op
+                .inputs()
+                .zip(layouts)
+                .zip(&strategy.inputs)
+                .any(|((input, have), want)| *have == Partial && follows(input, *want))
+    }
+
+    /// The dim along which sequence parallelism has a tensor split, if it is an activation.
+    pub(super) fn along_sequence(&self, tensor: &TensorIr) -> Option<usize> {
+        let dim = self.options.sequence_dim.filter(|dim| *dim < 2 && tensor.shape.num_dims() == 3)?;
+        (tensor.dtype.is_float() && tensor.shape[dim].is_multiple_of(self.options.degree)).then_some(dim)
+    }
+
+    fn strategy_cost(&self, op: &OperationIr, inputs: &[TensorId], strategy: &Strategy) -> Option<u64> {
+        let outputs: u64 = op.outputs().map(|out| out.shape.num_elements() as u64).sum();
+        let mut cost = match (strategy.output, &strategy.how) {
+            (Partial, _) => STILL_PARTIAL * outputs.max(1),
+            (_, How::Reduced(_)) => REDUCE * outputs.max(1),
+            _ => 0,
+        };
+        for (place, (id, want)) in inputs.iter().zip(&strategy.inputs).enumerate() {
+            let more = self.cost(*id, *want)?;
+            if !inputs[..place].contains(id) {
+                cost += more;
+            }
+        }
+        Some(cost)
+    }
+
+    /// What it costs those that read what an operation makes, if it comes in this layout: whether it is worth while to
+    /// gather a tensor that is moved, or to split it in another way, shows only then.
+    fn cost_to_readers(&self, op: &OperationIr, layout: Layout) -> u64 {
+        let Some(out) = op.outputs().next().filter(|_| layout != Partial) else { return 0 };
+        let of_reader = |reader: &usize| {
+            let op = &self.source[*reader];
+            let of_input = |(input, want): (&TensorIr, &Layout)| match (input.id == out.id, layout, *want) {
+                (true, _, Partial) => None,
+                (true, Sharded(_), Replicated) => Some(GATHER * out.shape.num_elements() as u64),
+                (true, Sharded(from), Sharded(to)) if from != to => Some(EXCHANGE * out.shape.num_elements() as u64),
+                (true, ..) => Some(0),
+                _ if self.held.contains_key(&input.id) => self.cost(input.id, *want),
+                _ => Some(0),
+            };
+            let still = |strategy: &Strategy| match strategy.output {
+                Partial => SCATTER * op.outputs().map(|out| out.shape.num_elements() as u64).sum::<u64>(),
+                _ => 0,
+            };
+            let of = |strategy: &Strategy| {
+                let moved: Option<u64> = op.inputs().zip(&strategy.inputs).map(of_input).sum();
+                Some(moved? + still(strategy))
+            };
+            strategies(op, self.options.degree).iter().chain([&Strategy::replicated(op)]).filter_map(of).min()
+        };
+        self.readers.get(&out.id).into_iter().flatten().filter_map(of_reader).sum()
+    }
+
+    /// What it costs to have a tensor in a layout; `None` if it should not be.
+    fn cost(&self, id: TensorId, want: Layout) -> Option<u64> {
+        let held = &self.held[&id];
+        let each = match (held.layout(), want) {
+            (_, Partial) if held.is_planned_zeros() => 0,
+            (Partial, Partial) if held.is_waiting() || self.is_reduced_anyway(id) => return None,
+            (Partial, Partial) => 0,
+            (_, Partial) => return None,
+            (_, want) if held.version(want).is_some() || self.moved(id, want).is_some() => 0,
+            (Replicated, _) => 0,
+            (Partial, Sharded(_)) if self.is_wanted_whole(id) => 0,
+            (Partial, Replicated) => REDUCE,
+            (Partial, Sharded(_)) => SCATTER,
+            (Sharded(_), _) if held.version(Replicated).is_some() => 0,
+            (Sharded(_), _) if held.parameter => GATHER_PARAMETER,
+            (Sharded(_), Replicated) => GATHER,
+            (Sharded(_), Sharded(_)) => EXCHANGE,
+        };
+        Some(each * held.elements())
+    }
+
+    /// How to make `id` in a layout from the version of another tensor that it is a view of.
+    pub(super) fn moved(&self, id: TensorId, want: Layout) -> Option<(OperationIr, Strategy)> {
+        let op = self.held[&id].moved.as_deref()?;
+        let input = op.inputs().next()?.id;
+        let there = |strategy: &Strategy| {
+            let from = strategy.inputs.first().copied().unwrap_or(Replicated);
+            strategy.output == want
+                && from != Partial
+                && (self.held[&input].version(from).is_some() || self.moved(input, from).is_some())
+        };
+        let found = strategies(op, self.options.degree).into_iter().chain([Strategy::replicated(op)]).find(there)?;
+        Some((op.clone(), found))
+    }
+
+    pub(super) fn is_wanted_whole(&self, id: TensorId) -> bool {
+        self.wanted.get(&id).is_some_and(|layouts| layouts.contains(&Replicated))
+    }
+
+    /// Whether some reader, or the result, cannot take a partial tensor as it is, so that the sum is made in any case; or it
+    /// would be made of several things that are computed from the tensor, or of something larger.
+    pub(super) fn is_reduced_anyway(&self, id: TensorId) -> bool {
+        let readers = self.readers.get(&id).map_or(&[][..], Vec::as_slice);
+        self.is_wanted_whole(id)
+            || readers.iter().any(|reader| {
+                let op = &self.source[*reader];
+                let place = op.inputs().position(|input| input.id == id);
+                let takes = |s: &Strategy| place.and_then(|place| s.inputs.get(place)) == Some(&Partial);
+                if !strategies(op, self.options.degree).iter().any(takes) {
+                    return true;
+                }
+                let size = op.inputs().find(|input| input.id == id).map_or(0, |input| input.shape.num_elements());
+                let grows = |out: &TensorIr| out.shape.num_elements() > size;
+                op.outputs().any(|out| (readers.len() > 1 || grows(out)) && self.is_reduced_anyway(out.id))
+            })
+    }
+}

@@ -1,0 +1,91 @@
+//! How tensors change their layout.
+
+use burn::tensor::Slice;
+use burn_ir::{BaseOperationIr, OperationIr, SliceOpIr, TensorId, TensorIr};
+
+use super::collectives::CollectiveKind;
+use super::held::Origin;
+use super::pass::Pass;
+use super::report::Collective;
+use super::rules::of_kind;
+use crate::layout::Layout::{self, Partial, Replicated, Sharded};
+
+impl Pass<'_> {
+    /// The local tensor that holds `id` in the layout `want`, moved there if it is not yet.
+    pub(super) fn get(&mut self, id: TensorId, want: Layout) -> TensorIr {
+        let degree = self.options.degree;
+        let held = &self.held[&id];
+        if let Some(local) = held.version(want) {
+            return held.local(want, local, degree);
+        }
+        match held.origin {
+            Origin::Waiting(_) => return self.settle(id, want),
+            Origin::Planned(_) => return self.make(id, want),
+            Origin::Made => {}
+        }
+        if let Some((op, strategy)) = self.moved(id, want) {
+            let local = self.fresh();
+            self.emit_as(op, &strategy, &[local]);
+            if let Some(held) = self.held.get_mut(&id) {
+                held.add(want, local);
+            }
+            return self.held[&id].local(want, local, degree);
+        }
+        let held = &self.held[&id];
+        if held.layout() == Partial {
+            match (want, self.along_sequence(&held.global)) {
+                (Sharded(_), _) if self.is_wanted_whole(id) => drop(self.get(id, Replicated)),
+                (Replicated, Some(dim)) if !self.is_wanted_whole(id) => drop(self.get(id, Sharded(dim))),
+                _ => {}
+            }
+        }
+        let held = &self.held[&id];
+        // Whatever it came as, what there is whole is whole.
+        let have = if held.version(Replicated).is_some() { Replicated } else { held.layout() };
+        let from = held.version(have).map(|local| held.local(have, local, degree));
+        let dims = held.global.shape.to_vec();
+        let local = self.fresh();
+        let to = self.held[&id].local(want, local, degree);
+        let Some(from) = from else { return to };
+        match (have, want) {
+            (Replicated, Sharded(dim)) => self.take_part(from, to.clone(), dim),
+            (Partial, Sharded(dim)) => {
+                self.collective(CollectiveKind::ReduceScatter, dims, from, to.clone(), &[dim]);
+            }
+            (Sharded(join), Sharded(split)) => {
+                self.collective(CollectiveKind::AllToAll, dims, from, to.clone(), &[split, join]);
+            }
+            (Sharded(dim), _) => self.collective(CollectiveKind::AllGather, dims, from, to.clone(), &[dim]),
+            _ => self.collective(CollectiveKind::AllReduce, dims, from, to.clone(), &[]),
+        }
+        if let Some(held) = self.held.get_mut(&id) {
+            held.add(want, local);
+        }
+        to
+    }
+
+    pub(super) fn collective(
+        &mut self,
+        kind: CollectiveKind,
+        dims: Vec<usize>,
+        from: TensorIr,
+        to: TensorIr,
+        along: &[usize],
+    ) {
+        self.operations.push(kind.operation(&self.options.axis, along, from, to));
+        self.report.collectives.push(Collective { kind, dims, forward: self.forward, reader: self.reader.clone() });
+    }
+
+    /// This rank's part of a whole tensor.
+    pub(super) fn take_part(&mut self, tensor: TensorIr, out: TensorIr, dim: usize) {
+        let (part, rank) = (out.shape[dim], self.options.rank);
+        let range = |(place, size): (usize, &usize)| match place == dim {
+            true => Slice::new((rank * part) as isize, Some(((rank + 1) * part) as isize), 1),
+            false => Slice::new(0, Some(*size as isize), 1),
+        };
+        let ranges = tensor.shape.as_slice().iter().enumerate().map(range).collect();
+        let dtype = out.dtype;
+        let op: OperationIr = of_kind(dtype, BaseOperationIr::Slice(SliceOpIr { tensor, ranges, out }));
+        self.operations.push(op);
+    }
+}

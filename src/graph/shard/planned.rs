@@ -1,0 +1,105 @@
+//! Tensors that are made only once it is known in which layout they are read.
+//!
+//! A mask of random numbers, the ones from which the backward pass of a mean spreads a gradient, zeros into which a
+//! gradient is scattered: what needs nothing, or only small tensors that every rank has, can be made by every rank in any
+//! layout. Made at first sight it would be whole, and as large as what it goes with is split to avoid.
+
+use burn_ir::{BaseOperationIr as Base, NumericOperationIr as Numeric, OperationIr, TensorId, TensorIr};
+
+use super::held::{Held, Origin};
+use super::pass::Pass;
+use super::rules::{Strategy, is_elementwise, only_moves, strategies};
+use crate::graph::random::is_counted_random;
+use crate::layout::Layout::{self, Partial, Replicated, Sharded};
+
+impl Pass<'_> {
+    /// Puts off an operation that can run anywhere in any layout.
+    pub(super) fn plan(&mut self, op: &OperationIr) -> bool {
+        let mut outputs = op.outputs();
+        let (Some(out), None) = (outputs.next(), outputs.next()) else { return false };
+        let creates = creates(op);
+        let spreads = is_elementwise(op) || only_moves(op) || writes_at(op).is_some();
+        let planned = op.inputs().any(|input| self.held[&input.id].is_planned());
+        let small = |input: &TensorIr| {
+            let held = &self.held[&input.id];
+            held.is_planned()
+                || (held.version(Replicated).is_some() && held.global.shape.num_elements() < out.shape.num_elements())
+        };
+        let anywhere = creates || (spreads && planned && op.inputs().all(small));
+        if !anywhere {
+            return false;
+        }
+        self.held.insert(out.id, Held::planned(out.clone(), op.clone()));
+        // A gradient goes where that is whose gradient it is.
+        if let Some(place) = writes_at(op)
+            && let Some(layout) = self.indexed.get(&place).copied()
+        {
+            self.make(out.id, layout);
+            if let Some(held) = self.held.get_mut(&out.id)
+                && let Some(local) = held.version(layout)
+            {
+                held.origin = Origin::Made;
+                held.prefer(layout, local);
+            }
+        }
+        true
+    }
+
+    /// Runs a planned operation in a layout.
+    pub(super) fn make(&mut self, id: TensorId, want: Layout) -> TensorIr {
+        let held = &self.held[&id];
+        let degree = self.options.degree;
+        let Origin::Planned(op) = held.origin.clone() else { return self.get(id, want) };
+        // Zeros on every rank add up to zeros.
+        let made_as = if want == Partial { Replicated } else { want };
+        let fitting = strategies(&op, degree)
+            .into_iter()
+            .find(|strategy| strategy.output == made_as && strategy.inputs.iter().all(|input| *input != Partial));
+        let strategy = match (made_as, fitting, held.version(Replicated)) {
+            (Sharded(dim), _, Some(whole)) => {
+                let from = held.local(Replicated, whole, degree);
+                let to = TensorIr { id: self.fresh(), ..self.held[&id].local(want, id, degree) };
+                self.take_part(from, to.clone(), dim);
+                self.note(id, want, to.id);
+                return to;
+            }
+            (Sharded(_), Some(strategy), None) => strategy,
+            (Sharded(_), None, None) => {
+                self.make(id, Replicated);
+                return self.make(id, want);
+            }
+            _ => Strategy::replicated(&op),
+        };
+        let local = if want == Replicated { id } else { self.fresh() };
+        self.emit_as(*op, &strategy, &[local]);
+        self.note(id, want, local);
+        self.held[&id].local(want, local, degree)
+    }
+
+    fn note(&mut self, id: TensorId, layout: Layout, local: TensorId) {
+        if let Some(held) = self.held.get_mut(&id) {
+            held.add(layout, local);
+        }
+    }
+}
+
+fn creates(op: &OperationIr) -> bool {
+    match op {
+        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => {
+            matches!(base, Base::Zeros(_) | Base::Ones(_))
+        }
+        OperationIr::NumericFloat(_, numeric) | OperationIr::NumericInt(_, numeric) => {
+            matches!(numeric, Numeric::Full(_))
+        }
+        op => is_counted_random(op),
+    }
+}
+
+/// The indices and the dim at which an operation adds values to a tensor.
+fn writes_at(op: &OperationIr) -> Option<(TensorId, usize)> {
+    match op {
+        OperationIr::BaseFloat(Base::Scatter(op)) => Some((op.indices.id, op.dim)),
+        OperationIr::BaseFloat(Base::SelectAssign(op)) => Some((op.indices.id, op.dim)),
+        _ => None,
+    }
+}

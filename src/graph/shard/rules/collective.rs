@@ -1,0 +1,26 @@
+//! Collectives over another axis, which an earlier partition put in. They are linear, and treat alike all places along the
+//! dims that they do not divide.
+
+use burn_ir::OperationIr;
+
+use super::super::collectives::{CollectiveKind, CollectiveOp, dim};
+use super::{Strategy, each_dim};
+use crate::layout::Layout::{Partial, Sharded};
+
+pub(super) fn strategies(op: &OperationIr) -> Vec<Strategy> {
+    let Some((CollectiveOp { kind, .. }, op)) = CollectiveOp::of(op) else { return Vec::new() };
+    let [input] = op.inputs.as_slice() else { return Vec::new() };
+    let divided: Vec<usize> = match kind {
+        CollectiveKind::AllGather | CollectiveKind::ReduceScatter => dim(op, 0).into_iter().collect(),
+        CollectiveKind::AllToAll => [dim(op, 0), dim(op, 1)].into_iter().flatten().collect(),
+        _ => Vec::new(),
+    };
+    let mut found =
+        each_dim(&input.shape, |dim| (!divided.contains(&dim)).then(|| Strategy::new([Sharded(dim)], Sharded(dim))));
+    let nonlinear =
+        [CollectiveKind::AllReduceMax, CollectiveKind::AllReduceMin, CollectiveKind::AllReduceProduct].contains(&kind);
+    if !nonlinear {
+        found.push(Strategy::new([Partial], Partial));
+    }
+    found
+}

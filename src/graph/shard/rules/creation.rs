@@ -1,0 +1,38 @@
+//! Operations that make tensors from nothing: each rank makes its part.
+
+use burn_ir::{BaseOperationIr as Base, NumericOperationIr as Numeric, OperationIr, TensorIr};
+
+use super::{Strategy, each_dim};
+use crate::graph::random::{draw_from, is_counted_random};
+use crate::layout::Layout::Sharded;
+
+pub(super) fn base(op: &Base) -> Vec<Strategy> {
+    match op {
+        Base::Zeros(op) | Base::Ones(op) | Base::Empty(op) => anywhere(&op.out),
+        _ => Vec::new(),
+    }
+}
+
+pub(super) fn numeric(op: &Numeric) -> Vec<Strategy> {
+    match op {
+        Numeric::Full(op) => anywhere(&op.out),
+        _ => Vec::new(),
+    }
+}
+
+pub(super) fn random(op: &OperationIr) -> Vec<Strategy> {
+    match op.outputs().next() {
+        Some(out) if is_counted_random(op) => anywhere(out),
+        _ => Vec::new(),
+    }
+}
+
+/// Has a random operation, whose output is local already, draw this rank's part along a dim.
+pub(super) fn draw_part(op: &mut OperationIr, dim: usize, rank: usize) {
+    let part = op.outputs().next().map_or(0, |out| out.shape[dim]);
+    draw_from(op, dim, rank * part);
+}
+
+fn anywhere(out: &TensorIr) -> Vec<Strategy> {
+    each_dim(&out.shape, |dim| Some(Strategy::new([], Sharded(dim))))
+}

@@ -1,0 +1,65 @@
+//! What else burn computes as one operation of a module: pooling and interpolation, norms, attention.
+
+use burn_ir::{ModuleOperationIr as Module, OperationIr, TensorIr};
+
+use super::{Strategy, each_dim};
+use crate::layout::Layout::{self, Replicated, Sharded};
+
+pub(super) fn strategies(op: &OperationIr) -> Vec<Strategy> {
+    use Module::*;
+    let OperationIr::Module(module) = op else { return Vec::new() };
+    match module {
+        AvgPool1d(_)
+        | AvgPool2d(_)
+        | AvgPool1dBackward(_)
+        | AvgPool2dBackward(_)
+        | AdaptiveAvgPool1d(_)
+        | AdaptiveAvgPool2d(_)
+        | AdaptiveAvgPool3d(_)
+        | AdaptiveAvgPool1dBackward(_)
+        | AdaptiveAvgPool2dBackward(_)
+        | AdaptiveAvgPool3dBackward(_)
+        | MaxPool1d(_)
+        | MaxPool2d(_)
+        | MaxPool1dWithIndices(_)
+        | MaxPool2dWithIndices(_)
+        | MaxPool1dWithIndicesBackward(_)
+        | MaxPool2dWithIndicesBackward(_)
+        | Interpolate(_)
+        | InterpolateBackward(_)
+        | Unfold4d(_) => each_channel(op),
+        BatchNorm(_) => vec![
+            Strategy::new([Sharded(0), Replicated, Replicated, Replicated, Replicated], Sharded(0)),
+            Strategy::new([Sharded(1), Sharded(0), Sharded(0), Sharded(0), Sharded(0)], Sharded(1)),
+        ],
+        LayerNorm(norm) => {
+            let last = norm.input.shape.num_dims() - 1;
+            each_dim(&norm.input.shape, |dim| {
+                let inputs = op.inputs().enumerate().map(|(place, _)| match place {
+                    0 => Sharded(dim),
+                    _ => Replicated,
+                });
+                (dim != last).then(|| Strategy::of(inputs.collect(), Sharded(dim)))
+            })
+        }
+        // Batches and heads have nothing to do with each other; masks and biases may be the same for all of them.
+        Attention(attention) => {
+            let query = &attention.query;
+            let split = |dim: usize| {
+                let of = |input: &TensorIr| match input.shape.as_slice().get(dim) == Some(&query.shape[dim]) {
+                    true => Sharded(dim),
+                    false => Replicated,
+                };
+                Strategy::of(op.inputs().map(of).collect(), Sharded(dim))
+            };
+            vec![split(0), split(1)]
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// Every image and every channel for itself.
+fn each_channel(op: &OperationIr) -> Vec<Strategy> {
+    let along = |dim: usize| Strategy::of(op.inputs().map(|_| Layout::Sharded(dim)).collect(), Sharded(dim));
+    vec![along(0), along(1)]
+}

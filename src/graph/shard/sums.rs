@@ -1,0 +1,150 @@
+//! Sums of partial and whole terms: the whole ones wait until the partial ones are added up and reduced. Terms that are split
+//! wait for the sum to be scattered.
+
+use burn::tensor::Shape;
+use burn_ir::{BinaryOpIr, NumericOperationIr, OperationIr, TensorId, TensorIr};
+
+use super::collectives::CollectiveKind;
+use super::held::{Held, Origin, WaitingSum};
+use super::pass::Pass;
+use super::rules::as_sum;
+use crate::layout::Layout::{self, Partial, Replicated, Sharded};
+
+/// A term of a sum, if it can be added later.
+enum Term {
+    Partial(TensorIr),
+    /// Whole, or split along a dim.
+    Whole(TensorIr, Layout),
+    Waiting(WaitingSum),
+}
+
+impl Pass<'_> {
+    /// Plans a sum of partial and whole terms instead of making it.
+    pub(super) fn postpone(&mut self, op: &OperationIr) -> bool {
+        let Some((lhs, rhs, out)) = as_sum(op) else { return false };
+        if lhs.id == rhs.id {
+            return false;
+        }
+        let (Some(a), Some(b)) = (self.term(lhs.id, out), self.term(rhs.id, out)) else { return false };
+        let sum = match (a, b) {
+            (Term::Partial(partial), Term::Whole(whole, layout))
+            | (Term::Whole(whole, layout), Term::Partial(partial)) => WaitingSum { partial, whole, layout },
+            (Term::Waiting(sum), Term::Partial(more)) | (Term::Partial(more), Term::Waiting(sum)) => {
+                WaitingSum { partial: self.add(sum.partial, more), ..sum }
+            }
+            (Term::Waiting(sum), Term::Whole(more, layout)) | (Term::Whole(more, layout), Term::Waiting(sum)) => {
+                let Some((whole, layout)) = self.add_whole((sum.whole, sum.layout), (more, layout), out) else {
+                    return false;
+                };
+                WaitingSum { whole, layout, ..sum }
+            }
+            (Term::Waiting(a), Term::Waiting(b)) => {
+                let Some((whole, layout)) = self.add_whole((a.whole, a.layout), (b.whole, b.layout), out) else {
+                    return false;
+                };
+                WaitingSum { partial: self.add(a.partial, b.partial), whole, layout }
+            }
+            _ => return false,
+        };
+        // What is split can only be added to a sum that is split like it.
+        if let Sharded(dim) = sum.layout
+            && sum.partial.shape[dim] != out.shape[dim]
+        {
+            return false;
+        }
+        self.held.insert(out.id, Held::waiting(out.clone(), sum));
+        true
+    }
+
+    /// A tensor as a term that may wait. What is not whole yet may only if nobody else reads it.
+    fn term(&self, id: TensorId, sum: &TensorIr) -> Option<Term> {
+        let held = &self.held[&id];
+        let alone = self.readers.get(&id).is_some_and(|r| r.len() == 1) && !self.wanted.contains_key(&id);
+        if let Origin::Waiting(sum) = &held.origin {
+            return alone.then(|| Term::Waiting(sum.clone()));
+        }
+        let local = |layout| held.version(layout).map(|local| held.local(layout, local, self.options.degree));
+        match held.layout() {
+            Partial if alone => local(Partial).map(Term::Partial),
+            Partial => None,
+            Sharded(dim) if held.global.shape[dim] != sum.shape[dim] => None,
+            layout => local(layout).map(|local| Term::Whole(local, layout)),
+        }
+    }
+
+    fn add(&mut self, lhs: TensorIr, rhs: TensorIr) -> TensorIr {
+        let dims = lhs.shape.as_slice().iter().zip(rhs.shape.as_slice()).map(|(a, b)| *a.max(b));
+        let shape = Shape::from(dims.collect::<Vec<_>>());
+        let out = TensorIr::uninit(self.fresh(), shape, lhs.dtype);
+        self.operations.push(sum(lhs, rhs, out.clone()));
+        out
+    }
+
+    /// Adds terms that are whole or split along the same dim.
+    fn add_whole(
+        &mut self,
+        (a, of_a): (TensorIr, Layout),
+        (b, of_b): (TensorIr, Layout),
+        sum: &TensorIr,
+    ) -> Option<(TensorIr, Layout)> {
+        let (a, b, layout) = match (of_a, of_b) {
+            (Replicated, Sharded(dim)) => (self.part(a, dim, sum), b, of_b),
+            (Sharded(dim), Replicated) => (a, self.part(b, dim, sum), of_a),
+            _ if of_a == of_b => (a, b, of_a),
+            _ => return None,
+        };
+        Some((self.add(a, b), layout))
+    }
+
+    /// This rank's part of a whole term, or all of it where it is the same for every part.
+    fn part(&mut self, term: TensorIr, dim: usize, sum: &TensorIr) -> TensorIr {
+        if term.shape[dim] != sum.shape[dim] {
+            return term;
+        }
+        let mut part = TensorIr { id: self.fresh(), ..term.clone() };
+        part.shape[dim] /= self.options.degree;
+        self.take_part(term, part.clone(), dim);
+        part
+    }
+
+    /// Makes a sum that was waiting: split if its whole term is, or if that is asked for and possible; else whole.
+    pub(super) fn settle(&mut self, id: TensorId, want: Layout) -> TensorIr {
+        let held = &self.held[&id];
+        let Origin::Waiting(WaitingSum { partial, whole, layout }) = held.origin.clone() else {
+            return self.get(id, want);
+        };
+        let global = held.global.clone();
+        let can = |dim: usize| partial.shape[dim] == global.shape[dim];
+        let layout = match (layout, want, self.along_sequence(&global)) {
+            (Sharded(_), ..) => layout,
+            (_, Sharded(dim), _) if can(dim) && !self.is_wanted_whole(id) => want,
+            (_, Replicated, Some(dim)) if can(dim) && !self.is_wanted_whole(id) => Sharded(dim),
+            _ => Replicated,
+        };
+        let dims = partial.shape.to_vec();
+        let mut reduced = TensorIr { id: self.fresh(), ..partial.clone() };
+        let (local, whole) = match layout {
+            Sharded(dim) => {
+                reduced.shape[dim] /= self.options.degree;
+                self.collective(CollectiveKind::ReduceScatter, dims, partial, reduced.clone(), &[dim]);
+                let split = whole.shape[dim] != global.shape[dim];
+                (self.fresh(), if split { whole } else { self.part(whole, dim, &global) })
+            }
+            _ => {
+                self.collective(CollectiveKind::AllReduce, dims, partial, reduced.clone(), &[]);
+                (id, whole)
+            }
+        };
+        let out = self.held[&id].local(layout, local, self.options.degree);
+        self.operations.push(sum(reduced, whole, out));
+        if let Some(held) = self.held.get_mut(&id) {
+            held.origin = Origin::Made;
+            held.add(layout, local);
+        }
+        self.get(id, want)
+    }
+}
+
+fn sum(lhs: TensorIr, rhs: TensorIr, out: TensorIr) -> OperationIr {
+    OperationIr::NumericFloat(out.dtype, NumericOperationIr::Add(BinaryOpIr { lhs, rhs, out }))
+}

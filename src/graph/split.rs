@@ -1,0 +1,178 @@
+//! How one model is split over one or several axes: what every strategy knows of tensor parallelism.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use burn::module::{Module, ParamId};
+
+use super::shard::{PartitionOptions, ShardReport, fold_reductions, overlap, partition, register_collectives};
+use super::{CustomOps, RandomSource, StepGraph, counted_random, graph_error, register_counted_random};
+use crate::comm::{Communicator, part};
+use crate::error::Error;
+use crate::layout::Layout;
+use crate::params::{self, SliceSource};
+use crate::plan::{AxisPlan, Plan, PlanTable};
+
+/// Gradients that are reduced together, where an axis shares out the batch.
+const BUCKET_BYTES: usize = 4 << 20;
+
+/// The split of a model: where each parameter lies over each axis, and the groups that it is split over. Cheap to clone.
+///
+/// A strategy that runs captured steps of a split model takes the [outline](Self::outline) to capture, then
+/// [applies](Self::apply) the split to the graph, and lets the executor know the collectives by [`register`](Self::register).
+#[derive(Debug, Clone)]
+pub(crate) struct ModelSplit {
+    table: Arc<PlanTable>,
+    axes: Arc<[SplitAxis]>,
+    random: RandomSource,
+}
+
+#[derive(Debug)]
+struct SplitAxis {
+    name: String,
+    group: Communicator,
+    plan: AxisPlan,
+}
+
+impl ModelSplit {
+    /// Checks the plan against the model, makes sure that all ranks bring the same, and leaves this rank its parts of the
+    /// parameters of the rank that is first on every axis. The plan speaks of the first of the axes, given by their names.
+    ///
+    /// # Errors
+    /// Those of [`Plan::table_over`], [`params::agree`] and [`Communicator`].
+    pub(crate) fn distribute<M: Module>(
+        model: M,
+        axes: &[(&str, &Communicator)],
+        plan: &Plan,
+    ) -> Result<(M, Self), Error> {
+        let sizes: Vec<(&str, usize)> = axes.iter().map(|(name, group)| (*name, group.size())).collect();
+        let table = plan.table_over(&model, &sizes)?;
+        let plans = plan.over(axes.iter().map(|axis| axis.0))?;
+        let mut local = model;
+        let mut made = Vec::new();
+        for (index, ((name, group), plan)) in axes.iter().zip(plans).enumerate() {
+            params::agree_on_layouts(&table, group)?;
+            // Collectives of steps are counted by themselves.
+            let group = group.split(0, group.rank() as i64)?;
+            if group.size() > 1 {
+                local = params::distribute(local, &table, index, &group)?;
+            }
+            made.push(SplitAxis { name: (*name).into(), group, plan });
+        }
+        Ok((local, Self { table: Arc::new(table), axes: made.into(), random: RandomSource::new(0) }))
+    }
+
+    pub(crate) fn table(&self) -> &PlanTable {
+        &self.table
+    }
+
+    /// The group along the axis that the plan speaks of.
+    pub(crate) fn group(&self) -> &Communicator {
+        &self.axes[0].group
+    }
+
+    /// The groups along all axes.
+    pub(crate) fn groups(&self) -> impl Iterator<Item = &Communicator> {
+        self.axes.iter().map(|axis| &axis.group)
+    }
+
+    /// The dims of a parameter as a whole, if it is split.
+    pub(crate) fn whole_dims(&self, id: ParamId) -> Option<Vec<usize>> {
+        self.table.row(id).filter(|row| row.is_split()).map(|row| row.dims.clone())
+    }
+
+    /// The module with the dims that it has as a whole, of which split parameters take no memory: what a capture looks at.
+    pub(crate) fn outline<M: Module>(&self, local: &M) -> M {
+        params::outline(local, &|id, _| self.whole_dims(id))
+    }
+
+    /// Puts the whole model together, on every rank. Collective.
+    ///
+    /// # Errors
+    /// Those of [`Communicator`].
+    pub(crate) fn assemble<M: Module>(&self, local: &M) -> Result<M, Error> {
+        let mut whole = local.clone();
+        for (index, axis) in self.axes.iter().enumerate().rev().filter(|(_, axis)| axis.group.size() > 1) {
+            whole = params::assemble(whole, &self.table, index, &axis.group)?;
+        }
+        Ok(whole)
+    }
+
+    /// Gives this rank's parts the values that a source has, of which nothing else is read. Lazy parameters are not made.
+    ///
+    /// # Errors
+    /// Those of [`params::load`].
+    pub(crate) fn load<M: Module>(&self, local: M, source: &mut dyn SliceSource) -> Result<M, Error> {
+        let held = |id| {
+            let row = self.table.row(id)?;
+            let mut ranges: Vec<Range<usize>> = row.dims.iter().map(|size| 0..*size).collect();
+            for (layout, axis) in row.layouts.iter().zip(self.axes.iter()) {
+                if let Layout::Sharded(dim) = layout {
+                    let (range, group) = (&mut ranges[*dim], &axis.group);
+                    let own = part(range.len(), group.size(), group.rank());
+                    *range = range.start + own.start..range.start + own.end;
+                }
+            }
+            Some(params::Held { dims: row.dims.clone(), ranges })
+        };
+        params::load(local, source, &held)
+    }
+
+    /// The same split whose steps draw other random numbers.
+    pub(crate) fn with_random(self, random: RandomSource) -> Self {
+        Self { random, ..self }
+    }
+
+    /// What the random numbers of the steps follow from; whoever runs steps advances it after each.
+    pub(crate) fn random(&self) -> &RandomSource {
+        &self.random
+    }
+
+    /// Says how the operations are run that [`apply`](Self::apply) puts in.
+    pub(crate) fn register(&self, ops: &mut CustomOps) {
+        for axis in self.axes.iter() {
+            register_collectives(ops, &axis.name, &axis.group);
+        }
+        register_counted_random(ops, &self.random);
+    }
+
+    /// Splits a graph captured of the [outline](Self::outline), in place: the local graph of this rank. Collective: all
+    /// ranks split the same graph, and it is made sure that they got the same collectives. Returns a report for each axis.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if an input cannot be split as planned; [`Error::Graph`] as [`partition`], and if the ranks would
+    /// run different collectives; those of [`Communicator`].
+    pub(crate) fn apply(&self, graph: &mut StepGraph) -> Result<Vec<ShardReport>, Error> {
+        let mut reports = Vec::new();
+        counted_random(graph);
+        for (index, SplitAxis { name, group, plan }) in self.axes.iter().enumerate() {
+            let layout = |id| self.table.row(id).map_or(Layout::Replicated, |row| row.layouts[index]);
+            let params: Vec<Layout> = graph.params.iter().map(|param| layout(param.id)).collect();
+            let inputs = graph.inputs.iter().map(|input| (input.path.as_str(), input.tensor.shape.as_slice()));
+            let inputs = plan.input_layouts(inputs, (name, group.size()))?;
+            let mut options = PartitionOptions::new(name, group.size(), group.rank());
+            options.sequence_dim = plan.sequence_dim();
+            let (local, report) = partition(graph, &params, &inputs, &options)?;
+            *graph = local;
+            reports.push(report);
+        }
+        for SplitAxis { name, group, .. } in self.axes.iter().filter(|axis| axis.group.size() > 1) {
+            let fingerprints = group.all_gather(vec![graph.axis_fingerprint(name)])?;
+            if let Some(rank) = fingerprints.iter().position(|fingerprint| *fingerprint != fingerprints[0]) {
+                return Err(graph_error(format!(
+                    "rank {rank} of group `{}` would run other collectives than rank 0: pass the same step and inputs of \
+                     the same shapes on every rank",
+                    group.group()
+                )));
+            }
+        }
+        Ok(reports)
+    }
+
+    /// Reduces gradients together and takes collectives apart into start and wait, so that they run beside work that does
+    /// not depend on them. The last that is done to a graph: nothing else knows these operations.
+    pub(crate) fn schedule(&self, graph: &mut StepGraph) {
+        fold_reductions(graph, BUCKET_BYTES);
+        overlap(graph);
+    }
+}

@@ -1,0 +1,60 @@
+//! Autodiff leaves of parameters.
+
+use burn::backend::{DispatchAutodiffContext, GradientCheckpointingStrategy};
+use burn::module::{Module, Param};
+use burn::tensor::{Device, Tensor};
+
+/// What a parameter is besides its value.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kind {
+    /// How its operations take part in gradient checkpointing; `None` without autodiff.
+    pub(crate) strategy: Option<GradientCheckpointingStrategy>,
+    pub(crate) trained: bool,
+}
+
+impl Kind {
+    /// The kind of a tensor.
+    pub(crate) fn of<const D: usize>(tensor: &Tensor<D>) -> Self {
+        Self { strategy: tensor.gradient_checkpointing_strategy(), trained: tensor.is_require_grad() }
+    }
+
+    /// The kind that a parameter made on `device` has.
+    pub(crate) fn on(device: &Device, trained: bool) -> Self {
+        let strategy = Tensor::<1>::empty([0], device).gradient_checkpointing_strategy();
+        Self { strategy, trained: trained && strategy.is_some() }
+    }
+}
+
+/// A tensor without autodiff as a leaf of this kind.
+pub(crate) fn leaf<const D: usize>(value: Tensor<D>, kind: Kind) -> Tensor<D> {
+    match kind.strategy {
+        Some(strategy) => with_autodiff(value, strategy).set_require_grad(kind.trained),
+        None => value,
+    }
+}
+
+/// The tensor on autodiff, as one that takes part in gradient checkpointing by `strategy`.
+pub(crate) fn with_autodiff<const D: usize>(tensor: Tensor<D>, strategy: GradientCheckpointingStrategy) -> Tensor<D> {
+    let mut tensor = tensor.autodiff().into_dispatch();
+    tensor.autodiff = DispatchAutodiffContext::Enabled(strategy);
+    Tensor::from_dispatch(tensor)
+}
+
+/// A lazy parameter, seen without making its value: a stand-in of one element that has its settings.
+pub(super) struct Lazy<const D: usize> {
+    pub(super) stand_in: Param<Tensor<D>>,
+    pub(super) device: Device,
+    /// Whether training mode makes it require a gradient.
+    pub(super) trained: bool,
+}
+
+impl<const D: usize> Lazy<D> {
+    pub(super) fn of(param: &Param<Tensor<D>>) -> Self {
+        let device = param.lazy_device();
+        let one = Tensor::zeros([1; D], &device);
+        // Loading is the one way that reads the settings of a lazy parameter and does not make it.
+        let stand_in = param.clone().transform_for_load(one, param.id);
+        let trained = stand_in.clone().train().val().is_require_grad();
+        Self { stand_in, device, trained }
+    }
+}

@@ -1,0 +1,101 @@
+//! Parameters from a store, of which only this rank's parts are read.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::ops::Range;
+
+use burn::module::{Module, ModuleMapper, Param, ParamId};
+use burn::tensor::{Bool, Int, Tensor, TensorData};
+
+use super::SliceSource;
+use super::leaf::{Kind, Lazy, leaf};
+use crate::Error;
+
+/// What this rank holds of a parameter.
+pub(crate) struct Held {
+    /// The dims of the whole.
+    pub(crate) dims: Vec<usize>,
+    /// Its part.
+    pub(crate) ranges: Vec<Range<usize>>,
+}
+
+/// Gives every parameter for which `held` has something its value from a source. The others stay as they are, and so do
+/// lazy ones among them.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] if the source lacks a parameter or has it with other dims; those of the source.
+pub(crate) fn load<M: Module>(
+    module: M,
+    source: &mut dyn SliceSource,
+    held: &dyn Fn(ParamId) -> Option<Held>,
+) -> Result<M, Error> {
+    let mut mapper = Load { source, held, path: Vec::new(), seen: HashMap::new(), outcome: Ok(()) };
+    let module = module.map(&mut mapper);
+    mapper.outcome.map(|()| module)
+}
+
+struct Load<'a> {
+    source: &'a mut dyn SliceSource,
+    held: &'a dyn Fn(ParamId) -> Option<Held>,
+    path: Vec<String>,
+    /// Leaves already made, so that a parameter held in two places stays one.
+    seen: HashMap<ParamId, Box<dyn Any>>,
+    outcome: Result<(), Error>,
+}
+
+impl Load<'_> {
+    fn read(&mut self, id: ParamId) -> Option<TensorData> {
+        let Held { dims, ranges } = (self.held)(id).filter(|_| self.outcome.is_ok())?;
+        let path = self.path.join(".");
+        let wrong = |problem| Err(Error::invalid("load", problem));
+        let read = match self.source.dims(&path) {
+            Ok(Some(found)) if found == dims => self.source.read(&path, &ranges),
+            Ok(Some(found)) => {
+                wrong(format!("parameter `{path}` has dims {dims:?} in the model and {found:?} in the source"))
+            }
+            Ok(None) => wrong(format!("the source has no parameter `{path}`")),
+            Err(error) => Err(error),
+        };
+        read.map_err(|error| self.outcome = Err(error)).ok()
+    }
+}
+
+impl ModuleMapper for Load<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if let Some(made) = self.seen.get(&param.id).and_then(|made| made.downcast_ref::<Param<Tensor<D>>>()) {
+            return made.clone();
+        }
+        let Some(data) = self.read(param.id) else { return param };
+        let (kind, one) = match param.is_initialized() {
+            true => (Kind::of(&param.base()), param.base().inner()),
+            false => {
+                let Lazy { stand_in, device, trained } = Lazy::of(&param);
+                (Kind::on(&device, trained), stand_in.base().inner())
+            }
+        };
+        let value = Tensor::from_data(data, (&one.device(), one.dtype()));
+        // What a lazy parameter would have been made of is dropped unmade.
+        let (id, _, mapper) = Lazy::of(&param).stand_in.consume();
+        let made = Param::from_mapped_value(id, leaf(value, kind), mapper);
+        self.seen.insert(id, Box::new(made.clone()));
+        made
+    }
+
+    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
+        let Some(data) = self.read(param.id) else { return param };
+        param.map(|value| Tensor::from_data(data, (&value.device(), value.dtype())))
+    }
+
+    fn map_bool<const D: usize>(&mut self, param: Param<Tensor<D, Bool>>) -> Param<Tensor<D, Bool>> {
+        let Some(data) = self.read(param.id) else { return param };
+        param.map(|value| Tensor::from_data(data, &value.device()))
+    }
+
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+}

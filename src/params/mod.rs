@@ -1,0 +1,23 @@
+//! Parameters of any module by path and id: agreed on by the ranks, spread over them, put together again, outlined without
+//! memory, and read from a store a part at a time.
+
+mod agree;
+mod buffers;
+mod distribute;
+mod hold;
+mod leaf;
+mod load;
+mod outline;
+mod safetensors;
+mod source;
+
+pub use self::safetensors::Safetensors;
+pub use source::SliceSource;
+
+pub(crate) use agree::agree;
+pub(crate) use buffers::own_buffers;
+pub(crate) use distribute::{agree_on_layouts, assemble, distribute};
+pub(crate) use hold::{hold, put};
+pub(crate) use leaf::with_autodiff;
+pub(crate) use load::{Held, load};
+pub(crate) use outline::outline;

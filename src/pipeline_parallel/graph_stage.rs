@@ -1,0 +1,168 @@
+//! A stage that runs its part of a captured step.
+
+use std::collections::{BTreeMap, HashMap};
+
+use burn::backend::Flex;
+use burn::backend::flex::FlexTensor;
+use burn::backend::ops::FloatTensorOps;
+use burn::module::{Module, ParamId};
+use burn::tensor::Scalar;
+
+use super::schedule::{Direction, Edge};
+use super::{Forwarded, LossSum, MicroBatch, Parcel, Stage, stage_error};
+use crate::Error;
+use crate::graph::cut::{StageRun, Tensors};
+use crate::graph::{GraphTensor, RandomSource, graph_error};
+
+/// A stage of a captured step. Micro-batches of different sizes are captured apart; they share parameters and gradients.
+#[derive(Debug)]
+pub(super) struct GraphStage {
+    index: usize,
+    /// The stage for each size of micro-batch.
+    runs: Vec<StageRun>,
+    /// The size of each micro-batch, as an index of `runs`.
+    sizes: Vec<usize>,
+    /// With as many tensors as the size that sends most: a batch of one row, for example, spares some operations.
+    edges: Vec<Edge>,
+    gradients: HashMap<ParamId, FlexTensor>,
+    /// What random numbers follow from, and the number of the first micro-batch of this step among all so far.
+    random: Option<(RandomSource, u64)>,
+}
+
+impl GraphStage {
+    pub(super) fn new(index: usize, runs: Vec<StageRun>, sizes: Vec<usize>) -> Self {
+        let mut most: BTreeMap<(usize, usize), usize> = BTreeMap::new();
+        for run in &runs {
+            for route in run.graph().receives.iter().chain(&run.graph().sends) {
+                let tensors = most.entry((route.from, route.to)).or_default();
+                *tensors = route.tensors.len().max(*tensors);
+            }
+        }
+        let edges = most.into_iter().map(|((from, to), tensors)| Edge::new(from, to, tensors)).collect();
+        Self { index, runs, sizes, edges, gradients: HashMap::new(), random: None }
+    }
+
+    /// One parcel for each edge in a direction, filled up with nothing.
+    fn parcels(&self, direction: Direction, mut sends: BTreeMap<usize, Tensors>) -> Vec<Parcel> {
+        let edges = self.edges.iter().filter(|edge| edge.from == self.index && edge.direction() == direction);
+        let parcel = |edge: &Edge| {
+            let mut tensors: Vec<_> = sends.remove(&edge.to).unwrap_or_default().into_iter().map(Some).collect();
+            tensors.resize(edge.tensors, None);
+            Parcel { from: edge.from, to: edge.to, tensors }
+        };
+        edges.map(parcel).collect()
+    }
+
+    /// Has each micro-batch draw numbers of its own.
+    pub(super) fn draw_from(&mut self, source: &RandomSource, first: u64) {
+        self.random = Some((source.clone(), first));
+    }
+
+    /// Takes the parameters of a step.
+    ///
+    /// # Errors
+    /// Those of [`StageRun::bind`].
+    pub(super) fn bind<M: Module>(&mut self, model: &M) -> Result<(), Error> {
+        self.runs.iter_mut().try_for_each(|run| run.bind(model))
+    }
+
+    /// Lets go of the parameters, and takes the gradients that have come together.
+    pub(super) fn unbind<M: Module>(&mut self, model: &M) -> HashMap<ParamId, FlexTensor> {
+        self.runs.iter_mut().for_each(|run| run.unbind(model));
+        std::mem::take(&mut self.gradients)
+    }
+
+    fn run(&mut self, micro_batch: usize) -> Result<(&mut StageRun, &mut HashMap<ParamId, FlexTensor>), Error> {
+        let run = self.sizes.get(micro_batch).and_then(|size| self.runs.get_mut(*size));
+        let (index, known) = (self.index, self.sizes.len());
+        let unknown = || stage_error(format!("stage {index} knows {known} micro-batches, not number {micro_batch}"));
+        Ok((run.ok_or_else(unknown)?, &mut self.gradients))
+    }
+}
+
+/// Adds a gradient to the sum of those before.
+pub(super) fn accumulate(sums: &mut HashMap<ParamId, FlexTensor>, id: ParamId, gradient: FlexTensor) {
+    let sum = match sums.remove(&id) {
+        Some(sum) => Flex::float_add(sum, gradient),
+        None => gradient,
+    };
+    sums.insert(id, sum);
+}
+
+fn scaled(gradient: FlexTensor, scale: f64) -> FlexTensor {
+    if scale == 1.0 { gradient } else { Flex::float_mul_scalar(gradient, Scalar::Float(scale)) }
+}
+
+fn received(parcels: Vec<Parcel>) -> BTreeMap<usize, Tensors> {
+    parcels.into_iter().map(|parcel| (parcel.from, parcel.tensors.into_iter().flatten().collect())).collect()
+}
+
+fn number(tensor: GraphTensor) -> Result<f64, Error> {
+    Ok(tensor.float::<1>()?.into_scalar::<f64>())
+}
+
+impl Stage<Vec<GraphTensor>> for GraphStage {
+    fn index(&self) -> usize {
+        self.index
+    }
+
+    fn edges(&self) -> Vec<Edge> {
+        self.edges.clone()
+    }
+
+    fn forward(
+        &mut self,
+        micro_batch: MicroBatch<'_, Vec<GraphTensor>>,
+        parcels: Vec<Parcel>,
+    ) -> Result<Forwarded, Error> {
+        if let Some((source, first)) = &self.random {
+            source.set_step(first + micro_batch.index as u64);
+        }
+        let (run, _) = self.run(micro_batch.index)?;
+        let given = run.forward(micro_batch.index, micro_batch.input, received(parcels))?;
+        if !micro_batch.trains {
+            run.finish(micro_batch.index);
+        }
+        if !given.updates.is_empty() {
+            self.runs.iter_mut().for_each(|run| run.carry(&given.updates));
+        }
+        let weight = given.weight.map(number).transpose()?.unwrap_or(1.0);
+        if !(weight.is_finite() && weight >= 0.0) {
+            let must = "it must be finite and not negative";
+            return Err(graph_error(format!("the number of items of the loss is {weight}, {must}")));
+        }
+        let loss = given.loss.map(number).transpose()?.map(|sum| LossSum { sum, weight });
+        let parcels = self.parcels(Direction::Forward, given.sends);
+        Ok(Forwarded { parcels, loss, outputs: given.outputs.into_values().collect() })
+    }
+
+    fn backward_input(
+        &mut self,
+        micro_batch: MicroBatch<'_, Vec<GraphTensor>>,
+        parcels: Vec<Parcel>,
+    ) -> Result<Vec<Parcel>, Error> {
+        let (run, gradients) = self.run(micro_batch.index)?;
+        let sends = run.backward_input(micro_batch.index, received(parcels), &mut |id, gradient| {
+            accumulate(gradients, id, scaled(gradient, micro_batch.scale));
+            Ok(())
+        })?;
+        Ok(self.parcels(Direction::Backward, sends))
+    }
+
+    fn backward_weight(&mut self, micro_batch: MicroBatch<'_, Vec<GraphTensor>>) -> Result<(), Error> {
+        let (run, gradients) = self.run(micro_batch.index)?;
+        run.backward_weight(micro_batch.index, &mut |id, gradient| {
+            accumulate(gradients, id, scaled(gradient, micro_batch.scale));
+            Ok(())
+        })
+    }
+
+    fn live(&self) -> usize {
+        self.runs.iter().map(StageRun::under_way).sum()
+    }
+
+    fn discard(&mut self) {
+        self.runs.iter_mut().for_each(StageRun::discard);
+        self.gradients.clear();
+    }
+}

@@ -1,0 +1,67 @@
+//! Pipeline parallelism: a model's layers spread over ranks as stages, which work on several micro-batches at a time.
+//!
+//! Any [`Module`](burn::module::Module), unedited: [`PipelineParallel::pipeline_parallel`] leaves each rank the parameters
+//! of its stages, and [`Pipelined::step`] runs a training step, [cut](crate::graph::cut) into those stages, in the order of
+//! a [schedule](schedule). Where shapes change from one micro-batch to the next, or a step cannot be captured, a stage is
+//! written by hand: [`EagerStage`], or a [`Stage`] of one's own, for the same executor ([`Pipeline`]).
+//!
+//! A [`Schedule`](schedule::Schedule) says in which order; written out for so many ranks and micro-batches it is a
+//! [`Timetable`](schedule::Timetable), which can be read, printed, [validated](schedule::Timetable::validate) and
+//! [simulated](schedule::Timetable::simulate) without running a model. A [`Pipeline`] runs it over the [`Stage`]s that the
+//! ranks hold, whatever they are made of: [`EagerStage`] makes one of any module and a closure.
+//!
+//! ```
+//! use burn::nn::{Linear, LinearConfig};
+//! use burn::optim::{AdamWConfig, ModuleOptimizer};
+//! use burn::prelude::*;
+//! use burn_parallel::prelude::*;
+//!
+//! let losses = launch::threads(2).run(|rank| {
+//!     let device = rank.device().autodiff();
+//!     let model: Vec<Linear> = (0..4).map(|_| LinearConfig::new(8, 8).init(&device)).collect(); // any burn module
+//!     let config = PipelineConfig::new(4).with_schedule(Schedule::OneForwardOneBackward);
+//!     let mut model = model.pipeline_parallel(&rank, config)?;
+//!     let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+//!     let mut losses = Vec::new();
+//!     for _ in 0..3 {
+//!         let batch = Tensor::<2>::ones([16, 8], &device); // the whole batch on every rank: 4 micro-batches of 4 rows
+//!         let step = model.step(batch, |model, rows| {
+//!             model.iter().fold(rows, |x, layer| layer.forward(x).tanh()).powi_scalar(2).mean()
+//!         })?;
+//!         model = optim.step(0.01, model, step.grads); // each rank steps the parameters of its stage
+//!         losses.push(step.loss);
+//!     }
+//!     assert_eq!(model.report().map(|report| report.stages.len()), Some(2));
+//!     Ok(losses)
+//! })?;
+//! assert_eq!(losses[0], losses[1]);
+//! # Ok::<(), Error>(())
+//! ```
+
+mod batch;
+mod config;
+mod eager;
+mod engine;
+mod graph_stage;
+mod module;
+mod parcel;
+mod pipeline;
+mod pipelined;
+pub mod schedule;
+mod stage;
+mod tied;
+mod wrap;
+
+pub use config::PipelineConfig;
+pub use eager::{EagerStage, Received, Sent};
+pub use parcel::Parcel;
+pub use pipeline::{Pipeline, PipelineRun, RunReport};
+pub use pipelined::{Pipelined, Step};
+pub use stage::{Forwarded, LossSum, MicroBatch, Stage};
+pub use wrap::PipelineParallel;
+
+use crate::Error;
+
+pub(crate) fn stage_error(problem: impl Into<String>) -> Error {
+    Error::Pipeline { problem: problem.into() }
+}

@@ -1,0 +1,332 @@
+//! A model of which each rank holds some stages, trained through its captured step.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use burn::backend::Flex;
+use burn::backend::flex::FlexTensor;
+use burn::backend::ops::{BoolTensorOps, FloatTensorOps, IntTensorOps};
+use burn::module::{Module, ParamId};
+use burn::optim::GradientsParams;
+use burn::tensor::{DType, Device, Scalar, Tensor, TensorData};
+
+use super::engine::{CapturedStep, Engine};
+use super::graph_stage::{GraphStage, accumulate};
+use super::pipeline::{PipelineRun, RunReport};
+use super::schedule::{Timetable, Unit};
+use super::{PipelineConfig, Stage, stage_error};
+use crate::Error;
+use crate::comm::{Communicator, Counters};
+use crate::graph::cut::CutReport;
+use crate::graph::{
+    GraphInputs, GraphTensor, ModelSplit, StepLoss, StepObserver, StepOutputs, gradients_params, read_params,
+};
+use crate::params;
+
+/// A model cut into the stages of a pipeline: a burn [`Module`] with the paths and ids of the model, in which the
+/// parameters of other ranks' stages have no elements. Optimizers, records and visitors take it as they take the model. Its
+/// own `forward` makes no sense on one rank; [`step`](Self::step) runs it.
+///
+/// Optimizers that look at all parameters (norm clipping) see those of this rank only; element-wise ones as AdamW train
+/// exactly as on one device. Running statistics of batch norms are kept up to date on the rank of their stage, and take a
+/// step for each micro-batch.
+#[derive(Clone)]
+pub struct Pipelined<M> {
+    pub(super) local: M,
+    pub(super) group: Communicator,
+    pub(super) engine: Arc<Mutex<Engine>>,
+    pub(super) last: Option<RunReport>,
+}
+
+/// What [`Pipelined::step`] gives.
+#[derive(Debug)]
+pub struct Step {
+    /// The mean loss over all items of the batch, on every rank.
+    pub loss: f64,
+    /// The number of items: what a [`TokenLoss`](crate::graph::TokenLoss) counts, else rows.
+    pub weight: f64,
+    /// The gradients of the parameters that this rank holds, for burn's optimizers.
+    pub grads: GradientsParams,
+    /// The extra outputs of the closure for each micro-batch, on the rank that computes them; empty on the others.
+    pub outputs: Vec<Vec<GraphTensor>>,
+    /// What it took on this rank.
+    pub report: RunReport,
+}
+
+impl<M: Module> Pipelined<M> {
+    pub(crate) fn new(
+        model: M,
+        split: Option<ModelSplit>,
+        group: &Communicator,
+        config: PipelineConfig,
+    ) -> Result<Self, Error> {
+        let engine = Engine::new(&model, split, group, config)?;
+        let local = engine.hold(model);
+        Ok(Self { local, group: engine.group.clone(), engine: Arc::new(Mutex::new(engine)), last: None })
+    }
+
+    /// This rank's part of the model.
+    pub fn local(&self) -> &M {
+        &self.local
+    }
+
+    /// Who does what when.
+    pub fn timetable(&self) -> Timetable {
+        lock(&self.engine).timetable.clone()
+    }
+
+    /// What each stage has, and what crosses between them; `None` before the model is cut.
+    pub fn report(&self) -> Option<CutReport> {
+        lock(&self.engine).cut.as_ref().map(|cut| cut.report.clone())
+    }
+
+    /// Whether it is known which rank holds what, and the rest is dropped.
+    pub fn is_cut(&self) -> bool {
+        lock(&self.engine).holders.is_some()
+    }
+
+    /// What the last step took on this rank.
+    pub fn last_run(&self) -> Option<&RunReport> {
+        self.last.as_ref()
+    }
+
+    /// What the steps so far have sent from stage to stage on this rank, and, if the model is split as well, what its parts
+    /// have communicated.
+    pub fn counters(&self) -> Counters {
+        let engine = lock(&self.engine);
+        let split = engine.split.iter().flat_map(ModelSplit::groups).map(Communicator::counters);
+        split.fold(engine.sent.clone(), |sum, counters| sum + counters)
+    }
+
+    /// Has steps draw the random numbers of replica number `replica` of this pipeline: a run of its own, which the others
+    /// do not reach.
+    pub(crate) fn draw_as(&self, replica: usize) {
+        lock(&self.engine).random.set_step((replica as u64) << 40);
+    }
+
+    /// The whole model, on every rank. Collective.
+    ///
+    /// # Errors
+    /// Those of [`Communicator`].
+    pub fn assemble(&self) -> Result<M, Error> {
+        let engine = lock(&self.engine);
+        let whole = match engine.homes() {
+            // Every rank still has everything.
+            None => self.local.clone(),
+            Some(homes) => {
+                let mut values = HashMap::new();
+                for (row, home) in homes {
+                    let own = match home == self.group.rank() {
+                        true => read_params(&self.local, &[row.id].into())?.remove(&row.id),
+                        false => None,
+                    };
+                    let nothing = || FlexTensor::zeros(row.dims.clone().into(), row.dtype);
+                    let value = own.unwrap_or_else(|| GraphTensor::Float(nothing()));
+                    values.insert(row.id, self.group.broadcast(value, home)?.into_tensor());
+                }
+                params::put(self.local.clone(), values)
+            }
+        };
+        match &engine.split {
+            Some(split) => split.assemble(&whole),
+            None => Ok(whole),
+        }
+    }
+
+    /// Captures and cuts the step for inputs of these shapes, without running it: afterwards this rank holds its stages only.
+    /// Collective: every rank passes inputs of the same shapes.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn prepare<I, F, R>(&mut self, inputs: I, mut loss: F) -> Result<(), Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&M, I) -> R,
+        R: StepLoss,
+    {
+        let engine = self.engine.clone();
+        let mut local = Some(self.local.clone());
+        lock(&engine).prepare(&mut local, inputs, &mut loss)?;
+        self.take(local)
+    }
+
+    fn take(&mut self, local: Option<M>) -> Result<(), Error> {
+        self.local = local.ok_or_else(|| stage_error("the model was lost while it was cut"))?;
+        Ok(())
+    }
+
+    /// Runs a training step on a batch: its rows are divided into micro-batches, which go through the stages as the schedule
+    /// says.
+    ///
+    /// `loss` sees a micro-batch and the whole model. It is recorded when inputs of these shapes come for the first time, as
+    /// [`graph`](crate::graph) tells, which also says what cannot be; later it is not called again. A bare `Tensor<1>` is
+    /// taken for a mean over the rows of the micro-batch. Collective: every rank passes the whole batch.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if the step cannot be recorded; [`Error::Plan`] if it cannot be cut as wanted; [`Error::Pipeline`] if
+    /// the inputs cannot be divided; [`Error::Stage`] on all ranks, if a stage fails on one; those of [`Communicator`].
+    pub fn step<I, F, R>(&mut self, inputs: I, loss: F) -> Result<Step, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&M, I) -> R,
+        R: StepLoss,
+    {
+        let (run, outputs, mut gradients) = self.run(inputs, loss)?;
+        let weight = run.loss.weight;
+        // Of no items at all the loss is NaN, the gradients are those of nothing.
+        if weight != 1.0 && weight > 0.0 {
+            let mean = |(id, sum)| (id, Flex::float_mul_scalar(sum, Scalar::Float(1.0 / weight)));
+            gradients = gradients.into_iter().map(mean).collect();
+        }
+        let grads = gradients_params(&self.local, gradients.into_iter().collect());
+        Ok(Step { loss: run.loss.sum / weight, weight, grads, outputs, report: self.last.clone().unwrap_or_default() })
+    }
+
+    /// As [`step`](Self::step), but hands weight and gradients to an observer when the pipeline has run. Gradients are those
+    /// of the sum over all items.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), and those of the observer.
+    pub fn step_observed<I, F, R>(
+        &mut self,
+        inputs: I,
+        loss: F,
+        observer: &mut dyn StepObserver,
+    ) -> Result<StepOutputs, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&M, I) -> R,
+        R: StepLoss,
+    {
+        let (run, outputs, gradients) = self.run(inputs, loss)?;
+        observer.expect(&gradients.iter().map(|(id, _)| *id).collect::<Vec<_>>())?;
+        observer.weight(run.loss.weight)?;
+        for (id, gradient) in gradients {
+            observer.gradient(id, gradient)?;
+        }
+        let sum = TensorData::new(vec![run.loss.sum], [1]);
+        Ok(StepOutputs {
+            loss: Tensor::from_data(sum, (&Device::flex(), DType::F64)),
+            weight: run.loss.weight,
+            outputs: outputs.into_iter().flatten().collect(),
+        })
+    }
+
+    /// Runs a step: what came of it, the outputs, and the gradients of the summed loss in the order of the module.
+    #[allow(clippy::type_complexity)]
+    fn run<I, F, R>(
+        &mut self,
+        inputs: I,
+        mut loss: F,
+    ) -> Result<(PipelineRun, Vec<Vec<GraphTensor>>, Vec<(ParamId, FlexTensor)>), Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&M, I) -> R,
+        R: StepLoss,
+    {
+        let engine = self.engine.clone();
+        let mut engine = lock(&engine);
+        let engine = &mut *engine;
+        let mut local = Some(self.local.clone());
+        let (key, batch) = engine.prepare(&mut local, inputs, &mut loss)?;
+        self.take(local)?;
+        let inputs: Vec<Vec<GraphTensor>> =
+            (0..engine.config.micro_batches).map(|micro_batch| batch.micro_batch(micro_batch)).collect();
+        let Some(CapturedStep { pipeline, stages, trained }) = engine.steps.get_mut(&key) else {
+            return Err(stage_error("the step was not captured"));
+        };
+        let first = engine.random.step();
+        stages.iter_mut().for_each(|stage| stage.draw_from(&engine.random, first));
+        let mut executed = bound(stages, &self.local, |stages| pipeline.step(stages, &inputs))?;
+        engine.random.set_step(first + inputs.len() as u64);
+        let mut gradients = HashMap::new();
+        for stage in stages {
+            for (id, gradient) in stage.unbind(&self.local) {
+                accumulate(&mut gradients, id, gradient);
+            }
+        }
+        let trained = trained.clone();
+        engine.ties.sum(&mut gradients, &trained)?;
+        let order = engine.gradients(&trained);
+        let gradients = order.into_iter().filter_map(|id| Some((id, gradients.remove(&id)?))).collect();
+        engine.sent = std::mem::take(&mut engine.sent) + executed.report.counters.clone();
+        self.last = Some(executed.report.clone());
+        let outputs = std::mem::take(&mut executed.outputs);
+        let mut by_micro_batch = vec![Vec::new(); inputs.len()];
+        for (unit, outputs) in outputs {
+            by_micro_batch[unit.micro_batch].extend(outputs);
+        }
+        if by_micro_batch.iter().all(Vec::is_empty) {
+            by_micro_batch.clear();
+        }
+        Ok((executed, by_micro_batch, gradients))
+    }
+
+    /// Runs a forward pass for evaluation on a batch, divided into micro-batches like that of a step: what `forward` gives,
+    /// on every rank and on Flex without autodiff. The outputs of the micro-batches are put together along their first dim.
+    ///
+    /// The model is in evaluation mode, as after [`Module::valid`]: no dropout, running statistics in batch norms. Collective:
+    /// every rank passes the whole batch.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step); [`Error::Pipeline`] if the model is not cut yet.
+    pub fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&M, I) -> O,
+        O: GraphInputs + Clone + Send + 'static,
+    {
+        let mut engine = lock(&self.engine);
+        let group = engine.group.clone();
+        let (captured, batch) = engine.prepare_forward(&self.local, inputs, forward)?;
+        let count = captured.sizes.len();
+        let inputs: Vec<Vec<GraphTensor>> = (0..count).map(|micro_batch| batch.micro_batch(micro_batch)).collect();
+        let pipeline = &mut captured.pipeline;
+        let mut executed = bound(&mut captured.stages, &self.local, |stages| pipeline.evaluate(stages, &inputs))?;
+        captured.stages.iter_mut().for_each(|stage| drop(stage.unbind(&self.local)));
+        let mut whole = Vec::with_capacity(captured.givers.len());
+        for (place, giver) in captured.givers.iter().enumerate() {
+            let root = captured.pipeline.timetable().rank_of(*giver).unwrap_or(0);
+            // Its place among the outputs of its stage.
+            let before = captured.givers[..place].iter().filter(|other| *other == giver).count();
+            let mut parts = Vec::with_capacity(count);
+            for (micro_batch, size) in captured.sizes.iter().enumerate() {
+                let like = &captured.graphs[*size].graph.outputs[place];
+                let own = executed
+                    .outputs
+                    .get_mut(&Unit::new(*giver, micro_batch))
+                    .and_then(|given| given.get(before).cloned());
+                let nothing = || GraphTensor::of_dtype(FlexTensor::zeros(like.shape.clone(), like.dtype), like.dtype);
+                parts.push(group.broadcast(own.unwrap_or_else(nothing), root)?);
+            }
+            whole.push(cat(parts)?);
+        }
+        captured.graphs[0].outputs(whole)
+    }
+}
+
+/// Runs stages with the parameters of `model`. After an error nothing of the step is left.
+fn bound<M: Module>(
+    stages: &mut [GraphStage],
+    model: &M,
+    run: impl FnOnce(&mut [GraphStage]) -> Result<PipelineRun, Error>,
+) -> Result<PipelineRun, Error> {
+    let bound = stages.iter_mut().try_for_each(|stage| stage.bind(model));
+    bound.and_then(|()| run(stages)).inspect_err(|_| stages.iter_mut().for_each(GraphStage::discard))
+}
+
+/// Tensors of one kind one behind the other.
+fn cat(parts: Vec<GraphTensor>) -> Result<GraphTensor, Error> {
+    let kind = parts.first().cloned();
+    let tensors = parts.into_iter().map(GraphTensor::into_tensor).collect();
+    match kind {
+        Some(GraphTensor::Float(_)) => Ok(GraphTensor::Float(Flex::float_cat(tensors, 0))),
+        Some(GraphTensor::Int(_)) => Ok(GraphTensor::Int(Flex::int_cat(tensors, 0))),
+        Some(GraphTensor::Bool(_)) => Ok(GraphTensor::Bool(Flex::bool_cat(tensors, 0))),
+        None => Err(stage_error("there is no micro-batch")),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,252 @@
+//! Which parameters and inputs of a model are split, and along which dims: patterns of paths, checked against the model.
+//!
+//! ```
+//! use burn::{nn::{Linear, LinearConfig}, prelude::*};
+//! use burn_parallel::plan::Plan;
+//!
+//! let model: Linear = LinearConfig::new(4, 6).init(&Device::flex());
+//! let plan = Plan::new().shard("*weight", 1).shard("*bias", 0);
+//! let table = plan.table(&model, 2)?;
+//! assert_eq!(table.rows()[0].local_dims, [4, 3]);
+//! println!("{table}");
+//! # Ok::<(), burn_parallel::Error>(())
+//! ```
+//!
+//! # As text
+//! A [`Plan`] is serde's `Serialize` and `Deserialize`. In TOML:
+//!
+//! ```
+//! use burn_parallel::plan::Plan;
+//!
+//! let plan: Plan = toml::from_str(r#"
+//!     sequence_parallel = 1
+//!     parameters = [
+//!         { pattern = "*.up.weight", shard = 1 },
+//!         { pattern = "*.up.bias", shard = 0, if_present = true },
+//!         { pattern = "*.norm.*", replicate = true },
+//!     ]
+//!
+//!     [axes.dp]
+//!     inputs = [{ path = "0", shard = 0 }]
+//! "#).unwrap();
+//! let same = Plan::new()
+//!     .shard("*.up.weight", 1)
+//!     .shard_if_present("*.up.bias", 0)
+//!     .replicate("*.norm.*")
+//!     .sequence_parallel(1)
+//!     .on("dp", Plan::new().shard_input("0", 0));
+//! assert_eq!(plan, same);
+//! ```
+
+mod concise;
+mod pattern;
+mod ready;
+mod structure;
+mod table;
+mod text;
+
+use std::collections::BTreeMap;
+
+use burn::module::Module;
+use serde::{Deserialize, Serialize};
+
+pub(crate) use concise::{concise, like};
+pub use table::{PlanRow, PlanTable};
+
+pub(crate) use self::pattern::matches;
+use self::table::local_dims;
+use self::text::{PlanText, RuleText};
+use crate::Error;
+use crate::layout::Layout;
+
+/// Which parameters and inputs are split over the ranks of a group, and along which dims.
+///
+/// An ordered list of rules, a pattern of parameter paths and a [`Layout`] each; the first whose pattern matches counts, and
+/// a parameter that none matches is replicated. Dims are those of burn: the weight of a `Linear` is `[inputs, outputs]`.
+/// Any plan gives the numbers of one device: a plan decides about memory, work and communication only.
+///
+/// # Patterns
+/// A pattern is a path in which `*` stands for any characters, none included, dots included: `*.mha.query.weight` matches
+/// `encoder.layers.0.mha.query.weight`. Everything else matches itself, and the pattern must match the whole path.
+///
+/// A parameter is *claimed twice*, which is an error, when a rule decides nothing because earlier rules take all that it
+/// matches, and when a parameter that the module holds at two paths gets two layouts.
+///
+/// # Axes
+/// A plan speaks of one axis, that over which the model is wrapped. For a model that is wrapped over several axes of a
+/// [`Mesh`](crate::mesh::Mesh), [`on`](Self::on) adds what another axis does.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "PlanText", from = "PlanText")]
+pub struct Plan {
+    own: AxisPlan,
+    axes: BTreeMap<String, AxisPlan>,
+}
+
+/// What a plan says of one axis.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct AxisPlan {
+    rules: Vec<Rule>,
+    inputs: Vec<InputRule>,
+    sequence_dim: Option<usize>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "RuleText", try_from = "RuleText")]
+struct Rule {
+    pattern: String,
+    layout: Layout,
+    /// Whether it may match nothing.
+    optional: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct InputRule {
+    path: String,
+    shard: usize,
+}
+
+impl Rule {
+    fn matches(&self, path: &str) -> bool {
+        matches(&self.pattern, path)
+    }
+}
+
+impl Plan {
+    /// A plan that splits nothing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Splits the parameters that match along `dim`.
+    pub fn shard(self, pattern: impl Into<String>, dim: usize) -> Self {
+        self.rule(pattern.into(), Layout::Sharded(dim), false)
+    }
+
+    /// Splits the parameters that match along `dim`; it is no error if there is none, or if earlier rules take them all.
+    pub fn shard_if_present(self, pattern: impl Into<String>, dim: usize) -> Self {
+        self.rule(pattern.into(), Layout::Sharded(dim), true)
+    }
+
+    /// Leaves the parameters that match whole on every rank, whatever later rules say.
+    pub fn replicate(self, pattern: impl Into<String>) -> Self {
+        self.rule(pattern.into(), Layout::Replicated, false)
+    }
+
+    fn rule(mut self, pattern: String, layout: Layout, optional: bool) -> Self {
+        self.own.rules.push(Rule { pattern, layout, optional });
+        self
+    }
+
+    /// Splits an input of the step along `dim`, told by its place in the inputs: `""` if there is a single tensor, `"1"` for
+    /// the second of a tuple, `"1.0"` for the first in the second. Every rank still passes the whole input.
+    ///
+    /// Splitting all inputs along the batch, and no parameter, is data parallelism.
+    pub fn shard_input(mut self, path: impl Into<String>, dim: usize) -> Self {
+        self.own.inputs.push(InputRule { path: path.into(), shard: dim });
+        self
+    }
+
+    /// Splits the activations between the split layers along `dim`, that of the sequence: 1 in `[batch, sequence, width]`.
+    ///
+    /// Sequence parallelism (Korthikanti et al. 2022, [arXiv:2205.05198](https://arxiv.org/abs/2205.05198)): each all-reduce
+    /// becomes a reduce-scatter and an all-gather of the same bytes, and norms, dropouts and residual sums in between are
+    /// computed, and kept for the backward pass, for each rank's part of the sequence only.
+    pub fn sequence_parallel(mut self, dim: usize) -> Self {
+        self.own.sequence_dim = Some(dim);
+        self
+    }
+
+    /// Adds what another axis, of this name, does. Of `plan` the rules, inputs and sequence of its own axis are taken.
+    pub fn on(mut self, axis: impl Into<String>, plan: Self) -> Self {
+        self.axes.insert(axis.into(), plan.own);
+        self
+    }
+
+    /// Adds the rules and inputs of another plan behind those of this one, for each axis.
+    pub fn then(mut self, more: Self) -> Self {
+        self.own.extend(more.own);
+        for (axis, more) in more.axes {
+            self.axes.entry(axis).or_default().extend(more);
+        }
+        self
+    }
+
+    /// The layout of a parameter over the axis that the plan speaks of.
+    pub fn layout(&self, path: &str) -> Layout {
+        self.own.layout(path)
+    }
+
+    /// The plan, checked against a model and a number of ranks. Lazy parameters stay lazy.
+    ///
+    /// # Errors
+    /// As [`table_over`](Self::table_over).
+    pub fn table<M: Module>(&self, model: &M, degree: usize) -> Result<PlanTable, Error> {
+        PlanTable::of(self, model, &[(DEFAULT_AXIS, degree)])
+    }
+
+    /// The plan over several axes, given by names and sizes, checked against a model: the axis that the plan speaks of, then
+    /// others, for which it says something by [`on`](Self::on) or which split nothing. Lazy parameters stay lazy.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if the plan names an axis that is not given; if a pattern matches no parameter, or no rule of an axis
+    /// does; if a parameter is claimed twice; if a rule splits a dim that a parameter does not have or that the degree does
+    /// not divide, or a parameter that is not float.
+    pub fn table_over<M: Module>(&self, model: &M, axes: &[(&str, usize)]) -> Result<PlanTable, Error> {
+        PlanTable::of(self, model, axes)
+    }
+
+    /// What the plan says of each of these axes, the first of which is its own.
+    pub(crate) fn over<'a>(&self, axes: impl Iterator<Item = &'a str>) -> Result<Vec<AxisPlan>, Error> {
+        let axes: Vec<&str> = axes.collect();
+        if let Some(unknown) = self.axes.keys().find(|name| !axes.iter().skip(1).any(|axis| axis == name)) {
+            return Err(plan_error(format!(
+                "the plan says what axis `{unknown}` does beside its own, but the model is wrapped over {axes:?}"
+            )));
+        }
+        let named = |name: &&str| self.axes.get(*name).cloned().unwrap_or_default();
+        Ok(std::iter::once(self.own.clone()).chain(axes.iter().skip(1).map(named)).take(axes.len()).collect())
+    }
+}
+
+/// What an axis is called where the caller has no name for it.
+pub(crate) const DEFAULT_AXIS: &str = "tp";
+
+impl AxisPlan {
+    fn extend(&mut self, more: Self) {
+        self.rules.extend(more.rules);
+        self.inputs.extend(more.inputs);
+        self.sequence_dim = more.sequence_dim.or(self.sequence_dim);
+    }
+
+    pub(crate) fn layout(&self, path: &str) -> Layout {
+        self.rules.iter().find(|rule| rule.matches(path)).map_or(Layout::Replicated, |rule| rule.layout)
+    }
+
+    pub(crate) fn sequence_dim(&self) -> Option<usize> {
+        self.sequence_dim
+    }
+
+    /// The layouts of the inputs at these paths, with their dims.
+    pub(crate) fn input_layouts<'a>(
+        &self,
+        inputs: impl Iterator<Item = (&'a str, &'a [usize])>,
+        (axis, degree): (&str, usize),
+    ) -> Result<Vec<Layout>, Error> {
+        let inputs: Vec<_> = inputs.collect();
+        if let Some(rule) = self.inputs.iter().find(|rule| !inputs.iter().any(|input| input.0 == rule.path)) {
+            let paths: Vec<&str> = inputs.iter().map(|input| input.0).collect();
+            return Err(plan_error(format!("the step has no input `{}`, but {paths:?}", rule.path)));
+        }
+        let layout = |(path, dims): (&str, &[usize])| {
+            let rule = self.inputs.iter().find(|rule| rule.path == path);
+            let layout = rule.map_or(Layout::Replicated, |rule| Layout::Sharded(rule.shard));
+            local_dims(&format!("input `{path}`"), dims, layout, axis, degree).map(|_| layout)
+        };
+        inputs.into_iter().map(layout).collect()
+    }
+}
+
+fn plan_error(problem: String) -> Error {
+    Error::Plan { problem }
+}

@@ -1,0 +1,260 @@
+//! A plan checked against a model: every parameter with its layouts.
+
+use std::collections::HashSet;
+use std::fmt;
+
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::tensor::{Bool, DType, Int, Tensor};
+
+use super::{AxisPlan, Plan, plan_error};
+use crate::Error;
+use crate::layout::Layout;
+
+/// A parameter under a plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlanRow {
+    /// Its path; of several places that share one id, the first.
+    pub path: String,
+    /// burn's id of it.
+    pub id: ParamId,
+    /// Its dims in the whole model.
+    pub dims: Vec<usize>,
+    /// Its dtype.
+    pub dtype: DType,
+    /// How it lies over each axis of the table, in order. A dim that two axes split is divided over the first, and each
+    /// part over the second.
+    pub layouts: Vec<Layout>,
+    /// The dims that each rank holds.
+    pub local_dims: Vec<usize>,
+    /// The bytes that each rank holds.
+    pub bytes: usize,
+}
+
+impl PlanRow {
+    /// Whether any axis splits it.
+    pub fn is_split(&self) -> bool {
+        self.layouts.iter().any(|layout| *layout != Layout::Replicated)
+    }
+
+    /// The dims that it has once the first `axes` axes have taken their parts.
+    pub(crate) fn dims_after(&self, axes: usize, sizes: &[(String, usize)]) -> Vec<usize> {
+        let mut dims = self.dims.clone();
+        for (layout, (_, size)) in self.layouts.iter().zip(sizes).take(axes) {
+            if let Layout::Sharded(dim) = layout {
+                dims[*dim] /= size;
+            }
+        }
+        dims
+    }
+}
+
+/// Every parameter of a model under a plan. Prints as a table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlanTable {
+    axes: Vec<(String, usize)>,
+    rows: Vec<PlanRow>,
+}
+
+impl PlanTable {
+    /// Checks a plan; see [`Plan::table_over`].
+    pub(super) fn of<M: Module>(plan: &Plan, model: &M, axes: &[(&str, usize)]) -> Result<Self, Error> {
+        let mut found = Rows::default();
+        model.visit(&mut found);
+        let Rows { mut rows, tied, .. } = found;
+        for (name, degree) in axes {
+            if *degree == 0 {
+                return Err(plan_error(format!("axis `{name}` has no ranks: a plan is for at least 1")));
+            }
+        }
+        for (index, of_axis) in plan.over(axes.iter().map(|axis| axis.0))?.into_iter().enumerate() {
+            of_axis.check(axes[index].0, &rows, &tied)?;
+            for row in &mut rows {
+                place(row, of_axis.layout(&row.path), axes[index])?;
+            }
+        }
+        for row in &mut rows {
+            row.bytes = row.local_dims.iter().product::<usize>() * row.dtype.size();
+        }
+        Ok(Self { axes: axes.iter().map(|(name, size)| ((*name).into(), *size)).collect(), rows })
+    }
+
+    /// The parameters, in the order in which a visitor meets them.
+    pub fn rows(&self) -> &[PlanRow] {
+        &self.rows
+    }
+
+    /// Names and sizes of the axes.
+    pub fn axes(&self) -> &[(String, usize)] {
+        &self.axes
+    }
+
+    /// The number of ranks over which the model is split, over all axes.
+    pub fn degree(&self) -> usize {
+        self.axes.iter().map(|axis| axis.1).product()
+    }
+
+    /// The bytes of parameters that each rank holds.
+    pub fn bytes(&self) -> usize {
+        self.rows.iter().map(|row| row.bytes).sum()
+    }
+
+    pub(crate) fn row(&self, id: ParamId) -> Option<&PlanRow> {
+        self.rows.iter().find(|row| row.id == id)
+    }
+}
+
+impl AxisPlan {
+    /// Finds rules that decide nothing, and parameters about which two rules disagree.
+    fn check(&self, axis: &str, rows: &[PlanRow], tied: &[Tie]) -> Result<(), Error> {
+        for (index, rule) in self.rules.iter().enumerate().filter(|(_, rule)| !rule.optional) {
+            let mut matched = rows.iter().filter(|row| rule.matches(&row.path)).peekable();
+            let Some(first) = matched.peek().copied() else {
+                return Err(unmatched(&format!("pattern `{}` matches", rule.pattern), rows));
+            };
+            let earlier = |row: &PlanRow| self.rules[..index].iter().find(|earlier| earlier.matches(&row.path));
+            if let Some(claimed) = earlier(first)
+                && matched.all(|row| earlier(row).is_some())
+            {
+                return Err(plan_error(format!(
+                    "parameter `{}` is claimed twice on axis `{axis}`: the pattern `{}` comes first and says {}, the \
+                     pattern `{}` is to make it {} and decides nothing else; put the narrower pattern first, or drop one",
+                    first.path, claimed.pattern, claimed.layout, rule.pattern, rule.layout
+                )));
+            }
+        }
+        let any = |row: &PlanRow| self.rules.iter().any(|rule| rule.matches(&row.path));
+        if !self.rules.is_empty() && !rows.iter().any(any) {
+            return Err(unmatched("the patterns of the plan match", rows));
+        }
+        for Tie { first, other } in tied {
+            let (a, b) = (self.layout(first), self.layout(other));
+            // Nobody has to name both places; but who does must mean the same.
+            if a != b && self.rules.iter().any(|rule| rule.matches(other)) {
+                return Err(plan_error(format!(
+                    "one parameter is claimed twice on axis `{axis}`: it is `{first}`, which is {a}, and also `{other}`, \
+                     which is {b}; give both paths the same layout"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn place(row: &mut PlanRow, layout: Layout, (axis, degree): (&str, usize)) -> Result<(), Error> {
+    if !row.dtype.is_float() && layout != Layout::Replicated {
+        return Err(plan_error(format!("parameter `{}` is {:?}, but only float is split", row.path, row.dtype)));
+    }
+    let name = format!("parameter `{}`", row.path);
+    row.local_dims = local_dims(&name, &row.local_dims, layout, axis, degree)?;
+    row.layouts.push(layout);
+    Ok(())
+}
+
+fn unmatched(what: &str, rows: &[PlanRow]) -> Error {
+    let paths: Vec<&str> = rows.iter().map(|row| row.path.as_str()).collect();
+    plan_error(format!("{what} none of the parameters {paths:?}; `*` stands for any characters"))
+}
+
+pub(super) fn local_dims(
+    name: &str,
+    dims: &[usize],
+    layout: Layout,
+    axis: &str,
+    degree: usize,
+) -> Result<Vec<usize>, Error> {
+    let mut local = dims.to_vec();
+    if let Layout::Sharded(dim) = layout {
+        let wanted = || format!("{name} of dims {dims:?} is to be {layout} over the {degree} ranks of axis `{axis}`");
+        let Some(size) = local.get_mut(dim) else {
+            return Err(plan_error(format!("{}, but has no dim {dim}", wanted())));
+        };
+        if !size.is_multiple_of(degree) {
+            return Err(plan_error(format!(
+                "{}, but {degree} does not divide {size}: choose another dim or degree, or replicate it",
+                wanted()
+            )));
+        }
+        *size /= degree;
+    }
+    Ok(local)
+}
+
+impl fmt::Display for PlanTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = self.axes.iter().map(|(name, size)| format!("{name} {size}"));
+        let head: Vec<String> = ["parameter".into(), "dims".into()]
+            .into_iter()
+            .chain(names)
+            .chain(["local dims".into(), "bytes".into()])
+            .collect();
+        let line = |row: &PlanRow| -> Vec<String> {
+            let (dims, local) = (format!("{:?}", row.dims), format!("{:?}", row.local_dims));
+            let layouts = row.layouts.iter().map(ToString::to_string);
+            [row.path.clone(), dims].into_iter().chain(layouts).chain([local, row.bytes.to_string()]).collect()
+        };
+        let lines: Vec<Vec<String>> = std::iter::once(head).chain(self.rows.iter().map(line)).collect();
+        let columns = self.axes.len() + 4;
+        let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
+        let widths: Vec<usize> = (0..columns).map(width).collect();
+        for line in &lines {
+            let (bytes, words) = line.split_last().map_or(("", &line[..]), |(last, rest)| (last.as_str(), rest));
+            for (word, width) in words.iter().zip(&widths) {
+                write!(f, "{word:width$}  ")?;
+            }
+            writeln!(f, "{bytes:>width$}", width = widths[columns - 1])?;
+        }
+        write!(f, "{} bytes on each of {} ranks", self.bytes(), self.degree())
+    }
+}
+
+/// A parameter that is met again at another path.
+struct Tie {
+    first: String,
+    other: String,
+}
+
+#[derive(Default)]
+struct Rows {
+    rows: Vec<PlanRow>,
+    tied: Vec<Tie>,
+    seen: HashSet<ParamId>,
+    path: Vec<String>,
+}
+
+impl Rows {
+    fn add(&mut self, id: ParamId, dims: Vec<usize>, dtype: DType) {
+        let path = self.path.join(".");
+        if self.seen.insert(id) {
+            let local_dims = dims.clone();
+            self.rows.push(PlanRow { path, id, dims, dtype, layouts: Vec::new(), local_dims, bytes: 0 });
+        } else if let Some(row) = self.rows.iter().find(|row| row.id == id) {
+            self.tied.push(Tie { first: row.path.clone(), other: path });
+        }
+    }
+}
+
+impl ModuleVisitor for Rows {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let dtype = match param.is_initialized() {
+            true => param.val().dtype(),
+            false => param.lazy_device().settings().float_dtype.into(),
+        };
+        self.add(param.id, param.lazy_shape().to_vec(), dtype);
+    }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        self.add(param.id, param.val().shape().to_vec(), param.val().dtype());
+    }
+
+    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
+        self.add(param.id, param.val().shape().to_vec(), param.val().dtype());
+    }
+
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+}

@@ -1,0 +1,103 @@
+//! How a plan is written down, in TOML, JSON, or whatever else serde speaks.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::{AxisPlan, InputRule, Plan, Rule};
+use crate::layout::Layout;
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PlanText {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sequence_parallel: Option<usize>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    parameters: Vec<Rule>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    inputs: Vec<InputRule>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    axes: BTreeMap<String, AxisText>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AxisText {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sequence_parallel: Option<usize>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    parameters: Vec<Rule>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    inputs: Vec<InputRule>,
+}
+
+impl From<Plan> for PlanText {
+    fn from(Plan { own, axes }: Plan) -> Self {
+        let AxisPlan { rules: parameters, inputs, sequence_dim: sequence_parallel } = own;
+        let axes = axes.into_iter().map(|(name, axis)| (name, axis.into())).collect();
+        Self { sequence_parallel, parameters, inputs, axes }
+    }
+}
+
+impl From<PlanText> for Plan {
+    fn from(PlanText { sequence_parallel: sequence_dim, parameters: rules, inputs, axes }: PlanText) -> Self {
+        let axes = axes.into_iter().map(|(name, axis)| (name, axis.into())).collect();
+        Self { own: AxisPlan { rules, inputs, sequence_dim }, axes }
+    }
+}
+
+impl From<AxisPlan> for AxisText {
+    fn from(AxisPlan { rules: parameters, inputs, sequence_dim: sequence_parallel }: AxisPlan) -> Self {
+        Self { sequence_parallel, parameters, inputs }
+    }
+}
+
+impl From<AxisText> for AxisPlan {
+    fn from(AxisText { sequence_parallel: sequence_dim, parameters: rules, inputs }: AxisText) -> Self {
+        Self { rules, inputs, sequence_dim }
+    }
+}
+
+/// `{ pattern = "*.query.weight", shard = 1 }` or `{ pattern = "*.norm.*", replicate = true }`.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RuleText {
+    pattern: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    shard: Option<usize>,
+    #[serde(default, skip_serializing_if = "is_false")]
+    replicate: bool,
+    #[serde(default, skip_serializing_if = "is_false")]
+    if_present: bool,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
+impl From<Rule> for RuleText {
+    fn from(Rule { pattern, layout, optional: if_present }: Rule) -> Self {
+        let shard = match layout {
+            Layout::Sharded(dim) => Some(dim),
+            _ => None,
+        };
+        Self { pattern, shard, replicate: shard.is_none(), if_present }
+    }
+}
+
+impl TryFrom<RuleText> for Rule {
+    type Error = String;
+
+    fn try_from(RuleText { pattern, shard, replicate, if_present: optional }: RuleText) -> Result<Self, String> {
+        let layout = match (shard, replicate) {
+            (Some(dim), false) => Layout::Sharded(dim),
+            (None, true) => Layout::Replicated,
+            _ => {
+                return Err(format!(
+                    "pattern `{pattern}` needs either `shard`, the number of a dim, or `replicate = true`"
+                ));
+            }
+        };
+        Ok(Self { pattern, layout, optional })
+    }
+}

@@ -1,0 +1,44 @@
+//! The operations of a transformer layer, as text. `BLESS=1 cargo test golden` writes the files anew.
+
+use std::path::Path;
+
+use burn_parallel::graph::StepGraph;
+use burn_parallel::prelude::*;
+
+use crate::harness::{Axis, Case};
+use crate::vocabulary::{Lm, Tokens, tokens};
+
+const LAYER: Case<Lm, Tokens> = Case { make: |d| Lm::new(0.1, true, 1, d), batch: tokens, loss: Lm::loss };
+
+fn check(name: &str, graph: &StepGraph) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/graph_shard/golden").join(name);
+    let found = graph.to_string();
+    if std::env::var_os("BLESS").is_some() {
+        std::fs::write(&path, &found).unwrap();
+        return;
+    }
+    let expected = std::fs::read_to_string(&path).unwrap();
+    for (number, (expected, found)) in expected.lines().zip(found.lines()).enumerate() {
+        assert_eq!(expected, found, "line {} of {}", number + 1, path.display());
+    }
+    assert_eq!(expected.lines().count(), found.lines().count(), "{}", path.display());
+}
+
+#[test]
+fn golden_layer() {
+    check("whole.txt", &LAYER.capture());
+    let axis = || Axis::new("tp", 2, Plan::megatron());
+    check("tensor.txt", &LAYER.split(&[axis()], &[1]).0);
+    check("sequence.txt", &LAYER.split(&[axis().sequence(1)], &[1]).0);
+}
+
+#[test]
+fn the_same_step_gives_the_same_graph() {
+    let text = |graph: &StepGraph| format!("{:?}", graph.operations);
+    assert_eq!(text(&LAYER.capture()), text(&LAYER.capture()));
+    let axes = [Axis::new("tp", 2, Plan::megatron()).sequence(1), Axis::batch(3)];
+    let split = || LAYER.split(&axes, &[1, 2]);
+    let ((first, reports), (second, again)) = (split(), split());
+    assert_eq!(text(&first), text(&second));
+    assert_eq!(reports, again);
+}

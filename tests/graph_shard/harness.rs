@@ -1,0 +1,295 @@
+//! Trains the same step on one rank and, partitioned, on the ranks of a mesh, and compares.
+
+use std::collections::BTreeMap;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
+use burn::prelude::*;
+use burn_parallel::graph::shard::{PartitionOptions, ShardReport, partition, register_collectives};
+use burn_parallel::graph::{
+    CustomOps, Executor, GraphInputs, RandomSource, StepGraph, capture_step, counted_random, register_counted_random,
+};
+use burn_parallel::prelude::*;
+
+use crate::models::{Numbers, device, scalar};
+
+/// How a step is split over one axis.
+#[derive(Debug, Clone)]
+pub struct Axis {
+    pub name: &'static str,
+    pub degree: usize,
+    pub plan: Plan,
+    pub inputs: Vec<Layout>,
+    pub sequence: Option<usize>,
+}
+
+impl Axis {
+    pub fn new(name: &'static str, degree: usize, plan: Plan) -> Self {
+        Self { name, degree, plan, inputs: Vec::new(), sequence: None }
+    }
+
+    /// Data parallelism: all inputs split along their first dim.
+    pub fn batch(degree: usize) -> Self {
+        Self { inputs: vec![Layout::Sharded(0); 2], ..Self::new("dp", degree, Plan::new()) }
+    }
+
+    pub fn sequence(self, dim: usize) -> Self {
+        Self { sequence: Some(dim), ..self }
+    }
+
+    fn input(&self, place: usize) -> Layout {
+        self.inputs.get(place).copied().unwrap_or(Layout::Replicated)
+    }
+}
+
+/// A tensor of the reference, to be cut as the ranks cut theirs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Whole {
+    pub dims: Vec<usize>,
+    pub values: Vec<f32>,
+}
+
+impl Whole {
+    pub fn part(&self, layout: Layout, degree: usize, rank: usize) -> Self {
+        let Layout::Sharded(dim) = layout else { return self.clone() };
+        let (before, size) = (self.dims[..dim].iter().product::<usize>(), self.dims[dim]);
+        let behind: usize = self.dims[dim + 1..].iter().product();
+        let share = size / degree;
+        let mut values = Vec::new();
+        for block in 0..before {
+            let from = (block * size + rank * share) * behind;
+            values.extend_from_slice(&self.values[from..from + share * behind]);
+        }
+        let mut dims = self.dims.clone();
+        dims[dim] = share;
+        Self { dims, values }
+    }
+}
+
+pub type Wholes = BTreeMap<String, Whole>;
+
+#[derive(Default)]
+struct Floats<'a> {
+    gradients: Option<&'a GradientsParams>,
+    path: Vec<String>,
+    values: Wholes,
+}
+
+impl ModuleVisitor for Floats<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let value = match self.gradients {
+            None => Some(param.val().inner()),
+            Some(gradients) => gradients.get::<D>(param.id),
+        };
+        if let Some(value) = value {
+            let dims = value.dims().to_vec();
+            let values = value.into_data().convert::<f32>().try_to_vec().unwrap();
+            self.values.insert(self.path.join("."), Whole { dims, values });
+        }
+    }
+
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+}
+
+pub fn values<M: Module>(model: &M) -> Wholes {
+    let mut floats = Floats::default();
+    model.valid().visit(&mut floats);
+    floats.values
+}
+
+pub fn gradients<M: Module>(model: &M, gradients: &GradientsParams) -> Wholes {
+    let mut floats = Floats { gradients: Some(gradients), ..Floats::default() };
+    model.visit(&mut floats);
+    floats.values
+}
+
+/// The same numbers in every model of the same structure.
+struct Fill(Numbers);
+
+impl ModuleMapper for Fill {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let (id, value, mapper) = param.consume();
+        if !value.is_require_grad() {
+            return Param::from_mapped_value(id, value, mapper);
+        }
+        let dims = value.dims();
+        let scale = if D > 1 { 1.0 / (dims[0] as f32).sqrt() } else { 0.5 };
+        let new = self.0.tensor::<D>(dims, &value.device()) * scale + if D == 1 { 0.3 } else { 0.0 };
+        Param::from_mapped_value(id, new.detach().require_grad(), mapper)
+    }
+}
+
+pub fn filled<M: Module>(model: M) -> M {
+    model.train().map(&mut Fill(Numbers(7)))
+}
+
+/// Leaves this rank's part of every parameter.
+struct Cut<'a> {
+    axes: &'a [Axis],
+    place: &'a [usize],
+    path: Vec<String>,
+}
+
+impl ModuleMapper for Cut<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let path = self.path.join(".");
+        let (id, mut value, mapper) = param.consume();
+        let trained = value.is_require_grad();
+        for (axis, rank) in self.axes.iter().zip(self.place) {
+            if let Layout::Sharded(dim) = axis.plan.layout(&path) {
+                let share = value.dims()[dim] / axis.degree;
+                value = value.narrow(dim, rank * share, share);
+            }
+        }
+        Param::from_mapped_value(id, value.detach().set_require_grad(trained), mapper)
+    }
+
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+}
+
+#[track_caller]
+pub fn same(what: &str, expected: &Whole, found: &Whole, tolerance: f32) {
+    assert_eq!(expected.dims, found.dims, "{what}");
+    let scale = expected.values.iter().fold(1e-2f32, |most, x| most.max(x.abs()));
+    let differences = expected.values.iter().zip(&found.values).map(|(a, b)| (a - b).abs());
+    let worst = differences.fold(0.0, |most: f32, x| if x.is_nan() { f32::INFINITY } else { most.max(x) }) / scale;
+    assert!(worst <= tolerance, "{what} differs by {worst}");
+}
+
+pub fn optimizer() -> ModuleOptimizer {
+    // Gradients that are 0 but for rounding, as that of a key's bias, must not be blown up.
+    AdamWConfig::new().with_weight_decay(0.01).with_epsilon(1e-2).init()
+}
+
+/// What one rank does in a step.
+pub struct Reference {
+    pub loss: f32,
+    pub gradients: Wholes,
+    pub after: Wholes,
+}
+
+/// A model, its batches and its loss.
+pub struct Case<M, I> {
+    pub make: fn(&Device) -> M,
+    pub batch: fn(u64) -> I,
+    pub loss: fn(&M, I) -> Tensor<1>,
+}
+
+impl<M: Module, I: GraphInputs + Clone> Case<M, I> {
+    pub fn capture(&self) -> StepGraph {
+        let mut graph = capture_step(&(self.make)(&device()), (self.batch)(0), self.loss).unwrap();
+        counted_random(&mut graph);
+        graph
+    }
+
+    /// Trains on one rank.
+    pub fn alone(&self, steps: u64) -> Vec<Reference> {
+        let mut model = filled((self.make)(&device()));
+        let mut graph = capture_step(&model, (self.batch)(0), self.loss).unwrap();
+        counted_random(&mut graph);
+        let (mut ops, source) = (CustomOps::new(), RandomSource::new(5));
+        register_counted_random(&mut ops, &source);
+        let mut executor = Executor::new(graph, ops).unwrap();
+        let mut optim = optimizer();
+        (0..steps)
+            .map(|step| {
+                let result = executor.step(&model, (self.batch)(step)).unwrap();
+                source.advance();
+                let gradients = gradients(&model, &result.gradients);
+                model = optim.step(0.05, model.clone(), result.gradients);
+                Reference { loss: scalar(result.loss), gradients, after: values(&model) }
+            })
+            .collect()
+    }
+
+    /// Partitions the step for one rank.
+    pub fn split(&self, axes: &[Axis], place: &[usize]) -> (StepGraph, Vec<ShardReport>) {
+        split(self.capture(), axes, place)
+    }
+
+    /// Trains on a mesh of ranks, and compares every step with the reference.
+    pub fn compare(&self, axes: &[Axis], references: &[Reference]) -> Result<Vec<ShardReport>, Error> {
+        self.compare_rewritten(axes, references, |_| {})
+    }
+
+    /// As [`compare`](Self::compare), with graphs that are rewritten before they run.
+    pub fn compare_rewritten(
+        &self,
+        axes: &[Axis],
+        references: &[Reference],
+        rewrite: fn(&mut StepGraph),
+    ) -> Result<Vec<ShardReport>, Error> {
+        let ranks = axes.iter().map(|axis| axis.degree).product();
+        let (make, batch, loss) = (self.make, self.batch, self.loss);
+        let reports = launch::threads(ranks).threads_per_rank(1).run(|rank| {
+            let mesh = Mesh::new(&rank, axes.iter().map(|axis| (axis.name, axis.degree)))?;
+            let place = mesh.coordinates();
+            let whole = filled(make(&device()));
+            let mut graph = capture_step(&whole, batch(0), loss)?;
+            counted_random(&mut graph);
+            let (mut graph, reports) = split(graph, axes, &place);
+            rewrite(&mut graph);
+            let (mut ops, source) = (CustomOps::new(), RandomSource::new(5));
+            register_counted_random(&mut ops, &source);
+            for axis in axes {
+                let group = mesh.axis(axis.name)?;
+                register_collectives(&mut ops, axis.name, &group);
+                let prints = group.all_gather(vec![graph.axis_fingerprint(axis.name)])?;
+                assert!(prints.iter().all(|print| *print == prints[0]));
+            }
+            let mut executor = Executor::new(graph, ops)?;
+            let mut model = whole.map(&mut Cut { axes, place: &place, path: Vec::new() });
+            let mut optim = optimizer();
+            let cut = |path: &str, whole: &Whole| {
+                axes.iter()
+                    .zip(&place)
+                    .fold(whole.clone(), |whole, (axis, rank)| whole.part(axis.plan.layout(path), axis.degree, *rank))
+            };
+            for (step, reference) in references.iter().enumerate() {
+                let result = executor.step(&model, batch(step as u64))?;
+                source.advance();
+                let found = scalar(result.loss);
+                assert!((found - reference.loss).abs() <= 1e-4 * reference.loss.abs(), "{found} {}", reference.loss);
+                let gradients = gradients(&model, &result.gradients);
+                assert_eq!(gradients.len(), reference.gradients.len());
+                for (path, expected) in &reference.gradients {
+                    same(&format!("gradient of {path} in step {step}"), &cut(path, expected), &gradients[path], 3e-4);
+                }
+                model = optim.step(0.05, model, result.gradients);
+                let after = values(&model);
+                for (path, expected) in &reference.after {
+                    same(&format!("{path} after step {step}"), &cut(path, expected), &after[path], 3e-4);
+                }
+            }
+            Ok(reports)
+        })?;
+        assert!(reports.iter().all(|report| *report == reports[0]));
+        Ok(reports[0].clone())
+    }
+}
+
+fn split(mut graph: StepGraph, axes: &[Axis], place: &[usize]) -> (StepGraph, Vec<ShardReport>) {
+    let mut reports = Vec::new();
+    for (axis, rank) in axes.iter().zip(place) {
+        let params: Vec<Layout> = graph.params.iter().map(|param| axis.plan.layout(&param.path)).collect();
+        let inputs: Vec<Layout> = (0..graph.inputs.len()).map(|input| axis.input(input)).collect();
+        let mut options = PartitionOptions::new(axis.name, axis.degree, *rank);
+        options.sequence_dim = axis.sequence;
+        let (local, report) = partition(&graph, &params, &inputs, &options).unwrap();
+        graph = local;
+        reports.push(report);
+    }
+    (graph, reports)
+}

@@ -1,0 +1,16 @@
+//! Partitioned graphs, run by threads: any split, over one axis or two, trains like one device.
+
+#[path = "../graph/models.rs"]
+#[allow(dead_code)]
+mod models;
+
+mod axes;
+mod convolution;
+mod golden;
+mod harness;
+mod memory;
+mod overlap;
+mod plans;
+mod random;
+mod sequence;
+mod vocabulary;
