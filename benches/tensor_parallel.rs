@@ -4,6 +4,8 @@
 //! machine that is slower for a while is slower for all of them. Every rank computes with one thread. All steps are whole:
 //! forward, backward and optimizer.
 //!
+//! Before that, how long it takes to capture and partition a transformer of 24 layers.
+//!
 //! `cargo bench --bench tensor_parallel -- [mlp|gpt] [ROUNDS]`
 
 use std::time::Instant;
@@ -15,7 +17,8 @@ use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, Transf
 use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
-use burn_parallel::graph::GraphInputs;
+use burn_parallel::graph::shard::{PartitionOptions, partition};
+use burn_parallel::graph::{GraphInputs, capture_step, counted_random};
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::Sharded;
 
@@ -151,7 +154,26 @@ fn report(name: &str, times: &[[f64; 3]]) {
     );
 }
 
+fn capture() {
+    let model = TransformerEncoderConfig::new(64, 256, 8, 24).init(&Device::flex().autodiff());
+    let loss = |model: &TransformerEncoder, x| model.forward(TransformerEncoderInput::new(x)).powi_scalar(2).mean();
+    let began = Instant::now();
+    let mut graph = capture_step(&model, Tensor::<3>::zeros([4, 32, 64], &Device::flex()), loss).expect("a step");
+    let captured = began.elapsed();
+    counted_random(&mut graph);
+    let params: Vec<Layout> = graph.params.iter().map(|param| Plan::megatron().layout(&param.path)).collect();
+    let options = PartitionOptions::new("tp", 2, 0).with_sequence_dim(1);
+    let (local, _) = partition(&graph, &params, &[Layout::Replicated], &options).expect("a partition");
+    println!(
+        "24 layers: captured in {captured:.1?}, with the partition {:.1?}; {} operations become {}",
+        began.elapsed(),
+        graph.operations.len(),
+        local.operations.len()
+    );
+}
+
 fn main() {
+    capture();
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
     let wanted =
         |name: &str| !arguments.iter().any(|a| a == "mlp" || a == "gpt") || arguments.iter().any(|a| a == name);

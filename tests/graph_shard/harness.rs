@@ -54,11 +54,13 @@ impl Whole {
         let Layout::Sharded(dim) = layout else { return self.clone() };
         let (before, size) = (self.dims[..dim].iter().product::<usize>(), self.dims[dim]);
         let behind: usize = self.dims[dim + 1..].iter().product();
-        let share = size / degree;
+        // What is not divided evenly is padded with zeros.
+        let share = size.div_ceil(degree);
         let mut values = Vec::new();
         for block in 0..before {
-            let from = (block * size + rank * share) * behind;
-            values.extend_from_slice(&self.values[from..from + share * behind]);
+            let (from, to) = (size.min(rank * share), size.min((rank + 1) * share));
+            values.extend_from_slice(&self.values[(block * size + from) * behind..(block * size + to) * behind]);
+            values.resize((block + 1) * share * behind, 0.0);
         }
         let mut dims = self.dims.clone();
         dims[dim] = share;
@@ -143,7 +145,13 @@ impl ModuleMapper for Cut<'_> {
         let trained = value.is_require_grad();
         for (axis, rank) in self.axes.iter().zip(self.place) {
             if let Layout::Sharded(dim) = axis.plan.layout(&path) {
-                let share = value.dims()[dim] / axis.degree;
+                let share = value.dims()[dim].div_ceil(axis.degree);
+                let mut padding = value.dims();
+                padding[dim] = share * axis.degree - value.dims()[dim];
+                if padding[dim] > 0 {
+                    let zeros = Tensor::zeros(padding, &value.device());
+                    value = Tensor::cat(vec![value, zeros], dim);
+                }
                 value = value.narrow(dim, rank * share, share);
             }
         }
@@ -280,7 +288,8 @@ impl<M: Module, I: GraphInputs + Clone> Case<M, I> {
     }
 }
 
-fn split(mut graph: StepGraph, axes: &[Axis], place: &[usize]) -> (StepGraph, Vec<ShardReport>) {
+/// Partitions a step over several axes for one rank.
+pub fn split(mut graph: StepGraph, axes: &[Axis], place: &[usize]) -> (StepGraph, Vec<ShardReport>) {
     let mut reports = Vec::new();
     for (axis, rank) in axes.iter().zip(place) {
         let params: Vec<Layout> = graph.params.iter().map(|param| axis.plan.layout(&param.path)).collect();
