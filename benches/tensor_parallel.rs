@@ -2,7 +2,10 @@
 //!
 //! The three take turns within one run, round by round, and what counts is the median over rounds of their ratio: a
 //! machine that is slower for a while is slower for all of them. Every rank computes with one thread. All steps are whole:
-//! forward, backward and optimizer.
+//! forward, backward and optimizer. On a machine with other work to do, ranks wait for each other's turns; so beside the
+//! time of a step there is, on Linux, the time that the busier rank's core worked for it.
+//!
+//! Before that, how long it takes to capture and partition a transformer of 24 layers.
 //!
 //! `cargo bench --bench tensor_parallel -- [mlp|gpt] [ROUNDS]`
 
@@ -15,7 +18,8 @@ use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, Transf
 use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
-use burn_parallel::graph::GraphInputs;
+use burn_parallel::graph::shard::{PartitionOptions, partition};
+use burn_parallel::graph::{GraphInputs, capture_step, counted_random};
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::Sharded;
 
@@ -78,7 +82,7 @@ impl Gpt {
     }
 }
 
-/// Seconds a step of one rank eagerly, of one rank from the graph, and of two ranks, by round.
+/// Seconds a step of one rank eagerly, of one rank from the graph, and of two ranks, by round; then those of work.
 fn rounds<M: Module + Sync, I: GraphInputs + Clone + Sync>(
     rounds: usize,
     model: M,
@@ -86,7 +90,7 @@ fn rounds<M: Module + Sync, I: GraphInputs + Clone + Sync>(
     optimizer: impl Fn() -> ModuleOptimizer + Sync,
     inputs: impl Fn() -> I + Sync,
     loss: impl Fn(&M, I) -> Tensor<1> + Sync,
-) -> Vec<[f64; 3]> {
+) -> Vec<[f64; 6]> {
     let measured = launch::threads(2).threads_per_rank(1).run(|rank| {
         let device = rank.device().autodiff();
         let alone = rank.split(rank.rank() as u64, 0)?;
@@ -104,10 +108,10 @@ fn rounds<M: Module + Sync, I: GraphInputs + Clone + Sync>(
         };
         let mut times = Vec::new();
         for round in 0..rounds + 1 {
-            let mut time = [0.0; 3];
-            for (mode, time) in time.iter_mut().enumerate() {
+            let mut time = [0.0; 6];
+            for mode in 0..3 {
                 rank.barrier()?;
-                let began = Instant::now();
+                let (began, worked) = (Instant::now(), work());
                 for _ in 0..STEPS_PER_TURN {
                     match mode {
                         0 | 1 if rank.rank() > 0 => {}
@@ -121,17 +125,24 @@ fn rounds<M: Module + Sync, I: GraphInputs + Clone + Sync>(
                         _ => step(&mut split, &mut optims[2])?,
                     }
                 }
-                *time = began.elapsed().as_secs_f64() / STEPS_PER_TURN as f64;
+                time[mode] = began.elapsed().as_secs_f64() / STEPS_PER_TURN as f64;
+                time[mode + 3] = (work() - worked) / STEPS_PER_TURN as f64;
             }
             let slowest = rank.all_reduce(time.to_vec(), ReduceOp::Max)?;
             // The first round captures, and is for caches and lazy initialisation.
             if round > 0 {
-                times.push([slowest[0], slowest[1], slowest[2]]);
+                times.push(std::array::from_fn(|mode| slowest[mode]));
             }
         }
         Ok(times)
     });
     measured.expect("a world of threads").swap_remove(0)
+}
+
+/// Seconds for which this thread has been on a core.
+fn work() -> f64 {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    text.split(' ').next().and_then(|nanoseconds| nanoseconds.parse::<f64>().ok()).unwrap_or(f64::NAN) / 1e9
 }
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {
@@ -140,7 +151,7 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
     values[values.len() / 2]
 }
 
-fn report(name: &str, times: &[[f64; 3]]) {
+fn report(name: &str, times: &[[f64; 6]]) {
     let [eager, graph, split] = [0, 1, 2].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
     let over = |a: usize, b: usize| median(times.iter().map(|time| time[a] / time[b]));
     println!("{name}: eager {eager:.1} ms, graph {graph:.1} ms, two ranks {split:.1} ms a step");
@@ -149,9 +160,33 @@ fn report(name: &str, times: &[[f64; 3]]) {
         over(0, 1),
         over(1, 2)
     );
+    println!(
+        "{name}: work of eager burn over that of the graph {:.3}; of one rank over that of each of two {:.3}",
+        over(3, 4),
+        over(4, 5)
+    );
+}
+
+fn capture() {
+    let model = TransformerEncoderConfig::new(64, 256, 8, 24).init(&Device::flex().autodiff());
+    let loss = |model: &TransformerEncoder, x| model.forward(TransformerEncoderInput::new(x)).powi_scalar(2).mean();
+    let began = Instant::now();
+    let mut graph = capture_step(&model, Tensor::<3>::zeros([4, 32, 64], &Device::flex()), loss).expect("a step");
+    let captured = began.elapsed();
+    counted_random(&mut graph);
+    let params: Vec<Layout> = graph.params.iter().map(|param| Plan::megatron().layout(&param.path)).collect();
+    let options = PartitionOptions::new("tp", 2, 0).with_sequence_dim(1);
+    let (local, _) = partition(&graph, &params, &[Layout::Replicated], &options).expect("a partition");
+    println!(
+        "24 layers: captured in {captured:.1?}, with the partition {:.1?}; {} operations become {}",
+        began.elapsed(),
+        graph.operations.len(),
+        local.operations.len()
+    );
 }
 
 fn main() {
+    capture();
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
     let wanted =
         |name: &str| !arguments.iter().any(|a| a == "mlp" || a == "gpt") || arguments.iter().any(|a| a == name);

@@ -2,10 +2,16 @@
 //!
 //! An eager wrapper cannot reach inside an unmodified `forward`. Here the step (forward, loss and backward) of an
 //! ordinary [`Module`](burn::module::Module) is recorded once with [`capture_step`], or a forward alone with
-//! [`capture_forward`], which yields a [`StepGraph`]: burn-ir operations with the parameters, inputs and results named. Passes rewrite that list, for example
-//! [`sync_batch_norm`], which puts a collective after every batch statistic, or [`shard::partition`], which splits the step
-//! over the ranks of a group. An [`Executor`] then runs it on Flex at
-//! each step with the model's current parameters and new inputs, faster than eager since there is no tape.
+//! [`capture_forward`], which yields a [`StepGraph`]: burn-ir operations with the parameters, inputs and results named. Passes
+//! rewrite that list:
+//!
+//! - [`counted_random`] has every rank draw the random numbers of one device,
+//! - [`shard::partition`] splits the step over the ranks of a mesh axis; [`shard::fold_reductions`] and [`shard::overlap`]
+//!   then order its collectives,
+//! - [`sync_batch_norm`] puts a collective after every batch statistic.
+//!
+//! An [`Executor`] then runs it on Flex at each step with the model's current parameters and new inputs, faster than eager
+//! since there is no tape.
 //!
 //! ```
 //! use burn::{nn::{Linear, LinearConfig}, prelude::*};

@@ -42,3 +42,22 @@ fn the_same_step_gives_the_same_graph() {
     assert_eq!(text(&first), text(&second));
     assert_eq!(reports, again);
 }
+
+/// Every layer gets the same, however many there are.
+#[test]
+fn the_work_is_linear_in_the_layers() {
+    use burn_parallel::graph::shard::CollectiveKind::AllReduce;
+    fn of<const LAYERS: usize>(axis: Axis) -> (usize, [usize; 2], usize) {
+        let case: Case<Lm, Tokens> = Case { make: |d| Lm::new(0.1, true, LAYERS, d), batch: tokens, loss: Lm::loss };
+        let (graph, reports) = case.split(&[axis], &[0]);
+        (graph.operations.len(), reports[0].count(AllReduce), reports[0].collectives.len())
+    }
+    let plain = || Axis::new("tp", 2, Plan::megatron());
+    let ([two, three, many], layers) = ([of::<2>(plain()), of::<3>(plain()), of::<24>(plain())], 24);
+    assert_eq!(many.0, two.0 + (layers - 2) * (three.0 - two.0));
+    assert_eq!((many.1, many.2), ([2 * layers; 2], 4 * layers));
+    let sequence = || plain().sequence(1);
+    let [two, three, many] = [of::<2>(sequence()), of::<3>(sequence()), of::<24>(sequence())];
+    assert_eq!(many.0, two.0 + (layers - 2) * (three.0 - two.0));
+    assert_eq!(many.2, two.2 + (layers - 2) * (three.2 - two.2));
+}

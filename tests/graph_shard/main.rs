@@ -6,6 +6,7 @@ mod models;
 
 mod axes;
 mod convolution;
+mod dtypes;
 mod golden;
 mod harness;
 mod memory;

@@ -106,3 +106,29 @@ fn one_rank_has_nothing_to_overlap() {
     assert_eq!((overlap(&mut graph), fold_reductions(&mut graph, 1 << 20)), (0, (0, 0)));
     assert_eq!(graph.to_string(), before);
 }
+
+/// A rank that fails between start and wait ends the step of all.
+#[test]
+fn nobody_waits_for_a_rank_that_failed() {
+    use burn_parallel::graph::shard::register_collectives;
+    use burn_parallel::graph::{CustomOps, Executor, capture_step};
+
+    use crate::harness::split;
+    let failed = launch::threads(2).run(|rank| {
+        let model = (TOKENS.make)(&crate::models::device());
+        let graph = capture_step(&model, (TOKENS.batch)(0), TOKENS.loss)?;
+        let (mut graph, _) = split(graph, &[Axis::batch(2)], &[rank.rank()]);
+        overlap(&mut graph);
+        let mut ops = CustomOps::new();
+        register_collectives(&mut ops, "dp", &rank);
+        let mut executor = Executor::new(graph, ops)?;
+        let mut given = 0;
+        executor.step_with(&model, (TOKENS.batch)(0), |_, _| {
+            given += 1;
+            if rank.rank() == 1 && given == 3 { Err(Error::user("the third gradient is one too many")) } else { Ok(()) }
+        })?;
+        rank.barrier()
+    });
+    let said = failed.unwrap_err().to_string();
+    assert!(said.contains("rank 1") && said.contains("one too many"), "{said}");
+}

@@ -17,6 +17,9 @@ const SCATTER: u64 = 10;
 const EXCHANGE: u64 = 5;
 const STILL_PARTIAL: u64 = 1;
 
+/// How many linear operations on it is found out what becomes of a partial tensor.
+const LOOK_AHEAD: usize = 6;
+
 impl Pass<'_> {
     pub(super) fn choose(&mut self, op: &OperationIr, layouts: &[Layout]) -> Strategy {
         let whole = Strategy::replicated(op);
@@ -165,6 +168,10 @@ impl Pass<'_> {
     /// Whether some reader, or the result, cannot take a partial tensor as it is, so that the sum is made in any case; or it
     /// would be made of several things that are computed from the tensor, or of something larger.
     pub(super) fn is_reduced_anyway(&self, id: TensorId) -> bool {
+        self.is_reduced_within(id, LOOK_AHEAD)
+    }
+
+    fn is_reduced_within(&self, id: TensorId, steps: usize) -> bool {
         let readers = self.readers.get(&id).map_or(&[][..], Vec::as_slice);
         self.is_wanted_whole(id)
             || readers.iter().any(|reader| {
@@ -176,7 +183,9 @@ impl Pass<'_> {
                 }
                 let size = op.inputs().find(|input| input.id == id).map_or(0, |input| input.shape.num_elements());
                 let grows = |out: &TensorIr| out.shape.num_elements() > size;
-                op.outputs().any(|out| (readers.len() > 1 || grows(out)) && self.is_reduced_anyway(out.id))
+                op.outputs().any(|out| {
+                    steps > 0 && (readers.len() > 1 || grows(out)) && self.is_reduced_within(out.id, steps - 1)
+                })
             })
     }
 }

@@ -39,6 +39,7 @@ mod moves;
 mod options;
 mod order;
 mod overlap;
+mod padding;
 mod partition;
 mod pass;
 mod planned;

@@ -4,6 +4,7 @@ use burn_ir::{FloatOperationIr, NumericOperationIr, OperationIr, TensorIr};
 
 use super::collectives::CollectiveOp;
 use super::options::PartitionOptions;
+use super::padding::padded;
 use super::pass::Pass;
 use super::report::ShardReport;
 use crate::error::Error;
@@ -16,6 +17,10 @@ use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 /// `params` and `inputs` are the layouts in the order of the graph's bindings. The result takes the local part of split
 /// parameters, and gives gradients and updates in the layout of their parameter. Inputs are given whole: the graph takes
 /// its part itself. Loss and extra outputs come out whole on every rank.
+///
+/// A dim must be a multiple of the degree to be split, but for the rows of an embedding that nothing except lookups reads:
+/// it is padded, so that every rank has as many rows as the first. What is given for the parameter must be padded with
+/// zeros in the same way, and its gradient comes so, zeros again; element-wise optimizers leave the padding alone.
 ///
 /// For several axes, partition the result again over the next axis; shapes and layouts are then those of what the first
 /// left local. A dim that is split by both is divided over the first axis and each part over the second.
@@ -43,6 +48,8 @@ pub fn partition(
             inputs.len()
         )));
     }
+    let padded = padded(graph, params, options);
+    let graph = &padded;
     let named_params = graph.params.iter().map(|p| (format!("parameter `{}`", p.path), &p.tensor)).zip(params);
     let named_inputs = graph.inputs.iter().map(|i| (format!("input `{}`", i.path), &i.tensor)).zip(inputs);
     for ((name, tensor), layout) in named_params.chain(named_inputs) {
