@@ -211,6 +211,15 @@ pub enum Error {
         problem: String,
     },
 
+    /// The engine under the communicator, or a service it needs, could not be used.
+    #[error("{engine}: {problem}")]
+    Engine {
+        /// Name of the engine, as in `mpi`.
+        engine: &'static str,
+        /// What it said, and what to try.
+        problem: String,
+    },
+
     /// The training step could not be captured or rewritten as a graph.
     #[error("graph: {problem}")]
     Graph {

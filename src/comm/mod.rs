@@ -31,6 +31,8 @@ mod element;
 pub(crate) mod host;
 pub mod local;
 mod messages;
+#[cfg(feature = "mpi")]
+pub mod mpi;
 mod partition;
 mod payload;
 mod pending;
