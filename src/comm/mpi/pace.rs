@@ -60,8 +60,4 @@ impl<'a> Pace<'a> {
     pub fn again(&mut self) {
         (self.polls, self.since) = (0, None);
     }
-
-    pub fn elapsed(&self) -> Duration {
-        self.since.map_or(Duration::ZERO, |since| since.elapsed())
-    }
 }

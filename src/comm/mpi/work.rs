@@ -245,7 +245,7 @@ impl Work<'_> {
         // SAFETY: the output is as long as this rank's share.
         let result = |element: usize| unsafe { place.add((element - mine.start) * size) };
         self.fold_windows(op, &pieces, share, result, |_| ());
-        drop(allocated?);
+        allocated?;
         Ok((mine.len() * size * (n - 1)) as u64)
     }
 
