@@ -149,23 +149,24 @@ pub fn tags_are_independent_and_in_order(comm: &Communicator) -> Result<(), Erro
 /// Several collectives in flight, on two groups, beside direct calls.
 pub fn in_flight_and_direct_calls_interleave(comm: &Communicator) -> Result<(), Error> {
     let part = comm.split(comm.rank() as u64 / comm.size().div_ceil(2) as u64, 0)?;
+    let (n, members, root) = (comm.size() as i64, part.size() as i64, comm.size() / 2);
     for round in 0..50i64 {
         let big = comm.start(move |comm| comm.all_reduce(vec![round; 5000], ReduceOp::Sum));
         let small = part.start(move |comm| comm.all_gather(vec![round]));
         let two = comm.start(move |comm| {
             let sum = comm.all_reduce(vec![1i64], ReduceOp::Sum)?;
-            comm.broadcast(vec![sum[0] + comm.rank() as i64], 2)
+            comm.broadcast(vec![sum[0] + comm.rank() as i64], root)
         });
         // Waits for what is in flight on `rank`, not for `part`.
-        assert_eq!(comm.all_reduce(vec![comm.rank() as i64], ReduceOp::Max)?, [3]);
-        assert_eq!(part.all_reduce(vec![1i64], ReduceOp::Sum)?, [2]);
+        assert_eq!(comm.all_reduce(vec![comm.rank() as i64], ReduceOp::Max)?, [n - 1]);
+        assert_eq!(part.all_reduce(vec![1i64], ReduceOp::Sum)?, [members]);
         if round % 3 == 0 {
             drop(big);
         } else {
-            assert_eq!(big.wait()?, vec![4 * round; 5000]);
+            assert_eq!(big.wait()?, vec![n * round; 5000]);
         }
-        assert_eq!(two.wait()?, [6]);
-        assert_eq!(small.wait()?, [round, round]);
+        assert_eq!(two.wait()?, [n + root as i64]);
+        assert_eq!(small.wait()?, vec![round; part.size()]);
     }
     Ok(())
 }
