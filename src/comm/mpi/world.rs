@@ -22,6 +22,9 @@ const ALONE: Duration = Duration::from_secs(3);
 /// How long a failed world waits for its ranks to go.
 const FAREWELL: Duration = Duration::from_secs(5);
 
+/// Groups remembered after they were left.
+const PAST: usize = 32;
+
 /// What wardens tell each other.
 mod word {
     pub const PROPOSE: u8 = 0;
@@ -72,6 +75,8 @@ pub(super) struct World {
     pub name: Arc<str>,
     fate: OnceLock<Error>,
     groups: Mutex<Vec<Weak<Group>>>,
+    /// Name, members and last calls of groups that this rank has left, for the day their members fail.
+    past: Mutex<VecDeque<(Arc<str>, Vec<usize>, String)>>,
     /// News of groups that this rank is still to make.
     early: Mutex<Vec<(u64, Left)>>,
     next_group: AtomicU64,
@@ -115,6 +120,7 @@ impl World {
             crowded,
             fate: OnceLock::new(),
             groups: Mutex::default(),
+            past: Mutex::default(),
             early: Mutex::default(),
             next_group: AtomicU64::new(1),
             outgoing: Mutex::default(),
@@ -189,6 +195,11 @@ impl World {
     pub fn leave(&self, group: &Group, panicked: bool) {
         if group.leaves() {
             return;
+        }
+        {
+            let mut past = lock(&self.past);
+            past.truncate(PAST - 1);
+            past.push_front((group.name.clone(), group.members.clone(), group.watch.line(group.rank)));
         }
         let sent = lock(&group.sent).clone();
         for (other, to) in group.members.iter().enumerate().filter(|(other, _)| *other != group.rank) {
@@ -326,6 +337,12 @@ impl World {
     /// What this rank knows of a failure.
     fn know(&self, proposal: &Proposal) -> Known {
         let mut known = Known::default();
+        let past = lock(&self.past);
+        known.line = past
+            .iter()
+            .find(|(name, members, _)| *name == proposal.group && *members == proposal.members)
+            .map(|(_, _, line)| line.clone());
+        drop(past);
         for group in self.groups() {
             if group.name == proposal.group && group.members == proposal.members {
                 known.line = Some(group.watch.line(group.rank));
