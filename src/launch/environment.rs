@@ -69,7 +69,11 @@ pub struct Place {
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "rank {} of {}, number {} on this machine, says {}", self.rank, self.size, self.local_rank, self.launcher)
+        write!(
+            f,
+            "rank {} of {}, number {} on this machine, says {}",
+            self.rank, self.size, self.local_rank, self.launcher
+        )
     }
 }
 
@@ -145,7 +149,8 @@ impl Place {
                 "{local_size_name}={local_size} does not go with {local_name}={local_rank} and {size_name}={size}"
             ));
         }
-        let master = master(variables)?.or_else(|| if launcher == Launcher::Slurm { slurm_master(variables) } else { None });
+        let master =
+            master(variables)?.or_else(|| if launcher == Launcher::Slurm { slurm_master(variables) } else { None });
         Ok(Self { launcher, rank, size, local_rank, local_size, master })
     }
 }

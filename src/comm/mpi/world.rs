@@ -63,6 +63,9 @@ struct Inquiry {
     since: Instant,
 }
 
+/// A group that this rank has left: name, members and what it called last.
+type Past = (Arc<str>, Vec<usize>, String);
+
 /// Bytes on their way to another rank, kept until they are there.
 struct Parcel {
     tickets: Vec<Ticket>,
@@ -75,8 +78,8 @@ pub(super) struct World {
     pub name: Arc<str>,
     fate: OnceLock<Error>,
     groups: Mutex<Vec<Weak<Group>>>,
-    /// Name, members and last calls of groups that this rank has left, for the day their members fail.
-    past: Mutex<VecDeque<(Arc<str>, Vec<usize>, String)>>,
+    /// Groups that this rank has left, for the day their members fail.
+    past: Mutex<VecDeque<Past>>,
     /// News of groups that this rank is still to make.
     early: Mutex<Vec<(u64, Left)>>,
     next_group: AtomicU64,
