@@ -215,7 +215,9 @@ impl Hosts {
 
 impl Drop for Hosts {
     fn drop(&mut self) {
-        (0..3).for_each(|host| drop(ip(&format!("netns del bp{}-{host}", self.id))));
+        (0..3).for_each(|host| {
+            ip(&format!("netns del bp{}-{host}", self.id));
+        });
         ip(&format!("link del bpb{}", self.id));
     }
 }

@@ -4,11 +4,13 @@
 mod transport_suite;
 
 use std::process::{Command, ExitCode};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use burn_parallel::comm::Communicator;
+use burn_parallel::Error;
 use burn_parallel::comm::local::WorldConfig;
 use burn_parallel::comm::mpi::Session;
+use burn_parallel::comm::{Communicator, ReduceOp};
+use burn_parallel::launch;
 
 use crate::transport_suite::{Engine, failures};
 
@@ -25,7 +27,7 @@ impl Engine for Mpi {
 fn main() -> ExitCode {
     match std::env::var(ROLE).as_deref() {
         Ok("suite") => suite(),
-        Ok(role) => panic!("no such role: {role}"),
+        Ok(role) => one_rank(role),
         Err(_) => return start(),
     }
     ExitCode::SUCCESS
@@ -52,29 +54,78 @@ fn suite() {
     }
 }
 
+/// One rank of a world in which something happens to rank 1.
+fn one_rank(role: &str) {
+    let outcome = launch::from_env().unwrap().timeout(Duration::from_secs(60)).run(|rank| {
+        rank.barrier()?;
+        if rank.rank() == 1 {
+            match role {
+                "error" => return Err(Error::user("the disk is full")),
+                "panic" => panic!("on purpose"),
+                "killed" => {
+                    let _ = Command::new("kill").args(["-9", &std::process::id().to_string()]).status();
+                }
+                // Nobody receives it, and nobody waits for it.
+                "unread" => rank.send(vec![0u8; 1 << 22], 0, 5)?,
+                role => panic!("no such role: {role}"),
+            }
+        }
+        if role == "unread" {
+            return rank.barrier();
+        }
+        rank.all_reduce(vec![1.0f32; 1000], ReduceOp::Sum).map(drop)
+    });
+    // In one piece: the lines of several processes come together.
+    print!(
+        "{}",
+        format!("<{}>\n", outcome.map_or_else(|error| error.to_string(), |()| "well".into())).replace("\n ", " ")
+    );
+}
+
+fn mpirun(size: usize, role: &str) -> Command {
+    let version = Command::new("mpirun").arg("--version").output().unwrap();
+    let mut mpirun = Command::new("mpirun");
+    if String::from_utf8_lossy(&version.stdout).contains("Open MPI") {
+        mpirun.args(["--oversubscribe", "--allow-run-as-root"]);
+    }
+    mpirun.args(["-n", &size.to_string()]).arg(std::env::current_exe().unwrap()).env(ROLE, role);
+    mpirun
+}
+
+/// All ranks say this, and the run ends in time, well or not.
+fn scenario(role: &str, words: &str, ends_well: bool) -> bool {
+    const RANKS: usize = 3;
+    let began = Instant::now();
+    let output = mpirun(RANKS, role).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    let times = if ends_well { RANKS } else { 1 };
+    let passed = output.status.success() == ends_well
+        && began.elapsed() < Duration::from_secs(30)
+        && said.matches(words).count() >= times;
+    println!("{role} ... {}", if passed { "ok" } else { "FAILED" });
+    if !passed {
+        println!("after {:?}, {}: {said}", began.elapsed(), output.status);
+    }
+    passed
+}
+
 /// Starts the roles under mpirun.
 fn start() -> ExitCode {
-    let Ok(version) = Command::new("mpirun").arg("--version").output() else {
+    if Command::new("mpirun").arg("--version").output().is_err() {
         println!("SKIPPED, not passed: there is no mpirun on this machine (Debian: apt-get install openmpi-bin)");
         return ExitCode::SUCCESS;
-    };
-    let open_mpi = String::from_utf8_lossy(&version.stdout).contains("Open MPI");
-    let mut failed = Vec::new();
+    }
+    let mut passed = true;
     for size in 1..=4 {
-        let mut mpirun = Command::new("mpirun");
-        if open_mpi {
-            mpirun.args(["--oversubscribe", "--allow-run-as-root"]);
-        }
-        mpirun.args(["-n", &size.to_string()]).arg(std::env::current_exe().unwrap()).env(ROLE, "suite");
         println!("the suite on {size} ranks");
-        let status = mpirun.status().unwrap();
-        println!("the suite on {size} ranks ... {}", if status.success() { "ok" } else { "FAILED" });
-        if !status.success() {
-            failed.push(size);
-        }
+        let well = mpirun(size, "suite").status().unwrap().success();
+        println!("the suite on {size} ranks ... {}", if well { "ok" } else { "FAILED" });
+        passed &= well;
     }
-    match failed.is_empty() {
-        true => ExitCode::SUCCESS,
-        false => ExitCode::FAILURE,
-    }
+    passed &= scenario("error", "<rank 1 failed: the disk is full", true);
+    passed &= scenario("panic", "<rank 1 panicked: on purpose", true);
+    passed &= scenario("unread", "<well>", true);
+    // The launcher's own words, for the rank has none left.
+    passed &= scenario("killed", "rank 1", false);
+    if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

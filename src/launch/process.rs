@@ -156,7 +156,10 @@ impl Process {
             );
             return Err(Error::Engine { engine: "mpi", problem });
         }
-        run(comm)
+        let outcome = run(comm.clone());
+        // Said outright: a tape that burn has not cleared away yet may keep communicators alive.
+        comm.leave();
+        outcome
     }
 
     #[cfg(not(feature = "mpi"))]

@@ -195,6 +195,7 @@ impl Transport for MpiTransport {
 
     fn leave(&self) {
         self.world().groups().iter().for_each(|group| self.world().leave(group, false));
+        self.world().farewell();
     }
 
     fn failure(&self) -> Option<Error> {

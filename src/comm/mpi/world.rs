@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -92,6 +92,8 @@ pub(super) struct World {
     proposed: Mutex<Option<(Error, Instant)>>,
     /// Ranks that hold nothing of this world any more.
     ended: Mutex<Vec<bool>>,
+    said_farewell: AtomicBool,
+    /// Whether the machine has fewer cores than ranks.
     pub crowded: bool,
 }
 
@@ -107,9 +109,7 @@ pub(super) struct Presence(pub Arc<World>);
 
 impl Drop for Presence {
     fn drop(&mut self) {
-        let mut bye = Writer::default();
-        bye.byte(word::BYE);
-        self.0.tell_all(&bye.0);
+        self.0.farewell();
     }
 }
 
@@ -132,6 +132,7 @@ impl World {
             inquiry: Mutex::default(),
             proposed: Mutex::default(),
             ended,
+            said_farewell: AtomicBool::new(false),
         })
     }
 
@@ -210,6 +211,15 @@ impl World {
             left.byte(word::LEFT).number(group.id).number(group.rank as u64);
             left.number(group.done.load(Ordering::Acquire)).number(sent[other]).byte(panicked.into());
             self.tell(*to, &left.0);
+        }
+    }
+
+    /// This rank is done with the world, whoever still holds a communicator.
+    pub fn farewell(&self) {
+        if !self.said_farewell.swap(true, Ordering::AcqRel) {
+            let mut bye = Writer::default();
+            bye.byte(word::BYE);
+            self.tell_all(&bye.0);
         }
     }
 
