@@ -27,4 +27,5 @@ say "MPI: lints"
 cargo clippy --release --features mpi --lib --tests --examples --bench mpi -- -D warnings
 
 say "MPI: transport suite, train_lm"
-cargo test --release --features mpi --lib --test transport_mpi --test train_lm_cli --example train_lm
+cargo build --release --features mpi --example train_lm
+cargo test --release --features mpi --lib --test transport_mpi --test train_lm_cli

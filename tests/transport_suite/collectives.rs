@@ -4,7 +4,6 @@
 
 use std::fmt::Debug;
 
-use burn::tensor::kind::Basic;
 use burn::tensor::{Device, Tensor, TensorData, bf16, f16};
 use burn_parallel::Error;
 use burn_parallel::comm::{Communicator, ReduceOp, part};

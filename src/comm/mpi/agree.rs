@@ -59,16 +59,17 @@ impl Agreement<'_> {
         let n = self.group.size();
         let mut table = vec![0u8; n * POST + 8];
         write(&self.post, &mut table[self.group.rank * POST..][..POST]);
-        match (n, self.group.rank) {
-            (1, _) => self.decide(&mut table)?,
-            (_, 0) => {
-                self.collect(&mut table)?;
-                self.decide(&mut table)?;
-                self.announce(&table)?;
-            }
-            _ => self.ask(&mut table)?,
-        }
-        let posts = (0..n).map(|rank| read(&table[rank * POST..][..POST])).collect::<Result<_, _>>()?;
+        let all = |table: &[u8]| (0..n).map(|rank| read(&table[rank * POST..][..POST])).collect::<Result<Vec<_>, _>>();
+        let posts = if self.group.rank == 0 {
+            self.collect(&mut table)?;
+            let posts = all(&table)?;
+            self.decide(&posts, &mut table)?;
+            self.announce(&table)?;
+            posts
+        } else {
+            self.ask(&mut table)?;
+            all(&table)?
+        };
         let id = Reader(&table[n * POST..]).number().unwrap_or_default();
         Ok((posts, id))
     }
@@ -90,15 +91,14 @@ impl Agreement<'_> {
     }
 
     /// Commits the collective, unless the calls do not agree or the world has failed.
-    fn decide(&self, table: &mut [u8]) -> Result<(), Error> {
+    fn decide(&self, posts: &[Post], table: &mut [u8]) -> Result<(), Error> {
         let n = self.group.size();
-        let calls: Vec<Call> =
-            (0..n).map(|rank| read(&table[rank * POST..][..POST]).map(|post| post.call)).collect::<Result<_, _>>()?;
-        if !agree(&calls) {
+        if !agree(posts) {
+            let calls = posts.iter().map(|post| post.call).collect();
             let (group, log) = (self.group.name.clone(), CallLog::default());
             return Err(self.fail(Error::Mismatch { group, sequence: self.sequence, calls, log }));
         }
-        if calls[0].operation == Operation::Split {
+        if posts[0].call.operation == Operation::Split {
             table[n * POST..].copy_from_slice(&self.world.new_group_id()?.to_le_bytes());
         }
         let mut decider = lock(&self.group.decider);
@@ -227,8 +227,8 @@ impl Agreement<'_> {
 }
 
 /// Whether the calls of all ranks belong together. A call without a dtype agrees with any; the others agree on one.
-fn agree(calls: &[Call]) -> bool {
-    let mut dtypes = calls.iter().filter_map(|call| call.dtype);
+fn agree(posts: &[Post]) -> bool {
+    let mut dtypes = posts.iter().filter_map(|post| post.call.dtype);
     let first = dtypes.next();
-    dtypes.all(|dtype| Some(dtype) == first) && calls.iter().all(|call| call.agrees(&calls[0]))
+    dtypes.all(|dtype| Some(dtype) == first) && posts.iter().all(|post| post.call.agrees(&posts[0].call))
 }
