@@ -347,7 +347,8 @@ pub fn run(engine: &dyn Engine, tell: &dyn Fn(&str)) -> usize {
     if engine.world(LONG).size() < 2 {
         return 0;
     }
-    let all: [(&str, fn(&dyn Engine)); 8] = [
+    type Check = fn(&dyn Engine);
+    let all: [(&str, Check); 8] = [
         ("calls that do not match", mismatches),
         ("ranks that leave or panic", leaving),
         ("receives in vain", receiving),

@@ -46,7 +46,7 @@
 //! | what happens to a rank | what the others do |
 //! |---|---|
 //! | error, panic, abort, other call, leaves early | return the same [`Error`], at once |
-//! | computes or hangs for too long | return [`Error::Timeout`](crate::Error::Timeout), which names it |
+//! | computes or hangs for too long | return [`Error::Timeout`], which names it |
 //! | killed | the launcher ends the others and names it (mpirun, srun with `--kill-on-bad-exit`); else as above |
 //! | killed or cut off while data moves | `MPI_Abort`, after the time-out and with the error printed: MPI can't give buffers back |
 
