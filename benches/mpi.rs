@@ -2,7 +2,8 @@
 //! `mpirun -n 2 $(cargo bench --features mpi --bench mpi --no-run ...)`, see docs/clusters.md.
 //!
 //! Both are timed in turns, in many short rounds, so that whatever else the machine does meets both alike. The figure of
-//! a round is the slowest rank's; that of a size is the median over the rounds.
+//! a round is the slowest rank's; that of a size is the median over the rounds. Numbers as arguments are the sizes in
+//! bytes to measure in place of the usual ones.
 
 use std::time::{Duration, Instant};
 
@@ -36,7 +37,8 @@ fn main() {
         println!("{size} ranks, float32; microseconds, median of {ROUNDS} rounds; ratio = ours / bare");
         println!("{:<16}{:>10}{:>12}{:>12}{:>8}", "", "bytes", "ours", "bare MPI", "ratio");
     }
-    for bytes in SIZES {
+    let asked: Vec<usize> = std::env::args().filter_map(|argument| argument.parse().ok()).collect();
+    for bytes in if asked.is_empty() { SIZES.to_vec() } else { asked } {
         for name in ["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send_recv"] {
             measure(&session, &comm, name, bytes);
         }

@@ -154,6 +154,8 @@ fn a_parent_that_is_killed_leaves_none_behind() {
 fn a_program_that_does_not_exist() {
     let error = launch::processes(2).program("/no/such/program", [""; 0]).supervise().unwrap_err();
     assert!(matches!(&error, Error::Launch { rank: 0, size: 2, .. }), "{error}");
+    let error = launch::processes(0).supervise().unwrap_err();
+    assert!(error.to_string().contains("at least 1 rank, not 0"), "{error}");
 }
 
 #[cfg(not(feature = "mpi"))]

@@ -73,9 +73,6 @@ impl Processes {
             return prepare(super::from_env()?.engine(self.engine)).run(f).map(Some);
         }
         self.engine.check()?;
-        if self.size == 0 {
-            return Err(Error::invalid("launch::processes", "a world needs at least 1 rank, not 0"));
-        }
         // MPI joins only processes that its own launcher has started.
         let mut mpirun = Command::new("mpirun");
         let version = Command::new("mpirun").arg("--version").output().map_err(|problem| Error::Engine {
@@ -94,7 +91,10 @@ impl Processes {
         supervise(vec![mpirun], self.size).map(|()| None)
     }
 
-    /// Starts the processes and waits for them, whatever they do: each finds `RANK`, `WORLD_SIZE`, `LOCAL_RANK`,
+    /// Starts the processes and waits for them, whatever they do. From then on this process handles SIGINT and SIGTERM
+    /// itself.
+    ///
+    /// Each finds `RANK`, `WORLD_SIZE`, `LOCAL_RANK`,
     /// `LOCAL_WORLD_SIZE`, and a `MASTER_ADDR` and `MASTER_PORT` on this machine.
     ///
     /// # Errors
@@ -116,6 +116,9 @@ impl Processes {
     }
 
     fn command(&self) -> Result<(OsString, Vec<OsString>), Error> {
+        if self.size == 0 {
+            return Err(Error::invalid("launch::processes", "a world needs at least 1 rank, not 0"));
+        }
         match &self.program {
             Some(program) => Ok(program.clone()),
             None => Ok((std::env::current_exe().map_err(Error::user)?.into(), std::env::args_os().skip(1).collect())),
