@@ -211,6 +211,28 @@ pub enum Error {
         problem: String,
     },
 
+    /// A process that was started as a rank ended with a failure.
+    #[error("{} of {size} ended {status}{}", .rank.map_or("a rank".into(), |rank| format!("rank {rank}")), last_words(.said))]
+    ProcessFailed {
+        /// Rank of the process; `None` if a launcher in between knows it: see what it said.
+        rank: Option<usize>,
+        /// Processes started.
+        size: usize,
+        /// Its exit status, or the signal that ended it, in words.
+        status: String,
+        /// The last lines that it wrote to its standard error.
+        said: Vec<String>,
+    },
+
+    /// The engine under the communicator, or a service it needs, could not be used.
+    #[error("{engine}: {problem}")]
+    Engine {
+        /// Name of the engine, as in `mpi`.
+        engine: &'static str,
+        /// What it said, and what to try.
+        problem: String,
+    },
+
     /// The training step could not be captured or rewritten as a graph.
     #[error("graph: {problem}")]
     Graph {
@@ -266,6 +288,10 @@ impl Error {
     pub(crate) fn invalid(operation: &'static str, problem: impl Into<String>) -> Self {
         Self::InvalidArgument { operation, problem: problem.into() }
     }
+}
+
+fn last_words(said: &[String]) -> String {
+    if said.is_empty() { "; it said nothing".into() } else { format!("; the last it said:\n  {}", said.join("\n  ")) }
 }
 
 fn describe_calls(calls: &[Call]) -> String {

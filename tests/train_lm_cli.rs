@@ -343,3 +343,81 @@ fn held_out_rows_are_never_trained_on() {
     let last_trained = (0..200).flat_map(|step| text.rows(0, step, 64, 0, 1)).map(|row| row.as_ptr_range().end).max();
     assert!(rows.iter().all(|row| row.len() == 33 && row.as_ptr() >= last_trained.unwrap()));
 }
+
+/// Ranks that are processes, joined by MPI.
+#[cfg(feature = "mpi")]
+mod mpi {
+    use super::*;
+
+    /// `mpirun` with what it needs here, or `None` where there is none.
+    fn mpirun(ranks: usize) -> Option<Command> {
+        let version = Command::new("mpirun").arg("--version").output().ok()?;
+        let mut mpirun = Command::new("mpirun");
+        if String::from_utf8_lossy(&version.stdout).contains("Open MPI") {
+            mpirun.args(["--oversubscribe", "--allow-run-as-root", "--bind-to", "none"]);
+        }
+        mpirun.args(["-n", &ranks.to_string()]);
+        Some(mpirun)
+    }
+
+    fn losses(path: &str) -> Vec<f64> {
+        let json: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        json["losses"].as_array().unwrap().iter().map(|loss| loss.as_f64().unwrap()).collect()
+    }
+
+    #[test]
+    fn the_losses_of_threads() {
+        let Some(mut mpirun) = mpirun(4) else {
+            println!("SKIPPED, not passed: there is no mpirun on this machine");
+            return;
+        };
+        let folder = Folder::new("mpi");
+        let (threads, processes) = (folder.path("threads.json"), folder.path("processes.json"));
+        let flags = ["--steps", "6", "--batch", "10"];
+        assert!(tiny(&[&flags[..], &["--ranks", "4", "--json", &threads]].concat()).status.success());
+        let output =
+            mpirun.arg(example()).args(TINY).args(flags).args(["--dp", "4", "--json", &processes]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(String::from_utf8_lossy(&output.stdout).matches("The model writes").count(), 1);
+        same_losses(&losses(&threads), &losses(&processes), 1e-6);
+    }
+
+    #[test]
+    fn processes_of_itself() {
+        if mpirun(1).is_none() {
+            println!("SKIPPED, not passed: there is no mpirun on this machine");
+            return;
+        }
+        let folder = Folder::new("processes");
+        let (threads, processes) = (folder.path("threads.json"), folder.path("processes.json"));
+        assert!(tiny(&["--ranks", "2", "--json", &threads]).status.success());
+        let output = tiny(&["--launch", "processes", "--ranks", "2", "--json", &processes]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(String::from_utf8_lossy(&output.stderr).contains("[rank 0/2] step 3/3"));
+        same_losses(&losses(&threads), &losses(&processes), 1e-6);
+    }
+
+    #[test]
+    fn as_many_ranks_as_were_started() {
+        let Some(mut mpirun) = mpirun(2) else { return };
+        let output = mpirun.arg(example()).args(TINY).args(["--dp", "3"]).output().unwrap();
+        assert!(!output.status.success());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(stderr.contains("2 ranks have been started, and the flags are for 3"), "{stderr}");
+    }
+}
+
+#[test]
+fn ways_to_start_that_do_not_go_together() {
+    refused(&["--device", "cuda"], "--device cuda: this program was built without it; build with `--features cuda`");
+    refused(&["--device", "wgpu"], "--features wgpu");
+    refused(&["--transport", "nccl"], "--features cuda");
+    refused(&["--transport", "mpi"], "--launch processes or env");
+    refused(&["--launch", "processes", "--transport", "local"], "--launch threads");
+    if cfg!(not(feature = "mpi")) {
+        refused(&["--launch", "processes"], "--features mpi");
+    } else {
+        refused(&["--launch", "env"], "not started by a launcher");
+    }
+    refused(&["--launch", "magic"], "magic");
+}

@@ -1,6 +1,7 @@
 //! The command line: what it takes, and which of it makes no sense.
 
 use std::fs::{self, OpenOptions};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use burn_parallel::prelude::Schedule;
@@ -8,6 +9,7 @@ use clap::error::{Error, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 
 use crate::gpt::GptConfig;
+use crate::start::{self, Compute, Launch, Transport};
 use crate::text::VOCAB;
 
 /// Trains a small byte-level GPT on any UTF-8 text, on several ranks.
@@ -81,6 +83,19 @@ struct Flags {
     /// Where to write losses, speed and communication as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+
+    /// What the ranks are: threads, processes of this program, or what a launcher has started [default: env under
+    /// mpirun and torchrun, else threads]
+    #[arg(long, value_enum, value_name = "HOW")]
+    launch: Option<Launch>,
+
+    /// What the ranks compute on
+    #[arg(long, value_enum, value_name = "DEVICE", default_value_t = Compute::Flex)]
+    device: Compute,
+
+    /// What joins the ranks [default: local for threads, else mpi]
+    #[arg(long, value_enum, value_name = "ENGINE")]
+    transport: Option<Transport>,
 }
 
 /// The schedules of pipelines by the names of the field.
@@ -137,6 +152,8 @@ pub struct Args {
     pub seed: u64,
     /// Where to write the outcome as JSON.
     pub json: Option<PathBuf>,
+    /// What the ranks are.
+    pub launch: Launch,
 }
 
 impl Args {
@@ -145,14 +162,21 @@ impl Args {
         // `--steps -1` is a wrong number of steps, not a flag that nobody knows.
         let command = Flags::command().mut_args(|flag| flag.allow_negative_numbers(true));
         let flags = Flags::from_arg_matches(&command.try_get_matches()?)?;
-        let wrong = |why| Err(Error::raw(ErrorKind::ValueValidation, why));
+        fn wrong<T>(why: String) -> Result<T, Error> {
+            Err(Error::raw(ErrorKind::ValueValidation, why))
+        }
 
+        let (launch, started) = start::choose(flags.launch, flags.device, flags.transport).or_else(wrong)?;
         let (pp, tp) = (flags.pp, flags.tp);
         let (parts, shown) = match pp {
             1 => (tp, format!("--tp {tp}")),
             _ => (pp * tp, format!("--pp {pp} x --tp {tp}")),
         };
-        let ranks = flags.ranks.unwrap_or(flags.dp.map_or(parts.max(2), |dp| dp * parts));
+        let asked = flags.ranks.or(flags.dp.map(|dp| dp * parts)).or(started);
+        let ranks = asked.unwrap_or(parts.max(2));
+        if let Some(started) = started.filter(|started| *started != ranks) {
+            return wrong(format!("{started} ranks have been started, and the flags are for {ranks}"));
+        }
         if flags.dp.is_none() && ranks % parts != 0 {
             return wrong(format!("{shown} does not divide --ranks {ranks}"));
         }
@@ -214,6 +238,7 @@ impl Args {
             lr: flags.lr,
             seed: flags.seed,
             json: flags.json,
+            launch,
         })
     }
 
@@ -270,8 +295,12 @@ fn writable(json: &Path, text: Option<&Path>) -> Result<(), String> {
         .create(true)
         .open(json)
         .map_err(|why| format!("cannot write --json {json:?}: {why}"))?;
-    if !existed {
-        fs::remove_file(json).map_err(|why| format!("cannot write --json {json:?}: {why}"))?;
+    if existed {
+        return Ok(());
     }
-    Ok(())
+    match fs::remove_file(json) {
+        // Other ranks find it out as well.
+        Err(why) if why.kind() != io::ErrorKind::NotFound => Err(format!("cannot write --json {json:?}: {why}")),
+        _ => Ok(()),
+    }
 }

@@ -6,6 +6,7 @@ mod args;
 mod gpt;
 mod report;
 mod sample;
+mod start;
 mod text;
 mod train;
 
@@ -14,7 +15,6 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use burn::tensor::Device;
-use burn_parallel::launch;
 
 use crate::args::Args;
 use crate::sample::{generate, readable};
@@ -54,9 +54,8 @@ fn run(args: &Args, text: &Text) -> Result<(), Box<dyn Error>> {
 
     let (learned, held_out) = text.split();
     eprintln!("{learned} bytes to learn from, {held_out} held out");
-    let mut outcomes =
-        launch::threads(args.ranks).seed(args.seed).run(|rank| train(rank, model.clone(), args, text))?;
-    let outcome = outcomes.swap_remove(0);
+    // The first rank tells what came of it.
+    let Some(outcome) = start::run(args, |rank| train(rank, model.clone(), args, text))? else { return Ok(()) };
 
     if let Some(path) = &args.json {
         outcome.write_json(args, path).map_err(|why| format!("cannot write --json {path:?}: {why}"))?;

@@ -2,7 +2,7 @@
 //!
 //! A [`Communicator`] joins the ranks of one group. It carries burn tensors of any rank and plain buffers through
 //! [collectives](Operation) and tagged messages, on whatever engine ([`Transport`]) the ranks share. The embedded engine
-//! is [`local`]: ranks are threads of one process, nothing to install.
+//! is [`local`]: ranks are threads of one process, nothing to install. With the feature `mpi`, `mpi` joins processes.
 //!
 //! ```
 //! use burn_parallel::prelude::*;
@@ -31,6 +31,8 @@ mod element;
 pub(crate) mod host;
 pub mod local;
 mod messages;
+#[cfg(feature = "mpi")]
+pub mod mpi;
 mod partition;
 mod payload;
 mod pending;

@@ -119,7 +119,8 @@ impl Watch {
         (0..self.ranks.len()).filter(waits).map(|rank| self.line(rank))
     }
 
-    fn line(&self, rank: usize) -> String {
+    /// What one rank called last.
+    pub fn line(&self, rank: usize) -> String {
         let history = self.lock(rank);
         if history.issued == 0 {
             return format!("rank {rank}: nothing yet");

@@ -1,9 +1,21 @@
 //! Starting the ranks of a world.
 //!
-//! [`threads`] runs every rank as a thread of this process, each with a compute-thread pool of its own.
+//! [`threads`] runs every rank as a thread of this process, each with a compute-thread pool of its own. [`processes`] starts
+//! this program several times on this machine. [`from_env`] is for programs that a launcher starts, on one machine or many:
+//! torchrun, `mpirun`, `srun`.
 
+mod environment;
+mod process;
+#[cfg(unix)]
+mod processes;
 mod rank;
+mod rendezvous;
 mod threads;
 
+pub use environment::{Launcher, Place};
+pub use process::{Engine, Process, from_env};
+#[cfg(unix)]
+pub use processes::{Processes, processes};
 pub use rank::Rank;
+pub use rendezvous::Rendezvous;
 pub use threads::{Threads, threads};

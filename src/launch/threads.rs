@@ -115,7 +115,7 @@ impl Threads {
 type Ended<T> = Result<T, Error>;
 
 /// Runs one rank on its pool. A failure is told to the world, which keeps the first.
-fn run_rank<T, F>(rank: Rank, comm: Communicator, threads: usize, f: &F) -> Ended<T>
+pub(super) fn run_rank<T, F>(rank: Rank, comm: Communicator, threads: usize, f: &F) -> Ended<T>
 where
     T: Send,
     F: Fn(Rank) -> Result<T, Error> + Sync,

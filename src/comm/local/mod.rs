@@ -32,11 +32,11 @@ use crate::Error;
 /// Time-out when `BURN_PARALLEL_TIMEOUT_S` does not say otherwise.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Settings of a world of threads.
+/// Settings of a world, whatever its engine.
 #[derive(Debug, Clone)]
 pub struct WorldConfig {
-    timeout: Duration,
-    name: Arc<str>,
+    pub(super) timeout: Duration,
+    pub(super) name: Arc<str>,
 }
 
 impl WorldConfig {

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The part of the gate that needs an MPI: lints, the transport suite under mpirun, train_lm on processes. Installs Open MPI
+# and libclang from Debian's packages where they are missing. Called by run, with the same profile and features of burn.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf '\n== %s\n' "$*"; }
+
+missing=()
+command -v mpicc > /dev/null || missing+=(libopenmpi-dev)
+command -v mpirun > /dev/null || missing+=(openmpi-bin)
+# bindgen reads MPI's header with it.
+if ! ldconfig -p | grep -q 'libclang[-.]' && ! compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' > /dev/null; then
+    missing+=(libclang-dev)
+fi
+if [ ${#missing[@]} -gt 0 ]; then
+    say "installing ${missing[*]}"
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
+        echo "MPI is not tested: ${missing[*]} missing, and this is not root on Debian. Install them and run this again." >&2
+        exit 1
+    fi
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+fi
+
+say "MPI: lints"
+cargo clippy --release --features mpi --lib --tests --examples --bench mpi -- -D warnings
+
+say "MPI: transport suite, train_lm"
+cargo build --release --features mpi --example train_lm
+cargo test --release --features mpi --lib --test transport_mpi --test train_lm_cli

@@ -1,0 +1,89 @@
+//! How the ranks are started, and on what they compute.
+
+use burn_parallel::launch::{self, Launcher, Place};
+use burn_parallel::prelude::*;
+use clap::ValueEnum;
+
+use crate::args::Args;
+
+/// What the ranks are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Launch {
+    /// Threads of this process
+    Threads,
+    /// Processes of this program on this machine
+    Processes,
+    /// What torchrun, mpirun or srun have started
+    Env,
+}
+
+/// What the ranks compute on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Compute {
+    Flex,
+    Cuda,
+    Wgpu,
+}
+
+/// What joins the ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Transport {
+    Local,
+    Mpi,
+    Nccl,
+}
+
+/// How to start, and how many ranks have been started already; or why the flags do not go together.
+pub fn choose(
+    launch: Option<Launch>,
+    device: Compute,
+    transport: Option<Transport>,
+) -> Result<(Launch, Option<usize>), String> {
+    // In a batch script Slurm's variables are set for a single process as well: it must be asked for.
+    let place = Place::from_env();
+    let started = place.as_ref().is_ok_and(|place| place.launcher != Launcher::Slurm && place.size > 1);
+    let default = if started { Launch::Env } else { Launch::Threads };
+    let launch = launch.unwrap_or(default);
+    let without = |flag: &str, feature: &str| {
+        Err(format!("{flag} {feature}: this program was built without it; build with `--features {feature}`"))
+    };
+    match device {
+        Compute::Flex => {}
+        Compute::Cuda => return without("--device", "cuda"),
+        Compute::Wgpu => return without("--device", "wgpu"),
+    }
+    let default = if launch == Launch::Threads { Transport::Local } else { Transport::Mpi };
+    match (transport.unwrap_or(default), launch) {
+        (Transport::Local, Launch::Threads) => {}
+        (Transport::Nccl, _) => return without("--transport", "cuda"),
+        (Transport::Mpi, Launch::Threads) => {
+            return Err("--transport mpi joins processes: give --launch processes or env".into());
+        }
+        (Transport::Mpi, _) if cfg!(feature = "mpi") => {}
+        (Transport::Mpi, _) => return without("--transport", "mpi"),
+        (Transport::Local, _) => return Err("--transport local joins threads: give --launch threads".into()),
+    }
+    let ranks = match (launch, place) {
+        (Launch::Env, place) => Some(place.map_err(|why| why.to_string())?.size),
+        _ => None,
+    };
+    Ok((launch, ranks))
+}
+
+/// Runs `f` on every rank. Returns what it returns on the first, in the process that has the first.
+pub fn run<T: Send>(args: &Args, f: impl Fn(Rank) -> Result<T, Error> + Sync) -> Result<Option<T>, Error> {
+    let first = |rank: Rank| {
+        let first = rank.rank() == 0;
+        f(rank).map(|outcome| first.then_some(outcome))
+    };
+    match args.launch {
+        Launch::Threads => launch::threads(args.ranks).seed(args.seed).run(f).map(|mut all| Some(all.swap_remove(0))),
+        Launch::Env => launch::from_env()?.seed(args.seed).run(first),
+        #[cfg(unix)]
+        Launch::Processes => {
+            launch::processes(args.ranks).run(|process| process.seed(args.seed), first).map(Option::flatten)
+        }
+        #[cfg(not(unix))]
+        Launch::Processes => Err(Error::user("--launch processes: not on this system")),
+    }
+}

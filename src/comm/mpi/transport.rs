@@ -1,0 +1,215 @@
+//! A rank's place in a group of processes.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::agree::{Agreement, Post};
+use super::group::{Group, lock};
+use super::mail;
+use super::pace::Pace;
+use super::work::Work;
+use super::world::{Presence, Proposal, World};
+use crate::Error;
+use crate::comm::{Call, CallLog, Extent, Message, Operation, Transfer, Transport};
+
+/// How long a rank that finds the sender gone waits for the reason, which may be on its way.
+const GRACE: Duration = Duration::from_millis(100);
+
+#[derive(Debug)]
+pub(super) struct MpiTransport {
+    presence: Arc<Presence>,
+    group: Arc<Group>,
+    /// Number of the next collective. Held during a collective: a rank does one at a time.
+    sequence: Mutex<u64>,
+}
+
+impl MpiTransport {
+    pub fn new(presence: Arc<Presence>, group: Arc<Group>) -> Arc<Self> {
+        presence.0.add(&group);
+        Arc::new(Self { presence, group, sequence: Mutex::new(0) })
+    }
+
+    fn world(&self) -> &World {
+        &self.presence.0
+    }
+
+    /// Meets the others, and does `work` on what all ranks bring.
+    fn meet<R>(&self, post: Post, work: impl FnOnce(&[Post], u64) -> Result<R, Error>) -> Result<R, Error> {
+        let (world, group) = (self.world(), &*self.group);
+        let mut sequence = lock(&self.sequence);
+        if let Some(error) = world.fate() {
+            return Err(error.clone());
+        }
+        let number = group.watch.begin(group.rank, &post.call);
+        let agreement = Agreement { world, group, sequence: *sequence, post, number };
+        let (posts, id) = agreement.meet()?;
+        *sequence += 1;
+        let outcome = work(&posts, id);
+        group.done.fetch_add(1, Ordering::Release);
+        group.watch.finish(group.rank, number);
+        outcome
+    }
+
+    fn check_rank(&self, rank: usize, operation: &'static str) -> Result<(), Error> {
+        match rank < self.size() {
+            true => Ok(()),
+            false => Err(Error::NoSuchRank { group: self.group.name.clone(), rank, size: self.size(), operation }),
+        }
+    }
+
+    fn proposal(&self, error: Error) -> Proposal {
+        Proposal { error, group: self.group.name.clone(), members: self.group.members.clone(), call: None }
+    }
+
+    /// Waits for a message that is not there yet.
+    fn wait_for(&self, from: usize, tag: u64) -> Result<Message, Error> {
+        let (world, group) = (self.world(), &*self.group);
+        let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
+        let number = group.watch.begin(group.rank, &call);
+        let mut pace = Pace::new(world, false);
+        let mut gone_since = None;
+        loop {
+            // Looked at before the mailbox: what the sender sent before it left is still received.
+            let left = lock(&group.left).iter().find(|left| left.rank == from).copied();
+            let (came, tags) = {
+                let mut inbox = lock(&group.inboxes[from]);
+                inbox.fill(world, group, from)?;
+                let (message, coming) = inbox.get(world, tag)?;
+                if let Some(message) = message {
+                    group.watch.finish(group.rank, number);
+                    return Ok(message);
+                }
+                // A message that is on its way is not missing.
+                (if coming { 0 } else { inbox.came }, inbox.tags())
+            };
+            let Some(waited) = pace.pause() else { continue };
+            if let Some(error) = world.fate() {
+                return Err(error.clone());
+            }
+            group.watch.sleeps(group.rank, number, std::time::Instant::now() - waited);
+            if let Some(left) = left.filter(|left| left.messages <= came) {
+                if waited - *gone_since.get_or_insert(waited) > GRACE {
+                    let (name, operation, log) = (group.name.clone(), call.to_string(), CallLog::default());
+                    world.propose(self.proposal(match left.panicked {
+                        true => {
+                            let message = "see its own message".into();
+                            Error::RankPanicked { rank: group.members[from], message, log }
+                        }
+                        false => Error::RankLost { group: name, rank: from, operation, log },
+                    }));
+                }
+            } else if waited > world.timeout {
+                world.propose(self.proposal(Error::Timeout {
+                    group: group.name.clone(),
+                    rank: group.rank,
+                    operation: call.to_string(),
+                    waited,
+                    missing: format!("rank {from}; tags that it has sent and nobody has read: {tags:?}"),
+                    log: CallLog::default(),
+                }));
+            }
+        }
+    }
+}
+
+impl Transport for MpiTransport {
+    fn engine(&self) -> &'static str {
+        "mpi"
+    }
+
+    fn group(&self) -> &Arc<str> {
+        &self.group.name
+    }
+
+    fn rank(&self) -> usize {
+        self.group.rank
+    }
+
+    fn world_rank(&self) -> usize {
+        self.world().wire.rank
+    }
+
+    fn size(&self) -> usize {
+        self.group.size()
+    }
+
+    fn collective(&self, call: &Call, transfer: Transfer<'_, '_>) -> Result<u64, Error> {
+        self.meet(Post { call: *call, color: 0, key: 0 }, |posts, _| {
+            let calls: Vec<Call> = posts.iter().map(|post| post.call).collect();
+            let work = Work { world: self.world(), group: &self.group, call, calls: &calls };
+            match transfer {
+                Transfer::Nothing => Ok(0),
+                Transfer::InPlace(buffers) => Ok(work.in_place(buffers)),
+                Transfer::Through { input, output } => work.through(input, output),
+            }
+        })
+    }
+
+    fn send(&self, to: usize, tag: u64, message: Message) -> Result<(), Error> {
+        self.check_rank(to, "send")?;
+        if let Some(error) = self.world().fate() {
+            return Err(error.clone());
+        }
+        mail::post(self.world(), &self.group, to, tag, message)
+    }
+
+    fn receive(&self, from: usize, tag: u64) -> Result<Message, Error> {
+        self.check_rank(from, "recv")?;
+        if let Some(error) = self.world().fate() {
+            return Err(error.clone());
+        }
+        let here = {
+            let mut inbox = lock(&self.group.inboxes[from]);
+            inbox.fill(self.world(), &self.group, from)?;
+            inbox.get(self.world(), tag)?.0
+        };
+        // Only a receive that has to wait is worth a line in the log.
+        here.map_or_else(|| self.wait_for(from, tag), Ok)
+    }
+
+    fn timeout(&self) -> Duration {
+        self.world().timeout
+    }
+
+    fn split(&self, name: &str, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error> {
+        let call = Call::new(Operation::Split, None, Extent::flat(0));
+        let group = self.meet(Post { call, color, key }, |posts, id| {
+            let mut members: Vec<(i64, usize)> = (posts.iter().enumerate())
+                .filter(|(_, other)| other.color == color)
+                .map(|(rank, other)| (other.key, rank))
+                .collect();
+            members.sort_unstable();
+            let rank = members.iter().position(|(_, rank)| *rank == self.group.rank).unwrap_or_default();
+            let members = members.into_iter().map(|(_, rank)| self.group.members[rank]).collect();
+            Ok(Group::new(id, format!("{}/{name}{color}", self.group.name).into(), members, rank))
+        })?;
+        Ok(Self::new(self.presence.clone(), group))
+    }
+
+    fn abort(&self, error: Error) {
+        if self.world().fate().is_none() {
+            self.world().fail(self.proposal(error));
+        }
+    }
+
+    fn leave(&self) {
+        self.world().groups().iter().for_each(|group| self.world().leave(group, false));
+        self.world().farewell();
+    }
+
+    fn failure(&self) -> Option<Error> {
+        self.world().attend();
+        self.world().fate().cloned()
+    }
+
+    fn log(&self) -> CallLog {
+        CallLog::new(std::iter::once(self.group.watch.line(self.group.rank)))
+    }
+}
+
+impl Drop for MpiTransport {
+    fn drop(&mut self) {
+        self.world().leave(&self.group, std::thread::panicking());
+    }
+}

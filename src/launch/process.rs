@@ -1,0 +1,169 @@
+//! One rank as this process.
+
+use std::time::Duration;
+use std::{fmt, thread};
+
+use burn::tensor::Device;
+
+use super::threads::run_rank;
+use super::{Place, Rank};
+use crate::Error;
+use crate::comm::Communicator;
+use crate::comm::local::{self, WorldConfig};
+
+/// What joins processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Engine {
+    /// MPI (feature `mpi`).
+    Mpi,
+}
+
+impl fmt::Display for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("mpi")
+    }
+}
+
+impl Engine {
+    /// Whether this program was built with it.
+    ///
+    /// # Errors
+    /// [`Error::Engine`], which names the feature to build with.
+    pub fn check(self) -> Result<(), Error> {
+        match cfg!(feature = "mpi") {
+            true => Ok(()),
+            false => Err(Error::Engine {
+                engine: "mpi",
+                problem: "this program was built without it; build with `--features mpi`, which needs an MPI on the \
+                          system (Debian: libopenmpi-dev, libclang-dev)"
+                    .into(),
+            }),
+        }
+    }
+}
+
+/// Finds out which rank this process is from the variables of torchrun, Slurm, Open MPI or MPICH. [`Process::run`] joins
+/// the others.
+///
+/// ```no_run
+/// use burn_parallel::prelude::*;
+///
+/// let process = launch::from_env()?;
+/// eprintln!("{}", process.place()); // rank 3 of 8, number 1 on this machine, says Open MPI (OMPI_COMM_WORLD_*)
+/// process.run(|rank| rank.barrier())?;
+/// # Ok::<(), Error>(())
+/// ```
+///
+/// # Errors
+/// Those of [`Place::from_variables`].
+pub fn from_env() -> Result<Process, Error> {
+    let place = Place::from_env()?;
+    log::info!("{place}");
+    Ok(Process { place, engine: Engine::Mpi, threads: None, seed: 0, device: Device::flex(), timeout: None })
+}
+
+/// A rank to be run by this process.
+#[derive(Debug, Clone)]
+#[must_use = "nothing runs before `run`"]
+pub struct Process {
+    place: Place,
+    engine: Engine,
+    threads: Option<usize>,
+    seed: u64,
+    device: Device,
+    timeout: Option<Duration>,
+}
+
+impl Process {
+    /// Which rank this is, and who said so.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Sets what joins the processes. Default [`Engine::Mpi`].
+    pub fn engine(mut self, engine: Engine) -> Self {
+        self.engine = engine;
+        self
+    }
+
+    /// Sets how many threads compute. By default the cores are divided among the processes on this machine.
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = Some(threads);
+        self
+    }
+
+    /// Sets the seed of the run, see [`Rank::seed`]. Default 0.
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// Sets the device. Default [`Device::flex`].
+    pub fn device(mut self, device: Device) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// Sets the longest time this rank waits for its peers, in place of `BURN_PARALLEL_TIMEOUT_S` (default 300 s).
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
+        self
+    }
+
+    /// Runs `f` on this rank and returns its result, once all ranks have ended.
+    ///
+    /// # Errors
+    /// The first error of any rank, the same in all processes. A world of one rank needs no engine; for more,
+    /// [`Error::Engine`] if it is not built in, or knows the ranks otherwise than the launcher's variables.
+    pub fn run<T, F>(self, f: F) -> Result<T, Error>
+    where
+        T: Send,
+        F: Fn(Rank) -> Result<T, Error> + Sync,
+    {
+        let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
+        let threads = self.threads.unwrap_or((cores / self.place.local_size.unwrap_or(self.place.size)).max(1));
+        if threads == 0 {
+            return Err(Error::invalid("threads", "a rank needs at least 1 thread, not 0"));
+        }
+        let mut config = WorldConfig::from_env()?;
+        if let Some(timeout) = self.timeout {
+            config = config.with_timeout(timeout);
+        }
+        let run = |comm: Communicator| {
+            let rank = Rank::new(comm.clone(), self.device.clone(), threads, self.seed);
+            run_rank(rank, comm, threads, &f)
+        };
+        if self.place.size == 1 {
+            return local::world(1, config)?.into_iter().map(run).next().unwrap_or_else(|| unreachable!());
+        }
+        self.engine.check()?;
+        self.over_mpi(config, run)
+    }
+
+    #[cfg(feature = "mpi")]
+    fn over_mpi<T>(&self, config: WorldConfig, run: impl Fn(Communicator) -> Result<T, Error>) -> Result<T, Error> {
+        // Dropped last, when the rank has let go of all communicators: it waits for the other processes.
+        let session = crate::comm::mpi::Session::start()?;
+        let comm = session.world(config)?;
+        let Place { rank, size, launcher, .. } = self.place;
+        if (comm.rank(), comm.size()) != (rank, size) {
+            let problem = format!(
+                "MPI takes this process for rank {} of {}, {launcher} for rank {rank} of {size}; start it with mpirun, or \
+                 with srun --mpi=pmix",
+                comm.rank(),
+                comm.size()
+            );
+            return Err(Error::Engine { engine: "mpi", problem });
+        }
+        let outcome = run(comm.clone());
+        // Said outright: a tape that burn has not cleared away yet may keep communicators alive.
+        comm.leave();
+        outcome
+    }
+
+    #[cfg(not(feature = "mpi"))]
+    fn over_mpi<T>(&self, _: WorldConfig, _: impl Fn(Communicator) -> Result<T, Error>) -> Result<T, Error> {
+        unreachable!("the engine was checked to be built in")
+    }
+}

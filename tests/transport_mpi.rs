@@ -1,0 +1,131 @@
+//! The transport suite on processes of MPI, and what becomes of a rank that dies. Without arguments this starts itself
+//! under `mpirun`; where there is none it says that it was skipped.
+
+mod transport_suite;
+
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use burn_parallel::Error;
+use burn_parallel::comm::local::WorldConfig;
+use burn_parallel::comm::mpi::Session;
+use burn_parallel::comm::{Communicator, ReduceOp};
+use burn_parallel::launch;
+
+use crate::transport_suite::{Engine, failures};
+
+const ROLE: &str = "BURN_PARALLEL_TEST_ROLE";
+
+struct Mpi(Session);
+
+impl Engine for Mpi {
+    fn world(&self, timeout: Duration) -> Communicator {
+        self.0.world(WorldConfig::from_env().unwrap().with_timeout(timeout)).unwrap()
+    }
+}
+
+fn main() -> ExitCode {
+    match std::env::var(ROLE).as_deref() {
+        Ok("suite") => suite(),
+        Ok(role) => one_rank(role),
+        Err(_) => return start(),
+    }
+    ExitCode::SUCCESS
+}
+
+/// One rank of the suite.
+fn suite() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let said = info.payload().downcast_ref::<String>().map_or("", String::as_str);
+        if !said.contains(failures::PURPOSE) {
+            usual(info);
+        }
+    }));
+    let engine = Mpi(Session::start().unwrap());
+    let first = engine.world(Duration::from_secs(60)).rank() == 0;
+    let count = transport_suite::run(&engine, &|name| {
+        if first {
+            println!("  {name}");
+        }
+    });
+    if first {
+        println!("  {count} checks passed");
+    }
+}
+
+/// One rank of a world in which something happens to rank 1.
+fn one_rank(role: &str) {
+    let outcome = launch::from_env().unwrap().timeout(Duration::from_secs(60)).run(|rank| {
+        rank.barrier()?;
+        if rank.rank() == 1 {
+            match role {
+                "error" => return Err(Error::user("the disk is full")),
+                "panic" => panic!("on purpose"),
+                "killed" => {
+                    let _ = Command::new("kill").args(["-9", &std::process::id().to_string()]).status();
+                }
+                // Nobody receives it, and nobody waits for it.
+                "unread" => rank.send(vec![0u8; 1 << 22], 0, 5)?,
+                role => panic!("no such role: {role}"),
+            }
+        }
+        if role == "unread" {
+            return rank.barrier();
+        }
+        rank.all_reduce(vec![1.0f32; 1000], ReduceOp::Sum).map(drop)
+    });
+    // In one piece: the lines of several processes come together.
+    print!(
+        "{}",
+        format!("<{}>\n", outcome.map_or_else(|error| error.to_string(), |()| "well".into())).replace("\n ", " ")
+    );
+}
+
+fn mpirun(size: usize, role: &str) -> Command {
+    let version = Command::new("mpirun").arg("--version").output().unwrap();
+    let mut mpirun = Command::new("mpirun");
+    if String::from_utf8_lossy(&version.stdout).contains("Open MPI") {
+        mpirun.args(["--oversubscribe", "--allow-run-as-root"]);
+    }
+    mpirun.args(["-n", &size.to_string()]).arg(std::env::current_exe().unwrap()).env(ROLE, role);
+    mpirun
+}
+
+/// All ranks say this, and the run ends in time, well or not.
+fn scenario(role: &str, words: &str, ends_well: bool) -> bool {
+    const RANKS: usize = 3;
+    let began = Instant::now();
+    let output = mpirun(RANKS, role).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    let times = if ends_well { RANKS } else { 1 };
+    let passed = output.status.success() == ends_well
+        && began.elapsed() < Duration::from_secs(30)
+        && said.matches(words).count() >= times;
+    println!("{role} ... {}", if passed { "ok" } else { "FAILED" });
+    if !passed {
+        println!("after {:?}, {}: {said}", began.elapsed(), output.status);
+    }
+    passed
+}
+
+/// Starts the roles under mpirun.
+fn start() -> ExitCode {
+    if Command::new("mpirun").arg("--version").output().is_err() {
+        println!("SKIPPED, not passed: there is no mpirun on this machine (Debian: apt-get install openmpi-bin)");
+        return ExitCode::SUCCESS;
+    }
+    let mut passed = true;
+    for size in 1..=4 {
+        println!("the suite on {size} ranks");
+        let well = mpirun(size, "suite").status().unwrap().success();
+        println!("the suite on {size} ranks ... {}", if well { "ok" } else { "FAILED" });
+        passed &= well;
+    }
+    passed &= scenario("error", "<rank 1 failed: the disk is full", true);
+    passed &= scenario("panic", "<rank 1 panicked: on purpose", true);
+    passed &= scenario("unread", "<well>", true);
+    // The launcher's own words, for the rank has none left.
+    passed &= scenario("killed", "rank 1", false);
+    if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

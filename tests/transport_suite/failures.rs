@@ -1,0 +1,366 @@
+//! Whatever one rank does wrong, every rank returns, soon, and with the same error, which says what happened.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use burn::tensor::{Device, Tensor};
+use burn_parallel::Error;
+use burn_parallel::comm::{Communicator, ReduceOp};
+
+use super::{Engine, LONG};
+
+/// A time-out that some checks wait for.
+const SHORT: Duration = Duration::from_millis(400);
+/// How long after the failure, or after the time-out, the last rank may return.
+const LIMIT: Duration = Duration::from_secs(8);
+/// What the panics say that are made here.
+pub const PURPOSE: &str = "panics on purpose";
+
+type Script<'a> = &'a dyn Fn(Communicator) -> Result<(), Error>;
+
+/// Runs `script` on every rank of a fresh world, after two collectives for the log to tell of. All ranks but the `culprit`
+/// must return the same error.
+fn failure(engine: &dyn Engine, timeout: Duration, culprit: Option<usize>, script: Script<'_>) -> Error {
+    let comm = engine.world(timeout);
+    let (rank, size) = (comm.rank(), comm.size());
+    comm.barrier().unwrap();
+    assert_eq!(comm.all_reduce(vec![1.0f32; 3], ReduceOp::Sum).unwrap(), [size as f32; 3]);
+    let began = Instant::now();
+    let watched = (culprit != Some(rank)).then(|| comm.clone());
+    let result = catch_unwind(AssertUnwindSafe(|| script(comm)));
+    let wait = if timeout == LONG { Duration::ZERO } else { timeout };
+    assert!(began.elapsed() < LIMIT + wait, "rank {rank} came back after {:?}", began.elapsed());
+    let said = match (watched, result) {
+        (None, _) => None,
+        (Some(comm), Ok(Err(error))) => {
+            stays_failed(&comm, &error);
+            Some(error)
+        }
+        (Some(_), Ok(Ok(()))) => panic!("rank {rank} did not fail"),
+        (Some(_), Err(panic)) => std::panic::resume_unwind(panic),
+    };
+    // Nothing of the failed world is in the way of a fresh one, where the ranks compare what they were told.
+    let fresh = engine.world(LONG);
+    let text = said.as_ref().map_or_else(String::new, |error| format!("{error:?}"));
+    let lens = fresh.all_gather(vec![text.len() as u64]).unwrap();
+    let all = fresh.all_gather(text.into_bytes()).unwrap();
+    let mut place = 0;
+    let mut texts = Vec::new();
+    for len in lens {
+        texts.push(String::from_utf8(all[place..place + len as usize].to_vec()).unwrap());
+        place += len as usize;
+    }
+    let told: Vec<&String> = texts.iter().filter(|text| !text.is_empty()).collect();
+    assert_eq!(told.len(), size - usize::from(culprit.is_some()));
+    assert!(told.iter().all(|text| *text == told[0]), "the ranks were told different things: {told:#?}");
+    said.unwrap_or_else(|| Error::User(told[0].clone()))
+}
+
+/// Everything fails at once with `error` on a communicator of a failed world.
+fn stays_failed(comm: &Communicator, error: &Error) {
+    let began = Instant::now();
+    let other = (comm.rank() + 1) % comm.size();
+    assert_eq!(comm.failure().as_ref(), Some(error));
+    assert_eq!(comm.barrier().as_ref(), Err(error));
+    assert_eq!(comm.all_reduce(vec![0i64], ReduceOp::Max).as_ref(), Err(error));
+    assert_eq!(comm.send(vec![1.0f64], other, 0).as_ref(), Err(error));
+    assert_eq!(comm.recv::<Vec<f64>>(other, 0).as_ref(), Err(error));
+    assert_eq!(comm.start(|comm| comm.barrier()).wait().as_ref(), Err(error));
+    assert_eq!(comm.split(0, 0).err().as_ref(), Some(error));
+    comm.abort("too late to matter");
+    assert_eq!(comm.failure().as_ref(), Some(error));
+    assert!(began.elapsed() < Duration::from_secs(2), "a failed world must not make anybody wait");
+}
+
+/// The message holds all these words.
+#[track_caller]
+fn says(error: &Error, words: &[&str]) {
+    let message = error.to_string();
+    for word in words {
+        assert!(message.contains(word), "`{word}` is missing in: {message}");
+    }
+}
+
+/// The message ends with the last collectives of every rank.
+#[track_caller]
+fn tells_the_log(error: &Error, size: usize) {
+    if matches!(error, Error::User(_)) {
+        // The culprit's own copy, as text.
+        return;
+    }
+    let message = error.to_string();
+    for rank in 0..size {
+        let line = message.lines().find(|line| line.starts_with(&format!("  rank {rank}: ")));
+        let line = line.unwrap_or_else(|| panic!("no line of rank {rank} in: {message}"));
+        assert!(line.contains("#1 all_reduce(Sum) of F32 [3]") && line.contains("#0 barrier"), "{line}");
+    }
+}
+
+fn drop_of<T>(result: Result<T, Error>) -> Result<(), Error> {
+    result.map(drop)
+}
+
+/// One rank calls `odd`, the others `usual`. All ranks return a mismatch that holds these words.
+fn mismatch(engine: &dyn Engine, words: &[&str], usual: Script<'_>, odd: Script<'_>) {
+    let size = engine.world(LONG).size();
+    for culprit in [0, size - 1] {
+        let error = failure(engine, LONG, None, &|comm| match comm.rank() == culprit {
+            true => odd(comm),
+            false => usual(comm),
+        });
+        let Error::Mismatch { sequence: 2, calls, .. } = &error else { panic!("{error:?}") };
+        assert_eq!(calls.len(), size);
+        let other = (culprit + 1) % size;
+        assert_ne!(calls[culprit].to_string(), calls[other].to_string(), "the message shows the difference");
+        says(&error, &["`world`", "#2", &format!("rank {culprit} called {}", calls[culprit])]);
+        says(&error, words);
+        tells_the_log(&error, size);
+    }
+}
+
+fn mismatches(engine: &dyn Engine) {
+    let usual: Script<'_> = &|comm| drop_of(comm.all_reduce(vec![1.0f32; 6], ReduceOp::Sum));
+    mismatch(engine, &["called barrier"], usual, &|comm| comm.barrier());
+    mismatch(engine, &["called all_gather of F32 [6]"], usual, &|comm| drop_of(comm.all_gather(vec![1.0f32; 6])));
+    mismatch(engine, &["called split"], usual, &|comm| drop_of(comm.split(0, 0)));
+    mismatch(engine, &["of F32 [6]", "of F32 [7]"], usual, &|comm| {
+        drop_of(comm.all_reduce(vec![1.0f32; 7], ReduceOp::Sum))
+    });
+    mismatch(engine, &["of F32 [6]", "of F64 [6]"], usual, &|comm| {
+        drop_of(comm.all_reduce(vec![1.0f64; 6], ReduceOp::Sum))
+    });
+    mismatch(engine, &["(Sum)", "(Max)"], usual, &|comm| drop_of(comm.all_reduce(vec![1.0f32; 6], ReduceOp::Max)));
+    mismatch(engine, &["in 2 pieces"], usual, &|comm| {
+        drop_of(comm.all_reduce_coalesced(vec![vec![1.0f32; 3]; 2], ReduceOp::Sum))
+    });
+    let root = |root: usize| move |comm: Communicator| drop_of(comm.broadcast(vec![1u8], root));
+    mismatch(engine, &["root 0", "root 1"], &root(0), &root(1));
+    let ones = |shape: [usize; 2]| Tensor::<2>::ones(shape, &Device::flex());
+    mismatch(engine, &["[2, 3]", "[2, 4]"], &move |comm| drop_of(comm.all_gather(ones([2, 3]))), &move |comm| {
+        drop_of(comm.all_gather(ones([2, 4])))
+    });
+}
+
+fn leaving(engine: &dyn Engine) {
+    let size = engine.world(LONG).size();
+    for culprit in [0, size - 1] {
+        let error = failure(engine, LONG, Some(culprit), &|comm| match comm.rank() == culprit {
+            true => {
+                thread::sleep(Duration::from_millis(30));
+                Ok(())
+            }
+            false => drop_of(comm.all_reduce(vec![1i32; 4], ReduceOp::Sum)),
+        });
+        says(
+            &error,
+            &["RankLost", &format!("rank: {culprit}")].map(|w| if matches!(error, Error::User(_)) { w } else { "" }),
+        );
+        if let Error::RankLost { rank, .. } = &error {
+            assert_eq!(*rank, culprit);
+            says(&error, &["left group `world`", "all_reduce(Sum) of I32 [4]"]);
+        } else {
+            assert!(matches!(error, Error::User(_)), "{error:?}");
+        }
+        tells_the_log(&error, size);
+        let error = failure(engine, LONG, Some(culprit), &|comm| {
+            let _own = comm.clone();
+            assert!(comm.rank() != culprit, "{PURPOSE}");
+            drop_of(comm.all_to_all(vec![1i32; 4]))
+        });
+        match &error {
+            Error::User(text) => assert!(text.contains(&format!("RankPanicked {{ rank: {culprit}")), "{text}"),
+            error => assert!(matches!(error, Error::RankPanicked { rank, .. } if *rank == culprit), "{error:?}"),
+        }
+    }
+}
+
+fn receiving(engine: &dyn Engine) {
+    let size = engine.world(LONG).size();
+    let culprit = size - 1;
+    // Each waits for the next, the last for nobody: it leaves, but what it has sent is still received.
+    let error = failure(engine, LONG, Some(culprit), &|comm| match comm.rank() {
+        rank if rank == culprit => {
+            comm.send(vec![7u8; 100_000], rank - 1, 4)?;
+            comm.send(vec![8u8], rank - 1, 3)
+        }
+        rank => {
+            if rank + 1 == culprit {
+                assert_eq!(comm.recv::<Vec<u8>>(culprit, 3)?, [8]);
+                assert_eq!(comm.recv::<Vec<u8>>(culprit, 4)?, [7; 100_000]);
+            }
+            drop_of(comm.recv::<Tensor<1>>(rank + 1, 3))
+        }
+    });
+    if !matches!(error, Error::User(_)) {
+        says(&error, &[&format!("rank {culprit} left group `world` while recv(from {culprit}, tag 3)")]);
+    }
+    tells_the_log(&error, size);
+    let error = failure(engine, LONG, None, &|comm| match comm.rank() {
+        0 => drop_of(comm.recv::<Vec<f32>>(1, 7)),
+        1 => comm.send(vec![1.0f64; 3], 0, 7).and_then(|()| comm.barrier()),
+        _ => comm.barrier(),
+    });
+    assert!(matches!(&error, Error::UnexpectedMessage { from: 1, to: 0, tag: 7, .. }), "{error:?}");
+    says(&error, &["rank 0 of group `world`", "f32", "from rank 1 with tag 7", "F64 [3]"]);
+}
+
+fn time_outs(engine: &dyn Engine) {
+    let size = engine.world(LONG).size();
+    for culprit in [0, size - 1] {
+        let error = failure(engine, SHORT, None, &|comm| {
+            if comm.rank() == culprit {
+                thread::sleep(SHORT + Duration::from_millis(900));
+            }
+            drop_of(comm.all_reduce(vec![1.0f32; 5], ReduceOp::Sum))
+        });
+        let Error::Timeout { rank, waited, missing, .. } = &error else { panic!("{error:?}") };
+        assert!(*rank != culprit && *waited >= SHORT && *missing == format!("rank {culprit}"), "{error:?}");
+        says(&error, &["`world`", "all_reduce(Sum) of F32 [5]", "BURN_PARALLEL_TIMEOUT_S"]);
+        tells_the_log(&error, size);
+    }
+    let error = failure(engine, SHORT, None, &|comm| match comm.rank() {
+        0 => drop_of(comm.recv::<Vec<f32>>(1, 7)),
+        1 => {
+            comm.send(vec![1.0f32], 0, 8)?;
+            comm.send(vec![1.0f32], 0, 9)?;
+            comm.barrier()
+        }
+        _ => comm.barrier(),
+    });
+    let Error::Timeout { rank, .. } = &error else { panic!("{error:?}") };
+    match rank {
+        0 => says(&error, &["recv(from 1, tag 7)", "for rank 1;", "tags", "[8, 9]"]),
+        _ => says(&error, &["barrier", "for rank 0;", "recv(from 1, tag 7) (waiting"]),
+    }
+    tells_the_log(&error, size);
+}
+
+fn aborts(engine: &dyn Engine) {
+    let size = engine.world(LONG).size();
+    for culprit in [0, size - 1] {
+        let error = failure(engine, LONG, None, &|comm| match comm.rank() {
+            rank if rank == culprit => {
+                comm.abort("the loss is NaN");
+                comm.barrier()
+            }
+            rank if rank % 2 == 1 => drop_of(comm.recv::<Vec<f32>>(culprit, 0)),
+            _ => drop_of(comm.all_reduce(vec![0.0f32], ReduceOp::Sum)),
+        });
+        assert!(matches!(&error, Error::Aborted { rank, .. } if *rank == culprit), "{error:?}");
+        says(&error, &["the loss is NaN"]);
+        tells_the_log(&error, size);
+    }
+    // Two at once: all are told of the same one.
+    let error = failure(engine, LONG, None, &|comm| {
+        comm.abort(format!("rank {} was first", comm.rank()));
+        comm.barrier()
+    });
+    says(&error, &["was first"]);
+}
+
+/// A failure in a part of the world reaches those who wait elsewhere.
+fn parts(engine: &dyn Engine) {
+    let size = engine.world(LONG).size();
+    if size < 3 {
+        return;
+    }
+    let split = |comm: &Communicator| comm.split(comm.rank() as u64 % 2, 0);
+    let elsewhere = |comm: &Communicator, part: &Communicator| match comm.rank() {
+        1 => drop_of(comm.all_reduce(vec![1u64], ReduceOp::Sum)),
+        2 => drop_of(part.all_reduce(vec![1u64; 77], ReduceOp::Sum)),
+        _ => drop_of(part.recv::<Vec<u64>>(0, 5)),
+    };
+    let error = failure(engine, LONG, None, &|comm| {
+        let part = split(&comm)?;
+        match comm.rank() {
+            0 => part.barrier(),
+            _ => elsewhere(&comm, &part),
+        }
+    });
+    let Error::Mismatch { sequence: 0, .. } = &error else { panic!("{error:?}") };
+    says(&error, &["`world/0`", "rank 0 called barrier", "rank 1 called all_reduce(Sum) of U64 [77]"]);
+    let error = failure(engine, LONG, Some(0), &|comm| {
+        let part = split(&comm)?;
+        match comm.rank() {
+            0 => {
+                thread::sleep(Duration::from_millis(300));
+                part.abort("enough");
+                Ok(())
+            }
+            _ => elsewhere(&comm, &part),
+        }
+    });
+    if !matches!(error, Error::User(_)) {
+        says(&error, &["rank 0 of group `world/0` aborted the run: enough", "(waiting"]);
+    }
+    // A part that was dropped is missed by those who need it, and by nobody else.
+    let error = failure(engine, LONG, None, &|comm| {
+        let part = split(&comm)?;
+        match comm.rank() {
+            0 => {
+                drop(part);
+                comm.barrier()
+            }
+            2 => part.barrier(),
+            _ => comm.barrier(),
+        }
+    });
+    assert!(matches!(&error, Error::RankLost { rank: 0, .. }), "{error:?}");
+    says(&error, &["rank 0 left group `world/0` while barrier"]);
+}
+
+/// An output that does not fit is this rank's error; the others have what they wanted and hear of it in the next call.
+fn outputs(engine: &dyn Engine) {
+    let size = engine.world(LONG).size();
+    let error = failure(engine, LONG, None, &|comm| {
+        let room = size * 2 + usize::from(comm.rank() == size - 1);
+        comm.all_gather_into(&[1u16; 2], &mut vec![0; room])?;
+        comm.barrier()
+    });
+    says(&error, &[&format!("room for {} elements of U16, {} of U16 came", size * 2 + 1, size * 2)]);
+    let error = failure(engine, LONG, None, &|comm| drop_of(comm.scatter(None::<Vec<f32>>, 0)));
+    says(&error, &["rank 0 is the root and brings nothing"]);
+}
+
+/// Collectives in flight on two groups end with the error of the world.
+fn in_flight(engine: &dyn Engine) {
+    let size = engine.world(LONG).size();
+    let culprit = size - 1;
+    failure(engine, LONG, Some(culprit), &|comm| {
+        let part = comm.split(0, 0)?;
+        if comm.rank() == culprit {
+            comm.abort("on purpose");
+            return Ok(());
+        }
+        let start = |comm: &Communicator| comm.start(|comm| comm.all_reduce(vec![1.0f32; 9], ReduceOp::Sum));
+        let pending: Vec<_> = [&part, &comm, &part, &comm].into_iter().map(start).collect();
+        let results: Vec<_> = pending.into_iter().map(|pending| pending.wait()).collect();
+        let error = results[0].clone().unwrap_err();
+        assert!(results.iter().all(|result| result.as_ref() == Err(&error)));
+        Err(error)
+    });
+}
+
+/// All of these, for two ranks or more. Returns how many there were.
+pub fn run(engine: &dyn Engine, tell: &dyn Fn(&str)) -> usize {
+    if engine.world(LONG).size() < 2 {
+        return 0;
+    }
+    type Check = fn(&dyn Engine);
+    let all: [(&str, Check); 8] = [
+        ("calls that do not match", mismatches),
+        ("ranks that leave or panic", leaving),
+        ("receives in vain", receiving),
+        ("ranks that come too late", time_outs),
+        ("aborts", aborts),
+        ("failures in a part of the world", parts),
+        ("outputs that do not fit", outputs),
+        ("failures with collectives in flight", in_flight),
+    ];
+    for (name, check) in all {
+        tell(name);
+        check(engine);
+    }
+    all.len()
+}
