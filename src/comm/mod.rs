@@ -31,10 +31,12 @@ mod element;
 pub(crate) mod host;
 pub mod local;
 mod messages;
+#[cfg(feature = "cuda")]
+pub mod nccl;
 mod partition;
 mod payload;
 mod pending;
-mod reduce;
+pub(crate) mod reduce;
 mod transport;
 mod watch;
 
@@ -46,5 +48,7 @@ pub use partition::part;
 pub use payload::{Payload, TensorHome, TensorKind};
 pub use pending::Pending;
 pub(crate) use pending::panic_message;
+#[cfg(feature = "cuda")]
+pub use transport::DeviceTransport;
 pub use transport::{BufferMut, BufferRef, Message, Output, Transfer, Transport};
 pub use watch::CallLog;
