@@ -233,12 +233,12 @@ impl Call {
     }
 
     /// A call on data that stays on its device: it does not go together with one on host data.
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "cubecl")]
     pub(crate) fn on_device(operation: Operation, dtype: DType, extent: Extent) -> Self {
         Self { cut: Self::ON_DEVICE, ..Self::new(operation, Some(dtype), extent) }
     }
 
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "cubecl")]
     const ON_DEVICE: u64 = u64::MAX;
 
     /// Whether two ranks' calls, of the same place in their sequences, belong together.
@@ -301,7 +301,7 @@ impl fmt::Display for Call {
         if let Some(dtype) = self.dtype {
             write!(f, " of {dtype:?} {:?}", self.extent.dims())?;
         }
-        #[cfg(feature = "cuda")]
+        #[cfg(feature = "cubecl")]
         if self.cut == Self::ON_DEVICE {
             return f.write_str(" on its device");
         }

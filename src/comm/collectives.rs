@@ -5,7 +5,7 @@ use burn::tensor::DType;
 
 use super::communicator::Communicator;
 use super::host::{self, SliceOutput, TensorOutput};
-#[cfg(feature = "cuda")]
+#[cfg(feature = "cubecl")]
 use super::payload::OnDevice;
 use super::transport::{BufferMut, BufferRef, Transfer};
 use super::{Call, Element, Extent, Operation, Payload, ReduceOp, reduce};
@@ -140,19 +140,19 @@ impl Communicator {
         payload: P,
         on_host: impl FnOnce(FlexTensor) -> Result<FlexTensor, Error>,
     ) -> Result<P, Error> {
-        #[cfg(feature = "cuda")]
+        #[cfg(feature = "cubecl")]
         let payload = match self.carry_on_device(operation, payload)? {
             Ok(carried) => return Ok(carried),
             Err(payload) => payload,
         };
-        #[cfg(not(feature = "cuda"))]
+        #[cfg(not(feature = "cubecl"))]
         let _ = operation;
         let (data, home) = payload.into_host()?;
         P::from_host(on_host(data)?, &home)
     }
 
     /// Runs a collective on the device, or returns the payload if it is not on the engine's.
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "cubecl")]
     fn carry_on_device<P: Payload>(&self, operation: Operation, payload: P) -> Result<Result<P, P>, Error> {
         let Some(engine) = self.transport().on_device() else { return Ok(Err(payload)) };
         let (data, home) = match payload.into_device(engine)? {
@@ -166,7 +166,7 @@ impl Communicator {
             result = Some(carried);
             Ok(bytes)
         })?;
-        let carried = result.ok_or_else(|| Error::invalid("NCCL", "a collective gave no tensor"))?;
+        let carried = result.ok_or_else(|| Error::invalid("a collective", "the engine gave no tensor"))?;
         P::from_device(carried, &home).map(Ok)
     }
 

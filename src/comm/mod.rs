@@ -27,6 +27,8 @@ mod call;
 mod collectives;
 mod communicator;
 mod counters;
+#[cfg(feature = "cubecl")]
+pub(crate) mod device;
 mod element;
 pub(crate) mod host;
 pub mod local;
@@ -43,12 +45,12 @@ mod watch;
 pub use call::{Call, Extent, Operation, ReduceOp};
 pub use communicator::Communicator;
 pub use counters::{Counters, Tally};
+#[cfg(feature = "cubecl")]
+pub use device::{DeviceTensor, DeviceTransport};
 pub use element::Element;
 pub use partition::part;
 pub use payload::{Payload, TensorHome, TensorKind};
 pub use pending::Pending;
 pub(crate) use pending::panic_message;
-#[cfg(feature = "cuda")]
-pub use transport::DeviceTransport;
 pub use transport::{BufferMut, BufferRef, Message, Output, Transfer, Transport};
 pub use watch::CallLog;

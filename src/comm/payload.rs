@@ -6,10 +6,8 @@ use burn::tensor::kind::{Autodiff, Basic};
 use burn::tensor::{BackendPrimitive, DType, Device, Tensor, TensorData};
 
 use super::Element;
-#[cfg(feature = "cuda")]
-use super::nccl::{self, DeviceTensor};
-#[cfg(feature = "cuda")]
-use super::transport::DeviceTransport;
+#[cfg(feature = "cubecl")]
+use super::device::{self, DeviceTensor, DeviceTransport};
 use crate::Error;
 
 /// Something that a collective can carry: a burn tensor of any rank and kind, or a `Vec` of [`Element`]s.
@@ -44,7 +42,7 @@ pub trait Payload: Sized + Send + 'static {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if it is on the device and cannot be had.
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "cubecl")]
     fn into_device(self, _: &dyn DeviceTransport) -> Result<OnDevice<Self>, Error> {
         Ok(OnDevice::Elsewhere(self))
     }
@@ -53,14 +51,14 @@ pub trait Payload: Sized + Send + 'static {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if this type does not live on devices.
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "cubecl")]
     fn from_device(_: DeviceTensor, _: &Self::Home) -> Result<Self, Error> {
         Err(Error::invalid("payload", "it does not live on a device"))
     }
 }
 
 /// Where [`Payload::into_device`] found the data.
-#[cfg(feature = "cuda")]
+#[cfg(feature = "cubecl")]
 #[derive(Debug)]
 pub enum OnDevice<P: Payload> {
     /// On the device: the data, and what is needed for the way back.
@@ -119,15 +117,15 @@ impl Default for TensorHome {
     }
 }
 
-/// What a kind of tensor must be on the devices that are compiled in, beside Flex: nothing without the feature `cuda`.
-#[cfg(not(feature = "cuda"))]
+/// What a kind of tensor must be on the devices that are compiled in, beside Flex: nothing without the feature `cubecl`.
+#[cfg(not(feature = "cubecl"))]
 pub trait CubeKind {}
 
-#[cfg(not(feature = "cuda"))]
+#[cfg(not(feature = "cubecl"))]
 impl<K> CubeKind for K {}
 
-#[cfg(feature = "cuda")]
-pub use super::nccl::CubeKind;
+#[cfg(feature = "cubecl")]
+pub use super::device::CubeKind;
 
 /// The kinds of tensor that travel: `Float`, `Int`, `Bool`.
 pub trait TensorKind:
@@ -192,17 +190,17 @@ impl<const D: usize, K: TensorKind> Payload for Tensor<D, K> {
         Ok(home.welcome(plain))
     }
 
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "cubecl")]
     fn into_device(self, engine: &dyn DeviceTransport) -> Result<OnDevice<Self>, Error> {
         let home = TensorHome { device: self.device().inner(), autodiff: self.gradient_checkpointing_strategy() };
-        match home.device == *engine.device() && engine.carries(self.dtype()) {
-            true => Ok(OnDevice::Here(nccl::to_device(self.inner())?, home)),
+        match engine.carries(&home.device, self.dtype()) {
+            true => Ok(OnDevice::Here(device::to_device(self.inner())?, home)),
             false => Ok(OnDevice::Elsewhere(self)),
         }
     }
 
-    #[cfg(feature = "cuda")]
+    #[cfg(feature = "cubecl")]
     fn from_device(data: DeviceTensor, home: &TensorHome) -> Result<Self, Error> {
-        Ok(home.welcome(nccl::from_device(data)))
+        Ok(home.welcome(device::from_device(data)))
     }
 }

@@ -175,26 +175,8 @@ pub trait Transport: Debug + Send + Sync {
     fn log(&self) -> CallLog;
 
     /// How it carries data of devices without bringing it to the host, if it does.
-    #[cfg(feature = "cuda")]
-    fn on_device(&self) -> Option<&dyn DeviceTransport> {
+    #[cfg(feature = "cubecl")]
+    fn on_device(&self) -> Option<&dyn super::DeviceTransport> {
         None
     }
-}
-
-/// An engine that carries data of devices from device to device.
-#[cfg(feature = "cuda")]
-pub trait DeviceTransport: Send + Sync {
-    /// The device whose tensors it carries, without autodiff.
-    fn device(&self) -> &burn::tensor::Device;
-
-    /// Whether it carries elements of this dtype; tensors of others travel through the host.
-    fn carries(&self, dtype: DType) -> bool;
-
-    /// Enqueues a collective on a contiguous tensor, under the contract of [`Transport`]. Returns the tensor in which the
-    /// result will be, whose readers are enqueued behind, and the bytes that this rank moves.
-    fn run(
-        &self,
-        operation: super::Operation,
-        tensor: super::nccl::DeviceTensor,
-    ) -> Result<(super::nccl::DeviceTensor, u64), Error>;
 }

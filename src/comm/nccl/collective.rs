@@ -46,19 +46,6 @@ impl Task<'_> {
         self.rows.len()
     }
 
-    /// First dim of what this rank gets.
-    pub fn rows_received(operation: &Operation, rows: &[usize], rank: usize) -> usize {
-        let size = rows.len();
-        match *operation {
-            Operation::ReduceScatter(_) => part(rows[rank], size, rank).len(),
-            Operation::AllGather => rows.iter().sum(),
-            Operation::Gather { root } if root == rank => rows.iter().sum(),
-            Operation::Scatter { root } => part(rows[root], size, rank).len(),
-            Operation::AllToAll => rows.iter().map(|rows| part(*rows, size, rank).len()).sum(),
-            _ => rows[rank],
-        }
-    }
-
     /// Enqueues `operation` from `input` into `output`.
     pub fn run(&self, operation: &Operation, input: *const c_void, output: *mut c_void) -> Result<(), Error> {
         let kind = data_type(self.dtype).ok_or(Error::UnsupportedDType { operation: "NCCL", dtype: self.dtype })?;

@@ -31,7 +31,6 @@ mod collective;
 mod lane;
 mod library;
 mod raw;
-mod tensor;
 mod transport;
 
 use std::sync::Arc;
@@ -45,9 +44,6 @@ use self::raw::Raw;
 use self::transport::NcclTransport;
 use super::{Communicator, ReduceOp};
 use crate::Error;
-
-pub use tensor::{CubeKind, DeviceTensor};
-pub(crate) use tensor::{from_device, to_device};
 
 /// The group of `host`, with NCCL for the tensors of CUDA device `index`. Collective over `host`, which stays usable.
 ///

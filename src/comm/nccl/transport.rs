@@ -8,9 +8,8 @@ use burn::tensor::{DType, Device};
 use super::collective::{Task, data_type};
 use super::lane::Lane;
 use super::raw::Raw;
-use super::tensor::{DeviceTensor, empty_like};
 use crate::Error;
-use crate::comm::transport::DeviceTransport;
+use crate::comm::device::{DeviceTensor, DeviceTransport, bytes_moved, empty_like, rows_received};
 use crate::comm::{BufferMut, Call, CallLog, Extent, Message, Operation, ReduceOp, Transfer, Transport};
 
 /// A rank's place in a group that NCCL joins. All but collectives on device data is done by the engine below.
@@ -20,6 +19,7 @@ pub(super) struct NcclTransport {
     /// NCCL takes one call at a time.
     raw: Mutex<Raw>,
     lane: Arc<Lane>,
+    /// The CUDA device of this rank.
     device: Device,
 }
 
@@ -48,12 +48,8 @@ fn reduce(host: &dyn Transport, op: ReduceOp, values: &mut [u64]) -> Result<(), 
 }
 
 impl DeviceTransport for NcclTransport {
-    fn device(&self) -> &Device {
-        &self.device
-    }
-
-    fn carries(&self, dtype: DType) -> bool {
-        data_type(dtype).is_some()
+    fn carries(&self, device: &Device, dtype: DType) -> bool {
+        *device == self.device && data_type(dtype).is_some()
     }
 
     fn run(&self, operation: Operation, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error> {
@@ -63,7 +59,7 @@ impl DeviceTransport for NcclTransport {
         self.host.collective(&call, Transfer::Nothing)?;
         let rows = self.rows(&call)?;
         let (rank, width) = (self.host.rank(), call.extent.width());
-        let received = Task::rows_received(&operation, &rows, rank);
+        let received = rows_received(&operation, &rows, rank);
         let in_place =
             matches!(operation, Operation::AllReduce(_) | Operation::Reduce { .. } | Operation::Broadcast { .. });
         let output = match in_place && tensor.handle.can_mut() {
@@ -88,24 +84,6 @@ impl DeviceTransport for NcclTransport {
         enqueued?;
         let bytes = bytes_moved(&operation, &rows, rank, width * tensor.dtype.size());
         Ok((output, bytes))
-    }
-}
-
-/// The bytes that a rank moves, counted as by the other engines: what it must read from peers and write to them.
-fn bytes_moved(operation: &Operation, rows: &[usize], rank: usize, row_bytes: usize) -> u64 {
-    let size = rows.len();
-    let whole = (rows[rank] * row_bytes) as u64;
-    let received = (Task::rows_received(operation, rows, rank) * row_bytes) as u64;
-    match operation {
-        Operation::AllReduce(_) => 2 * whole * (size as u64 - 1) / size as u64,
-        Operation::ReduceScatter(_) => received * (size as u64 - 1),
-        Operation::Reduce { root, .. } if *root == rank => whole * (size as u64 - 1) / size as u64,
-        Operation::Reduce { .. } => whole * (size as u64 - 1) / size as u64,
-        Operation::Broadcast { root } if *root == rank => 0,
-        Operation::Broadcast { .. } => whole,
-        Operation::Scatter { root } if *root == rank => 0,
-        Operation::AllGather | Operation::Gather { .. } => received.saturating_sub(whole),
-        _ => received,
     }
 }
 
