@@ -1,32 +1,43 @@
 //! Ranks that are threads reduce tensors where they are: on a GPU, or on what Vulkan offers in its place.
 //!
-//! Without any such device the tests are skipped, and say so.
+//! Without any such device the tests are reported as ignored.
 
 use std::panic::catch_unwind;
 
 use burn::tensor::{Bool, DType, Device, DeviceKind, Int, Tensor, TensorData, Tolerance};
 use burn_parallel::prelude::*;
+use libtest_mimic::{Arguments, Trial};
 
-/// The device, if there is one. burn panics where there is none.
-fn device(test: &str) -> Option<Device> {
-    let found = catch_unwind(|| {
-        let device = Device::wgpu(DeviceKind::DefaultDevice);
-        let _ = Tensor::<1>::ones([1], &device).into_data();
-        device
-    });
-    if found.is_err() {
-        println!("{test}: skipped: wgpu finds no device");
-    }
-    found.ok()
+fn main() {
+    // burn panics where there is no device.
+    let found = catch_unwind(|| Tensor::<1>::ones([1], &device()).into_data()).is_ok();
+    let trial = |name: &str, test: fn()| {
+        let test = move || {
+            test();
+            Ok(())
+        };
+        Trial::test(name, test).with_ignored_flag(!found)
+    };
+    let trials = vec![
+        trial("collectives_agree_with_those_on_the_host", collectives_agree_with_those_on_the_host),
+        trial("integers_and_bools", integers_and_bools),
+        trial("unequal_rows_are_gathered", unequal_rows_are_gathered),
+        trial("a_tensor_on_the_host_does_not_meet_one_on_a_device", a_tensor_on_the_host_does_not_meet_one_on_a_device),
+        trial("a_long_chain_on_many_ranks_keeps_its_order", a_long_chain_on_many_ranks_keeps_its_order),
+    ];
+    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}
+
+fn device() -> Device {
+    Device::wgpu(DeviceKind::DefaultDevice)
 }
 
 fn values(rank: usize, elements: usize) -> Vec<f32> {
     (0..elements).map(|i| ((i * 7919 + rank * 104_729) % 1009) as f32 / 64.0 - 7.5).collect()
 }
 
-#[test]
 fn collectives_agree_with_those_on_the_host() {
-    let Some(device) = device("collectives_agree_with_those_on_the_host") else { return };
+    let device = device();
     for size in [1, 2, 3, 4] {
         launch::threads(size)
             .run(|rank| {
@@ -61,9 +72,8 @@ fn collectives_agree_with_those_on_the_host() {
     }
 }
 
-#[test]
 fn integers_and_bools() {
-    let Some(device) = device("integers_and_bools") else { return };
+    let device = device();
     launch::threads(3)
         .run(|rank| {
             let mine = rank.rank() as i32;
@@ -82,9 +92,8 @@ fn integers_and_bools() {
         .unwrap();
 }
 
-#[test]
 fn unequal_rows_are_gathered() {
-    let Some(device) = device("unequal_rows_are_gathered") else { return };
+    let device = device();
     launch::threads(3)
         .run(|rank| {
             let rows = rank.rank() + 1;
@@ -98,9 +107,8 @@ fn unequal_rows_are_gathered() {
         .unwrap();
 }
 
-#[test]
 fn a_tensor_on_the_host_does_not_meet_one_on_a_device() {
-    let Some(device) = device("a_tensor_on_the_host_does_not_meet_one_on_a_device") else { return };
+    let device = device();
     let error = launch::threads(2)
         .run(|rank| {
             let device = if rank.rank() == 0 { Device::flex() } else { device.clone() };
@@ -111,9 +119,8 @@ fn a_tensor_on_the_host_does_not_meet_one_on_a_device() {
     assert!(error.to_string().contains("on its device"), "{error}");
 }
 
-#[test]
 fn a_long_chain_on_many_ranks_keeps_its_order() {
-    let Some(device) = device("a_long_chain_on_many_ranks_keeps_its_order") else { return };
+    let device = device();
     let outcomes = launch::threads(4)
         .run(|rank| {
             let mut x = Tensor::<1>::full([40_000], 1.0 + rank.rank() as f32, &device);

@@ -1,30 +1,45 @@
 //! NCCL: on a machine without it every rank is told so; on one with a GPU, collectives on device tensors are right.
 //!
-//! What needs a GPU is skipped without one, and says so.
+//! What needs a GPU is reported as ignored without one.
 
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Int, Tensor};
 use burn_parallel::comm::nccl;
 use burn_parallel::prelude::*;
+use libtest_mimic::{Arguments, Trial};
 
-/// Whether NCCL can be used here. Says why not, once for each test.
-fn usable(test: &str) -> bool {
-    match nccl::library() {
-        Ok(_) => true,
-        Err(why) => {
-            println!("{test}: skipped: {why}");
-            false
-        }
+fn main() {
+    let (missing, devices) = match nccl::library() {
+        Ok(library) => (None, library.devices),
+        Err(why) => (Some(why), 0),
+    };
+    if let Some(why) = &missing {
+        println!("what needs a GPU is ignored: {why}");
     }
+    let shares = devices > 1 || std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some_and(|on| on != "0");
+    let trial = |name: &str, runs: bool, test: fn()| {
+        let test = move || {
+            test();
+            Ok(())
+        };
+        Trial::test(name, test).with_ignored_flag(!runs)
+    };
+    let here = missing.is_none();
+    let trials = vec![
+        trial("what_is_missing_is_an_error_on_every_rank", !here, what_is_missing_is_an_error_on_every_rank),
+        trial("a_device_that_does_not_exist", here, a_device_that_does_not_exist),
+        trial("one_rank_gets_what_it_brings", here, one_rank_gets_what_it_brings),
+        trial("ranks_agree_with_the_host", here && shares, ranks_agree_with_the_host),
+    ];
+    // NCCL takes one test at a time.
+    let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
+    libtest_mimic::run(&arguments, trials).exit();
 }
 
-#[test]
-fn what_is_missing_is_an_error_on_every_rank_before_anything_is_touched() {
-    let Err(found) = nccl::library() else {
-        println!("skipped: this machine has all that NCCL takes");
-        return;
-    };
+/// And before anything is touched: no device is opened, nobody waits.
+fn what_is_missing_is_an_error_on_every_rank() {
+    let found = nccl::library().expect_err("only run where something is missing");
     assert!(matches!(found, Error::Gpu { .. }), "{found}");
     let began = Instant::now();
     for size in [1, 2, 3] {
@@ -41,20 +56,12 @@ fn what_is_missing_is_an_error_on_every_rank_before_anything_is_touched() {
     assert!(began.elapsed() < Duration::from_secs(10), "no rank waited for NCCL");
 }
 
-#[test]
 fn a_device_that_does_not_exist() {
-    if !usable("a_device_that_does_not_exist") {
-        return;
-    }
     let error = launch::threads(2).run(|rank| nccl::join(&rank, 999 * rank.rank()).map(drop)).unwrap_err();
     assert!(error.to_string().contains("999"), "{error}");
 }
 
-#[test]
 fn one_rank_gets_what_it_brings() {
-    if !usable("one_rank_gets_what_it_brings") {
-        return;
-    }
     launch::threads(1)
         .run(|rank| {
             let comm = nccl::join(&rank, 0)?;
@@ -87,15 +94,8 @@ fn counts_of(device: &Device) -> Tensor<1, Int> {
     Tensor::from_data([7, 8], device)
 }
 
-#[test]
-fn ranks_with_a_gpu_each_agree_with_the_host() {
-    let devices = match nccl::library() {
-        Ok(library) if library.devices > 1 || std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some() => {
-            library.devices
-        }
-        Ok(_) => return println!("skipped: one GPU, and ranks may not share it"),
-        Err(why) => return println!("skipped: {why}"),
-    };
+fn ranks_agree_with_the_host() {
+    let devices = nccl::library().expect("only run where there is a GPU").devices;
     for size in [2, 4] {
         launch::threads(size)
             .run(|rank| {
