@@ -233,6 +233,29 @@ pub enum Error {
         problem: String,
     },
 
+    /// A GPU, or a library that it takes, is missing or cannot be used.
+    #[error("GPU: {problem}")]
+    Gpu {
+        /// What is missing, and where to get it.
+        problem: String,
+    },
+
+    /// NCCL refused a call, or did not come to its end.
+    #[error(
+        "NCCL, rank {rank} of group `{group}`, in {operation}: {problem}; NCCL_DEBUG=INFO makes NCCL say more, \
+         NCCL_SOCKET_IFNAME names its network, BURN_PARALLEL_TIMEOUT_S gives it more time"
+    )]
+    Nccl {
+        /// Group in which it happened.
+        group: Arc<str>,
+        /// Rank, within the group, that found it.
+        rank: usize,
+        /// What was called.
+        operation: String,
+        /// What NCCL said.
+        problem: String,
+    },
+
     /// The training step could not be captured or rewritten as a graph.
     #[error("graph: {problem}")]
     Graph {

@@ -232,6 +232,15 @@ impl Call {
         Self { operation, dtype, extent, pieces: 1, cut: 0 }
     }
 
+    /// A call on data that stays on its device: it does not go together with one on host data.
+    #[cfg(feature = "cubecl")]
+    pub(crate) fn on_device(operation: Operation, dtype: DType, extent: Extent) -> Self {
+        Self { cut: Self::ON_DEVICE, ..Self::new(operation, Some(dtype), extent) }
+    }
+
+    #[cfg(feature = "cubecl")]
+    const ON_DEVICE: u64 = u64::MAX;
+
     /// Whether two ranks' calls, of the same place in their sequences, belong together.
     pub(crate) fn agrees(&self, other: &Self) -> bool {
         if !self.operation.agrees(&other.operation) {
@@ -291,6 +300,10 @@ impl fmt::Display for Call {
         }
         if let Some(dtype) = self.dtype {
             write!(f, " of {dtype:?} {:?}", self.extent.dims())?;
+        }
+        #[cfg(feature = "cubecl")]
+        if self.cut == Self::ON_DEVICE {
+            return f.write_str(" on its device");
         }
         if self.pieces != 1 {
             // Calls that differ in their cut alone must not look alike.

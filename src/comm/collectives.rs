@@ -5,6 +5,8 @@ use burn::tensor::DType;
 
 use super::communicator::Communicator;
 use super::host::{self, SliceOutput, TensorOutput};
+#[cfg(feature = "cubecl")]
+use super::payload::OnDevice;
 use super::transport::{BufferMut, BufferRef, Transfer};
 use super::{Call, Element, Extent, Operation, Payload, ReduceOp, reduce};
 use crate::Error;
@@ -15,8 +17,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::UnsupportedReduction`].
     pub fn all_reduce<P: Payload>(&self, payload: P, op: ReduceOp) -> Result<P, Error> {
-        let (data, home) = payload.into_host()?;
-        P::from_host(self.all_reduce_host(data, op)?, &home)
+        self.carry(Operation::AllReduce(op), payload, |data| self.all_reduce_host(data, op))
     }
 
     /// Reduces several payloads as one collective, without copying them together: one call, one wait.
@@ -43,16 +44,16 @@ impl Communicator {
     /// # Errors
     /// [`Error::UnsupportedReduction`].
     pub fn reduce_scatter<P: Payload>(&self, payload: P, op: ReduceOp) -> Result<P, Error> {
-        let (data, home) = payload.into_host()?;
-        reduce::check(op, data.dtype())?;
-        self.through(Operation::ReduceScatter(op), Some(data), None).and_then(|data| P::from_host(data, &home))
+        self.carry(Operation::ReduceScatter(op), payload, |data| {
+            reduce::check(op, data.dtype())?;
+            self.through(Operation::ReduceScatter(op), Some(data), None)
+        })
     }
 
     /// Every rank gets the payloads of all, one behind the other along the first dim in rank order. First dims may differ;
     /// the other dims and the dtype may not.
     pub fn all_gather<P: Payload>(&self, payload: P) -> Result<P, Error> {
-        let (data, home) = payload.into_host()?;
-        self.through(Operation::AllGather, Some(data), None).and_then(|data| P::from_host(data, &home))
+        self.carry(Operation::AllGather, payload, |data| self.through(Operation::AllGather, Some(data), None))
     }
 
     /// [`all_gather`](Self::all_gather) from a slice into a slice, whose length is the sum over the ranks.
@@ -71,8 +72,8 @@ impl Communicator {
     /// [`Error::NoSuchRank`].
     pub fn broadcast<P: Payload>(&self, payload: P, root: usize) -> Result<P, Error> {
         self.check_root(root, "broadcast")?;
-        let (data, home) = payload.into_host()?;
-        P::from_host(self.host_in_place(Operation::Broadcast { root }, data)?, &home)
+        let operation = Operation::Broadcast { root };
+        self.carry(operation, payload, |data| self.host_in_place(operation, data))
     }
 
     /// [`broadcast`](Self::broadcast) on a slice, in place.
@@ -88,10 +89,11 @@ impl Communicator {
     /// [`Error::NoSuchRank`], [`Error::UnsupportedReduction`].
     pub fn reduce<P: Payload>(&self, payload: P, op: ReduceOp, root: usize) -> Result<Option<P>, Error> {
         self.check_root(root, "reduce")?;
-        let (data, home) = payload.into_host()?;
-        reduce::check(op, data.dtype())?;
-        let data = self.host_in_place(Operation::Reduce { op, root }, data)?;
-        (root == self.rank()).then(|| P::from_host(data, &home)).transpose()
+        let reduced = self.carry(Operation::Reduce { op, root }, payload, |data| {
+            reduce::check(op, data.dtype())?;
+            self.host_in_place(Operation::Reduce { op, root }, data)
+        })?;
+        Ok((root == self.rank()).then_some(reduced))
     }
 
     /// `root` gets the payloads of all as in [`all_gather`](Self::all_gather), the others `None`.
@@ -100,9 +102,9 @@ impl Communicator {
     /// [`Error::NoSuchRank`].
     pub fn gather<P: Payload>(&self, payload: P, root: usize) -> Result<Option<P>, Error> {
         self.check_root(root, "gather")?;
-        let (data, home) = payload.into_host()?;
-        let gathered = self.through(Operation::Gather { root }, Some(data), None)?;
-        (root == self.rank()).then(|| P::from_host(gathered, &home)).transpose()
+        let operation = Operation::Gather { root };
+        let gathered = self.carry(operation, payload, |data| self.through(operation, Some(data), None))?;
+        Ok((root == self.rank()).then_some(gathered))
     }
 
     /// Every rank gets its [part](super::part) of the first dim of what `root` brings; the others bring `None`. Tensors
@@ -128,8 +130,44 @@ impl Communicator {
 
     /// Part `j` of this rank's first dim goes to rank `j`; the rank gets its part of every rank, in rank order.
     pub fn all_to_all<P: Payload>(&self, payload: P) -> Result<P, Error> {
+        self.carry(Operation::AllToAll, payload, |data| self.through(Operation::AllToAll, Some(data), None))
+    }
+
+    /// Runs a collective where the payload is: on its device if the engine can, else in host memory.
+    fn carry<P: Payload>(
+        &self,
+        operation: Operation,
+        payload: P,
+        on_host: impl FnOnce(FlexTensor) -> Result<FlexTensor, Error>,
+    ) -> Result<P, Error> {
+        #[cfg(feature = "cubecl")]
+        let payload = match self.carry_on_device(operation, payload)? {
+            Ok(carried) => return Ok(carried),
+            Err(payload) => payload,
+        };
+        #[cfg(not(feature = "cubecl"))]
+        let _ = operation;
         let (data, home) = payload.into_host()?;
-        self.through(Operation::AllToAll, Some(data), None).and_then(|data| P::from_host(data, &home))
+        P::from_host(on_host(data)?, &home)
+    }
+
+    /// Runs a collective on the device, or returns the payload if it is not on the engine's.
+    #[cfg(feature = "cubecl")]
+    fn carry_on_device<P: Payload>(&self, operation: Operation, payload: P) -> Result<Result<P, P>, Error> {
+        let Some(engine) = self.transport().on_device() else { return Ok(Err(payload)) };
+        let (data, home) = match payload.into_device(engine)? {
+            OnDevice::Here(data, home) => (data, home),
+            OnDevice::Elsewhere(payload) => return Ok(Err(payload)),
+        };
+        let call = Call::on_device(operation, data.dtype, Extent::new(&data.meta.shape().to_vec()));
+        let mut result = None;
+        self.run(&call, |_| {
+            let (carried, bytes) = engine.run(operation, data)?;
+            result = Some(carried);
+            Ok(bytes)
+        })?;
+        let carried = result.ok_or_else(|| Error::invalid("a collective", "the engine gave no tensor"))?;
+        P::from_device(carried, &home).map(Ok)
     }
 
     pub(crate) fn all_reduce_host(&self, data: FlexTensor, op: ReduceOp) -> Result<FlexTensor, Error> {

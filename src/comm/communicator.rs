@@ -45,6 +45,17 @@ impl Communicator {
         Self::with_underway(transport, Arc::default())
     }
 
+    /// The same group over another engine, which shares what is under way.
+    #[cfg(feature = "cuda")]
+    pub(super) fn over(&self, transport: Arc<dyn Transport>) -> Self {
+        Self::with_underway(transport, self.inner.progress.underway().clone())
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(super) fn transport_arc(&self) -> Arc<dyn Transport> {
+        self.inner.transport.clone()
+    }
+
     fn with_underway(transport: Arc<dyn Transport>, underway: Arc<Underway>) -> Self {
         let (counters, progress) = (CounterBoard::default(), Progress::new(underway));
         Self { inner: Arc::new(Inner { transport, counters, progress }) }

@@ -27,22 +27,28 @@ mod call;
 mod collectives;
 mod communicator;
 mod counters;
+#[cfg(feature = "cubecl")]
+pub(crate) mod device;
 mod element;
 pub(crate) mod host;
 pub mod local;
 mod messages;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+#[cfg(feature = "cuda")]
+pub mod nccl;
 mod partition;
 mod payload;
 mod pending;
-mod reduce;
+pub(crate) mod reduce;
 mod transport;
 mod watch;
 
 pub use call::{Call, Extent, Operation, ReduceOp};
 pub use communicator::Communicator;
 pub use counters::{Counters, Tally};
+#[cfg(feature = "cubecl")]
+pub use device::{DeviceTensor, DeviceTransport};
 pub use element::Element;
 pub use partition::part;
 pub use payload::{Payload, TensorHome, TensorKind};

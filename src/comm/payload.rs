@@ -6,6 +6,8 @@ use burn::tensor::kind::{Autodiff, Basic};
 use burn::tensor::{BackendPrimitive, DType, Device, Tensor, TensorData};
 
 use super::Element;
+#[cfg(feature = "cubecl")]
+use super::device::{self, DeviceTensor, DeviceTransport};
 use crate::Error;
 
 /// Something that a collective can carry: a burn tensor of any rank and kind, or a `Vec` of [`Element`]s.
@@ -34,6 +36,35 @@ pub trait Payload: Sized + Send + 'static {
     /// # Errors
     /// [`Error::InvalidArgument`] if the data is of another rank or kind than this type.
     fn from_host(data: FlexTensor, home: &Self::Home) -> Result<Self, Error>;
+
+    /// The data on the device of an engine that carries it there, and what is needed for the way back; or the payload, if it
+    /// is somewhere else.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if it is on the device and cannot be had.
+    #[cfg(feature = "cubecl")]
+    fn into_device(self, _: &dyn DeviceTransport) -> Result<OnDevice<Self>, Error> {
+        Ok(OnDevice::Elsewhere(self))
+    }
+
+    /// The way back from the device.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if this type does not live on devices.
+    #[cfg(feature = "cubecl")]
+    fn from_device(_: DeviceTensor, _: &Self::Home) -> Result<Self, Error> {
+        Err(Error::invalid("payload", "it does not live on a device"))
+    }
+}
+
+/// Where [`Payload::into_device`] found the data.
+#[cfg(feature = "cubecl")]
+#[derive(Debug)]
+pub enum OnDevice<P: Payload> {
+    /// On the device: the data, and what is needed for the way back.
+    Here(DeviceTensor, P::Home),
+    /// Not on the device.
+    Elsewhere(P),
 }
 
 impl<E: Element> Payload for Vec<E> {
@@ -70,14 +101,36 @@ impl TensorHome {
     }
 }
 
+impl TensorHome {
+    /// A plain tensor that has come back, with autodiff if it had it.
+    fn welcome<const D: usize, K: TensorKind>(&self, plain: Tensor<D, K>) -> Tensor<D, K> {
+        match self.autodiff {
+            None => plain,
+            Some(strategy) => plain.autodiff().with_gradient_checkpointing_strategy(strategy),
+        }
+    }
+}
+
 impl Default for TensorHome {
     fn default() -> Self {
         Self { device: Device::flex(), autodiff: None }
     }
 }
 
+/// What a kind of tensor must be on the devices that are compiled in, beside Flex: nothing without the feature `cubecl`.
+#[cfg(not(feature = "cubecl"))]
+pub trait CubeKind {}
+
+#[cfg(not(feature = "cubecl"))]
+impl<K> CubeKind for K {}
+
+#[cfg(feature = "cubecl")]
+pub use super::device::CubeKind;
+
 /// The kinds of tensor that travel: `Float`, `Int`, `Bool`.
-pub trait TensorKind: Basic + Autodiff + BackendPrimitive<Flex, Primitive = FlexTensor> + Send + 'static {
+pub trait TensorKind:
+    Basic + Autodiff + BackendPrimitive<Flex, Primitive = FlexTensor> + CubeKind + Send + 'static
+{
     /// Whether a dtype is of this kind.
     fn holds(dtype: DType) -> bool;
 }
@@ -134,9 +187,20 @@ impl<const D: usize, K: TensorKind> Payload for Tensor<D, K> {
             true => Tensor::from_primitive::<Flex>(data),
             false => Tensor::from_data(data.into_data(), &home.device),
         };
-        Ok(match home.autodiff {
-            None => plain,
-            Some(strategy) => plain.autodiff().with_gradient_checkpointing_strategy(strategy),
-        })
+        Ok(home.welcome(plain))
+    }
+
+    #[cfg(feature = "cubecl")]
+    fn into_device(self, engine: &dyn DeviceTransport) -> Result<OnDevice<Self>, Error> {
+        let home = TensorHome { device: self.device().inner(), autodiff: self.gradient_checkpointing_strategy() };
+        match engine.carries(&home.device, self.dtype()) {
+            true => Ok(OnDevice::Here(device::to_device(self.inner())?, home)),
+            false => Ok(OnDevice::Elsewhere(self)),
+        }
+    }
+
+    #[cfg(feature = "cubecl")]
+    fn from_device(data: DeviceTensor, home: &TensorHome) -> Result<Self, Error> {
+        Ok(home.welcome(device::from_device(data)))
     }
 }

@@ -173,4 +173,10 @@ pub trait Transport: Debug + Send + Sync {
 
     /// The last collectives of every rank.
     fn log(&self) -> CallLog;
+
+    /// How it carries data of devices without bringing it to the host, if it does.
+    #[cfg(feature = "cubecl")]
+    fn on_device(&self) -> Option<&dyn super::DeviceTransport> {
+        None
+    }
 }

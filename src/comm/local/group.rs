@@ -141,6 +141,8 @@ pub(super) struct Group {
     pub patience: Patience,
     /// Ranks that left, and whether they did so in a panic.
     pub left: Mutex<Vec<(usize, bool)>>,
+    #[cfg(feature = "cubecl")]
+    pub board: super::device::Board,
     /// Splits in the making, by meeting and color.
     pub halves: Mutex<HashMap<(u64, u64), Half>>,
 }
@@ -170,6 +172,8 @@ impl Group {
             timeout,
             patience,
             left: Mutex::default(),
+            #[cfg(feature = "cubecl")]
+            board: super::device::Board::default(),
             halves: Mutex::default(),
         });
         group.fate.add(&group);

@@ -8,11 +8,13 @@
 //! - *reduce-scatter*: each rank folds its part out of all inputs into its own output;
 //! - *all-gather, gather, scatter, all-to-all, broadcast*: each rank copies what it is to have straight from its owner.
 //!
-//! Messages hand over the tensor itself. Several groups work at the same time; within one group, collectives follow each
+//! Tensors of GPUs stay there (see `device.rs`, feature `cubecl`). Messages hand over the tensor itself. Several groups work at the same time; within one group, collectives follow each
 //! other.
 
 mod bell;
 mod clock;
+#[cfg(feature = "cubecl")]
+mod device;
 mod group;
 mod mailbox;
 mod rendezvous;

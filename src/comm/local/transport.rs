@@ -1,5 +1,7 @@
 //! A rank's place in a group of threads.
 
+#[cfg(feature = "cubecl")]
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -26,11 +28,31 @@ pub(super) struct LocalTransport {
     rank: usize,
     /// Number of the next meeting. Held during a collective: a rank does one at a time.
     meeting: Mutex<u64>,
+    /// Number of the next exchange of device data.
+    #[cfg(feature = "cubecl")]
+    exchange: AtomicU64,
 }
 
 impl LocalTransport {
     pub fn new(group: Arc<Group>, rank: usize) -> Arc<Self> {
-        Arc::new(Self { group, rank, meeting: Mutex::new(0) })
+        Arc::new(Self {
+            group,
+            rank,
+            meeting: Mutex::new(0),
+            #[cfg(feature = "cubecl")]
+            exchange: AtomicU64::new(0),
+        })
+    }
+
+    #[cfg(feature = "cubecl")]
+    pub(super) fn board(&self) -> &super::device::Board {
+        &self.group.board
+    }
+
+    /// A rank does one collective at a time, so all count alike.
+    #[cfg(feature = "cubecl")]
+    pub(super) fn next_exchange(&self) -> u64 {
+        self.exchange.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Meets the others, checks that all call the same, and runs `work`, which returns the bytes it moved.
@@ -300,6 +322,11 @@ impl Transport for LocalTransport {
 
     fn log(&self) -> CallLog {
         self.group.log()
+    }
+
+    #[cfg(feature = "cubecl")]
+    fn on_device(&self) -> Option<&dyn crate::comm::DeviceTransport> {
+        Some(self)
     }
 }
 

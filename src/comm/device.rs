@@ -1,0 +1,101 @@
+//! Data that stays on its device: burn's tensors and the buffers behind them, and engines that carry those.
+
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::{BackendPrimitive, DType, Device, Shape, Tensor};
+use burn_cubecl::kernel::into_contiguous;
+pub use burn_cubecl::tensor::CubeTensor as DeviceTensor;
+use burn_cubecl::{Cube, CubeBackend};
+use burn_ir::{BackendIr, InitOperationIr, OperationIr, OperationOutput};
+use cubecl_environment::stream::StreamId;
+
+use crate::Error;
+use crate::comm::{Operation, TensorKind, part};
+
+/// An engine that carries data of devices from device to device.
+pub trait DeviceTransport: Send + Sync {
+    /// Whether it carries tensors of this dtype and device (without autodiff); others travel through the host.
+    fn carries(&self, device: &Device, dtype: DType) -> bool;
+
+    /// Enqueues a collective on a contiguous tensor, under the contract of [`Transport`](super::Transport). Returns the tensor
+    /// in which the result will be, whose readers are enqueued behind, and the bytes that this rank moves.
+    fn run(&self, operation: Operation, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error>;
+}
+
+/// Kinds of tensors on CubeCL's devices. On them all kinds have one primitive.
+pub trait CubeKind: BackendPrimitive<Cube, Primitive = FloatTensor<Cube>> {}
+
+impl<K: BackendPrimitive<Cube, Primitive = FloatTensor<Cube>>> CubeKind for K {}
+
+/// The contiguous buffer behind a tensor without autodiff of a CubeCL device. What burn has put off is enqueued; nothing waits
+/// for the device.
+pub(crate) fn to_device<const D: usize, K: TensorKind>(tensor: Tensor<D, K>) -> Result<DeviceTensor, Error> {
+    let dtype = tensor.dtype();
+    let fused = tensor
+        .try_into_primitive::<Cube>()
+        .map_err(|problem| Error::invalid("payload", format!("the tensor has no buffer on its device: {problem:?}")))?;
+    let client = fused.client.clone();
+    let plain = if dtype.is_float() {
+        client.resolve_tensor_float::<CubeBackend>(fused)
+    } else if dtype.is_bool() {
+        client.resolve_tensor_bool::<CubeBackend>(fused)
+    } else {
+        client.resolve_tensor_int::<CubeBackend>(fused)
+    };
+    // Allocations of CUDA may be pitched.
+    Ok(into_contiguous(plain))
+}
+
+/// The way back.
+pub(crate) fn from_device<const D: usize, K: TensorKind>(data: DeviceTensor) -> Tensor<D, K> {
+    let client = burn_fusion::get_client::<CubeBackend>(&data.device);
+    let (shape, dtype) = (Shape::from(data.meta.shape().to_vec()), data.dtype);
+    // A handle is the same for all kinds.
+    let handle = CubeBackend::float_tensor_handle(data);
+    let init = InitOperationIr::create(shape, dtype, || client.register_tensor_handle(handle));
+    let init = OperationIr::Init(init);
+    let fused = client.register(StreamId::current(), init, burn_fusion::NoOp::<CubeBackend>::new()).output();
+    Tensor::from_primitive::<Cube>(fused)
+}
+
+/// A buffer of other dims on the same device, whose values are not set.
+#[cfg(feature = "cuda")]
+pub(crate) fn empty_like(like: &DeviceTensor, dims: Vec<usize>) -> DeviceTensor {
+    let elements: usize = dims.iter().product();
+    let buffer = like.client.empty(elements * like.dtype.size());
+    DeviceTensor::new_contiguous(like.client.clone(), like.device.clone(), Shape::from(dims), buffer, like.dtype)
+}
+
+/// First dim of what `rank` gets, when the ranks bring tensors of these first dims.
+pub(crate) fn rows_received(operation: &Operation, rows: &[usize], rank: usize) -> usize {
+    let size = rows.len();
+    match *operation {
+        Operation::ReduceScatter(_) => part(rows[rank], size, rank).len(),
+        Operation::AllGather => rows.iter().sum(),
+        Operation::Gather { root } if root == rank => rows.iter().sum(),
+        Operation::Scatter { root } => part(rows[root], size, rank).len(),
+        Operation::AllToAll => rows.iter().map(|rows| part(*rows, size, rank).len()).sum(),
+        _ => rows[rank],
+    }
+}
+
+/// The bytes that a rank moves, counted as by the other engines: what it must read from peers and write to them.
+pub(crate) fn bytes_moved(operation: &Operation, rows: &[usize], rank: usize, row_bytes: usize) -> u64 {
+    let size = rows.len();
+    let whole = (rows[rank] * row_bytes) as u64;
+    let received = (rows_received(operation, rows, rank) * row_bytes) as u64;
+    match operation {
+        Operation::AllReduce(_) => 2 * whole * (size as u64 - 1) / size as u64,
+        Operation::ReduceScatter(_) => received * (size as u64 - 1),
+        Operation::Reduce { .. } => whole * (size as u64 - 1) / size as u64,
+        Operation::Broadcast { root } if *root == rank => 0,
+        Operation::Broadcast { .. } => whole,
+        Operation::Scatter { root } if *root == rank => 0,
+        Operation::AllGather | Operation::Gather { .. } => received.saturating_sub(whole),
+        _ => received,
+    }
+}
+
+/// The same buffer under other dims.
+pub(crate) fn with_dims(tensor: DeviceTensor, dims: Vec<usize>) -> DeviceTensor {
+    DeviceTensor::new_contiguous(tensor.client, tensor.device, Shape::from(dims), tensor.handle, tensor.dtype)
+}

@@ -1,0 +1,109 @@
+//! What must be there before anything is touched: libcuda, libnccl, a device.
+//!
+//! cudarc panics at the first call into a library that it cannot load, and burn's CUDA backend panics on its own threads when
+//! there is no device. So all of it is asked for here, once, in an order in which each question is safe.
+
+use std::fmt;
+
+use cudarc::driver::{result as driver, sys as cuda};
+use cudarc::nccl::{result as nccl, sys as nccl_sys};
+
+use crate::Error;
+
+/// The oldest NCCL with everything that is used here: `ncclCommSplit` came with it.
+const OLDEST: Version = Version(21800);
+/// The first NCCL that lets ranks share a GPU.
+const SHARES_DEVICES: Version = Version(23000);
+
+/// A version of NCCL, as NCCL numbers it: `22809` is 2.28.9.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version(u32);
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.0 / 10_000, self.0 / 100 % 100, self.0 % 100)
+    }
+}
+
+/// The libraries and devices that were found.
+#[derive(Debug, Clone)]
+pub struct Library {
+    /// Version of NCCL.
+    pub nccl: Version,
+    /// CUDA devices that this process sees.
+    pub devices: usize,
+}
+
+/// What of the libraries is there.
+///
+/// # Errors
+/// [`Error::Gpu`] naming what is missing: libcuda or a driver, a device, libnccl or a recent enough one.
+pub fn library() -> Result<Library, Error> {
+    let missing = |problem: String| Err(Error::Gpu { problem });
+    // SAFETY: these only try to load the libraries.
+    let (cuda_found, nccl_found) = unsafe { (cuda::is_culib_present(), nccl_sys::is_culib_present()) };
+    if !cuda_found {
+        return missing("libcuda was not found: install NVIDIA's driver, or take a CPU device".into());
+    }
+    let devices = driver::init().and_then(|()| driver::device::get_count());
+    let devices = match devices {
+        Ok(count) if count > 0 => count as usize,
+        Ok(_) => return missing("libcuda sees no CUDA device: check CUDA_VISIBLE_DEVICES and `nvidia-smi`".into()),
+        Err(error) => {
+            let problem =
+                format!("libcuda cannot be used ({error:?}): is there a GPU, and a driver that fits? Ask `nvidia-smi`");
+            return missing(problem);
+        }
+    };
+    if !nccl_found {
+        return missing(
+            "libnccl.so was not found: install NCCL. Debian's package and NVIDIA's wheels ship libnccl.so.2 only; a link of \
+             the name libnccl.so to it, in a folder of LD_LIBRARY_PATH, will do"
+                .into(),
+        );
+    }
+    let version = nccl::get_nccl_version().map_err(|error| Error::Gpu {
+        problem: format!("NCCL does not tell its version ({:?}): is libnccl.so damaged?", error.0),
+    })?;
+    let nccl = Version(version.unsigned_abs());
+    if nccl < OLDEST {
+        return missing(format!("NCCL {nccl} is too old: version {OLDEST} or newer is needed"));
+    }
+    Ok(Library { nccl, devices })
+}
+
+impl Library {
+    /// Whether several ranks may bring one GPU.
+    pub(super) fn shares_devices(&self) -> bool {
+        self.nccl >= SHARES_DEVICES && std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some_and(|on| on != "0")
+    }
+
+    /// What tells this device from every other one, on any machine.
+    pub(super) fn place(self, index: usize) -> Result<(Self, [u64; 2]), Error> {
+        if index >= self.devices {
+            let devices = self.devices;
+            return Err(Error::Gpu {
+                problem: format!("there is no CUDA device {index}: this process sees {devices}, counted from 0"),
+            });
+        }
+        let uuid = driver::device::get(index as i32).and_then(driver::device::get_uuid).map_err(|error| {
+            Error::Gpu { problem: format!("CUDA device {index} cannot be asked for its identity ({error:?})") }
+        })?;
+        let bytes: [u8; 16] = uuid.bytes.map(|byte| byte as u8);
+        let [low, high] =
+            [0, 8].map(|from| bytes[from..from + 8].iter().fold(0, |word, byte| word << 8 | u64::from(*byte)));
+        Ok((self, [low, high]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Version;
+
+    #[test]
+    fn versions_print_as_nvidia_writes_them() {
+        assert_eq!(Version(22809).to_string(), "2.28.9");
+        assert_eq!(Version(21800).to_string(), "2.18.0");
+        assert!(Version(23007) > Version(22809));
+    }
+}

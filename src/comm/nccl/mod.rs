@@ -1,0 +1,102 @@
+//! NCCL: collectives on tensors of CUDA devices, without a copy through the host.
+//!
+//! NCCL does the moving and nothing else. It is put **on top of** a communicator of any other engine, which goes on doing what
+//! NCCL cannot: comparing what the ranks call before anything is enqueued, noticing lost ranks, time-outs, the log, and
+//! collectives on host data. NCCL's id travels over it too, so whatever joins the ranks (threads, MPI) is all that is needed:
+//!
+//! ```no_run
+//! use burn::tensor::{Device, Tensor};
+//! use burn_parallel::comm::nccl;
+//! use burn_parallel::prelude::*;
+//!
+//! // One thread for each of two GPUs.
+//! launch::threads(2).run(|rank| {
+//!     let gpu = rank.rank();
+//!     let comm = nccl::join(&rank, gpu)?;
+//!     let sum = comm.all_reduce(Tensor::<1>::ones([1 << 20], &Device::cuda(gpu)), ReduceOp::Sum)?;
+//!     Ok(())
+//! })?;
+//! # Ok::<(), Error>(())
+//! ```
+//!
+//! # Order on the device
+//! A collective runs on a stream of NCCL's own. An event makes it wait for what burn had enqueued before it on the rank's
+//! stream, another makes what burn enqueues afterwards wait for it. The host waits for neither; it waits only for the other
+//! ranks to *call* the same, and for NCCL to take the call. Buffers are held until the second event.
+//!
+//! # What travels through the host all the same
+//! Messages (`send`, `recv`), and tensors of other devices or of dtypes that NCCL does not know (`i16`, `u16`).
+
+mod collective;
+mod lane;
+mod library;
+mod raw;
+mod transport;
+
+use std::sync::Arc;
+
+use burn::tensor::Device;
+
+pub use library::{Library, library};
+
+use self::lane::Lane;
+use self::raw::Raw;
+use self::transport::NcclTransport;
+use super::{Communicator, ReduceOp};
+use crate::Error;
+
+/// The group of `host`, with NCCL for the tensors of CUDA device `index`. Collective over `host`, which stays usable.
+///
+/// # Errors
+/// [`Error::Gpu`], on every rank, before anything is touched, if some rank has no libcuda, no libnccl, too old ones, or no
+/// such device, or if two ranks of one machine bring the same device and NCCL is older than 2.30; [`Error::Nccl`] if NCCL
+/// refuses; the error of the world.
+pub fn join(host: &Communicator, index: usize) -> Result<Communicator, Error> {
+    let place = library().and_then(|library| library.place(index));
+    agree(host, &place)?;
+    let (library, place) = place?;
+    let places = host.all_gather(place.to_vec())?;
+    let places: Vec<&[u64]> = places.chunks(place.len()).collect();
+    let twins = places.iter().enumerate().find_map(|(second, place)| {
+        places[..second].iter().position(|first| first == place).map(|first| (first, second))
+    });
+    if let Some((first, second)) = twins
+        && !library.shares_devices()
+    {
+        return Err(Error::Gpu {
+            problem: format!(
+                "ranks {first} and {second} of group `{}` bring the same GPU, which NCCL {} refuses: give each rank a GPU of \
+                 its own, or take NCCL 2.30 or newer and set NCCL_MULTI_RANK_GPU_ENABLE=1; several ranks on one GPU work \
+                 without NCCL too",
+                host.group(),
+                library.nccl
+            ),
+        });
+    }
+    let id = match host.rank() {
+        0 => raw::unique_id()?,
+        _ => raw::no_id(),
+    };
+    let id = host.broadcast(id.to_vec(), 0)?;
+    let lane = Arc::new(Lane::new(index)?);
+    lane.enter()?;
+    let transport = host.transport_arc();
+    let raw = Raw::init(&id, host.size(), host.rank(), host.group(), transport.timeout())?;
+    Ok(host.over(Arc::new(NcclTransport::new(transport, raw, lane, Device::cuda(index)))))
+}
+
+/// Makes every rank return an error if one has found something missing, so that nobody waits for it in NCCL.
+fn agree<T>(host: &Communicator, found: &Result<T, Error>) -> Result<(), Error> {
+    let missing = host.all_gather(vec![u8::from(found.is_err())])?;
+    match (found, missing.iter().position(|missing| *missing != 0)) {
+        (Err(error), _) => Err(error.clone()),
+        (Ok(_), Some(rank)) => {
+            let problem = format!("rank {rank} of group `{}` cannot use NCCL; its own error says why", host.group());
+            Err(Error::Gpu { problem })
+        }
+        (Ok(_), None) => {
+            // The reduction is there only to keep the ranks together until all have seen the answer.
+            host.all_reduce(vec![0u8], ReduceOp::Max).map(drop)
+        }
+    }
+}

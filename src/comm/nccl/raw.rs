@@ -1,0 +1,160 @@
+//! NCCL's communicator: made, polled, split, aborted.
+//!
+//! It is non-blocking: a call that cannot be finished at once returns "in progress", and is polled here under the time-out. A
+//! blocking call on a rank whose peer has died would never return.
+
+use std::ffi::CStr;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use cudarc::nccl::result::{self as nccl, NcclError, NcclStatus};
+use cudarc::nccl::sys;
+
+use crate::Error;
+
+/// `NCCL_CONFIG_UNDEF_INT`: NCCL decides.
+const UNDEFINED: i32 = i32::MIN;
+const ID_BYTES: usize = 128;
+
+/// A new id, by which the ranks of one group find each other.
+pub(super) fn unique_id() -> Result<[u8; ID_BYTES], Error> {
+    let id = nccl::get_uniqueid().map_err(|error| Error::Gpu {
+        problem: format!("NCCL gives no id ({}); NCCL_SOCKET_IFNAME names the network to use", said(error.0, None)),
+    })?;
+    Ok(id.internal.map(|byte| byte as u8))
+}
+
+/// What a rank brings that is to be told the id.
+pub(super) fn no_id() -> [u8; ID_BYTES] {
+    [0; ID_BYTES]
+}
+
+/// One rank's end of a NCCL communicator.
+#[derive(Debug)]
+pub(super) struct Raw {
+    pub(super) comm: sys::ncclComm_t,
+    group: Arc<str>,
+    rank: usize,
+    timeout: Duration,
+}
+
+// SAFETY: NCCL lets any thread call, one at a time; the transport holds a lock around each call.
+unsafe impl Send for Raw {}
+
+impl Raw {
+    /// Joins the group of `id`. The device must be current on this thread. Every rank of the group does the same.
+    pub fn init(id: &[u8], size: usize, rank: usize, group: &Arc<str>, timeout: Duration) -> Result<Self, Error> {
+        let mut internal = [0; ID_BYTES];
+        internal.iter_mut().zip(id).for_each(|(to, from)| *to = *from as _);
+        let id = sys::ncclUniqueId { internal };
+        let mut raw = Self { comm: std::ptr::null_mut(), group: group.clone(), rank, timeout };
+        // SAFETY: the pointers are to locals that outlive the call.
+        let called = unsafe { nccl::comm_init_rank_config(&mut raw.comm, size as i32, id, rank as i32, &mut config()) };
+        raw.finish("joining the group", called)?;
+        Ok(raw)
+    }
+
+    /// This rank's end of the part of the group that brings the same `color`. Collective.
+    pub fn split(&self, color: usize, key: usize, group: &Arc<str>) -> Result<Self, Error> {
+        let mut part = Self { comm: std::ptr::null_mut(), group: group.clone(), rank: key, timeout: self.timeout };
+        // SAFETY: as above; the new communicator takes the settings of this one.
+        let called = unsafe {
+            sys::ncclCommSplit(self.comm, color as i32, key as i32, &mut part.comm, std::ptr::null_mut()).result()
+        };
+        self.finish("splitting the group", called)?;
+        part.finish("splitting the group", Ok(NcclStatus::Success))?;
+        Ok(part)
+    }
+
+    /// Waits until NCCL has taken a call.
+    pub fn finish(&self, operation: &str, called: Result<NcclStatus, NcclError>) -> Result<(), Error> {
+        called.map_err(|error| self.error(operation, error.0))?;
+        let since = Instant::now();
+        loop {
+            let mut state = sys::ncclResult_t::ncclSuccess;
+            // SAFETY: the communicator lives; `state` is a local.
+            unsafe { sys::ncclCommGetAsyncError(self.comm, &mut state) };
+            match state {
+                sys::ncclResult_t::ncclSuccess => return Ok(()),
+                sys::ncclResult_t::ncclInProgress if since.elapsed() < self.timeout => thread::yield_now(),
+                sys::ncclResult_t::ncclInProgress => {
+                    let waited = since.elapsed();
+                    return Err(self.refused(operation, format!("no answer in {waited:.1?}: a rank has not come")));
+                }
+                other => return Err(self.error(operation, other)),
+            }
+        }
+    }
+
+    /// Ends what is under way; nothing can be called afterwards.
+    pub fn abort(&mut self) {
+        if !self.comm.is_null() {
+            // SAFETY: the communicator lives, and is forgotten here.
+            let _ = unsafe { nccl::comm_abort(std::mem::replace(&mut self.comm, std::ptr::null_mut())) };
+        }
+    }
+
+    fn error(&self, operation: &str, result: sys::ncclResult_t) -> Error {
+        self.refused(operation, said(result, Some(self.comm)))
+    }
+
+    fn refused(&self, operation: &str, problem: String) -> Error {
+        Error::Nccl { group: self.group.clone(), rank: self.rank, operation: operation.into(), problem }
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        if !self.comm.is_null() {
+            // SAFETY: the communicator lives, and nobody uses it any more. Destroying waits for what is enqueued.
+            let _ = unsafe { nccl::comm_destroy(self.comm) };
+        }
+    }
+}
+
+/// What NCCL says of an error.
+fn said(result: sys::ncclResult_t, comm: Option<sys::ncclComm_t>) -> String {
+    let text = |place: *const std::ffi::c_char| match place.is_null() {
+        true => String::new(),
+        // SAFETY: NCCL returns static or long-lived strings.
+        false => unsafe { CStr::from_ptr(place) }.to_string_lossy().trim().to_owned(),
+    };
+    // SAFETY: both take any value of theirs, a null communicator included.
+    let (general, last) = unsafe {
+        (text(sys::ncclGetErrorString(result)), text(sys::ncclGetLastError(comm.unwrap_or(std::ptr::null_mut()))))
+    };
+    match last.is_empty() {
+        true => general,
+        false => format!("{general}: {last}"),
+    }
+}
+
+fn config() -> sys::ncclConfig_t {
+    // SAFETY: plain numbers and pointers, for which zero is a value.
+    let mut config: sys::ncclConfig_t = unsafe { std::mem::zeroed() };
+    config.size = size_of::<sys::ncclConfig_t>();
+    // What the macro `NCCL_CONFIG_INITIALIZER` of nccl.h writes.
+    config.magic = 0xcafe_beef;
+    config.version = 22_800;
+    config.blocking = 0;
+    for setting in [
+        &mut config.cgaClusterSize,
+        &mut config.minCTAs,
+        &mut config.maxCTAs,
+        &mut config.splitShare,
+        &mut config.trafficClass,
+        &mut config.collnetEnable,
+        &mut config.CTAPolicy,
+        &mut config.shrinkShare,
+        &mut config.nvlsCTAs,
+        &mut config.nChannelsPerNetPeer,
+        &mut config.nvlinkCentricSched,
+        &mut config.graphUsageMode,
+        &mut config.numRmaCtx,
+        &mut config.maxP2pPeers,
+    ] {
+        *setting = UNDEFINED;
+    }
+    config
+}
