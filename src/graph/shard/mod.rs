@@ -25,7 +25,8 @@
 //! [`fold_reductions`] then makes one collective of many small ones, and [`overlap`] has operations run beside collectives.
 //!
 //! # Not split
-//! Arg-max, top-k, sorting and cumulative reductions over a split dim, and groups of a convolution, run whole.
+//! Arg-max, a maximum whose gradient is asked for (it comes with indices), top-k, sorting and cumulative reductions over a
+//! split dim, and convolutions in groups over split channels, run whole.
 //!
 //! [`Communicator`]: crate::comm::Communicator
 //! [`Layout`]: crate::layout::Layout
