@@ -30,6 +30,7 @@ pub(super) struct Incoming {
 
 /// Begins to send a message. The tensor is kept until it is there.
 pub(super) fn post(world: &World, group: &Group, to: usize, tag: u64, Message(tensor): Message) -> Result<(), Error> {
+    world.clear();
     let tensor = host::packed(tensor);
     let data = host::lend(&tensor);
     let len = data.elements() * data.dtype().size();
@@ -66,6 +67,7 @@ impl Inbox {
     pub fn fill(&mut self, world: &World, group: &Group, from: usize) -> Result<(), Error> {
         while let Some((_, bytes)) = world.wire.take(Some(group.members[from]), group.tag(Kind::Header))? {
             self.came += 1;
+            world.clear();
             let garbled = || Error::Engine { engine: "mpi", problem: format!("a message of rank {from} is garbled") };
             let mut reader = Reader(&bytes);
             let (tag, dtype) = (reader.number().ok_or_else(garbled)?, reader.dtype().flatten().ok_or_else(garbled)?);

@@ -276,11 +276,12 @@ impl World {
         if let Some((error, _)) = overdue {
             self.accept(error);
         }
-        let mut outgoing = lock(&self.outgoing);
-        let mut parcels = std::mem::take(&mut *outgoing);
-        drop(outgoing);
-        parcels.retain_mut(|parcel| !self.wire.progress(&mut parcel.tickets).unwrap_or(false));
-        lock(&self.outgoing).extend(parcels);
+        self.clear();
+    }
+
+    /// Lets go of what has been sent: its memory is wanted for what is received next.
+    pub fn clear(&self) {
+        lock(&self.outgoing).retain_mut(|parcel| !self.wire.progress(&mut parcel.tickets).unwrap_or(false));
     }
 
     fn hear(&self, from: usize, message: &[u8]) -> Option<()> {
