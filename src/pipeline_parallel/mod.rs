@@ -39,9 +39,11 @@
 //! ```
 
 mod batch;
+mod captured;
 mod config;
 mod eager;
 mod engine;
+mod evaluate;
 mod graph_stage;
 mod module;
 mod parcel;

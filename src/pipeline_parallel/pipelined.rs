@@ -5,15 +5,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
-use burn::backend::ops::{BoolTensorOps, FloatTensorOps, IntTensorOps};
+use burn::backend::ops::FloatTensorOps;
 use burn::module::{Module, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Scalar, Tensor, TensorData};
 
-use super::engine::{CapturedStep, Engine};
+use super::captured::CapturedStep;
+use super::engine::Engine;
 use super::graph_stage::{GraphStage, accumulate};
 use super::pipeline::{PipelineRun, RunReport};
-use super::schedule::{Timetable, Unit};
+use super::schedule::Timetable;
 use super::{PipelineConfig, Stage, stage_error};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
@@ -261,52 +262,10 @@ impl<M: Module> Pipelined<M> {
         }
         Ok((executed, by_micro_batch, gradients))
     }
-
-    /// Runs a forward pass for evaluation on a batch, divided into micro-batches like that of a step: what `forward` gives,
-    /// on every rank and on Flex without autodiff. The outputs of the micro-batches are put together along their first dim.
-    ///
-    /// The model is in evaluation mode, as after [`Module::valid`]: no dropout, running statistics in batch norms. Collective:
-    /// every rank passes the whole batch.
-    ///
-    /// # Errors
-    /// As [`step`](Self::step); [`Error::Pipeline`] if the model is not cut yet.
-    pub fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
-    where
-        I: GraphInputs + Clone,
-        F: FnMut(&M, I) -> O,
-        O: GraphInputs + Clone + Send + 'static,
-    {
-        let mut engine = lock(&self.engine);
-        let group = engine.group.clone();
-        let (captured, batch) = engine.prepare_forward(&self.local, inputs, forward)?;
-        let count = captured.sizes.len();
-        let inputs: Vec<Vec<GraphTensor>> = (0..count).map(|micro_batch| batch.micro_batch(micro_batch)).collect();
-        let pipeline = &mut captured.pipeline;
-        let mut executed = bound(&mut captured.stages, &self.local, |stages| pipeline.evaluate(stages, &inputs))?;
-        captured.stages.iter_mut().for_each(|stage| drop(stage.unbind(&self.local)));
-        let mut whole = Vec::with_capacity(captured.givers.len());
-        for (place, giver) in captured.givers.iter().enumerate() {
-            let root = captured.pipeline.timetable().rank_of(*giver).unwrap_or(0);
-            // Its place among the outputs of its stage.
-            let before = captured.givers[..place].iter().filter(|other| *other == giver).count();
-            let mut parts = Vec::with_capacity(count);
-            for (micro_batch, size) in captured.sizes.iter().enumerate() {
-                let like = &captured.graphs[*size].graph.outputs[place];
-                let own = executed
-                    .outputs
-                    .get_mut(&Unit::new(*giver, micro_batch))
-                    .and_then(|given| given.get(before).cloned());
-                let nothing = || GraphTensor::of_dtype(FlexTensor::zeros(like.shape.clone(), like.dtype), like.dtype);
-                parts.push(group.broadcast(own.unwrap_or_else(nothing), root)?);
-            }
-            whole.push(cat(parts)?);
-        }
-        captured.graphs[0].outputs(whole)
-    }
 }
 
 /// Runs stages with the parameters of `model`. After an error nothing of the step is left.
-fn bound<M: Module>(
+pub(super) fn bound<M: Module>(
     stages: &mut [GraphStage],
     model: &M,
     run: impl FnOnce(&mut [GraphStage]) -> Result<PipelineRun, Error>,
@@ -315,18 +274,6 @@ fn bound<M: Module>(
     bound.and_then(|()| run(stages)).inspect_err(|_| stages.iter_mut().for_each(GraphStage::discard))
 }
 
-/// Tensors of one kind one behind the other.
-fn cat(parts: Vec<GraphTensor>) -> Result<GraphTensor, Error> {
-    let kind = parts.first().cloned();
-    let tensors = parts.into_iter().map(GraphTensor::into_tensor).collect();
-    match kind {
-        Some(GraphTensor::Float(_)) => Ok(GraphTensor::Float(Flex::float_cat(tensors, 0))),
-        Some(GraphTensor::Int(_)) => Ok(GraphTensor::Int(Flex::int_cat(tensors, 0))),
-        Some(GraphTensor::Bool(_)) => Ok(GraphTensor::Bool(Flex::bool_cat(tensors, 0))),
-        None => Err(stage_error("there is no micro-batch")),
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -26,6 +26,7 @@ mod balance;
 mod cost;
 mod flow;
 mod place;
+mod program;
 mod report;
 mod run;
 mod split;
@@ -167,7 +168,7 @@ fn report(graph: &StepGraph, parts: &[StageGraph], holders: &[Vec<usize>]) -> Cu
         params: part.params.len(),
         param_bytes: part.params.iter().map(|param| bytes(&graph.params[*param].tensor)).sum(),
         cost: cost as f64 / all,
-        saved_bytes: run::saved_bytes(graph, part),
+        saved_bytes: program::saved_bytes(graph, part),
     });
     let crossings = parts.iter().flat_map(|part| &part.sends).map(|route| Crossing {
         from: route.from,

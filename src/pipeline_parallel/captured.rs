@@ -1,0 +1,231 @@
+//! Steps and forwards captured for one kind of batch, and cut.
+
+use std::collections::HashSet;
+
+use burn::module::{Module, ParamId};
+use burn::tensor::Tensor;
+
+use super::batch::Batch;
+use super::engine::Engine;
+use super::graph_stage::GraphStage;
+use super::pipeline::Pipeline;
+use super::stage_error;
+use super::tied::Ties;
+use crate::Error;
+use crate::comm::Communicator;
+use crate::graph::cut::{CutGraph, StageRun, cut_like};
+use crate::graph::{
+    ForwardGraph, GraphInputs, LossParts, StepGraph, StepKey, StepLoss, TensorMapper, TokenLoss, capture_forward,
+    capture_step, counted_random, graph_error,
+};
+
+/// A step for one kind of batch.
+pub(super) struct CapturedStep {
+    pub pipeline: Pipeline,
+    pub stages: Vec<GraphStage>,
+    /// The parameters that get a gradient on any rank.
+    pub trained: HashSet<ParamId>,
+}
+
+/// A forward pass for one kind of batch.
+pub(super) struct CapturedForward<O> {
+    pub pipeline: Pipeline,
+    pub stages: Vec<GraphStage>,
+    /// The graph for each size of micro-batch.
+    pub graphs: Vec<ForwardGraph<O>>,
+    pub sizes: Vec<usize>,
+    /// The stage that gives each output.
+    pub givers: Vec<usize>,
+}
+
+impl Engine {
+    /// Makes sure that the step for this batch is captured and cut; `local` loses what this rank does not hold.
+    pub(super) fn prepare<M, I, F, R>(
+        &mut self,
+        local: &mut Option<M>,
+        inputs: I,
+        loss: &mut F,
+    ) -> Result<(StepKey, Batch), Error>
+    where
+        M: Module,
+        I: GraphInputs + Clone,
+        F: FnMut(&M, I) -> R,
+        R: StepLoss,
+    {
+        let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, self.config.micro_batches)?;
+        let Some(model) = local.take() else { return Err(stage_error("the model was lost in an earlier error")) };
+        let outline = self.outline(&model);
+        *local = Some(model);
+        let key = StepKey::of::<M, I, F>(&outline, &inputs)?;
+        if self.steps.contains_key(&key) {
+            return Ok((key, batch));
+        }
+        let (firsts, sizes) = batch.sizes();
+        let mut graphs = Vec::new();
+        for first in firsts {
+            let rows = batch.rows(first).len();
+            let micro_batch = batch.structured(inputs.clone(), first)?;
+            let mut graph =
+                capture_step(&outline, micro_batch, |model, inputs| OfRows { loss: loss(model, inputs), rows })?;
+            self.split_graph(&mut graph)?;
+            graphs.push(graph);
+        }
+        let cuts = self.cuts(&graphs, local)?;
+        let stages = self.stages(&graphs, &cuts, &sizes)?;
+        let gradients = cuts[0].stages.iter().flat_map(|stage| &stage.gradients);
+        let trained = gradients.map(|(param, _)| graphs[0].params[*param].id).collect();
+        let pipeline = Pipeline::new(&self.group, self.timetable.clone(), &stages)?;
+        self.steps.insert(key, CapturedStep { pipeline, stages, trained });
+        let key = StepKey::of::<M, I, F>(&outline, &inputs)?;
+        Ok((key, batch))
+    }
+
+    /// Makes sure that the forward for this batch is captured and cut.
+    pub(super) fn prepare_forward<M, I, F, O>(
+        &mut self,
+        local: &M,
+        inputs: I,
+        mut forward: F,
+    ) -> Result<(&mut CapturedForward<O>, Batch), Error>
+    where
+        M: Module,
+        I: GraphInputs + Clone,
+        F: FnMut(&M, I) -> O,
+        O: GraphInputs + Clone + Send + 'static,
+    {
+        if self.cut.is_none() {
+            return Err(stage_error("the model is not cut yet: `prepare` it, or run a step, before a forward alone"));
+        }
+        let rows = Batch::new(inputs.clone(), &self.config.whole_inputs, 1)?.rows(0).len();
+        let count = self.config.micro_batches.min(rows);
+        let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, count)?;
+        let outline = self.outline(local);
+        let key = StepKey::of::<M, I, F>(&outline, &inputs)?;
+        if !self.forwards.contains_key(&key) {
+            let (firsts, sizes) = batch.sizes();
+            let mut captured = Vec::new();
+            for first in firsts {
+                let micro_batch = batch.structured(inputs.clone(), first)?;
+                let mut graph = capture_forward(&outline, micro_batch, &mut forward)?;
+                self.split_graph(&mut graph.graph)?;
+                captured.push(graph);
+            }
+            let graphs: Vec<StepGraph> = captured.iter().map(|captured| captured.graph.clone()).collect();
+            let cuts = self.cuts::<M>(&graphs, &mut None)?;
+            let stages = self.stages(&graphs, &cuts, &sizes)?;
+            let giver = |place: usize| {
+                cuts[0].stages.iter().position(|stage| stage.outputs.iter().any(|(output, _)| *output == place))
+            };
+            let givers = (0..graphs[0].outputs.len()).map(|place| giver(place).unwrap_or(0)).collect();
+            let pipeline = Pipeline::new(&self.group, self.timetable.clone(), &stages)?;
+            let forward = CapturedForward { pipeline, stages, graphs: captured, sizes, givers };
+            self.forwards.insert(key, Box::new(forward));
+        }
+        let key = StepKey::of::<M, I, F>(&outline, &inputs)?;
+        let forward = self.forwards.get_mut(&key).and_then(|forward| forward.downcast_mut());
+        Ok((forward.ok_or_else(|| graph_error("a closure of one type gave outputs of two types"))?, batch))
+    }
+
+    fn split_graph(&self, graph: &mut StepGraph) -> Result<(), Error> {
+        match &self.split {
+            Some(split) => drop(split.apply(graph)?),
+            None => drop(counted_random(graph)),
+        }
+        Ok(())
+    }
+
+    /// Cuts graphs of one step for micro-batches of different sizes. The first time ever it is decided who holds what, and
+    /// `local` loses the rest.
+    fn cuts<M: Module>(&mut self, graphs: &[StepGraph], local: &mut Option<M>) -> Result<Vec<CutGraph>, Error> {
+        let stages = self.timetable.stages();
+        let homes = |graph: &StepGraph| match (&self.cut, &self.holders) {
+            (Some(_), Some(holders)) => {
+                Ok(graph.params.iter().map(|param| holders.get(&param.id).map_or(0, |stages| stages[0])).collect())
+            }
+            _ => self.config.cut.homes(graph, stages),
+        };
+        let homes = homes(&graphs[0])?;
+        let mut cuts: Vec<CutGraph> = Vec::with_capacity(graphs.len());
+        for graph in graphs {
+            let cut = cut_like(graph, &homes, stages, cuts.first())?;
+            cuts.push(cut);
+        }
+        let mine: Vec<u64> = cuts.iter().map(CutGraph::fingerprint).collect();
+        agree(
+            &mine,
+            &self.group,
+            "cut the step in another way than rank 0: bring the same model and inputs of the same shapes",
+        )?;
+        if let Some(split) = &self.split {
+            for group in split.groups() {
+                agree(&mine, group, "cut its part of the step in another way than rank 0")?;
+            }
+        }
+        if self.cut.is_none() {
+            let params = graphs[0].params.iter().map(|param| param.id);
+            self.holders = Some(params.zip(cuts[0].holders.iter().cloned()).collect());
+            self.ties = Ties::new(&graphs[0], &cuts[0], self.timetable.stage_ranks(), &self.group)?;
+            self.cut = cuts.first().cloned();
+            if let Some(model) = local.take() {
+                *local = Some(self.ties.share(self.hold(model))?);
+            }
+        }
+        graphs.iter().zip(&cuts).try_for_each(|(graph, cut)| self.check_holders(graph, cut))?;
+        Ok(cuts)
+    }
+
+    /// Makes sure that no stage needs a parameter that it has let go of.
+    fn check_holders(&self, graph: &StepGraph, cut: &CutGraph) -> Result<(), Error> {
+        for (param, stages) in graph.params.iter().zip(&cut.holders) {
+            let held = self.holders.as_ref().and_then(|holders| holders.get(&param.id)).map_or(&[][..], Vec::as_slice);
+            if let Some(stage) = stages.iter().find(|stage| !held.contains(stage)) {
+                return Err(stage_error(format!(
+                    "this step needs parameter `{}` on stage {stage}, but the first step, by which the model was cut, left \
+                     it to {held:?}",
+                    param.path
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// This rank's stages.
+    fn stages(&self, graphs: &[StepGraph], cuts: &[CutGraph], sizes: &[usize]) -> Result<Vec<GraphStage>, Error> {
+        let mut stages = Vec::new();
+        for index in self.timetable.stages_of(self.group.rank()) {
+            let runs = graphs
+                .iter()
+                .zip(cuts)
+                .map(|(graph, cut)| StageRun::new(graph, cut.stages[index].clone(), self.ops.clone()));
+            stages.push(GraphStage::new(index, runs.collect::<Result<_, _>>()?, sizes.to_vec()));
+        }
+        Ok(stages)
+    }
+}
+
+/// Demands the same numbers of all ranks.
+fn agree(mine: &[u64], group: &Communicator, problem: &str) -> Result<(), Error> {
+    let all = group.all_gather(mine.to_vec())?;
+    match all.chunks(mine.len().max(1)).position(|theirs| theirs != &all[..mine.len()]) {
+        None => Ok(()),
+        Some(rank) => Err(graph_error(format!("rank {rank} of group `{}` {problem}", group.group()))),
+    }
+}
+
+/// A loss that is a mean becomes a sum over the rows of its micro-batch.
+struct OfRows<R> {
+    loss: R,
+    rows: usize,
+}
+
+impl<R: StepLoss> StepLoss for OfRows<R> {
+    fn split(self, mapper: &mut dyn TensorMapper) -> Result<LossParts, Error> {
+        match self.loss.split(mapper)? {
+            LossParts { loss, weight: None } if loss.dims() == [1] => {
+                let sum: Tensor<1> = loss * self.rows as f64;
+                TokenLoss::of(sum, self.rows).split(mapper)
+            }
+            parts => Ok(parts),
+        }
+    }
+}
