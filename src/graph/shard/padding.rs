@@ -48,7 +48,7 @@ fn tables(graph: &StepGraph, param: usize) -> Option<HashSet<TensorId>> {
             _ => return None,
         }
     }
-    let others = std::iter::once(&graph.loss).chain(&graph.outputs);
+    let others = graph.loss.iter().chain(&graph.weight).chain(&graph.outputs);
     let others = others
         .chain(graph.params.iter().enumerate().filter(|(place, _)| *place != param).flat_map(|(_, p)| &p.gradient));
     let gradient = binding.gradient.as_ref().is_none_or(|gradient| tables.contains(&gradient.id));
