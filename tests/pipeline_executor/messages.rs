@@ -1,5 +1,6 @@
 //! What the executor does, counts and refuses, whatever the stages compute.
 
+use std::cell::Cell;
 use std::sync::Mutex;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
@@ -7,6 +8,8 @@ use std::time::Duration;
 use burn_parallel::pipeline_parallel::Pipeline;
 use burn_parallel::pipeline_parallel::schedule::{Action, Direction, Edge, Routes, Schedule, Timetable};
 use burn_parallel::prelude::*;
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 
 use crate::probe::{ELEMENTS, Probe, calm};
 
@@ -234,4 +237,38 @@ fn stages_that_do_not_fit_are_refused_alike_on_every_rank() {
 fn directions_follow_from_the_ends_of_an_edge() {
     assert_eq!(Edge::new(0, 2, 1).direction(), Direction::Forward);
     assert_eq!(Edge::new(0, 2, 1).turned().direction(), Direction::Backward);
+}
+
+/// What the validator accepts, the executor runs: timetables whose actions, sends and receives among them, have been mixed up.
+#[test]
+fn every_valid_timetable_runs() {
+    let accepted = Cell::new(0);
+    let swaps = prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 1..6usize), 0..5);
+    let strategy = (0..5usize, 2..5usize, 1..6usize, swaps);
+    let mut runner = TestRunner::new(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(400) });
+    let outcome = runner.run(&strategy, |(schedule, ranks, micro_batches, swaps)| {
+        let timetable = schedules()[schedule].timetable(ranks, micro_batches).unwrap();
+        let (stages, routes) = (timetable.stages(), routes(timetable.stages()));
+        let mut rows = timetable.with_communication(&routes).unwrap().rows().to_vec();
+        for (rank, place, distance) in swaps {
+            let row = &mut rows[rank.index(ranks)];
+            let place = place.index(row.len());
+            let other = (place + distance).min(row.len() - 1);
+            row.swap(place, other);
+        }
+        let timetable = Timetable::new(rows).unwrap();
+        let Ok(peak) = timetable.validate(&routes) else { return Ok(()) };
+        accepted.set(accepted.get() + 1);
+        let inputs = vec![1.0; micro_batches];
+        let outcome = launch::threads(ranks).threads_per_rank(1).timeout(Duration::from_secs(60)).run(|rank| {
+            let mine = timetable.stages_of(rank.rank());
+            let mut held: Vec<_> = mine.iter().map(|stage| Probe::new(*stage, &routes, stages, calm)).collect();
+            let mut pipeline = Pipeline::new(&rank, timetable.clone(), &held)?;
+            Ok(pipeline.step(&mut held, &inputs)?.report.peak_activations_of_rank)
+        });
+        prop_assert_eq!(outcome, Ok(peak.per_rank), "\n{}", timetable);
+        Ok(())
+    });
+    outcome.unwrap_or_else(|problem| panic!("{problem}"));
+    assert!(accepted.get() > 40, "only {} timetables were valid", accepted.get());
 }

@@ -7,7 +7,7 @@ use burn::backend::flex::FlexTensor;
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer, SgdConfig};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 use burn_parallel::pipeline_parallel::schedule::{Routes, Schedule, Timetable};
 use burn_parallel::pipeline_parallel::{EagerStage, Pipeline, Received, Sent};
 use burn_parallel::prelude::*;
@@ -266,5 +266,52 @@ fn memory_is_freed_as_the_schedule_promises() {
             })
             .unwrap();
         assert_eq!(held[0], (most, 0), "{schedule:?}");
+    }
+}
+
+/// Activations and their gradients cross in the dtype that they are sent in.
+#[test]
+fn edges_of_every_float_dtype_carry_gradients() {
+    for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
+        let layers: Vec<Linear> = (0..2).map(|_| LinearConfig::new(5, 5).init(&Device::flex().autodiff())).collect();
+        let rows = |index: usize| Tensor::<2>::ones([2 + index, 5], &Device::flex()) * (index as f32 + 0.5);
+        let tail = |layer: &Linear, hidden: Tensor<2>| layer.forward(hidden.cast(DType::F32)).powf_scalar(2.0).sum();
+        let mut grads = (0..3)
+            .map(|index| tail(&layers[1], layers[0].forward(rows(index)).cast(dtype)))
+            .reduce(|a, b| a + b)
+            .unwrap()
+            .backward();
+        let expected: Vec<Vec<f32>> = layers
+            .iter()
+            .map(|layer| layer.weight.val().grad_remove(&mut grads).unwrap().into_data().try_into_vec().unwrap())
+            .collect();
+        let found = launch::threads(2)
+            .run(|rank| {
+                let layer = layers[rank.rank()].clone().fork(&rank.device().autodiff());
+                let mut stage =
+                    EagerStage::new(rank.rank(), 2, layer, |layer: &Linear, rows: &Tensor<2>, mut received| {
+                        if received.stage() == 0 {
+                            return Ok(Sent::new().to(1, layer.forward(rows.clone()).cast(dtype)));
+                        }
+                        let hidden = received.float::<2>(0)?;
+                        assert_eq!(hidden.dtype(), dtype);
+                        Ok(Sent::new().loss_sum(tail(layer, hidden), 1.0))
+                    });
+                let timetable = Schedule::ZeroBubbleH1.timetable(2, 3)?;
+                let mut pipeline = Pipeline::new(&rank, timetable, std::slice::from_ref(&stage))?;
+                let batch: Vec<Tensor<2>> = (0..3).map(rows).collect();
+                let run = pipeline.step(std::slice::from_mut(&mut stage), &batch)?;
+                let sent = run.report.counters.of("send");
+                // 2 + 3 + 4 rows of 5, in whichever direction.
+                assert_eq!((sent.calls, sent.bytes), (3, (45 * dtype.size()) as u64));
+                let grads = stage.take_gradients(1.0);
+                let grad = grads.get::<2>(stage.module().weight.id).unwrap();
+                Ok(grad.into_data().try_into_vec::<f32>().unwrap())
+            })
+            .unwrap();
+        for (found, expected) in found.iter().flatten().zip(expected.iter().flatten()) {
+            // The rows of a micro-batch are summed apart: all else is the same arithmetic.
+            assert!((found - expected).abs() <= 1e-5 * expected.abs().max(1.0), "{dtype:?}: {found} for {expected}");
+        }
     }
 }

@@ -8,20 +8,15 @@
 mod links;
 mod mail;
 mod report;
-
-use std::collections::{BTreeMap, HashMap};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Instant;
+mod run;
 
 pub use report::{PipelineRun, RunReport};
 
-use self::mail::Mail;
-use super::schedule::{Action, PeakActivations, Routes, Timetable, Unit, evaluation};
-use super::stage::{Forwarded, LossSum, MicroBatch, Stage};
-use super::{Parcel, stage_error};
+use self::run::Run;
+use super::schedule::{PeakActivations, Routes, Timetable, evaluation};
+use super::{Stage, stage_error};
 use crate::Error;
-use crate::comm::{Communicator, ReduceOp, panic_message};
-use crate::graph::GraphTensor;
+use crate::comm::Communicator;
 
 /// The stages of all ranks of a group, and the timetable by which they work.
 ///
@@ -172,179 +167,5 @@ impl Pipeline {
     fn fail(&self, error: Error) -> Error {
         self.comm.fail(error.clone());
         self.comm.failure().unwrap_or(error)
-    }
-}
-
-/// One run of a timetable on one rank.
-struct Run<'a, I, S> {
-    pipeline: &'a Pipeline,
-    timetable: &'a Timetable,
-    stages: &'a mut [S],
-    /// Where each stage of this rank is in `stages`.
-    places: HashMap<usize, usize>,
-    micro_batches: &'a [I],
-    trains: bool,
-    mail: Mail<'a>,
-    loss: LossSum,
-    outputs: BTreeMap<Unit, Vec<GraphTensor>>,
-    report: RunReport,
-}
-
-impl<'a, I, S: Stage<I>> Run<'a, I, S> {
-    fn new(
-        pipeline: &'a Pipeline,
-        timetable: &'a Timetable,
-        stages: &'a mut [S],
-        micro_batches: &'a [I],
-    ) -> Result<Self, Error> {
-        let (rank, group) = (pipeline.comm.rank(), pipeline.comm.group());
-        let (brought, wanted) = (micro_batches.len(), timetable.micro_batches());
-        if brought != wanted {
-            return Err(stage_error(format!(
-                "rank {rank} of group `{group}` brought {brought} micro-batches, and the timetable is for {wanted}"
-            )));
-        }
-        let places: HashMap<usize, usize> =
-            stages.iter().enumerate().map(|(place, stage)| (stage.index(), place)).collect();
-        let expected = timetable.stages_of(rank);
-        if places.len() != expected.len() || expected.iter().any(|stage| !places.contains_key(stage)) {
-            let held: Vec<usize> = stages.iter().map(Stage::index).collect();
-            return Err(stage_error(format!(
-                "rank {rank} of group `{group}` brought the stages {held:?}, and the timetable gives it {expected:?}"
-            )));
-        }
-        Ok(Self {
-            mail: Mail::new(&pipeline.comm, timetable, &pipeline.routes),
-            trains: timetable.trains(),
-            loss: LossSum::default(),
-            outputs: BTreeMap::new(),
-            report: RunReport::default(),
-            pipeline,
-            timetable,
-            stages,
-            places,
-            micro_batches,
-        })
-    }
-
-    fn finish(mut self) -> Result<PipelineRun, Error> {
-        let comm = &self.pipeline.comm;
-        let (began, before) = (Instant::now(), comm.counters());
-        let row = &self.timetable.rows()[comm.rank()];
-        for (place, action) in row.iter().enumerate() {
-            match *action {
-                Action::Send(direction, unit) => {
-                    self.mail.send(unit, direction).map_err(|cause| self.failed(action, cause))?;
-                }
-                Action::Receive(direction, unit) => self.mail.post(unit, direction),
-                _ => {
-                    // Receives up to the next pass are posted now: their tensors may come while this one runs.
-                    for ahead in row[place + 1..].iter().take_while(|ahead| !ahead.computes()) {
-                        if let Action::Receive(direction, unit) = *ahead {
-                            self.mail.post(unit, direction);
-                        }
-                    }
-                    self.pass(action)?;
-                }
-            }
-        }
-        let counters = comm.counters() - before;
-        let waits = Instant::now();
-        let mine = vec![self.loss.sum, self.loss.weight, self.report.busy.as_secs_f64()];
-        let [sum, weight, busy] = comm.all_reduce(mine, ReduceOp::Sum)?[..] else {
-            return Err(stage_error("the loss came back incomplete"));
-        };
-        let waited = self.mail.waited + waits.elapsed();
-        let elapsed = began.elapsed();
-        let total = comm.size() as f64 * elapsed.as_secs_f64();
-        let report = RunReport {
-            actions: row.len(),
-            elapsed,
-            waited,
-            idle_share: if total > 0.0 { (1.0 - busy / total).max(0.0) } else { 0.0 },
-            counters,
-            ..self.report
-        };
-        let gradient_factor = if weight == 0.0 { 0.0 } else { 1.0 / (self.pipeline.scale * weight) };
-        Ok(PipelineRun { loss: LossSum { sum, weight }, gradient_factor, outputs: self.outputs, report })
-    }
-
-    /// Runs one pass of a stage, with what it takes and gives.
-    fn pass(&mut self, action: &Action) -> Result<(), Error> {
-        let unit = action.unit();
-        let direction = action.direction();
-        let received = match direction {
-            Some(direction) => self.mail.take(unit, direction).map_err(|cause| self.failed(action, cause))?,
-            None => Vec::new(),
-        };
-        let began = Instant::now();
-        let given = self.call(action, received);
-        self.report.busy += began.elapsed();
-        let given = given.and_then(|given| match direction {
-            Some(direction) => self.mail.give(unit, direction, given),
-            None => Ok(()),
-        });
-        given.map_err(|cause| self.failed(action, cause))?;
-        self.count_live();
-        Ok(())
-    }
-
-    /// Calls the stage. A panic of it becomes an error.
-    fn call(&mut self, action: &Action, received: Vec<Parcel>) -> Result<Vec<Parcel>, Error> {
-        let unit = action.unit();
-        let place = self.places.get(&unit.stage).copied();
-        let stage = place.and_then(|place| self.stages.get_mut(place));
-        let (Some(stage), Some(input)) = (stage, self.micro_batches.get(unit.micro_batch)) else {
-            return Err(stage_error("the timetable has a stage or a micro-batch that this rank has not"));
-        };
-        let (index, count) = (unit.micro_batch, self.micro_batches.len());
-        let micro_batch = MicroBatch { index, count, input, trains: self.trains, scale: self.pipeline.scale };
-        let pass = || match action {
-            Action::Forward(_) => stage.forward(micro_batch, received),
-            Action::Backward(_) => stage.backward(micro_batch, received).map(Forwarded::of_parcels),
-            Action::BackwardInput(_) => stage.backward_input(micro_batch, received).map(Forwarded::of_parcels),
-            Action::BackwardWeight(_) => stage.backward_weight(micro_batch).map(|()| Forwarded::default()),
-            Action::Send(..) | Action::Receive(..) => Ok(Forwarded::default()),
-        };
-        let given = catch_unwind(AssertUnwindSafe(pass))
-            .unwrap_or_else(|panic| Err(stage_error(format!("the stage panicked: {}", panic_message(&*panic)))))?;
-        if let Some(LossSum { sum, weight }) = given.loss {
-            if !weight.is_finite() || weight < 0.0 {
-                return Err(stage_error(format!("the loss has weight {weight}; it must be finite and not negative")));
-            }
-            self.loss.sum += sum;
-            self.loss.weight += weight;
-        }
-        if !given.outputs.is_empty() {
-            self.outputs.insert(unit, given.outputs);
-        }
-        Ok(given.parcels)
-    }
-
-    fn count_live(&mut self) {
-        let mut total = 0;
-        for stage in self.stages.iter() {
-            let live = stage.live();
-            total += live;
-            let peak = self.report.peak_activations.entry(stage.index()).or_default();
-            *peak = live.max(*peak);
-        }
-        self.report.peak_activations_of_rank = total.max(self.report.peak_activations_of_rank);
-    }
-
-    /// The error of an action of this rank; that of the world stays as it is.
-    fn failed(&self, action: &Action, cause: Error) -> Error {
-        let comm = &self.pipeline.comm;
-        if comm.failure().as_ref() == Some(&cause) {
-            return cause;
-        }
-        let (group, rank) = (comm.group().clone(), comm.rank());
-        Error::Stage { group, rank, action: action.to_string(), cause: Box::new(cause) }
-    }
-}
-
-impl Forwarded {
-    fn of_parcels(parcels: Vec<Parcel>) -> Self {
-        Self { parcels, ..Self::default() }
     }
 }

@@ -100,41 +100,30 @@ impl Timetable {
     /// Looks for what is missing.
     fn complete(&self, places: &HashMap<Action, Place>, routes: &Routes) -> Result<(), Error> {
         let (trains, communicates) = (self.trains(), self.communicates());
-        let there = |action: &Action| places.contains_key(action);
         let units = (0..self.micro_batches()).flat_map(|m| (0..self.stages()).map(move |s| Unit::new(s, m)));
         for unit in units {
-            let missing = |action: Action| {
-                let (rank, other) = (self.stage_ranks()[unit.stage], Unit::new(unit.stage, 0));
-                let anchor = self.rows()[rank].iter().position(|found| found.unit().stage == other.stage);
-                let grid = grid::marked(self, rank, anchor.unwrap_or_default(), false);
-                schedule_error(format!("{action} is missing on rank {rank}\n{grid}"))
-            };
-            if !there(&Action::Forward(unit)) {
-                return Err(missing(Action::Forward(unit)));
+            let mut needed = vec![Action::Forward(unit)];
+            if trains && places.contains_key(&Action::BackwardInput(unit)) {
+                needed.push(Action::BackwardWeight(unit));
+            } else if trains {
+                needed.push(Action::Backward(unit));
             }
-            if trains {
-                if !passes(Direction::Backward, unit).iter().any(there) {
-                    return Err(missing(Action::Backward(unit)));
+            let directions =
+                if trains { &[Direction::Forward, Direction::Backward][..] } else { &[Direction::Forward] };
+            for direction in directions.iter().filter(|_| communicates) {
+                if self.takers(unit, *direction, routes).next().is_some() {
+                    needed.push(Action::Send(*direction, unit));
                 }
-                let split = there(&Action::BackwardInput(unit));
-                if split && !there(&Action::BackwardWeight(unit)) {
-                    return Err(missing(Action::BackwardWeight(unit)));
+                if self.takes_from_elsewhere(unit, *direction, routes) {
+                    needed.push(Action::Receive(*direction, unit));
                 }
             }
-            if communicates {
-                for direction in [Direction::Forward, Direction::Backward] {
-                    if direction == Direction::Backward && !trains {
-                        continue;
-                    }
-                    let send = Action::Send(direction, unit);
-                    if !there(&send) && self.takers(unit, direction, routes).next().is_some() {
-                        return Err(missing(send));
-                    }
-                    let receive = Action::Receive(direction, unit);
-                    if !there(&receive) && self.takes_from_elsewhere(unit, direction, routes) {
-                        return Err(missing(receive));
-                    }
-                }
+            if let Some(missing) = needed.into_iter().find(|action| !places.contains_key(action)) {
+                let rank = self.stage_ranks()[unit.stage];
+                let of_stage = |action: &Action| action.unit().stage == unit.stage;
+                let first = self.rows()[rank].iter().position(of_stage).unwrap_or_default();
+                let grid = grid::marked(self, rank, first, false);
+                return Err(schedule_error(format!("{missing} is missing on rank {rank}\n{grid}")));
             }
         }
         Ok(())
