@@ -2,7 +2,7 @@
 //!
 //! Any [`Module`](burn::module::Module), unedited: [`PipelineParallel::pipeline_parallel`] leaves each rank the parameters
 //! of its stages, and [`Pipelined::step`] runs a training step, [cut](crate::graph::cut) into those stages, in the order of
-//! a [schedule](schedule). Where shapes change from one micro-batch to the next, or a step cannot be captured, a stage is
+//! a [schedule]. Where shapes change from one micro-batch to the next, or a step cannot be captured, a stage is
 //! written by hand: [`EagerStage`], or a [`Stage`] of one's own, for the same executor ([`Pipeline`]).
 //!
 //! A [`Schedule`](schedule::Schedule) says in which order; written out for so many ranks and micro-batches it is a

@@ -108,9 +108,9 @@ mod tests {
             edges in proptest::collection::vec((0usize..8, 0usize..8, 0u64..9), 0..24),
         ) {
             let mut network = Network::new();
-            (2..8).for_each(|_| {
-                let _ = network.node();
-            });
+            for node in 2..8 {
+                prop_assert_eq!(network.node(), node);
+            }
             edges.iter().for_each(|(from, to, capacity)| network.edge(*from, *to, *capacity));
             let price = |side: &dyn Fn(usize) -> bool| -> u64 {
                 edges.iter().filter(|(from, to, _)| side(*from) && !side(*to)).map(|edge| edge.2).sum()
