@@ -506,6 +506,20 @@ fn dropout_does_not_depend_on_ranks_and_schedules() {
     }
     let other = losses(2, PipelineConfig::new(3).with_seed(1));
     assert!((other[0] - alone[0]).abs() > 1e-6);
+    // Micro-batches of the same rows draw other numbers: their outputs, on the rank that computes them, differ.
+    let outputs = launch::threads(2).run(|rank| {
+        let mut model = filled(make()).pipeline_parallel(&rank, PipelineConfig::new(3))?;
+        let step = model.step(Tensor::<3>::ones([3, 4, 8], &device()), |model, x| {
+            let x = model.forward(burn::nn::transformer::TransformerEncoderInput::new(x));
+            (x.clone().powi_scalar(2).mean(), x.powi_scalar(2).mean())
+        })?;
+        let of = |outputs: &Vec<burn_parallel::graph::GraphTensor>| scalar(outputs[0].clone().float().unwrap());
+        Ok(step.outputs.iter().map(of).collect::<Vec<f32>>())
+    });
+    let outputs = outputs.unwrap();
+    assert!(outputs[0].is_empty());
+    assert_eq!(outputs[1].len(), 3);
+    assert!(outputs[1][0] != outputs[1][1] && outputs[1][1] != outputs[1][2], "{outputs:?}");
 }
 
 #[test]
