@@ -204,7 +204,7 @@ impl Communicator {
             // An error that only this rank has found, with the others already done, must not leave them guessing later.
             error => self.fail_with(error),
         })?;
-        self.inner.counters.add(&call.operation, bytes, Duration::max(began.elapsed(), Duration::from_nanos(1)));
+        self.inner.counters.add(call, bytes, Duration::max(began.elapsed(), Duration::from_nanos(1)));
         Ok(())
     }
 }
