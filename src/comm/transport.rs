@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::Duration;
 
+use burn::backend::TensorMetadata;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
 
@@ -118,6 +119,45 @@ pub enum Transfer<'a, 'b> {
 /// A message from rank to rank: a tensor that moves, storage and all.
 #[derive(Debug, Clone)]
 pub struct Message(pub FlexTensor);
+
+/// A message that has come, where it is.
+#[derive(Debug, Clone)]
+pub enum Arrival {
+    /// In host memory.
+    Host(Message),
+    /// On a device: that of the receiver, or of the sender if both are threads of one process.
+    #[cfg(feature = "cubecl")]
+    Device(super::DeviceTensor),
+}
+
+impl From<Message> for Arrival {
+    fn from(message: Message) -> Self {
+        Self::Host(message)
+    }
+}
+
+impl Arrival {
+    /// The message in host memory. Waits for the device if it is on one.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the device cannot be read.
+    pub fn into_host(self) -> Result<Message, Error> {
+        match self {
+            Self::Host(message) => Ok(message),
+            #[cfg(feature = "cubecl")]
+            Self::Device(tensor) => super::device::to_host(tensor).map(Message),
+        }
+    }
+
+    /// Element type and dims of what has come.
+    pub(crate) fn outline(&self) -> (DType, Vec<usize>) {
+        match self {
+            Self::Host(Message(tensor)) => (tensor.dtype(), tensor.shape().to_vec()),
+            #[cfg(feature = "cubecl")]
+            Self::Device(tensor) => (tensor.dtype, tensor.meta.shape().to_vec()),
+        }
+    }
+}
 
 /// An engine that joins the ranks of one group.
 ///

@@ -9,8 +9,8 @@ use super::collective::{Task, data_type};
 use super::lane::Lane;
 use super::raw::Raw;
 use crate::Error;
-use crate::comm::device::{DeviceTensor, DeviceTransport, bytes_moved, empty_like, rows_received};
-use crate::comm::{BufferMut, Call, CallLog, Extent, Message, Operation, ReduceOp, Transfer, Transport};
+use crate::comm::device::{DeviceTensor, DeviceTransport, bytes_moved, empty_like, rows_received, to_host};
+use crate::comm::{Arrival, BufferMut, Call, CallLog, Extent, Message, Operation, ReduceOp, Transfer, Transport};
 
 /// A rank's place in a group that NCCL joins. All but collectives on device data is done by the engine below.
 #[derive(Debug)]
@@ -84,6 +84,25 @@ impl DeviceTransport for NcclTransport {
         enqueued?;
         let bytes = bytes_moved(&operation, &rows, rank, width * tensor.dtype.size());
         Ok((output, bytes))
+    }
+
+    fn all_reduce_many(&self, op: ReduceOp, tensors: Vec<DeviceTensor>) -> Result<(Vec<DeviceTensor>, u64), Error> {
+        let mut moved = 0;
+        let mut reduce = |tensor| {
+            let (tensor, bytes) = self.run(Operation::AllReduce(op), tensor)?;
+            moved += bytes;
+            Ok(tensor)
+        };
+        let reduced = tensors.into_iter().map(&mut reduce).collect::<Result<_, Error>>()?;
+        Ok((reduced, moved))
+    }
+
+    fn send(&self, to: usize, tag: u64, tensor: DeviceTensor) -> Result<(), Error> {
+        self.host.send(to, tag, Message(to_host(tensor)?))
+    }
+
+    fn receive(&self, from: usize, tag: u64) -> Result<Arrival, Error> {
+        self.host.receive(from, tag).map(Arrival::from)
     }
 }
 
