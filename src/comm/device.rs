@@ -2,7 +2,7 @@
 
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
-use burn::tensor::{BackendPrimitive, Bool, DType, Device, Float, Int, Shape, Tensor, TensorData};
+use burn::tensor::{BackendPrimitive, Bool, BoolStore, DType, Device, Float, Int, Shape, Tensor, TensorData};
 use burn_cubecl::kernel::into_contiguous;
 pub use burn_cubecl::tensor::CubeTensor as DeviceTensor;
 use burn_cubecl::{Cube, CubeBackend};
@@ -89,12 +89,33 @@ pub(crate) fn flat(tensor: DeviceTensor) -> DeviceTensor {
     with_dims(tensor, vec![elements])
 }
 
-/// A buffer of other dims on the same device, whose values are not set.
+/// The tensor if nobody else holds its buffer, else a copy on its device.
+pub(crate) fn exclusive(tensor: DeviceTensor) -> DeviceTensor {
+    if tensor.can_mut() || tensor.meta.shape().iter().product::<usize>() == 0 {
+        return tensor;
+    }
+    let (dims, dtype) = (tensor.meta.shape().to_vec(), tensor.dtype);
+    // The kernel knows numbers.
+    let numbers = match dtype {
+        DType::Bool(BoolStore::U32) => DType::U32,
+        DType::Bool(_) => DType::U8,
+        dtype => dtype,
+    };
+    let whole = with_dtype(with_dims(tensor, dims.clone()), numbers);
+    with_dims(with_dtype(whole.copy(), dtype), dims)
+}
+
+fn with_dtype(tensor: DeviceTensor, dtype: DType) -> DeviceTensor {
+    let shape = Shape::from(tensor.meta.shape().to_vec());
+    DeviceTensor::new_contiguous(tensor.client, tensor.device, shape, tensor.handle, dtype)
+}
+
+/// A contiguous buffer whose values are not set.
 #[cfg(feature = "cuda")]
-pub(crate) fn empty_like(like: &DeviceTensor, dims: Vec<usize>) -> DeviceTensor {
-    let elements: usize = dims.iter().product();
-    let buffer = like.client.empty(elements * like.dtype.size());
-    DeviceTensor::new_contiguous(like.client.clone(), like.device.clone(), Shape::from(dims), buffer, like.dtype)
+pub(crate) fn empty_on(device: &burn_cubecl::CubeDevice, dims: Vec<usize>, dtype: DType) -> DeviceTensor {
+    let client = device.client();
+    let buffer = client.empty(dims.iter().product::<usize>() * dtype.size());
+    DeviceTensor::new_contiguous(client, device.clone(), Shape::from(dims), buffer, dtype)
 }
 
 /// First dim of what `rank` gets, when the ranks bring tensors of these first dims.

@@ -195,6 +195,14 @@ pub trait Transport: Debug + Send + Sync {
     /// Receives the oldest message of `from` that bears `tag`.
     fn receive(&self, from: usize, tag: u64) -> Result<Message, Error>;
 
+    /// Takes the oldest message of `from` that bears `tag` if it is there, and does not wait for it. Engines that carry
+    /// data of devices on top of this one need it.
+    fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {
+        let _ = (from, tag);
+        let problem = "it cannot look for a message without waiting for it: implement `Transport::try_receive`";
+        Err(Error::Engine { engine: self.engine(), problem: problem.into() })
+    }
+
     /// How long any wait may last.
     fn timeout(&self) -> Duration;
 

@@ -4,7 +4,14 @@
 //! of all. What is to be computed of them it enqueues on its own stream, with burn's kernels; CubeCL makes that stream wait
 //! for the streams that write the buffers. Nothing is copied to the host, and the host does not wait for the device.
 //!
-//! Buffers are never written in place: a rank that is late may still read them. A message hands over the handle.
+//! **Who may write to a buffer?** Streams wait for whoever has *written* what they read, not for whoever still *reads* what
+//! they write. burn writes in place to a buffer of which nobody else holds a handle, and a rank lets go of a foreign handle
+//! when it has enqueued its kernels, long before those have run. So what a rank lays out must be nobody's to write to
+//! afterwards:
+//!
+//! - a tensor of which the rank keeps another handle is copied before it is laid out or sent;
+//! - a rank holds the handles of all until it has enqueued its work, so that its own kernels write elsewhere;
+//! - a result that would be the buffer of another rank, as in a broadcast, is copied.
 //!
 //! Ranks of one group may have different devices. What another device holds goes through host memory then, and the host
 //! waits for it; NCCL, on top of such a group, spares both.
@@ -22,7 +29,7 @@ use super::transport::LocalTransport;
 use crate::Error;
 use crate::comm::collectives::pieces_on_device;
 use crate::comm::device::{
-    DeviceTensor, DeviceTransport, bytes_moved, flat, from_device, rows_received, to_device, with_dims,
+    DeviceTensor, DeviceTransport, bytes_moved, exclusive, flat, from_device, rows_received, to_device, with_dims,
 };
 use crate::comm::payload::on_device;
 use crate::comm::{Arrival, Call, Extent, Operation, ReduceOp, TensorKind, Transfer, Transport, part, reduce};
@@ -45,6 +52,7 @@ impl LocalTransport {
     fn exchange(&self, call: &Call, tensor: DeviceTensor) -> Result<Vec<DeviceTensor>, Error> {
         let (size, board) = (self.size(), &self.board().0);
         let number = self.next_exchange();
+        let tensor = if size == 1 { tensor } else { exclusive(tensor) };
         let empty = || Exchange { tensors: vec![None; size], fetched: 0 };
         lock(board).entry(number).or_insert_with(empty).tensors[self.rank()] = Some(tensor);
         if let Err(error) = self.collective(call, Transfer::Nothing) {
@@ -142,7 +150,11 @@ impl LocalTransport {
             *first = rows_received(&operation, &rows, rank);
         }
         let bytes = bytes_moved(&operation, &rows, rank, width * dtype.size());
-        Ok((with_dims(to_device(result)?, dims), bytes))
+        let result = with_dims(to_device(result)?, dims);
+        // Still while all are held: what is somebody's own is told by that.
+        let result = if size == 1 { result } else { exclusive(result) };
+        drop(all);
+        Ok((result, bytes))
     }
 }
 
@@ -172,7 +184,7 @@ impl DeviceTransport for LocalTransport {
     }
 
     fn send(&self, to: usize, tag: u64, tensor: DeviceTensor) -> Result<(), Error> {
-        self.hand_over(to, tag, Arrival::Device(tensor))
+        self.hand_over(to, tag, Arrival::Device(exclusive(tensor)))
     }
 
     fn receive(&self, from: usize, tag: u64) -> Result<Arrival, Error> {

@@ -284,6 +284,14 @@ impl Transport for LocalTransport {
         self.take(from, tag)?.into_host()
     }
 
+    fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {
+        self.check_rank(from, "recv")?;
+        match self.group.fate.error() {
+            Some(error) => Err(error.clone()),
+            None => self.group.mail.take(from, self.rank, tag).map(Arrival::into_host).transpose(),
+        }
+    }
+
     fn timeout(&self) -> Duration {
         self.group.timeout
     }
