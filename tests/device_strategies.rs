@@ -90,20 +90,37 @@ impl Reference {
     #[track_caller]
     fn compare<M: Module>(&self, what: &str, step: usize, loss: f64, model: &M) {
         let expected = f64::from(self.losses[step]);
-        assert!((loss - expected).abs() <= 1e-4 * expected.abs().max(1.0), "{what}, loss {step}: {loss} for {expected}");
+        assert!(
+            (loss - expected).abs() <= 1e-4 * expected.abs().max(1.0),
+            "{what}, loss {step}: {loss} for {expected}"
+        );
         let found = floats(model);
         let worst = difference(&self.after[step], &found);
         if worst > 1e-3 {
             for (id, a) in &self.after[step] {
                 let b = &found[id];
                 let d = a.iter().zip(b).filter(|(a, b)| (**a - **b).abs() > 1e-4).count();
-                if d > 0 { eprintln!("{what} {step}: {id} {} of {} differ: {:?} {:?}", d, a.len(), &a[..4.min(a.len())], &b[..4.min(b.len())]); }
+                if d > 0 {
+                    eprintln!(
+                        "{what} {step}: {id} {} of {} differ: {:?} {:?}",
+                        d,
+                        a.len(),
+                        &a[..4.min(a.len())],
+                        &b[..4.min(b.len())]
+                    );
+                }
             }
             struct P(Vec<String>);
             impl ModuleVisitor for P {
-                fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) { eprintln!("{} = {} {:?}", param.id, self.0.join("."), param.val().dims()); }
-                fn enter_module(&mut self, n: &str, _: &str) { self.0.push(n.into()); }
-                fn exit_module(&mut self, _: &str, _: &str) { self.0.pop(); }
+                fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                    eprintln!("{} = {} {:?}", param.id, self.0.join("."), param.val().dims());
+                }
+                fn enter_module(&mut self, n: &str, _: &str) {
+                    self.0.push(n.into());
+                }
+                fn exit_module(&mut self, _: &str, _: &str) {
+                    self.0.pop();
+                }
             }
             model.visit(&mut P(vec![]));
         }
@@ -433,9 +450,8 @@ fn models_on_two_devices_are_refused() {
         assert!(text.contains("first.weight") && text.contains("second.weight"), "{text}");
     };
     says(launch::threads(2).run(|rank| model().data_parallel(&rank, DataParallelConfig::new()).map(drop)).unwrap_err());
-    let tp = launch::threads(2).run(|rank| {
-        model().tensor_parallel(&rank, &mlp_plan())?.step(rows(0, &gpu()), mlp_loss).map(drop)
-    });
+    let tp = launch::threads(2)
+        .run(|rank| model().tensor_parallel(&rank, &mlp_plan())?.step(rows(0, &gpu()), mlp_loss).map(drop));
     says(tp.unwrap_err());
     // Inputs elsewhere than the model.
     let elsewhere = launch::threads(2).run(|rank| {
@@ -457,7 +473,9 @@ fn captured_alone() {
     }
     let (mut model, mut optim) = (own(&model, gpu()), optimizer());
     let graph = burn_parallel::graph::capture_step(&model, tokens(0, &gpu()), |m, b| lm_loss(m, b)).unwrap();
-    if std::env::var("DBG_G").is_ok() { eprintln!("{graph}"); }
+    if std::env::var("DBG_G").is_ok() {
+        eprintln!("{graph}");
+    }
     let mut executor = burn_parallel::graph::Executor::new(graph, burn_parallel::graph::CustomOps::new()).unwrap();
     for step in 0..STEPS {
         let result = executor.step(&model, tokens(step, &gpu())).unwrap();
@@ -478,10 +496,14 @@ fn probe() {
             for round in 0..3 {
                 let w = Tensor::<2>::full([16, 16], rank.rank() as f32 + 1.0, &gpu());
                 let b = rank.broadcast(w, 0)?;
-                if round == 0 { eprintln!("rank {} read {:?}", rank.rank(), read(&b)); }
+                if round == 0 {
+                    eprintln!("rank {} read {:?}", rank.rank(), read(&b));
+                }
                 let y = b.clone().matmul(b.clone());
                 let sum = rank.all_reduce(y, ReduceOp::Sum)?;
-                if round == 1 { eprintln!("rank {} sum {:?}", rank.rank(), read(&sum)); }
+                if round == 1 {
+                    eprintln!("rank {} sum {:?}", rank.rank(), read(&sum));
+                }
                 let z = Tensor::<2>::full([16, 16], 0.1, &gpu());
                 let c = b.mul_scalar(0.9) - z * sum.mul_scalar(0.0).add_scalar(1.0);
                 eprintln!("rank {} round {round} c {:?}", rank.rank(), read(&c));

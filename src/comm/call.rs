@@ -238,6 +238,13 @@ impl Call {
         Self { cut: Self::ON_DEVICE, ..Self::new(operation, Some(dtype), extent) }
     }
 
+    /// A call that reduces several buffers together, where they are. `cut` is the fingerprint of their lengths.
+    #[cfg(feature = "cubecl")]
+    pub(crate) fn pieces_on_device(op: ReduceOp, dtype: DType, elements: usize, pieces: usize, cut: u64) -> Self {
+        let call = Self::on_device(Operation::AllReduce(op), dtype, Extent::flat(elements));
+        Self { pieces, cut: if pieces == 1 { Self::ON_DEVICE } else { !cut }, ..call }
+    }
+
     /// The highest bit of `cut` says that the data is on a device.
     const ON_DEVICE: u64 = 1 << 63;
 

@@ -52,6 +52,11 @@ impl Communicator {
     }
 
     #[cfg(feature = "cuda")]
+    pub(super) fn underway(&self) -> &Arc<Underway> {
+        self.inner.progress.underway()
+    }
+
+    #[cfg(feature = "cuda")]
     pub(super) fn transport_arc(&self) -> Arc<dyn Transport> {
         self.inner.transport.clone()
     }

@@ -56,5 +56,5 @@ pub use partition::part;
 pub use payload::{Payload, TensorHome, TensorKind};
 pub use pending::Pending;
 pub(crate) use pending::panic_message;
-pub use transport::{BufferMut, BufferRef, Message, Output, Transfer, Transport};
+pub use transport::{Arrival, BufferMut, BufferRef, Message, Output, Transfer, Transport};
 pub use watch::CallLog;
