@@ -18,7 +18,8 @@ pub enum Cut {
     #[default]
     Balanced,
     /// As [`Balanced`](Self::Balanced), by costs that were measured: of each operation of the captured step, in any unit.
-    /// What is sent and received counts nothing.
+    /// [`Pipelined::measure`](crate::pipeline_parallel::Pipelined::measure) measures them. What is sent and received counts
+    /// nothing.
     Measured(Vec<f64>),
     /// The patterns of each stage; a parameter belongs to the first stage of which one matches.
     Patterns(Vec<Vec<String>>),

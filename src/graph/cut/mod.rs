@@ -25,6 +25,7 @@ mod assign;
 mod balance;
 mod cost;
 mod flow;
+mod measure;
 mod place;
 mod program;
 mod report;
@@ -34,6 +35,7 @@ mod tied;
 
 pub use assign::Cut;
 pub use cost::operation_cost;
+pub use measure::measure_operations;
 pub use report::{Crossing, CutReport, StageShare};
 pub use run::{StageForward, StageRun, Tensors};
 pub use split::{Route, StageGraph};
