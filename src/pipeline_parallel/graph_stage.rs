@@ -166,3 +166,6 @@ impl Stage<Vec<GraphTensor>> for GraphStage {
         self.gradients.clear();
     }
 }
+
+#[cfg(test)]
+mod tests;
