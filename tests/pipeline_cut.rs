@@ -6,9 +6,6 @@ mod models;
 
 use std::collections::{BTreeMap, HashMap};
 
-use burn::backend::Flex;
-use burn::backend::flex::FlexTensor;
-use burn::backend::ops::FloatTensorOps;
 use burn::module::{Module, Param, ParamId};
 use burn::nn::{Dropout, DropoutConfig, Linear, LinearConfig};
 use burn::prelude::*;
@@ -16,8 +13,9 @@ use burn::tensor::{Bool, activation};
 use burn_parallel::Error;
 use burn_parallel::graph::cut::{Cut, CutGraph, CutReport, StageRun, Tensors, cut, operation_cost};
 use burn_parallel::graph::{
-    CustomOps, Executor, GraphInputs, GraphTensor, StepGraph, capture_step, gradients_params, graph_tensors,
+    CustomOps, Executor, GraphInputs, StepGraph, capture_step, gradients_params, graph_tensors,
 };
+use burn_parallel::tensor::PlainTensor;
 use models::{
     Cnn, Lm, Numbers, Residual, Rnn, Tied, cross_entropy, device, difference, floats, grad_floats, images, scalar,
 };
@@ -26,12 +24,12 @@ use proptest::prelude::*;
 /// All stages of a cut, run one after the other in one thread.
 struct Pipeline {
     stages: Vec<StageRun>,
-    gradients: HashMap<ParamId, FlexTensor>,
+    gradients: HashMap<ParamId, PlainTensor>,
 }
 
-fn add(sums: &mut HashMap<ParamId, FlexTensor>, id: ParamId, more: FlexTensor) {
+fn add(sums: &mut HashMap<ParamId, PlainTensor>, id: ParamId, more: PlainTensor) {
     let sum = match sums.remove(&id) {
-        Some(sum) => Flex::float_add(sum, more),
+        Some(sum) => sum.add(more),
         None => more,
     };
     sums.insert(id, sum);
@@ -44,7 +42,7 @@ impl Pipeline {
     }
 
     /// What came for a stage, by sender.
-    fn forward(&mut self, micro_batch: usize, inputs: &[GraphTensor]) -> f32 {
+    fn forward(&mut self, micro_batch: usize, inputs: &[PlainTensor]) -> f32 {
         let mut on_the_way: BTreeMap<(usize, usize), Tensors> = BTreeMap::new();
         let mut loss = None;
         for index in 0..self.stages.len() {
