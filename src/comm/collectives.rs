@@ -114,6 +114,16 @@ impl Communicator {
     /// [`Error::NoSuchRank`]; [`Error::InvalidArgument`] if the root brings nothing, or what a receiver does not take; the
     /// world fails with it.
     pub fn scatter<P: Payload>(&self, payload: Option<P>, root: usize) -> Result<P, Error> {
+        self.scatter_as(payload, root, P::fixed_dtype())
+    }
+
+    /// [`scatter`](Self::scatter) of a payload of this dtype, if it is known.
+    pub(crate) fn scatter_as<P: Payload>(
+        &self,
+        payload: Option<P>,
+        root: usize,
+        expected: Option<DType>,
+    ) -> Result<P, Error> {
         self.check_root(root, "scatter")?;
         if root == self.rank() && payload.is_none() {
             let problem = format!("rank {root} is the root and brings nothing to scatter");
@@ -123,14 +133,20 @@ impl Communicator {
             Some((data, home)) => (Some(data), home),
             None => (None, P::Home::default()),
         };
-        let data = self.through(Operation::Scatter { root }, data, P::fixed_dtype())?;
+        let data = self.through(Operation::Scatter { root }, data, expected)?;
         // Only here can a receiver be surprised: it brought nothing for the others to compare with.
         P::from_host(data, &home).map_err(|error| self.fail_with(error))
     }
 
     /// Part `j` of this rank's first dim goes to rank `j`; the rank gets its part of every rank, in rank order.
     pub fn all_to_all<P: Payload>(&self, payload: P) -> Result<P, Error> {
-        self.carry(Operation::AllToAll, payload, |data| self.through(Operation::AllToAll, Some(data), None))
+        self.all_to_all_agreed(payload, 0)
+    }
+
+    /// [`all_to_all`](Self::all_to_all) with a number that must be the same on all ranks, where the shapes do not tell.
+    pub(crate) fn all_to_all_agreed<P: Payload>(&self, payload: P, agreed: u64) -> Result<P, Error> {
+        let operation = Operation::AllToAll;
+        self.carry(operation, payload, |data| self.through_agreed(operation, Some(data), None, agreed))
     }
 
     /// Runs a collective where the payload is: on its device if the engine can, else in host memory.
@@ -170,12 +186,12 @@ impl Communicator {
         P::from_device(carried, &home).map(Ok)
     }
 
-    pub(crate) fn all_reduce_host(&self, data: FlexTensor, op: ReduceOp) -> Result<FlexTensor, Error> {
+    fn all_reduce_host(&self, data: FlexTensor, op: ReduceOp) -> Result<FlexTensor, Error> {
         reduce::check(op, data.dtype())?;
         self.host_in_place(Operation::AllReduce(op), data)
     }
 
-    pub(crate) fn all_reduce_many(&self, data: Vec<FlexTensor>, op: ReduceOp) -> Result<Vec<FlexTensor>, Error> {
+    fn all_reduce_many(&self, data: Vec<FlexTensor>, op: ReduceOp) -> Result<Vec<FlexTensor>, Error> {
         // A rank that brings nothing meets the others all the same: they may have brought something.
         let dtype = data.first().map(FlexTensor::dtype);
         for tensor in &data {
@@ -197,7 +213,7 @@ impl Communicator {
         Ok(data)
     }
 
-    pub(crate) fn host_in_place(&self, operation: Operation, data: FlexTensor) -> Result<FlexTensor, Error> {
+    fn host_in_place(&self, operation: Operation, data: FlexTensor) -> Result<FlexTensor, Error> {
         host::check_dtype(operation.name(), data.dtype())?;
         let mut data = host::exclusive(data);
         let call = Call::new(operation, Some(data.dtype()), host::extent(&data));
@@ -206,7 +222,7 @@ impl Communicator {
     }
 
     /// A collective from an input into a new tensor.
-    pub(crate) fn through(
+    fn through(
         &self,
         operation: Operation,
         data: Option<FlexTensor>,
@@ -216,7 +232,7 @@ impl Communicator {
     }
 
     /// [`through`](Self::through) with a number that must be the same on all ranks, where the shapes do not tell.
-    pub(crate) fn through_agreed(
+    fn through_agreed(
         &self,
         operation: Operation,
         data: Option<FlexTensor>,

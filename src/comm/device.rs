@@ -1,7 +1,7 @@
 //! Data that stays on its device: burn's tensors and the buffers behind them, and engines that carry those.
 
 use burn::backend::tensor::FloatTensor;
-use burn::tensor::{BackendPrimitive, DType, Device, Shape, Tensor};
+use burn::tensor::{BackendPrimitive, Bool, DType, Device, Float, Int, Shape, Tensor};
 use burn_cubecl::kernel::into_contiguous;
 pub use burn_cubecl::tensor::CubeTensor as DeviceTensor;
 use burn_cubecl::{Cube, CubeBackend};
@@ -10,6 +10,7 @@ use cubecl_environment::stream::StreamId;
 
 use crate::Error;
 use crate::comm::{Operation, TensorKind, part};
+use crate::tensor::PlainTensor;
 
 /// An engine that carries data of devices from device to device.
 pub trait DeviceTransport: Send + Sync {
@@ -55,6 +56,37 @@ pub(crate) fn from_device<const D: usize, K: TensorKind>(data: DeviceTensor) -> 
     let init = OperationIr::Init(init);
     let fused = client.register(StreamId::current(), init, burn_fusion::NoOp::<CubeBackend>::new()).output();
     Tensor::from_primitive::<Cube>(fused)
+}
+
+/// [`to_device`] of a tensor of any kind and rank.
+pub(crate) fn plain_to_device(tensor: PlainTensor) -> Result<DeviceTensor, Error> {
+    let (dtype, tensor) = (tensor.dtype(), tensor.into_dispatch());
+    // A primitive carries no static rank: the `1` in between is not looked at.
+    match dtype {
+        dtype if dtype.is_bool() => to_device(Tensor::<1, Bool>::from_dispatch(tensor)),
+        dtype if dtype.is_int() || dtype.is_uint() => to_device(Tensor::<1, Int>::from_dispatch(tensor)),
+        _ => to_device(Tensor::<1>::from_dispatch(tensor)),
+    }
+}
+
+/// The way back.
+pub(crate) fn plain_from_device(data: DeviceTensor) -> PlainTensor {
+    match data.dtype {
+        dtype if dtype.is_bool() => from_device::<1, Bool>(data).into(),
+        dtype if dtype.is_int() || dtype.is_uint() => from_device::<1, Int>(data).into(),
+        _ => from_device::<1, Float>(data).into(),
+    }
+}
+
+/// Whether two tensors of a CubeCL device lie in the same place of the same buffer.
+pub(crate) fn same_buffer(a: &PlainTensor, b: &PlainTensor) -> bool {
+    match (plain_to_device(a.clone()), plain_to_device(b.clone())) {
+        (Ok(a), Ok(b)) => {
+            std::ptr::eq(a.handle.memory.descriptor(), b.handle.memory.descriptor())
+                && a.handle.offset_start == b.handle.offset_start
+        }
+        _ => false,
+    }
 }
 
 /// A buffer of other dims on the same device, whose values are not set.

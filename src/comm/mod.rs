@@ -48,6 +48,8 @@ pub use call::{Call, Extent, Operation, ReduceOp};
 pub use communicator::Communicator;
 pub use counters::{Counters, Tally};
 #[cfg(feature = "cubecl")]
+pub(crate) use device::same_buffer;
+#[cfg(feature = "cubecl")]
 pub use device::{DeviceTensor, DeviceTransport};
 pub use element::Element;
 pub use partition::part;

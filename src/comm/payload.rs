@@ -9,6 +9,7 @@ use super::Element;
 #[cfg(feature = "cubecl")]
 use super::device::{self, DeviceTensor, DeviceTransport};
 use crate::Error;
+use crate::tensor::PlainTensor;
 
 /// Something that a collective can carry: a burn tensor of any rank and kind, or a `Vec` of [`Element`]s.
 ///
@@ -95,15 +96,15 @@ pub struct TensorHome {
 }
 
 impl TensorHome {
-    /// A device without autodiff.
-    pub(crate) fn plain(device: Device) -> Self {
-        Self { device, autodiff: None }
+    /// Where a tensor is.
+    pub(crate) fn of<const D: usize, K: TensorKind>(tensor: &Tensor<D, K>) -> Self {
+        Self { device: tensor.device().inner(), autodiff: tensor.gradient_checkpointing_strategy() }
     }
 }
 
 impl TensorHome {
     /// A plain tensor that has come back, with autodiff if it had it.
-    fn welcome<const D: usize, K: TensorKind>(&self, plain: Tensor<D, K>) -> Tensor<D, K> {
+    pub(crate) fn welcome<const D: usize, K: TensorKind>(&self, plain: Tensor<D, K>) -> Tensor<D, K> {
         match self.autodiff {
             None => plain,
             Some(strategy) => plain.autodiff().with_gradient_checkpointing_strategy(strategy),
@@ -202,5 +203,40 @@ impl<const D: usize, K: TensorKind> Payload for Tensor<D, K> {
     #[cfg(feature = "cubecl")]
     fn from_device(data: DeviceTensor, home: &TensorHome) -> Result<Self, Error> {
         Ok(home.welcome(device::from_device(data)))
+    }
+}
+
+/// A tensor of any rank and kind travels as it is.
+impl Payload for PlainTensor {
+    type Home = TensorHome;
+
+    fn fixed_dtype() -> Option<DType> {
+        None
+    }
+
+    fn into_host(self) -> Result<(FlexTensor, TensorHome), Error> {
+        let home = TensorHome { device: self.device(), autodiff: None };
+        Ok((self.into_flex()?, home))
+    }
+
+    fn from_host(data: FlexTensor, home: &TensorHome) -> Result<Self, Error> {
+        match home.device == Device::flex() {
+            true => Ok(Self::from_flex(data)),
+            false => Ok(Self::from_data(data.into_data(), &home.device)),
+        }
+    }
+
+    #[cfg(feature = "cubecl")]
+    fn into_device(self, engine: &dyn DeviceTransport) -> Result<OnDevice<Self>, Error> {
+        let (home, dtype) = (TensorHome { device: self.device(), autodiff: None }, self.dtype());
+        if !engine.carries(&home.device, dtype) {
+            return Ok(OnDevice::Elsewhere(self));
+        }
+        Ok(OnDevice::Here(device::plain_to_device(self)?, home))
+    }
+
+    #[cfg(feature = "cubecl")]
+    fn from_device(data: DeviceTensor, _: &TensorHome) -> Result<Self, Error> {
+        Ok(device::plain_from_device(data))
     }
 }

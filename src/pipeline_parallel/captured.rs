@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use burn::module::{Module, ParamId};
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 
 use super::batch::Batch;
 use super::engine::Engine;
@@ -18,6 +18,7 @@ use crate::graph::{
     ForwardGraph, GraphInputs, LossParts, StepGraph, StepKey, StepLoss, TensorMapper, TokenLoss, capture_forward,
     capture_step, counted_random, graph_error,
 };
+use crate::params::one_device;
 
 /// A step for one kind of batch.
 pub(super) struct CapturedStep {
@@ -96,13 +97,7 @@ impl Engine {
     }
 
     /// Seconds that each operation of the step takes for the first micro-batch: none is larger.
-    pub(super) fn measure<M, I, F, R>(
-        &self,
-        local: &M,
-        inputs: I,
-        loss: &mut F,
-        runs: usize,
-    ) -> Result<Vec<f64>, Error>
+    pub(super) fn measure<M, I, F, R>(&self, local: &M, inputs: I, loss: &mut F, runs: usize) -> Result<Vec<f64>, Error>
     where
         M: Module,
         I: GraphInputs + Clone,
@@ -111,7 +106,8 @@ impl Engine {
     {
         let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, self.config.micro_batches)?;
         let graph = self.capture(&self.outline(local), &batch, inputs, 0, loss)?;
-        Ok(measure_operations(&graph, runs))
+        let device = one_device(local, "measure")?.unwrap_or_else(Device::flex);
+        measure_operations(&graph, &device, runs)
     }
 
     /// Makes sure that the forward for this batch is captured and cut; `local` loses what this rank does not hold.

@@ -387,7 +387,7 @@ fn dropout_does_not_depend_on_ranks_and_schedules() {
             let x = model.forward(burn::nn::transformer::TransformerEncoderInput::new(x));
             (x.clone().powi_scalar(2).mean(), x.powi_scalar(2).mean())
         })?;
-        let of = |outputs: &Vec<burn_parallel::graph::GraphTensor>| scalar(outputs[0].clone().float().unwrap());
+        let of = |outputs: &Vec<burn_parallel::tensor::PlainTensor>| scalar(outputs[0].clone().float().unwrap());
         Ok(step.outputs.iter().map(of).collect::<Vec<f32>>())
     });
     let outputs = outputs.unwrap();

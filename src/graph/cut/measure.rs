@@ -4,32 +4,37 @@ use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
-use burn::backend::Flex;
-use burn::backend::flex::FlexDevice;
-use burn::tensor::TensorData;
+use burn::tensor::{Device, TensorData};
 use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
-use burn_router::TensorInterpreter;
 
 use super::cost::{is_view, operation_cost};
-use crate::graph::StepGraph;
+use crate::Error;
+use crate::graph::interpret::Interpreter;
+use crate::graph::{CustomOps, StepGraph};
 
-/// Seconds that each operation of a step takes here: what [`Cut::Measured`](super::Cut::Measured) takes.
+/// Seconds that each operation of a step takes on a device: what [`Cut::Measured`](super::Cut::Measured) takes.
 ///
 /// Every operation runs alone, `runs` times after once for caches, on tensors of its shapes and dtypes; the fastest run
 /// counts. Operations that are the same up to the names of their tensors are measured once. Neither parameters nor inputs are
 /// needed, and no more memory than one operation takes: so a model can be measured that this rank could not hold. Views take
 /// no time. Operations that cannot run alone, as those of [`CustomOps`](crate::graph::CustomOps), above all collectives, are
 /// counted, at the pace of those that were measured.
-pub fn measure_operations(graph: &StepGraph, runs: usize) -> Vec<f64> {
+///
+/// # Errors
+/// [`Error::Graph`] if no graph can run on the device.
+pub fn measure_operations(graph: &StepGraph, device: &Device, runs: usize) -> Result<Vec<f64>, Error> {
     let mut known: HashMap<String, Option<f64>> = HashMap::new();
-    let measured: Vec<Option<f64>> = graph
-        .operations
-        .iter()
-        .map(|op| {
-            let op = anonymous(op);
-            *known.entry(format!("{op:?}")).or_insert_with(|| measure(&op, runs.max(1)))
-        })
-        .collect();
+    let mut measured: Vec<Option<f64>> = Vec::with_capacity(graph.operations.len());
+    for op in &graph.operations {
+        let op = anonymous(op);
+        let name = format!("{op:?}");
+        let time = match known.get(&name) {
+            Some(time) => *time,
+            None => measure(&op, device, runs.max(1))?,
+        };
+        known.insert(name, time);
+        measured.push(time);
+    }
     let counted: Vec<f64> = graph.operations.iter().map(|op| operation_cost(op) as f64).collect();
     let (mut seconds, mut cost) = (0.0, 0.0);
     for (time, counted) in measured.iter().zip(&counted) {
@@ -39,7 +44,7 @@ pub fn measure_operations(graph: &StepGraph, runs: usize) -> Vec<f64> {
         }
     }
     let pace = if cost > 0.0 { seconds / cost } else { 1.0 };
-    measured.into_iter().zip(counted).map(|(time, counted)| time.unwrap_or(counted * pace)).collect()
+    Ok(measured.into_iter().zip(counted).map(|(time, counted)| time.unwrap_or(counted * pace)).collect())
 }
 
 /// The operation with tensors named in the order in which they occur, none of which it consumes.
@@ -67,28 +72,37 @@ impl IrVisitorMut for Number {
     }
 }
 
-fn measure(op: &OperationIr, runs: usize) -> Option<f64> {
+fn measure(op: &OperationIr, device: &Device, runs: usize) -> Result<Option<f64>, Error> {
     match op {
-        OperationIr::Custom(_) => None,
-        _ if is_view(op) => Some(0.0),
-        // Integers may be indices, of which 0 is always one, or divisors, of which it is none.
-        _ => [0, 1].into_iter().find_map(|int| catch_unwind(AssertUnwindSafe(|| fastest(op, int, runs))).ok()),
+        OperationIr::Custom(_) => return Ok(None),
+        _ if is_view(op) => return Ok(Some(0.0)),
+        _ => {}
     }
+    // Integers may be indices, of which 0 is always one, or divisors, of which it is none.
+    for int in [0, 1] {
+        let mut tensors = Interpreter::new(device, &CustomOps::new())?;
+        if let Ok(time) = catch_unwind(AssertUnwindSafe(|| fastest(op, &mut tensors, int, runs))) {
+            return Ok(Some(time));
+        }
+    }
+    Ok(None)
 }
 
-fn fastest(op: &OperationIr, int: i64, runs: usize) -> f64 {
-    let mut tensors = TensorInterpreter::<Flex>::new(FlexDevice);
+fn fastest(op: &OperationIr, tensors: &mut Interpreter, int: i64, runs: usize) -> f64 {
     for input in op.inputs() {
-        tensors.register_tensor_data_id(input.id, filled(input, int));
+        tensors.bind_data(input.id, filled(input, int));
     }
+    let device = tensors.device().clone();
     let mut best = f64::INFINITY;
     for run in 0..=runs {
         let again = op.clone();
         let began = Instant::now();
-        tensors.register_op(again);
+        tensors.run(again);
+        // Other devices than the CPU run behind the host. One that cannot say when it is done is timed without.
+        let _ = device.sync();
         let time = began.elapsed().as_secs_f64();
         for out in op.outputs() {
-            tensors.register_op(OperationIr::Drop(out.clone()));
+            tensors.run(OperationIr::Drop(out.clone()));
         }
         if run > 0 {
             best = best.min(time);

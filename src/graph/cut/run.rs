@@ -3,25 +3,25 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use burn::backend::Flex;
-use burn::backend::flex::{FlexDevice, FlexTensor};
 use burn::module::{Module, ParamId};
+use burn::tensor::{Device, TensorData};
 use burn_ir::{OperationIr, TensorId, TensorIr};
-use burn_router::TensorInterpreter;
 
 use super::program::sections;
 use super::split::{StageGraph, inputs_read};
 use crate::error::Error;
 use crate::graph::custom::CustomOps;
-use crate::graph::execute::fits;
-use crate::graph::inputs::GraphTensor;
+use crate::graph::execute::{fits, is_on};
+use crate::graph::interpret::Interpreter;
 use crate::graph::liveness::Action;
 use crate::graph::module::{read_params, write_running_states};
 use crate::graph::step::{StepGraph, op_name};
 use crate::graph::{graph_error, panic_text};
+use crate::params::one_device;
+use crate::tensor::PlainTensor;
 
 /// Tensors on the way from one stage to another, in the order of their [`Route`](super::Route).
-pub type Tensors = Vec<GraphTensor>;
+pub type Tensors = Vec<PlainTensor>;
 
 /// What the forward pass of a stage gives.
 #[derive(Debug, Default)]
@@ -29,16 +29,16 @@ pub struct StageForward {
     /// What goes to later stages, by stage.
     pub sends: BTreeMap<usize, Tensors>,
     /// The loss, on the stage that computes it.
-    pub loss: Option<GraphTensor>,
+    pub loss: Option<PlainTensor>,
     /// The number of items of the loss, if it is a sum over items, on the same stage.
-    pub weight: Option<GraphTensor>,
+    pub weight: Option<PlainTensor>,
     /// The extra outputs that this stage gives, by their place in the graph.
-    pub outputs: BTreeMap<usize, GraphTensor>,
+    pub outputs: BTreeMap<usize, PlainTensor>,
     /// The next values of running statistics, which the stage goes on with by itself.
-    pub updates: HashMap<ParamId, FlexTensor>,
+    pub updates: HashMap<ParamId, PlainTensor>,
 }
 
-/// Runs the part of a step that one stage has, on Flex.
+/// Runs the part of a step that one stage has, on the device of the model.
 ///
 /// Each micro-batch has tensors of its own from its [`forward`](Self::forward) to its
 /// [`backward_weight`](Self::backward_weight), and every tensor is freed at its last use. Several micro-batches can be under
@@ -54,12 +54,14 @@ pub struct StageRun {
     updates: HashMap<TensorId, Vec<ParamId>>,
     /// The inputs that operations read.
     inputs: Vec<(usize, String, TensorIr)>,
-    constants: Vec<(TensorId, GraphTensor)>,
+    constants: Vec<(TensorId, TensorData)>,
+    /// Where the stage runs, and the constants there; known once a model was bound.
+    home: Option<(Device, Vec<(TensorId, PlainTensor)>)>,
     ops: CustomOps,
     /// The parameters of this step.
-    values: HashMap<ParamId, GraphTensor>,
-    updated: HashMap<ParamId, FlexTensor>,
-    under_way: BTreeMap<usize, TensorInterpreter<Flex>>,
+    values: HashMap<ParamId, PlainTensor>,
+    updated: HashMap<ParamId, PlainTensor>,
+    under_way: BTreeMap<usize, Interpreter>,
 }
 
 impl StageRun {
@@ -100,16 +102,14 @@ impl StageRun {
             (place, input.path.clone(), input.tensor.clone())
         });
         let constants = graph.constants.iter().filter(|(id, _)| read.contains(id));
-        let constants = constants.map(|(id, data)| {
-            let (dtype, tensor) = (data.dtype(), FlexTensor::from_data(data.clone()));
-            (*id, GraphTensor::of_dtype(tensor, dtype))
-        });
+        let constants = constants.map(|(id, data)| (*id, data.clone()));
         Ok(Self {
             params,
             gradients: by_tensor(&part.gradients),
             updates: by_tensor(&part.updates),
             inputs: inputs.collect(),
             constants: constants.collect(),
+            home: None,
             sections,
             ops,
             part,
@@ -141,14 +141,24 @@ impl StageRun {
                 self.values.get(id).ok_or_else(|| graph_error(format!("the stage lacks parameter `{path}`")))?;
             fits(&format!("parameter `{path}`"), value, tensor)?;
         }
+        self.settle(one_device(model, "a step")?.unwrap_or_else(Device::flex));
         Ok(())
     }
 
+    /// Brings the constants to a device.
+    fn settle(&mut self, device: Device) {
+        if self.home.as_ref().is_none_or(|(home, _)| *home != device) {
+            let constants = self.constants.iter();
+            let constants = constants.map(|(id, data)| (*id, PlainTensor::from_data(data.clone(), &device))).collect();
+            self.home = Some((device, constants));
+        }
+    }
+
     /// Goes on with these running statistics.
-    pub fn carry(&mut self, updates: &HashMap<ParamId, FlexTensor>) {
+    pub fn carry(&mut self, updates: &HashMap<ParamId, PlainTensor>) {
         for (id, value) in updates {
             if let Some(old) = self.values.get_mut(id) {
-                *old = GraphTensor::Float(value.clone());
+                *old = value.clone();
             }
         }
         self.updated.extend(updates.iter().map(|(id, value)| (*id, value.clone())));
@@ -180,29 +190,33 @@ impl StageRun {
     pub fn forward(
         &mut self,
         micro_batch: usize,
-        inputs: &[GraphTensor],
+        inputs: &[PlainTensor],
         received: BTreeMap<usize, Tensors>,
     ) -> Result<StageForward, Error> {
-        let mut tensors = TensorInterpreter::with_custom_ops(FlexDevice, self.ops.registry());
-        for (id, value) in &self.constants {
-            tensors.register_tensor_to_device(*id, value.clone().into_handle());
+        let Some((device, constants)) = &self.home else {
+            return Err(graph_error("no model is bound: bind one before the step"));
+        };
+        let mut tensors = Interpreter::new(device, &self.ops)?;
+        for (id, value) in constants {
+            tensors.bind(*id, value.clone())?;
         }
         for (id, path, tensor) in &self.params {
             let unbound = || graph_error(format!("parameter `{path}` is not bound: bind the model before the step"));
             let value = self.values.get(id).ok_or_else(unbound)?;
-            tensors.register_tensor_to_device(tensor.id, value.clone().into_handle());
+            tensors.bind(tensor.id, value.clone())?;
         }
         for (place, path, tensor) in &self.inputs {
             let value = inputs.get(*place).ok_or_else(|| graph_error(format!("the step lacks input `{path}`")))?;
-            fits(&format!("input `{path}`"), value, tensor)?;
-            tensors.register_tensor_to_device(tensor.id, value.clone().into_handle());
+            let what = format!("input `{path}`");
+            fits(&what, value, tensor)?;
+            is_on(&what, value, device)?;
+            tensors.bind(tensor.id, value.clone())?;
         }
         self.under_way.insert(micro_batch, tensors);
         self.receive(micro_batch, received, |from, here| from < here)?;
         let mut given = self.run(micro_batch, 0)?;
         let updates = self.updates.iter().flat_map(|(tensor, ids)| ids.iter().map(|id| (*id, *tensor)));
-        let updates =
-            updates.filter_map(|(id, tensor)| Some((id, given.get(&tensor)?.clone().into_tensor()))).collect();
+        let updates = updates.filter_map(|(id, tensor)| Some((id, given.get(&tensor)?.clone()))).collect();
         self.carry(&updates);
         let outputs = self.part.outputs.iter();
         let outputs = outputs.filter_map(|(place, tensor)| Some((*place, given.get(&tensor.id)?.clone()))).collect();
@@ -220,7 +234,7 @@ impl StageRun {
         &mut self,
         micro_batch: usize,
         received: BTreeMap<usize, Tensors>,
-        on_gradient: &mut dyn FnMut(ParamId, FlexTensor) -> Result<(), Error>,
+        on_gradient: &mut dyn FnMut(ParamId, PlainTensor) -> Result<(), Error>,
     ) -> Result<BTreeMap<usize, Tensors>, Error> {
         self.receive(micro_batch, received, |from, here| from > here)?;
         let mut given = self.run(micro_batch, 1)?;
@@ -236,7 +250,7 @@ impl StageRun {
     pub fn backward_weight(
         &mut self,
         micro_batch: usize,
-        on_gradient: &mut dyn FnMut(ParamId, FlexTensor) -> Result<(), Error>,
+        on_gradient: &mut dyn FnMut(ParamId, PlainTensor) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let given = self.run(micro_batch, 2)?;
         self.under_way.remove(&micro_batch);
@@ -250,17 +264,17 @@ impl StageRun {
 
     fn hand_over(
         &self,
-        given: HashMap<TensorId, GraphTensor>,
-        on_gradient: &mut dyn FnMut(ParamId, FlexTensor) -> Result<(), Error>,
+        given: HashMap<TensorId, PlainTensor>,
+        on_gradient: &mut dyn FnMut(ParamId, PlainTensor) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let mut given: Vec<_> = given.into_iter().collect();
         given.sort_by_key(|(tensor, _)| *tensor);
         for (tensor, value) in given {
             let Some((last, others)) = self.gradients.get(&tensor).and_then(|ids| ids.split_last()) else { continue };
             for id in others {
-                on_gradient(*id, value.clone().into_tensor())?;
+                on_gradient(*id, value.clone())?;
             }
-            on_gradient(*last, value.into_tensor())?;
+            on_gradient(*last, value)?;
         }
         Ok(())
     }
@@ -287,7 +301,8 @@ impl StageRun {
             }
             for (tensor, value) in route.tensors.iter().zip(values) {
                 fits(&format!("what stage {stage} got of stage {from}"), &value, tensor)?;
-                tensors.register_tensor_to_device(tensor.id, value.into_handle());
+                let value = value.to_device(tensors.device());
+                tensors.bind(tensor.id, value)?;
             }
         }
         Ok(())
@@ -295,7 +310,7 @@ impl StageRun {
 
     fn sends(
         &self,
-        given: &mut HashMap<TensorId, GraphTensor>,
+        given: &mut HashMap<TensorId, PlainTensor>,
         direction: fn(usize, usize) -> bool,
     ) -> Result<BTreeMap<usize, Tensors>, Error> {
         let mut sends = BTreeMap::new();
@@ -319,7 +334,7 @@ impl StageRun {
         Ok(sends)
     }
 
-    fn run(&mut self, micro_batch: usize, section: usize) -> Result<HashMap<TensorId, GraphTensor>, Error> {
+    fn run(&mut self, micro_batch: usize, section: usize) -> Result<HashMap<TensorId, PlainTensor>, Error> {
         let stage = self.part.stage;
         let tensors = self.under_way.get_mut(&micro_batch).ok_or_else(|| {
             graph_error(format!(
@@ -334,16 +349,16 @@ impl StageRun {
                 position = index;
                 match action {
                     Action::Run(op) => {
-                        tensors.register_op(OperationIr::clone(op));
+                        tensors.run(OperationIr::clone(op));
                         if matches!(**op, OperationIr::Custom(_))
                             && let Some(error) = ops.take_error()
                         {
                             return Err(error);
                         }
                     }
-                    Action::Free(tensor) => tensors.register_op(OperationIr::Drop(tensor.clone())),
+                    Action::Free(tensor) => tensors.run(OperationIr::Drop(tensor.clone())),
                     Action::Give(tensor) => {
-                        given.insert(tensor.id, GraphTensor::from_handle(tensors.get_tensor(tensor))?);
+                        given.insert(tensor.id, tensors.get(tensor)?);
                     }
                 }
             }

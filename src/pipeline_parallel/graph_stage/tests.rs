@@ -13,11 +13,12 @@ use burn_ir::{CustomOpIr, OperationIr};
 use super::GraphStage;
 use crate::Error;
 use crate::graph::cut::{Cut, CutGraph, StageRun, cut};
-use crate::graph::{CustomOps, GraphTensor, StepGraph, capture_step, graph_tensors};
+use crate::graph::{CustomOps, StepGraph, capture_step, graph_tensors};
 use crate::launch;
 use crate::pipeline_parallel::pipelined::bound;
 use crate::pipeline_parallel::schedule::{Action, Direction, Edge, Schedule, Timetable};
 use crate::pipeline_parallel::{Forwarded, MicroBatch, Parcel, Pipeline, Stage};
+use crate::tensor::PlainTensor;
 
 const RANKS: usize = 2;
 const MICRO_BATCHES: usize = 3;
@@ -79,7 +80,7 @@ fn stages(
     mine.iter().map(stage).collect()
 }
 
-fn inputs() -> Vec<Vec<GraphTensor>> {
+fn inputs() -> Vec<Vec<PlainTensor>> {
     vec![graph_tensors(rows()).unwrap(); MICRO_BATCHES]
 }
 
@@ -136,14 +137,14 @@ impl Heavy {
             for tensor in parcels.iter_mut().flat_map(|parcel| &mut parcel.tensors) {
                 let (layout, scheme) = (Layout::contiguous(Shape::from(vec![4])), QuantScheme::default());
                 let bytes = Bytes::from_elems(vec![0i8; 8]);
-                *tensor = Some(GraphTensor::Float(FlexTensor::new(bytes, layout, DType::QFloat(scheme))));
+                *tensor = Some(PlainTensor::from_flex(FlexTensor::new(bytes, layout, DType::QFloat(scheme))));
             }
         }
         parcels
     }
 }
 
-impl Stage<Vec<GraphTensor>> for Heavy {
+impl Stage<Vec<PlainTensor>> for Heavy {
     fn index(&self) -> usize {
         self.stage.index()
     }
@@ -154,7 +155,7 @@ impl Stage<Vec<GraphTensor>> for Heavy {
 
     fn forward(
         &mut self,
-        micro_batch: MicroBatch<'_, Vec<GraphTensor>>,
+        micro_batch: MicroBatch<'_, Vec<PlainTensor>>,
         received: Vec<Parcel>,
     ) -> Result<Forwarded, Error> {
         let given = self.stage.forward(micro_batch, received)?;
@@ -163,14 +164,14 @@ impl Stage<Vec<GraphTensor>> for Heavy {
 
     fn backward_input(
         &mut self,
-        micro_batch: MicroBatch<'_, Vec<GraphTensor>>,
+        micro_batch: MicroBatch<'_, Vec<PlainTensor>>,
         received: Vec<Parcel>,
     ) -> Result<Vec<Parcel>, Error> {
         let given = self.stage.backward_input(micro_batch, received)?;
         Ok(self.spoil(given, Direction::Backward, micro_batch.index))
     }
 
-    fn backward_weight(&mut self, micro_batch: MicroBatch<'_, Vec<GraphTensor>>) -> Result<(), Error> {
+    fn backward_weight(&mut self, micro_batch: MicroBatch<'_, Vec<PlainTensor>>) -> Result<(), Error> {
         self.stage.backward_weight(micro_batch)
     }
 
@@ -195,8 +196,7 @@ fn a_send_that_fails_ends_every_rank_with_the_same_error() {
                 let mine = timetable.stages_of(rank.rank());
                 let mut plain = stages((&graph, &parts), &mine, None, false);
                 plain.iter_mut().try_for_each(|stage| stage.bind(&model))?;
-                let mut held: Vec<Heavy> =
-                    plain.into_iter().map(|stage| Heavy { stage, failing: *failing }).collect();
+                let mut held: Vec<Heavy> = plain.into_iter().map(|stage| Heavy { stage, failing: *failing }).collect();
                 let mut pipeline = Pipeline::new(&rank, timetable.clone(), &held)?;
                 Ok(pipeline.step(&mut held, &inputs()).unwrap_err())
             });
