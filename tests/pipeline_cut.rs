@@ -188,6 +188,12 @@ fn measured_costs_decide_when_given() {
     assert!(first(&late) > first(&homes(Cut::Balanced)));
     let error = Cut::Measured(vec![1.0]).homes(&graph, 2).unwrap_err();
     assert!(error.to_string().contains("costs of 1 operations"), "{error}");
+    for cost in [f64::NAN, -1.0, f64::INFINITY] {
+        let mut costs = vec![1.0; graph.operations.len()];
+        costs[7] = cost;
+        let error = Cut::Measured(costs).homes(&graph, 2).unwrap_err();
+        assert!(matches!(&error, Error::Plan { problem } if problem.contains("not negative")), "{error}");
+    }
 }
 
 #[test]

@@ -335,6 +335,11 @@ fn a_custom_timetable_must_be_for_the_pipeline() {
     );
     assert!(refusal(Schedule::GPipe.timetable(0, 4)).contains("0 ranks"));
     assert!(refusal(Schedule::GPipe.timetable(2, 0)).contains("0 micro-batches"));
+    for huge in [1 << 30, usize::MAX] {
+        let interleaved = Schedule::Interleaved { stages_per_rank: huge };
+        assert!(refusal(Schedule::GPipe.timetable(2, huge)).contains(&format!("{huge} micro-batches are more than")));
+        assert!(refusal(interleaved.timetable(2, 2)).contains(&format!("{huge} stages each")));
+    }
     assert!(refusal(Schedule::Interleaved { stages_per_rank: 0 }.timetable(2, 2)).contains("0 stages per rank"));
 }
 

@@ -94,6 +94,7 @@ fn bad_flags_are_one_line_and_status_2() {
         (vec!["--forward", "NaN"], "it must be a number that is not negative"),
         (vec!["--timetable", "/does/not/exist"], "/does/not/exist: "),
         (vec!["--timetable", "x", "-p", "2"], "cannot be used with"),
+        (vec!["--schedule", "interleaved", "-p", "256", "-m", "4096", "-v", "64"], "ask for fewer micro-batches"),
         (vec!["--colour"], "--colour"),
     ] {
         let output = schedules(&flags);

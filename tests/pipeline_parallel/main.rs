@@ -292,6 +292,7 @@ fn what_makes_no_sense_is_refused_with_the_numbers() {
     };
     says(refused(2, PipelineConfig::new(0), tokens), &["0"]);
     says(refused(2, PipelineConfig::new(9), tokens), &["8 rows", "9 micro-batches"]);
+    says(refused(2, PipelineConfig::new(usize::MAX), tokens), &["fewer micro-batches"]);
     let by = |cut| PipelineConfig::new(2).with_cut(cut);
     says(refused(2, by(Cut::patterns([vec!["*"]])), tokens), &["1 pipeline stages", "2"]);
     says(refused(2, by(Cut::patterns([vec!["nothing*"], vec!["*"]])), tokens), &["`nothing*`", "none"]);
@@ -299,6 +300,7 @@ fn what_makes_no_sense_is_refused_with_the_numbers() {
     says(refused(2, by(Cut::before(["norm*", "head*"])), tokens), &["1 boundaries", "2 patterns"]);
     says(refused(3, by(Cut::before(["head*", "norm*"])), tokens), &["`norm*`", "does not come after"]);
     says(refused(2, by(Cut::listed([("head.weight", 0)])), tokens), &["does not list"]);
+    says(refused(2, by(Cut::Measured(vec![1.0; 3])), tokens), &["costs of 3 operations"]);
     says(refused(2, by(Cut::listed([("foot.weight", 0)])), tokens), &["`foot.weight`"]);
     // The head before the encoder.
     says(refused(2, by(Cut::patterns([vec!["head*"], vec!["*"]])), tokens), &["`head.weight`", "stage 0", "stage 1"]);

@@ -73,6 +73,9 @@ impl Cut {
                 let (operations, costs) = (graph.operations.len(), costs.len());
                 wrong(format!("there are measured costs of {costs} operations, but the step has {operations}"))
             }
+            Self::Measured(costs) if costs.iter().any(|cost| !(cost.is_finite() && *cost >= 0.0)) => {
+                wrong("measured costs must be finite and not negative: `Pipelined::measure` gives such".into())
+            }
             Self::Measured(costs) => balanced(graph, stages, |op| costs[op], false),
             _ => balanced(graph, stages, |op| operation_cost(&graph.operations[op]) as f64, true),
         }

@@ -26,6 +26,7 @@ mod balance;
 mod cost;
 mod flow;
 mod measure;
+mod passes;
 mod place;
 mod program;
 mod report;
@@ -36,8 +37,9 @@ mod tied;
 pub use assign::Cut;
 pub use cost::operation_cost;
 pub use measure::measure_operations;
+pub use passes::{StageForward, Tensors};
 pub use report::{Crossing, CutReport, StageShare};
-pub use run::{StageForward, StageRun, Tensors};
+pub use run::StageRun;
 pub use split::{Route, StageGraph};
 
 use std::collections::HashSet;
