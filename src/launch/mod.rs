@@ -5,11 +5,11 @@
 //! torchrun, `mpirun`, `srun`.
 
 mod environment;
+mod meeting;
 mod process;
 #[cfg(unix)]
 mod processes;
 mod rank;
-mod rendezvous;
 mod threads;
 
 pub use environment::{Launcher, Place};
@@ -17,5 +17,6 @@ pub use process::{Engine, Process, from_env};
 #[cfg(unix)]
 pub use processes::{Processes, processes};
 pub use rank::Rank;
-pub use rendezvous::Rendezvous;
 pub use threads::{Threads, threads};
+
+pub use crate::comm::tcp::Rendezvous;
