@@ -16,7 +16,7 @@ use burn_parallel::comm::{Communicator, ReduceOp};
 use burn_parallel::launch::{self, Place};
 use libtest_mimic::{Arguments, Failed, Trial};
 
-use crate::transport_suite::{Engine, failures};
+use crate::transport_suite::{Engine, checks, failures};
 
 /// A process with this as its first argument is a rank, and the second says what it does.
 const RANK: &str = "as-a-rank";
@@ -55,9 +55,11 @@ fn main() {
     trial("broken_connections".into(), true, Box::new(broken_connections));
     let hosts = Hosts::possible();
     if !hosts {
-        println!("what needs hosts is ignored: this machine does not let us make network namespaces (root and iproute2)");
+        println!(
+            "what needs hosts is ignored: this machine does not let us make network namespaces (root and iproute2)"
+        );
     }
-    trial("the_suite_on_hosts".into(), hosts, Box::new(the_suite_on_hosts));
+    trial("ranks_on_hosts".into(), hosts, Box::new(ranks_on_hosts));
     trial("hosts_that_are_cut_off".into(), hosts, Box::new(hosts_that_are_cut_off));
     // Each starts several processes.
     let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
@@ -129,6 +131,12 @@ fn one_rank(role: &str) {
         }
         match role {
             "unread" => rank.barrier(),
+            "hosts" => {
+                checks::sums_that_everybody_knows(&rank)?;
+                checks::tags_are_independent_and_in_order(&rank)?;
+                checks::large(&rank)?;
+                checks::groups_of_groups(&rank)
+            }
             "moving" | "cut" => loop {
                 rank.all_reduce(vec![1.0f32; 2_000_000], ReduceOp::Sum)?;
             },
@@ -158,12 +166,20 @@ impl Drop for Ranks {
 
 impl Ranks {
     /// Starts ranks with what `wrap` puts before the program, and the rank's number on its machine.
-    fn start(role: &str, size: usize, at: (&str, u16), timeout: &str, wrap: impl Fn(usize) -> (Command, usize)) -> Self {
+    fn start(
+        role: &str,
+        size: usize,
+        at: (&str, u16),
+        timeout: &str,
+        wrap: impl Fn(usize) -> (Command, usize),
+    ) -> Self {
         let start = |rank: usize| {
             let (mut command, local_rank) = wrap(rank);
             command.args([RANK, role]);
             command.env("RANK", rank.to_string()).env("WORLD_SIZE", size.to_string());
-            command.env("LOCAL_RANK", local_rank.to_string()).env("BURN_PARALLEL_SECRET", "nobody knows");
+            let local_size = if at.0 == "127.0.0.1" { size } else { size / 2 };
+            command.env("LOCAL_RANK", local_rank.to_string()).env("LOCAL_WORLD_SIZE", local_size.to_string());
+            command.env("BURN_PARALLEL_SECRET", "nobody knows");
             command.env("MASTER_ADDR", at.0).env("MASTER_PORT", at.1.to_string());
             command.env("BURN_PARALLEL_TIMEOUT_S", timeout).stdout(Stdio::piped()).spawn().unwrap()
         };
@@ -279,9 +295,10 @@ fn ip(arguments: &str) -> Option<()> {
     done.success().then_some(())
 }
 
-fn the_suite_on_hosts() -> Result<(), Failed> {
+fn ranks_on_hosts() -> Result<(), Failed> {
     let hosts = Hosts::new().ok_or("no hosts")?;
-    counted(hosts.start("suite", "60").end()?, 4)
+    let said = hosts.start("hosts", "60").end()?;
+    if said.iter().all(|said| said.contains("<well>")) { Ok(()) } else { Err(format!("{said:#?}").into()) }
 }
 
 /// The cable is pulled while data moves: on both sides all return an error, in time.

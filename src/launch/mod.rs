@@ -2,7 +2,7 @@
 //!
 //! [`threads`] runs every rank as a thread of this process, each with a compute-thread pool of its own. [`processes`] starts
 //! this program several times on this machine. [`from_env`] is for programs that a launcher starts, on one machine or many:
-//! torchrun, `mpirun`, `srun`.
+//! torchrun, `mpirun`, `srun`. Processes are joined over TCP, or by MPI if its launcher has started them.
 
 mod environment;
 mod meeting;

@@ -110,7 +110,8 @@ impl Processes {
         let (program, arguments) = self.command()?;
         let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
         let port = listener.map(|address| address.port()).map_err(Error::user)?;
-        let secret = std::env::var(SECRET).unwrap_or_else(|_| nonce().iter().map(|byte| format!("{byte:02x}")).collect());
+        let secret =
+            std::env::var(SECRET).unwrap_or_else(|_| nonce().iter().map(|byte| format!("{byte:02x}")).collect());
         let commands = (0..self.size).map(|rank| {
             let mut command = Command::new(&program);
             Place::of_other_launchers().for_each(|name| {

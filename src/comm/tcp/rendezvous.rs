@@ -238,7 +238,10 @@ impl Rendezvous {
     fn objection(&self, guest: &Guest, expected: &Range<usize>, come: &[Guest]) -> Option<String> {
         let Guest { rank, size, .. } = guest;
         if *size != self.size {
-            return Some(format!("rank {rank} is of a world of {size} ranks, rank {} of one of {}", self.rank, self.size));
+            return Some(format!(
+                "rank {rank} is of a world of {size} ranks, rank {} of one of {}",
+                self.rank, self.size
+            ));
         }
         if *rank >= self.size {
             return Some(format!("rank {rank} does not exist in a world of {size}"));

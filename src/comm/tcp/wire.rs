@@ -2,10 +2,11 @@
 
 use std::net::TcpStream;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::peer::{Lent, Ops, Peer, Place};
-use super::poll;
+use super::poll::{self, Alarm};
 use super::rendezvous::failure;
 use crate::Error;
 use crate::comm::wired::{Ticket, Wire, lock};
@@ -22,6 +23,9 @@ pub(super) struct TcpWire {
     /// Connections again, to wait for without the lock.
     streams: Vec<Option<TcpStream>>,
     state: Mutex<State>,
+    /// Threads that rest, and what ends their rest.
+    resting: AtomicUsize,
+    alarm: Alarm,
 }
 
 #[derive(Debug)]
@@ -45,7 +49,7 @@ impl State {
                     peer.stream.as_ref().map(|stream| (*rank, stream, peer.wants_to_write()))
                 };
                 let connections: Vec<_> = open.iter().filter_map(state).collect();
-                poll::ready(&connections, Duration::ZERO)
+                poll::ready(&connections)
             }
         };
         for rank in ready {
@@ -78,7 +82,17 @@ impl TcpWire {
             streams.iter().map(|stream| stream.as_ref().map(TcpStream::try_clone).transpose()).collect();
         let peers = streams.into_iter().map(Peer::new).collect();
         let state = Mutex::new(State { peers, ops: Ops::default() });
-        Ok(Self { rank, streams: copies.map_err(fail)?, state })
+        let (resting, alarm) = (AtomicUsize::new(0), Alarm::new().map_err(fail)?);
+        Ok(Self { rank, streams: copies.map_err(fail)?, state, resting, alarm })
+    }
+
+    /// Works the connections. What is done that way may be what another thread rests for.
+    fn work(&self, state: &mut State) {
+        let before = state.ops.count;
+        state.pump();
+        if state.ops.count > before && self.resting.load(Ordering::Relaxed) > 0 {
+            self.alarm.ring();
+        }
     }
 }
 
@@ -141,13 +155,13 @@ impl Wire for TcpWire {
         if state.strike(tickets) {
             return Ok(true);
         }
-        state.pump();
+        self.work(&mut state);
         Ok(state.strike(tickets))
     }
 
     fn take(&self, from: Option<usize>, tag: u64) -> Result<Option<(usize, Vec<u8>)>, Error> {
         let mut state = lock(&self.state);
-        state.pump();
+        self.work(&mut state);
         let State { peers, ops } = &mut *state;
         let ranks = from.map_or(0..peers.len(), |from| from..from + 1);
         Ok(ranks.into_iter().find_map(|rank| peers[rank].take(tag, TAKEN, ops).map(|bytes| (rank, bytes))))
@@ -181,7 +195,9 @@ impl Wire for TcpWire {
         let connections: Vec<_> = (open.into_iter())
             .filter_map(|(rank, writes)| self.streams[rank].as_ref().map(|stream| (rank, stream, writes)))
             .collect();
-        poll::ready(&connections, longest);
+        self.resting.fetch_add(1, Ordering::Relaxed);
+        self.alarm.rest(&connections, longest);
+        self.resting.fetch_sub(1, Ordering::Relaxed);
     }
 
     fn wakes(&self) -> bool {

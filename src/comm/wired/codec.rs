@@ -262,7 +262,11 @@ impl<'a> Reader<'a> {
                 Error::RankLost { group: self.name()?, rank: self.index()?, operation: self.text()?, log: self.log()? }
             }
             4 => Error::RankPanicked { rank: self.index()?, message: self.text()?, log: self.log()? },
-            5 => Error::RankFailed { rank: self.index()?, cause: Box::new(self.error_within(depth.checked_sub(1)?)?), log: self.log()? },
+            5 => Error::RankFailed {
+                rank: self.index()?,
+                cause: Box::new(self.error_within(depth.checked_sub(1)?)?),
+                log: self.log()?,
+            },
             6 => Error::Aborted { group: self.name()?, rank: self.index()?, reason: self.text()?, log: self.log()? },
             7 => Error::InvalidArgument { operation: self.word()?, problem: self.text()? },
             8 => Error::Engine { engine: self.word()?, problem: self.text()? },

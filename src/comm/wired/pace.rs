@@ -1,5 +1,6 @@
 //! How a rank waits: hot at first, then giving way, then asleep.
 
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,8 @@ pub(super) struct Pace<'a> {
     spins: u32,
     yields: u32,
     since: Option<Instant>,
+    /// Whether the world knows of this wait.
+    counted: bool,
 }
 
 impl<'a> Pace<'a> {
@@ -38,7 +41,7 @@ impl<'a> Pace<'a> {
             (_, true, true) => most / 10,
             _ => most,
         };
-        Self { world, polls: 0, spins, yields, since: None }
+        Self { world, polls: 0, spins, yields, since: None, counted: false }
     }
 
     /// To be called after a poll in vain. Returns how long the wait has lasted, once that is worth a look.
@@ -47,6 +50,10 @@ impl<'a> Pace<'a> {
         if self.polls <= self.spins {
             std::hint::spin_loop();
             return None;
+        }
+        if !self.counted {
+            self.counted = true;
+            self.world.waiting.fetch_add(1, Ordering::Relaxed);
         }
         let since = *self.since.get_or_insert_with(Instant::now);
         let past = self.polls - self.spins;
@@ -64,6 +71,14 @@ impl<'a> Pace<'a> {
     /// Something has happened: the wait begins anew.
     pub fn again(&mut self) {
         (self.polls, self.since) = (0, None);
+    }
+}
+
+impl Drop for Pace<'_> {
+    fn drop(&mut self) {
+        if self.counted {
+            self.world.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 

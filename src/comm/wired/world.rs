@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -100,11 +100,16 @@ pub(super) struct World {
     said_farewell: AtomicBool,
     /// Whether the machine has fewer cores than ranks.
     pub crowded: bool,
+    /// Threads that wait for the wire, and so attend to the world.
+    pub waiting: AtomicUsize,
 }
 
 impl std::fmt::Debug for World {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("World").field("rank", &self.wire.rank()).field("size", &self.wire.size()).finish_non_exhaustive()
+        f.debug_struct("World")
+            .field("rank", &self.wire.rank())
+            .field("size", &self.wire.size())
+            .finish_non_exhaustive()
     }
 }
 
@@ -140,6 +145,7 @@ impl World {
             ended,
             lost,
             said_farewell: AtomicBool::new(false),
+            waiting: AtomicUsize::new(0),
         })
     }
 
@@ -504,7 +510,14 @@ impl World {
                     break all;
                 }
             }
-            self.wire.rest(ROUND);
+            let waits = || self.waiting.load(Ordering::Relaxed) > 0;
+            if !waits() {
+                self.wire.rest(ROUND);
+            }
+            // News that somebody waits for is taken by whoever waits: it would have to be woken a second time.
+            if waits() {
+                thread::sleep(ROUND);
+            }
         };
         for mut parcel in lock(&self.outgoing).drain(..) {
             match self.wire.gives_back() {
@@ -512,7 +525,7 @@ impl World {
                 false => std::mem::forget(parcel),
             }
         }
-        self.wire.close(FAREWELL);
+        self.wire.close(if whole { FAREWELL } else { Duration::ZERO });
         whole
     }
 
