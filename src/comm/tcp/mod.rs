@@ -36,10 +36,15 @@
 
 mod frame;
 mod mesh;
+mod ops;
 mod peer;
 mod poll;
+mod reading;
 mod rendezvous;
+#[cfg(test)]
+mod tests;
 mod wire;
+mod writing;
 
 pub use rendezvous::Rendezvous;
 pub(crate) use rendezvous::nonce;

@@ -5,7 +5,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use super::peer::{Lent, Ops, Peer, Place};
+use super::ops::Ops;
+use super::peer::{Lent, Peer, Place};
 use super::poll::{self, Alarm};
 use super::rendezvous::failure;
 use crate::Error;
