@@ -62,7 +62,7 @@ impl Communicator {
         let made = match arrival {
             Arrival::Host(Message(data)) => P::from_host(data, &P::Home::default()),
             #[cfg(feature = "cubecl")]
-            Arrival::Device(data) => P::from_message(data),
+            Arrival::Device(data) => P::from_message(*data),
         };
         made.map_err(|_| {
             let (group, to, expected) = (self.group().clone(), self.rank(), std::any::type_name::<P>().to_owned());

@@ -76,6 +76,7 @@ pub trait Payload: Sized + Send + 'static {
 /// Where [`Payload::into_device`] found the data.
 #[cfg(feature = "cubecl")]
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "it is taken apart where it is made")]
 pub enum OnDevice<P: Payload> {
     /// On the device: the data, and what is needed for the way back.
     Here(DeviceTensor, P::Home),

@@ -127,7 +127,7 @@ pub enum Arrival {
     Host(Message),
     /// On a device: that of the receiver, or of the sender if both are threads of one process.
     #[cfg(feature = "cubecl")]
-    Device(super::DeviceTensor),
+    Device(Box<super::DeviceTensor>),
 }
 
 impl From<Message> for Arrival {
@@ -145,7 +145,7 @@ impl Arrival {
         match self {
             Self::Host(message) => Ok(message),
             #[cfg(feature = "cubecl")]
-            Self::Device(tensor) => super::device::to_host(tensor).map(Message),
+            Self::Device(tensor) => super::device::to_host(*tensor).map(Message),
         }
     }
 

@@ -184,7 +184,7 @@ impl DeviceTransport for LocalTransport {
     }
 
     fn send(&self, to: usize, tag: u64, tensor: DeviceTensor) -> Result<(), Error> {
-        self.hand_over(to, tag, Arrival::Device(exclusive(tensor)))
+        self.hand_over(to, tag, Arrival::Device(Box::new(exclusive(tensor))))
     }
 
     fn receive(&self, from: usize, tag: u64) -> Result<Arrival, Error> {

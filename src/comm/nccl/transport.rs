@@ -179,10 +179,11 @@ impl DeviceTransport for NcclTransport {
         let garbled = || Error::invalid("recv over NCCL", format!("the header of a message of rank {from} is garbled"));
         let header = Header::read(&message).ok_or_else(garbled)?;
         if from == self.host.rank() {
-            return self.mail[from].0.take(&header, &self.device.1).map(Arrival::Device);
+            return self.mail[from].0.take(&header, &self.device.1).map(|tensor| Arrival::Device(Box::new(tensor)));
         }
         let ends = (&self.host, &*self.answers, &self.keeper);
-        self.mail[from].1.fetch(header, &self.device.1, (from, tag), ends).map(Arrival::Device)
+        let fetched = self.mail[from].1.fetch(header, &self.device.1, (from, tag), ends);
+        fetched.map(|tensor| Arrival::Device(Box::new(tensor)))
     }
 }
 
