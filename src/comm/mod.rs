@@ -41,6 +41,7 @@ mod partition;
 mod payload;
 mod pending;
 pub(crate) mod reduce;
+mod ticks;
 mod transport;
 mod watch;
 
