@@ -44,6 +44,7 @@ mod pending;
 pub(crate) mod reduce;
 pub(crate) mod room;
 pub mod tcp;
+mod ticks;
 mod transport;
 mod watch;
 mod wired;
@@ -52,11 +53,13 @@ pub use call::{Call, Extent, Operation, ReduceOp};
 pub use communicator::Communicator;
 pub use counters::{Counters, Tally};
 #[cfg(feature = "cubecl")]
+pub(crate) use device::same_buffer;
+#[cfg(feature = "cubecl")]
 pub use device::{DeviceTensor, DeviceTransport};
 pub use element::Element;
 pub use partition::part;
 pub use payload::{Payload, TensorHome, TensorKind};
 pub use pending::Pending;
 pub(crate) use pending::panic_message;
-pub use transport::{BufferMut, BufferRef, Message, Output, Transfer, Transport};
+pub use transport::{Arrival, BufferMut, BufferRef, Message, Output, Transfer, Transport};
 pub use watch::CallLog;

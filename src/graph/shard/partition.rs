@@ -7,6 +7,7 @@ use super::options::PartitionOptions;
 use super::padding::padded;
 use super::pass::Pass;
 use super::report::ShardReport;
+use super::rows::unflattened;
 use crate::error::Error;
 use crate::graph::step::op_name;
 use crate::graph::{StepGraph, graph_error};
@@ -68,7 +69,13 @@ pub fn partition(
             op_name(op)
         )));
     }
-    Ok(Pass::new(graph, params, options).run(graph, params, inputs))
+    match options.sequence_dim {
+        None => Ok(Pass::new(graph, params, options).run(graph, params, inputs)),
+        Some(_) => {
+            let graph = unflattened(graph);
+            Ok(Pass::new(&graph, params, options).run(&graph, params, inputs))
+        }
+    }
 }
 
 fn check(name: &str, tensor: &TensorIr, layout: Layout, options: &PartitionOptions) -> Result<(), Error> {
