@@ -42,6 +42,7 @@ mod partition;
 mod payload;
 mod pending;
 pub(crate) mod reduce;
+pub(crate) mod room;
 pub mod tcp;
 mod ticks;
 mod transport;
