@@ -72,8 +72,12 @@ done
 command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
 
 export LD_LIBRARY_PATH="$links${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-# Several ranks on one GPU: NCCL 2.30 or newer. Older ones ignore it, and the rows that need it are skipped.
-export NCCL_MULTI_RANK_GPU_ENABLE="${NCCL_MULTI_RANK_GPU_ENABLE:-1}" NCCL_MAX_CTAS="${NCCL_MAX_CTAS:-4}"
+# Several ranks on one GPU: NCCL 2.30 or newer. Older ones ignore it, and the rows that need it are skipped. With a GPU for
+# each rank NCCL is left to choose how much of it to use.
+export NCCL_MULTI_RANK_GPU_ENABLE="${NCCL_MULTI_RANK_GPU_ENABLE:-1}"
+if [ "$(nvidia-smi -L 2>/dev/null | wc -l)" -le 1 ]; then
+    export NCCL_MAX_CTAS="${NCCL_MAX_CTAS:-4}"
+fi
 # Streams that wait for each other must not share a queue of the device.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-32}"
 

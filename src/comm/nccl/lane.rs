@@ -9,7 +9,9 @@
 //!    memory next is enqueued behind.
 //!
 //! Nothing of this waits for the device. A call that runs in the background has a stream of its own to burn, that of the
-//! thread that runs it: what the rank computes meanwhile does not wait for *done* until it uses the result.
+//! thread that runs it: what the rank computes meanwhile does not wait for *done*. The thread that takes the result makes its
+//! own stream wait for *done* when it does. It could not leave that to CubeCL, which takes streams for synchronised once one
+//! has waited for the other after a buffer was *made*: here the buffer is filled later.
 //!
 //! A message that is sent goes without the third step: what the sender computes next has nothing to wait for, and the buffer
 //! is held until *done* is seen to be over (see `keeper.rs`).
@@ -19,6 +21,7 @@ use std::sync::Arc;
 
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::CudaRuntime;
+use cubecl_common::device::DeviceId;
 use cubecl_common::device_handle::DeviceHandle;
 use cubecl_environment::stream::StreamId;
 use cubecl_server::runtime::Runtime;
@@ -29,6 +32,7 @@ use cudarc::driver::{result as driver, sys as cuda};
 use cudarc::nccl::sys::cudaStream_t;
 
 use crate::Error;
+use crate::comm::pending::when_taken;
 
 /// Nameable although `cubecl_cuda::compute` is private.
 type Server = <CudaRuntime as Runtime>::Server;
@@ -82,29 +86,49 @@ pub(super) struct Prepared {
     held: Vec<Held>,
     pub ready: Arc<Event>,
     server: DeviceHandle<Server>,
+    device: DeviceId,
     stream: StreamId,
+}
+
+/// Makes what burn enqueues on this thread from now on wait for an event.
+fn follow(device: DeviceId, event: Arc<Event>) {
+    let (server, stream) = (DeviceHandle::<Server>::new(device), StreamId::current());
+    server.submit(move |server: &mut Server| {
+        if let Err(error) = compute_stream(server, stream).and_then(|stream| event.hold_up(stream)) {
+            // The device is lost: every later call says so.
+            log::error!("{error}");
+        }
+    });
+    server.flush_queue();
 }
 
 /// Finds the buffers of tensors of one device, and records when they are ready for use.
 pub(super) fn prepare<'a>(tensors: impl Iterator<Item = &'a CubeTensor>) -> Result<Prepared, Error> {
     let stream = StreamId::current();
     let mut device = None;
-    let mut bindings = Vec::new();
+    let (mut bindings, mut origins) = (Vec::new(), Vec::new());
     for tensor in tensors {
         device = Some(tensor.client.service_id().device);
         bindings.push(tensor.handle.clone().binding());
+        let origin = tensor.handle.stream;
+        if origin != stream && !origins.contains(&origin) {
+            origins.push(origin);
+        }
     }
     let device = device.ok_or_else(|| Error::invalid("NCCL", "it was given no buffer"))?;
     let server = DeviceHandle::<Server>::new(device);
     let found = server.submit_blocking(move |server: &mut Server| {
-        // This also makes the stream wait for the streams that wrote the buffers.
         let find = |binding| server.get_resource(binding, stream).map_err(|error| lost(&error));
         let held = bindings.into_iter().map(find).collect::<Result<Vec<_>, _>>()?;
-        let ready = Event::record(compute_stream(server, stream)?)?;
-        Ok::<_, Error>((held, ready))
+        let compute = compute_stream(server, stream)?;
+        // CubeCL may have seen to it, but looks only at when a buffer was made, not at what was written to it since.
+        for origin in origins {
+            Event::record(compute_stream(server, origin)?)?.hold_up(compute)?;
+        }
+        Ok::<_, Error>((held, Event::record(compute)?))
     });
     let (held, ready) = found.map_err(|error| lost(&error))??;
-    Ok(Prepared { held, ready: Arc::new(ready), server, stream })
+    Ok(Prepared { held, ready: Arc::new(ready), server, device, stream })
 }
 
 impl Prepared {
@@ -115,7 +139,9 @@ impl Prepared {
 
     /// Makes what burn enqueues from now on wait for `done`, then lets go of the buffers.
     pub fn release(self, done: Arc<Event>) {
-        let Self { held, server, stream, .. } = self;
+        let Self { held, server, stream, device, .. } = self;
+        let taken = done.clone();
+        when_taken(move || follow(device, taken));
         server.submit(move |server: &mut Server| {
             match compute_stream(server, stream).and_then(|stream| done.hold_up(stream)) {
                 Ok(()) => drop(held),

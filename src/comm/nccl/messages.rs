@@ -18,6 +18,10 @@
 //! an `ncclRecv` is enqueued its message has been sent, so it waits for nothing but what the sender's device was given
 //! before.
 //!
+//! **On which stream?** A message comes in on the stream of its direction, whatever thread receives it: its buffer is made on
+//! the stream of that thread, the transfer waits for what that had been given before, and what the thread computes next waits
+//! for the transfer. A thread that receives in the background has a stream of its own to burn, as for collectives.
+//!
 //! **Who makes the communicator's id?** The receiver, who sends it with its first answer: the first thing that both sides are
 //! sure to see in the same order.
 //!

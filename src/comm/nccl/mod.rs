@@ -103,8 +103,8 @@ pub fn join(host: &Communicator, index: usize) -> Result<Communicator, Error> {
     };
     let transport = host.transport_arc();
     let keeper = Keeper::new(transport.clone(), host.underway().clone(), gpu);
-    let raw = Raw::init(&id, host.size(), host.rank(), &transport)?;
     let lane = Arc::new(Lane::new(gpu)?);
+    let raw = Raw::init(&id, host.size(), host.rank(), &transport)?;
     Ok(host.over(Arc::new(NcclTransport::new(transport, raw, lane, keeper, (device, cube))?)))
 }
 

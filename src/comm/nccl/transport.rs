@@ -41,6 +41,7 @@ impl NcclTransport {
         keeper: Arc<Keeper>,
         device: (Device, CubeDevice),
     ) -> Result<Self, Error> {
+        let link = keeper.link(raw);
         let answers = host.split("answers", 0, host.rank() as i64)?;
         let outbox = |to| {
             let outbox = Arc::new(Outbox::new(host.clone(), answers.clone(), to));
@@ -48,7 +49,7 @@ impl NcclTransport {
             outbox
         };
         let mail = (0..host.size()).map(|peer| (outbox(peer), Inbox::default())).collect();
-        Ok(Self { link: keeper.link(raw), host, answers, lane, keeper, device, mail })
+        Ok(Self { link, host, answers, lane, keeper, device, mail })
     }
 
     /// The first dims of what all ranks bring. They differ only in gathers and exchanges, and only then it is asked.
@@ -249,9 +250,9 @@ impl Transport for NcclTransport {
         reduce(&*host, ReduceOp::Min, &mut lowest)?;
         let color = lowest[0] as usize;
         self.keeper.gpu().enter()?;
-        let raw = self.link.lock().split(color, host.rank(), &host)?;
         // A stream of its own: groups do not wait for each other.
         let lane = Arc::new(Lane::new(self.keeper.gpu())?);
+        let raw = self.link.lock().split(color, host.rank(), &host)?;
         Ok(Arc::new(Self::new(host, raw, lane, self.keeper.clone(), self.device.clone())?))
     }
 
