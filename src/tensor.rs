@@ -106,10 +106,13 @@ impl PlainTensor {
         })
     }
 
-    /// These values on a device, in their own dtype.
+    /// These values on a device, in their own dtype; bools as the device stores them.
     pub(crate) fn from_data(data: TensorData, device: &Device) -> Self {
+        let kind = Kind::of(data.dtype());
+        let stored = if kind == Kind::Bool { device.settings().bool_dtype.into() } else { data.dtype() };
+        let data = if data.dtype() == stored { data } else { data.convert_dtype(stored) };
         let device = device.as_dispatch();
-        Self(match Kind::of(data.dtype()) {
+        Self(match kind {
             Kind::Float => Dispatch::float_from_data(data, device),
             Kind::Int => Dispatch::int_from_data(data, device),
             Kind::Bool => Dispatch::bool_from_data(data, device),

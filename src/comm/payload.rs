@@ -48,6 +48,21 @@ pub trait Payload: Sized + Send + 'static {
         Ok(OnDevice::Elsewhere(self))
     }
 
+    /// Whether [`into_device`](Self::into_device) will find it there.
+    #[cfg(feature = "cubecl")]
+    fn is_carried(&self, _: &dyn DeviceTransport) -> bool {
+        false
+    }
+
+    /// A message that has come on a device. What does not live on devices is brought to the host, which waits for it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the data is of another rank or kind than this type.
+    #[cfg(feature = "cubecl")]
+    fn from_message(data: DeviceTensor) -> Result<Self, Error> {
+        Self::from_host(device::to_host(data)?, &Self::Home::default())
+    }
+
     /// The way back from the device.
     ///
     /// # Errors
@@ -154,6 +169,23 @@ impl TensorKind for burn::tensor::Bool {
     }
 }
 
+/// A tensor of the data, of its own dtype, on a device. A bool is stored as the device likes.
+pub(crate) fn on_device<const D: usize, K: TensorKind>(data: TensorData, device: &Device) -> Tensor<D, K> {
+    match data.dtype() {
+        DType::Bool(_) => Tensor::from_data(data, device),
+        dtype => Tensor::from_data(data, (device, dtype)),
+    }
+}
+
+/// Whether data of this dtype and rank makes a tensor of `D` dims and kind `K`.
+fn fits<const D: usize, K: TensorKind>(dtype: DType, rank: usize) -> Result<(), Error> {
+    if rank != D || !K::holds(dtype) {
+        let expected = format!("a tensor of rank {D} and another kind was expected");
+        return Err(Error::invalid("payload", format!("{expected}, one of rank {rank} and dtype {dtype:?} came")));
+    }
+    Ok(())
+}
+
 impl<const D: usize, K: TensorKind> Payload for Tensor<D, K> {
     type Home = TensorHome;
 
@@ -179,14 +211,11 @@ impl<const D: usize, K: TensorKind> Payload for Tensor<D, K> {
     }
 
     fn from_host(data: FlexTensor, home: &TensorHome) -> Result<Self, Error> {
-        let (dtype, rank) = (data.dtype(), data.layout().shape().num_dims());
-        if rank != D || !K::holds(dtype) {
-            let expected = format!("a tensor of rank {D} and another kind was expected");
-            return Err(Error::invalid("payload", format!("{expected}, one of rank {rank} and dtype {dtype:?} came")));
-        }
+        let dtype = data.dtype();
+        fits::<D, K>(dtype, data.layout().shape().num_dims())?;
         let plain = match home.device == Device::flex() {
             true => Tensor::from_primitive::<Flex>(data),
-            false => Tensor::from_data(data.into_data(), &home.device),
+            false => on_device(data.into_data(), &home.device),
         };
         Ok(home.welcome(plain))
     }
@@ -194,10 +223,21 @@ impl<const D: usize, K: TensorKind> Payload for Tensor<D, K> {
     #[cfg(feature = "cubecl")]
     fn into_device(self, engine: &dyn DeviceTransport) -> Result<OnDevice<Self>, Error> {
         let home = TensorHome { device: self.device().inner(), autodiff: self.gradient_checkpointing_strategy() };
-        match engine.carries(&home.device, self.dtype()) {
+        match self.is_carried(engine) {
             true => Ok(OnDevice::Here(device::to_device(self.inner())?, home)),
             false => Ok(OnDevice::Elsewhere(self)),
         }
+    }
+
+    #[cfg(feature = "cubecl")]
+    fn is_carried(&self, engine: &dyn DeviceTransport) -> bool {
+        engine.carries(&self.device().inner(), self.dtype())
+    }
+
+    #[cfg(feature = "cubecl")]
+    fn from_message(data: DeviceTensor) -> Result<Self, Error> {
+        fits::<D, K>(data.dtype, data.meta.shape().len())?;
+        Ok(device::from_device(data))
     }
 
     #[cfg(feature = "cubecl")]
@@ -228,11 +268,21 @@ impl Payload for PlainTensor {
 
     #[cfg(feature = "cubecl")]
     fn into_device(self, engine: &dyn DeviceTransport) -> Result<OnDevice<Self>, Error> {
-        let (home, dtype) = (TensorHome { device: self.device(), autodiff: None }, self.dtype());
-        if !engine.carries(&home.device, dtype) {
-            return Ok(OnDevice::Elsewhere(self));
+        let home = TensorHome { device: self.device(), autodiff: None };
+        match self.is_carried(engine) {
+            true => Ok(OnDevice::Here(device::plain_to_device(self)?, home)),
+            false => Ok(OnDevice::Elsewhere(self)),
         }
-        Ok(OnDevice::Here(device::plain_to_device(self)?, home))
+    }
+
+    #[cfg(feature = "cubecl")]
+    fn is_carried(&self, engine: &dyn DeviceTransport) -> bool {
+        engine.carries(&self.device(), self.dtype())
+    }
+
+    #[cfg(feature = "cubecl")]
+    fn from_message(data: DeviceTensor) -> Result<Self, Error> {
+        Ok(device::plain_from_device(data))
     }
 
     #[cfg(feature = "cubecl")]
