@@ -43,6 +43,7 @@ mod payload;
 mod pending;
 pub(crate) mod reduce;
 pub mod tcp;
+mod ticks;
 mod transport;
 mod watch;
 mod wired;
