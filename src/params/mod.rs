@@ -8,6 +8,7 @@ mod hold;
 mod leaf;
 mod load;
 mod outline;
+mod pad;
 mod safetensors;
 mod source;
 
