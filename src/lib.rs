@@ -65,6 +65,7 @@ pub mod mesh;
 pub mod params;
 pub mod pipeline_parallel;
 pub mod plan;
+pub mod tensor;
 pub mod tensor_parallel;
 pub mod train;
 

@@ -238,8 +238,20 @@ impl Call {
         Self { cut: Self::ON_DEVICE, ..Self::new(operation, Some(dtype), extent) }
     }
 
+    /// A call that reduces several buffers together, where they are. `cut` is the fingerprint of their lengths.
     #[cfg(feature = "cubecl")]
-    const ON_DEVICE: u64 = u64::MAX;
+    pub(crate) fn pieces_on_device(op: ReduceOp, dtype: DType, elements: usize, pieces: usize, cut: u64) -> Self {
+        let call = Self::on_device(Operation::AllReduce(op), dtype, Extent::flat(elements));
+        Self { pieces, cut: if pieces == 1 { Self::ON_DEVICE } else { !cut }, ..call }
+    }
+
+    /// The highest bit of `cut` says that the data is on a device.
+    const ON_DEVICE: u64 = 1 << 63;
+
+    /// Whether the data stays on its device.
+    pub(crate) fn is_on_device(&self) -> bool {
+        self.cut >= Self::ON_DEVICE
+    }
 
     /// Whether two ranks' calls, of the same place in their sequences, belong together.
     pub(crate) fn agrees(&self, other: &Self) -> bool {
@@ -301,7 +313,6 @@ impl fmt::Display for Call {
         if let Some(dtype) = self.dtype {
             write!(f, " of {dtype:?} {:?}", self.extent.dims())?;
         }
-        #[cfg(feature = "cubecl")]
         if self.cut == Self::ON_DEVICE {
             return f.write_str(" on its device");
         }

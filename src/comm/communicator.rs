@@ -52,6 +52,11 @@ impl Communicator {
     }
 
     #[cfg(feature = "cuda")]
+    pub(super) fn underway(&self) -> &Arc<Underway> {
+        self.inner.progress.underway()
+    }
+
+    #[cfg(feature = "cuda")]
     pub(super) fn transport_arc(&self) -> Arc<dyn Transport> {
         self.inner.transport.clone()
     }
@@ -204,7 +209,7 @@ impl Communicator {
             // An error that only this rank has found, with the others already done, must not leave them guessing later.
             error => self.fail_with(error),
         })?;
-        self.inner.counters.add(&call.operation, bytes, Duration::max(began.elapsed(), Duration::from_nanos(1)));
+        self.inner.counters.add(call, bytes, Duration::max(began.elapsed(), Duration::from_nanos(1)));
         Ok(())
     }
 }

@@ -44,10 +44,10 @@ impl Underway {
 }
 
 /// A job counted as under way until this is dropped.
-struct Counted(Arc<Underway>);
+pub(crate) struct Counted(Arc<Underway>);
 
 impl Counted {
-    fn new(underway: &Arc<Underway>) -> Self {
+    pub(crate) fn new(underway: &Arc<Underway>) -> Self {
         *underway.lock() += 1;
         Self(underway.clone())
     }

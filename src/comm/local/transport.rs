@@ -11,7 +11,7 @@ use super::group::{Group, Half, Post, lock};
 use super::rendezvous::Interrupted;
 use super::work;
 use crate::Error;
-use crate::comm::{Call, CallLog, Extent, Message, Operation, Transfer, Transport};
+use crate::comm::{Arrival, Call, CallLog, Extent, Message, Operation, Transfer, Transport};
 
 /// How long a rank that finds a peer gone waits for the reason, which may be on its way: a rank drops its communicators
 /// while it unwinds, before whoever started it can tell why.
@@ -85,6 +85,55 @@ impl LocalTransport {
             }
             Err(why) => Err(self.interrupted(why, call, clock.elapsed(), || self.absent(call))),
         }
+    }
+
+    /// Puts a message into the queue of its receiver.
+    pub(super) fn hand_over(&self, to: usize, tag: u64, message: Arrival) -> Result<(), Error> {
+        self.check_rank(to, "send")?;
+        let group = &*self.group;
+        if let Some(error) = group.fate.error() {
+            return Err(error.clone());
+        }
+        group.mail.put(self.rank, to, tag, message);
+        group.rendezvous.bell.ring();
+        Ok(())
+    }
+
+    /// Waits for the oldest message of `from` that bears `tag`.
+    pub(super) fn take(&self, from: usize, tag: u64) -> Result<Arrival, Error> {
+        self.check_rank(from, "recv")?;
+        let group = &*self.group;
+        if let Some(error) = group.fate.error() {
+            return Err(error.clone());
+        }
+        let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
+        let mut message = group.mail.take(from, self.rank, tag);
+        if message.is_none() {
+            // Only a receive that has to wait is worth a line in the log. It does not hold up collectives that another
+            // thread of this rank runs: the message may be sent only after them.
+            let mut clock = Clock::new(group, self.rank, &call);
+            let gone = || lock(&group.left).iter().any(|(rank, _)| *rank == from);
+            let mut over = None;
+            let ready = || {
+                // Looked at before the mailbox: what the sender put in before it left is still delivered.
+                over = group.rendezvous.interruption().filter(|why| *why == Interrupted::Aborted || gone());
+                message = group.mail.take(from, self.rank, tag);
+                message.is_some() || over.is_some()
+            };
+            let in_time = group.rendezvous.bell.wait(patience(group), ready, || clock.remaining());
+            if message.is_some() {
+                clock.finish();
+            } else {
+                let why = over.filter(|_| in_time).unwrap_or(Interrupted::Expired);
+                return Err(self.interrupted(why, &call, clock.elapsed(), || {
+                    format!(
+                        "rank {from}; tags that it has sent and nobody has read: {:?}",
+                        group.mail.tags(from, self.rank)
+                    )
+                }));
+            }
+        }
+        message.ok_or_else(|| self.failure_or_abort())
     }
 
     /// Turns an interrupted wait into the error of the world.
@@ -228,50 +277,19 @@ impl Transport for LocalTransport {
     }
 
     fn send(&self, to: usize, tag: u64, message: Message) -> Result<(), Error> {
-        self.check_rank(to, "send")?;
-        let group = &*self.group;
-        if let Some(error) = group.fate.error() {
-            return Err(error.clone());
-        }
-        group.mail.put(self.rank, to, tag, message);
-        group.rendezvous.bell.ring();
-        Ok(())
+        self.hand_over(to, tag, message.into())
     }
 
     fn receive(&self, from: usize, tag: u64) -> Result<Message, Error> {
+        self.take(from, tag)?.into_host()
+    }
+
+    fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {
         self.check_rank(from, "recv")?;
-        let group = &*self.group;
-        if let Some(error) = group.fate.error() {
-            return Err(error.clone());
+        match self.group.fate.error() {
+            Some(error) => Err(error.clone()),
+            None => self.group.mail.take(from, self.rank, tag).map(Arrival::into_host).transpose(),
         }
-        let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
-        let mut message = group.mail.take(from, self.rank, tag);
-        if message.is_none() {
-            // Only a receive that has to wait is worth a line in the log. It does not hold up collectives that another
-            // thread of this rank runs: the message may be sent only after them.
-            let mut clock = Clock::new(group, self.rank, &call);
-            let gone = || lock(&group.left).iter().any(|(rank, _)| *rank == from);
-            let mut over = None;
-            let ready = || {
-                // Looked at before the mailbox: what the sender put in before it left is still delivered.
-                over = group.rendezvous.interruption().filter(|why| *why == Interrupted::Aborted || gone());
-                message = group.mail.take(from, self.rank, tag);
-                message.is_some() || over.is_some()
-            };
-            let in_time = group.rendezvous.bell.wait(patience(group), ready, || clock.remaining());
-            if message.is_some() {
-                clock.finish();
-            } else {
-                let why = over.filter(|_| in_time).unwrap_or(Interrupted::Expired);
-                return Err(self.interrupted(why, &call, clock.elapsed(), || {
-                    format!(
-                        "rank {from}; tags that it has sent and nobody has read: {:?}",
-                        group.mail.tags(from, self.rank)
-                    )
-                }));
-            }
-        }
-        message.ok_or_else(|| self.failure_or_abort())
     }
 
     fn timeout(&self) -> Duration {
