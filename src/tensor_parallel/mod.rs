@@ -30,6 +30,7 @@
 //! ```
 
 pub mod layers;
+pub mod matmul;
 mod sharded;
 mod suggest;
 mod wrap;
