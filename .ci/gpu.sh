@@ -18,4 +18,4 @@ cp Cargo.lock "$lock"
 # The lock file names the real crate; the stand-in is only for here.
 trap 'cp "$lock" Cargo.lock; rm -f "$lock"' EXIT
 export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-/tmp} CARGO_PROFILE_DEV_DEBUG=0
-cargo test --features cuda-nvrtc,wgpu --config tools/no-llvm.toml --test nccl --test device_local
+cargo test --features cuda-nvrtc,wgpu --config tools/no-llvm.toml --test nccl --test device_local --test kernels

@@ -34,6 +34,7 @@ const SIZES: [[usize; 3]; 10] = [
 ];
 
 /// An engine whose all-reduces take as long as they would on a network.
+#[derive(Debug)]
 struct Network(Communicator);
 
 impl Transport for Network {

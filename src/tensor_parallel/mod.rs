@@ -29,6 +29,8 @@
 //! # Ok::<(), Error>(())
 //! ```
 
+#[cfg(feature = "cubecl")]
+mod kernels;
 pub mod layers;
 pub mod matmul;
 mod sharded;

@@ -20,7 +20,9 @@
 //! summands of an element never depends on the chunks.
 //!
 //! On `Device::flex()` chunks are views of the input, multiplied by the kernels of Flex into their place in the output:
-//! nothing is copied.
+//! nothing is copied. On the devices of CubeCL (features `wgpu`, `cuda`) they are views of the buffer, multiplied by cubek's
+//! kernels; where a view does not begin and end on the alignment of the device, a buffer of its own takes its place. On other
+//! devices a product and a move of [`layout`](crate::layout) do the same, one after the other.
 //!
 //! # Sources
 //!
@@ -29,10 +31,15 @@
 //! al., *Overlap Communication with Dependent Computation via Decomposition in Large Deep Learning Models*, ASPLOS 2023; in
 //! PyTorch the asynchronous tensor parallelism of torchtitan, [arXiv:2410.06511](https://arxiv.org/abs/2410.06511).
 
+mod activation;
+mod deal;
+#[cfg(feature = "cubecl")]
+mod device;
 mod host;
 mod products;
 mod schedule;
 mod tape;
 
+pub use activation::{Activation, bias_activation};
 pub use products::{all_gather_matmul, column_parallel, matmul_reduce_scatter, row_parallel};
 pub use schedule::Overlap;

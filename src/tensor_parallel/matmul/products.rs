@@ -159,7 +159,7 @@ fn plain<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<D> {
 fn has_kernels<const D: usize>(x: &Tensor<D>) -> bool {
     let device = x.device().inner();
     #[cfg(feature = "cubecl")]
-    if matches!(device.as_dispatch(), burn::backend::DispatchDevice::Cube(_)) {
+    if crate::tensor_parallel::kernels::run_on(&device) {
         return true;
     }
     device == Device::flex()
@@ -217,8 +217,12 @@ fn empty<const D: usize>(x: Tensor<D>, weight: Tensor<2>, job: Job) -> Result<Te
     }
 }
 
-/// [`Tensor::reshape`] takes a dim of 0 for one to be kept; here it is one.
+/// Other dims for the same elements, of which equal numbers are equal. [`Tensor::reshape`] takes a dim of 0 for one to be
+/// kept; here it is one.
 fn reshaped<const D: usize, const E: usize>(tensor: Tensor<D>, dims: [usize; E]) -> Tensor<E> {
+    if D == E {
+        return Tensor::from_dispatch(tensor.into_dispatch());
+    }
     Tensor::from_dispatch(Dispatch::float_reshape(tensor.into_dispatch(), Shape::from(dims)))
 }
 

@@ -10,7 +10,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, ExtensionType, Flex, TensorMetadata, backend_extension};
 use burn::tensor::Tensor;
 
-use super::schedule::{Overlap, Schedule};
+use super::schedule::{Overlap, Schedule, Size};
 use crate::Error;
 use crate::comm::Communicator;
 
@@ -40,8 +40,8 @@ pub(super) struct Job {
 }
 
 impl Job {
-    pub fn schedule(&self, rows: usize, row_bytes: usize) -> Schedule {
-        self.overlap.plan(rows, row_bytes, &self.comm)
+    pub fn schedule(&self, size: Size) -> Schedule {
+        self.overlap.plan(size, &self.comm)
     }
 
     /// Puts the product on the tape.

@@ -11,7 +11,8 @@ use super::matrix::{Factor, Matrix, Real, packed_rows, product, room, transposed
 use super::window::windows;
 use crate::Error;
 use crate::comm::{Pending, part};
-use crate::tensor_parallel::matmul::schedule::Schedule;
+use crate::tensor_parallel::matmul::deal::{Deal, total_positions};
+use crate::tensor_parallel::matmul::schedule::Size;
 use crate::tensor_parallel::matmul::tape::{Form, Job};
 
 /// The product, and what the backward pass needs of the left factor.
@@ -23,8 +24,8 @@ pub(super) fn forward<T: Real>(
     let factor = Factor::new(Matrix::<T>::of(&weight));
     match job.form {
         Form::Column => Ok((product(Matrix::of(&x), &factor), x)),
-        Form::Row => Ok((multiply_sum(&x, &factor, job, || ())?.0, x)),
-        Form::RowScatter => Ok((multiply_scatter(&x, &factor, job, || ())?.0, x)),
+        Form::Row => Ok((multiply_sum(&x, &factor, job, None::<fn()>)?.0, x)),
+        Form::RowScatter => Ok((multiply_scatter(&x, &factor, job, None::<fn()>)?.0, x)),
         Form::GatherColumn => gather_multiply(&x, &factor, job),
     }
 }
@@ -48,11 +49,13 @@ pub(super) fn backward<T: Real>(
         Form::RowScatter => Ok([None, of_weight(&gather::<T>(&gradient, job)?)]),
         Form::Column | Form::GatherColumn if !wants_x => Ok([None, of_weight(&gradient)]),
         Form::Column => {
-            let (of_x, of_weight) = multiply_sum(&gradient, &turned, job, || of_weight(&gradient))?;
+            let of_weight = wants_weight.then_some(|| transposed_product::<T>(&x, &gradient));
+            let (of_x, of_weight) = multiply_sum(&gradient, &turned, job, of_weight)?;
             Ok([Some(of_x), of_weight])
         }
         Form::GatherColumn => {
-            let (of_x, of_weight) = multiply_scatter(&gradient, &turned, job, || of_weight(&gradient))?;
+            let of_weight = wants_weight.then_some(|| transposed_product::<T>(&x, &gradient));
+            let (of_x, of_weight) = multiply_scatter(&gradient, &turned, job, of_weight)?;
             Ok([Some(of_x), of_weight])
         }
     }
@@ -63,10 +66,12 @@ fn multiply_sum<T: Real, R>(
     left: &FlexTensor,
     right: &Factor<'_, T>,
     job: &Job,
-    beside: impl FnOnce() -> R,
-) -> Result<(FlexTensor, R), Error> {
+    beside: Option<impl FnOnce() -> R>,
+) -> Result<(FlexTensor, Option<R>), Error> {
     let (left, columns) = (Matrix::of(left), right.columns());
-    let schedule = job.schedule(left.rows, columns * size_of::<T>());
+    let (row_bytes, row_work) = (columns * size_of::<T>(), columns * left.columns);
+    let schedule =
+        job.schedule(Size { rows: left.rows, row_bytes, row_work, beside: beside.is_some(), on_device: false });
     let mut sum = room::<T>(left.rows, columns);
     let dims = |rows: &Range<usize>| [rows.len(), columns];
     if !schedule.background {
@@ -77,7 +82,7 @@ fn multiply_sum<T: Real, R>(
             job.comm.all_reduce_matrix(chunk, dims(&rows))?;
             rest = behind;
         }
-        return Ok((sum, beside()));
+        return Ok((sum, beside.map(|make| make())));
     }
     let (frame, chunks) = windows::<T>(sum, schedule.cut(left.rows).map(|rows| rows.len() * columns));
     let mut flying = Vec::with_capacity(schedule.chunks);
@@ -86,7 +91,7 @@ fn multiply_sum<T: Real, R>(
         let dims = dims(&rows);
         flying.push(job.comm.start(move |comm| comm.all_reduce_matrix(&mut chunk, dims)));
     }
-    let made = beside();
+    let made = beside.map(|make| make());
     flying.into_iter().try_for_each(Pending::wait)?;
     Ok((frame.tensor()?, made))
 }
@@ -98,10 +103,12 @@ fn multiply_scatter<T: Real, R>(
     left: &FlexTensor,
     right: &Factor<'_, T>,
     job: &Job,
-    beside: impl FnOnce() -> R,
-) -> Result<(FlexTensor, R), Error> {
+    beside: Option<impl FnOnce() -> R>,
+) -> Result<(FlexTensor, Option<R>), Error> {
     let (left, columns) = (Matrix::of(left), right.columns());
-    let schedule = job.schedule(left.rows, columns * size_of::<T>());
+    let (row_bytes, row_work) = (columns * size_of::<T>(), columns * left.columns);
+    let schedule =
+        job.schedule(Size { rows: left.rows, row_bytes, row_work, beside: beside.is_some(), on_device: false });
     let deal = Deal::new(left.rows / job.unit, job.comm.size(), job.comm.rank(), schedule);
     let row = job.unit * columns;
     let mut scattered = room::<T>(deal.own() * job.unit, columns);
@@ -123,7 +130,7 @@ fn multiply_scatter<T: Real, R>(
             job.comm.reduce_scatter_matrix(partial, [deal.total(chunk), row], own)?;
             rest = behind;
         }
-        return Ok((scattered, beside()));
+        return Ok((scattered, beside.map(|make| make())));
     }
     let (frame, owns) = windows::<T>(scattered, (0..schedule.chunks).map(|chunk| deal.of_own(chunk).len() * row));
     let mut flying = Vec::with_capacity(schedule.chunks);
@@ -133,7 +140,7 @@ fn multiply_scatter<T: Real, R>(
         let dims = [deal.total(chunk), row];
         flying.push(job.comm.start(move |comm| comm.reduce_scatter_matrix(&partial, dims, &mut own)));
     }
-    let made = beside();
+    let made = beside.map(|make| make());
     flying.into_iter().try_for_each(Pending::wait)?;
     Ok((frame.tensor()?, made))
 }
@@ -150,7 +157,13 @@ fn gather_multiply<T: Real>(
     }
     let (width, unit, columns) = (left.shape()[1], job.unit, right.columns());
     let positions = total_positions(left.shape()[0] / unit, job)?;
-    let schedule = job.schedule(positions * unit, width * size_of::<T>());
+    let (row_bytes, row_work) = (width * size_of::<T>(), columns * width);
+    // Beside all of them there are the rows that this rank has.
+    let schedule = job.schedule(Size { rows: positions * unit, row_bytes, row_work, beside: true, on_device: false });
+    if !schedule.background {
+        let whole = gather::<T>(left, job)?;
+        return Ok((product(Matrix::of(&whole), right), whole));
+    }
     let deal = Deal::new(positions, job.comm.size(), job.comm.rank(), schedule);
     let brought = left.to_contiguous();
     let mut flying = Vec::with_capacity(schedule.chunks);
@@ -195,98 +208,4 @@ fn gather<T: Real>(left: &FlexTensor, job: &Job) -> Result<FlexTensor, Error> {
     let whole = crate::layout::Step::Gather { dim: 0 }.take(job.name, brought, &job.comm)?;
     let total = whole.shape()[0];
     Ok(whole.reshape([total * unit, width].into()))
-}
-
-/// The positions of all ranks, of which each must have its part.
-fn total_positions(own: usize, job: &Job) -> Result<usize, Error> {
-    let (comm, name) = (&job.comm, job.name);
-    let all = comm.all_gather(vec![own as u64])?;
-    let total = all.iter().sum::<u64>() as usize;
-    for (rank, brought) in all.iter().enumerate() {
-        let due = part(total, comm.size(), rank).len();
-        if *brought != due as u64 {
-            let problem = format!(
-                "rank {rank} of group `{}` brings {brought} of the {total} positions that its {} ranks have, but its part \
-                 is {due}; divide the sequence as `comm::part` does",
-                comm.group(),
-                comm.size()
-            );
-            return Err(Error::invalid(name, problem));
-        }
-    }
-    Ok(total)
-}
-
-/// Which positions of which rank are in which chunk: of each rank's part the same stretch, as far as the part goes.
-struct Deal {
-    parts: Vec<Range<usize>>,
-    rank: usize,
-    chunks: Vec<Range<usize>>,
-}
-
-impl Deal {
-    fn new(positions: usize, size: usize, rank: usize, schedule: Schedule) -> Self {
-        let parts: Vec<_> = (0..size).map(|rank| part(positions, size, rank)).collect();
-        let longest = parts.iter().map(Range::len).max().unwrap_or(0);
-        Self { rank, chunks: schedule.cut(longest).collect(), parts }
-    }
-
-    /// Positions of this rank.
-    fn own(&self) -> usize {
-        self.parts[self.rank].len()
-    }
-
-    fn of(&self, part: &Range<usize>, chunk: usize) -> Range<usize> {
-        let at = |place: usize| part.end.min(part.start + place);
-        at(self.chunks[chunk].start)..at(self.chunks[chunk].end)
-    }
-
-    fn of_own(&self, chunk: usize) -> Range<usize> {
-        self.of(&self.parts[self.rank], chunk)
-    }
-
-    /// The positions of this rank, counted from its first.
-    fn within_own(&self, chunk: usize) -> Range<usize> {
-        let (own, start) = (self.of_own(chunk), self.parts[self.rank].start);
-        own.start - start..own.end - start
-    }
-
-    fn of_all(&self, chunk: usize) -> impl Iterator<Item = Range<usize>> {
-        self.parts.iter().map(move |part| self.of(part, chunk))
-    }
-
-    /// Positions of a chunk, over all ranks. `part` divides them as they are dealt here: parts differ by one at most, so a
-    /// chunk is even unless it is the last, in which the first ranks have one more.
-    fn total(&self, chunk: usize) -> usize {
-        self.of_all(chunk).map(|positions| positions.len()).sum()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn chunks_are_dealt_as_parts_are() {
-        for size in 1..9 {
-            for positions in 0..40 {
-                for chunks in 1..6 {
-                    let schedule = Schedule { chunks, background: false };
-                    let mut had = vec![0; size];
-                    for chunk in 0..chunks {
-                        let deal = |rank| Deal::new(positions, size, rank, schedule);
-                        let deals: Vec<Deal> = (0..size).map(deal).collect();
-                        let total = deals[0].total(chunk);
-                        for (rank, deal) in deals.iter().enumerate() {
-                            let own = deal.of_own(chunk);
-                            assert_eq!(own.len(), part(total, size, rank).len(), "{size} {positions} {chunks} {chunk}");
-                            assert_eq!(own.start, part(positions, size, rank).start + had[rank]);
-                            had[rank] += own.len();
-                        }
-                    }
-                    assert_eq!(had.iter().sum::<usize>(), positions);
-                }
-            }
-        }
-    }
 }
