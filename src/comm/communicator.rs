@@ -190,6 +190,12 @@ impl Communicator {
         })
     }
 
+    /// Whether collectives on host memory are the work of the threads that call them, see
+    /// [`Transport::works_on_callers`].
+    pub fn works_on_callers(&self) -> bool {
+        self.inner.transport.works_on_callers()
+    }
+
     pub(super) fn transport(&self) -> &dyn Transport {
         &*self.inner.transport
     }

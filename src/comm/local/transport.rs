@@ -344,6 +344,10 @@ impl Transport for LocalTransport {
         self.group.log()
     }
 
+    fn works_on_callers(&self) -> bool {
+        true
+    }
+
     #[cfg(feature = "cubecl")]
     fn on_device(&self) -> Option<&dyn crate::comm::DeviceTransport> {
         Some(self)
