@@ -9,7 +9,6 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use burn::backend::Flex;
 use burn::tensor::{Device, Tensor};
 use burn_parallel::pipeline_parallel::schedule::{Direction, Edge, Routes, Schedule};
 use burn_parallel::pipeline_parallel::{Forwarded, LossSum, MicroBatch, Parcel, Pipeline, Stage};

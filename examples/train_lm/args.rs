@@ -152,6 +152,8 @@ pub struct Args {
     pub seed: u64,
     /// Where to write the outcome as JSON.
     pub json: Option<PathBuf>,
+    /// What the ranks compute on.
+    pub device: Compute,
     /// How the ranks are started and joined.
     pub start: Start,
 }
@@ -238,6 +240,7 @@ impl Args {
             lr: flags.lr,
             seed: flags.seed,
             json: flags.json,
+            device: flags.device,
             start,
         })
     }

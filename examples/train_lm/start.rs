@@ -1,5 +1,10 @@
 //! How the ranks are started, and on what they compute.
 
+use burn::tensor::Device;
+#[cfg(feature = "wgpu")]
+use burn::tensor::DeviceKind;
+#[cfg(feature = "cuda")]
+use burn::tensor::DeviceType;
 use burn_parallel::launch::{self, Engine, Launcher, Place};
 use burn_parallel::prelude::*;
 use clap::ValueEnum;
@@ -20,9 +25,32 @@ pub enum Launch {
 /// What the ranks compute on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Compute {
+    /// The CPU
     Flex,
+    /// NVIDIA GPUs, shared out among the ranks
     Cuda,
+    /// The first GPU that Vulkan, Metal or DirectX finds, for all ranks
     Wgpu,
+}
+
+impl Compute {
+    /// The device of a rank.
+    pub fn of(self, rank: &Rank) -> Result<Device, Error> {
+        match self {
+            Self::Flex => Ok(rank.device()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => {
+                let gpus = Device::enumerate(DeviceType::Cuda).into_vec();
+                let own = gpus.get(rank.rank() % gpus.len().max(1)).cloned();
+                own.ok_or_else(|| Error::user("--device cuda: no NVIDIA GPU was found"))
+            }
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu => Ok(Device::wgpu(DeviceKind::DefaultDevice)),
+            // Refused when the flags were read.
+            #[allow(unreachable_patterns)]
+            other => Err(Error::user(format!("--device {other:?}: this program was built without it"))),
+        }
+    }
 }
 
 /// What joins the ranks.
@@ -59,6 +87,8 @@ pub fn choose(launch: Option<Launch>, device: Compute, transport: Option<Transpo
         Err(format!("{flag} {feature}: this program was built without it; build with `--features {feature}`"))
     };
     match device {
+        Compute::Cuda if cfg!(feature = "cuda") => {}
+        Compute::Wgpu if cfg!(feature = "wgpu") => {}
         Compute::Flex => {}
         Compute::Cuda => return without("--device", "cuda"),
         Compute::Wgpu => return without("--device", "wgpu"),

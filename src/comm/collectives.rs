@@ -66,9 +66,34 @@ impl Communicator {
     /// # Errors
     /// [`Error::InvalidArgument`] on a rank whose output has another length; the world fails with it.
     pub fn all_gather_into<E: Element>(&self, input: &[E], output: &mut [E]) -> Result<(), Error> {
-        let call = Call::new(Operation::AllGather, Some(E::DTYPE), Extent::flat(input.len()));
-        let (input, output) = (BufferRef::new(input), &mut SliceOutput(output));
-        self.run(&call, |transport| transport.collective(&call, Transfer::Through { input, output }))
+        self.into_place(&Call::new(Operation::AllGather, Some(E::DTYPE), Extent::flat(input.len())), input, output)
+    }
+
+    /// [`all_reduce`](Self::all_reduce) of a matrix with [`ReduceOp::Sum`], in place.
+    pub(crate) fn all_reduce_matrix<E: Element>(&self, rows: &mut [E], dims: [usize; 2]) -> Result<(), Error> {
+        let call = Call::new(Operation::AllReduce(ReduceOp::Sum), Some(E::DTYPE), Extent::new(&dims));
+        self.in_place(&call, &mut [BufferMut::new(rows)])
+    }
+
+    /// [`reduce_scatter`](Self::reduce_scatter) of a matrix with [`ReduceOp::Sum`] into this rank's rows.
+    pub(crate) fn reduce_scatter_matrix<E: Element>(
+        &self,
+        rows: &[E],
+        dims: [usize; 2],
+        own: &mut [E],
+    ) -> Result<(), Error> {
+        let call = Call::new(Operation::ReduceScatter(ReduceOp::Sum), Some(E::DTYPE), Extent::new(&dims));
+        self.into_place(&call, rows, own)
+    }
+
+    /// [`all_gather`](Self::all_gather) of the rows of matrices, `dims` being those of this rank's.
+    pub(crate) fn all_gather_matrix<E: Element>(
+        &self,
+        own: &[E],
+        dims: [usize; 2],
+        rows: &mut [E],
+    ) -> Result<(), Error> {
+        self.into_place(&Call::new(Operation::AllGather, Some(E::DTYPE), Extent::new(&dims)), own, rows)
     }
 
     /// Every rank gets the payload of `root`. All bring the same shape and dtype; what the others bring is overwritten.
@@ -287,6 +312,11 @@ impl Communicator {
 
     fn in_place(&self, call: &Call, buffers: &mut [BufferMut<'_>]) -> Result<(), Error> {
         self.run(call, |transport| transport.collective(call, Transfer::InPlace(buffers)))
+    }
+
+    fn into_place<E: Element>(&self, call: &Call, input: &[E], output: &mut [E]) -> Result<(), Error> {
+        let (input, output) = (BufferRef::new(input), &mut SliceOutput(output));
+        self.run(call, |transport| transport.collective(call, Transfer::Through { input, output }))
     }
 
     fn check_root(&self, root: usize, operation: &'static str) -> Result<(), Error> {

@@ -5,6 +5,7 @@ use std::ops::{Add, Sub};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+use super::ticks::Ticks;
 use super::{Call, Operation};
 
 /// Calls, bytes and time of one kind of operation.
@@ -84,26 +85,41 @@ impl Sub for Counters {
 }
 
 /// The running totals behind [`Counters`]: one line per operation, added to without a lock.
-#[derive(Debug, Default)]
-pub(crate) struct CounterBoard([RunningTally; Operation::NAMES.len()]);
+#[derive(Debug)]
+pub(crate) struct CounterBoard {
+    clock: Ticks,
+    tallies: [RunningTally; Operation::NAMES.len()],
+}
 
 #[derive(Debug, Default)]
 struct RunningTally {
     calls: AtomicU64,
     bytes: AtomicU64,
     on_device: AtomicU64,
-    nanoseconds: AtomicU64,
+    ticks: AtomicU64,
 }
 
 impl CounterBoard {
-    pub fn add(&self, call: &Call, bytes: u64, time: Duration) {
-        let tally = &self.0[call.operation.index()];
+    pub fn new() -> Self {
+        Self { clock: Ticks::new(), tallies: Default::default() }
+    }
+
+    /// The time, as [`add`](Self::add) wants to have it.
+    #[inline]
+    pub fn now(&self) -> u64 {
+        self.clock.now()
+    }
+
+    /// Counts a call that began at `began` and ends now.
+    #[inline]
+    pub fn add(&self, call: &Call, bytes: u64, began: u64) {
+        let tally = &self.tallies[call.operation.index()];
         if call.is_on_device() {
             tally.on_device.fetch_add(bytes, Relaxed);
         }
         tally.calls.fetch_add(1, Relaxed);
         tally.bytes.fetch_add(bytes, Relaxed);
-        tally.nanoseconds.fetch_add(time.as_nanos() as u64, Relaxed);
+        tally.ticks.fetch_add(self.now().saturating_sub(began).max(1), Relaxed);
     }
 
     pub fn snapshot(&self) -> Counters {
@@ -111,10 +127,9 @@ impl CounterBoard {
             calls: tally.calls.load(Relaxed),
             bytes: tally.bytes.load(Relaxed),
             on_device: tally.on_device.load(Relaxed),
-            time: Duration::from_nanos(tally.nanoseconds.load(Relaxed)),
+            time: self.clock.duration(tally.ticks.load(Relaxed)),
         };
-        Counters(
-            Operation::NAMES.into_iter().zip(self.0.iter().map(read)).filter(|(_, tally)| tally.calls > 0).collect(),
-        )
+        let tallies = self.tallies.iter().map(read);
+        Counters(Operation::NAMES.into_iter().zip(tallies).filter(|(_, tally)| tally.calls > 0).collect())
     }
 }

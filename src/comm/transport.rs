@@ -222,6 +222,12 @@ pub trait Transport: Debug + Send + Sync {
     /// The last collectives of every rank.
     fn log(&self) -> CallLog;
 
+    /// Whether a collective on host memory is the work of the threads that call it, memory traffic and all, so that one in the
+    /// background takes a core from those that compute. Where a network or another device works, it is not.
+    fn works_on_callers(&self) -> bool {
+        false
+    }
+
     /// How it carries data of devices without bringing it to the host, if it does.
     #[cfg(feature = "cubecl")]
     fn on_device(&self) -> Option<&dyn super::DeviceTransport> {

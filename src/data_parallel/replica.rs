@@ -229,8 +229,8 @@ impl<M: Module> Replica<M> {
                            with every parameter frozen?";
             return Err(self.reducer.refuse("Loss", problem.into()));
         }
-        let value = loss.value.clone().inner().into_scalar::<f64>();
-        self.so_far.add(if loss.summed { value } else { value * loss.weight }, loss.weight);
+        let (value, weight, summed) = (loss.value.clone().inner(), loss.weight, loss.summed);
+        self.so_far.add(0.0, weight);
         let contribution = self.so_far.contribution;
         if last {
             self.reducer.open(contribution);
@@ -242,6 +242,9 @@ impl<M: Module> Replica<M> {
         let scaled = if factor == 1.0 { loss.value } else { loss.value.mul_scalar(factor) };
         let mut grads = scaled.backward();
         self.module.visit(&mut Collect { reducer: &self.reducer, grads: &mut grads });
+        // Not before: a device would have to finish the forward first, with nothing else to do meanwhile.
+        let value = value.into_scalar::<f64>();
+        self.so_far.loss += if summed { value } else { value * weight };
         Ok(())
     }
 

@@ -7,6 +7,7 @@ use burn::backend::DispatchTensor;
 use burn::module::{Module, ParamId};
 use burn::optim::GradientsParams;
 use burn::prelude::*;
+use burn::tensor::DType;
 use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::custom::CustomOps;
@@ -274,7 +275,7 @@ impl Executor {
                 };
             }
         };
-        let Results { loss, weight, outputs, updates } = results;
+        let Results { loss, weight, outputs, updates, .. } = results;
         write_running_states(model, updates);
         let outputs: Option<Vec<_>> = outputs.into_iter().collect();
         let outputs = outputs.ok_or_else(|| graph_error("the step did not give all its outputs"))?;
@@ -318,9 +319,16 @@ impl Executor {
         Ok(())
     }
 
+    fn known_weight(&self) -> Option<f64> {
+        let weight = self.graph.weight.as_ref()?;
+        self.graph.constants.get(&weight.id)?.iter::<f64>().next()
+    }
+
     /// An interpreter that knows the constants.
     fn interpreter(&self, device: &Device) -> Result<Interpreter, Error> {
         let mut interpreter = Interpreter::new(device, &self.ops)?;
+        let tensors = self.graph.operations.iter().flat_map(|op| op.inputs().chain(op.outputs()));
+        computable(tensors, device)?;
         for (id, value) in self.graph.constants.iter().filter(|(id, _)| self.needed.contains(id)) {
             interpreter.bind_data(*id, value.clone());
         }
@@ -333,6 +341,7 @@ impl Executor {
             weight: None,
             updates: HashMap::new(),
             outputs: vec![None; self.graph.outputs.len()],
+            known_weight: self.known_weight(),
         };
         for (position, action) in self.program.iter().enumerate() {
             self.position = position;
@@ -374,6 +383,8 @@ struct Results {
     weight: Option<f64>,
     outputs: Vec<Option<PlainTensor>>,
     updates: HashMap<ParamId, PlainTensor>,
+    /// The number of items, if it follows from the shapes: reading it would wait for the device.
+    known_weight: Option<f64>,
 }
 
 impl Results {
@@ -381,7 +392,10 @@ impl Results {
         match meaning {
             Meaning::Loss => self.loss = Some(value),
             Meaning::Weight => {
-                let weight = value.float::<1>()?.into_scalar::<f64>();
+                let weight = match self.known_weight {
+                    Some(weight) => weight,
+                    None => value.float::<1>()?.into_scalar::<f64>(),
+                };
                 if !(weight.is_finite() && weight >= 0.0) {
                     let must = "it must be finite and not negative";
                     return Err(graph_error(format!("the number of items of the loss is {weight}, {must}")));
@@ -409,6 +423,18 @@ pub(crate) fn fits(what: &str, value: &PlainTensor, binding: &TensorIr) -> Resul
         binding.dtype,
         binding.shape.as_slice()
     )))
+}
+
+/// Demands of a device that it can compute with the float dtypes that operations read or make.
+pub(crate) fn computable<'a>(tensors: impl Iterator<Item = &'a TensorIr>, device: &Device) -> Result<(), Error> {
+    let dtypes: HashSet<DType> = tensors.map(|tensor| tensor.dtype).filter(DType::is_float).collect();
+    match dtypes.into_iter().find(|dtype| !device.supports_dtype(*dtype)) {
+        None => Ok(()),
+        Some(dtype) => {
+            let advice = "cast to one that it has, in the model or in the loss";
+            Err(graph_error(format!("the step computes with {dtype:?}, which {device:?} cannot: {advice}")))
+        }
+    }
 }
 
 /// Demands that a tensor is where the graph runs.

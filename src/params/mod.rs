@@ -9,6 +9,7 @@ mod hold;
 mod leaf;
 mod load;
 mod outline;
+mod pad;
 mod safetensors;
 mod source;
 

@@ -131,7 +131,8 @@ impl Engine {
         })?;
         let whole = |id: ParamId| {
             let dims = self.dims.get(&id)?.clone();
-            Some(params::Held { ranges: dims.iter().map(|size| 0..*size).collect(), dims })
+            let ranges = dims.iter().map(|size| 0..*size).collect();
+            Some(params::Held { ranges, local_dims: dims.clone(), dims })
         };
         params::load(local, source, &|id| {
             kept.contains(&id).then(|| self.split.as_ref().map_or_else(|| whole(id), |split| split.held(id)))?

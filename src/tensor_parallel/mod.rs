@@ -29,7 +29,10 @@
 //! # Ok::<(), Error>(())
 //! ```
 
+#[cfg(feature = "cubecl")]
+mod kernels;
 pub mod layers;
+pub mod matmul;
 mod sharded;
 mod suggest;
 mod wrap;

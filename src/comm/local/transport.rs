@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crossbeam_utils::CachePadded;
+
 use super::bell::Patience;
 use super::clock::Clock;
 use super::group::{Group, Half, Post, lock};
@@ -26,8 +28,9 @@ const WRITING: Duration = Duration::from_secs(10);
 pub(super) struct LocalTransport {
     group: Arc<Group>,
     rank: usize,
-    /// Number of the next meeting. Held during a collective: a rank does one at a time.
-    meeting: Mutex<u64>,
+    /// Number of the next meeting. Held during a collective: a rank does one at a time. Transports of several ranks are made
+    /// one after the other and lie side by side, so this has its cache lines to itself.
+    meeting: CachePadded<Mutex<u64>>,
     /// Number of the next exchange of device data.
     #[cfg(feature = "cubecl")]
     exchange: AtomicU64,
@@ -38,7 +41,7 @@ impl LocalTransport {
         Arc::new(Self {
             group,
             rank,
-            meeting: Mutex::new(0),
+            meeting: CachePadded::new(Mutex::new(0)),
             #[cfg(feature = "cubecl")]
             exchange: AtomicU64::new(0),
         })
@@ -262,18 +265,17 @@ impl Transport for LocalTransport {
     }
 
     fn collective(&self, call: &Call, transfer: Transfer<'_, '_>) -> Result<u64, Error> {
-        let (_, moved) = match transfer {
-            Transfer::Nothing => self.meet(Post::nothing(call), |_| Ok(0)),
+        match transfer {
+            Transfer::Nothing => self.meet(Post::nothing(call), |_| 0).map(|(_, moved)| moved),
             Transfer::InPlace(buffers) => {
                 let post = Post::in_place(call, buffers);
-                self.meet(post, |posts| work::in_place(&call.operation, self.rank, posts))
+                self.meet(post, |posts| work::in_place(&call.operation, self.rank, posts)).map(|(_, moved)| moved)
             }
             Transfer::Through { input, output } => {
                 let post = Post::input(call, input.as_ptr());
-                self.meet(post, |posts| work::through(&call.operation, self.rank, posts, output))
+                self.meet(post, |posts| work::through(&call.operation, self.rank, posts, output))?.1
             }
-        }?;
-        moved
+        }
     }
 
     fn send(&self, to: usize, tag: u64, message: Message) -> Result<(), Error> {
@@ -340,6 +342,10 @@ impl Transport for LocalTransport {
 
     fn log(&self) -> CallLog {
         self.group.log()
+    }
+
+    fn works_on_callers(&self) -> bool {
+        true
     }
 
     #[cfg(feature = "cubecl")]

@@ -4,17 +4,14 @@
 //! message of its own, straight from the sender's tensor into the receiver's. The tags of a wire are too narrow for ours, so
 //! all messages from one rank to another go in one line, and the receiver puts aside what it has not been asked for yet.
 
-use burn::backend::TensorMetadata;
-use burn::backend::flex::FlexTensor;
-use burn::tensor::Shape;
-
 use super::codec::{Reader, Writer};
 use super::group::{Group, Inbox, Kind, lock};
 use super::wire::Ticket;
 use super::world::World;
 use crate::Error;
-use crate::comm::element::with_storage_type;
+use crate::comm::room::Room;
 use crate::comm::{Message, host};
+use burn::backend::TensorMetadata;
 
 /// Messages up to so many bytes travel in their header.
 const INLINE: usize = 2048;
@@ -24,7 +21,7 @@ const INLINE: usize = 2048;
 pub(super) struct Incoming {
     pub tag: u64,
     /// `None` once it has been handed on.
-    tensor: Option<FlexTensor>,
+    room: Option<Room>,
     tickets: Vec<Ticket>,
 }
 
@@ -73,15 +70,12 @@ impl Inbox {
             let mut reader = Reader(&bytes);
             let (tag, dtype) = (reader.number().ok_or_else(garbled)?, reader.dtype().flatten().ok_or_else(garbled)?);
             let dims = reader.list(Reader::index).ok_or_else(garbled)?;
-            host::check_room("recv", &dims, dtype)?;
-            let shape = Shape::from(dims);
-            let mut tensor = with_storage_type!(dtype, E => FlexTensor::filled_typed(shape, dtype, E::default()),
-                otherwise return Err(garbled()));
-            let mut place = host::lend_mut(&mut tensor);
+            let mut room = Room::new("recv", &dims, dtype)?;
+            let mut place = room.lend();
             let (data, len) = (place.as_mut_ptr(), place.elements() * dtype.size());
             let mut tickets = Vec::new();
             if len > INLINE {
-                // SAFETY: the tensor's storage is on the heap, is nobody else's, and is kept until all is there.
+                // SAFETY: the room is on the heap, is nobody else's, and is kept until all is there.
                 unsafe {
                     let member = group.members[from];
                     world.wire.receive(member, group.tag(Kind::Payload), data, len, &mut tickets)?;
@@ -92,7 +86,7 @@ impl Inbox {
             } else {
                 return Err(garbled());
             }
-            self.waiting.push_back(Incoming { tag, tensor: Some(tensor), tickets });
+            self.waiting.push_back(Incoming { tag, room: Some(room), tickets });
         }
         Ok(())
     }
@@ -106,7 +100,9 @@ impl Inbox {
             return Ok((None, true));
         }
         let message = self.waiting.remove(place);
-        Ok((message.and_then(|mut message| message.tensor.take()).map(Message), true))
+        let room = message.and_then(|mut message| message.room.take());
+        // SAFETY: all of it is there.
+        Ok((room.map(|room| Message(unsafe { room.filled() })), true))
     }
 
     pub fn tags(&self) -> Vec<u64> {
@@ -118,7 +114,7 @@ impl Drop for Incoming {
     fn drop(&mut self) {
         if !self.tickets.is_empty() {
             // The wire may still write there.
-            std::mem::forget((self.tensor.take(), std::mem::take(&mut self.tickets)));
+            std::mem::forget((self.room.take(), std::mem::take(&mut self.tickets)));
         }
     }
 }

@@ -10,7 +10,7 @@ use super::program::sections;
 use super::split::{StageGraph, inputs_read};
 use crate::error::Error;
 use crate::graph::custom::CustomOps;
-use crate::graph::execute::fits;
+use crate::graph::execute::{computable, fits, is_on};
 use crate::graph::graph_error;
 use crate::graph::interpret::Interpreter;
 use crate::graph::liveness::Action;
@@ -122,17 +122,22 @@ impl StageRun {
                 self.values.get(id).ok_or_else(|| graph_error(format!("the stage lacks parameter `{path}`")))?;
             fits(&format!("parameter `{path}`"), value, tensor)?;
         }
-        self.settle(one_device(model, "a step")?.unwrap_or_else(Device::flex));
-        Ok(())
+        self.settle(one_device(model, "a step")?.unwrap_or_else(Device::flex))
     }
 
     /// Brings the constants to a device.
-    fn settle(&mut self, device: Device) {
+    fn settle(&mut self, device: Device) -> Result<(), Error> {
         if self.home.as_ref().is_none_or(|(home, _)| *home != device) {
+            let operations = self.sections.iter().flatten().filter_map(|action| match action {
+                Action::Run(op) => Some(op),
+                Action::Free(_) | Action::Give(_) => None,
+            });
+            computable(operations.flat_map(|op| op.inputs().chain(op.outputs())), &device)?;
             let constants = self.constants.iter();
             let constants = constants.map(|(id, data)| (*id, PlainTensor::from_data(data.clone(), &device))).collect();
             self.home = Some((device, constants));
         }
+        Ok(())
     }
 
     /// Goes on with these running statistics.

@@ -54,5 +54,6 @@ pub use collectives::{CollectiveKind, register_collectives};
 pub use fold::fold_reductions;
 pub use options::PartitionOptions;
 pub use overlap::overlap;
+pub(crate) use padding::{Larger, pad};
 pub use partition::partition;
 pub use report::{Collective, Fallback, ShardReport};

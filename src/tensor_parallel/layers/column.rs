@@ -7,11 +7,11 @@ use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor};
 
 use super::init::{Blueprint, agreed_seed};
-use super::region::enter;
 use super::slice::{check_features, check_linear, columns, own_part};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::layout::gather_from_group;
+use crate::tensor_parallel::matmul::{Overlap, all_gather_matmul, column_parallel};
 
 const NAME: &str = "ColumnParallelLinear";
 
@@ -86,8 +86,9 @@ impl ColumnParallelLinearConfig {
 /// ```
 ///
 /// The input passes *f* ([`copy_to_group`](crate::layout::copy_to_group)), whose backward is the all-reduce of `dX`; with
-/// `sequence_parallel` an all-gather whose backward is a reduce-scatter. Features are divided as
-/// [`part`](crate::comm::part) does. Made by [`ColumnParallelLinearConfig`].
+/// `sequence_parallel` an all-gather whose backward is a reduce-scatter. The products overlap with them, see
+/// [`matmul`](crate::tensor_parallel::matmul). Features are divided as [`part`](crate::comm::part) does. Made by
+/// [`ColumnParallelLinearConfig`].
 ///
 /// Source: Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3; with sequence parallelism
 /// [arXiv:2205.05198](https://arxiv.org/abs/2205.05198), section 4.2.2.
@@ -132,7 +133,15 @@ impl ColumnParallelLinear {
     /// [`Communicator`].
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Result<Tensor<D>, Error> {
         check_features(NAME, &input, self.weight.dims()[0], &self.group)?;
-        let output = self.forward_local(enter(NAME, input, self.sequence_parallel, &self.group)?);
+        let (weight, group) = (self.weight.val(), &self.group);
+        let output = match self.sequence_parallel {
+            true => all_gather_matmul(input, weight, group, Overlap::auto())?,
+            false => column_parallel(input, weight, group, Overlap::auto())?,
+        };
+        let output = match &self.bias {
+            Some(bias) => output + bias.val().unsqueeze(),
+            None => output,
+        };
         match self.gather_output {
             true => gather_from_group(output, D - 1, &self.group),
             false => Ok(output),

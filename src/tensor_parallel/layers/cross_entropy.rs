@@ -7,6 +7,8 @@ use super::ids::{check_ids, localize};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp, part};
 use crate::layout::reduce_from_group;
+#[cfg(feature = "cubecl")]
+use crate::tensor_parallel::kernels;
 
 const NAME: &str = "vocab_parallel_cross_entropy";
 
@@ -21,7 +23,8 @@ const NAME: &str = "vocab_parallel_cross_entropy";
 /// The whole logits are never gathered: two collectives of 1 and 2 numbers per row. *g* passes the gradients of `s` and `t`
 /// on as they are, for every rank computes the same loss from the same sums; so `dz_rj = (exp(z_rj - m) / s - [j is the
 /// target]) dloss`, the gradient of one device, is made by each rank for its own part, without communication.
-/// 16-bit logits are computed in `f32`.
+/// 16-bit logits are computed in `f32`. On CubeCL's devices (features `wgpu`, `cuda`) these are three kernels, of which the last
+/// writes `dz` in the backward, and nothing as large as the logits is made beside.
 ///
 /// # Arguments
 /// - `targets`: the same on all ranks
@@ -64,6 +67,16 @@ pub fn vocab_parallel_cross_entropy(
         None => targets,
     };
     check_ids(NAME, &targets, vocabulary)?;
+    #[cfg(feature = "cubecl")]
+    {
+        let (local, elsewhere) = localize(targets.clone(), own.clone());
+        if let Some(losses) = kernels::vocab_parallel_losses(&logits, local.mask_fill(elsewhere, -1), group) {
+            return Ok(match padded {
+                Some(padded) => losses?.mask_fill(padded, 0.0),
+                None => losses?,
+            });
+        }
+    }
     let logits = match logits.dtype() {
         DType::F16 | DType::BF16 => logits.cast(DType::F32),
         _ => logits,

@@ -14,6 +14,7 @@ use super::row::{RowParallelLinear, RowParallelLinearConfig};
 use super::slice::{check_features, check_linear, columns, own_part};
 use crate::Error;
 use crate::comm::Communicator;
+use crate::tensor_parallel::matmul::{self, Overlap, all_gather_matmul, bias_activation, column_parallel};
 
 const NAME: &str = "ParallelFeedForward";
 
@@ -210,15 +211,28 @@ impl ParallelFeedForward {
     /// [`Communicator`].
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Result<Tensor<D>, Error> {
         check_features(NAME, &input, self.up.weight.dims()[0], &self.group)?;
-        let input = enter(NAME, input, self.sequence_parallel, &self.group)?;
-        let apply =
-            |layer: &Linear| linear(input.clone(), layer.weight.val(), layer.bias.as_ref().map(|bias| bias.val()));
-        let up = apply(&self.up);
-        let hidden = match (&self.gate, self.activation) {
-            (Some(gate), _) => activation::silu(apply(gate)) * up,
-            (None, FeedForwardActivation::GeluApproximate) => activation::gelu_approximate(up),
-            (None, FeedForwardActivation::Relu) => activation::relu(up),
-            (None, _) => activation::gelu(up),
+        let hidden = match &self.gate {
+            Some(gate) => {
+                // Both layers share what enters.
+                let input = enter(NAME, input, self.sequence_parallel, &self.group)?;
+                let apply = |layer: &Linear| {
+                    linear(input.clone(), layer.weight.val(), layer.bias.as_ref().map(|bias| bias.val()))
+                };
+                activation::silu(apply(gate)) * apply(&self.up)
+            }
+            None => {
+                let weight = self.up.weight.val();
+                let product = match self.sequence_parallel {
+                    true => all_gather_matmul(input, weight, &self.group, Overlap::auto())?,
+                    false => column_parallel(input, weight, &self.group, Overlap::auto())?,
+                };
+                let activation = match self.activation {
+                    FeedForwardActivation::GeluApproximate => matmul::Activation::GeluApproximate,
+                    FeedForwardActivation::Relu => matmul::Activation::Relu,
+                    _ => matmul::Activation::Gelu,
+                };
+                bias_activation(product, self.up.bias.as_ref().map(|bias| bias.val()), activation)
+            }
         };
         self.down.forward(hidden)
     }

@@ -3,15 +3,14 @@
 use burn::config::Config;
 use burn::module::{Module, Param};
 use burn::nn::{Initializer, Linear};
-use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor};
 
 use super::init::{Blueprint, agreed_seed};
-use super::region::leave;
 use super::slice::{check_features, check_linear, own_part, rows};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::layout::{copy_to_group, scatter_to_group};
+use crate::tensor_parallel::matmul::{Overlap, matmul_reduce_scatter, row_parallel};
 
 const NAME: &str = "RowParallelLinear";
 
@@ -89,7 +88,8 @@ impl RowParallelLinearConfig {
 /// The products are summed by *g* ([`reduce_from_group`](crate::layout::reduce_from_group)), whose backward communicates
 /// nothing; with `sequence_parallel` by a reduce-scatter whose backward is an all-gather. The bias is added after the sum.
 /// With `sequence_parallel` each rank adds it to other rows, so its gradient is summed over the ranks: one more all-reduce,
-/// of `d_output` elements, in the backward. Made by [`RowParallelLinearConfig`].
+/// of `d_output` elements, in the backward. The products overlap with their collectives, see
+/// [`matmul`](crate::tensor_parallel::matmul). Made by [`RowParallelLinearConfig`].
 ///
 /// Source: Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3; with sequence parallelism
 /// [arXiv:2205.05198](https://arxiv.org/abs/2205.05198), section 4.2.2.
@@ -138,7 +138,11 @@ impl RowParallelLinear {
             scatter_to_group(input, D - 1, &self.group)?
         };
         check_features(NAME, &input, self.weight.dims()[0], &self.group)?;
-        let output = leave(NAME, linear(input, self.weight.val(), None), self.sequence_parallel, &self.group)?;
+        let (weight, group) = (self.weight.val(), &self.group);
+        let output = match self.sequence_parallel {
+            true => matmul_reduce_scatter(input, weight, group, Overlap::auto())?,
+            false => row_parallel(input, weight, group, Overlap::auto())?,
+        };
         let Some(bias) = &self.bias else { return Ok(output) };
         let bias = match self.sequence_parallel {
             true => copy_to_group(bias.val(), &self.group)?,

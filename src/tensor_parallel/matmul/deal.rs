@@ -1,0 +1,102 @@
+//! How positions are dealt to ranks and chunks.
+
+use std::ops::Range;
+
+use super::schedule::Schedule;
+use super::tape::Job;
+use crate::Error;
+use crate::comm::part;
+
+/// The positions of all ranks, of which each must have its part.
+pub(super) fn total_positions(own: usize, job: &Job) -> Result<usize, Error> {
+    let (comm, name) = (&job.comm, job.name);
+    let all = comm.all_gather(vec![own as u64])?;
+    let total = all.iter().sum::<u64>() as usize;
+    for (rank, brought) in all.iter().enumerate() {
+        let due = part(total, comm.size(), rank).len();
+        if *brought != due as u64 {
+            let problem = format!(
+                "rank {rank} of group `{}` brings {brought} of the {total} positions that its {} ranks have, but its part \
+                 is {due}; divide the sequence as `comm::part` does",
+                comm.group(),
+                comm.size()
+            );
+            return Err(Error::invalid(name, problem));
+        }
+    }
+    Ok(total)
+}
+
+/// Which positions of which rank are in which chunk: of each rank's part the same stretch, as far as the part goes.
+pub(super) struct Deal {
+    parts: Vec<Range<usize>>,
+    rank: usize,
+    chunks: Vec<Range<usize>>,
+}
+
+impl Deal {
+    pub fn new(positions: usize, size: usize, rank: usize, schedule: Schedule) -> Self {
+        let parts: Vec<_> = (0..size).map(|rank| part(positions, size, rank)).collect();
+        let longest = parts.iter().map(Range::len).max().unwrap_or(0);
+        Self { rank, chunks: schedule.cut(longest).collect(), parts }
+    }
+
+    /// Positions of this rank.
+    pub fn own(&self) -> usize {
+        self.parts[self.rank].len()
+    }
+
+    fn of(&self, part: &Range<usize>, chunk: usize) -> Range<usize> {
+        let at = |place: usize| part.end.min(part.start + place);
+        at(self.chunks[chunk].start)..at(self.chunks[chunk].end)
+    }
+
+    pub fn of_own(&self, chunk: usize) -> Range<usize> {
+        self.of(&self.parts[self.rank], chunk)
+    }
+
+    /// The positions of this rank, counted from its first.
+    pub fn within_own(&self, chunk: usize) -> Range<usize> {
+        let (own, start) = (self.of_own(chunk), self.parts[self.rank].start);
+        own.start - start..own.end - start
+    }
+
+    pub fn of_all(&self, chunk: usize) -> impl Iterator<Item = Range<usize>> {
+        self.parts.iter().map(move |part| self.of(part, chunk))
+    }
+
+    /// Positions of a chunk, over all ranks. `part` divides them as they are dealt here: parts differ by one at most, so a
+    /// chunk is even unless it is the last, in which the first ranks have one more.
+    pub fn total(&self, chunk: usize) -> usize {
+        self.of_all(chunk).map(|positions| positions.len()).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_are_dealt_as_parts_are() {
+        for size in 1..9 {
+            for positions in 0..40 {
+                for chunks in 1..6 {
+                    let schedule = Schedule { chunks, background: false };
+                    let mut had = vec![0; size];
+                    for chunk in 0..chunks {
+                        let deal = |rank| Deal::new(positions, size, rank, schedule);
+                        let deals: Vec<Deal> = (0..size).map(deal).collect();
+                        let total = deals[0].total(chunk);
+                        for (rank, deal) in deals.iter().enumerate() {
+                            let own = deal.of_own(chunk);
+                            assert_eq!(own.len(), part(total, size, rank).len(), "{size} {positions} {chunks} {chunk}");
+                            assert_eq!(own.start, part(positions, size, rank).start + had[rank]);
+                            had[rank] += own.len();
+                        }
+                    }
+                    assert_eq!(had.iter().sum::<usize>(), positions);
+                }
+            }
+        }
+    }
+}
