@@ -88,7 +88,7 @@ mod tests {
         assert_eq!(tensor.into_data(), burn::tensor::TensorData::from([[1i16, 2, 3], [4, 5, 6]]));
         // SAFETY: nothing is to be written.
         let empty = unsafe { Room::new("recv", &[0, 3], DType::F64).unwrap().filled() };
-        assert_eq!(empty.into_data().shape.to_vec(), [0, 3]);
+        assert_eq!(empty.into_data().shape().to_vec(), [0, 3]);
         drop(Room::new("recv", &[1000], DType::BF16).unwrap());
     }
 

@@ -7,7 +7,7 @@
 use std::ffi::{c_int, c_void};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
-use std::{fmt, ptr, thread};
+use std::{ptr, thread};
 
 use mpi_sys as sys;
 
