@@ -5,7 +5,7 @@ use burn::tensor::Device;
 use burn::tensor::DeviceKind;
 #[cfg(feature = "cuda")]
 use burn::tensor::DeviceType;
-use burn_parallel::launch::{self, Launcher, Place};
+use burn_parallel::launch::{self, Engine, Launcher, Place};
 use burn_parallel::prelude::*;
 use clap::ValueEnum;
 
@@ -56,17 +56,28 @@ impl Compute {
 /// What joins the ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Transport {
+    /// Threads of one process
     Local,
+    /// Processes, on one machine or many
+    Tcp,
+    /// Processes that mpirun or srun have started
     Mpi,
+    /// GPUs
     Nccl,
 }
 
-/// How to start, and how many ranks have been started already; or why the flags do not go together.
-pub fn choose(
-    launch: Option<Launch>,
-    device: Compute,
-    transport: Option<Transport>,
-) -> Result<(Launch, Option<usize>), String> {
+/// How to start.
+#[derive(Clone, Debug)]
+pub struct Start {
+    pub launch: Launch,
+    /// What joins processes, if that has been said.
+    pub engine: Option<Engine>,
+    /// How many ranks have been started already.
+    pub started: Option<usize>,
+}
+
+/// How to start; or why the flags do not go together.
+pub fn choose(launch: Option<Launch>, device: Compute, transport: Option<Transport>) -> Result<Start, String> {
     // In a batch script Slurm's variables are set for a single process as well: it must be asked for.
     let place = Place::from_env();
     let started = place.as_ref().is_ok_and(|place| place.launcher != Launcher::Slurm && place.size > 1);
@@ -82,22 +93,22 @@ pub fn choose(
         Compute::Cuda => return without("--device", "cuda"),
         Compute::Wgpu => return without("--device", "wgpu"),
     }
-    let default = if launch == Launch::Threads { Transport::Local } else { Transport::Mpi };
-    match (transport.unwrap_or(default), launch) {
-        (Transport::Local, Launch::Threads) => {}
-        (Transport::Nccl, _) => return without("--transport", "cuda"),
-        (Transport::Mpi, Launch::Threads) => {
-            return Err("--transport mpi joins processes: give --launch processes or env".into());
+    let engine = match (transport, launch) {
+        (None, _) | (Some(Transport::Local), Launch::Threads) => None,
+        (Some(Transport::Nccl), _) => return without("--transport", "cuda"),
+        (Some(Transport::Mpi), _) if cfg!(not(feature = "mpi")) => return without("--transport", "mpi"),
+        (Some(Transport::Tcp | Transport::Mpi), Launch::Threads) => {
+            return Err("--transport tcp and mpi join processes: give --launch processes or env".into());
         }
-        (Transport::Mpi, _) if cfg!(feature = "mpi") => {}
-        (Transport::Mpi, _) => return without("--transport", "mpi"),
-        (Transport::Local, _) => return Err("--transport local joins threads: give --launch threads".into()),
-    }
-    let ranks = match (launch, place) {
+        (Some(Transport::Tcp), _) => Some(Engine::Tcp),
+        (Some(Transport::Mpi), _) => Some(Engine::Mpi),
+        (Some(Transport::Local), _) => return Err("--transport local joins threads: give --launch threads".into()),
+    };
+    let started = match (launch, place) {
         (Launch::Env, place) => Some(place.map_err(|why| why.to_string())?.size),
         _ => None,
     };
-    Ok((launch, ranks))
+    Ok(Start { launch, engine, started })
 }
 
 /// Runs `f` on every rank. Returns what it returns on the first, in the process that has the first.
@@ -106,12 +117,17 @@ pub fn run<T: Send>(args: &Args, f: impl Fn(Rank) -> Result<T, Error> + Sync) ->
         let first = rank.rank() == 0;
         f(rank).map(|outcome| first.then_some(outcome))
     };
-    match args.launch {
+    let engine = args.start.engine;
+    match args.start.launch {
         Launch::Threads => launch::threads(args.ranks).seed(args.seed).run(f).map(|mut all| Some(all.swap_remove(0))),
-        Launch::Env => launch::from_env()?.seed(args.seed).run(first),
+        Launch::Env => {
+            let process = launch::from_env()?.seed(args.seed);
+            engine.into_iter().fold(process, |process, engine| process.engine(engine)).run(first)
+        }
         #[cfg(unix)]
         Launch::Processes => {
-            launch::processes(args.ranks).run(|process| process.seed(args.seed), first).map(Option::flatten)
+            let processes = launch::processes(args.ranks).engine(engine.unwrap_or(Engine::Tcp));
+            processes.run(|process| process.seed(args.seed), first).map(Option::flatten)
         }
         #[cfg(not(unix))]
         Launch::Processes => Err(Error::user("--launch processes: not on this system")),

@@ -164,14 +164,16 @@ pub(crate) fn rows_received(operation: &Operation, rows: &[usize], rank: usize) 
 }
 
 /// The bytes that a rank moves, counted as by the other engines: what it must read from peers and write to them.
-pub(crate) fn bytes_moved(operation: &Operation, rows: &[usize], rank: usize, row_bytes: usize) -> u64 {
-    let size = rows.len();
+pub(crate) fn bytes_moved(operation: &Operation, rows: &[usize], rank: usize, width: usize, dtype: DType) -> u64 {
+    let (size, row_bytes) = (rows.len(), width * dtype.size());
+    let share = (part(rows[rank] * width, size, rank).len() * dtype.size()) as u64;
     let whole = (rows[rank] * row_bytes) as u64;
     let received = (rows_received(operation, rows, rank) * row_bytes) as u64;
     match operation {
-        Operation::AllReduce(_) => 2 * whole * (size as u64 - 1) / size as u64,
+        Operation::AllReduce(_) => 2 * share * (size as u64 - 1),
         Operation::ReduceScatter(_) => received * (size as u64 - 1),
-        Operation::Reduce { .. } => whole * (size as u64 - 1) / size as u64,
+        Operation::Reduce { root, .. } if *root == rank => share * (size as u64 - 1),
+        Operation::Reduce { .. } => share * size as u64,
         Operation::Broadcast { root } if *root == rank => 0,
         Operation::Broadcast { .. } => whole,
         Operation::Scatter { root } if *root == rank => 0,

@@ -2,7 +2,8 @@
 //!
 //! A [`Communicator`] joins the ranks of one group. It carries burn tensors of any rank and plain buffers through
 //! [collectives](Operation) and tagged messages, on whatever engine ([`Transport`]) the ranks share. The embedded engine
-//! is [`local`]: ranks are threads of one process, nothing to install. With the feature `mpi`, `mpi` joins processes.
+//! is [`local`]: ranks are threads of one process, nothing to install. [`tcp`] joins processes, on one machine or many, and
+//! with the feature `mpi`, `mpi` does so over the MPI of a cluster.
 //!
 //! ```
 //! use burn_parallel::prelude::*;
@@ -41,8 +42,10 @@ mod partition;
 mod payload;
 mod pending;
 pub(crate) mod reduce;
+pub mod tcp;
 mod transport;
 mod watch;
+mod wired;
 
 pub use call::{Call, Extent, Operation, ReduceOp};
 pub use communicator::Communicator;

@@ -103,6 +103,11 @@ impl Watch {
         }
     }
 
+    /// The call that `rank` is in, if it is in one.
+    pub fn current(&self, rank: usize) -> Option<Call> {
+        self.lock(rank).latest().find(|entry| !entry.done).map(|entry| entry.call)
+    }
+
     /// Whether `rank` is in a call that agrees with this one.
     pub fn is_in(&self, rank: usize, call: &Call) -> bool {
         self.lock(rank).latest().any(|entry| !entry.done && entry.call.agrees(call))

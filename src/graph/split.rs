@@ -103,19 +103,21 @@ impl ModelSplit {
     /// # Errors
     /// Those of [`params::load`].
     pub(crate) fn load<M: Module>(&self, local: M, source: &mut dyn SliceSource) -> Result<M, Error> {
-        let held = |id| {
-            let row = self.table.row(id)?;
-            let mut ranges: Vec<Range<usize>> = row.dims.iter().map(|size| 0..*size).collect();
-            for (layout, axis) in row.layouts.iter().zip(self.axes.iter()) {
-                if let Layout::Sharded(dim) = layout {
-                    let (range, group) = (&mut ranges[*dim], &axis.group);
-                    let own = part(range.len(), group.size(), group.rank());
-                    *range = range.start + own.start..range.start + own.end;
-                }
+        params::load(local, source, &|id| self.held(id))
+    }
+
+    /// This rank's part of a parameter.
+    pub(crate) fn held(&self, id: ParamId) -> Option<params::Held> {
+        let row = self.table.row(id)?;
+        let mut ranges: Vec<Range<usize>> = row.dims.iter().map(|size| 0..*size).collect();
+        for (layout, axis) in row.layouts.iter().zip(self.axes.iter()) {
+            if let Layout::Sharded(dim) = layout {
+                let (range, group) = (&mut ranges[*dim], &axis.group);
+                let own = part(range.len(), group.size(), group.rank());
+                *range = range.start + own.start..range.start + own.end;
             }
-            Some(params::Held { dims: row.dims.clone(), ranges })
-        };
-        params::load(local, source, &held)
+        }
+        Some(params::Held { dims: row.dims.clone(), ranges })
     }
 
     /// The same split whose steps draw other random numbers.

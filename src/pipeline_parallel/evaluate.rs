@@ -3,15 +3,34 @@
 use burn::module::Module;
 use burn::tensor::Device;
 
-use super::Pipelined;
 use super::pipelined::{bound, lock};
 use super::schedule::Unit;
+use super::{Pipelined, stage_error};
 use crate::Error;
 use crate::graph::GraphInputs;
 use crate::params::one_device;
 use crate::tensor::PlainTensor;
 
 impl<M: Module> Pipelined<M> {
+    /// Captures and cuts a forward pass for inputs of these shapes, without running it: as [`prepare`](Self::prepare), for a
+    /// model that is evaluated and not trained. Collective: every rank passes inputs of the same shapes.
+    ///
+    /// A step that is trained later keeps to this cut.
+    ///
+    /// # Errors
+    /// As [`forward_with`](Self::forward_with).
+    pub fn prepare_forward<I, F, O>(&mut self, inputs: I, forward: F) -> Result<(), Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&M, I) -> O,
+        O: GraphInputs + Clone + Send + 'static,
+    {
+        let engine = self.engine.clone();
+        let mut local = Some(self.local.clone());
+        lock(&engine).prepare_forward(&mut local, inputs, forward)?;
+        self.take(local)
+    }
+
     /// Runs a forward pass for evaluation on a batch, divided into micro-batches like that of a step: what `forward` gives,
     /// on every rank, without autodiff. The outputs of the micro-batches are put together along their first dim.
     ///
@@ -28,8 +47,12 @@ impl<M: Module> Pipelined<M> {
     {
         let mut engine = lock(&self.engine);
         let group = engine.group.clone();
+        if engine.cut.is_none() {
+            let advice = "`prepare` or `prepare_forward` it, or run a step, before a forward alone";
+            return Err(stage_error(format!("the model is not cut yet: {advice}")));
+        }
         let device = one_device(&self.local, "forward_with")?.unwrap_or_else(Device::flex);
-        let (captured, batch) = engine.prepare_forward(&self.local, inputs, forward)?;
+        let (captured, batch) = engine.prepare_forward(&mut Some(self.local.clone()), inputs, forward)?;
         let count = captured.sizes.len();
         let inputs: Vec<Vec<PlainTensor>> = (0..count).map(|micro_batch| batch.micro_batch(micro_batch)).collect();
         let pipeline = &mut captured.pipeline;

@@ -159,3 +159,6 @@ impl Stage<Vec<PlainTensor>> for GraphStage {
         self.gradients.clear();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -17,7 +17,7 @@ use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::graph::cut::CutReport;
 use crate::graph::{GraphInputs, ModelSplit, StepLoss, StepObserver, StepOutputs, gradients_params, read_params};
-use crate::params::{self, one_device};
+use crate::params::{self, SliceSource, one_device};
 use crate::tensor::PlainTensor;
 
 /// A model cut into the stages of a pipeline: a burn [`Module`] with the paths and ids of the model, in which the
@@ -130,6 +130,19 @@ impl<M: Module> Pipelined<M> {
         }
     }
 
+    /// Gives all parameters the values that a store has under their paths. Each rank asks for what its stages hold only, and
+    /// lazy parameters are never made: so a model is loaded that no rank could hold. Not collective; every rank has the same
+    /// store.
+    ///
+    /// # Errors
+    /// [`Error::Pipeline`] if the model is not cut yet: [`prepare`](Self::prepare) it, or cut it by paths;
+    /// [`Error::InvalidArgument`] if the source lacks a parameter, or has it with other dims than the whole one has; those
+    /// of the source.
+    pub fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
+        let local = lock(&self.engine).load(self.local.clone(), source)?;
+        Ok(Self { local, ..self })
+    }
+
     /// Captures and cuts the step for inputs of these shapes, without running it: afterwards this rank holds its stages only.
     /// Collective: every rank passes inputs of the same shapes.
     ///
@@ -147,7 +160,46 @@ impl<M: Module> Pipelined<M> {
         self.take(local)
     }
 
-    fn take(&mut self, local: Option<M>) -> Result<(), Error> {
+    /// Seconds that each operation of this step takes on this rank alone, for [`Cut::Measured`](crate::graph::cut::Cut): where
+    /// an operation takes much longer or shorter than its shapes let one expect, stages are balanced better by this. `inputs`
+    /// are those of [`step`](Self::step), `runs` is how often each operation runs. Nothing is cut, no parameter is made; see
+    /// [`measure_operations`](crate::graph::cut::measure_operations).
+    ///
+    /// All ranks that cut the same step, those of replicas too, must be given the costs of one of them:
+    ///
+    /// ```
+    /// # use burn::nn::LinearConfig;
+    /// # use burn::prelude::*;
+    /// # use burn_parallel::prelude::*;
+    /// # launch::threads(2).run(|rank| {
+    /// # let device = rank.device().autodiff();
+    /// # let model: Vec<_> = (0..4).map(|_| LinearConfig::new(8, 8).init(&device)).collect();
+    /// # let batch = Tensor::<2>::ones([16, 8], &device);
+    /// # let loss = |model: &Vec<burn::nn::Linear>, rows: Tensor<2>| model.iter().fold(rows, |x, l| l.forward(x)).mean();
+    /// let config = PipelineConfig::new(4);
+    /// let costs = model.clone().pipeline_parallel(&rank, config.clone())?.measure(batch.clone(), loss, 5)?;
+    /// let costs = rank.broadcast(costs, 0)?; // `rank` is the world
+    /// let mut model = model.pipeline_parallel(&rank, config.with_cut(Cut::Measured(costs)))?;
+    /// model.step(batch, loss)?;
+    /// # Ok(())
+    /// # })?;
+    /// # Ok::<(), Error>(())
+    /// ```
+    ///
+    /// Collective only if the model is split as well: over the groups of the split.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if the step cannot be recorded; [`Error::Pipeline`] if the inputs cannot be divided.
+    pub fn measure<I, F, R>(&self, inputs: I, mut loss: F, runs: usize) -> Result<Vec<f64>, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&M, I) -> R,
+        R: StepLoss,
+    {
+        lock(&self.engine).measure(&self.local, inputs, &mut loss, runs)
+    }
+
+    pub(super) fn take(&mut self, local: Option<M>) -> Result<(), Error> {
         self.local = local.ok_or_else(|| stage_error("the model was lost while it was cut"))?;
         Ok(())
     }
@@ -242,8 +294,10 @@ impl<M: Module> Pipelined<M> {
             }
         }
         let trained = trained.clone();
-        let device = one_device(&self.local, "a step")?.unwrap_or_else(Device::flex);
-        engine.ties.sum(&mut gradients, &trained, &device)?;
+        if engine.timetable.trains() {
+            let device = one_device(&self.local, "a step")?.unwrap_or_else(Device::flex);
+            engine.ties.sum(&mut gradients, &trained, &device)?;
+        }
         let order = engine.gradients(&trained);
         let gradients = order.into_iter().filter_map(|id| Some((id, gradients.remove(&id)?))).collect();
         engine.sent = std::mem::take(&mut engine.sent) + executed.report.counters.clone();

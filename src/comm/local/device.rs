@@ -149,7 +149,7 @@ impl LocalTransport {
         if let Some(first) = dims.first_mut() {
             *first = rows_received(&operation, &rows, rank);
         }
-        let bytes = bytes_moved(&operation, &rows, rank, width * dtype.size());
+        let bytes = bytes_moved(&operation, &rows, rank, width, dtype);
         let result = with_dims(to_device(result)?, dims);
         // Still while all are held: what is somebody's own is told by that.
         let result = if size == 1 { result } else { exclusive(result) };

@@ -23,7 +23,7 @@ use super::messages::Outbox;
 use super::raw::Raw;
 use crate::Error;
 use crate::comm::pending::{Counted, Underway};
-use crate::comm::{DeviceTensor, Transport};
+use crate::comm::{Call, DeviceTensor, Transport};
 
 /// How often open communicators are looked at.
 const TURN: Duration = Duration::from_millis(50);
@@ -60,7 +60,7 @@ pub(super) type Held = (DeviceTensor, Option<Prepared>);
 
 /// Something that the device has been given to do.
 struct Flight {
-    operation: String,
+    call: Call,
     ready: Arc<Event>,
     done: Arc<Event>,
     link: Weak<Link>,
@@ -128,13 +128,13 @@ impl Keeper {
     /// Watches what the device does between two points, and holds buffers until then.
     pub fn watch(
         self: &Arc<Self>,
-        operation: String,
+        call: Call,
         link: &Arc<Link>,
         (ready, done): (Arc<Event>, Arc<Event>),
         held: Vec<Held>,
     ) {
         let link = Arc::downgrade(link);
-        self.tell(|care| care.flights.push_back(Flight { operation, ready, done, link, held, since: None }));
+        self.tell(|care| care.flights.push_back(Flight { call, ready, done, link, held, since: None }));
     }
 
     /// Looks at once.
@@ -267,7 +267,7 @@ impl Keeper {
         }
         let error = flight.link.upgrade().map(|link| {
             let problem = format!("the device has not come to its end in {:.1?}", since.elapsed());
-            link.lock().refused(&flight.operation, problem)
+            link.lock().refused(&flight.call.to_string(), problem)
         });
         if let Some(error) = error.filter(|_| self.host.failure().is_none()) {
             self.host.abort(error);

@@ -39,7 +39,7 @@ use super::lane::{Lane, Prepared, prepare};
 use super::raw::{ID_BYTES, Raw, unique_id};
 use crate::Error;
 use crate::comm::device::{DeviceTensor, empty_on};
-use crate::comm::{Message, Transport};
+use crate::comm::{Call, Extent, Message, Operation, Transport};
 
 const MAGIC: u64 = 0x6e63_636c_6865_6164;
 /// Dims of a header but the last.
@@ -141,7 +141,8 @@ impl std::fmt::Debug for Outbox {
 struct Sent {
     /// Number of the next message.
     next: u64,
-    waiting: BTreeMap<u64, (Prepared, DeviceTensor)>,
+    /// By number: where it is, what, and its tag.
+    waiting: BTreeMap<u64, (Prepared, DeviceTensor, u64)>,
     channel: Option<Arc<Channel>>,
 }
 
@@ -160,7 +161,7 @@ impl Outbox {
         sent.next += 1;
         // Nothing has to travel of an empty one. Others are put in before they are announced: the answer finds them there.
         if tensor.meta.shape().iter().product::<usize>() > 0 {
-            sent.waiting.insert(number, (prepared, tensor));
+            sent.waiting.insert(number, (prepared, tensor, tag));
         }
         self.waiting.store(sent.waiting.len(), Ordering::Release);
         drop(sent);
@@ -173,7 +174,7 @@ impl Outbox {
         let taken = sent.waiting.remove(&header.number);
         self.waiting.store(sent.waiting.len(), Ordering::Release);
         match taken {
-            Some((_, tensor)) => Ok(tensor),
+            Some((_, tensor, _)) => Ok(tensor),
             None => Ok(empty_on(device, header.dims.clone(), header.dtype)),
         }
     }
@@ -207,7 +208,7 @@ impl Outbox {
         let (number, id) = bytes.split_first_chunk::<8>().ok_or_else(garbled)?;
         let number = u64::from_le_bytes(*number);
         let mut sent = lock(&self.state);
-        let (prepared, tensor) = sent.waiting.remove(&number).ok_or_else(garbled)?;
+        let (prepared, tensor, tag) = sent.waiting.remove(&number).ok_or_else(garbled)?;
         self.waiting.store(sent.waiting.len(), Ordering::Release);
         let known = sent.channel.clone();
         drop(sent);
@@ -231,8 +232,9 @@ impl Outbox {
         })?;
         drop(raw);
         let ready = prepared.ready.clone();
-        let operation = format!("send(to {}, number {number})", self.to);
-        keeper.watch(operation, &channel.link, (ready, done), vec![(tensor, Some(prepared))]);
+        let extent = Extent::new(&tensor.meta.shape().to_vec());
+        let call = Call::on_device(Operation::Send { to: self.to, tag }, tensor.dtype, extent);
+        keeper.watch(call, &channel.link, (ready, done), vec![(tensor, Some(prepared))]);
         called
     }
 }
@@ -247,9 +249,8 @@ impl Inbox {
         &self,
         header: Header,
         device: &CubeDevice,
-        from: usize,
-        (host, answers): (&Arc<dyn Transport>, &dyn Transport),
-        keeper: &Arc<Keeper>,
+        (from, tag): (usize, u64),
+        (host, answers, keeper): (&Arc<dyn Transport>, &dyn Transport, &Arc<Keeper>),
     ) -> Result<DeviceTensor, Error> {
         let unsupported = || Error::UnsupportedDType { operation: "recv over NCCL", dtype: header.dtype };
         let kind = data_type(header.dtype).ok_or_else(unsupported)?;
@@ -281,8 +282,9 @@ impl Inbox {
             raw.finish("recv", unsafe { nccl::recv(place, count, kind, 0, raw.comm, stream) })
         })?;
         drop(raw);
-        let operation = format!("recv(from {from}, number {})", header.number);
-        keeper.watch(operation, &channel.link, (prepared.ready.clone(), done.clone()), Vec::new());
+        let extent = Extent::new(&output.meta.shape().to_vec());
+        let call = Call::on_device(Operation::Receive { from, tag }, header.dtype, extent);
+        keeper.watch(call, &channel.link, (prepared.ready.clone(), done.clone()), Vec::new());
         prepared.release(done);
         called.map(|()| output)
     }

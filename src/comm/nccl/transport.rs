@@ -85,7 +85,7 @@ impl NcclTransport {
             raw.abort();
         }
         drop(raw);
-        self.keeper.watch(operation.to_string(), &self.link, (prepared.ready.clone(), done.clone()), shared);
+        self.keeper.watch(*operation, &self.link, (prepared.ready.clone(), done.clone()), shared);
         prepared.release(done);
         called
     }
@@ -136,7 +136,7 @@ impl DeviceTransport for NcclTransport {
                 empty_on(&tensor.device, dims, tensor.dtype)
             }
         };
-        let bytes = bytes_moved(&operation, &rows, rank, call.extent.width() * tensor.dtype.size());
+        let bytes = bytes_moved(&operation, &rows, rank, call.extent.width(), tensor.dtype);
         let (inputs, outputs) = ([tensor], [output]);
         self.enqueue(
             &call,
@@ -157,7 +157,7 @@ impl DeviceTransport for NcclTransport {
         let outputs: Vec<DeviceTensor> = tensors.iter().map(room_for).collect();
         let counts: Vec<usize> = tensors.iter().map(|tensor| tensor.meta.shape().iter().product()).collect();
         let rows = vec![call.extent.rows(); self.host.size()];
-        let bytes = bytes_moved(&call.operation, &rows, self.host.rank(), tensors[0].dtype.size());
+        let bytes = bytes_moved(&call.operation, &rows, self.host.rank(), 1, tensors[0].dtype);
         let reduce = |task: &Task<'_>, places: &[Place]| task.all_reduce_many(op, places, &counts);
         self.enqueue(&call, &tensors, &outputs, reduce, &rows, shared)?;
         Ok((outputs, bytes))
@@ -180,8 +180,8 @@ impl DeviceTransport for NcclTransport {
         if from == self.host.rank() {
             return self.mail[from].0.take(&header, &self.device.1).map(Arrival::Device);
         }
-        let fetched = self.mail[from].1.fetch(header, &self.device.1, from, (&self.host, &*self.answers), &self.keeper);
-        fetched.map(Arrival::Device)
+        let ends = (&self.host, &*self.answers, &self.keeper);
+        self.mail[from].1.fetch(header, &self.device.1, (from, tag), ends).map(Arrival::Device)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Messages between two ranks.
 //!
-//! A message is a header, which says tag, dtype and shape, and its bytes: behind the header if they are few, else as MPI
-//! messages of their own, straight from the sender's tensor into the receiver's. MPI's tags are too narrow for ours, so
+//! A message is a header, which says tag, dtype and shape, and its bytes: behind the header if they are few, else as a
+//! message of its own, straight from the sender's tensor into the receiver's. The tags of a wire are too narrow for ours, so
 //! all messages from one rank to another go in one line, and the receiver puts aside what it has not been asked for yet.
 
 use burn::backend::TensorMetadata;
@@ -68,10 +68,12 @@ impl Inbox {
         while let Some((_, bytes)) = world.wire.take(Some(group.members[from]), group.tag(Kind::Header))? {
             self.came += 1;
             world.clear();
-            let garbled = || Error::Engine { engine: "mpi", problem: format!("a message of rank {from} is garbled") };
+            let engine = world.wire.engine();
+            let garbled = || Error::Engine { engine, problem: format!("a message of rank {from} is garbled") };
             let mut reader = Reader(&bytes);
             let (tag, dtype) = (reader.number().ok_or_else(garbled)?, reader.dtype().flatten().ok_or_else(garbled)?);
             let dims = reader.list(Reader::index).ok_or_else(garbled)?;
+            host::check_room("recv", &dims, dtype)?;
             let shape = Shape::from(dims);
             let mut tensor = with_storage_type!(dtype, E => FlexTensor::filled_typed(shape, dtype, E::default()),
                 otherwise return Err(garbled()));
@@ -115,7 +117,7 @@ impl Inbox {
 impl Drop for Incoming {
     fn drop(&mut self) {
         if !self.tickets.is_empty() {
-            // MPI may still write there.
+            // The wire may still write there.
             std::mem::forget((self.tensor.take(), std::mem::take(&mut self.tickets)));
         }
     }
