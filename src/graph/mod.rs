@@ -82,7 +82,6 @@ pub use step::{BatchNormBinding, InputBinding, ParamBinding, StepGraph};
 pub use sync::register_sync_batch_norm;
 
 use crate::error::Error;
-pub use crate::tensor::PlainTensor as GraphTensor;
 
 pub(crate) fn graph_error(problem: impl Into<String>) -> Error {
     Error::Graph { problem: problem.into() }
