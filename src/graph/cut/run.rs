@@ -10,7 +10,7 @@ use super::program::sections;
 use super::split::{StageGraph, inputs_read};
 use crate::error::Error;
 use crate::graph::custom::CustomOps;
-use crate::graph::execute::{computable, fits, is_on};
+use crate::graph::execute::{computable, fits};
 use crate::graph::graph_error;
 use crate::graph::interpret::Interpreter;
 use crate::graph::liveness::Action;
