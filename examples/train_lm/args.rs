@@ -8,8 +8,9 @@ use burn_parallel::prelude::Schedule;
 use clap::error::{Error, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 
+use crate::device::Compute;
 use crate::gpt::GptConfig;
-use crate::start::{self, Compute, Launch, Start, Transport};
+use crate::start::{self, Launch, Start, Transport};
 use crate::text::VOCAB;
 
 /// Trains a small byte-level GPT on any UTF-8 text, on several ranks.
@@ -93,7 +94,8 @@ struct Flags {
     #[arg(long, value_enum, value_name = "DEVICE", default_value_t = Compute::Flex)]
     device: Compute,
 
-    /// What joins the ranks [default: local for threads; mpi for what mpirun has started, if built in; else tcp]
+    /// What joins the ranks [default: local for threads; mpi for what mpirun has started, if built in; else tcp]. nccl comes on
+    /// top of these
     #[arg(long, value_enum, value_name = "ENGINE")]
     transport: Option<Transport>,
 }

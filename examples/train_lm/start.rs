@@ -1,15 +1,11 @@
-//! How the ranks are started, and on what they compute.
+//! How the ranks are started and joined.
 
-use burn::tensor::Device;
-#[cfg(feature = "wgpu")]
-use burn::tensor::DeviceKind;
-#[cfg(feature = "cuda")]
-use burn::tensor::DeviceType;
 use burn_parallel::launch::{self, Engine, Launcher, Place};
 use burn_parallel::prelude::*;
 use clap::ValueEnum;
 
 use crate::args::Args;
+use crate::device::Compute;
 
 /// What the ranks are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -22,37 +18,6 @@ pub enum Launch {
     Env,
 }
 
-/// What the ranks compute on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Compute {
-    /// The CPU
-    Flex,
-    /// NVIDIA GPUs, shared out among the ranks
-    Cuda,
-    /// The first GPU that Vulkan, Metal or DirectX finds, for all ranks
-    Wgpu,
-}
-
-impl Compute {
-    /// The device of a rank.
-    pub fn of(self, rank: &Rank) -> Result<Device, Error> {
-        match self {
-            Self::Flex => Ok(rank.device()),
-            #[cfg(feature = "cuda")]
-            Self::Cuda => {
-                let gpus = Device::enumerate(DeviceType::Cuda).into_vec();
-                let own = gpus.get(rank.rank() % gpus.len().max(1)).cloned();
-                own.ok_or_else(|| Error::user("--device cuda: no NVIDIA GPU was found"))
-            }
-            #[cfg(feature = "wgpu")]
-            Self::Wgpu => Ok(Device::wgpu(DeviceKind::DefaultDevice)),
-            // Refused when the flags were read.
-            #[allow(unreachable_patterns)]
-            other => Err(Error::user(format!("--device {other:?}: this program was built without it"))),
-        }
-    }
-}
-
 /// What joins the ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Transport {
@@ -62,7 +27,7 @@ pub enum Transport {
     Tcp,
     /// Processes that mpirun or srun have started
     Mpi,
-    /// GPUs
+    /// NVIDIA GPUs: tensors go from GPU to GPU, the rest as without it
     Nccl,
 }
 
@@ -72,6 +37,8 @@ pub struct Start {
     pub launch: Launch,
     /// What joins processes, if that has been said.
     pub engine: Option<Engine>,
+    /// Whether NCCL joins the ranks' GPUs.
+    pub nccl: bool,
     /// How many ranks have been started already.
     pub started: Option<usize>,
 }
@@ -84,19 +51,20 @@ pub fn choose(launch: Option<Launch>, device: Compute, transport: Option<Transpo
     let default = if started { Launch::Env } else { Launch::Threads };
     let launch = launch.unwrap_or(default);
     let without = |flag: &str, feature: &str| {
-        Err(format!("{flag} {feature}: this program was built without it; build with `--features {feature}`"))
+        Err(format!("{flag}: this program was built without it; build with `--features {feature}`"))
     };
-    match device {
-        Compute::Cuda if cfg!(feature = "cuda") => {}
-        Compute::Wgpu if cfg!(feature = "wgpu") => {}
-        Compute::Flex => {}
-        Compute::Cuda => return without("--device", "cuda"),
-        Compute::Wgpu => return without("--device", "wgpu"),
+    if let Some(feature) = device.missing() {
+        return without(&format!("--device {feature}"), feature);
     }
+    let nccl = transport == Some(Transport::Nccl);
     let engine = match (transport, launch) {
         (None, _) | (Some(Transport::Local), Launch::Threads) => None,
-        (Some(Transport::Nccl), _) => return without("--transport", "cuda"),
-        (Some(Transport::Mpi), _) if cfg!(not(feature = "mpi")) => return without("--transport", "mpi"),
+        (Some(Transport::Nccl), _) if cfg!(not(feature = "cuda")) => return without("--transport nccl", "cuda"),
+        (Some(Transport::Nccl), _) if device != Compute::Cuda => {
+            return Err("--transport nccl joins NVIDIA GPUs: give --device cuda".into());
+        }
+        (Some(Transport::Nccl), _) => None,
+        (Some(Transport::Mpi), _) if cfg!(not(feature = "mpi")) => return without("--transport mpi", "mpi"),
         (Some(Transport::Tcp | Transport::Mpi), Launch::Threads) => {
             return Err("--transport tcp and mpi join processes: give --launch processes or env".into());
         }
@@ -108,7 +76,7 @@ pub fn choose(launch: Option<Launch>, device: Compute, transport: Option<Transpo
         (Launch::Env, place) => Some(place.map_err(|why| why.to_string())?.size),
         _ => None,
     };
-    Ok(Start { launch, engine, started })
+    Ok(Start { launch, engine, nccl, started })
 }
 
 /// Runs `f` on every rank. Returns what it returns on the first, in the process that has the first.

@@ -12,13 +12,15 @@ use burn_parallel::prelude::*;
 use burn_parallel::train::{GraphEngine, Replicas};
 
 use crate::args::Args;
+use crate::device;
 use crate::gpt::Gpt;
 use crate::report::{Outcome, Pipeline, Progress, Trained};
 use crate::text::{Text, tensors};
 
 /// Trains the model on a text as the flags say. Every rank runs this, each replica on its rows of every batch.
 pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome, Error> {
-    let mesh = Mesh::new(&rank, [("dp", args.dp), ("pp", args.pp), ("tp", args.tp)])?;
+    let world = device::world(&rank, args.start.nccl)?;
+    let mesh = Mesh::new(&world, [("dp", args.dp), ("pp", args.pp), ("tp", args.tp)])?;
     let (dp, pp, tp) = (mesh.axis("dp")?, mesh.axis("pp")?, mesh.axis("tp")?);
     let device = args.device.of(&rank)?.autodiff();
     let model = model.fork(&device).tensor_parallel(&tp, &Plan::megatron())?;
