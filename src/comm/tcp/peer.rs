@@ -172,7 +172,7 @@ impl Peer {
 
     /// Whether there is something to be written.
     pub fn wants_to_write(&self) -> bool {
-        !self.mute && !(self.out.is_empty() && self.bulk.is_empty())
+        !(self.mute || self.out.is_empty() && self.bulk.is_empty())
     }
 
     /// Says that nothing more will be written.
