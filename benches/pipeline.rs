@@ -9,12 +9,11 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use burn::backend::Flex;
 use burn::tensor::{Device, Tensor};
-use burn_parallel::graph::GraphTensor;
 use burn_parallel::pipeline_parallel::schedule::{Direction, Edge, Routes, Schedule};
 use burn_parallel::pipeline_parallel::{Forwarded, LossSum, MicroBatch, Parcel, Pipeline, Stage};
 use burn_parallel::prelude::*;
+use burn_parallel::tensor::PlainTensor;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 const MICRO_BATCHES: usize = 32;
@@ -23,14 +22,14 @@ const MICRO_BATCHES: usize = 32;
 struct Idle {
     index: usize,
     routes: Routes,
-    tensor: GraphTensor,
+    tensor: PlainTensor,
     live: usize,
 }
 
 impl Idle {
     fn new(index: usize, routes: &Routes) -> Self {
-        let tensor = Tensor::<1>::ones([16], &Device::flex()).try_into_primitive::<Flex>().unwrap();
-        Self { index, routes: routes.clone(), tensor: GraphTensor::Float(tensor), live: 0 }
+        let tensor = Tensor::<1>::ones([16], &Device::flex());
+        Self { index, routes: routes.clone(), tensor: tensor.into(), live: 0 }
     }
 
     fn give(&self, direction: Direction) -> Vec<Parcel> {

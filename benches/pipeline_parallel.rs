@@ -6,7 +6,8 @@
 //! times as fast as one rank; the efficiency is the part of that which is reached, after what two independent ranks lose on
 //! the same machine.
 //!
-//! `cargo bench --bench pipeline_parallel -- [ROUNDS]`
+//! `cargo bench --bench pipeline_parallel -- [ROUNDS] [measured]`; with `measured` the model is cut by measured costs of
+//! operations, else by counted ones.
 
 use std::time::Instant;
 
@@ -82,25 +83,39 @@ impl Training {
         Ok(Self { model: Some(model), optimizer: AdamConfig::new().init() })
     }
 
-    fn step(&mut self) -> Result<(f64, f64), Error> {
-        let Some(mut model) = self.model.take() else { return Ok((0.0, 0.0)) };
+    /// Idle share, host seconds an action, seconds in passes.
+    fn step(&mut self) -> Result<[f64; 3], Error> {
+        let Some(mut model) = self.model.take() else { return Ok([0.0; 3]) };
         let step = model.step(batch(), |model, batch| model.loss(batch))?;
         // Host time of the executor for each action: what is neither a pass nor waiting.
         let run = &step.report;
         let host = run.elapsed.saturating_sub(run.busy).saturating_sub(run.waited).as_secs_f64() / run.actions as f64;
+        let busy = run.busy.as_secs_f64();
         self.model = Some(self.optimizer.step(1e-4, model, step.grads));
-        Ok((run.idle_share, host))
+        Ok([run.idle_share, host, busy])
     }
 }
 
-/// Seconds a step of one rank alone, of two independent ranks and of two stages; the idle share; host seconds an action.
-fn rounds(rounds: usize, model: &Gpt, schedule: &Schedule, micro_batches: usize) -> Vec<[f64; 5]> {
-    let measured = launch::threads(2).run(|rank| {
+/// Seconds a step of one rank alone, of two independent ranks and of two stages; the idle share; host seconds an action;
+/// seconds in passes of each rank.
+fn rounds(rounds: usize, model: &Gpt, schedule: &Schedule, micro_batches: usize, measured: bool) -> Vec<[f64; 7]> {
+    let times = launch::threads(2).run(|rank| {
         let device = rank.device().autodiff();
         let alone = rank.split(rank.rank() as u64, 0)?;
         let config = PipelineConfig::new(micro_batches);
         let mut single = Training::new(model, &alone, &device, &config.clone().with_schedule(Schedule::GPipe))?;
-        let mut stages = Training::new(model, &rank, &device, &config.with_schedule(schedule.clone()))?;
+        let mut config = config.with_schedule(schedule.clone());
+        if measured {
+            let uncut = model.clone().pipeline_parallel(&rank, config.clone())?;
+            let costs = match rank.rank() {
+                0 => uncut.measure(batch(), |model, batch| model.loss(batch), 3)?,
+                _ => Vec::new(),
+            };
+            let count = rank.broadcast(vec![costs.len() as u64], 0)?[0] as usize;
+            config = config
+                .with_cut(Cut::Measured(rank.broadcast(if costs.is_empty() { vec![0.0; count] } else { costs }, 0)?));
+        }
+        let mut stages = Training::new(model, &rank, &device, &config)?;
         if rank.rank() == 0
             && let Some(report) = stages.model.as_ref().and_then(Pipelined::report)
         {
@@ -108,7 +123,7 @@ fn rounds(rounds: usize, model: &Gpt, schedule: &Schedule, micro_batches: usize)
         }
         let mut times = Vec::new();
         for round in 0..rounds + 1 {
-            let mut time = [0.0; 5];
+            let mut time = [0.0; 6];
             for mode in 0..3 {
                 rank.barrier()?;
                 let began = Instant::now();
@@ -116,20 +131,21 @@ fn rounds(rounds: usize, model: &Gpt, schedule: &Schedule, micro_batches: usize)
                     match mode {
                         0 if rank.rank() > 0 => {}
                         0 | 1 => drop(single.step()?),
-                        _ => [time[3], time[4]] = stages.step()?.into(),
+                        _ => [time[3], time[4], time[5]] = stages.step()?,
                     }
                 }
                 time[mode] = began.elapsed().as_secs_f64() / STEPS_PER_TURN as f64;
             }
-            let slowest = rank.all_reduce(time.to_vec(), ReduceOp::Max)?;
+            let slowest = rank.all_reduce(time[..5].to_vec(), ReduceOp::Max)?;
+            let busy = rank.all_gather(vec![time[5]])?;
             // The first round is for caches and lazy initialisation.
             if round > 0 {
-                times.push([slowest[0], slowest[1], slowest[2], slowest[3], slowest[4]]);
+                times.push([slowest[0], slowest[1], slowest[2], slowest[3], slowest[4], busy[0], busy[1]]);
             }
         }
         Ok(times)
     });
-    measured.expect("a world of threads").swap_remove(0)
+    times.expect("a world of threads").swap_remove(0)
 }
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {
@@ -140,6 +156,7 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
 
 fn main() {
     let number = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(9);
+    let measured = std::env::args().any(|argument| argument == "measured");
     let model = Gpt::new(&Device::flex().autodiff()).materialize();
     for micro_batches in [4, 8] {
         let schedules = [
@@ -149,7 +166,7 @@ fn main() {
             Schedule::ZeroBubbleH1,
         ];
         for schedule in schedules {
-            let times = rounds(number, &model, &schedule, micro_batches);
+            let times = rounds(number, &model, &schedule, micro_batches, measured);
             let of = |mode: usize| median(times.iter().map(|time| time[mode]));
             let over = |a: usize, b: usize| median(times.iter().map(|time| time[a] / time[b]));
             let m = micro_batches as f64;
@@ -162,11 +179,13 @@ fn main() {
             );
             println!(
                 "{name}: speed-up {:.3} over one rank (ideal of a fill-drain pipeline {:.3}); efficiency after what \
-                 independent ranks lose {:.3}; idle {:.3}; host time {:.1} us an action",
+                 independent ranks lose {:.3}; idle {:.3}; in passes {:.1} and {:.1} ms; host time {:.1} us an action",
                 over(0, 2),
                 2.0 * m / (m + 1.0),
                 over(1, 2) / 2.0 * (m + 1.0) / m,
                 of(3),
+                1e3 * of(5),
+                1e3 * of(6),
                 1e6 * of(4)
             );
         }

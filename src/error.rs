@@ -73,17 +73,17 @@ pub enum Error {
         log: CallLog,
     },
 
-    /// A rank dropped its communicator while others still needed it.
+    /// A rank dropped its communicator while others still needed it, or its process ended.
     #[error(
-        "rank {rank} left group `{group}` while {operation} was waiting for it; keep its communicator alive until every \
-         rank has issued its last collective{log}"
+        "rank {rank} left group `{group}` while {operation} was waiting for it: its process has ended, or it dropped its \
+         communicator, which must stay alive until every rank has issued its last collective{log}"
     )]
     RankLost {
         /// Group in which it happened.
         group: Arc<str>,
         /// The rank, within the group, that left.
         rank: usize,
-        /// What another rank was calling.
+        /// What another rank was calling, or `nobody`.
         operation: String,
         /// The last collectives of every rank of the group.
         log: CallLog,

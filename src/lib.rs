@@ -36,6 +36,7 @@
 //! | [`comm`] | the communicator: collectives and messages, and the trait for engines |
 //! | [`layout`] | differentiable moves between layouts, for models written by hand |
 //! | [`data_parallel`] | replicas: gradient buckets, accumulation, uneven data, synchronised batch norm, sampler |
+//! | [`tensor`] | tensors whose kind, rank and device are known at run time only |
 //! | [`params`] | parameters read from a store a part at a time |
 //! | [`plan`] | which parameters are split, by path |
 //! | [`tensor_parallel`] | any module split over ranks by a plan; explicit layers for models written with that in mind |
@@ -65,6 +66,7 @@ pub mod mesh;
 pub mod params;
 pub mod pipeline_parallel;
 pub mod plan;
+pub mod tensor;
 pub mod tensor_parallel;
 pub mod train;
 

@@ -160,7 +160,62 @@ fn a_program_that_does_not_exist() {
 
 #[cfg(not(feature = "mpi"))]
 #[test]
-fn without_an_engine_the_feature_is_named() {
-    let error = launch::processes(2).run(|process| process, |_| Ok(())).unwrap_err();
+fn an_engine_that_is_not_built_in() {
+    let processes = launch::processes(2).engine(launch::Engine::Mpi);
+    let error = processes.run(|process| process, |_| Ok(())).unwrap_err();
     assert!(error.to_string().contains("--features mpi"), "{error}");
+}
+
+/// Run by the test below: the processes come to this place again.
+#[test]
+#[ignore = "a helper of the other tests"]
+fn itself() {
+    let outcome = launch::processes(3).run(
+        |process| process.threads(1).seed(7),
+        |rank| {
+            let sum = rank.all_reduce(vec![rank.rank() as u64, rank.seed()], burn_parallel::comm::ReduceOp::Sum)?;
+            if std::env::args().any(|argument| argument == "fails") && rank.rank() == 2 {
+                return Err(Error::user("the disk is full"));
+            }
+            rank.barrier()?;
+            println!("<{sum:?} of {} over {} threads>", rank.size(), rank.threads());
+            Ok(sum[0])
+        },
+    );
+    match outcome {
+        Ok(Some(_)) => {}
+        Ok(None) => println!("<all well>"),
+        Err(error) => {
+            eprintln!("<{error}>");
+            std::process::exit(3);
+        }
+    }
+}
+
+fn itself_in(arguments: &[&str]) -> Output {
+    let mut parent = Command::new(std::env::current_exe().unwrap());
+    // What another launcher has said to the first process is not said to the ranks.
+    parent.env("OMPI_COMM_WORLD_RANK", "0").env("OMPI_COMM_WORLD_SIZE", "1").env("SLURM_PROCID", "5");
+    parent.args(["--exact", "itself", "--ignored", "--nocapture"]).args(arguments).output().unwrap()
+}
+
+#[test]
+fn ranks_of_this_program_join_without_anything_else() {
+    let output = itself_in(&[]);
+    let out = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{out} {}", String::from_utf8_lossy(&output.stderr));
+    for rank in 0..3 {
+        assert!(out.contains(&format!("[rank {rank}/3] <[3, 21] of 3 over 1 threads>")), "{out}");
+    }
+    assert_eq!(out.matches("<all well>").count(), 1, "{out}");
+}
+
+#[test]
+fn the_error_of_a_rank_is_returned() {
+    let output = itself_in(&["fails"]);
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{err}");
+    // By the first that ends, whichever it is; the others may be ended before they say it.
+    assert!(err.contains("/3] <rank 2 failed: the disk is full"), "{err}");
+    assert!(err.contains("of 3 ended with exit status 3; the last it said:"), "{err}");
 }

@@ -27,6 +27,11 @@ mod sync {
     pub(super) use loom::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
     pub(super) use loom::thread::yield_now;
 
+    /// The fence that it is, on every machine.
+    pub(super) fn fence_after_rmw() {
+        fence(Ordering::SeqCst);
+    }
+
     type Parts = (Option<Arc<loom::sync::Mutex<()>>>, Option<Arc<loom::sync::Condvar>>);
 
     thread_local! {

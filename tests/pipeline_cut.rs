@@ -8,16 +8,16 @@ use std::collections::{BTreeMap, HashMap};
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
-use burn::backend::ops::FloatTensorOps;
 use burn::module::{Module, Param, ParamId};
 use burn::nn::{Dropout, DropoutConfig, Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::{Bool, activation};
 use burn_parallel::Error;
-use burn_parallel::graph::cut::{Cut, CutGraph, CutReport, StageRun, Tensors, cut, operation_cost};
+use burn_parallel::graph::cut::{Cut, CutGraph, CutReport, StageRun, Tensors, cut, measure_operations, operation_cost};
 use burn_parallel::graph::{
-    CustomOps, Executor, GraphInputs, GraphTensor, StepGraph, capture_step, gradients_params, graph_tensors,
+    CustomOps, Executor, GraphInputs, StepGraph, capture_step, gradients_params, graph_tensors,
 };
+use burn_parallel::tensor::PlainTensor;
 use models::{
     Cnn, Lm, Numbers, Residual, Rnn, Tied, cross_entropy, device, difference, floats, grad_floats, images, scalar,
 };
@@ -26,12 +26,12 @@ use proptest::prelude::*;
 /// All stages of a cut, run one after the other in one thread.
 struct Pipeline {
     stages: Vec<StageRun>,
-    gradients: HashMap<ParamId, FlexTensor>,
+    gradients: HashMap<ParamId, PlainTensor>,
 }
 
-fn add(sums: &mut HashMap<ParamId, FlexTensor>, id: ParamId, more: FlexTensor) {
+fn add(sums: &mut HashMap<ParamId, PlainTensor>, id: ParamId, more: PlainTensor) {
     let sum = match sums.remove(&id) {
-        Some(sum) => Flex::float_add(sum, more),
+        Some(sum) => sum.add(more),
         None => more,
     };
     sums.insert(id, sum);
@@ -44,7 +44,7 @@ impl Pipeline {
     }
 
     /// What came for a stage, by sender.
-    fn forward(&mut self, micro_batch: usize, inputs: &[GraphTensor]) -> f32 {
+    fn forward(&mut self, micro_batch: usize, inputs: &[PlainTensor]) -> f32 {
         let mut on_the_way: BTreeMap<(usize, usize), Tensors> = BTreeMap::new();
         let mut loss = None;
         for index in 0..self.stages.len() {
@@ -188,6 +188,12 @@ fn measured_costs_decide_when_given() {
     assert!(first(&late) > first(&homes(Cut::Balanced)));
     let error = Cut::Measured(vec![1.0]).homes(&graph, 2).unwrap_err();
     assert!(error.to_string().contains("costs of 1 operations"), "{error}");
+    for cost in [f64::NAN, -1.0, f64::INFINITY] {
+        let mut costs = vec![1.0; graph.operations.len()];
+        costs[7] = cost;
+        let error = Cut::Measured(costs).homes(&graph, 2).unwrap_err();
+        assert!(matches!(&error, Error::Plan { problem } if problem.contains("not negative")), "{error}");
+    }
 }
 
 #[test]
@@ -394,7 +400,7 @@ fn forward_and_backward_see_the_same_dropout() {
     let found = pipeline.forward(0, &graph_tensors(x).unwrap());
     pipeline.backward(0);
     // The loss is linear in the first weight: loss = <weight, gradient>, if the mask is the same.
-    let gradient = Tensor::<2>::from_primitive::<Flex>(pipeline.gradients[&model.first.weight.id].clone());
+    let gradient = pipeline.gradients[&model.first.weight.id].clone().float::<2>().unwrap();
     let again = scalar((model.first.weight.val().inner() * gradient).sum());
     assert!((found - again).abs() < 1e-4 * found.abs().max(1.0), "{found} {again}");
 }
@@ -442,6 +448,126 @@ fn what_only_gradients_of_parameters_need_can_wait() {
     let [forward, input, weight] =
         [&middle.forward, &middle.backward_input, &middle.backward_weight].map(|ops| cost(ops));
     assert!(input / forward > 0.5 && weight / forward > 0.2 && input / forward < 3.0, "{forward} {input} {weight}");
+}
+
+/// Two layers on each of three stages: a zero-bubble schedule can put off all that weights alone need, and nothing else.
+#[test]
+fn gradients_of_weights_are_computed_in_their_half_and_not_before() {
+    let model = (0..6).map(|_| LinearConfig::new(6, 6).init(&device())).collect::<Vec<Linear>>().materialize();
+    let loss = |model: &Vec<Linear>, x: Tensor<2>| {
+        model.iter().fold(x, |x, layer| activation::tanh(layer.forward(x))).powi_scalar(2).mean()
+    };
+    let x = Numbers(5).tensor::<2>([5, 6], &device());
+    let graph = capture_step(&model, x.clone(), loss).unwrap();
+    let homes = Cut::before(["2.*", "4.*"]).homes(&graph, 3).unwrap();
+    let parts = cut(&graph, &homes, 3).unwrap();
+    // Operations that multiply a batch with a matrix, forward or backward.
+    let products = |ops: &[burn_ir::OperationIr]| {
+        let is_product = |op: &&burn_ir::OperationIr| {
+            let text = format!("{op:?}");
+            (text.contains("Matmul(") || text.contains("Linear")) && !text.contains("BiasBackward")
+        };
+        ops.iter().filter(is_product).count()
+    };
+    let found: Vec<[usize; 3]> = parts
+        .stages
+        .iter()
+        .map(|part| [&part.forward, &part.backward_input, &part.backward_weight].map(|ops| products(ops)))
+        .collect();
+    // Nobody waits for the first stage: the gradient of its second layer's input is only for weights.
+    assert_eq!(found, [[2, 0, 3], [2, 2, 2], [2, 2, 2]]);
+
+    let mut stages: Vec<StageRun> =
+        parts.stages.into_iter().map(|part| StageRun::new(&graph, part, CustomOps::new()).unwrap()).collect();
+    stages.iter_mut().for_each(|stage| stage.bind(&model).unwrap());
+    let inputs = graph_tensors(x).unwrap();
+    let mut received = BTreeMap::new();
+    for (index, stage) in stages.iter_mut().enumerate() {
+        let mut given = stage.forward(0, &inputs, std::mem::take(&mut received)).unwrap();
+        received.extend(given.sends.remove(&(index + 1)).map(|tensors| (index, tensors)));
+    }
+    let mut received = BTreeMap::new();
+    for (index, stage) in stages.iter_mut().enumerate().rev() {
+        let mut early = 0;
+        let mut sends = stage
+            .backward_input(0, std::mem::take(&mut received), &mut |_, _| {
+                early += 1;
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!((early, stage.under_way()), (0, 1), "stage {index}");
+        received.extend(index.checked_sub(1).and_then(|to| Some((index, sends.remove(&to)?))));
+    }
+    for (index, stage) in stages.iter_mut().enumerate() {
+        let mut late = Vec::new();
+        stage
+            .backward_weight(0, &mut |id, _| {
+                late.push(id);
+                Ok(())
+            })
+            .unwrap();
+        late.sort();
+        let mut own: Vec<ParamId> = model[2 * index..2 * index + 2]
+            .iter()
+            .flat_map(|layer| [layer.weight.id, layer.bias.as_ref().unwrap().id])
+            .collect();
+        own.sort();
+        assert_eq!((late, stage.under_way()), (own, 0), "stage {index}");
+    }
+}
+
+/// Not only counted: what a stage has got is held by nobody once its backward is over.
+#[test]
+fn a_micro_batch_leaves_nothing_behind() {
+    let model = lm(2);
+    let graph = capture_step(&model, lm_batch(2), lm_loss).unwrap();
+    let homes = Cut::before(["encoder.layers.1.*"]).homes(&graph, 2).unwrap();
+    let mut pipeline = Pipeline::new(&graph, cut(&graph, &homes, 2).unwrap());
+    pipeline.stages.iter_mut().for_each(|stage| stage.bind(&model).unwrap());
+    let inputs = graph_tensors(lm_batch(2)).unwrap();
+    let [first, second] = &mut pipeline.stages[..] else { panic!("two stages") };
+    let given = first.forward(0, &inputs, BTreeMap::new()).unwrap();
+    let flex = |tensor: &PlainTensor| tensor.clone().float::<3>().unwrap().try_into_primitive::<Flex>().unwrap();
+    let crossing: Vec<FlexTensor> = given.sends[&1].iter().map(flex).collect();
+    second.forward(0, &inputs, BTreeMap::from([(0, given.sends[&1].clone())])).unwrap();
+    drop(given);
+    assert!(!crossing.is_empty() && crossing.iter().all(|tensor| !tensor.is_unique()), "kept for the backward");
+    let mut ignore = |_, _| Ok(());
+    let mut back = second.backward_input(0, BTreeMap::new(), &mut ignore).unwrap();
+    first.backward_input(0, BTreeMap::from([(1, back.remove(&0).unwrap())]), &mut ignore).unwrap();
+    second.backward_weight(0, &mut ignore).unwrap();
+    first.backward_weight(0, &mut ignore).unwrap();
+    assert!(crossing.iter().all(FlexTensor::is_unique));
+    for input in inputs {
+        let input = input.int::<2>().unwrap().try_into_primitive::<Flex>().unwrap();
+        assert!(input.is_unique(), "inputs are let go of");
+    }
+}
+
+#[test]
+fn operations_are_measured_one_by_one() {
+    let model = lm(2);
+    let graph = capture_step(&model, lm_batch(2), lm_loss).unwrap();
+    let costs = measure_operations(&graph, &Device::flex(), 2).unwrap();
+    assert_eq!(costs.len(), graph.operations.len());
+    assert!(costs.iter().all(|cost| cost.is_finite() && *cost >= 0.0));
+    for (op, cost) in graph.operations.iter().zip(&costs) {
+        // Views take nothing, everything else takes time.
+        assert_eq!(operation_cost(op) == 0, *cost == 0.0, "{op:?} {cost}");
+    }
+    // The same operation on the same shapes is measured once.
+    let distinct: std::collections::BTreeSet<u64> = costs.iter().map(|cost| cost.to_bits()).collect();
+    assert!(distinct.len() < costs.len() / 2, "{} of {}", distinct.len(), costs.len());
+    let report = same(&model, lm_batch(2), lm_loss, &Cut::Measured(costs), 3);
+    assert_eq!(report.stages.len(), 3);
+
+    // A matrix of 256 times the elements takes longer, however noisy the machine.
+    let pair = vec![LinearConfig::new(16, 16).init(&device()), LinearConfig::new(16, 4096).init(&device())];
+    let loss = |model: &Vec<Linear>, x: Tensor<2>| model[1].forward(model[0].forward(x)).powi_scalar(2).mean();
+    let graph = capture_step(&pair, Tensor::<2>::ones([64, 16], &device()), loss).unwrap();
+    let costs = measure_operations(&graph, &Device::flex(), 5).unwrap();
+    let forward: Vec<f64> = costs[..graph.forward_len].iter().copied().filter(|cost| *cost > 0.0).collect();
+    assert!(forward[0] * 4.0 < forward.iter().copied().fold(0.0, f64::max), "{forward:?}");
 }
 
 proptest! {

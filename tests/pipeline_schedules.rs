@@ -290,6 +290,42 @@ fn timetables_are_read_from_text() {
     assert!(missing.starts_with("/does/not/exist.csv: "), "{missing}");
 }
 
+/// What anybody may write into a file is refused at once, or means what it says.
+#[test]
+fn hostile_texts_are_refused_at_once() {
+    let most = usize::MAX;
+    for text in [
+        format!("0F{most},0B{most}"),
+        "0F0,0B0,0F18446744073709551614".into(),
+        format!("{most}F0"),
+        "0F0,4294967296B0".into(),
+        "0F0,\"0B0\n1F0,1B0".into(),
+        "\0".into(),
+        "0F0\u{feff},0B0".into(),
+        "0F٣,0B٣".into(),
+        ",".repeat(100_000),
+        "\n".repeat(100_000),
+        "0F0,".repeat(100_000),
+        "0RECV_B0,0SEND_F0".into(),
+        "9".repeat(100_000),
+    ] {
+        let shown: String = text.chars().take(40).collect();
+        let outcome = text.parse::<Timetable>().and_then(|timetable| {
+            let routes = chain(&timetable);
+            timetable.validate(&routes)?;
+            timetable.simulate(&routes, &Costs::default())
+        });
+        let Error::Schedule { problem } = outcome.unwrap_err() else { panic!("{shown}") };
+        assert!(!problem.is_empty(), "{shown}");
+    }
+    let path = std::env::temp_dir().join(format!("hostile-{}.csv", std::process::id()));
+    std::fs::write(&path, b"0F0,\xff\xfe0B0").unwrap();
+    let problem = refusal(Timetable::read(&path));
+    std::fs::remove_file(&path).unwrap();
+    assert!(problem.contains("hostile-") && problem.contains("UTF-8"), "{problem}");
+    assert!(refusal(Timetable::read(std::env::temp_dir())).contains("directory"));
+}
+
 #[test]
 fn a_custom_timetable_must_be_for_the_pipeline() {
     let custom = Schedule::Custom(Schedule::GPipe.timetable(2, 3).unwrap());
@@ -299,6 +335,11 @@ fn a_custom_timetable_must_be_for_the_pipeline() {
     );
     assert!(refusal(Schedule::GPipe.timetable(0, 4)).contains("0 ranks"));
     assert!(refusal(Schedule::GPipe.timetable(2, 0)).contains("0 micro-batches"));
+    for huge in [1 << 30, usize::MAX] {
+        let interleaved = Schedule::Interleaved { stages_per_rank: huge };
+        assert!(refusal(Schedule::GPipe.timetable(2, huge)).contains(&format!("{huge} micro-batches are more than")));
+        assert!(refusal(interleaved.timetable(2, 2)).contains(&format!("{huge} stages each")));
+    }
     assert!(refusal(Schedule::Interleaved { stages_per_rank: 0 }.timetable(2, 2)).contains("0 stages per rank"));
 }
 
@@ -509,6 +550,19 @@ proptest! {
             free[event.rank] = event.end;
         }
         prop_assert_eq!(simulation.events.len(), timetable.computing().rows().iter().map(Vec::len).sum::<usize>());
+    }
+
+    #[test]
+    fn no_text_makes_a_timetable_panic(text in "([0-3](F|B|I|W|SEND_F|RECV_F|SEND_B|RECV_B)[0-2][,\n]| |,|\"|#|.){0,40}") {
+        if let Ok(timetable) = text.parse::<Timetable>() {
+            prop_assert_eq!(parse(&timetable.to_string()), timetable.clone());
+            let routes = chain(&timetable);
+            let valid = timetable.validate(&routes);
+            prop_assert_eq!(timetable.simulate(&routes, &Costs::default()).is_ok(), valid.is_ok());
+            if valid.is_ok() && !timetable.communicates() {
+                prop_assert!(timetable.with_communication(&routes).is_ok());
+            }
+        }
     }
 
     #[test]

@@ -48,6 +48,15 @@ fn takes_any_numbers_and_costs() {
     }
 }
 
+/// Far beyond what anybody runs, and still drawn while one waits.
+#[test]
+fn large_pipelines_are_drawn() {
+    let text = printed(&["--schedule", "interleaved", "-p", "64", "-m", "512", "-v", "4"]);
+    let idle = 63.0 / 4.0 / (512.0 + 63.0 / 4.0);
+    assert!(text.contains(&format!("idle share         {idle:.3}\n")));
+    assert_eq!(text.lines().filter(|line| line.starts_with("rank ")).count(), 64);
+}
+
 #[test]
 fn draws_a_picture_and_writes_a_timetable_that_it_reads_again() {
     let folder = std::env::temp_dir().join(format!("schedules-{}", std::process::id()));
@@ -85,6 +94,7 @@ fn bad_flags_are_one_line_and_status_2() {
         (vec!["--forward", "NaN"], "it must be a number that is not negative"),
         (vec!["--timetable", "/does/not/exist"], "/does/not/exist: "),
         (vec!["--timetable", "x", "-p", "2"], "cannot be used with"),
+        (vec!["--schedule", "interleaved", "-p", "256", "-m", "4096", "-v", "64"], "ask for fewer micro-batches"),
         (vec!["--colour"], "--colour"),
     ] {
         let output = schedules(&flags);

@@ -375,12 +375,20 @@ fn sequence_parallelism_by_plan() {
             Ok(model.report())
         });
         let report = &reports.unwrap()[0];
-        let activations = |kind| {
-            let of_kind = |c: &&Collective| c.kind == kind && c.dims == [2, 6, 24];
-            report.collectives.iter().filter(of_kind).count()
+        let activations = |kind, forward| {
+            let elements = |c: &Collective| c.dims.iter().product::<usize>();
+            let of = |c: &&Collective| c.kind == kind && c.forward == forward && elements(c) == 2 * 6 * 24;
+            report.collectives.iter().filter(of).count()
         };
-        let counts = [CollectiveKind::AllReduce, CollectiveKind::ReduceScatter].map(activations);
-        assert_eq!(counts, if scattered { [0, 8] } else { [8, 0] }, "{report}");
+        let counts = |kind| [activations(kind, true), activations(kind, false)];
+        // Two a layer and pass, but for the gradient of the input, which nobody asks for.
+        let (all_reduces, scattering) = (counts(CollectiveKind::AllReduce), counts(CollectiveKind::ReduceScatter));
+        assert_eq!((all_reduces, scattering), if scattered { ([0, 0], [4, 3]) } else { ([4, 3], [0, 0]) }, "{report}");
+        // What is scattered is gathered again, but for the output; and its gradient, the output's too.
+        let gathers = if scattered { [3, 4] } else { [0, 0] };
+        assert_eq!(counts(CollectiveKind::AllGather), gathers, "{report}");
+        assert_eq!(report.count(CollectiveKind::AllToAll), [0, 0], "{report}");
+        assert!(report.fallbacks.is_empty(), "{report}");
     }
 }
 

@@ -344,6 +344,60 @@ fn held_out_rows_are_never_trained_on() {
     assert!(rows.iter().all(|row| row.len() == 33 && row.as_ptr() >= last_trained.unwrap()));
 }
 
+/// What all processes of a run write goes into one file: the first rank's.
+fn losses_in(path: &str) -> Vec<f64> {
+    losses(&serde_json::from_slice(&fs::read(path).unwrap()).unwrap())
+}
+
+/// The losses of ranks that are threads, and of the same ranks as processes that `start` makes of these flags.
+#[track_caller]
+fn losses_of_threads(name: &str, flags: &[&str], start: impl Fn(&[&str]) -> Output) {
+    let folder = Folder::new(name);
+    let (threads, processes) = (folder.path("threads.json"), folder.path("processes.json"));
+    let flags = [&["--steps", "6", "--batch", "10"], flags].concat();
+    assert!(tiny(&[&flags[..], &["--json", &threads]].concat()).status.success());
+    let output = start(&[&TINY[..], &flags, &["--json", &processes]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(String::from_utf8_lossy(&output.stdout).matches("The model writes").count(), 1);
+    same_losses(&losses_in(&threads), &losses_in(&processes), 1e-6);
+}
+
+#[cfg(unix)]
+#[test]
+fn processes_have_the_losses_of_threads() {
+    let start = |flags: &[&str]| {
+        let output = train_lm(&[flags, &["--launch", "processes"]].concat());
+        assert!(String::from_utf8_lossy(&output.stderr).contains("[rank 0/4] step 6/6"));
+        output
+    };
+    losses_of_threads("tcp-dp-tp", &["--ranks", "4", "--dp", "2", "--tp", "2"], start);
+    losses_of_threads("tcp-dp", &["--dp", "4"], start);
+    losses_of_threads("tcp-pp-tp", &["--dp", "1", "--pp", "2", "--tp", "2", "--micro-batches", "5"], start);
+}
+
+/// As torchrun starts them, and `srun` if it sets these variables.
+#[test]
+fn what_a_launcher_has_started_has_the_losses_of_threads() {
+    let start = |flags: &[&str]| {
+        let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port().to_string();
+        let ranks: Vec<_> = (0..3)
+            .map(|rank: usize| {
+                let mut command = Command::new(example());
+                command.args(flags).env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
+                command.env("WORLD_SIZE", "3").env("LOCAL_WORLD_SIZE", "3");
+                command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port);
+                command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap()
+            })
+            .collect();
+        let mut outputs: Vec<Output> = ranks.into_iter().map(|rank| rank.wait_with_output().unwrap()).collect();
+        for output in &outputs[1..] {
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+        outputs.swap_remove(0)
+    };
+    losses_of_threads("env-dp", &["--dp", "3"], start);
+}
+
 /// Ranks that are processes, joined by MPI.
 #[cfg(feature = "mpi")]
 mod mpi {
@@ -360,26 +414,15 @@ mod mpi {
         Some(mpirun)
     }
 
-    fn losses(path: &str) -> Vec<f64> {
-        let json: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
-        json["losses"].as_array().unwrap().iter().map(|loss| loss.as_f64().unwrap()).collect()
-    }
-
     #[test]
-    fn the_losses_of_threads() {
-        let Some(mut mpirun) = mpirun(4) else {
+    fn mpirun_has_the_losses_of_threads() {
+        if mpirun(4).is_none() {
             println!("SKIPPED, not passed: there is no mpirun on this machine");
             return;
-        };
-        let folder = Folder::new("mpi");
-        let (threads, processes) = (folder.path("threads.json"), folder.path("processes.json"));
-        let flags = ["--steps", "6", "--batch", "10"];
-        assert!(tiny(&[&flags[..], &["--ranks", "4", "--json", &threads]].concat()).status.success());
-        let output =
-            mpirun.arg(example()).args(TINY).args(flags).args(["--dp", "4", "--json", &processes]).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        assert_eq!(String::from_utf8_lossy(&output.stdout).matches("The model writes").count(), 1);
-        same_losses(&losses(&threads), &losses(&processes), 1e-6);
+        }
+        let start = |flags: &[&str]| mpirun(4).unwrap().arg(example()).args(flags).output().unwrap();
+        losses_of_threads("mpi-dp-tp", &["--dp", "2", "--tp", "2"], start);
+        losses_of_threads("mpi-dp", &["--dp", "4"], start);
     }
 
     #[test]
@@ -388,13 +431,12 @@ mod mpi {
             println!("SKIPPED, not passed: there is no mpirun on this machine");
             return;
         }
-        let folder = Folder::new("processes");
-        let (threads, processes) = (folder.path("threads.json"), folder.path("processes.json"));
-        assert!(tiny(&["--ranks", "2", "--json", &threads]).status.success());
-        let output = tiny(&["--launch", "processes", "--ranks", "2", "--json", &processes]);
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        assert!(String::from_utf8_lossy(&output.stderr).contains("[rank 0/2] step 3/3"));
-        same_losses(&losses(&threads), &losses(&processes), 1e-6);
+        let start = |flags: &[&str]| {
+            let output = train_lm(&[flags, &["--launch", "processes", "--transport", "mpi"]].concat());
+            assert!(String::from_utf8_lossy(&output.stderr).contains("[rank 0/2] step 6/6"));
+            output
+        };
+        losses_of_threads("mpi-processes", &["--ranks", "2"], start);
     }
 
     #[test]
@@ -412,12 +454,13 @@ fn ways_to_start_that_do_not_go_together() {
     refused(&["--device", "cuda"], "--device cuda: this program was built without it; build with `--features cuda`");
     refused(&["--device", "wgpu"], "--features wgpu");
     refused(&["--transport", "nccl"], "--features cuda");
-    refused(&["--transport", "mpi"], "--launch processes or env");
+    refused(&["--transport", "tcp"], "--launch processes or env");
     refused(&["--launch", "processes", "--transport", "local"], "--launch threads");
     if cfg!(not(feature = "mpi")) {
-        refused(&["--launch", "processes"], "--features mpi");
+        refused(&["--launch", "processes", "--transport", "mpi"], "--features mpi");
     } else {
-        refused(&["--launch", "env"], "not started by a launcher");
+        refused(&["--transport", "mpi"], "--launch processes or env");
     }
+    refused(&["--launch", "env"], "not started by a launcher");
     refused(&["--launch", "magic"], "magic");
 }

@@ -9,7 +9,7 @@ use clap::error::{Error, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 
 use crate::gpt::GptConfig;
-use crate::start::{self, Compute, Launch, Transport};
+use crate::start::{self, Compute, Launch, Start, Transport};
 use crate::text::VOCAB;
 
 /// Trains a small byte-level GPT on any UTF-8 text, on several ranks.
@@ -93,7 +93,7 @@ struct Flags {
     #[arg(long, value_enum, value_name = "DEVICE", default_value_t = Compute::Flex)]
     device: Compute,
 
-    /// What joins the ranks [default: local for threads, else mpi]
+    /// What joins the ranks [default: local for threads; mpi for what mpirun has started, if built in; else tcp]
     #[arg(long, value_enum, value_name = "ENGINE")]
     transport: Option<Transport>,
 }
@@ -152,8 +152,10 @@ pub struct Args {
     pub seed: u64,
     /// Where to write the outcome as JSON.
     pub json: Option<PathBuf>,
-    /// What the ranks are.
-    pub launch: Launch,
+    /// What the ranks compute on.
+    pub device: Compute,
+    /// How the ranks are started and joined.
+    pub start: Start,
 }
 
 impl Args {
@@ -166,15 +168,15 @@ impl Args {
             Err(Error::raw(ErrorKind::ValueValidation, why))
         }
 
-        let (launch, started) = start::choose(flags.launch, flags.device, flags.transport).or_else(wrong)?;
+        let start = start::choose(flags.launch, flags.device, flags.transport).or_else(wrong)?;
         let (pp, tp) = (flags.pp, flags.tp);
         let (parts, shown) = match pp {
             1 => (tp, format!("--tp {tp}")),
             _ => (pp * tp, format!("--pp {pp} x --tp {tp}")),
         };
-        let asked = flags.ranks.or(flags.dp.map(|dp| dp * parts)).or(started);
+        let asked = flags.ranks.or(flags.dp.map(|dp| dp * parts)).or(start.started);
         let ranks = asked.unwrap_or(parts.max(2));
-        if let Some(started) = started.filter(|started| *started != ranks) {
+        if let Some(started) = start.started.filter(|started| *started != ranks) {
             return wrong(format!("{started} ranks have been started, and the flags are for {ranks}"));
         }
         if flags.dp.is_none() && ranks % parts != 0 {
@@ -238,7 +240,8 @@ impl Args {
             lr: flags.lr,
             seed: flags.seed,
             json: flags.json,
-            launch,
+            device: flags.device,
+            start,
         })
     }
 

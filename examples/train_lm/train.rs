@@ -20,7 +20,8 @@ use crate::text::{Text, tensors};
 pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome, Error> {
     let mesh = Mesh::new(&rank, [("dp", args.dp), ("pp", args.pp), ("tp", args.tp)])?;
     let (dp, pp, tp) = (mesh.axis("dp")?, mesh.axis("pp")?, mesh.axis("tp")?);
-    let model = model.fork(&rank.device().autodiff()).tensor_parallel(&tp, &Plan::megatron())?;
+    let device = args.device.of(&rank)?.autodiff();
+    let model = model.fork(&device).tensor_parallel(&tp, &Plan::megatron())?;
     if args.pp == 1 {
         let model = model.data_parallel(&dp, DataParallelConfig::new())?;
         let wrapping = model.counters();
@@ -31,7 +32,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
     let config = PipelineConfig::new(args.micro_batches).with_schedule(args.schedule.clone());
     let mut model = model.pipeline_parallel(&pp, config)?;
     let rows = text.rows(args.seed, 0, args.batch, dp.rank(), dp.size());
-    model.prepare(tensors(&rows, &rank.device().autodiff()), loss)?;
+    model.prepare(tensors(&rows, &device), loss)?;
     let model = model.data_parallel(&dp, DataParallelConfig::new())?;
     let wrapping = model.counters();
     let mut pipeline = Pipeline::default();
@@ -57,7 +58,7 @@ fn run<E: GraphEngine<Model = Gpt>>(
     text: &Text,
     mut after: impl FnMut(&E),
 ) -> Result<(Replicas<E>, Trained), Error> {
-    let device = rank.device().autodiff();
+    let device = args.device.of(rank)?.autodiff();
     let mut optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init();
     let mut schedule = schedule(args)?;
     let mut progress = Progress::new(args.steps, rank.rank() == 0);

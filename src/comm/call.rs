@@ -115,6 +115,7 @@ impl Operation {
         "recv",
     ];
 
+    #[inline]
     pub(crate) fn index(&self) -> usize {
         match self {
             Self::AllReduce(_) => 0,
@@ -164,6 +165,7 @@ impl Extent {
     const MAX: usize = 8;
 
     /// The extent of a tensor with these dims.
+    #[inline]
     pub fn new(shape: &[usize]) -> Self {
         let mut dims = [1; Self::MAX];
         for (place, &dim) in shape.iter().enumerate() {
@@ -177,6 +179,7 @@ impl Extent {
     }
 
     /// The extent of a plain buffer.
+    #[inline]
     pub fn flat(len: usize) -> Self {
         Self::new(&[len])
     }
@@ -228,6 +231,7 @@ pub struct Call {
 }
 
 impl Call {
+    #[inline]
     pub(crate) fn new(operation: Operation, dtype: Option<DType>, extent: Extent) -> Self {
         Self { operation, dtype, extent, pieces: 1, cut: 0 }
     }
@@ -238,8 +242,20 @@ impl Call {
         Self { cut: Self::ON_DEVICE, ..Self::new(operation, Some(dtype), extent) }
     }
 
+    /// A call that reduces several buffers together, where they are. `cut` is the fingerprint of their lengths.
     #[cfg(feature = "cubecl")]
-    const ON_DEVICE: u64 = u64::MAX;
+    pub(crate) fn pieces_on_device(op: ReduceOp, dtype: DType, elements: usize, pieces: usize, cut: u64) -> Self {
+        let call = Self::on_device(Operation::AllReduce(op), dtype, Extent::flat(elements));
+        Self { pieces, cut: if pieces == 1 { Self::ON_DEVICE } else { !cut }, ..call }
+    }
+
+    /// The highest bit of `cut` says that the data is on a device.
+    const ON_DEVICE: u64 = 1 << 63;
+
+    /// Whether the data stays on its device.
+    pub(crate) fn is_on_device(&self) -> bool {
+        self.cut >= Self::ON_DEVICE
+    }
 
     /// Whether two ranks' calls, of the same place in their sequences, belong together.
     pub(crate) fn agrees(&self, other: &Self) -> bool {
@@ -267,7 +283,6 @@ impl Call {
     pub(crate) fn digest(&self) -> u64 {
         let mut hash = 0xcbf2_9ce4_8422_2325;
         let mut add = |word: u64| hash = u64::wrapping_mul(hash ^ word, 0x9e37_79b9_7f4a_7c15).rotate_left(29);
-        add(self.operation.index() as u64);
         let (op, root) = match self.operation {
             Operation::AllReduce(op) => (Some(op), 0),
             Operation::Reduce { op, root } => (Some(op), root),
@@ -275,12 +290,14 @@ impl Call {
             // Others are not brought in place.
             _ => (None, 0),
         };
-        add(op.map_or(0, |op| 1 + op.number()) << 32 | root as u64);
-        add(self.pieces as u64);
+        let dims = self.extent.dims();
+        let dtype = self.dtype.map_or(0, |dtype| 1 + super::element::number(dtype));
+        // What is small goes into one word: each round of the hash waits for the one before.
+        let small = [self.operation.index() as u64, op.map_or(0, |op| 1 + op.number()), dtype, dims.len() as u64];
+        add(small.into_iter().fold(0, |word, number| word << 8 | number));
+        add((self.pieces as u64).rotate_left(32) ^ root as u64);
         add(self.cut);
-        self.extent.dims().iter().for_each(|dim| add(*dim as u64));
-        add(self.extent.dims().len() as u64);
-        add(self.dtype.map_or(0, |dtype| 1 + super::element::number(dtype)));
+        dims.iter().for_each(|dim| add(*dim as u64));
         hash << 8 | (1 + self.dtype.map_or(0, |dtype| dtype.size() as u64))
     }
 }
@@ -301,7 +318,6 @@ impl fmt::Display for Call {
         if let Some(dtype) = self.dtype {
             write!(f, " of {dtype:?} {:?}", self.extent.dims())?;
         }
-        #[cfg(feature = "cubecl")]
         if self.cut == Self::ON_DEVICE {
             return f.write_str(" on its device");
         }

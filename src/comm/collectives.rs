@@ -25,6 +25,11 @@ impl Communicator {
     /// # Errors
     /// [`Error::UnsupportedReduction`]; [`Error::InvalidArgument`] if their dtypes differ.
     pub fn all_reduce_coalesced<P: Payload>(&self, payloads: Vec<P>, op: ReduceOp) -> Result<Vec<P>, Error> {
+        #[cfg(feature = "cubecl")]
+        let payloads = match self.all_reduce_many_on_device(payloads, op)? {
+            Ok(reduced) => return Ok(reduced),
+            Err(payloads) => payloads,
+        };
         let hosts = payloads.into_iter().map(P::into_host).collect::<Result<Vec<_>, _>>()?;
         let (tensors, homes): (Vec<_>, Vec<_>) = hosts.into_iter().unzip();
         let reduced = self.all_reduce_many(tensors, op)?;
@@ -139,6 +144,16 @@ impl Communicator {
     /// [`Error::NoSuchRank`]; [`Error::InvalidArgument`] if the root brings nothing, or what a receiver does not take; the
     /// world fails with it.
     pub fn scatter<P: Payload>(&self, payload: Option<P>, root: usize) -> Result<P, Error> {
+        self.scatter_as(payload, root, P::fixed_dtype())
+    }
+
+    /// [`scatter`](Self::scatter) of a payload of this dtype, if it is known.
+    pub(crate) fn scatter_as<P: Payload>(
+        &self,
+        payload: Option<P>,
+        root: usize,
+        expected: Option<DType>,
+    ) -> Result<P, Error> {
         self.check_root(root, "scatter")?;
         if root == self.rank() && payload.is_none() {
             let problem = format!("rank {root} is the root and brings nothing to scatter");
@@ -148,14 +163,20 @@ impl Communicator {
             Some((data, home)) => (Some(data), home),
             None => (None, P::Home::default()),
         };
-        let data = self.through(Operation::Scatter { root }, data, P::fixed_dtype())?;
+        let data = self.through(Operation::Scatter { root }, data, expected)?;
         // Only here can a receiver be surprised: it brought nothing for the others to compare with.
         P::from_host(data, &home).map_err(|error| self.fail_with(error))
     }
 
     /// Part `j` of this rank's first dim goes to rank `j`; the rank gets its part of every rank, in rank order.
     pub fn all_to_all<P: Payload>(&self, payload: P) -> Result<P, Error> {
-        self.carry(Operation::AllToAll, payload, |data| self.through(Operation::AllToAll, Some(data), None))
+        self.all_to_all_agreed(payload, 0)
+    }
+
+    /// [`all_to_all`](Self::all_to_all) with a number that must be the same on all ranks, where the shapes do not tell.
+    pub(crate) fn all_to_all_agreed<P: Payload>(&self, payload: P, agreed: u64) -> Result<P, Error> {
+        let operation = Operation::AllToAll;
+        self.carry(operation, payload, |data| self.through_agreed(operation, Some(data), None, agreed))
     }
 
     /// Runs a collective where the payload is: on its device if the engine can, else in host memory.
@@ -195,22 +216,47 @@ impl Communicator {
         P::from_device(carried, &home).map(Ok)
     }
 
-    pub(crate) fn all_reduce_host(&self, data: FlexTensor, op: ReduceOp) -> Result<FlexTensor, Error> {
+    /// Reduces payloads together on the device, or returns them if one is not on the engine's.
+    #[cfg(feature = "cubecl")]
+    fn all_reduce_many_on_device<P: Payload>(
+        &self,
+        payloads: Vec<P>,
+        op: ReduceOp,
+    ) -> Result<Result<Vec<P>, Vec<P>>, Error> {
+        let Some(engine) = self.transport().on_device() else { return Ok(Err(payloads)) };
+        if payloads.is_empty() || !payloads.iter().all(|payload| payload.is_carried(engine)) {
+            return Ok(Err(payloads));
+        }
+        let (mut tensors, mut homes) = (Vec::with_capacity(payloads.len()), Vec::with_capacity(payloads.len()));
+        for payload in payloads {
+            match payload.into_device(engine)? {
+                OnDevice::Here(data, home) => {
+                    tensors.push(data);
+                    homes.push(home);
+                }
+                OnDevice::Elsewhere(_) => {
+                    return Err(Error::invalid("all_reduce_coalesced", "a payload left its device on the way"));
+                }
+            }
+        }
+        let call = pieces_on_device(op, &tensors)?;
+        let mut reduced = Vec::new();
+        self.run(&call, |_| {
+            let (tensors, bytes) = engine.all_reduce_many(op, tensors)?;
+            reduced = tensors;
+            Ok(bytes)
+        })?;
+        reduced.into_iter().zip(&homes).map(|(data, home)| P::from_device(data, home)).collect::<Result<_, _>>().map(Ok)
+    }
+
+    fn all_reduce_host(&self, data: FlexTensor, op: ReduceOp) -> Result<FlexTensor, Error> {
         reduce::check(op, data.dtype())?;
         self.host_in_place(Operation::AllReduce(op), data)
     }
 
-    pub(crate) fn all_reduce_many(&self, data: Vec<FlexTensor>, op: ReduceOp) -> Result<Vec<FlexTensor>, Error> {
+    fn all_reduce_many(&self, data: Vec<FlexTensor>, op: ReduceOp) -> Result<Vec<FlexTensor>, Error> {
         // A rank that brings nothing meets the others all the same: they may have brought something.
-        let dtype = data.first().map(FlexTensor::dtype);
-        for tensor in &data {
-            let first = dtype.unwrap_or(tensor.dtype());
-            if tensor.dtype() != first {
-                let problem = format!("tensors of {first:?} and {:?} cannot be reduced together", tensor.dtype());
-                return Err(Error::invalid("all_reduce_coalesced", problem));
-            }
-            reduce::check(op, first)?;
-        }
+        let dtype = one_dtype(data.iter().map(FlexTensor::dtype), op)?;
         let mut data: Vec<FlexTensor> = data.into_iter().map(host::exclusive).collect();
         let lens = data.iter().map(|tensor| tensor.layout().num_elements());
         let mut call = Call::new(Operation::AllReduce(op), dtype, Extent::flat(lens.clone().sum()));
@@ -222,7 +268,7 @@ impl Communicator {
         Ok(data)
     }
 
-    pub(crate) fn host_in_place(&self, operation: Operation, data: FlexTensor) -> Result<FlexTensor, Error> {
+    fn host_in_place(&self, operation: Operation, data: FlexTensor) -> Result<FlexTensor, Error> {
         host::check_dtype(operation.name(), data.dtype())?;
         let mut data = host::exclusive(data);
         let call = Call::new(operation, Some(data.dtype()), host::extent(&data));
@@ -231,7 +277,7 @@ impl Communicator {
     }
 
     /// A collective from an input into a new tensor.
-    pub(crate) fn through(
+    fn through(
         &self,
         operation: Operation,
         data: Option<FlexTensor>,
@@ -241,7 +287,7 @@ impl Communicator {
     }
 
     /// [`through`](Self::through) with a number that must be the same on all ranks, where the shapes do not tell.
-    pub(crate) fn through_agreed(
+    fn through_agreed(
         &self,
         operation: Operation,
         data: Option<FlexTensor>,
@@ -281,7 +327,27 @@ impl Communicator {
     }
 }
 
-/// FNV-1a over the lengths of coalesced buffers.
+/// The dtype of what is reduced together, if it is anything.
+fn one_dtype(mut dtypes: impl Iterator<Item = DType>, op: ReduceOp) -> Result<Option<DType>, Error> {
+    let Some(first) = dtypes.next() else { return Ok(None) };
+    if let Some(other) = dtypes.find(|dtype| *dtype != first) {
+        let problem = format!("tensors of {first:?} and {other:?} cannot be reduced together");
+        return Err(Error::invalid("all_reduce_coalesced", problem));
+    }
+    reduce::check(op, first)?;
+    Ok(Some(first))
+}
+
+/// The call that reduces these tensors, at least one, together.
+#[cfg(feature = "cubecl")]
+pub(super) fn pieces_on_device(op: ReduceOp, tensors: &[super::DeviceTensor]) -> Result<Call, Error> {
+    let nothing = || Error::invalid("all_reduce_coalesced", "there is nothing to reduce");
+    let dtype = one_dtype(tensors.iter().map(|tensor| tensor.dtype), op)?.ok_or_else(nothing)?;
+    let lens = tensors.iter().map(|tensor| tensor.meta.shape().iter().product());
+    Ok(Call::pieces_on_device(op, dtype, lens.clone().sum(), tensors.len(), fingerprint(lens)))
+}
+
+/// FNV-1a over the lengths of coalesced buffers. The highest bit is left to say where they are.
 fn fingerprint(lens: impl Iterator<Item = usize>) -> u64 {
-    lens.fold(0xcbf2_9ce4_8422_2325, |hash, len| (hash ^ len as u64).wrapping_mul(0x100_0000_01b3))
+    lens.fold(0xcbf2_9ce4_8422_2325_u64, |hash, len| (hash ^ len as u64).wrapping_mul(0x100_0000_01b3)) >> 1
 }

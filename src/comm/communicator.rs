@@ -3,7 +3,8 @@
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+
+use crossbeam_utils::CachePadded;
 
 use super::counters::CounterBoard;
 use super::pending::{Progress, Underway, panic_message};
@@ -29,7 +30,8 @@ pub struct Communicator {
 
 struct Inner {
     transport: Arc<dyn Transport>,
-    counters: CounterBoard,
+    /// Apart from the counters of other ranks, made beside these.
+    counters: CachePadded<CounterBoard>,
     progress: Progress,
 }
 
@@ -52,12 +54,17 @@ impl Communicator {
     }
 
     #[cfg(feature = "cuda")]
+    pub(super) fn underway(&self) -> &Arc<Underway> {
+        self.inner.progress.underway()
+    }
+
+    #[cfg(feature = "cuda")]
     pub(super) fn transport_arc(&self) -> Arc<dyn Transport> {
         self.inner.transport.clone()
     }
 
     fn with_underway(transport: Arc<dyn Transport>, underway: Arc<Underway>) -> Self {
-        let (counters, progress) = (CounterBoard::default(), Progress::new(underway));
+        let (counters, progress) = (CachePadded::new(CounterBoard::new()), Progress::new(underway));
         Self { inner: Arc::new(Inner { transport, counters, progress }) }
     }
 
@@ -204,13 +211,13 @@ impl Communicator {
     }
 
     pub(super) fn count(&self, call: &Call, operation: impl FnOnce() -> Result<u64, Error>) -> Result<(), Error> {
-        let began = Instant::now();
+        let began = self.inner.counters.now();
         let bytes = operation().map_err(|error| match error {
             Error::NoSuchRank { .. } => error,
             // An error that only this rank has found, with the others already done, must not leave them guessing later.
             error => self.fail_with(error),
         })?;
-        self.inner.counters.add(&call.operation, bytes, Duration::max(began.elapsed(), Duration::from_nanos(1)));
+        self.inner.counters.add(call, bytes, began);
         Ok(())
     }
 }

@@ -5,7 +5,8 @@ use std::ops::{Add, Sub};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use super::Operation;
+use super::ticks::Ticks;
+use super::{Call, Operation};
 
 /// Calls, bytes and time of one kind of operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -15,6 +16,8 @@ pub struct Tally {
     /// Bytes that this rank moved: read from peers plus written to peers. For an all-reduce of `S` bytes over `n` ranks
     /// that is `2 (n - 1) / n * S`, the lower bound, when `n` divides the elements.
     pub bytes: u64,
+    /// Of these bytes, those that went from device to device without passing through the host; 0 for tensors in host memory.
+    pub on_device: u64,
     /// Time from the call to its end, waiting for peers included.
     pub time: Duration,
 }
@@ -41,6 +44,7 @@ impl Counters {
         self.0.values().fold(Tally::default(), |sum, tally| Tally {
             calls: sum.calls + tally.calls,
             bytes: sum.bytes + tally.bytes,
+            on_device: sum.on_device + tally.on_device,
             time: sum.time + tally.time,
         })
     }
@@ -55,6 +59,7 @@ impl Add for Counters {
             let tally = self.0.entry(name).or_default();
             tally.calls += more.calls;
             tally.bytes += more.bytes;
+            tally.on_device += more.on_device;
             tally.time += more.time;
         }
         self
@@ -70,6 +75,7 @@ impl Sub for Counters {
             let tally = Tally {
                 calls: now.calls.saturating_sub(then.calls),
                 bytes: now.bytes.saturating_sub(then.bytes),
+                on_device: now.on_device.saturating_sub(then.on_device),
                 time: now.time.saturating_sub(then.time),
             };
             (name, tally)
@@ -79,32 +85,51 @@ impl Sub for Counters {
 }
 
 /// The running totals behind [`Counters`]: one line per operation, added to without a lock.
-#[derive(Debug, Default)]
-pub(crate) struct CounterBoard([RunningTally; Operation::NAMES.len()]);
+#[derive(Debug)]
+pub(crate) struct CounterBoard {
+    clock: Ticks,
+    tallies: [RunningTally; Operation::NAMES.len()],
+}
 
 #[derive(Debug, Default)]
 struct RunningTally {
     calls: AtomicU64,
     bytes: AtomicU64,
-    nanoseconds: AtomicU64,
+    on_device: AtomicU64,
+    ticks: AtomicU64,
 }
 
 impl CounterBoard {
-    pub fn add(&self, operation: &Operation, bytes: u64, time: Duration) {
-        let tally = &self.0[operation.index()];
+    pub fn new() -> Self {
+        Self { clock: Ticks::new(), tallies: Default::default() }
+    }
+
+    /// The time, as [`add`](Self::add) wants to have it.
+    #[inline]
+    pub fn now(&self) -> u64 {
+        self.clock.now()
+    }
+
+    /// Counts a call that began at `began` and ends now.
+    #[inline]
+    pub fn add(&self, call: &Call, bytes: u64, began: u64) {
+        let tally = &self.tallies[call.operation.index()];
+        if call.is_on_device() {
+            tally.on_device.fetch_add(bytes, Relaxed);
+        }
         tally.calls.fetch_add(1, Relaxed);
         tally.bytes.fetch_add(bytes, Relaxed);
-        tally.nanoseconds.fetch_add(time.as_nanos() as u64, Relaxed);
+        tally.ticks.fetch_add(self.now().saturating_sub(began).max(1), Relaxed);
     }
 
     pub fn snapshot(&self) -> Counters {
         let read = |tally: &RunningTally| Tally {
             calls: tally.calls.load(Relaxed),
             bytes: tally.bytes.load(Relaxed),
-            time: Duration::from_nanos(tally.nanoseconds.load(Relaxed)),
+            on_device: tally.on_device.load(Relaxed),
+            time: self.clock.duration(tally.ticks.load(Relaxed)),
         };
-        Counters(
-            Operation::NAMES.into_iter().zip(self.0.iter().map(read)).filter(|(_, tally)| tally.calls > 0).collect(),
-        )
+        let tallies = self.tallies.iter().map(read);
+        Counters(Operation::NAMES.into_iter().zip(tallies).filter(|(_, tally)| tally.calls > 0).collect())
     }
 }

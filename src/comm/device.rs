@@ -1,7 +1,8 @@
 //! Data that stays on its device: burn's tensors and the buffers behind them, and engines that carry those.
 
+use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
-use burn::tensor::{BackendPrimitive, DType, Device, Shape, Tensor};
+use burn::tensor::{BackendPrimitive, Bool, BoolStore, DType, Device, Float, Int, Shape, Tensor, TensorData};
 use burn_cubecl::kernel::into_contiguous;
 pub use burn_cubecl::tensor::CubeTensor as DeviceTensor;
 use burn_cubecl::{Cube, CubeBackend};
@@ -9,7 +10,8 @@ use burn_ir::{BackendIr, InitOperationIr, OperationIr, OperationOutput};
 use cubecl_environment::stream::StreamId;
 
 use crate::Error;
-use crate::comm::{Operation, TensorKind, part};
+use crate::comm::{Arrival, Operation, ReduceOp, TensorKind, part};
+use crate::tensor::PlainTensor;
 
 /// An engine that carries data of devices from device to device.
 pub trait DeviceTransport: Send + Sync {
@@ -19,6 +21,16 @@ pub trait DeviceTransport: Send + Sync {
     /// Enqueues a collective on a contiguous tensor, under the contract of [`Transport`](super::Transport). Returns the tensor
     /// in which the result will be, whose readers are enqueued behind, and the bytes that this rank moves.
     fn run(&self, operation: Operation, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error>;
+
+    /// Enqueues an all-reduce of several contiguous tensors of one dtype, at least one, as one collective. As
+    /// [`run`](Self::run) otherwise.
+    fn all_reduce_many(&self, op: ReduceOp, tensors: Vec<DeviceTensor>) -> Result<(Vec<DeviceTensor>, u64), Error>;
+
+    /// Sends a contiguous tensor. Returns before it is received; the tensor is not written to any more.
+    fn send(&self, to: usize, tag: u64, tensor: DeviceTensor) -> Result<(), Error>;
+
+    /// Receives the oldest message of `from` that bears `tag`, wherever it lay when it was sent.
+    fn receive(&self, from: usize, tag: u64) -> Result<Arrival, Error>;
 }
 
 /// Kinds of tensors on CubeCL's devices. On them all kinds have one primitive.
@@ -57,12 +69,85 @@ pub(crate) fn from_device<const D: usize, K: TensorKind>(data: DeviceTensor) -> 
     Tensor::from_primitive::<Cube>(fused)
 }
 
-/// A buffer of other dims on the same device, whose values are not set.
+/// [`to_device`] of a tensor of any kind and rank.
+pub(crate) fn plain_to_device(tensor: PlainTensor) -> Result<DeviceTensor, Error> {
+    let (dtype, tensor) = (tensor.dtype(), tensor.into_dispatch());
+    // A primitive carries no static rank: the `1` in between is not looked at.
+    match dtype {
+        dtype if dtype.is_bool() => to_device(Tensor::<1, Bool>::from_dispatch(tensor)),
+        dtype if dtype.is_int() || dtype.is_uint() => to_device(Tensor::<1, Int>::from_dispatch(tensor)),
+        _ => to_device(Tensor::<1>::from_dispatch(tensor)),
+    }
+}
+
+/// The way back.
+pub(crate) fn plain_from_device(data: DeviceTensor) -> PlainTensor {
+    match data.dtype {
+        dtype if dtype.is_bool() => from_device::<1, Bool>(data).into(),
+        dtype if dtype.is_int() || dtype.is_uint() => from_device::<1, Int>(data).into(),
+        _ => from_device::<1, Float>(data).into(),
+    }
+}
+
+/// Whether two tensors of a CubeCL device lie in the same place of the same buffer.
+pub(crate) fn same_buffer(a: &PlainTensor, b: &PlainTensor) -> bool {
+    match (plain_to_device(a.clone()), plain_to_device(b.clone())) {
+        (Ok(a), Ok(b)) => {
+            std::ptr::eq(a.handle.memory.descriptor(), b.handle.memory.descriptor())
+                && a.handle.offset_start == b.handle.offset_start
+        }
+        _ => false,
+    }
+}
+
+/// A copy in host memory. Waits for the device.
+pub(crate) fn to_host(tensor: DeviceTensor) -> Result<FlexTensor, Error> {
+    let (dims, dtype) = (tensor.meta.shape().to_vec(), tensor.dtype);
+    let flat = flat(tensor);
+    let read = match dtype {
+        dtype if dtype.is_float() => from_device::<1, Float>(flat).try_into_data(),
+        dtype if dtype.is_bool() => from_device::<1, Bool>(flat).try_into_data(),
+        _ => from_device::<1, Int>(flat).try_into_data(),
+    };
+    let unreadable =
+        |problem| Error::invalid("payload", format!("a tensor cannot be read from its device: {problem:?}"));
+    let (bytes, _, dtype) = read.map_err(unreadable)?.into_parts();
+    Ok(FlexTensor::from_data(TensorData::from_bytes(bytes, dims, dtype)))
+}
+
+/// The same buffer, of one dim.
+pub(crate) fn flat(tensor: DeviceTensor) -> DeviceTensor {
+    let elements = tensor.meta.shape().iter().product();
+    with_dims(tensor, vec![elements])
+}
+
+/// The tensor if nobody else holds its buffer, else a copy on its device.
+pub(crate) fn exclusive(tensor: DeviceTensor) -> DeviceTensor {
+    if tensor.can_mut() || tensor.meta.shape().iter().product::<usize>() == 0 {
+        return tensor;
+    }
+    let (dims, dtype) = (tensor.meta.shape().to_vec(), tensor.dtype);
+    // The kernel knows numbers.
+    let numbers = match dtype {
+        DType::Bool(BoolStore::U32) => DType::U32,
+        DType::Bool(_) => DType::U8,
+        dtype => dtype,
+    };
+    let whole = with_dtype(with_dims(tensor, dims.clone()), numbers);
+    with_dims(with_dtype(whole.copy(), dtype), dims)
+}
+
+fn with_dtype(tensor: DeviceTensor, dtype: DType) -> DeviceTensor {
+    let shape = Shape::from(tensor.meta.shape().to_vec());
+    DeviceTensor::new_contiguous(tensor.client, tensor.device, shape, tensor.handle, dtype)
+}
+
+/// A contiguous buffer whose values are not set.
 #[cfg(feature = "cuda")]
-pub(crate) fn empty_like(like: &DeviceTensor, dims: Vec<usize>) -> DeviceTensor {
-    let elements: usize = dims.iter().product();
-    let buffer = like.client.empty(elements * like.dtype.size());
-    DeviceTensor::new_contiguous(like.client.clone(), like.device.clone(), Shape::from(dims), buffer, like.dtype)
+pub(crate) fn empty_on(device: &burn_cubecl::CubeDevice, dims: Vec<usize>, dtype: DType) -> DeviceTensor {
+    let client = device.client();
+    let buffer = client.empty(dims.iter().product::<usize>() * dtype.size());
+    DeviceTensor::new_contiguous(client, device.clone(), Shape::from(dims), buffer, dtype)
 }
 
 /// First dim of what `rank` gets, when the ranks bring tensors of these first dims.
@@ -79,14 +164,16 @@ pub(crate) fn rows_received(operation: &Operation, rows: &[usize], rank: usize) 
 }
 
 /// The bytes that a rank moves, counted as by the other engines: what it must read from peers and write to them.
-pub(crate) fn bytes_moved(operation: &Operation, rows: &[usize], rank: usize, row_bytes: usize) -> u64 {
-    let size = rows.len();
+pub(crate) fn bytes_moved(operation: &Operation, rows: &[usize], rank: usize, width: usize, dtype: DType) -> u64 {
+    let (size, row_bytes) = (rows.len(), width * dtype.size());
+    let share = (part(rows[rank] * width, size, rank).len() * dtype.size()) as u64;
     let whole = (rows[rank] * row_bytes) as u64;
     let received = (rows_received(operation, rows, rank) * row_bytes) as u64;
     match operation {
-        Operation::AllReduce(_) => 2 * whole * (size as u64 - 1) / size as u64,
+        Operation::AllReduce(_) => 2 * share * (size as u64 - 1),
         Operation::ReduceScatter(_) => received * (size as u64 - 1),
-        Operation::Reduce { .. } => whole * (size as u64 - 1) / size as u64,
+        Operation::Reduce { root, .. } if *root == rank => share * (size as u64 - 1),
+        Operation::Reduce { .. } => share * size as u64,
         Operation::Broadcast { root } if *root == rank => 0,
         Operation::Broadcast { .. } => whole,
         Operation::Scatter { root } if *root == rank => 0,

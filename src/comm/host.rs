@@ -18,6 +18,18 @@ pub(crate) fn check_dtype(operation: &'static str, dtype: DType) -> Result<(), E
     with_storage_type!(dtype, E => { let _ = size_of::<E>(); Ok(()) }, otherwise Err(Error::UnsupportedDType { operation, dtype }))
 }
 
+/// Refuses tensors that this machine has no memory for: another rank may ask for any.
+pub(crate) fn check_room(operation: &'static str, dims: &[usize], dtype: DType) -> Result<(), Error> {
+    /// What is smaller is simply taken.
+    const LARGE: usize = 1 << 30;
+    let bytes = dims.iter().try_fold(dtype.size(), |bytes, dim| bytes.checked_mul(*dim));
+    let fits = bytes.filter(|bytes| *bytes <= LARGE || Vec::<u8>::new().try_reserve_exact(*bytes).is_ok());
+    match fits {
+        Some(_) => Ok(()),
+        None => Err(Error::invalid(operation, format!("there is no memory for {dims:?} elements of {dtype:?}"))),
+    }
+}
+
 /// The tensor as one run of memory that nobody else holds. Copies only if it is strided or shared.
 pub(crate) fn exclusive(tensor: FlexTensor) -> FlexTensor {
     if tensor.is_contiguous() && tensor.is_unique() {
@@ -91,6 +103,7 @@ impl Output for TensorOutput {
         if let Some(expected) = self.expected.filter(|expected| *expected != dtype) {
             return Err(Error::invalid("receive", format!("elements of {expected:?} were expected, {dtype:?} came")));
         }
+        check_room("receive", dims, dtype)?;
         let shape = Shape::from(dims.to_vec());
         let zeros = with_storage_type!(dtype, E => FlexTensor::filled_typed(shape, dtype, E::default()),
             otherwise return Err(Error::UnsupportedDType { operation: "receive", dtype }));

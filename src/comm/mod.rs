@@ -2,7 +2,8 @@
 //!
 //! A [`Communicator`] joins the ranks of one group. It carries burn tensors of any rank and plain buffers through
 //! [collectives](Operation) and tagged messages, on whatever engine ([`Transport`]) the ranks share. The embedded engine
-//! is [`local`]: ranks are threads of one process, nothing to install. With the feature `mpi`, `mpi` joins processes.
+//! is [`local`]: ranks are threads of one process, nothing to install. [`tcp`] joins processes, on one machine or many, and
+//! with the feature `mpi`, `mpi` does so over the MPI of a cluster.
 //!
 //! ```
 //! use burn_parallel::prelude::*;
@@ -41,12 +42,18 @@ mod partition;
 mod payload;
 mod pending;
 pub(crate) mod reduce;
+pub(crate) mod room;
+pub mod tcp;
+mod ticks;
 mod transport;
 mod watch;
+mod wired;
 
 pub use call::{Call, Extent, Operation, ReduceOp};
 pub use communicator::Communicator;
 pub use counters::{Counters, Tally};
+#[cfg(feature = "cubecl")]
+pub(crate) use device::same_buffer;
 #[cfg(feature = "cubecl")]
 pub use device::{DeviceTensor, DeviceTransport};
 pub use element::Element;
@@ -54,5 +61,5 @@ pub use partition::part;
 pub use payload::{Payload, TensorHome, TensorKind};
 pub use pending::Pending;
 pub(crate) use pending::panic_message;
-pub use transport::{BufferMut, BufferRef, Message, Output, Transfer, Transport};
+pub use transport::{Arrival, BufferMut, BufferRef, Message, Output, Transfer, Transport};
 pub use watch::CallLog;

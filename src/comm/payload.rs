@@ -9,6 +9,7 @@ use super::Element;
 #[cfg(feature = "cubecl")]
 use super::device::{self, DeviceTensor, DeviceTransport};
 use crate::Error;
+use crate::tensor::PlainTensor;
 
 /// Something that a collective can carry: a burn tensor of any rank and kind, or a `Vec` of [`Element`]s.
 ///
@@ -45,6 +46,21 @@ pub trait Payload: Sized + Send + 'static {
     #[cfg(feature = "cubecl")]
     fn into_device(self, _: &dyn DeviceTransport) -> Result<OnDevice<Self>, Error> {
         Ok(OnDevice::Elsewhere(self))
+    }
+
+    /// Whether [`into_device`](Self::into_device) will find it there.
+    #[cfg(feature = "cubecl")]
+    fn is_carried(&self, _: &dyn DeviceTransport) -> bool {
+        false
+    }
+
+    /// A message that has come on a device. What does not live on devices is brought to the host, which waits for it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the data is of another rank or kind than this type.
+    #[cfg(feature = "cubecl")]
+    fn from_message(data: DeviceTensor) -> Result<Self, Error> {
+        Self::from_host(device::to_host(data)?, &Self::Home::default())
     }
 
     /// The way back from the device.
@@ -95,15 +111,15 @@ pub struct TensorHome {
 }
 
 impl TensorHome {
-    /// A device without autodiff.
-    pub(crate) fn plain(device: Device) -> Self {
-        Self { device, autodiff: None }
+    /// Where a tensor is.
+    pub(crate) fn of<const D: usize, K: TensorKind>(tensor: &Tensor<D, K>) -> Self {
+        Self { device: tensor.device().inner(), autodiff: tensor.gradient_checkpointing_strategy() }
     }
 }
 
 impl TensorHome {
     /// A plain tensor that has come back, with autodiff if it had it.
-    fn welcome<const D: usize, K: TensorKind>(&self, plain: Tensor<D, K>) -> Tensor<D, K> {
+    pub(crate) fn welcome<const D: usize, K: TensorKind>(&self, plain: Tensor<D, K>) -> Tensor<D, K> {
         match self.autodiff {
             None => plain,
             Some(strategy) => plain.autodiff().with_gradient_checkpointing_strategy(strategy),
@@ -153,6 +169,23 @@ impl TensorKind for burn::tensor::Bool {
     }
 }
 
+/// A tensor of the data, of its own dtype, on a device. A bool is stored as the device likes.
+pub(crate) fn on_device<const D: usize, K: TensorKind>(data: TensorData, device: &Device) -> Tensor<D, K> {
+    match data.dtype() {
+        DType::Bool(_) => Tensor::from_data(data, device),
+        dtype => Tensor::from_data(data, (device, dtype)),
+    }
+}
+
+/// Whether data of this dtype and rank makes a tensor of `D` dims and kind `K`.
+fn fits<const D: usize, K: TensorKind>(dtype: DType, rank: usize) -> Result<(), Error> {
+    if rank != D || !K::holds(dtype) {
+        let expected = format!("a tensor of rank {D} and another kind was expected");
+        return Err(Error::invalid("payload", format!("{expected}, one of rank {rank} and dtype {dtype:?} came")));
+    }
+    Ok(())
+}
+
 impl<const D: usize, K: TensorKind> Payload for Tensor<D, K> {
     type Home = TensorHome;
 
@@ -178,14 +211,11 @@ impl<const D: usize, K: TensorKind> Payload for Tensor<D, K> {
     }
 
     fn from_host(data: FlexTensor, home: &TensorHome) -> Result<Self, Error> {
-        let (dtype, rank) = (data.dtype(), data.layout().shape().num_dims());
-        if rank != D || !K::holds(dtype) {
-            let expected = format!("a tensor of rank {D} and another kind was expected");
-            return Err(Error::invalid("payload", format!("{expected}, one of rank {rank} and dtype {dtype:?} came")));
-        }
+        let dtype = data.dtype();
+        fits::<D, K>(dtype, data.layout().shape().num_dims())?;
         let plain = match home.device == Device::flex() {
             true => Tensor::from_primitive::<Flex>(data),
-            false => Tensor::from_data(data.into_data(), &home.device),
+            false => on_device(data.into_data(), &home.device),
         };
         Ok(home.welcome(plain))
     }
@@ -193,14 +223,70 @@ impl<const D: usize, K: TensorKind> Payload for Tensor<D, K> {
     #[cfg(feature = "cubecl")]
     fn into_device(self, engine: &dyn DeviceTransport) -> Result<OnDevice<Self>, Error> {
         let home = TensorHome { device: self.device().inner(), autodiff: self.gradient_checkpointing_strategy() };
-        match engine.carries(&home.device, self.dtype()) {
+        match self.is_carried(engine) {
             true => Ok(OnDevice::Here(device::to_device(self.inner())?, home)),
             false => Ok(OnDevice::Elsewhere(self)),
         }
     }
 
     #[cfg(feature = "cubecl")]
+    fn is_carried(&self, engine: &dyn DeviceTransport) -> bool {
+        engine.carries(&self.device().inner(), self.dtype())
+    }
+
+    #[cfg(feature = "cubecl")]
+    fn from_message(data: DeviceTensor) -> Result<Self, Error> {
+        fits::<D, K>(data.dtype, data.meta.shape().len())?;
+        Ok(device::from_device(data))
+    }
+
+    #[cfg(feature = "cubecl")]
     fn from_device(data: DeviceTensor, home: &TensorHome) -> Result<Self, Error> {
         Ok(home.welcome(device::from_device(data)))
+    }
+}
+
+/// A tensor of any rank and kind travels as it is.
+impl Payload for PlainTensor {
+    type Home = TensorHome;
+
+    fn fixed_dtype() -> Option<DType> {
+        None
+    }
+
+    fn into_host(self) -> Result<(FlexTensor, TensorHome), Error> {
+        let home = TensorHome { device: self.device(), autodiff: None };
+        Ok((self.into_flex()?, home))
+    }
+
+    fn from_host(data: FlexTensor, home: &TensorHome) -> Result<Self, Error> {
+        match home.device == Device::flex() {
+            true => Ok(Self::from_flex(data)),
+            false => Ok(Self::from_data(data.into_data(), &home.device)),
+        }
+    }
+
+    #[cfg(feature = "cubecl")]
+    fn into_device(self, engine: &dyn DeviceTransport) -> Result<OnDevice<Self>, Error> {
+        let home = TensorHome { device: self.device(), autodiff: None };
+        match self.is_carried(engine) {
+            true => Ok(OnDevice::Here(device::plain_to_device(self)?, home)),
+            false => Ok(OnDevice::Elsewhere(self)),
+        }
+    }
+
+    #[cfg(feature = "cubecl")]
+    fn is_carried(&self, engine: &dyn DeviceTransport) -> bool {
+        engine.carries(&self.device(), self.dtype())
+    }
+
+    #[cfg(feature = "cubecl")]
+    fn from_message(data: DeviceTensor) -> Result<Self, Error> {
+        Ok(device::plain_from_device(data))
+    }
+
+    #[cfg(feature = "cubecl")]
+    fn from_device(data: DeviceTensor, _: &TensorHome) -> Result<Self, Error> {
+        Ok(device::plain_from_device(data))
     }
 }

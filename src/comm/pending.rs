@@ -5,7 +5,7 @@
 //! collective that is called directly while others are under way waits until they are done. The thread sleeps while it
 //! waits for peers: the core belongs to the thread that computes.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -16,6 +16,19 @@ use crate::Error;
 thread_local! {
     /// Address of the [`Progress`] whose thread this is.
     static BACKGROUND: Cell<usize> = const { Cell::new(0) };
+    /// What the thread that takes the result of the job under way here must do first.
+    static SETTLEMENTS: RefCell<Vec<Settlement>> = const { RefCell::new(Vec::new()) };
+}
+
+type Settlement = Box<dyn FnOnce() + Send>;
+
+/// Makes the thread that takes the result of the background job under way on this one run `settle` before it has it. Does
+/// nothing on other threads: there the result is where it was made.
+#[cfg(any(feature = "cuda", test))]
+pub(crate) fn when_taken(settle: impl FnOnce() + Send + 'static) {
+    if in_background() {
+        SETTLEMENTS.with_borrow_mut(|settlements| settlements.push(Box::new(settle)));
+    }
 }
 
 /// Whether this thread runs collectives in the background.
@@ -44,10 +57,10 @@ impl Underway {
 }
 
 /// A job counted as under way until this is dropped.
-struct Counted(Arc<Underway>);
+pub(crate) struct Counted(Arc<Underway>);
 
 impl Counted {
-    fn new(underway: &Arc<Underway>) -> Self {
+    pub(crate) fn new(underway: &Arc<Underway>) -> Self {
         *underway.lock() += 1;
         Self(underway.clone())
     }
@@ -103,7 +116,7 @@ impl Progress {
             done.fetch_add(1, Ordering::Relaxed);
             in_flight.fetch_sub(1, Ordering::Release);
             // Nobody may be waiting any more: then the result is not wanted.
-            let _ = reply.send(outcome);
+            let _ = reply.send((outcome, SETTLEMENTS.take()));
         });
         let mut jobs = self.jobs.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if jobs.is_none() {
@@ -166,8 +179,11 @@ pub struct Pending<R> {
 
 type Overdue = Box<dyn FnOnce(Duration) -> Error + Send>;
 
+/// What a job gives, and what must be done on the thread that takes it.
+type Settled<R> = (Result<R, Error>, Vec<Settlement>);
+
 enum State<R> {
-    Background { result: Receiver<Result<R, Error>>, done: Arc<AtomicU64> },
+    Background { result: Receiver<Settled<R>>, done: Arc<AtomicU64> },
     Deferred(Box<dyn FnOnce() -> Result<R, Error> + Send>),
     Failed(Error),
 }
@@ -187,7 +203,11 @@ impl<R> Pending<R> {
     /// them for more than twice as long.
     pub fn wait(self) -> Result<R, Error> {
         match self.state {
-            State::Background { result, done } => await_result(&result, &done, self.overdue),
+            State::Background { result, done } => {
+                let (outcome, settlements) = await_result(&result, &done, self.overdue)?;
+                settlements.into_iter().for_each(|settle| settle());
+                outcome
+            }
             State::Deferred(operation) => operation(),
             State::Failed(error) => Err(error),
         }
@@ -211,15 +231,15 @@ impl<R> Pending<R> {
 
 /// Waits for a result as long as the thread that brings it gets on with its jobs.
 fn await_result<R>(
-    result: &Receiver<Result<R, Error>>,
+    result: &Receiver<Settled<R>>,
     done: &AtomicU64,
     overdue: Option<(Duration, Overdue)>,
-) -> Result<R, Error> {
+) -> Result<Settled<R>, Error> {
     let limit = overdue.as_ref().map_or(Duration::MAX, |(limit, _)| *limit);
     let mut seen = done.load(Ordering::Relaxed);
     loop {
         match result.recv_timeout(limit) {
-            Ok(outcome) => return outcome,
+            Ok(settled) => return Ok(settled),
             Err(RecvTimeoutError::Disconnected) => {
                 let problem = "the background thread ended before it ran the operation";
                 return Err(Error::invalid("Pending::wait", problem));
@@ -234,5 +254,37 @@ fn await_result<R>(
                 seen = now;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+    use std::thread;
+
+    use super::{Progress, when_taken};
+
+    /// On the thread that waits and before it has the result, once for each job, also for jobs that another job starts.
+    #[test]
+    fn results_are_settled_where_they_are_taken() {
+        let progress = Progress::new(Arc::default());
+        let settled = Arc::new(Mutex::new(Vec::new()));
+        let job = |number: u32| {
+            let settled = settled.clone();
+            move || {
+                when_taken(move || settled.lock().unwrap().push((number, thread::current().id())));
+                Ok(number)
+            }
+        };
+        when_taken(|| panic!("nothing is under way on this thread"));
+        let submit = |number| progress.submit(0, || "test".into(), job(number));
+        let (first, second, third) = (submit(1), submit(2), submit(3));
+        let taken = thread::spawn(move || (second.wait().unwrap(), thread::current().id()));
+        let (number, other) = taken.join().unwrap();
+        assert_eq!(number, 2);
+        assert_eq!(*settled.lock().unwrap(), [(2, other)]);
+        drop(third);
+        assert_eq!(first.wait().unwrap(), 1);
+        assert_eq!(*settled.lock().unwrap(), [(2, other), (1, thread::current().id())]);
     }
 }

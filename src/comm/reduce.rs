@@ -201,11 +201,16 @@ unsafe fn blocks<T: Number>(
             (&[a, b], &[x, y]) if a.data.cast_mut() == x && b.data.cast_mut() == y => vectorized(
                 #[inline(always)]
                 || {
-                    let left = slice::from_raw_parts_mut(x.cast::<T>(), len);
-                    let right = slice::from_raw_parts_mut(y.cast::<T>(), len);
-                    for (l, r) in left.iter_mut().zip(right) {
-                        let folded = last(combine(first(*l, a.factor), *r, b.factor));
-                        (*l, *r) = (folded, folded);
+                    let (left, right) = (x.cast::<T>(), y.cast::<T>());
+                    // The second run begins at a cache line, so that no vector lies across two.
+                    let head = left.align_offset(64).min(len);
+                    for (start, len) in [(0, head), (head, len - head)] {
+                        let left = slice::from_raw_parts_mut(left.add(start), len);
+                        let right = slice::from_raw_parts_mut(right.add(start), len);
+                        for (l, r) in left.iter_mut().zip(right) {
+                            let folded = last(combine(first(*l, a.factor), *r, b.factor));
+                            (*l, *r) = (folded, folded);
+                        }
                     }
                 },
             ),

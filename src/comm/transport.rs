@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::Duration;
 
+use burn::backend::TensorMetadata;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
 
@@ -119,6 +120,45 @@ pub enum Transfer<'a, 'b> {
 #[derive(Debug, Clone)]
 pub struct Message(pub FlexTensor);
 
+/// A message that has come, where it is.
+#[derive(Debug, Clone)]
+pub enum Arrival {
+    /// In host memory.
+    Host(Message),
+    /// On a device: that of the receiver, or of the sender if both are threads of one process.
+    #[cfg(feature = "cubecl")]
+    Device(super::DeviceTensor),
+}
+
+impl From<Message> for Arrival {
+    fn from(message: Message) -> Self {
+        Self::Host(message)
+    }
+}
+
+impl Arrival {
+    /// The message in host memory. Waits for the device if it is on one.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the device cannot be read.
+    pub fn into_host(self) -> Result<Message, Error> {
+        match self {
+            Self::Host(message) => Ok(message),
+            #[cfg(feature = "cubecl")]
+            Self::Device(tensor) => super::device::to_host(tensor).map(Message),
+        }
+    }
+
+    /// Element type and dims of what has come.
+    pub(crate) fn outline(&self) -> (DType, Vec<usize>) {
+        match self {
+            Self::Host(Message(tensor)) => (tensor.dtype(), tensor.shape().to_vec()),
+            #[cfg(feature = "cubecl")]
+            Self::Device(tensor) => (tensor.dtype, tensor.meta.shape().to_vec()),
+        }
+    }
+}
+
 /// An engine that joins the ranks of one group.
 ///
 /// # Contract
@@ -154,6 +194,14 @@ pub trait Transport: Debug + Send + Sync {
 
     /// Receives the oldest message of `from` that bears `tag`.
     fn receive(&self, from: usize, tag: u64) -> Result<Message, Error>;
+
+    /// Takes the oldest message of `from` that bears `tag` if it is there, and does not wait for it. Engines that carry
+    /// data of devices on top of this one need it.
+    fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {
+        let _ = (from, tag);
+        let problem = "it cannot look for a message without waiting for it: implement `Transport::try_receive`";
+        Err(Error::Engine { engine: self.engine(), problem: problem.into() })
+    }
 
     /// How long any wait may last.
     fn timeout(&self) -> Duration;

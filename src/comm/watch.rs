@@ -79,6 +79,7 @@ impl Watch {
     }
 
     /// Notes that `rank` goes into `call`. Returns the number by which to speak of it afterwards.
+    #[inline]
     pub fn begin(&self, rank: usize, call: &Call) -> u64 {
         let mut history = self.lock(rank);
         let number = history.issued;
@@ -97,10 +98,16 @@ impl Watch {
 
     /// Notes that `rank` is done with its call of this number. A receive may be under way on one thread of the rank while
     /// another runs collectives.
+    #[inline]
     pub fn finish(&self, rank: usize, number: u64) {
         if let Some(entry) = self.lock(rank).find(number) {
             entry.done = true;
         }
+    }
+
+    /// The call that `rank` is in, if it is in one.
+    pub fn current(&self, rank: usize) -> Option<Call> {
+        self.lock(rank).latest().find(|entry| !entry.done).map(|entry| entry.call)
     }
 
     /// Whether `rank` is in a call that agrees with this one.
@@ -136,6 +143,7 @@ impl Watch {
         format!("rank {rank}: {}", calls.join(" < "))
     }
 
+    #[inline]
     fn lock(&self, rank: usize) -> MutexGuard<'_, History> {
         self.ranks[rank].lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }

@@ -21,9 +21,13 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, DispatchKindConversion, DispatchTensor, Flex, GradientCheckpointingStrategy};
+use burn::backend::{
+    Autodiff, Backend, BackendTensor, DispatchKindConversion, DispatchTensor, Flex, GradientCheckpointingStrategy,
+};
 use burn::module::{Module, Param, ParamId, Reparameterization, Reparameterizer};
 use burn::tensor::{DType, Shape, Tensor};
+
+use crate::tensor::{PlainTensor, with_backend};
 
 /// Operations between two uses that keep the hook of the earlier one from running too late: more than a transformer block
 /// has one behind the other between its weights.
@@ -38,7 +42,7 @@ pub(crate) trait GradientListener: Send + Sync {
     fn used(&self, param: usize) -> usize;
 
     /// The gradient of one use of parameter `param` is complete.
-    fn arrived(&self, param: usize, gradient: FlexTensor);
+    fn arrived(&self, param: usize, gradient: PlainTensor);
 }
 
 #[derive(Clone)]
@@ -69,11 +73,11 @@ impl Reparameterization for GradientHook {
         let Some(listener) = self.listener.0.upgrade() else { return base };
         let order = (listener.used(self.param) * STRIDE).min(HIGHEST_ORDER);
         let arrival = Arrival { listener: self.listener.clone(), param: self.param };
-        match base.gradient_checkpointing_strategy() {
-            None => base,
-            Some(GradientCheckpointingStrategy::Disabled) => listen::<D, NoCheckpointing>(base, order, arrival),
-            Some(GradientCheckpointingStrategy::Balanced) => listen::<D, BalancedCheckpointing>(base, order, arrival),
-        }
+        let Some(strategy) = base.gradient_checkpointing_strategy() else { return base };
+        with_backend!(base.device().inner(), B => match strategy {
+            GradientCheckpointingStrategy::Disabled => listen::<D, B, NoCheckpointing>(base, order, arrival),
+            GradientCheckpointingStrategy::Balanced => listen::<D, B, BalancedCheckpointing>(base, order, arrival),
+        }, otherwise base)
     }
 }
 
@@ -114,40 +118,47 @@ struct Arrival {
 #[derive(Debug)]
 struct Listen;
 
-impl Backward<Flex, 2> for Listen {
+impl<B: Backend> Backward<B, 2> for Listen
+where
+    DispatchTensor: DispatchKindConversion<B>,
+{
     type State = Arrival;
 
     fn backward(self, ops: Ops<Arrival, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let gradient = grads.consume::<Flex>(&ops.node);
+        let gradient = grads.consume::<B>(&ops.node);
         match ops.state.listener.0.upgrade() {
-            Some(listener) => listener.arrived(ops.state.param, gradient),
+            Some(listener) => listener.arrived(ops.state.param, PlainTensor::from_float::<B>(gradient)),
             None => {
                 // The wrapper has gone while its graph lived on: burn's own way.
                 let [parameter, _anchor] = ops.parents;
                 if let Some(parameter) = parameter {
-                    grads.register::<Flex>(parameter.id, gradient);
+                    grads.register::<B>(parameter.id, gradient);
                 }
             }
         }
     }
 }
 
-fn listen<const D: usize, C: CheckpointStrategy>(x: Tensor<D>, order: usize, arrival: Arrival) -> Tensor<D>
+fn listen<const D: usize, B: Backend, C: CheckpointStrategy>(x: Tensor<D>, order: usize, arrival: Arrival) -> Tensor<D>
 where
-    DispatchTensor: DispatchKindConversion<Autodiff<Flex, C>>,
+    DispatchTensor: DispatchKindConversion<B> + DispatchKindConversion<Autodiff<B, C>>,
 {
-    // Hooks are attached to parameters on the CPU device; a model moved elsewhere since then is simply not listened to.
-    let Ok(tracked) = x.clone().try_into_primitive::<Autodiff<Flex, C>>() else { return x };
+    let tracked =
+        <DispatchTensor as DispatchKindConversion<Autodiff<B, C>>>::try_into_backend(x.clone().into_dispatch());
+    let Ok(BackendTensor::Float(tracked)) = tracked else { return x };
     drop(x);
     let (value, parameter) = tracked.into_parts();
-    let output = match Listen.prepare::<C>([parameter, anchor(order).node()]).compute_bound().stateful() {
+    let nodes = [parameter, anchor(order).node()];
+    let output = match Backward::<B, 2>::prepare::<C>(Listen, nodes).compute_bound().stateful() {
         OpsKind::Tracked(prepared) => prepared.finish(arrival, value),
         OpsKind::UnTracked(prepared) => prepared.finish(value),
     };
-    Tensor::from_primitive::<Autodiff<Flex, C>>(output)
+    Tensor::from_dispatch(<DispatchTensor as DispatchKindConversion<Autodiff<B, C>>>::from_backend(
+        BackendTensor::Float(output),
+    ))
 }
 
-/// An operation of no effect that adds 1 to the order of a node.
+/// An operation of no effect that adds 1 to the order of a node. Nodes know nothing of devices: those of Flex do for all.
 #[derive(Debug)]
 struct Deepen;
 

@@ -64,6 +64,7 @@ mod transparent;
 use std::sync::Arc;
 
 use burn::module::Module;
+use burn::tensor::Device;
 
 pub use comm_hook::{AllReduceHook, Bucket, CastHook, CommHook};
 pub use config::DataParallelConfig;
@@ -82,7 +83,7 @@ pub(crate) use self::replica::register;
 use self::structure::Structure;
 use crate::Error;
 use crate::comm::Communicator;
-use crate::params::own_buffers;
+use crate::params::{one_device, own_buffers};
 
 /// Makes any burn module a replica of a data-parallel group.
 pub trait DataParallel: Module {
@@ -93,7 +94,8 @@ pub trait DataParallel: Module {
     ///
     /// # Errors
     ///
-    /// [`Error::ModelMismatch`] if the ranks' models differ in structure; those of [`Communicator`].
+    /// [`Error::ModelMismatch`] if the ranks' models differ in structure; [`Error::InvalidArgument`] if parameters are on
+    /// several devices; those of [`Communicator`].
     fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replica<Self>, Error> {
         let (mut module, reducer) = replicate(self, group, config)?;
         let reducer = Arc::new(reducer);
@@ -109,17 +111,19 @@ impl<M: Module> DataParallel for M {}
 /// Makes sure that all ranks bring the same module, gives it rank 0's values, and makes a reducer for its gradients.
 ///
 /// # Errors
-/// [`Error::ModelMismatch`] if the ranks' modules differ in structure; those of [`Communicator`].
+/// [`Error::ModelMismatch`] if the ranks' modules differ in structure; [`Error::InvalidArgument`] if parameters are on several
+/// devices; those of [`Communicator`].
 pub(crate) fn replicate<M: Module>(
     module: M,
     group: &Communicator,
     config: DataParallelConfig,
 ) -> Result<(M, Reducer), Error> {
+    let device = one_device(&module, "data_parallel")?.unwrap_or_else(Device::flex);
     let structure = Structure::of(&module);
     let mut module = module;
     if group.size() > 1 {
         structure.agree(group)?;
         module = structure::broadcast(own_buffers(module), group)?;
     }
-    Ok((module, Reducer::new(structure.trained, group, config)?))
+    Ok((module, Reducer::new(structure.trained, device, group, config)?))
 }

@@ -20,11 +20,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
-use burn::backend::Flex;
-use burn::backend::flex::FlexTensor;
-use burn::backend::ops::FloatTensorOps;
 use burn::module::ParamId;
-use burn::tensor::{DType, Scalar, Shape, Tensor};
+use burn::tensor::{DType, Device, Shape, Tensor};
 
 use super::buckets;
 use super::comm_hook::Bucket;
@@ -32,7 +29,8 @@ use super::config::DataParallelConfig;
 use super::hook::GradientListener;
 use super::structure::Trained;
 use crate::Error;
-use crate::comm::{Communicator, Payload, Pending, ReduceOp};
+use crate::comm::{Communicator, Pending, ReduceOp};
+use crate::tensor::PlainTensor;
 
 /// What a rank brings into a step's average.
 #[derive(Debug, Clone, Copy, Default)]
@@ -50,7 +48,7 @@ pub(crate) struct Reduced {
     /// Weight over all ranks.
     pub weight: f64,
     /// Gradient of each parameter that was used on any rank.
-    pub gradients: HashMap<usize, FlexTensor>,
+    pub gradients: HashMap<usize, PlainTensor>,
     /// How long this rank had nothing to do but wait for them.
     pub waited: Duration,
 }
@@ -63,6 +61,8 @@ pub(crate) struct Reducer {
     /// Carries head and tail.
     control: Communicator,
     config: DataParallelConfig,
+    /// Where the model was when it was wrapped.
+    device: Device,
     step: Mutex<Step>,
 }
 
@@ -81,6 +81,8 @@ struct Step {
     alone: Contribution,
     /// The reduction under way, during the backward of the last micro-batch.
     flight: Option<Flight>,
+    /// Where the last gradient was.
+    device: Option<Device>,
 }
 
 #[derive(Default)]
@@ -88,16 +90,16 @@ struct Progress {
     /// Uses in the graph, and those whose gradient has arrived.
     uses: usize,
     arrived: usize,
-    gradient: Option<FlexTensor>,
+    gradient: Option<PlainTensor>,
     used: bool,
     started: bool,
-    late: Option<FlexTensor>,
+    late: Option<PlainTensor>,
 }
 
 struct Flight {
     head: Pending<f64>,
     factor: Arc<OnceLock<f64>>,
-    buckets: Vec<Pending<Vec<FlexTensor>>>,
+    buckets: Vec<Pending<Vec<PlainTensor>>>,
 }
 
 /// What the mark of a parameter, added up over the ranks, is at least if any gradient came late: more than there are ranks.
@@ -113,11 +115,16 @@ impl Progress {
 impl Reducer {
     /// # Errors
     /// Those of [`Communicator::split`].
-    pub fn new(params: Vec<Trained>, group: &Communicator, config: DataParallelConfig) -> Result<Self, Error> {
+    pub fn new(
+        params: Vec<Trained>,
+        device: Device,
+        group: &Communicator,
+        config: DataParallelConfig,
+    ) -> Result<Self, Error> {
         let of_its_own = |name| group.split_named(name, 0, group.rank() as i64);
         let (data, control) = (of_its_own("gradients")?, of_its_own("control")?);
         let numbers = params.iter().enumerate().map(|(number, param)| (param.id, number)).collect();
-        let reducer = Self { params, numbers, data, control, config, step: Mutex::default() };
+        let reducer = Self { params, numbers, data, control, config, device, step: Mutex::default() };
         let guess: Vec<usize> = (0..reducer.params.len()).rev().collect();
         {
             let mut step = reducer.lock();
@@ -149,13 +156,10 @@ impl Reducer {
     fn close_alone(&self, loss: f64) -> Reduced {
         let mut step = self.lock();
         let Contribution { weight, unit } = step.alone;
-        let average = |gradient| match unit == weight || weight == 0.0 {
-            true => gradient,
-            false => Flex::float_mul_scalar(gradient, Scalar::Float(unit / weight)),
-        };
+        let factor = if unit == weight || weight == 0.0 { 1.0 } else { unit / weight };
         let taken =
             step.params.iter_mut().enumerate().filter_map(|(place, param)| Some((place, param.gradient.take()?)));
-        let gradients = taken.map(|(place, gradient)| (place, average(gradient))).collect();
+        let gradients = taken.map(|(place, gradient)| (place, gradient.scale(factor))).collect();
         step.reset();
         Reduced { loss: loss / weight, weight, gradients, waited: Duration::ZERO }
     }
@@ -209,8 +213,9 @@ impl Reducer {
         tail.extend(step.params.iter().map(Progress::mark));
         let layout = step.buckets.clone();
         let completed = std::mem::take(&mut step.completed);
-        let mut late: HashMap<usize, FlexTensor> =
+        let mut late: HashMap<usize, PlainTensor> =
             step.params.iter_mut().enumerate().filter_map(|(place, param)| Some((place, param.late.take()?))).collect();
+        let device = self.device(&step);
         let observed = std::mem::replace(&mut step.observed, true);
         step.reset();
         drop(step);
@@ -227,10 +232,12 @@ impl Reducer {
         let tardy: Vec<usize> = (0..marks.len()).filter(|param| marks[*param] >= LATE).collect();
         if !tardy.is_empty() {
             let factor = flight.factor.get().copied().unwrap_or_default();
-            let extra = tardy.iter().map(|param| late.remove(param).unwrap_or_else(|| self.zeros(*param))).collect();
-            let extra = self.data.all_reduce_many(extra, ReduceOp::PreMulSum(factor))?;
+            let extra =
+                tardy.iter().map(|param| late.remove(param).unwrap_or_else(|| self.zeros(*param, &device))).collect();
+            let extra = self.data.all_reduce_coalesced(extra, ReduceOp::PreMulSum(factor))?;
             for (param, extra) in tardy.into_iter().zip(extra) {
-                accumulate(gradients.entry(param).or_insert_with(|| self.zeros(param)), extra);
+                let sum = accumulate(gradients.remove(&param), extra);
+                gradients.insert(param, sum);
             }
         }
         gradients.retain(|param, _| marks[*param] > 0.0);
@@ -241,16 +248,14 @@ impl Reducer {
     }
 
     /// Takes a gradient that did not come through a hook.
-    pub fn add(&self, param: usize, gradient: FlexTensor) {
+    pub fn add(&self, param: usize, gradient: PlainTensor) {
         let mut step = self.lock();
+        step.device = Some(gradient.device());
         let progress = &mut step.params[param];
         progress.used = true;
         progress.arrived += 1;
         let place = if progress.started { &mut progress.late } else { &mut progress.gradient };
-        match place {
-            Some(sum) => accumulate(sum, gradient),
-            None => *place = Some(gradient),
-        }
+        *place = Some(accumulate(place.take(), gradient));
         if progress.arrived >= progress.uses {
             step.completed.push(param);
         }
@@ -302,13 +307,13 @@ impl Reducer {
         if !all && !params.iter().all(there) {
             return false;
         }
-        let params = params.clone();
-        let gradients: Vec<FlexTensor> = params
+        let (params, device) = (params.clone(), self.device(step));
+        let gradients: Vec<PlainTensor> = params
             .iter()
             .map(|param| {
                 let progress = &mut step.params[*param];
                 progress.started = true;
-                progress.gradient.take().unwrap_or_else(|| self.zeros(*param))
+                progress.gradient.take().unwrap_or_else(|| self.zeros(*param, &device))
             })
             .collect();
         let paths = params.iter().map(|param| self.params[*param].path.clone()).collect();
@@ -317,8 +322,8 @@ impl Reducer {
             flight.buckets.push(self.data.start(move |comm| {
                 // The head ran before, on the same thread; if it failed, so does everything after it.
                 let factor = factor.get().copied().unwrap_or_default();
-                let shapes: Vec<Shape> = gradients.iter().map(|gradient| gradient.layout().shape().clone()).collect();
-                let gradients = gradients.into_iter().map(flatten).collect();
+                let shapes: Vec<Shape> = gradients.iter().map(PlainTensor::shape).collect();
+                let gradients = gradients.into_iter().map(flatten).collect::<Result<_, Error>>()?;
                 let reduced = hook.reduce(Bucket { index, paths, gradients, factor }, comm)?;
                 restore(reduced, shapes)
             }));
@@ -326,8 +331,13 @@ impl Reducer {
         true
     }
 
-    fn zeros(&self, param: usize) -> FlexTensor {
-        FlexTensor::zeros(Shape::from(self.params[param].shape.clone()), self.params[param].dtype)
+    fn zeros(&self, param: usize, device: &Device) -> PlainTensor {
+        PlainTensor::zeros(self.params[param].shape.clone(), self.params[param].dtype, device)
+    }
+
+    /// Where gradients are: with those that have come last, or where the model was when it was wrapped.
+    fn device(&self, step: &Step) -> Device {
+        step.device.clone().unwrap_or_else(|| self.device.clone())
     }
 
     fn lock(&self) -> MutexGuard<'_, Step> {
@@ -343,7 +353,7 @@ impl GradientListener for Reducer {
         step.uses
     }
 
-    fn arrived(&self, param: usize, gradient: FlexTensor) {
+    fn arrived(&self, param: usize, gradient: PlainTensor) {
         self.add(param, gradient);
         if self.config.overlap {
             self.start_complete();
@@ -367,29 +377,26 @@ impl Step {
     }
 }
 
-fn accumulate(sum: &mut FlexTensor, gradient: FlexTensor) {
-    let placeholder = FlexTensor::zeros([0].into(), sum.dtype());
-    let before = std::mem::replace(sum, placeholder);
-    *sum = Flex::float_add(before, gradient);
+fn accumulate(sum: Option<PlainTensor>, gradient: PlainTensor) -> PlainTensor {
+    match sum {
+        Some(sum) => sum.add(gradient),
+        None => gradient,
+    }
 }
 
 /// A gradient as a flat tensor over the same memory.
-fn flatten(gradient: FlexTensor) -> Tensor<1> {
-    let gradient = crate::comm::host::exclusive(gradient);
-    let len = gradient.layout().num_elements();
-    Tensor::from_primitive::<Flex>(Flex::float_reshape(gradient, [len].into()))
+fn flatten(gradient: PlainTensor) -> Result<Tensor<1>, Error> {
+    let elements = gradient.elements();
+    gradient.reshape([elements]).float()
 }
 
 /// Flat tensors as gradients of their shapes again.
-fn restore(reduced: Vec<Tensor<1>>, shapes: Vec<Shape>) -> Result<Vec<FlexTensor>, Error> {
+fn restore(reduced: Vec<Tensor<1>>, shapes: Vec<Shape>) -> Result<Vec<PlainTensor>, Error> {
     let lens = |gradients: &[Tensor<1>]| gradients.iter().map(|gradient| gradient.dims()[0]).collect::<Vec<_>>();
     let (expected, found) = (shapes.iter().map(Shape::num_elements).collect::<Vec<_>>(), lens(&reduced));
     if expected != found {
         let problem = format!("a bucket of gradients of lengths {expected:?} came back with lengths {found:?}");
         return Err(Error::invalid("CommHook::reduce", problem));
     }
-    let restore = |(gradient, shape): (Tensor<1>, Shape)| {
-        gradient.into_host().map(|(gradient, _)| Flex::float_reshape(gradient, shape))
-    };
-    reduced.into_iter().zip(shapes).map(restore).collect()
+    Ok(reduced.into_iter().zip(shapes).map(|(gradient, shape)| PlainTensor::from(gradient).reshape(shape)).collect())
 }

@@ -13,8 +13,8 @@ use super::reducer::{Reduced, Reducer};
 use super::step::{SoFar, Step, StepCounters};
 use super::sync_batch_norm::SyncBatchNorm;
 use crate::Error;
-use crate::comm::Payload;
 use crate::graph::GraphInputs;
+use crate::tensor::PlainTensor;
 
 /// A model that is one of several replicas of a group. Dereferences to the model and is itself a burn [`Module`] with the
 /// same parameter paths, so optimizers, records and visitors take it as they take the model.
@@ -229,8 +229,8 @@ impl<M: Module> Replica<M> {
                            with every parameter frozen?";
             return Err(self.reducer.refuse("Loss", problem.into()));
         }
-        let value = loss.value.clone().inner().into_scalar::<f64>();
-        self.so_far.add(if loss.summed { value } else { value * loss.weight }, loss.weight);
+        let (value, weight, summed) = (loss.value.clone().inner(), loss.weight, loss.summed);
+        self.so_far.add(0.0, weight);
         let contribution = self.so_far.contribution;
         if last {
             self.reducer.open(contribution);
@@ -241,9 +241,11 @@ impl<M: Module> Replica<M> {
         let factor = loss.factor(contribution.unit);
         let scaled = if factor == 1.0 { loss.value } else { loss.value.mul_scalar(factor) };
         let mut grads = scaled.backward();
-        let mut collect = Collect { reducer: &self.reducer, grads: &mut grads, error: None };
-        self.module.visit(&mut collect);
-        collect.error.map_or(Ok(()), Err)
+        self.module.visit(&mut Collect { reducer: &self.reducer, grads: &mut grads });
+        // Not before: a device would have to finish the forward first, with nothing else to do meanwhile.
+        let value = value.into_scalar::<f64>();
+        self.so_far.loss += if summed { value } else { value * weight };
+        Ok(())
     }
 
     fn lock_synchronized(&self) -> MutexGuard<'_, Option<SyncBatchNorm>> {
@@ -251,28 +253,24 @@ impl<M: Module> Replica<M> {
     }
 }
 
-/// Takes the gradients that stayed with burn: of parameters without a hook, or on another device.
+/// Takes the gradients that stayed with burn: of parameters without a hook, or on a device that is not known here.
 struct Collect<'a> {
     reducer: &'a Reducer,
     grads: &'a mut Gradients,
-    error: Option<Error>,
 }
 
 impl ModuleVisitor for Collect<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let Some(number) = self.reducer.number(param.id) else { return };
         let Some(gradient) = param.base().grad_remove(self.grads) else { return };
-        match gradient.into_host() {
-            Ok((gradient, _)) => self.reducer.add(number, gradient),
-            Err(error) => self.error = Some(error),
-        }
+        self.reducer.add(number, PlainTensor::from(gradient));
     }
 }
 
 /// Hands the reduced gradients to burn, on the devices of their parameters.
 ///
 /// # Errors
-/// Those of [`Payload::from_host`].
+/// [`Error::Graph`] if a gradient has another rank than its parameter.
 pub(crate) fn register<M: Module>(
     reducer: &Reducer,
     reduced: &mut Reduced,
@@ -294,8 +292,7 @@ impl ModuleVisitor for Register<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let number = self.reducer.number(param.id);
         let Some(gradient) = number.and_then(|number| self.reduced.gradients.remove(&number)) else { return };
-        let home = crate::comm::TensorHome::plain(param.base().device().inner());
-        match Tensor::<D>::from_host(gradient, &home) {
+        match gradient.to_device(&param.base().device().inner()).float::<D>() {
             Ok(gradient) => self.grads.register(param.id, gradient),
             Err(error) => self.error = Some(error),
         }

@@ -3,10 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use burn::backend::Flex;
-use burn::backend::ops::FloatTensorOps;
 use burn::module::Module;
-use burn::tensor::{Scalar, Tensor};
+use burn::tensor::Tensor;
 
 use super::hook::GradientListener;
 use super::reducer::Reducer;
@@ -73,12 +71,8 @@ impl SyncBatchNorm {
                 reducer.open(so_far.contribution);
             }
             let step = executor.step_with(module, input, |id, gradient| {
-                let scaled = match weight == unit {
-                    true => gradient,
-                    false => Flex::float_mul_scalar(gradient, Scalar::Float(weight / unit)),
-                };
                 if let Some(param) = reducer.number(id) {
-                    reducer.arrived(param, scaled);
+                    reducer.arrived(param, gradient.scale(weight / unit));
                 }
                 Ok(())
             })?;

@@ -17,13 +17,14 @@ use burn_ir::TensorId;
 use super::inputs::GraphInputs;
 use super::leaves::{
     AutodiffCapture, CaptureInputs, CaptureOutputs, EdgeTensor, Leaf, RunningStates, ToCapture, ToLeaves, as_autodiff,
-    capture_device, computed, placeholder, this_thread,
+    capture_device, capture_device_like, computed, placeholder,
 };
 use super::loss::{LossParts, StepLoss};
 use super::module::Survey;
 use super::step::StepGraph;
 use super::{assemble, graph_error, panic_text};
 use crate::error::Error;
+use crate::params::one_device;
 
 /// Records one training step of `model`: `loss` on `inputs`, and the backward pass.
 ///
@@ -46,12 +47,16 @@ where
     F: FnOnce(&M, I) -> R,
     R: StepLoss,
 {
-    in_scope(|device| record(device, model, inputs, loss))
+    let home = one_device(model, "a capture")?.unwrap_or_else(Device::flex);
+    in_scope(&home, |device| record(device, model, inputs, loss))
 }
 
-/// Runs `record` on the capture device of this thread and makes a graph of what it recorded.
-pub(super) fn in_scope(record: impl FnOnce(CaptureDevice) -> Result<Recording, Error>) -> Result<StepGraph, Error> {
-    let device = this_thread()?;
+/// Runs `record` on a capture device like `home`, on which the graph will run, and makes a graph of what it recorded.
+pub(super) fn in_scope(
+    home: &Device,
+    record: impl FnOnce(CaptureDevice) -> Result<Recording, Error>,
+) -> Result<StepGraph, Error> {
+    let device = capture_device_like(home)?;
     let mut recording =
         Err(graph_error("a step is captured inside the closure of another capture: capture them one by one"));
     // The closure's state cannot be seen again after a panic: models are only cloned, the rest is moved in.

@@ -3,14 +3,17 @@
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use burn::backend::Flex;
-use burn::backend::flex::FlexTensor;
-use burn_ir::{CustomOpIr, HandleKind};
+#[cfg(feature = "cubecl")]
+use burn::backend::Cube;
+use burn::backend::{DispatchKindConversion, DispatchTensor, Flex};
+use burn::tensor::Device;
+use burn_ir::{CustomOpIr, HandleContainer, HandleKind};
 use burn_router::CustomOpRegistry;
 
 use super::graph_error;
-use super::inputs::GraphTensor;
+use super::interpret::{GraphBackend, from_handle, into_handle};
 use crate::error::Error;
+use crate::tensor::PlainTensor;
 
 /// What the custom operations of a graph do, by id.
 ///
@@ -18,10 +21,14 @@ use crate::error::Error;
 /// returns the same error. Clones share their handlers, and must not run steps at the same time.
 #[derive(Clone)]
 pub struct CustomOps {
-    registry: CustomOpRegistry<Flex>,
+    flex: CustomOpRegistry<Flex>,
+    #[cfg(feature = "cubecl")]
+    cube: CustomOpRegistry<Cube>,
     ids: HashSet<String>,
     failed: Arc<Mutex<Option<Error>>>,
 }
+
+type Run = dyn Fn(&CustomOpIr, Vec<PlainTensor>, &Device) -> Result<Vec<PlainTensor>, Error> + Send + Sync;
 
 impl Default for CustomOps {
     fn default() -> Self {
@@ -38,56 +45,50 @@ impl core::fmt::Debug for CustomOps {
 impl CustomOps {
     /// No operations.
     pub fn new() -> Self {
-        Self { registry: CustomOpRegistry::new(), ids: HashSet::new(), failed: Arc::new(Mutex::new(None)) }
+        Self {
+            flex: CustomOpRegistry::new(),
+            #[cfg(feature = "cubecl")]
+            cube: CustomOpRegistry::new(),
+            ids: HashSet::new(),
+            failed: Arc::new(Mutex::new(None)),
+        }
     }
 
     /// Says what the operation `id` does, replacing what it did before.
     ///
-    /// `run` gets the operation (its scalars are attributes) and its inputs, and returns as many outputs, of the declared
-    /// shapes and dtypes. An input is uniquely owned, so it can be changed in place, unless something else still reads it.
+    /// `run` gets the operation (its scalars are attributes) and its inputs, on the device on which the graph runs, and
+    /// returns as many outputs there, of the declared shapes and dtypes. An input is uniquely owned, so it can be changed in
+    /// place, unless something else still reads it.
     pub fn register<F>(&mut self, id: &str, run: F)
     where
-        F: Fn(&CustomOpIr, Vec<FlexTensor>) -> Result<Vec<FlexTensor>, Error> + Send + Sync + 'static,
+        F: Fn(&CustomOpIr, Vec<PlainTensor>) -> Result<Vec<PlainTensor>, Error> + Send + Sync + 'static,
     {
-        let failed = self.failed.clone();
+        self.register_maker(id, move |op, inputs, _| run(op, inputs));
+    }
+
+    /// As [`register`](Self::register), for an operation that makes tensors out of nothing: it is also told the device.
+    pub(crate) fn register_maker<F>(&mut self, id: &str, run: F)
+    where
+        F: Fn(&CustomOpIr, Vec<PlainTensor>, &Device) -> Result<Vec<PlainTensor>, Error> + Send + Sync + 'static,
+    {
+        let run: Arc<Run> = Arc::new(run);
         self.ids.insert(id.into());
-        self.registry.register(id, move |handles, op, _| {
-            let inputs = op.inputs.iter().map(|input| {
-                // On Flex a tensor of any kind is the same primitive.
-                if input.dtype.is_float() {
-                    handles.get_float_tensor::<Flex>(input)
-                } else if input.dtype.is_bool() {
-                    handles.get_bool_tensor::<Flex>(input)
-                } else {
-                    handles.get_int_tensor::<Flex>(input)
-                }
-            });
-            let inputs = inputs.collect();
-            match run(op, inputs).and_then(|outputs| check(op, outputs)) {
-                Err(error) => *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error),
-                Ok(outputs) => {
-                    for (out, tensor) in op.outputs.iter().zip(outputs) {
-                        let handle: HandleKind<Flex> = if out.dtype.is_float() {
-                            GraphTensor::Float(tensor)
-                        } else if out.dtype.is_bool() {
-                            GraphTensor::Bool(tensor)
-                        } else {
-                            GraphTensor::Int(tensor)
-                        }
-                        .into_handle();
-                        handles.register_handle(out.id, handle);
-                    }
-                }
-            }
-        });
+        #[cfg(feature = "cubecl")]
+        self.cube.register(id, handler::<Cube>(run.clone(), self.failed.clone()));
+        self.flex.register(id, handler::<Flex>(run, self.failed.clone()));
     }
 
     pub(crate) fn contains(&self, id: &str) -> bool {
         self.ids.contains(id)
     }
 
-    pub(crate) fn registry(&self) -> CustomOpRegistry<Flex> {
-        self.registry.clone()
+    pub(super) fn on_flex(&self) -> CustomOpRegistry<Flex> {
+        self.flex.clone()
+    }
+
+    #[cfg(feature = "cubecl")]
+    pub(super) fn on_cube(&self) -> CustomOpRegistry<Cube> {
+        self.cube.clone()
     }
 
     /// The error of the operation that ran last, if it failed.
@@ -96,14 +97,52 @@ impl CustomOps {
     }
 }
 
-fn check(op: &CustomOpIr, outputs: Vec<FlexTensor>) -> Result<Vec<FlexTensor>, Error> {
-    let right = |(tensor, out): (&FlexTensor, &burn_ir::TensorIr)| {
-        *tensor.layout().shape() == out.shape && tensor.dtype() == out.dtype
-    };
+/// The operation as an interpreter calls it: on the thread that runs the graph, also where kernels are put off.
+fn handler<B: GraphBackend>(
+    run: Arc<Run>,
+    failed: Arc<Mutex<Option<Error>>>,
+) -> impl Fn(&mut HandleContainer<B::Handle>, &CustomOpIr, &B::Device) + Send + Sync + 'static
+where
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    move |handles, op, device| {
+        let inputs = op.inputs.iter().map(|input| {
+            from_handle::<B>(if input.dtype.is_float() {
+                HandleKind::Float(handles.get_float_tensor::<B>(input))
+            } else if input.dtype.is_bool() {
+                HandleKind::Bool(handles.get_bool_tensor::<B>(input))
+            } else {
+                HandleKind::Int(handles.get_int_tensor::<B>(input))
+            })
+        });
+        let outputs = inputs
+            .collect::<Result<Vec<_>, _>>()
+            .and_then(|inputs| run(op, inputs, &B::device(device)))
+            .and_then(|outputs| check(op, outputs))
+            .and_then(|outputs| outputs.into_iter().map(into_handle::<B>).collect::<Result<Vec<_>, _>>());
+        match outputs {
+            Err(error) => *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error),
+            Ok(outputs) => {
+                for (out, tensor) in op.outputs.iter().zip(outputs) {
+                    match tensor {
+                        HandleKind::Float(tensor) => handles.register_float_tensor::<B>(&out.id, tensor),
+                        HandleKind::Int(tensor) => handles.register_int_tensor::<B>(&out.id, tensor),
+                        HandleKind::Bool(tensor) => handles.register_bool_tensor::<B>(&out.id, tensor),
+                        HandleKind::Quantized(_) => unreachable!("`into_handle` gives none"),
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn check(op: &CustomOpIr, outputs: Vec<PlainTensor>) -> Result<Vec<PlainTensor>, Error> {
+    let right =
+        |(tensor, out): (&PlainTensor, &burn_ir::TensorIr)| tensor.shape() == out.shape && tensor.dtype() == out.dtype;
     if outputs.len() == op.outputs.len() && outputs.iter().zip(&op.outputs).all(right) {
         return Ok(outputs);
     }
-    let got: Vec<_> = outputs.iter().map(|t| (t.dtype(), t.layout().shape().clone())).collect();
+    let got: Vec<_> = outputs.iter().map(|t| (t.dtype(), t.shape())).collect();
     let want: Vec<_> = op.outputs.iter().map(|t| (t.dtype, t.shape.clone())).collect();
     Err(graph_error(format!("custom operation `{}` must give {want:?} but gave {got:?}", op.id)))
 }

@@ -3,49 +3,49 @@
 use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use burn::backend::flex::{FlexDevice, FlexTensor};
-use burn::backend::ops::FloatTensorOps;
-use burn::backend::{DispatchTensor, Flex};
+use burn::backend::DispatchTensor;
 use burn::module::{Module, ParamId};
 use burn::optim::GradientsParams;
 use burn::prelude::*;
-use burn::tensor::Scalar;
+use burn::tensor::DType;
 use burn_ir::{OperationIr, TensorId, TensorIr};
-use burn_router::TensorInterpreter;
 
 use super::custom::CustomOps;
-use super::inputs::{GraphInputs, GraphTensor, TensorMapper};
+use super::inputs::{GraphInputs, TensorMapper};
+use super::interpret::Interpreter;
 use super::leaves::join;
 use super::liveness::{Action, MemoryEstimate, program};
 use super::module::{gradients_params, read_params, write_running_states};
 use super::step::{StepGraph, op_name};
 use super::{graph_error, panic_text};
 use crate::error::Error;
+use crate::params::one_device;
+use crate::tensor::PlainTensor;
 
 /// What [`Executor::step`] gives.
 #[derive(Debug)]
 pub struct StepResult {
-    /// The loss, one element, on Flex without autodiff. Of a [`TokenLoss`](super::TokenLoss), the mean over its items.
+    /// The loss, one element, without autodiff. Of a [`TokenLoss`](super::TokenLoss), the mean over its items.
     pub loss: Tensor<1>,
     /// The number of items of a [`TokenLoss`](super::TokenLoss); 1 for a loss that is a mean already.
     pub weight: f64,
     /// The gradients of that loss, ready for burn's optimizers.
     pub gradients: GradientsParams,
     /// The extra outputs, in order.
-    pub outputs: Vec<GraphTensor>,
+    pub outputs: Vec<PlainTensor>,
 }
 
 /// What [`Executor::step_with`] gives: the gradients went to its callback.
 #[derive(Debug)]
 pub struct StepOutputs {
-    /// The loss, one element, on Flex without autodiff. Of a [`TokenLoss`](super::TokenLoss), the sum, of which the gradients
+    /// The loss, one element, without autodiff. Of a [`TokenLoss`](super::TokenLoss), the sum, of which the gradients
     /// are.
     pub loss: Tensor<1>,
     /// The number of items of a [`TokenLoss`](super::TokenLoss): what loss and gradients are still to be divided by, once
     /// they are added up over micro-batches and ranks. 1 for a loss that is a mean already.
     pub weight: f64,
     /// The extra outputs, in order.
-    pub outputs: Vec<GraphTensor>,
+    pub outputs: Vec<PlainTensor>,
 }
 
 /// Hears of a step while it runs.
@@ -71,10 +71,10 @@ pub trait StepObserver {
     ///
     /// # Errors
     /// Whatever ends the step.
-    fn gradient(&mut self, id: ParamId, gradient: FlexTensor) -> Result<(), Error>;
+    fn gradient(&mut self, id: ParamId, gradient: PlainTensor) -> Result<(), Error>;
 }
 
-/// Runs a [`StepGraph`] on Flex, any number of times.
+/// Runs a [`StepGraph`] on the device of the model, any number of times.
 ///
 /// Each step takes parameters and running statistics from the module and the batch from the inputs, sharing their buffers,
 /// and frees every intermediate at its last use. Random operations draw new numbers each time. Only the constants of the
@@ -87,7 +87,8 @@ pub struct Executor {
     graph: StepGraph,
     program: Vec<Action>,
     ops: CustomOps,
-    interpreter: TensorInterpreter<Flex>,
+    /// There once it is known where to run.
+    interpreter: Option<Interpreter>,
     /// Edge tensors that some operation or result reads; others would only be kept alive.
     needed: HashSet<TensorId>,
     wanted: HashSet<ParamId>,
@@ -138,8 +139,7 @@ impl Executor {
         }
         graph.outputs.iter().enumerate().for_each(|(index, t)| mean(t, Meaning::Output(index)));
         let wanted = graph.params.iter().filter(|p| needed.contains(&p.tensor.id)).map(|p| p.id).collect();
-        let interpreter = interpreter(&graph, &needed, &ops);
-        Ok(Self { graph, program, ops, interpreter, needed, wanted, meaning, position: 0 })
+        Ok(Self { graph, program, ops, interpreter: None, needed, wanted, meaning, position: 0 })
     }
 
     /// The graph that runs.
@@ -166,8 +166,7 @@ impl Executor {
             Ok(())
         })?;
         if weight != 1.0 && weight > 0.0 {
-            let mean = |(id, sum)| (id, Flex::float_mul_scalar(sum, Scalar::Float(1.0 / weight)));
-            gradients = gradients.into_iter().map(mean).collect();
+            gradients = gradients.into_iter().map(|(id, sum)| (id, sum.scale(1.0 / weight))).collect();
         }
         // Of no items at all the loss is NaN, the gradients are those of nothing.
         let loss = if weight == 1.0 { loss } else { loss.div_scalar(weight) };
@@ -213,11 +212,11 @@ impl Executor {
     where
         M: Module,
         I: GraphInputs,
-        F: FnMut(ParamId, FlexTensor) -> Result<(), Error>,
+        F: FnMut(ParamId, PlainTensor) -> Result<(), Error>,
     {
         struct Gradients<F>(F);
-        impl<F: FnMut(ParamId, FlexTensor) -> Result<(), Error>> StepObserver for Gradients<F> {
-            fn gradient(&mut self, id: ParamId, gradient: FlexTensor) -> Result<(), Error> {
+        impl<F: FnMut(ParamId, PlainTensor) -> Result<(), Error>> StepObserver for Gradients<F> {
+            fn gradient(&mut self, id: ParamId, gradient: PlainTensor) -> Result<(), Error> {
                 (self.0)(id, gradient)
             }
         }
@@ -228,10 +227,10 @@ impl Executor {
     ///
     /// # Errors
     /// As [`step`](Self::step).
-    pub fn forward<M: Module, I: GraphInputs>(&mut self, model: &M, inputs: I) -> Result<Vec<GraphTensor>, Error> {
+    pub fn forward<M: Module, I: GraphInputs>(&mut self, model: &M, inputs: I) -> Result<Vec<PlainTensor>, Error> {
         struct Nobody;
         impl StepObserver for Nobody {
-            fn gradient(&mut self, _: ParamId, _: FlexTensor) -> Result<(), Error> {
+            fn gradient(&mut self, _: ParamId, _: PlainTensor) -> Result<(), Error> {
                 Ok(())
             }
         }
@@ -244,14 +243,25 @@ impl Executor {
         inputs: I,
         observer: &mut dyn StepObserver,
     ) -> Result<Given, Error> {
-        self.bind_params(model)?;
-        self.bind_inputs(inputs)?;
-        let ran = catch_unwind(AssertUnwindSafe(|| self.run(observer)));
+        let inputs = named_tensors(inputs)?;
+        let device = match one_device(model, "a step")? {
+            Some(device) => device,
+            None => inputs.first().map_or_else(Device::flex, |(_, input)| input.device()),
+        };
+        let mut interpreter = match self.interpreter.take().filter(|interpreter| *interpreter.device() == device) {
+            Some(interpreter) => interpreter,
+            None => self.interpreter(&device)?,
+        };
+        self.bind_params(model, &mut interpreter)?;
+        self.bind_inputs(inputs, &mut interpreter)?;
+        let ran = catch_unwind(AssertUnwindSafe(|| self.run(&mut interpreter, observer)));
         let results = match ran {
-            Ok(Ok(results)) => results,
+            Ok(Ok(results)) => {
+                self.interpreter = Some(interpreter);
+                results
+            }
             failed => {
-                // Whatever the step left behind must not be found by the next.
-                self.interpreter = interpreter(&self.graph, &self.needed, &self.ops);
+                // Whatever the step left behind must not be found by the next, so its interpreter goes.
                 return match failed {
                     Ok(Err(error)) => Err(error),
                     Err(payload) => {
@@ -265,14 +275,14 @@ impl Executor {
                 };
             }
         };
-        let Results { loss, weight, outputs, updates } = results;
+        let Results { loss, weight, outputs, updates, .. } = results;
         write_running_states(model, updates);
         let outputs: Option<Vec<_>> = outputs.into_iter().collect();
         let outputs = outputs.ok_or_else(|| graph_error("the step did not give all its outputs"))?;
         Ok(Given { loss, weight, outputs })
     }
 
-    fn bind_params<M: Module>(&mut self, model: &M) -> Result<(), Error> {
+    fn bind_params<M: Module>(&self, model: &M, interpreter: &mut Interpreter) -> Result<(), Error> {
         if self.graph.params.iter().any(|p| p.update.is_some()) {
             // An eager forward before this step may have left updates pending in the running statistics, which only
             // `valid` applies.
@@ -287,48 +297,66 @@ impl Executor {
                 ))
             })?;
             fits(&format!("parameter `{}`", param.path), &value, &param.tensor)?;
-            self.interpreter.register_tensor_to_device(param.tensor.id, value.into_handle());
+            interpreter.bind(param.tensor.id, value)?;
         }
         Ok(())
     }
 
-    fn bind_inputs<I: GraphInputs>(&mut self, inputs: I) -> Result<(), Error> {
-        let values = named_tensors(inputs)?;
+    fn bind_inputs(&self, values: Vec<(String, PlainTensor)>, interpreter: &mut Interpreter) -> Result<(), Error> {
         let given: Vec<&str> = values.iter().map(|(path, _)| path.as_str()).collect();
         let wanted: Vec<&str> = self.graph.inputs.iter().map(|input| input.path.as_str()).collect();
         if given != wanted {
             return Err(graph_error(format!("the graph was captured with inputs {wanted:?} but is given {given:?}")));
         }
         for (input, (path, value)) in self.graph.inputs.iter().zip(values) {
-            fits(&format!("input `{path}`"), &value, &input.tensor)?;
+            let what = format!("input `{path}`");
+            fits(&what, &value, &input.tensor)?;
+            is_on(&what, &value, interpreter.device())?;
             if self.needed.contains(&input.tensor.id) {
-                self.interpreter.register_tensor_to_device(input.tensor.id, value.into_handle());
+                interpreter.bind(input.tensor.id, value)?;
             }
         }
         Ok(())
     }
 
-    fn run(&mut self, observer: &mut dyn StepObserver) -> Result<Results, Error> {
+    fn known_weight(&self) -> Option<f64> {
+        let weight = self.graph.weight.as_ref()?;
+        self.graph.constants.get(&weight.id)?.iter::<f64>().next()
+    }
+
+    /// An interpreter that knows the constants.
+    fn interpreter(&self, device: &Device) -> Result<Interpreter, Error> {
+        let mut interpreter = Interpreter::new(device, &self.ops)?;
+        let tensors = self.graph.operations.iter().flat_map(|op| op.inputs().chain(op.outputs()));
+        computable(tensors, device)?;
+        for (id, value) in self.graph.constants.iter().filter(|(id, _)| self.needed.contains(id)) {
+            interpreter.bind_data(*id, value.clone());
+        }
+        Ok(interpreter)
+    }
+
+    fn run(&mut self, interpreter: &mut Interpreter, observer: &mut dyn StepObserver) -> Result<Results, Error> {
         let mut results = Results {
             loss: None,
             weight: None,
             updates: HashMap::new(),
             outputs: vec![None; self.graph.outputs.len()],
+            known_weight: self.known_weight(),
         };
         for (position, action) in self.program.iter().enumerate() {
             self.position = position;
             match action {
                 Action::Run(op) => {
-                    self.interpreter.register_op(OperationIr::clone(op));
+                    interpreter.run(OperationIr::clone(op));
                     if matches!(**op, OperationIr::Custom(_))
                         && let Some(error) = self.ops.take_error()
                     {
                         return Err(error);
                     }
                 }
-                Action::Free(tensor) => self.interpreter.register_op(OperationIr::Drop(tensor.clone())),
+                Action::Free(tensor) => interpreter.run(OperationIr::Drop(tensor.clone())),
                 Action::Give(tensor) => {
-                    let value = GraphTensor::from_handle(self.interpreter.get_tensor(tensor))?;
+                    let value = interpreter.get(tensor)?;
                     let meanings = self.meaning.get(&tensor.id).map_or(&[][..], Vec::as_slice);
                     let Some((last, others)) = meanings.split_last() else { continue };
                     for meaning in others {
@@ -344,25 +372,30 @@ impl Executor {
 
 /// The results of a run that stay with the caller.
 struct Given {
-    loss: Option<GraphTensor>,
+    loss: Option<PlainTensor>,
     weight: Option<f64>,
-    outputs: Vec<GraphTensor>,
+    outputs: Vec<PlainTensor>,
 }
 
 /// The results of a run as they come in.
 struct Results {
-    loss: Option<GraphTensor>,
+    loss: Option<PlainTensor>,
     weight: Option<f64>,
-    outputs: Vec<Option<GraphTensor>>,
-    updates: HashMap<ParamId, FlexTensor>,
+    outputs: Vec<Option<PlainTensor>>,
+    updates: HashMap<ParamId, PlainTensor>,
+    /// The number of items, if it follows from the shapes: reading it would wait for the device.
+    known_weight: Option<f64>,
 }
 
 impl Results {
-    fn take(&mut self, meaning: Meaning, value: GraphTensor, observer: &mut dyn StepObserver) -> Result<(), Error> {
+    fn take(&mut self, meaning: Meaning, value: PlainTensor, observer: &mut dyn StepObserver) -> Result<(), Error> {
         match meaning {
             Meaning::Loss => self.loss = Some(value),
             Meaning::Weight => {
-                let weight = value.float::<1>()?.into_scalar::<f64>();
+                let weight = match self.known_weight {
+                    Some(weight) => weight,
+                    None => value.float::<1>()?.into_scalar::<f64>(),
+                };
                 if !(weight.is_finite() && weight >= 0.0) {
                     let must = "it must be finite and not negative";
                     return Err(graph_error(format!("the number of items of the loss is {weight}, {must}")));
@@ -370,26 +403,17 @@ impl Results {
                 observer.weight(weight)?;
                 self.weight = Some(weight);
             }
-            Meaning::Gradient(id) => observer.gradient(id, value.into_tensor())?,
-            Meaning::Update(id) => drop(self.updates.insert(id, value.into_tensor())),
+            Meaning::Gradient(id) => observer.gradient(id, value)?,
+            Meaning::Update(id) => drop(self.updates.insert(id, value)),
             Meaning::Output(index) => self.outputs[index] = Some(value),
         }
         Ok(())
     }
 }
 
-fn interpreter(graph: &StepGraph, needed: &HashSet<TensorId>, ops: &CustomOps) -> TensorInterpreter<Flex> {
-    let mut interpreter = TensorInterpreter::with_custom_ops(FlexDevice, ops.registry());
-    for (id, value) in graph.constants.iter().filter(|(id, _)| needed.contains(id)) {
-        interpreter.register_tensor_data_id(*id, value.clone());
-    }
-    interpreter
-}
-
-pub(crate) fn fits(what: &str, value: &GraphTensor, binding: &TensorIr) -> Result<(), Error> {
-    let tensor = value.tensor();
-    let (shape, dtype) = (tensor.layout().shape(), tensor.dtype());
-    if *shape == binding.shape && dtype == binding.dtype {
+pub(crate) fn fits(what: &str, value: &PlainTensor, binding: &TensorIr) -> Result<(), Error> {
+    let (shape, dtype) = (value.shape(), value.dtype());
+    if shape == binding.shape && dtype == binding.dtype {
         return Ok(());
     }
     Err(graph_error(format!(
@@ -401,8 +425,29 @@ pub(crate) fn fits(what: &str, value: &GraphTensor, binding: &TensorIr) -> Resul
     )))
 }
 
-/// The tensors of a structure as plain Flex tensors, with their places in it.
-pub(crate) fn named_tensors<I: GraphInputs>(inputs: I) -> Result<Vec<(String, GraphTensor)>, Error> {
+/// Demands of a device that it can compute with the float dtypes that operations read or make.
+pub(crate) fn computable<'a>(tensors: impl Iterator<Item = &'a TensorIr>, device: &Device) -> Result<(), Error> {
+    let dtypes: HashSet<DType> = tensors.map(|tensor| tensor.dtype).filter(DType::is_float).collect();
+    match dtypes.into_iter().find(|dtype| !device.supports_dtype(*dtype)) {
+        None => Ok(()),
+        Some(dtype) => {
+            let advice = "cast to one that it has, in the model or in the loss";
+            Err(graph_error(format!("the step computes with {dtype:?}, which {device:?} cannot: {advice}")))
+        }
+    }
+}
+
+/// Demands that a tensor is where the graph runs.
+pub(crate) fn is_on(what: &str, value: &PlainTensor, device: &Device) -> Result<(), Error> {
+    let found = value.device();
+    if found == *device {
+        return Ok(());
+    }
+    Err(graph_error(format!("{what} is on {found:?}, but the model is on {device:?}: move it there before the step")))
+}
+
+/// The tensors of a structure off their tape, with their places in it.
+pub(crate) fn named_tensors<I: GraphInputs>(inputs: I) -> Result<Vec<(String, PlainTensor)>, Error> {
     let mut bind = BindInputs { path: Vec::new(), values: Vec::new() };
     drop(inputs.map_tensors(&mut bind)?);
     Ok(bind.values)
@@ -411,20 +456,20 @@ pub(crate) fn named_tensors<I: GraphInputs>(inputs: I) -> Result<Vec<(String, Gr
 /// The tensors of a structure in order, sharing their buffers.
 ///
 /// # Errors
-/// [`Error::Graph`] for a tensor that is not on `Device::flex()` or is quantized.
-pub fn graph_tensors<I: GraphInputs>(inputs: I) -> Result<Vec<GraphTensor>, Error> {
+/// [`Error::Graph`] for a quantized tensor.
+pub fn graph_tensors<I: GraphInputs>(inputs: I) -> Result<Vec<PlainTensor>, Error> {
     Ok(named_tensors(inputs)?.into_iter().map(|(_, value)| value).collect())
 }
 
 struct BindInputs {
     path: Vec<usize>,
-    values: Vec<(String, GraphTensor)>,
+    values: Vec<(String, PlainTensor)>,
 }
 
 impl TensorMapper for BindInputs {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
         let path = join(&self.path);
-        let value = GraphTensor::from_user(tensor.clone(), &format!("input `{path}`"))?;
+        let value = PlainTensor::of(tensor.clone(), &format!("input `{path}`"))?;
         self.values.push((path, value));
         Ok(tensor)
     }

@@ -2,21 +2,22 @@
 
 use std::collections::HashSet;
 
-use burn::backend::flex::FlexTensor;
-use burn::backend::{BackendTensor, DispatchKindConversion, DispatchTensor, Flex, TensorMetadata};
+use burn::backend::{DispatchTensor, TensorMetadata};
 use burn::module::Module;
-use burn::tensor::Shape;
+use burn::tensor::{Device, Shape};
 use burn_capture::CaptureDevice;
 
 use super::capture::{Recording, in_scope};
 use super::custom::CustomOps;
 use super::execute::Executor;
 use super::graph_error;
-use super::inputs::{GraphInputs, GraphTensor, TensorMapper};
+use super::inputs::{GraphInputs, TensorMapper};
 use super::leaves::{CaptureInputs, CaptureOutputs, ToCapture, capture_device};
 use super::module::Survey;
 use super::step::StepGraph;
 use crate::error::Error;
+use crate::params::one_device;
+use crate::tensor::PlainTensor;
 
 /// A captured forward pass, and the structure of what it gives.
 #[derive(Clone, Debug)]
@@ -43,7 +44,8 @@ where
     O: GraphInputs,
 {
     let mut hollow = None;
-    let graph = in_scope(|device| {
+    let home = one_device(model, "a capture")?.unwrap_or_else(Device::flex);
+    let graph = in_scope(&home, |device| {
         let (recording, outputs) = record(device, model, inputs, forward)?;
         hollow = Some(outputs);
         Ok(recording)
@@ -53,11 +55,11 @@ where
 }
 
 impl<O: GraphInputs + Clone> ForwardGraph<O> {
-    /// The outputs of one execution, in the order of the graph's, as what the closure gave; on Flex without autodiff.
+    /// The outputs of one execution, in the order of the graph's, as what the closure gave, without autodiff.
     ///
     /// # Errors
     /// [`Error::Graph`] if there are more or fewer.
-    pub fn outputs(&self, given: Vec<GraphTensor>) -> Result<O, Error> {
+    pub fn outputs(&self, given: Vec<PlainTensor>) -> Result<O, Error> {
         let mut fill = Fill(given.into_iter());
         let outputs = self.hollow.clone().map_tensors(&mut fill)?;
         match fill.0.next() {
@@ -133,15 +135,8 @@ struct Hollow;
 impl TensorMapper for Hollow {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
         let dtype = tensor.dtype();
-        let nothing = FlexTensor::zeros(Shape::from(vec![0; tensor.shape().num_dims()]), dtype);
-        let nothing = if dtype.is_float() {
-            GraphTensor::Float(nothing)
-        } else if dtype.is_bool() {
-            GraphTensor::Bool(nothing)
-        } else {
-            GraphTensor::Int(nothing)
-        };
-        Ok(dispatch(nothing))
+        let nothing = Shape::from(vec![0; tensor.shape().num_dims()]);
+        Ok(PlainTensor::zeros(nothing, dtype, &Device::flex()).into_dispatch())
     }
 
     fn enter(&mut self, _: usize) {}
@@ -150,24 +145,17 @@ impl TensorMapper for Hollow {
 }
 
 /// Puts what an execution gave where the tensors were.
-struct Fill(std::vec::IntoIter<GraphTensor>);
+struct Fill(std::vec::IntoIter<PlainTensor>);
 
 impl TensorMapper for Fill {
     fn map(&mut self, _: DispatchTensor) -> Result<DispatchTensor, Error> {
         let given = self.0.next();
-        given.map(dispatch).ok_or_else(|| graph_error("there are fewer outputs than the captured forward gave"))
+        given
+            .map(PlainTensor::into_dispatch)
+            .ok_or_else(|| graph_error("there are fewer outputs than the captured forward gave"))
     }
 
     fn enter(&mut self, _: usize) {}
 
     fn exit(&mut self) {}
-}
-
-/// A plain tensor as burn's own.
-pub(crate) fn dispatch(tensor: GraphTensor) -> DispatchTensor {
-    <DispatchTensor as DispatchKindConversion<Flex>>::from_backend(match tensor {
-        GraphTensor::Float(tensor) => BackendTensor::Float(tensor),
-        GraphTensor::Int(tensor) => BackendTensor::Int(tensor),
-        GraphTensor::Bool(tensor) => BackendTensor::Bool(tensor),
-    })
 }

@@ -1,18 +1,17 @@
 //! Putting a module and its inputs on the capture device, as leaves of `Autodiff<CaptureBackend>`.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
-use burn::backend::flex::FlexDevice;
 use burn::backend::ops::{BoolTensorOps, FloatTensorOps, IntTensorOps};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{
     Autodiff, AutodiffBackend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchDevice,
-    DispatchKindConversion, DispatchTensor, Flex, GradientCheckpointingStrategy, TensorMetadata, get_device_settings,
-    set_default_dtypes,
+    DispatchKindConversion, DispatchTensor, GradientCheckpointingStrategy, TensorMetadata, set_default_dtypes,
 };
 use burn::module::{Flag, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::prelude::*;
-use burn::tensor::{Bool, DType, Int, Shape};
+use burn::tensor::{Bool, BoolDType, DType, FloatDType, Int, IntDType, Shape};
 use burn_capture::{CaptureBackend, CaptureDevice};
 use burn_ir::TensorId;
 
@@ -25,25 +24,33 @@ pub(super) type AutodiffCapture = Autodiff<CaptureBackend>;
 pub(super) type Recorded = FloatTensor<CaptureBackend>;
 pub(super) type Leaf = FloatTensor<AutodiffCapture>;
 
+/// The default dtypes of a device: floats, ints, bools.
+type Dtypes = (FloatDType, IntDType, BoolDType);
+
 thread_local! {
     // burn gives out at most 65,536 capture devices in a process, so each thread keeps its own for good.
-    static DEVICE: Result<CaptureDevice, Error> = like_flex(CaptureDevice::default());
+    static DEVICES: RefCell<Vec<(Dtypes, Result<CaptureDevice, Error>)>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The capture device of this thread.
-pub(super) fn this_thread() -> Result<CaptureDevice, Error> {
-    DEVICE.with(Clone::clone)
+/// The capture device of this thread with the default dtypes of a device: an index made inside the step must have the dtype of
+/// one that comes from outside.
+pub(super) fn capture_device_like(home: &Device) -> Result<CaptureDevice, Error> {
+    let settings = home.settings();
+    let dtypes = (settings.float_dtype, settings.int_dtype, settings.bool_dtype);
+    DEVICES.with_borrow_mut(|devices| match devices.iter().find(|(known, _)| *known == dtypes) {
+        Some((_, device)) => device.clone(),
+        None => {
+            let device = with_dtypes(CaptureDevice::default(), dtypes);
+            devices.push((dtypes, device.clone()));
+            device
+        }
+    })
 }
 
-/// Gives a new capture device the default dtypes of Flex: an index made inside the step must have the dtype of one that
-/// comes from outside.
-fn like_flex(device: CaptureDevice) -> Result<CaptureDevice, Error> {
+fn with_dtypes(device: CaptureDevice, (float, int, bool): Dtypes) -> Result<CaptureDevice, Error> {
     let configure = || {
-        let flex = get_device_settings::<Flex>(&FlexDevice);
-        set_default_dtypes::<CaptureBackend>(&device, flex.float_dtype, flex.int_dtype, flex.bool_dtype)?;
-        let flex = Device::flex().settings();
-        let device = DispatchDevice::Capture(device);
-        set_default_dtypes::<Dispatch>(&device, flex.float_dtype, flex.int_dtype, flex.bool_dtype)
+        set_default_dtypes::<CaptureBackend>(&device, float, int, bool)?;
+        set_default_dtypes::<Dispatch>(&DispatchDevice::Capture(device), float, int, bool)
     };
     let mut configured = Ok(());
     // Asking the device which dtypes it supports is an operation on it.
@@ -51,7 +58,9 @@ fn like_flex(device: CaptureDevice) -> Result<CaptureDevice, Error> {
         configured = configure();
         scope.complete([], [])
     });
-    let problem = |e: String| graph_error(format!("the capture device cannot be given the dtypes of Flex: {e}"));
+    let problem = |e: String| {
+        graph_error(format!("the capture device cannot be given the dtypes {float:?}, {int:?}, {bool:?}: {e}"))
+    };
     scope.map_err(|e| problem(e.to_string()))?;
     configured.map_err(|e| problem(format!("{e:?}")))?;
     Ok(device)

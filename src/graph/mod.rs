@@ -10,8 +10,8 @@
 //!   then order its collectives,
 //! - [`sync_batch_norm`] puts a collective after every batch statistic.
 //!
-//! An [`Executor`] then runs it on Flex at each step with the model's current parameters and new inputs, faster than eager
-//! since there is no tape.
+//! An [`Executor`] then runs it on the model's device at each step with the current parameters and new inputs, faster than
+//! eager since there is no tape.
 //!
 //! ```
 //! use burn::{nn::{Linear, LinearConfig}, prelude::*};
@@ -51,6 +51,7 @@ pub mod cut;
 mod execute;
 mod forward;
 mod inputs;
+mod interpret;
 mod leaves;
 mod listing;
 mod liveness;
@@ -69,9 +70,8 @@ pub use capture::capture_step;
 pub use custom::CustomOps;
 pub(crate) use execute::named_tensors;
 pub use execute::{Executor, StepObserver, StepOutputs, StepResult, graph_tensors};
-pub(crate) use forward::dispatch;
 pub use forward::{Forward, ForwardGraph, capture_forward};
-pub use inputs::{GraphInputs, GraphTensor, TensorMapper};
+pub use inputs::{GraphInputs, TensorMapper};
 pub use liveness::MemoryEstimate;
 pub use loss::{LossParts, StepLoss, TokenLoss};
 pub use module::gradients_params;
@@ -82,6 +82,7 @@ pub use step::{BatchNormBinding, InputBinding, ParamBinding, StepGraph};
 pub use sync::register_sync_batch_norm;
 
 use crate::error::Error;
+pub use crate::tensor::PlainTensor as GraphTensor;
 
 pub(crate) fn graph_error(problem: impl Into<String>) -> Error {
     Error::Graph { problem: problem.into() }

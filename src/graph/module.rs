@@ -2,17 +2,16 @@
 
 use std::collections::{HashMap, HashSet};
 
-use burn::backend::flex::FlexTensor;
-use burn::backend::{DispatchTensor, Flex, GradientCheckpointingStrategy};
+use burn::backend::{DispatchTensor, GradientCheckpointingStrategy};
 use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::prelude::*;
 use burn::tensor::{Bool, DType, Int, Shape};
 
 use super::graph_error;
-use super::inputs::GraphTensor;
 use crate::error::Error;
 use crate::params::with_autodiff;
+use crate::tensor::PlainTensor;
 
 /// One float, int or bool parameter or running statistic.
 pub(crate) struct Surveyed {
@@ -104,7 +103,7 @@ impl ModuleVisitor for Survey {
 pub(crate) fn read_params<M: Module>(
     module: &M,
     wanted: &HashSet<ParamId>,
-) -> Result<HashMap<ParamId, GraphTensor>, Error> {
+) -> Result<HashMap<ParamId, PlainTensor>, Error> {
     let mut read = ReadParams { wanted, values: HashMap::new(), path: ModulePath::default(), failed: None };
     module.visit(&mut read);
     match read.failed {
@@ -115,7 +114,7 @@ pub(crate) fn read_params<M: Module>(
 
 struct ReadParams<'a> {
     wanted: &'a HashSet<ParamId>,
-    values: HashMap<ParamId, GraphTensor>,
+    values: HashMap<ParamId, PlainTensor>,
     path: ModulePath,
     failed: Option<Error>,
 }
@@ -126,12 +125,12 @@ impl ReadParams<'_> {
             return;
         }
         let path = self.path.text();
-        match GraphTensor::from_user(tensor(), &format!("parameter `{path}`")) {
+        match PlainTensor::of(tensor(), &format!("parameter `{path}`")) {
             Err(error) => self.failed = Some(error),
             Ok(value) => match self.values.get(&id) {
                 // Tied weights are one value in several places. burn's optimizers update only the first place they
                 // meet, which silently unties them.
-                Some(first) if !same_buffer(first.tensor(), value.tensor()) => {
+                Some(first) if !same_buffer(first, &value) => {
                     self.failed = Some(graph_error(format!(
                         "parameter `{path}` shares its id with another parameter but no longer its value: burn's \
                          optimizers update only the first of several parameters with one id. Keep one `Param` and use \
@@ -145,8 +144,18 @@ impl ReadParams<'_> {
     }
 }
 
-fn same_buffer(a: &FlexTensor, b: &FlexTensor) -> bool {
-    a.bytes().as_ptr() == b.bytes().as_ptr() && a.layout().shape() == b.layout().shape()
+fn same_buffer(a: &PlainTensor, b: &PlainTensor) -> bool {
+    if a.shape() != b.shape() || a.device() != b.device() {
+        return false;
+    }
+    #[cfg(feature = "cubecl")]
+    if !a.on_flex() {
+        return crate::comm::same_buffer(a, b);
+    }
+    match (a.clone().into_flex(), b.clone().into_flex()) {
+        (Ok(a), Ok(b)) => a.bytes().as_ptr() == b.bytes().as_ptr(),
+        _ => false,
+    }
 }
 
 impl ModuleVisitor for ReadParams<'_> {
@@ -172,21 +181,20 @@ impl ModuleVisitor for ReadParams<'_> {
 }
 
 /// Gives running statistics new values, seen by every clone of the module, as after an eager forward.
-pub(crate) fn write_running_states<M: Module>(module: &M, values: HashMap<ParamId, FlexTensor>) {
+pub(crate) fn write_running_states<M: Module>(module: &M, values: HashMap<ParamId, PlainTensor>) {
     if !values.is_empty() {
         // A `RunningState` writes what the mapper returns through to the state that its clones share.
         let _ = module.clone().map(&mut WriteRunningStates(values));
     }
 }
 
-struct WriteRunningStates(HashMap<ParamId, FlexTensor>);
+struct WriteRunningStates(HashMap<ParamId, PlainTensor>);
 
 impl ModuleMapper for WriteRunningStates {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        match self.0.get(&param.id) {
+        match self.0.get(&param.id).and_then(|value| value.clone().float::<D>().ok()) {
             None => param,
             Some(value) => {
-                let value = Tensor::from_primitive::<Flex>(value.clone());
                 let value = match param.val().gradient_checkpointing_strategy() {
                     Some(strategy) => with_autodiff(value, strategy),
                     None => value,
@@ -200,21 +208,21 @@ impl ModuleMapper for WriteRunningStates {
 /// Gradients by parameter id as burn's optimizers take them.
 ///
 /// `module` gives the rank of each parameter; an id that is not in it is ignored. Nothing is copied.
-pub fn gradients_params<M: Module>(module: &M, gradients: HashMap<ParamId, FlexTensor>) -> GradientsParams {
+pub fn gradients_params<M: Module>(module: &M, gradients: HashMap<ParamId, PlainTensor>) -> GradientsParams {
     let mut register = RegisterGradients { gradients, params: GradientsParams::new() };
     module.visit(&mut register);
     register.params
 }
 
 struct RegisterGradients {
-    gradients: HashMap<ParamId, FlexTensor>,
+    gradients: HashMap<ParamId, PlainTensor>,
     params: GradientsParams,
 }
 
 impl ModuleVisitor for RegisterGradients {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(gradient) = self.gradients.remove(&param.id) {
-            self.params.register::<D>(param.id, Tensor::from_primitive::<Flex>(gradient));
+        if let Some(gradient) = self.gradients.remove(&param.id).and_then(|gradient| gradient.float::<D>().ok()) {
+            self.params.register::<D>(param.id, gradient);
         }
     }
 }

@@ -9,8 +9,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use burn::backend::flex::{FlexTensor, Layout};
-use burn::tensor::{Bytes, DType, Distribution, bf16, f16};
+use burn::tensor::{Bytes, DType, Device, Distribution, TensorData, bf16, f16};
 use burn_ir::{CustomOpIr, FloatOperationIr, NumericOperationIr, OperationIr, RandomOpIr, ScalarIr};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -19,6 +18,7 @@ use super::custom::CustomOps;
 use super::graph_error;
 use super::step::StepGraph;
 use crate::error::Error;
+use crate::tensor::PlainTensor;
 
 /// Id of the custom operation that draws numbers.
 pub const COUNTED_RANDOM: &str = "counted_random";
@@ -87,13 +87,13 @@ impl RandomSource {
 /// Registers the operation that [`counted_random`] puts into a graph. `source` says which step it is.
 pub fn register_counted_random(ops: &mut CustomOps, source: &RandomSource) {
     let source = source.clone();
-    ops.register(COUNTED_RANDOM, move |op, _| {
+    ops.register_maker(COUNTED_RANDOM, move |op, _, device| {
         let [out] = op.outputs.as_slice() else {
             return Err(graph_error(format!("custom operation `{}` makes one tensor", op.id)));
         };
         let draw = Draw::of(op).ok_or_else(|| graph_error(format!("custom operation `{}` lacks scalars", op.id)))?;
         let bits = draw.bits(out.shape.as_slice(), &source);
-        Ok(vec![draw.tensor(bits, out.shape.to_vec(), out.dtype)?])
+        Ok(vec![draw.tensor(bits, out.shape.to_vec(), out.dtype, device)?])
     });
 }
 
@@ -185,8 +185,7 @@ impl Draw {
         bits
     }
 
-    fn tensor(&self, bits: Vec<u64>, dims: Vec<usize>, dtype: DType) -> Result<FlexTensor, Error> {
-        let layout = Layout::contiguous(dims.into());
+    fn tensor(&self, bits: Vec<u64>, dims: Vec<usize>, dtype: DType, device: &Device) -> Result<PlainTensor, Error> {
         let floats = || bits.iter().map(|bits| self.float(*bits));
         let ints = || bits.iter().map(|bits| self.int(*bits));
         let bytes = match dtype {
@@ -204,7 +203,7 @@ impl Draw {
             DType::U8 => Bytes::from_elems(ints().map(|x| x as u8).collect::<Vec<u8>>()),
             _ => return Err(graph_error(format!("random numbers cannot be drawn as {dtype:?}"))),
         };
-        Ok(FlexTensor::new(bytes, layout, dtype))
+        Ok(PlainTensor::from_data(TensorData::from_bytes(bytes, dims, dtype), device))
     }
 
     fn float(&self, bits: u64) -> f64 {

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use burn::module::{Module, ParamId};
 
-use super::shard::{PartitionOptions, ShardReport, fold_reductions, overlap, partition, register_collectives};
+use super::shard::{
+    Larger, PartitionOptions, ShardReport, fold_reductions, overlap, pad, partition, register_collectives,
+};
 use super::{CustomOps, RandomSource, StepGraph, counted_random, graph_error, register_counted_random};
 use crate::comm::{Communicator, part};
 use crate::error::Error;
@@ -103,19 +105,24 @@ impl ModelSplit {
     /// # Errors
     /// Those of [`params::load`].
     pub(crate) fn load<M: Module>(&self, local: M, source: &mut dyn SliceSource) -> Result<M, Error> {
-        let held = |id| {
-            let row = self.table.row(id)?;
-            let mut ranges: Vec<Range<usize>> = row.dims.iter().map(|size| 0..*size).collect();
-            for (layout, axis) in row.layouts.iter().zip(self.axes.iter()) {
-                if let Layout::Sharded(dim) = layout {
-                    let (range, group) = (&mut ranges[*dim], &axis.group);
-                    let own = part(range.len(), group.size(), group.rank());
-                    *range = range.start + own.start..range.start + own.end;
-                }
+        params::load(local, source, &|id| self.held(id))
+    }
+
+    /// This rank's part of a parameter.
+    pub(crate) fn held(&self, id: ParamId) -> Option<params::Held> {
+        let row = self.table.row(id)?;
+        let mut ranges: Vec<Range<usize>> = row.padded_dims.iter().map(|size| 0..*size).collect();
+        for (layout, axis) in row.layouts.iter().zip(self.axes.iter()) {
+            if let Layout::Sharded(dim) = layout {
+                let (range, group) = (&mut ranges[*dim], &axis.group);
+                let own = part(range.len(), group.size(), group.rank());
+                *range = range.start + own.start..range.start + own.end;
             }
-            Some(params::Held { dims: row.dims.clone(), ranges })
-        };
-        params::load(local, source, &held)
+        }
+        // What is padding is nowhere to be read.
+        let real = ranges.into_iter().zip(&row.dims).map(|(range, size)| range.start.min(*size)..range.end.min(*size));
+        let (dims, local_dims) = (row.dims.clone(), row.local_dims.clone());
+        Some(params::Held { dims, ranges: real.collect(), local_dims })
     }
 
     /// The same split whose steps draw other random numbers.
@@ -145,6 +152,7 @@ impl ModelSplit {
     pub(crate) fn apply(&self, graph: &mut StepGraph) -> Result<Vec<ShardReport>, Error> {
         let mut reports = Vec::new();
         counted_random(graph);
+        self.pad(graph)?;
         for (index, SplitAxis { name, group, plan }) in self.axes.iter().enumerate() {
             let layout = |id| self.table.row(id).map_or(Layout::Replicated, |row| row.layouts[index]);
             let params: Vec<Layout> = graph.params.iter().map(|param| layout(param.id)).collect();
@@ -167,6 +175,24 @@ impl ModelSplit {
             }
         }
         Ok(reports)
+    }
+
+    /// Gives the parameters of a graph the dims that they have with padding.
+    fn pad(&self, graph: &mut StepGraph) -> Result<(), Error> {
+        let mut larger = Vec::new();
+        for (param, binding) in graph.params.iter().enumerate() {
+            let Some(row) = self.table.row(binding.id) else { continue };
+            let sizes = row.dims.iter().zip(&row.padded_dims).enumerate();
+            larger.extend(sizes.filter(|(_, (size, padded))| size != padded).map(|(dim, (_, size))| Larger {
+                param,
+                dim,
+                size: *size,
+            }));
+        }
+        if !larger.is_empty() {
+            *graph = pad(graph, &larger)?;
+        }
+        Ok(())
     }
 
     /// Reduces gradients together and takes collectives apart into start and wait, so that they run beside work that does

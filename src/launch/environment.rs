@@ -62,9 +62,12 @@ pub struct Place {
     pub local_rank: usize,
     /// Processes on this machine, if the launcher says.
     pub local_size: Option<usize>,
-    /// Where rank 0 can be reached over TCP, if the launcher says: `MASTER_ADDR` and `MASTER_PORT`, or under Slurm the first
-    /// node of the step and a port made of the job's number.
+    /// Where rank 0 can be reached over TCP, if the launcher says: `MASTER_ADDR` and `MASTER_PORT`, or the port after it when
+    /// torchrun itself listens there (`TORCHELASTIC_USE_AGENT_STORE`), or under Slurm the first node of the step and a port
+    /// made of the job's number.
     pub master: Option<(String, u16)>,
+    /// Whether a launcher of MPI has started this process, so that MPI can join it to the others.
+    pub under_mpi: bool,
 }
 
 impl fmt::Display for Place {
@@ -78,6 +81,12 @@ impl fmt::Display for Place {
 }
 
 impl Place {
+    /// The names of all variables by which launchers other than torchrun say who is who.
+    pub(super) fn of_other_launchers() -> impl Iterator<Item = &'static str> {
+        let others = Launcher::ALL.into_iter().filter(|launcher| *launcher != Launcher::Torchrun);
+        others.flat_map(Launcher::variables).chain(["PMIX_RANK"])
+    }
+
     /// Reads the variables of this process.
     ///
     /// # Errors
@@ -151,7 +160,10 @@ impl Place {
         }
         let master =
             master(variables)?.or_else(|| if launcher == Launcher::Slurm { slurm_master(variables) } else { None });
-        Ok(Self { launcher, rank, size, local_rank, local_size, master })
+        // What MPIs look for themselves, `srun --mpi=pmix` included.
+        let under_mpi =
+            ["OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"].iter().any(|name| variables.contains_key(*name));
+        Ok(Self { launcher, rank, size, local_rank, local_size, master, under_mpi })
     }
 }
 
@@ -163,8 +175,17 @@ fn master(variables: &BTreeMap<String, String>) -> Result<Option<(String, u16)>,
         (Some(address), _) if address.trim().is_empty() => wrong("MASTER_ADDR is empty"),
         (Some(address), Some(port)) => match port.trim().parse() {
             Ok(0) | Err(_) => wrong(format!("MASTER_PORT={port:?} is not a port: a number from 1 to 65535")),
-            Ok(number) => Ok(Some((address.trim().to_owned(), number))),
+            Ok(number) => Ok(Some((address.trim().to_owned(), beside_torchrun(number, variables)))),
         },
+    }
+}
+
+/// torchrun's own store may listen at the port that it names: then the ranks meet at the next.
+fn beside_torchrun(port: u16, variables: &BTreeMap<String, String>) -> u16 {
+    let taken = variables.get("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|value| value.eq_ignore_ascii_case("true"));
+    match taken {
+        true => port.checked_add(1).unwrap_or(port - 1),
+        false => port,
     }
 }
 
@@ -220,13 +241,17 @@ mod tests {
     fn each_launcher_is_understood() {
         let place = |launcher, rank, size, local_rank, local_size, master: Option<(&str, u16)>| {
             let master = master.map(|(address, port)| (address.to_owned(), port));
-            Ok(Place { launcher, rank, size, local_rank, local_size, master })
+            let under_mpi = matches!(launcher, Launcher::OpenMpi | Launcher::Mpich);
+            Ok(Place { launcher, rank, size, local_rank, local_size, master, under_mpi })
         };
         assert_eq!(read(&TORCHRUN), place(Launcher::Torchrun, 5, 8, 1, None, None));
         let master = [("MASTER_ADDR", "10.0.0.1"), ("MASTER_PORT", "29500"), ("LOCAL_WORLD_SIZE", "4")];
         let found = read(&[&TORCHRUN[..], &master].concat());
         assert_eq!(found, place(Launcher::Torchrun, 5, 8, 1, Some(4), Some(("10.0.0.1", 29500))));
         assert_eq!(read(&OPEN_MPI), place(Launcher::OpenMpi, 5, 8, 1, Some(4), None));
+        let store = [("TORCHELASTIC_USE_AGENT_STORE", "True")];
+        let found = read(&[&TORCHRUN[..], &master, &store].concat()).map(|place| place.master);
+        assert_eq!(found, Ok(Some(("10.0.0.1".into(), 29501))), "torchrun's store has the port itself");
         let found = read(&[&OPEN_MPI[..], &master].concat());
         assert_eq!(found, place(Launcher::OpenMpi, 5, 8, 1, Some(4), Some(("10.0.0.1", 29500))));
         let pmi = [("PMI_RANK", "1"), ("PMI_SIZE", "2")];
@@ -247,7 +272,14 @@ mod tests {
         assert_eq!(read(&both).map(|place| (place.launcher, place.rank)), Ok((Launcher::Torchrun, 5)));
         // A script that hands MPI's numbers on by torchrun's names.
         let both = [&TORCHRUN[..], &OPEN_MPI].concat();
-        assert_eq!(read(&both).map(|place| (place.launcher, place.rank)), Ok((Launcher::Torchrun, 5)));
+        assert_eq!(
+            read(&both).map(|place| (place.launcher, place.rank, place.under_mpi)),
+            Ok((Launcher::Torchrun, 5, true))
+        );
+        // srun, with and without a process manager for MPI.
+        let pmix = [&SLURM[..], &[("PMIX_RANK", "2")]].concat();
+        assert_eq!(read(&pmix).map(|place| (place.launcher, place.under_mpi)), Ok((Launcher::Slurm, true)));
+        assert_eq!(read(&SLURM).map(|place| place.under_mpi), Ok(false));
     }
 
     #[test]

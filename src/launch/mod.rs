@@ -2,14 +2,14 @@
 //!
 //! [`threads`] runs every rank as a thread of this process, each with a compute-thread pool of its own. [`processes`] starts
 //! this program several times on this machine. [`from_env`] is for programs that a launcher starts, on one machine or many:
-//! torchrun, `mpirun`, `srun`.
+//! torchrun, `mpirun`, `srun`. Processes are joined over TCP, or by MPI if its launcher has started them.
 
 mod environment;
+mod meeting;
 mod process;
 #[cfg(unix)]
 mod processes;
 mod rank;
-mod rendezvous;
 mod threads;
 
 pub use environment::{Launcher, Place};
@@ -17,5 +17,6 @@ pub use process::{Engine, Process, from_env};
 #[cfg(unix)]
 pub use processes::{Processes, processes};
 pub use rank::Rank;
-pub use rendezvous::Rendezvous;
 pub use threads::{Threads, threads};
+
+pub use crate::comm::tcp::Rendezvous;

@@ -6,32 +6,43 @@ use std::{fmt, thread};
 use burn::tensor::Device;
 
 use super::threads::run_rank;
-use super::{Place, Rank};
+use super::{Place, Rank, Rendezvous};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::comm::local::{self, WorldConfig};
+use crate::comm::tcp::Session;
 
 /// What joins processes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Engine {
-    /// MPI (feature `mpi`).
+    /// TCP, on one machine or many: nothing to install.
+    Tcp,
+    /// MPI (feature `mpi`), for processes that its launcher has started.
     Mpi,
 }
 
 impl fmt::Display for Engine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("mpi")
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Mpi => "mpi",
+        })
     }
 }
 
 impl Engine {
+    /// The one that fits how a process was started: MPI if it is built in and its launcher was at work, else TCP.
+    pub fn of(place: &Place) -> Self {
+        if cfg!(feature = "mpi") && place.under_mpi { Self::Mpi } else { Self::Tcp }
+    }
+
     /// Whether this program was built with it.
     ///
     /// # Errors
     /// [`Error::Engine`], which names the feature to build with.
     pub fn check(self) -> Result<(), Error> {
-        match cfg!(feature = "mpi") {
+        match self == Self::Tcp || cfg!(feature = "mpi") {
             true => Ok(()),
             false => Err(Error::Engine {
                 engine: "mpi",
@@ -60,7 +71,8 @@ impl Engine {
 pub fn from_env() -> Result<Process, Error> {
     let place = Place::from_env()?;
     log::info!("{place}");
-    Ok(Process { place, engine: Engine::Mpi, threads: None, seed: 0, device: Device::flex(), timeout: None })
+    let engine = Engine::of(&place);
+    Ok(Process { place, engine, threads: None, seed: 0, device: Device::flex(), timeout: None })
 }
 
 /// A rank to be run by this process.
@@ -81,7 +93,7 @@ impl Process {
         &self.place
     }
 
-    /// Sets what joins the processes. Default [`Engine::Mpi`].
+    /// Sets what joins the processes. Default [`Engine::of`] the place.
     pub fn engine(mut self, engine: Engine) -> Self {
         self.engine = engine;
         self
@@ -138,7 +150,21 @@ impl Process {
             return local::world(1, config)?.into_iter().map(run).next().unwrap_or_else(|| unreachable!());
         }
         self.engine.check()?;
-        self.over_mpi(config, run)
+        match self.engine {
+            Engine::Tcp => self.over_tcp(config, run),
+            Engine::Mpi => self.over_mpi(config, run),
+        }
+    }
+
+    fn over_tcp<T>(&self, config: WorldConfig, run: impl Fn(Communicator) -> Result<T, Error>) -> Result<T, Error> {
+        let meeting = Rendezvous::at(&self.place, config.timeout())?;
+        // Dropped last, when the rank has let go of all communicators: it waits for the other processes.
+        let session = Session::new();
+        let comm = session.world(&meeting, config)?;
+        let outcome = run(comm.clone());
+        // Said outright: a tape that burn has not cleared away yet may keep communicators alive.
+        comm.leave();
+        outcome
     }
 
     #[cfg(feature = "mpi")]

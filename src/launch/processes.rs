@@ -17,8 +17,10 @@ use std::time::{Duration, Instant};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::{Engine, Process, Rank};
+use super::meeting::SECRET;
+use super::{Engine, Place, Process, Rank};
 use crate::Error;
+use crate::comm::tcp::nonce;
 
 /// Says to a program that it has been started by itself.
 const CHILD: &str = "BURN_PARALLEL_CHILD";
@@ -31,7 +33,7 @@ const LAST_WORDS: usize = 12;
 
 /// Prepares a world of `size` ranks that are processes of this very program on this machine. [`Processes::run`] starts it.
 pub fn processes(size: usize) -> Processes {
-    Processes { size, engine: Engine::Mpi, program: None }
+    Processes { size, engine: Engine::Tcp, program: None }
 }
 
 /// A world of processes to be started.
@@ -44,7 +46,7 @@ pub struct Processes {
 }
 
 impl Processes {
-    /// Sets what joins the processes. Default [`Engine::Mpi`].
+    /// Sets what joins the processes. Default [`Engine::Tcp`]. With [`Engine::Mpi`] they are started by `mpirun`.
     pub fn engine(mut self, engine: Engine) -> Self {
         self.engine = engine;
         self
@@ -73,6 +75,9 @@ impl Processes {
             return prepare(super::from_env()?.engine(self.engine)).run(f).map(Some);
         }
         self.engine.check()?;
+        if self.engine == Engine::Tcp {
+            return self.supervise().map(|()| None);
+        }
         // MPI joins only processes that its own launcher has started.
         let mut mpirun = Command::new("mpirun");
         let version = Command::new("mpirun").arg("--version").output().map_err(|problem| Error::Engine {
@@ -94,8 +99,9 @@ impl Processes {
     /// Starts the processes and waits for them, whatever they do. From then on this process handles SIGINT and SIGTERM
     /// itself.
     ///
-    /// Each finds `RANK`, `WORLD_SIZE`, `LOCAL_RANK`,
-    /// `LOCAL_WORLD_SIZE`, and a `MASTER_ADDR` and `MASTER_PORT` on this machine.
+    /// Each finds `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, a `MASTER_ADDR` and `MASTER_PORT` on this machine,
+    /// and in `BURN_PARALLEL_SECRET` a secret that was made up for this run, unless there is one already. It finds nothing
+    /// of what other launchers have said to this process.
     ///
     /// # Errors
     /// [`Error::ProcessFailed`] for the first that fails, after all have ended; [`Error::Launch`] if one can't be started;
@@ -104,9 +110,14 @@ impl Processes {
         let (program, arguments) = self.command()?;
         let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
         let port = listener.map(|address| address.port()).map_err(Error::user)?;
+        let secret =
+            std::env::var(SECRET).unwrap_or_else(|_| nonce().iter().map(|byte| format!("{byte:02x}")).collect());
         let commands = (0..self.size).map(|rank| {
             let mut command = Command::new(&program);
-            command.args(&arguments).env(CHILD, "1");
+            Place::of_other_launchers().for_each(|name| {
+                command.env_remove(name);
+            });
+            command.args(&arguments).env(CHILD, "1").env(SECRET, &secret);
             command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
             command.env("WORLD_SIZE", self.size.to_string()).env("LOCAL_WORLD_SIZE", self.size.to_string());
             command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());

@@ -44,8 +44,9 @@
 //!   until the next backward in the process. Evaluate with tensors that are not tracked, as those of `model.valid()`.
 //! - A tensor that is not tracked, because it is on a device without autodiff or is a constant, costs nothing on the tape.
 //!   Nor does a group of one rank cost anything: there, all functions return their input.
-//! - Gradients flow on [`Device::flex`](burn::tensor::Device::flex), with or without gradient checkpointing, which repeats no
-//!   collective. Untracked tensors move on any device.
+//! - Gradients flow on [`Device::flex`](burn::tensor::Device::flex) and, with the feature `cuda` or `wgpu`, on the devices of
+//!   burn's CubeCL backends, with or without gradient checkpointing, which repeats no collective. Untracked tensors move on any
+//!   device.
 //!
 //! # Sources
 //!

@@ -1,11 +1,9 @@
 //! A step from layout to layout as data, and how it is taken on the tensor of one rank.
 
-use burn::backend::TensorMetadata;
-use burn::backend::flex::FlexTensor;
-
 use super::exchange::exchange;
 use crate::Error;
-use crate::comm::{Communicator, Operation, ReduceOp, part};
+use crate::comm::{Communicator, ReduceOp, part};
+use crate::tensor::PlainTensor;
 
 /// What a move does in one direction. Every step is linear in the tensors of all ranks.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -32,43 +30,40 @@ pub(crate) enum Step {
 
 impl Step {
     /// Takes the step: a collective over `comm`, for those that need one. `name` is the function that errors speak of.
-    pub fn take(self, name: &'static str, tensor: FlexTensor, comm: &Communicator) -> Result<FlexTensor, Error> {
+    pub fn take(self, name: &'static str, tensor: PlainTensor, comm: &Communicator) -> Result<PlainTensor, Error> {
         match self {
             Self::Keep => Ok(tensor),
             Self::KeepOnFirst if comm.rank() == 0 => Ok(tensor),
-            Self::KeepOnFirst => Ok(FlexTensor::zeros(tensor.shape(), tensor.dtype())),
-            Self::Sum => comm.all_reduce_host(tensor, ReduceOp::Sum),
+            Self::KeepOnFirst => Ok(PlainTensor::zeros(tensor.shape(), tensor.dtype(), &tensor.device())),
+            Self::Sum => comm.all_reduce(tensor, ReduceOp::Sum),
             Self::Slice { dim } => {
                 let own = part(tensor.shape()[dim], comm.size(), comm.rank());
                 // A copy of the part, so that the whole need not stay.
-                Ok(tensor.narrow(dim, own.start, own.len()).to_contiguous())
+                tensor.narrow(dim, own).packed()
             }
             Self::Gather { dim } => along(dim, tensor, |rows| {
                 let brought = rows.shape()[0];
-                let all = comm.through(Operation::AllGather, Some(rows), None)?;
+                let all = comm.all_gather(rows)?;
                 check_part(name, comm, dim, brought, all.shape()[0])?;
                 Ok(all)
             }),
-            Self::SumSlice { dim } => {
-                along(dim, tensor, |rows| comm.through(Operation::ReduceScatter(ReduceOp::Sum), Some(rows), None))
-            }
+            Self::SumSlice { dim } => along(dim, tensor, |rows| comm.reduce_scatter(rows, ReduceOp::Sum)),
             Self::Exchange { split, join } => exchange(name, tensor, split, join, comm),
             Self::GatherTo { root, dim } => along(dim, tensor, |rows| {
-                let brought = rows.shape()[0];
-                let nothing = rows.narrow(0, 0, 0);
-                let all = comm.through(Operation::Gather { root }, Some(rows), None)?;
-                if comm.rank() != root {
-                    return Ok(nothing.to_contiguous());
-                }
+                let (mut dims, dtype, device) = (rows.shape().to_vec(), rows.dtype(), rows.device());
+                let brought = std::mem::take(&mut dims[0]);
+                let Some(all) = comm.gather(rows, root)? else {
+                    return Ok(PlainTensor::zeros(dims, dtype, &device));
+                };
                 check_part(name, comm, dim, brought, all.shape()[0])?;
                 Ok(all)
             }),
             Self::SliceFrom { root, dim } => along(dim, tensor, |rows| {
-                let (dtype, rank) = (rows.dtype(), rows.layout().num_dims());
+                let (dtype, rank, device) = (rows.dtype(), rows.rank(), rows.device());
                 let brought = (comm.rank() == root).then_some(rows);
-                let own = comm.through(Operation::Scatter { root }, brought, Some(dtype))?;
-                match own.layout().num_dims() {
-                    found if found == rank => Ok(own),
+                let own = comm.scatter_as(brought, root, Some(dtype))?;
+                match own.rank() {
+                    found if found == rank => Ok(own.to_device(&device)),
                     found => fail(
                         comm,
                         Error::invalid(
@@ -85,15 +80,14 @@ impl Step {
 /// Works on a tensor with `dim` as its first dim. On the way back the strides move, not the elements.
 fn along(
     dim: usize,
-    tensor: FlexTensor,
-    work: impl FnOnce(FlexTensor) -> Result<FlexTensor, Error>,
-) -> Result<FlexTensor, Error> {
+    tensor: PlainTensor,
+    work: impl FnOnce(PlainTensor) -> Result<PlainTensor, Error>,
+) -> Result<PlainTensor, Error> {
     if dim == 0 {
         return work(tensor);
     }
-    let order = first([dim], tensor.layout().num_dims());
+    let order = first([dim], tensor.rank());
     let rows = tensor.permute(&order);
-    drop(tensor);
     Ok(work(rows)?.permute(&inverse(&order)))
 }
 

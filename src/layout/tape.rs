@@ -4,17 +4,22 @@
 //! `backward()` cannot return an error, so a step that fails there fails the world instead, and hands on zeros: the backward
 //! runs to its end without another wait, and the error is found on the communicator.
 
+#[cfg(feature = "cubecl")]
+use burn::backend::Cube;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, unary};
-use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, Backend, Dispatch, ExtensionType, Flex, TensorMetadata, backend_extension};
-use burn::tensor::{Device, Gradients as LossGradients, Shape, Tensor};
+use burn::backend::{
+    Autodiff, Backend, BackendTensor, Dispatch, DispatchKindConversion, DispatchTensor, ExtensionType, Flex,
+    TensorMetadata, backend_extension,
+};
+use burn::tensor::{Gradients as LossGradients, Shape, Tensor};
 
 use super::moves::Step;
 use crate::Error;
-use crate::comm::{Communicator, Payload, host};
+use crate::comm::{Communicator, TensorHome, host};
+use crate::tensor::{PlainTensor, check_device};
 
 /// A step, the step that its gradient takes, and the function that errors speak of.
 #[derive(Debug, Clone, Copy)]
@@ -35,14 +40,11 @@ impl Pair {
             if self.forward == Step::Keep {
                 return Ok(tensor);
             }
-            let (data, home) = tensor.into_host()?;
-            return Tensor::from_host(self.forward.take(self.name, data, comm)?, &home);
+            let home = TensorHome::of(&tensor);
+            return Ok(home.welcome(self.forward.take(self.name, tensor.into(), comm)?.float()?));
         }
         let device = tensor.device().inner();
-        if device != Device::flex() {
-            let problem = format!("gradients flow through moves on Device::flex() alone; this tensor is on {device:?}");
-            return Err(Error::invalid(self.name, problem));
-        }
+        check_device(&device).map_err(|problem| Error::invalid(self.name, problem))?;
         let moved = <Dispatch as MoveBackend>::take_step(tensor.into_dispatch(), self, comm.clone());
         match moved.error {
             None => Ok(Tensor::from_dispatch(moved.tensor)),
@@ -69,7 +71,7 @@ pub(super) struct Moved<B: Backend> {
 }
 
 /// The backends that moves run on.
-#[backend_extension(Flex, Autodiff)]
+#[backend_extension(Flex, Cube: cfg(feature = "cubecl"), Autodiff)]
 pub(super) trait MoveBackend: Backend {
     /// Takes the forward step of a pair; the implementation with autodiff records the other.
     fn take_step(tensor: FloatTensor<Self>, pair: Pair, comm: Communicator) -> Moved<Self>;
@@ -77,11 +79,31 @@ pub(super) trait MoveBackend: Backend {
 
 impl MoveBackend for Flex {
     fn take_step(tensor: FloatTensor<Self>, pair: Pair, comm: Communicator) -> Moved<Self> {
-        let (shape, dtype) = (tensor.shape(), tensor.dtype());
-        match pair.forward.take(pair.name, tensor, &comm) {
-            Ok(tensor) => Moved { tensor, error: None },
-            Err(error) => Moved { tensor: FlexTensor::zeros(shape, dtype), error: Some(error) },
-        }
+        take(tensor, pair, &comm)
+    }
+}
+
+#[cfg(feature = "cubecl")]
+impl MoveBackend for Cube {
+    fn take_step(tensor: FloatTensor<Self>, pair: Pair, comm: Communicator) -> Moved<Self> {
+        take(tensor, pair, &comm)
+    }
+}
+
+/// Takes the forward step now, on this thread: what is put off until a device comes to it may not wait for other ranks.
+fn take<B: Backend>(tensor: FloatTensor<B>, pair: Pair, comm: &Communicator) -> Moved<B>
+where
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    let (shape, dtype, device) = (tensor.shape(), tensor.dtype(), tensor.device());
+    let moved = pair.forward.take(pair.name, PlainTensor::from_float::<B>(tensor), comm);
+    let back = |tensor: PlainTensor| match tensor.into_backend::<B>() {
+        Ok(BackendTensor::Float(tensor)) => Ok(tensor),
+        _ => Err(Error::invalid(pair.name, "the tensor came back as another kind, or on another device")),
+    };
+    match moved.and_then(back) {
+        Ok(tensor) => Moved { tensor, error: None },
+        Err(error) => Moved { tensor: B::float_zeros(shape, &device, dtype.into()), error: Some(error) },
     }
 }
 

@@ -12,6 +12,7 @@ use burn::tensor::{Bool, DType, Int, Shape, Tensor};
 
 use super::leaf::{Kind, Lazy, leaf};
 use super::own_buffers;
+use super::pad::{padded, without_padding};
 use crate::Error;
 use crate::comm::{Communicator, Payload};
 use crate::layout::{Layout, gather_from_group, scatter_from_root};
@@ -120,7 +121,7 @@ impl<L: Iterator<Item = u8>> Distribute<'_, L> {
                 let (id, value, mapper) = param.consume();
                 let kind = Kind::of(&value);
                 let value = value.inner();
-                (kind, if first { value } else { nothing(share, &value) }, id, mapper)
+                (kind, if first { padded(value, &share.dims) } else { nothing(share, &value) }, id, mapper)
             }
             false => {
                 let Lazy { stand_in, device, trained } = Lazy::of(&param);
@@ -144,7 +145,8 @@ impl<L: Iterator<Item = u8>> Distribute<'_, L> {
         let source = first.then_some(param);
         let one = one.inner();
         let init = move |device: &burn::tensor::Device, trained: bool| {
-            let value = source.map_or_else(|| nothing(&whole, &one), |param| param.into_value().inner());
+            let value =
+                source.map_or_else(|| nothing(&whole, &one), |param| padded(param.into_value().inner(), &whole.dims));
             let local = receive(value, whole.layout, &group).unwrap_or_else(|error| {
                 // Here no error can be returned: what comes next to communicate returns it.
                 group.fail(error);
@@ -203,8 +205,8 @@ struct Assemble<'a> {
 
 impl ModuleMapper for Assemble<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let layout = self.table.row(param.id).map_or(Layout::Replicated, |row| row.layouts[self.axis]);
-        let Layout::Sharded(dim) = layout else { return param };
+        let Some(row) = self.table.row(param.id) else { return param };
+        let Layout::Sharded(dim) = row.layouts[self.axis] else { return param };
         let (id, value, mapper) = param.consume();
         if let Some(whole) = self.seen.get(&id).and_then(|whole| whole.downcast_ref::<Tensor<D>>()) {
             return Param::from_mapped_value(id, whole.clone(), mapper);
@@ -213,7 +215,10 @@ impl ModuleMapper for Assemble<'_> {
             return Param::from_mapped_value(id, value, mapper);
         }
         let kind = Kind::of(&value);
-        let whole = gather_from_group(value.clone().inner(), dim, self.group).map(|whole| leaf(whole, kind));
+        // What no other axis has divided is whole now, and needs no padding.
+        let last = row.dims_after(self.axis, self.table.axes()) == row.padded_dims;
+        let whole = gather_from_group(value.clone().inner(), dim, self.group)
+            .map(|whole| leaf(if last { without_padding(whole, &row.dims) } else { whole }, kind));
         let whole = whole.unwrap_or_else(|error| {
             self.outcome = Err(error);
             value

@@ -3,12 +3,11 @@
 use std::any::Any;
 use std::collections::HashMap;
 
-use burn::backend::Flex;
-use burn::backend::flex::FlexTensor;
 use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::tensor::Tensor;
 
 use super::leaf::{Kind, Lazy, leaf};
+use crate::tensor::PlainTensor;
 
 /// The module without the float parameters that `keep` does not name: they become tensors of no elements, trained or not as
 /// before. Those that stay are left as they are, lazy ones lazy, and no lazy parameter is made.
@@ -43,7 +42,7 @@ impl ModuleMapper for Hold<'_> {
 }
 
 /// The module with these values for some of its float parameters, of any dims.
-pub(crate) fn put<M: Module>(module: M, values: HashMap<ParamId, FlexTensor>) -> M {
+pub(crate) fn put<M: Module>(module: M, values: HashMap<ParamId, PlainTensor>) -> M {
     if values.is_empty() {
         return module;
     }
@@ -51,7 +50,7 @@ pub(crate) fn put<M: Module>(module: M, values: HashMap<ParamId, FlexTensor>) ->
 }
 
 struct Put {
-    values: HashMap<ParamId, FlexTensor>,
+    values: HashMap<ParamId, PlainTensor>,
     /// Leaves already made, so that a parameter held in two places stays one.
     seen: HashMap<ParamId, Box<dyn Any>>,
 }
@@ -63,11 +62,11 @@ impl ModuleMapper for Put {
             let (id, _, mapper) = param.consume();
             return Param::from_mapped_value(id, leaf, mapper);
         }
-        let Some(value) = self.values.remove(&id).filter(|value| value.layout().shape().num_dims() == D) else {
+        let Some(value) = self.values.remove(&id).and_then(|value| value.float::<D>().ok()) else {
             return param;
         };
         let (id, old, mapper) = param.consume();
-        let new = leaf(Tensor::from_primitive::<Flex>(value), Kind::of(&old));
+        let new = leaf(value, Kind::of(&old));
         self.seen.insert(id, Box::new(new.clone()));
         Param::from_mapped_value(id, new, mapper)
     }

@@ -9,6 +9,7 @@ use burn::tensor::{Bool, Int, Tensor, TensorData};
 
 use super::SliceSource;
 use super::leaf::{Kind, Lazy, leaf};
+use super::pad::padded;
 use crate::Error;
 
 /// What this rank holds of a parameter.
@@ -17,6 +18,8 @@ pub(crate) struct Held {
     pub(crate) dims: Vec<usize>,
     /// Its part.
     pub(crate) ranges: Vec<Range<usize>>,
+    /// The dims of its part, with zeros behind what is read where they are larger.
+    pub(crate) local_dims: Vec<usize>,
 }
 
 /// Gives every parameter for which `held` has something its value from a source. The others stay as they are, and so do
@@ -44,19 +47,22 @@ struct Load<'a> {
 }
 
 impl Load<'_> {
-    fn read(&mut self, id: ParamId) -> Option<TensorData> {
-        let Held { dims, ranges } = (self.held)(id).filter(|_| self.outcome.is_ok())?;
+    fn read(&mut self, id: ParamId) -> Option<(TensorData, Vec<usize>)> {
+        let Held { dims, ranges, local_dims } = (self.held)(id).filter(|_| self.outcome.is_ok())?;
         let path = self.path.join(".");
         let wrong = |problem| Err(Error::invalid("load", problem));
         let read = match self.source.dims(&path) {
-            Ok(Some(found)) if found == dims => self.source.read(&path, &ranges),
+            Ok(Some(found)) if found == dims => match ranges.iter().any(Range::is_empty) {
+                true => Ok(TensorData::new(Vec::<f32>::new(), ranges.iter().map(Range::len).collect::<Vec<_>>())),
+                false => self.source.read(&path, &ranges),
+            },
             Ok(Some(found)) => {
                 wrong(format!("parameter `{path}` has dims {dims:?} in the model and {found:?} in the source"))
             }
             Ok(None) => wrong(format!("the source has no parameter `{path}`")),
             Err(error) => Err(error),
         };
-        read.map_err(|error| self.outcome = Err(error)).ok()
+        read.map(|data| (data, local_dims)).map_err(|error| self.outcome = Err(error)).ok()
     }
 }
 
@@ -65,7 +71,7 @@ impl ModuleMapper for Load<'_> {
         if let Some(made) = self.seen.get(&param.id).and_then(|made| made.downcast_ref::<Param<Tensor<D>>>()) {
             return made.clone();
         }
-        let Some(data) = self.read(param.id) else { return param };
+        let Some((data, local_dims)) = self.read(param.id) else { return param };
         let (kind, one) = match param.is_initialized() {
             true => (Kind::of(&param.base()), param.base().inner()),
             false => {
@@ -73,7 +79,7 @@ impl ModuleMapper for Load<'_> {
                 (Kind::on(&device, trained), stand_in.base().inner())
             }
         };
-        let value = Tensor::from_data(data, (&one.device(), one.dtype()));
+        let value = padded(Tensor::from_data(data, (&one.device(), one.dtype())), &local_dims);
         // What a lazy parameter would have been made of is dropped unmade.
         let (id, _, mapper) = Lazy::of(&param).stand_in.consume();
         let made = Param::from_mapped_value(id, leaf(value, kind), mapper);
@@ -82,12 +88,12 @@ impl ModuleMapper for Load<'_> {
     }
 
     fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
-        let Some(data) = self.read(param.id) else { return param };
+        let Some((data, _)) = self.read(param.id) else { return param };
         param.map(|value| Tensor::from_data(data, (&value.device(), value.dtype())))
     }
 
     fn map_bool<const D: usize>(&mut self, param: Param<Tensor<D, Bool>>) -> Param<Tensor<D, Bool>> {
-        let Some(data) = self.read(param.id) else { return param };
+        let Some((data, _)) = self.read(param.id) else { return param };
         param.map(|value| Tensor::from_data(data, &value.device()))
     }
 

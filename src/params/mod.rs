@@ -3,11 +3,13 @@
 
 mod agree;
 mod buffers;
+mod device;
 mod distribute;
 mod hold;
 mod leaf;
 mod load;
 mod outline;
+mod pad;
 mod safetensors;
 mod source;
 
@@ -16,6 +18,7 @@ pub use source::SliceSource;
 
 pub(crate) use agree::agree;
 pub(crate) use buffers::own_buffers;
+pub(crate) use device::one_device;
 pub(crate) use distribute::{agree_on_layouts, assemble, distribute};
 pub(crate) use hold::{hold, put};
 pub(crate) use leaf::with_autodiff;

@@ -2,20 +2,18 @@
 
 use std::ops::Range;
 
-use burn::backend::flex::FlexTensor;
-use burn::backend::ops::{BoolTensorOps, FloatTensorOps, IntTensorOps};
-use burn::backend::{DispatchTensor, Flex};
-use burn::tensor::Slice;
+use burn::backend::DispatchTensor;
 
 use super::stage_error;
 use crate::Error;
 use crate::comm::part;
-use crate::graph::{GraphInputs, GraphTensor, TensorMapper, dispatch, named_tensors};
+use crate::graph::{GraphInputs, TensorMapper, named_tensors};
+use crate::tensor::PlainTensor;
 
 /// The inputs of a step, and how its micro-batches share their rows.
 #[derive(Debug)]
 pub(super) struct Batch {
-    tensors: Vec<GraphTensor>,
+    tensors: Vec<PlainTensor>,
     /// Whether each input is divided.
     divided: Vec<bool>,
     rows: usize,
@@ -35,7 +33,7 @@ impl Batch {
             return Err(stage_error(format!("the step has no input `{path}` to give whole, but {paths:?}")));
         }
         let divided: Vec<bool> = paths.iter().map(|path| !whole.iter().any(|whole| whole == path)).collect();
-        let rows = |tensor: &GraphTensor| tensor.tensor().layout().shape().iter().next().copied();
+        let rows = |tensor: &PlainTensor| tensor.shape().iter().next().copied();
         let mut first: Option<(&str, usize)> = None;
         for ((path, tensor), _) in named.iter().zip(&divided).filter(|(_, divided)| **divided) {
             let advice = "give it whole with `with_whole_input`, if it is not rows of the batch";
@@ -82,10 +80,12 @@ impl Batch {
     }
 
     /// The inputs of a micro-batch.
-    pub(super) fn micro_batch(&self, micro_batch: usize) -> Vec<GraphTensor> {
+    pub(super) fn micro_batch(&self, micro_batch: usize) -> Vec<PlainTensor> {
         let rows = self.rows(micro_batch);
         let tensors = self.tensors.iter().zip(&self.divided);
-        tensors.map(|(tensor, divided)| if *divided { take(tensor, rows.clone()) } else { tensor.clone() }).collect()
+        tensors
+            .map(|(tensor, divided)| if *divided { tensor.clone().narrow(0, rows.clone()) } else { tensor.clone() })
+            .collect()
     }
 
     /// The inputs of a micro-batch in the structure of those of the step.
@@ -97,25 +97,11 @@ impl Batch {
     }
 }
 
-/// Rows of a tensor.
-fn take(tensor: &GraphTensor, rows: Range<usize>) -> GraphTensor {
-    let slices = |tensor: &FlexTensor| -> Vec<Slice> {
-        let dims = tensor.layout().shape();
-        let range = |(dim, size): (usize, &usize)| Slice::from(if dim == 0 { rows.clone() } else { 0..*size });
-        dims.iter().enumerate().map(range).collect()
-    };
-    match tensor.clone() {
-        GraphTensor::Float(tensor) => GraphTensor::Float(Flex::float_slice(tensor.clone(), &slices(&tensor))),
-        GraphTensor::Int(tensor) => GraphTensor::Int(Flex::int_slice(tensor.clone(), &slices(&tensor))),
-        GraphTensor::Bool(tensor) => GraphTensor::Bool(Flex::bool_slice(tensor.clone(), &slices(&tensor))),
-    }
-}
-
-struct Replace(std::vec::IntoIter<GraphTensor>);
+struct Replace(std::vec::IntoIter<PlainTensor>);
 
 impl TensorMapper for Replace {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
-        Ok(self.0.next().map_or(tensor, dispatch))
+        Ok(self.0.next().map_or(tensor, PlainTensor::into_dispatch))
     }
 
     fn enter(&mut self, _: usize) {}

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use burn::module::{Module, ParamId};
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 
 use super::batch::Batch;
 use super::engine::Engine;
@@ -13,11 +13,12 @@ use super::stage_error;
 use super::tied::Ties;
 use crate::Error;
 use crate::comm::Communicator;
-use crate::graph::cut::{CutGraph, StageRun, cut_like};
+use crate::graph::cut::{CutGraph, StageRun, cut_like, measure_operations};
 use crate::graph::{
     ForwardGraph, GraphInputs, LossParts, StepGraph, StepKey, StepLoss, TensorMapper, TokenLoss, capture_forward,
     capture_step, counted_random, graph_error,
 };
+use crate::params::one_device;
 
 /// A step for one kind of batch.
 pub(super) struct CapturedStep {
@@ -61,15 +62,8 @@ impl Engine {
             return Ok((key, batch));
         }
         let (firsts, sizes) = batch.sizes();
-        let mut graphs = Vec::new();
-        for first in firsts {
-            let rows = batch.rows(first).len();
-            let micro_batch = batch.structured(inputs.clone(), first)?;
-            let mut graph =
-                capture_step(&outline, micro_batch, |model, inputs| OfRows { loss: loss(model, inputs), rows })?;
-            self.split_graph(&mut graph)?;
-            graphs.push(graph);
-        }
+        let capture = |first| self.capture(&outline, &batch, inputs.clone(), first, loss);
+        let graphs = firsts.into_iter().map(capture).collect::<Result<Vec<_>, _>>()?;
         let cuts = self.cuts(&graphs, local)?;
         let stages = self.stages(&graphs, &cuts, &sizes)?;
         let gradients = cuts[0].stages.iter().flat_map(|stage| &stage.gradients);
@@ -80,10 +74,46 @@ impl Engine {
         Ok((key, batch))
     }
 
-    /// Makes sure that the forward for this batch is captured and cut.
+    /// The step of one micro-batch, before it is cut.
+    fn capture<M, I, F, R>(
+        &self,
+        outline: &M,
+        batch: &Batch,
+        inputs: I,
+        micro_batch: usize,
+        loss: &mut F,
+    ) -> Result<StepGraph, Error>
+    where
+        M: Module,
+        I: GraphInputs,
+        F: FnMut(&M, I) -> R,
+        R: StepLoss,
+    {
+        let rows = batch.rows(micro_batch).len();
+        let inputs = batch.structured(inputs, micro_batch)?;
+        let mut graph = capture_step(outline, inputs, |model, inputs| OfRows { loss: loss(model, inputs), rows })?;
+        self.split_graph(&mut graph)?;
+        Ok(graph)
+    }
+
+    /// Seconds that each operation of the step takes for the first micro-batch: none is larger.
+    pub(super) fn measure<M, I, F, R>(&self, local: &M, inputs: I, loss: &mut F, runs: usize) -> Result<Vec<f64>, Error>
+    where
+        M: Module,
+        I: GraphInputs + Clone,
+        F: FnMut(&M, I) -> R,
+        R: StepLoss,
+    {
+        let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, self.config.micro_batches)?;
+        let graph = self.capture(&self.outline(local), &batch, inputs, 0, loss)?;
+        let device = one_device(local, "measure")?.unwrap_or_else(Device::flex);
+        measure_operations(&graph, &device, runs)
+    }
+
+    /// Makes sure that the forward for this batch is captured and cut; `local` loses what this rank does not hold.
     pub(super) fn prepare_forward<M, I, F, O>(
         &mut self,
-        local: &M,
+        local: &mut Option<M>,
         inputs: I,
         mut forward: F,
     ) -> Result<(&mut CapturedForward<O>, Batch), Error>
@@ -93,13 +123,12 @@ impl Engine {
         F: FnMut(&M, I) -> O,
         O: GraphInputs + Clone + Send + 'static,
     {
-        if self.cut.is_none() {
-            return Err(stage_error("the model is not cut yet: `prepare` it, or run a step, before a forward alone"));
-        }
         let rows = Batch::new(inputs.clone(), &self.config.whole_inputs, 1)?.rows(0).len();
         let count = self.config.micro_batches.min(rows);
         let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, count)?;
-        let outline = self.outline(local);
+        let Some(model) = local.take() else { return Err(stage_error("the model was lost in an earlier error")) };
+        let outline = self.outline(&model);
+        *local = Some(model);
         let key = StepKey::of::<M, I, F>(&outline, &inputs)?;
         if !self.forwards.contains_key(&key) {
             let (firsts, sizes) = batch.sizes();
@@ -111,7 +140,7 @@ impl Engine {
                 captured.push(graph);
             }
             let graphs: Vec<StepGraph> = captured.iter().map(|captured| captured.graph.clone()).collect();
-            let cuts = self.cuts::<M>(&graphs, &mut None)?;
+            let cuts = self.cuts(&graphs, local)?;
             let stages = self.stages(&graphs, &cuts, &sizes)?;
             let giver = |place: usize| {
                 cuts[0].stages.iter().position(|stage| stage.outputs.iter().any(|(output, _)| *output == place))

@@ -5,15 +5,15 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use burn::module::{Module, ParamId};
 
-use super::PipelineConfig;
 use super::captured::CapturedStep;
 use super::schedule::Timetable;
 use super::tied::Ties;
+use super::{PipelineConfig, stage_error};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::graph::cut::CutGraph;
 use crate::graph::{CustomOps, ModelSplit, RandomSource, StepKey, register_counted_random};
-use crate::params;
+use crate::params::{self, SliceSource};
 use crate::plan::{Plan, PlanRow};
 
 /// The captured steps of a pipeline, and what they are cut by.
@@ -102,18 +102,41 @@ impl Engine {
         Some(floats.filter_map(|row| Some((row.clone(), rank(row)?))).collect())
     }
 
-    /// Drops what this rank does not hold, if that is known.
-    pub(super) fn hold<M: Module>(&self, model: M) -> M {
-        let Some(holders) = &self.holders else { return model };
+    /// The parameters that this rank holds, if that is known.
+    fn kept(&self) -> Option<HashSet<ParamId>> {
+        let holders = self.holders.as_ref()?;
         let rank = Some(self.group.rank());
         let held = |id: &ParamId| {
             holders.get(id).is_none_or(|stages| stages.iter().any(|stage| self.timetable.rank_of(*stage) == rank))
         };
         // Few numbers, which all clones of a module share: they stay.
         let running = |row: &&PlanRow| row.path.ends_with("running_mean") || row.path.ends_with("running_var");
-        let kept: HashSet<ParamId> =
-            self.rows.iter().filter(|row| held(&row.id) || running(row)).map(|row| row.id).collect();
+        let kept = |row: &&PlanRow| held(&row.id) || running(row) || !row.dtype.is_float();
+        Some(self.rows.iter().filter(kept).map(|row| row.id).collect())
+    }
+
+    /// Drops what this rank does not hold, if that is known.
+    pub(super) fn hold<M: Module>(&self, model: M) -> M {
+        let Some(kept) = self.kept() else { return model };
         params::hold(model, &|id| kept.contains(&id))
+    }
+
+    /// Gives what this rank holds the values that a source has, of which nothing else is read.
+    ///
+    /// # Errors
+    /// [`Error::Pipeline`] if it is not known who holds what; those of [`params::load`].
+    pub(super) fn load<M: Module>(&self, local: M, source: &mut dyn SliceSource) -> Result<M, Error> {
+        let kept = self.kept().ok_or_else(|| {
+            stage_error("who holds what is not known yet: `prepare` the model before it is loaded, or cut it by paths")
+        })?;
+        let whole = |id: ParamId| {
+            let dims = self.dims.get(&id)?.clone();
+            let ranges = dims.iter().map(|size| 0..*size).collect();
+            Some(params::Held { ranges, local_dims: dims.clone(), dims })
+        };
+        params::load(local, source, &|id| {
+            kept.contains(&id).then(|| self.split.as_ref().map_or_else(|| whole(id), |split| split.held(id)))?
+        })
     }
 
     /// The whole model without memory behind what this rank does not hold.

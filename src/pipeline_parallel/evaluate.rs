@@ -1,19 +1,38 @@
 //! Forward passes through a pipeline, for evaluation.
 
-use burn::backend::Flex;
-use burn::backend::flex::FlexTensor;
-use burn::backend::ops::{BoolTensorOps, FloatTensorOps, IntTensorOps};
 use burn::module::Module;
+use burn::tensor::Device;
 
 use super::pipelined::{bound, lock};
 use super::schedule::Unit;
 use super::{Pipelined, stage_error};
 use crate::Error;
-use crate::graph::{GraphInputs, GraphTensor};
+use crate::graph::GraphInputs;
+use crate::params::one_device;
+use crate::tensor::PlainTensor;
 
 impl<M: Module> Pipelined<M> {
+    /// Captures and cuts a forward pass for inputs of these shapes, without running it: as [`prepare`](Self::prepare), for a
+    /// model that is evaluated and not trained. Collective: every rank passes inputs of the same shapes.
+    ///
+    /// A step that is trained later keeps to this cut.
+    ///
+    /// # Errors
+    /// As [`forward_with`](Self::forward_with).
+    pub fn prepare_forward<I, F, O>(&mut self, inputs: I, forward: F) -> Result<(), Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&M, I) -> O,
+        O: GraphInputs + Clone + Send + 'static,
+    {
+        let engine = self.engine.clone();
+        let mut local = Some(self.local.clone());
+        lock(&engine).prepare_forward(&mut local, inputs, forward)?;
+        self.take(local)
+    }
+
     /// Runs a forward pass for evaluation on a batch, divided into micro-batches like that of a step: what `forward` gives,
-    /// on every rank and on Flex without autodiff. The outputs of the micro-batches are put together along their first dim.
+    /// on every rank, without autodiff. The outputs of the micro-batches are put together along their first dim.
     ///
     /// The model is in evaluation mode, as after [`Module::valid`]: no dropout, running statistics in batch norms. Collective:
     /// every rank passes the whole batch.
@@ -28,9 +47,14 @@ impl<M: Module> Pipelined<M> {
     {
         let mut engine = lock(&self.engine);
         let group = engine.group.clone();
-        let (captured, batch) = engine.prepare_forward(&self.local, inputs, forward)?;
+        if engine.cut.is_none() {
+            let advice = "`prepare` or `prepare_forward` it, or run a step, before a forward alone";
+            return Err(stage_error(format!("the model is not cut yet: {advice}")));
+        }
+        let device = one_device(&self.local, "forward_with")?.unwrap_or_else(Device::flex);
+        let (captured, batch) = engine.prepare_forward(&mut Some(self.local.clone()), inputs, forward)?;
         let count = captured.sizes.len();
-        let inputs: Vec<Vec<GraphTensor>> = (0..count).map(|micro_batch| batch.micro_batch(micro_batch)).collect();
+        let inputs: Vec<Vec<PlainTensor>> = (0..count).map(|micro_batch| batch.micro_batch(micro_batch)).collect();
         let pipeline = &mut captured.pipeline;
         let mut executed = bound(&mut captured.stages, &self.local, |stages| pipeline.evaluate(stages, &inputs))?;
         captured.stages.iter_mut().for_each(|stage| drop(stage.unbind(&self.local)));
@@ -46,23 +70,11 @@ impl<M: Module> Pipelined<M> {
                     .outputs
                     .get_mut(&Unit::new(*giver, micro_batch))
                     .and_then(|given| given.get(before).cloned());
-                let nothing = || GraphTensor::of_dtype(FlexTensor::zeros(like.shape.clone(), like.dtype), like.dtype);
+                let nothing = || PlainTensor::zeros(like.shape.clone(), like.dtype, &device);
                 parts.push(group.broadcast(own.unwrap_or_else(nothing), root)?);
             }
-            whole.push(cat(parts)?);
+            whole.push(PlainTensor::cat(parts, 0)?);
         }
         captured.graphs[0].outputs(whole)
-    }
-}
-
-/// Tensors of one kind one behind the other.
-fn cat(parts: Vec<GraphTensor>) -> Result<GraphTensor, Error> {
-    let kind = parts.first().cloned();
-    let tensors = parts.into_iter().map(GraphTensor::into_tensor).collect();
-    match kind {
-        Some(GraphTensor::Float(_)) => Ok(GraphTensor::Float(Flex::float_cat(tensors, 0))),
-        Some(GraphTensor::Int(_)) => Ok(GraphTensor::Int(Flex::int_cat(tensors, 0))),
-        Some(GraphTensor::Bool(_)) => Ok(GraphTensor::Bool(Flex::bool_cat(tensors, 0))),
-        None => Err(stage_error("there is no micro-batch")),
     }
 }

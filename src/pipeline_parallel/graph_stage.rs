@@ -2,17 +2,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use burn::backend::Flex;
-use burn::backend::flex::FlexTensor;
-use burn::backend::ops::FloatTensorOps;
 use burn::module::{Module, ParamId};
-use burn::tensor::Scalar;
 
 use super::schedule::{Direction, Edge};
 use super::{Forwarded, LossSum, MicroBatch, Parcel, Stage, stage_error};
 use crate::Error;
 use crate::graph::cut::{StageRun, Tensors};
-use crate::graph::{GraphTensor, RandomSource, graph_error};
+use crate::graph::{RandomSource, graph_error};
+use crate::tensor::PlainTensor;
 
 /// A stage of a captured step. Micro-batches of different sizes are captured apart; they share parameters and gradients.
 #[derive(Debug)]
@@ -24,7 +21,7 @@ pub(super) struct GraphStage {
     sizes: Vec<usize>,
     /// With as many tensors as the size that sends most: a batch of one row, for example, spares some operations.
     edges: Vec<Edge>,
-    gradients: HashMap<ParamId, FlexTensor>,
+    gradients: HashMap<ParamId, PlainTensor>,
     /// What random numbers follow from, and the number of the first micro-batch of this step among all so far.
     random: Option<(RandomSource, u64)>,
 }
@@ -67,12 +64,12 @@ impl GraphStage {
     }
 
     /// Lets go of the parameters, and takes the gradients that have come together.
-    pub(super) fn unbind<M: Module>(&mut self, model: &M) -> HashMap<ParamId, FlexTensor> {
+    pub(super) fn unbind<M: Module>(&mut self, model: &M) -> HashMap<ParamId, PlainTensor> {
         self.runs.iter_mut().for_each(|run| run.unbind(model));
         std::mem::take(&mut self.gradients)
     }
 
-    fn run(&mut self, micro_batch: usize) -> Result<(&mut StageRun, &mut HashMap<ParamId, FlexTensor>), Error> {
+    fn run(&mut self, micro_batch: usize) -> Result<(&mut StageRun, &mut HashMap<ParamId, PlainTensor>), Error> {
         let run = self.sizes.get(micro_batch).and_then(|size| self.runs.get_mut(*size));
         let (index, known) = (self.index, self.sizes.len());
         let unknown = || stage_error(format!("stage {index} knows {known} micro-batches, not number {micro_batch}"));
@@ -81,27 +78,23 @@ impl GraphStage {
 }
 
 /// Adds a gradient to the sum of those before.
-pub(super) fn accumulate(sums: &mut HashMap<ParamId, FlexTensor>, id: ParamId, gradient: FlexTensor) {
+pub(super) fn accumulate(sums: &mut HashMap<ParamId, PlainTensor>, id: ParamId, gradient: PlainTensor) {
     let sum = match sums.remove(&id) {
-        Some(sum) => Flex::float_add(sum, gradient),
+        Some(sum) => sum.add(gradient),
         None => gradient,
     };
     sums.insert(id, sum);
-}
-
-fn scaled(gradient: FlexTensor, scale: f64) -> FlexTensor {
-    if scale == 1.0 { gradient } else { Flex::float_mul_scalar(gradient, Scalar::Float(scale)) }
 }
 
 fn received(parcels: Vec<Parcel>) -> BTreeMap<usize, Tensors> {
     parcels.into_iter().map(|parcel| (parcel.from, parcel.tensors.into_iter().flatten().collect())).collect()
 }
 
-fn number(tensor: GraphTensor) -> Result<f64, Error> {
+fn number(tensor: PlainTensor) -> Result<f64, Error> {
     Ok(tensor.float::<1>()?.into_scalar::<f64>())
 }
 
-impl Stage<Vec<GraphTensor>> for GraphStage {
+impl Stage<Vec<PlainTensor>> for GraphStage {
     fn index(&self) -> usize {
         self.index
     }
@@ -112,7 +105,7 @@ impl Stage<Vec<GraphTensor>> for GraphStage {
 
     fn forward(
         &mut self,
-        micro_batch: MicroBatch<'_, Vec<GraphTensor>>,
+        micro_batch: MicroBatch<'_, Vec<PlainTensor>>,
         parcels: Vec<Parcel>,
     ) -> Result<Forwarded, Error> {
         if let Some((source, first)) = &self.random {
@@ -138,21 +131,21 @@ impl Stage<Vec<GraphTensor>> for GraphStage {
 
     fn backward_input(
         &mut self,
-        micro_batch: MicroBatch<'_, Vec<GraphTensor>>,
+        micro_batch: MicroBatch<'_, Vec<PlainTensor>>,
         parcels: Vec<Parcel>,
     ) -> Result<Vec<Parcel>, Error> {
         let (run, gradients) = self.run(micro_batch.index)?;
         let sends = run.backward_input(micro_batch.index, received(parcels), &mut |id, gradient| {
-            accumulate(gradients, id, scaled(gradient, micro_batch.scale));
+            accumulate(gradients, id, gradient.scale(micro_batch.scale));
             Ok(())
         })?;
         Ok(self.parcels(Direction::Backward, sends))
     }
 
-    fn backward_weight(&mut self, micro_batch: MicroBatch<'_, Vec<GraphTensor>>) -> Result<(), Error> {
+    fn backward_weight(&mut self, micro_batch: MicroBatch<'_, Vec<PlainTensor>>) -> Result<(), Error> {
         let (run, gradients) = self.run(micro_batch.index)?;
         run.backward_weight(micro_batch.index, &mut |id, gradient| {
-            accumulate(gradients, id, scaled(gradient, micro_batch.scale));
+            accumulate(gradients, id, gradient.scale(micro_batch.scale));
             Ok(())
         })
     }
@@ -166,3 +159,6 @@ impl Stage<Vec<GraphTensor>> for GraphStage {
         self.gradients.clear();
     }
 }
+
+#[cfg(test)]
+mod tests;

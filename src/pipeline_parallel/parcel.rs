@@ -2,7 +2,7 @@
 
 use super::stage_error;
 use crate::Error;
-use crate::graph::GraphTensor;
+use crate::tensor::PlainTensor;
 
 /// The tensors that one stage gives to another for one micro-batch: activations, or their gradients.
 ///
@@ -16,12 +16,12 @@ pub struct Parcel {
     pub to: usize,
     /// The tensors in the order of the giving stage. In a backward parcel, in the order of the activations that they are
     /// gradients of; `None` where there is no gradient, as for a mask of integers.
-    pub tensors: Vec<Option<GraphTensor>>,
+    pub tensors: Vec<Option<PlainTensor>>,
 }
 
 impl Parcel {
     /// A parcel without gaps.
-    pub fn new(from: usize, to: usize, tensors: impl IntoIterator<Item = GraphTensor>) -> Self {
+    pub fn new(from: usize, to: usize, tensors: impl IntoIterator<Item = PlainTensor>) -> Self {
         Self { from, to, tensors: tensors.into_iter().map(Some).collect() }
     }
 
@@ -29,7 +29,7 @@ impl Parcel {
     ///
     /// # Errors
     /// [`Error::Pipeline`] if one is missing.
-    pub fn into_tensors(self) -> Result<Vec<GraphTensor>, Error> {
+    pub fn into_tensors(self) -> Result<Vec<PlainTensor>, Error> {
         let Self { from, to, tensors } = self;
         let missing = tensors.iter().position(Option::is_none);
         match missing {

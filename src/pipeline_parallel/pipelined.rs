@@ -3,12 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use burn::backend::Flex;
-use burn::backend::flex::FlexTensor;
-use burn::backend::ops::FloatTensorOps;
 use burn::module::{Module, ParamId};
 use burn::optim::GradientsParams;
-use burn::tensor::{DType, Device, Scalar, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use super::captured::CapturedStep;
 use super::engine::Engine;
@@ -19,10 +16,9 @@ use super::{PipelineConfig, Stage, stage_error};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::graph::cut::CutReport;
-use crate::graph::{
-    GraphInputs, GraphTensor, ModelSplit, StepLoss, StepObserver, StepOutputs, gradients_params, read_params,
-};
-use crate::params;
+use crate::graph::{GraphInputs, ModelSplit, StepLoss, StepObserver, StepOutputs, gradients_params, read_params};
+use crate::params::{self, SliceSource, one_device};
+use crate::tensor::PlainTensor;
 
 /// A model cut into the stages of a pipeline: a burn [`Module`] with the paths and ids of the model, in which the
 /// parameters of other ranks' stages have no elements. Optimizers, records and visitors take it as they take the model. Its
@@ -49,7 +45,7 @@ pub struct Step {
     /// The gradients of the parameters that this rank holds, for burn's optimizers.
     pub grads: GradientsParams,
     /// The extra outputs of the closure for each micro-batch, on the rank that computes them; empty on the others.
-    pub outputs: Vec<Vec<GraphTensor>>,
+    pub outputs: Vec<Vec<PlainTensor>>,
     /// What it took on this rank.
     pub report: RunReport,
 }
@@ -115,15 +111,15 @@ impl<M: Module> Pipelined<M> {
             // Every rank still has everything.
             None => self.local.clone(),
             Some(homes) => {
+                let device = one_device(&self.local, "assemble")?.unwrap_or_else(Device::flex);
                 let mut values = HashMap::new();
                 for (row, home) in homes {
                     let own = match home == self.group.rank() {
                         true => read_params(&self.local, &[row.id].into())?.remove(&row.id),
                         false => None,
                     };
-                    let nothing = || FlexTensor::zeros(row.dims.clone().into(), row.dtype);
-                    let value = own.unwrap_or_else(|| GraphTensor::Float(nothing()));
-                    values.insert(row.id, self.group.broadcast(value, home)?.into_tensor());
+                    let nothing = || PlainTensor::zeros(row.dims.clone(), row.dtype, &device);
+                    values.insert(row.id, self.group.broadcast(own.unwrap_or_else(nothing), home)?);
                 }
                 params::put(self.local.clone(), values)
             }
@@ -132,6 +128,19 @@ impl<M: Module> Pipelined<M> {
             Some(split) => split.assemble(&whole),
             None => Ok(whole),
         }
+    }
+
+    /// Gives all parameters the values that a store has under their paths. Each rank asks for what its stages hold only, and
+    /// lazy parameters are never made: so a model is loaded that no rank could hold. Not collective; every rank has the same
+    /// store.
+    ///
+    /// # Errors
+    /// [`Error::Pipeline`] if the model is not cut yet: [`prepare`](Self::prepare) it, or cut it by paths;
+    /// [`Error::InvalidArgument`] if the source lacks a parameter, or has it with other dims than the whole one has; those
+    /// of the source.
+    pub fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
+        let local = lock(&self.engine).load(self.local.clone(), source)?;
+        Ok(Self { local, ..self })
     }
 
     /// Captures and cuts the step for inputs of these shapes, without running it: afterwards this rank holds its stages only.
@@ -151,7 +160,46 @@ impl<M: Module> Pipelined<M> {
         self.take(local)
     }
 
-    fn take(&mut self, local: Option<M>) -> Result<(), Error> {
+    /// Seconds that each operation of this step takes on this rank alone, for [`Cut::Measured`](crate::graph::cut::Cut): where
+    /// an operation takes much longer or shorter than its shapes let one expect, stages are balanced better by this. `inputs`
+    /// are those of [`step`](Self::step), `runs` is how often each operation runs. Nothing is cut, no parameter is made; see
+    /// [`measure_operations`](crate::graph::cut::measure_operations).
+    ///
+    /// All ranks that cut the same step, those of replicas too, must be given the costs of one of them:
+    ///
+    /// ```
+    /// # use burn::nn::LinearConfig;
+    /// # use burn::prelude::*;
+    /// # use burn_parallel::prelude::*;
+    /// # launch::threads(2).run(|rank| {
+    /// # let device = rank.device().autodiff();
+    /// # let model: Vec<_> = (0..4).map(|_| LinearConfig::new(8, 8).init(&device)).collect();
+    /// # let batch = Tensor::<2>::ones([16, 8], &device);
+    /// # let loss = |model: &Vec<burn::nn::Linear>, rows: Tensor<2>| model.iter().fold(rows, |x, l| l.forward(x)).mean();
+    /// let config = PipelineConfig::new(4);
+    /// let costs = model.clone().pipeline_parallel(&rank, config.clone())?.measure(batch.clone(), loss, 5)?;
+    /// let costs = rank.broadcast(costs, 0)?; // `rank` is the world
+    /// let mut model = model.pipeline_parallel(&rank, config.with_cut(Cut::Measured(costs)))?;
+    /// model.step(batch, loss)?;
+    /// # Ok(())
+    /// # })?;
+    /// # Ok::<(), Error>(())
+    /// ```
+    ///
+    /// Collective only if the model is split as well: over the groups of the split.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if the step cannot be recorded; [`Error::Pipeline`] if the inputs cannot be divided.
+    pub fn measure<I, F, R>(&self, inputs: I, mut loss: F, runs: usize) -> Result<Vec<f64>, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&M, I) -> R,
+        R: StepLoss,
+    {
+        lock(&self.engine).measure(&self.local, inputs, &mut loss, runs)
+    }
+
+    pub(super) fn take(&mut self, local: Option<M>) -> Result<(), Error> {
         self.local = local.ok_or_else(|| stage_error("the model was lost while it was cut"))?;
         Ok(())
     }
@@ -176,8 +224,7 @@ impl<M: Module> Pipelined<M> {
         let weight = run.loss.weight;
         // Of no items at all the loss is NaN, the gradients are those of nothing.
         if weight != 1.0 && weight > 0.0 {
-            let mean = |(id, sum)| (id, Flex::float_mul_scalar(sum, Scalar::Float(1.0 / weight)));
-            gradients = gradients.into_iter().map(mean).collect();
+            gradients = gradients.into_iter().map(|(id, sum)| (id, sum.scale(1.0 / weight))).collect();
         }
         let grads = gradients_params(&self.local, gradients.into_iter().collect());
         Ok(Step { loss: run.loss.sum / weight, weight, grads, outputs, report: self.last.clone().unwrap_or_default() })
@@ -219,7 +266,7 @@ impl<M: Module> Pipelined<M> {
         &mut self,
         inputs: I,
         mut loss: F,
-    ) -> Result<(PipelineRun, Vec<Vec<GraphTensor>>, Vec<(ParamId, FlexTensor)>), Error>
+    ) -> Result<(PipelineRun, Vec<Vec<PlainTensor>>, Vec<(ParamId, PlainTensor)>), Error>
     where
         I: GraphInputs + Clone,
         F: FnMut(&M, I) -> R,
@@ -231,7 +278,7 @@ impl<M: Module> Pipelined<M> {
         let mut local = Some(self.local.clone());
         let (key, batch) = engine.prepare(&mut local, inputs, &mut loss)?;
         self.take(local)?;
-        let inputs: Vec<Vec<GraphTensor>> =
+        let inputs: Vec<Vec<PlainTensor>> =
             (0..engine.config.micro_batches).map(|micro_batch| batch.micro_batch(micro_batch)).collect();
         let Some(CapturedStep { pipeline, stages, trained }) = engine.steps.get_mut(&key) else {
             return Err(stage_error("the step was not captured"));
@@ -247,7 +294,10 @@ impl<M: Module> Pipelined<M> {
             }
         }
         let trained = trained.clone();
-        engine.ties.sum(&mut gradients, &trained)?;
+        if engine.timetable.trains() {
+            let device = one_device(&self.local, "a step")?.unwrap_or_else(Device::flex);
+            engine.ties.sum(&mut gradients, &trained, &device)?;
+        }
         let order = engine.gradients(&trained);
         let gradients = order.into_iter().filter_map(|id| Some((id, gradients.remove(&id)?))).collect();
         engine.sent = std::mem::take(&mut engine.sent) + executed.report.counters.clone();

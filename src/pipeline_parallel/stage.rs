@@ -3,7 +3,7 @@
 use super::parcel::Parcel;
 use super::schedule::Edge;
 use crate::Error;
-use crate::graph::GraphTensor;
+use crate::tensor::PlainTensor;
 
 /// A micro-batch, as a stage sees it.
 #[derive(Debug)]
@@ -48,7 +48,7 @@ pub struct Forwarded {
     /// The loss, from the stage that computes it. When several stages give some, the sums and weights add up.
     pub loss: Option<LossSum>,
     /// What else it has to show for the micro-batch: predictions, statistics. They stay on this rank.
-    pub outputs: Vec<GraphTensor>,
+    pub outputs: Vec<PlainTensor>,
 }
 
 /// Consecutive layers of a model on one rank. `I` is what the rank gets for each micro-batch.

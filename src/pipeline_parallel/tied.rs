@@ -2,15 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use burn::backend::flex::FlexTensor;
 use burn::module::{Module, ParamId};
-use burn::tensor::{DType, Shape};
+use burn::tensor::{DType, Device, Shape};
 
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::graph::cut::CutGraph;
-use crate::graph::{GraphTensor, StepGraph, read_params};
-use crate::params;
+use crate::graph::{StepGraph, read_params};
+use crate::params::{self, one_device};
+use crate::tensor::PlainTensor;
 
 /// A parameter that several ranks hold.
 #[derive(Debug, Clone)]
@@ -23,8 +23,8 @@ struct Tie {
 }
 
 impl Tie {
-    fn zeros(&self) -> FlexTensor {
-        FlexTensor::zeros(self.shape.clone(), self.dtype)
+    fn zeros(&self, device: &Device) -> PlainTensor {
+        PlainTensor::zeros(self.shape.clone(), self.dtype, device)
     }
 }
 
@@ -71,15 +71,16 @@ impl Ties {
     /// # Errors
     /// Those of [`Communicator`].
     pub(super) fn share<M: Module>(&self, model: M) -> Result<M, Error> {
+        let device = one_device(&model, "pipeline_parallel")?.unwrap_or_else(Device::flex);
         let own = self.0.iter().flat_map(|(group, ties)| ties.iter().filter(|tie| tie.home == group.rank()));
         let mut own = read_params(&model, &own.map(|tie| tie.id).collect())?;
         let mut values = HashMap::new();
         for (group, ties) in &self.0 {
             for tie in ties {
-                let mine = own.remove(&tie.id).unwrap_or_else(|| GraphTensor::of_dtype(tie.zeros(), tie.dtype));
+                let mine = own.remove(&tie.id).unwrap_or_else(|| tie.zeros(&device));
                 let value = group.broadcast(mine, tie.home)?;
                 if group.rank() != tie.home {
-                    values.insert(tie.id, value.into_tensor());
+                    values.insert(tie.id, value);
                 }
             }
         }
@@ -87,19 +88,20 @@ impl Ties {
     }
 
     /// Sums the parts of the gradients of `trained` parameters in the order of the ranks, so that all holders step to the
-    /// same value.
+    /// same value. `device` is that of the model.
     ///
     /// # Errors
     /// Those of [`Communicator`].
     pub(super) fn sum(
         &self,
-        gradients: &mut HashMap<ParamId, FlexTensor>,
+        gradients: &mut HashMap<ParamId, PlainTensor>,
         trained: &HashSet<ParamId>,
+        device: &Device,
     ) -> Result<(), Error> {
         for (group, ties) in &self.0 {
             for tie in ties.iter().filter(|tie| trained.contains(&tie.id)) {
-                let part = gradients.remove(&tie.id).unwrap_or_else(|| tie.zeros());
-                gradients.insert(tie.id, group.all_reduce(GraphTensor::Float(part), ReduceOp::Sum)?.into_tensor());
+                let part = gradients.remove(&tie.id).unwrap_or_else(|| tie.zeros(device));
+                gradients.insert(tie.id, group.all_reduce(part, ReduceOp::Sum)?);
             }
         }
         Ok(())

@@ -97,6 +97,8 @@ struct Rule {
     layout: Layout,
     /// Whether it may match nothing.
     optional: bool,
+    /// Whether a dim that the degree does not divide is padded.
+    padded: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,21 +122,33 @@ impl Plan {
 
     /// Splits the parameters that match along `dim`.
     pub fn shard(self, pattern: impl Into<String>, dim: usize) -> Self {
-        self.rule(pattern.into(), Layout::Sharded(dim), false)
+        self.rule(Rule { pattern: pattern.into(), layout: Layout::Sharded(dim), optional: false, padded: false })
+    }
+
+    /// Splits the parameters that match along `dim`, padded with zeros to the next size that the ranks divide evenly: for
+    /// vocabularies, and the widths of layers that are not cut in a way that the model itself knows of, as heads are.
+    ///
+    /// Each rank holds as much as the first; the last ones hold zeros, which stay zeros in training, and neither the loss nor
+    /// a gradient knows of them. Checkpoints and whole models have the dims that the model has. Whether the step can go on with padding
+    /// shows when it is captured: a linear layer, an embedding and what is computed element by element from them can, with
+    /// sums, means and the softmax over the padded dim; other activations are gathered, and a parameter that is read in another
+    /// way is an error then.
+    pub fn shard_padded(self, pattern: impl Into<String>, dim: usize) -> Self {
+        self.rule(Rule { pattern: pattern.into(), layout: Layout::Sharded(dim), optional: false, padded: true })
     }
 
     /// Splits the parameters that match along `dim`; it is no error if there is none, or if earlier rules take them all.
     pub fn shard_if_present(self, pattern: impl Into<String>, dim: usize) -> Self {
-        self.rule(pattern.into(), Layout::Sharded(dim), true)
+        self.rule(Rule { pattern: pattern.into(), layout: Layout::Sharded(dim), optional: true, padded: false })
     }
 
     /// Leaves the parameters that match whole on every rank, whatever later rules say.
     pub fn replicate(self, pattern: impl Into<String>) -> Self {
-        self.rule(pattern.into(), Layout::Replicated, false)
+        self.rule(Rule { pattern: pattern.into(), layout: Layout::Replicated, optional: false, padded: false })
     }
 
-    fn rule(mut self, pattern: String, layout: Layout, optional: bool) -> Self {
-        self.own.rules.push(Rule { pattern, layout, optional });
+    fn rule(mut self, rule: Rule) -> Self {
+        self.own.rules.push(rule);
         self
     }
 
@@ -190,8 +204,8 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::Plan`] if the plan names an axis that is not given; if a pattern matches no parameter, or no rule of an axis
-    /// does; if a parameter is claimed twice; if a rule splits a dim that a parameter does not have or that the degree does
-    /// not divide, or a parameter that is not float.
+    /// does; if a parameter is claimed twice; if a rule splits a dim that a parameter does not have, or that the degree does
+    /// not divide and is not to be [padded](Self::shard_padded), or a parameter that is not float.
     pub fn table_over<M: Module>(&self, model: &M, axes: &[(&str, usize)]) -> Result<PlanTable, Error> {
         PlanTable::of(self, model, axes)
     }
@@ -221,6 +235,11 @@ impl AxisPlan {
 
     pub(crate) fn layout(&self, path: &str) -> Layout {
         self.rules.iter().find(|rule| rule.matches(path)).map_or(Layout::Replicated, |rule| rule.layout)
+    }
+
+    /// Whether the dim along which a parameter is split may be padded.
+    fn pads(&self, path: &str) -> bool {
+        self.rules.iter().find(|rule| rule.matches(path)).is_some_and(|rule| rule.padded)
     }
 
     pub(crate) fn sequence_dim(&self) -> Option<usize> {

@@ -2,7 +2,8 @@
 //!
 //! They go by field names, so that they fit a layer wherever it is in a model. [`Plan::then`] puts them together.
 
-use super::Plan;
+use super::{Plan, Rule};
+use crate::layout::Layout;
 
 impl Plan {
     /// Megatron-LM's plan ([arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3) for burn's `TransformerEncoder`
@@ -55,9 +56,20 @@ impl Plan {
 
     /// For a language model: burn's `Embedding` in the field `embedding` split by rows, the `Linear` in the field `output`
     /// that makes the logits by columns, so that each rank has part of the vocabulary at both ends. The cross-entropy is
-    /// computed from logits that stay split.
+    /// computed from logits that stay split. An `output` that is tied to the embedding needs no field of its own.
+    ///
+    /// A vocabulary that the number of ranks does not divide is [padded](Self::shard_padded).
     pub fn vocabulary(embedding: &str, output: &str) -> Self {
-        Self::new().shard(format!("*{embedding}.weight"), 0).columns(output)
+        let part = |field: String, dim, optional| Rule {
+            pattern: format!("*{field}"),
+            layout: Layout::Sharded(dim),
+            optional,
+            padded: true,
+        };
+        Self::new()
+            .rule(part(format!("{embedding}.weight"), 0, false))
+            .rule(part(format!("{output}.weight"), 1, true))
+            .rule(part(format!("{output}.bias"), 0, true))
     }
 
     /// A `Linear` by columns, its bias alike.

@@ -19,6 +19,8 @@ pub struct PlanRow {
     pub id: ParamId,
     /// Its dims in the whole model.
     pub dims: Vec<usize>,
+    /// These dims with the [padding](super::Plan::shard_padded) that makes all parts equally large.
+    pub padded_dims: Vec<usize>,
     /// Its dtype.
     pub dtype: DType,
     /// How it lies over each axis of the table, in order. A dim that two axes split is divided over the first, and each
@@ -38,7 +40,7 @@ impl PlanRow {
 
     /// The dims that it has once the first `axes` axes have taken their parts.
     pub(crate) fn dims_after(&self, axes: usize, sizes: &[(String, usize)]) -> Vec<usize> {
-        let mut dims = self.dims.clone();
+        let mut dims = self.padded_dims.clone();
         for (layout, (_, size)) in self.layouts.iter().zip(sizes).take(axes) {
             if let Layout::Sharded(dim) = layout {
                 dims[*dim] /= size;
@@ -66,7 +68,13 @@ impl PlanTable {
                 return Err(plan_error(format!("axis `{name}` has no ranks: a plan is for at least 1")));
             }
         }
-        for (index, of_axis) in plan.over(axes.iter().map(|axis| axis.0))?.into_iter().enumerate() {
+        let plans = plan.over(axes.iter().map(|axis| axis.0))?;
+        for row in &mut rows {
+            let places = plans.iter().zip(axes);
+            row.padded_dims = padded_dims(row, places.map(|(of_axis, (_, degree))| (of_axis, *degree)));
+            row.local_dims = row.padded_dims.clone();
+        }
+        for (index, of_axis) in plans.into_iter().enumerate() {
             of_axis.check(axes[index].0, &rows, &tied)?;
             for row in &mut rows {
                 place(row, of_axis.layout(&row.path), axes[index])?;
@@ -140,6 +148,26 @@ impl AxisPlan {
     }
 }
 
+/// The dims of a parameter, of which those that may be padded are multiples of the ranks that they are divided over.
+fn padded_dims<'a>(row: &PlanRow, axes: impl Iterator<Item = (&'a AxisPlan, usize)>) -> Vec<usize> {
+    let mut dims = row.dims.clone();
+    let (mut over, mut pads) = (vec![1; dims.len()], vec![false; dims.len()]);
+    for (axis, degree) in axes {
+        if let Layout::Sharded(dim) = axis.layout(&row.path)
+            && dim < dims.len()
+        {
+            over[dim] *= degree;
+            pads[dim] |= axis.pads(&row.path);
+        }
+    }
+    for ((size, over), pads) in dims.iter_mut().zip(over).zip(pads) {
+        if pads {
+            *size = size.next_multiple_of(over);
+        }
+    }
+    dims
+}
+
 fn place(row: &mut PlanRow, layout: Layout, (axis, degree): (&str, usize)) -> Result<(), Error> {
     if !row.dtype.is_float() && layout != Layout::Replicated {
         return Err(plan_error(format!("parameter `{}` is {:?}, but only float is split", row.path, row.dtype)));
@@ -170,7 +198,8 @@ pub(super) fn local_dims(
         };
         if !size.is_multiple_of(degree) {
             return Err(plan_error(format!(
-                "{}, but {degree} does not divide {size}: choose another dim or degree, or replicate it",
+                "{}, but {degree} does not divide {size}: choose another dim or degree, replicate it, or, \
+                 if it may be padded, say so by `shard_padded`",
                 wanted()
             )));
         }
@@ -226,7 +255,8 @@ impl Rows {
         let path = self.path.join(".");
         if self.seen.insert(id) {
             let local_dims = dims.clone();
-            self.rows.push(PlanRow { path, id, dims, dtype, layouts: Vec::new(), local_dims, bytes: 0 });
+            let padded_dims = dims.clone();
+            self.rows.push(PlanRow { path, id, dims, padded_dims, dtype, layouts: Vec::new(), local_dims, bytes: 0 });
         } else if let Some(row) = self.rows.iter().find(|row| row.id == id) {
             self.tied.push(Tie { first: row.path.clone(), other: path });
         }

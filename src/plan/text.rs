@@ -69,6 +69,8 @@ pub(super) struct RuleText {
     replicate: bool,
     #[serde(default, skip_serializing_if = "is_false")]
     if_present: bool,
+    #[serde(default, skip_serializing_if = "is_false")]
+    padded: bool,
 }
 
 fn is_false(flag: &bool) -> bool {
@@ -76,21 +78,26 @@ fn is_false(flag: &bool) -> bool {
 }
 
 impl From<Rule> for RuleText {
-    fn from(Rule { pattern, layout, optional: if_present }: Rule) -> Self {
+    fn from(Rule { pattern, layout, optional: if_present, padded }: Rule) -> Self {
         let shard = match layout {
             Layout::Sharded(dim) => Some(dim),
             _ => None,
         };
-        Self { pattern, shard, replicate: shard.is_none(), if_present }
+        Self { pattern, shard, replicate: shard.is_none(), if_present, padded }
     }
 }
 
 impl TryFrom<RuleText> for Rule {
     type Error = String;
 
-    fn try_from(RuleText { pattern, shard, replicate, if_present: optional }: RuleText) -> Result<Self, String> {
+    fn try_from(
+        RuleText { pattern, shard, replicate, if_present: optional, padded }: RuleText,
+    ) -> Result<Self, String> {
         let layout = match (shard, replicate) {
             (Some(dim), false) => Layout::Sharded(dim),
+            (None, true) if padded => {
+                return Err(format!("pattern `{pattern}` is not split, and cannot be `padded`"));
+            }
             (None, true) => Layout::Replicated,
             _ => {
                 return Err(format!(
@@ -98,6 +105,6 @@ impl TryFrom<RuleText> for Rule {
                 ));
             }
         };
-        Ok(Self { pattern, layout, optional })
+        Ok(Self { pattern, layout, optional, padded })
     }
 }

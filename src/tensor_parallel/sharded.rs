@@ -11,11 +11,11 @@ use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::graph::shard::ShardReport;
 use crate::graph::{
-    CustomOps, GraphCache, GraphInputs, GraphTensor, ModelSplit, RandomSource, StepGraph, StepLoss, StepObserver,
-    StepOutputs,
+    CustomOps, GraphCache, GraphInputs, ModelSplit, RandomSource, StepGraph, StepLoss, StepObserver, StepOutputs,
 };
 use crate::params::SliceSource;
 use crate::plan::{Plan, PlanTable};
+use crate::tensor::PlainTensor;
 
 /// A model split over a group: a burn [`Module`] with the paths and ids of the model and this rank's parts of its
 /// parameters, so optimizers, records and visitors take it as they take the model. Its own `forward` makes no sense on
@@ -56,7 +56,7 @@ impl Engine {
 /// What [`Sharded::step`] gives.
 #[derive(Debug)]
 pub struct Step {
-    /// The loss that one device would compute, on every rank; on Flex without autodiff.
+    /// The loss that one device would compute, on every rank, without autodiff.
     pub loss: Tensor<1>,
     /// The number of items that the loss is the mean over, if the closure gave a [`TokenLoss`](crate::graph::TokenLoss);
     /// else 1.
@@ -64,7 +64,7 @@ pub struct Step {
     /// The gradients of this rank's parts, for burn's optimizers.
     pub grads: GradientsParams,
     /// The extra outputs of the loss closure, whole on every rank.
-    pub outputs: Vec<GraphTensor>,
+    pub outputs: Vec<PlainTensor>,
 }
 
 impl<M: Module> Sharded<M> {
@@ -183,7 +183,7 @@ impl<M: Module> Sharded<M> {
         Ok(step)
     }
 
-    /// Runs a forward pass for evaluation: what `forward` gives, whole on every rank and on Flex without autodiff.
+    /// Runs a forward pass for evaluation: what `forward` gives, whole on every rank, without autodiff.
     ///
     /// The model is in evaluation mode, as after [`Module::valid`]: no dropout, running statistics in batch norms. Outputs
     /// are a tensor or a structure of tensors. Recorded like [`step`](Self::step). Collective: every rank passes the same

@@ -4,7 +4,6 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
-use burn::backend::flex::FlexTensor;
 use burn::module::ParamId;
 use burn::optim::GradientsParams;
 
@@ -14,7 +13,8 @@ use crate::comm::Communicator;
 use crate::data_parallel::{
     Contribution, DataParallelConfig, GradientListener, Reduced, Reducer, StepCounters, register, replicate,
 };
-use crate::graph::{GraphInputs, GraphTensor, StepLoss, StepObserver};
+use crate::graph::{GraphInputs, StepLoss, StepObserver};
+use crate::tensor::PlainTensor;
 
 /// One of several replicas of a model that is split itself, by tensor or pipeline parallelism. Dereferences to the engine,
 /// and is a burn [`Module`](burn::module::Module) with the same parameter paths.
@@ -39,7 +39,7 @@ pub struct Step {
     /// Gradients of that mean loss, for burn's optimizers; bit-identical on all replicas.
     pub grads: GradientsParams,
     /// The extra outputs of the closure for each micro-batch of this replica.
-    pub outputs: Vec<Vec<GraphTensor>>,
+    pub outputs: Vec<Vec<PlainTensor>>,
     /// What averaging over the replicas cost on this rank.
     pub counters: StepCounters,
 }
@@ -109,7 +109,7 @@ impl<E: GraphEngine> Replicas<E> {
         &mut self,
         micro_batches: impl IntoIterator<Item = I>,
         loss: &mut F,
-    ) -> Result<(f64, Vec<Vec<GraphTensor>>), Error>
+    ) -> Result<(f64, Vec<Vec<PlainTensor>>), Error>
     where
         I: GraphInputs + Clone,
         F: FnMut(&E::Model, I) -> R,
@@ -156,7 +156,7 @@ impl StepObserver for Average<'_> {
         Ok(())
     }
 
-    fn gradient(&mut self, id: ParamId, gradient: FlexTensor) -> Result<(), Error> {
+    fn gradient(&mut self, id: ParamId, gradient: PlainTensor) -> Result<(), Error> {
         if let Some(param) = self.reducer.number(id) {
             self.reducer.arrived(param, gradient);
         }

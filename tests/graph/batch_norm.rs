@@ -26,6 +26,13 @@ struct Pair {
 }
 
 impl Pair {
+    fn sum_tensor(&self, rank: usize, mine: Tensor<1>) -> Tensor<1> {
+        let (device, dtype) = (mine.device(), mine.dtype());
+        assert_eq!(dtype, burn::tensor::DType::F64);
+        let sum = self.sum(rank, mine.into_data().try_to_vec().unwrap());
+        Tensor::from_data(sum.as_slice(), (&device, dtype))
+    }
+
     fn sum(&self, rank: usize, mine: Vec<f64>) -> Vec<f64> {
         let mut state = self.state.lock().unwrap();
         // The previous sum must have been fetched by both.
@@ -62,7 +69,7 @@ fn train(model: &Cnn, cut: usize, steps: u64) -> Vec<(Vec<f64>, Values, BatchNor
             scope.spawn(move || {
                 let mut ops = CustomOps::new();
                 let count = rows.len() as f64;
-                register_sync_batch_norm(&mut ops, move |x| Ok(stats.sum(rank, x)), move || count);
+                register_sync_batch_norm(&mut ops, move |x| Ok(stats.sum_tensor(rank, x)), move || count);
                 let report = Arc::new(Mutex::new(BatchNormSync::default()));
                 let found = report.clone();
                 let mut cache = GraphCache::new(ops, move |graph| {
@@ -175,7 +182,7 @@ fn one_step<M: Module + Sync>(
                 let count = rows.len() as f64;
                 let mut ops = CustomOps::new();
                 let weight = if weigh { count } else { 1.0 };
-                register_sync_batch_norm(&mut ops, move |x| Ok(stats.sum(rank, x)), move || weight);
+                register_sync_batch_norm(&mut ops, move |x| Ok(stats.sum_tensor(rank, x)), move || weight);
                 let mut graph = capture_step(&model, split(rows.clone(), 0), loss).unwrap();
                 if sync {
                     sync_batch_norm(&mut graph).unwrap();
@@ -267,7 +274,7 @@ fn errors_of_the_all_reduce_and_wrong_weights_are_the_steps() {
     let batch = || images(4, 1, &device());
     let mut graph = capture_step(&model, batch(), |m, (x, t)| m.loss(x, t)).unwrap();
     sync_batch_norm(&mut graph).unwrap();
-    let run = |reduce: fn(Vec<f64>) -> Result<Vec<f64>, Error>, weight: f64| {
+    let run = |reduce: fn(Tensor<1>) -> Result<Tensor<1>, Error>, weight: f64| {
         let mut ops = CustomOps::new();
         register_sync_batch_norm(&mut ops, reduce, move || weight);
         let before = floats(&model);
@@ -276,7 +283,7 @@ fn errors_of_the_all_reduce_and_wrong_weights_are_the_steps() {
         error
     };
     assert_eq!(run(|_| Err(Error::Graph { problem: "rank 1 left".into() }), 1.0), "graph: rank 1 left");
-    assert!(run(|_| Ok(vec![]), 1.0).contains("was given 3 elements but returned 0"));
+    assert!(run(|sums| Ok(sums.slice([0..1])), 1.0).contains("was given 3 elements but returned 1"));
     assert!(run(Ok, 0.0).contains("must be positive, but it is 0"));
 }
 

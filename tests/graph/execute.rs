@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 
-use burn::backend::flex::FlexTensor;
 use burn::prelude::*;
 use burn_ir::{CustomOpIr, OperationIr, TensorIr};
 use burn_parallel::Error;
@@ -115,14 +114,18 @@ fn custom_operations_run_and_fail() {
     let problem = Executor::new(graph.clone(), CustomOps::new()).unwrap_err().to_string();
     assert!(problem.contains("no custom operation `double`"), "{problem}");
 
-    let run = |f: fn(Vec<FlexTensor>) -> Result<Vec<FlexTensor>, Error>| {
-        let mut ops = CustomOps::new();
-        ops.register("double", move |_, inputs| f(inputs));
-        Executor::new(graph.clone(), ops).unwrap().step(&model, x()).map(|result| scalar(result.loss))
-    };
-    let doubled = run(|mut inputs| {
-        inputs[0].storage_mut::<f32>().iter_mut().for_each(|x| *x *= 2.0);
-        Ok(inputs)
+    let run =
+        |f: fn(Vec<burn_parallel::tensor::PlainTensor>) -> Result<Vec<burn_parallel::tensor::PlainTensor>, Error>| {
+            let mut ops = CustomOps::new();
+            ops.register("double", move |_, inputs| f(inputs));
+            Executor::new(graph.clone(), ops).unwrap().step(&model, x()).map(|result| scalar(result.loss))
+        };
+    let doubled = run(|inputs| {
+        // In place: nobody else holds the input.
+        let mut input = inputs[0].clone().float::<1>()?.try_into_primitive::<burn::backend::Flex>().unwrap();
+        drop(inputs);
+        input.try_storage_mut::<f32>().unwrap().iter_mut().for_each(|x| *x *= 2.0);
+        Ok(vec![Tensor::<1>::from_primitive::<burn::backend::Flex>(input).into()])
     });
     assert_eq!(doubled.unwrap(), 2.0 * eager(&model, |m| m.forward(x()).mean()).0);
     let error = Error::Graph { problem: "a peer left".into() };

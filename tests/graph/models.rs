@@ -97,13 +97,18 @@ pub struct Lm {
 
 impl Lm {
     pub fn new(vocab: usize, d: usize, layers: usize, device: &Device) -> Self {
-        seeded(Self {
+        seeded(Self::lazy(vocab, d, layers, device))
+    }
+
+    /// Of parameters that are not made yet.
+    pub fn lazy(vocab: usize, d: usize, layers: usize, device: &Device) -> Self {
+        Self {
             embedding: EmbeddingConfig::new(vocab, d).init(device),
             position: PositionalEncodingConfig::new(d).with_max_sequence_size(64).init(device),
             encoder: TransformerEncoderConfig::new(d, 4 * d, 2, layers).with_dropout(0.0).init(device),
             norm: LayerNormConfig::new(d).init(device),
             head: LinearConfig::new(d, vocab).init(device),
-        })
+        }
     }
 
     pub fn loss(&self, tokens: Tensor<2, Int>, targets: Tensor<2, Int>) -> Tensor<1> {

@@ -11,6 +11,7 @@ mod golden;
 mod harness;
 mod memory;
 mod overlap;
+mod padding;
 mod plans;
 mod random;
 mod sequence;

@@ -2,9 +2,7 @@
 
 use burn::prelude::*;
 use burn::tensor::Distribution;
-use burn_parallel::graph::{
-    CustomOps, Executor, GraphTensor, RandomSource, capture_step, counted_random, register_counted_random,
-};
+use burn_parallel::graph::{CustomOps, Executor, RandomSource, capture_step, counted_random, register_counted_random};
 use burn_parallel::prelude::*;
 
 use crate::harness::{Axis, Case};
@@ -56,11 +54,9 @@ fn drawn(source: &RandomSource, steps: usize) -> Vec<[Vec<f64>; 5]> {
             source.advance();
             let numbers: Vec<Vec<f64>> = outputs
                 .into_iter()
-                .map(|output| match output {
-                    GraphTensor::Int(_) => {
-                        output.int::<2>().unwrap().into_data().convert::<f64>().try_to_vec().unwrap()
-                    }
-                    _ => output.float::<2>().unwrap().into_data().convert::<f64>().try_to_vec().unwrap(),
+                .map(|output| match output.dtype().is_int() {
+                    true => output.int::<2>().unwrap().into_data().convert::<f64>().try_to_vec().unwrap(),
+                    false => output.float::<2>().unwrap().into_data().convert::<f64>().try_to_vec().unwrap(),
                 })
                 .collect();
             <[Vec<f64>; 5]>::try_from(numbers).unwrap()

@@ -93,34 +93,6 @@ fn vocabulary_over_two_axes() {
     TOKENS.compare(&axes, &references).unwrap();
 }
 
-#[test]
-fn an_embedding_of_rows_that_the_degree_does_not_divide_is_padded() {
-    let references = TOKENS.alone(3);
-    let plan = || Plan::new().shard("embedding.weight", 0);
-    for degree in [5, 7] {
-        let reports = TOKENS.compare(&[Axis::new("tp", degree, plan())], &references).unwrap();
-        assert!(reports[0].fallbacks.is_empty(), "{}", reports[0]);
-    }
-    TOKENS.compare(&[Axis::new("tp", 5, plan()), Axis::batch(2)], &references).unwrap();
-}
-
-#[test]
-fn what_is_read_otherwise_is_not_padded() {
-    use crate::models::Tied;
-    use burn_parallel::graph::shard::{PartitionOptions, partition};
-    let case: Case<Tied, Tokens> = Case {
-        make: Tied::new,
-        batch: |seed| (Numbers(seed).classes([4, 5], 11, &device()), Numbers(seed).classes([4, 5], 11, &device())),
-        loss: |m, (x, t)| m.loss(x, t),
-    };
-    let graph = case.capture();
-    let plan = Plan::new().shard("*", 0);
-    let params: Vec<Layout> = graph.params.iter().map(|param| plan.layout(&param.path)).collect();
-    let error = partition(&graph, &params, &[Layout::Replicated; 2], &PartitionOptions::new("tp", 2, 0)).unwrap_err();
-    let said = error.to_string();
-    assert!(said.contains("`embedding.weight` of dims [11, 6]") && said.contains("does not divide"), "{said}");
-}
-
 /// Reads and writes by index and reductions of all kinds, along a dim that may be split.
 #[derive(Module, Debug)]
 pub struct Reductions {

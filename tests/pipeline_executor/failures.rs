@@ -6,10 +6,10 @@ use std::time::Duration;
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::quantization::QuantScheme;
 use burn::tensor::{Bytes, DType, Shape};
-use burn_parallel::graph::GraphTensor;
 use burn_parallel::pipeline_parallel::schedule::{Action, Direction, Edge, Routes, Schedule, Timetable};
 use burn_parallel::pipeline_parallel::{Forwarded, MicroBatch, Parcel, Pipeline, Stage};
 use burn_parallel::prelude::*;
+use burn_parallel::tensor::PlainTensor;
 
 use crate::messages::{routes, schedules};
 use crate::probe::{Probe, calm};
@@ -84,7 +84,10 @@ impl Heavy {
                 let layout = Layout::contiguous(Shape::from(vec![4]));
                 let dtype = DType::QFloat(QuantScheme::default());
                 let bytes = Bytes::from_elems(vec![0i8; 8]);
-                *tensor = Some(GraphTensor::Float(FlexTensor::new(bytes, layout, dtype)));
+                let tensor_of = FlexTensor::new(bytes, layout, dtype);
+                *tensor = Some(PlainTensor::from(burn::tensor::Tensor::<1>::from_primitive::<burn::backend::Flex>(
+                    tensor_of,
+                )));
             }
         }
     }

@@ -2,16 +2,15 @@
 
 use burn::tensor::Tensor;
 use burn_parallel::Error;
-use burn_parallel::graph::GraphTensor;
 use burn_parallel::pipeline_parallel::schedule::{Action, Direction, Edge, Routes, Unit};
 use burn_parallel::pipeline_parallel::{Forwarded, LossSum, MicroBatch, Parcel, Stage};
+use burn_parallel::tensor::PlainTensor;
 
 /// Elements of each tensor that travels.
 pub const ELEMENTS: usize = 6;
 
-pub fn tensor() -> GraphTensor {
-    let tensor = Tensor::<1>::ones([ELEMENTS], &burn::tensor::Device::flex());
-    GraphTensor::Float(tensor.try_into_primitive::<burn::backend::Flex>().unwrap())
+pub fn tensor() -> PlainTensor {
+    Tensor::<1>::ones([ELEMENTS], &burn::tensor::Device::flex()).into()
 }
 
 /// Sends what its edges say, and does in `disturb` whatever a test wants at an action.

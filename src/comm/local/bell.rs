@@ -11,11 +11,12 @@
 //!
 //! At least one of the two sees the other. If it is the ringer, it takes the lock before it notifies; the waiter holds the
 //! lock from before its look until the condition variable has put it to sleep, so the notification cannot fall between.
-//! A ring with nobody asleep is a fence and a load.
+//! A ring with nobody asleep is a fence and a load; where the condition was made true by an atomic read-modify-write, as in a
+//! meeting, the fence comes with it on x86.
 
 use std::time::Duration;
 
-use super::sync::{AtomicUsize, Condvar, Mutex, Ordering, fence, spin_loop, yield_now};
+use super::sync::{AtomicUsize, Condvar, Mutex, Ordering, fence, fence_after_rmw, spin_loop, yield_now};
 
 /// How long a waiter tries before it sleeps. Spinning wins microseconds when every rank has a core of its own, and steals
 /// the core of the very rank waited for when it has not.
@@ -40,6 +41,16 @@ impl Bell {
     /// Wakes every sleeper, to look again at its condition.
     pub fn ring(&self) {
         fence(Ordering::SeqCst);
+        self.wake_sleepers();
+    }
+
+    /// [`ring`](Self::ring), by whoever has just made the condition true by an atomic read-modify-write.
+    pub fn ring_after_rmw(&self) {
+        fence_after_rmw();
+        self.wake_sleepers();
+    }
+
+    fn wake_sleepers(&self) {
         if self.sleepers.load(Ordering::Relaxed) > 0 {
             drop(self.lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
             self.wake.notify_all();

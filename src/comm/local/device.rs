@@ -4,7 +4,17 @@
 //! of all. What is to be computed of them it enqueues on its own stream, with burn's kernels; CubeCL makes that stream wait
 //! for the streams that write the buffers. Nothing is copied to the host, and the host does not wait for the device.
 //!
-//! Buffers are never written in place: a rank that is late may still read them.
+//! **Who may write to a buffer?** Streams wait for whoever has *written* what they read, not for whoever still *reads* what
+//! they write. burn writes in place to a buffer of which nobody else holds a handle, and a rank lets go of a foreign handle
+//! when it has enqueued its kernels, long before those have run. So what a rank lays out must be nobody's to write to
+//! afterwards:
+//!
+//! - a tensor of which the rank keeps another handle is copied before it is laid out or sent;
+//! - a rank holds the handles of all until it has enqueued its work, so that its own kernels write elsewhere;
+//! - a result that would be the buffer of another rank, as in a broadcast, is copied.
+//!
+//! Ranks of one group may have different devices. What another device holds goes through host memory then, and the host
+//! waits for it; NCCL, on top of such a group, spares both.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -12,14 +22,17 @@ use std::sync::Mutex;
 
 use burn::backend::DispatchDevice;
 use burn::tensor::{Bool, DType, Device, Float, Int, Tensor};
+use burn_cubecl::CubeDevice;
 
 use super::group::lock;
 use super::transport::LocalTransport;
 use crate::Error;
+use crate::comm::collectives::pieces_on_device;
 use crate::comm::device::{
-    DeviceTensor, DeviceTransport, bytes_moved, from_device, rows_received, to_device, with_dims,
+    DeviceTensor, DeviceTransport, bytes_moved, exclusive, flat, from_device, rows_received, to_device, with_dims,
 };
-use crate::comm::{Call, Extent, Operation, ReduceOp, TensorKind, Transfer, Transport, part, reduce};
+use crate::comm::payload::on_device;
+use crate::comm::{Arrival, Call, Extent, Operation, ReduceOp, TensorKind, Transfer, Transport, part, reduce};
 
 /// All-reduces of fewer elements are computed by every rank for itself: a second meeting would take longer.
 const SMALL: usize = 1 << 14;
@@ -39,6 +52,7 @@ impl LocalTransport {
     fn exchange(&self, call: &Call, tensor: DeviceTensor) -> Result<Vec<DeviceTensor>, Error> {
         let (size, board) = (self.size(), &self.board().0);
         let number = self.next_exchange();
+        let tensor = if size == 1 { tensor } else { exclusive(tensor) };
         let empty = || Exchange { tensors: vec![None; size], fetched: 0 };
         lock(board).entry(number).or_insert_with(empty).tensors[self.rank()] = Some(tensor);
         if let Err(error) = self.collective(call, Transfer::Nothing) {
@@ -58,9 +72,18 @@ impl LocalTransport {
         tensors.ok_or_else(missing)
     }
 
-    fn run_as<K: Fold>(&self, operation: Operation, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error> {
-        let dims = tensor.meta.shape().to_vec();
-        let call = Call::on_device(operation, tensor.dtype, Extent::new(&dims));
+    fn all_reduce_many_as<K: Fold>(
+        &self,
+        op: ReduceOp,
+        tensors: &[DeviceTensor],
+    ) -> Result<(Vec<DeviceTensor>, u64), Error> {
+        let call = pieces_on_device(op, tensors)?;
+        let (reduced, bytes) = self.run_as::<K>(call, joined::<K>(tensors)?)?;
+        Ok((parted::<K>(reduced, tensors)?, bytes))
+    }
+
+    fn run_as<K: Fold>(&self, call: Call, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error> {
+        let (operation, dims) = (call.operation, tensor.meta.shape().to_vec());
         let (rank, size) = (self.rank(), self.size());
         let brought = match operation {
             Operation::AllReduce(ReduceOp::PreMulSum(factor))
@@ -81,11 +104,9 @@ impl LocalTransport {
             _ => rows,
         };
         let width = call.extent.width();
-        let device = tensor_device(&all[rank]);
-        let take = |from: usize, rows: Range<usize>| {
-            let flat = from_device::<1, K>(flat(all[from].clone())).to_device(&device);
-            flat.slice([rows.start * width..rows.end * width])
-        };
+        let device = all[rank].device.clone();
+        let take =
+            |from: usize, rows: Range<usize>| bring::<K>(&all[from], rows.start * width..rows.end * width, &device);
         let parts = |rows_of: &dyn Fn(usize) -> Range<usize>| {
             let parts: Vec<_> =
                 (0..size).map(|from| (from, rows_of(from))).filter(|(_, rows)| !rows.is_empty()).collect();
@@ -99,12 +120,11 @@ impl LocalTransport {
             Operation::AllReduce(op) if size > 1 && call.extent.elements() >= SMALL => {
                 // As on the host: everybody folds a share, and all put the shares together.
                 let share = part(call.extent.elements(), size, rank);
-                let inputs = all
-                    .iter()
-                    .map(|tensor| from_device::<1, K>(flat(tensor.clone())).to_device(&device).slice([share.clone()]));
+                let inputs = all.iter().map(|tensor| bring::<K>(tensor, share.clone(), &device));
                 let folded = to_device(K::fold(inputs.collect(), op))?;
                 let shares = self.exchange(&call, folded)?;
-                Tensor::cat(shares.into_iter().map(|share| from_device::<1, K>(share).to_device(&device)).collect(), 0)
+                let whole = |share: &DeviceTensor| bring::<K>(share, 0..share.meta.shape()[0], &device);
+                Tensor::cat(shares.iter().map(whole).collect(), 0)
             }
             Operation::AllReduce(op) => K::fold((0..size).map(|from| take(from, everything(from))).collect(), op),
             Operation::Reduce { op, root } if root == rank => {
@@ -129,8 +149,12 @@ impl LocalTransport {
         if let Some(first) = dims.first_mut() {
             *first = rows_received(&operation, &rows, rank);
         }
-        let bytes = bytes_moved(&operation, &rows, rank, width * dtype.size());
-        Ok((with_dims(to_device(result)?, dims), bytes))
+        let bytes = bytes_moved(&operation, &rows, rank, width, dtype);
+        let result = with_dims(to_device(result)?, dims);
+        // Still while all are held: what is somebody's own is told by that.
+        let result = if size == 1 { result } else { exclusive(result) };
+        drop(all);
+        Ok((result, bytes))
     }
 }
 
@@ -143,21 +167,56 @@ impl DeviceTransport for LocalTransport {
         if let Operation::AllReduce(op) | Operation::ReduceScatter(op) | Operation::Reduce { op, .. } = operation {
             reduce::check(op, tensor.dtype)?;
         }
+        let call = Call::on_device(operation, tensor.dtype, Extent::new(&tensor.meta.shape().to_vec()));
         match tensor.dtype {
-            dtype if dtype.is_float() => self.run_as::<Float>(operation, tensor),
-            dtype if dtype.is_bool() => self.run_as::<Bool>(operation, tensor),
-            _ => self.run_as::<Int>(operation, tensor),
+            dtype if dtype.is_float() => self.run_as::<Float>(call, tensor),
+            dtype if dtype.is_bool() => self.run_as::<Bool>(call, tensor),
+            _ => self.run_as::<Int>(call, tensor),
         }
+    }
+
+    fn all_reduce_many(&self, op: ReduceOp, tensors: Vec<DeviceTensor>) -> Result<(Vec<DeviceTensor>, u64), Error> {
+        match tensors.first().map(|tensor| tensor.dtype) {
+            Some(dtype) if dtype.is_bool() => self.all_reduce_many_as::<Bool>(op, &tensors),
+            Some(dtype) if !dtype.is_float() => self.all_reduce_many_as::<Int>(op, &tensors),
+            _ => self.all_reduce_many_as::<Float>(op, &tensors),
+        }
+    }
+
+    fn send(&self, to: usize, tag: u64, tensor: DeviceTensor) -> Result<(), Error> {
+        self.hand_over(to, tag, Arrival::Device(exclusive(tensor)))
+    }
+
+    fn receive(&self, from: usize, tag: u64) -> Result<Arrival, Error> {
+        self.take(from, tag)
     }
 }
 
-fn flat(tensor: DeviceTensor) -> DeviceTensor {
-    let elements = tensor.meta.shape().iter().product();
-    with_dims(tensor, vec![elements])
+/// Elements of a tensor on a device. Those of another device go through host memory: CubeCL's own way between two GPUs makes
+/// the threads of both wait for each other, and two ranks that send towards each other would do so for ever.
+fn bring<K: Fold>(tensor: &DeviceTensor, elements: Range<usize>, device: &CubeDevice) -> Tensor<1, K> {
+    let slice = from_device::<1, K>(flat(tensor.clone())).slice([elements]);
+    match tensor.device == *device {
+        true => slice,
+        false => on_device(slice.into_data(), &Device::new(DispatchDevice::Cube(device.clone()))),
+    }
 }
 
-fn tensor_device(tensor: &DeviceTensor) -> Device {
-    Device::new(DispatchDevice::Cube(tensor.device.clone()))
+/// The tensors, one behind the other.
+fn joined<K: Fold>(tensors: &[DeviceTensor]) -> Result<DeviceTensor, Error> {
+    to_device(Tensor::cat(tensors.iter().map(|tensor| from_device::<1, K>(flat(tensor.clone()))).collect(), 0))
+}
+
+/// The way back.
+fn parted<K: Fold>(whole: DeviceTensor, like: &[DeviceTensor]) -> Result<Vec<DeviceTensor>, Error> {
+    let (whole, mut first) = (from_device::<1, K>(whole), 0);
+    let part = |tensor: &DeviceTensor| {
+        let dims = tensor.meta.shape().to_vec();
+        let elements = first..first + dims.iter().product::<usize>();
+        first = elements.end;
+        Ok(with_dims(to_device(whole.clone().slice([elements]))?, dims))
+    };
+    like.iter().map(part).collect()
 }
 
 /// Kinds of tensors that burn's kernels can reduce.

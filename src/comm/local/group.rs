@@ -72,8 +72,11 @@ impl Post {
         }
     }
 
-    /// The in-place buffers, for no longer than the meeting lasts.
+    /// The in-place buffers, for no longer than the meeting lasts; none where they stay on their device.
     pub fn buffers<'meeting>(&self) -> &'meeting [BufferMut<'static>] {
+        if self.buffers.is_null() {
+            return &[];
+        }
         // SAFETY: a post of an in-place collective points to as many buffers as its call has pieces, and its owner waits.
         unsafe { std::slice::from_raw_parts(self.buffers, self.call().pieces) }
     }

@@ -8,13 +8,13 @@ use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::comm::Message;
+use crate::comm::Arrival;
 
 #[derive(Debug, Default)]
 struct Queue {
     /// Length of `messages`, readable without the lock by a receiver that spins.
     len: AtomicUsize,
-    messages: Mutex<VecDeque<(u64, Message)>>,
+    messages: Mutex<VecDeque<(u64, Arrival)>>,
 }
 
 #[derive(Debug)]
@@ -28,7 +28,7 @@ impl Mailboxes {
         Self { size, queues: (0..size * size).map(|_| Queue::default()).collect() }
     }
 
-    pub fn put(&self, from: usize, to: usize, tag: u64, message: Message) {
+    pub fn put(&self, from: usize, to: usize, tag: u64, message: Arrival) {
         let queue = self.queue(from, to);
         let mut messages = queue.messages.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         messages.push_back((tag, message));
@@ -36,7 +36,7 @@ impl Mailboxes {
     }
 
     /// Takes the oldest message of `from` to `to` that bears `tag`.
-    pub fn take(&self, from: usize, to: usize, tag: u64) -> Option<Message> {
+    pub fn take(&self, from: usize, to: usize, tag: u64) -> Option<Arrival> {
         let queue = self.queue(from, to);
         if queue.len.load(Ordering::Acquire) == 0 {
             return None;

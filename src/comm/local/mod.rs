@@ -37,8 +37,8 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(300);
 /// Settings of a world, whatever its engine.
 #[derive(Debug, Clone)]
 pub struct WorldConfig {
-    pub(super) timeout: Duration,
-    pub(super) name: Arc<str>,
+    pub(in crate::comm) timeout: Duration,
+    pub(in crate::comm) name: Arc<str>,
 }
 
 impl WorldConfig {
@@ -69,6 +69,11 @@ impl WorldConfig {
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
+    }
+
+    /// How long any wait may last.
+    pub fn timeout(&self) -> Duration {
+        self.timeout
     }
 
     /// Sets the name by which errors call the group.

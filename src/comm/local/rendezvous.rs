@@ -85,9 +85,6 @@ impl<T: Copy> Rendezvous<T> {
         work: impl FnOnce(&Posts<'_, T>) -> R,
     ) -> Result<R, Interrupted> {
         let target = (meeting + 1) * self.size as u64;
-        if let Some(flag) = Self::flag(self.arrivals.load(Ordering::Acquire)) {
-            return Err(flag);
-        }
         // SAFETY: all have departed from the previous meeting, and this one is not committed without us.
         self.posts[rank].with_mut(|place| unsafe { *place = Some(post) });
         self.arrive(target)?;
@@ -130,18 +127,20 @@ impl<T: Copy> Rendezvous<T> {
     }
 
     fn arrive(&self, target: u64) -> Result<(), Interrupted> {
-        let mut seen = self.arrivals.load(Ordering::Relaxed);
+        // A guess, that this rank is the first: to look before is to fetch the cache line twice, for reading and for
+        // writing. Nobody has raised a flag where it is right.
+        let mut seen = target - self.size as u64;
         loop {
             if let Some(flag) = Self::flag(seen) {
                 return Err(flag);
             }
-            match self.arrivals.compare_exchange_weak(seen, seen + 1, Ordering::AcqRel, Ordering::Relaxed) {
+            match self.arrivals.compare_exchange_weak(seen, seen + 1, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => break,
                 Err(now) => seen = now,
             }
         }
         if seen + 1 == target {
-            self.bell.ring();
+            self.bell.ring_after_rmw();
         }
         Ok(())
     }
@@ -184,7 +183,7 @@ impl<T: Copy> Drop for Departure<'_, T> {
     fn drop(&mut self) {
         let Rendezvous { departures, bell, .. } = self.meeting;
         if departures.fetch_add(1, Ordering::AcqRel) + 1 == self.target {
-            bell.ring();
+            bell.ring_after_rmw();
         }
         let all_left = || departures.load(Ordering::Acquire) >= self.target;
         while !bell.wait(self.patience, all_left, || Some(Duration::from_secs(3600))) {}

@@ -6,6 +6,16 @@ pub(super) use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 pub(super) use std::sync::{Condvar, Mutex};
 pub(super) use std::thread::yield_now;
 
+/// A sequentially consistent fence, right after an atomic read-modify-write of this thread. On x86 that instruction is one
+/// already, and a second would cost as much as the meeting of two ranks has room for; the compiler alone must be kept from
+/// moving anything across. (Linux calls it `smp_mb__after_atomic`.)
+pub(super) fn fence_after_rmw() {
+    #[cfg(target_arch = "x86_64")]
+    std::sync::atomic::compiler_fence(Ordering::SeqCst);
+    #[cfg(not(target_arch = "x86_64"))]
+    fence(Ordering::SeqCst);
+}
+
 /// `std::cell::UnsafeCell` with loom's interface.
 #[derive(Debug)]
 pub(super) struct UnsafeCell<T>(std::cell::UnsafeCell<T>);

@@ -5,13 +5,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crossbeam_utils::CachePadded;
+
 use super::bell::Patience;
 use super::clock::Clock;
 use super::group::{Group, Half, Post, lock};
 use super::rendezvous::Interrupted;
 use super::work;
 use crate::Error;
-use crate::comm::{Call, CallLog, Extent, Message, Operation, Transfer, Transport};
+use crate::comm::{Arrival, Call, CallLog, Extent, Message, Operation, Transfer, Transport};
 
 /// How long a rank that finds a peer gone waits for the reason, which may be on its way: a rank drops its communicators
 /// while it unwinds, before whoever started it can tell why.
@@ -26,8 +28,9 @@ const WRITING: Duration = Duration::from_secs(10);
 pub(super) struct LocalTransport {
     group: Arc<Group>,
     rank: usize,
-    /// Number of the next meeting. Held during a collective: a rank does one at a time.
-    meeting: Mutex<u64>,
+    /// Number of the next meeting. Held during a collective: a rank does one at a time. Transports of several ranks are made
+    /// one after the other and lie side by side, so this has its cache lines to itself.
+    meeting: CachePadded<Mutex<u64>>,
     /// Number of the next exchange of device data.
     #[cfg(feature = "cubecl")]
     exchange: AtomicU64,
@@ -38,7 +41,7 @@ impl LocalTransport {
         Arc::new(Self {
             group,
             rank,
-            meeting: Mutex::new(0),
+            meeting: CachePadded::new(Mutex::new(0)),
             #[cfg(feature = "cubecl")]
             exchange: AtomicU64::new(0),
         })
@@ -85,6 +88,55 @@ impl LocalTransport {
             }
             Err(why) => Err(self.interrupted(why, call, clock.elapsed(), || self.absent(call))),
         }
+    }
+
+    /// Puts a message into the queue of its receiver.
+    pub(super) fn hand_over(&self, to: usize, tag: u64, message: Arrival) -> Result<(), Error> {
+        self.check_rank(to, "send")?;
+        let group = &*self.group;
+        if let Some(error) = group.fate.error() {
+            return Err(error.clone());
+        }
+        group.mail.put(self.rank, to, tag, message);
+        group.rendezvous.bell.ring();
+        Ok(())
+    }
+
+    /// Waits for the oldest message of `from` that bears `tag`.
+    pub(super) fn take(&self, from: usize, tag: u64) -> Result<Arrival, Error> {
+        self.check_rank(from, "recv")?;
+        let group = &*self.group;
+        if let Some(error) = group.fate.error() {
+            return Err(error.clone());
+        }
+        let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
+        let mut message = group.mail.take(from, self.rank, tag);
+        if message.is_none() {
+            // Only a receive that has to wait is worth a line in the log. It does not hold up collectives that another
+            // thread of this rank runs: the message may be sent only after them.
+            let mut clock = Clock::new(group, self.rank, &call);
+            let gone = || lock(&group.left).iter().any(|(rank, _)| *rank == from);
+            let mut over = None;
+            let ready = || {
+                // Looked at before the mailbox: what the sender put in before it left is still delivered.
+                over = group.rendezvous.interruption().filter(|why| *why == Interrupted::Aborted || gone());
+                message = group.mail.take(from, self.rank, tag);
+                message.is_some() || over.is_some()
+            };
+            let in_time = group.rendezvous.bell.wait(patience(group), ready, || clock.remaining());
+            if message.is_some() {
+                clock.finish();
+            } else {
+                let why = over.filter(|_| in_time).unwrap_or(Interrupted::Expired);
+                return Err(self.interrupted(why, &call, clock.elapsed(), || {
+                    format!(
+                        "rank {from}; tags that it has sent and nobody has read: {:?}",
+                        group.mail.tags(from, self.rank)
+                    )
+                }));
+            }
+        }
+        message.ok_or_else(|| self.failure_or_abort())
     }
 
     /// Turns an interrupted wait into the error of the world.
@@ -213,65 +265,33 @@ impl Transport for LocalTransport {
     }
 
     fn collective(&self, call: &Call, transfer: Transfer<'_, '_>) -> Result<u64, Error> {
-        let (_, moved) = match transfer {
-            Transfer::Nothing => self.meet(Post::nothing(call), |_| Ok(0)),
+        match transfer {
+            Transfer::Nothing => self.meet(Post::nothing(call), |_| 0).map(|(_, moved)| moved),
             Transfer::InPlace(buffers) => {
                 let post = Post::in_place(call, buffers);
-                self.meet(post, |posts| work::in_place(&call.operation, self.rank, posts))
+                self.meet(post, |posts| work::in_place(&call.operation, self.rank, posts)).map(|(_, moved)| moved)
             }
             Transfer::Through { input, output } => {
                 let post = Post::input(call, input.as_ptr());
-                self.meet(post, |posts| work::through(&call.operation, self.rank, posts, output))
+                self.meet(post, |posts| work::through(&call.operation, self.rank, posts, output))?.1
             }
-        }?;
-        moved
+        }
     }
 
     fn send(&self, to: usize, tag: u64, message: Message) -> Result<(), Error> {
-        self.check_rank(to, "send")?;
-        let group = &*self.group;
-        if let Some(error) = group.fate.error() {
-            return Err(error.clone());
-        }
-        group.mail.put(self.rank, to, tag, message);
-        group.rendezvous.bell.ring();
-        Ok(())
+        self.hand_over(to, tag, message.into())
     }
 
     fn receive(&self, from: usize, tag: u64) -> Result<Message, Error> {
+        self.take(from, tag)?.into_host()
+    }
+
+    fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {
         self.check_rank(from, "recv")?;
-        let group = &*self.group;
-        if let Some(error) = group.fate.error() {
-            return Err(error.clone());
+        match self.group.fate.error() {
+            Some(error) => Err(error.clone()),
+            None => self.group.mail.take(from, self.rank, tag).map(Arrival::into_host).transpose(),
         }
-        let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
-        let mut message = group.mail.take(from, self.rank, tag);
-        if message.is_none() {
-            // Only a receive that has to wait is worth a line in the log. It does not hold up collectives that another
-            // thread of this rank runs: the message may be sent only after them.
-            let mut clock = Clock::new(group, self.rank, &call);
-            let gone = || lock(&group.left).iter().any(|(rank, _)| *rank == from);
-            let mut over = None;
-            let ready = || {
-                // Looked at before the mailbox: what the sender put in before it left is still delivered.
-                over = group.rendezvous.interruption().filter(|why| *why == Interrupted::Aborted || gone());
-                message = group.mail.take(from, self.rank, tag);
-                message.is_some() || over.is_some()
-            };
-            let in_time = group.rendezvous.bell.wait(patience(group), ready, || clock.remaining());
-            if message.is_some() {
-                clock.finish();
-            } else {
-                let why = over.filter(|_| in_time).unwrap_or(Interrupted::Expired);
-                return Err(self.interrupted(why, &call, clock.elapsed(), || {
-                    format!(
-                        "rank {from}; tags that it has sent and nobody has read: {:?}",
-                        group.mail.tags(from, self.rank)
-                    )
-                }));
-            }
-        }
-        message.ok_or_else(|| self.failure_or_abort())
     }
 
     fn timeout(&self) -> Duration {

@@ -11,11 +11,12 @@ use crate::comm::{Call, Extent, Operation, Output, ReduceOp, part};
 pub(super) type Posts<'a> = rendezvous::Posts<'a, Post>;
 
 /// The share of a collective whose results go where the contributions were. Returns the bytes moved.
-pub(super) fn in_place(operation: &Operation, rank: usize, posts: &Posts<'_>) -> Result<u64, Error> {
+#[inline]
+pub(super) fn in_place(operation: &Operation, rank: usize, posts: &Posts<'_>) -> u64 {
     match *operation {
-        Operation::AllReduce(op) => Ok(fold_share(op, rank, posts, None)),
-        Operation::Reduce { op, root } => Ok(fold_share(op, rank, posts, Some(root))),
-        Operation::Broadcast { root } => Ok(copy_from_root(root, rank, posts)),
+        Operation::AllReduce(op) => fold_share(op, rank, posts, None),
+        Operation::Reduce { op, root } => fold_share(op, rank, posts, Some(root)),
+        Operation::Broadcast { root } => copy_from_root(root, rank, posts),
         _ => unreachable!("{operation:?} is not done in place"),
     }
 }

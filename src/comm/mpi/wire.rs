@@ -12,6 +12,7 @@ use std::{fmt, ptr, thread};
 use mpi_sys as sys;
 
 use crate::Error;
+use crate::comm::wired::{Ticket, Wire};
 
 /// Bytes of one MPI message: counts are C ints. What is longer goes as several.
 const SEGMENT: usize = 1 << 30;
@@ -25,16 +26,19 @@ pub(super) struct Mpi {
     ours: bool,
 }
 
-/// A message under way.
-pub(super) struct Ticket(sys::MPI_Request);
+// A request is a pointer or a number, as the MPI likes.
+const _: () = assert!(size_of::<sys::MPI_Request>() <= 8);
 
-// SAFETY: a request is used under the lock of the process, whatever the thread.
-unsafe impl Send for Ticket {}
+fn ticket(request: sys::MPI_Request) -> Ticket {
+    let mut bits = 0u64;
+    // SAFETY: there is room, and the bits of a request are initialised.
+    unsafe { (&raw mut bits).cast::<sys::MPI_Request>().write_unaligned(request) };
+    Ticket(bits)
+}
 
-impl fmt::Debug for Ticket {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Ticket")
-    }
+/// The request of a ticket, in its place.
+fn request(ticket: &mut Ticket) -> *mut sys::MPI_Request {
+    (&raw mut ticket.0).cast()
 }
 
 fn check(code: c_int, what: &str) -> Result<(), Error> {
@@ -95,20 +99,20 @@ impl Mpi {
 
 /// All processes of a world, and an MPI communicator of its own to talk to them.
 #[derive(Debug)]
-pub(super) struct Wire {
+pub(super) struct MpiWire {
     mpi: Arc<Mpi>,
     comm: sys::MPI_Comm,
-    pub rank: usize,
-    pub size: usize,
+    rank: usize,
+    size: usize,
     /// Largest tag.
-    pub tags: u64,
+    tags: u64,
 }
 
 // SAFETY: the communicator is used under the lock of the process.
-unsafe impl Send for Wire {}
-unsafe impl Sync for Wire {}
+unsafe impl Send for MpiWire {}
+unsafe impl Sync for MpiWire {}
 
-impl Wire {
+impl MpiWire {
     /// A communicator of all processes, made with all of them.
     pub fn new(mpi: Arc<Mpi>, timeout: Duration) -> Result<Self, Error> {
         let (mut rank, mut size) = (0, 0);
@@ -134,8 +138,8 @@ impl Wire {
         let tags = if has_bound != 0 && !bound.is_null() { (unsafe { *bound }) as u64 } else { 32767 };
         let mut wire = Self { mpi, comm: *comm, rank: rank as usize, size: size as usize, tags };
         let since = Instant::now();
-        let mut ticket = vec![Ticket(request)];
-        while !wire.progress(&mut ticket)? {
+        let mut tickets = vec![ticket(request)];
+        while !wire.progress(&mut tickets)? {
             if since.elapsed() > timeout {
                 Box::leak(comm);
                 let problem = format!(
@@ -152,12 +156,26 @@ impl Wire {
         check(unsafe { sys::MPI_Comm_set_errhandler(comm, sys::RSMPI_ERRORS_RETURN) }, "MPI_Comm_set_errhandler")?;
         Ok(wire)
     }
+}
 
-    /// Begins to send bytes.
-    ///
-    /// # Safety
-    /// They stay where and what they are until the tickets are done.
-    pub unsafe fn send(
+impl Wire for MpiWire {
+    fn engine(&self) -> &'static str {
+        "mpi"
+    }
+
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn tags(&self) -> u64 {
+        self.tags
+    }
+
+    unsafe fn send(
         &self,
         to: usize,
         tag: u64,
@@ -167,24 +185,20 @@ impl Wire {
     ) -> Result<(), Error> {
         let _turn = self.mpi.turn();
         for start in segments(len) {
-            let mut ticket = Ticket(unsafe { sys::RSMPI_REQUEST_NULL });
+            let mut request = unsafe { sys::RSMPI_REQUEST_NULL };
             let count = SEGMENT.min(len - start) as c_int;
             // SAFETY: passed on.
             let code = unsafe {
                 let data = data.add(start).cast::<c_void>();
-                sys::MPI_Isend(data, count, sys::RSMPI_UINT8_T, to as c_int, tag as c_int, self.comm, &mut ticket.0)
+                sys::MPI_Isend(data, count, sys::RSMPI_UINT8_T, to as c_int, tag as c_int, self.comm, &mut request)
             };
             check(code, "MPI_Isend")?;
-            tickets.push(ticket);
+            tickets.push(ticket(request));
         }
         Ok(())
     }
 
-    /// Begins to receive bytes.
-    ///
-    /// # Safety
-    /// Their place is valid, and nobody touches it, until the tickets are done.
-    pub unsafe fn receive(
+    unsafe fn receive(
         &self,
         from: usize,
         tag: u64,
@@ -194,21 +208,20 @@ impl Wire {
     ) -> Result<(), Error> {
         let _turn = self.mpi.turn();
         for start in segments(len) {
-            let mut ticket = Ticket(unsafe { sys::RSMPI_REQUEST_NULL });
+            let mut request = unsafe { sys::RSMPI_REQUEST_NULL };
             let count = SEGMENT.min(len - start) as c_int;
             // SAFETY: passed on.
             let code = unsafe {
                 let data = data.add(start).cast::<c_void>();
-                sys::MPI_Irecv(data, count, sys::RSMPI_UINT8_T, from as c_int, tag as c_int, self.comm, &mut ticket.0)
+                sys::MPI_Irecv(data, count, sys::RSMPI_UINT8_T, from as c_int, tag as c_int, self.comm, &mut request)
             };
             check(code, "MPI_Irecv")?;
-            tickets.push(ticket);
+            tickets.push(ticket(request));
         }
         Ok(())
     }
 
-    /// Lets MPI work, and strikes out what is done. Returns whether all is.
-    pub fn progress(&self, tickets: &mut Vec<Ticket>) -> Result<bool, Error> {
+    fn progress(&self, tickets: &mut Vec<Ticket>) -> Result<bool, Error> {
         if tickets.is_empty() {
             return Ok(true);
         }
@@ -217,7 +230,7 @@ impl Wire {
         while place < tickets.len() {
             let mut done = 0;
             // SAFETY: the request is of this MPI and not done so far.
-            let code = unsafe { sys::MPI_Test(&mut tickets[place].0, &mut done, sys::RSMPI_STATUS_IGNORE) };
+            let code = unsafe { sys::MPI_Test(request(&mut tickets[place]), &mut done, sys::RSMPI_STATUS_IGNORE) };
             check(code, "MPI_Test")?;
             if done != 0 {
                 tickets.swap_remove(place);
@@ -228,20 +241,18 @@ impl Wire {
         Ok(tickets.is_empty())
     }
 
-    /// Takes back receives that nobody will send to. What cannot be taken back is done: the places are free afterwards.
-    pub fn cancel(&self, tickets: &mut Vec<Ticket>) {
+    fn cancel(&self, tickets: &mut Vec<Ticket>) {
         let _turn = self.mpi.turn();
         for mut ticket in tickets.drain(..) {
             // SAFETY: the request is of this MPI and not done; a receive that is cancelled ends without the other side.
             unsafe {
-                sys::MPI_Cancel(&mut ticket.0);
-                sys::MPI_Wait(&mut ticket.0, sys::RSMPI_STATUS_IGNORE);
+                sys::MPI_Cancel(request(&mut ticket));
+                sys::MPI_Wait(request(&mut ticket), sys::RSMPI_STATUS_IGNORE);
             }
         }
     }
 
-    /// Takes a small message that has come, from one rank or from any.
-    pub fn take(&self, from: Option<usize>, tag: u64) -> Result<Option<(usize, Vec<u8>)>, Error> {
+    fn take(&self, from: Option<usize>, tag: u64) -> Result<Option<(usize, Vec<u8>)>, Error> {
         let _turn = self.mpi.turn();
         // SAFETY: the places outlive the calls. What is received has come: the call does not wait for anybody's code.
         unsafe {
@@ -263,8 +274,30 @@ impl Wire {
         }
     }
 
-    /// Ends all processes of the world at once.
-    pub fn abort(&self) -> ! {
+    fn gives_back(&self) -> bool {
+        false
+    }
+
+    fn withdraw(&self, _: &mut Vec<Ticket>) {
+        unreachable!("MPI does not give back");
+    }
+
+    fn rest(&self, longest: Duration) {
+        thread::sleep(longest);
+    }
+
+    fn wakes(&self) -> bool {
+        false
+    }
+
+    fn lost(&self) -> Vec<(usize, String)> {
+        // The launcher notices.
+        Vec::new()
+    }
+
+    fn close(&self, _: Duration) {}
+
+    fn abort(&self) -> ! {
         // SAFETY: may be called at any time, and does not return. The lock may be held by a thread that is stuck.
         unsafe { sys::MPI_Abort(self.comm, 1) };
         std::process::abort()

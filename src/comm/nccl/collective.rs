@@ -8,6 +8,7 @@ use cudarc::nccl::result::{self as nccl, NcclError, NcclStatus};
 use cudarc::nccl::sys::{self, ncclDataType_t as DataType, ncclRedOp_t as RedOp};
 
 use super::raw::Raw;
+use super::transport::Place;
 use crate::comm::{Operation, ReduceOp, part};
 use crate::{Error, comm};
 
@@ -99,6 +100,18 @@ impl Task<'_> {
                 Err(Error::invalid("NCCL", format!("{name} is not a collective on device data")))
             }
         }
+    }
+
+    /// Enqueues an all-reduce of each of several buffers as one launch. `counts` are their elements.
+    pub fn all_reduce_many(&self, op: ReduceOp, places: &[Place], counts: &[usize]) -> Result<(), Error> {
+        let kind = data_type(self.dtype).ok_or(Error::UnsupportedDType { operation: "NCCL", dtype: self.dtype })?;
+        let op = Reduction::new(self.raw, op, self.dtype, kind)?;
+        self.grouped("all_reduce", || {
+            places.iter().zip(counts).filter(|(_, count)| **count > 0).try_for_each(|((from, to), count)| {
+                // SAFETY: both buffers hold `count` elements and live until the stream has passed.
+                unsafe { nccl::all_reduce(*from, *to, *count, kind, op.op, self.raw.comm, self.stream).map(drop) }
+            })
+        })
     }
 
     fn reduce_scatter(

@@ -12,6 +12,8 @@ use crate::Error;
 
 /// The oldest NCCL with everything that is used here: `ncclCommSplit` came with it.
 const OLDEST: Version = Version(21800);
+/// The oldest CUDA that a driver must do: streams' order of memory, which burn's allocator uses, came with it.
+const OLDEST_DRIVER: i32 = 11_020;
 /// The first NCCL that lets ranks share a GPU.
 const SHARES_DEVICES: Version = Version(23000);
 
@@ -34,28 +36,59 @@ pub struct Library {
     pub devices: usize,
 }
 
+fn missing<T>(problem: String) -> Result<T, Error> {
+    Err(Error::Gpu { problem })
+}
+
+/// The number of CUDA devices that this process sees, at least one. NCCL is not asked for.
+///
+/// # Errors
+/// [`Error::Gpu`] naming what is missing: libcuda, a driver that works, a recent enough one, or a device.
+pub fn devices() -> Result<usize, Error> {
+    // SAFETY: this only tries to load the library.
+    if !unsafe { cuda::is_culib_present() } {
+        return missing("libcuda was not found: install NVIDIA's driver, or take a CPU device".into());
+    }
+    if let Err(error) = driver::init() {
+        return missing(format!(
+            "libcuda cannot be used ({error:?}): is there a GPU, and a driver that fits? Ask `nvidia-smi`"
+        ));
+    }
+    let driver = driver_version()?;
+    if driver < OLDEST_DRIVER {
+        return missing(format!(
+            "the driver is too old: it does CUDA {}.{}, {}.{} or newer is needed; update NVIDIA's driver",
+            driver / 1000,
+            driver % 1000 / 10,
+            OLDEST_DRIVER / 1000,
+            OLDEST_DRIVER % 1000 / 10
+        ));
+    }
+    match driver::device::get_count() {
+        Ok(count) if count > 0 => Ok(count as usize),
+        Ok(_) => missing("libcuda sees no CUDA device: check CUDA_VISIBLE_DEVICES and `nvidia-smi`".into()),
+        Err(error) => missing(format!("libcuda cannot count its devices ({error:?}): ask `nvidia-smi`")),
+    }
+}
+
+/// The newest CUDA that the driver does, as CUDA numbers it: `12040` is 12.4.
+fn driver_version() -> Result<i32, Error> {
+    let mut version = 0;
+    // SAFETY: libcuda is there; `version` is a local.
+    match unsafe { cuda::cuDriverGetVersion(&mut version) }.result() {
+        Ok(()) => Ok(version),
+        Err(error) => missing(format!("libcuda does not tell its version ({error:?}): reinstall NVIDIA's driver")),
+    }
+}
+
 /// What of the libraries is there.
 ///
 /// # Errors
-/// [`Error::Gpu`] naming what is missing: libcuda or a driver, a device, libnccl or a recent enough one.
+/// [`Error::Gpu`] naming what is missing: as of [`devices`], and libnccl or a recent enough one.
 pub fn library() -> Result<Library, Error> {
-    let missing = |problem: String| Err(Error::Gpu { problem });
-    // SAFETY: these only try to load the libraries.
-    let (cuda_found, nccl_found) = unsafe { (cuda::is_culib_present(), nccl_sys::is_culib_present()) };
-    if !cuda_found {
-        return missing("libcuda was not found: install NVIDIA's driver, or take a CPU device".into());
-    }
-    let devices = driver::init().and_then(|()| driver::device::get_count());
-    let devices = match devices {
-        Ok(count) if count > 0 => count as usize,
-        Ok(_) => return missing("libcuda sees no CUDA device: check CUDA_VISIBLE_DEVICES and `nvidia-smi`".into()),
-        Err(error) => {
-            let problem =
-                format!("libcuda cannot be used ({error:?}): is there a GPU, and a driver that fits? Ask `nvidia-smi`");
-            return missing(problem);
-        }
-    };
-    if !nccl_found {
+    let devices = devices()?;
+    // SAFETY: this only tries to load the library.
+    if !unsafe { nccl_sys::is_culib_present() } {
         return missing(
             "libnccl.so was not found: install NCCL. Debian's package and NVIDIA's wheels ship libnccl.so.2 only; a link of \
              the name libnccl.so to it, in a folder of LD_LIBRARY_PATH, will do"
@@ -73,8 +106,8 @@ pub fn library() -> Result<Library, Error> {
 }
 
 impl Library {
-    /// Whether several ranks may bring one GPU.
-    pub(super) fn shares_devices(&self) -> bool {
+    /// Whether several ranks may bring one GPU: from NCCL 2.30 on, with `NCCL_MULTI_RANK_GPU_ENABLE=1`.
+    pub fn shares_devices(&self) -> bool {
         self.nccl >= SHARES_DEVICES && std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some_and(|on| on != "0")
     }
 

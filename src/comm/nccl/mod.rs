@@ -1,4 +1,4 @@
-//! NCCL: collectives on tensors of CUDA devices, without a copy through the host.
+//! NCCL: collectives and messages on tensors of CUDA devices, without a copy through the host.
 //!
 //! NCCL does the moving and nothing else. It is put **on top of** a communicator of any other engine, which goes on doing what
 //! NCCL cannot: comparing what the ranks call before anything is enqueued, noticing lost ranks, time-outs, the log, and
@@ -24,22 +24,39 @@
 //! stream, another makes what burn enqueues afterwards wait for it. The host waits for neither; it waits only for the other
 //! ranks to *call* the same, and for NCCL to take the call. Buffers are held until the second event.
 //!
+//! With [`start`](Communicator::start) the rank's own thread waits for nothing at all; what it enqueues before it uses the
+//! result overlaps with the collective. [`all_reduce_coalesced`](Communicator::all_reduce_coalesced) of several tensors is
+//! one launch.
+//!
+//! A message leaves when its receiver calls [`recv`](Communicator::recv): its header travels over the engine below, with its
+//! tag, and the data between two streams that are kept for this direction between the two ranks. Until then the sender's
+//! tensor is held on the device. Ranks may send to each other before either receives.
+//!
+//! # Failures
+//! When a rank is lost, the engine below fails the world; a thread that looks after NCCL then aborts every communicator of it,
+//! so that no stream waits for ever for a kernel of a rank that is gone. It does the same if NCCL reports an error, or if
+//! something that the device could have begun is not over after the time-out.
+//!
 //! # What travels through the host all the same
-//! Messages (`send`, `recv`), and tensors of other devices or of dtypes that NCCL does not know (`i16`, `u16`).
+//! Tensors of other devices or of dtypes that NCCL does not know (`i16`, `u16`).
 
 mod collective;
+mod keeper;
 mod lane;
 mod library;
+mod messages;
 mod raw;
 mod transport;
 
 use std::sync::Arc;
 
+use burn::backend::DispatchDevice;
 use burn::tensor::Device;
 
-pub use library::{Library, library};
+pub use library::{Library, Version, devices, library};
 
-use self::lane::Lane;
+use self::keeper::Keeper;
+use self::lane::{Gpu, Lane};
 use self::raw::Raw;
 use self::transport::NcclTransport;
 use super::{Communicator, ReduceOp};
@@ -78,11 +95,17 @@ pub fn join(host: &Communicator, index: usize) -> Result<Communicator, Error> {
         _ => raw::no_id(),
     };
     let id = host.broadcast(id.to_vec(), 0)?;
-    let lane = Arc::new(Lane::new(index)?);
-    lane.enter()?;
+    let gpu = Gpu::new(index)?;
+    gpu.enter()?;
+    let device = Device::cuda(index);
+    let DispatchDevice::Cube(cube) = device.as_dispatch().clone() else {
+        return Err(Error::Gpu { problem: format!("burn does not take {device:?} for a CUDA device") });
+    };
     let transport = host.transport_arc();
-    let raw = Raw::init(&id, host.size(), host.rank(), host.group(), transport.timeout())?;
-    Ok(host.over(Arc::new(NcclTransport::new(transport, raw, lane, Device::cuda(index)))))
+    let keeper = Keeper::new(transport.clone(), host.underway().clone(), gpu);
+    let lane = Arc::new(Lane::new(gpu)?);
+    let raw = Raw::init(&id, host.size(), host.rank(), &transport)?;
+    Ok(host.over(Arc::new(NcclTransport::new(transport, raw, lane, keeper, (device, cube))?)))
 }
 
 /// Makes every rank return an error if one has found something missing, so that nobody waits for it in NCCL.

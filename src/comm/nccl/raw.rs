@@ -1,21 +1,22 @@
 //! NCCL's communicator: made, polled, split, aborted.
 //!
-//! It is non-blocking: a call that cannot be finished at once returns "in progress", and is polled here under the time-out. A
-//! blocking call on a rank whose peer has died would never return.
+//! It is non-blocking: a call that cannot be finished at once returns "in progress", and is polled here, under the time-out
+//! and for as long as the world is well. A blocking call on a rank whose peer has died would never return.
 
 use std::ffi::CStr;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use cudarc::nccl::result::{self as nccl, NcclError, NcclStatus};
 use cudarc::nccl::sys;
 
 use crate::Error;
+use crate::comm::Transport;
 
 /// `NCCL_CONFIG_UNDEF_INT`: NCCL decides.
 const UNDEFINED: i32 = i32::MIN;
-const ID_BYTES: usize = 128;
+pub(super) const ID_BYTES: usize = 128;
 
 /// A new id, by which the ranks of one group find each other.
 pub(super) fn unique_id() -> Result<[u8; ID_BYTES], Error> {
@@ -34,60 +35,88 @@ pub(super) fn no_id() -> [u8; ID_BYTES] {
 #[derive(Debug)]
 pub(super) struct Raw {
     pub(super) comm: sys::ncclComm_t,
-    group: Arc<str>,
-    rank: usize,
-    timeout: Duration,
+    /// The engine under it: names the group, and knows when the world has failed.
+    host: Arc<dyn Transport>,
 }
 
-// SAFETY: NCCL lets any thread call, one at a time; the transport holds a lock around each call.
+// SAFETY: NCCL lets any thread call, one at a time; a lock is held around each call.
 unsafe impl Send for Raw {}
 
 impl Raw {
     /// Joins the group of `id`. The device must be current on this thread. Every rank of the group does the same.
-    pub fn init(id: &[u8], size: usize, rank: usize, group: &Arc<str>, timeout: Duration) -> Result<Self, Error> {
+    pub fn init(id: &[u8], size: usize, rank: usize, host: &Arc<dyn Transport>) -> Result<Self, Error> {
         let mut internal = [0; ID_BYTES];
         internal.iter_mut().zip(id).for_each(|(to, from)| *to = *from as _);
         let id = sys::ncclUniqueId { internal };
-        let mut raw = Self { comm: std::ptr::null_mut(), group: group.clone(), rank, timeout };
-        // SAFETY: the pointers are to locals that outlive the call.
+        let mut raw = Self { comm: std::ptr::null_mut(), host: host.clone() };
+        // SAFETY: NCCL reads the settings and writes the communicator's place before it returns.
         let called = unsafe { nccl::comm_init_rank_config(&mut raw.comm, size as i32, id, rank as i32, &mut config()) };
-        raw.finish("joining the group", called)?;
+        raw.finish("joining the group", called).inspect_err(|_| raw.abort())?;
         Ok(raw)
     }
 
     /// This rank's end of the part of the group that brings the same `color`. Collective.
-    pub fn split(&self, color: usize, key: usize, group: &Arc<str>) -> Result<Self, Error> {
-        let mut part = Self { comm: std::ptr::null_mut(), group: group.clone(), rank: key, timeout: self.timeout };
+    pub fn split(&self, color: usize, key: usize, host: &Arc<dyn Transport>) -> Result<Self, Error> {
+        // NCCL writes here when the split is done, which may be after this rank has given up.
+        let place: *mut sys::ncclComm_t = Box::into_raw(Box::new(std::ptr::null_mut()));
         // SAFETY: as above; the new communicator takes the settings of this one.
-        let called = unsafe {
-            sys::ncclCommSplit(self.comm, color as i32, key as i32, &mut part.comm, std::ptr::null_mut()).result()
-        };
+        let called =
+            unsafe { sys::ncclCommSplit(self.comm, color as i32, key as i32, place, std::ptr::null_mut()).result() };
+        // On failure the place is leaked.
         self.finish("splitting the group", called)?;
-        part.finish("splitting the group", Ok(NcclStatus::Success))?;
+        // SAFETY: the split is done.
+        let mut part = Self { comm: *unsafe { Box::from_raw(place) }, host: host.clone() };
+        part.finish("splitting the group", Ok(NcclStatus::Success)).inspect_err(|_| part.abort())?;
         Ok(part)
     }
 
     /// Waits until NCCL has taken a call.
     pub fn finish(&self, operation: &str, called: Result<NcclStatus, NcclError>) -> Result<(), Error> {
         called.map_err(|error| self.error(operation, error.0))?;
-        let since = Instant::now();
-        loop {
-            let mut state = sys::ncclResult_t::ncclSuccess;
-            // SAFETY: the communicator lives; `state` is a local.
-            unsafe { sys::ncclCommGetAsyncError(self.comm, &mut state) };
-            match state {
-                sys::ncclResult_t::ncclSuccess => return Ok(()),
-                sys::ncclResult_t::ncclInProgress if since.elapsed() < self.timeout => thread::yield_now(),
-                sys::ncclResult_t::ncclInProgress => {
-                    let waited = since.elapsed();
-                    return Err(self.refused(operation, format!("no answer in {waited:.1?}: a rank has not come")));
-                }
-                other => return Err(self.error(operation, other)),
+        let (since, timeout) = (Instant::now(), self.host.timeout());
+        while !self.is_idle(operation)? {
+            // Asked only once NCCL makes us wait: most calls are taken at once.
+            if let Some(error) = self.host.failure() {
+                return Err(error);
             }
+            let waited = since.elapsed();
+            if waited > timeout {
+                return Err(self.refused(operation, format!("no answer in {waited:.1?}: a rank has not come")));
+            }
+            thread::yield_now();
+        }
+        Ok(())
+    }
+
+    /// Whether NCCL has taken all calls.
+    pub fn is_idle(&self, operation: &str) -> Result<bool, Error> {
+        if self.comm.is_null() {
+            return Err(self.host.failure().unwrap_or_else(|| self.refused(operation, "it was aborted".into())));
+        }
+        let mut state = sys::ncclResult_t::ncclSuccess;
+        // SAFETY: the communicator lives; `state` is a local.
+        let asked = unsafe { sys::ncclCommGetAsyncError(self.comm, &mut state) };
+        match (asked, state) {
+            (sys::ncclResult_t::ncclSuccess, sys::ncclResult_t::ncclSuccess) => Ok(true),
+            (sys::ncclResult_t::ncclSuccess, sys::ncclResult_t::ncclInProgress) => Ok(false),
+            (sys::ncclResult_t::ncclSuccess, failed) | (failed, _) => Err(self.error(operation, failed)),
         }
     }
 
-    /// Ends what is under way; nothing can be called afterwards.
+    /// Begins the end that all ranks of the group agree on: what is under way is finished first.
+    pub fn finalize(&self) -> Result<(), Error> {
+        // SAFETY: the communicator lives, and nobody uses it any more.
+        let called = unsafe { nccl::comm_finalize(self.comm) };
+        called.map(drop).map_err(|error| self.error("leaving the group", error.0))
+    }
+
+    /// Frees it, once it is [idle](Self::is_idle) after [`finalize`](Self::finalize).
+    pub fn destroy(&mut self) {
+        // SAFETY: the communicator lives, and is forgotten here.
+        let _ = unsafe { nccl::comm_destroy(std::mem::replace(&mut self.comm, std::ptr::null_mut())) };
+    }
+
+    /// Ends what is under way; nothing can be called afterwards. Kernels that wait for a peer return.
     pub fn abort(&mut self) {
         if !self.comm.is_null() {
             // SAFETY: the communicator lives, and is forgotten here.
@@ -95,21 +124,21 @@ impl Raw {
         }
     }
 
+    /// Takes the communicator out, to be ended under the eyes of another group; what is left cannot be used.
+    pub fn take(&mut self, host: &Arc<dyn Transport>) -> Self {
+        Self { comm: std::mem::replace(&mut self.comm, std::ptr::null_mut()), host: host.clone() }
+    }
+
+    pub fn is_over(&self) -> bool {
+        self.comm.is_null()
+    }
+
     fn error(&self, operation: &str, result: sys::ncclResult_t) -> Error {
         self.refused(operation, said(result, Some(self.comm)))
     }
 
-    fn refused(&self, operation: &str, problem: String) -> Error {
-        Error::Nccl { group: self.group.clone(), rank: self.rank, operation: operation.into(), problem }
-    }
-}
-
-impl Drop for Raw {
-    fn drop(&mut self) {
-        if !self.comm.is_null() {
-            // SAFETY: the communicator lives, and nobody uses it any more. Destroying waits for what is enqueued.
-            let _ = unsafe { nccl::comm_destroy(self.comm) };
-        }
+    pub fn refused(&self, operation: &str, problem: String) -> Error {
+        Error::Nccl { group: self.host.group().clone(), rank: self.host.rank(), operation: operation.into(), problem }
     }
 }
 

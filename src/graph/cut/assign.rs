@@ -18,7 +18,8 @@ pub enum Cut {
     #[default]
     Balanced,
     /// As [`Balanced`](Self::Balanced), by costs that were measured: of each operation of the captured step, in any unit.
-    /// What is sent and received counts nothing.
+    /// [`Pipelined::measure`](crate::pipeline_parallel::Pipelined::measure) measures them. What is sent and received counts
+    /// nothing.
     Measured(Vec<f64>),
     /// The patterns of each stage; a parameter belongs to the first stage of which one matches.
     Patterns(Vec<Vec<String>>),
@@ -71,6 +72,9 @@ impl Cut {
             Self::Measured(costs) if costs.len() != graph.operations.len() => {
                 let (operations, costs) = (graph.operations.len(), costs.len());
                 wrong(format!("there are measured costs of {costs} operations, but the step has {operations}"))
+            }
+            Self::Measured(costs) if costs.iter().any(|cost| !(cost.is_finite() && *cost >= 0.0)) => {
+                wrong("measured costs must be finite and not negative: `Pipelined::measure` gives such".into())
             }
             Self::Measured(costs) => balanced(graph, stages, |op| costs[op], false),
             _ => balanced(graph, stages, |op| operation_cost(&graph.operations[op]) as f64, true),

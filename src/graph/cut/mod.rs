@@ -25,6 +25,8 @@ mod assign;
 mod balance;
 mod cost;
 mod flow;
+mod measure;
+mod passes;
 mod place;
 mod program;
 mod report;
@@ -34,8 +36,10 @@ mod tied;
 
 pub use assign::Cut;
 pub use cost::operation_cost;
+pub use measure::measure_operations;
+pub use passes::{StageForward, Tensors};
 pub use report::{Crossing, CutReport, StageShare};
-pub use run::{StageForward, StageRun, Tensors};
+pub use run::StageRun;
 pub use split::{Route, StageGraph};
 
 use std::collections::HashSet;

@@ -1,65 +1,48 @@
-//! Running one stage of a cut step, several micro-batches at a time.
+//! One stage of a cut step that can run, with its parameters.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use burn::backend::Flex;
-use burn::backend::flex::{FlexDevice, FlexTensor};
 use burn::module::{Module, ParamId};
+use burn::tensor::{Device, TensorData};
 use burn_ir::{OperationIr, TensorId, TensorIr};
-use burn_router::TensorInterpreter;
 
 use super::program::sections;
 use super::split::{StageGraph, inputs_read};
 use crate::error::Error;
 use crate::graph::custom::CustomOps;
-use crate::graph::execute::fits;
-use crate::graph::inputs::GraphTensor;
+use crate::graph::execute::{computable, fits, is_on};
+use crate::graph::graph_error;
+use crate::graph::interpret::Interpreter;
 use crate::graph::liveness::Action;
 use crate::graph::module::{read_params, write_running_states};
-use crate::graph::step::{StepGraph, op_name};
-use crate::graph::{graph_error, panic_text};
+use crate::graph::step::StepGraph;
+use crate::params::one_device;
+use crate::tensor::PlainTensor;
 
-/// Tensors on the way from one stage to another, in the order of their [`Route`](super::Route).
-pub type Tensors = Vec<GraphTensor>;
-
-/// What the forward pass of a stage gives.
-#[derive(Debug, Default)]
-pub struct StageForward {
-    /// What goes to later stages, by stage.
-    pub sends: BTreeMap<usize, Tensors>,
-    /// The loss, on the stage that computes it.
-    pub loss: Option<GraphTensor>,
-    /// The number of items of the loss, if it is a sum over items, on the same stage.
-    pub weight: Option<GraphTensor>,
-    /// The extra outputs that this stage gives, by their place in the graph.
-    pub outputs: BTreeMap<usize, GraphTensor>,
-    /// The next values of running statistics, which the stage goes on with by itself.
-    pub updates: HashMap<ParamId, FlexTensor>,
-}
-
-/// Runs the part of a step that one stage has, on Flex.
+/// Runs the part of a step that one stage has, on the device of the model.
 ///
 /// Each micro-batch has tensors of its own from its [`forward`](Self::forward) to its
 /// [`backward_weight`](Self::backward_weight), and every tensor is freed at its last use. Several micro-batches can be under
 /// way, in any order.
 #[derive(Debug)]
 pub struct StageRun {
-    part: StageGraph,
-    sections: [Vec<Action>; 3],
+    pub(super) part: StageGraph,
+    pub(super) sections: [Vec<Action>; 3],
     /// The parameters that operations read: id, path, tensor.
-    params: Vec<(ParamId, String, TensorIr)>,
+    pub(super) params: Vec<(ParamId, String, TensorIr)>,
     /// Gradients and updates by tensor.
-    gradients: HashMap<TensorId, Vec<ParamId>>,
-    updates: HashMap<TensorId, Vec<ParamId>>,
+    pub(super) gradients: HashMap<TensorId, Vec<ParamId>>,
+    pub(super) updates: HashMap<TensorId, Vec<ParamId>>,
     /// The inputs that operations read.
-    inputs: Vec<(usize, String, TensorIr)>,
-    constants: Vec<(TensorId, GraphTensor)>,
-    ops: CustomOps,
+    pub(super) inputs: Vec<(usize, String, TensorIr)>,
+    pub(super) constants: Vec<(TensorId, TensorData)>,
+    /// Where the stage runs, and the constants there; known once a model was bound.
+    pub(super) home: Option<(Device, Vec<(TensorId, PlainTensor)>)>,
+    pub(super) ops: CustomOps,
     /// The parameters of this step.
-    values: HashMap<ParamId, GraphTensor>,
-    updated: HashMap<ParamId, FlexTensor>,
-    under_way: BTreeMap<usize, TensorInterpreter<Flex>>,
+    pub(super) values: HashMap<ParamId, PlainTensor>,
+    pub(super) updated: HashMap<ParamId, PlainTensor>,
+    pub(super) under_way: BTreeMap<usize, Interpreter>,
 }
 
 impl StageRun {
@@ -100,16 +83,14 @@ impl StageRun {
             (place, input.path.clone(), input.tensor.clone())
         });
         let constants = graph.constants.iter().filter(|(id, _)| read.contains(id));
-        let constants = constants.map(|(id, data)| {
-            let (dtype, tensor) = (data.dtype(), FlexTensor::from_data(data.clone()));
-            (*id, GraphTensor::of_dtype(tensor, dtype))
-        });
+        let constants = constants.map(|(id, data)| (*id, data.clone()));
         Ok(Self {
             params,
             gradients: by_tensor(&part.gradients),
             updates: by_tensor(&part.updates),
             inputs: inputs.collect(),
             constants: constants.collect(),
+            home: None,
             sections,
             ops,
             part,
@@ -141,14 +122,29 @@ impl StageRun {
                 self.values.get(id).ok_or_else(|| graph_error(format!("the stage lacks parameter `{path}`")))?;
             fits(&format!("parameter `{path}`"), value, tensor)?;
         }
+        self.settle(one_device(model, "a step")?.unwrap_or_else(Device::flex))
+    }
+
+    /// Brings the constants to a device.
+    fn settle(&mut self, device: Device) -> Result<(), Error> {
+        if self.home.as_ref().is_none_or(|(home, _)| *home != device) {
+            let operations = self.sections.iter().flatten().filter_map(|action| match action {
+                Action::Run(op) => Some(op),
+                Action::Free(_) | Action::Give(_) => None,
+            });
+            computable(operations.flat_map(|op| op.inputs().chain(op.outputs())), &device)?;
+            let constants = self.constants.iter();
+            let constants = constants.map(|(id, data)| (*id, PlainTensor::from_data(data.clone(), &device))).collect();
+            self.home = Some((device, constants));
+        }
         Ok(())
     }
 
     /// Goes on with these running statistics.
-    pub fn carry(&mut self, updates: &HashMap<ParamId, FlexTensor>) {
+    pub fn carry(&mut self, updates: &HashMap<ParamId, PlainTensor>) {
         for (id, value) in updates {
             if let Some(old) = self.values.get_mut(id) {
-                *old = GraphTensor::Float(value.clone());
+                *old = value.clone();
             }
         }
         self.updated.extend(updates.iter().map(|(id, value)| (*id, value.clone())));
@@ -170,194 +166,5 @@ impl StageRun {
         self.under_way.clear();
         self.values.clear();
         self.updated.clear();
-    }
-
-    /// The forward pass of a micro-batch with the parameters that are bound. `inputs` are those of the whole graph, `received`
-    /// is what came from earlier stages, by stage.
-    ///
-    /// # Errors
-    /// [`Error::Graph`] if something does not fit the graph, or an operation panics; the error of a custom operation.
-    pub fn forward(
-        &mut self,
-        micro_batch: usize,
-        inputs: &[GraphTensor],
-        received: BTreeMap<usize, Tensors>,
-    ) -> Result<StageForward, Error> {
-        let mut tensors = TensorInterpreter::with_custom_ops(FlexDevice, self.ops.registry());
-        for (id, value) in &self.constants {
-            tensors.register_tensor_to_device(*id, value.clone().into_handle());
-        }
-        for (id, path, tensor) in &self.params {
-            let unbound = || graph_error(format!("parameter `{path}` is not bound: bind the model before the step"));
-            let value = self.values.get(id).ok_or_else(unbound)?;
-            tensors.register_tensor_to_device(tensor.id, value.clone().into_handle());
-        }
-        for (place, path, tensor) in &self.inputs {
-            let value = inputs.get(*place).ok_or_else(|| graph_error(format!("the step lacks input `{path}`")))?;
-            fits(&format!("input `{path}`"), value, tensor)?;
-            tensors.register_tensor_to_device(tensor.id, value.clone().into_handle());
-        }
-        self.under_way.insert(micro_batch, tensors);
-        self.receive(micro_batch, received, |from, here| from < here)?;
-        let mut given = self.run(micro_batch, 0)?;
-        let updates = self.updates.iter().flat_map(|(tensor, ids)| ids.iter().map(|id| (*id, *tensor)));
-        let updates =
-            updates.filter_map(|(id, tensor)| Some((id, given.get(&tensor)?.clone().into_tensor()))).collect();
-        self.carry(&updates);
-        let outputs = self.part.outputs.iter();
-        let outputs = outputs.filter_map(|(place, tensor)| Some((*place, given.get(&tensor.id)?.clone()))).collect();
-        let [loss, weight] =
-            [&self.part.loss, &self.part.weight].map(|result| given.get(&result.as_ref()?.id).cloned());
-        Ok(StageForward { sends: self.sends(&mut given, |to, here| to > here)?, loss, weight, outputs, updates })
-    }
-
-    /// The part of the backward pass that earlier stages wait for. `received` is what came from later stages; gradients of
-    /// parameters that are ready go to `on_gradient`. Gives what goes to earlier stages.
-    ///
-    /// # Errors
-    /// As [`forward`](Self::forward), and those of `on_gradient`.
-    pub fn backward_input(
-        &mut self,
-        micro_batch: usize,
-        received: BTreeMap<usize, Tensors>,
-        on_gradient: &mut dyn FnMut(ParamId, FlexTensor) -> Result<(), Error>,
-    ) -> Result<BTreeMap<usize, Tensors>, Error> {
-        self.receive(micro_batch, received, |from, here| from > here)?;
-        let mut given = self.run(micro_batch, 1)?;
-        let sends = self.sends(&mut given, |to, here| to < here)?;
-        self.hand_over(given, on_gradient)?;
-        Ok(sends)
-    }
-
-    /// The rest of the backward pass: gradients of parameters. Afterwards nothing of the micro-batch is left.
-    ///
-    /// # Errors
-    /// As [`forward`](Self::forward), and those of `on_gradient`.
-    pub fn backward_weight(
-        &mut self,
-        micro_batch: usize,
-        on_gradient: &mut dyn FnMut(ParamId, FlexTensor) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let given = self.run(micro_batch, 2)?;
-        self.under_way.remove(&micro_batch);
-        self.hand_over(given, on_gradient)
-    }
-
-    /// Ends a micro-batch that has no backward pass.
-    pub fn finish(&mut self, micro_batch: usize) {
-        self.under_way.remove(&micro_batch);
-    }
-
-    fn hand_over(
-        &self,
-        given: HashMap<TensorId, GraphTensor>,
-        on_gradient: &mut dyn FnMut(ParamId, FlexTensor) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let mut given: Vec<_> = given.into_iter().collect();
-        given.sort_by_key(|(tensor, _)| *tensor);
-        for (tensor, value) in given {
-            let Some((last, others)) = self.gradients.get(&tensor).and_then(|ids| ids.split_last()) else { continue };
-            for id in others {
-                on_gradient(*id, value.clone().into_tensor())?;
-            }
-            on_gradient(*last, value.into_tensor())?;
-        }
-        Ok(())
-    }
-
-    fn receive(
-        &mut self,
-        micro_batch: usize,
-        mut received: BTreeMap<usize, Tensors>,
-        direction: fn(usize, usize) -> bool,
-    ) -> Result<(), Error> {
-        let stage = self.part.stage;
-        let tensors = self.under_way.get_mut(&micro_batch).ok_or_else(|| {
-            graph_error(format!(
-                "stage {stage} is to run the backward pass of micro-batch {micro_batch} before its forward"
-            ))
-        })?;
-        for route in self.part.receives.iter().filter(|route| direction(route.from, stage)) {
-            let values = received.remove(&route.from).unwrap_or_default();
-            let from = route.from;
-            if values.len() != route.tensors.len() {
-                let (wanted, got) = (route.tensors.len(), values.len());
-                let problem = format!("stage {stage} wants {wanted} tensors of stage {from}, and got {got}");
-                return Err(graph_error(problem));
-            }
-            for (tensor, value) in route.tensors.iter().zip(values) {
-                fits(&format!("what stage {stage} got of stage {from}"), &value, tensor)?;
-                tensors.register_tensor_to_device(tensor.id, value.into_handle());
-            }
-        }
-        Ok(())
-    }
-
-    fn sends(
-        &self,
-        given: &mut HashMap<TensorId, GraphTensor>,
-        direction: fn(usize, usize) -> bool,
-    ) -> Result<BTreeMap<usize, Tensors>, Error> {
-        let mut sends = BTreeMap::new();
-        let mut routes: Vec<_> = self.part.sends.iter().filter(|route| direction(route.to, self.part.stage)).collect();
-        let mut uses: HashMap<TensorId, usize> =
-            self.gradients.iter().map(|(id, params)| (*id, params.len())).collect();
-        for tensor in routes.iter().flat_map(|route| &route.tensors) {
-            *uses.entry(tensor.id).or_default() += 1;
-        }
-        for route in routes.drain(..) {
-            let mut values = Vec::with_capacity(route.tensors.len());
-            for tensor in &route.tensors {
-                let uses = uses.entry(tensor.id).or_default();
-                *uses -= 1;
-                // The last one who wants it gets it as its own.
-                let value = if *uses == 0 { given.remove(&tensor.id) } else { given.get(&tensor.id).cloned() };
-                values.push(value.ok_or_else(|| graph_error("a stage did not give what it is to send"))?);
-            }
-            sends.insert(route.to, values);
-        }
-        Ok(sends)
-    }
-
-    fn run(&mut self, micro_batch: usize, section: usize) -> Result<HashMap<TensorId, GraphTensor>, Error> {
-        let stage = self.part.stage;
-        let tensors = self.under_way.get_mut(&micro_batch).ok_or_else(|| {
-            graph_error(format!(
-                "stage {stage} is to run the backward pass of micro-batch {micro_batch} before its forward"
-            ))
-        })?;
-        let (program, ops) = (&self.sections[section], &self.ops);
-        let mut position = 0;
-        let ran = catch_unwind(AssertUnwindSafe(|| {
-            let mut given = HashMap::new();
-            for (index, action) in program.iter().enumerate() {
-                position = index;
-                match action {
-                    Action::Run(op) => {
-                        tensors.register_op(OperationIr::clone(op));
-                        if matches!(**op, OperationIr::Custom(_))
-                            && let Some(error) = ops.take_error()
-                        {
-                            return Err(error);
-                        }
-                    }
-                    Action::Free(tensor) => tensors.register_op(OperationIr::Drop(tensor.clone())),
-                    Action::Give(tensor) => {
-                        given.insert(tensor.id, GraphTensor::from_handle(tensors.get_tensor(tensor))?);
-                    }
-                }
-            }
-            Ok(given)
-        }));
-        match ran {
-            Ok(outcome) => outcome,
-            Err(payload) => {
-                let at = match program.get(position) {
-                    Some(Action::Run(op)) => op_name(op),
-                    _ => "the handling of a result".into(),
-                };
-                Err(graph_error(format!("{at} panicked on stage {stage}: {}", panic_text(payload))))
-            }
-        }
     }
 }

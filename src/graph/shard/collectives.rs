@@ -1,6 +1,5 @@
 //! The custom operations of a partitioned graph, over communicators.
 
-use burn::backend::flex::FlexTensor;
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorIr};
 
 use super::overlap;
@@ -8,6 +7,7 @@ use crate::comm::{Communicator, ReduceOp};
 use crate::error::Error;
 use crate::graph::{CustomOps, StepGraph, graph_error};
 use crate::layout::Step;
+use crate::tensor::PlainTensor;
 
 /// The kinds of collectives that a partition puts in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -66,21 +66,21 @@ impl CollectiveKind {
     pub(crate) fn run(
         self,
         op: &CustomOpIr,
-        inputs: Vec<FlexTensor>,
+        inputs: Vec<PlainTensor>,
         comm: &Communicator,
-    ) -> Result<Vec<FlexTensor>, Error> {
+    ) -> Result<Vec<PlainTensor>, Error> {
         if self == Self::AllReduce && inputs.len() != 1 {
-            return comm.all_reduce_many(inputs, ReduceOp::Sum);
+            return comm.all_reduce_coalesced(inputs, ReduceOp::Sum);
         }
-        let [input] = <[FlexTensor; 1]>::try_from(inputs).map_err(|inputs| {
+        let [input] = <[PlainTensor; 1]>::try_from(inputs).map_err(|inputs| {
             graph_error(format!("custom operation `{}` takes one input, not {}", op.id, inputs.len()))
         })?;
         let step = |step: Step| step.take(self.name(), input.clone(), comm);
         let output = match self {
-            Self::AllReduce => comm.all_reduce_host(input, ReduceOp::Sum)?,
-            Self::AllReduceMax => comm.all_reduce_host(input, ReduceOp::Max)?,
-            Self::AllReduceMin => comm.all_reduce_host(input, ReduceOp::Min)?,
-            Self::AllReduceProduct => comm.all_reduce_host(input, ReduceOp::Product)?,
+            Self::AllReduce => comm.all_reduce(input, ReduceOp::Sum)?,
+            Self::AllReduceMax => comm.all_reduce(input, ReduceOp::Max)?,
+            Self::AllReduceMin => comm.all_reduce(input, ReduceOp::Min)?,
+            Self::AllReduceProduct => comm.all_reduce(input, ReduceOp::Product)?,
             Self::AllGather => step(Step::Gather { dim: dim(op, 0)? })?,
             Self::ReduceScatter => step(Step::SumSlice { dim: dim(op, 0)? })?,
             Self::AllToAll => step(Step::Exchange { split: dim(op, 0)?, join: dim(op, 1)? })?,

@@ -16,7 +16,8 @@
 //!   [`ShardReport`] tells which.
 //!
 //! With [`with_sequence_dim`](PartitionOptions::with_sequence_dim) activations stay split along the sequence between the
-//! layers that are split otherwise.
+//! layers that are split otherwise; linear layers that burn computes on flattened rows are taken as they were before, which
+//! a split sequence can follow.
 //!
 //! Several axes are partitioned one after another: the collectives of the first are operations with rules like any other,
 //! for the second. Every rank of an axis gets the same operations but for the places of slices, hence the same sequence of
@@ -45,6 +46,7 @@ mod partition;
 mod pass;
 mod planned;
 mod report;
+mod rows;
 mod rules;
 mod sums;
 
@@ -52,5 +54,6 @@ pub use collectives::{CollectiveKind, register_collectives};
 pub use fold::fold_reductions;
 pub use options::PartitionOptions;
 pub use overlap::overlap;
+pub(crate) use padding::{Larger, pad};
 pub use partition::partition;
 pub use report::{Collective, Fallback, ShardReport};

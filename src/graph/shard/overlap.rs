@@ -7,7 +7,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use burn::backend::flex::{FlexTensor, Layout};
+use burn::tensor::Device;
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
 
 use super::collectives::{CollectiveKind, CollectiveOp};
@@ -16,6 +16,7 @@ use super::rules::only_moves;
 use crate::comm::{Communicator, Pending};
 use crate::error::Error;
 use crate::graph::{CustomOps, StepGraph, graph_error};
+use crate::tensor::PlainTensor;
 
 /// Takes collectives apart into start and wait, as far from each other as the data allow. Those between which nothing
 /// would run stay as they are. Returns how many were taken apart.
@@ -168,20 +169,20 @@ fn wait_id(axis: &str) -> String {
     format!("{axis}.wait")
 }
 
-type Flying = Arc<Mutex<HashMap<u64, Pending<Vec<FlexTensor>>>>>;
+type Flying = Arc<Mutex<HashMap<u64, Pending<Vec<PlainTensor>>>>>;
 
 /// Registers the operations that [`overlap`] puts in.
 pub(super) fn register(ops: &mut CustomOps, axis: &str, group: &Communicator) {
     let flying = Flying::default();
     for kind in CollectiveKind::ALL {
         let (comm, flying) = (group.clone(), flying.clone());
-        ops.register(&start_id(axis, kind), move |op, inputs| {
+        ops.register_maker(&start_id(axis, kind), move |op, inputs, device| {
             let ticket = ticket(op)?;
             let own = op.clone();
             let pending = comm.start(move |comm| kind.run(&own, inputs, comm));
             // A flight of a step that failed is forgotten here.
             flying.lock().unwrap_or_else(PoisonError::into_inner).insert(ticket, pending);
-            Ok(op.outputs.iter().map(token).collect())
+            Ok(op.outputs.iter().map(|out| token(out, device)).collect())
         });
     }
     ops.register(&wait_id(axis), move |op, _| {
@@ -200,7 +201,6 @@ fn ticket(op: &CustomOpIr) -> Result<u64, Error> {
 }
 
 /// One element in the shape of a tensor.
-fn token(of: &TensorIr) -> FlexTensor {
-    let strides = vec![0; of.shape.num_dims()];
-    FlexTensor::zeros([1].into(), of.dtype).with_layout(Layout::new(of.shape.clone(), strides, 0))
+fn token(of: &TensorIr, device: &Device) -> PlainTensor {
+    PlainTensor::zeros(vec![1; of.shape.num_dims()], of.dtype, device).expand(of.shape.clone())
 }

@@ -1,12 +1,15 @@
 //! From a step and the layouts of its edge to the step of one rank.
 
+use std::borrow::Cow;
+
 use burn_ir::{FloatOperationIr, NumericOperationIr, OperationIr, TensorIr};
 
 use super::collectives::CollectiveOp;
 use super::options::PartitionOptions;
-use super::padding::padded;
+use super::padding::{Larger, pad};
 use super::pass::Pass;
 use super::report::ShardReport;
+use super::rows::unflattened;
 use crate::error::Error;
 use crate::graph::step::op_name;
 use crate::graph::{StepGraph, graph_error};
@@ -18,16 +21,18 @@ use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 /// parameters, and gives gradients and updates in the layout of their parameter. Inputs are given whole: the graph takes
 /// its part itself. Loss and extra outputs come out whole on every rank.
 ///
-/// A dim must be a multiple of the degree to be split, but for the rows of an embedding that nothing except lookups reads:
-/// it is padded, so that every rank has as many rows as the first. What is given for the parameter must be padded with
-/// zeros in the same way, and its gradient comes so, zeros again; element-wise optimizers leave the padding alone.
+/// A dim of a parameter that the degree does not divide, as that of a vocabulary, is padded to the next size that it does,
+/// so that every rank has as much as the first. What is given for the parameter must be padded with zeros in the same way,
+/// and its gradient comes so, zeros again; element-wise optimizers leave the padding alone. It is followed through lookups,
+/// linear layers, element-wise operations, sums, means and the softmax. An activation that is read in another way is gathered and goes
+/// on without.
 ///
 /// For several axes, partition the result again over the next axis; shapes and layouts are then those of what the first
 /// left local. A dim that is split by both is divided over the first axis and each part over the second.
 ///
 /// # Errors
-/// [`Error::Graph`] if the number of layouts is wrong, a layout is partial, the degree does not divide a dim that is to be
-/// split, the graph is partitioned over this axis already, or the step draws random numbers otherwise than with
+/// [`Error::Graph`] if the number of layouts is wrong, a layout is partial, the degree does not divide a dim of an input
+/// that is to be split, or of a parameter that an operation without a rule for padding reads, the graph is partitioned over this axis already, or the step draws random numbers otherwise than with
 /// [`counted_random`](crate::graph::counted_random) (and the degree is more than 1).
 pub fn partition(
     graph: &StepGraph,
@@ -48,8 +53,18 @@ pub fn partition(
             inputs.len()
         )));
     }
-    let padded = padded(graph, params, options);
-    let graph = &padded;
+    let larger: Vec<Larger> = params
+        .iter()
+        .enumerate()
+        .filter_map(|(place, layout)| {
+            let Sharded(dim) = *layout else { return None };
+            let size = *graph.params[place].tensor.shape.as_slice().get(dim)?;
+            let padded = size.next_multiple_of(*degree);
+            (size != padded).then_some(Larger { param: place, dim, size: padded })
+        })
+        .collect();
+    let padded = if larger.is_empty() { Cow::Borrowed(graph) } else { Cow::Owned(pad(graph, &larger)?) };
+    let graph = padded.as_ref();
     let named_params = graph.params.iter().map(|p| (format!("parameter `{}`", p.path), &p.tensor)).zip(params);
     let named_inputs = graph.inputs.iter().map(|i| (format!("input `{}`", i.path), &i.tensor)).zip(inputs);
     for ((name, tensor), layout) in named_params.chain(named_inputs) {
@@ -68,7 +83,13 @@ pub fn partition(
             op_name(op)
         )));
     }
-    Ok(Pass::new(graph, params, options).run(graph, params, inputs))
+    match options.sequence_dim {
+        None => Ok(Pass::new(graph, params, options).run(graph, params, inputs)),
+        Some(_) => {
+            let graph = unflattened(graph);
+            Ok(Pass::new(&graph, params, options).run(&graph, params, inputs))
+        }
+    }
 }
 
 fn check(name: &str, tensor: &TensorIr, layout: Layout, options: &PartitionOptions) -> Result<(), Error> {

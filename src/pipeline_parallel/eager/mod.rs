@@ -9,7 +9,7 @@ use std::fmt;
 use burn::backend::{DispatchTensor, GradientCheckpointingStrategy, TensorMetadata};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{GradientsAccumulator, GradientsParams};
-use burn::tensor::{DType, Gradients, Tensor};
+use burn::tensor::{DType, Device, Gradients, Tensor};
 
 pub use exchange::{Received, Sent};
 
@@ -17,14 +17,14 @@ use self::seed::seed;
 use super::schedule::Edge;
 use super::{Forwarded, LossSum, MicroBatch, Parcel, Stage, stage_error};
 use crate::Error;
-use crate::graph::GraphTensor;
-use crate::params::with_autodiff;
+use crate::params::{one_device, with_autodiff};
+use crate::tensor::PlainTensor;
 
 /// A stage that runs a closure with burn's own autodiff. Shapes may differ from one micro-batch to the next, and what the
 /// closure does as well.
 ///
 /// The closure gets the module, the input of the micro-batch, and what other stages have sent; it returns what goes to other
-/// stages, and on the stage that computes it, the loss. Tensors are on [`Device::flex`](burn::tensor::Device::flex).
+/// stages, and on the stage that computes it, the loss. What was received is on the device of the module.
 ///
 /// burn's autodiff runs a backward in one go. When a schedule splits it, the half for the inputs does all the work, and that
 /// for the weights only adds up: right, but a zero-bubble schedule gains nothing by it.
@@ -119,12 +119,13 @@ where
 
     fn forward(&mut self, micro_batch: MicroBatch<'_, I>, received: Vec<Parcel>) -> Result<Forwarded, Error> {
         let strategy = if micro_batch.trains { Some(strategy_of(&self.module)) } else { None };
+        let device = one_device(&self.module, "EagerStage")?.unwrap_or_else(Device::flex);
         let mut inputs = Vec::new();
         let mut tensors = BTreeMap::new();
         for parcel in received {
             let from = parcel.from;
             let leaves: Vec<DispatchTensor> =
-                parcel.into_tensors()?.into_iter().map(|tensor| leaf(tensor, strategy)).collect();
+                parcel.into_tensors()?.into_iter().map(|tensor| leaf(tensor.to_device(&device), strategy)).collect();
             inputs.push((from, leaves.iter().map(float).collect()));
             tensors.insert(from, VecDeque::from(leaves));
         }
@@ -135,8 +136,7 @@ where
         let mut forwarded = Forwarded::default();
         let mut tape = Tape { inputs, outputs: Vec::new(), loss: None };
         for (to, tensors) in sent.tensors {
-            let plain =
-                tensors.iter().map(|tensor| GraphTensor::from_user(tensor.clone(), "a tensor for another stage"));
+            let plain = tensors.iter().map(|tensor| PlainTensor::of(tensor.clone(), "a tensor for another stage"));
             forwarded.parcels.push(Parcel::new(self.index, to, plain.collect::<Result<Vec<_>, Error>>()?));
             tape.outputs.push((to, tensors.iter().map(float).collect()));
         }
@@ -146,7 +146,7 @@ where
             tape.loss = Some(loss.sum);
         }
         for output in sent.outputs {
-            forwarded.outputs.push(GraphTensor::from_user(output, "an output")?);
+            forwarded.outputs.push(PlainTensor::of(output, "an output")?);
         }
         if micro_batch.trains {
             self.tapes.insert(micro_batch.index, tape);
@@ -165,7 +165,7 @@ where
             let gradient = |leaf: Option<Tensor<1>>| match (leaf, &mut grads) {
                 (Some(leaf), Some(grads)) => {
                     let gradient = leaf.grad_remove(grads);
-                    gradient.map(|gradient| GraphTensor::from_user(gradient.into_dispatch(), "a gradient")).transpose()
+                    Ok(gradient.map(PlainTensor::from))
                 }
                 _ => Ok(None),
             };
@@ -211,7 +211,7 @@ fn root(
         let sent = outputs.iter().find(|(to, _)| *to == parcel.from).map_or(&[][..], |(_, tensors)| tensors);
         for (output, gradient) in sent.iter().zip(parcel.tensors) {
             let (Some(output), Some(gradient)) = (output, gradient) else { continue };
-            let gradient = gradient.into_tensor();
+            let gradient = gradient.to_device(&output.device().inner());
             let (expected, came) = (output.clone().into_dispatch().shape(), gradient.shape());
             if expected != came || output.dtype() != gradient.dtype() {
                 let (from, to) = (output.dtype(), gradient.dtype());
@@ -234,13 +234,13 @@ fn root(
 }
 
 /// A received tensor for the closure: in training, a float tensor is a leaf.
-fn leaf(tensor: GraphTensor, strategy: Option<GradientCheckpointingStrategy>) -> DispatchTensor {
-    match (tensor, strategy) {
-        (GraphTensor::Float(tensor), Some(strategy)) => {
-            let tensor = Tensor::<1>::from_primitive::<burn::backend::Flex>(tensor);
+fn leaf(tensor: PlainTensor, strategy: Option<GradientCheckpointingStrategy>) -> DispatchTensor {
+    match strategy {
+        Some(strategy) if tensor.dtype().is_float() => {
+            let tensor = Tensor::<1>::from_dispatch(tensor.into_dispatch());
             with_autodiff(tensor, strategy).require_grad().into_dispatch()
         }
-        (tensor, _) => tensor.into_dispatch(),
+        _ => tensor.into_dispatch(),
     }
 }
 

@@ -4,35 +4,46 @@ use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::{BalancedCheckpointing, CheckpointStrategy, NoCheckpointing};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind, unary};
-use burn::backend::flex::FlexTensor;
-use burn::backend::{Autodiff, DispatchKindConversion, DispatchTensor, Flex, GradientCheckpointingStrategy};
+use burn::backend::{
+    Autodiff, Backend, BackendTensor, DispatchKindConversion, DispatchTensor, GradientCheckpointingStrategy,
+    TensorMetadata,
+};
 use burn::tensor::{DType, Shape, Tensor};
 
-/// A zero of dtype `dtype` whose backward gives `output` this gradient: burn's backward begins at one number, and the sum of
-/// such zeros is one. Nothing is computed with the output itself, unlike with `(output * gradient).sum()`.
+use crate::tensor::{PlainTensor, with_backend};
+
+/// A zero of dtype `dtype` whose backward gives `output` this gradient, on the same device: burn's backward begins at one
+/// number, and the sum of such zeros is one. Nothing is computed with the output itself, unlike with
+/// `(output * gradient).sum()`.
 ///
 /// `D` is not looked at. `None` if the output is not on a tape.
-pub(super) fn seed<const D: usize>(output: Tensor<D>, gradient: FlexTensor, dtype: DType) -> Option<Tensor<1>> {
-    match output.gradient_checkpointing_strategy()? {
-        GradientCheckpointingStrategy::Disabled => record::<D, NoCheckpointing>(output, gradient, dtype),
-        GradientCheckpointingStrategy::Balanced => record::<D, BalancedCheckpointing>(output, gradient, dtype),
-    }
+pub(super) fn seed<const D: usize>(output: Tensor<D>, gradient: PlainTensor, dtype: DType) -> Option<Tensor<1>> {
+    let strategy = output.gradient_checkpointing_strategy()?;
+    with_backend!(output.device().inner(), B => match strategy {
+        GradientCheckpointingStrategy::Disabled => record::<D, B, NoCheckpointing>(output, gradient, dtype),
+        GradientCheckpointingStrategy::Balanced => record::<D, B, BalancedCheckpointing>(output, gradient, dtype),
+    }, otherwise None)
 }
 
-fn record<const D: usize, C: CheckpointStrategy>(
+fn record<const D: usize, B: Backend, C: CheckpointStrategy>(
     output: Tensor<D>,
-    gradient: FlexTensor,
+    gradient: PlainTensor,
     dtype: DType,
 ) -> Option<Tensor<1>>
 where
-    DispatchTensor: DispatchKindConversion<Autodiff<Flex, C>>,
+    DispatchTensor: DispatchKindConversion<B> + DispatchKindConversion<Autodiff<B, C>>,
 {
-    let output = output.try_into_primitive::<Autodiff<Flex, C>>().ok()?;
-    let (_, node) = output.into_parts();
-    let zero = FlexTensor::zeros(Shape::from(vec![1]), dtype);
-    match Seed.prepare::<C>([node]).compute_bound().stateful() {
+    let output = <DispatchTensor as DispatchKindConversion<Autodiff<B, C>>>::try_into_backend(output.into_dispatch());
+    let (Ok(BackendTensor::Float(output)), Ok(BackendTensor::Float(gradient))) = (output, gradient.into_backend::<B>())
+    else {
+        return None;
+    };
+    let (value, node) = output.into_parts();
+    let zero = B::float_zeros(Shape::from(vec![1]), &value.device(), dtype.into());
+    match Backward::<B, 1>::prepare::<C>(Seed, [node]).compute_bound().stateful() {
         OpsKind::Tracked(prepared) => {
-            Some(Tensor::from_primitive::<Autodiff<Flex, C>>(prepared.finish(gradient, zero)))
+            let seed = BackendTensor::Float(prepared.finish(gradient, zero));
+            Some(Tensor::from_dispatch(<DispatchTensor as DispatchKindConversion<Autodiff<B, C>>>::from_backend(seed)))
         }
         OpsKind::UnTracked(_) => None,
     }
@@ -41,11 +52,11 @@ where
 #[derive(Debug)]
 struct Seed;
 
-impl Backward<Flex, 1> for Seed {
-    type State = FlexTensor;
+impl<B: Backend> Backward<B, 1> for Seed {
+    type State = B::FloatTensorPrimitive;
 
-    fn backward(self, ops: Ops<FlexTensor, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let gradient = ops.state;
-        unary::<Flex, _>(ops.parents, ops.node, grads, |_| gradient);
+        unary::<B, _>(ops.parents, ops.node, grads, |_| gradient);
     }
 }

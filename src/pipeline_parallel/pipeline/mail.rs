@@ -12,8 +12,8 @@ use burn::tensor::DType;
 use super::super::{Parcel, stage_error};
 use crate::Error;
 use crate::comm::{Communicator, Pending};
-use crate::graph::GraphTensor;
 use crate::pipeline_parallel::schedule::{Direction, Edge, Routes, Timetable, Unit};
+use crate::tensor::PlainTensor;
 
 /// An edge and a micro-batch.
 type Address = (usize, usize, usize);
@@ -25,7 +25,7 @@ pub(super) struct Mail<'a> {
     routes: &'a Routes,
     /// Given, and not yet taken or sent.
     here: HashMap<Address, Parcel>,
-    posted: HashMap<Address, Vec<Pending<GraphTensor>>>,
+    posted: HashMap<Address, Vec<Pending<PlainTensor>>>,
     /// Time spent waiting for tensors.
     pub waited: Duration,
 }
@@ -82,7 +82,7 @@ impl<'a> Mail<'a> {
             let Some(from) = self.elsewhere(edge.from) else { continue };
             let address = (edge.from, edge.to, unit.micro_batch);
             let tag = self.tag(address);
-            let receive = |_| self.comm.start_recv::<GraphTensor>(from, tag);
+            let receive = |_| self.comm.start_recv::<PlainTensor>(from, tag);
             self.posted.entry(address).or_insert_with(|| (0..edge.tensors).map(receive).collect());
         }
     }
@@ -97,9 +97,9 @@ impl<'a> Mail<'a> {
                 Some(_) => {
                     let pending = self.posted.remove(&address).ok_or_else(|| lost(address))?;
                     let began = Instant::now();
-                    let tensors: Result<Vec<GraphTensor>, Error> = pending.into_iter().map(Pending::wait).collect();
+                    let tensors: Result<Vec<PlainTensor>, Error> = pending.into_iter().map(Pending::wait).collect();
                     self.waited += began.elapsed();
-                    let exists = |tensor: GraphTensor| match direction {
+                    let exists = |tensor: PlainTensor| match direction {
                         Direction::Backward if is_absent(&tensor) => None,
                         _ => Some(tensor),
                     };
@@ -121,9 +121,8 @@ impl<'a> Mail<'a> {
     }
 }
 
-fn is_absent(tensor: &GraphTensor) -> bool {
-    let tensor = tensor.tensor();
-    tensor.dtype() == DType::U8 && tensor.layout().num_elements() == 0
+fn is_absent(tensor: &PlainTensor) -> bool {
+    tensor.dtype() == DType::U8 && tensor.elements() == 0
 }
 
 fn lost((from, to, micro_batch): Address) -> Error {

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::comm::Counters;
-use crate::graph::GraphTensor;
 use crate::pipeline_parallel::LossSum;
 use crate::pipeline_parallel::schedule::Unit;
+use crate::tensor::PlainTensor;
 
 /// What a run of a pipeline gave.
 #[derive(Debug)]
@@ -17,7 +17,7 @@ pub struct PipelineRun {
     /// had any weight.
     pub gradient_factor: f64,
     /// What the stages of this rank had to show beside, by stage and micro-batch.
-    pub outputs: BTreeMap<Unit, Vec<GraphTensor>>,
+    pub outputs: BTreeMap<Unit, Vec<PlainTensor>>,
     /// What it cost.
     pub report: RunReport,
 }

@@ -8,9 +8,9 @@ use super::mail::Mail;
 use super::{Pipeline, PipelineRun, RunReport, stage_error};
 use crate::Error;
 use crate::comm::{ReduceOp, panic_message};
-use crate::graph::GraphTensor;
 use crate::pipeline_parallel::schedule::{Action, Timetable, Unit};
 use crate::pipeline_parallel::{Forwarded, LossSum, MicroBatch, Parcel, Stage};
+use crate::tensor::PlainTensor;
 
 /// One run of a timetable on one rank.
 pub(super) struct Run<'a, I, S> {
@@ -23,7 +23,7 @@ pub(super) struct Run<'a, I, S> {
     trains: bool,
     mail: Mail<'a>,
     loss: LossSum,
-    outputs: BTreeMap<Unit, Vec<GraphTensor>>,
+    outputs: BTreeMap<Unit, Vec<PlainTensor>>,
     report: RunReport,
 }
 

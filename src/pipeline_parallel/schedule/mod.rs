@@ -58,12 +58,15 @@ pub enum Schedule {
     Custom(Timetable),
 }
 
+/// Micro-batches in stages that a timetable is written out for at most: beyond any training, and within a rank's memory.
+const MOST_UNITS: usize = 1 << 22;
+
 impl Schedule {
     /// The timetable for this many ranks and micro-batches, without sends and receives.
     ///
     /// # Errors
-    /// [`Error::Schedule`] for no rank, no micro-batch or no stage, and if a [custom](Self::Custom) timetable is for other
-    /// numbers.
+    /// [`Error::Schedule`] for no rank, no micro-batch or no stage, for more than four million micro-batches in stages, and
+    /// if a [custom](Self::Custom) timetable is for other numbers.
     pub fn timetable(&self, ranks: usize, micro_batches: usize) -> Result<Timetable, Error> {
         for (number, of) in
             [(ranks, "ranks"), (micro_batches, "micro-batches"), (self.stages_per_rank(), "stages per rank")]
@@ -73,6 +76,14 @@ impl Schedule {
                     "a schedule of {self:?} for 0 {of} was asked for; ask for at least 1"
                 )));
             }
+        }
+        let stages = ranks.checked_mul(self.stages_per_rank());
+        if stages.and_then(|stages| stages.checked_mul(micro_batches)).is_none_or(|units| units > MOST_UNITS) {
+            return Err(schedule_error(format!(
+                "{ranks} ranks with {} stages each and {micro_batches} micro-batches are more than the {MOST_UNITS} \
+                 micro-batches in stages that a timetable is for at most; ask for fewer micro-batches",
+                self.stages_per_rank()
+            )));
         }
         match self {
             Self::GPipe => gpipe::timetable(ranks, micro_batches),

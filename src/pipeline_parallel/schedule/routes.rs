@@ -36,7 +36,11 @@ impl Edge {
 
 /// All edges between the stages of a model. They need not be a chain: an edge may skip stages.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Routes(BTreeSet<Edge>);
+pub struct Routes {
+    edges: BTreeSet<Edge>,
+    /// The same edges turned, and so in the order of the stages that take.
+    by_taker: BTreeSet<Edge>,
+}
 
 impl Routes {
     /// The edges given.
@@ -44,39 +48,54 @@ impl Routes {
     /// # Errors
     /// [`Error::Schedule`] for an edge from a stage to itself, and for two edges from one stage to the same other one.
     pub fn new(edges: impl IntoIterator<Item = Edge>) -> Result<Self, Error> {
-        let mut all: BTreeSet<Edge> = BTreeSet::new();
+        let mut routes = Self::default();
         for edge in edges {
             let Edge { from, to, .. } = edge;
             if from == to {
                 return Err(schedule_error(format!("an edge goes from stage {from} to itself")));
             }
-            if all.iter().any(|other| (other.from, other.to) == (from, to)) {
+            if of_stage(&routes.edges, from).any(|other| other.to == to) {
                 let advice = "all tensors from one stage to another are one edge";
                 return Err(schedule_error(format!("there are two edges from stage {from} to stage {to}; {advice}")));
             }
-            all.insert(edge);
+            routes.add(edge);
         }
-        Ok(Self(all))
+        Ok(routes)
     }
 
     /// One tensor from each stage to the next, and its gradient back.
     pub fn chain(stages: usize) -> Self {
-        let forward = (1..stages).map(|stage| Edge::new(stage - 1, stage, 1));
-        Self(forward.flat_map(|edge| [edge, edge.turned()]).collect())
+        let mut routes = Self::default();
+        for stage in 1..stages {
+            let edge = Edge::new(stage - 1, stage, 1);
+            routes.add(edge);
+            routes.add(edge.turned());
+        }
+        routes
+    }
+
+    fn add(&mut self, edge: Edge) {
+        self.edges.insert(edge);
+        self.by_taker.insert(edge.turned());
     }
 
     /// All edges, in order.
     pub fn edges(&self) -> impl Iterator<Item = Edge> {
-        self.0.iter().copied()
+        self.edges.iter().copied()
     }
 
     /// The edges that bring tensors to a stage in one direction, by giving stage.
     pub fn into_stage(&self, stage: usize, direction: Direction) -> impl Iterator<Item = Edge> {
-        self.edges().filter(move |edge| edge.to == stage && edge.direction() == direction)
+        of_stage(&self.by_taker, stage).map(Edge::turned).filter(move |edge| edge.direction() == direction)
     }
 
     /// The edges that take tensors from a stage in one direction, by taking stage.
     pub fn out_of_stage(&self, stage: usize, direction: Direction) -> impl Iterator<Item = Edge> {
-        self.edges().filter(move |edge| edge.from == stage && edge.direction() == direction)
+        of_stage(&self.edges, stage).filter(move |edge| edge.direction() == direction)
     }
+}
+
+/// The edges of a set that begin at a stage.
+fn of_stage(edges: &BTreeSet<Edge>, stage: usize) -> impl Iterator<Item = Edge> {
+    edges.range(Edge::new(stage, 0, 0)..=Edge::new(stage, usize::MAX, usize::MAX)).copied()
 }

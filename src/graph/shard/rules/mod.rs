@@ -21,6 +21,7 @@ use super::collectives::CollectiveKind;
 use crate::layout::Layout;
 
 pub(crate) use elementwise::is_elementwise;
+pub(super) use shape::{take_all, whole};
 
 /// One way to run an operation: given inputs in these layouts, in the order of [`OperationIr::inputs`], the local
 /// operation gives all its outputs in that layout.

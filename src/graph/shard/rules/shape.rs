@@ -58,13 +58,13 @@ fn reshaped(from: &Shape, to: &Shape, dim: usize, degree: usize) -> Option<usize
 }
 
 /// Whether the ranges take all of a dim, in order.
-fn whole(ranges: &[Slice], shape: &Shape, dim: usize) -> bool {
+pub(in super::super) fn whole(ranges: &[Slice], shape: &Shape, dim: usize) -> bool {
     let size = shape[dim] as isize;
     ranges.get(dim).is_none_or(|range| range.step == 1 && range.start == 0 && range.end.is_none_or(|end| end == size))
 }
 
 /// Makes the ranges over a split dim, which take all of it, take all of the local one.
-pub(super) fn take_all(op: &mut Base, dim: usize) {
+pub(in super::super) fn take_all(op: &mut Base, dim: usize) {
     let (ranges, shape) = match op {
         Base::Slice(op) => (&mut op.ranges, &op.tensor.shape),
         Base::SliceAssign(op) => (&mut op.ranges, &op.tensor.shape),

@@ -1,5 +1,6 @@
 //! How a rank waits: hot at first, then giving way, then asleep.
 
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,9 @@ use super::world::World;
 const SPINS: u32 = 5000;
 /// Polls that give way to whoever wants the core.
 const YIELDS: u32 = 2000;
+/// The same where a poll is a system call, and a rest ends as soon as there is news.
+const COSTLY_SPINS: u32 = 200;
+const COSTLY_YIELDS: u32 = 10;
 /// A wait this long is worth looking for news of the world.
 const NEWS: u32 = 256;
 /// Sleeps between polls once a wait is long.
@@ -20,20 +24,24 @@ pub(super) struct Pace<'a> {
     world: &'a World,
     polls: u32,
     spins: u32,
+    yields: u32,
     since: Option<Instant>,
+    /// Whether the world knows of this wait.
+    counted: bool,
 }
 
 impl<'a> Pace<'a> {
     /// `hot` waits are for peers that are known to be at work on the same thing.
     pub fn new(world: &'a World, hot: bool) -> Self {
+        let (most, yields) = if world.wire.wakes() { (COSTLY_SPINS, COSTLY_YIELDS) } else { (SPINS, YIELDS) };
         let spins = match (world.crowded, crate::comm::pending::in_background(), hot) {
             (true, _, _) => 0,
             // The core belongs to the thread that computes.
             (_, true, false) => 0,
-            (_, true, true) => SPINS / 10,
-            _ => SPINS,
+            (_, true, true) => most / 10,
+            _ => most,
         };
-        Self { world, polls: 0, spins, since: None }
+        Self { world, polls: 0, spins, yields, since: None, counted: false }
     }
 
     /// To be called after a poll in vain. Returns how long the wait has lasted, once that is worth a look.
@@ -43,14 +51,18 @@ impl<'a> Pace<'a> {
             std::hint::spin_loop();
             return None;
         }
+        if !self.counted {
+            self.counted = true;
+            self.world.waiting.fetch_add(1, Ordering::Relaxed);
+        }
         let since = *self.since.get_or_insert_with(Instant::now);
         let past = self.polls - self.spins;
-        if past <= YIELDS {
+        if past <= self.yields {
             thread::yield_now();
         } else {
-            thread::sleep(if past > 2 * YIELDS { LONG_NAP } else { NAP });
+            self.world.wire.rest(if past > 2 * self.yields { LONG_NAP } else { NAP });
         }
-        if past.is_multiple_of(NEWS) || past > YIELDS {
+        if past.is_multiple_of(NEWS) || past > self.yields {
             self.world.attend();
         }
         Some(since.elapsed())
@@ -60,4 +72,20 @@ impl<'a> Pace<'a> {
     pub fn again(&mut self) {
         (self.polls, self.since) = (0, None);
     }
+}
+
+impl Drop for Pace<'_> {
+    fn drop(&mut self) {
+        if self.counted {
+            self.world.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Whether this machine runs more ranks than it has cores, as far as the launcher says.
+pub(super) fn crowded() -> bool {
+    const VARIABLES: [&str; 3] = ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_WORLD_SIZE"];
+    let ranks = VARIABLES.iter().find_map(|variable| std::env::var(variable).ok()?.parse::<usize>().ok());
+    let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
+    ranks.is_some_and(|ranks| ranks > cores)
 }

@@ -1,6 +1,6 @@
 //! How processes that know an address find each other, and give each other a few bytes.
 //!
-//! NCCL's id, for one, must come from rank 0 to all others before there is a communicator to send it over. Rank 0 listens;
+//! The addresses of all, for one, must be known to each rank before there is a communicator to send them over. Rank 0 listens;
 //! the others connect, for as long as the time-out lasts, since it may start later than they do.
 //!
 //! # Protocol
@@ -13,7 +13,8 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::ops::Range;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -21,7 +22,6 @@ use std::time::{Duration, Instant};
 use hmac::{Hmac, Mac};
 use sha2::Sha256;
 
-use super::Place;
 use crate::Error;
 
 const MAGIC: [u8; 8] = *b"burnpar1";
@@ -29,17 +29,23 @@ const MAGIC: [u8; 8] = *b"burnpar1";
 const MOST: usize = 1 << 20;
 /// How long a connection may take to say who it is.
 const HEARING: Duration = Duration::from_secs(5);
-/// Pause between two attempts to connect.
-const AGAIN: Duration = Duration::from_millis(50);
+/// Pauses between two attempts to connect, from the first on.
+const AGAIN: Range<Duration> = Duration::from_millis(2)..Duration::from_millis(100);
 /// Most connections that are heard at a time.
 const CROWD: usize = 4096;
 
 type Seal = [u8; 32];
 
 /// A meeting point of the ranks of a world over TCP.
+///
+/// Rank 0 listens at an address that all know. Both sides show that they know a secret, which is never sent, and nothing
+/// that was said before can be said again; but what they tell each other travels in the open. Connections of others are
+/// turned away.
 #[derive(Clone)]
 pub struct Rendezvous {
     rank: usize,
+    /// Who listens.
+    host: usize,
     size: usize,
     address: String,
     port: u16,
@@ -57,20 +63,25 @@ impl Rendezvous {
     /// Rank `rank` of `size` meets the others at `address` and `port`, an address of rank 0's machine. `secret` is anything
     /// that all ranks know, and others don't.
     pub fn new(rank: usize, size: usize, address: &str, port: u16, secret: &[u8], timeout: Duration) -> Self {
-        Self { rank, size, address: address.to_owned(), port, secret: secret.to_vec(), timeout }
+        Self { rank, host: 0, size, address: address.to_owned(), port, secret: secret.to_vec(), timeout }
     }
 
-    /// The meeting point that the launcher has named: `MASTER_ADDR` and `MASTER_PORT`, with the secret of the variable
-    /// `BURN_PARALLEL_SECRET`. Without that variable there is no secret: strays are kept out, but no attacker.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] if the launcher has named none.
-    pub fn at(place: &Place, timeout: Duration) -> Result<Self, Error> {
-        let Some((address, port)) = &place.master else {
-            return Err(failure("MASTER_ADDR and MASTER_PORT are not set: the ranks do not know where to meet"));
-        };
-        let secret = std::env::var("BURN_PARALLEL_SECRET").unwrap_or_default();
-        Ok(Self::new(place.rank, place.size, address, *port, secret.as_bytes(), timeout))
+    /// A meeting of the same ranks at another one's address.
+    pub(super) fn hosted_by(&self, host: usize, at: SocketAddr) -> Self {
+        Self { host, address: at.ip().to_string(), port: at.port(), ..self.clone() }
+    }
+
+    pub(super) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub(super) fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Address and port.
+    pub(super) fn point(&self) -> (&str, u16) {
+        (&self.address, self.port)
     }
 
     /// Every rank gets the blobs of all, in rank order. A blob is 1 MiB at most.
@@ -88,7 +99,7 @@ impl Rendezvous {
         match self.rank {
             0 if self.size == 1 => Ok(vec![blob.to_vec()]),
             0 => self.listen(blob),
-            _ => self.connect(blob),
+            _ => self.visit(blob, self.size, true).map(|(_, blobs)| blobs),
         }
     }
 
@@ -111,28 +122,39 @@ impl Rendezvous {
                 "rank 0 cannot listen at {point}: {problem}; MASTER_ADDR must be an address of rank 0's machine"
             )),
         })?;
-        listener.set_nonblocking(true).map_err(|problem| failure(format!("rank 0 cannot listen: {problem}")))?;
-        let (tell, guests) = mpsc::channel();
-        let mut blobs = vec![None; self.size];
-        blobs[0] = Some(blob.to_vec());
+        let (mut guests, outcome) = self.receive(&listener, 1..self.size, |_| None);
+        let mut blobs = vec![blob.to_vec()];
+        blobs.extend(guests.iter_mut().map(|guest| std::mem::take(&mut guest.blob)));
+        self.tell(&mut guests, outcome.as_ref().map(|()| blobs.as_slice()));
+        outcome.map(|()| blobs)
+    }
+
+    /// Hears whoever comes, until all ranks of `expected` have: then they are in order of rank. `other` says what else is
+    /// wrong with a guest.
+    pub(super) fn receive(
+        &self,
+        listener: &TcpListener,
+        expected: Range<usize>,
+        other: impl Fn(&Guest) -> Option<String>,
+    ) -> (Vec<Guest>, Result<(), Error>) {
         let mut come: Vec<Guest> = Vec::new();
+        if let Err(problem) = listener.set_nonblocking(true) {
+            return (come, Err(failure(format!("rank {} cannot listen: {problem}", self.rank))));
+        }
+        let (tell, guests) = mpsc::channel();
         let (since, mut strangers, mut heard) = (Instant::now(), 0, 0);
         let outcome = loop {
-            if blobs.iter().all(Option::is_some) {
+            if come.len() == expected.len() {
                 break Ok(());
             }
             if since.elapsed() > self.timeout {
-                break Err(self.missing(&blobs, strangers));
+                break Err(self.missing(expected, &come, strangers));
             }
-            match self.welcome(&listener, &tell, &guests, &mut heard) {
+            match self.welcome(listener, &tell, &guests, &mut heard) {
                 None => {}
                 Some(None) => strangers += 1,
                 Some(Some(guest)) => {
-                    let problem = self.objection(&guest, &blobs);
-                    let rank = guest.rank;
-                    if problem.is_none() {
-                        blobs[rank] = Some(guest.blob.clone());
-                    }
+                    let problem = self.objection(&guest, &expected, &come).or_else(|| other(&guest));
                     come.push(guest);
                     if let Some(problem) = problem {
                         break Err(failure(problem));
@@ -140,18 +162,21 @@ impl Rendezvous {
                 }
             }
         };
-        let blobs: Vec<Vec<u8>> = blobs.into_iter().flatten().collect();
-        let word = match &outcome {
-            Ok(()) => Ok(blobs.as_slice()),
+        come.sort_by_key(|guest| guest.rank);
+        (come, outcome)
+    }
+
+    /// Tells the guests what came of it.
+    pub(super) fn tell(&self, guests: &mut [Guest], outcome: Result<&[Vec<u8>], &Error>) {
+        let word = write_word(match outcome {
+            Ok(blobs) => Ok(blobs),
             Err(Error::Engine { problem, .. }) => Err(problem.as_str()),
-            Err(_) => Err("rank 0 failed"),
-        };
-        let word = write_word(word);
-        for guest in &mut come {
+            Err(_) => Err("the host failed"),
+        });
+        for guest in guests {
             // Whoever has gone meanwhile has its reasons.
             let _ = guest.stream.write_all(&framed(&word, self.seal(&[b"word", &guest.nonce, &word])));
         }
-        outcome.map(|()| blobs)
     }
 
     /// Hears whoever comes. `None`: nobody came for a while; `Some(None)`: somebody who does not belong here.
@@ -210,21 +235,28 @@ impl Rendezvous {
     }
 
     /// Why a rank that knows the secret cannot be let in.
-    fn objection(&self, guest: &Guest, blobs: &[Option<Vec<u8>>]) -> Option<String> {
+    fn objection(&self, guest: &Guest, expected: &Range<usize>, come: &[Guest]) -> Option<String> {
         let Guest { rank, size, .. } = guest;
         if *size != self.size {
-            return Some(format!("rank {rank} is of a world of {size} ranks, rank 0 of one of {}", self.size));
+            return Some(format!(
+                "rank {rank} is of a world of {size} ranks, rank {} of one of {}",
+                self.rank, self.size
+            ));
         }
-        match blobs.get(*rank) {
-            None => Some(format!("rank {rank} does not exist in a world of {size}")),
-            Some(Some(_)) => Some(format!("two processes say that they are rank {rank} of {size}")),
-            Some(None) => None,
+        if *rank >= self.size {
+            return Some(format!("rank {rank} does not exist in a world of {size}"));
         }
+        if !expected.contains(rank) || come.iter().any(|other| other.rank == *rank) {
+            return Some(format!("two processes say that they are rank {rank} of {size}"));
+        }
+        None
     }
 
-    fn missing(&self, blobs: &[Option<Vec<u8>>], strangers: usize) -> Error {
-        let missing: Vec<String> =
-            blobs.iter().enumerate().filter(|(_, blob)| blob.is_none()).map(|(rank, _)| rank.to_string()).collect();
+    fn missing(&self, mut expected: Range<usize>, come: &[Guest], strangers: usize) -> Error {
+        let missing: Vec<String> = (expected.by_ref())
+            .filter(|rank| come.iter().all(|guest| guest.rank != *rank))
+            .map(|rank| rank.to_string())
+            .collect();
         let word = if missing.len() == 1 { "rank" } else { "ranks" };
         let strangers = match strangers {
             0 => String::new(),
@@ -240,34 +272,45 @@ impl Rendezvous {
         ))
     }
 
-    fn connect(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+    /// Another rank's side: returns what the host says, `count` blobs, and the connection. A `patient` one waits for a host
+    /// that has not started yet.
+    pub(super) fn visit(&self, blob: &[u8], count: usize, patient: bool) -> Result<(TcpStream, Vec<Vec<u8>>), Error> {
         let until = Instant::now() + self.timeout;
-        let point = format!("{}:{}", self.address, self.port);
-        let mut last;
+        let (host, point) = (self.host, format!("{}:{}", self.address, self.port));
+        let (mut last, mut pause) = (None, AGAIN.start);
         loop {
             match self.call(blob, until) {
-                Ok(word) => return read_word(&word, self.size).unwrap_or_else(|| Err(failure("rank 0 is garbled"))),
+                Ok((stream, word)) => {
+                    let garbled = || Err(failure(format!("rank {host} is garbled")));
+                    return read_word(&word, count).unwrap_or_else(garbled).map(|blobs| (stream, blobs));
+                }
                 Err(Refused::Secret) => {
                     return Err(failure(format!(
-                        "rank {} and rank 0 at {point} do not share a secret: set BURN_PARALLEL_SECRET alike on all ranks",
+                        "rank {} and rank {host} at {point} do not share a secret: set BURN_PARALLEL_SECRET alike on all ranks",
                         self.rank
                     )));
                 }
-                Err(Refused::Gone(problem)) => last = problem,
+                // The attempt that was cut short by the time-out has less to say than the one before it.
+                Err(Refused::Gone(problem)) => {
+                    if last.is_none() || problem.kind() != io::ErrorKind::TimedOut {
+                        last = Some(problem);
+                    }
+                }
             }
-            if Instant::now() + AGAIN >= until {
+            if let Some(problem) = last.as_ref().filter(|_| !patient || Instant::now() + pause >= until) {
                 return Err(failure(format!(
-                    "rank {} could not meet rank 0 at {point} within {:.1?}: {last}; is rank 0 running, and is this its \
-                     address?",
+                    "rank {} could not meet rank {host} at {point} within {:.1?}: {problem}; is rank {host} running, and is \
+                     this its address?",
                     self.rank, self.timeout
                 )));
             }
-            thread::sleep(AGAIN);
+            thread::sleep(pause);
+            pause = (2 * pause).min(AGAIN.end);
         }
     }
 
     /// Another rank's side of a connection.
-    fn call(&self, blob: &[u8], until: Instant) -> Result<Vec<u8>, Refused> {
+    fn call(&self, blob: &[u8], until: Instant) -> Result<(TcpStream, Vec<u8>), Refused> {
         let mut problem = io::Error::from(io::ErrorKind::AddrNotAvailable);
         let mut stream = None;
         for address in (self.address.as_str(), self.port).to_socket_addrs()? {
@@ -280,8 +323,12 @@ impl Rendezvous {
                 break;
             }
         }
-        let mut stream = stream.ok_or(problem)?;
-        let mut stream = Limited { stream: &mut stream, until };
+        let mut whole = stream.ok_or(problem)?;
+        // With nobody there, the system may connect a port of its own choice to itself.
+        if whole.local_addr()? == whole.peer_addr()? {
+            return Err(io::Error::from(io::ErrorKind::ConnectionRefused).into());
+        }
+        let mut stream = Limited { stream: &mut whole, until };
         let mut greeting = [0; 40];
         stream.read_exact(&mut greeting)?;
         if greeting[..8] != MAGIC {
@@ -308,7 +355,7 @@ impl Rendezvous {
         let mut seal = Seal::default();
         stream.read_exact(&mut seal)?;
         match self.check(&[b"word", &own, &word], &seal) {
-            true => Ok(word),
+            true => Ok((whole, word)),
             false => Err(Refused::Secret),
         }
     }
@@ -335,12 +382,12 @@ impl Rendezvous {
 }
 
 /// A rank that has shown that it knows the secret.
-struct Guest {
-    rank: usize,
+pub(super) struct Guest {
+    pub rank: usize,
     size: usize,
     nonce: [u8; 32],
-    blob: Vec<u8>,
-    stream: TcpStream,
+    pub blob: Vec<u8>,
+    pub stream: TcpStream,
 }
 
 enum Refused {
@@ -404,12 +451,12 @@ fn write_word(word: Result<&[Vec<u8>], &str>) -> Vec<u8> {
     }
 }
 
-fn read_word(word: &[u8], size: usize) -> Option<Result<Vec<Vec<u8>>, Error>> {
+fn read_word(word: &[u8], count: usize) -> Option<Result<Vec<Vec<u8>>, Error>> {
     let (kind, mut rest) = word.split_first()?;
     if *kind == 0 {
         return Some(Err(failure(String::from_utf8_lossy(rest))));
     }
-    let mut blobs = Vec::with_capacity(size);
+    let mut blobs = Vec::with_capacity(count);
     while !rest.is_empty() {
         let (len, after) = rest.split_at_checked(8)?;
         let len = usize::try_from(u64::from_le_bytes(len.try_into().ok()?)).ok()?;
@@ -417,11 +464,11 @@ fn read_word(word: &[u8], size: usize) -> Option<Result<Vec<Vec<u8>>, Error>> {
         blobs.push(blob.to_vec());
         rest = after;
     }
-    (blobs.len() == size).then_some(Ok(blobs))
+    (blobs.len() == count).then_some(Ok(blobs))
 }
 
 /// Bytes that have not been seen before. The hasher's keys are random, from the system.
-fn nonce() -> [u8; 32] {
+pub(crate) fn nonce() -> [u8; 32] {
     let mut bytes = [0; 32];
     for (place, eight) in bytes.chunks_mut(8).enumerate() {
         let now = std::time::SystemTime::now();
@@ -430,6 +477,6 @@ fn nonce() -> [u8; 32] {
     bytes
 }
 
-fn failure(problem: impl Into<String>) -> Error {
+pub(super) fn failure(problem: impl Into<String>) -> Error {
     Error::Engine { engine: "rendezvous", problem: problem.into() }
 }

@@ -1,20 +1,17 @@
 //! Messages between two ranks.
 //!
-//! A message is a header, which says tag, dtype and shape, and its bytes: behind the header if they are few, else as MPI
-//! messages of their own, straight from the sender's tensor into the receiver's. MPI's tags are too narrow for ours, so
+//! A message is a header, which says tag, dtype and shape, and its bytes: behind the header if they are few, else as a
+//! message of its own, straight from the sender's tensor into the receiver's. The tags of a wire are too narrow for ours, so
 //! all messages from one rank to another go in one line, and the receiver puts aside what it has not been asked for yet.
-
-use burn::backend::TensorMetadata;
-use burn::backend::flex::FlexTensor;
-use burn::tensor::Shape;
 
 use super::codec::{Reader, Writer};
 use super::group::{Group, Inbox, Kind, lock};
 use super::wire::Ticket;
 use super::world::World;
 use crate::Error;
-use crate::comm::element::with_storage_type;
+use crate::comm::room::Room;
 use crate::comm::{Message, host};
+use burn::backend::TensorMetadata;
 
 /// Messages up to so many bytes travel in their header.
 const INLINE: usize = 2048;
@@ -24,7 +21,7 @@ const INLINE: usize = 2048;
 pub(super) struct Incoming {
     pub tag: u64,
     /// `None` once it has been handed on.
-    tensor: Option<FlexTensor>,
+    room: Option<Room>,
     tickets: Vec<Ticket>,
 }
 
@@ -68,18 +65,17 @@ impl Inbox {
         while let Some((_, bytes)) = world.wire.take(Some(group.members[from]), group.tag(Kind::Header))? {
             self.came += 1;
             world.clear();
-            let garbled = || Error::Engine { engine: "mpi", problem: format!("a message of rank {from} is garbled") };
+            let engine = world.wire.engine();
+            let garbled = || Error::Engine { engine, problem: format!("a message of rank {from} is garbled") };
             let mut reader = Reader(&bytes);
             let (tag, dtype) = (reader.number().ok_or_else(garbled)?, reader.dtype().flatten().ok_or_else(garbled)?);
             let dims = reader.list(Reader::index).ok_or_else(garbled)?;
-            let shape = Shape::from(dims);
-            let mut tensor = with_storage_type!(dtype, E => FlexTensor::filled_typed(shape, dtype, E::default()),
-                otherwise return Err(garbled()));
-            let mut place = host::lend_mut(&mut tensor);
+            let mut room = Room::new("recv", &dims, dtype)?;
+            let mut place = room.lend();
             let (data, len) = (place.as_mut_ptr(), place.elements() * dtype.size());
             let mut tickets = Vec::new();
             if len > INLINE {
-                // SAFETY: the tensor's storage is on the heap, is nobody else's, and is kept until all is there.
+                // SAFETY: the room is on the heap, is nobody else's, and is kept until all is there.
                 unsafe {
                     let member = group.members[from];
                     world.wire.receive(member, group.tag(Kind::Payload), data, len, &mut tickets)?;
@@ -90,7 +86,7 @@ impl Inbox {
             } else {
                 return Err(garbled());
             }
-            self.waiting.push_back(Incoming { tag, tensor: Some(tensor), tickets });
+            self.waiting.push_back(Incoming { tag, room: Some(room), tickets });
         }
         Ok(())
     }
@@ -104,7 +100,9 @@ impl Inbox {
             return Ok((None, true));
         }
         let message = self.waiting.remove(place);
-        Ok((message.and_then(|mut message| message.tensor.take()).map(Message), true))
+        let room = message.and_then(|mut message| message.room.take());
+        // SAFETY: all of it is there.
+        Ok((room.map(|room| Message(unsafe { room.filled() })), true))
     }
 
     pub fn tags(&self) -> Vec<u64> {
@@ -115,8 +113,8 @@ impl Inbox {
 impl Drop for Incoming {
     fn drop(&mut self) {
         if !self.tickets.is_empty() {
-            // MPI may still write there.
-            std::mem::forget((self.tensor.take(), std::mem::take(&mut self.tickets)));
+            // The wire may still write there.
+            std::mem::forget((self.room.take(), std::mem::take(&mut self.tickets)));
         }
     }
 }

@@ -9,6 +9,9 @@
 //! - *broadcast*: small ones go from the root to all; larger ones in parts, which the ranks then give each other.
 //!
 //! Reductions go in windows that stay in the cache: while one is folded the next one travels.
+//!
+//! A rank turns back only when a rank of the group is lost, or data does not come for longer than the time-out: its buffers
+//! then hold whatever has come so far. An engine that cannot give the buffers back ends the process instead.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -16,7 +19,7 @@ use std::time::Duration;
 use super::group::{Group, Kind};
 use super::pace::Pace;
 use super::wire::Ticket;
-use super::world::World;
+use super::world::{Proposal, World};
 use crate::Error;
 use crate::comm::reduce::{Source, fold};
 use crate::comm::transport::{BufferMut, BufferRef};
@@ -26,6 +29,8 @@ use crate::comm::{Call, CallLog, Operation, Output, ReduceOp, part};
 const WINDOW: usize = 256 << 10;
 /// Broadcasts up to so many bytes go from the root to everybody.
 const SMALL: usize = 64 << 10;
+/// How long a rank waits for data once the world has failed: the others may be about to finish.
+const LAST_DATA: Duration = Duration::from_secs(2);
 
 /// A collective at work.
 pub(super) struct Work<'a> {
@@ -43,45 +48,90 @@ struct Place {
     bytes: usize,
 }
 
-impl Work<'_> {
+/// Messages from and into places that are lent to a collective. What is dropped is taken back before the places are
+/// their owner's again.
+struct Lent<'a> {
+    world: &'a World,
+    tickets: Vec<Ticket>,
+}
+
+impl<'a> Lent<'a> {
+    fn new(world: &'a World) -> Self {
+        Self { world, tickets: Vec::new() }
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        self.world.take_back(&mut self.tickets, || {
+            let problem = "a collective was left while the engine held its buffers".into();
+            Error::Engine { engine: self.world.wire.engine(), problem }
+        });
+    }
+}
+
+impl<'a> Work<'a> {
     fn others(&self) -> impl Iterator<Item = usize> {
         let (size, rank) = (self.group.size(), self.group.rank);
         // Every rank begins with its neighbour, so that not all talk to rank 0 first.
         (1..size).map(move |step| (rank + step) % size)
     }
 
-    fn give(&self, to: usize, kind: Kind, place: Place, tickets: &mut Vec<Ticket>) {
-        let (to, tag) = (self.group.members[to], self.group.tag(kind));
-        // SAFETY: the places of a collective are lent until it is over, and it is over when all tickets are done.
-        self.certain(unsafe { self.world.wire.send(to, tag, place.data, place.bytes, tickets) });
+    fn lent(&self) -> Lent<'a> {
+        Lent::new(self.world)
     }
 
-    fn get(&self, from: usize, kind: Kind, place: Place, tickets: &mut Vec<Ticket>) {
+    fn give(&self, to: usize, kind: Kind, place: Place, lent: &mut Lent<'_>) -> Result<(), Error> {
+        let (to, tag) = (self.group.members[to], self.group.tag(kind));
+        // SAFETY: the places of a collective are lent until it is over, and it is over when all tickets are done or back.
+        let begun = unsafe { self.world.wire.send(to, tag, place.data, place.bytes, &mut lent.tickets) };
+        begun.map_err(|error| self.turn_back(lent, error))
+    }
+
+    fn get(&self, from: usize, kind: Kind, place: Place, lent: &mut Lent<'_>) -> Result<(), Error> {
         let (from, tag) = (self.group.members[from], self.group.tag(kind));
         // SAFETY: as above; no two messages go to the same place.
-        self.certain(unsafe { self.world.wire.receive(from, tag, place.data, place.bytes, tickets) });
+        let begun = unsafe { self.world.wire.receive(from, tag, place.data, place.bytes, &mut lent.tickets) };
+        begun.map_err(|error| self.turn_back(lent, error))
     }
 
-    /// MPI holds places that are the caller's, so there is no way back when it fails.
-    fn certain<T>(&self, result: Result<T, Error>) -> T {
-        result.unwrap_or_else(|error| self.world.give_up(&error))
+    /// Takes back the places. An engine that can't give them back leaves no way to go on.
+    fn turn_back(&self, lent: &mut Lent<'_>, error: Error) -> Error {
+        self.world.take_back(&mut lent.tickets, || error.clone());
+        error
     }
 
     /// Waits until all tickets are done. All ranks are at this very collective, so it takes as long as the data takes.
-    fn finish(&self, tickets: &mut Vec<Ticket>) {
+    fn finish(&self, lent: &mut Lent<'_>) -> Result<(), Error> {
         let mut pace = Pace::new(self.world, true);
-        let mut left = tickets.len();
-        while !self.certain(self.world.wire.progress(tickets)) {
-            if tickets.len() < left {
-                left = tickets.len();
+        let mut left = lent.tickets.len();
+        loop {
+            match self.world.wire.progress(&mut lent.tickets) {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                Err(error) => return Err(self.turn_back(lent, error)),
+            }
+            if lent.tickets.len() < left {
+                left = lent.tickets.len();
                 pace.again();
             }
-            if let Some(waited) = pace.pause()
-                && waited > self.world.timeout
+            let Some(waited) = pace.pause() else { continue };
+            if waited > self.world.timeout {
+                let error = self.turn_back(lent, self.overdue(waited));
+                return Err(self.world.fail(self.proposal(error)));
+            }
+            if let Some(error) = self.world.fate()
+                && self.world.wire.gives_back()
+                && (waited > LAST_DATA || self.group.members.iter().any(|member| self.world.is_lost(*member)))
             {
-                self.world.give_up(&self.overdue(waited));
+                return Err(self.turn_back(lent, error.clone()));
             }
         }
+    }
+
+    fn proposal(&self, error: Error) -> Proposal {
+        let (group, members) = (self.group.name.clone(), self.group.members.clone());
+        Proposal { error, group, members, call: None }
     }
 
     fn overdue(&self, waited: Duration) -> Error {
@@ -96,7 +146,7 @@ impl Work<'_> {
     }
 
     /// The share of a collective whose results go where the contributions were. Returns the bytes moved.
-    pub fn in_place(&self, buffers: &mut [BufferMut<'_>]) -> u64 {
+    pub fn in_place(&self, buffers: &mut [BufferMut<'_>]) -> Result<u64, Error> {
         let size = buffers.first().map_or(1, |buffer| buffer.dtype().size());
         let pieces: Vec<Place> = buffers
             .iter_mut()
@@ -135,9 +185,9 @@ impl Work<'_> {
         pieces: &[Place],
         share: impl Fn(usize) -> Range<usize>,
         result: impl Fn(usize) -> *mut u8,
-        mut folded: impl FnMut(usize),
-    ) {
-        let Some(dtype) = self.call.dtype else { return };
+        mut folded: impl FnMut(usize) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Some(dtype) = self.call.dtype else { return Ok(()) };
         let (size, rank) = (dtype.size(), self.group.rank);
         let windows = self.windows(&share, size);
         let mine = share(rank);
@@ -150,26 +200,28 @@ impl Work<'_> {
             // SAFETY: there is room for so many.
             unsafe { temporary.add(place * room.next_multiple_of(8)) }
         };
-        let mut travelling = [Vec::new(), Vec::new()];
-        let post = |window: usize, tickets: &mut Vec<Ticket>| {
+        // After the places, so that these are dropped before them.
+        let mut travelling = [self.lent(), self.lent()];
+        let post = |window: usize, lent: &mut Lent<'_>| {
             for other in self.others() {
                 for place in cut(pieces, window_of(share(other), window, size), size) {
-                    self.give(other, Kind::Parts, place, tickets);
+                    self.give(other, Kind::Parts, place, lent)?;
                 }
                 let mut to = temporary(window, other);
                 for place in cut(pieces, window_of(mine.clone(), window, size), size) {
-                    self.get(other, Kind::Parts, Place { data: to, bytes: place.bytes }, tickets);
+                    self.get(other, Kind::Parts, Place { data: to, bytes: place.bytes }, lent)?;
                     // SAFETY: the window is no longer than the room.
                     to = unsafe { to.add(place.bytes) };
                 }
             }
+            Ok::<_, Error>(())
         };
-        post(0, &mut travelling[0]);
+        post(0, &mut travelling[0])?;
         for window in 0..windows {
             if window + 1 < windows {
-                post(window + 1, &mut travelling[(window + 1) % 2]);
+                post(window + 1, &mut travelling[(window + 1) % 2])?;
             }
-            self.finish(&mut travelling[window % 2]);
+            self.finish(&mut travelling[window % 2])?;
             let range = window_of(mine.clone(), window, size);
             let (mut passed, start) = (0, range.start);
             for own in cut(pieces, range, size) {
@@ -185,8 +237,9 @@ impl Work<'_> {
                 unsafe { fold(dtype, op, &sources, &[output], own.bytes / size) };
                 passed += own.bytes;
             }
-            folded(window);
+            folded(window)?;
         }
+        Ok(())
     }
 
     fn windows(&self, share: &impl Fn(usize) -> Range<usize>, size: usize) -> usize {
@@ -194,39 +247,40 @@ impl Work<'_> {
         (longest * size).div_ceil(WINDOW)
     }
 
-    fn all_reduce(&self, op: ReduceOp, pieces: &[Place], root: Option<usize>) -> u64 {
+    fn all_reduce(&self, op: ReduceOp, pieces: &[Place], root: Option<usize>) -> Result<u64, Error> {
         let (n, rank) = (self.group.size(), self.group.rank);
-        let Some(dtype) = self.call.dtype else { return 0 };
+        let Some(dtype) = self.call.dtype else { return Ok(0) };
         let size = dtype.size();
         let total = pieces.iter().map(|piece| piece.bytes).sum::<usize>() / size;
         if n == 1 && !matches!(op, ReduceOp::PreMulSum(_)) {
-            return 0;
+            return Ok(0);
         }
         let share = |rank: usize| part(total, n, rank);
         let own =
             |element: usize| cut(pieces, element..element + 1, size).next().map_or(std::ptr::null_mut(), |p| p.data);
-        let mut results = Vec::new();
+        let mut results = self.lent();
         self.fold_windows(op, pieces, share, own, |window| {
             for other in self.others() {
                 if root.is_none_or(|root| root == other) {
                     for place in cut(pieces, window_of(share(rank), window, size), size) {
-                        self.give(other, Kind::Results, place, &mut results);
+                        self.give(other, Kind::Results, place, &mut results)?;
                     }
                 }
                 if root.is_none_or(|root| root == rank) {
                     for place in cut(pieces, window_of(share(other), window, size), size) {
-                        self.get(other, Kind::Results, place, &mut results);
+                        self.get(other, Kind::Results, place, &mut results)?;
                     }
                 }
             }
-        });
-        self.finish(&mut results);
+            Ok(())
+        })?;
+        self.finish(&mut results)?;
         let bytes = (share(rank).len() * size) as u64;
         let written = match root {
             None => n as u64 - 1,
             Some(root) => u64::from(root != rank),
         };
-        bytes * (n as u64 - 1) + bytes * written
+        Ok(bytes * (n as u64 - 1) + bytes * written)
     }
 
     fn reduce_scatter(&self, op: ReduceOp, input: BufferRef<'_>, output: &mut dyn Output) -> Result<u64, Error> {
@@ -244,22 +298,29 @@ impl Work<'_> {
         let pieces = [Place { data: input.as_ptr().cast_mut(), bytes: input.elements() * size }];
         // SAFETY: the output is as long as this rank's share.
         let result = |element: usize| unsafe { place.add((element - mine.start) * size) };
-        self.fold_windows(op, &pieces, share, result, |_| ());
+        self.fold_windows(op, &pieces, share, result, |_| Ok(()))?;
         allocated?;
         Ok((mine.len() * size * (n - 1)) as u64)
     }
 
-    fn broadcast(&self, root: usize, pieces: &[Place], size: usize) -> u64 {
+    fn broadcast(&self, root: usize, pieces: &[Place], size: usize) -> Result<u64, Error> {
         let (n, rank) = (self.group.size(), self.group.rank);
         let bytes: usize = pieces.iter().map(|piece| piece.bytes).sum();
-        let mut tickets = Vec::new();
+        let mut lent = self.lent();
+        let give = |to: usize, kind: Kind, share: Range<usize>, lent: &mut Lent<'_>| {
+            cut(pieces, share, size).try_for_each(|place| self.give(to, kind, place, lent))
+        };
+        let get = |from: usize, kind: Kind, share: Range<usize>, lent: &mut Lent<'_>| {
+            cut(pieces, share, size).try_for_each(|place| self.get(from, kind, place, lent))
+        };
+        let all = 0..bytes / size;
         if n == 2 || bytes <= SMALL {
             if rank == root {
                 for other in self.others() {
-                    pieces.iter().for_each(|piece| self.give(other, Kind::Parts, *piece, &mut tickets));
+                    give(other, Kind::Parts, all.clone(), &mut lent)?;
                 }
             } else {
-                pieces.iter().for_each(|piece| self.get(root, Kind::Parts, *piece, &mut tickets));
+                get(root, Kind::Parts, all.clone(), &mut lent)?;
             }
         } else {
             // The root has it all: the parts are the others'.
@@ -267,25 +328,22 @@ impl Work<'_> {
             let others = || self.others().filter(|other| *other != root);
             if rank == root {
                 for other in others() {
-                    let share = cut(pieces, share(other), size);
-                    share.into_iter().for_each(|place| self.give(other, Kind::Parts, place, &mut tickets));
+                    give(other, Kind::Parts, share(other), &mut lent)?;
                 }
             } else {
-                let mut mine = Vec::new();
-                cut(pieces, share(rank), size).for_each(|place| self.get(root, Kind::Parts, place, &mut mine));
+                let mut mine = self.lent();
+                get(root, Kind::Parts, share(rank), &mut mine)?;
                 for other in others() {
-                    cut(pieces, share(other), size)
-                        .for_each(|place| self.get(other, Kind::Results, place, &mut tickets));
+                    get(other, Kind::Results, share(other), &mut lent)?;
                 }
-                self.finish(&mut mine);
+                self.finish(&mut mine)?;
                 for other in others() {
-                    cut(pieces, share(rank), size)
-                        .for_each(|place| self.give(other, Kind::Results, place, &mut tickets));
+                    give(other, Kind::Results, share(rank), &mut lent)?;
                 }
             }
         }
-        self.finish(&mut tickets);
-        if rank == root { 0 } else { bytes as u64 }
+        self.finish(&mut lent)?;
+        Ok(if rank == root { 0 } else { bytes as u64 })
     }
 
     /// Gathers some rows of every rank's input, in rank order, in the output.
@@ -307,19 +365,20 @@ impl Work<'_> {
         };
         let Call { dtype: Some(dtype), extent, .. } = self.calls[source] else { return Ok(0) };
         let row = extent.width() * dtype.size();
-        let mut tickets = Vec::new();
+        let mut scratch = Vec::new();
+        let mut allocated = Ok(None);
+        // After the places, so that it is dropped before them.
+        let mut lent = self.lent();
         let given = |to: usize| {
             let rows = rows(rank, to);
             // SAFETY: the rows lie within the input.
             Place { data: unsafe { input.as_ptr().add(rows.start * row).cast_mut() }, bytes: rows.len() * row }
         };
         for other in self.others() {
-            self.give(other, Kind::Parts, given(other), &mut tickets);
+            self.give(other, Kind::Parts, given(other), &mut lent)?;
         }
         let total: usize = (0..n).map(|from| rows(from, rank).len()).sum();
         let takes = !matches!(self.call.operation, Operation::Gather { root } if root != rank);
-        let mut scratch = Vec::new();
-        let mut allocated = Ok(None);
         let mut moved = 0;
         if takes {
             allocated = output.allocate(&extent.with_rows(total), dtype).map(Some);
@@ -333,14 +392,15 @@ impl Work<'_> {
                     // SAFETY: as long as that, and not the same memory.
                     unsafe { given(rank).data.cast_const().copy_to_nonoverlapping(place, bytes) };
                 } else {
-                    self.get(from, Kind::Parts, Place { data: place, bytes }, &mut tickets);
+                    self.get(from, Kind::Parts, Place { data: place, bytes }, &mut lent)?;
                     moved += bytes as u64;
                 }
                 // SAFETY: the output has room for all.
                 place = unsafe { place.add(bytes) };
             }
         }
-        self.finish(&mut tickets);
+        self.finish(&mut lent)?;
+        drop(lent);
         allocated.map(|_| moved)
     }
 }

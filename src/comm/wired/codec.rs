@@ -29,6 +29,10 @@ const DTYPES: [DType; 14] = [
     DType::Bool(BoolStore::U8),
 ];
 const NO_DTYPE: u8 = u8::MAX;
+/// Bytes of the name of an operation or an engine.
+const LONGEST_WORD: usize = 128;
+/// Causes of causes that an error from elsewhere may have.
+const DEEPEST: usize = 8;
 
 /// Bytes being written.
 #[derive(Debug, Default)]
@@ -165,9 +169,10 @@ impl<'a> Reader<'a> {
         self.text().map(Into::into)
     }
 
-    /// A text that lives as long as the program: an error holds the names of operations like this. A world fails once.
+    /// A text that lives as long as the program: an error holds the names of operations like this. A world fails once, so
+    /// few are made; they are short, whoever sent them.
     fn word(&mut self) -> Option<&'static str> {
-        self.text().map(|text| &*text.leak())
+        self.text().filter(|text| text.len() <= LONGEST_WORD).map(|text| &*text.leak())
     }
 
     pub fn list<T>(&mut self, mut read: impl FnMut(&mut Self) -> Option<T>) -> Option<Vec<T>> {
@@ -187,6 +192,10 @@ impl<'a> Reader<'a> {
         let (factor, root, tag) = (f64::from_bits(self.number()?), self.index()?, self.number()?);
         let (pieces, cut) = (self.index()?, self.number()?);
         let dims = self.list(Self::index)?;
+        // Whatever is worked out from these must not overflow.
+        if dims.len() > 8 || dims.iter().try_fold(16usize, |bytes, dim| bytes.checked_mul((*dim).max(1))).is_none() {
+            return None;
+        }
         let op = match code {
             0 => ReduceOp::Sum,
             1 => ReduceOp::Mean,
@@ -221,6 +230,10 @@ impl<'a> Reader<'a> {
     }
 
     pub fn error(&mut self) -> Option<Error> {
+        self.error_within(DEEPEST)
+    }
+
+    fn error_within(&mut self, depth: usize) -> Option<Error> {
         Some(match self.byte()? {
             0 => Error::Timeout {
                 group: self.name()?,
@@ -249,7 +262,11 @@ impl<'a> Reader<'a> {
                 Error::RankLost { group: self.name()?, rank: self.index()?, operation: self.text()?, log: self.log()? }
             }
             4 => Error::RankPanicked { rank: self.index()?, message: self.text()?, log: self.log()? },
-            5 => Error::RankFailed { rank: self.index()?, cause: Box::new(self.error()?), log: self.log()? },
+            5 => Error::RankFailed {
+                rank: self.index()?,
+                cause: Box::new(self.error_within(depth.checked_sub(1)?)?),
+                log: self.log()?,
+            },
             6 => Error::Aborted { group: self.name()?, rank: self.index()?, reason: self.text()?, log: self.log()? },
             7 => Error::InvalidArgument { operation: self.word()?, problem: self.text()? },
             8 => Error::Engine { engine: self.word()?, problem: self.text()? },
@@ -346,6 +363,29 @@ mod tests {
         }
         let other = Error::Plan { problem: "does not fit".into() };
         assert_eq!(there_and_back(&other), Some(Error::User(other.to_string())));
+    }
+
+    #[test]
+    fn what_would_overflow_is_garbled() {
+        let garbled = |dims: &[usize]| {
+            let mut writer = Writer::default();
+            writer.call(&Call::new(Operation::AllGather, Some(DType::F32), Extent::flat(0)));
+            // The dims are the last that is written.
+            writer.0.truncate(writer.0.len() - 16);
+            writer.list(dims, |w, dim| {
+                w.number(*dim as u64);
+            });
+            Reader(&writer.0).call().is_none()
+        };
+        assert!(!garbled(&[3, 4]));
+        assert!(garbled(&[usize::MAX, 2]));
+        assert!(garbled(&[0, usize::MAX / 2]));
+        assert!(garbled(&[1; 9]));
+        let mut error = Error::User(String::new());
+        for _ in 0..DEEPEST + 1 {
+            error = Error::RankFailed { rank: 0, cause: Box::new(error), log: CallLog::default() };
+        }
+        assert_eq!(there_and_back(&error), None);
     }
 
     #[test]

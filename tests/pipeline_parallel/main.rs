@@ -1,200 +1,21 @@
 //! Models cut into pipeline stages train like one device, whatever the schedule.
 
-#[path = "graph/models.rs"]
+#[path = "../graph/models.rs"]
 #[allow(dead_code)]
 mod models;
 
-use std::collections::BTreeMap;
+mod awkward;
+mod compare;
+mod holding;
 
-use burn::backend::Flex;
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
-use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::graph::GraphInputs;
-use burn_parallel::pipeline_parallel::Pipelined;
+use burn_parallel::pipeline_parallel::schedule::Routes;
 use burn_parallel::prelude::*;
+use compare::{bytes, compare, filled, gradients, optimizer, reference, same, values};
 use models::{Cnn, Lm, Numbers, Tied, cross_entropy, device, images, scalar};
-
-type Values = BTreeMap<String, Vec<f32>>;
-
-#[derive(Default)]
-struct Floats<'a> {
-    gradients: Option<&'a GradientsParams>,
-    path: Vec<String>,
-    values: Values,
-}
-
-impl ModuleVisitor for Floats<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let value = match self.gradients {
-            None => Some(param.val().inner()),
-            Some(gradients) => gradients.get::<D>(param.id),
-        };
-        if let Some(value) = value {
-            self.values.insert(self.path.join("."), value.into_data().try_to_vec().unwrap());
-        }
-    }
-
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.into());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-}
-
-fn values<M: Module>(model: &M) -> Values {
-    let mut floats = Floats::default();
-    model.valid().visit(&mut floats);
-    floats.values
-}
-
-fn gradients<M: Module>(model: &M, gradients: &GradientsParams) -> Values {
-    let mut floats = Floats { gradients: Some(gradients), ..Floats::default() };
-    model.visit(&mut floats);
-    floats.values
-}
-
-/// The bytes of the buffers behind all initialized parameters.
-#[derive(Default)]
-struct Bytes {
-    bytes: BTreeMap<String, usize>,
-    lazy: usize,
-}
-
-impl ModuleVisitor for Bytes {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if !param.is_initialized() {
-            self.lazy += 1;
-            return;
-        }
-        let buffer = param.val().inner().try_into_primitive::<Flex>().unwrap();
-        self.bytes.insert(param.id.to_string(), buffer.bytes().len());
-    }
-}
-
-fn bytes<M: Module>(model: &M) -> Bytes {
-    let mut bytes = Bytes::default();
-    model.visit(&mut bytes);
-    bytes
-}
-
-/// The same numbers in every model of the same structure.
-struct Fill(Numbers);
-
-impl ModuleMapper for Fill {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let (id, value, mapper) = param.consume();
-        if !value.is_require_grad() {
-            return Param::from_mapped_value(id, value, mapper);
-        }
-        let dims = value.dims();
-        let scale = if D > 1 { 1.0 / (dims[0] as f32).sqrt() } else { 0.5 };
-        let new = self.0.tensor::<D>(dims, &value.device()) * scale + if D == 1 { 0.3 } else { 0.0 };
-        Param::from_mapped_value(id, new.detach().require_grad(), mapper)
-    }
-}
-
-fn filled<M: Module>(model: M) -> M {
-    model.train().map(&mut Fill(Numbers(7)))
-}
-
-#[track_caller]
-fn same(what: &str, expected: &Values, found: &Values, tolerance: f32) {
-    assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>(), "{what}");
-    for (path, expected) in expected {
-        let found = &found[path];
-        assert_eq!(expected.len(), found.len(), "{what}: `{path}`");
-        let scale = expected.iter().fold(1e-2f32, |most, x| most.max(x.abs()));
-        let worst = expected.iter().zip(found).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / scale;
-        assert!(worst <= tolerance, "{what}: `{path}` differs by {worst}");
-    }
-}
-
-fn optimizer() -> ModuleOptimizer {
-    // Gradients that are 0 but for rounding, as that of a key's bias, must not be blown up.
-    AdamWConfig::new().with_weight_decay(0.01).with_epsilon(1e-2).init()
-}
-
-struct Reference {
-    loss: f32,
-    gradients: Values,
-    after: Values,
-}
-
-/// What one device does on the whole batch.
-fn reference<M: Module, I>(
-    make: impl Fn() -> M,
-    batch: fn(u64) -> I,
-    loss: fn(&M, I) -> Tensor<1>,
-    steps: u64,
-) -> Vec<Reference> {
-    let mut model = filled(make());
-    let mut optim = optimizer();
-    let mut done = Vec::new();
-    for step in 0..steps {
-        let (loss, grads) = models::eager(&model, |m| loss(m, batch(step)));
-        let gradients = gradients(&model, &grads);
-        model = optim.step(0.05, model, grads);
-        done.push(Reference { loss, gradients, after: values(&model) });
-    }
-    done
-}
-
-/// Trains as a pipeline and compares everything with one device.
-fn compare<M: Module, I: GraphInputs + Clone>(
-    make: impl Fn() -> M + Sync,
-    batch: fn(u64) -> I,
-    loss: fn(&M, I) -> Tensor<1>,
-    ranks: usize,
-    config: &PipelineConfig,
-    references: &[Reference],
-) -> Result<(), Error> {
-    let held = launch::threads(ranks).run(|rank| {
-        let mut model: Pipelined<M> = filled(make()).pipeline_parallel(&rank, config.clone())?;
-        let mut optim = optimizer();
-        let mut held = 0;
-        for (step, reference) in references.iter().enumerate() {
-            let what = format!("rank {} of {ranks}, step {step}, {:?}", rank.rank(), config.schedule);
-            let result = model.step(batch(step as u64), loss)?;
-            let (found, expected) = (result.loss as f32, reference.loss);
-            assert!((found - expected).abs() <= 1e-4 * expected.abs(), "{what}: {found} {expected}");
-            let mine = gradients(&model, &result.grads);
-            let expected: Values = reference
-                .gradients
-                .iter()
-                .filter(|(path, _)| mine.contains_key(*path))
-                .map(|(p, v)| (p.clone(), v.clone()))
-                .collect();
-            same(&format!("gradients, {what}"), &expected, &mine, 3e-4);
-            // Every gradient is somewhere.
-            let mut anywhere = Vec::new();
-            for path in reference.gradients.keys() {
-                anywhere.push(u64::from(mine.contains_key(path)));
-            }
-            assert!(rank.all_reduce(anywhere, ReduceOp::Max)?.iter().all(|found| *found == 1), "{what}");
-            model = optim.step(0.05, model, result.grads);
-            same(&format!("after, {what}"), &reference.after, &values(&model.assemble()?), 3e-4);
-            held = bytes(model.local()).bytes.values().sum();
-        }
-        let report = model.report().ok_or_else(|| Error::user("the model was not cut"))?;
-        Ok((held, report))
-    })?;
-    // Nobody holds more than its stages, and together they hold the model.
-    let report = &held[0].1;
-    let stages = config.schedule.timetable(ranks, config.micro_batches)?;
-    for (rank, (held, other)) in held.iter().enumerate() {
-        assert_eq!(other, report);
-        let own: u64 = stages.stages_of(rank).iter().map(|stage| report.stages[*stage].param_bytes).sum();
-        if report.tied.is_empty() {
-            assert_eq!(*held as u64, own, "rank {rank}");
-        }
-    }
-    Ok(())
-}
 
 fn lm() -> Lm {
     Lm::new(13, 8, 3, &device())
@@ -213,7 +34,7 @@ fn lm_loss(model: &Lm, (x, y): (Tensor<2, Int>, Tensor<2, Int>)) -> Tensor<1> {
     model.loss(x, y)
 }
 
-fn schedules() -> [Schedule; 4] {
+pub fn schedules() -> [Schedule; 4] {
     [
         Schedule::GPipe,
         Schedule::OneForwardOneBackward,
@@ -239,7 +60,7 @@ fn uneven_and_few_micro_batches_train_alike() {
     let batch = |seed| rows_of_tokens(7, seed);
     let references = reference(lm, batch, lm_loss, 2);
     for (ranks, micro_batches) in [(2, 3), (3, 2), (4, 1), (2, 7), (3, 5)] {
-        for schedule in [Schedule::GPipe, Schedule::OneForwardOneBackward, Schedule::ZeroBubbleH1] {
+        for schedule in schedules() {
             let config = PipelineConfig::new(micro_batches).with_schedule(schedule);
             compare(lm, batch, lm_loss, ranks, &config, &references).unwrap();
         }
@@ -281,36 +102,6 @@ fn tied_weights_on_two_ranks_stay_one() {
     assert_eq!(reports[1].0, 6 * 6 * 4 + 6 * 4);
     assert_eq!(reports[0].1, reports[1].1);
     assert_eq!(reports[0].2.as_ref().unwrap().tied, [("embedding.weight".to_owned(), vec![0, 1])]);
-}
-
-#[test]
-fn lazy_parameters_of_other_stages_are_never_made() {
-    let make = || -> Vec<Linear> { (0..4).map(|_| LinearConfig::new(6, 6).init(&device())).collect() };
-    launch::threads(2)
-        .run(|rank| {
-            let forward = |model: &Vec<Linear>, x: Tensor<2>| {
-                let y = model.iter().fold(x, |x, layer| activation::tanh(layer.forward(x)));
-                y.powi_scalar(2).mean()
-            };
-            for by_path in [true, false] {
-                let cut = if by_path { Cut::before(["2.*"]) } else { Cut::Balanced };
-                let mut model = make().pipeline_parallel(&rank, PipelineConfig::new(2).with_cut(cut))?;
-                let wrapped = bytes(model.local());
-                assert_eq!(wrapped.bytes.values().sum::<usize>(), 0);
-                assert_eq!(wrapped.lazy, if by_path { 4 } else { 8 });
-                model.prepare(Tensor::ones([4, 6], &device()), forward)?;
-                let cut = bytes(model.local());
-                assert_eq!(cut.bytes.values().sum::<usize>(), 0);
-                assert!(cut.lazy % 2 == 0 && (2..8).contains(&cut.lazy));
-                model.step(Tensor::ones([4, 6], &device()), forward)?;
-                let stepped = bytes(model.local());
-                assert_eq!((stepped.bytes.values().sum::<usize>(), stepped.lazy), (cut.lazy / 2 * (36 + 6) * 4, 0));
-                let all = rank.all_reduce(vec![cut.lazy as u64], ReduceOp::Sum)?;
-                assert_eq!(all, [8]);
-            }
-            Ok(())
-        })
-        .unwrap();
 }
 
 #[test]
@@ -377,6 +168,89 @@ fn evaluation_gives_the_whole_output_on_every_rank() {
 }
 
 #[test]
+fn a_model_is_evaluated_that_was_never_trained() {
+    let forward = |model: &Lm, x: Tensor<2, Int>| {
+        let x = model.position.forward(model.embedding.forward(x));
+        let x = model.encoder.forward(burn::nn::transformer::TransformerEncoderInput::new(x));
+        model.head.forward(model.norm.forward(x))
+    };
+    let expected = {
+        let (x, _) = rows_of_tokens(6, 1);
+        forward(&filled(lm()).valid(), x.inner()).into_data().try_to_vec::<f32>().unwrap()
+    };
+    let references = reference(lm, tokens, lm_loss, 1);
+    launch::threads(2)
+        .run(|rank| {
+            let mut model = filled(lm()).pipeline_parallel(&rank, PipelineConfig::new(2))?;
+            let before = bytes(model.local()).bytes.values().sum::<usize>();
+            model.prepare_forward(rows_of_tokens(6, 1).0, forward)?;
+            let report = model.report().unwrap();
+            let held = bytes(model.local()).bytes.values().sum::<usize>();
+            assert_eq!(held as u64, report.stages[rank.rank()].param_bytes);
+            assert!(held < before);
+            // Nothing goes back.
+            assert!(report.crossings.iter().all(|crossing| crossing.from < crossing.to), "{report}");
+            let logits = model.forward_with(rows_of_tokens(6, 1).0, forward)?;
+            let found = logits.into_data().try_to_vec::<f32>().unwrap();
+            assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5));
+            // A step that is trained later keeps to the cut.
+            let step = model.step(tokens(0), lm_loss)?;
+            assert!((step.loss as f32 - references[0].loss).abs() < 1e-4);
+            assert_eq!(bytes(model.local()).bytes.values().sum::<usize>(), held);
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[test]
+fn a_schedule_without_backward_gives_the_loss_and_no_gradient() {
+    let references = reference(tied, tokens, tied_loss, 1);
+    launch::threads(2)
+        .run(|rank| {
+            let config = PipelineConfig::new(4)
+                .with_schedule(Schedule::ForwardOnly { stages_per_rank: 1 })
+                .with_cut(Cut::patterns([vec!["embedding*"], vec!["inner*"]]));
+            let mut model = filled(tied()).pipeline_parallel(&rank, config)?;
+            let step = model.step(tokens(0), tied_loss)?;
+            assert!((step.loss as f32 - references[0].loss).abs() < 1e-4);
+            assert_eq!((step.grads.len(), step.report.peak_activations_of_rank), (0, 0));
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[test]
+fn measured_costs_cut_a_model_that_trains_alike() {
+    let references = reference(lm, tokens, lm_loss, 2);
+    for ranks in [2, 3] {
+        let config = PipelineConfig::new(3);
+        let costs = launch::threads(ranks)
+            .run(|rank| {
+                let model = Lm::lazy(13, 8, 3, &device()).pipeline_parallel(&rank, config.clone())?;
+                let costs = model.measure(tokens(0), lm_loss, 2)?;
+                // No parameter is needed.
+                assert_eq!(bytes(model.local()).bytes.values().sum::<usize>(), 0);
+                assert!(!model.is_cut());
+                rank.broadcast(costs, 0)
+            })
+            .unwrap()
+            .swap_remove(0);
+        compare(lm, tokens, lm_loss, ranks, &config.with_cut(Cut::Measured(costs)), &references).unwrap();
+    }
+    // Ranks that bring costs of their own are found out.
+    let error = launch::threads(2)
+        .run(|rank| {
+            let model = lm().pipeline_parallel(&rank, PipelineConfig::new(2))?;
+            let costs = model.measure(tokens(0), lm_loss, 1)?;
+            let costs = costs.into_iter().map(|cost| cost + rank.rank() as f64).collect();
+            let config = PipelineConfig::new(2).with_cut(Cut::Measured(costs));
+            lm().pipeline_parallel(&rank, config).map(|_| ())
+        })
+        .unwrap_err();
+    assert!(matches!(&error, Error::ModelMismatch { path, .. } if path.contains("cut")), "{error}");
+}
+
+#[test]
 fn running_statistics_take_a_step_for_each_micro_batch() {
     let loss = |model: &Cnn, (x, y): (Tensor<4>, Tensor<1, Int>)| model.loss(x, y);
     let expected = {
@@ -418,6 +292,7 @@ fn what_makes_no_sense_is_refused_with_the_numbers() {
     };
     says(refused(2, PipelineConfig::new(0), tokens), &["0"]);
     says(refused(2, PipelineConfig::new(9), tokens), &["8 rows", "9 micro-batches"]);
+    says(refused(2, PipelineConfig::new(usize::MAX), tokens), &["fewer micro-batches"]);
     let by = |cut| PipelineConfig::new(2).with_cut(cut);
     says(refused(2, by(Cut::patterns([vec!["*"]])), tokens), &["1 pipeline stages", "2"]);
     says(refused(2, by(Cut::patterns([vec!["nothing*"], vec!["*"]])), tokens), &["`nothing*`", "none"]);
@@ -425,6 +300,7 @@ fn what_makes_no_sense_is_refused_with_the_numbers() {
     says(refused(2, by(Cut::before(["norm*", "head*"])), tokens), &["1 boundaries", "2 patterns"]);
     says(refused(3, by(Cut::before(["head*", "norm*"])), tokens), &["`norm*`", "does not come after"]);
     says(refused(2, by(Cut::listed([("head.weight", 0)])), tokens), &["does not list"]);
+    says(refused(2, by(Cut::Measured(vec![1.0; 3])), tokens), &["costs of 3 operations"]);
     says(refused(2, by(Cut::listed([("foot.weight", 0)])), tokens), &["`foot.weight`"]);
     // The head before the encoder.
     says(refused(2, by(Cut::patterns([vec!["head*"], vec!["*"]])), tokens), &["`head.weight`", "stage 0", "stage 1"]);
@@ -513,7 +389,7 @@ fn dropout_does_not_depend_on_ranks_and_schedules() {
             let x = model.forward(burn::nn::transformer::TransformerEncoderInput::new(x));
             (x.clone().powi_scalar(2).mean(), x.powi_scalar(2).mean())
         })?;
-        let of = |outputs: &Vec<burn_parallel::graph::GraphTensor>| scalar(outputs[0].clone().float().unwrap());
+        let of = |outputs: &Vec<burn_parallel::tensor::PlainTensor>| scalar(outputs[0].clone().float().unwrap());
         Ok(step.outputs.iter().map(of).collect::<Vec<f32>>())
     });
     let outputs = outputs.unwrap();
@@ -529,12 +405,21 @@ fn live_activations_are_what_the_schedule_promises() {
             let config = PipelineConfig::new(6).with_schedule(schedule.clone());
             let mut model = filled(lm()).pipeline_parallel(&rank, config)?;
             let (x, y) = rows_of_tokens(6, 1);
-            Ok(model.step((x, y), lm_loss)?.report.peak_activations_of_rank)
+            let report = model.step((x, y), lm_loss)?.report;
+            let timetable = model.timetable();
+            let promised = timetable.validate(&Routes::chain(timetable.stages()))?;
+            for (stage, peak) in &report.peak_activations {
+                assert_eq!(*peak, promised.per_stage[*stage], "{schedule:?}, stage {stage}");
+            }
+            assert_eq!(report.peak_activations_of_rank, promised.per_rank[rank.rank()], "{schedule:?}");
+            Ok(report.peak_activations_of_rank)
         });
         run.unwrap()
     };
     assert_eq!(peaks(Schedule::GPipe), [6, 6, 6]);
     assert_eq!(peaks(Schedule::OneForwardOneBackward), [3, 2, 1]);
+    assert_eq!(peaks(Schedule::ZeroBubbleH1), [3, 3, 3]);
+    assert_eq!(peaks(Schedule::Interleaved { stages_per_rank: 2 }), [8, 6, 4]);
 }
 
 #[test]
@@ -546,7 +431,7 @@ fn more_stages_than_parameters_work() {
     }
     let loss = |model: &Linear, (x, y)| cross_entropy(model.forward(x), y);
     let references = reference(make, batch, loss, 2);
-    for schedule in [Schedule::GPipe, Schedule::OneForwardOneBackward, Schedule::ZeroBubbleH1] {
+    for schedule in schedules() {
         compare(make, batch, loss, 4, &PipelineConfig::new(3).with_schedule(schedule), &references).unwrap();
     }
 }

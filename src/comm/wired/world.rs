@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -21,6 +21,9 @@ const INQUIRY: Duration = Duration::from_millis(500);
 const ALONE: Duration = Duration::from_secs(3);
 /// How long a failed world waits for its ranks to go.
 const FAREWELL: Duration = Duration::from_secs(5);
+
+/// How long a rank waits for what it has sent to be taken when all have ended, if it can take it back.
+const LAST_BYTES: Duration = Duration::from_millis(200);
 
 /// Groups remembered after they were left.
 const PAST: usize = 32;
@@ -73,7 +76,7 @@ struct Parcel {
 }
 
 pub(super) struct World {
-    pub wire: Wire,
+    pub wire: Box<dyn Wire>,
     pub timeout: Duration,
     pub name: Arc<str>,
     fate: OnceLock<Error>,
@@ -89,17 +92,24 @@ pub(super) struct World {
     attending: Mutex<()>,
     inquiry: Mutex<Option<Inquiry>>,
     /// The error that this rank has proposed, and when.
-    proposed: Mutex<Option<(Error, Instant)>>,
+    proposed: Mutex<Option<(Proposal, Instant)>>,
     /// Ranks that hold nothing of this world any more.
     ended: Mutex<Vec<bool>>,
+    /// Ranks that went without a word.
+    lost: Vec<AtomicBool>,
     said_farewell: AtomicBool,
     /// Whether the machine has fewer cores than ranks.
     pub crowded: bool,
+    /// Threads that wait for the wire, and so attend to the world.
+    pub waiting: AtomicUsize,
 }
 
 impl std::fmt::Debug for World {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("World").field("rank", &self.wire.rank).field("size", &self.wire.size).finish_non_exhaustive()
+        f.debug_struct("World")
+            .field("rank", &self.wire.rank())
+            .field("size", &self.wire.size())
+            .finish_non_exhaustive()
     }
 }
 
@@ -114,8 +124,9 @@ impl Drop for Presence {
 }
 
 impl World {
-    pub fn new(wire: Wire, timeout: Duration, name: Arc<str>, crowded: bool) -> Arc<Self> {
-        let ended = Mutex::new(vec![false; wire.size]);
+    pub fn new(wire: Box<dyn Wire>, timeout: Duration, name: Arc<str>, crowded: bool) -> Arc<Self> {
+        let ended = Mutex::new(vec![false; wire.size()]);
+        let lost = (0..wire.size()).map(|_| AtomicBool::new(false)).collect();
         Arc::new(Self {
             wire,
             timeout,
@@ -132,7 +143,9 @@ impl World {
             inquiry: Mutex::default(),
             proposed: Mutex::default(),
             ended,
+            lost,
             said_farewell: AtomicBool::new(false),
+            waiting: AtomicUsize::new(0),
         })
     }
 
@@ -140,14 +153,24 @@ impl World {
         self.fate.get()
     }
 
+    /// Whether a rank is gone without having said so.
+    pub fn is_lost(&self, rank: usize) -> bool {
+        self.lost[rank].load(Ordering::Acquire)
+    }
+
+    /// The rank that takes proposals: the first that is not lost.
+    fn judge(&self) -> usize {
+        (0..self.lost.len()).find(|rank| !self.is_lost(*rank)).unwrap_or_default()
+    }
+
     /// A number for a new group: no other group of a rank that is in it has the same.
     pub fn new_group_id(&self) -> Result<u64, Error> {
-        let id = self.next_group.fetch_add(1, Ordering::Relaxed) * self.wire.size as u64 + self.wire.rank as u64;
-        match id < Group::most(self.wire.tags) {
+        let id = self.next_group.fetch_add(1, Ordering::Relaxed) * self.wire.size() as u64 + self.wire.rank() as u64;
+        match id < Group::most(self.wire.tags()) {
             true => Ok(id),
             false => {
-                let problem = format!("{id} groups are more than this MPI has tags for; split less often");
-                Err(Error::Engine { engine: "mpi", problem })
+                let problem = format!("{id} groups are more than there are tags for; split less often");
+                Err(Error::Engine { engine: self.wire.engine(), problem })
             }
         }
     }
@@ -178,7 +201,7 @@ impl World {
 
     /// Tells one rank's warden.
     fn tell(&self, to: usize, message: &[u8]) {
-        if to == self.wire.rank {
+        if to == self.wire.rank() {
             return lock(&self.own).push_back(message.to_vec());
         }
         let (bytes, mut tickets) = (message.to_vec(), Vec::new());
@@ -186,13 +209,13 @@ impl World {
         let sent =
             unsafe { self.wire.send(to, Group::tag_of(0, Kind::Control), bytes.as_ptr(), bytes.len(), &mut tickets) };
         if let Err(problem) = sent {
-            log::error!("rank {} cannot tell rank {to} how things are: {problem}", self.wire.rank);
+            log::error!("rank {} cannot tell rank {to} how things are: {problem}", self.wire.rank());
         }
         self.keep(tickets, bytes);
     }
 
     fn tell_all(&self, message: &[u8]) {
-        (0..self.wire.size).for_each(|to| self.tell(to, message));
+        (0..self.wire.size()).for_each(|to| self.tell(to, message));
     }
 
     /// Tells the others of a group that this rank will not come again.
@@ -230,13 +253,51 @@ impl World {
             if self.fate.get().is_some() || proposed.is_some() {
                 return;
             }
-            *proposed = Some((proposal.error.clone(), Instant::now()));
+            *proposed = Some((proposal.clone(), Instant::now()));
         }
+        self.hand_in(&proposal);
+        self.attend();
+    }
+
+    fn hand_in(&self, proposal: &Proposal) {
         let mut message = Writer::default();
         message.byte(word::PROPOSE);
-        write_proposal(&mut message, &proposal);
-        self.tell(0, &message.0);
-        self.attend();
+        write_proposal(&mut message, proposal);
+        self.tell(self.judge(), &message.0);
+    }
+
+    /// Looks who is gone without a word. The judge may be among them.
+    fn miss(&self) {
+        for (rank, problem) in self.wire.lost() {
+            if lock(&self.ended)[rank] || self.is_lost(rank) {
+                continue;
+            }
+            log::warn!("rank {} has lost rank {rank}: {problem}", self.wire.rank());
+            let judged = self.judge() == rank;
+            self.lost[rank].store(true, Ordering::Release);
+            let pending = lock(&self.proposed).clone();
+            match pending {
+                Some((proposal, _)) if judged && self.fate.get().is_none() => self.hand_in(&proposal),
+                Some(_) => {}
+                None => {
+                    let waits = |group: &Arc<Group>| {
+                        let call = if group.members.contains(&rank) { group.watch.current(group.rank) } else { None };
+                        call.map(|call| call.to_string())
+                    };
+                    let operation = self.groups().iter().find_map(waits).unwrap_or_else(|| "nobody".into());
+                    let (group, log) = (self.name.clone(), CallLog::default());
+                    let members = (0..self.wire.size()).collect();
+                    let error = Error::RankLost { group: group.clone(), rank, operation, log };
+                    let proposal = Proposal { error, group, members, call: None };
+                    let mut proposed = lock(&self.proposed);
+                    if proposed.is_none() && self.fate.get().is_none() {
+                        *proposed = Some((proposal.clone(), Instant::now()));
+                        drop(proposed);
+                        self.hand_in(&proposal);
+                    }
+                }
+            }
+        }
     }
 
     /// Has the world fail, and waits until it is known with which error.
@@ -254,29 +315,36 @@ impl World {
     /// Hears what has come, and does what is to be done. Called by the warden, and by whoever waits.
     pub fn attend(&self) {
         let Ok(_one) = self.attending.try_lock() else { return };
+        self.listen();
+        // After all that was said has been heard: whoever has taken leave is not missed.
+        self.miss();
+        self.listen();
+        self.conclude(false);
+        let overdue = lock(&self.proposed).clone().filter(|(_, since)| since.elapsed() > ALONE);
+        if let Some((proposal, _)) = overdue {
+            self.accept(proposal.error);
+        }
+        self.clear();
+    }
+
+    fn listen(&self) {
         loop {
-            let own = lock(&self.own).pop_front().map(|message| (self.wire.rank, message));
+            let own = lock(&self.own).pop_front().map(|message| (self.wire.rank(), message));
             let message = match own {
                 Some(message) => message,
                 None => match self.wire.take(None, Group::tag_of(0, Kind::Control)) {
                     Ok(Some(message)) => message,
                     Ok(None) => break,
                     Err(problem) => {
-                        log::error!("rank {} cannot hear the others: {problem}", self.wire.rank);
+                        log::error!("rank {} cannot hear the others: {problem}", self.wire.rank());
                         break;
                     }
                 },
             };
             if self.hear(message.0, &message.1).is_none() {
-                log::error!("rank {} does not understand rank {}", self.wire.rank, message.0);
+                log::error!("rank {} does not understand rank {}", self.wire.rank(), message.0);
             }
         }
-        self.conclude(false);
-        let overdue = lock(&self.proposed).clone().filter(|(_, since)| since.elapsed() > ALONE);
-        if let Some((error, _)) = overdue {
-            self.accept(error);
-        }
-        self.clear();
     }
 
     /// Lets go of what has been sent: its memory is wanted for what is received next.
@@ -288,19 +356,19 @@ impl World {
         let mut reader = Reader(message);
         match reader.byte()? {
             word::PROPOSE => {
-                let proposal = read_proposal(&mut reader)?;
+                let proposal = self.read_proposal(&mut reader)?;
                 let mut inquiry = lock(&self.inquiry);
                 if inquiry.is_none() && self.fate.get().is_none() {
                     let mut ask = Writer::default();
                     ask.byte(word::ASK);
                     write_proposal(&mut ask, &proposal);
-                    *inquiry = Some(Inquiry { proposal, known: vec![None; self.wire.size], since: Instant::now() });
+                    *inquiry = Some(Inquiry { proposal, known: vec![None; self.wire.size()], since: Instant::now() });
                     drop(inquiry);
                     self.tell_all(&ask.0);
                 }
             }
             word::ASK => {
-                let known = self.know(&read_proposal(&mut reader)?);
+                let known = self.know(&self.read_proposal(&mut reader)?);
                 let mut answer = Writer::default();
                 answer.byte(word::KNOW).byte(known.in_call.into());
                 answer.list(known.line.as_slice(), |w, line| {
@@ -372,7 +440,7 @@ impl World {
     fn conclude(&self, answered: bool) {
         let inquiry = lock(&self.inquiry);
         let Some(Inquiry { proposal, known, since }) = inquiry.as_ref() else { return };
-        let complete = answered && known.iter().all(Option::is_some);
+        let complete = answered && known.iter().enumerate().all(|(rank, known)| known.is_some() || self.is_lost(rank));
         if self.fate.get().is_some() || !(complete || since.elapsed() > INQUIRY) {
             return;
         }
@@ -425,30 +493,62 @@ impl World {
     /// Attends to the world until all ranks have ended. Returns whether nothing of it is left.
     pub fn guard(&self) -> bool {
         let mut ended_since = None;
-        loop {
+        let whole = loop {
             self.attend();
-            let ended = lock(&self.ended).clone();
-            if ended[self.wire.rank] {
+            let ended: Vec<bool> =
+                lock(&self.ended).iter().enumerate().map(|(rank, ended)| *ended || self.is_lost(rank)).collect();
+            if ended[self.wire.rank()] {
                 let since: Instant = *ended_since.get_or_insert_with(Instant::now);
-                if ended.iter().all(|ended| *ended) && (lock(&self.outgoing).is_empty() || since.elapsed() > FAREWELL) {
-                    // What is still on its way then, nobody will ever receive.
-                    lock(&self.outgoing).drain(..).for_each(std::mem::forget);
-                    return true;
+                let all = ended.iter().all(|ended| *ended);
+                // What is still on its way then, nobody will ever receive.
+                let patience = if self.wire.gives_back() { LAST_BYTES } else { FAREWELL };
+                if all && (lock(&self.outgoing).is_empty() || since.elapsed() > patience) {
+                    break true;
                 }
                 if self.fate.get().is_some() && since.elapsed() > FAREWELL {
                     // Whoever has not come by now is dead, or was sent something that it has never taken.
-                    lock(&self.outgoing).drain(..).for_each(std::mem::forget);
-                    return ended.iter().all(|ended| *ended);
+                    break all;
                 }
             }
-            thread::sleep(ROUND);
+            let waits = || self.waiting.load(Ordering::Relaxed) > 0;
+            if !waits() {
+                self.wire.rest(ROUND);
+            }
+            // News that somebody waits for is taken by whoever waits: it would have to be woken a second time.
+            if waits() {
+                thread::sleep(ROUND);
+            }
+        };
+        for mut parcel in lock(&self.outgoing).drain(..) {
+            match self.wire.gives_back() {
+                true => self.wire.withdraw(&mut parcel.tickets),
+                false => std::mem::forget(parcel),
+            }
         }
+        self.wire.close(if whole { FAREWELL } else { Duration::ZERO });
+        whole
     }
 
-    /// The end of a world while MPI holds memory that it cannot give back: all that is left is to end all processes.
-    pub fn give_up(&self, error: &Error) -> ! {
-        eprintln!("{error}");
-        self.wire.abort()
+    /// Has memory back that was lent to the wire. If the wire cannot give it back, all that is left is to end all processes.
+    pub fn take_back(&self, tickets: &mut Vec<Ticket>, why: impl FnOnce() -> Error) {
+        if tickets.is_empty() {
+            return;
+        }
+        if !self.wire.gives_back() {
+            eprintln!("{}", why());
+            self.wire.abort();
+        }
+        self.wire.withdraw(tickets);
+    }
+
+    fn read_proposal(&self, reader: &mut Reader<'_>) -> Option<Proposal> {
+        let proposal = Proposal {
+            error: reader.error()?,
+            group: reader.text()?.into(),
+            members: reader.list(Reader::index)?,
+            call: reader.list(Reader::call)?.pop(),
+        };
+        proposal.members.iter().all(|member| *member < self.wire.size()).then_some(proposal)
     }
 }
 
@@ -460,13 +560,4 @@ fn write_proposal(writer: &mut Writer, proposal: &Proposal) {
     writer.list(proposal.call.as_slice(), |w, call| {
         w.call(call);
     });
-}
-
-fn read_proposal(reader: &mut Reader<'_>) -> Option<Proposal> {
-    Some(Proposal {
-        error: reader.error()?,
-        group: reader.text()?.into(),
-        members: reader.list(Reader::index)?,
-        call: reader.list(Reader::call)?.pop(),
-    })
 }

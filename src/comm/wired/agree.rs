@@ -33,13 +33,10 @@ fn write(post: &Post, into: &mut [u8]) {
     into[..writer.0.len()].copy_from_slice(&writer.0);
 }
 
-fn read(bytes: &[u8]) -> Result<Post, Error> {
+fn read(bytes: &[u8]) -> Option<Post> {
     let mut reader = Reader(bytes);
-    let garbled =
-        || Error::Engine { engine: "mpi", problem: "a call is garbled: do all ranks run this program?".into() };
-    let call = reader.call().ok_or_else(garbled)?;
-    let (color, key) = (reader.number().ok_or_else(garbled)?, reader.number().ok_or_else(garbled)? as i64);
-    Ok(Post { call, color, key })
+    let call = reader.call()?;
+    Some(Post { call, color: reader.number()?, key: reader.number()? as i64 })
 }
 
 /// A rank on its way into a collective.
@@ -59,7 +56,14 @@ impl Agreement<'_> {
         let n = self.group.size();
         let mut table = vec![0u8; n * POST + 8];
         write(&self.post, &mut table[self.group.rank * POST..][..POST]);
-        let all = |table: &[u8]| (0..n).map(|rank| read(&table[rank * POST..][..POST])).collect::<Result<Vec<_>, _>>();
+        let garbled = || {
+            let problem = "a call is garbled: do all ranks run this program?".into();
+            self.fail(Error::Engine { engine: self.world.wire.engine(), problem })
+        };
+        let all = |table: &[u8]| {
+            let posts: Option<Vec<Post>> = (0..n).map(|rank| read(&table[rank * POST..][..POST])).collect();
+            posts.ok_or_else(garbled)
+        };
         let posts = if self.group.rank == 0 {
             self.collect(&mut table)?;
             let posts = all(&table)?;
@@ -67,10 +71,20 @@ impl Agreement<'_> {
             self.announce(&table)?;
             posts
         } else {
+            let own = self.group.rank * POST..(self.group.rank + 1) * POST;
+            let called = table[own.clone()].to_vec();
             self.ask(&mut table)?;
-            all(&table)?
+            let posts = all(&table)?;
+            // Lengths and roots are taken from these: they must go with what this rank has called.
+            if table[own] != called || !agree(&posts) {
+                return Err(garbled());
+            }
+            posts
         };
         let id = Reader(&table[n * POST..]).number().unwrap_or_default();
+        if id >= Group::most(self.world.wire.tags()) {
+            return Err(garbled());
+        }
         Ok((posts, id))
     }
 
@@ -175,7 +189,8 @@ impl Agreement<'_> {
                     let group = self.group.name.clone();
                     self.propose(match panicked {
                         true => {
-                            let (rank, message) = (self.group.members[rank], "see its own message".into());
+                            let rank = self.group.members.get(rank).copied().unwrap_or(rank);
+                            let message = "see its own message".into();
                             Error::RankPanicked { rank, message, log }
                         }
                         false => Error::RankLost { group, rank, operation: self.post.call.to_string(), log },
@@ -199,6 +214,7 @@ impl Agreement<'_> {
     fn is_over(&self, waited: Duration, since: &Duration) -> bool {
         match self.group.rank {
             0 => true,
+            _ if self.world.is_lost(self.group.members[0]) => true,
             _ => match self.group.closed.get() {
                 Some(committed) => *committed <= self.sequence,
                 None => waited.saturating_sub(*since) > LAST_WORD,

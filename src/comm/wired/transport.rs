@@ -17,14 +17,14 @@ use crate::comm::{Call, CallLog, Extent, Message, Operation, Transfer, Transport
 const GRACE: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
-pub(super) struct MpiTransport {
+pub(super) struct WiredTransport {
     presence: Arc<Presence>,
     group: Arc<Group>,
     /// Number of the next collective. Held during a collective: a rank does one at a time.
     sequence: Mutex<u64>,
 }
 
-impl MpiTransport {
+impl WiredTransport {
     pub fn new(presence: Arc<Presence>, group: Arc<Group>) -> Arc<Self> {
         presence.0.add(&group);
         Arc::new(Self { presence, group, sequence: Mutex::new(0) })
@@ -113,9 +113,9 @@ impl MpiTransport {
     }
 }
 
-impl Transport for MpiTransport {
+impl Transport for WiredTransport {
     fn engine(&self) -> &'static str {
-        "mpi"
+        self.world().wire.engine()
     }
 
     fn group(&self) -> &Arc<str> {
@@ -127,7 +127,7 @@ impl Transport for MpiTransport {
     }
 
     fn world_rank(&self) -> usize {
-        self.world().wire.rank
+        self.world().wire.rank()
     }
 
     fn size(&self) -> usize {
@@ -140,7 +140,7 @@ impl Transport for MpiTransport {
             let work = Work { world: self.world(), group: &self.group, call, calls: &calls };
             match transfer {
                 Transfer::Nothing => Ok(0),
-                Transfer::InPlace(buffers) => Ok(work.in_place(buffers)),
+                Transfer::InPlace(buffers) => work.in_place(buffers),
                 Transfer::Through { input, output } => work.through(input, output),
             }
         })
@@ -155,17 +155,19 @@ impl Transport for MpiTransport {
     }
 
     fn receive(&self, from: usize, tag: u64) -> Result<Message, Error> {
+        let here = self.try_receive(from, tag)?;
+        // Only a receive that has to wait is worth a line in the log.
+        here.map_or_else(|| self.wait_for(from, tag), Ok)
+    }
+
+    fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {
         self.check_rank(from, "recv")?;
         if let Some(error) = self.world().fate() {
             return Err(error.clone());
         }
-        let here = {
-            let mut inbox = lock(&self.group.inboxes[from]);
-            inbox.fill(self.world(), &self.group, from)?;
-            inbox.get(self.world(), tag)?.0
-        };
-        // Only a receive that has to wait is worth a line in the log.
-        here.map_or_else(|| self.wait_for(from, tag), Ok)
+        let mut inbox = lock(&self.group.inboxes[from]);
+        inbox.fill(self.world(), &self.group, from)?;
+        Ok(inbox.get(self.world(), tag)?.0)
     }
 
     fn timeout(&self) -> Duration {
@@ -208,7 +210,7 @@ impl Transport for MpiTransport {
     }
 }
 
-impl Drop for MpiTransport {
+impl Drop for WiredTransport {
     fn drop(&mut self) {
         self.world().leave(&self.group, std::thread::panicking());
     }

@@ -1,0 +1,334 @@
+//! Messages between GPUs.
+//!
+//! # Protocol
+//!
+//! NCCL knows no tags, and what it has enqueued waits *on the device* for the peer, in the way of whatever is enqueued behind.
+//! So nothing is enqueued before both sides want it:
+//!
+//! 1. `send` finds the buffer, records when it is ready, puts it into the outbox under a number, and sends a *header* of
+//!    number, dtype and dims over the engine below: under the tag of the message, so that messages of host and device data of
+//!    one tag keep their order, and any tag may be asked for first. It returns.
+//! 2. `recv` takes the header, makes room, answers with the number (*clear to send*) and enqueues `ncclRecv`, both under one
+//!    lock.
+//! 3. The keeper of the sending rank takes the answers in their order and enqueues `ncclSend` for each.
+//!
+//! **Nobody waits in a circle.** Each direction between two ranks has a NCCL communicator and streams of its own, made with the
+//! first message: what two ranks send to each other passes on different streams, and no message waits for a collective, nor
+//! a collective for a message. On one of them, sends and receives are enqueued in the order of the answers on both sides. When
+//! an `ncclRecv` is enqueued its message has been sent, so it waits for nothing but what the sender's device was given
+//! before.
+//!
+//! **On which stream?** A message comes in on the stream of its direction, whatever thread receives it: its buffer is made on
+//! the stream of that thread, the transfer waits for what that had been given before, and what the thread computes next waits
+//! for the transfer. A thread that receives in the background has a stream of its own to burn, as for collectives.
+//!
+//! **Who makes the communicator's id?** The receiver, who sends it with its first answer: the first thing that both sides are
+//! sure to see in the same order.
+//!
+//! A header is told from a user's message by its form, 64-bit integers of eight dims that begin with a fixed number; a
+//! message of that form is refused.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use burn::backend::flex::FlexTensor;
+use burn::tensor::{BoolStore, DType, TensorData};
+use burn_cubecl::CubeDevice;
+use cudarc::nccl::result as nccl;
+
+use super::collective::data_type;
+use super::keeper::{Keeper, Link, lock};
+use super::lane::{Lane, Prepared, prepare};
+use super::raw::{ID_BYTES, Raw, unique_id};
+use crate::Error;
+use crate::comm::device::{DeviceTensor, empty_on};
+use crate::comm::{Call, Extent, Message, Operation, Transport};
+
+const MAGIC: u64 = 0x6e63_636c_6865_6164;
+/// Dims of a header but the last.
+const FORM: [usize; 7] = [1; 7];
+/// Tag of the answers, in the group that is kept for them.
+const ANSWERS: u64 = 0;
+
+const DTYPES: [DType; 13] = [
+    DType::F64,
+    DType::F32,
+    DType::F16,
+    DType::BF16,
+    DType::I64,
+    DType::I32,
+    DType::I8,
+    DType::U64,
+    DType::U32,
+    DType::U8,
+    DType::Bool(BoolStore::Native),
+    DType::Bool(BoolStore::U8),
+    DType::Bool(BoolStore::U32),
+];
+
+/// What is told of a message before it travels.
+#[derive(Debug, PartialEq)]
+pub(super) struct Header {
+    number: u64,
+    pub dtype: DType,
+    pub dims: Vec<usize>,
+}
+
+impl Header {
+    fn write(&self) -> Result<Message, Error> {
+        let unsupported = || Error::UnsupportedDType { operation: "send over NCCL", dtype: self.dtype };
+        let dtype = DTYPES.iter().position(|dtype| *dtype == self.dtype).ok_or_else(unsupported)?;
+        let words = [MAGIC, self.number, dtype as u64].into_iter().chain(self.dims.iter().map(|dim| *dim as u64));
+        let words: Vec<u64> = words.collect();
+        let dims: Vec<usize> = FORM.into_iter().chain([words.len()]).collect();
+        Ok(Message(FlexTensor::from_data(TensorData::new(words, dims))))
+    }
+
+    /// Whether a message has the form of a header.
+    pub fn is_in(Message(tensor): &Message) -> bool {
+        let dims = tensor.layout().shape();
+        tensor.dtype() == DType::U64
+            && dims.num_dims() == FORM.len() + 1
+            && dims[..FORM.len()] == FORM
+            && words(tensor).first() == Some(&MAGIC)
+    }
+
+    pub fn read(Message(tensor): &Message) -> Option<Self> {
+        match words(tensor)[..] {
+            [MAGIC, number, dtype, ref dims @ ..] => Some(Self {
+                number,
+                dtype: *DTYPES.get(usize::try_from(dtype).ok()?)?,
+                dims: dims.iter().map(|dim| usize::try_from(*dim).ok()).collect::<Option<_>>()?,
+            }),
+            _ => None,
+        }
+    }
+}
+
+fn words(tensor: &FlexTensor) -> Vec<u64> {
+    tensor.clone().into_data().try_into_vec().unwrap_or_default()
+}
+
+/// The communicator and stream of one direction between two ranks. The sender is rank 0 of it.
+#[derive(Debug)]
+struct Channel {
+    link: Arc<Link>,
+    lane: Lane,
+}
+
+impl Channel {
+    fn new(id: &[u8], end: usize, host: &Arc<dyn Transport>, keeper: &Arc<Keeper>) -> Result<Self, Error> {
+        let lane = Lane::new(keeper.gpu())?;
+        Ok(Self { link: keeper.link(Raw::init(id, 2, end, host)?), lane })
+    }
+}
+
+/// Messages that a rank has sent to one other, and that wait for their receiver.
+pub(super) struct Outbox {
+    host: Arc<dyn Transport>,
+    /// The group in which receivers answer.
+    answers: Arc<dyn Transport>,
+    to: usize,
+    state: Mutex<Sent>,
+    /// How many wait, readable without the lock.
+    waiting: AtomicUsize,
+}
+
+impl std::fmt::Debug for Outbox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Outbox").field("to", &self.to).field("waiting", &self.waiting).finish_non_exhaustive()
+    }
+}
+
+#[derive(Default)]
+struct Sent {
+    /// Number of the next message.
+    next: u64,
+    /// By number: where it is, what, and its tag.
+    waiting: BTreeMap<u64, (Prepared, DeviceTensor, u64)>,
+    channel: Option<Arc<Channel>>,
+}
+
+impl Outbox {
+    pub fn new(host: Arc<dyn Transport>, answers: Arc<dyn Transport>, to: usize) -> Self {
+        Self { host, answers, to, state: Mutex::default(), waiting: AtomicUsize::new(0) }
+    }
+
+    /// Announces a message, and keeps it until its receiver asks for it.
+    pub fn put(&self, tag: u64, tensor: DeviceTensor) -> Result<(), Error> {
+        let prepared = prepare([&tensor].into_iter())?;
+        let mut sent = lock(&self.state);
+        let number = sent.next;
+        let header = Header { number, dtype: tensor.dtype, dims: tensor.meta.shape().to_vec() };
+        let header = header.write()?;
+        sent.next += 1;
+        // Nothing has to travel of an empty one. Others are put in before they are announced: the answer finds them there.
+        if tensor.meta.shape().iter().product::<usize>() > 0 {
+            sent.waiting.insert(number, (prepared, tensor, tag));
+        }
+        self.waiting.store(sent.waiting.len(), Ordering::Release);
+        drop(sent);
+        self.host.send(self.to, tag, header)
+    }
+
+    /// Takes back a message that the rank has sent to itself.
+    pub fn take(&self, header: &Header, device: &CubeDevice) -> Result<DeviceTensor, Error> {
+        let mut sent = lock(&self.state);
+        let taken = sent.waiting.remove(&header.number);
+        self.waiting.store(sent.waiting.len(), Ordering::Release);
+        match taken {
+            Some((_, tensor, _)) => Ok(tensor),
+            None => Ok(empty_on(device, header.dims.clone(), header.dtype)),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.waiting.load(Ordering::Acquire) == 0
+    }
+
+    /// Lets go of what has not been asked for.
+    pub fn clear(&self) {
+        let mut sent = lock(&self.state);
+        sent.waiting.clear();
+        self.waiting.store(0, Ordering::Release);
+    }
+
+    /// Sends what its receiver has asked for. Called by the keeper alone. Returns whether there was something.
+    pub fn deliver(&self, keeper: &Arc<Keeper>) -> Result<bool, Error> {
+        let mut delivered = false;
+        while !self.is_empty()
+            && let Some(answer) = self.answers.try_receive(self.to, ANSWERS)?
+        {
+            self.answer(&answer, keeper)?;
+            delivered = true;
+        }
+        Ok(delivered)
+    }
+
+    fn answer(&self, Message(answer): &Message, keeper: &Arc<Keeper>) -> Result<(), Error> {
+        let garbled = || Error::invalid("send over NCCL", format!("the answer of rank {} is garbled", self.to));
+        let bytes: Vec<u8> = answer.clone().into_data().try_into_vec().map_err(|_| garbled())?;
+        let (number, id) = bytes.split_first_chunk::<8>().ok_or_else(garbled)?;
+        let number = u64::from_le_bytes(*number);
+        let mut sent = lock(&self.state);
+        let (prepared, tensor, tag) = sent.waiting.remove(&number).ok_or_else(garbled)?;
+        self.waiting.store(sent.waiting.len(), Ordering::Release);
+        let known = sent.channel.clone();
+        drop(sent);
+        // Not under the lock: the receiver has to come for the first, and whoever sends the next should not wait for that.
+        let channel = match known {
+            Some(channel) => channel,
+            None if id.len() == ID_BYTES => {
+                let channel = Arc::new(Channel::new(id, 0, &self.host, keeper)?);
+                lock(&self.state).channel = Some(channel.clone());
+                channel
+            }
+            None => return Err(garbled()),
+        };
+        let kind = data_type(tensor.dtype).ok_or_else(garbled)?;
+        let count = tensor.meta.shape().iter().product();
+        let place = prepared.places().next().ok_or_else(garbled)?;
+        let raw = channel.link.lock();
+        let (done, called) = channel.lane.enqueue(&prepared, |stream| {
+            // SAFETY: the buffer holds `count` elements and is held until the stream has passed.
+            raw.finish("send", unsafe { nccl::send(place, count, kind, 1, raw.comm, stream) })
+        })?;
+        drop(raw);
+        let ready = prepared.ready.clone();
+        let extent = Extent::new(&tensor.meta.shape().to_vec());
+        let call = Call::on_device(Operation::Send { to: self.to, tag }, tensor.dtype, extent);
+        keeper.watch(call, &channel.link, (ready, done), vec![(tensor, Some(prepared))]);
+        called
+    }
+}
+
+/// Messages that come from one other rank.
+#[derive(Debug, Default)]
+pub(super) struct Inbox(Mutex<Option<Channel>>);
+
+impl Inbox {
+    /// Receives what a header announces.
+    pub fn fetch(
+        &self,
+        header: Header,
+        device: &CubeDevice,
+        (from, tag): (usize, u64),
+        (host, answers, keeper): (&Arc<dyn Transport>, &dyn Transport, &Arc<Keeper>),
+    ) -> Result<DeviceTensor, Error> {
+        let unsupported = || Error::UnsupportedDType { operation: "recv over NCCL", dtype: header.dtype };
+        let kind = data_type(header.dtype).ok_or_else(unsupported)?;
+        let output = empty_on(device, header.dims, header.dtype);
+        let count = output.meta.shape().iter().product();
+        if count == 0 {
+            return Ok(output);
+        }
+        let prepared = prepare([&output].into_iter())?;
+        let nowhere = || Error::invalid("recv over NCCL", "there is no room for the message");
+        let place = prepared.places().next().ok_or_else(nowhere)?;
+        // Held to the end: receives are enqueued in the order of the answers.
+        let mut channel = lock(&self.0);
+        let mut answer = header.number.to_le_bytes().to_vec();
+        let id = match *channel {
+            Some(_) => None,
+            None => Some(unique_id()?),
+        };
+        answer.extend(id.iter().flatten());
+        let len = answer.len();
+        answers.send(from, ANSWERS, Message(FlexTensor::from_data(TensorData::new(answer, [len]))))?;
+        if let Some(id) = id {
+            *channel = Some(Channel::new(&id, 1, host, keeper)?);
+        }
+        let Some(channel) = &*channel else { return Err(nowhere()) };
+        let raw = channel.link.lock();
+        let (done, called) = channel.lane.enqueue(&prepared, |stream| {
+            // SAFETY: the buffer has room for `count` elements and is held until the stream has passed.
+            raw.finish("recv", unsafe { nccl::recv(place, count, kind, 0, raw.comm, stream) })
+        })?;
+        drop(raw);
+        let extent = Extent::new(&output.meta.shape().to_vec());
+        let call = Call::on_device(Operation::Receive { from, tag }, header.dtype, extent);
+        keeper.watch(call, &channel.link, (prepared.ready.clone(), done.clone()), Vec::new());
+        prepared.release(done);
+        called.map(|()| output)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::flex::FlexTensor;
+    use burn::tensor::{BoolStore, DType, TensorData};
+
+    use super::{DTYPES, FORM, Header, MAGIC, Message};
+    use crate::comm::nccl::collective::data_type;
+
+    #[test]
+    fn headers_are_read_as_written() {
+        for (number, dtype) in DTYPES.into_iter().enumerate() {
+            assert!(data_type(dtype).is_some());
+            for dims in [vec![], vec![0], vec![3, 5], vec![1; 9]] {
+                let header = Header { number: number as u64 + (1 << 40), dtype, dims };
+                let message = header.write().unwrap();
+                assert!(Header::is_in(&message));
+                assert_eq!(Header::read(&message), Some(header));
+            }
+        }
+        let header = Header { number: 0, dtype: DType::I16, dims: vec![1] };
+        assert!(header.write().is_err(), "NCCL does not know it");
+    }
+
+    #[test]
+    fn other_messages_are_no_headers() {
+        let message = |words: Vec<u64>, dims: Vec<usize>| Message(FlexTensor::from_data(TensorData::new(words, dims)));
+        let form = |len| FORM.into_iter().chain([len]).collect::<Vec<_>>();
+        assert!(!Header::is_in(&message(vec![MAGIC, 0, 0], vec![3])));
+        assert!(!Header::is_in(&message(vec![7, 0, 0], form(3))));
+        assert!(!Header::is_in(&message(vec![], form(0))));
+        assert!(Header::is_in(&message(vec![MAGIC], form(1))), "of that form");
+        for garbled in [vec![MAGIC], vec![MAGIC, 1], vec![MAGIC, 1, 99], vec![MAGIC, 1, u64::MAX, 4]] {
+            let len = garbled.len();
+            assert_eq!(Header::read(&message(garbled, form(len))), None);
+        }
+        assert_eq!(DTYPES[10], DType::Bool(BoolStore::Native));
+    }
+}

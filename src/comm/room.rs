@@ -1,0 +1,102 @@
+//! Memory for elements that are still to come, neither zeroed nor ever seen before they have.
+
+use std::mem::ManuallyDrop;
+
+use burn::backend::flex::{FlexTensor, Layout};
+use burn::tensor::{Bytes, DType, Shape};
+
+use super::element::with_storage_type;
+use super::transport::BufferMut;
+use crate::Error;
+
+/// Room for a tensor.
+#[derive(Debug)]
+pub(crate) struct Room {
+    /// Of a vector of the type that stores `dtype`, of this capacity and no elements.
+    data: *mut u8,
+    capacity: usize,
+    dims: Vec<usize>,
+    elements: usize,
+    dtype: DType,
+}
+
+// SAFETY: the memory is the room's own.
+unsafe impl Send for Room {}
+unsafe impl Sync for Room {}
+
+impl Room {
+    /// Room for a tensor of these dims, which another rank may have made up.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if this machine has no memory for it; [`Error::UnsupportedDType`].
+    pub fn new(operation: &'static str, dims: &[usize], dtype: DType) -> Result<Self, Error> {
+        let none = || Error::invalid(operation, format!("there is no memory for {dims:?} elements of {dtype:?}"));
+        let elements = dims.iter().try_fold(1usize, |product, dim| product.checked_mul(*dim)).ok_or_else(none)?;
+        let (data, capacity) = with_storage_type!(dtype, E => {
+            let mut vector: Vec<E> = Vec::new();
+            vector.try_reserve_exact(elements).map_err(|_| none())?;
+            let mut vector = ManuallyDrop::new(vector);
+            (vector.as_mut_ptr().cast(), vector.capacity())
+        }, otherwise return Err(Error::UnsupportedDType { operation, dtype }));
+        Ok(Self { data, capacity, dims: dims.to_vec(), elements, dtype })
+    }
+
+    /// Lends it to be written.
+    pub fn lend(&mut self) -> BufferMut<'_> {
+        // SAFETY: as long as that, and borrowed.
+        unsafe { BufferMut::from_raw(self.data, self.elements, self.dtype) }
+    }
+
+    /// The tensor, once all of it is written.
+    ///
+    /// # Safety
+    /// It is.
+    pub unsafe fn filled(self) -> FlexTensor {
+        let mut room = ManuallyDrop::new(self);
+        let shape = Shape::from(std::mem::take(&mut room.dims));
+        let bytes = with_storage_type!(room.dtype, E => {
+            // SAFETY: the parts are those of `new`, and so many elements are written.
+            Bytes::from_elems(unsafe { Vec::<E>::from_raw_parts(room.data.cast(), room.elements, room.capacity) })
+        }, otherwise unreachable!("{:?} was refused before", room.dtype));
+        FlexTensor::new(bytes, Layout::contiguous(shape), room.dtype)
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        with_storage_type!(self.dtype, E => {
+            // SAFETY: the parts are those of `new`; no elements are in it.
+            drop(unsafe { Vec::<E>::from_raw_parts(self.data.cast(), 0, self.capacity) })
+        }, otherwise ())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_in_the_tensor() {
+        let mut room = Room::new("recv", &[2, 3], DType::I16).unwrap();
+        let mut place = room.lend();
+        assert_eq!((place.elements(), place.dtype()), (6, DType::I16));
+        // SAFETY: there is room for six.
+        let tensor = unsafe {
+            [1i16, 2, 3, 4, 5, 6].as_ptr().copy_to_nonoverlapping(place.as_mut_ptr().cast(), 6);
+            room.filled()
+        };
+        assert_eq!(tensor.into_data(), burn::tensor::TensorData::from([[1i16, 2, 3], [4, 5, 6]]));
+        // SAFETY: nothing is to be written.
+        let empty = unsafe { Room::new("recv", &[0, 3], DType::F64).unwrap().filled() };
+        assert_eq!(empty.into_data().shape.to_vec(), [0, 3]);
+        drop(Room::new("recv", &[1000], DType::BF16).unwrap());
+    }
+
+    #[test]
+    fn what_nobody_has_memory_for_is_refused() {
+        for dims in [&[usize::MAX][..], &[usize::MAX / 2, 3], &[1 << 60], &[1 << 46]] {
+            let error = Room::new("recv", dims, DType::F32).unwrap_err();
+            assert!(error.to_string().contains("there is no memory for"), "{error}");
+        }
+    }
+}

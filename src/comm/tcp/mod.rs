@@ -1,0 +1,92 @@
+//! Ranks as processes, on one machine or many, over TCP: nothing to install.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//! use burn_parallel::comm::{ReduceOp, local::WorldConfig, tcp::{Rendezvous, Session}};
+//!
+//! // Rank 1 of 2; the other is on the machine 10.0.0.1.
+//! let meeting = Rendezvous::new(1, 2, "10.0.0.1", 29500, b"a secret", Duration::from_secs(60));
+//! let session = Session::new();
+//! let world = session.world(&meeting, WorldConfig::from_env()?)?;
+//! let sum = world.all_reduce(vec![1.0f32; 8], ReduceOp::Sum)?;
+//! # Ok::<(), burn_parallel::Error>(())
+//! ```
+//!
+//! [`launch::from_env`](crate::launch::from_env) does this with what a launcher says, and runs a function on the rank.
+//!
+//! Every rank has a connection to every other. Large tensors go from the sender's memory to the kernel and from there into
+//! the receiver's tensor; a message of up to 256 KiB is sent before it is asked for and copied once more if it comes too
+//! early, at most 8 MiB of these from each rank. Whoever waits works the connections; a thread for each world does when
+//! nobody waits.
+//!
+//! The ranks show each other that they know a secret (see [`Rendezvous`]). What they send afterwards is neither encrypted
+//! nor signed: across machines, use a network that you trust.
+//!
+//! # Failure
+//!
+//! | what happens to a rank | what the others do |
+//! |---|---|
+//! | error, panic, abort, other call, leaves early | return the same [`Error`], at once |
+//! | computes or hangs for too long | return [`Error::Timeout`], which names it |
+//! | killed, or its process ends | return [`Error::RankLost`], which names it, as soon as the connection closes |
+//! | its machine or the network stops without a word | the same after half a minute of silence, or the time-out |
+//! | sends what makes no sense | return [`Error::RankLost`]; the log says what came |
+//!
+//! A rank that is lost while data moves leaves the buffers of that collective half written.
+
+mod frame;
+mod mesh;
+mod ops;
+mod peer;
+mod poll;
+mod reading;
+mod rendezvous;
+#[cfg(test)]
+mod tests;
+mod wire;
+mod writing;
+
+pub use rendezvous::Rendezvous;
+pub(crate) use rendezvous::nonce;
+
+use self::wire::TcpWire;
+use super::Communicator;
+use super::local::WorldConfig;
+use super::wired::Worlds;
+use crate::Error;
+
+/// The worlds of this process over TCP.
+///
+/// Drop it after all communicators: dropping it waits for the ranks of its worlds to end, so that nobody misses this one.
+#[derive(Debug)]
+pub struct Session(Worlds);
+
+impl Session {
+    /// A session without a world.
+    pub fn new() -> Self {
+        Self(Worlds::new())
+    }
+
+    /// Makes a world of the ranks that meet; all of them come to this call. There may be several worlds, one after the
+    /// other or, at meetings with different ports, at the same time.
+    ///
+    /// # Errors
+    /// [`Error::Engine`], if the ranks do not meet (see [`Rendezvous::all_gather`]) or cannot connect to each other;
+    /// [`Error::Environment`] if the variable `BURN_PARALLEL_ADDRESS` is set and no IP address.
+    pub fn world(&self, meeting: &Rendezvous, config: WorldConfig) -> Result<Communicator, Error> {
+        let wire = TcpWire::new(meeting.rank(), mesh::connect(meeting)?)?;
+        self.0.found(Box::new(wire), config)
+    }
+}
+
+impl Default for Session {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}

@@ -1,0 +1,231 @@
+//! All connections of a rank, worked by whoever calls.
+
+use std::net::TcpStream;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use super::ops::Ops;
+use super::peer::{Lent, Peer, Place};
+use super::poll::{self, Alarm};
+use super::rendezvous::failure;
+use crate::Error;
+use crate::comm::wired::{Ticket, Wire, lock};
+
+/// Most bytes of a message that is taken: errors with the calls of all ranks, at the most.
+const TAKEN: usize = 16 << 20;
+/// As many connections are read without asking the system first which of them has something.
+const FEW: usize = 2;
+
+/// The connections of a rank.
+#[derive(Debug)]
+pub(super) struct TcpWire {
+    rank: usize,
+    /// Connections again, to wait for without the lock.
+    streams: Vec<Option<TcpStream>>,
+    state: Mutex<State>,
+    /// Threads that rest, and what ends their rest.
+    resting: AtomicUsize,
+    alarm: Alarm,
+}
+
+#[derive(Debug)]
+struct State {
+    peers: Vec<Peer>,
+    ops: Ops,
+}
+
+// SAFETY: the places are lent to the wire, whatever thread works it; they are used under its lock.
+unsafe impl Send for State {}
+
+impl State {
+    /// Writes and reads what is possible at once.
+    fn pump(&mut self) {
+        let open: Vec<usize> = (0..self.peers.len()).filter(|rank| self.peers[*rank].is_open()).collect();
+        let ready = match open.len() {
+            0..=FEW => open,
+            _ => {
+                let state = |rank: &usize| {
+                    let peer = &self.peers[*rank];
+                    peer.stream.as_ref().map(|stream| (*rank, stream, peer.wants_to_write()))
+                };
+                let connections: Vec<_> = open.iter().filter_map(state).collect();
+                poll::ready(&connections)
+            }
+        };
+        for rank in ready {
+            let peer = &mut self.peers[rank];
+            peer.write(&mut self.ops);
+            peer.read(&mut self.ops);
+        }
+    }
+
+    /// Strikes out what is done. Returns whether all is.
+    fn strike(&mut self, tickets: &mut Vec<Ticket>) -> bool {
+        tickets.retain(|ticket| {
+            let op = ticket.0 as usize;
+            let done = self.ops.is_done(op);
+            if done {
+                self.ops.forget(op);
+            }
+            !done
+        });
+        tickets.is_empty()
+    }
+}
+
+impl TcpWire {
+    /// Takes over connections to all ranks but this one.
+    pub fn new(rank: usize, streams: Vec<Option<TcpStream>>) -> Result<Self, Error> {
+        let fail = |problem: std::io::Error| failure(format!("the connections of rank {rank}: {problem}"));
+        streams.iter().flatten().try_for_each(poll::prepare).map_err(fail)?;
+        let copies: std::io::Result<Vec<_>> =
+            streams.iter().map(|stream| stream.as_ref().map(TcpStream::try_clone).transpose()).collect();
+        let peers = streams.into_iter().map(Peer::new).collect();
+        let state = Mutex::new(State { peers, ops: Ops::default() });
+        let (resting, alarm) = (AtomicUsize::new(0), Alarm::new().map_err(fail)?);
+        Ok(Self { rank, streams: copies.map_err(fail)?, state, resting, alarm })
+    }
+
+    /// Works the connections. What is done that way may be what another thread rests for.
+    fn work(&self, state: &mut State) {
+        let before = state.ops.count;
+        state.pump();
+        if state.ops.count > before && self.resting.load(Ordering::Relaxed) > 0 {
+            self.alarm.ring();
+        }
+    }
+}
+
+impl Wire for TcpWire {
+    fn engine(&self) -> &'static str {
+        "tcp"
+    }
+
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.streams.len()
+    }
+
+    fn tags(&self) -> u64 {
+        u64::MAX / 2
+    }
+
+    unsafe fn send(
+        &self,
+        to: usize,
+        tag: u64,
+        data: *const u8,
+        len: usize,
+        tickets: &mut Vec<Ticket>,
+    ) -> Result<(), Error> {
+        if len > 0 {
+            let State { peers, ops } = &mut *lock(&self.state);
+            let op = ops.begin();
+            tickets.push(Ticket(op as u64));
+            peers[to].send(tag, Lent { data, len, op }, ops);
+        }
+        Ok(())
+    }
+
+    unsafe fn receive(
+        &self,
+        from: usize,
+        tag: u64,
+        data: *mut u8,
+        len: usize,
+        tickets: &mut Vec<Ticket>,
+    ) -> Result<(), Error> {
+        if len > 0 {
+            let State { peers, ops } = &mut *lock(&self.state);
+            let op = ops.begin();
+            tickets.push(Ticket(op as u64));
+            peers[from].receive(tag, Place { data, len, op }, ops);
+        }
+        Ok(())
+    }
+
+    fn progress(&self, tickets: &mut Vec<Ticket>) -> Result<bool, Error> {
+        if tickets.is_empty() {
+            return Ok(true);
+        }
+        let mut state = lock(&self.state);
+        if state.strike(tickets) {
+            return Ok(true);
+        }
+        self.work(&mut state);
+        Ok(state.strike(tickets))
+    }
+
+    fn take(&self, from: Option<usize>, tag: u64) -> Result<Option<(usize, Vec<u8>)>, Error> {
+        let mut state = lock(&self.state);
+        self.work(&mut state);
+        let State { peers, ops } = &mut *state;
+        let ranks = from.map_or(0..peers.len(), |from| from..from + 1);
+        Ok(ranks.into_iter().find_map(|rank| peers[rank].take(tag, TAKEN, ops).map(|bytes| (rank, bytes))))
+    }
+
+    fn cancel(&self, tickets: &mut Vec<Ticket>) {
+        self.withdraw(tickets);
+    }
+
+    fn gives_back(&self) -> bool {
+        true
+    }
+
+    fn withdraw(&self, tickets: &mut Vec<Ticket>) {
+        let State { peers, ops } = &mut *lock(&self.state);
+        for ticket in tickets.drain(..) {
+            let op = ticket.0 as usize;
+            if !ops.is_done(op) {
+                peers.iter_mut().for_each(|peer| peer.withdraw(op));
+            }
+            ops.forget(op);
+        }
+    }
+
+    fn rest(&self, longest: Duration) {
+        let open: Vec<(usize, bool)> = {
+            let state = lock(&self.state);
+            let open = state.peers.iter().enumerate().filter(|(_, peer)| peer.is_open());
+            open.map(|(rank, peer)| (rank, peer.wants_to_write())).collect()
+        };
+        let connections: Vec<_> = (open.into_iter())
+            .filter_map(|(rank, writes)| self.streams[rank].as_ref().map(|stream| (rank, stream, writes)))
+            .collect();
+        self.resting.fetch_add(1, Ordering::Relaxed);
+        self.alarm.rest(&connections, longest);
+        self.resting.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn wakes(&self) -> bool {
+        true
+    }
+
+    fn lost(&self) -> Vec<(usize, String)> {
+        let state = lock(&self.state);
+        let closed = |(rank, peer): (usize, &Peer)| peer.closed.clone().map(|problem| (rank, problem));
+        state.peers.iter().enumerate().filter_map(closed).collect()
+    }
+
+    fn close(&self, patience: Duration) {
+        let until = Instant::now() + patience;
+        loop {
+            {
+                let mut state = lock(&self.state);
+                state.pump();
+                state.peers.iter_mut().filter(|peer| !peer.wants_to_write()).for_each(Peer::hang_up);
+                if !state.peers.iter().any(Peer::is_open) {
+                    return;
+                }
+            }
+            if Instant::now() > until {
+                return;
+            }
+            self.rest(Duration::from_millis(5));
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! What carries the messages.
+
+use std::fmt::Debug;
+use std::time::Duration;
+
+use crate::Error;
+
+/// A message under way, by the number that its wire knows it by.
+#[derive(Debug)]
+pub(in crate::comm) struct Ticket(pub u64);
+
+/// Messages of bytes between the processes of a world, begun now and done later.
+///
+/// From one rank to another, messages of one tag come in the order in which they were sent. A message of no bytes is none:
+/// it makes no ticket. No method waits for another rank.
+pub(in crate::comm) trait Wire: Debug + Send + Sync {
+    /// Name of the engine, as in `tcp`.
+    fn engine(&self) -> &'static str;
+
+    /// Index of this process in the world.
+    fn rank(&self) -> usize;
+
+    /// Processes in the world.
+    fn size(&self) -> usize;
+
+    /// Largest tag.
+    fn tags(&self) -> u64;
+
+    /// Begins to send bytes.
+    ///
+    /// # Safety
+    /// They stay where and what they are until the tickets are done or taken back.
+    unsafe fn send(
+        &self,
+        to: usize,
+        tag: u64,
+        data: *const u8,
+        len: usize,
+        tickets: &mut Vec<Ticket>,
+    ) -> Result<(), Error>;
+
+    /// Begins to receive bytes.
+    ///
+    /// # Safety
+    /// Their place is valid, and nobody touches it, until the tickets are done or taken back.
+    unsafe fn receive(
+        &self,
+        from: usize,
+        tag: u64,
+        data: *mut u8,
+        len: usize,
+        tickets: &mut Vec<Ticket>,
+    ) -> Result<(), Error>;
+
+    /// Lets the wire work, and strikes out what is done. Returns whether all is.
+    fn progress(&self, tickets: &mut Vec<Ticket>) -> Result<bool, Error>;
+
+    /// Takes a small message that has come, from one rank or from any.
+    fn take(&self, from: Option<usize>, tag: u64) -> Result<Option<(usize, Vec<u8>)>, Error>;
+
+    /// Takes back receives that nobody will send to. What cannot be taken back is done: the places are free afterwards.
+    fn cancel(&self, tickets: &mut Vec<Ticket>);
+
+    /// Whether memory that is lent can be had back before its message is done.
+    fn gives_back(&self) -> bool;
+
+    /// Takes back whatever is under way, sent or received, if the wire [gives back](Self::gives_back).
+    fn withdraw(&self, tickets: &mut Vec<Ticket>);
+
+    /// Rests until there may be news, no longer than this.
+    fn rest(&self, longest: Duration);
+
+    /// Whether news ends a [`rest`](Self::rest).
+    fn wakes(&self) -> bool;
+
+    /// Ranks that can't be talked to any more, each with the reason.
+    fn lost(&self) -> Vec<(usize, String)>;
+
+    /// Hangs up, once nobody has anything to say any more.
+    fn close(&self, patience: Duration);
+
+    /// Ends all processes of the world at once, as far as the wire can.
+    fn abort(&self) -> ! {
+        std::process::abort()
+    }
+}

@@ -1,0 +1,140 @@
+//! What runs operations, on the device that the tensors are on.
+
+use std::fmt::Debug;
+
+use burn::backend::flex::FlexDevice;
+use burn::backend::{BackendTensor, DispatchKindConversion, DispatchTensor, Flex};
+use burn::tensor::{Device, TensorData};
+use burn_ir::{BackendIr, HandleKind, OperationIr, TensorId, TensorIr};
+use burn_router::TensorInterpreter;
+
+use super::custom::CustomOps;
+use super::graph_error;
+use crate::error::Error;
+use crate::tensor::{PlainTensor, check_device};
+
+/// A backend that graphs run on.
+pub(super) trait GraphBackend: BackendIr
+where
+    DispatchTensor: DispatchKindConversion<Self>,
+{
+    fn device(device: &Self::Device) -> Device;
+}
+
+impl GraphBackend for Flex {
+    fn device(_: &FlexDevice) -> Device {
+        Device::flex()
+    }
+}
+
+#[cfg(feature = "cubecl")]
+impl GraphBackend for burn::backend::Cube {
+    fn device(device: &Self::Device) -> Device {
+        Device::new(burn::backend::DispatchDevice::Cube(device.clone()))
+    }
+}
+
+/// Runs operations on one device. Tensors are known by their ids.
+#[derive(Debug)]
+pub(crate) struct Interpreter {
+    device: Device,
+    backend: Box<dyn Interpret>,
+}
+
+impl Interpreter {
+    /// # Errors
+    /// [`Error::Graph`] if no graph can run there.
+    pub(crate) fn new(device: &Device, ops: &CustomOps) -> Result<Self, Error> {
+        check_device(device).map_err(graph_error)?;
+        let backend: Box<dyn Interpret> = match device.as_dispatch() {
+            #[cfg(feature = "cubecl")]
+            burn::backend::DispatchDevice::Cube(device) => {
+                Box::new(TensorInterpreter::with_custom_ops(device.clone(), ops.on_cube()))
+            }
+            _ => Box::new(TensorInterpreter::with_custom_ops(FlexDevice, ops.on_flex())),
+        };
+        Ok(Self { device: device.clone(), backend })
+    }
+
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Gives a tensor its value, which is on the device.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if it is not.
+    pub(crate) fn bind(&mut self, id: TensorId, value: PlainTensor) -> Result<(), Error> {
+        self.backend.bind(id, value)
+    }
+
+    /// Gives a tensor its value from host memory.
+    pub(crate) fn bind_data(&mut self, id: TensorId, data: TensorData) {
+        self.backend.bind_data(id, data);
+    }
+
+    /// Runs an operation, or frees a tensor.
+    pub(crate) fn run(&mut self, op: OperationIr) {
+        self.backend.run(op);
+    }
+
+    /// The value of a tensor, taken out if its status says so.
+    pub(crate) fn get(&mut self, tensor: &TensorIr) -> Result<PlainTensor, Error> {
+        self.backend.get(tensor)
+    }
+}
+
+trait Interpret: Debug + Send {
+    fn bind(&mut self, id: TensorId, value: PlainTensor) -> Result<(), Error>;
+    fn bind_data(&mut self, id: TensorId, data: TensorData);
+    fn run(&mut self, op: OperationIr);
+    fn get(&mut self, tensor: &TensorIr) -> Result<PlainTensor, Error>;
+}
+
+impl<B: GraphBackend> Interpret for TensorInterpreter<B>
+where
+    B::Handle: Send,
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    fn bind(&mut self, id: TensorId, value: PlainTensor) -> Result<(), Error> {
+        self.register_tensor_to_device(id, into_handle::<B>(value)?);
+        Ok(())
+    }
+
+    fn bind_data(&mut self, id: TensorId, data: TensorData) {
+        self.register_tensor_data_id(id, data);
+    }
+
+    fn run(&mut self, op: OperationIr) {
+        self.register_op(op);
+    }
+
+    fn get(&mut self, tensor: &TensorIr) -> Result<PlainTensor, Error> {
+        from_handle::<B>(self.get_tensor(tensor))
+    }
+}
+
+pub(super) fn into_handle<B: GraphBackend>(tensor: PlainTensor) -> Result<HandleKind<B>, Error>
+where
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    match tensor.into_backend::<B>() {
+        Ok(BackendTensor::Float(tensor)) => Ok(HandleKind::Float(tensor)),
+        Ok(BackendTensor::Int(tensor)) => Ok(HandleKind::Int(tensor)),
+        Ok(BackendTensor::Bool(tensor)) => Ok(HandleKind::Bool(tensor)),
+        Ok(other) => Err(graph_error(format!("a {} tensor cannot enter a graph", other.name()))),
+        Err(problem) => Err(graph_error(format!("a tensor is not on the device on which the graph runs: {problem}"))),
+    }
+}
+
+pub(super) fn from_handle<B: GraphBackend>(handle: HandleKind<B>) -> Result<PlainTensor, Error>
+where
+    DispatchTensor: DispatchKindConversion<B>,
+{
+    Ok(PlainTensor::from_backend::<B>(match handle {
+        HandleKind::Float(tensor) => BackendTensor::Float(tensor),
+        HandleKind::Int(tensor) => BackendTensor::Int(tensor),
+        HandleKind::Bool(tensor) => BackendTensor::Bool(tensor),
+        HandleKind::Quantized(_) => return Err(graph_error("a step cannot give a quantized tensor")),
+    }))
+}

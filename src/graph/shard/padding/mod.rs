@@ -1,0 +1,424 @@
+//! Parameters with a dim that the degree does not divide, padded to one that it does.
+//!
+//! A vocabulary of 50257 words is the common case: the rows of the embedding, and the classes of the output layer. [`pad`]
+//! lets the parameters be larger and follows what was added through the step. Padded parameters are zeros there, to begin
+//! with and, since their gradients are, for good. Wherever an operation would mix the padding into what counts, it is
+//! overwritten first: with zeros for a sum or a product, with a number whose exponential is 0 for a maximum and the softmax
+//! around it. [`content`] tells where that is needless, [`rules`] where the padded dim goes. An operation that cannot go on
+//! with padding gets its input without; results come without.
+
+mod content;
+mod rules;
+
+use std::collections::{HashMap, HashSet};
+
+use burn::tensor::{DType, Shape, Slice, TensorData};
+use burn_ir::{
+    BaseOperationIr as Base, CatOpIr, CreationOpIr, IrVisitorMut, MaskFillOpIr, NumericOperationIr as Numeric,
+    OperationIr, ReduceDimOpIr, ReduceOpIr, ScalarIr, ScalarOpIr, ShapeOpIr, SliceOpIr, TensorId, TensorIr,
+};
+
+use self::content::Content::{self, Lowest, Zero};
+use self::content::{can_be_larger, creates, of_creation, of_elementwise};
+use self::rules::{Follow, Pad, follow};
+use super::rules::{of_kind, only_moves, take_all};
+use crate::error::Error;
+use crate::graph::step::{Uses, op_name};
+use crate::graph::{StepGraph, graph_error};
+
+/// A parameter, by its place, a dim of it, and the size that this dim is to have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Larger {
+    pub(crate) param: usize,
+    pub(crate) dim: usize,
+    pub(crate) size: usize,
+}
+
+/// The step with larger parameters, and gradients and updates of these. Everything else that it gives is as it was.
+///
+/// # Errors
+/// [`Error::Graph`] if an operation needs all of a parameter as it was.
+pub(crate) fn pad(graph: &StepGraph, larger: &[Larger]) -> Result<StepGraph, Error> {
+    let mut walk = Walk {
+        source: graph,
+        uses: Uses::of(&graph.operations),
+        local: StepGraph { operations: Vec::new(), ..graph.clone() },
+        padded: HashMap::new(),
+        parameters: HashSet::new(),
+        whole: HashMap::new(),
+        indexed: HashMap::new(),
+        masks: HashMap::new(),
+    };
+    for Larger { param, dim, size } in larger {
+        if larger.iter().any(|other| other.param == *param && other.dim != *dim) {
+            let path = &graph.params[*param].path;
+            return Err(graph_error(format!(
+                "parameter `{path}` is to be padded along two dims; split one of them only"
+            )));
+        }
+        let tensor = &mut walk.local.params[*param].tensor;
+        let real = std::mem::replace(&mut tensor.shape[*dim], *size);
+        let padded = Padded { tensor: tensor.clone(), dim: *dim, real, content: Zero };
+        walk.padded.insert(padded.tensor.id, padded);
+        walk.parameters.insert(tensor.id);
+    }
+    for (place, op) in graph.operations.iter().enumerate() {
+        walk.step(op)?;
+        if place + 1 == graph.forward_len {
+            walk.local.forward_len = walk.local.operations.len();
+        }
+    }
+    walk.results(larger)?;
+    if graph.forward_len == graph.operations.len() {
+        walk.local.forward_len = walk.local.operations.len();
+    }
+    Ok(walk.local)
+}
+
+/// What a tensor is with padding.
+#[derive(Debug, Clone)]
+struct Padded {
+    tensor: TensorIr,
+    dim: usize,
+    /// The size of the dim without padding.
+    real: usize,
+    content: Content,
+}
+
+struct Walk<'a> {
+    source: &'a StepGraph,
+    uses: Uses,
+    local: StepGraph,
+    /// Tensors of the source that are padded, as they are best known.
+    padded: HashMap<TensorId, Padded>,
+    /// Which of them are parameters, or such with their elements moved: not meant to be whole anywhere.
+    parameters: HashSet<TensorId>,
+    /// Padded tensors that had to be had without.
+    whole: HashMap<TensorId, TensorIr>,
+    /// By indices and dim: the padded size of what is read there. What is written back there is as large.
+    indexed: HashMap<(TensorId, usize), usize>,
+    /// By sizes without and with padding: a constant that is true for what is padding.
+    masks: HashMap<(usize, usize), TensorIr>,
+}
+
+impl Walk<'_> {
+    fn step(&mut self, op: &OperationIr) -> Result<(), Error> {
+        if let Some((base, indices, dim)) = writes_at(op)
+            && let Some(size) = self.indexed.get(&(indices.id, dim)).copied()
+        {
+            self.enlarge(base, dim, size);
+        }
+        let pad_of = |input: &TensorIr| self.padded.get(&input.id).map(|p| Pad { dim: p.dim, content: p.content });
+        let inputs: Vec<(&TensorIr, Option<Pad>)> = op.inputs().map(|input| (input, pad_of(input))).collect();
+        if inputs.iter().all(|(_, pad)| pad.is_none()) {
+            self.local.operations.push(op.clone());
+            return Ok(());
+        }
+        let mut sizes = inputs.iter().filter_map(|(input, pad)| {
+            pad.map(|pad| (input.shape[pad.dim], self.padded[&input.id].tensor.shape[pad.dim]))
+        });
+        let size = sizes.next();
+        let same = sizes.all(|other| Some(other) == size);
+        match (follow(op, &inputs), size) {
+            (Some(follow), Some((_, size))) if same && self.can_bring(&inputs, &follow) => {
+                self.run(op, &follow, size);
+                Ok(())
+            }
+            _ => self.run_whole(op),
+        }
+    }
+
+    /// Whether inputs can be given the padding that is asked for.
+    fn can_bring(&self, inputs: &[(&TensorIr, Option<Pad>)], follow: &Follow) -> bool {
+        inputs
+            .iter()
+            .zip(&follow.inputs)
+            .all(|((input, _), want)| !matches!(want, Some((_, Some(Lowest)))) || input.dtype.is_float())
+    }
+
+    fn run(&mut self, op: &OperationIr, follow: &Follow, size: usize) {
+        let inputs: Vec<TensorIr> = op.inputs().cloned().collect();
+        let mut now = HashMap::new();
+        for (input, want) in inputs.iter().zip(&follow.inputs) {
+            let Some((dim, content)) = want else { continue };
+            self.enlarge(input, *dim, size);
+            if let Some(content) = content {
+                self.overwrite(input.id, *content);
+            }
+            now.insert(input.id, self.padded[&input.id].tensor.clone());
+        }
+        if let Some((indices, dim)) = reads_at(op) {
+            self.indexed.insert((indices.id, dim), size);
+        }
+        let mut local = op.clone();
+        if let Some(Pad { dim, content }) = follow.output {
+            // Of what was brought only now more is known.
+            let content = match op {
+                op if follow.inputs.len() > 1 && super::rules::is_elementwise(op) => self.elementwise(op, follow),
+                _ => content,
+            };
+            for out in op.outputs() {
+                let mut tensor = out.clone();
+                tensor.shape[dim] = size;
+                now.insert(out.id, tensor.clone());
+                self.padded.insert(out.id, Padded { tensor, dim, real: out.shape[dim], content });
+                if only_moves(op) && inputs.iter().all(|input| self.parameters.contains(&input.id)) {
+                    self.parameters.insert(out.id);
+                }
+            }
+        }
+        local.visit_mut(&mut Replace(&now));
+        if let (OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base), Some(pad)) =
+            (&mut local, follow.output)
+        {
+            take_all(base, pad.dim);
+        }
+        if follow.output.is_none() && is_mean(&local) {
+            let count = inputs[0].shape.num_elements();
+            self.mean_over_padding(local, count);
+        } else {
+            self.local.operations.push(local);
+        }
+    }
+
+    /// A mean over padding is the sum over the rest, `count` elements of the whole input.
+    fn mean_over_padding(&mut self, mean: OperationIr, count: usize) {
+        let Some(out) = mean.outputs().next().cloned() else { return };
+        let lhs = TensorIr { id: self.local.fresh_id(), ..out.clone() };
+        let sum = match mean {
+            OperationIr::NumericFloat(dtype, Numeric::Mean(mean)) => {
+                OperationIr::NumericFloat(dtype, Numeric::Sum(ReduceOpIr { input: mean.input, out: lhs.clone() }))
+            }
+            OperationIr::NumericFloat(dtype, Numeric::MeanDim(mean)) => {
+                OperationIr::NumericFloat(dtype, Numeric::SumDim(ReduceDimOpIr { out: lhs.clone(), ..mean }))
+            }
+            mean => mean,
+        };
+        let rhs = ScalarIr::Float((count / out.shape.num_elements().max(1)) as f64);
+        let dtype = out.dtype;
+        let mean = OperationIr::NumericFloat(dtype, Numeric::DivScalar(ScalarOpIr { lhs, rhs, out }));
+        self.local.operations.extend([sum, mean]);
+    }
+
+    fn elementwise(&self, op: &OperationIr, follow: &Follow) -> Content {
+        let content = |(input, want): (&TensorIr, &Option<_>)| {
+            want.as_ref().and_then(|_: &(usize, Option<Content>)| self.padded.get(&input.id)).map(|p| p.content)
+        };
+        of_elementwise(op, &op.inputs().zip(&follow.inputs).map(content).collect::<Vec<_>>())
+    }
+
+    /// Runs an operation on what its inputs are without padding, but for parameters, which stay as they are.
+    fn run_whole(&mut self, op: &OperationIr) -> Result<(), Error> {
+        let padded: Vec<TensorIr> = op.inputs().filter(|input| self.padded.contains_key(&input.id)).cloned().collect();
+        let mut now = HashMap::new();
+        for input in padded.iter().filter(|input| !self.parameters.contains(&input.id)).cloned().collect::<Vec<_>>() {
+            now.insert(input.id, self.without(&input));
+        }
+        match padded.first() {
+            Some(parameter) if now.is_empty() => Err(self.refusal(parameter, op)),
+            _ => {
+                let mut local = op.clone();
+                local.visit_mut(&mut Replace(&now));
+                self.step(&local)
+            }
+        }
+    }
+
+    fn refusal(&self, tensor: &TensorIr, op: &OperationIr) -> Error {
+        let origin = self.origin(tensor.id);
+        let param = self.source.params.iter().find(|param| param.tensor.id == origin);
+        let (path, dims) = param.map_or(("", &[][..]), |param| (&param.path, param.tensor.shape.as_slice()));
+        graph_error(format!(
+            "parameter `{path}` of dims {dims:?} is to be split along a dim which the degree does not divide, and cannot be \
+             padded: {} needs all of it as it is; split another dim, choose another degree, or replicate it",
+            op_name(op)
+        ))
+    }
+
+    /// The parameter that a tensor is with its elements moved.
+    fn origin(&self, mut id: TensorId) -> TensorId {
+        while let Some(maker) = self.uses.maker(id)
+            && let Some(input) = self.source.operations[maker].inputs().next()
+        {
+            id = input.id;
+        }
+        id
+    }
+
+    /// Pads a tensor that is not yet: made larger from the beginning if it can be, else with zeros behind.
+    fn enlarge(&mut self, tensor: &TensorIr, dim: usize, size: usize) {
+        if self.padded.contains_key(&tensor.id) {
+            return;
+        }
+        let padded = match self.made_larger(tensor, dim, size) {
+            Some(padded) => padded,
+            None => {
+                let mut zeros = TensorIr { id: self.local.fresh_id(), ..tensor.clone() };
+                zeros.shape[dim] = size - tensor.shape[dim];
+                let mut out = TensorIr { id: self.local.fresh_id(), ..tensor.clone() };
+                out.shape[dim] = size;
+                let tensors = vec![tensor.clone(), zeros.clone()];
+                self.local.operations.extend([
+                    of_kind(tensor.dtype, Base::Zeros(CreationOpIr { out: zeros })),
+                    of_kind(tensor.dtype, Base::Cat(CatOpIr { tensors, dim, out: out.clone() })),
+                ]);
+                Padded { tensor: out, dim, real: tensor.shape[dim], content: Zero }
+            }
+        };
+        self.padded.insert(tensor.id, padded);
+    }
+
+    /// Runs again what made a tensor from nothing, or from what is spread over the dim.
+    fn made_larger(&mut self, tensor: &TensorIr, dim: usize, size: usize) -> Option<Padded> {
+        let op = &self.source.operations[self.uses.maker(tensor.id)?];
+        let full: Vec<TensorIr> =
+            op.inputs().filter(|input| input.shape.get(dim) == Some(&tensor.shape[dim])).cloned().collect();
+        let possible = can_be_larger(op)
+            && op.inputs().all(|input| input.shape.num_dims() == tensor.shape.num_dims())
+            && (creates(op) || !full.is_empty())
+            && full.iter().all(|input| self.can_be_made_larger(input, dim));
+        if !possible {
+            return None;
+        }
+        for input in &full {
+            self.enlarge(input, dim, size);
+        }
+        let mut now: HashMap<TensorId, TensorIr> =
+            full.iter().map(|input| (input.id, self.padded[&input.id].tensor.clone())).collect();
+        let contents: Vec<Option<Content>> =
+            op.inputs().map(|input| now.contains_key(&input.id).then(|| self.padded[&input.id].content)).collect();
+        let content = if creates(op) { of_creation(op) } else { of_elementwise(op, &contents) };
+        let mut out = TensorIr { id: self.local.fresh_id(), ..tensor.clone() };
+        out.shape[dim] = size;
+        now.insert(tensor.id, out.clone());
+        let mut local = op.clone();
+        local.visit_mut(&mut Replace(&now));
+        self.local.operations.push(local);
+        Some(Padded { tensor: out, dim, real: tensor.shape[dim], content })
+    }
+
+    fn can_be_made_larger(&self, tensor: &TensorIr, dim: usize) -> bool {
+        if let Some(padded) = self.padded.get(&tensor.id) {
+            return padded.dim == dim;
+        }
+        self.uses.maker(tensor.id).map(|maker| &self.source.operations[maker]).is_some_and(|op| {
+            let mut full = op.inputs().filter(|input| input.shape.get(dim) == Some(&tensor.shape[dim])).peekable();
+            creates(op)
+                || (can_be_larger(op) && full.peek().is_some() && full.all(|input| self.can_be_made_larger(input, dim)))
+        })
+    }
+
+    /// Makes sure of what the padding of a tensor is, from here on.
+    fn overwrite(&mut self, id: TensorId, content: Content) {
+        let Padded { tensor, dim, real, content: have } = self.padded[&id].clone();
+        if have == content {
+            return;
+        }
+        let mut dims = vec![1; tensor.shape.num_dims()];
+        dims[dim] = tensor.shape[dim];
+        let constant = self.mask(real, tensor.shape[dim]);
+        let mask = TensorIr::uninit(self.local.fresh_id(), Shape::from(dims), constant.dtype);
+        let value = match (content, tensor.dtype) {
+            (Lowest, DType::F16) => -3e4,
+            (Lowest, _) => -1e30,
+            _ => 0.0,
+        };
+        let value = if tensor.dtype.is_float() { ScalarIr::Float(value) } else { ScalarIr::Int(0) };
+        let out = TensorIr { id: self.local.fresh_id(), ..tensor.clone() };
+        let fill = MaskFillOpIr { tensor: tensor.clone(), mask: mask.clone(), value, out: out.clone() };
+        self.local.operations.extend([
+            OperationIr::BaseBool(Base::Reshape(ShapeOpIr { input: constant, out: mask })),
+            of_kind(tensor.dtype, Base::MaskFill(fill)),
+        ]);
+        self.padded.insert(id, Padded { tensor: out, dim, real, content });
+    }
+
+    fn mask(&mut self, real: usize, size: usize) -> TensorIr {
+        if let Some(mask) = self.masks.get(&(real, size)) {
+            return mask.clone();
+        }
+        let data = TensorData::new((0..size).map(|place| place >= real).collect::<Vec<bool>>(), [size]);
+        let mask = TensorIr::uninit(self.local.fresh_id(), Shape::from([size]), data.dtype());
+        self.local.constants.insert(mask.id, data);
+        self.masks.insert((real, size), mask.clone());
+        mask
+    }
+
+    /// A padded tensor without its padding.
+    fn without(&mut self, tensor: &TensorIr) -> TensorIr {
+        if let Some(whole) = self.whole.get(&tensor.id) {
+            return whole.clone();
+        }
+        let padded = self.padded[&tensor.id].tensor.clone();
+        let out = TensorIr { id: self.local.fresh_id(), ..tensor.clone() };
+        let ranges = tensor.shape.as_slice().iter().map(|size| Slice::new(0, Some(*size as isize), 1)).collect();
+        let slice = SliceOpIr { tensor: padded, ranges, out: out.clone() };
+        self.local.operations.push(of_kind(tensor.dtype, Base::Slice(slice)));
+        self.whole.insert(tensor.id, out.clone());
+        out
+    }
+
+    fn results(&mut self, larger: &[Larger]) -> Result<(), Error> {
+        for (place, binding) in self.source.params.iter().enumerate() {
+            let larger = larger.iter().find(|larger| larger.param == place);
+            let mut of = |result: &Option<TensorIr>| {
+                result.as_ref().map(|result| self.result(result, larger.map(|l| (l.dim, l.size)))).transpose()
+            };
+            let (gradient, update) = (of(&binding.gradient)?, of(&binding.update)?);
+            (self.local.params[place].gradient, self.local.params[place].update) = (gradient, update);
+        }
+        let source = self.source;
+        self.local.loss = source.loss.as_ref().map(|loss| self.result(loss, None)).transpose()?;
+        self.local.weight = source.weight.as_ref().map(|weight| self.result(weight, None)).transpose()?;
+        self.local.outputs = source.outputs.iter().map(|out| self.result(out, None)).collect::<Result<_, _>>()?;
+        Ok(())
+    }
+
+    /// A result: with zeros as padding if it belongs to a padded parameter, else without.
+    fn result(&mut self, result: &TensorIr, larger: Option<(usize, usize)>) -> Result<TensorIr, Error> {
+        let padded = self.padded.get(&result.id).map(|padded| padded.dim);
+        match (padded, larger) {
+            (None, None) => Ok(result.clone()),
+            (Some(_), None) => Ok(self.without(result)),
+            (Some(have), Some((dim, _))) if have != dim => Err(graph_error(format!(
+                "the gradient of a parameter that is padded along dim {dim} is so along {have}"
+            ))),
+            (_, Some((dim, size))) => {
+                self.enlarge(result, dim, size);
+                self.overwrite(result.id, Zero);
+                Ok(self.padded[&result.id].tensor.clone())
+            }
+        }
+    }
+}
+
+/// The tensor, the indices and the dim of an operation that adds values at indices.
+fn writes_at(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, usize)> {
+    match op {
+        OperationIr::BaseFloat(Base::Scatter(op)) => Some((&op.tensor, &op.indices, op.dim)),
+        OperationIr::BaseFloat(Base::SelectAssign(op)) => Some((&op.tensor, &op.indices, op.dim)),
+        _ => None,
+    }
+}
+
+fn reads_at(op: &OperationIr) -> Option<(&TensorIr, usize)> {
+    match op {
+        OperationIr::BaseFloat(Base::Gather(op)) => Some((&op.indices, op.dim)),
+        OperationIr::BaseFloat(Base::Select(op)) => Some((&op.indices, op.dim)),
+        _ => None,
+    }
+}
+
+fn is_mean(op: &OperationIr) -> bool {
+    matches!(op, OperationIr::NumericFloat(_, Numeric::Mean(_) | Numeric::MeanDim(_)))
+}
+
+struct Replace<'a>(&'a HashMap<TensorId, TensorIr>);
+
+impl IrVisitorMut for Replace<'_> {
+    fn visit_tensor_mut(&mut self, tensor: &mut TensorIr) {
+        if let Some(now) = self.0.get(&tensor.id) {
+            *tensor = now.clone();
+        }
+    }
+}

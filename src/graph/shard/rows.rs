@@ -1,0 +1,185 @@
+//! Linear layers that burn computes on flattened rows.
+//!
+//! Forward where the leading dims of the input are small, and backward always, burn makes one dim of them for a product and
+//! takes it apart behind it. A split of any but the first cannot follow through that. As one operation, which burn flattens
+//! again on what each rank has, it can.
+
+use std::collections::{HashMap, HashSet};
+
+use burn::tensor::Shape;
+use burn_ir::{
+    BaseOperationIr as Base, BinaryOpIr, FloatOperationIr, LinearBiasBackwardOpIr, LinearOpIr,
+    LinearWeightBackwardOpIr, MatmulOpIr, ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr,
+    ShapeOpIr, TensorId, TensorIr,
+};
+
+use super::rules::as_sum;
+use crate::graph::StepGraph;
+use crate::graph::step::Uses;
+
+/// The step with linear layers and their gradients on dims as they were.
+pub(super) fn unflattened(graph: &StepGraph) -> StepGraph {
+    let results = graph.results().map(|result| result.id).collect();
+    let find = Find { operations: &graph.operations, uses: Uses::of(&graph.operations), results };
+    let found = (0..graph.operations.len()).filter_map(|place| find.flat(place).map(|flat| (place, flat)));
+    let found: Vec<(usize, Flat)> = found.collect();
+    let gone: HashSet<usize> = found.iter().flat_map(|(last, flat)| flat.instead_of(*last)).collect();
+    let found: HashMap<usize, Flat> = found.into_iter().map(|(last, flat)| (flat.place(last), flat)).collect();
+
+    let mut local = graph.clone();
+    local.operations.clear();
+    local.forward_len = 0;
+    for (place, op) in graph.operations.iter().enumerate() {
+        match found.get(&place) {
+            Some(flat) => flat.run(&mut local),
+            None if gone.contains(&place) => {}
+            None => local.operations.push(op.clone()),
+        }
+        if place < graph.forward_len {
+            local.forward_len = local.operations.len();
+        }
+    }
+    local
+}
+
+/// What is computed on flattened rows, and the tensors, none of them flat, that it is computed from.
+#[derive(Clone)]
+enum Flat {
+    /// A product, and what is added to each of its rows.
+    Linear {
+        x: TensorIr,
+        weight: TensorIr,
+        row: Option<TensorIr>,
+        out: TensorIr,
+        /// The flat product and the flat sum among the operations.
+        within: Vec<usize>,
+    },
+    WeightGradient {
+        x: TensorIr,
+        output_grad: TensorIr,
+        out: TensorIr,
+    },
+    BiasGradient {
+        output_grad: TensorIr,
+        out: TensorIr,
+    },
+}
+
+impl Flat {
+    /// The places of the operations that it takes the place of, given the last of them.
+    fn instead_of(&self, last: usize) -> Vec<usize> {
+        match self {
+            Self::Linear { within, .. } => [within.as_slice(), &[last]].concat(),
+            _ => vec![last],
+        }
+    }
+
+    /// Where it is to stand: a product with nothing added, as early as before.
+    fn place(&self, last: usize) -> usize {
+        match self {
+            Self::Linear { row: None, within, .. } => within.first().copied().unwrap_or(last),
+            _ => last,
+        }
+    }
+
+    fn run(&self, graph: &mut StepGraph) {
+        match self.clone() {
+            Self::Linear { x, weight, row: None, out, .. } => {
+                graph.operations.push(OperationIr::Module(Module::Linear(LinearOpIr { x, weight, bias: None, out })));
+            }
+            Self::Linear { x, weight, row: Some(row), out, .. } => {
+                let product = TensorIr::uninit(graph.fresh_id(), out.shape.clone(), out.dtype);
+                let mut dims = vec![1; out.shape.num_dims()];
+                dims[out.shape.num_dims() - 1] = row.shape[1];
+                let rhs = reshaped(graph, row, dims);
+                let linear = LinearOpIr { x, weight, bias: None, out: product.clone() };
+                graph.operations.extend([
+                    OperationIr::Module(Module::Linear(linear)),
+                    OperationIr::NumericFloat(out.dtype, Numeric::Add(BinaryOpIr { lhs: product, rhs, out })),
+                ]);
+            }
+            Self::WeightGradient { x, output_grad, out } => {
+                let gradient = LinearWeightBackwardOpIr { x, output_grad, out };
+                graph.operations.push(OperationIr::Module(Module::LinearWeightBackward(gradient)));
+            }
+            Self::BiasGradient { output_grad, out } => {
+                let bias = TensorIr::uninit(graph.fresh_id(), Shape::from([out.shape[1]]), out.dtype);
+                let gradient = LinearBiasBackwardOpIr { output_grad, out: bias.clone() };
+                graph.operations.extend([
+                    OperationIr::Module(Module::LinearBiasBackward(gradient)),
+                    OperationIr::BaseFloat(Base::Reshape(ShapeOpIr { input: bias, out })),
+                ]);
+            }
+        }
+    }
+}
+
+struct Find<'a> {
+    operations: &'a [OperationIr],
+    uses: Uses,
+    results: HashSet<TensorId>,
+}
+
+impl Find<'_> {
+    /// What the operation at `place` ends.
+    fn flat(&self, place: usize) -> Option<Flat> {
+        match &self.operations[place] {
+            OperationIr::BaseFloat(Base::Reshape(op)) => self.linear(place, op),
+            OperationIr::Float(_, FloatOperationIr::Matmul(MatmulOpIr { lhs, rhs, out })) => {
+                let OperationIr::BaseFloat(Base::SwapDims(swap)) = self.maker(lhs)? else { return None };
+                let (x, output_grad) = (self.unflat(&swap.input)?, self.unflat(rhs)?);
+                let alike = leading(x) == leading(output_grad) && swap.dim1 != swap.dim2;
+                alike.then(|| Flat::WeightGradient { x: x.clone(), output_grad: output_grad.clone(), out: out.clone() })
+            }
+            OperationIr::NumericFloat(_, Numeric::SumDim(op)) if op.axis == 0 => {
+                let output_grad = self.unflat(&op.input)?.clone();
+                Some(Flat::BiasGradient { output_grad, out: op.out.clone() })
+            }
+            _ => None,
+        }
+    }
+
+    /// A linear layer that ends in this reshape.
+    fn linear(&self, place: usize, ShapeOpIr { input: flat, out }: &ShapeOpIr) -> Option<Flat> {
+        let maker = self.only_for(flat, place)?;
+        let (product, row, mut within) = match as_sum(&self.operations[maker]) {
+            Some((lhs, rhs, _)) if rhs.shape.num_dims() == 2 && rhs.shape[0] == 1 => {
+                (self.only_for(lhs, maker)?, Some(rhs.clone()), vec![maker])
+            }
+            _ => (maker, None, Vec::new()),
+        };
+        let OperationIr::Float(_, FloatOperationIr::Matmul(op)) = &self.operations[product] else { return None };
+        let x = self.unflat(&op.lhs)?.clone();
+        within.push(product);
+        (leading(&x) == leading(out)).then(|| Flat::Linear { x, weight: op.rhs.clone(), row, out: out.clone(), within })
+    }
+
+    /// What a tensor of two dims is with the first of them as it was before it was flattened.
+    fn unflat(&self, flat: &TensorIr) -> Option<&TensorIr> {
+        let OperationIr::BaseFloat(Base::Reshape(ShapeOpIr { input, out })) = self.maker(flat)? else { return None };
+        let (from, to) = (input.shape.as_slice(), out.shape.as_slice());
+        (from.len() > 2 && to.len() == 2 && from.last() == to.last()).then_some(input)
+    }
+
+    fn maker(&self, tensor: &TensorIr) -> Option<&OperationIr> {
+        self.uses.maker(tensor.id).map(|place| &self.operations[place])
+    }
+
+    /// Where a tensor is made that nothing reads but the operation at `reader`.
+    fn only_for(&self, tensor: &TensorIr, reader: usize) -> Option<usize> {
+        let alone = *self.uses.readers(tensor.id) == [reader] && !self.results.contains(&tensor.id);
+        alone.then(|| self.uses.maker(tensor.id))?
+    }
+}
+
+/// All dims but the last.
+fn leading(tensor: &TensorIr) -> &[usize] {
+    let dims = tensor.shape.as_slice();
+    &dims[..dims.len().saturating_sub(1)]
+}
+
+fn reshaped(graph: &mut StepGraph, input: TensorIr, dims: Vec<usize>) -> TensorIr {
+    let out = TensorIr::uninit(graph.fresh_id(), Shape::from(dims), input.dtype);
+    graph.operations.push(OperationIr::BaseFloat(Base::Reshape(ShapeOpIr { input, out: out.clone() })));
+    out
+}

@@ -1,0 +1,27 @@
+//! Where the ranks of a launcher meet.
+
+use std::time::Duration;
+
+use super::Place;
+use crate::Error;
+use crate::comm::tcp::Rendezvous;
+
+/// What ranks show each other when they meet over TCP.
+pub(super) const SECRET: &str = "BURN_PARALLEL_SECRET";
+
+impl Rendezvous {
+    /// The meeting point that the launcher has named: `MASTER_ADDR` and `MASTER_PORT`, with the secret of the variable
+    /// `BURN_PARALLEL_SECRET`. Without that variable there is no secret: strays are kept out, but no attacker.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] if the launcher has named none.
+    pub fn at(place: &Place, timeout: Duration) -> Result<Self, Error> {
+        let Some((address, port)) = &place.master else {
+            let problem = "MASTER_ADDR and MASTER_PORT are not set: the ranks do not know where to meet; set them to an \
+                           address of rank 0's machine and a free port there, alike on all ranks";
+            return Err(Error::Engine { engine: "rendezvous", problem: problem.into() });
+        };
+        let secret = std::env::var(SECRET).unwrap_or_default();
+        Ok(Self::new(place.rank, place.size, address, *port, secret.as_bytes(), timeout))
+    }
+}

@@ -1,0 +1,227 @@
+//! What must hold over any engine that carries tensors of devices, for any number of ranks: the same as on the host.
+//!
+//! Values are small integers, so that sums are exact in every dtype and in any order of the ranks.
+
+use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData, Tolerance};
+use burn_parallel::Error;
+use burn_parallel::comm::{Communicator, ReduceOp};
+
+/// A check that every rank runs, on its own device, with the dtypes that the device and the engine have.
+type Check = fn(&Communicator, &Device, &[DType]) -> Result<(), Error>;
+
+/// All of them.
+pub const CHECKS: [(&str, Check); 8] = [
+    ("collectives agree with the host's", collectives),
+    ("integers and bools", integers_and_bools),
+    ("unequal rows are gathered", unequal_rows),
+    ("buffers reduced together", reduced_together),
+    ("messages stay on the device", messages),
+    ("a message is its receiver's own", handed_over),
+    ("in flight and direct calls interleave", in_flight),
+    ("a long chain keeps its order", chain),
+];
+
+pub fn values(rank: usize, elements: usize) -> Vec<f32> {
+    (0..elements).map(|i| ((i * 7919 + rank * 104_729) % 13) as f32 - 6.0).collect()
+}
+
+fn floats(dtypes: &[DType]) -> impl Iterator<Item = DType> {
+    dtypes.iter().copied().filter(DType::is_float)
+}
+
+fn tensor<const D: usize>(rank: usize, dims: [usize; D], device: &Device, dtype: DType) -> Tensor<D> {
+    let data = TensorData::new(values(rank, dims.iter().product()), dims);
+    Tensor::from_data(data.convert_dtype(dtype), (device, dtype))
+}
+
+/// Equal, as far as the dtype tells.
+#[track_caller]
+pub fn same<const D: usize>(found: Tensor<D>, expected: Tensor<D>, device: &Device) {
+    assert_eq!((found.device(), found.dtype()), (device.clone(), expected.dtype()));
+    let tolerance = match found.dtype() {
+        DType::BF16 => Tolerance::rel_abs(2e-2, 1e-2),
+        DType::F16 => Tolerance::rel_abs(2e-3, 1e-3),
+        _ => Tolerance::default(),
+    };
+    let wide = |tensor: Tensor<D>| tensor.into_data().convert::<f64>();
+    wide(found).assert_approx_eq::<f64>(&wide(expected), tolerance);
+}
+
+fn collectives(comm: &Communicator, device: &Device, dtypes: &[DType]) -> Result<(), Error> {
+    let (me, size) = (comm.rank(), comm.size());
+    for dtype in floats(dtypes) {
+        // Fewer rows than ranks, rows that the ranks do not divide, and enough for shares.
+        for dims in [[1, 3], [5, 4], [64, 1], [37, 900]] {
+            let host = || tensor(me, dims, &Device::flex(), dtype);
+            let there = || tensor(me, dims, device, dtype);
+            for op in [ReduceOp::Sum, ReduceOp::Mean, ReduceOp::Max, ReduceOp::Min, ReduceOp::PreMulSum(0.5)] {
+                same(comm.all_reduce(there(), op)?, comm.all_reduce(host(), op)?, device);
+                same(comm.reduce_scatter(there(), op)?, comm.reduce_scatter(host(), op)?, device);
+            }
+            same(comm.all_gather(there())?, comm.all_gather(host())?, device);
+            same(comm.all_to_all(there())?, comm.all_to_all(host())?, device);
+            for root in 0..size {
+                same(comm.broadcast(there(), root)?, comm.broadcast(host(), root)?, device);
+                let both = |ours: Option<Tensor<2>>, expected: Option<Tensor<2>>| match (ours, expected) {
+                    (Some(ours), Some(expected)) => same(ours, expected, device),
+                    (ours, expected) => assert!(ours.is_none() && expected.is_none()),
+                };
+                both(comm.gather(there(), root)?, comm.gather(host(), root)?);
+                both(comm.reduce(there(), ReduceOp::Sum, root)?, comm.reduce(host(), ReduceOp::Sum, root)?);
+            }
+            // What the rank keeps a handle of is not written to.
+            let kept = there();
+            comm.all_reduce(kept.clone(), ReduceOp::Sum)?;
+            comm.broadcast(kept.clone(), size - 1)?;
+            same(kept, host(), device);
+        }
+    }
+    Ok(())
+}
+
+fn integers_and_bools(comm: &Communicator, device: &Device, dtypes: &[DType]) -> Result<(), Error> {
+    let (me, n) = (comm.rank() as i64, comm.size() as i64);
+    for dtype in dtypes.iter().copied().filter(|dtype| dtype.is_int() || dtype.is_uint()) {
+        let counts = Tensor::<1, Int>::from_data(TensorData::from([me, n - me, 5]), (device, dtype));
+        let sum = comm.all_reduce(counts.clone(), ReduceOp::Sum)?;
+        assert_eq!((sum.device(), sum.dtype()), (device.clone(), dtype));
+        let triangle = n * (n - 1) / 2;
+        assert_eq!(sum.into_data().convert::<i64>(), TensorData::from([triangle, n * n - triangle, 5 * n]));
+        let most = comm.all_reduce(counts, ReduceOp::Max)?;
+        assert_eq!(most.into_data().convert::<i64>(), TensorData::from([n - 1, n, 5]));
+    }
+    let seen = Tensor::<1, Bool>::from_data([me == 0, true, me == 99], device);
+    let bools = |tensor: Tensor<1, Bool>| tensor.into_data().iter::<bool>().collect::<Vec<_>>();
+    assert_eq!(bools(comm.all_reduce(seen.clone(), ReduceOp::Max)?), [true, true, false]);
+    assert_eq!(bools(comm.all_reduce(seen, ReduceOp::Min)?), [n == 1, true, false]);
+    Ok(())
+}
+
+fn unequal_rows(comm: &Communicator, device: &Device, _: &[DType]) -> Result<(), Error> {
+    let size = comm.size();
+    // Rank 0 brings nothing.
+    let mine = Tensor::<2>::full([comm.rank(), 2], comm.rank() as f32, device);
+    let all = comm.all_gather(mine)?;
+    assert_eq!(all.dims(), [size * (size - 1) / 2, 2]);
+    if size > 1 {
+        let firsts: Vec<f32> = all.into_data().iter::<f32>().step_by(2).collect();
+        let expected: Vec<f32> = (0..size).flat_map(|rank| vec![rank as f32; rank]).collect();
+        assert_eq!(firsts, expected);
+    }
+    Ok(())
+}
+
+/// Several buffers, empty and scalar-like ones among them, in one call, with and without shares.
+fn reduced_together(comm: &Communicator, device: &Device, dtypes: &[DType]) -> Result<(), Error> {
+    for dtype in floats(dtypes) {
+        for last in [3, 30_011] {
+            let lens = [5, 0, 1, last];
+            let bring = |device: &Device| lens.map(|len| tensor(comm.rank() + len, [len], device, dtype)).to_vec();
+            for op in [ReduceOp::Mean, ReduceOp::PreMulSum(0.25)] {
+                let before = comm.counters();
+                let reduced = comm.all_reduce_coalesced(bring(device), op)?;
+                let since = comm.counters() - before;
+                assert_eq!(since.of("all_reduce").calls, 1);
+                // Shares differ by an element; together the ranks move what there is to move.
+                let moved = comm.all_reduce(vec![since.of("all_reduce").bytes], ReduceOp::Sum)?;
+                let bytes = lens.iter().sum::<usize>() * dtype.size();
+                assert_eq!(moved, [2 * (bytes * (comm.size() - 1)) as u64]);
+                let expected = comm.all_reduce_coalesced(bring(&Device::flex()), op)?;
+                assert_eq!(reduced.len(), expected.len());
+                reduced.into_iter().zip(expected).for_each(|(ours, expected)| same(ours, expected, device));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Round the ring and towards each other, to oneself, tags in another order than sent, of several kinds and ranks.
+fn messages(comm: &Communicator, device: &Device, dtypes: &[DType]) -> Result<(), Error> {
+    let (me, size) = (comm.rank(), comm.size());
+    let before = comm.counters();
+    let mut bytes = 0;
+    for dtype in floats(dtypes) {
+        for (next, previous) in [((me + 1) % size, (me + size - 1) % size), (size - 1 - me, size - 1 - me)] {
+            let mine = tensor(me, [5, 7], device, dtype);
+            // Not contiguous, and still to be computed when it is sent.
+            comm.send(mine.clone().transpose().mul_scalar(2.0), next, 1)?;
+            comm.send(mine.clone(), next, 9)?;
+            comm.send(Tensor::<1, Int>::from_data([me as i32, 7], (device, DType::I32)), next, 10)?;
+            comm.send(vec![me as u64], next, 9)?;
+            comm.send(tensor(me, [0, 4], device, dtype), next, 12)?;
+            comm.send(mine.is_nan(), next, 11)?;
+
+            let nans: Tensor<2, Bool> = comm.recv(previous, 11)?;
+            bytes += (2 * 35 * dtype.size() + 2 * 4 + 8 + 35 * nans.dtype().size()) as u64;
+            assert_eq!(nans.device(), *device);
+            assert!(nans.into_data().iter::<bool>().all(|nan| !nan));
+            let nothing: Tensor<2> = comm.recv(previous, 12)?;
+            assert_eq!((nothing.dims(), nothing.dtype()), ([0, 4], dtype));
+            let numbers: Tensor<1, Int> = comm.recv(previous, 10)?;
+            assert_eq!(numbers.into_data().convert::<i64>(), TensorData::from([previous as i64, 7]));
+            let sent: Tensor<2> = comm.recv(previous, 9)?;
+            let turned: Tensor<2> = comm.start_recv(previous, 1).wait()?;
+            same(turned.transpose(), sent.clone().mul_scalar(2.0), device);
+            same(sent, tensor(previous, [5, 7], &Device::flex(), dtype), device);
+            assert_eq!(comm.recv::<Vec<u64>>(previous, 9)?, [previous as u64]);
+        }
+    }
+    let since = comm.counters() - before;
+    assert_eq!(since.of("send").bytes, bytes);
+    assert_eq!(since.of("recv").bytes, bytes);
+    Ok(())
+}
+
+/// The memory may be handed over; what either side does with it afterwards is not seen by the other.
+fn handed_over(comm: &Communicator, device: &Device, _: &[DType]) -> Result<(), Error> {
+    let (me, other) = (comm.rank(), comm.size() - 1 - comm.rank());
+    for round in 0..3 {
+        let number = |rank: usize| (1 + rank + 10 * round) as f32;
+        let mine = Tensor::<1>::full([50_000], number(me), device);
+        comm.send(mine.clone(), other, round as u64)?;
+        let kept = mine.add_scalar(100.0);
+        let theirs: Tensor<1> = comm.recv_on(device, other, round as u64)?;
+        let changed = theirs.clone().mul_scalar(3.0);
+        let all = |tensor: Tensor<1>, value: f32| tensor.into_data().iter::<f32>().all(|x| x == value);
+        assert!(all(kept, 100.0 + number(me)) && all(theirs, number(other)) && all(changed, 3.0 * number(other)));
+    }
+    Ok(())
+}
+
+/// Collectives on two groups and messages in flight, beside direct calls and computation.
+fn in_flight(comm: &Communicator, device: &Device, _: &[DType]) -> Result<(), Error> {
+    let part = comm.split(comm.rank() as u64 % 2, 0)?;
+    let (n, members, me) = (comm.size() as f32, part.size() as f32, comm.rank());
+    let (next, previous) = ((me + 1) % comm.size(), (me + comm.size() - 1) % comm.size());
+    let ones = || Tensor::<1>::ones([3000], device);
+    let all = |tensor: Tensor<1>, value: f32| {
+        assert!(tensor.into_data().iter::<f32>().all(|x| x == value), "{value} was expected");
+    };
+    for round in 0..5u64 {
+        let mine = ones().mul_scalar(round as f32);
+        let big = comm.start(move |comm| comm.all_reduce(mine, ReduceOp::Sum));
+        let mine = ones();
+        let small = part.start(move |part| part.all_reduce(mine, ReduceOp::Sum));
+        comm.send(ones().mul_scalar(me as f32), next, round)?;
+        all(comm.all_reduce(ones(), ReduceOp::Sum)?, n);
+        all(part.all_reduce(ones(), ReduceOp::Mean)?, 1.0);
+        all(comm.recv(previous, round)?, previous as f32);
+        // Used where it was not computed: on this thread's own stream.
+        all(big.wait()?.add_scalar(1.0), n * round as f32 + 1.0);
+        all(small.wait()?, members);
+    }
+    Ok(())
+}
+
+/// What burn has enqueued before a collective is in it, and what comes after sees it.
+fn chain(comm: &Communicator, device: &Device, _: &[DType]) -> Result<(), Error> {
+    let mut x = Tensor::<1>::full([40_000], 1.0 + comm.rank() as f32, device);
+    let mut expected = (comm.size() + 1) as f32 / 2.0;
+    for step in 0..10 {
+        x = comm.all_reduce(x.add_scalar(step as f32), ReduceOp::Mean)?.mul_scalar(0.5);
+        expected = (expected + step as f32) * 0.5;
+    }
+    let expected = TensorData::from(vec![expected; 40_000].as_slice());
+    x.into_data().assert_approx_eq::<f32>(&expected, Tolerance::default());
+    Ok(())
+}

@@ -1,0 +1,315 @@
+//! The transport suite on processes over TCP, and what becomes of ranks that die and connections that break: on this machine,
+//! and on hosts in network namespaces where the machine lets us make them; else these are reported as ignored.
+#![cfg(unix)]
+
+mod transport_suite;
+
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use burn_parallel::Error;
+use burn_parallel::comm::local::WorldConfig;
+use burn_parallel::comm::tcp::{Rendezvous, Session};
+use burn_parallel::comm::{Communicator, ReduceOp};
+use burn_parallel::launch::{self, Place};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+use crate::transport_suite::{Engine, checks, failures};
+
+/// A process with this as its first argument is a rank, and the second says what it does.
+const RANK: &str = "as-a-rank";
+/// How long any scenario may last.
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn main() {
+    let mut arguments = std::env::args().skip(1);
+    if arguments.next().as_deref() == Some(RANK) {
+        return match arguments.next().as_deref() {
+            Some("suite") => suite(),
+            role => one_rank(role.unwrap_or_default()),
+        };
+    }
+    let mut trials = Vec::new();
+    let mut trial = |name: String, runs: bool, test: Box<dyn FnOnce() -> Result<(), Failed> + Send>| {
+        trials.push(Trial::test(name, test).with_ignored_flag(!runs));
+    };
+    for size in 1..=4 {
+        trial(format!("the_suite_on_{size}_ranks"), true, Box::new(move || the_suite(size)));
+    }
+    for role in ["error", "panic", "unread"] {
+        let words = match role {
+            "error" => "<rank 1 failed: the disk is full",
+            "panic" => "<rank 1 panicked: on purpose",
+            _ => "<well>",
+        };
+        trial(format!("a_rank_that_ends_{role}"), true, Box::new(move || all_say(role, words)));
+    }
+    for culprit in 0..3 {
+        for role in ["waited-for", "moving", "computing"] {
+            let test = move || survivors_say(role, culprit);
+            trial(format!("rank_{culprit}_is_killed_{role}"), true, Box::new(test));
+        }
+    }
+    trial("broken_connections".into(), true, Box::new(broken_connections));
+    let hosts = Hosts::possible();
+    if !hosts {
+        println!(
+            "what needs hosts is ignored: this machine does not let us make network namespaces (root and iproute2)"
+        );
+    }
+    trial("ranks_on_hosts".into(), hosts, Box::new(ranks_on_hosts));
+    trial("hosts_that_are_cut_off".into(), hosts, Box::new(hosts_that_are_cut_off));
+    // Each starts several processes.
+    let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
+    libtest_mimic::run(&arguments, trials).exit();
+}
+
+struct Tcp(Session, Place);
+
+impl Engine for Tcp {
+    fn world(&self, timeout: Duration) -> Communicator {
+        let meeting = Rendezvous::at(&self.1, LIMIT).unwrap();
+        self.0.world(&meeting, WorldConfig::from_env().unwrap().with_timeout(timeout)).unwrap()
+    }
+}
+
+/// One rank of the suite.
+fn suite() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let said = info.payload().downcast_ref::<String>().map_or("", String::as_str);
+        if !said.contains(failures::PURPOSE) {
+            usual(info);
+        }
+    }));
+    let engine = Tcp(Session::new(), Place::from_env().unwrap());
+    let count = transport_suite::run(&engine, &|name| eprintln!("{name}"));
+    println!("<{count} checks>");
+}
+
+fn kill_itself() {
+    // SAFETY: no memory is involved.
+    unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+}
+
+/// Ends all connections of this process, as a network that breaks would.
+fn cut_itself_off() {
+    for fd in 0..1024 {
+        // SAFETY: what is not an open socket is refused.
+        unsafe { libc::shutdown(fd, libc::SHUT_RDWR) };
+    }
+}
+
+/// One rank of a world in which something happens to the rank that the role names.
+fn one_rank(role: &str) {
+    let (role, culprit) = role.split_once(' ').map_or((role, 1), |(role, rank)| (role, rank.parse().unwrap()));
+    let outcome = launch::from_env().unwrap().run(|rank| {
+        rank.barrier()?;
+        let culprit = rank.rank() == culprit;
+        match (role, culprit) {
+            ("error", true) => return Err(Error::user("the disk is full")),
+            ("panic", true) => panic!("on purpose"),
+            ("waited-for", true) => {
+                thread::sleep(Duration::from_millis(50));
+                kill_itself();
+            }
+            ("moving", true) => {
+                thread::spawn(|| {
+                    thread::sleep(Duration::from_millis(300));
+                    kill_itself();
+                });
+            }
+            ("computing", true) => kill_itself(),
+            ("broken", true) => cut_itself_off(),
+            // Nobody receives it, and nobody waits for it.
+            ("unread", true) => rank.send(vec![0u8; 1 << 22], 0, 5)?,
+            // Its machine is cut off meanwhile.
+            ("cut", _) => println!("<ready>"),
+            _ => {}
+        }
+        match role {
+            "unread" => rank.barrier(),
+            "hosts" => {
+                checks::sums_that_everybody_knows(&rank)?;
+                checks::tags_are_independent_and_in_order(&rank)?;
+                checks::large(&rank)?;
+                checks::groups_of_groups(&rank)
+            }
+            "moving" | "cut" => loop {
+                rank.all_reduce(vec![1.0f32; 2_000_000], ReduceOp::Sum)?;
+            },
+            "computing" => {
+                let began = Instant::now();
+                while rank.failure().is_none() && began.elapsed() < LIMIT {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                rank.barrier()
+            }
+            _ => rank.all_reduce(vec![1.0f32; 1000], ReduceOp::Sum).map(drop),
+        }
+    });
+    println!("<{}>", outcome.map_or_else(|error| error.to_string(), |()| "well".into()).replace("\n ", " "));
+}
+
+/// Processes that are ended if the test fails.
+struct Ranks(Vec<Child>);
+
+impl Drop for Ranks {
+    fn drop(&mut self) {
+        self.0.iter_mut().for_each(|rank| {
+            let _ = rank.kill().and_then(|()| rank.wait().map(drop));
+        });
+    }
+}
+
+impl Ranks {
+    /// Starts ranks with what `wrap` puts before the program, and the rank's number on its machine.
+    fn start(
+        role: &str,
+        size: usize,
+        at: (&str, u16),
+        timeout: &str,
+        wrap: impl Fn(usize) -> (Command, usize),
+    ) -> Self {
+        let start = |rank: usize| {
+            let (mut command, local_rank) = wrap(rank);
+            command.args([RANK, role]);
+            command.env("RANK", rank.to_string()).env("WORLD_SIZE", size.to_string());
+            let local_size = if at.0 == "127.0.0.1" { size } else { size / 2 };
+            command.env("LOCAL_RANK", local_rank.to_string()).env("LOCAL_WORLD_SIZE", local_size.to_string());
+            command.env("BURN_PARALLEL_SECRET", "nobody knows");
+            command.env("MASTER_ADDR", at.0).env("MASTER_PORT", at.1.to_string());
+            command.env("BURN_PARALLEL_TIMEOUT_S", timeout).stdout(Stdio::piped()).spawn().unwrap()
+        };
+        Self((0..size).map(start).collect())
+    }
+
+    fn here(role: &str, size: usize) -> Self {
+        let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+        let exe = std::env::current_exe().unwrap();
+        Self::start(role, size, ("127.0.0.1", port), "60", |rank| (Command::new(&exe), rank))
+    }
+
+    /// What each said in the end. All must end in time.
+    fn end(mut self) -> Result<Vec<String>, Failed> {
+        let began = Instant::now();
+        while self.0.iter_mut().any(|rank| rank.try_wait().unwrap().is_none()) {
+            if began.elapsed() > LIMIT {
+                return Err("ranks did not end".into());
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        let said = |rank: Child| String::from_utf8_lossy(&rank.wait_with_output().unwrap().stdout).into_owned();
+        Ok(self.0.drain(..).map(said).collect())
+    }
+}
+
+fn the_suite(size: usize) -> Result<(), Failed> {
+    counted(Ranks::here("suite", size).end()?, size)
+}
+
+fn counted(said: Vec<String>, size: usize) -> Result<(), Failed> {
+    let count = if size == 1 { "<11 checks>" } else { "<19 checks>" };
+    match said.iter().all(|said| said.contains(count)) {
+        true => Ok(()),
+        false => Err(format!("{said:?}").into()),
+    }
+}
+
+fn all_say(role: &str, words: &str) -> Result<(), Failed> {
+    let said = Ranks::here(role, 3).end()?;
+    match said.iter().all(|said| said.contains(words)) {
+        true => Ok(()),
+        false => Err(format!("{said:?}").into()),
+    }
+}
+
+/// A rank is killed: at once the others return the same error, which names it.
+fn survivors_say(role: &str, culprit: usize) -> Result<(), Failed> {
+    let began = Instant::now();
+    let said = Ranks::here(&format!("{role} {culprit}"), 3).end()?;
+    let survivors: Vec<&String> =
+        said.iter().enumerate().filter(|(rank, _)| *rank != culprit).map(|(_, said)| said).collect();
+    let words = format!("<rank {culprit} left group `world` while ");
+    let good = said[culprit].is_empty()
+        && survivors.iter().all(|said| said.contains(&words) && *said == survivors[0])
+        && survivors[0].contains(&format!("rank {culprit}: no answer"))
+        && began.elapsed() < Duration::from_secs(20);
+    if good { Ok(()) } else { Err(format!("after {:?}: {said:#?}", began.elapsed()).into()) }
+}
+
+/// Rank 1's connections break: it misses the others, and they miss it.
+fn broken_connections() -> Result<(), Failed> {
+    let said = Ranks::here("broken", 3).end()?;
+    let good = said[1].contains("<rank 0 left group") || said[1].contains("<rank 2 left group");
+    let good = good && said[0].contains("<rank 1 left group `world`") && said[0] == said[2];
+    if good { Ok(()) } else { Err(format!("{said:#?}").into()) }
+}
+
+/// Two hosts, joined by a cable, gone when the test ends.
+struct Hosts(u32);
+
+impl Hosts {
+    fn possible() -> bool {
+        Self::new().is_some()
+    }
+
+    fn new() -> Option<Self> {
+        let hosts = Self(std::process::id() % 100_000);
+        let id = hosts.0;
+        for host in 0..2 {
+            ip(&format!("netns add bp{id}-{host}"))?;
+            ip(&format!("-n bp{id}-{host} link set lo up"))?;
+        }
+        ip(&format!("-n bp{id}-0 link add eth0 type veth peer name eth0 netns bp{id}-1"))?;
+        for host in 0..2 {
+            ip(&format!("-n bp{id}-{host} addr add 10.213.8.{}/24 dev eth0", host + 1))?;
+            ip(&format!("-n bp{id}-{host} link set eth0 up"))?;
+        }
+        Some(hosts)
+    }
+
+    /// Four ranks, two on each host.
+    fn start(&self, role: &str, timeout: &str) -> Ranks {
+        let exe = std::env::current_exe().unwrap();
+        Ranks::start(role, 4, ("10.213.8.1", 29_511), timeout, |rank| {
+            let mut command = Command::new("ip");
+            command.args(["netns", "exec", &format!("bp{}-{}", self.0, rank / 2)]).arg(&exe);
+            (command, rank % 2)
+        })
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        (0..2).for_each(|host| {
+            ip(&format!("netns del bp{}-{host}", self.0));
+        });
+    }
+}
+
+fn ip(arguments: &str) -> Option<()> {
+    let done = Command::new("ip").args(arguments.split(' ')).stderr(Stdio::null()).status().ok()?;
+    done.success().then_some(())
+}
+
+fn ranks_on_hosts() -> Result<(), Failed> {
+    let hosts = Hosts::new().ok_or("no hosts")?;
+    let said = hosts.start("hosts", "60").end()?;
+    if said.iter().all(|said| said.contains("<well>")) { Ok(()) } else { Err(format!("{said:#?}").into()) }
+}
+
+/// The cable is pulled while data moves: on both sides all return an error, in time.
+fn hosts_that_are_cut_off() -> Result<(), Failed> {
+    let hosts = Hosts::new().ok_or("no hosts")?;
+    let ranks = hosts.start("cut", "3");
+    thread::sleep(Duration::from_secs(2));
+    ip(&format!("-n bp{}-1 link set eth0 down", hosts.0)).ok_or("the cable can't be pulled")?;
+    let said = ranks.end()?;
+    let good = said.iter().all(|said| {
+        said.contains("<ready>") && (said.contains("<time-out in group") || said.contains("left group `world`"))
+    });
+    if good { Ok(()) } else { Err(format!("{said:#?}").into()) }
+}
