@@ -66,7 +66,7 @@ impl Communicator {
     /// # Errors
     /// [`Error::InvalidArgument`] on a rank whose output has another length; the world fails with it.
     pub fn all_gather_into<E: Element>(&self, input: &[E], output: &mut [E]) -> Result<(), Error> {
-        self.into_place(&Call::new(Operation::AllGather, Some(E::DTYPE), Extent::flat(input.len())), input, output)
+        self.through_place(&Call::new(Operation::AllGather, Some(E::DTYPE), Extent::flat(input.len())), input, output)
     }
 
     /// [`all_reduce`](Self::all_reduce) of a matrix with [`ReduceOp::Sum`], in place.
@@ -83,7 +83,7 @@ impl Communicator {
         own: &mut [E],
     ) -> Result<(), Error> {
         let call = Call::new(Operation::ReduceScatter(ReduceOp::Sum), Some(E::DTYPE), Extent::new(&dims));
-        self.into_place(&call, rows, own)
+        self.through_place(&call, rows, own)
     }
 
     /// [`all_gather`](Self::all_gather) of the rows of matrices, `dims` being those of this rank's.
@@ -93,7 +93,7 @@ impl Communicator {
         dims: [usize; 2],
         rows: &mut [E],
     ) -> Result<(), Error> {
-        self.into_place(&Call::new(Operation::AllGather, Some(E::DTYPE), Extent::new(&dims)), own, rows)
+        self.through_place(&Call::new(Operation::AllGather, Some(E::DTYPE), Extent::new(&dims)), own, rows)
     }
 
     /// Every rank gets the payload of `root`. All bring the same shape and dtype; what the others bring is overwritten.
@@ -314,7 +314,7 @@ impl Communicator {
         self.run(call, |transport| transport.collective(call, Transfer::InPlace(buffers)))
     }
 
-    fn into_place<E: Element>(&self, call: &Call, input: &[E], output: &mut [E]) -> Result<(), Error> {
+    fn through_place<E: Element>(&self, call: &Call, input: &[E], output: &mut [E]) -> Result<(), Error> {
         let (input, output) = (BufferRef::new(input), &mut SliceOutput(output));
         self.run(call, |transport| transport.collective(call, Transfer::Through { input, output }))
     }

@@ -33,7 +33,7 @@
 //!   gradients are the same on all ranks, so optimizers keep them equal.
 //! - Features and vocabularies are divided as [`part`](crate::comm::part) does, also if the ranks do not divide them. Heads
 //!   must be divided evenly.
-//! - Gradients flow on `Device::flex()`, as for all moves of [`layout`](crate::layout).
+//! - Gradients flow on `Device::flex()` and on the devices of CubeCL, as for all moves of [`layout`](crate::layout).
 //!
 //! Names and formulae are those of Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), and of Korthikanti et
 //! al., [arXiv:2205.05198](https://arxiv.org/abs/2205.05198).

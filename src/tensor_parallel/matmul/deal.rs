@@ -9,22 +9,27 @@ use crate::comm::part;
 
 /// The positions of all ranks, of which each must have its part.
 pub(super) fn total_positions(own: usize, job: &Job) -> Result<usize, Error> {
-    let (comm, name) = (&job.comm, job.name);
-    let all = comm.all_gather(vec![own as u64])?;
+    let all = job.comm.all_gather(vec![own as u64])?;
     let total = all.iter().sum::<u64>() as usize;
-    for (rank, brought) in all.iter().enumerate() {
-        let due = part(total, comm.size(), rank).len();
-        if *brought != due as u64 {
-            let problem = format!(
-                "rank {rank} of group `{}` brings {brought} of the {total} positions that its {} ranks have, but its part \
-                 is {due}; divide the sequence as `comm::part` does",
-                comm.group(),
-                comm.size()
-            );
-            return Err(Error::invalid(name, problem));
-        }
-    }
+    all.iter().enumerate().try_for_each(|(rank, brought)| check_part(rank, *brought as usize, total, job))?;
     Ok(total)
+}
+
+/// Sees to it that what a rank brought is its part of the whole. The world fails if not: peers may not be able to tell.
+pub(super) fn check_part(rank: usize, brought: usize, total: usize, job: &Job) -> Result<(), Error> {
+    let (comm, due) = (&job.comm, part(total, job.comm.size(), rank).len());
+    if brought == due {
+        return Ok(());
+    }
+    let problem = format!(
+        "rank {rank} of group `{}` brings {brought} of the {total} positions that its {} ranks have, but its part is {due}; \
+         divide the sequence as `comm::part` does",
+        comm.group(),
+        comm.size()
+    );
+    let error = Error::invalid(job.name, problem);
+    comm.fail(error.clone());
+    Err(comm.failure().unwrap_or(error))
 }
 
 /// Which positions of which rank are in which chunk: of each rank's part the same stretch, as far as the part goes.

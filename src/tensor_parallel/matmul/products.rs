@@ -176,7 +176,6 @@ fn by_rows<const D: usize>(x: Tensor<D>, weight: Tensor<2>, job: Job) -> Result<
 
 /// The sequence comes first, and to each of its positions belong the rows of the other dims.
 fn by_positions<const D: usize>(x: Tensor<D>, weight: Tensor<2>, mut job: Job) -> Result<Tensor<D>, Error> {
-    // The sequence to the front, the others in their order.
     let order: [isize; D] = std::array::from_fn(|place| match place {
         0 => D as isize - 2,
         place if place < D - 1 => place as isize - 1,

@@ -4,14 +4,15 @@
 
 use std::ops::Range;
 
-use burn::backend::TensorMetadata;
 use burn::backend::flex::FlexTensor;
+use burn::backend::{Flex, TensorMetadata};
+use burn::tensor::Tensor;
 
 use super::matrix::{Factor, Matrix, Real, packed_rows, product, room, transposed_product};
 use super::window::windows;
 use crate::Error;
 use crate::comm::{Pending, part};
-use crate::tensor_parallel::matmul::deal::{Deal, total_positions};
+use crate::tensor_parallel::matmul::deal::{Deal, check_part, total_positions};
 use crate::tensor_parallel::matmul::schedule::Size;
 use crate::tensor_parallel::matmul::tape::{Form, Job};
 
@@ -46,7 +47,7 @@ pub(super) fn backward<T: Real>(
             let (of_x, whole) = gather_multiply(&gradient, &turned, job)?;
             Ok([Some(of_x), of_weight(&whole)])
         }
-        Form::RowScatter => Ok([None, of_weight(&gather::<T>(&gradient, job)?)]),
+        Form::RowScatter => Ok([None, of_weight(&gather(&gradient, job)?)]),
         Form::Column | Form::GatherColumn if !wants_x => Ok([None, of_weight(&gradient)]),
         Form::Column => {
             let of_weight = wants_weight.then_some(|| transposed_product::<T>(&x, &gradient));
@@ -152,7 +153,7 @@ fn gather_multiply<T: Real>(
     job: &Job,
 ) -> Result<(FlexTensor, FlexTensor), Error> {
     if !job.overlap.runs_in_background(&job.comm) {
-        let whole = gather::<T>(left, job)?;
+        let whole = gather(left, job)?;
         return Ok((product(Matrix::of(&whole), right), whole));
     }
     let (width, unit, columns) = (left.shape()[1], job.unit, right.columns());
@@ -161,7 +162,7 @@ fn gather_multiply<T: Real>(
     // Beside all of them there are the rows that this rank has.
     let schedule = job.schedule(Size { rows: positions * unit, row_bytes, row_work, beside: true, on_device: false });
     if !schedule.background {
-        let whole = gather::<T>(left, job)?;
+        let whole = gather(left, job)?;
         return Ok((product(Matrix::of(&whole), right), whole));
     }
     let deal = Deal::new(positions, job.comm.size(), job.comm.rank(), schedule);
@@ -201,11 +202,14 @@ fn gather_multiply<T: Real>(
 }
 
 /// `[left_0, .., left_(n-1)]`.
-fn gather<T: Real>(left: &FlexTensor, job: &Job) -> Result<FlexTensor, Error> {
+fn gather(left: &FlexTensor, job: &Job) -> Result<FlexTensor, Error> {
     let (width, unit) = (left.shape()[1], job.unit);
     let positions = left.shape()[0] / unit;
-    let brought = left.reshape([positions, unit * width].into());
-    let whole = crate::layout::Step::Gather { dim: 0 }.take(job.name, brought, &job.comm)?;
-    let total = whole.shape()[0];
+    let brought = left.to_contiguous().reshape([positions, unit * width].into());
+    let whole = job.comm.all_gather(Tensor::<2>::from_primitive::<Flex>(brought))?;
+    let total = whole.dims()[0];
+    check_part(job.comm.rank(), positions, total, job)?;
+    let unreadable = |problem| Error::invalid(job.name, format!("what was gathered cannot be read: {problem:?}"));
+    let whole = whole.try_into_primitive::<Flex>().map_err(unreadable)?;
     Ok(whole.reshape([total * unit, width].into()))
 }
