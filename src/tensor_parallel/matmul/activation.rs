@@ -47,6 +47,8 @@ pub fn bias_activation<const D: usize>(x: Tensor<D>, bias: Option<Tensor<1>>, ac
     };
     match activation {
         Activation::Identity => sum,
+        // burn's relu does not take tensors without elements on all devices.
+        _ if sum.shape().num_elements() == 0 => sum,
         Activation::Relu => activation::relu(sum),
         Activation::Gelu => activation::gelu(sum),
         Activation::GeluApproximate => activation::gelu_approximate(sum),
