@@ -242,7 +242,7 @@ impl PlainTensor {
     }
 
     /// The tensor on a device without autodiff.
-    pub(crate) fn to_device(self, device: &Device) -> Self {
+    pub(crate) fn moved_to(self, device: &Device) -> Self {
         let device = device.as_dispatch();
         if self.0.device() == *device {
             return self;

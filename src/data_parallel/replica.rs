@@ -292,7 +292,7 @@ impl ModuleVisitor for Register<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let number = self.reducer.number(param.id);
         let Some(gradient) = number.and_then(|number| self.reduced.gradients.remove(&number)) else { return };
-        match gradient.to_device(&param.base().device().inner()).float::<D>() {
+        match gradient.moved_to(&param.base().device().inner()).float::<D>() {
             Ok(gradient) => self.grads.register(param.id, gradient),
             Err(error) => self.error = Some(error),
         }

@@ -52,7 +52,7 @@ fn group_mean(
         let given = channels + 1;
         return Err(graph_error(format!("the all-reduce was given {given} elements but returned {length}")));
     }
-    let total = sums.clone().slice([channels..length]).mul_scalar(weight);
-    let means = sums.slice([0..channels]).div(total).cast(FloatDType::from(dtype));
+    let total = sums.clone().narrow(0, channels, 1).mul_scalar(weight);
+    let means = sums.narrow(0, 0, channels).div(total).cast(FloatDType::from(dtype));
     Ok(vec![PlainTensor::from(means).reshape(shape)])
 }

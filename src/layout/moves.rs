@@ -63,7 +63,7 @@ impl Step {
                 let brought = (comm.rank() == root).then_some(rows);
                 let own = comm.scatter_as(brought, root, Some(dtype))?;
                 match own.rank() {
-                    found if found == rank => Ok(own.to_device(&device)),
+                    found if found == rank => Ok(own.moved_to(&device)),
                     found => fail(
                         comm,
                         Error::invalid(

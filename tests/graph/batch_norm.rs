@@ -283,7 +283,7 @@ fn errors_of_the_all_reduce_and_wrong_weights_are_the_steps() {
         error
     };
     assert_eq!(run(|_| Err(Error::Graph { problem: "rank 1 left".into() }), 1.0), "graph: rank 1 left");
-    assert!(run(|sums| Ok(sums.slice([0..1])), 1.0).contains("was given 3 elements but returned 1"));
+    assert!(run(|sums| Ok(sums.narrow(0, 0, 1)), 1.0).contains("was given 3 elements but returned 1"));
     assert!(run(Ok, 0.0).contains("must be positive, but it is 0"));
 }
 

@@ -153,7 +153,7 @@ impl StageRun {
             }
             for (tensor, value) in route.tensors.iter().zip(values) {
                 fits(&format!("what stage {stage} got of stage {from}"), &value, tensor)?;
-                let value = value.to_device(tensors.device());
+                let value = value.moved_to(tensors.device());
                 tensors.bind(tensor.id, value)?;
             }
         }

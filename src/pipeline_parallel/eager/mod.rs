@@ -125,7 +125,7 @@ where
         for parcel in received {
             let from = parcel.from;
             let leaves: Vec<DispatchTensor> =
-                parcel.into_tensors()?.into_iter().map(|tensor| leaf(tensor.to_device(&device), strategy)).collect();
+                parcel.into_tensors()?.into_iter().map(|tensor| leaf(tensor.moved_to(&device), strategy)).collect();
             inputs.push((from, leaves.iter().map(float).collect()));
             tensors.insert(from, VecDeque::from(leaves));
         }
@@ -211,7 +211,7 @@ fn root(
         let sent = outputs.iter().find(|(to, _)| *to == parcel.from).map_or(&[][..], |(_, tensors)| tensors);
         for (output, gradient) in sent.iter().zip(parcel.tensors) {
             let (Some(output), Some(gradient)) = (output, gradient) else { continue };
-            let gradient = gradient.to_device(&output.device().inner());
+            let gradient = gradient.moved_to(&output.device().inner());
             let (expected, came) = (output.clone().into_dispatch().shape(), gradient.shape());
             if expected != came || output.dtype() != gradient.dtype() {
                 let (from, to) = (output.dtype(), gradient.dtype());
