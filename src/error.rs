@@ -76,7 +76,7 @@ pub enum Error {
     /// A rank dropped its communicator while others still needed it, or its process ended.
     #[error(
         "rank {rank} left group `{group}` while {operation} was waiting for it: its process has ended, or it dropped its \
-         communicator, which must stay alive until every rank has issued its last collective{log}"
+         communicator; keep that alive until every rank has issued its last collective{log}"
     )]
     RankLost {
         /// Group in which it happened.
