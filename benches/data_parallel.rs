@@ -5,75 +5,18 @@
 //!
 //! `cargo bench --bench data_parallel -- [mlp|gpt] [ROUNDS]`
 
+#[allow(dead_code)]
+mod models;
+
 use std::time::Instant;
 
 use burn::module::Module;
-use burn::nn::attention::generate_autoregressive_mask;
-use burn::nn::loss::{CrossEntropyLossConfig, MseLoss, Reduction};
-use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
-use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer, SgdConfig};
-use burn::tensor::{Device, Int, Tensor, TensorData, activation};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_parallel::prelude::*;
+use models::{Gpt, Mlp, SEQUENCE, VOCABULARY};
 
 const STEPS_PER_TURN: usize = 2;
-
-/// 4 blocks of 1024 - 4096 - 1024: 33.6 million parameters, 8 multiplications.
-#[derive(Module, Debug)]
-struct Mlp {
-    layers: Vec<Linear>,
-}
-
-impl Mlp {
-    fn new(device: &Device) -> Self {
-        let sizes = (0..8).map(|layer| if layer % 2 == 0 { (1024, 4096) } else { (4096, 1024) });
-        Self { layers: sizes.map(|(from, to)| LinearConfig::new(from, to).init(device)).collect() }
-    }
-
-    fn loss(&self, input: Tensor<2>, targets: Tensor<2>) -> Tensor<1> {
-        let output =
-            self.layers.chunks(2).fold(input, |x, block| block[1].forward(activation::relu(block[0].forward(x))));
-        MseLoss::new().forward(output, targets, Reduction::Mean)
-    }
-}
-
-/// 4 layers of width 256, 8 heads, vocabulary 4096: 5.3 million parameters.
-#[derive(Module, Debug)]
-struct Gpt {
-    tokens: Embedding,
-    positions: Embedding,
-    encoder: TransformerEncoder,
-    norm: LayerNorm,
-    head: Linear,
-}
-
-const SEQUENCE: usize = 128;
-const VOCABULARY: usize = 4096;
-
-impl Gpt {
-    fn new(device: &Device) -> Self {
-        Self {
-            tokens: EmbeddingConfig::new(VOCABULARY, 256).init(device),
-            positions: EmbeddingConfig::new(SEQUENCE, 256).init(device),
-            encoder: TransformerEncoderConfig::new(256, 1024, 8, 4)
-                .with_dropout(0.0)
-                .with_norm_first(true)
-                .init(device),
-            norm: LayerNormConfig::new(256).init(device),
-            head: LinearConfig::new(256, VOCABULARY).init(device),
-        }
-    }
-
-    fn loss(&self, tokens: Tensor<2, Int>, targets: Tensor<2, Int>) -> Tensor<1> {
-        let (device, [rows, length]) = (tokens.device(), tokens.dims());
-        let positions = Tensor::<1, Int>::arange(0..length as i64, &device).reshape([1, length]);
-        let x = self.tokens.forward(tokens) + self.positions.forward(positions);
-        let mask = generate_autoregressive_mask(rows, length, &device);
-        let x = self.encoder.forward(TransformerEncoderInput::new(x).mask_attn(mask));
-        let logits = self.head.forward(self.norm.forward(x)).reshape([rows * length, VOCABULARY]);
-        CrossEntropyLossConfig::new().init(&device).forward(logits, targets.reshape([rows * length]))
-    }
-}
 
 /// Seconds a step of one rank alone, of two independent ranks, and of two replicas, by round.
 fn rounds<M: Module + Sync>(

@@ -9,58 +9,21 @@
 //! `cargo bench --bench pipeline_parallel -- [ROUNDS] [measured]`; with `measured` the model is cut by measured costs of
 //! operations, else by counted ones.
 
+#[allow(dead_code)]
+mod models;
+
 use std::time::Instant;
 
 use burn::module::Module;
-use burn::nn::attention::generate_autoregressive_mask;
-use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
-use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::optim::{AdamConfig, ModuleOptimizer};
-use burn::tensor::{Device, Int, Tensor, TensorData, activation};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_parallel::pipeline_parallel::Pipelined;
 use burn_parallel::prelude::*;
+use models::{Gpt, SEQUENCE, VOCABULARY};
 
 const STEPS_PER_TURN: usize = 2;
 
-/// 4 layers of width 256, 8 heads, vocabulary 4096: 5.3 million parameters.
-#[derive(Module, Debug)]
-struct Gpt {
-    tokens: Embedding,
-    positions: Embedding,
-    encoder: TransformerEncoder,
-    norm: LayerNorm,
-    head: Linear,
-}
-
 const ROWS: usize = 8;
-const SEQUENCE: usize = 128;
-const VOCABULARY: usize = 4096;
-
-impl Gpt {
-    fn new(device: &Device) -> Self {
-        Self {
-            tokens: EmbeddingConfig::new(VOCABULARY, 256).init(device),
-            positions: EmbeddingConfig::new(SEQUENCE, 256).init(device),
-            encoder: TransformerEncoderConfig::new(256, 1024, 8, 4)
-                .with_dropout(0.0)
-                .with_norm_first(true)
-                .init(device),
-            norm: LayerNormConfig::new(256).init(device),
-            head: LinearConfig::new(256, VOCABULARY).init(device),
-        }
-    }
-
-    fn loss(&self, (tokens, targets): (Tensor<2, Int>, Tensor<2, Int>)) -> TokenLoss {
-        let (device, [rows, length]) = (tokens.device(), tokens.dims());
-        let positions = Tensor::<1, Int>::arange(0..length as i64, &device).reshape([1, length]);
-        let x = self.tokens.forward(tokens) + self.positions.forward(positions);
-        let mask = generate_autoregressive_mask(1, length, &device);
-        let x = self.encoder.forward(TransformerEncoderInput::new(x).mask_attn(mask));
-        let logits = self.head.forward(self.norm.forward(x)).reshape([rows * length, VOCABULARY]);
-        let nats = activation::log_softmax(logits, 1).gather(1, targets.reshape([rows * length, 1]));
-        TokenLoss::of(nats.sum().neg(), rows * length)
-    }
-}
 
 fn batch() -> (Tensor<2, Int>, Tensor<2, Int>) {
     let numbers = |salt: usize| {
@@ -79,14 +42,14 @@ struct Training {
 impl Training {
     fn new(model: &Gpt, group: &Communicator, device: &Device, config: &PipelineConfig) -> Result<Self, Error> {
         let mut model = model.clone().fork(device).pipeline_parallel(group, config.clone())?;
-        model.prepare(batch(), |model, batch| model.loss(batch))?;
+        model.prepare(batch(), |model, (tokens, targets)| model.loss_sum(tokens, targets))?;
         Ok(Self { model: Some(model), optimizer: AdamConfig::new().init() })
     }
 
     /// Idle share, host seconds an action, seconds in passes.
     fn step(&mut self) -> Result<[f64; 3], Error> {
         let Some(mut model) = self.model.take() else { return Ok([0.0; 3]) };
-        let step = model.step(batch(), |model, batch| model.loss(batch))?;
+        let step = model.step(batch(), |model, (tokens, targets)| model.loss_sum(tokens, targets))?;
         // Host time of the executor for each action: what is neither a pass nor waiting.
         let run = &step.report;
         let host = run.elapsed.saturating_sub(run.busy).saturating_sub(run.waited).as_secs_f64() / run.actions as f64;
@@ -108,7 +71,7 @@ fn rounds(rounds: usize, model: &Gpt, schedule: &Schedule, micro_batches: usize,
         if measured {
             let uncut = model.clone().pipeline_parallel(&rank, config.clone())?;
             let costs = match rank.rank() {
-                0 => uncut.measure(batch(), |model, batch| model.loss(batch), 3)?,
+                0 => uncut.measure(batch(), |model, (tokens, targets)| model.loss_sum(tokens, targets), 3)?,
                 _ => Vec::new(),
             };
             let count = rank.broadcast(vec![costs.len() as u64], 0)?[0] as usize;
