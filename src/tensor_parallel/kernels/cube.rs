@@ -94,7 +94,7 @@ fn slope<C: Float>(sum: C, #[comptime] activation: u32) -> C {
 #[cube(launch)]
 pub fn row_max<F: Float>(z: &Tensor<F>, most: &mut Tensor<f32>, #[define(F)] _dtype: ElemType) {
     let columns = z.shape(1);
-    let row = clamp_max(CUBE_POS as usize, z.shape(0) - 1);
+    let row = clamp_max(CUBE_POS, z.shape(0) - 1);
     let unit = UNIT_POS as usize;
     let mut best = f32::cast_from(z[row * columns]);
     let mut column = unit;
@@ -131,7 +131,7 @@ pub fn row_sums<F: Float>(
     #[define(F)] _dtype: ElemType,
 ) {
     let columns = z.shape(1);
-    let row = clamp_max(CUBE_POS as usize, z.shape(0) - 1);
+    let row = clamp_max(CUBE_POS, z.shape(0) - 1);
     let unit = UNIT_POS as usize;
     let highest = most[row];
     let mut total = f32::new(0.0);

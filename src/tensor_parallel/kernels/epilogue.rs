@@ -18,25 +18,21 @@ use crate::comm::DeviceTensor;
 use crate::comm::device::from_device;
 use crate::tensor_parallel::matmul::Activation;
 
-/// The kernel, or the arguments where it does not run.
+/// The kernel, where it runs.
 pub(crate) fn bias_activation<const D: usize>(
-    x: Tensor<D>,
-    bias: Option<Tensor<1>>,
+    x: &Tensor<D>,
+    bias: &Tensor<1>,
     activation: Activation,
-) -> Result<Tensor<D>, (Tensor<D>, Option<Tensor<1>>)> {
-    match bias {
-        Some(bias)
-            if run_on(&x.device())
-                && compute(x.dtype())
-                && bias.dtype() == x.dtype()
-                && bias.dims()[0] == x.dims()[D - 1]
-                && x.shape().num_elements() > 0 =>
-        {
-            let done = <Dispatch as Epilogue>::bias_activation(x.into_dispatch(), bias.into_dispatch(), activation);
-            Ok(Tensor::from_dispatch(done))
-        }
-        bias => Err((x, bias)),
-    }
+) -> Option<Tensor<D>> {
+    let runs = run_on(&x.device())
+        && compute(x.dtype())
+        && bias.dtype() == x.dtype()
+        && bias.dims()[0] == x.dims()[D - 1]
+        && x.shape().num_elements() > 0;
+    runs.then(|| {
+        let (x, bias) = (x.clone().into_dispatch(), bias.clone().into_dispatch());
+        Tensor::from_dispatch(<Dispatch as Epilogue>::bias_activation(x, bias, activation))
+    })
 }
 
 #[backend_extension(Cube, Autodiff)]

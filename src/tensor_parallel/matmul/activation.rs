@@ -37,10 +37,11 @@ pub enum Activation {
 /// ```
 pub fn bias_activation<const D: usize>(x: Tensor<D>, bias: Option<Tensor<1>>, activation: Activation) -> Tensor<D> {
     #[cfg(feature = "cubecl")]
-    let (x, bias) = match crate::tensor_parallel::kernels::bias_activation(x, bias, activation) {
-        Ok(done) => return done,
-        Err(elsewhere) => elsewhere,
-    };
+    if let Some(bias) = &bias
+        && let Some(done) = crate::tensor_parallel::kernels::bias_activation(&x, bias, activation)
+    {
+        return done;
+    }
     let sum = match bias {
         Some(bias) => x + bias.unsqueeze(),
         None => x,
