@@ -3,17 +3,15 @@
 use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use burn::backend::DispatchTensor;
 use burn::module::{Module, ParamId};
 use burn::optim::GradientsParams;
 use burn::prelude::*;
-use burn::tensor::DType;
 use burn_ir::{OperationIr, TensorId, TensorIr};
 
+use super::bind::{computable, fits, is_on, named_tensors};
 use super::custom::CustomOps;
-use super::inputs::{GraphInputs, TensorMapper};
+use super::inputs::GraphInputs;
 use super::interpret::Interpreter;
-use super::leaves::join;
 use super::liveness::{Action, MemoryEstimate, program};
 use super::module::{gradients_params, read_params, write_running_states};
 use super::step::{StepGraph, op_name};
@@ -408,77 +406,5 @@ impl Results {
             Meaning::Output(index) => self.outputs[index] = Some(value),
         }
         Ok(())
-    }
-}
-
-pub(crate) fn fits(what: &str, value: &PlainTensor, binding: &TensorIr) -> Result<(), Error> {
-    let (shape, dtype) = (value.shape(), value.dtype());
-    if shape == binding.shape && dtype == binding.dtype {
-        return Ok(());
-    }
-    Err(graph_error(format!(
-        "{what} is {dtype:?} {:?}, but the graph was captured with {:?} {:?}: capture again for other shapes (a \
-         `GraphCache` does), or pad the batch",
-        shape.as_slice(),
-        binding.dtype,
-        binding.shape.as_slice()
-    )))
-}
-
-/// Demands of a device that it can compute with the float dtypes that operations read or make.
-pub(crate) fn computable<'a>(tensors: impl Iterator<Item = &'a TensorIr>, device: &Device) -> Result<(), Error> {
-    let dtypes: HashSet<DType> = tensors.map(|tensor| tensor.dtype).filter(DType::is_float).collect();
-    match dtypes.into_iter().find(|dtype| !device.supports_dtype(*dtype)) {
-        None => Ok(()),
-        Some(dtype) => {
-            let advice = "cast to one that it has, in the model or in the loss";
-            Err(graph_error(format!("the step computes with {dtype:?}, which {device:?} cannot: {advice}")))
-        }
-    }
-}
-
-/// Demands that a tensor is where the graph runs.
-pub(crate) fn is_on(what: &str, value: &PlainTensor, device: &Device) -> Result<(), Error> {
-    let found = value.device();
-    if found == *device {
-        return Ok(());
-    }
-    Err(graph_error(format!("{what} is on {found:?}, but the model is on {device:?}: move it there before the step")))
-}
-
-/// The tensors of a structure off their tape, with their places in it.
-pub(crate) fn named_tensors<I: GraphInputs>(inputs: I) -> Result<Vec<(String, PlainTensor)>, Error> {
-    let mut bind = BindInputs { path: Vec::new(), values: Vec::new() };
-    drop(inputs.map_tensors(&mut bind)?);
-    Ok(bind.values)
-}
-
-/// The tensors of a structure in order, sharing their buffers.
-///
-/// # Errors
-/// [`Error::Graph`] for a quantized tensor.
-pub fn graph_tensors<I: GraphInputs>(inputs: I) -> Result<Vec<PlainTensor>, Error> {
-    Ok(named_tensors(inputs)?.into_iter().map(|(_, value)| value).collect())
-}
-
-struct BindInputs {
-    path: Vec<usize>,
-    values: Vec<(String, PlainTensor)>,
-}
-
-impl TensorMapper for BindInputs {
-    fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
-        let path = join(&self.path);
-        let value = PlainTensor::of(tensor.clone(), &format!("input `{path}`"))?;
-        self.values.push((path, value));
-        Ok(tensor)
-    }
-
-    fn enter(&mut self, index: usize) {
-        self.path.push(index);
-    }
-
-    fn exit(&mut self) {
-        self.path.pop();
     }
 }

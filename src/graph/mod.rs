@@ -44,6 +44,7 @@
 
 mod assemble;
 mod batch_norm;
+mod bind;
 mod cache;
 mod capture;
 mod custom;
@@ -64,12 +65,13 @@ mod step;
 mod sync;
 
 pub use batch_norm::{BatchNormSync, SYNC_BATCH_NORM_GRAD, SYNC_BATCH_NORM_MEAN, sync_batch_norm};
+pub use bind::graph_tensors;
+pub(crate) use bind::named_tensors;
 pub use cache::GraphCache;
 pub(crate) use cache::StepKey;
 pub use capture::capture_step;
 pub use custom::CustomOps;
-pub(crate) use execute::named_tensors;
-pub use execute::{Executor, StepObserver, StepOutputs, StepResult, graph_tensors};
+pub use execute::{Executor, StepObserver, StepOutputs, StepResult};
 pub use forward::{Forward, ForwardGraph, capture_forward};
 pub use inputs::{GraphInputs, TensorMapper};
 pub use liveness::MemoryEstimate;

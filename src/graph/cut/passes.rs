@@ -8,7 +8,7 @@ use burn_ir::{OperationIr, TensorId};
 
 use super::StageRun;
 use crate::error::Error;
-use crate::graph::execute::{fits, is_on};
+use crate::graph::bind::{fits, is_on};
 use crate::graph::interpret::Interpreter;
 use crate::graph::liveness::Action;
 use crate::graph::step::op_name;

@@ -1,5 +1,7 @@
 //! What the groups of a world share in one process: its fate, and the warden that hears of it.
 
+mod failure;
+
 use std::any::Any;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -7,18 +9,15 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::codec::{Reader, Writer, with_log};
+pub(super) use self::failure::Proposal;
+use self::failure::{ALONE, Inquiry, Known, write_proposal};
+use super::codec::{Reader, Writer};
 use super::group::{Group, Kind, Left, lock};
 use super::wire::{Ticket, Wire};
 use crate::Error;
-use crate::comm::{Call, CallLog};
 
 /// How often a warden looks what has come.
 const ROUND: Duration = Duration::from_millis(2);
-/// How long rank 0 waits for what the others know of a failure.
-const INQUIRY: Duration = Duration::from_millis(500);
-/// How long a rank waits for rank 0 before it takes its own error for the world's.
-const ALONE: Duration = Duration::from_secs(3);
 /// How long a failed world waits for its ranks to go.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -37,33 +36,6 @@ mod word {
     pub const CLOSED: u8 = 4;
     pub const LEFT: u8 = 5;
     pub const BYE: u8 = 6;
-}
-
-/// A failure that a rank has found.
-#[derive(Debug, Clone)]
-pub(super) struct Proposal {
-    pub error: Error,
-    pub group: Arc<str>,
-    /// World ranks of that group.
-    pub members: Vec<usize>,
-    /// The call that ran out of time: ranks that are not in it are the ones that were missed.
-    pub call: Option<Call>,
-}
-
-/// What one rank knows of a failure.
-#[derive(Debug, Clone, Default)]
-struct Known {
-    in_call: bool,
-    line: Option<String>,
-    elsewhere: Vec<String>,
-}
-
-/// Rank 0 asks everybody what they know before it pronounces the error.
-#[derive(Debug)]
-struct Inquiry {
-    proposal: Proposal,
-    known: Vec<Option<Known>>,
-    since: Instant,
 }
 
 /// A group that this rank has left: name, members and what it called last.
@@ -246,72 +218,6 @@ impl World {
         }
     }
 
-    /// Has the world fail. Rank 0 takes the first proposal, whoever makes it.
-    pub fn propose(&self, proposal: Proposal) {
-        {
-            let mut proposed = lock(&self.proposed);
-            if self.fate.get().is_some() || proposed.is_some() {
-                return;
-            }
-            *proposed = Some((proposal.clone(), Instant::now()));
-        }
-        self.hand_in(&proposal);
-        self.attend();
-    }
-
-    fn hand_in(&self, proposal: &Proposal) {
-        let mut message = Writer::default();
-        message.byte(word::PROPOSE);
-        write_proposal(&mut message, proposal);
-        self.tell(self.judge(), &message.0);
-    }
-
-    /// Looks who is gone without a word. The judge may be among them.
-    fn miss(&self) {
-        for (rank, problem) in self.wire.lost() {
-            if lock(&self.ended)[rank] || self.is_lost(rank) {
-                continue;
-            }
-            log::warn!("rank {} has lost rank {rank}: {problem}", self.wire.rank());
-            let judged = self.judge() == rank;
-            self.lost[rank].store(true, Ordering::Release);
-            let pending = lock(&self.proposed).clone();
-            match pending {
-                Some((proposal, _)) if judged && self.fate.get().is_none() => self.hand_in(&proposal),
-                Some(_) => {}
-                None => {
-                    let waits = |group: &Arc<Group>| {
-                        let call = if group.members.contains(&rank) { group.watch.current(group.rank) } else { None };
-                        call.map(|call| call.to_string())
-                    };
-                    let operation = self.groups().iter().find_map(waits).unwrap_or_else(|| "nobody".into());
-                    let (group, log) = (self.name.clone(), CallLog::default());
-                    let members = (0..self.wire.size()).collect();
-                    let error = Error::RankLost { group: group.clone(), rank, operation, log };
-                    let proposal = Proposal { error, group, members, call: None };
-                    let mut proposed = lock(&self.proposed);
-                    if proposed.is_none() && self.fate.get().is_none() {
-                        *proposed = Some((proposal.clone(), Instant::now()));
-                        drop(proposed);
-                        self.hand_in(&proposal);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Has the world fail, and waits until it is known with which error.
-    pub fn fail(&self, proposal: Proposal) -> Error {
-        let own = proposal.error.clone();
-        self.propose(proposal);
-        let since = Instant::now();
-        while self.fate.get().is_none() && since.elapsed() < 2 * ALONE {
-            self.attend();
-            thread::sleep(Duration::from_micros(100));
-        }
-        self.fate.get().cloned().unwrap_or(own)
-    }
-
     /// Hears what has come, and does what is to be done. Called by the warden, and by whoever waits.
     pub fn attend(&self) {
         let Ok(_one) = self.attending.try_lock() else { return };
@@ -416,80 +322,6 @@ impl World {
         Some(())
     }
 
-    /// What this rank knows of a failure.
-    fn know(&self, proposal: &Proposal) -> Known {
-        let mut known = Known::default();
-        let past = lock(&self.past);
-        known.line = past
-            .iter()
-            .find(|(name, members, _)| *name == proposal.group && *members == proposal.members)
-            .map(|(_, _, line)| line.clone());
-        drop(past);
-        for group in self.groups() {
-            if group.name == proposal.group && group.members == proposal.members {
-                known.line = Some(group.watch.line(group.rank));
-                known.in_call = proposal.call.is_some_and(|call| group.watch.is_in(group.rank, &call));
-            } else {
-                known.elsewhere.extend(group.watch.waiting().map(|line| format!("in `{}` {line}", group.name)));
-            }
-        }
-        known
-    }
-
-    /// Pronounces the error when all have said what they know, or have had the time to.
-    fn conclude(&self, answered: bool) {
-        let inquiry = lock(&self.inquiry);
-        let Some(Inquiry { proposal, known, since }) = inquiry.as_ref() else { return };
-        let complete = answered && known.iter().enumerate().all(|(rank, known)| known.is_some() || self.is_lost(rank));
-        if self.fate.get().is_some() || !(complete || since.elapsed() > INQUIRY) {
-            return;
-        }
-        let silent = |rank: usize| format!("rank {rank}: no answer");
-        let lines = proposal.members.iter().enumerate().map(|(rank, member)| {
-            known[*member].as_ref().map_or_else(
-                || silent(rank),
-                |known| known.line.clone().unwrap_or_else(|| format!("rank {rank}: has left")),
-            )
-        });
-        let elsewhere = known.iter().flatten().flat_map(|known| known.elsewhere.iter().cloned());
-        let mut error = with_log(proposal.error.clone(), CallLog::new(lines.chain(elsewhere)));
-        if let (Error::Timeout { missing, .. }, Some(_)) = (&mut error, proposal.call)
-            && missing.is_empty()
-        {
-            let absent = |member: &usize| known[*member].as_ref().is_none_or(|known| !known.in_call);
-            let absent: Vec<String> = (0..proposal.members.len())
-                .filter(|rank| absent(&proposal.members[*rank]))
-                .map(|rank| rank.to_string())
-                .collect();
-            *missing = match absent.len() {
-                0 => "nobody any more: the last one came as time ran out".into(),
-                1 => format!("rank {}", absent[0]),
-                _ => format!("ranks {}", absent.join(", ")),
-            };
-        }
-        drop(inquiry);
-        let mut fate = Writer::default();
-        fate.byte(word::FATE).error(&error);
-        self.tell_all(&fate.0);
-    }
-
-    /// The world has failed. The groups that this rank decides for are closed.
-    fn accept(&self, error: Error) {
-        if self.fate.set(error).is_err() {
-            return;
-        }
-        for group in self.groups().iter().filter(|group| group.rank == 0) {
-            let committed = {
-                let mut decider = lock(&group.decider);
-                decider.closed = true;
-                decider.committed
-            };
-            let mut closed = Writer::default();
-            closed.byte(word::CLOSED).number(group.id).number(committed);
-            group.members[1..].iter().for_each(|member| self.tell(*member, &closed.0));
-        }
-    }
-
     /// Attends to the world until all ranks have ended. Returns whether nothing of it is left.
     pub fn guard(&self) -> bool {
         let mut ended_since = None;
@@ -540,24 +372,4 @@ impl World {
         }
         self.wire.withdraw(tickets);
     }
-
-    fn read_proposal(&self, reader: &mut Reader<'_>) -> Option<Proposal> {
-        let proposal = Proposal {
-            error: reader.error()?,
-            group: reader.text()?.into(),
-            members: reader.list(Reader::index)?,
-            call: reader.list(Reader::call)?.pop(),
-        };
-        proposal.members.iter().all(|member| *member < self.wire.size()).then_some(proposal)
-    }
-}
-
-fn write_proposal(writer: &mut Writer, proposal: &Proposal) {
-    writer.error(&proposal.error).text(&proposal.group);
-    writer.list(&proposal.members, |w, member| {
-        w.number(*member as u64);
-    });
-    writer.list(proposal.call.as_slice(), |w, call| {
-        w.call(call);
-    });
 }
