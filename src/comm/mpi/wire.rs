@@ -290,6 +290,10 @@ impl Wire for MpiWire {
         false
     }
 
+    fn shares_memory(&self) -> bool {
+        true
+    }
+
     fn lost(&self) -> Vec<(usize, String)> {
         // The launcher notices.
         Vec::new()

@@ -205,6 +205,10 @@ impl Wire for TcpWire {
         true
     }
 
+    fn shares_memory(&self) -> bool {
+        false
+    }
+
     fn lost(&self) -> Vec<(usize, String)> {
         let state = lock(&self.state);
         let closed = |(rank, peer): (usize, &Peer)| peer.closed.clone().map(|problem| (rank, problem));

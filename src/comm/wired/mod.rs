@@ -34,11 +34,13 @@
 //! places or sizes before they have been compared with what this rank knows.
 
 mod agree;
+mod board;
 mod codec;
 mod group;
 mod mail;
 mod pace;
 mod transport;
+mod venue;
 mod wire;
 mod work;
 mod world;

@@ -8,11 +8,15 @@ use super::world::World;
 
 /// Polls without giving way, when every rank has a core.
 const SPINS: u32 = 5000;
+/// Looks at a board that take as long as a poll of the wire.
+const LOOKS: u32 = 4;
 /// Polls that give way to whoever wants the core.
 const YIELDS: u32 = 2000;
 /// The same where a poll is a system call, and a rest ends as soon as there is news.
 const COSTLY_SPINS: u32 = 200;
 const COSTLY_YIELDS: u32 = 10;
+/// Polls of a board, which leave the wire alone, after which it is to be looked after.
+const WIRE: u32 = 64;
 /// A wait this long is worth looking for news of the world.
 const NEWS: u32 = 256;
 /// Sleeps between polls once a wait is long.
@@ -28,6 +32,8 @@ pub(super) struct Pace<'a> {
     since: Option<Instant>,
     /// Whether the world knows of this wait.
     counted: bool,
+    /// Whether the polls let the wire work.
+    drives: bool,
 }
 
 impl<'a> Pace<'a> {
@@ -41,12 +47,21 @@ impl<'a> Pace<'a> {
             (_, true, true) => most / 10,
             _ => most,
         };
-        Self { world, polls: 0, spins, yields, since: None, counted: false }
+        Self { world, polls: 0, spins, yields, since: None, counted: false, drives: true }
+    }
+
+    /// A wait for what others show on a board: a poll is no more than a look.
+    pub fn at_board(world: &'a World, hot: bool) -> Self {
+        let pace = Self::new(world, hot);
+        Self { spins: pace.spins * LOOKS, drives: false, ..pace }
     }
 
     /// To be called after a poll in vain. Returns how long the wait has lasted, once that is worth a look.
     pub fn pause(&mut self) -> Option<Duration> {
         self.polls = self.polls.saturating_add(1);
+        if !self.drives && self.polls.is_multiple_of(WIRE) {
+            self.world.clear();
+        }
         if self.polls <= self.spins {
             std::hint::spin_loop();
             return None;
@@ -86,6 +101,26 @@ impl Drop for Pace<'_> {
 pub(super) fn crowded() -> bool {
     const VARIABLES: [&str; 3] = ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "LOCAL_WORLD_SIZE"];
     let ranks = VARIABLES.iter().find_map(|variable| std::env::var(variable).ok()?.parse::<usize>().ok());
-    let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
-    ranks.is_some_and(|ranks| ranks > cores)
+    let cores = || cores_to_share().or_else(|| thread::available_parallelism().ok().map(Into::into)).unwrap_or(1);
+    ranks.is_some_and(|ranks| ranks > cores())
+}
+
+/// The cores that the launcher has divided among the ranks, if it has bound this one to some of its own.
+fn cores_to_share() -> Option<usize> {
+    #[cfg(target_os = "linux")]
+    {
+        let cores_of = |process: libc::pid_t| {
+            // SAFETY: a set of bits, for which zeros are a value; as large as is said.
+            unsafe {
+                let mut cores: libc::cpu_set_t = std::mem::zeroed();
+                (libc::sched_getaffinity(process, size_of_val(&cores), &mut cores) == 0).then_some(cores)
+            }
+        };
+        // SAFETY: always succeeds.
+        let (own, launcher) = (cores_of(0)?, cores_of(unsafe { libc::getppid() })?);
+        // SAFETY: counts bits.
+        unsafe { (!libc::CPU_EQUAL(&own, &launcher)).then(|| libc::CPU_COUNT(&launcher) as usize) }
+    }
+    #[cfg(not(target_os = "linux"))]
+    None
 }

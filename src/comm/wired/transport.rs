@@ -1,14 +1,16 @@
 //! A rank's place in a group of processes.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use super::agree::{Agreement, Post};
+use super::board::{Board, Rounds};
 use super::group::{Group, lock};
 use super::mail;
 use super::pace::Pace;
-use super::work::Work;
+use super::venue::Venue;
+use super::work::{self, Work};
 use super::world::{Presence, Proposal, World};
 use crate::Error;
 use crate::comm::{Call, CallLog, Extent, Message, Operation, Transfer, Transport};
@@ -20,35 +22,72 @@ const GRACE: Duration = Duration::from_millis(100);
 pub(super) struct WiredTransport {
     presence: Arc<Presence>,
     group: Arc<Group>,
-    /// Number of the next collective. Held during a collective: a rank does one at a time.
-    sequence: Mutex<u64>,
+    /// Held during a collective: a rank does one at a time.
+    turn: Mutex<Turn>,
+}
+
+/// What is next in a group.
+#[derive(Debug)]
+struct Turn {
+    /// Number of the next collective.
+    sequence: u64,
+    venue: Venue,
+}
+
+/// A collective that all ranks have come to. It is over when this is dropped.
+struct Met<'a> {
+    turn: MutexGuard<'a, Turn>,
+    group: &'a Group,
+    /// Of the call, in the log.
+    number: u64,
+    posts: Vec<Post>,
+    /// Number of the group that is made.
+    id: u64,
+    on_board: bool,
+}
+
+impl Met<'_> {
+    /// The board that they have met on.
+    fn board(&mut self) -> Option<(&Board, &mut Rounds)> {
+        self.turn.venue.board().filter(|_| self.on_board)
+    }
+}
+
+impl Drop for Met<'_> {
+    fn drop(&mut self) {
+        if let Some((_, rounds)) = self.board() {
+            rounds.turn_over();
+        }
+        self.group.done.fetch_add(1, Ordering::Release);
+        self.group.watch.finish(self.group.rank, self.number);
+    }
 }
 
 impl WiredTransport {
     pub fn new(presence: Arc<Presence>, group: Arc<Group>) -> Arc<Self> {
         presence.0.add(&group);
-        Arc::new(Self { presence, group, sequence: Mutex::new(0) })
+        let venue = Venue::new(presence.0.wire.shares_memory(), group.size());
+        Arc::new(Self { presence, group, turn: Mutex::new(Turn { sequence: 0, venue }) })
     }
 
     fn world(&self) -> &World {
         &self.presence.0
     }
 
-    /// Meets the others, and does `work` on what all ranks bring.
-    fn meet<R>(&self, post: Post, work: impl FnOnce(&[Post], u64) -> Result<R, Error>) -> Result<R, Error> {
+    /// Meets the others in their next collective. `prepare` is called before, if that is on a board.
+    fn meet(&self, post: Post, prepare: impl FnOnce(&Board, &Rounds)) -> Result<Met<'_>, Error> {
         let (world, group) = (self.world(), &*self.group);
-        let mut sequence = lock(&self.sequence);
+        let mut turn = lock(&self.turn);
         if let Some(error) = world.fate() {
             return Err(error.clone());
         }
         let number = group.watch.begin(group.rank, &post.call);
-        let agreement = Agreement { world, group, sequence: *sequence, post, number };
-        let (posts, id) = agreement.meet()?;
-        *sequence += 1;
-        let outcome = work(&posts, id);
-        group.done.fetch_add(1, Ordering::Release);
-        group.watch.finish(group.rank, number);
-        outcome
+        let post = Post { reaches: turn.venue.reaches(), ..post };
+        let on_board = turn.venue.board().map(|(board, rounds)| prepare(board, rounds)).is_some();
+        let agreement = Agreement { world, group, sequence: turn.sequence, post, number };
+        let (posts, id) = agreement.meet(&mut turn.venue)?;
+        turn.sequence += 1;
+        Ok(Met { turn, group, number, posts, id, on_board })
     }
 
     fn check_rank(&self, rank: usize, operation: &'static str) -> Result<(), Error> {
@@ -135,15 +174,18 @@ impl Transport for WiredTransport {
     }
 
     fn collective(&self, call: &Call, transfer: Transfer<'_, '_>) -> Result<u64, Error> {
-        self.meet(Post { call: *call, color: 0, key: 0 }, |posts, _| {
-            let calls: Vec<Call> = posts.iter().map(|post| post.call).collect();
-            let work = Work { world: self.world(), group: &self.group, call, calls: &calls };
-            match transfer {
-                Transfer::Nothing => Ok(0),
-                Transfer::InPlace(buffers) => work.in_place(buffers),
-                Transfer::Through { input, output } => work.through(input, output),
+        let post = Post { call: *call, color: 0, key: 0, reaches: false };
+        let mut met = self.meet(post, |board, rounds| work::lay_out(board, rounds, call, &transfer))?;
+        let calls: Vec<Call> = met.posts.iter().map(|post| post.call).collect();
+        let work = Work { world: self.world(), group: &self.group, call, calls: &calls };
+        let board = met.board().filter(|(board, _)| work::all_suit(board, &calls));
+        match transfer {
+            Transfer::Nothing => Ok(0),
+            Transfer::InPlace(buffers) => work.in_place(buffers, board),
+            Transfer::Through { input, output } => {
+                work.through(input, output, board.map(|(board, rounds)| (board, &*rounds)))
             }
-        })
+        }
     }
 
     fn send(&self, to: usize, tag: u64, message: Message) -> Result<(), Error> {
@@ -176,16 +218,15 @@ impl Transport for WiredTransport {
 
     fn split(&self, name: &str, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error> {
         let call = Call::new(Operation::Split, None, Extent::flat(0));
-        let group = self.meet(Post { call, color, key }, |posts, id| {
-            let mut members: Vec<(i64, usize)> = (posts.iter().enumerate())
-                .filter(|(_, other)| other.color == color)
-                .map(|(rank, other)| (other.key, rank))
-                .collect();
-            members.sort_unstable();
-            let rank = members.iter().position(|(_, rank)| *rank == self.group.rank).unwrap_or_default();
-            let members = members.into_iter().map(|(_, rank)| self.group.members[rank]).collect();
-            Ok(Group::new(id, format!("{}/{name}{color}", self.group.name).into(), members, rank))
-        })?;
+        let met = self.meet(Post { call, color, key, reaches: false }, |_, _| {})?;
+        let mut members: Vec<(i64, usize)> = (met.posts.iter().enumerate())
+            .filter(|(_, other)| other.color == color)
+            .map(|(rank, other)| (other.key, rank))
+            .collect();
+        members.sort_unstable();
+        let rank = members.iter().position(|(_, rank)| *rank == self.group.rank).unwrap_or_default();
+        let members = members.into_iter().map(|(_, rank)| self.group.members[rank]).collect();
+        let group = Group::new(met.id, format!("{}/{name}{color}", self.group.name).into(), members, rank);
         Ok(Self::new(self.presence.clone(), group))
     }
 

@@ -73,6 +73,9 @@ pub(in crate::comm) trait Wire: Debug + Send + Sync {
     /// Whether news ends a [`rest`](Self::rest).
     fn wakes(&self) -> bool;
 
+    /// Whether ranks of one machine may meet in shared memory instead of over the wire.
+    fn shares_memory(&self) -> bool;
+
     /// Ranks that can't be talked to any more, each with the reason.
     fn lost(&self) -> Vec<(usize, String)>;
 

@@ -1,0 +1,145 @@
+//! Memory that processes of one machine share.
+//!
+//! It is a file without a name (`memfd_create`), which the others open through `/proc`: nothing is left behind, however the
+//! processes end. Where there is no such thing, or a process may not look at another, there is no shared memory, and
+//! ranks meet by messages.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// How another process finds a memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::comm::wired) struct Address {
+    /// The machine and the processes that see each other on it, by a hash.
+    machine: u64,
+    process: u32,
+    file: u32,
+    /// What is written at the beginning.
+    seal: u64,
+}
+
+impl Address {
+    pub const BYTES: usize = 24;
+
+    pub fn to_bytes(self) -> [u8; Self::BYTES] {
+        let words = [self.machine, u64::from(self.process) << 32 | u64::from(self.file), self.seal];
+        let mut bytes = [0; Self::BYTES];
+        bytes.chunks_exact_mut(8).zip(words).for_each(|(place, word)| place.copy_from_slice(&word.to_le_bytes()));
+        bytes
+    }
+
+    /// `None` if nothing is offered.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let mut words = bytes.chunks_exact(8).map(|word| word.try_into().map_or(0, u64::from_le_bytes));
+        let (machine, place, seal) = (words.next()?, words.next()?, words.next()?);
+        (seal != 0).then_some(Self { machine, process: (place >> 32) as u32, file: place as u32, seal })
+    }
+}
+
+/// A memory, zeroed when it is new. Its first word is the seal.
+pub(super) struct Memory {
+    data: NonNull<u8>,
+    len: usize,
+    /// On whoever made it, until all have opened it.
+    file: Option<OwnedFd>,
+}
+
+// SAFETY: plain memory; whoever uses it keeps order.
+unsafe impl Send for Memory {}
+unsafe impl Sync for Memory {}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Memory").field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
+impl Memory {
+    /// Bytes at the beginning that are not for the user.
+    pub const SEAL: usize = 128;
+
+    pub fn create(len: usize) -> Option<(Self, Address)> {
+        // SAFETY: the name ends with 0; what is returned is a new file, or none.
+        let file = unsafe {
+            let fd = libc::memfd_create(c"burn-parallel".as_ptr(), libc::MFD_CLOEXEC);
+            (fd >= 0).then(|| OwnedFd::from_raw_fd(fd))?
+        };
+        // Pages that are not there when they are first written would end the process.
+        // SAFETY: the file is ours.
+        if unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, len as libc::off_t) } != 0 {
+            return None;
+        }
+        let machine = machine()?;
+        let seal = RandomState::new().hash_one(std::process::id()).max(1);
+        let address = Address { machine, process: std::process::id(), file: file.as_raw_fd() as u32, seal };
+        let mut memory = Self::map(&address_path(&address), len)?;
+        memory.file = Some(file);
+        memory.seal().store(seal, Ordering::Release);
+        Some((memory, address))
+    }
+
+    pub fn open(address: &Address, len: usize) -> Option<Self> {
+        // Elsewhere the same path may lead to something else.
+        if machine()? != address.machine {
+            return None;
+        }
+        Self::map(&address_path(address), len).filter(|memory| memory.seal().load(Ordering::Acquire) == address.seal)
+    }
+
+    fn map(path: &str, len: usize) -> Option<Self> {
+        let file = File::options().read(true).write(true).open(path).ok()?;
+        let found = file.metadata().ok()?;
+        if !found.is_file() || found.size() != len as u64 {
+            return None;
+        }
+        let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_POPULATE);
+        // SAFETY: a new mapping, of a file that is as long.
+        let data = unsafe { libc::mmap(ptr::null_mut(), len, access, flags, file.as_raw_fd(), 0) };
+        (data != libc::MAP_FAILED).then_some(data.cast()).and_then(NonNull::new).map(|data| Self {
+            data,
+            len,
+            file: None,
+        })
+    }
+
+    fn seal(&self) -> &AtomicU64 {
+        // SAFETY: the mapping begins with it, and is aligned to a page.
+        unsafe { self.data.cast().as_ref() }
+    }
+
+    /// Nobody will open it any more.
+    pub fn is_shared(&mut self) {
+        self.file = None;
+    }
+
+    pub fn at(&self, place: usize) -> *mut u8 {
+        debug_assert!(place <= self.len);
+        // SAFETY: within the mapping, as its users lay it out.
+        unsafe { self.data.as_ptr().add(place) }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is our own, and nobody borrows it any more.
+        unsafe { libc::munmap(self.data.as_ptr().cast(), self.len) };
+    }
+}
+
+fn address_path(address: &Address) -> String {
+    format!("/proc/{}/fd/{}", address.process, address.file)
+}
+
+/// The same for processes that know each other by the same numbers, and in all likelihood for no others.
+fn machine() -> Option<u64> {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    let processes = fs::read_link("/proc/self/ns/pid").ok()?;
+    let mut hasher = DefaultHasher::new();
+    (boot, processes).hash(&mut hasher);
+    Some(hasher.finish())
+}

@@ -1,0 +1,237 @@
+//! A rank's share of a collective that all ranks have come to.
+//!
+//! Everything is made of messages from each rank to each other:
+//!
+//! - *all-gather, gather, scatter, all-to-all*: what a rank is to have comes straight from its owner;
+//! - *reduce-scatter*: every rank gets its part of all contributions and folds them in rank order;
+//! - *all-reduce, reduce*: a reduce-scatter, then the results go to all, or to the root. `2 (n - 1) / n` of the bytes come
+//!   to each rank, the lower bound, and the sums are bit for bit those of [`local`](crate::comm::local);
+//! - *broadcast*: small ones go from the root to all; larger ones in parts, which the ranks then give each other.
+//!
+//! Reductions go in windows that stay in the cache: while one is folded the next one travels.
+//!
+//! A rank turns back only when a rank of the group is lost, or data does not come for longer than the time-out: its buffers
+//! then hold whatever has come so far. An engine that cannot give the buffers back ends the process instead.
+
+mod board;
+mod reduce;
+mod spread;
+
+use std::ops::Range;
+use std::time::Duration;
+
+pub(super) use self::board::{all_suit, lay_out};
+use super::board::{Board, Rounds};
+use super::group::{Group, Kind};
+use super::pace::Pace;
+use super::wire::Ticket;
+use super::world::{Proposal, World};
+use crate::Error;
+use crate::comm::transport::{BufferMut, BufferRef};
+use crate::comm::{Call, CallLog, Operation, Output, ReduceOp};
+
+/// How long a rank waits for data once the world has failed: the others may be about to finish.
+const LAST_DATA: Duration = Duration::from_secs(2);
+
+/// A collective at work.
+pub(super) struct Work<'a> {
+    pub world: &'a World,
+    pub group: &'a Group,
+    pub call: &'a Call,
+    /// What all ranks called.
+    pub calls: &'a [Call],
+}
+
+/// A run of memory.
+#[derive(Clone, Copy)]
+struct Place {
+    data: *mut u8,
+    bytes: usize,
+}
+
+/// Messages from and into places that are lent to a collective. What is dropped is taken back before the places are
+/// their owner's again.
+struct Lent<'a> {
+    world: &'a World,
+    tickets: Vec<Ticket>,
+}
+
+impl<'a> Lent<'a> {
+    fn new(world: &'a World) -> Self {
+        Self { world, tickets: Vec::new() }
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        self.world.take_back(&mut self.tickets, || {
+            let problem = "a collective was left while the engine held its buffers".into();
+            Error::Engine { engine: self.world.wire.engine(), problem }
+        });
+    }
+}
+
+impl<'a> Work<'a> {
+    fn others(&self) -> impl Iterator<Item = usize> {
+        let (size, rank) = (self.group.size(), self.group.rank);
+        // Every rank begins with its neighbour, so that not all talk to rank 0 first.
+        (1..size).map(move |step| (rank + step) % size)
+    }
+
+    fn lent(&self) -> Lent<'a> {
+        Lent::new(self.world)
+    }
+
+    fn give(&self, to: usize, kind: Kind, place: Place, lent: &mut Lent<'_>) -> Result<(), Error> {
+        let (to, tag) = (self.group.members[to], self.group.tag(kind));
+        // SAFETY: the places of a collective are lent until it is over, and it is over when all tickets are done or back.
+        let begun = unsafe { self.world.wire.send(to, tag, place.data, place.bytes, &mut lent.tickets) };
+        begun.map_err(|error| self.turn_back(lent, error))
+    }
+
+    fn get(&self, from: usize, kind: Kind, place: Place, lent: &mut Lent<'_>) -> Result<(), Error> {
+        let (from, tag) = (self.group.members[from], self.group.tag(kind));
+        // SAFETY: as above; no two messages go to the same place.
+        let begun = unsafe { self.world.wire.receive(from, tag, place.data, place.bytes, &mut lent.tickets) };
+        begun.map_err(|error| self.turn_back(lent, error))
+    }
+
+    /// Takes back the places. An engine that can't give them back leaves no way to go on.
+    fn turn_back(&self, lent: &mut Lent<'_>, error: Error) -> Error {
+        self.world.take_back(&mut lent.tickets, || error.clone());
+        error
+    }
+
+    /// Waits until all tickets are done. All ranks are at this very collective, so it takes as long as the data takes.
+    fn finish(&self, lent: &mut Lent<'_>) -> Result<(), Error> {
+        let mut pace = Pace::new(self.world, true);
+        let mut left = lent.tickets.len();
+        loop {
+            match self.world.wire.progress(&mut lent.tickets) {
+                Ok(true) => return Ok(()),
+                Ok(false) => {}
+                Err(error) => return Err(self.turn_back(lent, error)),
+            }
+            if lent.tickets.len() < left {
+                left = lent.tickets.len();
+                pace.again();
+            }
+            let Some(waited) = pace.pause() else { continue };
+            if waited > self.world.timeout {
+                let error = self.turn_back(lent, self.overdue(waited));
+                return Err(self.world.fail(self.proposal(error)));
+            }
+            if let Some(error) = self.in_vain(waited).filter(|_| self.world.wire.gives_back()) {
+                return Err(self.turn_back(lent, error.clone()));
+            }
+        }
+    }
+
+    /// Waits until all ranks have shown what this rank wants to read next.
+    fn await_all(&self, board: &Board, rounds: &Rounds) -> Result<(), Error> {
+        let mut pace = Pace::at_board(self.world, true);
+        while !board.all_shown(rounds) {
+            let Some(waited) = pace.pause() else { continue };
+            if waited > self.world.timeout {
+                return Err(self.world.fail(self.proposal(self.overdue(waited))));
+            }
+            if let Some(error) = self.in_vain(waited) {
+                return Err(error.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// Why what this rank waits for will not come any more.
+    fn in_vain(&self, waited: Duration) -> Option<&Error> {
+        let lost = || self.group.members.iter().any(|member| self.world.is_lost(*member));
+        self.world.fate().filter(|_| waited > LAST_DATA || lost())
+    }
+
+    fn proposal(&self, error: Error) -> Proposal {
+        let (group, members) = (self.group.name.clone(), self.group.members.clone());
+        Proposal { error, group, members, call: None }
+    }
+
+    fn overdue(&self, waited: Duration) -> Error {
+        Error::Timeout {
+            group: self.group.name.clone(),
+            rank: self.group.rank,
+            operation: self.call.to_string(),
+            waited,
+            missing: "the data of ranks that had all come: one of them has died or is cut off".into(),
+            log: CallLog::new(std::iter::once(self.group.watch.line(self.group.rank))),
+        }
+    }
+
+    /// The share of a collective whose results go where the contributions were. Returns the bytes moved.
+    pub fn in_place(&self, buffers: &mut [BufferMut<'_>], board: Option<(&Board, &mut Rounds)>) -> Result<u64, Error> {
+        let (pieces, size) = places(buffers);
+        if let Some((board, rounds)) = board {
+            return self.in_place_on_board(board, rounds, &pieces, size);
+        }
+        match self.call.operation {
+            Operation::AllReduce(op) => self.all_reduce(op, &pieces, None),
+            Operation::Reduce { op, root } => self.all_reduce(op, &pieces, Some(root)),
+            Operation::Broadcast { root } => self.broadcast(root, &pieces, size),
+            operation => unreachable!("{operation:?} is not done in place"),
+        }
+    }
+
+    /// The share of a collective that reads an input and fills an output. Returns the bytes moved.
+    pub fn through(
+        &self,
+        input: BufferRef<'_>,
+        output: &mut dyn Output,
+        board: Option<(&Board, &Rounds)>,
+    ) -> Result<u64, Error> {
+        match (self.call.operation, board) {
+            (Operation::ReduceScatter(op), None) => self.reduce_scatter(op, input, output),
+            (Operation::ReduceScatter(op), Some((board, rounds))) => {
+                self.reduce_scatter_on_board(board, rounds, op, input, output)
+            }
+            _ => self.collect(input, output, board),
+        }
+    }
+
+    fn factor(&self, rank: usize) -> f64 {
+        match self.calls[rank].operation {
+            Operation::AllReduce(ReduceOp::PreMulSum(factor))
+            | Operation::ReduceScatter(ReduceOp::PreMulSum(factor))
+            | Operation::Reduce { op: ReduceOp::PreMulSum(factor), .. } => factor,
+            _ => 1.0,
+        }
+    }
+}
+
+/// The places of buffers of one dtype, and the bytes of an element.
+fn places(buffers: &[BufferMut<'_>]) -> (Vec<Place>, usize) {
+    let size = buffers.first().map_or(1, |buffer| buffer.dtype().size());
+    let place = |buffer: &BufferMut<'_>| Place { data: buffer.data, bytes: buffer.elements() * size };
+    (buffers.iter().map(place).collect(), size)
+}
+
+/// The runs of memory of a range of elements, as if the pieces were one behind the other.
+fn cut(pieces: &[Place], range: Range<usize>, size: usize) -> impl Iterator<Item = Place> {
+    let mut passed = 0;
+    pieces.iter().filter_map(move |piece| {
+        let all = passed..passed + piece.bytes;
+        passed = all.end;
+        let here = (range.start * size).clamp(all.start, all.end)..(range.end * size).clamp(all.start, all.end);
+        // SAFETY: within the piece.
+        let data = unsafe { piece.data.add(here.start - all.start) };
+        (!here.is_empty()).then_some(Place { data, bytes: here.len() })
+    })
+}
+
+/// Where what comes goes: into the output, or, when there is none to be had, where nobody sees it. The others are at work
+/// already, and this rank's error is for them to hear of later.
+fn destination(allocated: &mut Result<BufferMut<'_>, Error>, scratch: &mut Vec<u64>, bytes: usize) -> *mut u8 {
+    match allocated {
+        Ok(buffer) => buffer.as_mut_ptr(),
+        Err(_) => {
+            scratch.resize(bytes.div_ceil(8), 0);
+            scratch.as_mut_ptr().cast()
+        }
+    }
+}
