@@ -3,7 +3,7 @@
 //!
 //! Both are timed in turns, in many short rounds, so that whatever else the machine does meets both alike. The figure of
 //! a round is the slowest rank's; that of a size is the median over the rounds. Numbers as arguments are the sizes in
-//! bytes to measure in place of the usual ones.
+//! bytes to measure in place of the usual ones, and names the operations.
 
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use burn_parallel::comm::{Communicator, ReduceOp};
 use mpi_sys as sys;
 
 const SIZES: [usize; 5] = [64 << 10, 256 << 10, 1 << 20, 16 << 20, 64 << 20];
+const NAMES: [&str; 6] = ["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send_recv"];
 const ROUNDS: usize = 15;
 
 /// Something timed: ours and the bare call.
@@ -38,8 +39,9 @@ fn main() {
         println!("{:<16}{:>10}{:>12}{:>12}{:>8}", "", "bytes", "ours", "bare MPI", "ratio");
     }
     let asked: Vec<usize> = std::env::args().filter_map(|argument| argument.parse().ok()).collect();
+    let named: Vec<String> = std::env::args().filter(|argument| NAMES.contains(&argument.as_str())).collect();
     for bytes in if asked.is_empty() { SIZES.to_vec() } else { asked } {
-        for name in ["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send_recv"] {
+        for name in NAMES.into_iter().filter(|name| named.is_empty() || named.iter().any(|other| other == name)) {
             measure(&session, &comm, name, bytes);
         }
     }

@@ -195,9 +195,24 @@ unsafe fn blocks<T: Number>(
     first: impl Fn(T, f64) -> T,
     last: impl Fn(T) -> T,
 ) {
-    // SAFETY: passed on; the pair is of two ranks' buffers, which are two borrows and do not overlap.
+    // SAFETY: passed on; a pair is of two ranks' buffers, which are two borrows and do not overlap.
     unsafe {
         match (sources, outputs) {
+            // Two ranks, one of which folds into its own contribution.
+            (&[a, b], &[x]) if a.data.cast_mut() == x || b.data.cast_mut() == x => vectorized(
+                #[inline(always)]
+                || {
+                    let folded = |l: T, r: T| last(combine(first(l, a.factor), r, b.factor));
+                    let output = slice::from_raw_parts_mut(x.cast::<T>(), len);
+                    if a.data.cast_mut() == x {
+                        let other = slice::from_raw_parts(b.data.cast::<T>(), len);
+                        output.iter_mut().zip(other).for_each(|(l, r)| *l = folded(*l, *r));
+                    } else {
+                        let other = slice::from_raw_parts(a.data.cast::<T>(), len);
+                        output.iter_mut().zip(other).for_each(|(r, l)| *r = folded(*l, *r));
+                    }
+                },
+            ),
             (&[a, b], &[x, y]) if a.data.cast_mut() == x && b.data.cast_mut() == y => vectorized(
                 #[inline(always)]
                 || {

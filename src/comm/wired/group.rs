@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
+use super::board::Board;
 use super::mail::Incoming;
 use crate::comm::watch::Watch;
 
@@ -70,6 +71,8 @@ pub(super) struct Group {
     /// Messages sent to each member.
     pub sent: Mutex<Vec<u64>>,
     pub inboxes: Vec<Mutex<Inbox>>,
+    /// Once all members have reached it.
+    pub board: OnceLock<Board>,
 }
 
 /// What one member has sent.
@@ -96,6 +99,7 @@ impl Group {
             gone: AtomicBool::new(false),
             sent: Mutex::new(vec![0; size]),
             inboxes: (0..size).map(|_| Mutex::default()).collect(),
+            board: OnceLock::new(),
         })
     }
 

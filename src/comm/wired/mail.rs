@@ -12,6 +12,7 @@ use crate::Error;
 use crate::comm::room::Room;
 use crate::comm::{Message, host};
 use burn::backend::TensorMetadata;
+use burn::tensor::DType;
 
 /// Messages up to so many bytes travel in their header.
 const INLINE: usize = 2048;
@@ -31,22 +32,29 @@ pub(super) fn post(world: &World, group: &Group, to: usize, tag: u64, Message(te
     let tensor = host::packed(tensor);
     let data = host::lend(&tensor);
     let len = data.elements() * data.dtype().size();
+    let mut tickets = Vec::new();
+    // Held over all, so that headers and bytes come in the same order.
+    let mut sent = lock(&group.sent);
     let mut header = Writer::default();
-    header.number(tag).dtype(Some(tensor.dtype())).list(tensor.shape().as_slice(), |w, dim| {
+    header.number(sent[to]).number(tag).dtype(Some(tensor.dtype())).list(tensor.shape().as_slice(), |w, dim| {
         w.number(*dim as u64);
     });
-    if len <= INLINE && len > 0 {
+    let posted = group.board.get().filter(|_| to != group.rank).and_then(|board| {
+        let enclosed = if len <= board.letter_room() { len } else { 0 };
         // SAFETY: the tensor is borrowed.
-        header.0.extend_from_slice(unsafe { std::slice::from_raw_parts(data.as_ptr(), len) });
-    }
-    let mut tickets = Vec::new();
-    // Held over both, so that headers and bytes come in the same order.
-    let mut sent = lock(&group.sent);
-    // SAFETY: both are kept on the heap until they are there.
+        let posted = unsafe { board.post_letter((group.rank, to), &header.0, data.as_ptr(), enclosed) };
+        posted.then_some(enclosed)
+    });
+    // SAFETY: the tensor is borrowed; it and the header are kept on the heap until they are there.
     unsafe {
         let member = group.members[to];
-        world.wire.send(member, group.tag(Kind::Header), header.0.as_ptr(), header.0.len(), &mut tickets)?;
-        if len > INLINE {
+        if posted.is_none() {
+            if len <= INLINE && len > 0 {
+                header.0.extend_from_slice(std::slice::from_raw_parts(data.as_ptr(), len));
+            }
+            world.wire.send(member, group.tag(Kind::Header), header.0.as_ptr(), header.0.len(), &mut tickets)?;
+        }
+        if len > posted.unwrap_or(INLINE) {
             world.wire.send(member, group.tag(Kind::Payload), data.as_ptr(), len, &mut tickets)?;
         }
     }
@@ -59,35 +67,86 @@ pub(super) fn post(world: &World, group: &Group, to: usize, tag: u64, Message(te
     Ok(())
 }
 
+/// What a message says of itself.
+struct Header {
+    number: u64,
+    tag: u64,
+    dtype: DType,
+    dims: Vec<usize>,
+}
+
+impl Header {
+    fn read(reader: &mut Reader<'_>) -> Option<Self> {
+        let (number, tag) = (reader.number()?, reader.number()?);
+        Some(Self { number, tag, dtype: reader.dtype().flatten()?, dims: reader.list(Reader::index)? })
+    }
+}
+
 impl Inbox {
-    /// Takes in whatever has come from `from`.
-    pub fn fill(&mut self, world: &World, group: &Group, from: usize) -> Result<(), Error> {
-        while let Some((_, bytes)) = world.wire.take(Some(group.members[from]), group.tag(Kind::Header))? {
-            self.came += 1;
-            world.clear();
-            let engine = world.wire.engine();
-            let garbled = || Error::Engine { engine, problem: format!("a message of rank {from} is garbled") };
-            let mut reader = Reader(&bytes);
-            let (tag, dtype) = (reader.number().ok_or_else(garbled)?, reader.dtype().flatten().ok_or_else(garbled)?);
-            let dims = reader.list(Reader::index).ok_or_else(garbled)?;
-            let mut room = Room::new("recv", &dims, dtype)?;
-            let mut place = room.lend();
-            let (data, len) = (place.as_mut_ptr(), place.elements() * dtype.size());
-            let mut tickets = Vec::new();
-            if len > INLINE {
-                // SAFETY: the room is on the heap, is nobody else's, and is kept until all is there.
-                unsafe {
-                    let member = group.members[from];
-                    world.wire.receive(member, group.tag(Kind::Payload), data, len, &mut tickets)?;
-                }
-            } else if reader.0.len() == len {
-                // SAFETY: as long as that, and memory of our own.
-                unsafe { reader.0.as_ptr().copy_to_nonoverlapping(data, len) };
-            } else {
-                return Err(garbled());
+    /// Takes in what has come from `from`, until there is a message that bears `tag`.
+    pub fn fill(&mut self, world: &World, group: &Group, from: usize, tag: u64) -> Result<(), Error> {
+        while self.waiting.iter().all(|message| message.tag != tag) {
+            if self.take_letter(world, group, from)? {
+                continue;
             }
-            self.waiting.push_back(Incoming { tag, room: Some(room), tickets });
+            let Some((_, bytes)) = world.wire.take(Some(group.members[from]), group.tag(Kind::Header))? else { break };
+            world.clear();
+            let garbled = || garbled(world, from);
+            let mut reader = Reader(&bytes);
+            let header = Header::read(&mut reader).ok_or_else(garbled)?;
+            // Letters that were posted before this was sent are on the board by now.
+            while self.came < header.number && self.take_letter(world, group, from)? {}
+            self.take_in(world, group, from, header, INLINE, |place, len| {
+                // SAFETY: as long as that, and memory of our own.
+                let fits = reader.0.len() == len;
+                fits.then(|| unsafe { reader.0.as_ptr().copy_to_nonoverlapping(place, len) }).is_some()
+            })?;
         }
+        Ok(())
+    }
+
+    /// Takes in the next letter of `from` on the board, if there is one.
+    fn take_letter(&mut self, world: &World, group: &Group, from: usize) -> Result<bool, Error> {
+        let Some(board) = group.board.get() else { return Ok(false) };
+        let taken = board.take_letter((from, group.rank), |header, data| {
+            let header = Header::read(&mut Reader(header)).ok_or_else(|| garbled(world, from))?;
+            // SAFETY: no more than fits into a letter, to memory of our own.
+            self.take_in(world, group, from, header, board.letter_room(), |place, len| unsafe {
+                data.copy_to_nonoverlapping(place, len);
+                true
+            })
+        });
+        taken.map_or(Ok(false), |outcome| outcome.map(|()| true))
+    }
+
+    /// Takes in a message. If it is no longer than `enclosed`, its bytes came with the header, and `copy` has them.
+    fn take_in(
+        &mut self,
+        world: &World,
+        group: &Group,
+        from: usize,
+        Header { number, tag, dtype, dims }: Header,
+        enclosed: usize,
+        copy: impl FnOnce(*mut u8, usize) -> bool,
+    ) -> Result<(), Error> {
+        if number != self.came {
+            return Err(garbled(world, from));
+        }
+        let mut room = Room::new("recv", &dims, dtype)?;
+        let mut place = room.lend();
+        let (data, len) = (place.as_mut_ptr(), place.elements() * dtype.size());
+        let mut tickets = Vec::new();
+        if len > enclosed {
+            // SAFETY: the room is on the heap, is nobody else's, and is kept until all is there.
+            unsafe {
+                let member = group.members[from];
+                world.wire.receive(member, group.tag(Kind::Payload), data, len, &mut tickets)?;
+            }
+        } else if !copy(data, len) {
+            return Err(garbled(world, from));
+        }
+        self.came += 1;
+        self.waiting.push_back(Incoming { tag, room: Some(room), tickets });
         Ok(())
     }
 
@@ -108,6 +167,10 @@ impl Inbox {
     pub fn tags(&self) -> Vec<u64> {
         self.waiting.iter().map(|message| message.tag).collect()
     }
+}
+
+fn garbled(world: &World, from: usize) -> Error {
+    Error::Engine { engine: world.wire.engine(), problem: format!("a message of rank {from} is garbled") }
 }
 
 impl Drop for Incoming {

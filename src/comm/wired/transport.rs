@@ -1,5 +1,6 @@
 //! A rank's place in a group of processes.
 
+use std::cell::RefCell;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -32,6 +33,8 @@ struct Turn {
     /// Number of the next collective.
     sequence: u64,
     venue: Venue,
+    /// Memory that collectives work in.
+    scratch: Vec<u64>,
 }
 
 /// A collective that all ranks have come to. It is over when this is dropped.
@@ -49,7 +52,7 @@ struct Met<'a> {
 impl Met<'_> {
     /// The board that they have met on.
     fn board(&mut self) -> Option<(&Board, &mut Rounds)> {
-        self.turn.venue.board().filter(|_| self.on_board)
+        self.turn.venue.board(self.group).filter(|_| self.on_board)
     }
 }
 
@@ -67,7 +70,7 @@ impl WiredTransport {
     pub fn new(presence: Arc<Presence>, group: Arc<Group>) -> Arc<Self> {
         presence.0.add(&group);
         let venue = Venue::new(presence.0.wire.shares_memory(), group.size());
-        Arc::new(Self { presence, group, turn: Mutex::new(Turn { sequence: 0, venue }) })
+        Arc::new(Self { presence, group, turn: Mutex::new(Turn { sequence: 0, venue, scratch: Vec::new() }) })
     }
 
     fn world(&self) -> &World {
@@ -83,7 +86,7 @@ impl WiredTransport {
         }
         let number = group.watch.begin(group.rank, &post.call);
         let post = Post { reaches: turn.venue.reaches(), ..post };
-        let on_board = turn.venue.board().map(|(board, rounds)| prepare(board, rounds)).is_some();
+        let on_board = turn.venue.board(group).map(|(board, rounds)| prepare(board, rounds)).is_some();
         let agreement = Agreement { world, group, sequence: turn.sequence, post, number };
         let (posts, id) = agreement.meet(&mut turn.venue)?;
         turn.sequence += 1;
@@ -113,7 +116,7 @@ impl WiredTransport {
             let left = lock(&group.left).iter().find(|left| left.rank == from).copied();
             let (came, tags) = {
                 let mut inbox = lock(&group.inboxes[from]);
-                inbox.fill(world, group, from)?;
+                inbox.fill(world, group, from, tag)?;
                 let (message, coming) = inbox.get(world, tag)?;
                 if let Some(message) = message {
                     group.watch.finish(group.rank, number);
@@ -177,15 +180,18 @@ impl Transport for WiredTransport {
         let post = Post { call: *call, color: 0, key: 0, reaches: false };
         let mut met = self.meet(post, |board, rounds| work::lay_out(board, rounds, call, &transfer))?;
         let calls: Vec<Call> = met.posts.iter().map(|post| post.call).collect();
-        let work = Work { world: self.world(), group: &self.group, call, calls: &calls };
+        let scratch = RefCell::new(std::mem::take(&mut met.turn.scratch));
+        let work = Work { world: self.world(), group: &self.group, call, calls: &calls, scratch };
         let board = met.board().filter(|(board, _)| work::all_suit(board, &calls));
-        match transfer {
+        let outcome = match transfer {
             Transfer::Nothing => Ok(0),
             Transfer::InPlace(buffers) => work.in_place(buffers, board),
             Transfer::Through { input, output } => {
                 work.through(input, output, board.map(|(board, rounds)| (board, &*rounds)))
             }
-        }
+        };
+        met.turn.scratch = work.scratch.into_inner();
+        outcome
     }
 
     fn send(&self, to: usize, tag: u64, message: Message) -> Result<(), Error> {
@@ -208,7 +214,7 @@ impl Transport for WiredTransport {
             return Err(error.clone());
         }
         let mut inbox = lock(&self.group.inboxes[from]);
-        inbox.fill(self.world(), &self.group, from)?;
+        inbox.fill(self.world(), &self.group, from, tag)?;
         Ok(inbox.get(self.world(), tag)?.0)
     }
 

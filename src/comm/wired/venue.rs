@@ -15,7 +15,8 @@ pub(super) enum Venue {
     /// A board has been offered, and this is what this rank has found.
     Offered(Option<Board>),
     Messages,
-    Board(Board, Rounds),
+    /// On the board of the group.
+    Board(Rounds),
 }
 
 impl Venue {
@@ -24,9 +25,9 @@ impl Venue {
     }
 
     /// The board that the ranks meet on.
-    pub fn board(&mut self) -> Option<(&Board, &mut Rounds)> {
+    pub fn board<'a>(&'a mut self, group: &'a Group) -> Option<(&'a Board, &'a mut Rounds)> {
         match self {
-            Self::Board(board, rounds) => Some((board, rounds)),
+            Self::Board(rounds) => Some((group.board.get()?, rounds)),
             _ => None,
         }
     }
@@ -54,7 +55,8 @@ impl Venue {
             (Self::Offered(board), Some(_)) => Self::Offered(board),
             (Self::Offered(Some(mut board)), None) if posts.iter().all(|post| post.reaches) => {
                 board.is_shared();
-                Self::Board(board, Rounds::new(group.rank))
+                let _ = group.board.set(board);
+                Self::Board(Rounds::new(group.rank))
             }
             _ => Self::Messages,
         };

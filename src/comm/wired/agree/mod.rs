@@ -63,10 +63,10 @@ impl Agreement<'_> {
     /// Meets the others. Returns what all ranks bring, and the number of the group that the decider has made for them,
     /// if this is a split.
     pub fn meet(&self, venue: &mut Venue) -> Result<(Vec<Post>, u64), Error> {
-        match venue {
-            Venue::Board(board, rounds) => self.on_board(board, rounds),
-            _ => self.by_messages(venue),
+        if let Some((board, rounds)) = venue.board(self.group) {
+            return self.on_board(board, rounds);
         }
+        self.by_messages(venue)
     }
 
     /// The decider commits the collective, unless the calls do not agree or the world has failed. Returns the number of a

@@ -1,9 +1,13 @@
 //! Memory in which the ranks of a group that live on one machine meet, and through which they hand each other what is short.
 //!
+//! On it are, one behind the other: the seal; lines for the number of a group, for the decider's word, and for what each rank
+//! has shown; two lines for the letters from each rank to each other; two posts and two sides of each rank; the letters.
+//!
 //! A meeting by messages costs two of them, some microseconds; on a board it costs two cache lines that go from core to core.
 //! What a rank brings it may lay out on the board before it knows whether the others will come: no buffer of anybody's is
 //! touched by that. How the ranks keep out of each other's way is told in `rounds.rs`.
 
+mod letters;
 #[cfg(target_os = "linux")]
 mod memory;
 #[cfg(not(target_os = "linux"))]
@@ -13,6 +17,7 @@ mod rounds;
 mod stream;
 mod sync;
 
+use self::letters::{Letters, PLACES};
 pub(super) use self::memory::Address;
 use self::memory::Memory;
 pub(super) use self::rounds::Rounds;
@@ -21,46 +26,87 @@ pub(super) use self::stream::copy_out;
 use super::agree::POST;
 
 /// Bytes of the largest side.
-const LARGEST: usize = 128 << 10;
-/// Bytes of the smallest side that is worth a board.
+const LARGEST_SIDE: usize = 128 << 10;
+/// Bytes of the largest letter.
+const LARGEST_LETTER: usize = 256 << 10;
+/// Bytes of the smallest side and the smallest letter that are worth a board.
 const SMALLEST: usize = 4 << 10;
-/// Bytes of all sides together.
+/// Bytes of all sides together, and of all letters together.
 const MOST: usize = 8 << 20;
 /// Room for a post, in whole cache lines.
 const POST_ROOM: usize = POST.next_multiple_of(128);
+/// Room for what a letter says of itself.
+const HEADER_ROOM: usize = 256;
 
 #[derive(Debug)]
 pub(super) struct Board {
     memory: Memory,
-    size: usize,
-    /// Bytes of a side.
-    room: usize,
+    plan: Plan,
 }
 
-/// Bytes of a side where so many ranks meet; `None` if they are too many.
-fn room(size: usize) -> Option<usize> {
-    let share = MOST / (2 * size);
-    (share >= SMALLEST).then(|| (1 << share.ilog2()).min(LARGEST))
+/// Where things are on a board.
+#[derive(Debug, Clone, Copy)]
+struct Plan {
+    size: usize,
+    /// Bytes of a side.
+    side: usize,
+    /// Bytes of a letter, without its header.
+    letter: usize,
+}
+
+impl Plan {
+    /// The plan for so many ranks; `None` if they are too many.
+    fn new(size: usize) -> Option<Self> {
+        let room = |pieces: usize, largest: usize| {
+            let share = MOST / pieces;
+            (share >= SMALLEST).then(|| (1 << share.ilog2()).min(largest))
+        };
+        let side = room(2 * size, LARGEST_SIDE)?;
+        // Too many for letters may still meet.
+        let letter = room(size * size * PLACES as usize, LARGEST_LETTER).unwrap_or(0);
+        Some(Self { size, side, letter })
+    }
+
+    fn lines(&self) -> usize {
+        2 + self.size + 2 * self.size * self.size
+    }
+
+    fn posts(&self) -> usize {
+        Memory::SEAL + self.lines() * size_of::<Line>()
+    }
+
+    fn sides(&self) -> usize {
+        (self.posts() + 2 * self.size * POST_ROOM).next_multiple_of(4096)
+    }
+
+    fn letters(&self) -> usize {
+        self.sides() + 2 * self.size * self.side
+    }
+
+    fn bytes(&self) -> usize {
+        let each = if self.letter > 0 { HEADER_ROOM + self.letter } else { 0 };
+        self.letters() + self.size * self.size * PLACES as usize * each
+    }
 }
 
 impl Board {
     /// A new board for the ranks of a group, and what the others find it by.
     pub fn new(size: usize) -> Option<(Self, Address)> {
-        let room = room(size)?;
-        let (memory, address) = Memory::create(Self::bytes(size, room))?;
-        Some((Self { memory, size, room }, address))
+        let plan = Plan::new(size)?;
+        let (memory, address) = Memory::create(plan.bytes())?;
+        Some((Self { memory, plan }, address))
     }
 
     /// The board at this address, if this process can reach it.
     pub fn open(address: &Address, size: usize) -> Option<Self> {
-        let room = room(size)?;
-        let memory = Memory::open(address, Self::bytes(size, room))?;
-        Some(Self { memory, size, room })
+        let plan = Plan::new(size)?;
+        let memory = Memory::open(address, plan.bytes())?;
+        Some(Self { memory, plan })
     }
 
     /// Ranks that meet on it.
     pub fn size(&self) -> usize {
-        self.size
+        self.plan.size
     }
 
     /// All ranks have opened it.
@@ -68,22 +114,9 @@ impl Board {
         self.memory.is_shared();
     }
 
-    /// The seal; the number of a group; the word; a counter, two posts and two sides for each rank.
-    fn bytes(size: usize, room: usize) -> usize {
-        Self::sides(size) + 2 * size * room
-    }
-
-    fn posts(size: usize) -> usize {
-        Memory::SEAL + (2 + size) * size_of::<Line>()
-    }
-
-    fn sides(size: usize) -> usize {
-        (Self::posts(size) + 2 * size * POST_ROOM).next_multiple_of(4096)
-    }
-
     fn lines(&self) -> &[Line] {
         // SAFETY: within the memory, aligned, and only ever used as counters.
-        unsafe { std::slice::from_raw_parts(self.memory.at(Memory::SEAL).cast(), 2 + self.size) }
+        unsafe { std::slice::from_raw_parts(self.memory.at(Memory::SEAL).cast(), self.plan.lines()) }
     }
 
     /// A number that the decider gives to all with its word.
@@ -93,7 +126,7 @@ impl Board {
 
     fn counters(&self) -> Counters<'_> {
         let lines = self.lines();
-        Counters { word: &lines[1], shown: &lines[2..] }
+        Counters { word: &lines[1], shown: &lines[2..2 + self.plan.size] }
     }
 
     pub fn show(&self, rounds: &mut Rounds) {
@@ -125,16 +158,64 @@ impl Board {
     }
 
     fn post(&self, rank: usize, rounds: &Rounds) -> *mut u8 {
-        self.memory.at(Self::posts(self.size) + (2 * rank + rounds.side()) * POST_ROOM)
+        self.memory.at(self.plan.posts() + (2 * rank + rounds.side()) * POST_ROOM)
     }
 
     /// Bytes of a side.
     pub fn room(&self) -> usize {
-        self.room
+        self.plan.side
     }
 
     /// The side of a rank in this round, aligned to a cache line.
     pub fn side(&self, rank: usize, rounds: &Rounds) -> *mut u8 {
-        self.memory.at(Self::sides(self.size) + (2 * rank + rounds.side()) * self.room)
+        self.memory.at(self.plan.sides() + (2 * rank + rounds.side()) * self.plan.side)
+    }
+
+    /// Bytes that a letter may bring.
+    pub fn letter_room(&self) -> usize {
+        self.plan.letter
+    }
+
+    /// Posts a letter, unless the receiver has yet to take others. `data` are the bytes that go with the header.
+    ///
+    /// # Safety
+    /// So many bytes are readable, and not more than there is room for.
+    pub unsafe fn post_letter(&self, (from, to): (usize, usize), header: &[u8], data: *const u8, len: usize) -> bool {
+        let letters = self.letters(from, to);
+        let Some(place) = letters.free().filter(|_| header.len() < HEADER_ROOM && self.plan.letter > 0) else {
+            return false;
+        };
+        let place = self.letter(from, to, place);
+        // SAFETY: within the letter, which is this rank's to write.
+        unsafe {
+            place.write(header.len() as u8);
+            place.add(1).copy_from_nonoverlapping(header.as_ptr(), header.len());
+            copy_out(data, place.add(HEADER_ROOM), len);
+        }
+        letters.post();
+        true
+    }
+
+    /// Takes the next letter, if there is one. `open` gets the header, and where the bytes are that go with it.
+    pub fn take_letter<R>(&self, (from, to): (usize, usize), open: impl FnOnce(&[u8], *const u8) -> R) -> Option<R> {
+        let letters = self.letters(from, to);
+        let place = self.letter(from, to, letters.next()?);
+        // SAFETY: within the letter. Whatever another process may do to it, a copy is bytes.
+        let opened = unsafe {
+            let header = place.cast::<[u8; HEADER_ROOM]>().read();
+            open(&header[1..][..usize::from(header[0]).min(HEADER_ROOM - 1)], place.add(HEADER_ROOM))
+        };
+        letters.take();
+        Some(opened)
+    }
+
+    fn letters(&self, from: usize, to: usize) -> Letters<'_> {
+        let first = 2 + self.plan.size + 2 * (from * self.plan.size + to);
+        Letters { posted: &self.lines()[first], taken: &self.lines()[first + 1] }
+    }
+
+    fn letter(&self, from: usize, to: usize, place: u64) -> *mut u8 {
+        let number = (from * self.plan.size + to) * PLACES as usize + place as usize;
+        self.memory.at(self.plan.letters() + number * (HEADER_ROOM + self.plan.letter))
     }
 }

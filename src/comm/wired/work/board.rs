@@ -14,9 +14,11 @@ use crate::comm::wired::board::{Board, Rounds, copy_out};
 use crate::comm::{Call, Operation, Output, ReduceOp, Transfer, part};
 
 /// Bytes up to which a tensor is reduced on the board.
-const LONGEST_REDUCED: usize = usize::MAX;
+const LONGEST_REDUCED: usize = 512 << 10;
 /// Bytes up to which a tensor is broadcast on the board.
 const LONGEST_BROADCAST: usize = 256 << 10;
+/// Bytes up to which what a rank brings is laid out for others to take as it is.
+const LONGEST_LAID: usize = 64 << 10;
 
 fn bytes(call: &Call) -> usize {
     call.extent.elements() * call.dtype.map_or(0, |dtype| dtype.size())
@@ -27,7 +29,7 @@ fn suits(board: &Board, call: &Call) -> bool {
     let most = match call.operation {
         Operation::AllReduce(_) | Operation::Reduce { .. } => LONGEST_REDUCED,
         Operation::Broadcast { .. } => LONGEST_BROADCAST,
-        _ => board.room(),
+        _ => LONGEST_LAID.min(board.room()),
     };
     bytes(call) <= most
 }

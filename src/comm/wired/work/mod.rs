@@ -17,6 +17,7 @@ mod board;
 mod reduce;
 mod spread;
 
+use std::cell::RefCell;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -40,6 +41,8 @@ pub(super) struct Work<'a> {
     pub call: &'a Call,
     /// What all ranks called.
     pub calls: &'a [Call],
+    /// Memory for contributions on their way, kept from one collective to the next.
+    pub scratch: RefCell<Vec<u64>>,
 }
 
 /// A run of memory.

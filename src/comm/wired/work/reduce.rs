@@ -10,7 +10,7 @@ use crate::comm::wired::group::Kind;
 use crate::comm::{Call, Output, ReduceOp, part};
 
 /// Bytes of a rank's share that are folded at a time.
-const WINDOW: usize = 256 << 10;
+const WINDOW: usize = 512 << 10;
 
 impl Work<'_> {
     /// Folds this rank's share of all contributions, window by window. `share` says which elements are whose, `result`
@@ -29,8 +29,12 @@ impl Work<'_> {
         let mine = share(rank);
         let room = (mine.len() * size).min(WINDOW);
         // Contributions of the others to two windows: one that is folded, one that travels.
-        let mut temporary = vec![0u64; (2 * (self.group.size() - 1) * room.next_multiple_of(8)) / 8];
-        let temporary = temporary.as_mut_ptr().cast::<u8>();
+        let words = 2 * (self.group.size() - 1) * room.div_ceil(8);
+        let mut scratch = self.scratch.borrow_mut();
+        if scratch.len() < words {
+            scratch.resize(words, 0);
+        }
+        let temporary = scratch.as_mut_ptr().cast::<u8>();
         let temporary = |window: usize, other: usize| {
             let place = (window % 2) * (self.group.size() - 1) + if other < rank { other } else { other - 1 };
             // SAFETY: there is room for so many.
