@@ -17,6 +17,10 @@
 //! watched by `MPI_Test`. Collectives are made of these. MPI's own collectives would block a thread inside MPI for as long as
 //! a peer does not come, cannot be taken back when one never does, add floats in an order of their own, and know no `bf16`.
 //!
+//! Ranks of a group that all live on one machine (Linux) compare their calls, and hand each other what is short, in memory that they
+//! share, and leave MPI to what is long. It is given back to the system with the last of them, however they end; where it
+//! cannot be had, everything goes over MPI.
+//!
 //! Every call of MPI is short and made under one lock of the process, so any thread of a rank may be in any operation:
 //! this needs `MPI_THREAD_SERIALIZED`, no more.
 //!

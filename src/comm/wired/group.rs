@@ -81,6 +81,8 @@ pub(super) struct Inbox {
     pub waiting: VecDeque<Incoming>,
     /// Messages that have come so far.
     pub came: u64,
+    /// A message over the wire that comes after letters which are still to be found on the board.
+    pub ahead: Option<Vec<u8>>,
 }
 
 impl Group {

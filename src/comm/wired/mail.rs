@@ -89,13 +89,25 @@ impl Inbox {
             if self.take_letter(world, group, from)? {
                 continue;
             }
-            let Some((_, bytes)) = world.wire.take(Some(group.members[from]), group.tag(Kind::Header))? else { break };
-            world.clear();
+            let bytes = match self.ahead.take() {
+                Some(bytes) => bytes,
+                None => match world.wire.take(Some(group.members[from]), group.tag(Kind::Header))? {
+                    Some((_, bytes)) => bytes,
+                    None => break,
+                },
+            };
             let garbled = || garbled(world, from);
             let mut reader = Reader(&bytes);
             let header = Header::read(&mut reader).ok_or_else(garbled)?;
-            // Letters that were posted before this was sent are on the board by now.
-            while self.came < header.number && self.take_letter(world, group, from)? {}
+            if header.number > self.came {
+                // Letters come before it. They are on the board, if this rank knows of the board already.
+                self.ahead = Some(bytes);
+                match self.take_letter(world, group, from)? {
+                    true => continue,
+                    false => break,
+                }
+            }
+            world.clear();
             self.take_in(world, group, from, header, INLINE, |place, len| {
                 // SAFETY: as long as that, and memory of our own.
                 let fits = reader.0.len() == len;
@@ -105,18 +117,21 @@ impl Inbox {
         Ok(())
     }
 
-    /// Takes in the next letter of `from` on the board, if there is one.
+    /// Takes in the next letter of `from` on the board, if there is one and no message over the wire comes before it.
     fn take_letter(&mut self, world: &World, group: &Group, from: usize) -> Result<bool, Error> {
         let Some(board) = group.board.get() else { return Ok(false) };
-        let taken = board.take_letter((from, group.rank), |header, data| {
-            let header = Header::read(&mut Reader(header)).ok_or_else(|| garbled(world, from))?;
-            // SAFETY: no more than fits into a letter, to memory of our own.
-            self.take_in(world, group, from, header, board.letter_room(), |place, len| unsafe {
-                data.copy_to_nonoverlapping(place, len);
-                true
-            })
-        });
-        taken.map_or(Ok(false), |outcome| outcome.map(|()| true))
+        let Some((header, data)) = board.next_letter((from, group.rank)) else { return Ok(false) };
+        let header = Header::read(&mut Reader(&header)).ok_or_else(|| garbled(world, from))?;
+        if header.number > self.came {
+            return Ok(false);
+        }
+        // SAFETY: no more than fits into a letter, to memory of our own.
+        self.take_in(world, group, from, header, board.letter_room(), |place, len| unsafe {
+            data.copy_to_nonoverlapping(place, len);
+            true
+        })?;
+        board.take_letter((from, group.rank));
+        Ok(true)
     }
 
     /// Takes in a message. If it is no longer than `enclosed`, its bytes came with the header, and `copy` has them.

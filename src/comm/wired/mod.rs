@@ -21,6 +21,12 @@
 //! committed. A rank that waits for a word goes on waiting if its collective is among them, and returns the error if not.
 //! A decider that computes is spoken for by its warden.
 //!
+//! # The board
+//!
+//! Where all ranks of a group live on one machine, and the wire says that they may, the calls, the word and what is short do
+//! not go over the wire but through memory that the ranks share: see `board/`. What is decided, and by whom, is the same. `venue.rs`
+//! tells how a group comes to its board.
+//!
 //! # How a world fails
 //!
 //! Whoever finds an error proposes it to the *judge*, rank 0 of the world or, if that is lost, the next. The judge takes the

@@ -26,7 +26,7 @@ pub(super) use self::stream::copy_out;
 use super::agree::POST;
 
 /// Bytes of the largest side.
-const LARGEST_SIDE: usize = 128 << 10;
+const LARGEST_SIDE: usize = 1 << 20;
 /// Bytes of the largest letter.
 const LARGEST_LETTER: usize = 256 << 10;
 /// Bytes of the smallest side and the smallest letter that are worth a board.
@@ -196,17 +196,19 @@ impl Board {
         true
     }
 
-    /// Takes the next letter, if there is one. `open` gets the header, and where the bytes are that go with it.
-    pub fn take_letter<R>(&self, (from, to): (usize, usize), open: impl FnOnce(&[u8], *const u8) -> R) -> Option<R> {
-        let letters = self.letters(from, to);
-        let place = self.letter(from, to, letters.next()?);
+    /// The header of the next letter, if there is one, and where the bytes are that go with it.
+    pub fn next_letter(&self, (from, to): (usize, usize)) -> Option<(Box<[u8]>, *const u8)> {
+        let place = self.letter(from, to, self.letters(from, to).next()?);
         // SAFETY: within the letter. Whatever another process may do to it, a copy is bytes.
-        let opened = unsafe {
-            let header = place.cast::<[u8; HEADER_ROOM]>().read();
-            open(&header[1..][..usize::from(header[0]).min(HEADER_ROOM - 1)], place.add(HEADER_ROOM))
-        };
-        letters.take();
-        Some(opened)
+        let header = unsafe { place.cast::<[u8; HEADER_ROOM]>().read() };
+        let header = &header[1..][..usize::from(header[0])];
+        // SAFETY: as above.
+        Some((header.into(), unsafe { place.add(HEADER_ROOM) }))
+    }
+
+    /// The next letter has been read.
+    pub fn take_letter(&self, (from, to): (usize, usize)) {
+        self.letters(from, to).take();
     }
 
     fn letters(&self, from: usize, to: usize) -> Letters<'_> {

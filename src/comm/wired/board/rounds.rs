@@ -43,7 +43,7 @@ pub(super) struct Counters<'a> {
 
 /// Where a rank is in the rounds of its group.
 #[derive(Debug)]
-pub(in crate::comm::wired) struct Rounds {
+pub struct Rounds {
     rank: usize,
     round: u64,
     step: u64,

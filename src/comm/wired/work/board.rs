@@ -17,8 +17,10 @@ use crate::comm::{Call, Operation, Output, ReduceOp, Transfer, part};
 const LONGEST_REDUCED: usize = 512 << 10;
 /// Bytes up to which a tensor is broadcast on the board.
 const LONGEST_BROADCAST: usize = 256 << 10;
-/// Bytes up to which what a rank brings is laid out for others to take as it is.
+/// Bytes up to which what a rank brings is laid out for all others to take as it is.
 const LONGEST_LAID: usize = 64 << 10;
+/// Bytes of a round, where there are several.
+const ROUND: usize = 128 << 10;
 
 fn bytes(call: &Call) -> usize {
     call.extent.elements() * call.dtype.map_or(0, |dtype| dtype.size())
@@ -29,6 +31,7 @@ fn suits(board: &Board, call: &Call) -> bool {
     let most = match call.operation {
         Operation::AllReduce(_) | Operation::Reduce { .. } => LONGEST_REDUCED,
         Operation::Broadcast { .. } => LONGEST_BROADCAST,
+        Operation::ReduceScatter(_) | Operation::AllToAll => board.room(),
         _ => LONGEST_LAID.min(board.room()),
     };
     bytes(call) <= most
@@ -51,7 +54,7 @@ struct Stretch<'a> {
 impl Stretch<'_> {
     /// Elements of a stretch at most: all ranks get equal shares of whole ones.
     fn most(board: &Board, element: usize) -> usize {
-        board.room() / element / board.size() * board.size()
+        board.room().min(ROUND) / element / board.size() * board.size()
     }
 
     /// What a rank folds of it.

@@ -8,7 +8,8 @@
 //!   to each rank, the lower bound, and the sums are bit for bit those of [`local`](crate::comm::local);
 //! - *broadcast*: small ones go from the root to all; larger ones in parts, which the ranks then give each other.
 //!
-//! Reductions go in windows that stay in the cache: while one is folded the next one travels.
+//! Reductions go in windows that stay in the cache: while one is folded the next one travels. What is short goes over a
+//! board instead, if the group has one, see `board.rs`.
 //!
 //! A rank turns back only when a rank of the group is lost, or data does not come for longer than the time-out: its buffers
 //! then hold whatever has come so far. An engine that cannot give the buffers back ends the process instead.
