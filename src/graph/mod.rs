@@ -58,6 +58,7 @@ mod listing;
 mod liveness;
 mod loss;
 mod module;
+mod parts;
 pub(crate) mod random;
 pub mod shard;
 mod split;
