@@ -424,7 +424,8 @@ struct Chain {
 
 #[test]
 fn a_plan_from_the_layers_alone_costs_little_more_than_the_best() {
-    let loss = |m: &Chain, x: Tensor<2>| m.layers.iter().fold(x * m.gain.val(), |x, layer| layer.forward(x).tanh()).sum();
+    let loss =
+        |m: &Chain, x: Tensor<2>| m.layers.iter().fold(x * m.gain.val(), |x, layer| layer.forward(x).tanh()).sum();
     let named = |cuts: usize, layers: usize| {
         let split = |plan: Plan, layer: usize| match cuts >> layer & 1 {
             0 => plan.shard(format!("layers.{layer}.weight"), 1).shard(format!("layers.{layer}.bias"), 0),
