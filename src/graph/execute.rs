@@ -141,7 +141,7 @@ impl Executor {
     ///
     /// Gradients come in the order of the backward pass, the same on every rank, once per parameter, and have the
     /// parameter's shape and dtype (not necessarily contiguous). Turn what becomes of them into burn's
-    /// [`GradientsParams`] with [`gradients_params`].
+    /// [`GradientsParams`](burn::optim::GradientsParams) with [`gradients_params`].
     ///
     /// # Errors
     /// As [`step`](Self::step), and the first error of `on_gradient`.
