@@ -217,6 +217,12 @@ struct Desk {
 unsafe impl Sync for Desk {}
 unsafe impl Send for Desk {}
 
+impl Desk {
+    fn letters(&self) -> Letters<'_> {
+        Letters { posted: &self.posted, taken: &self.taken }
+    }
+}
+
 /// More letters than there are places: each comes once, in order, and none is written over before it is taken. One that finds
 /// no place goes another way.
 #[test]
@@ -224,14 +230,10 @@ fn letters_come_in_order() {
     explore("letters", Some(4), || {
         let places = std::array::from_fn(|_| UnsafeCell::new(0));
         let desk = loom::sync::Arc::new(Desk { posted: line(), taken: line(), places });
-        let letters = |desk: &Desk| {
-            // SAFETY: the lines live as long as the desk, which outlives what is done with them.
-            unsafe { Letters { posted: &*(&raw const desk.posted), taken: &*(&raw const desk.taken) } }
-        };
         let sender = desk.clone();
         let sending = thread::spawn(move || {
             for letter in 1..=2 * PLACES {
-                let letters = letters(&sender);
+                let letters = sender.letters();
                 wait(|| letters.free().is_some());
                 let place = letters.free().unwrap() as usize;
                 // SAFETY: loom looks.
@@ -240,7 +242,7 @@ fn letters_come_in_order() {
             }
         });
         for letter in 1..=2 * PLACES {
-            let letters = letters(&desk);
+            let letters = desk.letters();
             wait(|| letters.next().is_some());
             let place = letters.next().unwrap() as usize;
             // SAFETY: loom looks.
@@ -248,6 +250,6 @@ fn letters_come_in_order() {
             letters.take();
         }
         sending.join().unwrap();
-        assert!(letters(&desk).next().is_none());
+        assert!(desk.letters().next().is_none());
     });
 }
