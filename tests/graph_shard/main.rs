@@ -7,6 +7,7 @@ mod models;
 mod axes;
 mod convolution;
 mod dtypes;
+mod fuse;
 mod golden;
 mod harness;
 mod memory;
