@@ -5,6 +5,7 @@
 mod models;
 
 mod axes;
+mod background;
 mod convolution;
 mod dtypes;
 mod fuse;

@@ -32,7 +32,7 @@ pub fn fuse_products(graph: &mut StepGraph) -> Vec<FusedProduct> {
         TensorId::new(next - 1)
     };
     let mut rewrite = Rewrite::default();
-    for (_, found) in found {
+    for found in found {
         fused.push(found.report.clone());
         rewrite.add(found, &mut fresh);
     }
@@ -121,9 +121,9 @@ impl<'a> Find<'a> {
         }
     }
 
-    /// By the place of the collective.
-    fn all(&self) -> BTreeMap<usize, Found> {
-        let mut found = BTreeMap::new();
+    /// By the places where they are to run, so that a view that several read moves up to the first.
+    fn all(&self) -> Vec<Found> {
+        let mut found = Vec::new();
         let mut taken: HashSet<usize> = HashSet::new();
         for (place, op) in self.graph.operations.iter().enumerate() {
             let Some((collective, op)) = CollectiveOp::of(op) else { continue };
@@ -141,9 +141,10 @@ impl<'a> Find<'a> {
             // A product between two collectives goes with the first.
             if let Some(one) = one.filter(|one| one.products.iter().all(|product| !taken.contains(&product.place))) {
                 taken.extend(one.products.iter().map(|product| product.place));
-                found.insert(place, one);
+                found.push(one);
             }
         }
+        found.sort_by_key(|found| found.at);
         found
     }
 
