@@ -63,3 +63,4 @@ pub use partition::partition;
 pub(crate) use products::ProductOp;
 pub use products::{FusedProduct, ProductKind};
 pub use report::{Collective, Fallback, ShardReport};
+pub(super) use rules::is_elementwise;
