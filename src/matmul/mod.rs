@@ -1,7 +1,7 @@
 //! Products by weights that are split over the ranks, without a tape: what the explicit layers and captured steps run on.
 //!
-//! A left factor is `[.., features]`, of two dims or more, a right factor `[features, columns]`, behind any number of dims of
-//! 1. There are three kinds of products: the [sum](Products::sum) over the ranks, the same [scattered](Products::scatter)
+//! A left factor is `[.., features]`, of two dims or more, a right factor `[features, columns]`, behind any number of dims
+//! that are 1: there are three kinds of products, the [sum](Products::sum) over the ranks, the same [scattered](Products::scatter)
 //! along a dim, and that of a left factor that is [gathered](Products::gather) along a dim. The places along this dim are
 //! the *positions*, which the ranks divide among them as [`part`](crate::comm::part) does; the places along the dims before
 //! it are *outer*, and a position has as many rows as the dims between it and the features have places, of each outer one. How

@@ -1,5 +1,6 @@
 //! Sharded products in host memory, on tensors of `Device::flex()`.
 
+mod gather;
 mod matrix;
 mod product;
 mod stack;
@@ -52,7 +53,7 @@ impl Products for Flex {
 
     fn gather(left: FlexTensor, rights: Vec<FlexTensor>, job: &Job) -> Result<(Vec<FlexTensor>, FlexTensor), Error> {
         let rights: Vec<_> = rights.into_iter().map(running_ahead).collect();
-        with_real!(job.name, left.dtype(), T => product::gather::<T>(left, &rights, job))
+        with_real!(job.name, left.dtype(), T => gather::gather::<T>(left, &rights, job))
     }
 
     fn multiply(left: FlexTensor, right: FlexTensor, name: &'static str) -> Result<FlexTensor, Error> {

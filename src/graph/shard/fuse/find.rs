@@ -1,64 +1,27 @@
-//! A product and the collective around it as one operation.
+//! Which products and collectives become one operation.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
-use burn::tensor::Shape;
 use burn_ir::{
-    BaseOperationIr as Base, CustomOpIr, FloatOperationIr, ModuleOperationIr as Module, OperationIr, SwapDimsOpIr,
-    TensorId, TensorIr,
+    BaseOperationIr as Base, FloatOperationIr, ModuleOperationIr as Module, OperationIr, TensorId, TensorIr,
 };
 
-use super::collectives::{CollectiveKind, CollectiveOp, dim};
-use super::fold::ends;
-use super::products::{FusedProduct, ProductKind};
-use super::rules::{as_sum, only_moves};
 use crate::graph::StepGraph;
+use crate::graph::shard::collectives::{CollectiveKind, CollectiveOp, dim};
+use crate::graph::shard::fold::ends;
+use crate::graph::shard::products::{FusedProduct, ProductKind};
+use crate::graph::shard::rules::{as_sum, only_moves};
 use crate::graph::step::Uses;
 use crate::matmul::multiply;
 
-/// Makes one operation of each product, or sum of products, that nothing but an all-reduce or a reduce-scatter reads, and of
-/// each all-gather with the products that read it. Returns what was made, in order.
-///
-/// These operations run the chunked products of [`tensor_parallel::matmul`](crate::tensor_parallel::matmul): as the explicit
-/// layers do, in the forward of a layer that is split by rows, and in the backward of one that is split by columns, where the
-/// gradients of several such layers on one input are added up in the product. Products that make gradients of parameters stay:
-/// those are reduced [in buckets](super::fold_reductions). Run it after all partitions; [`overlap`](super::overlap) then has
-/// sums travel beside what does not wait for them.
-pub fn fuse_products(graph: &mut StepGraph) -> Vec<FusedProduct> {
-    let found = Find::new(graph).all();
-    let (mut fused, mut next) = (Vec::with_capacity(found.len()), graph.next_id);
-    let mut fresh = || {
-        next += 1;
-        TensorId::new(next - 1)
-    };
-    let mut rewrite = Rewrite::default();
-    for found in found {
-        fused.push(found.report.clone());
-        rewrite.add(found, &mut fresh);
-    }
-    graph.next_id = next;
-    let (mut operations, mut forward_len) = (Vec::with_capacity(graph.operations.len()), 0);
-    for (place, op) in std::mem::take(&mut graph.operations).into_iter().enumerate() {
-        operations.extend(rewrite.before.remove(&place).unwrap_or_default());
-        if !rewrite.gone.contains(&place) && !rewrite.hoisted.contains(&place) {
-            operations.push(op);
-        }
-        if place < graph.forward_len {
-            forward_len = operations.len();
-        }
-    }
-    (graph.operations, graph.forward_len) = (operations, forward_len);
-    fused
-}
-
 /// A product as it stands in a graph.
-struct Product {
-    place: usize,
-    left: TensorIr,
-    right: TensorIr,
+pub(super) struct Product {
+    pub(super) place: usize,
+    pub(super) left: TensorIr,
+    pub(super) right: TensorIr,
     /// Whether it is the transposed right factor that is multiplied.
-    turned: bool,
-    out: TensorIr,
+    pub(super) turned: bool,
+    pub(super) out: TensorIr,
 }
 
 impl Product {
@@ -84,26 +47,34 @@ impl Product {
 }
 
 /// What becomes one operation.
-struct Found {
+pub(super) struct Found {
     /// Where it runs: before what stands here now.
-    at: usize,
-    kind: ProductKind,
-    axis: String,
-    dim: Option<usize>,
-    products: Vec<Product>,
+    pub(super) at: usize,
+    pub(super) kind: ProductKind,
+    pub(super) axis: String,
+    pub(super) dim: Option<usize>,
+    pub(super) products: Vec<Product>,
     /// What is reduced or gathered, and what it becomes.
-    from: TensorIr,
-    to: TensorIr,
+    pub(super) from: TensorIr,
+    pub(super) to: TensorIr,
     /// Whether the gathered left factor is read by others.
-    keeps_whole: bool,
+    pub(super) keeps_whole: bool,
+    pub(super) forward: bool,
     /// Views of the right factors that are made later, and so move up.
-    hoisted: Vec<(usize, OperationIr)>,
+    pub(super) hoisted: Vec<(usize, OperationIr)>,
     /// What is not needed any more.
-    gone: Vec<usize>,
-    report: FusedProduct,
+    pub(super) gone: Vec<usize>,
 }
 
-struct Find<'a> {
+impl Found {
+    pub(super) fn report(&self) -> FusedProduct {
+        let Self { axis, kind, to, products, forward, .. } = self;
+        let (axis, dims) = (axis.clone(), to.shape.to_vec());
+        FusedProduct { axis, kind: *kind, dims, products: products.len(), forward: *forward }
+    }
+}
+
+pub(super) struct Find<'a> {
     graph: &'a StepGraph,
     uses: Uses,
     results: HashSet<TensorId>,
@@ -111,7 +82,7 @@ struct Find<'a> {
 }
 
 impl<'a> Find<'a> {
-    fn new(graph: &'a StepGraph) -> Self {
+    pub(super) fn new(graph: &'a StepGraph) -> Self {
         let gradients = graph.params.iter().filter_map(|param| param.gradient.as_ref()).map(|gradient| gradient.id);
         Self {
             graph,
@@ -122,7 +93,7 @@ impl<'a> Find<'a> {
     }
 
     /// By the places where they are to run, so that a view that several read moves up to the first.
-    fn all(&self) -> Vec<Found> {
+    pub(super) fn all(&self) -> Vec<Found> {
         let mut found = Vec::new();
         let mut taken: HashSet<usize> = HashSet::new();
         for (place, op) in self.graph.operations.iter().enumerate() {
@@ -194,7 +165,10 @@ impl<'a> Find<'a> {
         let lefts = products.iter().map(|product| &product.left);
         let ready = lefts.filter_map(|left| self.uses.maker(left.id)).map(|maker| maker + 1).max().unwrap_or(0);
         let kind = if dim.is_some() { ProductKind::ReduceScatter } else { ProductKind::AllReduce };
-        self.found(place, kind, axis, dim, products, ready, (input, output), false, gone)
+        let (from, to, axis) = (input.clone(), output.clone(), axis.into());
+        let (keeps_whole, forward, hoisted) = (false, false, Vec::new());
+        let found = Found { at: ready, kind, axis, dim, products, from, to, keeps_whole, forward, hoisted, gone };
+        self.placed(found, place)
     }
 
     /// The products that a tensor is the sum of.
@@ -255,7 +229,10 @@ impl<'a> Find<'a> {
         }
         let keeps_whole = readers.len() > products.len() || self.results.contains(&output.id);
         let gone = products.iter().map(|product| product.place).chain([place]).collect();
-        self.found(place, ProductKind::AllGather, axis, Some(dim), products, place, (input, output), keeps_whole, gone)
+        let (from, to, axis, dim) = (input.clone(), output.clone(), axis.into(), Some(dim));
+        let (kind, forward, hoisted) = (ProductKind::AllGather, false, Vec::new());
+        let found = Found { at: place, kind, axis, dim, products, from, to, keeps_whole, forward, hoisted, gone };
+        self.placed(found, place)
     }
 
     /// What is there before a place, or is a view of that which can be made there: these views, in order.
@@ -268,83 +245,22 @@ impl<'a> Find<'a> {
         Some(views)
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn found(
-        &self,
-        place: usize,
-        kind: ProductKind,
-        axis: &str,
-        dim: Option<usize>,
-        products: Vec<Product>,
-        ready: usize,
-        (from, to): (&TensorIr, &TensorIr),
-        keeps_whole: bool,
-        gone: Vec<usize>,
-    ) -> Option<Found> {
-        let first = if self.is_forward(place) { 0 } else { self.graph.forward_len };
-        // Right factors are weights, as a rule, or views of such.
-        let early = ready.max(first);
-        let rights_ready = |product: &&Product| self.views(&product.right, early).is_none();
-        let at = match products.iter().filter(rights_ready).filter_map(|p| self.uses.maker(p.right.id)).max() {
+    /// As early as its inputs allow, in the pass of its collective. Right factors are weights, as a rule, or views of such, which
+    /// move up with it.
+    fn placed(&self, found: Found, collective: usize) -> Option<Found> {
+        let forward = self.is_forward(collective);
+        let early = found.at.max(if forward { 0 } else { self.graph.forward_len });
+        let rights = || found.products.iter().map(|product| &product.right);
+        let made_later = rights().filter(|right| self.views(right, early).is_none());
+        let at = match made_later.filter_map(|right| self.uses.maker(right.id)).max() {
             None => early,
             Some(maker) => early.max(maker + 1),
         };
         let mut hoisted = BTreeMap::new();
-        for product in &products {
-            hoisted.extend(self.views(&product.right, at)?);
+        for right in rights() {
+            hoisted.extend(self.views(right, at)?);
         }
-        let forward = self.is_forward(place);
-        let dims = to.shape.to_vec();
-        let report = FusedProduct { axis: axis.into(), kind, dims, products: products.len(), forward };
-        let (from, to, axis) = (from.clone(), to.clone(), axis.to_string());
         let hoisted = hoisted.into_iter().collect();
-        Some(Found { at, kind, axis, dim, products, from, to, keeps_whole, hoisted, gone, report })
+        Some(Found { at, forward, hoisted, ..found })
     }
-}
-
-/// What is put where, and what is taken out.
-#[derive(Default)]
-struct Rewrite {
-    before: HashMap<usize, Vec<OperationIr>>,
-    gone: HashSet<usize>,
-    hoisted: HashSet<usize>,
-}
-
-impl Rewrite {
-    fn add(&mut self, found: Found, fresh: &mut dyn FnMut() -> TensorId) {
-        self.gone.extend(&found.gone);
-        let before = self.before.entry(found.at).or_default();
-        for (place, view) in found.hoisted {
-            if self.hoisted.insert(place) {
-                before.push(view);
-            }
-        }
-        let mut inputs = if found.kind.flies() { Vec::new() } else { vec![found.from] };
-        let mut outputs = if found.kind.flies() { vec![found.to.clone()] } else { Vec::new() };
-        for product in found.products {
-            let right = if product.turned { turned(product.right, before, fresh) } else { product.right };
-            match found.kind.flies() {
-                true => inputs.extend([product.left, right]),
-                false => {
-                    inputs.push(right);
-                    outputs.push(product.out);
-                }
-            }
-        }
-        if found.keeps_whole {
-            outputs.push(found.to);
-        }
-        let op: CustomOpIr = found.kind.operation(&found.axis, found.dim, inputs, outputs);
-        before.push(OperationIr::Custom(op));
-    }
-}
-
-/// The transposed factor.
-fn turned(right: TensorIr, before: &mut Vec<OperationIr>, fresh: &mut dyn FnMut() -> TensorId) -> TensorIr {
-    let mut dims = right.shape.to_vec();
-    let [dim1, dim2] = [dims.len() - 2, dims.len() - 1];
-    dims.swap(dim1, dim2);
-    let out = TensorIr::uninit(fresh(), Shape::from(dims), right.dtype);
-    before.push(OperationIr::BaseFloat(Base::SwapDims(SwapDimsOpIr { input: right, out: out.clone(), dim1, dim2 })));
-    out
 }
