@@ -140,7 +140,7 @@ fn uneven(rank: usize, elements: usize, dtype: DType, nans: bool) -> TensorData 
         let value = ((i * 7919 + rank * 104_729) % 2003) as f64 / 2003.0 - 0.5;
         let scale = [1.0, 37.0, 0.01][(i + rank) % 3];
         // A number of NaNs on every rank, on some elements of several ranks.
-        if nans && (i * 31 + rank * 17) % 11 == 0 { f64::NAN } else { value * scale }
+        if nans && (i * 31 + rank * 17).is_multiple_of(11) { f64::NAN } else { value * scale }
     };
     // Sums and products of these wrap around in the smaller types.
     let int = |i: usize| ((i * 7919 + rank * 104_729) % 251) as i64;

@@ -124,7 +124,8 @@ fn combine<A: Numeric>(total: A, next: A, #[comptime] op: u32) -> A {
     }
 }
 
-/// Folds in `A` what is in `E`, from element `first` on, behind what was folded before. Divides by `ranks`, if that is not 0.
+/// Folds in `A` what is in `E`, from element `first` on, behind what was folded before, which is one tensor or none. Divides
+/// by `ranks`, if that is not 0.
 #[cube(launch)]
 #[allow(clippy::too_many_arguments)]
 fn floats<A: Float, E: Float, O: Float>(
@@ -142,12 +143,12 @@ fn floats<A: Float, E: Float, O: Float>(
         terminate!();
     }
     let place = first + ABSOLUTE_POS;
-    let mut total = if comptime!(before.len() > 0) {
+    let mut total = if comptime!(before.len() == 1) {
         before[0].as_slice()[ABSOLUTE_POS]
     } else {
         A::cast_from(shards[0].as_slice()[place])
     };
-    let from = comptime!(if before.len() > 0 { 0usize } else { 1usize });
+    let from = comptime!(1usize - before.len());
     #[unroll]
     for rank in from..comptime!(shards.len()) {
         let next = A::cast_from(shards[rank].as_slice()[place]);
@@ -176,8 +177,8 @@ fn integers<E: Int>(
     }
     let place = first + ABSOLUTE_POS;
     let mut total =
-        if comptime!(before.len() > 0) { before[0].as_slice()[ABSOLUTE_POS] } else { shards[0].as_slice()[place] };
-    let from = comptime!(if before.len() > 0 { 0usize } else { 1usize });
+        if comptime!(before.len() == 1) { before[0].as_slice()[ABSOLUTE_POS] } else { shards[0].as_slice()[place] };
+    let from = comptime!(1usize - before.len());
     #[unroll]
     for rank in from..comptime!(shards.len()) {
         let next = shards[rank].as_slice()[place];
