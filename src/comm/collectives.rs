@@ -176,39 +176,57 @@ impl Communicator {
     /// [`all_to_all`](Self::all_to_all) with a number that must be the same on all ranks, where the shapes do not tell.
     pub(crate) fn all_to_all_agreed<P: Payload>(&self, payload: P, agreed: u64) -> Result<P, Error> {
         let operation = Operation::AllToAll;
-        self.carry(operation, payload, |data| self.through_agreed(operation, Some(data), None, agreed))
+        self.carry_agreed(operation, payload, agreed, |data| self.through_agreed(operation, Some(data), None, agreed))
     }
 
-    /// Runs a collective where the payload is: on its device if the engine can, else in host memory.
+    /// [`carry_agreed`](Self::carry_agreed) where the shapes tell all that must agree.
     fn carry<P: Payload>(
         &self,
         operation: Operation,
         payload: P,
         on_host: impl FnOnce(FlexTensor) -> Result<FlexTensor, Error>,
     ) -> Result<P, Error> {
+        self.carry_agreed(operation, payload, 0, on_host)
+    }
+
+    /// Runs a collective where the payload is: on its device if the engine can, else in host memory.
+    /// `agreed` must be the same on all ranks.
+    fn carry_agreed<P: Payload>(
+        &self,
+        operation: Operation,
+        payload: P,
+        agreed: u64,
+        on_host: impl FnOnce(FlexTensor) -> Result<FlexTensor, Error>,
+    ) -> Result<P, Error> {
         #[cfg(feature = "cubecl")]
-        let payload = match self.carry_on_device(operation, payload)? {
+        let payload = match self.carry_on_device(operation, payload, agreed)? {
             Ok(carried) => return Ok(carried),
             Err(payload) => payload,
         };
         #[cfg(not(feature = "cubecl"))]
-        let _ = operation;
+        let _ = (operation, agreed);
         let (data, home) = payload.into_host()?;
         P::from_host(on_host(data)?, &home)
     }
 
     /// Runs a collective on the device, or returns the payload if it is not on the engine's.
     #[cfg(feature = "cubecl")]
-    fn carry_on_device<P: Payload>(&self, operation: Operation, payload: P) -> Result<Result<P, P>, Error> {
+    fn carry_on_device<P: Payload>(
+        &self,
+        operation: Operation,
+        payload: P,
+        agreed: u64,
+    ) -> Result<Result<P, P>, Error> {
         let Some(engine) = self.transport().on_device() else { return Ok(Err(payload)) };
         let (data, home) = match payload.into_device(engine)? {
             OnDevice::Here(data, home) => (data, home),
             OnDevice::Elsewhere(payload) => return Ok(Err(payload)),
         };
-        let call = Call::on_device(operation, data.dtype, Extent::new(&data.meta.shape().to_vec()));
+        let extent = Extent::new(&data.meta.shape().to_vec());
+        let call = Call::on_device(operation, data.dtype, extent).agreeing(agreed);
         let mut result = None;
         self.run(&call, |_| {
-            let (carried, bytes) = engine.run(operation, data)?;
+            let (carried, bytes) = engine.run(&call, data)?;
             result = Some(carried);
             Ok(bytes)
         })?;

@@ -116,12 +116,11 @@ impl DeviceTransport for NcclTransport {
         *device == self.device.0 && data_type(dtype).is_some()
     }
 
-    fn run(&self, operation: Operation, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error> {
-        let dims = tensor.meta.shape().to_vec();
-        let call = Call::on_device(operation, tensor.dtype, Extent::new(&dims));
+    fn run(&self, call: &Call, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error> {
+        let (operation, dims) = (call.operation, tensor.meta.shape().to_vec());
         // Here, and only here, ranks find out that they call different things, or that one is lost: NCCL would hang.
-        self.host.collective(&call, Transfer::Nothing)?;
-        let rows = self.rows(&call)?;
+        self.host.collective(call, Transfer::Nothing)?;
+        let rows = self.rows(call)?;
         let rank = self.host.rank();
         let in_place =
             matches!(operation, Operation::AllReduce(_) | Operation::Reduce { .. } | Operation::Broadcast { .. });
@@ -140,7 +139,7 @@ impl DeviceTransport for NcclTransport {
         let bytes = bytes_moved(&operation, &rows, rank, call.extent.width(), tensor.dtype);
         let (inputs, outputs) = ([tensor], [output]);
         self.enqueue(
-            &call,
+            call,
             &inputs,
             &outputs,
             |task, places| places.iter().try_for_each(|(from, to)| task.run(&operation, *from, *to)),
