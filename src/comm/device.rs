@@ -32,6 +32,12 @@ pub trait DeviceTransport: Send + Sync {
 
     /// Receives the oldest message of `from` that bears `tag`, wherever it lay when it was sent.
     fn receive(&self, from: usize, tag: u64) -> Result<Arrival, Error>;
+
+    /// Says that this rank will [receive](Self::receive) such a message: it may travel as soon as it has been sent. Waits for
+    /// nothing. An engine whose messages travel by themselves has nothing to do.
+    fn expect(&self, from: usize, tag: u64) {
+        let _ = (from, tag);
+    }
 }
 
 /// Kinds of tensors on CubeCL's devices. On them all kinds have one primitive.
