@@ -17,6 +17,7 @@ mod training;
 #[path = "../../tests/transport_suite/mod.rs"]
 mod transport_suite;
 mod transports;
+mod waits;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
