@@ -106,7 +106,9 @@ pub fn join(host: &Communicator, index: usize) -> Result<Communicator, Error> {
     };
     let transport = host.transport_arc();
     let lane = Arc::new(Lane::new(&gpu)?);
-    let keeper = Keeper::new(transport.clone(), host.underway().clone(), gpu);
+    // In a group of its own, which it may be in for longer than this rank is in others: peers see who has left those.
+    let kept = transport.split("nccl", 0, host.rank() as i64)?;
+    let keeper = Keeper::new(kept, host.underway().clone(), gpu);
     let raw = Raw::init(&id, host.size(), host.rank(), &transport)?;
     Ok(host.over(Arc::new(NcclTransport::new(transport, raw, lane, keeper, (device, cube))?)))
 }
