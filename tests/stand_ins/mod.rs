@@ -1,6 +1,8 @@
 //! Stand-ins for libcuda and libnccl, built with the C compiler: they answer questions and carry nothing, so what runs over them
 //! shows which calls the library makes, and nothing of a GPU.
 
+#![allow(dead_code, reason = "each test binary uses the part that it needs")]
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -24,6 +26,11 @@ impl StandIns {
         }
         std::fs::copy(&library, built.0.join("libnccl.so")).map_err(|error| error.to_string())?;
         Ok(built)
+    }
+
+    /// Where they lie.
+    pub fn folder(&self) -> &Path {
+        &self.0
     }
 
     /// This program once more, on a machine with so many devices as it seems to it.
