@@ -9,6 +9,7 @@ mod models;
 use std::panic::catch_unwind;
 
 use burn::module::{Module, ModuleVisitor, Param};
+use burn::nn::LinearConfig;
 use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::prelude::*;
 use burn::tensor::DeviceKind;
@@ -34,6 +35,7 @@ fn main() {
         trial("replicas_with_synchronised_batch_norm", replicas_with_synchronised_batch_norm),
         trial("split_layers", split_layers),
         trial("split_layers_draw_what_the_cpu_draws", split_layers_draw_what_the_cpu_draws),
+        trial("lazy_parameters_are_made_in_pieces_on_the_device", lazy_parameters_are_made_in_pieces_on_the_device),
         trial("split_batch_norms", split_batch_norms),
         trial("stages", stages),
         trial("stages_draw_what_the_cpu_draws", stages_draw_what_the_cpu_draws),
@@ -455,4 +457,30 @@ fn models_on_two_devices_are_refused() {
     });
     let text = elsewhere.unwrap_err().to_string();
     assert!(text.contains("input `0` is on") && text.contains("move it there"), "{text}");
+}
+
+fn lazy_parameters_are_made_in_pieces_on_the_device() {
+    let values = |parameter: TensorData| parameter.try_into_vec::<f32>().unwrap();
+    for (degree, dim) in [(2, 0), (2, 1), (3, 0), (3, 1)] {
+        let wholes = launch::threads(degree)
+            .run(|rank| {
+                let model = LinearConfig::new(24, 12).init(&gpu().autodiff());
+                let plan = Plan::new().shard("weight", dim).shard("bias", 0);
+                let model = model.tensor_parallel(&rank, &plan)?.train();
+                assert_on(&model, &gpu());
+                let whole = model.assemble()?;
+                Ok([whole.weight.val().into_data(), whole.bias.unwrap().val().into_data()].map(values))
+            })
+            .unwrap();
+        assert!(wholes.iter().all(|whole| *whole == wholes[0]), "{degree} {dim}");
+        let [weight, bias] = &wholes[0];
+        assert_eq!((weight.len(), bias.len()), (24 * 12, 12));
+        // Drawn, everywhere, and nothing twice.
+        let bound = 1.0 / 24f32.sqrt();
+        let mut all: Vec<u32> = weight.iter().chain(bias).map(|value| value.to_bits()).collect();
+        assert!(weight.iter().chain(bias).all(|value| *value != 0.0 && value.abs() <= bound), "{degree} {dim}");
+        all.sort_unstable();
+        all.dedup();
+        assert!(all.len() > 290, "{degree} {dim}: {} different numbers of 300", all.len());
+    }
 }

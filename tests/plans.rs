@@ -2,7 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig};
-use burn::nn::{Linear, LinearConfig};
+use burn::nn::{Linear, LinearConfig, SwiGlu, SwiGluConfig};
 use burn::prelude::*;
 use burn_parallel::layout::Layout;
 use burn_parallel::prelude::*;
@@ -169,4 +169,31 @@ fn a_table_makes_no_lazy_parameter() {
     let table = Plan::megatron().table(&model, 4).unwrap();
     assert_eq!(Plan::suggest(&model, 4).table(&model, 4).unwrap(), table);
     assert!(!model.layers[0].mha.query.weight.is_initialized());
+}
+
+#[derive(Module, Debug)]
+struct Gated {
+    gate: SwiGlu,
+    down: Linear,
+    head: Linear,
+    odd: Linear,
+}
+
+#[test]
+fn a_plan_from_the_layers_alone() {
+    let device = Device::flex();
+    let linear = |takes, gives| LinearConfig::new(takes, gives).init(&device);
+    let model = Gated {
+        gate: SwiGluConfig::new(64, 256).init(&device),
+        down: linear(256, 64),
+        head: linear(64, 1000),
+        odd: linear(63, 65),
+    };
+    let table = Plan::suggest(&model, 4).table(&model, 4).unwrap();
+    let layout = |path: &str| table.rows().iter().find(|row| row.path == path).unwrap().layouts[0];
+    assert_eq!([layout("gate.linear_inner.weight"), layout("gate.linear_outer.weight")], [Layout::Sharded(1); 2]);
+    assert_eq!([layout("down.weight"), layout("down.bias")], [Layout::Sharded(0), Layout::Replicated]);
+    assert_eq!([layout("head.weight"), layout("head.bias")], [Layout::Sharded(1), Layout::Sharded(0)]);
+    assert_eq!([layout("odd.weight"), layout("odd.bias")], [Layout::Replicated; 2]);
+    assert!(!model.head.weight.is_initialized());
 }

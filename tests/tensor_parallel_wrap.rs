@@ -4,7 +4,7 @@
 #[allow(dead_code)]
 mod models;
 
-use burn::module::{Lora, Module};
+use burn::module::{Lora, Module, Param, ParamId};
 use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
 use burn::nn::{Dropout, DropoutConfig, Embedding, EmbeddingConfig, Linear, LinearConfig, SwiGlu, SwiGluConfig};
 use burn::optim::{AdamWConfig, ModuleOptimizer};
@@ -407,10 +407,51 @@ fn a_suggested_plan_is_no_worse_than_megatrons() {
             assert!(found.collective_bytes <= megatron.collective_bytes, "{plan:?} {found:?} {megatron:?}");
             assert!(found.parameter_bytes <= megatron.parameter_bytes, "{plan:?} {found:?} {megatron:?}");
             assert!(found.work <= 1.01 * megatron.work, "{plan:?} {found:?} {megatron:?}");
-            // By types alone it is Megatron's.
+            // From the layers alone it is Megatron's.
             let guess = Plan::suggest(&model, degree).cost(&model, degree, x(), loss).unwrap();
             assert_eq!(guess, megatron);
             assert_eq!(plan, Plan::suggest_for(&model, degree, x(), loss).unwrap(), "the same again");
+        }
+    }
+}
+
+/// Layers of which the first needs the gradient of what it takes, as inside of a model.
+#[derive(Module, Debug)]
+struct Chain {
+    gain: Param<Tensor<2>>,
+    layers: Vec<Linear>,
+}
+
+#[test]
+fn a_plan_from_the_layers_alone_costs_little_more_than_the_best() {
+    let loss =
+        |m: &Chain, x: Tensor<2>| m.layers.iter().fold(x * m.gain.val(), |x, layer| layer.forward(x).tanh()).sum();
+    let named = |cuts: usize, layers: usize| {
+        let split = |plan: Plan, layer: usize| match cuts >> layer & 1 {
+            0 => plan.shard(format!("layers.{layer}.weight"), 1).shard(format!("layers.{layer}.bias"), 0),
+            _ => plan.shard(format!("layers.{layer}.weight"), 0),
+        };
+        (0..layers).fold(Plan::new(), split)
+    };
+    let widths: [&[usize]; 6] = [
+        &[64, 256, 64],
+        &[256, 64, 256],
+        &[64, 64, 64, 64],
+        &[256, 256, 16],
+        &[32, 256, 256, 32, 256],
+        &[512, 32, 32, 512],
+    ];
+    for widths in widths {
+        let linear = |pair: &[usize]| LinearConfig::new(pair[0], pair[1]).init(&device());
+        let gain = Param::initialized(ParamId::new(), Tensor::ones([1, widths[0]], &device()).require_grad());
+        let model = Chain { gain, layers: widths.windows(2).map(linear).collect() };
+        let x = || Tensor::<2>::zeros([1024, widths[0]], &device());
+        for degree in [2, 4] {
+            let cost = |plan: &Plan| plan.cost(&model, degree, x(), loss).unwrap().total();
+            let layers = model.layers.len();
+            let best = (0..1 << layers).map(|cuts| cost(&named(cuts, layers))).fold(f64::INFINITY, f64::min);
+            let found = Plan::suggest(&model, degree);
+            assert!(cost(&found) <= 1.2 * best, "{widths:?}: {} of {best}, {found:?}", cost(&found));
         }
     }
 }

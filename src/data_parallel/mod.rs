@@ -53,6 +53,7 @@ mod dataset;
 mod hook;
 mod join;
 mod loss;
+mod progress;
 mod reducer;
 mod replica;
 mod sampler;

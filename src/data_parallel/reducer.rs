@@ -27,9 +27,10 @@ use super::buckets;
 use super::comm_hook::Bucket;
 use super::config::DataParallelConfig;
 use super::hook::GradientListener;
+use super::progress::{Flight, LATE, Progress, Step, accumulate};
 use super::structure::Trained;
 use crate::Error;
-use crate::comm::{Communicator, Pending, ReduceOp};
+use crate::comm::{Communicator, ReduceOp};
 use crate::tensor::PlainTensor;
 
 /// What a rank brings into a step's average.
@@ -64,52 +65,6 @@ pub(crate) struct Reducer {
     /// Where the model was when it was wrapped.
     device: Device,
     step: Mutex<Step>,
-}
-
-#[derive(Default)]
-struct Step {
-    params: Vec<Progress>,
-    /// Parameters of each bucket, in the order in which buckets are started.
-    buckets: Vec<Vec<usize>>,
-    /// Whether the buckets follow the order in which backward completes gradients, or still the guess at it.
-    observed: bool,
-    /// Order in which gradients were completed.
-    completed: Vec<usize>,
-    /// Uses since the last backward.
-    uses: usize,
-    /// What the only rank of a group of one brought.
-    alone: Contribution,
-    /// The reduction under way, during the backward of the last micro-batch.
-    flight: Option<Flight>,
-    /// Where the last gradient was.
-    device: Option<Device>,
-}
-
-#[derive(Default)]
-struct Progress {
-    /// Uses in the graph, and those whose gradient has arrived.
-    uses: usize,
-    arrived: usize,
-    gradient: Option<PlainTensor>,
-    used: bool,
-    started: bool,
-    late: Option<PlainTensor>,
-}
-
-struct Flight {
-    head: Pending<f64>,
-    factor: Arc<OnceLock<f64>>,
-    buckets: Vec<Pending<Vec<PlainTensor>>>,
-}
-
-/// What the mark of a parameter, added up over the ranks, is at least if any gradient came late: more than there are ranks.
-const LATE: f64 = (1u64 << 32) as f64;
-
-impl Progress {
-    /// 1 if the parameter was used, and [`LATE`] more if it has a late gradient.
-    fn mark(&self) -> f64 {
-        f64::from(u8::from(self.used)) + if self.late.is_some() { LATE } else { 0.0 }
-    }
 }
 
 impl Reducer {
@@ -358,29 +313,6 @@ impl GradientListener for Reducer {
         if self.config.overlap {
             self.start_complete();
         }
-    }
-}
-
-impl Step {
-    fn forget_uses(&mut self) {
-        self.uses = 0;
-        self.completed.clear();
-        for param in &mut self.params {
-            (param.uses, param.arrived) = (0, 0);
-        }
-    }
-
-    fn reset(&mut self) {
-        self.forget_uses();
-        self.flight = None;
-        self.params.iter_mut().for_each(|param| *param = Progress::default());
-    }
-}
-
-fn accumulate(sum: Option<PlainTensor>, gradient: PlainTensor) -> PlainTensor {
-    match sum {
-        Some(sum) => sum.add(gradient),
-        None => gradient,
     }
 }
 

@@ -84,6 +84,7 @@ pub(super) fn in_scope(
 }
 
 /// What the closure of a capture leaves behind, in the capture's own tensor ids.
+#[derive(Default)]
 pub(super) struct Recording {
     pub(super) survey: Survey,
     /// Tensor of every parameter and running statistic.

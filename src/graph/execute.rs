@@ -4,7 +4,6 @@ use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::module::{Module, ParamId};
-use burn::optim::GradientsParams;
 use burn::prelude::*;
 use burn_ir::{OperationIr, TensorId, TensorIr};
 
@@ -14,63 +13,12 @@ use super::inputs::GraphInputs;
 use super::interpret::Interpreter;
 use super::liveness::{Action, MemoryEstimate, program};
 use super::module::{gradients_params, read_params, write_running_states};
+use super::results::{Given, Meaning, Results, StepObserver, StepOutputs, StepResult};
 use super::step::{StepGraph, op_name};
 use super::{graph_error, panic_text};
 use crate::error::Error;
 use crate::params::one_device;
 use crate::tensor::PlainTensor;
-
-/// What [`Executor::step`] gives.
-#[derive(Debug)]
-pub struct StepResult {
-    /// The loss, one element, without autodiff. Of a [`TokenLoss`](super::TokenLoss), the mean over its items.
-    pub loss: Tensor<1>,
-    /// The number of items of a [`TokenLoss`](super::TokenLoss); 1 for a loss that is a mean already.
-    pub weight: f64,
-    /// The gradients of that loss, ready for burn's optimizers.
-    pub gradients: GradientsParams,
-    /// The extra outputs, in order.
-    pub outputs: Vec<PlainTensor>,
-}
-
-/// What [`Executor::step_with`] gives: the gradients went to its callback.
-#[derive(Debug)]
-pub struct StepOutputs {
-    /// The loss, one element, without autodiff. Of a [`TokenLoss`](super::TokenLoss), the sum, of which the gradients
-    /// are.
-    pub loss: Tensor<1>,
-    /// The number of items of a [`TokenLoss`](super::TokenLoss): what loss and gradients are still to be divided by, once
-    /// they are added up over micro-batches and ranks. 1 for a loss that is a mean already.
-    pub weight: f64,
-    /// The extra outputs, in order.
-    pub outputs: Vec<PlainTensor>,
-}
-
-/// Hears of a step while it runs.
-pub trait StepObserver {
-    /// Before anything runs: the parameters whose gradients will come, in no particular order.
-    ///
-    /// # Errors
-    /// Whatever ends the step.
-    fn expect(&mut self, _gradients: &[ParamId]) -> Result<(), Error> {
-        Ok(())
-    }
-
-    /// The number of items of the loss, once; mostly before the first gradient, always if it follows from shapes or from
-    /// the inputs alone. 1 for a loss that is a mean.
-    ///
-    /// # Errors
-    /// Whatever ends the step.
-    fn weight(&mut self, _weight: f64) -> Result<(), Error> {
-        Ok(())
-    }
-
-    /// A gradient, as told at [`Executor::step_with`].
-    ///
-    /// # Errors
-    /// Whatever ends the step.
-    fn gradient(&mut self, id: ParamId, gradient: PlainTensor) -> Result<(), Error>;
-}
 
 /// Runs a [`StepGraph`] on the device of the model, any number of times.
 ///
@@ -93,15 +41,6 @@ pub struct Executor {
     meaning: HashMap<TensorId, Vec<Meaning>>,
     /// The action that runs, for messages.
     position: usize,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Meaning {
-    Loss,
-    Weight,
-    Gradient(ParamId),
-    Update(ParamId),
-    Output(usize),
 }
 
 impl Executor {
@@ -202,7 +141,7 @@ impl Executor {
     ///
     /// Gradients come in the order of the backward pass, the same on every rank, once per parameter, and have the
     /// parameter's shape and dtype (not necessarily contiguous). Turn what becomes of them into burn's
-    /// [`GradientsParams`] with [`gradients_params`].
+    /// [`GradientsParams`](burn::optim::GradientsParams) with [`gradients_params`].
     ///
     /// # Errors
     /// As [`step`](Self::step), and the first error of `on_gradient`.
@@ -365,46 +304,5 @@ impl Executor {
             }
         }
         Ok(results)
-    }
-}
-
-/// The results of a run that stay with the caller.
-struct Given {
-    loss: Option<PlainTensor>,
-    weight: Option<f64>,
-    outputs: Vec<PlainTensor>,
-}
-
-/// The results of a run as they come in.
-struct Results {
-    loss: Option<PlainTensor>,
-    weight: Option<f64>,
-    outputs: Vec<Option<PlainTensor>>,
-    updates: HashMap<ParamId, PlainTensor>,
-    /// The number of items, if it follows from the shapes: reading it would wait for the device.
-    known_weight: Option<f64>,
-}
-
-impl Results {
-    fn take(&mut self, meaning: Meaning, value: PlainTensor, observer: &mut dyn StepObserver) -> Result<(), Error> {
-        match meaning {
-            Meaning::Loss => self.loss = Some(value),
-            Meaning::Weight => {
-                let weight = match self.known_weight {
-                    Some(weight) => weight,
-                    None => value.float::<1>()?.into_scalar::<f64>(),
-                };
-                if !(weight.is_finite() && weight >= 0.0) {
-                    let must = "it must be finite and not negative";
-                    return Err(graph_error(format!("the number of items of the loss is {weight}, {must}")));
-                }
-                observer.weight(weight)?;
-                self.weight = Some(weight);
-            }
-            Meaning::Gradient(id) => observer.gradient(id, value)?,
-            Meaning::Update(id) => drop(self.updates.insert(id, value)),
-            Meaning::Output(index) => self.outputs[index] = Some(value),
-        }
-        Ok(())
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use burn::module::{Module, ParamId};
 
+use super::parts::{self, Round};
 use super::shard::{
     Larger, PartitionOptions, ShardReport, fold_reductions, overlap, pad, partition, register_collectives,
 };
@@ -50,16 +51,18 @@ impl ModelSplit {
         let sizes: Vec<(&str, usize)> = axes.iter().map(|(name, group)| (*name, group.size())).collect();
         let table = plan.table_over(&model, &sizes)?;
         let plans = plan.over(axes.iter().map(|axis| axis.0))?;
-        let mut local = model;
         let mut made = Vec::new();
-        for (index, ((name, group), plan)) in axes.iter().zip(plans).enumerate() {
-            params::agree_on_layouts(&table, group)?;
+        for ((name, group), plan) in axes.iter().zip(plans) {
+            parts::agree_on_layouts(&table, group)?;
             // Collectives of steps are counted by themselves.
             let group = group.split(0, group.rank() as i64)?;
-            if group.size() > 1 {
-                local = params::distribute(local, &table, index, &group)?;
-            }
             made.push(SplitAxis { name: (*name).into(), group, plan });
+        }
+        let mut local = model;
+        for round in [Round::Split, Round::Copy] {
+            for (index, axis) in made.iter().enumerate().filter(|(_, axis)| axis.group.size() > 1) {
+                local = parts::distribute(local, &table, (index, round), &axis.group)?;
+            }
         }
         Ok((local, Self { table: Arc::new(table), axes: made.into(), random: RandomSource::new(0) }))
     }
@@ -95,7 +98,7 @@ impl ModelSplit {
     pub(crate) fn assemble<M: Module>(&self, local: &M) -> Result<M, Error> {
         let mut whole = local.clone();
         for (index, axis) in self.axes.iter().enumerate().rev().filter(|(_, axis)| axis.group.size() > 1) {
-            whole = params::assemble(whole, &self.table, index, &axis.group)?;
+            whole = parts::assemble(whole, &self.table, index, &axis.group)?;
         }
         Ok(whole)
     }

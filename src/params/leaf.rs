@@ -41,15 +41,15 @@ pub(crate) fn with_autodiff<const D: usize>(tensor: Tensor<D>, strategy: Gradien
 }
 
 /// A lazy parameter, seen without making its value: a stand-in of one element that has its settings.
-pub(super) struct Lazy<const D: usize> {
-    pub(super) stand_in: Param<Tensor<D>>,
-    pub(super) device: Device,
+pub(crate) struct Lazy<const D: usize> {
+    pub(crate) stand_in: Param<Tensor<D>>,
+    pub(crate) device: Device,
     /// Whether training mode makes it require a gradient.
-    pub(super) trained: bool,
+    pub(crate) trained: bool,
 }
 
 impl<const D: usize> Lazy<D> {
-    pub(super) fn of(param: &Param<Tensor<D>>) -> Self {
+    pub(crate) fn of(param: &Param<Tensor<D>>) -> Self {
         let device = param.lazy_device();
         let one = Tensor::zeros([1; D], &device);
         // Loading is the one way that reads the settings of a lazy parameter and does not make it.

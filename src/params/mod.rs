@@ -1,10 +1,9 @@
-//! Parameters of any module by path and id: agreed on by the ranks, spread over them, put together again, outlined without
+//! Parameters of any module by path and id: agreed on by the ranks, outlined without
 //! memory, and read from a store a part at a time.
 
 mod agree;
 mod buffers;
 mod device;
-mod distribute;
 mod hold;
 mod leaf;
 mod load;
@@ -19,8 +18,8 @@ pub use source::SliceSource;
 pub(crate) use agree::agree;
 pub(crate) use buffers::own_buffers;
 pub(crate) use device::one_device;
-pub(crate) use distribute::{agree_on_layouts, assemble, distribute};
 pub(crate) use hold::{hold, put};
-pub(crate) use leaf::with_autodiff;
+pub(crate) use leaf::{Kind, Lazy, leaf, with_autodiff};
 pub(crate) use load::{Held, load};
 pub(crate) use outline::outline;
+pub(crate) use pad::{padded, without_padding};

@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 
 /// The tensor with zeros behind it along each dim, up to these dims.
-pub(super) fn padded<const D: usize>(mut value: Tensor<D>, dims: &[usize]) -> Tensor<D> {
+pub(crate) fn padded<const D: usize>(mut value: Tensor<D>, dims: &[usize]) -> Tensor<D> {
     for (dim, size) in dims.iter().enumerate().take(D) {
         let mut missing = value.dims();
         if missing[dim] >= *size {
@@ -17,7 +17,7 @@ pub(super) fn padded<const D: usize>(mut value: Tensor<D>, dims: &[usize]) -> Te
 }
 
 /// What of the tensor is within these dims.
-pub(super) fn without_padding<const D: usize>(mut value: Tensor<D>, dims: &[usize]) -> Tensor<D> {
+pub(crate) fn without_padding<const D: usize>(mut value: Tensor<D>, dims: &[usize]) -> Tensor<D> {
     for (dim, size) in dims.iter().enumerate().take(D) {
         if value.dims()[dim] > *size {
             value = value.narrow(dim, 0, *size);

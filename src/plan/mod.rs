@@ -39,9 +39,10 @@
 //! ```
 
 mod concise;
+mod cost;
 mod pattern;
 mod ready;
-mod structure;
+mod suggest;
 mod table;
 mod text;
 
@@ -51,6 +52,8 @@ use burn::module::Module;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use concise::{concise, like};
+pub use cost::PlanCost;
+pub(crate) use cost::must_split;
 pub use table::{PlanRow, PlanTable};
 
 pub(crate) use self::pattern::matches;

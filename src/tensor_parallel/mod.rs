@@ -38,5 +38,4 @@ mod suggest;
 mod wrap;
 
 pub use sharded::{Sharded, Step};
-pub use suggest::PlanCost;
 pub use wrap::TensorParallel;

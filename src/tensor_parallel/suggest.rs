@@ -10,29 +10,7 @@ use crate::graph::shard::{CollectiveKind, PartitionOptions, ShardReport, partiti
 use crate::graph::{GraphInputs, StepGraph, StepLoss, capture_step, counted_random};
 use crate::layout::Layout;
 use crate::params;
-use crate::plan::{Plan, concise, like};
-
-/// What one training step costs a rank under a plan, as far as it can be told from its operations.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PlanCost {
-    /// Collectives of a step.
-    pub collectives: usize,
-    /// Bytes that a rank sends for them, as in a ring.
-    pub collective_bytes: f64,
-    /// Bytes of the parameters that a rank holds.
-    pub parameter_bytes: f64,
-    /// Floating-point operations of a rank: of matrix products and convolutions, and one for each element that any other
-    /// operation makes.
-    pub work: f64,
-}
-
-impl PlanCost {
-    /// All of it in bytes sent: a collective takes as long as 512 of them to begin, 16 operations take as long as one of
-    /// them, and an optimizer as AdamW goes over a parameter, its gradient and two moments.
-    pub fn total(&self) -> f64 {
-        self.collective_bytes + 512.0 * self.collectives as f64 + 4.0 * self.parameter_bytes + self.work / 16.0
-    }
-}
+use crate::plan::{Plan, PlanCost, concise, like, must_split};
 
 /// How often the search goes over all parameters after the first time, at most.
 const SWEEPS: usize = 3;
@@ -166,13 +144,9 @@ impl Candidate {
         }
         let mut groups: Vec<Group> = found.into_values().filter(|group| !group.choices.is_empty()).collect();
         groups.sort_by_key(|group| std::cmp::Reverse(group.bytes));
-        let most = groups.iter().map(|group| group.bytes).sum::<usize>() * 9 / 10;
-        let mut so_far = 0;
-        for group in &mut groups {
-            if so_far >= most {
-                group.choices.push(Layout::Replicated);
-            }
-            so_far += group.bytes;
+        let must = must_split(&groups.iter().map(|group| group.bytes).collect::<Vec<_>>());
+        for (group, _) in groups.iter_mut().zip(must).filter(|(_, must)| !must) {
+            group.choices.push(Layout::Replicated);
         }
         groups
     }

@@ -14,8 +14,9 @@ pub trait TensorParallel: Module + Sized {
     ///
     /// Collective: every rank of `group` brings the same model structure and the same plan. Values that rank 0 has are
     /// distributed one by one; the other ranks drop theirs unread. A parameter that is lazy on rank 0 stays lazy: it gets its
-    /// value from [`Sharded::load`], of which each rank reads its part, or else at the first step, where rank 0 makes one
-    /// whole parameter at a time. No other rank ever holds the whole of a split parameter, unless its model came with it.
+    /// value from [`Sharded::load`], of which each rank reads its part, or else at the first step, where rank 0 makes a piece
+    /// of it at a time and sends each rank its part of that. No rank ever holds the whole of a split parameter, unless its
+    /// model came with it, or the initialiser makes no piece without the rest (an orthogonal one).
     ///
     /// # Errors
     /// [`Error::Plan`] as [`Plan::table`]; [`Error::ModelMismatch`] if the ranks bring different models or plans; those of

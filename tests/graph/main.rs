@@ -6,5 +6,4 @@ mod errors;
 mod execute;
 mod models;
 mod parity;
-mod speed;
 mod token_loss;

@@ -6,8 +6,9 @@ use burn::prelude::*;
 use burn::tensor::{Bool, DType, activation};
 use burn_parallel::prelude::*;
 
-use crate::compare::{compare, reference};
+use crate::compare::compare;
 use crate::models::{Numbers, cross_entropy, device};
+use crate::reference::reference;
 use crate::schedules;
 
 const WIDTH: usize = 8;

@@ -10,8 +10,8 @@ use burn::tensor::{TensorData, activation};
 use burn_parallel::params::SliceSource;
 use burn_parallel::prelude::*;
 
-use crate::compare::{bytes, filled, values};
 use crate::models::{Lm, Tied, device};
+use crate::reference::{bytes, filled, values};
 use crate::{lm, lm_loss, rows_of_tokens, schedules, tied, tied_loss, tokens};
 
 #[test]

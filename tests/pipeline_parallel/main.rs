@@ -3,6 +3,8 @@
 #[path = "../graph/models.rs"]
 #[allow(dead_code)]
 mod models;
+#[path = "../reference/mod.rs"]
+mod reference;
 
 mod awkward;
 mod compare;
@@ -14,8 +16,9 @@ use burn::prelude::*;
 use burn::tensor::activation;
 use burn_parallel::pipeline_parallel::schedule::Routes;
 use burn_parallel::prelude::*;
-use compare::{bytes, compare, filled, gradients, optimizer, reference, same, values};
+use compare::compare;
 use models::{Cnn, Lm, Numbers, Tied, cross_entropy, device, images, scalar};
+use reference::{bytes, filled, gradients, optimizer, reference, same, values};
 
 fn lm() -> Lm {
     Lm::new(13, 8, 3, &device())

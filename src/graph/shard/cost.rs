@@ -1,6 +1,6 @@
 //! The choice of a strategy by what it makes the ranks move.
 
-use burn_ir::{OperationIr, TensorId, TensorIr};
+use burn_ir::{FloatOperationIr, OperationIr, TensorId, TensorIr};
 
 use super::pass::Pass;
 use super::report::Fallback;
@@ -24,7 +24,7 @@ impl Pass<'_> {
     pub(super) fn choose(&mut self, op: &OperationIr, layouts: &[Layout]) -> Strategy {
         let whole = Strategy::replicated(op);
         if self.options.sequence_dim.is_none() && layouts.iter().all(|layout| *layout == Replicated) {
-            return whole;
+            return self.part_of_product(op).unwrap_or(whole);
         }
         let inputs: Vec<TensorId> = op.inputs().map(|input| input.id).collect();
         let mut best: Option<((u64, bool), Strategy)> = None;
@@ -60,6 +60,16 @@ impl Pass<'_> {
             self.report.fallbacks.push(Fallback { operation: op_name(op), dims, forward: self.forward });
         }
         strategy
+    }
+
+    /// A product of which nothing but a part is wanted, as the gradient of a split parameter is, is made in that part.
+    fn part_of_product(&self, op: &OperationIr) -> Option<Strategy> {
+        let OperationIr::Float(_, FloatOperationIr::Matmul(product)) = op else { return None };
+        let is_read = self.readers.get(&product.out.id).is_some_and(|readers| !readers.is_empty());
+        let mut wanted = self.wanted.get(&product.out.id)?.iter();
+        let (Some(part @ Sharded(_)), None, false) = (wanted.next(), wanted.next(), is_read) else { return None };
+        let makes = |strategy: &Strategy| strategy.output == *part && strategy.how == How::Locally;
+        strategies(op, self.options.degree).into_iter().find(makes)
     }
 
     /// Whether sequence parallelism asks for a strategy: it makes an activation that is split along the sequence, in the

@@ -57,3 +57,4 @@ pub use overlap::overlap;
 pub(crate) use padding::{Larger, pad};
 pub use partition::partition;
 pub use report::{Collective, Fallback, ShardReport};
+pub(super) use rules::is_elementwise;

@@ -1,0 +1,79 @@
+//! How far the gradients of a step have come.
+
+use std::sync::{Arc, OnceLock};
+
+use burn::tensor::Device;
+
+use super::reducer::Contribution;
+use crate::comm::Pending;
+use crate::tensor::PlainTensor;
+
+#[derive(Default)]
+pub(super) struct Step {
+    pub params: Vec<Progress>,
+    /// Parameters of each bucket, in the order in which buckets are started.
+    pub buckets: Vec<Vec<usize>>,
+    /// Whether the buckets follow the order in which backward completes gradients, or still the guess at it.
+    pub observed: bool,
+    /// Order in which gradients were completed.
+    pub completed: Vec<usize>,
+    /// Uses since the last backward.
+    pub uses: usize,
+    /// What the only rank of a group of one brought.
+    pub alone: Contribution,
+    /// The reduction under way, during the backward of the last micro-batch.
+    pub flight: Option<Flight>,
+    /// Where the last gradient was.
+    pub device: Option<Device>,
+}
+
+#[derive(Default)]
+pub(super) struct Progress {
+    /// Uses in the graph, and those whose gradient has arrived.
+    pub uses: usize,
+    pub arrived: usize,
+    pub gradient: Option<PlainTensor>,
+    pub used: bool,
+    pub started: bool,
+    pub late: Option<PlainTensor>,
+}
+
+pub(super) struct Flight {
+    pub head: Pending<f64>,
+    pub factor: Arc<OnceLock<f64>>,
+    pub buckets: Vec<Pending<Vec<PlainTensor>>>,
+}
+
+/// What the mark of a parameter, added up over the ranks, is at least if any gradient came late: more than there are ranks.
+pub(super) const LATE: f64 = (1u64 << 32) as f64;
+
+impl Progress {
+    /// 1 if the parameter was used, and [`LATE`] more if it has a late gradient.
+    pub fn mark(&self) -> f64 {
+        f64::from(u8::from(self.used)) + if self.late.is_some() { LATE } else { 0.0 }
+    }
+}
+
+impl Step {
+    pub fn forget_uses(&mut self) {
+        self.uses = 0;
+        self.completed.clear();
+        for param in &mut self.params {
+            (param.uses, param.arrived) = (0, 0);
+        }
+    }
+
+    pub fn reset(&mut self) {
+        self.forget_uses();
+        self.flight = None;
+        self.params.iter_mut().for_each(|param| *param = Progress::default());
+    }
+}
+
+/// The sum of the gradients of several uses.
+pub(super) fn accumulate(sum: Option<PlainTensor>, gradient: PlainTensor) -> PlainTensor {
+    match sum {
+        Some(sum) => sum.add(gradient),
+        None => gradient,
+    }
+}

@@ -1,0 +1,13 @@
+//! From whole parameters to local ones, and back.
+//!
+//! Rank 0's values count. A parameter that is lazy on rank 0 stays lazy everywhere: whoever needs its value first makes all
+//! ranks meet. If it is split, rank 0 makes a piece of it at a time and sends each rank what is its own of that: no rank ever
+//! holds the whole.
+
+mod assemble;
+mod distribute;
+mod initializer;
+mod lazy;
+
+pub(super) use assemble::assemble;
+pub(super) use distribute::{Round, agree_on_layouts, distribute};

@@ -1,0 +1,171 @@
+//! The cheapest way to split the layers of a chain.
+
+use std::collections::BTreeMap;
+
+use super::layers::{Cut, Layer};
+use crate::plan::{PlanCost, like, must_split};
+
+/// The rows of activations that collectives are weighed for.
+const ROWS: f64 = 1024.0;
+/// Bytes of an element.
+const WIDTH: f64 = 4.0;
+
+/// Layers side by side, which take the same activations.
+struct Link {
+    layers: Vec<usize>,
+    /// The features that each takes and gives.
+    takes: usize,
+    gives: usize,
+    /// Elements of all weights.
+    elements: usize,
+    /// How they can be split.
+    choices: Vec<Cut>,
+    /// Whether what they give is read element by element, wherever it lies.
+    open: bool,
+}
+
+/// How activations lie between two links.
+#[derive(Clone, Copy, PartialEq)]
+enum Features {
+    Whole,
+    Split,
+}
+
+/// How each layer that has rows and columns is split, by its number.
+pub(super) fn chains(layers: &[Layer], degree: usize) -> Vec<(usize, Cut)> {
+    let mut chains: Vec<Vec<Link>> = Vec::new();
+    for (number, layer) in layers.iter().enumerate() {
+        let Some(link) = Link::of(number, layer, degree) else { continue };
+        let mut chain = chains.pop().unwrap_or_default();
+        match chain.last_mut() {
+            None => chain.push(link),
+            Some(before) if is_beside(layers, before, layer) => before.join(link),
+            Some(before) if feeds(layers, before, layer, &link) => chain.push(link),
+            Some(_) => chains.push(std::mem::replace(&mut chain, vec![link])),
+        }
+        chains.push(chain);
+    }
+    allow_whole(&mut chains, layers);
+    chains.iter().flat_map(|chain| cheapest(chain, degree as f64)).collect()
+}
+
+impl Link {
+    fn of(number: usize, layer: &Layer, degree: usize) -> Option<Self> {
+        let ([takes, gives], weight) = (layer.ends()?, layer.weight()?);
+        let (takes, gives) = (*weight.get(takes)?, *weight.get(gives)?);
+        let possible = [(Cut::Columns, gives), (Cut::Rows, takes)].into_iter();
+        let choices = possible.filter(|(_, size)| size.is_multiple_of(degree)).map(|(cut, _)| cut).collect();
+        let open = layer.role().1 == "GateController";
+        Some(Self { layers: vec![number], takes, gives, elements: weight.iter().product(), choices, open })
+    }
+
+    /// Puts a layer beside the others.
+    fn join(&mut self, beside: Self) {
+        self.layers.extend(beside.layers);
+        self.elements += beside.elements;
+        self.choices.retain(|choice| beside.choices.contains(choice));
+    }
+
+    fn last<'a>(&self, layers: &'a [Layer]) -> &'a Layer {
+        &layers[self.layers[self.layers.len() - 1]]
+    }
+}
+
+/// Whether a layer takes what a link takes, as far as that is known of burn-nn's layers.
+fn is_beside(layers: &[Layer], link: &Link, layer: &Layer) -> bool {
+    let (name, holder) = layer.role();
+    let same = match holder {
+        "MultiHeadAttention" | "CrossAttention" => name != "output",
+        "SwiGlu" => true,
+        _ => false,
+    };
+    let other = link.last(layers);
+    same && other.parent() == layer.parent() && other.role().1 == holder
+}
+
+/// Whether a link is taken to feed a layer: they are neighbours, and the widths fit.
+fn feeds(layers: &[Layer], before: &Link, layer: &Layer, link: &Link) -> bool {
+    let other = before.last(layers);
+    // What a `SwiGlu` gives is what the struct around it sees.
+    let from = match other.role().1 {
+        "SwiGlu" => other.parent().split_last().map_or(&[][..], |(_, around)| around),
+        _ => other.parent(),
+    };
+    from == layer.parent() && before.gives == link.takes && !before.open && !link.open
+}
+
+/// Lets links stay whole that need not be split, and those that cannot be. Like layers of repeated blocks do as one.
+fn allow_whole(chains: &mut [Vec<Link>], layers: &[Layer]) {
+    let kind = |link: &Link| like(&layers[link.layers[0]].path(""));
+    let mut bytes: BTreeMap<String, usize> = BTreeMap::new();
+    for link in chains.iter().flatten().filter(|link| !link.choices.is_empty()) {
+        *bytes.entry(kind(link)).or_default() += link.elements;
+    }
+    let must = must_split(&bytes.values().copied().collect::<Vec<_>>());
+    let must: BTreeMap<&String, bool> = bytes.keys().zip(must).collect();
+    for link in chains.iter_mut().flatten() {
+        if !must.get(&kind(link)).is_some_and(|must| *must) {
+            link.choices.push(Cut::Whole);
+        }
+    }
+}
+
+/// The cheapest way for a chain, of which each link either gets whole activations or such as are split by features.
+fn cheapest(chain: &[Link], n: f64) -> Vec<(usize, Cut)> {
+    let mut ways: Vec<(Features, f64, Vec<Cut>)> = vec![(Features::Whole, 0.0, Vec::new())];
+    for link in chain {
+        let mut next: Vec<(Features, f64, Vec<Cut>)> = Vec::new();
+        for (given, so_far, cuts) in &ways {
+            for cut in &link.choices {
+                let gives = if *cut == Cut::Columns { Features::Split } else { Features::Whole };
+                let total = so_far + cost(link, *given, *cut, n).total();
+                let known = next.iter().position(|(features, ..)| *features == gives);
+                if known.is_none_or(|place| total < next[place].1) {
+                    known.map(|place| next.swap_remove(place));
+                    next.push((gives, total, cuts.iter().chain([cut]).copied().collect()));
+                }
+            }
+        }
+        ways = next;
+    }
+    let end = |way: &(Features, f64, Vec<Cut>)| match (way.0, chain.last()) {
+        (Features::Split, Some(link)) if !link.open => way.1 + moved(1.0, link.gives, n).total(),
+        _ => way.1,
+    };
+    let best = ways.into_iter().min_by(|a, b| end(a).total_cmp(&end(b)));
+    let cuts = best.map_or_else(Vec::new, |(_, _, cuts)| cuts);
+    chain.iter().zip(cuts).flat_map(|(link, cut)| link.layers.iter().map(move |layer| (*layer, cut))).collect()
+}
+
+/// What a link costs that gets its activations so and is split so: forward and backward.
+fn cost(link: &Link, given: Features, cut: Cut, n: f64) -> PlanCost {
+    const ALL_REDUCE: f64 = 2.0;
+    const GATHER: f64 = 1.0;
+    let side_by_side = link.layers.len() as f64;
+    let moves: &[(f64, usize, f64)] = match (given, cut) {
+        // The gradient of what is taken is a sum over the ranks.
+        (Features::Whole, Cut::Columns) => &[(ALL_REDUCE, link.takes, 1.0)],
+        // Gathered forward, the gradient scattered as it is summed.
+        (Features::Split, Cut::Columns) => &[(GATHER, link.takes, 1.0), (GATHER, link.takes, 1.0)],
+        (Features::Split, Cut::Rows) => &[(ALL_REDUCE, link.gives, side_by_side)],
+        // Each rank takes its part, whose gradient is gathered.
+        (Features::Whole, Cut::Rows) => &[(GATHER, link.takes, 1.0), (ALL_REDUCE, link.gives, side_by_side)],
+        (Features::Split, Cut::Whole) => &[(GATHER, link.takes, 1.0)],
+        (Features::Whole, Cut::Whole) => &[],
+    };
+    let held = if cut == Cut::Whole { link.elements as f64 } else { link.elements as f64 / n };
+    // A product forward and two backward.
+    let mut cost = PlanCost { parameter_bytes: WIDTH * held, work: 6.0 * ROWS * held, ..PlanCost::default() };
+    for (shares, features, times) in moves {
+        let one = moved(*shares, *features, n);
+        cost.collectives += *times as usize;
+        cost.collective_bytes += times * one.collective_bytes;
+    }
+    cost
+}
+
+/// A collective in which each rank sends `shares` times what the others have of some features.
+fn moved(shares: f64, features: usize, n: f64) -> PlanCost {
+    let collective_bytes = shares * (n - 1.0) / n * ROWS * features as f64 * WIDTH;
+    PlanCost { collectives: 1, collective_bytes, ..PlanCost::default() }
+}

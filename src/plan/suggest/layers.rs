@@ -1,0 +1,117 @@
+//! The layers of a model, as far as a visitor sees them.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::Tensor;
+
+use crate::layout::Layout;
+
+/// The structs of a model that hold parameters, in its order.
+pub(super) fn layers<M: Module>(model: &M) -> Vec<Layer> {
+    let mut layers = Layers::default();
+    model.visit(&mut layers);
+    layers.layers
+}
+
+/// What of a layer is split.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Cut {
+    /// What it gives.
+    Columns,
+    /// What it takes.
+    Rows,
+    /// Nothing.
+    Whole,
+}
+
+/// Parameters in one struct.
+pub(super) struct Layer {
+    /// Names of the fields that lead to it, and the types of the structs that these are in.
+    place: Vec<(String, String)>,
+    kind: String,
+    pub fields: Vec<(String, Vec<usize>)>,
+}
+
+impl Layer {
+    pub fn path(&self, field: &str) -> String {
+        self.place.iter().map(|(name, _)| name.as_str()).chain([field]).collect::<Vec<_>>().join(".")
+    }
+
+    pub fn parent(&self) -> &[(String, String)] {
+        self.place.split_last().map_or(&[][..], |(_, parent)| parent)
+    }
+
+    /// The name of its field, and the type of the struct that it is in.
+    pub fn role(&self) -> (&str, &str) {
+        self.place.last().map_or(("", ""), |(name, holder)| (name.as_str(), holder.as_str()))
+    }
+
+    pub fn weight(&self) -> Option<&[usize]> {
+        self.fields.iter().find(|(name, _)| name == "weight").map(|(_, dims)| dims.as_slice())
+    }
+
+    /// The dims of the weight that stand for what the layer takes and gives.
+    pub fn ends(&self) -> Option<[usize; 2]> {
+        match self.kind.as_str() {
+            "Linear" | "ConvTranspose1d" | "ConvTranspose2d" | "ConvTranspose3d" => Some([0, 1]),
+            "Conv1d" | "Conv2d" | "Conv3d" => Some([1, 0]),
+            _ => None,
+        }
+    }
+
+    pub fn layout(&self, cut: Cut, field: &str, dims: &[usize], degree: usize) -> Layout {
+        let possible = |dim: usize| dims.get(dim).is_some_and(|size| size.is_multiple_of(degree));
+        let along = |dim: usize| if possible(dim) { Layout::Sharded(dim) } else { Layout::Replicated };
+        match (self.ends(), self.kind.as_str(), field) {
+            (Some([takes, gives]), _, "weight") => match cut {
+                Cut::Columns => along(gives),
+                Cut::Rows => along(takes),
+                Cut::Whole => Layout::Replicated,
+            },
+            (Some(_), _, _) => {
+                if cut == Cut::Columns && dims.len() == 1 {
+                    along(0)
+                } else {
+                    Layout::Replicated
+                }
+            }
+            (None, "Embedding", _) => {
+                if possible(0) {
+                    along(0)
+                } else {
+                    along(1)
+                }
+            }
+            _ if dims.len() > 1 => (0..dims.len()).rev().find(|dim| possible(*dim)).map_or(Layout::Replicated, along),
+            _ => Layout::Replicated,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Layers {
+    layers: Vec<Layer>,
+    path: Vec<(String, String)>,
+}
+
+impl ModuleVisitor for Layers {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let Some(((field, kind), place)) = self.path.split_last() else { return };
+        let dims = param.lazy_shape().to_vec();
+        match self.layers.last_mut() {
+            Some(layer) if layer.place == place => layer.fields.push((field.clone(), dims)),
+            _ => {
+                let fields = vec![(field.clone(), dims)];
+                self.layers.push(Layer { place: place.to_vec(), kind: kind.clone(), fields });
+            }
+        }
+    }
+
+    fn enter_module(&mut self, name: &str, container: &str) {
+        let kind = container.strip_prefix("Struct:").unwrap_or(container);
+        self.path.push((name.into(), kind.into()));
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+}
