@@ -144,16 +144,6 @@ impl Communicator {
     /// [`Error::NoSuchRank`]; [`Error::InvalidArgument`] if the root brings nothing, or what a receiver does not take; the
     /// world fails with it.
     pub fn scatter<P: Payload>(&self, payload: Option<P>, root: usize) -> Result<P, Error> {
-        self.scatter_as(payload, root, P::fixed_dtype())
-    }
-
-    /// [`scatter`](Self::scatter) of a payload of this dtype, if it is known.
-    pub(crate) fn scatter_as<P: Payload>(
-        &self,
-        payload: Option<P>,
-        root: usize,
-        expected: Option<DType>,
-    ) -> Result<P, Error> {
         self.check_root(root, "scatter")?;
         if root == self.rank() && payload.is_none() {
             let problem = format!("rank {root} is the root and brings nothing to scatter");
@@ -163,9 +153,20 @@ impl Communicator {
             Some((data, home)) => (Some(data), home),
             None => (None, P::Home::default()),
         };
-        let data = self.through(Operation::Scatter { root }, data, expected)?;
+        let data = self.through(Operation::Scatter { root }, data, P::fixed_dtype())?;
         // Only here can a receiver be surprised: it brought nothing for the others to compare with.
         P::from_host(data, &home).map_err(|error| self.fail_with(error))
+    }
+
+    /// [`scatter`](Self::scatter) where every rank brings a payload. Of those of the others only kind, dtype and device count,
+    /// which must be the root's: on a device that the engine carries, the parts stay there.
+    pub(crate) fn scatter_alike<P: Payload>(&self, payload: P, root: usize) -> Result<P, Error> {
+        self.check_root(root, "scatter")?;
+        let operation = Operation::Scatter { root };
+        self.carry(operation, payload, |data| {
+            let dtype = data.dtype();
+            self.through(operation, (root == self.rank()).then_some(data), Some(dtype))
+        })
     }
 
     /// Part `j` of this rank's first dim goes to rank `j`; the rank gets its part of every rank, in rank order.

@@ -3,17 +3,18 @@
 //! Values are small integers, so that sums are exact in every dtype and in any order of the ranks.
 
 use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData, Tolerance};
-use burn_parallel::Error;
 use burn_parallel::comm::{Communicator, ReduceOp};
+use burn_parallel::{Error, layout};
 
 /// A check that every rank runs, on its own device, with the dtypes that the device and the engine have.
 type Check = fn(&Communicator, &Device, &[DType]) -> Result<(), Error>;
 
 /// All of them.
-pub const CHECKS: [(&str, Check); 9] = [
+pub const CHECKS: [(&str, Check); 10] = [
     ("collectives agree with the host's", collectives),
     ("integers and bools", integers_and_bools),
     ("unequal rows are gathered", unequal_rows),
+    ("what one rank holds is divided", divided),
     ("buffers reduced together", reduced_together),
     ("messages stay on the device", messages),
     ("messages that are expected", expected),
@@ -170,6 +171,30 @@ fn messages(comm: &Communicator, device: &Device, dtypes: &[DType]) -> Result<()
     let since = comm.counters() - before;
     assert_eq!(since.of("send").bytes, bytes);
     assert_eq!(since.of("recv").bytes, bytes);
+    Ok(())
+}
+
+/// Along any dim, from any rank, whatever the others bring; parts stay on the device.
+fn divided(comm: &Communicator, device: &Device, dtypes: &[DType]) -> Result<(), Error> {
+    let (me, before) = (comm.rank(), comm.counters());
+    for dtype in floats(dtypes) {
+        for (root, dims) in (0..comm.size()).flat_map(|root| [[1, 3], [5, 4], [37, 900]].map(|dims| (root, dims))) {
+            for (dim, nothing) in [(0, [0, 0]), (1, [0, 0]), (0, [2, 7])] {
+                let mine = |device: &Device| match me == root {
+                    true => tensor(root, dims, device, dtype),
+                    false => Tensor::zeros(nothing, (device, dtype)),
+                };
+                let own = layout::scatter_from_root(mine(device), dim, root, comm)?;
+                let expected = layout::scatter_from_root(mine(&Device::flex()), dim, root, comm)?;
+                assert_eq!(own.dims(), expected.dims());
+                same(own, expected, device);
+            }
+        }
+    }
+    let scattered = (comm.counters() - before).of("scatter");
+    // The half that was on the device, if it is one.
+    let there = if *device == Device::flex() { 0 } else { scattered.bytes / 2 };
+    assert_eq!((scattered.on_device, scattered.calls % 2), (there, 0));
     Ok(())
 }
 

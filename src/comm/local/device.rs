@@ -103,7 +103,14 @@ impl LocalTransport {
             }
             _ => rows,
         };
-        let width = call.extent.width();
+        let (width, dims) = match operation {
+            // The others bring nothing that counts.
+            Operation::Scatter { root } => {
+                let dims = all[root].meta.shape().to_vec();
+                (dims.iter().skip(1).product(), dims)
+            }
+            _ => (call.extent.width(), dims),
+        };
         let device = all[rank].device.clone();
         let take =
             |from: usize, rows: Range<usize>| bring::<K>(&all[from], rows.start * width..rows.end * width, &device);

@@ -82,7 +82,11 @@ impl NcclTransport {
 
     /// Has the inputs and as many outputs of a collective found on the device.
     fn prepare(&self, inputs: &[DeviceTensor], outputs: &[DeviceTensor]) -> Result<Preparing, Error> {
-        prepare(self.keeper.gpu(), inputs.iter().chain(outputs))
+        let is_empty = |tensor: &&DeviceTensor| tensor.meta.shape().iter().any(|dim| *dim == 0);
+        // Nothing is read or written at the place of an empty one: any will do.
+        let other = inputs.iter().chain(outputs).find(|tensor| !is_empty(tensor));
+        let found = |tensor| if is_empty(&tensor) { other.unwrap_or(tensor) } else { tensor };
+        prepare(self.keeper.gpu(), inputs.iter().chain(outputs).map(found))
     }
 
     /// Here, and only here, ranks find out that they call different things, or that one is lost: NCCL would hang.
