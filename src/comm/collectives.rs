@@ -318,8 +318,8 @@ impl Communicator {
         if let Some(dtype) = dtype {
             host::check_dtype(operation.name(), dtype)?;
         }
-        let mut call = Call::new(operation, dtype, data.as_ref().map_or(Extent::flat(0), host::extent));
-        call.cut = agreed;
+        let extent = data.as_ref().map_or(Extent::flat(0), host::extent);
+        let call = Call::new(operation, dtype, extent).agreeing(agreed);
         // SAFETY: nothing is read through a null place of length 0.
         let nothing = unsafe { BufferRef::from_raw(std::ptr::null(), 0, dtype.unwrap_or(DType::F32)) };
         let input = data.as_ref().map_or(nothing, host::lend);

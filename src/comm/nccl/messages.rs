@@ -25,6 +25,10 @@
 //! the stream of that thread, the transfer waits for what that had been given before, and what the thread computes next waits
 //! for the transfer. A thread that receives in the background has a stream of its own to burn, as for collectives, and so has
 //! the one that fetches for `start_recv`: there is no order between what the rank computes before it waits and the transfer.
+//! CubeCL has 128 streams for all threads (`max_streams`), so two may share one and wait for more than they must. A collective
+//! is marked ready before the ranks meet, and so waits for no message that a peer sends behind it; only a gather or an
+//! all-to-all, whose output is not known before, could, if such a message came within the microseconds between: the time-out
+//! would end that.
 //!
 //! **Who makes the communicator's id?** The receiver, who sends it with its first answer: the first thing that both sides are
 //! sure to see in the same order.
