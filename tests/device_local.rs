@@ -10,6 +10,8 @@ use burn::tensor::{DType, Device, DeviceKind, Int, Tensor, TensorData};
 use burn_parallel::prelude::*;
 use libtest_mimic::{Arguments, Trial};
 use transport_suite::device::{CHECKS, same, values};
+use transport_suite::device_failures::FAILURES;
+use transport_suite::over_threads;
 
 fn main() {
     // burn panics where there is no device.
@@ -22,8 +24,6 @@ fn main() {
         Trial::test(name, test).with_ignored_flag(!found)
     };
     let mut trials = vec![
-        trial("a_tensor_on_the_host_does_not_meet_one_on_a_device", a_tensor_on_the_host_does_not_meet_one_on_a_device),
-        trial("what_is_cut_in_another_way_is_another_call", what_is_cut_in_another_way_is_another_call),
         trial("messages_that_are_not_what_was_asked_for", messages_that_are_not_what_was_asked_for),
         trial("a_vector_can_be_received_from_a_device", a_vector_can_be_received_from_a_device),
         trial("ranks_with_devices_of_their_own", ranks_with_devices_of_their_own),
@@ -38,6 +38,16 @@ fn main() {
         };
         trials.push(Trial::test(name, test).with_ignored_flag(!found));
     }
+    for (name, check) in FAILURES {
+        let test = move || {
+            for size in [2, 3, 4] {
+                let ended = over_threads::run(size, |engine| check(&engine, &device()));
+                assert!(ended.iter().all(Option::is_some), "a rank of {size} panicked; its message is above");
+            }
+            Ok(())
+        };
+        trials.push(Trial::test(name, test).with_ignored_flag(!found));
+    }
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }
 
@@ -46,30 +56,6 @@ const DTYPES: [DType; 3] = [DType::F32, DType::I32, DType::U32];
 
 fn device() -> Device {
     Device::wgpu(DeviceKind::DefaultDevice)
-}
-
-fn a_tensor_on_the_host_does_not_meet_one_on_a_device() {
-    let device = device();
-    let error = launch::threads(2)
-        .run(|rank| {
-            let device = if rank.rank() == 0 { Device::flex() } else { device.clone() };
-            rank.all_reduce(Tensor::<1>::ones([4], &device), ReduceOp::Sum)
-        })
-        .unwrap_err();
-    assert!(matches!(error, Error::Mismatch { .. }), "{error}");
-    assert!(error.to_string().contains("on its device"), "{error}");
-}
-
-fn what_is_cut_in_another_way_is_another_call() {
-    let device = device();
-    let error = launch::threads(2)
-        .run(|rank| {
-            let ones = |len| Tensor::<1>::ones([len], &device);
-            let cut = if rank.rank() == 0 { 3 } else { 4 };
-            rank.all_reduce_coalesced(vec![ones(cut), ones(10 - cut)], ReduceOp::Sum).map(drop)
-        })
-        .unwrap_err();
-    assert!(matches!(error, Error::Mismatch { .. }), "{error}");
 }
 
 fn messages_that_are_not_what_was_asked_for() {

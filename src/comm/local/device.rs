@@ -104,7 +104,14 @@ impl LocalTransport {
             }
             _ => rows,
         };
-        let width = call.extent.width();
+        let (width, dims) = match operation {
+            // The others bring nothing that counts.
+            Operation::Scatter { root } => {
+                let dims = all[root].meta.shape().to_vec();
+                (dims.iter().skip(1).product(), dims)
+            }
+            _ => (call.extent.width(), dims),
+        };
         let device = all[rank].device.clone();
         let take =
             |from: usize, rows: Range<usize>| bring::<K>(&all[from], rows.start * width..rows.end * width, &device);
@@ -165,15 +172,14 @@ impl DeviceTransport for LocalTransport {
         matches!(device.as_dispatch(), DispatchDevice::Cube(_))
     }
 
-    fn run(&self, operation: Operation, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error> {
-        if let Operation::AllReduce(op) | Operation::ReduceScatter(op) | Operation::Reduce { op, .. } = operation {
+    fn run(&self, call: &Call, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error> {
+        if let Operation::AllReduce(op) | Operation::ReduceScatter(op) | Operation::Reduce { op, .. } = call.operation {
             reduce::check(op, tensor.dtype)?;
         }
-        let call = Call::on_device(operation, tensor.dtype, Extent::new(&tensor.meta.shape().to_vec()));
         match tensor.dtype {
-            dtype if dtype.is_float() => self.run_as::<Float>(call, tensor),
-            dtype if dtype.is_bool() => self.run_as::<Bool>(call, tensor),
-            _ => self.run_as::<Int>(call, tensor),
+            dtype if dtype.is_float() => self.run_as::<Float>(*call, tensor),
+            dtype if dtype.is_bool() => self.run_as::<Bool>(*call, tensor),
+            _ => self.run_as::<Int>(*call, tensor),
         }
     }
 
