@@ -29,8 +29,10 @@ use super::agree::POST;
 const LARGEST_SIDE: usize = 1 << 20;
 /// Bytes of the largest letter.
 const LARGEST_LETTER: usize = 256 << 10;
-/// Bytes of the smallest side and the smallest letter that are worth a board.
-const SMALLEST: usize = 4 << 10;
+/// Bytes of the smallest side: a cache line for each of the ranks that can have one.
+const SMALLEST_SIDE: usize = 16 << 10;
+/// Bytes of the smallest letter that is worth its place.
+const SMALLEST_LETTER: usize = 4 << 10;
 /// Bytes of all sides together, and of all letters together.
 const MOST: usize = 8 << 20;
 /// Room for a post, in whole cache lines.
@@ -57,13 +59,13 @@ struct Plan {
 impl Plan {
     /// The plan for so many ranks; `None` if they are too many.
     fn new(size: usize) -> Option<Self> {
-        let room = |pieces: usize, largest: usize| {
+        let room = |pieces: usize, smallest: usize, largest: usize| {
             let share = MOST / pieces;
-            (share >= SMALLEST).then(|| (1 << share.ilog2()).min(largest))
+            (share >= smallest).then(|| (1 << share.ilog2()).min(largest))
         };
-        let side = room(2 * size, LARGEST_SIDE)?;
+        let side = room(2 * size, SMALLEST_SIDE, LARGEST_SIDE)?;
         // Too many for letters may still meet.
-        let letter = room(size * size * PLACES as usize, LARGEST_LETTER).unwrap_or(0);
+        let letter = room(size * size * PLACES as usize, SMALLEST_LETTER, LARGEST_LETTER).unwrap_or(0);
         Some(Self { size, side, letter })
     }
 
@@ -219,5 +221,19 @@ impl Board {
     fn letter(&self, from: usize, to: usize, place: u64) -> *mut u8 {
         let number = (from * self.plan.size + to) * PLACES as usize + place as usize;
         self.memory.at(self.plan.letters() + number * (HEADER_ROOM + self.plan.letter))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Plan;
+
+    #[test]
+    fn every_rank_has_a_share_of_a_side() {
+        let sizes: Vec<(usize, usize)> =
+            (2..2000).filter_map(|size| Plan::new(size).map(|plan| (size, plan.side))).collect();
+        assert!(sizes.len() > 200);
+        // Of the widest elements.
+        assert!(sizes.iter().all(|(size, side)| side / size_of::<f64>() / size > 0));
     }
 }
