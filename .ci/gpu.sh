@@ -25,6 +25,8 @@ mapfile -t tests < <(awk '
     /^name = / { gsub(/"/, ""); name = $3 }
     kind == "[[test]]" && /^required-features/ && /"(cuda|cuda-nvrtc|wgpu|cubecl)"/ { print name }' Cargo.toml)
 say "GPU features, with a stand-in for LLVM: tests ${tests[*]}"
+# One of the tests starts it.
+cargo build "${features[@]}" --example train_lm
 cargo test "${features[@]}" "${tests[@]/#/--test=}"
 cargo test "${features[@]}" --lib comm::
 

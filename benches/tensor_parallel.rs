@@ -7,7 +7,9 @@
 //!
 //! Before that, how long it takes to capture and partition a transformer of 24 layers.
 //!
-//! `cargo bench --bench tensor_parallel -- [mlp|gpt] [ROUNDS]`
+//! With `fused`, instead: the split step with its products and collectives as one operation against the same without.
+//!
+//! `cargo bench --bench tensor_parallel -- [mlp|gpt] [fused] [ROUNDS]`
 
 #[allow(dead_code)]
 mod models;
@@ -18,8 +20,10 @@ use burn::module::Module;
 use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
 use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_parallel::graph::shard::{PartitionOptions, partition};
-use burn_parallel::graph::{GraphInputs, capture_step, counted_random};
+use burn_parallel::graph::shard::{
+    PartitionOptions, fold_reductions, fuse_products, overlap, partition, register_collectives,
+};
+use burn_parallel::graph::{CustomOps, Executor, GraphInputs, capture_step, counted_random};
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::Sharded;
 use models::{Gpt, Mlp, SEQUENCE, VOCABULARY};
@@ -83,6 +87,62 @@ fn rounds<M: Module + Sync, I: GraphInputs + Clone + Sync>(
     measured.expect("a world of threads").swap_remove(0)
 }
 
+/// The split step on two ranks without and with fused products: the ratio of their times by round, that of the slower rank.
+fn fused<M: Module + Sync, I: GraphInputs + Clone + Sync>(
+    rounds: usize,
+    model: M,
+    plan: &Plan,
+    inputs: impl Fn() -> I + Sync,
+    loss: impl Fn(&M, I) -> Tensor<1> + Sync,
+) -> Vec<[f64; 2]> {
+    let measured = launch::threads(2).threads_per_rank(1).run(|rank| {
+        let whole = model.clone().fork(&rank.device().autodiff());
+        let captured = capture_step(&whole, inputs(), &loss)?;
+        let layouts: Vec<Layout> = captured.params.iter().map(|param| plan.layout(&param.path)).collect();
+        let options = PartitionOptions::new("tp", 2, rank.rank());
+        let split = whole.tensor_parallel(&rank, plan)?;
+        let executor = |fuse: bool| {
+            let whole_inputs = vec![Layout::Replicated; captured.inputs.len()];
+            let (mut graph, _) = partition(&captured, &layouts, &whole_inputs, &options)?;
+            if fuse {
+                fuse_products(&mut graph);
+            }
+            fold_reductions(&mut graph, 4 << 20);
+            overlap(&mut graph);
+            let mut ops = CustomOps::new();
+            register_collectives(&mut ops, "tp", &rank);
+            Executor::new(graph, ops)
+        };
+        let mut executors = [executor(false)?, executor(true)?];
+        let mut times = Vec::new();
+        for round in 0..rounds + 1 {
+            let mut time = [0.0; 2];
+            // In changing order.
+            for mode in [round % 2, 1 - round % 2] {
+                rank.barrier()?;
+                let began = Instant::now();
+                for _ in 0..STEPS_PER_TURN {
+                    executors[mode].step(split.local(), inputs())?;
+                }
+                time[mode] = began.elapsed().as_secs_f64() / STEPS_PER_TURN as f64;
+            }
+            let slowest = rank.all_reduce(time.to_vec(), ReduceOp::Max)?;
+            if round > 0 {
+                times.push([slowest[0], slowest[1]]);
+            }
+        }
+        Ok(times)
+    });
+    measured.expect("a world of threads").swap_remove(0)
+}
+
+fn report_fused(name: &str, times: &[[f64; 2]]) {
+    let [apart, together] = [0, 1].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
+    let ratio = median(times.iter().map(|time| time[0] / time[1]));
+    println!("{name}: forward and backward of two ranks {apart:.1} ms, with fused products {together:.1} ms");
+    println!("{name}: speed with fused products over without {ratio:.3}");
+}
+
 /// Seconds for which this thread has been on a core.
 fn work() -> f64 {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
@@ -130,11 +190,14 @@ fn capture() {
 }
 
 fn main() {
-    capture();
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
     let wanted =
         |name: &str| !arguments.iter().any(|a| a == "mlp" || a == "gpt") || arguments.iter().any(|a| a == name);
     let number = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(9);
+    let against = arguments.iter().any(|argument| argument == "fused");
+    if !against {
+        capture();
+    }
     let device = Device::flex().autodiff();
     if wanted("mlp") {
         let numbers = |salt: usize| {
@@ -146,15 +209,13 @@ fn main() {
             0 => plan.shard(format!("layers.{layer}.weight"), 1).shard(format!("layers.{layer}.bias"), 0),
             _ => plan.shard(format!("layers.{layer}.weight"), 0),
         });
-        let times = rounds(
-            number,
-            Mlp::new(&device).materialize(),
-            &plan,
-            || SgdConfig::new().init(),
-            || (numbers(1), numbers(2)),
-            |model, (input, targets)| model.loss(input, targets),
-        );
-        report("mlp", &times);
+        let inputs = || (numbers(1), numbers(2));
+        let loss = |model: &Mlp, (input, targets)| model.loss(input, targets);
+        let model = Mlp::new(&device).materialize();
+        match against {
+            true => report_fused("mlp", &fused(number, model, &plan, inputs, loss)),
+            false => report("mlp", &rounds(number, model, &plan, || SgdConfig::new().init(), inputs, loss)),
+        }
     }
     if wanted("gpt") {
         let numbers = |salt: usize| {
@@ -162,14 +223,12 @@ fn main() {
             Tensor::<2, Int>::from_data(TensorData::new(values, [8, SEQUENCE]), &Device::flex().autodiff())
         };
         let plan = Plan::megatron().shard("tokens.weight", 0).shard("head.weight", 1).shard("head.bias", 0);
-        let times = rounds(
-            number,
-            Gpt::new(&device).materialize(),
-            &plan,
-            || AdamConfig::new().init(),
-            || (numbers(1), numbers(104729)),
-            |model, (tokens, targets)| model.loss(tokens, targets),
-        );
-        report("gpt", &times);
+        let inputs = || (numbers(1), numbers(104729));
+        let loss = |model: &Gpt, (tokens, targets)| model.loss(tokens, targets);
+        let model = Gpt::new(&device).materialize();
+        match against {
+            true => report_fused("gpt", &fused(number, model, &plan, inputs, loss)),
+            false => report("gpt", &rounds(number, model, &plan, || AdamConfig::new().init(), inputs, loss)),
+        }
     }
 }

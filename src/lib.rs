@@ -62,6 +62,7 @@ mod error;
 pub mod graph;
 pub mod launch;
 pub mod layout;
+mod matmul;
 pub mod mesh;
 pub mod params;
 pub mod pipeline_parallel;

@@ -6,10 +6,12 @@ mod transport_suite;
 
 use std::panic::catch_unwind;
 
-use burn::tensor::{DType, Device, DeviceKind, Tensor, TensorData};
+use burn::tensor::{DType, Device, DeviceKind, Int, Tensor, TensorData};
 use burn_parallel::prelude::*;
 use libtest_mimic::{Arguments, Trial};
 use transport_suite::device::{CHECKS, same, values};
+use transport_suite::device_failures::FAILURES;
+use transport_suite::over_threads;
 
 fn main() {
     // burn panics where there is no device.
@@ -22,16 +24,25 @@ fn main() {
         Trial::test(name, test).with_ignored_flag(!found)
     };
     let mut trials = vec![
-        trial("a_tensor_on_the_host_does_not_meet_one_on_a_device", a_tensor_on_the_host_does_not_meet_one_on_a_device),
-        trial("what_is_cut_in_another_way_is_another_call", what_is_cut_in_another_way_is_another_call),
         trial("messages_that_are_not_what_was_asked_for", messages_that_are_not_what_was_asked_for),
         trial("a_vector_can_be_received_from_a_device", a_vector_can_be_received_from_a_device),
         trial("ranks_with_devices_of_their_own", ranks_with_devices_of_their_own),
+        trial("reductions_are_the_hosts_bit_for_bit", reductions_are_the_hosts_bit_for_bit),
     ];
     for (name, check) in CHECKS {
         let test = move || {
             for size in [1, 2, 3, 4] {
                 launch::threads(size).run(|rank| check(&rank, &device(), &DTYPES)).unwrap();
+            }
+            Ok(())
+        };
+        trials.push(Trial::test(name, test).with_ignored_flag(!found));
+    }
+    for (name, check) in FAILURES {
+        let test = move || {
+            for size in [2, 3, 4] {
+                let ended = over_threads::run(size, |engine| check(&engine, &device()));
+                assert!(ended.iter().all(Option::is_some), "a rank of {size} panicked; its message is above");
             }
             Ok(())
         };
@@ -45,30 +56,6 @@ const DTYPES: [DType; 3] = [DType::F32, DType::I32, DType::U32];
 
 fn device() -> Device {
     Device::wgpu(DeviceKind::DefaultDevice)
-}
-
-fn a_tensor_on_the_host_does_not_meet_one_on_a_device() {
-    let device = device();
-    let error = launch::threads(2)
-        .run(|rank| {
-            let device = if rank.rank() == 0 { Device::flex() } else { device.clone() };
-            rank.all_reduce(Tensor::<1>::ones([4], &device), ReduceOp::Sum)
-        })
-        .unwrap_err();
-    assert!(matches!(error, Error::Mismatch { .. }), "{error}");
-    assert!(error.to_string().contains("on its device"), "{error}");
-}
-
-fn what_is_cut_in_another_way_is_another_call() {
-    let device = device();
-    let error = launch::threads(2)
-        .run(|rank| {
-            let ones = |len| Tensor::<1>::ones([len], &device);
-            let cut = if rank.rank() == 0 { 3 } else { 4 };
-            rank.all_reduce_coalesced(vec![ones(cut), ones(10 - cut)], ReduceOp::Sum).map(drop)
-        })
-        .unwrap_err();
-    assert!(matches!(error, Error::Mismatch { .. }), "{error}");
 }
 
 fn messages_that_are_not_what_was_asked_for() {
@@ -131,4 +118,77 @@ fn ranks_with_devices_of_their_own() {
             })
             .unwrap();
     }
+}
+
+/// Values of every size, whose sums are rounded, so that another order or another dtype between would show.
+fn uneven(rank: usize, elements: usize, dtype: DType, nans: bool) -> TensorData {
+    let float = |i: usize| {
+        let value = ((i * 7919 + rank * 104_729) % 2003) as f64 / 2003.0 - 0.5;
+        let scale = [1.0, 37.0, 0.01][(i + rank) % 3];
+        // A number of NaNs on every rank, on some elements of several ranks.
+        if nans && (i * 31 + rank * 17).is_multiple_of(11) { f64::NAN } else { value * scale }
+    };
+    // Sums and products of these wrap around in the smaller types.
+    let int = |i: usize| ((i * 7919 + rank * 104_729) % 251) as i64;
+    match dtype.is_float() {
+        true => TensorData::new((0..elements).map(float).collect(), [elements]).convert_dtype(dtype),
+        false => TensorData::new((0..elements).map(int).collect(), [elements]).convert_dtype(dtype),
+    }
+}
+
+fn reductions_are_the_hosts_bit_for_bit() {
+    let all =
+        [DType::F32, DType::F64, DType::F16, DType::BF16, DType::I32, DType::U32, DType::I64, DType::I16, DType::U8];
+    let there: Vec<DType> = all.into_iter().filter(|dtype| device().supports_dtype(*dtype)).collect();
+    println!("dtypes of the device: {there:?}");
+    for size in 1..=8 {
+        // Fewer elements than ranks, an odd number, and enough for shares that the ranks do not divide evenly.
+        let lens: &[usize] = if [3, 8].contains(&size) { &[7, 1023, 16_391] } else { &[1, 1023] };
+        launch::threads(size)
+            .run(|rank| {
+                for (dtype, len) in there.iter().flat_map(|dtype| lens.iter().map(move |len| (*dtype, *len))) {
+                    match dtype.is_float() {
+                        true => floats_are_alike(&rank, len, dtype)?,
+                        false => integers_are_alike(&rank, len, dtype)?,
+                    }
+                }
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+const EXACT: [ReduceOp; 4] = [ReduceOp::Sum, ReduceOp::Product, ReduceOp::Max, ReduceOp::Min];
+
+fn floats_are_alike(rank: &Rank, len: usize, dtype: DType) -> Result<(), Error> {
+    let (here, there) = (Device::flex(), device());
+    let ops = EXACT.into_iter().chain([ReduceOp::Mean]).flat_map(|op| [(op, false), (op, true)]);
+    for (op, nans) in ops {
+        let what = format!("{op:?} of {len} {dtype:?} on {} ranks, NaNs: {nans}", rank.size());
+        let on = |device: &Device| Tensor::<1>::from_data(uneven(rank.rank(), len, dtype, nans), (device, dtype));
+        let alike = |found: Tensor<1>, due: Tensor<1>| {
+            let values = |tensor: Tensor<1>| tensor.into_data().iter::<f64>().collect::<Vec<_>>();
+            let (found, due) = (values(found), values(due));
+            assert_eq!(found.len(), due.len(), "{what}");
+            for (place, (found, due)) in found.iter().zip(&due).enumerate() {
+                // But for what a NaN carries.
+                let same = found.to_bits() == due.to_bits() || found.is_nan() && due.is_nan();
+                assert!(same, "element {place} of {what}: {found} and {due}");
+            }
+        };
+        alike(rank.all_reduce(on(&there), op)?, rank.all_reduce(on(&here), op)?);
+        alike(rank.reduce_scatter(on(&there), op)?, rank.reduce_scatter(on(&here), op)?);
+    }
+    Ok(())
+}
+
+fn integers_are_alike(rank: &Rank, len: usize, dtype: DType) -> Result<(), Error> {
+    let (here, there) = (Device::flex(), device());
+    for op in EXACT {
+        let data = || uneven(rank.rank(), len, dtype, false);
+        let on = |device: &Device| Tensor::<1, Int>::from_data(data(), (device, dtype));
+        let reduced = |device: &Device| Ok::<_, Error>(rank.all_reduce(on(device), op)?.into_data());
+        assert_eq!(reduced(&there)?, reduced(&here)?, "{op:?} of {len} {dtype:?} on {} ranks", rank.size());
+    }
+    Ok(())
 }

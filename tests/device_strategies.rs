@@ -225,6 +225,8 @@ fn split_trains_like_one<M: Module + Sync, I: GraphInputs + Clone>(
         launch::threads(size)
             .run(|rank| {
                 let (mut model, mut optim) = (own(model, gpu()).tensor_parallel(&rank, plan)?, optimizer());
+                let dealt = model.counters().of("scatter");
+                assert!(dealt.calls > 0 && dealt.on_device == dealt.bytes, "{dealt:?}");
                 for step in 0..STEPS {
                     let before = model.counters();
                     let result = model.step(batch(step, &gpu()), loss)?;

@@ -11,6 +11,8 @@ use burn_parallel::comm::nccl;
 use burn_parallel::prelude::*;
 use libtest_mimic::{Arguments, Trial};
 use transport_suite::device::CHECKS;
+use transport_suite::device_failures::FAILURES;
+use transport_suite::over_nccl;
 
 fn main() {
     let (missing, devices) = match nccl::library() {
@@ -56,7 +58,24 @@ fn main() {
             };
             trials.push(trial(format!("{size} ranks: {name}"), runs, Box::new(test)));
         }
+        let runs = here && (size <= devices || shares);
+        let whole = move |outcomes: Vec<Option<()>>| {
+            assert!(outcomes.iter().all(Option::is_some), "a rank of {size} panicked; its message is above");
+        };
+        let suite = move || {
+            whole(over_nccl::run(size, devices, |engine| {
+                transport_suite::run(engine, &|_| ());
+            }));
+        };
+        trials.push(trial(format!("{size} ranks: the suite of the host's data"), runs, Box::new(suite)));
+        for (name, check) in FAILURES.into_iter().filter(|_| size > 1) {
+            let test = move || {
+                whole(over_nccl::run(size, devices, |engine| check(engine, &Device::cuda(engine.gpu))));
+            };
+            trials.push(trial(format!("{size} ranks: {name}"), runs, Box::new(test)));
+        }
     }
+    over_nccl::hide_panics_on_purpose();
     // NCCL takes one test at a time.
     let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
     libtest_mimic::run(&arguments, trials).exit();

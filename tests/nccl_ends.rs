@@ -5,14 +5,17 @@
 //! nothing: this shows which calls the library makes and when, and nothing of a GPU. Each case is a process of its own.
 //! Without a C compiler the cases are reported as ignored.
 
-use std::path::Path;
-use std::process::Command;
+mod stand_ins;
+
+use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use burn_parallel::comm::nccl;
 use burn_parallel::prelude::*;
 use libtest_mimic::{Arguments, Failed, Trial};
+
+use crate::stand_ins::StandIns;
 
 /// Set in the process of a case: what happens in it.
 const ROLE: &str = "BURN_PARALLEL_TEST_ROLE";
@@ -137,40 +140,23 @@ fn main() {
         sleep(Duration::from_millis(300));
         return;
     }
-    let folder = std::env::temp_dir().join(format!("burn-parallel-nccl-{}", std::process::id()));
-    let built = build(&folder);
+    let built = StandIns::build("nccl.c").map(Arc::new);
     if let Err(why) = &built {
         println!("the stand-in cannot be built, the cases are ignored: {why}");
     }
     let trial = |case: &'static Case| {
-        let folder = folder.clone();
-        Trial::test(case.name, move || run(case, &folder)).with_ignored_flag(built.is_err())
+        let here = built.clone();
+        let test = move || run(case, &*here?);
+        Trial::test(case.name, test).with_ignored_flag(built.is_err())
     };
-    let conclusion = libtest_mimic::run(&Arguments::from_args(), CASES.iter().map(trial).collect());
-    let _ = std::fs::remove_dir_all(&folder);
+    let trials = CASES.iter().map(trial).collect();
+    let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
+    drop(built);
     conclusion.exit();
 }
 
-fn build(folder: &Path) -> Result<(), String> {
-    std::fs::create_dir_all(folder).map_err(|error| error.to_string())?;
-    let library = folder.join("libcuda.so.1");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/stand_ins/nccl.c");
-    let mut compiler = Command::new("cc");
-    compiler.args(["-shared", "-fPIC", "-o"]).args([&library, &source]);
-    let output = compiler.output().map_err(|error| format!("cc: {error}"))?;
-    if !output.status.success() {
-        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
-    }
-    std::fs::copy(&library, folder.join("libnccl.so")).map(drop).map_err(|error| error.to_string())
-}
-
-fn run(case: &Case, folder: &Path) -> Result<(), Failed> {
-    let output = Command::new(std::env::current_exe()?)
-        .env("LD_LIBRARY_PATH", folder)
-        .env("STAND_IN_DEVICES", "2")
-        .env(ROLE, case.name)
-        .envs(case.settings.iter().copied())
-        .output()?;
+fn run(case: &Case, stand_ins: &StandIns) -> Result<(), Failed> {
+    let output = stand_ins.again(2)?.env(ROLE, case.name).envs(case.settings.iter().copied()).output()?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     let whole = format!("{said}{}", String::from_utf8_lossy(&output.stderr));
     if !output.status.success() {

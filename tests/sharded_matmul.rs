@@ -198,3 +198,120 @@ fn nobody_waits_for_a_rank_that_failed() {
     let said = failed.unwrap_err().to_string();
     assert!(said.contains("rank 1") && said.contains("no product today"), "{said}");
 }
+
+/// Values and gradients of several products of one input, made together, and one by one.
+#[test]
+fn several_weights_on_one_input() {
+    for size in [1, 2, 3, 4] {
+        on_ranks(size, |rank| {
+            for overlap in overlaps() {
+                for gathered in [false, true] {
+                    several(rank, [3, 7, 5, 6], overlap, gathered, [true; 4])?;
+                    several(rank, [1, 9, 4, 3], overlap, gathered, [true; 4])?;
+                }
+            }
+            // Some are constants.
+            for wants in [[true, false, true, false], [false, true, false, true], [true, false, false, false]] {
+                several(rank, [2, 6, 4, 3], Overlap::auto(), size % 2 == 0, wants)?;
+            }
+            Ok(())
+        });
+    }
+}
+
+fn several(
+    rank: &Rank,
+    [batch, sequence, k, n]: [usize; 4],
+    overlap: Overlap,
+    gathered: bool,
+    wants: [bool; 4],
+) -> Result<(), Error> {
+    let device = rank.device().autodiff();
+    let whole = Dense::fractions(&[batch, sequence, k], 3);
+    let lies = if gathered { Layout::Sharded(1) } else { Layout::Replicated };
+    let leaves = || {
+        let x = held(lies, &whole, rank).tensor::<3>(&device, DType::F64).set_require_grad(wants[0]);
+        let weights: [Tensor<2>; 3] = std::array::from_fn(|place| {
+            let weight = Dense::fractions(&[k, n + place], 5 + (10 * rank.rank() + place) as u64);
+            weight.tensor::<2>(&device, DType::F64).set_require_grad(wants[place + 1])
+        });
+        (x, weights)
+    };
+    let dy = |place: usize| {
+        Dense::fractions(&[batch, sequence, n + place], 20 + (10 * rank.rank() + place) as u64)
+            .tensor::<3>(&device, DType::F64)
+    };
+    let loss = |ys: &[Tensor<3>; 3]| {
+        let each = ys.iter().enumerate().map(|(place, y)| (y.clone() * dy(place)).sum());
+        each.reduce(|a, b| a + b).expect("there are three")
+    };
+    let (x, weights) = leaves();
+    let together = match gathered {
+        true => all_gather_matmul_each(x.clone(), weights.clone(), rank, overlap)?,
+        false => column_parallel_each(x.clone(), weights.clone(), rank, overlap)?,
+    };
+    let before = rank.counters();
+    let grads = layout::backward(&loss(&together), rank)?;
+    let calls = (rank.counters() - before).of(if gathered { "reduce_scatter" } else { "all_reduce" }).calls;
+    if overlap == Overlap::auto() {
+        assert_eq!(calls, u64::from(wants[0] && rank.size() > 1), "one collective for all weights");
+    }
+
+    let (alone_x, alone_weights) = leaves();
+    let alone = alone_weights.clone().map(|weight| match gathered {
+        true => all_gather_matmul(alone_x.clone(), weight, rank, Overlap::none()).unwrap(),
+        false => column_parallel(alone_x.clone(), weight, rank, Overlap::none()).unwrap(),
+    });
+    let alone_grads = layout::backward(&loss(&alone), rank)?;
+
+    let what = format!("rank {} of {}, {overlap:?}, gathered: {gathered}", rank.rank(), rank.size());
+    for (found, due) in together.iter().zip(&alone) {
+        Dense::of(found).assert_near(&Dense::of(due), 1e-12, &what);
+    }
+    let gradients = |x: &Tensor<3>, weights: &[Tensor<2>; 3], grads: &_| {
+        let of_x = x.grad(grads).map(|dx| Dense::of(&dx));
+        let of_weights = weights.iter().map(|weight| weight.grad(grads).map(|dw| Dense::of(&dw)));
+        [of_x].into_iter().chain(of_weights).collect::<Vec<_>>()
+    };
+    let found = gradients(&x, &weights, &grads);
+    let due = gradients(&alone_x, &alone_weights, &alone_grads);
+    for (place, (found, due)) in found.iter().zip(&due).enumerate() {
+        assert_eq!((found.is_some(), due.is_some()), (wants[place], wants[place]), "gradient {place}, {what}");
+        if let (Some(found), Some(due)) = (found, due) {
+            found.assert_near(due, 1e-12, &format!("gradient {place}, {what}"));
+        }
+    }
+    Ok(())
+}
+
+/// A product that the loss does not need leaves its weight a gradient of zeros, also where that is no leaf.
+#[test]
+fn a_product_that_nobody_uses() {
+    on_ranks(2, |rank| {
+        let device = rank.device().autodiff();
+        let x = Tensor::<2>::ones([3, 4], &device).require_grad();
+        let weights = [1.0, 2.0].map(|value| Tensor::<2>::full([4, 2], value, &device).require_grad());
+        let [used, _] = column_parallel_each(
+            x.clone(),
+            weights.clone().map(|weight| weight.mul_scalar(3.0)),
+            rank,
+            Overlap::auto(),
+        )?;
+        let grads = layout::backward(&used.sum(), rank)?;
+        let sum = |tensor: Option<Tensor<2>>| tensor.map(|tensor| tensor.sum().into_scalar::<f64>());
+        assert_eq!(sum(x.grad(&grads)), Some(2.0 * 3.0 * 4.0 * 2.0 * 3.0));
+        assert_eq!(sum(weights[0].grad(&grads)), Some(3.0 * 3.0 * 8.0));
+        assert_eq!(sum(weights[1].grad(&grads)), Some(0.0));
+        Ok(())
+    });
+}
+
+#[test]
+fn too_many_weights() {
+    on_ranks(2, |rank| {
+        let weights = [(); 4].map(|()| Tensor::<2>::ones([3, 2], &Device::flex()));
+        let error = column_parallel_each(Tensor::<2>::ones([5, 3], &Device::flex()), weights, rank, Overlap::auto());
+        assert!(error.unwrap_err().to_string().contains("1 to 3 weights"));
+        Ok(())
+    });
+}

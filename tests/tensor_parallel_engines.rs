@@ -14,6 +14,7 @@ use burn::nn::transformer::{PositionWiseFeedForward, PositionWiseFeedForwardConf
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData, activation};
+use burn_parallel::graph::shard::ProductKind;
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::layers::*;
 use dense::Dense;
@@ -157,6 +158,10 @@ fn explicit_layers_and_a_split_graph_train_alike() {
                 captured = of_captured.step(1e-2, captured, split.grads);
                 assert_same(&parts(&explicit, None), &parts(&captured, None), &what);
             }
+            // The captured step runs the products of the explicit layers: two layers by rows, and on the way back the input of
+            // the attention, of the feed-forward block and of the output layer.
+            let fused = captured.report().fused(ProductKind::AllReduce);
+            assert_eq!(fused, if degree == 1 { [0, 0] } else { [2, 3] }, "{}", captured.report());
             // Both hold parts: the loss was no whole model's on every rank.
             let held: usize = parts(&captured, None).values().map(|part| part.values.len()).sum();
             Ok(held)

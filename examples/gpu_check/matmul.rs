@@ -1,153 +1,278 @@
-//! A multiplication split over ranks on one device, beside a plain one: the same numbers, and the times of both.
+//! The multiplications by a weight that is split over ranks on one device: values and gradients beside a product that is not
+//! split, and times beside the product and its collective one after the other.
 //!
-//! Ranks that share a device do not compute faster together than one; their time beside the plain one tells what splitting
-//! costs. Column-parallel: each rank multiplies by its columns, and the columns are gathered. Row-parallel: each multiplies
-//! by its rows, and the products are summed.
+//! Ranks that share a device do not compute faster together than one. What tells is the overlapped product beside the same work
+//! without overlap: `overlapped / apart` is below 1 where a collective is hidden.
 
 use std::time::Instant;
 
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use burn_parallel::comm::{nccl, part};
+use burn_parallel::layout;
 use burn_parallel::prelude::*;
+use burn_parallel::tensor_parallel::matmul::{
+    Overlap, all_gather_matmul, column_parallel, matmul_reduce_scatter, row_parallel,
+};
 
 use crate::device::{Choice, nccl_for};
 use crate::report::{Figures, Shortfall, figure};
 use crate::section::Checks;
 
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Split {
-    Columns,
-    Rows,
+type Product = fn(Tensor<2>, Tensor<2>, &Communicator) -> Result<Tensor<2>, Error>;
+
+/// A split product, and the dims along which its factors and its value are split; `None` where every rank has all of it.
+struct Form {
+    name: &'static str,
+    overlapped: Product,
+    apart: Product,
+    x: Option<usize>,
+    weight: usize,
+    y: Option<usize>,
 }
+
+const FORMS: [Form; 4] = [
+    Form {
+        name: "column_parallel",
+        overlapped: |x, weight, comm| column_parallel(x, weight, comm, Overlap::auto()),
+        apart: |x, weight, comm| Ok(layout::copy_to_group(x, comm)?.matmul(weight)),
+        x: None,
+        weight: 1,
+        y: Some(1),
+    },
+    Form {
+        name: "row_parallel",
+        overlapped: |x, weight, comm| row_parallel(x, weight, comm, Overlap::auto()),
+        apart: |x, weight, comm| layout::reduce_from_group(x.matmul(weight), comm),
+        x: Some(1),
+        weight: 0,
+        y: None,
+    },
+    Form {
+        name: "all_gather_matmul",
+        overlapped: |x, weight, comm| all_gather_matmul(x, weight, comm, Overlap::auto()),
+        apart: |x, weight, comm| Ok(layout::gather_and_copy_to_group(x, 0, comm)?.matmul(weight)),
+        x: Some(0),
+        weight: 1,
+        y: Some(1),
+    },
+    Form {
+        name: "matmul_reduce_scatter",
+        overlapped: |x, weight, comm| matmul_reduce_scatter(x, weight, comm, Overlap::auto()),
+        apart: |x, weight, comm| layout::reduce_scatter_to_group(x.matmul(weight), 0, comm),
+        x: Some(1),
+        weight: 0,
+        y: Some(0),
+    },
+];
 
 pub fn run(checks: &mut Checks) {
     let choice = checks.device;
     let sizes: &[[usize; 3]] = match (choice, checks.quick) {
-        (Choice::Cuda, false) => &[[1024, 1024, 1024], [4096, 4096, 4096], [8192, 4096, 16384], [777, 1234, 999]],
+        (Choice::Cuda, false) => &[
+            [512, 512, 512],
+            [1024, 1024, 1024],
+            [4096, 1024, 4096],
+            [4096, 4096, 4096],
+            [8192, 4096, 8192],
+            [777, 1234, 999],
+        ],
         (Choice::Cuda, true) => &[[1024, 1024, 1024], [777, 1234, 999]],
         (_, false) => &[[256, 256, 256], [77, 123, 99]],
         (_, true) => &[[64, 64, 64], [7, 13, 9]],
     };
-    for dtype in choice.dtypes().iter().copied().filter(|dtype| matches!(dtype, DType::F32 | DType::F16 | DType::BF16))
-    {
-        for &size in sizes {
-            for (split, ranks) in [(Split::Columns, 2), (Split::Rows, 2), (Split::Columns, 4), (Split::Rows, 4)] {
-                let name = |engine: &str| format!("{dtype:?} {size:?} by {split:?}, {ranks} ranks, {engine}");
-                checks.check(name("threads"), || {
+    let floats = |dtype: &DType| matches!(dtype, DType::F32 | DType::F16 | DType::BF16);
+    for dtype in choice.dtypes().iter().copied().filter(floats) {
+        for (&size, ranks) in sizes.iter().flat_map(|size| [(size, 2), (size, 4)]) {
+            together(checks, "threads", dtype, size, ranks, || {
+                choice.open(0)?;
+                let device = |rank: &Rank| match choice {
+                    Choice::Cuda => Device::cuda(rank.rank() % choice.count()),
+                    // There is one.
+                    choice => choice.open(0).unwrap_or_else(|_| Device::flex()),
+                };
+                Ok(launch::threads(ranks).run(|rank| one_rank(&rank, &device(&rank), dtype, size)))
+            });
+            if choice == Choice::Cuda {
+                together(checks, "NCCL", dtype, size, ranks, || {
+                    let gpus = nccl_for(choice, ranks)?;
                     choice.open(0)?;
-                    let run = |rank: Rank| one_rank(&rank, &choice_device(choice, &rank), dtype, size, split);
-                    verdict(launch::threads(ranks).run(run)?, dtype, size)
+                    Ok(launch::threads(ranks).run(|rank| {
+                        let gpu = rank.rank() % gpus;
+                        one_rank(&nccl::join(&rank, gpu)?, &Device::cuda(gpu), dtype, size)
+                    }))
                 });
-                if choice == Choice::Cuda && dtype == DType::BF16 {
-                    checks.check(name("NCCL"), || {
-                        let gpus = nccl_for(choice, ranks)?;
-                        choice.open(0)?;
-                        let run = |rank: Rank| {
-                            let gpu = rank.rank() % gpus;
-                            one_rank(&nccl::join(&rank, gpu)?, &Device::cuda(gpu), dtype, size, split)
-                        };
-                        verdict(launch::threads(ranks).run(run)?, dtype, size)
-                    });
-                }
             }
         }
     }
 }
 
-fn choice_device(choice: Choice, rank: &Rank) -> Device {
-    match choice {
-        Choice::Cuda => Device::cuda(rank.rank() % choice.count()),
-        // There is one.
-        choice => choice.open(0).unwrap_or_else(|_| Device::flex()),
+/// By rank, what it found of each form.
+type World = Result<Vec<Vec<Found>>, Error>;
+
+/// A row for each form, of one world that computes them all.
+fn together(
+    checks: &mut Checks,
+    engine: &str,
+    dtype: DType,
+    size: [usize; 3],
+    ranks: usize,
+    world: impl Fn() -> Result<World, Shortfall>,
+) {
+    let mut ran = None;
+    for (number, form) in FORMS.iter().enumerate() {
+        checks.check(format!("{} {dtype:?} {size:?}, {ranks} ranks, {engine}", form.name), || {
+            let found = match &ran {
+                Some(found) => found,
+                None => ran.insert(world()?),
+            };
+            match found {
+                Ok(ranks) => verdict(&ranks.iter().map(|forms| forms[number]).collect::<Vec<_>>(), dtype, size),
+                Err(error) => Err(error.clone().into()),
+            }
+        });
     }
 }
 
-/// What a rank found: the largest error relative to the largest value, and seconds of the plain and the split product.
-struct Found {
-    error: f64,
-    plain: f64,
-    split: f64,
+/// Seconds of a product.
+#[derive(Debug, Clone, Copy)]
+struct Times {
+    forward: f64,
+    /// Forward and backward.
+    both: f64,
 }
 
-fn one_rank(
-    comm: &Communicator,
-    device: &Device,
-    dtype: DType,
-    [m, k, n]: [usize; 3],
-    split: Split,
-) -> Result<Found, Error> {
-    let options = (device, dtype);
+/// What a rank found of a form: the largest errors of the value and of the gradients, relative to the largest values, and times.
+#[derive(Debug, Clone, Copy)]
+struct Found {
+    errors: [f64; 3],
+    plain: f64,
+    apart: Times,
+    overlapped: Times,
+}
+
+fn one_rank(comm: &Communicator, device: &Device, dtype: DType, [m, k, n]: [usize; 3]) -> Result<Vec<Found>, Error> {
     // Every rank has the same operands: those of rank 0.
     let random = |dims: [usize; 2]| {
-        let mine = Tensor::<2>::random(dims, Distribution::Uniform(-1.0, 1.0), options);
-        comm.broadcast(mine, 0)
+        comm.broadcast(Tensor::<2>::random(dims, Distribution::Uniform(-1.0, 1.0), (device, dtype)), 0)
     };
-    let (x, w) = (random([m, k])?, random([k, n])?);
-    let (rank, ranks) = (comm.rank(), comm.size());
-    let (inner, columns) = (part(k, ranks, rank), part(n, ranks, rank));
-    // Cut once, as a layer's weights are.
-    let shard = match split {
-        Split::Columns => w.clone().slice([0..k, columns]),
-        Split::Rows => w.clone().slice([inner.clone(), 0..n]),
-    };
-    let mine = match split {
-        Split::Columns => x.clone(),
-        Split::Rows => x.clone().slice([0..m, inner]),
-    };
-    let together = || match split {
-        // Gathered along the first dim: the product stands on its side.
-        Split::Columns => comm.all_gather(mine.clone().matmul(shard.clone()).transpose()).map(Tensor::transpose),
-        Split::Rows => comm.all_reduce(mine.clone().matmul(shard.clone()), ReduceOp::Sum),
-    };
-    let alone = || Ok(x.clone().matmul(w.clone()));
-    let wide = |tensor: Tensor<2>| tensor.cast(DType::F32);
-    let (found, expected) = (wide(together()?), wide(alone()?));
-    let largest = expected.clone().abs().max().into_scalar::<f32>();
-    let error = (found - expected).abs().max().into_scalar::<f32>() / largest.max(f32::MIN_POSITIVE);
-    // The plain one is timed on one rank while the others wait: they share the device.
+    let (x, weight, dy) = (random([m, k])?, random([k, n])?, random([m, n])?);
+    let wide = |tensor: &Tensor<2>| tensor.clone().cast(DType::F32);
+    let y = wide(&x).matmul(wide(&weight));
+    let dx = wide(&dy).matmul(wide(&weight).transpose());
+    let dweight = wide(&x).transpose().matmul(wide(&dy));
+    // On one rank while the others wait: they may share the device.
     let mut plain = 0.0;
-    if rank == 0 {
-        plain = seconds(device, alone)?;
+    if comm.rank() == 0 {
+        let product = || {
+            let _ = x.clone().matmul(weight.clone());
+            Ok(())
+        };
+        [plain] = seconds(device, [&product])?;
     }
-    comm.barrier()?;
-    let split = seconds(device, together)?;
-    Ok(Found { error: error.into(), plain, split })
+    let measure = |form: &Form| {
+        comm.barrier()?;
+        let mine = |tensor: &Tensor<2>, dim: Option<usize>| match dim {
+            None => tensor.clone(),
+            // Cut once, as a layer's weights are.
+            Some(dim) => {
+                let own = part(tensor.dims()[dim], comm.size(), comm.rank());
+                tensor.clone().slice_dim(dim, own)
+            }
+        };
+        let (own_x, own_weight, own_dy) = (mine(&x, form.x), mine(&weight, Some(form.weight)), mine(&dy, form.y));
+        let forward = |product: Product| product(own_x.clone(), own_weight.clone(), comm);
+        let backward = |product: Product| {
+            let leaf = |tensor: &Tensor<2>| tensor.clone().autodiff().require_grad();
+            let (x, weight) = (leaf(&own_x), leaf(&own_weight));
+            let loss = (product(x.clone(), weight.clone(), comm)? * own_dy.clone().autodiff()).sum();
+            let grads = layout::backward(&loss, comm)?;
+            let missing = || Error::user("a factor has no gradient");
+            Ok::<_, Error>((x.grad(&grads).ok_or_else(missing)?, weight.grad(&grads).ok_or_else(missing)?))
+        };
+        let (found_dx, found_dweight) = backward(form.overlapped)?;
+        let errors = [
+            error_of(forward(form.overlapped)?, mine(&y, form.y), &y),
+            error_of(found_dx, mine(&dx, form.x), &dx),
+            error_of(found_dweight, mine(&dweight, Some(form.weight)), &dweight),
+        ];
+        let [apart_forward, overlapped_forward, apart_both, overlapped_both] = seconds(
+            device,
+            [
+                &|| forward(form.apart).map(drop),
+                &|| forward(form.overlapped).map(drop),
+                &|| backward(form.apart).map(drop),
+                &|| backward(form.overlapped).map(drop),
+            ],
+        )?;
+        let times = |forward, both| Times { forward, both };
+        let (apart, overlapped) = (times(apart_forward, apart_both), times(overlapped_forward, overlapped_both));
+        Ok(Found { errors, plain, apart, overlapped })
+    };
+    FORMS.iter().map(measure).collect()
 }
 
-/// The shortest time of one product, of several rounds of ten.
-fn seconds(device: &Device, product: impl Fn() -> Result<Tensor<2>, Error>) -> Result<f64, Error> {
-    const TIMES: usize = 10;
-    let mut best = f64::INFINITY;
-    for _ in 0..4 {
-        device.sync().map_err(Error::user)?;
-        let began = Instant::now();
-        for _ in 0..TIMES {
-            product()?;
+/// The largest difference, relative to the largest value of the whole.
+fn error_of(found: Tensor<2>, expected: Tensor<2>, whole: &Tensor<2>) -> f64 {
+    if found.dims() != expected.dims() {
+        return f64::INFINITY;
+    }
+    if found.dims().contains(&0) {
+        return 0.0;
+    }
+    let largest = whole.clone().abs().max().into_scalar::<f32>().max(f32::MIN_POSITIVE);
+    let difference = (found.cast(DType::F32) - expected).abs().max().into_scalar::<f32>();
+    f64::from(difference) / f64::from(largest)
+}
+
+/// The shortest time of each, of several rounds in turns.
+fn seconds<const N: usize>(device: &Device, products: [&dyn Fn() -> Result<(), Error>; N]) -> Result<[f64; N], Error> {
+    const ROUNDS: usize = 4;
+    const TIMES: usize = 8;
+    let mut best = [f64::INFINITY; N];
+    for _ in 0..ROUNDS {
+        for (best, product) in best.iter_mut().zip(products) {
+            device.sync().map_err(Error::user)?;
+            let began = Instant::now();
+            (0..TIMES).try_for_each(|_| product())?;
+            device.sync().map_err(Error::user)?;
+            *best = best.min(began.elapsed().as_secs_f64() / TIMES as f64);
         }
-        device.sync().map_err(Error::user)?;
-        best = best.min(began.elapsed().as_secs_f64() / TIMES as f64);
     }
     Ok(best)
 }
 
-fn verdict(found: Vec<Found>, dtype: DType, [m, k, n]: [usize; 3]) -> Result<Figures, Shortfall> {
+fn verdict(found: &[Found], dtype: DType, [m, k, n]: [usize; 3]) -> Result<Figures, Shortfall> {
     let limit = match dtype {
         DType::BF16 => 2e-2,
         DType::F16 => 4e-3,
         // Tensor cores may multiply f32 with fewer bits.
         _ => 2e-3,
     };
-    let error = found.iter().map(|one| one.error).fold(0.0, f64::max);
-    if error > limit || error.is_nan() {
-        return Err(Shortfall::Failed(format!("off by {error:.1e} of the largest value; {limit:.0e} is allowed")));
+    // Not `f64::max`, which passes a NaN by.
+    let larger = |a: f64, b: f64| if a.is_nan() || a >= b { a } else { b };
+    let worst = |which: usize| found.iter().map(|one| one.errors[which]).fold(0.0, larger);
+    let errors = [worst(0), worst(1), worst(2)];
+    for (error, what) in errors.into_iter().zip(["value", "gradient of x", "gradient of the weight"]) {
+        if error > limit || error.is_nan() {
+            let problem = format!("the {what} is off by {error:.1e} of the largest; {limit:.0e} is allowed");
+            return Err(Shortfall::Failed(problem));
+        }
     }
-    let (plain, split) = (found[0].plain, found.iter().map(|one| one.split).fold(0.0, f64::max));
+    let slowest = |time: fn(&Found) -> f64| found.iter().map(time).fold(0.0, f64::max);
+    let (apart, overlapped) = (slowest(|one| one.apart.forward), slowest(|one| one.overlapped.forward));
+    let (apart_both, overlapped_both) = (slowest(|one| one.apart.both), slowest(|one| one.overlapped.both));
     let flops = 2.0 * (m * k * n) as f64;
     Ok(vec![
-        figure("plain", plain * 1e6, "us"),
-        figure("split", split * 1e6, "us"),
-        figure("plain", flops / plain / 1e12, "TFLOP/s"),
-        figure("split", flops / split / 1e12, "TFLOP/s"),
-        figure("error", error, ""),
+        figure("apart", apart * 1e6, "us"),
+        figure("overlapped", overlapped * 1e6, "us"),
+        figure("overlapped / apart", overlapped / apart, ""),
+        figure("with backward, apart", apart_both * 1e6, "us"),
+        figure("overlapped", overlapped_both * 1e6, "us"),
+        figure("overlapped / apart", overlapped_both / apart_both, ""),
+        figure("plain", flops / found[0].plain / 1e12, "TFLOP/s"),
+        figure("apart", flops / apart / 1e12, "TFLOP/s"),
+        figure("overlapped", flops / overlapped / 1e12, "TFLOP/s"),
+        figure("with backward, overlapped", 3.0 * flops / overlapped_both / 1e12, "TFLOP/s"),
+        figure("error", errors.into_iter().fold(0.0, larger), ""),
     ])
 }

@@ -1,8 +1,11 @@
 //! Our all-reduce beside the bare call of NCCL: times on the device, and time of the host for each call, by size.
 //!
-//! The bare loop calls `ncclAllReduce` on a stream of its own, in place, as a C program would. Both are measured in turns.
+//! The bare loop calls `ncclAllReduce` on a stream of its own, in place, as a C program would: on a communicator that blocks, as
+//! such programs do, and on one that does not, as ours, which recent versions of NCCL give a thread for each call. All are
+//! measured in turns.
 
 use std::ffi::c_void;
+use std::thread::yield_now;
 use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
@@ -14,10 +17,14 @@ use cudarc::nccl::{result as raw, sys};
 use crate::device::nccl_for;
 use crate::report::{Figures, Shortfall, figure};
 use crate::section::Checks;
+use crate::waits;
 
 pub fn run(checks: &mut Checks) {
     let (choice, quick) = (checks.device, checks.quick);
     let largest = if quick { 1 << 20 } else { 256 << 20 };
+    for ranks in [1, 2] {
+        checks.check(format!("{ranks} ranks: where the host waits in a call"), || waits::figures(choice, ranks));
+    }
     let sizes = [4 << 10, 64 << 10, 1 << 20, 16 << 20, 256 << 20];
     for ranks in [1, 2] {
         for bytes in sizes.into_iter().filter(|bytes| *bytes <= largest) {
@@ -46,16 +53,19 @@ impl Times {
     }
 }
 
-fn one_rank(rank: &Rank, gpu: usize, elements: usize) -> Result<[Times; 2], Error> {
+fn one_rank(rank: &Rank, gpu: usize, elements: usize) -> Result<[Times; 3], Error> {
     let comm = nccl::join(rank, gpu)?;
     let device = Device::cuda(gpu);
-    let mut bare = Bare::new(rank, gpu, elements)?;
+    let mut blocking = Bare::new(rank, gpu, elements, true)?;
+    let mut polled = Bare::new(rank, gpu, elements, false)?;
     let calls = if elements > 1 << 22 { 20 } else { 200 };
     let mut tensor = Tensor::<1>::zeros([elements], &device);
-    let mut times = [Times::NONE; 2];
+    let mut times = [Times::NONE; 3];
     for round in 0..7 {
         rank.barrier()?;
-        let raw = bare.run(calls)?;
+        let raw = blocking.run(calls)?;
+        rank.barrier()?;
+        let raw_polled = polled.run(calls)?;
         device.sync().map_err(Error::user)?;
         rank.barrier()?;
         let began = Instant::now();
@@ -69,7 +79,7 @@ fn one_rank(rank: &Rank, gpu: usize, elements: usize) -> Result<[Times; 2], Erro
         let ours = Times { device: began.elapsed().as_secs_f64() / calls as f64, host };
         // The first round makes connections and compiles kernels.
         if round > 0 {
-            times = [times[0].least(ours), times[1].least(raw)];
+            times = [times[0].least(ours), times[1].least(raw), times[2].least(raw_polled)];
         }
     }
     Ok(times)
@@ -84,7 +94,7 @@ struct Bare {
 }
 
 impl Bare {
-    fn new(rank: &Rank, gpu: usize, elements: usize) -> Result<Self, Error> {
+    fn new(rank: &Rank, gpu: usize, elements: usize, blocking: bool) -> Result<Self, Error> {
         let failed = |error: driver::DriverError| Error::user(format!("{error:?}"));
         let id = match rank.rank() {
             0 => raw::get_uniqueid().map_err(|error| Error::user(format!("{:?}", error.0)))?.internal,
@@ -100,8 +110,10 @@ impl Bare {
                 driver::primary_ctx::retain(driver::device::get(gpu as i32).map_err(failed)?).map_err(failed)?;
             driver::ctx::set_current(context).map_err(failed)?;
             let id = sys::ncclUniqueId { internal };
-            raw::comm_init_rank(&mut comm, rank.size() as i32, id, rank.rank() as i32)
+            let mut settings = settings(blocking);
+            raw::comm_init_rank_config(&mut comm, rank.size() as i32, id, rank.rank() as i32, &mut settings)
                 .map_err(|error| Error::user(format!("{:?}", error.0)))?;
+            taken(comm)?;
             let stream = driver::stream::create(driver::stream::StreamKind::NonBlocking).map_err(failed)?;
             let buffer = driver::malloc_sync(elements * 4).map_err(failed)?;
             driver::memset_d8_sync(buffer, 0, elements * 4).map_err(failed)?;
@@ -118,6 +130,7 @@ impl Bare {
             // SAFETY: the buffer has so many elements, and the stream lives.
             unsafe { raw::all_reduce(place, place, self.elements, kind, op, self.comm, self.stream as _) }
                 .map_err(failed)?;
+            taken(self.comm)?;
         }
         let host = began.elapsed().as_secs_f64() / calls as f64;
         // SAFETY: the stream lives.
@@ -126,10 +139,54 @@ impl Bare {
     }
 }
 
+/// Waits until NCCL has taken a call; at once where calls block.
+fn taken(comm: sys::ncclComm_t) -> Result<(), Error> {
+    loop {
+        let mut state = sys::ncclResult_t::ncclSuccess;
+        // SAFETY: the communicator lives; `state` is a local.
+        match (unsafe { sys::ncclCommGetAsyncError(comm, &mut state) }, state) {
+            (sys::ncclResult_t::ncclSuccess, sys::ncclResult_t::ncclSuccess) => return Ok(()),
+            (sys::ncclResult_t::ncclSuccess, sys::ncclResult_t::ncclInProgress) => yield_now(),
+            (asked, state) => return Err(Error::user(format!("{asked:?}, {state:?}"))),
+        }
+    }
+}
+
+/// What `NCCL_CONFIG_INITIALIZER` of nccl.h writes, but for `blocking`.
+fn settings(blocking: bool) -> sys::ncclConfig_t {
+    // SAFETY: plain numbers and pointers, for which zero is a value.
+    let mut settings: sys::ncclConfig_t = unsafe { std::mem::zeroed() };
+    settings.size = size_of::<sys::ncclConfig_t>();
+    settings.magic = 0xcafe_beef;
+    settings.version = 22_800;
+    settings.blocking = blocking.into();
+    for undefined in [
+        &mut settings.cgaClusterSize,
+        &mut settings.minCTAs,
+        &mut settings.maxCTAs,
+        &mut settings.splitShare,
+        &mut settings.trafficClass,
+        &mut settings.collnetEnable,
+        &mut settings.CTAPolicy,
+        &mut settings.shrinkShare,
+        &mut settings.nvlsCTAs,
+        &mut settings.nChannelsPerNetPeer,
+        &mut settings.nvlinkCentricSched,
+        &mut settings.graphUsageMode,
+        &mut settings.numRmaCtx,
+        &mut settings.maxP2pPeers,
+    ] {
+        *undefined = i32::MIN;
+    }
+    settings
+}
+
 impl Drop for Bare {
     fn drop(&mut self) {
         // SAFETY: all three are this one's alone, and nothing is under way.
         unsafe {
+            let _ = raw::comm_finalize(self.comm);
+            let _ = taken(self.comm);
             let _ = raw::comm_destroy(self.comm);
             let _ = driver::free_sync(self.buffer);
             let _ = driver::stream::destroy(self.stream);
@@ -138,7 +195,7 @@ impl Drop for Bare {
 }
 
 /// Figures of the slowest rank. Whether they are good is for the reader: they depend on the machine.
-fn figures(found: &[[Times; 2]], bytes: usize) -> Result<Figures, Shortfall> {
+fn figures(found: &[[Times; 3]], bytes: usize) -> Result<Figures, Shortfall> {
     let slowest =
         |which: usize, time: fn(&Times) -> f64| found.iter().map(|times| time(&times[which])).fold(0.0, f64::max);
     let (ours, bare) = (slowest(0, |times| times.device), slowest(1, |times| times.device));
@@ -149,5 +206,7 @@ fn figures(found: &[[Times; 2]], bytes: usize) -> Result<Figures, Shortfall> {
         figure("more", (ours / bare - 1.0) * 100.0, "%"),
         figure("host, ours", slowest(0, |times| times.host) * 1e6, "us"),
         figure("host, NCCL", slowest(1, |times| times.host) * 1e6, "us"),
+        figure("host, NCCL polled", slowest(2, |times| times.host) * 1e6, "us"),
+        figure("NCCL polled", slowest(2, |times| times.device) * 1e6, "us"),
     ])
 }

@@ -137,6 +137,11 @@ impl Report {
         );
     }
 
+    /// What was written there before, if it was this.
+    pub fn read(path: &Path) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+    }
+
     pub fn write(&self, path: &Path) -> Result<(), Error> {
         let json = serde_json::to_string_pretty(self).map_err(Error::user)?;
         std::fs::write(path, json + "\n").map_err(|error| Error::user(format!("{}: {error}", path.display())))

@@ -1,6 +1,6 @@
 //! Sections: groups of checks that run in one process, apart from the others.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -15,8 +15,8 @@ use crate::{matmul, overhead, training, transports};
 
 /// What a row of the section's process begins with.
 const MARK: &str = "gpu_check row ";
-/// How long a section may take without a new row.
-const PATIENCE: Duration = Duration::from_secs(240);
+/// How long a section may take without a new line.
+const PATIENCE: Duration = Duration::from_secs(150);
 
 /// A group of checks.
 pub struct Section {
@@ -25,11 +25,12 @@ pub struct Section {
     run: fn(&mut Checks),
 }
 
+/// What takes longest comes last.
 pub const SECTIONS: [Section; 4] = [
     Section { name: "transports", what: "what ranks do together, on this device", run: transports::run },
-    Section { name: "matmul", what: "a multiplication split over ranks, beside a plain one", run: matmul::run },
-    Section { name: "training", what: "a small language model, split, beside one device", run: training::run },
     Section { name: "overhead", what: "our all-reduce beside the bare call of NCCL", run: overhead::run },
+    Section { name: "training", what: "a small language model, split, beside one device", run: training::run },
+    Section { name: "matmul", what: "multiplications split over ranks, beside a plain one", run: matmul::run },
 ];
 
 /// The checks of a section as they run.
@@ -67,10 +68,36 @@ pub fn run_here(name: &str, device: Choice, quick: bool) -> Result<(), Error> {
     Ok(())
 }
 
-/// Runs a section in a process of its own.
-pub fn run_apart(section: &Section, device: Choice, quick: bool) -> Result<Vec<Row>, Error> {
+/// Ends this process when the one that started it has gone: a section that hangs would keep the GPU.
+pub fn end_with_parent() {
+    thread::spawn(|| {
+        // Nothing is ever written to it.
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        std::process::exit(1);
+    });
+}
+
+/// Runs a section in a process of its own, which ends at `deadline` at the latest. `told` gets each row as it comes.
+pub fn run_apart(
+    section: &Section,
+    device: Choice,
+    quick: bool,
+    deadline: Instant,
+    mut told: impl FnMut(Row),
+) -> Result<(), Error> {
+    let mut empty = true;
+    let about = |outcome: Outcome, detail: String| {
+        let (section, name) = (section.name.into(), "the section".into());
+        Row { section, name, outcome, detail, seconds: 0.0, figures: Vec::new() }
+    };
+    let again = format!("`--only {}` runs it by itself, `--seconds` gives more", section.name);
+    if deadline <= Instant::now() {
+        told(about(Outcome::Skipped, format!("no time was left for it; {again}")));
+        return Ok(());
+    }
     let mut command = Command::new(std::env::current_exe().map_err(Error::user)?);
-    command.args(["--child", section.name, "--device", &device.to_string()]).stdout(Stdio::piped());
+    command.args(["--child", section.name, "--device", &device.to_string()]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
     if quick {
         command.arg("--quick");
     }
@@ -81,12 +108,16 @@ pub fn run_apart(section: &Section, device: Choice, quick: bool) -> Result<Vec<R
             BufReader::new(stdout).lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
         });
     }
-    let (mut rows, mut last) = (Vec::<Row>::new(), String::from("its start"));
+    let mut last = String::from("its start");
     let ended = loop {
-        match lines.recv_timeout(PATIENCE) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match lines.recv_timeout(left.min(PATIENCE)) {
             Ok(line) => match line.strip_prefix(MARK).map(serde_json::from_str) {
-                Some(Ok(row)) => rows.push(row),
-                Some(Err(error)) => return Err(Error::user(format!("a row cannot be read: {error}"))),
+                Some(Ok(row)) => {
+                    empty = false;
+                    told(row);
+                }
+                Some(Err(error)) => break Some(about(Outcome::Failed, format!("a row cannot be read: {error}"))),
                 None => {
                     println!("{line}");
                     last = line.trim().into();
@@ -94,19 +125,23 @@ pub fn run_apart(section: &Section, device: Choice, quick: bool) -> Result<Vec<R
             },
             Err(RecvTimeoutError::Disconnected) => {
                 let status = child.wait().map_err(Error::user)?;
-                break (!status.success()).then(|| format!("ended in `{last}`: {status}"));
+                break (!status.success()).then(|| about(Outcome::Failed, format!("ended in `{last}`: {status}")));
+            }
+            Err(RecvTimeoutError::Timeout) if left > PATIENCE => {
+                break Some(about(Outcome::Failed, format!("no end of `{last}` in {PATIENCE:?}")));
             }
             Err(RecvTimeoutError::Timeout) => {
-                let _ = child.kill();
-                let _ = child.wait();
-                break Some(format!("no end of `{last}` in {PATIENCE:?}"));
+                break Some(about(Outcome::Skipped, format!("no time was left from `{last}` on; {again}")));
             }
         }
     };
-    if let Some(detail) = ended.or_else(|| rows.is_empty().then(|| "it checked nothing".into())) {
-        let (section, name) = (section.name.into(), "the section".into());
-        let (outcome, figures) = (Outcome::Failed, Vec::new());
-        rows.push(Row { section, name, outcome, detail, seconds: 0.0, figures });
+    // Whatever it still does.
+    let _ = child.kill();
+    let _ = child.wait();
+    match ended {
+        Some(why) => told(why),
+        None if empty => told(about(Outcome::Failed, "it checked nothing".into())),
+        None => {}
     }
-    Ok(rows)
+    Ok(())
 }

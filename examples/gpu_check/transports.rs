@@ -1,24 +1,23 @@
 //! The transport suite: what concerns tensors of devices over threads and over NCCL; the rest, which concerns the host's
 //! data, over NCCL's communicator, which passes it on.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor};
-use burn_parallel::comm::local::{self, WorldConfig};
-use burn_parallel::comm::{Communicator, nccl};
+use burn_parallel::comm::nccl;
 use burn_parallel::prelude::*;
 
-use crate::device::nccl_for;
+use crate::device::{Choice, nccl_for};
 use crate::report::{Figures, Shortfall};
 use crate::section::Checks;
+use crate::transport_suite;
 use crate::transport_suite::device::CHECKS;
-use crate::transport_suite::{self, Engine};
+use crate::transport_suite::device_failures::FAILURES;
+use crate::transport_suite::{over_nccl, over_threads};
 
 pub fn run(checks: &mut Checks) {
     let (choice, dtypes) = (checks.device, checks.device.dtypes());
+    over_nccl::hide_panics_on_purpose();
     for size in [1, 2, 4] {
         for (name, check) in CHECKS {
             checks.check(format!("threads, {size} ranks: {name}"), || {
@@ -30,6 +29,18 @@ pub fn run(checks: &mut Checks) {
                 };
                 launch::threads(size).timeout(Duration::from_secs(60)).run(run)?;
                 Ok(Vec::new())
+            });
+        }
+    }
+    for size in [2, 4] {
+        for (name, check) in FAILURES {
+            checks.check(format!("threads, {size} ranks: {name}"), || {
+                if choice == Choice::Flex {
+                    return Err(Shortfall::Skipped("tensors of Flex are the host's".into()));
+                }
+                choice.open(0)?;
+                let device = |rank: usize| choice.open(rank % choice.count()).unwrap_or_else(|_| Device::flex());
+                passed(over_threads::run(size, |engine| check(&engine, &device(engine.rank))))
             });
         }
     }
@@ -45,6 +56,13 @@ pub fn run(checks: &mut Checks) {
                 Ok(Vec::new())
             });
         }
+        for (name, check) in FAILURES.iter().filter(|_| size > 1) {
+            checks.check(format!("NCCL, {size} ranks: {name}"), || {
+                let gpus = nccl_for(choice, size)?;
+                choice.open(0)?;
+                passed(over_nccl::run(size, gpus, |engine| check(engine, &Device::cuda(engine.gpu))))
+            });
+        }
         checks.check(format!("NCCL, {size} ranks: the suite of the host's data, through NCCL's communicator"), || {
             let gpus = nccl_for(choice, size)?;
             host_suite(size, gpus)
@@ -56,44 +74,19 @@ pub fn run(checks: &mut Checks) {
     }
 }
 
-/// Worlds by their number; each rank takes its place in each.
-type Worlds = Arc<Mutex<HashMap<usize, Vec<Option<Communicator>>>>>;
-
-/// Worlds of threads with NCCL on top.
-struct OverThreads {
-    rank: usize,
-    size: usize,
-    gpus: usize,
-    made: Mutex<usize>,
-    worlds: Worlds,
-}
-
-impl Engine for OverThreads {
-    fn world(&self, timeout: Duration) -> Communicator {
-        let mut made = self.made.lock().unwrap();
-        *made += 1;
-        let config = || WorldConfig::from_env().unwrap().with_timeout(timeout);
-        let new = || local::world(self.size, config()).unwrap().into_iter().map(Some).collect();
-        let host = self.worlds.lock().unwrap().entry(*made).or_insert_with(new)[self.rank].take().unwrap();
-        nccl::join(&host, self.rank % self.gpus).unwrap()
-    }
-}
-
 fn host_suite(size: usize, gpus: usize) -> Result<Figures, Shortfall> {
-    let worlds = Worlds::default();
-    let ranks: Vec<_> = (0..size)
-        .map(|rank| {
-            let engine = OverThreads { rank, size, gpus, made: Mutex::new(0), worlds: worlds.clone() };
-            let tell = move |name: &str| {
-                if rank == 0 {
-                    println!("     {name}");
-                }
-            };
-            thread::spawn(move || transport_suite::successes(&engine, &tell))
+    passed(over_nccl::run(size, gpus, |engine| {
+        let first = engine.is_first();
+        transport_suite::run(engine, &|name| {
+            if first {
+                println!("     {name}");
+            }
         })
-        .collect();
-    let outcomes: Vec<_> = ranks.into_iter().map(|rank| rank.join()).collect();
-    match outcomes.iter().all(Result::is_ok) {
+    }))
+}
+
+fn passed<R>(ranks: Vec<Option<R>>) -> Result<Figures, Shortfall> {
+    match ranks.iter().all(Option::is_some) {
         true => Ok(Vec::new()),
         false => Err(Shortfall::Failed("a rank panicked; its message is above".into())),
     }

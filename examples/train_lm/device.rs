@@ -4,11 +4,13 @@ use burn::tensor::Device;
 #[cfg(feature = "wgpu")]
 use burn::tensor::DeviceKind;
 #[cfg(feature = "cuda")]
-use burn::tensor::DeviceType;
-use burn_parallel::prelude::*;
+use burn_parallel::comm::nccl;
 #[cfg(feature = "cuda")]
-use burn_parallel::{comm::nccl, launch::Place};
+use burn_parallel::launch::Place;
+use burn_parallel::prelude::*;
 use clap::ValueEnum;
+
+use crate::start::Launch;
 
 /// What the ranks compute on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -31,12 +33,13 @@ impl Compute {
         }
     }
 
-    /// The device of a rank.
-    pub fn of(self, rank: &Rank) -> Result<Device, Error> {
+    /// The device of a rank that was started so.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables, reason = "only GPUs are shared out"))]
+    pub fn of(self, rank: &Rank, launch: Launch) -> Result<Device, Error> {
         match self {
             Self::Flex => Ok(rank.device()),
             #[cfg(feature = "cuda")]
-            Self::Cuda => gpu(rank).map(Device::cuda),
+            Self::Cuda => gpu(rank, launch).map(Device::cuda),
             #[cfg(feature = "wgpu")]
             Self::Wgpu => Ok(Device::wgpu(DeviceKind::DefaultDevice)),
             // Refused when the flags were read.
@@ -47,19 +50,25 @@ impl Compute {
 }
 
 /// The group of all ranks, in which `nccl` carries what is on their GPUs.
-pub fn world(rank: &Rank, nccl: bool) -> Result<Communicator, Error> {
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables, reason = "only GPUs are shared out"))]
+pub fn world(rank: &Rank, launch: Launch, nccl: bool) -> Result<Communicator, Error> {
     match nccl {
+        // One that has no GPU must join as well: so the others are told.
         #[cfg(feature = "cuda")]
-        true => nccl::join(rank, gpu(rank)?),
+        true => nccl::join(rank, gpu(rank, launch).unwrap_or(0)),
         _ => Ok(rank.world().clone()),
     }
 }
 
 /// The GPU of a rank: those of a machine in turns.
 #[cfg(feature = "cuda")]
-fn gpu(rank: &Rank) -> Result<usize, Error> {
-    let gpus = Device::enumerate(DeviceType::Cuda).into_vec().len();
-    let place = Place::from_env().ok().filter(|place| place.size == rank.size());
-    let local = place.map_or(rank.rank(), |place| place.local_rank);
-    local.checked_rem(gpus).ok_or_else(|| Error::user("--device cuda: no NVIDIA GPU was found"))
+fn gpu(rank: &Rank, launch: Launch) -> Result<usize, Error> {
+    // Asked before burn is: it panics where there is none.
+    let gpus = nccl::devices()?;
+    let local = match launch {
+        // The launcher's variables are about other processes, if there are any.
+        Launch::Threads | Launch::Processes => rank.rank(),
+        Launch::Env => Place::from_env()?.local_rank,
+    };
+    Ok(local % gpus)
 }

@@ -19,10 +19,10 @@ use crate::text::{Text, tensors};
 
 /// Trains the model on a text as the flags say. Every rank runs this, each replica on its rows of every batch.
 pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome, Error> {
-    let world = device::world(&rank, args.start.nccl)?;
+    let world = device::world(&rank, args.start.launch, args.start.nccl)?;
     let mesh = Mesh::new(&world, [("dp", args.dp), ("pp", args.pp), ("tp", args.tp)])?;
     let (dp, pp, tp) = (mesh.axis("dp")?, mesh.axis("pp")?, mesh.axis("tp")?);
-    let device = args.device.of(&rank)?.autodiff();
+    let device = args.device.of(&rank, args.start.launch)?.autodiff();
     let model = model.fork(&device).tensor_parallel(&tp, &Plan::megatron())?;
     if args.pp == 1 {
         let model = model.data_parallel(&dp, DataParallelConfig::new())?;
@@ -60,7 +60,7 @@ fn run<E: GraphEngine<Model = Gpt>>(
     text: &Text,
     mut after: impl FnMut(&E),
 ) -> Result<(Replicas<E>, Trained), Error> {
-    let device = args.device.of(rank)?.autodiff();
+    let device = args.device.of(rank, args.start.launch)?.autodiff();
     let mut optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init();
     let mut schedule = schedule(args)?;
     let mut progress = Progress::new(args.steps, rank.rank() == 0);

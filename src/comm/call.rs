@@ -252,6 +252,12 @@ impl Call {
     /// The highest bit of `cut` says that the data is on a device.
     const ON_DEVICE: u64 = 1 << 63;
 
+    /// The same call with a number that must be the same on all ranks, where the shapes do not tell. For calls of one piece.
+    pub(crate) fn agreeing(self, number: u64) -> Self {
+        debug_assert!(self.pieces == 1 && number < Self::ON_DEVICE);
+        Self { cut: self.cut | number, ..self }
+    }
+
     /// Whether the data stays on its device.
     pub(crate) fn is_on_device(&self) -> bool {
         self.cut >= Self::ON_DEVICE
@@ -318,15 +324,14 @@ impl fmt::Display for Call {
         if let Some(dtype) = self.dtype {
             write!(f, " of {dtype:?} {:?}", self.extent.dims())?;
         }
-        if self.cut == Self::ON_DEVICE {
-            return f.write_str(" on its device");
+        if self.is_on_device() {
+            f.write_str(" on its device")?;
         }
-        if self.pieces != 1 {
-            // Calls that differ in their cut alone must not look alike.
-            write!(f, " in {} pieces (cut {:04x})", self.pieces, self.cut >> 48)?;
-        } else if self.cut != 0 {
-            write!(f, " (cut from {})", self.cut)?;
+        // Calls that differ in their cut alone must not look alike.
+        match (self.pieces, self.cut & !Self::ON_DEVICE) {
+            (1, 0) => Ok(()),
+            (1, number) => write!(f, " (cut from {number})"),
+            (pieces, cut) => write!(f, " in {pieces} pieces (cut {:04x})", cut >> 47),
         }
-        Ok(())
     }
 }

@@ -144,16 +144,6 @@ impl Communicator {
     /// [`Error::NoSuchRank`]; [`Error::InvalidArgument`] if the root brings nothing, or what a receiver does not take; the
     /// world fails with it.
     pub fn scatter<P: Payload>(&self, payload: Option<P>, root: usize) -> Result<P, Error> {
-        self.scatter_as(payload, root, P::fixed_dtype())
-    }
-
-    /// [`scatter`](Self::scatter) of a payload of this dtype, if it is known.
-    pub(crate) fn scatter_as<P: Payload>(
-        &self,
-        payload: Option<P>,
-        root: usize,
-        expected: Option<DType>,
-    ) -> Result<P, Error> {
         self.check_root(root, "scatter")?;
         if root == self.rank() && payload.is_none() {
             let problem = format!("rank {root} is the root and brings nothing to scatter");
@@ -163,9 +153,20 @@ impl Communicator {
             Some((data, home)) => (Some(data), home),
             None => (None, P::Home::default()),
         };
-        let data = self.through(Operation::Scatter { root }, data, expected)?;
+        let data = self.through(Operation::Scatter { root }, data, P::fixed_dtype())?;
         // Only here can a receiver be surprised: it brought nothing for the others to compare with.
         P::from_host(data, &home).map_err(|error| self.fail_with(error))
+    }
+
+    /// [`scatter`](Self::scatter) where every rank brings a payload. Of those of the others only kind, dtype and device count,
+    /// which must be the root's: on a device that the engine carries, the parts stay there.
+    pub(crate) fn scatter_alike<P: Payload>(&self, payload: P, root: usize) -> Result<P, Error> {
+        self.check_root(root, "scatter")?;
+        let operation = Operation::Scatter { root };
+        self.carry(operation, payload, |data| {
+            let dtype = data.dtype();
+            self.through(operation, (root == self.rank()).then_some(data), Some(dtype))
+        })
     }
 
     /// Part `j` of this rank's first dim goes to rank `j`; the rank gets its part of every rank, in rank order.
@@ -176,39 +177,57 @@ impl Communicator {
     /// [`all_to_all`](Self::all_to_all) with a number that must be the same on all ranks, where the shapes do not tell.
     pub(crate) fn all_to_all_agreed<P: Payload>(&self, payload: P, agreed: u64) -> Result<P, Error> {
         let operation = Operation::AllToAll;
-        self.carry(operation, payload, |data| self.through_agreed(operation, Some(data), None, agreed))
+        self.carry_agreed(operation, payload, agreed, |data| self.through_agreed(operation, Some(data), None, agreed))
     }
 
-    /// Runs a collective where the payload is: on its device if the engine can, else in host memory.
+    /// [`carry_agreed`](Self::carry_agreed) where the shapes tell all that must agree.
     fn carry<P: Payload>(
         &self,
         operation: Operation,
         payload: P,
         on_host: impl FnOnce(FlexTensor) -> Result<FlexTensor, Error>,
     ) -> Result<P, Error> {
+        self.carry_agreed(operation, payload, 0, on_host)
+    }
+
+    /// Runs a collective where the payload is: on its device if the engine can, else in host memory.
+    /// `agreed` must be the same on all ranks.
+    fn carry_agreed<P: Payload>(
+        &self,
+        operation: Operation,
+        payload: P,
+        agreed: u64,
+        on_host: impl FnOnce(FlexTensor) -> Result<FlexTensor, Error>,
+    ) -> Result<P, Error> {
         #[cfg(feature = "cubecl")]
-        let payload = match self.carry_on_device(operation, payload)? {
+        let payload = match self.carry_on_device(operation, payload, agreed)? {
             Ok(carried) => return Ok(carried),
             Err(payload) => payload,
         };
         #[cfg(not(feature = "cubecl"))]
-        let _ = operation;
+        let _ = (operation, agreed);
         let (data, home) = payload.into_host()?;
         P::from_host(on_host(data)?, &home)
     }
 
     /// Runs a collective on the device, or returns the payload if it is not on the engine's.
     #[cfg(feature = "cubecl")]
-    fn carry_on_device<P: Payload>(&self, operation: Operation, payload: P) -> Result<Result<P, P>, Error> {
+    fn carry_on_device<P: Payload>(
+        &self,
+        operation: Operation,
+        payload: P,
+        agreed: u64,
+    ) -> Result<Result<P, P>, Error> {
         let Some(engine) = self.transport().on_device() else { return Ok(Err(payload)) };
         let (data, home) = match payload.into_device(engine)? {
             OnDevice::Here(data, home) => (data, home),
             OnDevice::Elsewhere(payload) => return Ok(Err(payload)),
         };
-        let call = Call::on_device(operation, data.dtype, Extent::new(&data.meta.shape().to_vec()));
+        let extent = Extent::new(&data.meta.shape().to_vec());
+        let call = Call::on_device(operation, data.dtype, extent).agreeing(agreed);
         let mut result = None;
         self.run(&call, |_| {
-            let (carried, bytes) = engine.run(operation, data)?;
+            let (carried, bytes) = engine.run(&call, data)?;
             result = Some(carried);
             Ok(bytes)
         })?;
@@ -299,8 +318,8 @@ impl Communicator {
         if let Some(dtype) = dtype {
             host::check_dtype(operation.name(), dtype)?;
         }
-        let mut call = Call::new(operation, dtype, data.as_ref().map_or(Extent::flat(0), host::extent));
-        call.cut = agreed;
+        let extent = data.as_ref().map_or(Extent::flat(0), host::extent);
+        let call = Call::new(operation, dtype, extent).agreeing(agreed);
         // SAFETY: nothing is read through a null place of length 0.
         let nothing = unsafe { BufferRef::from_raw(std::ptr::null(), 0, dtype.unwrap_or(DType::F32)) };
         let input = data.as_ref().map_or(nothing, host::lend);

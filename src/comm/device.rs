@@ -10,7 +10,7 @@ use burn_ir::{BackendIr, InitOperationIr, OperationIr, OperationOutput};
 use cubecl_environment::stream::StreamId;
 
 use crate::Error;
-use crate::comm::{Arrival, Operation, ReduceOp, TensorKind, part};
+use crate::comm::{Arrival, Call, Operation, ReduceOp, TensorKind, part};
 use crate::tensor::PlainTensor;
 
 /// An engine that carries data of devices from device to device.
@@ -18,9 +18,10 @@ pub trait DeviceTransport: Send + Sync {
     /// Whether it carries tensors of this dtype and device (without autodiff); others travel through the host.
     fn carries(&self, device: &Device, dtype: DType) -> bool;
 
-    /// Enqueues a collective on a contiguous tensor, under the contract of [`Transport`](super::Transport). Returns the tensor
-    /// in which the result will be, whose readers are enqueued behind, and the bytes that this rank moves.
-    fn run(&self, operation: Operation, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error>;
+    /// Enqueues a collective on a contiguous tensor, under the contract of [`Transport`](super::Transport): `call` describes
+    /// it, and must agree with those of the other ranks. Returns the tensor in which the result will be, whose readers are
+    /// enqueued behind, and the bytes that this rank moves.
+    fn run(&self, call: &Call, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error>;
 
     /// Enqueues an all-reduce of several contiguous tensors of one dtype, at least one, as one collective. As
     /// [`run`](Self::run) otherwise.
@@ -31,6 +32,12 @@ pub trait DeviceTransport: Send + Sync {
 
     /// Receives the oldest message of `from` that bears `tag`, wherever it lay when it was sent.
     fn receive(&self, from: usize, tag: u64) -> Result<Arrival, Error>;
+
+    /// Says that this rank will [receive](Self::receive) such a message: it may travel as soon as it has been sent. Waits for
+    /// nothing. An engine whose messages travel by themselves has nothing to do.
+    fn expect(&self, from: usize, tag: u64) {
+        let _ = (from, tag);
+    }
 }
 
 /// Kinds of tensors on CubeCL's devices. On them all kinds have one primitive.

@@ -101,8 +101,13 @@ impl Communicator {
         Ok(on_device(data, &device))
     }
 
-    /// [`recv`](Self::recv) as a handle: the message travels while the rank computes, and is taken by waiting.
+    /// [`recv`](Self::recv) as a handle: the message travels while the rank computes, and is taken by waiting. Of several that
+    /// bear one tag, whoever waits first gets the oldest.
     pub fn start_recv<P: Payload>(&self, from: usize, tag: u64) -> Pending<P> {
+        #[cfg(feature = "cubecl")]
+        if let Some(engine) = self.transport().on_device() {
+            engine.expect(from, tag);
+        }
         let comm = self.clone();
         Pending::deferred(move || comm.recv(from, tag))
     }

@@ -6,8 +6,8 @@
 //! rewrite that list:
 //!
 //! - [`counted_random`] has every rank draw the random numbers of one device,
-//! - [`shard::partition`] splits the step over the ranks of a mesh axis; [`shard::fold_reductions`] and [`shard::overlap`]
-//!   then order its collectives,
+//! - [`shard::partition`] splits the step over the ranks of a mesh axis; [`shard::fuse_products`] has products run together
+//!   with their collectives, [`shard::fold_reductions`] and [`shard::overlap`] order these,
 //! - [`sync_batch_norm`] puts a collective after every batch statistic.
 //!
 //! An [`Executor`] then runs it on the model's device at each step with the current parameters and new inputs, faster than

@@ -7,7 +7,8 @@ use burn::module::{Module, ParamId};
 
 use super::parts::{self, Round};
 use super::shard::{
-    Larger, PartitionOptions, ShardReport, fold_reductions, overlap, pad, partition, register_collectives,
+    Larger, PartitionOptions, ShardReport, fold_reductions, fuse_products, overlap, pad, partition,
+    register_collectives,
 };
 use super::{CustomOps, RandomSource, StepGraph, counted_random, graph_error, register_counted_random};
 use crate::comm::{Communicator, part};
@@ -166,6 +167,10 @@ impl ModelSplit {
             let (local, report) = partition(graph, &params, &inputs, &options)?;
             *graph = local;
             reports.push(report);
+        }
+        for product in fuse_products(graph) {
+            let mut over = reports.iter_mut().filter(|report| report.axis == product.axis);
+            over.next().into_iter().for_each(|report| report.products.push(product.clone()));
         }
         for SplitAxis { name, group, .. } in self.axes.iter().filter(|axis| axis.group.size() > 1) {
             let fingerprints = group.all_gather(vec![graph.axis_fingerprint(name)])?;

@@ -59,11 +59,10 @@ impl Step {
                 Ok(all)
             }),
             Self::SliceFrom { root, dim } => along(dim, tensor, |rows| {
-                let (dtype, rank, device) = (rows.dtype(), rows.rank(), rows.device());
-                let brought = (comm.rank() == root).then_some(rows);
-                let own = comm.scatter_as(brought, root, Some(dtype))?;
+                let rank = rows.rank();
+                let own = comm.scatter_alike(rows, root)?;
                 match own.rank() {
-                    found if found == rank => Ok(own.moved_to(&device)),
+                    found if found == rank => Ok(own),
                     found => fail(
                         comm,
                         Error::invalid(

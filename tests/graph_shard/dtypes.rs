@@ -4,7 +4,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::{Dropout, DropoutConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::{DType, activation};
-use burn_parallel::graph::shard::{fold_reductions, overlap};
+use burn_parallel::graph::shard::{fold_reductions, fuse_products, overlap};
 use burn_parallel::prelude::*;
 
 use crate::harness::{Axis, Case};
@@ -57,6 +57,7 @@ fn parity(case: &Case<Block, (Tensor<3>, Tensor<3>)>, tolerance: f32) {
         vec![Axis::new("tp", 2, plan()).sequence(1), Axis::batch(2)],
     ] {
         let rewrite = |graph: &mut _| {
+            assert!(!fuse_products(graph).is_empty());
             fold_reductions(graph, 1 << 20);
             overlap(graph);
         };

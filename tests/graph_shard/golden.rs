@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use burn_parallel::graph::StepGraph;
+use burn_parallel::graph::shard::fuse_products;
 use burn_parallel::prelude::*;
 
 use crate::harness::{Axis, Case};
@@ -30,6 +31,13 @@ fn golden_layer() {
     let axis = || Axis::new("tp", 2, Plan::megatron());
     check("tensor.txt", &LAYER.split(&[axis()], &[1]).0);
     check("sequence.txt", &LAYER.split(&[axis().sequence(1)], &[1]).0);
+    let fused = |axis: Axis| {
+        let mut graph = LAYER.split(&[axis], &[1]).0;
+        fuse_products(&mut graph);
+        graph
+    };
+    check("tensor_fused.txt", &fused(axis()));
+    check("sequence_fused.txt", &fused(axis().sequence(1)));
 }
 
 #[test]

@@ -132,6 +132,11 @@ pub fn filled<M: Module>(model: M) -> M {
     model.train().map(&mut Fill(Numbers(7)))
 }
 
+/// This rank's part of a model.
+pub fn cut<M: Module>(model: M, axes: &[Axis], place: &[usize]) -> M {
+    model.map(&mut Cut { axes, place, path: Vec::new() })
+}
+
 /// Leaves this rank's part of every parameter.
 struct Cut<'a> {
     axes: &'a [Axis],
@@ -270,9 +275,9 @@ impl<M: Module, I: GraphInputs + Clone> Case<M, I> {
                 assert!(prints.iter().all(|print| *print == prints[0]));
             }
             let mut executor = Executor::new(graph, ops)?;
-            let mut model = whole.map(&mut Cut { axes, place: &place, path: Vec::new() });
+            let mut model = cut(whole, axes, &place);
             let mut optim = optimizer();
-            let cut = |path: &str, whole: &Whole| {
+            let part = |path: &str, whole: &Whole| {
                 axes.iter()
                     .zip(&place)
                     .fold(whole.clone(), |whole, (axis, rank)| whole.part(axis.plan.layout(path), axis.degree, *rank))
@@ -288,7 +293,7 @@ impl<M: Module, I: GraphInputs + Clone> Case<M, I> {
                 for (path, expected) in &reference.gradients {
                     same(
                         &format!("gradient of {path} in step {step}"),
-                        &cut(path, expected),
+                        &part(path, expected),
                         &gradients[path],
                         tolerance,
                     );
@@ -296,7 +301,7 @@ impl<M: Module, I: GraphInputs + Clone> Case<M, I> {
                 model = optim.step(0.05, model, result.gradients);
                 let after = values(&model);
                 for (path, expected) in &reference.after {
-                    same(&format!("{path} after step {step}"), &cut(path, expected), &after[path], tolerance);
+                    same(&format!("{path} after step {step}"), &part(path, expected), &after[path], tolerance);
                 }
             }
             Ok(reports)

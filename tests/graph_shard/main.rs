@@ -5,8 +5,10 @@
 mod models;
 
 mod axes;
+mod background;
 mod convolution;
 mod dtypes;
+mod fuse;
 mod golden;
 mod harness;
 mod memory;

@@ -3,19 +3,21 @@
 //! Values are small integers, so that sums are exact in every dtype and in any order of the ranks.
 
 use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData, Tolerance};
-use burn_parallel::Error;
 use burn_parallel::comm::{Communicator, ReduceOp};
+use burn_parallel::{Error, layout};
 
 /// A check that every rank runs, on its own device, with the dtypes that the device and the engine have.
 type Check = fn(&Communicator, &Device, &[DType]) -> Result<(), Error>;
 
 /// All of them.
-pub const CHECKS: [(&str, Check); 8] = [
+pub const CHECKS: [(&str, Check); 10] = [
     ("collectives agree with the host's", collectives),
     ("integers and bools", integers_and_bools),
     ("unequal rows are gathered", unequal_rows),
+    ("what one rank holds is divided", divided),
     ("buffers reduced together", reduced_together),
     ("messages stay on the device", messages),
+    ("messages that are expected", expected),
     ("a message is its receiver's own", handed_over),
     ("in flight and direct calls interleave", in_flight),
     ("a long chain keeps its order", chain),
@@ -169,6 +171,69 @@ fn messages(comm: &Communicator, device: &Device, dtypes: &[DType]) -> Result<()
     let since = comm.counters() - before;
     assert_eq!(since.of("send").bytes, bytes);
     assert_eq!(since.of("recv").bytes, bytes);
+    Ok(())
+}
+
+/// Along any dim, from any rank, whatever the others bring; parts stay on the device.
+fn divided(comm: &Communicator, device: &Device, dtypes: &[DType]) -> Result<(), Error> {
+    let (me, before) = (comm.rank(), comm.counters());
+    for dtype in floats(dtypes) {
+        for (root, dims) in (0..comm.size()).flat_map(|root| [[1, 3], [5, 4], [37, 900]].map(|dims| (root, dims))) {
+            for (dim, nothing) in [(0, [0, 0]), (1, [0, 0]), (0, [2, 7])] {
+                let mine = |device: &Device| match me == root {
+                    true => tensor(root, dims, device, dtype),
+                    false => Tensor::zeros(nothing, (device, dtype)),
+                };
+                let own = layout::scatter_from_root(mine(device), dim, root, comm)?;
+                let expected = layout::scatter_from_root(mine(&Device::flex()), dim, root, comm)?;
+                assert_eq!(own.dims(), expected.dims());
+                same(own, expected, device);
+            }
+        }
+    }
+    let scattered = (comm.counters() - before).of("scatter");
+    // The half that was on the device, if it is one.
+    let there = if *device == Device::flex() { 0 } else { scattered.bytes / 2 };
+    assert_eq!((scattered.on_device, scattered.calls % 2), (there, 0));
+    Ok(())
+}
+
+/// Receives are begun before, between and behind the sends, and waited for in another order; of one tag the oldest comes first.
+fn expected(comm: &Communicator, device: &Device, _: &[DType]) -> Result<(), Error> {
+    let (me, size) = (comm.rank(), comm.size());
+    let number = |from: usize, tag: u64, turn: usize| (1000 * from + 10 * tag as usize + turn) as f32;
+    let is = |tensor: Tensor<1>, value: f32| {
+        assert_eq!(tensor.device(), *device);
+        assert!(tensor.into_data().iter::<f32>().all(|x| x == value), "{value} was expected");
+    };
+    for shift in 1..=size {
+        let (next, previous) = ((me + shift) % size, (me + size - shift) % size);
+        let begin = |tag: u64| (tag, comm.start_recv::<Tensor<1>>(previous, tag));
+        let mut begun: Vec<_> = [3, 0, 0, 4].map(begin).into();
+        let mut busy = Tensor::<2>::ones([64, 64], device);
+        for tag in 0..5 {
+            for turn in 0..2 {
+                let dims = [if tag == 4 { 40_000 } else { 700 }];
+                comm.send(Tensor::<1>::full(dims, number(me, tag, turn), device), next, tag)?;
+            }
+            busy = busy.clone().matmul(busy) / 64.0;
+            begun.push(begin(tag));
+        }
+        // Not expected, and behind one that is.
+        is(comm.recv(previous, 1)?, number(previous, 1, 0));
+        let mut turns = [0, 1, 0, 0, 0];
+        for (tag, pending) in begun.into_iter().rev() {
+            if turns[tag as usize] == 2 {
+                // A third of this tag: sent now.
+                comm.send(Tensor::<1>::full([9], number(me, tag, 2), device), next, tag)?;
+            }
+            is(pending.wait()?, number(previous, tag, turns[tag as usize]));
+            turns[tag as usize] += 1;
+        }
+        is(comm.recv(previous, 2)?, number(previous, 2, 1));
+        assert_eq!(turns, [3, 2, 1, 2, 2]);
+        assert!(busy.into_data().iter::<f32>().all(|x| x == 1.0));
+    }
     Ok(())
 }
 

@@ -11,17 +11,17 @@ use burn_parallel::comm::{Communicator, ReduceOp};
 use super::{Engine, LONG};
 
 /// A time-out that some checks wait for.
-const SHORT: Duration = Duration::from_millis(400);
+pub(super) const SHORT: Duration = Duration::from_millis(400);
 /// How long after the failure, or after the time-out, the last rank may return.
 const LIMIT: Duration = Duration::from_secs(8);
 /// What the panics say that are made here.
 pub const PURPOSE: &str = "panics on purpose";
 
-type Script<'a> = &'a dyn Fn(Communicator) -> Result<(), Error>;
+pub(super) type Script<'a> = &'a dyn Fn(Communicator) -> Result<(), Error>;
 
 /// Runs `script` on every rank of a fresh world, after two collectives for the log to tell of. All ranks but the `culprit`
 /// must return the same error.
-fn failure(engine: &dyn Engine, timeout: Duration, culprit: Option<usize>, script: Script<'_>) -> Error {
+pub(super) fn failure(engine: &dyn Engine, timeout: Duration, culprit: Option<usize>, script: Script<'_>) -> Error {
     let comm = engine.world(timeout);
     let (rank, size) = (comm.rank(), comm.size());
     comm.barrier().unwrap();
@@ -75,7 +75,7 @@ fn stays_failed(comm: &Communicator, error: &Error) {
 
 /// The message holds all these words.
 #[track_caller]
-fn says(error: &Error, words: &[&str]) {
+pub(super) fn says(error: &Error, words: &[&str]) {
     let message = error.to_string();
     for word in words {
         assert!(message.contains(word), "`{word}` is missing in: {message}");
@@ -84,7 +84,7 @@ fn says(error: &Error, words: &[&str]) {
 
 /// The message ends with the last collectives of every rank.
 #[track_caller]
-fn tells_the_log(error: &Error, size: usize) {
+fn tells_the_log(engine: &dyn Engine, error: &Error, size: usize) {
     if matches!(error, Error::User(_)) {
         // The culprit's own copy, as text.
         return;
@@ -93,29 +93,32 @@ fn tells_the_log(error: &Error, size: usize) {
     for rank in 0..size {
         let line = message.lines().find(|line| line.starts_with(&format!("  rank {rank}: ")));
         let line = line.unwrap_or_else(|| panic!("no line of rank {rank} in: {message}"));
-        assert!(line.contains("#1 all_reduce(Sum) of F32 [3]") && line.contains("#0 barrier"), "{line}");
+        let (first, second) = (engine.calls(), engine.calls() + 1);
+        let both = [format!("#{second} all_reduce(Sum) of F32 [3]"), format!("#{first} barrier")];
+        assert!(both.iter().all(|call| line.contains(call)), "{line}");
     }
 }
 
-fn drop_of<T>(result: Result<T, Error>) -> Result<(), Error> {
+pub(super) fn drop_of<T>(result: Result<T, Error>) -> Result<(), Error> {
     result.map(drop)
 }
 
 /// One rank calls `odd`, the others `usual`. All ranks return a mismatch that holds these words.
-fn mismatch(engine: &dyn Engine, words: &[&str], usual: Script<'_>, odd: Script<'_>) {
+pub(super) fn mismatch(engine: &dyn Engine, words: &[&str], usual: Script<'_>, odd: Script<'_>) {
     let size = engine.world(LONG).size();
     for culprit in [0, size - 1] {
         let error = failure(engine, LONG, None, &|comm| match comm.rank() == culprit {
             true => odd(comm),
             false => usual(comm),
         });
-        let Error::Mismatch { sequence: 2, calls, .. } = &error else { panic!("{error:?}") };
+        let Error::Mismatch { sequence, calls, .. } = &error else { panic!("{error:?}") };
+        assert_eq!(*sequence, engine.calls() + 2);
         assert_eq!(calls.len(), size);
         let other = (culprit + 1) % size;
         assert_ne!(calls[culprit].to_string(), calls[other].to_string(), "the message shows the difference");
-        says(&error, &["`world`", "#2", &format!("rank {culprit} called {}", calls[culprit])]);
+        says(&error, &["`world`", &format!("#{sequence}"), &format!("rank {culprit} called {}", calls[culprit])]);
         says(&error, words);
-        tells_the_log(&error, size);
+        tells_the_log(engine, &error, size);
     }
 }
 
@@ -162,7 +165,7 @@ fn leaving(engine: &dyn Engine) {
         } else {
             assert!(matches!(error, Error::User(_)), "{error:?}");
         }
-        tells_the_log(&error, size);
+        tells_the_log(engine, &error, size);
         let error = failure(engine, LONG, Some(culprit), &|comm| {
             let _own = comm.clone();
             assert!(comm.rank() != culprit, "{PURPOSE}");
@@ -195,7 +198,7 @@ fn receiving(engine: &dyn Engine) {
     if !matches!(error, Error::User(_)) {
         says(&error, &[&format!("rank {culprit} left group `world` while recv(from {culprit}, tag 3)")]);
     }
-    tells_the_log(&error, size);
+    tells_the_log(engine, &error, size);
     let error = failure(engine, LONG, None, &|comm| match comm.rank() {
         0 => drop_of(comm.recv::<Vec<f32>>(1, 7)),
         1 => comm.send(vec![1.0f64; 3], 0, 7).and_then(|()| comm.barrier()),
@@ -217,7 +220,7 @@ fn time_outs(engine: &dyn Engine) {
         let Error::Timeout { rank, waited, missing, .. } = &error else { panic!("{error:?}") };
         assert!(*rank != culprit && *waited >= SHORT && *missing == format!("rank {culprit}"), "{error:?}");
         says(&error, &["`world`", "all_reduce(Sum) of F32 [5]", "BURN_PARALLEL_TIMEOUT_S"]);
-        tells_the_log(&error, size);
+        tells_the_log(engine, &error, size);
     }
     let error = failure(engine, SHORT, None, &|comm| match comm.rank() {
         0 => drop_of(comm.recv::<Vec<f32>>(1, 7)),
@@ -233,7 +236,7 @@ fn time_outs(engine: &dyn Engine) {
         0 => says(&error, &["recv(from 1, tag 7)", "for rank 1;", "tags", "[8, 9]"]),
         _ => says(&error, &["barrier", "for rank 0;", "recv(from 1, tag 7) (waiting"]),
     }
-    tells_the_log(&error, size);
+    tells_the_log(engine, &error, size);
 }
 
 fn aborts(engine: &dyn Engine) {
@@ -249,7 +252,7 @@ fn aborts(engine: &dyn Engine) {
         });
         assert!(matches!(&error, Error::Aborted { rank, .. } if *rank == culprit), "{error:?}");
         says(&error, &["the loss is NaN"]);
-        tells_the_log(&error, size);
+        tells_the_log(engine, &error, size);
     }
     // Two at once: all are told of the same one.
     let error = failure(engine, LONG, None, &|comm| {
@@ -278,7 +281,7 @@ fn parts(engine: &dyn Engine) {
             _ => elsewhere(&comm, &part),
         }
     });
-    let Error::Mismatch { sequence: 0, .. } = &error else { panic!("{error:?}") };
+    assert!(matches!(error, Error::Mismatch { sequence, .. } if sequence == engine.calls_of_part()), "{error:?}");
     says(&error, &["`world/0`", "rank 0 called barrier", "rank 1 called all_reduce(Sum) of U64 [77]"]);
     let error = failure(engine, LONG, Some(0), &|comm| {
         let part = split(&comm)?;

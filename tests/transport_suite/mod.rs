@@ -8,8 +8,13 @@ pub mod checks;
 pub mod collectives;
 #[cfg(feature = "cubecl")]
 pub mod device;
+#[cfg(feature = "cubecl")]
+pub mod device_failures;
 pub mod failures;
 pub mod items;
+#[cfg(feature = "cuda")]
+pub mod over_nccl;
+pub mod over_threads;
 
 use std::time::Duration;
 
@@ -19,6 +24,16 @@ use burn_parallel::comm::Communicator;
 pub trait Engine {
     /// A fresh world of all ranks, with this time-out.
     fn world(&self, timeout: Duration) -> Communicator;
+
+    /// Collectives of a fresh world that making it has taken.
+    fn calls(&self) -> u64 {
+        0
+    }
+
+    /// Collectives of a part of a world that making it has taken.
+    fn calls_of_part(&self) -> u64 {
+        0
+    }
 }
 
 /// A time-out that no check waits for.

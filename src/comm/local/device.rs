@@ -1,7 +1,7 @@
 //! Device data between threads: ranks that share a GPU, or have several in one process.
 //!
 //! A rank lays its tensor, a handle to a buffer on the device, on the group's board, meets the others, and takes the handles
-//! of all. What is to be computed of them it enqueues on its own stream, with burn's kernels; CubeCL makes that stream wait
+//! of all. What is to be computed of them it enqueues on its own stream, with kernels of burn or of its own; CubeCL makes that stream wait
 //! for the streams that write the buffers. Nothing is copied to the host, and the host does not wait for the device.
 //!
 //! **Who may write to a buffer?** Streams wait for whoever has *written* what they read, not for whoever still *reads* what
@@ -24,6 +24,7 @@ use burn::backend::DispatchDevice;
 use burn::tensor::{Bool, DType, Device, Float, Int, Tensor};
 use burn_cubecl::CubeDevice;
 
+use super::fold::fold;
 use super::group::lock;
 use super::transport::LocalTransport;
 use crate::Error;
@@ -72,7 +73,7 @@ impl LocalTransport {
         tensors.ok_or_else(missing)
     }
 
-    fn all_reduce_many_as<K: Fold>(
+    fn all_reduce_many_as<K: Scale>(
         &self,
         op: ReduceOp,
         tensors: &[DeviceTensor],
@@ -82,7 +83,7 @@ impl LocalTransport {
         Ok((parted::<K>(reduced, tensors)?, bytes))
     }
 
-    fn run_as<K: Fold>(&self, call: Call, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error> {
+    fn run_as<K: Scale>(&self, call: Call, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error> {
         let (operation, dims) = (call.operation, tensor.meta.shape().to_vec());
         let (rank, size) = (self.rank(), self.size());
         let brought = match operation {
@@ -103,7 +104,14 @@ impl LocalTransport {
             }
             _ => rows,
         };
-        let width = call.extent.width();
+        let (width, dims) = match operation {
+            // The others bring nothing that counts.
+            Operation::Scatter { root } => {
+                let dims = all[root].meta.shape().to_vec();
+                (dims.iter().skip(1).product(), dims)
+            }
+            _ => (call.extent.width(), dims),
+        };
         let device = all[rank].device.clone();
         let take =
             |from: usize, rows: Range<usize>| bring::<K>(&all[from], rows.start * width..rows.end * width, &device);
@@ -116,24 +124,25 @@ impl LocalTransport {
             }
         };
         let everything = |from: usize| 0..rows[from];
+        let folded = |elements: Range<usize>, op: ReduceOp| match size {
+            1 => Ok(bring::<K>(&all[rank], elements, &device)),
+            _ => fold_here::<K>(&all, elements, op, &device).map(from_device::<1, K>),
+        };
         let result = match operation {
             Operation::AllReduce(op) if size > 1 && call.extent.elements() >= SMALL => {
                 // As on the host: everybody folds a share, and all put the shares together.
                 let share = part(call.extent.elements(), size, rank);
-                let inputs = all.iter().map(|tensor| bring::<K>(tensor, share.clone(), &device));
-                let folded = to_device(K::fold(inputs.collect(), op))?;
+                let folded = fold_here::<K>(&all, share, op, &device)?;
                 let shares = self.exchange(&call, folded)?;
                 let whole = |share: &DeviceTensor| bring::<K>(share, 0..share.meta.shape()[0], &device);
                 Tensor::cat(shares.iter().map(whole).collect(), 0)
             }
-            Operation::AllReduce(op) => K::fold((0..size).map(|from| take(from, everything(from))).collect(), op),
-            Operation::Reduce { op, root } if root == rank => {
-                K::fold((0..size).map(|from| take(from, everything(from))).collect(), op)
-            }
+            Operation::AllReduce(op) => folded(0..call.extent.elements(), op)?,
+            Operation::Reduce { op, root } if root == rank => folded(0..call.extent.elements(), op)?,
             Operation::Reduce { .. } => take(rank, everything(rank)),
             Operation::ReduceScatter(op) => {
                 let mine = part(call.extent.rows(), size, rank);
-                K::fold((0..size).map(|from| take(from, mine.clone())).collect(), op)
+                folded(mine.start * width..mine.end * width, op)?
             }
             Operation::Broadcast { root } => take(root, everything(root)),
             Operation::AllGather => parts(&everything),
@@ -163,15 +172,14 @@ impl DeviceTransport for LocalTransport {
         matches!(device.as_dispatch(), DispatchDevice::Cube(_))
     }
 
-    fn run(&self, operation: Operation, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error> {
-        if let Operation::AllReduce(op) | Operation::ReduceScatter(op) | Operation::Reduce { op, .. } = operation {
+    fn run(&self, call: &Call, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error> {
+        if let Operation::AllReduce(op) | Operation::ReduceScatter(op) | Operation::Reduce { op, .. } = call.operation {
             reduce::check(op, tensor.dtype)?;
         }
-        let call = Call::on_device(operation, tensor.dtype, Extent::new(&tensor.meta.shape().to_vec()));
         match tensor.dtype {
-            dtype if dtype.is_float() => self.run_as::<Float>(call, tensor),
-            dtype if dtype.is_bool() => self.run_as::<Bool>(call, tensor),
-            _ => self.run_as::<Int>(call, tensor),
+            dtype if dtype.is_float() => self.run_as::<Float>(*call, tensor),
+            dtype if dtype.is_bool() => self.run_as::<Bool>(*call, tensor),
+            _ => self.run_as::<Int>(*call, tensor),
         }
     }
 
@@ -194,7 +202,7 @@ impl DeviceTransport for LocalTransport {
 
 /// Elements of a tensor on a device. Those of another device go through host memory: CubeCL's own way between two GPUs makes
 /// the threads of both wait for each other, and two ranks that send towards each other would do so for ever.
-fn bring<K: Fold>(tensor: &DeviceTensor, elements: Range<usize>, device: &CubeDevice) -> Tensor<1, K> {
+fn bring<K: Scale>(tensor: &DeviceTensor, elements: Range<usize>, device: &CubeDevice) -> Tensor<1, K> {
     let slice = from_device::<1, K>(flat(tensor.clone())).slice([elements]);
     match tensor.device == *device {
         true => slice,
@@ -203,12 +211,12 @@ fn bring<K: Fold>(tensor: &DeviceTensor, elements: Range<usize>, device: &CubeDe
 }
 
 /// The tensors, one behind the other.
-fn joined<K: Fold>(tensors: &[DeviceTensor]) -> Result<DeviceTensor, Error> {
+fn joined<K: Scale>(tensors: &[DeviceTensor]) -> Result<DeviceTensor, Error> {
     to_device(Tensor::cat(tensors.iter().map(|tensor| from_device::<1, K>(flat(tensor.clone()))).collect(), 0))
 }
 
 /// The way back.
-fn parted<K: Fold>(whole: DeviceTensor, like: &[DeviceTensor]) -> Result<Vec<DeviceTensor>, Error> {
+fn parted<K: Scale>(whole: DeviceTensor, like: &[DeviceTensor]) -> Result<Vec<DeviceTensor>, Error> {
     let (whole, mut first) = (from_device::<1, K>(whole), 0);
     let part = |tensor: &DeviceTensor| {
         let dims = tensor.meta.shape().to_vec();
@@ -219,78 +227,40 @@ fn parted<K: Fold>(whole: DeviceTensor, like: &[DeviceTensor]) -> Result<Vec<Dev
     like.iter().map(part).collect()
 }
 
-/// Kinds of tensors that burn's kernels can reduce.
-trait Fold: TensorKind {
-    /// The reduction of the ranks' contributions, in rank order. Factors have been applied.
-    fn fold(contributions: Vec<Tensor<1, Self>>, op: ReduceOp) -> Tensor<1, Self>;
+/// The reduction of some elements of all tensors, in rank order. Factors have been applied.
+fn fold_here<K: Scale>(
+    all: &[DeviceTensor],
+    elements: Range<usize>,
+    op: ReduceOp,
+    device: &CubeDevice,
+) -> Result<DeviceTensor, Error> {
+    if all.iter().all(|tensor| tensor.device == *device) {
+        return fold(all, elements, op);
+    }
+    let shards = all.iter().map(|tensor| to_device(bring::<K>(tensor, elements.clone(), device)));
+    fold(&shards.collect::<Result<Vec<_>, _>>()?, 0..elements.len(), op)
+}
 
+/// Kinds of tensors that are reduced.
+trait Scale: TensorKind {
     /// Applies a factor.
     fn scale(contribution: Tensor<1, Self>, factor: f64) -> Tensor<1, Self>;
 }
 
-fn in_order<K: Fold>(
-    contributions: Vec<Tensor<1, K>>,
-    combine: impl Fn(Tensor<1, K>, Tensor<1, K>) -> Tensor<1, K>,
-) -> Tensor<1, K> {
-    contributions.into_iter().reduce(combine).expect("a group has at least one rank")
-}
-
-impl Fold for Float {
-    fn fold(contributions: Vec<Tensor<1>>, op: ReduceOp) -> Tensor<1> {
-        let (ranks, dtype) = (contributions.len(), contributions[0].dtype());
-        let wide = match dtype {
-            DType::F16 | DType::BF16 => contributions.into_iter().map(|x| x.cast(DType::F32)).collect(),
-            _ => contributions,
-        };
-        let folded = match op {
-            ReduceOp::Sum | ReduceOp::PreMulSum(_) => in_order(wide, |a, b| a + b),
-            ReduceOp::Mean => in_order(wide, |a, b| a + b).div_scalar(ranks as f64),
-            ReduceOp::Product => in_order(wide, |a, b| a * b),
-            ReduceOp::Max => in_order(wide, |a, b| with_nan(&a, &b, a.clone().max_pair(b.clone()))),
-            ReduceOp::Min => in_order(wide, |a, b| with_nan(&a, &b, a.clone().min_pair(b.clone()))),
-        };
-        match folded.dtype() == dtype {
-            true => folded,
-            false => folded.cast(dtype),
-        }
-    }
-
+impl Scale for Float {
     fn scale(contribution: Tensor<1>, factor: f64) -> Tensor<1> {
         contribution.mul_scalar(factor)
     }
 }
 
-/// A NaN on any rank stays one.
-fn with_nan(a: &Tensor<1>, b: &Tensor<1>, result: Tensor<1>) -> Tensor<1> {
-    result.mask_fill(a.clone().is_nan().bool_or(b.clone().is_nan()), f32::NAN)
-}
-
-impl Fold for Int {
-    fn fold(contributions: Vec<Tensor<1, Int>>, op: ReduceOp) -> Tensor<1, Int> {
-        match op {
-            ReduceOp::Max => in_order(contributions, |a, b| a.max_pair(b)),
-            ReduceOp::Min => in_order(contributions, |a, b| a.min_pair(b)),
-            ReduceOp::Product => in_order(contributions, |a, b| a * b),
-            // Others were refused.
-            _ => in_order(contributions, |a, b| a + b),
-        }
-    }
-
+impl Scale for Int {
     fn scale(contribution: Tensor<1, Int>, _: f64) -> Tensor<1, Int> {
         // Refused before.
         contribution
     }
 }
 
-impl Fold for Bool {
-    fn fold(contributions: Vec<Tensor<1, Bool>>, op: ReduceOp) -> Tensor<1, Bool> {
-        match op {
-            ReduceOp::Max => in_order(contributions, |a, b| a.bool_or(b)),
-            // Others were refused.
-            _ => in_order(contributions, |a, b| a.bool_and(b)),
-        }
-    }
-
+impl Scale for Bool {
     fn scale(contribution: Tensor<1, Bool>, _: f64) -> Tensor<1, Bool> {
         // Refused before.
         contribution

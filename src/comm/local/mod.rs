@@ -15,6 +15,8 @@ mod bell;
 mod clock;
 #[cfg(feature = "cubecl")]
 mod device;
+#[cfg(feature = "cubecl")]
+mod fold;
 mod group;
 mod mailbox;
 mod rendezvous;

@@ -109,8 +109,8 @@ impl Keeper {
         Arc::new(Self { host, underway, gpu, care: Mutex::default(), bell: Condvar::new() })
     }
 
-    pub fn gpu(&self) -> Gpu {
-        self.gpu
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
     }
 
     /// Takes a communicator into care.

@@ -2,7 +2,8 @@
 //!
 //! burn's kernels are enqueued by a thread of the device, in the order in which closures are submitted to it. For a collective
 //!
-//! 1. a first closure finds where the buffers lie and records an event, *ready*, on the stream of the calling thread;
+//! 1. a first closure finds where the buffers lie and records an event, *ready*, on the stream of the calling thread, which
+//!    goes on meanwhile: where it can, it meets the other ranks while the device's thread does this;
 //! 2. the calling thread, not that of the device, makes NCCL's stream wait for *ready*, calls NCCL, and records *done*: NCCL's
 //!    first calls may take long, and two ranks that share a device must not wait for each other on its one thread;
 //! 3. a second closure makes the stream of the calling thread wait for *done*, and lets go of the buffers: whoever gets their
@@ -15,13 +16,17 @@
 //!
 //! A message that is sent goes without the third step: what the sender computes next has nothing to wait for, and the buffer
 //! is held until *done* is seen to be over (see `keeper.rs`).
+//!
+//! CUDA's events are used again and again: whoever waits for one waits for the point that it marked when the wait was enqueued,
+//! whatever it marks later.
 
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cuda::CudaRuntime;
-use cubecl_common::device::DeviceId;
 use cubecl_common::device_handle::DeviceHandle;
 use cubecl_environment::stream::StreamId;
 use cubecl_server::runtime::Runtime;
@@ -39,26 +44,63 @@ type Server = <CudaRuntime as Runtime>::Server;
 /// A buffer that is held: its memory is neither moved nor given to others.
 type Held = ManagedResource<<<Server as ServerStorage>::Storage as ComputeStorage>::Resource>;
 
-/// A GPU, as CUDA's calls mean it: its primary context, which burn uses too, and which is kept for the life of the process.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Gpu(cuda::CUcontext);
+/// A GPU, as CUDA's calls mean it, and how its thread of burn is reached.
+#[derive(Debug, Clone)]
+pub(super) struct Gpu(Arc<Shared>);
 
-// SAFETY: CUDA takes contexts from any thread.
-unsafe impl Send for Gpu {}
-unsafe impl Sync for Gpu {}
+struct Shared {
+    /// The primary context, which burn uses too, and which is kept for the life of the process.
+    context: cuda::CUcontext,
+    /// burn's thread of the device, from the first tensor on: looked up once, not for each call.
+    server: OnceLock<DeviceHandle<Server>>,
+    /// Events that nobody uses just now.
+    spare: Mutex<Vec<cuda::CUevent>>,
+}
+
+// SAFETY: CUDA takes contexts and events from any thread; the rest is seen to here.
+unsafe impl Send for Shared where DeviceHandle<Server>: Send {}
+unsafe impl Sync for Shared where DeviceHandle<Server>: Send + Sync {}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gpu").field("context", &self.context).finish_non_exhaustive()
+    }
+}
 
 impl Gpu {
+    /// Spare events that are kept; more are in use at once only for a moment.
+    const SPARE: usize = 256;
+
     pub fn new(index: usize) -> Result<Self, Error> {
         let failed = |error| refused("a GPU cannot be opened", error);
         let device = driver::device::get(index as i32).map_err(failed)?;
         // SAFETY: the device exists.
-        unsafe { driver::primary_ctx::retain(device) }.map(Self).map_err(failed)
+        let context = unsafe { driver::primary_ctx::retain(device) }.map_err(failed)?;
+        Ok(Self(Arc::new(Shared { context, server: OnceLock::new(), spare: Mutex::default() })))
     }
 
     /// Makes the device the one that this thread's CUDA calls mean.
-    pub fn enter(self) -> Result<(), Error> {
+    pub fn enter(&self) -> Result<(), Error> {
         // SAFETY: the context is retained for ever.
-        unsafe { driver::ctx::set_current(self.0) }.map_err(|error| refused("the GPU cannot be entered", error))
+        unsafe { driver::ctx::set_current(self.0.context) }.map_err(|error| refused("the GPU cannot be entered", error))
+    }
+
+    /// burn's thread of the device on which `tensor` is.
+    fn server(&self, tensor: &CubeTensor) -> &DeviceHandle<Server> {
+        self.0.server.get_or_init(|| DeviceHandle::new(tensor.client.service_id().device))
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Vec<cuda::CUevent>> {
+        self.0.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        for event in self.spare.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            // SAFETY: nobody else has it; CUDA keeps what it needs of an event that is waited for.
+            let _ = unsafe { driver::event::destroy(event) };
+        }
     }
 }
 
@@ -73,26 +115,43 @@ pub(super) struct Lane {
 unsafe impl Send for Lane {}
 unsafe impl Sync for Lane {}
 
-/// A point in a stream. CUDA keeps what waits for it waiting, however early the event is destroyed.
+/// A point in a stream. CUDA keeps what waits for it waiting, however early the event is destroyed or marks another.
 #[derive(Debug)]
-pub(super) struct Event(cuda::CUevent);
+pub(super) struct Event {
+    event: cuda::CUevent,
+    gpu: Gpu,
+}
 
 // SAFETY: CUDA takes events from any thread.
 unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
+
+/// Buffers whose places are being found.
+pub(super) struct Preparing {
+    found: Receiver<Result<(Vec<Held>, Event), Error>>,
+    server: DeviceHandle<Server>,
+    stream: StreamId,
+}
 
 /// Buffers whose places are known, and the point in burn's stream from which on they may be used.
 pub(super) struct Prepared {
     held: Vec<Held>,
     pub ready: Arc<Event>,
     server: DeviceHandle<Server>,
-    device: DeviceId,
     stream: StreamId,
 }
 
+/// Makes what burn enqueues on this thread wait for an event, and what the thread enqueues that takes the result of the
+/// background job under way here.
+pub(super) fn follow_here(gpu: &Gpu, tensor: &CubeTensor, event: Arc<Event>) {
+    let server = gpu.server(tensor).clone();
+    follow(&server, event.clone());
+    when_taken(move || follow(&server, event));
+}
+
 /// Makes what burn enqueues on this thread from now on wait for an event.
-fn follow(device: DeviceId, event: Arc<Event>) {
-    let (server, stream) = (DeviceHandle::<Server>::new(device), StreamId::current());
+fn follow(server: &DeviceHandle<Server>, event: Arc<Event>) {
+    let stream = StreamId::current();
     server.submit(move |server: &mut Server| {
         if let Err(error) = compute_stream(server, stream).and_then(|stream| event.hold_up(stream)) {
             // The device is lost: every later call says so.
@@ -102,33 +161,50 @@ fn follow(device: DeviceId, event: Arc<Event>) {
     server.flush_queue();
 }
 
-/// Finds the buffers of tensors of one device, and records when they are ready for use.
-pub(super) fn prepare<'a>(tensors: impl Iterator<Item = &'a CubeTensor>) -> Result<Prepared, Error> {
+/// Has the buffers of tensors of one device found, and recorded when they are ready for use. Waits for nothing: nothing else
+/// may be enqueued on them from this thread until they are [released](Prepared::release).
+pub(super) fn prepare<'a>(gpu: &Gpu, tensors: impl Iterator<Item = &'a CubeTensor>) -> Result<Preparing, Error> {
     let stream = StreamId::current();
-    let mut device = None;
+    let mut server = None;
     let (mut bindings, mut origins) = (Vec::new(), Vec::new());
     for tensor in tensors {
-        device = Some(tensor.client.service_id().device);
+        server = Some(gpu.server(tensor));
         bindings.push(tensor.handle.clone().binding());
         let origin = tensor.handle.stream;
         if origin != stream && !origins.contains(&origin) {
             origins.push(origin);
         }
     }
-    let device = device.ok_or_else(|| Error::invalid("NCCL", "it was given no buffer"))?;
-    let server = DeviceHandle::<Server>::new(device);
-    let found = server.submit_blocking(move |server: &mut Server| {
-        let find = |binding| server.get_resource(binding, stream).map_err(|error| lost(&error));
-        let held = bindings.into_iter().map(find).collect::<Result<Vec<_>, _>>()?;
-        let compute = compute_stream(server, stream)?;
-        // CubeCL may have seen to it, but looks only at when a buffer was made, not at what was written to it since.
-        for origin in origins {
-            Event::record(compute_stream(server, origin)?)?.hold_up(compute)?;
-        }
-        Ok::<_, Error>((held, Event::record(compute)?))
+    let server = server.ok_or_else(|| Error::invalid("NCCL", "it was given no buffer"))?.clone();
+    let (sender, found) = sync_channel(1);
+    let gpu = gpu.clone();
+    server.submit(move |server: &mut Server| {
+        let mut find = || {
+            let find = |binding| server.get_resource(binding, stream).map_err(|error| lost(&error));
+            let held = bindings.drain(..).map(find).collect::<Result<Vec<_>, _>>()?;
+            let compute = compute_stream(server, stream)?;
+            // CubeCL may have seen to it, but looks only at when a buffer was made, not at what was written to it since.
+            for origin in &origins {
+                Event::record(&gpu, compute_stream(server, *origin)?)?.hold_up(compute)?;
+            }
+            Ok((held, Event::record(&gpu, compute)?))
+        };
+        // Whoever asked may have given up: the world has failed. Nothing has been done with the buffers then.
+        let _ = sender.send(find());
     });
-    let (held, ready) = found.map_err(|error| lost(&error))??;
-    Ok(Prepared { held, ready: Arc::new(ready), server, device, stream })
+    // Closures are submitted in batches: without it nobody would begin with this one.
+    server.flush_queue();
+    Ok(Preparing { found, server, stream })
+}
+
+impl Preparing {
+    /// Waits for the device's thread, not for the device, and no longer than `limit`.
+    pub fn finish(self, limit: Duration) -> Result<Prepared, Error> {
+        let Self { found, server, stream } = self;
+        // The thread drops the sender, should it panic.
+        let (held, ready) = found.recv_timeout(limit).map_err(|error| lost(&error))??;
+        Ok(Prepared { held, ready: Arc::new(ready), server, stream })
+    }
 }
 
 impl Prepared {
@@ -139,9 +215,9 @@ impl Prepared {
 
     /// Makes what burn enqueues from now on wait for `done`, then lets go of the buffers.
     pub fn release(self, done: Arc<Event>) {
-        let Self { held, server, stream, device, .. } = self;
-        let taken = done.clone();
-        when_taken(move || follow(device, taken));
+        let Self { held, server, stream, .. } = self;
+        let (taken, by) = (done.clone(), server.clone());
+        when_taken(move || follow(&by, taken));
         server.submit(move |server: &mut Server| {
             match compute_stream(server, stream).and_then(|stream| done.hold_up(stream)) {
                 Ok(()) => drop(held),
@@ -154,12 +230,12 @@ impl Prepared {
 }
 
 impl Lane {
-    pub fn new(gpu: Gpu) -> Result<Self, Error> {
+    pub fn new(gpu: &Gpu) -> Result<Self, Error> {
         let failed = |error| refused("a stream for NCCL could not be made", error);
         gpu.enter()?;
         let (_, highest) = driver::stream::get_priority_range().map_err(failed)?;
         let stream = driver::stream::create_with_priority(driver::stream::StreamKind::NonBlocking, highest);
-        Ok(Self { stream: stream.map_err(failed)?, gpu })
+        Ok(Self { stream: stream.map_err(failed)?, gpu: gpu.clone() })
     }
 
     /// Enqueues what `call` does with the buffers, behind what they wait for. Returns the point where it is done, and
@@ -172,7 +248,7 @@ impl Lane {
         self.gpu.enter()?;
         prepared.ready.hold_up(self.stream)?;
         let called = call(self.stream as cudaStream_t);
-        Ok((Arc::new(Event::record(self.stream)?), called))
+        Ok((Arc::new(Event::record(&self.gpu, self.stream)?), called))
     }
 }
 
@@ -186,12 +262,17 @@ impl Drop for Lane {
 }
 
 impl Event {
-    fn record(stream: cuda::CUstream) -> Result<Self, Error> {
+    /// Marks where `stream` is now. The device must be current on this thread.
+    fn record(gpu: &Gpu, stream: cuda::CUstream) -> Result<Self, Error> {
         let failed = |error| refused("an event could not be recorded", error);
-        let event = driver::event::create(cuda::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(failed)?;
-        let event = Self(event);
+        let spare = gpu.spare().pop();
+        let event = match spare {
+            Some(event) => event,
+            None => driver::event::create(cuda::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(failed)?,
+        };
+        let event = Self { event, gpu: gpu.clone() };
         // SAFETY: both live.
-        unsafe { driver::event::record(event.0, stream) }.map_err(failed)?;
+        unsafe { driver::event::record(event.event, stream) }.map_err(failed)?;
         Ok(event)
     }
 
@@ -199,14 +280,14 @@ impl Event {
     fn hold_up(&self, stream: cuda::CUstream) -> Result<(), Error> {
         let whole = cuda::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
         // SAFETY: both live.
-        unsafe { driver::stream::wait_event(stream, self.0, whole) }
+        unsafe { driver::stream::wait_event(stream, self.event, whole) }
             .map_err(|error| refused("a stream cannot wait for another", error))
     }
 
     /// Whether the device has passed this point, as far as it can still be asked.
     pub fn is_over(&self) -> Result<bool, Error> {
         // SAFETY: the event lives.
-        match unsafe { driver::event::query(self.0) } {
+        match unsafe { driver::event::query(self.event) } {
             Ok(()) => Ok(true),
             Err(driver::DriverError(cuda::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
             Err(error) => Err(refused("the GPU failed", error)),
@@ -216,8 +297,13 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
+        let mut spare = self.gpu.spare();
+        if spare.len() < Gpu::SPARE {
+            return spare.push(self.event);
+        }
+        drop(spare);
         // SAFETY: nobody else has it; CUDA keeps what it needs of an event that is waited for.
-        let _ = unsafe { driver::event::destroy(self.0) };
+        let _ = unsafe { driver::event::destroy(self.event) };
     }
 }
 

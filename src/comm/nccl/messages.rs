@@ -5,22 +5,30 @@
 //! NCCL knows no tags, and what it has enqueued waits *on the device* for the peer, in the way of whatever is enqueued behind.
 //! So nothing is enqueued before both sides want it:
 //!
-//! 1. `send` finds the buffer, records when it is ready, puts it into the outbox under a number, and sends a *header* of
+//! 1. `send` has the buffer found and recorded when it is ready, puts it into the outbox under a number, and sends a *header* of
 //!    number, dtype and dims over the engine below: under the tag of the message, so that messages of host and device data of
 //!    one tag keep their order, and any tag may be asked for first. It returns.
 //! 2. `recv` takes the header, makes room, answers with the number (*clear to send*) and enqueues `ncclRecv`, both under one
-//!    lock.
+//!    lock (`receiving.rs`). `start_recv` leaves that to a thread of its own, which does it when the header comes, whatever the
+//!    rank computes meanwhile (`expected.rs`).
 //! 3. The keeper of the sending rank takes the answers in their order and enqueues `ncclSend` for each.
 //!
 //! **Nobody waits in a circle.** Each direction between two ranks has a NCCL communicator and streams of its own, made with the
 //! first message: what two ranks send to each other passes on different streams, and no message waits for a collective, nor
 //! a collective for a message. On one of them, sends and receives are enqueued in the order of the answers on both sides. When
 //! an `ncclRecv` is enqueued its message has been sent, so it waits for nothing but what the sender's device was given
-//! before.
+//! before: by the time at which they were enqueued, what waits is always later than what it waits for. On the host, a rank
+//! that receives waits for the sender's keeper, once, to make their communicator; a keeper waits for nobody but receivers who
+//! are waiting for just that.
 //!
 //! **On which stream?** A message comes in on the stream of its direction, whatever thread receives it: its buffer is made on
 //! the stream of that thread, the transfer waits for what that had been given before, and what the thread computes next waits
-//! for the transfer. A thread that receives in the background has a stream of its own to burn, as for collectives.
+//! for the transfer. A thread that receives in the background has a stream of its own to burn, as for collectives, and so has
+//! the one that fetches for `start_recv`: there is no order between what the rank computes before it waits and the transfer.
+//! CubeCL has 128 streams for all threads (`max_streams`), so two may share one and wait for more than they must. A collective
+//! is marked ready before the ranks meet, and so waits for no message that a peer sends behind it; only a gather or an
+//! all-to-all, whose output is not known before, could, if such a message came within the microseconds between: the time-out
+//! would end that.
 //!
 //! **Who makes the communicator's id?** The receiver, who sends it with its first answer: the first thing that both sides are
 //! sure to see in the same order.
@@ -39,8 +47,8 @@ use cudarc::nccl::result as nccl;
 
 use super::collective::data_type;
 use super::keeper::{Keeper, Link, lock};
-use super::lane::{Lane, Prepared, prepare};
-use super::raw::{ID_BYTES, Raw, unique_id};
+use super::lane::{Gpu, Lane, Preparing, prepare};
+use super::raw::{ID_BYTES, Raw};
 use crate::Error;
 use crate::comm::device::{DeviceTensor, empty_on};
 use crate::comm::{Call, Extent, Message, Operation, Transport};
@@ -49,7 +57,7 @@ const MAGIC: u64 = 0x6e63_636c_6865_6164;
 /// Dims of a header but the last.
 const FORM: [usize; 7] = [1; 7];
 /// Tag of the answers, in the group that is kept for them.
-const ANSWERS: u64 = 0;
+pub(super) const ANSWERS: u64 = 0;
 
 const DTYPES: [DType; 13] = [
     DType::F64,
@@ -70,7 +78,7 @@ const DTYPES: [DType; 13] = [
 /// What is told of a message before it travels.
 #[derive(Debug, PartialEq)]
 pub(super) struct Header {
-    number: u64,
+    pub number: u64,
     pub dtype: DType,
     pub dims: Vec<usize>,
 }
@@ -96,11 +104,13 @@ impl Header {
 
     pub fn read(Message(tensor): &Message) -> Option<Self> {
         match words(tensor)[..] {
-            [MAGIC, number, dtype, ref dims @ ..] => Some(Self {
-                number,
-                dtype: *DTYPES.get(usize::try_from(dtype).ok()?)?,
-                dims: dims.iter().map(|dim| usize::try_from(*dim).ok()).collect::<Option<_>>()?,
-            }),
+            [MAGIC, number, dtype, ref dims @ ..] => {
+                let dtype = *DTYPES.get(usize::try_from(dtype).ok()?)?;
+                let dims = dims.iter().map(|dim| usize::try_from(*dim).ok()).collect::<Option<Vec<_>>>()?;
+                // Nobody has sent more than there is memory.
+                dims.iter().try_fold(dtype.size(), |bytes, dim| bytes.checked_mul(*dim))?;
+                Some(Self { number, dtype, dims })
+            }
             _ => None,
         }
     }
@@ -112,13 +122,13 @@ fn words(tensor: &FlexTensor) -> Vec<u64> {
 
 /// The communicator and stream of one direction between two ranks. The sender is rank 0 of it.
 #[derive(Debug)]
-struct Channel {
-    link: Arc<Link>,
-    lane: Lane,
+pub(super) struct Channel {
+    pub link: Arc<Link>,
+    pub lane: Lane,
 }
 
 impl Channel {
-    fn new(id: &[u8], end: usize, host: &Arc<dyn Transport>, keeper: &Arc<Keeper>) -> Result<Self, Error> {
+    pub fn new(id: &[u8], end: usize, host: &Arc<dyn Transport>, keeper: &Arc<Keeper>) -> Result<Self, Error> {
         let lane = Lane::new(keeper.gpu())?;
         Ok(Self { link: keeper.link(Raw::init(id, 2, end, host)?), lane })
     }
@@ -146,7 +156,7 @@ struct Sent {
     /// Number of the next message.
     next: u64,
     /// By number: where it is, what, and its tag.
-    waiting: BTreeMap<u64, (Prepared, DeviceTensor, u64)>,
+    waiting: BTreeMap<u64, (Preparing, DeviceTensor, u64)>,
     channel: Option<Arc<Channel>>,
 }
 
@@ -156,8 +166,8 @@ impl Outbox {
     }
 
     /// Announces a message, and keeps it until its receiver asks for it.
-    pub fn put(&self, tag: u64, tensor: DeviceTensor) -> Result<(), Error> {
-        let prepared = prepare([&tensor].into_iter())?;
+    pub fn put(&self, tag: u64, tensor: DeviceTensor, gpu: &Gpu) -> Result<(), Error> {
+        let preparing = prepare(gpu, [&tensor].into_iter())?;
         let mut sent = lock(&self.state);
         let number = sent.next;
         let header = Header { number, dtype: tensor.dtype, dims: tensor.meta.shape().to_vec() };
@@ -165,7 +175,7 @@ impl Outbox {
         sent.next += 1;
         // Nothing has to travel of an empty one. Others are put in before they are announced: the answer finds them there.
         if tensor.meta.shape().iter().product::<usize>() > 0 {
-            sent.waiting.insert(number, (prepared, tensor, tag));
+            sent.waiting.insert(number, (preparing, tensor, tag));
         }
         self.waiting.store(sent.waiting.len(), Ordering::Release);
         drop(sent);
@@ -212,7 +222,7 @@ impl Outbox {
         let (number, id) = bytes.split_first_chunk::<8>().ok_or_else(garbled)?;
         let number = u64::from_le_bytes(*number);
         let mut sent = lock(&self.state);
-        let (prepared, tensor, tag) = sent.waiting.remove(&number).ok_or_else(garbled)?;
+        let (preparing, tensor, tag) = sent.waiting.remove(&number).ok_or_else(garbled)?;
         self.waiting.store(sent.waiting.len(), Ordering::Release);
         let known = sent.channel.clone();
         drop(sent);
@@ -228,6 +238,7 @@ impl Outbox {
         };
         let kind = data_type(tensor.dtype).ok_or_else(garbled)?;
         let count = tensor.meta.shape().iter().product();
+        let prepared = preparing.finish(self.host.timeout())?;
         let place = prepared.places().next().ok_or_else(garbled)?;
         let raw = channel.link.lock();
         let (done, called) = channel.lane.enqueue(&prepared, |stream| {
@@ -240,57 +251,6 @@ impl Outbox {
         let call = Call::on_device(Operation::Send { to: self.to, tag }, tensor.dtype, extent);
         keeper.watch(call, &channel.link, (ready, done), vec![(tensor, Some(prepared))]);
         called
-    }
-}
-
-/// Messages that come from one other rank.
-#[derive(Debug, Default)]
-pub(super) struct Inbox(Mutex<Option<Channel>>);
-
-impl Inbox {
-    /// Receives what a header announces.
-    pub fn fetch(
-        &self,
-        header: Header,
-        device: &CubeDevice,
-        (from, tag): (usize, u64),
-        (host, answers, keeper): (&Arc<dyn Transport>, &dyn Transport, &Arc<Keeper>),
-    ) -> Result<DeviceTensor, Error> {
-        let unsupported = || Error::UnsupportedDType { operation: "recv over NCCL", dtype: header.dtype };
-        let kind = data_type(header.dtype).ok_or_else(unsupported)?;
-        let output = empty_on(device, header.dims, header.dtype);
-        let count = output.meta.shape().iter().product();
-        if count == 0 {
-            return Ok(output);
-        }
-        let prepared = prepare([&output].into_iter())?;
-        let nowhere = || Error::invalid("recv over NCCL", "there is no room for the message");
-        let place = prepared.places().next().ok_or_else(nowhere)?;
-        // Held to the end: receives are enqueued in the order of the answers.
-        let mut channel = lock(&self.0);
-        let mut answer = header.number.to_le_bytes().to_vec();
-        let id = match *channel {
-            Some(_) => None,
-            None => Some(unique_id()?),
-        };
-        answer.extend(id.iter().flatten());
-        let len = answer.len();
-        answers.send(from, ANSWERS, Message(FlexTensor::from_data(TensorData::new(answer, [len]))))?;
-        if let Some(id) = id {
-            *channel = Some(Channel::new(&id, 1, host, keeper)?);
-        }
-        let Some(channel) = &*channel else { return Err(nowhere()) };
-        let raw = channel.link.lock();
-        let (done, called) = channel.lane.enqueue(&prepared, |stream| {
-            // SAFETY: the buffer has room for `count` elements and is held until the stream has passed.
-            raw.finish("recv", unsafe { nccl::recv(place, count, kind, 0, raw.comm, stream) })
-        })?;
-        drop(raw);
-        let extent = Extent::new(&output.meta.shape().to_vec());
-        let call = Call::on_device(Operation::Receive { from, tag }, header.dtype, extent);
-        keeper.watch(call, &channel.link, (prepared.ready.clone(), done.clone()), Vec::new());
-        prepared.release(done);
-        called.map(|()| output)
     }
 }
 
@@ -325,7 +285,8 @@ mod tests {
         assert!(!Header::is_in(&message(vec![7, 0, 0], form(3))));
         assert!(!Header::is_in(&message(vec![], form(0))));
         assert!(Header::is_in(&message(vec![MAGIC], form(1))), "of that form");
-        for garbled in [vec![MAGIC], vec![MAGIC, 1], vec![MAGIC, 1, 99], vec![MAGIC, 1, u64::MAX, 4]] {
+        let huge = vec![MAGIC, 1, 0, u64::MAX / 4, 2];
+        for garbled in [vec![MAGIC], vec![MAGIC, 1], vec![MAGIC, 1, 99], vec![MAGIC, 1, u64::MAX, 4], huge] {
             let len = garbled.len();
             assert_eq!(Header::read(&message(garbled, form(len))), None);
         }

@@ -28,7 +28,8 @@
 //! result overlaps with the collective. [`all_reduce_coalesced`](Communicator::all_reduce_coalesced) of several tensors is
 //! one launch.
 //!
-//! A message leaves when its receiver calls [`recv`](Communicator::recv): its header travels over the engine below, with its
+//! A message leaves when its receiver calls [`recv`](Communicator::recv), or as soon as it has been sent if the receiver has
+//! called [`start_recv`](Communicator::start_recv): its header travels over the engine below, with its
 //! tag, and the data between two streams that are kept for this direction between the two ranks. Until then the sender's
 //! tensor is held on the device. Ranks may send to each other before either receives.
 //!
@@ -41,11 +42,13 @@
 //! Tensors of other devices or of dtypes that NCCL does not know (`i16`, `u16`).
 
 mod collective;
+mod expected;
 mod keeper;
 mod lane;
 mod library;
 mod messages;
 mod raw;
+mod receiving;
 mod transport;
 
 use std::sync::Arc;
@@ -102,8 +105,10 @@ pub fn join(host: &Communicator, index: usize) -> Result<Communicator, Error> {
         return Err(Error::Gpu { problem: format!("burn does not take {device:?} for a CUDA device") });
     };
     let transport = host.transport_arc();
-    let keeper = Keeper::new(transport.clone(), host.underway().clone(), gpu);
-    let lane = Arc::new(Lane::new(gpu)?);
+    let lane = Arc::new(Lane::new(&gpu)?);
+    // In a group of its own, which it may be in for longer than this rank is in others: peers see who has left those.
+    let kept = transport.split("nccl", 0, host.rank() as i64)?;
+    let keeper = Keeper::new(kept, host.underway().clone(), gpu);
     let raw = Raw::init(&id, host.size(), host.rank(), &transport)?;
     Ok(host.over(Arc::new(NcclTransport::new(transport, raw, lane, keeper, (device, cube))?)))
 }

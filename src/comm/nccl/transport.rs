@@ -9,9 +9,10 @@ use cubecl_environment::stream::StreamId;
 
 use super::collective::{Task, data_type};
 use super::keeper::{Held, Keeper, Link};
-use super::lane::{Lane, prepare};
-use super::messages::{Header, Inbox, Outbox};
+use super::lane::{Lane, Preparing, prepare};
+use super::messages::{Header, Outbox};
 use super::raw::Raw;
+use super::receiving::Receiving;
 use crate::Error;
 use crate::comm::collectives::pieces_on_device;
 use crate::comm::device::{DeviceTensor, DeviceTransport, bytes_moved, empty_on, rows_received};
@@ -21,15 +22,14 @@ use crate::comm::{Arrival, BufferMut, Call, CallLog, Extent, Message, Operation,
 #[derive(Debug)]
 pub(super) struct NcclTransport {
     host: Arc<dyn Transport>,
-    /// The same group once more, for the answers of those who receive messages.
-    answers: Arc<dyn Transport>,
     link: Arc<Link>,
     lane: Arc<Lane>,
     keeper: Arc<Keeper>,
     /// The CUDA device of this rank, as users and as CubeCL call it.
     device: (Device, CubeDevice),
-    /// By rank: what is on its way to it, and from it.
-    mail: Box<[(Arc<Outbox>, Inbox)]>,
+    /// By rank: what is on its way to it.
+    outboxes: Box<[Arc<Outbox>]>,
+    receiving: Arc<Receiving>,
 }
 
 impl NcclTransport {
@@ -42,44 +42,73 @@ impl NcclTransport {
         device: (Device, CubeDevice),
     ) -> Result<Self, Error> {
         let link = keeper.link(raw);
+        // The same group once more, for the answers of those who receive messages.
         let answers = host.split("answers", 0, host.rank() as i64)?;
         let outbox = |to| {
             let outbox = Arc::new(Outbox::new(host.clone(), answers.clone(), to));
             keeper.outbox(&outbox);
             outbox
         };
-        let mail = (0..host.size()).map(|peer| (outbox(peer), Inbox::default())).collect();
-        Ok(Self { link, host, answers, lane, keeper, device, mail })
+        let outboxes: Box<[_]> = (0..host.size()).map(outbox).collect();
+        let (own, cube) = (outboxes[host.rank()].clone(), device.1.clone());
+        let receiving = Receiving::new(host.clone(), answers, keeper.clone(), cube, own);
+        Ok(Self { host, link, lane, keeper, device, outboxes, receiving })
     }
 
-    /// The first dims of what all ranks bring. They differ only in gathers and exchanges, and only then it is asked.
-    fn rows(&self, call: &Call) -> Result<Vec<usize>, Error> {
-        let rows = call.extent.rows();
-        if !matches!(call.operation, Operation::AllGather | Operation::Gather { .. } | Operation::AllToAll) {
-            return Ok(vec![rows; self.host.size()]);
+    /// What all ranks bring to a call in which that may differ.
+    fn ask(&self, call: &Call, tensor: &DeviceTensor) -> Result<Brought, Error> {
+        let (size, rank) = (self.host.size(), self.host.rank());
+        let mut dims = tensor.meta.shape().to_vec();
+        if let Operation::Scatter { root } = call.operation {
+            // Of what the others bring nothing counts.
+            let mut told = [0u64; 1 + Brought::MOST];
+            if rank == root && dims.len() <= Brought::MOST {
+                told[0] = 1 + dims.len() as u64;
+                told[1..].iter_mut().zip(&dims).for_each(|(to, dim)| *to = *dim as u64);
+            }
+            reduce(&*self.host, ReduceOp::Sum, &mut told)?;
+            let Some(len) = told[0].checked_sub(1).filter(|len| *len <= Brought::MOST as u64) else {
+                let problem = format!("rank {root} brings a tensor of more than {} dims", Brought::MOST);
+                return Err(Error::invalid("scatter", problem));
+            };
+            dims = told[1..].iter().take(len as usize).map(|dim| *dim as usize).collect();
+            return Ok(Brought { rows: vec![dims.first().copied().unwrap_or(1); size], dims });
         }
-        let mut all = vec![0u64; self.host.size()];
-        all[self.host.rank()] = rows as u64;
-        reduce(&*self.host, ReduceOp::Sum, &mut all)?;
-        Ok(all.into_iter().map(|rows| rows as usize).collect())
+        let mut rows = vec![0u64; size];
+        rows[rank] = call.extent.rows() as u64;
+        reduce(&*self.host, ReduceOp::Sum, &mut rows)?;
+        Ok(Brought { rows: rows.into_iter().map(|rows| rows as usize).collect(), dims })
     }
 
-    /// Enqueues what `call` does from the inputs into the outputs, which are as many.
+    /// Has the inputs and as many outputs of a collective found on the device.
+    fn prepare(&self, inputs: &[DeviceTensor], outputs: &[DeviceTensor]) -> Result<Preparing, Error> {
+        let is_empty = |tensor: &&DeviceTensor| tensor.meta.shape().iter().any(|dim| *dim == 0);
+        // Nothing is read or written at the place of an empty one: any will do.
+        let other = inputs.iter().chain(outputs).find(|tensor| !is_empty(tensor));
+        let found = |tensor| if is_empty(&tensor) { other.unwrap_or(tensor) } else { tensor };
+        prepare(self.keeper.gpu(), inputs.iter().chain(outputs).map(found))
+    }
+
+    /// Here, and only here, ranks find out that they call different things, or that one is lost: NCCL would hang.
+    fn meet(&self, call: &Call) -> Result<(), Error> {
+        self.host.collective(call, Transfer::Nothing).map(drop)
+    }
+
+    /// Enqueues what `call` does from the inputs into the outputs.
     fn enqueue(
         &self,
         operation: &Call,
-        inputs: &[DeviceTensor],
-        outputs: &[DeviceTensor],
+        (preparing, dtype): (Preparing, DType),
         call: impl FnOnce(&Task<'_>, &[Place]) -> Result<(), Error>,
-        rows: &[usize],
+        brought: &Brought,
         shared: Vec<Held>,
     ) -> Result<(), Error> {
-        let prepared = prepare(inputs.iter().chain(outputs))?;
+        let prepared = preparing.finish(self.host.timeout())?;
         let mut raw = self.link.lock();
         let (done, called) = self.lane.enqueue(&prepared, |stream| {
-            let (froms, tos) = (prepared.places(), prepared.places().skip(inputs.len()));
+            let (froms, tos) = (prepared.places(), prepared.places().skip(prepared.places().len() / 2));
             let places: Vec<Place> = froms.zip(tos).map(|(from, to)| (from.cast_const(), to)).collect();
-            let (rank, width, dtype) = (self.host.rank(), operation.extent.width(), inputs[0].dtype);
+            let (rank, rows, width) = (self.host.rank(), &brought.rows[..], brought.width());
             call(&Task { raw: &raw, rank, dtype, rows, width, stream }, &places)
         })?;
         if called.is_err() {
@@ -102,6 +131,40 @@ impl NcclTransport {
     }
 }
 
+/// What the ranks bring to a collective.
+struct Brought {
+    /// The first dims of all.
+    rows: Vec<usize>,
+    /// The dims of one; those behind the first are the same on all.
+    dims: Vec<usize>,
+}
+
+impl Brought {
+    /// Dims of a tensor that can be scattered.
+    const MOST: usize = 15;
+
+    /// What they bring if that is known before they have met: what this rank brings.
+    fn alike(call: &Call, tensor: &DeviceTensor, size: usize) -> Option<Self> {
+        match call.operation {
+            Operation::AllGather | Operation::Gather { .. } | Operation::AllToAll | Operation::Scatter { .. } => None,
+            _ => Some(Self { rows: vec![call.extent.rows(); size], dims: tensor.meta.shape().to_vec() }),
+        }
+    }
+
+    fn width(&self) -> usize {
+        self.dims.iter().skip(1).product()
+    }
+
+    fn dims_received(&self, operation: &Operation, rank: usize) -> Vec<usize> {
+        let (mut dims, rows) = (self.dims.clone(), rows_received(operation, &self.rows, rank));
+        match dims.first_mut() {
+            Some(first) => *first = rows,
+            None => debug_assert_eq!(rows, 1),
+        }
+        dims
+    }
+}
+
 /// Where something is read and written.
 pub(super) type Place = (*const std::ffi::c_void, *mut std::ffi::c_void);
 
@@ -116,74 +179,70 @@ impl DeviceTransport for NcclTransport {
         *device == self.device.0 && data_type(dtype).is_some()
     }
 
-    fn run(&self, operation: Operation, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error> {
-        let dims = tensor.meta.shape().to_vec();
-        let call = Call::on_device(operation, tensor.dtype, Extent::new(&dims));
-        // Here, and only here, ranks find out that they call different things, or that one is lost: NCCL would hang.
-        self.host.collective(&call, Transfer::Nothing)?;
-        let rows = self.rows(&call)?;
-        let rank = self.host.rank();
-        let in_place =
-            matches!(operation, Operation::AllReduce(_) | Operation::Reduce { .. } | Operation::Broadcast { .. });
+    fn run(&self, call: &Call, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error> {
+        let (operation, rank) = (call.operation, self.host.rank());
         let shared = held_elsewhere(std::slice::from_ref(&tensor));
-        let output = match in_place {
-            true => room_for(&tensor),
-            false => {
-                let mut dims = dims;
-                match dims.first_mut() {
-                    Some(first) => *first = rows_received(&operation, &rows, rank),
-                    None => debug_assert_eq!(rows_received(&operation, &rows, rank), 1),
-                }
-                empty_on(&tensor.device, dims, tensor.dtype)
-            }
+        let find = |brought: &Brought| {
+            let output = match operation {
+                Operation::AllReduce(_) | Operation::Reduce { .. } | Operation::Broadcast { .. } => room_for(&tensor),
+                _ => empty_on(&tensor.device, brought.dims_received(&operation, rank), tensor.dtype),
+            };
+            let found = self.prepare(std::slice::from_ref(&tensor), std::slice::from_ref(&output))?;
+            Ok::<_, Error>((output, found))
         };
-        let bytes = bytes_moved(&operation, &rows, rank, call.extent.width(), tensor.dtype);
-        let (inputs, outputs) = ([tensor], [output]);
-        self.enqueue(
-            &call,
-            &inputs,
-            &outputs,
-            |task, places| places.iter().try_for_each(|(from, to)| task.run(&operation, *from, *to)),
-            &rows,
-            shared,
-        )?;
-        let [output] = outputs;
+        let known = Brought::alike(call, &tensor, self.host.size());
+        // The device's thread looks for the buffers while the ranks meet.
+        let early = known.as_ref().map(find).transpose()?;
+        self.meet(call)?;
+        let brought = match known {
+            Some(brought) => brought,
+            None => self.ask(call, &tensor)?,
+        };
+        let (output, found) = match early {
+            Some(early) => early,
+            None => find(&brought)?,
+        };
+        let bytes = bytes_moved(&operation, &brought.rows, rank, brought.width(), tensor.dtype);
+        let enqueue = |task: &Task<'_>, places: &[Place]| {
+            places.iter().try_for_each(|(from, to)| task.run(&operation, *from, *to))
+        };
+        self.enqueue(call, (found, tensor.dtype), enqueue, &brought, shared)?;
         Ok((output, bytes))
     }
 
     fn all_reduce_many(&self, op: ReduceOp, tensors: Vec<DeviceTensor>) -> Result<(Vec<DeviceTensor>, u64), Error> {
         let call = pieces_on_device(op, &tensors)?;
-        self.host.collective(&call, Transfer::Nothing)?;
         let shared = held_elsewhere(&tensors);
         let outputs: Vec<DeviceTensor> = tensors.iter().map(room_for).collect();
+        let found = self.prepare(&tensors, &outputs)?;
+        self.meet(&call)?;
         let counts: Vec<usize> = tensors.iter().map(|tensor| tensor.meta.shape().iter().product()).collect();
-        let rows = vec![call.extent.rows(); self.host.size()];
-        let bytes = bytes_moved(&call.operation, &rows, self.host.rank(), 1, tensors[0].dtype);
+        let brought = Brought { rows: vec![call.extent.rows(); self.host.size()], dims: vec![call.extent.rows()] };
+        let bytes = bytes_moved(&call.operation, &brought.rows, self.host.rank(), 1, tensors[0].dtype);
         let reduce = |task: &Task<'_>, places: &[Place]| task.all_reduce_many(op, places, &counts);
-        self.enqueue(&call, &tensors, &outputs, reduce, &rows, shared)?;
+        self.enqueue(&call, (found, tensors[0].dtype), reduce, &brought, shared)?;
         Ok((outputs, bytes))
     }
 
     fn send(&self, to: usize, tag: u64, tensor: DeviceTensor) -> Result<(), Error> {
         self.check_rank(to, "send")?;
-        self.mail[to].0.put(tag, tensor)?;
+        self.outboxes[to].put(tag, tensor, self.keeper.gpu())?;
         self.keeper.wake();
         Ok(())
     }
 
     fn receive(&self, from: usize, tag: u64) -> Result<Arrival, Error> {
-        let message = self.host.receive(from, tag)?;
-        if !Header::is_in(&message) {
-            return Ok(message.into());
-        }
-        let garbled = || Error::invalid("recv over NCCL", format!("the header of a message of rank {from} is garbled"));
-        let header = Header::read(&message).ok_or_else(garbled)?;
-        if from == self.host.rank() {
-            return self.mail[from].0.take(&header, &self.device.1).map(|tensor| Arrival::Device(Box::new(tensor)));
-        }
-        let ends = (&self.host, &*self.answers, &self.keeper);
-        let fetched = self.mail[from].1.fetch(header, &self.device.1, (from, tag), ends);
-        fetched.map(|tensor| Arrival::Device(Box::new(tensor)))
+        self.receiving.receive((from, tag))
+    }
+
+    fn expect(&self, from: usize, tag: u64) {
+        self.receiving.expect((from, tag));
+    }
+}
+
+impl Drop for NcclTransport {
+    fn drop(&mut self) {
+        self.receiving.close();
     }
 }
 

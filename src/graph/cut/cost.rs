@@ -2,6 +2,7 @@
 
 use burn_ir::{FloatOperationIr, IntOperationIr, ModuleOperationIr, OperationIr, TensorIr};
 
+use crate::graph::shard::ProductOp;
 use crate::graph::step::op_name;
 
 /// Floating-point operations that a core does in the time in which it reads or writes one element of a tensor.
@@ -28,6 +29,7 @@ pub fn operation_cost(op: &OperationIr) -> u64 {
             2 * keys * elements(&op.query)
         }
         OperationIr::Module(module) => products(module, op, &inputs),
+        OperationIr::Custom(_) => ProductOp::multiplications(op).unwrap_or(0),
         _ => 0,
     };
     2 * product + moved

@@ -7,6 +7,7 @@ use burn_ir::{CustomOpIr, OperationIr, TensorId};
 
 use super::collectives::{CollectiveKind, CollectiveOp};
 use super::order::{behind_inputs, early};
+use super::products::ProductOp;
 use super::rules::only_moves;
 use crate::graph::StepGraph;
 use crate::graph::step::Uses;
@@ -33,9 +34,11 @@ pub fn fold_reductions(graph: &mut StepGraph, bucket_bytes: usize) -> (usize, us
     counts
 }
 
-/// Moves collectives up to where their inputs are made, with what only moves elements on the way there.
+/// Moves collectives, with the products that are fused with them, up to where their inputs are made, and so what only moves
+/// elements on the way there.
 pub(super) fn move_up(graph: &mut StepGraph) {
-    if !graph.operations.iter().any(|op| CollectiveOp::of(op).is_some()) {
+    let travels = |op: &OperationIr| CollectiveOp::of(op).is_some() || ProductOp::of(op).is_some();
+    if !graph.operations.iter().any(travels) {
         return;
     }
     let uses = Uses::of(&graph.operations);
@@ -49,7 +52,7 @@ pub(super) fn move_up(graph: &mut StepGraph) {
                 && (results.contains(&out) || !uses.readers(out).is_empty())
                 && readers.all(|reader| graph.operations[*reader].outputs().any(|out| movable.contains(&out.id)))
         };
-        if CollectiveOp::of(op).is_some() || on_the_way() {
+        if travels(op) || on_the_way() {
             movable.insert(out);
         }
     }
@@ -112,7 +115,7 @@ fn fold_axis(graph: &mut StepGraph, axis: &str, bucket_bytes: usize) -> (usize, 
 }
 
 /// Whether a tensor is a gradient and nothing else, at once or after it was reduced over another axis too.
-fn ends(graph: &StepGraph, uses: &Uses, gradients: &HashSet<TensorId>, axis: &str, id: TensorId) -> bool {
+pub(super) fn ends(graph: &StepGraph, uses: &Uses, gradients: &HashSet<TensorId>, axis: &str, id: TensorId) -> bool {
     let readers = uses.readers(id);
     let goes_on = |reader: &usize| {
         CollectiveOp::of(&graph.operations[*reader]).is_some_and(|(collective, op)| {

@@ -23,7 +23,8 @@
 //! for the second. Every rank of an axis gets the same operations but for the places of slices, hence the same sequence of
 //! collectives ([`StepGraph::axis_fingerprint`]).
 //!
-//! [`fold_reductions`] then makes one collective of many small ones, and [`overlap`] has operations run beside collectives.
+//! [`fuse_products`] then has products run together with their collective, chunk by chunk, [`fold_reductions`] makes one
+//! collective of many small ones, and [`overlap`] has operations run beside collectives.
 //!
 //! # Not split
 //! Arg-max, a maximum whose gradient is asked for (it comes with indices), top-k, sorting and cumulative reductions over a
@@ -36,6 +37,7 @@
 mod collectives;
 mod cost;
 mod fold;
+mod fuse;
 mod held;
 mod moves;
 mod options;
@@ -45,6 +47,7 @@ mod padding;
 mod partition;
 mod pass;
 mod planned;
+mod products;
 mod report;
 mod rows;
 mod rules;
@@ -52,9 +55,12 @@ mod sums;
 
 pub use collectives::{CollectiveKind, register_collectives};
 pub use fold::fold_reductions;
+pub use fuse::fuse_products;
 pub use options::PartitionOptions;
 pub use overlap::overlap;
 pub(crate) use padding::{Larger, pad};
 pub use partition::partition;
+pub(crate) use products::ProductOp;
+pub use products::{FusedProduct, ProductKind};
 pub use report::{Collective, Fallback, ShardReport};
 pub(super) use rules::is_elementwise;

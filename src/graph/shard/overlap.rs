@@ -3,6 +3,10 @@
 //! A collective becomes two operations. The first starts it, right behind what makes its input, in the background of the
 //! communicator ([`Communicator::start`]); the second waits for it, right before what reads its result. What stands between
 //! runs meanwhile: in the backward pass the gradient of a weight, while that of the layer's input is reduced.
+//!
+//! Of a product that is [fused](super::fuse_products) with its reduction, the first operation multiplies and has all chunks on
+//! their way, and the second waits for them; or, where nothing would be hidden by that, the first does it all, by the same rule
+//! as in the explicit layers.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,10 +16,12 @@ use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
 
 use super::collectives::{CollectiveKind, CollectiveOp};
 use super::fold::move_up;
+use super::products::{ProductKind, ProductOp};
 use super::rules::only_moves;
-use crate::comm::{Communicator, Pending};
+use crate::comm::Communicator;
 use crate::error::Error;
 use crate::graph::{CustomOps, StepGraph, graph_error};
+use crate::matmul::Flight;
 use crate::tensor::PlainTensor;
 
 /// Takes collectives apart into start and wait, as far from each other as the data allow. Those between which nothing
@@ -34,9 +40,9 @@ pub fn overlap(graph: &mut StepGraph) -> usize {
         }
         let inputs: Vec<TensorId> = op.inputs().map(|input| input.id).collect();
         scheduled.wait_for(&inputs);
-        match CollectiveOp::of(&op) {
-            Some((collective, custom)) => {
-                let flight = Flight::of(collective, custom, scheduled.tickets, &mut next);
+        match startable(&op) {
+            Some((axis, name, custom)) => {
+                let flight = Apart::of(axis, name, custom, scheduled.tickets, &mut next);
                 scheduled.start(flight);
             }
             None => scheduled.run(op),
@@ -50,15 +56,24 @@ pub fn overlap(graph: &mut StepGraph) -> usize {
     apart
 }
 
+/// What can be started and waited for: its axis and its name.
+fn startable(op: &OperationIr) -> Option<(&str, &'static str, &CustomOpIr)> {
+    if let Some((CollectiveOp { axis, kind }, op)) = CollectiveOp::of(op) {
+        return Some((axis, kind.name(), op));
+    }
+    let (ProductOp { axis, kind }, op) = ProductOp::of(op)?;
+    kind.flies().then_some((axis, kind.name(), op))
+}
+
 /// A collective, taken apart.
-struct Flight {
+struct Apart {
     whole: OperationIr,
     start: OperationIr,
     wait: OperationIr,
 }
 
-impl Flight {
-    fn of(collective: CollectiveOp<'_>, op: &CustomOpIr, ticket: u64, next_id: &mut u64) -> Self {
+impl Apart {
+    fn of(axis: &str, name: &str, op: &CustomOpIr, ticket: u64, next_id: &mut u64) -> Self {
         // What is in flight stands for the memory that the result will take.
         let tokens: Vec<TensorIr> = op
             .outputs
@@ -71,9 +86,8 @@ impl Flight {
         // The dims come first and the scalar that does not count in the fingerprint last.
         let mut scalars = op.scalars.clone();
         scalars.insert(scalars.len().saturating_sub(1), ScalarIr::UInt(ticket));
-        let CollectiveOp { axis, kind } = collective;
         let start = CustomOpIr {
-            id: start_id(axis, kind),
+            id: start_id(axis, name),
             inputs: op.inputs.clone(),
             outputs: tokens.clone(),
             scalars: scalars.clone(),
@@ -92,7 +106,7 @@ struct Schedule {
     operations: Vec<OperationIr>,
     /// What was started and not yet waited for: the number of its flight, by each tensor that it will give.
     waiting: HashMap<TensorId, u64>,
-    flights: HashMap<u64, (Flight, usize)>,
+    flights: HashMap<u64, (Apart, usize)>,
     tickets: u64,
     apart: usize,
     /// Places of starts of which it turned out that nothing runs beside them.
@@ -106,7 +120,7 @@ impl Schedule {
         self.operations.push(op);
     }
 
-    fn start(&mut self, flight: Flight) {
+    fn start(&mut self, flight: Apart) {
         for out in flight.wait.outputs() {
             self.waiting.insert(out.id, self.tickets);
         }
@@ -161,28 +175,36 @@ impl Schedule {
     }
 }
 
-fn start_id(axis: &str, kind: CollectiveKind) -> String {
-    format!("{axis}.start_{}", kind.name())
+fn start_id(axis: &str, name: &str) -> String {
+    format!("{axis}.start_{name}")
 }
 
 fn wait_id(axis: &str) -> String {
     format!("{axis}.wait")
 }
 
-type Flying = Arc<Mutex<HashMap<u64, Pending<Vec<PlainTensor>>>>>;
+type Flying = Arc<Mutex<HashMap<u64, Flight<Vec<PlainTensor>>>>>;
 
 /// Registers the operations that [`overlap`] puts in.
 pub(super) fn register(ops: &mut CustomOps, axis: &str, group: &Communicator) {
     let flying = Flying::default();
+    let take_off = |flying: &Flying, op: &CustomOpIr, flight: Flight<Vec<PlainTensor>>, device: &Device| {
+        // A flight of a step that failed is forgotten here.
+        flying.lock().unwrap_or_else(PoisonError::into_inner).insert(ticket(op)?, flight);
+        Ok(op.outputs.iter().map(|out| token(out, device)).collect())
+    };
     for kind in CollectiveKind::ALL {
         let (comm, flying) = (group.clone(), flying.clone());
-        ops.register_maker(&start_id(axis, kind), move |op, inputs, device| {
-            let ticket = ticket(op)?;
+        ops.register_maker(&start_id(axis, kind.name()), move |op, inputs, device| {
             let own = op.clone();
             let pending = comm.start(move |comm| kind.run(&own, inputs, comm));
-            // A flight of a step that failed is forgotten here.
-            flying.lock().unwrap_or_else(PoisonError::into_inner).insert(ticket, pending);
-            Ok(op.outputs.iter().map(|out| token(out, device)).collect())
+            take_off(&flying, op, Flight::Flying(Box::new(move || pending.wait())), device)
+        });
+    }
+    for kind in ProductKind::ALL.into_iter().filter(|kind| kind.flies()) {
+        let (comm, flying) = (group.clone(), flying.clone());
+        ops.register_maker(&start_id(axis, kind.name()), move |op, inputs, device| {
+            take_off(&flying, op, kind.start(op, inputs, &comm, true)?, device)
         });
     }
     ops.register(&wait_id(axis), move |op, _| {

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::collectives::CollectiveKind;
+use super::products::{FusedProduct, ProductKind};
 
 /// One collective of a partitioned graph.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,9 +38,17 @@ pub struct ShardReport {
     pub collectives: Vec<Collective>,
     /// The operations that run whole although some of their inputs were split.
     pub fallbacks: Vec<Fallback>,
+    /// The products that run together with one of these collectives, if [`fuse_products`](super::fuse_products) has run.
+    pub products: Vec<FusedProduct>,
 }
 
 impl ShardReport {
+    /// How many fused products of a kind there are in the forward and in the backward pass.
+    pub fn fused(&self, kind: ProductKind) -> [usize; 2] {
+        let of = |forward| self.products.iter().filter(|p| p.kind == kind && p.forward == forward).count();
+        [of(true), of(false)]
+    }
+
     /// How many collectives of a kind there are in the forward and in the backward pass.
     pub fn count(&self, kind: CollectiveKind) -> [usize; 2] {
         let of = |forward| self.collectives.iter().filter(|c| c.kind == kind && c.forward == forward).count();
@@ -52,6 +61,9 @@ impl fmt::Display for ShardReport {
         for Collective { kind, dims, forward, reader } in &self.collectives {
             let pass = if *forward { "forward" } else { "backward" };
             writeln!(f, "{pass:8} {}.{} {dims:?} for {reader}", self.axis, kind.name())?;
+        }
+        for product in &self.products {
+            writeln!(f, "{product}")?;
         }
         for Fallback { operation, dims, forward } in &self.fallbacks {
             let pass = if *forward { "forward" } else { "backward" };

@@ -90,6 +90,30 @@ fn slope<C: Float>(sum: C, #[comptime] activation: u32) -> C {
     }
 }
 
+/// The largest, or the sum, of what the units of a cube have.
+#[cube]
+fn over_units(mine: f32, #[comptime] largest: bool) -> f32 {
+    let unit = UNIT_POS as usize;
+    let mut shared = Shared::new_slice(UNITS as usize);
+    shared[unit] = mine;
+    sync_cube();
+    #[unroll]
+    for halving in 0..HALVINGS {
+        let half = comptime!(UNITS >> (halving + 1));
+        if UNIT_POS < half {
+            let other = shared[unit + half as usize];
+            let own = shared[unit];
+            if comptime!(largest) {
+                shared[unit] = select(other > own, other, own);
+            } else {
+                shared[unit] = own + other;
+            }
+        }
+        sync_cube();
+    }
+    shared[0]
+}
+
 /// The largest of every row of `[rows, columns]`. A cube has a row; cubes behind the last do the last again.
 #[cube(launch)]
 pub fn row_max<F: Float>(z: &Tensor<F>, most: &mut Tensor<f32>, #[define(F)] _dtype: ElemType) {
@@ -103,21 +127,9 @@ pub fn row_max<F: Float>(z: &Tensor<F>, most: &mut Tensor<f32>, #[define(F)] _dt
         best = select(next > best, next, best);
         column += UNITS as usize;
     }
-    let mut shared = Shared::new_slice(UNITS as usize);
-    shared[unit] = best;
-    sync_cube();
-    #[unroll]
-    for halving in 0..HALVINGS {
-        let half = comptime!(UNITS >> (halving + 1));
-        if UNIT_POS < half {
-            let other = shared[unit + half as usize];
-            let mine = shared[unit];
-            shared[unit] = select(other > mine, other, mine);
-        }
-        sync_cube();
-    }
+    let best = over_units(best, true);
     if UNIT_POS == 0 {
-        most[row] = shared[0];
+        most[row] = best;
     }
 }
 
@@ -140,21 +152,10 @@ pub fn row_sums<F: Float>(
         total += f32::exp(f32::cast_from(z[row * columns + column]) - highest);
         column += UNITS as usize;
     }
-    let mut shared = Shared::new_slice(UNITS as usize);
-    shared[unit] = total;
-    sync_cube();
-    #[unroll]
-    for halving in 0..HALVINGS {
-        let half = comptime!(UNITS >> (halving + 1));
-        if UNIT_POS < half {
-            let other = shared[unit + half as usize];
-            shared[unit] += other;
-        }
-        sync_cube();
-    }
+    let total = over_units(total, false);
     if UNIT_POS == 0 {
         let target = targets[row];
-        sums[row * 2] = shared[0];
+        sums[row * 2] = total;
         let mut score = f32::new(0.0);
         if target >= 0 {
             score = f32::cast_from(z[row * columns + target as usize]) - highest;

@@ -4,16 +4,15 @@ use burn::module::Module;
 use burn::nn::Linear;
 use burn::nn::attention::MultiHeadAttention;
 use burn::tensor::activation::softmax;
-use burn::tensor::module::linear;
 use burn::tensor::{Bool, Tensor};
 
 use super::attention_config::{NAME, ParallelAttentionConfig};
-use super::region::enter;
 use super::row::RowParallelLinear;
 use super::slice::check_features;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::layout::copy_to_group;
+use crate::tensor_parallel::matmul::{Overlap, all_gather_matmul_each, column_parallel_each};
 
 /// Self-attention of which each rank has `heads / n` query heads, and the key/value heads that these look at.
 ///
@@ -105,16 +104,14 @@ impl ParallelAttention {
     /// [`Error::InvalidArgument`] for another number of features or a mask of other dims; those of [`Communicator`].
     pub fn forward(&self, input: Tensor<3>, mask_pad: Option<Tensor<2, Bool>>) -> Result<Tensor<3>, Error> {
         check_features(NAME, &input, self.query.weight.dims()[0], &self.group)?;
-        let input = enter(NAME, input, self.sequence_parallel, &self.group)?;
-        let [batch, sequence, _] = input.dims();
+        let (query, key, value) = self.project(input)?;
+        let [batch, _, sequence, _] = query.dims();
         if let Some(mask) = &mask_pad
             && mask.dims() != [batch, sequence]
         {
             let problem = format!("the mask is {:?} for a batch and sequence of {:?}", mask.dims(), [batch, sequence]);
             return Err(Error::invalid(NAME, problem));
         }
-        let query = heads(apply(&self.query, input.clone()), self.local_heads);
-        let (key, value) = self.keys_and_values(input)?;
         let d_k = query.dims()[3];
         // The root of an f32, as in burn, for the same numbers in f64 as well.
         let mut scores = query.matmul(key.transpose()).div_scalar((d_k as f32).sqrt());
@@ -129,31 +126,45 @@ impl ParallelAttention {
         self.output.forward(context.reshape([batch, sequence, self.local_heads * d_k]))
     }
 
-    /// Keys and values `[batch, local heads, sequence, d_k]`, every head repeated for the query heads that look at it.
-    fn keys_and_values(&self, input: Tensor<3>) -> Result<(Tensor<4>, Tensor<4>), Error> {
-        let (key, value) = match &self.sharers {
-            None => (apply(&self.key, input.clone()), apply(&self.value, input)),
-            Some(sharers) => {
-                let width = self.key.weight.dims()[1];
-                let weights = Tensor::cat(vec![self.key.weight.val(), self.value.weight.val()], 1);
-                let weights = copy_to_group(weights, sharers)?;
-                let biases = match (&self.key.bias, &self.value.bias) {
-                    (Some(key), Some(value)) => {
-                        Some(copy_to_group(Tensor::cat(vec![key.val(), value.val()], 0), sharers)?)
-                    }
-                    _ => None,
-                };
-                let both = linear(input, weights, biases);
-                (both.clone().narrow(2, 0, width), both.narrow(2, width, width))
-            }
-        };
+    /// Queries, keys and values `[batch, local heads, sequence, d_k]`, every key/value head repeated for the query heads that
+    /// look at it.
+    fn project(&self, input: Tensor<3>) -> Result<(Tensor<4>, Tensor<4>, Tensor<4>), Error> {
+        let bias = |layer: &Linear| layer.bias.as_ref().map(|bias| bias.val());
+        let weights = [&self.query, &self.key, &self.value].map(|layer| layer.weight.val());
         let spread = |tensor: Tensor<3>| repeat(heads(tensor, self.local_kv_heads), self.local_heads);
-        Ok((spread(key), spread(value)))
+        let Some(sharers) = &self.sharers else {
+            let [query, key, value] = self.multiply(input, weights)?;
+            let query = heads(biased(query, bias(&self.query)), self.local_heads);
+            let (key, value) = (biased(key, bias(&self.key)), biased(value, bias(&self.value)));
+            return Ok((query, spread(key), spread(value)));
+        };
+        let [of_query, of_key, of_value] = weights;
+        let width = of_key.dims()[1];
+        let both = copy_to_group(Tensor::cat(vec![of_key, of_value], 1), sharers)?;
+        let biases = match (bias(&self.key), bias(&self.value)) {
+            (Some(key), Some(value)) => Some(copy_to_group(Tensor::cat(vec![key, value], 0), sharers)?),
+            _ => None,
+        };
+        let [query, both] = self.multiply(input, [of_query, both])?;
+        let query = heads(biased(query, bias(&self.query)), self.local_heads);
+        let both = biased(both, biases);
+        Ok((query, spread(both.clone().narrow(2, 0, width)), spread(both.narrow(2, width, width))))
+    }
+
+    /// What enters is shared by the products: one collective forward, if any, and one backward.
+    fn multiply<const N: usize>(&self, input: Tensor<3>, weights: [Tensor<2>; N]) -> Result<[Tensor<3>; N], Error> {
+        match self.sequence_parallel {
+            true => all_gather_matmul_each(input, weights, &self.group, Overlap::auto()),
+            false => column_parallel_each(input, weights, &self.group, Overlap::auto()),
+        }
     }
 }
 
-fn apply(layer: &Linear, input: Tensor<3>) -> Tensor<3> {
-    linear(input, layer.weight.val(), layer.bias.as_ref().map(|bias| bias.val()))
+fn biased(product: Tensor<3>, bias: Option<Tensor<1>>) -> Tensor<3> {
+    match bias {
+        Some(bias) => product + bias.unsqueeze(),
+        None => product,
+    }
 }
 
 /// `[batch, sequence, heads * d_k]` to `[batch, heads, sequence, d_k]`.

@@ -5,16 +5,16 @@ use burn::module::Module;
 use burn::nn::activation::{Activation, SwiGlu};
 use burn::nn::transformer::PositionWiseFeedForward;
 use burn::nn::{Initializer, Linear};
-use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor, activation};
 
 use super::init::{Blueprint, agreed_seed, branch};
-use super::region::enter;
 use super::row::{RowParallelLinear, RowParallelLinearConfig};
 use super::slice::{check_features, check_linear, columns, own_part};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::tensor_parallel::matmul::{self, Overlap, all_gather_matmul, bias_activation, column_parallel};
+use crate::tensor_parallel::matmul::{
+    self, Overlap, all_gather_matmul, all_gather_matmul_each, bias_activation, column_parallel, column_parallel_each,
+};
 
 const NAME: &str = "ParallelFeedForward";
 
@@ -214,11 +214,16 @@ impl ParallelFeedForward {
         let hidden = match &self.gate {
             Some(gate) => {
                 // Both layers share what enters.
-                let input = enter(NAME, input, self.sequence_parallel, &self.group)?;
-                let apply = |layer: &Linear| {
-                    linear(input.clone(), layer.weight.val(), layer.bias.as_ref().map(|bias| bias.val()))
+                let weights = [gate.weight.val(), self.up.weight.val()];
+                let [gated, up] = match self.sequence_parallel {
+                    true => all_gather_matmul_each(input, weights, &self.group, Overlap::auto())?,
+                    false => column_parallel_each(input, weights, &self.group, Overlap::auto())?,
                 };
-                activation::silu(apply(gate)) * apply(&self.up)
+                let biased = |product: Tensor<D>, layer: &Linear| {
+                    let bias = layer.bias.as_ref().map(|bias| bias.val());
+                    bias_activation(product, bias, matmul::Activation::Identity)
+                };
+                activation::silu(biased(gated, gate)) * biased(up, &self.up)
             }
             None => {
                 let weight = self.up.weight.val();

@@ -10,6 +10,9 @@
 //! | [`row_parallel`] | rows | `y = sum_i x_i A_i` | all-reduce | `dx_r = dy A_r^T`, `dA_r = x_r^T dy` | none |
 //! | [`matmul_reduce_scatter`] | rows | `y_r = part_r(sum_i x_i A_i)` | reduce-scatter | `dx_r = [dy_0, .., dy_(n-1)] A_r^T`, `dA_r = x_r^T [dy_0, .., dy_(n-1)]` | all-gather |
 //!
+//! [`column_parallel_each`] and [`all_gather_matmul_each`] multiply one input by several weights, with one collective in each
+//! direction.
+//!
 //! # How they overlap
 //!
 //! The rows are cut into chunks ([`Overlap`]). Before an all-reduce or a reduce-scatter, a chunk is multiplied and sent on its
@@ -32,14 +35,15 @@
 //! PyTorch the asynchronous tensor parallelism of torchtitan, [arXiv:2410.06511](https://arxiv.org/abs/2410.06511).
 
 mod activation;
-mod deal;
-#[cfg(feature = "cubecl")]
-mod device;
-mod host;
+mod columns;
+mod failed;
 mod products;
-mod schedule;
-mod tape;
+mod rows;
+mod several;
 
+pub use crate::matmul::Overlap;
 pub use activation::{Activation, bias_activation};
-pub use products::{all_gather_matmul, column_parallel, matmul_reduce_scatter, row_parallel};
-pub use schedule::Overlap;
+pub use products::{
+    all_gather_matmul, all_gather_matmul_each, column_parallel, column_parallel_each, matmul_reduce_scatter,
+    row_parallel,
+};

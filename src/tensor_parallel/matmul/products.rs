@@ -1,14 +1,12 @@
-//! The four products, for tensors of any rank.
+//! The products, for tensors of any rank.
 
-use burn::backend::Dispatch;
-use burn::backend::ops::FloatTensorOps;
-use burn::tensor::{DType, Device, Shape, Tensor};
+use burn::tensor::Tensor;
 
-use super::schedule::Overlap;
-use super::tape::{Form, Job};
+use super::{columns, rows};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::layout;
+use crate::matmul::{self, Job, Overlap};
 
 /// Multiplies by this rank's columns of a weight: `y_r = x A_r`.
 ///
@@ -52,12 +50,41 @@ pub fn column_parallel<const D: usize>(
     group: &Communicator,
     overlap: Overlap,
 ) -> Result<Tensor<D>, Error> {
+    column_parallel_each(x, [weight], group, overlap).map(|[y]| y)
+}
+
+/// As [`column_parallel`], by the columns of several weights, up to three: `y_i = x A_i`.
+///
+/// The gradient of the input is the sum over all ranks *and* weights, reduced once, in chunks, beside the gradients of all
+/// weights. So the projections of an attention cost one all-reduce.
+///
+/// # Shapes
+/// - x: `[.., d_input]`, the same on all ranks
+/// - weights: `[d_input, part(d_output_i)]`
+/// - outputs: `[.., part(d_output_i)]`
+///
+/// # Errors
+/// Those of [`column_parallel`]; [`Error::InvalidArgument`] for no or more than three weights.
+pub fn column_parallel_each<const D: usize, const N: usize>(
+    x: Tensor<D>,
+    weights: [Tensor<2>; N],
+    group: &Communicator,
+    overlap: Overlap,
+) -> Result<[Tensor<D>; N], Error> {
     const NAME: &str = "column_parallel";
-    check(NAME, &x, &weight, group)?;
-    if !has_kernels(&x) {
-        return Ok(plain(layout::copy_to_group(x, group)?, weight));
+    check(NAME, &x, &weights, group)?;
+    if group.size() == 1 || !has_kernels(&x) {
+        let x = layout::copy_to_group(x, group)?;
+        return Ok(weights.map(|weight| plain(x.clone(), weight)));
     }
-    by_rows(x, weight, Job { name: NAME, form: Form::Column, unit: 1, overlap, comm: group.clone() })
+    let job = Job { name: NAME, dim: 0, even: false, overlap, comm: group.clone() };
+    match D {
+        1 => {
+            let made = columns::multiply(x.unsqueeze::<2>(), weights, false, job)?;
+            Ok(made.map(|row| row.squeeze_dim(0)))
+        }
+        _ => columns::multiply(x, weights, false, job),
+    }
 }
 
 /// Multiplies by this rank's rows of a weight and sums over the ranks: `y = sum_i x_i A_i`.
@@ -81,11 +108,15 @@ pub fn row_parallel<const D: usize>(
     overlap: Overlap,
 ) -> Result<Tensor<D>, Error> {
     const NAME: &str = "row_parallel";
-    check(NAME, &x, &weight, group)?;
-    if !has_kernels(&x) {
+    check(NAME, &x, std::slice::from_ref(&weight), group)?;
+    if group.size() == 1 || !has_kernels(&x) {
         return layout::reduce_from_group(plain(x, weight), group);
     }
-    by_rows(x, weight, Job { name: NAME, form: Form::Row, unit: 1, overlap, comm: group.clone() })
+    let job = Job { name: NAME, dim: 0, even: false, overlap, comm: group.clone() };
+    match D {
+        1 => Ok(rows::multiply(x.unsqueeze::<2>(), weight, false, job)?.squeeze_dim(0)),
+        _ => rows::multiply(x, weight, false, job),
+    }
 }
 
 /// Gathers an input that is split along the sequence, and multiplies by this rank's columns of a weight:
@@ -111,13 +142,34 @@ pub fn all_gather_matmul<const D: usize>(
     group: &Communicator,
     overlap: Overlap,
 ) -> Result<Tensor<D>, Error> {
+    all_gather_matmul_each(x, [weight], group, overlap).map(|[y]| y)
+}
+
+/// As [`all_gather_matmul`], by the columns of several weights, up to three: `y_i = [x_0, .., x_(n-1)] A_i`.
+///
+/// The input is gathered once, and its gradient, the sum over all ranks *and* weights, is reduce-scattered once.
+///
+/// # Shapes
+/// - x: `[.., part(sequence), d_input]`
+/// - weights: `[d_input, part(d_output_i)]`
+/// - outputs: `[.., sequence, part(d_output_i)]`
+///
+/// # Errors
+/// Those of [`all_gather_matmul`]; [`Error::InvalidArgument`] for no or more than three weights.
+pub fn all_gather_matmul_each<const D: usize, const N: usize>(
+    x: Tensor<D>,
+    weights: [Tensor<2>; N],
+    group: &Communicator,
+    overlap: Overlap,
+) -> Result<[Tensor<D>; N], Error> {
     const NAME: &str = "all_gather_matmul";
-    check(NAME, &x, &weight, group)?;
+    check(NAME, &x, &weights, group)?;
     let sequence = sequence_dim::<D>(NAME)?;
-    if !has_kernels(&x) {
-        return Ok(plain(layout::gather_and_copy_to_group(x, sequence, group)?, weight));
+    if group.size() == 1 || !has_kernels(&x) {
+        let x = layout::gather_and_copy_to_group(x, sequence, group)?;
+        return Ok(weights.map(|weight| plain(x.clone(), weight)));
     }
-    by_positions(x, weight, Job { name: NAME, form: Form::GatherColumn, unit: 1, overlap, comm: group.clone() })
+    columns::multiply(x, weights, true, Job { name: NAME, dim: sequence, even: false, overlap, comm: group.clone() })
 }
 
 /// Multiplies by this rank's rows of a weight, sums over the ranks, and leaves each its part of the sequence:
@@ -142,12 +194,12 @@ pub fn matmul_reduce_scatter<const D: usize>(
     overlap: Overlap,
 ) -> Result<Tensor<D>, Error> {
     const NAME: &str = "matmul_reduce_scatter";
-    check(NAME, &x, &weight, group)?;
+    check(NAME, &x, std::slice::from_ref(&weight), group)?;
     let sequence = sequence_dim::<D>(NAME)?;
-    if !has_kernels(&x) {
+    if group.size() == 1 || !has_kernels(&x) {
         return layout::reduce_scatter_to_group(plain(x, weight), sequence, group);
     }
-    by_positions(x, weight, Job { name: NAME, form: Form::RowScatter, unit: 1, overlap, comm: group.clone() })
+    rows::multiply(x, weight, true, Job { name: NAME, dim: sequence, even: false, overlap, comm: group.clone() })
 }
 
 /// The product by burn's own means.
@@ -155,81 +207,8 @@ fn plain<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<D> {
     burn::tensor::module::linear(x, weight, None)
 }
 
-/// Whether there are sharded products on the tensor's device. On others the product is one, and the move another.
 fn has_kernels<const D: usize>(x: &Tensor<D>) -> bool {
-    let device = x.device().inner();
-    #[cfg(feature = "cubecl")]
-    if crate::tensor_parallel::kernels::run_on(&device) {
-        return true;
-    }
-    device == Device::flex()
-}
-
-/// All dims but the last are rows.
-fn by_rows<const D: usize>(x: Tensor<D>, weight: Tensor<2>, job: Job) -> Result<Tensor<D>, Error> {
-    let mut dims = x.dims();
-    let rows = dims[..D - 1].iter().product();
-    let rows = reshaped(x, [rows, dims[D - 1]]);
-    dims[D - 1] = weight.dims()[1];
-    Ok(reshaped(multiply(rows, weight, job)?, dims))
-}
-
-/// The sequence comes first, and to each of its positions belong the rows of the other dims.
-fn by_positions<const D: usize>(x: Tensor<D>, weight: Tensor<2>, mut job: Job) -> Result<Tensor<D>, Error> {
-    let order: [isize; D] = std::array::from_fn(|place| match place {
-        0 => D as isize - 2,
-        place if place < D - 1 => place as isize - 1,
-        place => place as isize,
-    });
-    let back: [isize; D] = std::array::from_fn(|place| match place {
-        place if place < D - 2 => place as isize + 1,
-        place if place == D - 2 => 0,
-        place => place as isize,
-    });
-    let x = x.permute(order);
-    let mut dims = x.dims();
-    job.unit = dims[1..D - 1].iter().product();
-    let own = dims[0];
-    if job.unit == 0 {
-        // Batches of nothing have no rows to tell the positions by.
-        return empty(x, weight, job).map(|y| y.permute(back));
-    }
-    let rows = reshaped(x, [own * job.unit, dims[D - 1]]);
-    let unit = job.unit;
-    dims[D - 1] = weight.dims()[1];
-    let made = multiply(rows, weight, job)?;
-    dims[0] = made.dims()[0] / unit;
-    Ok(reshaped(made, dims).permute(back))
-}
-
-/// The product of an input of no rows: the moves alone.
-fn empty<const D: usize>(x: Tensor<D>, weight: Tensor<2>, job: Job) -> Result<Tensor<D>, Error> {
-    let multiply = |x: Tensor<D>| {
-        let mut dims = x.dims();
-        let rows = reshaped(x, [0, dims[D - 1]]);
-        dims[D - 1] = weight.dims()[1];
-        reshaped(rows.matmul(weight), dims)
-    };
-    match job.form {
-        Form::GatherColumn => Ok(multiply(layout::gather_and_copy_to_group(x, 0, &job.comm)?)),
-        _ => layout::reduce_scatter_to_group(multiply(x), 0, &job.comm),
-    }
-}
-
-/// Other dims for the same elements, of which equal numbers are equal. [`Tensor::reshape`] takes a dim of 0 for one to be
-/// kept; here it is one.
-fn reshaped<const D: usize, const E: usize>(tensor: Tensor<D>, dims: [usize; E]) -> Tensor<E> {
-    if D == E {
-        return Tensor::from_dispatch(tensor.into_dispatch());
-    }
-    Tensor::from_dispatch(Dispatch::float_reshape(tensor.into_dispatch(), Shape::from(dims)))
-}
-
-fn multiply(x: Tensor<2>, weight: Tensor<2>, job: Job) -> Result<Tensor<2>, Error> {
-    match job.comm.size() {
-        1 => Ok(x.matmul(weight)),
-        _ => job.run(x, weight),
-    }
+    matmul::run_on(&x.device().inner())
 }
 
 fn sequence_dim<const D: usize>(name: &'static str) -> Result<usize, Error> {
@@ -242,23 +221,26 @@ fn sequence_dim<const D: usize>(name: &'static str) -> Result<usize, Error> {
 fn check<const D: usize>(
     name: &'static str,
     x: &Tensor<D>,
-    weight: &Tensor<2>,
+    weights: &[Tensor<2>],
     group: &Communicator,
 ) -> Result<(), Error> {
-    let (dtype, dims, of_weight) = (x.dtype(), x.dims(), weight.dims());
-    if !matches!(dtype, DType::F32 | DType::F64 | DType::F16 | DType::BF16) {
+    let (dtype, dims, device) = (x.dtype(), x.dims(), x.device().inner());
+    if !matmul::multiply(dtype) {
         return Err(Error::UnsupportedDType { operation: name, dtype });
     }
-    let (device, home) = (x.device().inner(), weight.device().inner());
-    if dims.last() == Some(&of_weight[0]) && dtype == weight.dtype() && device == home {
-        return Ok(());
+    for weight in weights {
+        let (of_weight, home) = (weight.dims(), weight.device().inner());
+        if dims.last() == Some(&of_weight[0]) && dtype == weight.dtype() && device == home {
+            continue;
+        }
+        let (rank, size) = (group.rank(), group.size());
+        let problem = format!(
+            "rank {rank} of {size} of group `{}` brings {dims:?} of {dtype:?} on {device:?} and a weight {of_weight:?} of {:?} \
+             on {home:?}; the last dim of the one must be the first of the other, on the same device and of the same dtype",
+            group.group(),
+            weight.dtype()
+        );
+        return Err(Error::invalid(name, problem));
     }
-    let (rank, size) = (group.rank(), group.size());
-    let problem = format!(
-        "rank {rank} of {size} of group `{}` brings {dims:?} of {dtype:?} on {device:?} and a weight {of_weight:?} of {:?} on \
-         {home:?}; the last dim of the one must be the first of the other, on the same device and of the same dtype",
-        group.group(),
-        weight.dtype()
-    );
-    Err(Error::invalid(name, problem))
+    Ok(())
 }

@@ -32,6 +32,10 @@ pub(super) fn dims(matrix: &DeviceTensor) -> [usize; 2] {
     [shape[0], shape[1]]
 }
 
+pub(super) fn add(a: DeviceTensor, b: DeviceTensor) -> DeviceTensor {
+    burn_cubecl::ops::numeric::add(a, b)
+}
+
 pub(super) fn transposed(matrix: DeviceTensor) -> DeviceTensor {
     permute(matrix, &[1, 0])
 }

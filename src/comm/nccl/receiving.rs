@@ -1,0 +1,145 @@
+//! How a rank gets the messages of a group: what `recv` does, on whatever thread. The protocol is that of `messages.rs`.
+
+use std::sync::{Arc, Mutex};
+
+use burn::backend::flex::FlexTensor;
+use burn::tensor::TensorData;
+use burn_cubecl::CubeDevice;
+use cudarc::nccl::result as nccl;
+
+use super::collective::data_type;
+use super::expected::{Expected, Key};
+use super::keeper::{Keeper, lock};
+use super::lane::{Event, follow_here, prepare};
+use super::messages::{ANSWERS, Channel, Header, Outbox};
+use super::raw::unique_id;
+use crate::Error;
+use crate::comm::device::{DeviceTensor, empty_on};
+use crate::comm::{Arrival, Call, Extent, Message, Operation, Transport};
+
+/// What a rank needs for that.
+pub(super) struct Receiving {
+    host: Arc<dyn Transport>,
+    /// The group in which it answers.
+    answers: Arc<dyn Transport>,
+    keeper: Arc<Keeper>,
+    device: CubeDevice,
+    /// By sending rank: the channel of that direction, from the first message on.
+    channels: Box<[Mutex<Option<Channel>>]>,
+    /// What the rank has sent to itself.
+    own: Arc<Outbox>,
+    expected: Expected<Come>,
+}
+
+/// A message, and the point from which on it is there if NCCL carries it.
+type Come = (Arrival, Option<Arc<Event>>);
+
+impl std::fmt::Debug for Receiving {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Receiving").field("host", &self.host).finish_non_exhaustive()
+    }
+}
+
+impl Receiving {
+    pub fn new(
+        host: Arc<dyn Transport>,
+        answers: Arc<dyn Transport>,
+        keeper: Arc<Keeper>,
+        device: CubeDevice,
+        own: Arc<Outbox>,
+    ) -> Arc<Self> {
+        let channels = (0..host.size()).map(|_| Mutex::default()).collect();
+        Arc::new(Self { host, answers, keeper, device, channels, own, expected: Expected::default() })
+    }
+
+    /// Lets the next message of this kind travel as soon as it has been sent.
+    pub fn expect(self: &Arc<Self>, key: Key) {
+        let (from, rank) = (key.0, self.host.rank());
+        // Whoever asks for one of a rank that does not exist is told so then.
+        if from >= self.host.size() || from == rank || !self.expected.expect(key) {
+            return;
+        }
+        let receiving = self.clone();
+        let fetch = move || {
+            let look = |(from, tag)| receiving.host.try_receive(from, tag);
+            if let Err(error) = receiving.expected.serve(look, |key, message| receiving.come(key, message)) {
+                receiving.host.abort(error);
+            }
+        };
+        let name = format!("nccl recv {rank} of {}", self.host.group());
+        if let Err(problem) = std::thread::Builder::new().name(name).spawn(fetch) {
+            log::warn!("messages travel only when they are asked for, for want of a thread: {problem}");
+            self.expected.close();
+        }
+    }
+
+    /// Fetches nothing more that has not been asked for.
+    pub fn close(&self) {
+        self.expected.close();
+    }
+
+    pub fn receive(&self, (from, tag): Key) -> Result<Arrival, Error> {
+        let Some((arrival, done)) = self.expected.take((from, tag), self.host.timeout()) else {
+            return self.come((from, tag), self.host.receive(from, tag)?).map(|(arrival, _)| arrival);
+        };
+        // It came in on the stream of another thread.
+        if let (Arrival::Device(tensor), Some(done)) = (&arrival, done) {
+            follow_here(self.keeper.gpu(), tensor, done);
+        }
+        Ok(arrival)
+    }
+
+    /// What a message is, or what it announces.
+    fn come(&self, (from, tag): Key, message: Message) -> Result<Come, Error> {
+        if !Header::is_in(&message) {
+            return Ok((message.into(), None));
+        }
+        let garbled = || Error::invalid("recv over NCCL", format!("the header of a message of rank {from} is garbled"));
+        let header = Header::read(&message).ok_or_else(garbled)?;
+        let (tensor, done) = match from == self.host.rank() {
+            true => (self.own.take(&header, &self.device)?, None),
+            false => self.fetch(header, (from, tag))?,
+        };
+        Ok((Arrival::Device(Box::new(tensor)), done))
+    }
+
+    /// Receives what a header announces.
+    fn fetch(&self, header: Header, (from, tag): Key) -> Result<(DeviceTensor, Option<Arc<Event>>), Error> {
+        let unsupported = || Error::UnsupportedDType { operation: "recv over NCCL", dtype: header.dtype };
+        let kind = data_type(header.dtype).ok_or_else(unsupported)?;
+        let output = empty_on(&self.device, header.dims, header.dtype);
+        let count = output.meta.shape().iter().product();
+        if count == 0 {
+            return Ok((output, None));
+        }
+        let preparing = prepare(self.keeper.gpu(), [&output].into_iter())?;
+        // Held to the end: receives are enqueued in the order of the answers.
+        let mut channel = lock(&self.channels[from]);
+        let mut answer = header.number.to_le_bytes().to_vec();
+        let id = match *channel {
+            Some(_) => None,
+            None => Some(unique_id()?),
+        };
+        answer.extend(id.iter().flatten());
+        let len = answer.len();
+        self.answers.send(from, ANSWERS, Message(FlexTensor::from_data(TensorData::new(answer, [len]))))?;
+        if let Some(id) = id {
+            *channel = Some(Channel::new(&id, 1, &self.host, &self.keeper)?);
+        }
+        let nowhere = || Error::invalid("recv over NCCL", "there is no room for the message");
+        let Some(channel) = &*channel else { return Err(nowhere()) };
+        let prepared = preparing.finish(self.host.timeout())?;
+        let place = prepared.places().next().ok_or_else(nowhere)?;
+        let raw = channel.link.lock();
+        let (done, called) = channel.lane.enqueue(&prepared, |stream| {
+            // SAFETY: the buffer has room for `count` elements and is held until the stream has passed.
+            raw.finish("recv", unsafe { nccl::recv(place, count, kind, 0, raw.comm, stream) })
+        })?;
+        drop(raw);
+        let extent = Extent::new(&output.meta.shape().to_vec());
+        let call = Call::on_device(Operation::Receive { from, tag }, header.dtype, extent);
+        self.keeper.watch(call, &channel.link, (prepared.ready.clone(), done.clone()), Vec::new());
+        prepared.release(done.clone());
+        called.map(|()| (output, Some(done)))
+    }
+}

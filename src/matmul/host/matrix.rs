@@ -1,0 +1,237 @@
+//! Matrices in host memory, and the multiplication of Flex on views of them, into places that exist already.
+
+use std::ops::Range;
+
+use burn::backend::flex::FlexTensor;
+use burn::tensor::{Shape, bf16, f16};
+
+use crate::comm::Element;
+
+/// Flex's threshold: with fewer multiplications than this, a product is made by one thread.
+const PARALLEL_THRESHOLD: usize = 192 * 192 * 192;
+
+/// A view of a matrix: any strides, nothing copied.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Matrix<'a, T> {
+    /// From the first element on.
+    pub data: &'a [T],
+    pub rows: usize,
+    pub columns: usize,
+    pub row_stride: isize,
+    pub column_stride: isize,
+}
+
+impl<'a, T: Real> Matrix<'a, T> {
+    /// The last two dims of a tensor as they lie; the others are 1.
+    pub fn of(tensor: &'a FlexTensor) -> Self {
+        let layout = tensor.layout();
+        let (shape, strides) = (layout.shape(), layout.strides());
+        let [row, column] = [shape.num_dims() - 2, shape.num_dims() - 1];
+        let data = elements_of(tensor);
+        Self {
+            data,
+            rows: shape[row],
+            columns: shape[column],
+            row_stride: strides[row],
+            column_stride: strides[column],
+        }
+    }
+
+    /// Rows one behind the other.
+    pub fn packed(data: &'a [T], rows: usize, columns: usize) -> Self {
+        Self::spread(data, rows, columns, columns)
+    }
+
+    /// Rows at even distances.
+    pub fn spread(data: &'a [T], rows: usize, columns: usize, row_stride: usize) -> Self {
+        Self { data, rows, columns, row_stride: row_stride as isize, column_stride: 1 }
+    }
+
+    pub fn transposed(self) -> Self {
+        let Self { data, rows, columns, row_stride, column_stride } = self;
+        Self { data, rows: columns, columns: rows, row_stride: column_stride, column_stride: row_stride }
+    }
+
+    /// Some of the rows.
+    pub fn rows(self, rows: Range<usize>) -> Self {
+        let from = (rows.start as isize * self.row_stride) as usize;
+        let data = self.data.get(from..).unwrap_or_default();
+        Self { data, rows: rows.len(), ..self }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.rows == 0 || self.columns == 0
+    }
+
+    /// Whether every element of the view lies within its data.
+    fn fits(&self) -> bool {
+        let last = |len: usize, stride: isize| (len - 1) as isize * stride;
+        self.row_stride >= 0
+            && self.column_stride >= 0
+            && last(self.rows, self.row_stride) + last(self.columns, self.column_stride) < self.data.len() as isize
+    }
+
+    /// All elements row by row.
+    pub fn elements(&self) -> impl Iterator<Item = T> + use<'a, T> {
+        let Self { data, rows, columns, row_stride, column_stride } = *self;
+        (0..rows).flat_map(move |row| {
+            (0..columns).map(move |column| data[(row as isize * row_stride + column as isize * column_stride) as usize])
+        })
+    }
+}
+
+/// The elements from the first of a tensor on.
+pub(super) fn elements_of<T: Real>(tensor: &FlexTensor) -> &[T] {
+    // An empty tensor may begin behind the end.
+    tensor.storage().get(tensor.layout().start_offset()..).unwrap_or_default()
+}
+
+/// A right factor that is multiplied several times: made ready once.
+#[derive(Debug)]
+pub(super) struct Factor<'a, T: Real> {
+    rows: usize,
+    columns: usize,
+    ready: T::Ready<'a>,
+}
+
+impl<'a, T: Real> Factor<'a, T> {
+    pub fn new(matrix: Matrix<'a, T>) -> Self {
+        Self { rows: matrix.rows, columns: matrix.columns, ready: T::ready(matrix) }
+    }
+
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+}
+
+/// Rows to be written, at even distances.
+#[derive(Debug)]
+pub(super) struct Place<'a, T> {
+    data: &'a mut [T],
+    row_stride: usize,
+}
+
+impl<'a, T> Place<'a, T> {
+    /// One behind the other.
+    pub fn packed(data: &'a mut [T], columns: usize) -> Self {
+        Self { data, row_stride: columns }
+    }
+
+    pub fn spread(data: &'a mut [T], row_stride: usize) -> Self {
+        Self { data, row_stride }
+    }
+}
+
+/// Writes `sum of left * right` to its place.
+///
+/// # Panics
+/// If the dims don't fit, which whoever made the matrices has checked.
+pub(super) fn multiply<T: Real>(terms: &[(Matrix<'_, T>, &Factor<'_, T>)], place: Place<'_, T>) {
+    let (rows, columns) = terms.first().map_or((0, 0), |(left, right)| (left.rows, right.columns));
+    let fits = |(left, right): &(Matrix<'_, T>, &Factor<'_, T>)| {
+        (left.rows, left.columns, right.columns) == (rows, right.rows, columns)
+    };
+    assert!(terms.iter().all(fits), "dims are checked before");
+    if rows * columns == 0 {
+        return;
+    }
+    assert!((rows - 1) * place.row_stride + columns <= place.data.len(), "dims are checked before");
+    let terms: Vec<_> =
+        terms.iter().filter(|(left, _)| left.columns > 0).map(|(left, right)| (*left, &right.ready)).collect();
+    match terms.is_empty() {
+        true => place.data.chunks_mut(place.row_stride).for_each(|row| row[..columns].fill(T::default())),
+        false => T::multiply(&terms, place, columns),
+    }
+}
+
+/// The floats that are multiplied.
+pub(super) trait Real: Element + bytemuck::Pod {
+    /// A right factor, made ready.
+    type Ready<'a>: std::fmt::Debug;
+
+    fn ready(matrix: Matrix<'_, Self>) -> Self::Ready<'_>;
+
+    /// Writes the sum of products of matrices that are not empty.
+    fn multiply(terms: &[(Matrix<'_, Self>, &Self::Ready<'_>)], place: Place<'_, Self>, columns: usize);
+}
+
+macro_rules! real {
+    ($($float:ty: $one:expr);*) => {$(
+        impl Real for $float {
+            type Ready<'a> = Matrix<'a, Self>;
+
+            fn ready(matrix: Matrix<'_, Self>) -> Matrix<'_, Self> {
+                matrix
+            }
+
+            fn multiply(terms: &[(Matrix<'_, Self>, &Matrix<'_, Self>)], place: Place<'_, Self>, _: usize) {
+                for (number, (left, right)) in terms.iter().enumerate() {
+                    gemm(*left, **right, place.data, place.row_stride, number > 0, $one);
+                }
+            }
+        }
+    )*};
+}
+real!(f32: 1.0; f64: 1.0; f16: f16::ONE);
+
+/// As Flex: multiplied in `f32`, rounded once.
+impl Real for bf16 {
+    type Ready<'a> = (Vec<f32>, usize, usize);
+
+    fn ready(matrix: Matrix<'_, Self>) -> (Vec<f32>, usize, usize) {
+        (matrix.elements().map(bf16::to_f32).collect(), matrix.rows, matrix.columns)
+    }
+
+    fn multiply(terms: &[(Matrix<'_, Self>, &Self::Ready<'_>)], place: Place<'_, Self>, columns: usize) {
+        let rows = terms.first().map_or(0, |(left, _)| left.rows);
+        let mut sum = vec![0f32; rows * columns];
+        for (number, (left, (right, inner, columns))) in terms.iter().enumerate() {
+            let wide: Vec<f32> = left.elements().map(bf16::to_f32).collect();
+            let left = Matrix::packed(&wide, rows, left.columns);
+            gemm(left, Matrix::packed(right, *inner, *columns), &mut sum, *columns, number > 0, 1.0);
+        }
+        for (row, wide) in place.data.chunks_mut(place.row_stride).zip(sum.chunks(columns)) {
+            row.iter_mut().zip(wide).for_each(|(out, wide)| *out = bf16::from_f32(*wide));
+        }
+    }
+}
+
+/// What Flex's `float_matmul` does, but for where the result goes, and that it can be added to what is there.
+fn gemm<T: Real>(left: Matrix<'_, T>, right: Matrix<'_, T>, out: &mut [T], row_stride: usize, add: bool, one: T) {
+    let (m, n, k) = (left.rows, right.columns, left.columns);
+    assert!(!left.is_empty() && !right.is_empty() && left.fits() && right.fits());
+    assert!(right.rows == k && n <= row_stride && (m - 1) * row_stride + n <= out.len());
+    let parallelism = match m.saturating_mul(n).saturating_mul(k) >= PARALLEL_THRESHOLD {
+        true => gemm::Parallelism::Rayon(0),
+        false => gemm::Parallelism::None,
+    };
+    // SAFETY: all elements lie within their slices, as was just checked, and `out` is lent for writing.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out.as_mut_ptr(),
+            1,
+            row_stride as isize,
+            add,
+            left.data.as_ptr(),
+            left.column_stride,
+            left.row_stride,
+            right.data.as_ptr(),
+            right.column_stride,
+            right.row_stride,
+            if add { one } else { T::default() },
+            one,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+/// Room for a tensor: pages of zeros that are not touched before they are written.
+pub(super) fn room<T: Real>(dims: &[usize]) -> FlexTensor {
+    FlexTensor::empty(Shape::from(dims.to_vec()), T::DTYPE)
+}
