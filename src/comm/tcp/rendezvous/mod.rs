@@ -1,0 +1,142 @@
+//! How processes that know an address find each other, and give each other a few bytes.
+//!
+//! The addresses of all, for one, must be known to each rank before there is a communicator to send them over. Rank 0 listens;
+//! the others connect, for as long as the time-out lasts, since it may start later than they do.
+//!
+//! # Protocol
+//!
+//! Rank 0 greets with random bytes. A rank answers with its own random bytes, rank, world size and blob, under an HMAC-SHA256
+//! by the shared secret over all of it and the greeting. What rank 0 says in the end, the blobs of all or an error, bears
+//! an HMAC over the rank's random bytes. So both sides know the secret, nothing said before can be said again, and
+//! the secret itself is never sent. A connection that is not from a rank that knows the secret is turned away and does
+//! no harm: each is heard on a thread of its own, for a few seconds at most. The bytes travel in the open.
+
+mod guest;
+mod host;
+mod words;
+
+use std::hash::{BuildHasher, RandomState};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use hmac::{Hmac, Mac};
+use sha2::Sha256;
+
+use crate::Error;
+
+const MAGIC: [u8; 8] = *b"burnpar1";
+/// Most bytes of a blob.
+const MOST: usize = 1 << 20;
+
+type Seal = [u8; 32];
+
+/// A meeting point of the ranks of a world over TCP.
+///
+/// Rank 0 listens at an address that all know. Both sides show that they know a secret, which is never sent, and nothing
+/// that was said before can be said again; but what they tell each other travels in the open. Connections of others are
+/// turned away.
+#[derive(Clone)]
+pub struct Rendezvous {
+    rank: usize,
+    /// Who listens.
+    host: usize,
+    size: usize,
+    address: String,
+    port: u16,
+    secret: Vec<u8>,
+    timeout: Duration,
+}
+
+impl std::fmt::Debug for Rendezvous {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Rendezvous(rank {} of {} at {}:{})", self.rank, self.size, self.address, self.port)
+    }
+}
+
+impl Rendezvous {
+    /// Rank `rank` of `size` meets the others at `address` and `port`, an address of rank 0's machine. `secret` is anything
+    /// that all ranks know, and others don't.
+    pub fn new(rank: usize, size: usize, address: &str, port: u16, secret: &[u8], timeout: Duration) -> Self {
+        Self { rank, host: 0, size, address: address.to_owned(), port, secret: secret.to_vec(), timeout }
+    }
+
+    /// A meeting of the same ranks at another one's address.
+    pub(in crate::comm::tcp) fn hosted_by(&self, host: usize, at: SocketAddr) -> Self {
+        Self { host, address: at.ip().to_string(), port: at.port(), ..self.clone() }
+    }
+
+    pub(in crate::comm::tcp) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub(in crate::comm::tcp) fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Address and port.
+    pub(in crate::comm::tcp) fn point(&self) -> (&str, u16) {
+        (&self.address, self.port)
+    }
+
+    /// Every rank gets the blobs of all, in rank order. A blob is 1 MiB at most.
+    ///
+    /// # Errors
+    /// [`Error::Engine`], which says on rank 0 who is missing, or that the address is in use; on the others that rank 0
+    /// can't be reached or has another secret; on all, that a rank came twice or from a world of another size.
+    pub fn all_gather(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+        if self.rank >= self.size {
+            return Err(failure(format!("rank {} does not exist in a world of {}", self.rank, self.size)));
+        }
+        if blob.len() > MOST {
+            return Err(failure(format!("{} bytes are more than the {MOST} that a rank may bring", blob.len())));
+        }
+        match self.rank {
+            0 if self.size == 1 => Ok(vec![blob.to_vec()]),
+            0 => self.listen(blob),
+            _ => self.visit(blob, self.size, true).map(|(_, blobs)| blobs),
+        }
+    }
+
+    /// Every rank gets the blob of rank 0; what the others bring does not matter.
+    ///
+    /// # Errors
+    /// Those of [`all_gather`](Self::all_gather).
+    pub fn broadcast(&self, blob: &[u8]) -> Result<Vec<u8>, Error> {
+        let own = if self.rank == 0 { blob } else { &[] };
+        Ok(self.all_gather(own)?.swap_remove(0))
+    }
+
+    fn mac(&self, parts: &[&[u8]]) -> Hmac<Sha256> {
+        // HMAC takes keys of any length.
+        let mut mac = Hmac::<Sha256>::new_from_slice(&self.secret).unwrap_or_else(|_| unreachable!());
+        for part in parts {
+            // With lengths, so that no two lists of parts are the same bytes.
+            mac.update(&(part.len() as u64).to_le_bytes());
+            mac.update(part);
+        }
+        mac
+    }
+
+    fn seal(&self, parts: &[&[u8]]) -> Seal {
+        self.mac(parts).finalize().into_bytes().into()
+    }
+
+    /// In constant time.
+    fn check(&self, parts: &[&[u8]], seal: &Seal) -> bool {
+        self.mac(parts).verify_slice(seal).is_ok()
+    }
+}
+
+/// Bytes that have not been seen before. The hasher's keys are random, from the system.
+pub(crate) fn nonce() -> [u8; 32] {
+    let mut bytes = [0; 32];
+    for (place, eight) in bytes.chunks_mut(8).enumerate() {
+        let now = std::time::SystemTime::now();
+        eight.copy_from_slice(&RandomState::new().hash_one((place, std::process::id(), now)).to_le_bytes());
+    }
+    bytes
+}
+
+pub(in crate::comm::tcp) fn failure(problem: impl Into<String>) -> Error {
+    Error::Engine { engine: "rendezvous", problem: problem.into() }
+}

@@ -1,0 +1,74 @@
+//! What is said, and in which time.
+
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use super::{Seal, failure};
+use crate::Error;
+
+/// A connection for so long and no longer, however slowly the bytes drip.
+pub(super) struct Limited<'a> {
+    pub stream: &'a mut TcpStream,
+    pub until: Instant,
+}
+
+impl Limited<'_> {
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(Some(left)) }
+    }
+}
+
+impl Read for Limited<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(self.left()?)?;
+        self.stream.read(buffer)
+    }
+}
+
+impl Write for Limited<'_> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(self.left()?)?;
+        self.stream.write(buffer)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
+pub(super) fn framed(word: &[u8], seal: Seal) -> Vec<u8> {
+    [&(word.len() as u64).to_le_bytes()[..], word, &seal].concat()
+}
+
+/// What rank 0 says in the end: the blobs of all, or what went wrong.
+pub(super) fn write_word(word: Result<&[Vec<u8>], &str>) -> Vec<u8> {
+    match word {
+        Ok(blobs) => {
+            let mut bytes = vec![1];
+            for blob in blobs {
+                bytes.extend((blob.len() as u64).to_le_bytes());
+                bytes.extend(blob);
+            }
+            bytes
+        }
+        Err(problem) => [&[0], problem.as_bytes()].concat(),
+    }
+}
+
+pub(super) fn read_word(word: &[u8], count: usize) -> Option<Result<Vec<Vec<u8>>, Error>> {
+    let (kind, mut rest) = word.split_first()?;
+    if *kind == 0 {
+        return Some(Err(failure(String::from_utf8_lossy(rest))));
+    }
+    let mut blobs = Vec::with_capacity(count);
+    while !rest.is_empty() {
+        let (len, after) = rest.split_at_checked(8)?;
+        let len = usize::try_from(u64::from_le_bytes(len.try_into().ok()?)).ok()?;
+        let (blob, after) = after.split_at_checked(len)?;
+        blobs.push(blob.to_vec());
+        rest = after;
+    }
+    (blobs.len() == count).then_some(Ok(blobs))
+}
