@@ -53,8 +53,6 @@ fn run(args: &Args, text: &Text) -> Result<(), Box<dyn Error>> {
     // Made once, before there are ranks: they would all draw from the same random numbers, in any order.
     let model = args.model().init(&device.autodiff());
 
-    let (learned, held_out) = text.split();
-    eprintln!("{learned} bytes to learn from, {held_out} held out");
     // The first rank tells what came of it.
     let Some(outcome) = start::run(args, |rank| train(rank, model.clone(), args, text))? else { return Ok(()) };
 

@@ -19,6 +19,10 @@ use crate::text::{Text, tensors};
 
 /// Trains the model on a text as the flags say. Every rank runs this, each replica on its rows of every batch.
 pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome, Error> {
+    if rank.rank() == 0 {
+        let (learned, held_out) = text.split();
+        eprintln!("{learned} bytes to learn from, {held_out} held out");
+    }
     let world = device::world(&rank, args.start.launch, args.start.nccl)?;
     let mesh = Mesh::new(&world, [("dp", args.dp), ("pp", args.pp), ("tp", args.tp)])?;
     let (dp, pp, tp) = (mesh.axis("dp")?, mesh.axis("pp")?, mesh.axis("tp")?);
