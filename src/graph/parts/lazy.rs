@@ -175,7 +175,8 @@ impl<const D: usize> Meeting<'_, D> {
 
     fn zeros(&self, dims: &[usize]) -> Tensor<D> {
         let dims = <[usize; D]>::try_from(dims).unwrap_or([0; D]);
-        Tensor::zeros(dims, (&self.like.device(), self.share.dtype))
+        // Flex makes `zeros` in one place and copies them to another.
+        Tensor::full(dims, 0.0, (&self.like.device(), self.share.dtype))
     }
 }
 
