@@ -168,10 +168,6 @@ impl ModelSplit {
             *graph = local;
             reports.push(report);
         }
-        for product in fuse_products(graph) {
-            let mut over = reports.iter_mut().filter(|report| report.axis == product.axis);
-            over.next().into_iter().for_each(|report| report.products.push(product.clone()));
-        }
         for SplitAxis { name, group, .. } in self.axes.iter().filter(|axis| axis.group.size() > 1) {
             let fingerprints = group.all_gather(vec![graph.axis_fingerprint(name)])?;
             if let Some(rank) = fingerprints.iter().position(|fingerprint| *fingerprint != fingerprints[0]) {
@@ -203,9 +199,15 @@ impl ModelSplit {
         Ok(())
     }
 
-    /// Reduces gradients together and takes collectives apart into start and wait, so that they run beside work that does
-    /// not depend on them. The last that is done to a graph: nothing else knows these operations.
-    pub(crate) fn schedule(&self, graph: &mut StepGraph) {
+    /// Has products run together with their collectives, reduces gradients together, and takes the other collectives apart
+    /// into start and wait, so that they run beside work that does not depend on them. The last that is done to a graph:
+    /// nothing else knows these operations, and one of them may need parameters of several layers, between which no pipeline
+    /// can then be cut.
+    pub(crate) fn schedule(&self, graph: &mut StepGraph, reports: &mut [ShardReport]) {
+        for product in fuse_products(graph) {
+            let mut over = reports.iter_mut().filter(|report| report.axis == product.axis);
+            over.next().into_iter().for_each(|report| report.products.push(product.clone()));
+        }
         fold_reductions(graph, BUCKET_BYTES);
         overlap(graph);
     }

@@ -44,8 +44,9 @@ impl Engine {
         let pass = {
             let (split, reports) = (split.clone(), reports.clone());
             move |graph: &mut StepGraph| {
-                *lock(&reports) = split.apply(graph)?;
-                split.schedule(graph);
+                let mut found = split.apply(graph)?;
+                split.schedule(graph, &mut found);
+                *lock(&reports) = found;
                 Ok(())
             }
         };
