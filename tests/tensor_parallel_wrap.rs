@@ -474,3 +474,14 @@ fn a_suggested_plan_splits_most_of_any_model() {
     let plan = Plan::suggest_for(&rnn, 2, tokens(0), loss).unwrap();
     assert!(part(&plan, &rnn) < 0.65, "{plan:?}");
 }
+
+#[test]
+fn the_gradient_of_a_split_weight_is_computed_in_parts_from_whole_activations() {
+    let gain = Param::initialized(ParamId::new(), Tensor::ones([1, 256], &device()).require_grad());
+    let model = Chain { gain, layers: vec![LinearConfig::new(256, 64).init(&device())] };
+    let loss = |m: &Chain, x: Tensor<2>| m.layers[0].forward(x * m.gain.val()).sum();
+    let work = |plan: Plan| plan.cost(&model, 4, Tensor::zeros([1024, 256], &device()), loss).unwrap().work;
+    let (rows, whole) = (work(Plan::new().shard("layers.0.weight", 0)), work(Plan::new()));
+    // Three products, a quarter of each.
+    assert!(rows < 0.35 * whole, "{rows} of {whole}");
+}
