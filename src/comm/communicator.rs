@@ -35,6 +35,14 @@ struct Inner {
     progress: Progress,
 }
 
+impl Drop for Communicator {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.inner.transport.panicking();
+        }
+    }
+}
+
 impl fmt::Debug for Communicator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Communicator({} {}/{} over {})", self.group(), self.rank(), self.size(), self.engine())

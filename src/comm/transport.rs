@@ -216,6 +216,11 @@ pub trait Transport: Debug + Send + Sync {
     /// Leaves the world: this rank will call nothing more on this group, nor on any group split from the same world.
     fn leave(&self);
 
+    /// This rank unwinds from a panic. Should it now leave the group, that is why; the thread that holds the transport
+    /// last, and so leaves the group by dropping it, may be another, which knows nothing of it. An engine that does
+    /// nothing here calls the rank lost.
+    fn panicking(&self) {}
+
     /// The error that the world has failed with.
     fn failure(&self) -> Option<Error>;
 

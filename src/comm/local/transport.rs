@@ -1,7 +1,8 @@
 //! A rank's place in a group of threads.
 
 #[cfg(feature = "cubecl")]
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -31,6 +32,7 @@ pub(super) struct LocalTransport {
     /// Number of the next meeting. Held during a collective: a rank does one at a time. Transports of several ranks are made
     /// one after the other and lie side by side, so this has its cache lines to itself.
     meeting: CachePadded<Mutex<u64>>,
+    panicked: AtomicBool,
     /// Number of the next exchange of device data.
     #[cfg(feature = "cubecl")]
     exchange: AtomicU64,
@@ -42,6 +44,7 @@ impl LocalTransport {
             group,
             rank,
             meeting: CachePadded::new(Mutex::new(0)),
+            panicked: AtomicBool::new(false),
             #[cfg(feature = "cubecl")]
             exchange: AtomicU64::new(0),
         })
@@ -336,6 +339,10 @@ impl Transport for LocalTransport {
         self.group.fate.leave(self.group.members[self.rank]);
     }
 
+    fn panicking(&self) {
+        self.panicked.store(true, Ordering::Relaxed);
+    }
+
     fn failure(&self) -> Option<Error> {
         self.group.fate.error().cloned()
     }
@@ -356,6 +363,6 @@ impl Transport for LocalTransport {
 
 impl Drop for LocalTransport {
     fn drop(&mut self) {
-        self.group.leave(self.rank, std::thread::panicking());
+        self.group.leave(self.rank, self.panicked.load(Ordering::Relaxed));
     }
 }

@@ -326,6 +326,10 @@ impl Transport for NcclTransport {
         self.host.leave();
     }
 
+    fn panicking(&self) {
+        self.host.panicking();
+    }
+
     fn failure(&self) -> Option<Error> {
         self.host.failure()
     }

@@ -1,7 +1,7 @@
 //! A rank's place in a group of processes.
 
 use std::cell::RefCell;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -25,6 +25,7 @@ pub(super) struct WiredTransport {
     group: Arc<Group>,
     /// Held during a collective: a rank does one at a time.
     turn: Mutex<Turn>,
+    panicked: AtomicBool,
 }
 
 /// What is next in a group.
@@ -70,7 +71,8 @@ impl WiredTransport {
     pub fn new(presence: Arc<Presence>, group: Arc<Group>) -> Arc<Self> {
         presence.0.add(&group);
         let venue = Venue::new(presence.0.wire.shares_memory(), group.size());
-        Arc::new(Self { presence, group, turn: Mutex::new(Turn { sequence: 0, venue, scratch: Vec::new() }) })
+        let turn = Mutex::new(Turn { sequence: 0, venue, scratch: Vec::new() });
+        Arc::new(Self { presence, group, turn, panicked: AtomicBool::new(false) })
     }
 
     fn world(&self) -> &World {
@@ -247,6 +249,10 @@ impl Transport for WiredTransport {
         self.world().farewell();
     }
 
+    fn panicking(&self) {
+        self.panicked.store(true, Ordering::Relaxed);
+    }
+
     fn failure(&self) -> Option<Error> {
         self.world().attend();
         self.world().fate().cloned()
@@ -259,6 +265,6 @@ impl Transport for WiredTransport {
 
 impl Drop for WiredTransport {
     fn drop(&mut self) {
-        self.world().leave(&self.group, std::thread::panicking());
+        self.world().leave(&self.group, self.panicked.load(Ordering::Relaxed));
     }
 }
