@@ -95,6 +95,15 @@ impl<M: Module> Pipelined<M> {
         split.fold(engine.sent.clone(), |sum, counters| sum + counters)
     }
 
+    /// Demands that the ranks of a group along another axis hold the same parts, if the model is split as well.
+    ///
+    /// # Errors
+    /// Those of [`ModelSplit::same_parts`].
+    pub(crate) fn same_parts(&self, group: &Communicator) -> Result<(), Error> {
+        let split = lock(&self.engine).split.clone();
+        split.map_or(Ok(()), |split| split.same_parts(group))
+    }
+
     /// Has steps draw the random numbers of replica number `replica` of this pipeline: a run of its own, which the others
     /// do not reach.
     pub(crate) fn draw_as(&self, replica: usize) {

@@ -91,6 +91,11 @@ impl<M: Module> Sharded<M> {
         (self.local, self.split)
     }
 
+    /// How the model was split.
+    pub(crate) fn split(&self) -> &ModelSplit {
+        &self.split
+    }
+
     /// This rank's part of the model.
     pub fn local(&self) -> &M {
         &self.local
