@@ -21,6 +21,9 @@ use crate::tensor::PlainTensor;
 /// parameters, so optimizers, records and visitors take it as they take the model. Its own `forward` makes no sense on
 /// parts; [`step`](Self::step) runs it.
 ///
+/// A record of another run is loaded into the model before it is wrapped: the parameters take the ids of the record then, by which
+/// optimizers know them. [`load`](Self::load) reads values alone.
+///
 /// Optimizers that look at whole parameters or at all of them (norm clipping, Muon, LAMB) see parts only; element-wise ones
 /// as AdamW train exactly as on one device.
 #[derive(Clone)]
