@@ -1,5 +1,6 @@
 //! Named axes over the world.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use crate::Error;
@@ -43,10 +44,11 @@ impl Mesh {
     /// # Errors
     ///
     /// [`Error::Mesh`] if there is no axis, a size is 0, the sizes do not multiply to the size of the world, or a name is
-    /// empty or repeated; found before anything is communicated.
+    /// empty or repeated; found before anything is communicated. And if ranks name other axes than rank 0.
     pub fn new<'a>(world: &Communicator, axes: impl IntoIterator<Item = (&'a str, usize)>) -> Result<Self, Error> {
         let axes: Vec<(&str, usize)> = axes.into_iter().collect();
         check(&axes, world.size())?;
+        agree(&axes, world)?;
         let mut made = Vec::with_capacity(axes.len());
         let mut inner = 1;
         for &(name, size) in axes.iter().rev() {
@@ -116,6 +118,19 @@ impl Mesh {
             Error::Mesh { problem: format!("there is no axis `{name}`; the axes are {known:?}") }
         })
     }
+}
+
+/// Demands the same axes of all ranks: else each would have groups in which the others do not see it.
+fn agree(axes: &[(&str, usize)], world: &Communicator) -> Result<(), Error> {
+    let mut hasher = DefaultHasher::new();
+    axes.hash(&mut hasher);
+    let all = world.all_gather(vec![hasher.finish()])?;
+    let Some(rank) = all.iter().position(|other| *other != all[0]) else { return Ok(()) };
+    let problem = format!(
+        "rank {rank} of group `{}` names other axes than rank 0: give every rank the same ones, with the same sizes",
+        world.group()
+    );
+    Err(Error::Mesh { problem })
 }
 
 fn check(axes: &[(&str, usize)], world: usize) -> Result<(), Error> {

@@ -414,14 +414,15 @@ fn models_of_different_structure_are_refused_with_the_path() {
 #[test]
 fn losses_that_cannot_be_are_errors_on_every_rank() {
     let case = zoo::mlp();
-    for bad in 0..3 {
+    for bad in 0..4 {
         let outcome = launch::threads(3).timeout(Duration::from_secs(5)).run(|rank| {
             let mut model = wrap(&rank, &case.model, DataParallelConfig::new())?;
             let good = (case.loss)(&model, (case.input)(0, 0..2));
             let loss = match (rank.rank() == 1, bad) {
                 (true, 0) => Loss::mean(good, -1.0),
                 (true, 1) => Loss::mean(good, f64::NAN),
-                (true, _) => Loss::from(good.detach()),
+                (true, 2) => Loss::from(good.detach()),
+                (true, _) => Loss::from(good.repeat_dim(0, 2)),
                 _ => Loss::from(good),
             };
             model.backward(loss).map(|_| ())
@@ -665,4 +666,38 @@ fn a_replica_is_saved_and_evaluated_like_its_model() {
             Ok(())
         })
         .unwrap();
+}
+
+#[test]
+fn a_replica_trains_on_with_the_parameters_and_the_optimizer_of_another_run() {
+    let steps =
+        |rank: &Rank, mut replica: Replica<Vec<Linear>>, mut optim: ModuleOptimizer, range: std::ops::Range<usize>| {
+            for step in range {
+                let rows = Tensor::<2>::ones([2, 3], &rank.device().autodiff()) * (step + rank.rank() + 1) as f32;
+                let loss =
+                    |model: &Vec<Linear>, x| model.iter().fold(x, |x, layer| layer.forward(x)).powi_scalar(2).mean();
+                let grads = replica.step(rows, loss)?.grads;
+                replica = optim.step(0.01, replica, grads);
+            }
+            Ok::<_, Error>((replica, optim))
+        };
+    let adam = || -> ModuleOptimizer { AdamWConfig::new().init() };
+    let layers = |rank: &Rank| -> Vec<Linear> {
+        (0..3).map(|_| LinearConfig::new(3, 3).init(&rank.device().autodiff())).collect()
+    };
+    for size in [1, 2] {
+        launch::threads(size)
+            .run(|rank| {
+                let replica = layers(&rank).data_parallel(&rank, DataParallelConfig::new())?;
+                let (replica, optim) = steps(&rank, replica, adam(), 0..3)?;
+                let (model, state) = (replica.clone().into_record(), optim.to_record());
+                let (whole, _) = steps(&rank, replica, optim, 3..6)?;
+                // The parameters of a new model have other ids until the record gives them those of the first run.
+                let fresh = layers(&rank).data_parallel(&rank, DataParallelConfig::new())?.load_record(model);
+                let (resumed, _) = steps(&rank, fresh, adam().load_record(state), 3..6)?;
+                assert_eq!(parameters(&*whole), parameters(&*resumed), "on {size} ranks");
+                Ok(())
+            })
+            .unwrap();
+    }
 }

@@ -351,6 +351,18 @@ fn meshes_that_do_not_fit() {
 }
 
 #[test]
+fn ranks_that_make_different_meshes_are_told() {
+    let error = launch::threads(4)
+        .run(|world| {
+            let sizes = if world.rank() == 2 { [("dp", 4), ("tp", 1)] } else { [("dp", 2), ("tp", 2)] };
+            Mesh::new(&world, sizes).map(drop)
+        })
+        .unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("rank 2 of group `world` names other axes"), "{text}");
+}
+
+#[test]
 fn a_lost_rank_is_found_on_every_axis() {
     let began = Instant::now();
     let error = launch::threads(8)

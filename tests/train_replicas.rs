@@ -234,3 +234,22 @@ fn replicas_that_hold_different_parts_are_refused() {
         .unwrap_err();
     assert!(matches!(&error, Error::ModelMismatch { rank: 1, path, .. } if path == "second.weight"), "{error}");
 }
+
+#[test]
+fn the_ranks_of_a_split_are_no_replicas() {
+    let model = Mlp::new(0.0, &device());
+    let plan = Plan::new().shard("first.weight", 1);
+    for pipeline in [false, true] {
+        let error = launch::threads(2)
+            .run(|world| {
+                let split = own(&model).tensor_parallel(&world, &plan)?;
+                match pipeline {
+                    true => split.pipeline_parallel(&world, PipelineConfig::new(2)).map(drop),
+                    false => split.data_parallel(&world, DataParallelConfig::new()).map(drop),
+                }
+            })
+            .unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("first.weight") && text.contains("another axis of the mesh"), "{text}");
+    }
+}

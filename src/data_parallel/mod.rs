@@ -101,7 +101,7 @@ pub trait DataParallel: Module {
         let (mut module, reducer) = replicate(self, group, config)?;
         let reducer = Arc::new(reducer);
         if group.size() > 1 {
-            module = module.apply_reparameterization(AttachHooks::new(&reducer, reducer.numbers()));
+            module = module.apply_reparameterization(AttachHooks::new(&reducer, &reducer.numbers()));
         }
         Ok(Replica::new(module, reducer))
     }

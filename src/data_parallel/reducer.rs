@@ -17,10 +17,10 @@
 //! Head and tail go over a communicator of their own, so the counters of the other one are those of the gradients alone.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use burn::module::ParamId;
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{DType, Device, Shape, Tensor};
 
 use super::buckets;
@@ -56,7 +56,7 @@ pub(crate) struct Reduced {
 
 pub(crate) struct Reducer {
     params: Vec<Trained>,
-    numbers: HashMap<ParamId, usize>,
+    numbers: RwLock<HashMap<ParamId, usize>>,
     /// Carries the buckets.
     data: Communicator,
     /// Carries head and tail.
@@ -78,7 +78,8 @@ impl Reducer {
     ) -> Result<Self, Error> {
         let of_its_own = |name| group.split_named(name, 0, group.rank() as i64);
         let (data, control) = (of_its_own("gradients")?, of_its_own("control")?);
-        let numbers = params.iter().enumerate().map(|(number, param)| (param.id, number)).collect();
+        let numbers =
+            params.iter().enumerate().map(|(number, param)| (param.id, number)).collect::<HashMap<_, _>>().into();
         let reducer = Self { params, numbers, data, control, config, device, step: Mutex::default() };
         let guess: Vec<usize> = (0..reducer.params.len()).rev().collect();
         {
@@ -91,12 +92,21 @@ impl Reducer {
 
     /// The number of a parameter among those that are trained.
     pub fn number(&self, id: ParamId) -> Option<usize> {
-        self.numbers.get(&id).copied()
+        self.numbers.read().unwrap_or_else(PoisonError::into_inner).get(&id).copied()
     }
 
     /// The numbers of all parameters that are trained.
-    pub fn numbers(&self) -> &HashMap<ParamId, usize> {
-        &self.numbers
+    pub fn numbers(&self) -> HashMap<ParamId, usize> {
+        self.numbers.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Learns the ids that a record of another run has brought into the module: its parameters are still those of these paths.
+    pub fn recognise<M: Module>(&self, module: &M) {
+        let mut strangers = Strangers { reducer: self, path: Vec::new(), found: Vec::new() };
+        module.visit(&mut strangers);
+        if !strangers.found.is_empty() {
+            self.numbers.write().unwrap_or_else(PoisonError::into_inner).extend(strangers.found);
+        }
     }
 
     pub fn data(&self) -> &Communicator {
@@ -313,6 +323,32 @@ impl GradientListener for Reducer {
         if self.config.overlap {
             self.start_complete();
         }
+    }
+}
+
+/// Finds parameters of unknown ids at known paths.
+struct Strangers<'a> {
+    reducer: &'a Reducer,
+    path: Vec<String>,
+    found: Vec<(ParamId, usize)>,
+}
+
+impl ModuleVisitor for Strangers<'_> {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if self.reducer.number(param.id).is_some() || !param.base().is_require_grad() {
+            return;
+        }
+        let path = self.path.join(".");
+        let number = self.reducer.params.iter().position(|known| *known.path == *path);
+        self.found.extend(number.map(|number| (param.id, number)));
     }
 }
 

@@ -229,6 +229,12 @@ impl<M: Module> Replica<M> {
                            with every parameter frozen?";
             return Err(self.reducer.refuse("Loss", problem.into()));
         }
+        let elements = loss.value.dims()[0];
+        if elements != 1 {
+            let problem =
+                format!("it must have one element, but it has {elements}: reduce it with `.mean()` or `.sum()`");
+            return Err(self.reducer.refuse("Loss", problem));
+        }
         let (value, weight, summed) = (loss.value.clone().inner(), loss.weight, loss.summed);
         self.so_far.add(0.0, weight);
         let contribution = self.so_far.contribution;

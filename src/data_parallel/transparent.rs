@@ -65,6 +65,8 @@ impl<M: Module> Module for Replica<M> {
     }
 
     fn map<Mapper: ModuleMapper>(self, mapper: &mut Mapper) -> Self {
-        self.change(|module| module.map(mapper))
+        let replica = self.change(|module| module.map(mapper));
+        replica.reducer.recognise(&replica.module);
+        replica
     }
 }

@@ -72,6 +72,30 @@ impl ModelSplit {
         &self.table
     }
 
+    /// Demands that the ranks of a group along another axis hold the same parts as each other.
+    ///
+    /// # Errors
+    /// [`Error::ModelMismatch`], the same on all ranks; those of [`Communicator`].
+    pub(crate) fn same_parts(&self, group: &Communicator) -> Result<(), Error> {
+        let place: Vec<u64> = self.groups().map(|axis| axis.rank() as u64).collect();
+        let places = group.all_gather(place)?;
+        let mut places = places.chunks(self.axes.len());
+        let first = places.next();
+        let (Some(rank), Some(row)) =
+            (places.position(|other| Some(other) != first), self.table.rows().iter().find(|row| row.is_split()))
+        else {
+            return Ok(());
+        };
+        let problem = "it holds another part of it: these ranks share one copy of the model, where ranks that hold the same \
+                       part are needed, along another axis of the mesh";
+        Err(Error::ModelMismatch {
+            group: group.group().clone(),
+            rank: rank + 1,
+            path: row.path.clone(),
+            problem: problem.into(),
+        })
+    }
+
     /// The group along the axis that the plan speaks of.
     pub(crate) fn group(&self) -> &Communicator {
         &self.axes[0].group

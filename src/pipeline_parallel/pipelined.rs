@@ -24,6 +24,9 @@ use crate::tensor::PlainTensor;
 /// parameters of other ranks' stages have no elements. Optimizers, records and visitors take it as they take the model. Its
 /// own `forward` makes no sense on one rank; [`step`](Self::step) runs it.
 ///
+/// A record of another run is loaded into the model before it is wrapped: the parameters take the ids of the record then, by which
+/// optimizers know them. [`load`](Self::load) reads values alone.
+///
 /// Optimizers that look at all parameters (norm clipping) see those of this rank only; element-wise ones as AdamW train
 /// exactly as on one device. Running statistics of batch norms are kept up to date on the rank of their stage, and take a
 /// step for each micro-batch.
@@ -93,6 +96,15 @@ impl<M: Module> Pipelined<M> {
         let engine = lock(&self.engine);
         let split = engine.split.iter().flat_map(ModelSplit::groups).map(Communicator::counters);
         split.fold(engine.sent.clone(), |sum, counters| sum + counters)
+    }
+
+    /// Demands that the ranks of a group along another axis hold the same parts, if the model is split as well.
+    ///
+    /// # Errors
+    /// Those of [`ModelSplit::same_parts`].
+    pub(crate) fn same_parts(&self, group: &Communicator) -> Result<(), Error> {
+        let split = lock(&self.engine).split.clone();
+        split.map_or(Ok(()), |split| split.same_parts(group))
     }
 
     /// Has steps draw the random numbers of replica number `replica` of this pipeline: a run of its own, which the others

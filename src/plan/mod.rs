@@ -40,6 +40,7 @@
 
 mod concise;
 mod cost;
+mod families;
 mod pattern;
 mod ready;
 mod suggest;
@@ -56,6 +57,7 @@ pub use cost::PlanCost;
 pub(crate) use cost::must_split;
 pub use table::{PlanRow, PlanTable};
 
+pub(crate) use self::families::families;
 pub(crate) use self::pattern::matches;
 use self::table::local_dims;
 use self::text::{PlanText, RuleText};

@@ -6,6 +6,7 @@ use std::fmt;
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Int, Tensor};
 
+use super::families::families;
 use super::{AxisPlan, Plan, plan_error};
 use crate::Error;
 use crate::layout::Layout;
@@ -179,8 +180,8 @@ fn place(row: &mut PlanRow, layout: Layout, (axis, degree): (&str, usize)) -> Re
 }
 
 fn unmatched(what: &str, rows: &[PlanRow]) -> Error {
-    let paths: Vec<&str> = rows.iter().map(|row| row.path.as_str()).collect();
-    plan_error(format!("{what} none of the parameters {paths:?}; `*` stands for any characters"))
+    let paths = families(rows.iter().map(|row| row.path.as_str()));
+    plan_error(format!("{what} none of the parameters {paths}; `*` stands for any characters"))
 }
 
 pub(super) fn local_dims(

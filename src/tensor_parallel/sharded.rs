@@ -21,6 +21,9 @@ use crate::tensor::PlainTensor;
 /// parameters, so optimizers, records and visitors take it as they take the model. Its own `forward` makes no sense on
 /// parts; [`step`](Self::step) runs it.
 ///
+/// A record of another run is loaded into the model before it is wrapped: the parameters take the ids of the record then, by which
+/// optimizers know them. [`load`](Self::load) reads values alone.
+///
 /// Optimizers that look at whole parameters or at all of them (norm clipping, Muon, LAMB) see parts only; element-wise ones
 /// as AdamW train exactly as on one device.
 #[derive(Clone)]
@@ -89,6 +92,11 @@ impl<M: Module> Sharded<M> {
     /// This rank's part of the model, and how it was split: for engines of other strategies.
     pub(crate) fn into_parts(self) -> (M, ModelSplit) {
         (self.local, self.split)
+    }
+
+    /// How the model was split.
+    pub(crate) fn split(&self) -> &ModelSplit {
+        &self.split
     }
 
     /// This rank's part of the model.

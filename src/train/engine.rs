@@ -89,6 +89,7 @@ impl<M: Module> Pipelined<M> {
                 "who holds what is not known before the model is cut: `prepare` it with a batch, or cut it by paths";
             return Err(Error::Pipeline { problem: problem.into() });
         }
+        self.same_parts(group)?;
         self.draw_as(group.rank());
         Replicas::new(self, group, config)
     }
@@ -100,8 +101,10 @@ impl<M: Module> Sharded<M> {
     /// [`Mesh`](crate::mesh::Mesh) that is not that of the split.
     ///
     /// # Errors
-    /// Those of [`PipelineParallel::pipeline_parallel`](crate::pipeline_parallel::PipelineParallel::pipeline_parallel).
+    /// Those of [`PipelineParallel::pipeline_parallel`](crate::pipeline_parallel::PipelineParallel::pipeline_parallel);
+    /// [`Error::ModelMismatch`] if the ranks of `group` hold different parts.
     pub fn pipeline_parallel(self, group: &Communicator, config: PipelineConfig) -> Result<Pipelined<M>, Error> {
+        self.split().same_parts(group)?;
         let (local, split) = self.into_parts();
         Pipelined::new(local, Some(split), group, config)
     }
@@ -116,6 +119,7 @@ impl<M: Module> Sharded<M> {
     /// # Errors
     /// [`Error::ModelMismatch`] if the ranks of `group` hold different parts; those of [`Communicator`].
     pub fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replicas<Self>, Error> {
+        self.split().same_parts(group)?;
         let seed = self.seed().wrapping_add(SEED_STRIDE.wrapping_mul(group.rank() as u64));
         Replicas::new(self.with_seed(seed), group, config)
     }

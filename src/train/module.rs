@@ -49,6 +49,8 @@ impl<E: GraphEngine> Module for Replicas<E> {
     }
 
     fn map<Mapper: ModuleMapper>(self, mapper: &mut Mapper) -> Self {
-        Self { engine: self.engine.map(mapper), ..self }
+        let replicas = Self { engine: self.engine.map(mapper), ..self };
+        replicas.reducer.recognise(&replicas.engine);
+        replicas
     }
 }

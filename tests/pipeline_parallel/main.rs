@@ -171,6 +171,28 @@ fn evaluation_gives_the_whole_output_on_every_rank() {
 }
 
 #[test]
+fn wherever_a_trained_model_was_cut_it_can_be_evaluated() {
+    let forward = |model: &Lm, x: Tensor<2, Int>| {
+        let x = model.position.forward(model.embedding.forward(x));
+        let x = model.encoder.forward(burn::nn::transformer::TransformerEncoderInput::new(x));
+        model.head.forward(model.norm.forward(x))
+    };
+    // With many stages some are cut beside a normalisation.
+    for stages_per_rank in [2, 3, 4, 6, 9] {
+        launch::threads(2)
+            .run(|rank| {
+                let config = PipelineConfig::new(2).with_schedule(Schedule::Interleaved { stages_per_rank });
+                let mut model = filled(lm()).pipeline_parallel(&rank, config)?;
+                model.prepare(tokens(0), lm_loss)?;
+                let logits = model.forward_with(rows_of_tokens(4, 1).0, forward)?;
+                assert_eq!(logits.dims(), [4, 5, 13]);
+                Ok(())
+            })
+            .unwrap_or_else(|error| panic!("{stages_per_rank} stages a rank: {error}"));
+    }
+}
+
+#[test]
 fn a_model_is_evaluated_that_was_never_trained() {
     let forward = |model: &Lm, x: Tensor<2, Int>| {
         let x = model.position.forward(model.embedding.forward(x));

@@ -4,7 +4,7 @@ use super::balance::balanced;
 use super::cost::operation_cost;
 use crate::error::Error;
 use crate::graph::StepGraph;
-use crate::plan::matches;
+use crate::plan::{families, matches};
 
 /// How a model is cut into stages: the stage of each parameter, from which that of every operation follows.
 ///
@@ -86,6 +86,11 @@ fn wrong<T>(problem: String) -> Result<T, Error> {
     Err(Error::Plan { problem })
 }
 
+fn unmatched(pattern: &str, paths: &[&str]) -> String {
+    let paths = families(paths.iter().copied());
+    format!("pattern `{pattern}` of the cut matches none of the parameters {paths}; `*` stands for any characters")
+}
+
 fn by_patterns(patterns: &[Vec<String>], paths: &[&str], stages: usize) -> Result<Vec<usize>, Error> {
     if patterns.len() != stages {
         return wrong(format!(
@@ -96,7 +101,7 @@ fn by_patterns(patterns: &[Vec<String>], paths: &[&str], stages: usize) -> Resul
     let stage = |path: &str| patterns.iter().position(|patterns| patterns.iter().any(|pattern| matches(pattern, path)));
     for pattern in patterns.iter().flatten() {
         if !paths.iter().any(|path| matches(pattern, path)) {
-            return wrong(format!("pattern `{pattern}` of the cut matches none of the parameters {paths:?}"));
+            return wrong(unmatched(pattern, paths));
         }
     }
     let homes = paths.iter().map(|path| match stage(path) {
@@ -117,7 +122,7 @@ fn by_boundaries(patterns: &[String], paths: &[&str], stages: usize) -> Result<V
     let mut starts = Vec::with_capacity(patterns.len());
     for pattern in patterns {
         let Some(start) = paths.iter().position(|path| matches(pattern, path)) else {
-            return wrong(format!("pattern `{pattern}` of the cut matches none of the parameters {paths:?}"));
+            return wrong(unmatched(pattern, paths));
         };
         if let Some(before) = starts.last().filter(|before| start <= **before) {
             return wrong(format!(

@@ -8,7 +8,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use burn_ir::TensorId;
+use burn_ir::{NumericOperationIr, OperationIr, TensorId};
 
 use super::analysis::{Analysis, Origin};
 use super::cost::transfer_cost;
@@ -52,21 +52,38 @@ pub(super) fn balanced(
 }
 
 /// The place of each parameter that the forward pass reads, in the order of first use. Those that one operation reads
-/// first have one place.
+/// first have one place. So have the two of a scale and a shift, as of a normalisation: a forward pass without autodiff has
+/// one operation for it, which could not run on two stages.
 fn line(analysis: &Analysis<'_>, params: usize) -> Vec<Option<usize>> {
     let mut line = vec![None; params];
     let mut next = 0;
+    // The places of parameters that scale, by the operation.
+    let mut scales = HashMap::new();
     for op in analysis.placed().filter(|op| analysis.is_forward(*op)) {
-        let mut found = false;
-        for (origin, _) in analysis.origins(op) {
-            if let Origin::Param(param) = origin
-                && line[param].is_none()
-            {
-                line[param] = Some(next);
-                found = true;
+        let origins = || analysis.origins(op).map(|(origin, _)| origin);
+        let first = |line: &[Option<usize>], origin| match origin {
+            Origin::Param(param) if line[param].is_none() => Some(param),
+            _ => None,
+        };
+        if !origins().any(|origin| first(&line, origin).is_some()) {
+            continue;
+        }
+        let shifted = origins().find_map(|origin| match (&analysis.operations[op], origin) {
+            (OperationIr::NumericFloat(_, NumericOperationIr::Add(_)), Origin::Op(scale)) => {
+                scales.get(&scale).copied()
+            }
+            _ => None,
+        });
+        let place = shifted.unwrap_or(next);
+        next = next.max(place + 1);
+        if matches!(analysis.operations[op], OperationIr::NumericFloat(_, NumericOperationIr::Mul(_))) {
+            scales.insert(op, place);
+        }
+        for origin in origins() {
+            if let Some(param) = first(&line, origin) {
+                line[param] = Some(place);
             }
         }
-        next += usize::from(found);
     }
     line
 }
