@@ -89,9 +89,10 @@ fn micro_batches_are_averaged_by_their_weights_and_reduce_nothing_before_the_las
     let case = zoo::mlp();
     let expected = alone(&case, &[17, 17, 17]);
     // Rows of each rank's micro-batches: different numbers, different sizes.
-    let cuts = [vec![(0, 1), (1, 6), (6, 8)], vec![(8, 13)], vec![(13, 14), (14, 17)]];
-    for summed in [false, true] {
-        let found = launch::threads(3)
+    let three = vec![vec![(0, 1), (1, 6), (6, 8)], vec![(8, 13)], vec![(13, 14), (14, 17)]];
+    let alone = vec![vec![(0, 4), (4, 5), (5, 17)]];
+    for (cuts, summed) in [(&three, false), (&three, true), (&alone, false), (&alone, true)] {
+        let found = launch::threads(cuts.len())
             .run(|rank| {
                 let mut model = wrap(&rank, &case.model, DataParallelConfig::new().with_bucket_bytes(3000))?;
                 let mut optim = sgd();

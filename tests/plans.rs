@@ -197,3 +197,40 @@ fn a_plan_from_the_layers_alone() {
     assert_eq!([layout("odd.weight"), layout("odd.bias")], [Layout::Replicated; 2]);
     assert!(!model.head.weight.is_initialized());
 }
+
+#[derive(Module, Debug)]
+struct Stack {
+    layers: Vec<Linear>,
+}
+
+impl Stack {
+    fn new(widths: &[usize]) -> Self {
+        let linear = |pair: &[usize]| LinearConfig::new(pair[0], pair[1]).init(&Device::flex());
+        Self { layers: widths.windows(2).map(linear).collect() }
+    }
+
+    fn suggested(&self, degree: usize) -> Vec<Layout> {
+        let table = Plan::suggest(self, degree).table(self, degree).unwrap();
+        let weights = table.rows().iter().filter(|row| row.path.ends_with("weight"));
+        weights.map(|row| row.layouts[0]).collect()
+    }
+}
+
+/// A layer that cannot be split keeps the others of its chain from nothing.
+#[test]
+fn a_layer_between_that_cannot_be_split() {
+    let [rows, columns, whole] = [Layout::Sharded(0), Layout::Sharded(1), Layout::Replicated];
+    assert_eq!(Stack::new(&[64, 254, 254, 64]).suggested(4), [rows, whole, columns]);
+    assert_eq!(Stack::new(&[256, 1024, 256, 255, 255]).suggested(4)[..2], [columns, rows]);
+    assert_eq!(Stack::new(&[63, 65, 63]).suggested(4), [whole; 2]);
+}
+
+/// One weight in two layers lies in one way.
+#[test]
+fn a_plan_for_a_weight_that_two_layers_share() {
+    let mut model = Stack::new(&[64, 64, 64, 256]);
+    model.layers[1].weight = model.layers[0].weight.clone();
+    let layouts = model.suggested(4);
+    assert_eq!(layouts.len(), 2);
+    assert!(layouts.iter().all(|layout| *layout != Layout::Replicated), "{layouts:?}");
+}

@@ -72,6 +72,18 @@ fn large() {
     }
 }
 
+/// Parts differ by one, and what they cost: 381 features are a little less than two chunks are worth, 382 a little more.
+#[test]
+fn ranks_of_uneven_parts_cut_alike() {
+    on_ranks(2, |rank| {
+        let device = rank.device().autodiff();
+        for dims in [[1, 512, 763, 512], [1, 512, 512, 763]] {
+            compare(rank, &device, DType::F32, dims, Overlap::auto().in_background(true))?;
+        }
+        Ok(())
+    });
+}
+
 /// A view is multiplied as it lies.
 #[test]
 fn views() {

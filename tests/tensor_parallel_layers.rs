@@ -552,6 +552,35 @@ fn collectives_are_counted() {
     run.unwrap();
 }
 
+/// Run by the test below, in processes that TCP joins: there products are cut by what they cost.
+#[test]
+#[ignore = "a helper of the other tests"]
+fn uneven_layers() {
+    let run = launch::from_env().unwrap().run(|rank| {
+        let device = rank.device().autodiff();
+        let x = Tensor::<3>::ones([1, 512, 512], &device).require_grad();
+        let block = ParallelFeedForwardConfig::new(512, 763);
+        for (activation, chunks) in [(FeedForwardActivation::Gelu, 1), (FeedForwardActivation::SwiGlu, 2)] {
+            let layer = block.clone().with_activation(activation).with_seed(Some(1)).init(&rank, &device)?;
+            let mut y = None;
+            assert_eq!(spent(&rank, || layer.forward(x.clone()).map(|out| y = Some(out)))?, [("all_reduce", 1)]);
+            let loss = y.expect("set above").sum();
+            assert_eq!(spent(&rank, || layout::backward(&loss, &rank).map(|_| ()))?, [("all_reduce", chunks)]);
+        }
+        Ok(())
+    });
+    run.unwrap();
+}
+
+/// 382 and 381 features: alone, the ranks would cut into two chunks and into one. They know all sizes, and do not ask.
+#[test]
+#[cfg(unix)]
+fn uneven_layers_are_cut_alike_without_a_question() {
+    let program = std::env::current_exe().unwrap();
+    let arguments = ["--exact", "uneven_layers", "--ignored", "--nocapture"];
+    launch::processes(2).program(program, arguments).supervise().unwrap();
+}
+
 /// The loss moves two numbers per row, not the logits: bytes of its collectives, 2 (n - 1) / n of what is summed.
 #[test]
 fn cross_entropy_never_gathers_the_logits() {

@@ -35,15 +35,18 @@ pub(crate) struct Job {
     pub name: &'static str,
     /// The dim of the left factor, not its last, along which positions are scattered or gathered.
     pub dim: usize,
-    /// Whether it is certain that all ranks have as many positions: then they need not ask each other.
+    /// Whether it is certain that all ranks have as many positions, and as much of the weights: then they need not ask each
+    /// other.
     pub even: bool,
     pub overlap: Overlap,
     pub comm: Communicator,
 }
 
 impl Job {
-    fn schedule(&self, size: Size) -> Schedule {
-        self.overlap.plan(size, &self.comm)
+    /// # Errors
+    /// Those of a collective, where the ranks ask each other.
+    fn schedule(&self, size: Size) -> Result<Schedule, Error> {
+        self.overlap.plan(size, self.even, &self.comm)
     }
 
     fn no_terms(&self) -> Error {

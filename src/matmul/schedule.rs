@@ -2,16 +2,20 @@
 
 use std::ops::Range;
 
-use crate::comm::{Communicator, part};
+use crate::Error;
+use crate::comm::{Communicator, ReduceOp, part};
 
 /// How a multiplication and its collective are cut into chunks that overlap.
 ///
 /// All ranks of the group must choose the same. Without a choice it is made by size: one chunk, the plain multiplication
-/// and then the collective, where cutting costs more than it hides.
+/// and then the collective, where cutting costs more than it hides. Where that depends on the weights, of which ranks may
+/// have unlike parts, they ask each other first: one number of each, and only if so many bytes travel that it may be worth
+/// it. The layers know all parts and do not ask.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Overlap {
     chunks: Option<usize>,
     background: Option<bool>,
+    split: Option<usize>,
 }
 
 impl Overlap {
@@ -43,25 +47,48 @@ impl Overlap {
         self
     }
 
-    /// What is done for a product and its collective. The same on all ranks that have the same sizes.
-    pub(super) fn plan(&self, size: Size, comm: &Communicator) -> Schedule {
+    /// Says how large the dim of the weights along which they are split is over all ranks: then these need not ask each
+    /// other.
+    #[must_use]
+    pub(crate) fn over(mut self, split: usize) -> Self {
+        self.split = Some(split);
+        self
+    }
+
+    /// What is done for a product and its collective: the same on all ranks. `even` says that they have parts of the same
+    /// size.
+    pub(super) fn plan(&self, mut size: Size, even: bool, comm: &Communicator) -> Result<Schedule, Error> {
         let background = self.background.unwrap_or(size.on_device || !comm.works_on_callers());
         let bytes = size.rows.saturating_mul(size.row_bytes);
+        let (travels, hiding) = if size.on_device { (ON_DEVICE, HIDING_ON_DEVICE) } else { (IN_FLIGHT, HIDING) };
         let chunks = match (self.chunks, background) {
             (Some(chunks), _) => chunks.min(size.rows),
             (None, false) => (bytes / IN_CACHE).min(8).min(size.rows / FEWEST_ROWS),
-            (None, true) if size.on_device => (bytes / ON_DEVICE).min(size.flops() / HIDING_ON_DEVICE).min(4),
-            (None, true) => (bytes / IN_FLIGHT).min(size.flops() / HIDING).min(4),
+            (None, true) => {
+                let most = (bytes / travels).min(4);
+                match self.split {
+                    _ if even || most < 2 => {}
+                    Some(split) => size.split = split / comm.size(),
+                    None => size.split = least(size.split, comm)?,
+                }
+                most.min(size.flops() / hiding)
+            }
         };
         let chunks = chunks.max(1);
         // One chunk travels alone, unless something else is to be computed: another thread would only be one more wait.
         let hides = chunks > 1 || size.beside && (bytes >= IN_FLIGHT || self.background.is_some());
-        Schedule { chunks, background: background && hides }
+        Ok(Schedule { chunks, background: background && hides })
     }
 
     pub(super) fn runs_in_background(&self, comm: &Communicator) -> bool {
         self.background.unwrap_or(!comm.works_on_callers())
     }
+}
+
+/// The smallest of what the ranks have.
+fn least(own: usize, comm: &Communicator) -> Result<usize, Error> {
+    let least = comm.all_reduce(vec![own as u64], ReduceOp::Min)?;
+    Ok(least.first().map_or(own, |least| *least as usize))
 }
 
 /// Bytes of a chunk that is reduced in the thread that made it: with what the multiplication needs beside it, it stays in
@@ -89,8 +116,10 @@ pub(super) struct Size {
     pub rows: usize,
     /// Of what travels.
     pub row_bytes: usize,
-    /// Multiplications for each row.
-    pub row_work: usize,
+    /// Features that each multiplication of a row has in common: all ranks have as many.
+    pub across: usize,
+    /// What this rank has of the split dim, over all factors.
+    pub split: usize,
     /// Whether something else can be computed while the last chunk travels.
     pub beside: bool,
     /// Whether it is computed on a device other than the host.
@@ -99,7 +128,7 @@ pub(super) struct Size {
 
 impl Size {
     fn flops(&self) -> usize {
-        2usize.saturating_mul(self.rows).saturating_mul(self.row_work)
+        2usize.saturating_mul(self.rows).saturating_mul(self.across).saturating_mul(self.split)
     }
 }
 
@@ -115,5 +144,47 @@ impl Schedule {
     pub fn cut(&self, len: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let chunks = self.chunks;
         (0..chunks).map(move |chunk| part(len, chunks, chunk))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::launch;
+
+    /// Whoever has more may think that it is worth another chunk.
+    #[test]
+    fn ranks_of_unlike_parts_plan_alike() {
+        let rows = 512;
+        let ask = Overlap::auto().in_background(true);
+        let run = launch::threads(3).run(|rank| {
+            let mut unlike = 0;
+            for total in 900..3400 {
+                for (on_device, across) in [(false, 512), (true, 20_000)] {
+                    let split = part(total, 3, rank.rank()).len();
+                    let size = Size { rows, row_bytes: across * 4, across, split, beside: false, on_device };
+                    let before = rank.counters().total().calls;
+                    let asked = ask.plan(size, false, &rank)?.chunks;
+                    assert_eq!(rank.counters().total().calls - before, 1);
+                    let known = ask.over(total).plan(size, false, &rank)?.chunks;
+                    let alone = ask.plan(size, true, &rank)?.chunks;
+                    assert_eq!(rank.counters().total().calls - before, 1, "nothing to ask");
+                    let all = rank.all_gather(vec![asked as u64, known as u64, alone as u64])?;
+                    assert!(all.chunks(3).all(|of| of[..2] == [asked as u64, known as u64]), "{all:?} of {total}");
+                    unlike += usize::from(all[2] != all[8]);
+                }
+            }
+            assert!(unlike > 0, "or this tests nothing");
+            // What does not depend on it is not asked.
+            let size = Size { rows, row_bytes: 512, across: 128, split: 40, beside: false, on_device: false };
+            let before = rank.counters().total().calls;
+            for overlap in [ask, ask.with_chunks(4), Overlap::auto()] {
+                overlap.plan(size, false, &rank)?;
+            }
+            Overlap::auto().plan(Size { row_bytes: 1 << 20, ..size }, false, &rank)?;
+            assert_eq!(rank.counters().total().calls, before);
+            Ok(())
+        });
+        run.unwrap();
     }
 }

@@ -159,3 +159,76 @@ fn what_cannot_be_padded_is_an_error() {
     let said = partition(&graph, &layouts, &inputs, &PartitionOptions::new("tp", 2, 0)).unwrap_err().to_string();
     assert!(said.contains("input `0` of dims [4, 5]") && said.contains("does not divide"), "{said}");
 }
+
+/// Trains with layers of odd widths that are padded, each along the dim that `plan` says.
+#[track_caller]
+fn padded(plan: fn() -> Plan, loss: fn(&Odd, Rows) -> Tensor<1>) {
+    let case: Case<Odd, Rows> = Case { make: odd, batch: rows, loss };
+    let references = case.alone(3);
+    for degree in [2, 4] {
+        case.compare(&[Axis::new("tp", degree, plan())], &references).unwrap();
+    }
+}
+
+/// What is made from nothing is made larger, and then is not zeros behind.
+#[test]
+fn what_is_made_larger_beside_padding_is_not_taken_for_zeros() {
+    let plan = || Plan::new().shard("first.weight", 1).shard("first.bias", 0);
+    padded(plan, |m, (x, y)| {
+        let h = m.first.forward(x);
+        let ones = Tensor::ones(h.dims(), &h.device());
+        let both = Tensor::cat(vec![h, ones * 2.0], 0);
+        both.sum_dim(1).powi_scalar(2).mean() + y.sum() * 0.0
+    });
+    // The gradient of a sum is ones.
+    let case: Case<Embedding, Tokens> = Case {
+        make: |d| EmbeddingConfig::new(11, 5).init(d),
+        batch: |seed| (Numbers(seed).classes([4, 5], 11, &device()), Numbers(seed).classes([4, 5], 7, &device())),
+        loss: |m, (x, _)| m.forward(x).sum(),
+    };
+    let references = case.alone(3);
+    case.compare(&[Axis::new("tp", 2, Plan::new().shard("weight", 1))], &references).unwrap();
+}
+
+/// One feature, padded, that is spread over others.
+#[test]
+fn a_padded_dim_of_one_is_spread() {
+    let case: Case<[Linear; 2], Rows> = Case {
+        make: |d| [LinearConfig::new(6, 1).init(d), LinearConfig::new(6, 5).init(d)],
+        batch: rows,
+        loss: |[gate, layer], (x, y)| {
+            let gate = activation::sigmoid(gate.forward(x.clone()));
+            (gate * layer.forward(x) - y).powi_scalar(2).mean()
+        },
+    };
+    let references = case.alone(3);
+    for plan in [
+        Plan::new().shard("0.weight", 1).shard("0.bias", 0),
+        Plan::new().shard("0.weight", 1).shard("1.weight", 1).shard("1.bias", 0),
+    ] {
+        case.compare(&[Axis::new("tp", 2, plan)], &references).unwrap();
+    }
+}
+
+/// What is made of tensors that are padded along another dim is not made again from them.
+#[test]
+fn dims_padded_on_either_side() {
+    let plan = || Plan::new().shard("first.bias", 0).shard("second.weight", 1).shard("second.bias", 0);
+    padded(plan, |m, (x, y)| {
+        let [first, second] = [&m.first, &m.second].map(|layer| layer.bias.as_ref().unwrap().val());
+        let products = (first * 2.0).reshape([7, 1]) * (second * 3.0).reshape([1, 9]);
+        (products * m.second.weight.val()).sum_dim(1).powi_scalar(2).mean() + (x.sum() + y.sum()) * 0.0
+    });
+}
+
+/// Places in a padded dim are also places in another, which is not padded.
+#[test]
+fn the_same_places_in_a_padded_tensor_and_another() {
+    let plan = || Plan::new().shard("first.weight", 1).shard("first.bias", 0);
+    padded(plan, |m, (x, y)| {
+        let places = Tensor::<2, Int>::from_data([[0], [6], [3], [1], [5], [2]], &x.device());
+        let first = m.first.forward(x.clone());
+        let second = m.second.forward(activation::relu(m.first.forward(x)));
+        (first.gather(1, places.clone()) * second.gather(1, places)).powi_scalar(2).mean() + y.sum() * 0.0
+    });
+}

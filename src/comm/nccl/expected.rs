@@ -1,8 +1,9 @@
 //! What a rank will ask for: fetched by a thread of its own as it comes, while the rank computes.
 //!
 //! The thread looks for what is expected; it sees and takes a message under the lock, so that whoever asks for one of that kind
-//! himself knows whether the oldest is still to come, on its way, or here. It sleeps while nothing is expected, and looks less
-//! often the longer nothing comes.
+//! himself knows whether the oldest is still to come, on its way, or here. What somebody receives himself it leaves alone until
+//! he has it: whoever asks first gets the oldest. It sleeps while nothing is expected, and looks less often the longer nothing
+//! comes.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -26,6 +27,8 @@ struct State<T> {
     wanted: BTreeMap<Key, usize>,
     /// Being fetched just now.
     fetching: Option<Key>,
+    /// How many of each somebody is receiving himself.
+    asked: BTreeMap<Key, usize>,
     /// What is here, the oldest first.
     here: BTreeMap<Key, VecDeque<T>>,
     /// Whether there is a thread that fetches.
@@ -36,9 +39,32 @@ struct State<T> {
 
 impl<T> Default for Expected<T> {
     fn default() -> Self {
-        let (wanted, here) = (BTreeMap::new(), BTreeMap::new());
-        let state = State { wanted, fetching: None, here, served: false, closed: false };
+        let (wanted, asked, here) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let state = State { wanted, fetching: None, asked, here, served: false, closed: false };
         Self { state: Mutex::new(state), bell: Condvar::new() }
+    }
+}
+
+/// What becomes of asking for a message.
+pub(super) enum Asked<'a, T> {
+    /// The oldest.
+    Fetched(T),
+    /// It has not come: whoever asks receives it himself, and holds this until he has it.
+    NotYet(Turn<'a, T>),
+    /// It has come, but is not here within the limit. Another must not be received in its place.
+    Late,
+}
+
+/// Nothing of this kind is fetched meanwhile.
+pub(super) struct Turn<'a, T> {
+    expected: &'a Expected<T>,
+    key: Key,
+}
+
+impl<T> Drop for Turn<'_, T> {
+    fn drop(&mut self) {
+        less(&mut self.expected.lock().asked, self.key);
+        self.expected.bell.notify_all();
     }
 }
 
@@ -60,19 +86,20 @@ impl<T> Expected<T> {
     }
 
     /// The oldest message of this kind, if it is here or on its way, for which nobody waits longer than `limit`. If not, one
-    /// less is expected: whoever asks receives it himself.
-    pub fn take(&self, key: Key, limit: Duration) -> Option<T> {
+    /// less is expected.
+    pub fn take(&self, key: Key, limit: Duration) -> Asked<'_, T> {
         let began = Instant::now();
         let mut state = self.lock();
         loop {
             if let Some(oldest) = state.here.get_mut(&key).and_then(VecDeque::pop_front) {
-                return Some(oldest);
+                return Asked::Fetched(oldest);
             }
-            let left = limit.checked_sub(began.elapsed()).filter(|_| state.fetching == Some(key) && !state.closed);
-            let Some(left) = left else {
-                state.want_less(key);
-                return None;
-            };
+            if state.fetching != Some(key) {
+                less(&mut state.wanted, key);
+                *state.asked.entry(key).or_default() += 1;
+                return Asked::NotYet(Turn { expected: self, key });
+            }
+            let Some(left) = limit.checked_sub(began.elapsed()) else { return Asked::Late };
             state = self.bell.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
@@ -104,14 +131,14 @@ impl<T> Expected<T> {
         let mut state = self.lock();
         while !state.closed {
             let mut come = None;
-            for key in state.wanted.keys() {
+            for key in state.wanted.keys().filter(|key| !state.asked.contains_key(key)) {
                 if let Some(message) = look(*key)? {
                     come = Some((*key, message));
                     break;
                 }
             }
             let Some((key, message)) = come else {
-                let idle = state.wanted.is_empty();
+                let idle = state.wanted.keys().all(|key| state.asked.contains_key(key));
                 state = match idle {
                     true => self.bell.wait(state).unwrap_or_else(PoisonError::into_inner),
                     false => self.bell.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0,
@@ -119,7 +146,7 @@ impl<T> Expected<T> {
                 pause = if idle { SOON } else { (pause * 2).min(LATER) };
                 continue;
             };
-            state.want_less(key);
+            less(&mut state.wanted, key);
             state.fetching = Some(key);
             drop(state);
             let fetched = fetch(key, message);
@@ -133,13 +160,11 @@ impl<T> Expected<T> {
     }
 }
 
-impl<T> State<T> {
-    fn want_less(&mut self, key: Key) {
-        if let Some(count) = self.wanted.get_mut(&key) {
-            *count -= 1;
-            if *count == 0 {
-                self.wanted.remove(&key);
-            }
+fn less(counts: &mut BTreeMap<Key, usize>, key: Key) {
+    if let Some(count) = counts.get_mut(&key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(&key);
         }
     }
 }
@@ -152,7 +177,7 @@ mod tests {
     use std::thread::{self, sleep, yield_now};
     use std::time::{Duration, Instant};
 
-    use super::{Expected, Key};
+    use super::{Asked, Expected, Key};
 
     const LIMIT: Duration = Duration::from_secs(20);
     const A: Key = (1, 7);
@@ -196,16 +221,19 @@ mod tests {
 
         /// As a rank does: what was fetched, or else what comes.
         fn receive(&self, key: Key) -> u32 {
-            self.expected.take(key, LIMIT).unwrap_or_else(|| {
-                let began = Instant::now();
-                loop {
-                    match self.look(key) {
-                        Some(message) => return message,
-                        None => assert!(began.elapsed() < LIMIT, "nothing comes"),
-                    }
-                    yield_now();
+            let _turn = match self.expected.take(key, LIMIT) {
+                Asked::Fetched(message) => return message,
+                Asked::NotYet(turn) => turn,
+                Asked::Late => panic!("it does not arrive"),
+            };
+            let began = Instant::now();
+            loop {
+                match self.look(key) {
+                    Some(message) => return message,
+                    None => assert!(began.elapsed() < LIMIT, "nothing comes"),
                 }
-            })
+                yield_now();
+            }
         }
 
         fn until_mail_is_taken(&self) {
@@ -259,7 +287,8 @@ mod tests {
         while post.mail.lock().unwrap()[&A].len() == 2 {
             assert!(began.elapsed() < LIMIT, "nobody fetches it");
         }
-        assert_eq!(post.expected.take(A, Duration::from_millis(30)), None, "not for longer than is said");
+        let late = post.expected.take(A, Duration::from_millis(30));
+        assert!(matches!(late, Asked::Late), "not for longer than is said, and not the next in its place");
         let asks = post.clone();
         let asked = thread::spawn(move || asks.receive(A));
         sleep(Duration::from_millis(20));
@@ -269,18 +298,41 @@ mod tests {
     }
 
     #[test]
+    fn whoever_asks_first_gets_the_oldest() {
+        let post = Post::default();
+        post.expect(A);
+        post.expect(A);
+        post.expect(B);
+        let Asked::NotYet(turn) = post.expected.take(A, LIMIT) else { panic!("nothing has come") };
+        [1, 2].into_iter().for_each(|message| post.send(A, message));
+        // Others are fetched meanwhile.
+        post.send(B, 5);
+        let began = Instant::now();
+        while !post.mail.lock().unwrap()[&B].is_empty() {
+            assert!(began.elapsed() < LIMIT, "nobody fetches it");
+        }
+        assert_eq!(post.receive(B), 105);
+        assert_eq!(post.look(A), Some(1));
+        sleep(Duration::from_millis(20));
+        assert_eq!(post.mail.lock().unwrap()[&A], [2], "he does not have it yet");
+        drop(turn);
+        post.until_mail_is_taken();
+        assert_eq!(post.receive(A), 102);
+    }
+
+    #[test]
     fn nobody_waits_for_what_failed_or_was_closed() {
         let post = Post::default();
         post.expect(A);
         post.send(A, 0);
         post.until_mail_is_taken();
-        assert_eq!(post.expected.take(A, LIMIT), None);
+        assert!(matches!(post.expected.take(A, LIMIT), Asked::NotYet(_)));
         post.send(A, 9);
         post.expect(A);
         assert_eq!(post.receive(A), 9, "nothing is fetched any more");
         let post = Post::default();
         post.expect(B);
         post.expected.close();
-        assert_eq!(post.expected.take(B, LIMIT), None);
+        assert!(matches!(post.expected.take(B, LIMIT), Asked::NotYet(_)));
     }
 }

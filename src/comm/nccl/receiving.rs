@@ -8,7 +8,7 @@ use burn_cubecl::CubeDevice;
 use cudarc::nccl::result as nccl;
 
 use super::collective::data_type;
-use super::expected::{Expected, Key};
+use super::expected::{Asked, Expected, Key};
 use super::keeper::{Keeper, lock};
 use super::lane::{Event, follow_here, prepare};
 use super::messages::{ANSWERS, Channel, Header, Outbox};
@@ -79,14 +79,35 @@ impl Receiving {
     }
 
     pub fn receive(&self, (from, tag): Key) -> Result<Arrival, Error> {
-        let Some((arrival, done)) = self.expected.take((from, tag), self.host.timeout()) else {
-            return self.come((from, tag), self.host.receive(from, tag)?).map(|(arrival, _)| arrival);
+        let (arrival, done) = match self.expected.take((from, tag), self.host.timeout()) {
+            Asked::Fetched(come) => come,
+            Asked::NotYet(turn) => {
+                let message = self.host.receive(from, tag)?;
+                drop(turn);
+                return self.come((from, tag), message).map(|(arrival, _)| arrival);
+            }
+            Asked::Late => return Err(self.late((from, tag))),
         };
         // It came in on the stream of another thread.
         if let (Arrival::Device(tensor), Some(done)) = (&arrival, done) {
             follow_here(self.keeper.gpu(), tensor, done);
         }
         Ok(arrival)
+    }
+
+    /// Fails the world for a message that was announced and does not arrive.
+    fn late(&self, (from, tag): Key) -> Error {
+        let host = &self.host;
+        let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
+        host.abort(Error::Timeout {
+            group: host.group().clone(),
+            rank: host.rank(),
+            operation: call.to_string(),
+            waited: host.timeout(),
+            missing: format!("the message that rank {from} has announced"),
+            log: host.log(),
+        });
+        host.failure().unwrap_or_else(|| Error::invalid("recv over NCCL", "the message does not arrive"))
     }
 
     /// What a message is, or what it announces.

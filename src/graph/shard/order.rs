@@ -51,3 +51,52 @@ fn sort(graph: &mut StepGraph, keys: Vec<usize>) {
     operations.sort_by_key(|(key, _)| *key);
     graph.operations = operations.into_iter().map(|(_, op)| op).collect();
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use burn::tensor::{DType, Shape};
+    use burn_ir::{NumericOperationIr, TensorIr, UnaryOpIr};
+
+    use super::*;
+
+    /// Operations that make one tensor of another, by their numbers.
+    fn graph(pairs: &[(u64, u64)], forward_len: usize) -> StepGraph {
+        let tensor = |id| TensorIr::uninit(TensorId::new(id), Shape::from(vec![1]), DType::F32);
+        let op = |(from, to): &(u64, u64)| {
+            let unary = UnaryOpIr { input: tensor(*from), out: tensor(*to) };
+            OperationIr::NumericFloat(DType::F32, NumericOperationIr::Neg(unary))
+        };
+        StepGraph {
+            operations: pairs.iter().map(op).collect(),
+            forward_len,
+            params: Vec::new(),
+            inputs: Vec::new(),
+            constants: BTreeMap::new(),
+            loss: None,
+            weight: None,
+            outputs: Vec::new(),
+            batch_norms: Vec::new(),
+            next_id: 100,
+        }
+    }
+
+    fn made(graph: &StepGraph) -> Vec<u64> {
+        graph.operations.iter().flat_map(|op| op.outputs().map(|out| out.id.value())).collect()
+    }
+
+    #[test]
+    fn what_moves_up_stays_in_its_pass() {
+        let mut step = graph(&[(0, 1), (1, 2), (2, 3), (0, 4), (1, 5), (5, 6)], 2);
+        early(&mut step, |op| op.outputs().any(|out| [2, 5, 6].contains(&out.id.value())));
+        assert_eq!(made(&step), [1, 2, 3, 5, 6, 4]);
+    }
+
+    #[test]
+    fn what_was_moved_down_takes_its_readers_along() {
+        let mut step = graph(&[(3, 4), (4, 5), (0, 1), (0, 2), (2, 3)], 0);
+        behind_inputs(&mut step);
+        assert_eq!(made(&step), [1, 2, 3, 4, 5]);
+    }
+}

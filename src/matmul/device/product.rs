@@ -125,8 +125,8 @@ fn matrix(right: DeviceTensor) -> DeviceTensor {
     }
 }
 
-fn schedule(job: &Job, rows: usize, columns: usize, row_work: usize, size: usize, beside: bool) -> Schedule {
-    job.schedule(Size { rows, row_bytes: columns * size, row_work, beside, on_device: true })
+fn schedule(job: &Job, [rows, across, split]: [usize; 3], size: usize, beside: bool) -> Result<Schedule, Error> {
+    job.schedule(Size { rows, row_bytes: across * size, across, split, beside, on_device: true })
 }
 
 /// Pairs of factors whose products are added up.
@@ -137,8 +137,9 @@ impl Terms {
         self.0.first().map_or(0, |[_, right]| dims(right)[1])
     }
 
-    fn row_work(&self) -> usize {
-        self.0.iter().map(|[_, right]| dims(right).iter().product::<usize>()).sum()
+    /// Features of all left factors.
+    fn features(&self) -> usize {
+        self.0.iter().map(|[_, right]| dims(right)[0]).sum()
     }
 
     /// The sum of what is made of each pair.
@@ -164,7 +165,7 @@ pub(super) fn sum(terms: Vec<[DeviceTensor; 2]>, job: &Job, beside: bool) -> Res
     let back = first.back(first.positions());
     let terms = Terms(terms.into_iter().map(|[left, right]| [Rows::of(left, 0).matrix, matrix(right)]).collect());
     let (m, columns) = (dims(&terms.0[0][0])[0], terms.columns());
-    let schedule = schedule(job, m, columns, terms.row_work(), size, beside);
+    let schedule = schedule(job, [m, columns, terms.features()], size, beside)?;
     let mut flights = Flights::new(schedule);
     for chunk in schedule.cut(m) {
         let partial = terms.add_up(|left, right| multiply(rows(left, chunk.clone()), right))?;
@@ -180,7 +181,7 @@ pub(super) fn scatter(terms: Vec<[DeviceTensor; 2]>, job: &Job, beside: bool) ->
     let (size, positions, unit) = (first.matrix.dtype.size(), first.positions(), first.unit());
     let terms = Terms(terms.into_iter().map(|[left, right]| [Rows::of(left, job.dim).matrix, matrix(right)]).collect());
     let columns = terms.columns();
-    let schedule = schedule(job, positions * unit, columns, terms.row_work(), size, beside);
+    let schedule = schedule(job, [positions * unit, columns, terms.features()], size, beside)?;
     let deal = Deal::new(positions, job.comm.size(), job.comm.rank(), schedule);
     let mut flights = Flights::new(schedule);
     for chunk in 0..schedule.chunks {
@@ -210,8 +211,8 @@ pub(super) fn gather(
     let [_, inner] = dims(&left.matrix);
     let positions = total_positions(own, job)?;
     let back = left.back(positions);
-    let row_work = rights.iter().map(|right| dims(right).iter().product::<usize>()).sum();
-    let schedule = schedule(job, positions * unit, inner, row_work, left.matrix.dtype.size(), true);
+    let split = rights.iter().map(|right| dims(right)[1]).sum();
+    let schedule = schedule(job, [positions * unit, inner, split], left.matrix.dtype.size(), true)?;
     if !schedule.background {
         let whole = whole(left.matrix, own, unit, &job.comm)?;
         let made = rights.iter().map(|right| multiply(whole.clone(), right).map(&back)).collect::<Result<_, _>>()?;

@@ -32,10 +32,10 @@ pub(super) fn gather<T: Real>(
     let (outer, features) = (shape.as_slice()[..dim].iter().product::<usize>(), shape[shape.num_dims() - 1]);
     let positions = total_positions(shape[dim], job)?;
     let factors: Vec<Factor<'_, T>> = rights.iter().map(|right| Factor::new(Matrix::of(right))).collect();
-    let row_work = features * factors.iter().map(Factor::columns).sum::<usize>();
+    let split = factors.iter().map(Factor::columns).sum();
     let (rows, row_bytes) = (outer * positions * unit, features * size_of::<T>());
     // Beside all of them there are the rows that this rank has.
-    let schedule = job.schedule(Size { rows, row_bytes, row_work, beside: true, on_device: false });
+    let schedule = job.schedule(Size { rows, row_bytes, across: features, split, beside: true, on_device: false })?;
     if !schedule.background {
         return together();
     }

@@ -30,9 +30,14 @@ impl<'a, T: Real> Terms<'a, T> {
         self.0.first().map_or(0, |(_, right)| right.columns())
     }
 
-    /// Multiplications for each row.
-    fn row_work(&self) -> usize {
-        self.0.iter().map(|(left, right)| left.columns() * right.columns()).sum()
+    /// Features of all left factors.
+    fn features(&self) -> usize {
+        self.0.iter().map(|(left, _)| left.columns()).sum()
+    }
+
+    fn size(&self, rows: usize, beside: bool) -> Size {
+        let across = self.columns();
+        Size { rows, row_bytes: across * size_of::<T>(), across, split: self.features(), beside, on_device: false }
     }
 
     /// The rows of each factor as `rows` chooses them, multiplied.
@@ -99,8 +104,7 @@ pub(super) fn sum<T: Real>(terms: Vec<[FlexTensor; 2]>, job: &Job, beside: bool)
     let first = &terms.first().ok_or_else(|| job.no_terms())?[0];
     let factors = Terms::<T>::of(&terms, 0);
     let (rows, columns) = (factors.0[0].0.rows(), factors.columns());
-    let (row_bytes, row_work) = (columns * size_of::<T>(), factors.row_work());
-    let schedule = job.schedule(Size { rows, row_bytes, row_work, beside, on_device: false });
+    let schedule = job.schedule(factors.size(rows, beside))?;
     let mut dims = first.shape().to_vec();
     dims.splice(dims.len() - 1.., [columns]);
     let mut sum = room::<T>(&dims);
@@ -143,9 +147,7 @@ pub(super) fn scatter<T: Real>(
     let (unit, positions) = (unit_of(first, dim), first.shape()[dim]);
     let factors = Terms::<T>::of(&terms, dim);
     let (outer, columns) = (factors.0[0].0.outer, factors.columns());
-    let (row_bytes, row_work) = (columns * size_of::<T>(), factors.row_work());
-    let rows = outer * positions * unit;
-    let schedule = job.schedule(Size { rows, row_bytes, row_work, beside, on_device: false });
+    let schedule = job.schedule(factors.size(outer * positions * unit, beside))?;
     let deal = Deal::new(positions, job.comm.size(), job.comm.rank(), schedule);
     let width = outer * unit * columns;
     let dims = dims_of(first, dim, deal.own(), columns);

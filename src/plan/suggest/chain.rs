@@ -104,7 +104,7 @@ fn allow_whole(chains: &mut [Vec<Link>], layers: &[Layer]) {
     let must = must_split(&bytes.values().copied().collect::<Vec<_>>());
     let must: BTreeMap<&String, bool> = bytes.keys().zip(must).collect();
     for link in chains.iter_mut().flatten() {
-        if !must.get(&kind(link)).is_some_and(|must| *must) {
+        if link.choices.is_empty() || !must.get(&kind(link)).is_some_and(|must| *must) {
             link.choices.push(Cut::Whole);
         }
     }

@@ -1,11 +1,13 @@
 //! The layers of a model, as far as a visitor sees them.
 
-use burn::module::{Module, ModuleVisitor, Param};
+use std::collections::HashSet;
+
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::Tensor;
 
 use crate::layout::Layout;
 
-/// The structs of a model that hold parameters, in its order.
+/// The structs of a model that hold parameters, in its order. One that several share is the first one's.
 pub(super) fn layers<M: Module>(model: &M) -> Vec<Layer> {
     let mut layers = Layers::default();
     model.visit(&mut layers);
@@ -89,6 +91,7 @@ impl Layer {
 
 #[derive(Default)]
 struct Layers {
+    seen: HashSet<ParamId>,
     layers: Vec<Layer>,
     path: Vec<(String, String)>,
 }
@@ -96,6 +99,9 @@ struct Layers {
 impl ModuleVisitor for Layers {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let Some(((field, kind), place)) = self.path.split_last() else { return };
+        if !self.seen.insert(param.id) {
+            return;
+        }
         let dims = param.lazy_shape().to_vec();
         match self.layers.last_mut() {
             Some(layer) if layer.place == place => layer.fields.push((field.clone(), dims)),

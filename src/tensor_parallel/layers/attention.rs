@@ -153,9 +153,12 @@ impl ParallelAttention {
 
     /// What enters is shared by the products: one collective forward, if any, and one backward.
     fn multiply<const N: usize>(&self, input: Tensor<3>, weights: [Tensor<2>; N]) -> Result<[Tensor<3>; N], Error> {
+        // All ranks have as many heads.
+        let own: usize = weights.iter().map(|weight| weight.dims()[1]).sum();
+        let overlap = Overlap::auto().over(own * self.group.size());
         match self.sequence_parallel {
-            true => all_gather_matmul_each(input, weights, &self.group, Overlap::auto()),
-            false => column_parallel_each(input, weights, &self.group, Overlap::auto()),
+            true => all_gather_matmul_each(input, weights, &self.group, overlap),
+            false => column_parallel_each(input, weights, &self.group, overlap),
         }
     }
 }

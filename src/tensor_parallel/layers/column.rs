@@ -133,10 +133,10 @@ impl ColumnParallelLinear {
     /// [`Communicator`].
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Result<Tensor<D>, Error> {
         check_features(NAME, &input, self.weight.dims()[0], &self.group)?;
-        let (weight, group) = (self.weight.val(), &self.group);
+        let (weight, group, overlap) = (self.weight.val(), &self.group, Overlap::auto().over(self.d_output));
         let output = match self.sequence_parallel {
-            true => all_gather_matmul(input, weight, group, Overlap::auto())?,
-            false => column_parallel(input, weight, group, Overlap::auto())?,
+            true => all_gather_matmul(input, weight, group, overlap)?,
+            false => column_parallel(input, weight, group, overlap)?,
         };
         let output = match &self.bias {
             Some(bias) => output + bias.val().unsqueeze(),

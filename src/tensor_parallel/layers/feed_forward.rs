@@ -211,13 +211,15 @@ impl ParallelFeedForward {
     /// [`Communicator`].
     pub fn forward<const D: usize>(&self, input: Tensor<D>) -> Result<Tensor<D>, Error> {
         check_features(NAME, &input, self.up.weight.dims()[0], &self.group)?;
+        let d_ff = self.down.d_input;
         let hidden = match &self.gate {
             Some(gate) => {
                 // Both layers share what enters.
                 let weights = [gate.weight.val(), self.up.weight.val()];
+                let overlap = Overlap::auto().over(2 * d_ff);
                 let [gated, up] = match self.sequence_parallel {
-                    true => all_gather_matmul_each(input, weights, &self.group, Overlap::auto())?,
-                    false => column_parallel_each(input, weights, &self.group, Overlap::auto())?,
+                    true => all_gather_matmul_each(input, weights, &self.group, overlap)?,
+                    false => column_parallel_each(input, weights, &self.group, overlap)?,
                 };
                 let biased = |product: Tensor<D>, layer: &Linear| {
                     let bias = layer.bias.as_ref().map(|bias| bias.val());
@@ -226,10 +228,10 @@ impl ParallelFeedForward {
                 activation::silu(biased(gated, gate)) * biased(up, &self.up)
             }
             None => {
-                let weight = self.up.weight.val();
+                let (weight, overlap) = (self.up.weight.val(), Overlap::auto().over(d_ff));
                 let product = match self.sequence_parallel {
-                    true => all_gather_matmul(input, weight, &self.group, Overlap::auto())?,
-                    false => column_parallel(input, weight, &self.group, Overlap::auto())?,
+                    true => all_gather_matmul(input, weight, &self.group, overlap)?,
+                    false => column_parallel(input, weight, &self.group, overlap)?,
                 };
                 let activation = match self.activation {
                     FeedForwardActivation::GeluApproximate => matmul::Activation::GeluApproximate,

@@ -138,10 +138,10 @@ impl RowParallelLinear {
             scatter_to_group(input, D - 1, &self.group)?
         };
         check_features(NAME, &input, self.weight.dims()[0], &self.group)?;
-        let (weight, group) = (self.weight.val(), &self.group);
+        let (weight, group, overlap) = (self.weight.val(), &self.group, Overlap::auto().over(self.d_input));
         let output = match self.sequence_parallel {
-            true => matmul_reduce_scatter(input, weight, group, Overlap::auto())?,
-            false => row_parallel(input, weight, group, Overlap::auto())?,
+            true => matmul_reduce_scatter(input, weight, group, overlap)?,
+            false => row_parallel(input, weight, group, overlap)?,
         };
         let Some(bias) = &self.bias else { return Ok(output) };
         let bias = match self.sequence_parallel {

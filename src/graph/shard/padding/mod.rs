@@ -19,7 +19,6 @@ use burn_ir::{
 };
 
 use self::content::Content::{self, Lowest, Zero};
-use self::content::of_elementwise;
 use self::rules::{Follow, Pad, follow};
 use super::rules::{only_moves, take_all};
 use crate::error::Error;
@@ -95,8 +94,8 @@ struct Walk<'a> {
     parameters: HashSet<TensorId>,
     /// Padded tensors that had to be had without.
     whole: HashMap<TensorId, TensorIr>,
-    /// By indices and dim: the padded size of what is read there. What is written back there is as large.
-    indexed: HashMap<(TensorId, usize), usize>,
+    /// By indices, dim and its size: the padded size of what is read there. What is written back there is as large.
+    indexed: HashMap<(TensorId, usize, usize), usize>,
     /// By sizes without and with padding: a constant that is true for what is padding.
     masks: HashMap<(usize, usize), TensorIr>,
 }
@@ -104,12 +103,11 @@ struct Walk<'a> {
 impl Walk<'_> {
     fn step(&mut self, op: &OperationIr) -> Result<(), Error> {
         if let Some((base, indices, dim)) = writes_at(op)
-            && let Some(size) = self.indexed.get(&(indices.id, dim)).copied()
+            && let Some(size) = self.indexed.get(&(indices.id, dim, base.shape[dim])).copied()
         {
             self.enlarge(base, dim, size);
         }
-        let pad_of = |input: &TensorIr| self.padded.get(&input.id).map(|p| Pad { dim: p.dim, content: p.content });
-        let inputs: Vec<(&TensorIr, Option<Pad>)> = op.inputs().map(|input| (input, pad_of(input))).collect();
+        let inputs = self.inputs_of(op);
         if inputs.iter().all(|(_, pad)| pad.is_none()) {
             self.local.operations.push(op.clone());
             return Ok(());
@@ -128,6 +126,11 @@ impl Walk<'_> {
         }
     }
 
+    fn inputs_of<'o>(&self, op: &'o OperationIr) -> Vec<(&'o TensorIr, Option<Pad>)> {
+        let pad_of = |input: &TensorIr| self.padded.get(&input.id).map(|p| Pad { dim: p.dim, content: p.content });
+        op.inputs().map(|input| (input, pad_of(input))).collect()
+    }
+
     /// Whether inputs can be given the padding that is asked for.
     fn can_bring(&self, inputs: &[(&TensorIr, Option<Pad>)], follow: &Follow) -> bool {
         inputs
@@ -140,23 +143,23 @@ impl Walk<'_> {
         let inputs: Vec<TensorIr> = op.inputs().cloned().collect();
         let mut now = HashMap::new();
         for (input, want) in inputs.iter().zip(&follow.inputs) {
-            let Some((dim, content)) = want else { continue };
+            let Some((dim, _)) = want else { continue };
             self.enlarge(input, *dim, size);
+        }
+        // Of what was brought only now more is known.
+        let output = self::rules::follow(op, &self.inputs_of(op)).map_or(follow.output, |known| known.output);
+        for (input, want) in inputs.iter().zip(&follow.inputs) {
+            let Some((_, content)) = want else { continue };
             if let Some(content) = content {
                 self.overwrite(input.id, *content);
             }
             now.insert(input.id, self.padded[&input.id].tensor.clone());
         }
-        if let Some((indices, dim)) = reads_at(op) {
-            self.indexed.insert((indices.id, dim), size);
+        if let Some((tensor, indices, dim)) = reads_at(op) {
+            self.indexed.insert((indices.id, dim, tensor.shape[dim]), size);
         }
         let mut local = op.clone();
-        if let Some(Pad { dim, content }) = follow.output {
-            // Of what was brought only now more is known.
-            let content = match op {
-                op if follow.inputs.len() > 1 && super::rules::is_elementwise(op) => self.elementwise(op, follow),
-                _ => content,
-            };
+        if let Some(Pad { dim, content }) = output {
             for out in op.outputs() {
                 let mut tensor = out.clone();
                 tensor.shape[dim] = size;
@@ -169,11 +172,11 @@ impl Walk<'_> {
         }
         local.visit_mut(&mut Replace(&now));
         if let (OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base), Some(pad)) =
-            (&mut local, follow.output)
+            (&mut local, output)
         {
             take_all(base, pad.dim);
         }
-        if follow.output.is_none() && is_mean(&local) {
+        if output.is_none() && is_mean(&local) {
             let count = inputs[0].shape.num_elements();
             self.mean_over_padding(local, count);
         } else {
@@ -198,13 +201,6 @@ impl Walk<'_> {
         let dtype = out.dtype;
         let mean = OperationIr::NumericFloat(dtype, Numeric::DivScalar(ScalarOpIr { lhs, rhs, out }));
         self.local.operations.extend([sum, mean]);
-    }
-
-    fn elementwise(&self, op: &OperationIr, follow: &Follow) -> Content {
-        let content = |(input, want): (&TensorIr, &Option<_>)| {
-            want.as_ref().and_then(|_: &(usize, Option<Content>)| self.padded.get(&input.id)).map(|p| p.content)
-        };
-        of_elementwise(op, &op.inputs().zip(&follow.inputs).map(content).collect::<Vec<_>>())
     }
 
     /// Runs an operation on what its inputs are without padding, but for parameters, which stay as they are.
@@ -288,10 +284,11 @@ fn writes_at(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, usize)> {
     }
 }
 
-fn reads_at(op: &OperationIr) -> Option<(&TensorIr, usize)> {
+/// The same of an operation that reads there.
+fn reads_at(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, usize)> {
     match op {
-        OperationIr::BaseFloat(Base::Gather(op)) => Some((&op.indices, op.dim)),
-        OperationIr::BaseFloat(Base::Select(op)) => Some((&op.indices, op.dim)),
+        OperationIr::BaseFloat(Base::Gather(op)) => Some((&op.tensor, &op.indices, op.dim)),
+        OperationIr::BaseFloat(Base::Select(op)) => Some((&op.tensor, &op.indices, op.dim)),
         _ => None,
     }
 }

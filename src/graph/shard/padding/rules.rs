@@ -83,12 +83,15 @@ fn elementwise(op: &OperationIr, inputs: &[(&TensorIr, Option<Pad>)]) -> Option<
     let out = op.outputs().next()?;
     let mut dims = inputs.iter().filter_map(|(_, pad)| pad.map(|pad| pad.dim));
     let dim = dims.next()?;
+    let full = |input: &TensorIr| input.shape[dim] == out.shape[dim];
+    // A single place that is spread over others cannot be padded.
     let fits = dims.all(|other| other == dim)
-        && inputs.iter().all(|(input, _)| input.shape.num_dims() == out.shape.num_dims());
+        && inputs
+            .iter()
+            .all(|(input, pad)| input.shape.num_dims() == out.shape.num_dims() && (pad.is_none() || full(input)));
     if !fits {
         return None;
     }
-    let full = |input: &TensorIr| input.shape[dim] == out.shape[dim];
     // What is not padded yet is with zeros.
     let contents: Vec<Option<Content>> =
         inputs.iter().map(|(input, pad)| full(input).then(|| pad.map_or(Zero, |pad| pad.content))).collect();
@@ -105,7 +108,9 @@ fn base(op: &Base, pads: &[Option<Pad>]) -> Option<Follow> {
         Base::Reshape(op) => moved(&|dim| {
             let (from, to) = (op.input.shape.as_slice(), op.out.shape.as_slice());
             let before: usize = from[..dim].iter().product();
-            (0..to.len()).find(|place| to[*place] == from[dim] && to[..*place].iter().product::<usize>() == before)
+            let is = |place: &usize| to[*place] == from[dim] && to[..*place].iter().product::<usize>() == before;
+            // There may be several of one place each: then the same, counted from the end.
+            (to.len() + dim).checked_sub(from.len()).filter(is).or_else(|| (0..to.len()).find(is))
         }),
         Base::SwapDims(op) => moved(&|dim| match dim {
             dim if dim == op.dim1 => Some(op.dim2),

@@ -40,15 +40,10 @@ impl Walk<'_> {
     /// Runs again what made a tensor from nothing, or from what is spread over the dim.
     fn made_larger(&mut self, tensor: &TensorIr, dim: usize, size: usize) -> Option<Padded> {
         let op = &self.source.operations[self.uses.maker(tensor.id)?];
-        let full: Vec<TensorIr> =
-            op.inputs().filter(|input| input.shape.get(dim) == Some(&tensor.shape[dim])).cloned().collect();
-        let possible = can_be_larger(op)
-            && op.inputs().all(|input| input.shape.num_dims() == tensor.shape.num_dims())
-            && (creates(op) || !full.is_empty())
-            && full.iter().all(|input| self.can_be_made_larger(input, dim));
-        if !possible {
+        if !self.can_run_larger(op, tensor, dim) {
             return None;
         }
+        let full: Vec<TensorIr> = op.inputs().filter(|input| is_full(input, tensor, dim)).cloned().collect();
         for input in &full {
             self.enlarge(input, dim, size);
         }
@@ -66,15 +61,18 @@ impl Walk<'_> {
         Some(Padded { tensor: out, dim, real: tensor.shape[dim], content })
     }
 
-    fn can_be_made_larger(&self, tensor: &TensorIr, dim: usize) -> bool {
-        if let Some(padded) = self.padded.get(&tensor.id) {
-            return padded.dim == dim;
-        }
-        self.uses.maker(tensor.id).map(|maker| &self.source.operations[maker]).is_some_and(|op| {
-            let mut full = op.inputs().filter(|input| input.shape.get(dim) == Some(&tensor.shape[dim])).peekable();
-            creates(op)
-                || (can_be_larger(op) && full.peek().is_some() && full.all(|input| self.can_be_made_larger(input, dim)))
-        })
+    /// Whether what made a tensor makes a larger one of its inputs, made larger where they are as large along the dim.
+    fn can_run_larger(&self, op: &OperationIr, tensor: &TensorIr, dim: usize) -> bool {
+        let can_be = |input: &TensorIr| match self.padded.get(&input.id) {
+            Some(padded) => padded.dim == dim && is_full(input, tensor, dim),
+            None if is_full(input, tensor, dim) => {
+                self.uses.maker(input.id).is_some_and(|op| self.can_run_larger(&self.source.operations[op], input, dim))
+            }
+            None => true,
+        };
+        can_be_larger(op)
+            && op.inputs().all(|input| input.shape.num_dims() == tensor.shape.num_dims() && can_be(input))
+            && (creates(op) || op.inputs().any(|input| is_full(input, tensor, dim)))
     }
 
     /// Makes sure of what the padding of a tensor is, from here on.
@@ -126,4 +124,8 @@ impl Walk<'_> {
         self.whole.insert(tensor.id, out.clone());
         out
     }
+}
+
+fn is_full(input: &TensorIr, tensor: &TensorIr, dim: usize) -> bool {
+    input.shape.get(dim) == tensor.shape.get(dim)
 }
