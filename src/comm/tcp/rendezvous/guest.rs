@@ -58,7 +58,7 @@ impl Rendezvous {
             if let Some(problem) = last.as_ref().filter(|_| !patient || Instant::now() + pause >= until) {
                 return Err(failure(format!(
                     "rank {} could not meet rank {host} at {point} within {:.1?}: {problem}; is rank {host} running, and is \
-                     this its address?",
+                     this its address? BURN_PARALLEL_TIMEOUT_S gives it more time",
                     self.rank, self.timeout
                 )));
             }

@@ -174,10 +174,11 @@ impl Rendezvous {
         let word = if missing.len() == 1 { "rank" } else { "ranks" };
         let strangers = match strangers {
             0 => String::new(),
-            n => format!(" ({n} connections were turned away: no ranks, or ranks with another secret)"),
+            n => format!(" (connections turned away, which were no ranks or had another secret: {n})"),
         };
         failure(format!(
-            "{word} {} of {} did not come to {}:{} within {:.1?}{strangers}",
+            "{word} {} of {} did not come to {}:{} within {:.1?}{strangers}; start all of them, or raise \
+             BURN_PARALLEL_TIMEOUT_S if they were only slow",
             missing.join(", "),
             self.size,
             self.address,
