@@ -5,7 +5,6 @@
 mod models;
 mod reference;
 
-use burn::module::Module;
 use burn::prelude::*;
 use burn::tensor::activation;
 use burn_parallel::graph::shard::CollectiveKind;

@@ -11,6 +11,7 @@ use burn_parallel::prelude::*;
 
 use crate::harness::{Axis, Case, cut, split};
 use crate::models::{Numbers, device};
+use crate::reference::filled;
 use crate::vocabulary::{POST, TOKENS, megatron_with_vocabulary};
 
 /// How many of a kind there are in the forward and in the backward, and of how many products each.

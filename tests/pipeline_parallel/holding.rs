@@ -181,7 +181,7 @@ fn what_cannot_be_loaded_is_refused() {
             let whole = store.whole.remove(path).unwrap();
             let error = model.clone().load(&mut store).unwrap_err();
             assert!(error.to_string().contains(&format!("no parameter `{path}`")), "{error}");
-            store.whole.insert(path.into(), (vec![whole.1.len(), 1], whole.1));
+            store.whole.insert(path.into(), Whole { dims: vec![whole.values.len(), 1], ..whole });
             let error = model.load(&mut store).unwrap_err();
             assert!(error.to_string().contains(path) && error.to_string().contains("dims"), "{error}");
             Ok(())
