@@ -3,6 +3,8 @@
 mod gpu;
 mod transport_suite;
 
+use std::panic::catch_unwind;
+
 use burn::tensor::{DType, Device, DeviceKind, Int, Tensor, TensorData};
 use burn_parallel::prelude::*;
 use gpu::{Trials, gpu};
