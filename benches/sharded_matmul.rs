@@ -7,14 +7,16 @@
 //!
 //! `cargo bench --bench sharded_matmul -- [ROUNDS]`
 
-use std::sync::Arc;
+#[path = "../tests/forwarding/mod.rs"]
+mod forwarding;
+
 use std::time::{Duration, Instant};
 
-use burn::backend::Flex;
 use burn::tensor::{Tensor, TensorData};
-use burn_parallel::comm::{Call, CallLog, Communicator, Message, Transfer, Transport};
+use burn_parallel::comm::Communicator;
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::matmul::{Overlap, row_parallel};
+use forwarding::Forwarding;
 
 /// Bytes a second of the made-up network.
 const LINK: f64 = 1e9;
@@ -33,75 +35,9 @@ const SIZES: [[usize; 3]; 10] = [
     [4096, 512, 1024],
 ];
 
-/// An engine whose all-reduces take as long as they would on a network.
-#[derive(Debug)]
-struct Network(Communicator);
-
-impl Transport for Network {
-    fn collective(&self, call: &Call, transfer: Transfer<'_, '_>) -> Result<u64, Error> {
-        let Transfer::InPlace(buffers) = transfer else {
-            return Err(Error::user(format!("the made-up network carries no {call}")));
-        };
-        let mut bytes = 0;
-        for buffer in buffers {
-            let (data, elements) = (buffer.as_mut_ptr().cast::<f32>(), buffer.elements());
-            // SAFETY: all buffers here are of f32, and lent for writing.
-            self.0.all_reduce_in_place(unsafe { std::slice::from_raw_parts_mut(data, elements) }, ReduceOp::Sum)?;
-            bytes += 2 * (self.size() - 1) * 4 * elements / self.size();
-        }
-        std::thread::sleep(Duration::from_secs_f64(bytes as f64 / LINK));
-        Ok(bytes as u64)
-    }
-
-    fn engine(&self) -> &'static str {
-        "network"
-    }
-
-    fn group(&self) -> &Arc<str> {
-        self.0.group()
-    }
-
-    fn rank(&self) -> usize {
-        self.0.rank()
-    }
-
-    fn world_rank(&self) -> usize {
-        self.0.rank()
-    }
-
-    fn size(&self) -> usize {
-        self.0.size()
-    }
-
-    fn send(&self, to: usize, tag: u64, Message(data): Message) -> Result<(), Error> {
-        self.0.send(Tensor::<1>::from_primitive::<Flex>(data), to, tag)
-    }
-
-    fn receive(&self, from: usize, tag: u64) -> Result<Message, Error> {
-        Err(Error::user(format!("the made-up network carries no message {tag} of {from}")))
-    }
-
-    fn timeout(&self) -> Duration {
-        Duration::from_secs(60)
-    }
-
-    fn split(&self, name: &str, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error> {
-        Ok(Arc::new(Network(self.0.split_named(name, color, key)?)))
-    }
-
-    fn abort(&self, error: Error) {
-        self.0.abort(error);
-    }
-
-    fn leave(&self) {}
-
-    fn failure(&self) -> Option<Error> {
-        self.0.failure()
-    }
-
-    fn log(&self) -> CallLog {
-        self.0.log()
-    }
+/// Takes as long as a collective that sends so many bytes would on the network.
+fn travel(bytes: u64) {
+    std::thread::sleep(Duration::from_secs_f64(bytes as f64 / LINK));
 }
 
 /// Median over rounds of: seconds of the plain way, seconds of each overlapped way, and the ratio of each to the plain way.
@@ -174,7 +110,7 @@ fn main() {
         println!("rows x features x outputs: multiply then all-reduce; overlapped over that");
         let run = launch::threads(2).threads_per_rank(1).run(|rank| {
             let comm = match network {
-                true => Communicator::new(Arc::new(Network(rank.split(0, rank.rank() as i64)?))),
+                true => Forwarding::over(rank.split(0, rank.rank() as i64)?, travel),
                 false => rank.split(0, rank.rank() as i64)?,
             };
             for size in SIZES {

@@ -70,6 +70,7 @@ pub mod plan;
 pub mod tensor;
 pub mod tensor_parallel;
 pub mod train;
+mod wrapper;
 
 pub use error::Error;
 

@@ -1,65 +1,46 @@
 //! Ranks that are threads work on tensors where they are: on a GPU, or on what Vulkan offers in its place.
-//!
-//! Without any such device the tests are reported as ignored.
 
+mod gpu;
 mod transport_suite;
 
 use std::panic::catch_unwind;
 
 use burn::tensor::{DType, Device, DeviceKind, Int, Tensor, TensorData};
 use burn_parallel::prelude::*;
-use libtest_mimic::{Arguments, Trial};
+use gpu::{Trials, gpu};
 use transport_suite::device::{CHECKS, same, values};
 use transport_suite::device_failures::FAILURES;
 use transport_suite::over_threads;
 
 fn main() {
-    // burn panics where there is no device.
-    let found = catch_unwind(|| Tensor::<1>::ones([1], &device()).into_data()).is_ok();
-    let trial = |name: &str, test: fn()| {
-        let test = move || {
-            test();
-            Ok(())
-        };
-        Trial::test(name, test).with_ignored_flag(!found)
-    };
-    let mut trials = vec![
-        trial("messages_that_are_not_what_was_asked_for", messages_that_are_not_what_was_asked_for),
-        trial("a_vector_can_be_received_from_a_device", a_vector_can_be_received_from_a_device),
-        trial("ranks_with_devices_of_their_own", ranks_with_devices_of_their_own),
-        trial("reductions_are_the_hosts_bit_for_bit", reductions_are_the_hosts_bit_for_bit),
-    ];
+    let mut trials = Trials::new();
+    trials.add("messages_that_are_not_what_was_asked_for", messages_that_are_not_what_was_asked_for);
+    trials.add("a_vector_can_be_received_from_a_device", a_vector_can_be_received_from_a_device);
+    trials.add("ranks_with_devices_of_their_own", ranks_with_devices_of_their_own);
+    trials.add("reductions_are_the_hosts_bit_for_bit", reductions_are_the_hosts_bit_for_bit);
     for (name, check) in CHECKS {
-        let test = move || {
+        trials.add(name, move || {
             for size in [1, 2, 3, 4] {
-                launch::threads(size).run(|rank| check(&rank, &device(), &DTYPES)).unwrap();
+                launch::threads(size).run(|rank| check(&rank, &gpu(), &DTYPES)).unwrap();
             }
-            Ok(())
-        };
-        trials.push(Trial::test(name, test).with_ignored_flag(!found));
+        });
     }
     for (name, check) in FAILURES {
-        let test = move || {
+        trials.add(name, move || {
             for size in [2, 3, 4] {
-                let ended = over_threads::run(size, |engine| check(&engine, &device()));
+                let ended = over_threads::run(size, |engine| check(&engine, &gpu()));
                 assert!(ended.iter().all(Option::is_some), "a rank of {size} panicked; its message is above");
             }
-            Ok(())
-        };
-        trials.push(Trial::test(name, test).with_ignored_flag(!found));
+        });
     }
-    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+    trials.run()
 }
 
 /// What WGSL has.
 const DTYPES: [DType; 3] = [DType::F32, DType::I32, DType::U32];
 
-fn device() -> Device {
-    Device::wgpu(DeviceKind::DefaultDevice)
-}
-
 fn messages_that_are_not_what_was_asked_for() {
-    let device = device();
+    let device = gpu();
     let error = launch::threads(2)
         .run(|rank| {
             if rank.rank() == 1 {
@@ -74,7 +55,7 @@ fn messages_that_are_not_what_was_asked_for() {
 }
 
 fn a_vector_can_be_received_from_a_device() {
-    let device = device();
+    let device = gpu();
     launch::threads(2)
         .run(|rank| {
             let other = 1 - rank.rank();
@@ -99,7 +80,7 @@ fn ranks_with_devices_of_their_own() {
     for size in [2, 3] {
         launch::threads(size)
             .run(|rank| {
-                let device = if rank.rank() == 1 { cpu.clone() } else { device() };
+                let device = if rank.rank() == 1 { cpu.clone() } else { gpu() };
                 for len in [5, 40_000] {
                     let data = TensorData::new(values(rank.rank(), len), [len]);
                     let there = || Tensor::<1>::from_data(data.clone(), &device);
@@ -139,7 +120,7 @@ fn uneven(rank: usize, elements: usize, dtype: DType, nans: bool) -> TensorData 
 fn reductions_are_the_hosts_bit_for_bit() {
     let all =
         [DType::F32, DType::F64, DType::F16, DType::BF16, DType::I32, DType::U32, DType::I64, DType::I16, DType::U8];
-    let there: Vec<DType> = all.into_iter().filter(|dtype| device().supports_dtype(*dtype)).collect();
+    let there: Vec<DType> = all.into_iter().filter(|dtype| gpu().supports_dtype(*dtype)).collect();
     println!("dtypes of the device: {there:?}");
     for size in 1..=8 {
         // Fewer elements than ranks, an odd number, and enough for shares that the ranks do not divide evenly.
@@ -161,7 +142,7 @@ fn reductions_are_the_hosts_bit_for_bit() {
 const EXACT: [ReduceOp; 4] = [ReduceOp::Sum, ReduceOp::Product, ReduceOp::Max, ReduceOp::Min];
 
 fn floats_are_alike(rank: &Rank, len: usize, dtype: DType) -> Result<(), Error> {
-    let (here, there) = (Device::flex(), device());
+    let (here, there) = (Device::flex(), gpu());
     let ops = EXACT.into_iter().chain([ReduceOp::Mean]).flat_map(|op| [(op, false), (op, true)]);
     for (op, nans) in ops {
         let what = format!("{op:?} of {len} {dtype:?} on {} ranks, NaNs: {nans}", rank.size());
@@ -183,7 +164,7 @@ fn floats_are_alike(rank: &Rank, len: usize, dtype: DType) -> Result<(), Error> 
 }
 
 fn integers_are_alike(rank: &Rank, len: usize, dtype: DType) -> Result<(), Error> {
-    let (here, there) = (Device::flex(), device());
+    let (here, there) = (Device::flex(), gpu());
     for op in EXACT {
         let data = || uneven(rank.rank(), len, dtype, false);
         let on = |device: &Device| Tensor::<1, Int>::from_data(data(), (device, dtype));

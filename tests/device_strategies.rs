@@ -1,101 +1,56 @@
 //! Models on a GPU, or on what Vulkan offers in its place, train with every strategy as one model on the CPU does.
-//!
-//! Without any such device the tests are reported as ignored.
 
+mod gpu;
 #[path = "graph/models.rs"]
 #[allow(dead_code)]
 mod models;
-
-use std::panic::catch_unwind;
+mod reference;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::LinearConfig;
-use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::prelude::*;
-use burn::tensor::DeviceKind;
 use burn_parallel::comm::part;
 use burn_parallel::data_parallel::Replica;
 use burn_parallel::graph::GraphInputs;
 use burn_parallel::prelude::*;
-use libtest_mimic::{Arguments, Trial};
-use models::{Cnn, Lm, Mlp, Numbers, Tied, Values, difference, eager, floats, scalar};
+use gpu::{Trials, gpu};
+use models::{Cnn, Lm, Mlp, Numbers, Tied, difference, floats, scalar};
+use reference::{Alone, alone, optimizer, own_on};
 
 fn main() {
-    // burn panics where there is no device.
-    let found = catch_unwind(|| Tensor::<1>::ones([1], &gpu()).into_data()).is_ok();
-    let trial = |name: &str, test: fn()| {
-        let test = move || {
-            test();
-            Ok(())
-        };
-        Trial::test(name, test).with_ignored_flag(!found)
-    };
-    let trials = vec![
-        trial("replicas_with_hooks", replicas_with_hooks),
-        trial("replicas_with_synchronised_batch_norm", replicas_with_synchronised_batch_norm),
-        trial("split_layers", split_layers),
-        trial("split_layers_draw_what_the_cpu_draws", split_layers_draw_what_the_cpu_draws),
-        trial("lazy_parameters_are_made_in_pieces_on_the_device", lazy_parameters_are_made_in_pieces_on_the_device),
-        trial("split_batch_norms", split_batch_norms),
-        trial("stages", stages),
-        trial("stages_draw_what_the_cpu_draws", stages_draw_what_the_cpu_draws),
-        trial("stages_with_tied_weights", stages_with_tied_weights),
-        trial("all_axes_at_once", all_axes_at_once),
-        trial("gradients_flow_through_moves", gradients_flow_through_moves),
-        trial("models_on_two_devices_are_refused", models_on_two_devices_are_refused),
-    ];
-    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+    let mut trials = Trials::new();
+    trials.add("replicas_with_hooks", replicas_with_hooks);
+    trials.add("replicas_with_synchronised_batch_norm", replicas_with_synchronised_batch_norm);
+    trials.add("split_layers", split_layers);
+    trials.add("split_layers_draw_what_the_cpu_draws", split_layers_draw_what_the_cpu_draws);
+    trials.add("lazy_parameters_are_made_in_pieces_on_the_device", lazy_parameters_are_made_in_pieces_on_the_device);
+    trials.add("split_batch_norms", split_batch_norms);
+    trials.add("stages", stages);
+    trials.add("stages_draw_what_the_cpu_draws", stages_draw_what_the_cpu_draws);
+    trials.add("stages_with_tied_weights", stages_with_tied_weights);
+    trials.add("all_axes_at_once", all_axes_at_once);
+    trials.add("gradients_flow_through_moves", gradients_flow_through_moves);
+    trials.add("models_on_two_devices_are_refused", models_on_two_devices_are_refused);
+    trials.run()
 }
 
 const STEPS: usize = 3;
 const ROWS: usize = 8;
 
-fn gpu() -> Device {
-    Device::wgpu(DeviceKind::DefaultDevice)
-}
-
-fn optimizer() -> ModuleOptimizer {
-    // Gradients that are 0 but for rounding must not be blown up.
-    AdamWConfig::new().with_weight_decay(0.01).with_epsilon(1e-2).init()
-}
-
-/// A copy on a device, with leaves and running statistics of its own.
-fn own<M: Module>(model: &M, device: Device) -> M {
-    model.clone().fork(&device.autodiff()).train()
-}
-
-struct Reference {
-    losses: Vec<f32>,
-    after: Vec<Values>,
-}
-
 type Batch<I> = fn(usize, &Device) -> I;
 
 /// The steps of one model on the CPU.
-fn on_the_cpu<M: Module, I>(model: &M, batch: Batch<I>, loss: fn(&M, I) -> Tensor<1>) -> Reference {
-    let (mut model, mut optim) = (own(model, Device::flex()), optimizer());
-    let (mut losses, mut after) = (Vec::new(), Vec::new());
-    for step in 0..STEPS {
-        let (loss, gradients) = eager(&model, |m| loss(m, batch(step, &models::device())));
-        losses.push(loss);
-        model = optim.step(0.05, model, gradients);
-        after.push(floats(&model));
-    }
-    Reference { losses, after }
+fn on_the_cpu<M: Module, I>(model: &M, batch: Batch<I>, loss: fn(&M, I) -> Tensor<1>) -> Alone {
+    alone(model, STEPS, |step| batch(step, &models::device()), loss)
 }
 
-impl Reference {
-    #[track_caller]
-    fn compare<M: Module>(&self, what: &str, step: usize, loss: f64, model: &M) {
-        let expected = f64::from(self.losses[step]);
-        assert!(
-            (loss - expected).abs() <= 1e-4 * expected.abs().max(1.0),
-            "{what}, loss {step}: {loss} for {expected}"
-        );
-        let worst = difference(&self.after[step], &floats(model));
-        assert!(worst <= 1e-3, "{what}: parameters differ by {worst} after step {step}");
-        assert_on(model, &gpu());
-    }
+#[track_caller]
+fn compare<M: Module>(alone: &Alone, what: &str, step: usize, loss: f64, model: &M) {
+    let expected = f64::from(alone.losses[step]);
+    assert!((loss - expected).abs() <= 1e-4 * expected.abs().max(1.0), "{what}, loss {step}: {loss} for {expected}");
+    let worst = difference(&alone.after[step], &floats(model));
+    assert!(worst <= 1e-3, "{what}: parameters differ by {worst} after step {step}");
+    assert_on(model, &gpu());
 }
 
 /// Every parameter is on the device.
@@ -159,7 +114,7 @@ fn replicas_with_hooks() {
             .run(|rank| {
                 // Small buckets: several are under way while backward runs.
                 let config = DataParallelConfig::new().with_bucket_bytes(2048);
-                let (mut model, mut optim) = (own(&model, gpu()).data_parallel(&rank, config)?, optimizer());
+                let (mut model, mut optim) = (own_on(&model, gpu()).data_parallel(&rank, config)?, optimizer());
                 for step in 0..STEPS {
                     let mine = part(ROWS, size, rank.rank());
                     let half = mine.start + mine.len() / 2;
@@ -172,7 +127,7 @@ fn replicas_with_hooks() {
                     let result = model.step_micro_batches(micro_batches, lm_loss)?;
                     stayed_there(&model, &result.counters.gradients);
                     model = optim.step(0.05, model, result.grads);
-                    reference.compare(&format!("{size} replicas"), step, result.loss, &*model);
+                    compare(&reference, &format!("{size} replicas"), step, result.loss, &*model);
                 }
                 Ok(())
             })
@@ -195,7 +150,7 @@ fn replicas_with_synchronised_batch_norm() {
         launch::threads(size)
             .run(|rank| {
                 let config = DataParallelConfig::new();
-                let (mut model, mut optim) = (own(&model, gpu()).data_parallel(&rank, config)?, optimizer());
+                let (mut model, mut optim) = (own_on(&model, gpu()).data_parallel(&rank, config)?, optimizer());
                 for step in 0..STEPS {
                     let mine = part(ROWS, size, rank.rank());
                     let weight = mine.len() as f64;
@@ -205,7 +160,7 @@ fn replicas_with_synchronised_batch_norm() {
                     let statistics = result.counters.statistics.of("all_reduce");
                     assert!(statistics.calls > 0 && statistics.on_device == statistics.bytes, "{statistics:?}");
                     model = optim.step(0.05, model, result.grads);
-                    reference.compare(&format!("{size} replicas"), step, result.loss, &*model);
+                    compare(&reference, &format!("{size} replicas"), step, result.loss, &*model);
                 }
                 Ok(())
             })
@@ -224,7 +179,7 @@ fn split_trains_like_one<M: Module + Sync, I: GraphInputs + Clone>(
     for size in [2, 4] {
         launch::threads(size)
             .run(|rank| {
-                let (mut model, mut optim) = (own(model, gpu()).tensor_parallel(&rank, plan)?, optimizer());
+                let (mut model, mut optim) = (own_on(model, gpu()).tensor_parallel(&rank, plan)?, optimizer());
                 let dealt = model.counters().of("scatter");
                 assert!(dealt.calls > 0 && dealt.on_device == dealt.bytes, "{dealt:?}");
                 for step in 0..STEPS {
@@ -235,7 +190,7 @@ fn split_trains_like_one<M: Module + Sync, I: GraphInputs + Clone>(
                     assert_eq!(result.loss.device(), gpu());
                     let loss = f64::from(scalar(result.loss));
                     model = optim.step(0.05, model, result.grads);
-                    reference.compare(&format!("{size} parts"), step, loss, &model.assemble()?);
+                    compare(&reference, &format!("{size} parts"), step, loss, &model.assemble()?);
                 }
                 Ok(())
             })
@@ -259,12 +214,12 @@ fn split_batch_norms() {
     let reference = on_the_cpu(&model, images, cnn_loss);
     launch::threads(2)
         .run(|rank| {
-            let (mut model, mut optim) = (own(&model, gpu()).tensor_parallel(&rank, &plan)?, optimizer());
+            let (mut model, mut optim) = (own_on(&model, gpu()).tensor_parallel(&rank, &plan)?, optimizer());
             for step in 0..STEPS {
                 let result = model.step(images(step, &gpu()), cnn_loss)?;
                 let loss = f64::from(scalar(result.loss));
                 model = optim.step(0.05, model, result.grads);
-                reference.compare("2 parts", step, loss, &model.assemble()?);
+                compare(&reference, "2 parts", step, loss, &model.assemble()?);
             }
             Ok(())
         })
@@ -279,7 +234,7 @@ fn mlp_plan() -> Plan {
 fn dropout_losses(size: usize, device: fn() -> Device) -> Vec<f32> {
     let model = Mlp::new(0.4, &models::device());
     let all = launch::threads(size).run(|rank| {
-        let (mut model, mut optim) = (own(&model, device()).tensor_parallel(&rank, &mlp_plan())?, optimizer());
+        let (mut model, mut optim) = (own_on(&model, device()).tensor_parallel(&rank, &mlp_plan())?, optimizer());
         let mut losses = Vec::new();
         for step in 0..STEPS {
             let result = model.step(rows(step, &device()), mlp_loss)?;
@@ -313,14 +268,14 @@ fn stages_train_like_one<M: Module + Sync, I: GraphInputs + Clone>(
         launch::threads(size)
             .run(|rank| {
                 let config = PipelineConfig::new(4).with_cut(cut.clone());
-                let (mut model, mut optim) = (own(model, gpu()).pipeline_parallel(&rank, config)?, optimizer());
+                let (mut model, mut optim) = (own_on(model, gpu()).pipeline_parallel(&rank, config)?, optimizer());
                 for step in 0..STEPS {
                     let before = model.counters();
                     let result = model.step(batch(step, &gpu()), loss)?;
                     let sent = (model.counters() - before).of("send");
                     assert!(sent.calls > 0 && sent.on_device == sent.bytes, "{sent:?}");
                     model = optim.step(0.05, model, result.grads);
-                    reference.compare(&format!("{size} stages"), step, result.loss, &model.assemble()?);
+                    compare(&reference, &format!("{size} stages"), step, result.loss, &model.assemble()?);
                 }
                 let evaluated = model.forward_with(batch(0, &gpu()), loss)?;
                 assert_eq!(evaluated.device(), gpu());
@@ -341,7 +296,7 @@ fn dropout_in_stages(device: fn() -> Device) -> Vec<f32> {
     let model = Mlp::new(0.4, &models::device());
     let all = launch::threads(2).run(|rank| {
         let config = PipelineConfig::new(2).with_cut(Cut::before(["second.*"])).with_seed(3);
-        let (mut model, mut optim) = (own(&model, device()).pipeline_parallel(&rank, config)?, optimizer());
+        let (mut model, mut optim) = (own_on(&model, device()).pipeline_parallel(&rank, config)?, optimizer());
         let mut losses = Vec::new();
         for step in 0..STEPS {
             let result = model.step(rows(step, &device()), mlp_loss)?;
@@ -369,11 +324,11 @@ fn stages_with_tied_weights() {
     launch::threads(2)
         .run(|rank| {
             let config = PipelineConfig::new(2).with_cut(Cut::before(["inner.*"]));
-            let (mut model, mut optim) = (own(&model, gpu()).pipeline_parallel(&rank, config)?, optimizer());
+            let (mut model, mut optim) = (own_on(&model, gpu()).pipeline_parallel(&rank, config)?, optimizer());
             for step in 0..STEPS {
                 let result = model.step(tokens(step, &gpu()), loss)?;
                 model = optim.step(0.05, model, result.grads);
-                reference.compare("tied", step, result.loss, &model.assemble()?);
+                compare(&reference, "tied", step, result.loss, &model.assemble()?);
             }
             Ok(())
         })
@@ -389,7 +344,7 @@ fn all_axes_at_once() {
             let mesh = Mesh::new(&world, [("dp", 2), ("pp", 2), ("tp", 2)])?;
             let dp = mesh.axis("dp")?;
             let config = PipelineConfig::new(2).with_cut(Cut::before(["second.*"]));
-            let mut model = own(&model, gpu())
+            let mut model = own_on(&model, gpu())
                 .tensor_parallel(&mesh.axis("tp")?, &mlp_plan())?
                 .pipeline_parallel(&mesh.axis("pp")?, config)?
                 .data_parallel(&dp, DataParallelConfig::new())?;
@@ -400,7 +355,7 @@ fn all_axes_at_once() {
                 let reduced = result.counters.gradients.of("all_reduce");
                 assert_eq!(reduced.on_device, reduced.bytes);
                 model = optim.step(0.05, model, result.grads);
-                reference.compare("all axes", step, result.loss, &model.assemble()?);
+                compare(&reference, "all axes", step, result.loss, &model.assemble()?);
             }
             Ok(())
         })
@@ -440,7 +395,7 @@ fn gradients_flow_through_moves() {
 
 fn models_on_two_devices_are_refused() {
     let model = || {
-        let mut model = own(&Mlp::new(0.0, &models::device()), gpu());
+        let mut model = own_on(&Mlp::new(0.0, &models::device()), gpu());
         model.second = model.second.fork(&models::device());
         model
     };
@@ -454,7 +409,7 @@ fn models_on_two_devices_are_refused() {
     says(tp.unwrap_err());
     // Inputs elsewhere than the model.
     let elsewhere = launch::threads(2).run(|rank| {
-        let mut model = own(&Mlp::new(0.0, &models::device()), gpu()).tensor_parallel(&rank, &mlp_plan())?;
+        let mut model = own_on(&Mlp::new(0.0, &models::device()), gpu()).tensor_parallel(&rank, &mlp_plan())?;
         model.step(rows(0, &Device::flex()), mlp_loss).map(drop)
     });
     let text = elsewhere.unwrap_err().to_string();

@@ -5,6 +5,7 @@
 //! writes what is still being read, is for loom to find.
 #![allow(dead_code, reason = "the files are used here in part")]
 
+mod explore;
 #[path = "../src/comm/wired/board/letters.rs"]
 mod letters;
 #[path = "../src/comm/wired/board/rounds.rs"]
@@ -15,29 +16,13 @@ mod sync {
     pub(super) use loom::sync::atomic::{AtomicU64, Ordering};
 }
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize as Tally, Ordering::SeqCst};
-
 use loom::cell::UnsafeCell;
 use loom::thread;
 
+use explore::explore;
 use letters::{Letters, PLACES};
 use rounds::{Counters, Line, Rounds};
 use sync::AtomicU64;
-
-/// Explores `model`, with at most `preemptions` of a running thread, and says how much that was.
-fn explore(name: &str, preemptions: Option<usize>, model: impl Fn() + Send + Sync + 'static) {
-    let executions = Arc::new(Tally::new(0));
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = preemptions;
-    builder.max_branches = 20_000;
-    let count = executions.clone();
-    builder.check(move || {
-        count.fetch_add(1, SeqCst);
-        model();
-    });
-    println!("{name}: {} executions", executions.load(SeqCst));
-}
 
 fn line() -> Line {
     Line::new(AtomicU64::new(0))

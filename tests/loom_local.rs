@@ -12,6 +12,7 @@
 
 #[path = "../src/comm/local/bell.rs"]
 mod bell;
+mod explore;
 #[path = "../src/comm/local/rendezvous.rs"]
 mod rendezvous;
 
@@ -107,11 +108,12 @@ mod sync {
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize as Tally, Ordering::SeqCst};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use loom::thread;
 
 use bell::{Bell, Patience};
+use explore::explore;
 use rendezvous::{Interrupted, Rendezvous};
 use sync::{AtomicUsize, Clock, Ordering, UnsafeCell};
 
@@ -120,22 +122,6 @@ const SLEEPY: Patience = Patience { spins: 0, yields: 0 };
 
 fn unlimited() -> Option<Duration> {
     Some(Duration::from_secs(1))
-}
-
-/// Explores `model`, with at most `preemptions` of a running thread (all interleavings if `None`), and says how much
-/// that was.
-fn explore(name: &str, preemptions: Option<usize>, model: impl Fn() + Send + Sync + 'static) {
-    let executions = Arc::new(Tally::new(0));
-    let began = Instant::now();
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = preemptions;
-    builder.max_branches = 20_000;
-    let count = executions.clone();
-    builder.check(move || {
-        count.fetch_add(1, SeqCst);
-        model();
-    });
-    println!("{name}: {} executions in {:.1?}", executions.load(SeqCst), began.elapsed());
 }
 
 /// A group of ranks that all-reduce: each owns one cell per rank, and in a meeting each sums its share of everybody's

@@ -12,7 +12,7 @@ use burn_parallel::prelude::*;
 use libtest_mimic::{Arguments, Trial};
 use transport_suite::device::CHECKS;
 use transport_suite::device_failures::FAILURES;
-use transport_suite::over_nccl;
+use transport_suite::{failures, over_nccl};
 
 fn main() {
     let (missing, devices) = match nccl::library() {
@@ -75,7 +75,7 @@ fn main() {
             trials.push(trial(format!("{size} ranks: {name}"), runs, Box::new(test)));
         }
     }
-    over_nccl::hide_panics_on_purpose();
+    failures::hide_panics_on_purpose();
     // NCCL takes one test at a time.
     let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
     libtest_mimic::run(&arguments, trials).exit();

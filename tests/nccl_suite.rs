@@ -13,7 +13,7 @@ use std::sync::Arc;
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use crate::stand_ins::StandIns;
-use crate::transport_suite::over_nccl;
+use crate::transport_suite::{failures, over_nccl};
 
 /// Set in the process of a case: the number of ranks.
 const ROLE: &str = "BURN_PARALLEL_TEST_ROLE";
@@ -39,7 +39,7 @@ fn main() -> ExitCode {
 }
 
 fn ranks(size: usize) -> ExitCode {
-    over_nccl::hide_panics_on_purpose();
+    failures::hide_panics_on_purpose();
     let counts = over_nccl::run(size, size, |engine| {
         let first = engine.is_first();
         transport_suite::run(engine, &|name| {

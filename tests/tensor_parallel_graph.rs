@@ -3,8 +3,6 @@
 #[path = "graph/models.rs"]
 #[allow(dead_code)]
 mod models;
-#[path = "reference/mod.rs"]
-#[allow(dead_code)]
 mod reference;
 
 use burn::module::{Module, ModuleMapper, Param};
@@ -18,7 +16,7 @@ use burn_parallel::graph::{GraphInputs, capture_step};
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::Sharded;
 use models::{Cnn, Numbers, Rnn, Tied, cross_entropy, device, images, scalar};
-use reference::{Reference, bytes, filled, gradients, optimizer, reference, same, values};
+use reference::{Reference, all_same, bytes, filled, gradients, optimizer, reference, values};
 
 /// Puts gradients where the parameters are, so that they can be assembled like them.
 struct Put<'a>(&'a GradientsParams);
@@ -58,9 +56,9 @@ fn compare<M: Module, I: GraphInputs + Clone>(
             let whole = model.clone().map(&mut Put(&result.grads)).assemble()?;
             let mut found = values(&whole);
             found.retain(|path, _| reference.gradients.contains_key(path));
-            same(&format!("gradient {step}"), &reference.gradients, &found, 3e-4);
+            all_same(&format!("gradient {step}"), &reference.gradients, &found, 3e-4);
             model = optim.step(0.05, model, result.grads);
-            same(&format!("after {step}"), &reference.after, &values(&model.assemble()?), 3e-4);
+            all_same(&format!("after {step}"), &reference.after, &values(&model.assemble()?), 3e-4);
         }
         // Nobody keeps more than the table says, views of something larger included.
         assert_eq!(bytes(model.local()).bytes.values().sum::<usize>(), model.table().bytes());

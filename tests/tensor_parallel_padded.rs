@@ -3,18 +3,19 @@
 #[path = "graph/models.rs"]
 #[allow(dead_code)]
 mod models;
+mod reference;
 
 use std::io::Cursor;
 
 use burn::module::Module;
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig};
-use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::prelude::*;
 use burn::tensor::activation;
 use burn_parallel::graph::shard::{Collective, CollectiveKind, ShardReport};
 use burn_parallel::params::Safetensors;
 use burn_parallel::prelude::*;
-use models::{Numbers, Tied, cross_entropy, device, difference, eager, floats, scalar};
+use models::{Numbers, Tied, cross_entropy, device, difference, floats, scalar};
+use reference::{Alone, alone, optimizer, own};
 use safetensors::tensor::{Dtype, TensorView};
 
 const STEPS: usize = 3;
@@ -63,14 +64,6 @@ fn words(step: usize, words: usize) -> Tokens {
     (numbers.classes([4, 5], words, &device()), numbers.classes([4, 5], words, &device()))
 }
 
-fn optimizer() -> ModuleOptimizer {
-    AdamWConfig::new().with_weight_decay(0.01).with_epsilon(1e-2).init()
-}
-
-fn own<M: Module>(model: &M) -> M {
-    model.clone().fork(&device()).train()
-}
-
 #[track_caller]
 fn close(what: &str, a: f32, b: f32) {
     assert!((a - b).abs() <= 2e-5 * a.abs().max(1.0), "{what}: {a} {b}");
@@ -90,20 +83,14 @@ fn trains_like_one<M: Module + Sync>(
     wrap: impl Fn(M, &Rank) -> Result<burn_parallel::tensor_parallel::Sharded<M>, Error> + Sync,
     degree: usize,
 ) -> ShardReport {
-    let (mut alone, mut optim) = (own(model), optimizer());
-    let mut expected = Vec::new();
-    for step in 0..STEPS {
-        let (loss, gradients) = eager(&alone, |m| loss(m, batch(step)));
-        alone = optim.step(0.05, alone, gradients);
-        expected.push((loss, floats(&alone)));
-    }
+    let Alone { losses, after } = alone(model, STEPS, batch, loss);
     let reports = launch::threads(degree).run(|rank| {
         let (mut model, mut optim) = (wrap(own(model), &rank)?, optimizer());
-        for (step, (expected, after)) in expected.iter().enumerate() {
+        for step in 0..STEPS {
             let result = model.step(batch(step), loss)?;
-            close(&format!("loss {step} of {degree}"), *expected, scalar(result.loss));
+            close(&format!("loss {step} of {degree}"), losses[step], scalar(result.loss));
             model = optim.step(0.05, model, result.grads);
-            let worst = difference(after, &floats(&model.assemble()?));
+            let worst = difference(&after[step], &floats(&model.assemble()?));
             assert!(worst <= 3e-4, "parameters differ by {worst} after step {step} over {degree} ranks");
         }
         Ok(model.report())

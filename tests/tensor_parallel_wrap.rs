@@ -3,46 +3,20 @@
 #[path = "graph/models.rs"]
 #[allow(dead_code)]
 mod models;
+mod reference;
 
 use burn::module::{Lora, Module, Param, ParamId};
 use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
 use burn::nn::{Dropout, DropoutConfig, Embedding, EmbeddingConfig, Linear, LinearConfig, SwiGlu, SwiGluConfig};
-use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::prelude::*;
 use burn::tensor::activation;
 use burn_parallel::graph::shard::{Collective, CollectiveKind};
 use burn_parallel::graph::{GraphInputs, TensorMapper};
 use burn_parallel::prelude::*;
-use models::{Cnn, Mlp, Numbers, Rnn, Tied, Values, cross_entropy, device, difference, eager, floats, images, scalar};
+use models::{Cnn, Mlp, Numbers, Rnn, Tied, cross_entropy, device, difference, eager, floats, images, scalar};
+use reference::{alone, optimizer, own};
 
 const STEPS: usize = 3;
-
-fn optimizer() -> ModuleOptimizer {
-    // Gradients that are 0 but for rounding must not be blown up.
-    AdamWConfig::new().with_weight_decay(0.01).with_epsilon(1e-2).init()
-}
-
-/// A copy with leaves and running statistics of its own.
-fn own<M: Module>(model: &M) -> M {
-    model.clone().fork(&device()).train()
-}
-
-struct Reference {
-    losses: Vec<f32>,
-    after: Vec<Values>,
-}
-
-fn one_device<M: Module, I>(model: &M, batch: fn(usize) -> I, loss: fn(&M, I) -> Tensor<1>) -> Reference {
-    let (mut model, mut optim) = (own(model), optimizer());
-    let (mut losses, mut after) = (Vec::new(), Vec::new());
-    for step in 0..STEPS {
-        let (loss, gradients) = eager(&model, |m| loss(m, batch(step)));
-        losses.push(loss);
-        model = optim.step(0.05, model, gradients);
-        after.push(floats(&model));
-    }
-    Reference { losses, after }
-}
 
 #[track_caller]
 fn close(what: &str, a: f32, b: f32) {
@@ -58,7 +32,7 @@ fn trains_like_one<M: Module + Sync, I: GraphInputs + Clone>(
     plan: &Plan,
     degrees: &[usize],
 ) {
-    let reference = one_device(model, batch, loss);
+    let reference = alone(model, STEPS, batch, loss);
     for degree in degrees {
         launch::threads(*degree)
             .run(|rank| {
@@ -122,7 +96,7 @@ fn gradient_checkpointing() {
         (numbers.tensor([6, 6], &device), numbers.classes([6], 4, &device))
     }
     let model = Mlp::new(0.0, &device().gradient_checkpointing());
-    let reference = one_device(&model, batch, mlp_loss);
+    let reference = alone(&model, STEPS, batch, mlp_loss);
     launch::threads(2)
         .run(|rank| {
             let model = model.clone().fork(&device().gradient_checkpointing());

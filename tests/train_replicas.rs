@@ -3,24 +3,16 @@
 #[path = "graph/models.rs"]
 #[allow(dead_code)]
 mod models;
+mod reference;
 
-use burn::module::Module;
-use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::prelude::*;
 use burn::tensor::activation;
 use burn_parallel::graph::shard::CollectiveKind;
 use burn_parallel::prelude::*;
-use models::{Lm, Mlp, Numbers, Values, device, difference, eager, floats, scalar};
+use models::{Lm, Mlp, Numbers, device, difference, eager, floats, scalar};
+use reference::{alone, optimizer, own};
 
 const STEPS: usize = 3;
-
-fn optimizer() -> ModuleOptimizer {
-    AdamWConfig::new().with_weight_decay(0.01).with_epsilon(1e-2).init()
-}
-
-fn own<M: Module>(model: &M) -> M {
-    model.clone().fork(&device()).train()
-}
 
 type Batch = (Tensor<2, Int>, Tensor<2, Int>);
 
@@ -40,29 +32,14 @@ fn summed(model: &Lm, (tokens, targets): Batch) -> (Tensor<1>, usize) {
     (chosen.sum().neg(), b * s)
 }
 
+fn mean_loss(model: &Lm, batch: Batch) -> Tensor<1> {
+    let (sum, count) = summed(model, batch);
+    sum / count as f32
+}
+
 fn token_loss(model: &Lm, batch: Batch) -> TokenLoss {
     let (sum, count) = summed(model, batch);
     TokenLoss::of(sum, count)
-}
-
-struct Reference {
-    losses: Vec<f32>,
-    after: Vec<Values>,
-}
-
-fn one_device(model: &Lm) -> Reference {
-    let (mut model, mut optim) = (own(model), optimizer());
-    let (mut losses, mut after) = (Vec::new(), Vec::new());
-    for step in 0..STEPS {
-        let (loss, gradients) = eager(&model, |m| {
-            let (sum, count) = summed(m, rows(step, 0..9));
-            sum / count as f32
-        });
-        losses.push(loss);
-        model = optim.step(0.05, model, gradients);
-        after.push(floats(&model));
-    }
-    Reference { losses, after }
 }
 
 fn lm() -> Lm {
@@ -84,7 +61,7 @@ fn share(step: usize, replica: usize, replicas: usize) -> Vec<Batch> {
 #[test]
 fn uneven_replicas_of_split_models_train_like_one_device() {
     let model = lm();
-    let reference = one_device(&model);
+    let reference = alone(&model, STEPS, |step| rows(step, 0..9), mean_loss);
     for (dp, tp) in [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)] {
         launch::threads(dp * tp)
             .run(|world| {
@@ -113,12 +90,7 @@ fn uneven_replicas_of_split_models_train_like_one_device() {
 #[test]
 fn both_axes_in_the_graph_train_like_one_device() {
     let model = lm();
-    let reference = one_device(&model);
-    // The loss is a mean over all rows, which the axis of the data shares out.
-    let mean = |m: &Lm, batch: Batch| {
-        let (sum, count) = summed(m, batch);
-        sum / count as f32
-    };
+    let reference = alone(&model, STEPS, |step| rows(step, 0..9), mean_loss);
     let plan = Plan::megatron().on("dp", Plan::new().shard_input("0", 0).shard_input("1", 0));
     for (dp, tp) in [(3, 1), (3, 2)] {
         launch::threads(dp * tp)
@@ -127,7 +99,8 @@ fn both_axes_in_the_graph_train_like_one_device() {
                 let mut model = own(&model).tensor_parallel_over(&mesh, &["tp", "dp"], &plan)?;
                 let mut optim = optimizer();
                 for step in 0..STEPS {
-                    let result = model.step(rows(step, 0..9), mean)?;
+                    // A mean over all rows, which the axis of the data shares out.
+                    let result = model.step(rows(step, 0..9), mean_loss)?;
                     let (loss, expected) = (scalar(result.loss), reference.losses[step]);
                     assert!((loss - expected).abs() < 2e-5 * expected, "loss {step}: {loss} {expected}");
                     model = optim.step(0.05, model, result.grads);

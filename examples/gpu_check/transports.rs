@@ -13,11 +13,11 @@ use crate::section::Checks;
 use crate::transport_suite;
 use crate::transport_suite::device::CHECKS;
 use crate::transport_suite::device_failures::FAILURES;
-use crate::transport_suite::{over_nccl, over_threads};
+use crate::transport_suite::{failures, over_nccl, over_threads};
 
 pub fn run(checks: &mut Checks) {
     let (choice, dtypes) = (checks.device, checks.device.dtypes());
-    over_nccl::hide_panics_on_purpose();
+    failures::hide_panics_on_purpose();
     for size in [1, 2, 4] {
         for (name, check) in CHECKS {
             checks.check(format!("threads, {size} ranks: {name}"), || {

@@ -4,153 +4,10 @@ use std::fmt;
 
 use burn::tensor::DType;
 
-/// How the contributions of the ranks become one value, element by element.
-///
-/// Contributions are folded in rank order, so a result is bit-identical on every rank and from run to run. `f16` and
-/// `bf16` are folded in `f32` and rounded once at the end. Integer sums and products wrap on overflow, as in MPI and
-/// NCCL. A NaN on any rank makes `Max` and `Min` NaN.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum ReduceOp {
-    /// `x_0 + x_1 + ...`: floats and integers.
-    Sum,
-    /// `(x_0 + x_1 + ...) / n`: floats only.
-    Mean,
-    /// The largest: floats, integers; logical or for bools.
-    Max,
-    /// The smallest: floats, integers; logical and for bools.
-    Min,
-    /// `x_0 * x_1 * ...`: floats and integers.
-    Product,
-    /// `f_0 * x_0 + f_1 * x_1 + ...` with a factor of each rank's own: floats only. It is how token-exact averages are
-    /// made without a pass of their own over the data (NCCL's `ncclRedOpCreatePreMulSum`).
-    PreMulSum(f64),
-}
-
-impl ReduceOp {
-    fn number(self) -> u64 {
-        match self {
-            Self::Sum => 0,
-            Self::Mean => 1,
-            Self::Max => 2,
-            Self::Min => 3,
-            Self::Product => 4,
-            Self::PreMulSum(_) => 5,
-        }
-    }
-
-    /// Whether both mean the same reduction. The factor of [`PreMulSum`](Self::PreMulSum) is each rank's own affair.
-    pub(crate) fn agrees(self, other: Self) -> bool {
-        std::mem::discriminant(&self) == std::mem::discriminant(&other)
-    }
-}
-
-/// What the ranks of a group do together, or one does towards another.
-#[derive(Debug, Clone, Copy, PartialEq)]
-#[non_exhaustive]
-pub enum Operation {
-    /// Every rank gets the reduction of all.
-    AllReduce(ReduceOp),
-    /// Every rank gets its part of the reduction of all.
-    ReduceScatter(ReduceOp),
-    /// Every rank gets the parts of all, in rank order.
-    AllGather,
-    /// Every rank gets what the root holds.
-    Broadcast {
-        /// Rank that holds it.
-        root: usize,
-    },
-    /// The root gets the reduction of all.
-    Reduce {
-        /// The reduction.
-        op: ReduceOp,
-        /// Rank that gets it.
-        root: usize,
-    },
-    /// The root gets the parts of all, in rank order.
-    Gather {
-        /// Rank that gets them.
-        root: usize,
-    },
-    /// Every rank gets its part of what the root holds.
-    Scatter {
-        /// Rank that holds it.
-        root: usize,
-    },
-    /// Every rank gets part `rank` of every rank, in rank order.
-    AllToAll,
-    /// Nobody goes on before all have come.
-    Barrier,
-    /// The group is divided into groups.
-    Split,
-    /// A message leaves.
-    Send {
-        /// Receiving rank.
-        to: usize,
-        /// Tag of the message.
-        tag: u64,
-    },
-    /// A message is awaited.
-    Receive {
-        /// Sending rank.
-        from: usize,
-        /// Tag of the message.
-        tag: u64,
-    },
-}
-
-impl Operation {
-    /// The names of all operations, in the order of [`index`](Self::index).
-    pub(crate) const NAMES: [&'static str; 12] = [
-        "all_reduce",
-        "reduce_scatter",
-        "all_gather",
-        "broadcast",
-        "reduce",
-        "gather",
-        "scatter",
-        "all_to_all",
-        "barrier",
-        "split",
-        "send",
-        "recv",
-    ];
-
-    #[inline]
-    pub(crate) fn index(&self) -> usize {
-        match self {
-            Self::AllReduce(_) => 0,
-            Self::ReduceScatter(_) => 1,
-            Self::AllGather => 2,
-            Self::Broadcast { .. } => 3,
-            Self::Reduce { .. } => 4,
-            Self::Gather { .. } => 5,
-            Self::Scatter { .. } => 6,
-            Self::AllToAll => 7,
-            Self::Barrier => 8,
-            Self::Split => 9,
-            Self::Send { .. } => 10,
-            Self::Receive { .. } => 11,
-        }
-    }
-
-    /// The name of the [`Communicator`](super::Communicator) method that calls it.
-    pub fn name(&self) -> &'static str {
-        Self::NAMES[self.index()]
-    }
-
-    /// Whether the first dims of the ranks' tensors may differ.
-    fn allows_ragged(&self) -> bool {
-        matches!(self, Self::AllGather | Self::Gather { .. } | Self::AllToAll)
-    }
-
-    fn agrees(&self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::AllReduce(a), Self::AllReduce(b)) | (Self::ReduceScatter(a), Self::ReduceScatter(b)) => a.agrees(*b),
-            (Self::Reduce { op: a, root: r }, Self::Reduce { op: b, root: s }) => a.agrees(*b) && r == s,
-            _ => self == other,
-        }
-    }
-}
+use super::Operation;
+#[cfg(feature = "cubecl")]
+use super::ReduceOp;
+use super::element;
 
 /// The shape of what a rank brings, without an allocation: up to eight dims, the rest folded into the last.
 ///
@@ -297,9 +154,10 @@ impl Call {
             _ => (None, 0),
         };
         let dims = self.extent.dims();
-        let dtype = self.dtype.map_or(0, |dtype| 1 + super::element::number(dtype));
+        let dtype = self.dtype.map_or(0, |dtype| element::number(dtype).map_or(1, |number| 2 + u64::from(number)));
+        let op = op.map_or(0, |op| 1 + u64::from(op.number()));
         // What is small goes into one word: each round of the hash waits for the one before.
-        let small = [self.operation.index() as u64, op.map_or(0, |op| 1 + op.number()), dtype, dims.len() as u64];
+        let small = [self.operation.index() as u64, op, dtype, dims.len() as u64];
         add(small.into_iter().fold(0, |word, number| word << 8 | number));
         add((self.pieces as u64).rotate_left(32) ^ root as u64);
         add(self.cut);

@@ -1,13 +1,7 @@
 //! What the ranks of a group do together.
 
-use burn::backend::flex::FlexTensor;
-use burn::tensor::DType;
-
 use super::communicator::Communicator;
-use super::host::{self, SliceOutput, TensorOutput};
-#[cfg(feature = "cubecl")]
-use super::payload::OnDevice;
-use super::transport::{BufferMut, BufferRef, Transfer};
+use super::transport::BufferMut;
 use super::{Call, Element, Extent, Operation, Payload, ReduceOp, reduce};
 use crate::Error;
 
@@ -17,23 +11,10 @@ impl Communicator {
     /// # Errors
     /// [`Error::UnsupportedReduction`].
     pub fn all_reduce<P: Payload>(&self, payload: P, op: ReduceOp) -> Result<P, Error> {
-        self.carry(Operation::AllReduce(op), payload, |data| self.all_reduce_host(data, op))
-    }
-
-    /// Reduces several payloads as one collective, without copying them together: one call, one wait.
-    ///
-    /// # Errors
-    /// [`Error::UnsupportedReduction`]; [`Error::InvalidArgument`] if their dtypes differ.
-    pub fn all_reduce_coalesced<P: Payload>(&self, payloads: Vec<P>, op: ReduceOp) -> Result<Vec<P>, Error> {
-        #[cfg(feature = "cubecl")]
-        let payloads = match self.all_reduce_many_on_device(payloads, op)? {
-            Ok(reduced) => return Ok(reduced),
-            Err(payloads) => payloads,
-        };
-        let hosts = payloads.into_iter().map(P::into_host).collect::<Result<Vec<_>, _>>()?;
-        let (tensors, homes): (Vec<_>, Vec<_>) = hosts.into_iter().unzip();
-        let reduced = self.all_reduce_many(tensors, op)?;
-        reduced.into_iter().zip(&homes).map(|(data, home)| P::from_host(data, home)).collect()
+        self.carry(Operation::AllReduce(op), payload, |data| {
+            reduce::check(op, data.dtype())?;
+            self.host_in_place(Operation::AllReduce(op), data)
+        })
     }
 
     /// [`all_reduce`](Self::all_reduce) on a slice, in place.
@@ -180,193 +161,10 @@ impl Communicator {
         self.carry_agreed(operation, payload, agreed, |data| self.through_agreed(operation, Some(data), None, agreed))
     }
 
-    /// [`carry_agreed`](Self::carry_agreed) where the shapes tell all that must agree.
-    fn carry<P: Payload>(
-        &self,
-        operation: Operation,
-        payload: P,
-        on_host: impl FnOnce(FlexTensor) -> Result<FlexTensor, Error>,
-    ) -> Result<P, Error> {
-        self.carry_agreed(operation, payload, 0, on_host)
-    }
-
-    /// Runs a collective where the payload is: on its device if the engine can, else in host memory.
-    /// `agreed` must be the same on all ranks.
-    fn carry_agreed<P: Payload>(
-        &self,
-        operation: Operation,
-        payload: P,
-        agreed: u64,
-        on_host: impl FnOnce(FlexTensor) -> Result<FlexTensor, Error>,
-    ) -> Result<P, Error> {
-        #[cfg(feature = "cubecl")]
-        let payload = match self.carry_on_device(operation, payload, agreed)? {
-            Ok(carried) => return Ok(carried),
-            Err(payload) => payload,
-        };
-        #[cfg(not(feature = "cubecl"))]
-        let _ = (operation, agreed);
-        let (data, home) = payload.into_host()?;
-        P::from_host(on_host(data)?, &home)
-    }
-
-    /// Runs a collective on the device, or returns the payload if it is not on the engine's.
-    #[cfg(feature = "cubecl")]
-    fn carry_on_device<P: Payload>(
-        &self,
-        operation: Operation,
-        payload: P,
-        agreed: u64,
-    ) -> Result<Result<P, P>, Error> {
-        let Some(engine) = self.transport().on_device() else { return Ok(Err(payload)) };
-        let (data, home) = match payload.into_device(engine)? {
-            OnDevice::Here(data, home) => (data, home),
-            OnDevice::Elsewhere(payload) => return Ok(Err(payload)),
-        };
-        let extent = Extent::new(&data.meta.shape().to_vec());
-        let call = Call::on_device(operation, data.dtype, extent).agreeing(agreed);
-        let mut result = None;
-        self.run(&call, |_| {
-            let (carried, bytes) = engine.run(&call, data)?;
-            result = Some(carried);
-            Ok(bytes)
-        })?;
-        let carried = result.ok_or_else(|| Error::invalid("a collective", "the engine gave no tensor"))?;
-        P::from_device(carried, &home).map(Ok)
-    }
-
-    /// Reduces payloads together on the device, or returns them if one is not on the engine's.
-    #[cfg(feature = "cubecl")]
-    fn all_reduce_many_on_device<P: Payload>(
-        &self,
-        payloads: Vec<P>,
-        op: ReduceOp,
-    ) -> Result<Result<Vec<P>, Vec<P>>, Error> {
-        let Some(engine) = self.transport().on_device() else { return Ok(Err(payloads)) };
-        if payloads.is_empty() || !payloads.iter().all(|payload| payload.is_carried(engine)) {
-            return Ok(Err(payloads));
-        }
-        let (mut tensors, mut homes) = (Vec::with_capacity(payloads.len()), Vec::with_capacity(payloads.len()));
-        for payload in payloads {
-            match payload.into_device(engine)? {
-                OnDevice::Here(data, home) => {
-                    tensors.push(data);
-                    homes.push(home);
-                }
-                OnDevice::Elsewhere(_) => {
-                    return Err(Error::invalid("all_reduce_coalesced", "a payload left its device on the way"));
-                }
-            }
-        }
-        let call = pieces_on_device(op, &tensors)?;
-        let mut reduced = Vec::new();
-        self.run(&call, |_| {
-            let (tensors, bytes) = engine.all_reduce_many(op, tensors)?;
-            reduced = tensors;
-            Ok(bytes)
-        })?;
-        reduced.into_iter().zip(&homes).map(|(data, home)| P::from_device(data, home)).collect::<Result<_, _>>().map(Ok)
-    }
-
-    fn all_reduce_host(&self, data: FlexTensor, op: ReduceOp) -> Result<FlexTensor, Error> {
-        reduce::check(op, data.dtype())?;
-        self.host_in_place(Operation::AllReduce(op), data)
-    }
-
-    fn all_reduce_many(&self, data: Vec<FlexTensor>, op: ReduceOp) -> Result<Vec<FlexTensor>, Error> {
-        // A rank that brings nothing meets the others all the same: they may have brought something.
-        let dtype = one_dtype(data.iter().map(FlexTensor::dtype), op)?;
-        let mut data: Vec<FlexTensor> = data.into_iter().map(host::exclusive).collect();
-        let lens = data.iter().map(|tensor| tensor.layout().num_elements());
-        let mut call = Call::new(Operation::AllReduce(op), dtype, Extent::flat(lens.clone().sum()));
-        call.pieces = data.len();
-        call.cut = fingerprint(lens);
-        let mut buffers: Vec<BufferMut<'_>> = data.iter_mut().map(host::lend_mut).collect();
-        self.in_place(&call, &mut buffers)?;
-        drop(buffers);
-        Ok(data)
-    }
-
-    fn host_in_place(&self, operation: Operation, data: FlexTensor) -> Result<FlexTensor, Error> {
-        host::check_dtype(operation.name(), data.dtype())?;
-        let mut data = host::exclusive(data);
-        let call = Call::new(operation, Some(data.dtype()), host::extent(&data));
-        self.in_place(&call, &mut [host::lend_mut(&mut data)])?;
-        Ok(data)
-    }
-
-    /// A collective from an input into a new tensor.
-    fn through(
-        &self,
-        operation: Operation,
-        data: Option<FlexTensor>,
-        expected: Option<DType>,
-    ) -> Result<FlexTensor, Error> {
-        self.through_agreed(operation, data, expected, 0)
-    }
-
-    /// [`through`](Self::through) with a number that must be the same on all ranks, where the shapes do not tell.
-    fn through_agreed(
-        &self,
-        operation: Operation,
-        data: Option<FlexTensor>,
-        expected: Option<DType>,
-        agreed: u64,
-    ) -> Result<FlexTensor, Error> {
-        let data = data.map(host::packed);
-        let dtype = data.as_ref().map(FlexTensor::dtype).or(expected);
-        if let Some(dtype) = dtype {
-            host::check_dtype(operation.name(), dtype)?;
-        }
-        let extent = data.as_ref().map_or(Extent::flat(0), host::extent);
-        let call = Call::new(operation, dtype, extent).agreeing(agreed);
-        // SAFETY: nothing is read through a null place of length 0.
-        let nothing = unsafe { BufferRef::from_raw(std::ptr::null(), 0, dtype.unwrap_or(DType::F32)) };
-        let input = data.as_ref().map_or(nothing, host::lend);
-        let mut output = TensorOutput::new(dtype);
-        self.run(&call, |transport| transport.collective(&call, Transfer::Through { input, output: &mut output }))?;
-        // A rank that receives nothing gets back a tensor of no use to anybody: its own input, or an empty one.
-        Ok(output.into_tensor().or(data).unwrap_or_else(|| FlexTensor::zeros([0].into(), dtype.unwrap_or(DType::F32))))
-    }
-
-    fn in_place(&self, call: &Call, buffers: &mut [BufferMut<'_>]) -> Result<(), Error> {
-        self.run(call, |transport| transport.collective(call, Transfer::InPlace(buffers)))
-    }
-
-    fn through_place<E: Element>(&self, call: &Call, input: &[E], output: &mut [E]) -> Result<(), Error> {
-        let (input, output) = (BufferRef::new(input), &mut SliceOutput(output));
-        self.run(call, |transport| transport.collective(call, Transfer::Through { input, output }))
-    }
-
     fn check_root(&self, root: usize, operation: &'static str) -> Result<(), Error> {
         match root < self.size() {
             true => Ok(()),
             false => Err(Error::NoSuchRank { group: self.group().clone(), rank: root, size: self.size(), operation }),
         }
     }
-}
-
-/// The dtype of what is reduced together, if it is anything.
-fn one_dtype(mut dtypes: impl Iterator<Item = DType>, op: ReduceOp) -> Result<Option<DType>, Error> {
-    let Some(first) = dtypes.next() else { return Ok(None) };
-    if let Some(other) = dtypes.find(|dtype| *dtype != first) {
-        let problem = format!("tensors of {first:?} and {other:?} cannot be reduced together");
-        return Err(Error::invalid("all_reduce_coalesced", problem));
-    }
-    reduce::check(op, first)?;
-    Ok(Some(first))
-}
-
-/// The call that reduces these tensors, at least one, together.
-#[cfg(feature = "cubecl")]
-pub(super) fn pieces_on_device(op: ReduceOp, tensors: &[super::DeviceTensor]) -> Result<Call, Error> {
-    let nothing = || Error::invalid("all_reduce_coalesced", "there is nothing to reduce");
-    let dtype = one_dtype(tensors.iter().map(|tensor| tensor.dtype), op)?.ok_or_else(nothing)?;
-    let lens = tensors.iter().map(|tensor| tensor.meta.shape().iter().product());
-    Ok(Call::pieces_on_device(op, dtype, lens.clone().sum(), tensors.len(), fingerprint(lens)))
-}
-
-/// FNV-1a over the lengths of coalesced buffers. The highest bit is left to say where they are.
-fn fingerprint(lens: impl Iterator<Item = usize>) -> u64 {
-    lens.fold(0xcbf2_9ce4_8422_2325_u64, |hash, len| (hash ^ len as u64).wrapping_mul(0x100_0000_01b3)) >> 1
 }

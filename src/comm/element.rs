@@ -30,83 +30,81 @@ elements! {
     bool => DType::Bool(BoolStore::Native),
 }
 
-/// A number for each dtype that travels, and one for all others.
-pub(crate) fn number(dtype: DType) -> u64 {
-    match dtype {
-        DType::F64 => 0,
-        DType::F32 => 1,
-        DType::F16 => 2,
-        DType::BF16 => 3,
-        DType::I64 => 4,
-        DType::I32 => 5,
-        DType::I16 => 6,
-        DType::I8 => 7,
-        DType::U64 => 8,
-        DType::U32 => 9,
-        DType::U16 => 10,
-        DType::U8 => 11,
-        DType::Bool(BoolStore::Native) => 12,
-        DType::Bool(BoolStore::U8) => 13,
-        _ => 14,
-    }
+/// Both ways between the dtypes that travel and their numbers.
+macro_rules! numbers {
+    ($($number:literal => $variant:ident $(($store:ident))?),* $(,)?) => {
+        /// The number of a dtype, if it travels.
+        pub(crate) fn number(dtype: DType) -> Option<u8> {
+            match dtype {
+                $(DType::$variant $((BoolStore::$store))? => Some($number),)*
+                _ => None,
+            }
+        }
+
+        /// The dtype of a number.
+        pub(crate) fn numbered(number: u8) -> Option<DType> {
+            match number {
+                $($number => Some(DType::$variant $((BoolStore::$store))?),)*
+                _ => None,
+            }
+        }
+    };
 }
+
+numbers! {
+    0 => F64, 1 => F32, 2 => F16, 3 => BF16,
+    4 => I64, 5 => I32, 6 => I16, 7 => I8,
+    8 => U64, 9 => U32, 10 => U16, 11 => U8,
+    12 => Bool(Native), 13 => Bool(U8),
+}
+
+/// Runs `$body` with `$T` bound to the type beside the pattern that `$dtype` matches, or evaluates `$otherwise`.
+macro_rules! with_type {
+    ($dtype:expr, $T:ident => $body:expr, otherwise $otherwise:expr, $($pattern:pat => $type:ty),+ $(,)?) => {{
+        use burn::tensor::DType;
+        match $dtype {
+            $($pattern => {
+                type $T = $type;
+                $body
+            })+
+            _ => $otherwise,
+        }
+    }};
+}
+pub(crate) use with_type;
+
+/// Runs `$body` with `$T` bound to the type of the floats of `$dtype`, or evaluates `$otherwise` for what is no plain float.
+macro_rules! with_float_type {
+    ($dtype:expr, $T:ident => $body:expr, otherwise $otherwise:expr) => {
+        $crate::comm::element::with_type!($dtype, $T => $body, otherwise $otherwise,
+            DType::F64 => f64,
+            DType::F32 => f32,
+            DType::F16 => burn::tensor::f16,
+            DType::BF16 => burn::tensor::bf16,
+        )
+    };
+}
+pub(crate) use with_float_type;
 
 /// Runs `$body` with `$T` bound to the type that *stores* elements of `$dtype` (bools are stored as `u8`), or evaluates
 /// `$otherwise` for types that do not travel (quantized ones, packed bools).
 macro_rules! with_storage_type {
-    ($dtype:expr, $T:ident => $body:expr, otherwise $otherwise:expr) => {{
-        use burn::tensor::{BoolStore, DType, bf16, f16};
-        match $dtype {
-            DType::F64 => {
-                type $T = f64;
-                $body
-            }
-            DType::F32 => {
-                type $T = f32;
-                $body
-            }
-            DType::F16 => {
-                type $T = f16;
-                $body
-            }
-            DType::BF16 => {
-                type $T = bf16;
-                $body
-            }
-            DType::I64 => {
-                type $T = i64;
-                $body
-            }
-            DType::I32 => {
-                type $T = i32;
-                $body
-            }
-            DType::I16 => {
-                type $T = i16;
-                $body
-            }
-            DType::I8 => {
-                type $T = i8;
-                $body
-            }
-            DType::U64 => {
-                type $T = u64;
-                $body
-            }
-            DType::U32 => {
-                type $T = u32;
-                $body
-            }
-            DType::U16 => {
-                type $T = u16;
-                $body
-            }
-            DType::U8 | DType::Bool(BoolStore::Native | BoolStore::U8) => {
-                type $T = u8;
-                $body
-            }
-            _ => $otherwise,
-        }
-    }};
+    ($dtype:expr, $T:ident => $body:expr, otherwise $otherwise:expr) => {
+        $crate::comm::element::with_type!($dtype, $T => $body, otherwise $otherwise,
+            DType::F64 => f64,
+            DType::F32 => f32,
+            DType::F16 => burn::tensor::f16,
+            DType::BF16 => burn::tensor::bf16,
+            DType::I64 => i64,
+            DType::I32 => i32,
+            DType::I16 => i16,
+            DType::I8 => i8,
+            DType::U64 => u64,
+            DType::U32 => u32,
+            DType::U16 => u16,
+            DType::U8
+            | DType::Bool(burn::tensor::BoolStore::Native | burn::tensor::BoolStore::U8) => u8,
+        )
+    };
 }
 pub(crate) use with_storage_type;

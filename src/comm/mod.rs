@@ -25,12 +25,14 @@
 //! - The first failure anywhere in a world fails every group of that world, so nobody waits for the dead.
 
 mod call;
+mod carry;
+mod coalesced;
 mod collectives;
 mod communicator;
 mod counters;
 #[cfg(feature = "cubecl")]
 pub(crate) mod device;
-mod element;
+pub(crate) mod element;
 pub(crate) mod host;
 pub mod local;
 mod messages;
@@ -38,6 +40,7 @@ mod messages;
 pub mod mpi;
 #[cfg(feature = "cuda")]
 pub mod nccl;
+mod operation;
 mod partition;
 mod payload;
 mod pending;
@@ -49,7 +52,7 @@ mod transport;
 mod watch;
 mod wired;
 
-pub use call::{Call, Extent, Operation, ReduceOp};
+pub use call::{Call, Extent};
 pub use communicator::Communicator;
 pub use counters::{Counters, Tally};
 #[cfg(feature = "cubecl")]
@@ -57,6 +60,7 @@ pub(crate) use device::same_buffer;
 #[cfg(feature = "cubecl")]
 pub use device::{DeviceTensor, DeviceTransport};
 pub use element::Element;
+pub use operation::{Operation, ReduceOp};
 pub use partition::part;
 pub use payload::{Payload, TensorHome, TensorKind};
 pub use pending::Pending;

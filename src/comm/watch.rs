@@ -148,3 +148,13 @@ impl Watch {
         self.ranks[rank].lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
+
+/// Names the ranks that have not come to a call.
+pub(crate) fn missed(ranks: impl Iterator<Item = usize>) -> String {
+    let ranks: Vec<String> = ranks.map(|rank| rank.to_string()).collect();
+    match &ranks[..] {
+        [] => "nobody any more: the last one came as time ran out".into(),
+        [one] => format!("rank {one}"),
+        _ => format!("ranks {}", ranks.join(", ")),
+    }
+}

@@ -8,8 +8,8 @@ use burn_capture::CapturedGraph;
 use burn_ir::{BaseOperationIr, ModuleOperationIr, NumericOperationIr, OperationIr, TensorId, TensorIr};
 
 use super::capture::Recording;
+use super::edges::EdgeTensor;
 use super::graph_error;
-use super::leaves::EdgeTensor;
 use super::module::{Survey, Surveyed};
 use super::step::{BatchNormBinding, InputBinding, ParamBinding, Rename, StepGraph, Uses};
 use crate::error::Error;

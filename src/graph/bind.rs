@@ -7,9 +7,9 @@ use burn::prelude::*;
 use burn::tensor::DType;
 use burn_ir::TensorIr;
 
+use super::edges::join;
 use super::graph_error;
 use super::inputs::{GraphInputs, TensorMapper};
-use super::leaves::join;
 use crate::error::Error;
 use crate::tensor::PlainTensor;
 

@@ -10,11 +10,11 @@ use burn::tensor::{DType, Shape};
 
 use super::capture::capture_step;
 use super::custom::CustomOps;
+use super::edges::join;
 use super::execute::Executor;
 use super::forward::{Forward, capture_forward};
 use super::graph_error;
 use super::inputs::{GraphInputs, TensorMapper};
-use super::leaves::join;
 use super::loss::StepLoss;
 use super::module::Survey;
 use super::step::StepGraph;

@@ -14,11 +14,10 @@ use burn::prelude::*;
 use burn_capture::{CaptureDevice, CapturedGraph};
 use burn_ir::TensorId;
 
+use super::device::{AutodiffCapture, as_autodiff, capture_device, capture_device_like, placeholder};
+use super::edges::{CaptureInputs, CaptureOutputs, EdgeTensor, computed};
 use super::inputs::GraphInputs;
-use super::leaves::{
-    AutodiffCapture, CaptureInputs, CaptureOutputs, EdgeTensor, Leaf, RunningStates, ToCapture, ToLeaves, as_autodiff,
-    capture_device, capture_device_like, computed, placeholder,
-};
+use super::leaves::{Leaf, RunningStates, ToCapture, ToLeaves};
 use super::loss::{LossParts, StepLoss};
 use super::module::Survey;
 use super::step::StepGraph;

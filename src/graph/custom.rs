@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use burn::backend::Cube;
 use burn::backend::{DispatchKindConversion, DispatchTensor, Flex};
 use burn::tensor::Device;
-use burn_ir::{CustomOpIr, HandleContainer, HandleKind};
+use burn_ir::{CustomOpIr, HandleContainer, HandleKind, OperationIr, TensorId};
 use burn_router::CustomOpRegistry;
 
 use super::graph_error;
 use super::interpret::{GraphBackend, from_handle, into_handle};
+use super::liveness::Action;
 use crate::error::Error;
 use crate::tensor::PlainTensor;
 
@@ -78,8 +79,31 @@ impl CustomOps {
         self.flex.register(id, handler::<Flex>(run, self.failed.clone()));
     }
 
-    pub(crate) fn contains(&self, id: &str) -> bool {
-        self.ids.contains(id)
+    /// The tensors that a program reads or gives.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if it has an operation that is not known here.
+    pub(super) fn read_by<'a>(
+        &self,
+        program: impl IntoIterator<Item = &'a Action>,
+    ) -> Result<HashSet<TensorId>, Error> {
+        let mut read = HashSet::new();
+        for action in program {
+            match action {
+                Action::Run(op) => {
+                    if let OperationIr::Custom(op) = &**op
+                        && !self.ids.contains(&op.id)
+                    {
+                        let problem = format!("no custom operation `{}` is registered; there is {self:?}", op.id);
+                        return Err(graph_error(problem));
+                    }
+                    read.extend(op.inputs().map(|input| input.id));
+                }
+                Action::Give(tensor) => drop(read.insert(tensor.id)),
+                Action::Free(_) => {}
+            }
+        }
+        Ok(read)
     }
 
     pub(super) fn on_flex(&self) -> CustomOpRegistry<Flex> {

@@ -50,22 +50,7 @@ impl Executor {
     /// [`Error::Graph`] if the graph has a custom operation that `ops` does not know.
     pub fn new(graph: StepGraph, ops: CustomOps) -> Result<Self, Error> {
         let program = program(&graph);
-        let mut needed = HashSet::new();
-        for action in &program {
-            match action {
-                Action::Run(op) => {
-                    if let OperationIr::Custom(op) = &**op
-                        && !ops.contains(&op.id)
-                    {
-                        let problem = format!("no custom operation `{}` is registered; there is {ops:?}", op.id);
-                        return Err(graph_error(problem));
-                    }
-                    needed.extend(op.inputs().map(|t| t.id));
-                }
-                Action::Give(tensor) => drop(needed.insert(tensor.id)),
-                Action::Free(_) => {}
-            }
-        }
+        let needed = ops.read_by(&program)?;
         let mut meaning: HashMap<TensorId, Vec<Meaning>> = HashMap::new();
         let mut mean = |tensor: &TensorIr, what| meaning.entry(tensor.id).or_default().push(what);
         graph.loss.iter().for_each(|t| mean(t, Meaning::Loss));

@@ -9,10 +9,12 @@ use burn_capture::CaptureDevice;
 
 use super::capture::{Recording, in_scope};
 use super::custom::CustomOps;
+use super::device::capture_device;
+use super::edges::{CaptureInputs, CaptureOutputs};
 use super::execute::Executor;
 use super::graph_error;
 use super::inputs::{GraphInputs, TensorMapper};
-use super::leaves::{CaptureInputs, CaptureOutputs, ToCapture, capture_device};
+use super::leaves::ToCapture;
 use super::module::Survey;
 use super::step::StepGraph;
 use crate::error::Error;

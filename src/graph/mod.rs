@@ -49,6 +49,8 @@ mod cache;
 mod capture;
 mod custom;
 pub mod cut;
+mod device;
+mod edges;
 mod execute;
 mod forward;
 mod inputs;

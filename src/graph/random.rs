@@ -30,16 +30,21 @@ pub const COUNTED_RANDOM: &str = "counted_random";
 pub fn counted_random(graph: &mut StepGraph) -> usize {
     let mut number = 0;
     for op in &mut graph.operations {
-        let random = match op {
-            OperationIr::Float(_, FloatOperationIr::Random(random))
-            | OperationIr::NumericFloat(_, NumericOperationIr::IntRandom(random))
-            | OperationIr::NumericInt(_, NumericOperationIr::IntRandom(random)) => random,
-            _ => continue,
-        };
+        let Some(random) = drawn(op) else { continue };
         *op = Draw::new(number, random).into_operation(random);
         number += 1;
     }
     number as usize
+}
+
+/// What an operation draws, if it draws random numbers.
+pub(super) fn drawn(op: &OperationIr) -> Option<&RandomOpIr> {
+    match op {
+        OperationIr::Float(_, FloatOperationIr::Random(random))
+        | OperationIr::NumericFloat(_, NumericOperationIr::IntRandom(random))
+        | OperationIr::NumericInt(_, NumericOperationIr::IntRandom(random)) => Some(random),
+        _ => None,
+    }
 }
 
 /// The seed, and the number of the step: what all ranks must have in common to draw common numbers.

@@ -3,8 +3,9 @@
 use burn::module::Module;
 use burn::tensor::Device;
 
-use super::pipelined::{bound, lock};
+use super::pipelined::lock;
 use super::schedule::Unit;
+use super::step::bound;
 use super::{Pipelined, stage_error};
 use crate::Error;
 use crate::graph::GraphInputs;

@@ -51,6 +51,7 @@ mod pipeline;
 mod pipelined;
 pub mod schedule;
 mod stage;
+mod step;
 mod tied;
 mod wrap;
 
@@ -58,8 +59,9 @@ pub use config::PipelineConfig;
 pub use eager::{EagerStage, Received, Sent};
 pub use parcel::Parcel;
 pub use pipeline::{Pipeline, PipelineRun, RunReport};
-pub use pipelined::{Pipelined, Step};
+pub use pipelined::Pipelined;
 pub use stage::{Forwarded, LossSum, MicroBatch, Stage};
+pub use step::Step;
 pub use wrap::PipelineParallel;
 
 use crate::Error;

@@ -3,9 +3,9 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor};
+use burn::module::Module;
 use burn::optim::GradientsParams;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 
 use crate::Error;
 use crate::comm::{Communicator, Counters};
@@ -16,6 +16,7 @@ use crate::graph::{
 use crate::params::SliceSource;
 use crate::plan::{Plan, PlanTable};
 use crate::tensor::PlainTensor;
+use crate::wrapper::module_of_field;
 
 /// A model split over a group: a burn [`Module`] with the paths and ids of the model and this rank's parts of its
 /// parameters, so optimizers, records and visitors take it as they take the model. Its own `forward` makes no sense on
@@ -222,42 +223,4 @@ impl<M: fmt::Debug> fmt::Debug for Sharded<M> {
     }
 }
 
-impl<M: fmt::Display> fmt::Display for Sharded<M> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.local.fmt(f)
-    }
-}
-
-impl<M: Module> Module for Sharded<M> {
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        self.local.collect_devices(devices)
-    }
-
-    fn fork(self, device: &Device) -> Self {
-        Self { local: self.local.fork(device), ..self }
-    }
-
-    fn to_device(self, device: &Device) -> Self {
-        Self { local: self.local.to_device(device), ..self }
-    }
-
-    fn train(self) -> Self {
-        Self { local: self.local.train(), ..self }
-    }
-
-    fn valid(&self) -> Self {
-        Self { local: self.local.valid(), ..self.clone() }
-    }
-
-    fn materialize(self) -> Self {
-        Self { local: self.local.materialize(), ..self }
-    }
-
-    fn visit<Visitor: ModuleVisitor>(&self, visitor: &mut Visitor) {
-        self.local.visit(visitor);
-    }
-
-    fn map<Mapper: ModuleMapper>(self, mapper: &mut Mapper) -> Self {
-        Self { local: self.local.map(mapper), ..self }
-    }
-}
+module_of_field!(Sharded<M: Module>, local);

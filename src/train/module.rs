@@ -2,10 +2,8 @@
 
 use std::fmt;
 
-use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor};
-use burn::tensor::Device;
-
 use super::{GraphEngine, Replicas};
+use crate::wrapper::module_of_field;
 
 impl<E: fmt::Debug> fmt::Debug for Replicas<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -13,44 +11,5 @@ impl<E: fmt::Debug> fmt::Debug for Replicas<E> {
     }
 }
 
-impl<E: fmt::Display> fmt::Display for Replicas<E> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.engine.fmt(f)
-    }
-}
-
-impl<E: GraphEngine> Module for Replicas<E> {
-    fn collect_devices(&self, devices: Devices) -> Devices {
-        self.engine.collect_devices(devices)
-    }
-
-    fn fork(self, device: &Device) -> Self {
-        Self { engine: self.engine.fork(device), ..self }
-    }
-
-    fn to_device(self, device: &Device) -> Self {
-        Self { engine: self.engine.to_device(device), ..self }
-    }
-
-    fn train(self) -> Self {
-        Self { engine: self.engine.train(), ..self }
-    }
-
-    fn valid(&self) -> Self {
-        Self { engine: self.engine.valid(), ..self.clone() }
-    }
-
-    fn materialize(self) -> Self {
-        Self { engine: self.engine.materialize(), ..self }
-    }
-
-    fn visit<Visitor: ModuleVisitor>(&self, visitor: &mut Visitor) {
-        self.engine.visit(visitor);
-    }
-
-    fn map<Mapper: ModuleMapper>(self, mapper: &mut Mapper) -> Self {
-        let replicas = Self { engine: self.engine.map(mapper), ..self };
-        replicas.reducer.recognise(&replicas.engine);
-        replicas
-    }
-}
+// A record of another run brings ids of its own.
+module_of_field!(Replicas<E: GraphEngine>, engine, then |replicas: &Self| replicas.reducer.recognise(&replicas.engine));

@@ -1,112 +1,17 @@
 //! Fused products over an engine that works beside the ranks' threads: chunks travel while others are multiplied.
 
-use std::sync::Arc;
-use std::time::Duration;
-
-use burn::backend::Flex;
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::prelude::*;
-use burn::tensor::{DType, activation};
-use burn_parallel::comm::{Call, CallLog, Communicator, Message, Operation, Transfer, Transport};
+use burn::tensor::activation;
 use burn_parallel::graph::shard::{fold_reductions, fuse_products, overlap, register_collectives};
 use burn_parallel::graph::{CustomOps, Executor, capture_step};
 use burn_parallel::prelude::*;
 
-use crate::harness::{Axis, Case, cut, filled, gradients, optimizer, same, split, values};
+use crate::forwarding::Forwarding;
+use crate::harness::{Axis, Case, cut, split};
 use crate::models::{Numbers, device, scalar};
-
-/// The embedded engine, as one that is elsewhere: it does not say that it works on the threads that call it.
-#[derive(Debug)]
-struct Elsewhere(Communicator);
-
-impl Transport for Elsewhere {
-    fn collective(&self, call: &Call, transfer: Transfer<'_, '_>) -> Result<u64, Error> {
-        if call.dtype != Some(DType::F32) {
-            return Err(Error::user(format!("this engine carries no {call}")));
-        }
-        match transfer {
-            Transfer::InPlace(buffers) => {
-                for buffer in buffers {
-                    let (data, elements) = (buffer.as_mut_ptr().cast::<f32>(), buffer.elements());
-                    // SAFETY: it is of f32, and lent for writing.
-                    self.0.all_reduce_in_place(
-                        unsafe { std::slice::from_raw_parts_mut(data, elements) },
-                        ReduceOp::Sum,
-                    )?;
-                }
-            }
-            Transfer::Through { input, output } => {
-                // SAFETY: it is of f32, and lent for reading.
-                let rows = unsafe { std::slice::from_raw_parts(input.as_ptr().cast::<f32>(), input.elements()) };
-                let (result, share) = match call.operation {
-                    Operation::AllGather => (self.0.all_gather(rows.to_vec())?, 1),
-                    Operation::ReduceScatter(op) => (self.0.reduce_scatter(rows.to_vec(), op)?, self.size()),
-                    _ => return Err(Error::user(format!("this engine carries no {call}"))),
-                };
-                let whole = if share == 1 { self.size() } else { 1 };
-                let mut dims = call.extent.dims().to_vec();
-                dims[0] = dims[0] / share * whole;
-                let mut place = output.allocate(&dims, DType::F32)?;
-                assert_eq!(place.elements(), result.len());
-                // SAFETY: it is of f32, lent for writing, and as long.
-                unsafe { place.as_mut_ptr().cast::<f32>().copy_from(result.as_ptr(), result.len()) };
-            }
-            Transfer::Nothing => self.0.barrier()?,
-        }
-        Ok(0)
-    }
-
-    fn engine(&self) -> &'static str {
-        "elsewhere"
-    }
-
-    fn group(&self) -> &Arc<str> {
-        self.0.group()
-    }
-
-    fn rank(&self) -> usize {
-        self.0.rank()
-    }
-
-    fn world_rank(&self) -> usize {
-        self.0.rank()
-    }
-
-    fn size(&self) -> usize {
-        self.0.size()
-    }
-
-    fn send(&self, to: usize, tag: u64, Message(data): Message) -> Result<(), Error> {
-        self.0.send(Tensor::<1>::from_primitive::<Flex>(data), to, tag)
-    }
-
-    fn receive(&self, from: usize, tag: u64) -> Result<Message, Error> {
-        Err(Error::user(format!("this engine carries no message {tag} of {from}")))
-    }
-
-    fn timeout(&self) -> Duration {
-        Duration::from_secs(60)
-    }
-
-    fn split(&self, name: &str, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error> {
-        Ok(Arc::new(Elsewhere(self.0.split_named(name, color, key)?)))
-    }
-
-    fn abort(&self, error: Error) {
-        self.0.abort(error);
-    }
-
-    fn leave(&self) {}
-
-    fn failure(&self) -> Option<Error> {
-        self.0.failure()
-    }
-
-    fn log(&self) -> CallLog {
-        self.0.log()
-    }
-}
+use crate::reference::{Whole, filled, gradients, optimizer, same, values};
 
 #[derive(Module, Debug)]
 struct Block {
@@ -147,7 +52,7 @@ fn chunks_travel_beside_the_products() {
         let calls = launch::threads(axis.degree)
             .threads_per_rank(1)
             .run(|rank| {
-                let comm = Communicator::new(Arc::new(Elsewhere(rank.split(0, rank.rank() as i64)?)));
+                let comm = Forwarding::over(rank.split(0, rank.rank() as i64)?, |_| ());
                 let (whole, place) = (filled((BLOCK.make)(&device())), [rank.rank()]);
                 let graph = capture_step(&whole, (BLOCK.batch)(0), BLOCK.loss)?;
                 let (mut graph, _) = split(graph, &axes, &place);
@@ -162,9 +67,7 @@ fn chunks_travel_beside_the_products() {
                     let result = executor.step(&model, (BLOCK.batch)(step as u64))?;
                     let found = scalar(result.loss);
                     assert!((found - reference.loss).abs() < 1e-4 * reference.loss, "{found} {}", reference.loss);
-                    let part = |path: &str, whole: &crate::harness::Whole| {
-                        whole.part(axis.plan.layout(path), axis.degree, place[0])
-                    };
+                    let part = |path: &str, whole: &Whole| whole.part(axis.plan.layout(path), axis.degree, place[0]);
                     for (path, found) in &gradients(&model, &result.gradients) {
                         same(path, &part(path, &reference.gradients[path]), found, 3e-4);
                     }

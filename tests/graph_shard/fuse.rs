@@ -9,8 +9,9 @@ use burn_parallel::graph::shard::{fold_reductions, fuse_products, overlap};
 use burn_parallel::graph::{CustomOps, Executor, GraphInputs, StepGraph, capture_forward};
 use burn_parallel::prelude::*;
 
-use crate::harness::{Axis, Case, filled, split};
+use crate::harness::{Axis, Case, cut, split};
 use crate::models::{Numbers, device};
+use crate::reference::filled;
 use crate::vocabulary::{POST, TOKENS, megatron_with_vocabulary};
 
 /// How many of a kind there are in the forward and in the backward, and of how many products each.
@@ -115,7 +116,7 @@ fn not_a_byte_more() {
                     let mut ops = CustomOps::new();
                     register_collectives(&mut ops, "tp", &rank);
                     let mut executor = Executor::new(graph, ops)?;
-                    let local = crate::harness::cut(model, &axes, &[rank.rank()]);
+                    let local = cut(model, &axes, &[rank.rank()]);
                     let before = rank.counters();
                     executor.step(&local, (TOKENS.batch)(0))?;
                     let since = (rank.counters() - before).total();
@@ -212,7 +213,7 @@ fn a_forward_alone() {
             assert_eq!(fused(&mut graph, AllReduce), [vec![2], Vec::new()], "{graph}");
             let mut ops = CustomOps::new();
             register_collectives(&mut ops, "tp", &rank);
-            let local = crate::harness::cut(model.clone(), &axes, &[rank.rank()]);
+            let local = cut(model.clone(), &axes, &[rank.rank()]);
             let mut given = Executor::new(graph, ops)?.forward(&local, x.clone())?;
             Ok(given.remove(0).float::<3>()?.into_data())
         })

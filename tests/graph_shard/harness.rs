@@ -1,9 +1,6 @@
 //! Trains the same step on one rank and, partitioned, on the ranks of a mesh, and compares.
 
-use std::collections::BTreeMap;
-
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
+use burn::module::{Module, ModuleMapper, Param};
 use burn::prelude::*;
 use burn_parallel::graph::shard::{PartitionOptions, ShardReport, partition, register_collectives};
 use burn_parallel::graph::{
@@ -11,7 +8,8 @@ use burn_parallel::graph::{
 };
 use burn_parallel::prelude::*;
 
-use crate::models::{Numbers, device, scalar};
+use crate::models::{device, scalar};
+use crate::reference::{Reference, Whole, filled, gradients, optimizer, same, values};
 
 /// How a step is split over one axis.
 #[derive(Debug, Clone)]
@@ -42,14 +40,8 @@ impl Axis {
     }
 }
 
-/// A tensor of the reference, to be cut as the ranks cut theirs.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Whole {
-    pub dims: Vec<usize>,
-    pub values: Vec<f32>,
-}
-
 impl Whole {
+    /// This, as a rank has it.
     pub fn part(&self, layout: Layout, degree: usize, rank: usize) -> Self {
         let Layout::Sharded(dim) = layout else { return self.clone() };
         let (before, size) = (self.dims[..dim].iter().product::<usize>(), self.dims[dim]);
@@ -66,70 +58,6 @@ impl Whole {
         dims[dim] = share;
         Self { dims, values }
     }
-}
-
-pub type Wholes = BTreeMap<String, Whole>;
-
-#[derive(Default)]
-struct Floats<'a> {
-    gradients: Option<&'a GradientsParams>,
-    path: Vec<String>,
-    values: Wholes,
-}
-
-impl ModuleVisitor for Floats<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let value = match self.gradients {
-            None => Some(param.val().inner()),
-            Some(gradients) => gradients.get::<D>(param.id),
-        };
-        if let Some(value) = value {
-            let dims = value.dims().to_vec();
-            let values = value.into_data().convert::<f32>().try_to_vec().unwrap();
-            self.values.insert(self.path.join("."), Whole { dims, values });
-        }
-    }
-
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.into());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-}
-
-pub fn values<M: Module>(model: &M) -> Wholes {
-    let mut floats = Floats::default();
-    model.valid().visit(&mut floats);
-    floats.values
-}
-
-pub fn gradients<M: Module>(model: &M, gradients: &GradientsParams) -> Wholes {
-    let mut floats = Floats { gradients: Some(gradients), ..Floats::default() };
-    model.visit(&mut floats);
-    floats.values
-}
-
-/// The same numbers in every model of the same structure.
-struct Fill(Numbers);
-
-impl ModuleMapper for Fill {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let (id, value, mapper) = param.consume();
-        if !value.is_require_grad() {
-            return Param::from_mapped_value(id, value, mapper);
-        }
-        let dims = value.dims();
-        let scale = if D > 1 { 1.0 / (dims[0] as f32).sqrt() } else { 0.5 };
-        let new = self.0.tensor::<D>(dims, &value.device()) * scale + if D == 1 { 0.3 } else { 0.0 };
-        let new = new.cast(value.dtype());
-        Param::from_mapped_value(id, new.detach().require_grad(), mapper)
-    }
-}
-
-pub fn filled<M: Module>(model: M) -> M {
-    model.train().map(&mut Fill(Numbers(7)))
 }
 
 /// This rank's part of a model.
@@ -171,27 +99,6 @@ impl ModuleMapper for Cut<'_> {
     fn exit_module(&mut self, _: &str, _: &str) {
         self.path.pop();
     }
-}
-
-#[track_caller]
-pub fn same(what: &str, expected: &Whole, found: &Whole, tolerance: f32) {
-    assert_eq!(expected.dims, found.dims, "{what}");
-    let scale = expected.values.iter().fold(1e-2f32, |most, x| most.max(x.abs()));
-    let differences = expected.values.iter().zip(&found.values).map(|(a, b)| (a - b).abs());
-    let worst = differences.fold(0.0, |most: f32, x| if x.is_nan() { f32::INFINITY } else { most.max(x) }) / scale;
-    assert!(worst <= tolerance, "{what} differs by {worst}");
-}
-
-pub fn optimizer() -> ModuleOptimizer {
-    // Gradients that are 0 but for rounding, as that of a key's bias, must not be blown up.
-    AdamWConfig::new().with_weight_decay(0.01).with_epsilon(1e-2).init()
-}
-
-/// What one rank does in a step.
-pub struct Reference {
-    pub loss: f32,
-    pub gradients: Wholes,
-    pub after: Wholes,
 }
 
 /// A model, its batches and its loss.

@@ -1,8 +1,12 @@
 //! Partitioned graphs, run by threads: any split, over one axis or two, trains like one device.
 
+#[path = "../forwarding/mod.rs"]
+mod forwarding;
 #[path = "../graph/models.rs"]
 #[allow(dead_code)]
 mod models;
+#[path = "../reference/mod.rs"]
+mod reference;
 
 mod axes;
 mod background;

@@ -6,7 +6,7 @@ use burn_parallel::graph::GraphInputs;
 use burn_parallel::pipeline_parallel::Pipelined;
 use burn_parallel::prelude::*;
 
-use crate::reference::{Reference, Values, bytes, filled, gradients, optimizer, same, values};
+use crate::reference::{Reference, Wholes, all_same, bytes, filled, gradients, optimizer, values};
 
 /// Trains as a pipeline and compares everything with one device.
 pub fn compare<M: Module, I: GraphInputs + Clone>(
@@ -27,13 +27,13 @@ pub fn compare<M: Module, I: GraphInputs + Clone>(
             let (found, expected) = (result.loss as f32, reference.loss);
             assert!((found - expected).abs() <= 1e-4 * expected.abs(), "{what}: {found} {expected}");
             let mine = gradients(&model, &result.grads);
-            let expected: Values = reference
+            let expected: Wholes = reference
                 .gradients
                 .iter()
                 .filter(|(path, _)| mine.contains_key(*path))
                 .map(|(p, v)| (p.clone(), v.clone()))
                 .collect();
-            same(&format!("gradients, {what}"), &expected, &mine, 3e-4);
+            all_same(&format!("gradients, {what}"), &expected, &mine, 3e-4);
             // Every gradient is somewhere.
             let mut anywhere = Vec::new();
             for path in reference.gradients.keys() {
@@ -41,7 +41,7 @@ pub fn compare<M: Module, I: GraphInputs + Clone>(
             }
             assert!(rank.all_reduce(anywhere, ReduceOp::Max)?.iter().all(|found| *found == 1), "{what}");
             model = optim.step(0.05, model, result.grads);
-            same(&format!("after, {what}"), &reference.after, &values(&model.assemble()?), 3e-4);
+            all_same(&format!("after, {what}"), &reference.after, &values(&model.assemble()?), 3e-4);
             held = bytes(model.local()).bytes.values().sum();
         }
         let report = model.report().ok_or_else(|| Error::user("the model was not cut"))?;
@@ -57,7 +57,7 @@ pub fn compare<M: Module, I: GraphInputs + Clone>(
         // What several stages of one rank use is there once.
         let again = |(path, holders): &(String, Vec<usize>)| {
             let uses = holders.iter().filter(|stage| mine.contains(stage)).count();
-            uses.saturating_sub(1) * references[0].after[path].len() * 4
+            uses.saturating_sub(1) * references[0].after[path].values.len() * 4
         };
         let again: usize = report.tied.iter().map(again).sum();
         assert_eq!(*held as u64, own - again as u64, "rank {rank}");

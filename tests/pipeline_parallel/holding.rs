@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::{TensorData, activation};
@@ -11,7 +11,7 @@ use burn_parallel::params::SliceSource;
 use burn_parallel::prelude::*;
 
 use crate::models::{Lm, Tied, device};
-use crate::reference::{bytes, filled, values};
+use crate::reference::{Whole, Wholes, bytes, filled, values};
 use crate::{lm, lm_loss, rows_of_tokens, schedules, tied, tied_loss, tokens};
 
 #[test]
@@ -47,7 +47,7 @@ fn lazy_parameters_of_other_stages_are_never_made() {
 /// A store that counts what is asked of it.
 #[derive(Default)]
 struct Store {
-    whole: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    whole: Wholes,
     /// Elements read, by path.
     read: BTreeMap<String, usize>,
 }
@@ -55,35 +55,17 @@ struct Store {
 impl Store {
     /// A store of what a model holds.
     fn of<M: Module>(model: &M) -> Self {
-        #[derive(Default)]
-        struct Keep(Vec<String>, BTreeMap<String, Vec<usize>>);
-        impl ModuleVisitor for Keep {
-            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-                self.1.insert(self.0.join("."), param.val().dims().to_vec());
-            }
-
-            fn enter_module(&mut self, name: &str, _: &str) {
-                self.0.push(name.into());
-            }
-
-            fn exit_module(&mut self, _: &str, _: &str) {
-                self.0.pop();
-            }
-        }
-        let mut dims = Keep::default();
-        model.visit(&mut dims);
-        let whole = values(model).into_iter().map(|(path, values)| (path.clone(), (dims.1[&path].clone(), values)));
-        Self { whole: whole.collect(), read: BTreeMap::new() }
+        Self { whole: values(model), read: BTreeMap::new() }
     }
 }
 
 impl SliceSource for Store {
     fn dims(&mut self, path: &str) -> Result<Option<Vec<usize>>, Error> {
-        Ok(self.whole.get(path).map(|(dims, _)| dims.clone()))
+        Ok(self.whole.get(path).map(|whole| whole.dims.clone()))
     }
 
     fn read(&mut self, path: &str, ranges: &[Range<usize>]) -> Result<TensorData, Error> {
-        let (dims, values) = &self.whole[path];
+        let Whole { dims, values } = &self.whole[path];
         let places = ranges.iter().zip(dims).fold(vec![0], |places: Vec<usize>, (range, size)| {
             places.iter().flat_map(|place| range.clone().map(move |index| place * size + index)).collect()
         });
@@ -175,7 +157,7 @@ fn a_split_model_is_loaded_by_parts_of_stages() {
             let read: usize = store.read.values().sum();
             let held: usize = bytes(model.local()).bytes.values().sum();
             assert_eq!(4 * read, held);
-            let all: usize = expected.values().map(Vec::len).sum();
+            let all: usize = expected.values().map(|whole| whole.values.len()).sum();
             let together = world.all_reduce(vec![read as u64], ReduceOp::Sum)?[0] as usize;
             // Split parameters once, the others once for each part of a layer.
             assert!((all..2 * all).contains(&together), "{together} {all}");
@@ -199,7 +181,7 @@ fn what_cannot_be_loaded_is_refused() {
             let whole = store.whole.remove(path).unwrap();
             let error = model.clone().load(&mut store).unwrap_err();
             assert!(error.to_string().contains(&format!("no parameter `{path}`")), "{error}");
-            store.whole.insert(path.into(), (vec![whole.1.len(), 1], whole.1));
+            store.whole.insert(path.into(), Whole { dims: vec![whole.values.len(), 1], ..whole });
             let error = model.load(&mut store).unwrap_err();
             assert!(error.to_string().contains(path) && error.to_string().contains("dims"), "{error}");
             Ok(())

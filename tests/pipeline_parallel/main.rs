@@ -18,7 +18,7 @@ use burn_parallel::pipeline_parallel::schedule::Routes;
 use burn_parallel::prelude::*;
 use compare::compare;
 use models::{Cnn, Lm, Numbers, Tied, cross_entropy, device, images, scalar};
-use reference::{bytes, filled, gradients, optimizer, reference, same, values};
+use reference::{all_same, bytes, filled, gradients, optimizer, reference, values};
 
 fn lm() -> Lm {
     Lm::new(13, 8, 3, &device())
@@ -135,7 +135,7 @@ fn token_losses_count_what_is_real() {
             assert!((step.loss - whole.0).abs() < 1e-5 * whole.0, "{} {}", step.loss, whole.0);
             let mine = gradients(&model, &step.grads);
             let expected = whole.2.iter().filter(|(path, _)| mine.contains_key(*path));
-            same("gradients", &expected.map(|(p, v)| (p.clone(), v.clone())).collect(), &mine, 1e-4);
+            all_same("gradients", &expected.map(|(p, v)| (p.clone(), v.clone())).collect(), &mine, 1e-4);
             Ok(())
         })
         .unwrap();
@@ -294,7 +294,7 @@ fn running_statistics_take_a_step_for_each_micro_batch() {
         Ok(values(&model.assemble()?))
     });
     for found in found.unwrap() {
-        same("running statistics", &expected, &found, 1e-5);
+        all_same("running statistics", &expected, &found, 1e-5);
     }
 }
 
@@ -481,7 +481,7 @@ fn pipelines_of_split_models_with_replicas_train_alike() {
                 let result = model.step(share, lm_loss)?;
                 assert!((result.loss as f32 - reference.loss).abs() < 1e-4 * reference.loss);
                 model = optim.step(0.05, model, result.grads);
-                same("after", &reference.after, &values(&model.assemble()?), 3e-4);
+                all_same("after", &reference.after, &values(&model.assemble()?), 3e-4);
             }
             Ok(())
         })

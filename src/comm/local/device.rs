@@ -28,7 +28,7 @@ use super::fold::fold;
 use super::group::lock;
 use super::transport::LocalTransport;
 use crate::Error;
-use crate::comm::collectives::pieces_on_device;
+use crate::comm::coalesced::pieces_on_device;
 use crate::comm::device::{
     DeviceTensor, DeviceTransport, bytes_moved, exclusive, flat, from_device, rows_received, to_device, with_dims,
 };

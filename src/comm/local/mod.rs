@@ -18,6 +18,7 @@ mod device;
 #[cfg(feature = "cubecl")]
 mod fold;
 mod group;
+mod interrupted;
 mod mailbox;
 mod rendezvous;
 mod sync;

@@ -4,7 +4,7 @@
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
 
@@ -16,19 +16,11 @@ use super::work;
 use crate::Error;
 use crate::comm::{Arrival, Call, CallLog, Extent, Message, Operation, Transfer, Transport};
 
-/// How long a rank that finds a peer gone waits for the reason, which may be on its way: a rank drops its communicators
-/// while it unwinds, before whoever started it can tell why.
-const GRACE: Duration = Duration::from_millis(100);
-
-/// How long a rank that finds the group aborted waits for the error. Whoever runs out of time aborts first and writes the
-/// error then, so this is a matter of microseconds; the limit is there because every wait has one.
-const WRITING: Duration = Duration::from_secs(10);
-
 /// A rank's place in a group of threads.
 #[derive(Debug)]
 pub(super) struct LocalTransport {
-    group: Arc<Group>,
-    rank: usize,
+    pub(super) group: Arc<Group>,
+    pub(super) rank: usize,
     /// Number of the next meeting. Held during a collective: a rank does one at a time. Transports of several ranks are made
     /// one after the other and lie side by side, so this has its cache lines to itself.
     meeting: CachePadded<Mutex<u64>>,
@@ -140,81 +132,6 @@ impl LocalTransport {
             }
         }
         message.ok_or_else(|| self.failure_or_abort())
-    }
-
-    /// Turns an interrupted wait into the error of the world.
-    fn interrupted(&self, why: Interrupted, call: &Call, waited: Duration, missing: impl FnOnce() -> String) -> Error {
-        let group = &*self.group;
-        match why {
-            Interrupted::Aborted => {
-                self.told(WRITING);
-            }
-            Interrupted::Expired => group.fate.fail(Error::Timeout {
-                group: group.name.clone(),
-                rank: self.rank,
-                operation: call.to_string(),
-                waited,
-                missing: missing(),
-                log: group.log(),
-            }),
-            Interrupted::Left => {
-                let waited_for = |rank: usize| match call.operation {
-                    Operation::Receive { from, .. } => rank == from,
-                    _ => true,
-                };
-                let gone = lock(&group.left).iter().copied().find(|(rank, _)| waited_for(*rank));
-                // The list is not locked any more: failing rings the bell, under whose lock receivers look at the list.
-                if !self.told(GRACE)
-                    && let Some((rank, panicked)) = gone
-                {
-                    let (name, operation, log) = (group.name.clone(), call.to_string(), group.log());
-                    group.fate.fail(match panicked {
-                        true => {
-                            let message = "see its own message".into();
-                            Error::RankPanicked { rank: group.members[rank], message, log }
-                        }
-                        false => Error::RankLost { group: name, rank, operation, log },
-                    });
-                }
-            }
-        }
-        self.failure_or_abort()
-    }
-
-    /// Waits for the error of the world, and no longer than `limit`. Returns whether it is there.
-    fn told(&self, limit: Duration) -> bool {
-        let group = &*self.group;
-        let since = Instant::now();
-        let remaining = || limit.checked_sub(since.elapsed()).filter(|left| !left.is_zero());
-        let told = || group.fate.error().is_some();
-        group.rendezvous.bell.wait(Patience { spins: 0, yields: 0 }, told, remaining)
-    }
-
-    fn fail(&self, error: Error) -> Error {
-        self.group.fate.fail(error);
-        self.failure_or_abort()
-    }
-
-    /// The world's error. One is always set before a group is interrupted; should it not be, this says so.
-    fn failure_or_abort(&self) -> Error {
-        self.group.fate.error().cloned().unwrap_or_else(|| Error::Aborted {
-            group: self.group.name.clone(),
-            rank: self.rank,
-            reason: "the group was interrupted without a reason".into(),
-            log: self.group.log(),
-        })
-    }
-
-    /// Who has not come to `call`, in words.
-    fn absent(&self, call: &Call) -> String {
-        let watch = &self.group.watch;
-        let came = |rank: usize| watch.is_in(rank, call);
-        let absent: Vec<String> = (0..self.size()).filter(|rank| !came(*rank)).map(|rank| rank.to_string()).collect();
-        match absent.len() {
-            0 => "nobody any more: the last one came as time ran out".into(),
-            1 => format!("rank {}", absent[0]),
-            _ => format!("ranks {}", absent.join(", ")),
-        }
     }
 
     fn check_rank(&self, rank: usize, operation: &'static str) -> Result<(), Error> {

@@ -33,11 +33,13 @@
 //! | killed | the launcher ends the others and names it (mpirun, srun with `--kill-on-bad-exit`); else as above |
 //! | killed or cut off while data moves | `MPI_Abort`, after the time-out and with the error printed: MPI can't give buffers back |
 
+mod process;
 mod wire;
 
 use std::sync::Arc;
 
-use self::wire::{Mpi, MpiWire};
+use self::process::Mpi;
+use self::wire::MpiWire;
 use super::Communicator;
 use super::local::WorldConfig;
 use super::wired::Worlds;

@@ -1,30 +1,20 @@
-//! MPI itself: messages of bytes between processes, begun now and done later.
+//! Messages of bytes between the processes of MPI, begun now and done later.
 //!
-//! MPI is the process's, not ours: it is initialised once, and a rank's threads must not all call it as they like. Every
-//! call here is one that does not block, under one lock of the process. That asks no more of MPI than
-//! `MPI_THREAD_SERIALIZED`, which every MPI gives without loss, and a thread that waits keeps no other from working.
+//! No call here blocks, and each takes the process's [turn](Mpi::turn): a thread that waits keeps no other from working.
 
 use std::ffi::{c_int, c_void};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{ptr, thread};
 
 use mpi_sys as sys;
 
+use super::process::{Mpi, check};
 use crate::Error;
 use crate::comm::wired::{Ticket, Wire};
 
 /// Bytes of one MPI message: counts are C ints. What is longer goes as several.
 const SEGMENT: usize = 1 << 30;
-
-/// MPI, initialised.
-#[derive(Debug)]
-pub(super) struct Mpi {
-    turn: Mutex<()>,
-    thread: thread::ThreadId,
-    /// Whether it was initialised here, and is to be finalised here.
-    ours: bool,
-}
 
 // A request is a pointer or a number, as the MPI likes.
 const _: () = assert!(size_of::<sys::MPI_Request>() <= 8);
@@ -39,62 +29,6 @@ fn ticket(request: sys::MPI_Request) -> Ticket {
 /// The request of a ticket, in its place.
 fn request(ticket: &mut Ticket) -> *mut sys::MPI_Request {
     (&raw mut ticket.0).cast()
-}
-
-fn check(code: c_int, what: &str) -> Result<(), Error> {
-    if code == sys::MPI_SUCCESS as c_int {
-        return Ok(());
-    }
-    let mut text = [0u8; sys::MPI_MAX_ERROR_STRING as usize];
-    let mut len: c_int = 0;
-    // SAFETY: the buffer is as long as MPI asks for.
-    unsafe { sys::MPI_Error_string(code, text.as_mut_ptr().cast(), &mut len) };
-    let text = String::from_utf8_lossy(&text[..(len.max(0) as usize).min(text.len())]).into_owned();
-    Err(Error::Engine { engine: "mpi", problem: format!("{what}: {text}") })
-}
-
-impl Mpi {
-    /// Initialises MPI, or joins whoever has.
-    pub fn init() -> Result<Arc<Self>, Error> {
-        let problem = |problem: &str| Err(Error::Engine { engine: "mpi", problem: problem.into() });
-        let (mut before, mut after, mut provided) = (0, 0, 0);
-        // SAFETY: both may be called at any time.
-        unsafe {
-            check(sys::MPI_Initialized(&mut before), "MPI_Initialized")?;
-            check(sys::MPI_Finalized(&mut after), "MPI_Finalized")?;
-        }
-        if after != 0 {
-            return problem("MPI has been finalised in this process, and cannot be initialised a second time");
-        }
-        // SAFETY: not initialised so far, or initialised and not finalised.
-        unsafe {
-            if before == 0 {
-                let wanted = sys::RSMPI_THREAD_SERIALIZED;
-                let code = sys::MPI_Init_thread(ptr::null_mut(), ptr::null_mut(), wanted, &mut provided);
-                check(code, "MPI_Init_thread")?;
-            } else {
-                check(sys::MPI_Query_thread(&mut provided), "MPI_Query_thread")?;
-            }
-            if provided < sys::RSMPI_THREAD_SERIALIZED {
-                return problem("this MPI allows one thread only; initialise it with MPI_THREAD_SERIALIZED or more");
-            }
-        }
-        Ok(Arc::new(Self { turn: Mutex::default(), thread: thread::current().id(), ours: before == 0 }))
-    }
-
-    /// This process's turn to call MPI.
-    pub fn turn(&self) -> MutexGuard<'_, ()> {
-        self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    /// Ends MPI, if it was begun here. Waits for all processes.
-    pub fn finalize(&self) {
-        if self.ours && thread::current().id() == self.thread {
-            let _turn = self.turn();
-            // SAFETY: initialised here, and finalised once, for whoever owns the session does it last.
-            unsafe { sys::MPI_Finalize() };
-        }
-    }
 }
 
 /// All processes of a world, and an MPI communicator of its own to talk to them.
@@ -156,6 +90,23 @@ impl MpiWire {
         check(unsafe { sys::MPI_Comm_set_errhandler(comm, sys::RSMPI_ERRORS_RETURN) }, "MPI_Comm_set_errhandler")?;
         Ok(wire)
     }
+
+    /// Begins a message segment by segment: `start` is where one begins, `count` its bytes.
+    fn begin(
+        &self,
+        call: &'static str,
+        len: usize,
+        tickets: &mut Vec<Ticket>,
+        mut segment: impl FnMut(usize, c_int, &mut sys::MPI_Request) -> c_int,
+    ) -> Result<(), Error> {
+        let _turn = self.mpi.turn();
+        for start in segments(len) {
+            let mut request = unsafe { sys::RSMPI_REQUEST_NULL };
+            check(segment(start, SEGMENT.min(len - start) as c_int, &mut request), call)?;
+            tickets.push(ticket(request));
+        }
+        Ok(())
+    }
 }
 
 impl Wire for MpiWire {
@@ -183,19 +134,13 @@ impl Wire for MpiWire {
         len: usize,
         tickets: &mut Vec<Ticket>,
     ) -> Result<(), Error> {
-        let _turn = self.mpi.turn();
-        for start in segments(len) {
-            let mut request = unsafe { sys::RSMPI_REQUEST_NULL };
-            let count = SEGMENT.min(len - start) as c_int;
+        self.begin("MPI_Isend", len, tickets, |start, count, request| {
             // SAFETY: passed on.
-            let code = unsafe {
+            unsafe {
                 let data = data.add(start).cast::<c_void>();
-                sys::MPI_Isend(data, count, sys::RSMPI_UINT8_T, to as c_int, tag as c_int, self.comm, &mut request)
-            };
-            check(code, "MPI_Isend")?;
-            tickets.push(ticket(request));
-        }
-        Ok(())
+                sys::MPI_Isend(data, count, sys::RSMPI_UINT8_T, to as c_int, tag as c_int, self.comm, request)
+            }
+        })
     }
 
     unsafe fn receive(
@@ -206,19 +151,13 @@ impl Wire for MpiWire {
         len: usize,
         tickets: &mut Vec<Ticket>,
     ) -> Result<(), Error> {
-        let _turn = self.mpi.turn();
-        for start in segments(len) {
-            let mut request = unsafe { sys::RSMPI_REQUEST_NULL };
-            let count = SEGMENT.min(len - start) as c_int;
+        self.begin("MPI_Irecv", len, tickets, |start, count, request| {
             // SAFETY: passed on.
-            let code = unsafe {
+            unsafe {
                 let data = data.add(start).cast::<c_void>();
-                sys::MPI_Irecv(data, count, sys::RSMPI_UINT8_T, from as c_int, tag as c_int, self.comm, &mut request)
-            };
-            check(code, "MPI_Irecv")?;
-            tickets.push(ticket(request));
-        }
-        Ok(())
+                sys::MPI_Irecv(data, count, sys::RSMPI_UINT8_T, from as c_int, tag as c_int, self.comm, request)
+            }
+        })
     }
 
     fn progress(&self, tickets: &mut Vec<Ticket>) -> Result<bool, Error> {

@@ -18,7 +18,9 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::lane::{Event, Gpu, Prepared};
+use super::event::Event;
+use super::gpu::Gpu;
+use super::lane::Prepared;
 use super::messages::Outbox;
 use super::raw::Raw;
 use crate::Error;

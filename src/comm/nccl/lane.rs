@@ -16,93 +16,28 @@
 //!
 //! A message that is sent goes without the third step: what the sender computes next has nothing to wait for, and the buffer
 //! is held until *done* is seen to be over (see `keeper.rs`).
-//!
-//! CUDA's events are used again and again: whoever waits for one waits for the point that it marked when the wait was enqueued,
-//! whatever it marks later.
 
 use std::ffi::c_void;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use burn_cubecl::tensor::CubeTensor;
-use cubecl::cuda::CudaRuntime;
 use cubecl_common::device_handle::DeviceHandle;
 use cubecl_environment::stream::StreamId;
-use cubecl_server::runtime::Runtime;
 use cubecl_server::server::ServerStorage;
 use cubecl_server::storage::{ComputeStorage, ManagedResource};
 use cubecl_server::stream::WriteScoped;
 use cudarc::driver::{result as driver, sys as cuda};
 use cudarc::nccl::sys::cudaStream_t;
 
+use super::event::Event;
+use super::gpu::{Gpu, Server, refused};
 use crate::Error;
 use crate::comm::pending::when_taken;
 
-/// Nameable although `cubecl_cuda::compute` is private.
-type Server = <CudaRuntime as Runtime>::Server;
 /// A buffer that is held: its memory is neither moved nor given to others.
 type Held = ManagedResource<<<Server as ServerStorage>::Storage as ComputeStorage>::Resource>;
-
-/// A GPU, as CUDA's calls mean it, and how its thread of burn is reached.
-#[derive(Debug, Clone)]
-pub(super) struct Gpu(Arc<Shared>);
-
-struct Shared {
-    /// The primary context, which burn uses too, and which is kept for the life of the process.
-    context: cuda::CUcontext,
-    /// burn's thread of the device, from the first tensor on: looked up once, not for each call.
-    server: OnceLock<DeviceHandle<Server>>,
-    /// Events that nobody uses just now.
-    spare: Mutex<Vec<cuda::CUevent>>,
-}
-
-// SAFETY: CUDA takes contexts and events from any thread; the rest is seen to here.
-unsafe impl Send for Shared where DeviceHandle<Server>: Send {}
-unsafe impl Sync for Shared where DeviceHandle<Server>: Send + Sync {}
-
-impl std::fmt::Debug for Shared {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Gpu").field("context", &self.context).finish_non_exhaustive()
-    }
-}
-
-impl Gpu {
-    /// Spare events that are kept; more are in use at once only for a moment.
-    const SPARE: usize = 256;
-
-    pub fn new(index: usize) -> Result<Self, Error> {
-        let failed = |error| refused("a GPU cannot be opened", error);
-        let device = driver::device::get(index as i32).map_err(failed)?;
-        // SAFETY: the device exists.
-        let context = unsafe { driver::primary_ctx::retain(device) }.map_err(failed)?;
-        Ok(Self(Arc::new(Shared { context, server: OnceLock::new(), spare: Mutex::default() })))
-    }
-
-    /// Makes the device the one that this thread's CUDA calls mean.
-    pub fn enter(&self) -> Result<(), Error> {
-        // SAFETY: the context is retained for ever.
-        unsafe { driver::ctx::set_current(self.0.context) }.map_err(|error| refused("the GPU cannot be entered", error))
-    }
-
-    /// burn's thread of the device on which `tensor` is.
-    fn server(&self, tensor: &CubeTensor) -> &DeviceHandle<Server> {
-        self.0.server.get_or_init(|| DeviceHandle::new(tensor.client.service_id().device))
-    }
-
-    fn spare(&self) -> MutexGuard<'_, Vec<cuda::CUevent>> {
-        self.0.spare.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        for event in self.spare.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            // SAFETY: nobody else has it; CUDA keeps what it needs of an event that is waited for.
-            let _ = unsafe { driver::event::destroy(event) };
-        }
-    }
-}
 
 /// A stream of a device, of high priority: what it does is waited for.
 #[derive(Debug)]
@@ -114,17 +49,6 @@ pub(super) struct Lane {
 // SAFETY: CUDA takes streams from any thread.
 unsafe impl Send for Lane {}
 unsafe impl Sync for Lane {}
-
-/// A point in a stream. CUDA keeps what waits for it waiting, however early the event is destroyed or marks another.
-#[derive(Debug)]
-pub(super) struct Event {
-    event: cuda::CUevent,
-    gpu: Gpu,
-}
-
-// SAFETY: CUDA takes events from any thread.
-unsafe impl Send for Event {}
-unsafe impl Sync for Event {}
 
 /// Buffers whose places are being found.
 pub(super) struct Preparing {
@@ -261,60 +185,10 @@ impl Drop for Lane {
     }
 }
 
-impl Event {
-    /// Marks where `stream` is now. The device must be current on this thread.
-    fn record(gpu: &Gpu, stream: cuda::CUstream) -> Result<Self, Error> {
-        let failed = |error| refused("an event could not be recorded", error);
-        let spare = gpu.spare().pop();
-        let event = match spare {
-            Some(event) => event,
-            None => driver::event::create(cuda::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(failed)?,
-        };
-        let event = Self { event, gpu: gpu.clone() };
-        // SAFETY: both live.
-        unsafe { driver::event::record(event.event, stream) }.map_err(failed)?;
-        Ok(event)
-    }
-
-    /// Makes a stream wait for this point.
-    fn hold_up(&self, stream: cuda::CUstream) -> Result<(), Error> {
-        let whole = cuda::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        // SAFETY: both live.
-        unsafe { driver::stream::wait_event(stream, self.event, whole) }
-            .map_err(|error| refused("a stream cannot wait for another", error))
-    }
-
-    /// Whether the device has passed this point, as far as it can still be asked.
-    pub fn is_over(&self) -> Result<bool, Error> {
-        // SAFETY: the event lives.
-        match unsafe { driver::event::query(self.event) } {
-            Ok(()) => Ok(true),
-            Err(driver::DriverError(cuda::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
-            Err(error) => Err(refused("the GPU failed", error)),
-        }
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        let mut spare = self.gpu.spare();
-        if spare.len() < Gpu::SPARE {
-            return spare.push(self.event);
-        }
-        drop(spare);
-        // SAFETY: nobody else has it; CUDA keeps what it needs of an event that is waited for.
-        let _ = unsafe { driver::event::destroy(self.event) };
-    }
-}
-
 /// The CUDA stream on which burn enqueues the work of stream `id`.
 fn compute_stream(server: &mut Server, id: StreamId) -> Result<cuda::CUstream, Error> {
     let mut streams = server.write_streams().resolve(id, core::iter::empty()).map_err(|error| lost(&error))?;
     Ok(streams.current().sys)
-}
-
-fn refused(what: &str, error: driver::DriverError) -> Error {
-    Error::Gpu { problem: format!("{what}: {error:?}") }
 }
 
 fn lost(error: &dyn std::fmt::Debug) -> Error {

@@ -46,8 +46,9 @@ use burn_cubecl::CubeDevice;
 use cudarc::nccl::result as nccl;
 
 use super::collective::data_type;
+use super::gpu::Gpu;
 use super::keeper::{Keeper, Link, lock};
-use super::lane::{Gpu, Lane, Preparing, prepare};
+use super::lane::{Lane, Preparing, prepare};
 use super::raw::{ID_BYTES, Raw};
 use crate::Error;
 use crate::comm::device::{DeviceTensor, empty_on};

@@ -41,8 +41,11 @@
 //! # What travels through the host all the same
 //! Tensors of other devices or of dtypes that NCCL does not know (`i16`, `u16`).
 
+mod brought;
 mod collective;
+mod event;
 mod expected;
+mod gpu;
 mod keeper;
 mod lane;
 mod library;
@@ -58,8 +61,9 @@ use burn::tensor::Device;
 
 pub use library::{Library, Version, devices, library};
 
+use self::gpu::Gpu;
 use self::keeper::Keeper;
-use self::lane::{Gpu, Lane};
+use self::lane::Lane;
 use self::raw::Raw;
 use self::transport::NcclTransport;
 use super::{Communicator, ReduceOp};

@@ -8,9 +8,10 @@ use burn_cubecl::CubeDevice;
 use cudarc::nccl::result as nccl;
 
 use super::collective::data_type;
+use super::event::Event;
 use super::expected::{Asked, Expected, Key};
 use super::keeper::{Keeper, lock};
-use super::lane::{Event, follow_here, prepare};
+use super::lane::{follow_here, prepare};
 use super::messages::{ANSWERS, Channel, Header, Outbox};
 use super::raw::unique_id;
 use crate::Error;

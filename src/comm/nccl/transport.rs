@@ -7,6 +7,7 @@ use burn::tensor::{DType, Device};
 use burn_cubecl::CubeDevice;
 use cubecl_environment::stream::StreamId;
 
+use super::brought::Brought;
 use super::collective::{Task, data_type};
 use super::keeper::{Held, Keeper, Link};
 use super::lane::{Lane, Preparing, prepare};
@@ -14,9 +15,9 @@ use super::messages::{Header, Outbox};
 use super::raw::Raw;
 use super::receiving::Receiving;
 use crate::Error;
-use crate::comm::collectives::pieces_on_device;
-use crate::comm::device::{DeviceTensor, DeviceTransport, bytes_moved, empty_on, rows_received};
-use crate::comm::{Arrival, BufferMut, Call, CallLog, Extent, Message, Operation, ReduceOp, Transfer, Transport};
+use crate::comm::coalesced::pieces_on_device;
+use crate::comm::device::{DeviceTensor, DeviceTransport, bytes_moved, empty_on};
+use crate::comm::{Arrival, Call, CallLog, Message, Operation, ReduceOp, Transfer, Transport};
 
 /// A rank's place in a group that NCCL joins. All but what moves device data is done by the engine below.
 #[derive(Debug)]
@@ -53,31 +54,6 @@ impl NcclTransport {
         let (own, cube) = (outboxes[host.rank()].clone(), device.1.clone());
         let receiving = Receiving::new(host.clone(), answers, keeper.clone(), cube, own);
         Ok(Self { host, link, lane, keeper, device, outboxes, receiving })
-    }
-
-    /// What all ranks bring to a call in which that may differ.
-    fn ask(&self, call: &Call, tensor: &DeviceTensor) -> Result<Brought, Error> {
-        let (size, rank) = (self.host.size(), self.host.rank());
-        let mut dims = tensor.meta.shape().to_vec();
-        if let Operation::Scatter { root } = call.operation {
-            // Of what the others bring nothing counts.
-            let mut told = [0u64; 1 + Brought::MOST];
-            if rank == root && dims.len() <= Brought::MOST {
-                told[0] = 1 + dims.len() as u64;
-                told[1..].iter_mut().zip(&dims).for_each(|(to, dim)| *to = *dim as u64);
-            }
-            reduce(&*self.host, ReduceOp::Sum, &mut told)?;
-            let Some(len) = told[0].checked_sub(1).filter(|len| *len <= Brought::MOST as u64) else {
-                let problem = format!("rank {root} brings a tensor of more than {} dims", Brought::MOST);
-                return Err(Error::invalid("scatter", problem));
-            };
-            dims = told[1..].iter().take(len as usize).map(|dim| *dim as usize).collect();
-            return Ok(Brought { rows: vec![dims.first().copied().unwrap_or(1); size], dims });
-        }
-        let mut rows = vec![0u64; size];
-        rows[rank] = call.extent.rows() as u64;
-        reduce(&*self.host, ReduceOp::Sum, &mut rows)?;
-        Ok(Brought { rows: rows.into_iter().map(|rows| rows as usize).collect(), dims })
     }
 
     /// Has the inputs and as many outputs of a collective found on the device.
@@ -131,48 +107,8 @@ impl NcclTransport {
     }
 }
 
-/// What the ranks bring to a collective.
-struct Brought {
-    /// The first dims of all.
-    rows: Vec<usize>,
-    /// The dims of one; those behind the first are the same on all.
-    dims: Vec<usize>,
-}
-
-impl Brought {
-    /// Dims of a tensor that can be scattered.
-    const MOST: usize = 15;
-
-    /// What they bring if that is known before they have met: what this rank brings.
-    fn alike(call: &Call, tensor: &DeviceTensor, size: usize) -> Option<Self> {
-        match call.operation {
-            Operation::AllGather | Operation::Gather { .. } | Operation::AllToAll | Operation::Scatter { .. } => None,
-            _ => Some(Self { rows: vec![call.extent.rows(); size], dims: tensor.meta.shape().to_vec() }),
-        }
-    }
-
-    fn width(&self) -> usize {
-        self.dims.iter().skip(1).product()
-    }
-
-    fn dims_received(&self, operation: &Operation, rank: usize) -> Vec<usize> {
-        let (mut dims, rows) = (self.dims.clone(), rows_received(operation, &self.rows, rank));
-        match dims.first_mut() {
-            Some(first) => *first = rows,
-            None => debug_assert_eq!(rows, 1),
-        }
-        dims
-    }
-}
-
 /// Where something is read and written.
 pub(super) type Place = (*const std::ffi::c_void, *mut std::ffi::c_void);
-
-/// Reduces a few numbers of the engine's own over the host.
-fn reduce(host: &dyn Transport, op: ReduceOp, values: &mut [u64]) -> Result<(), Error> {
-    let call = Call::new(Operation::AllReduce(op), Some(DType::U64), Extent::flat(values.len()));
-    host.collective(&call, Transfer::InPlace(&mut [BufferMut::new(values)])).map(drop)
-}
 
 impl DeviceTransport for NcclTransport {
     fn carries(&self, device: &Device, dtype: DType) -> bool {
@@ -196,7 +132,7 @@ impl DeviceTransport for NcclTransport {
         self.meet(call)?;
         let brought = match known {
             Some(brought) => brought,
-            None => self.ask(call, &tensor)?,
+            None => Brought::ask(&*self.host, call, &tensor)?,
         };
         let (output, found) = match early {
             Some(early) => early,

@@ -43,6 +43,7 @@ mod reading;
 mod rendezvous;
 #[cfg(test)]
 mod tests;
+mod transit;
 mod wire;
 mod writing;
 

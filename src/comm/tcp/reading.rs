@@ -4,7 +4,8 @@ use std::io::{self, IoSliceMut, Read};
 
 use super::frame::{CREDIT, HEAD, Head, Kind, WHOLE};
 use super::ops::Ops;
-use super::peer::{Accepted, Arrival, Bulk, Into, Peer, Reading, STAGING, pop};
+use super::peer::{Peer, STAGING, pop};
+use super::transit::{Accepted, Arrival, Bulk, Into, Reading};
 
 /// Bytes read before other connections have their turn.
 const TURN: usize = 4 << 20;

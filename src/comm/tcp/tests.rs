@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::frame::{CREDIT, HEAD, Head, Kind, PART, WHOLE};
 use super::ops::Ops;
-use super::peer::{Lent, Peer, Place};
+use super::peer::Peer;
+use super::transit::{Lent, Place};
 
 /// The two ends of a connection: one is a peer, the other whatever the test wants to be.
 fn connected() -> (Peer, TcpStream) {

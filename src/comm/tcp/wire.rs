@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::ops::Ops;
-use super::peer::{Lent, Peer, Place};
+use super::peer::Peer;
 use super::poll::{self, Alarm};
 use super::rendezvous::failure;
+use super::transit::{Lent, Place};
 use crate::Error;
 use crate::comm::wired::{Ticket, Wire, lock};
 

@@ -4,7 +4,8 @@ use std::io::{self, IoSlice, Write};
 
 use super::frame::{HEAD, Head, Kind, PART};
 use super::ops::Ops;
-use super::peer::{Body, Parcel, Peer};
+use super::peer::Peer;
+use super::transit::{Body, Parcel};
 
 /// Parcels that are handed to the system at a time.
 const TOGETHER: usize = 8;

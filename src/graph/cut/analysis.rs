@@ -2,9 +2,10 @@
 
 use std::collections::{HashMap, HashSet};
 
-use burn_ir::{BaseOperationIr, FloatOperationIr, NumericOperationIr, OperationIr, TensorId, TensorIr};
+use burn_ir::{BaseOperationIr, FloatOperationIr, OperationIr, TensorId, TensorIr};
 
 use super::cost::is_view;
+use crate::graph::random::drawn;
 use crate::graph::step::{ParamBinding, Rename};
 
 /// What an operation is to a cut.
@@ -70,7 +71,7 @@ impl<'a> Analysis<'a> {
     }
 
     fn add(&mut self, index: usize, op: &OperationIr, known: &mut Known) -> Kind {
-        if !is_random(op) {
+        if drawn(op).is_none() {
             let text = known.text(op, &self.twins);
             if self.is_forward(index) {
                 known.0.entry(text).or_insert(index);
@@ -150,22 +151,13 @@ impl Known {
     }
 }
 
-fn is_random(op: &OperationIr) -> bool {
-    matches!(
-        op,
-        OperationIr::Float(_, FloatOperationIr::Random(_))
-            | OperationIr::NumericFloat(_, NumericOperationIr::IntRandom(_))
-            | OperationIr::NumericInt(_, NumericOperationIr::IntRandom(_))
-    )
-}
-
 fn is_cast(op: &OperationIr) -> bool {
     matches!(op, OperationIr::BaseFloat(BaseOperationIr::Cast(_)))
 }
 
 /// Whether it costs less to run an operation on several stages than to send what it gives.
 fn is_cheap(op: &OperationIr) -> bool {
-    !is_random(op)
+    drawn(op).is_none()
         && !matches!(
             op,
             OperationIr::Custom(_)

@@ -1,10 +1,10 @@
 //! One stage of a cut step that can run, with its parameters.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 
 use burn::module::{Module, ParamId};
 use burn::tensor::{Device, TensorData};
-use burn_ir::{OperationIr, TensorId, TensorIr};
+use burn_ir::{TensorId, TensorIr};
 
 use super::program::sections;
 use super::split::{StageGraph, inputs_read};
@@ -52,22 +52,7 @@ impl StageRun {
     /// [`Error::Graph`] if the stage has a custom operation that `ops` does not know.
     pub fn new(graph: &StepGraph, part: StageGraph, ops: CustomOps) -> Result<Self, Error> {
         let sections = sections(graph, &part);
-        let mut read: HashSet<TensorId> = HashSet::new();
-        for action in sections.iter().flatten() {
-            match action {
-                Action::Run(op) => {
-                    if let OperationIr::Custom(op) = &**op
-                        && !ops.contains(&op.id)
-                    {
-                        let problem = format!("no custom operation `{}` is registered; there is {ops:?}", op.id);
-                        return Err(graph_error(problem));
-                    }
-                    read.extend(op.inputs().map(|input| input.id));
-                }
-                Action::Give(tensor) => drop(read.insert(tensor.id)),
-                Action::Free(_) => {}
-            }
-        }
+        let read = ops.read_by(sections.iter().flatten())?;
         let param = |place: &usize| graph.params.get(*place).filter(|param| read.contains(&param.tensor.id));
         let params = part.params.iter().filter_map(param);
         let params = params.map(|param| (param.id, param.path.clone(), param.tensor.clone())).collect();

@@ -19,9 +19,10 @@ use burn_ir::{
 use crate::Error;
 use crate::graph::capture::{Recording, in_scope};
 use crate::graph::custom::CustomOps;
+use crate::graph::device::capture_device;
+use crate::graph::edges::computed;
 use crate::graph::graph_error;
 use crate::graph::interpret::Interpreter;
-use crate::graph::leaves::{capture_device, computed};
 use crate::graph::liveness::{Action, program};
 use crate::graph::shard::is_elementwise;
 use crate::graph::step::StepGraph;

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use burn_ir::{FloatOperationIr, NumericOperationIr, OperationIr, TensorIr};
+use burn_ir::TensorIr;
 
 use super::collectives::CollectiveOp;
 use super::options::PartitionOptions;
@@ -11,6 +11,7 @@ use super::pass::Pass;
 use super::report::ShardReport;
 use super::rows::unflattened;
 use crate::error::Error;
+use crate::graph::random::drawn;
 use crate::graph::step::op_name;
 use crate::graph::{StepGraph, graph_error};
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
@@ -76,7 +77,7 @@ pub fn partition(
     if *degree == 1 {
         return Ok((graph.clone(), ShardReport { axis: axis.clone(), ..ShardReport::default() }));
     }
-    if let Some(op) = graph.operations.iter().find(|op| is_random(op)) {
+    if let Some(op) = graph.operations.iter().find(|op| drawn(op).is_some()) {
         return Err(graph_error(format!(
             "the step draws random numbers ({}) that {degree} ranks cannot share out: run `counted_random` on the graph \
              before the partition",
@@ -104,13 +105,4 @@ fn check(name: &str, tensor: &TensorIr, layout: Layout, options: &PartitionOptio
     Err(graph_error(format!(
         "{name} of dims {dims:?} is to be {layout} over the {degree} ranks of `{axis}`, {problem}"
     )))
-}
-
-fn is_random(op: &OperationIr) -> bool {
-    matches!(
-        op,
-        OperationIr::Float(_, FloatOperationIr::Random(_))
-            | OperationIr::NumericFloat(_, NumericOperationIr::IntRandom(_))
-            | OperationIr::NumericInt(_, NumericOperationIr::IntRandom(_))
-    )
 }

@@ -8,34 +8,18 @@ mod window;
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
-use burn::tensor::{DType, bf16, f16};
+use burn::tensor::DType;
 
 use super::{Flight, Job, Products};
 use crate::Error;
+use crate::comm::element::with_float_type;
 
 /// Runs `$body` with `$T` bound to the type of the elements.
-macro_rules! with_real {
-    ($name:expr, $dtype:expr, $T:ident => $body:expr) => {
-        match $dtype {
-            DType::F32 => {
-                type $T = f32;
-                $body
-            }
-            DType::F64 => {
-                type $T = f64;
-                $body
-            }
-            DType::F16 => {
-                type $T = f16;
-                $body
-            }
-            DType::BF16 => {
-                type $T = bf16;
-                $body
-            }
-            dtype => Err(Error::UnsupportedDType { operation: $name, dtype }),
-        }
-    };
+macro_rules! with_elements {
+    ($name:expr, $dtype:expr, $T:ident => $body:expr) => {{
+        let dtype = $dtype;
+        with_float_type!(dtype, $T => $body, otherwise Err(Error::UnsupportedDType { operation: $name, dtype }))
+    }};
 }
 
 fn dtype_of(terms: &[[FlexTensor; 2]], job: &Job) -> Result<DType, Error> {
@@ -44,24 +28,24 @@ fn dtype_of(terms: &[[FlexTensor; 2]], job: &Job) -> Result<DType, Error> {
 
 impl Products for Flex {
     fn sum(terms: Vec<[FlexTensor; 2]>, job: &Job, beside: bool) -> Result<Flight<FlexTensor>, Error> {
-        with_real!(job.name, dtype_of(&terms, job)?, T => product::sum::<T>(ahead(terms), job, beside))
+        with_elements!(job.name, dtype_of(&terms, job)?, T => product::sum::<T>(ahead(terms), job, beside))
     }
 
     fn scatter(terms: Vec<[FlexTensor; 2]>, job: &Job, beside: bool) -> Result<Flight<FlexTensor>, Error> {
-        with_real!(job.name, dtype_of(&terms, job)?, T => product::scatter::<T>(ahead(terms), job, beside))
+        with_elements!(job.name, dtype_of(&terms, job)?, T => product::scatter::<T>(ahead(terms), job, beside))
     }
 
     fn gather(left: FlexTensor, rights: Vec<FlexTensor>, job: &Job) -> Result<(Vec<FlexTensor>, FlexTensor), Error> {
         let rights: Vec<_> = rights.into_iter().map(running_ahead).collect();
-        with_real!(job.name, left.dtype(), T => gather::gather::<T>(left, &rights, job))
+        with_elements!(job.name, left.dtype(), T => gather::gather::<T>(left, &rights, job))
     }
 
     fn multiply(left: FlexTensor, right: FlexTensor, name: &'static str) -> Result<FlexTensor, Error> {
-        with_real!(name, left.dtype(), T => Ok(product::multiply_own::<T>(left, &running_ahead(right))))
+        with_elements!(name, left.dtype(), T => Ok(product::multiply_own::<T>(left, &running_ahead(right))))
     }
 
     fn multiply_rows(left: FlexTensor, right: FlexTensor, name: &'static str) -> Result<FlexTensor, Error> {
-        with_real!(name, left.dtype(), T => Ok(product::multiply_rows::<T>(left, right)))
+        with_elements!(name, left.dtype(), T => Ok(product::multiply_rows::<T>(left, right)))
     }
 
     fn turned(right: FlexTensor) -> FlexTensor {

@@ -5,16 +5,19 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{World, word};
+use super::World;
+use super::words::Word;
 use crate::Error;
-use crate::comm::wired::codec::{Reader, Writer, with_log};
+use crate::comm::watch::missed;
+use crate::comm::wired::codec::with_log;
 use crate::comm::wired::group::{Group, lock};
 use crate::comm::{Call, CallLog};
 
-/// How long rank 0 waits for what the others know of a failure.
+/// How long the judge waits for what the others know of a failure.
 const INQUIRY: Duration = Duration::from_millis(500);
-/// How long a rank waits for rank 0 before it takes its own error for the world's.
+/// How long a rank waits for the judge before it takes its own error for the world's.
 pub(super) const ALONE: Duration = Duration::from_secs(3);
+
 /// A failure that a rank has found.
 #[derive(Debug, Clone)]
 pub(in crate::comm::wired) struct Proposal {
@@ -34,7 +37,7 @@ pub(super) struct Known {
     pub elsewhere: Vec<String>,
 }
 
-/// Rank 0 asks everybody what they know before it pronounces the error.
+/// The judge asks everybody what they know before it pronounces the error.
 #[derive(Debug)]
 pub(super) struct Inquiry {
     pub proposal: Proposal,
@@ -43,7 +46,7 @@ pub(super) struct Inquiry {
 }
 
 impl World {
-    /// Has the world fail. Rank 0 takes the first proposal, whoever makes it.
+    /// Has the world fail. The judge takes the first proposal, whoever makes it.
     pub(in crate::comm::wired) fn propose(&self, proposal: Proposal) {
         {
             let mut proposed = lock(&self.proposed);
@@ -57,10 +60,7 @@ impl World {
     }
 
     fn hand_in(&self, proposal: &Proposal) {
-        let mut message = Writer::default();
-        message.byte(word::PROPOSE);
-        write_proposal(&mut message, proposal);
-        self.tell(self.judge(), &message.0);
+        self.tell(self.judge(), &Word::Propose(proposal.clone()));
     }
 
     /// Looks who is gone without a word. The judge may be among them.
@@ -149,21 +149,11 @@ impl World {
         if let (Error::Timeout { missing, .. }, Some(_)) = (&mut error, proposal.call)
             && missing.is_empty()
         {
-            let absent = |member: &usize| known[*member].as_ref().is_none_or(|known| !known.in_call);
-            let absent: Vec<String> = (0..proposal.members.len())
-                .filter(|rank| absent(&proposal.members[*rank]))
-                .map(|rank| rank.to_string())
-                .collect();
-            *missing = match absent.len() {
-                0 => "nobody any more: the last one came as time ran out".into(),
-                1 => format!("rank {}", absent[0]),
-                _ => format!("ranks {}", absent.join(", ")),
-            };
+            let absent = |member: usize| known[member].as_ref().is_none_or(|known| !known.in_call);
+            *missing = missed((0..proposal.members.len()).filter(|rank| absent(proposal.members[*rank])));
         }
         drop(inquiry);
-        let mut fate = Writer::default();
-        fate.byte(word::FATE).error(&error);
-        self.tell_all(&fate.0);
+        self.tell_all(&Word::Fate(error));
     }
 
     /// The world has failed. The groups that this rank decides for are closed.
@@ -177,29 +167,8 @@ impl World {
                 decider.closed = true;
                 decider.committed
             };
-            let mut closed = Writer::default();
-            closed.byte(word::CLOSED).number(group.id).number(committed);
-            group.members[1..].iter().for_each(|member| self.tell(*member, &closed.0));
+            let closed = Word::Closed { group: group.id, committed };
+            group.members[1..].iter().for_each(|member| self.tell(*member, &closed));
         }
     }
-
-    pub(super) fn read_proposal(&self, reader: &mut Reader<'_>) -> Option<Proposal> {
-        let proposal = Proposal {
-            error: reader.error()?,
-            group: reader.text()?.into(),
-            members: reader.list(Reader::index)?,
-            call: reader.list(Reader::call)?.pop(),
-        };
-        proposal.members.iter().all(|member| *member < self.wire.size()).then_some(proposal)
-    }
-}
-
-pub(super) fn write_proposal(writer: &mut Writer, proposal: &Proposal) {
-    writer.error(&proposal.error).text(&proposal.group);
-    writer.list(&proposal.members, |w, member| {
-        w.number(*member as u64);
-    });
-    writer.list(proposal.call.as_slice(), |w, call| {
-        w.call(call);
-    });
 }

@@ -1,42 +1,24 @@
 //! What the groups of a world share in one process: its fate, and the warden that hears of it.
 
 mod failure;
+mod warden;
+mod words;
 
 use std::any::Any;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
-use std::thread;
 use std::time::{Duration, Instant};
 
+use self::failure::Inquiry;
 pub(super) use self::failure::Proposal;
-use self::failure::{ALONE, Inquiry, Known, write_proposal};
-use super::codec::{Reader, Writer};
+use self::words::Word;
 use super::group::{Group, Kind, Left, lock};
 use super::wire::{Ticket, Wire};
 use crate::Error;
 
-/// How often a warden looks what has come.
-const ROUND: Duration = Duration::from_millis(2);
-/// How long a failed world waits for its ranks to go.
-const FAREWELL: Duration = Duration::from_secs(5);
-
-/// How long a rank waits for what it has sent to be taken when all have ended, if it can take it back.
-const LAST_BYTES: Duration = Duration::from_millis(200);
-
 /// Groups remembered after they were left.
 const PAST: usize = 32;
-
-/// What wardens tell each other.
-mod word {
-    pub const PROPOSE: u8 = 0;
-    pub const ASK: u8 = 1;
-    pub const KNOW: u8 = 2;
-    pub const FATE: u8 = 3;
-    pub const CLOSED: u8 = 4;
-    pub const LEFT: u8 = 5;
-    pub const BYE: u8 = 6;
-}
 
 /// A group that this rank has left: name, members and what it called last.
 type Past = (Arc<str>, Vec<usize>, String);
@@ -172,11 +154,12 @@ impl World {
     }
 
     /// Tells one rank's warden.
-    fn tell(&self, to: usize, message: &[u8]) {
+    fn tell(&self, to: usize, word: &Word) {
+        let bytes = word.write();
         if to == self.wire.rank() {
-            return lock(&self.own).push_back(message.to_vec());
+            return lock(&self.own).push_back(bytes);
         }
-        let (bytes, mut tickets) = (message.to_vec(), Vec::new());
+        let mut tickets = Vec::new();
         // SAFETY: the bytes are on the heap, and kept until they are sent.
         let sent =
             unsafe { self.wire.send(to, Group::tag_of(0, Kind::Control), bytes.as_ptr(), bytes.len(), &mut tickets) };
@@ -186,8 +169,8 @@ impl World {
         self.keep(tickets, bytes);
     }
 
-    fn tell_all(&self, message: &[u8]) {
-        (0..self.wire.size()).for_each(|to| self.tell(to, message));
+    fn tell_all(&self, word: &Word) {
+        (0..self.wire.size()).for_each(|to| self.tell(to, word));
     }
 
     /// Tells the others of a group that this rank will not come again.
@@ -202,163 +185,14 @@ impl World {
         }
         let sent = lock(&group.sent).clone();
         for (other, to) in group.members.iter().enumerate().filter(|(other, _)| *other != group.rank) {
-            let mut left = Writer::default();
-            left.byte(word::LEFT).number(group.id).number(group.rank as u64);
-            left.number(group.done.load(Ordering::Acquire)).number(sent[other]).byte(panicked.into());
-            self.tell(*to, &left.0);
-        }
-    }
-
-    /// This rank is done with the world, whoever still holds a communicator.
-    pub fn farewell(&self) {
-        if !self.said_farewell.swap(true, Ordering::AcqRel) {
-            let mut bye = Writer::default();
-            bye.byte(word::BYE);
-            self.tell_all(&bye.0);
-        }
-    }
-
-    /// Hears what has come, and does what is to be done. Called by the warden, and by whoever waits.
-    pub fn attend(&self) {
-        let Ok(_one) = self.attending.try_lock() else { return };
-        self.listen();
-        // After all that was said has been heard: whoever has taken leave is not missed.
-        self.miss();
-        self.listen();
-        self.conclude(false);
-        let overdue = lock(&self.proposed).clone().filter(|(_, since)| since.elapsed() > ALONE);
-        if let Some((proposal, _)) = overdue {
-            self.accept(proposal.error);
-        }
-        self.clear();
-    }
-
-    fn listen(&self) {
-        loop {
-            let own = lock(&self.own).pop_front().map(|message| (self.wire.rank(), message));
-            let message = match own {
-                Some(message) => message,
-                None => match self.wire.take(None, Group::tag_of(0, Kind::Control)) {
-                    Ok(Some(message)) => message,
-                    Ok(None) => break,
-                    Err(problem) => {
-                        log::error!("rank {} cannot hear the others: {problem}", self.wire.rank());
-                        break;
-                    }
-                },
+            let left = Left {
+                rank: group.rank,
+                collectives: group.done.load(Ordering::Acquire),
+                messages: sent[other],
+                panicked,
             };
-            if self.hear(message.0, &message.1).is_none() {
-                log::error!("rank {} does not understand rank {}", self.wire.rank(), message.0);
-            }
+            self.tell(*to, &Word::Left { group: group.id, left });
         }
-    }
-
-    /// Lets go of what has been sent: its memory is wanted for what is received next.
-    pub fn clear(&self) {
-        lock(&self.outgoing).retain_mut(|parcel| !self.wire.progress(&mut parcel.tickets).unwrap_or(false));
-    }
-
-    fn hear(&self, from: usize, message: &[u8]) -> Option<()> {
-        let mut reader = Reader(message);
-        match reader.byte()? {
-            word::PROPOSE => {
-                let proposal = self.read_proposal(&mut reader)?;
-                let mut inquiry = lock(&self.inquiry);
-                if inquiry.is_none() && self.fate.get().is_none() {
-                    let mut ask = Writer::default();
-                    ask.byte(word::ASK);
-                    write_proposal(&mut ask, &proposal);
-                    *inquiry = Some(Inquiry { proposal, known: vec![None; self.wire.size()], since: Instant::now() });
-                    drop(inquiry);
-                    self.tell_all(&ask.0);
-                }
-            }
-            word::ASK => {
-                let known = self.know(&self.read_proposal(&mut reader)?);
-                let mut answer = Writer::default();
-                answer.byte(word::KNOW).byte(known.in_call.into());
-                answer.list(known.line.as_slice(), |w, line| {
-                    w.text(line);
-                });
-                answer.list(&known.elsewhere, |w, line| {
-                    w.text(line);
-                });
-                self.tell(from, &answer.0);
-            }
-            word::KNOW => {
-                let in_call = reader.byte()? != 0;
-                let line = reader.list(Reader::text)?.pop();
-                let elsewhere = reader.list(Reader::text)?;
-                if let Some(inquiry) = lock(&self.inquiry).as_mut() {
-                    inquiry.known[from] = Some(Known { in_call, line, elsewhere });
-                }
-                self.conclude(true);
-            }
-            word::FATE => self.accept(reader.error()?),
-            word::CLOSED => {
-                let (id, committed) = (reader.number()?, reader.number()?);
-                for group in self.groups().iter().filter(|group| group.id == id) {
-                    let _ = group.closed.set(committed);
-                }
-            }
-            word::LEFT => {
-                let id = reader.number()?;
-                let left = Left {
-                    rank: reader.index()?,
-                    collectives: reader.number()?,
-                    messages: reader.number()?,
-                    panicked: reader.byte()? != 0,
-                };
-                // The list is held, so that a group that is being made either is in it or finds the news.
-                let groups = lock(&self.groups);
-                match groups.iter().filter_map(Weak::upgrade).find(|group| group.id == id) {
-                    Some(group) => lock(&group.left).push(left),
-                    None => lock(&self.early).push((id, left)),
-                }
-            }
-            word::BYE => lock(&self.ended)[from] = true,
-            _ => return None,
-        }
-        Some(())
-    }
-
-    /// Attends to the world until all ranks have ended. Returns whether nothing of it is left.
-    pub fn guard(&self) -> bool {
-        let mut ended_since = None;
-        let whole = loop {
-            self.attend();
-            let ended: Vec<bool> =
-                lock(&self.ended).iter().enumerate().map(|(rank, ended)| *ended || self.is_lost(rank)).collect();
-            if ended[self.wire.rank()] {
-                let since: Instant = *ended_since.get_or_insert_with(Instant::now);
-                let all = ended.iter().all(|ended| *ended);
-                // What is still on its way then, nobody will ever receive.
-                let patience = if self.wire.gives_back() { LAST_BYTES } else { FAREWELL };
-                if all && (lock(&self.outgoing).is_empty() || since.elapsed() > patience) {
-                    break true;
-                }
-                if self.fate.get().is_some() && since.elapsed() > FAREWELL {
-                    // Whoever has not come by now is dead, or was sent something that it has never taken.
-                    break all;
-                }
-            }
-            let waits = || self.waiting.load(Ordering::Relaxed) > 0;
-            if !waits() {
-                self.wire.rest(ROUND);
-            }
-            // News that somebody waits for is taken by whoever waits: it would have to be woken a second time.
-            if waits() {
-                thread::sleep(ROUND);
-            }
-        };
-        for mut parcel in lock(&self.outgoing).drain(..) {
-            match self.wire.gives_back() {
-                true => self.wire.withdraw(&mut parcel.tickets),
-                false => std::mem::forget(parcel),
-            }
-        }
-        self.wire.close(if whole { FAREWELL } else { Duration::ZERO });
-        whole
     }
 
     /// Has memory back that was lent to the wire. If the wire cannot give it back, all that is left is to end all processes.

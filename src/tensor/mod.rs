@@ -1,47 +1,20 @@
 //! Tensors whose kind, rank and device are known at run time only: what parameters, gradients, activations and messages are
 //! to everything below a model.
 
-use std::ops::Range;
+mod backend;
+mod ops;
 
-use burn::backend::flex::{FlexTensor, Layout};
+use burn::backend::flex::FlexTensor;
 use burn::backend::ops::{BoolTensorOps, FloatTensorOps, IntTensorOps};
 use burn::backend::{
     Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchDevice, DispatchKindConversion, DispatchTensor,
     Flex, TensorMetadata,
 };
 use burn::tensor::kind::{Autodiff, Basic};
-use burn::tensor::{Bool, DType, Device, Int, Scalar, Shape, Slice, Tensor, TensorData};
+use burn::tensor::{Bool, DType, Device, Int, Shape, Tensor, TensorData};
 
+pub(crate) use self::backend::{check_device, with_backend};
 use crate::Error;
-
-/// Runs `$body` with `$B` bound to the backend of a device without autodiff, or evaluates `$otherwise` if this crate knows
-/// none.
-macro_rules! with_backend {
-    ($device:expr, $B:ident => $body:expr, otherwise $otherwise:expr) => {
-        match $device.as_dispatch() {
-            burn::backend::DispatchDevice::Flex(_) => {
-                type $B = burn::backend::Flex;
-                $body
-            }
-            #[cfg(feature = "cubecl")]
-            burn::backend::DispatchDevice::Cube(_) => {
-                type $B = burn::backend::Cube;
-                $body
-            }
-            #[allow(unreachable_patterns)]
-            _ => $otherwise,
-        }
-    };
-}
-pub(crate) use with_backend;
-
-/// Demands a device that steps can run on. What is wrong with another is said, to be put into an error.
-pub(crate) fn check_device(device: &Device) -> Result<(), String> {
-    with_backend!(device, B => { let _ = std::marker::PhantomData::<B>; Ok(()) }, otherwise Err(format!(
-        "{device:?} is not a device that steps run on: they run on Device::flex(), and, with the feature `cuda` or `wgpu` of \
-         burn-parallel, on those of burn's CubeCL backends"
-    )))
-}
 
 /// A tensor of any kind, rank and device, without autodiff.
 ///
@@ -66,6 +39,18 @@ impl Kind {
         }
     }
 }
+
+/// Calls the operation of a kind, of those on floats, ints and bools.
+macro_rules! by_kind {
+    ($kind:expr, $float:ident | $int:ident | $bool:ident($($argument:expr),*)) => {
+        match $kind {
+            Kind::Float => Dispatch::$float($($argument),*),
+            Kind::Int => Dispatch::$int($($argument),*),
+            Kind::Bool => Dispatch::$bool($($argument),*),
+        }
+    };
+}
+use by_kind;
 
 /// The tensor off its tape.
 impl<const D: usize, K: Basic + Autodiff> From<Tensor<D, K>> for PlainTensor {
@@ -99,11 +84,7 @@ impl PlainTensor {
     /// Zeros, or falses, on a device.
     pub(crate) fn zeros(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Self {
         let (shape, device) = (shape.into(), device.as_dispatch());
-        Self(match Kind::of(dtype) {
-            Kind::Float => Dispatch::float_zeros(shape, device, dtype.into()),
-            Kind::Int => Dispatch::int_zeros(shape, device, dtype.into()),
-            Kind::Bool => Dispatch::bool_zeros(shape, device, dtype.into()),
-        })
+        Self(by_kind!(Kind::of(dtype), float_zeros | int_zeros | bool_zeros(shape, device, dtype.into())))
     }
 
     /// These values on a device, in their own dtype; bools as the device stores them.
@@ -112,11 +93,7 @@ impl PlainTensor {
         let stored = if kind == Kind::Bool { device.settings().bool_dtype.into() } else { data.dtype() };
         let data = if data.dtype() == stored { data } else { data.convert_dtype(stored) };
         let device = device.as_dispatch();
-        Self(match kind {
-            Kind::Float => Dispatch::float_from_data(data, device),
-            Kind::Int => Dispatch::int_from_data(data, device),
-            Kind::Bool => Dispatch::bool_from_data(data, device),
-        })
+        Self(by_kind!(kind, float_from_data | int_from_data | bool_from_data(data, device)))
     }
 
     /// The tensor as an ordinary float tensor of rank `D`, without a copy.
@@ -247,112 +224,6 @@ impl PlainTensor {
         if self.0.device() == *device {
             return self;
         }
-        Self(match Kind::of(self.dtype()) {
-            Kind::Float => Dispatch::float_to_device(self.0, device),
-            Kind::Int => Dispatch::int_to_device(self.0, device),
-            Kind::Bool => Dispatch::bool_to_device(self.0, device),
-        })
-    }
-
-    /// The same elements under other dims.
-    pub(crate) fn reshape(self, dims: impl Into<Shape>) -> Self {
-        let shape = dims.into();
-        Self(match Kind::of(self.dtype()) {
-            Kind::Float => Dispatch::float_reshape(self.0, shape),
-            Kind::Int => Dispatch::int_reshape(self.0, shape),
-            Kind::Bool => Dispatch::bool_reshape(self.0, shape),
-        })
-    }
-
-    /// The dims in another order.
-    pub(crate) fn permute(self, order: &[usize]) -> Self {
-        Self(match Kind::of(self.dtype()) {
-            Kind::Float => Dispatch::float_permute(self.0, order),
-            Kind::Int => Dispatch::int_permute(self.0, order),
-            Kind::Bool => Dispatch::bool_permute(self.0, order),
-        })
-    }
-
-    /// One element in the place of many, without memory for them.
-    pub(crate) fn expand(self, dims: impl Into<Shape>) -> Self {
-        let shape = dims.into();
-        Self(match Kind::of(self.dtype()) {
-            Kind::Float => Dispatch::float_expand(self.0, shape),
-            Kind::Int => Dispatch::int_expand(self.0, shape),
-            Kind::Bool => Dispatch::bool_expand(self.0, shape),
-        })
-    }
-
-    /// One dim as two, the first of which has `parts` entries: `parts` divides it. On Flex never a copy.
-    pub(crate) fn split_dim(self, dim: usize, parts: usize) -> Result<Self, Error> {
-        let mut dims = self.shape().to_vec();
-        let share = dims[dim] / parts;
-        dims.splice(dim..=dim, [parts, share]);
-        if !self.on_flex() {
-            return Ok(self.reshape(dims));
-        }
-        let tensor = self.into_flex()?;
-        let layout = tensor.layout();
-        let mut strides = layout.strides().to_vec();
-        strides.insert(dim, strides[dim] * share as isize);
-        let split = Layout::new(Shape::from(dims), strides, layout.start_offset());
-        Ok(Self::from_flex(tensor.with_layout(split)))
-    }
-
-    /// Its elements in order, and on Flex no more memory than these take along the dims that were cut.
-    pub(crate) fn packed(self) -> Result<Self, Error> {
-        match self.on_flex() {
-            true => Ok(Self::from_flex(self.into_flex()?.to_contiguous())),
-            false => Ok(self),
-        }
-    }
-
-    /// A range of one dim.
-    pub(crate) fn narrow(self, dim: usize, range: Range<usize>) -> Self {
-        let shape = self.shape();
-        let whole = |(place, size): (usize, &usize)| if place == dim { range.clone() } else { 0..*size };
-        let slices: Vec<Slice> = shape.iter().enumerate().map(|dim| Slice::from(whole(dim))).collect();
-        Self(match Kind::of(self.dtype()) {
-            Kind::Float => Dispatch::float_slice(self.0, &slices),
-            Kind::Int => Dispatch::int_slice(self.0, &slices),
-            Kind::Bool => Dispatch::bool_slice(self.0, &slices),
-        })
-    }
-
-    /// Tensors of one kind one behind the other along a dim.
-    ///
-    /// # Errors
-    /// [`Error::Graph`] if there is none.
-    pub(crate) fn cat(tensors: Vec<Self>, dim: usize) -> Result<Self, Error> {
-        let Some(first) = tensors.first() else {
-            return Err(Error::Graph { problem: "no tensors can be put together".into() });
-        };
-        let kind = Kind::of(first.dtype());
-        let tensors: Vec<DispatchTensor> = tensors.into_iter().map(|tensor| tensor.0).collect();
-        Ok(Self(match kind {
-            Kind::Float => Dispatch::float_cat(tensors, dim),
-            Kind::Int => Dispatch::int_cat(tensors, dim),
-            Kind::Bool => Dispatch::bool_cat(tensors, dim),
-        }))
-    }
-
-    /// The sum with a float tensor of the same shape, dtype and device; in place, if nobody else holds this one.
-    ///
-    /// # Panics
-    /// If they are not.
-    #[allow(clippy::should_implement_trait)]
-    pub fn add(self, other: Self) -> Self {
-        Self(Dispatch::float_add(self.0, other.0))
-    }
-
-    /// A float tensor times a number, in place, if nobody else holds it; itself if the number is 1.
-    ///
-    /// # Panics
-    /// If it is a tensor of another kind.
-    pub fn scale(self, factor: f64) -> Self {
-        match factor == 1.0 {
-            true => self,
-            false => Self(Dispatch::float_mul_scalar(self.0, Scalar::Float(factor))),
-        }
+        Self(by_kind!(Kind::of(self.dtype()), float_to_device | int_to_device | bool_to_device(self.0, device)))
     }
 }

@@ -1,0 +1,78 @@
+//! MPI, which is the process's and not ours: it is initialised once, and a rank's threads must not all call it as they like.
+//!
+//! All calls are made under one lock of the process. That asks no more of MPI than `MPI_THREAD_SERIALIZED`, which every MPI
+//! gives without loss.
+
+use std::ffi::c_int;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::{ptr, thread};
+
+use mpi_sys as sys;
+
+use crate::Error;
+
+/// MPI, initialised.
+#[derive(Debug)]
+pub(super) struct Mpi {
+    turn: Mutex<()>,
+    thread: thread::ThreadId,
+    /// Whether it was initialised here, and is to be finalised here.
+    ours: bool,
+}
+
+impl Mpi {
+    /// Initialises MPI, or joins whoever has.
+    pub fn init() -> Result<Arc<Self>, Error> {
+        let problem = |problem: &str| Err(Error::Engine { engine: "mpi", problem: problem.into() });
+        let (mut before, mut after, mut provided) = (0, 0, 0);
+        // SAFETY: both may be called at any time.
+        unsafe {
+            check(sys::MPI_Initialized(&mut before), "MPI_Initialized")?;
+            check(sys::MPI_Finalized(&mut after), "MPI_Finalized")?;
+        }
+        if after != 0 {
+            return problem("MPI has been finalised in this process, and cannot be initialised a second time");
+        }
+        // SAFETY: not initialised so far, or initialised and not finalised.
+        unsafe {
+            if before == 0 {
+                let wanted = sys::RSMPI_THREAD_SERIALIZED;
+                let code = sys::MPI_Init_thread(ptr::null_mut(), ptr::null_mut(), wanted, &mut provided);
+                check(code, "MPI_Init_thread")?;
+            } else {
+                check(sys::MPI_Query_thread(&mut provided), "MPI_Query_thread")?;
+            }
+            if provided < sys::RSMPI_THREAD_SERIALIZED {
+                return problem("this MPI allows one thread only; initialise it with MPI_THREAD_SERIALIZED or more");
+            }
+        }
+        Ok(Arc::new(Self { turn: Mutex::default(), thread: thread::current().id(), ours: before == 0 }))
+    }
+
+    /// This process's turn to call MPI.
+    pub fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Ends MPI, if it was begun here. Waits for all processes.
+    pub fn finalize(&self) {
+        if self.ours && thread::current().id() == self.thread {
+            let _turn = self.turn();
+            // SAFETY: initialised here, and finalised once, for whoever owns the session does it last.
+            unsafe { sys::MPI_Finalize() };
+        }
+    }
+}
+
+/// The error of a call of this name, if there was one.
+pub(super) fn check(code: c_int, what: &str) -> Result<(), Error> {
+    if code == sys::MPI_SUCCESS as c_int {
+        return Ok(());
+    }
+    let mut text = [0u8; sys::MPI_MAX_ERROR_STRING as usize];
+    let mut len: c_int = 0;
+    // SAFETY: the buffer is as long as MPI asks for.
+    unsafe { sys::MPI_Error_string(code, text.as_mut_ptr().cast(), &mut len) };
+    let text = String::from_utf8_lossy(&text[..(len.max(0) as usize).min(text.len())]).into_owned();
+    Err(Error::Engine { engine: "mpi", problem: format!("{what}: {text}") })
+}

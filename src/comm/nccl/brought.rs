@@ -1,0 +1,72 @@
+//! What the ranks bring to a collective: where it may differ, they tell each other before.
+
+use burn::tensor::DType;
+
+use crate::Error;
+use crate::comm::device::{DeviceTensor, rows_received};
+use crate::comm::{BufferMut, Call, Extent, Operation, ReduceOp, Transfer, Transport};
+
+/// What the ranks bring to a collective.
+pub(super) struct Brought {
+    /// The first dims of all.
+    pub rows: Vec<usize>,
+    /// The dims of one; those behind the first are the same on all.
+    pub dims: Vec<usize>,
+}
+
+impl Brought {
+    /// Dims of a tensor that can be scattered.
+    const MOST: usize = 15;
+
+    /// What they bring if that is known before they have met: what this rank brings.
+    pub fn alike(call: &Call, tensor: &DeviceTensor, size: usize) -> Option<Self> {
+        match call.operation {
+            Operation::AllGather | Operation::Gather { .. } | Operation::AllToAll | Operation::Scatter { .. } => None,
+            _ => Some(Self { rows: vec![call.extent.rows(); size], dims: tensor.meta.shape().to_vec() }),
+        }
+    }
+
+    /// What all ranks bring to a call in which that may differ.
+    pub fn ask(host: &dyn Transport, call: &Call, tensor: &DeviceTensor) -> Result<Self, Error> {
+        let (size, rank) = (host.size(), host.rank());
+        let mut dims = tensor.meta.shape().to_vec();
+        if let Operation::Scatter { root } = call.operation {
+            // Of what the others bring nothing counts.
+            let mut told = [0u64; 1 + Self::MOST];
+            if rank == root && dims.len() <= Self::MOST {
+                told[0] = 1 + dims.len() as u64;
+                told[1..].iter_mut().zip(&dims).for_each(|(to, dim)| *to = *dim as u64);
+            }
+            sum(host, &mut told)?;
+            let Some(len) = told[0].checked_sub(1).filter(|len| *len <= Self::MOST as u64) else {
+                let problem = format!("rank {root} brings a tensor of more than {} dims", Self::MOST);
+                return Err(Error::invalid("scatter", problem));
+            };
+            dims = told[1..].iter().take(len as usize).map(|dim| *dim as usize).collect();
+            return Ok(Self { rows: vec![dims.first().copied().unwrap_or(1); size], dims });
+        }
+        let mut rows = vec![0u64; size];
+        rows[rank] = call.extent.rows() as u64;
+        sum(host, &mut rows)?;
+        Ok(Self { rows: rows.into_iter().map(|rows| rows as usize).collect(), dims })
+    }
+
+    pub fn width(&self) -> usize {
+        self.dims.iter().skip(1).product()
+    }
+
+    pub fn dims_received(&self, operation: &Operation, rank: usize) -> Vec<usize> {
+        let (mut dims, rows) = (self.dims.clone(), rows_received(operation, &self.rows, rank));
+        match dims.first_mut() {
+            Some(first) => *first = rows,
+            None => debug_assert_eq!(rows, 1),
+        }
+        dims
+    }
+}
+
+/// Sums a few numbers of the engine's own over the host.
+fn sum(host: &dyn Transport, values: &mut [u64]) -> Result<(), Error> {
+    let call = Call::new(Operation::AllReduce(ReduceOp::Sum), Some(DType::U64), Extent::flat(values.len()));
+    host.collective(&call, Transfer::InPlace(&mut [BufferMut::new(values)])).map(drop)
+}

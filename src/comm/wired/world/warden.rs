@@ -1,0 +1,143 @@
+//! The warden of a rank: it hears what the others say, pushes on what is being sent, and stays until all have ended.
+
+use std::sync::Weak;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::World;
+use super::failure::{ALONE, Inquiry};
+use super::words::Word;
+use crate::comm::wired::group::{Group, Kind, lock};
+
+/// How often a warden looks what has come.
+const ROUND: Duration = Duration::from_millis(2);
+/// How long a failed world waits for its ranks to go.
+const FAREWELL: Duration = Duration::from_secs(5);
+/// How long a rank waits for what it has sent to be taken when all have ended, if it can take it back.
+const LAST_BYTES: Duration = Duration::from_millis(200);
+
+impl World {
+    /// This rank is done with the world, whoever still holds a communicator.
+    pub fn farewell(&self) {
+        if !self.said_farewell.swap(true, Ordering::AcqRel) {
+            self.tell_all(&Word::Bye);
+        }
+    }
+
+    /// Hears what has come, and does what is to be done. Called by the warden, and by whoever waits.
+    pub fn attend(&self) {
+        let Ok(_one) = self.attending.try_lock() else { return };
+        self.listen();
+        // After all that was said has been heard: whoever has taken leave is not missed.
+        self.miss();
+        self.listen();
+        self.conclude(false);
+        let overdue = lock(&self.proposed).clone().filter(|(_, since)| since.elapsed() > ALONE);
+        if let Some((proposal, _)) = overdue {
+            self.accept(proposal.error);
+        }
+        self.clear();
+    }
+
+    fn listen(&self) {
+        loop {
+            let own = lock(&self.own).pop_front().map(|message| (self.wire.rank(), message));
+            let (from, message) = match own {
+                Some(message) => message,
+                None => match self.wire.take(None, Group::tag_of(0, Kind::Control)) {
+                    Ok(Some(message)) => message,
+                    Ok(None) => break,
+                    Err(problem) => {
+                        log::error!("rank {} cannot hear the others: {problem}", self.wire.rank());
+                        break;
+                    }
+                },
+            };
+            match Word::read(&message, self.wire.size()) {
+                Some(word) => self.hear(from, word),
+                None => log::error!("rank {} does not understand rank {from}", self.wire.rank()),
+            }
+        }
+    }
+
+    /// Lets go of what has been sent: its memory is wanted for what is received next.
+    pub fn clear(&self) {
+        lock(&self.outgoing).retain_mut(|parcel| !self.wire.progress(&mut parcel.tickets).unwrap_or(false));
+    }
+
+    fn hear(&self, from: usize, word: Word) {
+        match word {
+            Word::Propose(proposal) => {
+                let mut inquiry = lock(&self.inquiry);
+                if inquiry.is_none() && self.fate.get().is_none() {
+                    let known = vec![None; self.wire.size()];
+                    *inquiry = Some(Inquiry { proposal: proposal.clone(), known, since: Instant::now() });
+                    drop(inquiry);
+                    self.tell_all(&Word::Ask(proposal));
+                }
+            }
+            Word::Ask(proposal) => self.tell(from, &Word::Know(self.know(&proposal))),
+            Word::Know(known) => {
+                if let Some(inquiry) = lock(&self.inquiry).as_mut() {
+                    inquiry.known[from] = Some(known);
+                }
+                self.conclude(true);
+            }
+            Word::Fate(error) => self.accept(error),
+            Word::Closed { group, committed } => {
+                for group in self.groups().iter().filter(|other| other.id == group) {
+                    let _ = group.closed.set(committed);
+                }
+            }
+            Word::Left { group: id, left } => {
+                // The list is held, so that a group that is being made either is in it or finds the news.
+                let groups = lock(&self.groups);
+                match groups.iter().filter_map(Weak::upgrade).find(|group| group.id == id) {
+                    Some(group) => lock(&group.left).push(left),
+                    None => lock(&self.early).push((id, left)),
+                }
+            }
+            Word::Bye => lock(&self.ended)[from] = true,
+        }
+    }
+
+    /// Attends to the world until all ranks have ended. Returns whether nothing of it is left.
+    pub fn guard(&self) -> bool {
+        let mut ended_since = None;
+        let whole = loop {
+            self.attend();
+            let ended: Vec<bool> =
+                lock(&self.ended).iter().enumerate().map(|(rank, ended)| *ended || self.is_lost(rank)).collect();
+            if ended[self.wire.rank()] {
+                let since: Instant = *ended_since.get_or_insert_with(Instant::now);
+                let all = ended.iter().all(|ended| *ended);
+                // What is still on its way then, nobody will ever receive.
+                let patience = if self.wire.gives_back() { LAST_BYTES } else { FAREWELL };
+                if all && (lock(&self.outgoing).is_empty() || since.elapsed() > patience) {
+                    break true;
+                }
+                if self.fate.get().is_some() && since.elapsed() > FAREWELL {
+                    // Whoever has not come by now is dead, or was sent something that it has never taken.
+                    break all;
+                }
+            }
+            let waits = || self.waiting.load(Ordering::Relaxed) > 0;
+            if !waits() {
+                self.wire.rest(ROUND);
+            }
+            // News that somebody waits for is taken by whoever waits: it would have to be woken a second time.
+            if waits() {
+                thread::sleep(ROUND);
+            }
+        };
+        for mut parcel in lock(&self.outgoing).drain(..) {
+            match self.wire.gives_back() {
+                true => self.wire.withdraw(&mut parcel.tickets),
+                false => std::mem::forget(parcel),
+            }
+        }
+        self.wire.close(if whole { FAREWELL } else { Duration::ZERO });
+        whole
+    }
+}

@@ -1,0 +1,109 @@
+//! What goes into a graph and comes out of it beside the module: the tensors at its edge.
+
+use burn::backend::{
+    BackendTensor, DispatchAutodiffContext, DispatchKindConversion, DispatchTensor, GradientCheckpointingStrategy,
+    TensorMetadata,
+};
+use burn::tensor::{DType, Shape};
+use burn_capture::{CaptureBackend, CaptureDevice};
+use burn_ir::TensorId;
+
+use super::device::{as_autodiff, on_autodiff, placeholder, without_autodiff};
+use super::graph_error;
+use super::inputs::TensorMapper;
+use crate::error::Error;
+
+/// A tensor at the edge of the graph.
+pub(super) struct EdgeTensor {
+    pub(super) path: String,
+    pub(super) id: TensorId,
+    pub(super) shape: Shape,
+    pub(super) dtype: DType,
+}
+
+pub(super) fn join(path: &[usize]) -> String {
+    path.iter().map(usize::to_string).collect::<Vec<_>>().join(".")
+}
+
+/// Inputs become capture tensors without data; for training on autodiff, as a batch made on the training device would be:
+/// dropout and batch norm ask their input whether this is training.
+pub(super) struct CaptureInputs {
+    device: CaptureDevice,
+    strategy: Option<GradientCheckpointingStrategy>,
+    path: Vec<usize>,
+    pub(super) inputs: Vec<EdgeTensor>,
+}
+
+impl CaptureInputs {
+    /// With autodiff if there is a strategy for its checkpoints.
+    pub(super) fn new(device: CaptureDevice, strategy: Option<GradientCheckpointingStrategy>) -> Self {
+        Self { device, strategy, path: Vec::new(), inputs: Vec::new() }
+    }
+}
+
+impl TensorMapper for CaptureInputs {
+    fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
+        let (path, shape, dtype) = (join(&self.path), tensor.shape(), tensor.dtype());
+        let tensor = placeholder(self.device, shape.clone(), dtype, &format!("input `{path}`"))?;
+        self.inputs.push(EdgeTensor { path, id: tensor.id(), shape, dtype });
+        Ok(match self.strategy {
+            Some(strategy) => on_autodiff(tensor, dtype, strategy),
+            None => without_autodiff(tensor, dtype),
+        })
+    }
+
+    fn enter(&mut self, index: usize) {
+        self.path.push(index);
+    }
+
+    fn exit(&mut self) {
+        self.path.pop();
+    }
+}
+
+pub(super) struct CaptureOutputs {
+    pub(super) path: Vec<usize>,
+    pub(super) outputs: Vec<EdgeTensor>,
+}
+
+impl CaptureOutputs {
+    pub(super) fn new() -> Self {
+        Self { path: Vec::new(), outputs: Vec::new() }
+    }
+}
+
+/// A tensor that was computed on the capture device, as an edge of the graph.
+pub(super) fn computed(what: &str, path: String, tensor: &DispatchTensor) -> Result<EdgeTensor, Error> {
+    let (shape, dtype) = (tensor.shape(), tensor.dtype());
+    let id = match tensor.autodiff {
+        DispatchAutodiffContext::Disabled => {
+            match <DispatchTensor as DispatchKindConversion<CaptureBackend>>::try_into_backend(tensor.clone()) {
+                Ok(BackendTensor::Float(t) | BackendTensor::Int(t) | BackendTensor::Bool(t)) => Some(t.id()),
+                _ => None,
+            }
+        }
+        DispatchAutodiffContext::Enabled(_) => match as_autodiff(tensor.clone()) {
+            Some(BackendTensor::Float(t)) => Some(t.primitive().id()),
+            Some(BackendTensor::Int(t) | BackendTensor::Bool(t)) => Some(t.id()),
+            _ => None,
+        },
+    };
+    let id = id.ok_or_else(|| graph_error(format!("{what} was not computed from the module and the inputs")))?;
+    Ok(EdgeTensor { path, id, shape, dtype })
+}
+
+impl TensorMapper for CaptureOutputs {
+    fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
+        let path = join(&self.path);
+        self.outputs.push(computed(&format!("output `{path}`"), path, &tensor)?);
+        Ok(tensor)
+    }
+
+    fn enter(&mut self, index: usize) {
+        self.path.push(index);
+    }
+
+    fn exit(&mut self) {
+        self.path.pop();
+    }
+}

@@ -1,0 +1,176 @@
+//! What the variables of a launcher say of a rank.
+
+mod master;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use crate::Error;
+
+/// Who started this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Launcher {
+    /// torchrun, [`launch::processes`](super::processes), or anything else that sets `RANK` and `WORLD_SIZE`.
+    Torchrun,
+    /// `mpirun` of Open MPI.
+    OpenMpi,
+    /// `mpirun` of MPICH, Intel MPI and their kin (PMI).
+    Mpich,
+    /// `srun`.
+    Slurm,
+}
+
+impl Launcher {
+    const ALL: [Self; 4] = [Self::Torchrun, Self::OpenMpi, Self::Mpich, Self::Slurm];
+
+    /// The variables of rank, world size, local rank and local size.
+    fn variables(self) -> [&'static str; 4] {
+        match self {
+            Self::Torchrun => ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"],
+            Self::OpenMpi => [
+                "OMPI_COMM_WORLD_RANK",
+                "OMPI_COMM_WORLD_SIZE",
+                "OMPI_COMM_WORLD_LOCAL_RANK",
+                "OMPI_COMM_WORLD_LOCAL_SIZE",
+            ],
+            Self::Mpich => ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
+            Self::Slurm => ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"],
+        }
+    }
+}
+
+impl fmt::Display for Launcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Torchrun => "torchrun (RANK, WORLD_SIZE)",
+            Self::OpenMpi => "Open MPI (OMPI_COMM_WORLD_*)",
+            Self::Mpich => "PMI (PMI_RANK, PMI_SIZE)",
+            Self::Slurm => "Slurm (SLURM_PROCID, SLURM_NTASKS)",
+        })
+    }
+}
+
+/// The place of this process among those that were started together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// Whose variables said so.
+    pub launcher: Launcher,
+    /// Index among all processes.
+    pub rank: usize,
+    /// Processes in all.
+    pub size: usize,
+    /// Index among those on this machine.
+    pub local_rank: usize,
+    /// Processes on this machine, if the launcher says.
+    pub local_size: Option<usize>,
+    /// Where rank 0 can be reached over TCP, if the launcher says: `MASTER_ADDR` and `MASTER_PORT`, or the port after it when
+    /// torchrun itself listens there (`TORCHELASTIC_USE_AGENT_STORE`), or under Slurm the first node of the step and a port
+    /// made of the job's number.
+    pub master: Option<(String, u16)>,
+    /// Whether a launcher of MPI has started this process, so that MPI can join it to the others.
+    pub under_mpi: bool,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "rank {} of {}, number {} on this machine, says {}",
+            self.rank, self.size, self.local_rank, self.launcher
+        )
+    }
+}
+
+impl Place {
+    /// The names of all variables by which launchers other than torchrun say who is who.
+    pub(super) fn of_other_launchers() -> impl Iterator<Item = &'static str> {
+        let others = Launcher::ALL.into_iter().filter(|launcher| *launcher != Launcher::Torchrun);
+        others.flat_map(Launcher::variables).chain(["PMIX_RANK"])
+    }
+
+    /// Reads the variables of this process.
+    ///
+    /// # Errors
+    /// See [`from_variables`](Self::from_variables).
+    pub fn from_env() -> Result<Self, Error> {
+        let text = |value: std::ffi::OsString| value.to_string_lossy().into_owned();
+        Self::from_variables(&std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect())
+    }
+
+    /// Reads the variables of a launcher. The innermost one counts: torchrun started by `srun` once per node says more
+    /// than Slurm does, and so does `mpirun` in a Slurm job. Slurm counts when there is no other.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] that names the variables: when there are none; when one of a launcher's is missing, is no
+    /// number or makes no sense beside the others; when torchrun's and MPI's contradict each other.
+    pub fn from_variables(variables: &BTreeMap<String, String>) -> Result<Self, Error> {
+        let found: Vec<Launcher> = (Launcher::ALL.into_iter())
+            .filter(|launcher| launcher.variables()[..2].iter().any(|name| variables.contains_key(*name)))
+            .collect();
+        let Some(&launcher) = found.first() else {
+            return wrong(
+                "this process was not started by a launcher: none of RANK, OMPI_COMM_WORLD_RANK, PMI_RANK and \
+                 SLURM_PROCID is set; start it with torchrun, mpirun or srun, or use launch::threads",
+            );
+        };
+        let place = Self::of(launcher, variables)?;
+        for other in found.into_iter().filter(|other| *other != launcher && *other != Launcher::Slurm) {
+            let theirs = Self::of(other, variables)?;
+            if (theirs.rank, theirs.size) != (place.rank, place.size) {
+                let [[a, b, ..], [c, d, ..]] = [launcher.variables(), other.variables()];
+                return wrong(format!(
+                    "{a}={} and {b}={} contradict {c}={} and {d}={}: unset those of the launcher that is not used",
+                    place.rank, place.size, theirs.rank, theirs.size
+                ));
+            }
+        }
+        Ok(place)
+    }
+
+    fn of(launcher: Launcher, variables: &BTreeMap<String, String>) -> Result<Self, Error> {
+        let [rank_name, size_name, local_name, local_size_name] = launcher.variables();
+        let number = |name: &'static str| -> Result<Option<usize>, Error> {
+            let Some(value) = variables.get(name) else { return Ok(None) };
+            match value.trim().parse() {
+                Ok(number) => Ok(Some(number)),
+                Err(_) => wrong(format!("{name}={value:?} is not a whole number")),
+            }
+        };
+        let needed = |name: &'static str| match number(name)? {
+            Some(number) => Ok(number),
+            None => wrong(format!("{name} is missing, beside the other variables of {launcher}")),
+        };
+        let (rank, size) = (needed(rank_name)?, needed(size_name)?);
+        // PMI leaves it to the launcher whether to tell the place on the machine.
+        let local_rank = match launcher {
+            Launcher::Mpich => number(local_name)?.unwrap_or(rank),
+            _ => needed(local_name)?,
+        };
+        // Slurm's is a wish of the user's, not what came of it.
+        let local_size = if launcher == Launcher::Slurm { None } else { number(local_size_name)? };
+        if rank >= size {
+            return wrong(format!("{rank_name}={rank} does not exist in {size_name}={size}: ranks go from 0"));
+        }
+        if local_rank > rank {
+            return wrong(format!("{local_name}={local_rank} is larger than {rank_name}={rank}"));
+        }
+        if let Some(local_size) = local_size.filter(|local_size| local_rank >= *local_size || *local_size > size) {
+            return wrong(format!(
+                "{local_size_name}={local_size} does not go with {local_name}={local_rank} and {size_name}={size}"
+            ));
+        }
+        let master = master::named(variables)?
+            .or_else(|| if launcher == Launcher::Slurm { master::of_slurm(variables) } else { None });
+        // What MPIs look for themselves, `srun --mpi=pmix` included.
+        let under_mpi =
+            ["OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"].iter().any(|name| variables.contains_key(*name));
+        Ok(Self { launcher, rank, size, local_rank, local_size, master, under_mpi })
+    }
+}
+
+fn wrong<T>(problem: impl Into<String>) -> Result<T, Error> {
+    Err(Error::invalid("launch::from_env", problem))
+}
