@@ -245,8 +245,8 @@ fn forwards_that_are_not_differentiated_and_backwards_that_share_a_forward() {
     }
 }
 
-/// A weight used twice whose first use belongs to a forward that an earlier backward has made forgotten: its gradient
-/// arrives when its bucket may be gone already.
+/// A weight used twice, before and after another backward, which makes the first use forgotten: its gradient arrives when
+/// its bucket is gone already.
 #[test]
 fn late_gradients_are_summed_all_the_same() {
     let device = Device::flex().autodiff();
@@ -257,9 +257,12 @@ fn late_gradients_are_summed_all_the_same() {
         .run(|rank| {
             let mut model = wrap(&rank, &layer, DataParallelConfig::new().with_bucket_bytes(16))?;
             let seed = rank.rank() as f32 + 1.0;
-            let (first, second) = (twice(&model, seed), twice(&model, 2.0 * seed));
+            let (first, half) = (twice(&model, seed), model.forward(input(2.0 * seed)).tanh());
             model.accumulate(first)?;
+            let second = model.forward(half).powf_scalar(2.0).mean();
             let grads = model.backward(second)?;
+            // Weight and bias, and what came late of both.
+            assert_eq!(model.counters().gradients.total().calls, 3);
             Ok(grads.get::<2>(model.weight.id).unwrap().into_data().try_to_vec::<f32>().unwrap())
         })
         .unwrap();

@@ -207,3 +207,24 @@ impl Group {
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::rendezvous::Interrupted;
+    use super::*;
+
+    /// A split may have been agreed on when the world fails: nobody waits in the group that comes of it.
+    #[test]
+    fn a_group_that_is_made_after_the_end_has_ended() {
+        let fate = Arc::new(Fate::default());
+        let new = || {
+            let patience = Patience { spins: 0, yields: 0 };
+            Group::new("part".into(), vec![0, 1], fate.clone(), Duration::from_secs(1), patience)
+        };
+        let before = new();
+        assert_eq!(before.rendezvous.interruption(), None);
+        fate.fail(Error::user("the disk is full"));
+        assert_eq!(before.rendezvous.interruption(), Some(Interrupted::Aborted));
+        assert_eq!(new().rendezvous.interruption(), Some(Interrupted::Aborted));
+    }
+}
