@@ -37,7 +37,7 @@ impl Brought {
                 told[0] = 1 + dims.len() as u64;
                 told[1..].iter_mut().zip(&dims).for_each(|(to, dim)| *to = *dim as u64);
             }
-            sum(host, &mut told)?;
+            reduce(host, ReduceOp::Sum, &mut told)?;
             let Some(len) = told[0].checked_sub(1).filter(|len| *len <= Self::MOST as u64) else {
                 let problem = format!("rank {root} brings a tensor of more than {} dims", Self::MOST);
                 return Err(Error::invalid("scatter", problem));
@@ -47,7 +47,7 @@ impl Brought {
         }
         let mut rows = vec![0u64; size];
         rows[rank] = call.extent.rows() as u64;
-        sum(host, &mut rows)?;
+        reduce(host, ReduceOp::Sum, &mut rows)?;
         Ok(Self { rows: rows.into_iter().map(|rows| rows as usize).collect(), dims })
     }
 
@@ -65,8 +65,8 @@ impl Brought {
     }
 }
 
-/// Sums a few numbers of the engine's own over the host.
-fn sum(host: &dyn Transport, values: &mut [u64]) -> Result<(), Error> {
-    let call = Call::new(Operation::AllReduce(ReduceOp::Sum), Some(DType::U64), Extent::flat(values.len()));
+/// Reduces a few numbers of the engine's own over the host.
+pub(super) fn reduce(host: &dyn Transport, op: ReduceOp, values: &mut [u64]) -> Result<(), Error> {
+    let call = Call::new(Operation::AllReduce(op), Some(DType::U64), Extent::flat(values.len()));
     host.collective(&call, Transfer::InPlace(&mut [BufferMut::new(values)])).map(drop)
 }

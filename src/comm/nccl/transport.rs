@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device};
 use burn_cubecl::CubeDevice;
 use cubecl_environment::stream::StreamId;
 
-use super::brought::Brought;
+use super::brought::{Brought, reduce};
 use super::collective::{Task, data_type};
 use super::keeper::{Held, Keeper, Link};
 use super::lane::{Lane, Preparing, prepare};
