@@ -1,9 +1,9 @@
 //! Wrappers that are modules as what they wrap is.
 
 /// Makes a wrapper a module, and lets it be printed, as the one in its field: paths and parameters are those of that. A clone of
-/// the wrapper in evaluation mode keeps all else. `then` is called with a wrapper whose parameters have been mapped.
+/// the wrapper in evaluation mode keeps all else.
 macro_rules! module_of_field {
-    ($wrapper:ident<$inner:ident: $bound:ident>, $field:ident $(, then $then:expr)?) => {
+    ($wrapper:ident<$inner:ident: $bound:ident>, $field:ident) => {
         impl<$inner: std::fmt::Display> std::fmt::Display for $wrapper<$inner> {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 self.$field.fmt(f)
@@ -40,9 +40,7 @@ macro_rules! module_of_field {
             }
 
             fn map<V: burn::module::ModuleMapper>(self, mapper: &mut V) -> Self {
-                let mapped = Self { $field: self.$field.map(mapper), ..self };
-                $($then(&mapped);)?
-                mapped
+                Self { $field: self.$field.map(mapper), ..self }
             }
         }
     };

@@ -20,7 +20,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::module::{Module, ParamId};
 use burn::tensor::{DType, Device, Shape, Tensor};
 
 use super::buckets;
@@ -31,6 +31,7 @@ use super::progress::{Flight, LATE, Progress, Step, accumulate};
 use super::structure::Trained;
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
+use crate::params::strangers;
 use crate::tensor::PlainTensor;
 
 /// What a rank brings into a step's average.
@@ -102,10 +103,11 @@ impl Reducer {
 
     /// Learns the ids that a record of another run has brought into the module: its parameters are still those of these paths.
     pub fn recognise<M: Module>(&self, module: &M) {
-        let mut strangers = Strangers { reducer: self, path: Vec::new(), found: Vec::new() };
-        module.visit(&mut strangers);
-        if !strangers.found.is_empty() {
-            self.numbers.write().unwrap_or_else(PoisonError::into_inner).extend(strangers.found);
+        let strangers = strangers(module, &|id| self.number(id).is_some());
+        let of_path = |path: String| self.params.iter().position(|known| *known.path == *path);
+        let recognised: Vec<_> = strangers.into_iter().filter_map(|(id, path)| Some((id, of_path(path)?))).collect();
+        if !recognised.is_empty() {
+            self.numbers.write().unwrap_or_else(PoisonError::into_inner).extend(recognised);
         }
     }
 
@@ -323,32 +325,6 @@ impl GradientListener for Reducer {
         if self.config.overlap {
             self.start_complete();
         }
-    }
-}
-
-/// Finds parameters of unknown ids at known paths.
-struct Strangers<'a> {
-    reducer: &'a Reducer,
-    path: Vec<String>,
-    found: Vec<(ParamId, usize)>,
-}
-
-impl ModuleVisitor for Strangers<'_> {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if self.reducer.number(param.id).is_some() || !param.base().is_require_grad() {
-            return;
-        }
-        let path = self.path.join(".");
-        let number = self.reducer.params.iter().position(|known| *known.path == *path);
-        self.found.extend(number.map(|number| (param.id, number)));
     }
 }
 

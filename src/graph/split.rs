@@ -112,8 +112,12 @@ impl ModelSplit {
     }
 
     /// The module with the dims that it has as a whole, of which split parameters take no memory: what a capture looks at.
-    pub(crate) fn outline<M: Module>(&self, local: &M) -> M {
-        params::outline(local, &|id, _| self.whole_dims(id))
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if it has other parameters than the one that was split.
+    pub(crate) fn outline<M: Module>(&self, local: &M) -> Result<M, Error> {
+        params::no_strangers(local, &|id| self.table.row(id).is_some())?;
+        Ok(params::outline(local, &|id, _| self.whole_dims(id)))
     }
 
     /// Puts the whole model together, on every rank. Collective.

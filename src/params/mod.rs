@@ -11,6 +11,7 @@ mod outline;
 mod pad;
 mod safetensors;
 mod source;
+mod strangers;
 
 pub use self::safetensors::Safetensors;
 pub use source::SliceSource;
@@ -23,3 +24,4 @@ pub(crate) use leaf::{Kind, Lazy, leaf, with_autodiff};
 pub(crate) use load::{Held, load};
 pub(crate) use outline::outline;
 pub(crate) use pad::{padded, without_padding};
+pub(crate) use strangers::{no_strangers, strangers};

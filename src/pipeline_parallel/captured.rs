@@ -57,6 +57,7 @@ impl Engine {
         let Some(model) = local.take() else { return Err(stage_error("the model was lost in an earlier error")) };
         let outline = self.outline(&model);
         *local = Some(model);
+        let outline = outline?;
         let key = StepKey::of::<M, I, F>(&outline, &inputs)?;
         if self.steps.contains_key(&key) {
             return Ok((key, batch));
@@ -105,7 +106,7 @@ impl Engine {
         R: StepLoss,
     {
         let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, self.config.micro_batches)?;
-        let graph = self.capture(&self.outline(local), &batch, inputs, 0, loss)?;
+        let graph = self.capture(&self.outline(local)?, &batch, inputs, 0, loss)?;
         let device = one_device(local, "measure")?.unwrap_or_else(Device::flex);
         measure_operations(&graph, &device, runs)
     }
@@ -129,6 +130,7 @@ impl Engine {
         let Some(model) = local.take() else { return Err(stage_error("the model was lost in an earlier error")) };
         let outline = self.outline(&model);
         *local = Some(model);
+        let outline = outline?;
         let key = StepKey::of::<M, I, F>(&outline, &inputs)?;
         if !self.forwards.contains_key(&key) {
             let (firsts, sizes) = batch.sizes();

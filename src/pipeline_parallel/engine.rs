@@ -140,11 +140,15 @@ impl Engine {
     }
 
     /// The whole model without memory behind what this rank does not hold.
-    pub(super) fn outline<M: Module>(&self, local: &M) -> M {
-        params::outline(local, &|id, found| {
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if it has other parameters than the one that was wrapped.
+    pub(super) fn outline<M: Module>(&self, local: &M) -> Result<M, Error> {
+        params::no_strangers(local, &|id| self.dims.contains_key(&id))?;
+        Ok(params::outline(local, &|id, found| {
             let whole = self.split.as_ref().and_then(|split| split.whole_dims(id));
             whole.or_else(|| self.dims.get(&id).filter(|dims| dims.as_slice() != found).cloned())
-        })
+        }))
     }
 
     /// The parameters of `trained` that this rank gives a gradient of, in the order of the module.

@@ -153,15 +153,15 @@ impl<M: Module> Sharded<M> {
     /// [`GraphCache`] for what counts as the same closure). Collective: every rank passes the same whole inputs.
     ///
     /// # Errors
-    /// [`Error::Graph`] if the step cannot be recorded; [`Error::Plan`] if an input cannot be split as planned; those of
-    /// [`Communicator`].
+    /// [`Error::Graph`] if the step cannot be recorded; [`Error::Plan`] if an input cannot be split as planned;
+    /// [`Error::InvalidArgument`] if a record has brought other parameters; those of [`Communicator`].
     pub fn step<I, F, R>(&mut self, inputs: I, loss: F) -> Result<Step, Error>
     where
         I: GraphInputs + Clone,
         F: FnOnce(&M, I) -> R,
         R: StepLoss,
     {
-        let whole = self.split.outline(&self.local);
+        let whole = self.split.outline(&self.local)?;
         let mut engine = lock(&self.engine);
         let executor = engine.graphs.executor(&whole, &inputs, loss)?;
         let result = executor.step(&self.local, inputs)?;
@@ -186,7 +186,7 @@ impl<M: Module> Sharded<M> {
         F: FnOnce(&M, I) -> R,
         R: StepLoss,
     {
-        let whole = self.split.outline(&self.local);
+        let whole = self.split.outline(&self.local)?;
         let mut engine = lock(&self.engine);
         let step = engine.graphs.executor(&whole, &inputs, loss)?.step_observed(&self.local, inputs, observer)?;
         self.split.random().advance();
@@ -207,7 +207,7 @@ impl<M: Module> Sharded<M> {
         F: FnOnce(&M, I) -> O,
         O: GraphInputs + Clone + Send + 'static,
     {
-        let whole = self.split.outline(&self.local);
+        let whole = self.split.outline(&self.local)?;
         let mut engine = lock(&self.engine);
         engine.graphs.forward(&whole, &inputs, forward)?.run(&self.local, inputs)
     }

@@ -11,5 +11,4 @@ impl<E: fmt::Debug> fmt::Debug for Replicas<E> {
     }
 }
 
-// A record of another run brings ids of its own.
-module_of_field!(Replicas<E: GraphEngine>, engine, then |replicas: &Self| replicas.reducer.recognise(&replicas.engine));
+module_of_field!(Replicas<E: GraphEngine>, engine);

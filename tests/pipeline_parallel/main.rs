@@ -193,6 +193,20 @@ fn wherever_a_trained_model_was_cut_it_can_be_evaluated() {
 }
 
 #[test]
+fn a_record_of_another_run_is_told_where_to_be_loaded() {
+    let record = filled(lm()).into_record();
+    launch::threads(2)
+        .run(|rank| {
+            let model = filled(lm()).pipeline_parallel(&rank, PipelineConfig::new(2))?;
+            let mut loaded = model.load_record(record.clone());
+            let error = loaded.step(tokens(0), lm_loss).unwrap_err().to_string();
+            assert!(error.contains("is not the one that was wrapped"), "{error}");
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[test]
 fn a_model_is_evaluated_that_was_never_trained() {
     let forward = |model: &Lm, x: Tensor<2, Int>| {
         let x = model.position.forward(model.embedding.forward(x));

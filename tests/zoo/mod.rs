@@ -99,8 +99,9 @@ pub fn assert_close(expected: &[(String, Vec<f32>)], found: &[(String, Vec<f32>)
     for ((path, a), (found_path, b)) in expected.iter().zip(found) {
         assert_eq!((path, a.len()), (found_path, b.len()), "{what}");
         let scale = a.iter().fold(1e-2f32, |scale, x| scale.max(x.abs()));
-        let worst = a.iter().zip(b).fold(0f32, |worst, (x, y)| worst.max((x - y).abs()));
-        assert!(worst <= tolerance * scale, "{what}: {path} differs by {worst} at a scale of {scale}");
+        for (x, y) in a.iter().zip(b) {
+            assert!((x - y).abs() <= tolerance * scale, "{what}: {path} has {y} for {x}, at a scale of {scale}");
+        }
     }
 }
 
