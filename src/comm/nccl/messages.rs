@@ -10,7 +10,7 @@
 //!    one tag keep their order, and any tag may be asked for first. It returns.
 //! 2. `recv` takes the header, makes room, answers with the number (*clear to send*) and enqueues `ncclRecv`, both under one
 //!    lock (`receiving.rs`). `start_recv` leaves that to a thread of its own, which does it when the header comes, whatever the
-//!    rank computes meanwhile (`expected.rs`).
+//!    rank computes meanwhile (`expected`).
 //! 3. The keeper of the sending rank takes the answers in their order and enqueues `ncclSend` for each.
 //!
 //! **Nobody waits in a circle.** Each direction between two ranks has a NCCL communicator and streams of its own, made with the
