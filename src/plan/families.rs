@@ -1,34 +1,49 @@
 //! Many paths in few words, for messages.
 
-/// The paths, of which those that differ in numbers only are one: `layers.{0-31}.norm.gamma`.
-pub(crate) fn families<'a>(paths: impl IntoIterator<Item = &'a str>) -> String {
-    let number = |name: &str| name.parse::<usize>().ok();
-    let mut families: Vec<(Vec<&str>, Vec<(usize, usize)>)> = Vec::new();
-    for path in paths {
-        let names: Vec<&str> = path.split('.').collect();
-        let of_it = |(known, _): &&mut (Vec<&str>, _)| {
-            let alike = |(a, b): (&&str, &&str)| a == b || number(a).is_some() && number(b).is_some();
-            known.len() == names.len() && known.iter().zip(&names).all(alike)
-        };
-        let numbers = names.iter().map(|name| number(name).unwrap_or(0));
-        match families.iter_mut().find(of_it) {
-            Some((_, ranges)) => {
-                ranges.iter_mut().zip(numbers).for_each(|(range, n)| *range = (range.0.min(n), range.1.max(n)));
-            }
-            None => {
-                let ranges = numbers.map(|n| (n, n)).collect();
-                families.push((names, ranges));
-            }
+/// Paths that differ in numbers only.
+struct Family<'a> {
+    names: Vec<&'a str>,
+    /// The lowest and the highest number at the place of each name, where it is one.
+    ranges: Vec<Option<(usize, usize)>>,
+}
+
+impl<'a> Family<'a> {
+    fn of(names: Vec<&'a str>) -> Self {
+        let ranges = names.iter().map(|name| name.parse().ok().map(|number| (number, number))).collect();
+        Self { names, ranges }
+    }
+
+    fn has(&self, other: &Self) -> bool {
+        let mut names = self.names.iter().zip(&other.names).zip(self.ranges.iter().zip(&other.ranges));
+        self.names.len() == other.names.len() && names.all(|((a, b), (x, y))| a == b || x.is_some() && y.is_some())
+    }
+
+    fn grow(&mut self, other: &Self) {
+        for (range, more) in self.ranges.iter_mut().zip(&other.ranges) {
+            *range = range.zip(*more).map(|(range, more)| (range.0.min(more.0), range.1.max(more.1)));
         }
     }
-    let shown = families.iter().map(|(names, ranges)| {
-        let names = names.iter().zip(ranges).map(|(name, (low, high))| match low == high {
-            true => (*name).to_owned(),
-            false => format!("{{{low}-{high}}}"),
+
+    fn show(&self) -> String {
+        let names = self.names.iter().zip(&self.ranges).map(|(name, range)| match range {
+            Some((low, high)) if low != high => format!("{{{low}-{high}}}"),
+            _ => (*name).to_owned(),
         });
         format!("`{}`", names.collect::<Vec<_>>().join("."))
-    });
-    shown.collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// The paths, of which those that differ in numbers only are one: `layers.{0-31}.norm.gamma`.
+pub(crate) fn families<'a>(paths: impl IntoIterator<Item = &'a str>) -> String {
+    let mut families: Vec<Family<'a>> = Vec::new();
+    for path in paths {
+        let one = Family::of(path.split('.').collect());
+        match families.iter_mut().find(|family| family.has(&one)) {
+            Some(family) => family.grow(&one),
+            None => families.push(one),
+        }
+    }
+    families.iter().map(Family::show).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

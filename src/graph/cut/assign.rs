@@ -114,7 +114,7 @@ fn by_patterns(patterns: &[Vec<String>], paths: &[&str], stages: usize) -> Resul
 fn by_boundaries(patterns: &[String], paths: &[&str], stages: usize) -> Result<Vec<usize>, Error> {
     if patterns.len() + 1 != stages {
         return wrong(format!(
-            "a pipeline of {stages} stages is cut before {} parameters, but the number of patterns that say so is {}",
+            "a pipeline of {stages} stages has {} boundaries, but {} patterns say before which parameter to cut",
             stages - 1,
             patterns.len()
         ));
