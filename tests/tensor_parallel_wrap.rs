@@ -71,11 +71,11 @@ fn mlp_loss(model: &Mlp, (x, targets): (Tensor<2>, Tensor<1, Int>)) -> Tensor<1>
 
 #[test]
 fn a_record_of_another_run_is_told_where_to_be_loaded() {
-    let record = Mlp::new(0.0, &device()).into_record();
     launch::threads(2)
         .run(|rank| {
-            let model = own(&Mlp::new(0.0, &device()));
-            let mut loaded = model.tensor_parallel(&rank, &mlp_plan())?.load_record(record.clone());
+            let run = || own(&Mlp::new(0.0, &device())).tensor_parallel(&rank, &mlp_plan());
+            // Parts of the same dims, under other ids.
+            let mut loaded = run()?.load_record(run()?.into_record());
             let error = loaded.step(rows(0), mlp_loss).unwrap_err().to_string();
             assert!(error.contains("`first.weight`") && error.contains("before it is wrapped"), "{error}");
             let error = loaded.forward_with(rows(0).0, |model, x| model.forward(x)).unwrap_err().to_string();
