@@ -58,7 +58,8 @@ impl<M: Module> Pipelined<M> {
     ///
     /// # Errors
     /// [`Error::Graph`] if the step cannot be recorded; [`Error::Plan`] if it cannot be cut as wanted; [`Error::Pipeline`] if
-    /// the inputs cannot be divided; [`Error::Stage`] on all ranks, if a stage fails on one; those of [`Communicator`].
+    /// the inputs cannot be divided; [`Error::Stage`] on all ranks, if a stage fails on one; those of
+    /// [`Communicator`](crate::comm::Communicator).
     pub fn step<I, F, R>(&mut self, inputs: I, loss: F) -> Result<Step, Error>
     where
         I: GraphInputs + Clone,
