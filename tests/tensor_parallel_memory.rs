@@ -1,4 +1,4 @@
-//! No rank holds more of a model than it must: what is allocated and what is read, in bytes.
+//! No rank holds more than it must: what is allocated and what is read, in bytes.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -8,7 +8,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Mutex, PoisonError};
 
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::nn::{Linear, LinearConfig};
+use burn::nn::{BatchNorm, BatchNormConfig, Linear, LinearConfig};
+use burn::optim::{AdamConfig, ModuleOptimizer};
 use burn::prelude::*;
 use burn_parallel::params::Safetensors;
 use burn_parallel::prelude::*;
@@ -214,4 +215,149 @@ fn sources_that_do_not_fit() {
     assert!(said.contains("too long"), "{said}");
     let said = load(Mlp::new, b"");
     assert!(said.contains("cannot read the header"), "{said}");
+}
+
+#[derive(Module, Debug)]
+struct Tiny {
+    up: Linear,
+    norm: BatchNorm,
+    down: Linear,
+}
+
+impl Tiny {
+    fn new(device: &Device) -> Self {
+        let (up, down) = (LinearConfig::new(4, 8).init(device), LinearConfig::new(8, 4).init(device));
+        Self { up, norm: BatchNormConfig::new(8).init(device), down }
+    }
+
+    fn loss(&self, x: Tensor<2>) -> Tensor<1> {
+        self.forward(x).powi_scalar(2).mean()
+    }
+
+    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        self.down.forward(self.norm.forward(self.up.forward(x)).tanh())
+    }
+}
+
+fn few(device: &Device) -> Tensor<2> {
+    Tensor::from_floats(
+        [[1.0, 0.5, -1.0, 2.0], [0.0, 1.0, 1.0, -0.5], [2.0, 2.0, 0.1, 0.0], [1.0, 0.3, 0.2, 0.1]],
+        device,
+    )
+}
+
+type Step = Box<dyn FnMut() -> Result<(), Error>>;
+
+/// Steps of a model, each followed by one of Adam.
+macro_rules! training {
+    ($model:expr, |$of:ident| $step:expr) => {{
+        let mut optim: ModuleOptimizer = AdamConfig::new().init().into();
+        let mut model = Some($model);
+        let step: Step = Box::new(move || {
+            let mut $of = model.take().expect("the step before has given it back");
+            let grads = $step?.grads;
+            model = Some(optim.step(1e-3, $of, grads));
+            Ok(())
+        });
+        Ok(step)
+    }};
+}
+
+/// By how many bytes what all ranks hold is more in the steps from 600 to 1,000 than in those from 200 to 600.
+fn growth(ranks: usize, start: impl Fn(&Rank, Tensor<2>, Tiny) -> Result<Step, Error> + Sync) -> isize {
+    let most = launch::threads(ranks).run(|rank| {
+        let device = rank.device().autodiff();
+        let mut step = start(&rank, few(&device), Tiny::new(&device))?;
+        let mut most = [isize::MIN; 2];
+        for number in 0..1000_usize {
+            step()?;
+            if let Some(late) = number.checked_sub(200) {
+                let most = &mut most[late / 400];
+                *most = (*most).max(HELD.load(Relaxed));
+            }
+        }
+        Ok(most[1] - most[0])
+    });
+    most.unwrap().into_iter().max().unwrap()
+}
+
+#[test]
+fn a_thousand_steps_hold_no_more_than_a_few() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let plan = Plan::new().shard("up.weight", 1).shard("up.bias", 0).shard("norm.*", 0).shard("down.weight", 0);
+    let tied = |rank: &Rank, axes: [(&str, usize); 2]| {
+        let mesh = Mesh::new(rank, axes)?;
+        Ok::<_, Error>((mesh.axis(axes[0].0)?, mesh.axis(axes[1].0)?))
+    };
+    let dp = DataParallelConfig::new;
+    let pp = || PipelineConfig::new(2);
+    let check = |strategy: &str, grown: isize| assert!(grown < 64 << 10, "{strategy}: {grown} bytes more");
+
+    check(
+        "dp",
+        growth(2, |rank, x, model| {
+            training!(model.data_parallel(rank, dp())?, |m| m.step(x.clone(), |m, x| m.loss(x)))
+        }),
+    );
+    check(
+        "dp with synchronised batch norm",
+        growth(2, |rank, x, model| {
+            let model = model.data_parallel(rank, dp())?;
+            training!(model, |m| m.step_sync_batch_norm(vec![(x.clone(), 4.0)], |m, x| m.loss(x)))
+        }),
+    );
+    check(
+        "tp",
+        growth(2, |rank, x, model| {
+            training!(model.tensor_parallel(rank, &plan)?, |m| m.step(x.clone(), |m, x| m.loss(x)))
+        }),
+    );
+    check(
+        "pp",
+        growth(2, |rank, x, model| {
+            training!(model.pipeline_parallel(rank, pp())?, |m| m.step(x.clone(), |m, x| m.loss(x)))
+        }),
+    );
+    check(
+        "dp x tp",
+        growth(4, |rank, x, model| {
+            let (outer, tp) = tied(rank, [("dp", 2), ("tp", 2)])?;
+            let model = model.tensor_parallel(&tp, &plan)?.data_parallel(&outer, dp())?;
+            training!(model, |m| m.step(x.clone(), |m, x| m.loss(x)))
+        }),
+    );
+    check(
+        "dp x pp",
+        growth(4, |rank, x, model| {
+            let (outer, inner) = tied(rank, [("dp", 2), ("pp", 2)])?;
+            let mut model = model.pipeline_parallel(&inner, pp())?;
+            model.prepare(x.clone(), |m, x| m.loss(x))?;
+            training!(model.data_parallel(&outer, dp())?, |m| m.step(x.clone(), |m, x| m.loss(x)))
+        }),
+    );
+    check(
+        "pp x tp",
+        growth(4, |rank, x, model| {
+            let (outer, tp) = tied(rank, [("pp", 2), ("tp", 2)])?;
+            let model = model.tensor_parallel(&tp, &plan)?.pipeline_parallel(&outer, pp())?;
+            training!(model, |m| m.step(x.clone(), |m, x| m.loss(x)))
+        }),
+    );
+    check(
+        "forward_with under tp",
+        growth(2, |rank, x, model| {
+            let model = model.tensor_parallel(rank, &plan)?;
+            let step: Step = Box::new(move || model.forward_with(x.clone(), |m, x| m.forward(x)).map(drop));
+            Ok(step)
+        }),
+    );
+    check(
+        "forward_with under pp",
+        growth(2, |rank, x, model| {
+            let mut model = model.pipeline_parallel(rank, pp())?;
+            model.prepare(x.clone(), |m, x| m.loss(x))?;
+            let step: Step = Box::new(move || model.forward_with(x.clone(), |m, x| m.forward(x)).map(drop));
+            Ok(step)
+        }),
+    );
 }

@@ -14,14 +14,15 @@ use crate::error::Error;
 use crate::tensor::PlainTensor;
 
 /// Demands of a tensor the shape and dtype with which the graph was captured.
-pub(crate) fn fits(what: &str, value: &PlainTensor, binding: &TensorIr) -> Result<(), Error> {
+pub(crate) fn fits(what: impl FnOnce() -> String, value: &PlainTensor, binding: &TensorIr) -> Result<(), Error> {
     let (shape, dtype) = (value.shape(), value.dtype());
     if shape == binding.shape && dtype == binding.dtype {
         return Ok(());
     }
     Err(graph_error(format!(
-        "{what} is {dtype:?} {:?}, but the graph was captured with {:?} {:?}: capture again for other shapes (a \
+        "{} is {dtype:?} {:?}, but the graph was captured with {:?} {:?}: capture again for other shapes (a \
          `GraphCache` does), or pad the batch",
+        what(),
         shape.as_slice(),
         binding.dtype,
         binding.shape.as_slice()

@@ -1,11 +1,11 @@
 //! One captured graph per kind of step.
 
 use std::any::{Any, TypeId};
+use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeSet, HashMap};
 
 use burn::backend::{DispatchTensor, TensorMetadata};
-use burn::module::{Module, ParamId};
+use burn::module::Module;
 use burn::tensor::{DType, Shape};
 
 use super::capture::capture_step;
@@ -16,7 +16,7 @@ use super::forward::{Forward, capture_forward};
 use super::graph_error;
 use super::inputs::{GraphInputs, TensorMapper};
 use super::loss::StepLoss;
-use super::module::Survey;
+use super::signature::Signature;
 use super::step::StepGraph;
 use crate::error::Error;
 
@@ -45,14 +45,12 @@ impl core::fmt::Debug for GraphCache {
 }
 
 /// What a captured step is for.
-#[derive(Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct StepKey {
     /// Closures written in different places are of different types.
     closure: TypeId,
     inputs: Vec<(String, Shape, DType)>,
-    params: Vec<(ParamId, Shape, DType)>,
-    flags: Vec<(ParamId, bool)>,
-    trainable: BTreeSet<String>,
+    module: Signature,
 }
 
 impl GraphCache {
@@ -72,11 +70,28 @@ impl GraphCache {
         F: FnOnce(&M, I) -> R,
         R: StepLoss,
     {
-        let key = StepKey::of::<M, I, F>(model, inputs)?;
+        self.executor_of(Signature::of_step(model, &|_, _| None), inputs, loss, || model.clone())
+    }
+
+    /// As [`executor`](Self::executor), for a model of this signature that is made only if it is captured now.
+    pub(crate) fn executor_of<M, I, F, R>(
+        &mut self,
+        signature: Signature,
+        inputs: &I,
+        loss: F,
+        model: impl FnOnce() -> M,
+    ) -> Result<&mut Executor, Error>
+    where
+        M: Module,
+        I: GraphInputs + Clone,
+        F: FnOnce(&M, I) -> R,
+        R: StepLoss,
+    {
+        let key = StepKey::new::<I, F>(signature, inputs)?;
         match self.executors.entry(key) {
             Entry::Occupied(entry) => Ok(entry.into_mut()),
             Entry::Vacant(entry) => {
-                let mut graph = capture_step(model, inputs.clone(), loss)?;
+                let mut graph = capture_step(&model(), inputs.clone(), loss)?;
                 (self.pass)(&mut graph)?;
                 Ok(entry.insert(Executor::new(graph, self.ops.clone())?))
             }
@@ -95,11 +110,28 @@ impl GraphCache {
         F: FnOnce(&M, I) -> O,
         O: GraphInputs + Clone + Send + 'static,
     {
-        let key = StepKey::of::<M, I, F>(model, inputs)?;
+        self.forward_of(Signature::of_forward(model, &|_, _| None), inputs, forward, || model.clone())
+    }
+
+    /// As [`forward`](Self::forward), for a model of this signature that is made only if it is captured now.
+    pub(crate) fn forward_of<M, I, F, O>(
+        &mut self,
+        signature: Signature,
+        inputs: &I,
+        forward: F,
+        model: impl FnOnce() -> M,
+    ) -> Result<&mut Forward<O>, Error>
+    where
+        M: Module,
+        I: GraphInputs + Clone,
+        F: FnOnce(&M, I) -> O,
+        O: GraphInputs + Clone + Send + 'static,
+    {
+        let key = StepKey::new::<I, F>(signature, inputs)?;
         let made = match self.forwards.entry(key) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => {
-                let mut captured = capture_forward(model, inputs.clone(), forward)?;
+                let mut captured = capture_forward(&model(), inputs.clone(), forward)?;
                 (self.pass)(&mut captured.graph)?;
                 entry.insert(Box::new(Forward::new(captured, self.ops.clone())?))
             }
@@ -125,19 +157,11 @@ impl GraphCache {
 }
 
 impl StepKey {
-    pub(crate) fn of<M: Module, I: GraphInputs + Clone, F>(model: &M, inputs: &I) -> Result<Self, Error> {
+    /// The key of a closure of type `F` on such inputs and a module of this signature.
+    pub(crate) fn new<I: GraphInputs + Clone, F>(module: Signature, inputs: &I) -> Result<Self, Error> {
         let mut seen = Inputs { path: Vec::new(), seen: Vec::new() };
         drop(inputs.clone().map_tensors(&mut seen)?);
-        // A module on a plain device has its training settings switched on by the capture.
-        let survey = Survey::of(&model.clone().train());
-        let trainable = survey.trainable();
-        Ok(Self {
-            closure: typeid::of::<F>(),
-            inputs: seen.seen,
-            trainable: trainable.iter().map(ParamId::to_string).collect(),
-            params: survey.tensors.into_iter().map(|t| (t.id, t.shape, t.dtype)).collect(),
-            flags: survey.flags.into_iter().map(|(_, id, on)| (id, on)).collect(),
-        })
+        Ok(Self { closure: typeid::of::<F>(), inputs: seen.seen, module })
     }
 }
 

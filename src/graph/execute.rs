@@ -12,12 +12,12 @@ use super::custom::CustomOps;
 use super::inputs::GraphInputs;
 use super::interpret::Interpreter;
 use super::liveness::{Action, MemoryEstimate, program};
-use super::module::{gradients_params, read_params, write_running_states};
+use super::module::{gradients_params, read_for_step, write_running_states};
 use super::results::{Given, Meaning, Results, StepObserver, StepOutputs, StepResult};
 use super::step::{StepGraph, op_name};
 use super::{graph_error, panic_text};
 use crate::error::Error;
-use crate::params::one_device;
+use crate::params::sweep_leaves;
 use crate::tensor::PlainTensor;
 
 /// Runs a [`StepGraph`] on the device of the model, any number of times.
@@ -165,8 +165,10 @@ impl Executor {
         inputs: I,
         observer: &mut dyn StepObserver,
     ) -> Result<Given, Error> {
+        sweep_leaves();
         let inputs = named_tensors(inputs)?;
-        let device = match one_device(model, "a step")? {
+        let (values, device) = self.read(model)?;
+        let device = match device {
             Some(device) => device,
             None => inputs.first().map_or_else(Device::flex, |(_, input)| input.device()),
         };
@@ -174,7 +176,7 @@ impl Executor {
             Some(interpreter) => interpreter,
             None => self.interpreter(&device)?,
         };
-        self.bind_params(model, &mut interpreter)?;
+        self.bind_params(values, &mut interpreter)?;
         self.bind_inputs(inputs, &mut interpreter)?;
         let ran = catch_unwind(AssertUnwindSafe(|| self.run(&mut interpreter, observer)));
         let results = match ran {
@@ -204,13 +206,21 @@ impl Executor {
         Ok(Given { loss, weight, outputs })
     }
 
-    fn bind_params<M: Module>(&self, model: &M, interpreter: &mut Interpreter) -> Result<(), Error> {
+    /// The parameters that the graph reads, and the device of the model.
+    fn read<M: Module>(&self, model: &M) -> Result<(HashMap<ParamId, PlainTensor>, Option<Device>), Error> {
         if self.graph.params.iter().any(|p| p.update.is_some()) {
             // An eager forward before this step may have left updates pending in the running statistics, which only
             // `valid` applies.
             let _ = model.valid();
         }
-        let mut values = read_params(model, &self.wanted)?;
+        read_for_step(model, &self.wanted)
+    }
+
+    fn bind_params(
+        &self,
+        mut values: HashMap<ParamId, PlainTensor>,
+        interpreter: &mut Interpreter,
+    ) -> Result<(), Error> {
         for param in self.graph.params.iter().filter(|p| self.needed.contains(&p.tensor.id)) {
             let value = values.remove(&param.id).ok_or_else(|| {
                 graph_error(format!(
@@ -218,7 +228,7 @@ impl Executor {
                     param.path
                 ))
             })?;
-            fits(&format!("parameter `{}`", param.path), &value, &param.tensor)?;
+            fits(|| format!("parameter `{}`", param.path), &value, &param.tensor)?;
             interpreter.bind(param.tensor.id, value)?;
         }
         Ok(())
@@ -232,7 +242,7 @@ impl Executor {
         }
         for (input, (path, value)) in self.graph.inputs.iter().zip(values) {
             let what = format!("input `{path}`");
-            fits(&what, &value, &input.tensor)?;
+            fits(|| what.clone(), &value, &input.tensor)?;
             is_on(&what, &value, interpreter.device())?;
             if self.needed.contains(&input.tensor.id) {
                 interpreter.bind(input.tensor.id, value)?;

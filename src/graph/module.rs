@@ -10,7 +10,7 @@ use burn::tensor::{Bool, DType, Int, Shape};
 
 use super::graph_error;
 use crate::error::Error;
-use crate::params::with_autodiff;
+use crate::params::{one_device, with_autodiff};
 use crate::tensor::PlainTensor;
 
 /// One float, int or bool parameter or running statistic.
@@ -104,22 +104,51 @@ pub(crate) fn read_params<M: Module>(
     module: &M,
     wanted: &HashSet<ParamId>,
 ) -> Result<HashMap<ParamId, PlainTensor>, Error> {
-    let mut read = ReadParams { wanted, values: HashMap::new(), path: ModulePath::default(), failed: None };
-    module.visit(&mut read);
-    match read.failed {
-        Some(error) => Err(error),
-        None => Ok(read.values),
+    let read = ReadParams::of(module, wanted);
+    read.failed.map_or(Ok(read.values), Err)
+}
+
+/// As [`read_params`], with the one device, without autodiff, of all parameters of the module; `None` if there are none.
+///
+/// # Errors
+/// Those of [`read_params`] and of [`one_device`].
+pub(crate) fn read_for_step<M: Module>(
+    module: &M,
+    wanted: &HashSet<ParamId>,
+) -> Result<(HashMap<ParamId, PlainTensor>, Option<Device>), Error> {
+    let read = ReadParams::of(module, wanted);
+    if read.several {
+        one_device(module, "a step")?;
     }
+    read.failed.map_or(Ok((read.values, read.device)), Err)
 }
 
 struct ReadParams<'a> {
     wanted: &'a HashSet<ParamId>,
     values: HashMap<ParamId, PlainTensor>,
     path: ModulePath,
+    /// The device of the first parameter, and whether another one is elsewhere.
+    device: Option<Device>,
+    several: bool,
     failed: Option<Error>,
 }
 
-impl ReadParams<'_> {
+impl<'a> ReadParams<'a> {
+    fn of<M: Module>(module: &M, wanted: &'a HashSet<ParamId>) -> Self {
+        let (values, path) = (HashMap::new(), ModulePath::default());
+        let mut read = Self { wanted, values, path, device: None, several: false, failed: None };
+        module.visit(&mut read);
+        read
+    }
+
+    fn on(&mut self, device: Device) {
+        let device = device.inner();
+        match &self.device {
+            None => self.device = Some(device),
+            Some(first) => self.several |= *first != device,
+        }
+    }
+
     fn add(&mut self, id: ParamId, tensor: impl FnOnce() -> DispatchTensor) {
         if self.failed.is_some() || !self.wanted.contains(&id) {
             return;
@@ -160,14 +189,17 @@ fn same_buffer(a: &PlainTensor, b: &PlainTensor) -> bool {
 
 impl ModuleVisitor for ReadParams<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.on(param.lazy_device());
         self.add(param.id, || param.val().into_dispatch());
     }
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        self.on(param.lazy_device());
         self.add(param.id, || param.val().into_dispatch());
     }
 
     fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
+        self.on(param.lazy_device());
         self.add(param.id, || param.val().into_dispatch());
     }
 

@@ -1,5 +1,6 @@
 //! How one model is split over one or several axes: what every strategy knows of tensor parallelism.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use super::shard::{
     Larger, PartitionOptions, ShardReport, fold_reductions, fuse_products, overlap, pad, partition,
     register_collectives,
 };
-use super::{CustomOps, RandomSource, StepGraph, counted_random, graph_error, register_counted_random};
+use super::{CustomOps, RandomSource, Signature, StepGraph, counted_random, graph_error, register_counted_random};
 use crate::comm::{Communicator, part};
 use crate::error::Error;
 use crate::layout::Layout;
@@ -27,6 +28,8 @@ const BUCKET_BYTES: usize = 4 << 20;
 #[derive(Debug, Clone)]
 pub(crate) struct ModelSplit {
     table: Arc<PlanTable>,
+    /// The dims of every parameter as a whole, if it is split.
+    whole_dims: Arc<HashMap<ParamId, Option<Vec<usize>>>>,
     axes: Arc<[SplitAxis]>,
     random: RandomSource,
 }
@@ -65,7 +68,9 @@ impl ModelSplit {
                 local = parts::distribute(local, &table, (index, round), &axis.group)?;
             }
         }
-        Ok((local, Self { table: Arc::new(table), axes: made.into(), random: RandomSource::new(0) }))
+        let whole_dims = table.rows().iter().map(|row| (row.id, row.is_split().then(|| row.dims.clone()))).collect();
+        let (table, whole_dims) = (Arc::new(table), Arc::new(whole_dims));
+        Ok((local, Self { table, whole_dims, axes: made.into(), random: RandomSource::new(0) }))
     }
 
     pub(crate) fn table(&self) -> &PlanTable {
@@ -108,16 +113,36 @@ impl ModelSplit {
 
     /// The dims of a parameter as a whole, if it is split.
     pub(crate) fn whole_dims(&self, id: ParamId) -> Option<Vec<usize>> {
-        self.table.row(id).filter(|row| row.is_split()).map(|row| row.dims.clone())
+        self.whole_dims.get(&id)?.clone()
     }
 
     /// The module with the dims that it has as a whole, of which split parameters take no memory: what a capture looks at.
+    pub(crate) fn outline<M: Module>(&self, local: &M) -> M {
+        params::outline(local, &|id, _| self.whole_dims(id))
+    }
+
+    /// The signature of the [outline](Self::outline) for a training step.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if it has other parameters than the one that was split.
-    pub(crate) fn outline<M: Module>(&self, local: &M) -> Result<M, Error> {
-        params::no_strangers(local, &|id| self.table.row(id).is_some())?;
-        Ok(params::outline(local, &|id, _| self.whole_dims(id)))
+    pub(crate) fn of_step<M: Module>(&self, local: &M) -> Result<Signature, Error> {
+        self.known(local, Signature::of_step(local, &|id, _| self.whole_dims(id)))
+    }
+
+    /// The signature of the [outline](Self::outline) for a forward alone.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if it has other parameters than the one that was split.
+    pub(crate) fn of_forward<M: Module>(&self, local: &M) -> Result<Signature, Error> {
+        self.known(local, Signature::of_forward(local, &|id, _| self.whole_dims(id)))
+    }
+
+    fn known<M: Module>(&self, local: &M, signature: Signature) -> Result<Signature, Error> {
+        let known = |id| self.whole_dims.contains_key(&id);
+        if !signature.is_known(known) {
+            params::no_strangers(local, &known)?;
+        }
+        Ok(signature)
     }
 
     /// Puts the whole model together, on every rank. Collective.

@@ -12,6 +12,7 @@ mod pad;
 mod safetensors;
 mod source;
 mod strangers;
+mod sweep;
 
 pub use self::safetensors::Safetensors;
 pub use source::SliceSource;
@@ -22,6 +23,7 @@ pub(crate) use device::one_device;
 pub(crate) use hold::{hold, put};
 pub(crate) use leaf::{Kind, Lazy, leaf, with_autodiff};
 pub(crate) use load::{Held, load};
-pub(crate) use outline::outline;
+pub(crate) use outline::{NewDims, outline};
 pub(crate) use pad::{padded, without_padding};
 pub(crate) use strangers::{no_strangers, strangers};
+pub(crate) use sweep::sweep_leaves;

@@ -55,13 +55,13 @@ impl Engine {
     {
         let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, self.config.micro_batches)?;
         let Some(model) = local.take() else { return Err(stage_error("the model was lost in an earlier error")) };
-        let outline = self.outline(&model);
-        *local = Some(model);
-        let outline = outline?;
-        let key = StepKey::of::<M, I, F>(&outline, &inputs)?;
+        let signature = self.signature(&model, true);
+        let model = local.insert(model);
+        let key = StepKey::new::<I, F>(signature?, &inputs)?;
         if self.steps.contains_key(&key) {
             return Ok((key, batch));
         }
+        let outline = self.outline(model);
         let (firsts, sizes) = batch.sizes();
         let capture = |first| self.capture(&outline, &batch, inputs.clone(), first, loss);
         let graphs = firsts.into_iter().map(capture).collect::<Result<Vec<_>, _>>()?;
@@ -70,8 +70,7 @@ impl Engine {
         let gradients = cuts[0].stages.iter().flat_map(|stage| &stage.gradients);
         let trained = gradients.map(|(param, _)| graphs[0].params[*param].id).collect();
         let pipeline = Pipeline::new(&self.group, self.timetable.clone(), &stages)?;
-        self.steps.insert(key, CapturedStep { pipeline, stages, trained });
-        let key = StepKey::of::<M, I, F>(&outline, &inputs)?;
+        self.steps.insert(key.clone(), CapturedStep { pipeline, stages, trained });
         Ok((key, batch))
     }
 
@@ -106,7 +105,8 @@ impl Engine {
         R: StepLoss,
     {
         let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, self.config.micro_batches)?;
-        let graph = self.capture(&self.outline(local)?, &batch, inputs, 0, loss)?;
+        self.signature(local, true)?;
+        let graph = self.capture(&self.outline(local), &batch, inputs, 0, loss)?;
         let device = one_device(local, "measure")?.unwrap_or_else(Device::flex);
         measure_operations(&graph, &device, runs)
     }
@@ -128,11 +128,11 @@ impl Engine {
         let count = self.config.micro_batches.min(rows);
         let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, count)?;
         let Some(model) = local.take() else { return Err(stage_error("the model was lost in an earlier error")) };
-        let outline = self.outline(&model);
-        *local = Some(model);
-        let outline = outline?;
-        let key = StepKey::of::<M, I, F>(&outline, &inputs)?;
+        let signature = self.signature(&model, false);
+        let model = local.insert(model);
+        let key = StepKey::new::<I, F>(signature?, &inputs)?;
         if !self.forwards.contains_key(&key) {
+            let outline = self.outline(model);
             let (firsts, sizes) = batch.sizes();
             let mut captured = Vec::new();
             for first in firsts {
@@ -150,9 +150,8 @@ impl Engine {
             let givers = (0..graphs[0].outputs.len()).map(|place| giver(place).unwrap_or(0)).collect();
             let pipeline = Pipeline::new(&self.group, self.timetable.clone(), &stages)?;
             let forward = CapturedForward { pipeline, stages, graphs: captured, sizes, givers };
-            self.forwards.insert(key, Box::new(forward));
+            self.forwards.insert(key.clone(), Box::new(forward));
         }
-        let key = StepKey::of::<M, I, F>(&outline, &inputs)?;
         let forward = self.forwards.get_mut(&key).and_then(|forward| forward.downcast_mut());
         Ok((forward.ok_or_else(|| graph_error("a closure of one type gave outputs of two types"))?, batch))
     }

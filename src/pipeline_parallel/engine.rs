@@ -12,8 +12,8 @@ use super::{PipelineConfig, stage_error};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::graph::cut::CutGraph;
-use crate::graph::{CustomOps, ModelSplit, RandomSource, StepKey, register_counted_random};
-use crate::params::{self, SliceSource};
+use crate::graph::{CustomOps, ModelSplit, RandomSource, Signature, StepKey, register_counted_random};
+use crate::params::{self, NewDims, SliceSource};
 use crate::plan::{Plan, PlanRow};
 
 /// The captured steps of a pipeline, and what they are cut by.
@@ -140,15 +140,28 @@ impl Engine {
     }
 
     /// The whole model without memory behind what this rank does not hold.
+    pub(super) fn outline<M: Module>(&self, local: &M) -> M {
+        params::outline(local, &|id, found| self.whole_dims(id, found))
+    }
+
+    /// The signature of the [outline](Self::outline), for a training step or else a forward alone.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if it has other parameters than the one that was wrapped.
-    pub(super) fn outline<M: Module>(&self, local: &M) -> Result<M, Error> {
-        params::no_strangers(local, &|id| self.dims.contains_key(&id))?;
-        Ok(params::outline(local, &|id, found| {
-            let whole = self.split.as_ref().and_then(|split| split.whole_dims(id));
-            whole.or_else(|| self.dims.get(&id).filter(|dims| dims.as_slice() != found).cloned())
-        }))
+    pub(super) fn signature<M: Module>(&self, local: &M, trains: bool) -> Result<Signature, Error> {
+        let dims: &NewDims = &|id, found| self.whole_dims(id, found);
+        let of = if trains { Signature::of_step } else { Signature::of_forward };
+        let (signature, known) = (of(local, dims), |id| self.dims.contains_key(&id));
+        if !signature.is_known(known) {
+            params::no_strangers(local, &known)?;
+        }
+        Ok(signature)
+    }
+
+    /// The dims of a parameter in the whole model, if it has others here.
+    fn whole_dims(&self, id: ParamId, found: &[usize]) -> Option<Vec<usize>> {
+        let whole = self.split.as_ref().and_then(|split| split.whole_dims(id));
+        whole.or_else(|| self.dims.get(&id).filter(|dims| dims.as_slice() != found).cloned())
     }
 
     /// The parameters of `trained` that this rank gives a gradient of, in the order of the module.

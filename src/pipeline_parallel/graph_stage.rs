@@ -55,12 +55,13 @@ impl GraphStage {
         self.random = Some((source.clone(), first));
     }
 
-    /// Takes the parameters of a step.
+    /// Has stages take the parameters of a step.
     ///
     /// # Errors
     /// Those of [`StageRun::bind`].
-    pub(super) fn bind<M: Module>(&mut self, model: &M) -> Result<(), Error> {
-        self.runs.iter_mut().try_for_each(|run| run.bind(model))
+    pub(super) fn bind<M: Module>(stages: &mut [Self], model: &M) -> Result<(), Error> {
+        let mut runs: Vec<&mut StageRun> = stages.iter_mut().flat_map(|stage| &mut stage.runs).collect();
+        StageRun::bind_all(&mut runs, model)
     }
 
     /// Lets go of the parameters, and takes the gradients that have come together.

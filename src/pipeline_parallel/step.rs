@@ -13,7 +13,7 @@ use super::pipelined::lock;
 use super::{Pipelined, Stage, stage_error};
 use crate::Error;
 use crate::graph::{GraphInputs, StepLoss, StepObserver, StepOutputs, gradients_params};
-use crate::params::one_device;
+use crate::params::{one_device, sweep_leaves};
 use crate::tensor::PlainTensor;
 
 /// What [`Pipelined::step`] gives.
@@ -140,7 +140,7 @@ impl<M: Module> Pipelined<M> {
             }
         }
         let trained = trained.clone();
-        if engine.timetable.trains() {
+        if engine.timetable.trains() && !engine.ties.is_empty() {
             let device = one_device(&self.local, "a step")?.unwrap_or_else(Device::flex);
             engine.ties.sum(&mut gradients, &trained, &device)?;
         }
@@ -171,6 +171,7 @@ pub(super) fn bound<M: Module>(
     model: &M,
     run: impl FnOnce(&mut [GraphStage]) -> Result<PipelineRun, Error>,
 ) -> Result<PipelineRun, Error> {
-    let bound = stages.iter_mut().try_for_each(|stage| stage.bind(model));
+    sweep_leaves();
+    let bound = GraphStage::bind(stages, model);
     bound.and_then(|()| run(stages)).inspect_err(|_| stages.iter_mut().for_each(GraphStage::discard))
 }

@@ -66,6 +66,10 @@ impl Ties {
         Ok(Self(ties))
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// The parameters, with the values that the ranks of their own stages bring.
     ///
     /// # Errors

@@ -161,9 +161,10 @@ impl<M: Module> Sharded<M> {
         F: FnOnce(&M, I) -> R,
         R: StepLoss,
     {
-        let whole = self.split.outline(&self.local)?;
+        let signature = self.split.of_step(&self.local)?;
         let mut engine = lock(&self.engine);
-        let executor = engine.graphs.executor(&whole, &inputs, loss)?;
+        let whole = || self.split.outline(&self.local);
+        let executor = engine.graphs.executor_of(signature, &inputs, loss, whole)?;
         let result = executor.step(&self.local, inputs)?;
         self.split.random().advance();
         Ok(Step { loss: result.loss, weight: result.weight, grads: result.gradients, outputs: result.outputs })
@@ -186,9 +187,11 @@ impl<M: Module> Sharded<M> {
         F: FnOnce(&M, I) -> R,
         R: StepLoss,
     {
-        let whole = self.split.outline(&self.local)?;
+        let signature = self.split.of_step(&self.local)?;
         let mut engine = lock(&self.engine);
-        let step = engine.graphs.executor(&whole, &inputs, loss)?.step_observed(&self.local, inputs, observer)?;
+        let whole = || self.split.outline(&self.local);
+        let executor = engine.graphs.executor_of(signature, &inputs, loss, whole)?;
+        let step = executor.step_observed(&self.local, inputs, observer)?;
         self.split.random().advance();
         Ok(step)
     }
@@ -207,9 +210,10 @@ impl<M: Module> Sharded<M> {
         F: FnOnce(&M, I) -> O,
         O: GraphInputs + Clone + Send + 'static,
     {
-        let whole = self.split.outline(&self.local)?;
+        let signature = self.split.of_forward(&self.local)?;
         let mut engine = lock(&self.engine);
-        engine.graphs.forward(&whole, &inputs, forward)?.run(&self.local, inputs)
+        let whole = || self.split.outline(&self.local);
+        engine.graphs.forward_of(signature, &inputs, forward, whole)?.run(&self.local, inputs)
     }
 }
 

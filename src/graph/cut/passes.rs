@@ -60,7 +60,7 @@ impl StageRun {
         for (place, path, tensor) in &self.inputs {
             let value = inputs.get(*place).ok_or_else(|| graph_error(format!("the step lacks input `{path}`")))?;
             let what = format!("input `{path}`");
-            fits(&what, value, tensor)?;
+            fits(|| what.clone(), value, tensor)?;
             is_on(&what, value, device)?;
             tensors.bind(tensor.id, value.clone())?;
         }
@@ -152,7 +152,7 @@ impl StageRun {
                 return Err(graph_error(problem));
             }
             for (tensor, value) in route.tensors.iter().zip(values) {
-                fits(&format!("what stage {stage} got of stage {from}"), &value, tensor)?;
+                fits(|| format!("what stage {stage} got of stage {from}"), &value, tensor)?;
                 let value = value.moved_to(tensors.device());
                 tensors.bind(tensor.id, value)?;
             }

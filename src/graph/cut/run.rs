@@ -1,6 +1,6 @@
 //! One stage of a cut step that can run, with its parameters.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use burn::module::{Module, ParamId};
 use burn::tensor::{Device, TensorData};
@@ -14,9 +14,8 @@ use crate::graph::custom::CustomOps;
 use crate::graph::graph_error;
 use crate::graph::interpret::Interpreter;
 use crate::graph::liveness::Action;
-use crate::graph::module::{read_params, write_running_states};
+use crate::graph::module::{read_for_step, write_running_states};
 use crate::graph::step::StepGraph;
-use crate::params::one_device;
 use crate::tensor::PlainTensor;
 
 /// Runs the part of a step that one stage has, on the device of the model.
@@ -96,18 +95,32 @@ impl StageRun {
     /// # Errors
     /// [`Error::Graph`] if the model lacks one, or has another shape or dtype than at the capture.
     pub fn bind<M: Module>(&mut self, model: &M) -> Result<(), Error> {
-        if !self.updates.is_empty() {
+        Self::bind_all(&mut [self], model)
+    }
+
+    /// As [`bind`](Self::bind), for several stages at once, which look at the model once.
+    ///
+    /// # Errors
+    /// As [`bind`](Self::bind).
+    pub(crate) fn bind_all<M: Module>(runs: &mut [&mut Self], model: &M) -> Result<(), Error> {
+        if runs.iter().any(|run| !run.updates.is_empty()) {
             // An eager forward before this step may have left updates pending, which only `valid` applies.
             let _ = model.valid();
         }
-        let wanted = self.params.iter().map(|(id, ..)| *id).collect();
-        self.values = read_params(model, &wanted)?;
+        let wanted: HashSet<ParamId> = runs.iter().flat_map(|run| run.params.iter().map(|(id, ..)| *id)).collect();
+        let (values, device) = read_for_step(model, &wanted)?;
+        let device = device.unwrap_or_else(Device::flex);
+        runs.iter_mut().try_for_each(|run| run.take(&values, device.clone()))
+    }
+
+    fn take(&mut self, values: &HashMap<ParamId, PlainTensor>, device: Device) -> Result<(), Error> {
+        self.values.clear();
         for (id, path, tensor) in &self.params {
-            let value =
-                self.values.get(id).ok_or_else(|| graph_error(format!("the stage lacks parameter `{path}`")))?;
-            fits(&format!("parameter `{path}`"), value, tensor)?;
+            let value = values.get(id).ok_or_else(|| graph_error(format!("the stage lacks parameter `{path}`")))?;
+            fits(|| format!("parameter `{path}`"), value, tensor)?;
+            self.values.insert(*id, value.clone());
         }
-        self.settle(one_device(model, "a step")?.unwrap_or_else(Device::flex))
+        self.settle(device)
     }
 
     /// Brings the constants to a device.

@@ -195,7 +195,7 @@ fn a_send_that_fails_ends_every_rank_with_the_same_error() {
             let run = world().run(|rank| {
                 let mine = timetable.stages_of(rank.rank());
                 let mut plain = stages((&graph, &parts), &mine, None, false);
-                plain.iter_mut().try_for_each(|stage| stage.bind(&model))?;
+                GraphStage::bind(&mut plain, &model)?;
                 let mut held: Vec<Heavy> = plain.into_iter().map(|stage| Heavy { stage, failing: *failing }).collect();
                 let mut pipeline = Pipeline::new(&rank, timetable.clone(), &held)?;
                 Ok(pipeline.step(&mut held, &inputs()).unwrap_err())

@@ -1,0 +1,93 @@
+//! What a captured step depends on in a module, read without changing it.
+
+use burn::module::{Flag, Module, ModuleVisitor, Param, ParamId};
+use burn::tensor::{Bool, DType, Int, Shape, Tensor};
+
+use crate::params::{Lazy, NewDims};
+
+/// The tensors and training flags of a module, in the order in which a visitor meets them: two modules that have the same
+/// are captured as the same graph.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Signature {
+    tensors: Vec<(ParamId, Shape, DType, Use)>,
+    flags: Vec<(ParamId, bool)>,
+}
+
+/// What a capture makes of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Use {
+    Trained,
+    Frozen,
+    /// An int or bool.
+    Index,
+}
+
+impl Signature {
+    /// The signature for a training step, which a capture takes in training mode: a parameter on a plain device has its
+    /// training settings switched on. Float parameters have the dims that `dims` says, as in
+    /// [`outline`](crate::params::outline).
+    ///
+    /// Lazy parameters are not made, and no autodiff leaf is, but for those whose training setting shows in no other way:
+    /// lazy ones, and trained ones on a plain device.
+    pub(crate) fn of_step<M: Module>(module: &M, dims: &NewDims) -> Self {
+        Self::of(module, dims, true)
+    }
+
+    /// The signature for a forward alone, which a capture takes in evaluation mode: nothing is trained, no flag is on.
+    pub(crate) fn of_forward<M: Module>(module: &M, dims: &NewDims) -> Self {
+        Self::of(module, dims, false)
+    }
+
+    fn of<M: Module>(module: &M, dims: &NewDims, trains: bool) -> Self {
+        let mut visitor = Signing { dims, trains, found: Self { tensors: Vec::new(), flags: Vec::new() } };
+        module.visit(&mut visitor);
+        visitor.found
+    }
+
+    /// Whether all float parameters are known.
+    pub(crate) fn is_known(&self, known: impl Fn(ParamId) -> bool) -> bool {
+        self.tensors.iter().all(|(id, .., used)| *used == Use::Index || known(*id))
+    }
+}
+
+struct Signing<'a> {
+    dims: &'a NewDims<'a>,
+    trains: bool,
+    found: Signature,
+}
+
+impl ModuleVisitor for Signing<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let (found, dtype, trained) = if param.is_initialized() {
+            let value = param.base();
+            let trained = self.trains
+                && match value.is_autodiff() {
+                    true => value.is_require_grad(),
+                    false => param.clone().train().is_require_grad(),
+                };
+            (value.shape(), value.dtype(), trained)
+        } else {
+            let Lazy { stand_in, trained, .. } = Lazy::of(param);
+            (param.lazy_shape(), stand_in.base().dtype(), trained && self.trains)
+        };
+        let shape = (self.dims)(param.id, found.as_slice()).map_or(found, Shape::from);
+        let used = if trained { Use::Trained } else { Use::Frozen };
+        self.found.tensors.push((param.id, shape, dtype, used));
+    }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        let value = param.val();
+        self.found.tensors.push((param.id, value.shape(), value.dtype(), Use::Index));
+    }
+
+    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
+        let value = param.val();
+        self.found.tensors.push((param.id, value.shape(), value.dtype(), Use::Index));
+    }
+
+    fn visit_flag(&mut self, flag: &Param<Flag>) {
+        if self.trains {
+            self.found.flags.push((flag.id, flag.clone().train().is_enabled()));
+        }
+    }
+}
