@@ -314,6 +314,52 @@ fn dropout_is_that_of_one_rank_whatever_the_degree() {
     }
 }
 
+#[test]
+fn dropout_goes_on_where_it_was_when_a_model_is_wrapped_again() {
+    let model = Mlp::new(0.4, &device());
+    let losses = launch::threads(4).run(|world| {
+        let mesh = Mesh::new(&world, [("dp", 2), ("tp", 2)])?;
+        let (dp, tp) = (mesh.axis("dp")?, mesh.axis("tp")?);
+        let wrap = || Ok::<_, Error>(own(&model).tensor_parallel(&tp, &mlp_plan())?.with_seed(3));
+        type Model = burn_parallel::tensor_parallel::Sharded<Mlp>;
+        let losses = |model: &mut Model, steps: usize| {
+            (0..steps).map(|_| Ok(scalar(model.step(rows(0), mlp_loss)?.loss))).collect::<Result<Vec<f32>, Error>>()
+        };
+        let mut once = wrap()?;
+        let expected = losses(&mut once, 6)?;
+        assert_eq!(once.random_step(), 6);
+
+        // As from a checkpoint.
+        let mut first = wrap()?;
+        let mut found = losses(&mut first, 2)?;
+        let mut second = first.assemble()?.tensor_parallel(&tp, &mlp_plan())?.with_seed(first.seed());
+        second.set_random_step(first.random_step());
+        found.extend(losses(&mut second, 2)?);
+
+        // Another wrapper leaves the step where it is.
+        let mut replicas = second.data_parallel(&dp, DataParallelConfig::new())?;
+        assert_eq!(replicas.random_step(), 4);
+        for _ in 0..2 {
+            // The loss of the step is the mean over the replicas, but the outputs are each one's own.
+            let step = replicas.step(rows(0), |m, x| {
+                let loss = mlp_loss(m, x);
+                (loss.clone(), loss)
+            })?;
+            found.push(scalar(step.outputs[0][0].clone().float().unwrap()));
+        }
+        let back = replicas.into_inner().data_parallel(&dp, DataParallelConfig::new())?;
+        assert_eq!(back.random_step(), 6);
+        assert_eq!(back.into_inner().with_seed(5).random_step(), 6);
+        Ok((expected, found))
+    });
+    for (rank, (expected, found)) in losses.unwrap().iter().enumerate() {
+        let same = if rank < 2 { 6 } else { 4 };
+        found[..same].iter().zip(expected).for_each(|(a, b)| close("loss", *a, *b));
+        // The second replica has numbers of its own.
+        assert!(found[same..].iter().all(|loss| !expected.contains(loss)), "{found:?} {expected:?}");
+    }
+}
+
 #[derive(Module, Debug)]
 struct Gated {
     tokens: Embedding,

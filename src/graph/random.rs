@@ -2,7 +2,7 @@
 //!
 //! burn draws from one generator of the process, in the order in which operations happen to run: ranks cannot share out such
 //! numbers. [`counted_random`] replaces every random operation by one in which each element's number is a function of the
-//! seed, the step, the operation's number and the element's place in the whole tensor: a counter-based generator in the
+//! seed, the replica, the step, the operation's number and the element's place in the whole tensor: a counter-based generator in the
 //! sense of Salmon et al., [Parallel random numbers: as easy as 1, 2, 3](https://doi.org/10.1145/2063384.2063405), here
 //! ChaCha with 8 rounds. So a rank draws exactly its part, and a step split in whatever way draws what it draws on one rank.
 
@@ -47,40 +47,68 @@ pub(super) fn drawn(op: &OperationIr) -> Option<&RandomOpIr> {
     }
 }
 
-/// The seed, and the number of the step: what all ranks must have in common to draw common numbers.
+/// The seed, the number of the replica and that of the step: what all ranks must have in common to draw common numbers.
 ///
-/// Clones share the step.
+/// Clones share replica and step.
 #[derive(Debug, Clone)]
 pub struct RandomSource {
     seed: u64,
-    step: Arc<AtomicU64>,
+    place: Arc<Place>,
+}
+
+/// Where in the numbers of a seed a model is.
+#[derive(Debug, Default)]
+struct Place {
+    replica: AtomicU64,
+    step: AtomicU64,
 }
 
 impl RandomSource {
     /// Numbers from `seed`, before the first step.
     pub fn new(seed: u64) -> Self {
-        Self { seed, step: Arc::new(AtomicU64::new(0)) }
+        Self { seed, place: Arc::default() }
+    }
+
+    /// A source of its own with numbers from another seed, at the same step.
+    pub(crate) fn with_seed(&self, seed: u64) -> Self {
+        let (replica, step) = (AtomicU64::new(self.replica()), AtomicU64::new(self.step()));
+        Self { seed, place: Arc::new(Place { replica, step }) }
+    }
+
+    /// What the numbers follow from.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// The number of the replica whose numbers are drawn; 0 if it is the only one.
+    pub fn replica(&self) -> u64 {
+        self.place.replica.load(Ordering::Relaxed)
+    }
+
+    /// Draws the numbers of replica number `replica`, which no other draws.
+    pub fn set_replica(&self, replica: u64) {
+        self.place.replica.store(replica, Ordering::Relaxed);
     }
 
     /// Goes on to the numbers of the next step.
     pub fn advance(&self) {
-        self.step.fetch_add(1, Ordering::Relaxed);
+        self.place.step.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The number of the step.
     pub fn step(&self) -> u64 {
-        self.step.load(Ordering::Relaxed)
+        self.place.step.load(Ordering::Relaxed)
     }
 
     /// Sets the number of the step, as when training goes on from a checkpoint.
     pub fn set_step(&self, step: u64) {
-        self.step.store(step, Ordering::Relaxed);
+        self.place.step.store(step, Ordering::Relaxed);
     }
 
     /// The numbers of one operation, from a place on: two words for each.
     fn stream(&self, operation: u64, place: u64) -> ChaCha8Rng {
         let mut key = [0; 32];
-        for (word, value) in [self.seed, self.step(), operation].into_iter().enumerate() {
+        for (word, value) in [self.seed, self.step(), operation, self.replica()].into_iter().enumerate() {
             key[word * 8..][..8].copy_from_slice(&value.to_le_bytes());
         }
         let mut stream = ChaCha8Rng::from_seed(key);

@@ -182,9 +182,9 @@ impl ModelSplit {
         Some(params::Held { dims, ranges: real.collect(), local_dims })
     }
 
-    /// The same split whose steps draw other random numbers.
-    pub(crate) fn with_random(self, random: RandomSource) -> Self {
-        Self { random, ..self }
+    /// The same split whose steps draw other random numbers from here on.
+    pub(crate) fn with_seed(self, seed: u64) -> Self {
+        Self { random: self.random.with_seed(seed), ..self }
     }
 
     /// What the random numbers of the steps follow from; whoever runs steps advances it after each.

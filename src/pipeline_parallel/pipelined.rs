@@ -89,10 +89,22 @@ impl<M: Module> Pipelined<M> {
         split.map_or(Ok(()), |split| split.same_parts(group))
     }
 
-    /// Has steps draw the random numbers of replica number `replica` of this pipeline: a run of its own, which the others
-    /// do not reach.
+    /// Has steps draw the random numbers of replica number `replica` of this pipeline.
     pub(crate) fn draw_as(&self, replica: usize) {
-        lock(&self.engine).random.set_step((replica as u64) << 40);
+        lock(&self.engine).random.set_replica(replica as u64);
+    }
+
+    /// The number of the micro-batch whose random numbers are drawn next: how many this model has trained on. Part of a
+    /// checkpoint, with the seed of the [`PipelineConfig`].
+    pub fn random_step(&self) -> u64 {
+        lock(&self.engine).random.step()
+    }
+
+    /// Has the next step draw random numbers from those of micro-batch number `step` on: when training goes on from a
+    /// checkpoint, or with a model that is wrapped anew, as after [`assemble`](Self::assemble), which then draws what it would
+    /// have drawn. The same on every rank; shared by all clones.
+    pub fn set_random_step(&self, step: u64) {
+        lock(&self.engine).random.set_step(step);
     }
 
     /// The whole model, on every rank. Collective.

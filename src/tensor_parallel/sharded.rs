@@ -10,9 +10,7 @@ use burn::tensor::Tensor;
 use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::graph::shard::ShardReport;
-use crate::graph::{
-    CustomOps, GraphCache, GraphInputs, ModelSplit, RandomSource, StepGraph, StepLoss, StepObserver, StepOutputs,
-};
+use crate::graph::{CustomOps, GraphCache, GraphInputs, ModelSplit, StepGraph, StepLoss, StepObserver, StepOutputs};
 use crate::params::SliceSource;
 use crate::plan::{Plan, PlanTable};
 use crate::tensor::PlainTensor;
@@ -31,7 +29,6 @@ use crate::wrapper::module_of_field;
 pub struct Sharded<M> {
     local: M,
     pub(super) split: ModelSplit,
-    seed: u64,
     engine: Arc<Mutex<Engine>>,
 }
 
@@ -75,24 +72,43 @@ pub struct Step {
 impl<M: Module> Sharded<M> {
     pub(super) fn new(model: M, axes: &[(&str, &Communicator)], plan: &Plan) -> Result<Self, Error> {
         let (local, split) = ModelSplit::distribute(model, axes, plan)?;
-        Ok(Self { local, engine: Arc::new(Mutex::new(Engine::of(&split))), split, seed: 0 })
+        Ok(Self { local, engine: Arc::new(Mutex::new(Engine::of(&split))), split })
     }
 
     /// Sets the seed of the random numbers that steps draw, dropout above all: the same on every rank of the split, which
-    /// then draw what one device would. 0 by default. Forgets the captured steps.
+    /// then draw what one device would. 0 by default. Forgets the captured steps, not the [number](Self::random_step) of the
+    /// step.
     pub fn with_seed(self, seed: u64) -> Self {
-        let split = self.split.with_random(RandomSource::new(seed));
-        Self { engine: Arc::new(Mutex::new(Engine::of(&split))), split, seed, local: self.local }
+        let split = self.split.with_seed(seed);
+        Self { engine: Arc::new(Mutex::new(Engine::of(&split))), split, local: self.local }
     }
 
     /// The seed of the random numbers that steps draw.
     pub fn seed(&self) -> u64 {
-        self.seed
+        self.split.random().seed()
+    }
+
+    /// The number of the step whose random numbers are drawn next: how many steps this model has made. Part of a
+    /// checkpoint, with the [seed](Self::seed).
+    pub fn random_step(&self) -> u64 {
+        self.split.random().step()
+    }
+
+    /// Has the next step draw the random numbers of step number `step`: when training goes on from a checkpoint, or with a
+    /// model that is wrapped anew, as after [`assemble`](Self::assemble), which then draws what it would have drawn. The same
+    /// on every rank; shared by all clones.
+    pub fn set_random_step(&self, step: u64) {
+        self.split.random().set_step(step);
     }
 
     /// This rank's part of the model, and how it was split: for engines of other strategies.
     pub(crate) fn into_parts(self) -> (M, ModelSplit) {
         (self.local, self.split)
+    }
+
+    /// Has steps draw the random numbers of replica number `replica` of this model.
+    pub(crate) fn draw_as(&self, replica: usize) {
+        self.split.random().set_replica(replica as u64);
     }
 
     /// How the model was split.

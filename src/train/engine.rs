@@ -10,9 +10,6 @@ use crate::graph::{GraphInputs, StepLoss, StepObserver, StepOutputs};
 use crate::pipeline_parallel::{PipelineConfig, Pipelined};
 use crate::tensor_parallel::Sharded;
 
-/// The golden ratio in 64 bits: replicas of neighbouring seeds have no seed in common.
-const SEED_STRIDE: u64 = 0x9e37_79b9_7f4a_7c15;
-
 /// A model of which each rank holds a part and which trains through its captured step.
 pub trait GraphEngine: Module {
     /// The model that step closures see.
@@ -113,14 +110,14 @@ impl<M: Module> Sharded<M> {
     /// averaged over `group` while the backward pass still runs. Collective over `group`, in which every rank holds the same
     /// parts: the axis of a [`Mesh`](crate::mesh::Mesh) that is not the one of the split.
     ///
-    /// All replicas take the values of the first. Lazy parameters are made now. Replicas draw different random numbers, from
-    /// seeds that follow from [`seed`](Sharded::seed).
+    /// All replicas take the values of the first. Lazy parameters are made now. Replicas draw different random numbers, all of
+    /// the same [seed](Sharded::seed), from the [step](Sharded::random_step) on that this model has reached.
     ///
     /// # Errors
     /// [`Error::ModelMismatch`] if the ranks of `group` hold different parts; those of [`Communicator`].
     pub fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replicas<Self>, Error> {
         self.split().same_parts(group)?;
-        let seed = self.seed().wrapping_add(SEED_STRIDE.wrapping_mul(group.rank() as u64));
-        Replicas::new(self.with_seed(seed), group, config)
+        self.draw_as(group.rank());
+        Replicas::new(self, group, config)
     }
 }

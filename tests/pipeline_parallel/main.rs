@@ -419,6 +419,19 @@ fn dropout_does_not_depend_on_ranks_and_schedules() {
             assert!(found.iter().zip(&alone).all(|(a, b)| (a - b).abs() < 1e-5), "{schedule:?}: {found:?} {alone:?}");
         }
     }
+    // A model that is wrapped again goes on from the step that it is told.
+    let second = launch::threads(2).run(|rank| {
+        let mut model = filled(make()).pipeline_parallel(&rank, PipelineConfig::new(3))?;
+        assert_eq!(model.random_step(), 0);
+        model.set_random_step(3);
+        let step = model.step(Numbers(2).tensor([6, 4, 8], &device()), |model, x: Tensor<3>| {
+            let x = model.forward(burn::nn::transformer::TransformerEncoderInput::new(x));
+            x.powi_scalar(2).mean()
+        })?;
+        assert_eq!(model.random_step(), 6, "micro-batches count");
+        Ok(step.loss)
+    });
+    assert!((second.unwrap()[0] - alone[1]).abs() < 1e-5);
     let other = losses(2, PipelineConfig::new(3).with_seed(1));
     assert!((other[0] - alone[0]).abs() > 1e-6);
     // Micro-batches of the same rows draw other numbers: their outputs, on the rank that computes them, differ.
