@@ -10,6 +10,7 @@
 //! `k * STRIDE`. Then the uses are visited in reverse, each about when the layers behind it are done: earlier would be
 //! wrong and cannot be (an operation runs after all that depends on it), later costs only overlap.
 
+use std::any::Any;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fmt;
@@ -24,9 +25,10 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{
     Autodiff, Backend, BackendTensor, DispatchKindConversion, DispatchTensor, Flex, GradientCheckpointingStrategy,
 };
-use burn::module::{Module, Param, ParamId, Reparameterization, Reparameterizer};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId, Reparameterization, Reparameterizer};
 use burn::tensor::{DType, Shape, Tensor};
 
+use crate::graph::same_buffer;
 use crate::tensor::{PlainTensor, with_backend};
 
 /// Operations between two uses that keep the hook of the earlier one from running too late: more than a transformer block
@@ -105,6 +107,49 @@ impl Reparameterizer for AttachHooks<'_> {
     ) -> (Param<Tensor<D>>, Option<GradientHook>) {
         let number = self.numbers.get(&param.id).copied();
         (param, number.map(|param| GradientHook { listener: self.listener.clone(), param }))
+    }
+}
+
+/// The module without its hooks. If it has other reparameterizations too, adapters above all, it stays as it is: burn takes all
+/// of them away or none.
+pub(super) fn detach<M: Module>(module: M) -> M {
+    let mut found = Reparameterizations { hooks: false, others: false };
+    module.visit(&mut found);
+    match found {
+        Reparameterizations { hooks: true, others: false } => module.materialize().map(&mut Retie(HashMap::new())),
+        _ => module,
+    }
+}
+
+struct Reparameterizations {
+    hooks: bool,
+    others: bool,
+}
+
+impl ModuleVisitor for Reparameterizations {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        if container == "Reparameterization" {
+            *(if name == GradientHook::NAME { &mut self.hooks } else { &mut self.others }) = true;
+        }
+    }
+}
+
+/// Parameters that are in several places become one leaf again.
+struct Retie(HashMap<ParamId, Box<dyn Any>>);
+
+impl ModuleMapper for Retie {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if !param.is_initialized() {
+            return param;
+        }
+        let (id, value, mapper) = param.consume();
+        let known = self.0.get(&id).and_then(|known| known.downcast_ref::<Tensor<D>>());
+        let one = match known {
+            Some(leaf) if same_buffer(&leaf.clone().into(), &value.clone().into()) => leaf.clone(),
+            _ => value,
+        };
+        self.0.entry(id).or_insert_with(|| Box::new(one.clone()));
+        Param::from_mapped_value(id, one, mapper)
     }
 }
 

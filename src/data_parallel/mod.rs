@@ -47,6 +47,7 @@
 //! which is a stream of its own for each rank.
 
 mod buckets;
+mod changes;
 mod comm_hook;
 mod config;
 mod dataset;
@@ -77,6 +78,7 @@ pub use sampler::{DistributedSampler, Remainder, Share};
 
 pub use step::{Step, StepCounters};
 
+pub(crate) use self::changes::Forward;
 use self::hook::AttachHooks;
 pub(crate) use self::hook::GradientListener;
 pub(crate) use self::reducer::{Contribution, Reduced, Reducer};
@@ -91,7 +93,11 @@ pub trait DataParallel: Module {
     /// Wraps the module. Collective over `group`: every rank wraps the same model. All parameters and buffers take rank
     /// 0's values; quantized ones stay as they are.
     ///
-    /// Attach LoRA adapters before wrapping: a parameter takes one reparameterization, and the replica's hook is one.
+    /// Attach LoRA adapters before wrapping, or after [`Replica::into_inner`]: a parameter takes one reparameterization, and the
+    /// replica's hook is one.
+    ///
+    /// What is trained or put in later, on all ranks alike, takes part from the next step on. The values of new layers are made
+    /// equal by steps that run the forward themselves, and demanded to be equal by [`Replica::backward`].
     ///
     /// # Errors
     ///
@@ -126,5 +132,5 @@ pub(crate) fn replicate<M: Module>(
         structure.agree(group)?;
         module = structure::broadcast(own_buffers(module), group)?;
     }
-    Ok((module, Reducer::new(structure.trained, device, group, config)?))
+    Ok((module, Reducer::new(structure, device, group, config)?))
 }

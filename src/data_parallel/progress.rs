@@ -1,7 +1,9 @@
 //! How far the gradients of a step have come.
 
+use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
+use burn::module::ParamId;
 use burn::tensor::Device;
 
 use super::reducer::Contribution;
@@ -11,6 +13,8 @@ use crate::tensor::PlainTensor;
 #[derive(Default)]
 pub(super) struct Step {
     pub params: Vec<Progress>,
+    /// Gradients of parameters that have come after wrapping, and have no number yet.
+    pub unnumbered: HashMap<ParamId, PlainTensor>,
     /// Parameters of each bucket, in the order in which buckets are started.
     pub buckets: Vec<Vec<usize>>,
     /// Whether the buckets follow the order in which backward completes gradients, or still the guess at it.
@@ -66,6 +70,7 @@ impl Step {
     pub fn reset(&mut self) {
         self.forget_uses();
         self.flight = None;
+        self.unnumbered.clear();
         self.params.iter_mut().for_each(|param| *param = Progress::default());
     }
 }

@@ -17,18 +17,19 @@
 //! Head and tail go over a communicator of their own, so the counters of the other one are those of the gradients alone.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use burn::module::{Module, ParamId};
 use burn::tensor::{DType, Device, Shape, Tensor};
 
 use super::buckets;
+use super::changes::{Known, head};
 use super::comm_hook::Bucket;
 use super::config::DataParallelConfig;
 use super::hook::GradientListener;
 use super::progress::{Flight, LATE, Progress, Step, accumulate};
-use super::structure::Trained;
+use super::structure::Structure;
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::params::strangers;
@@ -56,8 +57,7 @@ pub(crate) struct Reduced {
 }
 
 pub(crate) struct Reducer {
-    params: Vec<Trained>,
-    numbers: RwLock<HashMap<ParamId, usize>>,
+    known: RwLock<Known>,
     /// Carries the buckets.
     data: Communicator,
     /// Carries head and tail.
@@ -71,43 +71,75 @@ pub(crate) struct Reducer {
 impl Reducer {
     /// # Errors
     /// Those of [`Communicator::split`].
-    pub fn new(
-        params: Vec<Trained>,
+    pub(super) fn new(
+        structure: Structure,
         device: Device,
         group: &Communicator,
         config: DataParallelConfig,
     ) -> Result<Self, Error> {
         let of_its_own = |name| group.split_named(name, 0, group.rank() as i64);
         let (data, control) = (of_its_own("gradients")?, of_its_own("control")?);
-        let numbers =
-            params.iter().enumerate().map(|(number, param)| (param.id, number)).collect::<HashMap<_, _>>().into();
-        let reducer = Self { params, numbers, data, control, config, device, step: Mutex::default() };
-        let guess: Vec<usize> = (0..reducer.params.len()).rev().collect();
-        {
-            let mut step = reducer.lock();
-            step.params = reducer.params.iter().map(|_| Progress::default()).collect();
-            step.buckets = reducer.divide(&guess);
-        }
+        let known = RwLock::default();
+        let reducer = Self { known, data, control, config, device, step: Mutex::default() };
+        reducer.learn(|known| *known = Known::new(structure));
         Ok(reducer)
+    }
+
+    pub(super) fn known(&self) -> RwLockReadGuard<'_, Known> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Learns of parameters, between two steps.
+    pub(super) fn learn(&self, learn: impl FnOnce(&mut Known)) {
+        let count = {
+            let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+            learn(&mut known);
+            known.params.len()
+        };
+        let buckets = self.divide(&(0..count).rev().collect::<Vec<_>>());
+        let unnumbered = {
+            let mut step = self.lock();
+            step.params.resize_with(count, Progress::default);
+            (step.buckets, step.observed) = (buckets, false);
+            std::mem::take(&mut step.unnumbered)
+        };
+        for (id, gradient) in unnumbered {
+            if let Some(number) = self.number(id) {
+                self.add(number, gradient);
+            }
+        }
+    }
+
+    /// Keeps the gradient of a parameter that has no number yet.
+    pub(super) fn add_unnumbered(&self, id: ParamId, gradient: PlainTensor) {
+        let mut step = self.lock();
+        let sum = accumulate(step.unnumbered.remove(&id), gradient);
+        step.unnumbered.insert(id, sum);
     }
 
     /// The number of a parameter among those that are trained.
     pub fn number(&self, id: ParamId) -> Option<usize> {
-        self.numbers.read().unwrap_or_else(PoisonError::into_inner).get(&id).copied()
+        self.known().numbers.get(&id).copied()
     }
 
     /// The numbers of all parameters that are trained.
     pub fn numbers(&self) -> HashMap<ParamId, usize> {
-        self.numbers.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.known().numbers.clone()
+    }
+
+    /// The float parameters of the module that are not known, with their paths.
+    pub fn strangers<M: Module>(&self, module: &M) -> Vec<(ParamId, String)> {
+        let known = self.known();
+        strangers(module, &|id| known.ids.contains(&id))
     }
 
     /// Learns the ids that a record of another run has brought into the module: its parameters are still those of these paths.
-    pub fn recognise<M: Module>(&self, module: &M) {
-        let strangers = strangers(module, &|id| self.number(id).is_some());
-        let of_path = |path: String| self.params.iter().position(|known| *known.path == *path);
-        let recognised: Vec<_> = strangers.into_iter().filter_map(|(id, path)| Some((id, of_path(path)?))).collect();
-        if !recognised.is_empty() {
-            self.numbers.write().unwrap_or_else(PoisonError::into_inner).extend(recognised);
+    /// Those that were not known `before` it was loaded are no part of this.
+    pub fn recognise<M: Module>(&self, module: &M, before: &[(ParamId, String)]) {
+        let mut strangers = self.strangers(module);
+        strangers.retain(|(_, path)| before.iter().all(|(_, new)| new != path));
+        if !strangers.is_empty() {
+            self.known.write().unwrap_or_else(PoisonError::into_inner).recognise(strangers);
         }
     }
 
@@ -150,9 +182,9 @@ impl Reducer {
             return;
         }
         let factor = Arc::new(OnceLock::new());
-        let (control, set) = (self.control.clone(), factor.clone());
+        let (control, set, lines) = (self.control.clone(), factor.clone(), self.known().lines.clone());
         let head = self.data.start(move |_| {
-            let weight = control.all_reduce(vec![contribution.weight], ReduceOp::Sum)?[0];
+            let weight = head(contribution.weight, &lines, &control)?;
             let _ = set.set(if weight > 0.0 { contribution.unit / weight } else { 0.0 });
             Ok(weight)
         });
@@ -241,9 +273,9 @@ impl Reducer {
     /// Divides the buckets anew by the order in which rank 0 has seen gradients complete.
     fn follow(&self, completed: Vec<usize>) -> Result<(), Error> {
         let mut order: Vec<u64> = completed.into_iter().map(|param| param as u64).collect();
-        let mut seen: Vec<bool> = vec![false; self.params.len()];
+        let mut seen: Vec<bool> = vec![false; self.known().params.len()];
         order.retain(|param| !std::mem::replace(&mut seen[*param as usize], true));
-        order.extend((0..self.params.len()).rev().filter(|param| !seen[*param]).map(|param| param as u64));
+        order.extend((0..seen.len()).rev().filter(|param| !seen[*param]).map(|param| param as u64));
         let order = self.control.broadcast(order, 0)?;
         let order: Vec<usize> = order.into_iter().map(|param| param as usize).collect();
         let divided = self.divide(&order);
@@ -252,9 +284,11 @@ impl Reducer {
     }
 
     fn divide(&self, order: &[usize]) -> Vec<Vec<usize>> {
-        let dtypes: Vec<DType> = self.params.iter().map(|param| param.dtype).collect();
-        let sizes: Vec<usize> = self.params.iter().map(|param| param.elements * param.dtype.size()).collect();
-        buckets::divide(order, &sizes, &dtypes, self.config.first_bucket_bytes, self.config.bucket_bytes)
+        let known = self.known();
+        let dtypes: Vec<DType> = known.params.iter().map(|param| param.dtype).collect();
+        let sizes: Vec<usize> = known.params.iter().map(|param| param.elements * param.dtype.size()).collect();
+        let order: Vec<usize> = order.iter().copied().filter(|param| known.reduced[*param]).collect();
+        buckets::divide(&order, &sizes, &dtypes, self.config.first_bucket_bytes, self.config.bucket_bytes)
     }
 
     /// Starts the buckets whose turn it is and whose gradients are all there.
@@ -283,7 +317,10 @@ impl Reducer {
                 progress.gradient.take().unwrap_or_else(|| self.zeros(*param, &device))
             })
             .collect();
-        let paths = params.iter().map(|param| self.params[*param].path.clone()).collect();
+        let paths = {
+            let known = self.known();
+            params.iter().map(|param| known.params[*param].path.clone()).collect()
+        };
         if let Some(flight) = &mut step.flight {
             let (hook, factor) = (self.config.hook.clone(), flight.factor.clone());
             flight.buckets.push(self.data.start(move |comm| {
@@ -299,7 +336,8 @@ impl Reducer {
     }
 
     fn zeros(&self, param: usize, device: &Device) -> PlainTensor {
-        PlainTensor::zeros(self.params[param].shape.clone(), self.params[param].dtype, device)
+        let known = self.known();
+        PlainTensor::zeros(known.params[param].shape.clone(), known.params[param].dtype, device)
     }
 
     /// Where gradients are: with those that have come last, or where the model was when it was wrapped.

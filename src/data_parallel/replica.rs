@@ -7,6 +7,8 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Gradients, Tensor};
 
+use super::changes::Forward;
+use super::hook::{AttachHooks, detach};
 use super::join::Join;
 use super::loss::Loss;
 use super::reducer::{Reduced, Reducer};
@@ -47,9 +49,13 @@ impl<M: Module> Replica<M> {
         Self { module, reducer: self.reducer.clone(), synchronized: self.synchronized.clone(), ..*self }
     }
 
-    /// The model. It trains as before once all clones of the replica are gone.
+    /// The model as it was before it was wrapped, but for its values. If it has adapters (LoRA) or other reparameterizations of
+    /// its own, parameters keep a hook that does nothing once all clones of the replica are gone.
     pub fn into_inner(self) -> M {
-        self.module
+        let module = detach(self.module);
+        // Burn looks at the parameters to take the hooks away.
+        self.reducer.forget_uses();
+        module
     }
 
     /// Number of buckets in which gradients are reduced: collectives a step. It may change after the first step, when the
@@ -68,10 +74,12 @@ impl<M: Module> Replica<M> {
         }
     }
 
-    /// Runs forward and backward on this rank's share of the batch and averages over the group.
+    /// Runs forward and backward on this rank's share of the batch and averages over the group. Layers that were put in since
+    /// the last step get the values of rank 0 before.
     ///
     /// # Errors
-    /// The error of the world, or the one `forward` returns.
+    /// [`Error::ModelMismatch`], the same on all ranks, if the model has changed in different ways; [`Error::Graph`] if
+    /// parameters of one id have different values; the error of the world.
     pub fn step<I, L: Into<Loss>>(&mut self, input: I, forward: impl FnOnce(&M, I) -> L) -> Result<Step, Error> {
         let mut forward = Some(forward);
         self.step_micro_batches([input], |module, input| match forward.take() {
@@ -84,13 +92,14 @@ impl<M: Module> Replica<M> {
     /// communicated before the last one. Ranks may bring different numbers of micro-batches, also none.
     ///
     /// # Errors
-    /// The error of the world.
+    /// As [`step`](Self::step).
     pub fn step_micro_batches<I, L: Into<Loss>>(
         &mut self,
         micro_batches: impl IntoIterator<Item = I>,
         mut forward: impl FnMut(&M, I) -> L,
     ) -> Result<Step, Error> {
         let before = self.counters();
+        self.admit(Forward::Ahead)?;
         let mut micro_batches = micro_batches.into_iter().peekable();
         let mut last = None;
         while let Some(input) = micro_batches.next() {
@@ -109,8 +118,10 @@ impl<M: Module> Replica<M> {
     /// [accumulated](Self::accumulate) before. Buckets are reduced while backward still runs.
     ///
     /// # Errors
-    /// The error of the world.
+    /// [`Error::ModelMismatch`], the same on all ranks, if the model has changed in different ways, or has new layers of unequal
+    /// values; [`Error::Graph`] if parameters of one id have different values; the error of the world.
     pub fn backward(&mut self, loss: impl Into<Loss>) -> Result<GradientsParams, Error> {
+        self.admit(Forward::Done)?;
         self.reduce(Some(loss.into())).map(|(_, grads)| grads)
     }
 
@@ -119,6 +130,7 @@ impl<M: Module> Replica<M> {
     /// # Errors
     /// The error of the world.
     pub fn backward_without_data(&mut self) -> Result<GradientsParams, Error> {
+        self.admit(Forward::Done)?;
         self.reduce(None).map(|(_, grads)| grads)
     }
 
@@ -151,6 +163,7 @@ impl<M: Module> Replica<M> {
         forward: impl Fn(&M, I) -> Tensor<1>,
     ) -> Result<Step, Error> {
         let before = self.counters();
+        self.admit(Forward::Ahead)?;
         let synchronized = self.synchronized.clone();
         let mut synchronized = synchronized.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let steps = match &mut *synchronized {
@@ -195,6 +208,21 @@ impl<M: Module> Replica<M> {
     pub fn sync_buffers(self) -> Result<Self, Error> {
         let module = super::structure::broadcast_buffers(self.module, self.reducer.control())?;
         Ok(Self { module, ..self })
+    }
+
+    /// Makes sure that everything that the model trains now takes part in the step.
+    fn admit(&mut self, forward: Forward) -> Result<(), Error> {
+        let admitted = self.reducer.admit(&self.module, forward).inspect_err(|_| {
+            self.so_far = SoFar::default();
+            self.reducer.discard();
+        })?;
+        if let Some(module) = admitted
+            && self.reducer.data().size() > 1
+        {
+            let numbers = self.reducer.numbers();
+            self.module = module.apply_reparameterization(AttachHooks::new(&self.reducer, &numbers));
+        }
+        Ok(())
     }
 
     fn reduce(&mut self, last: Option<Loss>) -> Result<(Reduced, GradientsParams), Error> {
@@ -267,9 +295,11 @@ struct Collect<'a> {
 
 impl ModuleVisitor for Collect<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let Some(number) = self.reducer.number(param.id) else { return };
         let Some(gradient) = param.base().grad_remove(self.grads) else { return };
-        self.reducer.add(number, PlainTensor::from(gradient));
+        match self.reducer.number(param.id) {
+            Some(number) => self.reducer.add(number, PlainTensor::from(gradient)),
+            None => self.reducer.add_unnumbered(param.id, PlainTensor::from(gradient)),
+        }
     }
 }
 

@@ -10,6 +10,9 @@ use crate::Error;
 use crate::comm::{Communicator, Payload};
 use crate::params;
 
+/// What is said of a float parameter that is not trained, where ranks compare what they have.
+pub(super) const NOT_TRAINED: &str = ", not trained";
+
 /// A float parameter that is trained.
 #[derive(Debug, Clone)]
 pub(crate) struct Trained {
@@ -25,7 +28,9 @@ pub(crate) struct Trained {
 pub(super) struct Structure {
     pub trained: Vec<Trained>,
     /// A line for each tensor: what must be equal on all ranks.
-    lines: Vec<(String, String)>,
+    pub lines: Vec<(String, String)>,
+    /// The ids of these.
+    pub ids: Vec<ParamId>,
     path: Vec<String>,
 }
 
@@ -36,8 +41,9 @@ impl Structure {
         structure
     }
 
-    fn add(&mut self, shape: impl AsRef<[usize]>, dtype: DType, note: &str) -> String {
+    fn add(&mut self, id: ParamId, shape: impl AsRef<[usize]>, dtype: DType, note: &str) -> String {
         let path = self.path.join(".");
+        self.ids.push(id);
         self.lines.push((path.clone(), format!("{dtype:?} {:?}{note}", shape.as_ref())));
         path
     }
@@ -63,7 +69,7 @@ impl ModuleVisitor for Structure {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let base = param.base();
         let trained = base.is_require_grad();
-        let path = self.add(base.shape(), base.dtype(), if trained { "" } else { ", not trained" });
+        let path = self.add(param.id, base.shape(), base.dtype(), if trained { "" } else { NOT_TRAINED });
         // A parameter that the module holds in two places is one parameter.
         if trained && !self.trained.iter().any(|known| known.id == param.id) {
             let elements = base.shape().num_elements();
@@ -79,12 +85,12 @@ impl ModuleVisitor for Structure {
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
         let base = param.base();
-        self.add(base.shape(), base.dtype(), "");
+        self.add(param.id, base.shape(), base.dtype(), "");
     }
 
     fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
         let base = param.base();
-        self.add(base.shape(), base.dtype(), "");
+        self.add(param.id, base.shape(), base.dtype(), "");
     }
 }
 
@@ -94,9 +100,7 @@ impl ModuleVisitor for Structure {
 /// # Errors
 /// Those of [`Communicator::broadcast`].
 pub(super) fn broadcast<M: Module>(module: M, group: &Communicator) -> Result<M, Error> {
-    let mut mapper = Broadcast { group, seen: HashMap::new(), trained_too: true, outcome: Ok(()) };
-    let module = module.map(&mut mapper);
-    mapper.outcome.map(|()| module)
+    broadcast_some(module, group, &|_, _| true)
 }
 
 /// Gives what is not trained, running statistics above all, the values of rank 0.
@@ -104,7 +108,19 @@ pub(super) fn broadcast<M: Module>(module: M, group: &Communicator) -> Result<M,
 /// # Errors
 /// Those of [`Communicator::broadcast`].
 pub(super) fn broadcast_buffers<M: Module>(module: M, group: &Communicator) -> Result<M, Error> {
-    let mut mapper = Broadcast { group, seen: HashMap::new(), trained_too: false, outcome: Ok(()) };
+    broadcast_some(module, group, &|_, trained| !trained)
+}
+
+/// As [`broadcast`], of the parameters and buffers for which `wanted` says so, by their id and whether they are trained.
+///
+/// # Errors
+/// Those of [`Communicator::broadcast`].
+pub(super) fn broadcast_some<M: Module>(
+    module: M,
+    group: &Communicator,
+    wanted: &dyn Fn(ParamId, bool) -> bool,
+) -> Result<M, Error> {
+    let mut mapper = Broadcast { group, seen: HashMap::new(), wanted, outcome: Ok(()) };
     let module = module.map(&mut mapper);
     mapper.outcome.map(|()| module)
 }
@@ -113,11 +129,16 @@ struct Broadcast<'a> {
     group: &'a Communicator,
     /// Leaves already made, so that a parameter held in two places stays one.
     seen: HashMap<ParamId, Box<dyn std::any::Any>>,
-    trained_too: bool,
+    wanted: &'a dyn Fn(ParamId, bool) -> bool,
     outcome: Result<(), Error>,
 }
 
 impl Broadcast<'_> {
+    /// An int or a bool.
+    fn other<P: Payload>(&mut self, id: ParamId, value: P) -> Option<P> {
+        (self.wanted)(id, false).then(|| self.receive(value))?
+    }
+
     fn receive<P: Payload>(&mut self, value: P) -> Option<P> {
         if self.outcome.is_err() {
             return None;
@@ -134,24 +155,25 @@ impl ModuleMapper for Broadcast<'_> {
         }
         let trained = value.is_require_grad();
         // Quantized weights are never trained and do not travel: each rank keeps those it loaded.
-        if trained && !self.trained_too || matches!(value.dtype(), DType::QFloat(_)) {
+        if !(self.wanted)(id, trained) || self.outcome.is_err() || matches!(value.dtype(), DType::QFloat(_)) {
             return Param::from_mapped_value(id, value, mapper);
         }
         let fallback = value.clone();
-        let leaf = self.receive(value).map_or(fallback, |value| if trained { value.require_grad() } else { value });
+        let value = self.receive(value);
+        let leaf = value.map_or(fallback, |value| if trained { value.require_grad() } else { value });
         self.seen.insert(id, Box::new(leaf.clone()));
         Param::from_mapped_value(id, leaf, mapper)
     }
 
     fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
         let (id, value, mapper) = param.consume();
-        let value = self.receive(value.clone()).unwrap_or(value);
+        let value = self.other(id, value.clone()).unwrap_or(value);
         Param::from_mapped_value(id, value, mapper)
     }
 
     fn map_bool<const D: usize>(&mut self, param: Param<Tensor<D, Bool>>) -> Param<Tensor<D, Bool>> {
         let (id, value, mapper) = param.consume();
-        let value = self.receive(value.clone()).unwrap_or(value);
+        let value = self.other(id, value.clone()).unwrap_or(value);
         Param::from_mapped_value(id, value, mapper)
     }
 }

@@ -65,8 +65,9 @@ impl<M: Module> Module for Replica<M> {
     }
 
     fn map<Mapper: ModuleMapper>(self, mapper: &mut Mapper) -> Self {
+        let before = self.reducer.strangers(&self.module);
         let replica = self.change(|module| module.map(mapper));
-        replica.reducer.recognise(&replica.module);
+        replica.reducer.recognise(&replica.module, &before);
         replica
     }
 }

@@ -77,7 +77,7 @@ pub use inputs::{GraphInputs, TensorMapper};
 pub use liveness::MemoryEstimate;
 pub use loss::{LossParts, StepLoss, TokenLoss};
 pub use module::gradients_params;
-pub(crate) use module::read_params;
+pub(crate) use module::{read_params, same_buffer};
 pub use random::{COUNTED_RANDOM, RandomSource, counted_random, register_counted_random};
 pub use results::{StepObserver, StepOutputs, StepResult};
 pub(crate) use signature::Signature;

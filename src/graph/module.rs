@@ -173,7 +173,7 @@ impl<'a> ReadParams<'a> {
     }
 }
 
-fn same_buffer(a: &PlainTensor, b: &PlainTensor) -> bool {
+pub(crate) fn same_buffer(a: &PlainTensor, b: &PlainTensor) -> bool {
     if a.shape() != b.shape() || a.device() != b.device() {
         return false;
     }

@@ -11,7 +11,7 @@ use super::GraphEngine;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::data_parallel::{
-    Contribution, DataParallelConfig, GradientListener, Reduced, Reducer, StepCounters, register, replicate,
+    Contribution, DataParallelConfig, Forward, GradientListener, Reduced, Reducer, StepCounters, register, replicate,
 };
 use crate::graph::{GraphInputs, StepLoss, StepObserver};
 use crate::tensor::PlainTensor;
@@ -95,6 +95,9 @@ impl<E: GraphEngine> Replicas<E> {
         R: StepLoss,
     {
         let before = self.averaging();
+        if let Some(engine) = self.reducer.admit(&self.engine, Forward::Ahead)? {
+            self.engine = engine;
+        }
         let ran = self.run(micro_batches, &mut loss);
         let reduced = ran.and_then(|(loss, outputs)| self.reducer.close(loss).map(|reduced| (reduced, outputs)));
         let (mut reduced, outputs) = reduced.inspect_err(|_| self.reducer.discard())?;

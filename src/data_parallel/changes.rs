@@ -1,0 +1,262 @@
+//! Models that have changed since they were wrapped.
+//!
+//! A model may come to train parameters that the replicas do not know: frozen ones that are trained now, and layers put in
+//! after wrapping. Each rank sees it in its own model before a step. As all ranks run the same program, all of them do; they
+//! meet, make sure of it, and know the parameters from then on.
+//!
+//! A rank that sees nothing is on its way to the *head* of the step, the sum of the weights. So those that see something bring
+//! to that sum what no weight is, and all learn of each other in the collective that they come to in any case.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::tensor::{Tensor, TensorData};
+
+use super::reducer::Reducer;
+use super::structure::{NOT_TRAINED, Structure, Trained, broadcast_some};
+use crate::Error;
+use crate::comm::{Communicator, ReduceOp};
+use crate::graph::read_params;
+use crate::params::{agree, own_buffers};
+
+/// What a rank whose model has changed brings to the sum of the weights, which are not negative.
+const CHANGED: f64 = -1e300;
+
+/// What is said of a parameter that came after wrapping, where ranks compare what they have.
+const NEW: &str = ", trained or put in after wrapping";
+
+/// What ranks compare: a path, and what is there.
+pub(super) type Lines = Arc<Vec<(String, String)>>;
+
+/// Whether a forward has run already with the parameters as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Forward {
+    /// It is still to run: new parameters are given the values of rank 0.
+    Ahead,
+    /// It has: the ranks must have brought equal ones.
+    Done,
+}
+
+/// The parameters of a model, as its replicas know it.
+#[derive(Default)]
+pub(super) struct Known {
+    /// Everything that was ever trained. A number stays what it is.
+    pub params: Vec<Trained>,
+    pub numbers: HashMap<ParamId, usize>,
+    /// Whether each of these is reduced.
+    pub reduced: Vec<bool>,
+    /// The ids of all tensors of the model.
+    pub ids: HashSet<ParamId>,
+    /// What this rank compares with ranks that have changed. Whether something is trained is no part of it: it may have been
+    /// frozen since.
+    pub lines: Lines,
+}
+
+impl Known {
+    pub fn new(structure: Structure) -> Self {
+        let mut known = Self::default();
+        known.learn(structure);
+        known
+    }
+
+    /// Takes a model in. What it trains is reduced from now on, and still what it has frozen since: a model that trains one
+    /// part and then another, in turn, changes once.
+    fn learn(&mut self, structure: Structure) {
+        let ids: HashSet<ParamId> = structure.ids.into_iter().collect();
+        let mut held = vec![false; self.params.len()];
+        self.numbers.iter().for_each(|(id, number)| held[*number] |= ids.contains(id));
+        self.reduced.iter_mut().zip(held).for_each(|(reduced, held)| *reduced &= held);
+        for param in structure.trained {
+            let next = self.params.len();
+            let number = *self.numbers.entry(param.id).or_insert(next);
+            if number == next {
+                self.params.push(param);
+                self.reduced.push(true);
+            }
+            self.reduced[number] = true;
+        }
+        let lines = structure.lines.into_iter().map(|(path, what)| (path, without_training(what))).collect();
+        (self.ids, self.lines) = (ids, Arc::new(lines));
+    }
+
+    /// Learns the ids that a record has brought to known paths.
+    pub fn recognise(&mut self, strangers: Vec<(ParamId, String)>) {
+        for (id, path) in strangers {
+            if self.lines.iter().any(|(known, _)| *known == path) {
+                self.ids.insert(id);
+            }
+            if let Some(number) = self.params.iter().rposition(|known| *known.path == *path) {
+                self.numbers.insert(id, number);
+            }
+        }
+    }
+
+    /// Whether a parameter is here for the first time, or trained for the first time.
+    fn is_new(&self, id: ParamId, trained: bool) -> bool {
+        let reduced = || self.numbers.get(&id).is_some_and(|number| self.reduced[*number]);
+        !self.ids.contains(&id) || trained && !reduced()
+    }
+
+    /// What a rank that has changed compares: with `all` ranks, if they all have, also what is trained.
+    fn lines_of(&self, changed: &Structure, all: bool) -> Vec<(String, String)> {
+        let trained: HashSet<ParamId> = changed.trained.iter().map(|param| param.id).collect();
+        let line = |((path, what), id): (&(String, String), &ParamId)| {
+            let what = if all { what.clone() } else { without_training(what.clone()) };
+            let new = if self.is_new(*id, trained.contains(id)) { NEW } else { "" };
+            (path.clone(), what + new)
+        };
+        changed.lines.iter().zip(&changed.ids).map(line).collect()
+    }
+}
+
+fn without_training(what: String) -> String {
+    what.strip_suffix(NOT_TRAINED).map_or(what.clone(), Into::into)
+}
+
+/// The head of a step on a rank whose model has not changed: the sum of the weights of all ranks.
+///
+/// # Errors
+/// [`Error::ModelMismatch`], the same on all ranks, if the model has changed on others; those of [`Communicator`].
+pub(super) fn head(weight: f64, lines: &Lines, control: &Communicator) -> Result<f64, Error> {
+    let sum = control.all_reduce(vec![weight], ReduceOp::Sum)?[0];
+    if sum > CHANGED / 2.0 {
+        return Ok(sum);
+    }
+    agree(lines, control)?;
+    Err(Error::invalid("DataParallel", "some ranks train another model than the others"))
+}
+
+impl Reducer {
+    /// Makes sure that everything that `module` trains takes part in the reduction. Collective if it has changed, and then it
+    /// returns the module to go on with.
+    ///
+    /// # Errors
+    /// [`Error::ModelMismatch`], the same on all ranks, if it has not changed in the same way on all, or if a forward has run
+    /// with new parameters of unequal values; [`Error::Graph`] if parameters of one id have different values; those of
+    /// [`Communicator`].
+    pub(crate) fn admit<M: Module>(&self, module: &M, forward: Forward) -> Result<Option<M>, Error> {
+        let (changed, repeated) = Watch::over(module, &self.known());
+        if !repeated.is_empty() {
+            // burn's optimizers would move one of them.
+            read_params(module, &repeated).inspect_err(|error| self.control().fail(error.clone()))?;
+        }
+        if !changed {
+            return Ok(None);
+        }
+        let (structure, group, mut module) = (Structure::of(module), self.control(), module.clone());
+        if group.size() > 1 {
+            let sum = group.all_reduce(vec![CHANGED], ReduceOp::Sum)?[0];
+            let all = (sum / CHANGED).round() as usize == group.size();
+            let lines = self.known().lines_of(&structure, all);
+            agree(&lines, group)?;
+            let unknown: HashSet<ParamId> = {
+                let known = self.known();
+                structure.ids.iter().copied().filter(|id| !known.ids.contains(id)).collect()
+            };
+            match forward {
+                _ if unknown.is_empty() => {}
+                Forward::Ahead => module = broadcast_some(own_buffers(module), group, &|id, _| unknown.contains(&id))?,
+                Forward::Done => equal(&module, &unknown, group)?,
+            }
+        }
+        self.learn(|known| known.learn(structure));
+        Ok(Some(module))
+    }
+}
+
+/// Looks for what has changed in a module.
+struct Watch<'a> {
+    known: &'a Known,
+    seen: HashSet<ParamId>,
+    changed: bool,
+    /// The trained parameters that are in several places.
+    repeated: HashSet<ParamId>,
+}
+
+impl<'a> Watch<'a> {
+    fn over<M: Module>(module: &M, known: &'a Known) -> (bool, HashSet<ParamId>) {
+        let mut watch = Self { known, seen: HashSet::new(), changed: false, repeated: HashSet::new() };
+        module.visit(&mut watch);
+        (watch.changed, watch.repeated)
+    }
+}
+
+impl ModuleVisitor for Watch<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let trained = param.is_require_grad();
+        self.changed |= self.known.is_new(param.id, trained);
+        if !self.seen.insert(param.id) && trained {
+            self.repeated.insert(param.id);
+        }
+    }
+}
+
+/// Demands that all ranks hold the same values of some float parameters.
+///
+/// # Errors
+/// [`Error::ModelMismatch`], the same on all ranks, with the first parameter that differs; those of [`Communicator`].
+fn equal<M: Module>(module: &M, wanted: &HashSet<ParamId>, group: &Communicator) -> Result<(), Error> {
+    let mut compare = Compare { wanted, group, path: Vec::new(), paths: Vec::new(), different: None, failed: None };
+    module.visit(&mut compare);
+    let Compare { paths, different, failed, .. } = compare;
+    failed.map_or(Ok(()), Err)?;
+    let (size, rank) = (group.size() as u64, group.rank() as u64);
+    let mine = different.map_or(u64::MAX, |place| place as u64 * size + rank);
+    let first = group.all_reduce(vec![mine], ReduceOp::Min)?[0];
+    if first == u64::MAX {
+        return Ok(());
+    }
+    let problem = "it was put in after wrapping, and its values are not those of rank 0: replicas that are trained by \
+                   `backward` bring equal ones, `step` makes them equal before it runs the forward";
+    let path = paths.into_iter().nth((first / size) as usize).unwrap_or_default();
+    let error = Error::ModelMismatch {
+        group: group.group().clone(),
+        rank: (first % size) as usize,
+        path,
+        problem: problem.into(),
+    };
+    group.fail(error.clone());
+    Err(error)
+}
+
+struct Compare<'a> {
+    wanted: &'a HashSet<ParamId>,
+    group: &'a Communicator,
+    path: Vec<String>,
+    /// Those that were compared.
+    paths: Vec<String>,
+    /// The place of the first that differs.
+    different: Option<usize>,
+    failed: Option<Error>,
+}
+
+impl ModuleVisitor for Compare<'_> {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if self.failed.is_some() || !self.wanted.contains(&param.id) {
+            return;
+        }
+        let mine = param.base().inner();
+        match self.group.broadcast(mine.clone(), 0) {
+            Ok(theirs) => {
+                if !same(&mine.into_data(), &theirs.into_data()) {
+                    self.different.get_or_insert(self.paths.len());
+                }
+                self.paths.push(self.path.join("."));
+            }
+            Err(error) => self.failed = Some(error),
+        }
+    }
+}
+
+fn same(a: &TensorData, b: &TensorData) -> bool {
+    a.as_bytes() == b.as_bytes()
+}
