@@ -1,6 +1,7 @@
 //! A collective as data: what is logged, compared between ranks, counted and printed.
 
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use burn::tensor::DType;
 
@@ -115,6 +116,14 @@ impl Call {
         Self { cut: self.cut | number, ..self }
     }
 
+    /// A call that divides a group for a purpose of this name, which is the same on all ranks.
+    pub(crate) fn split(name: &str) -> Self {
+        let mut hasher = DefaultHasher::new();
+        name.hash(&mut hasher);
+        let number = if name.is_empty() { 0 } else { hasher.finish() & !Self::ON_DEVICE };
+        Self::new(Operation::Split, None, Extent::flat(0)).agreeing(number)
+    }
+
     /// Whether the data stays on its device.
     pub(crate) fn is_on_device(&self) -> bool {
         self.cut >= Self::ON_DEVICE
@@ -188,6 +197,7 @@ impl fmt::Display for Call {
         // Calls that differ in their cut alone must not look alike.
         match (self.pieces, self.cut & !Self::ON_DEVICE) {
             (1, 0) => Ok(()),
+            (1, number) if self.operation == Operation::Split => write!(f, " by a name of number {number:016x}"),
             (1, number) => write!(f, " (cut from {number})"),
             (pieces, cut) => write!(f, " in {pieces} pieces (cut {:04x})", cut >> 47),
         }

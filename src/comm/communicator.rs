@@ -142,9 +142,10 @@ impl Communicator {
         self.split_named("", color, key)
     }
 
-    /// [`split`](Self::split) with a name for what the groups are for, by which errors and logs call them: `world/dp0`.
+    /// [`split`](Self::split) with a name for what the groups are for, by which errors and logs call them: `world/dp0`. All
+    /// ranks give the same name, whatever their color.
     pub fn split_named(&self, name: &str, color: u64, key: i64) -> Result<Self, Error> {
-        let call = Call::new(Operation::Split, None, Extent::flat(0));
+        let call = Call::split(name);
         let mut half = None;
         self.run(&call, |transport| {
             half = Some(transport.split(name, color, key)?);

@@ -46,6 +46,15 @@ fn another_operation() {
 }
 
 #[test]
+fn another_name_or_order_of_splits() {
+    let split = |name: &'static str| move |comm: &Communicator| comm.split_named(name, 0, comm.rank() as i64).map(drop);
+    mismatch(&["called split by a name of number"], split("left"), split("right"));
+    mismatch(&["called split by a name of number"], |comm: &Communicator| comm.split(0, 0).map(drop), split("left"));
+    // The names of all ranks are the same, their colors need not be.
+    launch::threads(4).run(|rank| rank.split_named("half", rank.rank() as u64 / 2, 0)?.barrier()).unwrap();
+}
+
+#[test]
 fn another_length_or_shape() {
     mismatch(
         &["all_reduce(Sum) of F32 [6]", "all_reduce(Sum) of F32 [7]"],

@@ -148,6 +148,8 @@ fn mismatches(engine: &dyn Engine) {
     mismatch(engine, &["in 2 pieces"], usual, &|comm| {
         drop_of(comm.all_reduce_coalesced(vec![vec![1.0f32; 3]; 2], ReduceOp::Sum))
     });
+    let named = |name: &'static str| move |comm: Communicator| drop_of(comm.split_named(name, 0, 0));
+    mismatch(engine, &["called split by a name of number"], &named("left"), &named("right"));
     let root = |root: usize| move |comm: Communicator| drop_of(comm.broadcast(vec![1u8], root));
     mismatch(engine, &["root 0", "root 1"], &root(0), &root(1));
     let ones = |shape: [usize; 2]| Tensor::<2>::ones(shape, &Device::flex());

@@ -219,7 +219,7 @@ impl Transport for LocalTransport {
     }
 
     fn split(&self, name: &str, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error> {
-        let call = Call::new(Operation::Split, None, Extent::flat(0));
+        let call = Call::split(name);
         let mine = (color, key);
         let post = Post::input(&call, std::ptr::from_ref(&mine).cast());
         let (meeting, mut members) = self.meet(post, |posts| {

@@ -225,7 +225,7 @@ impl Transport for WiredTransport {
     }
 
     fn split(&self, name: &str, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error> {
-        let call = Call::new(Operation::Split, None, Extent::flat(0));
+        let call = Call::split(name);
         let met = self.meet(Post { call, color, key, reaches: false }, |_, _| {})?;
         let mut members: Vec<(i64, usize)> = (met.posts.iter().enumerate())
             .filter(|(_, other)| other.color == color)
