@@ -127,9 +127,11 @@ impl ModelSplit {
     /// The signature of the [outline](Self::outline) for a training step.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if it has other parameters than the one that was split.
+    /// [`Error::InvalidArgument`] if it has other parameters than the one that was split, or is on a device without autodiff.
     pub(crate) fn of_step<M: Module>(&self, local: &M) -> Result<Signature, Error> {
-        self.known(local, Signature::of_step(local, &|id, _| self.whole_dims(id)))
+        let signature = Signature::of_step(local, &|id, _| self.whole_dims(id));
+        signature.can_train()?;
+        self.known(local, signature)
     }
 
     /// The signature of the [outline](Self::outline) for a forward alone.

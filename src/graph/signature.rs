@@ -3,6 +3,7 @@
 use burn::module::{Flag, Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Int, Shape, Tensor};
 
+use crate::error::Error;
 use crate::params::{Lazy, NewDims};
 
 /// The tensors and training flags of a module, in the order in which a visitor meets them: two modules that have the same
@@ -11,6 +12,8 @@ use crate::params::{Lazy, NewDims};
 pub(crate) struct Signature {
     tensors: Vec<(ParamId, Shape, DType, Use)>,
     flags: Vec<(ParamId, bool)>,
+    /// Whether something that is trained is on a device without autodiff.
+    plain: bool,
 }
 
 /// What a capture makes of a tensor.
@@ -39,9 +42,23 @@ impl Signature {
     }
 
     fn of<M: Module>(module: &M, dims: &NewDims, trains: bool) -> Self {
-        let mut visitor = Signing { dims, trains, found: Self { tensors: Vec::new(), flags: Vec::new() } };
+        let mut visitor =
+            Signing { dims, trains, found: Self { tensors: Vec::new(), flags: Vec::new(), plain: false } };
         module.visit(&mut visitor);
         visitor.found
+    }
+
+    /// Demands that burn's optimizers can train the model: that it is on a device with autodiff.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if it is not.
+    pub(crate) fn can_train(&self) -> Result<(), Error> {
+        if !self.plain {
+            return Ok(());
+        }
+        let problem = "the model is on a device without autodiff, where burn's optimizers do not train: make it on \
+                       `device.autodiff()`, or call `train` on it";
+        Err(Error::invalid("step", problem))
     }
 
     /// Whether all float parameters are known.
@@ -65,9 +82,11 @@ impl ModuleVisitor for Signing<'_> {
                     true => value.is_require_grad(),
                     false => param.clone().train().is_require_grad(),
                 };
+            self.found.plain |= trained && !value.is_autodiff();
             (value.shape(), value.dtype(), trained)
         } else {
-            let Lazy { stand_in, trained, .. } = Lazy::of(param);
+            let Lazy { stand_in, trained, device } = Lazy::of(param);
+            self.found.plain |= trained && self.trains && !device.is_autodiff();
             (param.lazy_shape(), stand_in.base().dtype(), trained && self.trains)
         };
         let shape = (self.dims)(param.id, found.as_slice()).map_or(found, Shape::from);

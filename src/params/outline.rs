@@ -25,8 +25,13 @@ pub(crate) fn outline<M: Module>(module: &M, dims: &NewDims) -> M {
 /// A tensor of these dims in which one element stands for all.
 fn hollow<const D: usize>(one: Tensor<D>, dims: &[usize], kind: Kind) -> Option<Tensor<D>> {
     let dims = <[usize; D]>::try_from(dims).ok()?;
-    // Stride 0.
-    Some(leaf(one.inner().expand(dims), kind))
+    let one = one.inner();
+    let whole = match dims.contains(&0) {
+        true => Tensor::zeros(dims, (&one.device(), one.dtype())),
+        // Stride 0.
+        false => one.expand(dims),
+    };
+    Some(leaf(whole, kind))
 }
 
 /// Lazy parameters become hollow ones, before `train` would make their values.

@@ -105,7 +105,7 @@ impl Engine {
         R: StepLoss,
     {
         let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, self.config.micro_batches)?;
-        self.signature(local, true)?;
+        self.signature(local, false)?;
         let graph = self.capture(&self.outline(local), &batch, inputs, 0, loss)?;
         let device = one_device(local, "measure")?.unwrap_or_else(Device::flex);
         measure_operations(&graph, &device, runs)

@@ -148,11 +148,15 @@ impl Engine {
     /// The signature of the [outline](Self::outline), for a training step or else a forward alone.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if it has other parameters than the one that was wrapped.
+    /// [`Error::InvalidArgument`] if it has other parameters than the one that was wrapped, or is to be trained on a device
+    /// without autodiff.
     pub(super) fn signature<M: Module>(&self, local: &M, trains: bool) -> Result<Signature, Error> {
         let dims: &NewDims = &|id, found| self.whole_dims(id, found);
         let of = if trains { Signature::of_step } else { Signature::of_forward };
         let (signature, known) = (of(local, dims), |id| self.dims.contains_key(&id));
+        if trains {
+            signature.can_train()?;
+        }
         if !signature.is_known(known) {
             params::no_strangers(local, &known)?;
         }

@@ -110,3 +110,64 @@ fn everything_at_once_trains_alike_when_cut_by_hand() {
     let config = PipelineConfig::new(2).with_schedule(Schedule::Custom(timetable.parse().unwrap())).with_cut(cut);
     compare(awkward, batch, loss, 2, &config, &references).unwrap();
 }
+
+/// A parameter of no elements, as of a layer whose size is 0 by its configuration.
+#[derive(Module, Debug)]
+struct Hollow {
+    layers: Vec<Linear>,
+    nothing: Param<Tensor<2>>,
+}
+
+fn hollow() -> Hollow {
+    let device = device();
+    let layers = (0..3).map(|_| LinearConfig::new(4, 4).init(&device)).collect();
+    Hollow { layers, nothing: Param::from_tensor(Tensor::zeros([0, 4], &device)) }
+}
+
+fn hollow_loss(model: &Hollow, x: Tensor<2>) -> Tensor<1> {
+    let x = model.layers.iter().fold(x, |x, layer| layer.forward(x).tanh());
+    x.powi_scalar(2).mean() + model.nothing.val().sum()
+}
+
+#[test]
+fn a_parameter_of_no_elements_is_one_like_any_other() {
+    let rows: fn(u64) -> Tensor<2> = |seed| Numbers(seed + 3).tensor([6, 4], &device());
+    let references = reference(hollow, rows, hollow_loss, 2);
+    for ranks in [1, 2, 3] {
+        compare(hollow, rows, hollow_loss, ranks, &PipelineConfig::new(2), &references).unwrap();
+    }
+    // And when it is split.
+    launch::threads(2)
+        .run(|rank| {
+            let plan = Plan::new().shard("nothing", 1);
+            let mut model = crate::reference::filled(hollow()).tensor_parallel(&rank, &plan)?;
+            let loss = model.step(rows(0), hollow_loss)?.loss.into_scalar::<f32>();
+            assert!((loss - references[0].loss).abs() < 1e-5);
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[test]
+fn a_model_on_a_device_without_autodiff_is_an_error_that_says_so() {
+    let plain = || vec![LinearConfig::new(4, 4).init(&Device::flex()), LinearConfig::new(4, 4).init(&Device::flex())];
+    let loss = |model: &Vec<Linear>, x: Tensor<2>| model.iter().fold(x, |x, layer| layer.forward(x)).mean();
+    let rows = || Tensor::<2>::ones([4, 4], &Device::flex());
+    let told = |error: Error| {
+        let text = error.to_string();
+        assert!(text.contains("without autodiff") && text.contains("device.autodiff()"), "{text}");
+    };
+    launch::threads(2)
+        .run(|rank| {
+            let mut model = plain().tensor_parallel(&rank, &Plan::new().shard("0.weight", 1))?;
+            told(model.step(rows(), loss).map(drop).unwrap_err());
+            let _: Tensor<2> = model.forward_with(rows(), |m, x| m[1].forward(m[0].forward(x)))?;
+            // Training mode brings it there.
+            model.train().step(rows(), loss)?;
+            let mut model = plain().pipeline_parallel(&rank, PipelineConfig::new(2))?;
+            told(model.step(rows(), loss).map(drop).unwrap_err());
+            model.train().step(rows(), loss)?;
+            Ok(())
+        })
+        .unwrap();
+}
