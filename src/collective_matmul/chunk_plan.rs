@@ -1,4 +1,4 @@
-//! How positions are dealt to ranks and chunks.
+//! Which positions of which rank each chunk of a collective product holds.
 
 use std::ops::Range;
 
@@ -36,13 +36,13 @@ pub(super) fn check_part(rank: usize, brought: usize, total: usize, job: &Job) -
 }
 
 /// Which positions of which rank are in which chunk: of each rank's part the same stretch, as far as the part goes.
-pub(super) struct Deal {
+pub(super) struct ChunkPlan {
     parts: Vec<Range<usize>>,
     rank: usize,
     chunks: Vec<Range<usize>>,
 }
 
-impl Deal {
+impl ChunkPlan {
     pub fn new(positions: usize, size: usize, rank: usize, schedule: Schedule) -> Self {
         let parts: Vec<_> = (0..size).map(|rank| part(positions, size, rank)).collect();
         let longest = parts.iter().map(Range::len).max().unwrap_or(0);
@@ -73,7 +73,7 @@ impl Deal {
         self.parts.iter().map(move |part| self.of(part, chunk))
     }
 
-    /// Positions of a chunk, over all ranks. `part` divides them as they are dealt here: parts differ by one at most, so a
+    /// Positions of a chunk, over all ranks. `part` divides them as they are divided here: parts differ by one at most, so a
     /// chunk is even unless it is the last, in which the first ranks have one more.
     pub fn total(&self, chunk: usize) -> usize {
         self.of_all(chunk).map(|positions| positions.len()).sum()
@@ -85,18 +85,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn chunks_are_dealt_as_parts_are() {
+    fn chunks_are_divided_as_parts_are() {
         for size in 1..9 {
             for positions in 0..40 {
                 for chunks in 1..6 {
                     let schedule = Schedule { chunks, background: false };
                     let mut had = vec![0; size];
                     for chunk in 0..chunks {
-                        let deal = |rank| Deal::new(positions, size, rank, schedule);
-                        let deals: Vec<Deal> = (0..size).map(deal).collect();
-                        let total = deals[0].total(chunk);
-                        for (rank, deal) in deals.iter().enumerate() {
-                            let own = deal.of_own(chunk);
+                        let plan = |rank| ChunkPlan::new(positions, size, rank, schedule);
+                        let plans: Vec<ChunkPlan> = (0..size).map(plan).collect();
+                        let total = plans[0].total(chunk);
+                        for (rank, plan) in plans.iter().enumerate() {
+                            let own = plan.of_own(chunk);
                             assert_eq!(own.len(), part(total, size, rank).len(), "{size} {positions} {chunks} {chunk}");
                             assert_eq!(own.start, part(positions, size, rank).start + had[rank]);
                             had[rank] += own.len();

@@ -1,4 +1,4 @@
-//! Any number of tensors as one argument or result of an operation of ours, which burn's dispatch can carry.
+//! A list of tensors as one argument or result of an extension operation, which burn's dispatch can carry.
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{
@@ -6,17 +6,17 @@ use burn::backend::{
 };
 
 /// Float tensors of one device.
-pub(super) struct Several<B: Backend>(pub Vec<FloatTensor<B>>);
+pub(super) struct TensorList<B: Backend>(pub Vec<FloatTensor<B>>);
 
-impl<B: Backend> ExtensionType<B> for Several<B> {
-    type Target = Several<Dispatch>;
+impl<B: Backend> ExtensionType<B> for TensorList<B> {
+    type Target = TensorList<Dispatch>;
 
     fn map_to_dispatch<F>(self, map_kind: F, autodiff: DispatchAutodiffContext) -> Self::Target
     where
         F: Fn(BackendTensor<B>) -> DispatchTensorKind,
     {
         let tensors = self.0.into_iter();
-        Several(
+        TensorList(
             tensors.map(|tensor| DispatchTensor { kind: map_kind(BackendTensor::Float(tensor)), autodiff }).collect(),
         )
     }
