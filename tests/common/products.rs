@@ -2,7 +2,7 @@
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_parallel::prelude::*;
-use burn_parallel::tensor_parallel::matmul::*;
+use burn_parallel::tensor_parallel::functional::*;
 
 use crate::common::dense::Dense;
 

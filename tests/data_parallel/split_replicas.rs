@@ -2,7 +2,7 @@
 
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::graph::shard::CollectiveKind;
+use burn_parallel::partition::CollectiveKind;
 use burn_parallel::prelude::*;
 
 use crate::common::models::{Lm, Mlp, Numbers, device, difference, eager, floats, scalar};

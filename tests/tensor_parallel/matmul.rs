@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Device, Tensor};
 use burn_parallel::comm::part;
 use burn_parallel::prelude::*;
-use burn_parallel::tensor_parallel::matmul::*;
+use burn_parallel::tensor_parallel::functional::*;
 
 use crate::common::dense::Dense;
 use crate::common::products::{FORMS, compare, held, overlaps};

@@ -6,8 +6,8 @@ use burn::module::Module;
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::graph::shard::{Collective, CollectiveKind, ShardReport};
 use burn_parallel::params::Safetensors;
+use burn_parallel::partition::{Collective, CollectiveKind, ShardReport};
 use burn_parallel::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
 

@@ -5,8 +5,8 @@ use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, Transf
 use burn::nn::{Dropout, DropoutConfig, Embedding, EmbeddingConfig, Linear, LinearConfig, SwiGlu, SwiGluConfig};
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::graph::shard::{Collective, CollectiveKind};
 use burn_parallel::graph::{GraphInputs, TensorMapper};
+use burn_parallel::partition::{Collective, CollectiveKind};
 use burn_parallel::prelude::*;
 
 use crate::common::models::{
