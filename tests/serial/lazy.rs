@@ -10,8 +10,6 @@ use burn::prelude::*;
 use burn::tensor::Distribution;
 use burn_parallel::prelude::*;
 
-/// Flex has one generator for the process: tests take turns.
-
 const SEED: u64 = 7;
 
 /// Layers that are initialised in all ways: drawn, drawn and reworked, drawn in rows and turned, constant, orthogonal.
