@@ -8,11 +8,11 @@
 //! products are cut into chunks that overlap with their collectives is told in
 //! [`tensor_parallel::functional`](crate::tensor_parallel::functional).
 
-mod deal;
+mod chunk_plan;
 #[cfg(feature = "cubecl")]
 mod device;
-mod flight;
 mod host;
+mod pending;
 mod plain;
 mod schedule;
 
@@ -23,7 +23,7 @@ use burn::tensor::{DType, Device};
 use crate::Error;
 use crate::comm::Communicator;
 
-pub(crate) use flight::Flight;
+pub(crate) use pending::PendingProduct;
 pub(crate) use plain::{gather, scatter, sum};
 pub use schedule::Overlap;
 use schedule::{Schedule, Size};
@@ -58,11 +58,18 @@ impl Job {
 pub(crate) trait Products: Backend {
     /// Starts `sum over r and i of left_i right_i`, the same on all ranks. `beside` says that something else will be computed
     /// before anyone waits for it.
-    fn sum(terms: Vec<[FloatTensor<Self>; 2]>, job: &Job, beside: bool) -> Result<Flight<FloatTensor<Self>>, Error>;
+    fn sum(
+        terms: Vec<[FloatTensor<Self>; 2]>,
+        job: &Job,
+        beside: bool,
+    ) -> Result<PendingProduct<FloatTensor<Self>>, Error>;
 
     /// As [`sum`](Self::sum), of which each rank gets its positions.
-    fn scatter(terms: Vec<[FloatTensor<Self>; 2]>, job: &Job, beside: bool)
-    -> Result<Flight<FloatTensor<Self>>, Error>;
+    fn scatter(
+        terms: Vec<[FloatTensor<Self>; 2]>,
+        job: &Job,
+        beside: bool,
+    ) -> Result<PendingProduct<FloatTensor<Self>>, Error>;
 
     /// `[left_0, .., left_(n-1)] right_i` for each right factor, and the gathered left factor.
     fn gather(

@@ -3,7 +3,7 @@
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{BackendTensor, DispatchKindConversion, DispatchTensor};
 
-use super::{Flight, Job, Products};
+use super::{Job, PendingProduct, Products};
 use crate::Error;
 use crate::tensor::{PlainTensor, with_backend};
 
@@ -11,7 +11,7 @@ use crate::tensor::{PlainTensor, with_backend};
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for tensors of different devices, or of one without sharded products; those of the collectives.
-pub(crate) fn sum(terms: Vec<[PlainTensor; 2]>, job: &Job, beside: bool) -> Result<Flight<PlainTensor>, Error> {
+pub(crate) fn sum(terms: Vec<[PlainTensor; 2]>, job: &Job, beside: bool) -> Result<PendingProduct<PlainTensor>, Error> {
     let first = terms.first().ok_or_else(|| job.no_terms())?[0].clone();
     with_backend!(first.device(), B => {
         let sum = <B as Products>::sum(pairs::<B>(terms, job)?, job, beside)?;
@@ -23,7 +23,11 @@ pub(crate) fn sum(terms: Vec<[PlainTensor; 2]>, job: &Job, beside: bool) -> Resu
 ///
 /// # Errors
 /// As [`sum`].
-pub(crate) fn scatter(terms: Vec<[PlainTensor; 2]>, job: &Job, beside: bool) -> Result<Flight<PlainTensor>, Error> {
+pub(crate) fn scatter(
+    terms: Vec<[PlainTensor; 2]>,
+    job: &Job,
+    beside: bool,
+) -> Result<PendingProduct<PlainTensor>, Error> {
     let first = terms.first().ok_or_else(|| job.no_terms())?[0].clone();
     with_backend!(first.device(), B => {
         let sum = <B as Products>::scatter(pairs::<B>(terms, job)?, job, beside)?;

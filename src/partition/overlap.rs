@@ -18,7 +18,7 @@ use super::collectives::{CollectiveKind, CollectiveOp};
 use super::fold::move_up;
 use super::products::{ProductKind, ProductOp};
 use super::rules::only_moves;
-use crate::collective_matmul::Flight;
+use crate::collective_matmul::PendingProduct;
 use crate::comm::Communicator;
 use crate::error::Error;
 use crate::graph::{CustomOps, StepGraph, graph_error};
@@ -183,12 +183,12 @@ fn wait_id(axis: &str) -> String {
     format!("{axis}.wait")
 }
 
-type Flying = Arc<Mutex<HashMap<u64, Flight<Vec<PlainTensor>>>>>;
+type Flying = Arc<Mutex<HashMap<u64, PendingProduct<Vec<PlainTensor>>>>>;
 
 /// Registers the operations that [`overlap`] puts in.
 pub(super) fn register(ops: &mut CustomOps, axis: &str, group: &Communicator) {
     let flying = Flying::default();
-    let take_off = |flying: &Flying, op: &CustomOpIr, flight: Flight<Vec<PlainTensor>>, device: &Device| {
+    let take_off = |flying: &Flying, op: &CustomOpIr, flight: PendingProduct<Vec<PlainTensor>>, device: &Device| {
         // A flight of a step that failed is forgotten here.
         flying.lock().unwrap_or_else(PoisonError::into_inner).insert(ticket(op)?, flight);
         Ok(op.outputs.iter().map(|out| token(out, device)).collect())
@@ -198,7 +198,7 @@ pub(super) fn register(ops: &mut CustomOps, axis: &str, group: &Communicator) {
         ops.register_maker(&start_id(axis, kind.name()), move |op, inputs, device| {
             let own = op.clone();
             let pending = comm.start(move |comm| kind.run(&own, inputs, comm));
-            take_off(&flying, op, Flight::Flying(Box::new(move || pending.wait())), device)
+            take_off(&flying, op, PendingProduct::Running(Box::new(move || pending.wait())), device)
         });
     }
     for kind in ProductKind::ALL.into_iter().filter(|kind| kind.flies()) {

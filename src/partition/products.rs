@@ -5,7 +5,7 @@ use std::fmt;
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorIr};
 
 use super::collectives::dim;
-use crate::collective_matmul::{self, Flight, Job, Overlap};
+use crate::collective_matmul::{self, Job, Overlap, PendingProduct};
 use crate::comm::Communicator;
 use crate::error::Error;
 use crate::graph::{CustomOps, graph_error};
@@ -69,7 +69,7 @@ impl ProductKind {
         inputs: Vec<PlainTensor>,
         comm: &Communicator,
         beside: bool,
-    ) -> Result<Flight<Vec<PlainTensor>>, Error> {
+    ) -> Result<PendingProduct<Vec<PlainTensor>>, Error> {
         let [out] = op.outputs.as_slice() else {
             return Err(graph_error(format!("custom operation `{}` makes one tensor", op.id)));
         };

@@ -6,10 +6,10 @@ use burn::prelude::*;
 use burn::tensor::{Bool, DType, activation};
 use burn_parallel::prelude::*;
 
-use crate::compare::compare;
-use crate::models::{Numbers, cross_entropy, device};
-use crate::reference::reference;
-use crate::schedules;
+use super::compare::compare;
+use super::parity::schedules;
+use crate::common::models::{Numbers, cross_entropy, device};
+use crate::common::reference::{filled, reference};
 
 const WIDTH: usize = 8;
 const VOCABULARY: usize = 11;
@@ -140,7 +140,7 @@ fn a_parameter_of_no_elements_is_one_like_any_other() {
     launch::threads(2)
         .run(|rank| {
             let plan = Plan::new().shard("nothing", 1);
-            let mut model = crate::reference::filled(hollow()).tensor_parallel(&rank, &plan)?;
+            let mut model = filled(hollow()).tensor_parallel(&rank, &plan)?;
             let loss = model.step(rows(0), hollow_loss)?.loss.into_scalar::<f32>();
             assert!((loss - references[0].loss).abs() < 1e-5);
             Ok(())

@@ -9,7 +9,7 @@ mod view;
 use burn::backend::tensor::FloatTensor;
 use burn_cubecl::Cube;
 
-use super::{Flight, Job, Products};
+use super::{Job, PendingProduct, Products};
 use crate::Error;
 use crate::comm::DeviceTensor;
 use view::{fused, resolved};
@@ -19,7 +19,11 @@ fn all_resolved(terms: Vec<[FloatTensor<Cube>; 2]>) -> Vec<[DeviceTensor; 2]> {
 }
 
 impl Products for Cube {
-    fn sum(terms: Vec<[FloatTensor<Self>; 2]>, job: &Job, beside: bool) -> Result<Flight<FloatTensor<Self>>, Error> {
+    fn sum(
+        terms: Vec<[FloatTensor<Self>; 2]>,
+        job: &Job,
+        beside: bool,
+    ) -> Result<PendingProduct<FloatTensor<Self>>, Error> {
         Ok(product::sum(all_resolved(terms), job, beside)?.map(fused))
     }
 
@@ -27,7 +31,7 @@ impl Products for Cube {
         terms: Vec<[FloatTensor<Self>; 2]>,
         job: &Job,
         beside: bool,
-    ) -> Result<Flight<FloatTensor<Self>>, Error> {
+    ) -> Result<PendingProduct<FloatTensor<Self>>, Error> {
         Ok(product::scatter(all_resolved(terms), job, beside)?.map(fused))
     }
 

@@ -10,20 +10,20 @@ use burn_cubecl::ops::permute;
 
 use super::view::{add, dims, multiply, multiply_all, rows, stacked, transposed};
 use crate::Error;
-use crate::collective_matmul::deal::{Deal, total_positions};
+use crate::collective_matmul::chunk_plan::{ChunkPlan, total_positions};
 use crate::collective_matmul::schedule::{Schedule, Size};
-use crate::collective_matmul::{Flight, Job};
+use crate::collective_matmul::{Job, PendingProduct};
 use crate::comm::device::{from_device, to_device, with_dims};
 use crate::comm::{Communicator, DeviceTensor, Pending, ReduceOp};
 
 /// Chunks that travel, or have arrived.
-struct Flights {
+struct RunningChunks {
     background: bool,
     flying: Vec<Pending<DeviceTensor>>,
     arrived: Vec<DeviceTensor>,
 }
 
-impl Flights {
+impl RunningChunks {
     fn new(schedule: Schedule) -> Self {
         Self { background: schedule.background, flying: Vec::new(), arrived: Vec::new() }
     }
@@ -41,11 +41,11 @@ impl Flights {
     }
 
     /// All chunks, one behind the other.
-    fn together(self) -> Result<Flight<DeviceTensor>, Error> {
+    fn together(self) -> Result<PendingProduct<DeviceTensor>, Error> {
         let Self { background, flying, arrived } = self;
         match background {
-            false => stacked(arrived).map(Flight::There),
-            true => Ok(Flight::Flying(Box::new(move || {
+            false => stacked(arrived).map(PendingProduct::Ready),
+            true => Ok(PendingProduct::Running(Box::new(move || {
                 stacked(flying.into_iter().map(Pending::wait).collect::<Result<Vec<_>, _>>()?)
             }))),
         }
@@ -159,44 +159,52 @@ impl Terms {
     }
 }
 
-pub(super) fn sum(terms: Vec<[DeviceTensor; 2]>, job: &Job, beside: bool) -> Result<Flight<DeviceTensor>, Error> {
+pub(super) fn sum(
+    terms: Vec<[DeviceTensor; 2]>,
+    job: &Job,
+    beside: bool,
+) -> Result<PendingProduct<DeviceTensor>, Error> {
     let first = &terms.first().ok_or_else(|| job.no_terms())?[0];
     let (size, first) = (first.dtype.size(), Rows::of(first.clone(), 0));
     let back = first.back(first.positions());
     let terms = Terms(terms.into_iter().map(|[left, right]| [Rows::of(left, 0).matrix, matrix(right)]).collect());
     let (m, columns) = (dims(&terms.0[0][0])[0], terms.columns());
     let schedule = schedule(job, [m, columns, terms.features()], size, beside)?;
-    let mut flights = Flights::new(schedule);
+    let mut running = RunningChunks::new(schedule);
     for chunk in schedule.cut(m) {
         let partial = terms.add_up(|left, right| multiply(rows(left, chunk.clone()), right))?;
-        flights.start(&job.comm, move |comm| {
+        running.start(&job.comm, move |comm| {
             to_device(comm.all_reduce(from_device::<2, Float>(partial), ReduceOp::Sum)?)
         })?;
     }
-    Ok(flights.together()?.map(back))
+    Ok(running.together()?.map(back))
 }
 
-pub(super) fn scatter(terms: Vec<[DeviceTensor; 2]>, job: &Job, beside: bool) -> Result<Flight<DeviceTensor>, Error> {
+pub(super) fn scatter(
+    terms: Vec<[DeviceTensor; 2]>,
+    job: &Job,
+    beside: bool,
+) -> Result<PendingProduct<DeviceTensor>, Error> {
     let first = Rows::of(terms.first().ok_or_else(|| job.no_terms())?[0].clone(), job.dim);
     let (size, positions, unit) = (first.matrix.dtype.size(), first.positions(), first.unit());
     let terms = Terms(terms.into_iter().map(|[left, right]| [Rows::of(left, job.dim).matrix, matrix(right)]).collect());
     let columns = terms.columns();
     let schedule = schedule(job, [positions * unit, columns, terms.features()], size, beside)?;
-    let deal = Deal::new(positions, job.comm.size(), job.comm.rank(), schedule);
-    let mut flights = Flights::new(schedule);
+    let plan = ChunkPlan::new(positions, job.comm.size(), job.comm.rank(), schedule);
+    let mut running = RunningChunks::new(schedule);
     for chunk in 0..schedule.chunks {
         let partial = terms.add_up(|left, right| match schedule.chunks {
             1 => multiply(left.clone(), right),
-            _ => multiply_all(deal.of_all(chunk).map(|slot| rows(left, by(slot, unit))).collect(), right),
+            _ => multiply_all(plan.of_all(chunk).map(|slot| rows(left, by(slot, unit))).collect(), right),
         })?;
-        let (positions, own) = (deal.total(chunk), deal.of_own(chunk).len());
-        flights.start(&job.comm, move |comm| {
+        let (positions, own) = (plan.total(chunk), plan.of_own(chunk).len());
+        running.start(&job.comm, move |comm| {
             let partial = with_dims(into_contiguous(partial), vec![positions, unit * columns]);
             let own_rows = to_device(comm.reduce_scatter(from_device::<2, Float>(partial), ReduceOp::Sum)?)?;
             Ok(with_dims(own_rows, vec![own * unit, columns]))
         })?;
     }
-    Ok(flights.together()?.map(first.back(deal.own())))
+    Ok(running.together()?.map(first.back(plan.own())))
 }
 
 pub(super) fn gather(
@@ -218,23 +226,23 @@ pub(super) fn gather(
         let made = rights.iter().map(|right| multiply(whole.clone(), right).map(&back)).collect::<Result<_, _>>()?;
         return Ok((made, back(whole)));
     }
-    let deal = Deal::new(positions, size, rank, schedule);
+    let plan = ChunkPlan::new(positions, size, rank, schedule);
     let left = into_contiguous(left.matrix);
-    let mut flights = Flights::new(schedule);
+    let mut running = RunningChunks::new(schedule);
     for chunk in 0..schedule.chunks {
-        let within = deal.within_own(chunk);
+        let within = plan.within_own(chunk);
         let (count, brought) = (within.len(), rows(&left, by(within, unit)));
-        flights.start(&job.comm, move |comm| whole(brought, count, unit, comm))?;
+        running.start(&job.comm, move |comm| whole(brought, count, unit, comm))?;
     }
     // What this rank has needs no waiting.
     let own = rights.iter().map(|right| multiply(left.clone(), right)).collect::<Result<Vec<_>, _>>()?;
     // Of each rank its rows, and of each right factor what becomes of them.
     let mut slots = vec![Vec::new(); size];
     let mut made = vec![vec![Vec::new(); size]; rights.len()];
-    for (chunk, flight) in flights.flying.into_iter().enumerate() {
+    for (chunk, flight) in running.flying.into_iter().enumerate() {
         let gathered = flight.wait()?;
         let mut from = 0;
-        for (of, slot) in deal.of_all(chunk).enumerate() {
+        for (of, slot) in plan.of_all(chunk).enumerate() {
             let here = by(from..from + slot.len(), unit);
             from += slot.len();
             if of != rank && !here.is_empty() {

@@ -10,7 +10,7 @@ use super::matrix::{Factor, Matrix, Place, Real, elements_of, multiply, room};
 use super::product::{dims_of, multiply_own, positions_first, unit_of, with_positions_first};
 use crate::Error;
 use crate::collective_matmul::Job;
-use crate::collective_matmul::deal::{Deal, check_part, total_positions};
+use crate::collective_matmul::chunk_plan::{ChunkPlan, check_part, total_positions};
 use crate::collective_matmul::schedule::Size;
 use crate::comm::part;
 
@@ -40,12 +40,12 @@ pub(super) fn gather<T: Real>(
         return together();
     }
     let (size, rank) = (job.comm.size(), job.comm.rank());
-    let deal = Deal::new(positions, size, rank, schedule);
+    let plan = ChunkPlan::new(positions, size, rank, schedule);
     let (brought, width) = (with_positions_first(&left, dim), outer * unit * features);
     let mut flying = Vec::with_capacity(schedule.chunks);
     for chunk in 0..schedule.chunks {
-        let (own, brought) = (deal.within_own(chunk), brought.clone());
-        let (elements, dims) = (deal.total(chunk) * width, [own.len(), width]);
+        let (own, brought) = (plan.within_own(chunk), brought.clone());
+        let (elements, dims) = (plan.total(chunk) * width, [own.len(), width]);
         flying.push(job.comm.start(move |comm| {
             let mut slots = vec![T::default(); elements];
             let rows = elements_of::<T>(&brought);
@@ -71,7 +71,7 @@ pub(super) fn gather<T: Real>(
         for (chunk, slots) in flying.into_iter().enumerate() {
             let slots = slots.wait()?;
             let mut rest = slots.as_slice();
-            for (from, positions) in deal.of_all(chunk).enumerate() {
+            for (from, positions) in plan.of_all(chunk).enumerate() {
                 let (slot, behind) = rest.split_at(positions.len() * width);
                 if from != rank {
                     place(positions, slot);

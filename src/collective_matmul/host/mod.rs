@@ -10,7 +10,7 @@ use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
 
-use super::{Flight, Job, Products};
+use super::{Job, PendingProduct, Products};
 use crate::Error;
 use crate::comm::element::with_float_type;
 
@@ -27,11 +27,11 @@ fn dtype_of(terms: &[[FlexTensor; 2]], job: &Job) -> Result<DType, Error> {
 }
 
 impl Products for Flex {
-    fn sum(terms: Vec<[FlexTensor; 2]>, job: &Job, beside: bool) -> Result<Flight<FlexTensor>, Error> {
+    fn sum(terms: Vec<[FlexTensor; 2]>, job: &Job, beside: bool) -> Result<PendingProduct<FlexTensor>, Error> {
         with_elements!(job.name, dtype_of(&terms, job)?, T => product::sum::<T>(ahead(terms), job, beside))
     }
 
-    fn scatter(terms: Vec<[FlexTensor; 2]>, job: &Job, beside: bool) -> Result<Flight<FlexTensor>, Error> {
+    fn scatter(terms: Vec<[FlexTensor; 2]>, job: &Job, beside: bool) -> Result<PendingProduct<FlexTensor>, Error> {
         with_elements!(job.name, dtype_of(&terms, job)?, T => product::scatter::<T>(ahead(terms), job, beside))
     }
 

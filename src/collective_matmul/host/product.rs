@@ -13,9 +13,9 @@ use super::matrix::{Factor, Matrix, Place, Real, multiply, room};
 use super::stack::{Stack, even};
 use super::window::windows;
 use crate::Error;
-use crate::collective_matmul::deal::Deal;
+use crate::collective_matmul::chunk_plan::ChunkPlan;
 use crate::collective_matmul::schedule::Size;
-use crate::collective_matmul::{Flight, Job};
+use crate::collective_matmul::{Job, PendingProduct};
 use crate::comm::Pending;
 
 /// Pairs of factors whose products are added up.
@@ -99,7 +99,11 @@ pub(super) fn with_positions_first(tensor: &FlexTensor, dim: usize) -> FlexTenso
     tensor.permute(&order).to_contiguous()
 }
 
-pub(super) fn sum<T: Real>(terms: Vec<[FlexTensor; 2]>, job: &Job, beside: bool) -> Result<Flight<FlexTensor>, Error> {
+pub(super) fn sum<T: Real>(
+    terms: Vec<[FlexTensor; 2]>,
+    job: &Job,
+    beside: bool,
+) -> Result<PendingProduct<FlexTensor>, Error> {
     let terms: Vec<_> = terms.into_iter().map(|[left, right]| [even(left, 0), right]).collect();
     let first = &terms.first().ok_or_else(|| job.no_terms())?[0];
     let factors = Terms::<T>::of(&terms, 0);
@@ -120,7 +124,7 @@ pub(super) fn sum<T: Real>(terms: Vec<[FlexTensor; 2]>, job: &Job, beside: bool)
             job.comm.all_reduce_matrix(chunk, dims(&rows))?;
             rest = behind;
         }
-        return Ok(Flight::There(sum));
+        return Ok(PendingProduct::Ready(sum));
     }
     let (frame, chunks) = windows::<T>(sum, schedule.cut(rows).map(|rows| rows.len() * columns));
     let mut flying = Vec::with_capacity(schedule.chunks);
@@ -129,7 +133,7 @@ pub(super) fn sum<T: Real>(terms: Vec<[FlexTensor; 2]>, job: &Job, beside: bool)
         let dims = dims(&rows);
         flying.push(job.comm.start(move |comm| comm.all_reduce_matrix(&mut chunk, dims)));
     }
-    Ok(Flight::Flying(Box::new(move || {
+    Ok(PendingProduct::Running(Box::new(move || {
         flying.into_iter().try_for_each(Pending::wait)?;
         frame.tensor()
     })))
@@ -140,7 +144,7 @@ pub(super) fn scatter<T: Real>(
     terms: Vec<[FlexTensor; 2]>,
     job: &Job,
     beside: bool,
-) -> Result<Flight<FlexTensor>, Error> {
+) -> Result<PendingProduct<FlexTensor>, Error> {
     let dim = job.dim;
     let terms: Vec<_> = terms.into_iter().map(|[left, right]| [even(left, dim), right]).collect();
     let first = &terms.first().ok_or_else(|| job.no_terms())?[0];
@@ -148,42 +152,42 @@ pub(super) fn scatter<T: Real>(
     let factors = Terms::<T>::of(&terms, dim);
     let (outer, columns) = (factors.0[0].0.outer, factors.columns());
     let schedule = job.schedule(factors.size(outer * positions * unit, beside))?;
-    let deal = Deal::new(positions, job.comm.size(), job.comm.rank(), schedule);
+    let plan = ChunkPlan::new(positions, job.comm.size(), job.comm.rank(), schedule);
     let width = outer * unit * columns;
-    let dims = dims_of(first, dim, deal.own(), columns);
-    let mut scattered = room::<T>(&[deal.own(), width]);
+    let dims = dims_of(first, dim, plan.own(), columns);
+    let mut scattered = room::<T>(&[plan.own(), width]);
     let fill = |chunk: usize, partial: &mut [T]| {
         if schedule.chunks == 1 {
             return factors.write_positions(0..positions, unit, partial);
         }
         let mut rest = partial;
-        for positions in deal.of_all(chunk) {
+        for positions in plan.of_all(chunk) {
             let (slot, behind) = rest.split_at_mut(positions.len() * width);
             factors.write_positions(positions, unit, slot);
             rest = behind;
         }
     };
     if !schedule.background {
-        let mut partial = vec![T::default(); (0..schedule.chunks).map(|c| deal.total(c)).max().unwrap_or(0) * width];
+        let mut partial = vec![T::default(); (0..schedule.chunks).map(|c| plan.total(c)).max().unwrap_or(0) * width];
         let mut rest: &mut [T] = scattered.storage_mut();
         for chunk in 0..schedule.chunks {
-            let partial = &mut partial[..deal.total(chunk) * width];
+            let partial = &mut partial[..plan.total(chunk) * width];
             fill(chunk, partial);
-            let (own, behind) = rest.split_at_mut(deal.of_own(chunk).len() * width);
-            job.comm.reduce_scatter_matrix(partial, [deal.total(chunk), width], own)?;
+            let (own, behind) = rest.split_at_mut(plan.of_own(chunk).len() * width);
+            job.comm.reduce_scatter_matrix(partial, [plan.total(chunk), width], own)?;
             rest = behind;
         }
-        return Ok(Flight::There(positions_first(scattered, dims, dim)));
+        return Ok(PendingProduct::Ready(positions_first(scattered, dims, dim)));
     }
-    let (frame, owns) = windows::<T>(scattered, (0..schedule.chunks).map(|chunk| deal.of_own(chunk).len() * width));
+    let (frame, owns) = windows::<T>(scattered, (0..schedule.chunks).map(|chunk| plan.of_own(chunk).len() * width));
     let mut flying = Vec::with_capacity(schedule.chunks);
     for (chunk, mut own) in owns.into_iter().enumerate() {
-        let mut partial = vec![T::default(); deal.total(chunk) * width];
+        let mut partial = vec![T::default(); plan.total(chunk) * width];
         fill(chunk, &mut partial);
-        let dims = [deal.total(chunk), width];
+        let dims = [plan.total(chunk), width];
         flying.push(job.comm.start(move |comm| comm.reduce_scatter_matrix(&partial, dims, &mut own)));
     }
-    Ok(Flight::Flying(Box::new(move || {
+    Ok(PendingProduct::Running(Box::new(move || {
         flying.into_iter().try_for_each(Pending::wait)?;
         Ok(positions_first(frame.tensor()?, dims, dim))
     })))

@@ -22,9 +22,9 @@ use burn::backend::{Autodiff, Backend, Dispatch, ExtensionType, Flex, TensorMeta
 use burn::tensor::{Shape, Tensor};
 
 use super::failed::{check_shape, zeros_instead};
-use super::several::Several;
+use super::tensor_list::TensorList;
 use crate::Error;
-use crate::collective_matmul::{Flight, Job, Products};
+use crate::collective_matmul::{Job, PendingProduct, Products};
 
 /// Most weights on one input: an operation of burn's tape has as many parents as its type says.
 const MOST: usize = 3;
@@ -41,7 +41,7 @@ pub(super) fn multiply<const D: usize, const N: usize>(
             format!("it takes 1 to {MOST} weights on one input, not {N}: put weights together with `Tensor::cat`");
         return Err(Error::invalid(job.name, problem));
     }
-    let (name, weights) = (job.name, Several(weights.into_iter().map(Tensor::into_dispatch).collect()));
+    let (name, weights) = (job.name, TensorList(weights.into_iter().map(Tensor::into_dispatch).collect()));
     let made = <Dispatch as ColumnProducts>::column_products(x.into_dispatch(), weights, gathered, job);
     if let Some(error) = made.error {
         return Err(error);
@@ -54,7 +54,7 @@ pub(super) fn multiply<const D: usize, const N: usize>(
 #[derive(ExtensionType)]
 struct Made<B: Backend> {
     #[extension_type]
-    tensors: Several<B>,
+    tensors: TensorList<B>,
     error: Option<Error>,
 }
 
@@ -62,7 +62,7 @@ struct Made<B: Backend> {
 trait ColumnProducts: Backend {
     fn column_products(
         x: FloatTensor<Self>,
-        #[extension_type] weights: Several<Self>,
+        #[extension_type] weights: TensorList<Self>,
         gathered: bool,
         job: Job,
     ) -> Made<Self>;
@@ -85,26 +85,26 @@ fn make<B: Products>(
         }
     };
     match made {
-        Ok((tensors, x)) => (Made { tensors: Several(tensors), error: None }, x),
-        Err(error) => (Made { tensors: Several(stand_ins), error: Some(error) }, x),
+        Ok((tensors, x)) => (Made { tensors: TensorList(tensors), error: None }, x),
+        Err(error) => (Made { tensors: TensorList(stand_ins), error: Some(error) }, x),
     }
 }
 
 impl ColumnProducts for Flex {
-    fn column_products(x: FloatTensor<Self>, weights: Several<Self>, gathered: bool, job: Job) -> Made<Self> {
+    fn column_products(x: FloatTensor<Self>, weights: TensorList<Self>, gathered: bool, job: Job) -> Made<Self> {
         make::<Self>(x, weights.0, gathered, &job).0
     }
 }
 
 #[cfg(feature = "cubecl")]
 impl ColumnProducts for burn_cubecl::Cube {
-    fn column_products(x: FloatTensor<Self>, weights: Several<Self>, gathered: bool, job: Job) -> Made<Self> {
+    fn column_products(x: FloatTensor<Self>, weights: TensorList<Self>, gathered: bool, job: Job) -> Made<Self> {
         make::<Self>(x, weights.0, gathered, &job).0
     }
 }
 
 impl<B: Products + ColumnProducts, C: CheckpointStrategy> ColumnProducts for Autodiff<B, C> {
-    fn column_products(x: FloatTensor<Self>, weights: Several<Self>, gathered: bool, job: Job) -> Made<Self> {
+    fn column_products(x: FloatTensor<Self>, weights: TensorList<Self>, gathered: bool, job: Job) -> Made<Self> {
         let (x, of_x) = x.into_parts();
         let (weights, of_weights): (Vec<_>, Vec<_>) = weights.0.into_iter().map(|weight| weight.into_parts()).unzip();
         let shape = x.shape();
@@ -123,7 +123,7 @@ impl<B: Products + ColumnProducts, C: CheckpointStrategy> ColumnProducts for Aut
             OpsKind::Tracked(prep) => prep.finish((laid.clone(), place), y),
             OpsKind::UnTracked(prep) => prep.finish(y),
         };
-        Made { tensors: Several(tensors.0.into_iter().enumerate().map(product).collect()), error }
+        Made { tensors: TensorList(tensors.0.into_iter().enumerate().map(product).collect()), error }
     }
 }
 
@@ -204,7 +204,7 @@ impl<B: Products + ColumnProducts> Fork<B> {
         };
         let of_weights =
             wanted.iter().zip(laid.clone()).zip(&weights).map(of_weight).collect::<Result<Vec<_>, Error>>()?;
-        let of_x = flight.map(Flight::wait).transpose()?;
+        let of_x = flight.map(PendingProduct::wait).transpose()?;
         if let Some(of_x) = &of_x {
             check_shape(&of_x.shape(), &shape, &job)?;
         }

@@ -39,7 +39,7 @@ mod columns;
 mod failed;
 mod products;
 mod rows;
-mod several;
+mod tensor_list;
 
 pub use crate::collective_matmul::Overlap;
 pub use activation::{Activation, bias_activation};

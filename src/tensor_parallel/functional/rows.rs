@@ -11,7 +11,7 @@ use burn::tensor::Tensor;
 
 use super::failed::{check_shape, zeros_instead};
 use crate::Error;
-use crate::collective_matmul::{Flight, Job, Products};
+use crate::collective_matmul::{Job, PendingProduct, Products};
 
 /// Puts `sum over r of x_r A_r` on the tape; `scattered` along the dim of the job.
 pub(super) fn multiply<const D: usize>(
@@ -46,7 +46,7 @@ fn make<B: Products>(x: FloatTensor<B>, weight: FloatTensor<B>, scattered: bool,
         true => B::scatter(vec![[x, weight]], job, false),
         false => B::sum(vec![[x, weight]], job, false),
     };
-    match sum.and_then(Flight::wait) {
+    match sum.and_then(PendingProduct::wait) {
         Ok(tensor) => Made { tensor, error: None },
         Err(error) => Made { tensor: stand_in, error: Some(error) },
     }

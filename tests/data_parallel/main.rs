@@ -1,0 +1,10 @@
+//! Data parallelism: replicas train like one device, alone and together with split models.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod changes;
+mod parity;
+mod rules;
+mod sampler;
+mod split_replicas;

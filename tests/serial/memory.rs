@@ -1,0 +1,360 @@
+//! No rank holds more than it must: what is allocated and what is read, in bytes.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::io::Cursor;
+use std::sync::atomic::AtomicIsize;
+use std::sync::atomic::Ordering::Relaxed;
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::nn::{BatchNorm, BatchNormConfig, Linear, LinearConfig};
+use burn::optim::{AdamConfig, ModuleOptimizer};
+use burn::prelude::*;
+use burn_parallel::params::Safetensors;
+use burn_parallel::prelude::*;
+use safetensors::tensor::{Dtype, TensorView};
+
+/// Knows the largest piece of memory that each thread has asked for, and what all hold. Some machinery asks for 1 MiB, a
+/// quarter of a weight.
+struct Watched;
+
+thread_local! {
+    static LARGEST: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Bytes that are held now, and that were at most.
+static HELD: AtomicIsize = AtomicIsize::new(0);
+static MOST: AtomicIsize = AtomicIsize::new(0);
+
+fn asked(size: usize) {
+    let _ = LARGEST.try_with(|largest| largest.set(largest.get().max(size)));
+    change(size as isize);
+}
+
+fn change(by: isize) {
+    MOST.fetch_max(HELD.fetch_add(by, Relaxed) + by, Relaxed);
+}
+
+unsafe impl GlobalAlloc for Watched {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        asked(layout.size());
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        asked(layout.size());
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        change(-(layout.size() as isize));
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        change(-(layout.size() as isize));
+        asked(size);
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Watched = Watched;
+
+const WIDTH: usize = 1024;
+const WHOLE: usize = WIDTH * WIDTH * 4;
+
+#[derive(Module, Debug)]
+struct Mlp {
+    up: Linear,
+    down: Linear,
+}
+
+impl Mlp {
+    fn new(device: &Device) -> Self {
+        Self { up: LinearConfig::new(WIDTH, WIDTH).init(device), down: LinearConfig::new(WIDTH, WIDTH).init(device) }
+    }
+
+    fn loss(&self, x: Tensor<2>) -> Tensor<1> {
+        self.down.forward(self.up.forward(x).tanh()).powi_scalar(2).mean()
+    }
+}
+
+fn plan() -> Plan {
+    Plan::new().shard("up.weight", 1).shard("up.bias", 0).shard("down.weight", 0)
+}
+
+fn is_lazy<M: Module>(model: &M) -> bool {
+    struct Lazy(bool);
+    impl ModuleVisitor for Lazy {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0 &= !param.is_initialized();
+        }
+    }
+    let mut lazy = Lazy(true);
+    model.visit(&mut lazy);
+    lazy.0
+}
+
+/// A number for every element of every parameter, as a file has them.
+fn store() -> Vec<u8> {
+    let value = |seed: usize, index: usize| ((index * 7 + seed) % 13) as f32 / 130.0 - 0.05;
+    let tensor = |seed, elements| (0..elements).flat_map(|index| value(seed, index).to_le_bytes()).collect::<Vec<u8>>();
+    let (square, row) = (vec![WIDTH, WIDTH], vec![WIDTH]);
+    let named = [("up.weight", square.clone()), ("up.bias", row.clone()), ("down.weight", square), ("down.bias", row)];
+    let bytes: Vec<Vec<u8>> =
+        named.iter().enumerate().map(|(seed, (_, dims))| tensor(seed, dims.iter().product())).collect();
+    let views = named
+        .iter()
+        .zip(&bytes)
+        .map(|((name, dims), bytes)| (name.to_string(), TensorView::new(Dtype::F32, dims.clone(), bytes).unwrap()));
+    safetensors::serialize(views, None).unwrap()
+}
+
+fn rows(device: &Device) -> Tensor<2> {
+    Tensor::ones([2, WIDTH], device)
+}
+
+#[test]
+fn a_model_that_is_loaded_is_never_whole_on_any_rank() {
+    let _turn = crate::turn();
+    let store = store();
+    let expected = {
+        let device = Device::flex().autodiff();
+        let mut source = Safetensors::new(Cursor::new(store.as_slice())).unwrap();
+        let outcomes = launch::threads(1).run(|rank| {
+            let model = Mlp::new(&device).tensor_parallel(&rank, &plan())?;
+            let mut source = Safetensors::new(Cursor::new(store.as_slice()))?;
+            Ok(model.load(&mut source)?.step(rows(&device), |m, x| m.loss(x))?.loss.into_scalar::<f32>())
+        });
+        assert!(source_is_whole(&mut source));
+        outcomes.unwrap()[0]
+    };
+    for degree in [2, 4] {
+        launch::threads(degree)
+            .run(|rank| {
+                let device = rank.device().autodiff();
+                LARGEST.set(0);
+                let model = Mlp::new(&device).tensor_parallel(&rank, &plan())?;
+                assert!(is_lazy(model.local()), "wrapping makes no parameter");
+                let mut source = Safetensors::new(Cursor::new(store.as_slice()))?;
+                let header = source.bytes_read();
+                let mut model = model.load(&mut source)?;
+                let loss = model.step(rows(&device), |m, x| m.loss(x))?.loss.into_scalar::<f32>();
+                let largest = LARGEST.get();
+                assert!(largest >= WHOLE / degree && largest < WHOLE / degree + 65_536, "{largest} of {WHOLE}");
+                assert_eq!((source.bytes_read() - header) as usize, model.table().bytes());
+                assert!((loss - expected).abs() < 1e-5 * expected, "{loss} {expected}");
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+fn source_is_whole(source: &mut Safetensors<Cursor<&[u8]>>) -> bool {
+    use burn_parallel::params::SliceSource;
+    let data = source.read("down.bias", std::slice::from_ref(&(3..5))).unwrap();
+    data.iter::<f32>().collect::<Vec<_>>() == [(24 % 13) as f32 / 130.0 - 0.05, (31 % 13) as f32 / 130.0 - 0.05]
+}
+
+#[test]
+fn a_lazy_model_is_never_whole_on_any_rank() {
+    let _turn = crate::turn();
+    for degree in [2, 4] {
+        launch::threads(degree)
+            .run(|rank| {
+                let device = rank.device().autodiff();
+                LARGEST.set(0);
+                let mut model = Mlp::new(&device).tensor_parallel(&rank, &plan())?;
+                assert!(is_lazy(model.local()));
+                assert!(LARGEST.get() <= WHOLE / 4);
+                rank.barrier()?;
+                let before = HELD.load(Relaxed);
+                MOST.store(before, Relaxed);
+                rank.barrier()?;
+                model = model.train();
+                rank.barrier()?;
+                assert!(LARGEST.get() < WHOLE / degree + 65_536, "{}", LARGEST.get());
+                // The parts of two weights on all ranks, and a piece in the making and on its way: never the
+                // parts, and a weight that they come from.
+                let most = (MOST.load(Relaxed) - before) as usize;
+                assert!(most > 2 * WHOLE && most < 2 * WHOLE + WHOLE / 4 + 65_536, "{most}");
+                // All ranks hold parts of one model: put together, it gives the same loss.
+                let loss = model.step(rows(&device), |m, x| m.loss(x))?.loss.into_scalar::<f32>();
+                let whole = model.assemble()?.loss(rows(&device)).into_scalar::<f32>();
+                assert!((loss - whole).abs() < 1e-5 * whole);
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+#[test]
+fn sources_that_do_not_fit() {
+    let _turn = crate::turn();
+    let store = store();
+    let load = |model: fn(&Device) -> Mlp, bytes: &[u8]| {
+        let error = launch::threads(1).run(|rank| {
+            let model = model(&rank.device().autodiff()).tensor_parallel(&rank, &plan())?;
+            model.load(&mut Safetensors::new(Cursor::new(bytes))?).map(drop)
+        });
+        error.unwrap_err().to_string()
+    };
+    let narrow: fn(&Device) -> Mlp = |device| Mlp { up: LinearConfig::new(8, WIDTH).init(device), ..Mlp::new(device) };
+    let said = load(narrow, &store);
+    assert!(said.contains("`up.weight` has dims [8, 1024] in the model and [1024, 1024] in the source"), "{said}");
+    let renamed: Vec<u8> = String::from_utf8_lossy(&store[..400]).replace("down.bias", "down.bios").into_bytes();
+    let said = load(Mlp::new, &[&renamed[..400], &store[400..]].concat());
+    assert!(said.contains("no parameter `down.bias`"), "{said}");
+    let said = load(Mlp::new, &store[..store.len() - 8]);
+    assert!(said.contains("cannot read tensor"), "{said}");
+    let said = load(Mlp::new, b"this is no such file at all");
+    assert!(said.contains("too long"), "{said}");
+    let said = load(Mlp::new, b"");
+    assert!(said.contains("cannot read the header"), "{said}");
+}
+
+#[derive(Module, Debug)]
+struct Tiny {
+    up: Linear,
+    norm: BatchNorm,
+    down: Linear,
+}
+
+impl Tiny {
+    fn new(device: &Device) -> Self {
+        let (up, down) = (LinearConfig::new(4, 8).init(device), LinearConfig::new(8, 4).init(device));
+        Self { up, norm: BatchNormConfig::new(8).init(device), down }
+    }
+
+    fn loss(&self, x: Tensor<2>) -> Tensor<1> {
+        self.forward(x).powi_scalar(2).mean()
+    }
+
+    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        self.down.forward(self.norm.forward(self.up.forward(x)).tanh())
+    }
+}
+
+fn few(device: &Device) -> Tensor<2> {
+    Tensor::from_floats(
+        [[1.0, 0.5, -1.0, 2.0], [0.0, 1.0, 1.0, -0.5], [2.0, 2.0, 0.1, 0.0], [1.0, 0.3, 0.2, 0.1]],
+        device,
+    )
+}
+
+type Step = Box<dyn FnMut() -> Result<(), Error>>;
+
+/// Steps of a model, each followed by one of Adam.
+macro_rules! training {
+    ($model:expr, |$of:ident| $step:expr) => {{
+        let mut optim: ModuleOptimizer = AdamConfig::new().init().into();
+        let mut model = Some($model);
+        let step: Step = Box::new(move || {
+            let mut $of = model.take().expect("the step before has given it back");
+            let grads = $step?.grads;
+            model = Some(optim.step(1e-3, $of, grads));
+            Ok(())
+        });
+        Ok(step)
+    }};
+}
+
+/// By how many bytes what all ranks hold is more in the steps from 600 to 1,000 than in those from 200 to 600.
+fn growth(ranks: usize, start: impl Fn(&Rank, Tensor<2>, Tiny) -> Result<Step, Error> + Sync) -> isize {
+    let most = launch::threads(ranks).run(|rank| {
+        let device = rank.device().autodiff();
+        let mut step = start(&rank, few(&device), Tiny::new(&device))?;
+        let mut most = [isize::MIN; 2];
+        for number in 0..1000_usize {
+            step()?;
+            if let Some(late) = number.checked_sub(200) {
+                let most = &mut most[late / 400];
+                *most = (*most).max(HELD.load(Relaxed));
+            }
+        }
+        Ok(most[1] - most[0])
+    });
+    most.unwrap().into_iter().max().unwrap()
+}
+
+#[test]
+fn a_thousand_steps_hold_no_more_than_a_few() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let plan = Plan::new().shard("up.weight", 1).shard("up.bias", 0).shard("norm.*", 0).shard("down.weight", 0);
+    let tied = |rank: &Rank, axes: [(&str, usize); 2]| {
+        let mesh = Mesh::new(rank, axes)?;
+        Ok::<_, Error>((mesh.axis(axes[0].0)?, mesh.axis(axes[1].0)?))
+    };
+    let dp = DataParallelConfig::new;
+    let pp = || PipelineConfig::new(2);
+    let check = |strategy: &str, grown: isize| assert!(grown < 64 << 10, "{strategy}: {grown} bytes more");
+
+    check(
+        "dp",
+        growth(2, |rank, x, model| {
+            training!(model.data_parallel(rank, dp())?, |m| m.step(x.clone(), |m, x| m.loss(x)))
+        }),
+    );
+    check(
+        "dp with synchronised batch norm",
+        growth(2, |rank, x, model| {
+            let model = model.data_parallel(rank, dp())?;
+            training!(model, |m| m.step_sync_batch_norm(vec![(x.clone(), 4.0)], |m, x| m.loss(x)))
+        }),
+    );
+    check(
+        "tp",
+        growth(2, |rank, x, model| {
+            training!(model.tensor_parallel(rank, &plan)?, |m| m.step(x.clone(), |m, x| m.loss(x)))
+        }),
+    );
+    check(
+        "pp",
+        growth(2, |rank, x, model| {
+            training!(model.pipeline_parallel(rank, pp())?, |m| m.step(x.clone(), |m, x| m.loss(x)))
+        }),
+    );
+    check(
+        "dp x tp",
+        growth(4, |rank, x, model| {
+            let (outer, tp) = tied(rank, [("dp", 2), ("tp", 2)])?;
+            let model = model.tensor_parallel(&tp, &plan)?.data_parallel(&outer, dp())?;
+            training!(model, |m| m.step(x.clone(), |m, x| m.loss(x)))
+        }),
+    );
+    check(
+        "dp x pp",
+        growth(4, |rank, x, model| {
+            let (outer, inner) = tied(rank, [("dp", 2), ("pp", 2)])?;
+            let mut model = model.pipeline_parallel(&inner, pp())?;
+            model.prepare(x.clone(), |m, x| m.loss(x))?;
+            training!(model.data_parallel(&outer, dp())?, |m| m.step(x.clone(), |m, x| m.loss(x)))
+        }),
+    );
+    check(
+        "pp x tp",
+        growth(4, |rank, x, model| {
+            let (outer, tp) = tied(rank, [("pp", 2), ("tp", 2)])?;
+            let model = model.tensor_parallel(&tp, &plan)?.pipeline_parallel(&outer, pp())?;
+            training!(model, |m| m.step(x.clone(), |m, x| m.loss(x)))
+        }),
+    );
+    check(
+        "forward_with under tp",
+        growth(2, |rank, x, model| {
+            let model = model.tensor_parallel(rank, &plan)?;
+            let step: Step = Box::new(move || model.forward_with(x.clone(), |m, x| m.forward(x)).map(drop));
+            Ok(step)
+        }),
+    );
+    check(
+        "forward_with under pp",
+        growth(2, |rank, x, model| {
+            let mut model = model.pipeline_parallel(rank, pp())?;
+            model.prepare(x.clone(), |m, x| m.loss(x))?;
+            let step: Step = Box::new(move || model.forward_with(x.clone(), |m, x| m.forward(x)).map(drop));
+            Ok(step)
+        }),
+    );
+}
