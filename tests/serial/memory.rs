@@ -280,7 +280,7 @@ fn growth(ranks: usize, start: impl Fn(&Rank, Tensor<2>, Tiny) -> Result<Step, E
 
 #[test]
 fn a_thousand_steps_hold_no_more_than_a_few() {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = crate::turn();
     let plan = Plan::new().shard("up.weight", 1).shard("up.bias", 0).shard("norm.*", 0).shard("down.weight", 0);
     let tied = |rank: &Rank, axes: [(&str, usize); 2]| {
         let mesh = Mesh::new(rank, axes)?;
