@@ -156,8 +156,15 @@ impl Reducer {
             };
             match forward {
                 _ if unknown.is_empty() => {}
-                Forward::Ahead => module = broadcast_some(own_buffers(module), group, &|id, _| unknown.contains(&id))?,
                 Forward::Done => equal(&module, &unknown, group)?,
+                Forward::Ahead => {
+                    let trains = |id| structure.trained.iter().any(|param| param.id == id);
+                    if !unknown.iter().all(|id| trains(*id)) {
+                        // There may be running statistics among them.
+                        module = own_buffers(module);
+                    }
+                    module = broadcast_some(module, group, &|id, _| unknown.contains(&id))?;
+                }
             }
         }
         self.learn(|known| known.learn(structure));
