@@ -205,7 +205,7 @@ fn the_suite(size: usize) -> Result<(), Failed> {
 }
 
 fn counted(said: Vec<String>, size: usize) -> Result<(), Failed> {
-    let count = if size == 1 { "<11 checks>" } else { "<19 checks>" };
+    let count = if size == 1 { "<12 checks>" } else { "<20 checks>" };
     match said.iter().all(|said| said.contains(count)) {
         true => Ok(()),
         false => Err(format!("{said:?}").into()),

@@ -13,6 +13,24 @@ pub(super) const WHOLE: usize = 256 << 10;
 pub(super) const CREDIT: usize = 8 << 20;
 /// Most bytes of a part: small messages need not wait for more.
 pub(super) const PART: usize = 512 << 10;
+/// Bytes read from a connection before others have their turn.
+const TURN: usize = 4 << 20;
+/// Bytes read at a time beside those that have a place.
+const STAGING: usize = 64 << 10;
+
+/// The sizes at which messages change their way. Both sides of a connection have the same.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    pub whole: usize,
+    pub credit: usize,
+    pub part: usize,
+    pub turn: usize,
+    pub staging: usize,
+}
+
+impl Limits {
+    pub const STANDARD: Self = Self { whole: WHOLE, credit: CREDIT, part: PART, turn: TURN, staging: STAGING };
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {

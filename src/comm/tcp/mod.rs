@@ -36,11 +36,14 @@
 
 mod frame;
 mod mesh;
+mod network;
 mod ops;
 mod peer;
 mod poll;
 mod reading;
 mod rendezvous;
+#[cfg(test)]
+mod simulation;
 #[cfg(test)]
 mod tests;
 mod transit;

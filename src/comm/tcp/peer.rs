@@ -5,17 +5,16 @@
 use std::collections::{HashMap, VecDeque};
 use std::net::{Shutdown, TcpStream};
 
-use super::frame::{CREDIT, Head, Kind, WHOLE};
+use super::frame::{Head, Kind, Limits};
+use super::network::Stream;
 use super::ops::Ops;
 use super::transit::{Accepted, Arrival, Body, Bulk, Into, Lent, Parcel, Place, Reading};
 
-/// Bytes read at a time beside those that have a place.
-pub(super) const STAGING: usize = 64 << 10;
-
 #[derive(Debug)]
-pub(super) struct Peer {
+pub(super) struct Peer<S = TcpStream> {
     /// `None` for this rank itself.
-    pub stream: Option<TcpStream>,
+    pub stream: Option<S>,
+    pub limits: Limits,
     /// Why there is nothing more to be read.
     pub closed: Option<String>,
     pub out: VecDeque<Parcel>,
@@ -53,11 +52,12 @@ pub(super) fn pop<T>(queues: &mut HashMap<u64, VecDeque<T>>, tag: u64) -> Option
     first
 }
 
-impl Peer {
-    pub fn new(stream: Option<TcpStream>) -> Self {
-        let staging = vec![0; if stream.is_some() { STAGING } else { 0 }].into_boxed_slice();
+impl<S: Stream> Peer<S> {
+    pub fn new(stream: Option<S>, limits: Limits) -> Self {
+        let staging = vec![0; if stream.is_some() { limits.staging } else { 0 }].into_boxed_slice();
         Self {
             stream,
+            limits,
             closed: None,
             out: VecDeque::new(),
             written: 0,
@@ -103,7 +103,7 @@ impl Peer {
         if self.stream.is_none() {
             return self.send_to_itself(tag, lent, ops);
         }
-        if len <= WHOLE && self.owing + len <= CREDIT {
+        if len <= self.limits.whole && self.owing + len <= self.limits.credit {
             self.owing += len;
             let head = Head { kind: Kind::Whole, len, tag, id: 0 }.write();
             self.out.push_back(Parcel { head, body: Body::Lent(data, len), op: Some((op, true)) });
@@ -120,7 +120,7 @@ impl Peer {
         if let Some(place) = pop(&mut self.posted, tag) {
             return self.hand_over(&lent, place, ops);
         }
-        let arrival = match lent.len <= WHOLE {
+        let arrival = match lent.len <= self.limits.whole {
             true => {
                 ops.done(lent.op);
                 Arrival::Whole(Body::Lent(lent.data, lent.len).bytes().to_vec())
@@ -202,7 +202,7 @@ impl Peer {
     /// Bytes that had come whole no longer take memory.
     pub fn was_taken(&mut self, len: usize) {
         self.taken = (self.taken + len).min(self.owed);
-        if self.taken >= CREDIT / 4 {
+        if self.taken >= self.limits.credit / 4 {
             let len = std::mem::take(&mut self.taken);
             self.owed -= len;
             self.say(Head { kind: Kind::Credit, len, tag: 0, id: 0 });

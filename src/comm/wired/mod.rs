@@ -58,11 +58,21 @@ use std::thread::{self, JoinHandle};
 use self::group::Group;
 pub(in crate::comm) use self::group::lock;
 use self::transport::WiredTransport;
-pub(in crate::comm) use self::wire::{Ticket, Wire};
-use self::world::{Presence, World};
+pub(in crate::comm) use self::wire::{Sizes, Ticket, Wire};
+use self::world::Presence;
+pub(in crate::comm) use self::world::World;
 use super::Communicator;
 use super::local::WorldConfig;
 use crate::Error;
+
+/// A rank's communicator of a world, and the world, whose [`guard`](World::guard) a thread of its own must run.
+pub(in crate::comm) fn enter(wire: Box<dyn Wire>, config: WorldConfig, crowded: bool) -> (Communicator, Arc<World>) {
+    let (rank, size) = (wire.rank(), wire.size());
+    let world = World::new(wire, config.timeout, config.name, crowded);
+    let group = Group::new(0, world.name.clone(), (0..size).collect(), rank);
+    let presence = Arc::new(Presence(world.clone()));
+    (Communicator::new(WiredTransport::new(presence, group)), world)
+}
 
 /// The worlds of a session, which outlives them.
 #[derive(Debug)]
@@ -80,18 +90,16 @@ impl Worlds {
     /// A world of the processes that the wire joins.
     pub fn found(&self, wire: Box<dyn Wire>, config: WorldConfig) -> Result<Communicator, Error> {
         let (rank, size) = (wire.rank(), wire.size());
-        let world = World::new(wire, config.timeout, config.name, pace::crowded());
-        let group = Group::new(0, world.name.clone(), (0..size).collect(), rank);
-        let (guarded, clean) = (world.clone(), self.clean.clone());
+        let (comm, world) = enter(wire, config, pace::crowded());
+        let clean = self.clean.clone();
         let warden = thread::Builder::new().name(format!("warden of rank {rank}")).spawn(move || {
-            if !guarded.guard() {
+            if !world.guard() {
                 clean.store(false, Ordering::Release);
             }
         });
         let warden = warden.map_err(|problem| Error::Launch { rank, size, problem: problem.to_string() })?;
         lock(&self.wardens).push(warden);
-        let presence = Arc::new(Presence(world));
-        Ok(Communicator::new(WiredTransport::new(presence, group)))
+        Ok(comm)
     }
 
     /// Waits until all ranks of all worlds have ended. Returns whether they did as they should.

@@ -70,17 +70,17 @@ impl<'a> Pace<'a> {
             self.counted = true;
             self.world.waiting.fetch_add(1, Ordering::Relaxed);
         }
-        let since = *self.since.get_or_insert_with(Instant::now);
+        let since = *self.since.get_or_insert_with(|| self.world.wire.now());
         let past = self.polls - self.spins;
         if past <= self.yields {
-            thread::yield_now();
+            self.world.wire.give_way();
         } else {
             self.world.wire.rest(if past > 2 * self.yields { LONG_NAP } else { NAP });
         }
         if past.is_multiple_of(NEWS) || past > self.yields {
             self.world.attend();
         }
-        Some(since.elapsed())
+        Some(self.world.wire.now().saturating_duration_since(since))
     }
 
     /// Something has happened: the wait begins anew.

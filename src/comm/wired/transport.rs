@@ -131,7 +131,7 @@ impl WiredTransport {
             if let Some(error) = world.fate() {
                 return Err(error.clone());
             }
-            group.watch.sleeps(group.rank, number, std::time::Instant::now() - waited);
+            group.watch.sleeps(group.rank, number, world.wire.now() - waited);
             if let Some(left) = left.filter(|left| left.messages <= came) {
                 if waited - *gone_since.get_or_insert(waited) > GRACE {
                     let (name, operation, log) = (group.name.clone(), call.to_string(), CallLog::default());

@@ -111,7 +111,7 @@ impl Agreement<'_> {
                 }
                 continue;
             }
-            self.group.watch.sleeps(self.group.rank, self.number, std::time::Instant::now() - waited);
+            self.group.watch.sleeps(self.group.rank, self.number, self.world.wire.now() - waited);
             if let Some((rank, panicked)) = self.gone() {
                 if waited - *gone_since.get_or_insert(waited) > GRACE {
                     let log = CallLog::default();

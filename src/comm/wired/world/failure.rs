@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::World;
@@ -53,7 +52,7 @@ impl World {
             if self.fate.get().is_some() || proposed.is_some() {
                 return;
             }
-            *proposed = Some((proposal.clone(), Instant::now()));
+            *proposed = Some((proposal.clone(), self.wire.now()));
         }
         self.hand_in(&proposal);
         self.attend();
@@ -88,7 +87,7 @@ impl World {
                     let proposal = Proposal { error, group, members, call: None };
                     let mut proposed = lock(&self.proposed);
                     if proposed.is_none() && self.fate.get().is_none() {
-                        *proposed = Some((proposal.clone(), Instant::now()));
+                        *proposed = Some((proposal.clone(), self.wire.now()));
                         drop(proposed);
                         self.hand_in(&proposal);
                     }
@@ -101,10 +100,10 @@ impl World {
     pub(in crate::comm::wired) fn fail(&self, proposal: Proposal) -> Error {
         let own = proposal.error.clone();
         self.propose(proposal);
-        let since = Instant::now();
-        while self.fate.get().is_none() && since.elapsed() < 2 * ALONE {
+        let since = self.wire.now();
+        while self.fate.get().is_none() && self.elapsed(since) < 2 * ALONE {
             self.attend();
-            thread::sleep(Duration::from_micros(100));
+            self.wire.sleep(Duration::from_micros(100));
         }
         self.fate.get().cloned().unwrap_or(own)
     }
@@ -134,7 +133,7 @@ impl World {
         let inquiry = lock(&self.inquiry);
         let Some(Inquiry { proposal, known, since }) = inquiry.as_ref() else { return };
         let complete = answered && known.iter().enumerate().all(|(rank, known)| known.is_some() || self.is_lost(rank));
-        if self.fate.get().is_some() || !(complete || since.elapsed() > INQUIRY) {
+        if self.fate.get().is_some() || !(complete || self.elapsed(*since) > INQUIRY) {
             return;
         }
         let silent = |rank: usize| format!("rank {rank}: no answer");

@@ -29,7 +29,7 @@ struct Parcel {
     _contents: Box<dyn Any + Send>,
 }
 
-pub(super) struct World {
+pub(in crate::comm) struct World {
     pub wire: Box<dyn Wire>,
     pub timeout: Duration,
     pub name: Arc<str>,
@@ -103,6 +103,11 @@ impl World {
         })
     }
 
+    /// The time since then, by the clock of the wire.
+    pub fn elapsed(&self, since: Instant) -> Duration {
+        self.wire.now().saturating_duration_since(since)
+    }
+
     pub fn fate(&self) -> Option<&Error> {
         self.fate.get()
     }
@@ -129,7 +134,7 @@ impl World {
         }
     }
 
-    pub fn add(&self, group: &Arc<Group>) {
+    pub(in crate::comm::wired) fn add(&self, group: &Arc<Group>) {
         let mut groups = lock(&self.groups);
         groups.retain(|group| group.strong_count() > 0);
         groups.push(Arc::downgrade(group));
@@ -142,12 +147,12 @@ impl World {
         });
     }
 
-    pub fn groups(&self) -> Vec<Arc<Group>> {
+    pub(in crate::comm::wired) fn groups(&self) -> Vec<Arc<Group>> {
         lock(&self.groups).iter().filter_map(Weak::upgrade).collect()
     }
 
     /// Keeps `contents` until the tickets are done.
-    pub fn keep(&self, tickets: Vec<Ticket>, contents: impl Any + Send) {
+    pub(in crate::comm::wired) fn keep(&self, tickets: Vec<Ticket>, contents: impl Any + Send) {
         if !tickets.is_empty() {
             lock(&self.outgoing).push(Parcel { tickets, _contents: Box::new(contents) });
         }
@@ -174,7 +179,7 @@ impl World {
     }
 
     /// Tells the others of a group that this rank will not come again.
-    pub fn leave(&self, group: &Group, panicked: bool) {
+    pub(in crate::comm::wired) fn leave(&self, group: &Group, panicked: bool) {
         if group.leaves() {
             return;
         }
@@ -196,7 +201,7 @@ impl World {
     }
 
     /// Has memory back that was lent to the wire. If the wire cannot give it back, all that is left is to end all processes.
-    pub fn take_back(&self, tickets: &mut Vec<Ticket>, why: impl FnOnce() -> Error) {
+    pub(in crate::comm::wired) fn take_back(&self, tickets: &mut Vec<Ticket>, why: impl FnOnce() -> Error) {
         if tickets.is_empty() {
             return;
         }

@@ -2,7 +2,6 @@
 
 use std::sync::Weak;
 use std::sync::atomic::Ordering;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::World;
@@ -33,7 +32,7 @@ impl World {
         self.miss();
         self.listen();
         self.conclude(false);
-        let overdue = lock(&self.proposed).clone().filter(|(_, since)| since.elapsed() > ALONE);
+        let overdue = lock(&self.proposed).clone().filter(|(_, since)| self.elapsed(*since) > ALONE);
         if let Some((proposal, _)) = overdue {
             self.accept(proposal.error);
         }
@@ -72,7 +71,7 @@ impl World {
                 let mut inquiry = lock(&self.inquiry);
                 if inquiry.is_none() && self.fate.get().is_none() {
                     let known = vec![None; self.wire.size()];
-                    *inquiry = Some(Inquiry { proposal: proposal.clone(), known, since: Instant::now() });
+                    *inquiry = Some(Inquiry { proposal: proposal.clone(), known, since: self.wire.now() });
                     drop(inquiry);
                     self.tell_all(&Word::Ask(proposal));
                 }
@@ -110,14 +109,14 @@ impl World {
             let ended: Vec<bool> =
                 lock(&self.ended).iter().enumerate().map(|(rank, ended)| *ended || self.is_lost(rank)).collect();
             if ended[self.wire.rank()] {
-                let since: Instant = *ended_since.get_or_insert_with(Instant::now);
+                let since: Instant = *ended_since.get_or_insert_with(|| self.wire.now());
                 let all = ended.iter().all(|ended| *ended);
                 // What is still on its way then, nobody will ever receive.
                 let patience = if self.wire.gives_back() { LAST_BYTES } else { FAREWELL };
-                if all && (lock(&self.outgoing).is_empty() || since.elapsed() > patience) {
+                if all && (lock(&self.outgoing).is_empty() || self.elapsed(since) > patience) {
                     break true;
                 }
-                if self.fate.get().is_some() && since.elapsed() > FAREWELL {
+                if self.fate.get().is_some() && self.elapsed(since) > FAREWELL {
                     // Whoever has not come by now is dead, or was sent something that it has never taken.
                     break all;
                 }
@@ -128,7 +127,7 @@ impl World {
             }
             // News that somebody waits for is taken by whoever waits: it would have to be woken a second time.
             if waits() {
-                thread::sleep(ROUND);
+                self.wire.sleep(ROUND);
             }
         };
         for mut parcel in lock(&self.outgoing).drain(..) {
