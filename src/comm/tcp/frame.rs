@@ -3,7 +3,8 @@
 //! A small message is sent *whole*, whether or not the other side has asked for it yet. A large one is *offered*; the
 //! other side *accepts* it when it knows where its bytes go, and then they come in *parts*, straight into that place. Whole
 //! messages are sent on credit: what nobody has asked for yet takes the receiver's memory, and *credit* says how much of it is
-//! free again. A sender that has none left offers.
+//! free again. A sender that has none left offers. A part of the credit is kept for the words of wardens: what is said last
+//! reaches a rank that was stopped, even after the speaker has gone.
 
 /// Bytes of a head.
 pub(super) const HEAD: usize = 24;

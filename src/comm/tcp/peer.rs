@@ -42,6 +42,9 @@ pub(super) struct Peer<S = TcpStream> {
     pub offers: usize,
 }
 
+/// Of the credit, one part in so many is for what is told.
+const RESERVE: usize = 8;
+
 /// The first of a queue, which is gone when it is empty.
 pub(super) fn pop<T>(queues: &mut HashMap<u64, VecDeque<T>>, tag: u64) -> Option<T> {
     let queue = queues.get_mut(&tag)?;
@@ -99,11 +102,20 @@ impl<S: Stream> Peer<S> {
 
     /// Begins to send. The memory stays as it is until the operation is done or withdrawn.
     pub fn send(&mut self, tag: u64, lent: Lent, ops: &mut Ops) {
+        self.send_on_credit(self.limits.credit - self.limits.credit / RESERVE, tag, lent, ops);
+    }
+
+    /// [`send`](Self::send) of what should come to a rank that does not answer: it has a part of the credit to itself.
+    pub fn tell(&mut self, tag: u64, lent: Lent, ops: &mut Ops) {
+        self.send_on_credit(self.limits.credit, tag, lent, ops);
+    }
+
+    fn send_on_credit(&mut self, credit: usize, tag: u64, lent: Lent, ops: &mut Ops) {
         let Lent { data, len, op } = lent;
         if self.stream.is_none() {
             return self.send_to_itself(tag, lent, ops);
         }
-        if len <= self.limits.whole && self.owing + len <= self.limits.credit {
+        if len <= self.limits.whole && self.owing + len <= credit {
             self.owing += len;
             let head = Head { kind: Kind::Whole, len, tag, id: 0 }.write();
             self.out.push_back(Parcel { head, body: Body::Lent(data, len), op: Some((op, true)) });

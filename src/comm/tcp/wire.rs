@@ -90,12 +90,7 @@ impl TcpWire {
 
 impl<N: Network> TcpWire<N> {
     /// Works these streams of a network. They come twice: to be worked, and to be waited for meanwhile.
-    pub fn over(
-        network: N,
-        rank: usize,
-        streams: Vec<Option<N::Stream>>,
-        copies: Vec<Option<N::Stream>>,
-    ) -> Self {
+    pub fn over(network: N, rank: usize, streams: Vec<Option<N::Stream>>, copies: Vec<Option<N::Stream>>) -> Self {
         let peers = streams.into_iter().map(|stream| Peer::new(stream, network.limits())).collect();
         let state = Mutex::new(State { peers, ops: Ops::default() });
         Self { rank, network, streams: copies, state, resting: AtomicUsize::new(0) }
@@ -141,6 +136,23 @@ impl<N: Network> Wire for TcpWire<N> {
             let op = ops.begin();
             tickets.push(Ticket(op as u64));
             peers[to].send(tag, Lent { data, len, op }, ops);
+        }
+        Ok(())
+    }
+
+    unsafe fn tell(
+        &self,
+        to: usize,
+        tag: u64,
+        data: *const u8,
+        len: usize,
+        tickets: &mut Vec<Ticket>,
+    ) -> Result<(), Error> {
+        if len > 0 {
+            let State { peers, ops } = &mut *lock(&self.state);
+            let op = ops.begin();
+            tickets.push(Ticket(op as u64));
+            peers[to].tell(tag, Lent { data, len, op }, ops);
         }
         Ok(())
     }
@@ -202,6 +214,8 @@ impl<N: Network> Wire for TcpWire<N> {
     }
 
     fn rest(&self, longest: Duration) {
+        // Before the connections are looked at: whoever works them from then on rings.
+        self.resting.fetch_add(1, Ordering::Relaxed);
         let open: Vec<(usize, bool)> = {
             let state = lock(&self.state);
             let open = state.peers.iter().enumerate().filter(|(_, peer)| peer.is_open());
@@ -210,7 +224,6 @@ impl<N: Network> Wire for TcpWire<N> {
         let connections: Vec<_> = (open.into_iter())
             .filter_map(|(rank, writes)| self.streams[rank].as_ref().map(|stream| (rank, stream, writes)))
             .collect();
-        self.resting.fetch_add(1, Ordering::Relaxed);
         self.network.rest(&connections, longest);
         self.resting.fetch_sub(1, Ordering::Relaxed);
     }

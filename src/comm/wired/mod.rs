@@ -77,7 +77,7 @@ pub(in crate::comm) fn enter(wire: Box<dyn Wire>, config: WorldConfig, crowded: 
 /// The worlds of a session, which outlives them.
 #[derive(Debug)]
 pub(in crate::comm) struct Worlds {
-    wardens: Mutex<Vec<JoinHandle<()>>>,
+    wardens: Mutex<Vec<(Arc<World>, JoinHandle<()>)>>,
     /// Whether all worlds so far have ended as they should.
     clean: Arc<AtomicBool>,
 }
@@ -91,21 +91,25 @@ impl Worlds {
     pub fn found(&self, wire: Box<dyn Wire>, config: WorldConfig) -> Result<Communicator, Error> {
         let (rank, size) = (wire.rank(), wire.size());
         let (comm, world) = enter(wire, config, pace::crowded());
-        let clean = self.clean.clone();
+        let (guarded, clean) = (world.clone(), self.clean.clone());
         let warden = thread::Builder::new().name(format!("warden of rank {rank}")).spawn(move || {
-            if !world.guard() {
+            if !guarded.guard() {
                 clean.store(false, Ordering::Release);
             }
         });
         let warden = warden.map_err(|problem| Error::Launch { rank, size, problem: problem.to_string() })?;
-        lock(&self.wardens).push(warden);
+        lock(&self.wardens).push((world, warden));
         Ok(comm)
     }
 
-    /// Waits until all ranks of all worlds have ended. Returns whether they did as they should.
+    /// Leaves all worlds, also those that somebody still holds a communicator of, and waits until their ranks have ended;
+    /// no longer than their time-out, on a wire that gives back what it was lent. Returns whether all ended as they should.
     pub fn end(&self) -> bool {
-        for warden in lock(&self.wardens).drain(..) {
+        let wardens: Vec<_> = lock(&self.wardens).drain(..).collect();
+        wardens.iter().for_each(|(world, _)| world.depart());
+        for (world, warden) in wardens {
             let _ = warden.join();
+            world.is_over();
         }
         self.clean.load(Ordering::Acquire)
     }

@@ -86,6 +86,7 @@ impl WiredTransport {
         if let Some(error) = world.fate() {
             return Err(error.clone());
         }
+        world.last_group.store(group.id, Ordering::Relaxed);
         let number = group.watch.begin(group.rank, &post.call);
         let post = Post { reaches: turn.venue.reaches(), ..post };
         let on_board = turn.venue.board(group).map(|(board, rounds)| prepare(board, rounds)).is_some();
@@ -245,8 +246,7 @@ impl Transport for WiredTransport {
     }
 
     fn leave(&self) {
-        self.world().groups().iter().for_each(|group| self.world().leave(group, false));
-        self.world().farewell();
+        self.world().depart();
     }
 
     fn panicking(&self) {

@@ -55,6 +55,22 @@ pub(in crate::comm) trait Wire: Debug + Send + Sync {
         tickets: &mut Vec<Ticket>,
     ) -> Result<(), Error>;
 
+    /// Begins to send bytes that should reach also a rank which has not taken what it was sent before.
+    ///
+    /// # Safety
+    /// As of [`send`](Self::send).
+    unsafe fn tell(
+        &self,
+        to: usize,
+        tag: u64,
+        data: *const u8,
+        len: usize,
+        tickets: &mut Vec<Ticket>,
+    ) -> Result<(), Error> {
+        // SAFETY: passed on.
+        unsafe { self.send(to, tag, data, len, tickets) }
+    }
+
     /// Begins to receive bytes.
     ///
     /// # Safety

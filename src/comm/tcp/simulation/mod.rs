@@ -8,10 +8,14 @@
 //! Threads are coroutines. They give way where a thread would rest or sleep, and nowhere else, so that locks which are held
 //! over calls of the wire are never waited for.
 //!
+//! Beside the connections there is a wire of whole messages, which may do what MPI may: what the collectives are made of must
+//! work over any.
+//!
 //! Limits and windows are those of the schedule: some hundred bytes instead of some hundred kilobytes, so that thousands of
 //! schedules meet all of them.
 
 mod failures;
+mod messages;
 mod network;
 mod schedule;
 mod scripts;

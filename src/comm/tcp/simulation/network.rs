@@ -253,7 +253,8 @@ impl Network for SimulatedNetwork {
     fn ready(&self, streams: &[(usize, &SimulatedStream, bool)]) -> Vec<usize> {
         let mut state = lock(&self.state);
         state.arrive();
-        let ready = |(other, _, writes): &&(usize, &SimulatedStream, bool)| state.is_ready(self.rank, (*other, *writes));
+        let ready =
+            |(other, _, writes): &&(usize, &SimulatedStream, bool)| state.is_ready(self.rank, (*other, *writes));
         streams.iter().filter(ready).map(|(other, ..)| *other).collect()
     }
 

@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use generator::{Generator, Gn};
 
+use super::messages::{Mail, MessageWire};
 use super::network::{Plan, Random, SimulatedNetwork, State};
 use crate::comm::Communicator;
 use crate::comm::local::WorldConfig;
 use crate::comm::tcp::wire::TcpWire;
-use crate::comm::wired::{enter, lock};
+use crate::comm::wired::{Wire, enter, lock};
 
 /// Words of a coroutine's stack.
 const STACK: usize = 32 << 10;
@@ -96,6 +97,8 @@ pub(super) struct Simulation {
     started: Started,
     /// The processes that are stopped, each with the time when it goes on.
     stopped: Vec<Option<u64>>,
+    /// When the wardens ended.
+    ends: Rc<RefCell<Vec<(usize, u64)>>>,
     /// What happens when.
     events: Vec<(u64, Event)>,
 }
@@ -112,21 +115,52 @@ impl Simulation {
     pub fn new(size: usize, plan: Plan, random: Random) -> Self {
         let state = Arc::new(Mutex::new(State::new(size, plan, random)));
         let (tasks, started) = (Vec::new(), Started::default());
-        Self { state, began: Instant::now(), tasks, started, stopped: vec![None; size], events: Vec::new() }
+        Self {
+            state,
+            began: Instant::now(),
+            tasks,
+            started,
+            stopped: vec![None; size],
+            ends: Rc::default(),
+            events: Vec::new(),
+        }
     }
 
     /// Puts a rank into the world.
     pub fn rank(&self, rank: usize, timeout: Duration, script: impl FnOnce(Communicator, Here) + 'static) {
         let network = SimulatedNetwork::new(self.state.clone(), self.began, rank);
         let (streams, copies) = (network.streams(), network.streams());
-        let wire = TcpWire::over(network, rank, streams, copies);
+        self.enter(Box::new(TcpWire::over(network, rank, streams, copies)), timeout, script);
+    }
+
+    /// Puts a rank into the world whose wire hands on whole messages.
+    pub fn rank_of_messages(
+        &self,
+        mail: &Arc<Mutex<Mail>>,
+        rank: usize,
+        timeout: Duration,
+        script: impl FnOnce(Communicator, Here) + 'static,
+    ) {
+        let (state, mail, began) = (self.state.clone(), mail.clone(), self.began);
+        self.enter(Box::new(MessageWire { state, mail, began, rank }), timeout, script);
+    }
+
+    fn enter(&self, wire: Box<dyn Wire>, timeout: Duration, script: impl FnOnce(Communicator, Here) + 'static) {
+        let rank = wire.rank();
         let config = WorldConfig { timeout, name: "world".into() };
-        let (comm, world) = enter(Box::new(wire), config, true);
+        let (comm, world) = enter(wire, config, true);
         let here = Here { rank, state: self.state.clone(), started: self.started.clone() };
         start(&self.started, rank, move || script(comm, here));
+        let (ends, state) = (self.ends.clone(), self.state.clone());
         start(&self.started, rank, move || {
             world.guard();
+            ends.borrow_mut().push((rank, lock(&state).now));
         });
+    }
+
+    /// When each rank was done with the world.
+    pub fn ends(&self) -> Vec<(usize, u64)> {
+        self.ends.borrow().clone()
     }
 
     pub fn at(&mut self, time: u64, event: Event) {
@@ -188,9 +222,10 @@ impl Simulation {
         };
         let ready: Vec<usize> = (0..self.tasks.len()).filter(|task| runs(&self.tasks[*task])).collect();
         if ready.is_empty() {
-            let wakes = self.tasks.iter().filter(|task| self.stopped[task.rank].is_none()).map(|task| match task.pause {
-                Pause::Sleep(until) | Pause::Rest(until, _) => until,
-            });
+            let wakes =
+                self.tasks.iter().filter(|task| self.stopped[task.rank].is_none()).map(|task| match task.pause {
+                    Pause::Sleep(until) | Pause::Rest(until, _) => until,
+                });
             let others = self.events.iter().map(|(at, _)| *at).chain(self.stopped.iter().flatten().copied());
             let next = wakes.chain(others).chain(state.next_arrival()).filter(|at| *at > state.now).min();
             state.now = next.unwrap_or(state.now + 1_000_000);

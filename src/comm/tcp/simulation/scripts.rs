@@ -2,8 +2,12 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
 
+use super::messages::Mail;
 use super::network::Random;
 use super::{Here, Plan, Simulation};
 use crate::Error;
@@ -11,14 +15,13 @@ use crate::comm::tcp::frame::Limits;
 use crate::comm::wired::Sizes;
 use crate::comm::{Communicator, ReduceOp, part};
 
-/// Schedules that the test runs.
-const SCHEDULES: u64 = 3000;
 /// Longer than anything takes, in the time of the simulation.
 const TIMEOUT: Duration = Duration::from_secs(3);
 /// Most bytes of an operation, over all ranks.
 const MOST: usize = 96 << 10;
 
-fn plan(random: &mut Random) -> Plan {
+/// Sizes for a schedule.
+pub(super) fn plan(random: &mut Random) -> Plan {
     let part = random.pick(&[40, 64, 100, 256]);
     let whole = random.pick(&[16, 32, 64, 120]);
     // Bytes under way hold a few parts, as a socket's buffers do; a turn is several parts, as it is in truth.
@@ -164,7 +167,7 @@ fn perform(comm: &Communicator, here: &Here, step: &Step) -> Result<(), Error> {
 type Outcomes = Rc<RefCell<Vec<(usize, Result<(), Error>)>>>;
 
 /// Runs the schedule of this number. Returns what went wrong.
-fn schedule(seed: u64) -> Result<(), String> {
+fn schedule(seed: u64, messages: bool) -> Result<(), String> {
     let mut random = Random(seed.wrapping_mul(0xd1b5_4a32_d192_ed03));
     let size = 2 + random.below(7);
     let plan = plan(&mut random);
@@ -181,12 +184,17 @@ fn schedule(seed: u64) -> Result<(), String> {
     let scripts = Rc::new(scripts);
     let mut simulation = Simulation::new(size, plan, random);
     let outcomes = Outcomes::default();
+    let mail = Arc::<Mutex<Mail>>::default();
     for rank in 0..size {
         let (scripts, outcomes) = (scripts.clone(), outcomes.clone());
-        simulation.rank(rank, TIMEOUT, move |comm, here| {
+        let script = move |comm: Communicator, here: Here| {
             let outcome = mesh(&comm, &here, &scripts, rows, both, &outcomes);
             outcomes.borrow_mut().push((rank, outcome));
-        });
+        };
+        match messages {
+            true => simulation.rank_of_messages(&mail, rank, TIMEOUT, script),
+            false => simulation.rank(rank, TIMEOUT, script),
+        }
     }
     let ended = simulation.run();
     let about = || format!("{size} ranks, {rows} rows, {plan:?}, {scripts:?}");
@@ -231,26 +239,35 @@ fn mesh(
     }
 }
 
-#[test]
-fn whatever_the_network_does_all_comes_to_its_place() {
-    // One schedule again: BURN_PARALLEL_SCHEDULE=17 cargo test --lib whatever_the_network
+/// Runs schedules, and tells which one failed and how to run it again.
+fn run(test: &str, schedules: u64, messages: bool) {
     let one = std::env::var("BURN_PARALLEL_SCHEDULE").ok().and_then(|number| number.parse().ok());
-    let numbers = one.map_or(0..SCHEDULES, |number: u64| number..number + 1);
-    let began = std::time::Instant::now();
-    let (end, next) = (numbers.end, std::sync::atomic::AtomicU64::new(numbers.start));
+    let numbers = one.map_or(0..schedules, |number: u64| number..number + 1);
+    let (began, next) = (Instant::now(), AtomicU64::new(numbers.start));
     let work = || {
         loop {
-            let number = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            if number >= end {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= numbers.end {
                 return Ok(());
             }
-            schedule(number).map_err(|problem| format!("BURN_PARALLEL_SCHEDULE={number}: {problem}"))?;
+            schedule(number, messages)
+                .map_err(|problem| format!("BURN_PARALLEL_SCHEDULE={number} cargo test --lib {test}: {problem}"))?;
         }
     };
-    let failed: Vec<String> = std::thread::scope(|scope| {
+    let failed: Vec<String> = thread::scope(|scope| {
         let threads: Vec<_> = (0..2).map(|_| scope.spawn(work)).collect();
         threads.into_iter().filter_map(|thread| thread.join().expect("a schedule panicked").err()).collect()
     });
     assert!(failed.is_empty(), "{}", failed.join("\n"));
-    println!("{SCHEDULES} schedules in {:.1?}", began.elapsed());
+    println!("{} schedules in {:.1?}", numbers.end - numbers.start, began.elapsed());
+}
+
+#[test]
+fn all_comes_to_its_place_over_connections() {
+    run("over_connections", 2000, false);
+}
+
+#[test]
+fn all_comes_to_its_place_over_messages() {
+    run("over_messages", 1000, true);
 }

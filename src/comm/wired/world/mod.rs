@@ -17,6 +17,8 @@ use super::group::{Group, Kind, Left, lock};
 use super::wire::{Ticket, Wire};
 use crate::Error;
 
+/// The least time for a part of a failure: machines are busy.
+const SHORTEST: Duration = Duration::from_millis(400);
 /// Groups remembered after they were left.
 const PAST: usize = 32;
 
@@ -45,12 +47,18 @@ pub(in crate::comm) struct World {
     own: Mutex<VecDeque<Vec<u8>>>,
     attending: Mutex<()>,
     inquiry: Mutex<Option<Inquiry>>,
+    /// The judge that asked last what this rank knows, and when.
+    asked: Mutex<Option<(usize, Instant)>>,
     /// The error that this rank has proposed, and when.
     proposed: Mutex<Option<(Proposal, Instant)>>,
     /// Ranks that hold nothing of this world any more.
     ended: Mutex<Vec<bool>>,
-    /// Ranks that went without a word.
+    /// Ranks that can't be talked to any more: they went without a word, or have ended.
     lost: Vec<AtomicBool>,
+    /// Ranks that should have judged a failure, and did not say a word.
+    silent: Vec<AtomicBool>,
+    /// The group of the last call.
+    pub last_group: AtomicU64,
     said_farewell: AtomicBool,
     /// Whether the machine has fewer cores than ranks.
     pub crowded: bool,
@@ -80,7 +88,8 @@ impl Drop for Presence {
 impl World {
     pub fn new(wire: Box<dyn Wire>, timeout: Duration, name: Arc<str>, crowded: bool) -> Arc<Self> {
         let ended = Mutex::new(vec![false; wire.size()]);
-        let lost = (0..wire.size()).map(|_| AtomicBool::new(false)).collect();
+        let none = || (0..wire.size()).map(|_| AtomicBool::new(false)).collect();
+        let (lost, silent) = (none(), none());
         Arc::new(Self {
             wire,
             timeout,
@@ -95,9 +104,12 @@ impl World {
             own: Mutex::default(),
             attending: Mutex::default(),
             inquiry: Mutex::default(),
+            asked: Mutex::default(),
             proposed: Mutex::default(),
             ended,
             lost,
+            silent,
+            last_group: AtomicU64::new(0),
             said_farewell: AtomicBool::new(false),
             waiting: AtomicUsize::new(0),
         })
@@ -112,14 +124,20 @@ impl World {
         self.fate.get()
     }
 
-    /// Whether a rank is gone without having said so.
+    /// The time for a part of a failure: all parts together are to be over within half the time-out.
+    pub fn within(&self, most: Duration) -> Duration {
+        most.min((self.timeout / 10).max(SHORTEST))
+    }
+
+    /// Whether a rank can't be talked to any more.
     pub fn is_lost(&self, rank: usize) -> bool {
         self.lost[rank].load(Ordering::Acquire)
     }
 
-    /// The rank that takes proposals: the first that is not lost.
+    /// The rank that takes proposals: the first that is there and answers, as far as this rank has found out.
     fn judge(&self) -> usize {
-        (0..self.lost.len()).find(|rank| !self.is_lost(*rank)).unwrap_or_default()
+        let answers = |rank: &usize| !self.is_lost(*rank) && !self.silent[*rank].load(Ordering::Acquire);
+        (0..self.lost.len()).find(answers).unwrap_or(self.wire.rank())
     }
 
     /// A number for a new group: no other group of a rank that is in it has the same.
@@ -167,7 +185,7 @@ impl World {
         let mut tickets = Vec::new();
         // SAFETY: the bytes are on the heap, and kept until they are sent.
         let sent =
-            unsafe { self.wire.send(to, Group::tag_of(0, Kind::Control), bytes.as_ptr(), bytes.len(), &mut tickets) };
+            unsafe { self.wire.tell(to, Group::tag_of(0, Kind::Control), bytes.as_ptr(), bytes.len(), &mut tickets) };
         if let Err(problem) = sent {
             log::error!("rank {} cannot tell rank {to} how things are: {problem}", self.wire.rank());
         }
