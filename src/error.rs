@@ -75,15 +75,14 @@ pub enum Error {
 
     /// A rank dropped its communicator while others still needed it, or its process ended.
     #[error(
-        "rank {rank} left group `{group}` while {operation} was waiting for it: its process has ended, or it dropped its \
-         communicator; keep that alive until every rank has issued its last collective{log}"
+        "rank {rank} left group `{group}` while {}{log}", left_behind(.operation)
     )]
     RankLost {
         /// Group in which it happened.
         group: Arc<str>,
         /// The rank, within the group, that left.
         rank: usize,
-        /// What another rank was calling, or `nobody`.
+        /// What another rank was calling, with the group if it is another one, or `nobody`.
         operation: String,
         /// The last collectives of every rank of the group.
         log: CallLog,
@@ -315,6 +314,20 @@ impl Error {
 
 fn last_words(said: &[String]) -> String {
     if said.is_empty() { "; it said nothing".into() } else { format!("; the last it said:\n  {}", said.join("\n  ")) }
+}
+
+fn left_behind(operation: &str) -> String {
+    match operation {
+        "nobody" => {
+            "nobody was waiting for it: its process has ended without a word, as when it is killed, or its machine \
+                     can't be reached; see what it wrote last, and the log of the system"
+                .into()
+        }
+        _ => format!(
+            "{operation} was waiting for it: its process has ended, or it dropped its communicator; keep that alive until \
+             every rank has issued its last collective"
+        ),
+    }
 }
 
 fn describe_calls(calls: &[Call]) -> String {

@@ -29,6 +29,7 @@ fn main() {
     if arguments.next().as_deref() == Some(RANK) {
         return match arguments.next().as_deref() {
             Some("suite") => suite(),
+            Some("kept") => kept(),
             role => one_rank(role.unwrap_or_default()),
         };
     }
@@ -53,6 +54,13 @@ fn main() {
             trial(format!("rank_{culprit}_is_killed_{role}"), true, Box::new(test));
         }
     }
+    for culprit in 0..3 {
+        for role in ["stopped", "stopped-moving"] {
+            trial(format!("rank_{culprit}_is_{role}"), true, Box::new(move || all_name_the_stopped(role, culprit)));
+        }
+    }
+    trial("a_communicator_outlives_its_session".into(), true, Box::new(|| all_say("kept", "<ended in time>")));
+    trial("a_rank_that_never_ends".into(), true, Box::new(a_rank_that_never_ends));
     trial("broken_connections".into(), true, Box::new(broken_connections));
     let hosts = Hosts::possible();
     if !hosts {
@@ -89,6 +97,27 @@ fn kill_itself() {
     unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
 }
 
+fn stop_itself() {
+    // SAFETY: no memory is involved.
+    unsafe { libc::kill(libc::getpid(), libc::SIGSTOP) };
+}
+
+/// Drops its session while something still holds a communicator.
+fn kept() {
+    let engine = Tcp(Session::new(), Place::from_env().unwrap());
+    let world = engine.world(LIMIT);
+    world.barrier().unwrap();
+    let kept = world.clone();
+    drop(world);
+    let began = Instant::now();
+    drop(engine);
+    let error = kept.all_reduce(vec![1.0f32], ReduceOp::Sum).unwrap_err().to_string();
+    assert!(error.contains("the session of rank"), "{error}");
+    if began.elapsed() < Duration::from_secs(10) {
+        println!("<ended in time>");
+    }
+}
+
 /// Ends all connections of this process, as a network that breaks would.
 fn cut_itself_off() {
     for fd in 0..1024 {
@@ -117,6 +146,17 @@ fn one_rank(role: &str) {
                 });
             }
             ("computing", true) => kill_itself(),
+            ("stopped", true) => stop_itself(),
+            ("stopped-moving", true) => {
+                thread::spawn(|| {
+                    thread::sleep(Duration::from_millis(300));
+                    stop_itself();
+                });
+            }
+            ("endless", true) => loop {
+                thread::sleep(Duration::from_secs(1));
+            },
+            ("endless", false) => return Ok(()),
             ("broken", true) => cut_itself_off(),
             // Nobody receives it, and nobody waits for it.
             ("unread", true) => rank.send(vec![0u8; 1 << 22], 0, 5)?,
@@ -132,7 +172,7 @@ fn one_rank(role: &str) {
                 checks::large(&rank)?;
                 checks::groups_of_groups(&rank)
             }
-            "moving" | "cut" => loop {
+            "moving" | "cut" | "stopped-moving" => loop {
                 rank.all_reduce(vec![1.0f32; 2_000_000], ReduceOp::Sum)?;
             },
             "computing" => {
@@ -182,22 +222,32 @@ impl Ranks {
     }
 
     fn here(role: &str, size: usize) -> Self {
+        Self::here_within(role, size, "60")
+    }
+
+    fn here_within(role: &str, size: usize, timeout: &str) -> Self {
         let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
         let exe = std::env::current_exe().unwrap();
-        Self::start(role, size, ("127.0.0.1", port), "60", |rank| (Command::new(&exe), rank))
+        Self::start(role, size, ("127.0.0.1", port), timeout, |rank| (Command::new(&exe), rank))
     }
 
     /// What each said in the end. All must end in time.
     fn end(mut self) -> Result<Vec<String>, Failed> {
+        self.await_others(self.0.len())?;
+        let said = |rank: Child| String::from_utf8_lossy(&rank.wait_with_output().unwrap().stdout).into_owned();
+        Ok(self.0.drain(..).map(said).collect())
+    }
+
+    /// Waits until all but one have ended.
+    fn await_others(&mut self, one: usize) -> Result<(), Failed> {
         let began = Instant::now();
-        while self.0.iter_mut().any(|rank| rank.try_wait().unwrap().is_none()) {
+        while self.0.iter_mut().enumerate().any(|(rank, child)| rank != one && child.try_wait().unwrap().is_none()) {
             if began.elapsed() > LIMIT {
                 return Err("ranks did not end".into());
             }
             thread::sleep(Duration::from_millis(10));
         }
-        let said = |rank: Child| String::from_utf8_lossy(&rank.wait_with_output().unwrap().stdout).into_owned();
-        Ok(self.0.drain(..).map(said).collect())
+        Ok(())
     }
 }
 
@@ -206,7 +256,7 @@ fn the_suite(size: usize) -> Result<(), Failed> {
 }
 
 fn counted(said: Vec<String>, size: usize) -> Result<(), Failed> {
-    let count = if size == 1 { "<11 checks>" } else { "<19 checks>" };
+    let count = if size == 1 { "<12 checks>" } else { "<20 checks>" };
     match said.iter().all(|said| said.contains(count)) {
         true => Ok(()),
         false => Err(format!("{said:?}").into()),
@@ -233,6 +283,36 @@ fn survivors_say(role: &str, culprit: usize) -> Result<(), Failed> {
         && survivors[0].contains(&format!("rank {culprit}: no answer"))
         && began.elapsed() < Duration::from_secs(20);
     if good { Ok(()) } else { Err(format!("after {:?}: {said:#?}", began.elapsed()).into()) }
+}
+
+/// A rank is stopped: the others name it within half the time-out beyond the time-out. Continued, it says what they say.
+fn all_name_the_stopped(role: &str, culprit: usize) -> Result<(), Failed> {
+    let mut ranks = Ranks::here_within(&format!("{role} {culprit}"), 3, "4");
+    let began = Instant::now();
+    ranks.await_others(culprit)?;
+    let took = began.elapsed();
+    // SAFETY: no memory is involved. The process is a child that has not been waited for.
+    unsafe { libc::kill(ranks.0[culprit].id() as i32, libc::SIGCONT) };
+    let said = ranks.end()?;
+    let good = said.iter().all(|text| *text == said[0])
+        && said[0].contains("<time-out in group `world`")
+        && said[0].contains(&format!("rank {culprit}"))
+        && said[0].contains(&format!("rank {culprit}: no answer"))
+        // Starting the processes and meeting takes a while, too.
+        && took < Duration::from_secs(6 + 2);
+    if good { Ok(()) } else { Err(format!("after {took:?}: {said:#?}").into()) }
+}
+
+/// The others end after the time-out at the latest, and nobody misses them.
+fn a_rank_that_never_ends() -> Result<(), Failed> {
+    let mut ranks = Ranks::here_within("endless", 3, "3");
+    let began = Instant::now();
+    ranks.await_others(1)?;
+    let took = began.elapsed();
+    ranks.0[1].kill()?;
+    let said = ranks.end()?;
+    let good = said[0].contains("<well>") && said[2].contains("<well>") && took < Duration::from_secs(10);
+    if good { Ok(()) } else { Err(format!("after {took:?}: {said:#?}").into()) }
 }
 
 /// Rank 1's connections break: it misses the others, and they miss it.

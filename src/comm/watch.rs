@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_utils::CachePadded;
 
@@ -113,6 +113,13 @@ impl Watch {
     /// Whether `rank` is in a call that agrees with this one.
     pub fn is_in(&self, rank: usize, call: &Call) -> bool {
         self.lock(rank).latest().any(|entry| !entry.done && entry.call.agrees(call))
+    }
+
+    /// How long `rank` has been waiting in a call that agrees with this one, if it is in one.
+    pub fn waits_in(&self, rank: usize, call: &Call, now: Instant) -> Option<Duration> {
+        let history = self.lock(rank);
+        let entry = history.latest().find(|entry| !entry.done && entry.call.agrees(call))?;
+        Some(entry.asleep_since.map_or(Duration::ZERO, |then| now.saturating_duration_since(then)))
     }
 
     /// One line per rank.

@@ -3,7 +3,8 @@
 //! A small message is sent *whole*, whether or not the other side has asked for it yet. A large one is *offered*; the
 //! other side *accepts* it when it knows where its bytes go, and then they come in *parts*, straight into that place. Whole
 //! messages are sent on credit: what nobody has asked for yet takes the receiver's memory, and *credit* says how much of it is
-//! free again. A sender that has none left offers.
+//! free again. A sender that has none left offers. A part of the credit is kept for the words of wardens: what is said last
+//! reaches a rank that was stopped, even after the speaker has gone.
 
 /// Bytes of a head.
 pub(super) const HEAD: usize = 24;
@@ -13,6 +14,24 @@ pub(super) const WHOLE: usize = 256 << 10;
 pub(super) const CREDIT: usize = 8 << 20;
 /// Most bytes of a part: small messages need not wait for more.
 pub(super) const PART: usize = 512 << 10;
+/// Bytes read from a connection before others have their turn.
+const TURN: usize = 4 << 20;
+/// Bytes read at a time beside those that have a place.
+const STAGING: usize = 64 << 10;
+
+/// The sizes at which messages change their way. Both sides of a connection have the same.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    pub whole: usize,
+    pub credit: usize,
+    pub part: usize,
+    pub turn: usize,
+    pub staging: usize,
+}
+
+impl Limits {
+    pub const STANDARD: Self = Self { whole: WHOLE, credit: CREDIT, part: PART, turn: TURN, staging: STAGING };
+}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {

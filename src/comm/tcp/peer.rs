@@ -5,17 +5,16 @@
 use std::collections::{HashMap, VecDeque};
 use std::net::{Shutdown, TcpStream};
 
-use super::frame::{CREDIT, Head, Kind, WHOLE};
+use super::frame::{Head, Kind, Limits};
+use super::network::Stream;
 use super::ops::Ops;
 use super::transit::{Accepted, Arrival, Body, Bulk, Into, Lent, Parcel, Place, Reading};
 
-/// Bytes read at a time beside those that have a place.
-pub(super) const STAGING: usize = 64 << 10;
-
 #[derive(Debug)]
-pub(super) struct Peer {
+pub(super) struct Peer<S = TcpStream> {
     /// `None` for this rank itself.
-    pub stream: Option<TcpStream>,
+    pub stream: Option<S>,
+    pub limits: Limits,
     /// Why there is nothing more to be read.
     pub closed: Option<String>,
     pub out: VecDeque<Parcel>,
@@ -43,6 +42,9 @@ pub(super) struct Peer {
     pub offers: usize,
 }
 
+/// Of the credit, one part in so many is for what is told.
+const RESERVE: usize = 8;
+
 /// The first of a queue, which is gone when it is empty.
 pub(super) fn pop<T>(queues: &mut HashMap<u64, VecDeque<T>>, tag: u64) -> Option<T> {
     let queue = queues.get_mut(&tag)?;
@@ -53,11 +55,12 @@ pub(super) fn pop<T>(queues: &mut HashMap<u64, VecDeque<T>>, tag: u64) -> Option
     first
 }
 
-impl Peer {
-    pub fn new(stream: Option<TcpStream>) -> Self {
-        let staging = vec![0; if stream.is_some() { STAGING } else { 0 }].into_boxed_slice();
+impl<S: Stream> Peer<S> {
+    pub fn new(stream: Option<S>, limits: Limits) -> Self {
+        let staging = vec![0; if stream.is_some() { limits.staging } else { 0 }].into_boxed_slice();
         Self {
             stream,
+            limits,
             closed: None,
             out: VecDeque::new(),
             written: 0,
@@ -99,11 +102,20 @@ impl Peer {
 
     /// Begins to send. The memory stays as it is until the operation is done or withdrawn.
     pub fn send(&mut self, tag: u64, lent: Lent, ops: &mut Ops) {
+        self.send_on_credit(self.limits.credit - self.limits.credit / RESERVE, tag, lent, ops);
+    }
+
+    /// [`send`](Self::send) of what should come to a rank that does not answer: it has a part of the credit to itself.
+    pub fn tell(&mut self, tag: u64, lent: Lent, ops: &mut Ops) {
+        self.send_on_credit(self.limits.credit, tag, lent, ops);
+    }
+
+    fn send_on_credit(&mut self, credit: usize, tag: u64, lent: Lent, ops: &mut Ops) {
         let Lent { data, len, op } = lent;
         if self.stream.is_none() {
             return self.send_to_itself(tag, lent, ops);
         }
-        if len <= WHOLE && self.owing + len <= CREDIT {
+        if len <= self.limits.whole && self.owing + len <= credit {
             self.owing += len;
             let head = Head { kind: Kind::Whole, len, tag, id: 0 }.write();
             self.out.push_back(Parcel { head, body: Body::Lent(data, len), op: Some((op, true)) });
@@ -120,7 +132,7 @@ impl Peer {
         if let Some(place) = pop(&mut self.posted, tag) {
             return self.hand_over(&lent, place, ops);
         }
-        let arrival = match lent.len <= WHOLE {
+        let arrival = match lent.len <= self.limits.whole {
             true => {
                 ops.done(lent.op);
                 Arrival::Whole(Body::Lent(lent.data, lent.len).bytes().to_vec())
@@ -202,7 +214,7 @@ impl Peer {
     /// Bytes that had come whole no longer take memory.
     pub fn was_taken(&mut self, len: usize) {
         self.taken = (self.taken + len).min(self.owed);
-        if self.taken >= CREDIT / 4 {
+        if self.taken >= self.limits.credit / 4 {
             let len = std::mem::take(&mut self.taken);
             self.owed -= len;
             self.say(Head { kind: Kind::Credit, len, tag: 0, id: 0 });

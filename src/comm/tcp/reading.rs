@@ -1,22 +1,24 @@
 //! What a connection brings: heads, and bytes that go straight to where they belong.
 
-use std::io::{self, IoSliceMut, Read};
+use std::io::{self, IoSliceMut};
 
-use super::frame::{CREDIT, HEAD, Head, Kind, WHOLE};
+use super::frame::{HEAD, Head, Kind};
+use super::network::Stream;
 use super::ops::Ops;
-use super::peer::{Peer, STAGING, pop};
+use super::peer::{Peer, pop};
 use super::transit::{Accepted, Arrival, Bulk, Into, Reading};
 
-/// Bytes read before other connections have their turn.
-const TURN: usize = 4 << 20;
 /// Most offers that nobody has asked for.
 const OFFERS: usize = 1 << 20;
 
-impl Peer {
+impl<S: Stream> Peer<S> {
     /// Reads what has come, up to a limit.
+    ///
+    /// Nothing that has been read waits for the next time, but the beginning of a head: the system tells of what it still
+    /// has, not of what is in the staging area.
     pub fn read(&mut self, ops: &mut Ops) {
         let mut read = 0;
-        while read < TURN && self.is_open() {
+        while self.is_open() {
             let staged = self.staged.len();
             if let Some((data, len)) = self.room() {
                 if staged > 0 {
@@ -26,6 +28,9 @@ impl Peer {
                     self.staged.start += n;
                     self.got(n, ops);
                     continue;
+                }
+                if read >= self.limits.turn {
+                    return;
                 }
                 // SAFETY: lent for this, or our own.
                 let place = unsafe { std::slice::from_raw_parts_mut(data, len) };
@@ -46,6 +51,8 @@ impl Peer {
                     Some(head) => self.begin(head, ops),
                     None => self.break_off("what came is no message: does the other side run this program?".into()),
                 }
+            } else if read >= self.limits.turn {
+                return;
             } else {
                 self.staging.copy_within(self.staged.clone(), 0);
                 let Some(stream) = &mut self.stream else { return };
@@ -82,8 +89,8 @@ impl Peer {
             Into::Place(place) => (unsafe { place.data.add(got) }, left),
             Into::Owned(bytes) => (bytes[got..].as_mut_ptr(), left),
             Into::Nowhere => {
-                self.nowhere.resize(STAGING, 0);
-                (self.nowhere.as_mut_ptr(), left.min(STAGING))
+                self.nowhere.resize(self.limits.staging, 0);
+                (self.nowhere.as_mut_ptr(), left.min(self.limits.staging))
             }
         })
     }
@@ -137,8 +144,9 @@ impl Peer {
     fn begin(&mut self, head: Head, ops: &mut Ops) {
         let Head { kind, len, tag, id } = head;
         match kind {
-            Kind::Whole if len == 0 || len > WHOLE || self.owed + len > CREDIT => {
-                self.break_off(format!("a message of {len} bytes came, with {} of {CREDIT} taken", self.owed));
+            Kind::Whole if len == 0 || len > self.limits.whole || self.owed + len > self.limits.credit => {
+                let (owed, credit) = (self.owed, self.limits.credit);
+                self.break_off(format!("a message of {len} bytes came, with {owed} of {credit} taken"));
             }
             Kind::Whole => {
                 self.owed += len;

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use super::frame::{CREDIT, HEAD, Head, Kind, PART, WHOLE};
+use super::frame::{CREDIT, HEAD, Head, Kind, Limits, PART, WHOLE};
 use super::ops::Ops;
 use super::peer::Peer;
 use super::transit::{Lent, Place};
@@ -15,7 +15,7 @@ fn connected() -> (Peer, TcpStream) {
     let other = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (stream, _) = listener.accept().unwrap();
     stream.set_nonblocking(true).unwrap();
-    (Peer::new(Some(stream)), other)
+    (Peer::new(Some(stream), Limits::STANDARD), other)
 }
 
 fn until(what: &str, mut there: impl FnMut() -> bool) {
@@ -134,7 +134,7 @@ fn random_bytes_do_no_harm() {
 fn messages_come_in_order_whatever_their_size() {
     let (mut here, there) = connected();
     there.set_nonblocking(true).unwrap();
-    let mut there = Peer::new(Some(there));
+    let mut there = Peer::new(Some(there), Limits::STANDARD);
     let (mut ops, mut others) = (Ops::default(), Ops::default());
     let sizes = [1, 100, WHOLE, WHOLE + 1, 7, 3 * PART + 5, CREDIT - 1000, WHOLE, 24];
     let messages: Vec<Vec<u8>> =
@@ -178,7 +178,7 @@ fn messages_come_in_order_whatever_their_size() {
 fn what_is_withdrawn_is_left_alone() {
     let (mut here, there) = connected();
     there.set_nonblocking(true).unwrap();
-    let mut there = Peer::new(Some(there));
+    let mut there = Peer::new(Some(there), Limits::STANDARD);
     let (mut ops, mut others) = (Ops::default(), Ops::default());
     // Large: nobody reads yet, so that it stays half written.
     let large = vec![1u8; 40 << 20];

@@ -5,13 +5,14 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use super::network::{Network, Stream, System};
 use super::ops::Ops;
 use super::peer::Peer;
-use super::poll::{self, Alarm};
+use super::poll;
 use super::rendezvous::failure;
 use super::transit::{Lent, Place};
 use crate::Error;
-use crate::comm::wired::{Ticket, Wire, lock};
+use crate::comm::wired::{Sizes, Ticket, Wire, lock};
 
 /// Most bytes of a message that is taken: errors with the calls of all ranks, at the most.
 const TAKEN: usize = 16 << 20;
@@ -20,28 +21,28 @@ const FEW: usize = 2;
 
 /// The connections of a rank.
 #[derive(Debug)]
-pub(super) struct TcpWire {
+pub(super) struct TcpWire<N: Network = System> {
     rank: usize,
+    network: N,
     /// Connections again, to wait for without the lock.
-    streams: Vec<Option<TcpStream>>,
-    state: Mutex<State>,
-    /// Threads that rest, and what ends their rest.
+    streams: Vec<Option<N::Stream>>,
+    state: Mutex<State<N::Stream>>,
+    /// Threads that rest.
     resting: AtomicUsize,
-    alarm: Alarm,
 }
 
 #[derive(Debug)]
-struct State {
-    peers: Vec<Peer>,
+struct State<S> {
+    peers: Vec<Peer<S>>,
     ops: Ops,
 }
 
 // SAFETY: the places are lent to the wire, whatever thread works it; they are used under its lock.
-unsafe impl Send for State {}
+unsafe impl<S: Send> Send for State<S> {}
 
-impl State {
+impl<S: Stream> State<S> {
     /// Writes and reads what is possible at once.
-    fn pump(&mut self) {
+    fn pump(&mut self, network: &impl Network<Stream = S>) {
         let open: Vec<usize> = (0..self.peers.len()).filter(|rank| self.peers[*rank].is_open()).collect();
         let ready = match open.len() {
             0..=FEW => open,
@@ -51,7 +52,7 @@ impl State {
                     peer.stream.as_ref().map(|stream| (*rank, stream, peer.wants_to_write()))
                 };
                 let connections: Vec<_> = open.iter().filter_map(state).collect();
-                poll::ready(&connections)
+                network.ready(&connections)
             }
         };
         for rank in ready {
@@ -82,23 +83,30 @@ impl TcpWire {
         streams.iter().flatten().try_for_each(poll::prepare).map_err(fail)?;
         let copies: std::io::Result<Vec<_>> =
             streams.iter().map(|stream| stream.as_ref().map(TcpStream::try_clone).transpose()).collect();
-        let peers = streams.into_iter().map(Peer::new).collect();
+        let network = System::new().map_err(fail)?;
+        Ok(Self::over(network, rank, streams, copies.map_err(fail)?))
+    }
+}
+
+impl<N: Network> TcpWire<N> {
+    /// Works these streams of a network. They come twice: to be worked, and to be waited for meanwhile.
+    pub fn over(network: N, rank: usize, streams: Vec<Option<N::Stream>>, copies: Vec<Option<N::Stream>>) -> Self {
+        let peers = streams.into_iter().map(|stream| Peer::new(stream, network.limits())).collect();
         let state = Mutex::new(State { peers, ops: Ops::default() });
-        let (resting, alarm) = (AtomicUsize::new(0), Alarm::new().map_err(fail)?);
-        Ok(Self { rank, streams: copies.map_err(fail)?, state, resting, alarm })
+        Self { rank, network, streams: copies, state, resting: AtomicUsize::new(0) }
     }
 
     /// Works the connections. What is done that way may be what another thread rests for.
-    fn work(&self, state: &mut State) {
+    fn work(&self, state: &mut State<N::Stream>) {
         let before = state.ops.count;
-        state.pump();
+        state.pump(&self.network);
         if state.ops.count > before && self.resting.load(Ordering::Relaxed) > 0 {
-            self.alarm.ring();
+            self.network.ring();
         }
     }
 }
 
-impl Wire for TcpWire {
+impl<N: Network> Wire for TcpWire<N> {
     fn engine(&self) -> &'static str {
         "tcp"
     }
@@ -128,6 +136,23 @@ impl Wire for TcpWire {
             let op = ops.begin();
             tickets.push(Ticket(op as u64));
             peers[to].send(tag, Lent { data, len, op }, ops);
+        }
+        Ok(())
+    }
+
+    unsafe fn tell(
+        &self,
+        to: usize,
+        tag: u64,
+        data: *const u8,
+        len: usize,
+        tickets: &mut Vec<Ticket>,
+    ) -> Result<(), Error> {
+        if len > 0 {
+            let State { peers, ops } = &mut *lock(&self.state);
+            let op = ops.begin();
+            tickets.push(Ticket(op as u64));
+            peers[to].tell(tag, Lent { data, len, op }, ops);
         }
         Ok(())
     }
@@ -189,6 +214,8 @@ impl Wire for TcpWire {
     }
 
     fn rest(&self, longest: Duration) {
+        // Before the connections are looked at: whoever works them from then on rings.
+        self.resting.fetch_add(1, Ordering::Relaxed);
         let open: Vec<(usize, bool)> = {
             let state = lock(&self.state);
             let open = state.peers.iter().enumerate().filter(|(_, peer)| peer.is_open());
@@ -197,13 +224,28 @@ impl Wire for TcpWire {
         let connections: Vec<_> = (open.into_iter())
             .filter_map(|(rank, writes)| self.streams[rank].as_ref().map(|stream| (rank, stream, writes)))
             .collect();
-        self.resting.fetch_add(1, Ordering::Relaxed);
-        self.alarm.rest(&connections, longest);
+        self.network.rest(&connections, longest);
         self.resting.fetch_sub(1, Ordering::Relaxed);
     }
 
     fn wakes(&self) -> bool {
         true
+    }
+
+    fn sizes(&self) -> Sizes {
+        self.network.sizes()
+    }
+
+    fn now(&self) -> Instant {
+        self.network.now()
+    }
+
+    fn give_way(&self) {
+        self.network.give_way();
+    }
+
+    fn sleep(&self, duration: Duration) {
+        self.network.sleep(duration);
     }
 
     fn shares_memory(&self) -> bool {
@@ -212,22 +254,22 @@ impl Wire for TcpWire {
 
     fn lost(&self) -> Vec<(usize, String)> {
         let state = lock(&self.state);
-        let closed = |(rank, peer): (usize, &Peer)| peer.closed.clone().map(|problem| (rank, problem));
+        let closed = |(rank, peer): (usize, &Peer<N::Stream>)| peer.closed.clone().map(|problem| (rank, problem));
         state.peers.iter().enumerate().filter_map(closed).collect()
     }
 
     fn close(&self, patience: Duration) {
-        let until = Instant::now() + patience;
+        let until = self.network.now() + patience;
         loop {
             {
                 let mut state = lock(&self.state);
-                state.pump();
+                state.pump(&self.network);
                 state.peers.iter_mut().filter(|peer| !peer.wants_to_write()).for_each(Peer::hang_up);
                 if !state.peers.iter().any(Peer::is_open) {
                     return;
                 }
             }
-            if Instant::now() > until {
+            if self.network.now() > until {
                 return;
             }
             self.rest(Duration::from_millis(5));

@@ -1,8 +1,9 @@
 //! What a connection is given to write: small messages as they come, and in between the parts of large ones, by turns.
 
-use std::io::{self, IoSlice, Write};
+use std::io::{self, IoSlice};
 
-use super::frame::{HEAD, Head, Kind, PART};
+use super::frame::{HEAD, Head, Kind};
+use super::network::Stream;
 use super::ops::Ops;
 use super::peer::Peer;
 use super::transit::{Body, Parcel};
@@ -10,7 +11,7 @@ use super::transit::{Body, Parcel};
 /// Parcels that are handed to the system at a time.
 const TOGETHER: usize = 8;
 
-impl Peer {
+impl<S: Stream> Peer<S> {
     /// Writes what the system takes.
     pub fn write(&mut self, ops: &mut Ops) {
         while self.wants_to_write() {
@@ -44,7 +45,7 @@ impl Peer {
     /// Makes a parcel of the next bytes of a large message. They take turns.
     fn cut_part(&mut self) {
         let Some(mut bulk) = self.bulk.pop_front() else { return };
-        let len = PART.min(bulk.lent.len - bulk.sent);
+        let len = self.limits.part.min(bulk.lent.len - bulk.sent);
         // SAFETY: within what is lent.
         let data = unsafe { bulk.lent.data.add(bulk.sent) };
         bulk.sent += len;

@@ -14,9 +14,6 @@ use crate::comm::{Message, host};
 use burn::backend::TensorMetadata;
 use burn::tensor::DType;
 
-/// Messages up to so many bytes travel in their header.
-const INLINE: usize = 2048;
-
 /// A message that has come, or is coming.
 #[derive(Debug)]
 pub(super) struct Incoming {
@@ -32,6 +29,7 @@ pub(super) fn post(world: &World, group: &Group, to: usize, tag: u64, Message(te
     let tensor = host::packed(tensor);
     let data = host::lend(&tensor);
     let len = data.elements() * data.dtype().size();
+    let inline = world.wire.sizes().inline;
     let mut tickets = Vec::new();
     // Held over all, so that headers and bytes come in the same order.
     let mut sent = lock(&group.sent);
@@ -49,12 +47,12 @@ pub(super) fn post(world: &World, group: &Group, to: usize, tag: u64, Message(te
     unsafe {
         let member = group.members[to];
         if posted.is_none() {
-            if len <= INLINE && len > 0 {
+            if len <= inline && len > 0 {
                 header.0.extend_from_slice(std::slice::from_raw_parts(data.as_ptr(), len));
             }
             world.wire.send(member, group.tag(Kind::Header), header.0.as_ptr(), header.0.len(), &mut tickets)?;
         }
-        if len > posted.unwrap_or(INLINE) {
+        if len > posted.unwrap_or(inline) {
             world.wire.send(member, group.tag(Kind::Payload), data.as_ptr(), len, &mut tickets)?;
         }
     }
@@ -108,7 +106,7 @@ impl Inbox {
                 }
             }
             world.clear();
-            self.take_in(world, group, from, header, INLINE, |place, len| {
+            self.take_in(world, group, from, header, world.wire.sizes().inline, |place, len| {
                 // SAFETY: as long as that, and memory of our own.
                 let fits = reader.0.len() == len;
                 fits.then(|| unsafe { reader.0.as_ptr().copy_to_nonoverlapping(place, len) }).is_some()

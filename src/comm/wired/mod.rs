@@ -58,16 +58,26 @@ use std::thread::{self, JoinHandle};
 use self::group::Group;
 pub(in crate::comm) use self::group::lock;
 use self::transport::WiredTransport;
-pub(in crate::comm) use self::wire::{Ticket, Wire};
-use self::world::{Presence, World};
+pub(in crate::comm) use self::wire::{Sizes, Ticket, Wire};
+use self::world::Presence;
+pub(in crate::comm) use self::world::World;
 use super::Communicator;
 use super::local::WorldConfig;
 use crate::Error;
 
+/// A rank's communicator of a world, and the world, whose [`guard`](World::guard) a thread of its own must run.
+pub(in crate::comm) fn enter(wire: Box<dyn Wire>, config: WorldConfig, crowded: bool) -> (Communicator, Arc<World>) {
+    let (rank, size) = (wire.rank(), wire.size());
+    let world = World::new(wire, config.timeout, config.name, crowded);
+    let group = Group::new(0, world.name.clone(), (0..size).collect(), rank);
+    let presence = Arc::new(Presence(world.clone()));
+    (Communicator::new(WiredTransport::new(presence, group)), world)
+}
+
 /// The worlds of a session, which outlives them.
 #[derive(Debug)]
 pub(in crate::comm) struct Worlds {
-    wardens: Mutex<Vec<JoinHandle<()>>>,
+    wardens: Mutex<Vec<(Arc<World>, JoinHandle<()>)>>,
     /// Whether all worlds so far have ended as they should.
     clean: Arc<AtomicBool>,
 }
@@ -80,8 +90,7 @@ impl Worlds {
     /// A world of the processes that the wire joins.
     pub fn found(&self, wire: Box<dyn Wire>, config: WorldConfig) -> Result<Communicator, Error> {
         let (rank, size) = (wire.rank(), wire.size());
-        let world = World::new(wire, config.timeout, config.name, pace::crowded());
-        let group = Group::new(0, world.name.clone(), (0..size).collect(), rank);
+        let (comm, world) = enter(wire, config, pace::crowded());
         let (guarded, clean) = (world.clone(), self.clean.clone());
         let warden = thread::Builder::new().name(format!("warden of rank {rank}")).spawn(move || {
             if !guarded.guard() {
@@ -89,15 +98,18 @@ impl Worlds {
             }
         });
         let warden = warden.map_err(|problem| Error::Launch { rank, size, problem: problem.to_string() })?;
-        lock(&self.wardens).push(warden);
-        let presence = Arc::new(Presence(world));
-        Ok(Communicator::new(WiredTransport::new(presence, group)))
+        lock(&self.wardens).push((world, warden));
+        Ok(comm)
     }
 
-    /// Waits until all ranks of all worlds have ended. Returns whether they did as they should.
+    /// Leaves all worlds, also those that somebody still holds a communicator of, and waits until their ranks have ended;
+    /// no longer than their time-out, on a wire that gives back what it was lent. Returns whether all ended as they should.
     pub fn end(&self) -> bool {
-        for warden in lock(&self.wardens).drain(..) {
+        let wardens: Vec<_> = lock(&self.wardens).drain(..).collect();
+        wardens.iter().for_each(|(world, _)| world.depart());
+        for (world, warden) in wardens {
             let _ = warden.join();
+            world.is_over();
         }
         self.clean.load(Ordering::Acquire)
     }

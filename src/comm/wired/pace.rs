@@ -23,6 +23,11 @@ const NEWS: u32 = 256;
 const NAP: Duration = Duration::from_micros(50);
 const LONG_NAP: Duration = Duration::from_millis(1);
 
+/// A thread that has not run for so long was stopped.
+const ABSENCE: Duration = Duration::from_secs(1);
+/// So many times at most in one wait.
+const ABSENCES: u32 = 4;
+
 /// A wait for peers. Reading the clock costs as much as a small message, so it is read when a wait turns out long.
 pub(super) struct Pace<'a> {
     world: &'a World,
@@ -30,6 +35,10 @@ pub(super) struct Pace<'a> {
     spins: u32,
     yields: u32,
     since: Option<Instant>,
+    /// When it was paused last.
+    last: Option<Instant>,
+    /// Times that this thread has not run for long.
+    absences: u32,
     /// Whether the world knows of this wait.
     counted: bool,
     /// Whether the polls let the wire work.
@@ -47,7 +56,7 @@ impl<'a> Pace<'a> {
             (_, true, true) => most / 10,
             _ => most,
         };
-        Self { world, polls: 0, spins, yields, since: None, counted: false, drives: true }
+        Self { world, polls: 0, spins, yields, since: None, last: None, absences: 0, counted: false, drives: true }
     }
 
     /// A wait for what others show on a board: a poll is no more than a look.
@@ -70,22 +79,34 @@ impl<'a> Pace<'a> {
             self.counted = true;
             self.world.waiting.fetch_add(1, Ordering::Relaxed);
         }
-        let since = *self.since.get_or_insert_with(Instant::now);
+        self.excuse();
         let past = self.polls - self.spins;
         if past <= self.yields {
-            thread::yield_now();
+            self.world.wire.give_way();
         } else {
             self.world.wire.rest(if past > 2 * self.yields { LONG_NAP } else { NAP });
         }
         if past.is_multiple_of(NEWS) || past > self.yields {
             self.world.attend();
         }
-        Some(since.elapsed())
+        self.since.map(|since| self.world.elapsed(since))
+    }
+
+    /// A process that was stopped has not waited meanwhile: it must not blame the others. A thread that hardly runs at all
+    /// is not excused for ever.
+    fn excuse(&mut self) {
+        let now = self.world.wire.now();
+        let since = self.since.get_or_insert(now);
+        let absence = self.last.replace(now).map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
+        if absence > self.world.within(ABSENCE) && self.absences < ABSENCES {
+            self.absences += 1;
+            *since += absence;
+        }
     }
 
     /// Something has happened: the wait begins anew.
     pub fn again(&mut self) {
-        (self.polls, self.since) = (0, None);
+        (self.polls, self.since, self.last) = (0, None, None);
     }
 }
 

@@ -86,6 +86,7 @@ impl WiredTransport {
         if let Some(error) = world.fate() {
             return Err(error.clone());
         }
+        world.last_group.store(group.id, Ordering::Relaxed);
         let number = group.watch.begin(group.rank, &post.call);
         let post = Post { reaches: turn.venue.reaches(), ..post };
         let on_board = turn.venue.board(group).map(|(board, rounds)| prepare(board, rounds)).is_some();
@@ -131,7 +132,7 @@ impl WiredTransport {
             if let Some(error) = world.fate() {
                 return Err(error.clone());
             }
-            group.watch.sleeps(group.rank, number, std::time::Instant::now() - waited);
+            group.watch.sleeps(group.rank, number, world.wire.now() - waited);
             if let Some(left) = left.filter(|left| left.messages <= came) {
                 if waited - *gone_since.get_or_insert(waited) > GRACE {
                     let (name, operation, log) = (group.name.clone(), call.to_string(), CallLog::default());
@@ -245,8 +246,7 @@ impl Transport for WiredTransport {
     }
 
     fn leave(&self) {
-        self.world().groups().iter().for_each(|group| self.world().leave(group, false));
-        self.world().farewell();
+        self.world().depart();
     }
 
     fn panicking(&self) {

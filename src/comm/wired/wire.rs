@@ -1,13 +1,29 @@
 //! What carries the messages.
 
 use std::fmt::Debug;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::Error;
 
 /// A message under way, by the number that its wire knows it by.
 #[derive(Debug)]
 pub(in crate::comm) struct Ticket(pub u64);
+
+/// The sizes at which what is sent changes its way. All ranks of a world have the same.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::comm) struct Sizes {
+    /// Bytes of a rank's share of a reduction that are folded at a time.
+    pub window: usize,
+    /// Most bytes of a broadcast that goes from the root to everybody.
+    pub broadcast: usize,
+    /// Most bytes of a message that go with its header.
+    pub inline: usize,
+}
+
+impl Sizes {
+    pub const STANDARD: Self = Self { window: 512 << 10, broadcast: 64 << 10, inline: 2048 };
+}
 
 /// Messages of bytes between the processes of a world, begun now and done later.
 ///
@@ -38,6 +54,22 @@ pub(in crate::comm) trait Wire: Debug + Send + Sync {
         len: usize,
         tickets: &mut Vec<Ticket>,
     ) -> Result<(), Error>;
+
+    /// Begins to send bytes that should reach also a rank which has not taken what it was sent before.
+    ///
+    /// # Safety
+    /// As of [`send`](Self::send).
+    unsafe fn tell(
+        &self,
+        to: usize,
+        tag: u64,
+        data: *const u8,
+        len: usize,
+        tickets: &mut Vec<Ticket>,
+    ) -> Result<(), Error> {
+        // SAFETY: passed on.
+        unsafe { self.send(to, tag, data, len, tickets) }
+    }
 
     /// Begins to receive bytes.
     ///
@@ -81,6 +113,26 @@ pub(in crate::comm) trait Wire: Debug + Send + Sync {
 
     /// Hangs up, once nobody has anything to say any more.
     fn close(&self, patience: Duration);
+
+    /// Sizes that suit this wire.
+    fn sizes(&self) -> Sizes {
+        Sizes::STANDARD
+    }
+
+    /// The time, as far as waits are concerned.
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    /// Lets others have the core.
+    fn give_way(&self) {
+        thread::yield_now();
+    }
+
+    /// Sleeps, whatever comes.
+    fn sleep(&self, duration: Duration) {
+        thread::sleep(duration);
+    }
 
     /// Ends all processes of the world at once, as far as the wire can.
     fn abort(&self) -> ! {

@@ -15,6 +15,7 @@ pub mod items;
 #[cfg(feature = "cuda")]
 pub mod over_nccl;
 pub mod over_threads;
+pub mod thresholds;
 
 use std::time::Duration;
 
@@ -76,6 +77,7 @@ pub fn successes(engine: &dyn Engine, tell: &dyn Fn(&str)) -> usize {
         }
     });
     check("large buffers, cut in pieces", &|comm| checks::large(comm).unwrap());
+    check("sizes around the thresholds of engines", &|comm| thresholds::all(comm).unwrap());
     check("groups of groups", &|comm| checks::groups_of_groups(comm).unwrap());
     count
 }

@@ -111,7 +111,7 @@ impl Agreement<'_> {
                 }
                 continue;
             }
-            self.group.watch.sleeps(self.group.rank, self.number, std::time::Instant::now() - waited);
+            self.group.watch.sleeps(self.group.rank, self.number, self.world.wire.now() - waited);
             if let Some((rank, panicked)) = self.gone() {
                 if waited - *gone_since.get_or_insert(waited) > GRACE {
                     let log = CallLog::default();
@@ -147,7 +147,7 @@ impl Agreement<'_> {
             _ if self.world.is_lost(self.group.members[0]) => true,
             _ => match self.group.closed.get() {
                 Some(committed) => *committed <= self.sequence,
-                None => waited.saturating_sub(*since) > LAST_WORD,
+                None => waited.saturating_sub(*since) > self.world.within(LAST_WORD),
             },
         }
     }
@@ -168,7 +168,7 @@ impl Agreement<'_> {
 
     fn proposal(&self, error: Error) -> Proposal {
         let (group, members) = (self.group.name.clone(), self.group.members.clone());
-        Proposal { error, group, members, call: Some(self.post.call) }
+        Proposal { error, group, members, call: Some((self.sequence, self.post.call)) }
     }
 }
 

@@ -58,11 +58,49 @@ struct Place {
 struct Lent<'a> {
     world: &'a World,
     tickets: Vec<Ticket>,
+    /// Whom each ticket was for, by its number: the last entry counts.
+    owners: Vec<(u64, Owner)>,
+}
+
+/// The other side of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Owner {
+    /// It is to come from this rank of the group.
+    From(usize),
+    /// This rank of the group is to take it.
+    To(usize),
 }
 
 impl<'a> Lent<'a> {
     fn new(world: &'a World) -> Self {
-        Self { world, tickets: Vec::new() }
+        Self { world, tickets: Vec::new(), owners: Vec::new() }
+    }
+
+    /// Notes whom the tickets since `first` are for.
+    fn note(&mut self, first: usize, owner: Owner) {
+        self.owners.extend(self.tickets.iter().skip(first).map(|ticket| (ticket.0, owner)));
+    }
+
+    /// What has not come or not been taken, in words.
+    fn missing(&self) -> String {
+        let owner =
+            |ticket: &Ticket| self.owners.iter().rfind(|(number, _)| *number == ticket.0).map(|(_, owner)| *owner);
+        let mut owners: Vec<Owner> = self.tickets.iter().filter_map(owner).collect();
+        owners.sort_unstable();
+        owners.dedup();
+        let side = |take: fn(&Owner) -> Option<usize>| -> Vec<String> {
+            owners.iter().filter_map(take).map(|rank| rank.to_string()).collect()
+        };
+        let from = side(|owner| if let Owner::From(rank) = owner { Some(*rank) } else { None });
+        let to = side(|owner| if let Owner::To(rank) = owner { Some(*rank) } else { None });
+        let words = |ranks: &[String], before: &str| match ranks {
+            [] => None,
+            [one] => Some(format!("{before} rank {one}")),
+            _ => Some(format!("{before} ranks {}", ranks.join(", "))),
+        };
+        let both: Vec<String> =
+            [words(&from, "data from"), words(&to, "data to be taken by")].into_iter().flatten().collect();
+        format!("{}; all ranks had come, so one is stopped, cut off or very slow", both.join(" and "))
     }
 }
 
@@ -87,16 +125,20 @@ impl<'a> Work<'a> {
     }
 
     fn give(&self, to: usize, kind: Kind, place: Place, lent: &mut Lent<'_>) -> Result<(), Error> {
-        let (to, tag) = (self.group.members[to], self.group.tag(kind));
+        let (member, tag) = (self.group.members[to], self.group.tag(kind));
         // SAFETY: the places of a collective are lent until it is over, and it is over when all tickets are done or back.
-        let begun = unsafe { self.world.wire.send(to, tag, place.data, place.bytes, &mut lent.tickets) };
+        let first = lent.tickets.len();
+        let begun = unsafe { self.world.wire.send(member, tag, place.data, place.bytes, &mut lent.tickets) };
+        lent.note(first, Owner::To(to));
         begun.map_err(|error| self.turn_back(lent, error))
     }
 
     fn get(&self, from: usize, kind: Kind, place: Place, lent: &mut Lent<'_>) -> Result<(), Error> {
-        let (from, tag) = (self.group.members[from], self.group.tag(kind));
+        let (member, tag) = (self.group.members[from], self.group.tag(kind));
         // SAFETY: as above; no two messages go to the same place.
-        let begun = unsafe { self.world.wire.receive(from, tag, place.data, place.bytes, &mut lent.tickets) };
+        let first = lent.tickets.len();
+        let begun = unsafe { self.world.wire.receive(member, tag, place.data, place.bytes, &mut lent.tickets) };
+        lent.note(first, Owner::From(from));
         begun.map_err(|error| self.turn_back(lent, error))
     }
 
@@ -112,7 +154,10 @@ impl<'a> Work<'a> {
         let mut left = lent.tickets.len();
         loop {
             match self.world.wire.progress(&mut lent.tickets) {
-                Ok(true) => return Ok(()),
+                Ok(true) => {
+                    lent.owners.clear();
+                    return Ok(());
+                }
                 Ok(false) => {}
                 Err(error) => return Err(self.turn_back(lent, error)),
             }
@@ -122,7 +167,8 @@ impl<'a> Work<'a> {
             }
             let Some(waited) = pace.pause() else { continue };
             if waited > self.world.timeout {
-                let error = self.turn_back(lent, self.overdue(waited));
+                let overdue = self.overdue(waited, lent.missing());
+                let error = self.turn_back(lent, overdue);
                 return Err(self.world.fail(self.proposal(error)));
             }
             if let Some(error) = self.in_vain(waited).filter(|_| self.world.wire.gives_back()) {
@@ -137,7 +183,8 @@ impl<'a> Work<'a> {
         while !board.all_shown(rounds) {
             let Some(waited) = pace.pause() else { continue };
             if waited > self.world.timeout {
-                return Err(self.world.fail(self.proposal(self.overdue(waited))));
+                let missing = "what the others show; all ranks had come, so one is stopped or very slow".into();
+                return Err(self.world.fail(self.proposal(self.overdue(waited, missing))));
             }
             if let Some(error) = self.in_vain(waited) {
                 return Err(error.clone());
@@ -149,7 +196,7 @@ impl<'a> Work<'a> {
     /// Why what this rank waits for will not come any more.
     fn in_vain(&self, waited: Duration) -> Option<&Error> {
         let lost = || self.group.members.iter().any(|member| self.world.is_lost(*member));
-        self.world.fate().filter(|_| waited > LAST_DATA || lost())
+        self.world.fate().filter(|_| waited > self.world.within(LAST_DATA) || lost())
     }
 
     fn proposal(&self, error: Error) -> Proposal {
@@ -157,13 +204,13 @@ impl<'a> Work<'a> {
         Proposal { error, group, members, call: None }
     }
 
-    fn overdue(&self, waited: Duration) -> Error {
+    fn overdue(&self, waited: Duration, missing: String) -> Error {
         Error::Timeout {
             group: self.group.name.clone(),
             rank: self.group.rank,
             operation: self.call.to_string(),
             waited,
-            missing: "the data of ranks that had all come: one of them has died or is cut off".into(),
+            missing,
             log: CallLog::new(std::iter::once(self.group.watch.line(self.group.rank))),
         }
     }

@@ -9,9 +9,6 @@ use crate::comm::transport::BufferRef;
 use crate::comm::wired::group::Kind;
 use crate::comm::{Call, Output, ReduceOp, part};
 
-/// Bytes of a rank's share that are folded at a time.
-const WINDOW: usize = 512 << 10;
-
 impl Work<'_> {
     /// Folds this rank's share of all contributions, window by window. `share` says which elements are whose, `result`
     /// where those of this rank go, `folded` what happens with a window that is done.
@@ -24,10 +21,11 @@ impl Work<'_> {
         mut folded: impl FnMut(usize) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let Some(dtype) = self.call.dtype else { return Ok(()) };
-        let (size, rank) = (dtype.size(), self.group.rank);
+        let (size, rank, window) = (dtype.size(), self.group.rank, self.world.wire.sizes().window);
+        let window_of = |share: Range<usize>, number: usize| window_of(share, number, window / size);
         let windows = self.windows(&share, size);
         let mine = share(rank);
-        let room = (mine.len() * size).min(WINDOW);
+        let room = (mine.len() * size).min(window);
         // Contributions of the others to two windows: one that is folded, one that travels.
         let words = 2 * (self.group.size() - 1) * room.div_ceil(8);
         let mut scratch = self.scratch.borrow_mut();
@@ -44,11 +42,11 @@ impl Work<'_> {
         let mut travelling = [self.lent(), self.lent()];
         let post = |window: usize, lent: &mut Lent<'_>| {
             for other in self.others() {
-                for place in cut(pieces, window_of(share(other), window, size), size) {
+                for place in cut(pieces, window_of(share(other), window), size) {
                     self.give(other, Kind::Parts, place, lent)?;
                 }
                 let mut to = temporary(window, other);
-                for place in cut(pieces, window_of(mine.clone(), window, size), size) {
+                for place in cut(pieces, window_of(mine.clone(), window), size) {
                     self.get(other, Kind::Parts, Place { data: to, bytes: place.bytes }, lent)?;
                     // SAFETY: the window is no longer than the room.
                     to = unsafe { to.add(place.bytes) };
@@ -62,7 +60,7 @@ impl Work<'_> {
                 post(window + 1, &mut travelling[(window + 1) % 2])?;
             }
             self.finish(&mut travelling[window % 2])?;
-            let range = window_of(mine.clone(), window, size);
+            let range = window_of(mine.clone(), window);
             let (mut passed, start) = (0, range.start);
             for own in cut(pieces, range, size) {
                 let sources: Vec<Source> = (0..self.group.size())
@@ -84,7 +82,7 @@ impl Work<'_> {
 
     fn windows(&self, share: &impl Fn(usize) -> Range<usize>, size: usize) -> usize {
         let longest = (0..self.group.size()).map(|rank| share(rank).len()).max().unwrap_or(0);
-        (longest * size).div_ceil(WINDOW)
+        (longest * size).div_ceil(self.world.wire.sizes().window)
     }
 
     pub(super) fn all_reduce(&self, op: ReduceOp, pieces: &[Place], root: Option<usize>) -> Result<u64, Error> {
@@ -98,16 +96,18 @@ impl Work<'_> {
         let share = |rank: usize| part(total, n, rank);
         let own =
             |element: usize| cut(pieces, element..element + 1, size).next().map_or(std::ptr::null_mut(), |p| p.data);
+        let window_elements = self.world.wire.sizes().window / size;
+        let window_of = |share: Range<usize>, number: usize| window_of(share, number, window_elements);
         let mut results = self.lent();
         self.fold_windows(op, pieces, share, own, |window| {
             for other in self.others() {
                 if root.is_none_or(|root| root == other) {
-                    for place in cut(pieces, window_of(share(rank), window, size), size) {
+                    for place in cut(pieces, window_of(share(rank), window), size) {
                         self.give(other, Kind::Results, place, &mut results)?;
                     }
                 }
                 if root.is_none_or(|root| root == rank) {
-                    for place in cut(pieces, window_of(share(other), window, size), size) {
+                    for place in cut(pieces, window_of(share(other), window), size) {
                         self.get(other, Kind::Results, place, &mut results)?;
                     }
                 }
@@ -150,8 +150,7 @@ impl Work<'_> {
 }
 
 /// The elements of a share that belong to a window.
-fn window_of(share: Range<usize>, window: usize, size: usize) -> Range<usize> {
-    let elements = WINDOW / size;
+fn window_of(share: Range<usize>, window: usize, elements: usize) -> Range<usize> {
     let start = share.end.min(share.start + window * elements);
     start..share.end.min(start + elements)
 }

@@ -9,9 +9,6 @@ use crate::comm::wired::board::{Board, Rounds};
 use crate::comm::wired::group::Kind;
 use crate::comm::{Call, Operation, Output, part};
 
-/// Broadcasts up to so many bytes go from the root to everybody.
-const SMALL: usize = 64 << 10;
-
 impl Work<'_> {
     pub(super) fn broadcast(&self, root: usize, pieces: &[Place], size: usize) -> Result<u64, Error> {
         let (n, rank) = (self.group.size(), self.group.rank);
@@ -24,7 +21,7 @@ impl Work<'_> {
             cut(pieces, share, size).try_for_each(|place| self.get(from, kind, place, lent))
         };
         let all = 0..bytes / size;
-        if n == 2 || bytes <= SMALL {
+        if n == 2 || bytes <= self.world.wire.sizes().broadcast {
             if rank == root {
                 for other in self.others() {
                     give(other, Kind::Parts, all.clone(), &mut lent)?;

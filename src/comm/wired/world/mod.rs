@@ -17,6 +17,8 @@ use super::group::{Group, Kind, Left, lock};
 use super::wire::{Ticket, Wire};
 use crate::Error;
 
+/// The least time for a part of a failure: machines are busy.
+const SHORTEST: Duration = Duration::from_millis(400);
 /// Groups remembered after they were left.
 const PAST: usize = 32;
 
@@ -29,7 +31,7 @@ struct Parcel {
     _contents: Box<dyn Any + Send>,
 }
 
-pub(super) struct World {
+pub(in crate::comm) struct World {
     pub wire: Box<dyn Wire>,
     pub timeout: Duration,
     pub name: Arc<str>,
@@ -45,12 +47,18 @@ pub(super) struct World {
     own: Mutex<VecDeque<Vec<u8>>>,
     attending: Mutex<()>,
     inquiry: Mutex<Option<Inquiry>>,
+    /// The judge that asked last what this rank knows, and when.
+    asked: Mutex<Option<(usize, Instant)>>,
     /// The error that this rank has proposed, and when.
     proposed: Mutex<Option<(Proposal, Instant)>>,
     /// Ranks that hold nothing of this world any more.
     ended: Mutex<Vec<bool>>,
-    /// Ranks that went without a word.
+    /// Ranks that can't be talked to any more: they went without a word, or have ended.
     lost: Vec<AtomicBool>,
+    /// Ranks that should have judged a failure, and did not say a word.
+    silent: Vec<AtomicBool>,
+    /// The group of the last call.
+    pub last_group: AtomicU64,
     said_farewell: AtomicBool,
     /// Whether the machine has fewer cores than ranks.
     pub crowded: bool,
@@ -80,7 +88,8 @@ impl Drop for Presence {
 impl World {
     pub fn new(wire: Box<dyn Wire>, timeout: Duration, name: Arc<str>, crowded: bool) -> Arc<Self> {
         let ended = Mutex::new(vec![false; wire.size()]);
-        let lost = (0..wire.size()).map(|_| AtomicBool::new(false)).collect();
+        let none = || (0..wire.size()).map(|_| AtomicBool::new(false)).collect();
+        let (lost, silent) = (none(), none());
         Arc::new(Self {
             wire,
             timeout,
@@ -95,26 +104,40 @@ impl World {
             own: Mutex::default(),
             attending: Mutex::default(),
             inquiry: Mutex::default(),
+            asked: Mutex::default(),
             proposed: Mutex::default(),
             ended,
             lost,
+            silent,
+            last_group: AtomicU64::new(0),
             said_farewell: AtomicBool::new(false),
             waiting: AtomicUsize::new(0),
         })
+    }
+
+    /// The time since then, by the clock of the wire.
+    pub fn elapsed(&self, since: Instant) -> Duration {
+        self.wire.now().saturating_duration_since(since)
     }
 
     pub fn fate(&self) -> Option<&Error> {
         self.fate.get()
     }
 
-    /// Whether a rank is gone without having said so.
+    /// The time for a part of a failure: all parts together are to be over within half the time-out.
+    pub fn within(&self, most: Duration) -> Duration {
+        most.min((self.timeout / 10).max(SHORTEST))
+    }
+
+    /// Whether a rank can't be talked to any more.
     pub fn is_lost(&self, rank: usize) -> bool {
         self.lost[rank].load(Ordering::Acquire)
     }
 
-    /// The rank that takes proposals: the first that is not lost.
+    /// The rank that takes proposals: the first that is there and answers, as far as this rank has found out.
     fn judge(&self) -> usize {
-        (0..self.lost.len()).find(|rank| !self.is_lost(*rank)).unwrap_or_default()
+        let answers = |rank: &usize| !self.is_lost(*rank) && !self.silent[*rank].load(Ordering::Acquire);
+        (0..self.lost.len()).find(answers).unwrap_or(self.wire.rank())
     }
 
     /// A number for a new group: no other group of a rank that is in it has the same.
@@ -129,7 +152,7 @@ impl World {
         }
     }
 
-    pub fn add(&self, group: &Arc<Group>) {
+    pub(in crate::comm::wired) fn add(&self, group: &Arc<Group>) {
         let mut groups = lock(&self.groups);
         groups.retain(|group| group.strong_count() > 0);
         groups.push(Arc::downgrade(group));
@@ -142,12 +165,12 @@ impl World {
         });
     }
 
-    pub fn groups(&self) -> Vec<Arc<Group>> {
+    pub(in crate::comm::wired) fn groups(&self) -> Vec<Arc<Group>> {
         lock(&self.groups).iter().filter_map(Weak::upgrade).collect()
     }
 
     /// Keeps `contents` until the tickets are done.
-    pub fn keep(&self, tickets: Vec<Ticket>, contents: impl Any + Send) {
+    pub(in crate::comm::wired) fn keep(&self, tickets: Vec<Ticket>, contents: impl Any + Send) {
         if !tickets.is_empty() {
             lock(&self.outgoing).push(Parcel { tickets, _contents: Box::new(contents) });
         }
@@ -162,7 +185,7 @@ impl World {
         let mut tickets = Vec::new();
         // SAFETY: the bytes are on the heap, and kept until they are sent.
         let sent =
-            unsafe { self.wire.send(to, Group::tag_of(0, Kind::Control), bytes.as_ptr(), bytes.len(), &mut tickets) };
+            unsafe { self.wire.tell(to, Group::tag_of(0, Kind::Control), bytes.as_ptr(), bytes.len(), &mut tickets) };
         if let Err(problem) = sent {
             log::error!("rank {} cannot tell rank {to} how things are: {problem}", self.wire.rank());
         }
@@ -174,7 +197,7 @@ impl World {
     }
 
     /// Tells the others of a group that this rank will not come again.
-    pub fn leave(&self, group: &Group, panicked: bool) {
+    pub(in crate::comm::wired) fn leave(&self, group: &Group, panicked: bool) {
         if group.leaves() {
             return;
         }
@@ -196,7 +219,7 @@ impl World {
     }
 
     /// Has memory back that was lent to the wire. If the wire cannot give it back, all that is left is to end all processes.
-    pub fn take_back(&self, tickets: &mut Vec<Ticket>, why: impl FnOnce() -> Error) {
+    pub(in crate::comm::wired) fn take_back(&self, tickets: &mut Vec<Ticket>, why: impl FnOnce() -> Error) {
         if tickets.is_empty() {
             return;
         }

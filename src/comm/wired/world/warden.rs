@@ -2,12 +2,11 @@
 
 use std::sync::Weak;
 use std::sync::atomic::Ordering;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::World;
-use super::failure::{ALONE, Inquiry};
 use super::words::Word;
+use crate::Error;
 use crate::comm::wired::group::{Group, Kind, lock};
 
 /// How often a warden looks what has come.
@@ -25,6 +24,20 @@ impl World {
         }
     }
 
+    /// Leaves all groups, and is done with the world.
+    pub fn depart(&self) {
+        self.groups().iter().for_each(|group| self.leave(group, false));
+        self.farewell();
+    }
+
+    /// The world is over for this rank: whoever still holds a communicator gets an error.
+    pub fn is_over(&self) {
+        let (engine, rank) = (self.wire.engine(), self.wire.rank());
+        let problem =
+            format!("the session of rank {rank} was dropped, and its communicators with it; drop the session last");
+        let _ = self.fate.set(Error::Engine { engine, problem });
+    }
+
     /// Hears what has come, and does what is to be done. Called by the warden, and by whoever waits.
     pub fn attend(&self) {
         let Ok(_one) = self.attending.try_lock() else { return };
@@ -33,10 +46,7 @@ impl World {
         self.miss();
         self.listen();
         self.conclude(false);
-        let overdue = lock(&self.proposed).clone().filter(|(_, since)| since.elapsed() > ALONE);
-        if let Some((proposal, _)) = overdue {
-            self.accept(proposal.error);
-        }
+        self.remind();
         self.clear();
     }
 
@@ -68,16 +78,8 @@ impl World {
 
     fn hear(&self, from: usize, word: Word) {
         match word {
-            Word::Propose(proposal) => {
-                let mut inquiry = lock(&self.inquiry);
-                if inquiry.is_none() && self.fate.get().is_none() {
-                    let known = vec![None; self.wire.size()];
-                    *inquiry = Some(Inquiry { proposal: proposal.clone(), known, since: Instant::now() });
-                    drop(inquiry);
-                    self.tell_all(&Word::Ask(proposal));
-                }
-            }
-            Word::Ask(proposal) => self.tell(from, &Word::Know(self.know(&proposal))),
+            Word::Propose(proposal) => self.look_into(from, proposal),
+            Word::Ask(proposal) => self.asked(from, &proposal),
             Word::Know(known) => {
                 if let Some(inquiry) = lock(&self.inquiry).as_mut() {
                     inquiry.known[from] = Some(known);
@@ -110,15 +112,21 @@ impl World {
             let ended: Vec<bool> =
                 lock(&self.ended).iter().enumerate().map(|(rank, ended)| *ended || self.is_lost(rank)).collect();
             if ended[self.wire.rank()] {
-                let since: Instant = *ended_since.get_or_insert_with(Instant::now);
+                let since: Instant = *ended_since.get_or_insert_with(|| self.wire.now());
                 let all = ended.iter().all(|ended| *ended);
                 // What is still on its way then, nobody will ever receive.
-                let patience = if self.wire.gives_back() { LAST_BYTES } else { FAREWELL };
-                if all && (lock(&self.outgoing).is_empty() || since.elapsed() > patience) {
+                let gives_back = self.wire.gives_back();
+                let patience = if gives_back { LAST_BYTES } else { FAREWELL };
+                if all && (lock(&self.outgoing).is_empty() || self.elapsed(since) > patience) {
                     break true;
                 }
-                if self.fate.get().is_some() && since.elapsed() > FAREWELL {
+                let farewell = if gives_back { self.within(FAREWELL) } else { FAREWELL };
+                if self.fate.get().is_some() && self.elapsed(since) > farewell {
                     // Whoever has not come by now is dead, or was sent something that it has never taken.
+                    break all;
+                }
+                if gives_back && self.elapsed(since) > self.timeout {
+                    // The others know that this rank has left. They may go on for as long as they like.
                     break all;
                 }
             }
@@ -128,7 +136,7 @@ impl World {
             }
             // News that somebody waits for is taken by whoever waits: it would have to be woken a second time.
             if waits() {
-                thread::sleep(ROUND);
+                self.wire.sleep(ROUND);
             }
         };
         for mut parcel in lock(&self.outgoing).drain(..) {
@@ -137,7 +145,7 @@ impl World {
                 false => std::mem::forget(parcel),
             }
         }
-        self.wire.close(if whole { FAREWELL } else { Duration::ZERO });
+        self.wire.close(if whole { FAREWELL } else { LAST_BYTES });
         whole
     }
 }

@@ -1,5 +1,7 @@
 //! What wardens tell each other.
 
+use std::time::Duration;
+
 use super::failure::{Known, Proposal};
 use crate::Error;
 use crate::comm::wired::codec::{Reader, Writer};
@@ -29,13 +31,15 @@ impl Word {
         match self {
             Self::Propose(proposal) => write_proposal(writer.byte(0), proposal),
             Self::Ask(proposal) => write_proposal(writer.byte(1), proposal),
-            Self::Know(Known { in_call, line, elsewhere }) => {
+            Self::Know(Known { waits, line, elsewhere }) => {
                 let lines = |lines: &[String], writer: &mut Writer| {
                     writer.list(lines, |w, line| {
                         w.text(line);
                     });
                 };
-                writer.byte(2).byte(u8::from(*in_call));
+                writer.byte(2).list(waits.as_slice(), |w, waited| {
+                    w.number(waited.as_micros() as u64);
+                });
                 lines(line.as_slice(), &mut writer);
                 lines(elsewhere, &mut writer);
             }
@@ -63,7 +67,7 @@ impl Word {
             0 => Self::Propose(read_proposal(&mut reader, ranks)?),
             1 => Self::Ask(read_proposal(&mut reader, ranks)?),
             2 => Self::Know(Known {
-                in_call: reader.byte()? != 0,
+                waits: reader.list(Reader::number)?.pop().map(Duration::from_micros),
                 line: reader.list(Reader::text)?.pop(),
                 elsewhere: reader.list(Reader::text)?,
             }),
@@ -89,8 +93,8 @@ fn write_proposal(writer: &mut Writer, Proposal { error, group, members, call }:
     writer.list(members, |w, member| {
         w.number(*member as u64);
     });
-    writer.list(call.as_slice(), |w, call| {
-        w.call(call);
+    writer.list(call.as_slice(), |w, (sequence, call)| {
+        w.number(*sequence).call(call);
     });
 }
 
@@ -99,7 +103,7 @@ fn read_proposal(reader: &mut Reader<'_>, ranks: usize) -> Option<Proposal> {
         error: reader.error()?,
         group: reader.text()?.into(),
         members: reader.list(Reader::index)?,
-        call: reader.list(Reader::call)?.pop(),
+        call: reader.list(|r| Some((r.number()?, r.call()?)))?.pop(),
     };
     proposal.members.iter().all(|member| *member < ranks).then_some(proposal)
 }

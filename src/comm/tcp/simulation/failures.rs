@@ -1,0 +1,141 @@
+//! Processes that are stopped, killed, or do not end.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::network::Random;
+use super::schedule::Event;
+use super::scripts::plan;
+use super::{Here, Simulation};
+use crate::Error;
+use crate::comm::{Communicator, ReduceOp};
+
+const TIMEOUT: Duration = Duration::from_secs(5);
+const SECOND: u64 = 1_000_000_000;
+/// Schedules of each test. More of them find no more, as far as was tried.
+const SEEDS: u64 = 60;
+
+/// What a rank returned, and when.
+type Outcomes = Rc<RefCell<Vec<(usize, Option<Error>, u64)>>>;
+
+/// A world in which all ranks go from collective to collective until one fails.
+fn busy(size: usize, random: &mut Random) -> (Simulation, Outcomes) {
+    let mut plan = plan(random);
+    // What is told fits into a message that is sent whole, as it does in truth: a rank that has gone can be asked no more.
+    (plan.limits.whole, plan.limits.credit, plan.capacity) = (16 << 10, 256 << 10, 1 << 20);
+    let (bytes, simulation, outcomes) =
+        (random.below(4 * plan.limits.turn), Simulation::new(size, plan, random.clone()), Outcomes::default());
+    for rank in 0..size {
+        let outcomes = outcomes.clone();
+        simulation.rank(rank, TIMEOUT, move |comm, here| {
+            let error = until_it_fails(&comm, &here, bytes).err();
+            outcomes.borrow_mut().push((rank, error, here.now()));
+        });
+    }
+    (simulation, outcomes)
+}
+
+fn until_it_fails(comm: &Communicator, here: &Here, bytes: usize) -> Result<(), Error> {
+    let half = comm.split_named("half", comm.rank() as u64 % 2, 0)?;
+    loop {
+        comm.all_reduce(vec![1u8; bytes], ReduceOp::Max)?;
+        half.all_gather(vec![1u8; bytes])?;
+        here.compute(100_000);
+    }
+}
+
+/// All of these return the same error, by then.
+#[track_caller]
+fn same_error(outcomes: &Outcomes, ranks: &[usize], by: u64, about: &str) -> Error {
+    let outcomes = outcomes.borrow();
+    let first = outcomes.iter().find(|(rank, ..)| *rank == ranks[0]).unwrap_or_else(|| panic!("{about}: no outcome"));
+    let first = first.1.clone().unwrap_or_else(|| panic!("{about}: no error"));
+    for rank in ranks {
+        let (_, error, at) = outcomes.iter().find(|(other, ..)| other == rank).expect("an outcome of every rank");
+        assert_eq!(error.as_ref(), Some(&first), "{about}: ranks {} and {rank}", ranks[0]);
+        assert!(*at <= by, "{about}: rank {rank} came back after {:.1} s", *at as f64 / SECOND as f64);
+    }
+    first
+}
+
+#[test]
+fn a_rank_that_is_stopped_is_named_in_time_and_blames_nobody() {
+    for seed in 0..SEEDS {
+        let mut random = Random(seed);
+        let size = 2 + random.below(7);
+        // Rank 0 decides and judges: it is the one that matters most.
+        let culprit = if random.one_in(2) { 0 } else { random.below(size) };
+        let (mut simulation, outcomes) = busy(size, &mut random);
+        let at = 1_000_000 + random.below(40_000_000) as u64;
+        let goes_on = at + 15 * SECOND;
+        simulation.at(at, Event::Stop(culprit, goes_on));
+        let about = format!("seed {seed}, rank {culprit} of {size}");
+        assert!(simulation.run(), "{about}: it does not end");
+        let others: Vec<usize> = (0..size).filter(|rank| *rank != culprit).collect();
+        let error = same_error(&outcomes, &others, at + 15 * SECOND / 2, &about);
+        let Error::Timeout { group, missing, log, .. } = &error else { panic!("{about}: {error}") };
+        let named = match group.as_ref() {
+            "world" => culprit,
+            _ => culprit / 2,
+        };
+        let names = |text: &str| text.split(|c: char| !c.is_ascii_digit()).any(|number| number == named.to_string());
+        assert!(names(missing), "{about}: {error}");
+        assert!(
+            log.lines().iter().any(|line| line.ends_with(&format!("rank {culprit}: no answer")))
+                || log.lines().iter().any(|line| line.contains(&format!("rank {named}: no answer"))),
+            "{about}: {error}"
+        );
+        // It hears what became of the others, and says the same.
+        same_error(&outcomes, &[others[0], culprit], goes_on + SECOND, &about);
+        // All have left by then, too.
+        let late = simulation.ends().into_iter().find(|(rank, end)| *rank != culprit && *end > at + 15 * SECOND / 2);
+        assert!(late.is_none(), "{about}: {late:?}");
+    }
+}
+
+#[test]
+fn a_rank_that_is_killed_is_named_at_once() {
+    for seed in 0..SEEDS {
+        let mut random = Random(seed);
+        let size = 2 + random.below(7);
+        let culprit = if random.one_in(2) { 0 } else { random.below(size) };
+        let (mut simulation, outcomes) = busy(size, &mut random);
+        let at = 1_000_000 + random.below(40_000_000) as u64;
+        simulation.at(at, Event::Kill(culprit));
+        let about = format!("seed {seed}, rank {culprit} of {size}");
+        assert!(simulation.run(), "{about}: it does not end");
+        let others: Vec<usize> = (0..size).filter(|rank| *rank != culprit).collect();
+        let error = same_error(&outcomes, &others, at + 3 * SECOND, &about);
+        assert!(matches!(&error, Error::RankLost { rank, .. } if *rank == culprit), "{about}: {error}");
+    }
+}
+
+/// A rank that computes for ever keeps no other from ending.
+#[test]
+fn a_world_is_over_when_one_rank_never_ends() {
+    for seed in 0..50u64 {
+        let mut random = Random(seed);
+        let size = 2 + random.below(7);
+        let endless = random.below(size);
+        let plan = plan(&mut random);
+        let mut simulation = Simulation::new(size, plan, random);
+        let outcomes = Outcomes::default();
+        for rank in 0..size {
+            let outcomes = outcomes.clone();
+            simulation.rank(rank, TIMEOUT, move |comm, here| {
+                let error = comm.barrier().err();
+                if rank == endless {
+                    here.compute(60 * SECOND);
+                }
+                outcomes.borrow_mut().push((rank, error, here.now()));
+            });
+        }
+        assert!(simulation.run(), "seed {seed}: it does not end");
+        assert!(outcomes.borrow().iter().all(|(_, error, _)| error.is_none()), "seed {seed}: {:?}", outcomes.borrow());
+        for (rank, end) in simulation.ends() {
+            let most = if rank == endless { 61 * SECOND } else { 6 * SECOND };
+            assert!(end <= most, "seed {seed}: rank {rank} of {size} ended after {:.1} s", end as f64 / SECOND as f64);
+        }
+    }
+}

@@ -1,0 +1,289 @@
+//! Streams of bytes that come late, in pieces of any size.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::net::Shutdown;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::schedule::{Pause, pause};
+use crate::comm::tcp::frame::Limits;
+use crate::comm::tcp::network::{Network, Stream};
+use crate::comm::wired::{Sizes, lock};
+
+/// Random numbers of a seed (splitmix64).
+#[derive(Debug, Clone)]
+pub(super) struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    /// A number below `end`, which is not 0.
+    pub fn below(&mut self, end: usize) -> usize {
+        (self.next() % end as u64) as usize
+    }
+
+    pub fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+
+    pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+}
+
+/// What is the same all through a schedule.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Plan {
+    pub limits: Limits,
+    pub sizes: Sizes,
+    /// Bytes that are under way from one rank to another at most.
+    pub capacity: usize,
+    /// Of so many pieces, one is late.
+    pub late: usize,
+    /// Of so many reads and writes, one is cut short.
+    pub short: usize,
+}
+
+/// Bytes under way from one rank to another.
+#[derive(Debug, Default)]
+struct Pipe {
+    bytes: VecDeque<u8>,
+    /// Bytes that have come.
+    here: usize,
+    /// When the next bytes come, and how many.
+    coming: VecDeque<(u64, usize)>,
+    /// The writer has ended it.
+    ended: bool,
+    /// Nobody reads it any more.
+    refused: bool,
+}
+
+impl Pipe {
+    fn arrive(&mut self, now: u64) {
+        while let Some((_, bytes)) = self.coming.pop_front_if(|(at, _)| *at <= now) {
+            self.here += bytes;
+        }
+    }
+
+    fn readable(&self) -> bool {
+        self.here > 0 || self.ended && self.bytes.is_empty()
+    }
+}
+
+/// What the ranks share.
+#[derive(Debug)]
+pub(super) struct State {
+    pub size: usize,
+    pub plan: Plan,
+    pub random: Random,
+    /// Nanoseconds.
+    pub now: u64,
+    /// From `a` to `b` at `a * size + b`.
+    pipes: Vec<Pipe>,
+    /// Whose alarm rings.
+    pub rings: Vec<bool>,
+}
+
+impl State {
+    pub fn new(size: usize, plan: Plan, random: Random) -> Self {
+        let pipes = (0..size * size).map(|_| Pipe::default()).collect();
+        Self { size, plan, random, now: 0, pipes, rings: vec![false; size] }
+    }
+
+    /// Lets come what has come by now.
+    pub fn arrive(&mut self) {
+        let now = self.now;
+        self.pipes.iter_mut().for_each(|pipe| pipe.arrive(now));
+    }
+
+    /// When the next bytes come.
+    pub fn next_arrival(&self) -> Option<u64> {
+        self.pipes.iter().filter_map(|pipe| pipe.coming.front().map(|(at, _)| *at)).min()
+    }
+
+    /// Whether a stream of `rank` is ready.
+    pub fn is_ready(&self, rank: usize, (other, writes): (usize, bool)) -> bool {
+        let out = &self.pipes[rank * self.size + other];
+        let writable = writes && (out.refused || out.bytes.len() < self.plan.capacity);
+        writable || self.pipes[other * self.size + rank].readable()
+    }
+
+    /// The rank's process ends, whatever it was at.
+    pub fn end(&mut self, rank: usize) {
+        for other in 0..self.size {
+            self.pipes[rank * self.size + other].ended = true;
+            self.pipes[other * self.size + rank].refused = true;
+        }
+    }
+
+    fn write(&mut self, from: usize, to: usize, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        let Self { plan, random, now, .. } = self;
+        let pipe = &mut self.pipes[from * self.size + to];
+        if pipe.refused || pipe.ended {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        let total: usize = pieces.iter().map(|piece| piece.len()).sum();
+        let mut most = total.min(plan.capacity - pipe.bytes.len());
+        if most == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        if random.one_in(plan.short) {
+            most = 1 + random.below(most);
+        }
+        let mut left = most;
+        for piece in pieces {
+            let taken = piece.len().min(left);
+            pipe.bytes.extend(&piece[..taken]);
+            left -= taken;
+        }
+        let mut left = most;
+        while left > 0 {
+            let bytes = if random.one_in(plan.short) { 1 + random.below(left) } else { left };
+            let delay = if random.one_in(plan.late) { random.below(3_000_000) } else { random.below(30_000) };
+            let after = pipe.coming.back().map_or(0, |(at, _)| *at);
+            pipe.coming.push_back((after.max(*now + delay as u64), bytes));
+            left -= bytes;
+        }
+        Ok(most)
+    }
+
+    fn read(&mut self, from: usize, to: usize, places: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        let Self { plan, random, now, .. } = self;
+        let pipe = &mut self.pipes[from * self.size + to];
+        pipe.arrive(*now);
+        let total: usize = places.iter().map(|place| place.len()).sum();
+        let mut most = total.min(pipe.here);
+        if most == 0 {
+            return if pipe.readable() { Ok(0) } else { Err(io::ErrorKind::WouldBlock.into()) };
+        }
+        if random.one_in(plan.short) {
+            most = 1 + random.below(most);
+        }
+        let mut left = most;
+        for place in places {
+            let taken = place.len().min(left);
+            pipe.bytes.read_exact(&mut place[..taken])?;
+            left -= taken;
+        }
+        pipe.here -= most;
+        Ok(most)
+    }
+}
+
+/// A rank's end of the two pipes between it and another.
+#[derive(Debug, Clone)]
+pub(super) struct SimulatedStream {
+    state: Arc<Mutex<State>>,
+    rank: usize,
+    other: usize,
+}
+
+impl Read for SimulatedStream {
+    fn read(&mut self, place: &mut [u8]) -> io::Result<usize> {
+        self.read_vectored(&mut [IoSliceMut::new(place)])
+    }
+
+    fn read_vectored(&mut self, places: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        lock(&self.state).read(self.other, self.rank, places)
+    }
+}
+
+impl Write for SimulatedStream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(bytes)])
+    }
+
+    fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        lock(&self.state).write(self.rank, self.other, pieces)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Stream for SimulatedStream {
+    fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        let size = state.size;
+        if how != Shutdown::Read {
+            state.pipes[self.rank * size + self.other].ended = true;
+        }
+        if how != Shutdown::Write {
+            state.pipes[self.other * size + self.rank].refused = true;
+        }
+        Ok(())
+    }
+}
+
+/// The network as one rank sees it.
+#[derive(Debug)]
+pub(super) struct SimulatedNetwork {
+    state: Arc<Mutex<State>>,
+    /// The beginning of time.
+    began: Instant,
+    rank: usize,
+}
+
+impl SimulatedNetwork {
+    pub fn new(state: Arc<Mutex<State>>, began: Instant, rank: usize) -> Self {
+        Self { state, began, rank }
+    }
+
+    pub fn streams(&self) -> Vec<Option<SimulatedStream>> {
+        let stream = |other| SimulatedStream { state: self.state.clone(), rank: self.rank, other };
+        (0..lock(&self.state).size).map(|other| (other != self.rank).then(|| stream(other))).collect()
+    }
+
+    fn nanoseconds(&self) -> u64 {
+        lock(&self.state).now
+    }
+}
+
+impl Network for SimulatedNetwork {
+    type Stream = SimulatedStream;
+
+    fn ready(&self, streams: &[(usize, &SimulatedStream, bool)]) -> Vec<usize> {
+        let mut state = lock(&self.state);
+        state.arrive();
+        let ready =
+            |(other, _, writes): &&(usize, &SimulatedStream, bool)| state.is_ready(self.rank, (*other, *writes));
+        streams.iter().filter(ready).map(|(other, ..)| *other).collect()
+    }
+
+    fn rest(&self, streams: &[(usize, &SimulatedStream, bool)], longest: Duration) {
+        let streams = streams.iter().map(|(other, _, writes)| (*other, *writes)).collect();
+        pause(Pause::Rest(self.nanoseconds() + longest.as_nanos() as u64, streams));
+    }
+
+    fn ring(&self) {
+        lock(&self.state).rings[self.rank] = true;
+    }
+
+    fn limits(&self) -> Limits {
+        lock(&self.state).plan.limits
+    }
+
+    fn sizes(&self) -> Sizes {
+        lock(&self.state).plan.sizes
+    }
+
+    fn now(&self) -> Instant {
+        self.began + Duration::from_nanos(self.nanoseconds())
+    }
+
+    fn give_way(&self) {
+        pause(Pause::Sleep(self.nanoseconds()));
+    }
+
+    fn sleep(&self, duration: Duration) {
+        pause(Pause::Sleep(self.nanoseconds() + duration.as_nanos() as u64));
+    }
+}

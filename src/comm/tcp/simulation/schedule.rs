@@ -1,0 +1,247 @@
+//! Threads of ranks as coroutines, and who runs when.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use generator::{Generator, Gn};
+
+use super::messages::{Mail, MessageWire};
+use super::network::{Plan, Random, SimulatedNetwork, State};
+use crate::comm::Communicator;
+use crate::comm::local::WorldConfig;
+use crate::comm::tcp::wire::TcpWire;
+use crate::comm::wired::{Wire, enter, lock};
+
+/// Words of a coroutine's stack.
+const STACK: usize = 32 << 10;
+/// Steps after which a schedule does not end, as it seems.
+const STEPS: usize = 20_000_000;
+
+/// Why a thread does not run.
+#[derive(Debug)]
+pub(super) enum Pause {
+    /// Until then.
+    Sleep(u64),
+    /// Until then, or until a stream of its rank is ready: to be written as well, where that is said.
+    Rest(u64, Vec<(usize, bool)>),
+}
+
+/// Stops this coroutine until the schedule goes on with it.
+#[allow(deprecated, reason = "the scope cannot be had inside the code under test")]
+pub(super) fn pause(pause: Pause) {
+    generator::yield_with(pause);
+}
+
+/// A thread of a rank.
+struct Task {
+    rank: usize,
+    coroutine: Generator<'static, (), Pause>,
+    pause: Pause,
+}
+
+/// Threads that have been started and not run yet.
+type Started = Rc<RefCell<Vec<Task>>>;
+
+/// What the script of a rank is told of the simulation.
+#[derive(Clone)]
+pub(super) struct Here {
+    pub rank: usize,
+    state: Arc<Mutex<State>>,
+    started: Started,
+}
+
+impl Here {
+    /// Nanoseconds since the beginning.
+    pub fn now(&self) -> u64 {
+        lock(&self.state).now
+    }
+
+    /// Computes for so many nanoseconds.
+    pub fn compute(&self, nanoseconds: u64) {
+        pause(Pause::Sleep(self.now() + nanoseconds));
+    }
+
+    /// Another thread of this rank.
+    pub fn start(&self, body: impl FnOnce() + 'static) {
+        start(&self.started, self.rank, body);
+    }
+}
+
+/// What a thread runs.
+struct Body<F>(F);
+
+// SAFETY: a simulation and all its coroutines stay on the thread that made them.
+unsafe impl<F> Send for Body<F> {}
+
+impl<F: FnOnce()> Body<F> {
+    fn run(self) {
+        (self.0)();
+    }
+}
+
+fn start(started: &Started, rank: usize, body: impl FnOnce() + 'static) {
+    let body = Body(body);
+    let coroutine = Gn::new_opt(STACK, move || {
+        body.run();
+        generator::done()
+    });
+    started.borrow_mut().push(Task { rank, coroutine, pause: Pause::Sleep(0) });
+}
+
+pub(super) struct Simulation {
+    pub state: Arc<Mutex<State>>,
+    began: Instant,
+    tasks: Vec<Task>,
+    started: Started,
+    /// The processes that are stopped, each with the time when it goes on.
+    stopped: Vec<Option<u64>>,
+    /// When the wardens ended.
+    ends: Rc<RefCell<Vec<(usize, u64)>>>,
+    /// What happens when.
+    events: Vec<(u64, Event)>,
+}
+
+/// What happens to a rank's process.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Event {
+    /// It is stopped until then.
+    Stop(usize, u64),
+    Kill(usize),
+}
+
+impl Simulation {
+    pub fn new(size: usize, plan: Plan, random: Random) -> Self {
+        let state = Arc::new(Mutex::new(State::new(size, plan, random)));
+        let (tasks, started) = (Vec::new(), Started::default());
+        Self {
+            state,
+            began: Instant::now(),
+            tasks,
+            started,
+            stopped: vec![None; size],
+            ends: Rc::default(),
+            events: Vec::new(),
+        }
+    }
+
+    /// Puts a rank into the world.
+    pub fn rank(&self, rank: usize, timeout: Duration, script: impl FnOnce(Communicator, Here) + 'static) {
+        let network = SimulatedNetwork::new(self.state.clone(), self.began, rank);
+        let (streams, copies) = (network.streams(), network.streams());
+        self.enter(Box::new(TcpWire::over(network, rank, streams, copies)), timeout, script);
+    }
+
+    /// Puts a rank into the world whose wire hands on whole messages.
+    pub fn rank_of_messages(
+        &self,
+        mail: &Arc<Mutex<Mail>>,
+        rank: usize,
+        timeout: Duration,
+        script: impl FnOnce(Communicator, Here) + 'static,
+    ) {
+        let (state, mail, began) = (self.state.clone(), mail.clone(), self.began);
+        self.enter(Box::new(MessageWire { state, mail, began, rank }), timeout, script);
+    }
+
+    fn enter(&self, wire: Box<dyn Wire>, timeout: Duration, script: impl FnOnce(Communicator, Here) + 'static) {
+        let rank = wire.rank();
+        let config = WorldConfig { timeout, name: "world".into() };
+        let (comm, world) = enter(wire, config, true);
+        let here = Here { rank, state: self.state.clone(), started: self.started.clone() };
+        start(&self.started, rank, move || script(comm, here));
+        let (ends, state) = (self.ends.clone(), self.state.clone());
+        start(&self.started, rank, move || {
+            world.guard();
+            ends.borrow_mut().push((rank, lock(&state).now));
+        });
+    }
+
+    /// When each rank was done with the world.
+    pub fn ends(&self) -> Vec<(usize, u64)> {
+        self.ends.borrow().clone()
+    }
+
+    pub fn at(&mut self, time: u64, event: Event) {
+        self.events.push((time, event));
+    }
+
+    /// Runs all threads to their end. Returns whether they have come to it.
+    pub fn run(&mut self) -> bool {
+        for _ in 0..STEPS {
+            self.tasks.append(&mut self.started.borrow_mut());
+            self.happen();
+            if self.tasks.iter().all(|task| self.stopped[task.rank] == Some(u64::MAX)) {
+                return true;
+            }
+            let Some(next) = self.pick() else { continue };
+            let task = &mut self.tasks[next];
+            match task.coroutine.resume() {
+                Some(pause) => task.pause = pause,
+                None => drop(self.tasks.swap_remove(next)),
+            }
+        }
+        false
+    }
+
+    /// What is due happens.
+    fn happen(&mut self) {
+        let now = lock(&self.state).now;
+        for (_, event) in self.events.extract_if(.., |(at, _)| *at <= now) {
+            match event {
+                Event::Stop(rank, until) => self.stopped[rank] = Some(until),
+                Event::Kill(rank) => {
+                    self.stopped[rank] = Some(u64::MAX);
+                    // Nothing of it is cleared away.
+                    for dead in self.tasks.extract_if(.., |task| task.rank == rank) {
+                        std::mem::forget(dead);
+                    }
+                    lock(&self.state).end(rank);
+                }
+            }
+        }
+        for stopped in &mut self.stopped {
+            stopped.take_if(|until| *until <= now);
+        }
+    }
+
+    /// A thread that can run. If there is none, time passes.
+    fn pick(&mut self) -> Option<usize> {
+        let mut state = lock(&self.state);
+        state.arrive();
+        let runs = |task: &Task| {
+            self.stopped[task.rank].is_none()
+                && match &task.pause {
+                    Pause::Sleep(until) => *until <= state.now,
+                    Pause::Rest(until, streams) => {
+                        let ready = |stream: &(usize, bool)| state.is_ready(task.rank, *stream);
+                        *until <= state.now || state.rings[task.rank] || streams.iter().any(ready)
+                    }
+                }
+        };
+        let ready: Vec<usize> = (0..self.tasks.len()).filter(|task| runs(&self.tasks[*task])).collect();
+        if ready.is_empty() {
+            let wakes =
+                self.tasks.iter().filter(|task| self.stopped[task.rank].is_none()).map(|task| match task.pause {
+                    Pause::Sleep(until) | Pause::Rest(until, _) => until,
+                });
+            let others = self.events.iter().map(|(at, _)| *at).chain(self.stopped.iter().flatten().copied());
+            let next = wakes.chain(others).chain(state.next_arrival()).filter(|at| *at > state.now).min();
+            state.now = next.unwrap_or(state.now + 1_000_000);
+            return None;
+        }
+        let next = ready[state.random.below(ready.len())];
+        state.now += state.random.below(3000) as u64;
+        let task = &mut self.tasks[next];
+        if let Pause::Rest(..) = task.pause {
+            state.rings[task.rank] = false;
+        }
+        if state.random.one_in(50) {
+            // It loses its core.
+            task.pause = Pause::Sleep(state.now + state.random.below(4_000_000) as u64);
+            return None;
+        }
+        Some(next)
+    }
+}

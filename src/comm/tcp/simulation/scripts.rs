@@ -1,0 +1,273 @@
+//! Collectives and messages of all sizes, on groups that run ahead of each other.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::messages::Mail;
+use super::network::Random;
+use super::{Here, Plan, Simulation};
+use crate::Error;
+use crate::comm::tcp::frame::Limits;
+use crate::comm::wired::Sizes;
+use crate::comm::{Communicator, ReduceOp, part};
+
+/// Longer than anything takes, in the time of the simulation.
+const TIMEOUT: Duration = Duration::from_secs(3);
+/// Most bytes of an operation, over all ranks.
+const MOST: usize = 96 << 10;
+
+/// Sizes for a schedule.
+pub(super) fn plan(random: &mut Random) -> Plan {
+    let part = random.pick(&[40, 64, 100, 256]);
+    let whole = random.pick(&[16, 32, 64, 120]);
+    // Bytes under way hold a few parts, as a socket's buffers do; a turn is several parts, as it is in truth.
+    let limits = Limits {
+        whole,
+        credit: whole * random.pick(&[1, 2, 4, 32]),
+        part,
+        turn: part * random.pick(&[1, 2, 8]),
+        staging: random.pick(&[24, 40, 64, 256]),
+    };
+    let sizes = Sizes {
+        window: 8 * random.pick(&[4, 16, 64]),
+        broadcast: random.pick(&[16, 64, 256]),
+        inline: random.pick(&[8, 32, 128]),
+    };
+    Plan {
+        limits,
+        sizes,
+        capacity: random.pick(&[64, 300, 2000, 20_000]),
+        late: random.pick(&[2, 10, 1000]),
+        short: random.pick(&[2, 5, 1000]),
+    }
+}
+
+/// A number of bytes at one of the thresholds, a little beside it, or anywhere.
+fn bytes(random: &mut Random, plan: &Plan, ranks: usize) -> usize {
+    let (limits, sizes) = (plan.limits, plan.sizes);
+    let near = random.pick(&[
+        limits.whole,
+        limits.part,
+        limits.staging,
+        limits.turn,
+        limits.credit,
+        sizes.window,
+        sizes.window * ranks,
+        sizes.broadcast,
+        sizes.inline,
+        plan.capacity,
+    ]);
+    let times = random.pick(&[1, 1, 1, 2, 3]);
+    let bytes = match random.below(8) {
+        0 => random.below(20),
+        1 => random.below(4 * limits.turn),
+        2 => (near * times).saturating_sub(random.below(30)),
+        _ => near * times + random.below(10),
+    };
+    bytes.min(MOST / ranks)
+}
+
+/// One operation of a group, the same on all its ranks.
+#[derive(Debug, Clone, Copy)]
+struct Step {
+    kind: usize,
+    bytes: usize,
+    root: usize,
+    seed: u64,
+    /// Nanoseconds that one rank computes before.
+    slow: (usize, u64),
+}
+
+fn steps(random: &mut Random, plan: &Plan, ranks: usize, count: usize) -> Vec<Step> {
+    let step = |_| Step {
+        kind: random.below(11),
+        bytes: bytes(random, plan, ranks),
+        root: random.below(ranks),
+        seed: random.next(),
+        slow: (random.below(2 * ranks), random.below(3_000_000) as u64),
+    };
+    (0..count).map(step).collect()
+}
+
+fn byte(seed: u64, rank: usize, place: usize) -> u8 {
+    (seed as usize).wrapping_add(rank * 101).wrapping_add(place.wrapping_mul(place + 7)) as u8
+}
+
+fn input(seed: u64, rank: usize, len: usize) -> Vec<u8> {
+    (0..len).map(|place| byte(seed, rank, place)).collect()
+}
+
+fn sum(seed: u64, ranks: usize, len: usize) -> Vec<u8> {
+    let at = |place| (0..ranks).fold(0u8, |sum, rank| sum.wrapping_add(byte(seed, rank, place)));
+    (0..len).map(at).collect()
+}
+
+#[track_caller]
+fn same(found: &[u8], expected: &[u8], what: &str) -> Result<(), Error> {
+    match found == expected {
+        true => Ok(()),
+        false => Err(Error::user(format!("{what}: wrong bytes"))),
+    }
+}
+
+/// One rank's share of an operation, and whether what comes of it is right.
+fn perform(comm: &Communicator, here: &Here, step: &Step) -> Result<(), Error> {
+    let (size, rank) = (comm.size(), comm.rank());
+    let Step { kind, bytes: len, root, seed, slow } = *step;
+    if slow.0 == rank {
+        here.compute(slow.1);
+    }
+    let mine = || input(seed, rank, len);
+    let all = || (0..size).flat_map(|rank| input(seed, rank, len)).collect::<Vec<u8>>();
+    match kind {
+        0 => comm.barrier(),
+        1 => same(&comm.all_reduce(mine(), ReduceOp::Sum)?, &sum(seed, size, len), "all_reduce"),
+        2 => same(
+            &comm.reduce_scatter(mine(), ReduceOp::Sum)?,
+            &sum(seed, size, len)[part(len, size, rank)],
+            "reduce_scatter",
+        ),
+        3 => same(&comm.broadcast(mine(), root)?, &input(seed, root, len), "broadcast"),
+        4 => match comm.reduce(mine(), ReduceOp::Sum, root)? {
+            Some(result) => same(&result, &sum(seed, size, len), "reduce"),
+            None => Ok(()),
+        },
+        5 => match comm.gather(mine(), root)? {
+            Some(result) => same(&result, &all(), "gather"),
+            None => Ok(()),
+        },
+        6 => {
+            let result = comm.scatter((rank == root).then(mine), root)?;
+            same(&result, &input(seed, root, len)[part(len, size, rank)], "scatter")
+        }
+        7 => {
+            let expected: Vec<u8> =
+                (0..size).flat_map(|from| input(seed, from, len)[part(len, size, rank)].to_vec()).collect();
+            same(&comm.all_to_all(mine())?, &expected, "all_to_all")
+        }
+        8 => {
+            // Round the ring, two messages of two tags, received the other way round.
+            let (next, previous) = ((rank + 1) % size, (rank + size - 1) % size);
+            comm.send(mine(), next, seed)?;
+            comm.send(vec![rank as u64], next, !seed)?;
+            if comm.recv::<Vec<u64>>(previous, !seed)? != [previous as u64] {
+                return Err(Error::user("the second message: wrong"));
+            }
+            same(&comm.recv::<Vec<u8>>(previous, seed)?, &input(seed, previous, len), "recv")
+        }
+        _ => same(&comm.all_gather(mine())?, &all(), "all_gather"),
+    }
+}
+
+/// What the ranks of a group do, and what became of it.
+type Outcomes = Rc<RefCell<Vec<(usize, Result<(), Error>)>>>;
+
+/// Runs the schedule of this number. Returns what went wrong.
+fn schedule(seed: u64, messages: bool) -> Result<(), String> {
+    let mut random = Random(seed.wrapping_mul(0xd1b5_4a32_d192_ed03));
+    let size = 2 + random.below(7);
+    let plan = plan(&mut random);
+    // A mesh of `rows` times the rest, whose two axes are at work at the same time or in turns.
+    let divisors: Vec<usize> = (1..=size).filter(|rows| size.is_multiple_of(*rows)).collect();
+    let rows = random.pick(&divisors);
+    let (both, count) = (random.one_in(2), 1 + random.below(4));
+    let scripts = [
+        steps(&mut random, &plan, size, count),
+        steps(&mut random, &plan, rows, count),
+        steps(&mut random, &plan, size / rows, count),
+        steps(&mut random, &plan, size, 1),
+    ];
+    let scripts = Rc::new(scripts);
+    let mut simulation = Simulation::new(size, plan, random);
+    let outcomes = Outcomes::default();
+    let mail = Arc::<Mutex<Mail>>::default();
+    for rank in 0..size {
+        let (scripts, outcomes) = (scripts.clone(), outcomes.clone());
+        let script = move |comm: Communicator, here: Here| {
+            let outcome = mesh(&comm, &here, &scripts, rows, both, &outcomes);
+            outcomes.borrow_mut().push((rank, outcome));
+        };
+        match messages {
+            true => simulation.rank_of_messages(&mail, rank, TIMEOUT, script),
+            false => simulation.rank(rank, TIMEOUT, script),
+        }
+    }
+    let ended = simulation.run();
+    let about = || format!("{size} ranks, {rows} rows, {plan:?}, {scripts:?}");
+    let outcomes = outcomes.borrow();
+    for (rank, outcome) in outcomes.iter() {
+        outcome.as_ref().map_err(|error| format!("rank {rank}: {error}; {}", about()))?;
+    }
+    let expected = size * if both { 2 } else { 1 };
+    match ended && outcomes.len() == expected {
+        true => Ok(()),
+        false => Err(format!("{} of {expected} threads ended; {}", outcomes.len(), about())),
+    }
+}
+
+fn mesh(
+    comm: &Communicator,
+    here: &Here,
+    scripts: &Rc<[Vec<Step>; 4]>,
+    rows: usize,
+    both: bool,
+    outcomes: &Outcomes,
+) -> Result<(), Error> {
+    let columns = comm.size() / rows;
+    for step in &scripts[0] {
+        perform(comm, here, step)?;
+    }
+    let column = comm.split((comm.rank() % columns) as u64, 0)?;
+    let row = comm.split((comm.rank() / columns) as u64, 0)?;
+    if both {
+        let (there, steps, outcomes) = (here.clone(), scripts.clone(), outcomes.clone());
+        here.start(move || {
+            let outcome = steps[1].iter().try_for_each(|step| perform(&column, &there, step));
+            outcomes.borrow_mut().push((there.rank, outcome));
+        });
+        scripts[2].iter().try_for_each(|step| perform(&row, here, step))
+    } else {
+        for (one, other) in scripts[1].iter().zip(&scripts[2]) {
+            perform(&column, here, one)?;
+            perform(&row, here, other)?;
+        }
+        scripts[3].iter().try_for_each(|step| perform(comm, here, step))
+    }
+}
+
+/// Runs schedules, and tells which one failed and how to run it again.
+fn run(test: &str, schedules: u64, messages: bool) {
+    let one = std::env::var("BURN_PARALLEL_SCHEDULE").ok().and_then(|number| number.parse().ok());
+    let numbers = one.map_or(0..schedules, |number: u64| number..number + 1);
+    let (began, next) = (Instant::now(), AtomicU64::new(numbers.start));
+    let work = || {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= numbers.end {
+                return Ok(());
+            }
+            schedule(number, messages)
+                .map_err(|problem| format!("BURN_PARALLEL_SCHEDULE={number} cargo test --lib {test}: {problem}"))?;
+        }
+    };
+    let failed: Vec<String> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..2).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().filter_map(|thread| thread.join().expect("a schedule panicked").err()).collect()
+    });
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
+    println!("{} schedules in {:.1?}", numbers.end - numbers.start, began.elapsed());
+}
+
+#[test]
+fn all_comes_to_its_place_over_connections() {
+    run("over_connections", 2000, false);
+}
+
+#[test]
+fn all_comes_to_its_place_over_messages() {
+    run("over_messages", 1000, true);
+}
