@@ -34,6 +34,7 @@
 //!
 //! A rank that is lost while data moves leaves the buffers of that collective half written.
 
+mod fill;
 mod frame;
 mod mesh;
 mod ops;

@@ -8,6 +8,7 @@ use std::net::{Shutdown, TcpStream};
 use super::frame::{CREDIT, Head, Kind, WHOLE};
 use super::ops::Ops;
 use super::transit::{Accepted, Arrival, Body, Bulk, Into, Lent, Parcel, Place, Reading};
+use crate::comm::host::zeroed;
 
 /// Bytes read at a time beside those that have a place.
 pub(super) const STAGING: usize = 64 << 10;
@@ -166,9 +167,13 @@ impl Peer {
                 return None;
             }
             Arrival::Offered { id, len } => {
+                let Some(bytes) = zeroed(len) else {
+                    self.break_off(format!("there is no memory for a message of {len} bytes"));
+                    return None;
+                };
                 *first = Arrival::Coming(id);
                 self.offers -= 1;
-                self.accept(tag, id, len, Into::Owned(vec![0; len]));
+                self.accept(tag, id, len, Into::Owned(bytes));
                 self.write(ops);
                 return None;
             }

@@ -1,7 +1,8 @@
 //! What a connection brings: heads, and bytes that go straight to where they belong.
 
-use std::io::{self, IoSliceMut, Read};
+use std::io::{self, Read};
 
+use super::fill::Fill;
 use super::frame::{CREDIT, HEAD, Head, Kind, WHOLE};
 use super::ops::Ops;
 use super::peer::{Peer, STAGING, pop};
@@ -27,10 +28,9 @@ impl Peer {
                     self.got(n, ops);
                     continue;
                 }
-                // SAFETY: lent for this, or our own.
-                let place = unsafe { std::slice::from_raw_parts_mut(data, len) };
                 let Some(stream) = &mut self.stream else { return };
-                let came = stream.read_vectored(&mut [IoSliceMut::new(place), IoSliceMut::new(&mut self.staging)]);
+                // SAFETY: lent for this, or our own.
+                let came = unsafe { stream.fill(data, len, &mut self.staging) };
                 let Some(n) = self.came(came) else { return };
                 self.staged = 0..n.saturating_sub(len);
                 self.got(n.min(len), ops);
