@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use burn::tensor::{Tensor, TensorData};
 use burn_parallel::comm::Communicator;
 use burn_parallel::prelude::*;
-use burn_parallel::tensor_parallel::matmul::{Overlap, row_parallel};
+use burn_parallel::tensor_parallel::functional::{Overlap, row_parallel};
 use forwarding::Forwarding;
 
 /// Bytes a second of the made-up network.

@@ -20,10 +20,10 @@ use burn::module::Module;
 use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
 use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_parallel::graph::shard::{
+use burn_parallel::graph::{CustomOps, Executor, GraphInputs, capture_step, counted_random};
+use burn_parallel::partition::{
     PartitionOptions, fold_reductions, fuse_products, overlap, partition, register_collectives,
 };
-use burn_parallel::graph::{CustomOps, Executor, GraphInputs, capture_step, counted_random};
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::Sharded;
 use models::{Gpt, Mlp, SEQUENCE, VOCABULARY};

@@ -43,6 +43,7 @@
 //! | [`pipeline_parallel`] | any module cut into stages; schedules as data, their validator and simulator, one executor for all |
 //! | [`train`] | where strategies meet: replicas of models that are split |
 //! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
+//! | [`partition`] | sharding propagation: a captured step split over the ranks of an axis, with the collectives it needs |
 //!
 //! # Words
 //!
@@ -56,21 +57,23 @@
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod collective_matmul;
 pub mod comm;
 pub mod data_parallel;
+mod delegate;
+mod distribution;
 mod error;
 pub mod graph;
 pub mod launch;
 pub mod layout;
-mod matmul;
 pub mod mesh;
 pub mod params;
+pub mod partition;
 pub mod pipeline_parallel;
 pub mod plan;
 pub mod tensor;
 pub mod tensor_parallel;
 pub mod train;
-mod wrapper;
 
 pub use error::Error;
 
@@ -80,10 +83,11 @@ pub mod prelude {
     pub use crate::comm::{Communicator, ReduceOp};
     pub use crate::data_parallel::{DataParallel, DataParallelConfig, Loss};
     pub use crate::data_parallel::{DistributedDataset, DistributedSampler, Remainder};
-    pub use crate::graph::{TokenLoss, cut::Cut};
+    pub use crate::graph::TokenLoss;
     pub use crate::launch::{self, Rank};
     pub use crate::layout::{self, Layout};
     pub use crate::mesh::Mesh;
+    pub use crate::pipeline_parallel::cut::Cut;
     pub use crate::pipeline_parallel::{PipelineConfig, PipelineParallel, schedule::Schedule};
     pub use crate::plan::Plan;
     pub use crate::tensor_parallel::TensorParallel;

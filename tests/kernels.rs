@@ -7,10 +7,10 @@ mod products;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use burn_parallel::comm::part;
 use burn_parallel::prelude::*;
+use burn_parallel::tensor_parallel::functional::{Activation, Overlap, bias_activation};
 use burn_parallel::tensor_parallel::layers::{
     ColumnParallelLinearConfig, RowParallelLinearConfig, vocab_parallel_cross_entropy,
 };
-use burn_parallel::tensor_parallel::matmul::{Activation, Overlap, bias_activation};
 use gpu::{Trials, gpu};
 use products::compare;
 use products::dense::Dense;

@@ -13,9 +13,11 @@ use burn::nn::{Dropout, DropoutConfig, Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::{Bool, activation};
 use burn_parallel::Error;
-use burn_parallel::graph::cut::{Cut, CutGraph, CutReport, StageRun, Tensors, cut, measure_operations, operation_cost};
 use burn_parallel::graph::{
     CustomOps, Executor, GraphInputs, StepGraph, capture_step, gradients_params, graph_tensors,
+};
+use burn_parallel::pipeline_parallel::cut::{
+    Cut, CutGraph, CutReport, StageRun, Tensors, cut, measure_operations, operation_cost,
 };
 use burn_parallel::tensor::PlainTensor;
 use models::{

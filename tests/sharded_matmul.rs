@@ -5,7 +5,7 @@ mod products;
 use burn::tensor::{DType, Device, Tensor};
 use burn_parallel::comm::part;
 use burn_parallel::prelude::*;
-use burn_parallel::tensor_parallel::matmul::*;
+use burn_parallel::tensor_parallel::functional::*;
 use products::dense::Dense;
 use products::{FORMS, compare, held, overlaps};
 

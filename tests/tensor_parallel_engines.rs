@@ -14,7 +14,7 @@ use burn::nn::transformer::{PositionWiseFeedForward, PositionWiseFeedForwardConf
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData, activation};
-use burn_parallel::graph::shard::ProductKind;
+use burn_parallel::partition::ProductKind;
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::layers::*;
 use dense::Dense;

@@ -11,8 +11,8 @@ use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, Transf
 use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig, attention};
 use burn::optim::GradientsParams;
 use burn::prelude::*;
-use burn_parallel::graph::shard::{CollectiveKind, PartitionOptions, ShardReport, partition};
 use burn_parallel::graph::{GraphInputs, capture_step};
+use burn_parallel::partition::{CollectiveKind, PartitionOptions, ShardReport, partition};
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::Sharded;
 use models::{Cnn, Numbers, Rnn, Tied, cross_entropy, device, images, scalar};

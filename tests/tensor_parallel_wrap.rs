@@ -10,8 +10,8 @@ use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, Transf
 use burn::nn::{Dropout, DropoutConfig, Embedding, EmbeddingConfig, Linear, LinearConfig, SwiGlu, SwiGluConfig};
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::graph::shard::{Collective, CollectiveKind};
 use burn_parallel::graph::{GraphInputs, TensorMapper};
+use burn_parallel::partition::{Collective, CollectiveKind};
 use burn_parallel::prelude::*;
 use models::{Cnn, Mlp, Numbers, Rnn, Tied, cross_entropy, device, difference, eager, floats, images, scalar};
 use reference::{alone, optimizer, own};

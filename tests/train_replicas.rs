@@ -7,7 +7,7 @@ mod reference;
 
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::graph::shard::CollectiveKind;
+use burn_parallel::partition::CollectiveKind;
 use burn_parallel::prelude::*;
 use models::{Lm, Mlp, Numbers, device, difference, eager, floats, scalar};
 use reference::{alone, optimizer, own};

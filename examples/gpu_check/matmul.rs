@@ -10,7 +10,7 @@ use burn::tensor::{DType, Device, Distribution, Tensor};
 use burn_parallel::comm::{nccl, part};
 use burn_parallel::layout;
 use burn_parallel::prelude::*;
-use burn_parallel::tensor_parallel::matmul::{
+use burn_parallel::tensor_parallel::functional::{
     Overlap, all_gather_matmul, column_parallel, matmul_reduce_scatter, row_parallel,
 };
 

@@ -51,7 +51,7 @@ where
 }
 
 /// Runs `record` on a capture device like `home`, on which the graph will run, and makes a graph of what it recorded.
-pub(super) fn in_scope(
+pub(crate) fn in_scope(
     home: &Device,
     record: impl FnOnce(CaptureDevice) -> Result<Recording, Error>,
 ) -> Result<StepGraph, Error> {
@@ -84,19 +84,19 @@ pub(super) fn in_scope(
 
 /// What the closure of a capture leaves behind, in the capture's own tensor ids.
 #[derive(Default)]
-pub(super) struct Recording {
-    pub(super) survey: Survey,
+pub(crate) struct Recording {
+    pub(crate) survey: Survey,
     /// Tensor of every parameter and running statistic.
-    pub(super) params: HashMap<ParamId, TensorId>,
-    pub(super) running: HashSet<ParamId>,
-    pub(super) gradients: HashMap<ParamId, TensorId>,
-    pub(super) inputs: Vec<EdgeTensor>,
-    pub(super) outputs: Vec<EdgeTensor>,
+    pub(crate) params: HashMap<ParamId, TensorId>,
+    pub(crate) running: HashSet<ParamId>,
+    pub(crate) gradients: HashMap<ParamId, TensorId>,
+    pub(crate) inputs: Vec<EdgeTensor>,
+    pub(crate) outputs: Vec<EdgeTensor>,
     /// None if this is a forward alone.
-    pub(super) loss: Option<EdgeTensor>,
-    pub(super) weight: Option<EdgeTensor>,
+    pub(crate) loss: Option<EdgeTensor>,
+    pub(crate) weight: Option<EdgeTensor>,
     /// An operation that stands between forward and backward.
-    pub(super) marker: Option<TensorId>,
+    pub(crate) marker: Option<TensorId>,
 }
 
 fn record<M, I, F, R>(device: CaptureDevice, model: &M, inputs: I, loss: F) -> Result<Recording, Error>

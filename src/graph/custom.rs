@@ -83,7 +83,7 @@ impl CustomOps {
     ///
     /// # Errors
     /// [`Error::Graph`] if it has an operation that is not known here.
-    pub(super) fn read_by<'a>(
+    pub(crate) fn read_by<'a>(
         &self,
         program: impl IntoIterator<Item = &'a Action>,
     ) -> Result<HashSet<TensorId>, Error> {
@@ -106,12 +106,12 @@ impl CustomOps {
         Ok(read)
     }
 
-    pub(super) fn on_flex(&self) -> CustomOpRegistry<Flex> {
+    pub(crate) fn on_flex(&self) -> CustomOpRegistry<Flex> {
         self.flex.clone()
     }
 
     #[cfg(feature = "cubecl")]
-    pub(super) fn on_cube(&self) -> CustomOpRegistry<Cube> {
+    pub(crate) fn on_cube(&self) -> CustomOpRegistry<Cube> {
         self.cube.clone()
     }
 

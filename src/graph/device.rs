@@ -15,9 +15,9 @@ use burn_capture::{CaptureBackend, CaptureDevice};
 use super::graph_error;
 use crate::error::Error;
 
-pub(super) type AutodiffCapture = Autodiff<CaptureBackend>;
+pub(crate) type AutodiffCapture = Autodiff<CaptureBackend>;
 /// A tensor of any kind on the capture device.
-pub(super) type Recorded = FloatTensor<CaptureBackend>;
+pub(crate) type Recorded = FloatTensor<CaptureBackend>;
 
 /// The default dtypes of a device: floats, ints, bools.
 type Dtypes = (FloatDType, IntDType, BoolDType);
@@ -29,7 +29,7 @@ thread_local! {
 
 /// The capture device of this thread with the default dtypes of a device: an index made inside the step must have the dtype of
 /// one that comes from outside.
-pub(super) fn capture_device_like(home: &Device) -> Result<CaptureDevice, Error> {
+pub(crate) fn capture_device_like(home: &Device) -> Result<CaptureDevice, Error> {
     let settings = home.settings();
     let dtypes = (settings.float_dtype, settings.int_dtype, settings.bool_dtype);
     DEVICES.with_borrow_mut(|devices| match devices.iter().find(|(known, _)| *known == dtypes) {
@@ -61,12 +61,12 @@ fn with_dtypes(device: CaptureDevice, (float, int, bool): Dtypes) -> Result<Capt
     Ok(device)
 }
 
-pub(super) fn capture_device(device: CaptureDevice) -> Device {
+pub(crate) fn capture_device(device: CaptureDevice) -> Device {
     Device::new(DispatchDevice::Capture(device))
 }
 
 /// A tensor of the capture device without data.
-pub(super) fn placeholder(device: CaptureDevice, shape: Shape, dtype: DType, what: &str) -> Result<Recorded, Error> {
+pub(crate) fn placeholder(device: CaptureDevice, shape: Shape, dtype: DType, what: &str) -> Result<Recorded, Error> {
     if dtype.is_float() {
         Ok(CaptureBackend::float_empty(shape, &device, dtype.into()))
     } else if dtype.is_bool() {
@@ -79,7 +79,7 @@ pub(super) fn placeholder(device: CaptureDevice, shape: Shape, dtype: DType, wha
 }
 
 /// The static backend type has no checkpointing, the tensor itself says which strategy its operations follow.
-pub(super) fn with_strategy(
+pub(crate) fn with_strategy(
     tensor: BackendTensor<AutodiffCapture>,
     strategy: GradientCheckpointingStrategy,
 ) -> DispatchTensor {
@@ -88,14 +88,14 @@ pub(super) fn with_strategy(
     tensor
 }
 
-pub(super) fn as_autodiff(mut tensor: DispatchTensor) -> Option<BackendTensor<AutodiffCapture>> {
+pub(crate) fn as_autodiff(mut tensor: DispatchTensor) -> Option<BackendTensor<AutodiffCapture>> {
     if tensor.autodiff != DispatchAutodiffContext::Disabled {
         tensor.autodiff = DispatchAutodiffContext::Enabled(GradientCheckpointingStrategy::Disabled);
     }
     <DispatchTensor as DispatchKindConversion<AutodiffCapture>>::try_into_backend(tensor).ok()
 }
 
-pub(super) fn without_autodiff(tensor: Recorded, dtype: DType) -> DispatchTensor {
+pub(crate) fn without_autodiff(tensor: Recorded, dtype: DType) -> DispatchTensor {
     let tensor = if dtype.is_float() {
         BackendTensor::Float(tensor)
     } else if dtype.is_bool() {
@@ -106,7 +106,7 @@ pub(super) fn without_autodiff(tensor: Recorded, dtype: DType) -> DispatchTensor
     <DispatchTensor as DispatchKindConversion<CaptureBackend>>::from_backend(tensor)
 }
 
-pub(super) fn on_autodiff(tensor: Recorded, dtype: DType, strategy: GradientCheckpointingStrategy) -> DispatchTensor {
+pub(crate) fn on_autodiff(tensor: Recorded, dtype: DType, strategy: GradientCheckpointingStrategy) -> DispatchTensor {
     let tensor = if dtype.is_float() {
         BackendTensor::Float(AutodiffCapture::from_inner(tensor))
     } else if dtype.is_bool() {

@@ -14,29 +14,29 @@ use super::inputs::TensorMapper;
 use crate::error::Error;
 
 /// A tensor at the edge of the graph.
-pub(super) struct EdgeTensor {
-    pub(super) path: String,
-    pub(super) id: TensorId,
-    pub(super) shape: Shape,
-    pub(super) dtype: DType,
+pub(crate) struct EdgeTensor {
+    pub(crate) path: String,
+    pub(crate) id: TensorId,
+    pub(crate) shape: Shape,
+    pub(crate) dtype: DType,
 }
 
-pub(super) fn join(path: &[usize]) -> String {
+pub(crate) fn join(path: &[usize]) -> String {
     path.iter().map(usize::to_string).collect::<Vec<_>>().join(".")
 }
 
 /// Inputs become capture tensors without data; for training on autodiff, as a batch made on the training device would be:
 /// dropout and batch norm ask their input whether this is training.
-pub(super) struct CaptureInputs {
+pub(crate) struct CaptureInputs {
     device: CaptureDevice,
     strategy: Option<GradientCheckpointingStrategy>,
     path: Vec<usize>,
-    pub(super) inputs: Vec<EdgeTensor>,
+    pub(crate) inputs: Vec<EdgeTensor>,
 }
 
 impl CaptureInputs {
     /// With autodiff if there is a strategy for its checkpoints.
-    pub(super) fn new(device: CaptureDevice, strategy: Option<GradientCheckpointingStrategy>) -> Self {
+    pub(crate) fn new(device: CaptureDevice, strategy: Option<GradientCheckpointingStrategy>) -> Self {
         Self { device, strategy, path: Vec::new(), inputs: Vec::new() }
     }
 }
@@ -61,19 +61,19 @@ impl TensorMapper for CaptureInputs {
     }
 }
 
-pub(super) struct CaptureOutputs {
-    pub(super) path: Vec<usize>,
-    pub(super) outputs: Vec<EdgeTensor>,
+pub(crate) struct CaptureOutputs {
+    pub(crate) path: Vec<usize>,
+    pub(crate) outputs: Vec<EdgeTensor>,
 }
 
 impl CaptureOutputs {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { path: Vec::new(), outputs: Vec::new() }
     }
 }
 
 /// A tensor that was computed on the capture device, as an edge of the graph.
-pub(super) fn computed(what: &str, path: String, tensor: &DispatchTensor) -> Result<EdgeTensor, Error> {
+pub(crate) fn computed(what: &str, path: String, tensor: &DispatchTensor) -> Result<EdgeTensor, Error> {
     let (shape, dtype) = (tensor.shape(), tensor.dtype());
     let id = match tensor.autodiff {
         DispatchAutodiffContext::Disabled => {

@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::tensor::{PlainTensor, check_device};
 
 /// A backend that graphs run on.
-pub(super) trait GraphBackend: BackendIr
+pub(crate) trait GraphBackend: BackendIr
 where
     DispatchTensor: DispatchKindConversion<Self>,
 {
@@ -114,7 +114,7 @@ where
     }
 }
 
-pub(super) fn into_handle<B: GraphBackend>(tensor: PlainTensor) -> Result<HandleKind<B>, Error>
+pub(crate) fn into_handle<B: GraphBackend>(tensor: PlainTensor) -> Result<HandleKind<B>, Error>
 where
     DispatchTensor: DispatchKindConversion<B>,
 {
@@ -127,7 +127,7 @@ where
     }
 }
 
-pub(super) fn from_handle<B: GraphBackend>(handle: HandleKind<B>) -> Result<PlainTensor, Error>
+pub(crate) fn from_handle<B: GraphBackend>(handle: HandleKind<B>) -> Result<PlainTensor, Error>
 where
     DispatchTensor: DispatchKindConversion<B>,
 {

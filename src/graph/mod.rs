@@ -6,8 +6,7 @@
 //! rewrite that list:
 //!
 //! - [`counted_random`] has every rank draw the random numbers of one device,
-//! - [`shard::partition`] splits the step over the ranks of a mesh axis; [`shard::fuse_products`] has products run together
-//!   with their collectives, [`shard::fold_reductions`] and [`shard::overlap`] order these,
+//! - [`partition`](crate::partition::partition) splits the step over the ranks of a mesh axis,
 //! - [`sync_batch_norm`] puts a collective after every batch statistic.
 //!
 //! An [`Executor`] then runs it on the model's device at each step with the current parameters and new inputs, faster than
@@ -44,28 +43,24 @@
 
 mod assemble;
 mod batch_norm;
-mod bind;
+pub(crate) mod bind;
 mod cache;
-mod capture;
+pub(crate) mod capture;
 mod custom;
-pub mod cut;
-mod device;
-mod edges;
+pub(crate) mod device;
+pub(crate) mod edges;
 mod execute;
 mod forward;
 mod inputs;
-mod interpret;
+pub(crate) mod interpret;
 mod leaves;
 mod listing;
-mod liveness;
+pub(crate) mod liveness;
 mod loss;
-mod module;
-mod parts;
+pub(crate) mod module;
 pub(crate) mod random;
 mod results;
-pub mod shard;
-mod split;
-mod step;
+pub(crate) mod step;
 mod sync;
 
 pub use batch_norm::{BatchNormSync, SYNC_BATCH_NORM_GRAD, SYNC_BATCH_NORM_MEAN, sync_batch_norm};
@@ -84,7 +79,6 @@ pub use module::gradients_params;
 pub(crate) use module::read_params;
 pub use random::{COUNTED_RANDOM, RandomSource, counted_random, register_counted_random};
 pub use results::{StepObserver, StepOutputs, StepResult};
-pub(crate) use split::ModelSplit;
 pub use step::{BatchNormBinding, InputBinding, ParamBinding, StepGraph};
 pub use sync::register_sync_batch_norm;
 

@@ -38,7 +38,7 @@ pub fn counted_random(graph: &mut StepGraph) -> usize {
 }
 
 /// What an operation draws, if it draws random numbers.
-pub(super) fn drawn(op: &OperationIr) -> Option<&RandomOpIr> {
+pub(crate) fn drawn(op: &OperationIr) -> Option<&RandomOpIr> {
     match op {
         OperationIr::Float(_, FloatOperationIr::Random(random))
         | OperationIr::NumericFloat(_, NumericOperationIr::IntRandom(random))

@@ -13,12 +13,12 @@ use super::stage_error;
 use super::tied::Ties;
 use crate::Error;
 use crate::comm::Communicator;
-use crate::graph::cut::{CutGraph, StageRun, cut_like, measure_operations};
 use crate::graph::{
     ForwardGraph, GraphInputs, LossParts, StepGraph, StepKey, StepLoss, TensorMapper, TokenLoss, capture_forward,
     capture_step, counted_random, graph_error,
 };
 use crate::params::one_device;
+use crate::pipeline_parallel::cut::{CutGraph, StageRun, cut_like, measure_operations};
 
 /// A step for one kind of batch.
 pub(super) struct CapturedStep {

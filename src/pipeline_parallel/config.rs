@@ -1,7 +1,7 @@
 //! How a model is spread over a pipeline.
 
 use super::schedule::Schedule;
-use crate::graph::cut::Cut;
+use crate::pipeline_parallel::cut::Cut;
 
 /// How a model is spread over the ranks of a pipeline, and how they work.
 #[derive(Debug, Clone)]

@@ -11,9 +11,10 @@ use super::tied::Ties;
 use super::{PipelineConfig, stage_error};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
-use crate::graph::cut::CutGraph;
-use crate::graph::{CustomOps, ModelSplit, RandomSource, StepKey, register_counted_random};
+use crate::distribution::ModelSplit;
+use crate::graph::{CustomOps, RandomSource, StepKey, register_counted_random};
 use crate::params::{self, SliceSource};
+use crate::pipeline_parallel::cut::CutGraph;
 use crate::plan::{Plan, PlanRow};
 
 /// The captured steps of a pipeline, and what they are cut by.

@@ -7,8 +7,8 @@ use burn::module::{Module, ParamId};
 use super::schedule::{Direction, Edge};
 use super::{Forwarded, LossSum, MicroBatch, Parcel, Stage, stage_error};
 use crate::Error;
-use crate::graph::cut::{StageRun, Tensors};
 use crate::graph::{RandomSource, graph_error};
+use crate::pipeline_parallel::cut::{StageRun, Tensors};
 use crate::tensor::PlainTensor;
 
 /// A stage of a captured step. Micro-batches of different sizes are captured apart; they share parameters and gradients.

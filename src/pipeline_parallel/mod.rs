@@ -1,7 +1,7 @@
 //! Pipeline parallelism: a model's layers spread over ranks as stages, which work on several micro-batches at a time.
 //!
 //! Any [`Module`](burn::module::Module), unedited: [`PipelineParallel::pipeline_parallel`] leaves each rank the parameters
-//! of its stages, and [`Pipelined::step`] runs a training step, [cut](crate::graph::cut) into those stages, in the order of
+//! of its stages, and [`Pipelined::step`] runs a training step, [cut] into those stages, in the order of
 //! a [schedule]. Where shapes change from one micro-batch to the next, or a step cannot be captured, a stage is
 //! written by hand: [`EagerStage`], or a [`Stage`] of one's own, for the same executor ([`Pipeline`]).
 //!
@@ -41,6 +41,7 @@
 mod batch;
 mod captured;
 mod config;
+pub mod cut;
 mod eager;
 mod engine;
 mod evaluate;

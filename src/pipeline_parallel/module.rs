@@ -5,7 +5,7 @@ use std::fmt;
 use burn::module::Module;
 
 use super::Pipelined;
-use crate::wrapper::module_of_field;
+use crate::delegate::module_of_field;
 
 impl<M: fmt::Debug> fmt::Debug for Pipelined<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

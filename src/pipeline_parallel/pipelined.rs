@@ -12,9 +12,10 @@ use super::pipeline::RunReport;
 use super::schedule::Timetable;
 use crate::Error;
 use crate::comm::{Communicator, Counters};
-use crate::graph::cut::CutReport;
-use crate::graph::{GraphInputs, ModelSplit, StepLoss, read_params};
+use crate::distribution::ModelSplit;
+use crate::graph::{GraphInputs, StepLoss, read_params};
 use crate::params::{self, SliceSource, one_device};
+use crate::pipeline_parallel::cut::CutReport;
 use crate::tensor::PlainTensor;
 
 /// A model cut into the stages of a pipeline: a burn [`Module`] with the paths and ids of the model, in which the
@@ -137,10 +138,10 @@ impl<M: Module> Pipelined<M> {
         Ok(Self { local, ..self })
     }
 
-    /// Seconds that each operation of this step takes on this rank alone, for [`Cut::Measured`](crate::graph::cut::Cut): where
+    /// Seconds that each operation of this step takes on this rank alone, for [`Cut::Measured`](crate::pipeline_parallel::cut::Cut): where
     /// an operation takes much longer or shorter than its shapes let one expect, stages are balanced better by this. `inputs`
     /// are those of [`step`](Self::step), `runs` is how often each operation runs. Nothing is cut, no parameter is made; see
-    /// [`measure_operations`](crate::graph::cut::measure_operations).
+    /// [`measure_operations`](crate::pipeline_parallel::cut::measure_operations).
     ///
     /// All ranks that cut the same step, those of replicas too, must be given the costs of one of them:
     ///

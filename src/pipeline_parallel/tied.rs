@@ -7,9 +7,9 @@ use burn::tensor::{DType, Device, Shape};
 
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
-use crate::graph::cut::CutGraph;
 use crate::graph::{StepGraph, read_params};
 use crate::params::{self, one_device};
+use crate::pipeline_parallel::cut::CutGraph;
 use crate::tensor::PlainTensor;
 
 /// A parameter that several ranks hold.

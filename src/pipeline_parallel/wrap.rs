@@ -17,7 +17,7 @@ pub trait PipelineParallel: Module + Sized {
     ///
     /// # Errors
     /// [`Error::Schedule`] as [`Schedule::timetable`](super::schedule::Schedule::timetable); [`Error::Plan`] as
-    /// [`Cut::by_path`](crate::graph::cut::Cut::by_path); [`Error::ModelMismatch`] if the ranks bring different models or
+    /// [`Cut::by_path`](crate::pipeline_parallel::cut::Cut::by_path); [`Error::ModelMismatch`] if the ranks bring different models or
     /// configurations; those of [`Communicator`].
     fn pipeline_parallel(self, group: &Communicator, config: PipelineConfig) -> Result<Pipelined<Self>, Error> {
         Pipelined::new(self, None, group, config)

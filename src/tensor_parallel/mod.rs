@@ -29,10 +29,10 @@
 //! # Ok::<(), Error>(())
 //! ```
 
+pub mod functional;
 #[cfg(feature = "cubecl")]
 mod kernels;
 pub mod layers;
-pub mod matmul;
 mod sharded;
 mod suggest;
 mod wrap;

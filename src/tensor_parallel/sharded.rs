@@ -9,14 +9,13 @@ use burn::tensor::Tensor;
 
 use crate::Error;
 use crate::comm::{Communicator, Counters};
-use crate::graph::shard::ShardReport;
-use crate::graph::{
-    CustomOps, GraphCache, GraphInputs, ModelSplit, RandomSource, StepGraph, StepLoss, StepObserver, StepOutputs,
-};
+use crate::delegate::module_of_field;
+use crate::distribution::ModelSplit;
+use crate::graph::{CustomOps, GraphCache, GraphInputs, RandomSource, StepGraph, StepLoss, StepObserver, StepOutputs};
 use crate::params::SliceSource;
+use crate::partition::ShardReport;
 use crate::plan::{Plan, PlanTable};
 use crate::tensor::PlainTensor;
-use crate::wrapper::module_of_field;
 
 /// A model split over a group: a burn [`Module`] with the paths and ids of the model and this rank's parts of its
 /// parameters, so optimizers, records and visitors take it as they take the model. Its own `forward` makes no sense on

@@ -6,10 +6,10 @@ use burn::module::Module;
 use burn_ir::{FloatOperationIr, OperationIr, TensorId, TensorIr};
 
 use crate::Error;
-use crate::graph::shard::{CollectiveKind, PartitionOptions, ShardReport, partition};
 use crate::graph::{GraphInputs, StepGraph, StepLoss, capture_step, counted_random};
 use crate::layout::Layout;
 use crate::params;
+use crate::partition::{CollectiveKind, PartitionOptions, ShardReport, partition};
 use crate::plan::{Plan, PlanCost, concise, like, must_split};
 
 /// How often the search goes over all parameters after the first time, at most.

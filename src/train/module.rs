@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::{GraphEngine, Replicas};
-use crate::wrapper::module_of_field;
+use crate::delegate::module_of_field;
 
 impl<E: fmt::Debug> fmt::Debug for Replicas<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,6 +1,6 @@
 //! Several mesh axes at once.
 
-use burn_parallel::graph::shard::CollectiveKind;
+use burn_parallel::partition::CollectiveKind;
 use burn_parallel::prelude::*;
 
 use crate::harness::{Axis, Case};
@@ -59,7 +59,7 @@ fn fingerprints_tell_the_axes_apart() {
 
 #[test]
 fn an_axis_is_partitioned_once() {
-    use burn_parallel::graph::shard::{PartitionOptions, partition};
+    use burn_parallel::partition::{PartitionOptions, partition};
     let case: &Case<Lm, _> = &TOKENS;
     let (graph, _) = case.split(&[Axis::batch(2)], &[0]);
     let layouts = vec![Layout::Replicated; graph.params.len()];

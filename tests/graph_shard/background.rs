@@ -4,8 +4,8 @@ use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::graph::shard::{fold_reductions, fuse_products, overlap, register_collectives};
 use burn_parallel::graph::{CustomOps, Executor, capture_step};
+use burn_parallel::partition::{fold_reductions, fuse_products, overlap, register_collectives};
 use burn_parallel::prelude::*;
 
 use crate::forwarding::Forwarding;

@@ -4,7 +4,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::{Dropout, DropoutConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::{DType, activation};
-use burn_parallel::graph::shard::{fold_reductions, fuse_products, overlap};
+use burn_parallel::partition::{fold_reductions, fuse_products, overlap};
 use burn_parallel::prelude::*;
 
 use crate::harness::{Axis, Case};

@@ -4,9 +4,9 @@ use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::graph::shard::ProductKind::{self, AllGather, AllReduce, ReduceScatter};
-use burn_parallel::graph::shard::{fold_reductions, fuse_products, overlap};
 use burn_parallel::graph::{CustomOps, Executor, GraphInputs, StepGraph, capture_forward};
+use burn_parallel::partition::ProductKind::{self, AllGather, AllReduce, ReduceScatter};
+use burn_parallel::partition::{fold_reductions, fuse_products, overlap};
 use burn_parallel::prelude::*;
 
 use crate::harness::{Axis, Case, cut, split};
@@ -103,7 +103,7 @@ fn every_rank_fuses_the_same() {
 #[test]
 fn not_a_byte_more() {
     use burn_parallel::graph::capture_step;
-    use burn_parallel::graph::shard::register_collectives;
+    use burn_parallel::partition::register_collectives;
     for axis in [Axis::new("tp", 2, Plan::megatron()), Axis::new("tp", 3, megatron_with_vocabulary()).sequence(1)] {
         let bytes = |rewrite: fn(&mut StepGraph)| {
             let axes = [axis.clone()];
@@ -201,7 +201,7 @@ fn odd_shapes() {
 
 #[test]
 fn a_forward_alone() {
-    use burn_parallel::graph::shard::register_collectives;
+    use burn_parallel::partition::register_collectives;
     let model = filled(Odd::new(&device()));
     let (x, _) = batch(3, [2, 12, 5]);
     let due = model.valid().forward(x.clone().inner()).into_data();

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn_parallel::graph::StepGraph;
-use burn_parallel::graph::shard::fuse_products;
+use burn_parallel::partition::fuse_products;
 use burn_parallel::prelude::*;
 
 use crate::harness::{Axis, Case};
@@ -54,7 +54,7 @@ fn the_same_step_gives_the_same_graph() {
 /// Every layer gets the same, however many there are.
 #[test]
 fn the_work_is_linear_in_the_layers() {
-    use burn_parallel::graph::shard::CollectiveKind::AllReduce;
+    use burn_parallel::partition::CollectiveKind::AllReduce;
     fn of<const LAYERS: usize>(axis: Axis) -> (usize, [usize; 2], usize) {
         let case: Case<Lm, Tokens> = Case { make: |d| Lm::new(0.1, true, LAYERS, d), batch: tokens, loss: Lm::loss };
         let (graph, reports) = case.split(&[axis], &[0]);

@@ -2,10 +2,10 @@
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::prelude::*;
-use burn_parallel::graph::shard::{PartitionOptions, ShardReport, partition, register_collectives};
 use burn_parallel::graph::{
     CustomOps, Executor, GraphInputs, RandomSource, StepGraph, capture_step, counted_random, register_counted_random,
 };
+use burn_parallel::partition::{PartitionOptions, ShardReport, partition, register_collectives};
 use burn_parallel::prelude::*;
 
 use crate::models::{device, scalar};

@@ -4,8 +4,8 @@ use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::graph::shard::register_collectives;
 use burn_parallel::graph::{CustomOps, Executor};
+use burn_parallel::partition::register_collectives;
 use burn_parallel::prelude::*;
 
 use crate::harness::{Axis, Case};

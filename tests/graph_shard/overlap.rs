@@ -1,7 +1,7 @@
 //! Folded and overlapped collectives: the same numbers, and work between start and wait.
 
 use burn_parallel::graph::StepGraph;
-use burn_parallel::graph::shard::{fold_reductions, overlap};
+use burn_parallel::partition::{fold_reductions, overlap};
 use burn_parallel::prelude::*;
 
 use crate::harness::Axis;
@@ -110,8 +110,8 @@ fn one_rank_has_nothing_to_overlap() {
 /// A rank that fails between start and wait ends the step of all.
 #[test]
 fn nobody_waits_for_a_rank_that_failed() {
-    use burn_parallel::graph::shard::register_collectives;
     use burn_parallel::graph::{CustomOps, Executor, capture_step};
+    use burn_parallel::partition::register_collectives;
 
     use crate::harness::split;
     let failed = launch::threads(2).run(|rank| {

@@ -5,8 +5,8 @@ use burn::nn::conv::{Conv1d, Conv1dConfig};
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::graph::shard::CollectiveKind::{AllGather, AllReduce, AllReduceMax};
-use burn_parallel::graph::shard::{PartitionOptions, partition};
+use burn_parallel::partition::CollectiveKind::{AllGather, AllReduce, AllReduceMax};
+use burn_parallel::partition::{PartitionOptions, partition};
 use burn_parallel::prelude::*;
 
 use crate::harness::{Axis, Case};
@@ -27,7 +27,7 @@ fn a_vocabulary_that_the_degree_does_not_divide_is_padded() {
             assert_eq!(report.count(kind), expected[0].count(kind), "{report}");
         }
         let padded = 24usize.next_multiple_of(degree);
-        let whole = |c: &burn_parallel::graph::shard::Collective| c.dims.contains(&padded) && c.dims.len() > 1;
+        let whole = |c: &burn_parallel::partition::Collective| c.dims.contains(&padded) && c.dims.len() > 1;
         assert!(!report.collectives.iter().any(whole), "{report}");
     }
     TOKENS.compare(&[Axis::new("tp", 5, vocabulary()), Axis::batch(2)], &references).unwrap();

@@ -118,8 +118,8 @@ fn two_axes<M: Module, I: burn_parallel::graph::GraphInputs + Clone>(
         let [outer, inner] = degrees[degree];
         let axes = [axis(case, "a", outer, outer * inner, &a), axis(case, "b", inner, outer * inner, &b)];
         case.compare_rewritten(&axes, &references, |graph| {
-            burn_parallel::graph::shard::fold_reductions(graph, 1000);
-            burn_parallel::graph::shard::overlap(graph);
+            burn_parallel::partition::fold_reductions(graph, 1000);
+            burn_parallel::partition::overlap(graph);
         }).unwrap();
     });
 }

@@ -1,6 +1,6 @@
 //! Sequence parallelism.
 
-use burn_parallel::graph::shard::CollectiveKind::{AllGather, AllReduce, AllToAll, ReduceScatter};
+use burn_parallel::partition::CollectiveKind::{AllGather, AllReduce, AllToAll, ReduceScatter};
 use burn_parallel::prelude::*;
 
 use crate::harness::Axis;

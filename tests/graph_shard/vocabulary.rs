@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
 use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig, attention};
 use burn::prelude::*;
-use burn_parallel::graph::shard::CollectiveKind::{self, AllGather, AllReduce, AllReduceMax};
+use burn_parallel::partition::CollectiveKind::{self, AllGather, AllReduce, AllReduceMax};
 use burn_parallel::prelude::*;
 
 use crate::harness::{Axis, Case};

@@ -6,7 +6,7 @@ pub mod dense;
 
 use burn::tensor::{DType, Device, Tensor};
 use burn_parallel::prelude::*;
-use burn_parallel::tensor_parallel::matmul::*;
+use burn_parallel::tensor_parallel::functional::*;
 
 use dense::Dense;
 

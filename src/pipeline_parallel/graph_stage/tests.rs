@@ -12,9 +12,9 @@ use burn_ir::{CustomOpIr, OperationIr};
 
 use super::GraphStage;
 use crate::Error;
-use crate::graph::cut::{Cut, CutGraph, StageRun, cut};
 use crate::graph::{CustomOps, StepGraph, capture_step, graph_tensors};
 use crate::launch;
+use crate::pipeline_parallel::cut::{Cut, CutGraph, StageRun, cut};
 use crate::pipeline_parallel::schedule::{Action, Direction, Edge, Schedule, Timetable};
 use crate::pipeline_parallel::step::bound;
 use crate::pipeline_parallel::{Forwarded, MicroBatch, Parcel, Pipeline, Stage};

@@ -12,7 +12,7 @@ use super::slice::check_features;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::layout::copy_to_group;
-use crate::tensor_parallel::matmul::{Overlap, all_gather_matmul_each, column_parallel_each};
+use crate::tensor_parallel::functional::{Overlap, all_gather_matmul_each, column_parallel_each};
 
 /// Self-attention of which each rank has `heads / n` query heads, and the key/value heads that these look at.
 ///

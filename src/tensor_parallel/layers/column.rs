@@ -11,7 +11,7 @@ use super::slice::{check_features, check_linear, columns, own_part};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::layout::gather_from_group;
-use crate::tensor_parallel::matmul::{Overlap, all_gather_matmul, column_parallel};
+use crate::tensor_parallel::functional::{Overlap, all_gather_matmul, column_parallel};
 
 const NAME: &str = "ColumnParallelLinear";
 
@@ -87,7 +87,7 @@ impl ColumnParallelLinearConfig {
 ///
 /// The input passes *f* ([`copy_to_group`](crate::layout::copy_to_group)), whose backward is the all-reduce of `dX`; with
 /// `sequence_parallel` an all-gather whose backward is a reduce-scatter. The products overlap with them, see
-/// [`matmul`](crate::tensor_parallel::matmul). Features are divided as [`part`](crate::comm::part) does. Made by
+/// [`matmul`](crate::tensor_parallel::functional). Features are divided as [`part`](crate::comm::part) does. Made by
 /// [`ColumnParallelLinearConfig`].
 ///
 /// Source: Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3; with sequence parallelism

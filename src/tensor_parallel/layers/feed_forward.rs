@@ -12,7 +12,7 @@ use super::row::{RowParallelLinear, RowParallelLinearConfig};
 use super::slice::{check_features, check_linear, columns, own_part};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::tensor_parallel::matmul::{
+use crate::tensor_parallel::functional::{
     self, Overlap, all_gather_matmul, all_gather_matmul_each, bias_activation, column_parallel, column_parallel_each,
 };
 
@@ -223,7 +223,7 @@ impl ParallelFeedForward {
                 };
                 let biased = |product: Tensor<D>, layer: &Linear| {
                     let bias = layer.bias.as_ref().map(|bias| bias.val());
-                    bias_activation(product, bias, matmul::Activation::Identity)
+                    bias_activation(product, bias, functional::Activation::Identity)
                 };
                 activation::silu(biased(gated, gate)) * biased(up, &self.up)
             }
@@ -234,9 +234,9 @@ impl ParallelFeedForward {
                     false => column_parallel(input, weight, &self.group, overlap)?,
                 };
                 let activation = match self.activation {
-                    FeedForwardActivation::GeluApproximate => matmul::Activation::GeluApproximate,
-                    FeedForwardActivation::Relu => matmul::Activation::Relu,
-                    _ => matmul::Activation::Gelu,
+                    FeedForwardActivation::GeluApproximate => functional::Activation::GeluApproximate,
+                    FeedForwardActivation::Relu => functional::Activation::Relu,
+                    _ => functional::Activation::Gelu,
                 };
                 bias_activation(product, self.up.bias.as_ref().map(|bias| bias.val()), activation)
             }

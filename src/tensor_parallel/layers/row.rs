@@ -10,7 +10,7 @@ use super::slice::{check_features, check_linear, own_part, rows};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::layout::{copy_to_group, scatter_to_group};
-use crate::tensor_parallel::matmul::{Overlap, matmul_reduce_scatter, row_parallel};
+use crate::tensor_parallel::functional::{Overlap, matmul_reduce_scatter, row_parallel};
 
 const NAME: &str = "RowParallelLinear";
 
@@ -89,7 +89,7 @@ impl RowParallelLinearConfig {
 /// nothing; with `sequence_parallel` by a reduce-scatter whose backward is an all-gather. The bias is added after the sum.
 /// With `sequence_parallel` each rank adds it to other rows, so its gradient is summed over the ranks: one more all-reduce,
 /// of `d_output` elements, in the backward. The products overlap with their collectives, see
-/// [`matmul`](crate::tensor_parallel::matmul). Made by [`RowParallelLinearConfig`].
+/// [`matmul`](crate::tensor_parallel::functional). Made by [`RowParallelLinearConfig`].
 ///
 /// Source: Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3; with sequence parallelism
 /// [arXiv:2205.05198](https://arxiv.org/abs/2205.05198), section 4.2.2.

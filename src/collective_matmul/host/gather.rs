@@ -1,0 +1,125 @@
+//! Products of a left factor that is gathered: of what a rank has at once, of what the others have as it comes.
+
+use std::ops::Range;
+
+use burn::backend::flex::FlexTensor;
+use burn::backend::{Flex, TensorMetadata};
+use burn::tensor::Tensor;
+
+use super::matrix::{Factor, Matrix, Place, Real, elements_of, multiply, room};
+use super::product::{dims_of, multiply_own, positions_first, unit_of, with_positions_first};
+use crate::Error;
+use crate::collective_matmul::Job;
+use crate::collective_matmul::chunk_plan::{ChunkPlan, check_part, total_positions};
+use crate::collective_matmul::schedule::Size;
+use crate::comm::part;
+
+pub(super) fn gather<T: Real>(
+    left: FlexTensor,
+    rights: &[FlexTensor],
+    job: &Job,
+) -> Result<(Vec<FlexTensor>, FlexTensor), Error> {
+    let together = || {
+        let whole = whole(&left, job)?;
+        let made = rights.iter().map(|right| multiply_own::<T>(whole.clone(), right)).collect();
+        Ok((made, whole))
+    };
+    if !job.overlap.runs_in_background(&job.comm) {
+        return together();
+    }
+    let (dim, shape) = (job.dim, left.shape());
+    let unit = unit_of(&left, dim);
+    let (outer, features) = (shape.as_slice()[..dim].iter().product::<usize>(), shape[shape.num_dims() - 1]);
+    let positions = total_positions(shape[dim], job)?;
+    let factors: Vec<Factor<'_, T>> = rights.iter().map(|right| Factor::new(Matrix::of(right))).collect();
+    let split = factors.iter().map(Factor::columns).sum();
+    let (rows, row_bytes) = (outer * positions * unit, features * size_of::<T>());
+    // Beside all of them there are the rows that this rank has.
+    let schedule = job.schedule(Size { rows, row_bytes, across: features, split, beside: true, on_device: false })?;
+    if !schedule.background {
+        return together();
+    }
+    let (size, rank) = (job.comm.size(), job.comm.rank());
+    let plan = ChunkPlan::new(positions, size, rank, schedule);
+    let (brought, width) = (with_positions_first(&left, dim), outer * unit * features);
+    let mut flying = Vec::with_capacity(schedule.chunks);
+    for chunk in 0..schedule.chunks {
+        let (own, brought) = (plan.within_own(chunk), brought.clone());
+        let (elements, dims) = (plan.total(chunk) * width, [own.len(), width]);
+        flying.push(job.comm.start(move |comm| {
+            let mut slots = vec![T::default(); elements];
+            let rows = elements_of::<T>(&brought);
+            comm.all_gather_matrix(&rows[own.start * width..own.end * width], dims, &mut slots)?;
+            Ok(slots)
+        }));
+    }
+    let mut whole = room::<T>(&[positions, width]);
+    let mut made: Vec<_> =
+        factors.iter().map(|right| room::<T>(&dims_of(&left, dim, positions, right.columns()))).collect();
+    {
+        let gathered: &mut [T] = whole.storage_mut();
+        let mut outs: Vec<&mut [T]> = made.iter_mut().map(|made| made.storage_mut()).collect();
+        let mut place = |at: Range<usize>, slot: &[T]| {
+            gathered[at.start * width..at.end * width].copy_from_slice(slot);
+            for (right, out) in factors.iter().zip(&mut outs) {
+                write_slot(slot, [outer, unit, features], right, out, [at.start, positions]);
+            }
+        };
+        // What this rank has needs no waiting.
+        let own = part(positions, size, rank);
+        place(own.clone(), &elements_of::<T>(&brought)[..own.len() * width]);
+        for (chunk, slots) in flying.into_iter().enumerate() {
+            let slots = slots.wait()?;
+            let mut rest = slots.as_slice();
+            for (from, positions) in plan.of_all(chunk).enumerate() {
+                let (slot, behind) = rest.split_at(positions.len() * width);
+                if from != rank {
+                    place(positions, slot);
+                }
+                rest = behind;
+            }
+        }
+    }
+    Ok((made, positions_first(whole, dims_of(&left, dim, positions, features), dim)))
+}
+
+/// Multiplies gathered positions, of which the first is number `at` of `positions`, into their places among the outer ones.
+fn write_slot<T: Real>(
+    slot: &[T],
+    [outer, unit, features]: [usize; 3],
+    right: &Factor<'_, T>,
+    out: &mut [T],
+    [at, positions]: [usize; 2],
+) {
+    let columns = right.columns();
+    let count = slot.len().checked_div(outer * unit * features).unwrap_or(0);
+    for place in 0..outer {
+        let Some(out) = out.get_mut((place * positions + at) * unit * columns..) else { continue };
+        if outer == 1 || unit == 1 {
+            let stride = if unit == 1 { outer * features } else { features };
+            let rows = slot.get(place * unit * features..).unwrap_or_default();
+            let left = Matrix::spread(rows, count * unit, features, stride);
+            multiply(&[(left, right)], Place::packed(out, columns));
+        } else {
+            for position in 0..count {
+                let rows = &slot[(position * outer + place) * unit * features..][..unit * features];
+                let out = &mut out[position * unit * columns..];
+                multiply(&[(Matrix::packed(rows, unit, features), right)], Place::packed(out, columns));
+            }
+        }
+    }
+}
+
+/// `[left_0, .., left_(n-1)]`.
+fn whole(left: &FlexTensor, job: &Job) -> Result<FlexTensor, Error> {
+    let (dim, shape) = (job.dim, left.shape());
+    let brought = with_positions_first(left, dim);
+    let width: usize = shape.iter().enumerate().filter(|(place, _)| *place != dim).map(|(_, size)| size).product();
+    let brought = brought.reshape([shape[dim], width].into());
+    let whole = job.comm.all_gather(Tensor::<2>::from_primitive::<Flex>(brought))?;
+    let total = whole.dims()[0];
+    check_part(job.comm.rank(), shape[dim], total, job)?;
+    let unreadable = |problem| Error::invalid(job.name, format!("what was gathered cannot be read: {problem:?}"));
+    let whole = whole.try_into_primitive::<Flex>().map_err(unreadable)?;
+    Ok(positions_first(whole, dims_of(left, dim, total, shape[shape.num_dims() - 1]), dim))
+}

@@ -1,0 +1,181 @@
+//! From whole parameters to local ones.
+
+use std::any::Any;
+use std::collections::HashMap;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::tensor::{Bool, DType, Int, Tensor};
+
+use super::lazy;
+use crate::Error;
+use crate::comm::{Communicator, Payload};
+use crate::layout::{Layout, scatter_from_root};
+use crate::params::{self, Kind, Lazy, leaf, own_buffers, padded};
+use crate::plan::{PlanRow, PlanTable};
+
+/// Demands that all ranks bring the same parameters in the same layouts.
+///
+/// # Errors
+/// Those of [`params::agree`].
+pub(super) fn agree_on_layouts(table: &PlanTable, group: &Communicator) -> Result<(), Error> {
+    let layouts = |row: &PlanRow| row.layouts.iter().map(ToString::to_string).collect::<Vec<_>>().join(" and ");
+    let line = |row: &PlanRow| (row.path.clone(), format!("{:?} {:?}, {}", row.dtype, row.dims, layouts(row)));
+    params::agree(&table.rows().iter().map(line).collect::<Vec<_>>(), group)
+}
+
+/// What of a model is distributed along an axis. All axes come to the first round before the second: so what is split is
+/// already when it is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Round {
+    /// The parameters that are split along the axis.
+    Split,
+    /// Everything else.
+    Copy,
+}
+
+/// Gives this rank its part along axis number `axis` of the table, of the parameters of rank 0's module that this round is
+/// about, which the axes before it have taken their parts of; as fresh leaves.
+///
+/// # Errors
+/// Those of [`Communicator`].
+pub(super) fn distribute<M: Module>(
+    module: M,
+    table: &PlanTable,
+    (axis, round): (usize, Round),
+    group: &Communicator,
+) -> Result<M, Error> {
+    let mut lazies = Lazies::default();
+    module.visit(&mut lazies);
+    let lazy = group.broadcast(lazies.0, 0)?;
+    let (lazy, seen) = (lazy.into_iter(), HashMap::new());
+    let mut mapper = Distribute { table, axis, round, group, lazy, seen, outcome: Ok(()) };
+    let module = own_buffers(module).map(&mut mapper);
+    mapper.outcome.map(|()| module)
+}
+
+/// Whether each float parameter is lazy, in the order of the module.
+#[derive(Default)]
+struct Lazies(Vec<u8>);
+
+impl ModuleVisitor for Lazies {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.0.push(u8::from(!param.is_initialized()));
+    }
+}
+
+struct Distribute<'a, L> {
+    table: &'a PlanTable,
+    axis: usize,
+    round: Round,
+    group: &'a Communicator,
+    /// Whether the parameters to come are lazy on rank 0.
+    lazy: L,
+    /// Parameters already made, so that one held in two places stays one.
+    seen: HashMap<ParamId, Box<dyn Any>>,
+    outcome: Result<(), Error>,
+}
+
+/// What of a parameter is spread over the ranks of an axis.
+#[derive(Clone)]
+pub(super) struct Share {
+    pub layout: Layout,
+    pub dtype: DType,
+    /// Before and after.
+    pub dims: Vec<usize>,
+    pub local_dims: Vec<usize>,
+    /// Its dims without padding, if it is as the model has made it, split along no axis yet.
+    pub fresh: Option<Vec<usize>>,
+}
+
+/// This rank's share of rank 0's value. Of the `value` of the other ranks only rank and dtype count, and its dims if it is
+/// not split.
+pub(super) fn receive<const D: usize>(
+    value: Tensor<D>,
+    layout: Layout,
+    group: &Communicator,
+) -> Result<Tensor<D>, Error> {
+    match layout {
+        Layout::Sharded(dim) => scatter_from_root(value, dim, 0, group),
+        _ => group.broadcast(value, 0),
+    }
+}
+
+/// What a rank that is not the first brings to [`receive`].
+pub(super) fn nothing<const D: usize>(share: &Share, like: &Tensor<D>) -> Tensor<D> {
+    let dims = match (share.layout, <[usize; D]>::try_from(share.dims.as_slice())) {
+        (Layout::Replicated, Ok(dims)) => dims,
+        _ => [0; D],
+    };
+    Tensor::zeros(dims, (&like.device(), share.dtype))
+}
+
+impl<L: Iterator<Item = u8>> Distribute<'_, L> {
+    /// None if the parameter is not of this round.
+    fn share(&self, id: ParamId) -> Option<Share> {
+        let row = self.table.row(id)?;
+        let (layout, axes) = (row.layouts[self.axis], self.table.axes());
+        let is_split = |layout: &Layout| matches!(layout, Layout::Sharded(_));
+        let (before, after) = match (is_split(&layout), self.round) {
+            (true, Round::Split) => (self.axis, self.axis + 1),
+            (false, Round::Copy) => (axes.len(), axes.len()),
+            _ => return None,
+        };
+        let (dims, local_dims) = (row.dims_after(before, axes), row.dims_after(after, axes));
+        let fresh = (!row.layouts[..before].iter().any(is_split)).then(|| row.dims.clone());
+        Some(Share { layout, dtype: row.dtype, dims, local_dims, fresh })
+    }
+
+    fn now<const D: usize>(&mut self, param: Param<Tensor<D>>, share: &Share) -> Param<Tensor<D>> {
+        let first = self.group.rank() == 0;
+        let (kind, value, id, mapper) = match param.is_initialized() || first {
+            true => {
+                let (id, value, mapper) = param.consume();
+                let kind = Kind::of(&value);
+                let value = value.inner();
+                (kind, if first { padded(value, &share.dims) } else { nothing(share, &value) }, id, mapper)
+            }
+            false => {
+                let Lazy { stand_in, device, trained } = Lazy::of(&param);
+                let (id, one, mapper) = stand_in.consume();
+                (Kind::on(&device, trained), nothing(share, &one.inner()), id, mapper)
+            }
+        };
+        let local = receive(value.clone(), share.layout, self.group).unwrap_or_else(|error| {
+            self.outcome = Err(error);
+            value
+        });
+        Param::from_mapped_value(id, leaf(local, kind), mapper)
+    }
+
+    fn other<P: Payload>(&mut self, value: P) -> Option<P> {
+        if self.outcome.is_err() || self.round == Round::Split {
+            return None;
+        }
+        self.group.broadcast(value, 0).map_err(|error| self.outcome = Err(error)).ok()
+    }
+}
+
+impl<L: Iterator<Item = u8>> ModuleMapper for Distribute<'_, L> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let lazy = self.lazy.next() == Some(1);
+        if let Some(made) = self.seen.get(&param.id).and_then(|made| made.downcast_ref::<Param<Tensor<D>>>()) {
+            return made.clone();
+        }
+        let Some(share) = self.share(param.id).filter(|_| self.outcome.is_ok()) else { return param };
+        let made = if lazy { lazy::later(param, share, self.group) } else { self.now(param, &share) };
+        self.seen.insert(made.id, Box::new(made.clone()));
+        made
+    }
+
+    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
+        let (id, value, mapper) = param.consume();
+        let value = self.other(value.clone()).unwrap_or(value);
+        Param::from_mapped_value(id, value, mapper)
+    }
+
+    fn map_bool<const D: usize>(&mut self, param: Param<Tensor<D, Bool>>) -> Param<Tensor<D, Bool>> {
+        let (id, value, mapper) = param.consume();
+        let value = self.other(value.clone()).unwrap_or(value);
+        Param::from_mapped_value(id, value, mapper)
+    }
+}

@@ -1,0 +1,243 @@
+//! How one model is split over one or several axes: what every strategy knows of tensor parallelism.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use burn::module::{Module, ParamId};
+
+use super::assemble::assemble;
+use super::distribute::{Round, agree_on_layouts, distribute};
+use crate::comm::{Communicator, part};
+use crate::error::Error;
+use crate::graph::{CustomOps, RandomSource, StepGraph, counted_random, graph_error, register_counted_random};
+use crate::layout::Layout;
+use crate::params::{self, SliceSource};
+use crate::partition::{
+    Larger, PartitionOptions, ShardReport, fold_reductions, fuse_products, overlap, pad, partition,
+    register_collectives,
+};
+use crate::plan::{AxisPlan, Plan, PlanTable};
+
+/// Gradients that are reduced together, where an axis shares out the batch.
+const BUCKET_BYTES: usize = 4 << 20;
+
+/// The split of a model: where each parameter lies over each axis, and the groups that it is split over. Cheap to clone.
+///
+/// A strategy that runs captured steps of a split model takes the [outline](Self::outline) to capture, then
+/// [applies](Self::apply) the split to the graph, and lets the executor know the collectives by [`register`](Self::register).
+#[derive(Debug, Clone)]
+pub(crate) struct ModelSplit {
+    table: Arc<PlanTable>,
+    axes: Arc<[SplitAxis]>,
+    random: RandomSource,
+}
+
+#[derive(Debug)]
+struct SplitAxis {
+    name: String,
+    group: Communicator,
+    plan: AxisPlan,
+}
+
+impl ModelSplit {
+    /// Checks the plan against the model, makes sure that all ranks bring the same, and leaves this rank its parts of the
+    /// parameters of the rank that is first on every axis. The plan speaks of the first of the axes, given by their names.
+    ///
+    /// # Errors
+    /// Those of [`Plan::table_over`], [`params::agree`] and [`Communicator`].
+    pub(crate) fn distribute<M: Module>(
+        model: M,
+        axes: &[(&str, &Communicator)],
+        plan: &Plan,
+    ) -> Result<(M, Self), Error> {
+        let sizes: Vec<(&str, usize)> = axes.iter().map(|(name, group)| (*name, group.size())).collect();
+        let table = plan.table_over(&model, &sizes)?;
+        let plans = plan.over(axes.iter().map(|axis| axis.0))?;
+        let mut made = Vec::new();
+        for ((name, group), plan) in axes.iter().zip(plans) {
+            agree_on_layouts(&table, group)?;
+            // Collectives of steps are counted by themselves.
+            let group = group.split(0, group.rank() as i64)?;
+            made.push(SplitAxis { name: (*name).into(), group, plan });
+        }
+        let mut local = model;
+        for round in [Round::Split, Round::Copy] {
+            for (index, axis) in made.iter().enumerate().filter(|(_, axis)| axis.group.size() > 1) {
+                local = distribute(local, &table, (index, round), &axis.group)?;
+            }
+        }
+        Ok((local, Self { table: Arc::new(table), axes: made.into(), random: RandomSource::new(0) }))
+    }
+
+    pub(crate) fn table(&self) -> &PlanTable {
+        &self.table
+    }
+
+    /// Demands that the ranks of a group along another axis hold the same parts as each other.
+    ///
+    /// # Errors
+    /// [`Error::ModelMismatch`], the same on all ranks; those of [`Communicator`].
+    pub(crate) fn same_parts(&self, group: &Communicator) -> Result<(), Error> {
+        let place: Vec<u64> = self.groups().map(|axis| axis.rank() as u64).collect();
+        let places = group.all_gather(place)?;
+        let mut places = places.chunks(self.axes.len());
+        let first = places.next();
+        let (Some(rank), Some(row)) =
+            (places.position(|other| Some(other) != first), self.table.rows().iter().find(|row| row.is_split()))
+        else {
+            return Ok(());
+        };
+        let problem = "it holds another part of it: these ranks share one copy of the model, where ranks that hold the same \
+                       part are needed, along another axis of the mesh";
+        Err(Error::ModelMismatch {
+            group: group.group().clone(),
+            rank: rank + 1,
+            path: row.path.clone(),
+            problem: problem.into(),
+        })
+    }
+
+    /// The group along the axis that the plan speaks of.
+    pub(crate) fn group(&self) -> &Communicator {
+        &self.axes[0].group
+    }
+
+    /// The groups along all axes.
+    pub(crate) fn groups(&self) -> impl Iterator<Item = &Communicator> {
+        self.axes.iter().map(|axis| &axis.group)
+    }
+
+    /// The dims of a parameter as a whole, if it is split.
+    pub(crate) fn whole_dims(&self, id: ParamId) -> Option<Vec<usize>> {
+        self.table.row(id).filter(|row| row.is_split()).map(|row| row.dims.clone())
+    }
+
+    /// The module with the dims that it has as a whole, of which split parameters take no memory: what a capture looks at.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if it has other parameters than the one that was split.
+    pub(crate) fn outline<M: Module>(&self, local: &M) -> Result<M, Error> {
+        params::no_strangers(local, &|id| self.table.row(id).is_some())?;
+        Ok(params::outline(local, &|id, _| self.whole_dims(id)))
+    }
+
+    /// Puts the whole model together, on every rank. Collective.
+    ///
+    /// # Errors
+    /// Those of [`Communicator`].
+    pub(crate) fn assemble<M: Module>(&self, local: &M) -> Result<M, Error> {
+        let mut whole = local.clone();
+        for (index, axis) in self.axes.iter().enumerate().rev().filter(|(_, axis)| axis.group.size() > 1) {
+            whole = assemble(whole, &self.table, index, &axis.group)?;
+        }
+        Ok(whole)
+    }
+
+    /// Gives this rank's parts the values that a source has, of which nothing else is read. Lazy parameters are not made.
+    ///
+    /// # Errors
+    /// Those of [`params::load`].
+    pub(crate) fn load<M: Module>(&self, local: M, source: &mut dyn SliceSource) -> Result<M, Error> {
+        params::load(local, source, &|id| self.held(id))
+    }
+
+    /// This rank's part of a parameter.
+    pub(crate) fn held(&self, id: ParamId) -> Option<params::Held> {
+        let row = self.table.row(id)?;
+        let mut ranges: Vec<Range<usize>> = row.padded_dims.iter().map(|size| 0..*size).collect();
+        for (layout, axis) in row.layouts.iter().zip(self.axes.iter()) {
+            if let Layout::Sharded(dim) = layout {
+                let (range, group) = (&mut ranges[*dim], &axis.group);
+                let own = part(range.len(), group.size(), group.rank());
+                *range = range.start + own.start..range.start + own.end;
+            }
+        }
+        // What is padding is nowhere to be read.
+        let real = ranges.into_iter().zip(&row.dims).map(|(range, size)| range.start.min(*size)..range.end.min(*size));
+        let (dims, local_dims) = (row.dims.clone(), row.local_dims.clone());
+        Some(params::Held { dims, ranges: real.collect(), local_dims })
+    }
+
+    /// The same split whose steps draw other random numbers.
+    pub(crate) fn with_random(self, random: RandomSource) -> Self {
+        Self { random, ..self }
+    }
+
+    /// What the random numbers of the steps follow from; whoever runs steps advances it after each.
+    pub(crate) fn random(&self) -> &RandomSource {
+        &self.random
+    }
+
+    /// Says how the operations are run that [`apply`](Self::apply) puts in.
+    pub(crate) fn register(&self, ops: &mut CustomOps) {
+        for axis in self.axes.iter() {
+            register_collectives(ops, &axis.name, &axis.group);
+        }
+        register_counted_random(ops, &self.random);
+    }
+
+    /// Splits a graph captured of the [outline](Self::outline), in place: the local graph of this rank. Collective: all
+    /// ranks split the same graph, and it is made sure that they got the same collectives. Returns a report for each axis.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if an input cannot be split as planned; [`Error::Graph`] as [`partition`], and if the ranks would
+    /// run different collectives; those of [`Communicator`].
+    pub(crate) fn apply(&self, graph: &mut StepGraph) -> Result<Vec<ShardReport>, Error> {
+        let mut reports = Vec::new();
+        counted_random(graph);
+        self.pad(graph)?;
+        for (index, SplitAxis { name, group, plan }) in self.axes.iter().enumerate() {
+            let layout = |id| self.table.row(id).map_or(Layout::Replicated, |row| row.layouts[index]);
+            let params: Vec<Layout> = graph.params.iter().map(|param| layout(param.id)).collect();
+            let inputs = graph.inputs.iter().map(|input| (input.path.as_str(), input.tensor.shape.as_slice()));
+            let inputs = plan.input_layouts(inputs, (name, group.size()))?;
+            let mut options = PartitionOptions::new(name, group.size(), group.rank());
+            options.sequence_dim = plan.sequence_dim();
+            let (local, report) = partition(graph, &params, &inputs, &options)?;
+            *graph = local;
+            reports.push(report);
+        }
+        for SplitAxis { name, group, .. } in self.axes.iter().filter(|axis| axis.group.size() > 1) {
+            let fingerprints = group.all_gather(vec![graph.axis_fingerprint(name)])?;
+            if let Some(rank) = fingerprints.iter().position(|fingerprint| *fingerprint != fingerprints[0]) {
+                return Err(graph_error(format!(
+                    "rank {rank} of group `{}` would run other collectives than rank 0: pass the same step and inputs of \
+                     the same shapes on every rank",
+                    group.group()
+                )));
+            }
+        }
+        Ok(reports)
+    }
+
+    /// Gives the parameters of a graph the dims that they have with padding.
+    fn pad(&self, graph: &mut StepGraph) -> Result<(), Error> {
+        let mut larger = Vec::new();
+        for (param, binding) in graph.params.iter().enumerate() {
+            let Some(row) = self.table.row(binding.id) else { continue };
+            let sizes = row.dims.iter().zip(&row.padded_dims).enumerate();
+            larger.extend(sizes.filter(|(_, (size, padded))| size != padded).map(|(dim, (_, size))| Larger {
+                param,
+                dim,
+                size: *size,
+            }));
+        }
+        if !larger.is_empty() {
+            *graph = pad(graph, &larger)?;
+        }
+        Ok(())
+    }
+
+    /// Has products run together with their collectives, reduces gradients together, and takes the other collectives apart
+    /// into start and wait, so that they run beside work that does not depend on them. The last that is done to a graph:
+    /// nothing else knows these operations, and one of them may need parameters of several layers, between which no pipeline
+    /// can then be cut.
+    pub(crate) fn schedule(&self, graph: &mut StepGraph, reports: &mut [ShardReport]) {
+        for product in fuse_products(graph) {
+            let mut over = reports.iter_mut().filter(|report| report.axis == product.axis);
+            over.next().into_iter().for_each(|report| report.products.push(product.clone()));
+        }
+        fold_reductions(graph, BUCKET_BYTES);
+        overlap(graph);
+    }
+}

@@ -1,0 +1,31 @@
+//! What a backward pass does that cannot be done. burn's `backward()` cannot return an error, so one there fails the world, and
+//! zeros are handed on, as in [`layout`](crate::layout).
+
+use burn::backend::TensorMetadata;
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::Shape;
+
+use crate::Error;
+use crate::collective_matmul::{Job, Products};
+
+/// A gradient that stands in for one that could not be made.
+pub(super) fn zeros_instead<B: Products>(shape: Shape, like: &FloatTensor<B>) -> FloatTensor<B> {
+    B::float_zeros(shape, &like.device(), like.dtype().into())
+}
+
+/// Refuses the gradient of an input of other dims than the input has.
+pub(super) fn check_shape(found: &Shape, due: &Shape, job: &Job) -> Result<(), Error> {
+    if found == due {
+        return Ok(());
+    }
+    let problem = format!(
+        "on rank {} of {} of group `{}` the gradient of an input of {:?} came back as {:?}: every rank must bring tensors of \
+         the same logical shape, divided as `comm::part` does",
+        job.comm.rank(),
+        job.comm.size(),
+        job.comm.group(),
+        due.as_slice(),
+        found.as_slice(),
+    );
+    Err(Error::invalid(job.name, problem))
+}
