@@ -3,8 +3,7 @@
 # and libclang from Debian's packages where they are missing. Called by run, with the same profile and features of burn.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-
-say() { printf '\n== %s\n' "$*"; }
+. .ci/steps.sh
 
 missing=()
 command -v mpicc > /dev/null || missing+=(libopenmpi-dev)
@@ -14,7 +13,7 @@ if ! ldconfig -p | grep -q 'libclang[-.]' && ! compgen -G '/usr/lib/llvm-*/lib/l
     missing+=(libclang-dev)
 fi
 if [ ${#missing[@]} -gt 0 ]; then
-    say "installing ${missing[*]}"
+    step "installing ${missing[*]}"
     if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
         echo "MPI is not tested: ${missing[*]} missing, and this is not root on Debian. Install them and run this again." >&2
         exit 1
@@ -23,9 +22,12 @@ if [ ${#missing[@]} -gt 0 ]; then
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
 fi
 
-say "MPI: lints"
-cargo clippy --release --features mpi --lib --tests --examples --bench mpi -- -D warnings
+# The tests that know the feature.
+tests=(--test transport_mpi --test cli --test launch)
 
-say "MPI: transport suite, train_lm"
-cargo build --release --features mpi --example train_lm
-cargo test --release --features mpi --lib --test transport_mpi --test train_lm_cli
+step "MPI: lints"
+cargo clippy --features mpi --lib --examples "${tests[@]}" --bench mpi -- -D warnings
+
+step "MPI: transport suite, train_lm"
+cargo build --features mpi --example train_lm
+cargo test --features mpi --lib "${tests[@]}"

@@ -7,7 +7,7 @@
 //!
 //! `cargo bench --bench sharded_matmul -- [ROUNDS]`
 
-#[path = "../tests/forwarding/mod.rs"]
+#[path = "../tests/common/forwarding.rs"]
 mod forwarding;
 
 use std::time::{Duration, Instant};

@@ -1,6 +1,7 @@
 //! The transport suite on processes of MPI, and what becomes of a rank that dies. Without arguments this starts itself
 //! under `mpirun`; where there is none it says that it was skipped.
 
+#[path = "common/transport_suite/mod.rs"]
 mod transport_suite;
 
 use std::process::{Command, ExitCode};

@@ -2,6 +2,7 @@
 //! and on hosts in network namespaces where the machine lets us make them; else these are reported as ignored.
 #![cfg(unix)]
 
+#[path = "common/transport_suite/mod.rs"]
 mod transport_suite;
 
 use std::net::TcpListener;

@@ -15,7 +15,7 @@ mod overhead;
 mod report;
 mod section;
 mod training;
-#[path = "../../tests/transport_suite/mod.rs"]
+#[path = "../../tests/common/transport_suite/mod.rs"]
 mod transport_suite;
 mod transports;
 mod waits;

@@ -8,7 +8,7 @@ use burn::prelude::*;
 use burn_parallel::Error;
 use burn_parallel::graph::*;
 
-use super::models::*;
+use crate::common::models::*;
 
 /// A batch norm on a tensor that is neither parameter nor input.
 #[derive(Module, Debug)]

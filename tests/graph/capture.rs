@@ -7,7 +7,7 @@ use burn::prelude::*;
 use burn::tensor::Bool;
 use burn_parallel::graph::{CustomOps, Executor, GraphCache, GraphInputs, capture_step};
 
-use super::models::*;
+use crate::common::models::*;
 
 #[test]
 fn the_same_step_twice_is_the_same_graph() {

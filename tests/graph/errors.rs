@@ -5,7 +5,7 @@ use burn::nn::{BatchNorm, BatchNormConfig};
 use burn::prelude::*;
 use burn_parallel::graph::{CustomOps, Executor, StepLoss, capture_step};
 
-use super::models::*;
+use crate::common::models::*;
 
 #[track_caller]
 fn problem<R: StepLoss>(loss: impl FnOnce(&Mlp, Tensor<2>) -> R, words: &str) {

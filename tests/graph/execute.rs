@@ -7,7 +7,7 @@ use burn_ir::{CustomOpIr, OperationIr, TensorIr};
 use burn_parallel::Error;
 use burn_parallel::graph::{CustomOps, Executor, MemoryEstimate, capture_step, gradients_params};
 
-use super::models::*;
+use crate::common::models::*;
 
 #[test]
 fn dropout_draws_new_masks_at_each_execution() {

@@ -1,9 +1,12 @@
 //! The graph room against eager burn: the same loss, gradients, running statistics and trained weights.
 
+#[path = "../common/mod.rs"]
+mod common;
+
 mod batch_norm;
 mod capture;
 mod errors;
 mod execute;
-mod models;
 mod parity;
+mod shard;
 mod token_loss;

@@ -5,7 +5,7 @@ use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::prelude::*;
 use burn_parallel::graph::{CustomOps, Executor, GraphInputs, capture_step};
 
-use super::models::*;
+use crate::common::models::*;
 
 /// Trains two copies for some AdamW steps, one eagerly, and compares everything after each step.
 fn parity<M: Module, I: GraphInputs + Clone>(model: M, batch: impl Fn(u64) -> I, loss: impl Fn(&M, I) -> Tensor<1>) {

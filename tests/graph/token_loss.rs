@@ -4,7 +4,7 @@ use burn::prelude::*;
 use burn::tensor::activation;
 use burn_parallel::graph::{CustomOps, Executor, TokenLoss, capture_step};
 
-use super::models::*;
+use crate::common::models::*;
 
 fn sums(model: &Mlp, x: Tensor<2>, targets: Tensor<1, Int>, real: Tensor<1>) -> (Tensor<1>, Tensor<1>) {
     let n = targets.dims()[0];

@@ -6,10 +6,10 @@ use burn::prelude::*;
 use burn::tensor::{Bool, DType, activation};
 use burn_parallel::prelude::*;
 
-use crate::compare::compare;
-use crate::models::{Numbers, cross_entropy, device};
-use crate::reference::reference;
-use crate::schedules;
+use super::compare::compare;
+use super::parity::schedules;
+use crate::common::models::{Numbers, cross_entropy, device};
+use crate::common::reference::reference;
 
 const WIDTH: usize = 8;
 const VOCABULARY: usize = 11;

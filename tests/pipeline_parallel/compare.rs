@@ -6,7 +6,7 @@ use burn_parallel::graph::GraphInputs;
 use burn_parallel::pipeline_parallel::Pipelined;
 use burn_parallel::prelude::*;
 
-use crate::reference::{Reference, Wholes, all_same, bytes, filled, gradients, optimizer, values};
+use crate::common::reference::{Reference, Wholes, all_same, bytes, filled, gradients, optimizer, values};
 
 /// Trains as a pipeline and compares everything with one device.
 pub fn compare<M: Module, I: GraphInputs + Clone>(

@@ -10,9 +10,9 @@ use burn::tensor::{TensorData, activation};
 use burn_parallel::params::SliceSource;
 use burn_parallel::prelude::*;
 
-use crate::models::{Lm, Tied, device};
-use crate::reference::{Whole, Wholes, bytes, filled, values};
-use crate::{lm, lm_loss, rows_of_tokens, schedules, tied, tied_loss, tokens};
+use super::parity::{lm, lm_loss, rows_of_tokens, schedules, tied, tied_loss, tokens};
+use crate::common::models::{Lm, Tied, device};
+use crate::common::reference::{Whole, Wholes, bytes, filled, values};
 
 #[test]
 fn lazy_parameters_of_other_stages_are_never_made() {

@@ -1,4 +1,4 @@
-//! The primitives under the rendezvous. `tests/loom_local.rs` compiles `bell.rs` and `rendezvous.rs` against a module of
+//! The primitives under the rendezvous. `tests/loom/local.rs` compiles `bell.rs` and `rendezvous.rs` against a module of
 //! this name made of loom's primitives, so those two files name nothing else of the crate or of `std::sync`.
 
 pub(super) use std::hint::spin_loop;

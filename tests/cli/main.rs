@@ -1,0 +1,5 @@
+//! The examples as their users meet them: flags, errors, output.
+
+mod schedules;
+mod train_lm;
+mod wrap_any_model;

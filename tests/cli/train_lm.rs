@@ -1,0 +1,467 @@
+//! The example `train_lm` as its user meets it: its flags, its errors, its JSON.
+
+#[allow(dead_code)]
+#[path = "../../examples/train_lm/text.rs"]
+mod text;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+/// The example beside this test. A plain `cargo test` builds it; with `--test cli` alone, build it first.
+fn example() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    test.parent().and_then(Path::parent).unwrap().join("examples").join("train_lm")
+}
+
+fn train_lm(flags: &[&str]) -> Output {
+    let example = example();
+    Command::new(&example)
+        .args(flags)
+        .output()
+        .unwrap_or_else(|why| panic!("{}: {why}; `cargo build --example train_lm` makes it", example.display()))
+}
+
+/// A model so small that a run takes milliseconds.
+const TINY: [&str; 6] = ["--layers", "1", "--d-model", "16", "--seq", "16"];
+
+fn tiny(flags: &[&str]) -> Output {
+    let steps: &[&str] = if flags.contains(&"--steps") { &[] } else { &["--steps", "3"] };
+    train_lm(&[&TINY[..], steps, flags].concat())
+}
+
+/// A folder for one test, gone when the test ends.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("train_lm-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.join(name).to_str().unwrap().to_owned()
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) -> String {
+        fs::write(self.0.join(name), bytes).unwrap();
+        self.path(name)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The run ended with code 2, wrote nothing but one line, and the line says `what`.
+#[track_caller]
+fn refused(flags: &[&str], what: &str) {
+    let output = train_lm(flags);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{flags:?}: {stderr}");
+    assert!(output.stdout.is_empty(), "{flags:?}");
+    assert_eq!(stderr.lines().count(), 1, "{flags:?}: {stderr}");
+    assert!(stderr.starts_with("train_lm: ") && stderr.contains(what), "{flags:?}: {stderr}");
+}
+
+fn json(folder: &Folder, flags: &[&str]) -> Value {
+    let path = folder.path("outcome.json");
+    let output = tiny(&[flags, &["--json", &path]].concat());
+    assert!(output.status.success(), "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+#[track_caller]
+fn same_losses(expected: &[f64], found: &[f64], within: f64) {
+    assert_eq!(expected.len(), found.len());
+    let same = expected.iter().zip(found).all(|(a, b)| (a - b).abs() <= within * a.abs());
+    assert!(same, "{expected:?} {found:?}");
+}
+
+fn losses(outcome: &Value) -> Vec<f64> {
+    outcome["losses"].as_array().unwrap().iter().map(|loss| loss.as_f64().unwrap()).collect()
+}
+
+#[test]
+fn flags_that_make_no_sense_are_refused() {
+    let sizes = ["--ranks", "--dp", "--pp", "--tp", "--steps", "--batch", "--micro-batch", "--micro-batches", "--seq"];
+    for flag in sizes.into_iter().chain(["--layers", "--d-model", "--heads"]) {
+        refused(&[flag, "0"], "at least 1");
+        refused(&[flag, "-3"], "at least 1");
+        refused(&[flag, "many"], "whole number");
+        refused(&[flag, "99999999999999999999999999"], "at most");
+        refused(&[flag], flag);
+    }
+    for rate in ["0", "-1", "1.5", "nan", "inf"] {
+        refused(&["--lr", rate], "greater than 0 and at most 1");
+    }
+    refused(&["--lr", "fast"], "must be a number");
+    refused(&["--schedule", "slow"], "--schedule");
+    refused(&["--seed", "-1"], "--seed");
+    refused(&["--colour", "red"], "--colour");
+    refused(&["extra"], "extra");
+    refused(&["--steps", "3", "--steps", "4"], "--steps");
+}
+
+#[test]
+fn flags_that_do_not_fit_together_are_refused() {
+    refused(&["--d-model", "10", "--heads", "4"], "--heads 4 does not divide --d-model 10");
+    refused(&["--ranks", "2", "--dp", "3"], "--dp 3 x --tp 1 makes 3 ranks, but --ranks is 2");
+    refused(&["--ranks", "4", "--dp", "3", "--tp", "2"], "--dp 3 x --tp 2 makes 6 ranks, but --ranks is 4");
+    refused(&["--ranks", "3", "--tp", "2"], "--tp 2 does not divide --ranks 3");
+    refused(&["--tp", "3"], "--tp 3 does not divide --heads 4");
+    refused(&["--dp", "4", "--batch", "3"], "--batch 3 is smaller than --dp 4");
+    refused(&["--ranks", "4", "--pp", "3"], "--pp 3 x --tp 1 does not divide --ranks 4");
+    refused(&["--dp", "2", "--pp", "2", "--ranks", "2"], "--dp 2 x --pp 2 x --tp 1 makes 4 ranks, but --ranks is 2");
+    refused(&["--pp", "2", "--micro-batch", "4"], "give --micro-batches");
+    refused(&["--micro-batches", "4"], "give --pp");
+    refused(&["--pp", "2", "--batch", "4", "--micro-batches", "5"], "--micro-batches 5 is more than the 4 rows");
+    refused(&["--pp", "2", "--dp", "2", "--batch", "5", "--micro-batches", "3"], "more than the 2 rows of a replica");
+    refused(&["--batch", "4", "--micro-batch", "5"], "--micro-batch 5 is larger than --batch 4");
+}
+
+#[test]
+fn texts_that_cannot_be_learned_are_refused() {
+    let folder = Folder::new("texts");
+    refused(&["--text", &folder.path("missing.txt")], "cannot read the text");
+    refused(&["--text", folder.0.to_str().unwrap()], "cannot read the text");
+    refused(&["--text", &folder.write("empty.txt", b"")], "is empty");
+    refused(&["--text", &folder.write("latin1.txt", b"caf\xe9 au lait")], "byte is number 3");
+    refused(&["--text", &folder.write("short.txt", &[b'a'; 16]), "--seq", "16"], "17 that --seq 16 needs");
+    refused(&["--text", &folder.path("two\nlines.txt")], "cannot read the text");
+}
+
+#[test]
+fn json_that_cannot_be_written_is_refused_before_the_training() {
+    let folder = Folder::new("json");
+    refused(&["--json", &folder.path("missing/outcome.json")], "cannot write --json");
+    refused(&["--json", folder.0.to_str().unwrap()], "cannot write --json");
+    let text = folder.write("text.txt", b"a text that someone would be sorry to lose");
+    refused(&["--text", &text, "--json", &text], "would overwrite the text");
+    assert_eq!(fs::read(&text).unwrap(), b"a text that someone would be sorry to lose");
+
+    // A refused run leaves the file of an earlier one as it was, and no new one.
+    let earlier = folder.write("earlier.json", b"{}");
+    refused(&["--json", &earlier, "--text", &folder.path("missing.txt")], "cannot read the text");
+    assert_eq!(fs::read(&earlier).unwrap(), b"{}");
+    let new = folder.path("new.json");
+    refused(&["--json", &new, "--text", &folder.path("missing.txt")], "cannot read the text");
+    assert!(!Path::new(&new).exists());
+}
+
+#[test]
+fn help_is_no_error() {
+    let output = train_lm(&["--help"]);
+    let help = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    for flag in
+        ["--text", "--ranks", "--dp", "--pp", "--tp", "--schedule", "--micro-batches", "--steps", "--batch", "--seq"]
+    {
+        assert!(help.contains(flag), "{flag}: {help}");
+    }
+}
+
+#[test]
+fn the_json_tells_what_came_of_the_run() {
+    let folder = Folder::new("outcome");
+    let outcome = json(&folder, &[]);
+    let object = outcome.as_object().unwrap();
+    let mut keys: Vec<&str> = object.keys().map(String::as_str).collect();
+    keys.sort();
+    assert_eq!(keys, ["axes", "bytes_sent_per_step", "calls_per_step", "losses", "parameters", "tokens_per_second"]);
+
+    let losses = losses(&outcome);
+    assert_eq!(losses.len(), 3);
+    // An untrained model knows no byte from another: ln 256 = 5.5 nats.
+    assert!((losses[0] - 256f64.ln()).abs() < 0.3, "{losses:?}");
+    assert!(losses[2] < losses[0], "{losses:?}");
+    assert!(outcome["tokens_per_second"].as_f64().unwrap() > 0.0);
+
+    // Embeddings of 256 bytes and 16 positions; one layer of 4 + 8 squares of the width with their biases (4, 4 and 1)
+    // and two norms; the last norm; the output.
+    let d = 16;
+    let parameters = (256 + 16) * d + (12 * d * d + 9 * d + 4 * d) + 2 * d + 256 * d;
+    assert_eq!(outcome["parameters"].as_u64(), Some(parameters));
+}
+
+#[test]
+fn a_seed_gives_the_same_losses_again_and_another_seed_others() {
+    let folder = Folder::new("seed");
+    let first = losses(&json(&folder, &["--seed", "7"]));
+    assert_eq!(first, losses(&json(&folder, &["--seed", "7"])));
+    assert_ne!(first, losses(&json(&folder, &["--seed", "8"])));
+}
+
+#[test]
+fn micro_batches_change_no_loss() {
+    let folder = Folder::new("micro");
+    let whole = losses(&json(&folder, &["--batch", "8"]));
+    for rows in ["1", "3", "4"] {
+        same_losses(&whole, &losses(&json(&folder, &["--batch", "8", "--micro-batch", rows])), 1e-5);
+    }
+}
+
+#[test]
+fn any_number_of_ranks_gives_the_losses_of_one() {
+    let folder = Folder::new("ranks");
+    for flags in [&["--batch", "12"][..], &["--batch", "7"], &["--batch", "7", "--micro-batch", "2"]] {
+        let run = |dp| losses(&json(&folder, &[flags, &["--steps", "12", "--dp", dp]].concat()));
+        let alone = run("1");
+        for dp in ["2", "3", "4"] {
+            same_losses(&alone, &run(dp), 1e-4);
+        }
+    }
+}
+
+#[test]
+fn any_number_of_parts_gives_the_losses_of_one() {
+    let folder = Folder::new("parts");
+    for batch in ["8", "7"] {
+        let run = |flags: &[&str]| losses(&json(&folder, &[&["--steps", "12", "--batch", batch][..], flags].concat()));
+        let alone = run(&["--dp", "1"]);
+        for flags in [&["--tp", "2"][..], &["--tp", "4"], &["--dp", "2", "--tp", "2"]] {
+            same_losses(&alone, &run(flags), 1e-4);
+        }
+        same_losses(&alone, &run(&["--dp", "2", "--tp", "2", "--micro-batch", "3"]), 1e-4);
+    }
+}
+
+#[test]
+fn any_pipeline_gives_the_losses_of_one_rank() {
+    let folder = Folder::new("pipelines");
+    let deep = ["--layers", "3", "--d-model", "16", "--seq", "16", "--steps", "8", "--batch", "9"];
+    let run = |flags: &[&str]| {
+        let path = folder.path("outcome.json");
+        let output = train_lm(&[&deep[..], flags, &["--json", &path]].concat());
+        assert!(output.status.success(), "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));
+        losses(&serde_json::from_slice(&fs::read(path).unwrap()).unwrap())
+    };
+    let alone = run(&["--dp", "1"]);
+    for schedule in ["gpipe", "1f1b", "interleaved", "zb"] {
+        for pp in ["2", "3"] {
+            same_losses(&alone, &run(&["--pp", pp, "--dp", "1", "--schedule", schedule, "--micro-batches", "6"]), 1e-4);
+        }
+    }
+    // Fewer micro-batches than stages; and every axis at once, on 8 ranks.
+    same_losses(&alone, &run(&["--pp", "4", "--dp", "1", "--micro-batches", "2"]), 1e-4);
+    same_losses(&alone, &run(&["--dp", "2", "--pp", "2", "--micro-batches", "4"]), 1e-4);
+    same_losses(&alone, &run(&["--pp", "2", "--tp", "2", "--dp", "1"]), 1e-4);
+    same_losses(&alone, &run(&["--dp", "2", "--pp", "2", "--tp", "2", "--schedule", "zb"]), 1e-4);
+}
+
+#[test]
+fn the_json_tells_how_idle_a_pipeline_was() {
+    let folder = Folder::new("idle");
+    for (schedule, bound, peak) in [("gpipe", 0.2, 4), ("1f1b", 0.2, 2), ("zb", 1.0 / 13.0, 2)] {
+        let flags = ["--pp", "2", "--dp", "1", "--batch", "4", "--micro-batches", "4", "--schedule", schedule];
+        let outcome = json(&folder, &flags);
+        assert_eq!(outcome["axes"], serde_json::json!({ "dp": 1, "pp": 2, "tp": 1 }));
+        let pipeline = &outcome["pipeline"];
+        assert!((pipeline["bound"].as_f64().unwrap() - bound).abs() < 1e-9, "{pipeline}");
+        assert_eq!(pipeline["peak_activations"].as_u64(), Some(peak), "{pipeline}");
+        assert!((0.0..1.0).contains(&pipeline["idle"].as_f64().unwrap()), "{pipeline}");
+    }
+    assert!(json(&folder, &["--dp", "1"]).get("pipeline").is_none());
+}
+
+#[test]
+fn the_json_tells_what_the_parts_of_a_layer_sent() {
+    let folder = Folder::new("parts-sent");
+    let outcome = json(&folder, &["--tp", "2", "--batch", "8"]);
+    assert_eq!(outcome["axes"], serde_json::json!({ "dp": 1, "pp": 1, "tp": 2 }));
+    // Two all-reduces forward and two backward, of 8 rows of 16 tokens and width 16; the ranks compare their graphs once.
+    let (calls, bytes) = (outcome["calls_per_step"].as_f64(), outcome["bytes_sent_per_step"].as_f64());
+    assert_eq!(calls.map(|calls| (3.0 * calls).round()), Some(13.0));
+    let activations = 4.0 * 4.0 * 8.0 * 16.0 * 16.0;
+    assert!((activations..activations + 10.0).contains(&bytes.unwrap()), "{bytes:?} {activations}");
+}
+
+#[test]
+fn the_json_tells_of_ranks_and_what_they_sent() {
+    let folder = Folder::new("sent");
+    for dp in 1..=4 {
+        let outcome = json(&folder, &["--dp", &dp.to_string()]);
+        assert_eq!(outcome["axes"], serde_json::json!({ "dp": dp, "pp": 1, "tp": 1 }));
+        // The gradients, each 4 bytes; the control numbers add little.
+        let gradients = 4.0 * outcome["parameters"].as_f64().unwrap() * 2.0 * f64::from(dp - 1) / f64::from(dp);
+        let sent = outcome["bytes_sent_per_step"].as_f64().unwrap();
+        assert!((gradients..=1.02 * gradients).contains(&sent), "{dp} ranks sent {sent} for {gradients}");
+        // One bucket with a call before and after it; and once the order of the gradients. One rank has nobody to call.
+        let calls = outcome["calls_per_step"].as_f64().unwrap();
+        assert_eq!((3.0 * calls).round(), if dp == 1 { 0.0 } else { 10.0 }, "{dp} ranks made {calls} calls");
+    }
+}
+
+#[test]
+fn ranks_that_fail_end_the_run_with_code_1() {
+    let output = Command::new(example()).args(TINY).env("BURN_PARALLEL_TIMEOUT_S", "0.000001").output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(output.stdout.is_empty());
+    let told: Vec<&str> = stderr.lines().filter(|line| line.starts_with("train_lm: ")).collect();
+    assert!(told.len() == 1 && told[0].contains("time-out") && told[0].contains("BURN_PARALLEL_TIMEOUT_S"), "{stderr}");
+}
+
+#[test]
+fn the_shortest_text_trains_and_a_line_appears_without_a_terminal() {
+    let folder = Folder::new("shortest");
+    let output = tiny(&["--text", &folder.write("short.txt", &[b'a'; 17])]);
+    let (stdout, stderr) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert!(output.status.success(), "{stderr}");
+    assert!(stderr.contains("step 3/3: loss "), "{stderr}");
+    assert!(stdout.contains("the text is too short"), "{stdout}");
+}
+
+#[test]
+fn ranks_share_the_rows_of_a_batch_without_loss_or_repetition() {
+    let text = text::Text::load(None, 32).unwrap();
+    for (batch, step) in [(1, 0), (8, 3), (13, 700)] {
+        let whole = text.rows(5, step, batch, 0, 1);
+        assert_eq!(whole.len(), batch);
+        assert!(whole.iter().all(|row| row.len() == 33));
+        for ranks in 1..=batch {
+            let parts: Vec<Vec<&[u8]>> = (0..ranks).map(|rank| text.rows(5, step, batch, rank, ranks)).collect();
+            assert!(parts.iter().all(|part| part.len() == batch / ranks || part.len() == batch.div_ceil(ranks)));
+            assert_eq!(parts.concat(), whole, "{ranks} ranks");
+        }
+    }
+    assert_ne!(text.rows(5, 0, 8, 0, 1), text.rows(5, 1, 8, 0, 1), "another step");
+    assert_ne!(text.rows(5, 0, 8, 0, 1), text.rows(6, 0, 8, 0, 1), "another seed");
+}
+
+#[test]
+fn held_out_rows_are_never_trained_on() {
+    let text = text::Text::load(None, 32).unwrap();
+    let (train, held_out) = text.split();
+    assert!(held_out > 5_000 && train > 9 * held_out - 10);
+    let rows = text.held_out(64);
+    assert_eq!(rows.len(), 64);
+    let last_trained = (0..200).flat_map(|step| text.rows(0, step, 64, 0, 1)).map(|row| row.as_ptr_range().end).max();
+    assert!(rows.iter().all(|row| row.len() == 33 && row.as_ptr() >= last_trained.unwrap()));
+}
+
+/// What all processes of a run write goes into one file: the first rank's.
+fn losses_in(path: &str) -> Vec<f64> {
+    losses(&serde_json::from_slice(&fs::read(path).unwrap()).unwrap())
+}
+
+/// The losses of ranks that are threads, and of the same ranks as processes that `start` makes of these flags.
+#[track_caller]
+fn losses_of_threads(name: &str, flags: &[&str], start: impl Fn(&[&str]) -> Output) {
+    let folder = Folder::new(name);
+    let (threads, processes) = (folder.path("threads.json"), folder.path("processes.json"));
+    let flags = [&["--steps", "6", "--batch", "10"], flags].concat();
+    assert!(tiny(&[&flags[..], &["--json", &threads]].concat()).status.success());
+    let output = start(&[&TINY[..], &flags, &["--json", &processes]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(String::from_utf8_lossy(&output.stdout).matches("The model writes").count(), 1);
+    same_losses(&losses_in(&threads), &losses_in(&processes), 1e-6);
+}
+
+#[cfg(unix)]
+#[test]
+fn processes_have_the_losses_of_threads() {
+    let start = |flags: &[&str]| {
+        let output = train_lm(&[flags, &["--launch", "processes"]].concat());
+        assert!(String::from_utf8_lossy(&output.stderr).contains("[rank 0/4] step 6/6"));
+        output
+    };
+    losses_of_threads("tcp-dp-tp", &["--ranks", "4", "--dp", "2", "--tp", "2"], start);
+    losses_of_threads("tcp-dp", &["--dp", "4"], start);
+    losses_of_threads("tcp-pp-tp", &["--dp", "1", "--pp", "2", "--tp", "2", "--micro-batches", "5"], start);
+}
+
+/// As torchrun starts them, and `srun` if it sets these variables.
+#[test]
+fn what_a_launcher_has_started_has_the_losses_of_threads() {
+    let start = |flags: &[&str]| {
+        let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port().to_string();
+        let ranks: Vec<_> = (0..3)
+            .map(|rank: usize| {
+                let mut command = Command::new(example());
+                command.args(flags).env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
+                command.env("WORLD_SIZE", "3").env("LOCAL_WORLD_SIZE", "3");
+                command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port);
+                command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap()
+            })
+            .collect();
+        let mut outputs: Vec<Output> = ranks.into_iter().map(|rank| rank.wait_with_output().unwrap()).collect();
+        for output in &outputs[1..] {
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+        outputs.swap_remove(0)
+    };
+    losses_of_threads("env-dp", &["--dp", "3"], start);
+}
+
+/// Ranks that are processes, joined by MPI.
+#[cfg(feature = "mpi")]
+mod mpi {
+    use super::*;
+
+    /// `mpirun` with what it needs here, or `None` where there is none.
+    fn mpirun(ranks: usize) -> Option<Command> {
+        let version = Command::new("mpirun").arg("--version").output().ok()?;
+        let mut mpirun = Command::new("mpirun");
+        if String::from_utf8_lossy(&version.stdout).contains("Open MPI") {
+            mpirun.args(["--oversubscribe", "--allow-run-as-root", "--bind-to", "none"]);
+        }
+        mpirun.args(["-n", &ranks.to_string()]);
+        Some(mpirun)
+    }
+
+    #[test]
+    fn mpirun_has_the_losses_of_threads() {
+        if mpirun(4).is_none() {
+            println!("SKIPPED, not passed: there is no mpirun on this machine");
+            return;
+        }
+        let start = |flags: &[&str]| mpirun(4).unwrap().arg(example()).args(flags).output().unwrap();
+        losses_of_threads("mpi-dp-tp", &["--dp", "2", "--tp", "2"], start);
+        losses_of_threads("mpi-dp", &["--dp", "4"], start);
+    }
+
+    #[test]
+    fn processes_of_itself() {
+        if mpirun(1).is_none() {
+            println!("SKIPPED, not passed: there is no mpirun on this machine");
+            return;
+        }
+        let start = |flags: &[&str]| {
+            let output = train_lm(&[flags, &["--launch", "processes", "--transport", "mpi"]].concat());
+            assert!(String::from_utf8_lossy(&output.stderr).contains("[rank 0/2] step 6/6"));
+            output
+        };
+        losses_of_threads("mpi-processes", &["--ranks", "2"], start);
+    }
+
+    #[test]
+    fn as_many_ranks_as_were_started() {
+        let Some(mut mpirun) = mpirun(2) else { return };
+        let output = mpirun.arg(example()).args(TINY).args(["--dp", "3"]).output().unwrap();
+        assert!(!output.status.success());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(stderr.contains("2 ranks have been started, and the flags are for 3"), "{stderr}");
+    }
+}
+
+#[test]
+fn ways_to_start_that_do_not_go_together() {
+    refused(&["--device", "cuda"], "--device cuda: this program was built without it; build with `--features cuda`");
+    refused(&["--device", "wgpu"], "--features wgpu");
+    refused(&["--transport", "nccl"], "--features cuda");
+    refused(&["--transport", "tcp"], "--launch processes or env");
+    refused(&["--launch", "processes", "--transport", "local"], "--launch threads");
+    if cfg!(not(feature = "mpi")) {
+        refused(&["--launch", "processes", "--transport", "mpi"], "--features mpi");
+    } else {
+        refused(&["--transport", "mpi"], "--launch processes or env");
+    }
+    refused(&["--launch", "env"], "not started by a launcher");
+    refused(&["--launch", "magic"], "magic");
+}

@@ -1,0 +1,6 @@
+//! The moves between layouts, against what one device computes.
+
+mod failures;
+mod models;
+mod moves;
+mod numeric;

@@ -1,0 +1,11 @@
+//! The transport suite on threads of this process.
+
+use crate::transport_suite::{self, over_threads};
+
+#[test]
+fn the_suite() {
+    for size in 1..=4 {
+        let counts = over_threads::run(size, |engine| transport_suite::run(&engine, &|_| ()));
+        assert_eq!(counts, vec![Some(if size == 1 { 12 } else { 20 }); size]);
+    }
+}

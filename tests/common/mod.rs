@@ -1,0 +1,9 @@
+//! What several test binaries share: models, the training of one device, comparisons.
+#![allow(dead_code, reason = "each test binary uses the part that it needs")]
+
+pub mod dense;
+pub mod forwarding;
+pub mod models;
+pub mod products;
+pub mod reference;
+pub mod zoo;

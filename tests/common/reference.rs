@@ -1,0 +1,190 @@
+//! What one device does in a few steps of training, and what a model holds, to compare with.
+
+use std::collections::BTreeMap;
+
+use burn::backend::Flex;
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
+use burn::prelude::*;
+
+use crate::common::models::{self, Numbers};
+
+/// A whole tensor, as one device has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Whole {
+    pub dims: Vec<usize>,
+    pub values: Vec<f32>,
+}
+
+/// Tensors by the paths of their parameters.
+pub type Wholes = BTreeMap<String, Whole>;
+
+#[derive(Default)]
+struct Floats<'a> {
+    gradients: Option<&'a GradientsParams>,
+    path: Vec<String>,
+    values: Wholes,
+}
+
+impl ModuleVisitor for Floats<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let value = match self.gradients {
+            None => Some(param.val().inner()),
+            Some(gradients) => gradients.get::<D>(param.id),
+        };
+        if let Some(value) = value {
+            let dims = value.dims().to_vec();
+            let values = value.into_data().convert::<f32>().try_to_vec().unwrap();
+            self.values.insert(self.path.join("."), Whole { dims, values });
+        }
+    }
+
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+}
+
+pub fn values<M: Module>(model: &M) -> Wholes {
+    let mut floats = Floats::default();
+    model.valid().visit(&mut floats);
+    floats.values
+}
+
+pub fn gradients<M: Module>(model: &M, gradients: &GradientsParams) -> Wholes {
+    let mut floats = Floats { gradients: Some(gradients), ..Floats::default() };
+    model.visit(&mut floats);
+    floats.values
+}
+
+/// The bytes of the buffers behind all initialized parameters.
+#[derive(Default)]
+pub struct Bytes {
+    pub bytes: BTreeMap<String, usize>,
+    pub lazy: usize,
+}
+
+impl ModuleVisitor for Bytes {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if !param.is_initialized() {
+            self.lazy += 1;
+            return;
+        }
+        let buffer = param.val().inner().try_into_primitive::<Flex>().unwrap();
+        self.bytes.insert(param.id.to_string(), buffer.bytes().len());
+    }
+}
+
+pub fn bytes<M: Module>(model: &M) -> Bytes {
+    let mut bytes = Bytes::default();
+    model.visit(&mut bytes);
+    bytes
+}
+
+/// The same numbers in every model of the same structure.
+struct Fill(Numbers);
+
+impl ModuleMapper for Fill {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let (id, value, mapper) = param.consume();
+        if !value.is_require_grad() {
+            return Param::from_mapped_value(id, value, mapper);
+        }
+        let dims = value.dims();
+        let scale = if D > 1 { 1.0 / (dims[0] as f32).sqrt() } else { 0.5 };
+        let new = self.0.tensor::<D>(dims, &value.device()) * scale + if D == 1 { 0.3 } else { 0.0 };
+        let new = new.cast(value.dtype());
+        Param::from_mapped_value(id, new.detach().require_grad(), mapper)
+    }
+}
+
+pub fn filled<M: Module>(model: M) -> M {
+    model.train().map(&mut Fill(Numbers(7)))
+}
+
+/// Demands the same dims, and values that differ by no more than a fraction of the largest.
+#[track_caller]
+pub fn same(what: &str, expected: &Whole, found: &Whole, tolerance: f32) {
+    assert_eq!(expected.dims, found.dims, "{what}");
+    let scale = expected.values.iter().fold(1e-2f32, |most, x| most.max(x.abs()));
+    let differences = expected.values.iter().zip(&found.values).map(|(a, b)| (a - b).abs());
+    let worst = differences.fold(0.0, |most: f32, x| if x.is_nan() { f32::INFINITY } else { most.max(x) }) / scale;
+    assert!(worst <= tolerance, "{what} differs by {worst}");
+}
+
+/// [`same`] of all tensors of a model.
+#[track_caller]
+pub fn all_same(what: &str, expected: &Wholes, found: &Wholes, tolerance: f32) {
+    assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>(), "{what}");
+    for (path, expected) in expected {
+        same(&format!("{what}: `{path}`"), expected, &found[path], tolerance);
+    }
+}
+
+pub fn optimizer() -> ModuleOptimizer {
+    // Gradients that are 0 but for rounding, as that of a key's bias, must not be blown up.
+    AdamWConfig::new().with_weight_decay(0.01).with_epsilon(1e-2).init()
+}
+
+/// A copy of a model on a device, with leaves and running statistics of its own.
+pub fn own_on<M: Module>(model: &M, device: Device) -> M {
+    model.clone().fork(&device.autodiff()).train()
+}
+
+/// A copy on the CPU.
+pub fn own<M: Module>(model: &M) -> M {
+    own_on(model, Device::flex())
+}
+
+/// What a few steps of one device give, whatever the values of the model: the losses, and all parameters after each.
+pub struct Alone {
+    pub losses: Vec<f32>,
+    pub after: Vec<models::Values>,
+}
+
+/// Trains a copy of a model on one device, the CPU.
+pub fn alone<M: Module, I>(
+    model: &M,
+    steps: usize,
+    batch: impl Fn(usize) -> I,
+    loss: impl Fn(&M, I) -> Tensor<1>,
+) -> Alone {
+    let (mut model, mut optim) = (own(model), optimizer());
+    let mut alone = Alone { losses: Vec::new(), after: Vec::new() };
+    for step in 0..steps {
+        let (loss, gradients) = models::eager(&model, |m| loss(m, batch(step)));
+        alone.losses.push(loss);
+        model = optim.step(0.05, model, gradients);
+        alone.after.push(models::floats(&model));
+    }
+    alone
+}
+
+/// One step of [`reference`].
+pub struct Reference {
+    pub loss: f32,
+    pub gradients: Wholes,
+    pub after: Wholes,
+}
+
+/// What one device does, with [filled](filled) parameters, on the whole batch.
+pub fn reference<M: Module, I>(
+    make: impl Fn() -> M,
+    batch: fn(u64) -> I,
+    loss: fn(&M, I) -> Tensor<1>,
+    steps: u64,
+) -> Vec<Reference> {
+    let mut model = filled(make());
+    let mut optim = optimizer();
+    let mut done = Vec::new();
+    for step in 0..steps {
+        let (loss, grads) = models::eager(&model, |m| loss(m, batch(step)));
+        let gradients = gradients(&model, &grads);
+        model = optim.step(0.05, model, grads);
+        done.push(Reference { loss, gradients, after: values(&model) });
+    }
+    done
+}

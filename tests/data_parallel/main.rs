@@ -1,0 +1,9 @@
+//! Data parallelism: replicas train like one device, alone and together with split models.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod parity;
+mod rules;
+mod sampler;
+mod split_replicas;

@@ -1,0 +1,150 @@
+//! Replicas train like one device on the whole batch: losses and every parameter, over several optimizer steps.
+
+use burn::module::Module;
+use burn::optim::{AdamWConfig, ModuleOptimizer, SgdConfig};
+use burn::tensor::Device;
+use burn_parallel::comm::part;
+use burn_parallel::prelude::*;
+
+use crate::common::zoo::{self, Case, assert_close, parameters};
+
+const WORLDS: [usize; 5] = [1, 2, 3, 4, 8];
+const STEPS: usize = 4;
+const ROWS: usize = 11;
+
+fn optimizer(name: &str) -> ModuleOptimizer {
+    match name {
+        "adamw" => AdamWConfig::new().init(),
+        _ => SgdConfig::new().init(),
+    }
+}
+
+/// Losses and final parameters of one device on the whole batch.
+fn alone<M: Module>(case: &Case<M>, optim: &str) -> (Vec<f64>, Vec<(String, Vec<f32>)>) {
+    let device = Device::flex().autodiff();
+    let mut model = case.model.clone().fork(&device).train();
+    let mut optim = optimizer(optim);
+    let mut losses = Vec::new();
+    for step in 0..STEPS {
+        let loss = (case.loss)(&model, (case.input)(step, 0..ROWS));
+        losses.push(loss.clone().inner().into_scalar::<f64>());
+        let grads = burn::optim::GradientsParams::from_grads(loss.backward(), &model);
+        model = optim.step(1e-2, model, grads);
+    }
+    (losses, parameters(&model.valid()))
+}
+
+fn parity<M: Module + Sync>(case: Case<M>) {
+    for optim in ["adamw", "sgd"] {
+        let (losses, expected) = alone(&case, optim);
+        for size in WORLDS {
+            let ranks = launch::threads(size)
+                .run(|rank| {
+                    let device = rank.device().autodiff();
+                    let model = case.model.clone().fork(&device).train();
+                    let mut model = model.data_parallel(&rank, DataParallelConfig::new().with_bucket_bytes(3000))?;
+                    let mut optim = optimizer(optim);
+                    let mut seen = Vec::new();
+                    for step in 0..STEPS {
+                        let rows = part(ROWS, size, rank.rank());
+                        let batch = (!rows.is_empty()).then(|| (case.input)(step, rows.clone()));
+                        let done = model.step_micro_batches(batch, |model, input| {
+                            Loss::mean((case.loss)(model, input), rows.len() as f64)
+                        })?;
+                        assert_eq!(done.weight, ROWS as f64);
+                        seen.push(done.loss);
+                        model = optim.step(1e-2, model, done.grads);
+                    }
+                    Ok((seen, parameters(&model.valid())))
+                })
+                .unwrap();
+            for (seen, found) in &ranks {
+                for (a, b) in losses.iter().zip(seen) {
+                    assert!((a - b).abs() <= 1e-5 * a.abs().max(1e-3), "{size} ranks, {optim}: loss {a} against {b}");
+                }
+                assert_close(&expected, found, 2e-5, &format!("{size} ranks, {optim}"));
+                assert_eq!(found, &ranks[0].1, "replicas are bit-identical");
+            }
+        }
+    }
+}
+
+#[test]
+fn mlp() {
+    parity(zoo::mlp());
+}
+
+#[test]
+fn transformer_encoder() {
+    parity(zoo::transformer());
+}
+
+#[test]
+fn lstm() {
+    parity(zoo::lstm());
+}
+
+#[test]
+fn convolutions() {
+    parity(zoo::cnn());
+}
+
+#[test]
+fn tied_weights() {
+    parity(zoo::tied());
+}
+
+#[test]
+fn frozen_parameters() {
+    let mut case = zoo::mlp();
+    case.model =
+        case.model.freeze_group(burn::module::ParamGroup::from_paths(vec!["layers.1.weight", "layers.0.bias"]));
+    parity(case);
+}
+
+#[test]
+fn lora_adapters() {
+    let mut case = zoo::transformer();
+    case.model = zoo::with_values(case.model.apply_lora(burn::module::Lora::new(2, 4.0)), 7);
+    parity(case);
+}
+
+/// Batch norm over all ranks is batch norm over the whole batch, running statistics included.
+#[test]
+fn synchronised_batch_norm() {
+    let case = zoo::cnn_with_batch_norm();
+    for optim in ["adamw", "sgd"] {
+        let (losses, expected) = alone(&case, optim);
+        for size in WORLDS {
+            let ranks = launch::threads(size)
+                .run(|rank| {
+                    let model = case.model.clone().fork(&rank.device().autodiff()).train();
+                    let mut model = model.data_parallel(&rank, DataParallelConfig::new().with_bucket_bytes(500))?;
+                    let mut optim = optimizer(optim);
+                    let mut seen = Vec::new();
+                    for step in 0..STEPS {
+                        let rows = part(ROWS, size, rank.rank());
+                        let input = (case.input)(step, rows.clone());
+                        let batch = vec![((input.features, input.targets), rows.len() as f64)];
+                        let done = model.step_sync_batch_norm(batch, |model, (features, targets)| {
+                            let tokens = burn::tensor::Tensor::zeros([1, 1], &features.device());
+                            (case.loss)(model, zoo::Batch { features, tokens, targets })
+                        })?;
+                        seen.push(done.loss);
+                        model = optim.step(1e-2, model, done.grads);
+                    }
+                    // Two collectives forward and two backward for the one batch norm, and one a step to agree.
+                    assert_eq!(model.counters().statistics.of("all_reduce").calls, 4 * STEPS as u64);
+                    Ok((seen, parameters(&model.valid())))
+                })
+                .unwrap();
+            for (seen, found) in &ranks {
+                for (a, b) in losses.iter().zip(seen) {
+                    assert!((a - b).abs() <= 1e-5 * a.abs().max(1e-3), "{size} ranks, {optim}: loss {a} against {b}");
+                }
+                assert_close(&expected, found, 1e-4, &format!("{size} ranks, {optim}"));
+                assert_eq!(found, &ranks[0].1, "replicas are bit-identical");
+            }
+        }
+    }
+}

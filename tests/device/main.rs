@@ -1,0 +1,19 @@
+//! Ranks and models on a GPU, or on what Vulkan offers in its place.
+
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../common/transport_suite/mod.rs"]
+mod transport_suite;
+
+mod kernels;
+mod local;
+mod strategies;
+mod trials;
+
+fn main() {
+    let mut trials = trials::Trials::new();
+    local::add_to(&mut trials);
+    kernels::add_to(&mut trials);
+    strategies::add_to(&mut trials);
+    trials.run()
+}

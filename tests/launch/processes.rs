@@ -1,0 +1,222 @@
+//! Real processes: started, named in what they say, ended together, and none left behind.
+#![cfg(unix)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use burn_parallel::Error;
+use burn_parallel::launch;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// What the helper below starts; the processes' script is given by this variable.
+const SCRIPT: &str = "BURN_PARALLEL_TEST_SCRIPT";
+
+/// Run by the tests in a process of its own: signals and output are the process's.
+#[test]
+#[ignore = "a helper of the other tests"]
+fn parent() {
+    let Ok(script) = std::env::var(SCRIPT) else { return };
+    match launch::processes(3).program("sh", ["-c", &script]).supervise() {
+        Ok(()) => println!("<all well>"),
+        Err(Error::ProcessFailed { rank, size, status, said }) => println!("<{rank:?} of {size} {status}: {said:?}>"),
+        Err(error) => println!("<{error}>"),
+    }
+}
+
+fn start(script: &str) -> Child {
+    let mut parent = Command::new(std::env::current_exe().unwrap());
+    parent.args(["--exact", "processes::parent", "--ignored", "--nocapture"]).env(SCRIPT, script);
+    parent.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn run(script: &str) -> (String, String) {
+    let Output { stdout, stderr, .. } = start(script).wait_with_output().unwrap();
+    (String::from_utf8_lossy(&stdout).into_owned(), String::from_utf8_lossy(&stderr).into_owned())
+}
+
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("burn-parallel-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn until(what: &str, mut there: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !there() {
+        assert!(began.elapsed() < LIMIT, "{what} did not happen");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// The numbers of the processes that wrote them into files of a folder.
+fn pids(folder: &Path) -> Vec<u32> {
+    let files = fs::read_dir(folder).unwrap().flatten();
+    files.filter_map(|file| fs::read_to_string(file.path()).ok()?.trim().parse().ok()).collect()
+}
+
+fn alive(pid: u32) -> bool {
+    // A zombie that nobody has waited for is dead.
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+}
+
+#[test]
+fn each_finds_its_place_and_is_named() {
+    let (out, err) =
+        run("echo $RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR; echo careful >&2; printf 'no newline'");
+    for rank in 0..3 {
+        assert!(out.contains(&format!("[rank {rank}/3] {rank}/3 {rank}/3 127.0.0.1\n")), "{out}");
+        assert!(out.contains(&format!("[rank {rank}/3] no newline\n")), "{out}");
+        assert!(err.contains(&format!("[rank {rank}/3] careful\n")), "{err}");
+    }
+    assert!(out.contains("<all well>"), "{out}");
+}
+
+#[test]
+fn one_that_fails_ends_all() {
+    let folder = Folder::new("fails");
+    // Each has a child of its own, which must not be left behind either.
+    let script = format!(
+        "echo $$ > {0}/$RANK; sleep 1000 & echo $! > {0}/child$RANK; \
+         if [ $RANK = 1 ]; then while [ $(ls {0} | wc -l) -lt 6 ]; do sleep 0.01; done; echo the disk is full >&2; exit 7; fi; wait",
+        folder.path()
+    );
+    let began = Instant::now();
+    let (out, _) = run(&script);
+    assert!(out.contains("<Some(1) of 3 with exit status 7: [\"[rank 1/3] the disk is full\"]>"), "{out}");
+    assert!(began.elapsed() < LIMIT);
+    assert_eq!(pids(&folder.0).len(), 6);
+    assert!(pids(&folder.0).iter().all(|pid| !alive(*pid)), "processes are left");
+}
+
+#[test]
+fn one_that_is_killed_ends_all() {
+    let (out, _) = run("if [ $RANK = 2 ]; then kill -9 $$; fi; sleep 1000");
+    assert!(out.contains("<Some(2) of 3 by signal 9: []>"), "{out}");
+}
+
+#[test]
+fn those_who_do_not_listen_are_ended() {
+    let began = Instant::now();
+    let (out, _) = run("if [ $RANK = 0 ]; then sleep 0.3; exit 1; fi; trap '' TERM; while :; do sleep 0.1; done");
+    assert!(out.contains("<Some(0) of 3 with exit status 1"), "{out}");
+    assert!(began.elapsed() < LIMIT);
+}
+
+#[test]
+fn signals_are_handed_on() {
+    for (signal, name) in [(libc::SIGINT, "SIGINT"), (libc::SIGTERM, "SIGTERM")] {
+        let folder = Folder::new(name);
+        let script = format!(
+            "trap 'echo told; exit 0' INT TERM; echo $$ > {}/$RANK; while :; do sleep 0.05; done",
+            folder.path()
+        );
+        let parent = start(&script);
+        until("the start", || pids(&folder.0).len() == 3);
+        // SAFETY: the process is ours and has not been waited for.
+        unsafe { libc::kill(parent.id() as i32, signal) };
+        let out = String::from_utf8_lossy(&parent.wait_with_output().unwrap().stdout).into_owned();
+        assert_eq!(out.matches("told").count(), 3, "{out}");
+        assert!(out.contains(&format!("<the run was ended by {name}>")), "{out}");
+        assert!(pids(&folder.0).iter().all(|pid| !alive(*pid)), "processes are left");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_parent_that_is_killed_leaves_none_behind() {
+    let folder = Folder::new("killed");
+    // In place of the shell: the kernel ends ranks, not what these have started.
+    let mut parent = start(&format!("echo $$ > {}/$RANK; exec sleep 1000", folder.path()));
+    until("the start", || pids(&folder.0).len() == 3);
+    parent.kill().unwrap();
+    parent.wait().unwrap();
+    until("the end", || pids(&folder.0).iter().all(|pid| !alive(*pid)));
+}
+
+#[test]
+fn a_program_that_does_not_exist() {
+    let error = launch::processes(2).program("/no/such/program", [""; 0]).supervise().unwrap_err();
+    assert!(matches!(&error, Error::Launch { rank: 0, size: 2, .. }), "{error}");
+    let error = launch::processes(0).supervise().unwrap_err();
+    assert!(error.to_string().contains("at least 1 rank, not 0"), "{error}");
+}
+
+#[cfg(not(feature = "mpi"))]
+#[test]
+fn an_engine_that_is_not_built_in() {
+    let processes = launch::processes(2).engine(launch::Engine::Mpi);
+    let error = processes.run(|process| process, |_| Ok(())).unwrap_err();
+    assert!(error.to_string().contains("--features mpi"), "{error}");
+}
+
+/// Run by the test below: the processes come to this place again.
+#[test]
+#[ignore = "a helper of the other tests"]
+fn itself() {
+    let outcome = launch::processes(3).run(
+        |process| process.threads(1).seed(7),
+        |rank| {
+            let sum = rank.all_reduce(vec![rank.rank() as u64, rank.seed()], burn_parallel::comm::ReduceOp::Sum)?;
+            if std::env::args().any(|argument| argument == "fails") && rank.rank() == 2 {
+                return Err(Error::user("the disk is full"));
+            }
+            rank.barrier()?;
+            println!("<{sum:?} of {} over {} threads>", rank.size(), rank.threads());
+            Ok(sum[0])
+        },
+    );
+    match outcome {
+        Ok(Some(_)) => {}
+        Ok(None) => println!("<all well>"),
+        Err(error) => {
+            eprintln!("<{error}>");
+            std::process::exit(3);
+        }
+    }
+}
+
+fn itself_in(arguments: &[&str]) -> Output {
+    let mut parent = Command::new(std::env::current_exe().unwrap());
+    // What another launcher has said to the first process is not said to the ranks.
+    parent.env("OMPI_COMM_WORLD_RANK", "0").env("OMPI_COMM_WORLD_SIZE", "1").env("SLURM_PROCID", "5");
+    parent.args(["--exact", "processes::itself", "--ignored", "--nocapture"]).args(arguments).output().unwrap()
+}
+
+#[test]
+fn ranks_of_this_program_join_without_anything_else() {
+    let output = itself_in(&[]);
+    let out = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{out} {}", String::from_utf8_lossy(&output.stderr));
+    for rank in 0..3 {
+        assert!(out.contains(&format!("[rank {rank}/3] <[3, 21] of 3 over 1 threads>")), "{out}");
+    }
+    assert_eq!(out.matches("<all well>").count(), 1, "{out}");
+}
+
+#[test]
+fn the_error_of_a_rank_is_returned() {
+    let output = itself_in(&["fails"]);
+    let err = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{err}");
+    // By the first that ends, whichever it is; the others may be ended before they say it.
+    assert!(err.contains("/3] <rank 2 failed: the disk is full"), "{err}");
+    assert!(err.contains("of 3 ended with exit status 3; the last it said:"), "{err}");
+}

@@ -1,0 +1,214 @@
+//! No rank holds more of a model than it must: what is allocated and what is read, in bytes.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::io::Cursor;
+use std::sync::atomic::AtomicIsize;
+use std::sync::atomic::Ordering::Relaxed;
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::nn::{Linear, LinearConfig};
+use burn::prelude::*;
+use burn_parallel::params::Safetensors;
+use burn_parallel::prelude::*;
+use safetensors::tensor::{Dtype, TensorView};
+
+/// Knows the largest piece of memory that each thread has asked for, and what all hold. Some machinery asks for 1 MiB, a
+/// quarter of a weight.
+struct Watched;
+
+thread_local! {
+    static LARGEST: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Bytes that are held now, and that were at most.
+static HELD: AtomicIsize = AtomicIsize::new(0);
+static MOST: AtomicIsize = AtomicIsize::new(0);
+
+fn asked(size: usize) {
+    let _ = LARGEST.try_with(|largest| largest.set(largest.get().max(size)));
+    change(size as isize);
+}
+
+fn change(by: isize) {
+    MOST.fetch_max(HELD.fetch_add(by, Relaxed) + by, Relaxed);
+}
+
+unsafe impl GlobalAlloc for Watched {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        asked(layout.size());
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        asked(layout.size());
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        change(-(layout.size() as isize));
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        change(-(layout.size() as isize));
+        asked(size);
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Watched = Watched;
+
+const WIDTH: usize = 1024;
+const WHOLE: usize = WIDTH * WIDTH * 4;
+
+#[derive(Module, Debug)]
+struct Mlp {
+    up: Linear,
+    down: Linear,
+}
+
+impl Mlp {
+    fn new(device: &Device) -> Self {
+        Self { up: LinearConfig::new(WIDTH, WIDTH).init(device), down: LinearConfig::new(WIDTH, WIDTH).init(device) }
+    }
+
+    fn loss(&self, x: Tensor<2>) -> Tensor<1> {
+        self.down.forward(self.up.forward(x).tanh()).powi_scalar(2).mean()
+    }
+}
+
+fn plan() -> Plan {
+    Plan::new().shard("up.weight", 1).shard("up.bias", 0).shard("down.weight", 0)
+}
+
+fn is_lazy<M: Module>(model: &M) -> bool {
+    struct Lazy(bool);
+    impl ModuleVisitor for Lazy {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0 &= !param.is_initialized();
+        }
+    }
+    let mut lazy = Lazy(true);
+    model.visit(&mut lazy);
+    lazy.0
+}
+
+/// A number for every element of every parameter, as a file has them.
+fn store() -> Vec<u8> {
+    let value = |seed: usize, index: usize| ((index * 7 + seed) % 13) as f32 / 130.0 - 0.05;
+    let tensor = |seed, elements| (0..elements).flat_map(|index| value(seed, index).to_le_bytes()).collect::<Vec<u8>>();
+    let (square, row) = (vec![WIDTH, WIDTH], vec![WIDTH]);
+    let named = [("up.weight", square.clone()), ("up.bias", row.clone()), ("down.weight", square), ("down.bias", row)];
+    let bytes: Vec<Vec<u8>> =
+        named.iter().enumerate().map(|(seed, (_, dims))| tensor(seed, dims.iter().product())).collect();
+    let views = named
+        .iter()
+        .zip(&bytes)
+        .map(|((name, dims), bytes)| (name.to_string(), TensorView::new(Dtype::F32, dims.clone(), bytes).unwrap()));
+    safetensors::serialize(views, None).unwrap()
+}
+
+fn rows(device: &Device) -> Tensor<2> {
+    Tensor::ones([2, WIDTH], device)
+}
+
+#[test]
+fn a_model_that_is_loaded_is_never_whole_on_any_rank() {
+    let _turn = crate::turn();
+    let store = store();
+    let expected = {
+        let device = Device::flex().autodiff();
+        let mut source = Safetensors::new(Cursor::new(store.as_slice())).unwrap();
+        let outcomes = launch::threads(1).run(|rank| {
+            let model = Mlp::new(&device).tensor_parallel(&rank, &plan())?;
+            let mut source = Safetensors::new(Cursor::new(store.as_slice()))?;
+            Ok(model.load(&mut source)?.step(rows(&device), |m, x| m.loss(x))?.loss.into_scalar::<f32>())
+        });
+        assert!(source_is_whole(&mut source));
+        outcomes.unwrap()[0]
+    };
+    for degree in [2, 4] {
+        launch::threads(degree)
+            .run(|rank| {
+                let device = rank.device().autodiff();
+                LARGEST.set(0);
+                let model = Mlp::new(&device).tensor_parallel(&rank, &plan())?;
+                assert!(is_lazy(model.local()), "wrapping makes no parameter");
+                let mut source = Safetensors::new(Cursor::new(store.as_slice()))?;
+                let header = source.bytes_read();
+                let mut model = model.load(&mut source)?;
+                let loss = model.step(rows(&device), |m, x| m.loss(x))?.loss.into_scalar::<f32>();
+                let largest = LARGEST.get();
+                assert!(largest >= WHOLE / degree && largest < WHOLE / degree + 65_536, "{largest} of {WHOLE}");
+                assert_eq!((source.bytes_read() - header) as usize, model.table().bytes());
+                assert!((loss - expected).abs() < 1e-5 * expected, "{loss} {expected}");
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+fn source_is_whole(source: &mut Safetensors<Cursor<&[u8]>>) -> bool {
+    use burn_parallel::params::SliceSource;
+    let data = source.read("down.bias", std::slice::from_ref(&(3..5))).unwrap();
+    data.iter::<f32>().collect::<Vec<_>>() == [(24 % 13) as f32 / 130.0 - 0.05, (31 % 13) as f32 / 130.0 - 0.05]
+}
+
+#[test]
+fn a_lazy_model_is_never_whole_on_any_rank() {
+    let _turn = crate::turn();
+    for degree in [2, 4] {
+        launch::threads(degree)
+            .run(|rank| {
+                let device = rank.device().autodiff();
+                LARGEST.set(0);
+                let mut model = Mlp::new(&device).tensor_parallel(&rank, &plan())?;
+                assert!(is_lazy(model.local()));
+                assert!(LARGEST.get() <= WHOLE / 4);
+                rank.barrier()?;
+                let before = HELD.load(Relaxed);
+                MOST.store(before, Relaxed);
+                rank.barrier()?;
+                model = model.train();
+                rank.barrier()?;
+                assert!(LARGEST.get() < WHOLE / degree + 65_536, "{}", LARGEST.get());
+                // The parts of two weights on all ranks, and a piece in the making and on its way: never the
+                // parts, and a weight that they come from.
+                let most = (MOST.load(Relaxed) - before) as usize;
+                assert!(most > 2 * WHOLE && most < 2 * WHOLE + WHOLE / 4 + 65_536, "{most}");
+                // All ranks hold parts of one model: put together, it gives the same loss.
+                let loss = model.step(rows(&device), |m, x| m.loss(x))?.loss.into_scalar::<f32>();
+                let whole = model.assemble()?.loss(rows(&device)).into_scalar::<f32>();
+                assert!((loss - whole).abs() < 1e-5 * whole);
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+#[test]
+fn sources_that_do_not_fit() {
+    let _turn = crate::turn();
+    let store = store();
+    let load = |model: fn(&Device) -> Mlp, bytes: &[u8]| {
+        let error = launch::threads(1).run(|rank| {
+            let model = model(&rank.device().autodiff()).tensor_parallel(&rank, &plan())?;
+            model.load(&mut Safetensors::new(Cursor::new(bytes))?).map(drop)
+        });
+        error.unwrap_err().to_string()
+    };
+    let narrow: fn(&Device) -> Mlp = |device| Mlp { up: LinearConfig::new(8, WIDTH).init(device), ..Mlp::new(device) };
+    let said = load(narrow, &store);
+    assert!(said.contains("`up.weight` has dims [8, 1024] in the model and [1024, 1024] in the source"), "{said}");
+    let renamed: Vec<u8> = String::from_utf8_lossy(&store[..400]).replace("down.bias", "down.bios").into_bytes();
+    let said = load(Mlp::new, &[&renamed[..400], &store[400..]].concat());
+    assert!(said.contains("no parameter `down.bias`"), "{said}");
+    let said = load(Mlp::new, &store[..store.len() - 8]);
+    assert!(said.contains("cannot read tensor"), "{said}");
+    let said = load(Mlp::new, b"this is no such file at all");
+    assert!(said.contains("too long"), "{said}");
+    let said = load(Mlp::new, b"");
+    assert!(said.contains("cannot read the header"), "{said}");
+}
