@@ -123,6 +123,24 @@ pub enum Error {
         log: CallLog,
     },
 
+    /// A rank has no memory for what a collective would bring it. All ranks of the group return this. The world does not fail
+    /// with it, unless other ranks were at work already: it can be asked with
+    /// [`failure`](crate::comm::Communicator::failure).
+    #[error(
+        "rank {rank} of group `{group}` has no memory for the {bytes} bytes that {operation} would bring it; bring less at a \
+         time, or give the rank more memory"
+    )]
+    OutOfMemory {
+        /// Group in which it happened.
+        group: Arc<str>,
+        /// The rank, within the group, that lacks the memory.
+        rank: usize,
+        /// What was called, and who brought most to it.
+        operation: String,
+        /// How much it lacks; `usize::MAX` if more than there are addresses for.
+        bytes: usize,
+    },
+
     /// A rank index that the group does not have.
     #[error("rank {rank} does not exist in group `{group}` of {size} ranks, asked for by {operation}")]
     NoSuchRank {

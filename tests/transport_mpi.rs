@@ -28,6 +28,7 @@ impl Engine for Mpi {
 fn main() -> ExitCode {
     match std::env::var(ROLE).as_deref() {
         Ok("suite") => suite(),
+        Ok(role) if role.starts_with("stopped") => stopped(role),
         Ok(role) => one_rank(role),
         Err(_) => return start(),
     }
@@ -77,6 +78,30 @@ fn one_rank(role: &str) {
     );
 }
 
+/// Rank 0 stops rank 1, whose words have been announced and are not there: its call of a collective, or a message. The time-out
+/// is over all the same, and so is the process.
+fn stopped(role: &str) {
+    let began = Instant::now();
+    let outcome = launch::from_env().unwrap().timeout(Duration::from_secs(2)).run(|rank| {
+        let processes = rank.all_gather(vec![std::process::id()])?;
+        if rank.rank() == 0 {
+            std::thread::sleep(Duration::from_millis(500));
+            let _ = Command::new("kill").args(["-STOP", &processes[1].to_string()]).status();
+        }
+        match (role, rank.rank()) {
+            ("stopped-call", _) => rank.barrier(),
+            (_, 0) => rank.recv::<Vec<f32>>(1, 7).map(drop),
+            _ => {
+                rank.send(vec![1.0f32; 300], 0, 7)?;
+                rank.barrier()
+            }
+        }
+    });
+    let in_time = if began.elapsed() < Duration::from_secs(15) { "in time" } else { "late" };
+    let said = outcome.map_or_else(|error| error.to_string(), |()| "well".into());
+    print!("{}", format!("<{in_time}: {said}>\n").replace("\n ", " "));
+}
+
 fn is_open_mpi() -> bool {
     let version = Command::new("mpirun").arg("--version").output().unwrap();
     String::from_utf8_lossy(&version.stdout).contains("Open MPI")
@@ -108,6 +133,23 @@ fn scenario(role: &str, words: &str, ends_well: bool) -> bool {
     passed
 }
 
+/// Two ranks, over a network whose messages are announced before they are sent.
+fn stops(role: &str, words: &str) -> bool {
+    let mut mpirun = mpirun(2, role);
+    let settings = [("pml", "ob1"), ("btl", "tcp,self"), ("btl_tcp_eager_limit", "128")];
+    mpirun.envs(settings.map(|(name, value)| (format!("OMPI_MCA_{name}"), value)));
+    let mut limited = Command::new("timeout");
+    limited.arg("40").arg(mpirun.get_program()).args(mpirun.get_args());
+    let output = limited.envs(mpirun.get_envs().filter_map(|(name, value)| Some((name, value?)))).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let passed = said.contains("<in time: ") && said.contains(words);
+    println!("{role} ... {}", if passed { "ok" } else { "FAILED" });
+    if !passed {
+        println!("{}: {said}{}", output.status, String::from_utf8_lossy(&output.stderr));
+    }
+    passed
+}
+
 /// Starts the roles under mpirun.
 fn start() -> ExitCode {
     if Command::new("mpirun").arg("--version").output().is_err() {
@@ -126,5 +168,9 @@ fn start() -> ExitCode {
     passed &= scenario("unread", "<well>", true);
     // The launcher's own words, for the rank has none left. MPICH's names the process in place of the rank.
     passed &= scenario("killed", if is_open_mpi() { "rank 1" } else { "Killed (signal 9)" }, false);
+    if is_open_mpi() {
+        passed &= stops("stopped-call", "waited 2.");
+        passed &= stops("stopped-message", "waited 2.");
+    }
     if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -103,7 +103,7 @@ impl Communicator {
         // SAFETY: nothing is read through a null place of length 0.
         let nothing = unsafe { BufferRef::from_raw(std::ptr::null(), 0, dtype.unwrap_or(DType::F32)) };
         let input = data.as_ref().map_or(nothing, host::lend);
-        let mut output = TensorOutput::new(dtype);
+        let mut output = TensorOutput::new(self, call, dtype);
         self.run(&call, |transport| transport.collective(&call, Transfer::Through { input, output: &mut output }))?;
         // A rank that receives nothing gets back a tensor of no use to anybody: its own input, or an empty one.
         Ok(output.into_tensor().or(data).unwrap_or_else(|| FlexTensor::zeros([0].into(), dtype.unwrap_or(DType::F32))))

@@ -38,6 +38,9 @@ impl Communicator {
 
     /// Every rank gets the payloads of all, one behind the other along the first dim in rank order. First dims may differ;
     /// the other dims and the dtype may not.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] on every rank, if one has no memory for the result.
     pub fn all_gather<P: Payload>(&self, payload: P) -> Result<P, Error> {
         self.carry(Operation::AllGather, payload, |data| self.through(Operation::AllGather, Some(data), None))
     }
@@ -45,7 +48,7 @@ impl Communicator {
     /// [`all_gather`](Self::all_gather) from a slice into a slice, whose length is the sum over the ranks.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] on a rank whose output has another length; the world fails with it.
+    /// [`Error::InvalidArgument`] on a rank whose output has another length; the world fails with it. [`Error::OutOfMemory`].
     pub fn all_gather_into<E: Element>(&self, input: &[E], output: &mut [E]) -> Result<(), Error> {
         self.through_place(&Call::new(Operation::AllGather, Some(E::DTYPE), Extent::flat(input.len())), input, output)
     }
@@ -110,7 +113,7 @@ impl Communicator {
     /// `root` gets the payloads of all as in [`all_gather`](Self::all_gather), the others `None`.
     ///
     /// # Errors
-    /// [`Error::NoSuchRank`].
+    /// [`Error::NoSuchRank`]; [`Error::OutOfMemory`] on every rank, if the root has no memory for the result.
     pub fn gather<P: Payload>(&self, payload: P, root: usize) -> Result<Option<P>, Error> {
         self.check_root(root, "gather")?;
         let operation = Operation::Gather { root };
@@ -123,7 +126,7 @@ impl Communicator {
     ///
     /// # Errors
     /// [`Error::NoSuchRank`]; [`Error::InvalidArgument`] if the root brings nothing, or what a receiver does not take; the
-    /// world fails with it.
+    /// world fails with it. [`Error::OutOfMemory`] on every rank, if one has no memory for its part.
     pub fn scatter<P: Payload>(&self, payload: Option<P>, root: usize) -> Result<P, Error> {
         self.check_root(root, "scatter")?;
         if root == self.rank() && payload.is_none() {
@@ -151,6 +154,9 @@ impl Communicator {
     }
 
     /// Part `j` of this rank's first dim goes to rank `j`; the rank gets its part of every rank, in rank order.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] on every rank, if one has no memory for the result.
     pub fn all_to_all<P: Payload>(&self, payload: P) -> Result<P, Error> {
         self.all_to_all_agreed(payload, 0)
     }

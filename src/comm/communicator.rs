@@ -222,7 +222,8 @@ impl Communicator {
     pub(super) fn count(&self, call: &Call, operation: impl FnOnce() -> Result<u64, Error>) -> Result<(), Error> {
         let began = self.inner.counters.now();
         let bytes = operation().map_err(|error| match error {
-            Error::NoSuchRank { .. } => error,
+            // All ranks return it, and nothing has happened.
+            Error::NoSuchRank { .. } | Error::OutOfMemory { .. } => error,
             // An error that only this rank has found, with the others already done, must not leave them guessing later.
             error => self.fail_with(error),
         })?;

@@ -35,6 +35,8 @@ pub(crate) mod device;
 pub(crate) mod element;
 pub(crate) mod host;
 pub mod local;
+#[cfg(any(feature = "cuda", test))]
+mod marks;
 mod messages;
 #[cfg(feature = "mpi")]
 pub mod mpi;

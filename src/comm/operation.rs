@@ -2,9 +2,10 @@
 
 /// How the contributions of the ranks become one value, element by element.
 ///
-/// Contributions are folded in rank order, so a result is bit-identical on every rank and from run to run. `f16` and
-/// `bf16` are folded in `f32` and rounded once at the end. Integer sums and products wrap on overflow, as in MPI and
-/// NCCL. A NaN on any rank makes `Max` and `Min` NaN.
+/// The same on every engine, for data of the host and of devices. Contributions are folded in rank order, so a result is
+/// bit-identical on every rank and from run to run; NCCL folds in an order of its own, the same on every rank, and the last bit of
+/// a sum may be another. `f16` and `bf16` are scaled and folded in `f32` and rounded once at the end. Integer sums and products
+/// wrap on overflow, as in MPI and NCCL. A NaN on any rank makes `Max` and `Min` NaN.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum ReduceOp {
     /// `x_0 + x_1 + ...`: floats and integers.

@@ -6,6 +6,7 @@ use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{Bytes, DType, Shape};
 
 use super::element::with_storage_type;
+use super::host::settle_bools;
 use super::transport::BufferMut;
 use crate::Error;
 
@@ -47,18 +48,22 @@ impl Room {
         unsafe { BufferMut::from_raw(self.data, self.elements, self.dtype) }
     }
 
-    /// The tensor, once all of it is written.
+    /// The tensor, once all of it is written; `None` if bytes that should be bools are none.
     ///
     /// # Safety
     /// It is.
-    pub unsafe fn filled(self) -> FlexTensor {
+    pub unsafe fn filled(self) -> Option<FlexTensor> {
+        // SAFETY: so many bytes are written, and the room's own.
+        if self.dtype.is_bool() && unsafe { !settle_bools(self.data, self.elements) } {
+            return None;
+        }
         let mut room = ManuallyDrop::new(self);
         let shape = Shape::from(std::mem::take(&mut room.dims));
         let bytes = with_storage_type!(room.dtype, E => {
             // SAFETY: the parts are those of `new`, and so many elements are written.
             Bytes::from_elems(unsafe { Vec::<E>::from_raw_parts(room.data.cast(), room.elements, room.capacity) })
         }, otherwise unreachable!("{:?} was refused before", room.dtype));
-        FlexTensor::new(bytes, Layout::contiguous(shape), room.dtype)
+        Some(FlexTensor::new(bytes, Layout::contiguous(shape), room.dtype))
     }
 }
 
@@ -73,6 +78,8 @@ impl Drop for Room {
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::BoolStore;
+
     use super::*;
 
     #[test]
@@ -83,13 +90,26 @@ mod tests {
         // SAFETY: there is room for six.
         let tensor = unsafe {
             [1i16, 2, 3, 4, 5, 6].as_ptr().copy_to_nonoverlapping(place.as_mut_ptr().cast(), 6);
-            room.filled()
+            room.filled().unwrap()
         };
         assert_eq!(tensor.into_data(), burn::tensor::TensorData::from([[1i16, 2, 3], [4, 5, 6]]));
         // SAFETY: nothing is to be written.
-        let empty = unsafe { Room::new("recv", &[0, 3], DType::F64).unwrap().filled() };
+        let empty = unsafe { Room::new("recv", &[0, 3], DType::F64).unwrap().filled().unwrap() };
         assert_eq!(empty.into_data().shape().to_vec(), [0, 3]);
         drop(Room::new("recv", &[1000], DType::BF16).unwrap());
+    }
+
+    #[test]
+    fn bytes_that_are_no_bools_make_no_tensor() {
+        for (byte, is_bool) in [(0u8, true), (1, true), (2, false), (255, false)] {
+            let mut room = Room::new("recv", &[3], DType::Bool(BoolStore::Native)).unwrap();
+            // SAFETY: there is room for three.
+            let tensor = unsafe {
+                [1, byte, 0].as_ptr().copy_to_nonoverlapping(room.lend().as_mut_ptr(), 3);
+                room.filled()
+            };
+            assert_eq!(tensor.is_some(), is_bool, "{byte}");
+        }
     }
 
     #[test]

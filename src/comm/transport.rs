@@ -39,7 +39,7 @@ impl<'a> BufferRef<'a> {
     /// Lends `elements` elements of `dtype` at `data`.
     ///
     /// # Safety
-    /// They must be initialised, and stay valid and unchanged for `'a`.
+    /// They must be initialised and aligned, and stay valid and unchanged for `'a`.
     pub unsafe fn from_raw(data: *const u8, elements: usize, dtype: DType) -> Self {
         Self { data, elements, dtype, lent: PhantomData }
     }
@@ -69,7 +69,7 @@ impl<'a> BufferMut<'a> {
     /// Lends `elements` elements of `dtype` at `data`.
     ///
     /// # Safety
-    /// They must be valid for writes, and for reads if the operation reads them, and untouched by others for `'a`.
+    /// They must be aligned, valid for writes, and for reads if the operation reads them, and untouched by others for `'a`.
     pub unsafe fn from_raw(data: *mut u8, elements: usize, dtype: DType) -> Self {
         Self { data, elements, dtype, lent: PhantomData }
     }
@@ -96,7 +96,8 @@ pub trait Output {
     /// Room for a tensor of these dims and `dtype`, which the transport fills completely if the operation succeeds.
     ///
     /// # Errors
-    /// If the receiver wants another dtype or another number of elements.
+    /// If the receiver wants another dtype or another number of elements; [`Error::OutOfMemory`] if there is no memory for
+    /// them.
     fn allocate(&mut self, dims: &[usize], dtype: DType) -> Result<BufferMut<'_>, Error>;
 }
 

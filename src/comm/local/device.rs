@@ -84,7 +84,7 @@ impl LocalTransport {
     }
 
     fn run_as<K: Scale>(&self, call: Call, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error> {
-        let (operation, dims) = (call.operation, tensor.meta.shape().to_vec());
+        let (operation, dims, dtype) = (call.operation, tensor.meta.shape().to_vec(), tensor.dtype);
         let (rank, size) = (self.rank(), self.size());
         let brought = match operation {
             Operation::AllReduce(ReduceOp::PreMulSum(factor))
@@ -94,7 +94,6 @@ impl LocalTransport {
             }
             _ => tensor,
         };
-        let dtype = brought.dtype;
         let all = self.exchange(&call, brought)?;
         let rows: Vec<usize> = all.iter().map(|tensor| Extent::new(&tensor.meta.shape().to_vec()).rows()).collect();
         let rows = match operation {
@@ -125,14 +124,14 @@ impl LocalTransport {
         };
         let everything = |from: usize| 0..rows[from];
         let folded = |elements: Range<usize>, op: ReduceOp| match size {
-            1 => Ok(bring::<K>(&all[rank], elements, &device)),
-            _ => fold_here::<K>(&all, elements, op, &device).map(from_device::<1, K>),
+            1 if all[rank].dtype == dtype => Ok(bring::<K>(&all[rank], elements, &device)),
+            _ => fold_here::<K>(&all, elements, op, dtype, &device).map(from_device::<1, K>),
         };
         let result = match operation {
             Operation::AllReduce(op) if size > 1 && call.extent.elements() >= SMALL => {
                 // As on the host: everybody folds a share, and all put the shares together.
                 let share = part(call.extent.elements(), size, rank);
-                let folded = fold_here::<K>(&all, share, op, &device)?;
+                let folded = fold_here::<K>(&all, share, op, dtype, &device)?;
                 let shares = self.exchange(&call, folded)?;
                 let whole = |share: &DeviceTensor| bring::<K>(share, 0..share.meta.shape()[0], &device);
                 Tensor::cat(shares.iter().map(whole).collect(), 0)
@@ -227,29 +226,33 @@ fn parted<K: Scale>(whole: DeviceTensor, like: &[DeviceTensor]) -> Result<Vec<De
     like.iter().map(part).collect()
 }
 
-/// The reduction of some elements of all tensors, in rank order. Factors have been applied.
+/// The reduction of some elements of all tensors, in rank order, as elements of `dtype`. Factors have been applied.
 fn fold_here<K: Scale>(
     all: &[DeviceTensor],
     elements: Range<usize>,
     op: ReduceOp,
+    dtype: DType,
     device: &CubeDevice,
 ) -> Result<DeviceTensor, Error> {
     if all.iter().all(|tensor| tensor.device == *device) {
-        return fold(all, elements, op);
+        return fold(all, elements, op, dtype);
     }
     let shards = all.iter().map(|tensor| to_device(bring::<K>(tensor, elements.clone(), device)));
-    fold(&shards.collect::<Result<Vec<_>, _>>()?, 0..elements.len(), op)
+    fold(&shards.collect::<Result<Vec<_>, _>>()?, 0..elements.len(), op, dtype)
 }
 
 /// Kinds of tensors that are reduced.
 trait Scale: TensorKind {
-    /// Applies a factor.
+    /// Applies a factor. What has 16 bits is wide afterwards, so that it is rounded once, when all are added.
     fn scale(contribution: Tensor<1, Self>, factor: f64) -> Tensor<1, Self>;
 }
 
 impl Scale for Float {
     fn scale(contribution: Tensor<1>, factor: f64) -> Tensor<1> {
-        contribution.mul_scalar(factor)
+        match contribution.dtype() {
+            DType::F16 | DType::BF16 => contribution.cast(DType::F32).mul_scalar(factor),
+            _ => contribution.mul_scalar(factor),
+        }
     }
 }
 

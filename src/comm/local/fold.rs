@@ -14,19 +14,31 @@ use cubecl::prelude::*;
 use crate::Error;
 use crate::comm::{DeviceTensor, ReduceOp};
 
-/// Folds the same elements of contiguous tensors, which are all on the device of the first. Factors have been applied.
+/// Folds the same elements of contiguous tensors of one dtype, which are all on the device of the first, into elements of
+/// `dtype`: that of the tensors, or of 16 bits where they are of `f32`. Factors have been applied.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] if there is no tensor.
-pub(super) fn fold(shards: &[DeviceTensor], elements: Range<usize>, op: ReduceOp) -> Result<DeviceTensor, Error> {
+pub(super) fn fold(
+    shards: &[DeviceTensor],
+    elements: Range<usize>,
+    op: ReduceOp,
+    dtype: DType,
+) -> Result<DeviceTensor, Error> {
     // What a kernel can read beside its result, what was folded before and its own arguments.
     let bindings = |like: &DeviceTensor| like.client.properties().hardware.max_bindings.clamp(5, 64) as usize - 3;
     let most = shards.first().map_or(1, bindings);
-    fold_by(most, shards, elements, op)
+    fold_by(most, shards, elements, op, dtype)
 }
 
 /// As [`fold`], with so many tensors at most in one kernel; what it has folded goes on to the next in the wide dtype.
-fn fold_by(most: usize, shards: &[DeviceTensor], elements: Range<usize>, op: ReduceOp) -> Result<DeviceTensor, Error> {
+fn fold_by(
+    most: usize,
+    shards: &[DeviceTensor],
+    elements: Range<usize>,
+    op: ReduceOp,
+    dtype: DType,
+) -> Result<DeviceTensor, Error> {
     let none = || Error::invalid("a reduction on a device", "there is nothing to reduce");
     let like = shards.first().ok_or_else(none)?;
     let ends = number(like.dtype);
@@ -37,14 +49,14 @@ fn fold_by(most: usize, shards: &[DeviceTensor], elements: Range<usize>, op: Red
     let mut total: Option<DeviceTensor> = None;
     for (round, some) in shards.chunks(most).enumerate() {
         let last = (round + 1) * most >= shards.len();
-        let folded = room(like, elements.len(), if last { ends } else { between });
+        let folded = room(like, elements.len(), if last { number(dtype) } else { between });
         if !elements.is_empty() {
             let ranks = if last && op == ReduceOp::Mean { shards.len() as u32 } else { 0 };
             launch(total.take(), some, &folded, elements.start, [between, ends], op, ranks);
         }
         total = Some(folded);
     }
-    total.map(|total| with_dtype(total, like.dtype)).ok_or_else(none)
+    total.map(|total| with_dtype(total, dtype)).ok_or_else(none)
 }
 
 /// What kernels take a dtype for: bools are numbers.
@@ -212,7 +224,8 @@ mod tests {
                     to_device(Tensor::<1>::from_data(data, (&device, dtype))).unwrap()
                 };
                 let shards: Vec<_> = (0..7).map(shard).collect();
-                let folded = |most| from_device::<1, Float>(fold_by(most, &shards, 3..98, op).unwrap()).into_data();
+                let folded =
+                    |most| from_device::<1, Float>(fold_by(most, &shards, 3..98, op, dtype).unwrap()).into_data();
                 let at_once = folded(7);
                 for most in [2, 3, 6] {
                     assert_eq!(folded(most), at_once, "{op:?} of {dtype:?}, {most} at once");
@@ -226,7 +239,8 @@ mod tests {
                 to_device(Tensor::<1, Int>::from_data(data, (&device, DType::I32))).unwrap()
             };
             let shards: Vec<_> = (0..7).map(shard).collect();
-            let folded = |most| from_device::<1, Int>(fold_by(most, &shards, 3..98, op).unwrap()).into_data();
+            let folded =
+                |most| from_device::<1, Int>(fold_by(most, &shards, 3..98, op, DType::I32).unwrap()).into_data();
             assert_eq!(folded(2), folded(7), "{op:?} of integers");
         }
     }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
 
@@ -148,6 +149,33 @@ pub(super) struct Group {
     pub board: super::device::Board,
     /// Splits in the making, by meeting and color.
     pub halves: Mutex<HashMap<(u64, u64), Half>>,
+    pub shortage: Shortage,
+}
+
+/// What ranks have said in a meeting of having no memory for its results. It is said before they depart, and heard once all
+/// have: so all ranks hear the same.
+#[derive(Debug, Default)]
+pub(super) struct Shortage {
+    /// The last meeting of which something was said, counted from 1.
+    meeting: AtomicU64,
+    /// Who has said it, and what.
+    said: Mutex<Option<(usize, Error)>>,
+}
+
+impl Shortage {
+    pub fn say(&self, meeting: u64, rank: usize, error: &Error) {
+        let mut said = lock(&self.said);
+        let first = self.meeting.swap(meeting + 1, Ordering::Relaxed) != meeting + 1;
+        // One that all can name, whoever comes first.
+        if first || said.as_ref().is_none_or(|(other, _)| rank < *other) {
+            *said = Some((rank, error.clone()));
+        }
+    }
+
+    /// To be called after a meeting, and before the next.
+    pub fn hear(&self, meeting: u64) -> Option<Error> {
+        (self.meeting.load(Ordering::Relaxed) == meeting + 1).then(|| lock(&self.said).clone())?.map(|(_, error)| error)
+    }
 }
 
 impl std::fmt::Debug for Group {
@@ -178,6 +206,7 @@ impl Group {
             #[cfg(feature = "cubecl")]
             board: super::device::Board::default(),
             halves: Mutex::default(),
+            shortage: Shortage::default(),
         });
         group.fate.add(&group);
         group

@@ -55,6 +55,11 @@ impl LocalTransport {
 
     /// Meets the others, checks that all call the same, and runs `work`, which returns the bytes it moved.
     fn meet<R>(&self, post: Post, work: impl FnOnce(&work::Posts<'_>) -> R) -> Result<(u64, R), Error> {
+        self.meet_counted(post, |_, posts| work(posts))
+    }
+
+    /// [`meet`](Self::meet) for work that is told the number of the meeting.
+    fn meet_counted<R>(&self, post: Post, work: impl FnOnce(u64, &work::Posts<'_>) -> R) -> Result<(u64, R), Error> {
         let group = &*self.group;
         let mut turn = lock(&self.meeting);
         if let Some(error) = group.fate.error() {
@@ -66,7 +71,7 @@ impl LocalTransport {
         let meeting = *turn;
         *turn += 1;
         let work = |posts: &work::Posts<'_>| match agree(&post, posts) {
-            true => Ok(work(posts)),
+            true => Ok(work(meeting, posts)),
             false => Err(posts.iter().map(|other| *other.call()).collect::<Vec<_>>()),
         };
         // SAFETY: the turn is held, and counts this rank's meetings.
@@ -192,8 +197,15 @@ impl Transport for LocalTransport {
                 self.meet(post, |posts| work::in_place(&call.operation, self.rank, posts)).map(|(_, moved)| moved)
             }
             Transfer::Through { input, output } => {
-                let post = Post::input(call, input.as_ptr());
-                self.meet(post, |posts| work::through(&call.operation, self.rank, posts, output))?.1
+                let (group, rank) = (&*self.group, self.rank);
+                let (meeting, moved) = self.meet_counted(Post::input(call, input.as_ptr()), |meeting, posts| {
+                    let moved = work::through(&call.operation, rank, posts, output);
+                    if let Err(error @ Error::OutOfMemory { .. }) = &moved {
+                        group.shortage.say(meeting, rank, error);
+                    }
+                    moved
+                })?;
+                group.shortage.hear(meeting).map_or(moved, Err)
             }
         }
     }

@@ -141,7 +141,9 @@ fn collect(
     else {
         return Ok(0);
     };
-    let rows = posts.iter().enumerate().map(|(from, post)| wanted(from, &post.call().extent).len()).sum();
+    // More than there are addresses for is more than there is memory for.
+    let lens = posts.iter().enumerate().map(|(from, post)| wanted(from, &post.call().extent).len());
+    let rows = lens.fold(0, usize::saturating_add);
     let mut place = output.allocate(&extent.with_rows(rows), dtype)?.data;
     let row_bytes = extent.width() * dtype.size();
     let mut moved = 0;

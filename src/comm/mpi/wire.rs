@@ -3,7 +3,7 @@
 //! No call here blocks, and each takes the process's [turn](Mpi::turn): a thread that waits keeps no other from working.
 
 use std::ffi::{c_int, c_void};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use std::{ptr, thread};
 
@@ -11,10 +11,13 @@ use mpi_sys as sys;
 
 use super::process::{Mpi, check};
 use crate::Error;
-use crate::comm::wired::{Ticket, Wire};
+use crate::comm::host::zeroed;
+use crate::comm::wired::{Ticket, Wire, lock};
 
 /// Bytes of one MPI message: counts are C ints. What is longer goes as several.
 const SEGMENT: usize = 1 << 30;
+/// Most bytes of a message that is taken: errors with the calls of all ranks, at the most.
+const TAKEN: usize = 16 << 20;
 
 // A request is a pointer or a number, as the MPI likes.
 const _: () = assert!(size_of::<sys::MPI_Request>() <= 8);
@@ -40,6 +43,24 @@ pub(super) struct MpiWire {
     size: usize,
     /// Largest tag.
     tags: u64,
+    /// Messages that are being taken, the oldest first.
+    coming: Mutex<Vec<Coming>>,
+}
+
+/// A message that has been announced, and whose bytes may still be with a sender that does nothing more.
+#[derive(Debug)]
+struct Coming {
+    from: usize,
+    tag: u64,
+    bytes: Vec<u8>,
+    ticket: Ticket,
+}
+
+impl Drop for MpiWire {
+    fn drop(&mut self) {
+        // MPI may still write there.
+        std::mem::forget(std::mem::take(&mut *lock(&self.coming)));
+    }
 }
 
 // SAFETY: the communicator is used under the lock of the process.
@@ -70,19 +91,27 @@ impl MpiWire {
         }
         // SAFETY: MPI keeps the bound as long as it runs.
         let tags = if has_bound != 0 && !bound.is_null() { (unsafe { *bound }) as u64 } else { 32767 };
-        let mut wire = Self { mpi, comm: *comm, rank: rank as usize, size: size as usize, tags };
+        let mut wire =
+            Self { mpi, comm: *comm, rank: rank as usize, size: size as usize, tags, coming: Mutex::default() };
         let since = Instant::now();
         let mut tickets = vec![ticket(request)];
-        while !wire.progress(&mut tickets)? {
-            if since.elapsed() > timeout {
-                Box::leak(comm);
-                let problem = format!(
-                    "the other ranks did not come to make a world within {timeout:.1?}; raise the limit with \
-                     BURN_PARALLEL_TIMEOUT_S if they were only slow"
-                );
-                return Err(Error::Engine { engine: "mpi", problem });
+        let made = loop {
+            match wire.progress(&mut tickets) {
+                Ok(true) => break Ok(()),
+                Ok(false) if since.elapsed() > timeout => {
+                    let problem = format!(
+                        "the other ranks did not come to make a world within {timeout:.1?}; raise the limit with \
+                         BURN_PARALLEL_TIMEOUT_S if they were only slow"
+                    );
+                    break Err(Error::Engine { engine: "mpi", problem });
+                }
+                Ok(false) => thread::sleep(Duration::from_micros(200)),
+                Err(error) => break Err(error),
             }
-            thread::sleep(Duration::from_micros(200));
+        };
+        if let Err(error) = made {
+            Box::leak(comm);
+            return Err(error);
         }
         let comm = *comm;
         wire.comm = comm;
@@ -107,6 +136,51 @@ impl MpiWire {
         }
         Ok(())
     }
+}
+
+impl MpiWire {
+    /// Begins to take a message that has been announced, if there is one. This process has the turn.
+    fn look(&self, from: Option<usize>, tag: u64) -> Result<Option<Coming>, Error> {
+        // SAFETY: a plain struct of numbers, which MPI fills.
+        let mut status: sys::MPI_Status = unsafe { std::mem::zeroed() };
+        // SAFETY: handles of MPI.
+        let (mut message, mut request) = unsafe { (sys::RSMPI_MESSAGE_NULL, sys::RSMPI_REQUEST_NULL) };
+        let (mut found, mut count) = (0, 0);
+        let source = from.map_or(unsafe { sys::RSMPI_ANY_SOURCE }, |from| from as c_int);
+        // SAFETY: the places outlive the calls, which wait for nobody.
+        unsafe {
+            let code = sys::MPI_Improbe(source, tag as c_int, self.comm, &mut found, &mut message, &mut status);
+            check(code, "MPI_Improbe")?;
+            if found == 0 {
+                return Ok(None);
+            }
+            check(sys::MPI_Get_count(&status, sys::RSMPI_UINT8_T, &mut count), "MPI_Get_count")?;
+        }
+        let (from, len) = (status.MPI_SOURCE as usize, count.max(0) as usize);
+        let Some(mut bytes) = zeroed::<u8>(len).filter(|_| len <= TAKEN) else {
+            let problem = format!(
+                "rank {from} announces {len} bytes where {TAKEN} are the most, or more than there is memory for"
+            );
+            return Err(Error::Engine { engine: "mpi", problem });
+        };
+        // SAFETY: the bytes are on the heap and as many as that; they are kept until they are there, or for good.
+        let code = unsafe {
+            sys::MPI_Imrecv(bytes.as_mut_ptr().cast(), count, sys::RSMPI_UINT8_T, &mut message, &mut request)
+        };
+        if let Err(error) = check(code, "MPI_Imrecv") {
+            std::mem::forget(bytes);
+            return Err(error);
+        }
+        Ok(Some(Coming { from, tag, bytes, ticket: ticket(request) }))
+    }
+}
+
+/// Whether a message is done. This process has the turn.
+fn is_done(ticket: &mut Ticket) -> Result<bool, Error> {
+    let mut done = 0;
+    // SAFETY: the request is of this MPI and not done so far.
+    let code = unsafe { sys::MPI_Test(request(ticket), &mut done, sys::RSMPI_STATUS_IGNORE) };
+    check(code, "MPI_Test").map(|()| done != 0)
 }
 
 impl Wire for MpiWire {
@@ -167,11 +241,7 @@ impl Wire for MpiWire {
         let _turn = self.mpi.turn();
         let mut place = 0;
         while place < tickets.len() {
-            let mut done = 0;
-            // SAFETY: the request is of this MPI and not done so far.
-            let code = unsafe { sys::MPI_Test(request(&mut tickets[place]), &mut done, sys::RSMPI_STATUS_IGNORE) };
-            check(code, "MPI_Test")?;
-            if done != 0 {
+            if is_done(&mut tickets[place])? {
                 tickets.swap_remove(place);
             } else {
                 place += 1;
@@ -182,35 +252,39 @@ impl Wire for MpiWire {
 
     fn cancel(&self, tickets: &mut Vec<Ticket>) {
         let _turn = self.mpi.turn();
-        for mut ticket in tickets.drain(..) {
-            // SAFETY: the request is of this MPI and not done; a receive that is cancelled ends without the other side.
-            unsafe {
-                sys::MPI_Cancel(request(&mut ticket));
-                sys::MPI_Wait(request(&mut ticket), sys::RSMPI_STATUS_IGNORE);
-            }
-        }
+        // A receive that has found its message cannot be cancelled, and its sender may be stopped: nobody waits for that.
+        tickets.retain_mut(|ticket| {
+            // SAFETY: the request is of this MPI and not done.
+            let cancelled = unsafe { sys::MPI_Cancel(request(ticket)) };
+            !check(cancelled, "MPI_Cancel").and_then(|()| is_done(ticket)).unwrap_or(false)
+        });
     }
 
     fn take(&self, from: Option<usize>, tag: u64) -> Result<Option<(usize, Vec<u8>)>, Error> {
         let _turn = self.mpi.turn();
-        // SAFETY: the places outlive the calls. What is received has come: the call does not wait for anybody's code.
-        unsafe {
-            let mut status: sys::MPI_Status = std::mem::zeroed();
-            let mut message = sys::RSMPI_MESSAGE_NULL;
-            let (mut found, mut count) = (0, 0);
-            let source = from.map_or(sys::RSMPI_ANY_SOURCE, |from| from as c_int);
-            let code = sys::MPI_Improbe(source, tag as c_int, self.comm, &mut found, &mut message, &mut status);
-            check(code, "MPI_Improbe")?;
-            if found == 0 {
-                return Ok(None);
+        let mut coming = lock(&self.coming);
+        // What one rank has sent comes in order: behind what is not here yet there is nothing to be had.
+        let mut behind = Vec::new();
+        for place in 0..coming.len() {
+            let one = &mut coming[place];
+            if one.tag != tag || from.is_some_and(|from| from != one.from) || behind.contains(&one.from) {
+                continue;
             }
-            check(sys::MPI_Get_count(&status, sys::RSMPI_UINT8_T, &mut count), "MPI_Get_count")?;
-            let mut bytes = vec![0u8; count.max(0) as usize];
-            let place = bytes.as_mut_ptr().cast();
-            let ignore = sys::RSMPI_STATUS_IGNORE;
-            check(sys::MPI_Mrecv(place, count, sys::RSMPI_UINT8_T, &mut message, ignore), "MPI_Mrecv")?;
-            Ok(Some((status.MPI_SOURCE as usize, bytes)))
+            if is_done(&mut one.ticket)? {
+                let one = coming.remove(place);
+                return Ok(Some((one.from, one.bytes)));
+            }
+            behind.push(one.from);
         }
+        if from.is_some() && !behind.is_empty() {
+            return Ok(None);
+        }
+        let Some(mut one) = self.look(from, tag)? else { return Ok(None) };
+        if !behind.contains(&one.from) && is_done(&mut one.ticket)? {
+            return Ok(Some((one.from, one.bytes)));
+        }
+        coming.push(one);
+        Ok(None)
     }
 
     fn gives_back(&self) -> bool {

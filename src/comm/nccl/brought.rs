@@ -37,18 +37,40 @@ impl Brought {
                 told[0] = 1 + dims.len() as u64;
                 told[1..].iter_mut().zip(&dims).for_each(|(to, dim)| *to = *dim as u64);
             }
+            let own = told;
             reduce(host, ReduceOp::Sum, &mut told)?;
+            if rank == root && told != own {
+                return Err(garbled(call));
+            }
             let Some(len) = told[0].checked_sub(1).filter(|len| *len <= Self::MOST as u64) else {
                 let problem = format!("rank {root} brings a tensor of more than {} dims", Self::MOST);
                 return Err(Error::invalid("scatter", problem));
             };
             dims = told[1..].iter().take(len as usize).map(|dim| *dim as usize).collect();
-            return Ok(Self { rows: vec![dims.first().copied().unwrap_or(1); size], dims });
+            return Self { rows: vec![dims.first().copied().unwrap_or(1); size], dims }.checked(call, tensor.dtype, 1);
         }
         let mut rows = vec![0u64; size];
         rows[rank] = call.extent.rows() as u64;
         reduce(host, ReduceOp::Sum, &mut rows)?;
-        Ok(Self { rows: rows.into_iter().map(|rows| rows as usize).collect(), dims })
+        // What this rank brings is read by these.
+        if rows[rank] != call.extent.rows() as u64 {
+            return Err(garbled(call));
+        }
+        Self { rows: rows.into_iter().map(|rows| rows as usize).collect(), dims }.checked(call, tensor.dtype, size)
+    }
+
+    /// Refuses what there are no addresses for: the rows of the first ranks, so many of them, are received together.
+    fn checked(self, call: &Call, dtype: DType, together: usize) -> Result<Self, Error> {
+        let rows = self.rows.iter().take(together).try_fold(0usize, |sum, rows| sum.checked_add(*rows));
+        let row = self.dims.iter().skip(1).try_fold(dtype.size(), |bytes, dim| bytes.checked_mul(*dim));
+        let bytes = rows.zip(row).and_then(|(rows, row)| rows.checked_mul(row));
+        match bytes.filter(|bytes| *bytes <= isize::MAX as usize) {
+            Some(_) => Ok(self),
+            None => {
+                let (name, rows) = (call.operation.name(), &self.rows);
+                Err(Error::invalid(name, format!("{rows:?} rows of the ranks are more than there is memory for")))
+            }
+        }
     }
 
     pub fn width(&self) -> usize {
@@ -63,6 +85,11 @@ impl Brought {
         }
         dims
     }
+}
+
+fn garbled(call: &Call) -> Error {
+    let problem = "another rank says what this one brings: do all ranks run this program?";
+    Error::invalid(call.operation.name(), problem)
 }
 
 /// Reduces a few numbers of the engine's own over the host.

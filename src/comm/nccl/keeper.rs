@@ -5,7 +5,8 @@
 //! - **watches**: when the world fails (the engine under NCCL knows), or NCCL reports an error, or something that the device
 //!   could have begun is not done after the time-out, the world fails and *every* communicator of it is aborted: kernels that
 //!   wait for a lost rank return, and with them whoever waits for the device;
-//! - **sends**: a message leaves when its receiver has asked for it (see `messages.rs`), whatever the sender does meanwhile;
+//! - **sends**: a message leaves when its receiver has asked for it (see `messages.rs`), whatever the sender does meanwhile, and
+//!   even if it has dropped its communicator since;
 //! - **holds** what NCCL reads and burn could write to meanwhile, until the device is done with it: burn writes in place to
 //!   a buffer of which nobody else has a handle, and its streams do not wait for those who only read;
 //! - **buries**: ending a communicator takes all its ranks, so whoever drops one hands it over and goes on. One that its
@@ -80,12 +81,21 @@ struct Retired {
     _underway: Counted,
 }
 
+/// Messages whose sender has dropped its communicator.
+struct Left {
+    outbox: Arc<Outbox>,
+    since: Instant,
+    /// The rank does not leave the world before.
+    _underway: Counted,
+}
+
 #[derive(Default)]
 struct Care {
     links: Vec<Weak<Link>>,
     outboxes: Vec<Weak<Outbox>>,
     flights: VecDeque<Flight>,
     retired: Vec<Retired>,
+    left: Vec<Left>,
     running: bool,
     /// Whether something came since the thread looked last.
     news: bool,
@@ -125,6 +135,23 @@ impl Keeper {
     /// Takes messages into care that wait for their receivers.
     pub fn outbox(self: &Arc<Self>, outbox: &Arc<Outbox>) {
         self.tell(|care| care.outboxes.push(Arc::downgrade(outbox)));
+    }
+
+    /// The group that is kept for the keeper: it ends with it.
+    pub fn host(&self) -> &Arc<dyn Transport> {
+        &self.host
+    }
+
+    /// Holds messages that wait for their receiver and whose sender goes.
+    pub fn hold(self: &Arc<Self>, outbox: &Arc<Outbox>) {
+        if !outbox.is_empty() {
+            let (outbox, since) = (outbox.clone(), Instant::now());
+            let left = Left { outbox, since, _underway: Counted::new(&self.underway) };
+            self.tell(|care| {
+                care.left.push(left);
+                care.news = true;
+            });
+        }
     }
 
     /// Watches what the device does between two points, and holds buffers until then.
@@ -190,6 +217,7 @@ impl Keeper {
             let outboxes: Vec<_> = care.outboxes.iter().filter_map(Weak::upgrade).collect();
             let mut flights = std::mem::take(&mut care.flights);
             let mut retired = std::mem::take(&mut care.retired);
+            let mut left = std::mem::take(&mut care.left);
             drop(care);
 
             // Nothing is held by the lock here: others may call NCCL, drop a link, or put in more.
@@ -213,13 +241,16 @@ impl Keeper {
             }
             let limit = self.host.timeout();
             retired.retain_mut(|retired| retired.is_alive(limit));
+            left.retain(|left| left.is_wanted(limit));
             drop((links, outboxes));
 
             care = lock(&self.care);
+            care.left.append(&mut left);
             flights.append(&mut care.flights);
             care.flights = flights;
             care.retired.append(&mut retired);
-            if care.links.is_empty() && care.retired.is_empty() && care.flights.is_empty() {
+            let idle = care.links.is_empty() && care.retired.is_empty() && care.flights.is_empty();
+            if idle && care.left.is_empty() {
                 care.running = false;
                 return;
             }
@@ -290,6 +321,24 @@ impl Retired {
             Ok(false) | Err(_) => self.raw.abort(),
         }
         false
+    }
+}
+
+impl Left {
+    /// Whether a receiver may still ask for something.
+    fn is_wanted(&self, limit: Duration) -> bool {
+        if self.outbox.is_empty() {
+            return false;
+        }
+        let wanted = self.since.elapsed() < limit;
+        if !wanted {
+            log::warn!(
+                "{}, which dropped its communicator {limit:.1?} ago, are dropped: nobody has received them",
+                self.outbox.describe()
+            );
+            self.outbox.clear();
+        }
+        wanted
     }
 }
 

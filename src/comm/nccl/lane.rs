@@ -34,7 +34,7 @@ use cudarc::nccl::sys::cudaStream_t;
 use super::event::Event;
 use super::gpu::{Gpu, Server, refused};
 use crate::Error;
-use crate::comm::pending::when_taken;
+use crate::comm::pending::{in_background, when_taken};
 
 /// A buffer that is held: its memory is neither moved nor given to others.
 type Held = ManagedResource<<<Server as ServerStorage>::Storage as ComputeStorage>::Resource>;
@@ -83,6 +83,42 @@ fn follow(server: &DeviceHandle<Server>, event: Arc<Event>) {
         }
     });
     server.flush_queue();
+}
+
+/// Makes what burn enqueues on this thread from now on wait for what the stream has been given that a tensor comes from: CubeCL
+/// looks only at when a buffer was made, not at what was written to it since.
+pub(super) fn catch_up(gpu: &Gpu, tensor: &CubeTensor) {
+    let (here, origin) = (StreamId::current(), tensor.handle.stream);
+    if here == origin {
+        return;
+    }
+    let (server, gpu) = (gpu.server(tensor).clone(), gpu.clone());
+    server.submit(move |server: &mut Server| {
+        let mut wait = || Event::record(&gpu, compute_stream(server, origin)?)?.hold_up(compute_stream(server, here)?);
+        if let Err(error) = wait() {
+            // The device is lost: every later call says so.
+            log::error!("{error}");
+        }
+    });
+    server.flush_queue();
+}
+
+/// Makes the thread that takes the result of the background job under way here wait for what this thread has enqueued.
+pub(super) fn settle(gpu: &Gpu, tensor: &CubeTensor) {
+    if !in_background() {
+        return;
+    }
+    let (here, server, gpu) = (StreamId::current(), gpu.server(tensor).clone(), gpu.clone());
+    let (sender, done) = sync_channel(1);
+    server.submit(move |server: &mut Server| {
+        // Whoever takes the result may have given up.
+        let _ = sender.send(compute_stream(server, here).and_then(|stream| Event::record(&gpu, stream)));
+    });
+    server.flush_queue();
+    when_taken(move || match done.recv().map_err(|error| lost(&error)).flatten() {
+        Ok(event) => follow(&server, Arc::new(event)),
+        Err(error) => log::error!("{error}"),
+    });
 }
 
 /// Has the buffers of tensors of one device found, and recorded when they are ready for use. Waits for nothing: nothing else

@@ -13,6 +13,10 @@
 //!    rank computes meanwhile (`expected`).
 //! 3. The keeper of the sending rank takes the answers in their order and enqueues `ncclSend` for each.
 //!
+//! **A rank may go before its messages.** When it drops its communicator, its keeper holds what has not been asked for: until it
+//! is, or until its receiver says that it will ask for *nothing more*, which is the last answer of every rank that drops its
+//! own, or for as long as the time-out. A message that nobody has asked for by then is dropped, with a warning in the log.
+//!
 //! **Nobody waits in a circle.** Each direction between two ranks has a NCCL communicator and streams of its own, made with the
 //! first message: what two ranks send to each other passes on different streams, and no message waits for a collective, nor
 //! a collective for a message. On one of them, sends and receives are enqueued in the order of the answers on both sides. When
@@ -59,6 +63,8 @@ const MAGIC: u64 = 0x6e63_636c_6865_6164;
 const FORM: [usize; 7] = [1; 7];
 /// Tag of the answers, in the group that is kept for them.
 pub(super) const ANSWERS: u64 = 0;
+/// In place of the number of a message, in the last answer of a rank.
+pub(super) const NOTHING_MORE: u64 = u64::MAX;
 
 const DTYPES: [DType; 13] = [
     DType::F64,
@@ -136,8 +142,10 @@ impl Channel {
 }
 
 /// Messages that a rank has sent to one other, and that wait for their receiver.
+///
+/// It does not hold the group that they were sent in: peers see at once that this rank has left that, while the messages wait
+/// on (see `keeper.rs`).
 pub(super) struct Outbox {
-    host: Arc<dyn Transport>,
     /// The group in which receivers answer.
     answers: Arc<dyn Transport>,
     to: usize,
@@ -158,16 +166,18 @@ struct Sent {
     next: u64,
     /// By number: where it is, what, and its tag.
     waiting: BTreeMap<u64, (Preparing, DeviceTensor, u64)>,
+    /// The receiver asks for nothing more.
+    closed: bool,
     channel: Option<Arc<Channel>>,
 }
 
 impl Outbox {
-    pub fn new(host: Arc<dyn Transport>, answers: Arc<dyn Transport>, to: usize) -> Self {
-        Self { host, answers, to, state: Mutex::default(), waiting: AtomicUsize::new(0) }
+    pub fn new(answers: Arc<dyn Transport>, to: usize) -> Self {
+        Self { answers, to, state: Mutex::default(), waiting: AtomicUsize::new(0) }
     }
 
-    /// Announces a message, and keeps it until its receiver asks for it.
-    pub fn put(&self, tag: u64, tensor: DeviceTensor, gpu: &Gpu) -> Result<(), Error> {
+    /// Announces a message in its group, and keeps it until its receiver asks for it.
+    pub fn put(&self, group: &dyn Transport, tag: u64, tensor: DeviceTensor, gpu: &Gpu) -> Result<(), Error> {
         let preparing = prepare(gpu, [&tensor].into_iter())?;
         let mut sent = lock(&self.state);
         let number = sent.next;
@@ -175,12 +185,12 @@ impl Outbox {
         let header = header.write()?;
         sent.next += 1;
         // Nothing has to travel of an empty one. Others are put in before they are announced: the answer finds them there.
-        if tensor.meta.shape().iter().product::<usize>() > 0 {
+        if tensor.meta.shape().iter().product::<usize>() > 0 && !sent.closed {
             sent.waiting.insert(number, (preparing, tensor, tag));
         }
         self.waiting.store(sent.waiting.len(), Ordering::Release);
         drop(sent);
-        self.host.send(self.to, tag, header)
+        group.send(self.to, tag, header)
     }
 
     /// Takes back a message that the rank has sent to itself.
@@ -196,6 +206,13 @@ impl Outbox {
 
     pub fn is_empty(&self) -> bool {
         self.waiting.load(Ordering::Acquire) == 0
+    }
+
+    /// What waits, in words.
+    pub fn describe(&self) -> String {
+        let sent = lock(&self.state);
+        let tags: Vec<u64> = sent.waiting.values().map(|(_, _, tag)| *tag).collect();
+        format!("messages of rank {} to rank {} with tags {tags:?}", self.answers.rank(), self.to)
     }
 
     /// Lets go of what has not been asked for.
@@ -222,6 +239,11 @@ impl Outbox {
         let bytes: Vec<u8> = answer.clone().into_data().try_into_vec().map_err(|_| garbled())?;
         let (number, id) = bytes.split_first_chunk::<8>().ok_or_else(garbled)?;
         let number = u64::from_le_bytes(*number);
+        if number == NOTHING_MORE {
+            lock(&self.state).closed = true;
+            self.clear();
+            return Ok(());
+        }
         let mut sent = lock(&self.state);
         let (preparing, tensor, tag) = sent.waiting.remove(&number).ok_or_else(garbled)?;
         self.waiting.store(sent.waiting.len(), Ordering::Release);
@@ -231,7 +253,7 @@ impl Outbox {
         let channel = match known {
             Some(channel) => channel,
             None if id.len() == ID_BYTES => {
-                let channel = Arc::new(Channel::new(id, 0, &self.host, keeper)?);
+                let channel = Arc::new(Channel::new(id, 0, keeper.host(), keeper)?);
                 lock(&self.state).channel = Some(channel.clone());
                 channel
             }
@@ -239,7 +261,7 @@ impl Outbox {
         };
         let kind = data_type(tensor.dtype).ok_or_else(garbled)?;
         let count = tensor.meta.shape().iter().product();
-        let prepared = preparing.finish(self.host.timeout())?;
+        let prepared = preparing.finish(keeper.host().timeout())?;
         let place = prepared.places().next().ok_or_else(garbled)?;
         let raw = channel.link.lock();
         let (done, called) = channel.lane.enqueue(&prepared, |stream| {

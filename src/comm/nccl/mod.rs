@@ -33,6 +33,17 @@
 //! tag, and the data between two streams that are kept for this direction between the two ranks. Until then the sender's
 //! tensor is held on the device. Ranks may send to each other before either receives.
 //!
+//! A rank may drop its communicator before its messages have been received: they are kept until their receiver asks for them, or
+//! drops its own, for as long as the time-out.
+//!
+//! # Reductions
+//! They mean what they mean on every engine, see [`ReduceOp`]. NCCL by itself adds 16-bit numbers in 16 bits, rounds factors to
+//! 16 bits, and leaves NaN out of maxima and minima; so sums, means and products of `f16` and `bf16` travel as `f32`, and
+//! maxima and minima of floats with marks for NaN, each of which is twice the bytes (counters tell those of the tensors).
+//! Sums and means of `f32` and `f64`, of integers, and whatever is not reduced, travel as they are. NCCL folds in an order of its own,
+//! the same on all ranks, and makes a mean by multiplying with `1 / n`: the last bit of a result may differ from that of other
+//! engines.
+//!
 //! # Failures
 //! When a rank is lost, the engine below fails the world; a thread that looks after NCCL then aborts every communicator of it,
 //! so that no stream waits for ever for a kernel of a rank that is gone. It does the same if NCCL reports an error, or if
@@ -44,6 +55,7 @@
 mod brought;
 mod collective;
 mod event;
+mod exact;
 mod expected;
 mod gpu;
 mod keeper;

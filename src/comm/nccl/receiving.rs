@@ -12,7 +12,7 @@ use super::event::Event;
 use super::expected::{Asked, Expected, Key};
 use super::keeper::{Keeper, lock};
 use super::lane::{follow_here, prepare};
-use super::messages::{ANSWERS, Channel, Header, Outbox};
+use super::messages::{ANSWERS, Channel, Header, NOTHING_MORE, Outbox};
 use super::raw::unique_id;
 use crate::Error;
 use crate::comm::device::{DeviceTensor, empty_on};
@@ -125,6 +125,11 @@ impl Receiving {
         Ok((Arrival::Device(Box::new(tensor)), done))
     }
 
+    fn answer(&self, to: usize, answer: Vec<u8>) -> Result<(), Error> {
+        let len = answer.len();
+        self.answers.send(to, ANSWERS, Message(FlexTensor::from_data(TensorData::new(answer, [len]))))
+    }
+
     /// Receives what a header announces.
     fn fetch(&self, header: Header, (from, tag): Key) -> Result<(DeviceTensor, Option<Arc<Event>>), Error> {
         let unsupported = || Error::UnsupportedDType { operation: "recv over NCCL", dtype: header.dtype };
@@ -143,8 +148,7 @@ impl Receiving {
             None => Some(unique_id()?),
         };
         answer.extend(id.iter().flatten());
-        let len = answer.len();
-        self.answers.send(from, ANSWERS, Message(FlexTensor::from_data(TensorData::new(answer, [len]))))?;
+        self.answer(from, answer)?;
         if let Some(id) = id {
             *channel = Some(Channel::new(&id, 1, &self.host, &self.keeper)?);
         }
@@ -163,5 +167,16 @@ impl Receiving {
         self.keeper.watch(call, &channel.link, (prepared.ready.clone(), done.clone()), Vec::new());
         prepared.release(done.clone());
         called.map(|()| (output, Some(done)))
+    }
+}
+
+/// With the last thread that might ask: what the others still hold for this rank they need hold no longer.
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        let others = (0..self.host.size()).filter(|rank| *rank != self.host.rank());
+        for other in others.filter(|_| self.host.failure().is_none()) {
+            // Whoever cannot hear it has gone, or the world has failed: nothing is held then.
+            let _ = self.answer(other, NOTHING_MORE.to_le_bytes().to_vec());
+        }
     }
 }

@@ -9,6 +9,7 @@ use cubecl_environment::stream::StreamId;
 
 use super::brought::{Brought, reduce};
 use super::collective::{Task, data_type};
+use super::exact::Detour;
 use super::keeper::{Held, Keeper, Link};
 use super::lane::{Lane, Preparing, prepare};
 use super::messages::{Header, Outbox};
@@ -16,7 +17,7 @@ use super::raw::Raw;
 use super::receiving::Receiving;
 use crate::Error;
 use crate::comm::coalesced::pieces_on_device;
-use crate::comm::device::{DeviceTensor, DeviceTransport, bytes_moved, empty_on};
+use crate::comm::device::{DeviceTensor, DeviceTransport, bytes_moved, empty_on, flat, rows_received};
 use crate::comm::{Arrival, Call, CallLog, Message, Operation, ReduceOp, Transfer, Transport};
 
 /// A rank's place in a group that NCCL joins. All but what moves device data is done by the engine below.
@@ -46,7 +47,7 @@ impl NcclTransport {
         // The same group once more, for the answers of those who receive messages.
         let answers = host.split("answers", 0, host.rank() as i64)?;
         let outbox = |to| {
-            let outbox = Arc::new(Outbox::new(host.clone(), answers.clone(), to));
+            let outbox = Arc::new(Outbox::new(answers.clone(), to));
             keeper.outbox(&outbox);
             outbox
         };
@@ -117,6 +118,8 @@ impl DeviceTransport for NcclTransport {
 
     fn run(&self, call: &Call, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error> {
         let (operation, rank) = (call.operation, self.host.rank());
+        let (dims, dtype, detour) = (tensor.meta.shape().to_vec(), tensor.dtype, Detour::of(&operation, &tensor));
+        let tensor = detour.go(tensor, self.keeper.gpu())?;
         let shared = held_elsewhere(std::slice::from_ref(&tensor));
         let find = |brought: &Brought| {
             let output = match operation {
@@ -138,31 +141,50 @@ impl DeviceTransport for NcclTransport {
             Some(early) => early,
             None => find(&brought)?,
         };
-        let bytes = bytes_moved(&operation, &brought.rows, rank, brought.width(), tensor.dtype);
+        let width = if detour == Detour::None { brought.width() } else { dims.iter().skip(1).product() };
+        let bytes = bytes_moved(&operation, &brought.rows, rank, width, dtype);
         let enqueue = |task: &Task<'_>, places: &[Place]| {
             places.iter().try_for_each(|(from, to)| task.run(&operation, *from, *to))
         };
         self.enqueue(call, (found, tensor.dtype), enqueue, &brought, shared)?;
-        Ok((output, bytes))
+        let mut received = dims;
+        if let Some(first) = received.first_mut().filter(|_| detour != Detour::None) {
+            *first = rows_received(&operation, &brought.rows, rank);
+        }
+        Ok((detour.come(output, (received, dtype), self.keeper.gpu())?, bytes))
     }
 
     fn all_reduce_many(&self, op: ReduceOp, tensors: Vec<DeviceTensor>) -> Result<(Vec<DeviceTensor>, u64), Error> {
         let call = pieces_on_device(op, &tensors)?;
+        let gpu = self.keeper.gpu();
+        let meant: Vec<_> = tensors.iter().map(|tensor| (tensor.meta.shape().to_vec(), tensor.dtype)).collect();
+        let detours: Vec<_> = tensors.iter().map(|tensor| Detour::of(&call.operation, tensor)).collect();
+        let tensors: Vec<_> = (tensors.into_iter().zip(&detours))
+            .map(|(tensor, detour)| match detour {
+                // One that has no elements has those of a dtype all the same.
+                Detour::None => Ok(tensor),
+                _ => detour.go(flat(tensor), gpu),
+            })
+            .collect::<Result<_, _>>()?;
         let shared = held_elsewhere(&tensors);
         let outputs: Vec<DeviceTensor> = tensors.iter().map(room_for).collect();
         let found = self.prepare(&tensors, &outputs)?;
         self.meet(&call)?;
         let counts: Vec<usize> = tensors.iter().map(|tensor| tensor.meta.shape().iter().product()).collect();
         let brought = Brought { rows: vec![call.extent.rows(); self.host.size()], dims: vec![call.extent.rows()] };
-        let bytes = bytes_moved(&call.operation, &brought.rows, self.host.rank(), 1, tensors[0].dtype);
+        let bytes = bytes_moved(&call.operation, &brought.rows, self.host.rank(), 1, meant[0].1);
+        let dtype =
+            tensors.iter().zip(&counts).find(|(_, count)| **count > 0).map_or(meant[0].1, |(tensor, _)| tensor.dtype);
         let reduce = |task: &Task<'_>, places: &[Place]| task.all_reduce_many(op, places, &counts);
-        self.enqueue(&call, (found, tensors[0].dtype), reduce, &brought, shared)?;
-        Ok((outputs, bytes))
+        self.enqueue(&call, (found, dtype), reduce, &brought, shared)?;
+        let results = outputs.into_iter().zip(detours).zip(meant);
+        let come = |((output, detour), meant): ((_, Detour), _)| detour.come(output, meant, gpu);
+        Ok((results.map(come).collect::<Result<_, _>>()?, bytes))
     }
 
     fn send(&self, to: usize, tag: u64, tensor: DeviceTensor) -> Result<(), Error> {
         self.check_rank(to, "send")?;
-        self.outboxes[to].put(tag, tensor, self.keeper.gpu())?;
+        self.outboxes[to].put(&*self.host, tag, tensor, self.keeper.gpu())?;
         self.keeper.wake();
         Ok(())
     }
@@ -179,6 +201,9 @@ impl DeviceTransport for NcclTransport {
 impl Drop for NcclTransport {
     fn drop(&mut self) {
         self.receiving.close();
+        // What it has sent to itself can be received no more.
+        let others = self.outboxes.iter().enumerate().filter(|(to, _)| *to != self.host.rank());
+        others.for_each(|(_, outbox)| self.keeper.hold(outbox));
     }
 }
 

@@ -38,6 +38,7 @@
 //!
 //! A rank that is lost while data moves leaves the buffers of that collective half written.
 
+mod fill;
 mod frame;
 mod mesh;
 mod network;

@@ -3,17 +3,18 @@
 //! The protocol knows no more of a network than this, so a simulation can take its place.
 
 use std::fmt::Debug;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::{Shutdown, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::fill::Fill;
 use super::frame::Limits;
 use super::poll::{self, Alarm};
 use crate::comm::wired::Sizes;
 
 /// A stream of bytes to another rank and back. Nothing blocks.
-pub(super) trait Stream: Read + Write + Debug + Send + Sync {
+pub(super) trait Stream: Fill + Write + Debug + Send + Sync {
     /// Ends one direction, or both.
     fn shutdown(&self, how: Shutdown) -> io::Result<()>;
 }

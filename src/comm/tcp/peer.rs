@@ -9,6 +9,7 @@ use super::frame::{Head, Kind, Limits};
 use super::network::Stream;
 use super::ops::Ops;
 use super::transit::{Accepted, Arrival, Body, Bulk, Into, Lent, Parcel, Place, Reading};
+use crate::comm::host::zeroed;
 
 #[derive(Debug)]
 pub(super) struct Peer<S = TcpStream> {
@@ -178,9 +179,13 @@ impl<S: Stream> Peer<S> {
                 return None;
             }
             Arrival::Offered { id, len } => {
+                let Some(bytes) = zeroed(len) else {
+                    self.break_off(format!("there is no memory for a message of {len} bytes"));
+                    return None;
+                };
                 *first = Arrival::Coming(id);
                 self.offers -= 1;
-                self.accept(tag, id, len, Into::Owned(vec![0; len]));
+                self.accept(tag, id, len, Into::Owned(bytes));
                 self.write(ops);
                 return None;
             }

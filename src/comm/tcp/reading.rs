@@ -1,6 +1,6 @@
 //! What a connection brings: heads, and bytes that go straight to where they belong.
 
-use std::io::{self, IoSliceMut};
+use std::io;
 
 use super::frame::{HEAD, Head, Kind};
 use super::network::Stream;
@@ -32,10 +32,9 @@ impl<S: Stream> Peer<S> {
                 if read >= self.limits.turn {
                     return;
                 }
-                // SAFETY: lent for this, or our own.
-                let place = unsafe { std::slice::from_raw_parts_mut(data, len) };
                 let Some(stream) = &mut self.stream else { return };
-                let came = stream.read_vectored(&mut [IoSliceMut::new(place), IoSliceMut::new(&mut self.staging)]);
+                // SAFETY: lent for this, or our own.
+                let came = unsafe { stream.fill(data, len, &mut self.staging) };
                 let Some(n) = self.came(came) else { return };
                 self.staged = 0..n.saturating_sub(len);
                 self.got(n.min(len), ops);

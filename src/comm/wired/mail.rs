@@ -43,26 +43,29 @@ pub(super) fn post(world: &World, group: &Group, to: usize, tag: u64, Message(te
         let posted = unsafe { board.post_letter((group.rank, to), &header.0, data.as_ptr(), enclosed) };
         posted.then_some(enclosed)
     });
-    // SAFETY: the tensor is borrowed; it and the header are kept on the heap until they are there.
-    unsafe {
-        let member = group.members[to];
-        if posted.is_none() {
-            if len <= inline && len > 0 {
-                header.0.extend_from_slice(std::slice::from_raw_parts(data.as_ptr(), len));
-            }
-            world.wire.send(member, group.tag(Kind::Header), header.0.as_ptr(), header.0.len(), &mut tickets)?;
-        }
-        if len > posted.unwrap_or(inline) {
-            world.wire.send(member, group.tag(Kind::Payload), data.as_ptr(), len, &mut tickets)?;
-        }
+    if posted.is_none() && len <= inline && len > 0 {
+        // SAFETY: the tensor is borrowed, and as long as that.
+        header.0.extend_from_slice(unsafe { std::slice::from_raw_parts(data.as_ptr(), len) });
     }
-    sent[to] += 1;
+    let member = group.members[to];
+    // SAFETY: the tensor and the header are on the heap, and kept until they are there, whatever becomes of this.
+    let begun = unsafe {
+        let begun = match posted {
+            Some(_) => Ok(()),
+            None => world.wire.send(member, group.tag(Kind::Header), header.0.as_ptr(), header.0.len(), &mut tickets),
+        };
+        begun.and_then(|()| match len > posted.unwrap_or(inline) {
+            true => world.wire.send(member, group.tag(Kind::Payload), data.as_ptr(), len, &mut tickets),
+            false => Ok(()),
+        })
+    };
+    if begun.is_ok() {
+        sent[to] += 1;
+    }
     drop(sent);
-    let done = world.wire.progress(&mut tickets)?;
-    if !done {
-        world.keep(tickets, (header, tensor));
-    }
-    Ok(())
+    let progressed = begun.and_then(|()| world.wire.progress(&mut tickets).map(drop));
+    world.keep(tickets, (header, tensor));
+    progressed
 }
 
 /// What a message says of itself.
@@ -145,36 +148,51 @@ impl Inbox {
         if number != self.came {
             return Err(garbled(world, from));
         }
-        let mut room = Room::new("recv", &dims, dtype)?;
+        let no_memory = |error| match error {
+            Error::InvalidArgument { operation, .. } => {
+                let bytes = dims.iter().fold(dtype.size(), |bytes, dim| bytes.saturating_mul(*dim));
+                let (group, rank) = (&group.name, group.rank);
+                let problem = format!(
+                    "rank {rank} of group `{group}` has no memory for the {bytes} bytes, {dims:?} of {dtype:?}, that rank {from} \
+                     sends it with tag {tag}; send less at a time, or give the rank more memory"
+                );
+                Error::invalid(operation, problem)
+            }
+            error => error,
+        };
+        let mut room = Room::new("recv", &dims, dtype).map_err(no_memory)?;
         let mut place = room.lend();
         let (data, len) = (place.as_mut_ptr(), place.elements() * dtype.size());
-        let mut tickets = Vec::new();
+        // Owns the room from now on: it keeps it, should the wire have begun to write there.
+        let mut message = Incoming { tag, room: Some(room), tickets: Vec::new() };
         if len > enclosed {
             // SAFETY: the room is on the heap, is nobody else's, and is kept until all is there.
             unsafe {
                 let member = group.members[from];
-                world.wire.receive(member, group.tag(Kind::Payload), data, len, &mut tickets)?;
+                world.wire.receive(member, group.tag(Kind::Payload), data, len, &mut message.tickets)?;
             }
         } else if !copy(data, len) {
             return Err(garbled(world, from));
         }
         self.came += 1;
-        self.waiting.push_back(Incoming { tag, room: Some(room), tickets });
+        self.waiting.push_back(message);
         Ok(())
     }
 
     /// Takes the oldest message that bears `tag`, if all of it is there. Also tells whether there is one at all.
-    pub fn get(&mut self, world: &World, tag: u64) -> Result<(Option<Message>, bool), Error> {
+    pub fn get(&mut self, world: &World, from: usize, tag: u64) -> Result<(Option<Message>, bool), Error> {
         let Some(place) = self.waiting.iter().position(|message| message.tag == tag) else {
             return Ok((None, false));
         };
         if !world.wire.progress(&mut self.waiting[place].tickets)? {
             return Ok((None, true));
         }
-        let message = self.waiting.remove(place);
-        let room = message.and_then(|mut message| message.room.take());
+        let room = self.waiting.remove(place).and_then(|mut message| message.room.take());
         // SAFETY: all of it is there.
-        Ok((room.map(|room| Message(unsafe { room.filled() })), true))
+        match room.map(|room| unsafe { room.filled() }) {
+            Some(None) => Err(garbled(world, from)),
+            message => Ok((message.flatten().map(Message), true)),
+        }
     }
 
     pub fn tags(&self) -> Vec<u64> {

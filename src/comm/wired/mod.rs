@@ -45,6 +45,8 @@ mod codec;
 mod group;
 mod mail;
 mod pace;
+#[cfg(test)]
+mod tests;
 mod transport;
 mod venue;
 mod wire;

@@ -31,8 +31,10 @@ pub(super) struct WiredTransport {
 /// What is next in a group.
 #[derive(Debug)]
 struct Turn {
-    /// Number of the next collective.
+    /// Number of the next meeting.
     sequence: u64,
+    /// Meetings so far beyond the first of a collective.
+    extra: u64,
     venue: Venue,
     /// Memory that collectives work in.
     scratch: Vec<u64>,
@@ -44,6 +46,8 @@ struct Met<'a> {
     group: &'a Group,
     /// Of the call, in the log.
     number: u64,
+    /// Whether all have come to the last meeting of it.
+    complete: bool,
     posts: Vec<Post>,
     /// Number of the group that is made.
     id: u64,
@@ -55,14 +59,36 @@ impl Met<'_> {
     fn board(&mut self) -> Option<(&Board, &mut Rounds)> {
         self.turn.venue.board(self.group).filter(|_| self.on_board)
     }
+
+    /// Meets the others once more in the same collective. Returns what each tells all.
+    fn again(&mut self, world: &World, call: &Call, told: u64) -> Result<Vec<u64>, Error> {
+        self.turn_over();
+        let (group, turn) = (self.group, &mut *self.turn);
+        (self.complete, self.on_board) = (false, turn.venue.board(group).is_some());
+        turn.extra += 1;
+        let post = Post { call: *call, color: told, key: 0, reaches: turn.venue.reaches() };
+        let (sequence, number) = (turn.sequence, self.number);
+        let agreement = Agreement { world, group, sequence, told: sequence - turn.extra, post, number };
+        let (posts, _) = agreement.meet(&mut turn.venue)?;
+        turn.sequence += 1;
+        self.complete = true;
+        Ok(posts.iter().map(|post| post.color).collect())
+    }
+
+    /// A meeting is over.
+    fn turn_over(&mut self) {
+        if let Some((_, rounds)) = self.board() {
+            rounds.turn_over();
+        }
+        if self.complete {
+            self.group.done.fetch_add(1, Ordering::Release);
+        }
+    }
 }
 
 impl Drop for Met<'_> {
     fn drop(&mut self) {
-        if let Some((_, rounds)) = self.board() {
-            rounds.turn_over();
-        }
-        self.group.done.fetch_add(1, Ordering::Release);
+        self.turn_over();
         self.group.watch.finish(self.group.rank, self.number);
     }
 }
@@ -71,7 +97,7 @@ impl WiredTransport {
     pub fn new(presence: Arc<Presence>, group: Arc<Group>) -> Arc<Self> {
         presence.0.add(&group);
         let venue = Venue::new(presence.0.wire.shares_memory(), group.size());
-        let turn = Mutex::new(Turn { sequence: 0, venue, scratch: Vec::new() });
+        let turn = Mutex::new(Turn { sequence: 0, extra: 0, venue, scratch: Vec::new() });
         Arc::new(Self { presence, group, turn, panicked: AtomicBool::new(false) })
     }
 
@@ -90,10 +116,11 @@ impl WiredTransport {
         let number = group.watch.begin(group.rank, &post.call);
         let post = Post { reaches: turn.venue.reaches(), ..post };
         let on_board = turn.venue.board(group).map(|(board, rounds)| prepare(board, rounds)).is_some();
-        let agreement = Agreement { world, group, sequence: turn.sequence, post, number };
+        let sequence = turn.sequence;
+        let agreement = Agreement { world, group, sequence, told: sequence - turn.extra, post, number };
         let (posts, id) = agreement.meet(&mut turn.venue)?;
         turn.sequence += 1;
-        Ok(Met { turn, group, number, posts, id, on_board })
+        Ok(Met { turn, group, number, complete: true, posts, id, on_board })
     }
 
     fn check_rank(&self, rank: usize, operation: &'static str) -> Result<(), Error> {
@@ -120,7 +147,7 @@ impl WiredTransport {
             let (came, tags) = {
                 let mut inbox = lock(&group.inboxes[from]);
                 inbox.fill(world, group, from, tag)?;
-                let (message, coming) = inbox.get(world, tag)?;
+                let (message, coming) = inbox.get(world, from, tag)?;
                 if let Some(message) = message {
                     group.watch.finish(group.rank, number);
                     return Ok(message);
@@ -186,11 +213,14 @@ impl Transport for WiredTransport {
         let scratch = RefCell::new(std::mem::take(&mut met.turn.scratch));
         let work = Work { world: self.world(), group: &self.group, call, calls: &calls, scratch };
         let board = met.board().filter(|(board, _)| work::all_suit(board, &calls));
-        let outcome = match transfer {
-            Transfer::Nothing => Ok(0),
-            Transfer::InPlace(buffers) => work.in_place(buffers, board),
-            Transfer::Through { input, output } => {
-                work.through(input, output, board.map(|(board, rounds)| (board, &*rounds)))
+        let outcome = match (transfer, board) {
+            (Transfer::Nothing, _) => Ok(0),
+            (Transfer::InPlace(buffers), board) => work.in_place(buffers, board),
+            (Transfer::Through { input, output }, Some((board, rounds))) => {
+                work.through(input, output, Some((board, &*rounds)), &mut |_| Ok(Vec::new()))
+            }
+            (Transfer::Through { input, output }, None) => {
+                work.through(input, output, None, &mut |told| met.again(self.world(), call, told))
             }
         };
         met.turn.scratch = work.scratch.into_inner();
@@ -218,7 +248,7 @@ impl Transport for WiredTransport {
         }
         let mut inbox = lock(&self.group.inboxes[from]);
         inbox.fill(self.world(), &self.group, from, tag)?;
-        Ok(inbox.get(self.world(), tag)?.0)
+        Ok(inbox.get(self.world(), from, tag)?.0)
     }
 
     fn timeout(&self) -> Duration {

@@ -90,7 +90,8 @@ pub(in crate::comm) trait Wire: Debug + Send + Sync {
     /// Takes a small message that has come, from one rank or from any.
     fn take(&self, from: Option<usize>, tag: u64) -> Result<Option<(usize, Vec<u8>)>, Error>;
 
-    /// Takes back receives that nobody will send to. What cannot be taken back is done: the places are free afterwards.
+    /// Takes back receives that nobody may want any more, without waiting. Tickets that are left over cannot be taken back yet:
+    /// the wire may still write to their places.
     fn cancel(&self, tickets: &mut Vec<Ticket>);
 
     /// Whether memory that is lent can be had back before its message is done.

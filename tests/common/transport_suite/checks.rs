@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use burn::tensor::{bf16, f16};
+use burn::tensor::{DType, bf16, f16};
 use burn_parallel::Error;
 use burn_parallel::comm::{Communicator, Counters, ReduceOp};
 
@@ -53,6 +53,41 @@ pub fn halves_are_rounded_once(comm: &Communicator) -> Result<(), Error> {
         comm.all_reduce(vec![f16::MAX], ReduceOp::Sum)?,
         [if comm.size() > 1 { f16::INFINITY } else { f16::MAX }]
     );
+    Ok(())
+}
+
+/// What a rank brings to a sum with factors, with its factor: all but what 16 bits would have to round away cancels out. `None`
+/// for worlds of one rank.
+pub fn cancelling(dtype: DType, rank: usize, size: usize) -> Option<(f32, f64, f32)> {
+    // One more than these would be rounded to them, factors and products alike.
+    let (large, left) = match dtype {
+        DType::BF16 => (256.0f32, 0.5f32),
+        _ => (4096.0, 1.0),
+    };
+    let factor = match rank {
+        0 => 1.0 + f64::from(left / large),
+        rank if rank + 1 == size => -1.0,
+        _ => 0.0,
+    };
+    (size > 1).then_some((large, factor, left))
+}
+
+/// Neither a factor nor what it makes of an element is rounded to 16 bits.
+pub fn factors_are_not_rounded(comm: &Communicator) -> Result<(), Error> {
+    let (rank, size) = (comm.rank(), comm.size());
+    let Some((large, factor, left)) = cancelling(DType::BF16, rank, size) else { return Ok(()) };
+    for len in [1, 37, 5000] {
+        let sum = comm.all_reduce(vec![bf16::from_f32(large); len], ReduceOp::PreMulSum(factor))?;
+        assert_eq!(sum, vec![bf16::from_f32(left); len]);
+        let parts = comm.reduce_scatter(vec![bf16::from_f32(large); len * size], ReduceOp::PreMulSum(factor))?;
+        assert_eq!(parts, vec![bf16::from_f32(left); len]);
+    }
+    let Some((large, factor, left)) = cancelling(DType::F16, rank, size) else { return Ok(()) };
+    let sum = comm.all_reduce_coalesced(vec![vec![f16::from_f32(large); 3]; 2], ReduceOp::PreMulSum(factor))?;
+    assert_eq!(sum, vec![vec![f16::from_f32(left); 3]; 2]);
+    if let Some(sum) = comm.reduce(vec![f16::from_f32(large); 70_000], ReduceOp::PreMulSum(factor), size - 1)? {
+        assert_eq!(sum, vec![f16::from_f32(left); 70_000]);
+    }
     Ok(())
 }
 

@@ -6,12 +6,15 @@ use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData, Tolerance};
 use burn_parallel::comm::{Communicator, ReduceOp};
 use burn_parallel::{Error, layout};
 
+use super::checks::cancelling;
+
 /// A check that every rank runs, on its own device, with the dtypes that the device and the engine have.
 type Check = fn(&Communicator, &Device, &[DType]) -> Result<(), Error>;
 
 /// All of them.
-pub const CHECKS: [(&str, Check); 10] = [
+pub const CHECKS: [(&str, Check); 11] = [
     ("collectives agree with the host's", collectives),
+    ("reductions mean what they mean on the host", one_meaning),
     ("integers and bools", integers_and_bools),
     ("unequal rows are gathered", unequal_rows),
     ("what one rank holds is divided", divided),
@@ -79,6 +82,64 @@ fn collectives(comm: &Communicator, device: &Device, dtypes: &[DType]) -> Result
         }
     }
     Ok(())
+}
+
+/// What has 16 bits is scaled and added in `f32` and rounded once; a NaN of any rank is in maxima and minima.
+fn one_meaning(comm: &Communicator, device: &Device, dtypes: &[DType]) -> Result<(), Error> {
+    let (me, size) = (comm.rank(), comm.size());
+    let exact = |tensor: Tensor<2>, expected: &dyn Fn(usize) -> f32| {
+        let found: Vec<f32> = tensor.into_data().iter::<f32>().collect();
+        let good = |(place, x): (usize, &f32)| *x == expected(place) || x.is_nan() && expected(place).is_nan();
+        assert!(found.iter().enumerate().all(good), "{found:?}");
+    };
+    for dtype in floats(dtypes) {
+        // With and without shares; rows that the ranks divide.
+        for dims in [[2 * size, 3], [size * 64, 300]] {
+            let full = |value: f32| Tensor::<2>::full(dims, value, (device, dtype));
+            if dtype == DType::F16 || dtype == DType::BF16 {
+                let large = if dtype == DType::BF16 { 256.0 } else { 2048.0 };
+                // As many ones as make a number that there is.
+                let ones = (size - 1) / 2 * 2;
+                let mine = if me == 0 { large } else { f32::from(u8::from(me <= ones)) };
+                let sum = move |_: usize| large + ones as f32;
+                exact(comm.all_reduce(full(mine), ReduceOp::Sum)?, &sum);
+                exact(comm.reduce_scatter(full(mine), ReduceOp::Sum)?, &sum);
+                exact(comm.all_reduce_coalesced(vec![full(mine); 2], ReduceOp::Sum)?.remove(1), &sum);
+                let most = if dtype == DType::F16 { 65504.0 } else { 3.0e38 };
+                exact(comm.all_reduce(full(most), ReduceOp::Max)?, &|_| dtype_value(dtype, most));
+            }
+            if let Some((large, factor, left)) = cancelling(dtype, me, size) {
+                let op = ReduceOp::PreMulSum(factor);
+                exact(comm.all_reduce(full(large), op)?, &|_| left);
+                exact(comm.reduce_scatter(full(large), op)?, &|_| left);
+                exact(comm.all_reduce_coalesced(vec![full(large); 2], op)?.remove(0), &|_| left);
+            }
+            for culprit in [0, size - 1] {
+                let number = me as f32 - 1.0;
+                let values = |place: usize| if me == culprit && place % 4 == 1 { f32::NAN } else { number };
+                let mine = || {
+                    let data = TensorData::new((0..dims[0] * dims[1]).map(values).collect(), dims);
+                    Tensor::<2>::from_data(data.convert_dtype(dtype), (device, dtype))
+                };
+                for (op, extreme) in [(ReduceOp::Max, size as f32 - 2.0), (ReduceOp::Min, -1.0)] {
+                    let whole = |place: usize| if place % 4 == 1 { f32::NAN } else { extreme };
+                    let first = me * dims[0] / size * dims[1];
+                    exact(comm.all_reduce(mine(), op)?, &whole);
+                    exact(comm.reduce_scatter(mine(), op)?, &|place| whole(first + place));
+                    exact(comm.all_reduce_coalesced(vec![mine(); 2], op)?.remove(1), &whole);
+                    if let Some(reduced) = comm.reduce(mine(), op, size - 1)? {
+                        exact(reduced, &whole);
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The number of a dtype that is next to this one.
+fn dtype_value(dtype: DType, value: f32) -> f32 {
+    TensorData::from([value]).convert_dtype(dtype).iter::<f32>().sum()
 }
 
 fn integers_and_bools(comm: &Communicator, device: &Device, dtypes: &[DType]) -> Result<(), Error> {

@@ -54,9 +54,10 @@ pub fn successes(engine: &dyn Engine, tell: &dyn Fn(&str)) -> usize {
         count += 1;
     };
     type Check = fn(&Communicator) -> Result<(), burn_parallel::Error>;
-    let simple: [(&str, Check); 7] = [
+    let simple: [(&str, Check); 8] = [
         ("sums that everybody knows", checks::sums_that_everybody_knows),
         ("halves are rounded once", checks::halves_are_rounded_once),
+        ("factors are not rounded", checks::factors_are_not_rounded),
         ("a NaN on any rank is seen", checks::a_nan_on_any_rank_is_seen),
         ("bytes and calls are exact", checks::bytes_and_calls_are_exact),
         ("tags are independent and in order", checks::tags_are_independent_and_in_order),

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::schedule::{Pause, pause};
+use crate::comm::tcp::fill::Fill;
 use crate::comm::tcp::frame::Limits;
 use crate::comm::tcp::network::{Network, Stream};
 use crate::comm::wired::{Sizes, lock};
@@ -192,6 +193,17 @@ impl Read for SimulatedStream {
 
     fn read_vectored(&mut self, places: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
         lock(&self.state).read(self.other, self.rank, places)
+    }
+}
+
+impl Fill for SimulatedStream {
+    /// Scatters over both places, as the system's `readv` does: what is left over is where faults hide.
+    unsafe fn fill(&mut self, place: *mut u8, len: usize, rest: &mut [u8]) -> io::Result<usize> {
+        let mut bytes = vec![0; len];
+        let n = self.read_vectored(&mut [IoSliceMut::new(&mut bytes), IoSliceMut::new(rest)])?;
+        // SAFETY: `len` bytes may be written, the caller says.
+        unsafe { place.copy_from_nonoverlapping(bytes.as_ptr(), n.min(len)) };
+        Ok(n)
     }
 }
 

@@ -25,7 +25,7 @@ impl Agreement<'_> {
         };
         let (posts, id, offered);
         if self.group.rank == 0 {
-            self.collect(&mut table)?;
+            table = self.collect(table)?;
             posts = all(&table)?;
             id = self.decide(&posts)?;
             offered = venue.offer(n);
@@ -33,9 +33,9 @@ impl Agreement<'_> {
             if let Some(address) = offered {
                 table[n * POST + 8..].copy_from_slice(&address.to_bytes());
             }
-            self.announce(&table)?;
+            self.announce(table)?;
         } else {
-            self.ask(&mut table)?;
+            table = self.ask(table, called.to_vec())?;
             posts = all(&table)?;
             id = Reader(&table[n * POST..]).number().unwrap_or_default();
             offered = Address::from_bytes(&table[n * POST + 8..]);
@@ -49,63 +49,54 @@ impl Agreement<'_> {
     }
 
     /// The decider's part: takes the calls of all.
-    fn collect(&self, table: &mut [u8]) -> Result<(), Error> {
+    fn collect(&self, mut table: Vec<u8>) -> Result<Vec<u8>, Error> {
+        let (wire, tag) = (&self.world.wire, self.group.tag(Kind::Call));
         let mut tickets = Vec::with_capacity(self.group.size() - 1);
-        for other in 1..self.group.size() {
+        let begun = (1..self.group.size()).try_for_each(|other| {
             let (member, place) = (self.group.members[other], table[other * POST..].as_mut_ptr());
-            // SAFETY: the table outlives the tickets: they are done, or taken back, before this returns.
-            let begun =
-                unsafe { self.world.wire.receive(member, self.group.tag(Kind::Call), place, POST, &mut tickets) };
-            if let Err(error) = begun {
-                self.world.wire.cancel(&mut tickets);
-                return Err(error);
-            }
-        }
-        self.receive(&mut tickets)
+            // SAFETY: the table is on the heap, and kept until the tickets are done or taken back.
+            unsafe { wire.receive(member, tag, place, POST, &mut tickets) }
+        });
+        self.receive(begun, tickets, table)
     }
 
-    fn announce(&self, table: &[u8]) -> Result<(), Error> {
-        let verdict: Box<[u8]> = table.into();
+    fn announce(&self, verdict: Vec<u8>) -> Result<(), Error> {
+        let (wire, tag) = (&self.world.wire, self.group.tag(Kind::Verdict));
         let mut tickets = Vec::new();
-        for other in 1..self.group.size() {
-            let (member, tag) = (self.group.members[other], self.group.tag(Kind::Verdict));
-            // SAFETY: the bytes are on the heap, and kept until they are sent.
-            unsafe { self.world.wire.send(member, tag, verdict.as_ptr(), verdict.len(), &mut tickets)? };
-        }
-        if !self.world.wire.progress(&mut tickets)? {
-            self.world.keep(tickets, verdict);
-        }
-        Ok(())
+        // SAFETY: the bytes are on the heap, and kept until they are sent.
+        let begun = self.group.members[1..]
+            .iter()
+            .try_for_each(|member| unsafe { wire.send(*member, tag, verdict.as_ptr(), verdict.len(), &mut tickets) });
+        let sent = begun.and_then(|()| wire.progress(&mut tickets).map(drop));
+        self.world.keep(tickets, verdict);
+        sent
     }
 
     /// Another rank's part: sends its call to the decider and waits for its word.
-    fn ask(&self, table: &mut [u8]) -> Result<(), Error> {
-        let (decider, len) = (self.group.members[0], table.len());
-        let own: Box<[u8]> = table[self.group.rank * POST..][..POST].into();
+    fn ask(&self, mut table: Vec<u8>, own: Vec<u8>) -> Result<Vec<u8>, Error> {
+        let (wire, decider, group) = (&self.world.wire, self.group.members[0], self.group);
         let (mut sent, mut tickets) = (Vec::new(), Vec::new());
-        // SAFETY: what is sent is on the heap and kept; the table outlives the tickets as in `collect`.
-        unsafe {
-            let tag = self.group.tag(Kind::Verdict);
-            self.world.wire.receive(decider, tag, table.as_mut_ptr(), len, &mut tickets)?;
-            let begun = self.world.wire.send(decider, self.group.tag(Kind::Call), own.as_ptr(), POST, &mut sent);
-            if let Err(error) = begun {
-                self.world.wire.cancel(&mut tickets);
-                return Err(error);
-            }
-        }
-        let outcome = self.receive(&mut tickets);
-        if !self.world.wire.progress(&mut sent)? {
-            self.world.keep(sent, own);
-        }
-        outcome
+        // SAFETY: what is sent and the table are on the heap, and kept until the tickets are done or taken back.
+        let begun = unsafe {
+            let place = table.as_mut_ptr();
+            wire.receive(decider, group.tag(Kind::Verdict), place, table.len(), &mut tickets)
+                .and_then(|()| wire.send(decider, group.tag(Kind::Call), own.as_ptr(), POST, &mut sent))
+        };
+        let outcome = self.receive(begun, tickets, table);
+        let progressed = wire.progress(&mut sent);
+        self.world.keep(sent, own);
+        progressed.and(outcome)
     }
 
-    /// Waits for the tickets, or for the end of the world. They are done or taken back afterwards.
-    fn receive(&self, tickets: &mut Vec<Ticket>) -> Result<(), Error> {
-        let outcome = self.wait(Pace::new(self.world, false), || self.world.wire.progress(tickets));
-        if outcome.is_err() {
-            self.world.wire.cancel(tickets);
+    /// Waits for what is received into the table, if it could be begun, or for the end of the world.
+    fn receive(&self, begun: Result<(), Error>, mut tickets: Vec<Ticket>, table: Vec<u8>) -> Result<Vec<u8>, Error> {
+        let progress = || self.world.wire.progress(&mut tickets);
+        match begun.and_then(|()| self.wait(Pace::new(self.world, false), progress)) {
+            Ok(()) => Ok(table),
+            Err(error) => {
+                self.world.give_up(tickets, table);
+                Err(error)
+            }
         }
-        outcome
     }
 }

@@ -25,7 +25,7 @@ const LAST_WORD: Duration = Duration::from_secs(2);
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Post {
     pub call: Call,
-    /// For [`Operation::Split`].
+    /// For [`Operation::Split`]; at the second meeting of a collective, what the rank tells.
     pub color: u64,
     pub key: i64,
     /// Whether this rank has reached the board that was offered, see [`Venue`].
@@ -33,7 +33,7 @@ pub(super) struct Post {
 }
 
 impl Post {
-    fn to_bytes(self) -> [u8; POST] {
+    pub fn to_bytes(self) -> [u8; POST] {
         let mut writer = Writer(Vec::with_capacity(POST));
         writer.call(&self.call).number(self.color).number(self.key as u64).byte(self.reaches.into());
         let mut bytes = [0; POST];
@@ -53,7 +53,10 @@ impl Post {
 pub(super) struct Agreement<'a> {
     pub world: &'a World,
     pub group: &'a Group,
+    /// Number of this meeting.
     pub sequence: u64,
+    /// Number of the collective, for people.
+    pub told: u64,
     pub post: Post,
     /// Number of this call in the log.
     pub number: u64,
@@ -75,7 +78,7 @@ impl Agreement<'_> {
         if !agree(posts) {
             let calls = posts.iter().map(|post| post.call).collect();
             let (group, log) = (self.group.name.clone(), CallLog::default());
-            return Err(self.fail(Error::Mismatch { group, sequence: self.sequence, calls, log }));
+            return Err(self.fail(Error::Mismatch { group, sequence: self.told, calls, log }));
         }
         let id = match posts[0].call.operation {
             Operation::Split => self.world.new_group_id()?,

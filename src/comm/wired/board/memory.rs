@@ -3,6 +3,10 @@
 //! It is a file without a name (`memfd_create`), which the others open through `/proc`: nothing is left behind, however the
 //! processes end. Where there is no such thing, or a process may not look at another, there is no shared memory, and
 //! ranks meet by messages.
+//!
+//! Whoever maps a file that then becomes shorter is ended by a signal (SIGBUS) when it touches what is gone. So the file is
+//! sealed before anybody maps it: neither it nor another process can change its length any more, and a file that is not
+//! sealed is not mapped.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -11,6 +15,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The length is fixed, and nobody can change that.
+const SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
 
 /// How another process finds a memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,12 +73,16 @@ impl Memory {
     pub fn create(len: usize) -> Option<(Self, Address)> {
         // SAFETY: the name ends with 0; what is returned is a new file, or none.
         let file = unsafe {
-            let fd = libc::memfd_create(c"burn-parallel".as_ptr(), libc::MFD_CLOEXEC);
+            let fd = libc::memfd_create(c"burn-parallel".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
             (fd >= 0).then(|| OwnedFd::from_raw_fd(fd))?
         };
         // Pages that are not there when they are first written would end the process.
         // SAFETY: the file is ours.
         if unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, len as libc::off_t) } != 0 {
+            return None;
+        }
+        // SAFETY: the file is ours.
+        if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, SEALS) } != 0 {
             return None;
         }
         let machine = machine()?;
@@ -93,6 +104,12 @@ impl Memory {
 
     fn map(path: &str, len: usize) -> Option<Self> {
         let file = File::options().read(true).write(true).open(path).ok()?;
+        // SAFETY: asks about a file that is open; one that has no seals is refused.
+        let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+        if seals < 0 || seals & SEALS != SEALS {
+            return None;
+        }
+        // Now it stays as long as it is.
         let found = file.metadata().ok()?;
         if !found.is_file() || found.size() != len as u64 {
             return None;
@@ -142,4 +159,51 @@ fn machine() -> Option<u64> {
     let mut hasher = DefaultHasher::new();
     (boot, processes).hash(&mut hasher);
     Some(hasher.finish())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEN: usize = 1 << 16;
+
+    /// The file as a peer finds it.
+    fn opened(address: &Address) -> File {
+        File::options().read(true).write(true).open(address_path(address)).unwrap()
+    }
+
+    #[test]
+    fn nobody_can_cut_off_what_others_have_mapped() {
+        // Not every machine lets processes share memory.
+        let Some((memory, address)) = Memory::create(LEN) else { return };
+        let peer = Memory::open(&address, LEN).unwrap();
+        let file = opened(&address);
+        assert!(file.set_len(0).is_err() && file.set_len(2 * LEN as u64).is_err());
+        // SAFETY: within the mapping.
+        unsafe {
+            memory.at(LEN - 1).write(7);
+            assert_eq!(peer.at(LEN - 1).read(), 7);
+        }
+    }
+
+    #[test]
+    fn what_could_be_cut_off_is_not_mapped() {
+        // SAFETY: the name ends with 0; what is returned is a new file, or none.
+        let file = unsafe {
+            let fd = libc::memfd_create(c"a peer's".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
+            if fd < 0 {
+                return;
+            }
+            File::from(OwnedFd::from_raw_fd(fd))
+        };
+        file.set_len(LEN as u64).unwrap();
+        let Some(machine) = machine() else { return };
+        let address = Address { machine, process: std::process::id(), file: file.as_raw_fd() as u32, seal: 5 };
+        std::os::unix::fs::FileExt::write_at(&file, &5u64.to_le_bytes(), 0).unwrap();
+        assert!(Memory::open(&address, LEN).is_none(), "it is as long as it should be, and bears the number");
+        // SAFETY: the file is ours.
+        assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, SEALS) }, 0);
+        assert!(Memory::open(&address, LEN).is_some());
+        assert!(Memory::open(&address, LEN / 2).is_none());
+    }
 }

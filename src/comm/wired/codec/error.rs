@@ -56,6 +56,9 @@ impl Writer {
             }
             Error::InvalidArgument { operation, problem } => self.byte(7).text(operation).text(problem),
             Error::Engine { engine, problem } => self.byte(8).text(engine).text(problem),
+            Error::OutOfMemory { group, rank, operation, bytes } => {
+                self.byte(10).text(group).number(*rank as u64).text(operation).number(*bytes as u64)
+            }
             other => self.byte(9).text(&other.to_string()),
         }
     }
@@ -118,6 +121,12 @@ impl Reader<'_> {
             7 => Error::InvalidArgument { operation: self.word()?, problem: self.text()? },
             8 => Error::Engine { engine: self.word()?, problem: self.text()? },
             9 => Error::User(self.text()?),
+            10 => Error::OutOfMemory {
+                group: self.name()?,
+                rank: self.index()?,
+                operation: self.text()?,
+                bytes: self.index()?,
+            },
             _ => return None,
         })
     }

@@ -65,6 +65,7 @@ fn every_error_of_a_world_survives() {
             found: "b".into(),
             log: log.clone(),
         },
+        Error::OutOfMemory { group: group.clone(), rank: 2, operation: "all_gather".into(), bytes: usize::MAX },
         Error::RankPanicked { rank: 0, message: "häßlich".into(), log: log.clone() },
         Error::RankFailed { rank: 3, cause: Box::new(lost.clone()), log: log.clone() },
         lost,

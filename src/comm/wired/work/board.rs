@@ -244,7 +244,10 @@ impl Work<'_> {
         let rows = part(extent.rows(), size, rank);
         let (start, elements) = (rows.start * extent.width() * dtype.size(), rows.len() * extent.width());
         let (mut allocated, mut scratch) = (output.allocate(&extent.with_rows(rows.len()), dtype), Vec::new());
-        let place = destination(&mut allocated, &mut scratch, elements * dtype.size());
+        let bytes = elements * dtype.size();
+        let Some(place) = destination(&mut allocated, &mut scratch, bytes) else {
+            return Err(self.fails_short(bytes));
+        };
         let sources: Vec<Source> = (0..size)
             .map(|other| {
                 let all = if other == rank { input.as_ptr() } else { board.side(other, rounds) };
@@ -254,6 +257,7 @@ impl Work<'_> {
             .collect();
         // SAFETY: all are as long as this rank's share; the output is new.
         unsafe { fold(dtype, op, &sources, &[place], elements) };
-        allocated.map(|_| (elements * dtype.size() * (size - 1)) as u64)
+        self.settle(dtype, &[Place { data: place, bytes }])?;
+        allocated.map(|_| (bytes * (size - 1)) as u64)
     }
 }

@@ -16,11 +16,14 @@
 
 mod board;
 mod reduce;
+mod shares;
 mod spread;
 
 use std::cell::RefCell;
 use std::ops::Range;
 use std::time::Duration;
+
+use burn::tensor::DType;
 
 pub(super) use self::board::{all_suit, lay_out};
 use super::board::{Board, Rounds};
@@ -30,7 +33,7 @@ use super::wire::Ticket;
 use super::world::{Proposal, World};
 use crate::Error;
 use crate::comm::transport::{BufferMut, BufferRef};
-use crate::comm::{Call, CallLog, Operation, Output, ReduceOp};
+use crate::comm::{Call, CallLog, Operation, Output, ReduceOp, host};
 
 /// How long a rank waits for data once the world has failed: the others may be about to finish.
 const LAST_DATA: Duration = Duration::from_secs(2);
@@ -218,31 +221,66 @@ impl<'a> Work<'a> {
     /// The share of a collective whose results go where the contributions were. Returns the bytes moved.
     pub fn in_place(&self, buffers: &mut [BufferMut<'_>], board: Option<(&Board, &mut Rounds)>) -> Result<u64, Error> {
         let (pieces, size) = places(buffers);
-        if let Some((board, rounds)) = board {
-            return self.in_place_on_board(board, rounds, &pieces, size);
-        }
-        match self.call.operation {
-            Operation::AllReduce(op) => self.all_reduce(op, &pieces, None),
-            Operation::Reduce { op, root } => self.all_reduce(op, &pieces, Some(root)),
-            Operation::Broadcast { root } => self.broadcast(root, &pieces, size),
-            operation => unreachable!("{operation:?} is not done in place"),
-        }
+        let moved = match (self.call.operation, board) {
+            (_, Some((board, rounds))) => self.in_place_on_board(board, rounds, &pieces, size),
+            (Operation::AllReduce(op), None) => self.all_reduce(op, &pieces, None),
+            (Operation::Reduce { op, root }, None) => self.all_reduce(op, &pieces, Some(root)),
+            (Operation::Broadcast { root }, None) => self.broadcast(root, &pieces, size),
+            (operation, None) => unreachable!("{operation:?} is not done in place"),
+        };
+        let settled = self.call.dtype.map_or(Ok(()), |dtype| self.settle(dtype, &pieces));
+        moved.and_then(|moved| settled.map(|()| moved))
     }
 
-    /// The share of a collective that reads an input and fills an output. Returns the bytes moved.
+    /// The share of a collective that reads an input and fills an output. Returns the bytes moved. `tell` is as of
+    /// [`collect`](Self::collect).
     pub fn through(
         &self,
         input: BufferRef<'_>,
         output: &mut dyn Output,
         board: Option<(&Board, &Rounds)>,
+        tell: &mut dyn FnMut(u64) -> Result<Vec<u64>, Error>,
     ) -> Result<u64, Error> {
         match (self.call.operation, board) {
             (Operation::ReduceScatter(op), None) => self.reduce_scatter(op, input, output),
             (Operation::ReduceScatter(op), Some((board, rounds))) => {
                 self.reduce_scatter_on_board(board, rounds, op, input, output)
             }
-            _ => self.collect(input, output, board),
+            _ => self.collect(input, output, board, tell),
         }
+    }
+
+    /// Looks at bools that came from others: Rust and burn know two of them. What is none becomes one in any case, for the
+    /// places are their owner's again.
+    fn settle(&self, dtype: DType, places: &[Place]) -> Result<(), Error> {
+        if !dtype.is_bool() {
+            return Ok(());
+        }
+        // SAFETY: the places are lent to this collective and hold elements.
+        let good = |place: &Place| unsafe { host::settle_bools(place.data, place.bytes) };
+        // All of them, whatever was found in the first.
+        match places.iter().filter(|place| !good(place)).count() {
+            0 => Ok(()),
+            _ => {
+                let (engine, call, group) = (self.world.wire.engine(), self.call, &self.group.name);
+                let problem = format!(
+                    "a rank of group `{group}` has brought bytes to {call} that are no bools: do all ranks run this program?"
+                );
+                Err(Error::Engine { engine, problem })
+            }
+        }
+    }
+
+    /// The error of a rank that has no memory for so many bytes.
+    fn short(&self, rank: usize, bytes: usize) -> Error {
+        let (largest, brought) = shares::Shares(self.calls).largest();
+        let operation = format!("{}, to which rank {largest} brings {brought} bytes,", self.calls[rank]);
+        Error::OutOfMemory { group: self.group.name.clone(), rank, operation, bytes }
+    }
+
+    /// The same of this rank, when the others are at work already.
+    fn fails_short(&self, bytes: usize) -> Error {
+        self.world.fail(self.proposal(self.short(self.group.rank, bytes)))
     }
 
     fn factor(&self, rank: usize) -> f64 {
@@ -275,14 +313,23 @@ fn cut(pieces: &[Place], range: Range<usize>, size: usize) -> impl Iterator<Item
     })
 }
 
-/// Where what comes goes: into the output, or, when there is none to be had, where nobody sees it. The others are at work
-/// already, and this rank's error is for them to hear of later.
-fn destination(allocated: &mut Result<BufferMut<'_>, Error>, scratch: &mut Vec<u64>, bytes: usize) -> *mut u8 {
+/// Where what comes goes: into the output or, when that does not take it, where nobody sees it. The others are at work
+/// already, and this rank's error is for them to hear of later. `None` if there is no memory.
+fn destination(allocated: &mut Result<BufferMut<'_>, Error>, scratch: &mut Vec<u64>, bytes: usize) -> Option<*mut u8> {
     match allocated {
-        Ok(buffer) => buffer.as_mut_ptr(),
-        Err(_) => {
-            scratch.resize(bytes.div_ceil(8), 0);
-            scratch.as_mut_ptr().cast()
+        Ok(buffer) => Some(buffer.as_mut_ptr()),
+        Err(Error::OutOfMemory { .. }) => None,
+        Err(_) => grow(scratch, bytes.div_ceil(8)).then(|| scratch.as_mut_ptr().cast()),
+    }
+}
+
+/// Makes a vector at least as long as this, if there is memory for it.
+fn grow(scratch: &mut Vec<u64>, words: usize) -> bool {
+    if scratch.len() < words {
+        match host::zeroed(words) {
+            Some(longer) => *scratch = longer,
+            None => return false,
         }
     }
+    true
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Lent, Place, Work, cut, destination};
+use super::{Lent, Place, Work, cut, destination, grow};
 use crate::Error;
 use crate::comm::reduce::{Source, fold};
 use crate::comm::transport::BufferRef;
@@ -29,8 +29,8 @@ impl Work<'_> {
         // Contributions of the others to two windows: one that is folded, one that travels.
         let words = 2 * (self.group.size() - 1) * room.div_ceil(8);
         let mut scratch = self.scratch.borrow_mut();
-        if scratch.len() < words {
-            scratch.resize(words, 0);
+        if !grow(&mut scratch, words) {
+            return Err(self.fails_short(8 * words));
         }
         let temporary = scratch.as_mut_ptr().cast::<u8>();
         let temporary = |window: usize, other: usize| {
@@ -138,14 +138,19 @@ impl Work<'_> {
         let mine = share(rank);
         let rows = part(extent.rows(), n, rank).len();
         let (mut allocated, mut scratch) = (output.allocate(&extent.with_rows(rows), dtype), Vec::new());
-        let place = destination(&mut allocated, &mut scratch, mine.len() * size);
+        let bytes = mine.len() * size;
+        let Some(place) = destination(&mut allocated, &mut scratch, bytes) else {
+            return Err(self.fails_short(bytes));
+        };
         // Inputs are only read: they are given to others and folded from.
         let pieces = [Place { data: input.as_ptr().cast_mut(), bytes: input.elements() * size }];
         // SAFETY: the output is as long as this rank's share.
         let result = |element: usize| unsafe { place.add((element - mine.start) * size) };
-        self.fold_windows(op, &pieces, share, result, |_| Ok(()))?;
+        let folded = self.fold_windows(op, &pieces, share, result, |_| Ok(()));
+        let settled = self.settle(dtype, &[Place { data: place, bytes }]);
+        folded.and(settled)?;
         allocated?;
-        Ok((mine.len() * size * (n - 1)) as u64)
+        Ok((bytes * (n - 1)) as u64)
     }
 }
 

@@ -25,10 +25,19 @@ const PAST: usize = 32;
 /// A group that this rank has left: name, members and what it called last.
 type Past = (Arc<str>, Vec<usize>, String);
 
-/// Bytes on their way to another rank, kept until they are there.
+/// Bytes on their way to another rank, or from one, kept until they are there.
 struct Parcel {
     tickets: Vec<Ticket>,
-    _contents: Box<dyn Any + Send>,
+    contents: Option<Box<dyn Any + Send>>,
+}
+
+impl Drop for Parcel {
+    fn drop(&mut self) {
+        if !self.tickets.is_empty() {
+            // The wire may still read or write there.
+            std::mem::forget(self.contents.take());
+        }
+    }
 }
 
 pub(in crate::comm) struct World {
@@ -172,8 +181,14 @@ impl World {
     /// Keeps `contents` until the tickets are done.
     pub(in crate::comm::wired) fn keep(&self, tickets: Vec<Ticket>, contents: impl Any + Send) {
         if !tickets.is_empty() {
-            lock(&self.outgoing).push(Parcel { tickets, _contents: Box::new(contents) });
+            lock(&self.outgoing).push(Parcel { tickets, contents: Some(Box::new(contents)) });
         }
+    }
+
+    /// Takes back receives that were begun into `contents`, which are kept for as long as the wire may still write there.
+    pub fn give_up(&self, mut tickets: Vec<Ticket>, contents: impl Any + Send) {
+        self.wire.cancel(&mut tickets);
+        self.keep(tickets, contents);
     }
 
     /// Tells one rank's warden.

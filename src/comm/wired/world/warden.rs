@@ -139,11 +139,9 @@ impl World {
                 self.wire.sleep(ROUND);
             }
         };
-        for mut parcel in lock(&self.outgoing).drain(..) {
-            match self.wire.gives_back() {
-                true => self.wire.withdraw(&mut parcel.tickets),
-                false => std::mem::forget(parcel),
-            }
+        // What cannot be taken back stays where it is, for good.
+        for mut parcel in lock(&self.outgoing).drain(..).filter(|_| self.wire.gives_back()) {
+            self.wire.withdraw(&mut parcel.tickets);
         }
         self.wire.close(if whole { FAREWELL } else { LAST_BYTES });
         whole
