@@ -30,6 +30,7 @@ fn main() {
         return match arguments.next().as_deref() {
             Some("suite") => suite(),
             Some("kept") => kept(),
+            Some("under-way") => under_way(),
             role => one_rank(role.unwrap_or_default()),
         };
     }
@@ -62,6 +63,11 @@ fn main() {
         }
     }
     trial("a_communicator_outlives_its_session".into(), true, Box::new(|| all_say("kept", "<ended in time>")));
+    trial(
+        "a_session_ends_after_what_is_under_way".into(),
+        true,
+        Box::new(|| all_say("under-way", "<came to its end>")),
+    );
     trial("a_rank_that_never_ends".into(), true, Box::new(a_rank_that_never_ends));
     trial("broken_connections".into(), true, Box::new(broken_connections));
     let hosts = Hosts::possible();
@@ -120,6 +126,20 @@ fn kept() {
     }
 }
 
+/// Drops its session while a collective is under way in the background, for which the others come late.
+fn under_way() {
+    let engine = Tcp(Session::new(), Place::from_env().unwrap());
+    let world = engine.world(LIMIT);
+    thread::sleep(Duration::from_millis(300 * world.rank() as u64));
+    let sum = world.start(|comm| comm.all_reduce(vec![1.0f32; 100_000], ReduceOp::Sum));
+    drop(world);
+    let sum = thread::spawn(move || sum.wait());
+    thread::sleep(Duration::from_millis(20));
+    drop(engine);
+    assert_eq!(sum.join().unwrap().unwrap(), [3.0; 100_000]);
+    println!("<came to its end>");
+}
+
 /// Ends all connections of this process, as a network that breaks would.
 fn cut_itself_off() {
     for fd in 0..1024 {
@@ -175,6 +195,8 @@ fn one_rank(role: &str) {
         if role == "short" {
             return short(&rank, culprit);
         }
+        let part = rank.split_named("part", 0, 0)?;
+        part.all_reduce(vec![1.0f32; 7], ReduceOp::Sum)?;
         let culprit = rank.rank() == culprit;
         match (role, culprit) {
             ("error", true) => return Err(Error::user("the disk is full")),
@@ -321,10 +343,19 @@ fn survivors_say(role: &str, culprit: usize) -> Result<(), Failed> {
     let said = Ranks::here(&format!("{role} {culprit}"), 3).end()?;
     let survivors: Vec<&String> =
         said.iter().enumerate().filter(|(rank, _)| *rank != culprit).map(|(_, said)| said).collect();
-    let words = format!("<rank {culprit} left group `world` while ");
+    let words = match role {
+        // Only the wardens notice.
+        "computing" => {
+            format!("<rank {culprit} left group `world` while nobody was waiting for it: its process has ended")
+        }
+        _ => format!("<rank {culprit} left group `world` while "),
+    };
+    // Where the ranks were at work, not only where groups were made.
+    let part = "in `world/part0` rank ";
     let good = said[culprit].is_empty()
         && survivors.iter().all(|said| said.contains(&words) && *said == survivors[0])
         && survivors[0].contains(&format!("rank {culprit}: no answer"))
+        && (role != "computing" || survivors[0].contains(part) && survivors[0].contains("all_reduce(Sum) of F32 [7]"))
         && began.elapsed() < Duration::from_secs(20);
     if good { Ok(()) } else { Err(format!("after {:?}: {said:#?}", began.elapsed()).into()) }
 }

@@ -108,10 +108,13 @@ impl Worlds {
     /// no longer than their time-out, on a wire that gives back what it was lent. Returns whether all ended as they should.
     pub fn end(&self) -> bool {
         let wardens: Vec<_> = lock(&self.wardens).drain(..).collect();
-        wardens.iter().for_each(|(world, _)| world.depart());
+        for (world, _) in &wardens {
+            world.settle();
+            world.depart();
+        }
         for (world, warden) in wardens {
             let _ = warden.join();
-            world.is_over();
+            world.close();
         }
         self.clean.load(Ordering::Acquire)
     }

@@ -139,3 +139,45 @@ fn a_world_is_over_when_one_rank_never_ends() {
         }
     }
 }
+
+/// Rank 0 has gone for good when the others fail: another judges.
+#[test]
+fn a_failure_is_judged_after_rank_0_has_left() {
+    for seed in 0..20u64 {
+        let mut random = Random(seed);
+        let size = 3 + random.below(6);
+        let plan = plan(&mut random);
+        let mut simulation = Simulation::new(size, plan, random);
+        let outcomes = Outcomes::default();
+        for rank in 0..size {
+            let outcomes = outcomes.clone();
+            simulation.rank(rank, TIMEOUT, move |comm, here| {
+                let late = rank == size - 1;
+                let error = without_rank_0(&comm, &here, late).err();
+                outcomes.borrow_mut().push((rank, error, here.now()));
+            });
+        }
+        assert!(simulation.run(), "seed {seed}: it does not end");
+        let (about, waiting) = (format!("seed {seed}, {size} ranks"), (1..size - 1).collect::<Vec<_>>());
+        let error = same_error(&outcomes, &waiting, 12 * SECOND + 15 * SECOND / 2, &about);
+        let Error::Timeout { missing, .. } = &error else { panic!("{about}: {error}") };
+        assert_eq!(*missing, format!("rank {}", size - 2), "{about}");
+        same_error(&outcomes, &[1, size - 1], 41 * SECOND, &about);
+        assert!(simulation.ends().iter().any(|(rank, end)| *rank == 0 && *end < 6 * SECOND), "{about}");
+    }
+}
+
+fn without_rank_0(comm: &Communicator, here: &Here, late: bool) -> Result<(), Error> {
+    let part = comm.split(u64::from(comm.rank() == 0), 0)?;
+    if comm.rank() == 0 {
+        return Ok(());
+    }
+    for _ in 0..11 {
+        here.compute(SECOND);
+        part.barrier()?;
+    }
+    if late {
+        here.compute(25 * SECOND);
+    }
+    part.barrier()
+}

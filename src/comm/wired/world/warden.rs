@@ -9,6 +9,8 @@ use super::words::Word;
 use crate::Error;
 use crate::comm::wired::group::{Group, Kind, lock};
 
+/// How long a rank that is about to leave must have been in no call.
+const IDLE: Duration = Duration::from_millis(100);
 /// How often a warden looks what has come.
 const ROUND: Duration = Duration::from_millis(2);
 /// How long a failed world waits for its ranks to go.
@@ -30,8 +32,22 @@ impl World {
         self.farewell();
     }
 
+    /// Waits until this rank is in no call any more, as far as can be seen, or for the time-out: what is under way in the
+    /// background comes to its end. Nothing is waited for where nobody holds a communicator.
+    pub fn settle(&self) {
+        let began = self.wire.now();
+        let mut idle_since = began;
+        let holds = || !self.said_farewell.load(Ordering::Acquire) && self.fate.get().is_none();
+        while holds() && self.elapsed(idle_since) < IDLE && self.elapsed(began) < self.timeout {
+            if self.groups().iter().any(|group| group.watch.current(group.rank).is_some()) {
+                idle_since = self.wire.now();
+            }
+            self.wire.sleep(ROUND);
+        }
+    }
+
     /// The world is over for this rank: whoever still holds a communicator gets an error.
-    pub fn is_over(&self) {
+    pub fn close(&self) {
         let (engine, rank) = (self.wire.engine(), self.wire.rank());
         let problem =
             format!("the session of rank {rank} was dropped, and its communicators with it; drop the session last");
