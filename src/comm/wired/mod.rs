@@ -42,6 +42,8 @@
 mod agree;
 mod board;
 mod codec;
+#[cfg(fuzzing)]
+pub(in crate::comm) mod fuzzing;
 mod group;
 mod mail;
 mod pace;
@@ -79,6 +81,7 @@ impl Worlds {
 
     /// A world of the processes that the wire joins.
     pub fn found(&self, wire: Box<dyn Wire>, config: WorldConfig) -> Result<Communicator, Error> {
+        config.check()?;
         let (rank, size) = (wire.rank(), wire.size());
         let world = World::new(wire, config.timeout, config.name, pace::crowded());
         let group = Group::new(0, world.name.clone(), (0..size).collect(), rank);
