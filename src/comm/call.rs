@@ -10,7 +10,8 @@ use super::Operation;
 use super::ReduceOp;
 use super::element;
 
-/// The shape of what a rank brings, without an allocation: up to eight dims, the rest folded into the last.
+/// The shape of what a rank brings, without an allocation: up to eight dims, the rest folded into the last. Where there are
+/// more, a call has a number beside it that is the same for the same dims.
 ///
 /// Collectives that take parts divide the first dim; everything behind it is one row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,7 +21,7 @@ pub struct Extent {
 }
 
 impl Extent {
-    const MAX: usize = 8;
+    pub(crate) const MAX: usize = 8;
 
     /// The extent of a tensor with these dims.
     #[inline]
@@ -34,6 +35,14 @@ impl Extent {
             }
         }
         Self { rank: shape.len().min(Self::MAX) as u8, dims }
+    }
+
+    /// A number that is the same for the same dims behind the first, and in all likelihood differs for others, where there are
+    /// more than an extent holds; else 0. Below the highest bit.
+    pub(crate) fn beyond(shape: &[usize]) -> u64 {
+        let Some(folded) = shape.get(Self::MAX - 1..).filter(|folded| folded.len() > 1) else { return 0 };
+        let add = |hash: u64, dim: &usize| (hash ^ *dim as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+        folded.iter().fold(folded.len() as u64, add).max(2) >> 1
     }
 
     /// The extent of a plain buffer.

@@ -1,5 +1,6 @@
 //! The way of a collective's data to the engine and back: on the engine's device, or through host memory.
 
+use burn::backend::TensorMetadata;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
 
@@ -56,7 +57,8 @@ impl Communicator {
             OnDevice::Elsewhere(payload) => return Ok(Err(payload)),
         };
         let extent = Extent::new(&data.meta.shape().to_vec());
-        let call = Call::on_device(operation, data.dtype, extent).agreeing(agreed);
+        let beyond = Extent::beyond(&data.meta.shape().to_vec());
+        let call = Call::on_device(operation, data.dtype, extent).agreeing(agreed ^ beyond);
         let mut result = None;
         self.run(&call, |_| {
             let (carried, bytes) = engine.run(&call, data)?;
@@ -70,7 +72,8 @@ impl Communicator {
     pub(super) fn host_in_place(&self, operation: Operation, data: FlexTensor) -> Result<FlexTensor, Error> {
         host::check_dtype(operation.name(), data.dtype())?;
         let mut data = host::exclusive(data);
-        let call = Call::new(operation, Some(data.dtype()), host::extent(&data));
+        let beyond = Extent::beyond(data.shape().as_slice());
+        let call = Call::new(operation, Some(data.dtype()), host::extent(&data)).agreeing(beyond);
         self.in_place(&call, &mut [host::lend_mut(&mut data)])?;
         Ok(data)
     }
@@ -99,14 +102,33 @@ impl Communicator {
             host::check_dtype(operation.name(), dtype)?;
         }
         let extent = data.as_ref().map_or(Extent::flat(0), host::extent);
-        let call = Call::new(operation, dtype, extent).agreeing(agreed);
+        let shape = data.as_ref().map(|data| data.shape().to_vec()).unwrap_or_default();
+        let beyond = Extent::beyond(&shape);
+        if beyond != 0 && matches!(operation, Operation::Scatter { .. }) {
+            let (rank, most) = (shape.len(), Extent::MAX);
+            let problem =
+                format!("a tensor of rank {rank} was brought, {most} dims are the most; reshape it before and after");
+            return Err(self.fail_with(Error::invalid("scatter", problem)));
+        }
+        let call = Call::new(operation, dtype, extent).agreeing(agreed ^ beyond);
         // SAFETY: nothing is read through a null place of length 0.
         let nothing = unsafe { BufferRef::from_raw(std::ptr::null(), 0, dtype.unwrap_or(DType::F32)) };
         let input = data.as_ref().map_or(nothing, host::lend);
         let mut output = TensorOutput::new(self, call, dtype);
         self.run(&call, |transport| transport.collective(&call, Transfer::Through { input, output: &mut output }))?;
+        let unfold = |output: FlexTensor| match beyond {
+            0 => output,
+            _ => {
+                let dims = [&output.shape().as_slice()[..1], &shape[1..]].concat();
+                output.reshape(dims.into())
+            }
+        };
         // A rank that receives nothing gets back a tensor of no use to anybody: its own input, or an empty one.
-        Ok(output.into_tensor().or(data).unwrap_or_else(|| FlexTensor::zeros([0].into(), dtype.unwrap_or(DType::F32))))
+        Ok(output
+            .into_tensor()
+            .map(unfold)
+            .or(data)
+            .unwrap_or_else(|| FlexTensor::zeros([0].into(), dtype.unwrap_or(DType::F32))))
     }
 
     pub(super) fn in_place(&self, call: &Call, buffers: &mut [BufferMut<'_>]) -> Result<(), Error> {

@@ -125,7 +125,7 @@ impl Communicator {
     /// Leaves the world, with all groups of it that this rank is in, whoever still holds a communicator. What this rank
     /// has started in the background is finished before.
     pub(crate) fn leave(&self) {
-        self.inner.progress.underway().wait(2 * self.inner.transport.timeout());
+        self.inner.progress.underway().wait(self.inner.transport.timeout().saturating_mul(2));
         self.inner.transport.leave();
     }
 
@@ -187,7 +187,7 @@ impl Communicator {
                 Err(comm.fail_with(Error::RankPanicked { rank, message, log: comm.log() }))
             })
         });
-        pending.within(2 * self.inner.transport.timeout(), move |waited| {
+        pending.within(self.inner.transport.timeout().saturating_mul(2), move |waited| {
             watched.fail_with(Error::Timeout {
                 group: watched.group().clone(),
                 rank: watched.rank(),

@@ -33,6 +33,9 @@ mod counters;
 #[cfg(feature = "cubecl")]
 pub(crate) mod device;
 pub(crate) mod element;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 pub(crate) mod host;
 pub mod local;
 #[cfg(any(feature = "cuda", test))]

@@ -1,7 +1,6 @@
 //! One captured graph per kind of step.
 
 use std::any::{Any, TypeId};
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
 use burn::backend::{DispatchTensor, TensorMetadata};
@@ -16,6 +15,7 @@ use super::forward::{Forward, capture_forward};
 use super::graph_error;
 use super::inputs::{GraphInputs, TensorMapper};
 use super::loss::StepLoss;
+use super::recent::{GRAPHS, Recent};
 use super::signature::Signature;
 use super::step::StepGraph;
 use crate::error::Error;
@@ -27,15 +27,16 @@ type Pass = Box<dyn Fn(&mut StepGraph) -> Result<(), Error> + Send>;
 ///
 /// Closures are told apart by where they are written, not by what they capture (and function pointers, as opposed to
 /// functions, not at all): one that is to compute something else the next time needs to be another closure, or get what
-/// changes as an input. It is called only to capture. Changes of plain fields of the module (a dropout probability) are not noticed: [`clear`](Self::clear) then. Nothing is ever thrown
-/// out by itself: pad batches, at least the last, to few different shapes. A graph holds operations and constants, no
-/// weights.
+/// changes as an input. It is called only to capture. Changes of plain fields of the module (a dropout probability) are not noticed: [`clear`](Self::clear) then. A
+/// graph holds operations and constants, no weights. Of steps and of forwards so many are kept, 16 unless
+/// [said otherwise](Self::with_most): one that was thrown out is captured anew when it comes again, so pad batches, at least the
+/// last, to few different shapes.
 pub struct GraphCache {
     ops: CustomOps,
     pass: Pass,
-    executors: HashMap<StepKey, Executor>,
+    executors: Recent<StepKey, Executor>,
     /// A [`Forward`] of the outputs that its closure gives.
-    forwards: HashMap<StepKey, Box<dyn Any + Send>>,
+    forwards: Recent<StepKey, Box<dyn Any + Send>>,
 }
 
 impl core::fmt::Debug for GraphCache {
@@ -56,7 +57,18 @@ pub(crate) struct StepKey {
 impl GraphCache {
     /// An empty cache whose graphs are rewritten by `pass` once captured, and run with `ops`.
     pub fn new(ops: CustomOps, pass: impl Fn(&mut StepGraph) -> Result<(), Error> + Send + 'static) -> Self {
-        Self { ops, pass: Box::new(pass), executors: HashMap::new(), forwards: HashMap::new() }
+        Self { ops, pass: Box::new(pass), executors: Recent::new(GRAPHS), forwards: Recent::new(GRAPHS) }
+    }
+
+    /// Sets how many graphs of steps, and as many of forwards, are kept: those used last, and at least one. Where graphs have
+    /// collectives in them, all ranks must keep the same number. Forgets all graphs.
+    pub fn with_most(self, graphs: usize) -> Self {
+        Self { executors: Recent::new(graphs), forwards: Recent::new(graphs), ..self }
+    }
+
+    /// How many graphs of steps, and of forwards, are kept at most.
+    pub fn most(&self) -> usize {
+        self.executors.most()
     }
 
     /// The executor for this model and these inputs, captured now if it is not there yet.
@@ -139,12 +151,12 @@ impl GraphCache {
         made.downcast_mut().ok_or_else(|| graph_error("a closure of one type gave outputs of two types"))
     }
 
-    /// How many graphs were captured since the last [`clear`](Self::clear).
+    /// How many graphs there are.
     pub fn len(&self) -> usize {
         self.executors.len() + self.forwards.len()
     }
 
-    /// Whether none was.
+    /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

@@ -11,7 +11,8 @@ pub(super) const SECRET: &str = "BURN_PARALLEL_SECRET";
 
 impl Rendezvous {
     /// The meeting point that the launcher has named: `MASTER_ADDR` and `MASTER_PORT`, with the secret of the variable
-    /// `BURN_PARALLEL_SECRET`. Without that variable there is no secret: strays are kept out, but no attacker.
+    /// `BURN_PARALLEL_SECRET`, whatever bytes it is. Without that variable there is no secret: strays are kept out, but no
+    /// attacker.
     ///
     /// # Errors
     /// [`Error::Engine`] if the launcher has named none.
@@ -21,7 +22,7 @@ impl Rendezvous {
                            address of rank 0's machine and a free port there, alike on all ranks";
             return Err(Error::Engine { engine: "rendezvous", problem: problem.into() });
         };
-        let secret = std::env::var(SECRET).unwrap_or_default();
-        Ok(Self::new(place.rank, place.size, address, *port, secret.as_bytes(), timeout))
+        let secret = std::env::var_os(SECRET).unwrap_or_default();
+        Ok(Self::new(place.rank, place.size, address, *port, secret.as_encoded_bytes(), timeout))
     }
 }

@@ -20,7 +20,7 @@ use signal_hook::iterator::Signals;
 use super::meeting::SECRET;
 use super::{Engine, Place, Process, Rank};
 use crate::Error;
-use crate::comm::tcp::nonce;
+use crate::comm::tcp::{descriptors, nonce};
 
 /// Says to a program that it has been started by itself.
 const CHILD: &str = "BURN_PARALLEL_CHILD";
@@ -108,10 +108,17 @@ impl Processes {
     /// [`Error::User`] if a signal ended the run.
     pub fn supervise(self) -> Result<(), Error> {
         let (program, arguments) = self.command()?;
+        // What a process says comes by two pipes; a few more are open while one is started.
+        let (size, pipes) = (self.size, self.size.saturating_mul(2).saturating_add(8));
+        descriptors::reserve(pipes, &format!("a world of {size} processes")).map_err(|problem| Error::Launch {
+            rank: 0,
+            size,
+            problem,
+        })?;
         let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
         let port = listener.map(|address| address.port()).map_err(Error::user)?;
-        let secret =
-            std::env::var(SECRET).unwrap_or_else(|_| nonce().iter().map(|byte| format!("{byte:02x}")).collect());
+        let made_up = || nonce().iter().map(|byte| format!("{byte:02x}")).collect::<String>().into();
+        let secret = std::env::var_os(SECRET).filter(|secret| !secret.is_empty()).unwrap_or_else(made_up);
         let commands = (0..self.size).map(|rank| {
             let mut command = Command::new(&program);
             Place::of_other_launchers().for_each(|name| {

@@ -46,18 +46,32 @@ impl<R: Read + Seek> Safetensors<R> {
     /// As [`open`](Safetensors::open).
     pub fn new(mut reader: R) -> Result<Self, Error> {
         let failed = |why: std::io::Error| wrong(format!("cannot read the header: {why}"));
+        let size = reader.seek(SeekFrom::End(0)).map_err(failed)?;
         reader.seek(SeekFrom::Start(0)).map_err(failed)?;
-        let mut header = vec![0; 8];
-        reader.read_exact(&mut header).map_err(failed)?;
-        let length = header.iter().rev().fold(0u64, |length, byte| length << 8 | u64::from(*byte));
+        let mut length = [0; 8];
+        reader.read_exact(&mut length).map_err(failed)?;
+        let length = u64::from_le_bytes(length);
         if length > LONGEST_HEADER {
             return Err(wrong(format!("a header of {length} bytes is too long: this is no safetensors file")));
         }
-        header.resize(8 + length as usize, 0);
-        reader.read_exact(&mut header[8..]).map_err(failed)?;
-        let metadata =
-            serde_json::from_slice(&header[8..]).map_err(|why| wrong(format!("this is no safetensors file: {why}")))?;
-        Ok(Self { reader, metadata, start: 8 + length, bytes_read: 8 + length })
+        // What the file says of itself is compared with what there is before memory is taken for it.
+        let start = 8 + length;
+        if start > size {
+            return Err(wrong(format!(
+                "the file of {size} bytes claims a header of {length}: it is cut off, or no safetensors file"
+            )));
+        }
+        let mut header = vec![0; length as usize];
+        reader.read_exact(&mut header).map_err(failed)?;
+        let metadata: Metadata =
+            serde_json::from_slice(&header).map_err(|why| wrong(format!("this is no safetensors file: {why}")))?;
+        let (claimed, there) = (metadata.data_len() as u64, size - start);
+        if claimed > there {
+            return Err(wrong(format!(
+                "the header speaks of {claimed} bytes of tensors, and the file has {there}: it is cut off"
+            )));
+        }
+        Ok(Self { reader, metadata, start, bytes_read: start })
     }
 
     /// How many bytes were read so far, the header included.
@@ -100,6 +114,9 @@ impl<R: Read + Seek> SliceSource for Safetensors<R> {
 
 /// The places and lengths of the runs of elements that make up a part of a contiguous tensor.
 fn runs(dims: &[usize], ranges: &[Range<usize>]) -> Vec<(usize, usize)> {
+    if ranges.iter().any(Range::is_empty) {
+        return Vec::new();
+    }
     // Behind this dim everything is taken.
     let split = (0..dims.len()).rev().find(|dim| ranges[*dim].len() != dims[*dim]).unwrap_or(0);
     let behind: usize = dims.iter().skip(split + 1).product();
@@ -135,7 +152,7 @@ fn wrong(problem: String) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use super::runs;
+    use super::{Safetensors, runs};
 
     #[test]
     fn parts_are_runs() {
@@ -144,5 +161,29 @@ mod tests {
         assert_eq!(runs(&[4, 6], &[1..3, 2..5]), [(8, 3), (14, 3)]);
         assert_eq!(runs(&[2, 2, 3], &[0..2, 1..2, 0..3]), [(3, 3), (9, 3)]);
         assert_eq!(runs(&[], &[]), [(0, 1)]);
+        // Nothing of many rows is nothing.
+        assert_eq!(runs(&[usize::MAX, 0, 5], &[0..usize::MAX, 0..0, 0..3]), []);
+    }
+
+    /// A file of these tensors, as its header says, and so many bytes.
+    fn file(header: &str, claimed: usize, data: usize) -> Result<(), String> {
+        let bytes = [&(claimed as u64).to_le_bytes()[..], header.as_bytes(), &vec![0; data]].concat();
+        Safetensors::new(std::io::Cursor::new(bytes)).map(|_| ()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_a_file_claims_must_be_there() {
+        let header = r#"{"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]}}"#;
+        assert_eq!(file(header, header.len(), 24), Ok(()));
+        let says = |claimed, data, words: &str| {
+            let said = file(header, claimed, data).unwrap_err();
+            assert!(said.contains(words), "`{words}` is missing in: {said}");
+        };
+        says(header.len(), 23, "24 bytes of tensors, and the file has 23");
+        says(99_999_999, 0, "claims a header of 99999999");
+        says(usize::MAX, 0, "too long");
+        let huge = r#"{"a":{"dtype":"U8","shape":[1152921504606846976],"data_offsets":[0,1152921504606846976]}}"#;
+        let said = file(huge, huge.len(), 8).unwrap_err();
+        assert!(said.contains("1152921504606846976 bytes of tensors, and the file has 8"), "{said}");
     }
 }

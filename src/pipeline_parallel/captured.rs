@@ -69,7 +69,7 @@ impl Engine {
         let stages = self.stages(&graphs, &cuts, &sizes)?;
         let gradients = cuts[0].stages.iter().flat_map(|stage| &stage.gradients);
         let trained = gradients.map(|(param, _)| graphs[0].params[*param].id).collect();
-        let pipeline = Pipeline::new(&self.group, self.timetable.clone(), &stages)?;
+        let pipeline = Pipeline::over(self.group.clone(), self.timetable.clone(), &stages)?;
         self.steps.insert(key.clone(), CapturedStep { pipeline, stages, trained });
         Ok((key, batch))
     }
@@ -148,7 +148,7 @@ impl Engine {
                 cuts[0].stages.iter().position(|stage| stage.outputs.iter().any(|(output, _)| *output == place))
             };
             let givers = (0..graphs[0].outputs.len()).map(|place| giver(place).unwrap_or(0)).collect();
-            let pipeline = Pipeline::new(&self.group, self.timetable.clone(), &stages)?;
+            let pipeline = Pipeline::over(self.group.clone(), self.timetable.clone(), &stages)?;
             let forward = CapturedForward { pipeline, stages, graphs: captured, sizes, givers };
             self.forwards.insert(key.clone(), Box::new(forward));
         }
@@ -259,3 +259,6 @@ impl<R: StepLoss> StepLoss for OfRows<R> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,7 @@
 //! How a model is spread over a pipeline.
 
 use super::schedule::Schedule;
+use crate::graph::GRAPHS;
 use crate::pipeline_parallel::cut::Cut;
 
 /// How a model is spread over the ranks of a pipeline, and how they work.
@@ -16,6 +17,8 @@ pub struct PipelineConfig {
     pub whole_inputs: Vec<String>,
     /// The seed of the random numbers that steps draw, dropout above all. That of a model that is split as well stays.
     pub seed: u64,
+    /// How many captured steps, and as many forwards, are kept: those used last, and at least one. 16 unless said otherwise.
+    pub graphs: usize,
 }
 
 impl PipelineConfig {
@@ -27,6 +30,7 @@ impl PipelineConfig {
             cut: Cut::default(),
             whole_inputs: Vec::new(),
             seed: 0,
+            graphs: GRAPHS,
         }
     }
 
@@ -45,6 +49,12 @@ impl PipelineConfig {
     /// Another seed than 0. With the same seed and micro-batches, any number of ranks and any schedule draw the same numbers.
     pub fn with_seed(mut self, seed: u64) -> Self {
         self.seed = seed;
+        self
+    }
+
+    /// Another number of captured steps, and of forwards, that are kept. A batch of other shapes than these is captured anew.
+    pub fn with_graphs(mut self, graphs: usize) -> Self {
+        self.graphs = graphs;
         self
     }
 

@@ -12,7 +12,7 @@ use super::{PipelineConfig, stage_error};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::distribution::ModelSplit;
-use crate::graph::{CustomOps, RandomSource, Signature, StepKey, register_counted_random};
+use crate::graph::{CustomOps, RandomSource, Recent, Signature, StepKey, register_counted_random};
 use crate::params::{self, NewDims, SliceSource};
 use crate::pipeline_parallel::cut::CutGraph;
 use crate::plan::{Plan, PlanRow};
@@ -36,8 +36,8 @@ pub(super) struct Engine {
     pub ops: CustomOps,
     /// What random numbers follow from; its step counts micro-batches.
     pub random: RandomSource,
-    pub steps: HashMap<StepKey, CapturedStep>,
-    pub forwards: HashMap<StepKey, Box<dyn Any + Send>>,
+    pub steps: Recent<StepKey, CapturedStep>,
+    pub forwards: Recent<StepKey, Box<dyn Any + Send>>,
 }
 
 impl Engine {
@@ -54,12 +54,13 @@ impl Engine {
 
         let line = |row: &PlanRow| (row.path.clone(), format!("{:?} {:?}", row.dtype, row.dims));
         let mut lines: Vec<(String, String)> = rows.iter().map(line).collect();
-        let PipelineConfig { micro_batches, schedule, cut, whole_inputs, seed } = &config;
+        let PipelineConfig { micro_batches, schedule, cut, whole_inputs, seed, graphs } = &config;
         lines.push(("the pipeline's micro-batches".into(), micro_batches.to_string()));
         lines.push(("the pipeline's schedule".into(), format!("{schedule:?}").replace('\n', " ")));
         lines.push(("the pipeline's cut".into(), format!("{cut:?}").replace('\n', " ")));
         lines.push(("the pipeline's whole inputs".into(), format!("{whole_inputs:?}")));
         lines.push(("the pipeline's seed".into(), seed.to_string()));
+        lines.push(("the pipeline's graphs".into(), graphs.to_string()));
         params::agree(&lines, group)?;
 
         let group = group.split_named("pipeline", 0, group.rank() as i64)?;
@@ -78,6 +79,8 @@ impl Engine {
         let holders = homes.map(|homes| rows.iter().zip(homes).map(|(row, home)| (row.id, vec![home])).collect());
         Ok(Self {
             dims: rows.iter().map(|row| (row.id, row.dims.clone())).collect(),
+            steps: Recent::new(config.graphs),
+            forwards: Recent::new(config.graphs),
             config,
             timetable,
             group,
@@ -89,8 +92,6 @@ impl Engine {
             sent: Counters::default(),
             ops,
             random,
-            steps: HashMap::new(),
-            forwards: HashMap::new(),
         })
     }
 

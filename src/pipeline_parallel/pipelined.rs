@@ -68,6 +68,12 @@ impl<M: Module> Pipelined<M> {
         lock(&self.engine).holders.is_some()
     }
 
+    /// How many captured steps and forwards there are, see [`PipelineConfig::graphs`].
+    pub fn graphs(&self) -> usize {
+        let engine = lock(&self.engine);
+        engine.steps.len() + engine.forwards.len()
+    }
+
     /// What the last step took on this rank.
     pub fn last_run(&self) -> Option<&RunReport> {
         self.last.as_ref()

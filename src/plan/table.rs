@@ -69,6 +69,10 @@ impl PlanTable {
                 return Err(plan_error(format!("axis `{name}` has no ranks: a plan is for at least 1")));
             }
         }
+        let ranks = axes.iter().try_fold(1u32, |ranks, (_, degree)| ranks.checked_mul(u32::try_from(*degree).ok()?));
+        if ranks.is_none() {
+            return Err(plan_error(format!("the axes {axes:?} have more ranks than a model can be split over")));
+        }
         let plans = plan.over(axes.iter().map(|axis| axis.0))?;
         for row in &mut rows {
             let places = plans.iter().zip(axes);

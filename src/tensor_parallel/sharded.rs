@@ -11,7 +11,7 @@ use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::delegate::module_of_field;
 use crate::distribution::ModelSplit;
-use crate::graph::{CustomOps, GraphCache, GraphInputs, StepGraph, StepLoss, StepObserver, StepOutputs};
+use crate::graph::{CustomOps, GRAPHS, GraphCache, GraphInputs, StepGraph, StepLoss, StepObserver, StepOutputs};
 use crate::params::SliceSource;
 use crate::partition::ShardReport;
 use crate::plan::{Plan, PlanTable};
@@ -39,7 +39,7 @@ struct Engine {
 }
 
 impl Engine {
-    fn of(split: &ModelSplit) -> Self {
+    fn of(split: &ModelSplit, graphs: usize) -> Self {
         let reports = Arc::<Mutex<Vec<ShardReport>>>::default();
         let mut ops = CustomOps::new();
         split.register(&mut ops);
@@ -52,7 +52,7 @@ impl Engine {
                 Ok(())
             }
         };
-        Self { graphs: GraphCache::new(ops, pass), reports }
+        Self { graphs: GraphCache::new(ops, pass).with_most(graphs), reports }
     }
 }
 
@@ -73,7 +73,7 @@ pub struct Step {
 impl<M: Module> Sharded<M> {
     pub(super) fn new(model: M, axes: &[(&str, &Communicator)], plan: &Plan) -> Result<Self, Error> {
         let (local, split) = ModelSplit::distribute(model, axes, plan)?;
-        Ok(Self { local, engine: Arc::new(Mutex::new(Engine::of(&split))), split })
+        Ok(Self { local, engine: Arc::new(Mutex::new(Engine::of(&split, GRAPHS))), split })
     }
 
     /// Sets the seed of the random numbers that steps draw, dropout above all: the same on every rank of the split, which
@@ -81,7 +81,19 @@ impl<M: Module> Sharded<M> {
     /// step.
     pub fn with_seed(self, seed: u64) -> Self {
         let split = self.split.with_seed(seed);
-        Self { engine: Arc::new(Mutex::new(Engine::of(&split))), split, local: self.local }
+        let graphs = lock(&self.engine).graphs.most();
+        Self { engine: Arc::new(Mutex::new(Engine::of(&split, graphs))), split, local: self.local }
+    }
+
+    /// Sets how many captured steps, and as many forwards, are kept: those used last, and at least one, the same on every rank
+    /// of the split. 16 by default; a batch of other shapes than these is captured anew. Forgets the captured steps.
+    pub fn with_graphs(self, graphs: usize) -> Self {
+        Self { engine: Arc::new(Mutex::new(Engine::of(&self.split, graphs))), ..self }
+    }
+
+    /// How many captured steps and forwards there are.
+    pub fn graphs(&self) -> usize {
+        lock(&self.engine).graphs.len()
     }
 
     /// The seed of the random numbers that steps draw.

@@ -8,4 +8,5 @@ mod transport_suite;
 mod collectives;
 mod failures;
 mod layout;
+mod limits;
 mod local;

@@ -130,7 +130,7 @@ fn garbage_of_strangers_does_no_harm() {
     let mut held = Vec::new();
     let claim = |len: u64| {
         let numbers = [1u64, 2, len].map(u64::to_le_bytes).concat();
-        [&b"burnpar1"[..], &[7; 32], &numbers, &[9; 64]].concat()
+        [&b"burnpar2"[..], &[7; 32], &numbers, &[9; 64]].concat()
     };
     let says = [b"GET / HTTP/1.1\r\n\r\n".to_vec(), vec![0; 5000], vec![0xff; 200], claim(32), claim(u64::MAX), vec![]];
     for bytes in says {
@@ -160,10 +160,98 @@ fn a_stranger_in_the_place_of_rank_0() {
         for stream in listener.incoming().flatten() {
             let mut stream = stream;
             let word = [&[1u8][..], &9u64.to_le_bytes(), &[1], &0u64.to_le_bytes(), &[0; 32]].concat();
-            let _ = stream.write_all(&[&b"burnpar1"[..], &[0; 32], &word].concat());
+            let _ = stream.write_all(&[&b"burnpar2"[..], &[0; 32], &word].concat());
         }
     });
     says(&at(1, 2, port, LONG).all_gather(&[]), &["do not share a secret"]);
+}
+
+/// Nothing is read, and no memory taken, for a rank that has not shown the secret: it is told no before it has sent what it
+/// announces.
+#[test]
+fn nothing_is_heard_of_a_stranger_but_its_name() {
+    let port = free_port();
+    let zero = thread::spawn(move || at(0, 2, port, LONG).all_gather(b"zero"));
+    let connect = || loop {
+        if let Ok(stream) = TcpStream::connect(("127.0.0.1", port)) {
+            break stream;
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
+    let numbers = [1u64, 2, 1 << 20].map(u64::to_le_bytes).concat();
+    let began = Instant::now();
+    for _ in 0..20 {
+        let mut stream = connect();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        stream.read_exact(&mut [0; 40]).unwrap();
+        stream.write_all(&[&b"burnpar2"[..], &[7; 32], &numbers, &[9; 32]].concat()).unwrap();
+        let mut heard = Vec::new();
+        let _ = stream.read_to_end(&mut heard);
+        assert_eq!(heard, [0]);
+    }
+    assert!(began.elapsed() < Duration::from_secs(4), "nobody waits for what a stranger has announced");
+    at(1, 2, port, LONG).all_gather(b"one").unwrap();
+    zero.join().unwrap().unwrap();
+}
+
+/// A connection from another address of this machine than the one that tests use.
+#[cfg(target_os = "linux")]
+fn connect_from(last: u8, port: u16) -> std::io::Result<TcpStream> {
+    use std::os::fd::{FromRawFd, OwnedFd};
+    let address = |last: u8, port: u16| libc::sockaddr_in {
+        sin_family: libc::AF_INET as u16,
+        sin_port: port.to_be(),
+        sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes([127, 0, 0, last]) },
+        sin_zero: [0; 8],
+    };
+    // SAFETY: a new socket, and addresses that are there for the calls.
+    unsafe {
+        let socket = OwnedFd::from_raw_fd(libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0));
+        let len = size_of::<libc::sockaddr_in>() as u32;
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&socket);
+        let (from, to) = (address(last, 0), address(1, port));
+        if libc::bind(fd, (&raw const from).cast(), len) != 0 || libc::connect(fd, (&raw const to).cast(), len) != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(socket.into())
+    }
+}
+
+/// Whoever opens more connections than ranks may come from one address keeps nobody else out.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_crowd_from_one_address() {
+    let port = free_port();
+    let zero = thread::spawn(move || at(0, 2, port, LONG).all_gather(b"zero"));
+    let mut crowd = Vec::new();
+    while crowd.len() < 100 {
+        match connect_from(2, port) {
+            Ok(stream) => crowd.push(stream),
+            Err(_) => thread::sleep(Duration::from_millis(5)),
+        }
+    }
+    // One rank is expected, and eight others may come from where it does.
+    let mut greeted = 0;
+    for stream in &mut crowd {
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        greeted += usize::from(stream.read_exact(&mut [0; 40]).is_ok());
+    }
+    assert_eq!(greeted, 9);
+    let began = Instant::now();
+    at(1, 2, port, LONG).all_gather(b"one").unwrap();
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    zero.join().unwrap().unwrap();
+}
+
+#[test]
+fn any_time_out_but_none_at_all() {
+    says(&at(0, 2, free_port(), Duration::ZERO).all_gather(&[]), &["the time-out is 0"]);
+    let port = free_port();
+    let results = meet(vec![at(0, 2, port, Duration::MAX), at(1, 2, port, Duration::MAX)]);
+    assert!(results.iter().all(Result::is_ok));
+    // Of a world that nobody could start, an error names a few.
+    let huge = at(0, usize::MAX, free_port(), Duration::from_millis(50)).all_gather(&[]);
+    says(&huge, &["ranks 1, 2, 3,", "16, and 18446744073709551598 more of"]);
 }
 
 /// Run by the tests below in processes of their own.
@@ -171,7 +259,10 @@ fn a_stranger_in_the_place_of_rank_0() {
 #[ignore = "a helper of the tests with processes"]
 fn one_rank() {
     let Ok(place) = Place::from_env() else { return };
-    let met = Rendezvous::at(&place, LONG).and_then(|meeting| meeting.all_gather(&blob(place.rank)));
+    env_logger::init();
+    let timeout = std::env::var("RENDEZVOUS_MS").ok().and_then(|time| time.parse().ok());
+    let timeout = timeout.map_or(LONG, Duration::from_millis);
+    let met = Rendezvous::at(&place, timeout).and_then(|meeting| meeting.all_gather(&blob(place.rank)));
     match met {
         Ok(blobs) => println!("<met {} of {}>", place.rank, blobs.iter().map(Vec::len).sum::<usize>()),
         Err(error) => println!("<{error}>"),
@@ -182,8 +273,153 @@ fn one_rank_in(mut command: Command, rank: usize, size: usize, address: &str, po
     command.args(["--exact", "rendezvous::one_rank", "--ignored", "--nocapture"]);
     command.env("RANK", rank.to_string()).env("LOCAL_RANK", "0").env("WORLD_SIZE", size.to_string());
     command.env("MASTER_ADDR", address).env("MASTER_PORT", port.to_string()).env("BURN_PARALLEL_SECRET", "s");
-    command.stdout(std::process::Stdio::piped());
+    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).env("RUST_LOG", "warn");
     command
+}
+
+/// What two ranks say on standard output and error that meet with these secrets.
+#[cfg(unix)]
+fn two_with(secrets: [Option<&[u8]>; 2], address: &str) -> [(String, String); 2] {
+    use std::os::unix::ffi::OsStrExt;
+    let (exe, port) = (std::env::current_exe().unwrap(), free_port());
+    let start = |rank: usize| {
+        let mut command = one_rank_in(Command::new(&exe), rank, 2, address, port);
+        match secrets[rank] {
+            Some(secret) => command.env("BURN_PARALLEL_SECRET", std::ffi::OsStr::from_bytes(secret)),
+            None => command.env_remove("BURN_PARALLEL_SECRET"),
+        };
+        command.env("RENDEZVOUS_MS", "2000").spawn().unwrap()
+    };
+    [start(0), start(1)].map(|process| {
+        let output = process.wait_with_output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (text(&output.stdout), text(&output.stderr))
+    })
+}
+
+/// A secret is bytes, whatever they mean, and never taken for none.
+#[cfg(unix)]
+#[test]
+fn secrets_of_any_bytes() {
+    let odd: &[u8] = b"\xff\xfe\x80";
+    let met = two_with([Some(odd), Some(odd)], "127.0.0.1");
+    assert!(met.iter().all(|(said, _)| said.contains("<met")), "{met:?}");
+    for other in [None, Some(&b""[..]), Some(b"\xff\xfe\x81")] {
+        let met = two_with([Some(odd), other], "127.0.0.1");
+        assert!(met.iter().all(|(said, _)| !said.contains("<met")), "{other:?}: {met:?}");
+        assert!(met[1].0.contains("do not share a secret"), "{met:?}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_warning_without_a_secret_where_others_may_come() {
+    let warnings = |secret: Option<&[u8]>, address: &str| {
+        let met = two_with([secret; 2], address);
+        assert!(met.iter().all(|(said, _)| said.contains("<met")), "{met:?}");
+        met.map(|(_, log)| log.matches("there is no secret").count())
+    };
+    assert_eq!(warnings(None, "0.0.0.0"), [1, 0]);
+    assert_eq!(warnings(Some(b""), "0.0.0.0"), [1, 0]);
+    assert_eq!(warnings(Some(b"s"), "0.0.0.0"), [0, 0]);
+    assert_eq!(warnings(None, "127.0.0.1"), [0, 0]);
+}
+
+/// Run by a test below in processes of their own.
+#[cfg(unix)]
+#[test]
+#[ignore = "a helper of the tests with processes"]
+fn one_world() {
+    use burn_parallel::comm::{ReduceOp, local::WorldConfig, tcp::Session};
+    let Ok(place) = Place::from_env() else { return };
+    let session = Session::new();
+    let world = Rendezvous::at(&place, LONG).and_then(|meeting| session.world(&meeting, WorldConfig::from_env()?));
+    match world.and_then(|world| world.all_reduce(vec![1.0f32], ReduceOp::Sum)) {
+        Ok(sum) => println!("<sum {sum:?}>"),
+        Err(error) => println!("<{error}>"),
+    }
+}
+
+/// A process that may have so many files open, and raise that so far.
+#[cfg(unix)]
+fn limited(soft: u64, hard: u64) -> Command {
+    use std::os::unix::process::CommandExt;
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    // SAFETY: between fork and exec only this system call is made.
+    unsafe {
+        command.pre_exec(move || {
+            let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
+            if libc::setrlimit(libc::RLIMIT_NOFILE, &limit) == 0 {
+                Ok(())
+            } else {
+                Err(std::io::Error::last_os_error())
+            }
+        });
+    }
+    command
+}
+
+#[cfg(unix)]
+#[test]
+fn file_descriptors_are_counted_before_they_run_out() {
+    let in_world = |mut command: Command, rank: usize, size: usize, port: u16| {
+        command.args(["--exact", "rendezvous::one_world", "--ignored", "--nocapture"]);
+        command.env("RANK", rank.to_string()).env("LOCAL_RANK", "0").env("WORLD_SIZE", size.to_string());
+        command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string()).env("BURN_PARALLEL_SECRET", "s");
+        command.stdout(std::process::Stdio::piped()).spawn().unwrap()
+    };
+    let said = |process: std::process::Child| {
+        String::from_utf8_lossy(&process.wait_with_output().unwrap().stdout).into_owned()
+    };
+    // As far as it can be raised, it is.
+    let port = free_port();
+    let ranks: Vec<_> = (0..3).map(|rank| in_world(limited(9, 300), rank, 3, port)).collect();
+    ranks.into_iter().for_each(|rank| assert_eq!(said(rank).matches("<sum [3.0]>").count(), 1));
+    // Where it can't, nobody waits for the others.
+    let began = Instant::now();
+    let told = said(in_world(limited(50, 100), 0, 400, free_port()));
+    for words in ["a world of 400 ranks over TCP takes 804 file descriptors", "RLIMIT_NOFILE", "100", "ulimit -n"] {
+        assert!(told.contains(words), "`{words}` is missing in: {told}");
+    }
+    assert!(began.elapsed() < LONG / 2);
+}
+
+/// Run by the test below in a process of its own.
+#[cfg(unix)]
+#[test]
+#[ignore = "a helper of the test with a process"]
+fn rank_0_without_descriptors() {
+    let Some(port) = std::env::var("MASTER_PORT").ok().and_then(|port| port.parse().ok()) else { return };
+    let zero = thread::spawn(move || at(0, 2, port, LONG).all_gather(b"zero"));
+    thread::sleep(Duration::from_millis(500));
+    let mut open = Vec::new();
+    while let Ok(file) = std::fs::File::open("/dev/null") {
+        open.push(file);
+    }
+    println!("<full>");
+    println!("<{}>", zero.join().unwrap().unwrap_err());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_connection_that_cannot_be_taken_is_no_rank_that_did_not_come() {
+    use std::io::BufRead;
+    let port = free_port();
+    let mut command = limited(64, 64);
+    command.args(["--exact", "rendezvous::rank_0_without_descriptors", "--ignored", "--nocapture"]);
+    let began = Instant::now();
+    let mut zero = command.env("MASTER_PORT", port.to_string()).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut lines = std::io::BufReader::new(zero.stdout.take().unwrap()).lines().map_while(Result::ok);
+    assert!(lines.any(|line| line.contains("<full>")));
+    let one = thread::spawn(move || at(1, 2, port, Duration::from_secs(2)).all_gather(b"one"));
+    let said: Vec<String> = lines.collect();
+    let told = said.join("\n");
+    for words in ["file descriptors have run out", "Too many open files", "64", "ulimit -n"] {
+        assert!(told.contains(words), "`{words}` is missing in: {told}");
+    }
+    assert!(began.elapsed() < LONG / 2);
+    zero.wait().unwrap();
+    assert!(one.join().unwrap().is_err());
 }
 
 #[test]

@@ -4,6 +4,7 @@
 mod common;
 
 mod awkward;
+mod bounded;
 mod compare;
 mod cut;
 mod executor;

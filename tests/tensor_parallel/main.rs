@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod bounded;
 mod engines;
 mod graph;
 mod layers;

@@ -234,3 +234,15 @@ fn a_plan_for_a_weight_that_two_layers_share() {
     assert_eq!(layouts.len(), 2);
     assert!(layouts.iter().all(|layout| *layout != Layout::Replicated), "{layouts:?}");
 }
+#[test]
+fn a_plan_for_more_ranks_than_there_are_numbers() {
+    let model: Linear = LinearConfig::new(4, 6).init(&Device::flex());
+    let plan = Plan::new().shard_padded("*weight", 1);
+    for degree in [usize::MAX, 1 << 32] {
+        for table in [plan.table(&model, degree), plan.table_over(&model, &[("tp", degree), ("dp", degree)])] {
+            let message = table.unwrap_err().to_string();
+            assert!(message.contains("more ranks than a model can be split over"), "{message}");
+        }
+    }
+    assert!(plan.table(&model, 0).unwrap_err().to_string().contains("no ranks"));
+}

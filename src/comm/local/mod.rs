@@ -37,6 +37,16 @@ use crate::Error;
 /// Time-out when `BURN_PARALLEL_TIMEOUT_S` does not say otherwise.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(300);
 
+/// Most ranks of a world in one process: more threads than any system starts.
+const MOST_RANKS: usize = 1 << 16;
+/// A longer time-out is as good as none, and times worked out from it must not overflow.
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+/// A time-out that can be reckoned with.
+pub(in crate::comm) fn bounded(timeout: Duration) -> Duration {
+    timeout.min(LONGEST_TIMEOUT)
+}
+
 /// Settings of a world, whatever its engine.
 #[derive(Debug, Clone)]
 pub struct WorldConfig {
@@ -65,13 +75,26 @@ impl WorldConfig {
                 }
             }
         };
-        Ok(Self { timeout, name: "world".into() })
+        Ok(Self { timeout: bounded(timeout), name: "world".into() })
     }
 
-    /// Sets how long any wait may last before the whole world fails with [`Error::Timeout`].
+    /// Sets how long any wait may last before the whole world fails with [`Error::Timeout`]. It must not be 0, which is an
+    /// error when the world is made; more than 100 years are 100 years.
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
+        self.timeout = bounded(timeout);
         self
+    }
+
+    /// Refuses settings with which no world can work.
+    pub(in crate::comm) fn check(&self) -> Result<(), Error> {
+        match self.timeout.is_zero() {
+            false => Ok(()),
+            true => Err(Error::invalid(
+                "timeout",
+                "0 s is no time-out: no rank could wait for another; give `timeout` or `with_timeout` a positive one, or set \
+                 BURN_PARALLEL_TIMEOUT_S",
+            )),
+        }
     }
 
     /// How long any wait may last.
@@ -91,7 +114,7 @@ impl WorldConfig {
 /// [`launch::threads`](crate::launch::threads) does this and starts the threads.
 ///
 /// # Errors
-/// If `size` is 0.
+/// [`Error::InvalidArgument`] if `size` is 0 or more than 65,536, or the time-out is 0.
 ///
 /// ```
 /// use burn_parallel::comm::{ReduceOp, local};
@@ -111,6 +134,11 @@ pub fn world(size: usize, config: WorldConfig) -> Result<Vec<Communicator>, Erro
     if size == 0 {
         return Err(Error::invalid("local::world", "a world needs at least 1 rank, not 0"));
     }
+    if size > MOST_RANKS {
+        let problem = format!("a world of {size} ranks in one process was asked for, {MOST_RANKS} are the most");
+        return Err(Error::invalid("local::world", problem));
+    }
+    config.check()?;
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     // With a core for each rank, spinning a few tens of microseconds saves two context switches a collective.
     let patience =

@@ -70,6 +70,7 @@ impl Session {
     /// # Errors
     /// [`Error::Engine`] if a rank does not come within the time-out.
     pub fn world(&self, config: WorldConfig) -> Result<Communicator, Error> {
+        config.check()?;
         let wire = MpiWire::new(self.mpi.clone(), config.timeout)?;
         self.worlds.found(Box::new(wire), config)
     }

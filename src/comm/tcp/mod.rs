@@ -38,8 +38,11 @@
 //!
 //! A rank that is lost while data moves leaves the buffers of that collective half written.
 
+pub(crate) mod descriptors;
 mod fill;
 mod frame;
+#[cfg(fuzzing)]
+pub(in crate::comm) mod fuzzing;
 mod mesh;
 mod network;
 mod ops;
@@ -58,11 +61,15 @@ mod writing;
 pub use rendezvous::Rendezvous;
 pub(crate) use rendezvous::nonce;
 
+use self::rendezvous::{STRANGERS, failure};
 use self::wire::TcpWire;
 use super::Communicator;
 use super::local::WorldConfig;
 use super::wired::Worlds;
 use crate::Error;
+
+/// Descriptors beside those of connections: what listens, and what ends a rest.
+const OWN_DESCRIPTORS: usize = 4;
 
 /// The worlds of this process over TCP.
 ///
@@ -82,9 +89,17 @@ impl Session {
     /// other or, at meetings with different ports, at the same time.
     ///
     /// # Errors
-    /// [`Error::Engine`], if the ranks do not meet (see [`Rendezvous::all_gather`]) or cannot connect to each other;
+    /// [`Error::Engine`], if the ranks do not meet (see [`Rendezvous::all_gather`]) or cannot connect to each other, or if the
+    /// system does not let this process open as many connections;
     /// [`Error::Environment`] if the variable `BURN_PARALLEL_ADDRESS` is set and no IP address.
     pub fn world(&self, meeting: &Rendezvous, config: WorldConfig) -> Result<Communicator, Error> {
+        config.check()?;
+        let size = meeting.size();
+        if size > 1 {
+            // Two are kept for each connection; as long as ranks are missing, strangers may come as well.
+            let count = size.saturating_mul(2).max(size.saturating_add(STRANGERS)).saturating_add(OWN_DESCRIPTORS);
+            descriptors::reserve(count, &format!("a world of {size} ranks over TCP")).map_err(failure)?;
+        }
         let wire = TcpWire::new(meeting.rank(), mesh::connect(meeting)?)?;
         self.0.found(Box::new(wire), config)
     }

@@ -42,6 +42,8 @@
 mod agree;
 mod board;
 mod codec;
+#[cfg(fuzzing)]
+pub(in crate::comm) mod fuzzing;
 mod group;
 mod mail;
 mod pace;
@@ -91,6 +93,7 @@ impl Worlds {
 
     /// A world of the processes that the wire joins.
     pub fn found(&self, wire: Box<dyn Wire>, config: WorldConfig) -> Result<Communicator, Error> {
+        config.check()?;
         let (rank, size) = (wire.rank(), wire.size());
         let (comm, world) = enter(wire, config, pace::crowded());
         let (guarded, clean) = (world.clone(), self.clean.clone());

@@ -78,7 +78,16 @@ impl Pipeline {
     /// goes from one to the other; the error of the world.
     pub fn new<I, S: Stage<I>>(group: &Communicator, timetable: Timetable, stages: &[S]) -> Result<Self, Error> {
         // A group of its own: its messages and collectives mix with nobody else's.
-        let comm = group.split_named("pipeline", 0, group.rank() as i64)?;
+        Self::over(group.split_named("pipeline", 0, group.rank() as i64)?, timetable, stages)
+    }
+
+    /// [`new`](Self::new) over a group that does nothing else meanwhile: a run leaves no message behind, so pipelines that run
+    /// one after the other share it.
+    pub(in crate::pipeline_parallel) fn over<I, S: Stage<I>>(
+        comm: Communicator,
+        timetable: Timetable,
+        stages: &[S],
+    ) -> Result<Self, Error> {
         let routes = links::agree(&comm, &timetable, stages)?;
         let timetable = if timetable.communicates() { timetable } else { timetable.with_communication(&routes)? };
         let peak = timetable.validate(&routes)?;

@@ -6,16 +6,19 @@ use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::words::{Limited, read_word};
+use super::words::{Limited, read_bytes, read_word};
 use super::{MAGIC, MOST, Rendezvous, Seal, failure, nonce};
 use crate::Error;
+use crate::comm::tcp::descriptors;
 
 /// Pauses between two attempts to connect, from the first on.
 const AGAIN: Range<Duration> = Duration::from_millis(2)..Duration::from_millis(100);
 
-enum Refused {
+pub(super) enum Refused {
     Secret,
     Gone(io::Error),
+    /// Turned away before a word was said: too many came at once.
+    Unheard(io::Error),
 }
 
 impl From<io::Error> for Refused {
@@ -26,7 +29,7 @@ impl From<io::Error> for Refused {
 
 impl Rendezvous {
     /// Another rank's side: returns what the host says, `count` blobs, and the connection. A `patient` one waits for a host
-    /// that has not started yet.
+    /// that has not started yet; any waits for one that turns it away unheard.
     pub(in crate::comm::tcp) fn visit(
         &self,
         blob: &[u8],
@@ -37,25 +40,36 @@ impl Rendezvous {
         let (host, point) = (self.host, format!("{}:{}", self.address, self.port));
         let (mut last, mut pause) = (None, AGAIN.start);
         loop {
-            match self.call(blob, until) {
+            let refused = match self.call(blob, until) {
                 Ok((stream, word)) => {
                     let garbled = || Err(failure(format!("rank {host} is garbled")));
                     return read_word(&word, count).unwrap_or_else(garbled).map(|blobs| (stream, blobs));
                 }
-                Err(Refused::Secret) => {
+                Err(refused) => refused,
+            };
+            let unheard = matches!(refused, Refused::Unheard(_));
+            match refused {
+                Refused::Secret => {
                     return Err(failure(format!(
                         "rank {} and rank {host} at {point} do not share a secret: set BURN_PARALLEL_SECRET alike on all ranks",
                         self.rank
                     )));
                 }
-                // The attempt that was cut short by the time-out has less to say than the one before it.
-                Err(Refused::Gone(problem)) => {
+                Refused::Gone(problem) | Refused::Unheard(problem) => {
+                    if let Some(exhausted) = descriptors::exhausted(&problem) {
+                        let own = self.rank;
+                        return Err(failure(format!(
+                            "rank {own} cannot connect to rank {host} at {point}: {exhausted}"
+                        )));
+                    }
+                    // The attempt that was cut short by the time-out has less to say than the one before it.
                     if last.is_none() || problem.kind() != io::ErrorKind::TimedOut {
                         last = Some(problem);
                     }
                 }
             }
-            if let Some(problem) = last.as_ref().filter(|_| !patient || Instant::now() + pause >= until) {
+            let waits = (patient || unheard) && Instant::now() + pause < until;
+            if let Some(problem) = last.as_ref().filter(|_| !waits) {
                 return Err(failure(format!(
                     "rank {} could not meet rank {host} at {point} within {:.1?}: {problem}; is rank {host} running, and is \
                      this its address? BURN_PARALLEL_TIMEOUT_S gives it more time",
@@ -86,34 +100,43 @@ impl Rendezvous {
         if whole.local_addr()? == whole.peer_addr()? {
             return Err(io::Error::from(io::ErrorKind::ConnectionRefused).into());
         }
-        let mut stream = Limited { stream: &mut whole, until };
+        let word = self.introduce(&mut Limited { stream: &mut whole, until }, blob)?;
+        Ok((whole, word))
+    }
+
+    /// What is said on such a connection. Nothing is kept of what the other side says before it has shown the secret.
+    pub(super) fn introduce(&self, stream: &mut (impl Read + Write), blob: &[u8]) -> Result<Vec<u8>, Refused> {
+        let own = nonce();
         let mut greeting = [0; 40];
-        stream.read_exact(&mut greeting)?;
+        stream.read_exact(&mut greeting).map_err(Refused::Unheard)?;
         if greeting[..8] != MAGIC {
             return Err(io::Error::other("whoever listens there is no rank of this program").into());
         }
-        let own = nonce();
+        let greeting = &greeting[8..];
         let numbers = [self.rank, self.size, blob.len()].map(|number| (number as u64).to_le_bytes()).concat();
         let head = [&MAGIC[..], &own, &numbers].concat();
-        let seal = self.seal(&[b"call", &greeting[8..], &head, blob]);
-        stream.write_all(&[&head, blob, &seal[..]].concat())?;
-        let mut known = [0];
+        stream.write_all(&[&head[..], &self.seal(&[b"call", greeting, &head])].concat())?;
+        let (mut known, mut seal) = ([0], Seal::default());
         stream.read_exact(&mut known)?;
         if known[0] == 0 {
             return Err(Refused::Secret);
         }
+        stream.read_exact(&mut seal)?;
+        if !self.check(&[b"known", &own], &seal) {
+            return Err(Refused::Secret);
+        }
+        stream.write_all(blob)?;
+        stream.write_all(&self.seal(&[b"blob", greeting, blob]))?;
         let mut len = [0; 8];
         stream.read_exact(&mut len)?;
-        let len = u64::from_le_bytes(len);
-        if len > (self.size as u64 + 1) * (MOST as u64 + 64) {
+        let len = usize::try_from(u64::from_le_bytes(len)).unwrap_or(usize::MAX);
+        if len > self.size.saturating_add(1).saturating_mul(MOST + 64) {
             return Err(io::Error::from(io::ErrorKind::InvalidData).into());
         }
-        let mut word = vec![0; len as usize];
-        stream.read_exact(&mut word)?;
-        let mut seal = Seal::default();
+        let word = read_bytes(stream, len)?;
         stream.read_exact(&mut seal)?;
         match self.check(&[b"word", &own, &word], &seal) {
-            true => Ok((whole, word)),
+            true => Ok(word),
             false => Err(Refused::Secret),
         }
     }

@@ -3,18 +3,17 @@
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::ops::Range;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::thread;
 use std::time::{Duration, Instant};
 
-use super::words::{Limited, framed, write_word};
+use super::crowd::{Came, Crowd};
+use super::words::{Limited, framed, read_bytes, write_word};
 use super::{MAGIC, MOST, Rendezvous, Seal, failure, nonce};
 use crate::Error;
 
 /// How long a connection may take to say who it is.
 const HEARING: Duration = Duration::from_secs(5);
-/// Most connections that are heard at a time.
-const CROWD: usize = 4096;
+/// Most missing ranks that an error names.
+const NAMED: usize = 16;
 
 /// A rank that has shown that it knows the secret.
 pub(in crate::comm::tcp) struct Guest {
@@ -23,6 +22,14 @@ pub(in crate::comm::tcp) struct Guest {
     nonce: [u8; 32],
     pub blob: Vec<u8>,
     pub stream: TcpStream,
+}
+
+/// What a rank says of itself.
+pub(super) struct Introduction {
+    pub rank: usize,
+    pub size: usize,
+    nonce: [u8; 32],
+    pub blob: Vec<u8>,
 }
 
 impl Rendezvous {
@@ -36,6 +43,13 @@ impl Rendezvous {
                 "rank 0 cannot listen at {point}: {problem}; MASTER_ADDR must be an address of rank 0's machine"
             )),
         })?;
+        let open = listener.local_addr().is_ok_and(|own| !own.ip().is_loopback());
+        if open && self.secret.is_empty() {
+            log::warn!(
+                "rank 0 meets the others at {point}, and there is no secret: whoever reaches this address can take the place \
+                 of a rank; set BURN_PARALLEL_SECRET alike on all ranks"
+            );
+        }
         let (mut guests, outcome) = self.receive(&listener, 1..self.size, |_| None);
         let mut blobs = vec![blob.to_vec()];
         blobs.extend(guests.iter_mut().map(|guest| std::mem::take(&mut guest.blob)));
@@ -55,25 +69,27 @@ impl Rendezvous {
         if let Err(problem) = listener.set_nonblocking(true) {
             return (come, Err(failure(format!("rank {} cannot listen: {problem}", self.rank))));
         }
-        let (tell, guests) = mpsc::channel();
-        let (since, mut strangers, mut heard) = (Instant::now(), 0, 0);
+        let (mut crowd, since) = (Crowd::new(expected.len()), Instant::now());
         let outcome = loop {
             if come.len() == expected.len() {
                 break Ok(());
             }
             if since.elapsed() > self.timeout {
-                break Err(self.missing(expected, &come, strangers));
+                break Err(self.missing(expected, &come, &crowd));
             }
-            match self.welcome(listener, &tell, &guests, &mut heard) {
-                None => {}
-                Some(None) => strangers += 1,
-                Some(Some(guest)) => {
+            match crowd.welcome(listener, |stream| {
+                let own = self.clone();
+                move || own.hear(stream)
+            }) {
+                Came::Nobody => {}
+                Came::Guest(guest) => {
                     let problem = self.objection(&guest, &expected, &come).or_else(|| other(&guest));
                     come.push(guest);
                     if let Some(problem) = problem {
                         break Err(failure(problem));
                     }
                 }
+                Came::NoRoom(problem) => break Err(failure(problem)),
             }
         };
         come.sort_by_key(|guest| guest.rank);
@@ -93,59 +109,42 @@ impl Rendezvous {
         }
     }
 
-    /// Hears whoever comes. `None`: nobody came for a while; `Some(None)`: somebody who does not belong here.
-    fn welcome(
-        &self,
-        listener: &TcpListener,
-        tell: &Sender<Option<Guest>>,
-        guests: &Receiver<Option<Guest>>,
-        heard: &mut usize,
-    ) -> Option<Option<Guest>> {
-        while *heard < CROWD {
-            let Ok((stream, _)) = listener.accept() else { break };
-            let (own, tell) = (self.clone(), tell.clone());
-            let hear = move || {
-                let _ = tell.send(own.hear(stream).ok());
-            };
-            if thread::Builder::new().name("rendezvous".into()).spawn(hear).is_ok() {
-                *heard += 1;
-            }
-        }
-        match guests.recv_timeout(Duration::from_millis(5)) {
-            Ok(guest) => {
-                *heard -= 1;
-                Some(guest)
-            }
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
+    /// The listener's side of a connection, up to where the other has shown that it knows the secret, and what it brings.
+    fn hear(&self, mut stream: TcpStream) -> io::Result<Guest> {
+        // Some systems hand the listener's setting on.
+        stream.set_nonblocking(false)?;
+        let until = Instant::now() + HEARING.min(self.timeout);
+        let said = self.interview(&mut Limited { until, stream: &mut stream })?;
+        stream.set_write_timeout(Some(HEARING))?;
+        let Introduction { rank, size, nonce, blob } = said;
+        Ok(Guest { rank, size, nonce, blob, stream })
     }
 
-    /// Rank 0's side of a connection, up to where the other has shown that it knows the secret.
-    fn hear(&self, mut stream: TcpStream) -> io::Result<Guest> {
-        let mut stream = Limited { until: Instant::now() + HEARING.min(self.timeout), stream: &mut stream };
+    /// What is said on such a connection. Nothing is kept of what the other side says before it has shown the secret.
+    pub(super) fn interview(&self, stream: &mut (impl Read + Write)) -> io::Result<Introduction> {
         let greeting = nonce();
         stream.write_all(&[&MAGIC[..], &greeting].concat())?;
-        let mut head = [0; 8 + 32 + 8 + 8 + 8];
+        let (mut head, mut seal) = ([0; 8 + 32 + 8 + 8 + 8], Seal::default());
         stream.read_exact(&mut head)?;
         let number = |place: usize| u64::from_le_bytes(head[place..place + 8].try_into().unwrap_or_default());
         let (rank, size, len) = (number(40), number(48), number(56));
         if head[..8] != MAGIC || len > MOST as u64 {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        let mut blob = vec![0; len as usize];
-        stream.read_exact(&mut blob)?;
-        let mut seal = Seal::default();
         stream.read_exact(&mut seal)?;
-        let known = self.check(&[b"call", &greeting, &head, &blob], &seal);
         // The other side is told at once, or it would wait for all to come before it knew.
-        stream.write_all(&[known.into()])?;
-        if !known {
+        if !self.check(&[b"call", &greeting, &head], &seal) {
+            stream.write_all(&[0])?;
             return Err(io::ErrorKind::PermissionDenied.into());
         }
-        let nonce = head[8..40].try_into().unwrap_or_default();
-        let stream = stream.stream.try_clone()?;
-        stream.set_write_timeout(Some(HEARING))?;
-        Ok(Guest { rank: rank as usize, size: size as usize, nonce, blob, stream })
+        let nonce: [u8; 32] = head[8..40].try_into().unwrap_or_default();
+        stream.write_all(&[&[1u8][..], &self.seal(&[b"known", &nonce])].concat())?;
+        let blob = read_bytes(stream, len as usize)?;
+        stream.read_exact(&mut seal)?;
+        if !self.check(&[b"blob", &greeting, &blob], &seal) {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        Ok(Introduction { rank: rank as usize, size: size as usize, nonce, blob })
     }
 
     /// Why a rank that knows the secret cannot be let in.
@@ -166,18 +165,19 @@ impl Rendezvous {
         None
     }
 
-    fn missing(&self, mut expected: Range<usize>, come: &[Guest], strangers: usize) -> Error {
-        let missing: Vec<String> = (expected.by_ref())
+    fn missing(&self, expected: Range<usize>, come: &[Guest], crowd: &Crowd) -> Error {
+        let count = expected.len() - come.len();
+        let mut missing: Vec<String> = expected
             .filter(|rank| come.iter().all(|guest| guest.rank != *rank))
+            .take(NAMED)
             .map(|rank| rank.to_string())
             .collect();
-        let word = if missing.len() == 1 { "rank" } else { "ranks" };
-        let strangers = match strangers {
-            0 => String::new(),
-            n => format!(" (connections turned away, which were no ranks or had another secret: {n})"),
-        };
+        if count > missing.len() {
+            missing.push(format!("and {} more", count - missing.len()));
+        }
+        let word = if count == 1 { "rank" } else { "ranks" };
         failure(format!(
-            "{word} {} of {} did not come to {}:{} within {:.1?}{strangers}; start all of them, or raise \
+            "{word} {} of {} did not come to {}:{} within {:.1?}{crowd}; start all of them, or raise \
              BURN_PARALLEL_TIMEOUT_S if they were only slow",
             missing.join(", "),
             self.size,

@@ -5,12 +5,17 @@
 //!
 //! # Protocol
 //!
-//! Rank 0 greets with random bytes. A rank answers with its own random bytes, rank, world size and blob, under an HMAC-SHA256
-//! by the shared secret over all of it and the greeting. What rank 0 says in the end, the blobs of all or an error, bears
-//! an HMAC over the rank's random bytes. So both sides know the secret, nothing said before can be said again, and
+//! Rank 0 greets with random bytes. A rank answers with its own random bytes, rank, world size and the length of its blob,
+//! under an HMAC-SHA256 by the shared secret over all of it and the greeting. Rank 0 says whether that is right, with an HMAC
+//! over the rank's random bytes, and only then the blob is sent, under an HMAC as well. What rank 0 says in the end, the blobs
+//! of all or an error, bears another one. So both sides know the secret, nothing said before can be said again, and
 //! the secret itself is never sent. A connection that is not from a rank that knows the secret is turned away and does
-//! no harm: each is heard on a thread of its own, for a few seconds at most. The bytes travel in the open.
+//! no harm: each is heard on a thread of its own, for a few seconds at most, a few more at a time than there are ranks, and
+//! no memory is taken for what it says. The bytes travel in the open.
 
+mod crowd;
+#[cfg(fuzzing)]
+pub(in crate::comm::tcp) mod fuzzing;
 mod guest;
 mod host;
 mod words;
@@ -22,9 +27,11 @@ use std::time::Duration;
 use hmac::{Hmac, Mac};
 use sha2::Sha256;
 
+pub(super) use self::crowd::STRANGERS;
 use crate::Error;
+use crate::comm::local::bounded;
 
-const MAGIC: [u8; 8] = *b"burnpar1";
+const MAGIC: [u8; 8] = *b"burnpar2";
 /// Most bytes of a blob.
 const MOST: usize = 1 << 20;
 
@@ -55,9 +62,17 @@ impl std::fmt::Debug for Rendezvous {
 
 impl Rendezvous {
     /// Rank `rank` of `size` meets the others at `address` and `port`, an address of rank 0's machine. `secret` is anything
-    /// that all ranks know, and others don't.
+    /// that all ranks know, and others don't; with an empty one, whoever reaches the address can take the place of a rank.
     pub fn new(rank: usize, size: usize, address: &str, port: u16, secret: &[u8], timeout: Duration) -> Self {
-        Self { rank, host: 0, size, address: address.to_owned(), port, secret: secret.to_vec(), timeout }
+        Self {
+            rank,
+            host: 0,
+            size,
+            address: address.to_owned(),
+            port,
+            secret: secret.to_vec(),
+            timeout: bounded(timeout),
+        }
     }
 
     /// A meeting of the same ranks at another one's address.
@@ -86,6 +101,9 @@ impl Rendezvous {
     pub fn all_gather(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
         if self.rank >= self.size {
             return Err(failure(format!("rank {} does not exist in a world of {}", self.rank, self.size)));
+        }
+        if self.timeout.is_zero() {
+            return Err(failure("the time-out is 0: no rank could wait for another; give a positive one"));
         }
         if blob.len() > MOST {
             return Err(failure(format!("{} bytes are more than the {MOST} that a rank may bring", blob.len())));

@@ -38,6 +38,13 @@ impl Write for Limited<'_> {
     }
 }
 
+/// So many bytes. Takes memory as they come: the other side may say any number.
+pub(super) fn read_bytes(stream: &mut impl Read, len: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    stream.take(len as u64).read_to_end(&mut bytes)?;
+    if bytes.len() == len { Ok(bytes) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+}
+
 pub(super) fn framed(word: &[u8], seal: Seal) -> Vec<u8> {
     [&(word.len() as u64).to_le_bytes()[..], word, &seal].concat()
 }
@@ -62,7 +69,7 @@ pub(super) fn read_word(word: &[u8], count: usize) -> Option<Result<Vec<Vec<u8>>
     if *kind == 0 {
         return Some(Err(failure(String::from_utf8_lossy(rest))));
     }
-    let mut blobs = Vec::with_capacity(count);
+    let mut blobs = Vec::new();
     while !rest.is_empty() {
         let (len, after) = rest.split_at_checked(8)?;
         let len = usize::try_from(u64::from_le_bytes(len.try_into().ok()?)).ok()?;

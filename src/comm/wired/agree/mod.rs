@@ -1,6 +1,8 @@
 //! How the ranks of a group come to a collective; the protocol is told in the [module](super).
 
 mod board;
+#[cfg(fuzzing)]
+pub(super) mod fuzzing;
 mod messages;
 
 use std::time::Duration;

@@ -1,6 +1,8 @@
 //! What the groups of a world share in one process: its fate, and the warden that hears of it.
 
 mod failure;
+#[cfg(fuzzing)]
+pub(super) mod fuzzing;
 mod warden;
 mod words;
 

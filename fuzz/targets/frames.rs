@@ -1,0 +1,4 @@
+//! A TCP connection whose other end says anything.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| burn_parallel::comm::fuzzing::frames(bytes));
