@@ -164,6 +164,8 @@ fn limit_memory(more: Option<u64>) {
 /// One rank has no memory for what all gather, and for a message that is sent to it: an error, of all, and no process ends.
 fn short(rank: &Communicator, culprit: usize) -> Result<(), Error> {
     const EACH: usize = 64 << 20;
+    /// More than what was brought to the collective, which has gone by then.
+    const LONG: usize = 128 << 20;
     let (mine, is_short) = (vec![1u8; EACH], rank.rank() == culprit);
     rank.barrier()?;
     if is_short {
@@ -176,13 +178,13 @@ fn short(rank: &Communicator, culprit: usize) -> Result<(), Error> {
     assert_eq!(rank.all_reduce(vec![1u8], ReduceOp::Sum)?, [rank.size() as u8], "the group goes on");
     let sender = (culprit + 1) % rank.size();
     let outcome = match rank.rank() {
-        me if me == sender => rank.send(vec![1u8; EACH], culprit, 7).and_then(|()| rank.barrier()),
+        me if me == sender => rank.send(vec![1u8; LONG], culprit, 7).and_then(|()| rank.barrier()),
         _ if is_short => rank.recv::<Vec<u8>>(sender, 7).map(drop),
         _ => rank.barrier(),
     };
     limit_memory(None);
     let said = outcome.unwrap_err().to_string();
-    let words = format!("rank {culprit} of group `world` has no memory for the {EACH} bytes");
+    let words = format!("rank {culprit} of group `world` has no memory for the {LONG} bytes");
     assert!(said.contains(&words) && said.contains(&format!("that rank {sender} sends it with tag 7")), "{said}");
     Ok(())
 }

@@ -41,8 +41,11 @@ fn all(size: usize, each: usize) -> Vec<u8> {
     (0..size).flat_map(|rank| vec![rank as u8; each]).collect()
 }
 
+/// What every rank of a world does.
+type Script<'a> = &'a (dyn Fn(&Communicator) + Sync);
+
 /// Nobody has begun, so nothing but this call fails: over a wire, and among threads whatever the size.
-fn only_the_call_fails(size: usize, each: usize, run: &dyn Fn(&(dyn Fn(&Communicator) + Sync))) {
+fn only_the_call_fails(size: usize, each: usize, run: &dyn Fn(Script<'_>)) {
     for short in [0, size - 1] {
         run(&|comm| {
             assert_eq!(gather(comm, each, None), Ok(all(size, each)));
@@ -76,7 +79,7 @@ fn a_large_collective_fails_alone() {
 #[test]
 fn among_threads_every_collective_fails_alone() {
     for (size, each) in [(1, 10), (2, 10), (3, 1000), (4, 1 << 20)] {
-        let run = |script: &(dyn Fn(&Communicator) + Sync)| {
+        let run = |script: Script<'_>| {
             let config = crate::comm::local::WorldConfig::from_env().unwrap();
             let comms = crate::comm::local::world(size, config).unwrap();
             std::thread::scope(|scope| comms.iter().for_each(|comm| drop(scope.spawn(move || script(comm)))));
