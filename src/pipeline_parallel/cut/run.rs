@@ -15,6 +15,7 @@ use crate::graph::graph_error;
 use crate::graph::interpret::Interpreter;
 use crate::graph::liveness::Action;
 use crate::graph::module::{read_params, write_running_states};
+use crate::graph::origin::Origins;
 use crate::graph::step::StepGraph;
 use crate::params::one_device;
 use crate::tensor::PlainTensor;
@@ -39,6 +40,8 @@ pub struct StageRun {
     /// Where the stage runs, and the constants there; known once a model was bound.
     pub(super) home: Option<(Device, Vec<(TensorId, PlainTensor)>)>,
     pub(super) ops: CustomOps,
+    /// For messages.
+    pub(super) origins: Origins,
     /// The parameters of this step.
     pub(super) values: HashMap<ParamId, PlainTensor>,
     pub(super) updated: HashMap<ParamId, PlainTensor>,
@@ -78,6 +81,7 @@ impl StageRun {
             home: None,
             sections,
             ops,
+            origins: Origins::of(graph),
             part,
             values: HashMap::new(),
             updated: HashMap::new(),
