@@ -6,6 +6,7 @@ mod common;
 mod awkward;
 mod compare;
 mod cut;
+mod evaluated;
 mod executor;
 mod holding;
 mod parity;
