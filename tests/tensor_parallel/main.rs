@@ -7,6 +7,7 @@ mod engines;
 mod graph;
 mod layers;
 mod matmul;
+mod models;
 mod padded;
 mod plans;
 mod wrap;
