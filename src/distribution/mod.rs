@@ -10,4 +10,4 @@ mod initializer;
 mod lazy;
 mod model_split;
 
-pub(crate) use model_split::ModelSplit;
+pub(crate) use model_split::{ModelSplit, split_step};

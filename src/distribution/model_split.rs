@@ -58,6 +58,9 @@ impl ModelSplit {
         let sizes: Vec<(&str, usize)> = axes.iter().map(|(name, group)| (*name, group.size())).collect();
         let table = plan.table_over(&model, &sizes)?;
         let plans = plan.over(axes.iter().map(|axis| axis.0))?;
+        if let Some(warning) = table.mostly_whole().filter(|_| axes.iter().all(|(_, group)| group.rank() == 0)) {
+            log::warn!("{warning}");
+        }
         let mut made = Vec::new();
         for ((name, group), plan) in axes.iter().zip(plans) {
             agree_on_layouts(&table, group)?;
@@ -212,20 +215,11 @@ impl ModelSplit {
     /// [`Error::Plan`] if an input cannot be split as planned; [`Error::Graph`] as [`partition`], and if the ranks would
     /// run different collectives; those of [`Communicator`].
     pub(crate) fn apply(&self, graph: &mut StepGraph) -> Result<Vec<ShardReport>, Error> {
-        let mut reports = Vec::new();
-        counted_random(graph);
-        self.pad(graph)?;
-        for (index, SplitAxis { name, group, plan }) in self.axes.iter().enumerate() {
-            let layout = |id| self.table.row(id).map_or(Layout::Replicated, |row| row.layouts[index]);
-            let params: Vec<Layout> = graph.params.iter().map(|param| layout(param.id)).collect();
-            let inputs = graph.inputs.iter().map(|input| (input.path.as_str(), input.tensor.shape.as_slice()));
-            let inputs = plan.input_layouts(inputs, (name, group.size()))?;
-            let mut options = PartitionOptions::new(name, group.size(), group.rank());
-            options.sequence_dim = plan.sequence_dim();
-            let (local, report) = partition(graph, &params, &inputs, &options)?;
-            *graph = local;
-            reports.push(report);
-        }
+        let over = |axis: &SplitAxis| {
+            let options = PartitionOptions::new(&axis.name, axis.group.size(), axis.group.rank());
+            (options, axis.plan.clone())
+        };
+        let reports = split_step(graph, &self.table, &self.axes.iter().map(over).collect::<Vec<_>>())?;
         for SplitAxis { name, group, .. } in self.axes.iter().filter(|axis| axis.group.size() > 1) {
             let fingerprints = group.all_gather(vec![graph.axis_fingerprint(name)])?;
             if let Some(rank) = fingerprints.iter().position(|fingerprint| *fingerprint != fingerprints[0]) {
@@ -237,24 +231,6 @@ impl ModelSplit {
             }
         }
         Ok(reports)
-    }
-
-    /// Gives the parameters of a graph the dims that they have with padding.
-    fn pad(&self, graph: &mut StepGraph) -> Result<(), Error> {
-        let mut larger = Vec::new();
-        for (param, binding) in graph.params.iter().enumerate() {
-            let Some(row) = self.table.row(binding.id) else { continue };
-            let sizes = row.dims.iter().zip(&row.padded_dims).enumerate();
-            larger.extend(sizes.filter(|(_, (size, padded))| size != padded).map(|(dim, (_, size))| Larger {
-                param,
-                dim,
-                size: *size,
-            }));
-        }
-        if !larger.is_empty() {
-            *graph = pad(graph, &larger)?;
-        }
-        Ok(())
     }
 
     /// Has products run together with their collectives, reduces gradients together, and takes the other collectives apart
@@ -269,4 +245,45 @@ impl ModelSplit {
         fold_reductions(graph, BUCKET_BYTES);
         overlap(graph);
     }
+}
+
+/// Splits a captured step in place over axes, each with the rank that is to run it and what the plan says of it. Returns a
+/// report for each.
+///
+/// # Errors
+/// [`Error::Plan`] if an input cannot be split as planned; [`Error::Graph`] as [`partition`].
+pub(crate) fn split_step(
+    graph: &mut StepGraph,
+    table: &PlanTable,
+    axes: &[(PartitionOptions, AxisPlan)],
+) -> Result<Vec<ShardReport>, Error> {
+    counted_random(graph);
+    pad_by(graph, table)?;
+    let mut reports = Vec::new();
+    for (index, (options, plan)) in axes.iter().enumerate() {
+        let layout = |id| table.row(id).map_or(Layout::Replicated, |row| row.layouts[index]);
+        let params: Vec<Layout> = graph.params.iter().map(|param| layout(param.id)).collect();
+        let inputs = graph.inputs.iter().map(|input| (input.path.as_str(), input.tensor.shape.as_slice()));
+        let inputs = plan.input_layouts(inputs, (&options.axis, options.degree))?;
+        let options = PartitionOptions { sequence_dim: plan.sequence_dim(), ..options.clone() };
+        let (local, report) = partition(graph, &params, &inputs, &options)?;
+        *graph = local;
+        reports.push(report);
+    }
+    Ok(reports)
+}
+
+/// Gives the parameters of a graph the dims that they have with padding.
+fn pad_by(graph: &mut StepGraph, table: &PlanTable) -> Result<(), Error> {
+    let mut larger = Vec::new();
+    for (param, binding) in graph.params.iter().enumerate() {
+        let Some(row) = table.row(binding.id) else { continue };
+        let sizes = row.dims.iter().zip(&row.padded_dims).enumerate();
+        let padded = sizes.filter(|(_, (size, padded))| size != padded);
+        larger.extend(padded.map(|(dim, (_, size))| Larger { param, dim, size: *size }));
+    }
+    if !larger.is_empty() {
+        *graph = pad(graph, &larger)?;
+    }
+    Ok(())
 }

@@ -91,6 +91,7 @@ pub(super) fn assemble(captured: CapturedGraph, recording: Recording) -> Result<
         weight: weight.as_ref().map(|weight| ids.edge(weight)),
         outputs: outputs.iter().map(|o| ids.edge(o)).collect(),
         batch_norms,
+        unpadded: HashMap::new(),
         next_id: ids.0.borrow().len() as u64,
     })
 }

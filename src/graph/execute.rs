@@ -13,8 +13,9 @@ use super::inputs::GraphInputs;
 use super::interpret::Interpreter;
 use super::liveness::{Action, MemoryEstimate, program};
 use super::module::{gradients_params, read_for_step, write_running_states};
+use super::origin::Origins;
 use super::results::{Given, Meaning, Results, StepObserver, StepOutputs, StepResult};
-use super::step::{StepGraph, op_name};
+use super::step::StepGraph;
 use super::{graph_error, panic_text};
 use crate::error::Error;
 use crate::params::sweep_leaves;
@@ -190,7 +191,7 @@ impl Executor {
                     Ok(Err(error)) => Err(error),
                     Err(payload) => {
                         let at = match &self.program[self.position] {
-                            Action::Run(op) => op_name(op),
+                            Action::Run(op) => Origins::of(&self.graph).describe(op),
                             Action::Free(_) | Action::Give(_) => "the handling of a result".into(),
                         };
                         Err(graph_error(format!("{at} panicked: {}", panic_text(payload))))

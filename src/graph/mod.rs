@@ -58,6 +58,7 @@ mod listing;
 pub(crate) mod liveness;
 mod loss;
 pub(crate) mod module;
+pub(crate) mod origin;
 pub(crate) mod random;
 mod recent;
 mod results;

@@ -146,6 +146,19 @@ pub(crate) fn draw_from(op: &mut OperationIr, dim: usize, offset: usize) {
     }
 }
 
+/// Has an operation, whose output has several dims in place of one, of these sizes, draw the same numbers.
+pub(crate) fn draw_apart(op: &mut OperationIr, at: usize, factors: &[usize]) {
+    if let OperationIr::Custom(op) = op
+        && op.id == COUNTED_RANDOM
+        && let Some(mut draw) = Draw::of(op)
+        && let Some(stride) = draw.strides.get(at).copied()
+    {
+        let inner = |factor: usize| factors[factor + 1..].iter().product::<usize>() as u64;
+        draw.strides.splice(at..=at, (0..factors.len()).map(|factor| stride * inner(factor)));
+        op.scalars = draw.scalars();
+    }
+}
+
 /// What a random operation says: its number, the distribution, and which places of the whole tensor it draws for.
 ///
 /// Element `(i, j, ..)` has place `first + i * strides[0] + j * strides[1] + ..`.

@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use burn::module::ParamId;
 use burn::tensor::TensorData;
-use burn_ir::{CustomOpIr, IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
+use burn_ir::{BaseOperationIr, CustomOpIr, IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
 
 /// A parameter or running statistic of the module, as the graph sees it.
 #[derive(Clone, Debug)]
@@ -77,6 +77,8 @@ pub struct StepGraph {
     pub outputs: Vec<TensorIr>,
     /// The module's batch norms.
     pub batch_norms: Vec<BatchNormBinding>,
+    /// Of tensors that are padded: the dim, and its size without padding.
+    pub(crate) unpadded: HashMap<TensorId, (usize, usize)>,
     pub(crate) next_id: u64,
 }
 
@@ -161,6 +163,12 @@ impl<F: FnMut(TensorId) -> TensorId> IrVisitorMut for Rename<F> {
         tensor.id = (self.0)(tensor.id);
         tensor.status = TensorStatus::NotInit;
     }
+}
+
+/// Whether it moves the elements of its only input without reading or adding them.
+pub(crate) fn only_moves(op: &OperationIr) -> bool {
+    use BaseOperationIr::{Expand, Flip, Permute, Reshape, SwapDims};
+    matches!(op, OperationIr::BaseFloat(Reshape(_) | SwapDims(_) | Permute(_) | Expand(_) | Flip(_)))
 }
 
 /// Short name of an operation for messages, as in `NumericFloat.MeanDim`.

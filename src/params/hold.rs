@@ -1,9 +1,9 @@
 //! Modules of which a rank holds some parameters only.
 
 use std::any::Any;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-use burn::module::{Module, ModuleMapper, Param, ParamId};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId, ParamMapper};
 use burn::tensor::Tensor;
 
 use super::leaf::{Kind, Lazy, leaf};
@@ -24,24 +24,57 @@ impl ModuleMapper for Hold<'_> {
         if (self.keep)(param.id) {
             return param;
         }
-        let (one, kind, id, mapper) = match param.is_initialized() {
-            true => {
-                let (id, value, mapper) = param.consume();
-                let kind = Kind::of(&value);
-                (value.inner(), kind, id, mapper)
-            }
-            false => {
-                let Lazy { stand_in, device, trained } = Lazy::of(&param);
-                let (id, one, mapper) = stand_in.consume();
-                (one.inner(), Kind::on(&device, trained), id, mapper)
-            }
-        };
+        let Unmade { one, kind, id, mapper } = Unmade::of(param);
         let nothing = Tensor::zeros([0; D], (&one.device(), one.dtype()));
         Param::from_mapped_value(id, leaf(nothing, kind), mapper)
     }
 }
 
-/// The module with these values for some of its float parameters, of any dims.
+/// A parameter whose value is not wanted any more, and was not made if it was lazy.
+struct Unmade<const D: usize> {
+    /// A tensor of its device and dtype.
+    one: Tensor<D>,
+    kind: Kind,
+    id: ParamId,
+    mapper: ParamMapper<Tensor<D>>,
+}
+
+impl<const D: usize> Unmade<D> {
+    fn of(param: Param<Tensor<D>>) -> Self {
+        match param.is_initialized() {
+            true => {
+                let (id, value, mapper) = param.consume();
+                let kind = Kind::of(&value);
+                Self { one: value.inner(), kind, id, mapper }
+            }
+            false => {
+                let Lazy { stand_in, device, trained } = Lazy::of(&param);
+                let (id, one, mapper) = stand_in.consume();
+                Self { one: one.inner(), kind: Kind::on(&device, trained), id, mapper }
+            }
+        }
+    }
+}
+
+/// The float parameters that are lazy.
+pub(crate) fn lazy<M: Module>(module: &M) -> HashSet<ParamId> {
+    let mut found = Lazies::default();
+    module.visit(&mut found);
+    found.0
+}
+
+#[derive(Default)]
+struct Lazies(HashSet<ParamId>);
+
+impl ModuleVisitor for Lazies {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if !param.is_initialized() {
+            self.0.insert(param.id);
+        }
+    }
+}
+
+/// The module with these values for some of its float parameters, of any dims. A lazy parameter that gets one is not made.
 pub(crate) fn put<M: Module>(module: M, values: HashMap<ParamId, PlainTensor>) -> M {
     if values.is_empty() {
         return module;
@@ -59,14 +92,14 @@ impl ModuleMapper for Put {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let id = param.id;
         if let Some(leaf) = self.seen.get(&id).and_then(|leaf| leaf.downcast_ref::<Tensor<D>>()).cloned() {
-            let (id, _, mapper) = param.consume();
+            let Unmade { id, mapper, .. } = Unmade::of(param);
             return Param::from_mapped_value(id, leaf, mapper);
         }
         let Some(value) = self.values.remove(&id).and_then(|value| value.float::<D>().ok()) else {
             return param;
         };
-        let (id, old, mapper) = param.consume();
-        let new = leaf(value, Kind::of(&old));
+        let Unmade { kind, id, mapper, .. } = Unmade::of(param);
+        let new = leaf(value, kind);
         self.seen.insert(id, Box::new(new.clone()));
         Param::from_mapped_value(id, new, mapper)
     }

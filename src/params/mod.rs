@@ -20,7 +20,7 @@ pub use source::SliceSource;
 pub(crate) use agree::agree;
 pub(crate) use buffers::own_buffers;
 pub(crate) use device::one_device;
-pub(crate) use hold::{hold, put};
+pub(crate) use hold::{hold, lazy, put};
 pub(crate) use leaf::{Kind, Lazy, leaf, with_autodiff};
 pub(crate) use load::{Held, load};
 pub(crate) use outline::{NewDims, outline};

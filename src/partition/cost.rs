@@ -57,7 +57,8 @@ impl Pass<'_> {
         });
         if strategy.output == Replicated && gathers {
             let dims = op.outputs().next().map(|out| out.shape.to_vec()).unwrap_or_default();
-            self.report.fallbacks.push(Fallback { operation: op_name(op), dims, forward: self.forward });
+            let (forward, layer) = (self.forward, self.layer.clone());
+            self.report.fallbacks.push(Fallback { operation: op_name(op), dims, forward, layer });
         }
         strategy
     }

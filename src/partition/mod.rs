@@ -11,7 +11,9 @@
 //! - In a sum of partial and whole terms the whole ones wait until the partial ones are added up and reduced.
 //! - What can be made from nothing, masks and ones and zeros, is made when it is read, in the layout that is asked for.
 //! - What is read or written by index along a split dim is so by each rank in its part, so that an embedding split by rows
-//!   and a loss over split classes never gather either.
+//!   and a loss over split classes never gather either. Indices beyond the dim, at which one device panics, are an error.
+//! - Dims that are merged for a while, as batch and heads are in burn's `RotaryEncoding`, are taken apart first, so that a
+//!   split of any of them can follow.
 //! - An operation without a fitting rule gathers its inputs and runs whole on every rank: slow, but right. The
 //!   [`ShardReport`] tells which.
 //!
@@ -39,6 +41,8 @@ mod cost;
 mod fold;
 mod fuse;
 mod held;
+mod indices;
+mod merged;
 mod moves;
 mod options;
 mod order;
@@ -53,6 +57,7 @@ mod rows;
 mod rules;
 mod sums;
 
+pub(crate) use collectives::CollectiveOp;
 pub use collectives::{CollectiveKind, register_collectives};
 pub use fold::fold_reductions;
 pub use fuse::fuse_products;
@@ -63,4 +68,4 @@ pub(crate) use products::ProductOp;
 pub use products::{FusedProduct, ProductKind};
 pub use propagation::partition;
 pub use report::{Collective, Fallback, ShardReport};
-pub(crate) use rules::is_elementwise;
+pub(crate) use rules::{is_elementwise, only_moves};

@@ -73,7 +73,8 @@ impl Pass<'_> {
         along: &[usize],
     ) {
         self.operations.push(kind.operation(&self.options.axis, along, from, to));
-        self.report.collectives.push(Collective { kind, dims, forward: self.forward, reader: self.reader.clone() });
+        let (forward, reader, layer) = (self.forward, self.reader.clone(), self.layer.clone());
+        self.report.collectives.push(Collective { kind, dims, forward, reader, layer });
     }
 
     /// This rank's part of a whole tensor.

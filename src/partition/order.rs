@@ -78,6 +78,7 @@ mod tests {
             weight: None,
             outputs: Vec::new(),
             batch_norms: Vec::new(),
+            unpadded: HashMap::new(),
             next_id: 100,
         }
     }

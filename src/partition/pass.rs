@@ -7,9 +7,10 @@ use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr};
 use super::held::Held;
 use super::options::PartitionOptions;
 use super::report::ShardReport;
-use super::rules::{How, Strategy, lower, only_moves, realise};
+use super::rules::{How, Strategy, looked_up, lower, only_moves, realise};
 use crate::graph::StepGraph;
 use crate::graph::liveness::without_dead;
+use crate::graph::origin::Origins;
 use crate::graph::step::op_name;
 use crate::layout::Layout::{self, Replicated, Sharded};
 
@@ -29,14 +30,21 @@ pub(super) struct Pass<'a> {
     pub(super) report: ShardReport,
     /// For the report: what is at work.
     pub(super) reader: String,
+    /// The layer that it belongs to.
+    pub(super) layer: String,
+    origins: Origins,
     pub(super) forward: bool,
     /// By indices and dim: the layout of what was read there along a split dim. What is written back there, as a gradient,
     /// belongs beside it.
     pub(super) indexed: HashMap<(TensorId, usize), Layout>,
+    /// As in the graph.
+    pub(super) unpadded: &'a HashMap<TensorId, (usize, usize)>,
+    /// Indices that were looked at, by their tensor and what they must be below.
+    pub(super) within: HashMap<(TensorId, usize), TensorIr>,
 }
 
 impl<'a> Pass<'a> {
-    pub(super) fn new(graph: &StepGraph, params: &[Layout], options: &'a PartitionOptions) -> Self {
+    pub(super) fn new(graph: &'a StepGraph, params: &[Layout], options: &'a PartitionOptions) -> Self {
         let mut wanted: HashMap<TensorId, Vec<Layout>> = HashMap::new();
         for (binding, layout) in graph.params.iter().zip(params) {
             for result in binding.gradient.iter().chain(&binding.update) {
@@ -58,8 +66,12 @@ impl<'a> Pass<'a> {
             next_id: graph.next_id,
             report: ShardReport { axis: options.axis.clone(), ..ShardReport::default() },
             reader: String::new(),
+            layer: String::new(),
+            origins: Origins::of(graph),
             forward: true,
             indexed: HashMap::new(),
+            unpadded: &graph.unpadded,
+            within: HashMap::new(),
         };
         for index in 0..pass.source.len() {
             pass.note_reader(index);
@@ -111,6 +123,8 @@ impl<'a> Pass<'a> {
         local.operations = self.operations;
         local.forward_len = forward_len;
         local.next_id = self.next_id;
+        // Of whole tensors, which there are no more.
+        local.unpadded.clear();
         (local, self.report)
     }
 
@@ -134,6 +148,10 @@ impl<'a> Pass<'a> {
             self.held.entry(input.id).or_insert_with(|| Held::new(input.clone(), Replicated, input.id));
         }
         self.reader = op_name(&op);
+        // What an operation is lowered to belongs where it does.
+        if let Some(layer) = self.origins.layer_of(&op) {
+            self.layer = layer.into();
+        }
         if self.postpone(&op) || self.plan(&op) {
             return;
         }
@@ -196,6 +214,17 @@ impl<'a> Pass<'a> {
         {
             self.indexed.insert((*indices, *dim), Sharded(*dim));
         }
+        if let How::Indexed { dim } = strategy.how
+            && self.forward
+            && let Some((tensor, indices)) = looked_up(&op)
+        {
+            let below = match self.unpadded.get(&tensor.id) {
+                Some((padded, size)) if *padded == dim => *size,
+                _ => tensor.shape[dim],
+            };
+            let local = locals[&indices.id].clone();
+            locals.insert(indices.id, self.within(local, below));
+        }
         let outputs: Vec<TensorIr> = op.outputs().cloned().collect();
         let mut reduced = Vec::new();
         for (out, id) in outputs.iter().zip(ids) {
@@ -224,6 +253,7 @@ impl<'a> Pass<'a> {
         for id in made {
             let Some(layouts) = self.wanted.get(id).cloned() else { continue };
             self.reader = "result".into();
+            self.layer = self.origins.layer(*id).unwrap_or_default().into();
             for layout in layouts {
                 self.get(*id, layout);
             }
@@ -232,6 +262,7 @@ impl<'a> Pass<'a> {
 
     fn result(&mut self, tensor: &TensorIr, layout: Layout) -> TensorIr {
         self.reader = "result".into();
+        self.layer = self.origins.layer(tensor.id).unwrap_or_default().into();
         self.forward = self.made_forward.contains(&tensor.id);
         self.held.entry(tensor.id).or_insert_with(|| Held::new(tensor.clone(), Replicated, tensor.id));
         self.get(tensor.id, layout)

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use burn_ir::TensorIr;
 
 use super::collectives::CollectiveOp;
+use super::merged::unmerged;
 use super::options::PartitionOptions;
 use super::padding::{Larger, pad};
 use super::pass::Pass;
@@ -84,6 +85,8 @@ pub fn partition(
             op_name(op)
         )));
     }
+    let apart = unmerged(graph);
+    let graph = apart.as_ref().unwrap_or(graph);
     match options.sequence_dim {
         None => Ok(Pass::new(graph, params, options).run(graph, params, inputs)),
         Some(_) => {

@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::collectives::CollectiveKind;
 use super::products::{FusedProduct, ProductKind};
+use crate::graph::origin::at;
 
 /// One collective of a partitioned graph.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +17,9 @@ pub struct Collective {
     pub forward: bool,
     /// The operation that needed it, or `result`.
     pub reader: String,
+    /// The path of the layer of the model that this belongs to: the one that holds the parameter that it reads, or from which
+    /// the latest came of what it reads. Empty before the first layer.
+    pub layer: String,
 }
 
 /// An operation that had split inputs but no rule to run on them: they were gathered, and it runs whole on every rank.
@@ -27,6 +31,8 @@ pub struct Fallback {
     pub dims: Vec<usize>,
     /// Whether it belongs to the forward pass.
     pub forward: bool,
+    /// The path of the layer, as of a [`Collective`].
+    pub layer: String,
 }
 
 /// What a [`partition`](super::partition) put in over one axis, and what it could not split.
@@ -58,16 +64,17 @@ impl ShardReport {
 
 impl fmt::Display for ShardReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for Collective { kind, dims, forward, reader } in &self.collectives {
+        for Collective { kind, dims, forward, reader, layer } in &self.collectives {
             let pass = if *forward { "forward" } else { "backward" };
+            let reader = at(reader.clone(), layer);
             writeln!(f, "{pass:8} {}.{} {dims:?} for {reader}", self.axis, kind.name())?;
         }
         for product in &self.products {
             writeln!(f, "{product}")?;
         }
-        for Fallback { operation, dims, forward } in &self.fallbacks {
+        for Fallback { operation, dims, forward, layer } in &self.fallbacks {
             let pass = if *forward { "forward" } else { "backward" };
-            writeln!(f, "{pass:8} whole on every rank: {operation} {dims:?}")?;
+            writeln!(f, "{pass:8} whole on every rank: {} {dims:?}", at(operation.clone(), layer))?;
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use burn::tensor::{Device, Tensor};
 use super::batch::Batch;
 use super::engine::Engine;
 use super::graph_stage::GraphStage;
+use super::joined::Joined;
 use super::pipeline::Pipeline;
 use super::stage_error;
 use super::tied::Ties;
@@ -37,6 +38,8 @@ pub(super) struct CapturedForward<O> {
     pub sizes: Vec<usize>,
     /// The stage that gives each output.
     pub givers: Vec<usize>,
+    /// How each output is put together.
+    pub joined: Vec<Joined>,
 }
 
 impl Engine {
@@ -137,9 +140,17 @@ impl Engine {
             let mut captured = Vec::new();
             for first in firsts {
                 let micro_batch = batch.structured(inputs.clone(), first)?;
-                let mut graph = capture_forward(&outline, micro_batch, &mut forward)?;
-                self.split_graph(&mut graph.graph)?;
-                captured.push(graph);
+                captured.push(capture_forward(&outline, micro_batch, &mut forward)?);
+            }
+            let parts: Vec<StepGraph> = captured.iter().map(|captured| captured.graph.clone()).collect();
+            let whole = match sizes.as_slice() {
+                [_] => parts[0].clone(),
+                _ => capture_forward(&outline, inputs.clone(), &mut forward)?.graph,
+            };
+            let outputs = 0..parts[0].outputs.len();
+            let joined = outputs.map(|place| Joined::of(&whole, &parts, &sizes, place)).collect::<Result<_, _>>()?;
+            for captured in &mut captured {
+                self.split_graph(&mut captured.graph)?;
             }
             let graphs: Vec<StepGraph> = captured.iter().map(|captured| captured.graph.clone()).collect();
             let cuts = self.cuts(&graphs, local)?;
@@ -149,7 +160,7 @@ impl Engine {
             };
             let givers = (0..graphs[0].outputs.len()).map(|place| giver(place).unwrap_or(0)).collect();
             let pipeline = Pipeline::over(self.group.clone(), self.timetable.clone(), &stages)?;
-            let forward = CapturedForward { pipeline, stages, graphs: captured, sizes, givers };
+            let forward = CapturedForward { pipeline, stages, graphs: captured, sizes, givers, joined };
             self.forwards.insert(key.clone(), Box::new(forward));
         }
         let forward = self.forwards.get_mut(&key).and_then(|forward| forward.downcast_mut());
@@ -197,7 +208,8 @@ impl Engine {
             self.ties = Ties::new(&graphs[0], &cuts[0], self.timetable.stage_ranks(), &self.group)?;
             self.cut = cuts.first().cloned();
             if let Some(model) = local.take() {
-                *local = Some(self.ties.share(self.hold(model))?);
+                let held = self.hold(model);
+                *local = Some(self.ties.share(held)?);
             }
         }
         graphs.iter().zip(&cuts).try_for_each(|(graph, cut)| self.check_holders(graph, cut))?;

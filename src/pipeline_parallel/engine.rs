@@ -127,7 +127,7 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Pipeline`] if it is not known who holds what; those of [`params::load`].
-    pub(super) fn load<M: Module>(&self, local: M, source: &mut dyn SliceSource) -> Result<M, Error> {
+    pub(super) fn load<M: Module>(&mut self, local: M, source: &mut dyn SliceSource) -> Result<M, Error> {
         let kept = self.kept().ok_or_else(|| {
             stage_error("who holds what is not known yet: `prepare` the model before it is loaded, or cut it by paths")
         })?;
@@ -136,9 +136,11 @@ impl Engine {
             let ranges = dims.iter().map(|size| 0..*size).collect();
             Some(params::Held { ranges, local_dims: dims.clone(), dims })
         };
-        params::load(local, source, &|id| {
+        let loaded = params::load(local, source, &|id| {
             kept.contains(&id).then(|| self.split.as_ref().map_or_else(|| whole(id), |split| split.held(id)))?
-        })
+        })?;
+        self.ties.loaded = true;
+        Ok(loaded)
     }
 
     /// The whole model without memory behind what this rank does not hold.

@@ -33,13 +33,18 @@ impl<M: Module> Pipelined<M> {
     }
 
     /// Runs a forward pass for evaluation on a batch, divided into micro-batches like that of a step: what `forward` gives,
-    /// on every rank, without autodiff. The outputs of the micro-batches are put together along their first dim.
+    /// on every rank, without autodiff: as of the whole batch, without a pipeline.
+    ///
+    /// Outputs with a row for each row of the batch, or as many for each, are put together along their first dim. One without
+    /// rows, as a loss, must be a mean or a sum over what has rows, with nothing but a constant factor behind; or depend on no
+    /// input. It is then the mean or the sum over the whole batch, however many micro-batches there are. For this the forward
+    /// pass is captured of the whole batch too.
     ///
     /// The model is in evaluation mode, as after [`Module::valid`]: no dropout, running statistics in batch norms. Collective:
     /// every rank passes the whole batch.
     ///
     /// # Errors
-    /// As [`step`](Self::step); [`Error::Pipeline`] if the model is not cut yet.
+    /// As [`step`](Self::step); [`Error::Pipeline`] if the model is not cut yet, or an output without rows is something else.
     pub fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
         I: GraphInputs + Clone,
@@ -53,12 +58,15 @@ impl<M: Module> Pipelined<M> {
             return Err(stage_error(format!("the model is not cut yet: {advice}")));
         }
         let device = one_device(&self.local, "forward_with")?.unwrap_or_else(Device::flex);
+        // Only a step can keep what is shared here.
+        let settled = engine.ties.settled(&self.local)?;
+        let local = settled.as_ref().unwrap_or(&self.local);
         let (captured, batch) = engine.prepare_forward(&mut Some(self.local.clone()), inputs, forward)?;
         let count = captured.sizes.len();
         let inputs: Vec<Vec<PlainTensor>> = (0..count).map(|micro_batch| batch.micro_batch(micro_batch)).collect();
         let pipeline = &mut captured.pipeline;
-        let mut executed = bound(&mut captured.stages, &self.local, |stages| pipeline.evaluate(stages, &inputs))?;
-        captured.stages.iter_mut().for_each(|stage| drop(stage.unbind(&self.local)));
+        let mut executed = bound(&mut captured.stages, local, |stages| pipeline.evaluate(stages, &inputs))?;
+        captured.stages.iter_mut().for_each(|stage| drop(stage.unbind(local)));
         let mut whole = Vec::with_capacity(captured.givers.len());
         for (place, giver) in captured.givers.iter().enumerate() {
             let root = captured.pipeline.timetable().rank_of(*giver).unwrap_or(0);
@@ -74,7 +82,7 @@ impl<M: Module> Pipelined<M> {
                 let nothing = || PlainTensor::zeros(like.shape.clone(), like.dtype, &device);
                 parts.push(group.broadcast(own.unwrap_or_else(nothing), root)?);
             }
-            whole.push(PlainTensor::cat(parts, 0)?);
+            whole.push(captured.joined[place].join(parts, &captured.sizes)?);
         }
         captured.graphs[0].outputs(whole)
     }

@@ -46,6 +46,7 @@ mod eager;
 mod engine;
 mod evaluate;
 mod graph_stage;
+mod joined;
 mod module;
 mod parcel;
 mod pipeline;

@@ -124,6 +124,10 @@ impl<M: Module> Pipelined<M> {
         let mut local = Some(self.local.clone());
         let (key, batch) = engine.prepare(&mut local, inputs, &mut loss)?;
         self.take(local)?;
+        if let Some(settled) = engine.ties.settled(&self.local)? {
+            self.local = settled;
+        }
+        engine.ties.settle();
         let inputs: Vec<Vec<PlainTensor>> =
             (0..engine.config.micro_batches).map(|micro_batch| batch.micro_batch(micro_batch)).collect();
         let Some(CapturedStep { pipeline, stages, trained }) = engine.steps.get_mut(&key) else {

@@ -29,8 +29,17 @@ impl Tie {
 }
 
 /// The tied parameters that this rank holds, by the group of ranks that hold them.
+///
+/// A parameter that is lazy where its own stage is stays lazy: it is shared when a step needs it, unless all holders have loaded
+/// it by then.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Ties(Vec<(Communicator, Vec<Tie>)>);
+pub(super) struct Ties {
+    groups: Vec<(Communicator, Vec<Tie>)>,
+    /// Those that are not shared yet.
+    pending: HashSet<ParamId>,
+    /// Whether this rank has loaded all that it holds.
+    pub loaded: bool,
+}
 
 impl Ties {
     /// Finds the parameters that several ranks hold, and joins those ranks. Collective over `group`.
@@ -63,24 +72,59 @@ impl Ties {
                 ties.push((holders, tied));
             }
         }
-        Ok(Self(ties))
+        Ok(Self { groups: ties, ..Self::default() })
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.groups.is_empty()
     }
 
-    /// The parameters, with the values that the ranks of their own stages bring.
+    /// The parameters, with the values that the ranks of their own stages bring. Those that are lazy there wait.
     ///
     /// # Errors
     /// Those of [`Communicator`].
-    pub(super) fn share<M: Module>(&self, model: M) -> Result<M, Error> {
+    pub(super) fn share<M: Module>(&mut self, model: M) -> Result<M, Error> {
+        let lazy = params::lazy(&model);
+        for (group, ties) in &self.groups {
+            let here: Vec<u8> = ties.iter().map(|tie| u8::from(lazy.contains(&tie.id))).collect();
+            let all = group.all_gather(here)?;
+            let waits = |(place, tie): &(usize, &Tie)| all[tie.home * ties.len() + place] == 1;
+            self.pending.extend(ties.iter().enumerate().filter(waits).map(|(_, tie)| tie.id));
+        }
+        let now = |tie: &Tie| !self.pending.contains(&tie.id);
+        self.shared(model, &now)
+    }
+
+    /// The model with those parameters shared that have waited, if any still must be. Collective over the holders.
+    ///
+    /// # Errors
+    /// Those of [`Communicator`].
+    pub(super) fn settled<M: Module>(&self, model: &M) -> Result<Option<M>, Error> {
+        let mut missing = HashSet::new();
+        for (group, ties) in &self.groups {
+            let waiting = || ties.iter().filter(|tie| self.pending.contains(&tie.id));
+            if waiting().next().is_some() && group.all_gather(vec![u8::from(self.loaded)])?.contains(&0) {
+                missing.extend(waiting().map(|tie| tie.id));
+            }
+        }
+        match missing.is_empty() {
+            true => Ok(None),
+            false => self.shared(model.clone(), &|tie| missing.contains(&tie.id)).map(Some),
+        }
+    }
+
+    /// Nothing waits any more.
+    pub(super) fn settle(&mut self) {
+        self.pending.clear();
+    }
+
+    fn shared<M: Module>(&self, model: M, which: &dyn Fn(&Tie) -> bool) -> Result<M, Error> {
         let device = one_device(&model, "pipeline_parallel")?.unwrap_or_else(Device::flex);
-        let own = self.0.iter().flat_map(|(group, ties)| ties.iter().filter(|tie| tie.home == group.rank()));
-        let mut own = read_params(&model, &own.map(|tie| tie.id).collect())?;
+        let own = self.groups.iter().flat_map(|(group, ties)| ties.iter().filter(|tie| tie.home == group.rank()));
+        let mut own = read_params(&model, &own.filter(|tie| which(tie)).map(|tie| tie.id).collect())?;
         let mut values = HashMap::new();
-        for (group, ties) in &self.0 {
-            for tie in ties {
+        for (group, ties) in &self.groups {
+            for tie in ties.iter().filter(|tie| which(tie)) {
                 let mine = own.remove(&tie.id).unwrap_or_else(|| tie.zeros(&device));
                 let value = group.broadcast(mine, tie.home)?;
                 if group.rank() != tie.home {
@@ -102,7 +146,7 @@ impl Ties {
         trained: &HashSet<ParamId>,
         device: &Device,
     ) -> Result<(), Error> {
-        for (group, ties) in &self.0 {
+        for (group, ties) in &self.groups {
             for tie in ties.iter().filter(|tie| trained.contains(&tie.id)) {
                 let part = gradients.remove(&tie.id).unwrap_or_else(|| tie.zeros(device));
                 gradients.insert(tie.id, group.all_reduce(part, ReduceOp::Sum)?);

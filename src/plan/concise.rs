@@ -11,28 +11,35 @@ pub(crate) fn like(path: &str) -> String {
     path.split('.').map(name).collect::<Vec<_>>().join(".")
 }
 
-/// A plan that gives exactly these layouts to these paths, with a pattern for like paths where they agree.
-pub(crate) fn concise(layouts: &[(String, Layout)]) -> Plan {
-    let mut by_pattern: BTreeMap<String, Vec<&(String, Layout)>> = BTreeMap::new();
+/// A plan that gives exactly these layouts to the parameters of these paths and dims over `degree` ranks, with a pattern for
+/// like paths where they agree. What the degree does not divide is padded.
+pub(crate) fn concise(layouts: &[(String, Vec<usize>, Layout)], degree: usize) -> Plan {
+    // The layout, and whether it needs padding.
+    let said = |(_, dims, layout): &(String, Vec<usize>, Layout)| match layout {
+        Layout::Sharded(dim) => (*layout, dims.get(*dim).is_some_and(|size| !size.is_multiple_of(degree))),
+        _ => (*layout, false),
+    };
+    let rule = |plan: Plan, pattern: &str, said: (Layout, bool)| match said {
+        (Layout::Sharded(dim), false) => plan.shard(pattern, dim),
+        (Layout::Sharded(dim), true) => plan.shard_padded(pattern, dim),
+        _ => plan,
+    };
+    let mut by_pattern: BTreeMap<String, Vec<&(String, Vec<usize>, Layout)>> = BTreeMap::new();
     for named in layouts {
         by_pattern.entry(like(&named.0)).or_default().push(named);
     }
-    let rule = |plan: Plan, pattern: &str, layout: Layout| match layout {
-        Layout::Sharded(dim) => plan.shard(pattern, dim),
-        _ => plan,
-    };
     let mut plan = Plan::new();
     for (pattern, named) in &by_pattern {
-        let layout = named[0].1;
-        if named.iter().all(|(_, other)| *other == layout) {
-            plan = rule(plan, pattern, layout);
+        let first = said(named[0]);
+        if named.iter().all(|other| said(other) == first) {
+            plan = rule(plan, pattern, first);
         } else {
-            plan = named.iter().fold(plan, |plan, (path, layout)| rule(plan, path, *layout));
+            plan = named.iter().fold(plan, |plan, named| rule(plan, &named.0, said(named)));
         }
     }
-    match layouts.iter().all(|(path, layout)| plan.layout(path) == *layout) {
+    match layouts.iter().all(|named| (plan.layout(&named.0), plan.own.pads(&named.0)) == said(named)) {
         true => plan,
         // A `*` took in something else.
-        false => layouts.iter().fold(Plan::new(), |plan, (path, layout)| rule(plan, path, *layout)),
+        false => layouts.iter().fold(Plan::new(), |plan, named| rule(plan, &named.0, said(named))),
     }
 }

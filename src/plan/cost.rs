@@ -1,5 +1,7 @@
 //! What a plan costs.
 
+use crate::layout::Layout;
+
 /// What one training step costs a rank under a plan, as far as it can be told from its operations.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct PlanCost {
@@ -15,10 +17,10 @@ pub struct PlanCost {
 }
 
 impl PlanCost {
-    /// All of it in bytes sent: a collective takes as long as 512 of them to begin, 16 operations take as long as one of
-    /// them, and an optimizer as AdamW goes over a parameter, its gradient and two moments.
+    /// All of it in bytes sent: a collective takes as long as 8192 of them to begin, 16 operations take as long as one of them,
+    /// and an optimizer as AdamW goes over a parameter, its gradient and two moments.
     pub fn total(&self) -> f64 {
-        self.collective_bytes + 512.0 * self.collectives as f64 + 4.0 * self.parameter_bytes + self.work / 16.0
+        self.collective_bytes + 8192.0 * self.collectives as f64 + 4.0 * self.parameter_bytes + self.work / 16.0
     }
 }
 
@@ -34,4 +36,13 @@ pub(crate) fn must_split(bytes: &[usize]) -> Vec<bool> {
         so_far += bytes[group];
     }
     must
+}
+
+/// Says so if a plan that was looked for splits no parameter.
+pub(crate) fn warn_of_nothing_split(mut layouts: impl Iterator<Item = Layout>, degree: usize) {
+    if degree > 1 && layouts.all(|layout| layout == Layout::Replicated) {
+        log::warn!(
+            "the plan that is suggested for {degree} ranks splits no parameter: the degree fits no dim of any of them"
+        );
+    }
 }

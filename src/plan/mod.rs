@@ -54,7 +54,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use concise::{concise, like};
 pub use cost::PlanCost;
-pub(crate) use cost::must_split;
+pub(crate) use cost::{must_split, warn_of_nothing_split};
 pub use table::{PlanRow, PlanTable};
 
 pub(crate) use self::families::families;
@@ -93,6 +93,8 @@ pub(crate) struct AxisPlan {
     rules: Vec<Rule>,
     inputs: Vec<InputRule>,
     sequence_dim: Option<usize>,
+    /// Why no model can be split so.
+    refused: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -208,7 +210,7 @@ impl Plan {
     /// others, for which it says something by [`on`](Self::on) or which split nothing. Lazy parameters stay lazy.
     ///
     /// # Errors
-    /// [`Error::Plan`] if the plan names an axis that is not given; if a pattern matches no parameter, or no rule of an axis
+    /// [`Error::Plan`] if the plan was given an empty name of a field, or names an axis that is not given; if a pattern matches no parameter, or no rule of an axis
     /// does; if a parameter is claimed twice; if a rule splits a dim that a parameter does not have, or that the degree does
     /// not divide and is not to be [padded](Self::shard_padded), or a parameter that is not float.
     pub fn table_over<M: Module>(&self, model: &M, axes: &[(&str, usize)]) -> Result<PlanTable, Error> {
@@ -236,6 +238,7 @@ impl AxisPlan {
         self.rules.extend(more.rules);
         self.inputs.extend(more.inputs);
         self.sequence_dim = more.sequence_dim.or(self.sequence_dim);
+        self.refused = self.refused.take().or(more.refused);
     }
 
     pub(crate) fn layout(&self, path: &str) -> Layout {

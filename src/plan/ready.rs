@@ -1,4 +1,4 @@
-//! Plans for the layers of burn-nn.
+//! Plans for the layers of burn-nn, and for the names that Hugging Face's models have.
 //!
 //! They go by field names, so that they fit a layer wherever it is in a model. [`Plan::then`] puts them together.
 
@@ -56,26 +56,111 @@ impl Plan {
 
     /// For a language model: burn's `Embedding` in the field `embedding` split by rows, the `Linear` in the field `output`
     /// that makes the logits by columns, so that each rank has part of the vocabulary at both ends. The cross-entropy is
-    /// computed from logits that stay split. An `output` that is tied to the embedding needs no field of its own.
+    /// computed from logits that stay split. Both fields must be there: where the output is the embedding once more, take
+    /// [`tied_vocabulary`](Self::tied_vocabulary).
     ///
     /// A vocabulary that the number of ranks does not divide is [padded](Self::shard_padded).
+    ///
+    /// An empty name is an error of [`table`](Self::table), which is to say when a model is wrapped.
     pub fn vocabulary(embedding: &str, output: &str) -> Self {
-        let part = |field: String, dim, optional| Rule {
-            pattern: format!("*{field}"),
-            layout: Layout::Sharded(dim),
-            optional,
-            padded: true,
-        };
-        Self::new()
-            .rule(part(format!("{embedding}.weight"), 0, false))
-            .rule(part(format!("{output}.weight"), 1, true))
-            .rule(part(format!("{output}.bias"), 0, true))
+        if let Some(refused) = refused("vocabulary", &[embedding, output]) {
+            return refused;
+        }
+        let plan = Self::tied_vocabulary(embedding);
+        plan.rule(part(output, "weight", 1, false)).rule(part(output, "bias", 0, true))
+    }
+
+    /// For a language model whose logits come from the embedding itself: burn's `Embedding` in this field split by rows, at
+    /// both ends of the model. As [`vocabulary`](Self::vocabulary) in everything else.
+    pub fn tied_vocabulary(embedding: &str) -> Self {
+        let rows = || Self::new().rule(part(embedding, "weight", 0, false));
+        refused("tied_vocabulary", &[embedding]).unwrap_or_else(rows)
+    }
+
+    /// For models with the names that [Hugging Face's transformers](https://github.com/huggingface/transformers) give their
+    /// layers: Llama, Mistral, Qwen2, Gemma (`q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`,
+    /// `embed_tokens`, `lm_head`), BERT (`query`, `key`, `value`, `intermediate.dense`, `output.dense`, `word_embeddings`),
+    /// DistilBERT, OPT, CLIP, ViT and Whisper (`out_proj`, `fc1`, `fc2`, `q_lin`, ..), GPT-2 (`c_fc`, `c_proj`, `wte`), GPT-NeoX,
+    /// BLOOM and Falcon (`query_key_value`, `dense`, `dense_h_to_4h`, `dense_4h_to_h`, `embed_in`, `embed_out`).
+    ///
+    /// Attention and feed-forward as in [`megatron`](Self::megatron), embeddings of words and output layers as in
+    /// [`vocabulary`](Self::vocabulary), padded where the degree does not divide them. Every rule is one for what is present,
+    /// but some must be. The degree should divide the number of key and value heads.
+    ///
+    /// One layer for query, key and value is split by columns. Where each head has its three side by side, as in
+    /// `query_key_value`, a part of the columns is whole heads. In `c_attn`, `qkv_proj` and `Wqkv` all queries come first, then all
+    /// keys, then all values, and in `gate_up_proj` all gates: there the product is gathered, since a part of it is some heads'
+    /// queries and no keys, and what follows runs whole on every rank. The numbers are right, the parameters are split; such a
+    /// layer as three has less to communicate.
+    pub fn hugging_face() -> Self {
+        let columns = [
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "query",
+            "key",
+            "value",
+            "q_lin",
+            "k_lin",
+            "v_lin",
+            "query_key_value",
+            "c_attn",
+            "qkv_proj",
+            "Wqkv",
+            "gate_up_proj",
+            "gate_proj",
+            "up_proj",
+            "intermediate.dense",
+            "fc1",
+            "lin1",
+            "c_fc",
+            "dense_h_to_4h",
+        ];
+        let rows = [
+            "o_proj",
+            "out_proj",
+            "out_lin",
+            "output.dense",
+            "attention.dense",
+            "down_proj",
+            "fc2",
+            "lin2",
+            "c_proj",
+            "dense_4h_to_h",
+        ];
+        let mut plan = Self::new();
+        for embedding in ["embed_tokens", "word_embeddings", "wte", "embed_in"] {
+            plan = plan.rule(part(embedding, "weight", 0, true));
+        }
+        for output in ["lm_head", "embed_out", "predictions.decoder"] {
+            plan = plan.rule(part(output, "weight", 1, true)).rule(part(output, "bias", 0, true));
+        }
+        let plan = columns.into_iter().fold(plan, |plan, name| plan.columns(name));
+        rows.into_iter().fold(plan, |plan, name| plan.shard_if_present(format!("*{name}.weight"), 0))
     }
 
     /// A `Linear` by columns, its bias alike.
     fn columns(self, linear: &str) -> Self {
         self.shard_if_present(format!("*{linear}.weight"), 1).shard_if_present(format!("*{linear}.bias"), 0)
     }
+}
+
+/// Of a layer in the field `field`, a parameter that has a dim for the vocabulary.
+fn part(field: &str, parameter: &str, dim: usize, optional: bool) -> Rule {
+    Rule { pattern: format!("*{field}.{parameter}"), layout: Layout::Sharded(dim), optional, padded: true }
+}
+
+/// A plan that says, wherever it is looked at, that it was given an empty name.
+fn refused(what: &str, fields: &[&str]) -> Option<Plan> {
+    let said = || {
+        format!(
+            "`Plan::{what}` was given an empty name of a field, which would match every weight of the model; for an output \
+             that is the embedding once more, take `Plan::tied_vocabulary(embedding)`"
+        )
+    };
+    let mut plan = Plan::new();
+    plan.own.refused = fields.iter().any(|field| field.is_empty()).then(said);
+    plan.own.refused.is_some().then_some(plan)
 }
 
 fn prefix(field: &str) -> String {

@@ -33,7 +33,15 @@ pub struct PlanRow {
     pub bytes: usize,
 }
 
+/// The share of a model that a plan may leave whole without being asked whether it is the right one.
+const MOSTLY: f64 = 0.5;
+
 impl PlanRow {
+    /// Its bytes in the whole model.
+    fn model_bytes(&self) -> usize {
+        self.dims.iter().product::<usize>() * self.dtype.size()
+    }
+
     /// Whether any axis splits it.
     pub fn is_split(&self) -> bool {
         self.layouts.iter().any(|layout| *layout != Layout::Replicated)
@@ -56,6 +64,8 @@ impl PlanRow {
 pub struct PlanTable {
     axes: Vec<(String, usize)>,
     rows: Vec<PlanRow>,
+    /// Whether the plan is to split any parameter.
+    splits: bool,
 }
 
 impl PlanTable {
@@ -74,6 +84,7 @@ impl PlanTable {
             return Err(plan_error(format!("the axes {axes:?} have more ranks than a model can be split over")));
         }
         let plans = plan.over(axes.iter().map(|axis| axis.0))?;
+        let splits = plans.iter().flat_map(|axis| &axis.rules).any(|rule| rule.layout != Layout::Replicated);
         for row in &mut rows {
             let places = plans.iter().zip(axes);
             row.padded_dims = padded_dims(row, places.map(|(of_axis, (_, degree))| (of_axis, *degree)));
@@ -88,7 +99,7 @@ impl PlanTable {
         for row in &mut rows {
             row.bytes = row.local_dims.iter().product::<usize>() * row.dtype.size();
         }
-        Ok(Self { axes: axes.iter().map(|(name, size)| ((*name).into(), *size)).collect(), rows })
+        Ok(Self { axes: axes.iter().map(|(name, size)| ((*name).into(), *size)).collect(), rows, splits })
     }
 
     /// The parameters, in the order in which a visitor meets them.
@@ -111,6 +122,52 @@ impl PlanTable {
         self.rows.iter().map(|row| row.bytes).sum()
     }
 
+    /// The bytes of the whole model, without padding.
+    pub fn model_bytes(&self) -> usize {
+        self.rows.iter().map(PlanRow::model_bytes).sum()
+    }
+
+    /// The share of these bytes that no axis splits, from 0 to 1: what every rank holds all of. 0 for a model of none.
+    ///
+    /// ```
+    /// use burn::{nn::{Linear, LinearConfig}, prelude::*};
+    /// use burn_parallel::plan::Plan;
+    ///
+    /// let model: Linear = LinearConfig::new(3, 2).init(&Device::flex());
+    /// let table = Plan::new().shard("weight", 1).table(&model, 2)?;
+    /// assert_eq!(table.whole_share(), 0.25);
+    /// # Ok::<(), burn_parallel::Error>(())
+    /// ```
+    pub fn whole_share(&self) -> f64 {
+        let whole = self.rows.iter().filter(|row| !row.is_split()).map(PlanRow::model_bytes).sum::<usize>();
+        whole as f64 / self.model_bytes().max(1) as f64
+    }
+
+    /// In words, which parameters make up most of what is left whole, if that is most of the model's bytes and something was
+    /// to be split.
+    pub(crate) fn mostly_whole(&self) -> Option<String> {
+        let share = self.whole_share();
+        if !self.splits || self.degree() < 2 || share <= MOSTLY {
+            return None;
+        }
+        let mut whole: Vec<&PlanRow> = self.rows.iter().filter(|row| !row.is_split()).collect();
+        whole.sort_by_key(|row| std::cmp::Reverse(row.model_bytes()));
+        let (mut so_far, all) = (0, whole.iter().map(|row| row.model_bytes()).sum::<usize>());
+        let largest = whole.into_iter().take_while(|row| {
+            so_far += row.model_bytes();
+            so_far - row.model_bytes() < all * 9 / 10
+        });
+        let mut paths: Vec<&str> = largest.map(|row| row.path.as_str()).collect();
+        paths.sort_unstable();
+        Some(format!(
+            "the plan leaves {:.1} % of the model's {} bytes whole on every rank, above all {}: do its patterns fit the \
+             names of this model?",
+            100.0 * share,
+            self.model_bytes(),
+            families(paths)
+        ))
+    }
+
     pub(crate) fn row(&self, id: ParamId) -> Option<&PlanRow> {
         self.rows.iter().find(|row| row.id == id)
     }
@@ -119,6 +176,9 @@ impl PlanTable {
 impl AxisPlan {
     /// Finds rules that decide nothing, and parameters about which two rules disagree.
     fn check(&self, axis: &str, rows: &[PlanRow], tied: &[Tie]) -> Result<(), Error> {
+        if let Some(refused) = &self.refused {
+            return Err(plan_error(refused.clone()));
+        }
         for (index, rule) in self.rules.iter().enumerate().filter(|(_, rule)| !rule.optional) {
             let mut matched = rows.iter().filter(|row| rule.matches(&row.path)).peekable();
             let Some(first) = matched.peek().copied() else {
@@ -237,7 +297,16 @@ impl fmt::Display for PlanTable {
             }
             writeln!(f, "{bytes:>width$}", width = widths[columns - 1])?;
         }
-        write!(f, "{} bytes on each of {} ranks", self.bytes(), self.degree())
+        let (bytes, degree, share) = (self.bytes(), self.degree(), 100.0 * self.whole_share());
+        let all = self.model_bytes();
+        write!(
+            f,
+            "{bytes} bytes on each of {degree} ranks; of the model's {all} bytes {share:.1} % are whole on every rank"
+        )?;
+        match self.mostly_whole() {
+            Some(warning) => write!(f, "\n{warning}"),
+            None => Ok(()),
+        }
     }
 }
 

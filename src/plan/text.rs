@@ -16,6 +16,8 @@ pub(super) struct PlanText {
     parameters: Vec<Rule>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     inputs: Vec<InputRule>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    refused: Option<String>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     axes: BTreeMap<String, AxisText>,
 }
@@ -29,32 +31,34 @@ struct AxisText {
     parameters: Vec<Rule>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     inputs: Vec<InputRule>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    refused: Option<String>,
 }
 
 impl From<Plan> for PlanText {
     fn from(Plan { own, axes }: Plan) -> Self {
-        let AxisPlan { rules: parameters, inputs, sequence_dim: sequence_parallel } = own;
+        let AxisPlan { rules: parameters, inputs, sequence_dim: sequence_parallel, refused } = own;
         let axes = axes.into_iter().map(|(name, axis)| (name, axis.into())).collect();
-        Self { sequence_parallel, parameters, inputs, axes }
+        Self { sequence_parallel, parameters, inputs, refused, axes }
     }
 }
 
 impl From<PlanText> for Plan {
-    fn from(PlanText { sequence_parallel: sequence_dim, parameters: rules, inputs, axes }: PlanText) -> Self {
+    fn from(PlanText { sequence_parallel: sequence_dim, parameters: rules, inputs, refused, axes }: PlanText) -> Self {
         let axes = axes.into_iter().map(|(name, axis)| (name, axis.into())).collect();
-        Self { own: AxisPlan { rules, inputs, sequence_dim }, axes }
+        Self { own: AxisPlan { rules, inputs, sequence_dim, refused }, axes }
     }
 }
 
 impl From<AxisPlan> for AxisText {
-    fn from(AxisPlan { rules: parameters, inputs, sequence_dim: sequence_parallel }: AxisPlan) -> Self {
-        Self { sequence_parallel, parameters, inputs }
+    fn from(AxisPlan { rules: parameters, inputs, sequence_dim: sequence_parallel, refused }: AxisPlan) -> Self {
+        Self { sequence_parallel, parameters, inputs, refused }
     }
 }
 
 impl From<AxisText> for AxisPlan {
-    fn from(AxisText { sequence_parallel: sequence_dim, parameters: rules, inputs }: AxisText) -> Self {
-        Self { rules, inputs, sequence_dim }
+    fn from(AxisText { sequence_parallel: sequence_dim, parameters: rules, inputs, refused }: AxisText) -> Self {
+        Self { rules, inputs, sequence_dim, refused }
     }
 }
 

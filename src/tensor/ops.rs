@@ -82,6 +82,14 @@ impl PlainTensor {
         Self(Dispatch::float_add(self.0, other.0))
     }
 
+    /// The same of int tensors.
+    ///
+    /// # Panics
+    /// As [`add`](Self::add).
+    pub(crate) fn add_ints(self, other: Self) -> Self {
+        Self(Dispatch::int_add(self.0, other.0))
+    }
+
     /// A float tensor times a number, in place, if nobody else holds it; itself if the number is 1.
     ///
     /// # Panics

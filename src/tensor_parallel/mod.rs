@@ -29,6 +29,8 @@
 //! # Ok::<(), Error>(())
 //! ```
 
+mod cost;
+mod feeds;
 pub mod functional;
 #[cfg(feature = "cubecl")]
 mod kernels;

@@ -1,47 +1,31 @@
 //! A plan for a model that was never seen, by the cost of the step that results.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use burn::module::Module;
-use burn_ir::{FloatOperationIr, OperationIr, TensorId, TensorIr};
+use burn_ir::TensorId;
 
+use super::cost::{bytes, capture, cost_of};
+use super::feeds::feeds;
 use crate::Error;
-use crate::graph::{GraphInputs, StepGraph, StepLoss, capture_step, counted_random};
+use crate::graph::{GraphInputs, StepGraph, StepLoss};
 use crate::layout::Layout;
-use crate::params;
-use crate::partition::{CollectiveKind, PartitionOptions, ShardReport, partition};
-use crate::plan::{Plan, PlanCost, concise, like, must_split};
+use crate::partition::{PartitionOptions, partition};
+use crate::plan::{Plan, concise, like, must_split, warn_of_nothing_split};
 
 /// How often the search goes over all parameters after the first time, at most.
 const SWEEPS: usize = 3;
 
 impl Plan {
-    /// What this plan costs in a training step: `loss` on `inputs`, which give shapes and dtypes only. Nothing is run, and no
-    /// lazy parameter is made.
-    ///
-    /// # Errors
-    /// [`Error::Plan`] as [`table`](Self::table); [`Error::Graph`] if the step cannot be captured.
-    pub fn cost<M, I, F, R>(&self, model: &M, degree: usize, inputs: I, loss: F) -> Result<PlanCost, Error>
-    where
-        M: Module,
-        I: GraphInputs,
-        F: FnOnce(&M, I) -> R,
-        R: StepLoss,
-    {
-        let table = self.table(model, degree)?;
-        let step = Candidate::capture(model, degree, inputs, loss)?;
-        let layout = |id| table.row(id).map_or(Layout::Replicated, |row| row.layouts[0]);
-        step.cost(&step.graph.params.iter().map(|param| layout(param.id)).collect::<Vec<_>>())
-    }
-
     /// A good plan for splitting a model over `degree` ranks that train it with `loss` on such `inputs`. Nothing is run:
     /// the step is captured, and candidate layouts are compared by the collectives, the work and the bytes of the graph
     /// that each rank would get ([`cost`](Self::cost)).
     ///
     /// Like parameters of repeated layers get like layouts. Those that hold nine tenths of the bytes are split whatever it
-    /// costs, if the degree divides one of their dims; the others where that is cheaper. The search begins once with
-    /// nothing split and once with [`suggest`](Self::suggest), and changes one layout at a time while that helps. The same
-    /// model and shapes give the same plan, on every rank.
+    /// costs, if the degree divides one of their dims or can with [padding](Self::shard_padded) of an eighth at most; the
+    /// others where that is cheaper. The search begins once with nothing split and once with [`suggest`](Self::suggest), and
+    /// changes one layout at a time, or two of layers that feed each other, while that helps. The same model and shapes give
+    /// the same plan, on every rank. A warning goes to [`log`] if nothing can be split.
     ///
     /// ```
     /// use burn::{nn::{Linear, LinearConfig}, prelude::*};
@@ -62,7 +46,7 @@ impl Plan {
     /// let by_hand = Plan::new().shard("up.weight", 1).shard("up.bias", 0).shard("down.weight", 0);
     /// let suggested = plan.cost(&model, 2, x.clone(), loss)?;
     /// assert!(suggested.total() <= by_hand.cost(&model, 2, x, loss)?.total());
-    /// assert_eq!(suggested.parameter_bytes, 4.0 * (64.0 * 256.0 * 2.0 + 256.0 + 64.0) / 2.0);
+    /// assert!(suggested.parameter_bytes < 0.51 * 4.0 * (64.0 * 256.0 * 2.0 + 256.0 + 64.0));
     /// # Ok::<(), burn_parallel::Error>(())
     /// ```
     ///
@@ -75,16 +59,18 @@ impl Plan {
         F: FnOnce(&M, I) -> R,
         R: StepLoss,
     {
-        let step = Candidate::capture(model, degree, inputs, loss)?;
-        let groups = step.groups();
-        let whole = vec![Layout::Replicated; step.graph.params.len()];
-        let guess = Self::suggest(model, degree);
+        let step = Candidate { graph: capture(model, inputs, loss)?, degree };
+        let (groups, guess) = (step.groups(), Self::suggest(model, degree));
         let guessed: Vec<Layout> = step.graph.params.iter().map(|param| guess.layout(&param.path)).collect();
-        let from_nothing = step.improve(&groups, whole)?;
-        let from_guess = step.improve(&groups, guessed)?;
+        let whole = vec![Layout::Replicated; step.graph.params.len()];
+        // The guess may pad what the step cannot go on with.
+        step.cost(&whole)?;
+        let mut search = Search { step: &step, pairs: step.pairs(&groups), groups, known: HashMap::new() };
+        let (from_nothing, from_guess) = (search.improve(whole), search.improve(guessed));
         let (_, best) = if from_guess.0 < from_nothing.0 { from_guess } else { from_nothing };
-        let paths = step.graph.params.iter().map(|param| param.path.clone());
-        Ok(concise(&paths.zip(best).collect::<Vec<_>>()))
+        warn_of_nothing_split(best.iter().copied(), degree);
+        let named = step.graph.params.iter().map(|param| (param.path.clone(), param.tensor.shape.to_vec()));
+        Ok(concise(&named.zip(best).map(|((path, dims), layout)| (path, dims, layout)).collect::<Vec<_>>(), degree))
     }
 }
 
@@ -103,29 +89,11 @@ struct Group {
 }
 
 impl Candidate {
-    fn capture<M, I, F, R>(model: &M, degree: usize, inputs: I, loss: F) -> Result<Self, Error>
-    where
-        M: Module,
-        I: GraphInputs,
-        F: FnOnce(&M, I) -> R,
-        R: StepLoss,
-    {
-        // Only lazy parameters become hollow.
-        let mut graph = capture_step(&params::outline(model, &|_, _| None), inputs, loss)?;
-        counted_random(&mut graph);
-        Ok(Self { graph, degree })
-    }
-
-    fn cost(&self, layouts: &[Layout]) -> Result<PlanCost, Error> {
+    fn cost(&self, layouts: &[Layout]) -> Result<f64, Error> {
         let inputs = vec![Layout::Replicated; self.graph.inputs.len()];
         let options = PartitionOptions::new("tp", self.degree, 0);
-        let (local, report) = partition(&self.graph, layouts, &inputs, &options)?;
-        Ok(PlanCost {
-            collectives: report.collectives.len(),
-            collective_bytes: sent(&report, self.degree as f64),
-            parameter_bytes: local.params.iter().map(|param| bytes(&param.tensor) as f64).sum(),
-            work: local.operations.iter().map(work).sum(),
-        })
+        let (local, _) = partition(&self.graph, layouts, &inputs, &options)?;
+        Ok(cost_of(&local, &[("tp", self.degree)]).total())
     }
 
     /// The groups, the largest first. Those that must be split have no choice but how.
@@ -136,8 +104,9 @@ impl Candidate {
         for (place, param) in self.graph.params.iter().enumerate() {
             let dims = param.tensor.shape.to_vec();
             let may = param.tensor.dtype.is_float() && !running.contains(&param.tensor.id);
-            let divided = |dim: &usize| may && dims[*dim].is_multiple_of(self.degree);
-            let choices: Vec<Layout> = (0..dims.len()).filter(divided).map(Layout::Sharded).collect();
+            // With an eighth more for padding, at most.
+            let fits = |size: usize| size > 0 && size.next_multiple_of(self.degree) - size <= size / 8;
+            let choices = (0..dims.len()).filter(|dim| may && fits(dims[*dim])).map(Layout::Sharded).collect();
             let group = found.entry((like(&param.path), dims)).or_insert(Group { members: vec![], bytes: 0, choices });
             group.members.push(place);
             group.bytes += bytes(&param.tensor);
@@ -151,22 +120,42 @@ impl Candidate {
         groups
     }
 
-    /// Changes the layout of one group at a time to the best there is, until nothing helps.
-    fn improve(&self, groups: &[Group], mut layouts: Vec<Layout>) -> Result<(f64, Vec<Layout>), Error> {
+    /// The groups of which one feeds the other.
+    fn pairs(&self, groups: &[Group]) -> Vec<[usize; 2]> {
+        let of = |param: usize| groups.iter().position(|group| group.members.contains(&param));
+        let pairs = feeds(&self.graph).into_iter().filter_map(|(from, to)| Some([of(from)?, of(to)?]));
+        pairs.filter(|[from, to]| from != to).collect::<BTreeSet<_>>().into_iter().collect()
+    }
+}
+
+struct Search<'a> {
+    step: &'a Candidate,
+    groups: Vec<Group>,
+    pairs: Vec<[usize; 2]>,
+    /// What layouts cost, as far as they were tried; of those that the step cannot run in, infinitely much.
+    known: HashMap<Vec<Layout>, f64>,
+}
+
+impl Search<'_> {
+    fn cost(&mut self, layouts: &[Layout]) -> f64 {
+        if let Some(known) = self.known.get(layouts) {
+            return *known;
+        }
+        let cost = self.step.cost(layouts).unwrap_or(f64::INFINITY);
+        self.known.insert(layouts.to_vec(), cost);
+        cost
+    }
+
+    /// Changes the layouts of one group at a time, or of two of which one feeds the other, to the best there are, until
+    /// nothing helps.
+    fn improve(&mut self, mut layouts: Vec<Layout>) -> (f64, Vec<Layout>) {
+        let single = (0..self.groups.len()).map(|group| vec![group]);
+        let moves: Vec<Vec<usize>> = single.chain(self.pairs.iter().map(|pair| pair.to_vec())).collect();
         let mut least = f64::INFINITY;
         for _ in 0..=SWEEPS {
             let before = layouts.clone();
-            for group in groups {
-                let mut best = None;
-                for choice in &group.choices {
-                    let mut tried = layouts.clone();
-                    group.members.iter().for_each(|place| tried[*place] = *choice);
-                    let cost = self.cost(&tried)?.total();
-                    if best.as_ref().is_none_or(|(least, _)| cost < *least) {
-                        best = Some((cost, tried));
-                    }
-                }
-                if let Some(best) = best {
+            for together in &moves {
+                if let Some(best) = self.best(together, &layouts) {
                     (least, layouts) = best;
                 }
             }
@@ -174,38 +163,22 @@ impl Candidate {
                 break;
             }
         }
-        Ok((least, layouts))
+        (least, layouts)
     }
-}
 
-fn bytes(tensor: &TensorIr) -> usize {
-    tensor.shape.num_elements() * tensor.dtype.size()
-}
-
-/// Bytes that each of `n` ranks sends.
-fn sent(report: &ShardReport, n: f64) -> f64 {
-    let each = |kind: CollectiveKind| match kind {
-        CollectiveKind::AllGather | CollectiveKind::ReduceScatter => (n - 1.0) / n,
-        CollectiveKind::AllToAll => (n - 1.0) / (n * n),
-        _ => 2.0 * (n - 1.0) / n,
-    };
-    let elements = |dims: &[usize]| dims.iter().product::<usize>() as f64;
-    report.collectives.iter().map(|collective| 4.0 * each(collective.kind) * elements(&collective.dims)).sum()
-}
-
-/// Floating-point operations of one operation.
-fn work(op: &OperationIr) -> f64 {
-    let elements = |tensor: &TensorIr| tensor.shape.num_elements() as f64;
-    let out = op.outputs().next().map_or(0.0, elements);
-    let mut inputs = op.inputs();
-    match (op, inputs.next(), inputs.next()) {
-        // Of [m, k] x [k, n] -> [m, n] the root of the three sizes is m k n, each of a batch counted for itself.
-        (OperationIr::Float(_, FloatOperationIr::Matmul(product)), Some(a), Some(b)) => {
-            let dims = product.out.shape.as_slice();
-            let batch = dims[..dims.len().saturating_sub(2)].iter().product::<usize>() as f64;
-            2.0 * (elements(a) * elements(b) * out / batch.max(1.0)).sqrt()
+    /// The best layouts of some groups, given those of the others.
+    fn best(&mut self, groups: &[usize], layouts: &[Layout]) -> Option<(f64, Vec<Layout>)> {
+        let mut tried = vec![layouts.to_vec()];
+        for group in groups {
+            let Group { members, choices, .. } = &self.groups[*group];
+            let with = |layouts: &Vec<Layout>, choice: Layout| {
+                let mut layouts = layouts.clone();
+                members.iter().for_each(|place| layouts[*place] = choice);
+                layouts
+            };
+            tried = tried.iter().flat_map(|so_far| choices.iter().map(move |choice| with(so_far, *choice))).collect();
         }
-        (OperationIr::Module(_), Some(a), Some(b)) => 2.0 * (elements(a) * elements(b) * out).sqrt(),
-        _ => out,
+        let costs = tried.into_iter().map(|layouts| (self.cost(&layouts), layouts)).collect::<Vec<_>>();
+        costs.into_iter().filter(|(cost, _)| cost.is_finite()).min_by(|a, b| a.0.total_cmp(&b.0))
     }
 }

@@ -43,7 +43,7 @@ pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
 }
 
 /// Replaces what burn draws from a generator that all tests share by numbers that are the same in every run.
-fn seeded<M: Module>(model: M) -> M {
+pub fn seeded<M: Module>(model: M) -> M {
     struct Fill(Numbers);
     impl ModuleMapper for Fill {
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {

@@ -7,6 +7,7 @@ mod awkward;
 mod bounded;
 mod compare;
 mod cut;
+mod evaluated;
 mod executor;
 mod holding;
 mod parity;

@@ -88,7 +88,7 @@ fn plans() -> Vec<Plan> {
             .shard("sums", weight)
     };
     vec![
-        all(1, 2).then(Plan::vocabulary("embedding", "none")),
+        all(1, 2).then(Plan::tied_vocabulary("embedding")),
         all(0, 0).shard("embedding.weight", 1).shard("norm.gamma", 0),
     ]
 }

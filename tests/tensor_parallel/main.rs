@@ -8,6 +8,7 @@ mod engines;
 mod graph;
 mod layers;
 mod matmul;
+mod models;
 mod padded;
 mod plans;
 mod wrap;

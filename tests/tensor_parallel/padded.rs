@@ -117,7 +117,7 @@ fn a_vocabulary_of_a_prime_number_of_words() {
 #[test]
 fn a_tied_vocabulary() {
     for degree in [2, 3, 4] {
-        let wrap = |model: Tied, rank: &Rank| model.tensor_parallel(rank, &Plan::vocabulary("embedding", "head"));
+        let wrap = |model: Tied, rank: &Rank| model.tensor_parallel(rank, &Plan::tied_vocabulary("embedding"));
         let report = trains_like_one(
             &Tied::new(&device()),
             |step| words(step, 11),

@@ -58,8 +58,8 @@ pub(crate) fn pad(graph: &StepGraph, larger: &[Larger]) -> Result<StepGraph, Err
         let tensor = &mut walk.local.params[*param].tensor;
         let real = std::mem::replace(&mut tensor.shape[*dim], *size);
         let padded = Padded { tensor: tensor.clone(), dim: *dim, real, content: Zero };
-        walk.padded.insert(padded.tensor.id, padded);
-        walk.parameters.insert(tensor.id);
+        walk.parameters.insert(padded.tensor.id);
+        walk.note(padded.tensor.id, padded);
     }
     for (place, op) in graph.operations.iter().enumerate() {
         walk.step(op)?;
@@ -126,6 +126,12 @@ impl Walk<'_> {
         }
     }
 
+    /// What a tensor of the source is from here on.
+    fn note(&mut self, id: TensorId, padded: Padded) {
+        self.local.unpadded.insert(padded.tensor.id, (padded.dim, padded.real));
+        self.padded.insert(id, padded);
+    }
+
     fn inputs_of<'o>(&self, op: &'o OperationIr) -> Vec<(&'o TensorIr, Option<Pad>)> {
         let pad_of = |input: &TensorIr| self.padded.get(&input.id).map(|p| Pad { dim: p.dim, content: p.content });
         op.inputs().map(|input| (input, pad_of(input))).collect()
@@ -164,7 +170,7 @@ impl Walk<'_> {
                 let mut tensor = out.clone();
                 tensor.shape[dim] = size;
                 now.insert(out.id, tensor.clone());
-                self.padded.insert(out.id, Padded { tensor, dim, real: out.shape[dim], content });
+                self.note(out.id, Padded { tensor, dim, real: out.shape[dim], content });
                 if only_moves(op) && inputs.iter().all(|input| self.parameters.contains(&input.id)) {
                     self.parameters.insert(out.id);
                 }

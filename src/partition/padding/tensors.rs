@@ -34,7 +34,7 @@ impl Walk<'_> {
                 Padded { tensor: out, dim, real: tensor.shape[dim], content: Zero }
             }
         };
-        self.padded.insert(tensor.id, padded);
+        self.note(tensor.id, padded);
     }
 
     /// Runs again what made a tensor from nothing, or from what is spread over the dim.
@@ -97,7 +97,7 @@ impl Walk<'_> {
             OperationIr::BaseBool(Base::Reshape(ShapeOpIr { input: constant, out: mask })),
             of_kind(tensor.dtype, Base::MaskFill(fill)),
         ]);
-        self.padded.insert(id, Padded { tensor: out, dim, real, content });
+        self.note(id, Padded { tensor: out, dim, real, content });
     }
 
     fn mask(&mut self, real: usize, size: usize) -> TensorIr {

@@ -11,6 +11,7 @@ use burn_ir::{
     NumericOperationIr as Numeric, OperationIr, ScalarIr, ScalarOpIr, ShapeOpIr, TensorId, TensorIr,
 };
 
+use super::super::indices::looks_at_indices;
 use super::{How, Strategy, each_dim, of_kind};
 use crate::layout::Layout::{Partial, Replicated, Sharded};
 
@@ -52,6 +53,32 @@ pub(super) fn base(op: &Base) -> Vec<Strategy> {
             });
             found.extend(writes(op.dim, 0, &op.update));
             found
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// The tensor and the indices of an operation that looks up, or writes, along a dim.
+pub(crate) fn looked_up(op: &OperationIr) -> Option<(&TensorIr, &TensorIr)> {
+    match op {
+        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => match base {
+            Base::Gather(op) => Some((&op.tensor, &op.indices)),
+            Base::Scatter(op) => Some((&op.tensor, &op.indices)),
+            Base::Select(op) => Some((&op.tensor, &op.indices)),
+            Base::SelectAssign(op) => Some((&op.tensor, &op.indices)),
+            _ => None,
+        },
+        OperationIr::Module(Module::Embedding(op)) => Some((&op.weights, &op.indices)),
+        _ => None,
+    }
+}
+
+/// Indices that are looked at may be split in any way.
+pub(super) fn looks(op: &OperationIr) -> Vec<Strategy> {
+    match op {
+        OperationIr::Custom(look) if looks_at_indices(look) => {
+            let along = |dim| Some(Strategy::new([Sharded(dim)], Sharded(dim)));
+            look.outputs.first().map_or_else(Vec::new, |out| each_dim(&out.shape, along))
         }
         _ => Vec::new(),
     }

@@ -18,9 +18,11 @@ use burn::tensor::{DType, Shape};
 use burn_ir::{BaseOperationIr, NumericOperationIr, OperationIr, TensorId, TensorIr};
 
 use super::collectives::CollectiveKind;
+pub(crate) use crate::graph::step::only_moves;
 use crate::layout::Layout;
 
 pub(crate) use elementwise::is_elementwise;
+pub(super) use index::looked_up;
 pub(super) use shape::{take_all, whole};
 
 /// One way to run an operation: given inputs in these layouts, in the order of [`OperationIr::inputs`], the local
@@ -87,7 +89,7 @@ pub(crate) fn strategies(op: &OperationIr, degree: usize) -> Vec<Strategy> {
                 .concat()
         }
         OperationIr::Activation(activation) => reduce::activation(activation),
-        OperationIr::Custom(_) => [collective::strategies(op), creation::random(op)].concat(),
+        OperationIr::Custom(_) => [collective::strategies(op), creation::random(op), index::looks(op)].concat(),
         _ => Vec::new(),
     };
     found.extend(elementwise::strategies(op));
@@ -163,12 +165,6 @@ pub(crate) fn as_sum(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, &TensorI
         OperationIr::NumericFloat(_, NumericOperationIr::Add(op)) => Some((&op.lhs, &op.rhs, &op.out)),
         _ => None,
     }
-}
-
-/// Whether it moves the elements of its only input without reading or adding them.
-pub(crate) fn only_moves(op: &OperationIr) -> bool {
-    use BaseOperationIr::{Expand, Flip, Permute, Reshape, SwapDims};
-    matches!(op, OperationIr::BaseFloat(Reshape(_) | SwapDims(_) | Permute(_) | Expand(_) | Flip(_)))
 }
 
 /// A strategy for every dim of a shape for which `of` has one.

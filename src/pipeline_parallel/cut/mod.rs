@@ -53,7 +53,7 @@ use self::place::{Bounds, Wanted, place};
 use self::split::{Placement, pinned_results, split};
 use self::tied::{gradient_parts, ids};
 use crate::error::Error;
-use crate::graph::step::op_name;
+use crate::graph::origin::Origins;
 use crate::graph::{StepGraph, graph_error};
 
 /// A step cut into stages.
@@ -130,7 +130,7 @@ pub(crate) fn cut_like(
         Some(model) => model.placement.clone(),
         None => place(&analysis, &bounds, &wanted, stages),
     };
-    check(&analysis, &bounds, &stage)?;
+    check(&graph, &analysis, &bounds, &stage)?;
 
     let placement = Placement { analysis, stage, holders: bounds.holders, gradients };
     let parts = split(&graph, &placement, stages);
@@ -139,10 +139,10 @@ pub(crate) fn cut_like(
 }
 
 /// Makes sure that tensors of the forward pass go up and those of the backward pass down.
-fn check(analysis: &Analysis<'_>, bounds: &Bounds, stage: &[usize]) -> Result<(), Error> {
+fn check(graph: &StepGraph, analysis: &Analysis<'_>, bounds: &Bounds, stage: &[usize]) -> Result<(), Error> {
     for op in analysis.placed() {
         let wrong = |why: &str| {
-            let name = op_name(&analysis.operations[op]);
+            let name = Origins::of(graph).describe(&analysis.operations[op]);
             Err(graph_error(format!("{name} cannot be placed: it would run on stage {}, {why}", stage[op])))
         };
         if bounds.pinned[op].is_some_and(|pinned| pinned != stage[op]) {

@@ -11,7 +11,6 @@ use crate::error::Error;
 use crate::graph::bind::{fits, is_on};
 use crate::graph::interpret::Interpreter;
 use crate::graph::liveness::Action;
-use crate::graph::step::op_name;
 use crate::graph::{graph_error, panic_text};
 use crate::tensor::PlainTensor;
 
@@ -193,7 +192,7 @@ impl StageRun {
                 "stage {stage} is to run the backward pass of micro-batch {micro_batch} before its forward"
             ))
         })?;
-        let (program, ops) = (&self.sections[section], &self.ops);
+        let (program, ops, origins) = (&self.sections[section], &self.ops, &self.origins);
         let mut position = 0;
         let ran = catch_unwind(AssertUnwindSafe(|| {
             let mut given = HashMap::new();
@@ -220,7 +219,7 @@ impl StageRun {
             Ok(outcome) => outcome,
             Err(payload) => {
                 let at = match program.get(position) {
-                    Some(Action::Run(op)) => op_name(op),
+                    Some(Action::Run(op)) => origins.describe(op),
                     _ => "the handling of a result".into(),
                 };
                 Err(graph_error(format!("{at} panicked on stage {stage}: {}", panic_text(payload))))

@@ -15,6 +15,7 @@ use crate::graph::graph_error;
 use crate::graph::interpret::Interpreter;
 use crate::graph::liveness::Action;
 use crate::graph::module::{read_for_step, write_running_states};
+use crate::graph::origin::Origins;
 use crate::graph::step::StepGraph;
 use crate::tensor::PlainTensor;
 
@@ -38,6 +39,8 @@ pub struct StageRun {
     /// Where the stage runs, and the constants there; known once a model was bound.
     pub(super) home: Option<(Device, Vec<(TensorId, PlainTensor)>)>,
     pub(super) ops: CustomOps,
+    /// For messages.
+    pub(super) origins: Origins,
     /// The parameters of this step.
     pub(super) values: HashMap<ParamId, PlainTensor>,
     pub(super) updated: HashMap<ParamId, PlainTensor>,
@@ -77,6 +80,7 @@ impl StageRun {
             home: None,
             sections,
             ops,
+            origins: Origins::of(graph),
             part,
             values: HashMap::new(),
             updated: HashMap::new(),

@@ -22,6 +22,9 @@ struct Link {
     choices: Vec<Cut>,
     /// Whether what they give is read element by element, wherever it lies.
     open: bool,
+    /// Whether what they give is cut into heads, and what they take comes from heads.
+    heads: bool,
+    from_heads: bool,
 }
 
 /// How activations lie between two links.
@@ -34,36 +37,56 @@ enum Features {
 /// How each layer that has rows and columns is split, by its number.
 pub(super) fn chains(layers: &[Layer], degree: usize) -> Vec<(usize, Cut)> {
     let mut chains: Vec<Vec<Link>> = Vec::new();
+    let mut norm = false;
     for (number, layer) in layers.iter().enumerate() {
-        let Some(link) = Link::of(number, layer, degree) else { continue };
+        norm |= layer.is_norm();
+        let Some(mut link) = Link::of(number, layer) else { continue };
         let mut chain = chains.pop().unwrap_or_default();
         match chain.last_mut() {
             None => chain.push(link),
-            Some(before) if is_beside(layers, before, layer) => before.join(link),
-            Some(before) if feeds(layers, before, layer, &link) => chain.push(link),
+            Some(before) if before.last(layers).is_beside(layer) => before.layers.push(number),
+            Some(before) if feeds(layers, before, layer, &link, norm) => {
+                // Of one layer for query, key and value the attention gives a third.
+                before.gives = link.takes;
+                link.from_heads = before.heads;
+                chain.push(link);
+            }
             Some(_) => chains.push(std::mem::replace(&mut chain, vec![link])),
         }
         chains.push(chain);
+        norm = false;
+    }
+    for link in chains.iter_mut().flatten() {
+        link.settle(layers, degree);
     }
     allow_whole(&mut chains, layers);
     chains.iter().flat_map(|chain| cheapest(chain, degree as f64)).collect()
 }
 
 impl Link {
-    fn of(number: usize, layer: &Layer, degree: usize) -> Option<Self> {
+    fn of(number: usize, layer: &Layer) -> Option<Self> {
         let ([takes, gives], weight) = (layer.ends()?, layer.weight()?);
         let (takes, gives) = (*weight.get(takes)?, *weight.get(gives)?);
-        let possible = [(Cut::Columns, gives), (Cut::Rows, takes)].into_iter();
-        let choices = possible.filter(|(_, size)| size.is_multiple_of(degree)).map(|(cut, _)| cut).collect();
-        let open = layer.role().1 == "GateController";
-        Some(Self { layers: vec![number], takes, gives, elements: weight.iter().product(), choices, open })
+        let (open, heads) = (layer.role().1 == "GateController", layer.gives_heads());
+        let (elements, choices) = (weight.iter().product(), Vec::new());
+        Some(Self { layers: vec![number], takes, gives, elements, choices, open, heads, from_heads: false })
     }
 
-    /// Puts a layer beside the others.
-    fn join(&mut self, beside: Self) {
-        self.layers.extend(beside.layers);
-        self.elements += beside.elements;
-        self.choices.retain(|choice| beside.choices.contains(choice));
+    /// Finds out how all of its layers can be split. Heads are not cut by padding.
+    fn settle(&mut self, layers: &[Layer], degree: usize) {
+        let can = |cut: &Cut| {
+            self.layers.iter().all(|number| {
+                let layer = &layers[*number];
+                let (Some([takes, gives]), Some(weight)) = (layer.ends(), layer.weight()) else { return false };
+                match cut {
+                    Cut::Columns => layer.divides(weight[gives], degree, !self.heads && !self.open),
+                    _ => layer.divides(weight[takes], degree, !self.from_heads && !self.open),
+                }
+            })
+        };
+        self.choices = [Cut::Columns, Cut::Rows].into_iter().filter(can).collect();
+        let weights = self.layers.iter().filter_map(|number| layers[*number].weight());
+        self.elements = weights.map(|weight| weight.iter().product::<usize>()).sum();
     }
 
     fn last<'a>(&self, layers: &'a [Layer]) -> &'a Layer {
@@ -71,27 +94,25 @@ impl Link {
     }
 }
 
-/// Whether a layer takes what a link takes, as far as that is known of burn-nn's layers.
-fn is_beside(layers: &[Layer], link: &Link, layer: &Layer) -> bool {
-    let (name, holder) = layer.role();
-    let same = match holder {
-        "MultiHeadAttention" | "CrossAttention" => name != "output",
-        "SwiGlu" => true,
-        _ => false,
-    };
-    let other = link.last(layers);
-    same && other.parent() == layer.parent() && other.role().1 == holder
-}
-
-/// Whether a link is taken to feed a layer: they are neighbours, and the widths fit.
-fn feeds(layers: &[Layer], before: &Link, layer: &Layer, link: &Link) -> bool {
+/// Whether a link is taken to feed a layer: they are neighbours, in one struct or, with no norm between, in one block, and the
+/// widths fit.
+fn feeds(layers: &[Layer], before: &Link, layer: &Layer, link: &Link, norm: bool) -> bool {
     let other = before.last(layers);
     // What a `SwiGlu` gives is what the struct around it sees.
     let from = match other.role().1 {
         "SwiGlu" => other.parent().split_last().map_or(&[][..], |(_, around)| around),
         _ => other.parent(),
     };
-    from == layer.parent() && before.gives == link.takes && !before.open && !link.open
+    let near = from == layer.parent() || (!norm && in_one_block(other.parent(), layer.parent()));
+    let fused = before.heads && before.takes == link.takes && before.gives == 3 * link.takes;
+    near && (before.gives == link.takes || fused) && !before.open && !link.open
+}
+
+/// Whether two places are in the same one of repeated blocks, and not alone in the whole model.
+fn in_one_block(a: &[(String, String)], b: &[(String, String)]) -> bool {
+    let common = a.iter().zip(b).take_while(|(a, b)| a.0 == b.0).count();
+    let numbered = |place: &(String, String)| place.0.parse::<usize>().is_ok();
+    common > 0 && !a[common..].iter().chain(&b[common..]).any(numbered)
 }
 
 /// Lets links stay whole that need not be split, and those that cannot be. Like layers of repeated blocks do as one.

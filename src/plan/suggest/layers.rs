@@ -29,7 +29,7 @@ pub(super) enum Cut {
 pub(super) struct Layer {
     /// Names of the fields that lead to it, and the types of the structs that these are in.
     place: Vec<(String, String)>,
-    kind: String,
+    pub kind: String,
     pub fields: Vec<(String, Vec<usize>)>,
 }
 
@@ -60,30 +60,80 @@ impl Layer {
         }
     }
 
+    /// Whether a dim of this size can be divided over the ranks: evenly, or with an eighth more of padding at most, which linear
+    /// layers and embeddings can go on with.
+    pub fn divides(&self, size: usize, degree: usize, pads: bool) -> bool {
+        let pads = pads && matches!(self.kind.as_str(), "Linear" | "Embedding");
+        size > 0 && size.next_multiple_of(degree) - size <= if pads { size / 8 } else { 0 }
+    }
+
+    pub fn is_norm(&self) -> bool {
+        self.kind.contains("Norm")
+    }
+
+    /// Whether it is one of several layers that take the same: query, key and value of an attention, or the two of a gated
+    /// feed-forward. As far as the types that burn-nn has and the names that the field uses tell.
+    pub fn is_beside(&self, other: &Self) -> bool {
+        const TOGETHER: [&[&str]; 9] = [
+            &["query", "key", "value"],
+            &["q_proj", "k_proj", "v_proj"],
+            &["q_lin", "k_lin", "v_lin"],
+            &["q", "k", "v"],
+            &["wq", "wk", "wv"],
+            &["to_q", "to_k", "to_v"],
+            &["gate_proj", "up_proj"],
+            &["gate", "up"],
+            &["wi_0", "wi_1"],
+        ];
+        let ((name, holder), (before, _)) = (self.role(), other.role());
+        let known = match holder {
+            "MultiHeadAttention" | "CrossAttention" => ![name, before].contains(&"output"),
+            "SwiGlu" => true,
+            _ => TOGETHER.iter().any(|names| names.contains(&name) && names.contains(&before)),
+        };
+        known && self.parent() == other.parent()
+    }
+
+    /// Whether what it gives is cut into heads, as far as names tell.
+    pub fn gives_heads(&self) -> bool {
+        let (name, holder) = self.role();
+        let attention = ["MultiHeadAttention", "CrossAttention"].contains(&holder) && name != "output";
+        let first = |word: char| name.starts_with(word) || name.ends_with(word);
+        let short = name.len() <= 2 || name.contains('_');
+        attention
+            || ["query", "key", "value"].iter().any(|word| name.contains(word))
+            || (short && "qkv".chars().any(first) && !name.contains("up") && !name.contains("down"))
+            || name.contains("attn")
+            || name.contains("qkv")
+    }
+
     pub fn layout(&self, cut: Cut, field: &str, dims: &[usize], degree: usize) -> Layout {
-        let possible = |dim: usize| dims.get(dim).is_some_and(|size| size.is_multiple_of(degree));
-        let along = |dim: usize| if possible(dim) { Layout::Sharded(dim) } else { Layout::Replicated };
+        let possible = |dim: usize, pads: bool| dims.get(dim).is_some_and(|size| self.divides(*size, degree, pads));
+        let along = |dim: usize, pads| if possible(dim, pads) { Layout::Sharded(dim) } else { Layout::Replicated };
         match (self.ends(), self.kind.as_str(), field) {
+            (None, ..) if cut == Cut::Whole => Layout::Replicated,
             (Some([takes, gives]), _, "weight") => match cut {
-                Cut::Columns => along(gives),
-                Cut::Rows => along(takes),
+                Cut::Columns => along(gives, true),
+                Cut::Rows => along(takes, true),
                 Cut::Whole => Layout::Replicated,
             },
             (Some(_), _, _) => {
                 if cut == Cut::Columns && dims.len() == 1 {
-                    along(0)
+                    along(0, true)
                 } else {
                     Layout::Replicated
                 }
             }
             (None, "Embedding", _) => {
-                if possible(0) {
-                    along(0)
+                if possible(0, true) {
+                    along(0, true)
                 } else {
-                    along(1)
+                    along(1, false)
                 }
             }
-            _ if dims.len() > 1 => (0..dims.len()).rev().find(|dim| possible(*dim)).map_or(Layout::Replicated, along),
+            _ if dims.len() > 1 => {
+                (0..dims.len()).rev().find(|dim| possible(*dim, false)).map_or(Layout::Replicated, Layout::Sharded)
+            }
             _ => Layout::Replicated,
         }
     }

@@ -8,6 +8,7 @@ mod fuse;
 mod golden;
 mod harness;
 mod memory;
+mod merged;
 mod overlap;
 mod padding;
 mod plans;

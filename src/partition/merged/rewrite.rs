@@ -1,0 +1,202 @@
+//! Operations on dims that are taken apart.
+
+use std::collections::HashMap;
+
+use burn::tensor::Slice;
+use burn_ir::{
+    ActivationOperationIr as Activation, BaseOperationIr as Base, IrVisitorMut, NumericOperationIr as Numeric,
+    OperationIr, PermuteOpIr, ReduceDimOpIr, ShapeOpIr, SliceAssignOpIr, SliceOpIr, TensorId, TensorIr,
+};
+
+use super::relate::related;
+use super::{Merge, as_reshape};
+use crate::graph::StepGraph;
+use crate::graph::random::draw_apart;
+use crate::partition::rules::of_kind;
+
+pub(super) struct Rewrite<'a> {
+    source: &'a StepGraph,
+    merges: &'a HashMap<TensorId, Merge>,
+    local: StepGraph,
+    /// Tensors that are apart.
+    apart: HashMap<TensorId, TensorIr>,
+    /// Tensors of one place along a merged dim, with several dims of one place there.
+    thin: HashMap<(TensorId, usize, usize), TensorIr>,
+}
+
+impl<'a> Rewrite<'a> {
+    pub(super) fn new(source: &'a StepGraph, merges: &'a HashMap<TensorId, Merge>) -> Self {
+        let local = StepGraph { operations: Vec::new(), forward_len: 0, ..source.clone() };
+        Self { source, merges, local, apart: HashMap::new(), thin: HashMap::new() }
+    }
+
+    pub(super) fn run(mut self) -> StepGraph {
+        let source = self.source;
+        for (place, op) in source.operations.iter().enumerate() {
+            let merge = op.inputs().chain(op.outputs()).find_map(|tensor| self.merges.get(&tensor.id));
+            match merge {
+                Some(merge) if self.takes_part(op) => self.step(op.clone(), &merge.clone()),
+                _ => self.local.operations.push(op.clone()),
+            }
+            if place < source.forward_len {
+                self.local.forward_len = self.local.operations.len();
+            }
+        }
+        self.local
+    }
+
+    /// Whether an operation can run on dims that are apart: all that read them can, some that make them cannot.
+    fn takes_part(&self, op: &OperationIr) -> bool {
+        let made = |out: &TensorIr| self.merges.get(&out.id).is_some_and(|merge| related(op, out.id, merge).is_some());
+        op.inputs().any(|input| self.merges.contains_key(&input.id)) || op.outputs().any(made)
+    }
+
+    fn step(&mut self, op: OperationIr, merge: &Merge) {
+        let inputs: Vec<TensorIr> = op.inputs().cloned().collect();
+        let outputs: Vec<TensorIr> = op.outputs().cloned().collect();
+        let rank = outputs.first().map_or(0, |out| out.shape.num_dims());
+        let reshapes = as_reshape(&op).is_some();
+        let mut now = HashMap::new();
+        for input in &inputs {
+            let local = match self.merges.get(&input.id) {
+                Some(_) => self.input(input),
+                None if reshapes => input.clone(),
+                None => {
+                    // Shorter tensors are spread over more dims in front.
+                    let at = (merge.at + input.shape.num_dims()).checked_sub(rank);
+                    at.map_or_else(|| input.clone(), |at| self.thin(input, at, merge.factors.len()))
+                }
+            };
+            now.insert(input.id, local);
+        }
+        for out in &outputs {
+            if let Some(merge) = self.merges.get(&out.id) {
+                let local = merge.apart(out);
+                self.apart.insert(out.id, local.clone());
+                now.insert(out.id, local);
+            }
+        }
+        // The place of the merge in what is read, if it is.
+        let read = inputs.iter().find_map(|input| self.merges.get(&input.id)).unwrap_or(merge).clone();
+        let mut local = op;
+        local.visit_mut(&mut Replace(&now));
+        match &mut local {
+            OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => {
+                renumber(base, &read);
+            }
+            OperationIr::NumericFloat(_, numeric) | OperationIr::NumericInt(_, numeric) => match numeric {
+                Numeric::SumDim(sum) if sum.axis == read.at => return self.sum(local, &[read.at], &read),
+                Numeric::SumDims(sum) if sum.axes.contains(&read.at) => {
+                    let axes = sum.axes.clone();
+                    return self.sum(local, &axes, &read);
+                }
+                Numeric::SumDim(reduce)
+                | Numeric::MeanDim(reduce)
+                | Numeric::MaxDim(reduce)
+                | Numeric::MaxAbsDim(reduce)
+                | Numeric::MinDim(reduce)
+                | Numeric::ProdDim(reduce) => reduce.axis = read.shift(reduce.axis),
+                Numeric::SumDims(reduce) => reduce.axes.iter_mut().for_each(|axis| *axis = read.shift(*axis)),
+                _ => {}
+            },
+            OperationIr::Activation(Activation::Softmax(along) | Activation::LogSoftmax(along)) => {
+                along.axis = read.shift(along.axis);
+            }
+            OperationIr::Custom(_) => draw_apart(&mut local, read.at, &read.factors),
+            _ => {}
+        }
+        self.local.operations.push(local);
+    }
+
+    /// The tensor apart, taken so here if what made it could not.
+    fn input(&mut self, tensor: &TensorIr) -> TensorIr {
+        if let Some(apart) = self.apart.get(&tensor.id) {
+            return apart.clone();
+        }
+        let out = TensorIr { id: self.local.fresh_id(), ..self.merges[&tensor.id].apart(tensor) };
+        self.reshape(tensor.clone(), out.clone());
+        self.apart.insert(tensor.id, out.clone());
+        out
+    }
+
+    fn thin(&mut self, tensor: &TensorIr, at: usize, places: usize) -> TensorIr {
+        if let Some(thin) = self.thin.get(&(tensor.id, at, places)) {
+            return thin.clone();
+        }
+        let ones = Merge { at, factors: vec![1; places] };
+        let out = TensorIr { id: self.local.fresh_id(), ..ones.apart(tensor) };
+        self.reshape(tensor.clone(), out.clone());
+        self.thin.insert((tensor.id, at, places), out.clone());
+        out
+    }
+
+    fn reshape(&mut self, input: TensorIr, out: TensorIr) {
+        self.local.operations.push(of_kind(input.dtype, Base::Reshape(ShapeOpIr { input, out })));
+    }
+
+    /// A sum over the merged dim, and over others, as sums over the dims that it was made of.
+    fn sum(&mut self, op: OperationIr, axes: &[usize], merge: &Merge) {
+        let (Some(input), Some(out)) = (op.inputs().next().cloned(), op.outputs().next().cloned()) else { return };
+        let parts = axes.iter().flat_map(|axis| match *axis == merge.at {
+            true => merge.at..=merge.at + merge.more(),
+            false => merge.shift(*axis)..=merge.shift(*axis),
+        });
+        let dtype = out.dtype;
+        let mut so_far = input;
+        for axis in parts {
+            let mut next = TensorIr { id: self.local.fresh_id(), ..so_far.clone() };
+            next.shape[axis] = 1;
+            let sum = ReduceDimOpIr { input: so_far, out: next.clone(), axis, accumulator_len: 1 };
+            self.local.operations.push(match dtype.is_float() {
+                true => OperationIr::NumericFloat(dtype, Numeric::SumDim(sum)),
+                false => OperationIr::NumericInt(dtype, Numeric::SumDim(sum)),
+            });
+            so_far = next;
+        }
+        self.reshape(so_far, out);
+    }
+}
+
+/// Numbers the dims of an operation anew whose tensors are apart already; `read` is the merge in what it reads.
+fn renumber(base: &mut Base, read: &Merge) {
+    match base {
+        Base::SwapDims(swap) if swap.dim1 == read.at || swap.dim2 == read.at => {
+            let rank = swap.input.shape.num_dims() - read.more();
+            let mut axes: Vec<usize> = (0..rank).collect();
+            axes.swap(swap.dim1, swap.dim2);
+            let axes = apart(&axes, read);
+            *base = Base::Permute(PermuteOpIr { input: swap.input.clone(), out: swap.out.clone(), axes });
+        }
+        Base::SwapDims(swap) => (swap.dim1, swap.dim2) = (read.shift(swap.dim1), read.shift(swap.dim2)),
+        Base::Permute(permute) => permute.axes = apart(&permute.axes, read),
+        Base::Slice(SliceOpIr { ranges, .. }) | Base::SliceAssign(SliceAssignOpIr { ranges, .. })
+            if ranges.len() > read.at =>
+        {
+            let all = read.factors.iter().map(|size| Slice::new(0, Some(*size as isize), 1));
+            ranges.splice(read.at..=read.at, all);
+        }
+        Base::Cat(cat) => cat.dim = read.shift(cat.dim),
+        Base::RepeatDim(repeat) => repeat.dim = read.shift(repeat.dim),
+        Base::Flip(flip) => flip.axes.iter_mut().for_each(|axis| *axis = read.shift(*axis)),
+        _ => {}
+    }
+}
+
+/// The axes of a permutation, with those that one was made of in its place.
+fn apart(axes: &[usize], read: &Merge) -> Vec<usize> {
+    let parts = |axis: &usize| match *axis == read.at {
+        true => read.at..=read.at + read.more(),
+        false => read.shift(*axis)..=read.shift(*axis),
+    };
+    axes.iter().flat_map(parts).collect()
+}
+
+struct Replace<'a>(&'a HashMap<TensorId, TensorIr>);
+
+impl IrVisitorMut for Replace<'_> {
+    fn visit_tensor_mut(&mut self, tensor: &mut TensorIr) {
+        if let Some(now) = self.0.get(&tensor.id) {
+            *tensor = now.clone();
+        }
+    }
+}
