@@ -214,16 +214,15 @@ impl<'a> Pass<'a> {
         {
             self.indexed.insert((*indices, *dim), Sharded(*dim));
         }
-        if let How::Indexed { dim } = strategy.how
-            && self.forward
-            && let Some((tensor, indices)) = looked_up(&op)
+        if self.forward
+            && let Some((tensor, indices, dim)) = looked_up(&op)
         {
-            let below = match self.unpadded.get(&tensor.id) {
-                Some((padded, size)) if *padded == dim => *size,
-                _ => tensor.shape[dim],
-            };
-            let local = locals[&indices.id].clone();
-            locals.insert(indices.id, self.within(local, below));
+            let padded = self.unpadded.get(&tensor.id).filter(|(padded, _)| *padded == dim);
+            if padded.is_some() || matches!(strategy.how, How::Indexed { .. }) {
+                let below = padded.map_or(tensor.shape[dim], |(_, size)| *size);
+                let local = locals[&indices.id].clone();
+                locals.insert(indices.id, self.within(local, below));
+            }
         }
         let outputs: Vec<TensorIr> = op.outputs().cloned().collect();
         let mut reduced = Vec::new();

@@ -43,13 +43,11 @@ impl Joined {
         }
         let found = Value::of(whole, out.id);
         let each: Option<Vec<Value>> = parts.iter().map(|part| Value::of(part, part.outputs[place].id)).collect();
-        match (found, each) {
-            (Some(value), Some(each)) if each.iter().all(|part| part.behind == value.behind) => {
-                if let Some(joined) = value.joined(&each, sizes) {
-                    return Ok(joined);
-                }
-            }
-            _ => {}
+        if let (Some(value), Some(each)) = (found, each)
+            && each.iter().all(|part| part.behind == value.behind)
+            && let Some(joined) = value.joined(&each, sizes)
+        {
+            return Ok(joined);
         }
         Err(stage_error(format!(
             "output {place} of the forward pass has dims {:?} for the whole batch, and so it has for each of {} micro-batches, from \
@@ -108,18 +106,17 @@ impl Value {
             }
             let op = maker(id)?;
             let elements = |input: &TensorIr| input.shape.num_elements();
-            let step = |name: String| Some(name);
             let (input, name) = match op {
                 OperationIr::BaseFloat(Base::Reshape(op)) | OperationIr::BaseInt(Base::Reshape(op)) => {
-                    (op.input.id, step(format!("reshape {:?}", op.out.shape)))
+                    (op.input.id, format!("reshape {:?}", op.out.shape))
                 }
                 OperationIr::BaseFloat(Base::Cast(op)) if op.input.dtype.is_float() => {
-                    (op.input.id, step(format!("cast {:?}", op.out.dtype)))
+                    (op.input.id, format!("cast {:?}", op.out.dtype))
                 }
                 OperationIr::NumericFloat(_, numeric) => match numeric {
-                    Numeric::Neg(op) => (op.input.id, step("neg".into())),
-                    Numeric::MulScalar(op) => (op.lhs.id, step(format!("times {:?}", op.rhs))),
-                    Numeric::DivScalar(op) => (op.lhs.id, step(format!("over {:?}", op.rhs))),
+                    Numeric::Neg(op) => (op.input.id, "neg".to_owned()),
+                    Numeric::MulScalar(op) => (op.lhs.id, format!("times {:?}", op.rhs)),
+                    Numeric::DivScalar(op) => (op.lhs.id, format!("over {:?}", op.rhs)),
                     Numeric::Sum(op) => return Some(Self { kind: Kind::Sum(elements(&op.input)), behind }),
                     Numeric::SumDim(op) => return Some(Self { kind: Kind::Sum(elements(&op.input)), behind }),
                     Numeric::Mean(op) => return Some(Self { kind: Kind::Mean(elements(&op.input)), behind }),
@@ -134,7 +131,7 @@ impl Value {
                 }
                 _ => return None,
             };
-            behind.extend(name);
+            behind.push(name);
             id = input;
         }
     }

@@ -11,11 +11,14 @@ pub(crate) fn like(path: &str) -> String {
     path.split('.').map(name).collect::<Vec<_>>().join(".")
 }
 
+/// A parameter by its path and dims, and the layout that it is to have.
+type Named = (String, Vec<usize>, Layout);
+
 /// A plan that gives exactly these layouts to the parameters of these paths and dims over `degree` ranks, with a pattern for
 /// like paths where they agree. What the degree does not divide is padded.
-pub(crate) fn concise(layouts: &[(String, Vec<usize>, Layout)], degree: usize) -> Plan {
+pub(crate) fn concise(layouts: &[Named], degree: usize) -> Plan {
     // The layout, and whether it needs padding.
-    let said = |(_, dims, layout): &(String, Vec<usize>, Layout)| match layout {
+    let said = |(_, dims, layout): &Named| match layout {
         Layout::Sharded(dim) => (*layout, dims.get(*dim).is_some_and(|size| !size.is_multiple_of(degree))),
         _ => (*layout, false),
     };
@@ -24,7 +27,7 @@ pub(crate) fn concise(layouts: &[(String, Vec<usize>, Layout)], degree: usize) -
         (Layout::Sharded(dim), true) => plan.shard_padded(pattern, dim),
         _ => plan,
     };
-    let mut by_pattern: BTreeMap<String, Vec<&(String, Vec<usize>, Layout)>> = BTreeMap::new();
+    let mut by_pattern: BTreeMap<String, Vec<&Named>> = BTreeMap::new();
     for named in layouts {
         by_pattern.entry(like(&named.0)).or_default().push(named);
     }

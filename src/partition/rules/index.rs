@@ -58,17 +58,17 @@ pub(super) fn base(op: &Base) -> Vec<Strategy> {
     }
 }
 
-/// The tensor and the indices of an operation that looks up, or writes, along a dim.
-pub(crate) fn looked_up(op: &OperationIr) -> Option<(&TensorIr, &TensorIr)> {
+/// The tensor and the indices of an operation that looks up, or writes, along a dim, and that dim.
+pub(crate) fn looked_up(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, usize)> {
     match op {
         OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => match base {
-            Base::Gather(op) => Some((&op.tensor, &op.indices)),
-            Base::Scatter(op) => Some((&op.tensor, &op.indices)),
-            Base::Select(op) => Some((&op.tensor, &op.indices)),
-            Base::SelectAssign(op) => Some((&op.tensor, &op.indices)),
+            Base::Gather(op) => Some((&op.tensor, &op.indices, op.dim)),
+            Base::Scatter(op) => Some((&op.tensor, &op.indices, op.dim)),
+            Base::Select(op) => Some((&op.tensor, &op.indices, op.dim)),
+            Base::SelectAssign(op) => Some((&op.tensor, &op.indices, op.dim)),
             _ => None,
         },
-        OperationIr::Module(Module::Embedding(op)) => Some((&op.weights, &op.indices)),
+        OperationIr::Module(Module::Embedding(op)) => Some((&op.weights, &op.indices, 0)),
         _ => None,
     }
 }

@@ -26,9 +26,9 @@ fn a_token_beyond_the_vocabulary_is_an_error_with_the_token() {
                     model.step(tokens(7, words, 0), CausalLm::loss)?;
                     let bad = || with(token, 2, place, words);
                     let error = model.step(bad(), CausalLm::loss).unwrap_err().to_string();
+                    // Where the loss is computed from whole logits, burn panics as on one device.
                     let forward = |model: &CausalLm, tokens: Tensor<2, Int>| model.loss(tokens);
                     let evaluated = model.forward_with(bad(), forward).unwrap_err().to_string();
-                    // Where the loss is computed from whole logits, burn panics as on one device.
                     assert!(evaluated.contains(&format!("index {token} ")), "{evaluated}");
                     // All is well again.
                     model.step(tokens(7, words, 1), CausalLm::loss)?;
