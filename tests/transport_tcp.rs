@@ -324,7 +324,7 @@ fn the_suite(size: usize) -> Result<(), Failed> {
 }
 
 fn counted(said: Vec<String>, size: usize) -> Result<(), Failed> {
-    let count = if size == 1 { "<12 checks>" } else { "<20 checks>" };
+    let count = if size == 1 { "<13 checks>" } else { "<21 checks>" };
     match said.iter().all(|said| said.contains(count)) {
         true => Ok(()),
         false => Err(format!("{said:?}").into()),

@@ -6,6 +6,6 @@ use crate::transport_suite::{self, over_threads};
 fn the_suite() {
     for size in 1..=4 {
         let counts = over_threads::run(size, |engine| transport_suite::run(&engine, &|_| ()));
-        assert_eq!(counts, vec![Some(if size == 1 { 12 } else { 20 }); size]);
+        assert_eq!(counts, vec![Some(if size == 1 { 13 } else { 21 }); size]);
     }
 }

@@ -206,8 +206,9 @@ fn sources_that_do_not_fit() {
     let renamed: Vec<u8> = String::from_utf8_lossy(&store[..400]).replace("down.bias", "down.bios").into_bytes();
     let said = load(Mlp::new, &[&renamed[..400], &store[400..]].concat());
     assert!(said.contains("no parameter `down.bias`"), "{said}");
+    // What is cut off is found before anything is read for the model.
     let said = load(Mlp::new, &store[..store.len() - 8]);
-    assert!(said.contains("cannot read tensor"), "{said}");
+    assert!(said.contains("it is cut off"), "{said}");
     let said = load(Mlp::new, b"this is no such file at all");
     assert!(said.contains("too long"), "{said}");
     let said = load(Mlp::new, b"");
