@@ -22,8 +22,8 @@ step() {
 }
 
 end_script() {
-    local code=$?
-    [ "$code" = 0 ] || step_name="$step_name: failed"
+    local code=${1:-$?}
+    [ "$code" = 0 ] || step_name=${step_name:+$step_name: failed}
     end_step
     if [ "$step_first" = yes ]; then
         printf '\n== seconds, and of them on processors\n'
@@ -33,6 +33,7 @@ end_script() {
     rm -f "$step_scratch"
 }
 
+export CARGO_INCREMENTAL=0
 step_name= step_scratch=$(mktemp) step_first=no
 if [ -z "${STEPS:-}" ]; then
     step_first=yes

@@ -7,6 +7,8 @@ mod transport_suite;
 
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -78,8 +80,9 @@ fn main() {
     }
     trial("ranks_on_hosts".into(), hosts, Box::new(ranks_on_hosts));
     trial("hosts_that_are_cut_off".into(), hosts, Box::new(hosts_that_are_cut_off));
-    // Each starts several processes.
-    let arguments = Arguments { test_threads: Some(1), ..Arguments::from_args() };
+    // Their processes wait more than they compute.
+    let arguments = Arguments::from_args();
+    let arguments = Arguments { test_threads: arguments.test_threads.or(Some(4)), ..arguments };
     libtest_mimic::run(&arguments, trials).exit();
 }
 
@@ -294,7 +297,7 @@ impl Ranks {
     }
 
     fn here_within(role: &str, size: usize, timeout: &str) -> Self {
-        let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+        let port = free_port();
         let exe = std::env::current_exe().unwrap();
         Self::start(role, size, ("127.0.0.1", port), timeout, |rank| (Command::new(&exe), rank))
     }
@@ -400,8 +403,16 @@ fn broken_connections() -> Result<(), Failed> {
     if good { Ok(()) } else { Err(format!("{said:#?}").into()) }
 }
 
-/// Two hosts, joined by a cable, gone when the test ends.
-struct Hosts(u32);
+/// A port that no other trial takes, below those that the system gives to connections.
+fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = 10_000 + (std::process::id() % 20_000) as u16;
+    let mut ports = (0..1000).map(|_| first + NEXT.fetch_add(1, Ordering::Relaxed));
+    ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("a port that nobody listens at")
+}
+
+/// Two hosts, joined by a cable, gone when the test ends. One pair at a time.
+struct Hosts(u32, #[expect(dead_code, reason = "held")] MutexGuard<'static, ()>);
 
 impl Hosts {
     fn possible() -> bool {
@@ -409,7 +420,9 @@ impl Hosts {
     }
 
     fn new() -> Option<Self> {
-        let hosts = Self(std::process::id() % 100_000);
+        static TURN: Mutex<()> = Mutex::new(());
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let hosts = Self(std::process::id() % 100_000, turn);
         let id = hosts.0;
         for host in 0..2 {
             ip(&format!("netns add bp{id}-{host}"))?;

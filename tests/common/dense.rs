@@ -1,5 +1,9 @@
 //! A plain array: the reference, which shares no code with what it judges.
 
+use std::collections::BTreeMap;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::optim::GradientsParams;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use burn_parallel::comm::part;
 
@@ -71,4 +75,37 @@ impl Dense {
             assert!((a - b).abs() <= tolerance * b.abs().max(1.0), "{what}: {a} for {b} at {index}");
         }
     }
+}
+
+/// What a rank holds, by the ids of the parameters: values, or gradients, of which each must have one.
+pub fn parameters<M: Module>(model: &M, gradients: Option<&GradientsParams>) -> BTreeMap<String, Dense> {
+    struct Parameters<'a>(Option<&'a GradientsParams>, BTreeMap<String, Dense>);
+    impl ModuleVisitor for Parameters<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let dense = match self.0 {
+                None => Dense::of(&param.val()),
+                Some(gradients) => Dense::of(&gradients.get::<D>(param.id).expect("every parameter is used")),
+            };
+            assert!(self.1.insert(param.id.to_string(), dense).is_none());
+        }
+    }
+    let mut visitor = Parameters(gradients, BTreeMap::new());
+    model.visit(&mut visitor);
+    visitor.1
+}
+
+/// Fills every parameter with numbers of a seed, in a dtype, small enough for sums over the first dim to stay near 1.
+pub fn filled<M: Module>(model: M, seed: u64, device: &Device, dtype: DType) -> M {
+    struct Fill<'a>(u64, &'a Device, DType);
+    impl ModuleMapper for Fill<'_> {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            self.0 += 1;
+            let (id, value, _) = param.consume();
+            let mut dense = Dense::fractions(&value.dims(), self.0);
+            let scale = (value.dims()[0] as f64).sqrt();
+            dense.values.iter_mut().for_each(|value| *value /= scale);
+            Param::initialized(id, dense.tensor(self.1, self.2).require_grad())
+        }
+    }
+    model.map(&mut Fill(seed * 100, device, dtype))
 }

@@ -1,8 +1,6 @@
 //! Ordinary burn models, and eager steps to compare with.
 
-use std::collections::HashMap;
-
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::conv::{Conv2d, Conv2dConfig};
 use burn::nn::loss::CrossEntropyLossConfig;
 use burn::nn::pool::{AdaptiveAvgPool2dConfig, MaxPool2dConfig};
@@ -122,6 +120,37 @@ impl Lm {
     }
 }
 
+/// A language model whose heads and widths 2, 3 and 4 ranks divide, with dropout if asked for.
+#[derive(Module, Debug)]
+pub struct WideLm {
+    pub embedding: Embedding,
+    pub encoder: TransformerEncoder,
+    pub norm: LayerNorm,
+    pub head: Linear,
+}
+
+impl WideLm {
+    pub fn new(vocabulary: usize, dropout: f64, norm_first: bool, layers: usize, device: &Device) -> Self {
+        let encoder =
+            TransformerEncoderConfig::new(24, 48, 12, layers).with_dropout(dropout).with_norm_first(norm_first);
+        Self {
+            embedding: EmbeddingConfig::new(vocabulary, 24).init(device),
+            encoder: encoder.init(device),
+            norm: LayerNormConfig::new(24).init(device),
+            head: LinearConfig::new(24, vocabulary).init(device),
+        }
+    }
+
+    pub fn loss(&self, (tokens, targets): (Tensor<2, Int>, Tensor<2, Int>)) -> Tensor<1> {
+        let [b, s] = tokens.dims();
+        let mask = attention::generate_autoregressive_mask(b, s, &tokens.device());
+        let x = TransformerEncoderInput::new(self.embedding.forward(tokens)).mask_attn(mask);
+        let logits = self.head.forward(self.norm.forward(self.encoder.forward(x)));
+        let vocabulary = logits.dims()[2];
+        cross_entropy(logits.reshape([b * s, vocabulary]), targets.reshape([b * s]))
+    }
+}
+
 #[derive(Module, Debug)]
 pub struct Cnn {
     pub input_norm: BatchNorm,
@@ -237,41 +266,6 @@ impl Tied {
     }
 }
 
-pub type Values = HashMap<ParamId, Vec<f32>>;
-
-/// Every float parameter and running statistic.
-#[derive(Default)]
-struct Floats(Values);
-
-impl ModuleVisitor for Floats {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        self.0.insert(param.id, param.val().inner().into_data().try_to_vec().unwrap());
-    }
-}
-
-pub fn floats<M: Module>(model: &M) -> Values {
-    let mut floats = Floats::default();
-    // Applies what an eager forward left pending in running statistics.
-    model.valid().visit(&mut floats);
-    floats.0
-}
-
-struct GradFloats<'a>(&'a GradientsParams, Values);
-
-impl ModuleVisitor for GradFloats<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(gradient) = self.0.get::<D>(param.id) {
-            self.1.insert(param.id, gradient.into_data().try_to_vec().unwrap());
-        }
-    }
-}
-
-pub fn grad_floats<M: Module>(model: &M, gradients: &GradientsParams) -> Values {
-    let mut floats = GradFloats(gradients, Values::new());
-    model.visit(&mut floats);
-    floats.1
-}
-
 pub fn scalar(loss: Tensor<1>) -> f32 {
     loss.inner().into_scalar::<f32>()
 }
@@ -280,23 +274,4 @@ pub fn eager<M: Module>(model: &M, loss: impl FnOnce(&M) -> Tensor<1>) -> (f32, 
     let loss = loss(model);
     let gradients: Gradients = loss.backward();
     (scalar(loss), GradientsParams::from_grads(gradients, model))
-}
-
-/// Largest difference, relative to the largest value of the same tensor (or 1e-3).
-#[track_caller]
-pub fn difference(a: &Values, b: &Values) -> f32 {
-    let mut keys: [Vec<_>; 2] = [a, b].map(|v| v.keys().map(|k| k.to_string()).collect());
-    keys.iter_mut().for_each(|k| k.sort());
-    assert_eq!(keys[0], keys[1], "not the same parameters");
-    let mut worst = 0.0f32;
-    for (id, x) in a {
-        let y = &b[id];
-        assert_eq!(x.len(), y.len());
-        let scale = x.iter().fold(1e-3f32, |m, v| m.max(v.abs()));
-        for (x, y) in x.iter().zip(y) {
-            assert!(x.is_finite() && y.is_finite());
-            worst = worst.max((x - y).abs() / scale);
-        }
-    }
-    worst
 }

@@ -7,7 +7,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::prelude::*;
 
-use crate::common::models::{self, Numbers};
+use crate::common::models::{Numbers, eager};
 
 /// A whole tensor, as one device has it.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,7 +35,10 @@ impl ModuleVisitor for Floats<'_> {
         if let Some(value) = value {
             let dims = value.dims().to_vec();
             let values = value.into_data().convert::<f32>().try_to_vec().unwrap();
-            self.values.insert(self.path.join("."), Whole { dims, values });
+            let (path, visits) = (self.path.join("."), self.values.len());
+            // An adapter has the path of what it adapts.
+            let path = if self.values.contains_key(&path) { format!("{path} {visits}") } else { path };
+            self.values.insert(path, Whole { dims, values });
         }
     }
 
@@ -54,7 +57,7 @@ pub fn values<M: Module>(model: &M) -> Wholes {
     floats.values
 }
 
-pub fn gradients<M: Module>(model: &M, gradients: &GradientsParams) -> Wholes {
+pub fn gradient_values<M: Module>(model: &M, gradients: &GradientsParams) -> Wholes {
     let mut floats = Floats { gradients: Some(gradients), ..Floats::default() };
     model.visit(&mut floats);
     floats.values
@@ -124,6 +127,28 @@ pub fn all_same(what: &str, expected: &Wholes, found: &Wholes, tolerance: f32) {
     }
 }
 
+/// Largest difference, relative to the largest value of the same tensor (or 1e-3).
+#[track_caller]
+pub fn difference(a: &Wholes, b: &Wholes) -> f32 {
+    assert!(a.keys().eq(b.keys()), "not the same parameters: {:?}, {:?}", a.keys(), b.keys());
+    let mut worst = 0.0f32;
+    for (a, b) in a.values().zip(b.values()) {
+        assert_eq!(a.dims, b.dims);
+        let scale = a.values.iter().fold(1e-3f32, |most, x| most.max(x.abs()));
+        for (x, y) in a.values.iter().zip(&b.values) {
+            assert!(x.is_finite() && y.is_finite());
+            worst = worst.max((x - y).abs() / scale);
+        }
+    }
+    worst
+}
+
+/// Demands two losses that differ by rounding.
+#[track_caller]
+pub fn close(what: &str, a: f32, b: f32) {
+    assert!((a - b).abs() <= 2e-5 * a.abs().max(1.0), "{what}: {a} {b}");
+}
+
 pub fn optimizer() -> ModuleOptimizer {
     // Gradients that are 0 but for rounding, as that of a key's bias, must not be blown up.
     AdamWConfig::new().with_weight_decay(0.01).with_epsilon(1e-2).init()
@@ -142,7 +167,7 @@ pub fn own<M: Module>(model: &M) -> M {
 /// What a few steps of one device give, whatever the values of the model: the losses, and all parameters after each.
 pub struct Alone {
     pub losses: Vec<f32>,
-    pub after: Vec<models::Values>,
+    pub after: Vec<Wholes>,
 }
 
 /// Trains a copy of a model on one device, the CPU.
@@ -155,10 +180,10 @@ pub fn alone<M: Module, I>(
     let (mut model, mut optim) = (own(model), optimizer());
     let mut alone = Alone { losses: Vec::new(), after: Vec::new() };
     for step in 0..steps {
-        let (loss, gradients) = models::eager(&model, |m| loss(m, batch(step)));
+        let (loss, gradients) = eager(&model, |m| loss(m, batch(step)));
         alone.losses.push(loss);
         model = optim.step(0.05, model, gradients);
-        alone.after.push(models::floats(&model));
+        alone.after.push(values(&model));
     }
     alone
 }
@@ -181,8 +206,8 @@ pub fn reference<M: Module, I>(
     let mut optim = optimizer();
     let mut done = Vec::new();
     for step in 0..steps {
-        let (loss, grads) = models::eager(&model, |m| loss(m, batch(step)));
-        let gradients = gradients(&model, &grads);
+        let (loss, grads) = eager(&model, |m| loss(m, batch(step)));
+        let gradients = gradient_values(&model, &grads);
         model = optim.step(0.05, model, grads);
         done.push(Reference { loss, gradients, after: values(&model) });
     }

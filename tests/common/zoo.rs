@@ -1,5 +1,4 @@
 //! Models that know nothing of parallelism, their batches and losses.
-#![allow(dead_code)]
 
 use std::ops::Range;
 
@@ -11,6 +10,7 @@ use burn::nn::{
     BatchNorm, BatchNormConfig, Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig, Lstm,
     LstmConfig,
 };
+use burn::optim::{GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -27,6 +27,21 @@ pub struct Case<M> {
     pub model: M,
     pub loss: fn(&M, Batch) -> Tensor<1>,
     pub input: fn(usize, Range<usize>) -> Batch,
+}
+
+impl<M: Module> Case<M> {
+    /// Trains on one device, on so many rows in each step: the losses, and the model.
+    pub fn alone(&self, mut optim: ModuleOptimizer, lr: f64, rows: &[usize]) -> (Vec<f64>, M) {
+        let mut model = self.model.clone().fork(&Device::flex().autodiff()).train();
+        let mut losses = Vec::new();
+        for (step, rows) in rows.iter().enumerate() {
+            let loss = (self.loss)(&model, (self.input)(step, 0..*rows));
+            losses.push(loss.clone().inner().into_scalar::<f64>());
+            let grads = GradientsParams::from_grads(loss.backward(), &model);
+            model = optim.step(lr, model, grads);
+        }
+        (losses, model)
+    }
 }
 
 fn uniform(rng: &mut ChaCha8Rng) -> f32 {

@@ -2,7 +2,6 @@
 
 use burn::module::Module;
 use burn::optim::{AdamWConfig, ModuleOptimizer, SgdConfig};
-use burn::tensor::Device;
 use burn_parallel::comm::part;
 use burn_parallel::prelude::*;
 
@@ -19,24 +18,10 @@ fn optimizer(name: &str) -> ModuleOptimizer {
     }
 }
 
-/// Losses and final parameters of one device on the whole batch.
-fn alone<M: Module>(case: &Case<M>, optim: &str) -> (Vec<f64>, Vec<(String, Vec<f32>)>) {
-    let device = Device::flex().autodiff();
-    let mut model = case.model.clone().fork(&device).train();
-    let mut optim = optimizer(optim);
-    let mut losses = Vec::new();
-    for step in 0..STEPS {
-        let loss = (case.loss)(&model, (case.input)(step, 0..ROWS));
-        losses.push(loss.clone().inner().into_scalar::<f64>());
-        let grads = burn::optim::GradientsParams::from_grads(loss.backward(), &model);
-        model = optim.step(1e-2, model, grads);
-    }
-    (losses, parameters(&model.valid()))
-}
-
 fn parity<M: Module + Sync>(case: Case<M>) {
     for optim in ["adamw", "sgd"] {
-        let (losses, expected) = alone(&case, optim);
+        let (losses, model) = case.alone(optimizer(optim), 1e-2, &[ROWS; STEPS]);
+        let expected = parameters(&model.valid());
         for size in WORLDS {
             let ranks = launch::threads(size)
                 .run(|rank| {
@@ -114,7 +99,8 @@ fn lora_adapters() {
 fn synchronised_batch_norm() {
     let case = zoo::cnn_with_batch_norm();
     for optim in ["adamw", "sgd"] {
-        let (losses, expected) = alone(&case, optim);
+        let (losses, model) = case.alone(optimizer(optim), 1e-2, &[ROWS; STEPS]);
+        let expected = parameters(&model.valid());
         for size in WORLDS {
             let ranks = launch::threads(size)
                 .run(|rank| {

@@ -28,14 +28,7 @@ fn wrap<M: Module>(rank: &Rank, model: &M, config: DataParallelConfig) -> Result
 
 /// Steps of one device on all rows of each step, SGD.
 fn alone<M: Module>(case: &zoo::Case<M>, rows: &[usize]) -> Vec<(String, Vec<f32>)> {
-    let mut model = case.model.clone().fork(&Device::flex().autodiff()).train();
-    let mut optim = sgd();
-    for (step, rows) in rows.iter().enumerate() {
-        let loss = (case.loss)(&model, (case.input)(step, 0..*rows));
-        let grads = GradientsParams::from_grads(loss.backward(), &model);
-        model = optim.step(0.1, model, grads);
-    }
-    parameters(&model)
+    parameters(&case.alone(sgd(), 0.1, rows).1)
 }
 
 #[test]

@@ -5,8 +5,8 @@ use burn::tensor::activation;
 use burn_parallel::partition::CollectiveKind;
 use burn_parallel::prelude::*;
 
-use crate::common::models::{Lm, Mlp, Numbers, device, difference, eager, floats, scalar};
-use crate::common::reference::{alone, optimizer, own};
+use crate::common::models::{Lm, Mlp, Numbers, device, eager, scalar};
+use crate::common::reference::{alone, difference, optimizer, own, values};
 
 const STEPS: usize = 3;
 
@@ -74,7 +74,7 @@ fn uneven_replicas_of_split_models_train_like_one_device() {
                     let (loss, expected) = (result.loss as f32, reference.losses[step]);
                     assert!((loss - expected).abs() < 2e-5 * expected, "loss {step}: {loss} {expected}");
                     model = optim.step(0.05, model, result.grads);
-                    let worst = difference(&reference.after[step], &floats(&model.assemble()?));
+                    let worst = difference(&reference.after[step], &values(&model.assemble()?));
                     assert!(worst < 3e-4, "{worst} after step {step} with dp {} and tp {}", dp.size(), tp.size());
                 }
                 Ok(())
@@ -100,7 +100,7 @@ fn both_axes_in_the_graph_train_like_one_device() {
                     let (loss, expected) = (scalar(result.loss), reference.losses[step]);
                     assert!((loss - expected).abs() < 2e-5 * expected, "loss {step}: {loss} {expected}");
                     model = optim.step(0.05, model, result.grads);
-                    let worst = difference(&reference.after[step], &floats(&model.assemble()?));
+                    let worst = difference(&reference.after[step], &values(&model.assemble()?));
                     assert!(worst < 3e-4, "{worst} after step {step} with dp {dp} and tp {tp}");
                 }
                 let [over_tp, over_dp] = <[_; 2]>::try_from(model.reports()).unwrap();
@@ -126,7 +126,7 @@ fn parameters_split_over_both_axes() {
     };
     let loss = |m: &Mlp, (x, t): (Tensor<2>, Tensor<1, Int>)| m.loss(x, t);
     let (expected, gradients) = eager(&model, |m| loss(m, batch()));
-    let after = floats(&optimizer().step(0.05, own(&model), gradients));
+    let after = values(&optimizer().step(0.05, own(&model), gradients));
     launch::threads(4)
         .run(|world| {
             let mesh = Mesh::new(&world, [("fsdp", 2), ("tp", 2)])?;
@@ -139,7 +139,7 @@ fn parameters_split_over_both_axes() {
             let step = model.step(batch(), loss)?;
             assert!((scalar(step.loss) - expected).abs() < 1e-6);
             let model = optimizer().step(0.05, model, step.grads);
-            assert!(difference(&after, &floats(&model.assemble()?)) < 1e-4);
+            assert!(difference(&after, &values(&model.assemble()?)) < 1e-4);
             Ok(())
         })
         .unwrap();
@@ -179,9 +179,9 @@ fn nobody_brings_anything() {
             let mut model = model.data_parallel(&rank, DataParallelConfig::new())?;
             let step = model.step_micro_batches(Vec::<Tensor<2>>::new(), |m, x| m.forward(x).mean())?;
             assert!(step.loss.is_nan() && step.weight == 0.0);
-            let before = floats(model.local());
+            let before = values(model.local());
             let model = optimizer().step(0.1, model, step.grads);
-            assert_eq!(difference(&before, &floats(model.local())), 0.0);
+            assert_eq!(difference(&before, &values(model.local())), 0.0);
             Ok(())
         })
         .unwrap();

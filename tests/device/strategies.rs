@@ -9,8 +9,8 @@ use burn_parallel::graph::GraphInputs;
 use burn_parallel::prelude::*;
 
 use super::trials::{Trials, gpu};
-use crate::common::models::{self, Cnn, Lm, Mlp, Numbers, Tied, difference, floats, scalar};
-use crate::common::reference::{Alone, alone, optimizer, own_on};
+use crate::common::models::{self, Cnn, Lm, Mlp, Numbers, Tied, scalar};
+use crate::common::reference::{Alone, alone, difference, optimizer, own_on, values};
 
 pub fn add_to(trials: &mut Trials) {
     trials.add("replicas_with_hooks", replicas_with_hooks);
@@ -41,7 +41,7 @@ fn on_the_cpu<M: Module, I>(model: &M, batch: Batch<I>, loss: fn(&M, I) -> Tenso
 fn compare<M: Module>(alone: &Alone, what: &str, step: usize, loss: f64, model: &M) {
     let expected = f64::from(alone.losses[step]);
     assert!((loss - expected).abs() <= 1e-4 * expected.abs().max(1.0), "{what}, loss {step}: {loss} for {expected}");
-    let worst = difference(&alone.after[step], &floats(model));
+    let worst = difference(&alone.after[step], &values(model));
     assert!(worst <= 1e-3, "{what}: parameters differ by {worst} after step {step}");
     assert_on(model, &gpu());
 }

@@ -9,6 +9,7 @@ use burn_parallel::Error;
 use burn_parallel::graph::*;
 
 use crate::common::models::*;
+use crate::common::reference::{Wholes, difference, gradient_values, values};
 
 /// A batch norm on a tensor that is neither parameter nor input.
 #[derive(Module, Debug)]
@@ -59,7 +60,7 @@ fn split(rows: std::ops::Range<usize>, seed: u64) -> (Tensor<4>, Tensor<1, Int>)
 }
 
 /// Losses, trained values and the report of every rank.
-fn train(model: &Cnn, cut: usize, steps: u64) -> Vec<(Vec<f64>, Values, BatchNormSync)> {
+fn train(model: &Cnn, cut: usize, steps: u64) -> Vec<(Vec<f64>, Wholes, BatchNormSync)> {
     let (stats, grads) = (Arc::new(Pair::default()), Arc::new(Pair::default()));
     std::thread::scope(|scope| {
         let ranks = [0..cut, cut..8].into_iter().enumerate().map(|(rank, rows)| {
@@ -88,7 +89,7 @@ fn train(model: &Cnn, cut: usize, steps: u64) -> Vec<(Vec<f64>, Values, BatchNor
                     model = optim.step(0.01, model, gradients);
                 }
                 let report = *report.lock().unwrap();
-                (losses, floats(&model), report)
+                (losses, values(&model), report)
             })
         });
         let ranks: Vec<_> = ranks.collect();
@@ -118,7 +119,7 @@ fn average<M: Module>(
     average.1
 }
 
-fn whole(model: &Cnn, steps: u64) -> (Vec<f64>, Values) {
+fn whole(model: &Cnn, steps: u64) -> (Vec<f64>, Wholes) {
     let mut model = model.clone().fork(&device()).train();
     let mut optim: ModuleOptimizer = AdamWConfig::new().init();
     let mut losses = Vec::new();
@@ -128,7 +129,7 @@ fn whole(model: &Cnn, steps: u64) -> (Vec<f64>, Values) {
         losses.push(loss as f64);
         model = optim.step(0.01, model, gradients);
     }
-    (losses, floats(&model))
+    (losses, values(&model))
 }
 
 #[track_caller]
@@ -172,7 +173,7 @@ fn one_step<M: Module + Sync>(
 ) -> (f32, f32) {
     let reference = model.clone().fork(&device()).train();
     let (_, expected) = eager(&reference, |m| loss(m, split(0..8, 5)));
-    let (expected, expected_stats) = (grad_floats(&reference, &expected), floats(&reference));
+    let (expected, expected_stats) = (gradient_values(&reference, &expected), values(&reference));
     let (stats, grads) = (Arc::new(Pair::default()), Arc::new(Pair::default()));
     std::thread::scope(|scope| {
         let ranks = [0..cut, cut..8].into_iter().enumerate().map(|(rank, rows)| {
@@ -189,8 +190,8 @@ fn one_step<M: Module + Sync>(
                 }
                 let result = Executor::new(graph, ops).unwrap().step(&model, split(rows, 5)).unwrap();
                 let gradients = average(&model, &result.gradients, |x| grads.sum(rank, x), count);
-                let gradients = difference(expected, &grad_floats(&model, &gradients));
-                (gradients, difference(expected_stats, &floats(&model)))
+                let gradients = difference(expected, &gradient_values(&model, &gradients));
+                (gradients, difference(expected_stats, &values(&model)))
             })
         });
         let ranks: Vec<_> = ranks.collect();
@@ -248,8 +249,8 @@ fn a_group_of_one_changes_nothing() {
     let a = Executor::new(graph, CustomOps::new()).unwrap().step(&plain, batch()).unwrap();
     let b = Executor::new(rewritten, ops).unwrap().step(&synced, batch()).unwrap();
     assert_eq!(scalar(a.loss), scalar(b.loss));
-    assert_eq!(difference(&grad_floats(&plain, &a.gradients), &grad_floats(&plain, &b.gradients)), 0.0);
-    assert_eq!(difference(&floats(&plain), &floats(&synced)), 0.0);
+    assert_eq!(difference(&gradient_values(&plain, &a.gradients), &gradient_values(&plain, &b.gradients)), 0.0);
+    assert_eq!(difference(&values(&plain), &values(&synced)), 0.0);
 }
 
 #[test]
@@ -265,7 +266,7 @@ fn batch_norm_is_found_also_with_gradient_checkpointing() {
     register_sync_batch_norm(&mut ops, Ok, || 1.0);
     let a = Executor::new(graph, ops).unwrap().step(&model, batch()).unwrap();
     let (_, b) = eager(&plain, |m| m.loss(images(5, 3, &device()).0, batch().1));
-    assert!(difference(&grad_floats(&plain, &a.gradients), &grad_floats(&plain, &b)) <= 1e-6);
+    assert!(difference(&gradient_values(&plain, &a.gradients), &gradient_values(&plain, &b)) <= 1e-6);
 }
 
 #[test]
@@ -277,9 +278,9 @@ fn errors_of_the_all_reduce_and_wrong_weights_are_the_steps() {
     let run = |reduce: fn(Tensor<1>) -> Result<Tensor<1>, Error>, weight: f64| {
         let mut ops = CustomOps::new();
         register_sync_batch_norm(&mut ops, reduce, move || weight);
-        let before = floats(&model);
+        let before = values(&model);
         let error = Executor::new(graph.clone(), ops).unwrap().step(&model, batch()).unwrap_err().to_string();
-        assert_eq!(difference(&before, &floats(&model)), 0.0, "a failed step leaves the running statistics");
+        assert_eq!(difference(&before, &values(&model)), 0.0, "a failed step leaves the running statistics");
         error
     };
     assert_eq!(run(|_| Err(Error::Graph { problem: "rank 1 left".into() }), 1.0), "graph: rank 1 left");

@@ -8,6 +8,7 @@ use burn::tensor::Bool;
 use burn_parallel::graph::{CustomOps, Executor, GraphCache, GraphInputs, capture_step};
 
 use crate::common::models::*;
+use crate::common::reference::{difference, gradient_values, values};
 
 #[test]
 fn the_same_step_twice_is_the_same_graph() {
@@ -37,9 +38,9 @@ fn tokens() -> (Tensor<2, Int>, Tensor<2, Int>) {
 fn the_model_and_its_running_statistics_are_not_touched() {
     let device = device();
     let model = Cnn::new(&device);
-    let before = floats(&model);
+    let before = values(&model);
     let graph = capture_step(&model, images(4, 1, &device), |m, (x, t)| m.loss(x, t)).unwrap();
-    assert_eq!(difference(&before, &floats(&model)), 0.0);
+    assert_eq!(difference(&before, &values(&model)), 0.0);
     // Weights are bound when the graph runs, so the graph holds none of them.
     let constants: usize = graph.constants.values().map(|c| c.num_elements()).sum();
     assert!(constants < 10, "{constants} constant elements");
@@ -48,7 +49,7 @@ fn the_model_and_its_running_statistics_are_not_touched() {
     let other = model.clone().train();
     Executor::new(graph, CustomOps::new()).unwrap().step(&model, images(4, 3, &device)).unwrap();
     let (_, _) = eager(&other, |m| m.loss(images(4, 3, &device).0, images(4, 3, &device).1));
-    assert!(difference(&floats(&other), &floats(&model)) <= 1e-6);
+    assert!(difference(&values(&other), &values(&model)) <= 1e-6);
 }
 
 #[derive(Clone)]
@@ -135,9 +136,9 @@ fn int_and_bool_parameters_and_constants() {
     let result = Executor::new(graph, CustomOps::new()).unwrap().step(&model, x()).unwrap();
     let (expected, gradients) = eager(&model, |m| loss(m, x()));
     assert_eq!(scalar(result.loss), expected);
-    let gradients = grad_floats(&model, &gradients);
+    let gradients = gradient_values(&model, &gradients);
     assert_eq!(gradients.len(), 1, "the unused parameter has no gradient");
-    assert_eq!(difference(&gradients, &grad_floats(&model, &result.gradients)), 0.0);
+    assert_eq!(difference(&gradients, &gradient_values(&model, &result.gradients)), 0.0);
 }
 
 #[test]

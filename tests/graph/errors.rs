@@ -6,17 +6,18 @@ use burn::prelude::*;
 use burn_parallel::graph::{CustomOps, Executor, StepLoss, capture_step};
 
 use crate::common::models::*;
+use crate::common::reference::{difference, values};
 
 #[track_caller]
 fn problem<R: StepLoss>(loss: impl FnOnce(&Mlp, Tensor<2>) -> R, words: &str) {
     let device = device();
     let model = Mlp::new(0.0, &device);
     let x = || Numbers(1).tensor([3, 6], &device);
-    let before = floats(&model);
+    let before = values(&model);
     let problem = capture_step(&model, x(), loss).unwrap_err().to_string();
     assert!(problem.contains(words), "{problem}");
     // The model and the thread's capture device are as good as before.
-    assert_eq!(difference(&before, &floats(&model)), 0.0);
+    assert_eq!(difference(&before, &values(&model)), 0.0);
     let graph = capture_step(&model, x(), |m, x| m.forward(x).mean()).unwrap();
     Executor::new(graph, CustomOps::new()).unwrap().step(&model, x()).unwrap();
 }

@@ -8,6 +8,7 @@ use burn_parallel::Error;
 use burn_parallel::graph::{CustomOps, Executor, MemoryEstimate, capture_step, gradients_params};
 
 use crate::common::models::*;
+use crate::common::reference::{difference, gradient_values, values};
 
 #[test]
 fn dropout_draws_new_masks_at_each_execution() {
@@ -76,7 +77,7 @@ fn gradients_come_early_and_in_the_order_of_the_backward_pass() {
     assert!(order[..2].iter().all(|p| p.starts_with("second.")) && order[2..].iter().all(|p| p.starts_with("first.")));
     let gradients = gradients_params(&model, gradients);
     let (_, expected) = eager(&model, |m| m.forward(x()).powi_scalar(2).mean());
-    assert_eq!(difference(&grad_floats(&model, &expected), &grad_floats(&model, &gradients)), 0.0);
+    assert_eq!(difference(&gradient_values(&model, &expected), &gradient_values(&model, &gradients)), 0.0);
 
     // An error of the callback is the step's error, and the executor can go on.
     let stop = Error::Graph { problem: "stop".into() };
@@ -92,12 +93,12 @@ fn running_statistics_are_shared_by_clones_and_forks_until_train() {
     let batch = || images(4, 1, &device);
     let graph = capture_step(&model, batch(), |m, (x, t)| m.loss(x, t)).unwrap();
     let mut executor = Executor::new(graph, CustomOps::new()).unwrap();
-    let start = floats(&model);
+    let start = values(&model);
     executor.step(&own, batch()).unwrap();
-    assert_eq!(difference(&start, &floats(&model)), 0.0);
-    assert!(difference(&start, &floats(&own)) > 0.1);
+    assert_eq!(difference(&start, &values(&model)), 0.0);
+    assert!(difference(&start, &values(&own)) > 0.1);
     executor.step(&fork, batch()).unwrap();
-    assert_eq!(difference(&floats(&model), &floats(&own)), 0.0);
+    assert_eq!(difference(&values(&model), &values(&own)), 0.0);
 }
 
 #[test]

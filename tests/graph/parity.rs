@@ -6,6 +6,7 @@ use burn::prelude::*;
 use burn_parallel::graph::{CustomOps, Executor, GraphInputs, capture_step};
 
 use crate::common::models::*;
+use crate::common::reference::{difference, gradient_values, values};
 
 /// Trains two copies for some AdamW steps, one eagerly, and compares everything after each step.
 fn parity<M: Module, I: GraphInputs + Clone>(model: M, batch: impl Fn(u64) -> I, loss: impl Fn(&M, I) -> Tensor<1>) {
@@ -20,11 +21,12 @@ fn parity<M: Module, I: GraphInputs + Clone>(model: M, batch: impl Fn(u64) -> I,
         let (eager_loss, eager_grads) = eager(&eager_model, |m| loss(m, batch(step)));
         let result = executor.step(&graph_model, batch(step)).unwrap();
         assert!((eager_loss - scalar(result.loss)).abs() <= 1e-6 * eager_loss.abs(), "loss of step {step}");
-        let worst = difference(&grad_floats(&eager_model, &eager_grads), &grad_floats(&graph_model, &result.gradients));
+        let worst =
+            difference(&gradient_values(&eager_model, &eager_grads), &gradient_values(&graph_model, &result.gradients));
         assert!(worst <= 1e-6, "gradients of step {step} differ by {worst}");
         eager_model = eager_optim.step(0.01, eager_model, eager_grads);
         graph_model = graph_optim.step(0.01, graph_model, result.gradients);
-        let worst = difference(&floats(&eager_model), &floats(&graph_model));
+        let worst = difference(&values(&eager_model), &values(&graph_model));
         assert!(worst <= 1e-5, "parameters or running statistics after step {step} differ by {worst}");
     }
 }
@@ -66,7 +68,7 @@ fn transformer_with_gradient_checkpointing() {
     let graph = capture_step(&model, batch(0), |m, (x, t)| m.loss(x, t)).unwrap();
     let result = Executor::new(graph, CustomOps::new()).unwrap().step(&model, batch(1)).unwrap();
     let (_, gradients) = eager(&model, |m| m.loss(batch(1).0, batch(1).1));
-    assert!(difference(&grad_floats(&model, &gradients), &grad_floats(&model, &result.gradients)) <= 1e-6);
+    assert!(difference(&gradient_values(&model, &gradients), &gradient_values(&model, &result.gradients)) <= 1e-6);
 }
 
 #[test]
@@ -116,7 +118,7 @@ fn two_parameters_with_one_id() {
     let mut executor = Executor::new(graph, CustomOps::new()).unwrap();
     let result = executor.step(&model, x()).unwrap();
     let (_, gradients) = eager(&model, |m| loss(m, x()));
-    assert!(difference(&grad_floats(&model, &gradients), &grad_floats(&model, &result.gradients)) <= 1e-6);
+    assert!(difference(&gradient_values(&model, &gradients), &gradient_values(&model, &result.gradients)) <= 1e-6);
 
     // burn's optimizer updates one of the two: from then on they are not tied, which must not pass unseen.
     let mut optim: ModuleOptimizer = AdamWConfig::new().init();

@@ -2,9 +2,10 @@
 
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::graph::{CustomOps, Executor, TokenLoss, capture_step};
+use burn_parallel::graph::{CustomOps, Executor, TokenLoss, capture_step, gradients_params};
 
 use crate::common::models::*;
+use crate::common::reference::{Wholes, difference, gradient_values};
 
 fn sums(model: &Mlp, x: Tensor<2>, targets: Tensor<1, Int>, real: Tensor<1>) -> (Tensor<1>, Tensor<1>) {
     let n = targets.dims()[0];
@@ -39,7 +40,7 @@ fn the_mean_over_the_items_that_the_step_counts() {
         sum / count
     });
     assert!((scalar(step.loss) - loss).abs() < 1e-6);
-    assert!(difference(&grad_floats(&model, &gradients), &grad_floats(&model, &step.gradients)) < 1e-6);
+    assert!(difference(&gradient_values(&model, &gradients), &gradient_values(&model, &step.gradients)) < 1e-6);
 
     // The count is that of each execution, not of the capture.
     let (x, t, _) = batch(7, 4);
@@ -51,18 +52,11 @@ fn the_mean_over_the_items_that_the_step_counts() {
     assert!(error.to_string().contains("is -3.5"), "{error}");
 }
 
-fn values(tensor: burn_parallel::tensor::PlainTensor) -> Vec<f32> {
-    match tensor.shape().num_dims() {
-        1 => tensor.float::<1>().unwrap().into_data().try_to_vec().unwrap(),
-        _ => tensor.float::<2>().unwrap().into_data().try_to_vec().unwrap(),
-    }
-}
-
 #[test]
 fn gradients_of_the_sum_add_up_to_the_mean_over_everything() {
     let model = Mlp::new(0.0, &device());
     let parts = [batch(2, 1), batch(5, 2)];
-    let mut total: Vec<(f64, f64, std::collections::HashMap<_, Vec<f32>>)> = Vec::new();
+    let mut total: Vec<(f64, f64, Wholes)> = Vec::new();
     for part in &parts {
         let count = part.0.dims()[0];
         let graph = capture_step(&model, part.clone(), |m, (x, t, real)| {
@@ -72,10 +66,11 @@ fn gradients_of_the_sum_add_up_to_the_mean_over_everything() {
         let mut executor = Executor::new(graph.unwrap(), CustomOps::new()).unwrap();
         let raw = executor
             .step_with(&model, part.clone(), |id, gradient| {
-                gradients.insert(id, values(gradient));
+                gradients.insert(id, gradient);
                 Ok(())
             })
             .unwrap();
+        let gradients = gradient_values(&model, &gradients_params(&model, gradients));
         total.push((scalar(raw.loss).into(), raw.weight, gradients));
     }
     let weight: f64 = total.iter().map(|(_, weight, _)| weight).sum();
@@ -88,9 +83,9 @@ fn gradients_of_the_sum_add_up_to_the_mean_over_everything() {
     let (loss, gradients) = eager(&model, |m| m.loss(x, t));
     let mean = total.iter().map(|(loss, ..)| loss).sum::<f64>() / weight;
     assert!((mean - f64::from(loss)).abs() < 1e-6);
-    for (id, expected) in grad_floats(&model, &gradients) {
-        for (place, expected) in expected.into_iter().enumerate() {
-            let found: f32 = total.iter().map(|(_, _, gradients)| gradients[&id][place]).sum();
+    for (path, expected) in gradient_values(&model, &gradients) {
+        for (place, expected) in expected.values.into_iter().enumerate() {
+            let found: f32 = total.iter().map(|(_, _, gradients)| gradients[&path].values[place]).sum();
             assert!((found / weight as f32 - expected).abs() < 1e-6);
         }
     }

@@ -6,7 +6,7 @@ use burn_parallel::graph::GraphInputs;
 use burn_parallel::pipeline_parallel::Pipelined;
 use burn_parallel::prelude::*;
 
-use crate::common::reference::{Reference, Wholes, all_same, bytes, filled, gradients, optimizer, values};
+use crate::common::reference::{Reference, Wholes, all_same, bytes, filled, gradient_values, optimizer, values};
 
 /// Trains as a pipeline and compares everything with one device.
 pub fn compare<M: Module, I: GraphInputs + Clone>(
@@ -26,7 +26,7 @@ pub fn compare<M: Module, I: GraphInputs + Clone>(
             let result = model.step(batch(step as u64), loss)?;
             let (found, expected) = (result.loss as f32, reference.loss);
             assert!((found - expected).abs() <= 1e-4 * expected.abs(), "{what}: {found} {expected}");
-            let mine = gradients(&model, &result.grads);
+            let mine = gradient_values(&model, &result.grads);
             let expected: Wholes = reference
                 .gradients
                 .iter()

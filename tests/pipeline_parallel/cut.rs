@@ -18,9 +18,8 @@ use burn_parallel::pipeline_parallel::cut::{
 use burn_parallel::tensor::PlainTensor;
 use proptest::prelude::*;
 
-use crate::common::models::{
-    Cnn, Lm, Numbers, Residual, Rnn, Tied, cross_entropy, device, difference, floats, grad_floats, images, scalar,
-};
+use crate::common::models::{Cnn, Lm, Numbers, Residual, Rnn, Tied, cross_entropy, device, images, scalar};
+use crate::common::reference::{difference, gradient_values, values};
 
 /// All stages of a cut, run one after the other in one thread.
 struct Pipeline {
@@ -98,7 +97,7 @@ fn same<M: Module, I: GraphInputs + Clone>(
     let whole = model.clone().train();
     let mut executor = Executor::new(graph.clone(), CustomOps::new()).unwrap();
     let step = executor.step(&whole, inputs.clone()).unwrap();
-    let expected = (scalar(step.loss), grad_floats(model, &step.gradients), floats(&whole));
+    let expected = (scalar(step.loss), gradient_values(model, &step.gradients), values(&whole));
 
     let parts = model.clone().train();
     let mut pipeline = Pipeline::new(&graph, cut);
@@ -109,11 +108,11 @@ fn same<M: Module, I: GraphInputs + Clone>(
         assert_eq!(stage.under_way(), 0);
         stage.unbind(&parts);
     }
-    let gradients = grad_floats(model, &gradients_params(model, pipeline.gradients));
+    let gradients = gradient_values(model, &gradients_params(model, pipeline.gradients));
     assert!((found - expected.0).abs() <= 1e-6 * expected.0.abs(), "{found} {}", expected.0);
     let worst = difference(&expected.1, &gradients);
     assert!(worst < 2e-5, "a gradient differs by {worst}\n{report}");
-    assert_eq!(difference(&expected.2, &floats(&parts)), 0.0);
+    assert_eq!(difference(&expected.2, &values(&parts)), 0.0);
     report
 }
 
@@ -430,7 +429,7 @@ fn micro_batches_under_way_do_not_see_each_other() {
     // Backward in another order than forward.
     [1, 2, 0].into_iter().for_each(|micro_batch| pipeline.backward(micro_batch));
     assert_eq!(losses, found);
-    let values = |gradients| grad_floats(&model, &gradients_params(&model, gradients));
+    let values = |gradients| gradient_values(&model, &gradients_params(&model, gradients));
     assert!(difference(&values(expected), &values(pipeline.gradients)) < 2e-5);
 }
 

@@ -9,7 +9,7 @@ use burn_parallel::prelude::*;
 
 use super::compare::compare;
 use crate::common::models::{Cnn, Lm, Numbers, Tied, cross_entropy, device, images, scalar};
-use crate::common::reference::{all_same, bytes, filled, gradients, optimizer, reference, values};
+use crate::common::reference::{all_same, bytes, filled, gradient_values, optimizer, reference, values};
 
 pub fn lm() -> Lm {
     Lm::new(13, 8, 3, &device())
@@ -116,7 +116,7 @@ fn token_losses_count_what_is_real() {
             burn_parallel::graph::CustomOps::new(),
         );
         let step = step.unwrap().step(&model, tokens(5)).unwrap();
-        (f64::from(scalar(step.loss)), step.weight, gradients(&model, &step.gradients))
+        (f64::from(scalar(step.loss)), step.weight, gradient_values(&model, &step.gradients))
     };
     launch::threads(2)
         .run(|rank| {
@@ -124,7 +124,7 @@ fn token_losses_count_what_is_real() {
             let step = model.step(tokens(5), loss)?;
             assert_eq!(step.weight, whole.1);
             assert!((step.loss - whole.0).abs() < 1e-5 * whole.0, "{} {}", step.loss, whole.0);
-            let mine = gradients(&model, &step.grads);
+            let mine = gradient_values(&model, &step.grads);
             let expected = whole.2.iter().filter(|(path, _)| mine.contains_key(*path));
             all_same("gradients", &expected.map(|(p, v)| (p.clone(), v.clone())).collect(), &mine, 1e-4);
             Ok(())

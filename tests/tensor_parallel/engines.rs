@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::Module;
 use burn::nn::attention::{MhaInput, MultiHeadAttention, MultiHeadAttentionConfig, generate_autoregressive_mask};
 use burn::nn::transformer::{PositionWiseFeedForward, PositionWiseFeedForwardConfig};
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig};
@@ -14,7 +14,7 @@ use burn_parallel::partition::ProductKind;
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::layers::*;
 
-use crate::common::dense::Dense;
+use crate::common::dense::{Dense, filled, parameters};
 
 const WIDTH: usize = 24;
 const HEADS: usize = 12;
@@ -81,44 +81,12 @@ impl Explicit {
     }
 }
 
-/// The same small numbers in every run.
-fn filled<M: Module>(model: M, device: &Device) -> M {
-    struct Fill<'a>(u64, &'a Device);
-    impl ModuleMapper for Fill<'_> {
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            self.0 += 1;
-            let (id, value, _) = param.consume();
-            let mut dense = Dense::fractions(&value.dims(), self.0);
-            dense.values.iter_mut().for_each(|value| *value /= (WIDTH as f64).sqrt());
-            Param::initialized(id, dense.tensor(self.1, DType::F32).require_grad())
-        }
-    }
-    model.map(&mut Fill(0, device))
-}
-
 fn batch(step: usize, device: &Device) -> Batch {
     let words = |salt: usize| {
         let word = |place: usize| ((place * 7 + step * 5 + salt * 11) % WORDS) as i64;
         Tensor::from_data(TensorData::new((0..15).map(word).collect(), DIMS), device)
     };
     (words(0), words(1))
-}
-
-/// What a rank holds, by the ids of the parameters: values, or gradients.
-fn parts<M: Module>(model: &M, gradients: Option<&GradientsParams>) -> BTreeMap<String, Dense> {
-    struct Parts<'a>(Option<&'a GradientsParams>, BTreeMap<String, Dense>);
-    impl ModuleVisitor for Parts<'_> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let part = match self.0 {
-                None => Dense::of(&param.val()),
-                Some(gradients) => Dense::of(&gradients.get::<D>(param.id).expect("every parameter is used")),
-            };
-            self.1.insert(param.id.to_string(), part);
-        }
-    }
-    let mut visitor = Parts(gradients, BTreeMap::new());
-    model.visit(&mut visitor);
-    visitor.1
 }
 
 fn assert_same(explicit: &BTreeMap<String, Dense>, captured: &BTreeMap<String, Dense>, what: &str) {
@@ -130,7 +98,7 @@ fn assert_same(explicit: &BTreeMap<String, Dense>, captured: &BTreeMap<String, D
 
 #[test]
 fn explicit_layers_and_a_split_graph_train_alike() {
-    let whole = filled(Plain::new(&Device::flex().autodiff()), &Device::flex().autodiff());
+    let whole = filled(Plain::new(&Device::flex().autodiff()), 0, &Device::flex().autodiff(), DType::F32);
     let plan =
         Plan::vocabulary("tokens", "head").then(Plan::multi_head_attention()).then(Plan::position_wise_feed_forward());
     for degree in [1, 2, 3, 4] {
@@ -150,21 +118,25 @@ fn explicit_layers_and_a_split_graph_train_alike() {
                 let split = captured.step(batch(step, &device), Plain::loss)?;
                 let other = split.loss.into_scalar::<f64>();
                 assert!((value - other).abs() < 1e-5, "{what}: {value} and {other}");
-                assert_same(&parts(&explicit, Some(&gradients)), &parts(&captured, Some(&split.grads)), &what);
+                assert_same(
+                    &parameters(&explicit, Some(&gradients)),
+                    &parameters(&captured, Some(&split.grads)),
+                    &what,
+                );
                 explicit = of_explicit.step(1e-2, explicit, gradients);
                 captured = of_captured.step(1e-2, captured, split.grads);
-                assert_same(&parts(&explicit, None), &parts(&captured, None), &what);
+                assert_same(&parameters(&explicit, None), &parameters(&captured, None), &what);
             }
             // The captured step runs the products of the explicit layers: two layers by rows, and on the way back the input of
             // the attention, of the feed-forward block and of the output layer.
             let fused = captured.report().fused(ProductKind::AllReduce);
             assert_eq!(fused, if degree == 1 { [0, 0] } else { [2, 3] }, "{}", captured.report());
             // Both hold parts: the loss was no whole model's on every rank.
-            let held: usize = parts(&captured, None).values().map(|part| part.values.len()).sum();
+            let held: usize = parameters(&captured, None).values().map(|part| part.values.len()).sum();
             Ok(held)
         });
         let held = ran.unwrap();
-        let all: usize = parts(&whole, None).values().map(|part| part.values.len()).sum();
+        let all: usize = parameters(&whole, None).values().map(|part| part.values.len()).sum();
         // All but the biases of the layers by rows is split.
         let split = all - 2 * WIDTH;
         assert!(held.iter().all(|held| *held == split / degree + 2 * WIDTH), "{held:?} of {all} on {degree} ranks");

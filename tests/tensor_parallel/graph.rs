@@ -2,8 +2,7 @@
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::transformer::{TransformerDecoder, TransformerDecoderConfig, TransformerDecoderInput};
-use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
-use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig, attention};
+use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::optim::GradientsParams;
 use burn::prelude::*;
 use burn_parallel::graph::{GraphInputs, capture_step};
@@ -11,8 +10,8 @@ use burn_parallel::partition::{CollectiveKind, PartitionOptions, ShardReport, pa
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::Sharded;
 
-use crate::common::models::{Cnn, Numbers, Rnn, Tied, cross_entropy, device, images, scalar};
-use crate::common::reference::{Reference, all_same, bytes, filled, gradients, optimizer, reference, values};
+use crate::common::models::{Cnn, Numbers, Rnn, Tied, WideLm, cross_entropy, device, images, scalar};
+use crate::common::reference::{Reference, all_same, bytes, filled, gradient_values, optimizer, reference, values};
 
 /// Puts gradients where the parameters are, so that they can be assembled like them.
 struct Put<'a>(&'a GradientsParams);
@@ -48,7 +47,7 @@ fn compare<M: Module, I: GraphInputs + Clone>(
             let result = model.step(batch(step as u64), loss)?;
             let found = scalar(result.loss);
             assert!((found - reference.loss).abs() <= 1e-4 * reference.loss.abs(), "{found} {}", reference.loss);
-            assert_eq!(gradients(&model, &result.grads).len(), reference.gradients.len());
+            assert_eq!(gradient_values(&model, &result.grads).len(), reference.gradients.len());
             let whole = model.clone().map(&mut Put(&result.grads)).assemble()?;
             let mut found = values(&whole);
             found.retain(|path, _| reference.gradients.contains_key(path));
@@ -94,40 +93,12 @@ fn rows(seed: u64) -> (Tensor<2>, Tensor<1, Int>) {
     (numbers.tensor([12, 12], &device()), numbers.classes([12], 12, &device()))
 }
 
-#[derive(Module, Debug)]
-struct Lm {
-    embedding: Embedding,
-    encoder: TransformerEncoder,
-    norm: LayerNorm,
-    head: Linear,
+fn post(device: &Device) -> WideLm {
+    WideLm::new(12, 0.0, false, 2, device)
 }
 
-impl Lm {
-    fn new(layers: usize, norm_first: bool, device: &Device) -> Self {
-        let encoder = TransformerEncoderConfig::new(24, 48, 12, layers).with_dropout(0.0).with_norm_first(norm_first);
-        Self {
-            embedding: EmbeddingConfig::new(12, 24).init(device),
-            encoder: encoder.init(device),
-            norm: LayerNormConfig::new(24).init(device),
-            head: LinearConfig::new(24, 12).init(device),
-        }
-    }
-
-    fn post(device: &Device) -> Self {
-        Self::new(2, false, device)
-    }
-
-    fn pre(device: &Device) -> Self {
-        Self::new(3, true, device)
-    }
-
-    fn loss(&self, (tokens, targets): (Tensor<2, Int>, Tensor<2, Int>)) -> Tensor<1> {
-        let [b, s] = tokens.dims();
-        let mask = attention::generate_autoregressive_mask(b, s, &tokens.device());
-        let x = TransformerEncoderInput::new(self.embedding.forward(tokens)).mask_attn(mask);
-        let logits = self.head.forward(self.norm.forward(self.encoder.forward(x)));
-        cross_entropy(logits.reshape([b * s, 12]), targets.reshape([b * s]))
-    }
+fn pre(device: &Device) -> WideLm {
+    WideLm::new(12, 0.0, true, 3, device)
 }
 
 fn tokens(seed: u64) -> (Tensor<2, Int>, Tensor<2, Int>) {
@@ -158,12 +129,12 @@ fn mlp_by_columns_and_rows() {
 
 #[test]
 fn transformers_with_megatrons_plan_and_its_collectives() {
-    type Case = (fn(&Device) -> Lm, usize);
-    let cases: [Case; 2] = [(Lm::post, 2), (Lm::pre, 3)];
+    type Case = (fn(&Device) -> WideLm, usize);
+    let cases: [Case; 2] = [(post, 2), (pre, 3)];
     for (make, layers) in cases {
-        let references = reference(|| make(&device()), tokens, Lm::loss, 3);
+        let references = reference(|| make(&device()), tokens, WideLm::loss, 3);
         for degree in [1, 2, 3, 4] {
-            let report = compare(make, tokens, Lm::loss, &Plan::megatron(), degree, &references).unwrap();
+            let report = compare(make, tokens, WideLm::loss, &Plan::megatron(), degree, &references).unwrap();
             let counts = KINDS.map(|kind| report.count(kind));
             let expected = if degree == 1 { [[0, 0]; 3] } else { [[2 * layers, 2 * layers], [0, 0], [0, 0]] };
             assert_eq!(counts, expected, "{report}");
@@ -214,8 +185,8 @@ fn inputs_split_along_the_batch_are_data_parallelism() {
         let counts = KINDS.map(|kind| report.count(kind));
         assert_eq!(counts, [[1, gradients], [0, 0], [0, 0]], "{report}");
     }
-    let references = reference(|| Lm::post(&device()), tokens, Lm::loss, 2);
-    let report = compare(Lm::post, tokens, Lm::loss, &plan, 2, &references).unwrap();
+    let references = reference(|| post(&device()), tokens, WideLm::loss, 2);
+    let report = compare(post, tokens, WideLm::loss, &plan, 2, &references).unwrap();
     let gradients = references[0].gradients.len();
     assert_eq!(KINDS.map(|kind| report.count(kind)), [[1, gradients], [0, 0], [0, 0]], "{report}");
 }
@@ -267,8 +238,8 @@ fn random_plans_of_an_mlp() {
 
 #[test]
 fn random_plans_of_transformers() {
-    random_plans(Lm::post, tokens, Lm::loss, &[2, 3, 4], 48);
-    random_plans(Lm::pre, tokens, Lm::loss, &[4, 2], 16);
+    random_plans(post, tokens, WideLm::loss, &[2, 3, 4], 48);
+    random_plans(pre, tokens, WideLm::loss, &[4, 2], 16);
 }
 
 #[test]
@@ -280,20 +251,20 @@ fn random_plans_of_models_with_convolutions_recurrence_and_tied_weights() {
 
 #[test]
 fn gradient_checkpointing() {
-    fn make(_: &Device) -> Lm {
-        Lm::post(&device().gradient_checkpointing())
+    fn make(_: &Device) -> WideLm {
+        post(&device().gradient_checkpointing())
     }
     fn batch(seed: u64) -> (Tensor<2, Int>, Tensor<2, Int>) {
         let (device, mut numbers) = (device().gradient_checkpointing(), Numbers(seed));
         (numbers.classes([12, 5], 12, &device), numbers.classes([12, 5], 12, &device))
     }
-    let references = reference(|| make(&device()), batch, Lm::loss, 2);
-    compare(make, batch, Lm::loss, &Plan::megatron(), 2, &references).unwrap();
+    let references = reference(|| make(&device()), batch, WideLm::loss, 2);
+    compare(make, batch, WideLm::loss, &Plan::megatron(), 2, &references).unwrap();
 }
 
 #[test]
 fn every_rank_gets_the_same_collectives() {
-    let model = Lm::pre(&device());
+    let model = pre(&device());
     let graph = capture_step(&model, tokens(0), |m, batch| m.loss(batch)).unwrap();
     let plan = Plan::megatron();
     let layouts: Vec<Layout> = graph.params.iter().map(|param| plan.layout(&param.path)).collect();

@@ -15,7 +15,7 @@ use burn_parallel::comm::{Counters, part};
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::layers::*;
 
-use crate::common::dense::Dense;
+use crate::common::dense::{Dense, filled, parameters};
 
 const STEPS: u64 = 3;
 const DEGREES: [usize; 4] = [1, 2, 3, 4];
@@ -30,47 +30,6 @@ fn optimizer(name: &str) -> ModuleOptimizer {
         "adamw" => AdamWConfig::new().with_epsilon(1e-2).init(),
         _ => SgdConfig::new().init(),
     }
-}
-
-/// Values and, if asked for, gradients of all parameters, by id.
-struct Parameters<'a> {
-    grads: Option<&'a GradientsParams>,
-    found: BTreeMap<String, Dense>,
-}
-
-impl ModuleVisitor for Parameters<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let dense = match self.grads {
-            None => Dense::of(&param.val()),
-            Some(grads) => {
-                let gradient = grads.get::<D>(param.id).expect("every parameter is used");
-                Dense { dims: gradient.dims().to_vec(), values: gradient.into_data().iter::<f64>().collect() }
-            }
-        };
-        assert!(self.found.insert(param.id.to_string(), dense).is_none());
-    }
-}
-
-fn parameters<M: Module>(model: &M, grads: Option<&GradientsParams>) -> BTreeMap<String, Dense> {
-    let mut visitor = Parameters { grads, found: BTreeMap::new() };
-    model.visit(&mut visitor);
-    visitor.found
-}
-
-/// Fills every parameter with numbers of a seed, in a dtype, small enough for sums over the first dim to stay near 1.
-fn filled<M: Module>(model: M, seed: u64, device: &Device, dtype: DType) -> M {
-    struct Fill<'a>(u64, &'a Device, DType);
-    impl burn::module::ModuleMapper for Fill<'_> {
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            self.0 += 1;
-            let (id, value, _) = param.consume();
-            let mut dense = Dense::fractions(&value.dims(), self.0);
-            let scale = (value.dims()[0] as f64).sqrt();
-            dense.values.iter_mut().for_each(|value| *value /= scale);
-            Param::initialized(id, dense.tensor(self.1, self.2).require_grad())
-        }
-    }
-    model.map(&mut Fill(seed * 100, device, dtype))
 }
 
 fn held(layout: Layout, whole: &Dense, comm: &Communicator) -> Dense {

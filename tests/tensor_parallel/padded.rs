@@ -11,8 +11,8 @@ use burn_parallel::partition::{Collective, CollectiveKind, ShardReport};
 use burn_parallel::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
 
-use crate::common::models::{Numbers, Tied, cross_entropy, device, difference, floats, scalar};
-use crate::common::reference::{Alone, alone, optimizer, own};
+use crate::common::models::{Numbers, Tied, cross_entropy, device, scalar};
+use crate::common::reference::{Alone, alone, close, difference, optimizer, own, values};
 
 const STEPS: usize = 3;
 /// Words, a prime; and a prime width inside.
@@ -60,11 +60,6 @@ fn words(step: usize, words: usize) -> Tokens {
     (numbers.classes([4, 5], words, &device()), numbers.classes([4, 5], words, &device()))
 }
 
-#[track_caller]
-fn close(what: &str, a: f32, b: f32) {
-    assert!((a - b).abs() <= 2e-5 * a.abs().max(1.0), "{what}: {a} {b}");
-}
-
 fn whole_plan() -> Plan {
     let inner = Plan::new().shard_padded("up.*", 1).shard_padded("down.weight", 0);
     let bias = Plan::new().shard_padded("up.bias", 0);
@@ -86,7 +81,7 @@ fn trains_like_one<M: Module + Sync>(
             let result = model.step(batch(step), loss)?;
             close(&format!("loss {step} of {degree}"), losses[step], scalar(result.loss));
             model = optim.step(0.05, model, result.grads);
-            let worst = difference(&after[step], &floats(&model.assemble()?));
+            let worst = difference(&after[step], &values(&model.assemble()?));
             assert!(worst <= 3e-4, "parameters differ by {worst} after step {step} over {degree} ranks");
         }
         Ok(model.report())

@@ -9,17 +9,10 @@ use burn_parallel::graph::{GraphInputs, TensorMapper};
 use burn_parallel::partition::{Collective, CollectiveKind};
 use burn_parallel::prelude::*;
 
-use crate::common::models::{
-    self, Cnn, Mlp, Numbers, Rnn, Tied, cross_entropy, device, difference, eager, floats, images, scalar,
-};
-use crate::common::reference::{alone, optimizer, own};
+use crate::common::models::{Cnn, Mlp, Numbers, Rnn, Tied, cross_entropy, device, eager, images, scalar};
+use crate::common::reference::{alone, close, difference, gradient_values, optimizer, own, values};
 
 const STEPS: usize = 3;
-
-#[track_caller]
-fn close(what: &str, a: f32, b: f32) {
-    assert!((a - b).abs() <= 2e-5 * a.abs().max(1.0), "{what}: {a} {b}");
-}
 
 /// Losses and all parameters of several steps are those of one device.
 #[track_caller]
@@ -39,7 +32,7 @@ fn trains_like_one<M: Module + Sync, I: GraphInputs + Clone>(
                     let result = model.step(batch(step), loss)?;
                     close(&format!("loss {step} of {degree}"), reference.losses[step], scalar(result.loss));
                     model = optim.step(0.05, model, result.grads);
-                    let found = floats(&model.assemble()?);
+                    let found = values(&model.assemble()?);
                     let worst = difference(&reference.after[step], &found);
                     assert!(worst <= 3e-4, "parameters differ by {worst} after step {step} over {degree} ranks");
                 }
@@ -213,7 +206,7 @@ fn structures_of_inputs_and_outputs_and_weighted_losses() {
         let chosen = activation::log_softmax(logits, 1).gather(1, targets.reshape([6, 1])).squeeze_dim::<1>(1);
         (chosen * weights.clone()).sum().neg() / weights.sum()
     });
-    let expected = models::grad_floats(&model, &gradients);
+    let expected = gradient_values(&model, &gradients);
     let (_, seen) = look(&model.valid(), &given);
     let weight: f32 = given.more[0].1.clone().unwrap().sum().into_scalar();
     for degree in [2, 4] {
@@ -232,7 +225,7 @@ fn structures_of_inputs_and_outputs_and_weighted_losses() {
                 let width = 16 / degree;
                 let found: Vec<f32> =
                     step.grads.get::<2>(model.local().first.weight.id).unwrap().into_data().try_to_vec().unwrap();
-                let whole = &expected[&model.local().first.weight.id];
+                let whole = &expected["first.weight"].values;
                 for (place, found) in found.into_iter().enumerate() {
                     let (row, column) = (place / width, place % width + rank.rank() * width);
                     assert!((found - whole[row * 16 + column]).abs() < 1e-6);

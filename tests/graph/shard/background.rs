@@ -11,7 +11,7 @@ use burn_parallel::prelude::*;
 use super::harness::{Axis, Case, cut, split};
 use crate::common::forwarding::Forwarding;
 use crate::common::models::{Numbers, device, scalar};
-use crate::common::reference::{Whole, filled, gradients, optimizer, same, values};
+use crate::common::reference::{Whole, filled, gradient_values, optimizer, same, values};
 
 #[derive(Module, Debug)]
 struct Block {
@@ -68,7 +68,7 @@ fn chunks_travel_beside_the_products() {
                     let found = scalar(result.loss);
                     assert!((found - reference.loss).abs() < 1e-4 * reference.loss, "{found} {}", reference.loss);
                     let part = |path: &str, whole: &Whole| whole.part(axis.plan.layout(path), axis.degree, place[0]);
-                    for (path, found) in &gradients(&model, &result.gradients) {
+                    for (path, found) in &gradient_values(&model, &result.gradients) {
                         same(path, &part(path, &reference.gradients[path]), found, 3e-4);
                     }
                     model = optim.step(0.05, model, result.gradients);

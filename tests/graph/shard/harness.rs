@@ -9,7 +9,7 @@ use burn_parallel::partition::{PartitionOptions, ShardReport, partition, registe
 use burn_parallel::prelude::*;
 
 use crate::common::models::{device, scalar};
-use crate::common::reference::{Reference, Whole, filled, gradients, optimizer, same, values};
+use crate::common::reference::{Reference, Whole, filled, gradient_values, optimizer, same, values};
 
 /// How a step is split over one axis.
 #[derive(Debug, Clone)]
@@ -128,7 +128,7 @@ impl<M: Module, I: GraphInputs + Clone> Case<M, I> {
             .map(|step| {
                 let result = executor.step(&model, (self.batch)(step)).unwrap();
                 source.advance();
-                let gradients = gradients(&model, &result.gradients);
+                let gradients = gradient_values(&model, &result.gradients);
                 model = optim.step(0.05, model.clone(), result.gradients);
                 Reference { loss: scalar(result.loss), gradients, after: values(&model) }
             })
@@ -195,7 +195,7 @@ impl<M: Module, I: GraphInputs + Clone> Case<M, I> {
                 let found = scalar(result.loss);
                 let difference = (found - reference.loss).abs() / reference.loss.abs();
                 assert!(difference <= tolerance / 3.0, "{found} {}", reference.loss);
-                let gradients = gradients(&model, &result.gradients);
+                let gradients = gradient_values(&model, &result.gradients);
                 assert_eq!(gradients.len(), reference.gradients.len());
                 for (path, expected) in &reference.gradients {
                     same(

@@ -9,8 +9,8 @@ use burn_parallel::partition::register_collectives;
 use burn_parallel::prelude::*;
 
 use super::harness::{Axis, Case};
-use super::vocabulary::{Lm, Tokens};
-use crate::common::models::{Numbers, device};
+use super::vocabulary::{Tokens, VOCABULARY};
+use crate::common::models::{Numbers, WideLm, device};
 
 /// A block of which everything large is split: the hidden layer is 512 times as wide as its ends.
 #[derive(Module, Debug)]
@@ -53,13 +53,13 @@ fn activations_of_split_layers() {
 #[test]
 fn activations_along_the_sequence() {
     // A large batch, so that weights and their gradients count for little.
-    const LONG: Case<Lm, Tokens> = Case {
-        make: |d| Lm::new(0.0, true, 2, d),
+    const LONG: Case<WideLm, Tokens> = Case {
+        make: |d| WideLm::new(VOCABULARY, 0.0, true, 2, d),
         batch: |seed| {
             let mut numbers = Numbers(seed);
             (numbers.classes([32, 12], 24, &device()), numbers.classes([32, 12], 24, &device()))
         },
-        loss: Lm::loss,
+        loss: WideLm::loss,
     };
     let axis = |degree| Axis::new("tp", degree, super::vocabulary::megatron_with_vocabulary());
     let whole = peak(&LONG, axis(1));

@@ -6,15 +6,16 @@ use burn_parallel::graph::{CustomOps, Executor, RandomSource, capture_step, coun
 use burn_parallel::prelude::*;
 
 use super::harness::{Axis, Case};
-use super::vocabulary::{Lm, Tokens, megatron_with_vocabulary, tokens};
-use crate::common::models::device;
+use super::vocabulary::{Tokens, VOCABULARY, megatron_with_vocabulary, tokens};
+use crate::common::models::{WideLm, device};
 
-const DROPOUT: Case<Lm, Tokens> = Case { make: |d| Lm::new(0.3, true, 2, d), batch: tokens, loss: Lm::loss };
+const DROPOUT: Case<WideLm, Tokens> =
+    Case { make: |d| WideLm::new(VOCABULARY, 0.3, true, 2, d), batch: tokens, loss: WideLm::loss };
 
 #[test]
 fn dropout_at_any_split_drops_the_same() {
     let references = DROPOUT.alone(3);
-    let without = Case { make: |d| Lm::new(0.0, true, 2, d), ..DROPOUT }.alone(1);
+    let without = Case { make: |d| WideLm::new(VOCABULARY, 0.0, true, 2, d), ..DROPOUT }.alone(1);
     assert!((references[0].loss - without[0].loss).abs() > 1e-3, "nothing was dropped");
     for degree in [1, 2, 3, 4] {
         DROPOUT.compare(&[Axis::new("tp", degree, Plan::megatron())], &references).unwrap();
@@ -29,7 +30,7 @@ fn dropout_at_any_split_drops_the_same() {
 }
 
 fn drawn(source: &RandomSource, steps: usize) -> Vec<[Vec<f64>; 5]> {
-    let model = Lm::new(0.0, true, 1, &device());
+    let model = WideLm::new(VOCABULARY, 0.0, true, 1, &device());
     let mut graph = capture_step(&model, tokens(0), |model, batch| {
         let device = device();
         let of = |distribution| Tensor::<2>::random([100, 400], distribution, &batch.0.device());

@@ -1,47 +1,16 @@
 //! Embeddings, output layers and losses split along the vocabulary.
 
 use burn::module::Module;
-use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
-use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig, attention};
+use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig};
 use burn::prelude::*;
 use burn_parallel::partition::CollectiveKind::{self, AllGather, AllReduce, AllReduceMax};
 use burn_parallel::prelude::*;
 
 use super::harness::{Axis, Case};
-use crate::common::models::{Numbers, cross_entropy, device};
-
-/// A language model of two pre-norm layers, with dropout if asked for.
-#[derive(Module, Debug)]
-pub struct Lm {
-    embedding: Embedding,
-    encoder: TransformerEncoder,
-    norm: LayerNorm,
-    head: Linear,
-}
+use crate::common::models::{Numbers, WideLm, device};
 
 pub const VOCABULARY: usize = 24;
 pub const SEQUENCE: usize = 12;
-
-impl Lm {
-    pub fn new(dropout: f64, norm_first: bool, layers: usize, device: &Device) -> Self {
-        let encoder =
-            TransformerEncoderConfig::new(24, 48, 12, layers).with_dropout(dropout).with_norm_first(norm_first);
-        Self {
-            embedding: EmbeddingConfig::new(VOCABULARY, 24).init(device),
-            encoder: encoder.init(device),
-            norm: LayerNormConfig::new(24).init(device),
-            head: LinearConfig::new(24, VOCABULARY).init(device),
-        }
-    }
-
-    pub fn loss(&self, (tokens, targets): (Tensor<2, Int>, Tensor<2, Int>)) -> Tensor<1> {
-        let [b, s] = tokens.dims();
-        let mask = attention::generate_autoregressive_mask(b, s, &tokens.device());
-        let x = TransformerEncoderInput::new(self.embedding.forward(tokens)).mask_attn(mask);
-        let logits = self.head.forward(self.norm.forward(self.encoder.forward(x)));
-        cross_entropy(logits.reshape([b * s, VOCABULARY]), targets.reshape([b * s]))
-    }
-}
 
 pub type Tokens = (Tensor<2, Int>, Tensor<2, Int>);
 
@@ -51,8 +20,10 @@ pub fn tokens(seed: u64) -> Tokens {
     (draw(), draw())
 }
 
-pub const TOKENS: Case<Lm, Tokens> = Case { make: |d| Lm::new(0.0, true, 2, d), batch: tokens, loss: Lm::loss };
-pub const POST: Case<Lm, Tokens> = Case { make: |d| Lm::new(0.0, false, 2, d), batch: tokens, loss: Lm::loss };
+pub const TOKENS: Case<WideLm, Tokens> =
+    Case { make: |d| WideLm::new(VOCABULARY, 0.0, true, 2, d), batch: tokens, loss: WideLm::loss };
+pub const POST: Case<WideLm, Tokens> =
+    Case { make: |d| WideLm::new(VOCABULARY, 0.0, false, 2, d), batch: tokens, loss: WideLm::loss };
 
 /// Megatron-LM's plan with the vocabulary split too.
 pub fn megatron_with_vocabulary() -> Plan {
