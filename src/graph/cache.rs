@@ -1,8 +1,9 @@
 //! One captured graph per kind of step.
 
-use std::any::{Any, TypeId};
+use std::any::Any;
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use burn::backend::{DispatchTensor, TensorMetadata};
 use burn::module::{Module, ParamId};
@@ -10,24 +11,25 @@ use burn::tensor::{DType, Shape};
 
 use super::capture::capture_step;
 use super::custom::CustomOps;
-use super::edges::join;
 use super::execute::Executor;
 use super::forward::{Forward, capture_forward};
 use super::graph_error;
-use super::inputs::{GraphInputs, TensorMapper};
-use super::loss::StepLoss;
 use super::module::Survey;
 use super::step::StepGraph;
 use crate::error::Error;
+use crate::step::{Identity, Loss, StepFn};
+use crate::tensor::{GraphInputs, TensorMapper, place};
 
 type Pass = Box<dyn Fn(&mut StepGraph) -> Result<(), Error> + Send>;
 
 /// Executors by what their graph was captured for: the closure, shapes and dtypes of inputs and parameters, training flags,
 /// trainable parameters.
 ///
-/// Closures are told apart by where they are written, not by what they capture (and function pointers, as opposed to
-/// functions, not at all): one that is to compute something else the next time needs to be another closure, or get what
-/// changes as an input. It is called only to capture. Changes of plain fields of the module (a dropout probability) are not noticed: [`clear`](Self::clear) then. Nothing is ever thrown
+/// Closures are told apart by where they are written. One that captures nothing of what is around it is called only to
+/// capture. One that captures something (a factor, a reference, a function pointer) may compute something else the next time: it
+/// is captured anew at every step, 1 to 2 ms a layer, and the graph that came of it the last time runs if both are equal. What
+/// changes from step to step is better an input. Changes of plain fields of the module (a dropout probability) and of statics
+/// are not noticed: [`clear`](Self::clear) then. Nothing is ever thrown
 /// out by itself: pad batches, at least the last, to few different shapes. A graph holds operations and constants, no
 /// weights.
 pub struct GraphCache {
@@ -45,11 +47,14 @@ impl core::fmt::Debug for GraphCache {
 }
 
 /// What a captured step is for.
-#[derive(Debug, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct StepKey {
-    /// Closures written in different places are of different types.
-    closure: TypeId,
+    closure: Identity,
+    /// What a closure that captures something has made of it.
+    graph: Option<u64>,
     inputs: Vec<(String, Shape, DType)>,
+    /// The plain values among the inputs.
+    values: Vec<u64>,
     params: Vec<(ParamId, Shape, DType)>,
     flags: Vec<(ParamId, bool)>,
     trainable: BTreeSet<String>,
@@ -65,18 +70,36 @@ impl GraphCache {
     ///
     /// # Errors
     /// Those of [`capture_step`], of the pass and of [`Executor::new`].
-    pub fn executor<M, I, F, R>(&mut self, model: &M, inputs: &I, loss: F) -> Result<&mut Executor, Error>
+    pub fn executor<M, I, F, R>(&mut self, model: &M, inputs: &I, mut loss: F) -> Result<&mut Executor, Error>
     where
         M: Module,
         I: GraphInputs + Clone,
-        F: FnOnce(&M, I) -> R,
-        R: StepLoss,
+        F: FnMut(&M, I) -> R,
+        R: Into<Loss>,
     {
-        let key = StepKey::of::<M, I, F>(model, inputs)?;
+        let mut call = |model: &M, inputs: I| loss(model, inputs).into();
+        self.executor_of(model, inputs, StepFn::new::<F>(&mut call))
+    }
+
+    /// As [`executor`](Self::executor), of a closure that is known already.
+    pub(crate) fn executor_of<M, I>(
+        &mut self,
+        model: &M,
+        inputs: &I,
+        mut step: StepFn<'_, M, I>,
+    ) -> Result<&mut Executor, Error>
+    where
+        M: Module,
+        I: GraphInputs + Clone,
+    {
+        let mut key = StepKey::of(step.identity, model, inputs)?;
+        let mut capture = || capture_step(model, inputs.clone(), |model: &M, inputs| step.call(model, inputs));
+        let anew = if key.closure.captures() { Some(capture()?) } else { None };
+        key.graph = anew.as_ref().map(StepGraph::digest);
         match self.executors.entry(key) {
             Entry::Occupied(entry) => Ok(entry.into_mut()),
             Entry::Vacant(entry) => {
-                let mut graph = capture_step(model, inputs.clone(), loss)?;
+                let mut graph = anew.map_or_else(capture, Ok)?;
                 (self.pass)(&mut graph)?;
                 Ok(entry.insert(Executor::new(graph, self.ops.clone())?))
             }
@@ -88,18 +111,21 @@ impl GraphCache {
     ///
     /// # Errors
     /// Those of [`capture_forward`], of the pass and of [`Executor::new`].
-    pub fn forward<M, I, F, O>(&mut self, model: &M, inputs: &I, forward: F) -> Result<&mut Forward<O>, Error>
+    pub fn forward<M, I, F, O>(&mut self, model: &M, inputs: &I, mut forward: F) -> Result<&mut Forward<O>, Error>
     where
         M: Module,
         I: GraphInputs + Clone,
-        F: FnOnce(&M, I) -> O,
+        F: FnMut(&M, I) -> O,
         O: GraphInputs + Clone + Send + 'static,
     {
-        let key = StepKey::of::<M, I, F>(model, inputs)?;
+        let mut key = StepKey::of(Identity::of::<F>(), model, inputs)?;
+        let mut capture = || capture_forward(model, inputs.clone(), &mut forward);
+        let anew = if key.closure.captures() { Some(capture()?) } else { None };
+        key.graph = anew.as_ref().map(|captured| captured.graph.digest());
         let made = match self.forwards.entry(key) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => {
-                let mut captured = capture_forward(model, inputs.clone(), forward)?;
+                let mut captured = anew.map_or_else(capture, Ok)?;
                 (self.pass)(&mut captured.graph)?;
                 entry.insert(Box::new(Forward::new(captured, self.ops.clone())?))
             }
@@ -125,15 +151,28 @@ impl GraphCache {
 }
 
 impl StepKey {
-    pub(crate) fn of<M: Module, I: GraphInputs + Clone, F>(model: &M, inputs: &I) -> Result<Self, Error> {
-        let mut seen = Inputs { path: Vec::new(), seen: Vec::new() };
+    /// The key of the graphs that a closure which captures something has given now.
+    pub(crate) fn with_graphs(self, digests: impl Iterator<Item = u64>) -> Self {
+        let mut hasher = DefaultHasher::new();
+        digests.for_each(|digest| digest.hash(&mut hasher));
+        Self { graph: Some(hasher.finish()), ..self }
+    }
+
+    pub(crate) fn of<M: Module, I: GraphInputs + Clone>(
+        closure: Identity,
+        model: &M,
+        inputs: &I,
+    ) -> Result<Self, Error> {
+        let mut seen = Inputs { path: Vec::new(), seen: Vec::new(), values: Vec::new() };
         drop(inputs.clone().map_tensors(&mut seen)?);
         // A module on a plain device has its training settings switched on by the capture.
         let survey = Survey::of(&model.clone().train());
         let trainable = survey.trainable();
         Ok(Self {
-            closure: typeid::of::<F>(),
+            closure,
+            graph: None,
             inputs: seen.seen,
+            values: seen.values,
             trainable: trainable.iter().map(ParamId::to_string).collect(),
             params: survey.tensors.into_iter().map(|t| (t.id, t.shape, t.dtype)).collect(),
             flags: survey.flags.into_iter().map(|(_, id, on)| (id, on)).collect(),
@@ -144,11 +183,12 @@ impl StepKey {
 struct Inputs {
     path: Vec<usize>,
     seen: Vec<(String, Shape, DType)>,
+    values: Vec<u64>,
 }
 
 impl TensorMapper for Inputs {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
-        self.seen.push((join(&self.path), tensor.shape(), tensor.dtype()));
+        self.seen.push((place(&self.path), tensor.shape(), tensor.dtype()));
         Ok(tensor)
     }
 
@@ -158,5 +198,9 @@ impl TensorMapper for Inputs {
 
     fn exit(&mut self) {
         self.path.pop();
+    }
+
+    fn value(&mut self, value: u64) {
+        self.values.push(value);
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use burn::module::{Module, ParamId};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Device;
 
 use super::batch::Batch;
 use super::engine::Engine;
@@ -14,11 +14,12 @@ use super::tied::Ties;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::graph::{
-    ForwardGraph, GraphInputs, LossParts, StepGraph, StepKey, StepLoss, TensorMapper, TokenLoss, capture_forward,
-    capture_step, counted_random, graph_error,
+    ForwardGraph, GraphInputs, StepGraph, StepKey, capture_forward, capture_step, counted_random, graph_error,
 };
 use crate::params::one_device;
+use crate::partition::ShardReport;
 use crate::pipeline_parallel::cut::{CutGraph, StageRun, cut_like, measure_operations};
+use crate::step::{Identity, StepFn};
 
 /// A step for one kind of batch.
 pub(super) struct CapturedStep {
@@ -41,72 +42,106 @@ pub(super) struct CapturedForward<O> {
 
 impl Engine {
     /// Makes sure that the step for this batch is captured and cut; `local` loses what this rank does not hold.
-    pub(super) fn prepare<M, I, F, R>(
+    pub(super) fn prepare<M, I>(
         &mut self,
         local: &mut Option<M>,
         inputs: I,
-        loss: &mut F,
+        mut step: StepFn<'_, M, I>,
     ) -> Result<(StepKey, Batch), Error>
     where
         M: Module,
         I: GraphInputs + Clone,
-        F: FnMut(&M, I) -> R,
-        R: StepLoss,
     {
         let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, self.config.micro_batches)?;
         let Some(model) = local.take() else { return Err(stage_error("the model was lost in an earlier error")) };
         let outline = self.outline(&model);
         *local = Some(model);
         let outline = outline?;
-        let key = StepKey::of::<M, I, F>(&outline, &inputs)?;
+        let (firsts, sizes) = batch.sizes();
+        let key = StepKey::of(step.identity, &outline, &inputs)?;
+        let mut graphs = None;
+        let digests = match step.identity.captures() {
+            false => None,
+            true => {
+                let captured = self.capture_all(&outline, &batch, &inputs, &firsts, step.again())?;
+                let digests: Vec<u64> = captured.iter().map(StepGraph::digest).collect();
+                graphs = Some(captured);
+                Some(digests)
+            }
+        };
+        let key = match digests {
+            Some(digests) => key.with_graphs(digests.into_iter()),
+            None => key,
+        };
         if self.steps.contains_key(&key) {
             return Ok((key, batch));
         }
-        let (firsts, sizes) = batch.sizes();
-        let capture = |first| self.capture(&outline, &batch, inputs.clone(), first, loss);
-        let graphs = firsts.into_iter().map(capture).collect::<Result<Vec<_>, _>>()?;
+        let mut graphs = match graphs {
+            Some(graphs) => graphs,
+            None => self.capture_all(&outline, &batch, &inputs, &firsts, step.again())?,
+        };
+        for graph in &mut graphs {
+            self.shards = self.split_graph(graph)?;
+        }
         let cuts = self.cuts(&graphs, local)?;
         let stages = self.stages(&graphs, &cuts, &sizes)?;
         let gradients = cuts[0].stages.iter().flat_map(|stage| &stage.gradients);
         let trained = gradients.map(|(param, _)| graphs[0].params[*param].id).collect();
         let pipeline = Pipeline::new(&self.group, self.timetable.clone(), &stages)?;
-        self.steps.insert(key, CapturedStep { pipeline, stages, trained });
-        let key = StepKey::of::<M, I, F>(&outline, &inputs)?;
+        self.steps.insert(key.clone(), CapturedStep { pipeline, stages, trained });
         Ok((key, batch))
     }
 
-    /// The step of one micro-batch, before it is cut.
-    fn capture<M, I, F, R>(
+    /// The step of each of these micro-batches, before it is split or cut.
+    fn capture_all<M, I>(
+        &self,
+        outline: &M,
+        batch: &Batch,
+        inputs: &I,
+        micro_batches: &[usize],
+        mut step: StepFn<'_, M, I>,
+    ) -> Result<Vec<StepGraph>, Error>
+    where
+        M: Module,
+        I: GraphInputs + Clone,
+    {
+        let capture = |first: &usize| self.capture(outline, batch, inputs.clone(), *first, step.again());
+        micro_batches.iter().map(capture).collect()
+    }
+
+    /// The step of one micro-batch, before it is split or cut.
+    fn capture<M, I>(
         &self,
         outline: &M,
         batch: &Batch,
         inputs: I,
         micro_batch: usize,
-        loss: &mut F,
+        mut step: StepFn<'_, M, I>,
     ) -> Result<StepGraph, Error>
     where
         M: Module,
         I: GraphInputs,
-        F: FnMut(&M, I) -> R,
-        R: StepLoss,
     {
         let rows = batch.rows(micro_batch).len();
         let inputs = batch.structured(inputs, micro_batch)?;
-        let mut graph = capture_step(outline, inputs, |model, inputs| OfRows { loss: loss(model, inputs), rows })?;
-        self.split_graph(&mut graph)?;
-        Ok(graph)
+        capture_step(outline, inputs, |model: &M, inputs| step.call(model, inputs).over_rows(rows))
     }
 
     /// Seconds that each operation of the step takes for the first micro-batch: none is larger.
-    pub(super) fn measure<M, I, F, R>(&self, local: &M, inputs: I, loss: &mut F, runs: usize) -> Result<Vec<f64>, Error>
+    pub(super) fn measure<M, I>(
+        &self,
+        local: &M,
+        inputs: I,
+        step: StepFn<'_, M, I>,
+        runs: usize,
+    ) -> Result<Vec<f64>, Error>
     where
         M: Module,
         I: GraphInputs + Clone,
-        F: FnMut(&M, I) -> R,
-        R: StepLoss,
     {
         let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, self.config.micro_batches)?;
-        let graph = self.capture(&self.outline(local)?, &batch, inputs, 0, loss)?;
+        let mut graph = self.capture(&self.outline(local)?, &batch, inputs, 0, step)?;
+        self.split_graph(&mut graph)?;
         let device = one_device(local, "measure")?.unwrap_or_else(Device::flex);
         measure_operations(&graph, &device, runs)
     }
@@ -131,15 +166,21 @@ impl Engine {
         let outline = self.outline(&model);
         *local = Some(model);
         let outline = outline?;
-        let key = StepKey::of::<M, I, F>(&outline, &inputs)?;
+        let (firsts, sizes) = batch.sizes();
+        let mut capture = || {
+            let of = |first| capture_forward(&outline, batch.structured(inputs.clone(), first)?, &mut forward);
+            firsts.iter().copied().map(of).collect::<Result<Vec<_>, Error>>()
+        };
+        let identity = Identity::of::<F>();
+        let anew = if identity.captures() { Some(capture()?) } else { None };
+        let mut key = StepKey::of(identity, &outline, &inputs)?;
+        if let Some(graphs) = &anew {
+            key = key.with_graphs(graphs.iter().map(|captured| captured.graph.digest()));
+        }
         if !self.forwards.contains_key(&key) {
-            let (firsts, sizes) = batch.sizes();
-            let mut captured = Vec::new();
-            for first in firsts {
-                let micro_batch = batch.structured(inputs.clone(), first)?;
-                let mut graph = capture_forward(&outline, micro_batch, &mut forward)?;
-                self.split_graph(&mut graph.graph)?;
-                captured.push(graph);
+            let mut captured = anew.map_or_else(capture, Ok)?;
+            for captured in &mut captured {
+                self.shards = self.split_graph(&mut captured.graph)?;
             }
             let graphs: Vec<StepGraph> = captured.iter().map(|captured| captured.graph.clone()).collect();
             let cuts = self.cuts(&graphs, local)?;
@@ -150,19 +191,20 @@ impl Engine {
             let givers = (0..graphs[0].outputs.len()).map(|place| giver(place).unwrap_or(0)).collect();
             let pipeline = Pipeline::new(&self.group, self.timetable.clone(), &stages)?;
             let forward = CapturedForward { pipeline, stages, graphs: captured, sizes, givers };
-            self.forwards.insert(key, Box::new(forward));
+            self.forwards.insert(key.clone(), Box::new(forward));
         }
-        let key = StepKey::of::<M, I, F>(&outline, &inputs)?;
         let forward = self.forwards.get_mut(&key).and_then(|forward| forward.downcast_mut());
         Ok((forward.ok_or_else(|| graph_error("a closure of one type gave outputs of two types"))?, batch))
     }
 
-    fn split_graph(&self, graph: &mut StepGraph) -> Result<(), Error> {
+    fn split_graph(&self, graph: &mut StepGraph) -> Result<Vec<ShardReport>, Error> {
         match &self.split {
-            Some(split) => drop(split.apply(graph)?),
-            None => drop(counted_random(graph)),
+            Some(split) => split.apply(graph),
+            None => {
+                counted_random(graph);
+                Ok(Vec::new())
+            }
         }
-        Ok(())
     }
 
     /// Cuts graphs of one step for micro-batches of different sizes. The first time ever it is decided who holds what, and
@@ -240,23 +282,5 @@ fn agree(mine: &[u64], group: &Communicator, problem: &str) -> Result<(), Error>
     match all.chunks(mine.len().max(1)).position(|theirs| theirs != &all[..mine.len()]) {
         None => Ok(()),
         Some(rank) => Err(graph_error(format!("rank {rank} of group `{}` {problem}", group.group()))),
-    }
-}
-
-/// A loss that is a mean becomes a sum over the rows of its micro-batch.
-struct OfRows<R> {
-    loss: R,
-    rows: usize,
-}
-
-impl<R: StepLoss> StepLoss for OfRows<R> {
-    fn split(self, mapper: &mut dyn TensorMapper) -> Result<LossParts, Error> {
-        match self.loss.split(mapper)? {
-            LossParts { loss, weight: None } if loss.dims() == [1] => {
-                let sum: Tensor<1> = loss * self.rows as f64;
-                TokenLoss::of(sum, self.rows).split(mapper)
-            }
-            parts => Ok(parts),
-        }
     }
 }

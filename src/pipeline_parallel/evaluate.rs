@@ -19,7 +19,7 @@ impl<M: Module> Pipelined<M> {
     /// A step that is trained later keeps to this cut.
     ///
     /// # Errors
-    /// As [`forward_with`](Self::forward_with).
+    /// As [`forward_with`](crate::train::ParallelModule::forward_with).
     pub fn prepare_forward<I, F, O>(&mut self, inputs: I, forward: F) -> Result<(), Error>
     where
         I: GraphInputs + Clone,
@@ -32,15 +32,8 @@ impl<M: Module> Pipelined<M> {
         self.take(local)
     }
 
-    /// Runs a forward pass for evaluation on a batch, divided into micro-batches like that of a step: what `forward` gives,
-    /// on every rank, without autodiff. The outputs of the micro-batches are put together along their first dim.
-    ///
-    /// The model is in evaluation mode, as after [`Module::valid`]: no dropout, running statistics in batch norms. Collective:
-    /// every rank passes the whole batch.
-    ///
-    /// # Errors
-    /// As [`step`](Self::step); [`Error::Pipeline`] if the model is not cut yet.
-    pub fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
+    /// Runs a forward pass for evaluation on a batch, divided into micro-batches like that of a step.
+    pub(super) fn run_forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
         I: GraphInputs + Clone,
         F: FnMut(&M, I) -> O,

@@ -8,7 +8,7 @@ use burn::tensor::{DType, Device, Shape};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::graph::{StepGraph, read_params};
-use crate::params::{self, one_device};
+use crate::params::{self, Renamed, one_device};
 use crate::pipeline_parallel::cut::CutGraph;
 use crate::tensor::PlainTensor;
 
@@ -33,6 +33,11 @@ impl Tie {
 pub(super) struct Ties(Vec<(Communicator, Vec<Tie>)>);
 
 impl Ties {
+    /// The same parameters by other ids.
+    pub(super) fn rename(&mut self, renamed: &Renamed) {
+        self.0.iter_mut().flat_map(|(_, ties)| ties).for_each(|tie| tie.id = renamed.id(tie.id));
+    }
+
     /// Finds the parameters that several ranks hold, and joins those ranks. Collective over `group`.
     ///
     /// # Errors

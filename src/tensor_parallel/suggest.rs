@@ -6,11 +6,12 @@ use burn::module::Module;
 use burn_ir::{FloatOperationIr, OperationIr, TensorId, TensorIr};
 
 use crate::Error;
-use crate::graph::{GraphInputs, StepGraph, StepLoss, capture_step, counted_random};
+use crate::graph::{GraphInputs, StepGraph, capture_step, counted_random};
 use crate::layout::Layout;
 use crate::params;
 use crate::partition::{CollectiveKind, PartitionOptions, ShardReport, partition};
 use crate::plan::{Plan, PlanCost, concise, like, must_split};
+use crate::step::Loss;
 
 /// How often the search goes over all parameters after the first time, at most.
 const SWEEPS: usize = 3;
@@ -26,7 +27,7 @@ impl Plan {
         M: Module,
         I: GraphInputs,
         F: FnOnce(&M, I) -> R,
-        R: StepLoss,
+        R: Into<Loss>,
     {
         let table = self.table(model, degree)?;
         let step = Candidate::capture(model, degree, inputs, loss)?;
@@ -73,7 +74,7 @@ impl Plan {
         M: Module,
         I: GraphInputs,
         F: FnOnce(&M, I) -> R,
-        R: StepLoss,
+        R: Into<Loss>,
     {
         let step = Candidate::capture(model, degree, inputs, loss)?;
         let groups = step.groups();
@@ -108,7 +109,7 @@ impl Candidate {
         M: Module,
         I: GraphInputs,
         F: FnOnce(&M, I) -> R,
-        R: StepLoss,
+        R: Into<Loss>,
     {
         // Only lazy parameters become hollow.
         let mut graph = capture_step(&params::outline(model, &|_, _| None), inputs, loss)?;
