@@ -9,4 +9,5 @@ mod layers;
 mod matmul;
 mod padded;
 mod plans;
+mod surface;
 mod wrap;
