@@ -51,7 +51,7 @@ impl Training {
         let Some(mut model) = self.model.take() else { return Ok([0.0; 3]) };
         let step = model.step(batch(), |model, (tokens, targets)| model.loss_sum(tokens, targets))?;
         // Host time of the executor for each action: what is neither a pass nor waiting.
-        let run = &step.report;
+        let run = &step.runs[0];
         let host = run.elapsed.saturating_sub(run.busy).saturating_sub(run.waited).as_secs_f64() / run.actions as f64;
         let busy = run.busy.as_secs_f64();
         self.model = Some(self.optimizer.step(1e-4, model, step.grads));
@@ -80,7 +80,7 @@ fn rounds(rounds: usize, model: &Gpt, schedule: &Schedule, micro_batches: usize,
         }
         let mut stages = Training::new(model, &rank, &device, &config)?;
         if rank.rank() == 0
-            && let Some(report) = stages.model.as_ref().and_then(Pipelined::report)
+            && let Some(report) = stages.model.as_ref().and_then(|model| model.report().cut)
         {
             eprint!("{report}");
         }

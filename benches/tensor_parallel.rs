@@ -43,7 +43,7 @@ fn rounds<M: Module + Sync, I: GraphInputs + Clone + Sync>(
         let device = rank.device().autodiff();
         let alone = rank.split(rank.rank() as u64, 0)?;
         let mut eager = Some(model.clone().fork(&device));
-        let mut graph = Some(model.clone().fork(&device).tensor_parallel(&alone, &Plan::new())?);
+        let mut graph = Some(model.clone().fork(&device).tensor_parallel(&alone, Plan::new())?);
         let mut split = Some(model.clone().fork(&device).tensor_parallel(&rank, plan)?);
         let mut optims = [optimizer(), optimizer(), optimizer()];
         // Models go through the optimizer by value, so that it can update them in place.

@@ -81,7 +81,7 @@ fn split<M: Module, B: GraphInputs + Clone>(
     for step in 0..STEPS {
         let step = model.step(batch(step), loss)?;
         model = optim.step(1e-2, model, step.grads);
-        losses.push(step.loss.into_scalar::<f32>());
+        losses.push(step.loss.item() as f32);
     }
     Ok(losses)
 }

@@ -36,6 +36,7 @@ macro_rules! module_of_field {
             }
 
             fn visit<V: burn::module::ModuleVisitor>(&self, visitor: &mut V) {
+                $crate::nesting::visited(stringify!($wrapper));
                 self.$field.visit(visitor);
             }
 

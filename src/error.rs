@@ -154,6 +154,33 @@ pub enum Error {
         operation: &'static str,
     },
 
+    /// A model was wrapped that is wrapped already, in an order that makes no sense.
+    #[error(
+        "{operation} was given a model that is, or holds, a `{wrapper}`: a model is split first, then cut into stages, then \
+         replicated, `.tensor_parallel(..)?.pipeline_parallel(..)?.data_parallel(..)?`, each at most once; code that is \
+         generic over the module must take it before it is wrapped"
+    )]
+    Nesting {
+        /// What was to wrap it.
+        operation: &'static str,
+        /// The wrapper that it is in already.
+        wrapper: &'static str,
+    },
+
+    /// A strategy cannot be read, or does not fit the world.
+    #[error("the strategy is wrong: {problem}")]
+    Strategy {
+        /// What is wrong.
+        problem: String,
+    },
+
+    /// An optimizer does not suit the parameters.
+    #[error("the optimizer does not suit this model: {problem}")]
+    Optimizer {
+        /// What is wrong, with the parameter.
+        problem: String,
+    },
+
     /// The reduction has no meaning for this element type.
     #[error("{op:?} is not defined for {dtype:?}; {advice}")]
     UnsupportedReduction {

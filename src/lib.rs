@@ -18,7 +18,7 @@
 //!         let rows = Tensor::<2>::ones([8, 4], &device); // this rank's share of the batch
 //!         let step = model.step(rows, |model, rows| model.forward(rows).powf_scalar(2.0).mean())?;
 //!         model = optim.step(1e-2, model, step.grads);
-//!         losses.push(step.loss); // the mean over all ranks
+//!         losses.push(step.loss.item()); // the mean over all ranks
 //!     }
 //!     Ok(losses)
 //! })?;
@@ -41,6 +41,7 @@
 //! | [`plan`] | which parameters are split, by path |
 //! | [`tensor_parallel`] | any module split over ranks by a plan; explicit layers for models written with that in mind |
 //! | [`pipeline_parallel`] | any module cut into stages; schedules as data, their validator and simulator, one executor for all |
+//! | [`step`] | what a training step takes and gives, with every strategy |
 //! | [`train`] | where strategies meet: replicas of models that are split |
 //! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
 //! | [`partition`] | sharding propagation: a captured step split over the ranks of an axis, with the collectives it needs |
@@ -67,10 +68,12 @@ pub mod graph;
 pub mod launch;
 pub mod layout;
 pub mod mesh;
+mod nesting;
 pub mod params;
 pub mod partition;
 pub mod pipeline_parallel;
 pub mod plan;
+pub mod step;
 pub mod tensor;
 pub mod tensor_parallel;
 pub mod train;
@@ -81,14 +84,15 @@ pub use error::Error;
 pub mod prelude {
     pub use crate::Error;
     pub use crate::comm::{Communicator, ReduceOp};
-    pub use crate::data_parallel::{DataParallel, DataParallelConfig, Loss};
+    pub use crate::data_parallel::{DataParallel, DataParallelConfig};
     pub use crate::data_parallel::{DistributedDataset, DistributedSampler, Remainder};
-    pub use crate::graph::TokenLoss;
     pub use crate::launch::{self, Rank};
     pub use crate::layout::{self, Layout};
     pub use crate::mesh::Mesh;
     pub use crate::pipeline_parallel::cut::Cut;
     pub use crate::pipeline_parallel::{PipelineConfig, PipelineParallel, schedule::Schedule};
     pub use crate::plan::Plan;
-    pub use crate::tensor_parallel::TensorParallel;
+    pub use crate::step::{Loss, Step};
+    pub use crate::tensor_parallel::{TensorParallel, TensorParallelConfig};
+    pub use crate::train::{ParallelModule, Parallelize, Strategy};
 }

@@ -60,10 +60,10 @@ impl Gpt {
     }
 
     /// The loss as a sum and the number of tokens it is over.
-    pub fn loss_sum(&self, tokens: Tensor<2, Int>, targets: Tensor<2, Int>) -> TokenLoss {
+    pub fn loss_sum(&self, tokens: Tensor<2, Int>, targets: Tensor<2, Int>) -> Loss {
         let rows = targets.shape().num_elements();
         let nats = activation::log_softmax(self.logits(tokens), 1).gather(1, targets.reshape([rows, 1]));
-        TokenLoss::of(nats.sum().neg(), rows)
+        Loss::sum(nats.sum().neg(), rows)
     }
 
     /// `[rows * length, vocabulary]`.

@@ -78,9 +78,9 @@ fn batch(step: usize, rows: std::ops::Range<usize>, device: &Device) -> (Tensor<
     (tensor(0), tensor(1))
 }
 
-fn loss(model: &Gpt, (tokens, targets): (Tensor<2, Int>, Tensor<2, Int>)) -> TokenLoss {
+fn loss(model: &Gpt, (tokens, targets): (Tensor<2, Int>, Tensor<2, Int>)) -> Loss {
     let (nats, count) = model.loss_sum(tokens, targets);
-    TokenLoss::of(nats, count)
+    Loss::sum(nats, count)
 }
 
 fn alone(model: &Gpt, device: &Device) -> Vec<f64> {
@@ -113,15 +113,15 @@ fn split(strategy: Strategy, comm: &Communicator, device: &Device, model: &Gpt) 
                     let (nats, count) = model.loss_sum(tokens, targets);
                     Loss::sum(nats, count as f64)
                 })?;
-                losses.push(done.loss);
+                losses.push(done.loss.item());
                 model = optim.step(RATE, model, done.grads);
             }
         }
         Strategy::Tensor => {
-            let mut model = model.tensor_parallel(comm, &Plan::megatron())?;
+            let mut model = model.tensor_parallel(comm, Plan::megatron())?;
             for step in 0..STEPS {
                 let done = model.step(batch(step, 0..ROWS, &device), loss)?;
-                losses.push(done.loss.into_scalar::<f64>());
+                losses.push(done.loss.item());
                 model = optim.step(RATE, model, done.grads);
             }
         }
@@ -130,7 +130,7 @@ fn split(strategy: Strategy, comm: &Communicator, device: &Device, model: &Gpt) 
             let mut model = model.pipeline_parallel(comm, config)?;
             for step in 0..STEPS {
                 let done = model.step(batch(step, 0..ROWS, &device), loss)?;
-                losses.push(done.loss);
+                losses.push(done.loss.item());
                 model = optim.step(RATE, model, done.grads);
             }
         }

@@ -4,8 +4,8 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use burn_parallel::prelude::Schedule;
-use clap::error::{Error, ErrorKind};
+use burn_parallel::prelude::*;
+use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 
 use crate::device::Compute;
@@ -36,6 +36,10 @@ struct Flags {
     /// How many ranks share the layers of a replica: pipeline parallelism
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = up_to::<1024>)]
     pp: usize,
+
+    /// A file that says how the model is spread, in TOML or JSON, in place of --dp, --tp, --pp and what goes with them
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["dp", "tp", "pp", "schedule", "micro_batches"])]
+    strategy: Option<PathBuf>,
 
     /// In which order the stages of a pipeline take the micro-batches
     #[arg(long, value_name = "NAME", value_enum, default_value = "1f1b")]
@@ -130,10 +134,8 @@ pub struct Args {
     pub tp: usize,
     /// How many ranks share the layers of a replica.
     pub pp: usize,
-    /// In which order a pipeline works.
-    pub schedule: Schedule,
-    /// How many micro-batches a pipeline divides its rows into.
-    pub micro_batches: usize,
+    /// How the model is spread.
+    pub strategy: Strategy,
     /// How many steps to train.
     pub steps: usize,
     /// The rows of a step over all ranks.
@@ -162,16 +164,24 @@ pub struct Args {
 
 impl Args {
     /// Reads the command line; what makes no sense, alone or together, is an error, and so is a wish for help.
-    pub fn from_command_line() -> Result<Self, Error> {
+    pub fn from_command_line() -> Result<Self, clap::Error> {
         // `--steps -1` is a wrong number of steps, not a flag that nobody knows.
         let command = Flags::command().mut_args(|flag| flag.allow_negative_numbers(true));
         let flags = Flags::from_arg_matches(&command.try_get_matches()?)?;
-        fn wrong<T>(why: String) -> Result<T, Error> {
-            Err(Error::raw(ErrorKind::ValueValidation, why))
+        fn wrong<T>(why: String) -> Result<T, clap::Error> {
+            Err(clap::Error::raw(ErrorKind::ValueValidation, why))
         }
 
         let start = start::choose(flags.launch, flags.device, flags.transport).or_else(wrong)?;
-        let (pp, tp) = (flags.pp, flags.tp);
+        let read = flags.strategy.as_ref().map(Strategy::read).transpose();
+        let read = match read {
+            Ok(strategy) => strategy,
+            // In one line, as all that is refused.
+            Err(problem) => return wrong(format!("--strategy: {}", problem.to_string().replace('\n', " "))),
+        };
+        let given = |axis: fn(&Strategy) -> usize, flag| read.as_ref().map_or(flag, axis);
+        let (pp, tp) = (given(|strategy| strategy.pp, flags.pp), given(|strategy| strategy.tp, flags.tp));
+        let flags = Flags { dp: read.as_ref().map_or(flags.dp, |strategy| strategy.dp), ..flags };
         let (parts, shown) = match pp {
             1 => (tp, format!("--tp {tp}")),
             _ => (pp * tp, format!("--pp {pp} x --tp {tp}")),
@@ -181,7 +191,7 @@ impl Args {
         if let Some(started) = start.started.filter(|started| *started != ranks) {
             return wrong(format!("{started} ranks have been started, and the flags are for {ranks}"));
         }
-        if flags.dp.is_none() && ranks % parts != 0 {
+        if flags.dp.is_none() && !ranks.is_multiple_of(parts) {
             return wrong(format!("{shown} does not divide --ranks {ranks}"));
         }
         let dp = flags.dp.unwrap_or(ranks / parts);
@@ -224,14 +234,27 @@ impl Args {
             return wrong(why);
         }
 
+        let config = || {
+            let micro_batches = flags.micro_batches.unwrap_or((4 * pp).min(rows));
+            PipelineConfig::new(micro_batches).with_schedule(flags.schedule.schedule())
+        };
+        let strategy = match read {
+            Some(strategy) => strategy,
+            None => {
+                let strategy = Strategy::new().with_dp(dp).with_tp(tp, Plan::megatron());
+                if pp > 1 { strategy.with_pp(pp, config()) } else { strategy }
+            }
+        };
+        if let Err(problem) = strategy.axes(ranks) {
+            return wrong(format!("--strategy: {problem}"));
+        }
         Ok(Self {
             text: flags.text,
             ranks,
             dp,
             tp,
             pp,
-            schedule: flags.schedule.schedule(),
-            micro_batches: flags.micro_batches.unwrap_or((4 * pp).min(rows)),
+            strategy,
             steps: flags.steps,
             batch,
             micro_batch: flags.micro_batch.unwrap_or(batch).min(batch.div_ceil(dp)),
@@ -251,7 +274,10 @@ impl Args {
     pub fn rows_at_once(&self) -> usize {
         match self.pp {
             1 => self.micro_batch,
-            _ => self.batch.div_ceil(self.dp).div_ceil(self.micro_batches),
+            _ => {
+                let pipeline = self.strategy.pipeline.as_ref();
+                self.batch.div_ceil(self.dp).div_ceil(pipeline.map_or(1, |config| config.micro_batches))
+            }
         }
     }
 

@@ -7,9 +7,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use burn::module::Module;
-use burn_parallel::comm::{Counters, Tally};
-use burn_parallel::data_parallel::StepCounters;
-use burn_parallel::pipeline_parallel::RunReport;
+use burn_parallel::comm::Tally;
+use burn_parallel::pipeline_parallel::schedule::{Costs, Routes, StageCosts};
+use burn_parallel::prelude::*;
+use burn_parallel::step::{RunReport, StepCounters};
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
@@ -83,26 +84,6 @@ impl Progress {
     }
 }
 
-/// What a training loop gives.
-pub struct Trained {
-    /// The loss of each step over the whole batch, in nats per byte.
-    pub losses: Vec<f64>,
-    /// The tokens of all steps and ranks.
-    pub tokens: usize,
-    /// The time that the steps took.
-    pub elapsed: Duration,
-    /// What the rank communicated with the other replicas in all steps.
-    pub averaging: StepCounters,
-}
-
-impl Trained {
-    /// The outcome with the trained model.
-    pub fn of(self, model: Gpt) -> Outcome {
-        let Self { losses, tokens, elapsed, averaging } = self;
-        Outcome { model, losses, tokens, elapsed, averaging, splitting: Counters::default(), pipeline: None }
-    }
-}
-
 /// How a pipeline was used, over all steps.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Pipeline {
@@ -118,12 +99,21 @@ pub struct Pipeline {
 
 impl Pipeline {
     /// Adds a step.
-    pub fn add(&mut self, run: Option<&RunReport>) {
-        if let Some(run) = run {
+    pub fn add(&mut self, runs: &[RunReport]) {
+        for run in runs {
             self.idle = (self.idle * self.steps as f64 + run.idle_share) / (self.steps + 1) as f64;
             self.peak_activations = self.peak_activations.max(run.peak_activations_of_rank);
             self.steps += 1;
         }
+    }
+
+    /// How the pipeline of this strategy was used, if it has one.
+    pub fn of(mut self, strategy: &Strategy) -> Result<Option<Self>, Error> {
+        let Some(config) = strategy.pipeline.as_ref().filter(|_| strategy.pp > 1) else { return Ok(None) };
+        let timetable = config.schedule.timetable(strategy.pp, config.micro_batches)?;
+        let chain = Routes::chain(timetable.stages());
+        self.bound = timetable.simulate(&chain, &Costs::uniform(StageCosts::default()))?.idle_share();
+        Ok(Some(self))
     }
 }
 
@@ -138,10 +128,8 @@ pub struct Outcome {
     pub tokens: usize,
     /// The time that the steps took.
     pub elapsed: Duration,
-    /// What the rank communicated with the other replicas in all steps.
-    pub averaging: StepCounters,
-    /// What it communicated with those that hold the other parts of its replica.
-    pub splitting: Counters,
+    /// What the rank communicated in all steps.
+    pub counters: StepCounters,
     /// How the pipeline was used, if the layers are on several ranks.
     pub pipeline: Option<Pipeline>,
 }
@@ -169,7 +157,9 @@ impl Outcome {
     fn communication(&self) -> [(f64, f64); 3] {
         let steps = self.losses.len() as f64;
         let per_step = |tally: Tally| (tally.bytes as f64 / steps, tally.calls as f64 / steps);
-        [&self.averaging.gradients, &self.averaging.control, &self.splitting].map(|counters| per_step(counters.total()))
+        let StepCounters { gradients, control, tensor, pipeline, .. } = &self.counters;
+        let activations = tensor.clone() + pipeline.clone();
+        [gradients, control, &activations].map(|counters| per_step(counters.total()))
     }
 
     /// Writes the outcome as JSON.
@@ -230,10 +220,12 @@ impl Outcome {
         row("time", format!("{seconds:.1} s, {:.0} tokens/s", self.tokens_per_second()));
         row(
             "waiting for gradients",
-            format!("{:.1} % of the time", 100.0 * self.averaging.waited.as_secs_f64() / seconds),
+            format!("{:.1} % of the time", 100.0 * self.counters.waited.as_secs_f64() / seconds),
         );
-        if let Some(Pipeline { idle, bound, peak_activations, .. }) = &self.pipeline {
-            row("pipeline", format!("{:?}, {} micro-batches", args.schedule, args.micro_batches));
+        if let (Some(Pipeline { idle, bound, peak_activations, .. }), Some(config)) =
+            (&self.pipeline, &args.strategy.pipeline)
+        {
+            row("pipeline", format!("{:?}, {} micro-batches", config.schedule, config.micro_batches));
             row("idle in the pipeline", format!("{:.1} % of the time; ideal {:.1} %", 100.0 * idle, 100.0 * bound));
             row("micro-batches alive at once", peak_activations.to_string());
         }

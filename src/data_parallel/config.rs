@@ -2,23 +2,46 @@
 
 use std::sync::Arc;
 
+use burn::config::Config;
 use burn::tensor::FloatDType;
+use serde::{Deserialize, Serialize};
 
 use super::comm_hook::{AllReduceHook, CastHook, CommHook};
 
 /// Settings of [`DataParallel::data_parallel`](super::DataParallel::data_parallel).
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct DataParallelConfig {
-    pub(super) bucket_bytes: usize,
-    pub(super) first_bucket_bytes: usize,
-    pub(super) hook: Arc<dyn CommHook>,
-    pub(super) overlap: bool,
+    /// How many bytes of gradients are reduced together.
+    pub bucket_bytes: usize,
+    /// The same for the first bucket.
+    pub first_bucket_bytes: usize,
+    /// The dtype in which gradients are sent; their own if there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reduce_dtype: Option<FloatDType>,
+    /// Whether buckets are reduced while backward still runs.
+    pub overlap: bool,
+    /// After how many steps replicas are compared; 0 for never.
+    pub compare_every: u64,
+    /// A reduction of one's own, which no file knows of.
+    #[serde(skip)]
+    hook: Option<Arc<dyn CommHook>>,
 }
 
+impl Config for DataParallelConfig {}
+
 impl DataParallelConfig {
-    /// The default: buckets of 25 MB, the first of 1 MB, gradients reduced in their own dtype while backward runs.
+    /// The default: buckets of 25 MB, the first of 1 MB, gradients reduced in their own dtype while backward runs, replicas
+    /// not compared.
     pub fn new() -> Self {
-        Self { bucket_bytes: 25_000_000, first_bucket_bytes: 1_000_000, hook: Arc::new(AllReduceHook), overlap: true }
+        Self {
+            bucket_bytes: 25_000_000,
+            first_bucket_bytes: 1_000_000,
+            reduce_dtype: None,
+            overlap: true,
+            compare_every: 0,
+            hook: None,
+        }
     }
 
     /// Sets how many bytes of gradients are reduced together. Larger buckets mean fewer collectives, smaller ones start
@@ -37,15 +60,34 @@ impl DataParallelConfig {
 
     /// Sends gradients in another float dtype, as `FloatDType::BF16`, and casts the sum back. Sums of 16-bit floats are
     /// accumulated in `f32`; each contribution and the result are rounded once. Over NCCL, which cannot do that, they travel as
-    /// `f32` all the same, and no bytes are saved. Replaces any other hook.
-    pub fn with_reduce_dtype(self, dtype: FloatDType) -> Self {
-        self.with_comm_hook(CastHook::new(dtype))
+    /// `f32` all the same, and no bytes are saved.
+    pub fn with_reduce_dtype(mut self, dtype: FloatDType) -> Self {
+        self.reduce_dtype = Some(dtype);
+        self
     }
 
-    /// Sets how a bucket is reduced: a compression of one's own. See [`CommHook`].
+    /// Sets how a bucket is reduced: a compression of one's own, in place of [`reduce_dtype`](Self::reduce_dtype). See
+    /// [`CommHook`].
     pub fn with_comm_hook(mut self, hook: impl CommHook + 'static) -> Self {
-        self.hook = Arc::new(hook);
+        self.hook = Some(Arc::new(hook));
         self
+    }
+
+    /// Has all ranks make sure after so many steps that their parameters still are equal to the last bit, and fail with the
+    /// first path that is not: replicas drift apart when one loads a record, takes another learning rate, or changes the model
+    /// for itself. Reads all parameters, at the speed of memory; on a device they are read back. 0, the default, for never.
+    pub fn with_compare_every(mut self, steps: u64) -> Self {
+        self.compare_every = steps;
+        self
+    }
+
+    /// How a bucket is reduced.
+    pub(super) fn hook(&self) -> Arc<dyn CommHook> {
+        match (&self.hook, self.reduce_dtype) {
+            (Some(hook), _) => hook.clone(),
+            (None, Some(dtype)) => Arc::new(CastHook::new(dtype)),
+            (None, None) => Arc::new(AllReduceHook),
+        }
     }
 
     /// Sets whether buckets are reduced while backward still runs (default), or all after it.

@@ -9,11 +9,16 @@
 //! a second parent, an untracked tensor whose node has the order that is wanted: the `k`-th use of a forward gets order
 //! `k * STRIDE`. Then the uses are visited in reverse, each about when the layers behind it are done: earlier would be
 //! wrong and cannot be (an operation runs after all that depends on it), later costs only overlap.
+//!
+//! Any backward whose graph has a parameter in it comes to its hooks: one without the replica, or that of another replica.
+//! The hooks hand gradients to the listener while the backward of their own replica runs on the thread ([`listening`]); to any
+//! other backward they are the identity.
 
 use std::any::Any;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -45,6 +50,38 @@ pub(crate) trait GradientListener: Send + Sync {
 
     /// The gradient of one use of parameter `param` is complete.
     fn arrived(&self, param: usize, gradient: PlainTensor);
+
+    /// A use of parameter `param` was part of a backward that is none of this listener's.
+    fn passed(&self, param: usize);
+}
+
+/// The hooks of one wrapped model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct HookGroup(u64);
+
+impl HookGroup {
+    pub fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+thread_local! {
+    /// The hooks whose backward runs on this thread.
+    static LISTENING: Cell<Option<HookGroup>> = const { Cell::new(None) };
+}
+
+/// Runs the backward of the model with these hooks: they hand its gradients to their listener.
+pub(super) fn listening<T>(hooks: HookGroup, backward: impl FnOnce() -> T) -> T {
+    /// Puts back what was there, also after a panic.
+    struct Restore(Option<HookGroup>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            LISTENING.set(self.0);
+        }
+    }
+    let _restore = Restore(LISTENING.replace(Some(hooks)));
+    backward()
 }
 
 #[derive(Clone)]
@@ -62,6 +99,8 @@ pub(super) struct GradientHook {
     #[module(skip)]
     listener: Listener,
     #[module(skip)]
+    hooks: HookGroup,
+    #[module(skip)]
     param: usize,
 }
 
@@ -74,7 +113,7 @@ impl Reparameterization for GradientHook {
         }
         let Some(listener) = self.listener.0.upgrade() else { return base };
         let order = (listener.used(self.param) * STRIDE).min(HIGHEST_ORDER);
-        let arrival = Arrival { listener: self.listener.clone(), param: self.param };
+        let arrival = Arrival { listener: self.listener.clone(), hooks: self.hooks, param: self.param };
         let Some(strategy) = base.gradient_checkpointing_strategy() else { return base };
         with_backend!(base.device().inner(), B => match strategy {
             GradientCheckpointingStrategy::Disabled => listen::<D, B, NoCheckpointing>(base, order, arrival),
@@ -86,14 +125,19 @@ impl Reparameterization for GradientHook {
 /// Attaches a [`GradientHook`] to every parameter that the listener knows.
 pub(super) struct AttachHooks<'a> {
     listener: Listener,
+    hooks: HookGroup,
     numbers: &'a HashMap<ParamId, usize>,
 }
 
 impl<'a> AttachHooks<'a> {
     /// `numbers` are those by which the listener calls the parameters.
-    pub fn new<L: GradientListener + 'static>(listener: &Arc<L>, numbers: &'a HashMap<ParamId, usize>) -> Self {
+    pub fn new<L: GradientListener + 'static>(
+        listener: &Arc<L>,
+        hooks: HookGroup,
+        numbers: &'a HashMap<ParamId, usize>,
+    ) -> Self {
         let listener = Arc::downgrade(listener) as Weak<dyn GradientListener>;
-        Self { listener: Listener(listener), numbers }
+        Self { listener: Listener(listener), hooks, numbers }
     }
 }
 
@@ -106,7 +150,7 @@ impl Reparameterizer for AttachHooks<'_> {
         param: Param<Tensor<D>>,
     ) -> (Param<Tensor<D>>, Option<GradientHook>) {
         let number = self.numbers.get(&param.id).copied();
-        (param, number.map(|param| GradientHook { listener: self.listener.clone(), param }))
+        (param, number.map(|param| GradientHook { listener: self.listener.clone(), hooks: self.hooks, param }))
     }
 }
 
@@ -156,10 +200,12 @@ impl ModuleMapper for Retie {
 #[derive(Debug, Clone)]
 struct Arrival {
     listener: Listener,
+    hooks: HookGroup,
     param: usize,
 }
 
-/// The identity whose backward tells the listener, and does not hand the gradient on: the listener has it now.
+/// The identity whose backward tells the listener, and does not hand the gradient on: the listener has it now. In the backward of
+/// somebody else it hands the gradient on.
 #[derive(Debug)]
 struct Listen;
 
@@ -171,15 +217,18 @@ where
 
     fn backward(self, ops: Ops<Arrival, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let gradient = grads.consume::<B>(&ops.node);
-        match ops.state.listener.0.upgrade() {
-            Some(listener) => listener.arrived(ops.state.param, PlainTensor::from_float::<B>(gradient)),
-            None => {
-                // The wrapper has gone while its graph lived on: burn's own way.
-                let [parameter, _anchor] = ops.parents;
-                if let Some(parameter) = parameter {
-                    grads.register::<B>(parameter.id, gradient);
-                }
-            }
+        let Arrival { listener, hooks, param } = ops.state;
+        let listener = listener.0.upgrade();
+        if LISTENING.get() == Some(hooks)
+            && let Some(listener) = listener
+        {
+            return listener.arrived(param, PlainTensor::from_float::<B>(gradient));
+        }
+        // Another's backward, or the wrapper has gone while its graph lived on: burn's own way.
+        listener.inspect(|listener| listener.passed(param));
+        let [parameter, _anchor] = ops.parents;
+        if let Some(parameter) = parameter {
+            grads.register::<B>(parameter.id, gradient);
         }
     }
 }

@@ -29,7 +29,7 @@
 //! The design is that of PyTorch's `DistributedDataParallel` (Li et al. 2020, arXiv:2006.15704): gradients are reduced in
 //! buckets, in the order in which backward completes them, while backward goes on. What differs: accumulation is a
 //! property of the step and not of a context, averages are weighted by what was really seen ([`Loss`]), and ranks may bring
-//! different numbers of batches ([`Replica::join`]).
+//! different numbers of batches ([`ParallelModule::join`](crate::train::ParallelModule::join)).
 //!
 //! # Data
 //!
@@ -51,14 +51,14 @@ mod changes;
 mod comm_hook;
 mod config;
 mod dataset;
+mod eager;
+mod fingerprint;
 mod hook;
 mod join;
-mod loss;
 mod progress;
 mod reducer;
 mod replica;
 mod sampler;
-mod step;
 mod structure;
 mod sync_batch_norm;
 mod transparent;
@@ -71,22 +71,18 @@ use burn::tensor::Device;
 pub use comm_hook::{AllReduceHook, Bucket, CastHook, CommHook};
 pub use config::DataParallelConfig;
 pub use dataset::DistributedDataset;
-pub use join::Join;
-pub use loss::Loss;
+pub use eager::Eager;
+pub use join::{Join, JoinLoader};
 pub use replica::Replica;
 pub use sampler::{DistributedSampler, Remainder, Share};
 
-pub use step::{Step, StepCounters};
-
-pub(crate) use self::changes::Forward;
-use self::hook::AttachHooks;
-pub(crate) use self::hook::GradientListener;
-pub(crate) use self::reducer::{Contribution, Reduced, Reducer};
-pub(crate) use self::replica::register;
+use self::hook::{AttachHooks, HookGroup};
+use self::reducer::Reducer;
 use self::structure::Structure;
 use crate::Error;
 use crate::comm::Communicator;
-use crate::params::{one_device, own_buffers};
+use crate::nesting;
+use crate::params::{one_device, own_buffers, share_ids};
 
 /// Makes any burn module a replica of a data-parallel group.
 pub trait DataParallel: Module {
@@ -99,23 +95,30 @@ pub trait DataParallel: Module {
     /// What is trained or put in later, on all ranks alike, takes part from the next step on. The values of new layers are made
     /// equal by steps that run the forward themselves, and demanded to be equal by [`Replica::backward`].
     ///
+    /// A model that is split as well is split first: `tensor_parallel`, then `pipeline_parallel`, then `data_parallel`. The other
+    /// way round does not compile, or, in code that is generic over the module, is an error.
+    ///
     /// # Errors
     ///
-    /// [`Error::ModelMismatch`] if the ranks' models differ in structure; [`Error::InvalidArgument`] if parameters are on
+    /// [`Error::Nesting`] if the module is wrapped already; [`Error::ModelMismatch`] if the ranks' models differ in structure; [`Error::InvalidArgument`] if parameters are on
     /// several devices; those of [`Communicator`].
-    fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replica<Self>, Error> {
-        let (mut module, reducer) = replicate(self, group, config)?;
-        let reducer = Arc::new(reducer);
+    fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replica<Eager<Self>>, Error> {
+        nesting::check(&self, "data_parallel")?;
+        let shared = |module, group: &_| share_ids(module, group).map(|(module, _)| module);
+        let (mut module, reducer) = replicate(self, group, config, shared)?;
+        let (reducer, hooks) = (Arc::new(reducer), HookGroup::new());
         if group.size() > 1 {
-            module = module.apply_reparameterization(AttachHooks::new(&reducer, &reducer.numbers()));
+            module = module.apply_reparameterization(AttachHooks::new(&reducer, hooks, &reducer.numbers()));
         }
-        Ok(Replica::new(module, reducer))
+        let control = reducer.control().clone();
+        Ok(Replica::of(Eager::new(module, hooks, control), reducer, Some(hooks)))
     }
 }
 
 impl<M: Module> DataParallel for M {}
 
-/// Makes sure that all ranks bring the same module, gives it rank 0's values, and makes a reducer for its gradients.
+/// Makes sure that all ranks bring the same module, gives it rank 0's ids by `share_ids` and its values, and makes a reducer for
+/// its gradients.
 ///
 /// # Errors
 /// [`Error::ModelMismatch`] if the ranks' modules differ in structure; [`Error::InvalidArgument`] if parameters are on several
@@ -124,12 +127,15 @@ pub(crate) fn replicate<M: Module>(
     module: M,
     group: &Communicator,
     config: DataParallelConfig,
+    share_ids: impl FnOnce(M, &Communicator) -> Result<M, Error>,
 ) -> Result<(M, Reducer), Error> {
     let device = one_device(&module, "data_parallel")?.unwrap_or_else(Device::flex);
-    let structure = Structure::of(&module);
+    let mut structure = Structure::of(&module);
     let mut module = module;
     if group.size() > 1 {
         structure.agree(group)?;
+        module = share_ids(module, group)?;
+        structure = Structure::of(&module);
         module = structure::broadcast(own_buffers(module), group)?;
     }
     Ok((module, Reducer::new(structure, device, group, config)?))

@@ -44,6 +44,16 @@ pub(crate) struct Contribution {
     pub unit: f64,
 }
 
+impl Contribution {
+    /// Adds a micro-batch whose gradients are in units of `unit` items.
+    pub fn add(&mut self, weight: f64, unit: f64) {
+        if self.unit == 0.0 {
+            self.unit = unit;
+        }
+        self.weight += weight;
+    }
+}
+
 /// The averages over the group.
 pub(crate) struct Reduced {
     /// Mean loss over everything that made up the step; NaN if nothing did.
@@ -163,11 +173,9 @@ impl Reducer {
         Reduced { loss: loss / weight, weight, gradients, waited: Duration::ZERO }
     }
 
-    /// Fails the world because of what this rank was given.
-    pub fn refuse(&self, operation: &'static str, problem: String) -> Error {
-        let error = Error::invalid(operation, problem);
-        self.control.fail(error.clone());
-        error
+    /// Whether the replicas are to be compared after this many steps.
+    pub fn compares(&self, steps: u64) -> bool {
+        self.data.size() > 1 && self.config.compare_every > 0 && steps.is_multiple_of(self.config.compare_every)
     }
 
     /// Number of buckets, each one collective a step.
@@ -322,7 +330,7 @@ impl Reducer {
             params.iter().map(|param| known.params[*param].path.clone()).collect()
         };
         if let Some(flight) = &mut step.flight {
-            let (hook, factor) = (self.config.hook.clone(), flight.factor.clone());
+            let (hook, factor) = (self.config.hook(), flight.factor.clone());
             flight.buckets.push(self.data.start(move |comm| {
                 // The head ran before, on the same thread; if it failed, so does everything after it.
                 let factor = factor.get().copied().unwrap_or_default();
@@ -363,6 +371,11 @@ impl GradientListener for Reducer {
         if self.config.overlap {
             self.start_complete();
         }
+    }
+
+    fn passed(&self, param: usize) {
+        let uses = &mut self.lock().params[param].uses;
+        *uses = uses.saturating_sub(1);
     }
 }
 

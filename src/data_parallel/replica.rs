@@ -1,128 +1,283 @@
 //! A model that is one of several replicas.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::Duration;
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
-use burn::tensor::{Gradients, Tensor};
+use burn::tensor::Tensor;
 
 use super::changes::Forward;
-use super::hook::{AttachHooks, detach};
-use super::join::Join;
-use super::loss::Loss;
-use super::reducer::{Reduced, Reducer};
-use super::step::{SoFar, Step, StepCounters};
-use super::sync_batch_norm::SyncBatchNorm;
+use super::config::DataParallelConfig;
+use super::eager::Eager;
+use super::fingerprint;
+use super::hook::{AttachHooks, GradientListener, HookGroup};
+use super::reducer::{Contribution, Reduced, Reducer};
+use super::replicate;
 use crate::Error;
-use crate::graph::GraphInputs;
-use crate::tensor::PlainTensor;
+use crate::comm::Communicator;
+use crate::graph::{GradientSink, MicroBatch, StepEngine};
+use crate::params::SliceSource;
+use crate::step::{Loss, LossValue, RunReport, Step, StepCounters, StepFn};
+use crate::tensor::{GraphInputs, PlainTensor};
 
-/// A model that is one of several replicas of a group. Dereferences to the model and is itself a burn [`Module`] with the
-/// same parameter paths, so optimizers, records and visitors take it as they take the model.
+/// One of several replicas of a model, each with its share of the batch. `E` says what runs it: [`Eager`] a model that every
+/// rank holds whole, [`Sharded`](crate::tensor_parallel::Sharded) or [`Pipelined`](crate::pipeline_parallel::Pipelined) one
+/// that is split itself.
 ///
-/// Between two optimizer steps, call either [`step`](Self::step), or [`backward`](Self::backward), preceded by any number
-/// of [`accumulate`](Self::accumulate)s. Every rank makes the same number of `backward`s; not of `accumulate`s.
+/// Dereferences to what runs it (and so, if that is eager, to the model), and is a burn [`Module`] with the same parameter
+/// paths, so optimizers, records and visitors take it as they take the model. It trains by
+/// [`ParallelModule::step`](crate::train::ParallelModule::step).
+///
+/// A replica of an eager model is also trained by its own forward: between two optimizer steps, call either `step`, or
+/// [`backward`](Self::backward), preceded by any number of [`accumulate`](Self::accumulate)s. Every rank makes the same number
+/// of `backward`s; not of `accumulate`s.
 #[derive(Clone)]
-pub struct Replica<M> {
-    pub(super) module: M,
-    pub(super) reducer: Arc<Reducer>,
-    /// The micro-batches of the step so far.
-    so_far: SoFar,
+pub struct Replica<E> {
+    pub(super) engine: E,
+    averaging: Averaging,
+    /// What the micro-batches of the step bring so far: their weight, and their losses, each with its factor.
+    so_far: Contribution,
+    losses: Vec<(Tensor<1>, f64)>,
     waited: Duration,
-    /// The captured steps with synchronised batch norm, once there are any.
-    synchronized: Arc<Mutex<Option<SyncBatchNorm>>>,
+    steps: u64,
+    /// By which an eager model tells of its gradients.
+    hooks: Option<HookGroup>,
 }
 
-impl<M: Module> Replica<M> {
-    pub(super) fn new(module: M, reducer: Arc<Reducer>) -> Self {
-        Self { module, reducer, so_far: SoFar::default(), synchronized: Arc::default(), waited: Duration::ZERO }
+/// What averages over the replicas.
+#[derive(Clone)]
+enum Averaging {
+    By(Arc<Reducer>),
+    /// Nothing yet: the first step finds out which parameters this rank holds.
+    Later(Communicator, DataParallelConfig),
+}
+
+impl<E: StepEngine> Replica<E> {
+    /// A replica whose engine tells the reducer of its gradients through hooks, if there are any.
+    pub(super) fn of(engine: E, reducer: Arc<Reducer>, hooks: Option<HookGroup>) -> Self {
+        Self { hooks, ..Self::with(engine, Averaging::By(reducer)) }
     }
 
-    /// This replica of a changed model.
-    pub(super) fn change(self, change: impl FnOnce(M) -> M) -> Self {
-        Self { module: change(self.module), ..self }
+    /// A replica of a model that is split itself.
+    ///
+    /// # Errors
+    /// Those of [`replicate`].
+    pub(crate) fn new(engine: E, group: &Communicator, config: DataParallelConfig) -> Result<Self, Error> {
+        if !engine.is_settled() {
+            return Ok(Self::with(engine, Averaging::Later(group.clone(), config)));
+        }
+        let (engine, reducer) = replicate(engine, group, config, E::share_ids)?;
+        Ok(Self::of(engine, Arc::new(reducer), None))
     }
 
-    /// Another replica, of another state of the model.
-    pub(super) fn with(&self, module: M) -> Self {
-        Self { module, reducer: self.reducer.clone(), synchronized: self.synchronized.clone(), ..*self }
+    fn with(engine: E, averaging: Averaging) -> Self {
+        let (so_far, losses) = (Contribution::default(), Vec::new());
+        Self { engine, averaging, so_far, losses, waited: Duration::ZERO, steps: 0, hooks: None }
     }
 
-    /// The model as it was before it was wrapped, but for its values. If it has adapters (LoRA) or other reparameterizations of
-    /// its own, parameters keep a hook that does nothing once all clones of the replica are gone.
-    pub fn into_inner(self) -> M {
-        let module = detach(self.module);
-        // Burn looks at the parameters to take the hooks away.
-        self.reducer.forget_uses();
-        module
+    /// What was wrapped, as it was before but for its values. If an eager model has adapters (LoRA) or other reparameterizations
+    /// of its own, its parameters keep a hook that does nothing once all clones of the replica are gone.
+    pub fn into_inner(self) -> E::Wrapped {
+        let reducer = self.reducer().cloned();
+        let wrapped = self.engine.into_wrapped();
+        if let Some(reducer) = reducer {
+            // Burn looks at the parameters to take the hooks away.
+            reducer.forget_uses();
+        }
+        wrapped
     }
 
     /// Number of buckets in which gradients are reduced: collectives a step. It may change after the first step, when the
-    /// order is known in which backward completes the gradients.
+    /// order is known in which backward completes the gradients. 0 before the first step of a pipeline that it cuts.
     pub fn buckets(&self) -> usize {
-        self.reducer.buckets()
+        self.reducer().map_or(0, |reducer| reducer.buckets())
     }
 
-    /// What this replica has communicated since it was made.
-    pub fn counters(&self) -> StepCounters {
-        StepCounters {
-            gradients: self.reducer.data().counters(),
-            control: self.reducer.control().counters(),
-            statistics: self.lock_synchronized().as_ref().map(SyncBatchNorm::counters).unwrap_or_default(),
-            waited: self.waited,
+    pub(super) fn reducer(&self) -> Option<&Arc<Reducer>> {
+        match &self.averaging {
+            Averaging::By(reducer) => Some(reducer),
+            Averaging::Later(..) => None,
         }
     }
 
-    /// Runs forward and backward on this rank's share of the batch and averages over the group. Layers that were put in since
-    /// the last step get the values of rank 0 before.
-    ///
-    /// # Errors
-    /// [`Error::ModelMismatch`], the same on all ranks, if the model has changed in different ways; [`Error::Graph`] if
-    /// parameters of one id have different values; the error of the world.
-    pub fn step<I, L: Into<Loss>>(&mut self, input: I, forward: impl FnOnce(&M, I) -> L) -> Result<Step, Error> {
-        let mut forward = Some(forward);
-        self.step_micro_batches([input], |module, input| match forward.take() {
-            Some(forward) => forward(module, input).into(),
-            None => unreachable!("there is one input"),
-        })
+    /// The group of the replicas.
+    pub(crate) fn group(&self) -> &Communicator {
+        match &self.averaging {
+            Averaging::By(reducer) => reducer.data(),
+            Averaging::Later(group, _) => group,
+        }
     }
 
-    /// Runs forward and backward on every micro-batch and averages over all of them and over the group. Nothing is
-    /// communicated before the last one. Ranks may bring different numbers of micro-batches, also none.
-    ///
-    /// # Errors
-    /// As [`step`](Self::step).
-    pub fn step_micro_batches<I, L: Into<Loss>>(
+    /// Carries what is not gradients.
+    pub(crate) fn control(&self) -> &Communicator {
+        match &self.averaging {
+            Averaging::By(reducer) => reducer.control(),
+            Averaging::Later(group, _) => group,
+        }
+    }
+
+    pub(crate) fn engine(&self) -> &E {
+        &self.engine
+    }
+
+    /// This replica with another state of the engine.
+    pub(super) fn change(self, change: impl FnOnce(E) -> E) -> Self {
+        Self { engine: change(self.engine), ..self }
+    }
+
+    /// As [`change`](Self::change), if that goes well.
+    pub(crate) fn try_change(self, change: impl FnOnce(E) -> Result<E, Error>) -> Result<Self, Error> {
+        Ok(Self { engine: change(self.engine)?, ..self })
+    }
+
+    pub(crate) fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
+        self.try_change(|engine| engine.load(source))
+    }
+
+    pub(crate) fn counters(&self) -> StepCounters {
+        let of_engine = self.engine.counters();
+        match self.reducer() {
+            None => of_engine,
+            Some(reducer) => StepCounters {
+                gradients: reducer.data().counters(),
+                control: reducer.control().counters(),
+                waited: self.waited,
+                ..of_engine
+            },
+        }
+    }
+
+    /// Runs forward and backward on every micro-batch and averages over all of them and over the group.
+    pub(crate) fn run<I: GraphInputs + Clone>(
         &mut self,
         micro_batches: impl IntoIterator<Item = I>,
-        mut forward: impl FnMut(&M, I) -> L,
+        mut step: StepFn<'_, E::Model, I>,
     ) -> Result<Step, Error> {
-        let before = self.counters();
-        self.admit(Forward::Ahead)?;
         let mut micro_batches = micro_batches.into_iter().peekable();
-        let mut last = None;
-        while let Some(input) = micro_batches.next() {
-            let loss = forward(&self.module, input).into();
-            if micro_batches.peek().is_none() {
-                last = Some(loss);
-            } else {
-                self.accumulate(loss)?;
+        let reducer = match &self.averaging {
+            Averaging::By(reducer) => reducer.clone(),
+            Averaging::Later(group, config) => {
+                let (group, config) = (group.clone(), config.clone());
+                let Some(first) = micro_batches.peek() else {
+                    let problem = "the first step cuts the model into stages: every replica must bring a micro-batch to \
+                                   it, or the model be cut by paths";
+                    return Err(Error::Pipeline { problem: problem.into() });
+                };
+                self.engine.settle(first.clone(), step.again(), &group)?;
+                let (engine, reducer) = replicate(self.engine.clone(), &group, config, E::share_ids)?;
+                let reducer = Arc::new(reducer);
+                (self.engine, self.averaging) = (engine, Averaging::By(reducer.clone()));
+                reducer
+            }
+        };
+        let before = self.counters();
+        self.admit(&reducer, Forward::Ahead)?;
+        let (mut outputs, mut runs) = (Vec::new(), Vec::new());
+        let mut ran = Ok(());
+        let mut opened = false;
+        while let Some(inputs) = micro_batches.next() {
+            opened = micro_batches.peek().is_none();
+            let mut average = Average { reducer: &reducer, so_far: &mut self.so_far, last: opened };
+            let unit = average.unit();
+            let gave = self.engine.run(inputs, step.again(), unit, &mut average);
+            ran = gave.and_then(|gave| self.take(&reducer, gave, opened, &mut outputs, &mut runs));
+            if ran.is_err() {
+                break;
             }
         }
-        let (reduced, grads) = self.reduce(last)?;
-        Ok(Step { loss: reduced.loss, weight: reduced.weight, grads, counters: self.counters() - before })
+        if ran.is_ok() && !opened {
+            reducer.open(self.so_far);
+        }
+        let (loss, weight, grads) = self.finish(&reducer, ran)?;
+        Ok(Step { loss, weight, grads, outputs, counters: self.counters() - before, runs, skipped: false })
     }
 
+    /// Makes sure that everything that the model trains now takes part in the step.
+    fn admit(&mut self, reducer: &Arc<Reducer>, forward: Forward) -> Result<(), Error> {
+        let admitted = reducer.admit(&self.engine, forward).inspect_err(|_| {
+            self.so_far = Contribution::default();
+            self.losses.clear();
+            reducer.discard();
+        })?;
+        if let Some(engine) = admitted {
+            self.engine = match self.hooks.filter(|_| reducer.data().size() > 1) {
+                Some(hooks) => engine.apply_reparameterization(AttachHooks::new(reducer, hooks, &reducer.numbers())),
+                None => engine,
+            };
+        }
+        Ok(())
+    }
+
+    fn take(
+        &mut self,
+        reducer: &Reducer,
+        gave: MicroBatch,
+        last: bool,
+        outputs: &mut Vec<Vec<PlainTensor>>,
+        runs: &mut Vec<RunReport>,
+    ) -> Result<(), Error> {
+        self.losses.extend(gave.loss);
+        outputs.extend(gave.outputs);
+        runs.extend(gave.run);
+        if !last {
+            reducer.forget_uses();
+        }
+        Ok(())
+    }
+
+    /// Waits for the reduction and hands it to burn.
+    fn finish(
+        &mut self,
+        reducer: &Reducer,
+        ran: Result<(), Error>,
+    ) -> Result<(LossValue, f64, GradientsParams), Error> {
+        self.so_far = Contribution::default();
+        let losses = std::mem::take(&mut self.losses);
+        let alone = reducer.data().size() == 1;
+        // Of replicas the sum travels; alone, nobody need wait for the device.
+        let sum =
+            |losses: &[(Tensor<1>, f64)]| losses.iter().map(|(loss, by)| loss.clone().into_scalar::<f64>() * by).sum();
+        let outcome =
+            ran.and_then(|()| reducer.close(if alone { 0.0 } else { sum(&losses) })).and_then(|mut reduced| {
+                self.waited += reduced.waited;
+                let grads = register(reducer, &mut reduced, &self.engine)?;
+                let loss = match alone {
+                    true => LossValue::mean(losses, reduced.weight),
+                    false => LossValue::known(reduced.loss),
+                };
+                self.steps += 1;
+                if reducer.compares(self.steps) {
+                    fingerprint::compare(&self.engine, reducer.control())?;
+                }
+                Ok((loss, reduced.weight, grads))
+            });
+        outcome.inspect_err(|_| reducer.discard())
+    }
+
+    /// Gives everything that is not trained the values of the first replica.
+    pub(crate) fn sync_buffers(self) -> Result<Self, Error> {
+        let control = self.control().clone();
+        self.try_change(|engine| super::structure::broadcast_buffers(engine, &control))
+    }
+}
+
+impl<M: Module> Replica<Eager<M>> {
     /// Runs backward and returns the gradients of the mean loss over the group and over what was
-    /// [accumulated](Self::accumulate) before. Buckets are reduced while backward still runs.
+    /// [accumulated](Self::accumulate) before. Buckets are reduced while backward still runs. A bare tensor counts for 1 on each
+    /// rank: there are no inputs here whose rows could be counted, see [`Loss`].
+    ///
+    /// Gradients that another backward through this model's parameters gives (one without the replica, or that of another
+    /// replica which has its loss computed by this one, as in a GAN) stay with that.
     ///
     /// # Errors
     /// [`Error::ModelMismatch`], the same on all ranks, if the model has changed in different ways, or has new layers of unequal
     /// values; [`Error::Graph`] if parameters of one id have different values; the error of the world.
     pub fn backward(&mut self, loss: impl Into<Loss>) -> Result<GradientsParams, Error> {
-        self.admit(Forward::Done)?;
-        self.reduce(Some(loss.into())).map(|(_, grads)| grads)
+        let reducer = self.ready()?;
+        self.admit(&reducer, Forward::Done)?;
+        let ran = self.run_backward(&reducer, loss.into(), true);
+        self.finish(&reducer, ran).map(|(_, _, grads)| grads)
     }
 
     /// Takes part in the `backward` of the others, on a rank that has no data left.
@@ -130,8 +285,10 @@ impl<M: Module> Replica<M> {
     /// # Errors
     /// The error of the world.
     pub fn backward_without_data(&mut self) -> Result<GradientsParams, Error> {
-        self.admit(Forward::Done)?;
-        self.reduce(None).map(|(_, grads)| grads)
+        let reducer = self.ready()?;
+        self.admit(&reducer, Forward::Done)?;
+        reducer.open(self.so_far);
+        self.finish(&reducer, Ok(())).map(|(_, _, grads)| grads)
     }
 
     /// Runs backward on a micro-batch that is not the last of its step. Communicates nothing.
@@ -139,12 +296,13 @@ impl<M: Module> Replica<M> {
     /// # Errors
     /// [`Error::InvalidArgument`] if the weight of the loss is negative or not finite.
     pub fn accumulate(&mut self, loss: impl Into<Loss>) -> Result<(), Error> {
-        self.run_backward(loss.into(), false)?;
-        self.reducer.forget_uses();
+        let reducer = self.ready()?;
+        self.run_backward(&reducer, loss.into(), false)?;
+        reducer.forget_uses();
         Ok(())
     }
 
-    /// [`step_micro_batches`](Self::step_micro_batches) with **synchronised batch norm**: every burn `BatchNorm` takes its
+    /// A step of micro-batches with **synchronised batch norm**: every burn `BatchNorm` takes its
     /// statistics over the rows of all ranks, as on one device with the whole batch, and updates its running statistics
     /// with them (PyTorch's `SyncBatchNorm`; Peng et al. 2018, arXiv:1711.07240). The model is not edited: the step is
     /// captured as a [graph](crate::graph) once per shape of its inputs, and collectives are put into it.
@@ -160,146 +318,72 @@ impl<M: Module> Replica<M> {
     pub fn step_sync_batch_norm<I: GraphInputs + Clone>(
         &mut self,
         micro_batches: Vec<(I, f64)>,
-        forward: impl Fn(&M, I) -> Tensor<1>,
+        forward: impl FnMut(&M, I) -> Tensor<1>,
     ) -> Result<Step, Error> {
+        let reducer = self.ready()?;
         let before = self.counters();
-        self.admit(Forward::Ahead)?;
-        let synchronized = self.synchronized.clone();
-        let mut synchronized = synchronized.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let steps = match &mut *synchronized {
-            Some(steps) => steps,
-            none => none.insert(SyncBatchNorm::new(self.reducer.data())?),
-        };
-        let loss = steps.run(&self.module, &self.reducer, micro_batches, forward);
-        drop(synchronized);
-        let (reduced, grads) = self.finish(loss)?;
-        Ok(Step { loss: reduced.loss, weight: reduced.weight, grads, counters: self.counters() - before })
-    }
-
-    /// Iterates over this rank's batches until every rank has run out, so that ranks with different numbers of batches
-    /// finish together: `Some(batch)`, then `None` while others still have one, to be given to
-    /// [`step_micro_batches`](Self::step_micro_batches) as no micro-batch.
-    ///
-    /// ```
-    /// # use burn::nn::LinearConfig;
-    /// # use burn::tensor::Tensor;
-    /// # use burn_parallel::prelude::*;
-    /// # launch::threads(2).run(|rank| {
-    /// # let device = rank.device().autodiff();
-    /// # let mut model = LinearConfig::new(3, 1).init(&device).data_parallel(&rank, DataParallelConfig::new())?;
-    /// let batches = vec![Tensor::<2>::ones([4, 3], &device); 2 + rank.rank()]; // 2 on rank 0, 3 on rank 1
-    /// let mut steps = 0;
-    /// for batch in model.join(batches) {
-    ///     let step = model.step_micro_batches(batch?, |model, input| model.forward(input).mean())?;
-    ///     steps += 1;
-    /// }
-    /// assert_eq!(steps, 3);
-    /// # Ok(()) }).unwrap();
-    /// ```
-    pub fn join<I: IntoIterator>(&self, batches: I) -> Join<I::IntoIter> {
-        Join::new(batches.into_iter(), self.reducer.control().clone())
-    }
-
-    /// Gives everything that is not trained, running statistics above all, the values of rank 0. Before saving or
-    /// evaluating, when ranks have seen different data. Collective.
-    ///
-    /// # Errors
-    /// The error of the world.
-    pub fn sync_buffers(self) -> Result<Self, Error> {
-        let module = super::structure::broadcast_buffers(self.module, self.reducer.control())?;
-        Ok(Self { module, ..self })
-    }
-
-    /// Makes sure that everything that the model trains now takes part in the step.
-    fn admit(&mut self, forward: Forward) -> Result<(), Error> {
-        let admitted = self.reducer.admit(&self.module, forward).inspect_err(|_| {
-            self.so_far = SoFar::default();
-            self.reducer.discard();
-        })?;
-        if let Some(module) = admitted
-            && self.reducer.data().size() > 1
-        {
-            let numbers = self.reducer.numbers();
-            self.module = module.apply_reparameterization(AttachHooks::new(&self.reducer, &numbers));
-        }
-        Ok(())
-    }
-
-    fn reduce(&mut self, last: Option<Loss>) -> Result<(Reduced, GradientsParams), Error> {
-        let backward = match last {
-            Some(loss) => self.run_backward(loss, true),
-            None => {
-                self.reducer.open(self.so_far.contribution);
-                Ok(())
-            }
-        };
-        self.finish(backward.map(|()| self.so_far.loss))
-    }
-
-    /// Waits for the reduction and hands it to burn, after a backward that brought this sum of losses.
-    fn finish(&mut self, loss: Result<f64, Error>) -> Result<(Reduced, GradientsParams), Error> {
-        self.so_far = SoFar::default();
-        let outcome = loss.and_then(|loss| self.reducer.close(loss)).and_then(|mut reduced| {
-            self.waited += reduced.waited;
-            register(&self.reducer, &mut reduced, &self.module).map(|grads| (reduced, grads))
+        self.admit(&reducer, Forward::Ahead)?;
+        let ran = self.engine.run_sync_batch_norm(&reducer, micro_batches, forward).map(|losses| {
+            self.losses = losses;
         });
-        outcome.inspect_err(|_| self.reducer.discard())
+        let (loss, weight, grads) = self.finish(&reducer, ran)?;
+        let (outputs, runs) = (Vec::new(), Vec::new());
+        Ok(Step { loss, weight, grads, outputs, counters: self.counters() - before, runs, skipped: false })
     }
 
-    /// Backward of one micro-batch; the reduction is opened first if it is the `last`.
-    fn run_backward(&mut self, loss: Loss, last: bool) -> Result<(), Error> {
-        if !loss.weight.is_finite() || loss.weight < 0.0 {
-            let problem = format!("its weight is {}, it must be finite and not negative", loss.weight);
-            return Err(self.reducer.refuse("Loss", problem));
+    fn ready(&self) -> Result<Arc<Reducer>, Error> {
+        self.reducer().cloned().ok_or_else(|| Error::invalid("Replica", "it has not been made one of several"))
+    }
+
+    fn run_backward(&mut self, reducer: &Reducer, loss: Loss, last: bool) -> Result<(), Error> {
+        let mut average = Average { reducer, so_far: &mut self.so_far, last };
+        let unit = average.unit();
+        let gave = self.engine.backward(loss, None, unit, &mut average)?;
+        self.losses.extend(gave.loss);
+        Ok(())
+    }
+}
+
+/// Hands what a micro-batch gives to the reducer.
+struct Average<'a> {
+    reducer: &'a Reducer,
+    so_far: &'a mut Contribution,
+    /// Whether the reduction begins with this micro-batch.
+    last: bool,
+}
+
+impl Average<'_> {
+    /// The unit of the gradients so far.
+    fn unit(&self) -> Option<f64> {
+        (self.so_far.unit > 0.0).then_some(self.so_far.unit)
+    }
+}
+
+impl GradientSink for Average<'_> {
+    fn expect(&mut self, gradients: &[ParamId]) -> Result<(), Error> {
+        self.reducer.forget_uses();
+        for param in gradients.iter().filter_map(|id| self.reducer.number(*id)) {
+            self.reducer.used(param);
         }
-        if loss.weight > 0.0 && !loss.value.is_tracked() {
-            let problem = "it depends on no parameter that is trained: was it computed on a device without autodiff, or \
-                           with every parameter frozen?";
-            return Err(self.reducer.refuse("Loss", problem.into()));
-        }
-        let elements = loss.value.dims()[0];
-        if elements != 1 {
-            let problem =
-                format!("it must have one element, but it has {elements}: reduce it with `.mean()` or `.sum()`");
-            return Err(self.reducer.refuse("Loss", problem));
-        }
-        let (value, weight, summed) = (loss.value.clone().inner(), loss.weight, loss.summed);
-        self.so_far.add(0.0, weight);
-        let contribution = self.so_far.contribution;
-        if last {
-            self.reducer.open(contribution);
-        }
-        if loss.weight == 0.0 {
-            return Ok(());
-        }
-        let factor = loss.factor(contribution.unit);
-        let scaled = if factor == 1.0 { loss.value } else { loss.value.mul_scalar(factor) };
-        let mut grads = scaled.backward();
-        self.module.visit(&mut Collect { reducer: &self.reducer, grads: &mut grads });
-        // Not before: a device would have to finish the forward first, with nothing else to do meanwhile.
-        let value = value.into_scalar::<f64>();
-        self.so_far.loss += if summed { value } else { value * weight };
         Ok(())
     }
 
-    fn lock_synchronized(&self) -> MutexGuard<'_, Option<SyncBatchNorm>> {
-        self.synchronized.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-}
-
-/// Takes the gradients that stayed with burn: of parameters without a hook, or on a device that is not known here.
-struct Collect<'a> {
-    reducer: &'a Reducer,
-    grads: &'a mut Gradients,
-}
-
-impl ModuleVisitor for Collect<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let Some(gradient) = param.base().grad_remove(self.grads) else { return };
-        match self.reducer.number(param.id) {
-            Some(number) => self.reducer.add(number, PlainTensor::from(gradient)),
-            None => self.reducer.add_unnumbered(param.id, PlainTensor::from(gradient)),
+    fn weight(&mut self, weight: f64, unit: f64) -> Result<(), Error> {
+        if weight > 0.0 {
+            self.so_far.add(weight, unit);
         }
+        if self.last {
+            self.reducer.open(*self.so_far);
+        }
+        Ok(())
+    }
+
+    fn gradient(&mut self, id: ParamId, gradient: PlainTensor) -> Result<(), Error> {
+        match self.reducer.number(id) {
+            Some(param) => self.reducer.arrived(param, gradient),
+            None => self.reducer.add_unnumbered(id, gradient),
+        }
+        Ok(())
     }
 }
 

@@ -7,11 +7,11 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 
 use super::hook::GradientListener;
-use super::reducer::Reducer;
-use super::step::SoFar;
+use super::reducer::{Contribution, Reducer};
 use crate::Error;
 use crate::comm::{Communicator, Counters, ReduceOp};
-use crate::graph::{CustomOps, GraphCache, GraphInputs, register_sync_batch_norm, sync_batch_norm};
+use crate::graph::{CustomOps, GraphCache, GraphInputs, Signature, register_sync_batch_norm, sync_batch_norm};
+use crate::step::{Loss, StepFn};
 
 /// Captured steps with collectives in them, and the communicator of those collectives: they run on the thread that
 /// computes, in between buckets that are reduced in the background.
@@ -44,31 +44,36 @@ impl SyncBatchNorm {
         self.group.counters()
     }
 
-    /// Runs the micro-batches, handing gradients to the reducer, which it opens before the last one. Returns this rank's
-    /// sum of weight times mean loss.
-    pub fn run<M: Module, I: GraphInputs + Clone>(
+    /// Runs the micro-batches, handing gradients to the reducer, which it opens before the last one. Returns the mean losses,
+    /// each with its weight.
+    pub fn run<M: Module, I: GraphInputs + Clone, F: FnMut(&M, I) -> Tensor<1>>(
         &mut self,
         module: &M,
         reducer: &Reducer,
         micro_batches: Vec<(I, f64)>,
-        forward: impl Fn(&M, I) -> Tensor<1>,
-    ) -> Result<f64, Error> {
+        mut forward: F,
+    ) -> Result<Vec<(Tensor<1>, f64)>, Error> {
         self.agree(&micro_batches)?;
-        let mut so_far = SoFar::default();
+        let mut call = |module: &M, input: I| Loss::from(forward(module, input));
+        let mut step = StepFn::new::<F>(&mut call);
+        let mut so_far = Contribution::default();
+        let mut losses = Vec::new();
         let last = micro_batches.len().saturating_sub(1);
         for (number, (input, weight)) in micro_batches.into_iter().enumerate() {
             self.weight.store(weight.to_bits(), Ordering::Relaxed);
-            let executor = self.graphs.executor(module, &input, &forward)?;
+            let executor =
+                self.graphs
+                    .executor_of(Signature::of_step(module, &|_, _| None), &input, step.again(), || module.clone())?;
             // The capture has used parameters; what counts is what the graph has gradients for.
             reducer.forget_uses();
             let trained = executor.graph().params.iter().filter(|param| param.gradient.is_some());
             trained.filter_map(|param| reducer.number(param.id)).for_each(|param| {
                 reducer.used(param);
             });
-            so_far.add(0.0, weight);
-            let unit = so_far.contribution.unit;
+            so_far.add(weight, weight);
+            let unit = so_far.unit;
             if number == last {
-                reducer.open(so_far.contribution);
+                reducer.open(so_far);
             }
             let step = executor.step_with(module, input, |id, gradient| {
                 if let Some(param) = reducer.number(id) {
@@ -76,10 +81,10 @@ impl SyncBatchNorm {
                 }
                 Ok(())
             })?;
-            so_far.loss += step.loss.into_scalar::<f64>() * weight;
+            losses.push((step.loss, weight));
         }
         reducer.forget_uses();
-        Ok(so_far.loss)
+        Ok(losses)
     }
 
     /// Makes sure that all ranks will meet in the same places.

@@ -1,4 +1,4 @@
-//! A replica stands for its model wherever burn asks for a module.
+//! Implements `Module` for a replica by delegating to what runs it.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -7,67 +7,75 @@ use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor};
 use burn::tensor::Device;
 
 use super::Replica;
+use crate::graph::StepEngine;
+use crate::nesting::{self, refuse_wrapping};
 
-impl<M> Deref for Replica<M> {
-    type Target = M;
+impl<E> Deref for Replica<E> {
+    type Target = E;
 
-    fn deref(&self) -> &M {
-        &self.module
+    fn deref(&self) -> &E {
+        &self.engine
     }
 }
 
-impl<M> DerefMut for Replica<M> {
-    fn deref_mut(&mut self) -> &mut M {
-        &mut self.module
+impl<E> DerefMut for Replica<E> {
+    fn deref_mut(&mut self) -> &mut E {
+        &mut self.engine
     }
 }
 
-impl<M: fmt::Debug> fmt::Debug for Replica<M> {
+impl<E: StepEngine + fmt::Debug> fmt::Debug for Replica<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Replica").field("module", &self.module).field("group", self.reducer.data()).finish()
+        f.debug_struct("Replica").field("engine", &self.engine).field("group", self.group()).finish()
     }
 }
 
-impl<M: fmt::Display> fmt::Display for Replica<M> {
+impl<E: fmt::Display> fmt::Display for Replica<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.module.fmt(f)
+        self.engine.fmt(f)
     }
 }
 
-/// A replica is seen through: paths and parameters are those of the model.
-impl<M: Module> Module for Replica<M> {
+/// Paths and parameters are those of the model.
+impl<E: StepEngine> Module for Replica<E> {
     fn collect_devices(&self, devices: Devices) -> Devices {
-        self.module.collect_devices(devices)
+        self.engine.collect_devices(devices)
     }
 
     fn fork(self, device: &Device) -> Self {
-        self.change(|module| module.fork(device))
+        self.change(|engine| engine.fork(device))
     }
 
     fn to_device(self, device: &Device) -> Self {
-        self.change(|module| module.to_device(device))
+        self.change(|engine| engine.to_device(device))
     }
 
     fn train(self) -> Self {
-        self.change(|module| module.train())
+        self.change(E::train)
     }
 
     fn valid(&self) -> Self {
-        self.with(self.module.valid())
+        let engine = self.engine.valid();
+        self.clone().change(|_| engine)
     }
 
     fn materialize(self) -> Self {
-        self.change(|module| module.materialize())
+        self.change(E::materialize)
     }
 
     fn visit<Visitor: ModuleVisitor>(&self, visitor: &mut Visitor) {
-        self.module.visit(visitor);
+        nesting::visited("Replica");
+        self.engine.visit(visitor);
     }
 
     fn map<Mapper: ModuleMapper>(self, mapper: &mut Mapper) -> Self {
-        let before = self.reducer.strangers(&self.module);
-        let replica = self.change(|module| module.map(mapper));
-        replica.reducer.recognise(&replica.module, &before);
+        let before = self.reducer().map(|reducer| reducer.strangers(&self.engine));
+        let replica = self.change(|engine| engine.map(mapper));
+        if let (Some(reducer), Some(before)) = (replica.reducer(), before) {
+            reducer.recognise(&replica.engine, &before);
+        }
         replica
     }
 }
+
+refuse_wrapping!(Replica: tensor_parallel, pipeline_parallel, data_parallel, parallelize);

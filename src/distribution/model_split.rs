@@ -11,15 +11,15 @@ use super::distribute::{Round, agree_on_layouts, distribute};
 use crate::comm::{Communicator, part};
 use crate::error::Error;
 use crate::graph::{
-    CustomOps, RandomSource, Signature, StepGraph, counted_random, graph_error, register_counted_random,
+    CustomOps, RandomSource, Signature, SplitParam, StepGraph, counted_random, graph_error, register_counted_random,
 };
 use crate::layout::Layout;
-use crate::params::{self, SliceSource};
+use crate::params::{self, Renamed, SliceSource};
 use crate::partition::{
     Larger, PartitionOptions, ShardReport, fold_reductions, fuse_products, overlap, pad, partition,
     register_collectives,
 };
-use crate::plan::{AxisPlan, Plan, PlanTable};
+use crate::plan::{AxisPlan, Plan, PlanRow, PlanTable};
 
 /// Gradients that are reduced together, where an axis shares out the batch.
 const BUCKET_BYTES: usize = 4 << 20;
@@ -56,14 +56,19 @@ impl ModelSplit {
         plan: &Plan,
     ) -> Result<(M, Self), Error> {
         let sizes: Vec<(&str, usize)> = axes.iter().map(|(name, group)| (*name, group.size())).collect();
-        let table = plan.table_over(&model, &sizes)?;
+        let mut table = plan.table_over(&model, &sizes)?;
+        let mut model = model;
+        for (_, group) in axes {
+            agree_on_layouts(&table, group)?;
+            let (same, renamed) = params::share_ids(model, group)?;
+            (model, table) = (same, table.renamed(&renamed));
+        }
         let plans = plan.over(axes.iter().map(|axis| axis.0))?;
         if let Some(warning) = table.mostly_whole().filter(|_| axes.iter().all(|(_, group)| group.rank() == 0)) {
             log::warn!("{warning}");
         }
         let mut made = Vec::new();
         for ((name, group), plan) in axes.iter().zip(plans) {
-            agree_on_layouts(&table, group)?;
             // Collectives of steps are counted by themselves.
             let group = group.split(0, group.rank() as i64)?;
             made.push(SplitAxis { name: (*name).into(), group, plan });
@@ -153,6 +158,22 @@ impl ModelSplit {
         Ok(signature)
     }
 
+    /// The parameters of which this rank holds a part.
+    pub(crate) fn split_params(&self) -> Vec<SplitParam> {
+        let dim = |layout: &Layout| match layout {
+            Layout::Sharded(dim) => Some(*dim),
+            _ => None,
+        };
+        let parts = |row: &PlanRow| {
+            let over = row.layouts.iter().zip(self.axes.iter()).filter(|(_, axis)| axis.group.size() > 1);
+            over.filter_map(|(layout, _)| dim(layout)).collect::<Vec<_>>()
+        };
+        let split = self.table.rows().iter().map(|row| (row, parts(row))).filter(|(_, split)| !split.is_empty());
+        split
+            .map(|(row, split)| SplitParam { id: row.id, path: row.path.clone(), dims: row.local_dims.clone(), split })
+            .collect()
+    }
+
     /// Puts the whole model together, on every rank. Collective.
     ///
     /// # Errors
@@ -188,6 +209,12 @@ impl ModelSplit {
         let real = ranges.into_iter().zip(&row.dims).map(|(range, size)| range.start.min(*size)..range.end.min(*size));
         let (dims, local_dims) = (row.dims.clone(), row.local_dims.clone());
         Some(params::Held { dims, ranges: real.collect(), local_dims })
+    }
+
+    /// The same split of parameters of other ids.
+    pub(crate) fn renamed(&self, renamed: &Renamed) -> Self {
+        let whole_dims = self.whole_dims.iter().map(|(id, dims)| (renamed.id(*id), dims.clone())).collect();
+        Self { table: Arc::new(self.table.renamed(renamed)), whole_dims: Arc::new(whole_dims), ..self.clone() }
     }
 
     /// The same split whose steps draw other random numbers from here on.

@@ -7,11 +7,10 @@ use burn::prelude::*;
 use burn::tensor::DType;
 use burn_ir::TensorIr;
 
-use super::edges::join;
 use super::graph_error;
-use super::inputs::{GraphInputs, TensorMapper};
 use crate::error::Error;
 use crate::tensor::PlainTensor;
+use crate::tensor::{GraphInputs, TensorMapper, place};
 
 /// Demands of a tensor the shape and dtype with which the graph was captured.
 pub(crate) fn fits(what: impl FnOnce() -> String, value: &PlainTensor, binding: &TensorIr) -> Result<(), Error> {
@@ -72,7 +71,7 @@ struct BindInputs {
 
 impl TensorMapper for BindInputs {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
-        let path = join(&self.path);
+        let path = place(&self.path);
         let value = PlainTensor::of(tensor.clone(), &format!("input `{path}`"))?;
         self.values.push((path, value));
         Ok(tensor)

@@ -1,7 +1,8 @@
 //! One captured graph per kind of step.
 
-use std::any::{Any, TypeId};
+use std::any::Any;
 use std::collections::hash_map::Entry;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use burn::backend::{DispatchTensor, TensorMetadata};
 use burn::module::Module;
@@ -9,28 +10,28 @@ use burn::tensor::{DType, Shape};
 
 use super::capture::capture_step;
 use super::custom::CustomOps;
-use super::edges::join;
 use super::execute::Executor;
 use super::forward::{Forward, capture_forward};
 use super::graph_error;
-use super::inputs::{GraphInputs, TensorMapper};
-use super::loss::StepLoss;
 use super::recent::{GRAPHS, Recent};
 use super::signature::Signature;
 use super::step::StepGraph;
 use crate::error::Error;
+use crate::step::{Identity, Loss, StepFn};
+use crate::tensor::{GraphInputs, TensorMapper, place};
 
 type Pass = Box<dyn Fn(&mut StepGraph) -> Result<(), Error> + Send>;
 
 /// Executors by what their graph was captured for: the closure, shapes and dtypes of inputs and parameters, training flags,
 /// trainable parameters.
 ///
-/// Closures are told apart by where they are written, not by what they capture (and function pointers, as opposed to
-/// functions, not at all): one that is to compute something else the next time needs to be another closure, or get what
-/// changes as an input. It is called only to capture. Changes of plain fields of the module (a dropout probability) are not noticed: [`clear`](Self::clear) then. A
-/// graph holds operations and constants, no weights. Of steps and of forwards so many are kept, 16 unless
-/// [said otherwise](Self::with_most): one that was thrown out is captured anew when it comes again, so pad batches, at least the
-/// last, to few different shapes.
+/// Closures are told apart by where they are written. One that captures nothing of what is around it is called only to
+/// capture. One that captures something (a factor, a reference, a function pointer) may compute something else the next time: it
+/// is captured anew at every step, 1 to 2 ms a layer, and the graph that came of it the last time runs if both are equal. What
+/// changes from step to step is better an input. Changes of plain fields of the module (a dropout probability) and of statics
+/// are not noticed: [`clear`](Self::clear) then. A graph holds operations and constants, no weights. Of steps and of forwards so
+/// many are kept, 16 unless [said otherwise](Self::with_most): one that was thrown out is captured anew when it comes again, so
+/// pad batches, at least the last, to few different shapes.
 pub struct GraphCache {
     ops: CustomOps,
     pass: Pass,
@@ -48,9 +49,12 @@ impl core::fmt::Debug for GraphCache {
 /// What a captured step is for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct StepKey {
-    /// Closures written in different places are of different types.
-    closure: TypeId,
+    closure: Identity,
+    /// What a closure that captures something has made of it.
+    graph: Option<u64>,
     inputs: Vec<(String, Shape, DType)>,
+    /// The plain values among the inputs.
+    values: Vec<u64>,
     module: Signature,
 }
 
@@ -75,35 +79,39 @@ impl GraphCache {
     ///
     /// # Errors
     /// Those of [`capture_step`], of the pass and of [`Executor::new`].
-    pub fn executor<M, I, F, R>(&mut self, model: &M, inputs: &I, loss: F) -> Result<&mut Executor, Error>
+    pub fn executor<M, I, F, R>(&mut self, model: &M, inputs: &I, mut loss: F) -> Result<&mut Executor, Error>
     where
         M: Module,
         I: GraphInputs + Clone,
-        F: FnOnce(&M, I) -> R,
-        R: StepLoss,
+        F: FnMut(&M, I) -> R,
+        R: Into<Loss>,
     {
-        self.executor_of(Signature::of_step(model, &|_, _| None), inputs, loss, || model.clone())
+        let mut call = |model: &M, inputs: I| loss(model, inputs).into();
+        let signature = Signature::of_step(model, &|_, _| None);
+        self.executor_of(signature, inputs, StepFn::new::<F>(&mut call), || model.clone())
     }
 
-    /// As [`executor`](Self::executor), for a model of this signature that is made only if it is captured now.
-    pub(crate) fn executor_of<M, I, F, R>(
+    /// As [`executor`](Self::executor), of a closure that is known already, for a model of this signature that is made only if it
+    /// is captured now.
+    pub(crate) fn executor_of<M, I>(
         &mut self,
         signature: Signature,
         inputs: &I,
-        loss: F,
-        model: impl FnOnce() -> M,
+        mut step: StepFn<'_, M, I>,
+        model: impl Fn() -> M,
     ) -> Result<&mut Executor, Error>
     where
         M: Module,
         I: GraphInputs + Clone,
-        F: FnOnce(&M, I) -> R,
-        R: StepLoss,
     {
-        let key = StepKey::new::<I, F>(signature, inputs)?;
+        let mut key = StepKey::new(step.identity, signature, inputs)?;
+        let mut capture = || capture_step(&model(), inputs.clone(), |model: &M, inputs| step.call(model, inputs));
+        let anew = if key.closure.captures() { Some(capture()?) } else { None };
+        key.graph = anew.as_ref().map(StepGraph::digest);
         match self.executors.entry(key) {
             Entry::Occupied(entry) => Ok(entry.into_mut()),
             Entry::Vacant(entry) => {
-                let mut graph = capture_step(&model(), inputs.clone(), loss)?;
+                let mut graph = anew.map_or_else(capture, Ok)?;
                 (self.pass)(&mut graph)?;
                 Ok(entry.insert(Executor::new(graph, self.ops.clone())?))
             }
@@ -119,10 +127,11 @@ impl GraphCache {
     where
         M: Module,
         I: GraphInputs + Clone,
-        F: FnOnce(&M, I) -> O,
+        F: FnMut(&M, I) -> O,
         O: GraphInputs + Clone + Send + 'static,
     {
-        self.forward_of(Signature::of_forward(model, &|_, _| None), inputs, forward, || model.clone())
+        let signature = Signature::of_forward(model, &|_, _| None);
+        self.forward_of(signature, inputs, forward, || model.clone())
     }
 
     /// As [`forward`](Self::forward), for a model of this signature that is made only if it is captured now.
@@ -130,20 +139,23 @@ impl GraphCache {
         &mut self,
         signature: Signature,
         inputs: &I,
-        forward: F,
-        model: impl FnOnce() -> M,
+        mut forward: F,
+        model: impl Fn() -> M,
     ) -> Result<&mut Forward<O>, Error>
     where
         M: Module,
         I: GraphInputs + Clone,
-        F: FnOnce(&M, I) -> O,
+        F: FnMut(&M, I) -> O,
         O: GraphInputs + Clone + Send + 'static,
     {
-        let key = StepKey::new::<I, F>(signature, inputs)?;
+        let mut key = StepKey::new(Identity::of::<F>(), signature, inputs)?;
+        let mut capture = || capture_forward(&model(), inputs.clone(), &mut forward);
+        let anew = if key.closure.captures() { Some(capture()?) } else { None };
+        key.graph = anew.as_ref().map(|captured| captured.graph.digest());
         let made = match self.forwards.entry(key) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => {
-                let mut captured = capture_forward(&model(), inputs.clone(), forward)?;
+                let mut captured = anew.map_or_else(capture, Ok)?;
                 (self.pass)(&mut captured.graph)?;
                 entry.insert(Box::new(Forward::new(captured, self.ops.clone())?))
             }
@@ -169,22 +181,33 @@ impl GraphCache {
 }
 
 impl StepKey {
-    /// The key of a closure of type `F` on such inputs and a module of this signature.
-    pub(crate) fn new<I: GraphInputs + Clone, F>(module: Signature, inputs: &I) -> Result<Self, Error> {
-        let mut seen = Inputs { path: Vec::new(), seen: Vec::new() };
+    /// The key of a closure on such inputs and a module of this signature.
+    ///
+    /// # Errors
+    /// Those of the inputs' [`GraphInputs`].
+    pub(crate) fn new<I: GraphInputs + Clone>(closure: Identity, module: Signature, inputs: &I) -> Result<Self, Error> {
+        let mut seen = Inputs { path: Vec::new(), seen: Vec::new(), values: Vec::new() };
         drop(inputs.clone().map_tensors(&mut seen)?);
-        Ok(Self { closure: typeid::of::<F>(), inputs: seen.seen, module })
+        Ok(Self { closure, graph: None, inputs: seen.seen, values: seen.values, module })
+    }
+
+    /// The key of the graphs that a closure which captures something has given now.
+    pub(crate) fn with_graphs(self, digests: impl Iterator<Item = u64>) -> Self {
+        let mut hasher = DefaultHasher::new();
+        digests.for_each(|digest| digest.hash(&mut hasher));
+        Self { graph: Some(hasher.finish()), ..self }
     }
 }
 
 struct Inputs {
     path: Vec<usize>,
     seen: Vec<(String, Shape, DType)>,
+    values: Vec<u64>,
 }
 
 impl TensorMapper for Inputs {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
-        self.seen.push((join(&self.path), tensor.shape(), tensor.dtype()));
+        self.seen.push((place(&self.path), tensor.shape(), tensor.dtype()));
         Ok(tensor)
     }
 
@@ -194,5 +217,9 @@ impl TensorMapper for Inputs {
 
     fn exit(&mut self) {
         self.path.pop();
+    }
+
+    fn value(&mut self, value: u64) {
+        self.values.push(value);
     }
 }

@@ -15,23 +15,23 @@ use burn_capture::{CaptureDevice, CapturedGraph};
 use burn_ir::TensorId;
 
 use super::device::{AutodiffCapture, as_autodiff, capture_device, capture_device_like, placeholder};
-use super::edges::{CaptureInputs, CaptureOutputs, EdgeTensor, computed};
-use super::inputs::GraphInputs;
+use super::edges::{CaptureInputs, EdgeTensor, computed};
 use super::leaves::{Leaf, RunningStates, ToCapture, ToLeaves};
-use super::loss::{LossParts, StepLoss};
 use super::module::Survey;
 use super::step::StepGraph;
 use super::{assemble, graph_error, panic_text};
 use crate::error::Error;
 use crate::params::one_device;
+use crate::step::{Loss, LossParts, Weight};
+use crate::tensor::GraphInputs;
 
 /// Records one training step of `model`: `loss` on `inputs`, and the backward pass.
 ///
 /// The module is taken in training mode, as after [`Module::train`]: parameters require gradients and flags are on unless
 /// they were frozen. `model` and `inputs` stay as they are, on whatever device with or without autodiff. The inputs give
 /// shapes and dtypes only. `loss` must be computed from the module and the inputs that the closure is given; it must have
-/// one element; as a [`TokenLoss`](super::TokenLoss) it is a sum that comes with its number of items. Extra outputs are
-/// returned beside it: `|model, x| (loss, (logits, accuracy))`.
+/// one element. A [`Loss`] that says over how many items it is taken is captured as a sum that comes with its number of items.
+/// Further outputs are returned beside it: `|model, x| (loss, (logits, accuracy))`.
 ///
 /// If the module's device checkpoints gradients ([`Device::gradient_checkpointing`]), the recomputation is in the graph.
 ///
@@ -44,7 +44,7 @@ where
     M: Module,
     I: GraphInputs,
     F: FnOnce(&M, I) -> R,
-    R: StepLoss,
+    R: Into<Loss>,
 {
     let home = one_device(model, "a capture")?.unwrap_or_else(Device::flex);
     in_scope(&home, |device| record(device, model, inputs, loss))
@@ -104,7 +104,7 @@ where
     M: Module,
     I: GraphInputs,
     F: FnOnce(&M, I) -> R,
-    R: StepLoss,
+    R: Into<Loss>,
 {
     let train = model.clone().train();
     let survey = Survey::of(&train);
@@ -129,9 +129,11 @@ where
     let mut edge = CaptureInputs::new(device, Some(strategy));
     let inputs = inputs.map_tensors(&mut edge)?;
 
-    let mut outputs = CaptureOutputs::new();
-    let LossParts { loss, weight } = loss(&captured, inputs).split(&mut outputs)?;
-    let (loss, tracked) = check_loss(loss)?;
+    let LossParts { value, weight, outputs } = loss(&captured, inputs).into().into_parts()?;
+    let output = |(path, tensor): (String, _)| computed(&format!("output `{path}`"), path, &tensor);
+    let outputs = outputs.into_iter().map(output).collect::<Result<Vec<_>, _>>()?;
+    let (value, weight) = as_sum(value, weight);
+    let (loss, tracked) = check_loss(value)?;
     let weight = weight.map(edge_of_weight).transpose()?;
     let marker = placeholder(device, [1].into(), loss.dtype, "the loss")?.id();
 
@@ -148,18 +150,31 @@ where
         running: leaves.running,
         gradients,
         inputs: edge.inputs,
-        outputs: outputs.outputs,
+        outputs,
         loss: Some(loss),
         weight,
         marker: Some(marker),
     })
 }
 
+/// A loss as what is differentiated, and the number of items that this is the sum over; none for a plain mean.
+fn as_sum(value: Tensor<1>, weight: Weight) -> (Tensor<1>, Option<Tensor<1>>) {
+    let device = value.device();
+    match weight {
+        Weight::Plain => (value, None),
+        // A tensor of other dims is told of as the closure gave it.
+        Weight::Mean(items) if value.dims() != [1] => (value, Some(Weight::tensor(items, &device))),
+        Weight::Mean(items) => (value * items, Some(Weight::tensor(items, &device))),
+        Weight::Sum(items) => (value, Some(Weight::tensor(items, &device))),
+        Weight::Counted(items) => (value, Some(items)),
+    }
+}
+
 fn edge_of_weight(weight: Tensor<1>) -> Result<EdgeTensor, Error> {
     let [elements] = weight.dims();
     if elements != 1 {
         return Err(graph_error(format!(
-            "the number of items of a `TokenLoss` must have one element, but it has {elements}: reduce it with `.sum()`"
+            "the number of items of a loss must have one element, but it has {elements}: reduce it with `.sum()`"
         )));
     }
     computed("the number of items of the loss", "weight".into(), &weight.into_dispatch())

@@ -10,8 +10,8 @@ use burn_ir::TensorId;
 
 use super::device::{as_autodiff, on_autodiff, placeholder, without_autodiff};
 use super::graph_error;
-use super::inputs::TensorMapper;
 use crate::error::Error;
+use crate::tensor::{TensorMapper, place};
 
 /// A tensor at the edge of the graph.
 pub(crate) struct EdgeTensor {
@@ -19,10 +19,6 @@ pub(crate) struct EdgeTensor {
     pub(crate) id: TensorId,
     pub(crate) shape: Shape,
     pub(crate) dtype: DType,
-}
-
-pub(crate) fn join(path: &[usize]) -> String {
-    path.iter().map(usize::to_string).collect::<Vec<_>>().join(".")
 }
 
 /// Inputs become capture tensors without data; for training on autodiff, as a batch made on the training device would be:
@@ -43,7 +39,7 @@ impl CaptureInputs {
 
 impl TensorMapper for CaptureInputs {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
-        let (path, shape, dtype) = (join(&self.path), tensor.shape(), tensor.dtype());
+        let (path, shape, dtype) = (place(&self.path), tensor.shape(), tensor.dtype());
         let tensor = placeholder(self.device, shape.clone(), dtype, &format!("input `{path}`"))?;
         self.inputs.push(EdgeTensor { path, id: tensor.id(), shape, dtype });
         Ok(match self.strategy {
@@ -94,7 +90,7 @@ pub(crate) fn computed(what: &str, path: String, tensor: &DispatchTensor) -> Res
 
 impl TensorMapper for CaptureOutputs {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
-        let path = join(&self.path);
+        let path = place(&self.path);
         self.outputs.push(computed(&format!("output `{path}`"), path, &tensor)?);
         Ok(tensor)
     }

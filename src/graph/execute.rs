@@ -9,7 +9,6 @@ use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::bind::{computable, fits, is_on, named_tensors};
 use super::custom::CustomOps;
-use super::inputs::GraphInputs;
 use super::interpret::Interpreter;
 use super::liveness::{Action, MemoryEstimate, program};
 use super::module::{gradients_params, read_for_step, write_running_states};
@@ -19,7 +18,7 @@ use super::step::StepGraph;
 use super::{graph_error, panic_text};
 use crate::error::Error;
 use crate::params::sweep_leaves;
-use crate::tensor::PlainTensor;
+use crate::tensor::{GraphInputs, PlainTensor};
 
 /// Runs a [`StepGraph`] on the device of the model, any number of times.
 ///
@@ -76,8 +75,8 @@ impl Executor {
     }
 
     /// Runs one step: loss and gradients of `model` on `inputs`. Running statistics of `model` are updated as by an eager
-    /// forward, seen by all its clones. A [`TokenLoss`](super::TokenLoss) and its gradients are divided by its number of
-    /// items.
+    /// forward, seen by all its clones. A [`Loss`](crate::step::Loss) over items and its gradients are divided by their
+    /// number.
     ///
     /// # Errors
     /// [`Error::Graph`] if the model or the inputs do not fit the graph, or an operation panics; the error of a custom

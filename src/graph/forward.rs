@@ -13,13 +13,13 @@ use super::device::capture_device;
 use super::edges::{CaptureInputs, CaptureOutputs};
 use super::execute::Executor;
 use super::graph_error;
-use super::inputs::{GraphInputs, TensorMapper};
 use super::leaves::ToCapture;
 use super::module::Survey;
 use super::step::StepGraph;
 use crate::error::Error;
 use crate::params::one_device;
 use crate::tensor::PlainTensor;
+use crate::tensor::{GraphInputs, TensorMapper};
 
 /// A captured forward pass, and the structure of what it gives.
 #[derive(Clone, Debug)]

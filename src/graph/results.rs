@@ -13,9 +13,9 @@ use crate::tensor::PlainTensor;
 /// What [`Executor::step`](super::Executor::step) gives.
 #[derive(Debug)]
 pub struct StepResult {
-    /// The loss, one element, without autodiff. Of a [`TokenLoss`](super::TokenLoss), the mean over its items.
+    /// The loss, one element, without autodiff. Of a [`Loss`](crate::step::Loss) over items, the mean over them.
     pub loss: Tensor<1>,
-    /// The number of items of a [`TokenLoss`](super::TokenLoss); 1 for a loss that is a mean already.
+    /// The number of items of a [`Loss`](crate::step::Loss); 1 for a plain mean.
     pub weight: f64,
     /// The gradients of that loss, ready for burn's optimizers.
     pub gradients: GradientsParams,
@@ -26,11 +26,11 @@ pub struct StepResult {
 /// What [`Executor::step_with`](super::Executor::step_with) gives: the gradients went to its callback.
 #[derive(Debug)]
 pub struct StepOutputs {
-    /// The loss, one element, without autodiff. Of a [`TokenLoss`](super::TokenLoss), the sum, of which the gradients
-    /// are.
+    /// The loss, one element, without autodiff. Of a [`Loss`](crate::step::Loss) over items, the sum, of which the
+    /// gradients are.
     pub loss: Tensor<1>,
-    /// The number of items of a [`TokenLoss`](super::TokenLoss): what loss and gradients are still to be divided by, once
-    /// they are added up over micro-batches and ranks. 1 for a loss that is a mean already.
+    /// The number of items of a [`Loss`](crate::step::Loss): what loss and gradients are still to be divided by, once
+    /// they are added up over micro-batches and ranks. 1 for a plain mean.
     pub weight: f64,
     /// The extra outputs, in order.
     pub outputs: Vec<PlainTensor>,
@@ -47,7 +47,7 @@ pub trait StepObserver {
     }
 
     /// The number of items of the loss, once; mostly before the first gradient, always if it follows from shapes or from
-    /// the inputs alone. 1 for a loss that is a mean.
+    /// the inputs alone. 1 for a plain mean.
     ///
     /// # Errors
     /// Whatever ends the step.

@@ -70,8 +70,8 @@ pub struct StepGraph {
     /// The loss, of which the gradients are: one element. `None` in a forward alone
     /// ([`capture_forward`](super::capture_forward)).
     pub loss: Option<TensorIr>,
-    /// The number of items that the loss is the sum over ([`TokenLoss`](super::TokenLoss)): one element. `None` if the loss
-    /// is a mean, which counts for 1.
+    /// The number of items that the loss is the sum over ([`Loss`](crate::step::Loss)): one element. `None` if the loss
+    /// is a plain mean, which counts for 1.
     pub weight: Option<TensorIr>,
     /// Extra outputs of the step closure, in order; of a forward alone, its outputs.
     pub outputs: Vec<TensorIr>,
@@ -94,6 +94,19 @@ impl StepGraph {
     pub fn results(&self) -> impl Iterator<Item = &TensorIr> {
         let params = self.params.iter().flat_map(|p| p.gradient.iter().chain(&p.update));
         self.loss.iter().chain(&self.weight).chain(params).chain(&self.outputs)
+    }
+
+    /// A hash of the operations, constants and results: two captures of one step have the same.
+    pub(crate) fn digest(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (&self.operations, self.forward_len).hash(&mut hasher);
+        for (id, value) in &self.constants {
+            (id, value.as_bytes()).hash(&mut hasher);
+        }
+        let inputs = self.inputs.iter().map(|input| &input.tensor);
+        let params = self.params.iter().map(|param| &param.tensor);
+        inputs.chain(params).chain(self.results()).for_each(|tensor| tensor.id.hash(&mut hasher));
+        hasher.finish()
     }
 
     /// A hash of the custom operations in order: ids, scalars but the last, and output shapes.

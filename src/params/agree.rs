@@ -14,17 +14,14 @@ pub(crate) fn agree(lines: &[(String, String)], group: &Communicator) -> Result<
     for (path, what) in lines {
         let _ = writeln!(text, "{path}\t{what}");
     }
-    let len = group.broadcast(vec![text.len() as u64], 0)?[0] as usize;
-    let mut theirs = text.clone().into_bytes();
-    theirs.resize(len, 0);
-    let theirs = group.broadcast(theirs, 0)?;
-    let differs = theirs != text.as_bytes();
+    let theirs = share_text(&text, group)?;
+    let differs = theirs != text;
     let first = group.all_reduce(vec![if differs { group.rank() as u64 } else { u64::MAX }], ReduceOp::Min)?[0];
     if first == u64::MAX {
         return Ok(());
     }
     let rank = first as usize;
-    let found = if group.rank() == rank { difference(lines, &String::from_utf8_lossy(&theirs)) } else { String::new() };
+    let found = if group.rank() == rank { difference(lines, &theirs) } else { String::new() };
     let len = group.broadcast(vec![found.len() as u64], rank)?[0] as usize;
     let mut found = found.into_bytes();
     found.resize(len, 0);
@@ -34,6 +31,17 @@ pub(crate) fn agree(lines: &[(String, String)], group: &Communicator) -> Result<
     let error = Error::ModelMismatch { group: name, rank, path: path.into(), problem: problem.into() };
     group.fail(error.clone());
     Err(error)
+}
+
+/// The text that rank 0 brings, on every rank.
+///
+/// # Errors
+/// Those of [`Communicator::broadcast`].
+pub(crate) fn share_text(text: &str, group: &Communicator) -> Result<String, Error> {
+    let len = group.broadcast(vec![text.len() as u64], 0)?[0] as usize;
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.resize(len, 0);
+    Ok(String::from_utf8_lossy(&group.broadcast(bytes, 0)?).into_owned())
 }
 
 /// The first line that differs from those of rank 0, as `path<tab>problem`.

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::ops::Range;
 
-use burn::module::{Module, ModuleMapper, Param, ParamId};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, Int, Tensor, TensorData};
 
 use super::SliceSource;
@@ -20,6 +20,31 @@ pub(crate) struct Held {
     pub(crate) ranges: Vec<Range<usize>>,
     /// The dims of its part, with zeros behind what is read where they are larger.
     pub(crate) local_dims: Vec<usize>,
+}
+
+impl Held {
+    /// The whole of a parameter of these dims.
+    pub(crate) fn whole(dims: Vec<usize>) -> Self {
+        Self { ranges: dims.iter().map(|size| 0..*size).collect(), local_dims: dims.clone(), dims }
+    }
+}
+
+/// The dims of every parameter. Lazy ones stay lazy.
+#[derive(Default)]
+pub(crate) struct Dims(pub HashMap<ParamId, Vec<usize>>);
+
+impl ModuleVisitor for Dims {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.0.insert(param.id, param.lazy_shape().to_vec());
+    }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        self.0.insert(param.id, param.lazy_shape().to_vec());
+    }
+
+    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
+        self.0.insert(param.id, param.lazy_shape().to_vec());
+    }
 }
 
 /// Gives every parameter for which `held` has something its value from a source. The others stay as they are, and so do

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use burn::module::{Module, ParamId};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Device;
 
 use super::batch::Batch;
 use super::engine::Engine;
@@ -15,11 +15,12 @@ use super::tied::Ties;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::graph::{
-    ForwardGraph, GraphInputs, LossParts, StepGraph, StepKey, StepLoss, TensorMapper, TokenLoss, capture_forward,
-    capture_step, counted_random, graph_error,
+    ForwardGraph, GraphInputs, StepGraph, StepKey, capture_forward, capture_step, counted_random, graph_error,
 };
 use crate::params::one_device;
+use crate::partition::ShardReport;
 use crate::pipeline_parallel::cut::{CutGraph, StageRun, cut_like, measure_operations};
+use crate::step::{Identity, StepFn};
 
 /// A step for one kind of batch.
 pub(super) struct CapturedStep {
@@ -44,30 +45,38 @@ pub(super) struct CapturedForward<O> {
 
 impl Engine {
     /// Makes sure that the step for this batch is captured and cut; `local` loses what this rank does not hold.
-    pub(super) fn prepare<M, I, F, R>(
+    pub(super) fn prepare<M, I>(
         &mut self,
         local: &mut Option<M>,
         inputs: I,
-        loss: &mut F,
+        mut step: StepFn<'_, M, I>,
     ) -> Result<(StepKey, Batch), Error>
     where
         M: Module,
         I: GraphInputs + Clone,
-        F: FnMut(&M, I) -> R,
-        R: StepLoss,
     {
         let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, self.config.micro_batches)?;
         let Some(model) = local.take() else { return Err(stage_error("the model was lost in an earlier error")) };
         let signature = self.signature(&model, true);
         let model = local.insert(model);
-        let key = StepKey::new::<I, F>(signature?, &inputs)?;
+        let mut key = StepKey::new(step.identity, signature?, &inputs)?;
+        let (firsts, sizes) = batch.sizes();
+        let mut anew = None;
+        if step.identity.captures() {
+            let graphs = self.capture_all(&self.outline(model), &batch, &inputs, &firsts, step.again())?;
+            key = key.with_graphs(graphs.iter().map(StepGraph::digest));
+            anew = Some(graphs);
+        }
         if self.steps.contains_key(&key) {
             return Ok((key, batch));
         }
-        let outline = self.outline(model);
-        let (firsts, sizes) = batch.sizes();
-        let capture = |first| self.capture(&outline, &batch, inputs.clone(), first, loss);
-        let graphs = firsts.into_iter().map(capture).collect::<Result<Vec<_>, _>>()?;
+        let mut graphs = match anew {
+            Some(graphs) => graphs,
+            None => self.capture_all(&self.outline(model), &batch, &inputs, &firsts, step.again())?,
+        };
+        for graph in &mut graphs {
+            self.shards = self.split_graph(graph)?;
+        }
         let cuts = self.cuts(&graphs, local)?;
         let stages = self.stages(&graphs, &cuts, &sizes)?;
         let gradients = cuts[0].stages.iter().flat_map(|stage| &stage.gradients);
@@ -77,39 +86,57 @@ impl Engine {
         Ok((key, batch))
     }
 
-    /// The step of one micro-batch, before it is cut.
-    fn capture<M, I, F, R>(
+    /// The step of each of these micro-batches, before it is split or cut.
+    fn capture_all<M, I>(
+        &self,
+        outline: &M,
+        batch: &Batch,
+        inputs: &I,
+        micro_batches: &[usize],
+        mut step: StepFn<'_, M, I>,
+    ) -> Result<Vec<StepGraph>, Error>
+    where
+        M: Module,
+        I: GraphInputs + Clone,
+    {
+        let capture = |first: &usize| self.capture(outline, batch, inputs.clone(), *first, step.again());
+        micro_batches.iter().map(capture).collect()
+    }
+
+    /// The step of one micro-batch, before it is split or cut.
+    fn capture<M, I>(
         &self,
         outline: &M,
         batch: &Batch,
         inputs: I,
         micro_batch: usize,
-        loss: &mut F,
+        mut step: StepFn<'_, M, I>,
     ) -> Result<StepGraph, Error>
     where
         M: Module,
         I: GraphInputs,
-        F: FnMut(&M, I) -> R,
-        R: StepLoss,
     {
         let rows = batch.rows(micro_batch).len();
         let inputs = batch.structured(inputs, micro_batch)?;
-        let mut graph = capture_step(outline, inputs, |model, inputs| OfRows { loss: loss(model, inputs), rows })?;
-        self.split_graph(&mut graph)?;
-        Ok(graph)
+        capture_step(outline, inputs, |model: &M, inputs| step.call(model, inputs).over_rows(rows))
     }
 
     /// Seconds that each operation of the step takes for the first micro-batch: none is larger.
-    pub(super) fn measure<M, I, F, R>(&self, local: &M, inputs: I, loss: &mut F, runs: usize) -> Result<Vec<f64>, Error>
+    pub(super) fn measure<M, I>(
+        &self,
+        local: &M,
+        inputs: I,
+        step: StepFn<'_, M, I>,
+        runs: usize,
+    ) -> Result<Vec<f64>, Error>
     where
         M: Module,
         I: GraphInputs + Clone,
-        F: FnMut(&M, I) -> R,
-        R: StepLoss,
     {
         let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, self.config.micro_batches)?;
         self.signature(local, false)?;
-        let graph = self.capture(&self.outline(local), &batch, inputs, 0, loss)?;
+        let mut graph = self.capture(&self.outline(local), &batch, inputs, 0, step)?;
+        self.split_graph(&mut graph)?;
         let device = one_device(local, "measure")?.unwrap_or_else(Device::flex);
         measure_operations(&graph, &device, runs)
     }
@@ -133,15 +160,25 @@ impl Engine {
         let Some(model) = local.take() else { return Err(stage_error("the model was lost in an earlier error")) };
         let signature = self.signature(&model, false);
         let model = local.insert(model);
-        let key = StepKey::new::<I, F>(signature?, &inputs)?;
+        let identity = Identity::of::<F>();
+        let mut key = StepKey::new(identity, signature?, &inputs)?;
+        let (firsts, sizes) = batch.sizes();
+        let capture = |outline: &M, forward: &mut F| {
+            let of = |first: &usize| capture_forward(outline, batch.structured(inputs.clone(), *first)?, &mut *forward);
+            firsts.iter().map(of).collect::<Result<Vec<_>, Error>>()
+        };
+        let mut anew = None;
+        if identity.captures() {
+            let captured = capture(&self.outline(model), &mut forward)?;
+            key = key.with_graphs(captured.iter().map(|captured| captured.graph.digest()));
+            anew = Some(captured);
+        }
         if !self.forwards.contains_key(&key) {
             let outline = self.outline(model);
-            let (firsts, sizes) = batch.sizes();
-            let mut captured = Vec::new();
-            for first in firsts {
-                let micro_batch = batch.structured(inputs.clone(), first)?;
-                captured.push(capture_forward(&outline, micro_batch, &mut forward)?);
-            }
+            let mut captured = match anew {
+                Some(captured) => captured,
+                None => capture(&outline, &mut forward)?,
+            };
             let parts: Vec<StepGraph> = captured.iter().map(|captured| captured.graph.clone()).collect();
             let whole = match sizes.as_slice() {
                 [_] => parts[0].clone(),
@@ -150,7 +187,7 @@ impl Engine {
             let outputs = 0..parts[0].outputs.len();
             let joined = outputs.map(|place| Joined::of(&whole, &parts, &sizes, place)).collect::<Result<_, _>>()?;
             for captured in &mut captured {
-                self.split_graph(&mut captured.graph)?;
+                self.shards = self.split_graph(&mut captured.graph)?;
             }
             let graphs: Vec<StepGraph> = captured.iter().map(|captured| captured.graph.clone()).collect();
             let cuts = self.cuts(&graphs, local)?;
@@ -167,12 +204,14 @@ impl Engine {
         Ok((forward.ok_or_else(|| graph_error("a closure of one type gave outputs of two types"))?, batch))
     }
 
-    fn split_graph(&self, graph: &mut StepGraph) -> Result<(), Error> {
+    fn split_graph(&self, graph: &mut StepGraph) -> Result<Vec<ShardReport>, Error> {
         match &self.split {
-            Some(split) => drop(split.apply(graph)?),
-            None => drop(counted_random(graph)),
+            Some(split) => split.apply(graph),
+            None => {
+                counted_random(graph);
+                Ok(Vec::new())
+            }
         }
-        Ok(())
     }
 
     /// Cuts graphs of one step for micro-batches of different sizes. The first time ever it is decided who holds what, and
@@ -251,24 +290,6 @@ fn agree(mine: &[u64], group: &Communicator, problem: &str) -> Result<(), Error>
     match all.chunks(mine.len().max(1)).position(|theirs| theirs != &all[..mine.len()]) {
         None => Ok(()),
         Some(rank) => Err(graph_error(format!("rank {rank} of group `{}` {problem}", group.group()))),
-    }
-}
-
-/// A loss that is a mean becomes a sum over the rows of its micro-batch.
-struct OfRows<R> {
-    loss: R,
-    rows: usize,
-}
-
-impl<R: StepLoss> StepLoss for OfRows<R> {
-    fn split(self, mapper: &mut dyn TensorMapper) -> Result<LossParts, Error> {
-        match self.loss.split(mapper)? {
-            LossParts { loss, weight: None } if loss.dims() == [1] => {
-                let sum: Tensor<1> = loss * self.rows as f64;
-                TokenLoss::of(sum, self.rows).split(mapper)
-            }
-            parts => Ok(parts),
-        }
     }
 }
 

@@ -1,25 +1,40 @@
 //! How a model is spread over a pipeline.
 
+use burn::config::Config;
+use serde::{Deserialize, Serialize};
+
 use super::schedule::Schedule;
 use crate::graph::GRAPHS;
 use crate::pipeline_parallel::cut::Cut;
 
 /// How a model is spread over the ranks of a pipeline, and how they work.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PipelineConfig {
     /// How many micro-batches the batch of a step is divided into. The idle share falls with their number.
     pub micro_batches: usize,
     /// In which order the stages take them. 1F1B unless said otherwise.
+    #[serde(default)]
     pub schedule: Schedule,
     /// Which stage each parameter belongs to. Stages of equal cost unless said otherwise.
+    #[serde(default)]
     pub cut: Cut,
     /// Inputs that every micro-batch gets whole, by their place in the inputs.
+    #[serde(default)]
     pub whole_inputs: Vec<String>,
     /// The seed of the random numbers that steps draw, dropout above all. That of a model that is split as well stays.
+    #[serde(default)]
     pub seed: u64,
     /// How many captured steps, and as many forwards, are kept: those used last, and at least one. 16 unless said otherwise.
+    #[serde(default = "graphs")]
     pub graphs: usize,
+    /// Every so many steps ranks make sure that all of them were given the same inputs; see
+    /// [`with_check_inputs_every`](Self::with_check_inputs_every).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check_inputs_every: Option<u64>,
 }
+
+impl Config for PipelineConfig {}
 
 impl PipelineConfig {
     /// This many micro-batches, 1F1B, stages of equal cost, all inputs divided along their first dim, seed 0.
@@ -31,22 +46,23 @@ impl PipelineConfig {
             whole_inputs: Vec::new(),
             seed: 0,
             graphs: GRAPHS,
+            check_inputs_every: None,
         }
     }
 
-    /// Another schedule. An interleaved one cuts the model into several stages for each rank.
+    /// Sets the schedule. An interleaved one cuts the model into several stages for each rank.
     pub fn with_schedule(mut self, schedule: Schedule) -> Self {
         self.schedule = schedule;
         self
     }
 
-    /// Another cut.
+    /// Sets the cut.
     pub fn with_cut(mut self, cut: Cut) -> Self {
         self.cut = cut;
         self
     }
 
-    /// Another seed than 0. With the same seed and micro-batches, any number of ranks and any schedule draw the same numbers.
+    /// Sets the seed, 0 unless said otherwise. With the same seed and micro-batches, any number of ranks and any schedule draw the same numbers.
     pub fn with_seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
@@ -58,6 +74,14 @@ impl PipelineConfig {
         self
     }
 
+    /// Sets how often the ranks compare the inputs that they were given; 0 for never. In every step on CPUs, and in every
+    /// 100th on other devices, where reading inputs means to wait for them, unless said otherwise. For a model that is split as
+    /// well, its [`TensorParallelConfig`](crate::tensor_parallel::TensorParallelConfig) says it.
+    pub fn with_check_inputs_every(mut self, steps: u64) -> Self {
+        self.check_inputs_every = Some(steps);
+        self
+    }
+
     /// Gives an input to every micro-batch as it is, instead of dividing its first dim: a mask for all rows, a table. `path` is
     /// its place in the inputs: `""` if there is a single tensor, `"1"` for the second of a tuple, `"1.0"` for the first in
     /// the second.
@@ -65,4 +89,8 @@ impl PipelineConfig {
         self.whole_inputs.push(path.into());
         self
     }
+}
+
+fn graphs() -> usize {
+    GRAPHS
 }

@@ -13,8 +13,9 @@ use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::distribution::ModelSplit;
 use crate::graph::{CustomOps, RandomSource, Recent, Signature, StepKey, register_counted_random};
-use crate::params::{self, NewDims, SliceSource};
-use crate::pipeline_parallel::cut::CutGraph;
+use crate::params::{self, NewDims, Renamed, SliceSource};
+use crate::partition::ShardReport;
+use crate::pipeline_parallel::cut::{Cut, CutGraph};
 use crate::plan::{Plan, PlanRow};
 
 /// The captured steps of a pipeline, and what they are cut by.
@@ -31,6 +32,8 @@ pub(super) struct Engine {
     /// The first cut, to which all others keep.
     pub cut: Option<CutGraph>,
     pub ties: Ties,
+    /// What the last captured step of a model that is split as well was given, for each axis.
+    pub shards: Vec<ShardReport>,
     /// What steps have sent from stage to stage.
     pub sent: Counters,
     pub ops: CustomOps,
@@ -41,20 +44,22 @@ pub(super) struct Engine {
 }
 
 impl Engine {
+    /// Also gives the model back, with the ids that its parameters have on the first rank.
     pub(super) fn new<M: Module>(
-        model: &M,
+        model: M,
         split: Option<ModelSplit>,
         group: &Communicator,
         config: PipelineConfig,
-    ) -> Result<Self, Error> {
+    ) -> Result<(Self, M), Error> {
         let timetable = config.schedule.timetable(group.size(), config.micro_batches)?;
-        let rows = Plan::new().table(model, 1)?.rows().to_vec();
+        let table = Plan::new().table(&model, 1)?;
+        let rows = table.rows();
         let paths: Vec<&str> = rows.iter().map(|row| row.path.as_str()).collect();
         let homes = config.cut.by_path(&paths, timetable.stages())?;
 
         let line = |row: &PlanRow| (row.path.clone(), format!("{:?} {:?}", row.dtype, row.dims));
         let mut lines: Vec<(String, String)> = rows.iter().map(line).collect();
-        let PipelineConfig { micro_batches, schedule, cut, whole_inputs, seed, graphs } = &config;
+        let PipelineConfig { micro_batches, schedule, cut, whole_inputs, seed, graphs, .. } = &config;
         lines.push(("the pipeline's micro-batches".into(), micro_batches.to_string()));
         lines.push(("the pipeline's schedule".into(), format!("{schedule:?}").replace('\n', " ")));
         lines.push(("the pipeline's cut".into(), format!("{cut:?}").replace('\n', " ")));
@@ -62,6 +67,9 @@ impl Engine {
         lines.push(("the pipeline's seed".into(), seed.to_string()));
         lines.push(("the pipeline's graphs".into(), graphs.to_string()));
         params::agree(&lines, group)?;
+        let (model, renamed) = params::share_ids(model, group)?;
+        let rows = table.renamed(&renamed).rows().to_vec();
+        let split = split.map(|split| split.renamed(&renamed));
 
         let group = group.split_named("pipeline", 0, group.rank() as i64)?;
         let mut ops = CustomOps::new();
@@ -77,7 +85,7 @@ impl Engine {
             }
         };
         let holders = homes.map(|homes| rows.iter().zip(homes).map(|(row, home)| (row.id, vec![home])).collect());
-        Ok(Self {
+        let engine = Self {
             dims: rows.iter().map(|row| (row.id, row.dims.clone())).collect(),
             steps: Recent::new(config.graphs),
             forwards: Recent::new(config.graphs),
@@ -89,10 +97,27 @@ impl Engine {
             holders,
             cut: None,
             ties: Ties::default(),
+            shards: Vec::new(),
             sent: Counters::default(),
             ops,
             random,
-        })
+        };
+        Ok((engine, model))
+    }
+
+    /// Goes on with parameters of other ids.
+    pub(super) fn rename(&mut self, renamed: &Renamed) {
+        self.rows.iter_mut().for_each(|row| row.id = renamed.id(row.id));
+        let dims = std::mem::take(&mut self.dims);
+        self.dims = dims.into_iter().map(|(id, dims)| (renamed.id(id), dims)).collect();
+        let holders = self.holders.take();
+        self.holders =
+            holders.map(|holders| holders.into_iter().map(|(id, stages)| (renamed.id(id), stages)).collect());
+        self.split = self.split.take().map(|split| split.renamed(renamed));
+        self.ties.rename(renamed);
+        // Captured steps know parameters by their ids.
+        self.steps.clear();
+        self.forwards.clear();
     }
 
     /// The float parameters and running statistics with the dims that holders have, the rank that holds each, in the order
@@ -117,6 +142,19 @@ impl Engine {
         Some(self.rows.iter().filter(kept).map(|row| row.id).collect())
     }
 
+    /// The stage and the path of every parameter of the cut, a line each.
+    pub(super) fn listed_homes(&self) -> String {
+        let stage = |row: &PlanRow| Some(self.holders.as_ref()?.get(&row.id)?[0]);
+        let rows = self.rows.iter().filter_map(|row| Some(format!("{} {}\n", stage(row)?, row.path)));
+        rows.collect()
+    }
+
+    /// Cuts the model by such a list.
+    pub(super) fn keep_to(&mut self, homes: &str) {
+        let line = |line: &str| line.split_once(' ').and_then(|(stage, path)| Some((path.into(), stage.parse().ok()?)));
+        self.config.cut = Cut::Listed(homes.lines().filter_map(line).collect());
+    }
+
     /// Drops what this rank does not hold, if that is known.
     pub(super) fn hold<M: Module>(&self, model: M) -> M {
         let Some(kept) = self.kept() else { return model };
@@ -131,11 +169,7 @@ impl Engine {
         let kept = self.kept().ok_or_else(|| {
             stage_error("who holds what is not known yet: `prepare` the model before it is loaded, or cut it by paths")
         })?;
-        let whole = |id: ParamId| {
-            let dims = self.dims.get(&id)?.clone();
-            let ranges = dims.iter().map(|size| 0..*size).collect();
-            Some(params::Held { ranges, local_dims: dims.clone(), dims })
-        };
+        let whole = |id: ParamId| Some(params::Held::whole(self.dims.get(&id)?.clone()));
         let loaded = params::load(local, source, &|id| {
             kept.contains(&id).then(|| self.split.as_ref().map_or_else(|| whole(id), |split| split.held(id)))?
         })?;

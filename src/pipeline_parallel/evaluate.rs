@@ -18,8 +18,13 @@ impl<M: Module> Pipelined<M> {
     ///
     /// A step that is trained later keeps to this cut.
     ///
+    /// Outputs with a row for each row of the batch, or as many for each, are put together along their first dim. One without
+    /// rows, as a loss, must be a mean or a sum over what has rows, with nothing but a constant factor behind; or depend on no
+    /// input. It is then the mean or the sum over the whole batch, however many micro-batches there are. For this the forward
+    /// pass is captured of the whole batch too.
+    ///
     /// # Errors
-    /// As [`forward_with`](Self::forward_with).
+    /// As [`forward_with`](crate::train::ParallelModule::forward_with).
     pub fn prepare_forward<I, F, O>(&mut self, inputs: I, forward: F) -> Result<(), Error>
     where
         I: GraphInputs + Clone,
@@ -35,17 +40,10 @@ impl<M: Module> Pipelined<M> {
     /// Runs a forward pass for evaluation on a batch, divided into micro-batches like that of a step: what `forward` gives,
     /// on every rank, without autodiff: as of the whole batch, without a pipeline.
     ///
-    /// Outputs with a row for each row of the batch, or as many for each, are put together along their first dim. One without
-    /// rows, as a loss, must be a mean or a sum over what has rows, with nothing but a constant factor behind; or depend on no
-    /// input. It is then the mean or the sum over the whole batch, however many micro-batches there are. For this the forward
-    /// pass is captured of the whole batch too.
-    ///
-    /// The model is in evaluation mode, as after [`Module::valid`]: no dropout, running statistics in batch norms. Collective:
-    /// every rank passes the whole batch.
-    ///
     /// # Errors
-    /// As [`step`](Self::step); [`Error::Pipeline`] if the model is not cut yet, or an output without rows is something else.
-    pub fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
+    /// Those of [`forward_with`](crate::train::ParallelModule::forward_with); [`Error::Pipeline`] if the model is not cut yet, or
+    /// an output without rows is something else than a mean or a sum.
+    pub(super) fn run_forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
         I: GraphInputs + Clone,
         F: FnMut(&M, I) -> O,

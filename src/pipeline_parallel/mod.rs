@@ -1,7 +1,7 @@
 //! Pipeline parallelism: a model's layers spread over ranks as stages, which work on several micro-batches at a time.
 //!
 //! Any [`Module`](burn::module::Module), unedited: [`PipelineParallel::pipeline_parallel`] leaves each rank the parameters
-//! of its stages, and [`Pipelined::step`] runs a training step, [cut] into those stages, in the order of
+//! of its stages, and [`ParallelModule::step`](crate::train::ParallelModule::step) runs a training step, [cut] into those stages, in the order of
 //! a [schedule]. Where shapes change from one micro-batch to the next, or a step cannot be captured, a stage is
 //! written by hand: [`EagerStage`], or a [`Stage`] of one's own, for the same executor ([`Pipeline`]).
 //!
@@ -29,9 +29,9 @@
 //!             model.iter().fold(rows, |x, layer| layer.forward(x).tanh()).powi_scalar(2).mean()
 //!         })?;
 //!         model = optim.step(0.01, model, step.grads); // each rank steps the parameters of its stage
-//!         losses.push(step.loss);
+//!         losses.push(step.loss.item());
 //!     }
-//!     assert_eq!(model.report().map(|report| report.stages.len()), Some(2));
+//!     assert_eq!(model.report().cut.map(|cut| cut.stages.len()), Some(2));
 //!     Ok(losses)
 //! })?;
 //! assert_eq!(losses[0], losses[1]);
@@ -60,10 +60,9 @@ mod wrap;
 pub use config::PipelineConfig;
 pub use eager::{EagerStage, Received, Sent};
 pub use parcel::Parcel;
-pub use pipeline::{Pipeline, PipelineRun, RunReport};
+pub use pipeline::{Pipeline, PipelineRun};
 pub use pipelined::Pipelined;
 pub use stage::{Forwarded, LossSum, MicroBatch, Stage};
-pub use step::Step;
 pub use wrap::PipelineParallel;
 
 use crate::Error;

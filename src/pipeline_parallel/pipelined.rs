@@ -8,44 +8,60 @@ use burn::tensor::Device;
 
 use super::PipelineConfig;
 use super::engine::Engine;
-use super::pipeline::RunReport;
 use super::schedule::Timetable;
 use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::distribution::ModelSplit;
-use crate::graph::{GraphInputs, StepLoss, read_params};
+use crate::graph::{GradientSink, GraphInputs, Met, MicroBatch, SameInputs, SplitParam, StepEngine, read_params};
+use crate::nesting::refuse_wrapping;
 use crate::params::{self, SliceSource, one_device};
+use crate::partition::ShardReport;
 use crate::pipeline_parallel::cut::CutReport;
+use crate::step::{Loss, StepCounters, StepFn, Weight};
 use crate::tensor::PlainTensor;
 
 /// A model cut into the stages of a pipeline: a burn [`Module`] with the paths and ids of the model, in which the
 /// parameters of other ranks' stages have no elements. Optimizers, records and visitors take it as they take the model. Its
-/// own `forward` makes no sense on one rank; [`step`](Self::step) runs it.
+/// own `forward` makes no sense on one rank; [`ParallelModule::step`](crate::train::ParallelModule::step) runs it: the rows of
+/// its inputs are divided into micro-batches, which go through the stages as the schedule says.
 ///
 /// A record of another run is loaded into the model before it is wrapped: the parameters take the ids of the record then, by which
-/// optimizers know them. [`load`](Self::load) reads values alone.
+/// optimizers know them. [`load`](crate::train::ParallelModule::load) reads values alone.
 ///
-/// Optimizers that look at all parameters (norm clipping) see those of this rank only; element-wise ones as AdamW train
-/// exactly as on one device. Running statistics of batch norms are kept up to date on the rank of their stage, and take a
+/// Optimizers that look at all parameters see those of this rank only; those that look at one at a time train exactly as on
+/// one device. Running statistics of batch norms are kept up to date on the rank of their stage, and take a
 /// step for each micro-batch.
 #[derive(Clone)]
 pub struct Pipelined<M> {
     pub(super) local: M,
     pub(super) group: Communicator,
     pub(super) engine: Arc<Mutex<Engine>>,
-    pub(super) last: Option<RunReport>,
+    pub(super) same_inputs: SameInputs,
+    pub(super) met: Met,
 }
 
 impl<M: Module> Pipelined<M> {
     pub(crate) fn new(
         model: M,
-        split: Option<ModelSplit>,
+        split: Option<(ModelSplit, SameInputs)>,
         group: &Communicator,
         config: PipelineConfig,
     ) -> Result<Self, Error> {
-        let engine = Engine::new(&model, split, group, config)?;
+        let every = config.check_inputs_every;
+        let (split, same_inputs) = split.unzip();
+        let (engine, model) = Engine::new(model, split, group, config)?;
+        let same_inputs = match same_inputs {
+            Some(same_inputs) => same_inputs.and(group)?,
+            None => SameInputs::new(std::iter::once(group), every)?,
+        };
         let local = engine.hold(model);
-        Ok(Self { local, group: engine.group.clone(), engine: Arc::new(Mutex::new(engine)), last: None })
+        Ok(Self {
+            local,
+            group: engine.group.clone(),
+            engine: Arc::new(Mutex::new(engine)),
+            same_inputs,
+            met: Met::default(),
+        })
     }
 
     /// This rank's part of the model.
@@ -58,9 +74,10 @@ impl<M: Module> Pipelined<M> {
         lock(&self.engine).timetable.clone()
     }
 
-    /// What each stage has, and what crosses between them; `None` before the model is cut.
-    pub fn report(&self) -> Option<CutReport> {
-        lock(&self.engine).cut.as_ref().map(|cut| cut.report.clone())
+    /// What each stage has, and what the last captured step of a model that is split as well was given.
+    pub(crate) fn reports(&self) -> (Option<CutReport>, Vec<ShardReport>) {
+        let engine = lock(&self.engine);
+        (engine.cut.as_ref().map(|cut| cut.report.clone()), engine.shards.clone())
     }
 
     /// Whether it is known which rank holds what, and the rest is dropped.
@@ -72,19 +89,6 @@ impl<M: Module> Pipelined<M> {
     pub fn graphs(&self) -> usize {
         let engine = lock(&self.engine);
         engine.steps.len() + engine.forwards.len()
-    }
-
-    /// What the last step took on this rank.
-    pub fn last_run(&self) -> Option<&RunReport> {
-        self.last.as_ref()
-    }
-
-    /// What the steps so far have sent from stage to stage on this rank, and, if the model is split as well, what its parts
-    /// have communicated.
-    pub fn counters(&self) -> Counters {
-        let engine = lock(&self.engine);
-        let split = engine.split.iter().flat_map(ModelSplit::groups).map(Communicator::counters);
-        split.fold(engine.sent.clone(), |sum, counters| sum + counters)
     }
 
     /// Demands that the ranks of a group along another axis hold the same parts, if the model is split as well.
@@ -108,52 +112,11 @@ impl<M: Module> Pipelined<M> {
     }
 
     /// Has the next step draw random numbers from those of micro-batch number `step` on: when training goes on from a
-    /// checkpoint, or with a model that is wrapped anew, as after [`assemble`](Self::assemble), which then draws what it would
-    /// have drawn. The same on every rank; shared by all clones.
+    /// checkpoint, or with a model that is wrapped anew, as after
+    /// [`assemble`](crate::train::ParallelModule::assemble), which then draws what it would have drawn. The same on every rank;
+    /// shared by all clones.
     pub fn set_random_step(&self, step: u64) {
         lock(&self.engine).random.set_step(step);
-    }
-
-    /// The whole model, on every rank. Collective.
-    ///
-    /// # Errors
-    /// Those of [`Communicator`].
-    pub fn assemble(&self) -> Result<M, Error> {
-        let engine = lock(&self.engine);
-        let whole = match engine.homes() {
-            // Every rank still has everything.
-            None => self.local.clone(),
-            Some(homes) => {
-                let device = one_device(&self.local, "assemble")?.unwrap_or_else(Device::flex);
-                let mut values = HashMap::new();
-                for (row, home) in homes {
-                    let own = match home == self.group.rank() {
-                        true => read_params(&self.local, &[row.id].into())?.remove(&row.id),
-                        false => None,
-                    };
-                    let nothing = || PlainTensor::zeros(row.dims.clone(), row.dtype, &device);
-                    values.insert(row.id, self.group.broadcast(own.unwrap_or_else(nothing), home)?);
-                }
-                params::put(self.local.clone(), values)
-            }
-        };
-        match &engine.split {
-            Some(split) => split.assemble(&whole),
-            None => Ok(whole),
-        }
-    }
-
-    /// Gives all parameters the values that a store has under their paths. Each rank asks for what its stages hold only, and
-    /// lazy parameters are never made: so a model is loaded that no rank could hold. Not collective; every rank has the same
-    /// store.
-    ///
-    /// # Errors
-    /// [`Error::Pipeline`] if the model is not cut yet: [`prepare`](Self::prepare) it, or cut it by paths;
-    /// [`Error::InvalidArgument`] if the source lacks a parameter, or has it with other dims than the whole one has; those
-    /// of the source.
-    pub fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
-        let local = lock(&self.engine).load(self.local.clone(), source)?;
-        Ok(Self { local, ..self })
     }
 
     /// Seconds that each operation of this step takes on this rank alone, for [`Cut::Measured`](crate::pipeline_parallel::cut::Cut): where
@@ -190,12 +153,132 @@ impl<M: Module> Pipelined<M> {
     where
         I: GraphInputs + Clone,
         F: FnMut(&M, I) -> R,
-        R: StepLoss,
+        R: Into<Loss>,
     {
-        lock(&self.engine).measure(&self.local, inputs, &mut loss, runs)
+        let mut call = |model: &M, inputs: I| loss(model, inputs).into();
+        lock(&self.engine).measure(&self.local, inputs, StepFn::new::<F>(&mut call), runs)
+    }
+}
+
+impl<M: Module> StepEngine for Pipelined<M> {
+    type Model = M;
+    type Wrapped = Self;
+
+    fn local(&self) -> &M {
+        &self.local
+    }
+
+    fn into_wrapped(self) -> Self {
+        self
+    }
+
+    fn share_ids(self, group: &Communicator) -> Result<Self, Error> {
+        let (local, renamed) = params::share_ids(self.local, group)?;
+        if !renamed.is_empty() {
+            lock(&self.engine).rename(&renamed);
+        }
+        Ok(Self { local, ..self })
+    }
+
+    fn is_settled(&self) -> bool {
+        self.is_cut()
+    }
+
+    fn settle<I: GraphInputs + Clone>(
+        &mut self,
+        inputs: I,
+        step: StepFn<'_, M, I>,
+        group: &Communicator,
+    ) -> Result<(), Error> {
+        // Replicas with other numbers of rows would balance their stages otherwise.
+        if group.rank() == 0 {
+            self.prepare_step(inputs, step)?;
+            let homes = lock(&self.engine).listed_homes();
+            return params::share_text(&homes, group).map(|_| ());
+        }
+        let homes = params::share_text("", group)?;
+        lock(&self.engine).keep_to(&homes);
+        self.prepare_step(inputs, step)
+    }
+
+    /// Gradients come once the pipeline has drained.
+    fn run<I: GraphInputs + Clone>(
+        &mut self,
+        inputs: I,
+        step: StepFn<'_, M, I>,
+        unit: Option<f64>,
+        sink: &mut dyn GradientSink,
+    ) -> Result<MicroBatch, Error> {
+        let comparison = self.same_inputs.start(&inputs)?;
+        let (run, outputs, gradients) = self.run_step(inputs, step)?;
+        comparison.finish()?;
+        let unit = unit.unwrap_or(1.0);
+        sink.expect(&gradients.iter().map(|(id, _)| *id).collect::<Vec<_>>())?;
+        sink.weight(run.loss.weight, unit)?;
+        for (id, gradient) in gradients {
+            sink.gradient(id, gradient.scale(1.0 / unit))?;
+        }
+        let sum = Weight::tensor(run.loss.sum, &Device::flex());
+        Ok(MicroBatch { loss: Some((sum, 1.0)), outputs, run: Some(run.report) })
+    }
+
+    fn forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&M, I) -> O,
+        O: GraphInputs + Clone + Send + 'static,
+    {
+        self.run_forward(inputs, forward)
+    }
+
+    fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
+        let local = lock(&self.engine).load(self.local.clone(), source)?;
+        Ok(Self { local, ..self })
+    }
+
+    fn assemble(&self) -> Result<M, Error> {
+        let engine = lock(&self.engine);
+        let whole = match engine.homes() {
+            // Every rank still has everything.
+            None => self.local.clone(),
+            Some(homes) => {
+                let device = one_device(&self.local, "assemble")?.unwrap_or_else(Device::flex);
+                let mut values = HashMap::new();
+                for (row, home) in homes {
+                    let own = match home == self.group.rank() {
+                        true => read_params(&self.local, &[row.id].into())?.remove(&row.id),
+                        false => None,
+                    };
+                    let nothing = || PlainTensor::zeros(row.dims.clone(), row.dtype, &device);
+                    values.insert(row.id, self.group.broadcast(own.unwrap_or_else(nothing), home)?);
+                }
+                params::put(self.local.clone(), values)
+            }
+        };
+        match &engine.split {
+            Some(split) => split.assemble(&whole),
+            None => Ok(whole),
+        }
+    }
+
+    fn counters(&self) -> StepCounters {
+        let engine = lock(&self.engine);
+        let split = engine.split.iter().flat_map(ModelSplit::groups).map(Communicator::counters);
+        let tensor = split.fold(Counters::default(), |sum, counters| sum + counters);
+        StepCounters { tensor, pipeline: engine.sent.clone(), ..StepCounters::default() }
+    }
+
+    fn split_params(&self) -> Vec<SplitParam> {
+        lock(&self.engine).split.as_ref().map(ModelSplit::split_params).unwrap_or_default()
+    }
+
+    fn met(&self) -> &Met {
+        &self.met
     }
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+refuse_wrapping!(Pipelined: tensor_parallel, pipeline_parallel, parallelize);

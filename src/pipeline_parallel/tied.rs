@@ -8,7 +8,7 @@ use burn::tensor::{DType, Device, Shape};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::graph::{StepGraph, read_params};
-use crate::params::{self, one_device};
+use crate::params::{self, Renamed, one_device};
 use crate::pipeline_parallel::cut::CutGraph;
 use crate::tensor::PlainTensor;
 
@@ -42,6 +42,12 @@ pub(super) struct Ties {
 }
 
 impl Ties {
+    /// The same parameters by other ids.
+    pub(super) fn rename(&mut self, renamed: &Renamed) {
+        self.groups.iter_mut().flat_map(|(_, ties)| ties).for_each(|tie| tie.id = renamed.id(tie.id));
+        self.pending = self.pending.drain().map(|id| renamed.id(id)).collect();
+    }
+
     /// Finds the parameters that several ranks hold, and joins those ranks. Collective over `group`.
     ///
     /// # Errors

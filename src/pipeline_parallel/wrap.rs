@@ -5,6 +5,7 @@ use burn::module::Module;
 use super::{PipelineConfig, Pipelined};
 use crate::Error;
 use crate::comm::Communicator;
+use crate::nesting;
 
 /// Cuts any burn module into the stages of a pipeline. Implemented for every [`Module`].
 pub trait PipelineParallel: Module + Sized {
@@ -16,10 +17,11 @@ pub trait PipelineParallel: Module + Sized {
     /// [`Pipelined::prepare`] or the first step, if it needs the step to count what operations cost.
     ///
     /// # Errors
-    /// [`Error::Schedule`] as [`Schedule::timetable`](super::schedule::Schedule::timetable); [`Error::Plan`] as
+    /// [`Error::Nesting`] if the module is wrapped already; [`Error::Schedule`] as [`Schedule::timetable`](super::schedule::Schedule::timetable); [`Error::Plan`] as
     /// [`Cut::by_path`](crate::pipeline_parallel::cut::Cut::by_path); [`Error::ModelMismatch`] if the ranks bring different models or
     /// configurations; those of [`Communicator`].
     fn pipeline_parallel(self, group: &Communicator, config: PipelineConfig) -> Result<Pipelined<Self>, Error> {
+        nesting::check(&self, "pipeline_parallel")?;
         Pipelined::new(self, None, group, config)
     }
 }

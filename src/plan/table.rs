@@ -10,6 +10,7 @@ use super::families::families;
 use super::{AxisPlan, Plan, plan_error};
 use crate::Error;
 use crate::layout::Layout;
+use crate::params::Renamed;
 
 /// A parameter under a plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -166,6 +167,13 @@ impl PlanTable {
             self.model_bytes(),
             families(paths)
         ))
+    }
+
+    /// The table of parameters of other ids.
+    pub(crate) fn renamed(&self, renamed: &Renamed) -> Self {
+        let mut table = self.clone();
+        table.rows.iter_mut().for_each(|row| row.id = renamed.id(row.id));
+        table
     }
 
     pub(crate) fn row(&self, id: ParamId) -> Option<&PlanRow> {

@@ -2,7 +2,9 @@
 //! to everything below a model.
 
 mod backend;
+mod digest;
 mod ops;
+mod tree;
 
 use burn::backend::flex::FlexTensor;
 use burn::backend::ops::{BoolTensorOps, FloatTensorOps, IntTensorOps};
@@ -14,6 +16,9 @@ use burn::tensor::kind::{Autodiff, Basic};
 use burn::tensor::{Bool, DType, Device, Int, Shape, Tensor, TensorData};
 
 pub(crate) use self::backend::{check_device, with_backend};
+#[doc(hidden)]
+pub use self::tree::{GraphInputs, TensorMapper};
+pub(crate) use self::tree::{place, rows};
 use crate::Error;
 
 /// A tensor of any kind, rank and device, without autodiff.

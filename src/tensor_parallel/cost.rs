@@ -5,10 +5,11 @@ use burn_ir::{FloatOperationIr, OperationIr, TensorIr};
 
 use crate::Error;
 use crate::distribution::split_step;
-use crate::graph::{GraphInputs, StepGraph, StepLoss, capture_step, counted_random};
+use crate::graph::{GraphInputs, StepGraph, capture_step, counted_random};
 use crate::params;
 use crate::partition::{CollectiveKind, CollectiveOp, PartitionOptions};
 use crate::plan::{DEFAULT_AXIS, Plan, PlanCost};
+use crate::step::Loss;
 
 impl Plan {
     /// What this plan costs in a training step: `loss` on `inputs`, which give shapes and dtypes only. Nothing is run, and no
@@ -25,7 +26,7 @@ impl Plan {
         M: Module,
         I: GraphInputs,
         F: FnOnce(&M, I) -> R,
-        R: StepLoss,
+        R: Into<Loss>,
     {
         self.cost_over(model, &[(DEFAULT_AXIS, degree)], inputs, loss)
     }
@@ -61,7 +62,7 @@ impl Plan {
         M: Module,
         I: GraphInputs,
         F: FnOnce(&M, I) -> R,
-        R: StepLoss,
+        R: Into<Loss>,
     {
         let table = self.table_over(model, axes)?;
         let plans = self.over(axes.iter().map(|axis| axis.0))?;
@@ -78,7 +79,7 @@ where
     M: Module,
     I: GraphInputs,
     F: FnOnce(&M, I) -> R,
-    R: StepLoss,
+    R: Into<Loss>,
 {
     let mut graph = capture_step(&params::outline(model, &|_, _| None), inputs, loss)?;
     counted_random(&mut graph);

@@ -1,9 +1,9 @@
 //! Models whose layers are split over the ranks of a group.
 //!
 //! Any [`Module`](burn::module::Module), unedited: [`TensorParallel::tensor_parallel`] with a [`Plan`](crate::plan::Plan)
-//! leaves each rank its parts of the parameters, and [`Sharded::step`] runs a training step on them with the collectives
+//! leaves each rank its parts of the parameters, and [`ParallelModule::step`](crate::train::ParallelModule::step) runs a training step on them with the collectives
 //! that it takes. [`Plan::suggest_for`](crate::plan::Plan::suggest_for) finds a plan for a model that it has never seen, and
-//! [`Sharded::load`] reads each rank's parts only. For models that are written with tensor parallelism in mind there are
+//! [`ParallelModule::load`](crate::train::ParallelModule::load) reads each rank's parts only. For models that are written with tensor parallelism in mind there are
 //! explicit [`layers`].
 //!
 //! ```
@@ -29,6 +29,7 @@
 //! # Ok::<(), Error>(())
 //! ```
 
+mod config;
 mod cost;
 mod feeds;
 pub mod functional;
@@ -39,5 +40,6 @@ mod sharded;
 mod suggest;
 mod wrap;
 
-pub use sharded::{Sharded, Step};
+pub use config::TensorParallelConfig;
+pub use sharded::Sharded;
 pub use wrap::TensorParallel;

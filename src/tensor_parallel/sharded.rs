@@ -4,33 +4,38 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::module::Module;
-use burn::optim::GradientsParams;
-use burn::tensor::Tensor;
 
+use super::TensorParallelConfig;
 use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::delegate::module_of_field;
 use crate::distribution::ModelSplit;
-use crate::graph::{CustomOps, GRAPHS, GraphCache, GraphInputs, StepGraph, StepLoss, StepObserver, StepOutputs};
-use crate::params::SliceSource;
+use crate::graph::{
+    CustomOps, GRAPHS, GradientSink, GraphCache, Met, MicroBatch, SameInputs, SplitParam, StepEngine, StepGraph, Units,
+};
+use crate::nesting::{self, refuse_wrapping};
+use crate::params::{self, SliceSource};
 use crate::partition::ShardReport;
-use crate::plan::{Plan, PlanTable};
-use crate::tensor::PlainTensor;
+use crate::plan::PlanTable;
+use crate::step::{StepCounters, StepFn};
+use crate::tensor::{GraphInputs, rows};
 
 /// A model split over a group: a burn [`Module`] with the paths and ids of the model and this rank's parts of its
 /// parameters, so optimizers, records and visitors take it as they take the model. Its own `forward` makes no sense on
-/// parts; [`step`](Self::step) runs it.
+/// parts; [`ParallelModule::step`](crate::train::ParallelModule::step) runs it.
 ///
 /// A record of another run is loaded into the model before it is wrapped: the parameters take the ids of the record then, by which
-/// optimizers know them. [`load`](Self::load) reads values alone.
+/// optimizers know them. [`load`](crate::train::ParallelModule::load) reads values alone.
 ///
-/// Optimizers that look at whole parameters or at all of them (norm clipping, Muon, LAMB) see parts only; element-wise ones
-/// as AdamW train exactly as on one device.
+/// Optimizers whose update is not element by element (norm clipping, Muon, LAMB) see parts only, which
+/// [`optimize`](crate::train::ParallelModule::optimize) refuses; element-wise ones as AdamW train exactly as on one device.
 #[derive(Clone)]
 pub struct Sharded<M> {
     local: M,
     pub(super) split: ModelSplit,
+    same_inputs: SameInputs,
     engine: Arc<Mutex<Engine>>,
+    met: Met,
 }
 
 struct Engine {
@@ -56,33 +61,29 @@ impl Engine {
     }
 }
 
-/// What [`Sharded::step`] gives.
-#[derive(Debug)]
-pub struct Step {
-    /// The loss that one device would compute, on every rank, without autodiff.
-    pub loss: Tensor<1>,
-    /// The number of items that the loss is the mean over, if the closure gave a [`TokenLoss`](crate::graph::TokenLoss);
-    /// else 1.
-    pub weight: f64,
-    /// The gradients of this rank's parts, for burn's optimizers.
-    pub grads: GradientsParams,
-    /// The extra outputs of the loss closure, whole on every rank.
-    pub outputs: Vec<PlainTensor>,
-}
-
 impl<M: Module> Sharded<M> {
-    pub(super) fn new(model: M, axes: &[(&str, &Communicator)], plan: &Plan) -> Result<Self, Error> {
-        let (local, split) = ModelSplit::distribute(model, axes, plan)?;
-        Ok(Self { local, engine: Arc::new(Mutex::new(Engine::of(&split, GRAPHS))), split })
+    pub(super) fn new(model: M, axes: &[(&str, &Communicator)], config: TensorParallelConfig) -> Result<Self, Error> {
+        nesting::check(&model, "tensor_parallel")?;
+        let TensorParallelConfig { plan, seed, check_inputs_every } = config;
+        let (local, split) = ModelSplit::distribute(model, axes, &plan)?;
+        let split = split.with_seed(seed);
+        let same_inputs = SameInputs::new(split.groups(), check_inputs_every)?;
+        let engine = Arc::new(Mutex::new(Engine::of(&split, GRAPHS)));
+        Ok(Self { local, engine, split, same_inputs, met: Met::default() })
     }
 
     /// Sets the seed of the random numbers that steps draw, dropout above all: the same on every rank of the split, which
-    /// then draw what one device would. 0 by default. Forgets the captured steps, not the [number](Self::random_step) of the
-    /// step.
+    /// then draw what one device would. That of the [`TensorParallelConfig`] by default. Forgets the captured steps, not the
+    /// [number](Self::random_step) of the step.
     pub fn with_seed(self, seed: u64) -> Self {
-        let split = self.split.with_seed(seed);
+        let split = self.split.clone().with_seed(seed);
+        self.with_split(split)
+    }
+
+    /// This model with another split of the same parts.
+    fn with_split(self, split: ModelSplit) -> Self {
         let graphs = lock(&self.engine).graphs.most();
-        Self { engine: Arc::new(Mutex::new(Engine::of(&split, graphs))), split, local: self.local }
+        Self { engine: Arc::new(Mutex::new(Engine::of(&split, graphs))), split, ..self }
     }
 
     /// Sets how many captured steps, and as many forwards, are kept: those used last, and at least one, the same on every rank
@@ -108,15 +109,15 @@ impl<M: Module> Sharded<M> {
     }
 
     /// Has the next step draw the random numbers of step number `step`: when training goes on from a checkpoint, or with a
-    /// model that is wrapped anew, as after [`assemble`](Self::assemble), which then draws what it would have drawn. The same
-    /// on every rank; shared by all clones.
+    /// model that is wrapped anew, as after [`assemble`](crate::train::ParallelModule::assemble), which then draws what it
+    /// would have drawn. The same on every rank; shared by all clones.
     pub fn set_random_step(&self, step: u64) {
         self.split.random().set_step(step);
     }
 
     /// This rank's part of the model, and how it was split: for engines of other strategies.
-    pub(crate) fn into_parts(self) -> (M, ModelSplit) {
-        (self.local, self.split)
+    pub(crate) fn into_parts(self) -> (M, ModelSplit, SameInputs) {
+        (self.local, self.split, self.same_inputs)
     }
 
     /// Has steps draw the random numbers of replica number `replica` of this model.
@@ -134,115 +135,90 @@ impl<M: Module> Sharded<M> {
         &self.local
     }
 
+    /// What the last captured step was given, for each axis.
+    pub(crate) fn shard_reports(&self) -> Vec<ShardReport> {
+        lock(&lock(&self.engine).reports).clone()
+    }
+
     /// Every parameter with its layout.
     pub fn table(&self) -> &PlanTable {
         self.split.table()
     }
+}
 
-    /// What the last captured step was given in collectives over the axis that the plan speaks of, and what of it could not
-    /// be split.
-    pub fn report(&self) -> ShardReport {
-        self.reports().into_iter().next().unwrap_or_default()
+impl<M: Module> StepEngine for Sharded<M> {
+    type Model = M;
+    type Wrapped = Self;
+
+    fn local(&self) -> &M {
+        &self.local
     }
 
-    /// As [`report`](Self::report), for every axis.
-    pub fn reports(&self) -> Vec<ShardReport> {
-        lock(&lock(&self.engine).reports).clone()
+    fn into_wrapped(self) -> Self {
+        self
     }
 
-    /// What steps have communicated on this rank so far over all axes, with the distribution of the parameters and the
-    /// comparisons.
-    pub fn counters(&self) -> Counters {
-        self.split.groups().map(Communicator::counters).fold(Counters::default(), |sum, more| sum + more)
+    fn share_ids(self, group: &Communicator) -> Result<Self, Error> {
+        let (local, renamed) = params::share_ids(self.local, group)?;
+        if renamed.is_empty() {
+            return Ok(Self { local, ..self });
+        }
+        let split = self.split.renamed(&renamed);
+        Ok(Self { local, ..self }.with_split(split))
     }
 
-    /// Gives all parameters the values that a store has under their paths. Each rank asks for its own parts only, and lazy
-    /// parameters are never made whole: so a model is loaded that no rank could hold. Not collective; every rank has the
-    /// same store.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] if the source lacks a parameter, or has it with other dims than the whole one has; those
-    /// of the source.
-    pub fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
-        Ok(Self { local: self.split.load(self.local, source)?, ..self })
-    }
-
-    /// The whole model, on every rank. Collective.
-    ///
-    /// # Errors
-    /// Those of [`Communicator`].
-    pub fn assemble(&self) -> Result<M, Error> {
-        self.split.assemble(&self.local)
-    }
-
-    /// Runs a training step: `loss` on `inputs`, forward and backward.
-    ///
-    /// `loss` sees the model with the dims that it has as a whole. It is recorded when inputs of these shapes come for the
-    /// first time, as [`graph`](crate::graph) tells, which also says what cannot be; later it is not called again (see
-    /// [`GraphCache`] for what counts as the same closure). Collective: every rank passes the same whole inputs.
-    ///
-    /// # Errors
-    /// [`Error::Graph`] if the step cannot be recorded; [`Error::Plan`] if an input cannot be split as planned;
-    /// [`Error::InvalidArgument`] if a record has brought other parameters; those of [`Communicator`].
-    pub fn step<I, F, R>(&mut self, inputs: I, loss: F) -> Result<Step, Error>
-    where
-        I: GraphInputs + Clone,
-        F: FnOnce(&M, I) -> R,
-        R: StepLoss,
-    {
-        let signature = self.split.of_step(&self.local)?;
-        let mut engine = lock(&self.engine);
-        let whole = || self.split.outline(&self.local);
-        let executor = engine.graphs.executor_of(signature, &inputs, loss, whole)?;
-        let result = executor.step(&self.local, inputs)?;
-        self.split.random().advance();
-        Ok(Step { loss: result.loss, weight: result.weight, grads: result.gradients, outputs: result.outputs })
-    }
-
-    /// As [`step`](Self::step), but tells an observer of the number of items and of each gradient as soon as they are there,
-    /// while the rest of the backward pass is still to run. Gradients are those of this rank's parts, and of the sum if the
-    /// closure gives a [`TokenLoss`](crate::graph::TokenLoss).
-    ///
-    /// # Errors
-    /// As [`step`](Self::step), and those of the observer.
-    pub fn step_observed<I, F, R>(
+    fn run<I: GraphInputs + Clone>(
         &mut self,
         inputs: I,
-        loss: F,
-        observer: &mut dyn StepObserver,
-    ) -> Result<StepOutputs, Error>
-    where
-        I: GraphInputs + Clone,
-        F: FnOnce(&M, I) -> R,
-        R: StepLoss,
-    {
+        step: StepFn<'_, M, I>,
+        unit: Option<f64>,
+        sink: &mut dyn GradientSink,
+    ) -> Result<MicroBatch, Error> {
         let signature = self.split.of_step(&self.local)?;
+        let comparison = self.same_inputs.start(&inputs)?;
+        let (inputs, rows) = rows(inputs)?;
         let mut engine = lock(&self.engine);
         let whole = || self.split.outline(&self.local);
-        let executor = engine.graphs.executor_of(signature, &inputs, loss, whole)?;
-        let step = executor.step_observed(&self.local, inputs, observer)?;
+        let executor = engine.graphs.executor_of(signature, &inputs, step, whole)?;
+        let rows = executor.graph().weight.is_none().then_some(rows.unwrap_or(1) as f64);
+        let mut units = Units::new(rows, unit, sink);
+        let step = executor.step_observed(&self.local, inputs, &mut units)?;
+        comparison.finish()?;
         self.split.random().advance();
-        Ok(step)
+        Ok(MicroBatch { loss: Some(units.loss(&step)), outputs: vec![step.outputs], run: None })
     }
 
-    /// Runs a forward pass for evaluation: what `forward` gives, whole on every rank, without autodiff.
-    ///
-    /// The model is in evaluation mode, as after [`Module::valid`]: no dropout, running statistics in batch norms. Outputs
-    /// are a tensor or a structure of tensors. Recorded like [`step`](Self::step). Collective: every rank passes the same
-    /// whole inputs.
-    ///
-    /// # Errors
-    /// As [`step`](Self::step).
-    pub fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
+    fn forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
         I: GraphInputs + Clone,
-        F: FnOnce(&M, I) -> O,
+        F: FnMut(&M, I) -> O,
         O: GraphInputs + Clone + Send + 'static,
     {
         let signature = self.split.of_forward(&self.local)?;
         let mut engine = lock(&self.engine);
         let whole = || self.split.outline(&self.local);
         engine.graphs.forward_of(signature, &inputs, forward, whole)?.run(&self.local, inputs)
+    }
+
+    fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
+        Ok(Self { local: self.split.load(self.local, source)?, ..self })
+    }
+
+    fn assemble(&self) -> Result<M, Error> {
+        self.split.assemble(&self.local)
+    }
+
+    fn counters(&self) -> StepCounters {
+        let tensor = self.split.groups().map(Communicator::counters).fold(Counters::default(), |sum, more| sum + more);
+        StepCounters { tensor, ..StepCounters::default() }
+    }
+
+    fn split_params(&self) -> Vec<SplitParam> {
+        self.split.split_params()
+    }
+
+    fn met(&self) -> &Met {
+        &self.met
     }
 }
 
@@ -257,3 +233,5 @@ impl<M: fmt::Debug> fmt::Debug for Sharded<M> {
 }
 
 module_of_field!(Sharded<M: Module>, local);
+
+refuse_wrapping!(Sharded: tensor_parallel, parallelize);

@@ -8,10 +8,11 @@ use burn_ir::TensorId;
 use super::cost::{bytes, capture, cost_of};
 use super::feeds::feeds;
 use crate::Error;
-use crate::graph::{GraphInputs, StepGraph, StepLoss};
+use crate::graph::{GraphInputs, StepGraph};
 use crate::layout::Layout;
 use crate::partition::{PartitionOptions, partition};
 use crate::plan::{Plan, concise, like, must_split, warn_of_nothing_split};
+use crate::step::Loss;
 
 /// How often the search goes over all parameters after the first time, at most.
 const SWEEPS: usize = 3;
@@ -57,7 +58,7 @@ impl Plan {
         M: Module,
         I: GraphInputs,
         F: FnOnce(&M, I) -> R,
-        R: StepLoss,
+        R: Into<Loss>,
     {
         let step = Candidate { graph: capture(model, inputs, loss)?, degree };
         let (groups, guess) = (step.groups(), Self::suggest(model, degree));

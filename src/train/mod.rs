@@ -1,14 +1,24 @@
-//! Where strategies meet: replicas of models that are split themselves.
+//! Training with any mix of strategies: one trait over everything that a model can be wrapped in.
 //!
-//! A strategy that runs a model through its captured step is a [`GraphEngine`]; [`Replicas`] joins several of one kind along
-//! another axis of the [`Mesh`](crate::mesh::Mesh):
+//! [`ParallelModule`] is what all wrappers have in common, so a training loop is written once. [`Parallelize::parallelize`] wraps a
+//! model as a [`Strategy`] says, which a file can hold. By hand it is wrapped axis by axis of a [`Mesh`](crate::mesh::Mesh):
 //!
 //! ```
 //! use burn::nn::{Linear, LinearConfig};
 //! use burn::optim::{AdamWConfig, ModuleOptimizer};
 //! use burn::prelude::*;
-//! use burn_parallel::graph::TokenLoss;
 //! use burn_parallel::prelude::*;
+//!
+//! fn train<P: ParallelModule<Model = Linear>>(mut model: P, rows: usize, device: &Device) -> Result<P, Error> {
+//!     let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+//!     for _ in 0..3 {
+//!         let x = Tensor::<2>::ones([rows, 4], device);
+//!         let step = model.step(x, |model, x| model.forward(x).powi_scalar(2).mean())?;
+//!         assert_eq!(step.weight, 5.0); // the rows of both replicas, over which loss and gradients are averaged
+//!         model = model.optimize(&mut optim, 0.01, step)?;
+//!     }
+//!     Ok(model)
+//! }
 //!
 //! launch::threads(4).run(|world| {
 //!     let mesh = Mesh::new(&world, [("dp", 2), ("tp", 2)])?;
@@ -16,26 +26,22 @@
 //!     let device = world.device().autodiff();
 //!     let model: Linear = LinearConfig::new(4, 6).init(&device); // an ordinary burn model
 //!     let plan = Plan::new().shard("weight", 1).shard("bias", 0);
-//!     let mut model = model.tensor_parallel(&tp, &plan)?.data_parallel(&dp, DataParallelConfig::new())?;
-//!     let mut optim: ModuleOptimizer = AdamWConfig::new().init();
-//!     for _ in 0..3 {
-//!         let rows = 2 + dp.rank(); // replicas may bring different numbers of rows
-//!         let x = Tensor::<2>::ones([rows, 4], &device);
-//!         let step = model.step(x, |model, x| {
-//!             let rows = x.dims()[0];
-//!             TokenLoss::of(model.forward(x).powi_scalar(2).sum(), rows)
-//!         })?;
-//!         model = optim.step(0.01, model, step.grads);
-//!         assert_eq!(step.weight, 5.0); // the rows of both replicas, over which loss and gradients are averaged
-//!     }
+//!     let model = model.tensor_parallel(&tp, plan)?.data_parallel(&dp, DataParallelConfig::new())?;
+//!     train(model, 2 + dp.rank(), &device)?; // replicas may bring different numbers of rows
 //!     Ok(())
 //! })?;
 //! # Ok::<(), Error>(())
 //! ```
 
-mod engine;
+mod alone;
 mod module;
-mod replicas;
+mod optimize;
+mod parallel;
+mod report;
+mod strategy;
+mod wrap;
 
-pub use engine::GraphEngine;
-pub use replicas::{Replicas, Step};
+pub use module::ParallelModule;
+pub use parallel::{Parallel, Parallelize};
+pub use report::Report;
+pub use strategy::{Engine, Strategy};

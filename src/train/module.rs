@@ -1,14 +1,191 @@
-//! Replicas are modules as their engine is.
+//! What all wrappers have in common.
 
-use std::fmt;
+use burn::data::dataloader::DataLoader;
+use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
+use burn::module::Module;
+use burn::optim::ModuleOptimizer;
 
-use super::{GraphEngine, Replicas};
-use crate::delegate::module_of_field;
+use super::Report;
+use super::optimize;
+use crate::Error;
+use crate::data_parallel::{Join, JoinLoader};
+use crate::graph::{GraphInputs, Met, SplitParam};
+use crate::params::SliceSource;
+use crate::step::{Loss, Step, StepCounters};
 
-impl<E: fmt::Debug> fmt::Debug for Replicas<E> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Replicas").field("engine", &self.engine).field("group", self.reducer.data()).finish()
-    }
+pub(super) mod sealed {
+    pub trait Sealed {}
 }
 
-module_of_field!(Replicas<E: GraphEngine>, engine);
+/// A model that is spread over ranks, in whatever way. Implemented by [`Parallel`](super::Parallel), [`Replica`](crate::data_parallel::Replica),
+/// [`Sharded`](crate::tensor_parallel::Sharded) and [`Pipelined`](crate::pipeline_parallel::Pipelined); nothing outside this
+/// crate can implement it.
+///
+/// It is a burn [`Module`] with the parameter paths of the model, so optimizers, records and visitors take it as they take the
+/// model. Whatever it is spread over, it trains like one device on the whole batch.
+///
+/// # Who passes what
+/// Ranks that share one copy of the model (those of a split, those of a pipeline) all pass the same whole inputs, which is made
+/// sure of: in every step on CPUs, in every 100th on other devices. Replicas pass inputs of their own. All calls but
+/// [`load`](Self::load), [`counters`](Self::counters) and [`report`](Self::report) are collective.
+///
+/// # Order
+/// A model is split first, then cut into stages, then replicated. Another order does not compile:
+///
+/// ```compile_fail,E0277
+/// # use burn::nn::{Linear, LinearConfig};
+/// # use burn_parallel::prelude::*;
+/// # fn wrap(model: Linear, group: &Communicator, plan: Plan) -> Result<(), Error> {
+/// model.data_parallel(group, DataParallelConfig::new())?.tensor_parallel(group, plan)?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # What is not here
+/// [`backward`](crate::data_parallel::Replica::backward) and [`accumulate`](crate::data_parallel::Replica::accumulate) need a loss
+/// that the model's own forward has computed: they are methods of replicas of eager models. To accumulate gradients over
+/// micro-batches, whatever the model is spread over, is [`step_micro_batches`](Self::step_micro_batches).
+pub trait ParallelModule: Module + sealed::Sealed {
+    /// The model that closures see.
+    type Model: Module;
+
+    /// This rank's part of the model.
+    fn local(&self) -> &Self::Model;
+
+    /// Runs a training step, forward and backward, on this replica's share of the batch, and averages over the replicas.
+    ///
+    /// `loss` sees the model with the dims that it has as a whole, and returns a [`Loss`] or what becomes one: a bare tensor is
+    /// the mean over the rows of the inputs. With a model that is split or cut, the step is recorded when inputs of these shapes
+    /// come for the first time, as [`graph`](crate::graph) tells, which also says what cannot be; after that `loss` is called
+    /// again only if it captures something ([`GraphCache`](crate::graph::GraphCache) says why). A pipeline divides the rows of
+    /// the inputs into its micro-batches.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if the step cannot be recorded; [`Error::Plan`] if an input cannot be split or the model not be cut as
+    /// planned; [`Error::Pipeline`] if the inputs cannot be divided; [`Error::Stage`] on all ranks, if a stage fails on one;
+    /// [`Error::InvalidArgument`] if the loss is not one number, ranks that share the model were given different inputs, or a
+    /// record has brought other parameters; the error of the world.
+    fn step<I, F, R>(&mut self, inputs: I, loss: F) -> Result<Step, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&Self::Model, I) -> R,
+        R: Into<Loss>,
+    {
+        self.step_micro_batches([inputs], loss)
+    }
+
+    /// As [`step`](Self::step), on every micro-batch, and averages over all of them and over the replicas. Nothing is
+    /// communicated for that before the last one, whose backward the reduction overlaps with. Replicas may bring different numbers
+    /// of micro-batches, also none. (Each goes through a pipeline as a batch of its own.)
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    fn step_micro_batches<I, F, R>(
+        &mut self,
+        micro_batches: impl IntoIterator<Item = I>,
+        loss: F,
+    ) -> Result<Step, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&Self::Model, I) -> R,
+        R: Into<Loss>;
+
+    /// Runs a forward pass for evaluation: what `forward` gives, without autodiff, whole on every rank that shares the model.
+    /// Replicas evaluate each for itself.
+    ///
+    /// The model is in evaluation mode, as after [`Module::valid`]: no dropout, running statistics in batch norms. Outputs are a
+    /// tensor or a structure of tensors. Recorded like [`step`](Self::step); a pipeline puts the outputs of its micro-batches
+    /// together along their first dim.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step); [`Error::Pipeline`] if a pipeline is not cut yet.
+    fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&Self::Model, I) -> O,
+        O: GraphInputs + Clone + Send + 'static;
+
+    /// Updates the parameters with the gradients of a step: `optim.step(lr, model, step.grads)`, made sure of.
+    ///
+    /// The first time that it meets an optimizer it makes sure that the optimizer suits the parameters: that it has moments for
+    /// no others, and of their dims; and, where parameters are split, that the update of a part is the part of the update, so
+    /// that no rank's part depends on what it does not see. This is tried out on small matrices. Element-wise optimizers (SGD,
+    /// Adam, AdamW, ...) pass; those that look at whole matrices or clip by their norm do not. What is put in the place of an
+    /// optimizer between two calls (`optim = ..`) is not looked at again.
+    ///
+    /// A [`skipped`](Step::skipped) step leaves parameters and moments as they are.
+    ///
+    /// # Errors
+    /// [`Error::Optimizer`], which names a parameter. The model is lost with it: keep a clone of one that is to live on.
+    fn optimize(
+        self,
+        optim: &mut ModuleOptimizer,
+        lr: impl Into<ModuleLearningRate>,
+        step: Step,
+    ) -> Result<Self, Error> {
+        optimize::optimize(self, optim, lr.into(), step)
+    }
+
+    /// Gives all parameters the values that a store has under their paths. Each rank asks for what it holds only, and lazy
+    /// parameters are never made whole: so a model is loaded that no rank could hold. Not collective; every rank has the same
+    /// store.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the source lacks a parameter, or has it with other dims than the whole one has; those of
+    /// the source; [`Error::Pipeline`] if a pipeline is not cut yet:
+    /// [`prepare`](crate::pipeline_parallel::Pipelined::prepare) it, or cut it by paths.
+    fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error>;
+
+    /// The whole model, on every rank.
+    ///
+    /// # Errors
+    /// The error of the world.
+    fn assemble(&self) -> Result<Self::Model, Error>;
+
+    /// Gives everything that is not trained, running statistics above all, the values of the first replica: before saving or
+    /// evaluating, when replicas have seen different data. Without replicas it does nothing.
+    ///
+    /// # Errors
+    /// The error of the world.
+    fn sync_buffers(self) -> Result<Self, Error>;
+
+    /// Iterates over this rank's batches until every replica has run out, so that replicas with different numbers of batches
+    /// finish together: `Some(batch)`, then `None` while others still have one, to be given to
+    /// [`step_micro_batches`](Self::step_micro_batches) as no micro-batch. Without replicas it ends with the batches. Over a
+    /// dataloader of burn use [`join_loader`](Self::join_loader).
+    ///
+    /// ```
+    /// # use burn::nn::LinearConfig;
+    /// # use burn::tensor::Tensor;
+    /// # use burn_parallel::prelude::*;
+    /// # launch::threads(2).run(|rank| {
+    /// # let device = rank.device().autodiff();
+    /// # let mut model = LinearConfig::new(3, 1).init(&device).data_parallel(&rank, DataParallelConfig::new())?;
+    /// let batches = vec![Tensor::<2>::ones([4, 3], &device); 2 + rank.rank()]; // 2 on rank 0, 3 on rank 1
+    /// let mut steps = 0;
+    /// for batch in model.join(batches) {
+    ///     let step = model.step_micro_batches(batch?, |model, input| model.forward(input).mean())?;
+    ///     steps += 1;
+    /// }
+    /// assert_eq!(steps, 3);
+    /// # Ok(()) }).unwrap();
+    /// ```
+    fn join<B: IntoIterator>(&self, batches: B) -> Join<B::IntoIter>;
+
+    /// As [`join`](Self::join), over an epoch of one of burn's dataloaders: the items are batches, not `Result`s of the dataset,
+    /// whose errors are errors on all ranks. So is a loader that ends before it has given all its items, as it does when one of
+    /// its worker threads panics: `join(loader.iter())` would take that for the end of the epoch.
+    fn join_loader<'a, O>(&self, loader: &'a dyn DataLoader<O>) -> JoinLoader<'a, O>;
+
+    /// What this rank has communicated since it was wrapped.
+    fn counters(&self) -> StepCounters;
+
+    /// How the model is run, and what its captured steps were given.
+    fn report(&self) -> Report;
+
+    #[doc(hidden)]
+    fn split_params(&self) -> Vec<SplitParam>;
+
+    #[doc(hidden)]
+    fn met(&self) -> &Met;
+}

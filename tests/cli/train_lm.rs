@@ -126,6 +126,26 @@ fn flags_that_do_not_fit_together_are_refused() {
 }
 
 #[test]
+fn a_strategy_in_a_file_is_what_the_flags_say() {
+    let folder = Folder::new("strategy");
+    let flags = ["--ranks", "4", "--pp", "2", "--tp", "2", "--micro-batches", "2", "--schedule", "gpipe"];
+    let expected = losses(&json(&folder, &flags));
+    let toml = b"pp = 2\ntp = 2\n[tensor]\nplan = 'megatron'\n[pipeline]\nmicro_batches = 2\nschedule = 'gpipe'\n";
+    let json_text = br#"{"dp": 1, "pp": 2, "tp": 2, "tensor": {"plan": "megatron"},
+        "pipeline": {"micro_batches": 2, "schedule": "gpipe"}}"#;
+    for file in [folder.write("strategy.toml", toml), folder.write("strategy.json", json_text)] {
+        assert_eq!(losses(&json(&folder, &["--ranks", "4", "--strategy", &file])), expected);
+    }
+    let file = folder.path("strategy.toml");
+    refused(&["--strategy", &folder.path("missing.toml")], "No such file");
+    refused(&["--ranks", "2", "--strategy", &file], "does not divide --ranks 2");
+    refused(&["--strategy", &file, "--pp", "2"], "cannot be used with");
+    refused(&["--strategy", &folder.write("wrong.toml", b"dp = 2\nzp = 3\n")], "zp");
+    let eager = folder.write("eager.toml", b"tp = 2\nengine = 'eager'\n[tensor]\nplan = 'megatron'\n");
+    refused(&["--strategy", &eager], "needs captured steps");
+}
+
+#[test]
 fn texts_that_cannot_be_learned_are_refused() {
     let folder = Folder::new("texts");
     refused(&["--text", &folder.path("missing.txt")], "cannot read the text");

@@ -12,14 +12,24 @@ use burn::nn::{
 };
 use burn::optim::{GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
+use burn_parallel::Error;
+use burn_parallel::graph::{GraphInputs, TensorMapper};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 /// A batch as plain data, so that every rank makes its own tensors: features `[rows, 6, 8]`, tokens `[rows, 6]`, targets.
+#[derive(Clone)]
 pub struct Batch {
     pub features: Tensor<3>,
     pub tokens: Tensor<2, Int>,
     pub targets: Tensor<2>,
+}
+
+impl GraphInputs for Batch {
+    fn map_tensors(self, mapper: &mut dyn TensorMapper) -> Result<Self, Error> {
+        let (features, tokens, targets) = (self.features, self.tokens, self.targets).map_tensors(mapper)?;
+        Ok(Self { features, tokens, targets })
+    }
 }
 
 /// A model with its batches and its mean loss.

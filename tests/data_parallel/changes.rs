@@ -6,7 +6,7 @@ use burn::module::{Lora, Module, ModuleMapper, ModuleVisitor, Param, ParamGroup}
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::prelude::*;
-use burn_parallel::data_parallel::Replica;
+use burn_parallel::data_parallel::{Eager, Replica};
 use burn_parallel::prelude::*;
 
 type Layers = Vec<Linear>;
@@ -95,7 +95,7 @@ fn alone(model: Layers, world: usize, steps: usize, change: impl Fn(usize, Layer
 }
 
 /// How a replica makes a step on its rows.
-type Way = fn(&mut Replica<Layers>, Tensor<2>) -> Result<GradientsParams, Error>;
+type Way = fn(&mut Replica<Eager<Layers>>, Tensor<2>) -> Result<GradientsParams, Error>;
 
 const WAYS: [(&str, Way); 4] = [
     ("step", |model, x| Ok(model.step(x, loss)?.grads)),

@@ -8,3 +8,4 @@ mod parity;
 mod rules;
 mod sampler;
 mod split_replicas;
+mod surface;

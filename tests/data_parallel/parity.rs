@@ -37,7 +37,7 @@ fn parity<M: Module + Sync>(case: Case<M>) {
                             Loss::mean((case.loss)(model, input), rows.len() as f64)
                         })?;
                         assert_eq!(done.weight, ROWS as f64);
-                        seen.push(done.loss);
+                        seen.push(done.loss.item());
                         model = optim.step(1e-2, model, done.grads);
                     }
                     Ok((seen, parameters(&model.valid())))
@@ -116,7 +116,7 @@ fn synchronised_batch_norm() {
                             let tokens = burn::tensor::Tensor::zeros([1, 1], &features.device());
                             (case.loss)(model, zoo::Batch { features, tokens, targets })
                         })?;
-                        seen.push(done.loss);
+                        seen.push(done.loss.item());
                         model = optim.step(1e-2, model, done.grads);
                     }
                     // Two collectives forward and two backward for the one batch norm, and one a step to agree.

@@ -13,7 +13,7 @@ use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::tensor::{Device, FloatDType, Tensor};
 use burn_parallel::Error;
 use burn_parallel::comm::{Communicator, ReduceOp, part};
-use burn_parallel::data_parallel::{Bucket, CommHook, Replica};
+use burn_parallel::data_parallel::{Bucket, CommHook, Eager, Replica};
 use burn_parallel::prelude::*;
 
 use crate::common::zoo::{self, assert_close, parameters};
@@ -22,7 +22,7 @@ fn sgd() -> ModuleOptimizer {
     SgdConfig::new().init()
 }
 
-fn wrap<M: Module>(rank: &Rank, model: &M, config: DataParallelConfig) -> Result<Replica<M>, Error> {
+fn wrap<M: Module>(rank: &Rank, model: &M, config: DataParallelConfig) -> Result<Replica<Eager<M>>, Error> {
     model.clone().fork(&rank.device().autodiff()).train().data_parallel(rank, config)
 }
 
@@ -666,17 +666,18 @@ fn a_replica_is_saved_and_evaluated_like_its_model() {
 
 #[test]
 fn a_replica_trains_on_with_the_parameters_and_the_optimizer_of_another_run() {
-    let steps =
-        |rank: &Rank, mut replica: Replica<Vec<Linear>>, mut optim: ModuleOptimizer, range: std::ops::Range<usize>| {
-            for step in range {
-                let rows = Tensor::<2>::ones([2, 3], &rank.device().autodiff()) * (step + rank.rank() + 1) as f32;
-                let loss =
-                    |model: &Vec<Linear>, x| model.iter().fold(x, |x, layer| layer.forward(x)).powi_scalar(2).mean();
-                let grads = replica.step(rows, loss)?.grads;
-                replica = optim.step(0.01, replica, grads);
-            }
-            Ok::<_, Error>((replica, optim))
-        };
+    let steps = |rank: &Rank,
+                 mut replica: Replica<Eager<Vec<Linear>>>,
+                 mut optim: ModuleOptimizer,
+                 range: std::ops::Range<usize>| {
+        for step in range {
+            let rows = Tensor::<2>::ones([2, 3], &rank.device().autodiff()) * (step + rank.rank() + 1) as f32;
+            let loss = |model: &Vec<Linear>, x| model.iter().fold(x, |x, layer| layer.forward(x)).powi_scalar(2).mean();
+            let grads = replica.step(rows, loss)?.grads;
+            replica = optim.step(0.01, replica, grads);
+        }
+        Ok::<_, Error>((replica, optim))
+    };
     let adam = || -> ModuleOptimizer { AdamWConfig::new().init() };
     let layers = |rank: &Rank| -> Vec<Linear> {
         (0..3).map(|_| LinearConfig::new(3, 3).init(&rank.device().autodiff())).collect()

@@ -44,7 +44,7 @@ fn undeal(hands: &[Vec<usize>]) -> Vec<usize> {
 }
 
 /// Lengths at the edges, and any others.
-fn lengths() -> impl Strategy<Value = usize> {
+fn lengths() -> impl proptest::strategy::Strategy<Value = usize> {
     prop_oneof![0..10_usize, 10..70_usize, 70..3000_usize]
 }
 
@@ -299,7 +299,7 @@ fn train(size: usize) -> Vec<(Vec<f64>, Vec<f64>, f32)> {
                         let error = model.forward(x.clone()) - x * 2.0;
                         Loss::mean((error.clone() * error).mean(), items)
                     })?;
-                    losses.push(step.loss);
+                    losses.push(step.loss.item());
                     weights.push(step.weight);
                     model = optim.step(0.5, model, step.grads);
                 }

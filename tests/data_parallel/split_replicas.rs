@@ -5,7 +5,7 @@ use burn::tensor::activation;
 use burn_parallel::partition::CollectiveKind;
 use burn_parallel::prelude::*;
 
-use crate::common::models::{Lm, Mlp, Numbers, device, eager, scalar};
+use crate::common::models::{Lm, Mlp, Numbers, device, eager};
 use crate::common::reference::{alone, difference, optimizer, own, values};
 
 const STEPS: usize = 3;
@@ -33,9 +33,9 @@ fn mean_loss(model: &Lm, batch: Batch) -> Tensor<1> {
     sum / count as f32
 }
 
-fn token_loss(model: &Lm, batch: Batch) -> TokenLoss {
+fn token_loss(model: &Lm, batch: Batch) -> Loss {
     let (sum, count) = summed(model, batch);
-    TokenLoss::of(sum, count)
+    Loss::sum(sum, count)
 }
 
 fn lm() -> Lm {
@@ -65,13 +65,13 @@ fn uneven_replicas_of_split_models_train_like_one_device() {
                 let (dp, tp) = (mesh.axis("dp")?, mesh.axis("tp")?);
                 // Small buckets: several collectives in each step.
                 let config = DataParallelConfig::new().with_bucket_bytes(4096).with_first_bucket_bytes(512);
-                let mut model = own(&model).tensor_parallel(&tp, &Plan::megatron())?.data_parallel(&dp, config)?;
+                let mut model = own(&model).tensor_parallel(&tp, Plan::megatron())?.data_parallel(&dp, config)?;
                 let mut optim = optimizer();
                 for step in 0..STEPS {
                     let batches = share(step, dp.rank(), dp.size());
                     let result = model.step_micro_batches(batches, token_loss)?;
                     assert_eq!(result.weight, 45.0);
-                    let (loss, expected) = (result.loss as f32, reference.losses[step]);
+                    let (loss, expected) = (result.loss.item() as f32, reference.losses[step]);
                     assert!((loss - expected).abs() < 2e-5 * expected, "loss {step}: {loss} {expected}");
                     model = optim.step(0.05, model, result.grads);
                     let worst = difference(&reference.after[step], &values(&model.assemble()?));
@@ -97,13 +97,13 @@ fn both_axes_in_the_graph_train_like_one_device() {
                 for step in 0..STEPS {
                     // A mean over all rows, which the axis of the data shares out.
                     let result = model.step(rows(step, 0..9), mean_loss)?;
-                    let (loss, expected) = (scalar(result.loss), reference.losses[step]);
+                    let (loss, expected) = (result.loss.item() as f32, reference.losses[step]);
                     assert!((loss - expected).abs() < 2e-5 * expected, "loss {step}: {loss} {expected}");
                     model = optim.step(0.05, model, result.grads);
                     let worst = difference(&reference.after[step], &values(&model.assemble()?));
                     assert!(worst < 3e-4, "{worst} after step {step} with dp {dp} and tp {tp}");
                 }
-                let [over_tp, over_dp] = <[_; 2]>::try_from(model.reports()).unwrap();
+                let [over_tp, over_dp] = <[_; 2]>::try_from(model.report().shards).unwrap();
                 assert_eq!((over_tp.axis.as_str(), over_dp.axis.as_str()), ("tp", "dp"));
                 assert!(
                     over_dp.fallbacks.is_empty() && over_dp.count(CollectiveKind::AllGather) == [0, 0],
@@ -137,7 +137,7 @@ fn parameters_split_over_both_axes() {
             let text = model.table().to_string();
             assert!(text.contains("sharded along dim 1") && text.contains("[3, 8]"), "{text}");
             let step = model.step(batch(), loss)?;
-            assert!((scalar(step.loss) - expected).abs() < 1e-6);
+            assert!((step.loss.item() as f32 - expected).abs() < 1e-6);
             let model = optimizer().step(0.05, model, step.grads);
             assert!(difference(&after, &values(&model.assemble()?)) < 1e-4);
             Ok(())
@@ -151,14 +151,14 @@ fn gradients_are_reduced_in_buckets_over_the_replicas_only() {
     let counters = launch::threads(4).run(|world| {
         let mesh = Mesh::new(&world, [("dp", 2), ("tp", 2)])?;
         let (dp, tp) = (mesh.axis("dp")?, mesh.axis("tp")?);
-        let model = own(&model).tensor_parallel(&tp, &Plan::megatron())?;
+        let model = own(&model).tensor_parallel(&tp, Plan::megatron())?;
         let mut model = model.data_parallel(&dp, DataParallelConfig::new())?;
         let bytes = model.table().bytes() as u64;
         model.step(rows(0, 0..4), token_loss)?;
         let before = model.counters();
         let step = model.step(rows(1, 0..4), token_loss)?;
         let split = model.counters() - before;
-        Ok((bytes, step.counters.gradients.total(), split.total()))
+        Ok((bytes, step.counters.gradients.total(), split.tensor.total()))
     });
     for (bytes, gradients, split) in counters.unwrap() {
         // Of two ranks each sends as much as it holds, but for an element that the halves differ by.
@@ -175,10 +175,10 @@ fn nobody_brings_anything() {
     launch::threads(2)
         .run(|rank| {
             let alone = rank.split(rank.rank() as u64, 0)?;
-            let model = own(&model).tensor_parallel(&alone, &Plan::new())?;
+            let model = own(&model).tensor_parallel(&alone, Plan::new())?;
             let mut model = model.data_parallel(&rank, DataParallelConfig::new())?;
             let step = model.step_micro_batches(Vec::<Tensor<2>>::new(), |m, x| m.forward(x).mean())?;
-            assert!(step.loss.is_nan() && step.weight == 0.0);
+            assert!(step.loss.item().is_nan() && step.weight == 0.0);
             let before = values(model.local());
             let model = optimizer().step(0.1, model, step.grads);
             assert_eq!(difference(&before, &values(model.local())), 0.0);
@@ -197,7 +197,7 @@ fn replicas_that_hold_different_parts_are_refused() {
             if rank.rank() == 1 {
                 model.second = burn::nn::LinearConfig::new(16, 5).init(&device());
             }
-            let model = model.tensor_parallel(&alone, &Plan::new())?;
+            let model = model.tensor_parallel(&alone, Plan::new())?;
             model.data_parallel(&rank, DataParallelConfig::new()).map(drop)
         })
         .unwrap_err();

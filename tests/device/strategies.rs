@@ -4,7 +4,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::LinearConfig;
 use burn::prelude::*;
 use burn_parallel::comm::part;
-use burn_parallel::data_parallel::Replica;
+use burn_parallel::data_parallel::{Eager, Replica};
 use burn_parallel::graph::GraphInputs;
 use burn_parallel::prelude::*;
 
@@ -120,7 +120,7 @@ fn replicas_with_hooks() {
                     let result = model.step_micro_batches(micro_batches, lm_loss)?;
                     stayed_there(&model, &result.counters.gradients);
                     model = optim.step(0.05, model, result.grads);
-                    compare(&reference, &format!("{size} replicas"), step, result.loss, &*model);
+                    compare(&reference, &format!("{size} replicas"), step, result.loss.item(), &*model);
                 }
                 Ok(())
             })
@@ -130,7 +130,7 @@ fn replicas_with_hooks() {
 
 /// No gradient went through the host.
 #[track_caller]
-fn stayed_there<M: Module>(model: &Replica<M>, gradients: &burn_parallel::comm::Counters) {
+fn stayed_there<M: Module>(model: &Replica<Eager<M>>, gradients: &burn_parallel::comm::Counters) {
     let reduced = gradients.of("all_reduce");
     assert!(reduced.calls as usize >= model.buckets().min(2), "{reduced:?}");
     assert_eq!(reduced.on_device, reduced.bytes, "{reduced:?}");
@@ -153,7 +153,7 @@ fn replicas_with_synchronised_batch_norm() {
                     let statistics = result.counters.statistics.of("all_reduce");
                     assert!(statistics.calls > 0 && statistics.on_device == statistics.bytes, "{statistics:?}");
                     model = optim.step(0.05, model, result.grads);
-                    compare(&reference, &format!("{size} replicas"), step, result.loss, &*model);
+                    compare(&reference, &format!("{size} replicas"), step, result.loss.item(), &*model);
                 }
                 Ok(())
             })
@@ -173,15 +173,14 @@ fn split_trains_like_one<M: Module + Sync, I: GraphInputs + Clone>(
         launch::threads(size)
             .run(|rank| {
                 let (mut model, mut optim) = (own_on(model, gpu()).tensor_parallel(&rank, plan)?, optimizer());
-                let dealt = model.counters().of("scatter");
+                let dealt = model.counters().tensor.of("scatter");
                 assert!(dealt.calls > 0 && dealt.on_device == dealt.bytes, "{dealt:?}");
                 for step in 0..STEPS {
                     let before = model.counters();
                     let result = model.step(batch(step, &gpu()), loss)?;
-                    let moved = (model.counters() - before).of("all_reduce");
+                    let moved = (model.counters() - before).tensor.of("all_reduce");
                     assert!(moved.calls > 0 && moved.on_device == moved.bytes, "{moved:?}");
-                    assert_eq!(result.loss.device(), gpu());
-                    let loss = f64::from(scalar(result.loss));
+                    let loss = result.loss.item();
                     model = optim.step(0.05, model, result.grads);
                     compare(&reference, &format!("{size} parts"), step, loss, &model.assemble()?);
                 }
@@ -210,7 +209,7 @@ fn split_batch_norms() {
             let (mut model, mut optim) = (own_on(&model, gpu()).tensor_parallel(&rank, &plan)?, optimizer());
             for step in 0..STEPS {
                 let result = model.step(images(step, &gpu()), cnn_loss)?;
-                let loss = f64::from(scalar(result.loss));
+                let loss = result.loss.item();
                 model = optim.step(0.05, model, result.grads);
                 compare(&reference, "2 parts", step, loss, &model.assemble()?);
             }
@@ -227,11 +226,11 @@ fn mlp_plan() -> Plan {
 fn dropout_losses(size: usize, device: fn() -> Device) -> Vec<f32> {
     let model = Mlp::new(0.4, &models::device());
     let all = launch::threads(size).run(|rank| {
-        let (mut model, mut optim) = (own_on(&model, device()).tensor_parallel(&rank, &mlp_plan())?, optimizer());
+        let (mut model, mut optim) = (own_on(&model, device()).tensor_parallel(&rank, mlp_plan())?, optimizer());
         let mut losses = Vec::new();
         for step in 0..STEPS {
             let result = model.step(rows(step, &device()), mlp_loss)?;
-            losses.push(scalar(result.loss));
+            losses.push(result.loss.item() as f32);
             model = optim.step(0.05, model, result.grads);
         }
         losses.push(scalar(model.forward_with(rows(9, &device()), mlp_loss)?));
@@ -265,10 +264,10 @@ fn stages_train_like_one<M: Module + Sync, I: GraphInputs + Clone>(
                 for step in 0..STEPS {
                     let before = model.counters();
                     let result = model.step(batch(step, &gpu()), loss)?;
-                    let sent = (model.counters() - before).of("send");
+                    let sent = (model.counters() - before).pipeline.of("send");
                     assert!(sent.calls > 0 && sent.on_device == sent.bytes, "{sent:?}");
                     model = optim.step(0.05, model, result.grads);
-                    compare(&reference, &format!("{size} stages"), step, result.loss, &model.assemble()?);
+                    compare(&reference, &format!("{size} stages"), step, result.loss.item(), &model.assemble()?);
                 }
                 let evaluated = model.forward_with(batch(0, &gpu()), loss)?;
                 assert_eq!(evaluated.device(), gpu());
@@ -293,7 +292,7 @@ fn dropout_in_stages(device: fn() -> Device) -> Vec<f32> {
         let mut losses = Vec::new();
         for step in 0..STEPS {
             let result = model.step(rows(step, &device()), mlp_loss)?;
-            losses.push(result.loss as f32);
+            losses.push(result.loss.item() as f32);
             model = optim.step(0.05, model, result.grads);
         }
         let logits = model.forward_with(rows(9, &device()).0, |model, x| model.forward(x))?;
@@ -321,7 +320,7 @@ fn stages_with_tied_weights() {
             for step in 0..STEPS {
                 let result = model.step(tokens(step, &gpu()), loss)?;
                 model = optim.step(0.05, model, result.grads);
-                compare(&reference, "tied", step, result.loss, &model.assemble()?);
+                compare(&reference, "tied", step, result.loss.item(), &model.assemble()?);
             }
             Ok(())
         })
@@ -338,7 +337,7 @@ fn all_axes_at_once() {
             let dp = mesh.axis("dp")?;
             let config = PipelineConfig::new(2).with_cut(Cut::before(["second.*"]));
             let mut model = own_on(&model, gpu())
-                .tensor_parallel(&mesh.axis("tp")?, &mlp_plan())?
+                .tensor_parallel(&mesh.axis("tp")?, mlp_plan())?
                 .pipeline_parallel(&mesh.axis("pp")?, config)?
                 .data_parallel(&dp, DataParallelConfig::new())?;
             let mut optim = optimizer();
@@ -348,7 +347,7 @@ fn all_axes_at_once() {
                 let reduced = result.counters.gradients.of("all_reduce");
                 assert_eq!(reduced.on_device, reduced.bytes);
                 model = optim.step(0.05, model, result.grads);
-                compare(&reference, "all axes", step, result.loss, &model.assemble()?);
+                compare(&reference, "all axes", step, result.loss.item(), &model.assemble()?);
             }
             Ok(())
         })
@@ -398,11 +397,11 @@ fn models_on_two_devices_are_refused() {
     };
     says(launch::threads(2).run(|rank| model().data_parallel(&rank, DataParallelConfig::new()).map(drop)).unwrap_err());
     let tp = launch::threads(2)
-        .run(|rank| model().tensor_parallel(&rank, &mlp_plan())?.step(rows(0, &gpu()), mlp_loss).map(drop));
+        .run(|rank| model().tensor_parallel(&rank, mlp_plan())?.step(rows(0, &gpu()), mlp_loss).map(drop));
     says(tp.unwrap_err());
     // Inputs elsewhere than the model.
     let elsewhere = launch::threads(2).run(|rank| {
-        let mut model = own_on(&Mlp::new(0.0, &models::device()), gpu()).tensor_parallel(&rank, &mlp_plan())?;
+        let mut model = own_on(&Mlp::new(0.0, &models::device()), gpu()).tensor_parallel(&rank, mlp_plan())?;
         model.step(rows(0, &Device::flex()), mlp_loss).map(drop)
     });
     let text = elsewhere.unwrap_err().to_string();

@@ -1,6 +1,7 @@
 //! What a capture records, and what it leaves alone.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use burn::module::{Module, Param};
 use burn::prelude::*;
@@ -146,15 +147,15 @@ fn the_cache_captures_again_when_something_changed() {
     let device = device();
     let mut model = Mlp::new(0.1, &device);
     let mut cache = GraphCache::new(CustomOps::new(), |_| Ok(()));
-    let calls = std::cell::Cell::new(0);
+    static CALLS: AtomicUsize = AtomicUsize::new(0);
     let mut step = |model: &Mlp, rows: usize, captured: usize| {
         let batch = (Numbers(1).tensor([rows, 6], &device), Numbers(2).classes([rows], 4, &device));
         let executor = cache.executor(model, &batch, |m, (x, t)| {
-            calls.set(calls.get() + 1);
+            CALLS.fetch_add(1, Relaxed);
             m.loss(x, t)
         });
         executor.unwrap().step(model, batch).unwrap();
-        assert_eq!((cache.len(), calls.get()), (captured, captured));
+        assert_eq!((cache.len(), CALLS.load(Relaxed)), (captured, captured));
     };
     step(&model, 3, 1);
     step(&model, 3, 1);
@@ -164,6 +165,26 @@ fn the_cache_captures_again_when_something_changed() {
     model.dropout = model.dropout.freeze();
     step(&model, 3, 4);
     step(&model, 3, 4);
+}
+
+#[test]
+fn the_cache_follows_what_a_closure_captures() {
+    let model = Mlp::new(0.0, &device());
+    let mut cache = GraphCache::new(CustomOps::new(), |_| Ok(()));
+    let batch = (Numbers(1).tensor([3, 6], &device()), Numbers(2).classes([3], 4, &device()));
+    let expected = scalar(model.loss(batch.0.clone(), batch.1.clone()));
+    let mut calls = 0;
+    for (scale, graphs) in [(1.0, 1), (1.0, 1), (0.5, 2), (1.0, 2)] {
+        let executor = cache.executor(&model, &batch, |m, (x, t)| {
+            calls += 1;
+            m.loss(x, t) * scale
+        });
+        let loss = scalar(executor.unwrap().step(&model, batch.clone()).unwrap().loss);
+        assert!((loss - expected * scale as f32).abs() < 1e-6, "{loss} {expected} {scale}");
+        // Called every time, for it may have changed; kept once for each graph.
+        assert_eq!(cache.len(), graphs);
+    }
+    assert_eq!(calls, 4);
 }
 
 #[test]

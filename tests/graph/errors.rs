@@ -3,13 +3,14 @@
 use burn::module::{Module, Param, RunningState};
 use burn::nn::{BatchNorm, BatchNormConfig};
 use burn::prelude::*;
-use burn_parallel::graph::{CustomOps, Executor, StepLoss, capture_step};
+use burn_parallel::graph::{CustomOps, Executor, capture_step};
+use burn_parallel::step::Loss;
 
 use crate::common::models::*;
 use crate::common::reference::{difference, values};
 
 #[track_caller]
-fn problem<R: StepLoss>(loss: impl FnOnce(&Mlp, Tensor<2>) -> R, words: &str) {
+fn problem<R: Into<Loss>>(loss: impl FnOnce(&Mlp, Tensor<2>) -> R, words: &str) {
     let device = device();
     let model = Mlp::new(0.0, &device);
     let x = || Numbers(1).tensor([3, 6], &device);

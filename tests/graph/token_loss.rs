@@ -2,7 +2,8 @@
 
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::graph::{CustomOps, Executor, TokenLoss, capture_step, gradients_params};
+use burn_parallel::graph::{CustomOps, Executor, capture_step, gradients_params};
+use burn_parallel::step::Loss;
 
 use crate::common::models::*;
 use crate::common::reference::{Wholes, difference, gradient_values};
@@ -26,7 +27,7 @@ fn the_mean_over_the_items_that_the_step_counts() {
     let given = batch(7, 3);
     let graph = capture_step(&model, given.clone(), |m, (x, t, real)| {
         let (sum, count) = sums(m, x, t, real.clone());
-        (TokenLoss::new(sum, count), real)
+        (Loss::sum(sum, count), real)
     })
     .unwrap();
     assert!(graph.weight.is_some());
@@ -59,9 +60,8 @@ fn gradients_of_the_sum_add_up_to_the_mean_over_everything() {
     let mut total: Vec<(f64, f64, Wholes)> = Vec::new();
     for part in &parts {
         let count = part.0.dims()[0];
-        let graph = capture_step(&model, part.clone(), |m, (x, t, real)| {
-            TokenLoss::of(sums(m, x, t, real.ones_like()).0, count)
-        });
+        let graph =
+            capture_step(&model, part.clone(), |m, (x, t, real)| Loss::sum(sums(m, x, t, real.ones_like()).0, count));
         let mut gradients = std::collections::HashMap::new();
         let mut executor = Executor::new(graph.unwrap(), CustomOps::new()).unwrap();
         let raw = executor
@@ -96,12 +96,12 @@ fn a_number_of_items_that_is_not_one_number() {
     let model = Mlp::new(0.0, &device());
     let error = capture_step(&model, batch(3, 1), |m, (x, t, real)| {
         let (sum, _) = sums(m, x, t, real.clone());
-        TokenLoss::new(sum, real)
+        Loss::sum(sum, real)
     })
     .unwrap_err();
     assert!(error.to_string().contains("it has 3: reduce it"), "{error}");
     let outside = Tensor::<1>::ones([1], &device());
-    let error = capture_step(&model, batch(3, 1), |m, (x, t, real)| TokenLoss::new(sums(m, x, t, real).0, outside))
-        .unwrap_err();
+    let error =
+        capture_step(&model, batch(3, 1), |m, (x, t, real)| Loss::sum(sums(m, x, t, real).0, outside)).unwrap_err();
     assert!(error.to_string().contains("the number of items of the loss was not computed"), "{error}");
 }

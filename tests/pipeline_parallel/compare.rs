@@ -24,7 +24,7 @@ pub fn compare<M: Module, I: GraphInputs + Clone>(
         for (step, reference) in references.iter().enumerate() {
             let what = format!("rank {} of {ranks}, step {step}, {:?}", rank.rank(), config.schedule);
             let result = model.step(batch(step as u64), loss)?;
-            let (found, expected) = (result.loss as f32, reference.loss);
+            let (found, expected) = (result.loss.item() as f32, reference.loss);
             assert!((found - expected).abs() <= 1e-4 * expected.abs(), "{what}: {found} {expected}");
             let mine = gradient_values(&model, &result.grads);
             let expected: Wholes = reference
@@ -44,7 +44,7 @@ pub fn compare<M: Module, I: GraphInputs + Clone>(
             all_same(&format!("after, {what}"), &reference.after, &values(&model.assemble()?), 3e-4);
             held = bytes(model.local()).bytes.values().sum();
         }
-        let report = model.report().ok_or_else(|| Error::user("the model was not cut"))?;
+        let report = model.report().cut.ok_or_else(|| Error::user("the model was not cut"))?;
         Ok((held, report))
     })?;
     // Nobody holds more than its stages, and together they hold the model.

@@ -98,7 +98,7 @@ fn a_model_is_loaded_of_which_each_rank_reads_and_makes_its_stages_only() {
                     let mut store = Store::of(&trained);
                     let mut model = model.load(&mut store)?;
                     let own: u64 = {
-                        let report = model.report().unwrap();
+                        let report = model.report().cut.unwrap();
                         let mine = model.timetable().stages_of(rank.rank());
                         mine.iter().map(|stage| report.stages[*stage].param_bytes).sum()
                     };
@@ -107,7 +107,7 @@ fn a_model_is_loaded_of_which_each_rank_reads_and_makes_its_stages_only() {
                     let held = bytes(&model);
                     assert_eq!((held.bytes.values().sum::<usize>() as u64, held.lazy), (own, 0));
                     assert_eq!(values(&model.assemble()?), expected);
-                    let loss = model.step(tokens(0), lm_loss)?.loss;
+                    let loss = model.step(tokens(0), lm_loss)?.loss.item();
                     Ok((store.read.into_keys().collect::<Vec<_>>(), loss))
                 })
                 .unwrap();
@@ -151,7 +151,7 @@ fn a_split_model_is_loaded_by_parts_of_stages() {
             let mesh = Mesh::new(&world, [("pp", 2), ("tp", 2)])?;
             let (pp, tp) = (mesh.axis("pp")?, mesh.axis("tp")?);
             let config = PipelineConfig::new(2).with_cut(Cut::before(["encoder.layers.1.*"]));
-            let model = Lm::lazy(13, 8, 3, &device()).tensor_parallel(&tp, &Plan::megatron())?;
+            let model = Lm::lazy(13, 8, 3, &device()).tensor_parallel(&tp, Plan::megatron())?;
             let mut store = Store::of(&trained);
             let model = model.pipeline_parallel(&pp, config)?.load(&mut store)?;
             let read: usize = store.read.values().sum();

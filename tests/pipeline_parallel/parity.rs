@@ -88,7 +88,7 @@ fn tied_weights_on_two_ranks_stay_one() {
             let result = model.step(tokens(step), tied_loss)?;
             model = optim.step(0.05, model, result.grads);
         }
-        Ok((before, values(model.local())["embedding.weight"].clone(), model.report()))
+        Ok((before, values(model.local())["embedding.weight"].clone(), model.report().cut))
     });
     let reports = reports.unwrap();
     // Before the step is known the second rank does not have the embedding; then both have it, to the last bit.
@@ -101,13 +101,13 @@ fn tied_weights_on_two_ranks_stay_one() {
 #[test]
 fn token_losses_count_what_is_real() {
     // Rows of different numbers of real tokens, so that a mean of means would be wrong.
-    fn loss(model: &Lm, (x, y): (Tensor<2, Int>, Tensor<2, Int>)) -> TokenLoss {
+    fn loss(model: &Lm, (x, y): (Tensor<2, Int>, Tensor<2, Int>)) -> Loss {
         let [b, s] = x.dims();
         let real = y.clone().greater_elem(3).float().reshape([b * s]);
         let x = model.position.forward(model.embedding.forward(x)).reshape([b * s, 8]);
         let logits = activation::log_softmax(model.head.forward(model.norm.forward(x)), 1);
         let nats = logits.gather(1, y.reshape([b * s, 1])).reshape([b * s]).neg();
-        TokenLoss::new((nats * real.clone()).sum(), real.sum())
+        Loss::sum((nats * real.clone()).sum(), real.sum())
     }
     let whole = {
         let model = filled(lm());
@@ -123,7 +123,8 @@ fn token_losses_count_what_is_real() {
             let mut model = filled(lm()).pipeline_parallel(&rank, PipelineConfig::new(3))?;
             let step = model.step(tokens(5), loss)?;
             assert_eq!(step.weight, whole.1);
-            assert!((step.loss - whole.0).abs() < 1e-5 * whole.0, "{} {}", step.loss, whole.0);
+            let loss = step.loss.item();
+            assert!((loss - whole.0).abs() < 1e-5 * whole.0, "{loss} {}", whole.0);
             let mine = gradient_values(&model, &step.grads);
             let expected = whole.2.iter().filter(|(path, _)| mine.contains_key(*path));
             all_same("gradients", &expected.map(|(p, v)| (p.clone(), v.clone())).collect(), &mine, 1e-4);
@@ -214,7 +215,7 @@ fn a_model_is_evaluated_that_was_never_trained() {
             let mut model = filled(lm()).pipeline_parallel(&rank, PipelineConfig::new(2))?;
             let before = bytes(model.local()).bytes.values().sum::<usize>();
             model.prepare_forward(rows_of_tokens(6, 1).0, forward)?;
-            let report = model.report().unwrap();
+            let report = model.report().cut.unwrap();
             let held = bytes(model.local()).bytes.values().sum::<usize>();
             assert_eq!(held as u64, report.stages[rank.rank()].param_bytes);
             assert!(held < before);
@@ -225,7 +226,7 @@ fn a_model_is_evaluated_that_was_never_trained() {
             assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5));
             // A step that is trained later keeps to the cut.
             let step = model.step(tokens(0), lm_loss)?;
-            assert!((step.loss as f32 - references[0].loss).abs() < 1e-4);
+            assert!((step.loss.item() as f32 - references[0].loss).abs() < 1e-4);
             assert_eq!(bytes(model.local()).bytes.values().sum::<usize>(), held);
             Ok(())
         })
@@ -242,8 +243,8 @@ fn a_schedule_without_backward_gives_the_loss_and_no_gradient() {
                 .with_cut(Cut::patterns([vec!["embedding*"], vec!["inner*"]]));
             let mut model = filled(tied()).pipeline_parallel(&rank, config)?;
             let step = model.step(tokens(0), tied_loss)?;
-            assert!((step.loss as f32 - references[0].loss).abs() < 1e-4);
-            assert_eq!((step.grads.len(), step.report.peak_activations_of_rank), (0, 0));
+            assert!((step.loss.item() as f32 - references[0].loss).abs() < 1e-4);
+            assert_eq!((step.grads.len(), step.runs[0].peak_activations_of_rank), (0, 0));
             Ok(())
         })
         .unwrap();
@@ -395,7 +396,7 @@ fn dropout_does_not_depend_on_ranks_and_schedules() {
                     let x = model.forward(burn::nn::transformer::TransformerEncoderInput::new(x));
                     x.powi_scalar(2).mean()
                 })?;
-                losses.push(step.loss);
+                losses.push(step.loss.item());
             }
             Ok(losses)
         });
@@ -420,7 +421,7 @@ fn dropout_does_not_depend_on_ranks_and_schedules() {
             x.powi_scalar(2).mean()
         })?;
         assert_eq!(model.random_step(), 6, "micro-batches count");
-        Ok(step.loss)
+        Ok(step.loss.item())
     });
     assert!((second.unwrap()[0] - alone[1]).abs() < 1e-5);
     let other = losses(2, PipelineConfig::new(3).with_seed(1));
@@ -448,7 +449,7 @@ fn live_activations_are_what_the_schedule_promises() {
             let config = PipelineConfig::new(6).with_schedule(schedule.clone());
             let mut model = filled(lm()).pipeline_parallel(&rank, config)?;
             let (x, y) = rows_of_tokens(6, 1);
-            let report = model.step((x, y), lm_loss)?.report;
+            let report = model.step((x, y), lm_loss)?.runs.remove(0);
             let timetable = model.timetable();
             let promised = timetable.validate(&Routes::chain(timetable.stages()))?;
             for (stage, peak) in &report.peak_activations {
@@ -488,7 +489,7 @@ fn pipelines_of_split_models_with_replicas_train_alike() {
             let (dp, pp, tp) = (mesh.axis("dp")?, mesh.axis("pp")?, mesh.axis("tp")?);
             let config = PipelineConfig::new(2).with_cut(Cut::before(["encoder.layers.1.*"]));
             let mut model = filled(lm())
-                .tensor_parallel(&tp, &Plan::megatron())?
+                .tensor_parallel(&tp, Plan::megatron())?
                 .pipeline_parallel(&pp, config)?
                 .data_parallel(&dp, DataParallelConfig::new())?;
             let mut optim = optimizer();
@@ -497,7 +498,7 @@ fn pipelines_of_split_models_with_replicas_train_alike() {
                 let rows = 4 * dp.rank()..4 * dp.rank() + 4;
                 let share = (x.slice([rows.clone()]), y.slice([rows]));
                 let result = model.step(share, lm_loss)?;
-                assert!((result.loss as f32 - reference.loss).abs() < 1e-4 * reference.loss);
+                assert!((result.loss.item() as f32 - reference.loss).abs() < 1e-4 * reference.loss);
                 model = optim.step(0.05, model, result.grads);
                 all_same("after", &reference.after, &values(&model.assemble()?), 3e-4);
             }

@@ -497,7 +497,7 @@ fn runs(timetable: &Timetable, routes: &Routes) -> bool {
     finished && wanted.iter().all(has)
 }
 
-fn pipelines() -> impl Strategy<Value = (Schedule, usize, usize, bool)> {
+fn pipelines() -> impl proptest::strategy::Strategy<Value = (Schedule, usize, usize, bool)> {
     let schedule = prop_oneof![
         Just(Schedule::GPipe),
         Just(Schedule::OneForwardOneBackward),

@@ -123,9 +123,9 @@ fn a_model_that_is_loaded_is_never_whole_on_any_rank() {
         let device = Device::flex().autodiff();
         let mut source = Safetensors::new(Cursor::new(store.as_slice())).unwrap();
         let outcomes = launch::threads(1).run(|rank| {
-            let model = Mlp::new(&device).tensor_parallel(&rank, &plan())?;
+            let model = Mlp::new(&device).tensor_parallel(&rank, plan())?;
             let mut source = Safetensors::new(Cursor::new(store.as_slice()))?;
-            Ok(model.load(&mut source)?.step(rows(&device), |m, x| m.loss(x))?.loss.into_scalar::<f32>())
+            Ok(model.load(&mut source)?.step(rows(&device), |m, x| m.loss(x))?.loss.item() as f32)
         });
         assert!(source_is_whole(&mut source));
         outcomes.unwrap()[0]
@@ -135,12 +135,12 @@ fn a_model_that_is_loaded_is_never_whole_on_any_rank() {
             .run(|rank| {
                 let device = rank.device().autodiff();
                 LARGEST.set(0);
-                let model = Mlp::new(&device).tensor_parallel(&rank, &plan())?;
+                let model = Mlp::new(&device).tensor_parallel(&rank, plan())?;
                 assert!(is_lazy(model.local()), "wrapping makes no parameter");
                 let mut source = Safetensors::new(Cursor::new(store.as_slice()))?;
                 let header = source.bytes_read();
                 let mut model = model.load(&mut source)?;
-                let loss = model.step(rows(&device), |m, x| m.loss(x))?.loss.into_scalar::<f32>();
+                let loss = model.step(rows(&device), |m, x| m.loss(x))?.loss.item() as f32;
                 let largest = LARGEST.get();
                 assert!(largest >= WHOLE / degree && largest < WHOLE / degree + 65_536, "{largest} of {WHOLE}");
                 assert_eq!((source.bytes_read() - header) as usize, model.table().bytes());
@@ -165,7 +165,7 @@ fn a_lazy_model_is_never_whole_on_any_rank() {
             .run(|rank| {
                 let device = rank.device().autodiff();
                 LARGEST.set(0);
-                let mut model = Mlp::new(&device).tensor_parallel(&rank, &plan())?;
+                let mut model = Mlp::new(&device).tensor_parallel(&rank, plan())?;
                 assert!(is_lazy(model.local()));
                 assert!(LARGEST.get() <= WHOLE / 4);
                 rank.barrier()?;
@@ -180,7 +180,7 @@ fn a_lazy_model_is_never_whole_on_any_rank() {
                 let most = (MOST.load(Relaxed) - before) as usize;
                 assert!(most > 2 * WHOLE && most < 2 * WHOLE + WHOLE / 4 + 65_536, "{most}");
                 // All ranks hold parts of one model: put together, it gives the same loss.
-                let loss = model.step(rows(&device), |m, x| m.loss(x))?.loss.into_scalar::<f32>();
+                let loss = model.step(rows(&device), |m, x| m.loss(x))?.loss.item() as f32;
                 let whole = model.assemble()?.loss(rows(&device)).into_scalar::<f32>();
                 assert!((loss - whole).abs() < 1e-5 * whole);
                 Ok(())
@@ -195,7 +195,7 @@ fn sources_that_do_not_fit() {
     let store = store();
     let load = |model: fn(&Device) -> Mlp, bytes: &[u8]| {
         let error = launch::threads(1).run(|rank| {
-            let model = model(&rank.device().autodiff()).tensor_parallel(&rank, &plan())?;
+            let model = model(&rank.device().autodiff()).tensor_parallel(&rank, plan())?;
             model.load(&mut Safetensors::new(Cursor::new(bytes))?).map(drop)
         });
         error.unwrap_err().to_string()

@@ -116,7 +116,7 @@ fn explicit_layers_and_a_split_graph_train_alike() {
                 let value = loss.clone().inner().into_scalar::<f64>();
                 let gradients = GradientsParams::from_grads(loss.backward(), &explicit);
                 let split = captured.step(batch(step, &device), Plain::loss)?;
-                let other = split.loss.into_scalar::<f64>();
+                let other = split.loss.item();
                 assert!((value - other).abs() < 1e-5, "{what}: {value} and {other}");
                 assert_same(
                     &parameters(&explicit, Some(&gradients)),
@@ -129,8 +129,8 @@ fn explicit_layers_and_a_split_graph_train_alike() {
             }
             // The captured step runs the products of the explicit layers: two layers by rows, and on the way back the input of
             // the attention, of the feed-forward block and of the output layer.
-            let fused = captured.report().fused(ProductKind::AllReduce);
-            assert_eq!(fused, if degree == 1 { [0, 0] } else { [2, 3] }, "{}", captured.report());
+            let fused = captured.report().shard().fused(ProductKind::AllReduce);
+            assert_eq!(fused, if degree == 1 { [0, 0] } else { [2, 3] }, "{}", captured.report().shard());
             // Both hold parts: the loss was no whole model's on every rank.
             let held: usize = parameters(&captured, None).values().map(|part| part.values.len()).sum();
             Ok(held)

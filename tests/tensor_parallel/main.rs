@@ -11,4 +11,5 @@ mod matmul;
 mod models;
 mod padded;
 mod plans;
+mod surface;
 mod wrap;

@@ -11,7 +11,7 @@ use burn_parallel::partition::{Collective, CollectiveKind, ShardReport};
 use burn_parallel::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
 
-use crate::common::models::{Numbers, Tied, cross_entropy, device, scalar};
+use crate::common::models::{Numbers, Tied, cross_entropy, device};
 use crate::common::reference::{Alone, alone, close, difference, optimizer, own, values};
 
 const STEPS: usize = 3;
@@ -79,12 +79,12 @@ fn trains_like_one<M: Module + Sync>(
         let (mut model, mut optim) = (wrap(own(model), &rank)?, optimizer());
         for step in 0..STEPS {
             let result = model.step(batch(step), loss)?;
-            close(&format!("loss {step} of {degree}"), losses[step], scalar(result.loss));
+            close(&format!("loss {step} of {degree}"), losses[step], result.loss.item() as f32);
             model = optim.step(0.05, model, result.grads);
             let worst = difference(&after[step], &values(&model.assemble()?));
             assert!(worst <= 3e-4, "parameters differ by {worst} after step {step} over {degree} ranks");
         }
-        Ok(model.report())
+        Ok(model.report().shard())
     });
     reports.unwrap().swap_remove(0)
 }
@@ -101,10 +101,10 @@ fn nothing_large(report: &ShardReport) {
 #[test]
 fn a_vocabulary_of_a_prime_number_of_words() {
     for degree in [1, 2, 3, 4, 8] {
-        let wrap = |model: Lm, rank: &Rank| model.tensor_parallel(rank, &Plan::vocabulary("tokens", "head"));
+        let wrap = |model: Lm, rank: &Rank| model.tensor_parallel(rank, Plan::vocabulary("tokens", "head"));
         let batch = |step| words(step, WORDS);
         nothing_large(&trains_like_one(&Lm::new(&device()), batch, lm_loss, wrap, degree));
-        let all = |model: Lm, rank: &Rank| model.tensor_parallel(rank, &whole_plan());
+        let all = |model: Lm, rank: &Rank| model.tensor_parallel(rank, whole_plan());
         nothing_large(&trains_like_one(&Lm::new(&device()), batch, lm_loss, all, degree));
     }
 }
@@ -112,7 +112,7 @@ fn a_vocabulary_of_a_prime_number_of_words() {
 #[test]
 fn a_tied_vocabulary() {
     for degree in [2, 3, 4] {
-        let wrap = |model: Tied, rank: &Rank| model.tensor_parallel(rank, &Plan::tied_vocabulary("embedding"));
+        let wrap = |model: Tied, rank: &Rank| model.tensor_parallel(rank, Plan::tied_vocabulary("embedding"));
         let report = trains_like_one(
             &Tied::new(&device()),
             |step| words(step, 11),
@@ -160,7 +160,7 @@ fn logits_come_without_padding_and_lazy_models_stay_lazy() {
     for degree in [2, 3, 4, 8] {
         launch::threads(degree)
             .run(|rank| {
-                let mut model = Lm::new(&device()).tensor_parallel(&rank, &whole_plan())?;
+                let mut model = Lm::new(&device()).tensor_parallel(&rank, whole_plan())?;
                 assert!(!model.local().tokens.weight.is_initialized());
                 model.step(words(0, WORDS), lm_loss)?;
                 let whole = model.assemble()?;
@@ -204,7 +204,7 @@ fn parts_are_loaded_from_a_store_of_whole_parameters() {
     for degree in [1, 2, 3, 4, 8] {
         launch::threads(degree)
             .run(|rank| {
-                let model = Lm::new(&device()).tensor_parallel(&rank, &whole_plan())?;
+                let model = Lm::new(&device()).tensor_parallel(&rank, whole_plan())?;
                 let model = model.load(&mut Safetensors::new(Cursor::new(store.as_slice()))?)?;
                 let head: Vec<f32> = model.assemble()?.head.weight.val().into_data().try_to_vec().unwrap();
                 let expected: Vec<f32> = (0..WIDTH * WORDS).map(|index| value(5, index)).collect();
@@ -224,13 +224,13 @@ fn parts_are_loaded_from_a_store_of_whole_parameters() {
 #[test]
 fn what_is_not_to_be_padded_or_cannot_be() {
     let error = launch::threads(2).run(|rank| {
-        let model = Lm::new(&device()).tensor_parallel(&rank, &Plan::new().shard("tokens.weight", 0));
+        let model = Lm::new(&device()).tensor_parallel(&rank, Plan::new().shard("tokens.weight", 0));
         model.map(drop)
     });
     let said = error.unwrap_err().to_string();
     assert!(said.contains("`tokens.weight` of dims [13, 8]") && said.contains("`shard_padded`"), "{said}");
     let error = launch::threads(2).run(|rank| {
-        let mut model = Lm::new(&device()).tensor_parallel(&rank, &Plan::new().shard_padded("tokens.weight", 0))?;
+        let mut model = Lm::new(&device()).tensor_parallel(&rank, Plan::new().shard_padded("tokens.weight", 0))?;
         let step = |m: &Lm, (x, _): Tokens| m.tokens.forward(x).sum() + m.tokens.weight.val().cumsum(0).mean();
         model.step(words(0, WORDS), step).map(drop)
     });

@@ -30,7 +30,7 @@ fn trains_like_one<M: Module + Sync, I: GraphInputs + Clone>(
                 let (mut model, mut optim) = (own(model).tensor_parallel(&rank, plan)?, optimizer());
                 for step in 0..STEPS {
                     let result = model.step(batch(step), loss)?;
-                    close(&format!("loss {step} of {degree}"), reference.losses[step], scalar(result.loss));
+                    close(&format!("loss {step} of {degree}"), reference.losses[step], result.loss.item() as f32);
                     model = optim.step(0.05, model, result.grads);
                     let found = values(&model.assemble()?);
                     let worst = difference(&reference.after[step], &found);
@@ -64,7 +64,7 @@ fn mlp_loss(model: &Mlp, (x, targets): (Tensor<2>, Tensor<1, Int>)) -> Tensor<1>
 fn a_record_of_another_run_is_told_where_to_be_loaded() {
     launch::threads(2)
         .run(|rank| {
-            let run = || own(&Mlp::new(0.0, &device())).tensor_parallel(&rank, &mlp_plan());
+            let run = || own(&Mlp::new(0.0, &device())).tensor_parallel(&rank, mlp_plan());
             // Parts of the same dims, under other ids.
             let mut loaded = run()?.load_record(run()?.into_record());
             let error = loaded.step(rows(0), mlp_loss).unwrap_err().to_string();
@@ -107,8 +107,8 @@ fn gradient_checkpointing() {
     launch::threads(2)
         .run(|rank| {
             let model = model.clone().fork(&device().gradient_checkpointing());
-            let step = model.tensor_parallel(&rank, &mlp_plan())?.step(batch(0), mlp_loss)?;
-            close("loss", reference.losses[0], scalar(step.loss));
+            let step = model.tensor_parallel(&rank, mlp_plan())?.step(batch(0), mlp_loss)?;
+            close("loss", reference.losses[0], step.loss.item() as f32);
             Ok(())
         })
         .unwrap();
@@ -189,11 +189,11 @@ fn look(model: &Mlp, batch: &Batch) -> (Tensor<2>, Seen) {
     (logits, Seen { hidden, classes, right: (right, "of the second targets") })
 }
 
-fn summed(model: &Mlp, batch: Batch) -> (TokenLoss, Seen) {
+fn summed(model: &Mlp, batch: Batch) -> (Loss, Seen) {
     let (logits, seen) = look(model, &batch);
     let (targets, weights) = (batch.more[0].0.clone(), batch.more[0].1.clone().unwrap());
     let chosen = activation::log_softmax(logits, 1).gather(1, targets.reshape([6, 1])).squeeze_dim::<1>(1);
-    (TokenLoss::new((chosen * weights.clone()).sum().neg(), weights.sum()), seen)
+    (Loss::sum((chosen * weights.clone()).sum().neg(), weights.sum()), seen)
 }
 
 #[test]
@@ -212,11 +212,11 @@ fn structures_of_inputs_and_outputs_and_weighted_losses() {
     for degree in [2, 4] {
         launch::threads(degree)
             .run(|rank| {
-                let mut model = own(&model).tensor_parallel(&rank, &mlp_plan())?;
+                let mut model = own(&model).tensor_parallel(&rank, mlp_plan())?;
                 let step = model.step(given.clone(), summed)?;
-                close("loss", loss, scalar(step.loss));
+                close("loss", loss, step.loss.item() as f32);
                 assert!((step.weight - f64::from(weight)).abs() < 1e-6);
-                let [hidden, classes, right] = <[_; 3]>::try_from(step.outputs).unwrap();
+                let [hidden, classes, right] = <[_; 3]>::try_from(step.outputs.into_iter().next().unwrap()).unwrap();
                 assert_eq!(classes.int::<1>()?.into_data(), seen.classes.clone().into_data());
                 assert_eq!(right.bool::<1>()?.into_data(), seen.right.0.clone().into_data());
                 let far = (hidden.float::<2>()? - seen.hidden.clone().inner()).abs().max().into_scalar::<f32>();
@@ -259,7 +259,7 @@ fn evaluation_has_no_dropout_and_takes_running_statistics() {
                 let far = (found - expected.clone()).abs().max().into_scalar::<f32>();
                 assert!(far < 1e-5, "{far}");
             }
-            let dropped = own(&Mlp::new(0.9, &device())).tensor_parallel(&rank, &mlp_plan())?;
+            let dropped = own(&Mlp::new(0.9, &device())).tensor_parallel(&rank, mlp_plan())?;
             let x = || rows(0).0;
             let twice = [(); 2].map(|()| dropped.forward_with(x(), |m, x| m.forward(x)).map(Tensor::into_data));
             let [first, second] = twice;
@@ -273,13 +273,13 @@ fn evaluation_has_no_dropout_and_takes_running_statistics() {
 fn two_closures_are_two_graphs_and_one_closure_is_one() {
     launch::threads(2)
         .run(|rank| {
-            let mut model = own(&Mlp::new(0.0, &device())).tensor_parallel(&rank, &mlp_plan())?;
+            let mut model = own(&Mlp::new(0.0, &device())).tensor_parallel(&rank, mlp_plan())?;
             for _ in 0..2 {
                 let sum = model.forward_with(rows(0).0, |m, x| m.forward(x).sum())?.into_scalar::<f32>();
                 let mean = model.forward_with(rows(0).0, |m, x| m.forward(x).mean())?.into_scalar::<f32>();
                 close("24 elements", sum, 24.0 * mean);
-                let loss = scalar(model.step(rows(0).0, |m, x| m.forward(x).sum())?.loss);
-                let other = scalar(model.step(rows(0).0, |m, x| m.forward(x).mean())?.loss);
+                let loss = model.step(rows(0).0, |m, x| m.forward(x).sum())?.loss.item() as f32;
+                let other = model.step(rows(0).0, |m, x| m.forward(x).mean())?.loss.item() as f32;
                 close("24 elements", loss, 24.0 * other);
             }
             Ok(())
@@ -292,8 +292,9 @@ fn dropout_is_that_of_one_rank_whatever_the_degree() {
     let model = Mlp::new(0.4, &device());
     let run = |degree: usize, seed: u64| {
         let losses = launch::threads(degree).run(|rank| {
-            let mut model = own(&model).tensor_parallel(&rank, &mlp_plan())?.with_seed(seed);
-            (0..3).map(|_| Ok(scalar(model.step(rows(0), mlp_loss)?.loss))).collect::<Result<Vec<f32>, Error>>()
+            let mut model =
+                own(&model).tensor_parallel(&rank, TensorParallelConfig::new(mlp_plan()).with_seed(seed))?;
+            (0..3).map(|_| Ok(model.step(rows(0), mlp_loss)?.loss.item() as f32)).collect::<Result<Vec<f32>, Error>>()
         });
         losses.unwrap().swap_remove(0)
     };
@@ -314,7 +315,9 @@ fn dropout_goes_on_where_it_was_when_a_model_is_wrapped_again() {
         let wrap = || Ok::<_, Error>(own(&model).tensor_parallel(&tp, &mlp_plan())?.with_seed(3));
         type Model = burn_parallel::tensor_parallel::Sharded<Mlp>;
         let losses = |model: &mut Model, steps: usize| {
-            (0..steps).map(|_| Ok(scalar(model.step(rows(0), mlp_loss)?.loss))).collect::<Result<Vec<f32>, Error>>()
+            (0..steps)
+                .map(|_| Ok(model.step(rows(0), mlp_loss)?.loss.item() as f32))
+                .collect::<Result<Vec<f32>, Error>>()
         };
         let mut once = wrap()?;
         let expected = losses(&mut once, 6)?;
@@ -380,7 +383,7 @@ fn a_vocabulary_and_a_gated_layer_by_ready_plans() {
     let reports = launch::threads(2).run(|rank| {
         let mut model = own(&model).tensor_parallel(&rank, &plan)?;
         model.step(tokens(0), loss)?;
-        Ok(model.report())
+        Ok(model.report().shard())
     });
     // Nothing is gathered: neither the embedding, nor the logits, nor the columns of the gated layer.
     let report = &reports.unwrap()[0];
@@ -399,7 +402,7 @@ fn sequence_parallelism_by_plan() {
         let reports = launch::threads(2).run(|rank| {
             let mut model = own(&model).tensor_parallel(&rank, plan)?;
             model.step(batch(0), loss)?;
-            Ok(model.report())
+            Ok(model.report().shard())
         });
         let report = &reports.unwrap()[0];
         let activations = |kind, forward| {

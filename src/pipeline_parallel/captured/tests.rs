@@ -33,6 +33,6 @@ fn all_graphs_share_one_group() {
             assert_eq!((before, model.graphs()), (after, 6));
             Ok(after)
         });
-        assert_eq!(splits.unwrap(), vec![(1, 0); ranks]);
+        assert_eq!(splits.unwrap(), vec![(ranks as _, 0); ranks]);
     }
 }

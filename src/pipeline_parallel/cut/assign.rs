@@ -1,5 +1,7 @@
 //! Which stage each parameter belongs to.
 
+use serde::{Deserialize, Serialize};
+
 use super::balance::balanced;
 use super::cost::operation_cost;
 use crate::error::Error;
@@ -11,7 +13,8 @@ use crate::plan::{families, matches};
 /// Patterns are those of a [`Plan`](crate::plan::Plan): paths in which `*` stands for any characters. Parameters are given
 /// to stages in the order in which the model uses them; several that are used side by side may go anyhow. A parameter that
 /// is used in several places belongs to the stage of the first; the other stages that use it hold it too.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Cut {
     /// So that the slowest stage is as fast as possible, by the [counted cost](operation_cost) of all operations, forward and
     /// backward, with what is sent and received. Embedding and head count like everything else.

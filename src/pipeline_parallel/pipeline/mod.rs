@@ -10,7 +10,7 @@ mod mail;
 mod report;
 mod run;
 
-pub use report::{PipelineRun, RunReport};
+pub use report::PipelineRun;
 
 use self::run::Run;
 use super::schedule::{PeakActivations, Routes, Timetable, evaluation};

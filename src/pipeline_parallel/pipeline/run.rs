@@ -5,11 +5,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use super::mail::Mail;
-use super::{Pipeline, PipelineRun, RunReport, stage_error};
+use super::{Pipeline, PipelineRun, stage_error};
 use crate::Error;
 use crate::comm::{ReduceOp, panic_message};
 use crate::pipeline_parallel::schedule::{Action, Timetable, Unit};
 use crate::pipeline_parallel::{Forwarded, LossSum, MicroBatch, Parcel, Stage};
+use crate::step::RunReport;
 use crate::tensor::PlainTensor;
 
 /// One run of a timetable on one rank.

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use csv::{ReaderBuilder, Trim, WriterBuilder};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::{Action, Timetable, schedule_error};
 use crate::Error;
@@ -78,5 +79,18 @@ impl fmt::Display for Timetable {
         }
         let text = writer.into_inner().map_err(|_| fmt::Error)?;
         f.write_str(&String::from_utf8_lossy(&text))
+    }
+}
+
+/// As its text.
+impl Serialize for Timetable {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Timetable {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
     }
 }

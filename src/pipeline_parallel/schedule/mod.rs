@@ -26,19 +26,25 @@ pub use simulate::Simulation;
 pub use timetable::Timetable;
 pub use validate::PeakActivations;
 
+use serde::{Deserialize, Serialize};
+
 use crate::Error;
 
 /// In which order the stages of a pipeline take their micro-batches.
 ///
 /// `p` is the number of ranks, `m` that of micro-batches, `v` that of stages on each rank. The idle share is that of a step
 /// in which forward takes 1, backward 2 (1 for inputs and 1 for weights), and communication nothing.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Schedule {
     /// All forwards, then all backwards: fill and drain (GPipe, Huang et al. 2018, arXiv:1811.06965). Idle share
     /// `(p - 1) / (m + p - 1)`; keeps all `m` micro-batches alive.
+    #[serde(rename = "gpipe")]
     GPipe,
     /// One forward, one backward in turn once the pipeline is full (PipeDream-Flush, Narayanan et al. 2020,
     /// arXiv:2006.09503). As idle as GPipe, but stage `s` keeps `min(m, p - s)` micro-batches alive.
+    #[default]
+    #[serde(rename = "1f1b")]
     OneForwardOneBackward,
     /// 1F1B over several stages on each rank, dealt round: rank `r` holds stages `r`, `r + p`, ... (Narayanan et al. 2021,
     /// arXiv:2104.04473). Idle share `((p - 1) / v) / (m + (p - 1) / v)` if `p` divides `m`; more messages, more memory.
@@ -48,6 +54,7 @@ pub enum Schedule {
     },
     /// 1F1B with the backward split, so that gradients of weights fill the gaps (ZB-H1, Qi et al. 2023, arXiv:2401.10241).
     /// Idle share `(p - 1) / (3m + p - 1)`; no rank keeps more than `min(m, p)` micro-batches alive.
+    #[serde(rename = "zb_h1")]
     ZeroBubbleH1,
     /// Forwards alone, for evaluation; stages are dealt round as with [`Interleaved`](Self::Interleaved).
     ForwardOnly {

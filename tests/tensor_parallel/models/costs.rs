@@ -32,7 +32,7 @@ fn everything_that_a_plan_says_counts() {
             let mut model = model.clone().fork(&device()).tensor_parallel_over(&mesh, &names, plan)?;
             model.step(tokens(7, 36, 0), CausalLm::loss)?;
             let bytes = model.table().bytes();
-            Ok((model.reports().iter().map(|report| report.collectives.len()).sum::<usize>(), bytes))
+            Ok((model.report().shards.iter().map(|report| report.collectives.len()).sum::<usize>(), bytes))
         });
         for (collectives, bytes) in taken.unwrap() {
             assert_eq!((cost.collectives, cost.parameter_bytes as usize), (collectives, bytes), "{plan:?}");

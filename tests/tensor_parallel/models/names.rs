@@ -44,19 +44,19 @@ fn names_trains_like_one_device() {
     for config in [Config::LLAMA, Config::QWEN2, Config { burns_rotary: true, ..Config::QWEN2 }] {
         let model = crate::common::models::seeded(Config { layers: 1, ..config.small() }.init(&device()));
         let (expected, gradients) = crate::common::models::eager(&model, |model| model.loss(tokens(9, 36, 1)));
-        let expected = (expected, crate::common::models::grad_floats(&model, &gradients));
+        let expected = (expected, crate::common::reference::gradient_values(&model, &gradients));
         for degree in [2, 3, 6] {
             launch::threads(degree)
                 .run(|rank| {
                     let plan = Plan::hugging_face();
                     let mut split = model.clone().fork(&device()).tensor_parallel(&rank, &plan)?;
                     let step = split.step(tokens(9, 36, 1), CausalLm::loss)?;
-                    let loss = crate::common::models::scalar(step.loss);
+                    let loss = step.loss.item() as f32;
                     assert!((loss - expected.0).abs() < 1e-5 * expected.0, "{loss} {}", expected.0);
                     // What is whole on every rank has the gradient that one device finds.
-                    let found = crate::common::models::grad_floats(&split, &step.grads);
-                    let same = found.iter().filter(|(id, values)| expected.1[*id].len() == values.len());
-                    let worst = same.flat_map(|(id, values)| expected.1[id].iter().zip(values));
+                    let found = crate::common::reference::gradient_values(&split, &step.grads);
+                    let same = found.iter().filter(|(path, found)| expected.1[*path].dims == found.dims);
+                    let worst = same.flat_map(|(path, found)| expected.1[path].values.iter().zip(&found.values));
                     let worst = worst.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                     assert!(worst < 1e-4, "{worst}");
                     Ok(())

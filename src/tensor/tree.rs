@@ -1,11 +1,12 @@
 //! Structures of tensors: the inputs of a step, and its extra outputs.
+//!
+//! Public in [`graph`](crate::graph), whose steps take and give them.
 
-use burn::backend::DispatchTensor;
+use burn::backend::{DispatchTensor, TensorMetadata};
 use burn::prelude::*;
 use burn::tensor::{Bool, Int};
 
-use super::graph_error;
-use crate::error::Error;
+use crate::Error;
 
 /// What [`GraphInputs::map_tensors`] does with each tensor, in order.
 pub trait TensorMapper {
@@ -20,12 +21,17 @@ pub trait TensorMapper {
 
     /// Called after them.
     fn exit(&mut self);
+
+    /// A plain value beside the tensors, or a digest of one. A captured step has it as a constant, and is captured for each
+    /// value that comes.
+    fn value(&mut self, _value: u64) {}
 }
 
 /// A structure of tensors that a step takes as its inputs, or gives besides the loss.
 ///
-/// Implemented for float, int and bool tensors, `()`, tuples up to six, arrays, `Vec` and `Option`. For a batch struct of
-/// your own, map each tensor field in a fixed order:
+/// Implemented for float, int and bool tensors, tuples up to six, arrays, `Vec` and `Option`, and for `()`, `bool`, integers
+/// and floats: a captured step is captured for each value of these. For a batch struct of your own, map each tensor field in a
+/// fixed order:
 ///
 /// ```
 /// use burn::prelude::*;
@@ -59,6 +65,20 @@ macro_rules! tensor_inputs {
     )*};
 }
 tensor_inputs!(Float, Int, Bool);
+
+macro_rules! value_inputs {
+    ($($kind:ty: $digest:expr),*) => {$(
+        impl GraphInputs for $kind {
+            fn map_tensors(self, mapper: &mut dyn TensorMapper) -> Result<Self, Error> {
+                let digest: fn($kind) -> u64 = $digest;
+                mapper.value(digest(self));
+                Ok(self)
+            }
+        }
+    )*};
+}
+value_inputs!(bool: u64::from, u8: u64::from, u16: u64::from, u32: u64::from, u64: |value| value, usize: |value| value as u64);
+value_inputs!(i32: |value| value as u64, i64: |value| value as u64, f32: |value| value.to_bits().into(), f64: f64::to_bits);
 
 impl GraphInputs for () {
     fn map_tensors(self, _: &mut dyn TensorMapper) -> Result<Self, Error> {
@@ -98,7 +118,8 @@ impl<T: GraphInputs> GraphInputs for Vec<T> {
 impl<T: GraphInputs, const N: usize> GraphInputs for [T; N] {
     fn map_tensors(self, mapper: &mut dyn TensorMapper) -> Result<Self, Error> {
         let values: Vec<T> = Vec::from(self).map_tensors(mapper)?;
-        values.try_into().map_err(|_| graph_error("an array of inputs changed its length while it was mapped"))
+        let problem = "an array of inputs changed its length while it was mapped";
+        values.try_into().map_err(|_| Error::Graph { problem: problem.into() })
     }
 }
 
@@ -106,4 +127,32 @@ impl<T: GraphInputs> GraphInputs for Option<T> {
     fn map_tensors(self, mapper: &mut dyn TensorMapper) -> Result<Self, Error> {
         self.map(|value| value.map_tensors(mapper)).transpose()
     }
+}
+
+/// A place in a structure as text, as `1.0` for the first tensor of the second element.
+pub(crate) fn place(path: &[usize]) -> String {
+    path.iter().map(usize::to_string).collect::<Vec<_>>().join(".")
+}
+
+/// The structure, and the rows of the first tensor in it: the size of its first dim.
+///
+/// # Errors
+/// Those of [`GraphInputs::map_tensors`].
+pub(crate) fn rows<I: GraphInputs>(inputs: I) -> Result<(I, Option<usize>), Error> {
+    let mut rows = Rows(None);
+    let inputs = inputs.map_tensors(&mut rows)?;
+    Ok((inputs, rows.0))
+}
+
+struct Rows(Option<usize>);
+
+impl TensorMapper for Rows {
+    fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
+        self.0 = self.0.or_else(|| tensor.shape().iter().next().copied());
+        Ok(tensor)
+    }
+
+    fn enter(&mut self, _: usize) {}
+
+    fn exit(&mut self) {}
 }

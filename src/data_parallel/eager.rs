@@ -1,0 +1,233 @@
+//! A model that every rank holds whole, run by its own forward.
+
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use burn::backend::DispatchTensor;
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Gradients, Tensor};
+
+use super::hook::{HookGroup, detach, listening};
+use super::reducer::Reducer;
+use super::sync_batch_norm::SyncBatchNorm;
+use crate::Error;
+use crate::comm::Communicator;
+use crate::delegate::module_of_field;
+use crate::graph::{GradientSink, Met, MicroBatch, SplitParam, StepEngine};
+use crate::params::{self, Held, SliceSource};
+use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
+use crate::tensor::{GraphInputs, PlainTensor, TensorMapper, rows};
+
+/// A model that every rank of a group of replicas holds whole. Its own eager `forward` computes, so shapes and decisions may
+/// change from step to step, and gradients are heard of at the parameters while backward runs. Dereferences to the model.
+#[derive(Clone)]
+pub struct Eager<M> {
+    module: M,
+    hooks: HookGroup,
+    /// To tell the others of a loss that cannot be.
+    control: Communicator,
+    /// The captured steps with synchronised batch norm, once there are any.
+    synchronized: Arc<Mutex<Option<SyncBatchNorm>>>,
+    met: Met,
+}
+
+impl<M: Module> Eager<M> {
+    pub(super) fn new(module: M, hooks: HookGroup, control: Communicator) -> Self {
+        Self { module, hooks, control, synchronized: Arc::default(), met: Met::default() }
+    }
+
+    /// Backward of a micro-batch whose inputs have this many rows.
+    pub(super) fn backward(
+        &self,
+        loss: Loss,
+        rows: Option<usize>,
+        unit: Option<f64>,
+        sink: &mut dyn GradientSink,
+    ) -> Result<MicroBatch, Error> {
+        let LossParts { value, weight, outputs } = loss.into_parts()?;
+        let elements = value.dims()[0];
+        if elements != 1 {
+            let problem =
+                format!("it must have one element, but it has {elements}: reduce it with `.mean()` or `.sum()`");
+            return Err(self.refuse(problem));
+        }
+        let (weight, summed) = match weight {
+            Weight::Plain => (rows.unwrap_or(1) as f64, false),
+            Weight::Mean(items) => (items, false),
+            Weight::Sum(items) => (items, true),
+            Weight::Counted(items) if items.dims() != [1] => {
+                let elements = items.dims()[0];
+                let problem = format!("its number of items must have one element, but it has {elements}: reduce it");
+                return Err(self.refuse(problem));
+            }
+            Weight::Counted(items) => (items.into_scalar::<f64>(), true),
+        };
+        if !weight.is_finite() || weight < 0.0 {
+            let problem = format!("its weight is {weight}, it must be finite and not negative");
+            return Err(self.refuse(problem));
+        }
+        if weight > 0.0 && !value.is_tracked() {
+            let problem = "it depends on no parameter that is trained: was it computed on a device without autodiff, or \
+                           with every parameter frozen?";
+            return Err(self.refuse(problem.into()));
+        }
+        let outputs = outputs.into_iter().map(|(path, output)| PlainTensor::of(output, &format!("output `{path}`")));
+        let outputs = vec![outputs.collect::<Result<Vec<_>, _>>()?];
+        let unit = unit.unwrap_or(weight);
+        sink.weight(weight, unit)?;
+        if weight == 0.0 {
+            return Ok(MicroBatch { loss: None, outputs, run: None });
+        }
+        let loss = Some((value.clone().inner(), if summed { 1.0 } else { weight }));
+        let factor = if summed { 1.0 / unit } else { weight / unit };
+        let scaled = if factor == 1.0 { value } else { value.mul_scalar(factor) };
+        let mut grads = listening(self.hooks, || scaled.backward());
+        let mut collect = Collect { sink, grads: &mut grads, outcome: Ok(()) };
+        self.module.visit(&mut collect);
+        collect.outcome.map(|()| MicroBatch { loss, outputs, run: None })
+    }
+
+    /// Fails the world because of a loss that this rank was given.
+    fn refuse(&self, problem: String) -> Error {
+        let error = Error::invalid("Loss", problem);
+        self.control.fail(error.clone());
+        error
+    }
+
+    /// Runs micro-batches with synchronised batch norm. Returns their losses, each with its factor.
+    pub(super) fn run_sync_batch_norm<I: GraphInputs + Clone>(
+        &self,
+        reducer: &Reducer,
+        micro_batches: Vec<(I, f64)>,
+        forward: impl FnMut(&M, I) -> Tensor<1>,
+    ) -> Result<Vec<(Tensor<1>, f64)>, Error> {
+        let mut synchronized = self.synchronized();
+        let steps = match &mut *synchronized {
+            Some(steps) => steps,
+            none => none.insert(SyncBatchNorm::new(reducer.data())?),
+        };
+        steps.run(&self.module, reducer, micro_batches, forward)
+    }
+
+    pub(super) fn synchronized(&self) -> MutexGuard<'_, Option<SyncBatchNorm>> {
+        self.synchronized.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn change(self, change: impl FnOnce(M) -> Result<M, Error>) -> Result<Self, Error> {
+        Ok(Self { module: change(self.module)?, ..self })
+    }
+}
+
+impl<M: Module> StepEngine for Eager<M> {
+    type Model = M;
+    type Wrapped = M;
+
+    fn local(&self) -> &M {
+        &self.module
+    }
+
+    fn into_wrapped(self) -> M {
+        detach(self.module)
+    }
+
+    fn share_ids(self, group: &Communicator) -> Result<Self, Error> {
+        self.change(|module| params::share_ids(module, group).map(|(module, _)| module))
+    }
+
+    fn run<I: GraphInputs + Clone>(
+        &mut self,
+        inputs: I,
+        mut step: StepFn<'_, M, I>,
+        unit: Option<f64>,
+        sink: &mut dyn GradientSink,
+    ) -> Result<MicroBatch, Error> {
+        let (inputs, rows) = rows(inputs)?;
+        let loss = step.call(&self.module, inputs);
+        self.backward(loss, rows, unit, sink)
+    }
+
+    fn forward<I, F, O>(&self, inputs: I, mut forward: F) -> Result<O, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&M, I) -> O,
+        O: GraphInputs + Clone + Send + 'static,
+    {
+        let inputs = inputs.map_tensors(&mut Detach)?;
+        forward(&self.module.valid(), inputs).map_tensors(&mut Detach)
+    }
+
+    fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
+        let mut dims = params::Dims::default();
+        self.module.visit(&mut dims);
+        self.change(|module| params::load(module, source, &|id| dims.0.get(&id).map(|dims| Held::whole(dims.clone()))))
+    }
+
+    fn assemble(&self) -> Result<M, Error> {
+        Ok(self.module.clone())
+    }
+
+    fn counters(&self) -> StepCounters {
+        let statistics = self.synchronized().as_ref().map(SyncBatchNorm::counters).unwrap_or_default();
+        StepCounters { statistics, ..StepCounters::default() }
+    }
+
+    fn split_params(&self) -> Vec<SplitParam> {
+        Vec::new()
+    }
+
+    fn met(&self) -> &Met {
+        &self.met
+    }
+}
+
+/// Takes the gradients that stayed with burn: of parameters without a hook, or on a device that is not known here.
+struct Collect<'a> {
+    sink: &'a mut dyn GradientSink,
+    grads: &'a mut Gradients,
+    outcome: Result<(), Error>,
+}
+
+impl ModuleVisitor for Collect<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let Some(gradient) = param.base().grad_remove(self.grads) {
+            let given = self.sink.gradient(param.id, PlainTensor::from(gradient));
+            self.outcome = std::mem::replace(&mut self.outcome, Ok(())).and(given);
+        }
+    }
+}
+
+/// Takes tensors off their tape: evaluation differentiates nothing.
+struct Detach;
+
+impl TensorMapper for Detach {
+    fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
+        PlainTensor::of(tensor, "a tensor of an evaluation").map(PlainTensor::into_dispatch)
+    }
+
+    fn enter(&mut self, _: usize) {}
+
+    fn exit(&mut self) {}
+}
+
+impl<M> Deref for Eager<M> {
+    type Target = M;
+
+    fn deref(&self) -> &M {
+        &self.module
+    }
+}
+
+impl<M> DerefMut for Eager<M> {
+    fn deref_mut(&mut self) -> &mut M {
+        &mut self.module
+    }
+}
+
+impl<M: fmt::Debug> fmt::Debug for Eager<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.module.fmt(f)
+    }
+}
+
+module_of_field!(Eager<M: Module>, module);

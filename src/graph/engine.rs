@@ -1,0 +1,161 @@
+//! What runs the micro-batches of a model, however it is spread over a group.
+//!
+//! A [`StepEngine`] runs forward and backward of one micro-batch and gives gradients away as they come: to a sum, or to the
+//! reduction over replicas.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use burn::module::{Module, ParamId};
+use burn::tensor::Tensor;
+
+use super::results::{StepObserver, StepOutputs};
+use crate::Error;
+use crate::comm::Communicator;
+use crate::params::SliceSource;
+use crate::step::{RunReport, StepCounters, StepFn};
+use crate::tensor::{GraphInputs, PlainTensor};
+
+/// Takes what a micro-batch gives as soon as it is there.
+pub trait GradientSink {
+    /// Before anything runs: the parameters whose gradients will come, if that is known.
+    fn expect(&mut self, gradients: &[ParamId]) -> Result<(), Error>;
+
+    /// How many items the loss of the micro-batch counts for; gradients are those of the sum over them, divided by `unit`.
+    fn weight(&mut self, weight: f64, unit: f64) -> Result<(), Error>;
+
+    /// A gradient, or a part of one.
+    fn gradient(&mut self, id: ParamId, gradient: PlainTensor) -> Result<(), Error>;
+}
+
+/// What a micro-batch gave beside its gradients.
+pub struct MicroBatch {
+    /// A tensor of one element, and what it is to be multiplied by to be the sum of losses. None if it counts for nothing.
+    pub loss: Option<(Tensor<1>, f64)>,
+    /// The further outputs of the closure.
+    pub outputs: Vec<Vec<PlainTensor>>,
+    /// What the pipeline took.
+    pub run: Option<RunReport>,
+}
+
+/// Runs a model, or this rank's part of it.
+pub trait StepEngine: Module {
+    /// The model that closures see.
+    type Model: Module;
+
+    /// What wrapping an engine as a replica wraps.
+    type Wrapped;
+
+    /// This rank's part of the model.
+    fn local(&self) -> &Self::Model;
+
+    /// What was wrapped.
+    fn into_wrapped(self) -> Self::Wrapped;
+
+    /// Gives the parameters the ids that they have on the first rank of a group along another axis.
+    fn share_ids(self, group: &Communicator) -> Result<Self, Error>;
+
+    /// Whether it is known which parameters this rank holds.
+    fn is_settled(&self) -> bool {
+        true
+    }
+
+    /// Finds out which parameters this rank holds: as the first rank of a group along another axis does.
+    fn settle<I: GraphInputs + Clone>(
+        &mut self,
+        _inputs: I,
+        _step: StepFn<'_, Self::Model, I>,
+        _group: &Communicator,
+    ) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Runs forward and backward of a micro-batch. Gradients are those of the sum over its items, divided by `unit`; by one
+    /// that suits the engine if there is none.
+    fn run<I: GraphInputs + Clone>(
+        &mut self,
+        inputs: I,
+        step: StepFn<'_, Self::Model, I>,
+        unit: Option<f64>,
+        sink: &mut dyn GradientSink,
+    ) -> Result<MicroBatch, Error>;
+
+    /// Runs a forward pass for evaluation.
+    fn forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&Self::Model, I) -> O,
+        O: GraphInputs + Clone + Send + 'static;
+
+    /// Gives this rank's parameters the values that a source has.
+    fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error>;
+
+    /// The whole model, on every rank.
+    fn assemble(&self) -> Result<Self::Model, Error>;
+
+    /// What it has communicated so far.
+    fn counters(&self) -> StepCounters;
+
+    /// The parameters of which this rank holds a part.
+    fn split_params(&self) -> Vec<SplitParam>;
+
+    /// The optimizers that were looked at.
+    fn met(&self) -> &Met;
+}
+
+/// The optimizers that were found to suit a model, by where they are in memory.
+#[derive(Debug, Clone, Default)]
+pub struct Met(Arc<Mutex<HashSet<usize>>>);
+
+impl Met {
+    /// Whether an optimizer at this address is met for the first time.
+    pub fn is_new(&self, address: usize) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(address)
+    }
+}
+
+/// A parameter of which a rank holds a part.
+#[derive(Debug, Clone)]
+pub struct SplitParam {
+    pub id: ParamId,
+    pub path: String,
+    pub dims: Vec<usize>,
+    /// The dims along which it is split.
+    pub split: Vec<usize>,
+}
+
+/// Gradients of a captured step in units.
+pub(crate) struct Units<'a> {
+    sink: &'a mut dyn GradientSink,
+    /// The items of a plain mean, of which the gradients are; else they are those of a sum.
+    rows: Option<f64>,
+    unit: f64,
+    factor: f64,
+}
+
+impl<'a> Units<'a> {
+    pub(crate) fn new(rows: Option<f64>, unit: Option<f64>, sink: &'a mut dyn GradientSink) -> Self {
+        let items = rows.unwrap_or(1.0);
+        let unit = unit.unwrap_or(items);
+        Self { sink, rows, unit, factor: items / unit }
+    }
+
+    /// The loss of a step that was given to this observer.
+    pub(crate) fn loss(&self, outputs: &StepOutputs) -> (Tensor<1>, f64) {
+        (outputs.loss.clone(), self.rows.unwrap_or(1.0))
+    }
+}
+
+impl StepObserver for Units<'_> {
+    fn expect(&mut self, gradients: &[ParamId]) -> Result<(), Error> {
+        self.sink.expect(gradients)
+    }
+
+    fn weight(&mut self, weight: f64) -> Result<(), Error> {
+        self.sink.weight(self.rows.unwrap_or(weight), self.unit)
+    }
+
+    fn gradient(&mut self, id: ParamId, gradient: PlainTensor) -> Result<(), Error> {
+        self.sink.gradient(id, gradient.scale(self.factor))
+    }
+}

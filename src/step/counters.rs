@@ -1,0 +1,46 @@
+//! What steps cost in communication.
+
+use std::ops::Sub;
+use std::time::Duration;
+
+use crate::comm::Counters;
+
+/// What steps cost in communication on one rank: one of them, or all so far.
+#[derive(Debug, Clone, Default)]
+pub struct StepCounters {
+    /// Data parallelism, the buckets of gradients: one collective for each.
+    pub gradients: Counters,
+    /// Data parallelism, the few numbers that go with them: weights, losses, which parameters were used.
+    pub control: Counters,
+    /// The statistics of synchronised batch norm.
+    pub statistics: Counters,
+    /// Tensor parallelism, over all axes that a model is split over.
+    pub tensor: Counters,
+    /// Pipeline parallelism: what goes from stage to stage.
+    pub pipeline: Counters,
+    /// How long this rank had nothing else to do but wait for gradients: communication that nothing hid.
+    pub waited: Duration,
+}
+
+impl StepCounters {
+    /// Everything together.
+    pub fn total(&self) -> Counters {
+        let parts = [&self.control, &self.statistics, &self.tensor, &self.pipeline];
+        parts.into_iter().fold(self.gradients.clone(), |sum, more| sum + more.clone())
+    }
+}
+
+impl Sub for StepCounters {
+    type Output = Self;
+
+    fn sub(self, earlier: Self) -> Self {
+        Self {
+            gradients: self.gradients - earlier.gradients,
+            control: self.control - earlier.control,
+            statistics: self.statistics - earlier.statistics,
+            tensor: self.tensor - earlier.tensor,
+            pipeline: self.pipeline - earlier.pipeline,
+            waited: self.waited - earlier.waited,
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! What a training step takes and gives, whatever the model is spread over.
+//!
+//! The closure of a step returns a [`Loss`], or whatever becomes one. [`ParallelModule::step`](crate::train::ParallelModule::step)
+//! gives a [`Step`].
+
+mod closure;
+mod counters;
+mod loss;
+mod report;
+#[expect(clippy::module_inception)]
+mod step;
+
+pub use counters::StepCounters;
+pub use loss::{Count, Loss};
+pub use report::RunReport;
+pub use step::{LossValue, Step};
+
+pub(crate) use closure::{Identity, StepFn};
+pub(crate) use loss::{LossParts, Weight};

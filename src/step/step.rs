@@ -1,0 +1,78 @@
+//! What a training step gives.
+
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+
+use burn::optim::GradientsParams;
+use burn::tensor::Tensor;
+
+use super::{RunReport, StepCounters};
+use crate::tensor::PlainTensor;
+
+/// What a training step gives, whatever the model is spread over.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Step {
+    /// The mean loss over everything that all ranks brought; NaN if nobody brought anything. The same on every rank.
+    pub loss: LossValue,
+    /// The number of items that the mean is over, on all ranks together: what a [`Loss`](super::Loss) counts for.
+    pub weight: f64,
+    /// The gradients of that mean loss, for burn's optimizers: of this rank's parts of a model that is split, bit-identical
+    /// on all replicas. Empty if the step is [`skipped`](Self::skipped).
+    pub grads: GradientsParams,
+    /// The further outputs of the closure, for each micro-batch of this replica: whole on every rank of a model that is
+    /// split, and on the rank that computes them in a pipeline, where each micro-batch of the pipeline counts.
+    pub outputs: Vec<Vec<PlainTensor>>,
+    /// What the step cost in communication on this rank.
+    pub counters: StepCounters,
+    /// What each run of the pipeline took on this rank, one for each batch that went through it; none without a pipeline.
+    pub runs: Vec<RunReport>,
+    /// Whether the step is not to change the model: [`optimize`](crate::train::ParallelModule::optimize) leaves parameters
+    /// and moments as they are.
+    pub skipped: bool,
+}
+
+/// A loss that is read from the device when it is asked for.
+///
+/// Cheap to clone: keep it, and read it steps later, when the device is done with it.
+#[derive(Clone)]
+pub struct LossValue {
+    /// Tensors of one element, each with the factor with which it counts.
+    terms: Vec<(Tensor<1>, f64)>,
+    read: Arc<OnceLock<f64>>,
+}
+
+impl LossValue {
+    /// A loss that is known.
+    pub(crate) fn known(loss: f64) -> Self {
+        Self { terms: Vec::new(), read: Arc::new(OnceLock::from(loss)) }
+    }
+
+    /// The sum of the terms, each with its factor, over a weight.
+    pub(crate) fn mean(terms: Vec<(Tensor<1>, f64)>, weight: f64) -> Self {
+        if terms.is_empty() {
+            return Self::known(f64::NAN);
+        }
+        // Of no items at all the mean is NaN.
+        let terms = terms.into_iter().map(|(term, factor)| (term, factor / weight)).collect();
+        Self { terms, read: Arc::default() }
+    }
+
+    /// The number. The first call waits until the device has computed it.
+    pub fn item(&self) -> f64 {
+        let read = |(term, factor): &(Tensor<1>, f64)| match *factor {
+            1.0 => term.clone().into_scalar::<f64>(),
+            factor => term.clone().into_scalar::<f64>() * factor,
+        };
+        *self.read.get_or_init(|| self.terms.iter().map(read).sum())
+    }
+}
+
+impl fmt::Debug for LossValue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.read.get() {
+            Some(loss) => write!(f, "{loss}"),
+            None => f.write_str("not read yet"),
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Steps of a model that has no replicas.
+
+use std::collections::HashMap;
+
+use burn::module::ParamId;
+
+use crate::Error;
+use crate::graph::{GradientSink, GraphInputs, StepEngine, gradients_params};
+use crate::step::{LossValue, Step, StepFn};
+use crate::tensor::PlainTensor;
+
+/// The gradients of the micro-batches of a step, added up.
+#[derive(Default)]
+struct Sum {
+    gradients: HashMap<ParamId, PlainTensor>,
+    weight: f64,
+    unit: f64,
+}
+
+impl GradientSink for Sum {
+    fn expect(&mut self, _: &[ParamId]) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn weight(&mut self, weight: f64, unit: f64) -> Result<(), Error> {
+        if self.unit == 0.0 && weight > 0.0 {
+            self.unit = unit;
+        }
+        self.weight += weight;
+        Ok(())
+    }
+
+    fn gradient(&mut self, id: ParamId, gradient: PlainTensor) -> Result<(), Error> {
+        let sum = match self.gradients.remove(&id) {
+            Some(sum) => sum.add(gradient),
+            None => gradient,
+        };
+        self.gradients.insert(id, sum);
+        Ok(())
+    }
+}
+
+/// Runs a step on the micro-batches.
+pub(super) fn step<E: StepEngine, I: GraphInputs + Clone>(
+    engine: &mut E,
+    micro_batches: impl IntoIterator<Item = I>,
+    mut step: StepFn<'_, E::Model, I>,
+) -> Result<Step, Error> {
+    let before = engine.counters();
+    let mut sum = Sum::default();
+    let (mut losses, mut outputs, mut runs) = (Vec::new(), Vec::new(), Vec::new());
+    for inputs in micro_batches {
+        let unit = (sum.unit > 0.0).then_some(sum.unit);
+        let gave = engine.run(inputs, step.again(), unit, &mut sum)?;
+        losses.extend(gave.loss);
+        outputs.extend(gave.outputs);
+        runs.extend(gave.run);
+    }
+    let Sum { gradients, weight, unit } = sum;
+    // Of no items at all the loss is NaN, the gradients are those of nothing.
+    let factor = if weight > 0.0 { unit / weight } else { 1.0 };
+    let gradients = gradients.into_iter().map(|(id, gradient)| (id, gradient.scale(factor))).collect();
+    Ok(Step {
+        loss: LossValue::mean(losses, weight),
+        weight,
+        grads: gradients_params(engine.local(), gradients),
+        outputs,
+        counters: engine.counters() - before,
+        runs,
+        skipped: false,
+    })
+}

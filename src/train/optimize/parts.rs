@@ -1,0 +1,185 @@
+//! Whether the update of a part is the part of the update: tried out on small parameters, whole and in halves.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
+use burn::tensor::{Device, Tensor, TensorData};
+
+use super::optimizer_error;
+use crate::Error;
+use crate::graph::{SplitParam, panic_text};
+
+/// The size of every dim of a small parameter; even, to be halved.
+const SIZE: usize = 4;
+
+/// What the gradients of the first and of the second half are multiplied by, in each step. They are large, so that what clips
+/// by a norm clips, and their ratio changes, so that moments do not hide it.
+const SCALES: [[f64; 2]; 3] = [[1e6, 3e7], [4e7, 2e6], [1e6, 1e6]];
+
+const LEARNING_RATE: f64 = 0.1;
+
+/// By how much the two may differ, relative to the update: rounding only.
+const TOLERANCE: f32 = 1e-3;
+
+/// Which part of the small parameters.
+#[derive(Clone, Copy)]
+enum Part {
+    Whole,
+    Half(usize),
+}
+
+/// Demands that an optimizer updates the parts of the parameters that are split as it would the whole.
+///
+/// The optimizer may be another one for each parameter: small ones of the same ids and paths stand in for them.
+///
+/// # Errors
+/// [`Error::Optimizer`] with the first parameter whose parts it updates otherwise.
+pub(super) fn check<M: Module>(optim: &ModuleOptimizer, local: &M, split: &[SplitParam]) -> Result<(), Error> {
+    if split.is_empty() {
+        return Ok(());
+    }
+    let by_id: HashMap<ParamId, &SplitParam> = split.iter().map(|param| (param.id, param)).collect();
+    let attempt = |part| {
+        let run = AssertUnwindSafe(|| train(optim, local, &by_id, part));
+        catch_unwind(run).map_err(|panic| {
+            let path = &split[0].path;
+            optimizer_error(format!("it panicked on small parameters in the place of `{path}`: {}", panic_text(panic)))
+        })
+    };
+    let (whole, halves) = (attempt(Part::Whole)?, [attempt(Part::Half(0))?, attempt(Part::Half(1))?]);
+    for param in split {
+        let Some(whole) = whole.get(&param.id) else { continue };
+        let largest = whole.iter().map(|(_, before, after)| (after - before).abs()).fold(0.0, f32::max);
+        for (half, values) in halves.iter().enumerate() {
+            let part = whole.iter().filter(|(at, ..)| *at == half).map(|(.., after)| after);
+            let found = values.get(&param.id).into_iter().flatten().map(|(.., after)| after);
+            // NaN as well.
+            let same = |(a, b): (&f32, &f32)| (a - b).abs() <= TOLERANCE * largest + f32::EPSILON;
+            if !part.zip(found).all(same) {
+                let path = &param.path;
+                let clipping = if optim.has_gradient_clipping() {
+                    ", or its group's clipping by norm makes it so: clip by value, or all gradients together by their global norm"
+                } else {
+                    ""
+                };
+                return Err(optimizer_error(format!(
+                    "its update of `{path}` depends on the whole of it, of which each rank holds a part (it looks at rows, \
+                     norms or the matrix, as Muon, LAMB and Adafactor do{clipping}): take an element-wise one, as AdamW, for \
+                     this parameter, in a group of its own (`with_group`) if need be, or do not split it"
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Trains small parameters for some steps: of each element the half in which it is, its value before and after.
+fn train<M: Module>(
+    optim: &ModuleOptimizer,
+    local: &M,
+    split: &HashMap<ParamId, &SplitParam>,
+    part: Part,
+) -> HashMap<ParamId, Vec<(usize, f32, f32)>> {
+    // The same groups without moments.
+    let mut optim = optim.clone().load_record(OptimizerRecord::default());
+    let mut model = local.clone().map(&mut Shrink { split, part });
+    let mut before = Values { split, part, values: HashMap::new() };
+    model.visit(&mut before);
+    for scales in SCALES {
+        let mut gradients = Gradients { split, part, scales, gradients: GradientsParams::new() };
+        model.visit(&mut gradients);
+        model = optim.step(LEARNING_RATE, model, gradients.gradients);
+    }
+    let mut after = Values { split, part, values: HashMap::new() };
+    model.visit(&mut after);
+    let pairs = |(id, before): (ParamId, Vec<(usize, f32)>)| {
+        let after = after.values.remove(&id).unwrap_or_default();
+        let pairs = before.into_iter().zip(after).map(|((half, before), (_, after))| (half, before, after));
+        (id, pairs.collect())
+    };
+    before.values.into_iter().map(pairs).collect()
+}
+
+/// A small parameter of rank `D`: for each element its half and a number for it, which is the same in a part as in the whole.
+fn elements<const D: usize>(param: &SplitParam, part: Part) -> ([usize; D], Vec<(usize, f64)>) {
+    let dim = param.split.first().copied().unwrap_or(0).min(D.saturating_sub(1));
+    let mut dims = [SIZE; D];
+    if let Part::Half(_) = part
+        && D > 0
+    {
+        dims[dim] = SIZE / 2;
+    }
+    let count = dims.iter().product::<usize>();
+    let element = |place: usize| {
+        let (mut rest, mut whole, mut half) = (place, 0, 0);
+        for (at, size) in dims.iter().enumerate().rev() {
+            let mut index = rest % size;
+            rest /= size;
+            if at == dim {
+                if let Part::Half(which) = part {
+                    index += which * SIZE / 2;
+                }
+                half = index / (SIZE / 2);
+            }
+            whole += index * SIZE.pow((D - 1 - at) as u32);
+        }
+        // Numbers that look random, between -1 and 1, none of them 0.
+        (half, ((whole as f64 + 1.0) * 12.9898).sin())
+    };
+    (dims, (0..count).map(element).collect())
+}
+
+fn tensor<const D: usize>(dims: [usize; D], values: impl Iterator<Item = f64>) -> Tensor<D> {
+    let values: Vec<f32> = values.map(|value| value as f32).collect();
+    Tensor::from_data(TensorData::new(values, dims), &Device::flex())
+}
+
+/// Puts small parameters in the place of those that are split.
+struct Shrink<'a> {
+    split: &'a HashMap<ParamId, &'a SplitParam>,
+    part: Part,
+}
+
+impl ModuleMapper for Shrink<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some(split) = self.split.get(&param.id) else { return param };
+        let (dims, elements) = elements::<D>(split, self.part);
+        let value = tensor(dims, elements.into_iter().map(|(_, number)| number));
+        // Optimizers take values off their tape.
+        Param::initialized(param.id, value.autodiff().require_grad())
+    }
+}
+
+struct Gradients<'a> {
+    split: &'a HashMap<ParamId, &'a SplitParam>,
+    part: Part,
+    scales: [f64; 2],
+    gradients: GradientsParams,
+}
+
+impl ModuleVisitor for Gradients<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let Some(split) = self.split.get(&param.id) else { return };
+        let (dims, elements) = elements::<D>(split, self.part);
+        let gradient = elements.into_iter().map(|(half, number)| (1.5 - number) * self.scales[half]);
+        self.gradients.register(param.id, tensor(dims, gradient));
+    }
+}
+
+struct Values<'a> {
+    split: &'a HashMap<ParamId, &'a SplitParam>,
+    part: Part,
+    values: HashMap<ParamId, Vec<(usize, f32)>>,
+}
+
+impl ModuleVisitor for Values<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let Some(split) = self.split.get(&param.id) else { return };
+        let (_, elements) = elements::<D>(split, self.part);
+        let values = param.val().inner().into_data();
+        let halves = elements.into_iter().map(|(half, _)| half);
+        self.values.insert(param.id, halves.zip(values.iter::<f32>()).collect());
+    }
+}

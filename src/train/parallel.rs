@@ -1,0 +1,246 @@
+//! A model that is spread as a strategy says.
+
+use std::fmt;
+
+use burn::data::dataloader::DataLoader;
+use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor};
+use burn::tensor::Device;
+
+use super::module::sealed::Sealed;
+use super::{ParallelModule, Report, Strategy};
+use crate::Error;
+use crate::comm::Communicator;
+use crate::data_parallel::{DataParallel, Eager, Join, JoinLoader, Replica};
+use crate::graph::{GraphInputs, Met, SplitParam};
+use crate::mesh::Mesh;
+use crate::nesting::{self, refuse_wrapping};
+use crate::params::SliceSource;
+use crate::pipeline_parallel::{PipelineParallel, Pipelined};
+use crate::plan::Plan;
+use crate::step::{Loss, Step, StepCounters};
+use crate::tensor_parallel::{Sharded, TensorParallel, TensorParallelConfig};
+
+/// Spreads any burn module as a strategy says. Implemented for every [`Module`].
+pub trait Parallelize: Module + Sized {
+    /// Wraps the model for every axis of the strategy that has more than one rank: split over `tp`, cut over `pp`, replicated
+    /// over `dp`. The ranks of `tp` are next to each other, then those of `pp`. Collective over the world: every rank brings the
+    /// same model and the same strategy.
+    ///
+    /// ```
+    /// use burn::nn::{Linear, LinearConfig};
+    /// use burn::optim::{AdamWConfig, ModuleOptimizer};
+    /// use burn::prelude::*;
+    /// use burn_parallel::prelude::*;
+    ///
+    /// launch::threads(4).run(|world| {
+    ///     let strategy = Strategy::new().with_tp(2, Plan::new().shard("weight", 1).shard("bias", 0)); // and so dp 2
+    ///     let device = world.device().autodiff();
+    ///     let model: Linear = LinearConfig::new(4, 6).init(&device); // an ordinary burn model
+    ///     let mut model = model.parallelize(&world, &strategy)?;
+    ///     let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+    ///     let share = model.mesh().coordinate("dp")?; // which of the replicas this rank belongs to
+    ///     for _ in 0..3 {
+    ///         let x = Tensor::<2>::ones([3 + share, 4], &device);
+    ///         let step = model.step(x, |model, x| model.forward(x).powi_scalar(2).mean())?;
+    ///         model = model.optimize(&mut optim, 0.01, step)?;
+    ///     }
+    ///     assert!(model.report().captured);
+    ///     Ok(())
+    /// })?;
+    /// # Ok::<(), Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Strategy`] if the strategy does not fit the world; [`Error::Nesting`] if the module is wrapped already; those of
+    /// [`TensorParallel`], [`PipelineParallel`] and [`DataParallel`].
+    fn parallelize(self, world: &Communicator, strategy: &Strategy) -> Result<Parallel<Self>, Error> {
+        nesting::check(&self, "parallelize")?;
+        let [dp, pp, tp] = strategy.axes(world.size())?;
+        let mesh = Mesh::new(world, [("dp", dp), ("pp", pp), ("tp", tp)])?;
+        let (replicas, data) = (mesh.axis("dp")?, strategy.data.clone());
+        let (stages, layers) = (mesh.axis("pp")?, mesh.axis("tp")?);
+        let tensor = match tp {
+            // What a plan says of parameters that are not split need not fit the model.
+            1 => TensorParallelConfig { plan: Plan::new(), ..strategy.tensor.clone() },
+            _ => strategy.tensor.clone(),
+        };
+        let spread = match (&strategy.pipeline, strategy.captured()) {
+            (_, false) => Spread::Eager(self.data_parallel(&replicas, data)?),
+            (Some(pipeline), true) if pp > 1 => {
+                let pipelined = match tp {
+                    1 => self.pipeline_parallel(&stages, pipeline.clone())?,
+                    _ => self.tensor_parallel(&layers, tensor)?.pipeline_parallel(&stages, pipeline.clone())?,
+                };
+                Spread::Pipelined(pipelined.data_parallel(&replicas, data)?)
+            }
+            (_, true) => Spread::Sharded(self.tensor_parallel(&layers, tensor)?.data_parallel(&replicas, data)?),
+        };
+        Ok(Parallel { spread, mesh })
+    }
+}
+
+impl<M: Module> Parallelize for M {}
+
+/// A model that is spread as a [`Strategy`] says: one type, whatever the strategy. It is trained by [`ParallelModule`].
+#[derive(Clone)]
+pub struct Parallel<M> {
+    spread: Spread<M>,
+    mesh: Mesh,
+}
+
+#[derive(Clone)]
+enum Spread<M> {
+    Eager(Replica<Eager<M>>),
+    Sharded(Replica<Sharded<M>>),
+    Pipelined(Replica<Pipelined<M>>),
+}
+
+/// Calls a method of what the model is wrapped in.
+macro_rules! with {
+    ($spread:expr, $model:ident => $call:expr) => {
+        match $spread {
+            Spread::Eager($model) => $call,
+            Spread::Sharded($model) => $call,
+            Spread::Pipelined($model) => $call,
+        }
+    };
+}
+
+/// Calls a method that gives what the model is wrapped in anew.
+macro_rules! renew {
+    ($self:ident, $model:ident => $call:expr) => {
+        Parallel {
+            spread: match $self.spread {
+                Spread::Eager($model) => Spread::Eager($call),
+                Spread::Sharded($model) => Spread::Sharded($call),
+                Spread::Pipelined($model) => Spread::Pipelined($call),
+            },
+            mesh: $self.mesh.clone(),
+        }
+    };
+}
+
+impl<M: Module> Parallel<M> {
+    /// The axes `dp`, `pp` and `tp`, also those of size 1.
+    pub fn mesh(&self) -> &Mesh {
+        &self.mesh
+    }
+}
+
+impl<M: Module> Sealed for Parallel<M> {}
+
+impl<M: Module> ParallelModule for Parallel<M> {
+    type Model = M;
+
+    fn local(&self) -> &M {
+        with!(&self.spread, model => model.local())
+    }
+
+    fn step_micro_batches<I, F, R>(
+        &mut self,
+        micro_batches: impl IntoIterator<Item = I>,
+        loss: F,
+    ) -> Result<Step, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&M, I) -> R,
+        R: Into<Loss>,
+    {
+        with!(&mut self.spread, model => model.step_micro_batches(micro_batches, loss))
+    }
+
+    fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&M, I) -> O,
+        O: GraphInputs + Clone + Send + 'static,
+    {
+        with!(&self.spread, model => model.forward_with(inputs, forward))
+    }
+
+    fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
+        Ok(renew!(self, model => model.load(source)?))
+    }
+
+    fn assemble(&self) -> Result<M, Error> {
+        with!(&self.spread, model => model.assemble())
+    }
+
+    fn sync_buffers(self) -> Result<Self, Error> {
+        Ok(renew!(self, model => model.sync_buffers()?))
+    }
+
+    fn join<B: IntoIterator>(&self, batches: B) -> Join<B::IntoIter> {
+        with!(&self.spread, model => model.join(batches))
+    }
+
+    fn join_loader<'a, O>(&self, loader: &'a dyn DataLoader<O>) -> JoinLoader<'a, O> {
+        with!(&self.spread, model => model.join_loader(loader))
+    }
+
+    fn counters(&self) -> StepCounters {
+        with!(&self.spread, model => ParallelModule::counters(model))
+    }
+
+    fn report(&self) -> Report {
+        with!(&self.spread, model => ParallelModule::report(model))
+    }
+
+    fn split_params(&self) -> Vec<SplitParam> {
+        with!(&self.spread, model => ParallelModule::split_params(model))
+    }
+
+    fn met(&self) -> &Met {
+        with!(&self.spread, model => ParallelModule::met(model))
+    }
+}
+
+impl<M: Module> Module for Parallel<M> {
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        with!(&self.spread, model => model.collect_devices(devices))
+    }
+
+    fn fork(self, device: &Device) -> Self {
+        renew!(self, model => model.fork(device))
+    }
+
+    fn to_device(self, device: &Device) -> Self {
+        renew!(self, model => model.to_device(device))
+    }
+
+    fn train(self) -> Self {
+        renew!(self, model => model.train())
+    }
+
+    fn valid(&self) -> Self {
+        let model = self.clone();
+        renew!(model, model => model.valid())
+    }
+
+    fn materialize(self) -> Self {
+        renew!(self, model => model.materialize())
+    }
+
+    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
+        nesting::visited("Parallel");
+        with!(&self.spread, model => model.visit(visitor));
+    }
+
+    fn map<V: ModuleMapper>(self, mapper: &mut V) -> Self {
+        renew!(self, model => model.map(mapper))
+    }
+}
+
+impl<M: Module + fmt::Debug> fmt::Debug for Parallel<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        with!(&self.spread, model => fmt::Debug::fmt(model, f))
+    }
+}
+
+impl<M: fmt::Display> fmt::Display for Parallel<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        with!(&self.spread, model => fmt::Display::fmt(model, f))
+    }
+}
+
+refuse_wrapping!(Parallel: tensor_parallel, pipeline_parallel, data_parallel, parallelize);

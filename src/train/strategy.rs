@@ -1,0 +1,203 @@
+//! How a model is spread, as data.
+
+use std::fmt;
+use std::path::Path;
+
+use burn::config::Config;
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+use crate::data_parallel::DataParallelConfig;
+use crate::pipeline_parallel::PipelineConfig;
+use crate::tensor_parallel::TensorParallelConfig;
+
+/// How a model is spread over a world: the axes and their sizes, and what each does. One value, or one file, for
+/// [`Parallelize::parallelize`](super::Parallelize::parallelize).
+///
+/// In TOML, all of it but the sizes of the axes with their defaults left out:
+///
+/// ```
+/// use burn_parallel::pipeline_parallel::schedule::Schedule;
+/// use burn_parallel::prelude::*;
+///
+/// let strategy: Strategy = r#"
+///     dp = 2
+///     pp = 2
+///     tp = 2
+///
+///     [tensor]
+///     plan = "megatron"                  # or its rules, as `Plan` says
+///
+///     [pipeline]
+///     micro_batches = 8
+///     schedule = "1f1b"                  # gpipe, zb_h1, { interleaved = { stages_per_rank = 2 } }, ...
+///     cut = { before = ["layers.6.*"] }  # "balanced" without it
+///
+///     [data]
+///     reduce_dtype = "BF16"
+/// "#.parse()?;
+/// let same = Strategy::new()
+///     .with_dp(2)
+///     .with_tp(2, Plan::megatron())
+///     .with_pp(2, PipelineConfig::new(8).with_cut(Cut::before(["layers.6.*"])))
+///     .with_data(DataParallelConfig::new().with_reduce_dtype(burn::tensor::FloatDType::BF16));
+/// assert_eq!(strategy.to_string(), same.to_string());
+/// # Ok::<(), Error>(())
+/// ```
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Strategy {
+    /// How many replicas of the model share each batch. None: as many as the world has ranks for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dp: Option<usize>,
+    /// How many ranks share the layers of a replica.
+    pub pp: usize,
+    /// How many ranks share each layer.
+    pub tp: usize,
+    /// How steps are run.
+    pub engine: Engine,
+    /// Data parallelism.
+    pub data: DataParallelConfig,
+    /// Tensor parallelism; also the seed of captured steps without a pipeline.
+    pub tensor: TensorParallelConfig,
+    /// Pipeline parallelism: needed if `pp` is above 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pipeline: Option<PipelineConfig>,
+}
+
+/// How steps are run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Engine {
+    /// Eager, unless the model is split or cut, which needs a captured step.
+    #[default]
+    Auto,
+    /// By the model's own forward, at every step: shapes and decisions may change. For data parallelism alone.
+    Eager,
+    /// Captured as a graph once for each shape of the inputs: faster, with random numbers that do not depend on the number
+    /// of ranks. [`graph`](crate::graph) says what a step must not do.
+    Captured,
+}
+
+impl Config for Strategy {}
+
+impl Strategy {
+    /// Replicas alone, as many as there are ranks.
+    pub fn new() -> Self {
+        Self {
+            dp: None,
+            pp: 1,
+            tp: 1,
+            engine: Engine::Auto,
+            data: DataParallelConfig::new(),
+            tensor: TensorParallelConfig::default(),
+            pipeline: None,
+        }
+    }
+
+    /// Sets the number of replicas; by default as many as the world has ranks for.
+    pub fn with_dp(mut self, replicas: usize) -> Self {
+        self.dp = Some(replicas);
+        self
+    }
+
+    /// Sets how many ranks share each layer, and by what plan.
+    pub fn with_tp(mut self, ranks: usize, config: impl Into<TensorParallelConfig>) -> Self {
+        (self.tp, self.tensor) = (ranks, config.into());
+        self
+    }
+
+    /// Sets how many ranks share the layers, and how.
+    pub fn with_pp(mut self, ranks: usize, config: PipelineConfig) -> Self {
+        (self.pp, self.pipeline) = (ranks, Some(config));
+        self
+    }
+
+    /// Sets how replicas are averaged.
+    pub fn with_data(mut self, config: DataParallelConfig) -> Self {
+        self.data = config;
+        self
+    }
+
+    /// Sets how steps are run.
+    pub fn with_engine(mut self, engine: Engine) -> Self {
+        self.engine = engine;
+        self
+    }
+
+    /// Reads a strategy from a file: JSON if its name ends in `.json`, else TOML.
+    ///
+    /// # Errors
+    /// [`Error::Strategy`] if it cannot be read.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self, Error> {
+        let path = path.as_ref();
+        let wrong = |problem: String| strategy_error(format!("{}: {problem}", path.display()));
+        let text = std::fs::read_to_string(path).map_err(|problem| wrong(problem.to_string()))?;
+        match path.extension().is_some_and(|extension| extension == "json") {
+            true => serde_json::from_str(&text).map_err(|problem| wrong(problem.to_string())),
+            false => toml::from_str(&text).map_err(|problem| wrong(problem.to_string())),
+        }
+    }
+
+    /// The sizes of the axes `dp`, `pp` and `tp` in a world of so many ranks.
+    ///
+    /// # Errors
+    /// [`Error::Strategy`] if they do not go together with the world or with each other's settings.
+    pub fn axes(&self, ranks: usize) -> Result<[usize; 3], Error> {
+        let Self { dp, pp, tp, engine, .. } = self;
+        let wrong = |problem| Err(strategy_error(problem));
+        if let Some(axis) = [("dp", dp.unwrap_or(1)), ("pp", *pp), ("tp", *tp)].iter().find(|(_, size)| *size == 0) {
+            return wrong(format!("axis `{}` has size 0; an axis that is not used has size 1", axis.0));
+        }
+        let parts = pp.checked_mul(*tp).filter(|parts| ranks.is_multiple_of(*parts));
+        let Some(parts) = parts else {
+            return wrong(format!("pp {pp} x tp {tp} does not divide the {ranks} ranks of the world"));
+        };
+        let dp = dp.unwrap_or(ranks / parts);
+        if dp.checked_mul(parts) != Some(ranks) {
+            let all = "set `dp` to what is left, or leave it out";
+            return wrong(format!("dp {dp} x pp {pp} x tp {tp} are not the {ranks} ranks of the world: {all}"));
+        }
+        if *pp > 1 && self.pipeline.is_none() {
+            return wrong(format!("pp is {pp}, but `pipeline` is missing, which says into how many micro-batches"));
+        }
+        if *tp > 1 && self.tensor.plan == Default::default() {
+            return wrong(format!("tp is {tp}, but `tensor.plan` says of no parameter how it is split"));
+        }
+        if *engine == Engine::Eager && (*pp > 1 || *tp > 1) {
+            return wrong(format!("engine is `eager`, but pp {pp} x tp {tp} needs captured steps: leave it out"));
+        }
+        Ok([dp, *pp, *tp])
+    }
+
+    /// Whether steps are captured.
+    pub(super) fn captured(&self) -> bool {
+        self.engine == Engine::Captured || self.pp > 1 || self.tp > 1
+    }
+}
+
+impl Default for Strategy {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// As TOML.
+impl fmt::Display for Strategy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&toml::to_string(self).map_err(|_| fmt::Error)?)
+    }
+}
+
+/// From TOML.
+impl std::str::FromStr for Strategy {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        toml::from_str(text).map_err(|problem| strategy_error(problem.to_string()))
+    }
+}
+
+fn strategy_error(problem: String) -> Error {
+    Error::Strategy { problem }
+}

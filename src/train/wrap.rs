@@ -1,0 +1,207 @@
+//! How each wrapper is a parallel module, and how they go together.
+
+use burn::data::dataloader::DataLoader;
+use burn::module::Module;
+
+use super::module::sealed::Sealed;
+use super::report::Reports;
+use super::{ParallelModule, Report, alone};
+use crate::Error;
+use crate::comm::Communicator;
+use crate::data_parallel::{DataParallelConfig, Join, JoinLoader, Replica};
+use crate::graph::{GraphInputs, Met, SplitParam, StepEngine};
+use crate::params::SliceSource;
+use crate::pipeline_parallel::{PipelineConfig, Pipelined};
+use crate::step::{Loss, Step, StepCounters, StepFn};
+use crate::tensor_parallel::Sharded;
+
+impl<E: StepEngine + Reports> Sealed for Replica<E> {}
+
+impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
+    type Model = E::Model;
+
+    fn local(&self) -> &E::Model {
+        self.engine().local()
+    }
+
+    fn step_micro_batches<I, F, R>(
+        &mut self,
+        micro_batches: impl IntoIterator<Item = I>,
+        mut loss: F,
+    ) -> Result<Step, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&E::Model, I) -> R,
+        R: Into<Loss>,
+    {
+        let mut call = |model: &E::Model, inputs: I| loss(model, inputs).into();
+        self.run(micro_batches, StepFn::new::<F>(&mut call))
+    }
+
+    fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
+    where
+        I: GraphInputs + Clone,
+        F: FnMut(&E::Model, I) -> O,
+        O: GraphInputs + Clone + Send + 'static,
+    {
+        self.engine().forward(inputs, forward)
+    }
+
+    fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
+        Replica::load(self, source)
+    }
+
+    fn assemble(&self) -> Result<E::Model, Error> {
+        self.engine().assemble()
+    }
+
+    fn sync_buffers(self) -> Result<Self, Error> {
+        Replica::sync_buffers(self)
+    }
+
+    fn join<B: IntoIterator>(&self, batches: B) -> Join<B::IntoIter> {
+        Join::new(batches.into_iter(), Some(self.control().clone()))
+    }
+
+    fn join_loader<'a, O>(&self, loader: &'a dyn DataLoader<O>) -> JoinLoader<'a, O> {
+        JoinLoader::new(loader, Some(self.control().clone()))
+    }
+
+    fn counters(&self) -> StepCounters {
+        Replica::counters(self)
+    }
+
+    fn report(&self) -> Report {
+        Report { replicas: self.group().size(), ..self.engine().report() }
+    }
+
+    fn split_params(&self) -> Vec<SplitParam> {
+        self.engine().split_params()
+    }
+
+    fn met(&self) -> &Met {
+        self.engine().met()
+    }
+}
+
+macro_rules! without_replicas {
+    ($($wrapper:ident),*) => {$(
+        impl<M: Module> Sealed for $wrapper<M> {}
+
+        impl<M: Module> ParallelModule for $wrapper<M> {
+            type Model = M;
+
+            fn local(&self) -> &M {
+                StepEngine::local(self)
+            }
+
+            fn step_micro_batches<I, F, R>(
+                &mut self,
+                micro_batches: impl IntoIterator<Item = I>,
+                mut loss: F,
+            ) -> Result<Step, Error>
+            where
+                I: GraphInputs + Clone,
+                F: FnMut(&M, I) -> R,
+                R: Into<Loss>,
+            {
+                let mut call = |model: &M, inputs: I| loss(model, inputs).into();
+                alone::step(self, micro_batches, StepFn::new::<F>(&mut call))
+            }
+
+            fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
+            where
+                I: GraphInputs + Clone,
+                F: FnMut(&M, I) -> O,
+                O: GraphInputs + Clone + Send + 'static,
+            {
+                StepEngine::forward(self, inputs, forward)
+            }
+
+            fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
+                StepEngine::load(self, source)
+            }
+
+            fn assemble(&self) -> Result<M, Error> {
+                StepEngine::assemble(self)
+            }
+
+            fn sync_buffers(self) -> Result<Self, Error> {
+                Ok(self)
+            }
+
+            fn join<B: IntoIterator>(&self, batches: B) -> Join<B::IntoIter> {
+                Join::new(batches.into_iter(), None)
+            }
+
+            fn join_loader<'a, O>(&self, loader: &'a dyn DataLoader<O>) -> JoinLoader<'a, O> {
+                JoinLoader::new(loader, None)
+            }
+
+            fn counters(&self) -> StepCounters {
+                StepEngine::counters(self)
+            }
+
+            fn report(&self) -> Report {
+                Reports::report(self)
+            }
+
+            fn split_params(&self) -> Vec<SplitParam> {
+                StepEngine::split_params(self)
+            }
+
+            fn met(&self) -> &Met {
+                StepEngine::met(self)
+            }
+        }
+    )*};
+}
+without_replicas!(Sharded, Pipelined);
+
+impl<M: Module> Pipelined<M> {
+    /// Joins this pipeline with its replicas along another axis: each trains on a batch of its own, and gradients are averaged
+    /// over `group` once the pipeline has drained. Collective over `group`, in which every rank holds the same stages: the
+    /// axis of a [`Mesh`](crate::mesh::Mesh) that is not that of the pipeline.
+    ///
+    /// All replicas take the values and ids of the first, and draw different random numbers: now, if the model is cut already
+    /// (by paths, or after [`prepare`](Self::prepare)), or in the first step, which cuts it, and to which every replica brings a
+    /// micro-batch then. Lazy parameters of this rank's stages are made then.
+    ///
+    /// # Errors
+    /// [`Error::ModelMismatch`] if the ranks of `group` hold different stages; those of [`Communicator`].
+    pub fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replica<Self>, Error> {
+        self.same_parts(group)?;
+        self.draw_as(group.rank());
+        Replica::new(self, group, config)
+    }
+}
+
+impl<M: Module> Sharded<M> {
+    /// Cuts this split model into the stages of a pipeline along another axis: every rank holds its parts of the parameters
+    /// of its stages. Collective over `group`, in which every rank holds the same parts: the axis of a
+    /// [`Mesh`](crate::mesh::Mesh) that is not that of the split.
+    ///
+    /// # Errors
+    /// Those of [`PipelineParallel::pipeline_parallel`](crate::pipeline_parallel::PipelineParallel::pipeline_parallel);
+    /// [`Error::ModelMismatch`] if the ranks of `group` hold different parts.
+    pub fn pipeline_parallel(self, group: &Communicator, config: PipelineConfig) -> Result<Pipelined<M>, Error> {
+        self.split().same_parts(group)?;
+        let (local, split, same_inputs) = self.into_parts();
+        Pipelined::new(local, Some((split, same_inputs)), group, config)
+    }
+
+    /// Joins this split model with its replicas along another axis: each trains on inputs of its own, and gradients are
+    /// averaged over `group` while the backward pass still runs. Collective over `group`, in which every rank holds the same
+    /// parts: the axis of a [`Mesh`](crate::mesh::Mesh) that is not the one of the split.
+    ///
+    /// All replicas take the values and ids of the first. Lazy parameters are made now. Replicas draw different random numbers,
+    /// all of the same [seed](Sharded::seed), from the [step](Sharded::random_step) on that this model has reached.
+    ///
+    /// # Errors
+    /// [`Error::ModelMismatch`] if the ranks of `group` hold different parts; those of [`Communicator`].
+    pub fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replica<Self>, Error> {
+        self.split().same_parts(group)?;
+        self.draw_as(group.rank());
+        Replica::new(self, group, config)
+    }
+}

@@ -1,0 +1,291 @@
+//! What a replica takes in and gives: rows, gradients of other backwards, ids, drift, dataloaders, wrapping orders.
+
+use burn::data::dataloader::DataLoaderBuilder;
+use burn::data::dataloader::batcher::Batcher;
+use burn::data::dataset::InMemDataset;
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::nn::{Linear, LinearConfig};
+use burn::optim::{GradientsParams, ModuleOptimizer, SgdConfig};
+use burn::tensor::{Device, Tensor};
+use burn_parallel::comm::part;
+use burn_parallel::data_parallel::{Eager, Replica};
+use burn_parallel::prelude::*;
+
+use crate::common::zoo::{self, assert_close, parameters};
+
+/// Losses, and all parameters at the end.
+type Trained = (Vec<f64>, Vec<(String, Vec<f32>)>);
+
+fn sgd() -> ModuleOptimizer {
+    SgdConfig::new().init()
+}
+
+fn own<M: Module>(model: &M, device: &Device) -> M {
+    model.clone().fork(device).train()
+}
+
+/// Three steps of one device on all rows.
+fn alone<M: Module>(case: &zoo::Case<M>, rows: usize) -> Trained {
+    let mut model = own(&case.model, &Device::flex().autodiff());
+    let mut optim = sgd();
+    let mut losses = Vec::new();
+    for step in 0..3 {
+        let loss = (case.loss)(&model, (case.input)(step, 0..rows));
+        losses.push(loss.clone().into_scalar::<f64>());
+        let grads = GradientsParams::from_grads(loss.backward(), &model);
+        model = optim.step(0.1, model, grads);
+    }
+    (losses, parameters(&model))
+}
+
+/// Three steps of a model however it is spread, with bare means as losses.
+fn spread<P: ParallelModule>(
+    mut model: P,
+    case: &zoo::Case<P::Model>,
+    batches: impl Fn(usize) -> Vec<zoo::Batch>,
+    rows: usize,
+) -> Result<Trained, Error> {
+    let mut optim = sgd();
+    let mut losses = Vec::new();
+    for step in 0..3 {
+        let done = model.step_micro_batches(batches(step), |model, batch| (case.loss)(model, batch))?;
+        assert_eq!(done.weight, rows as f64);
+        losses.push(done.loss.item());
+        model = model.optimize(&mut optim, 0.1, done)?;
+    }
+    Ok((losses, parameters(&model.assemble()?)))
+}
+
+#[test]
+fn a_bare_mean_counts_for_its_rows_whatever_the_model_is_spread_over() {
+    let case = zoo::mlp();
+    let (losses, expected) = alone(&case, 8);
+    // 3 + 3 + 2 rows on three replicas; 2 + 1 and so on as micro-batches.
+    let cut = |rows: std::ops::Range<usize>, micro_batches: usize, step: usize| -> Vec<zoo::Batch> {
+        let parts = (0..micro_batches).map(|index| part(rows.len(), micro_batches, index));
+        parts.map(|part| (case.input)(step, rows.start + part.start..rows.start + part.end)).collect()
+    };
+    for (dp, tp, pp) in [(3, 1, 1), (3, 2, 1), (3, 1, 2), (1, 2, 1), (1, 1, 2), (1, 1, 1)] {
+        for engine in ["auto", "captured"] {
+            for micro_batches in [1, 2] {
+                let found = launch::threads(dp * tp * pp)
+                    .run(|world| {
+                        let plan = "plan = { parameters = [{ pattern = '*.0.weight', shard = 0 }] }";
+                        let text = format!(
+                            "dp = {dp}\npp = {pp}\ntp = {tp}\nengine = '{engine}'\n[tensor]\n{}\n[pipeline]\nmicro_batches = 1",
+                            if tp > 1 { plan } else { "" }
+                        );
+                        let model = own(&case.model, &world.device().autodiff());
+                        let model = model.parallelize(&world, &text.parse()?)?;
+                        let replica = model.mesh().coordinate("dp")?;
+                        let report = model.report();
+                        assert_eq!((report.captured, report.replicas), (engine == "captured" || tp * pp > 1, dp));
+                        spread(model, &case, |step| cut(part(8, dp, replica), micro_batches, step), 8)
+                    })
+                    .unwrap();
+                for (found_losses, found) in found {
+                    let what = format!("dp {dp} tp {tp} pp {pp}, {engine}, {micro_batches} micro-batches");
+                    for (a, b) in losses.iter().zip(&found_losses) {
+                        assert!((a - b).abs() < 1e-5 * a.abs(), "{what}: {losses:?} {found_losses:?}");
+                    }
+                    assert_close(&expected, &found, 2e-5, &what);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_gradients_of_another_backward_stay_with_it() {
+    let case = zoo::mlp();
+    let (_, expected) = alone(&case, 6);
+    for size in [1, 2, 4] {
+        let found = launch::threads(size).run(|rank| {
+            let device = rank.device().autodiff();
+            let mut model = own(&case.model, &device).data_parallel(&rank, DataParallelConfig::new())?;
+            let mut optim = sgd();
+            for step in 0..3 {
+                let rows = part(6, size, rank.rank());
+                let input = |rows| (case.input)(step, rows);
+                // One that is not the replica's, and is dropped; and one for the parameters alone.
+                drop((case.loss)(&model, input(rows.clone())).backward());
+                let grads = (case.loss)(&model, input(rows.clone())).backward();
+                let mut own = GradientsParams::from_grads(grads, &*model);
+                let mut taken = Count { grads: &mut own, found: 0 };
+                model.visit(&mut taken);
+                assert!(taken.found > 0, "burn's own backward gives its gradients");
+                let loss = (case.loss)(&model, input(rows.clone()));
+                let grads = model.backward(Loss::mean(loss, rows.len()))?;
+                model = optim.step(0.1, model, grads);
+            }
+            Ok(parameters(&model))
+        });
+        for found in found.unwrap() {
+            assert_close(&expected, &found, 1e-5, "after other backwards");
+        }
+    }
+}
+
+struct Count<'a> {
+    grads: &'a mut GradientsParams,
+    found: usize,
+}
+
+impl ModuleVisitor for Count<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.found += usize::from(self.grads.remove::<D>(param.id).is_some());
+    }
+}
+
+#[test]
+fn two_replicas_that_share_a_loss_train_as_on_one_device() {
+    let rows = |rank: usize, size: usize, device: &Device| {
+        let part = part(4, size, rank);
+        let all = Tensor::<2>::from_floats([[0.1, -0.4], [0.7, 0.2], [-0.3, 0.9], [0.5, 0.5]], device);
+        all.slice([part])
+    };
+    let layer = |seed, device: &Device| -> Linear {
+        zoo::with_values(LinearConfig::new(2, 2).init(&Device::flex().autodiff()), seed).fork(device).train()
+    };
+    let run = |size: usize| {
+        let trained = launch::threads(size).run(|rank| {
+            let device = rank.device().autodiff();
+            let config = DataParallelConfig::new;
+            let mut generator = layer(1, &device).data_parallel(&rank, config())?;
+            let mut discriminator = layer(2, &device).data_parallel(&rank, config())?;
+            let (mut of_generator, mut of_discriminator) = (sgd(), sgd());
+            for _ in 0..3 {
+                let x = rows(rank.rank(), size, &device);
+                let fake = generator.forward(x.clone());
+                let loss = discriminator.forward(fake.clone()).powi_scalar(2).mean();
+                let grads = generator.backward(loss)?;
+                generator = of_generator.step(0.1, generator, grads);
+                let loss = (discriminator.forward(fake.detach()) - discriminator.forward(x)).powi_scalar(2).mean();
+                let grads = discriminator.backward(loss)?;
+                discriminator = of_discriminator.step(0.1, discriminator, grads);
+            }
+            Ok([parameters(&generator), parameters(&discriminator)])
+        });
+        trained.unwrap().remove(0)
+    };
+    let alone = run(1);
+    for size in [2, 4] {
+        for (expected, found) in alone.iter().zip(run(size)) {
+            assert_close(expected, &found, 1e-5, "a generator and a discriminator");
+        }
+    }
+}
+
+#[test]
+fn all_ranks_have_the_ids_of_the_first() {
+    struct Ids(Vec<u64>);
+    impl ModuleVisitor for Ids {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0.push(param.id.val());
+        }
+    }
+    let ids = launch::threads(8).run(|world| {
+        // Every rank makes its own.
+        let device = world.device().autodiff();
+        let model: Vec<Linear> = (0..4).map(|_| LinearConfig::new(4, 4).init(&device)).collect();
+        let plan = Plan::new().shard("*.weight", 1).shard("*.bias", 0);
+        let pipeline = PipelineConfig::new(2).with_cut(Cut::before(["2.*"]));
+        let strategy = Strategy::new().with_dp(2).with_tp(2, plan).with_pp(2, pipeline);
+        let mut model = model.parallelize(&world, &strategy)?;
+        let x = Tensor::<2>::ones([4, 4], &device);
+        let step = model.step(x, |model, x| model.iter().fold(x, |x, layer| layer.forward(x)).mean())?;
+        model = model.optimize(&mut sgd(), 0.1, step)?;
+        let mut ids = Ids(Vec::new());
+        model.visit(&mut ids);
+        Ok(ids.0)
+    });
+    let ids = ids.unwrap();
+    assert_eq!(ids[0].len(), 8);
+    assert!(ids.iter().all(|of_rank| *of_rank == ids[0]), "{ids:?}");
+}
+
+#[test]
+fn replicas_that_drift_apart_are_found() {
+    for size in [2, 3] {
+        let outcome = launch::threads(size).run(|rank| {
+            let device = rank.device().autodiff();
+            let config = DataParallelConfig::new().with_compare_every(2);
+            let mut model = LinearConfig::new(3, 2).init(&device).data_parallel(&rank, config)?;
+            let mut optim = sgd();
+            for step in 0..8 {
+                let done = model.step(Tensor::<2>::ones([2, 3], &device), |m, x| m.forward(x).powi_scalar(2).mean())?;
+                // From the fourth step on the last rank takes another rate.
+                let rate = if step >= 3 && rank.rank() == size - 1 { 0.2 } else { 0.1 };
+                model = model.optimize(&mut optim, rate, done)?;
+                assert!(step < 5, "not found in step {step}");
+            }
+            Ok(())
+        });
+        let error = outcome.unwrap_err();
+        let Error::ModelMismatch { rank, path, problem, .. } = &error else { panic!("{error}") };
+        assert_eq!((*rank, path.as_str()), (size - 1, "weight"));
+        assert!(problem.contains("drifted apart"), "{problem}");
+    }
+}
+
+#[derive(Clone)]
+struct Rows;
+
+impl Batcher<f32, Vec<f32>> for Rows {
+    fn batch(&self, items: Vec<f32>, _: &Device) -> Vec<f32> {
+        assert!(!items.contains(&13.0), "an item that no batcher can take");
+        items
+    }
+}
+
+#[test]
+fn a_dataloader_whose_worker_panics_is_an_error_on_all_ranks() {
+    for (poison, fails) in [(-1.0, false), (13.0, true)] {
+        let outcome = launch::threads(2).run(|rank| {
+            let device = rank.device().autodiff();
+            let model = LinearConfig::new(1, 1).init(&device).data_parallel(&rank, DataParallelConfig::new())?;
+            let mut items: Vec<f32> = (20..40 + 10 * rank.rank() as i32).map(|item| item as f32).collect();
+            if rank.rank() == 1 {
+                items[25] = poison;
+            }
+            let loader = DataLoaderBuilder::new(Rows).batch_size(2).num_workers(2).build(InMemDataset::new(items));
+            let mut seen = 0;
+            for batch in model.join_loader(&*loader) {
+                seen += batch?.map_or(0, |batch| batch.len());
+            }
+            Ok(seen)
+        });
+        match outcome {
+            Ok(seen) => assert!(!fails && seen == [20, 30], "{seen:?}"),
+            Err(error) => assert!(fails && error.to_string().contains("of 30 items"), "{error}"),
+        }
+    }
+}
+
+#[test]
+fn a_model_that_is_wrapped_is_not_wrapped_again_in_generic_code() {
+    fn wrap<M: Module>(model: M, rank: &Rank) -> Result<Replica<Eager<M>>, Error> {
+        DataParallel::data_parallel(model, rank, DataParallelConfig::new())
+    }
+    let refused = |error: Option<Error>, outer, inner| match error {
+        Some(Error::Nesting { operation, wrapper }) => assert_eq!((operation, wrapper), (outer, inner)),
+        other => panic!("{other:?}"),
+    };
+    launch::threads(2)
+        .run(|rank| {
+            let device = rank.device().autodiff();
+            let make = || -> Linear { LinearConfig::new(4, 4).init(&device) };
+            let plan = Plan::new().shard("weight", 1);
+            let sharded = make().tensor_parallel(&rank, &plan)?;
+            refused(wrap(vec![sharded.clone()], &rank).err(), "data_parallel", "Sharded");
+            refused(wrap(sharded, &rank).err(), "data_parallel", "Sharded");
+            let replica = wrap(make(), &rank)?;
+            refused(TensorParallel::tensor_parallel(replica.clone(), &rank, &plan).err(), "tensor_parallel", "Replica");
+            let config = PipelineConfig::new(1);
+            let cut = PipelineParallel::pipeline_parallel(replica.clone(), &rank, config).err();
+            refused(cut, "pipeline_parallel", "Replica");
+            refused(Parallelize::parallelize(replica, &rank, &Strategy::new()).err(), "parallelize", "Replica");
+            Ok(())
+        })
+        .unwrap();
+}

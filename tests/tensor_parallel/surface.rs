@@ -1,0 +1,277 @@
+//! What a step of a split model takes and gives: closures that capture, inputs that differ, micro-batches, optimizers.
+
+use burn::grad_clipping::GradientClippingConfig;
+use burn::module::ParamGroup;
+use burn::nn::{Linear, LinearConfig};
+use burn::optim::momentum::MomentumConfig;
+use burn::optim::{
+    AdaGradConfig, AdafactorConfig, AdamConfig, AdamWConfig, LambConfig, LionConfig, ModuleOptimizer, MuonConfig,
+    RmsPropConfig, SgdConfig,
+};
+use burn::prelude::*;
+use burn_parallel::prelude::*;
+use burn_parallel::tensor_parallel::Sharded;
+
+use crate::common::models::{Numbers, device};
+use crate::common::reference::{difference, values};
+use crate::common::reference::{filled, own};
+
+fn plan() -> Plan {
+    Plan::new().shard("0.weight", 1).shard("0.bias", 0).shard("1.weight", 0)
+}
+
+fn layers() -> Vec<Linear> {
+    filled(vec![LinearConfig::new(4, 8).init(&device()), LinearConfig::new(8, 2).init(&device())])
+}
+
+fn forward(model: &[Linear], x: Tensor<2>) -> Tensor<2> {
+    model[1].forward(model[0].forward(x).tanh())
+}
+
+fn rows(seed: u64, rows: usize) -> Tensor<2> {
+    Numbers(seed + 5).tensor([rows, 4], &device())
+}
+
+#[expect(clippy::ptr_arg, reason = "the model is a `Vec`")]
+fn square(model: &Vec<Linear>, x: Tensor<2>) -> Tensor<1> {
+    forward(model, x).powi_scalar(2).mean()
+}
+
+#[expect(clippy::ptr_arg, reason = "the model is a `Vec`")]
+fn double(model: &Vec<Linear>, x: Tensor<2>) -> Tensor<1> {
+    forward(model, x).powi_scalar(2).mean() * 2.0
+}
+
+#[test]
+fn what_a_closure_captures_is_followed() {
+    let expected = square(&layers(), rows(0, 4)).into_scalar::<f64>();
+    let close =
+        |found: f64, times: f64| assert!((found - expected * times).abs() < 1e-6, "{found} {expected} x {times}");
+    for ranks in [1, 2, 4] {
+        launch::threads(ranks)
+            .run(|rank| {
+                let mut split = layers().tensor_parallel(&rank, plan())?;
+                let config = PipelineConfig::new(2).with_cut(Cut::before(["1.*"]));
+                let mut cut = match ranks {
+                    2 => Some(layers().pipeline_parallel(&rank, config)?),
+                    _ => None,
+                };
+                for scale in [1.0, 0.5, 0.25, 0.5] {
+                    let loss = move |model: &Vec<Linear>, x| square(model, x) * scale;
+                    close(split.step(rows(0, 4), loss)?.loss.item(), scale);
+                    if let Some(cut) = &mut cut {
+                        close(cut.step(rows(0, 4), loss)?.loss.item(), scale);
+                    }
+                    let scaled = split.forward_with(rows(0, 4), move |model, x| forward(model, x) * scale)?;
+                    let plain = split.forward_with(rows(0, 4), |model, x| forward(model, x))?;
+                    let far = (scaled - plain * scale).abs().max().into_scalar::<f32>();
+                    assert!(far < 1e-6, "{far}");
+                    // The same as a plain value among the inputs.
+                    let given = split.step((rows(0, 4), scale), |model, (x, scale)| square(model, x) * scale)?;
+                    close(given.loss.item(), scale);
+                }
+                let functions: [fn(&Vec<Linear>, Tensor<2>) -> Tensor<1>; 2] = [square, double];
+                for _ in 0..2 {
+                    for (times, loss) in [1.0, 2.0].into_iter().zip(functions) {
+                        close(split.step(rows(0, 4), loss)?.loss.item(), times);
+                        if let Some(cut) = &mut cut {
+                            close(cut.step(rows(0, 4), loss)?.loss.item(), times);
+                        }
+                    }
+                }
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+#[test]
+fn ranks_that_share_a_model_must_pass_the_same_inputs() {
+    for ranks in [2, 4] {
+        for pipeline in [false, true] {
+            if pipeline && ranks > 2 {
+                continue;
+            }
+            let outcome = launch::threads(ranks).run(|rank| {
+                let cut = PipelineConfig::new(2).with_cut(Cut::before(["1.*"]));
+                let strategy = match pipeline {
+                    true => Strategy::new().with_pp(ranks, cut),
+                    false => Strategy::new().with_tp(ranks, plan()),
+                };
+                let mut model = layers().parallelize(&rank, &strategy)?;
+                for step in 0..3 {
+                    let other = step == 2 && rank.rank() == ranks - 1;
+                    let x = rows(if other { 9 } else { step }, 4);
+                    model.step((rows(1, 4), x), |model, (a, b)| square(model, a + b))?;
+                    assert!(step < 2, "the last rank's input was another");
+                }
+                Ok(())
+            });
+            let error = outcome.unwrap_err().to_string();
+            let words = [format!("rank {} of group", ranks - 1), "another input `1` than rank 0".into()];
+            assert!(words.iter().all(|words| error.contains(words)), "{error}");
+        }
+    }
+    // Not if nobody is to look.
+    let mixed = launch::threads(2).run(|rank| {
+        let config = TensorParallelConfig::new(plan()).with_check_inputs_every(0);
+        let mut model = layers().tensor_parallel(&rank, config)?;
+        Ok(model.step(rows(rank.rank() as u64, 4), square)?.loss.item())
+    });
+    assert!(mixed.is_ok());
+}
+
+#[test]
+fn micro_batches_add_up_without_replicas() {
+    let model = layers();
+    let expected = {
+        let (mut model, mut optim) = (own(&model), AdamWConfig::new().init());
+        for step in 0..3 {
+            let loss = square(&model, rows(step, 7));
+            let grads = burn::optim::GradientsParams::from_grads(loss.backward(), &model);
+            model = optim.step(0.05, model, grads);
+        }
+        values(&model)
+    };
+    launch::threads(2)
+        .run(|rank| {
+            let cut = PipelineConfig::new(1).with_cut(Cut::before(["1.*"]));
+            let whole = train(own(&model).tensor_parallel(&rank, plan())?)?;
+            assert!(difference(&expected, &values(&whole)) < 1e-4);
+            let whole = train(own(&model).pipeline_parallel(&rank, cut)?)?;
+            assert!(difference(&expected, &values(&whole)) < 1e-4);
+            Ok(())
+        })
+        .unwrap();
+}
+
+fn train<P: ParallelModule<Model = Vec<Linear>>>(mut model: P) -> Result<Vec<Linear>, Error> {
+    let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+    for step in 0..3 {
+        let x = rows(step, 7);
+        let parts = vec![x.clone().narrow(0, 0, 4), x.clone().narrow(0, 4, 1), x.narrow(0, 5, 2)];
+        let mut steps = 0;
+        for batch in model.join([parts]) {
+            let done = model.step_micro_batches(batch?.into_iter().flatten(), square)?;
+            assert_eq!((done.weight, done.outputs.len()), (7.0, if model.report().cut.is_some() { 0 } else { 3 }));
+            model = model.optimize(&mut optim, 0.05, done)?;
+            steps += 1;
+        }
+        assert_eq!(steps, 1);
+        model = model.sync_buffers()?;
+    }
+    model.assemble()
+}
+
+fn step(model: &mut Sharded<Vec<Linear>>) -> Result<Step, Error> {
+    model.step(rows(0, 4), square)
+}
+
+#[test]
+fn optimizers_that_look_at_whole_parameters_are_refused() {
+    let momentum = MomentumConfig::new().with_momentum(0.9);
+    let fit: Vec<(&str, ModuleOptimizer)> = vec![
+        ("sgd", SgdConfig::new().init()),
+        ("sgd with momentum", SgdConfig::new().with_momentum(Some(momentum)).init()),
+        ("adam", AdamConfig::new().init()),
+        ("adamw", AdamWConfig::new().with_cautious_weight_decay(true).init()),
+        ("adagrad", AdaGradConfig::new().init()),
+        ("rmsprop", RmsPropConfig::new().init()),
+        ("lion", LionConfig::new().init()),
+        ("clip by value", AdamWConfig::new().with_grad_clipping(Some(GradientClippingConfig::Value(0.1))).init()),
+        ("muon for what is whole", muon("none")),
+    ];
+    let clip = || Some(GradientClippingConfig::Norm(1.0));
+    let in_a_group = SgdConfig::new().init().with_group(
+        ParamGroup::from_predicate("0.weight"),
+        AdamConfig::new().build(),
+        clip().map(|clip| clip.init()),
+    );
+    let unfit: Vec<(&str, ModuleOptimizer, &str)> = vec![
+        ("muon for matrices", muon("weight"), "depends on the whole"),
+        ("lamb", LambConfig::new().init(), "depends on the whole"),
+        ("adafactor", AdafactorConfig::new().init(), "depends on the whole"),
+        ("clip by norm", AdamWConfig::new().with_grad_clipping(clip()).init(), "by their global norm"),
+        ("a group clips by norm", in_a_group, "its group's clipping"),
+    ];
+    for (name, optim) in fit {
+        launch::threads(2)
+            .run(|rank| {
+                let (mut model, mut optim) = (layers().tensor_parallel(&rank, plan())?, optim.clone());
+                for _ in 0..3 {
+                    let done = step(&mut model)?;
+                    model = model.optimize(&mut optim, 0.01, done)?;
+                }
+                Ok(())
+            })
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+    for (name, optim, words) in unfit {
+        let run = |ranks| {
+            launch::threads(ranks).run(|rank| {
+                let (mut model, mut optim) = (layers().tensor_parallel(&rank, plan())?, optim.clone());
+                let done = step(&mut model)?;
+                model.optimize(&mut optim, 0.01, done).map(|_| ())
+            })
+        };
+        let error = run(2).expect_err(name).to_string();
+        assert!(error.contains(words) && error.contains("`0."), "{name}: {error}");
+    }
+}
+
+/// Muon for the parameters of these paths, AdamW for the others.
+fn muon(paths: &str) -> ModuleOptimizer {
+    AdamWConfig::new().init().with_group(ParamGroup::from_predicate(paths), MuonConfig::new().build(), None)
+}
+
+#[test]
+fn state_that_does_not_fit_is_an_error_that_names_it() {
+    // A record of the whole model, on one device.
+    let (mut whole, mut optim) = (layers(), AdamWConfig::new().init());
+    let loss = square(&whole, rows(0, 4));
+    let grads = burn::optim::GradientsParams::from_grads(loss.backward(), &whole);
+    whole = optim.step(0.01, whole, grads);
+    let record = optim.into_bytes().unwrap();
+    let error = launch::threads(2).run(|rank| {
+        let mut model = whole.clone().fork(&device()).tensor_parallel(&rank, plan())?;
+        let mut optim: ModuleOptimizer = AdamWConfig::new().init().from_bytes(record.clone()).map_err(Error::user)?;
+        let done = step(&mut model)?;
+        model.optimize(&mut optim, 0.01, done).map(|_| ())
+    });
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("of `0.") && error.contains("dims [") && error.contains("this rank holds ["), "{error}");
+
+    // One of other parameters.
+    let error = launch::threads(2).run(|rank| {
+        let mut model = layers().tensor_parallel(&rank, plan())?;
+        let mut optim: ModuleOptimizer = AdamWConfig::new().init().from_bytes(record.clone()).map_err(Error::user)?;
+        let done = step(&mut model)?;
+        model.optimize(&mut optim, 0.01, done).map(|_| ())
+    });
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("by an id that no parameter here has"), "{error}");
+
+    // The one that was saved with the model goes on, and a skipped step leaves everything as it is.
+    launch::threads(2)
+        .run(|rank| {
+            let (mut model, mut optim) = (layers().tensor_parallel(&rank, plan())?, AdamWConfig::new().init());
+            for _ in 0..2 {
+                let done = step(&mut model)?;
+                model = model.optimize(&mut optim, 0.01, done)?;
+            }
+            let mut again = AdamWConfig::new().init().from_bytes(optim.into_bytes().unwrap()).map_err(Error::user)?;
+            let mut other = model.clone();
+            for skipped in [true, false] {
+                let before = values(model.local());
+                let mut done = step(&mut model)?;
+                done.skipped = skipped;
+                model = model.optimize(&mut optim, 0.01, done)?;
+                assert_eq!(difference(&before, &values(model.local())) == 0.0, skipped);
+            }
+            let done = step(&mut other)?;
+            other = other.optimize(&mut again, 0.01, done)?;
+            assert_eq!(difference(&values(other.local()), &values(model.local())), 0.0);
+            Ok(())
+        })
+        .unwrap();
+}
