@@ -11,8 +11,8 @@ use crate::comm::{Communicator, Counters};
 use crate::delegate::module_of_field;
 use crate::distribution::ModelSplit;
 use crate::graph::{
-    CustomOps, GradientSink, GraphCache, Met, MicroBatch, RandomSource, SameInputs, SplitParam, StepEngine, StepGraph,
-    Units,
+    CustomOps, GradientSink, GraphCache, Holding, Met, MicroBatch, RandomSource, SameInputs, Skips, SplitParam,
+    StepEngine, StepGraph, Units,
 };
 use crate::nesting::{self, refuse_wrapping};
 use crate::params::{self, SliceSource};
@@ -28,8 +28,9 @@ use crate::tensor::{GraphInputs, rows};
 /// A record of another run is loaded into the model before it is wrapped: the parameters take the ids of the record then, by which
 /// optimizers know them. [`load`](crate::train::ParallelModule::load) reads values alone.
 ///
-/// Optimizers whose update is not element by element (norm clipping, Muon, LAMB) see parts only, which
+/// Optimizers whose update is not element by element (burn's norm clipping, Muon, LAMB) see parts only, which
 /// [`optimize`](crate::train::ParallelModule::optimize) refuses; element-wise ones as AdamW train exactly as on one device.
+/// [`Step::clip_grad_norm`](crate::step::Step::clip_grad_norm) clips by the norm over all parts.
 #[derive(Clone)]
 pub struct Sharded<M> {
     local: M,
@@ -37,6 +38,7 @@ pub struct Sharded<M> {
     seed: u64,
     same_inputs: SameInputs,
     engine: Arc<Mutex<Engine>>,
+    skips: Skips,
     met: Met,
 }
 
@@ -76,6 +78,7 @@ impl<M: Module> Sharded<M> {
             split,
             seed,
             same_inputs,
+            skips: Skips::default(),
             met: Met::default(),
         })
     }
@@ -179,7 +182,17 @@ impl<M: Module> StepEngine for Sharded<M> {
 
     fn counters(&self) -> StepCounters {
         let tensor = self.split.groups().map(Communicator::counters).fold(Counters::default(), |sum, more| sum + more);
-        StepCounters { tensor, ..StepCounters::default() }
+        StepCounters { tensor, skipped: self.skips.count(), ..StepCounters::default() }
+    }
+
+    fn holding(&self) -> Holding {
+        Holding {
+            groups: self.split.groups().cloned().collect(),
+            elsewhere: self.split.counted_elsewhere(),
+            rank: self.split.group().world_rank(),
+            skips: self.skips.clone(),
+            ..Holding::default()
+        }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {
