@@ -3,6 +3,7 @@
 
 pub mod dense;
 pub mod forwarding;
+pub mod llama;
 pub mod models;
 pub mod products;
 pub mod reference;
