@@ -341,6 +341,18 @@ pub enum Error {
         cause: Box<Error>,
     },
 
+    /// A gradient has an element that is NaN or infinite.
+    #[error(
+        "the gradient of `{path}` is not finite, and rank {rank} brought it: look at the data and the loss of that rank, lower the \
+         learning rate, or let such steps be skipped with `NonFinite::Skip`"
+    )]
+    NonFinite {
+        /// Path of the first such parameter.
+        path: String,
+        /// World rank that brought it.
+        rank: usize,
+    },
+
     /// An error of the user's own code, passed through.
     #[error("{0}")]
     User(String),

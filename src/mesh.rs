@@ -105,11 +105,24 @@ impl Mesh {
             names.into_iter().map(|name| self.find(name).map(|axis| (name, axis))).collect::<Result<_, _>>()?;
         let sizes: Vec<(&str, usize)> = chosen.iter().map(|(name, axis)| (*name, axis.size)).collect();
         check(&sizes, sizes.iter().map(|(_, size)| size).product())?;
+        Self::new(&self.over(&chosen)?, sizes)
+    }
+
+    /// The ranks that agree with this one on all axes but these. Collective over the mesh.
+    ///
+    /// # Errors
+    /// As [`sub_mesh`](Self::sub_mesh).
+    pub(crate) fn joint(&self, names: &[&str]) -> Result<Communicator, Error> {
+        let chosen =
+            names.iter().map(|name| self.find(name).map(|axis| (*name, axis))).collect::<Result<Vec<_>, _>>()?;
+        self.over(&chosen)
+    }
+
+    fn over(&self, chosen: &[(&str, &Axis)]) -> Result<Communicator, Error> {
         let others = self.axes.iter().filter(|axis| !chosen.iter().any(|(name, _)| *name == axis.name));
         let color = others.fold(0, |color, axis| color * axis.size + axis.coordinate);
         let key = chosen.iter().fold(0, |key, (_, axis)| key * axis.size + axis.coordinate);
-        let all = self.all.split(color as u64, key as i64)?;
-        Self::new(&all, sizes)
+        self.all.split(color as u64, key as i64)
     }
 
     fn find(&self, name: &str) -> Result<&Axis, Error> {

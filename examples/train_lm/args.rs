@@ -81,6 +81,10 @@ struct Flags {
     #[arg(long, value_name = "RATE", default_value_t = 3e-3, value_parser = learning_rate)]
     lr: f64,
 
+    /// The largest norm of the gradient: larger ones are scaled down to it [default: none]
+    #[arg(long, value_name = "NORM", value_parser = norm)]
+    clip: Option<f64>,
+
     /// The seed of the weights, the batches and the sample
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -152,6 +156,8 @@ pub struct Args {
     pub heads: usize,
     /// The highest learning rate.
     pub lr: f64,
+    /// The largest norm of the gradient.
+    pub clip: Option<f64>,
     /// The seed of everything random.
     pub seed: u64,
     /// Where to write the outcome as JSON.
@@ -263,6 +269,7 @@ impl Args {
             d_model,
             heads,
             lr: flags.lr,
+            clip: flags.clip,
             seed: flags.seed,
             json: flags.json,
             device: flags.device,
@@ -311,6 +318,14 @@ fn learning_rate(value: &str) -> Result<f64, String> {
     match value.parse() {
         Ok(rate) if rate > 0.0 && rate <= 1.0 => Ok(rate),
         Ok(_) => Err("it must be greater than 0 and at most 1".into()),
+        Err(_) => Err("it must be a number".into()),
+    }
+}
+
+fn norm(value: &str) -> Result<f64, String> {
+    match value.parse() {
+        Ok(norm) if norm > 0.0 && f64::is_finite(norm) => Ok(norm),
+        Ok(_) => Err("it must be greater than 0 and finite".into()),
         Err(_) => Err("it must be a number".into()),
     }
 }

@@ -124,6 +124,8 @@ pub struct Outcome {
     pub model: Gpt,
     /// The loss of each step over the whole batch, in nats per byte.
     pub losses: Vec<f64>,
+    /// The norm of each step's gradient before it was clipped; none without clipping.
+    pub grad_norms: Vec<f64>,
     /// The tokens of all steps and ranks.
     pub tokens: usize,
     /// The time that the steps took.
@@ -137,6 +139,8 @@ pub struct Outcome {
 #[derive(Serialize)]
 struct Json<'a> {
     losses: &'a [f64],
+    #[serde(skip_serializing_if = "<[f64]>::is_empty")]
+    grad_norms: &'a [f64],
     tokens_per_second: f64,
     axes: BTreeMap<&'static str, usize>,
     bytes_sent_per_step: f64,
@@ -167,6 +171,7 @@ impl Outcome {
         let communication = self.communication();
         let json = Json {
             losses: &self.losses,
+            grad_norms: &self.grad_norms,
             tokens_per_second: self.tokens_per_second(),
             axes: BTreeMap::from([("dp", args.dp), ("pp", args.pp), ("tp", args.tp)]),
             bytes_sent_per_step: communication.iter().map(|(bytes, _)| bytes).sum(),
@@ -217,6 +222,15 @@ impl Outcome {
                 None => "none: the text is too short".into(),
             },
         );
+        if let Some(clip) = args.clip {
+            let norms = &self.grad_norms;
+            let (largest, clipped) =
+                (norms.iter().copied().fold(0.0, f64::max), norms.iter().filter(|norm| **norm > clip).count());
+            row(
+                "gradient norm",
+                format!("at most {largest:.3}; larger than {clip} in {clipped} of {} steps", norms.len()),
+            );
+        }
         row("time", format!("{seconds:.1} s, {:.0} tokens/s", self.tokens_per_second()));
         row(
             "waiting for gradients",

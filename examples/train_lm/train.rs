@@ -29,18 +29,22 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
     let mut schedule = schedule(args)?;
     let mut progress = Progress::new(args.steps, rank.rank() == 0);
     let mut pipeline = Pipeline::default();
-    let mut losses = Vec::with_capacity(args.steps);
+    let (mut losses, mut grad_norms) = (Vec::with_capacity(args.steps), Vec::new());
     let wrapping = model.counters();
 
     for number in 0..args.steps {
         let rows = text.rows(args.seed, number, args.batch, replica, args.dp);
         let micro_batches = rows.chunks(args.micro_batch).map(|rows| tensors(rows, &device));
-        let step = model.step_micro_batches(micro_batches, loss)?;
+        let mut step = model.step_micro_batches(micro_batches, loss)?;
         pipeline.add(&step.runs);
         // The mean over the tokens of all ranks: every rank has the same, and ends here with the others.
         let loss = step.loss.item();
         if !loss.is_finite() {
             return Err(Error::user(format!("the loss of step {} is {loss}: a lower --lr may help", number + 1)));
+        }
+        if let Some(max) = args.clip {
+            step = step.clip_grad_norm(&model, max)?;
+            grad_norms.extend(step.grad_norm);
         }
         model = model.optimize(&mut optim, schedule.step(), step)?;
 
@@ -50,7 +54,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
     let (elapsed, counters) = (progress.elapsed(), model.counters() - wrapping);
     let tokens = args.steps * args.batch * args.seq;
     let pipeline = pipeline.of(&args.strategy)?;
-    Ok(Outcome { model: model.assemble()?, losses, tokens, elapsed, counters, pipeline })
+    Ok(Outcome { model: model.assemble()?, losses, grad_norms, tokens, elapsed, counters, pipeline })
 }
 
 /// The summed loss of some rows, over their tokens.

@@ -81,6 +81,11 @@ impl Communicator {
         self.inner.transport.rank()
     }
 
+    /// Index of this rank in the world that the group was split from.
+    pub(crate) fn world_rank(&self) -> usize {
+        self.inner.transport.world_rank()
+    }
+
     /// Ranks in the group.
     pub fn size(&self) -> usize {
         self.inner.transport.size()

@@ -14,7 +14,7 @@ use super::sync_batch_norm::SyncBatchNorm;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::delegate::module_of_field;
-use crate::graph::{GradientSink, Met, MicroBatch, SplitParam, StepEngine};
+use crate::graph::{GradientSink, Holding, Met, MicroBatch, Skips, SplitParam, StepEngine};
 use crate::params::{self, Held, SliceSource};
 use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
 use crate::tensor::{GraphInputs, PlainTensor, TensorMapper, rows};
@@ -29,12 +29,13 @@ pub struct Eager<M> {
     control: Communicator,
     /// The captured steps with synchronised batch norm, once there are any.
     synchronized: Arc<Mutex<Option<SyncBatchNorm>>>,
+    skips: Skips,
     met: Met,
 }
 
 impl<M: Module> Eager<M> {
     pub(super) fn new(module: M, hooks: HookGroup, control: Communicator) -> Self {
-        Self { module, hooks, control, synchronized: Arc::default(), met: Met::default() }
+        Self { module, hooks, control, synchronized: Arc::default(), skips: Skips::default(), met: Met::default() }
     }
 
     /// Backward of a micro-batch whose inputs have this many rows.
@@ -169,11 +170,15 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn counters(&self) -> StepCounters {
         let statistics = self.synchronized().as_ref().map(SyncBatchNorm::counters).unwrap_or_default();
-        StepCounters { statistics, ..StepCounters::default() }
+        StepCounters { statistics, skipped: self.skips.count(), ..StepCounters::default() }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {
         Vec::new()
+    }
+
+    fn holding(&self) -> Holding {
+        Holding { rank: self.control.world_rank(), skips: self.skips.clone(), ..Holding::default() }
     }
 
     fn met(&self) -> &Met {

@@ -29,6 +29,10 @@ pub(super) struct Step {
     pub flight: Option<Flight>,
     /// Where the last gradient was.
     pub device: Option<Device>,
+    /// The first parameter of which this rank has brought a gradient that is not finite.
+    pub bad: Option<usize>,
+    /// The path of the one of the step before.
+    pub was_bad: Option<Arc<str>>,
 }
 
 #[derive(Default)]
@@ -71,6 +75,7 @@ impl Step {
         self.forget_uses();
         self.flight = None;
         self.unnumbered.clear();
+        self.bad = None;
         self.params.iter_mut().for_each(|param| *param = Progress::default());
     }
 }

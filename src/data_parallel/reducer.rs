@@ -161,6 +161,12 @@ impl Reducer {
         &self.control
     }
 
+    /// The path of the first parameter of which this rank brought a gradient to the last step that has an element that is NaN or
+    /// infinite: in the average nobody sees whose it was. Of gradients that are not in host memory none is known.
+    pub fn bad(&self) -> Option<Arc<str>> {
+        self.lock().was_bad.clone()
+    }
+
     /// The averages over a group of one: nothing to communicate, and nothing to compute but for accumulated gradients.
     fn close_alone(&self, loss: f64) -> Reduced {
         let mut step = self.lock();
@@ -224,6 +230,7 @@ impl Reducer {
             step.params.iter_mut().enumerate().filter_map(|(place, param)| Some((place, param.late.take()?))).collect();
         let device = self.device(&step);
         let observed = std::mem::replace(&mut step.observed, true);
+        step.was_bad = step.bad.map(|param| self.known().params[param].path.clone());
         step.reset();
         drop(step);
 
@@ -256,7 +263,12 @@ impl Reducer {
 
     /// Takes a gradient that did not come through a hook.
     pub fn add(&self, param: usize, gradient: PlainTensor) {
+        // Looked at now, while it is in the cache.
+        let bad = self.data.size() > 1 && gradient.is_finite_on_host() == Some(false);
         let mut step = self.lock();
+        if bad {
+            step.bad = Some(step.bad.map_or(param, |first| first.min(param)));
+        }
         step.device = Some(gradient.device());
         let progress = &mut step.params[param];
         progress.used = true;

@@ -117,6 +117,11 @@ impl<E: StepEngine> Replica<E> {
         }
     }
 
+    /// The path of the first parameter of which this rank brought a gradient to the last step that was not finite.
+    pub(crate) fn brought_bad(&self) -> Option<Arc<str>> {
+        self.reducer().and_then(|reducer| reducer.bad())
+    }
+
     pub(crate) fn engine(&self) -> &E {
         &self.engine
     }
@@ -190,7 +195,17 @@ impl<E: StepEngine> Replica<E> {
             reducer.open(self.so_far);
         }
         let (loss, weight, grads) = self.finish(&reducer, ran)?;
-        Ok(Step { loss, weight, grads, outputs, counters: self.counters() - before, runs, skipped: false })
+        Ok(Step {
+            loss,
+            weight,
+            grads,
+            outputs,
+            counters: self.counters() - before,
+            runs,
+            skipped: false,
+            grad_norm: None,
+            not_finite: None,
+        })
     }
 
     /// Makes sure that everything that the model trains now takes part in the step.
@@ -328,7 +343,17 @@ impl<M: Module> Replica<Eager<M>> {
         });
         let (loss, weight, grads) = self.finish(&reducer, ran)?;
         let (outputs, runs) = (Vec::new(), Vec::new());
-        Ok(Step { loss, weight, grads, outputs, counters: self.counters() - before, runs, skipped: false })
+        Ok(Step {
+            loss,
+            weight,
+            grads,
+            outputs,
+            counters: self.counters() - before,
+            runs,
+            skipped: false,
+            grad_norm: None,
+            not_finite: None,
+        })
     }
 
     fn ready(&self) -> Result<Arc<Reducer>, Error> {

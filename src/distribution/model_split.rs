@@ -1,6 +1,6 @@
 //! How one model is split over one or several axes: what every strategy knows of tensor parallelism.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -120,6 +120,14 @@ impl ModelSplit {
     /// The groups along all axes.
     pub(crate) fn groups(&self) -> impl Iterator<Item = &Communicator> {
         self.axes.iter().map(|axis| &axis.group)
+    }
+
+    /// The parameters of which another rank has the copy that counts, where each is to count once: along an axis that leaves
+    /// a parameter whole that is the first.
+    pub(crate) fn counted_elsewhere(&self) -> HashSet<ParamId> {
+        let counts = |(layout, axis): (&Layout, &SplitAxis)| *layout != Layout::Replicated || axis.group.rank() == 0;
+        let elsewhere = self.table.rows().iter().filter(|row| !row.layouts.iter().zip(self.axes.iter()).all(counts));
+        elsewhere.map(|row| row.id).collect()
     }
 
     /// The dims of a parameter as a whole, if it is split.

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use burn::module::{Module, ParamId};
 use burn::tensor::Tensor;
 
+use super::holding::Holding;
 use super::results::{StepObserver, StepOutputs};
 use crate::Error;
 use crate::comm::Communicator;
@@ -98,6 +99,9 @@ pub trait StepEngine: Module {
 
     /// The parameters of which this rank holds a part.
     fn split_params(&self) -> Vec<SplitParam>;
+
+    /// How the parameters lie over the ranks that share the model.
+    fn holding(&self) -> Holding;
 
     /// The optimizers that were looked at.
     fn met(&self) -> &Met;

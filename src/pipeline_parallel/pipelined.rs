@@ -12,7 +12,9 @@ use super::schedule::Timetable;
 use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::distribution::ModelSplit;
-use crate::graph::{GradientSink, GraphInputs, Met, MicroBatch, SameInputs, SplitParam, StepEngine, read_params};
+use crate::graph::{
+    GradientSink, GraphInputs, Holding, Met, MicroBatch, SameInputs, Skips, SplitParam, StepEngine, read_params,
+};
 use crate::nesting::refuse_wrapping;
 use crate::params::{self, SliceSource, one_device};
 use crate::partition::ShardReport;
@@ -37,6 +39,7 @@ pub struct Pipelined<M> {
     pub(super) group: Communicator,
     pub(super) engine: Arc<Mutex<Engine>>,
     pub(super) same_inputs: SameInputs,
+    pub(super) skips: Skips,
     pub(super) met: Met,
 }
 
@@ -60,6 +63,7 @@ impl<M: Module> Pipelined<M> {
             group: engine.group.clone(),
             engine: Arc::new(Mutex::new(engine)),
             same_inputs,
+            skips: Skips::default(),
             met: Met::default(),
         })
     }
@@ -265,7 +269,22 @@ impl<M: Module> StepEngine for Pipelined<M> {
         let engine = lock(&self.engine);
         let split = engine.split.iter().flat_map(ModelSplit::groups).map(Communicator::counters);
         let tensor = split.fold(Counters::default(), |sum, counters| sum + counters);
-        StepCounters { tensor, pipeline: engine.sent.clone(), ..StepCounters::default() }
+        StepCounters { tensor, pipeline: engine.sent.clone(), skipped: self.skips.count(), ..StepCounters::default() }
+    }
+
+    /// A parameter that several stages hold counts on the rank of its own stage.
+    fn holding(&self) -> Holding {
+        let engine = lock(&self.engine);
+        let mut elsewhere = engine.split.as_ref().map(ModelSplit::counted_elsewhere).unwrap_or_default();
+        let homes = engine.homes().unwrap_or_default().into_iter();
+        elsewhere.extend(homes.filter(|(_, home)| *home != engine.group.rank()).map(|(row, _)| row.id));
+        Holding {
+            groups: engine.split.iter().flat_map(ModelSplit::groups).chain([&engine.group]).cloned().collect(),
+            elsewhere,
+            rank: engine.group.world_rank(),
+            skips: self.skips.clone(),
+            ..Holding::default()
+        }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {

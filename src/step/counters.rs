@@ -18,6 +18,8 @@ pub struct StepCounters {
     pub tensor: Counters,
     /// Pipeline parallelism: what goes from stage to stage.
     pub pipeline: Counters,
+    /// Steps that were skipped because their gradient was not finite.
+    pub skipped: u64,
     /// How long this rank had nothing else to do but wait for gradients: communication that nothing hid.
     pub waited: Duration,
 }
@@ -40,6 +42,7 @@ impl Sub for StepCounters {
             statistics: self.statistics - earlier.statistics,
             tensor: self.tensor - earlier.tensor,
             pipeline: self.pipeline - earlier.pipeline,
+            skipped: self.skipped - earlier.skipped,
             waited: self.waited - earlier.waited,
         }
     }

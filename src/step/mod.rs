@@ -13,7 +13,7 @@ mod step;
 pub use counters::StepCounters;
 pub use loss::{Count, Loss};
 pub use report::RunReport;
-pub use step::{LossValue, Step};
+pub use step::{LossValue, NotFinite, Step};
 
 pub(crate) use closure::{Identity, StepFn};
 pub(crate) use loss::{LossParts, Weight};

@@ -27,9 +27,22 @@ pub struct Step {
     pub counters: StepCounters,
     /// What each run of the pipeline took on this rank, one for each batch that went through it; none without a pipeline.
     pub runs: Vec<RunReport>,
+    /// The norm of the gradient as [`clip_grad_norm`](Self::clip_grad_norm) found it, before it clipped; `None` if it was not asked.
+    pub grad_norm: Option<f64>,
     /// Whether the step is not to change the model: [`optimize`](crate::train::ParallelModule::optimize) leaves parameters
     /// and moments as they are.
     pub skipped: bool,
+    /// What was not finite, if the step is skipped for that.
+    pub not_finite: Option<NotFinite>,
+}
+
+/// A gradient that has an element that is NaN or infinite.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotFinite {
+    /// The path of the first such parameter.
+    pub path: String,
+    /// The world rank that brought it.
+    pub rank: usize,
 }
 
 /// A loss that is read from the device when it is asked for.

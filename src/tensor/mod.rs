@@ -3,6 +3,7 @@
 
 mod backend;
 mod digest;
+pub(crate) mod magnitude;
 mod ops;
 mod tree;
 
@@ -153,6 +154,12 @@ impl PlainTensor {
 
     pub(crate) fn on_flex(&self) -> bool {
         matches!(self.0.device(), DispatchDevice::Flex(_))
+    }
+
+    /// Whether no element is NaN or infinite; `None` if that cannot be seen in host memory.
+    pub(crate) fn is_finite_on_host(&self) -> Option<bool> {
+        let tensor = self.on_flex().then(|| self.clone().into_flex().ok())??;
+        magnitude::is_finite(&tensor).ok()
     }
 
     pub(crate) fn rank(&self) -> usize {

@@ -11,7 +11,8 @@ use crate::comm::{Communicator, Counters};
 use crate::delegate::module_of_field;
 use crate::distribution::ModelSplit;
 use crate::graph::{
-    CustomOps, GRAPHS, GradientSink, GraphCache, Met, MicroBatch, SameInputs, SplitParam, StepEngine, StepGraph, Units,
+    CustomOps, GRAPHS, GradientSink, GraphCache, Holding, Met, MicroBatch, SameInputs, Skips, SplitParam, StepEngine,
+    StepGraph, Units,
 };
 use crate::nesting::{self, refuse_wrapping};
 use crate::params::{self, SliceSource};
@@ -27,14 +28,16 @@ use crate::tensor::{GraphInputs, rows};
 /// A record of another run is loaded into the model before it is wrapped: the parameters take the ids of the record then, by which
 /// optimizers know them. [`load`](crate::train::ParallelModule::load) reads values alone.
 ///
-/// Optimizers whose update is not element by element (norm clipping, Muon, LAMB) see parts only, which
+/// Optimizers whose update is not element by element (burn's norm clipping, Muon, LAMB) see parts only, which
 /// [`optimize`](crate::train::ParallelModule::optimize) refuses; element-wise ones as AdamW train exactly as on one device.
+/// [`Step::clip_grad_norm`](crate::step::Step::clip_grad_norm) clips by the norm over all parts.
 #[derive(Clone)]
 pub struct Sharded<M> {
     local: M,
     pub(super) split: ModelSplit,
     same_inputs: SameInputs,
     engine: Arc<Mutex<Engine>>,
+    skips: Skips,
     met: Met,
 }
 
@@ -69,7 +72,7 @@ impl<M: Module> Sharded<M> {
         let split = split.with_seed(seed);
         let same_inputs = SameInputs::new(split.groups(), check_inputs_every)?;
         let engine = Arc::new(Mutex::new(Engine::of(&split, GRAPHS)));
-        Ok(Self { local, engine, split, same_inputs, met: Met::default() })
+        Ok(Self { local, engine, split, same_inputs, skips: Skips::default(), met: Met::default() })
     }
 
     /// Sets the seed of the random numbers that steps draw, dropout above all: the same on every rank of the split, which
@@ -210,7 +213,17 @@ impl<M: Module> StepEngine for Sharded<M> {
 
     fn counters(&self) -> StepCounters {
         let tensor = self.split.groups().map(Communicator::counters).fold(Counters::default(), |sum, more| sum + more);
-        StepCounters { tensor, ..StepCounters::default() }
+        StepCounters { tensor, skipped: self.skips.count(), ..StepCounters::default() }
+    }
+
+    fn holding(&self) -> Holding {
+        Holding {
+            groups: self.split.groups().cloned().collect(),
+            elsewhere: self.split.counted_elsewhere(),
+            rank: self.split.group().world_rank(),
+            skips: self.skips.clone(),
+            ..Holding::default()
+        }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {

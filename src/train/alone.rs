@@ -68,5 +68,7 @@ pub(super) fn step<E: StepEngine, I: GraphInputs + Clone>(
         counters: engine.counters() - before,
         runs,
         skipped: false,
+        grad_norm: None,
+        not_finite: None,
     })
 }

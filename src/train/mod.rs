@@ -35,6 +35,7 @@
 
 mod alone;
 mod module;
+mod norm;
 mod optimize;
 mod parallel;
 mod report;
@@ -42,6 +43,7 @@ mod strategy;
 mod wrap;
 
 pub use module::ParallelModule;
+pub use norm::{Clip, Clipped, HandSplit, NonFinite, Norm};
 pub use parallel::{Parallel, Parallelize};
 pub use report::Report;
 pub use strategy::{Engine, Strategy};

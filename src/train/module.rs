@@ -3,13 +3,14 @@
 use burn::data::dataloader::DataLoader;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
 use burn::module::Module;
-use burn::optim::ModuleOptimizer;
+use burn::optim::{GradientsParams, ModuleOptimizer};
 
 use super::Report;
+use super::norm::{self, Clip, Clipped};
 use super::optimize;
 use crate::Error;
 use crate::data_parallel::{Join, JoinLoader};
-use crate::graph::{GraphInputs, Met, SplitParam};
+use crate::graph::{GraphInputs, Holding, Met, SplitParam};
 use crate::params::SliceSource;
 use crate::step::{Loss, Step, StepCounters};
 
@@ -182,6 +183,18 @@ pub trait ParallelModule: Module + sealed::Sealed {
 
     /// How the model is run, and what its captured steps were given.
     fn report(&self) -> Report;
+
+    /// Measures gradients over all ranks, and clips them: those of [`Replica::backward`](crate::data_parallel::Replica::backward), for
+    /// example. For those of a step there is [`Step::clip_grad_norm`].
+    ///
+    /// # Errors
+    /// As [`Step::clip_grad_norm`].
+    fn clip_grad_norm(&self, grads: GradientsParams, clip: impl Into<Clip>) -> Result<Clipped, Error> {
+        norm::clip(self, grads, &self.holding(), clip.into())
+    }
+
+    #[doc(hidden)]
+    fn holding(&self) -> Holding;
 
     #[doc(hidden)]
     fn split_params(&self) -> Vec<SplitParam>;

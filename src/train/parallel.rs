@@ -11,7 +11,7 @@ use super::{ParallelModule, Report, Strategy};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::data_parallel::{DataParallel, Eager, Join, JoinLoader, Replica};
-use crate::graph::{GraphInputs, Met, SplitParam};
+use crate::graph::{GraphInputs, Holding, Met, SplitParam};
 use crate::mesh::Mesh;
 use crate::nesting::{self, refuse_wrapping};
 use crate::params::SliceSource;
@@ -75,7 +75,9 @@ pub trait Parallelize: Module + Sized {
             }
             (_, true) => Spread::Sharded(self.tensor_parallel(&layers, tensor)?.data_parallel(&replicas, data)?),
         };
-        Ok(Parallel { spread, mesh })
+        // What is put together over both of these axes takes one collective.
+        let together = if pp > 1 && tp > 1 { Some(mesh.joint(&["pp", "tp"])?) } else { None };
+        Ok(Parallel { spread, mesh, together })
     }
 }
 
@@ -86,6 +88,8 @@ impl<M: Module> Parallelize for M {}
 pub struct Parallel<M> {
     spread: Spread<M>,
     mesh: Mesh,
+    /// Joins the ranks that share the model, where these lie along several axes.
+    together: Option<Communicator>,
 }
 
 #[derive(Clone)]
@@ -116,6 +120,7 @@ macro_rules! renew {
                 Spread::Pipelined($model) => Spread::Pipelined($call),
             },
             mesh: $self.mesh.clone(),
+            together: $self.together.clone(),
         }
     };
 }
@@ -188,6 +193,14 @@ impl<M: Module> ParallelModule for Parallel<M> {
 
     fn split_params(&self) -> Vec<SplitParam> {
         with!(&self.spread, model => ParallelModule::split_params(model))
+    }
+
+    fn holding(&self) -> Holding {
+        let holding = with!(&self.spread, model => ParallelModule::holding(model));
+        match &self.together {
+            Some(together) => Holding { groups: vec![together.clone()], ..holding },
+            None => holding,
+        }
     }
 
     fn met(&self) -> &Met {

@@ -9,7 +9,7 @@ use super::{ParallelModule, Report, alone};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::data_parallel::{DataParallelConfig, Join, JoinLoader, Replica};
-use crate::graph::{GraphInputs, Met, SplitParam, StepEngine};
+use crate::graph::{GraphInputs, Holding, Met, SplitParam, StepEngine};
 use crate::params::SliceSource;
 use crate::pipeline_parallel::{PipelineConfig, Pipelined};
 use crate::step::{Loss, Step, StepCounters, StepFn};
@@ -77,6 +77,12 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
 
     fn split_params(&self) -> Vec<SplitParam> {
         self.engine().split_params()
+    }
+
+    /// Replicas hold the same gradients, bit for bit: each measures its own.
+    fn holding(&self) -> Holding {
+        let averaged = Some((self.control().clone(), self.brought_bad()));
+        Holding { averaged, ..self.engine().holding() }
     }
 
     fn met(&self) -> &Met {
@@ -148,6 +154,10 @@ macro_rules! without_replicas {
 
             fn split_params(&self) -> Vec<SplitParam> {
                 StepEngine::split_params(self)
+            }
+
+            fn holding(&self) -> Holding {
+                StepEngine::holding(self)
             }
 
             fn met(&self) -> &Met {

@@ -101,6 +101,10 @@ fn flags_that_make_no_sense_are_refused() {
         refused(&["--lr", rate], "greater than 0 and at most 1");
     }
     refused(&["--lr", "fast"], "must be a number");
+    for norm in ["0", "-1", "nan", "inf"] {
+        refused(&["--clip", norm], "greater than 0 and finite");
+    }
+    refused(&["--clip", "tight"], "must be a number");
     refused(&["--schedule", "slow"], "--schedule");
     refused(&["--seed", "-1"], "--seed");
     refused(&["--colour", "red"], "--colour");
@@ -248,6 +252,27 @@ fn any_number_of_parts_gives_the_losses_of_one() {
             same_losses(&alone, &run(flags), 1e-4);
         }
         same_losses(&alone, &run(&["--dp", "2", "--tp", "2", "--micro-batch", "3"]), 1e-4);
+    }
+}
+
+#[test]
+fn clipping_is_the_same_on_any_mesh() {
+    let folder = Folder::new("clipping");
+    let run = |flags: &[&str]| {
+        let outcome = json(&folder, &[&["--steps", "6", "--batch", "8"][..], flags].concat());
+        let norms =
+            outcome["grad_norms"].as_array().map(|norms| norms.iter().map(|norm| norm.as_f64().unwrap()).collect());
+        (losses(&outcome), norms.unwrap_or_default())
+    };
+    let (free, none): (_, Vec<f64>) = run(&["--dp", "1"]);
+    assert!(none.is_empty());
+    let (alone, norms) = run(&["--dp", "1", "--clip", "0.2"]);
+    assert!(norms.len() == 6 && norms.iter().any(|norm| *norm > 0.2), "{norms:?}");
+    assert_ne!(free, alone);
+    for flags in [&["--dp", "2"][..], &["--tp", "2"], &["--pp", "2", "--dp", "1"], &["--dp", "2", "--tp", "2"]] {
+        let (found, found_norms) = run(&[flags, &["--clip", "0.2"]].concat());
+        same_losses(&alone, &found, 1e-4);
+        same_losses(&norms, &found_norms, 1e-3);
     }
 }
 

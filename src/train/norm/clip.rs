@@ -1,0 +1,239 @@
+//! The gradients of a step, measured together with those of the other ranks, and scaled.
+
+use std::collections::HashSet;
+
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::optim::GradientsParams;
+use burn::tensor::Tensor;
+
+use super::combine::{Bad, Known};
+use super::measure::{Size, sizes};
+use super::{Clip, NonFinite};
+use crate::Error;
+use crate::comm::Communicator;
+use crate::graph::{Holding, gradients_params};
+use crate::step::{NotFinite, Step};
+use crate::tensor::PlainTensor;
+use crate::train::ParallelModule;
+
+/// Gradients after [clipping](Clip).
+#[derive(Debug)]
+pub struct Clipped {
+    /// The gradients, scaled if their norm was larger than the largest; none if the step is skipped.
+    pub grads: GradientsParams,
+    /// The norm before clipping: NaN or infinite if the gradient is not finite.
+    pub norm: f64,
+    /// What the gradients were multiplied by: at most 1, and 0 if the step is skipped.
+    pub factor: f64,
+    /// What is not finite, if the step is skipped for that.
+    pub skipped: Option<NotFinite>,
+}
+
+impl Step {
+    /// Measures the gradient of the whole model, whatever it is spread over, and [clips](Clip) it: a number is the largest L2 norm.
+    /// [`grad_norm`](Self::grad_norm) is then the norm before that. Collective over the ranks that share the model, over which it
+    /// takes one small collective along each axis; replicas hold the same gradients and communicate nothing.
+    ///
+    /// `model` is the one that made the step. A step that is skipped already stays as it is.
+    ///
+    /// ```
+    /// # use burn::{nn::LinearConfig, optim::{ModuleOptimizer, SgdConfig}, prelude::*};
+    /// # use burn_parallel::prelude::*;
+    /// # launch::threads(2).run(|rank| {
+    /// # let device = rank.device().autodiff();
+    /// # let mut optim: ModuleOptimizer = SgdConfig::new().init();
+    /// # let model = LinearConfig::new(3, 1).init(&device);
+    /// let mut model = model.data_parallel(&rank, DataParallelConfig::new())?;
+    /// let step = model.step(Tensor::<2>::ones([4, 3], &device), |model, x| model.forward(x).mean())?;
+    /// let step = step.clip_grad_norm(&model, 1.0)?;
+    /// assert!((step.grad_norm.unwrap() - 2.0).abs() < 1e-6); // of three ones and a bias
+    /// model = optim.step(0.1, model, step.grads);
+    /// # Ok(()) })?;
+    /// # Ok::<(), Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`], the same on all ranks, if the gradient is not finite and [that is to stop](NonFinite::Stop);
+    /// [`Error::InvalidArgument`] if the largest norm is not positive, if ranks clip differently, if `model` has no parameters for
+    /// some gradients, or if it has explicit layers ([`HandSplit`](super::HandSplit) is for these); the error of the world.
+    pub fn clip_grad_norm<P: ParallelModule>(mut self, model: &P, clip: impl Into<Clip>) -> Result<Self, Error> {
+        if self.skipped {
+            return Ok(self);
+        }
+        let clipped = model.clip_grad_norm(self.grads, clip)?;
+        (self.grads, self.grad_norm) = (clipped.grads, Some(clipped.norm));
+        self.skipped = clipped.skipped.is_some();
+        self.counters.skipped += u64::from(self.skipped);
+        self.not_finite = clipped.skipped;
+        Ok(self)
+    }
+}
+
+/// Measures the gradients of `module` over all ranks, and clips them. Collective over the groups of `holding`.
+///
+/// # Errors
+/// [`Error::NonFinite`], the same on all ranks, if the gradient is not finite and that is to stop; [`Error::InvalidArgument`] if
+/// the largest norm is not positive, if ranks clip differently, or if there are gradients that `module` has no parameters for;
+/// those of [`Communicator`].
+pub(crate) fn clip<M: Module>(
+    module: &M,
+    grads: GradientsParams,
+    holding: &Holding,
+    clip: Clip,
+) -> Result<Clipped, Error> {
+    if clip.max.is_nan() || clip.max <= 0.0 {
+        let problem = format!("the largest norm is {}; it must be greater than 0", clip.max);
+        return Err(Error::invalid("clip_grad_norm", problem));
+    }
+    let found = take(module, grads, holding.by_hand)?;
+    let known = measure(&found, holding, &clip)?.over(&holding.groups, &clip)?;
+    let mut norm = known.size.norm(clip.norm);
+    let Some(bad) = known.bad else {
+        let factor = clip.factor(norm);
+        let scaled = found.into_iter().map(|gradient| (gradient.id, gradient.value.scale(factor))).collect();
+        return Ok(Clipped { grads: gradients_params(module, scaled), norm, factor, skipped: None });
+    };
+    if norm.is_finite() {
+        // A copy that does not count is not finite: ranks have gone apart.
+        norm = f64::NAN;
+    }
+    let (path, rank) = culprit(&paths_of(module), bad, holding, &clip)?;
+    match clip.non_finite {
+        NonFinite::Stop => Err(Error::NonFinite { path, rank }),
+        NonFinite::Skip => {
+            holding.skips.add();
+            Ok(Clipped { grads: GradientsParams::new(), norm, factor: 0.0, skipped: Some(NotFinite { path, rank }) })
+        }
+    }
+}
+
+/// The path of the first parameter whose gradient is not finite, and the rank that brought it, the same on all ranks: the one
+/// that brought it into an average, in which all have it; if nobody did, as where only the sum overflows, the first that has it.
+///
+/// All ranks come here or none: what is known of the averages is alike on all of them.
+fn culprit(paths: &[String], bad: Bad, holding: &Holding, clip: &Clip) -> Result<(String, usize), Error> {
+    let over = |bad, groups: &[Communicator]| Known { size: Size::nothing(clip.norm), bad }.over(groups, clip);
+    let mut groups = holding.groups.clone();
+    let mut culprit = bad;
+    if let Some((group, brought)) = &holding.averaged {
+        groups.push(group.clone());
+        let place = brought.as_ref().and_then(|path| paths.iter().position(|other| **other == **path));
+        culprit = match over(place.map(|place| Bad { place, rank: holding.rank }), &groups)?.bad {
+            Some(brought) => brought,
+            None => over(Some(bad), std::slice::from_ref(group))?.bad.unwrap_or(bad),
+        };
+    }
+    // Ranks may hold different modules, as stages that are written by hand are: its own rank knows what it is called.
+    let mine = culprit.rank == holding.rank;
+    let mut path = paths.get(culprit.place).filter(|_| mine).map(|path| path.clone().into_bytes()).unwrap_or_default();
+    for group in groups.iter().filter(|group| group.size() > 1) {
+        // Whoever knows it says the same: one of the lines is enough.
+        let lens = group.all_gather(vec![path.len() as u64])?;
+        let all = group.all_gather(path)?;
+        path = all[..lens.into_iter().find(|len| *len > 0).unwrap_or(0) as usize].to_vec();
+    }
+    Ok((String::from_utf8_lossy(&path).into_owned(), culprit.rank))
+}
+
+/// A gradient, and the place of its parameter among all of the model.
+struct Found {
+    place: usize,
+    id: ParamId,
+    value: PlainTensor,
+}
+
+/// Takes the gradients of the parameters of `module`, in its order.
+fn take<M: Module>(module: &M, grads: GradientsParams, by_hand: bool) -> Result<Vec<Found>, Error> {
+    let mut take = Take { grads, seen: HashSet::new(), found: Vec::new(), explicit: None };
+    module.visit(&mut take);
+    if let Some(layer) = take.explicit.filter(|_| !by_hand) {
+        let problem = format!(
+            "the model has a {layer}, of which each rank holds a part that its wrapper does not know of: say how the model is \
+             split with `HandSplit`, and clip with that"
+        );
+        return Err(Error::invalid("clip_grad_norm", problem));
+    }
+    match take.grads.len() {
+        0 => Ok(take.found),
+        left => {
+            let problem = format!(
+                "{left} of {} gradients belong to no parameter of the model: give it the model that made the step, before \
+                 its optimizer has changed it for another",
+                left + take.found.len()
+            );
+            Err(Error::invalid("clip_grad_norm", problem))
+        }
+    }
+}
+
+/// The explicit layers that hold parts; the larger ones are made of them.
+const EXPLICIT: [&str; 3] = ["ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding"];
+
+struct Take {
+    grads: GradientsParams,
+    seen: HashSet<ParamId>,
+    found: Vec<Found>,
+    /// An explicit layer that was met.
+    explicit: Option<&'static str>,
+}
+
+impl ModuleVisitor for Take {
+    fn enter_module(&mut self, _: &str, container: &str) {
+        let name = container.rsplit(':').next();
+        self.explicit = self.explicit.or(EXPLICIT.into_iter().find(|layer| name == Some(*layer)));
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        // A parameter that the module holds in two places is one parameter.
+        if self.seen.insert(param.id)
+            && let Some(gradient) = self.grads.remove::<D>(param.id)
+        {
+            self.found.push(Found { place: self.seen.len() - 1, id: param.id, value: gradient.into() });
+        }
+    }
+}
+
+/// What this rank knows: the size of what it counts, and whether anything that it holds is not finite.
+fn measure(found: &[Found], holding: &Holding, clip: &Clip) -> Result<Known, Error> {
+    let values: Vec<&PlainTensor> = found.iter().map(|gradient| &gradient.value).collect();
+    let mut known = Known { size: Size::nothing(clip.norm), bad: None };
+    for (gradient, size) in found.iter().zip(sizes(&values, clip.norm)?) {
+        if !size.is_finite() && known.bad.is_none() {
+            known.bad = Some(Bad { place: gradient.place, rank: holding.rank });
+        }
+        if !holding.elsewhere.contains(&gradient.id) {
+            known.size = known.size.with(size, clip.norm);
+        }
+    }
+    Ok(known)
+}
+
+/// The paths of the parameters, in their order.
+fn paths_of<M: Module>(module: &M) -> Vec<String> {
+    let mut paths = Paths::default();
+    module.visit(&mut paths);
+    paths.found
+}
+
+#[derive(Default)]
+struct Paths {
+    path: Vec<String>,
+    seen: HashSet<ParamId>,
+    found: Vec<String>,
+}
+
+impl ModuleVisitor for Paths {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if self.seen.insert(param.id) {
+            self.found.push(self.path.join("."));
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! What the ranks know of the gradients that each of them holds, put together.
+
+use super::measure::Size;
+use super::{Clip, Norm};
+use crate::Error;
+use crate::comm::Communicator;
+
+/// The first gradient that is not finite: its place among the parameters of the model, and the rank that brought it.
+#[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
+pub(super) struct Bad {
+    pub place: usize,
+    pub rank: usize,
+}
+
+/// What a rank, or several together, know.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Known {
+    pub size: Size,
+    pub bad: Option<Bad>,
+}
+
+/// Numbers that a rank brings: those of [`Known`], and what it was asked for.
+const NUMBERS: usize = 6;
+
+impl Known {
+    fn to_numbers(self, clip: &Clip) -> Vec<f64> {
+        let (place, rank) = self.bad.map_or((f64::INFINITY, 0.0), |bad| (bad.place as f64, bad.rank as f64));
+        vec![self.size.unit, self.size.sum, place, rank, clip.max, clip.number()]
+    }
+
+    fn of_numbers(numbers: &[f64]) -> Self {
+        let bad = numbers[2].is_finite().then(|| Bad { place: numbers[2] as usize, rank: numbers[3] as usize });
+        Self { size: Size { unit: numbers[0], sum: numbers[1] }, bad }
+    }
+
+    fn with(self, other: Self, norm: Norm) -> Self {
+        let bad = match (self.bad, other.bad) {
+            (Some(one), Some(two)) => Some(if two < one { two } else { one }),
+            (one, two) => one.or(two),
+        };
+        Self { size: self.size.with(other.size, norm), bad }
+    }
+
+    /// What all ranks know together, bit for bit the same on each: one collective of a few numbers over each group. A rank
+    /// is in one group along each axis, so that after the last every rank knows of all.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`], the same on all ranks, if they were asked for different things; those of [`Communicator`].
+    pub fn over(self, groups: &[Communicator], clip: &Clip) -> Result<Self, Error> {
+        let mut known = self;
+        for group in groups.iter().filter(|group| group.size() > 1) {
+            let all = group.all_gather(known.to_numbers(clip))?;
+            let mut all = all.chunks_exact(NUMBERS);
+            let first = all.next().unwrap_or_default();
+            known = Self::of_numbers(first);
+            for (place, numbers) in all.enumerate() {
+                if numbers[4..] != first[4..] {
+                    let error = disagreement(group, place + 1, [first, numbers]);
+                    group.fail(error.clone());
+                    return Err(error);
+                }
+                known = known.with(Self::of_numbers(numbers), clip.norm);
+            }
+        }
+        Ok(known)
+    }
+}
+
+fn disagreement(group: &Communicator, rank: usize, asked: [&[f64]; 2]) -> Error {
+    let [first, other] = asked.map(|numbers| Clip::of_numbers(numbers[4], numbers[5]));
+    Error::invalid(
+        "clip_grad_norm",
+        format!(
+            "rank {rank} of group `{}` was asked for {other:?}, rank 0 for {first:?}: clip alike on all ranks",
+            group.group()
+        ),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::launch;
+    use crate::mesh::Mesh;
+
+    fn known(sum: f64, bad: Option<(usize, usize)>) -> Known {
+        Known { size: Size { unit: 1.0, sum }, bad: bad.map(|(place, rank)| Bad { place, rank }) }
+    }
+
+    #[test]
+    fn all_ranks_know_the_same_after_one_collective_for_each_axis() {
+        for [outer, inner] in [[1, 1], [2, 1], [1, 3], [2, 2], [3, 2], [2, 4], [4, 2]] {
+            let all = launch::threads(outer * inner)
+                .run(|world| {
+                    let mesh = Mesh::new(&world, [("pp", outer), ("tp", inner)])?;
+                    let groups = [mesh.axis("tp")?, mesh.axis("pp")?];
+                    let before = groups.each_ref().map(|group| group.counters().of("all_gather").calls);
+                    let rank = world.rank();
+                    // Of several bad ones the first parameter counts, then the first rank.
+                    let bad = (rank >= 1).then_some((if rank == 1 { 7 } else { 5 }, rank));
+                    let mine = known(0.1 + rank as f64, bad);
+                    let known = mine.over(&groups, &Clip::at(1.0))?;
+                    for (group, before) in groups.iter().zip(before) {
+                        let calls = group.counters().of("all_gather").calls - before;
+                        assert_eq!(calls, u64::from(group.size() > 1));
+                    }
+                    Ok(known)
+                })
+                .unwrap();
+            let ranks = outer * inner;
+            assert!(all.iter().all(|known| *known == all[0]));
+            let sum: f64 = (0..ranks).map(|rank| 0.1 + rank as f64).sum();
+            assert!((all[0].size.sum - sum).abs() < 1e-12 * sum);
+            let bad = match ranks {
+                1 => None,
+                2 => Some(Bad { place: 7, rank: 1 }),
+                _ => Some(Bad { place: 5, rank: 2 }),
+            };
+            assert_eq!(all[0].bad, bad);
+        }
+    }
+
+    #[test]
+    fn ranks_that_clip_at_different_norms_are_told_so() {
+        let other = |rank: usize| match rank {
+            2 => Clip::at(2.0),
+            _ => Clip::at(1.0),
+        };
+        let problem = launch::threads(3).run(|world| known(1.0, None).over(&[(*world).clone()], &other(world.rank())));
+        let problem = problem.unwrap_err().to_string();
+        assert!(problem.contains("rank 2") && problem.contains("clip alike"), "{problem}");
+    }
+}

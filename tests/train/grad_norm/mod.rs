@@ -1,0 +1,8 @@
+//! The gradient norm, and clipping by it, over every axis.
+
+mod by_hand;
+mod golden;
+mod lm;
+mod meshes;
+mod non_finite;
+mod one_device;
