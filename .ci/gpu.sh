@@ -17,7 +17,9 @@ cp Cargo.lock "$lock"
 # The lock file names the real crate; the stand-in is only for here.
 trap 'code=$?; cp "$lock" Cargo.lock; rm -f "$lock"; end_script "$code"' EXIT
 export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-/tmp}
-features=(--features cuda-nvrtc,wgpu --config tools/no-llvm.toml)
+# Compiling CubeCL and wgpu with optimisation takes far longer than what it saves in these tests.
+features=(--features cuda-nvrtc,wgpu --config tools/no-llvm.toml --config 'profile.dev.package."*".opt-level=0')
+export CARGO_PROFILE_DEV_OPT_LEVEL=0
 
 mapfile -t tests < <(awk '
     /^\[/ { kind = $0 }
