@@ -134,5 +134,5 @@ fn custom_operations_run_and_fail() {
     let problem = run(|_| Ok(vec![])).unwrap_err().to_string();
     assert!(problem.contains("`double` must give"), "{problem}");
     let problem = run(|_| panic!("a bug")).unwrap_err().to_string();
-    assert!(problem.contains("custom operation `double` panicked: a bug"), "{problem}");
+    assert!(problem.contains("custom operation `double` at `second` panicked: a bug"), "{problem}");
 }
