@@ -54,7 +54,7 @@ use crate::Error;
 ///                 let error = model.forward(x.clone()) - x * 2.0; // learn to double
 ///                 Loss::mean((error.clone() * error).mean(), items)
 ///             })?;
-///             loss = step.loss;
+///             loss = step.loss.item();
 ///             model = optim.step(0.2, model, step.grads);
 ///         }
 ///     }

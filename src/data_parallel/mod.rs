@@ -28,7 +28,7 @@
 //!
 //! The design is that of PyTorch's `DistributedDataParallel` (Li et al. 2020, arXiv:2006.15704): gradients are reduced in
 //! buckets, in the order in which backward completes them, while backward goes on. What differs: accumulation is a
-//! property of the step and not of a context, averages are weighted by what was really seen ([`Loss`]), and ranks may bring
+//! property of the step and not of a context, averages are weighted by what was really seen ([`Loss`](crate::step::Loss)), and ranks may bring
 //! different numbers of batches ([`ParallelModule::join`](crate::train::ParallelModule::join)).
 //!
 //! # Data

@@ -58,7 +58,7 @@ pub struct DistributedSampler {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Remainder {
     /// Every item once; the first ranks have one more than the others. Ranks may then have different numbers of batches,
-    /// and [`Replica::join`](super::Replica::join) ends them together.
+    /// and [`ParallelModule::join`](crate::train::ParallelModule::join) ends them together.
     #[default]
     Uneven,
     /// All ranks have equally many: as many items as are missing are repeated, from the start of the epoch's order (and

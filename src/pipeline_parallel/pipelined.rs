@@ -125,7 +125,7 @@ impl<M: Module> Pipelined<M> {
 
     /// Seconds that each operation of this step takes on this rank alone, for [`Cut::Measured`](crate::pipeline_parallel::cut::Cut): where
     /// an operation takes much longer or shorter than its shapes let one expect, stages are balanced better by this. `inputs`
-    /// are those of [`step`](Self::step), `runs` is how often each operation runs. Nothing is cut, no parameter is made; see
+    /// are those of [`step`](crate::train::ParallelModule::step), `runs` is how often each operation runs. Nothing is cut, no parameter is made; see
     /// [`measure_operations`](crate::pipeline_parallel::cut::measure_operations).
     ///
     /// All ranks that cut the same step, those of replicas too, must be given the costs of one of them:

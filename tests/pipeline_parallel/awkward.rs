@@ -159,7 +159,7 @@ fn a_model_on_a_device_without_autodiff_is_an_error_that_says_so() {
     };
     launch::threads(2)
         .run(|rank| {
-            let mut model = plain().tensor_parallel(&rank, &Plan::new().shard("0.weight", 1))?;
+            let mut model = plain().tensor_parallel(&rank, Plan::new().shard("0.weight", 1))?;
             told(model.step(rows(), loss).map(drop).unwrap_err());
             let _: Tensor<2> = model.forward_with(rows(), |m, x| m[1].forward(m[0].forward(x)))?;
             // Training mode brings it there.

@@ -312,7 +312,7 @@ fn dropout_goes_on_where_it_was_when_a_model_is_wrapped_again() {
     let losses = launch::threads(4).run(|world| {
         let mesh = Mesh::new(&world, [("dp", 2), ("tp", 2)])?;
         let (dp, tp) = (mesh.axis("dp")?, mesh.axis("tp")?);
-        let wrap = || Ok::<_, Error>(own(&model).tensor_parallel(&tp, &mlp_plan())?.with_seed(3));
+        let wrap = || Ok::<_, Error>(own(&model).tensor_parallel(&tp, mlp_plan())?.with_seed(3));
         type Model = burn_parallel::tensor_parallel::Sharded<Mlp>;
         let losses = |model: &mut Model, steps: usize| {
             (0..steps)
@@ -326,7 +326,7 @@ fn dropout_goes_on_where_it_was_when_a_model_is_wrapped_again() {
         // As from a checkpoint.
         let mut first = wrap()?;
         let mut found = losses(&mut first, 2)?;
-        let mut second = first.assemble()?.tensor_parallel(&tp, &mlp_plan())?.with_seed(first.seed());
+        let mut second = first.assemble()?.tensor_parallel(&tp, mlp_plan())?.with_seed(first.seed());
         second.set_random_step(first.random_step());
         found.extend(losses(&mut second, 2)?);
 

@@ -22,7 +22,7 @@ fn a_token_beyond_the_vocabulary_is_an_error_with_the_token() {
             // As an input and a target, in the padding, far away, and below 0.
             for (token, place) in [(words as i64, 0), (words as i64, 6), (1 << 30, 3), (-1, 3), (-100, 6)] {
                 let errors = launch::threads(degree).run(|rank| {
-                    let mut model = model.clone().fork(&device()).tensor_parallel(&rank, &Plan::hugging_face())?;
+                    let mut model = model.clone().fork(&device()).tensor_parallel(&rank, Plan::hugging_face())?;
                     model.step(tokens(7, words, 0), CausalLm::loss)?;
                     let bad = || with(token, 2, place, words);
                     let error = model.step(bad(), CausalLm::loss).unwrap_err().to_string();
@@ -56,7 +56,7 @@ fn labels_that_are_masked_before_they_are_looked_up_are_no_error() {
     let labels = || with(-100, 1, 4, 36);
     let expected = crate::common::models::eager(&model, |model| loss(model, labels())).0;
     let found = launch::threads(2).run(|rank| {
-        let mut model = model.clone().fork(&device()).tensor_parallel(&rank, &Plan::hugging_face())?;
+        let mut model = model.clone().fork(&device()).tensor_parallel(&rank, Plan::hugging_face())?;
         Ok(model.step(labels(), loss)?.loss.item() as f32)
     });
     assert!(found.unwrap().iter().all(|loss| (loss - expected).abs() < 1e-5 * expected));

@@ -134,7 +134,7 @@ fn wrapping_by_a_plan_of_other_names_warns() {
     let linear = |takes, gives| LinearConfig::new(takes, gives).with_bias(false).init(&device());
     let model = Other { inward: linear(48, 97), outward: linear(97, 48), query: linear(8, 8) }.train();
     launch::threads(2)
-        .run(|rank| model.clone().fork(&device()).tensor_parallel(&rank, &Plan::megatron()).map(|_| ()))
+        .run(|rank| model.clone().fork(&device()).tensor_parallel(&rank, Plan::megatron()).map(|_| ()))
         .unwrap();
     // Small enough for no padding to be worth it.
     let tiny = Other { inward: linear(3, 3), outward: linear(3, 3), query: linear(3, 3) };
