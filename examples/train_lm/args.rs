@@ -188,11 +188,16 @@ impl Args {
         let given = |axis: fn(&Strategy) -> usize, flag| read.as_ref().map_or(flag, axis);
         let (pp, tp) = (given(|strategy| strategy.pp, flags.pp), given(|strategy| strategy.tp, flags.tp));
         let flags = Flags { dp: read.as_ref().map_or(flags.dp, |strategy| strategy.dp), ..flags };
-        let (parts, shown) = match pp {
-            1 => (tp, format!("--tp {tp}")),
-            _ => (pp * tp, format!("--pp {pp} x --tp {tp}")),
+        let shown = if pp == 1 { format!("--tp {tp}") } else { format!("--pp {pp} x --tp {tp}") };
+        // More ranks than can be counted are as wrong as none.
+        let parts = pp.checked_mul(tp).filter(|parts| *parts > 0);
+        let Some((parts, replicas)) = parts.and_then(|parts| {
+            let product = |dp: usize| dp.checked_mul(parts).filter(|ranks| *ranks > 0);
+            flags.dp.map_or(Some((parts, None)), |dp| Some((parts, Some(product(dp)?))))
+        }) else {
+            return wrong(format!("--dp {} x {shown} is no number of ranks", flags.dp.unwrap_or(1)));
         };
-        let asked = flags.ranks.or(flags.dp.map(|dp| dp * parts)).or(start.started);
+        let asked = flags.ranks.or(replicas).or(start.started);
         let ranks = asked.unwrap_or(parts.max(2));
         if let Some(started) = start.started.filter(|started| *started != ranks) {
             return wrong(format!("{started} ranks have been started, and the flags are for {ranks}"));
@@ -201,8 +206,8 @@ impl Args {
             return wrong(format!("{shown} does not divide --ranks {ranks}"));
         }
         let dp = flags.dp.unwrap_or(ranks / parts);
-        if dp * parts != ranks {
-            return wrong(format!("--dp {dp} x {shown} makes {} ranks, but --ranks is {ranks}", dp * parts));
+        if let Some(made) = replicas.filter(|made| *made != ranks) {
+            return wrong(format!("--dp {dp} x {shown} makes {made} ranks, but --ranks is {ranks}"));
         }
         let Flags { batch, d_model, heads, .. } = flags;
         if batch < dp {
