@@ -14,10 +14,10 @@ use super::sync_batch_norm::SyncBatchNorm;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::delegate::module_of_field;
-use crate::graph::{GradientSink, Holding, Met, MicroBatch, Skips, SplitParam, StepEngine};
-use crate::params::{self, Held, SliceSource};
+use crate::graph::{CheckedOptimizers, GradientLayout, GradientSink, MicroBatch, SkippedSteps, SplitParam, StepEngine};
+use crate::params::{self, ParamSlice, SliceSource};
 use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
-use crate::tensor::{GraphInputs, PlainTensor, TensorMapper, rows};
+use crate::tensor::{PlainTensor, TensorMapper, TensorTree, rows};
 
 /// A model that every rank of a group of replicas holds whole. Its own eager `forward` computes, so shapes and decisions may
 /// change from step to step, and gradients are heard of at the parameters while backward runs. Dereferences to the model.
@@ -29,13 +29,20 @@ pub struct Eager<M> {
     control: Communicator,
     /// The captured steps with synchronised batch norm, once there are any.
     synchronized: Arc<Mutex<Option<SyncBatchNorm>>>,
-    skips: Skips,
-    met: Met,
+    skipped_steps: SkippedSteps,
+    checked_optimizers: CheckedOptimizers,
 }
 
 impl<M: Module> Eager<M> {
     pub(super) fn new(module: M, hooks: HookGroup, control: Communicator) -> Self {
-        Self { module, hooks, control, synchronized: Arc::default(), skips: Skips::default(), met: Met::default() }
+        Self {
+            module,
+            hooks,
+            control,
+            synchronized: Arc::default(),
+            skipped_steps: SkippedSteps::default(),
+            checked_optimizers: CheckedOptimizers::default(),
+        }
     }
 
     /// Backward of a micro-batch whose inputs have this many rows.
@@ -97,7 +104,7 @@ impl<M: Module> Eager<M> {
     }
 
     /// Runs micro-batches with synchronised batch norm. Returns their losses, each with its factor.
-    pub(super) fn run_sync_batch_norm<I: GraphInputs + Clone>(
+    pub(super) fn run_sync_batch_norm<I: TensorTree + Clone>(
         &self,
         reducer: &Reducer,
         micro_batches: Vec<(I, f64)>,
@@ -136,7 +143,7 @@ impl<M: Module> StepEngine for Eager<M> {
         self.change(|module| params::share_ids(module, group).map(|(module, _)| module))
     }
 
-    fn run<I: GraphInputs + Clone>(
+    fn run<I: TensorTree + Clone>(
         &mut self,
         inputs: I,
         mut step: StepFn<'_, M, I>,
@@ -150,9 +157,9 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn forward<I, F, O>(&self, inputs: I, mut forward: F) -> Result<O, Error>
     where
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&M, I) -> O,
-        O: GraphInputs + Clone + Send + 'static,
+        O: TensorTree + Clone + Send + 'static,
     {
         let inputs = inputs.map_tensors(&mut Detach)?;
         forward(&self.module.valid(), inputs).map_tensors(&mut Detach)
@@ -161,7 +168,9 @@ impl<M: Module> StepEngine for Eager<M> {
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
         let mut dims = params::Dims::default();
         self.module.visit(&mut dims);
-        self.change(|module| params::load(module, source, &|id| dims.0.get(&id).map(|dims| Held::whole(dims.clone()))))
+        self.change(|module| {
+            params::load(module, source, &|id| dims.0.get(&id).map(|dims| ParamSlice::whole(dims.clone())))
+        })
     }
 
     fn assemble(&self) -> Result<M, Error> {
@@ -170,19 +179,23 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn counters(&self) -> StepCounters {
         let statistics = self.synchronized().as_ref().map(SyncBatchNorm::counters).unwrap_or_default();
-        StepCounters { statistics, skipped: self.skips.count(), ..StepCounters::default() }
+        StepCounters { statistics, skipped: self.skipped_steps.count(), ..StepCounters::default() }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {
         Vec::new()
     }
 
-    fn holding(&self) -> Holding {
-        Holding { rank: self.control.world_rank(), skips: self.skips.clone(), ..Holding::default() }
+    fn gradient_layout(&self) -> GradientLayout {
+        GradientLayout {
+            rank: self.control.world_rank(),
+            skipped_steps: self.skipped_steps.clone(),
+            ..GradientLayout::default()
+        }
     }
 
-    fn met(&self) -> &Met {
-        &self.met
+    fn checked_optimizers(&self) -> &CheckedOptimizers {
+        &self.checked_optimizers
     }
 }
 

@@ -9,12 +9,12 @@ use std::ops::Range;
 use burn::module::Param;
 use burn::tensor::{Device, Shape, Slice, Tensor};
 
-use super::distribute::{Share, nothing, receive};
+use super::distribute::{ParamPart, nothing, receive};
 use super::initializer::{Initializer, Recorded};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::layout::{Layout, scatter_from_root};
-use crate::params::{Kind, Lazy, leaf, padded};
+use crate::params::{LazyParam, LeafKind, leaf, padded};
 
 /// A parameter is made in no fewer pieces, if its dims allow it.
 const PIECES: usize = 8;
@@ -24,20 +24,24 @@ const PIECE_BYTES: usize = 16 << 20;
 const TAG: u64 = 0;
 
 /// The parameter with this rank's part of what rank 0 would make, when it is needed.
-pub(super) fn later<const D: usize>(param: Param<Tensor<D>>, share: Share, group: &Communicator) -> Param<Tensor<D>> {
-    let Lazy { stand_in, device, trained } = Lazy::of(&param);
-    let (id, one, mapper) = stand_in.consume();
+pub(super) fn later<const D: usize>(
+    param: Param<Tensor<D>>,
+    part: ParamPart,
+    group: &Communicator,
+) -> Param<Tensor<D>> {
+    let LazyParam { placeholder, device, trained } = LazyParam::of(&param);
+    let (id, one, mapper) = placeholder.consume();
     let (group, one, local_dims) = (group.clone(), one.inner(), share.local_dims.clone());
     // Only rank 0 makes the value as the model says.
     let source = (group.rank() == 0).then_some(param);
     let init = move |device: &Device, trained: bool| {
-        let meeting = Meeting { share: &share, like: &one, group: &group };
-        let local = meeting.value(source).unwrap_or_else(|error| {
+        let part = LazyPart { part: &share, like: &one, group: &group };
+        let local = part.value(source).unwrap_or_else(|error| {
             // Here no error can be returned: what comes next to communicate returns it.
             group.fail(error);
-            meeting.zeros(&share.local_dims)
+            part.zeros(&share.local_dims)
         });
-        leaf(local.to_device(&device.clone().inner()), Kind::on(device, trained))
+        leaf(local.to_device(&device.clone().inner()), LeafKind::on(device, trained))
     };
     let (load, save) = (mapper.clone(), mapper);
     Param::uninitialized(id, init, device, trained, Shape::from(local_dims))
@@ -46,22 +50,22 @@ pub(super) fn later<const D: usize>(param: Param<Tensor<D>>, share: Share, group
 }
 
 /// All ranks, at one parameter.
-struct Meeting<'a, const D: usize> {
-    share: &'a Share,
+struct LazyPart<'a, const D: usize> {
+    part: &'a ParamPart,
     /// A tensor of the device.
     like: &'a Tensor<D>,
     group: &'a Communicator,
 }
 
 /// How a value is made in pieces.
-struct Cut {
+struct Pieces {
     /// The dim that is cut, the size along it, and of a piece.
     along: usize,
     size: usize,
     step: usize,
 }
 
-impl<const D: usize> Meeting<'_, D> {
+impl<const D: usize> LazyPart<'_, D> {
     fn value(&self, source: Option<Param<Tensor<D>>>) -> Result<Tensor<D>, Error> {
         let Layout::Sharded(dim) = self.share.layout else {
             return self.whole(source.map(Param::into_value));
@@ -81,7 +85,7 @@ impl<const D: usize> Meeting<'_, D> {
         let words = told.map_or([0; 3], |cut| [cut.along, cut.size, cut.step]).map(|word| word as u64).to_vec();
         let cut = match self.group.broadcast(words, 0)?.as_slice() {
             [along, size, step] if *step > 0 => {
-                Some(Cut { along: *along as usize, size: *size as usize, step: *step as usize })
+                Some(Pieces { along: *along as usize, size: *size as usize, step: *step as usize })
             }
             _ => None,
         };
@@ -122,19 +126,19 @@ impl<const D: usize> Meeting<'_, D> {
         }
     }
 
-    fn cut(&self, along: usize, initializer: &Initializer) -> Cut {
+    fn cut(&self, along: usize, initializer: &Initializer) -> Pieces {
         let dims = initializer.dims();
         let size = dims[along];
         let slice_bytes = dims.iter().product::<usize>() / size.max(1) * self.share.dtype.size();
         let step = size.div_ceil(PIECES).min(PIECE_BYTES / slice_bytes.max(1)).max(1);
-        Cut { along, size, step }
+        Pieces { along, size, step }
     }
 
     /// This rank's part along `dim` of what `make` makes on rank 0, a piece at a time.
     fn pieces(
         &self,
         dim: usize,
-        cut: &Cut,
+        cut: &Pieces,
         mut make: impl FnMut(Range<usize>) -> Result<Option<Tensor<D>>, Error>,
     ) -> Result<Tensor<D>, Error> {
         // What is padding stays zero.

@@ -24,7 +24,7 @@ pub(super) fn optimize<P: ParallelModule>(
     if step.skipped {
         return Ok(model);
     }
-    if model.met().is_new(std::ptr::from_ref(optim).addr()) {
+    if model.checked_optimizers().is_new(std::ptr::from_ref(optim).addr()) {
         let split = model.split_params();
         clips_parts(optim, &split)?;
         moments::check(optim, model.local())?;

@@ -10,7 +10,7 @@ use crate::comm::Communicator;
 
 /// How the parameters of a model lie over ranks.
 #[derive(Debug, Default)]
-pub struct Holding {
+pub struct GradientLayout {
     /// The groups over which parts lie, one along each axis.
     pub groups: Vec<Communicator>,
     /// The parameters that this rank holds and another one counts.
@@ -23,14 +23,14 @@ pub struct Holding {
     /// Whether the caller has said how layers that are split by hand lie.
     pub by_hand: bool,
     /// Where skipped steps are counted.
-    pub skips: Skips,
+    pub skips: SkippedSteps,
 }
 
 /// How many steps of a model were skipped. Clones count together.
 #[derive(Debug, Clone, Default)]
-pub struct Skips(Arc<AtomicU64>);
+pub struct SkippedSteps(Arc<AtomicU64>);
 
-impl Skips {
+impl SkippedSteps {
     /// Counts one more.
     pub fn add(&self) {
         self.0.fetch_add(1, Relaxed);
