@@ -6,10 +6,11 @@ use std::collections::HashMap;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Int, Tensor};
 
-use super::lazy;
+use super::lazy::lazy_part;
+use super::param_part::{ParamPart, nothing, receive};
 use crate::Error;
 use crate::comm::{Communicator, Payload};
-use crate::layout::{Layout, scatter_from_root};
+use crate::layout::Layout;
 use crate::params::{self, LazyParam, LeafKind, leaf, own_buffers, padded};
 use crate::plan::{PlanRow, PlanTable};
 
@@ -75,43 +76,9 @@ struct Distribute<'a, L> {
     outcome: Result<(), Error>,
 }
 
-/// What of a parameter is spread over the ranks of an axis.
-#[derive(Clone)]
-pub(super) struct ParamPart {
-    pub layout: Layout,
-    pub dtype: DType,
-    /// Before and after.
-    pub dims: Vec<usize>,
-    pub local_dims: Vec<usize>,
-    /// Its dims without padding, if it is as the model has made it, split along no axis yet.
-    pub fresh: Option<Vec<usize>>,
-}
-
-/// This rank's share of rank 0's value. Of the `value` of the other ranks only rank and dtype count, and its dims if it is
-/// not split.
-pub(super) fn receive<const D: usize>(
-    value: Tensor<D>,
-    layout: Layout,
-    group: &Communicator,
-) -> Result<Tensor<D>, Error> {
-    match layout {
-        Layout::Sharded(dim) => scatter_from_root(value, dim, 0, group),
-        _ => group.broadcast(value, 0),
-    }
-}
-
-/// What a rank that is not the first brings to [`receive`].
-pub(super) fn nothing<const D: usize>(part: &ParamPart, like: &Tensor<D>) -> Tensor<D> {
-    let dims = match (share.layout, <[usize; D]>::try_from(share.dims.as_slice())) {
-        (Layout::Replicated, Ok(dims)) => dims,
-        _ => [0; D],
-    };
-    Tensor::zeros(dims, (&like.device(), share.dtype))
-}
-
 impl<L: Iterator<Item = u8>> Distribute<'_, L> {
     /// None if the parameter is not of this round.
-    fn share(&self, id: ParamId) -> Option<ParamPart> {
+    fn part(&self, id: ParamId) -> Option<ParamPart> {
         let row = self.table.row(id)?;
         let (layout, axes) = (row.layouts[self.axis], self.table.axes());
         let is_split = |layout: &Layout| matches!(layout, Layout::Sharded(_));
@@ -132,15 +99,15 @@ impl<L: Iterator<Item = u8>> Distribute<'_, L> {
                 let (id, value, mapper) = param.consume();
                 let kind = LeafKind::of(&value);
                 let value = value.inner();
-                (kind, if first { padded(value, &share.dims) } else { nothing(share, &value) }, id, mapper)
+                (kind, if first { padded(value, &part.dims) } else { nothing(part, &value) }, id, mapper)
             }
             false => {
                 let LazyParam { placeholder, device, trained } = LazyParam::of(&param);
                 let (id, one, mapper) = placeholder.consume();
-                (LeafKind::on(&device, trained), nothing(share, &one.inner()), id, mapper)
+                (LeafKind::on(&device, trained), nothing(part, &one.inner()), id, mapper)
             }
         };
-        let local = receive(value.clone(), share.layout, self.group).unwrap_or_else(|error| {
+        let local = receive(value.clone(), part.layout, self.group).unwrap_or_else(|error| {
             self.outcome = Err(error);
             value
         });
@@ -161,8 +128,8 @@ impl<L: Iterator<Item = u8>> ModuleMapper for Distribute<'_, L> {
         if let Some(made) = self.seen.get(&param.id).and_then(|made| made.downcast_ref::<Param<Tensor<D>>>()) {
             return made.clone();
         }
-        let Some(share) = self.share(param.id).filter(|_| self.outcome.is_ok()) else { return param };
-        let made = if lazy { lazy::lazy_part(param, share, self.group) } else { self.now(param, &share) };
+        let Some(part) = self.part(param.id).filter(|_| self.outcome.is_ok()) else { return param };
+        let made = if lazy { lazy_part(param, part, self.group) } else { self.now(param, &part) };
         self.seen.insert(made.id, Box::new(made.clone()));
         made
     }

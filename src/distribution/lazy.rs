@@ -9,8 +9,8 @@ use std::ops::Range;
 use burn::module::Param;
 use burn::tensor::{Device, Shape, Slice, Tensor};
 
-use super::distribute::{ParamPart, nothing, receive};
 use super::initializer::{Initializer, Recorded};
+use super::param_part::{ParamPart, nothing, receive};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::layout::{Layout, scatter_from_root};
@@ -31,15 +31,15 @@ pub(super) fn later<const D: usize>(
 ) -> Param<Tensor<D>> {
     let LazyParam { placeholder, device, trained } = LazyParam::of(&param);
     let (id, one, mapper) = placeholder.consume();
-    let (group, one, local_dims) = (group.clone(), one.inner(), share.local_dims.clone());
+    let (group, one, local_dims) = (group.clone(), one.inner(), part.local_dims.clone());
     // Only rank 0 makes the value as the model says.
     let source = (group.rank() == 0).then_some(param);
     let init = move |device: &Device, trained: bool| {
-        let part = LazyPart { part: &share, like: &one, group: &group };
-        let local = part.value(source).unwrap_or_else(|error| {
+        let lazy = LazyPart { part: &part, like: &one, group: &group };
+        let local = lazy.value(source).unwrap_or_else(|error| {
             // Here no error can be returned: what comes next to communicate returns it.
             group.fail(error);
-            part.zeros(&share.local_dims)
+            lazy.zeros(&part.local_dims)
         });
         leaf(local.to_device(&device.clone().inner()), LeafKind::on(device, trained))
     };
@@ -67,11 +67,11 @@ struct Pieces {
 
 impl<const D: usize> LazyPart<'_, D> {
     fn value(&self, source: Option<Param<Tensor<D>>>) -> Result<Tensor<D>, Error> {
-        let Layout::Sharded(dim) = self.share.layout else {
+        let Layout::Sharded(dim) = self.part.layout else {
             return self.whole(source.map(Param::into_value));
         };
         let recorded = match source {
-            Some(param) if self.share.fresh.is_some() => Some(Initializer::record(param)?),
+            Some(param) if self.part.fresh.is_some() => Some(Initializer::record(param)?),
             Some(param) => Some(Recorded::Value(param.into_value())),
             None => None,
         };
@@ -105,16 +105,16 @@ impl<const D: usize> LazyPart<'_, D> {
         let value = match value {
             Some(value) => {
                 self.check(&value.dims())?;
-                padded(value.inner(), &self.share.dims)
+                padded(value.inner(), &self.part.dims)
             }
-            None => nothing(self.share, self.like),
+            None => nothing(self.part, self.like),
         };
-        receive(value, self.share.layout, self.group)
+        receive(value, self.part.layout, self.group)
     }
 
     /// Demands that the parameter has the dims by which the plan was checked.
     fn check(&self, dims: &[usize]) -> Result<(), Error> {
-        match &self.share.fresh {
+        match &self.part.fresh {
             Some(said) if said != dims => {
                 let problem = format!(
                     "a lazy parameter has dims {dims:?} and said {said:?} before, as burn's linear layers of column layout do; \
@@ -129,7 +129,7 @@ impl<const D: usize> LazyPart<'_, D> {
     fn cut(&self, along: usize, initializer: &Initializer) -> Pieces {
         let dims = initializer.dims();
         let size = dims[along];
-        let slice_bytes = dims.iter().product::<usize>() / size.max(1) * self.share.dtype.size();
+        let slice_bytes = dims.iter().product::<usize>() / size.max(1) * self.part.dtype.size();
         let step = size.div_ceil(PIECES).min(PIECE_BYTES / slice_bytes.max(1)).max(1);
         Pieces { along, size, step }
     }
@@ -142,8 +142,8 @@ impl<const D: usize> LazyPart<'_, D> {
         mut make: impl FnMut(Range<usize>) -> Result<Option<Tensor<D>>, Error>,
     ) -> Result<Tensor<D>, Error> {
         // What is padding stays zero.
-        let mut local = self.zeros(&self.share.local_dims);
-        let part = self.share.local_dims[dim];
+        let mut local = self.zeros(&self.part.local_dims);
+        let part = self.part.local_dims[dim];
         let mut start = 0;
         while start < cut.size {
             let mut end = (start + cut.step).min(cut.size);
@@ -157,7 +157,7 @@ impl<const D: usize> LazyPart<'_, D> {
                 // Messages are sent before they are wanted: here they are.
                 self.group.barrier()?;
             } else {
-                let mut dims = self.share.dims.clone();
+                let mut dims = self.part.dims.clone();
                 dims[cut.along] = end - start;
                 let piece = make(start..end)?.map_or_else(|| self.zeros(&[0; D]), |piece| padded(piece, &dims));
                 local = put(local, cut.along, start, scatter_from_root(piece, dim, 0, self.group)?);
@@ -180,7 +180,7 @@ impl<const D: usize> LazyPart<'_, D> {
     fn zeros(&self, dims: &[usize]) -> Tensor<D> {
         let dims = <[usize; D]>::try_from(dims).unwrap_or([0; D]);
         // Flex makes `zeros` in one place and copies them to another.
-        Tensor::full(dims, 0.0, (&self.like.device(), self.share.dtype))
+        Tensor::full(dims, 0.0, (&self.like.device(), self.part.dtype))
     }
 }
 

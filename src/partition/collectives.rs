@@ -1,12 +1,11 @@
-//! The custom operations of a partitioned graph, over communicators.
+//! The collectives of a partitioned graph as custom operations, and what each of them does.
 
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorIr};
 
-use super::{indices, overlap, products};
 use crate::comm::{Communicator, ReduceOp};
 use crate::error::Error;
-use crate::graph::{CustomOps, StepGraph, graph_error};
-use crate::layout::Step;
+use crate::graph::{StepGraph, graph_error};
+use crate::layout::MoveOp;
 use crate::tensor::PlainTensor;
 
 /// The kinds of collectives that a partition puts in.
@@ -75,15 +74,15 @@ impl CollectiveKind {
         let [input] = <[PlainTensor; 1]>::try_from(inputs).map_err(|inputs| {
             graph_error(format!("custom operation `{}` takes one input, not {}", op.id, inputs.len()))
         })?;
-        let step = |step: Step| step.take(self.name(), input.clone(), comm);
+        let step = |step: MoveOp| step.take(self.name(), input.clone(), comm);
         let output = match self {
             Self::AllReduce => comm.all_reduce(input, ReduceOp::Sum)?,
             Self::AllReduceMax => comm.all_reduce(input, ReduceOp::Max)?,
             Self::AllReduceMin => comm.all_reduce(input, ReduceOp::Min)?,
             Self::AllReduceProduct => comm.all_reduce(input, ReduceOp::Product)?,
-            Self::AllGather => step(Step::Gather { dim: dim(op, 0)? })?,
-            Self::ReduceScatter => step(Step::SumSlice { dim: dim(op, 0)? })?,
-            Self::AllToAll => step(Step::Exchange { split: dim(op, 0)?, join: dim(op, 1)? })?,
+            Self::AllGather => step(MoveOp::Gather { dim: dim(op, 0)? })?,
+            Self::ReduceScatter => step(MoveOp::SumSlice { dim: dim(op, 0)? })?,
+            Self::AllToAll => step(MoveOp::Exchange { split: dim(op, 0)?, join: dim(op, 1)? })?,
         };
         Ok(vec![output])
     }
@@ -103,18 +102,6 @@ impl<'a> CollectiveOp<'a> {
         let kind = CollectiveKind::ALL.into_iter().find(|kind| kind.name() == name)?;
         Some((Self { axis, kind }, op))
     }
-}
-
-/// Registers what a graph needs that was [partitioned](super::partition) over the axis of this name, over the `group` of
-/// its ranks: collectives, what looks at indices, [fused products](super::fuse_products), and both [taken apart](super::overlap).
-pub fn register_collectives(ops: &mut CustomOps, axis: &str, group: &Communicator) {
-    for kind in CollectiveKind::ALL {
-        let comm = group.clone();
-        ops.register(&format!("{axis}.{}", kind.name()), move |op, inputs| kind.run(op, inputs, &comm));
-    }
-    indices::register(ops, axis);
-    products::register(ops, axis, group);
-    overlap::register(ops, axis, group);
 }
 
 impl StepGraph {

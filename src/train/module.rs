@@ -124,7 +124,11 @@ pub trait ParallelModule: Module + sealed::Sealed {
         lr: impl Into<ModuleLearningRate>,
         step: Step,
     ) -> Result<Self, Error> {
-        optimize::optimize(self, optim, lr.into(), step)
+        if step.skipped {
+            return Ok(self);
+        }
+        optimize::check(optim, self.checked_optimizers(), self.local(), || self.split_params())?;
+        optimize::update(self, optim, lr.into(), step.grads)
     }
 
     /// Gives all parameters the values that a store has under their paths. Each rank asks for what it holds only, and lazy
