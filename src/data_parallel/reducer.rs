@@ -21,10 +21,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockRea
 use std::time::{Duration, Instant};
 
 use burn::module::{Module, ParamId};
-use burn::tensor::{DType, Device, Shape, Tensor};
+use burn::tensor::Device;
 
-use super::buckets;
-use super::comm_hook::Bucket;
 use super::config::DataParallelConfig;
 use super::hook::GradientListener;
 use super::known_params::{KnownParams, head};
@@ -120,7 +118,7 @@ impl Reducer {
     }
 
     /// The float parameters of the module that are not known, with their paths.
-    pub fn unknown<M: Module>(&self, module: &M) -> Vec<(ParamId, String)> {
+    pub fn unknown_params<M: Module>(&self, module: &M) -> Vec<(ParamId, String)> {
         let known = self.known();
         unknown_params(module, &|id| known.ids.contains(&id))
     }

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use burn::module::Module;
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 

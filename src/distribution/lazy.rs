@@ -24,7 +24,7 @@ const PIECE_BYTES: usize = 16 << 20;
 const TAG: u64 = 0;
 
 /// The parameter with this rank's part of what rank 0 would make, when it is needed.
-pub(super) fn later<const D: usize>(
+pub(super) fn lazy_part<const D: usize>(
     param: Param<Tensor<D>>,
     part: ParamPart,
     group: &Communicator,

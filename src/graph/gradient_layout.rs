@@ -23,7 +23,7 @@ pub struct GradientLayout {
     /// Whether the caller has said how layers that are split by hand lie.
     pub by_hand: bool,
     /// Where skipped steps are counted.
-    pub skips: SkippedSteps,
+    pub skipped_steps: SkippedSteps,
 }
 
 /// How many steps of a model were skipped. Clones count together.

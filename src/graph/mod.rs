@@ -61,7 +61,7 @@ pub(crate) mod module;
 pub(crate) mod origin;
 pub(crate) mod random;
 mod recent;
-mod recording;
+pub(crate) mod recording;
 mod results;
 mod same_inputs;
 mod signature;

@@ -4,7 +4,7 @@ use burn::module::{Flag, Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Int, Shape, Tensor};
 
 use crate::error::Error;
-use crate::params::{Lazy, NewDims};
+use crate::params::{LazyParam, NewDims};
 
 /// The tensors and training flags of a module, in the order in which a visitor meets them: two modules that have the same
 /// are captured as the same graph.
@@ -85,9 +85,9 @@ impl ModuleVisitor for ReadSignature<'_> {
             self.found.plain |= trained && !value.is_autodiff();
             (value.shape(), value.dtype(), trained)
         } else {
-            let Lazy { stand_in, trained, device } = Lazy::of(param);
+            let LazyParam { placeholder, trained, device } = LazyParam::of(param);
             self.found.plain |= trained && self.trains && !device.is_autodiff();
-            (param.lazy_shape(), stand_in.base().dtype(), trained && self.trains)
+            (param.lazy_shape(), placeholder.base().dtype(), trained && self.trains)
         };
         let shape = (self.dims)(param.id, found.as_slice()).map_or(found, Shape::from);
         let used = if trained { TensorUse::Trained } else { TensorUse::Frozen };

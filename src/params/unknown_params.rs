@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 use crate::error::Error;
 
 /// The float parameters whose ids are not known, with their paths, in the order of the module.
-pub(crate) fn strangers<M: Module>(module: &M, known: &dyn Fn(ParamId) -> bool) -> Vec<(ParamId, String)> {
+pub(crate) fn unknown_params<M: Module>(module: &M, known: &dyn Fn(ParamId) -> bool) -> Vec<(ParamId, String)> {
     let mut visitor = UnknownParams { known, path: Vec::new(), found: Vec::new() };
     module.visit(&mut visitor);
     visitor.found

@@ -121,7 +121,7 @@ impl AsyncSchedule {
     }
 
     fn start(&mut self, collective: AsyncCollective) {
-        for out in flight.wait.outputs() {
+        for out in collective.wait.outputs() {
             self.waiting.insert(out.id, self.tickets);
         }
         let place = self.operations.len();
@@ -147,7 +147,7 @@ impl AsyncSchedule {
 
     fn wait(&mut self, ticket: u64) {
         let Some((collective, start)) = self.started.remove(&ticket) else { return };
-        for out in flight.wait.outputs() {
+        for out in collective.wait.outputs() {
             self.waiting.remove(&out.id);
         }
         let idle = |op: &OperationIr| only_moves(op) || matches!(op, OperationIr::Custom(_));

@@ -1,8 +1,6 @@
 //! Captures a step or a forward pass for one kind of batch, and cuts it into stages.
 
-use std::collections::HashSet;
-
-use burn::module::{Module, ParamId};
+use burn::module::Module;
 use burn::tensor::Device;
 
 use super::batch::Batch;
@@ -15,9 +13,7 @@ use super::state::PipelineState;
 use super::tied::TiedParams;
 use crate::Error;
 use crate::comm::Communicator;
-use crate::graph::{
-    ForwardGraph, StepGraph, StepKey, TensorTree, capture_forward, capture_step, counter_based_rng, graph_error,
-};
+use crate::graph::{StepGraph, StepKey, TensorTree, capture_forward, capture_step, counter_based_rng, graph_error};
 use crate::params::one_device;
 use crate::partition::ShardReport;
 use crate::pipeline_parallel::cut::{CutGraph, StageRun, cut_like, measure_operations};
@@ -69,7 +65,7 @@ impl PipelineState {
     /// The step of each of these micro-batches, before it is split or cut.
     fn capture_all<M, I>(
         &self,
-        outline: &M,
+        meta_module: &M,
         batch: &Batch,
         inputs: &I,
         micro_batches: &[usize],
@@ -86,7 +82,7 @@ impl PipelineState {
     /// The step of one micro-batch, before it is split or cut.
     fn capture<M, I>(
         &self,
-        outline: &M,
+        meta_module: &M,
         batch: &Batch,
         inputs: I,
         micro_batch: usize,
@@ -143,7 +139,7 @@ impl PipelineState {
         let identity = Identity::of::<F>();
         let mut key = StepKey::new(identity, signature?, &inputs)?;
         let (firsts, sizes) = batch.sizes();
-        let capture = |outline: &M, forward: &mut F| {
+        let capture = |meta_module: &M, forward: &mut F| {
             let of =
                 |first: &usize| capture_forward(meta_module, batch.structured(inputs.clone(), *first)?, &mut *forward);
             firsts.iter().map(of).collect::<Result<Vec<_>, Error>>()
@@ -155,7 +151,7 @@ impl PipelineState {
             anew = Some(captured);
         }
         if !self.forwards.contains_key(&key) {
-            let outline = self.meta_module(model);
+            let meta_module = self.meta_module(model);
             let mut captured = match anew {
                 Some(captured) => captured,
                 None => capture(&meta_module, &mut forward)?,
@@ -226,7 +222,7 @@ impl PipelineState {
         if self.cut.is_none() {
             let params = graphs[0].params.iter().map(|param| param.id);
             self.holders = Some(params.zip(cuts[0].holders.iter().cloned()).collect());
-            self.ties = TiedParams::new(&graphs[0], &cuts[0], self.timetable.stage_ranks(), &self.group)?;
+            self.tied_params = TiedParams::new(&graphs[0], &cuts[0], self.timetable.stage_ranks(), &self.group)?;
             self.cut = cuts.first().cloned();
             if let Some(model) = local.take() {
                 let held = self.hold(model);

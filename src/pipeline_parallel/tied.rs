@@ -69,7 +69,7 @@ impl TiedParams {
                 sets.entry(ranks).or_default().push(tie);
             }
         }
-        let mut ties = Vec::new();
+        let mut tied_params = Vec::new();
         for (ranks, tied) in sets {
             let joined = ranks.contains(&group.rank());
             // The others stay alone.

@@ -34,7 +34,7 @@ impl<'a> PathGroup<'a> {
 }
 
 /// The paths, of which those that differ in numbers only are one: `layers.{0-31}.norm.gamma`.
-pub(crate) fn families<'a>(paths: impl IntoIterator<Item = &'a str>) -> String {
+pub(crate) fn compress_paths<'a>(paths: impl IntoIterator<Item = &'a str>) -> String {
     let mut groups: Vec<PathGroup<'a>> = Vec::new();
     for path in paths {
         let one = PathGroup::of(path.split('.').collect());

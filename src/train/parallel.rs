@@ -64,7 +64,7 @@ pub trait Parallelize: Module + Sized {
             1 => TensorParallelConfig { plan: Plan::new(), ..strategy.tensor.clone() },
             _ => strategy.tensor.clone(),
         };
-        let spread = match (&strategy.pipeline, strategy.captured()) {
+        let wrapped = match (&strategy.pipeline, strategy.captured()) {
             (_, false) => Wrapped::Eager(self.data_parallel(&replicas, data)?),
             (Some(pipeline), true) if pp > 1 => {
                 let pipelined = match tp {
@@ -77,7 +77,7 @@ pub trait Parallelize: Module + Sized {
         };
         // What is put together over both of these axes takes one collective.
         let together = if pp > 1 && tp > 1 { Some(mesh.joint(&["pp", "tp"])?) } else { None };
-        Ok(Parallel { spread, mesh, together })
+        Ok(Parallel { wrapped, mesh, together })
     }
 }
 
@@ -102,7 +102,7 @@ enum Wrapped<M> {
 /// Calls a method of what the model is wrapped in.
 macro_rules! with {
     ($wrapped:expr, $model:ident => $call:expr) => {
-        match $spread {
+        match $wrapped {
             Wrapped::Eager($model) => $call,
             Wrapped::Sharded($model) => $call,
             Wrapped::Pipelined($model) => $call,

@@ -5,7 +5,7 @@ use burn::module::Module;
 
 use super::module::sealed::Sealed;
 use super::report::Reports;
-use super::{ParallelModule, Report, alone};
+use super::{ParallelModule, Report, unreplicated};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::data_parallel::{DataParallelConfig, Join, JoinLoader, Replica};

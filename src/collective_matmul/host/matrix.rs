@@ -135,12 +135,12 @@ pub(super) fn multiply<T: Real>(terms: &[(Matrix<'_, T>, &Factor<'_, T>)], out: 
     if rows * columns == 0 {
         return;
     }
-    assert!((rows - 1) * place.row_stride + columns <= place.data.len(), "dims are checked before");
+    assert!((rows - 1) * out.row_stride + columns <= out.data.len(), "dims are checked before");
     let terms: Vec<_> =
         terms.iter().filter(|(left, _)| left.columns > 0).map(|(left, right)| (*left, &right.packed)).collect();
     match terms.is_empty() {
-        true => place.data.chunks_mut(place.row_stride).for_each(|row| row[..columns].fill(T::default())),
-        false => T::multiply(&terms, place, columns),
+        true => out.data.chunks_mut(out.row_stride).for_each(|row| row[..columns].fill(T::default())),
+        false => T::multiply(&terms, out, columns),
     }
 }
 
@@ -166,7 +166,7 @@ macro_rules! real {
 
             fn multiply(terms: &[(Matrix<'_, Self>, &Matrix<'_, Self>)], out: OutputRows<'_, Self>, _: usize) {
                 for (number, (left, right)) in terms.iter().enumerate() {
-                    gemm(*left, **right, place.data, place.row_stride, number > 0, $one);
+                    gemm(*left, **right, out.data, out.row_stride, number > 0, $one);
                 }
             }
         }
@@ -190,7 +190,7 @@ impl Real for bf16 {
             let left = Matrix::packed(&wide, rows, left.columns);
             gemm(left, Matrix::packed(right, *inner, *columns), &mut sum, *columns, number > 0, 1.0);
         }
-        for (row, wide) in place.data.chunks_mut(place.row_stride).zip(sum.chunks(columns)) {
+        for (row, wide) in out.data.chunks_mut(out.row_stride).zip(sum.chunks(columns)) {
             row.iter_mut().zip(wide).for_each(|(out, wide)| *out = bf16::from_f32(*wide));
         }
     }

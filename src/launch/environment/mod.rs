@@ -121,15 +121,15 @@ impl ProcessInfo {
         let info = Self::of(launcher, variables)?;
         for other in found.into_iter().filter(|other| *other != launcher && *other != Launcher::Slurm) {
             let theirs = Self::of(other, variables)?;
-            if (theirs.rank, theirs.size) != (place.rank, place.size) {
+            if (theirs.rank, theirs.size) != (info.rank, info.size) {
                 let [[a, b, ..], [c, d, ..]] = [launcher.variables(), other.variables()];
                 return invalid(format!(
                     "{a}={} and {b}={} contradict {c}={} and {d}={}: unset those of the launcher that is not used",
-                    place.rank, place.size, theirs.rank, theirs.size
+                    info.rank, info.size, theirs.rank, theirs.size
                 ));
             }
         }
-        Ok(place)
+        Ok(info)
     }
 
     fn of(launcher: Launcher, variables: &BTreeMap<String, String>) -> Result<Self, Error> {

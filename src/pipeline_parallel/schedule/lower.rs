@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::{Action, Costs, Direction, Event, Routes, Timetable, Unit, play, schedule_error};
+use super::{Action, Costs, Direction, Event, Routes, Timetable, Unit, events, schedule_error};
 use crate::Error;
 
 impl Timetable {

@@ -24,7 +24,7 @@ impl Edge {
     }
 
     /// The way that the gradients of these activations go, or the other way round.
-    pub fn turned(self) -> Self {
+    pub fn reversed(self) -> Self {
         Self { from: self.to, to: self.from, tensors: self.tensors }
     }
 

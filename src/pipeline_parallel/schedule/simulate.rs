@@ -1,6 +1,6 @@
 //! What a timetable costs, before anything runs.
 
-use super::{Costs, Event, Routes, Timetable, play};
+use super::{Costs, Event, Routes, Timetable, events};
 use crate::Error;
 
 /// A step as it would go if every action took as long as its [`Costs`] say.

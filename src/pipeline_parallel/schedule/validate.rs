@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::events::BlockedRank;
-use super::{Action, Costs, Direction, Routes, Timetable, Unit, grid, play, schedule_error};
+use super::{Action, Costs, Direction, Routes, Timetable, Unit, events, grid, schedule_error};
 use crate::Error;
 
 /// For how many micro-batches activations are alive at most: from their forward to their backward, or if that is split, to

@@ -80,7 +80,7 @@ impl HandSplit {
         super::clip::clip(model, grads, &self.gradient_layout(model)?, clip.into())
     }
 
-    fn holding<M: Module>(&self, model: &M) -> Result<GradientLayout, Error> {
+    fn gradient_layout<M: Module>(&self, model: &M) -> Result<GradientLayout, Error> {
         let mut params = Params::default();
         model.visit(&mut params);
         let params = params.found;
