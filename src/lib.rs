@@ -43,6 +43,7 @@
 //! | [`pipeline_parallel`] | any module cut into stages; schedules as data, their validator and simulator, one executor for all |
 //! | [`step`] | what a training step takes and gives, with every strategy |
 //! | [`train`] | where strategies meet: replicas of models that are split |
+//! | [`hf`] | Hugging Face directories: opened, mapped onto a model, loaded by slices, written from any mesh |
 //! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
 //! | [`partition`] | sharding propagation: a captured step split over the ranks of an axis, with the collectives it needs |
 //!
@@ -65,6 +66,7 @@ mod delegate;
 mod distribution;
 mod error;
 pub mod graph;
+pub mod hf;
 pub mod launch;
 pub mod layout;
 pub mod mesh;
@@ -75,6 +77,7 @@ pub mod pipeline_parallel;
 pub mod plan;
 pub mod step;
 pub mod tensor;
+mod tensor_file;
 pub mod tensor_parallel;
 pub mod train;
 

@@ -3,7 +3,7 @@
 //! A [`StepEngine`] runs forward and backward of one micro-batch and gives gradients away as they come: to a sum, or to the
 //! reduction over replicas.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::module::{Module, ParamId};
@@ -13,7 +13,7 @@ use super::gradient_layout::GradientLayout;
 use super::results::{StepObserver, StepOutputs};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::params::SliceSource;
+use crate::params::{ParamSlice, SliceSource};
 use crate::step::{RunReport, StepCounters, StepFn};
 use crate::tensor::{PlainTensor, TensorTree};
 
@@ -93,6 +93,9 @@ pub trait StepEngine: Module {
 
     /// The whole model, on every rank.
     fn assemble(&self) -> Result<Self::Model, Error>;
+
+    /// What this rank holds of each parameter whose value counts here.
+    fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error>;
 
     /// What it has communicated so far.
     fn counters(&self) -> StepCounters;
