@@ -6,16 +6,23 @@
 //! norms, optimizers and checkpoints see rows of a matrix. Collectives carry the shards of several parameters together: those of
 //! a block, of one dtype ([`groups`]).
 
+mod comms;
 mod group;
 mod keep;
 mod level;
+mod owner;
 mod pack;
+mod params;
+mod ranked;
 mod rows;
 
 pub use keep::Keep;
 pub use level::Sharding;
 pub use rows::Rows;
 
-#[expect(unused_imports, reason = "the engines use it")]
+pub(crate) use comms::ShardComms;
 pub(crate) use group::{Member, groups};
+pub(crate) use owner::owners;
 pub(crate) use pack::Pack;
+pub(crate) use params::{ShardParam, ShardParams};
+pub(crate) use ranked::RankedParam;

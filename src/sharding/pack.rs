@@ -4,6 +4,8 @@
 //! in rank order: what an all-gather makes of packed shards, and what a reduce-scatter divides into them. A single parameter is
 //! packed as it is, without a copy, where the ranks divide its rows.
 
+use burn::tensor::{DType, Device};
+
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::tensor::PlainTensor;
@@ -90,6 +92,40 @@ impl Pack {
         self.unpack_wholes(group.all_gather(self.pack_shards(shards)?)?)
     }
 
+    /// As [`gather`](Self::gather), on one rank of the group; the others get nothing.
+    ///
+    /// # Errors
+    /// Those of [`Communicator::gather`].
+    pub(crate) fn gather_on(
+        &self,
+        root: usize,
+        shards: Vec<PlainTensor>,
+        group: &Communicator,
+    ) -> Result<Vec<PlainTensor>, Error> {
+        match group.gather(self.pack_shards(shards)?, root)? {
+            Some(packed) => self.unpack_wholes(packed),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Sends each rank of the group its shards of the whole tensors that one of them has; the others bring none.
+    ///
+    /// # Errors
+    /// Those of [`Communicator::scatter`].
+    pub(crate) fn scatter_from(
+        &self,
+        root: usize,
+        wholes: Vec<PlainTensor>,
+        (dtype, device): (DType, &Device),
+        group: &Communicator,
+    ) -> Result<Vec<PlainTensor>, Error> {
+        let packed = match group.rank() == root {
+            true => self.pack_wholes(wholes)?,
+            false => PlainTensor::zeros([1], dtype, device),
+        };
+        Ok(self.unpack_shards(group.scatter_alike(packed, root)?))
+    }
+
     /// Reduces the whole tensors of all ranks of a group into shards: one collective. Moves as many bytes as
     /// [`gather`](Self::gather).
     ///
@@ -120,7 +156,7 @@ fn one_of(mut tensors: Vec<PlainTensor>, dim: usize) -> Result<PlainTensor, Erro
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::{Device, Tensor, TensorData};
+    use burn::tensor::{Tensor, TensorData};
 
     use super::*;
     use crate::launch;
