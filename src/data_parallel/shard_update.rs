@@ -11,7 +11,6 @@ use crate::Error;
 use crate::graph::StepEngine;
 use crate::params;
 use crate::sharding::{Pack, RankedParam, Rows, ShardComms, ShardParam, ShardParams, owners};
-use crate::tensor::PlainTensor;
 
 impl<E: StepEngine> Replica<E> {
     /// Among whom the rows of the parameters are divided, if they are.
@@ -60,7 +59,7 @@ fn gather<E: StepEngine>(
         let ids: Vec<ParamId> = members.iter().map(|shard| shard.param.id()).collect();
         let shards = members.into_iter().map(|shard| shard.param.value()).collect();
         let wholes = pack.gather(shards, comms.parameters())?;
-        engine = params::put(engine, ids.into_iter().zip(wholes).collect());
+        engine = params::replace_values(engine, ids.into_iter().zip(wholes).collect());
     }
     Ok(engine)
 }
@@ -85,7 +84,7 @@ impl<'a> OwnRows<'a> {
 
     fn own<const D: usize>(&self, path: &str, owner: usize, param: &Param<Tensor<D>>) -> Result<ShardParam, Error> {
         let base = param.base();
-        let kind = params::Kind::of(&base);
+        let kind = params::LeafKind::of(&base);
         let whole = base.inner();
         let no_rows = || Error::invalid("optimize", format!("parameter `{path}` of rank {D} has no rows to be divided"));
         let rows = Rows::new(&whole.dims(), self.comms.ranks()).ok_or_else(no_rows)?;

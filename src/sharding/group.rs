@@ -1,4 +1,5 @@
 //! Which parameters are gathered together.
+#![allow(dead_code, reason = "gathers of parameters use it")]
 
 use std::sync::Arc;
 

@@ -89,7 +89,20 @@ impl Pack {
     /// # Errors
     /// Those of [`Communicator::all_gather`].
     pub(crate) fn gather(&self, shards: Vec<PlainTensor>, group: &Communicator) -> Result<Vec<PlainTensor>, Error> {
-        self.unpack_wholes(group.all_gather(self.pack_shards(shards)?)?)
+        self.gather_agreed(shards, group, 0)
+    }
+
+    /// As [`gather`](Self::gather), where all ranks must bring the same number: which parameters they gather.
+    ///
+    /// # Errors
+    /// Those of [`Communicator::all_gather`].
+    pub(crate) fn gather_agreed(
+        &self,
+        shards: Vec<PlainTensor>,
+        group: &Communicator,
+        number: u64,
+    ) -> Result<Vec<PlainTensor>, Error> {
+        self.unpack_wholes(group.all_gather_agreed(self.pack_shards(shards)?, number)?)
     }
 
     /// As [`gather`](Self::gather), on one rank of the group; the others get nothing.

@@ -7,7 +7,7 @@ use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor};
 
 use crate::Error;
-use crate::params::{Kind, leaf};
+use crate::params::{LeafKind, leaf};
 use crate::tensor::PlainTensor;
 
 /// Evaluates an expression with the parameter of a [`RankedParam`], whatever its rank.
@@ -77,6 +77,7 @@ impl RankedParam {
     }
 
     /// The parameter, if it is of rank `D`.
+    #[allow(dead_code, reason = "gathers of parameters use it")]
     pub(crate) fn get<const D: usize>(&self) -> Option<&Param<Tensor<D>>> {
         with_param!(self, param => (param as &dyn Any).downcast_ref())
     }
@@ -98,7 +99,7 @@ impl RankedParam {
     pub(crate) fn with_value(self, value: PlainTensor) -> Result<Self, Error> {
         Ok(renew_param!(self, param => {
             let (id, old, mapper) = param.consume();
-            Param::from_mapped_value(id, leaf(value.float()?, Kind::of(&old)), mapper)
+            Param::from_mapped_value(id, leaf(value.float()?, LeafKind::of(&old)), mapper)
         }))
     }
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 
-use crate::params::{Held, padded};
+use crate::params::{ParamSlice, padded};
 use crate::tensor::PlainTensor;
 use crate::Error;
 
@@ -81,8 +81,9 @@ impl Rows {
     }
 
     /// What a rank holds, as a store of whole parameters is asked for it.
-    pub(crate) fn held(&self, rank: usize) -> Held {
-        Held { dims: self.dims.clone(), ranges: self.ranges(rank), local_dims: self.shard_dims() }
+    #[allow(dead_code, reason = "gathers of parameters use it")]
+    pub(crate) fn held(&self, rank: usize) -> ParamSlice {
+        ParamSlice { dims: self.dims.clone(), ranges: self.ranges(rank), local_dims: self.shard_dims() }
     }
 
     /// A rank's shard of a tensor of the whole dims, in memory of its own.
