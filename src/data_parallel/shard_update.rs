@@ -86,7 +86,8 @@ impl<'a> OwnRows<'a> {
         let base = param.base();
         let kind = params::LeafKind::of(&base);
         let whole = base.inner();
-        let no_rows = || Error::invalid("optimize", format!("parameter `{path}` of rank {D} has no rows to be divided"));
+        let no_rows =
+            || Error::invalid("optimize", format!("parameter `{path}` of rank {D} has no rows to be divided"));
         let rows = Rows::new(&whole.dims(), self.comms.ranks()).ok_or_else(no_rows)?;
         let shard = params::leaf(rows.shard(whole, self.comms.rank())?, kind);
         let param = RankedParam::new(Param::initialized(param.id, shard)).ok_or_else(no_rows)?;

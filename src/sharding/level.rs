@@ -37,7 +37,9 @@ impl Sharding {
             1 => Ok(Self::Optimizer),
             2 => Ok(Self::Gradients),
             3 => Ok(Self::Parameters),
-            _ => Err(Error::invalid("Sharding", format!("there is no ZeRO stage {stage}: the stages are 0, 1, 2 and 3"))),
+            _ => {
+                Err(Error::invalid("Sharding", format!("there is no ZeRO stage {stage}: the stages are 0, 1, 2 and 3")))
+            }
         }
     }
 

@@ -183,7 +183,7 @@ mod tests {
     fn values(tensor: PlainTensor) -> (Vec<usize>, Vec<f32>) {
         let shape = tensor.shape().to_vec();
         let data = tensor.into_data().unwrap();
-        (shape, data.to_vec().unwrap())
+        (shape, data.try_to_vec().unwrap())
     }
 
     #[test]

@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use burn::tensor::Tensor;
 
+use crate::Error;
 use crate::params::{ParamSlice, padded};
 use crate::tensor::PlainTensor;
-use crate::Error;
 
 /// How the rows (dim 0) of a tensor are divided over ranks: evenly, in rank order, with zeros behind the last row where the
 /// ranks do not divide them.
@@ -127,7 +127,8 @@ impl Rows {
 
 /// Dims as those of a tensor of rank `D`.
 fn dims_of<const D: usize>(dims: &[usize]) -> Result<[usize; D], Error> {
-    dims.try_into().map_err(|_| Error::Graph { problem: format!("dims {dims:?} are not those of a tensor of rank {D}") })
+    dims.try_into()
+        .map_err(|_| Error::Graph { problem: format!("dims {dims:?} are not those of a tensor of rank {D}") })
 }
 
 #[cfg(test)]
@@ -151,9 +152,10 @@ mod tests {
 
     #[test]
     fn a_shard_is_its_rows_and_zeros() {
-        let whole = Tensor::<2>::from_data(TensorData::new((0..15).map(|x| x as f32).collect(), [5, 3]), &Device::flex());
+        let whole =
+            Tensor::<2>::from_data(TensorData::new((0..15).map(|x| x as f32).collect(), [5, 3]), &Device::flex());
         let shards = Rows::new(&[5, 3], 4).unwrap();
-        let values = |rank| shards.shard(whole.clone(), rank).unwrap().into_data().to_vec::<f32>().unwrap();
+        let values = |rank| shards.shard(whole.clone(), rank).unwrap().into_data().try_to_vec::<f32>().unwrap();
         assert_eq!(values(0), [0., 1., 2., 3., 4., 5.]);
         assert_eq!(values(2), [12., 13., 14., 0., 0., 0.]);
         assert_eq!(values(3), [0.; 6]);

@@ -118,6 +118,9 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// Adam, AdamW, ...) pass; those that look at whole matrices or clip by their norm do not. What is put in the place of an
     /// optimizer between two calls (`optim = ..`) is not looked at again.
     ///
+    /// [Sharded](crate::sharding) replicas update their rows of the parameters, and gather those of the others. What an optimizer does
+    /// not update row by row as it would the whole, it is given whole, on one of the ranks. Collective then.
+    ///
     /// A [`skipped`](Step::skipped) step leaves parameters and moments as they are.
     ///
     /// # Errors

@@ -79,7 +79,11 @@ impl Dealt {
             stepped.0.into_iter().map(|shard| (shard.param.id(), shard)).collect();
         for Lot { owner, pack, shards } in self.lots {
             let wholes = match owner == comms.rank() {
-                true => shards.iter().filter_map(|shard| updated.remove(&shard.param.id())).map(|it| it.param.value()).collect(),
+                true => shards
+                    .iter()
+                    .filter_map(|shard| updated.remove(&shard.param.id()))
+                    .map(|it| it.param.value())
+                    .collect(),
                 false => Vec::new(),
             };
             let (dtype, device) = (shards[0].dtype(), shards[0].param.value().device());

@@ -3,9 +3,9 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::tensor::Tensor;
+use burn_pack::Reader;
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::{Rows, Sharding};
-use burn_pack::Reader;
 
 use super::{config, wrap};
 use crate::common::zoo;

@@ -37,11 +37,7 @@ pub fn config(sharding: Sharding) -> DataParallelConfig {
     DataParallelConfig::new().with_bucket_bytes(3000).with_sharding(sharding)
 }
 
-pub fn wrap<M: Module>(
-    rank: &Rank,
-    model: &M,
-    config: DataParallelConfig,
-) -> Result<Replica<Eager<M>>, Error> {
+pub fn wrap<M: Module>(rank: &Rank, model: &M, config: DataParallelConfig) -> Result<Replica<Eager<M>>, Error> {
     model.clone().fork(&rank.device().autodiff()).train().data_parallel(rank, config)
 }
 

@@ -18,9 +18,7 @@ fn parity<M: Module + Sync>(case: &Case<M>, optimizers: &[&str], worlds: &[usize
             for level in LEVELS {
                 let what = format!("{size} ranks, {optim}, {level}");
                 let ranks = launch::threads(size)
-                    .run(|rank| {
-                        train(&rank, case, config(level), optimizer(optim), &[rows; STEPS], micro_batches)
-                    })
+                    .run(|rank| train(&rank, case, config(level), optimizer(optim), &[rows; STEPS], micro_batches))
                     .unwrap();
                 for (seen, found) in &ranks {
                     for (a, b) in losses.iter().zip(seen) {
