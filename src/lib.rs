@@ -41,6 +41,7 @@
 //! | [`plan`] | which parameters are split, by path |
 //! | [`tensor_parallel`] | any module split over ranks by a plan; explicit layers for models written with that in mind |
 //! | [`pipeline_parallel`] | any module cut into stages; schedules as data, their validator and simulator, one executor for all |
+//! | [`sharding`] | what replicas divide among themselves (ZeRO), by rows |
 //! | [`step`] | what a training step takes and gives, with every strategy |
 //! | [`train`] | where strategies meet: replicas of models that are split |
 //! | [`hf`] | Hugging Face directories: opened, mapped onto a model, loaded by slices, written from any mesh |
@@ -75,6 +76,7 @@ pub mod params;
 pub mod partition;
 pub mod pipeline_parallel;
 pub mod plan;
+pub mod sharding;
 pub mod step;
 pub mod tensor;
 mod tensor_file;

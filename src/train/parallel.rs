@@ -7,6 +7,7 @@ use burn::data::dataloader::DataLoader;
 use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, ParamId};
 use burn::tensor::Device;
 
+use super::module::UpdateShards;
 use super::module::sealed::Sealed;
 use super::{ParallelModule, Report, Strategy};
 use crate::Error;
@@ -18,6 +19,7 @@ use crate::nesting::{self, refuse_wrapping};
 use crate::params::{ParamSlice, SliceSource};
 use crate::pipeline_parallel::{PipelineParallel, Pipelined};
 use crate::plan::Plan;
+use crate::sharding::ShardComms;
 use crate::step::{Loss, Step, StepCounters};
 use crate::tensor_parallel::{Sharded, TensorParallel, TensorParallelConfig};
 
@@ -201,11 +203,18 @@ impl<M: Module> ParallelModule for Parallel<M> {
     }
 
     fn gradient_layout(&self) -> GradientLayout {
-        let holding = with!(&self.wrapped, model => ParallelModule::gradient_layout(model));
-        match &self.together {
-            Some(together) => GradientLayout { groups: vec![together.clone()], ..holding },
-            None => holding,
-        }
+        let layout = with!(&self.wrapped, model => ParallelModule::gradient_layout(model));
+        let Some(together) = &self.together else { return layout };
+        let shards = self.shards().map(|shards| shards.control().clone());
+        GradientLayout { groups: [together.clone()].into_iter().chain(shards).collect(), ..layout }
+    }
+
+    fn shards(&self) -> Option<ShardComms> {
+        with!(&self.wrapped, model => ParallelModule::shards(model))
+    }
+
+    fn update_shards(self, update: &mut UpdateShards<'_>) -> Result<Self, Error> {
+        Ok(renew!(self, model => ParallelModule::update_shards(model, update)?))
     }
 
     fn checked_optimizers(&self) -> &CheckedOptimizers {

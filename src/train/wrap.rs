@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use burn::data::dataloader::DataLoader;
 use burn::module::{Module, ParamId};
 
+use super::module::UpdateShards;
 use super::module::sealed::Sealed;
 use super::report::Reports;
 use super::{ParallelModule, Report, unreplicated};
@@ -14,6 +15,7 @@ use crate::data_parallel::{DataParallelConfig, Join, JoinLoader, Replica};
 use crate::graph::{CheckedOptimizers, GradientLayout, SplitParam, StepEngine, TensorTree};
 use crate::params::{ParamSlice, SliceSource};
 use crate::pipeline_parallel::{PipelineConfig, Pipelined};
+use crate::sharding::ShardComms;
 use crate::step::{Loss, Step, StepCounters, StepFn};
 use crate::tensor_parallel::Sharded;
 
@@ -85,10 +87,20 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
         self.engine().split_params()
     }
 
-    /// Replicas hold the same gradients, bit for bit: each measures its own.
+    /// Replicas hold the same gradients, bit for bit, and each measures its own; sharded ones hold rows of them.
     fn gradient_layout(&self) -> GradientLayout {
         let averaged = Some((self.control().clone(), self.non_finite_param()));
-        GradientLayout { averaged, ..self.engine().gradient_layout() }
+        let mut layout = GradientLayout { averaged, ..self.engine().gradient_layout() };
+        layout.groups.extend(self.shards().map(|shards| shards.control().clone()));
+        layout
+    }
+
+    fn shards(&self) -> Option<ShardComms> {
+        Replica::shards(self)
+    }
+
+    fn update_shards(self, update: &mut UpdateShards<'_>) -> Result<Self, Error> {
+        Replica::update_shards(self, update)
     }
 
     fn checked_optimizers(&self) -> &CheckedOptimizers {
