@@ -21,4 +21,9 @@ pub trait SliceSource {
     /// # Errors
     /// Whatever goes wrong with the store.
     fn read(&mut self, path: &str, ranges: &[Range<usize>]) -> Result<TensorData, Error>;
+
+    /// Whether a parameter is to stay as it is: nothing is asked about it then. None is by default.
+    fn keeps(&mut self, _path: &str) -> bool {
+        false
+    }
 }
