@@ -48,10 +48,8 @@ pub(super) fn exchange(bytes: Vec<u8>, group: &Communicator) -> Result<Shared, E
     let both = vec![digest as u64, (digest >> 64) as u64, bytes.len() as u64];
     let told = group.all_gather(both)?;
     let digests: Vec<&[u64]> = told.chunks_exact(3).collect();
-    let first: Vec<usize> = digests
-        .iter()
-        .map(|digest| digests.iter().position(|other| other == digest).unwrap_or_default())
-        .collect();
+    let first: Vec<usize> =
+        digests.iter().map(|digest| digests.iter().position(|other| other == digest).unwrap_or_default()).collect();
     let own = if first[group.rank()] == group.rank() { bytes } else { Vec::new() };
     let mut rest = group.all_gather(own)?;
     let mut texts = vec![Vec::new(); digests.len()];

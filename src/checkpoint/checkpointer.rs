@@ -53,9 +53,8 @@ impl Checkpointer {
         };
         together(made, &group)?;
         let root = together(
-            dir.canonicalize().map_err(|why| {
-                file_problem(dir, format!("is not there: {why}; all ranks need it in one file system"))
-            }),
+            dir.canonicalize()
+                .map_err(|why| file_problem(dir, format!("is not there: {why}; all ranks need it in one file system"))),
             &group,
         )?;
         Ok(Self { group, root, options, running: None })
@@ -73,9 +72,9 @@ impl Checkpointer {
     /// or a value cannot be saved: the state stays as it is, and so do the checkpoints that there are, so that training can
     /// go on. [`Error::Pipeline`]'s words in it if a pipeline is not cut yet. The error of the world. Old checkpoints that
     /// cannot be removed are a warning in the log.
-    pub fn save<P: ParallelModule>(&mut self, step: u64, state: &TrainState<'_, P>) -> Result<Saved, Error> {
+    pub fn save<P: ParallelModule>(&mut self, step: u64, state: TrainState<'_, P>) -> Result<Saved, Error> {
         self.wait()?;
-        let snapshot = together(Snapshot::of(step, state), &self.group)?;
+        let snapshot = together(Snapshot::of(step, &state), &self.group)?;
         job::run(snapshot, &self.root, &self.options, &self.group)
     }
 
@@ -87,9 +86,9 @@ impl Checkpointer {
     ///
     /// # Errors
     /// As [`save`](Self::save), also that of the save before.
-    pub fn save_async<P: ParallelModule>(&mut self, step: u64, state: &TrainState<'_, P>) -> Result<(), Error> {
+    pub fn save_async<P: ParallelModule>(&mut self, step: u64, state: TrainState<'_, P>) -> Result<(), Error> {
         self.wait()?;
-        let snapshot = together(Snapshot::of(step, state), &self.group)?;
+        let snapshot = together(Snapshot::of(step, &state), &self.group)?;
         let (root, options, group) = (self.root.clone(), self.options.clone(), self.group.clone());
         let run = move || job::run(snapshot, &root, &options, &group);
         let started = std::thread::Builder::new().name("checkpoint".into()).spawn(run);
@@ -143,7 +142,7 @@ impl Checkpointer {
     /// # Errors
     /// On all ranks alike, with the state as it was: [`Error::Checkpoint`] if a file is damaged or missing, or if the checkpoint
     /// does not fit: it names file, path and what to do. The error of the world.
-    pub fn restore<P: ParallelModule>(&mut self, state: &mut TrainState<'_, P>) -> Result<Option<Restored>, Error> {
+    pub fn restore<P: ParallelModule>(&mut self, state: TrainState<'_, P>) -> Result<Option<Restored>, Error> {
         match self.latest()? {
             Some(step) => self.restore_step(step, state).map(Some),
             None => Ok(None),
@@ -157,12 +156,12 @@ impl Checkpointer {
     pub fn restore_step<P: ParallelModule>(
         &mut self,
         step: u64,
-        state: &mut TrainState<'_, P>,
+        mut state: TrainState<'_, P>,
     ) -> Result<Restored, Error> {
         self.wait()?;
         let dir = self.root.join(name_of(step));
-        let loaded = together(restore::load(&dir, state, &self.options), &self.group)?;
-        Ok(loaded.put(state))
+        let loaded = together(restore::load(&dir, &mut state, &self.options), &self.group)?;
+        Ok(loaded.put(&mut state))
     }
 }
 

@@ -7,12 +7,12 @@ use burn::module::ParamId;
 use burn::optim::ModuleOptimizer;
 use serde_json::Value;
 
+use super::checkpoint_error;
 use super::moments;
 use super::params::{self, MomentSlice, ParamInfo};
 use super::plan::TensorKey;
 use super::scalar::StoredScalar;
 use super::state::TrainState;
-use super::checkpoint_error;
 use crate::Error;
 use crate::tensor::PlainTensor;
 use crate::train::ParallelModule;
@@ -68,7 +68,9 @@ impl Snapshot {
         }
         let mut values = BTreeMap::new();
         for (name, value) in &state.values {
-            let json = value.to_json().map_err(|why| checkpoint_error(format!("value `{name}` is not to be had as JSON: {why}")))?;
+            let json = value
+                .to_json()
+                .map_err(|why| checkpoint_error(format!("value `{name}` is not to be had as JSON: {why}")))?;
             values.insert(name.clone(), json);
         }
         let random_step = state.model.random_step();
@@ -94,7 +96,9 @@ fn names<'a>(what: &str, names: impl Iterator<Item = &'a String>) -> Result<(), 
     let mut seen = std::collections::HashSet::new();
     for name in names {
         if name.is_empty() || name.contains('/') {
-            return Err(checkpoint_error(format!("`{name}` is no name for one of the {what}: it must not be empty or have a `/`")));
+            return Err(checkpoint_error(format!(
+                "`{name}` is no name for one of the {what}: it must not be empty or have a `/`"
+            )));
         }
         if !seen.insert(name) {
             return Err(checkpoint_error(format!("two of the {what} are called `{name}`")));

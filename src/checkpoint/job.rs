@@ -80,7 +80,8 @@ fn finish(
     let told = written.map(|written| ToldFile { bytes: written.bytes, checksums: written.checksums });
     let told = serde_json::to_vec(&told).map_err(|why| checkpoint_error(why.to_string()))?;
     let told = gather(told, group)?;
-    let committed = if group.rank() == 0 { commit(&told, plan, snapshot, draft, options, group.size()) } else { Ok(()) };
+    let committed =
+        if group.rank() == 0 { commit(&told, plan, snapshot, draft, options, group.size()) } else { Ok(()) };
     together(committed, group)?;
     Ok(bytes)
 }
@@ -133,10 +134,9 @@ fn index(
         let mut slices = Vec::new();
         for (ranges, writer) in &tensor.slices {
             let file = files.get_mut(*writer).and_then(Option::as_mut);
-            let (file, checksums) =
-                file.and_then(|(file, checksums)| Some((*file, checksums.next()?))).ok_or_else(|| {
-                    checkpoint_error(format!("rank {writer} has not told of {ranges:?} of `{key}`"))
-                })?;
+            let (file, checksums) = file
+                .and_then(|(file, checksums)| Some((*file, checksums.next()?)))
+                .ok_or_else(|| checkpoint_error(format!("rank {writer} has not told of {ranges:?} of `{key}`")))?;
             slices.push(StoredSlice::new(file, key.name(ranges), ranges, checksums));
         }
         let dtype = dtype_name(tensor.dtype).unwrap_or_default().to_owned();

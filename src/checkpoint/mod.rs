@@ -24,13 +24,13 @@
 //!     let mut model = model.parallelize(&world, &Strategy::new())?; // or any other strategy, next time
 //!     let mut optim: ModuleOptimizer = AdamWConfig::new().init();
 //!     let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointOptions::new().with_keep_last(2))?;
-//!     let found = checkpoints.restore(&mut TrainState::new(&mut model).with_optimizer("adamw", &mut optim))?;
+//!     let found = checkpoints.restore(TrainState::new(&mut model).with_optimizer("adamw", &mut optim))?;
 //!     let first = found.map_or(0, |restored| restored.step);
 //!     for step in first..first + 3 {
 //!         let x = Tensor::<2>::ones([2, 4], &device);
 //!         let gave = model.step(x, |model, x| model.forward(x).powi_scalar(2).mean())?;
 //!         model = model.optimize(&mut optim, 0.01, gave)?;
-//!         checkpoints.save(step + 1, &TrainState::new(&mut model).with_optimizer("adamw", &mut optim))?;
+//!         checkpoints.save(step + 1, TrainState::new(&mut model).with_optimizer("adamw", &mut optim))?;
 //!     }
 //!     checkpoints.latest()
 //! };

@@ -12,12 +12,12 @@ use burn::optim::{ModuleOptimizer, OptimizerRecord};
 use burn::tensor::{Bytes, DType, Device, TensorData};
 use burn_pack::{Reader, Writer};
 
+use super::checkpoint_error;
 use super::contents::Slice;
 use super::index::{OptimizerParam, StoredTensor};
 use super::params::{MomentSlice, ParamInfo};
 use super::plan::TensorKey;
 use super::scalar::StoredScalar;
-use super::checkpoint_error;
 use crate::Error;
 use crate::params::ParamSlice;
 use crate::tensor::PlainTensor;
@@ -43,7 +43,8 @@ pub(super) fn of_optimizer(
     let paths: HashMap<u64, &ParamInfo> = infos.iter().map(|info| (info.id.val(), info)).collect();
     let path = |id: u64| {
         let stranger = || {
-            let problem = "it has moments of a parameter that the model does not have: save it with the model that it trains";
+            let problem =
+                "it has moments of a parameter that the model does not have: save it with the model that it trains";
             checkpoint_error(format!("optimizer `{optimizer}`: {problem}"))
         };
         paths.get(&id).copied().ok_or_else(stranger)
@@ -113,7 +114,11 @@ fn wanted(dims: &[usize], param: &ParamSlice) -> Option<(Vec<Range<usize>>, Vec<
         return Some((dims.iter().map(|size| 0..*size).collect(), dims.to_vec()));
     }
     let factored = dims.len() == param.dims.len()
-        && dims.iter().zip(&param.dims).enumerate().all(|(dim, (size, own))| size == own || (*size == 1 && is_whole(dim)));
+        && dims
+            .iter()
+            .zip(&param.dims)
+            .enumerate()
+            .all(|(dim, (size, own))| size == own || (*size == 1 && is_whole(dim)));
     factored.then(|| {
         let sides = dims.iter().zip(&param.dims).enumerate().map(|(dim, (size, own))| match size == own {
             true => (param.ranges[dim].clone(), param.local_dims[dim]),
@@ -264,10 +269,7 @@ impl Record {
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if burn cannot write them.
-pub(super) fn of_scheduler(
-    name: &str,
-    scheduler: &ModuleLrScheduler,
-) -> Result<BTreeMap<String, StoredScalar>, Error> {
+pub(super) fn of_scheduler(name: &str, scheduler: &ModuleLrScheduler) -> Result<BTreeMap<String, StoredScalar>, Error> {
     let bytes = scheduler.to_record().into_bytes().map_err(|why| unreadable(name, why))?;
     let reader = Reader::from_bytes(bytes).map_err(|why| unreadable(name, why))?;
     Ok(reader.scalars().iter().map(|(name, scalar)| (name.clone(), (*scalar).into())).collect())
@@ -293,9 +295,9 @@ pub(super) fn restored_scheduler(
     }
     let mut writer = Writer::new(Vec::new());
     for (key, number) in numbers {
-        let number = number
-            .read()
-            .ok_or_else(|| checkpoint_error(format!("scheduler `{name}`: `{key}` is {number:?}, which is no number")))?;
+        let number = number.read().ok_or_else(|| {
+            checkpoint_error(format!("scheduler `{name}`: `{key}` is {number:?}, which is no number"))
+        })?;
         writer = writer.with_scalar(key, number);
     }
     let bytes: Bytes = writer.into_bytes().map_err(|why| unreadable(name, why))?;

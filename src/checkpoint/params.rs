@@ -35,7 +35,8 @@ pub(super) fn infos<M: Module>(module: &M) -> Result<Vec<ParamInfo>, Error> {
     let mut paths = HashSet::new();
     for info in &walk.with.0 {
         if !paths.insert(&info.path) {
-            let problem = format!("two parameters of the model have the path `{}`: give them paths of their own", info.path);
+            let problem =
+                format!("two parameters of the model have the path `{}`: give them paths of their own", info.path);
             return Err(checkpoint_error(problem));
         }
     }

@@ -148,9 +148,12 @@ fn add(
     holders: &[usize],
 ) -> Result<(), Error> {
     let named = dtype_of(&dtype).ok_or_else(|| {
-        checkpoint_error(format!("rank {rank}: `{key}` is of a dtype that checkpoints do not hold: cast it to a plain one"))
+        checkpoint_error(format!(
+            "rank {rank}: `{key}` is of a dtype that checkpoints do not hold: cast it to a plain one"
+        ))
     })?;
-    let tensor = held.entry(key.clone()).or_insert_with(|| Held { dims: dims.clone(), dtype: named, slices: BTreeMap::new() });
+    let tensor =
+        held.entry(key.clone()).or_insert_with(|| Held { dims: dims.clone(), dtype: named, slices: BTreeMap::new() });
     if (&tensor.dims, tensor.dtype) != (&dims, named) {
         return Err(checkpoint_error(format!(
             "rank {rank} has `{key}` of dims {dims:?} and {named:?}, and another {:?} and {:?}: save one model",
@@ -199,11 +202,16 @@ impl Held {
 mod tests {
     use super::*;
 
-    fn held(slices: &[(Range<usize>, &[usize])], rows: usize, columns: usize) -> Result<Vec<(Range<usize>, usize)>, Error> {
+    fn held(
+        slices: &[(Range<usize>, &[usize])],
+        rows: usize,
+        columns: usize,
+    ) -> Result<Vec<(Range<usize>, usize)>, Error> {
         let mut all = BTreeMap::new();
         for (range, holders) in slices {
             let ranges = vec![range.clone(), 0..columns];
-            let slice = ToldSlice { key: TensorKey::param("a"), dims: vec![rows, columns], dtype: "F32".into(), ranges };
+            let slice =
+                ToldSlice { key: TensorKey::param("a"), dims: vec![rows, columns], dtype: "F32".into(), ranges };
             add(&mut all, slice, holders[0], holders)?;
         }
         let (key, tensor) = all.pop_first().unwrap();

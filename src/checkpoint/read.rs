@@ -31,10 +31,6 @@ impl Reader {
         Self { dir: dir.into(), index, files: BTreeMap::new(), checked: HashMap::new(), bytes_read: 0 }
     }
 
-    pub(super) fn dir(&self) -> &Path {
-        &self.dir
-    }
-
     /// The elements of a tensor in these ranges, in the dtype of the checkpoint.
     ///
     /// # Errors
@@ -99,17 +95,17 @@ impl Reader {
                 file_problem(&path, format!("cannot be read, and `{key}` is in it: {why}; {instead}"))
             })?;
             if there.len() != stored.bytes {
-                let problem = format!("has {} bytes, and the index says {}: it is damaged; {instead}", there.len(), stored.bytes);
+                let problem =
+                    format!("has {} bytes, and the index says {}: it is damaged; {instead}", there.len(), stored.bytes);
                 return Err(file_problem(&path, problem));
             }
             let file = TensorFile::open(&path).map_err(|why| checkpoint_error(format!("{why}; {instead}")))?;
             self.files.insert(slice.file, file);
         }
         let file = &self.files[&slice.file];
-        let entry = file
-            .tensors()
-            .get(&slice.tensor)
-            .ok_or_else(|| file_problem(&path, format!("has no tensor `{}`: it is of another checkpoint; {instead}", slice.tensor)))?;
+        let entry = file.tensors().get(&slice.tensor).ok_or_else(|| {
+            file_problem(&path, format!("has no tensor `{}`: it is of another checkpoint; {instead}", slice.tensor))
+        })?;
         if entry.named != tensor.dtype || entry.dims != dims {
             let problem = format!(
                 "has `{}` of {} {:?}, and the index says {} {dims:?}: it is damaged; {instead}",
@@ -178,7 +174,8 @@ impl SliceSource for ParamSource<'_> {
 
     fn read(&mut self, path: &str, ranges: &[Range<usize>]) -> Result<TensorData, Error> {
         let index = self.reader.index.clone();
-        let tensor = index.model.get(path).ok_or_else(|| checkpoint_error(format!("there is no parameter `{path}`")))?;
+        let tensor =
+            index.model.get(path).ok_or_else(|| checkpoint_error(format!("there is no parameter `{path}`")))?;
         self.reader.read(&TensorKey::param(path), tensor, ranges)
     }
 

@@ -118,11 +118,18 @@ fn compare<P: ParallelModule>(
             false => missing.push((*path).to_owned()),
         }
     }
-    let named = state.optimizers.iter().map(|(name, _)| (format!("optimizers/{name}"), index.optimizers.contains_key(name)));
+    let named =
+        state.optimizers.iter().map(|(name, _)| (format!("optimizers/{name}"), index.optimizers.contains_key(name)));
     let named = named
-        .chain(state.schedulers.iter().map(|(name, _)| (format!("schedulers/{name}"), index.schedulers.contains_key(name))))
+        .chain(
+            state
+                .schedulers
+                .iter()
+                .map(|(name, _)| (format!("schedulers/{name}"), index.schedulers.contains_key(name))),
+        )
         .chain(state.values.iter().map(|(name, _)| (format!("values/{name}"), index.values.contains_key(name))));
-    missing.extend(named.filter(|(name, there)| !there && !matches(&options.allow_missing, name)).map(|(name, _)| name));
+    missing
+        .extend(named.filter(|(name, there)| !there && !matches(&options.allow_missing, name)).map(|(name, _)| name));
     let strange = index.model.keys().filter(|path| !own.contains(path.as_str()));
     let unexpected: Vec<String> = strange.filter(|path| !matches(&options.allow_unexpected, path)).cloned().collect();
     let slices = state.model.param_slices()?;

@@ -55,7 +55,9 @@ pub(super) fn write(contents: &Contents, plan: &WritePlan, rank: usize, dir: &Pa
         }
         let own = held.get(key).into_iter().flatten().find(|slice| within(ranges, &slice.ranges));
         let Some(slice) = own else {
-            return Err(checkpoint_error(format!("rank {rank} is to write {ranges:?} of `{key}`, which it does not have")));
+            return Err(checkpoint_error(format!(
+                "rank {rank} is to write {ranges:?} of `{key}`, which it does not have"
+            )));
         };
         let values = contiguous(slice, ranges)?;
         let bytes = bytes_of(&values);
