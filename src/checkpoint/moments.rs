@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::lr_scheduler::LrSchedulerRecord;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
@@ -19,6 +20,7 @@ use super::params::{MomentSlice, ParamInfo};
 use super::plan::TensorKey;
 use super::scalar::StoredScalar;
 use crate::Error;
+use crate::comm::panic_message;
 use crate::params::ParamSlice;
 use crate::tensor::PlainTensor;
 
@@ -261,7 +263,14 @@ impl Record {
         }
         let bytes = writer.into_bytes().map_err(|why| unreadable(optimizer, why))?;
         let record = OptimizerRecord::from_bytes(bytes).map_err(|why| unreadable(optimizer, why))?;
-        Ok(into.clone().load_record(record))
+        // burn panics where tensors are not of the rank that it is told.
+        let loaded = catch_unwind(AssertUnwindSafe(|| into.clone().load_record(record)));
+        loaded.map_err(|panic| {
+            checkpoint_error(format!(
+                "optimizer `{optimizer}` does not take what the checkpoint has of it: {}",
+                panic_message(&*panic)
+            ))
+        })
     }
 }
 

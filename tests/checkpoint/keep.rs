@@ -50,6 +50,7 @@ fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
         run.unwrap();
     };
     save(1);
+    save(3);
     let at = |name: &str| dir.path().join(name);
     for left in [".step-000000002.unfinished", ".step-000000001.replaced", ".step-000000000.removed"] {
         fs::create_dir(at(left)).unwrap();
@@ -59,9 +60,17 @@ fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
         fs::create_dir(at(other)).unwrap();
     }
     // Killed between two renames.
-    fs::rename(at("step-000000001"), at(".step-000000003.replaced")).unwrap();
+    fs::rename(at("step-000000003"), at(".step-000000003.replaced")).unwrap();
     save(2);
-    let expected = [".other.unfinished", "notes", "step-000000002", "step-000000003", "step-000000009", "step-9"];
+    let expected = [
+        ".other.unfinished",
+        "notes",
+        "step-000000001",
+        "step-000000002",
+        "step-000000003",
+        "step-000000009",
+        "step-9",
+    ];
     assert_eq!(names(&dir), expected);
     let run = launch::threads(1).run(|world| Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.latest());
     assert_eq!(run.unwrap(), [Some(3)]);

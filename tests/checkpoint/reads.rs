@@ -11,21 +11,21 @@ use crate::common::reference::{filled, own, values};
 
 const MIB: u64 = 1 << 20;
 
-/// A weight of 4 MiB. Of a part of the rows a rank reads these; of a part of the columns, of which each line is short, all
+/// A weight of 16 MiB. Of a part of the rows a rank reads these; of a part of the columns, of which each line is short, all
 /// blocks of the slices that have some.
 #[test]
 fn bytes_are_those_of_the_slices() {
-    let linear: Linear = filled(LinearConfig::new(1024, 1024).with_bias(false).init(&device()));
+    let linear: Linear = filled(LinearConfig::new(2048, 2048).with_bias(false).init(&device()));
     let expected = values(&linear);
     let (by_rows, by_columns) = (Plan::new().shard("weight", 0), Plan::new().shard("weight", 1));
     for (save, load, read) in [
-        (None, None, 4 * MIB),
-        (None, Some((4, &by_rows)), MIB),
-        (Some((2, &by_rows)), Some((4, &by_rows)), MIB),
-        (Some((4, &by_rows)), Some((2, &by_rows)), 2 * MIB),
-        (Some((2, &by_columns)), Some((4, &by_columns)), 2 * MIB),
-        (Some((4, &by_columns)), Some((4, &by_columns)), MIB),
-        (Some((4, &by_columns)), Some((4, &by_rows)), MIB),
+        (None, None, 16 * MIB),
+        (None, Some((4, &by_rows)), 4 * MIB),
+        (Some((2, &by_rows)), Some((4, &by_rows)), 4 * MIB),
+        (Some((4, &by_rows)), Some((2, &by_rows)), 8 * MIB),
+        (Some((2, &by_columns)), Some((4, &by_columns)), 8 * MIB),
+        (Some((4, &by_columns)), Some((4, &by_columns)), 4 * MIB),
+        (Some((4, &by_columns)), Some((4, &by_rows)), 4 * MIB),
     ] {
         let dir = Dir::new();
         let strategy = |axes: Option<(usize, &Plan)>| match axes {
