@@ -64,6 +64,7 @@ pub mod data_parallel;
 mod delegate;
 mod distribution;
 mod error;
+mod forms;
 pub mod graph;
 pub mod launch;
 pub mod layout;

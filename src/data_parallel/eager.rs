@@ -14,7 +14,7 @@ use super::sync_batch_norm::SyncBatchNorm;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::delegate::module_of_field;
-use crate::graph::{GradientSink, Holding, Met, MicroBatch, Skips, SplitParam, StepEngine};
+use crate::graph::{ClipRecord, GradientSink, Holding, Met, MicroBatch, SplitParam, StepEngine};
 use crate::params::{self, Held, SliceSource};
 use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
 use crate::tensor::{GraphInputs, PlainTensor, TensorMapper, rows};
@@ -29,13 +29,20 @@ pub struct Eager<M> {
     control: Communicator,
     /// The captured steps with synchronised batch norm, once there are any.
     synchronized: Arc<Mutex<Option<SyncBatchNorm>>>,
-    skips: Skips,
+    clipping: ClipRecord,
     met: Met,
 }
 
 impl<M: Module> Eager<M> {
     pub(super) fn new(module: M, hooks: HookGroup, control: Communicator) -> Self {
-        Self { module, hooks, control, synchronized: Arc::default(), skips: Skips::default(), met: Met::default() }
+        Self {
+            module,
+            hooks,
+            control,
+            synchronized: Arc::default(),
+            clipping: ClipRecord::default(),
+            met: Met::default(),
+        }
     }
 
     /// Backward of a micro-batch whose inputs have this many rows.
@@ -69,8 +76,8 @@ impl<M: Module> Eager<M> {
             return Err(self.refuse(problem));
         }
         if weight > 0.0 && !value.is_tracked() {
-            let problem = "it depends on no parameter that is trained: was it computed on a device without autodiff, or \
-                           with every parameter frozen?";
+            let problem = "it depends on no parameter that is trained: was its model made on a device without autodiff (`fork` keeps what it was \
+                           made with: make it on `device.autodiff()`), or is every parameter frozen?";
             return Err(self.refuse(problem.into()));
         }
         let outputs = outputs.into_iter().map(|(path, output)| PlainTensor::of(output, &format!("output `{path}`")));
@@ -170,7 +177,7 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn counters(&self) -> StepCounters {
         let statistics = self.synchronized().as_ref().map(SyncBatchNorm::counters).unwrap_or_default();
-        StepCounters { statistics, skipped: self.skips.count(), ..StepCounters::default() }
+        StepCounters { statistics, skipped: self.clipping.skipped(), ..StepCounters::default() }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {
@@ -178,7 +185,7 @@ impl<M: Module> StepEngine for Eager<M> {
     }
 
     fn holding(&self) -> Holding {
-        Holding { rank: self.control.world_rank(), skips: self.skips.clone(), ..Holding::default() }
+        Holding { rank: self.control.world_rank(), clipping: self.clipping.clone(), ..Holding::default() }
     }
 
     fn met(&self) -> &Met {

@@ -129,6 +129,7 @@ pub(crate) fn replicate<M: Module>(
     config: DataParallelConfig,
     share_ids: impl FnOnce(M, &Communicator) -> Result<M, Error>,
 ) -> Result<(M, Reducer), Error> {
+    config.check()?;
     let device = one_device(&module, "data_parallel")?.unwrap_or_else(Device::flex);
     let mut structure = Structure::of(&module);
     let mut module = module;

@@ -64,6 +64,7 @@ impl<E: StepEngine> Replica<E> {
     /// # Errors
     /// Those of [`replicate`].
     pub(crate) fn new(engine: E, group: &Communicator, config: DataParallelConfig) -> Result<Self, Error> {
+        config.check()?;
         if !engine.is_settled() {
             return Ok(Self::with(engine, Averaging::Later(group.clone(), config)));
         }

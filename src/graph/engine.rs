@@ -103,6 +103,11 @@ pub trait StepEngine: Module {
     /// How the parameters lie over the ranks that share the model.
     fn holding(&self) -> Holding;
 
+    /// Whether its steps give gradients.
+    fn trains(&self) -> bool {
+        true
+    }
+
     /// The optimizers that were looked at.
     fn met(&self) -> &Met;
 }

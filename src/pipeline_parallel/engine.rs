@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use burn::module::{Module, ParamId};
 
 use super::captured::CapturedStep;
-use super::schedule::Timetable;
+use super::schedule::{Schedule, Timetable};
 use super::tied::Ties;
 use super::{PipelineConfig, stage_error};
 use crate::Error;
@@ -51,9 +51,10 @@ impl Engine {
         group: &Communicator,
         config: PipelineConfig,
     ) -> Result<(Self, M), Error> {
-        let timetable = config.schedule.timetable(group.size(), config.micro_batches)?;
         let table = Plan::new().table(&model, 1)?;
         let rows = table.rows();
+        enough_parameters(&config.schedule, group.size(), rows.len())?;
+        let timetable = config.schedule.timetable(group.size(), config.micro_batches)?;
         let paths: Vec<&str> = rows.iter().map(|row| row.path.as_str()).collect();
         let homes = config.cut.by_path(&paths, timetable.stages())?;
 
@@ -217,4 +218,20 @@ impl Engine {
         let rows = self.rows.iter().filter(|row| trained.contains(&row.id) && here(&row.id));
         rows.filter(|row| seen.insert(row.path.clone())).map(|row| row.id).collect()
     }
+}
+
+/// Several stages a rank need as many parameters.
+fn enough_parameters(schedule: &Schedule, ranks: usize, params: usize) -> Result<(), Error> {
+    let per_rank = schedule.stages_per_rank();
+    let stages = match schedule {
+        Schedule::Custom(timetable) => timetable.stages(),
+        _ => ranks.saturating_mul(per_rank),
+    };
+    if per_rank > 1 && stages > params {
+        return Err(stage_error(format!(
+            "schedule {schedule} makes {stages} stages over {ranks} ranks, but the model has {params} parameters: a stage holds one \
+             at least, so ask for fewer stages on each rank"
+        )));
+    }
+    Ok(())
 }

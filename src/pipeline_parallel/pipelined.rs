@@ -13,7 +13,8 @@ use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::distribution::ModelSplit;
 use crate::graph::{
-    GradientSink, GraphInputs, Holding, Met, MicroBatch, SameInputs, Skips, SplitParam, StepEngine, read_params,
+    ClipRecord, GradientSink, GraphInputs, Holding, Met, MicroBatch, Run, SameInputs, SplitParam, StepEngine,
+    read_params,
 };
 use crate::nesting::refuse_wrapping;
 use crate::params::{self, SliceSource, one_device};
@@ -39,7 +40,7 @@ pub struct Pipelined<M> {
     pub(super) group: Communicator,
     pub(super) engine: Arc<Mutex<Engine>>,
     pub(super) same_inputs: SameInputs,
-    pub(super) skips: Skips,
+    pub(super) clipping: ClipRecord,
     pub(super) met: Met,
 }
 
@@ -63,7 +64,7 @@ impl<M: Module> Pipelined<M> {
             group: engine.group.clone(),
             engine: Arc::new(Mutex::new(engine)),
             same_inputs,
-            skips: Skips::default(),
+            clipping: ClipRecord::default(),
             met: Met::default(),
         })
     }
@@ -213,7 +214,7 @@ impl<M: Module> StepEngine for Pipelined<M> {
         unit: Option<f64>,
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatch, Error> {
-        let comparison = self.same_inputs.start(&inputs)?;
+        let comparison = self.same_inputs.start(Run::Step, &inputs)?;
         let (run, outputs, gradients) = self.run_step(inputs, step)?;
         comparison.finish()?;
         let unit = unit.unwrap_or(1.0);
@@ -232,7 +233,10 @@ impl<M: Module> StepEngine for Pipelined<M> {
         F: FnMut(&M, I) -> O,
         O: GraphInputs + Clone + Send + 'static,
     {
-        self.run_forward(inputs, forward)
+        let comparison = self.same_inputs.start(Run::Forward, &inputs)?;
+        let outputs = self.run_forward(inputs, forward)?;
+        comparison.finish()?;
+        Ok(outputs)
     }
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
@@ -267,9 +271,10 @@ impl<M: Module> StepEngine for Pipelined<M> {
 
     fn counters(&self) -> StepCounters {
         let engine = lock(&self.engine);
-        let split = engine.split.iter().flat_map(ModelSplit::groups).map(Communicator::counters);
+        let split = engine.split.iter().flat_map(ModelSplit::groups).map(|group| self.clipping.beside(group));
         let tensor = split.fold(Counters::default(), |sum, counters| sum + counters);
-        StepCounters { tensor, pipeline: engine.sent.clone(), skipped: self.skips.count(), ..StepCounters::default() }
+        let (pipeline, norm) = (engine.sent.clone(), self.clipping.counters());
+        StepCounters { tensor, pipeline, norm, skipped: self.clipping.skipped(), ..StepCounters::default() }
     }
 
     /// A parameter that several stages hold counts on the rank of its own stage.
@@ -282,13 +287,17 @@ impl<M: Module> StepEngine for Pipelined<M> {
             groups: engine.split.iter().flat_map(ModelSplit::groups).chain([&engine.group]).cloned().collect(),
             elsewhere,
             rank: engine.group.world_rank(),
-            skips: self.skips.clone(),
+            clipping: self.clipping.clone(),
             ..Holding::default()
         }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {
         lock(&self.engine).split.as_ref().map(ModelSplit::split_params).unwrap_or_default()
+    }
+
+    fn trains(&self) -> bool {
+        lock(&self.engine).timetable.trains()
     }
 
     fn met(&self) -> &Met {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{AxisPlan, InputRule, Plan, Rule};
+use crate::forms::{Table, tables};
 use crate::layout::Layout;
 
 #[derive(Serialize, Deserialize)]
@@ -14,22 +15,22 @@ pub(super) struct PlanText {
     sequence_parallel: Option<usize>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     parameters: Vec<Rule>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "tables")]
     inputs: Vec<InputRule>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     refused: Option<String>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    axes: BTreeMap<String, AxisText>,
+    axes: BTreeMap<String, AxisPlan>,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct AxisText {
+pub(super) struct AxisText {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     sequence_parallel: Option<usize>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     parameters: Vec<Rule>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "tables")]
     inputs: Vec<InputRule>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     refused: Option<String>,
@@ -38,14 +39,13 @@ struct AxisText {
 impl From<Plan> for PlanText {
     fn from(Plan { own, axes }: Plan) -> Self {
         let AxisPlan { rules: parameters, inputs, sequence_dim: sequence_parallel, refused } = own;
-        let axes = axes.into_iter().map(|(name, axis)| (name, axis.into())).collect();
         Self { sequence_parallel, parameters, inputs, refused, axes }
     }
 }
 
-impl From<PlanText> for Plan {
-    fn from(PlanText { sequence_parallel: sequence_dim, parameters: rules, inputs, refused, axes }: PlanText) -> Self {
-        let axes = axes.into_iter().map(|(name, axis)| (name, axis.into())).collect();
+impl From<Table<PlanText>> for Plan {
+    fn from(Table(text): Table<PlanText>) -> Self {
+        let PlanText { sequence_parallel: sequence_dim, parameters: rules, inputs, refused, axes } = text;
         Self { own: AxisPlan { rules, inputs, sequence_dim, refused }, axes }
     }
 }
@@ -56,8 +56,9 @@ impl From<AxisPlan> for AxisText {
     }
 }
 
-impl From<AxisText> for AxisPlan {
-    fn from(AxisText { sequence_parallel: sequence_dim, parameters: rules, inputs, refused }: AxisText) -> Self {
+impl From<Table<AxisText>> for AxisPlan {
+    fn from(Table(text): Table<AxisText>) -> Self {
+        let AxisText { sequence_parallel: sequence_dim, parameters: rules, inputs, refused } = text;
         Self { rules, inputs, sequence_dim, refused }
     }
 }
@@ -91,12 +92,11 @@ impl From<Rule> for RuleText {
     }
 }
 
-impl TryFrom<RuleText> for Rule {
+impl TryFrom<Table<RuleText>> for Rule {
     type Error = String;
 
-    fn try_from(
-        RuleText { pattern, shard, replicate, if_present: optional, padded }: RuleText,
-    ) -> Result<Self, String> {
+    fn try_from(Table(text): Table<RuleText>) -> Result<Self, String> {
+        let RuleText { pattern, shard, replicate, if_present: optional, padded } = text;
         let layout = match (shard, replicate) {
             (Some(dim), false) => Layout::Sharded(dim),
             (None, true) if padded => {

@@ -11,8 +11,8 @@ use crate::comm::{Communicator, Counters};
 use crate::delegate::module_of_field;
 use crate::distribution::ModelSplit;
 use crate::graph::{
-    CustomOps, GRAPHS, GradientSink, GraphCache, Holding, Met, MicroBatch, SameInputs, Skips, SplitParam, StepEngine,
-    StepGraph, Units,
+    ClipRecord, CustomOps, GRAPHS, GradientSink, GraphCache, Holding, Met, MicroBatch, Run, SameInputs, SplitParam,
+    StepEngine, StepGraph, Units,
 };
 use crate::nesting::{self, refuse_wrapping};
 use crate::params::{self, SliceSource};
@@ -37,7 +37,7 @@ pub struct Sharded<M> {
     pub(super) split: ModelSplit,
     same_inputs: SameInputs,
     engine: Arc<Mutex<Engine>>,
-    skips: Skips,
+    clipping: ClipRecord,
     met: Met,
 }
 
@@ -72,7 +72,7 @@ impl<M: Module> Sharded<M> {
         let split = split.with_seed(seed);
         let same_inputs = SameInputs::new(split.groups(), check_inputs_every)?;
         let engine = Arc::new(Mutex::new(Engine::of(&split, GRAPHS)));
-        Ok(Self { local, engine, split, same_inputs, skips: Skips::default(), met: Met::default() })
+        Ok(Self { local, engine, split, same_inputs, clipping: ClipRecord::default(), met: Met::default() })
     }
 
     /// Sets the seed of the random numbers that steps draw, dropout above all: the same on every rank of the split, which
@@ -178,7 +178,7 @@ impl<M: Module> StepEngine for Sharded<M> {
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatch, Error> {
         let signature = self.split.of_step(&self.local)?;
-        let comparison = self.same_inputs.start(&inputs)?;
+        let comparison = self.same_inputs.start(Run::Step, &inputs)?;
         let (inputs, rows) = rows(inputs)?;
         let mut engine = lock(&self.engine);
         let whole = || self.split.outline(&self.local);
@@ -198,9 +198,12 @@ impl<M: Module> StepEngine for Sharded<M> {
         O: GraphInputs + Clone + Send + 'static,
     {
         let signature = self.split.of_forward(&self.local)?;
+        let comparison = self.same_inputs.start(Run::Forward, &inputs)?;
         let mut engine = lock(&self.engine);
         let whole = || self.split.outline(&self.local);
-        engine.graphs.forward_of(signature, &inputs, forward, whole)?.run(&self.local, inputs)
+        let outputs = engine.graphs.forward_of(signature, &inputs, forward, whole)?.run(&self.local, inputs)?;
+        comparison.finish()?;
+        Ok(outputs)
     }
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
@@ -212,8 +215,14 @@ impl<M: Module> StepEngine for Sharded<M> {
     }
 
     fn counters(&self) -> StepCounters {
-        let tensor = self.split.groups().map(Communicator::counters).fold(Counters::default(), |sum, more| sum + more);
-        StepCounters { tensor, skipped: self.skips.count(), ..StepCounters::default() }
+        let split = self.split.groups().map(|group| self.clipping.beside(group));
+        let tensor = split.fold(Counters::default(), |sum, more| sum + more);
+        StepCounters {
+            tensor,
+            norm: self.clipping.counters(),
+            skipped: self.clipping.skipped(),
+            ..StepCounters::default()
+        }
     }
 
     fn holding(&self) -> Holding {
@@ -221,7 +230,7 @@ impl<M: Module> StepEngine for Sharded<M> {
             groups: self.split.groups().cloned().collect(),
             elsewhere: self.split.counted_elsewhere(),
             rank: self.split.group().world_rank(),
-            skips: self.skips.clone(),
+            clipping: self.clipping.clone(),
             ..Holding::default()
         }
     }

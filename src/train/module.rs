@@ -117,7 +117,7 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// A [`skipped`](Step::skipped) step leaves parameters and moments as they are.
     ///
     /// # Errors
-    /// [`Error::Optimizer`], which names a parameter. The model is lost with it: keep a clone of one that is to live on.
+    /// [`Error::Optimizer`], which names a parameter; [`Error::Schedule`] if the schedule of the pipeline has no backward pass. The model is lost with it: keep a clone of one that is to live on.
     fn optimize(
         self,
         optim: &mut ModuleOptimizer,
@@ -198,6 +198,9 @@ pub trait ParallelModule: Module + sealed::Sealed {
 
     #[doc(hidden)]
     fn split_params(&self) -> Vec<SplitParam>;
+
+    #[doc(hidden)]
+    fn trains(&self) -> bool;
 
     #[doc(hidden)]
     fn met(&self) -> &Met;

@@ -203,6 +203,10 @@ impl<M: Module> ParallelModule for Parallel<M> {
         }
     }
 
+    fn trains(&self) -> bool {
+        with!(&self.spread, model => ParallelModule::trains(model))
+    }
+
     fn met(&self) -> &Met {
         with!(&self.spread, model => ParallelModule::met(model))
     }

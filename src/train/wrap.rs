@@ -85,6 +85,10 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
         Holding { averaged, ..self.engine().holding() }
     }
 
+    fn trains(&self) -> bool {
+        self.engine().trains()
+    }
+
     fn met(&self) -> &Met {
         self.engine().met()
     }
@@ -158,6 +162,10 @@ macro_rules! without_replicas {
 
             fn holding(&self) -> Holding {
                 StepEngine::holding(self)
+            }
+
+            fn trains(&self) -> bool {
+                StepEngine::trains(self)
             }
 
             fn met(&self) -> &Met {

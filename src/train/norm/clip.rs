@@ -60,7 +60,9 @@ impl Step {
         if self.skipped {
             return Ok(self);
         }
+        let before = model.counters().norm;
         let clipped = model.clip_grad_norm(self.grads, clip)?;
+        self.counters.norm = model.counters().norm - before;
         (self.grads, self.grad_norm) = (clipped.grads, Some(clipped.norm));
         self.skipped = clipped.skipped.is_some();
         self.counters.skipped += u64::from(self.skipped);
@@ -86,7 +88,8 @@ pub(crate) fn clip<M: Module>(
         return Err(Error::invalid("clip_grad_norm", problem));
     }
     let found = take(module, grads, holding.by_hand)?;
-    let known = measure(&found, holding, &clip)?.over(&holding.groups, &clip)?;
+    let mine = measure(&found, holding, &clip)?;
+    let known = holding.clipping.count(&holding.groups, || mine.over(&holding.groups, &clip))?;
     let mut norm = known.size.norm(clip.norm);
     let Some(bad) = known.bad else {
         let factor = clip.factor(norm);
@@ -97,11 +100,11 @@ pub(crate) fn clip<M: Module>(
         // A copy that does not count is not finite: ranks have gone apart.
         norm = f64::NAN;
     }
-    let (path, rank) = culprit(&paths_of(module), bad, holding, &clip)?;
+    let (path, rank) = holding.clipping.count(&holding.groups, || culprit(&paths_of(module), bad, holding, &clip))?;
     match clip.non_finite {
         NonFinite::Stop => Err(Error::NonFinite { path, rank }),
         NonFinite::Skip => {
-            holding.skips.add();
+            holding.clipping.skip();
             Ok(Clipped { grads: GradientsParams::new(), norm, factor: 0.0, skipped: Some(NotFinite { path, rank }) })
         }
     }

@@ -21,12 +21,20 @@ pub(super) fn optimize<P: ParallelModule>(
     lr: ModuleLearningRate,
     step: Step,
 ) -> Result<P, Error> {
+    if !model.trains() {
+        return Err(Error::Schedule {
+            problem: "it has no backward pass, so its steps give a loss and no gradients, and there is nothing to optimize by: \
+                      train with another, as `1f1b`"
+                .into(),
+        });
+    }
     if step.skipped {
         return Ok(model);
     }
+    let split = model.split_params();
+    clips_parts(optim, &split)?;
+    // Costlier, and so once for an optimizer: burn gives it no identity but its place.
     if model.met().is_new(std::ptr::from_ref(optim).addr()) {
-        let split = model.split_params();
-        clips_parts(optim, &split)?;
         moments::check(optim, model.local())?;
         parts::check(optim, model.local(), &split)?;
     }
