@@ -29,7 +29,8 @@ pub enum Error {
         operation: String,
         /// How long it waited.
         waited: Duration,
-        /// The ranks, within the group, that it was waiting for, in words.
+        /// Whom it was waiting for, in words: ranks within the group, or, where these wait for others in turn, first the ranks of
+        /// the world at the root of it.
         missing: String,
         /// The last collectives of every rank of the group.
         log: CallLog,

@@ -24,6 +24,7 @@
 //! - Every wait ends: with the result, with an error, or with a [time-out](local::WorldConfig).
 //! - The first failure anywhere in a world fails every group of that world, so nobody waits for the dead.
 
+mod blame;
 mod call;
 mod carry;
 mod coalesced;

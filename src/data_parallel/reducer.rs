@@ -347,7 +347,7 @@ impl Reducer {
                 // The head ran before, on the same thread; if it failed, so does everything after it.
                 let factor = factor.get().copied().unwrap_or_default();
                 let shapes: Vec<Shape> = gradients.iter().map(PlainTensor::shape).collect();
-                let gradients = gradients.into_iter().map(flatten).collect::<Result<_, Error>>()?;
+                let gradients: Vec<_> = gradients.into_iter().map(flatten).collect::<Result<_, Error>>()?;
                 let dtypes: Vec<DType> = gradients.iter().map(Tensor::dtype).collect();
                 let reduced = hook.reduce(Bucket { index, paths, gradients, factor }, comm)?;
                 restore(reduced, shapes, &dtypes)

@@ -7,6 +7,7 @@ use super::group::lock;
 use super::rendezvous::Interrupted;
 use super::transport::LocalTransport;
 use crate::Error;
+use crate::comm::blame::{Waits, waits_for};
 use crate::comm::watch::missed;
 use crate::comm::{Call, Operation};
 
@@ -90,7 +91,18 @@ impl LocalTransport {
 
     /// Who has not come to `call`, in words.
     pub(super) fn absent(&self, call: &Call) -> String {
-        let watch = &self.group.watch;
-        missed((0..self.group.size()).filter(|rank| !watch.is_in(*rank, call)))
+        let (watch, members) = (&self.group.watch, &self.group.members);
+        let late: Vec<usize> = (0..self.group.size()).filter(|rank| !watch.is_in(*rank, call)).collect();
+        let said = missed(late.iter().copied());
+        let groups = self.group.fate.groups();
+        let ranks = groups.iter().flat_map(|group| group.members.iter()).max().map_or(0, |last| last + 1);
+        let (mut waits, ended) = (vec![Some(Vec::new()); ranks], vec![false; ranks]);
+        for group in &groups {
+            for (rank, member) in group.members.iter().enumerate() {
+                waits[*member].get_or_insert_default().extend(waits_for(&group.watch, &group.members, rank));
+            }
+        }
+        let whole = members.len() == ranks;
+        Waits { members, whole, waits_for: &waits, ended: &ended }.blame(Some(&late), said)
     }
 }

@@ -53,7 +53,7 @@ fn collectives_of_the_norm_are_counted_as_its_own() {
                     let (plain, clipped) = (plain.total(), clipped.total());
                     assert_eq!((plain.calls, plain.bytes), (clipped.calls, clipped.bytes), "{axes:?}, {name}");
                 }
-                assert_eq!(clipped.total().calls, plain.total().calls + calls);
+                assert_eq!(clipped.total().total().calls, plain.total().total().calls + calls);
                 Ok(())
             })
             .unwrap();

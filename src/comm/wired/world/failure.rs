@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::World;
 use super::words::Word;
 use crate::Error;
+use crate::comm::blame::{Waits, waits_for};
 use crate::comm::watch::missed;
 use crate::comm::wired::codec::with_log;
 use crate::comm::wired::group::{Group, lock};
@@ -35,6 +36,8 @@ pub(super) struct Known {
     pub waits: Option<Duration>,
     pub line: Option<String>,
     pub elsewhere: Vec<String>,
+    /// The ranks of the world that it waits for in the calls that it is in.
+    pub waits_for: Vec<usize>,
 }
 
 /// The judge asks everybody what they know before it pronounces the error.
@@ -196,6 +199,7 @@ impl World {
         drop(past);
         let last = self.last_group.load(Ordering::Relaxed);
         for group in self.groups() {
+            known.waits_for.extend(waits_for(&group.watch, &group.members, group.rank));
             if group.name == proposal.group && group.members == proposal.members {
                 known.line = Some(group.watch.line(group.rank));
                 known.waits = proposal.call.and_then(|(sequence, call)| {
@@ -232,20 +236,25 @@ impl World {
         let others = others.filter(|rank| !proposal.members.contains(rank));
         let others = others.map(|rank| format!("in `{}` rank {rank}: no answer", self.name));
         let mut error = with_log(proposal.error.clone(), CallLog::new(lines.chain(elsewhere).chain(others)));
-        if let (Error::Timeout { missing, .. }, Some(_)) = (&mut error, proposal.call)
-            && missing.is_empty()
-        {
+        if let Error::Timeout { missing, .. } = &mut error {
             let waits = |rank: &usize| known[proposal.members[*rank]].as_ref().and_then(|known| known.waits);
             let ranks = 0..proposal.members.len();
-            *missing = match ranks.clone().filter_map(|rank| waits(&rank)).min() {
+            let late: Vec<usize> = ranks.clone().filter(|rank| waits(rank).is_none()).collect();
+            let said = match ranks.clone().filter_map(|rank| waits(&rank)).min() {
                 // The last one had all the time, too.
                 Some(shortest) if shortest > self.timeout / 2 && ranks.clone().all(|rank| waits(&rank).is_some()) => {
                     format!(
                         "each other: all ranks have been in it for at least {shortest:.1?}, so the engine has lost something"
                     )
                 }
-                _ => missed(ranks.filter(|rank| waits(rank).is_none())),
+                _ if missing.is_empty() => missed(late.iter().copied()),
+                _ => std::mem::take(missing),
             };
+            let waits_for: Vec<Option<Vec<usize>>> =
+                known.iter().map(|known| known.as_ref().map(|known| known.waits_for.clone())).collect();
+            let (members, whole) = (proposal.members.as_slice(), proposal.group == self.name);
+            let waits = Waits { members, whole, waits_for: &waits_for, ended: &ended };
+            *missing = waits.blame(proposal.call.map(|_| late.as_slice()), said);
         }
         drop(inquiry);
         self.tell_all(&Word::Fate(error));
