@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Tensor};
 use burn_parallel::pipeline_parallel::schedule::{Direction, Edge, Routes, Schedule};
-use burn_parallel::pipeline_parallel::{Forwarded, LossSum, MicroBatch, Parcel, Pipeline, Stage};
+use burn_parallel::pipeline_parallel::{Forwarded, LossSum, MicroBatch, Pipeline, Stage, StageMessage};
 use burn_parallel::prelude::*;
 use burn_parallel::tensor::PlainTensor;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -32,9 +32,9 @@ impl Idle {
         Self { index, routes: routes.clone(), tensor: tensor.into(), live: 0 }
     }
 
-    fn give(&self, direction: Direction) -> Vec<Parcel> {
+    fn give(&self, direction: Direction) -> Vec<StageMessage> {
         let edges = self.routes.out_of_stage(self.index, direction);
-        edges.map(|edge| Parcel::new(edge.from, edge.to, [self.tensor.clone()])).collect()
+        edges.map(|edge| StageMessage::new(edge.from, edge.to, [self.tensor.clone()])).collect()
     }
 }
 
@@ -47,14 +47,18 @@ impl Stage<()> for Idle {
         self.routes.edges().filter(|edge| edge.from == self.index || edge.to == self.index).collect()
     }
 
-    fn forward(&mut self, _: MicroBatch<'_, ()>, received: Vec<Parcel>) -> Result<Forwarded, Error> {
+    fn forward(&mut self, _: MicroBatch<'_, ()>, received: Vec<StageMessage>) -> Result<Forwarded, Error> {
         black_box(received);
         self.live += 1;
         let loss = Some(LossSum { sum: 1.0, weight: 1.0 });
-        Ok(Forwarded { parcels: self.give(Direction::Forward), loss, outputs: Vec::new() })
+        Ok(Forwarded { messages: self.give(Direction::Forward), loss, outputs: Vec::new() })
     }
 
-    fn backward_input(&mut self, _: MicroBatch<'_, ()>, received: Vec<Parcel>) -> Result<Vec<Parcel>, Error> {
+    fn backward_input(
+        &mut self,
+        _: MicroBatch<'_, ()>,
+        received: Vec<StageMessage>,
+    ) -> Result<Vec<StageMessage>, Error> {
         black_box(received);
         Ok(self.give(Direction::Backward))
     }

@@ -20,9 +20,9 @@ use burn::module::Module;
 use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
 use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use burn_parallel::graph::{CustomOps, Executor, GraphInputs, capture_step, counted_random};
+use burn_parallel::graph::{CustomOps, Executor, TensorTree, capture_step, counter_based_rng};
 use burn_parallel::partition::{
-    PartitionOptions, fold_reductions, fuse_products, overlap, partition, register_collectives,
+    PartitionOptions, bucket_reductions, fuse_products, overlap, partition, register_collectives,
 };
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::Sharded;
@@ -31,7 +31,7 @@ use models::{Gpt, Mlp, SEQUENCE, VOCABULARY};
 const STEPS_PER_TURN: usize = 2;
 
 /// Seconds a step of one rank eagerly, of one rank from the graph, and of two ranks, by round; then those of work.
-fn rounds<M: Module + Sync, I: GraphInputs + Clone + Sync>(
+fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
     rounds: usize,
     model: M,
     plan: &Plan,
@@ -88,7 +88,7 @@ fn rounds<M: Module + Sync, I: GraphInputs + Clone + Sync>(
 }
 
 /// The split step on two ranks without and with fused products: the ratio of their times by round, that of the slower rank.
-fn fused<M: Module + Sync, I: GraphInputs + Clone + Sync>(
+fn fused<M: Module + Sync, I: TensorTree + Clone + Sync>(
     rounds: usize,
     model: M,
     plan: &Plan,
@@ -107,7 +107,7 @@ fn fused<M: Module + Sync, I: GraphInputs + Clone + Sync>(
             if fuse {
                 fuse_products(&mut graph);
             }
-            fold_reductions(&mut graph, 4 << 20);
+            bucket_reductions(&mut graph, 4 << 20);
             overlap(&mut graph);
             let mut ops = CustomOps::new();
             register_collectives(&mut ops, "tp", &rank);
@@ -177,7 +177,7 @@ fn capture() {
     let began = Instant::now();
     let mut graph = capture_step(&model, Tensor::<3>::zeros([4, 32, 64], &Device::flex()), loss).expect("a step");
     let captured = began.elapsed();
-    counted_random(&mut graph);
+    counter_based_rng(&mut graph);
     let params: Vec<Layout> = graph.params.iter().map(|param| Plan::megatron().layout(&param.path)).collect();
     let options = PartitionOptions::new("tp", 2, 0).with_sequence_dim(1);
     let (local, _) = partition(&graph, &params, &[Layout::Replicated], &options).expect("a partition");

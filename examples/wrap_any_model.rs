@@ -11,7 +11,7 @@ use burn::nn::{
 };
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
-use burn_parallel::graph::GraphInputs;
+use burn_parallel::graph::TensorTree;
 use burn_parallel::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -30,7 +30,7 @@ fn main() -> Result<(), Error> {
 }
 
 /// Trains the model on one device, then split over ranks, and prints both losses.
-fn compare<M: Module + Sync, B: GraphInputs + Clone>(
+fn compare<M: Module + Sync, B: TensorTree + Clone>(
     name: &str,
     model: M,
     batch: fn(usize) -> B,
@@ -68,7 +68,7 @@ fn one_device<M: Module, B>(mut model: M, batch: fn(usize) -> B, loss: fn(&M, B)
 }
 
 /// The same loop, run by every rank on its part of the model.
-fn split<M: Module, B: GraphInputs + Clone>(
+fn split<M: Module, B: TensorTree + Clone>(
     model: M,
     plan: &Plan,
     group: &Communicator,

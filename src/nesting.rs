@@ -27,10 +27,10 @@ pub(crate) fn visited(wrapper: &'static str) {
 /// # Errors
 /// [`Error::Nesting`] if one is.
 pub(crate) fn check<M: Module>(module: &M, operation: &'static str) -> Result<(), Error> {
-    struct Nobody;
-    impl ModuleVisitor for Nobody {}
+    struct VisitAll;
+    impl ModuleVisitor for VisitAll {}
     SEARCH.set(Some(None));
-    module.visit(&mut Nobody);
+    module.visit(&mut VisitAll);
     match SEARCH.take().flatten() {
         Some(wrapper) => Err(Error::Nesting { operation, wrapper }),
         None => Ok(()),

@@ -16,7 +16,7 @@ use burn_parallel::Error;
 use burn_parallel::comm::local::WorldConfig;
 use burn_parallel::comm::tcp::{Rendezvous, Session};
 use burn_parallel::comm::{Communicator, ReduceOp};
-use burn_parallel::launch::{self, Place, Rank};
+use burn_parallel::launch::{self, ProcessInfo, Rank};
 use burn_parallel::mesh::Mesh;
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -94,7 +94,7 @@ fn main() {
     timed.exit();
 }
 
-struct Tcp(Session, Place);
+struct Tcp(Session, ProcessInfo);
 
 impl Engine for Tcp {
     fn world(&self, timeout: Duration) -> Communicator {
@@ -106,7 +106,7 @@ impl Engine for Tcp {
 /// One rank of the suite.
 fn suite() {
     failures::hide_panics_on_purpose();
-    let engine = Tcp(Session::new(), Place::from_env().unwrap());
+    let engine = Tcp(Session::new(), ProcessInfo::from_env().unwrap());
     let count = transport_suite::run(&engine, &|name| eprintln!("{name}"));
     println!("<{count} checks>");
 }
@@ -123,7 +123,7 @@ fn stop_itself() {
 
 /// Drops its session while something still holds a communicator.
 fn kept() {
-    let engine = Tcp(Session::new(), Place::from_env().unwrap());
+    let engine = Tcp(Session::new(), ProcessInfo::from_env().unwrap());
     let world = engine.world(LIMIT);
     world.barrier().unwrap();
     let kept = world.clone();
@@ -139,7 +139,7 @@ fn kept() {
 
 /// Drops its session while a collective is under way in the background, for which the others come late.
 fn under_way() {
-    let engine = Tcp(Session::new(), Place::from_env().unwrap());
+    let engine = Tcp(Session::new(), ProcessInfo::from_env().unwrap());
     let world = engine.world(LIMIT);
     thread::sleep(Duration::from_millis(300 * world.rank() as u64));
     let sum = world.start(|comm| comm.all_reduce(vec![1.0f32; 100_000], ReduceOp::Sum));

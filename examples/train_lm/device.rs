@@ -6,7 +6,7 @@ use burn::tensor::DeviceKind;
 #[cfg(feature = "cuda")]
 use burn_parallel::comm::nccl;
 #[cfg(feature = "cuda")]
-use burn_parallel::launch::Place;
+use burn_parallel::launch::ProcessInfo;
 use burn_parallel::prelude::*;
 use clap::ValueEnum;
 
@@ -68,7 +68,7 @@ fn gpu(rank: &Rank, launch: Launch) -> Result<usize, Error> {
     let local = match launch {
         // The launcher's variables are about other processes, if there are any.
         Launch::Threads | Launch::Processes => rank.rank(),
-        Launch::Env => Place::from_env()?.local_rank,
+        Launch::Env => ProcessInfo::from_env()?.local_rank,
     };
     Ok(local % gpus)
 }

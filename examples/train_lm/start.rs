@@ -1,6 +1,6 @@
 //! How the ranks are started and joined.
 
-use burn_parallel::launch::{self, Engine, Launcher, Place};
+use burn_parallel::launch::{self, Launcher, ProcessInfo, TransportKind};
 use burn_parallel::prelude::*;
 use clap::ValueEnum;
 
@@ -36,7 +36,7 @@ pub enum Transport {
 pub struct Start {
     pub launch: Launch,
     /// What joins processes, if that has been said.
-    pub engine: Option<Engine>,
+    pub transport: Option<TransportKind>,
     /// Whether NCCL joins the ranks' GPUs.
     pub nccl: bool,
     /// How many ranks have been started already.
@@ -46,7 +46,7 @@ pub struct Start {
 /// How to start; or why the flags do not go together.
 pub fn choose(launch: Option<Launch>, device: Compute, transport: Option<Transport>) -> Result<Start, String> {
     // In a batch script Slurm's variables are set for a single process as well: it must be asked for.
-    let place = Place::from_env();
+    let place = ProcessInfo::from_env();
     let started = place.as_ref().is_ok_and(|place| place.launcher != Launcher::Slurm && place.size > 1);
     let default = if started { Launch::Env } else { Launch::Threads };
     let launch = launch.unwrap_or(default);
@@ -57,7 +57,7 @@ pub fn choose(launch: Option<Launch>, device: Compute, transport: Option<Transpo
         return without(&format!("--device {feature}"), feature);
     }
     let nccl = transport == Some(Transport::Nccl);
-    let engine = match (transport, launch) {
+    let transport = match (transport, launch) {
         (None, _) | (Some(Transport::Local), Launch::Threads) => None,
         (Some(Transport::Nccl), _) if cfg!(not(feature = "cuda")) => return without("--transport nccl", "cuda"),
         (Some(Transport::Nccl), _) if device != Compute::Cuda => {
@@ -68,15 +68,15 @@ pub fn choose(launch: Option<Launch>, device: Compute, transport: Option<Transpo
         (Some(Transport::Tcp | Transport::Mpi), Launch::Threads) => {
             return Err("--transport tcp and mpi join processes: give --launch processes or env".into());
         }
-        (Some(Transport::Tcp), _) => Some(Engine::Tcp),
-        (Some(Transport::Mpi), _) => Some(Engine::Mpi),
+        (Some(Transport::Tcp), _) => Some(TransportKind::Tcp),
+        (Some(Transport::Mpi), _) => Some(TransportKind::Mpi),
         (Some(Transport::Local), _) => return Err("--transport local joins threads: give --launch threads".into()),
     };
     let started = match (launch, place) {
         (Launch::Env, place) => Some(place.map_err(|why| why.to_string())?.size),
         _ => None,
     };
-    Ok(Start { launch, engine, nccl, started })
+    Ok(Start { launch, transport, nccl, started })
 }
 
 /// Runs `f` on every rank. Returns what it returns on the first, in the process that has the first.
@@ -85,16 +85,16 @@ pub fn run<T: Send>(args: &Args, f: impl Fn(Rank) -> Result<T, Error> + Sync) ->
         let first = rank.rank() == 0;
         f(rank).map(|outcome| first.then_some(outcome))
     };
-    let engine = args.start.engine;
+    let transport = args.start.transport;
     match args.start.launch {
         Launch::Threads => launch::threads(args.ranks).seed(args.seed).run(f).map(|mut all| Some(all.swap_remove(0))),
         Launch::Env => {
             let process = launch::from_env()?.seed(args.seed);
-            engine.into_iter().fold(process, |process, engine| process.engine(engine)).run(first)
+            transport.into_iter().fold(process, |process, transport| process.transport(transport)).run(first)
         }
         #[cfg(unix)]
         Launch::Processes => {
-            let processes = launch::processes(args.ranks).engine(engine.unwrap_or(Engine::Tcp));
+            let processes = launch::processes(args.ranks).transport(transport.unwrap_or(TransportKind::Tcp));
             processes.run(|process| process.seed(args.seed), first).map(Option::flatten)
         }
         #[cfg(not(unix))]

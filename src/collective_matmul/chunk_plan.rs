@@ -2,25 +2,25 @@
 
 use std::ops::Range;
 
-use super::Job;
+use super::ProductCall;
 use super::schedule::Schedule;
 use crate::Error;
 use crate::comm::part;
 
 /// The positions of all ranks, of which each must have its part.
-pub(super) fn total_positions(own: usize, job: &Job) -> Result<usize, Error> {
-    if job.even {
-        return Ok(own * job.comm.size());
+pub(super) fn total_positions(own: usize, call: &ProductCall) -> Result<usize, Error> {
+    if call.even {
+        return Ok(own * call.comm.size());
     }
-    let all = job.comm.all_gather(vec![own as u64])?;
+    let all = call.comm.all_gather(vec![own as u64])?;
     let total = all.iter().sum::<u64>() as usize;
-    all.iter().enumerate().try_for_each(|(rank, brought)| check_part(rank, *brought as usize, total, job))?;
+    all.iter().enumerate().try_for_each(|(rank, brought)| check_part(rank, *brought as usize, total, call))?;
     Ok(total)
 }
 
 /// Sees to it that what a rank brought is its part of the whole. The world fails if not: peers may not be able to tell.
-pub(super) fn check_part(rank: usize, brought: usize, total: usize, job: &Job) -> Result<(), Error> {
-    let (comm, due) = (&job.comm, part(total, job.comm.size(), rank).len());
+pub(super) fn check_part(rank: usize, brought: usize, total: usize, call: &ProductCall) -> Result<(), Error> {
+    let (comm, due) = (&call.comm, part(total, call.comm.size(), rank).len());
     if brought == due {
         return Ok(());
     }
@@ -30,7 +30,7 @@ pub(super) fn check_part(rank: usize, brought: usize, total: usize, job: &Job) -
         comm.group(),
         comm.size()
     );
-    let error = Error::invalid(job.name, problem);
+    let error = Error::invalid(call.name, problem);
     comm.fail(error.clone());
     Err(comm.failure().unwrap_or(error))
 }

@@ -30,7 +30,7 @@ use schedule::{Schedule, Size};
 
 /// How a product is made, and with whom.
 #[derive(Debug, Clone)]
-pub(crate) struct Job {
+pub(crate) struct ProductCall {
     /// The operation that errors speak of.
     pub name: &'static str,
     /// The dim of the left factor, not its last, along which positions are scattered or gathered.
@@ -42,7 +42,7 @@ pub(crate) struct Job {
     pub comm: Communicator,
 }
 
-impl Job {
+impl ProductCall {
     /// # Errors
     /// Those of a collective, where the ranks ask each other.
     fn schedule(&self, size: Size) -> Result<Schedule, Error> {
@@ -60,14 +60,14 @@ pub(crate) trait Products: Backend {
     /// before anyone waits for it.
     fn sum(
         terms: Vec<[FloatTensor<Self>; 2]>,
-        job: &Job,
+        call: &ProductCall,
         beside: bool,
     ) -> Result<PendingProduct<FloatTensor<Self>>, Error>;
 
     /// As [`sum`](Self::sum), of which each rank gets its positions.
     fn scatter(
         terms: Vec<[FloatTensor<Self>; 2]>,
-        job: &Job,
+        call: &ProductCall,
         beside: bool,
     ) -> Result<PendingProduct<FloatTensor<Self>>, Error>;
 
@@ -75,7 +75,7 @@ pub(crate) trait Products: Backend {
     fn gather(
         left: FloatTensor<Self>,
         rights: Vec<FloatTensor<Self>>,
-        job: &Job,
+        call: &ProductCall,
     ) -> Result<(Vec<FloatTensor<Self>>, FloatTensor<Self>), Error>;
 
     /// A product of this rank's own: `left right`.
@@ -93,7 +93,7 @@ pub(crate) trait Products: Backend {
     ) -> Result<FloatTensor<Self>, Error>;
 
     /// A right factor transposed, without a copy.
-    fn turned(right: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn transposed(right: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 /// Whether there are sharded products on a device (without autodiff). On others the product is one operation, the move another.

@@ -3,7 +3,7 @@
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{BackendTensor, DispatchKindConversion, DispatchTensor};
 
-use super::{Job, PendingProduct, Products};
+use super::{PendingProduct, ProductCall, Products};
 use crate::Error;
 use crate::tensor::{PlainTensor, with_backend};
 
@@ -11,12 +11,16 @@ use crate::tensor::{PlainTensor, with_backend};
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for tensors of different devices, or of one without sharded products; those of the collectives.
-pub(crate) fn sum(terms: Vec<[PlainTensor; 2]>, job: &Job, beside: bool) -> Result<PendingProduct<PlainTensor>, Error> {
-    let first = terms.first().ok_or_else(|| job.no_terms())?[0].clone();
+pub(crate) fn sum(
+    terms: Vec<[PlainTensor; 2]>,
+    call: &ProductCall,
+    beside: bool,
+) -> Result<PendingProduct<PlainTensor>, Error> {
+    let first = terms.first().ok_or_else(|| call.no_terms())?[0].clone();
     with_backend!(first.device(), B => {
-        let sum = <B as Products>::sum(pairs::<B>(terms, job)?, job, beside)?;
+        let sum = <B as Products>::sum(pairs::<B>(terms, call)?, call, beside)?;
         Ok(sum.map(PlainTensor::from_float::<B>))
-    }, otherwise Err(nowhere(&first, job)))
+    }, otherwise Err(nowhere(&first, call)))
 }
 
 /// [`Products::scatter`].
@@ -25,14 +29,14 @@ pub(crate) fn sum(terms: Vec<[PlainTensor; 2]>, job: &Job, beside: bool) -> Resu
 /// As [`sum`].
 pub(crate) fn scatter(
     terms: Vec<[PlainTensor; 2]>,
-    job: &Job,
+    call: &ProductCall,
     beside: bool,
 ) -> Result<PendingProduct<PlainTensor>, Error> {
-    let first = terms.first().ok_or_else(|| job.no_terms())?[0].clone();
+    let first = terms.first().ok_or_else(|| call.no_terms())?[0].clone();
     with_backend!(first.device(), B => {
-        let sum = <B as Products>::scatter(pairs::<B>(terms, job)?, job, beside)?;
+        let sum = <B as Products>::scatter(pairs::<B>(terms, call)?, call, beside)?;
         Ok(sum.map(PlainTensor::from_float::<B>))
-    }, otherwise Err(nowhere(&first, job)))
+    }, otherwise Err(nowhere(&first, call)))
 }
 
 /// [`Products::gather`].
@@ -42,33 +46,33 @@ pub(crate) fn scatter(
 pub(crate) fn gather(
     left: PlainTensor,
     rights: Vec<PlainTensor>,
-    job: &Job,
+    call: &ProductCall,
 ) -> Result<(Vec<PlainTensor>, PlainTensor), Error> {
     with_backend!(left.device(), B => {
-        let rights = rights.into_iter().map(|right| primitive::<B>(right, job)).collect::<Result<_, _>>()?;
-        let (made, whole) = <B as Products>::gather(primitive::<B>(left, job)?, rights, job)?;
+        let rights = rights.into_iter().map(|right| primitive::<B>(right, call)).collect::<Result<_, _>>()?;
+        let (made, whole) = <B as Products>::gather(primitive::<B>(left, call)?, rights, call)?;
         Ok((made.into_iter().map(PlainTensor::from_float::<B>).collect(), PlainTensor::from_float::<B>(whole)))
-    }, otherwise Err(nowhere(&left, job)))
+    }, otherwise Err(nowhere(&left, call)))
 }
 
-fn pairs<B: Products>(terms: Vec<[PlainTensor; 2]>, job: &Job) -> Result<Vec<[FloatTensor<B>; 2]>, Error>
+fn pairs<B: Products>(terms: Vec<[PlainTensor; 2]>, call: &ProductCall) -> Result<Vec<[FloatTensor<B>; 2]>, Error>
 where
     DispatchTensor: DispatchKindConversion<B>,
 {
-    terms.into_iter().map(|[left, right]| Ok([primitive::<B>(left, job)?, primitive::<B>(right, job)?])).collect()
+    terms.into_iter().map(|[left, right]| Ok([primitive::<B>(left, call)?, primitive::<B>(right, call)?])).collect()
 }
 
-fn primitive<B: Products>(tensor: PlainTensor, job: &Job) -> Result<FloatTensor<B>, Error>
+fn primitive<B: Products>(tensor: PlainTensor, call: &ProductCall) -> Result<FloatTensor<B>, Error>
 where
     DispatchTensor: DispatchKindConversion<B>,
 {
     match tensor.into_backend::<B>() {
         Ok(BackendTensor::Float(tensor)) => Ok(tensor),
-        Ok(other) => Err(Error::invalid(job.name, format!("a {} tensor is no factor", other.name()))),
-        Err(problem) => Err(Error::invalid(job.name, format!("the factors are on different devices: {problem}"))),
+        Ok(other) => Err(Error::invalid(call.name, format!("a {} tensor is no factor", other.name()))),
+        Err(problem) => Err(Error::invalid(call.name, format!("the factors are on different devices: {problem}"))),
     }
 }
 
-fn nowhere(tensor: &PlainTensor, job: &Job) -> Error {
-    Error::invalid(job.name, format!("there are no sharded products on {:?}", tensor.device()))
+fn nowhere(tensor: &PlainTensor, call: &ProductCall) -> Error {
+    Error::invalid(call.name, format!("there are no sharded products on {:?}", tensor.device()))
 }

@@ -14,7 +14,7 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Tensor, TensorData};
 
 use super::reducer::Reducer;
-use super::structure::{NOT_TRAINED, Structure, Trained, broadcast_some};
+use super::structure::{NOT_TRAINED, Structure, TrainedParam, broadcast_some};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::graph::read_params;
@@ -27,33 +27,33 @@ const CHANGED: f64 = -1e300;
 const NEW: &str = ", trained or put in after wrapping";
 
 /// What ranks compare: a path, and what is there.
-pub(super) type Lines = Arc<Vec<(String, String)>>;
+pub(super) type ParamDescriptions = Arc<Vec<(String, String)>>;
 
 /// Whether a forward has run already with the parameters as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Forward {
+pub(crate) enum ForwardState {
     /// It is still to run: new parameters are given the values of rank 0.
-    Ahead,
+    Pending,
     /// It has: the ranks must have brought equal ones.
     Done,
 }
 
 /// The parameters of a model, as its replicas know it.
 #[derive(Default)]
-pub(super) struct Known {
+pub(super) struct KnownParams {
     /// Everything that was ever trained. A number stays what it is.
-    pub params: Vec<Trained>,
-    pub numbers: HashMap<ParamId, usize>,
+    pub params: Vec<TrainedParam>,
+    pub indices: HashMap<ParamId, usize>,
     /// Whether each of these is reduced.
     pub reduced: Vec<bool>,
     /// The ids of all tensors of the model.
     pub ids: HashSet<ParamId>,
     /// What this rank compares with ranks that have changed. Whether something is trained is no part of it: it may have been
     /// frozen since.
-    pub lines: Lines,
+    pub lines: ParamDescriptions,
 }
 
-impl Known {
+impl KnownParams {
     pub fn new(structure: Structure) -> Self {
         let mut known = Self::default();
         known.learn(structure);
@@ -65,11 +65,11 @@ impl Known {
     fn learn(&mut self, structure: Structure) {
         let ids: HashSet<ParamId> = structure.ids.into_iter().collect();
         let mut held = vec![false; self.params.len()];
-        self.numbers.iter().for_each(|(id, number)| held[*number] |= ids.contains(id));
+        self.indices.iter().for_each(|(id, number)| held[*number] |= ids.contains(id));
         self.reduced.iter_mut().zip(held).for_each(|(reduced, held)| *reduced &= held);
         for param in structure.trained {
             let next = self.params.len();
-            let number = *self.numbers.entry(param.id).or_insert(next);
+            let number = *self.indices.entry(param.id).or_insert(next);
             if number == next {
                 self.params.push(param);
                 self.reduced.push(true);
@@ -81,20 +81,20 @@ impl Known {
     }
 
     /// Learns the ids that a record has brought to known paths.
-    pub fn recognise(&mut self, strangers: Vec<(ParamId, String)>) {
-        for (id, path) in strangers {
+    pub fn recognise(&mut self, unknown: Vec<(ParamId, String)>) {
+        for (id, path) in unknown {
             if self.lines.iter().any(|(known, _)| *known == path) {
                 self.ids.insert(id);
             }
             if let Some(number) = self.params.iter().rposition(|known| *known.path == *path) {
-                self.numbers.insert(id, number);
+                self.indices.insert(id, number);
             }
         }
     }
 
     /// Whether a parameter is here for the first time, or trained for the first time.
     fn is_new(&self, id: ParamId, trained: bool) -> bool {
-        let reduced = || self.numbers.get(&id).is_some_and(|number| self.reduced[*number]);
+        let reduced = || self.indices.get(&id).is_some_and(|number| self.reduced[*number]);
         !self.ids.contains(&id) || trained && !reduced()
     }
 
@@ -118,7 +118,7 @@ fn without_training(what: String) -> String {
 ///
 /// # Errors
 /// [`Error::ModelMismatch`], the same on all ranks, if the model has changed on others; those of [`Communicator`].
-pub(super) fn head(weight: f64, lines: &Lines, control: &Communicator) -> Result<f64, Error> {
+pub(super) fn head(weight: f64, lines: &ParamDescriptions, control: &Communicator) -> Result<f64, Error> {
     let sum = control.all_reduce(vec![weight], ReduceOp::Sum)?[0];
     if sum > CHANGED / 2.0 {
         return Ok(sum);
@@ -135,8 +135,8 @@ impl Reducer {
     /// [`Error::ModelMismatch`], the same on all ranks, if it has not changed in the same way on all, or if a forward has run
     /// with new parameters of unequal values; [`Error::Graph`] if parameters of one id have different values; those of
     /// [`Communicator`].
-    pub(crate) fn admit<M: Module>(&self, module: &M, forward: Forward) -> Result<Option<M>, Error> {
-        let (changed, repeated) = Watch::over(module, &self.known());
+    pub(crate) fn admit<M: Module>(&self, module: &M, forward: ForwardState) -> Result<Option<M>, Error> {
+        let (changed, repeated) = FindChanges::over(module, &self.known());
         if !repeated.is_empty() {
             // burn's optimizers would move one of them.
             read_params(module, &repeated).inspect_err(|error| self.control().fail(error.clone()))?;
@@ -156,8 +156,8 @@ impl Reducer {
             };
             match forward {
                 _ if unknown.is_empty() => {}
-                Forward::Done => equal(&module, &unknown, group)?,
-                Forward::Ahead => {
+                ForwardState::Done => equal(&module, &unknown, group)?,
+                ForwardState::Pending => {
                     let trains = |id| structure.trained.iter().any(|param| param.id == id);
                     if !unknown.iter().all(|id| trains(*id)) {
                         // There may be running statistics among them.
@@ -173,23 +173,23 @@ impl Reducer {
 }
 
 /// Looks for what has changed in a module.
-struct Watch<'a> {
-    known: &'a Known,
+struct FindChanges<'a> {
+    known: &'a KnownParams,
     seen: HashSet<ParamId>,
     changed: bool,
     /// The trained parameters that are in several places.
     repeated: HashSet<ParamId>,
 }
 
-impl<'a> Watch<'a> {
-    fn over<M: Module>(module: &M, known: &'a Known) -> (bool, HashSet<ParamId>) {
+impl<'a> FindChanges<'a> {
+    fn over<M: Module>(module: &M, known: &'a KnownParams) -> (bool, HashSet<ParamId>) {
         let mut watch = Self { known, seen: HashSet::new(), changed: false, repeated: HashSet::new() };
         module.visit(&mut watch);
         (watch.changed, watch.repeated)
     }
 }
 
-impl ModuleVisitor for Watch<'_> {
+impl ModuleVisitor for FindChanges<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let trained = param.is_require_grad();
         self.changed |= self.known.is_new(param.id, trained);

@@ -14,10 +14,10 @@ use super::sync_batch_norm::SyncBatchNorm;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::delegate::module_of_field;
-use crate::graph::{ClipRecord, GradientSink, Holding, Met, MicroBatch, SplitParam, StepEngine};
-use crate::params::{self, Held, SliceSource};
+use crate::graph::{CheckedOptimizers, ClipRecord, GradientLayout, GradientSink, MicroBatch, SplitParam, StepEngine};
+use crate::params::{self, ParamSlice, SliceSource};
 use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
-use crate::tensor::{GraphInputs, PlainTensor, TensorMapper, rows};
+use crate::tensor::{PlainTensor, TensorMapper, TensorTree, rows};
 
 /// A model that every rank of a group of replicas holds whole. Its own eager `forward` computes, so shapes and decisions may
 /// change from step to step, and gradients are heard of at the parameters while backward runs. Dereferences to the model.
@@ -30,7 +30,7 @@ pub struct Eager<M> {
     /// The captured steps with synchronised batch norm, once there are any.
     synchronized: Arc<Mutex<Option<SyncBatchNorm>>>,
     clipping: ClipRecord,
-    met: Met,
+    checked_optimizers: CheckedOptimizers,
 }
 
 impl<M: Module> Eager<M> {
@@ -41,7 +41,7 @@ impl<M: Module> Eager<M> {
             control,
             synchronized: Arc::default(),
             clipping: ClipRecord::default(),
-            met: Met::default(),
+            checked_optimizers: CheckedOptimizers::default(),
         }
     }
 
@@ -104,7 +104,7 @@ impl<M: Module> Eager<M> {
     }
 
     /// Runs micro-batches with synchronised batch norm. Returns their losses, each with its factor.
-    pub(super) fn run_sync_batch_norm<I: GraphInputs + Clone>(
+    pub(super) fn run_sync_batch_norm<I: TensorTree + Clone>(
         &self,
         reducer: &Reducer,
         micro_batches: Vec<(I, f64)>,
@@ -143,7 +143,7 @@ impl<M: Module> StepEngine for Eager<M> {
         self.change(|module| params::share_ids(module, group).map(|(module, _)| module))
     }
 
-    fn run<I: GraphInputs + Clone>(
+    fn run<I: TensorTree + Clone>(
         &mut self,
         inputs: I,
         mut step: StepFn<'_, M, I>,
@@ -157,9 +157,9 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn forward<I, F, O>(&self, inputs: I, mut forward: F) -> Result<O, Error>
     where
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&M, I) -> O,
-        O: GraphInputs + Clone + Send + 'static,
+        O: TensorTree + Clone + Send + 'static,
     {
         let inputs = inputs.map_tensors(&mut Detach)?;
         forward(&self.module.valid(), inputs).map_tensors(&mut Detach)
@@ -168,7 +168,9 @@ impl<M: Module> StepEngine for Eager<M> {
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
         let mut dims = params::Dims::default();
         self.module.visit(&mut dims);
-        self.change(|module| params::load(module, source, &|id| dims.0.get(&id).map(|dims| Held::whole(dims.clone()))))
+        self.change(|module| {
+            params::load(module, source, &|id| dims.0.get(&id).map(|dims| ParamSlice::whole(dims.clone())))
+        })
     }
 
     fn assemble(&self) -> Result<M, Error> {
@@ -184,12 +186,12 @@ impl<M: Module> StepEngine for Eager<M> {
         Vec::new()
     }
 
-    fn holding(&self) -> Holding {
-        Holding { rank: self.control.world_rank(), clipping: self.clipping.clone(), ..Holding::default() }
+    fn gradient_layout(&self) -> GradientLayout {
+        GradientLayout { rank: self.control.world_rank(), clipping: self.clipping.clone(), ..GradientLayout::default() }
     }
 
-    fn met(&self) -> &Met {
-        &self.met
+    fn checked_optimizers(&self) -> &CheckedOptimizers {
+        &self.checked_optimizers
     }
 }
 

@@ -55,13 +55,13 @@ mod eager;
 mod fingerprint;
 mod hook;
 mod join;
-mod progress;
+mod module_impl;
 mod reducer;
+mod reduction_state;
 mod replica;
 mod sampler;
 mod structure;
 mod sync_batch_norm;
-mod transparent;
 
 use std::sync::Arc;
 
@@ -108,7 +108,7 @@ pub trait DataParallel: Module {
         let (mut module, reducer) = replicate(self, group, config, shared)?;
         let (reducer, hooks) = (Arc::new(reducer), HookGroup::new());
         if group.size() > 1 {
-            module = module.apply_reparameterization(AttachHooks::new(&reducer, hooks, &reducer.numbers()));
+            module = module.apply_reparameterization(AttachHooks::new(&reducer, hooks, &reducer.indices()));
         }
         let control = reducer.control().clone();
         Ok(Replica::of(Eager::new(module, hooks, control), reducer, Some(hooks)))

@@ -24,27 +24,27 @@ use burn::module::{Module, ParamId};
 use burn::tensor::{DType, Device, Shape, Tensor};
 
 use super::buckets;
-use super::changes::{Known, head};
+use super::changes::{KnownParams, head};
 use super::comm_hook::Bucket;
 use super::config::DataParallelConfig;
 use super::hook::GradientListener;
-use super::progress::{Flight, LATE, Progress, Step, accumulate};
+use super::reduction_state::{LATE, ParamProgress, PendingReduction, ReductionState, accumulate};
 use super::structure::Structure;
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
-use crate::params::strangers;
+use crate::params::unknown_params;
 use crate::tensor::PlainTensor;
 
 /// What a rank brings into a step's average.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Contribution {
+pub(crate) struct LossWeight {
     /// Weight of its micro-batches.
     pub weight: f64,
     /// Weight in units of which the gradients are summed.
     pub unit: f64,
 }
 
-impl Contribution {
+impl LossWeight {
     /// Adds a micro-batch whose gradients are in units of `unit` items.
     pub fn add(&mut self, weight: f64, unit: f64) {
         if self.unit == 0.0 {
@@ -67,7 +67,7 @@ pub(crate) struct Reduced {
 }
 
 pub(crate) struct Reducer {
-    known: RwLock<Known>,
+    known: RwLock<KnownParams>,
     /// Carries the buckets.
     data: Communicator,
     /// Carries head and tail.
@@ -75,7 +75,7 @@ pub(crate) struct Reducer {
     config: DataParallelConfig,
     /// Where the model was when it was wrapped.
     device: Device,
-    step: Mutex<Step>,
+    step: Mutex<ReductionState>,
 }
 
 impl Reducer {
@@ -91,65 +91,65 @@ impl Reducer {
         let (data, control) = (of_its_own("gradients")?, of_its_own("control")?);
         let known = RwLock::default();
         let reducer = Self { known, data, control, config, device, step: Mutex::default() };
-        reducer.learn(|known| *known = Known::new(structure));
+        reducer.learn(|known| *known = KnownParams::new(structure));
         Ok(reducer)
     }
 
-    pub(super) fn known(&self) -> RwLockReadGuard<'_, Known> {
+    pub(super) fn known(&self) -> RwLockReadGuard<'_, KnownParams> {
         self.known.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Learns of parameters, between two steps.
-    pub(super) fn learn(&self, learn: impl FnOnce(&mut Known)) {
+    pub(super) fn learn(&self, learn: impl FnOnce(&mut KnownParams)) {
         let count = {
             let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
             learn(&mut known);
             known.params.len()
         };
         let buckets = self.divide(&(0..count).rev().collect::<Vec<_>>());
-        let unnumbered = {
+        let unindexed = {
             let mut step = self.lock();
-            step.params.resize_with(count, Progress::default);
+            step.params.resize_with(count, ParamProgress::default);
             (step.buckets, step.observed) = (buckets, false);
-            std::mem::take(&mut step.unnumbered)
+            std::mem::take(&mut step.unindexed)
         };
-        for (id, gradient) in unnumbered {
-            if let Some(number) = self.number(id) {
+        for (id, gradient) in unindexed {
+            if let Some(number) = self.index_of(id) {
                 self.add(number, gradient);
             }
         }
     }
 
     /// Keeps the gradient of a parameter that has no number yet.
-    pub(super) fn add_unnumbered(&self, id: ParamId, gradient: PlainTensor) {
+    pub(super) fn add_unindexed(&self, id: ParamId, gradient: PlainTensor) {
         let mut step = self.lock();
-        let sum = accumulate(step.unnumbered.remove(&id), gradient);
-        step.unnumbered.insert(id, sum);
+        let sum = accumulate(step.unindexed.remove(&id), gradient);
+        step.unindexed.insert(id, sum);
     }
 
     /// The number of a parameter among those that are trained.
-    pub fn number(&self, id: ParamId) -> Option<usize> {
-        self.known().numbers.get(&id).copied()
+    pub fn index_of(&self, id: ParamId) -> Option<usize> {
+        self.known().indices.get(&id).copied()
     }
 
     /// The numbers of all parameters that are trained.
-    pub fn numbers(&self) -> HashMap<ParamId, usize> {
-        self.known().numbers.clone()
+    pub fn indices(&self) -> HashMap<ParamId, usize> {
+        self.known().indices.clone()
     }
 
     /// The float parameters of the module that are not known, with their paths.
-    pub fn strangers<M: Module>(&self, module: &M) -> Vec<(ParamId, String)> {
+    pub fn unknown_params<M: Module>(&self, module: &M) -> Vec<(ParamId, String)> {
         let known = self.known();
-        strangers(module, &|id| known.ids.contains(&id))
+        unknown_params(module, &|id| known.ids.contains(&id))
     }
 
     /// Learns the ids that a record of another run has brought into the module: its parameters are still those of these paths.
     /// Those that were not known `before` it was loaded are no part of this.
     pub fn recognise<M: Module>(&self, module: &M, before: &[(ParamId, String)]) {
-        let mut strangers = self.strangers(module);
-        strangers.retain(|(_, path)| before.iter().all(|(_, new)| new != path));
-        if !strangers.is_empty() {
-            self.known.write().unwrap_or_else(PoisonError::into_inner).recognise(strangers);
+        let mut unknown = self.unknown_params(module);
+        unknown.retain(|(_, path)| before.iter().all(|(_, new)| new != path));
+        if !unknown.is_empty() {
+            self.known.write().unwrap_or_else(PoisonError::into_inner).recognise(unknown);
         }
     }
 
@@ -163,14 +163,14 @@ impl Reducer {
 
     /// The path of the first parameter of which this rank brought a gradient to the last step that has an element that is NaN or
     /// infinite: in the average nobody sees whose it was. Of gradients that are not in host memory none is known.
-    pub fn bad(&self) -> Option<Arc<str>> {
-        self.lock().was_bad.clone()
+    pub fn non_finite(&self) -> Option<Arc<str>> {
+        self.lock().last_non_finite.clone()
     }
 
     /// The averages over a group of one: nothing to communicate, and nothing to compute but for accumulated gradients.
-    fn close_alone(&self, loss: f64) -> Reduced {
+    fn finish_alone(&self, loss: f64) -> Reduced {
         let mut step = self.lock();
-        let Contribution { weight, unit } = step.alone;
+        let LossWeight { weight, unit } = step.alone;
         let factor = if unit == weight || weight == 0.0 { 1.0 } else { unit / weight };
         let taken =
             step.params.iter_mut().enumerate().filter_map(|(place, param)| Some((place, param.gradient.take()?)));
@@ -190,19 +190,19 @@ impl Reducer {
     }
 
     /// Starts the reduction: what arrives from now on completes the step.
-    pub fn open(&self, contribution: Contribution) {
+    pub fn begin(&self, loss_weight: LossWeight) {
         if self.data.size() == 1 {
-            self.lock().alone = contribution;
+            self.lock().alone = loss_weight;
             return;
         }
         let factor = Arc::new(OnceLock::new());
         let (control, set, lines) = (self.control.clone(), factor.clone(), self.known().lines.clone());
         let head = self.data.start(move |_| {
-            let weight = head(contribution.weight, &lines, &control)?;
-            let _ = set.set(if weight > 0.0 { contribution.unit / weight } else { 0.0 });
+            let weight = head(loss_weight.weight, &lines, &control)?;
+            let _ = set.set(if weight > 0.0 { loss_weight.unit / weight } else { 0.0 });
             Ok(weight)
         });
-        self.lock().flight = Some(Flight { head, factor, buckets: Vec::new() });
+        self.lock().pending = Some(PendingReduction { head, factor, buckets: Vec::new() });
         if self.config.overlap {
             self.start_complete();
         }
@@ -212,44 +212,46 @@ impl Reducer {
     ///
     /// # Errors
     /// The error of the world; the step is then void.
-    pub fn close(&self, loss: f64) -> Result<Reduced, Error> {
+    pub fn finish(&self, loss: f64) -> Result<Reduced, Error> {
         if self.data.size() == 1 {
-            return Ok(self.close_alone(loss));
+            return Ok(self.finish_alone(loss));
         }
         let began = Instant::now();
         let mut step = self.lock();
         while self.start_next(&mut step, true) {}
-        let Some(flight) = step.flight.take() else {
+        let Some(pending) = step.pending.take() else {
             return Err(Error::invalid("DataParallel::backward", "the reduction was not open"));
         };
         let mut tail = vec![loss];
-        tail.extend(step.params.iter().map(Progress::mark));
+        tail.extend(step.params.iter().map(ParamProgress::mark));
         let layout = step.buckets.clone();
         let completed = std::mem::take(&mut step.completed);
         let mut late: HashMap<usize, PlainTensor> =
             step.params.iter_mut().enumerate().filter_map(|(place, param)| Some((place, param.late.take()?))).collect();
         let device = self.device(&step);
         let observed = std::mem::replace(&mut step.observed, true);
-        step.was_bad = step.bad.map(|param| self.known().params[param].path.clone());
+        step.last_non_finite = step.non_finite.map(|param| self.known().params[param].path.clone());
         step.reset();
         drop(step);
 
         let control = self.control.clone();
         let tail = self.data.start(move |_| control.all_reduce(tail, ReduceOp::Sum));
-        let weight = flight.head.wait()?;
+        let weight = pending.head.wait()?;
         let mut gradients = HashMap::new();
-        for (params, bucket) in layout.iter().zip(flight.buckets) {
+        for (params, bucket) in layout.iter().zip(pending.buckets) {
             gradients.extend(params.iter().copied().zip(bucket.wait()?));
         }
         let tail = tail.wait()?;
         let (loss, marks) = (tail[0] / weight, &tail[1..]);
-        let tardy: Vec<usize> = (0..marks.len()).filter(|param| marks[*param] >= LATE).collect();
-        if !tardy.is_empty() {
-            let factor = flight.factor.get().copied().unwrap_or_default();
-            let extra =
-                tardy.iter().map(|param| late.remove(param).unwrap_or_else(|| self.zeros(*param, &device))).collect();
+        let late_params: Vec<usize> = (0..marks.len()).filter(|param| marks[*param] >= LATE).collect();
+        if !late_params.is_empty() {
+            let factor = pending.factor.get().copied().unwrap_or_default();
+            let extra = late_params
+                .iter()
+                .map(|param| late.remove(param).unwrap_or_else(|| self.zeros(*param, &device)))
+                .collect();
             let extra = self.data.all_reduce_coalesced(extra, ReduceOp::PreMulSum(factor))?;
-            for (param, extra) in tardy.into_iter().zip(extra) {
+            for (param, extra) in late_params.into_iter().zip(extra) {
                 let sum = accumulate(gradients.remove(&param), extra);
                 gradients.insert(param, sum);
             }
@@ -264,10 +266,10 @@ impl Reducer {
     /// Takes a gradient that did not come through a hook.
     pub fn add(&self, param: usize, gradient: PlainTensor) {
         // Looked at now, while it is in the cache.
-        let bad = self.data.size() > 1 && gradient.is_finite_on_host() == Some(false);
+        let non_finite = self.data.size() > 1 && gradient.is_finite_on_host() == Some(false);
         let mut step = self.lock();
-        if bad {
-            step.bad = Some(step.bad.map_or(param, |first| first.min(param)));
+        if non_finite {
+            step.non_finite = Some(step.non_finite.map_or(param, |first| first.min(param)));
         }
         step.device = Some(gradient.device());
         let progress = &mut step.params[param];
@@ -318,8 +320,8 @@ impl Reducer {
     }
 
     /// Starts the next bucket if it is complete, or in any case if `all`. Returns whether it did.
-    fn start_next(&self, step: &mut Step, all: bool) -> bool {
-        let Some(index) = step.flight.as_ref().map(|flight| flight.buckets.len()) else { return false };
+    fn start_next(&self, step: &mut ReductionState, all: bool) -> bool {
+        let Some(index) = step.pending.as_ref().map(|pending| pending.buckets.len()) else { return false };
         let Some(params) = step.buckets.get(index) else { return false };
         let there = |param: &usize| {
             let progress = &step.params[*param];
@@ -341,9 +343,9 @@ impl Reducer {
             let known = self.known();
             params.iter().map(|param| known.params[*param].path.clone()).collect()
         };
-        if let Some(flight) = &mut step.flight {
-            let (hook, factor) = (self.config.hook(), flight.factor.clone());
-            flight.buckets.push(self.data.start(move |comm| {
+        if let Some(pending) = &mut step.pending {
+            let (hook, factor) = (self.config.hook(), pending.factor.clone());
+            pending.buckets.push(self.data.start(move |comm| {
                 // The head ran before, on the same thread; if it failed, so does everything after it.
                 let factor = factor.get().copied().unwrap_or_default();
                 let shapes: Vec<Shape> = gradients.iter().map(PlainTensor::shape).collect();
@@ -362,11 +364,11 @@ impl Reducer {
     }
 
     /// Where gradients are: with those that have come last, or where the model was when it was wrapped.
-    fn device(&self, step: &Step) -> Device {
+    fn device(&self, step: &ReductionState) -> Device {
         step.device.clone().unwrap_or_else(|| self.device.clone())
     }
 
-    fn lock(&self) -> MutexGuard<'_, Step> {
+    fn lock(&self) -> MutexGuard<'_, ReductionState> {
         self.step.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }

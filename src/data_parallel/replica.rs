@@ -7,19 +7,19 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 
-use super::changes::Forward;
+use super::changes::ForwardState;
 use super::config::DataParallelConfig;
 use super::eager::Eager;
 use super::fingerprint;
 use super::hook::{AttachHooks, GradientListener, HookGroup};
-use super::reducer::{Contribution, Reduced, Reducer};
+use super::reducer::{LossWeight, Reduced, Reducer};
 use super::replicate;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::graph::{GradientSink, MicroBatch, StepEngine};
 use crate::params::SliceSource;
 use crate::step::{Loss, LossValue, RunReport, Step, StepCounters, StepFn};
-use crate::tensor::{GraphInputs, PlainTensor};
+use crate::tensor::{PlainTensor, TensorTree};
 
 /// One of several replicas of a model, each with its share of the batch. `E` says what runs it: [`Eager`] a model that every
 /// rank holds whole, [`Sharded`](crate::tensor_parallel::Sharded) or [`Pipelined`](crate::pipeline_parallel::Pipelined) one
@@ -37,7 +37,7 @@ pub struct Replica<E> {
     pub(super) engine: E,
     averaging: Averaging,
     /// What the micro-batches of the step bring so far: their weight, and their losses, each with its factor.
-    so_far: Contribution,
+    loss_weight: LossWeight,
     losses: Vec<(Tensor<1>, f64)>,
     waited: Duration,
     steps: u64,
@@ -48,15 +48,15 @@ pub struct Replica<E> {
 /// What averages over the replicas.
 #[derive(Clone)]
 enum Averaging {
-    By(Arc<Reducer>),
+    Ready(Arc<Reducer>),
     /// Nothing yet: the first step finds out which parameters this rank holds.
-    Later(Communicator, DataParallelConfig),
+    Deferred(Communicator, DataParallelConfig),
 }
 
 impl<E: StepEngine> Replica<E> {
     /// A replica whose engine tells the reducer of its gradients through hooks, if there are any.
     pub(super) fn of(engine: E, reducer: Arc<Reducer>, hooks: Option<HookGroup>) -> Self {
-        Self { hooks, ..Self::with(engine, Averaging::By(reducer)) }
+        Self { hooks, ..Self::with(engine, Averaging::Ready(reducer)) }
     }
 
     /// A replica of a model that is split itself.
@@ -66,15 +66,15 @@ impl<E: StepEngine> Replica<E> {
     pub(crate) fn new(engine: E, group: &Communicator, config: DataParallelConfig) -> Result<Self, Error> {
         config.check()?;
         if !engine.is_settled() {
-            return Ok(Self::with(engine, Averaging::Later(group.clone(), config)));
+            return Ok(Self::with(engine, Averaging::Deferred(group.clone(), config)));
         }
         let (engine, reducer) = replicate(engine, group, config, E::share_ids)?;
         Ok(Self::of(engine, Arc::new(reducer), None))
     }
 
     fn with(engine: E, averaging: Averaging) -> Self {
-        let (so_far, losses) = (Contribution::default(), Vec::new());
-        Self { engine, averaging, so_far, losses, waited: Duration::ZERO, steps: 0, hooks: None }
+        let (loss_weight, losses) = (LossWeight::default(), Vec::new());
+        Self { engine, averaging, loss_weight, losses, waited: Duration::ZERO, steps: 0, hooks: None }
     }
 
     /// What was wrapped, as it was before but for its values. If an eager model has adapters (LoRA) or other reparameterizations
@@ -97,30 +97,30 @@ impl<E: StepEngine> Replica<E> {
 
     pub(super) fn reducer(&self) -> Option<&Arc<Reducer>> {
         match &self.averaging {
-            Averaging::By(reducer) => Some(reducer),
-            Averaging::Later(..) => None,
+            Averaging::Ready(reducer) => Some(reducer),
+            Averaging::Deferred(..) => None,
         }
     }
 
     /// The group of the replicas.
     pub(crate) fn group(&self) -> &Communicator {
         match &self.averaging {
-            Averaging::By(reducer) => reducer.data(),
-            Averaging::Later(group, _) => group,
+            Averaging::Ready(reducer) => reducer.data(),
+            Averaging::Deferred(group, _) => group,
         }
     }
 
     /// Carries what is not gradients.
     pub(crate) fn control(&self) -> &Communicator {
         match &self.averaging {
-            Averaging::By(reducer) => reducer.control(),
-            Averaging::Later(group, _) => group,
+            Averaging::Ready(reducer) => reducer.control(),
+            Averaging::Deferred(group, _) => group,
         }
     }
 
     /// The path of the first parameter of which this rank brought a gradient to the last step that was not finite.
-    pub(crate) fn brought_bad(&self) -> Option<Arc<str>> {
-        self.reducer().and_then(|reducer| reducer.bad())
+    pub(crate) fn non_finite_param(&self) -> Option<Arc<str>> {
+        self.reducer().and_then(|reducer| reducer.non_finite())
     }
 
     pub(crate) fn engine(&self) -> &E {
@@ -155,15 +155,15 @@ impl<E: StepEngine> Replica<E> {
     }
 
     /// Runs forward and backward on every micro-batch and averages over all of them and over the group.
-    pub(crate) fn run<I: GraphInputs + Clone>(
+    pub(crate) fn run<I: TensorTree + Clone>(
         &mut self,
         micro_batches: impl IntoIterator<Item = I>,
         mut step: StepFn<'_, E::Model, I>,
     ) -> Result<Step, Error> {
         let mut micro_batches = micro_batches.into_iter().peekable();
         let reducer = match &self.averaging {
-            Averaging::By(reducer) => reducer.clone(),
-            Averaging::Later(group, config) => {
+            Averaging::Ready(reducer) => reducer.clone(),
+            Averaging::Deferred(group, config) => {
                 let (group, config) = (group.clone(), config.clone());
                 let Some(first) = micro_batches.peek() else {
                     let problem = "the first step cuts the model into stages: every replica must bring a micro-batch to \
@@ -173,27 +173,27 @@ impl<E: StepEngine> Replica<E> {
                 self.engine.settle(first.clone(), step.again(), &group)?;
                 let (engine, reducer) = replicate(self.engine.clone(), &group, config, E::share_ids)?;
                 let reducer = Arc::new(reducer);
-                (self.engine, self.averaging) = (engine, Averaging::By(reducer.clone()));
+                (self.engine, self.averaging) = (engine, Averaging::Ready(reducer.clone()));
                 reducer
             }
         };
         let before = self.counters();
-        self.admit(&reducer, Forward::Ahead)?;
+        self.admit(&reducer, ForwardState::Pending)?;
         let (mut outputs, mut runs) = (Vec::new(), Vec::new());
         let mut ran = Ok(());
-        let mut opened = false;
+        let mut begun = false;
         while let Some(inputs) = micro_batches.next() {
-            opened = micro_batches.peek().is_none();
-            let mut average = Average { reducer: &reducer, so_far: &mut self.so_far, last: opened };
-            let unit = average.unit();
-            let gave = self.engine.run(inputs, step.again(), unit, &mut average);
-            ran = gave.and_then(|gave| self.take(&reducer, gave, opened, &mut outputs, &mut runs));
+            begun = micro_batches.peek().is_none();
+            let mut sink = ReducerSink { reducer: &reducer, loss_weight: &mut self.loss_weight, last: begun };
+            let unit = sink.unit();
+            let gave = self.engine.run(inputs, step.again(), unit, &mut sink);
+            ran = gave.and_then(|gave| self.take(&reducer, gave, begun, &mut outputs, &mut runs));
             if ran.is_err() {
                 break;
             }
         }
-        if ran.is_ok() && !opened {
-            reducer.open(self.so_far);
+        if ran.is_ok() && !begun {
+            reducer.begin(self.loss_weight);
         }
         let (loss, weight, grads) = self.finish(&reducer, ran)?;
         Ok(Step {
@@ -210,15 +210,15 @@ impl<E: StepEngine> Replica<E> {
     }
 
     /// Makes sure that everything that the model trains now takes part in the step.
-    fn admit(&mut self, reducer: &Arc<Reducer>, forward: Forward) -> Result<(), Error> {
+    fn admit(&mut self, reducer: &Arc<Reducer>, forward: ForwardState) -> Result<(), Error> {
         let admitted = reducer.admit(&self.engine, forward).inspect_err(|_| {
-            self.so_far = Contribution::default();
+            self.loss_weight = LossWeight::default();
             self.losses.clear();
             reducer.discard();
         })?;
         if let Some(engine) = admitted {
             self.engine = match self.hooks.filter(|_| reducer.data().size() > 1) {
-                Some(hooks) => engine.apply_reparameterization(AttachHooks::new(reducer, hooks, &reducer.numbers())),
+                Some(hooks) => engine.apply_reparameterization(AttachHooks::new(reducer, hooks, &reducer.indices())),
                 None => engine,
             };
         }
@@ -248,14 +248,14 @@ impl<E: StepEngine> Replica<E> {
         reducer: &Reducer,
         ran: Result<(), Error>,
     ) -> Result<(LossValue, f64, GradientsParams), Error> {
-        self.so_far = Contribution::default();
+        self.loss_weight = LossWeight::default();
         let losses = std::mem::take(&mut self.losses);
         let alone = reducer.data().size() == 1;
         // Of replicas the sum travels; alone, nobody need wait for the device.
         let sum =
             |losses: &[(Tensor<1>, f64)]| losses.iter().map(|(loss, by)| loss.clone().into_scalar::<f64>() * by).sum();
         let outcome =
-            ran.and_then(|()| reducer.close(if alone { 0.0 } else { sum(&losses) })).and_then(|mut reduced| {
+            ran.and_then(|()| reducer.finish(if alone { 0.0 } else { sum(&losses) })).and_then(|mut reduced| {
                 self.waited += reduced.waited;
                 let grads = register(reducer, &mut reduced, &self.engine)?;
                 let loss = match alone {
@@ -291,7 +291,7 @@ impl<M: Module> Replica<Eager<M>> {
     /// values; [`Error::Graph`] if parameters of one id have different values; the error of the world.
     pub fn backward(&mut self, loss: impl Into<Loss>) -> Result<GradientsParams, Error> {
         let reducer = self.ready()?;
-        self.admit(&reducer, Forward::Done)?;
+        self.admit(&reducer, ForwardState::Done)?;
         let ran = self.run_backward(&reducer, loss.into(), true);
         self.finish(&reducer, ran).map(|(_, _, grads)| grads)
     }
@@ -302,8 +302,8 @@ impl<M: Module> Replica<Eager<M>> {
     /// The error of the world.
     pub fn backward_without_data(&mut self) -> Result<GradientsParams, Error> {
         let reducer = self.ready()?;
-        self.admit(&reducer, Forward::Done)?;
-        reducer.open(self.so_far);
+        self.admit(&reducer, ForwardState::Done)?;
+        reducer.begin(self.loss_weight);
         self.finish(&reducer, Ok(())).map(|(_, _, grads)| grads)
     }
 
@@ -331,14 +331,14 @@ impl<M: Module> Replica<Eager<M>> {
     ///
     /// [`Error::Graph`] if the step cannot be captured; [`Error::InvalidArgument`], on every rank, if the ranks bring
     /// different numbers of micro-batches or one of no weight, since they meet inside of each; the error of the world.
-    pub fn step_sync_batch_norm<I: GraphInputs + Clone>(
+    pub fn step_sync_batch_norm<I: TensorTree + Clone>(
         &mut self,
         micro_batches: Vec<(I, f64)>,
         forward: impl FnMut(&M, I) -> Tensor<1>,
     ) -> Result<Step, Error> {
         let reducer = self.ready()?;
         let before = self.counters();
-        self.admit(&reducer, Forward::Ahead)?;
+        self.admit(&reducer, ForwardState::Pending)?;
         let ran = self.engine.run_sync_batch_norm(&reducer, micro_batches, forward).map(|losses| {
             self.losses = losses;
         });
@@ -362,33 +362,33 @@ impl<M: Module> Replica<Eager<M>> {
     }
 
     fn run_backward(&mut self, reducer: &Reducer, loss: Loss, last: bool) -> Result<(), Error> {
-        let mut average = Average { reducer, so_far: &mut self.so_far, last };
-        let unit = average.unit();
-        let gave = self.engine.backward(loss, None, unit, &mut average)?;
+        let mut sink = ReducerSink { reducer, loss_weight: &mut self.loss_weight, last };
+        let unit = sink.unit();
+        let gave = self.engine.backward(loss, None, unit, &mut sink)?;
         self.losses.extend(gave.loss);
         Ok(())
     }
 }
 
 /// Hands what a micro-batch gives to the reducer.
-struct Average<'a> {
+struct ReducerSink<'a> {
     reducer: &'a Reducer,
-    so_far: &'a mut Contribution,
+    loss_weight: &'a mut LossWeight,
     /// Whether the reduction begins with this micro-batch.
     last: bool,
 }
 
-impl Average<'_> {
+impl ReducerSink<'_> {
     /// The unit of the gradients so far.
     fn unit(&self) -> Option<f64> {
-        (self.so_far.unit > 0.0).then_some(self.so_far.unit)
+        (self.loss_weight.unit > 0.0).then_some(self.loss_weight.unit)
     }
 }
 
-impl GradientSink for Average<'_> {
+impl GradientSink for ReducerSink<'_> {
     fn expect(&mut self, gradients: &[ParamId]) -> Result<(), Error> {
         self.reducer.forget_uses();
-        for param in gradients.iter().filter_map(|id| self.reducer.number(*id)) {
+        for param in gradients.iter().filter_map(|id| self.reducer.index_of(*id)) {
             self.reducer.used(param);
         }
         Ok(())
@@ -396,18 +396,18 @@ impl GradientSink for Average<'_> {
 
     fn weight(&mut self, weight: f64, unit: f64) -> Result<(), Error> {
         if weight > 0.0 {
-            self.so_far.add(weight, unit);
+            self.loss_weight.add(weight, unit);
         }
         if self.last {
-            self.reducer.open(*self.so_far);
+            self.reducer.begin(*self.loss_weight);
         }
         Ok(())
     }
 
     fn gradient(&mut self, id: ParamId, gradient: PlainTensor) -> Result<(), Error> {
-        match self.reducer.number(id) {
+        match self.reducer.index_of(id) {
             Some(param) => self.reducer.arrived(param, gradient),
-            None => self.reducer.add_unnumbered(id, gradient),
+            None => self.reducer.add_unindexed(id, gradient),
         }
         Ok(())
     }
@@ -436,7 +436,7 @@ struct Register<'a> {
 
 impl ModuleVisitor for Register<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let number = self.reducer.number(param.id);
+        let number = self.reducer.index_of(param.id);
         let Some(gradient) = number.and_then(|number| self.reduced.gradients.remove(&number)) else { return };
         match gradient.moved_to(&param.base().device().inner()).float::<D>() {
             Ok(gradient) => self.grads.register(param.id, gradient),

@@ -15,7 +15,7 @@ pub(super) const NOT_TRAINED: &str = ", not trained";
 
 /// A float parameter that is trained.
 #[derive(Debug, Clone)]
-pub(crate) struct Trained {
+pub(crate) struct TrainedParam {
     pub id: ParamId,
     pub path: Arc<str>,
     pub shape: Vec<usize>,
@@ -26,7 +26,7 @@ pub(crate) struct Trained {
 /// What a module holds, in the order in which it is visited.
 #[derive(Debug, Default)]
 pub(super) struct Structure {
-    pub trained: Vec<Trained>,
+    pub trained: Vec<TrainedParam>,
     /// A line for each tensor: what must be equal on all ranks.
     pub lines: Vec<(String, String)>,
     /// The ids of these.
@@ -73,7 +73,7 @@ impl ModuleVisitor for Structure {
         // A parameter that the module holds in two places is one parameter.
         if trained && !self.trained.iter().any(|known| known.id == param.id) {
             let elements = base.shape().num_elements();
-            self.trained.push(Trained {
+            self.trained.push(TrainedParam {
                 id: param.id,
                 path: path.into(),
                 shape: base.shape().to_vec(),

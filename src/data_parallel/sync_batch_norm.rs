@@ -7,10 +7,10 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 
 use super::hook::GradientListener;
-use super::reducer::{Contribution, Reducer};
+use super::reducer::{LossWeight, Reducer};
 use crate::Error;
 use crate::comm::{Communicator, Counters, ReduceOp};
-use crate::graph::{CustomOps, GraphCache, GraphInputs, Signature, register_sync_batch_norm, sync_batch_norm};
+use crate::graph::{CustomOps, GraphCache, Signature, TensorTree, register_sync_batch_norm, sync_batch_norm};
 use crate::step::{Loss, StepFn};
 
 /// Captured steps with collectives in them, and the communicator of those collectives: they run on the thread that
@@ -46,7 +46,7 @@ impl SyncBatchNorm {
 
     /// Runs the micro-batches, handing gradients to the reducer, which it opens before the last one. Returns the mean losses,
     /// each with its weight.
-    pub fn run<M: Module, I: GraphInputs + Clone, F: FnMut(&M, I) -> Tensor<1>>(
+    pub fn run<M: Module, I: TensorTree + Clone, F: FnMut(&M, I) -> Tensor<1>>(
         &mut self,
         module: &M,
         reducer: &Reducer,
@@ -56,7 +56,7 @@ impl SyncBatchNorm {
         self.agree(&micro_batches)?;
         let mut call = |module: &M, input: I| Loss::from(forward(module, input));
         let mut step = StepFn::new::<F>(&mut call);
-        let mut so_far = Contribution::default();
+        let mut loss_weight = LossWeight::default();
         let mut losses = Vec::new();
         let last = micro_batches.len().saturating_sub(1);
         for (number, (input, weight)) in micro_batches.into_iter().enumerate() {
@@ -67,16 +67,16 @@ impl SyncBatchNorm {
             // The capture has used parameters; what counts is what the graph has gradients for.
             reducer.forget_uses();
             let trained = executor.graph().params.iter().filter(|param| param.gradient.is_some());
-            trained.filter_map(|param| reducer.number(param.id)).for_each(|param| {
+            trained.filter_map(|param| reducer.index_of(param.id)).for_each(|param| {
                 reducer.used(param);
             });
-            so_far.add(weight, weight);
-            let unit = so_far.unit;
+            loss_weight.add(weight, weight);
+            let unit = loss_weight.unit;
             if number == last {
-                reducer.open(so_far);
+                reducer.begin(loss_weight);
             }
             let step = executor.step_with(module, input, |id, gradient| {
-                if let Some(param) = reducer.number(id) {
+                if let Some(param) = reducer.index_of(id) {
                     reducer.arrived(param, gradient.scale(weight / unit));
                 }
                 Ok(())

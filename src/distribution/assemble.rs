@@ -9,7 +9,7 @@ use burn::tensor::Tensor;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::layout::{Layout, gather_from_group};
-use crate::params::{Kind, leaf, own_buffers, without_padding};
+use crate::params::{LeafKind, leaf, own_buffers, without_padding};
 use crate::plan::PlanTable;
 
 /// Puts the parts of all ranks along axis number `axis` of the table together, on every rank of its group.
@@ -42,7 +42,7 @@ impl ModuleMapper for Assemble<'_> {
         if self.outcome.is_err() {
             return Param::from_mapped_value(id, value, mapper);
         }
-        let kind = Kind::of(&value);
+        let kind = LeafKind::of(&value);
         // What no other axis has divided is whole now, and needs no padding.
         let last = row.dims_after(self.axis, self.table.axes()) == row.padded_dims;
         let whole = gather_from_group(value.clone().inner(), dim, self.group)

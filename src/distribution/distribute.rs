@@ -10,7 +10,7 @@ use super::lazy;
 use crate::Error;
 use crate::comm::{Communicator, Payload};
 use crate::layout::{Layout, scatter_from_root};
-use crate::params::{self, Kind, Lazy, leaf, own_buffers, padded};
+use crate::params::{self, LazyParam, LeafKind, leaf, own_buffers, padded};
 use crate::plan::{PlanRow, PlanTable};
 
 /// Demands that all ranks bring the same parameters in the same layouts.
@@ -44,7 +44,7 @@ pub(super) fn distribute<M: Module>(
     (axis, round): (usize, Round),
     group: &Communicator,
 ) -> Result<M, Error> {
-    let mut lazies = Lazies::default();
+    let mut lazies = LazyFlags::default();
     module.visit(&mut lazies);
     let lazy = group.broadcast(lazies.0, 0)?;
     let (lazy, seen) = (lazy.into_iter(), HashMap::new());
@@ -55,9 +55,9 @@ pub(super) fn distribute<M: Module>(
 
 /// Whether each float parameter is lazy, in the order of the module.
 #[derive(Default)]
-struct Lazies(Vec<u8>);
+struct LazyFlags(Vec<u8>);
 
-impl ModuleVisitor for Lazies {
+impl ModuleVisitor for LazyFlags {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         self.0.push(u8::from(!param.is_initialized()));
     }
@@ -77,7 +77,7 @@ struct Distribute<'a, L> {
 
 /// What of a parameter is spread over the ranks of an axis.
 #[derive(Clone)]
-pub(super) struct Share {
+pub(super) struct ParamPart {
     pub layout: Layout,
     pub dtype: DType,
     /// Before and after.
@@ -101,17 +101,17 @@ pub(super) fn receive<const D: usize>(
 }
 
 /// What a rank that is not the first brings to [`receive`].
-pub(super) fn nothing<const D: usize>(share: &Share, like: &Tensor<D>) -> Tensor<D> {
-    let dims = match (share.layout, <[usize; D]>::try_from(share.dims.as_slice())) {
+pub(super) fn nothing<const D: usize>(part: &ParamPart, like: &Tensor<D>) -> Tensor<D> {
+    let dims = match (part.layout, <[usize; D]>::try_from(part.dims.as_slice())) {
         (Layout::Replicated, Ok(dims)) => dims,
         _ => [0; D],
     };
-    Tensor::zeros(dims, (&like.device(), share.dtype))
+    Tensor::zeros(dims, (&like.device(), part.dtype))
 }
 
 impl<L: Iterator<Item = u8>> Distribute<'_, L> {
     /// None if the parameter is not of this round.
-    fn share(&self, id: ParamId) -> Option<Share> {
+    fn part(&self, id: ParamId) -> Option<ParamPart> {
         let row = self.table.row(id)?;
         let (layout, axes) = (row.layouts[self.axis], self.table.axes());
         let is_split = |layout: &Layout| matches!(layout, Layout::Sharded(_));
@@ -122,25 +122,25 @@ impl<L: Iterator<Item = u8>> Distribute<'_, L> {
         };
         let (dims, local_dims) = (row.dims_after(before, axes), row.dims_after(after, axes));
         let fresh = (!row.layouts[..before].iter().any(is_split)).then(|| row.dims.clone());
-        Some(Share { layout, dtype: row.dtype, dims, local_dims, fresh })
+        Some(ParamPart { layout, dtype: row.dtype, dims, local_dims, fresh })
     }
 
-    fn now<const D: usize>(&mut self, param: Param<Tensor<D>>, share: &Share) -> Param<Tensor<D>> {
+    fn now<const D: usize>(&mut self, param: Param<Tensor<D>>, part: &ParamPart) -> Param<Tensor<D>> {
         let first = self.group.rank() == 0;
         let (kind, value, id, mapper) = match param.is_initialized() || first {
             true => {
                 let (id, value, mapper) = param.consume();
-                let kind = Kind::of(&value);
+                let kind = LeafKind::of(&value);
                 let value = value.inner();
-                (kind, if first { padded(value, &share.dims) } else { nothing(share, &value) }, id, mapper)
+                (kind, if first { padded(value, &part.dims) } else { nothing(part, &value) }, id, mapper)
             }
             false => {
-                let Lazy { stand_in, device, trained } = Lazy::of(&param);
-                let (id, one, mapper) = stand_in.consume();
-                (Kind::on(&device, trained), nothing(share, &one.inner()), id, mapper)
+                let LazyParam { placeholder, device, trained } = LazyParam::of(&param);
+                let (id, one, mapper) = placeholder.consume();
+                (LeafKind::on(&device, trained), nothing(part, &one.inner()), id, mapper)
             }
         };
-        let local = receive(value.clone(), share.layout, self.group).unwrap_or_else(|error| {
+        let local = receive(value.clone(), part.layout, self.group).unwrap_or_else(|error| {
             self.outcome = Err(error);
             value
         });
@@ -161,8 +161,8 @@ impl<L: Iterator<Item = u8>> ModuleMapper for Distribute<'_, L> {
         if let Some(made) = self.seen.get(&param.id).and_then(|made| made.downcast_ref::<Param<Tensor<D>>>()) {
             return made.clone();
         }
-        let Some(share) = self.share(param.id).filter(|_| self.outcome.is_ok()) else { return param };
-        let made = if lazy { lazy::later(param, share, self.group) } else { self.now(param, &share) };
+        let Some(part) = self.part(param.id).filter(|_| self.outcome.is_ok()) else { return param };
+        let made = if lazy { lazy::lazy_part(param, part, self.group) } else { self.now(param, &part) };
         self.seen.insert(made.id, Box::new(made.clone()));
         made
     }

@@ -23,7 +23,7 @@ use crate::graph::device::capture_device;
 use crate::graph::edges::computed;
 use crate::graph::graph_error;
 use crate::graph::interpret::Interpreter;
-use crate::graph::liveness::{Action, program};
+use crate::graph::liveness::{Instruction, program};
 use crate::graph::step::StepGraph;
 use crate::partition::is_elementwise;
 use crate::tensor::PlainTensor;
@@ -119,9 +119,9 @@ fn run(graph: &StepGraph, device: &Device) -> Result<PlainTensor, Error> {
     let mut value = None;
     for action in program(graph) {
         match action {
-            Action::Run(op) => interpreter.run(*op),
-            Action::Free(tensor) => interpreter.run(OperationIr::Drop(tensor)),
-            Action::Give(tensor) => value = Some(interpreter.get(&tensor)?),
+            Instruction::Run(op) => interpreter.run(*op),
+            Instruction::Free(tensor) => interpreter.run(OperationIr::Drop(tensor)),
+            Instruction::Output(tensor) => value = Some(interpreter.get(&tensor)?),
         }
     }
     value.ok_or_else(|| graph_error("the initialiser of a parameter makes nothing"))

@@ -9,12 +9,12 @@ use std::ops::Range;
 use burn::module::Param;
 use burn::tensor::{Device, Shape, Slice, Tensor};
 
-use super::distribute::{Share, nothing, receive};
+use super::distribute::{ParamPart, nothing, receive};
 use super::initializer::{Initializer, Recorded};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::layout::{Layout, scatter_from_root};
-use crate::params::{Kind, Lazy, leaf, padded};
+use crate::params::{LazyParam, LeafKind, leaf, padded};
 
 /// A parameter is made in no fewer pieces, if its dims allow it.
 const PIECES: usize = 8;
@@ -24,20 +24,24 @@ const PIECE_BYTES: usize = 16 << 20;
 const TAG: u64 = 0;
 
 /// The parameter with this rank's part of what rank 0 would make, when it is needed.
-pub(super) fn later<const D: usize>(param: Param<Tensor<D>>, share: Share, group: &Communicator) -> Param<Tensor<D>> {
-    let Lazy { stand_in, device, trained } = Lazy::of(&param);
-    let (id, one, mapper) = stand_in.consume();
-    let (group, one, local_dims) = (group.clone(), one.inner(), share.local_dims.clone());
+pub(super) fn lazy_part<const D: usize>(
+    param: Param<Tensor<D>>,
+    part: ParamPart,
+    group: &Communicator,
+) -> Param<Tensor<D>> {
+    let LazyParam { placeholder, device, trained } = LazyParam::of(&param);
+    let (id, one, mapper) = placeholder.consume();
+    let (group, one, local_dims) = (group.clone(), one.inner(), part.local_dims.clone());
     // Only rank 0 makes the value as the model says.
     let source = (group.rank() == 0).then_some(param);
     let init = move |device: &Device, trained: bool| {
-        let meeting = Meeting { share: &share, like: &one, group: &group };
-        let local = meeting.value(source).unwrap_or_else(|error| {
+        let lazy = LazyPart { part: &part, like: &one, group: &group };
+        let local = lazy.value(source).unwrap_or_else(|error| {
             // Here no error can be returned: what comes next to communicate returns it.
             group.fail(error);
-            meeting.zeros(&share.local_dims)
+            lazy.zeros(&part.local_dims)
         });
-        leaf(local.to_device(&device.clone().inner()), Kind::on(device, trained))
+        leaf(local.to_device(&device.clone().inner()), LeafKind::on(device, trained))
     };
     let (load, save) = (mapper.clone(), mapper);
     Param::uninitialized(id, init, device, trained, Shape::from(local_dims))
@@ -46,28 +50,28 @@ pub(super) fn later<const D: usize>(param: Param<Tensor<D>>, share: Share, group
 }
 
 /// All ranks, at one parameter.
-struct Meeting<'a, const D: usize> {
-    share: &'a Share,
+struct LazyPart<'a, const D: usize> {
+    part: &'a ParamPart,
     /// A tensor of the device.
     like: &'a Tensor<D>,
     group: &'a Communicator,
 }
 
 /// How a value is made in pieces.
-struct Cut {
+struct Pieces {
     /// The dim that is cut, the size along it, and of a piece.
     along: usize,
     size: usize,
     step: usize,
 }
 
-impl<const D: usize> Meeting<'_, D> {
+impl<const D: usize> LazyPart<'_, D> {
     fn value(&self, source: Option<Param<Tensor<D>>>) -> Result<Tensor<D>, Error> {
-        let Layout::Sharded(dim) = self.share.layout else {
+        let Layout::Sharded(dim) = self.part.layout else {
             return self.whole(source.map(Param::into_value));
         };
         let recorded = match source {
-            Some(param) if self.share.fresh.is_some() => Some(Initializer::record(param)?),
+            Some(param) if self.part.fresh.is_some() => Some(Initializer::record(param)?),
             Some(param) => Some(Recorded::Value(param.into_value())),
             None => None,
         };
@@ -81,7 +85,7 @@ impl<const D: usize> Meeting<'_, D> {
         let words = told.map_or([0; 3], |cut| [cut.along, cut.size, cut.step]).map(|word| word as u64).to_vec();
         let cut = match self.group.broadcast(words, 0)?.as_slice() {
             [along, size, step] if *step > 0 => {
-                Some(Cut { along: *along as usize, size: *size as usize, step: *step as usize })
+                Some(Pieces { along: *along as usize, size: *size as usize, step: *step as usize })
             }
             _ => None,
         };
@@ -101,16 +105,16 @@ impl<const D: usize> Meeting<'_, D> {
         let value = match value {
             Some(value) => {
                 self.check(&value.dims())?;
-                padded(value.inner(), &self.share.dims)
+                padded(value.inner(), &self.part.dims)
             }
-            None => nothing(self.share, self.like),
+            None => nothing(self.part, self.like),
         };
-        receive(value, self.share.layout, self.group)
+        receive(value, self.part.layout, self.group)
     }
 
     /// Demands that the parameter has the dims by which the plan was checked.
     fn check(&self, dims: &[usize]) -> Result<(), Error> {
-        match &self.share.fresh {
+        match &self.part.fresh {
             Some(said) if said != dims => {
                 let problem = format!(
                     "a lazy parameter has dims {dims:?} and said {said:?} before, as burn's linear layers of column layout do; \
@@ -122,24 +126,24 @@ impl<const D: usize> Meeting<'_, D> {
         }
     }
 
-    fn cut(&self, along: usize, initializer: &Initializer) -> Cut {
+    fn cut(&self, along: usize, initializer: &Initializer) -> Pieces {
         let dims = initializer.dims();
         let size = dims[along];
-        let slice_bytes = dims.iter().product::<usize>() / size.max(1) * self.share.dtype.size();
+        let slice_bytes = dims.iter().product::<usize>() / size.max(1) * self.part.dtype.size();
         let step = size.div_ceil(PIECES).min(PIECE_BYTES / slice_bytes.max(1)).max(1);
-        Cut { along, size, step }
+        Pieces { along, size, step }
     }
 
     /// This rank's part along `dim` of what `make` makes on rank 0, a piece at a time.
     fn pieces(
         &self,
         dim: usize,
-        cut: &Cut,
+        cut: &Pieces,
         mut make: impl FnMut(Range<usize>) -> Result<Option<Tensor<D>>, Error>,
     ) -> Result<Tensor<D>, Error> {
         // What is padding stays zero.
-        let mut local = self.zeros(&self.share.local_dims);
-        let part = self.share.local_dims[dim];
+        let mut local = self.zeros(&self.part.local_dims);
+        let part = self.part.local_dims[dim];
         let mut start = 0;
         while start < cut.size {
             let mut end = (start + cut.step).min(cut.size);
@@ -153,7 +157,7 @@ impl<const D: usize> Meeting<'_, D> {
                 // Messages are sent before they are wanted: here they are.
                 self.group.barrier()?;
             } else {
-                let mut dims = self.share.dims.clone();
+                let mut dims = self.part.dims.clone();
                 dims[cut.along] = end - start;
                 let piece = make(start..end)?.map_or_else(|| self.zeros(&[0; D]), |piece| padded(piece, &dims));
                 local = put(local, cut.along, start, scatter_from_root(piece, dim, 0, self.group)?);
@@ -176,7 +180,7 @@ impl<const D: usize> Meeting<'_, D> {
     fn zeros(&self, dims: &[usize]) -> Tensor<D> {
         let dims = <[usize; D]>::try_from(dims).unwrap_or([0; D]);
         // Flex makes `zeros` in one place and copies them to another.
-        Tensor::full(dims, 0.0, (&self.like.device(), self.share.dtype))
+        Tensor::full(dims, 0.0, (&self.like.device(), self.part.dtype))
     }
 }
 

@@ -11,12 +11,13 @@ use super::distribute::{Round, agree_on_layouts, distribute};
 use crate::comm::{Communicator, part};
 use crate::error::Error;
 use crate::graph::{
-    CustomOps, RandomSource, Signature, SplitParam, StepGraph, counted_random, graph_error, register_counted_random,
+    CustomOps, RandomSource, Signature, SplitParam, StepGraph, counter_based_rng, graph_error,
+    register_counter_based_rng,
 };
 use crate::layout::Layout;
 use crate::params::{self, Renamed, SliceSource};
 use crate::partition::{
-    Larger, PartitionOptions, ShardReport, fold_reductions, fuse_products, overlap, pad, partition,
+    Larger, PartitionOptions, ShardReport, bucket_reductions, fuse_products, overlap, pad, partition,
     register_collectives,
 };
 use crate::plan::{AxisPlan, Plan, PlanRow, PlanTable};
@@ -26,7 +27,7 @@ const BUCKET_BYTES: usize = 4 << 20;
 
 /// The split of a model: where each parameter lies over each axis, and the groups that it is split over. Cheap to clone.
 ///
-/// A strategy that runs captured steps of a split model takes the [outline](Self::outline) to capture, then
+/// A strategy that runs captured steps of a split model takes the [meta module](Self::meta_module) to capture, then
 /// [applies](Self::apply) the split to the graph, and lets the executor know the collectives by [`register`](Self::register).
 #[derive(Debug, Clone)]
 pub(crate) struct ModelSplit {
@@ -136,11 +137,11 @@ impl ModelSplit {
     }
 
     /// The module with the dims that it has as a whole, of which split parameters take no memory: what a capture looks at.
-    pub(crate) fn outline<M: Module>(&self, local: &M) -> M {
-        params::outline(local, &|id, _| self.whole_dims(id))
+    pub(crate) fn meta_module<M: Module>(&self, local: &M) -> M {
+        params::meta_module(local, &|id, _| self.whole_dims(id))
     }
 
-    /// The signature of the [outline](Self::outline) for a training step.
+    /// The signature of the [meta module](Self::meta_module) for a training step.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if it has other parameters than the one that was split, or is on a device without autodiff.
@@ -150,7 +151,7 @@ impl ModelSplit {
         self.known(local, signature)
     }
 
-    /// The signature of the [outline](Self::outline) for a forward alone.
+    /// The signature of the [meta module](Self::meta_module) for a forward alone.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if it has other parameters than the one that was split.
@@ -161,7 +162,7 @@ impl ModelSplit {
     fn known<M: Module>(&self, local: &M, signature: Signature) -> Result<Signature, Error> {
         let known = |id| self.whole_dims.contains_key(&id);
         if !signature.is_known(known) {
-            params::no_strangers(local, &known)?;
+            params::check_params_known(local, &known)?;
         }
         Ok(signature)
     }
@@ -203,7 +204,7 @@ impl ModelSplit {
     }
 
     /// This rank's part of a parameter.
-    pub(crate) fn held(&self, id: ParamId) -> Option<params::Held> {
+    pub(crate) fn held(&self, id: ParamId) -> Option<params::ParamSlice> {
         let row = self.table.row(id)?;
         let mut ranges: Vec<Range<usize>> = row.padded_dims.iter().map(|size| 0..*size).collect();
         for (layout, axis) in row.layouts.iter().zip(self.axes.iter()) {
@@ -216,7 +217,7 @@ impl ModelSplit {
         // What is padding is nowhere to be read.
         let real = ranges.into_iter().zip(&row.dims).map(|(range, size)| range.start.min(*size)..range.end.min(*size));
         let (dims, local_dims) = (row.dims.clone(), row.local_dims.clone());
-        Some(params::Held { dims, ranges: real.collect(), local_dims })
+        Some(params::ParamSlice { dims, ranges: real.collect(), local_dims })
     }
 
     /// The same split of parameters of other ids.
@@ -240,10 +241,10 @@ impl ModelSplit {
         for axis in self.axes.iter() {
             register_collectives(ops, &axis.name, &axis.group);
         }
-        register_counted_random(ops, &self.random);
+        register_counter_based_rng(ops, &self.random);
     }
 
-    /// Splits a graph captured of the [outline](Self::outline), in place: the local graph of this rank. Collective: all
+    /// Splits a graph captured of the [meta module](Self::meta_module), in place: the local graph of this rank. Collective: all
     /// ranks split the same graph, and it is made sure that they got the same collectives. Returns a report for each axis.
     ///
     /// # Errors
@@ -277,7 +278,7 @@ impl ModelSplit {
             let mut over = reports.iter_mut().filter(|report| report.axis == product.axis);
             over.next().into_iter().for_each(|report| report.products.push(product.clone()));
         }
-        fold_reductions(graph, BUCKET_BYTES);
+        bucket_reductions(graph, BUCKET_BYTES);
         overlap(graph);
     }
 }
@@ -292,7 +293,7 @@ pub(crate) fn split_step(
     table: &PlanTable,
     axes: &[(PartitionOptions, AxisPlan)],
 ) -> Result<Vec<ShardReport>, Error> {
-    counted_random(graph);
+    counter_based_rng(graph);
     pad_by(graph, table)?;
     let mut reports = Vec::new();
     for (index, (options, plan)) in axes.iter().enumerate() {

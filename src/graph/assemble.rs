@@ -10,12 +10,12 @@ use burn_ir::{BaseOperationIr, ModuleOperationIr, NumericOperationIr, OperationI
 use super::capture::Recording;
 use super::edges::EdgeTensor;
 use super::graph_error;
-use super::module::{Survey, Surveyed};
+use super::module::{Inventory, InventoryEntry};
 use super::step::{BatchNormBinding, InputBinding, ParamBinding, Rename, StepGraph, Uses};
 use crate::error::Error;
 
 pub(super) fn assemble(captured: CapturedGraph, recording: Recording) -> Result<StepGraph, Error> {
-    let Recording { survey, params, running, gradients, inputs, outputs, loss, weight, marker } = recording;
+    let Recording { inventory, params, running, gradients, inputs, outputs, loss, weight, marker } = recording;
 
     // Parameters and inputs were recorded as operations that make tensors without data.
     let edge: HashSet<TensorId> = params.values().copied().chain(inputs.iter().map(|i| i.id)).collect();
@@ -35,12 +35,12 @@ pub(super) fn assemble(captured: CapturedGraph, recording: Recording) -> Result<
         forward_len = operations.len();
     }
 
-    let updates = running_updates(&survey, &running, &params, &operations[..forward_len])?;
+    let updates = running_updates(&inventory, &running, &params, &operations[..forward_len])?;
 
     let ids = Canonical::default();
     let mut bindings: Vec<ParamBinding> = Vec::new();
     let mut seen = HashSet::new();
-    for Surveyed { path, id, shape, dtype, trainable, .. } in &survey.tensors {
+    for InventoryEntry { path, id, shape, dtype, trainable, .. } in &inventory.tensors {
         if !seen.insert(*id) {
             continue;
         }
@@ -65,12 +65,12 @@ pub(super) fn assemble(captured: CapturedGraph, recording: Recording) -> Result<
     for op in &mut operations {
         op.visit_mut(&mut Rename(|id| ids.of(id)));
     }
-    for (binding, survey) in bindings.iter_mut().zip(first_of_each_id(&survey.tensors)) {
-        let (shape, dtype) = (&survey.shape, survey.dtype);
+    for (binding, inventory) in bindings.iter_mut().zip(first_of_each_id(&inventory.tensors)) {
+        let (shape, dtype) = (&inventory.shape, inventory.dtype);
         binding.gradient = gradients.get(&binding.id).map(|id| ids.tensor(*id, shape, dtype));
         binding.update = updates.get(&binding.id).map(|id| ids.tensor(*id, shape, dtype));
     }
-    let batch_norms = batch_norms(&survey).into_iter().map(|norm| {
+    let batch_norms = batch_norms(&inventory).into_iter().map(|norm| {
         let tensor = |id| ids.of(params[&id]);
         BatchNormBinding {
             path: norm.path,
@@ -96,7 +96,7 @@ pub(super) fn assemble(captured: CapturedGraph, recording: Recording) -> Result<
     })
 }
 
-fn first_of_each_id(tensors: &[Surveyed]) -> impl Iterator<Item = &Surveyed> {
+fn first_of_each_id(tensors: &[InventoryEntry]) -> impl Iterator<Item = &InventoryEntry> {
     let mut seen = HashSet::new();
     tensors.iter().filter(move |t| seen.insert(t.id))
 }
@@ -130,12 +130,12 @@ struct BatchNormIds {
 }
 
 /// burn's `BatchNorm`s: structs of that name with exactly its fields.
-fn batch_norms(survey: &Survey) -> Vec<BatchNormIds> {
+fn batch_norms(inventory: &Inventory) -> Vec<BatchNormIds> {
     let field = |prefix: &str, name: &str| {
         let path = format!("{prefix}{name}");
-        survey.tensors.iter().find(|t| t.path == path).map(|t| t.id)
+        inventory.tensors.iter().find(|t| t.path == path).map(|t| t.id)
     };
-    let holders = survey.tensors.iter().filter(|t| t.holder == "Struct:BatchNorm");
+    let holders = inventory.tensors.iter().filter(|t| t.holder == "Struct:BatchNorm");
     let gammas = holders.filter_map(|t| t.path.strip_suffix("gamma").filter(|p| p.is_empty() || p.ends_with('.')));
     gammas
         .filter_map(|prefix| {
@@ -145,7 +145,7 @@ fn batch_norms(survey: &Survey) -> Vec<BatchNormIds> {
                 gamma: field(prefix, "gamma")?,
                 running_mean: field(prefix, "running_mean")?,
                 running_var: field(prefix, "running_var")?,
-                training: survey.flags.iter().find(|(path, ..)| *path == flag)?.2,
+                training: inventory.flags.iter().find(|(path, ..)| *path == flag)?.2,
             })
         })
         .collect()
@@ -156,19 +156,19 @@ fn batch_norms(survey: &Survey) -> Vec<BatchNormIds> {
 /// burn hands an update to the `RunningState`, which keeps it out of reach of visitors. So it is found in the operations:
 /// `BatchNorm` computes `running * (1 - momentum) + batch * momentum` and nothing reads the sum.
 fn running_updates(
-    survey: &Survey,
+    inventory: &Inventory,
     running: &HashSet<ParamId>,
     params: &HashMap<ParamId, TensorId>,
     forward: &[OperationIr],
 ) -> Result<HashMap<ParamId, TensorId>, Error> {
     let mut known = HashMap::new();
-    for norm in batch_norms(survey) {
+    for norm in batch_norms(inventory) {
         known.insert(norm.running_mean, norm.path.clone());
         known.insert(norm.running_var, norm.path);
     }
     let uses = Uses::of(forward);
     let mut updates = HashMap::new();
-    for tensor in first_of_each_id(&survey.tensors).filter(|t| running.contains(&t.id)) {
+    for tensor in first_of_each_id(&inventory.tensors).filter(|t| running.contains(&t.id)) {
         if !known.contains_key(&tensor.id) {
             return Err(graph_error(format!(
                 "`{}` is a `RunningState` of a module that is not burn's `BatchNorm`: how the step updates it cannot be \

@@ -10,7 +10,7 @@ use burn_ir::TensorIr;
 use super::graph_error;
 use crate::error::Error;
 use crate::tensor::PlainTensor;
-use crate::tensor::{GraphInputs, TensorMapper, place};
+use crate::tensor::{TensorMapper, TensorTree, place};
 
 /// Demands of a tensor the shape and dtype with which the graph was captured.
 pub(crate) fn fits(what: impl FnOnce() -> String, value: &PlainTensor, binding: &TensorIr) -> Result<(), Error> {
@@ -50,7 +50,7 @@ pub(crate) fn is_on(what: &str, value: &PlainTensor, device: &Device) -> Result<
 }
 
 /// The tensors of a structure off their tape, with their places in it.
-pub(crate) fn named_tensors<I: GraphInputs>(inputs: I) -> Result<Vec<(String, PlainTensor)>, Error> {
+pub(crate) fn named_tensors<I: TensorTree>(inputs: I) -> Result<Vec<(String, PlainTensor)>, Error> {
     let mut bind = BindInputs { path: Vec::new(), values: Vec::new() };
     drop(inputs.map_tensors(&mut bind)?);
     Ok(bind.values)
@@ -60,7 +60,7 @@ pub(crate) fn named_tensors<I: GraphInputs>(inputs: I) -> Result<Vec<(String, Pl
 ///
 /// # Errors
 /// [`Error::Graph`] for a quantized tensor.
-pub fn graph_tensors<I: GraphInputs>(inputs: I) -> Result<Vec<PlainTensor>, Error> {
+pub fn graph_tensors<I: TensorTree>(inputs: I) -> Result<Vec<PlainTensor>, Error> {
     Ok(named_tensors(inputs)?.into_iter().map(|(_, value)| value).collect())
 }
 

@@ -18,7 +18,7 @@ use super::signature::Signature;
 use super::step::StepGraph;
 use crate::error::Error;
 use crate::step::{Identity, Loss, StepFn};
-use crate::tensor::{GraphInputs, TensorMapper, place};
+use crate::tensor::{TensorMapper, TensorTree, place};
 
 type Pass = Box<dyn Fn(&mut StepGraph) -> Result<(), Error> + Send>;
 
@@ -82,7 +82,7 @@ impl GraphCache {
     pub fn executor<M, I, F, R>(&mut self, model: &M, inputs: &I, mut loss: F) -> Result<&mut Executor, Error>
     where
         M: Module,
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&M, I) -> R,
         R: Into<Loss>,
     {
@@ -102,7 +102,7 @@ impl GraphCache {
     ) -> Result<&mut Executor, Error>
     where
         M: Module,
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
     {
         let mut key = StepKey::new(step.identity, signature, inputs)?;
         let mut capture = || capture_step(&model(), inputs.clone(), |model: &M, inputs| step.call(model, inputs));
@@ -126,9 +126,9 @@ impl GraphCache {
     pub fn forward<M, I, F, O>(&mut self, model: &M, inputs: &I, forward: F) -> Result<&mut Forward<O>, Error>
     where
         M: Module,
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&M, I) -> O,
-        O: GraphInputs + Clone + Send + 'static,
+        O: TensorTree + Clone + Send + 'static,
     {
         let signature = Signature::of_forward(model, &|_, _| None);
         self.forward_of(signature, inputs, forward, || model.clone())
@@ -144,9 +144,9 @@ impl GraphCache {
     ) -> Result<&mut Forward<O>, Error>
     where
         M: Module,
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&M, I) -> O,
-        O: GraphInputs + Clone + Send + 'static,
+        O: TensorTree + Clone + Send + 'static,
     {
         let mut key = StepKey::new(Identity::of::<F>(), signature, inputs)?;
         let mut capture = || capture_forward(&model(), inputs.clone(), &mut forward);
@@ -184,8 +184,8 @@ impl StepKey {
     /// The key of a closure on such inputs and a module of this signature.
     ///
     /// # Errors
-    /// Those of the inputs' [`GraphInputs`].
-    pub(crate) fn new<I: GraphInputs + Clone>(closure: Identity, module: Signature, inputs: &I) -> Result<Self, Error> {
+    /// Those of the inputs' [`TensorTree`].
+    pub(crate) fn new<I: TensorTree + Clone>(closure: Identity, module: Signature, inputs: &I) -> Result<Self, Error> {
         let mut seen = Inputs { path: Vec::new(), seen: Vec::new(), values: Vec::new() };
         drop(inputs.clone().map_tensors(&mut seen)?);
         Ok(Self { closure, graph: None, inputs: seen.seen, values: seen.values, module })

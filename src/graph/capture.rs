@@ -17,13 +17,13 @@ use burn_ir::TensorId;
 use super::device::{AutodiffCapture, as_autodiff, capture_device, capture_device_like, placeholder};
 use super::edges::{CaptureInputs, EdgeTensor, computed};
 use super::leaves::{Leaf, RunningStates, ToCapture, ToLeaves};
-use super::module::Survey;
+use super::module::Inventory;
 use super::step::StepGraph;
 use super::{assemble, graph_error, panic_text};
 use crate::error::Error;
 use crate::params::one_device;
 use crate::step::{Loss, LossParts, Weight};
-use crate::tensor::GraphInputs;
+use crate::tensor::TensorTree;
 
 /// Records one training step of `model`: `loss` on `inputs`, and the backward pass.
 ///
@@ -42,7 +42,7 @@ use crate::tensor::GraphInputs;
 pub fn capture_step<M, I, F, R>(model: &M, inputs: I, loss: F) -> Result<StepGraph, Error>
 where
     M: Module,
-    I: GraphInputs,
+    I: TensorTree,
     F: FnOnce(&M, I) -> R,
     R: Into<Loss>,
 {
@@ -85,7 +85,7 @@ pub(crate) fn in_scope(
 /// What the closure of a capture leaves behind, in the capture's own tensor ids.
 #[derive(Default)]
 pub(crate) struct Recording {
-    pub(crate) survey: Survey,
+    pub(crate) inventory: Inventory,
     /// Tensor of every parameter and running statistic.
     pub(crate) params: HashMap<ParamId, TensorId>,
     pub(crate) running: HashSet<ParamId>,
@@ -102,13 +102,13 @@ pub(crate) struct Recording {
 fn record<M, I, F, R>(device: CaptureDevice, model: &M, inputs: I, loss: F) -> Result<Recording, Error>
 where
     M: Module,
-    I: GraphInputs,
+    I: TensorTree,
     F: FnOnce(&M, I) -> R,
     R: Into<Loss>,
 {
     let train = model.clone().train();
-    let survey = Survey::of(&train);
-    let strategy = survey.strategy.unwrap_or_default();
+    let inventory = Inventory::of(&train);
+    let strategy = inventory.strategy.unwrap_or_default();
 
     // `valid` also unshares the running statistics, so that mapping them does not reach the original module.
     let valid = train.valid();
@@ -119,8 +119,8 @@ where
     let mut running = RunningStates { device: capture_device(device), ids: HashSet::new() };
     before.visit(&mut running);
 
-    let flags = survey.flags.iter().map(|(_, id, on)| (*id, *on)).collect();
-    let trainable = survey.trainable();
+    let flags = inventory.flags.iter().map(|(_, id, on)| (*id, *on)).collect();
+    let trainable = inventory.trainable();
     let mut leaves = ToLeaves::new(strategy, trainable, flags, running.ids);
     // Parameters are there already; this moves the module's other tensors, which become constants.
     let captured = captured.to_device(&capture_device(device)).map(&mut leaves);
@@ -145,7 +145,7 @@ where
     });
     let gradients = gradients.collect();
     Ok(Recording {
-        survey,
+        inventory,
         params: tensors.iter().map(|(id, tensor)| (*id, tensor.id())).collect(),
         running: leaves.running,
         gradients,

@@ -12,7 +12,7 @@ use burn_router::CustomOpRegistry;
 
 use super::graph_error;
 use super::interpret::{GraphBackend, from_handle, into_handle};
-use super::liveness::Action;
+use super::liveness::Instruction;
 use crate::error::Error;
 use crate::tensor::PlainTensor;
 
@@ -85,12 +85,12 @@ impl CustomOps {
     /// [`Error::Graph`] if it has an operation that is not known here.
     pub(crate) fn read_by<'a>(
         &self,
-        program: impl IntoIterator<Item = &'a Action>,
+        program: impl IntoIterator<Item = &'a Instruction>,
     ) -> Result<HashSet<TensorId>, Error> {
         let mut read = HashSet::new();
         for action in program {
             match action {
-                Action::Run(op) => {
+                Instruction::Run(op) => {
                     if let OperationIr::Custom(op) = &**op
                         && !self.ids.contains(&op.id)
                     {
@@ -99,8 +99,8 @@ impl CustomOps {
                     }
                     read.extend(op.inputs().map(|input| input.id));
                 }
-                Action::Give(tensor) => drop(read.insert(tensor.id)),
-                Action::Free(_) => {}
+                Instruction::Output(tensor) => drop(read.insert(tensor.id)),
+                Instruction::Free(_) => {}
             }
         }
         Ok(read)

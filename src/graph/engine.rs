@@ -9,13 +9,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use burn::module::{Module, ParamId};
 use burn::tensor::Tensor;
 
-use super::holding::Holding;
+use super::gradient_layout::GradientLayout;
 use super::results::{StepObserver, StepOutputs};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::params::SliceSource;
 use crate::step::{RunReport, StepCounters, StepFn};
-use crate::tensor::{GraphInputs, PlainTensor};
+use crate::tensor::{PlainTensor, TensorTree};
 
 /// Takes what a micro-batch gives as soon as it is there.
 pub trait GradientSink {
@@ -62,7 +62,7 @@ pub trait StepEngine: Module {
     }
 
     /// Finds out which parameters this rank holds: as the first rank of a group along another axis does.
-    fn settle<I: GraphInputs + Clone>(
+    fn settle<I: TensorTree + Clone>(
         &mut self,
         _inputs: I,
         _step: StepFn<'_, Self::Model, I>,
@@ -73,7 +73,7 @@ pub trait StepEngine: Module {
 
     /// Runs forward and backward of a micro-batch. Gradients are those of the sum over its items, divided by `unit`; by one
     /// that suits the engine if there is none.
-    fn run<I: GraphInputs + Clone>(
+    fn run<I: TensorTree + Clone>(
         &mut self,
         inputs: I,
         step: StepFn<'_, Self::Model, I>,
@@ -84,9 +84,9 @@ pub trait StepEngine: Module {
     /// Runs a forward pass for evaluation.
     fn forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&Self::Model, I) -> O,
-        O: GraphInputs + Clone + Send + 'static;
+        O: TensorTree + Clone + Send + 'static;
 
     /// Gives this rank's parameters the values that a source has.
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error>;
@@ -101,7 +101,7 @@ pub trait StepEngine: Module {
     fn split_params(&self) -> Vec<SplitParam>;
 
     /// How the parameters lie over the ranks that share the model.
-    fn holding(&self) -> Holding;
+    fn gradient_layout(&self) -> GradientLayout;
 
     /// Whether its steps give gradients.
     fn trains(&self) -> bool {
@@ -109,14 +109,14 @@ pub trait StepEngine: Module {
     }
 
     /// The optimizers that were looked at.
-    fn met(&self) -> &Met;
+    fn checked_optimizers(&self) -> &CheckedOptimizers;
 }
 
 /// The optimizers that were found to suit a model, by where they are in memory.
 #[derive(Debug, Clone, Default)]
-pub struct Met(Arc<Mutex<HashSet<usize>>>);
+pub struct CheckedOptimizers(Arc<Mutex<HashSet<usize>>>);
 
-impl Met {
+impl CheckedOptimizers {
     /// Whether an optimizer at this address is met for the first time.
     pub fn is_new(&self, address: usize) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(address)
@@ -134,7 +134,7 @@ pub struct SplitParam {
 }
 
 /// Gradients of a captured step in units.
-pub(crate) struct Units<'a> {
+pub(crate) struct ScaledGradients<'a> {
     sink: &'a mut dyn GradientSink,
     /// The items of a plain mean, of which the gradients are; else they are those of a sum.
     rows: Option<f64>,
@@ -142,7 +142,7 @@ pub(crate) struct Units<'a> {
     factor: f64,
 }
 
-impl<'a> Units<'a> {
+impl<'a> ScaledGradients<'a> {
     pub(crate) fn new(rows: Option<f64>, unit: Option<f64>, sink: &'a mut dyn GradientSink) -> Self {
         let items = rows.unwrap_or(1.0);
         let unit = unit.unwrap_or(items);
@@ -155,7 +155,7 @@ impl<'a> Units<'a> {
     }
 }
 
-impl StepObserver for Units<'_> {
+impl StepObserver for ScaledGradients<'_> {
     fn expect(&mut self, gradients: &[ParamId]) -> Result<(), Error> {
         self.sink.expect(gradients)
     }

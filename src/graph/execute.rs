@@ -10,15 +10,15 @@ use burn_ir::{OperationIr, TensorId, TensorIr};
 use super::bind::{computable, fits, is_on, named_tensors};
 use super::custom::CustomOps;
 use super::interpret::Interpreter;
-use super::liveness::{Action, MemoryEstimate, program};
+use super::liveness::{Instruction, MemoryEstimate, program};
 use super::module::{gradients_params, read_for_step, write_running_states};
 use super::origin::Origins;
-use super::results::{Given, Meaning, Results, StepObserver, StepOutputs, StepResult};
+use super::results::{ResultRole, Results, StepObserver, StepOutputs, StepResult, StepValues};
 use super::step::StepGraph;
 use super::{graph_error, panic_text};
 use crate::error::Error;
 use crate::params::sweep_leaves;
-use crate::tensor::{GraphInputs, PlainTensor};
+use crate::tensor::{PlainTensor, TensorTree};
 
 /// Runs a [`StepGraph`] on the device of the model, any number of times.
 ///
@@ -31,14 +31,14 @@ use crate::tensor::{GraphInputs, PlainTensor};
 #[derive(Debug)]
 pub struct Executor {
     graph: StepGraph,
-    program: Vec<Action>,
+    program: Vec<Instruction>,
     ops: CustomOps,
     /// There once it is known where to run.
     interpreter: Option<Interpreter>,
     /// Edge tensors that some operation or result reads; others would only be kept alive.
     needed: HashSet<TensorId>,
     wanted: HashSet<ParamId>,
-    meaning: HashMap<TensorId, Vec<Meaning>>,
+    role: HashMap<TensorId, Vec<ResultRole>>,
     /// The action that runs, for messages.
     position: usize,
 }
@@ -51,17 +51,17 @@ impl Executor {
     pub fn new(graph: StepGraph, ops: CustomOps) -> Result<Self, Error> {
         let program = program(&graph);
         let needed = ops.read_by(&program)?;
-        let mut meaning: HashMap<TensorId, Vec<Meaning>> = HashMap::new();
-        let mut mean = |tensor: &TensorIr, what| meaning.entry(tensor.id).or_default().push(what);
-        graph.loss.iter().for_each(|t| mean(t, Meaning::Loss));
-        graph.weight.iter().for_each(|t| mean(t, Meaning::Weight));
+        let mut role: HashMap<TensorId, Vec<ResultRole>> = HashMap::new();
+        let mut mean = |tensor: &TensorIr, what| role.entry(tensor.id).or_default().push(what);
+        graph.loss.iter().for_each(|t| mean(t, ResultRole::Loss));
+        graph.weight.iter().for_each(|t| mean(t, ResultRole::Weight));
         for param in &graph.params {
-            param.gradient.iter().for_each(|t| mean(t, Meaning::Gradient(param.id)));
-            param.update.iter().for_each(|t| mean(t, Meaning::Update(param.id)));
+            param.gradient.iter().for_each(|t| mean(t, ResultRole::Gradient(param.id)));
+            param.update.iter().for_each(|t| mean(t, ResultRole::Update(param.id)));
         }
-        graph.outputs.iter().enumerate().for_each(|(index, t)| mean(t, Meaning::Output(index)));
+        graph.outputs.iter().enumerate().for_each(|(index, t)| mean(t, ResultRole::Output(index)));
         let wanted = graph.params.iter().filter(|p| needed.contains(&p.tensor.id)).map(|p| p.id).collect();
-        Ok(Self { graph, program, ops, interpreter: None, needed, wanted, meaning, position: 0 })
+        Ok(Self { graph, program, ops, interpreter: None, needed, wanted, role, position: 0 })
     }
 
     /// The graph that runs.
@@ -81,7 +81,7 @@ impl Executor {
     /// # Errors
     /// [`Error::Graph`] if the model or the inputs do not fit the graph, or an operation panics; the error of a custom
     /// operation. The executor can be used again after an error.
-    pub fn step<M: Module, I: GraphInputs>(&mut self, model: &M, inputs: I) -> Result<StepResult, Error> {
+    pub fn step<M: Module, I: TensorTree>(&mut self, model: &M, inputs: I) -> Result<StepResult, Error> {
         let mut gradients = HashMap::new();
         let StepOutputs { loss, weight, outputs } = self.step_with(model, inputs, |id, gradient| {
             gradients.insert(id, gradient);
@@ -107,7 +107,7 @@ impl Executor {
     ) -> Result<StepOutputs, Error>
     where
         M: Module,
-        I: GraphInputs,
+        I: TensorTree,
     {
         let expected: Vec<ParamId> = self.graph.params.iter().filter(|p| p.gradient.is_some()).map(|p| p.id).collect();
         observer.expect(&expected)?;
@@ -133,7 +133,7 @@ impl Executor {
     pub fn step_with<M, I, F>(&mut self, model: &M, inputs: I, on_gradient: F) -> Result<StepOutputs, Error>
     where
         M: Module,
-        I: GraphInputs,
+        I: TensorTree,
         F: FnMut(ParamId, PlainTensor) -> Result<(), Error>,
     {
         struct Gradients<F>(F);
@@ -149,22 +149,22 @@ impl Executor {
     ///
     /// # Errors
     /// As [`step`](Self::step).
-    pub fn forward<M: Module, I: GraphInputs>(&mut self, model: &M, inputs: I) -> Result<Vec<PlainTensor>, Error> {
-        struct Nobody;
-        impl StepObserver for Nobody {
+    pub fn forward<M: Module, I: TensorTree>(&mut self, model: &M, inputs: I) -> Result<Vec<PlainTensor>, Error> {
+        struct NoObserver;
+        impl StepObserver for NoObserver {
             fn gradient(&mut self, _: ParamId, _: PlainTensor) -> Result<(), Error> {
                 Ok(())
             }
         }
-        self.execute(model, inputs, &mut Nobody).map(|results| results.outputs)
+        self.execute(model, inputs, &mut NoObserver).map(|results| results.outputs)
     }
 
-    fn execute<M: Module, I: GraphInputs>(
+    fn execute<M: Module, I: TensorTree>(
         &mut self,
         model: &M,
         inputs: I,
         observer: &mut dyn StepObserver,
-    ) -> Result<Given, Error> {
+    ) -> Result<StepValues, Error> {
         sweep_leaves();
         let inputs = named_tensors(inputs)?;
         let (values, device) = self.read(model)?;
@@ -190,8 +190,8 @@ impl Executor {
                     Ok(Err(error)) => Err(error),
                     Err(payload) => {
                         let at = match &self.program[self.position] {
-                            Action::Run(op) => Origins::of(&self.graph).describe(op),
-                            Action::Free(_) | Action::Give(_) => "the handling of a result".into(),
+                            Instruction::Run(op) => Origins::of(&self.graph).describe(op),
+                            Instruction::Free(_) | Instruction::Output(_) => "the handling of a result".into(),
                         };
                         Err(graph_error(format!("{at} panicked: {}", panic_text(payload))))
                     }
@@ -203,7 +203,7 @@ impl Executor {
         write_running_states(model, updates);
         let outputs: Option<Vec<_>> = outputs.into_iter().collect();
         let outputs = outputs.ok_or_else(|| graph_error("the step did not give all its outputs"))?;
-        Ok(Given { loss, weight, outputs })
+        Ok(StepValues { loss, weight, outputs })
     }
 
     /// The parameters that the graph reads, and the device of the model.
@@ -278,7 +278,7 @@ impl Executor {
         for (position, action) in self.program.iter().enumerate() {
             self.position = position;
             match action {
-                Action::Run(op) => {
+                Instruction::Run(op) => {
                     interpreter.run(OperationIr::clone(op));
                     if matches!(**op, OperationIr::Custom(_))
                         && let Some(error) = self.ops.take_error()
@@ -286,13 +286,13 @@ impl Executor {
                         return Err(error);
                     }
                 }
-                Action::Free(tensor) => interpreter.run(OperationIr::Drop(tensor.clone())),
-                Action::Give(tensor) => {
+                Instruction::Free(tensor) => interpreter.run(OperationIr::Drop(tensor.clone())),
+                Instruction::Output(tensor) => {
                     let value = interpreter.get(tensor)?;
-                    let meanings = self.meaning.get(&tensor.id).map_or(&[][..], Vec::as_slice);
+                    let meanings = self.role.get(&tensor.id).map_or(&[][..], Vec::as_slice);
                     let Some((last, others)) = meanings.split_last() else { continue };
-                    for meaning in others {
-                        results.take(*meaning, value.clone(), observer)?;
+                    for role in others {
+                        results.take(*role, value.clone(), observer)?;
                     }
                     results.take(*last, value, observer)?;
                 }

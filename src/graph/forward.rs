@@ -14,12 +14,12 @@ use super::edges::{CaptureInputs, CaptureOutputs};
 use super::execute::Executor;
 use super::graph_error;
 use super::leaves::ToCapture;
-use super::module::Survey;
+use super::module::Inventory;
 use super::step::StepGraph;
 use crate::error::Error;
 use crate::params::one_device;
 use crate::tensor::PlainTensor;
-use crate::tensor::{GraphInputs, TensorMapper};
+use crate::tensor::{TensorMapper, TensorTree};
 
 /// A captured forward pass, and the structure of what it gives.
 #[derive(Clone, Debug)]
@@ -27,13 +27,13 @@ pub struct ForwardGraph<O> {
     /// The operations. There is no loss and no gradient, and all operations are of the forward pass.
     pub graph: StepGraph,
     /// The outputs with tensors of no elements.
-    hollow: O,
+    meta_outputs: O,
 }
 
 /// Records a forward pass of `model` in evaluation mode, as after [`Module::valid`]: `forward` on `inputs`.
 ///
 /// Dropout is off, batch norms take their running statistics, nothing is differentiated. What `forward` gives is a tensor
-/// or a structure of tensors, anything that implements [`GraphInputs`]; what is not a tensor in it is that of the capture
+/// or a structure of tensors, anything that implements [`TensorTree`]; what is not a tensor in it is that of the capture
 /// at every execution. `model` and `inputs` stay as they are; the inputs give shapes and dtypes only.
 ///
 /// # Errors
@@ -41,29 +41,29 @@ pub struct ForwardGraph<O> {
 pub fn capture_forward<M, I, F, O>(model: &M, inputs: I, forward: F) -> Result<ForwardGraph<O>, Error>
 where
     M: Module,
-    I: GraphInputs,
+    I: TensorTree,
     F: FnOnce(&M, I) -> O,
-    O: GraphInputs,
+    O: TensorTree,
 {
-    let mut hollow = None;
+    let mut meta_outputs = None;
     let home = one_device(model, "a capture")?.unwrap_or_else(Device::flex);
     let graph = in_scope(&home, |device| {
         let (recording, outputs) = record(device, model, inputs, forward)?;
-        hollow = Some(outputs);
+        meta_outputs = Some(outputs);
         Ok(recording)
     })?;
-    let hollow = hollow.ok_or_else(|| graph_error("the forward pass was not recorded"))?;
-    Ok(ForwardGraph { graph, hollow })
+    let meta_outputs = meta_outputs.ok_or_else(|| graph_error("the forward pass was not recorded"))?;
+    Ok(ForwardGraph { graph, meta_outputs })
 }
 
-impl<O: GraphInputs + Clone> ForwardGraph<O> {
+impl<O: TensorTree + Clone> ForwardGraph<O> {
     /// The outputs of one execution, in the order of the graph's, as what the closure gave, without autodiff.
     ///
     /// # Errors
     /// [`Error::Graph`] if there are more or fewer.
     pub fn outputs(&self, given: Vec<PlainTensor>) -> Result<O, Error> {
         let mut fill = Fill(given.into_iter());
-        let outputs = self.hollow.clone().map_tensors(&mut fill)?;
+        let outputs = self.meta_outputs.clone().map_tensors(&mut fill)?;
         match fill.0.next() {
             None => Ok(outputs),
             Some(_) => Err(graph_error("there are more outputs than the captured forward gave")),
@@ -78,7 +78,7 @@ pub struct Forward<O> {
     captured: ForwardGraph<O>,
 }
 
-impl<O: GraphInputs + Clone> Forward<O> {
+impl<O: TensorTree + Clone> Forward<O> {
     /// Prepares a captured forward for running with the given custom operations.
     ///
     /// # Errors
@@ -91,7 +91,7 @@ impl<O: GraphInputs + Clone> Forward<O> {
     ///
     /// # Errors
     /// As [`Executor::step`].
-    pub fn run<M: Module, I: GraphInputs>(&mut self, model: &M, inputs: I) -> Result<O, Error> {
+    pub fn run<M: Module, I: TensorTree>(&mut self, model: &M, inputs: I) -> Result<O, Error> {
         let given = self.executor.forward(model, inputs)?;
         self.captured.outputs(given)
     }
@@ -100,13 +100,13 @@ impl<O: GraphInputs + Clone> Forward<O> {
 fn record<M, I, F, O>(device: CaptureDevice, model: &M, inputs: I, forward: F) -> Result<(Recording, O), Error>
 where
     M: Module,
-    I: GraphInputs,
+    I: TensorTree,
     F: FnOnce(&M, I) -> O,
-    O: GraphInputs,
+    O: TensorTree,
 {
     // `valid` also unshares the running statistics, so that mapping them does not reach the original module.
     let valid = model.valid();
-    let survey = Survey::of(&valid);
+    let inventory = Inventory::of(&valid);
     let mut empty = ToCapture::new(device);
     // Parameters are moved by the mapper; `to_device` moves the module's other tensors, which become constants.
     let captured = valid.map(&mut empty).to_device(&capture_device(device));
@@ -116,9 +116,9 @@ where
     let inputs = inputs.map_tensors(&mut edge)?;
     let mut outputs = CaptureOutputs::new();
     let given = forward(&captured, inputs).map_tensors(&mut outputs)?;
-    let given = given.map_tensors(&mut Hollow)?;
+    let given = given.map_tensors(&mut ToMeta)?;
     let recording = Recording {
-        survey,
+        inventory,
         params: tensors.iter().map(|(id, tensor)| (*id, tensor.id())).collect(),
         running: HashSet::new(),
         gradients: std::collections::HashMap::new(),
@@ -132,9 +132,9 @@ where
 }
 
 /// Takes the tensors out of a structure that must outlive the capture.
-struct Hollow;
+struct ToMeta;
 
-impl TensorMapper for Hollow {
+impl TensorMapper for ToMeta {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
         let dtype = tensor.dtype();
         let nothing = Shape::from(vec![0; tensor.shape().num_dims()]);

@@ -12,12 +12,12 @@ use super::step::StepGraph;
 
 /// One action of a program.
 #[derive(Clone, Debug)]
-pub(crate) enum Action {
+pub(crate) enum Instruction {
     Run(Box<OperationIr>),
     /// The tensor has had its last reader, which could not consume it itself.
     Free(TensorIr),
     /// A result is ready. If nothing reads it later it is moved out, else shared.
-    Give(TensorIr),
+    Output(TensorIr),
 }
 
 /// What a step needs of memory beside parameters, inputs and constants, assuming that views copy.
@@ -32,26 +32,26 @@ pub struct MemoryEstimate {
 impl MemoryEstimate {
     /// The operations as a capture gives them: nothing is freed, since they say nothing about last uses.
     pub fn of_operations(operations: &[OperationIr]) -> Self {
-        Self::of(operations.iter().map(Step::Run))
+        Self::of(operations.iter().map(MemoryEvent::Run))
     }
 
-    pub(crate) fn of_program(program: &[Action]) -> Self {
+    pub(crate) fn of_program(program: &[Instruction]) -> Self {
         Self::of(program.iter().map(|action| match action {
-            Action::Run(op) => Step::Run(op),
-            Action::Free(tensor) => Step::Free(tensor.id),
+            Instruction::Run(op) => MemoryEvent::Run(op),
+            Instruction::Free(tensor) => MemoryEvent::Free(tensor.id),
             // A result stays alive with whoever took it.
-            Action::Give(_) => Step::Nothing,
+            Instruction::Output(_) => MemoryEvent::Nothing,
         }))
     }
 
-    fn of<'a>(steps: impl Iterator<Item = Step<'a>>) -> Self {
+    fn of<'a>(steps: impl Iterator<Item = MemoryEvent<'a>>) -> Self {
         let mut alive: HashMap<TensorId, usize> = HashMap::new();
         let (mut now, mut peak) = (0, 0);
         for step in steps {
             match step {
-                Step::Nothing => {}
-                Step::Free(id) => now -= alive.remove(&id).unwrap_or(0),
-                Step::Run(op) => {
+                MemoryEvent::Nothing => {}
+                MemoryEvent::Free(id) => now -= alive.remove(&id).unwrap_or(0),
+                MemoryEvent::Run(op) => {
                     for out in op.outputs() {
                         let bytes = out.shape.num_elements() * out.dtype.size();
                         now += bytes;
@@ -68,7 +68,7 @@ impl MemoryEstimate {
     }
 }
 
-enum Step<'a> {
+enum MemoryEvent<'a> {
     Run(&'a OperationIr),
     Free(TensorId),
     Nothing,
@@ -78,22 +78,22 @@ enum Step<'a> {
 pub(crate) enum Item {
     Run(Box<OperationIr>),
     /// A result is wanted here.
-    Give(TensorIr),
+    Output(TensorIr),
 }
 
 /// The program of a graph.
-pub(crate) fn program(graph: &StepGraph) -> Vec<Action> {
+pub(crate) fn program(graph: &StepGraph) -> Vec<Instruction> {
     let results: HashSet<TensorId> = graph.results().map(|t| t.id).collect();
     let keep: HashSet<TensorId> = graph.constants.keys().copied().collect();
     let operations = without_dead(&graph.operations, &results);
     let made: HashSet<TensorId> = operations.iter().flat_map(|op| op.outputs().map(|t| t.id)).collect();
     // A result may be a parameter, an input or a constant as it came.
     let mut items: Vec<Item> =
-        graph.results().filter(|t| !made.contains(&t.id)).map(|t| Item::Give(t.clone())).collect();
+        graph.results().filter(|t| !made.contains(&t.id)).map(|t| Item::Output(t.clone())).collect();
     for op in operations {
         let given: Vec<TensorIr> = op.outputs().filter(|out| results.contains(&out.id)).cloned().collect();
         items.push(Item::Run(Box::new(op)));
-        items.extend(given.into_iter().map(Item::Give));
+        items.extend(given.into_iter().map(Item::Output));
     }
     with_lifetimes([items], &keep).into_iter().flatten().collect()
 }
@@ -104,12 +104,12 @@ pub(crate) fn program(graph: &StepGraph) -> Vec<Action> {
 pub(crate) fn with_lifetimes<const SECTIONS: usize>(
     sections: [Vec<Item>; SECTIONS],
     keep: &HashSet<TensorId>,
-) -> [Vec<Action>; SECTIONS] {
+) -> [Vec<Instruction>; SECTIONS] {
     let mut last_reader: HashMap<TensorId, usize> = HashMap::new();
     for (index, item) in sections.iter().flatten().enumerate() {
         match item {
             Item::Run(op) => last_reader.extend(op.inputs().map(|input| (input.id, index))),
-            Item::Give(tensor) => drop(last_reader.insert(tensor.id, index)),
+            Item::Output(tensor) => drop(last_reader.insert(tensor.id, index)),
         }
     }
     let mut index = 0;
@@ -120,12 +120,12 @@ pub(crate) fn with_lifetimes<const SECTIONS: usize>(
             let ends = |id: &TensorId| last_reader.get(id) == Some(&index) && !keep.contains(id);
             match item {
                 Item::Run(op) => run(op, ends, |id| last_reader.contains_key(id), &mut program),
-                Item::Give(tensor) => {
+                Item::Output(tensor) => {
                     if given.insert(tensor.id) {
                         let status = if ends(&tensor.id) { TensorStatus::ReadWrite } else { TensorStatus::ReadOnly };
-                        program.push(Action::Give(TensorIr { status, ..tensor }));
+                        program.push(Instruction::Output(TensorIr { status, ..tensor }));
                     } else if ends(&tensor.id) {
-                        program.push(Action::Free(tensor));
+                        program.push(Instruction::Free(tensor));
                     }
                 }
             }
@@ -140,7 +140,7 @@ fn run(
     mut op: Box<OperationIr>,
     ends: impl Fn(&TensorId) -> bool,
     is_read: impl Fn(&TensorId) -> bool,
-    program: &mut Vec<Action>,
+    program: &mut Vec<Instruction>,
 ) {
     let mut count: HashMap<TensorId, usize> = HashMap::new();
     for input in op.inputs() {
@@ -155,9 +155,9 @@ fn run(
     };
     let outputs: Vec<TensorIr> = op.outputs().cloned().collect();
     op.visit_mut(&mut SetStatus { outputs: outputs.iter().map(|t| t.id).collect(), consumed });
-    program.push(Action::Run(op));
-    program.extend(freed.into_iter().map(Action::Free));
-    program.extend(outputs.into_iter().filter(|out| !is_read(&out.id)).map(Action::Free));
+    program.push(Instruction::Run(op));
+    program.extend(freed.into_iter().map(Instruction::Free));
+    program.extend(outputs.into_iter().filter(|out| !is_read(&out.id)).map(Instruction::Free));
 }
 
 /// The operations that the results depend on.

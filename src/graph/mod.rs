@@ -5,7 +5,7 @@
 //! [`capture_forward`], which yields a [`StepGraph`]: burn-ir operations with the parameters, inputs and results named. Passes
 //! rewrite that list:
 //!
-//! - [`counted_random`] has every rank draw the random numbers of one device,
+//! - [`counter_based_rng`] has every rank draw the random numbers of one device,
 //! - [`partition`](crate::partition::partition) splits the step over the ranks of a mesh axis,
 //! - [`sync_batch_norm`] puts a collective after every batch statistic.
 //!
@@ -52,7 +52,7 @@ pub(crate) mod edges;
 mod engine;
 mod execute;
 mod forward;
-mod holding;
+mod gradient_layout;
 pub(crate) mod interpret;
 mod leaves;
 mod listing;
@@ -67,7 +67,7 @@ mod signature;
 pub(crate) mod step;
 mod sync;
 
-pub use crate::tensor::{GraphInputs, TensorMapper};
+pub use crate::tensor::{TensorMapper, TensorTree};
 pub use batch_norm::{BatchNormSync, SYNC_BATCH_NORM_GRAD, SYNC_BATCH_NORM_MEAN, sync_batch_norm};
 pub use bind::graph_tensors;
 pub(crate) use bind::named_tensors;
@@ -75,14 +75,14 @@ pub use cache::GraphCache;
 pub(crate) use cache::StepKey;
 pub use capture::capture_step;
 pub use custom::CustomOps;
-pub(crate) use engine::{GradientSink, Met, MicroBatch, SplitParam, StepEngine, Units};
+pub(crate) use engine::{CheckedOptimizers, GradientSink, MicroBatch, ScaledGradients, SplitParam, StepEngine};
 pub use execute::Executor;
 pub use forward::{Forward, ForwardGraph, capture_forward};
-pub(crate) use holding::{ClipRecord, Holding};
+pub(crate) use gradient_layout::{ClipRecord, GradientLayout};
 pub use liveness::MemoryEstimate;
 pub use module::gradients_params;
 pub(crate) use module::{read_params, same_buffer};
-pub use random::{COUNTED_RANDOM, RandomSource, counted_random, register_counted_random};
+pub use random::{COUNTER_BASED_RNG, RandomSource, counter_based_rng, register_counter_based_rng};
 pub(crate) use recent::{GRAPHS, Recent};
 pub use results::{StepObserver, StepOutputs, StepResult};
 pub(crate) use same_inputs::{Run, SameInputs};

@@ -14,7 +14,7 @@ use crate::params::{one_device, with_autodiff};
 use crate::tensor::PlainTensor;
 
 /// One float, int or bool parameter or running statistic.
-pub(crate) struct Surveyed {
+pub(crate) struct InventoryEntry {
     pub(crate) path: String,
     /// The type that holds it, as in `Struct:BatchNorm`.
     pub(crate) holder: String,
@@ -26,8 +26,8 @@ pub(crate) struct Surveyed {
 
 /// What a module is made of, in the order in which a visitor meets it.
 #[derive(Default)]
-pub(crate) struct Survey {
-    pub(crate) tensors: Vec<Surveyed>,
+pub(crate) struct Inventory {
+    pub(crate) tensors: Vec<InventoryEntry>,
     /// Path, id and value of every training flag.
     pub(crate) flags: Vec<(String, ParamId, bool)>,
     pub(crate) strategy: Option<GradientCheckpointingStrategy>,
@@ -51,11 +51,11 @@ impl ModulePath {
     }
 }
 
-impl Survey {
+impl Inventory {
     pub(crate) fn of<M: Module>(module: &M) -> Self {
-        let mut survey = Self::default();
-        module.visit(&mut survey);
-        survey
+        let mut inventory = Self::default();
+        module.visit(&mut inventory);
+        inventory
     }
 
     /// The ids of all parameters that require a gradient.
@@ -65,11 +65,11 @@ impl Survey {
 
     fn add(&mut self, id: ParamId, shape: Shape, dtype: DType, trainable: bool) {
         let holder = self.path.0.last().map(|(_, container)| container.clone()).unwrap_or_default();
-        self.tensors.push(Surveyed { path: self.path.text(), holder, id, shape, dtype, trainable });
+        self.tensors.push(InventoryEntry { path: self.path.text(), holder, id, shape, dtype, trainable });
     }
 }
 
-impl ModuleVisitor for Survey {
+impl ModuleVisitor for Inventory {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let tensor = param.val();
         if self.strategy.is_none() {

@@ -1,7 +1,7 @@
 //! Random numbers that any rank can draw from any place on.
 //!
 //! burn draws from one generator of the process, in the order in which operations happen to run: ranks cannot share out such
-//! numbers. [`counted_random`] replaces every random operation by one in which each element's number is a function of the
+//! numbers. [`counter_based_rng`] replaces every random operation by one in which each element's number is a function of the
 //! seed, the replica, the step, the operation's number and the element's place in the whole tensor: a counter-based generator in the
 //! sense of Salmon et al., [Parallel random numbers: as easy as 1, 2, 3](https://doi.org/10.1145/2063384.2063405), here
 //! ChaCha with 8 rounds. So a rank draws exactly its part, and a step split in whatever way draws what it draws on one rank.
@@ -21,13 +21,13 @@ use crate::error::Error;
 use crate::tensor::PlainTensor;
 
 /// Id of the custom operation that draws numbers.
-pub const COUNTED_RANDOM: &str = "counted_random";
+pub const COUNTER_BASED_RNG: &str = "counter_based_rng";
 
 /// Replaces the random operations of a step by such whose numbers depend on nothing but the seed, the step, the number of
 /// the operation and the place of the element. Returns how many there were.
 ///
-/// Run it before anything that splits the graph. [`register_counted_random`] says what they do.
-pub fn counted_random(graph: &mut StepGraph) -> usize {
+/// Run it before anything that splits the graph. [`register_counter_based_rng`] says what they do.
+pub fn counter_based_rng(graph: &mut StepGraph) -> usize {
     let mut number = 0;
     for op in &mut graph.operations {
         let Some(random) = drawn(op) else { continue };
@@ -53,12 +53,12 @@ pub(crate) fn drawn(op: &OperationIr) -> Option<&RandomOpIr> {
 #[derive(Debug, Clone)]
 pub struct RandomSource {
     seed: u64,
-    place: Arc<Place>,
+    position: Arc<Position>,
 }
 
 /// Where in the numbers of a seed a model is.
 #[derive(Debug, Default)]
-struct Place {
+struct Position {
     replica: AtomicU64,
     step: AtomicU64,
 }
@@ -66,13 +66,13 @@ struct Place {
 impl RandomSource {
     /// Numbers from `seed`, before the first step.
     pub fn new(seed: u64) -> Self {
-        Self { seed, place: Arc::default() }
+        Self { seed, position: Arc::default() }
     }
 
     /// A source of its own with numbers from another seed, at the same step.
     pub(crate) fn with_seed(&self, seed: u64) -> Self {
         let (replica, step) = (AtomicU64::new(self.replica()), AtomicU64::new(self.step()));
-        Self { seed, place: Arc::new(Place { replica, step }) }
+        Self { seed, position: Arc::new(Position { replica, step }) }
     }
 
     /// What the numbers follow from.
@@ -82,27 +82,27 @@ impl RandomSource {
 
     /// The number of the replica whose numbers are drawn; 0 if it is the only one.
     pub fn replica(&self) -> u64 {
-        self.place.replica.load(Ordering::Relaxed)
+        self.position.replica.load(Ordering::Relaxed)
     }
 
     /// Draws the numbers of replica number `replica`, which no other draws.
     pub fn set_replica(&self, replica: u64) {
-        self.place.replica.store(replica, Ordering::Relaxed);
+        self.position.replica.store(replica, Ordering::Relaxed);
     }
 
     /// Goes on to the numbers of the next step.
     pub fn advance(&self) {
-        self.place.step.fetch_add(1, Ordering::Relaxed);
+        self.position.step.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The number of the step.
     pub fn step(&self) -> u64 {
-        self.place.step.load(Ordering::Relaxed)
+        self.position.step.load(Ordering::Relaxed)
     }
 
     /// Sets the number of the step, as when training goes on from a checkpoint.
     pub fn set_step(&self, step: u64) {
-        self.place.step.store(step, Ordering::Relaxed);
+        self.position.step.store(step, Ordering::Relaxed);
     }
 
     /// The numbers of one operation, from a place on: two words for each.
@@ -117,10 +117,10 @@ impl RandomSource {
     }
 }
 
-/// Registers the operation that [`counted_random`] puts into a graph. `source` says which step it is.
-pub fn register_counted_random(ops: &mut CustomOps, source: &RandomSource) {
+/// Registers the operation that [`counter_based_rng`] puts into a graph. `source` says which step it is.
+pub fn register_counter_based_rng(ops: &mut CustomOps, source: &RandomSource) {
     let source = source.clone();
-    ops.register_maker(COUNTED_RANDOM, move |op, _, device| {
+    ops.register_maker(COUNTER_BASED_RNG, move |op, _, device| {
         let [out] = op.outputs.as_slice() else {
             return Err(graph_error(format!("custom operation `{}` makes one tensor", op.id)));
         };
@@ -131,14 +131,14 @@ pub fn register_counted_random(ops: &mut CustomOps, source: &RandomSource) {
 }
 
 /// Whether an operation draws such numbers.
-pub(crate) fn is_counted_random(op: &OperationIr) -> bool {
-    matches!(op, OperationIr::Custom(op) if op.id == COUNTED_RANDOM)
+pub(crate) fn is_counter_based_rng(op: &OperationIr) -> bool {
+    matches!(op, OperationIr::Custom(op) if op.id == COUNTER_BASED_RNG)
 }
 
 /// Has an operation draw from `offset` on along a dim of what it drew before.
 pub(crate) fn draw_from(op: &mut OperationIr, dim: usize, offset: usize) {
     if let OperationIr::Custom(op) = op
-        && op.id == COUNTED_RANDOM
+        && op.id == COUNTER_BASED_RNG
         && let Some(mut draw) = Draw::of(op)
     {
         draw.first += offset as u64 * draw.strides.get(dim).copied().unwrap_or(0);
@@ -149,7 +149,7 @@ pub(crate) fn draw_from(op: &mut OperationIr, dim: usize, offset: usize) {
 /// Has an operation, whose output has several dims in place of one, of these sizes, draw the same numbers.
 pub(crate) fn draw_apart(op: &mut OperationIr, at: usize, factors: &[usize]) {
     if let OperationIr::Custom(op) = op
-        && op.id == COUNTED_RANDOM
+        && op.id == COUNTER_BASED_RNG
         && let Some(mut draw) = Draw::of(op)
         && let Some(stride) = draw.strides.get(at).copied()
     {
@@ -178,7 +178,7 @@ impl Draw {
 
     fn into_operation(self, random: &RandomOpIr) -> OperationIr {
         let out = random.out.clone();
-        OperationIr::Custom(CustomOpIr::with_scalars(COUNTED_RANDOM, &[], &[out], self.scalars()))
+        OperationIr::Custom(CustomOpIr::with_scalars(COUNTER_BASED_RNG, &[], &[out], self.scalars()))
     }
 
     fn scalars(&self) -> Vec<ScalarIr> {

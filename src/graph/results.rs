@@ -64,7 +64,7 @@ pub trait StepObserver {
 
 /// What a result means to whom it is given.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Meaning {
+pub(super) enum ResultRole {
     Loss,
     Weight,
     Gradient(ParamId),
@@ -73,7 +73,7 @@ pub(super) enum Meaning {
 }
 
 /// The results of a run that stay with the caller.
-pub(super) struct Given {
+pub(super) struct StepValues {
     pub loss: Option<PlainTensor>,
     pub weight: Option<f64>,
     pub outputs: Vec<PlainTensor>,
@@ -90,10 +90,10 @@ pub(super) struct Results {
 }
 
 impl Results {
-    pub fn take(&mut self, meaning: Meaning, value: PlainTensor, observer: &mut dyn StepObserver) -> Result<(), Error> {
-        match meaning {
-            Meaning::Loss => self.loss = Some(value),
-            Meaning::Weight => {
+    pub fn take(&mut self, role: ResultRole, value: PlainTensor, observer: &mut dyn StepObserver) -> Result<(), Error> {
+        match role {
+            ResultRole::Loss => self.loss = Some(value),
+            ResultRole::Weight => {
                 let weight = match self.known_weight {
                     Some(weight) => weight,
                     None => value.float::<1>()?.into_scalar::<f64>(),
@@ -105,9 +105,9 @@ impl Results {
                 observer.weight(weight)?;
                 self.weight = Some(weight);
             }
-            Meaning::Gradient(id) => observer.gradient(id, value)?,
-            Meaning::Update(id) => drop(self.updates.insert(id, value)),
-            Meaning::Output(index) => self.outputs[index] = Some(value),
+            ResultRole::Gradient(id) => observer.gradient(id, value)?,
+            ResultRole::Update(id) => drop(self.updates.insert(id, value)),
+            ResultRole::Output(index) => self.outputs[index] = Some(value),
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::Error;
 use crate::comm::{Communicator, Pending};
 use crate::graph::named_tensors;
-use crate::tensor::GraphInputs;
+use crate::tensor::TensorTree;
 
 /// How often inputs are compared that must be read back from a device.
 const DEVICE_EVERY: u64 = 100;
@@ -58,7 +58,7 @@ impl SameInputs {
     ///
     /// # Errors
     /// [`Error::Graph`] if an input cannot be read.
-    pub(crate) fn start<I: GraphInputs + Clone>(&self, run: Run, inputs: &I) -> Result<Comparison, Error> {
+    pub(crate) fn start<I: TensorTree + Clone>(&self, run: Run, inputs: &I) -> Result<Comparison, Error> {
         let mut comparison = Comparison { run, paths: Vec::new(), found: Vec::new() };
         if self.groups.is_empty() {
             return Ok(comparison);

@@ -4,13 +4,13 @@ use burn::module::{Flag, Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Int, Shape, Tensor};
 
 use crate::error::Error;
-use crate::params::{Lazy, NewDims};
+use crate::params::{LazyParam, NewDims};
 
 /// The tensors and training flags of a module, in the order in which a visitor meets them: two modules that have the same
 /// are captured as the same graph.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Signature {
-    tensors: Vec<(ParamId, Shape, DType, Use)>,
+    tensors: Vec<(ParamId, Shape, DType, TensorUse)>,
     flags: Vec<(ParamId, bool)>,
     /// Whether something that is trained is on a device without autodiff.
     plain: bool,
@@ -18,7 +18,7 @@ pub(crate) struct Signature {
 
 /// What a capture makes of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Use {
+enum TensorUse {
     Trained,
     Frozen,
     /// An int or bool.
@@ -28,7 +28,7 @@ enum Use {
 impl Signature {
     /// The signature for a training step, which a capture takes in training mode: a parameter on a plain device has its
     /// training settings switched on. Float parameters have the dims that `dims` says, as in
-    /// [`outline`](crate::params::outline).
+    /// [`meta_module`](crate::params::meta_module).
     ///
     /// Lazy parameters are not made, and no autodiff leaf is, but for those whose training setting shows in no other way:
     /// lazy ones, and trained ones on a plain device.
@@ -43,7 +43,7 @@ impl Signature {
 
     fn of<M: Module>(module: &M, dims: &NewDims, trains: bool) -> Self {
         let mut visitor =
-            Signing { dims, trains, found: Self { tensors: Vec::new(), flags: Vec::new(), plain: false } };
+            ReadSignature { dims, trains, found: Self { tensors: Vec::new(), flags: Vec::new(), plain: false } };
         module.visit(&mut visitor);
         visitor.found
     }
@@ -63,17 +63,17 @@ impl Signature {
 
     /// Whether all float parameters are known.
     pub(crate) fn is_known(&self, known: impl Fn(ParamId) -> bool) -> bool {
-        self.tensors.iter().all(|(id, .., used)| *used == Use::Index || known(*id))
+        self.tensors.iter().all(|(id, .., used)| *used == TensorUse::Index || known(*id))
     }
 }
 
-struct Signing<'a> {
+struct ReadSignature<'a> {
     dims: &'a NewDims<'a>,
     trains: bool,
     found: Signature,
 }
 
-impl ModuleVisitor for Signing<'_> {
+impl ModuleVisitor for ReadSignature<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let (found, dtype, trained) = if param.is_initialized() {
             let value = param.base();
@@ -85,23 +85,23 @@ impl ModuleVisitor for Signing<'_> {
             self.found.plain |= trained && !value.is_autodiff();
             (value.shape(), value.dtype(), trained)
         } else {
-            let Lazy { stand_in, trained, device } = Lazy::of(param);
+            let LazyParam { placeholder, trained, device } = LazyParam::of(param);
             self.found.plain |= trained && self.trains && !device.is_autodiff();
-            (param.lazy_shape(), stand_in.base().dtype(), trained && self.trains)
+            (param.lazy_shape(), placeholder.base().dtype(), trained && self.trains)
         };
         let shape = (self.dims)(param.id, found.as_slice()).map_or(found, Shape::from);
-        let used = if trained { Use::Trained } else { Use::Frozen };
+        let used = if trained { TensorUse::Trained } else { TensorUse::Frozen };
         self.found.tensors.push((param.id, shape, dtype, used));
     }
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
         let value = param.val();
-        self.found.tensors.push((param.id, value.shape(), value.dtype(), Use::Index));
+        self.found.tensors.push((param.id, value.shape(), value.dtype(), TensorUse::Index));
     }
 
     fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
         let value = param.val();
-        self.found.tensors.push((param.id, value.shape(), value.dtype(), Use::Index));
+        self.found.tensors.push((param.id, value.shape(), value.dtype(), TensorUse::Index));
     }
 
     fn visit_flag(&mut self, flag: &Param<Flag>) {

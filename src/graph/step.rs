@@ -26,7 +26,7 @@ pub struct ParamBinding {
     pub update: Option<TensorIr>,
 }
 
-/// An input of the step, in the order of [`GraphInputs`](super::GraphInputs).
+/// An input of the step, in the order of [`TensorTree`](super::TensorTree).
 #[derive(Clone, Debug)]
 pub struct InputBinding {
     /// Place in the structure of the inputs: empty for a lone tensor, `1.0` for the first tensor of the second element.

@@ -5,15 +5,15 @@
 //! torchrun, `mpirun`, `srun`. Processes are joined over TCP, or by MPI if its launcher has started them.
 
 mod environment;
-mod meeting;
 mod process;
 #[cfg(unix)]
 mod processes;
 mod rank;
+mod rendezvous;
 mod threads;
 
-pub use environment::{Launcher, Place};
-pub use process::{Engine, Process, from_env};
+pub use environment::{Launcher, ProcessInfo};
+pub use process::{Process, TransportKind, from_env};
 #[cfg(unix)]
 pub use processes::{Processes, processes};
 pub use rank::Rank;

@@ -6,7 +6,7 @@ use std::{fmt, thread};
 use burn::tensor::Device;
 
 use super::threads::run_rank;
-use super::{Place, Rank, Rendezvous};
+use super::{ProcessInfo, Rank, Rendezvous};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::comm::local::{self, WorldConfig};
@@ -15,14 +15,14 @@ use crate::comm::tcp::Session;
 /// What joins processes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Engine {
+pub enum TransportKind {
     /// TCP, on one machine or many: nothing to install.
     Tcp,
     /// MPI (feature `mpi`), for processes that its launcher has started.
     Mpi,
 }
 
-impl fmt::Display for Engine {
+impl fmt::Display for TransportKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Tcp => "tcp",
@@ -31,10 +31,10 @@ impl fmt::Display for Engine {
     }
 }
 
-impl Engine {
+impl TransportKind {
     /// The one that fits how a process was started: MPI if it is built in and its launcher was at work, else TCP.
-    pub fn of(place: &Place) -> Self {
-        if cfg!(feature = "mpi") && place.under_mpi { Self::Mpi } else { Self::Tcp }
+    pub fn of(info: &ProcessInfo) -> Self {
+        if cfg!(feature = "mpi") && info.under_mpi { Self::Mpi } else { Self::Tcp }
     }
 
     /// Whether this program was built with it.
@@ -61,26 +61,26 @@ impl Engine {
 /// use burn_parallel::prelude::*;
 ///
 /// let process = launch::from_env()?;
-/// eprintln!("{}", process.place()); // rank 3 of 8, number 1 on this machine, says Open MPI (OMPI_COMM_WORLD_*)
+/// eprintln!("{}", process.info()); // rank 3 of 8, number 1 on this machine, says Open MPI (OMPI_COMM_WORLD_*)
 /// process.run(|rank| rank.barrier())?;
 /// # Ok::<(), Error>(())
 /// ```
 ///
 /// # Errors
-/// Those of [`Place::from_variables`].
+/// Those of [`ProcessInfo::from_variables`].
 pub fn from_env() -> Result<Process, Error> {
-    let place = Place::from_env()?;
-    log::info!("{place}");
-    let engine = Engine::of(&place);
-    Ok(Process { place, engine, threads: None, seed: 0, device: Device::flex(), timeout: None })
+    let info = ProcessInfo::from_env()?;
+    log::info!("{info}");
+    let transport = TransportKind::of(&info);
+    Ok(Process { info, transport, threads: None, seed: 0, device: Device::flex(), timeout: None })
 }
 
 /// A rank to be run by this process.
 #[derive(Debug, Clone)]
 #[must_use = "nothing runs before `run`"]
 pub struct Process {
-    place: Place,
-    engine: Engine,
+    info: ProcessInfo,
+    transport: TransportKind,
     threads: Option<usize>,
     seed: u64,
     device: Device,
@@ -89,13 +89,13 @@ pub struct Process {
 
 impl Process {
     /// Which rank this is, and who said so.
-    pub fn place(&self) -> &Place {
-        &self.place
+    pub fn info(&self) -> &ProcessInfo {
+        &self.info
     }
 
-    /// Sets what joins the processes. Default [`Engine::of`] the place.
-    pub fn engine(mut self, engine: Engine) -> Self {
-        self.engine = engine;
+    /// Sets what joins the processes. Default [`TransportKind::of`] the process.
+    pub fn transport(mut self, transport: TransportKind) -> Self {
+        self.transport = transport;
         self
     }
 
@@ -135,7 +135,7 @@ impl Process {
         F: Fn(Rank) -> Result<T, Error> + Sync,
     {
         let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
-        let threads = self.threads.unwrap_or((cores / self.place.local_size.unwrap_or(self.place.size)).max(1));
+        let threads = self.threads.unwrap_or((cores / self.info.local_size.unwrap_or(self.info.size)).max(1));
         if threads == 0 {
             return Err(Error::invalid("threads", "a rank needs at least 1 thread, not 0"));
         }
@@ -147,21 +147,21 @@ impl Process {
             let rank = Rank::new(comm.clone(), self.device.clone(), threads, self.seed);
             run_rank(rank, comm, threads, &f)
         };
-        if self.place.size == 1 {
+        if self.info.size == 1 {
             return local::world(1, config)?.into_iter().map(run).next().unwrap_or_else(|| unreachable!());
         }
-        self.engine.check()?;
-        match self.engine {
-            Engine::Tcp => self.over_tcp(config, run),
-            Engine::Mpi => self.over_mpi(config, run),
+        self.transport.check()?;
+        match self.transport {
+            TransportKind::Tcp => self.over_tcp(config, run),
+            TransportKind::Mpi => self.over_mpi(config, run),
         }
     }
 
     fn over_tcp<T>(&self, config: WorldConfig, run: impl Fn(Communicator) -> Result<T, Error>) -> Result<T, Error> {
-        let meeting = Rendezvous::at(&self.place, config.timeout())?;
+        let rendezvous = Rendezvous::at(&self.info, config.timeout())?;
         // Dropped last, when the rank has let go of all communicators: it waits for the other processes.
         let session = Session::new();
-        let comm = session.world(&meeting, config)?;
+        let comm = session.world(&rendezvous, config)?;
         let outcome = run(comm.clone());
         // Said outright: a tape that burn has not cleared away yet may keep communicators alive.
         comm.leave();
@@ -173,7 +173,7 @@ impl Process {
         // Dropped last, when the rank has let go of all communicators: it waits for the other processes.
         let session = crate::comm::mpi::Session::start()?;
         let comm = session.world(config)?;
-        let Place { rank, size, launcher, .. } = self.place;
+        let ProcessInfo { rank, size, launcher, .. } = self.info;
         if (comm.rank(), comm.size()) != (rank, size) {
             let problem = format!(
                 "MPI takes this process for rank {} of {}, {launcher} for rank {rank} of {size}; start it with mpirun, or \

@@ -17,23 +17,23 @@ use std::time::{Duration, Instant};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::meeting::SECRET;
-use super::{Engine, Place, Process, Rank};
+use super::rendezvous::SECRET;
+use super::{Process, ProcessInfo, Rank, TransportKind};
 use crate::Error;
 use crate::comm::tcp::{descriptors, nonce};
 
 /// Says to a program that it has been started by itself.
 const CHILD: &str = "BURN_PARALLEL_CHILD";
 /// How long ranks have to end once they are told to.
-const PATIENCE: Duration = Duration::from_secs(5);
+const GRACE: Duration = Duration::from_secs(5);
 /// How often the parent looks whether a rank has ended.
-const ROUND: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// Lines of a failed rank that its error holds.
-const LAST_WORDS: usize = 12;
+const STDERR_LINES: usize = 12;
 
 /// Prepares a world of `size` ranks that are processes of this very program on this machine. [`Processes::run`] starts it.
 pub fn processes(size: usize) -> Processes {
-    Processes { size, engine: Engine::Tcp, program: None }
+    Processes { size, transport: TransportKind::Tcp, program: None }
 }
 
 /// A world of processes to be started.
@@ -41,14 +41,14 @@ pub fn processes(size: usize) -> Processes {
 #[must_use = "nothing runs before `run`"]
 pub struct Processes {
     size: usize,
-    engine: Engine,
+    transport: TransportKind,
     program: Option<(OsString, Vec<OsString>)>,
 }
 
 impl Processes {
-    /// Sets what joins the processes. Default [`Engine::Tcp`]. With [`Engine::Mpi`] they are started by `mpirun`.
-    pub fn engine(mut self, engine: Engine) -> Self {
-        self.engine = engine;
+    /// Sets what joins the processes. Default [`TransportKind::Tcp`]. With [`TransportKind::Mpi`] they are started by `mpirun`.
+    pub fn transport(mut self, transport: TransportKind) -> Self {
+        self.transport = transport;
         self
     }
 
@@ -72,10 +72,10 @@ impl Processes {
         F: Fn(Rank) -> Result<T, Error> + Sync,
     {
         if std::env::var_os(CHILD).is_some() {
-            return prepare(super::from_env()?.engine(self.engine)).run(f).map(Some);
+            return prepare(super::from_env()?.transport(self.transport)).run(f).map(Some);
         }
-        self.engine.check()?;
-        if self.engine == Engine::Tcp {
+        self.transport.check()?;
+        if self.transport == TransportKind::Tcp {
             return self.supervise().map(|()| None);
         }
         // MPI joins only processes that its own launcher has started.
@@ -121,7 +121,7 @@ impl Processes {
         let secret = std::env::var_os(SECRET).filter(|secret| !secret.is_empty()).unwrap_or_else(made_up);
         let commands = (0..self.size).map(|rank| {
             let mut command = Command::new(&program);
-            Place::of_other_launchers().for_each(|name| {
+            ProcessInfo::of_other_launchers().for_each(|name| {
                 command.env_remove(name);
             });
             command.args(&arguments).env(CHILD, "1").env(SECRET, &secret);
@@ -210,11 +210,11 @@ fn supervise(commands: Vec<Command>, size: usize) -> Result<(), Error> {
                 started.iter().filter(|p| p.status.is_none()).for_each(|process| process.signal(SIGTERM));
                 Instant::now()
             });
-            if since.elapsed() > PATIENCE {
+            if since.elapsed() > GRACE {
                 started.iter().for_each(|process| process.signal(libc::SIGKILL));
             }
         }
-        thread::sleep(ROUND);
+        thread::sleep(POLL_INTERVAL);
     }
     drop(started);
     first.map_or(Ok(()), Err)
@@ -272,7 +272,7 @@ fn relay(
             let _ = to.write_all(format!("{prefix}{line}\n").as_bytes()).and_then(|()| to.flush());
             if let Some(keep) = &keep {
                 let mut kept = keep.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-                if kept.len() == LAST_WORDS {
+                if kept.len() == STDERR_LINES {
                     kept.pop_front();
                 }
                 kept.push_back(format!("{prefix}{line}"));

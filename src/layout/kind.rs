@@ -4,8 +4,8 @@ use std::fmt;
 
 use burn::tensor::Tensor;
 
-use super::moves::Step;
-use super::tape::Pair;
+use super::moves::MoveOp;
+use super::tape::MovePair;
 use super::{all_to_all, gather_from_group, reduce_from_group, reduce_scatter_to_group, scatter_to_group};
 use crate::Error;
 use crate::comm::{Communicator, part};
@@ -99,7 +99,7 @@ pub fn redistribute<const D: usize>(
         (Replicated, Replicated) | (Partial, Partial) => Ok(tensor),
         (Replicated, Sharded(dim)) => scatter_to_group(tensor, dim, comm),
         (Replicated, Partial) => {
-            Pair { name: "redistribute", forward: Step::KeepOnFirst, backward: Step::Keep }.apply(tensor, comm)
+            MovePair { name: "redistribute", forward: MoveOp::KeepOnFirst, backward: MoveOp::Keep }.apply(tensor, comm)
         }
         (Sharded(dim), Replicated) => gather_from_group(tensor, dim, comm),
         (Sharded(from), Sharded(to)) => all_to_all(tensor, from, to, comm),

@@ -97,7 +97,7 @@ mod root;
 mod tape;
 
 pub use kind::{Layout, redistribute};
-pub(crate) use moves::Step;
+pub(crate) use moves::MoveOp;
 pub use pairs::{
     all_to_all, copy_to_group, gather_and_copy_to_group, gather_from_group, reduce_from_group, reduce_scatter_to_group,
     scatter_to_group,

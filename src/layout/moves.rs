@@ -7,7 +7,7 @@ use crate::tensor::PlainTensor;
 
 /// What a move does in one direction. Every step is linear in the tensors of all ranks.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum Step {
+pub(crate) enum MoveOp {
     /// `y = x`.
     Keep,
     /// `y = x` on rank 0, `y = 0` on the others.
@@ -28,7 +28,7 @@ pub(crate) enum Step {
     SliceFrom { root: usize, dim: usize },
 }
 
-impl Step {
+impl MoveOp {
     /// Takes the step: a collective over `comm`, for those that need one. `name` is the function that errors speak of.
     pub fn take(self, name: &'static str, tensor: PlainTensor, comm: &Communicator) -> Result<PlainTensor, Error> {
         match self {

@@ -6,8 +6,8 @@
 use burn::tensor::Tensor;
 
 use super::kind::check_dim;
-use super::moves::Step;
-use super::tape::Pair;
+use super::moves::MoveOp;
+use super::tape::MovePair;
 use crate::Error;
 use crate::comm::Communicator;
 
@@ -27,7 +27,7 @@ use crate::comm::Communicator;
 /// [`Error::UnsupportedDType`] for quantized tensors. In the backward pass those of [`Communicator`], see
 /// [`backward`](super::backward).
 pub fn copy_to_group<const D: usize>(tensor: Tensor<D>, comm: &Communicator) -> Result<Tensor<D>, Error> {
-    Pair { name: "copy_to_group", forward: Step::Keep, backward: Step::Sum }.apply(tensor, comm)
+    MovePair { name: "copy_to_group", forward: MoveOp::Keep, backward: MoveOp::Sum }.apply(tensor, comm)
 }
 
 /// Leaves a region where every rank holds a summand of the tensor: Megatron's *g*.
@@ -45,7 +45,7 @@ pub fn copy_to_group<const D: usize>(tensor: Tensor<D>, comm: &Communicator) -> 
 /// # Errors
 /// [`Error::UnsupportedDType`] for quantized tensors; those of [`Communicator`].
 pub fn reduce_from_group<const D: usize>(tensor: Tensor<D>, comm: &Communicator) -> Result<Tensor<D>, Error> {
-    Pair { name: "reduce_from_group", forward: Step::Sum, backward: Step::Keep }.apply(tensor, comm)
+    MovePair { name: "reduce_from_group", forward: MoveOp::Sum, backward: MoveOp::Keep }.apply(tensor, comm)
 }
 
 /// Takes this rank's part of a replicated tensor along `dim`.
@@ -70,7 +70,7 @@ pub fn scatter_to_group<const D: usize>(
 ) -> Result<Tensor<D>, Error> {
     const NAME: &str = "scatter_to_group";
     check_dim(NAME, dim, D)?;
-    Pair { name: NAME, forward: Step::Slice { dim }, backward: Step::Gather { dim } }.apply(tensor, comm)
+    MovePair { name: NAME, forward: MoveOp::Slice { dim }, backward: MoveOp::Gather { dim } }.apply(tensor, comm)
 }
 
 /// Puts the parts of a tensor together along `dim`, for ranks that go on to do **the same** with it.
@@ -98,7 +98,7 @@ pub fn gather_from_group<const D: usize>(
 ) -> Result<Tensor<D>, Error> {
     const NAME: &str = "gather_from_group";
     check_dim(NAME, dim, D)?;
-    Pair { name: NAME, forward: Step::Gather { dim }, backward: Step::Slice { dim } }.apply(tensor, comm)
+    MovePair { name: NAME, forward: MoveOp::Gather { dim }, backward: MoveOp::Slice { dim } }.apply(tensor, comm)
 }
 
 /// Puts the parts of a tensor together along `dim`, for ranks that go on to do **different things** with it: enters a
@@ -125,7 +125,7 @@ pub fn gather_and_copy_to_group<const D: usize>(
 ) -> Result<Tensor<D>, Error> {
     const NAME: &str = "gather_and_copy_to_group";
     check_dim(NAME, dim, D)?;
-    Pair { name: NAME, forward: Step::Gather { dim }, backward: Step::SumSlice { dim } }.apply(tensor, comm)
+    MovePair { name: NAME, forward: MoveOp::Gather { dim }, backward: MoveOp::SumSlice { dim } }.apply(tensor, comm)
 }
 
 /// Sums a tensor of which every rank holds a summand, and leaves each rank its part along `dim`: goes from a
@@ -151,7 +151,7 @@ pub fn reduce_scatter_to_group<const D: usize>(
 ) -> Result<Tensor<D>, Error> {
     const NAME: &str = "reduce_scatter_to_group";
     check_dim(NAME, dim, D)?;
-    Pair { name: NAME, forward: Step::SumSlice { dim }, backward: Step::Gather { dim } }.apply(tensor, comm)
+    MovePair { name: NAME, forward: MoveOp::SumSlice { dim }, backward: MoveOp::Gather { dim } }.apply(tensor, comm)
 }
 
 /// Turns a tensor sharded along dim `from` into one sharded along dim `to`.
@@ -183,6 +183,6 @@ pub fn all_to_all<const D: usize>(
     if from == to {
         return Ok(tensor);
     }
-    let (forward, backward) = (Step::Exchange { split: to, join: from }, Step::Exchange { split: from, join: to });
-    Pair { name: NAME, forward, backward }.apply(tensor, comm)
+    let (forward, backward) = (MoveOp::Exchange { split: to, join: from }, MoveOp::Exchange { split: from, join: to });
+    MovePair { name: NAME, forward, backward }.apply(tensor, comm)
 }

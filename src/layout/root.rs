@@ -3,8 +3,8 @@
 use burn::tensor::Tensor;
 
 use super::kind::check_dim;
-use super::moves::Step;
-use super::tape::Pair;
+use super::moves::MoveOp;
+use super::tape::MovePair;
 use crate::Error;
 use crate::comm::Communicator;
 
@@ -30,7 +30,7 @@ pub fn scatter_from_root<const D: usize>(
     const NAME: &str = "scatter_from_root";
     check_dim(NAME, dim, D)?;
     check_root(NAME, root, comm)?;
-    Pair { name: NAME, forward: Step::SliceFrom { root, dim }, backward: Step::GatherTo { root, dim } }
+    MovePair { name: NAME, forward: MoveOp::SliceFrom { root, dim }, backward: MoveOp::GatherTo { root, dim } }
         .apply(tensor, comm)
 }
 
@@ -56,7 +56,7 @@ pub fn gather_to_root<const D: usize>(
     const NAME: &str = "gather_to_root";
     check_dim(NAME, dim, D)?;
     check_root(NAME, root, comm)?;
-    Pair { name: NAME, forward: Step::GatherTo { root, dim }, backward: Step::SliceFrom { root, dim } }
+    MovePair { name: NAME, forward: MoveOp::GatherTo { root, dim }, backward: MoveOp::SliceFrom { root, dim } }
         .apply(tensor, comm)
 }
 

@@ -1,6 +1,6 @@
 //! The one operation that puts a move on burn's tape.
 //!
-//! A move is a pair of [`Step`]s: one is taken now, the other, its conjugate, when the gradient comes back. burn's
+//! A move is a pair of [`MoveOp`]s: one is taken now, the other, its conjugate, when the gradient comes back. burn's
 //! `backward()` cannot return an error, so a step that fails there fails the world instead, and hands on zeros: the backward
 //! runs to its end without another wait, and the error is found on the communicator.
 
@@ -16,20 +16,20 @@ use burn::backend::{
 };
 use burn::tensor::{Gradients as LossGradients, Shape, Tensor};
 
-use super::moves::Step;
+use super::moves::MoveOp;
 use crate::Error;
 use crate::comm::{Communicator, TensorHome, host};
 use crate::tensor::{PlainTensor, check_device};
 
 /// A step, the step that its gradient takes, and the function that errors speak of.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Pair {
+pub(super) struct MovePair {
     pub name: &'static str,
-    pub forward: Step,
-    pub backward: Step,
+    pub forward: MoveOp,
+    pub backward: MoveOp,
 }
 
-impl Pair {
+impl MovePair {
     /// Moves a tensor over the group. Without autodiff, or for a constant, nothing is recorded.
     pub fn apply<const D: usize>(self, tensor: Tensor<D>, comm: &Communicator) -> Result<Tensor<D>, Error> {
         if comm.size() == 1 {
@@ -37,7 +37,7 @@ impl Pair {
         }
         host::check_dtype(self.name, tensor.dtype())?;
         if !tensor.is_tracked() {
-            if self.forward == Step::Keep {
+            if self.forward == MoveOp::Keep {
                 return Ok(tensor);
             }
             let home = TensorHome::of(&tensor);
@@ -45,7 +45,7 @@ impl Pair {
         }
         let device = tensor.device().inner();
         check_device(&device).map_err(|problem| Error::invalid(self.name, problem))?;
-        let moved = <Dispatch as MoveBackend>::take_step(tensor.into_dispatch(), self, comm.clone());
+        let moved = <Dispatch as MoveBackend>::run_move(tensor.into_dispatch(), self, comm.clone());
         match moved.error {
             None => Ok(Tensor::from_dispatch(moved.tensor)),
             Some(error) => Err(error),
@@ -53,19 +53,19 @@ impl Pair {
     }
 
     /// The pair that the gradient sees.
-    fn turned(self) -> Self {
+    fn reversed(self) -> Self {
         Self { name: self.name, forward: self.backward, backward: self.forward }
     }
 
     /// Whether the forward step of this pair gives this rank nothing, by design.
     fn gives_nothing(&self, comm: &Communicator) -> bool {
-        matches!(self.forward, Step::GatherTo { root, .. } if root != comm.rank())
+        matches!(self.forward, MoveOp::GatherTo { root, .. } if root != comm.rank())
     }
 }
 
 /// What a step gives: a tensor that means something only if there is no error.
 #[derive(ExtensionType)]
-pub(super) struct Moved<B: Backend> {
+pub(super) struct MoveResult<B: Backend> {
     pub tensor: FloatTensor<B>,
     pub error: Option<Error>,
 }
@@ -74,24 +74,24 @@ pub(super) struct Moved<B: Backend> {
 #[backend_extension(Flex, Cube: cfg(feature = "cubecl"), Autodiff)]
 pub(super) trait MoveBackend: Backend {
     /// Takes the forward step of a pair; the implementation with autodiff records the other.
-    fn take_step(tensor: FloatTensor<Self>, pair: Pair, comm: Communicator) -> Moved<Self>;
+    fn run_move(tensor: FloatTensor<Self>, pair: MovePair, comm: Communicator) -> MoveResult<Self>;
 }
 
 impl MoveBackend for Flex {
-    fn take_step(tensor: FloatTensor<Self>, pair: Pair, comm: Communicator) -> Moved<Self> {
+    fn run_move(tensor: FloatTensor<Self>, pair: MovePair, comm: Communicator) -> MoveResult<Self> {
         take(tensor, pair, &comm)
     }
 }
 
 #[cfg(feature = "cubecl")]
 impl MoveBackend for Cube {
-    fn take_step(tensor: FloatTensor<Self>, pair: Pair, comm: Communicator) -> Moved<Self> {
+    fn run_move(tensor: FloatTensor<Self>, pair: MovePair, comm: Communicator) -> MoveResult<Self> {
         take(tensor, pair, &comm)
     }
 }
 
 /// Takes the forward step now, on this thread: what is put off until a device comes to it may not wait for other ranks.
-fn take<B: Backend>(tensor: FloatTensor<B>, pair: Pair, comm: &Communicator) -> Moved<B>
+fn take<B: Backend>(tensor: FloatTensor<B>, pair: MovePair, comm: &Communicator) -> MoveResult<B>
 where
     DispatchTensor: DispatchKindConversion<B>,
 {
@@ -102,24 +102,24 @@ where
         _ => Err(Error::invalid(pair.name, "the tensor came back as another kind, or on another device")),
     };
     match moved.and_then(back) {
-        Ok(tensor) => Moved { tensor, error: None },
-        Err(error) => Moved { tensor: B::float_zeros(shape, &device, dtype.into()), error: Some(error) },
+        Ok(tensor) => MoveResult { tensor, error: None },
+        Err(error) => MoveResult { tensor: B::float_zeros(shape, &device, dtype.into()), error: Some(error) },
     }
 }
 
 impl<B: MoveBackend, C: CheckpointStrategy> MoveBackend for Autodiff<B, C> {
-    fn take_step(tensor: FloatTensor<Self>, pair: Pair, comm: Communicator) -> Moved<Self> {
+    fn run_move(tensor: FloatTensor<Self>, pair: MovePair, comm: Communicator) -> MoveResult<Self> {
         let shape = tensor.shape();
         let (tensor, guard) = tensor.into_parts();
         // Compute-bound: checkpointing must never repeat a step, which would be a collective that the peers don't take.
-        match TurnedStep.prepare::<C>([guard]).compute_bound().stateful() {
+        match MoveGradient.prepare::<C>([guard]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let moved = B::take_step(tensor, pair, comm.clone());
-                Moved { tensor: prep.finish((pair, comm, shape), moved.tensor), error: moved.error }
+                let moved = B::run_move(tensor, pair, comm.clone());
+                MoveResult { tensor: prep.finish((pair, comm, shape), moved.tensor), error: moved.error }
             }
             OpsKind::UnTracked(prep) => {
-                let moved = B::take_step(tensor, pair, comm);
-                Moved { tensor: prep.finish(moved.tensor), error: moved.error }
+                let moved = B::run_move(tensor, pair, comm);
+                MoveResult { tensor: prep.finish(moved.tensor), error: moved.error }
             }
         }
     }
@@ -127,22 +127,22 @@ impl<B: MoveBackend, C: CheckpointStrategy> MoveBackend for Autodiff<B, C> {
 
 /// The step of the gradient.
 #[derive(Debug)]
-struct TurnedStep;
+struct MoveGradient;
 
-impl<B: MoveBackend> Backward<B, 1> for TurnedStep {
+impl<B: MoveBackend> Backward<B, 1> for MoveGradient {
     /// The pair, its group, and the shape that the input had.
-    type State = (Pair, Communicator, Shape);
+    type State = (MovePair, Communicator, Shape);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let (pair, comm, shape) = ops.state;
         unary::<B, _>(ops.parents, ops.node, grads, |grad| {
             let (device, dtype) = (grad.device(), grad.dtype());
-            let turned = pair.turned();
-            let Moved { tensor, error } = B::take_step(grad, turned, comm.clone());
+            let reversed = pair.reversed();
+            let MoveResult { tensor, error } = B::run_move(grad, reversed, comm.clone());
             if error.is_none() && tensor.shape() == shape {
                 return tensor;
             }
-            if error.is_none() && !turned.gives_nothing(&comm) {
+            if error.is_none() && !reversed.gives_nothing(&comm) {
                 let (rank, group, came) = (comm.rank(), comm.group(), tensor.shape());
                 let problem = format!(
                     "on rank {rank} of group `{group}` the gradient of an input of {:?} came back as {:?}; every rank must \

@@ -7,7 +7,7 @@ use burn::backend::GradientCheckpointingStrategy;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::Tensor;
 
-use super::leaf::Lazy;
+use super::leaf::LazyParam;
 
 /// Gives the module running statistics of its own. burn's are shared by all clones of a module, forks included, and
 /// averaged over the threads that use them: replicas on threads would mix theirs, and a mapper that gives them other dims
@@ -32,9 +32,9 @@ impl ModuleMapper for KeepLazy {
         if param.is_initialized() {
             return param;
         }
-        let Lazy { stand_in, .. } = Lazy::of(&param);
+        let LazyParam { placeholder, .. } = LazyParam::of(&param);
         self.kept.insert(param.id, Box::new(param));
-        stand_in
+        placeholder
     }
 }
 

@@ -6,13 +6,13 @@ use burn::tensor::{Device, Tensor};
 
 /// What a parameter is besides its value.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Kind {
+pub(crate) struct LeafKind {
     /// How its operations take part in gradient checkpointing; `None` without autodiff.
     pub(crate) strategy: Option<GradientCheckpointingStrategy>,
     pub(crate) trained: bool,
 }
 
-impl Kind {
+impl LeafKind {
     /// The kind of a tensor.
     pub(crate) fn of<const D: usize>(tensor: &Tensor<D>) -> Self {
         Self { strategy: tensor.gradient_checkpointing_strategy(), trained: tensor.is_require_grad() }
@@ -26,7 +26,7 @@ impl Kind {
 }
 
 /// A tensor without autodiff as a leaf of this kind.
-pub(crate) fn leaf<const D: usize>(value: Tensor<D>, kind: Kind) -> Tensor<D> {
+pub(crate) fn leaf<const D: usize>(value: Tensor<D>, kind: LeafKind) -> Tensor<D> {
     match kind.strategy {
         Some(strategy) => with_autodiff(value, strategy).set_require_grad(kind.trained),
         None => value,
@@ -41,20 +41,20 @@ pub(crate) fn with_autodiff<const D: usize>(tensor: Tensor<D>, strategy: Gradien
 }
 
 /// A lazy parameter, seen without making its value: a stand-in of one element that has its settings.
-pub(crate) struct Lazy<const D: usize> {
-    pub(crate) stand_in: Param<Tensor<D>>,
+pub(crate) struct LazyParam<const D: usize> {
+    pub(crate) placeholder: Param<Tensor<D>>,
     pub(crate) device: Device,
     /// Whether training mode makes it require a gradient.
     pub(crate) trained: bool,
 }
 
-impl<const D: usize> Lazy<D> {
+impl<const D: usize> LazyParam<D> {
     pub(crate) fn of(param: &Param<Tensor<D>>) -> Self {
         let device = param.lazy_device();
         let one = Tensor::zeros([1; D], &device);
         // Loading is the one way that reads the settings of a lazy parameter and does not make it.
-        let stand_in = param.clone().transform_for_load(one, param.id);
-        let trained = stand_in.clone().train().val().is_require_grad();
-        Self { stand_in, device, trained }
+        let placeholder = param.clone().transform_for_load(one, param.id);
+        let trained = placeholder.clone().train().val().is_require_grad();
+        Self { placeholder, device, trained }
     }
 }

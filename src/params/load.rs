@@ -8,12 +8,12 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, Int, Tensor, TensorData};
 
 use super::SliceSource;
-use super::leaf::{Kind, Lazy, leaf};
+use super::leaf::{LazyParam, LeafKind, leaf};
 use super::pad::padded;
 use crate::Error;
 
 /// What this rank holds of a parameter.
-pub(crate) struct Held {
+pub(crate) struct ParamSlice {
     /// The dims of the whole.
     pub(crate) dims: Vec<usize>,
     /// Its part.
@@ -22,7 +22,7 @@ pub(crate) struct Held {
     pub(crate) local_dims: Vec<usize>,
 }
 
-impl Held {
+impl ParamSlice {
     /// The whole of a parameter of these dims.
     pub(crate) fn whole(dims: Vec<usize>) -> Self {
         Self { ranges: dims.iter().map(|size| 0..*size).collect(), local_dims: dims.clone(), dims }
@@ -55,7 +55,7 @@ impl ModuleVisitor for Dims {
 pub(crate) fn load<M: Module>(
     module: M,
     source: &mut dyn SliceSource,
-    held: &dyn Fn(ParamId) -> Option<Held>,
+    held: &dyn Fn(ParamId) -> Option<ParamSlice>,
 ) -> Result<M, Error> {
     let mut mapper = Load { source, held, path: Vec::new(), seen: HashMap::new(), outcome: Ok(()) };
     let module = module.map(&mut mapper);
@@ -64,7 +64,7 @@ pub(crate) fn load<M: Module>(
 
 struct Load<'a> {
     source: &'a mut dyn SliceSource,
-    held: &'a dyn Fn(ParamId) -> Option<Held>,
+    held: &'a dyn Fn(ParamId) -> Option<ParamSlice>,
     path: Vec<String>,
     /// Leaves already made, so that a parameter held in two places stays one.
     seen: HashMap<ParamId, Box<dyn Any>>,
@@ -73,7 +73,7 @@ struct Load<'a> {
 
 impl Load<'_> {
     fn read(&mut self, id: ParamId) -> Option<(TensorData, Vec<usize>)> {
-        let Held { dims, ranges, local_dims } = (self.held)(id).filter(|_| self.outcome.is_ok())?;
+        let ParamSlice { dims, ranges, local_dims } = (self.held)(id).filter(|_| self.outcome.is_ok())?;
         let path = self.path.join(".");
         let wrong = |problem| Err(Error::invalid("load", problem));
         let read = match self.source.dims(&path) {
@@ -107,15 +107,15 @@ impl ModuleMapper for Load<'_> {
         }
         let Some((data, local_dims)) = self.read(param.id) else { return param };
         let (kind, one) = match param.is_initialized() {
-            true => (Kind::of(&param.base()), param.base().inner()),
+            true => (LeafKind::of(&param.base()), param.base().inner()),
             false => {
-                let Lazy { stand_in, device, trained } = Lazy::of(&param);
-                (Kind::on(&device, trained), stand_in.base().inner())
+                let LazyParam { placeholder, device, trained } = LazyParam::of(&param);
+                (LeafKind::on(&device, trained), placeholder.base().inner())
             }
         };
         let value = padded(Tensor::from_data(data, (&one.device(), one.dtype())), &local_dims);
         // What a lazy parameter would have been made of is dropped unmade.
-        let (id, _, mapper) = Lazy::of(&param).stand_in.consume();
+        let (id, _, mapper) = LazyParam::of(&param).placeholder.consume();
         let made = Param::from_mapped_value(id, leaf(value, kind), mapper);
         self.seen.insert(id, Box::new(made.clone()));
         made

@@ -6,7 +6,7 @@ use super::{indices, overlap, products};
 use crate::comm::{Communicator, ReduceOp};
 use crate::error::Error;
 use crate::graph::{CustomOps, StepGraph, graph_error};
-use crate::layout::Step;
+use crate::layout::MoveOp;
 use crate::tensor::PlainTensor;
 
 /// The kinds of collectives that a partition puts in.
@@ -75,15 +75,15 @@ impl CollectiveKind {
         let [input] = <[PlainTensor; 1]>::try_from(inputs).map_err(|inputs| {
             graph_error(format!("custom operation `{}` takes one input, not {}", op.id, inputs.len()))
         })?;
-        let step = |step: Step| step.take(self.name(), input.clone(), comm);
+        let step = |step: MoveOp| step.take(self.name(), input.clone(), comm);
         let output = match self {
             Self::AllReduce => comm.all_reduce(input, ReduceOp::Sum)?,
             Self::AllReduceMax => comm.all_reduce(input, ReduceOp::Max)?,
             Self::AllReduceMin => comm.all_reduce(input, ReduceOp::Min)?,
             Self::AllReduceProduct => comm.all_reduce(input, ReduceOp::Product)?,
-            Self::AllGather => step(Step::Gather { dim: dim(op, 0)? })?,
-            Self::ReduceScatter => step(Step::SumSlice { dim: dim(op, 0)? })?,
-            Self::AllToAll => step(Step::Exchange { split: dim(op, 0)?, join: dim(op, 1)? })?,
+            Self::AllGather => step(MoveOp::Gather { dim: dim(op, 0)? })?,
+            Self::ReduceScatter => step(MoveOp::SumSlice { dim: dim(op, 0)? })?,
+            Self::AllToAll => step(MoveOp::Exchange { split: dim(op, 0)?, join: dim(op, 1)? })?,
         };
         Ok(vec![output])
     }

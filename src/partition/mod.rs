@@ -25,7 +25,7 @@
 //! for the second. Every rank of an axis gets the same operations but for the places of slices, hence the same sequence of
 //! collectives ([`StepGraph::axis_fingerprint`]).
 //!
-//! [`fuse_products`] then has products run together with their collective, chunk by chunk, [`fold_reductions`] makes one
+//! [`fuse_products`] then has products run together with their collective, chunk by chunk, [`bucket_reductions`] makes one
 //! collective of many small ones, and [`overlap`] has operations run beside collectives.
 //!
 //! # Not split
@@ -36,12 +36,12 @@
 //! [`Layout`]: crate::layout::Layout
 //! [`StepGraph::axis_fingerprint`]: crate::graph::StepGraph::axis_fingerprint
 
+mod buckets;
 mod collectives;
 mod cost;
-mod fold;
 mod fuse;
-mod held;
 mod indices;
+mod logical_tensor;
 mod merged;
 mod moves;
 mod options;
@@ -57,9 +57,9 @@ mod rows;
 mod rules;
 mod sums;
 
+pub use buckets::bucket_reductions;
 pub(crate) use collectives::CollectiveOp;
 pub use collectives::{CollectiveKind, register_collectives};
-pub use fold::fold_reductions;
 pub use fuse::fuse_products;
 pub use options::PartitionOptions;
 pub use overlap::overlap;

@@ -4,7 +4,7 @@ use burn::tensor::Slice;
 use burn_ir::{BaseOperationIr, OperationIr, SliceOpIr, TensorId, TensorIr};
 
 use super::collectives::CollectiveKind;
-use super::held::Origin;
+use super::logical_tensor::Origin;
 use super::pass::Pass;
 use super::report::Collective;
 use super::rules::of_kind;
@@ -14,38 +14,38 @@ impl Pass<'_> {
     /// The local tensor that holds `id` in the layout `want`, moved there if it is not yet.
     pub(super) fn get(&mut self, id: TensorId, want: Layout) -> TensorIr {
         let degree = self.options.degree;
-        let held = &self.held[&id];
-        if let Some(local) = held.version(want) {
-            return held.local(want, local, degree);
+        let tensor = &self.tensors[&id];
+        if let Some(local) = tensor.version(want) {
+            return tensor.local(want, local, degree);
         }
-        match held.origin {
+        match tensor.origin {
             Origin::Waiting(_) => return self.settle(id, want),
             Origin::Planned(_) => return self.make(id, want),
             Origin::Made => {}
         }
-        if let Some((op, strategy)) = self.moved(id, want) {
+        if let Some((op, option)) = self.moved(id, want) {
             let local = self.fresh();
-            self.emit_as(op, &strategy, &[local]);
-            if let Some(held) = self.held.get_mut(&id) {
-                held.add(want, local);
+            self.emit_as(op, &option, &[local]);
+            if let Some(tensor) = self.tensors.get_mut(&id) {
+                tensor.add(want, local);
             }
-            return self.held[&id].local(want, local, degree);
+            return self.tensors[&id].local(want, local, degree);
         }
-        let held = &self.held[&id];
-        if held.layout() == Partial {
-            match (want, self.along_sequence(&held.global)) {
+        let tensor = &self.tensors[&id];
+        if tensor.layout() == Partial {
+            match (want, self.along_sequence(&tensor.global)) {
                 (Sharded(_), _) if self.is_wanted_whole(id) => drop(self.get(id, Replicated)),
                 (Replicated, Some(dim)) if !self.is_wanted_whole(id) => drop(self.get(id, Sharded(dim))),
                 _ => {}
             }
         }
-        let held = &self.held[&id];
+        let tensor = &self.tensors[&id];
         // Whatever it came as, what there is whole is whole.
-        let have = if held.version(Replicated).is_some() { Replicated } else { held.layout() };
-        let from = held.version(have).map(|local| held.local(have, local, degree));
-        let dims = held.global.shape.to_vec();
+        let have = if tensor.version(Replicated).is_some() { Replicated } else { tensor.layout() };
+        let from = tensor.version(have).map(|local| tensor.local(have, local, degree));
+        let dims = tensor.global.shape.to_vec();
         let local = self.fresh();
-        let to = self.held[&id].local(want, local, degree);
+        let to = self.tensors[&id].local(want, local, degree);
         let Some(from) = from else { return to };
         match (have, want) {
             (Replicated, Sharded(dim)) => self.take_part(from, to.clone(), dim),
@@ -58,8 +58,8 @@ impl Pass<'_> {
             (Sharded(dim), _) => self.collective(CollectiveKind::AllGather, dims, from, to.clone(), &[dim]),
             _ => self.collective(CollectiveKind::AllReduce, dims, from, to.clone(), &[]),
         }
-        if let Some(held) = self.held.get_mut(&id) {
-            held.add(want, local);
+        if let Some(tensor) = self.tensors.get_mut(&id) {
+            tensor.add(want, local);
         }
         to
     }

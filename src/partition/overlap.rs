@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use burn::tensor::Device;
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
 
+use super::buckets::move_up;
 use super::collectives::{CollectiveKind, CollectiveOp};
-use super::fold::move_up;
 use super::products::{ProductKind, ProductOp};
 use super::rules::only_moves;
 use crate::collective_matmul::PendingProduct;
@@ -33,7 +33,7 @@ pub fn overlap(graph: &mut StepGraph) -> usize {
     move_up(graph);
     let mut next = graph.next_id;
     let (forward_len, mut forward) = (graph.forward_len, None);
-    let mut scheduled = Schedule::default();
+    let mut scheduled = AsyncSchedule::default();
     for (index, op) in std::mem::take(&mut graph.operations).into_iter().enumerate() {
         if index == forward_len {
             forward = Some(scheduled.operations.len());
@@ -42,8 +42,8 @@ pub fn overlap(graph: &mut StepGraph) -> usize {
         scheduled.wait_for(&inputs);
         match startable(&op) {
             Some((axis, name, custom)) => {
-                let flight = Apart::of(axis, name, custom, scheduled.tickets, &mut next);
-                scheduled.start(flight);
+                let collective = AsyncCollective::of(axis, name, custom, scheduled.tickets, &mut next);
+                scheduled.start(collective);
             }
             None => scheduled.run(op),
         }
@@ -62,17 +62,17 @@ fn startable(op: &OperationIr) -> Option<(&str, &'static str, &CustomOpIr)> {
         return Some((axis, kind.name(), op));
     }
     let (ProductOp { axis, kind }, op) = ProductOp::of(op)?;
-    kind.flies().then_some((axis, kind.name(), op))
+    kind.runs_async().then_some((axis, kind.name(), op))
 }
 
 /// A collective, taken apart.
-struct Apart {
+struct AsyncCollective {
     whole: OperationIr,
     start: OperationIr,
     wait: OperationIr,
 }
 
-impl Apart {
+impl AsyncCollective {
     fn of(axis: &str, name: &str, op: &CustomOpIr, ticket: u64, next_id: &mut u64) -> Self {
         // What is in flight stands for the memory that the result will take.
         let tokens: Vec<TensorIr> = op
@@ -102,11 +102,11 @@ impl Apart {
 }
 
 #[derive(Default)]
-struct Schedule {
+struct AsyncSchedule {
     operations: Vec<OperationIr>,
-    /// What was started and not yet waited for: the number of its flight, by each tensor that it will give.
+    /// What was started and not yet waited for: the number of its collective, by each tensor that it will give.
     waiting: HashMap<TensorId, u64>,
-    flights: HashMap<u64, (Apart, usize)>,
+    started: HashMap<u64, (AsyncCollective, usize)>,
     tickets: u64,
     apart: usize,
     /// Places of starts of which it turned out that nothing runs beside them.
@@ -115,18 +115,18 @@ struct Schedule {
     needless: HashSet<usize>,
 }
 
-impl Schedule {
+impl AsyncSchedule {
     fn run(&mut self, op: OperationIr) {
         self.operations.push(op);
     }
 
-    fn start(&mut self, flight: Apart) {
-        for out in flight.wait.outputs() {
+    fn start(&mut self, collective: AsyncCollective) {
+        for out in collective.wait.outputs() {
             self.waiting.insert(out.id, self.tickets);
         }
         let place = self.operations.len();
-        self.operations.push(flight.start.clone());
-        self.flights.insert(self.tickets, (flight, place));
+        self.operations.push(collective.start.clone());
+        self.started.insert(self.tickets, (collective, place));
         self.tickets += 1;
     }
 
@@ -146,18 +146,18 @@ impl Schedule {
     }
 
     fn wait(&mut self, ticket: u64) {
-        let Some((flight, start)) = self.flights.remove(&ticket) else { return };
-        for out in flight.wait.outputs() {
+        let Some((collective, start)) = self.started.remove(&ticket) else { return };
+        for out in collective.wait.outputs() {
             self.waiting.remove(&out.id);
         }
         let idle = |op: &OperationIr| only_moves(op) || matches!(op, OperationIr::Custom(_));
         if self.operations[start + 1..].iter().all(idle) {
-            self.together.insert(start, flight.whole);
+            self.together.insert(start, collective.whole);
             self.needless.insert(self.operations.len());
         } else {
             self.apart += 1;
         }
-        self.operations.push(flight.wait);
+        self.operations.push(collective.wait);
     }
 
     fn finish(self, forward_len: usize) -> (Vec<OperationIr>, usize) {
@@ -183,32 +183,33 @@ fn wait_id(axis: &str) -> String {
     format!("{axis}.wait")
 }
 
-type Flying = Arc<Mutex<HashMap<u64, PendingProduct<Vec<PlainTensor>>>>>;
+type InFlight = Arc<Mutex<HashMap<u64, PendingProduct<Vec<PlainTensor>>>>>;
 
 /// Registers the operations that [`overlap`] puts in.
 pub(super) fn register(ops: &mut CustomOps, axis: &str, group: &Communicator) {
-    let flying = Flying::default();
-    let take_off = |flying: &Flying, op: &CustomOpIr, flight: PendingProduct<Vec<PlainTensor>>, device: &Device| {
-        // A flight of a step that failed is forgotten here.
-        flying.lock().unwrap_or_else(PoisonError::into_inner).insert(ticket(op)?, flight);
-        Ok(op.outputs.iter().map(|out| token(out, device)).collect())
-    };
+    let in_flight = InFlight::default();
+    let keep_pending =
+        |in_flight: &InFlight, op: &CustomOpIr, collective: PendingProduct<Vec<PlainTensor>>, device: &Device| {
+            // A collective of a step that failed is forgotten here.
+            in_flight.lock().unwrap_or_else(PoisonError::into_inner).insert(ticket(op)?, collective);
+            Ok(op.outputs.iter().map(|out| token(out, device)).collect())
+        };
     for kind in CollectiveKind::ALL {
-        let (comm, flying) = (group.clone(), flying.clone());
+        let (comm, in_flight) = (group.clone(), in_flight.clone());
         ops.register_maker(&start_id(axis, kind.name()), move |op, inputs, device| {
             let own = op.clone();
             let pending = comm.start(move |comm| kind.run(&own, inputs, comm));
-            take_off(&flying, op, PendingProduct::Running(Box::new(move || pending.wait())), device)
+            keep_pending(&in_flight, op, PendingProduct::Running(Box::new(move || pending.wait())), device)
         });
     }
-    for kind in ProductKind::ALL.into_iter().filter(|kind| kind.flies()) {
-        let (comm, flying) = (group.clone(), flying.clone());
+    for kind in ProductKind::ALL.into_iter().filter(|kind| kind.runs_async()) {
+        let (comm, in_flight) = (group.clone(), in_flight.clone());
         ops.register_maker(&start_id(axis, kind.name()), move |op, inputs, device| {
-            take_off(&flying, op, kind.start(op, inputs, &comm, true)?, device)
+            keep_pending(&in_flight, op, kind.start(op, inputs, &comm, true)?, device)
         });
     }
     ops.register(&wait_id(axis), move |op, _| {
-        let pending = flying.lock().unwrap_or_else(PoisonError::into_inner).remove(&ticket(op)?);
+        let pending = in_flight.lock().unwrap_or_else(PoisonError::into_inner).remove(&ticket(op)?);
         pending
             .ok_or_else(|| graph_error(format!("custom operation `{}` waits for what was not started", op.id)))?
             .wait()
@@ -217,7 +218,7 @@ pub(super) fn register(ops: &mut CustomOps, axis: &str, group: &Communicator) {
 
 fn ticket(op: &CustomOpIr) -> Result<u64, Error> {
     let [.., ticket, _] = op.scalars.as_slice() else {
-        return Err(graph_error(format!("custom operation `{}` lacks the number of its flight", op.id)));
+        return Err(graph_error(format!("custom operation `{}` lacks the number of its collective", op.id)));
     };
     Ok(ticket.elem())
 }

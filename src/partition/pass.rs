@@ -4,10 +4,10 @@ use std::collections::{HashMap, HashSet};
 
 use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr};
 
-use super::held::Held;
+use super::logical_tensor::LogicalTensor;
 use super::options::PartitionOptions;
 use super::report::ShardReport;
-use super::rules::{How, Strategy, looked_up, lower, only_moves, realise};
+use super::rules::{LocalOperation, ShardingOption, looked_up, lower, only_moves, realise};
 use crate::graph::StepGraph;
 use crate::graph::liveness::without_dead;
 use crate::graph::origin::Origins;
@@ -24,7 +24,7 @@ pub(super) struct Pass<'a> {
     made_forward: HashSet<TensorId>,
     /// The layouts in which results are wanted.
     pub(super) wanted: HashMap<TensorId, Vec<Layout>>,
-    pub(super) held: HashMap<TensorId, Held>,
+    pub(super) tensors: HashMap<TensorId, LogicalTensor>,
     pub(super) operations: Vec<OperationIr>,
     next_id: u64,
     pub(super) report: ShardReport,
@@ -61,7 +61,7 @@ impl<'a> Pass<'a> {
             readers: HashMap::new(),
             made_forward: made_forward.collect(),
             wanted,
-            held: HashMap::new(),
+            tensors: HashMap::new(),
             operations: Vec::new(),
             next_id: graph.next_id,
             report: ShardReport { axis: options.axis.clone(), ..ShardReport::default() },
@@ -81,16 +81,16 @@ impl<'a> Pass<'a> {
 
     pub(super) fn run(mut self, graph: &StepGraph, params: &[Layout], inputs: &[Layout]) -> (StepGraph, ShardReport) {
         for (binding, layout) in graph.params.iter().zip(params) {
-            self.held.insert(binding.tensor.id, Held::parameter(binding.tensor.clone(), *layout));
+            self.tensors.insert(binding.tensor.id, LogicalTensor::parameter(binding.tensor.clone(), *layout));
         }
         self.reader = "input".into();
         for (binding, layout) in graph.inputs.iter().zip(inputs) {
             let id = binding.tensor.id;
-            self.held.insert(id, Held::new(binding.tensor.clone(), Replicated, id));
+            self.tensors.insert(id, LogicalTensor::new(binding.tensor.clone(), Replicated, id));
             if let Sharded(_) = layout {
                 let local = self.get(id, *layout).id;
-                if let Some(held) = self.held.get_mut(&id) {
-                    held.prefer(*layout, local);
+                if let Some(tensor) = self.tensors.get_mut(&id) {
+                    tensor.prefer(*layout, local);
                 }
             }
         }
@@ -145,7 +145,7 @@ impl<'a> Pass<'a> {
     fn step(&mut self, op: OperationIr) {
         // What is first seen here is a constant.
         for input in op.inputs() {
-            self.held.entry(input.id).or_insert_with(|| Held::new(input.clone(), Replicated, input.id));
+            self.tensors.entry(input.id).or_insert_with(|| LogicalTensor::new(input.clone(), Replicated, input.id));
         }
         self.reader = op_name(&op);
         // What an operation is lowered to belongs where it does.
@@ -155,7 +155,7 @@ impl<'a> Pass<'a> {
         if self.postpone(&op) || self.plan(&op) {
             return;
         }
-        let layouts: Vec<Layout> = op.inputs().map(|input| self.held[&input.id].layout()).collect();
+        let layouts: Vec<Layout> = op.inputs().map(|input| self.tensors[&input.id].layout()).collect();
         if let Some(lowered) = lower(&op, &layouts, &mut || self.fresh()) {
             for op in &lowered {
                 self.source.push(op.clone());
@@ -164,25 +164,25 @@ impl<'a> Pass<'a> {
             lowered.into_iter().for_each(|op| self.step(op));
             return;
         }
-        let strategy = self.choose(&op, &layouts);
-        self.emit(op, &strategy);
+        let option = self.choose(&op, &layouts);
+        self.emit(op, &option);
     }
 
-    /// Runs `op` with its inputs in the layouts of a strategy.
-    fn emit(&mut self, op: OperationIr, strategy: &Strategy) {
+    /// Runs `op` with its inputs in the layouts of a sharding option.
+    fn emit(&mut self, op: OperationIr, option: &ShardingOption) {
         let outputs: Vec<TensorIr> = op.outputs().cloned().collect();
         let moves = only_moves(&op);
-        let parameter = moves && op.inputs().all(|input| self.held[&input.id].parameter);
+        let parameter = moves && op.inputs().all(|input| self.tensors[&input.id].parameter);
         for out in &outputs {
-            let mut held = Held::new(out.clone(), strategy.output, out.id);
-            held.parameter = parameter;
-            held.moved = moves.then(|| Box::new(op.clone()));
-            self.held.insert(out.id, held);
+            let mut tensor = LogicalTensor::new(out.clone(), option.output, out.id);
+            tensor.parameter = parameter;
+            tensor.moved = moves.then(|| Box::new(op.clone()));
+            self.tensors.insert(out.id, tensor);
         }
         let ids: Vec<TensorId> = outputs.iter().map(|out| out.id).collect();
-        self.emit_as(op, strategy, &ids);
+        self.emit_as(op, option, &ids);
         if moves {
-            self.back_to_sequence(&outputs, strategy.output);
+            self.back_to_sequence(&outputs, option.output);
         }
     }
 
@@ -195,22 +195,22 @@ impl<'a> Pass<'a> {
                 && have != want
             {
                 let local = self.get(out.id, Sharded(want)).id;
-                if let Some(held) = self.held.get_mut(&out.id) {
-                    held.prefer(Sharded(want), local);
+                if let Some(tensor) = self.tensors.get_mut(&out.id) {
+                    tensor.prefer(Sharded(want), local);
                 }
             }
         }
     }
 
-    /// Runs `op`, whose outputs get these ids, with its inputs in the layouts of a strategy.
-    pub(super) fn emit_as(&mut self, mut op: OperationIr, strategy: &Strategy, ids: &[TensorId]) {
+    /// Runs `op`, whose outputs get these ids, with its inputs in the layouts of a sharding option.
+    pub(super) fn emit_as(&mut self, mut op: OperationIr, option: &ShardingOption, ids: &[TensorId]) {
         let inputs: Vec<TensorId> = op.inputs().map(|input| input.id).collect();
         let mut locals = HashMap::new();
-        for (id, want) in inputs.iter().zip(&strategy.inputs) {
+        for (id, want) in inputs.iter().zip(&option.inputs) {
             locals.insert(*id, self.get(*id, *want));
         }
-        if let (How::Indexed { dim, .. }, [_, .., indices]) = (&strategy.how, inputs.as_slice())
-            && matches!(strategy.output, Layout::Partial)
+        if let (LocalOperation::Indexed { dim, .. }, [_, .., indices]) = (&option.how, inputs.as_slice())
+            && matches!(option.output, Layout::Partial)
         {
             self.indexed.insert((*indices, *dim), Sharded(*dim));
         }
@@ -218,7 +218,7 @@ impl<'a> Pass<'a> {
             && let Some((tensor, indices, dim)) = looked_up(&op)
         {
             let padded = self.unpadded.get(&tensor.id).filter(|(padded, _)| *padded == dim);
-            if padded.is_some() || matches!(strategy.how, How::Indexed { .. }) {
+            if padded.is_some() || matches!(option.how, LocalOperation::Indexed { .. }) {
                 let below = padded.map_or(tensor.shape[dim], |(_, size)| *size);
                 let local = locals[&indices.id].clone();
                 locals.insert(indices.id, self.within(local, below));
@@ -227,9 +227,9 @@ impl<'a> Pass<'a> {
         let outputs: Vec<TensorIr> = op.outputs().cloned().collect();
         let mut reduced = Vec::new();
         for (out, id) in outputs.iter().zip(ids) {
-            let whole = self.held[&out.id].local(strategy.output, *id, self.options.degree);
-            let local = match strategy.how {
-                How::Reduced(_) => TensorIr { id: self.fresh(), ..whole.clone() },
+            let whole = self.tensors[&out.id].local(option.output, *id, self.options.degree);
+            let local = match option.how {
+                LocalOperation::Reduced(_) => TensorIr { id: self.fresh(), ..whole.clone() },
                 _ => whole.clone(),
             };
             locals.insert(out.id, local.clone());
@@ -237,9 +237,9 @@ impl<'a> Pass<'a> {
         }
         op.visit_mut(&mut Replace(&locals));
         let (degree, rank) = (self.options.degree, self.options.rank);
-        let local = realise(op, strategy, degree, rank, &mut || self.fresh());
+        let local = realise(op, option, degree, rank, &mut || self.fresh());
         self.operations.extend(local);
-        if let How::Reduced(kind) = strategy.how {
+        if let LocalOperation::Reduced(kind) = option.how {
             for (from, to) in reduced {
                 let dims = to.shape.to_vec();
                 self.collective(kind, dims, from, to, &[]);
@@ -263,7 +263,7 @@ impl<'a> Pass<'a> {
         self.reader = "result".into();
         self.layer = self.origins.layer(tensor.id).unwrap_or_default().into();
         self.forward = self.made_forward.contains(&tensor.id);
-        self.held.entry(tensor.id).or_insert_with(|| Held::new(tensor.clone(), Replicated, tensor.id));
+        self.tensors.entry(tensor.id).or_insert_with(|| LogicalTensor::new(tensor.clone(), Replicated, tensor.id));
         self.get(tensor.id, layout)
     }
 }

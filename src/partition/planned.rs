@@ -6,10 +6,10 @@
 
 use burn_ir::{BaseOperationIr as Base, NumericOperationIr as Numeric, OperationIr, TensorId, TensorIr};
 
-use super::held::{Held, Origin};
+use super::logical_tensor::{LogicalTensor, Origin};
 use super::pass::Pass;
-use super::rules::{Strategy, is_elementwise, only_moves, strategies};
-use crate::graph::random::is_counted_random;
+use super::rules::{ShardingOption, is_elementwise, only_moves, sharding_options};
+use crate::graph::random::is_counter_based_rng;
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 
 impl Pass<'_> {
@@ -19,27 +19,28 @@ impl Pass<'_> {
         let (Some(out), None) = (outputs.next(), outputs.next()) else { return false };
         let creates = creates(op);
         let spreads = is_elementwise(op) || only_moves(op) || writes_at(op).is_some();
-        let planned = op.inputs().any(|input| self.held[&input.id].is_planned());
+        let planned = op.inputs().any(|input| self.tensors[&input.id].is_planned());
         let small = |input: &TensorIr| {
-            let held = &self.held[&input.id];
-            held.is_planned()
-                || (held.version(Replicated).is_some() && held.global.shape.num_elements() < out.shape.num_elements())
+            let tensor = &self.tensors[&input.id];
+            tensor.is_planned()
+                || (tensor.version(Replicated).is_some()
+                    && tensor.global.shape.num_elements() < out.shape.num_elements())
         };
         let anywhere = creates || (spreads && planned && op.inputs().all(small));
         if !anywhere {
             return false;
         }
-        self.held.insert(out.id, Held::planned(out.clone(), op.clone()));
+        self.tensors.insert(out.id, LogicalTensor::planned(out.clone(), op.clone()));
         // A gradient goes where that is whose gradient it is.
         if let Some(place) = writes_at(op)
             && let Some(layout) = self.indexed.get(&place).copied()
         {
             self.make(out.id, layout);
-            if let Some(held) = self.held.get_mut(&out.id)
-                && let Some(local) = held.version(layout)
+            if let Some(tensor) = self.tensors.get_mut(&out.id)
+                && let Some(local) = tensor.version(layout)
             {
-                held.origin = Origin::Made;
-                held.prefer(layout, local);
+                tensor.origin = Origin::Made;
+                tensor.prefer(layout, local);
             }
         }
         true
@@ -47,38 +48,38 @@ impl Pass<'_> {
 
     /// Runs a planned operation in a layout.
     pub(super) fn make(&mut self, id: TensorId, want: Layout) -> TensorIr {
-        let held = &self.held[&id];
+        let tensor = &self.tensors[&id];
         let degree = self.options.degree;
-        let Origin::Planned(op) = held.origin.clone() else { return self.get(id, want) };
+        let Origin::Planned(op) = tensor.origin.clone() else { return self.get(id, want) };
         // Zeros on every rank add up to zeros.
         let made_as = if want == Partial { Replicated } else { want };
-        let fitting = strategies(&op, degree)
+        let fitting = sharding_options(&op, degree)
             .into_iter()
-            .find(|strategy| strategy.output == made_as && strategy.inputs.iter().all(|input| *input != Partial));
-        let strategy = match (made_as, fitting, held.version(Replicated)) {
+            .find(|option| option.output == made_as && option.inputs.iter().all(|input| *input != Partial));
+        let option = match (made_as, fitting, tensor.version(Replicated)) {
             (Sharded(dim), _, Some(whole)) => {
-                let from = held.local(Replicated, whole, degree);
-                let to = TensorIr { id: self.fresh(), ..self.held[&id].local(want, id, degree) };
+                let from = tensor.local(Replicated, whole, degree);
+                let to = TensorIr { id: self.fresh(), ..self.tensors[&id].local(want, id, degree) };
                 self.take_part(from, to.clone(), dim);
                 self.note(id, want, to.id);
                 return to;
             }
-            (Sharded(_), Some(strategy), None) => strategy,
+            (Sharded(_), Some(option), None) => option,
             (Sharded(_), None, None) => {
                 self.make(id, Replicated);
                 return self.make(id, want);
             }
-            _ => Strategy::replicated(&op),
+            _ => ShardingOption::replicated(&op),
         };
         let local = if want == Replicated { id } else { self.fresh() };
-        self.emit_as(*op, &strategy, &[local]);
+        self.emit_as(*op, &option, &[local]);
         self.note(id, want, local);
-        self.held[&id].local(want, local, degree)
+        self.tensors[&id].local(want, local, degree)
     }
 
     fn note(&mut self, id: TensorId, layout: Layout, local: TensorId) {
-        if let Some(held) = self.held.get_mut(&id) {
-            held.add(layout, local);
+        if let Some(tensor) = self.tensors.get_mut(&id) {
+            tensor.add(layout, local);
         }
     }
 }
@@ -91,7 +92,7 @@ fn creates(op: &OperationIr) -> bool {
         OperationIr::NumericFloat(_, numeric) | OperationIr::NumericInt(_, numeric) => {
             matches!(numeric, Numeric::Full(_))
         }
-        op => is_counted_random(op),
+        op => is_counter_based_rng(op),
     }
 }
 

@@ -5,7 +5,7 @@ use std::fmt;
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorIr};
 
 use super::collectives::dim;
-use crate::collective_matmul::{self, Job, Overlap, PendingProduct};
+use crate::collective_matmul::{self, Overlap, PendingProduct, ProductCall};
 use crate::comm::Communicator;
 use crate::error::Error;
 use crate::graph::{CustomOps, graph_error};
@@ -36,7 +36,7 @@ impl ProductKind {
     }
 
     /// Whether it can be started, and waited for later.
-    pub(super) fn flies(self) -> bool {
+    pub(super) fn runs_async(self) -> bool {
         self != Self::AllGather
     }
 
@@ -56,10 +56,10 @@ impl ProductKind {
         CustomOpIr { id: format!("{axis}.{}", self.name()), inputs, outputs, scalars }
     }
 
-    fn job(self, op: &CustomOpIr, comm: &Communicator) -> Result<Job, Error> {
+    fn call(self, op: &CustomOpIr, comm: &Communicator) -> Result<ProductCall, Error> {
         let dim = if self == Self::AllReduce { 0 } else { dim(op, 0)? };
         // The partition has divided evenly.
-        Ok(Job { name: self.name(), dim, even: true, overlap: Overlap::auto(), comm: comm.clone() })
+        Ok(ProductCall { name: self.name(), dim, even: true, overlap: Overlap::auto(), comm: comm.clone() })
     }
 
     /// Starts the sum; `beside` says that other operations run before it is waited for.
@@ -73,22 +73,22 @@ impl ProductKind {
         let [out] = op.outputs.as_slice() else {
             return Err(graph_error(format!("custom operation `{}` makes one tensor", op.id)));
         };
-        let (job, shape) = (self.job(op, comm)?, out.shape.clone());
+        let (call, shape) = (self.call(op, comm)?, out.shape.clone());
         let terms = pairs(op, inputs)?;
         let sum = match self {
-            Self::AllReduce => collective_matmul::sum(terms, &job, beside)?,
-            _ => collective_matmul::scatter(terms, &job, beside)?,
+            Self::AllReduce => collective_matmul::sum(terms, &call, beside)?,
+            _ => collective_matmul::scatter(terms, &call, beside)?,
         };
         Ok(sum.map(move |sum| vec![if sum.shape() == shape { sum } else { sum.reshape(shape) }]))
     }
 
     fn run(self, op: &CustomOpIr, inputs: Vec<PlainTensor>, comm: &Communicator) -> Result<Vec<PlainTensor>, Error> {
-        if self.flies() {
+        if self.runs_async() {
             return self.start(op, inputs, comm, false)?.wait();
         }
         let mut inputs = inputs.into_iter();
         let left = inputs.next().ok_or_else(|| graph_error(format!("custom operation `{}` lacks an input", op.id)))?;
-        let (mut made, whole) = collective_matmul::gather(left, inputs.collect(), &self.job(op, comm)?)?;
+        let (mut made, whole) = collective_matmul::gather(left, inputs.collect(), &self.call(op, comm)?)?;
         if made.len() < op.outputs.len() {
             made.push(whole);
         }

@@ -35,7 +35,7 @@ use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 /// # Errors
 /// [`Error::Graph`] if the number of layouts is wrong, a layout is partial, the degree does not divide a dim of an input
 /// that is to be split, or of a parameter that an operation without a rule for padding reads, the graph is partitioned over this axis already, or the step draws random numbers otherwise than with
-/// [`counted_random`](crate::graph::counted_random) (and the degree is more than 1).
+/// [`counter_based_rng`](crate::graph::counter_based_rng) (and the degree is more than 1).
 pub fn partition(
     graph: &StepGraph,
     params: &[Layout],
@@ -80,7 +80,7 @@ pub fn partition(
     }
     if let Some(op) = graph.operations.iter().find(|op| drawn(op).is_some()) {
         return Err(graph_error(format!(
-            "the step draws random numbers ({}) that {degree} ranks cannot share out: run `counted_random` on the graph \
+            "the step draws random numbers ({}) that {degree} ranks cannot share out: run `counter_based_rng` on the graph \
              before the partition",
             op_name(op)
         )));

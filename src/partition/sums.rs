@@ -5,7 +5,7 @@ use burn::tensor::Shape;
 use burn_ir::{BinaryOpIr, NumericOperationIr, OperationIr, TensorId, TensorIr};
 
 use super::collectives::CollectiveKind;
-use super::held::{Held, Origin, WaitingSum};
+use super::logical_tensor::{LogicalTensor, Origin, WaitingSum};
 use super::pass::Pass;
 use super::rules::as_sum;
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
@@ -52,22 +52,22 @@ impl Pass<'_> {
         {
             return false;
         }
-        self.held.insert(out.id, Held::waiting(out.clone(), sum));
+        self.tensors.insert(out.id, LogicalTensor::waiting(out.clone(), sum));
         true
     }
 
     /// A tensor as a term that may wait. What is not whole yet may only if nobody else reads it.
     fn term(&self, id: TensorId, sum: &TensorIr) -> Option<Term> {
-        let held = &self.held[&id];
+        let tensor = &self.tensors[&id];
         let alone = self.readers.get(&id).is_some_and(|r| r.len() == 1) && !self.wanted.contains_key(&id);
-        if let Origin::Waiting(sum) = &held.origin {
+        if let Origin::Waiting(sum) = &tensor.origin {
             return alone.then(|| Term::Waiting(sum.clone()));
         }
-        let local = |layout| held.version(layout).map(|local| held.local(layout, local, self.options.degree));
-        match held.layout() {
+        let local = |layout| tensor.version(layout).map(|local| tensor.local(layout, local, self.options.degree));
+        match tensor.layout() {
             Partial if alone => local(Partial).map(Term::Partial),
             Partial => None,
-            Sharded(dim) if held.global.shape[dim] != sum.shape[dim] => None,
+            Sharded(dim) if tensor.global.shape[dim] != sum.shape[dim] => None,
             layout => local(layout).map(|local| Term::Whole(local, layout)),
         }
     }
@@ -109,11 +109,11 @@ impl Pass<'_> {
 
     /// Makes a sum that was waiting: split if its whole term is, or if that is asked for and possible; else whole.
     pub(super) fn settle(&mut self, id: TensorId, want: Layout) -> TensorIr {
-        let held = &self.held[&id];
-        let Origin::Waiting(WaitingSum { partial, whole, layout }) = held.origin.clone() else {
+        let tensor = &self.tensors[&id];
+        let Origin::Waiting(WaitingSum { partial, whole, layout }) = tensor.origin.clone() else {
             return self.get(id, want);
         };
-        let global = held.global.clone();
+        let global = tensor.global.clone();
         let can = |dim: usize| partial.shape[dim] == global.shape[dim];
         let layout = match (layout, want, self.along_sequence(&global)) {
             (Sharded(_), ..) => layout,
@@ -135,11 +135,11 @@ impl Pass<'_> {
                 (id, whole)
             }
         };
-        let out = self.held[&id].local(layout, local, self.options.degree);
+        let out = self.tensors[&id].local(layout, local, self.options.degree);
         self.operations.push(sum(reduced, whole, out));
-        if let Some(held) = self.held.get_mut(&id) {
-            held.origin = Origin::Made;
-            held.add(layout, local);
+        if let Some(tensor) = self.tensors.get_mut(&id) {
+            tensor.origin = Origin::Made;
+            tensor.add(layout, local);
         }
         self.get(id, want)
     }

@@ -7,7 +7,7 @@ use burn::backend::DispatchTensor;
 use super::stage_error;
 use crate::Error;
 use crate::comm::part;
-use crate::graph::{GraphInputs, TensorMapper, named_tensors};
+use crate::graph::{TensorMapper, TensorTree, named_tensors};
 use crate::tensor::PlainTensor;
 
 /// The inputs of a step, and how its micro-batches share their rows.
@@ -28,7 +28,7 @@ impl Batch {
     /// # Errors
     /// [`Error::Pipeline`] if a path of `whole` is no input, nothing is left to divide, the inputs have different numbers of
     /// rows, or there are fewer rows than micro-batches.
-    pub(super) fn new<I: GraphInputs>(inputs: I, whole: &[String], micro_batches: usize) -> Result<Self, Error> {
+    pub(super) fn new<I: TensorTree>(inputs: I, whole: &[String], micro_batches: usize) -> Result<Self, Error> {
         let named = named_tensors(inputs)?;
         let paths: Vec<&str> = named.iter().map(|(path, _)| path.as_str()).collect();
         if let Some(path) = whole.iter().find(|path| !paths.contains(&path.as_str())) {
@@ -113,8 +113,8 @@ impl Batch {
     /// The inputs of a micro-batch in the structure of those of the step.
     ///
     /// # Errors
-    /// Those of [`GraphInputs::map_tensors`].
-    pub(super) fn structured<I: GraphInputs>(&self, inputs: I, micro_batch: usize) -> Result<I, Error> {
+    /// Those of [`TensorTree::map_tensors`].
+    pub(super) fn structured<I: TensorTree>(&self, inputs: I, micro_batch: usize) -> Result<I, Error> {
         inputs.map_tensors(&mut Replace(self.micro_batch(micro_batch).into_iter()))
     }
 }

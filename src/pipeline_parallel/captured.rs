@@ -6,16 +6,16 @@ use burn::module::{Module, ParamId};
 use burn::tensor::Device;
 
 use super::batch::Batch;
-use super::engine::Engine;
 use super::graph_stage::GraphStage;
-use super::joined::Joined;
+use super::output_join::OutputJoin;
 use super::pipeline::Pipeline;
 use super::stage_error;
-use super::tied::Ties;
+use super::state::PipelineState;
+use super::tied::TiedParams;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::graph::{
-    ForwardGraph, GraphInputs, StepGraph, StepKey, capture_forward, capture_step, counted_random, graph_error,
+    ForwardGraph, StepGraph, StepKey, TensorTree, capture_forward, capture_step, counter_based_rng, graph_error,
 };
 use crate::params::one_device;
 use crate::partition::ShardReport;
@@ -40,10 +40,10 @@ pub(super) struct CapturedForward<O> {
     /// The stage that gives each output.
     pub givers: Vec<usize>,
     /// How each output is put together.
-    pub joined: Vec<Joined>,
+    pub joined: Vec<OutputJoin>,
 }
 
-impl Engine {
+impl PipelineState {
     /// Makes sure that the step for this batch is captured and cut; `local` loses what this rank does not hold.
     pub(super) fn prepare<M, I>(
         &mut self,
@@ -53,7 +53,7 @@ impl Engine {
     ) -> Result<(StepKey, Batch), Error>
     where
         M: Module,
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
     {
         let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, self.config.micro_batches)?;
         let Some(model) = local.take() else { return Err(stage_error("the model was lost in an earlier error")) };
@@ -63,7 +63,7 @@ impl Engine {
         let (firsts, sizes) = batch.sizes();
         let mut anew = None;
         if step.identity.captures() {
-            let graphs = self.capture_all(&self.outline(model), &batch, &inputs, &firsts, step.again())?;
+            let graphs = self.capture_all(&self.meta_module(model), &batch, &inputs, &firsts, step.again())?;
             key = key.with_graphs(graphs.iter().map(StepGraph::digest));
             anew = Some(graphs);
         }
@@ -72,7 +72,7 @@ impl Engine {
         }
         let mut graphs = match anew {
             Some(graphs) => graphs,
-            None => self.capture_all(&self.outline(model), &batch, &inputs, &firsts, step.again())?,
+            None => self.capture_all(&self.meta_module(model), &batch, &inputs, &firsts, step.again())?,
         };
         for graph in &mut graphs {
             self.shards = self.split_graph(graph)?;
@@ -89,7 +89,7 @@ impl Engine {
     /// The step of each of these micro-batches, before it is split or cut.
     fn capture_all<M, I>(
         &self,
-        outline: &M,
+        meta_module: &M,
         batch: &Batch,
         inputs: &I,
         micro_batches: &[usize],
@@ -97,16 +97,16 @@ impl Engine {
     ) -> Result<Vec<StepGraph>, Error>
     where
         M: Module,
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
     {
-        let capture = |first: &usize| self.capture(outline, batch, inputs.clone(), *first, step.again());
+        let capture = |first: &usize| self.capture(meta_module, batch, inputs.clone(), *first, step.again());
         micro_batches.iter().map(capture).collect()
     }
 
     /// The step of one micro-batch, before it is split or cut.
     fn capture<M, I>(
         &self,
-        outline: &M,
+        meta_module: &M,
         batch: &Batch,
         inputs: I,
         micro_batch: usize,
@@ -114,11 +114,11 @@ impl Engine {
     ) -> Result<StepGraph, Error>
     where
         M: Module,
-        I: GraphInputs,
+        I: TensorTree,
     {
         let rows = batch.rows(micro_batch).len();
         let inputs = batch.structured(inputs, micro_batch)?;
-        capture_step(outline, inputs, |model: &M, inputs| step.call(model, inputs).over_rows(rows))
+        capture_step(meta_module, inputs, |model: &M, inputs| step.call(model, inputs).over_rows(rows))
             .map_err(|error| batch.told_of(error, micro_batch))
     }
 
@@ -132,11 +132,11 @@ impl Engine {
     ) -> Result<Vec<f64>, Error>
     where
         M: Module,
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
     {
         let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, self.config.micro_batches)?;
         self.signature(local, false)?;
-        let mut graph = self.capture(&self.outline(local), &batch, inputs, 0, step)?;
+        let mut graph = self.capture(&self.meta_module(local), &batch, inputs, 0, step)?;
         self.split_graph(&mut graph)?;
         let device = one_device(local, "measure")?.unwrap_or_else(Device::flex);
         measure_operations(&graph, &device, runs)
@@ -151,9 +151,9 @@ impl Engine {
     ) -> Result<(&mut CapturedForward<O>, Batch), Error>
     where
         M: Module,
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&M, I) -> O,
-        O: GraphInputs + Clone + Send + 'static,
+        O: TensorTree + Clone + Send + 'static,
     {
         let rows = Batch::new(inputs.clone(), &self.config.whole_inputs, 1)?.rows(0).len();
         let count = self.config.micro_batches.min(rows);
@@ -164,32 +164,33 @@ impl Engine {
         let identity = Identity::of::<F>();
         let mut key = StepKey::new(identity, signature?, &inputs)?;
         let (firsts, sizes) = batch.sizes();
-        let capture = |outline: &M, forward: &mut F| {
+        let capture = |meta_module: &M, forward: &mut F| {
             let of = |first: &usize| {
                 let inputs = batch.structured(inputs.clone(), *first)?;
-                capture_forward(outline, inputs, &mut *forward).map_err(|error| batch.told_of(error, *first))
+                capture_forward(meta_module, inputs, &mut *forward).map_err(|error| batch.told_of(error, *first))
             };
             firsts.iter().map(of).collect::<Result<Vec<_>, Error>>()
         };
         let mut anew = None;
         if identity.captures() {
-            let captured = capture(&self.outline(model), &mut forward)?;
+            let captured = capture(&self.meta_module(model), &mut forward)?;
             key = key.with_graphs(captured.iter().map(|captured| captured.graph.digest()));
             anew = Some(captured);
         }
         if !self.forwards.contains_key(&key) {
-            let outline = self.outline(model);
+            let meta_module = self.meta_module(model);
             let mut captured = match anew {
                 Some(captured) => captured,
-                None => capture(&outline, &mut forward)?,
+                None => capture(&meta_module, &mut forward)?,
             };
             let parts: Vec<StepGraph> = captured.iter().map(|captured| captured.graph.clone()).collect();
             let whole = match sizes.as_slice() {
                 [_] => parts[0].clone(),
-                _ => capture_forward(&outline, inputs.clone(), &mut forward)?.graph,
+                _ => capture_forward(&meta_module, inputs.clone(), &mut forward)?.graph,
             };
             let outputs = 0..parts[0].outputs.len();
-            let joined = outputs.map(|place| Joined::of(&whole, &parts, &sizes, place)).collect::<Result<_, _>>()?;
+            let joined =
+                outputs.map(|place| OutputJoin::of(&whole, &parts, &sizes, place)).collect::<Result<_, _>>()?;
             for captured in &mut captured {
                 self.shards = self.split_graph(&mut captured.graph)?;
             }
@@ -212,7 +213,7 @@ impl Engine {
         match &self.split {
             Some(split) => split.apply(graph),
             None => {
-                counted_random(graph);
+                counter_based_rng(graph);
                 Ok(Vec::new())
             }
         }
@@ -248,11 +249,11 @@ impl Engine {
         if self.cut.is_none() {
             let params = graphs[0].params.iter().map(|param| param.id);
             self.holders = Some(params.zip(cuts[0].holders.iter().cloned()).collect());
-            self.ties = Ties::new(&graphs[0], &cuts[0], self.timetable.stage_ranks(), &self.group)?;
+            self.tied_params = TiedParams::new(&graphs[0], &cuts[0], self.timetable.stage_ranks(), &self.group)?;
             self.cut = cuts.first().cloned();
             if let Some(model) = local.take() {
                 let held = self.hold(model);
-                *local = Some(self.ties.share(held)?);
+                *local = Some(self.tied_params.share(held)?);
             }
         }
         graphs.iter().zip(&cuts).try_for_each(|(graph, cut)| self.check_holders(graph, cut))?;

@@ -8,7 +8,7 @@ use super::schedule::Unit;
 use super::step::bound;
 use super::{Pipelined, stage_error};
 use crate::Error;
-use crate::graph::GraphInputs;
+use crate::graph::TensorTree;
 use crate::params::one_device;
 use crate::tensor::PlainTensor;
 
@@ -27,13 +27,13 @@ impl<M: Module> Pipelined<M> {
     /// As [`forward_with`](crate::train::ParallelModule::forward_with).
     pub fn prepare_forward<I, F, O>(&mut self, inputs: I, forward: F) -> Result<(), Error>
     where
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&M, I) -> O,
-        O: GraphInputs + Clone + Send + 'static,
+        O: TensorTree + Clone + Send + 'static,
     {
-        let engine = self.engine.clone();
+        let state = self.state.clone();
         let mut local = Some(self.local.clone());
-        lock(&engine).prepare_forward(&mut local, inputs, forward)?;
+        lock(&state).prepare_forward(&mut local, inputs, forward)?;
         self.take(local)
     }
 
@@ -45,21 +45,21 @@ impl<M: Module> Pipelined<M> {
     /// an output without rows is something else than a mean or a sum.
     pub(super) fn run_forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&M, I) -> O,
-        O: GraphInputs + Clone + Send + 'static,
+        O: TensorTree + Clone + Send + 'static,
     {
-        let mut engine = lock(&self.engine);
-        let group = engine.group.clone();
-        if engine.cut.is_none() {
+        let mut state = lock(&self.state);
+        let group = state.group.clone();
+        if state.cut.is_none() {
             let advice = "`prepare` or `prepare_forward` it, or run a step, before a forward alone";
             return Err(stage_error(format!("the model is not cut yet: {advice}")));
         }
         let device = one_device(&self.local, "forward_with")?.unwrap_or_else(Device::flex);
         // Only a step can keep what is shared here.
-        let settled = engine.ties.settled(&self.local)?;
+        let settled = state.tied_params.settled(&self.local)?;
         let local = settled.as_ref().unwrap_or(&self.local);
-        let (captured, batch) = engine.prepare_forward(&mut Some(self.local.clone()), inputs, forward)?;
+        let (captured, batch) = state.prepare_forward(&mut Some(self.local.clone()), inputs, forward)?;
         let count = captured.sizes.len();
         let inputs: Vec<Vec<PlainTensor>> = (0..count).map(|micro_batch| batch.micro_batch(micro_batch)).collect();
         let pipeline = &mut captured.pipeline;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use burn::module::{Module, ParamId};
 
 use super::schedule::{Direction, Edge};
-use super::{Forwarded, LossSum, MicroBatch, Parcel, Stage, stage_error};
+use super::{Forwarded, LossSum, MicroBatch, Stage, StageMessage, stage_error};
 use crate::Error;
 use crate::graph::{RandomSource, graph_error};
 use crate::pipeline_parallel::cut::{StageRun, Tensors};
@@ -39,15 +39,15 @@ impl GraphStage {
         Self { index, runs, sizes, edges, gradients: HashMap::new(), random: None }
     }
 
-    /// One parcel for each edge in a direction, filled up with nothing.
-    fn parcels(&self, direction: Direction, mut sends: BTreeMap<usize, Tensors>) -> Vec<Parcel> {
+    /// One message for each edge in a direction, filled up with nothing.
+    fn messages(&self, direction: Direction, mut sends: BTreeMap<usize, Tensors>) -> Vec<StageMessage> {
         let edges = self.edges.iter().filter(|edge| edge.from == self.index && edge.direction() == direction);
-        let parcel = |edge: &Edge| {
+        let message = |edge: &Edge| {
             let mut tensors: Vec<_> = sends.remove(&edge.to).unwrap_or_default().into_iter().map(Some).collect();
             tensors.resize(edge.tensors, None);
-            Parcel { from: edge.from, to: edge.to, tensors }
+            StageMessage { from: edge.from, to: edge.to, tensors }
         };
-        edges.map(parcel).collect()
+        edges.map(message).collect()
     }
 
     /// Has each micro-batch draw numbers of its own.
@@ -87,8 +87,8 @@ pub(super) fn accumulate(sums: &mut HashMap<ParamId, PlainTensor>, id: ParamId, 
     sums.insert(id, sum);
 }
 
-fn received(parcels: Vec<Parcel>) -> BTreeMap<usize, Tensors> {
-    parcels.into_iter().map(|parcel| (parcel.from, parcel.tensors.into_iter().flatten().collect())).collect()
+fn received(messages: Vec<StageMessage>) -> BTreeMap<usize, Tensors> {
+    messages.into_iter().map(|message| (message.from, message.tensors.into_iter().flatten().collect())).collect()
 }
 
 fn number(tensor: PlainTensor) -> Result<f64, Error> {
@@ -107,13 +107,13 @@ impl Stage<Vec<PlainTensor>> for GraphStage {
     fn forward(
         &mut self,
         micro_batch: MicroBatch<'_, Vec<PlainTensor>>,
-        parcels: Vec<Parcel>,
+        messages: Vec<StageMessage>,
     ) -> Result<Forwarded, Error> {
         if let Some((source, first)) = &self.random {
             source.set_step(first + micro_batch.index as u64);
         }
         let (run, _) = self.run(micro_batch.index)?;
-        let given = run.forward(micro_batch.index, micro_batch.input, received(parcels))?;
+        let given = run.forward(micro_batch.index, micro_batch.input, received(messages))?;
         if !micro_batch.trains {
             run.finish(micro_batch.index);
         }
@@ -126,21 +126,21 @@ impl Stage<Vec<PlainTensor>> for GraphStage {
             return Err(graph_error(format!("the number of items of the loss is {weight}, {must}")));
         }
         let loss = given.loss.map(number).transpose()?.map(|sum| LossSum { sum, weight });
-        let parcels = self.parcels(Direction::Forward, given.sends);
-        Ok(Forwarded { parcels, loss, outputs: given.outputs.into_values().collect() })
+        let messages = self.messages(Direction::Forward, given.sends);
+        Ok(Forwarded { messages, loss, outputs: given.outputs.into_values().collect() })
     }
 
     fn backward_input(
         &mut self,
         micro_batch: MicroBatch<'_, Vec<PlainTensor>>,
-        parcels: Vec<Parcel>,
-    ) -> Result<Vec<Parcel>, Error> {
+        messages: Vec<StageMessage>,
+    ) -> Result<Vec<StageMessage>, Error> {
         let (run, gradients) = self.run(micro_batch.index)?;
-        let sends = run.backward_input(micro_batch.index, received(parcels), &mut |id, gradient| {
+        let sends = run.backward_input(micro_batch.index, received(messages), &mut |id, gradient| {
             accumulate(gradients, id, gradient.scale(micro_batch.scale));
             Ok(())
         })?;
-        Ok(self.parcels(Direction::Backward, sends))
+        Ok(self.messages(Direction::Backward, sends))
     }
 
     fn backward_weight(&mut self, micro_batch: MicroBatch<'_, Vec<PlainTensor>>) -> Result<(), Error> {

@@ -7,14 +7,14 @@ use burn::module::Module;
 use burn::tensor::Device;
 
 use super::PipelineConfig;
-use super::engine::Engine;
 use super::schedule::Timetable;
+use super::state::PipelineState;
 use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::distribution::ModelSplit;
 use crate::graph::{
-    ClipRecord, GradientSink, GraphInputs, Holding, Met, MicroBatch, Run, SameInputs, SplitParam, StepEngine,
-    read_params,
+    CheckedOptimizers, ClipRecord, GradientLayout, GradientSink, MicroBatch, Run, SameInputs, SplitParam, StepEngine,
+    TensorTree, read_params,
 };
 use crate::nesting::refuse_wrapping;
 use crate::params::{self, SliceSource, one_device};
@@ -38,10 +38,10 @@ use crate::tensor::PlainTensor;
 pub struct Pipelined<M> {
     pub(super) local: M,
     pub(super) group: Communicator,
-    pub(super) engine: Arc<Mutex<Engine>>,
+    pub(super) state: Arc<Mutex<PipelineState>>,
     pub(super) same_inputs: SameInputs,
     pub(super) clipping: ClipRecord,
-    pub(super) met: Met,
+    pub(super) checked_optimizers: CheckedOptimizers,
 }
 
 impl<M: Module> Pipelined<M> {
@@ -53,19 +53,19 @@ impl<M: Module> Pipelined<M> {
     ) -> Result<Self, Error> {
         let every = config.check_inputs_every;
         let (split, same_inputs) = split.unzip();
-        let (engine, model) = Engine::new(model, split, group, config)?;
+        let (state, model) = PipelineState::new(model, split, group, config)?;
         let same_inputs = match same_inputs {
             Some(same_inputs) => same_inputs.and(group)?,
             None => SameInputs::new(std::iter::once(group), every)?,
         };
-        let local = engine.hold(model);
+        let local = state.hold(model);
         Ok(Self {
             local,
-            group: engine.group.clone(),
-            engine: Arc::new(Mutex::new(engine)),
+            group: state.group.clone(),
+            state: Arc::new(Mutex::new(state)),
             same_inputs,
             clipping: ClipRecord::default(),
-            met: Met::default(),
+            checked_optimizers: CheckedOptimizers::default(),
         })
     }
 
@@ -76,24 +76,24 @@ impl<M: Module> Pipelined<M> {
 
     /// Who does what when.
     pub fn timetable(&self) -> Timetable {
-        lock(&self.engine).timetable.clone()
+        lock(&self.state).timetable.clone()
     }
 
     /// What each stage has, and what the last captured step of a model that is split as well was given.
     pub(crate) fn reports(&self) -> (Option<CutReport>, Vec<ShardReport>) {
-        let engine = lock(&self.engine);
-        (engine.cut.as_ref().map(|cut| cut.report.clone()), engine.shards.clone())
+        let state = lock(&self.state);
+        (state.cut.as_ref().map(|cut| cut.report.clone()), state.shards.clone())
     }
 
     /// Whether it is known which rank holds what, and the rest is dropped.
     pub fn is_cut(&self) -> bool {
-        lock(&self.engine).holders.is_some()
+        lock(&self.state).holders.is_some()
     }
 
     /// How many captured steps and forwards there are, see [`PipelineConfig::graphs`].
     pub fn graphs(&self) -> usize {
-        let engine = lock(&self.engine);
-        engine.steps.len() + engine.forwards.len()
+        let state = lock(&self.state);
+        state.steps.len() + state.forwards.len()
     }
 
     /// Demands that the ranks of a group along another axis hold the same parts, if the model is split as well.
@@ -101,19 +101,19 @@ impl<M: Module> Pipelined<M> {
     /// # Errors
     /// Those of [`ModelSplit::same_parts`].
     pub(crate) fn same_parts(&self, group: &Communicator) -> Result<(), Error> {
-        let split = lock(&self.engine).split.clone();
+        let split = lock(&self.state).split.clone();
         split.map_or(Ok(()), |split| split.same_parts(group))
     }
 
     /// Has steps draw the random numbers of replica number `replica` of this pipeline.
     pub(crate) fn draw_as(&self, replica: usize) {
-        lock(&self.engine).random.set_replica(replica as u64);
+        lock(&self.state).random.set_replica(replica as u64);
     }
 
     /// The number of the micro-batch whose random numbers are drawn next: how many this model has trained on. Part of a
     /// checkpoint, with the seed of the [`PipelineConfig`].
     pub fn random_step(&self) -> u64 {
-        lock(&self.engine).random.step()
+        lock(&self.state).random.step()
     }
 
     /// Has the next step draw random numbers from those of micro-batch number `step` on: when training goes on from a
@@ -121,7 +121,7 @@ impl<M: Module> Pipelined<M> {
     /// [`assemble`](crate::train::ParallelModule::assemble), which then draws what it would have drawn. The same on every rank;
     /// shared by all clones.
     pub fn set_random_step(&self, step: u64) {
-        lock(&self.engine).random.set_step(step);
+        lock(&self.state).random.set_step(step);
     }
 
     /// Seconds that each operation of this step takes on this rank alone, for [`Cut::Measured`](crate::pipeline_parallel::cut::Cut): where
@@ -156,12 +156,12 @@ impl<M: Module> Pipelined<M> {
     /// [`Error::Graph`] if the step cannot be recorded; [`Error::Pipeline`] if the inputs cannot be divided.
     pub fn measure<I, F, R>(&self, inputs: I, mut loss: F, runs: usize) -> Result<Vec<f64>, Error>
     where
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&M, I) -> R,
         R: Into<Loss>,
     {
         let mut call = |model: &M, inputs: I| loss(model, inputs).into();
-        lock(&self.engine).measure(&self.local, inputs, StepFn::new::<F>(&mut call), runs)
+        lock(&self.state).measure(&self.local, inputs, StepFn::new::<F>(&mut call), runs)
     }
 }
 
@@ -180,7 +180,7 @@ impl<M: Module> StepEngine for Pipelined<M> {
     fn share_ids(self, group: &Communicator) -> Result<Self, Error> {
         let (local, renamed) = params::share_ids(self.local, group)?;
         if !renamed.is_empty() {
-            lock(&self.engine).rename(&renamed);
+            lock(&self.state).rename(&renamed);
         }
         Ok(Self { local, ..self })
     }
@@ -189,7 +189,7 @@ impl<M: Module> StepEngine for Pipelined<M> {
         self.is_cut()
     }
 
-    fn settle<I: GraphInputs + Clone>(
+    fn settle<I: TensorTree + Clone>(
         &mut self,
         inputs: I,
         step: StepFn<'_, M, I>,
@@ -198,16 +198,16 @@ impl<M: Module> StepEngine for Pipelined<M> {
         // Replicas with other numbers of rows would balance their stages otherwise.
         if group.rank() == 0 {
             self.prepare_step(inputs, step)?;
-            let homes = lock(&self.engine).listed_homes();
+            let homes = lock(&self.state).listed_homes();
             return params::share_text(&homes, group).map(|_| ());
         }
         let homes = params::share_text("", group)?;
-        lock(&self.engine).keep_to(&homes);
+        lock(&self.state).keep_to(&homes);
         self.prepare_step(inputs, step)
     }
 
     /// Gradients come once the pipeline has drained.
-    fn run<I: GraphInputs + Clone>(
+    fn run<I: TensorTree + Clone>(
         &mut self,
         inputs: I,
         step: StepFn<'_, M, I>,
@@ -229,9 +229,9 @@ impl<M: Module> StepEngine for Pipelined<M> {
 
     fn forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&M, I) -> O,
-        O: GraphInputs + Clone + Send + 'static,
+        O: TensorTree + Clone + Send + 'static,
     {
         let comparison = self.same_inputs.start(Run::Forward, &inputs)?;
         let outputs = self.run_forward(inputs, forward)?;
@@ -240,13 +240,13 @@ impl<M: Module> StepEngine for Pipelined<M> {
     }
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
-        let local = lock(&self.engine).load(self.local.clone(), source)?;
+        let local = lock(&self.state).load(self.local.clone(), source)?;
         Ok(Self { local, ..self })
     }
 
     fn assemble(&self) -> Result<M, Error> {
-        let engine = lock(&self.engine);
-        let whole = match engine.homes() {
+        let state = lock(&self.state);
+        let whole = match state.homes() {
             // Every rank still has everything.
             None => self.local.clone(),
             Some(homes) => {
@@ -260,48 +260,48 @@ impl<M: Module> StepEngine for Pipelined<M> {
                     let nothing = || PlainTensor::zeros(row.dims.clone(), row.dtype, &device);
                     values.insert(row.id, self.group.broadcast(own.unwrap_or_else(nothing), home)?);
                 }
-                params::put(self.local.clone(), values)
+                params::replace_values(self.local.clone(), values)
             }
         };
-        match &engine.split {
+        match &state.split {
             Some(split) => split.assemble(&whole),
             None => Ok(whole),
         }
     }
 
     fn counters(&self) -> StepCounters {
-        let engine = lock(&self.engine);
-        let split = engine.split.iter().flat_map(ModelSplit::groups).map(|group| self.clipping.beside(group));
+        let state = lock(&self.state);
+        let split = state.split.iter().flat_map(ModelSplit::groups).map(|group| self.clipping.beside(group));
         let tensor = split.fold(Counters::default(), |sum, counters| sum + counters);
-        let (pipeline, norm) = (engine.sent.clone(), self.clipping.counters());
+        let (pipeline, norm) = (state.sent.clone(), self.clipping.counters());
         StepCounters { tensor, pipeline, norm, skipped: self.clipping.skipped(), ..StepCounters::default() }
     }
 
     /// A parameter that several stages hold counts on the rank of its own stage.
-    fn holding(&self) -> Holding {
-        let engine = lock(&self.engine);
-        let mut elsewhere = engine.split.as_ref().map(ModelSplit::counted_elsewhere).unwrap_or_default();
-        let homes = engine.homes().unwrap_or_default().into_iter();
-        elsewhere.extend(homes.filter(|(_, home)| *home != engine.group.rank()).map(|(row, _)| row.id));
-        Holding {
-            groups: engine.split.iter().flat_map(ModelSplit::groups).chain([&engine.group]).cloned().collect(),
+    fn gradient_layout(&self) -> GradientLayout {
+        let state = lock(&self.state);
+        let mut elsewhere = state.split.as_ref().map(ModelSplit::counted_elsewhere).unwrap_or_default();
+        let homes = state.homes().unwrap_or_default().into_iter();
+        elsewhere.extend(homes.filter(|(_, home)| *home != state.group.rank()).map(|(row, _)| row.id));
+        GradientLayout {
+            groups: state.split.iter().flat_map(ModelSplit::groups).chain([&state.group]).cloned().collect(),
             elsewhere,
-            rank: engine.group.world_rank(),
+            rank: state.group.world_rank(),
             clipping: self.clipping.clone(),
-            ..Holding::default()
+            ..GradientLayout::default()
         }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {
-        lock(&self.engine).split.as_ref().map(ModelSplit::split_params).unwrap_or_default()
+        lock(&self.state).split.as_ref().map(ModelSplit::split_params).unwrap_or_default()
     }
 
     fn trains(&self) -> bool {
-        lock(&self.engine).timetable.trains()
+        lock(&self.state).timetable.trains()
     }
 
-    fn met(&self) -> &Met {
-        &self.met
+    fn checked_optimizers(&self) -> &CheckedOptimizers {
+        &self.checked_optimizers
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a stage must be able to do, for the one executor that drives all schedules.
 
-use super::parcel::Parcel;
 use super::schedule::Edge;
+use super::stage_message::StageMessage;
 use crate::Error;
 use crate::tensor::PlainTensor;
 
@@ -43,8 +43,8 @@ pub struct LossSum {
 /// What the forward of a stage gives.
 #[derive(Debug, Default)]
 pub struct Forwarded {
-    /// One parcel for each edge to a later stage.
-    pub parcels: Vec<Parcel>,
+    /// One message for each edge to a later stage.
+    pub messages: Vec<StageMessage>,
     /// The loss, from the stage that computes it. When several stages give some, the sums and weights add up.
     pub loss: Option<LossSum>,
     /// What else it has to show for the micro-batch: predictions, statistics. They stay on this rank.
@@ -55,7 +55,7 @@ pub struct Forwarded {
 ///
 /// The executor calls the passes in the order of the timetable: for each micro-batch `forward`, then either `backward`, or
 /// `backward_input` and some time later `backward_weight`. Several micro-batches are under way at once, and their backwards
-/// need not come in the order of the forwards. A pass gets one parcel for each edge into the stage in its direction, in the
+/// need not come in the order of the forwards. A pass gets one message for each edge into the stage in its direction, in the
 /// order of the giving stages, and returns one for each edge out of it, in any order.
 ///
 /// The stage keeps what its backward needs, and lets go of it there: that is what the schedule's promise about memory rests
@@ -74,7 +74,7 @@ pub trait Stage<I> {
     ///
     /// # Errors
     /// Whatever goes wrong; every rank then returns it.
-    fn forward(&mut self, micro_batch: MicroBatch<'_, I>, received: Vec<Parcel>) -> Result<Forwarded, Error>;
+    fn forward(&mut self, micro_batch: MicroBatch<'_, I>, received: Vec<StageMessage>) -> Result<Forwarded, Error>;
 
     /// Runs the backward for the inputs of the stage: takes the gradients of what its forward gave, and returns those of
     /// what it had received. The stage that computes the loss begins with the gradient of the summed loss, which is
@@ -82,7 +82,11 @@ pub trait Stage<I> {
     ///
     /// # Errors
     /// Whatever goes wrong; every rank then returns it.
-    fn backward_input(&mut self, micro_batch: MicroBatch<'_, I>, received: Vec<Parcel>) -> Result<Vec<Parcel>, Error>;
+    fn backward_input(
+        &mut self,
+        micro_batch: MicroBatch<'_, I>,
+        received: Vec<StageMessage>,
+    ) -> Result<Vec<StageMessage>, Error>;
 
     /// Runs the rest of the backward: adds the gradients of this micro-batch to those of the stage's parameters.
     ///
@@ -94,7 +98,11 @@ pub trait Stage<I> {
     ///
     /// # Errors
     /// Whatever goes wrong; every rank then returns it.
-    fn backward(&mut self, micro_batch: MicroBatch<'_, I>, received: Vec<Parcel>) -> Result<Vec<Parcel>, Error> {
+    fn backward(
+        &mut self,
+        micro_batch: MicroBatch<'_, I>,
+        received: Vec<StageMessage>,
+    ) -> Result<Vec<StageMessage>, Error> {
         let given = self.backward_input(micro_batch, received)?;
         self.backward_weight(micro_batch)?;
         Ok(given)
@@ -118,11 +126,11 @@ macro_rules! by_reference {
                 (**self).edges()
             }
 
-            fn forward(&mut self, micro_batch: MicroBatch<'_, I>, received: Vec<Parcel>) -> Result<Forwarded, Error> {
+            fn forward(&mut self, micro_batch: MicroBatch<'_, I>, received: Vec<StageMessage>) -> Result<Forwarded, Error> {
                 (**self).forward(micro_batch, received)
             }
 
-            fn backward_input(&mut self, micro_batch: MicroBatch<'_, I>, received: Vec<Parcel>) -> Result<Vec<Parcel>, Error> {
+            fn backward_input(&mut self, micro_batch: MicroBatch<'_, I>, received: Vec<StageMessage>) -> Result<Vec<StageMessage>, Error> {
                 (**self).backward_input(micro_batch, received)
             }
 
@@ -130,7 +138,7 @@ macro_rules! by_reference {
                 (**self).backward_weight(micro_batch)
             }
 
-            fn backward(&mut self, micro_batch: MicroBatch<'_, I>, received: Vec<Parcel>) -> Result<Vec<Parcel>, Error> {
+            fn backward(&mut self, micro_batch: MicroBatch<'_, I>, received: Vec<StageMessage>) -> Result<Vec<StageMessage>, Error> {
                 (**self).backward(micro_batch, received)
             }
 

@@ -11,7 +11,7 @@ use super::pipeline::PipelineRun;
 use super::pipelined::lock;
 use super::{Pipelined, Stage, stage_error};
 use crate::Error;
-use crate::graph::GraphInputs;
+use crate::graph::TensorTree;
 use crate::params::{one_device, sweep_leaves};
 use crate::step::{Loss, StepFn};
 use crate::tensor::PlainTensor;
@@ -25,7 +25,7 @@ impl<M: Module> Pipelined<M> {
     /// the inputs cannot be divided; those of [`Communicator`](crate::comm::Communicator).
     pub fn prepare<I, F, R>(&mut self, inputs: I, mut loss: F) -> Result<(), Error>
     where
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&M, I) -> R,
         R: Into<Loss>,
     {
@@ -33,43 +33,43 @@ impl<M: Module> Pipelined<M> {
         self.prepare_step(inputs, StepFn::new::<F>(&mut call))
     }
 
-    pub(super) fn prepare_step<I: GraphInputs + Clone>(
+    pub(super) fn prepare_step<I: TensorTree + Clone>(
         &mut self,
         inputs: I,
         step: StepFn<'_, M, I>,
     ) -> Result<(), Error> {
-        let engine = self.engine.clone();
+        let state = self.state.clone();
         let mut local = Some(self.local.clone());
-        lock(&engine).prepare(&mut local, inputs, step)?;
+        lock(&state).prepare(&mut local, inputs, step)?;
         self.take(local)
     }
 
     /// Runs a step: what came of it, the outputs, and the gradients of the summed loss in the order of the module.
     #[allow(clippy::type_complexity)]
-    pub(super) fn run_step<I: GraphInputs + Clone>(
+    pub(super) fn run_step<I: TensorTree + Clone>(
         &mut self,
         inputs: I,
         step: StepFn<'_, M, I>,
     ) -> Result<(PipelineRun, Vec<Vec<PlainTensor>>, Vec<(ParamId, PlainTensor)>), Error> {
-        let engine = self.engine.clone();
-        let mut engine = lock(&engine);
-        let engine = &mut *engine;
+        let state = self.state.clone();
+        let mut state = lock(&state);
+        let state = &mut *state;
         let mut local = Some(self.local.clone());
-        let (key, batch) = engine.prepare(&mut local, inputs, step)?;
+        let (key, batch) = state.prepare(&mut local, inputs, step)?;
         self.take(local)?;
-        if let Some(settled) = engine.ties.settled(&self.local)? {
+        if let Some(settled) = state.tied_params.settled(&self.local)? {
             self.local = settled;
         }
-        engine.ties.settle();
+        state.tied_params.settle();
         let inputs: Vec<Vec<PlainTensor>> =
-            (0..engine.config.micro_batches).map(|micro_batch| batch.micro_batch(micro_batch)).collect();
-        let Some(CapturedStep { pipeline, stages, trained }) = engine.steps.get_mut(&key) else {
+            (0..state.config.micro_batches).map(|micro_batch| batch.micro_batch(micro_batch)).collect();
+        let Some(CapturedStep { pipeline, stages, trained }) = state.steps.get_mut(&key) else {
             return Err(stage_error("the step was not captured"));
         };
-        let first = engine.random.step();
-        stages.iter_mut().for_each(|stage| stage.draw_from(&engine.random, first));
+        let first = state.random.step();
+        stages.iter_mut().for_each(|stage| stage.draw_from(&state.random, first));
         let mut executed = bound(stages, &self.local, |stages| pipeline.step(stages, &inputs))?;
-        engine.random.set_step(first + inputs.len() as u64);
+        state.random.set_step(first + inputs.len() as u64);
         let mut gradients = HashMap::new();
         for stage in stages {
             for (id, gradient) in stage.unbind(&self.local) {
@@ -77,13 +77,13 @@ impl<M: Module> Pipelined<M> {
             }
         }
         let trained = trained.clone();
-        if engine.timetable.trains() && !engine.ties.is_empty() {
+        if state.timetable.trains() && !state.tied_params.is_empty() {
             let device = one_device(&self.local, "a step")?.unwrap_or_else(Device::flex);
-            engine.ties.sum(&mut gradients, &trained, &device)?;
+            state.tied_params.sum(&mut gradients, &trained, &device)?;
         }
-        let order = engine.gradients(&trained);
+        let order = state.gradients(&trained);
         let gradients = order.into_iter().filter_map(|id| Some((id, gradients.remove(&id)?))).collect();
-        engine.sent = std::mem::take(&mut engine.sent) + executed.report.counters.clone();
+        state.sent = std::mem::take(&mut state.sent) + executed.report.counters.clone();
         let outputs = std::mem::take(&mut executed.outputs);
         let mut by_micro_batch = vec![Vec::new(); inputs.len()];
         for (unit, outputs) in outputs {

@@ -14,7 +14,7 @@ use crate::tensor::PlainTensor;
 
 /// A parameter that several ranks hold.
 #[derive(Debug, Clone)]
-struct Tie {
+struct TiedParam {
     id: ParamId,
     shape: Shape,
     dtype: DType,
@@ -22,7 +22,7 @@ struct Tie {
     home: usize,
 }
 
-impl Tie {
+impl TiedParam {
     fn zeros(&self, device: &Device) -> PlainTensor {
         PlainTensor::zeros(self.shape.clone(), self.dtype, device)
     }
@@ -33,18 +33,18 @@ impl Tie {
 /// A parameter that is lazy where its own stage is stays lazy: it is shared when a step needs it, unless all holders have loaded
 /// it by then.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Ties {
-    groups: Vec<(Communicator, Vec<Tie>)>,
+pub(super) struct TiedParams {
+    groups: Vec<(Communicator, Vec<TiedParam>)>,
     /// Those that are not shared yet.
     pending: HashSet<ParamId>,
     /// Whether this rank has loaded all that it holds.
     pub loaded: bool,
 }
 
-impl Ties {
+impl TiedParams {
     /// The same parameters by other ids.
     pub(super) fn rename(&mut self, renamed: &Renamed) {
-        self.groups.iter_mut().flat_map(|(_, ties)| ties).for_each(|tie| tie.id = renamed.id(tie.id));
+        self.groups.iter_mut().flat_map(|(_, tied_params)| tied_params).for_each(|tie| tie.id = renamed.id(tie.id));
         self.pending = self.pending.drain().map(|id| renamed.id(id)).collect();
     }
 
@@ -58,27 +58,28 @@ impl Ties {
         stage_ranks: &[usize],
         group: &Communicator,
     ) -> Result<Self, Error> {
-        let mut sets: BTreeMap<Vec<usize>, Vec<Tie>> = BTreeMap::new();
+        let mut sets: BTreeMap<Vec<usize>, Vec<TiedParam>> = BTreeMap::new();
         for (param, holders) in graph.params.iter().zip(&cut.holders) {
             let ranks: BTreeSet<usize> = holders.iter().map(|stage| stage_ranks[*stage]).collect();
             if ranks.len() > 1 {
                 let ranks: Vec<usize> = ranks.into_iter().collect();
                 let home = ranks.iter().position(|rank| *rank == stage_ranks[holders[0]]).unwrap_or(0);
-                let tie = Tie { id: param.id, shape: param.tensor.shape.clone(), dtype: param.tensor.dtype, home };
+                let tie =
+                    TiedParam { id: param.id, shape: param.tensor.shape.clone(), dtype: param.tensor.dtype, home };
                 sets.entry(ranks).or_default().push(tie);
             }
         }
-        let mut ties = Vec::new();
+        let mut tied_params = Vec::new();
         for (ranks, tied) in sets {
             let joined = ranks.contains(&group.rank());
             // The others stay alone.
             let color = if joined { 0 } else { 1 + group.rank() as u64 };
             let holders = group.split_named("tied", color, group.rank() as i64)?;
             if joined {
-                ties.push((holders, tied));
+                tied_params.push((holders, tied));
             }
         }
-        Ok(Self { groups: ties, ..Self::default() })
+        Ok(Self { groups: tied_params, ..Self::default() })
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -90,14 +91,14 @@ impl Ties {
     /// # Errors
     /// Those of [`Communicator`].
     pub(super) fn share<M: Module>(&mut self, model: M) -> Result<M, Error> {
-        let lazy = params::lazy(&model);
-        for (group, ties) in &self.groups {
-            let here: Vec<u8> = ties.iter().map(|tie| u8::from(lazy.contains(&tie.id))).collect();
+        let lazy = params::lazy_params(&model);
+        for (group, tied_params) in &self.groups {
+            let here: Vec<u8> = tied_params.iter().map(|tie| u8::from(lazy.contains(&tie.id))).collect();
             let all = group.all_gather(here)?;
-            let waits = |(place, tie): &(usize, &Tie)| all[tie.home * ties.len() + place] == 1;
-            self.pending.extend(ties.iter().enumerate().filter(waits).map(|(_, tie)| tie.id));
+            let waits = |(place, tie): &(usize, &TiedParam)| all[tie.home * tied_params.len() + place] == 1;
+            self.pending.extend(tied_params.iter().enumerate().filter(waits).map(|(_, tie)| tie.id));
         }
-        let now = |tie: &Tie| !self.pending.contains(&tie.id);
+        let now = |tie: &TiedParam| !self.pending.contains(&tie.id);
         self.shared(model, &now)
     }
 
@@ -107,8 +108,8 @@ impl Ties {
     /// Those of [`Communicator`].
     pub(super) fn settled<M: Module>(&self, model: &M) -> Result<Option<M>, Error> {
         let mut missing = HashSet::new();
-        for (group, ties) in &self.groups {
-            let waiting = || ties.iter().filter(|tie| self.pending.contains(&tie.id));
+        for (group, tied_params) in &self.groups {
+            let waiting = || tied_params.iter().filter(|tie| self.pending.contains(&tie.id));
             if waiting().next().is_some() && group.all_gather(vec![u8::from(self.loaded)])?.contains(&0) {
                 missing.extend(waiting().map(|tie| tie.id));
             }
@@ -124,13 +125,16 @@ impl Ties {
         self.pending.clear();
     }
 
-    fn shared<M: Module>(&self, model: M, which: &dyn Fn(&Tie) -> bool) -> Result<M, Error> {
+    fn shared<M: Module>(&self, model: M, which: &dyn Fn(&TiedParam) -> bool) -> Result<M, Error> {
         let device = one_device(&model, "pipeline_parallel")?.unwrap_or_else(Device::flex);
-        let own = self.groups.iter().flat_map(|(group, ties)| ties.iter().filter(|tie| tie.home == group.rank()));
+        let own = self
+            .groups
+            .iter()
+            .flat_map(|(group, tied_params)| tied_params.iter().filter(|tie| tie.home == group.rank()));
         let mut own = read_params(&model, &own.filter(|tie| which(tie)).map(|tie| tie.id).collect())?;
         let mut values = HashMap::new();
-        for (group, ties) in &self.groups {
-            for tie in ties.iter().filter(|tie| which(tie)) {
+        for (group, tied_params) in &self.groups {
+            for tie in tied_params.iter().filter(|tie| which(tie)) {
                 let mine = own.remove(&tie.id).unwrap_or_else(|| tie.zeros(&device));
                 let value = group.broadcast(mine, tie.home)?;
                 if group.rank() != tie.home {
@@ -138,7 +142,7 @@ impl Ties {
                 }
             }
         }
-        Ok(params::put(model, values))
+        Ok(params::replace_values(model, values))
     }
 
     /// Sums the parts of the gradients of `trained` parameters in the order of the ranks, so that all holders step to the
@@ -152,8 +156,8 @@ impl Ties {
         trained: &HashSet<ParamId>,
         device: &Device,
     ) -> Result<(), Error> {
-        for (group, ties) in &self.groups {
-            for tie in ties.iter().filter(|tie| trained.contains(&tie.id)) {
+        for (group, tied_params) in &self.groups {
+            for tie in tied_params.iter().filter(|tie| trained.contains(&tie.id)) {
                 let part = gradients.remove(&tie.id).unwrap_or_else(|| tie.zeros(device));
                 gradients.insert(tie.id, group.all_reduce(part, ReduceOp::Sum)?);
             }

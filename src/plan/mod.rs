@@ -38,11 +38,11 @@
 //! assert_eq!(plan, same);
 //! ```
 
-mod concise;
+mod compressed_paths;
 mod cost;
-mod families;
+mod from_layouts;
 mod pattern;
-mod ready;
+mod presets;
 mod suggest;
 mod table;
 mod text;
@@ -52,12 +52,12 @@ use std::collections::BTreeMap;
 use burn::module::Module;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use concise::{concise, like};
 pub use cost::PlanCost;
 pub(crate) use cost::{must_split, warn_of_nothing_split};
+pub(crate) use from_layouts::{from_layouts, like};
 pub use table::{PlanRow, PlanTable};
 
-pub(crate) use self::families::families;
+pub(crate) use self::compressed_paths::compress_paths;
 pub(crate) use self::pattern::matches;
 use self::table::local_dims;
 use self::text::{AxisText, PlanText, RuleText};

@@ -6,7 +6,7 @@ use std::fmt;
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Int, Tensor};
 
-use super::families::families;
+use super::compressed_paths::compress_paths;
 use super::{AxisPlan, Plan, plan_error};
 use crate::Error;
 use crate::layout::Layout;
@@ -173,7 +173,7 @@ impl PlanTable {
              names of this model?",
             100.0 * share,
             self.model_bytes(),
-            families(paths)
+            compress_paths(paths)
         ))
     }
 
@@ -191,7 +191,7 @@ impl PlanTable {
 
 impl AxisPlan {
     /// Finds rules that decide nothing, and parameters about which two rules disagree.
-    fn check(&self, axis: &str, rows: &[PlanRow], tied: &[Tie]) -> Result<(), Error> {
+    fn check(&self, axis: &str, rows: &[PlanRow], tied: &[TiedParam]) -> Result<(), Error> {
         if let Some(refused) = &self.refused {
             return Err(plan_error(refused.clone()));
         }
@@ -215,7 +215,7 @@ impl AxisPlan {
         if !self.rules.is_empty() && !rows.iter().any(any) {
             return Err(unmatched("the patterns of the plan match", rows));
         }
-        for Tie { first, other } in tied {
+        for TiedParam { first, other } in tied {
             let (a, b) = (self.layout(first), self.layout(other));
             // Nobody has to name both places; but who does must mean the same.
             if a != b && self.rules.iter().any(|rule| rule.matches(other)) {
@@ -260,7 +260,7 @@ fn place(row: &mut PlanRow, layout: Layout, (axis, degree): (&str, usize)) -> Re
 }
 
 fn unmatched(what: &str, rows: &[PlanRow]) -> Error {
-    let paths = families(rows.iter().map(|row| row.path.as_str()));
+    let paths = compress_paths(rows.iter().map(|row| row.path.as_str()));
     plan_error(format!("{what} none of the parameters {paths}; `*` stands for any characters"))
 }
 
@@ -327,7 +327,7 @@ impl fmt::Display for PlanTable {
 }
 
 /// A parameter that is met again at another path.
-struct Tie {
+struct TiedParam {
     first: String,
     other: String,
 }
@@ -335,7 +335,7 @@ struct Tie {
 #[derive(Default)]
 struct Rows {
     rows: Vec<PlanRow>,
-    tied: Vec<Tie>,
+    tied: Vec<TiedParam>,
     seen: HashSet<ParamId>,
     path: Vec<String>,
 }
@@ -348,7 +348,7 @@ impl Rows {
             let padded_dims = dims.clone();
             self.rows.push(PlanRow { path, id, dims, padded_dims, dtype, layouts: Vec::new(), local_dims, bytes: 0 });
         } else if let Some(row) = self.rows.iter().find(|row| row.id == id) {
-            self.tied.push(Tie { first: row.path.clone(), other: path });
+            self.tied.push(TiedParam { first: row.path.clone(), other: path });
         }
     }
 }

@@ -5,7 +5,7 @@ use burn::prelude::*;
 use burn::tensor::{DType, Int, TensorData};
 
 use crate::Error;
-use crate::tensor::{GraphInputs, TensorMapper};
+use crate::tensor::{TensorMapper, TensorTree};
 
 /// What the closure of a training step returns: a loss, how much it counts in the average over micro-batches and ranks, and
 /// further outputs.
@@ -83,7 +83,7 @@ impl Loss {
         Self { value, weight, outputs: Ok(Vec::new()) }
     }
 
-    fn with_outputs(self, outputs: impl GraphInputs) -> Self {
+    fn with_outputs(self, outputs: impl TensorTree) -> Self {
         let mut collect = Collect { path: Vec::new(), outputs: Vec::new() };
         let outputs = outputs.map_tensors(&mut collect).map(|_| collect.outputs);
         Self { outputs, ..self }
@@ -117,13 +117,13 @@ impl From<Tensor<1>> for Loss {
     }
 }
 
-impl<O: GraphInputs> From<(Tensor<1>, O)> for Loss {
+impl<O: TensorTree> From<(Tensor<1>, O)> for Loss {
     fn from((value, outputs): (Tensor<1>, O)) -> Self {
         Self::from(value).with_outputs(outputs)
     }
 }
 
-impl<O: GraphInputs> From<(Loss, O)> for Loss {
+impl<O: TensorTree> From<(Loss, O)> for Loss {
     fn from((loss, outputs): (Loss, O)) -> Self {
         loss.with_outputs(outputs)
     }

@@ -18,7 +18,7 @@ use burn::tensor::{Bool, DType, Device, Int, Shape, Tensor, TensorData};
 
 pub(crate) use self::backend::{check_device, with_backend};
 #[doc(hidden)]
-pub use self::tree::{GraphInputs, TensorMapper};
+pub use self::tree::{TensorMapper, TensorTree};
 pub(crate) use self::tree::{place, rows};
 use crate::Error;
 

@@ -8,7 +8,7 @@ use burn::tensor::{Bool, Int};
 
 use crate::Error;
 
-/// What [`GraphInputs::map_tensors`] does with each tensor, in order.
+/// What [`TensorTree::map_tensors`] does with each tensor, in order.
 pub trait TensorMapper {
     /// Maps one tensor of any kind. The result must have the kind and the rank of `tensor`.
     ///
@@ -35,19 +35,19 @@ pub trait TensorMapper {
 ///
 /// ```
 /// use burn::prelude::*;
-/// use burn_parallel::{Error, graph::{GraphInputs, TensorMapper}};
+/// use burn_parallel::{Error, graph::{TensorTree, TensorMapper}};
 ///
 /// #[derive(Clone)]
 /// struct Batch { images: Tensor<4>, targets: Tensor<1, Int> }
 ///
-/// impl GraphInputs for Batch {
+/// impl TensorTree for Batch {
 ///     fn map_tensors(self, mapper: &mut dyn TensorMapper) -> Result<Self, Error> {
 ///         let (images, targets) = (self.images, self.targets).map_tensors(mapper)?;
 ///         Ok(Self { images, targets })
 ///     }
 /// }
 /// ```
-pub trait GraphInputs: Sized {
+pub trait TensorTree: Sized {
     /// Hands every tensor to `mapper`, always in the same order, and rebuilds the structure from what it returns.
     ///
     /// # Errors
@@ -57,7 +57,7 @@ pub trait GraphInputs: Sized {
 
 macro_rules! tensor_inputs {
     ($($kind:ty),*) => {$(
-        impl<const D: usize> GraphInputs for Tensor<D, $kind> {
+        impl<const D: usize> TensorTree for Tensor<D, $kind> {
             fn map_tensors(self, mapper: &mut dyn TensorMapper) -> Result<Self, Error> {
                 mapper.map(self.into_dispatch()).map(Self::from_dispatch)
             }
@@ -68,7 +68,7 @@ tensor_inputs!(Float, Int, Bool);
 
 macro_rules! value_inputs {
     ($($kind:ty: $digest:expr),*) => {$(
-        impl GraphInputs for $kind {
+        impl TensorTree for $kind {
             fn map_tensors(self, mapper: &mut dyn TensorMapper) -> Result<Self, Error> {
                 let digest: fn($kind) -> u64 = $digest;
                 mapper.value(digest(self));
@@ -80,13 +80,13 @@ macro_rules! value_inputs {
 value_inputs!(bool: u64::from, u8: u64::from, u16: u64::from, u32: u64::from, u64: |value| value, usize: |value| value as u64);
 value_inputs!(i32: |value| value as u64, i64: |value| value as u64, f32: |value| value.to_bits().into(), f64: f64::to_bits);
 
-impl GraphInputs for () {
+impl TensorTree for () {
     fn map_tensors(self, _: &mut dyn TensorMapper) -> Result<Self, Error> {
         Ok(())
     }
 }
 
-fn element<T: GraphInputs>(index: usize, value: T, mapper: &mut dyn TensorMapper) -> Result<T, Error> {
+fn element<T: TensorTree>(index: usize, value: T, mapper: &mut dyn TensorMapper) -> Result<T, Error> {
     mapper.enter(index);
     let value = value.map_tensors(mapper);
     mapper.exit();
@@ -95,7 +95,7 @@ fn element<T: GraphInputs>(index: usize, value: T, mapper: &mut dyn TensorMapper
 
 macro_rules! tuple_inputs {
     ($($name:ident $index:tt),+) => {
-        impl<$($name: GraphInputs),+> GraphInputs for ($($name,)+) {
+        impl<$($name: TensorTree),+> TensorTree for ($($name,)+) {
             fn map_tensors(self, mapper: &mut dyn TensorMapper) -> Result<Self, Error> {
                 Ok(($(element($index, self.$index, mapper)?,)+))
             }
@@ -109,13 +109,13 @@ tuple_inputs!(A 0, B 1, C 2, D 3);
 tuple_inputs!(A 0, B 1, C 2, D 3, E 4);
 tuple_inputs!(A 0, B 1, C 2, D 3, E 4, F 5);
 
-impl<T: GraphInputs> GraphInputs for Vec<T> {
+impl<T: TensorTree> TensorTree for Vec<T> {
     fn map_tensors(self, mapper: &mut dyn TensorMapper) -> Result<Self, Error> {
         self.into_iter().enumerate().map(|(index, value)| element(index, value, mapper)).collect()
     }
 }
 
-impl<T: GraphInputs, const N: usize> GraphInputs for [T; N] {
+impl<T: TensorTree, const N: usize> TensorTree for [T; N] {
     fn map_tensors(self, mapper: &mut dyn TensorMapper) -> Result<Self, Error> {
         let values: Vec<T> = Vec::from(self).map_tensors(mapper)?;
         let problem = "an array of inputs changed its length while it was mapped";
@@ -123,7 +123,7 @@ impl<T: GraphInputs, const N: usize> GraphInputs for [T; N] {
     }
 }
 
-impl<T: GraphInputs> GraphInputs for Option<T> {
+impl<T: TensorTree> TensorTree for Option<T> {
     fn map_tensors(self, mapper: &mut dyn TensorMapper) -> Result<Self, Error> {
         self.map(|value| value.map_tensors(mapper)).transpose()
     }
@@ -137,8 +137,8 @@ pub(crate) fn place(path: &[usize]) -> String {
 /// The structure, and the rows of the first tensor in it: the size of its first dim.
 ///
 /// # Errors
-/// Those of [`GraphInputs::map_tensors`].
-pub(crate) fn rows<I: GraphInputs>(inputs: I) -> Result<(I, Option<usize>), Error> {
+/// Those of [`TensorTree::map_tensors`].
+pub(crate) fn rows<I: TensorTree>(inputs: I) -> Result<(I, Option<usize>), Error> {
     let mut rows = Rows(None);
     let inputs = inputs.map_tensors(&mut rows)?;
     Ok((inputs, rows.0))

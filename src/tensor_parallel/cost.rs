@@ -5,7 +5,7 @@ use burn_ir::{FloatOperationIr, OperationIr, TensorIr};
 
 use crate::Error;
 use crate::distribution::split_step;
-use crate::graph::{GraphInputs, StepGraph, capture_step, counted_random};
+use crate::graph::{StepGraph, TensorTree, capture_step, counter_based_rng};
 use crate::params;
 use crate::partition::{CollectiveKind, CollectiveOp, PartitionOptions};
 use crate::plan::{DEFAULT_AXIS, Plan, PlanCost};
@@ -24,7 +24,7 @@ impl Plan {
     pub fn cost<M, I, F, R>(&self, model: &M, degree: usize, inputs: I, loss: F) -> Result<PlanCost, Error>
     where
         M: Module,
-        I: GraphInputs,
+        I: TensorTree,
         F: FnOnce(&M, I) -> R,
         R: Into<Loss>,
     {
@@ -60,7 +60,7 @@ impl Plan {
     ) -> Result<PlanCost, Error>
     where
         M: Module,
-        I: GraphInputs,
+        I: TensorTree,
         F: FnOnce(&M, I) -> R,
         R: Into<Loss>,
     {
@@ -73,16 +73,16 @@ impl Plan {
     }
 }
 
-/// The step of a model of which only lazy parameters become hollow.
+/// The step of a model of which only lazy parameters become meta tensors.
 pub(super) fn capture<M, I, F, R>(model: &M, inputs: I, loss: F) -> Result<StepGraph, Error>
 where
     M: Module,
-    I: GraphInputs,
+    I: TensorTree,
     F: FnOnce(&M, I) -> R,
     R: Into<Loss>,
 {
-    let mut graph = capture_step(&params::outline(model, &|_, _| None), inputs, loss)?;
-    counted_random(&mut graph);
+    let mut graph = capture_step(&params::meta_module(model, &|_, _| None), inputs, loss)?;
+    counter_based_rng(&mut graph);
     Ok(graph)
 }
 

@@ -11,15 +11,15 @@ use crate::comm::{Communicator, Counters};
 use crate::delegate::module_of_field;
 use crate::distribution::ModelSplit;
 use crate::graph::{
-    ClipRecord, CustomOps, GRAPHS, GradientSink, GraphCache, Holding, Met, MicroBatch, Run, SameInputs, SplitParam,
-    StepEngine, StepGraph, Units,
+    CheckedOptimizers, ClipRecord, CustomOps, GRAPHS, GradientLayout, GradientSink, GraphCache, MicroBatch, Run,
+    SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph,
 };
 use crate::nesting::{self, refuse_wrapping};
 use crate::params::{self, SliceSource};
 use crate::partition::ShardReport;
 use crate::plan::PlanTable;
 use crate::step::{StepCounters, StepFn};
-use crate::tensor::{GraphInputs, rows};
+use crate::tensor::{TensorTree, rows};
 
 /// A model split over a group: a burn [`Module`] with the paths and ids of the model and this rank's parts of its
 /// parameters, so optimizers, records and visitors take it as they take the model. Its own `forward` makes no sense on
@@ -36,17 +36,17 @@ pub struct Sharded<M> {
     local: M,
     pub(super) split: ModelSplit,
     same_inputs: SameInputs,
-    engine: Arc<Mutex<Engine>>,
+    state: Arc<Mutex<ShardedState>>,
     clipping: ClipRecord,
-    met: Met,
+    checked_optimizers: CheckedOptimizers,
 }
 
-struct Engine {
+struct ShardedState {
     graphs: GraphCache,
     reports: Arc<Mutex<Vec<ShardReport>>>,
 }
 
-impl Engine {
+impl ShardedState {
     fn of(split: &ModelSplit, graphs: usize) -> Self {
         let reports = Arc::<Mutex<Vec<ShardReport>>>::default();
         let mut ops = CustomOps::new();
@@ -71,8 +71,15 @@ impl<M: Module> Sharded<M> {
         let (local, split) = ModelSplit::distribute(model, axes, &plan)?;
         let split = split.with_seed(seed);
         let same_inputs = SameInputs::new(split.groups(), check_inputs_every)?;
-        let engine = Arc::new(Mutex::new(Engine::of(&split, GRAPHS)));
-        Ok(Self { local, engine, split, same_inputs, clipping: ClipRecord::default(), met: Met::default() })
+        let state = Arc::new(Mutex::new(ShardedState::of(&split, GRAPHS)));
+        Ok(Self {
+            local,
+            state,
+            split,
+            same_inputs,
+            clipping: ClipRecord::default(),
+            checked_optimizers: CheckedOptimizers::default(),
+        })
     }
 
     /// Sets the seed of the random numbers that steps draw, dropout above all: the same on every rank of the split, which
@@ -85,19 +92,19 @@ impl<M: Module> Sharded<M> {
 
     /// This model with another split of the same parts.
     fn with_split(self, split: ModelSplit) -> Self {
-        let graphs = lock(&self.engine).graphs.most();
-        Self { engine: Arc::new(Mutex::new(Engine::of(&split, graphs))), split, ..self }
+        let graphs = lock(&self.state).graphs.most();
+        Self { state: Arc::new(Mutex::new(ShardedState::of(&split, graphs))), split, ..self }
     }
 
     /// Sets how many captured steps, and as many forwards, are kept: those used last, and at least one, the same on every rank
     /// of the split. 16 by default; a batch of other shapes than these is captured anew. Forgets the captured steps.
     pub fn with_graphs(self, graphs: usize) -> Self {
-        Self { engine: Arc::new(Mutex::new(Engine::of(&self.split, graphs))), ..self }
+        Self { state: Arc::new(Mutex::new(ShardedState::of(&self.split, graphs))), ..self }
     }
 
     /// How many captured steps and forwards there are.
     pub fn graphs(&self) -> usize {
-        lock(&self.engine).graphs.len()
+        lock(&self.state).graphs.len()
     }
 
     /// The seed of the random numbers that steps draw.
@@ -140,7 +147,7 @@ impl<M: Module> Sharded<M> {
 
     /// What the last captured step was given, for each axis.
     pub(crate) fn shard_reports(&self) -> Vec<ShardReport> {
-        lock(&lock(&self.engine).reports).clone()
+        lock(&lock(&self.state).reports).clone()
     }
 
     /// Every parameter with its layout.
@@ -170,7 +177,7 @@ impl<M: Module> StepEngine for Sharded<M> {
         Ok(Self { local, ..self }.with_split(split))
     }
 
-    fn run<I: GraphInputs + Clone>(
+    fn run<I: TensorTree + Clone>(
         &mut self,
         inputs: I,
         step: StepFn<'_, M, I>,
@@ -180,11 +187,11 @@ impl<M: Module> StepEngine for Sharded<M> {
         let signature = self.split.of_step(&self.local)?;
         let comparison = self.same_inputs.start(Run::Step, &inputs)?;
         let (inputs, rows) = rows(inputs)?;
-        let mut engine = lock(&self.engine);
-        let whole = || self.split.outline(&self.local);
-        let executor = engine.graphs.executor_of(signature, &inputs, step, whole)?;
+        let mut state = lock(&self.state);
+        let whole = || self.split.meta_module(&self.local);
+        let executor = state.graphs.executor_of(signature, &inputs, step, whole)?;
         let rows = executor.graph().weight.is_none().then_some(rows.unwrap_or(1) as f64);
-        let mut units = Units::new(rows, unit, sink);
+        let mut units = ScaledGradients::new(rows, unit, sink);
         let step = executor.step_observed(&self.local, inputs, &mut units)?;
         comparison.finish()?;
         self.split.random().advance();
@@ -193,15 +200,15 @@ impl<M: Module> StepEngine for Sharded<M> {
 
     fn forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&M, I) -> O,
-        O: GraphInputs + Clone + Send + 'static,
+        O: TensorTree + Clone + Send + 'static,
     {
         let signature = self.split.of_forward(&self.local)?;
         let comparison = self.same_inputs.start(Run::Forward, &inputs)?;
-        let mut engine = lock(&self.engine);
-        let whole = || self.split.outline(&self.local);
-        let outputs = engine.graphs.forward_of(signature, &inputs, forward, whole)?.run(&self.local, inputs)?;
+        let mut state = lock(&self.state);
+        let whole = || self.split.meta_module(&self.local);
+        let outputs = state.graphs.forward_of(signature, &inputs, forward, whole)?.run(&self.local, inputs)?;
         comparison.finish()?;
         Ok(outputs)
     }
@@ -225,13 +232,13 @@ impl<M: Module> StepEngine for Sharded<M> {
         }
     }
 
-    fn holding(&self) -> Holding {
-        Holding {
+    fn gradient_layout(&self) -> GradientLayout {
+        GradientLayout {
             groups: self.split.groups().cloned().collect(),
             elsewhere: self.split.counted_elsewhere(),
             rank: self.split.group().world_rank(),
             clipping: self.clipping.clone(),
-            ..Holding::default()
+            ..GradientLayout::default()
         }
     }
 
@@ -239,8 +246,8 @@ impl<M: Module> StepEngine for Sharded<M> {
         self.split.split_params()
     }
 
-    fn met(&self) -> &Met {
-        &self.met
+    fn checked_optimizers(&self) -> &CheckedOptimizers {
+        &self.checked_optimizers
     }
 }
 

@@ -8,10 +8,10 @@ use burn_ir::TensorId;
 use super::cost::{bytes, capture, cost_of};
 use super::feeds::feeds;
 use crate::Error;
-use crate::graph::{GraphInputs, StepGraph};
+use crate::graph::{StepGraph, TensorTree};
 use crate::layout::Layout;
 use crate::partition::{PartitionOptions, partition};
-use crate::plan::{Plan, concise, like, must_split, warn_of_nothing_split};
+use crate::plan::{Plan, from_layouts, like, must_split, warn_of_nothing_split};
 use crate::step::Loss;
 
 /// How often the search goes over all parameters after the first time, at most.
@@ -56,7 +56,7 @@ impl Plan {
     pub fn suggest_for<M, I, F, R>(model: &M, degree: usize, inputs: I, loss: F) -> Result<Self, Error>
     where
         M: Module,
-        I: GraphInputs,
+        I: TensorTree,
         F: FnOnce(&M, I) -> R,
         R: Into<Loss>,
     {
@@ -71,7 +71,10 @@ impl Plan {
         let (_, best) = if from_guess.0 < from_nothing.0 { from_guess } else { from_nothing };
         warn_of_nothing_split(best.iter().copied(), degree);
         let named = step.graph.params.iter().map(|param| (param.path.clone(), param.tensor.shape.to_vec()));
-        Ok(concise(&named.zip(best).map(|((path, dims), layout)| (path, dims, layout)).collect::<Vec<_>>(), degree))
+        Ok(from_layouts(
+            &named.zip(best).map(|((path, dims), layout)| (path, dims, layout)).collect::<Vec<_>>(),
+            degree,
+        ))
     }
 }
 

@@ -33,13 +33,13 @@
 //! # Ok::<(), Error>(())
 //! ```
 
-mod alone;
 mod module;
 mod norm;
 mod optimize;
 mod parallel;
 mod report;
 mod strategy;
+mod unreplicated;
 mod wrap;
 
 pub use module::ParallelModule;

@@ -10,7 +10,7 @@ use super::norm::{self, Clip, Clipped};
 use super::optimize;
 use crate::Error;
 use crate::data_parallel::{Join, JoinLoader};
-use crate::graph::{GraphInputs, Holding, Met, SplitParam};
+use crate::graph::{CheckedOptimizers, GradientLayout, SplitParam, TensorTree};
 use crate::params::SliceSource;
 use crate::step::{Loss, Step, StepCounters};
 
@@ -68,7 +68,7 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// record has brought other parameters; the error of the world.
     fn step<I, F, R>(&mut self, inputs: I, loss: F) -> Result<Step, Error>
     where
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&Self::Model, I) -> R,
         R: Into<Loss>,
     {
@@ -87,7 +87,7 @@ pub trait ParallelModule: Module + sealed::Sealed {
         loss: F,
     ) -> Result<Step, Error>
     where
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&Self::Model, I) -> R,
         R: Into<Loss>;
 
@@ -102,9 +102,9 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// As [`step`](Self::step); [`Error::Pipeline`] if a pipeline is not cut yet.
     fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&Self::Model, I) -> O,
-        O: GraphInputs + Clone + Send + 'static;
+        O: TensorTree + Clone + Send + 'static;
 
     /// Updates the parameters with the gradients of a step: `optim.step(lr, model, step.grads)`, made sure of.
     ///
@@ -190,11 +190,11 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// # Errors
     /// As [`Step::clip_grad_norm`].
     fn clip_grad_norm(&self, grads: GradientsParams, clip: impl Into<Clip>) -> Result<Clipped, Error> {
-        norm::clip(self, grads, &self.holding(), clip.into())
+        norm::clip(self, grads, &self.gradient_layout(), clip.into())
     }
 
     #[doc(hidden)]
-    fn holding(&self) -> Holding;
+    fn gradient_layout(&self) -> GradientLayout;
 
     #[doc(hidden)]
     fn split_params(&self) -> Vec<SplitParam>;
@@ -203,5 +203,5 @@ pub trait ParallelModule: Module + sealed::Sealed {
     fn trains(&self) -> bool;
 
     #[doc(hidden)]
-    fn met(&self) -> &Met;
+    fn checked_optimizers(&self) -> &CheckedOptimizers;
 }

@@ -11,7 +11,7 @@ use super::{ParallelModule, Report, Strategy};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::data_parallel::{DataParallel, Eager, Join, JoinLoader, Replica};
-use crate::graph::{GraphInputs, Holding, Met, SplitParam};
+use crate::graph::{CheckedOptimizers, GradientLayout, SplitParam, TensorTree};
 use crate::mesh::Mesh;
 use crate::nesting::{self, refuse_wrapping};
 use crate::params::SliceSource;
@@ -64,20 +64,20 @@ pub trait Parallelize: Module + Sized {
             1 => TensorParallelConfig { plan: Plan::new(), ..strategy.tensor.clone() },
             _ => strategy.tensor.clone(),
         };
-        let spread = match (&strategy.pipeline, strategy.captured()) {
-            (_, false) => Spread::Eager(self.data_parallel(&replicas, data)?),
+        let wrapped = match (&strategy.pipeline, strategy.captured()) {
+            (_, false) => Wrapped::Eager(self.data_parallel(&replicas, data)?),
             (Some(pipeline), true) if pp > 1 => {
                 let pipelined = match tp {
                     1 => self.pipeline_parallel(&stages, pipeline.clone())?,
                     _ => self.tensor_parallel(&layers, tensor)?.pipeline_parallel(&stages, pipeline.clone())?,
                 };
-                Spread::Pipelined(pipelined.data_parallel(&replicas, data)?)
+                Wrapped::Pipelined(pipelined.data_parallel(&replicas, data)?)
             }
-            (_, true) => Spread::Sharded(self.tensor_parallel(&layers, tensor)?.data_parallel(&replicas, data)?),
+            (_, true) => Wrapped::Sharded(self.tensor_parallel(&layers, tensor)?.data_parallel(&replicas, data)?),
         };
         // What is put together over both of these axes takes one collective.
         let together = if pp > 1 && tp > 1 { Some(mesh.joint(&["pp", "tp"])?) } else { None };
-        Ok(Parallel { spread, mesh, together })
+        Ok(Parallel { wrapped, mesh, together })
     }
 }
 
@@ -86,14 +86,14 @@ impl<M: Module> Parallelize for M {}
 /// A model that is spread as a [`Strategy`] says: one type, whatever the strategy. It is trained by [`ParallelModule`].
 #[derive(Clone)]
 pub struct Parallel<M> {
-    spread: Spread<M>,
+    wrapped: Wrapped<M>,
     mesh: Mesh,
     /// Joins the ranks that share the model, where these lie along several axes.
     together: Option<Communicator>,
 }
 
 #[derive(Clone)]
-enum Spread<M> {
+enum Wrapped<M> {
     Eager(Replica<Eager<M>>),
     Sharded(Replica<Sharded<M>>),
     Pipelined(Replica<Pipelined<M>>),
@@ -101,11 +101,11 @@ enum Spread<M> {
 
 /// Calls a method of what the model is wrapped in.
 macro_rules! with {
-    ($spread:expr, $model:ident => $call:expr) => {
-        match $spread {
-            Spread::Eager($model) => $call,
-            Spread::Sharded($model) => $call,
-            Spread::Pipelined($model) => $call,
+    ($wrapped:expr, $model:ident => $call:expr) => {
+        match $wrapped {
+            Wrapped::Eager($model) => $call,
+            Wrapped::Sharded($model) => $call,
+            Wrapped::Pipelined($model) => $call,
         }
     };
 }
@@ -114,10 +114,10 @@ macro_rules! with {
 macro_rules! renew {
     ($self:ident, $model:ident => $call:expr) => {
         Parallel {
-            spread: match $self.spread {
-                Spread::Eager($model) => Spread::Eager($call),
-                Spread::Sharded($model) => Spread::Sharded($call),
-                Spread::Pipelined($model) => Spread::Pipelined($call),
+            wrapped: match $self.wrapped {
+                Wrapped::Eager($model) => Wrapped::Eager($call),
+                Wrapped::Sharded($model) => Wrapped::Sharded($call),
+                Wrapped::Pipelined($model) => Wrapped::Pipelined($call),
             },
             mesh: $self.mesh.clone(),
             together: $self.together.clone(),
@@ -138,7 +138,7 @@ impl<M: Module> ParallelModule for Parallel<M> {
     type Model = M;
 
     fn local(&self) -> &M {
-        with!(&self.spread, model => model.local())
+        with!(&self.wrapped, model => model.local())
     }
 
     fn step_micro_batches<I, F, R>(
@@ -147,20 +147,20 @@ impl<M: Module> ParallelModule for Parallel<M> {
         loss: F,
     ) -> Result<Step, Error>
     where
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&M, I) -> R,
         R: Into<Loss>,
     {
-        with!(&mut self.spread, model => model.step_micro_batches(micro_batches, loss))
+        with!(&mut self.wrapped, model => model.step_micro_batches(micro_batches, loss))
     }
 
     fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&M, I) -> O,
-        O: GraphInputs + Clone + Send + 'static,
+        O: TensorTree + Clone + Send + 'static,
     {
-        with!(&self.spread, model => model.forward_with(inputs, forward))
+        with!(&self.wrapped, model => model.forward_with(inputs, forward))
     }
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
@@ -168,7 +168,7 @@ impl<M: Module> ParallelModule for Parallel<M> {
     }
 
     fn assemble(&self) -> Result<M, Error> {
-        with!(&self.spread, model => model.assemble())
+        with!(&self.wrapped, model => model.assemble())
     }
 
     fn sync_buffers(self) -> Result<Self, Error> {
@@ -176,45 +176,45 @@ impl<M: Module> ParallelModule for Parallel<M> {
     }
 
     fn join<B: IntoIterator>(&self, batches: B) -> Join<B::IntoIter> {
-        with!(&self.spread, model => model.join(batches))
+        with!(&self.wrapped, model => model.join(batches))
     }
 
     fn join_loader<'a, O>(&self, loader: &'a dyn DataLoader<O>) -> JoinLoader<'a, O> {
-        with!(&self.spread, model => model.join_loader(loader))
+        with!(&self.wrapped, model => model.join_loader(loader))
     }
 
     fn counters(&self) -> StepCounters {
-        with!(&self.spread, model => ParallelModule::counters(model))
+        with!(&self.wrapped, model => ParallelModule::counters(model))
     }
 
     fn report(&self) -> Report {
-        with!(&self.spread, model => ParallelModule::report(model))
+        with!(&self.wrapped, model => ParallelModule::report(model))
     }
 
     fn split_params(&self) -> Vec<SplitParam> {
-        with!(&self.spread, model => ParallelModule::split_params(model))
+        with!(&self.wrapped, model => ParallelModule::split_params(model))
     }
 
-    fn holding(&self) -> Holding {
-        let holding = with!(&self.spread, model => ParallelModule::holding(model));
+    fn gradient_layout(&self) -> GradientLayout {
+        let holding = with!(&self.wrapped, model => ParallelModule::gradient_layout(model));
         match &self.together {
-            Some(together) => Holding { groups: vec![together.clone()], ..holding },
+            Some(together) => GradientLayout { groups: vec![together.clone()], ..holding },
             None => holding,
         }
     }
 
     fn trains(&self) -> bool {
-        with!(&self.spread, model => ParallelModule::trains(model))
+        with!(&self.wrapped, model => ParallelModule::trains(model))
     }
 
-    fn met(&self) -> &Met {
-        with!(&self.spread, model => ParallelModule::met(model))
+    fn checked_optimizers(&self) -> &CheckedOptimizers {
+        with!(&self.wrapped, model => ParallelModule::checked_optimizers(model))
     }
 }
 
 impl<M: Module> Module for Parallel<M> {
     fn collect_devices(&self, devices: Devices) -> Devices {
-        with!(&self.spread, model => model.collect_devices(devices))
+        with!(&self.wrapped, model => model.collect_devices(devices))
     }
 
     fn fork(self, device: &Device) -> Self {
@@ -240,7 +240,7 @@ impl<M: Module> Module for Parallel<M> {
 
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
         nesting::visited("Parallel");
-        with!(&self.spread, model => model.visit(visitor));
+        with!(&self.wrapped, model => model.visit(visitor));
     }
 
     fn map<V: ModuleMapper>(self, mapper: &mut V) -> Self {
@@ -250,13 +250,13 @@ impl<M: Module> Module for Parallel<M> {
 
 impl<M: Module + fmt::Debug> fmt::Debug for Parallel<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        with!(&self.spread, model => fmt::Debug::fmt(model, f))
+        with!(&self.wrapped, model => fmt::Debug::fmt(model, f))
     }
 }
 
 impl<M: fmt::Display> fmt::Display for Parallel<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        with!(&self.spread, model => fmt::Display::fmt(model, f))
+        with!(&self.wrapped, model => fmt::Display::fmt(model, f))
     }
 }
 

@@ -5,11 +5,11 @@ use burn::module::Module;
 
 use super::module::sealed::Sealed;
 use super::report::Reports;
-use super::{ParallelModule, Report, alone};
+use super::{ParallelModule, Report, unreplicated};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::data_parallel::{DataParallelConfig, Join, JoinLoader, Replica};
-use crate::graph::{GraphInputs, Holding, Met, SplitParam, StepEngine};
+use crate::graph::{CheckedOptimizers, GradientLayout, SplitParam, StepEngine, TensorTree};
 use crate::params::SliceSource;
 use crate::pipeline_parallel::{PipelineConfig, Pipelined};
 use crate::step::{Loss, Step, StepCounters, StepFn};
@@ -30,7 +30,7 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
         mut loss: F,
     ) -> Result<Step, Error>
     where
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&E::Model, I) -> R,
         R: Into<Loss>,
     {
@@ -40,9 +40,9 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
 
     fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
-        I: GraphInputs + Clone,
+        I: TensorTree + Clone,
         F: FnMut(&E::Model, I) -> O,
-        O: GraphInputs + Clone + Send + 'static,
+        O: TensorTree + Clone + Send + 'static,
     {
         self.engine().forward(inputs, forward)
     }
@@ -80,17 +80,17 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
     }
 
     /// Replicas hold the same gradients, bit for bit: each measures its own.
-    fn holding(&self) -> Holding {
-        let averaged = Some((self.control().clone(), self.brought_bad()));
-        Holding { averaged, ..self.engine().holding() }
+    fn gradient_layout(&self) -> GradientLayout {
+        let averaged = Some((self.control().clone(), self.non_finite_param()));
+        GradientLayout { averaged, ..self.engine().gradient_layout() }
     }
 
     fn trains(&self) -> bool {
         self.engine().trains()
     }
 
-    fn met(&self) -> &Met {
-        self.engine().met()
+    fn checked_optimizers(&self) -> &CheckedOptimizers {
+        self.engine().checked_optimizers()
     }
 }
 
@@ -111,19 +111,19 @@ macro_rules! without_replicas {
                 mut loss: F,
             ) -> Result<Step, Error>
             where
-                I: GraphInputs + Clone,
+                I: TensorTree + Clone,
                 F: FnMut(&M, I) -> R,
                 R: Into<Loss>,
             {
                 let mut call = |model: &M, inputs: I| loss(model, inputs).into();
-                alone::step(self, micro_batches, StepFn::new::<F>(&mut call))
+                unreplicated::step(self, micro_batches, StepFn::new::<F>(&mut call))
             }
 
             fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
             where
-                I: GraphInputs + Clone,
+                I: TensorTree + Clone,
                 F: FnMut(&M, I) -> O,
-                O: GraphInputs + Clone + Send + 'static,
+                O: TensorTree + Clone + Send + 'static,
             {
                 StepEngine::forward(self, inputs, forward)
             }
@@ -160,16 +160,16 @@ macro_rules! without_replicas {
                 StepEngine::split_params(self)
             }
 
-            fn holding(&self) -> Holding {
-                StepEngine::holding(self)
+            fn gradient_layout(&self) -> GradientLayout {
+                StepEngine::gradient_layout(self)
             }
 
             fn trains(&self) -> bool {
                 StepEngine::trains(self)
             }
 
-            fn met(&self) -> &Met {
-                StepEngine::met(self)
+            fn checked_optimizers(&self) -> &CheckedOptimizers {
+                StepEngine::checked_optimizers(self)
             }
         }
     )*};

@@ -13,7 +13,7 @@ use burn::nn::{
 use burn::optim::{GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
 use burn_parallel::Error;
-use burn_parallel::graph::{GraphInputs, TensorMapper};
+use burn_parallel::graph::{TensorMapper, TensorTree};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
@@ -25,7 +25,7 @@ pub struct Batch {
     pub targets: Tensor<2>,
 }
 
-impl GraphInputs for Batch {
+impl TensorTree for Batch {
     fn map_tensors(self, mapper: &mut dyn TensorMapper) -> Result<Self, Error> {
         let (features, tokens, targets) = (self.features, self.tokens, self.targets).map_tensors(mapper)?;
         Ok(Self { features, tokens, targets })

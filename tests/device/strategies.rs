@@ -5,7 +5,7 @@ use burn::nn::LinearConfig;
 use burn::prelude::*;
 use burn_parallel::comm::part;
 use burn_parallel::data_parallel::{Eager, Replica};
-use burn_parallel::graph::GraphInputs;
+use burn_parallel::graph::TensorTree;
 use burn_parallel::prelude::*;
 
 use super::trials::{Trials, gpu};
@@ -162,7 +162,7 @@ fn replicas_with_synchronised_batch_norm() {
 }
 
 /// Steps of a split model, against one on the CPU.
-fn split_trains_like_one<M: Module + Sync, I: GraphInputs + Clone>(
+fn split_trains_like_one<M: Module + Sync, I: TensorTree + Clone>(
     model: &M,
     plan: &Plan,
     batch: Batch<I>,
@@ -249,7 +249,7 @@ fn split_layers_draw_what_the_cpu_draws() {
 }
 
 /// Steps of a model in stages, against one on the CPU.
-fn stages_train_like_one<M: Module + Sync, I: GraphInputs + Clone>(
+fn stages_train_like_one<M: Module + Sync, I: TensorTree + Clone>(
     model: &M,
     cut: [&Cut; 2],
     batch: Batch<I>,

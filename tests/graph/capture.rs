@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use burn::module::{Module, Param};
 use burn::prelude::*;
 use burn::tensor::Bool;
-use burn_parallel::graph::{CustomOps, Executor, GraphCache, GraphInputs, capture_step};
+use burn_parallel::graph::{CustomOps, Executor, GraphCache, TensorTree, capture_step};
 
 use crate::common::models::*;
 use crate::common::reference::{difference, gradient_values, values};
@@ -60,7 +60,7 @@ struct Batch {
     targets: Tensor<1, Int>,
 }
 
-impl GraphInputs for Batch {
+impl TensorTree for Batch {
     fn map_tensors(self, mapper: &mut dyn burn_parallel::graph::TensorMapper) -> Result<Self, burn_parallel::Error> {
         let (rows, keep, targets) = (self.rows, self.keep, self.targets).map_tensors(mapper)?;
         Ok(Self { rows, keep, targets })

@@ -3,13 +3,13 @@
 use burn::module::{Lora, Module};
 use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::prelude::*;
-use burn_parallel::graph::{CustomOps, Executor, GraphInputs, capture_step};
+use burn_parallel::graph::{CustomOps, Executor, TensorTree, capture_step};
 
 use crate::common::models::*;
 use crate::common::reference::{difference, gradient_values, values};
 
 /// Trains two copies for some AdamW steps, one eagerly, and compares everything after each step.
-fn parity<M: Module, I: GraphInputs + Clone>(model: M, batch: impl Fn(u64) -> I, loss: impl Fn(&M, I) -> Tensor<1>) {
+fn parity<M: Module, I: TensorTree + Clone>(model: M, batch: impl Fn(u64) -> I, loss: impl Fn(&M, I) -> Tensor<1>) {
     // `train` gives running statistics of its own to each copy.
     let (mut eager_model, mut graph_model) = (model.clone().train(), model.train().fork(&device()));
     let [mut eager_optim, mut graph_optim]: [ModuleOptimizer; 2] =

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use burn_parallel::Error;
-use burn_parallel::launch::{Place, Rendezvous};
+use burn_parallel::launch::{ProcessInfo, Rendezvous};
 
 /// A time-out that no test waits for.
 const LONG: Duration = Duration::from_secs(30);
@@ -258,7 +258,7 @@ fn any_time_out_but_none_at_all() {
 #[test]
 #[ignore = "a helper of the tests with processes"]
 fn one_rank() {
-    let Ok(place) = Place::from_env() else { return };
+    let Ok(place) = ProcessInfo::from_env() else { return };
     env_logger::init();
     let timeout = std::env::var("RENDEZVOUS_MS").ok().and_then(|time| time.parse().ok());
     let timeout = timeout.map_or(LONG, Duration::from_millis);
@@ -331,7 +331,7 @@ fn a_warning_without_a_secret_where_others_may_come() {
 #[ignore = "a helper of the tests with processes"]
 fn one_world() {
     use burn_parallel::comm::{ReduceOp, local::WorldConfig, tcp::Session};
-    let Ok(place) = Place::from_env() else { return };
+    let Ok(place) = ProcessInfo::from_env() else { return };
     let session = Session::new();
     let world = Rendezvous::at(&place, LONG).and_then(|meeting| session.world(&meeting, WorldConfig::from_env()?));
     match world.and_then(|world| world.all_reduce(vec![1.0f32], ReduceOp::Sum)) {

@@ -2,14 +2,14 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use burn_parallel::graph::GraphInputs;
+use burn_parallel::graph::TensorTree;
 use burn_parallel::pipeline_parallel::Pipelined;
 use burn_parallel::prelude::*;
 
 use crate::common::reference::{Reference, Wholes, all_same, bytes, filled, gradient_values, optimizer, values};
 
 /// Trains as a pipeline and compares everything with one device.
-pub fn compare<M: Module, I: GraphInputs + Clone>(
+pub fn compare<M: Module, I: TensorTree + Clone>(
     make: impl Fn() -> M + Sync,
     batch: fn(u64) -> I,
     loss: fn(&M, I) -> Tensor<1>,

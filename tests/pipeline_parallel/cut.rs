@@ -9,9 +9,7 @@ use burn::nn::{Dropout, DropoutConfig, Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::{Bool, activation};
 use burn_parallel::Error;
-use burn_parallel::graph::{
-    CustomOps, Executor, GraphInputs, StepGraph, capture_step, gradients_params, graph_tensors,
-};
+use burn_parallel::graph::{CustomOps, Executor, StepGraph, TensorTree, capture_step, gradients_params, graph_tensors};
 use burn_parallel::pipeline_parallel::cut::{
     Cut, CutGraph, CutReport, StageRun, Tensors, cut, measure_operations, operation_cost,
 };
@@ -82,7 +80,7 @@ impl Pipeline {
 
 /// The whole step against its stages: loss, gradients, running statistics.
 #[track_caller]
-fn same<M: Module, I: GraphInputs + Clone>(
+fn same<M: Module, I: TensorTree + Clone>(
     model: &M,
     inputs: I,
     loss: impl Fn(&M, I) -> Tensor<1>,

@@ -29,7 +29,7 @@ fn chain(timetable: &Timetable) -> Routes {
 fn skipping(stages: usize) -> Routes {
     let mut edges: Vec<Edge> = Routes::chain(stages).edges().collect();
     let far = [Edge::new(0, stages - 1, 2), Edge::new(1, stages - 1, 1)];
-    edges.extend(far.iter().filter(|edge| edge.from + 1 < edge.to).flat_map(|edge| [*edge, edge.turned()]));
+    edges.extend(far.iter().filter(|edge| edge.from + 1 < edge.to).flat_map(|edge| [*edge, edge.reversed()]));
     Routes::new(edges).unwrap()
 }
 

@@ -5,7 +5,7 @@ use burn::nn::transformer::{TransformerDecoder, TransformerDecoderConfig, Transf
 use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::optim::GradientsParams;
 use burn::prelude::*;
-use burn_parallel::graph::{GraphInputs, capture_step};
+use burn_parallel::graph::{TensorTree, capture_step};
 use burn_parallel::partition::{CollectiveKind, PartitionOptions, ShardReport, partition};
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::Sharded;
@@ -26,7 +26,7 @@ impl ModuleMapper for Put<'_> {
 }
 
 /// Trains with a plan on `degree` ranks and compares everything with one device.
-fn compare<M: Module, I: GraphInputs + Clone>(
+fn compare<M: Module, I: TensorTree + Clone>(
     make: fn(&Device) -> M,
     batch: fn(u64) -> I,
     loss: fn(&M, I) -> Tensor<1>,
@@ -210,7 +210,7 @@ fn random_plan<M: Module>(model: &M, degree: usize, numbers: &mut Numbers) -> Pl
     plan
 }
 
-fn random_plans<M: Module, I: GraphInputs + Clone>(
+fn random_plans<M: Module, I: TensorTree + Clone>(
     make: fn(&Device) -> M,
     batch: fn(u64) -> I,
     loss: fn(&M, I) -> Tensor<1>,

@@ -5,7 +5,7 @@ use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, Transf
 use burn::nn::{Dropout, DropoutConfig, Embedding, EmbeddingConfig, Linear, LinearConfig, SwiGlu, SwiGluConfig};
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::graph::{GraphInputs, TensorMapper};
+use burn_parallel::graph::{TensorMapper, TensorTree};
 use burn_parallel::partition::{Collective, CollectiveKind};
 use burn_parallel::prelude::*;
 
@@ -16,7 +16,7 @@ const STEPS: usize = 3;
 
 /// Losses and all parameters of several steps are those of one device.
 #[track_caller]
-fn trains_like_one<M: Module + Sync, I: GraphInputs + Clone>(
+fn trains_like_one<M: Module + Sync, I: TensorTree + Clone>(
     model: &M,
     batch: fn(usize) -> I,
     loss: fn(&M, I) -> Tensor<1>,
@@ -152,7 +152,7 @@ struct Batch {
     more: Vec<(Tensor<1, Int>, Option<Tensor<1>>)>,
 }
 
-impl GraphInputs for Batch {
+impl TensorTree for Batch {
     fn map_tensors(self, mapper: &mut dyn TensorMapper) -> Result<Self, Error> {
         let ((x, mask), more) = ((self.x, self.mask), self.more).map_tensors(mapper)?;
         Ok(Self { x, mask, more })
@@ -174,7 +174,7 @@ struct Seen {
     right: (Tensor<1, Bool>, &'static str),
 }
 
-impl GraphInputs for Seen {
+impl TensorTree for Seen {
     fn map_tensors(self, mapper: &mut dyn TensorMapper) -> Result<Self, Error> {
         let (hidden, classes, right) = (self.hidden, self.classes, self.right.0).map_tensors(mapper)?;
         Ok(Self { hidden, classes, right: (right, self.right.1) })

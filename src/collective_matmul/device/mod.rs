@@ -9,7 +9,7 @@ mod view;
 use burn::backend::tensor::FloatTensor;
 use burn_cubecl::Cube;
 
-use super::{Job, PendingProduct, Products};
+use super::{PendingProduct, ProductCall, Products};
 use crate::Error;
 use crate::comm::DeviceTensor;
 use view::{fused, resolved};
@@ -21,26 +21,26 @@ fn all_resolved(terms: Vec<[FloatTensor<Cube>; 2]>) -> Vec<[DeviceTensor; 2]> {
 impl Products for Cube {
     fn sum(
         terms: Vec<[FloatTensor<Self>; 2]>,
-        job: &Job,
+        call: &ProductCall,
         beside: bool,
     ) -> Result<PendingProduct<FloatTensor<Self>>, Error> {
-        Ok(product::sum(all_resolved(terms), job, beside)?.map(fused))
+        Ok(product::sum(all_resolved(terms), call, beside)?.map(fused))
     }
 
     fn scatter(
         terms: Vec<[FloatTensor<Self>; 2]>,
-        job: &Job,
+        call: &ProductCall,
         beside: bool,
     ) -> Result<PendingProduct<FloatTensor<Self>>, Error> {
-        Ok(product::scatter(all_resolved(terms), job, beside)?.map(fused))
+        Ok(product::scatter(all_resolved(terms), call, beside)?.map(fused))
     }
 
     fn gather(
         left: FloatTensor<Self>,
         rights: Vec<FloatTensor<Self>>,
-        job: &Job,
+        call: &ProductCall,
     ) -> Result<(Vec<FloatTensor<Self>>, FloatTensor<Self>), Error> {
-        let (made, whole) = product::gather(resolved(left), rights.into_iter().map(resolved).collect(), job)?;
+        let (made, whole) = product::gather(resolved(left), rights.into_iter().map(resolved).collect(), call)?;
         Ok((made.into_iter().map(fused).collect(), fused(whole)))
     }
 
@@ -60,7 +60,7 @@ impl Products for Cube {
         product::multiply_rows(resolved(left), resolved(right)).map(fused)
     }
 
-    fn turned(right: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn transposed(right: FloatTensor<Self>) -> FloatTensor<Self> {
         fused(view::transposed(resolved(right)))
     }
 }

@@ -12,20 +12,20 @@ use super::view::{add, dims, multiply, multiply_all, rows, stacked, transposed};
 use crate::Error;
 use crate::collective_matmul::chunk_plan::{ChunkPlan, total_positions};
 use crate::collective_matmul::schedule::{Schedule, Size};
-use crate::collective_matmul::{Job, PendingProduct};
+use crate::collective_matmul::{PendingProduct, ProductCall};
 use crate::comm::device::{from_device, to_device, with_dims};
 use crate::comm::{Communicator, DeviceTensor, Pending, ReduceOp};
 
 /// Chunks that travel, or have arrived.
 struct RunningChunks {
     background: bool,
-    flying: Vec<Pending<DeviceTensor>>,
+    in_flight: Vec<Pending<DeviceTensor>>,
     arrived: Vec<DeviceTensor>,
 }
 
 impl RunningChunks {
     fn new(schedule: Schedule) -> Self {
-        Self { background: schedule.background, flying: Vec::new(), arrived: Vec::new() }
+        Self { background: schedule.background, in_flight: Vec::new(), arrived: Vec::new() }
     }
 
     fn start(
@@ -34,7 +34,7 @@ impl RunningChunks {
         operation: impl FnOnce(&Communicator) -> Result<DeviceTensor, Error> + Send + 'static,
     ) -> Result<(), Error> {
         match self.background {
-            true => self.flying.push(comm.start(operation)),
+            true => self.in_flight.push(comm.start(operation)),
             false => self.arrived.push(operation(comm)?),
         }
         Ok(())
@@ -42,11 +42,11 @@ impl RunningChunks {
 
     /// All chunks, one behind the other.
     fn together(self) -> Result<PendingProduct<DeviceTensor>, Error> {
-        let Self { background, flying, arrived } = self;
+        let Self { background, in_flight, arrived } = self;
         match background {
             false => stacked(arrived).map(PendingProduct::Ready),
             true => Ok(PendingProduct::Running(Box::new(move || {
-                stacked(flying.into_iter().map(Pending::wait).collect::<Result<Vec<_>, _>>()?)
+                stacked(in_flight.into_iter().map(Pending::wait).collect::<Result<Vec<_>, _>>()?)
             }))),
         }
     }
@@ -112,8 +112,8 @@ fn matrix(right: DeviceTensor) -> DeviceTensor {
             let (rows, columns) = (*rows, *columns);
             // The dims before are 1: what is left of a view of them is one.
             let strides = right.meta.strides();
-            let turned = rows > 1 && columns > 1 && strides[dims.len() - 2] < strides[dims.len() - 1];
-            match turned {
+            let transposed = rows > 1 && columns > 1 && strides[dims.len() - 2] < strides[dims.len() - 1];
+            match transposed {
                 true => {
                     let order: Vec<usize> = (0..dims.len() - 2).chain([dims.len() - 1, dims.len() - 2]).collect();
                     transposed(with_dims(into_contiguous(permute(right, &order)), vec![columns, rows]))
@@ -125,8 +125,13 @@ fn matrix(right: DeviceTensor) -> DeviceTensor {
     }
 }
 
-fn schedule(job: &Job, [rows, across, split]: [usize; 3], size: usize, beside: bool) -> Result<Schedule, Error> {
-    job.schedule(Size { rows, row_bytes: across * size, across, split, beside, on_device: true })
+fn schedule(
+    call: &ProductCall,
+    [rows, across, split]: [usize; 3],
+    size: usize,
+    beside: bool,
+) -> Result<Schedule, Error> {
+    call.schedule(Size { rows, row_bytes: across * size, across, split, beside, on_device: true })
 }
 
 /// Pairs of factors whose products are added up.
@@ -161,19 +166,19 @@ impl Terms {
 
 pub(super) fn sum(
     terms: Vec<[DeviceTensor; 2]>,
-    job: &Job,
+    call: &ProductCall,
     beside: bool,
 ) -> Result<PendingProduct<DeviceTensor>, Error> {
-    let first = &terms.first().ok_or_else(|| job.no_terms())?[0];
+    let first = &terms.first().ok_or_else(|| call.no_terms())?[0];
     let (size, first) = (first.dtype.size(), Rows::of(first.clone(), 0));
     let back = first.back(first.positions());
     let terms = Terms(terms.into_iter().map(|[left, right]| [Rows::of(left, 0).matrix, matrix(right)]).collect());
     let (m, columns) = (dims(&terms.0[0][0])[0], terms.columns());
-    let schedule = schedule(job, [m, columns, terms.features()], size, beside)?;
+    let schedule = schedule(call, [m, columns, terms.features()], size, beside)?;
     let mut running = RunningChunks::new(schedule);
     for chunk in schedule.cut(m) {
         let partial = terms.add_up(|left, right| multiply(rows(left, chunk.clone()), right))?;
-        running.start(&job.comm, move |comm| {
+        running.start(&call.comm, move |comm| {
             to_device(comm.all_reduce(from_device::<2, Float>(partial), ReduceOp::Sum)?)
         })?;
     }
@@ -182,15 +187,16 @@ pub(super) fn sum(
 
 pub(super) fn scatter(
     terms: Vec<[DeviceTensor; 2]>,
-    job: &Job,
+    call: &ProductCall,
     beside: bool,
 ) -> Result<PendingProduct<DeviceTensor>, Error> {
-    let first = Rows::of(terms.first().ok_or_else(|| job.no_terms())?[0].clone(), job.dim);
+    let first = Rows::of(terms.first().ok_or_else(|| call.no_terms())?[0].clone(), call.dim);
     let (size, positions, unit) = (first.matrix.dtype.size(), first.positions(), first.unit());
-    let terms = Terms(terms.into_iter().map(|[left, right]| [Rows::of(left, job.dim).matrix, matrix(right)]).collect());
+    let terms =
+        Terms(terms.into_iter().map(|[left, right]| [Rows::of(left, call.dim).matrix, matrix(right)]).collect());
     let columns = terms.columns();
-    let schedule = schedule(job, [positions * unit, columns, terms.features()], size, beside)?;
-    let plan = ChunkPlan::new(positions, job.comm.size(), job.comm.rank(), schedule);
+    let schedule = schedule(call, [positions * unit, columns, terms.features()], size, beside)?;
+    let plan = ChunkPlan::new(positions, call.comm.size(), call.comm.rank(), schedule);
     let mut running = RunningChunks::new(schedule);
     for chunk in 0..schedule.chunks {
         let partial = terms.add_up(|left, right| match schedule.chunks {
@@ -198,7 +204,7 @@ pub(super) fn scatter(
             _ => multiply_all(plan.of_all(chunk).map(|slot| rows(left, by(slot, unit))).collect(), right),
         })?;
         let (positions, own) = (plan.total(chunk), plan.of_own(chunk).len());
-        running.start(&job.comm, move |comm| {
+        running.start(&call.comm, move |comm| {
             let partial = with_dims(into_contiguous(partial), vec![positions, unit * columns]);
             let own_rows = to_device(comm.reduce_scatter(from_device::<2, Float>(partial), ReduceOp::Sum)?)?;
             Ok(with_dims(own_rows, vec![own * unit, columns]))
@@ -210,19 +216,19 @@ pub(super) fn scatter(
 pub(super) fn gather(
     left: DeviceTensor,
     rights: Vec<DeviceTensor>,
-    job: &Job,
+    call: &ProductCall,
 ) -> Result<(Vec<DeviceTensor>, DeviceTensor), Error> {
     let rights: Vec<DeviceTensor> = rights.into_iter().map(matrix).collect();
-    let left = Rows::of(left, job.dim);
+    let left = Rows::of(left, call.dim);
     let (own, unit) = (left.positions(), left.unit());
-    let (rank, size) = (job.comm.rank(), job.comm.size());
+    let (rank, size) = (call.comm.rank(), call.comm.size());
     let [_, inner] = dims(&left.matrix);
-    let positions = total_positions(own, job)?;
+    let positions = total_positions(own, call)?;
     let back = left.back(positions);
     let split = rights.iter().map(|right| dims(right)[1]).sum();
-    let schedule = schedule(job, [positions * unit, inner, split], left.matrix.dtype.size(), true)?;
+    let schedule = schedule(call, [positions * unit, inner, split], left.matrix.dtype.size(), true)?;
     if !schedule.background {
-        let whole = whole(left.matrix, own, unit, &job.comm)?;
+        let whole = whole(left.matrix, own, unit, &call.comm)?;
         let made = rights.iter().map(|right| multiply(whole.clone(), right).map(&back)).collect::<Result<_, _>>()?;
         return Ok((made, back(whole)));
     }
@@ -232,14 +238,14 @@ pub(super) fn gather(
     for chunk in 0..schedule.chunks {
         let within = plan.within_own(chunk);
         let (count, brought) = (within.len(), rows(&left, by(within, unit)));
-        running.start(&job.comm, move |comm| whole(brought, count, unit, comm))?;
+        running.start(&call.comm, move |comm| whole(brought, count, unit, comm))?;
     }
     // What this rank has needs no waiting.
     let own = rights.iter().map(|right| multiply(left.clone(), right)).collect::<Result<Vec<_>, _>>()?;
     // Of each rank its rows, and of each right factor what becomes of them.
     let mut slots = vec![Vec::new(); size];
     let mut made = vec![vec![Vec::new(); size]; rights.len()];
-    for (chunk, flight) in running.flying.into_iter().enumerate() {
+    for (chunk, flight) in running.in_flight.into_iter().enumerate() {
         let gathered = flight.wait()?;
         let mut from = 0;
         for (of, slot) in plan.of_all(chunk).enumerate() {

@@ -6,10 +6,10 @@ use burn::backend::flex::FlexTensor;
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::Tensor;
 
-use super::matrix::{Factor, Matrix, Place, Real, elements_of, multiply, room};
+use super::matrix::{Factor, Matrix, OutputRows, Real, elements_of, multiply, room};
 use super::product::{dims_of, multiply_own, positions_first, unit_of, with_positions_first};
 use crate::Error;
-use crate::collective_matmul::Job;
+use crate::collective_matmul::ProductCall;
 use crate::collective_matmul::chunk_plan::{ChunkPlan, check_part, total_positions};
 use crate::collective_matmul::schedule::Size;
 use crate::comm::part;
@@ -17,36 +17,36 @@ use crate::comm::part;
 pub(super) fn gather<T: Real>(
     left: FlexTensor,
     rights: &[FlexTensor],
-    job: &Job,
+    call: &ProductCall,
 ) -> Result<(Vec<FlexTensor>, FlexTensor), Error> {
     let together = || {
-        let whole = whole(&left, job)?;
+        let whole = whole(&left, call)?;
         let made = rights.iter().map(|right| multiply_own::<T>(whole.clone(), right)).collect();
         Ok((made, whole))
     };
-    if !job.overlap.runs_in_background(&job.comm) {
+    if !call.overlap.runs_in_background(&call.comm) {
         return together();
     }
-    let (dim, shape) = (job.dim, left.shape());
+    let (dim, shape) = (call.dim, left.shape());
     let unit = unit_of(&left, dim);
     let (outer, features) = (shape.as_slice()[..dim].iter().product::<usize>(), shape[shape.num_dims() - 1]);
-    let positions = total_positions(shape[dim], job)?;
+    let positions = total_positions(shape[dim], call)?;
     let factors: Vec<Factor<'_, T>> = rights.iter().map(|right| Factor::new(Matrix::of(right))).collect();
     let split = factors.iter().map(Factor::columns).sum();
     let (rows, row_bytes) = (outer * positions * unit, features * size_of::<T>());
     // Beside all of them there are the rows that this rank has.
-    let schedule = job.schedule(Size { rows, row_bytes, across: features, split, beside: true, on_device: false })?;
+    let schedule = call.schedule(Size { rows, row_bytes, across: features, split, beside: true, on_device: false })?;
     if !schedule.background {
         return together();
     }
-    let (size, rank) = (job.comm.size(), job.comm.rank());
+    let (size, rank) = (call.comm.size(), call.comm.rank());
     let plan = ChunkPlan::new(positions, size, rank, schedule);
     let (brought, width) = (with_positions_first(&left, dim), outer * unit * features);
-    let mut flying = Vec::with_capacity(schedule.chunks);
+    let mut in_flight = Vec::with_capacity(schedule.chunks);
     for chunk in 0..schedule.chunks {
         let (own, brought) = (plan.within_own(chunk), brought.clone());
         let (elements, dims) = (plan.total(chunk) * width, [own.len(), width]);
-        flying.push(job.comm.start(move |comm| {
+        in_flight.push(call.comm.start(move |comm| {
             let mut slots = vec![T::default(); elements];
             let rows = elements_of::<T>(&brought);
             comm.all_gather_matrix(&rows[own.start * width..own.end * width], dims, &mut slots)?;
@@ -68,7 +68,7 @@ pub(super) fn gather<T: Real>(
         // What this rank has needs no waiting.
         let own = part(positions, size, rank);
         place(own.clone(), &elements_of::<T>(&brought)[..own.len() * width]);
-        for (chunk, slots) in flying.into_iter().enumerate() {
+        for (chunk, slots) in in_flight.into_iter().enumerate() {
             let slots = slots.wait()?;
             let mut rest = slots.as_slice();
             for (from, positions) in plan.of_all(chunk).enumerate() {
@@ -99,27 +99,27 @@ fn write_slot<T: Real>(
             let stride = if unit == 1 { outer * features } else { features };
             let rows = slot.get(place * unit * features..).unwrap_or_default();
             let left = Matrix::spread(rows, count * unit, features, stride);
-            multiply(&[(left, right)], Place::packed(out, columns));
+            multiply(&[(left, right)], OutputRows::packed(out, columns));
         } else {
             for position in 0..count {
                 let rows = &slot[(position * outer + place) * unit * features..][..unit * features];
                 let out = &mut out[position * unit * columns..];
-                multiply(&[(Matrix::packed(rows, unit, features), right)], Place::packed(out, columns));
+                multiply(&[(Matrix::packed(rows, unit, features), right)], OutputRows::packed(out, columns));
             }
         }
     }
 }
 
 /// `[left_0, .., left_(n-1)]`.
-fn whole(left: &FlexTensor, job: &Job) -> Result<FlexTensor, Error> {
-    let (dim, shape) = (job.dim, left.shape());
+fn whole(left: &FlexTensor, call: &ProductCall) -> Result<FlexTensor, Error> {
+    let (dim, shape) = (call.dim, left.shape());
     let brought = with_positions_first(left, dim);
     let width: usize = shape.iter().enumerate().filter(|(place, _)| *place != dim).map(|(_, size)| size).product();
     let brought = brought.reshape([shape[dim], width].into());
-    let whole = job.comm.all_gather(Tensor::<2>::from_primitive::<Flex>(brought))?;
+    let whole = call.comm.all_gather(Tensor::<2>::from_primitive::<Flex>(brought))?;
     let total = whole.dims()[0];
-    check_part(job.comm.rank(), shape[dim], total, job)?;
-    let unreadable = |problem| Error::invalid(job.name, format!("what was gathered cannot be read: {problem:?}"));
+    check_part(call.comm.rank(), shape[dim], total, call)?;
+    let unreadable = |problem| Error::invalid(call.name, format!("what was gathered cannot be read: {problem:?}"));
     let whole = whole.try_into_primitive::<Flex>().map_err(unreadable)?;
     Ok(positions_first(whole, dims_of(left, dim, total, shape[shape.num_dims() - 1]), dim))
 }

@@ -91,12 +91,12 @@ pub(super) fn elements_of<T: Real>(tensor: &FlexTensor) -> &[T] {
 pub(super) struct Factor<'a, T: Real> {
     rows: usize,
     columns: usize,
-    ready: T::Ready<'a>,
+    packed: T::Packed<'a>,
 }
 
 impl<'a, T: Real> Factor<'a, T> {
     pub fn new(matrix: Matrix<'a, T>) -> Self {
-        Self { rows: matrix.rows, columns: matrix.columns, ready: T::ready(matrix) }
+        Self { rows: matrix.rows, columns: matrix.columns, packed: T::pack(matrix) }
     }
 
     pub fn columns(&self) -> usize {
@@ -106,12 +106,12 @@ impl<'a, T: Real> Factor<'a, T> {
 
 /// Rows to be written, at even distances.
 #[derive(Debug)]
-pub(super) struct Place<'a, T> {
+pub(super) struct OutputRows<'a, T> {
     data: &'a mut [T],
     row_stride: usize,
 }
 
-impl<'a, T> Place<'a, T> {
+impl<'a, T> OutputRows<'a, T> {
     /// One behind the other.
     pub fn packed(data: &'a mut [T], columns: usize) -> Self {
         Self { data, row_stride: columns }
@@ -126,7 +126,7 @@ impl<'a, T> Place<'a, T> {
 ///
 /// # Panics
 /// If the dims don't fit, which whoever made the matrices has checked.
-pub(super) fn multiply<T: Real>(terms: &[(Matrix<'_, T>, &Factor<'_, T>)], place: Place<'_, T>) {
+pub(super) fn multiply<T: Real>(terms: &[(Matrix<'_, T>, &Factor<'_, T>)], out: OutputRows<'_, T>) {
     let (rows, columns) = terms.first().map_or((0, 0), |(left, right)| (left.rows, right.columns));
     let fits = |(left, right): &(Matrix<'_, T>, &Factor<'_, T>)| {
         (left.rows, left.columns, right.columns) == (rows, right.rows, columns)
@@ -135,38 +135,38 @@ pub(super) fn multiply<T: Real>(terms: &[(Matrix<'_, T>, &Factor<'_, T>)], place
     if rows * columns == 0 {
         return;
     }
-    assert!((rows - 1) * place.row_stride + columns <= place.data.len(), "dims are checked before");
+    assert!((rows - 1) * out.row_stride + columns <= out.data.len(), "dims are checked before");
     let terms: Vec<_> =
-        terms.iter().filter(|(left, _)| left.columns > 0).map(|(left, right)| (*left, &right.ready)).collect();
+        terms.iter().filter(|(left, _)| left.columns > 0).map(|(left, right)| (*left, &right.packed)).collect();
     match terms.is_empty() {
-        true => place.data.chunks_mut(place.row_stride).for_each(|row| row[..columns].fill(T::default())),
-        false => T::multiply(&terms, place, columns),
+        true => out.data.chunks_mut(out.row_stride).for_each(|row| row[..columns].fill(T::default())),
+        false => T::multiply(&terms, out, columns),
     }
 }
 
 /// The floats that are multiplied.
 pub(super) trait Real: Element + bytemuck::Pod {
     /// A right factor, made ready.
-    type Ready<'a>: std::fmt::Debug;
+    type Packed<'a>: std::fmt::Debug;
 
-    fn ready(matrix: Matrix<'_, Self>) -> Self::Ready<'_>;
+    fn pack(matrix: Matrix<'_, Self>) -> Self::Packed<'_>;
 
     /// Writes the sum of products of matrices that are not empty.
-    fn multiply(terms: &[(Matrix<'_, Self>, &Self::Ready<'_>)], place: Place<'_, Self>, columns: usize);
+    fn multiply(terms: &[(Matrix<'_, Self>, &Self::Packed<'_>)], out: OutputRows<'_, Self>, columns: usize);
 }
 
 macro_rules! real {
     ($($float:ty: $one:expr);*) => {$(
         impl Real for $float {
-            type Ready<'a> = Matrix<'a, Self>;
+            type Packed<'a> = Matrix<'a, Self>;
 
-            fn ready(matrix: Matrix<'_, Self>) -> Matrix<'_, Self> {
+            fn pack(matrix: Matrix<'_, Self>) -> Matrix<'_, Self> {
                 matrix
             }
 
-            fn multiply(terms: &[(Matrix<'_, Self>, &Matrix<'_, Self>)], place: Place<'_, Self>, _: usize) {
+            fn multiply(terms: &[(Matrix<'_, Self>, &Matrix<'_, Self>)], out: OutputRows<'_, Self>, _: usize) {
                 for (number, (left, right)) in terms.iter().enumerate() {
-                    gemm(*left, **right, place.data, place.row_stride, number > 0, $one);
+                    gemm(*left, **right, out.data, out.row_stride, number > 0, $one);
                 }
             }
         }
@@ -176,13 +176,13 @@ real!(f32: 1.0; f64: 1.0; f16: f16::ONE);
 
 /// As Flex: multiplied in `f32`, rounded once.
 impl Real for bf16 {
-    type Ready<'a> = (Vec<f32>, usize, usize);
+    type Packed<'a> = (Vec<f32>, usize, usize);
 
-    fn ready(matrix: Matrix<'_, Self>) -> (Vec<f32>, usize, usize) {
+    fn pack(matrix: Matrix<'_, Self>) -> (Vec<f32>, usize, usize) {
         (matrix.elements().map(bf16::to_f32).collect(), matrix.rows, matrix.columns)
     }
 
-    fn multiply(terms: &[(Matrix<'_, Self>, &Self::Ready<'_>)], place: Place<'_, Self>, columns: usize) {
+    fn multiply(terms: &[(Matrix<'_, Self>, &Self::Packed<'_>)], out: OutputRows<'_, Self>, columns: usize) {
         let rows = terms.first().map_or(0, |(left, _)| left.rows);
         let mut sum = vec![0f32; rows * columns];
         for (number, (left, (right, inner, columns))) in terms.iter().enumerate() {
@@ -190,7 +190,7 @@ impl Real for bf16 {
             let left = Matrix::packed(&wide, rows, left.columns);
             gemm(left, Matrix::packed(right, *inner, *columns), &mut sum, *columns, number > 0, 1.0);
         }
-        for (row, wide) in place.data.chunks_mut(place.row_stride).zip(sum.chunks(columns)) {
+        for (row, wide) in out.data.chunks_mut(out.row_stride).zip(sum.chunks(columns)) {
             row.iter_mut().zip(wide).for_each(|(out, wide)| *out = bf16::from_f32(*wide));
         }
     }

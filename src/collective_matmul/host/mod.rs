@@ -1,16 +1,16 @@
 //! Sharded products in host memory, on tensors of `Device::flex()`.
 
+mod disjoint;
 mod gather;
 mod matrix;
+mod matrix_batch;
 mod product;
-mod stack;
-mod window;
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
 
-use super::{Job, PendingProduct, Products};
+use super::{PendingProduct, ProductCall, Products};
 use crate::Error;
 use crate::comm::element::with_float_type;
 
@@ -22,22 +22,30 @@ macro_rules! with_elements {
     }};
 }
 
-fn dtype_of(terms: &[[FlexTensor; 2]], job: &Job) -> Result<DType, Error> {
-    terms.first().map(|[left, _]| left.dtype()).ok_or_else(|| job.no_terms())
+fn dtype_of(terms: &[[FlexTensor; 2]], call: &ProductCall) -> Result<DType, Error> {
+    terms.first().map(|[left, _]| left.dtype()).ok_or_else(|| call.no_terms())
 }
 
 impl Products for Flex {
-    fn sum(terms: Vec<[FlexTensor; 2]>, job: &Job, beside: bool) -> Result<PendingProduct<FlexTensor>, Error> {
-        with_elements!(job.name, dtype_of(&terms, job)?, T => product::sum::<T>(ahead(terms), job, beside))
+    fn sum(terms: Vec<[FlexTensor; 2]>, call: &ProductCall, beside: bool) -> Result<PendingProduct<FlexTensor>, Error> {
+        with_elements!(call.name, dtype_of(&terms, call)?, T => product::sum::<T>(ahead(terms), call, beside))
     }
 
-    fn scatter(terms: Vec<[FlexTensor; 2]>, job: &Job, beside: bool) -> Result<PendingProduct<FlexTensor>, Error> {
-        with_elements!(job.name, dtype_of(&terms, job)?, T => product::scatter::<T>(ahead(terms), job, beside))
+    fn scatter(
+        terms: Vec<[FlexTensor; 2]>,
+        call: &ProductCall,
+        beside: bool,
+    ) -> Result<PendingProduct<FlexTensor>, Error> {
+        with_elements!(call.name, dtype_of(&terms, call)?, T => product::scatter::<T>(ahead(terms), call, beside))
     }
 
-    fn gather(left: FlexTensor, rights: Vec<FlexTensor>, job: &Job) -> Result<(Vec<FlexTensor>, FlexTensor), Error> {
+    fn gather(
+        left: FlexTensor,
+        rights: Vec<FlexTensor>,
+        call: &ProductCall,
+    ) -> Result<(Vec<FlexTensor>, FlexTensor), Error> {
         let rights: Vec<_> = rights.into_iter().map(running_ahead).collect();
-        with_elements!(job.name, left.dtype(), T => gather::gather::<T>(left, &rights, job))
+        with_elements!(call.name, left.dtype(), T => gather::gather::<T>(left, &rights, call))
     }
 
     fn multiply(left: FlexTensor, right: FlexTensor, name: &'static str) -> Result<FlexTensor, Error> {
@@ -48,7 +56,7 @@ impl Products for Flex {
         with_elements!(name, left.dtype(), T => Ok(product::multiply_rows::<T>(left, right)))
     }
 
-    fn turned(right: FlexTensor) -> FlexTensor {
+    fn transposed(right: FlexTensor) -> FlexTensor {
         let rank = right.layout().shape().num_dims();
         right.transpose(rank - 2, rank - 1)
     }

@@ -9,21 +9,21 @@ use burn::backend::TensorMetadata;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
 
-use super::matrix::{Factor, Matrix, Place, Real, multiply, room};
-use super::stack::{Stack, even};
-use super::window::windows;
+use super::disjoint::disjoint_slices;
+use super::matrix::{Factor, Matrix, OutputRows, Real, multiply, room};
+use super::matrix_batch::{MatrixBatch, even};
 use crate::Error;
 use crate::collective_matmul::chunk_plan::ChunkPlan;
 use crate::collective_matmul::schedule::Size;
-use crate::collective_matmul::{Job, PendingProduct};
+use crate::collective_matmul::{PendingProduct, ProductCall};
 use crate::comm::Pending;
 
 /// Pairs of factors whose products are added up.
-struct Terms<'a, T: Real>(Vec<(Stack<'a, T>, Factor<'a, T>)>);
+struct Terms<'a, T: Real>(Vec<(MatrixBatch<'a, T>, Factor<'a, T>)>);
 
 impl<'a, T: Real> Terms<'a, T> {
     fn of(terms: &'a [[FlexTensor; 2]], dim: usize) -> Self {
-        Self(terms.iter().map(|[left, right]| (Stack::of(left, dim), Factor::new(Matrix::of(right)))).collect())
+        Self(terms.iter().map(|[left, right]| (MatrixBatch::of(left, dim), Factor::new(Matrix::of(right)))).collect())
     }
 
     fn columns(&self) -> usize {
@@ -41,7 +41,7 @@ impl<'a, T: Real> Terms<'a, T> {
     }
 
     /// The rows of each factor as `rows` chooses them, multiplied.
-    fn write(&self, place: Place<'_, T>, rows: impl Fn(&Stack<'a, T>) -> Matrix<'a, T>) {
+    fn write(&self, place: OutputRows<'_, T>, rows: impl Fn(&MatrixBatch<'a, T>) -> Matrix<'a, T>) {
         let terms: Vec<_> = self.0.iter().map(|(left, right)| (rows(left), right)).collect();
         multiply(&terms, place);
     }
@@ -57,12 +57,12 @@ impl<'a, T: Real> Terms<'a, T> {
             if outer == 1 || unit == 1 {
                 let Some(out) = out.get_mut(from(positions.start)..) else { continue };
                 let stride = if unit == 1 { outer * columns } else { columns };
-                self.write(Place::spread(out, stride), |left| left.matrix(place).rows(rows(&positions)));
+                self.write(OutputRows::spread(out, stride), |left| left.matrix(place).rows(rows(&positions)));
             } else {
                 for position in positions.clone() {
                     let out = &mut out[from(position)..][..unit * columns];
                     let rows = rows(&(position..position + 1));
-                    self.write(Place::packed(out, columns), |left| left.matrix(place).rows(rows.clone()));
+                    self.write(OutputRows::packed(out, columns), |left| left.matrix(place).rows(rows.clone()));
                 }
             }
         }
@@ -101,58 +101,58 @@ pub(super) fn with_positions_first(tensor: &FlexTensor, dim: usize) -> FlexTenso
 
 pub(super) fn sum<T: Real>(
     terms: Vec<[FlexTensor; 2]>,
-    job: &Job,
+    call: &ProductCall,
     beside: bool,
 ) -> Result<PendingProduct<FlexTensor>, Error> {
     let terms: Vec<_> = terms.into_iter().map(|[left, right]| [even(left, 0), right]).collect();
-    let first = &terms.first().ok_or_else(|| job.no_terms())?[0];
+    let first = &terms.first().ok_or_else(|| call.no_terms())?[0];
     let factors = Terms::<T>::of(&terms, 0);
     let (rows, columns) = (factors.0[0].0.rows(), factors.columns());
-    let schedule = job.schedule(factors.size(rows, beside))?;
+    let schedule = call.schedule(factors.size(rows, beside))?;
     let mut dims = first.shape().to_vec();
     dims.splice(dims.len() - 1.., [columns]);
     let mut sum = room::<T>(&dims);
     let dims = |rows: &Range<usize>| [rows.len(), columns];
     let write = |rows: Range<usize>, out: &mut [T]| {
-        factors.write(Place::packed(out, columns), |left| left.matrix(0).rows(rows.clone()));
+        factors.write(OutputRows::packed(out, columns), |left| left.matrix(0).rows(rows.clone()));
     };
     if !schedule.background {
         let mut rest: &mut [T] = sum.storage_mut();
         for rows in schedule.cut(rows) {
             let (chunk, behind) = rest.split_at_mut(rows.len() * columns);
             write(rows.clone(), chunk);
-            job.comm.all_reduce_matrix(chunk, dims(&rows))?;
+            call.comm.all_reduce_matrix(chunk, dims(&rows))?;
             rest = behind;
         }
         return Ok(PendingProduct::Ready(sum));
     }
-    let (frame, chunks) = windows::<T>(sum, schedule.cut(rows).map(|rows| rows.len() * columns));
-    let mut flying = Vec::with_capacity(schedule.chunks);
+    let (whole, chunks) = disjoint_slices::<T>(sum, schedule.cut(rows).map(|rows| rows.len() * columns));
+    let mut in_flight = Vec::with_capacity(schedule.chunks);
     for (rows, mut chunk) in schedule.cut(rows).zip(chunks) {
         write(rows.clone(), &mut chunk);
         let dims = dims(&rows);
-        flying.push(job.comm.start(move |comm| comm.all_reduce_matrix(&mut chunk, dims)));
+        in_flight.push(call.comm.start(move |comm| comm.all_reduce_matrix(&mut chunk, dims)));
     }
     Ok(PendingProduct::Running(Box::new(move || {
-        flying.into_iter().try_for_each(Pending::wait)?;
-        frame.tensor()
+        in_flight.into_iter().try_for_each(Pending::wait)?;
+        whole.tensor()
     })))
 }
 
 /// A chunk has some of the positions of every rank, so that each gets the next ones of its own.
 pub(super) fn scatter<T: Real>(
     terms: Vec<[FlexTensor; 2]>,
-    job: &Job,
+    call: &ProductCall,
     beside: bool,
 ) -> Result<PendingProduct<FlexTensor>, Error> {
-    let dim = job.dim;
+    let dim = call.dim;
     let terms: Vec<_> = terms.into_iter().map(|[left, right]| [even(left, dim), right]).collect();
-    let first = &terms.first().ok_or_else(|| job.no_terms())?[0];
+    let first = &terms.first().ok_or_else(|| call.no_terms())?[0];
     let (unit, positions) = (unit_of(first, dim), first.shape()[dim]);
     let factors = Terms::<T>::of(&terms, dim);
     let (outer, columns) = (factors.0[0].0.outer, factors.columns());
-    let schedule = job.schedule(factors.size(outer * positions * unit, beside))?;
-    let plan = ChunkPlan::new(positions, job.comm.size(), job.comm.rank(), schedule);
+    let schedule = call.schedule(factors.size(outer * positions * unit, beside))?;
+    let plan = ChunkPlan::new(positions, call.comm.size(), call.comm.rank(), schedule);
     let width = outer * unit * columns;
     let dims = dims_of(first, dim, plan.own(), columns);
     let mut scattered = room::<T>(&[plan.own(), width]);
@@ -174,22 +174,23 @@ pub(super) fn scatter<T: Real>(
             let partial = &mut partial[..plan.total(chunk) * width];
             fill(chunk, partial);
             let (own, behind) = rest.split_at_mut(plan.of_own(chunk).len() * width);
-            job.comm.reduce_scatter_matrix(partial, [plan.total(chunk), width], own)?;
+            call.comm.reduce_scatter_matrix(partial, [plan.total(chunk), width], own)?;
             rest = behind;
         }
         return Ok(PendingProduct::Ready(positions_first(scattered, dims, dim)));
     }
-    let (frame, owns) = windows::<T>(scattered, (0..schedule.chunks).map(|chunk| plan.of_own(chunk).len() * width));
-    let mut flying = Vec::with_capacity(schedule.chunks);
+    let (whole, owns) =
+        disjoint_slices::<T>(scattered, (0..schedule.chunks).map(|chunk| plan.of_own(chunk).len() * width));
+    let mut in_flight = Vec::with_capacity(schedule.chunks);
     for (chunk, mut own) in owns.into_iter().enumerate() {
         let mut partial = vec![T::default(); plan.total(chunk) * width];
         fill(chunk, &mut partial);
         let dims = [plan.total(chunk), width];
-        flying.push(job.comm.start(move |comm| comm.reduce_scatter_matrix(&partial, dims, &mut own)));
+        in_flight.push(call.comm.start(move |comm| comm.reduce_scatter_matrix(&partial, dims, &mut own)));
     }
     Ok(PendingProduct::Running(Box::new(move || {
-        flying.into_iter().try_for_each(Pending::wait)?;
-        Ok(positions_first(frame.tensor()?, dims, dim))
+        in_flight.into_iter().try_for_each(Pending::wait)?;
+        Ok(positions_first(whole.tensor()?, dims, dim))
     })))
 }
 
@@ -197,15 +198,15 @@ pub(super) fn scatter<T: Real>(
 pub(super) fn multiply_own<T: Real>(left: FlexTensor, right: &FlexTensor) -> FlexTensor {
     let dim = left.rank() - 2;
     let left = even(left, dim);
-    let (stack, factor) = (Stack::<T>::of(&left, dim), Factor::new(Matrix::of(right)));
+    let (stack, factor) = (MatrixBatch::<T>::of(&left, dim), Factor::new(Matrix::of(right)));
     let (rows, columns) = (stack.rows(), factor.columns());
     let mut out = room::<T>(&dims_of(&left, dim, left.shape()[dim], columns));
     let all: &mut [T] = out.storage_mut();
     match stack.flat() {
-        Some(left) => multiply(&[(left, &factor)], Place::packed(all, columns)),
+        Some(left) => multiply(&[(left, &factor)], OutputRows::packed(all, columns)),
         None => {
             for (place, out) in all.chunks_mut((rows * columns).max(1)).enumerate() {
-                multiply(&[(stack.matrix(place), &factor)], Place::packed(out, columns));
+                multiply(&[(stack.matrix(place), &factor)], OutputRows::packed(out, columns));
             }
         }
     }
@@ -216,13 +217,13 @@ pub(super) fn multiply_own<T: Real>(left: FlexTensor, right: &FlexTensor) -> Fle
 pub(super) fn multiply_rows<T: Real>(left: FlexTensor, right: FlexTensor) -> FlexTensor {
     let (dim, of_right) = (left.rank() - 2, right.rank() - 2);
     let (left, right) = (even(left, dim), even(right, of_right));
-    let (left, right) = (Stack::<T>::of(&left, dim), Stack::<T>::of(&right, of_right));
+    let (left, right) = (MatrixBatch::<T>::of(&left, dim), MatrixBatch::<T>::of(&right, of_right));
     let matrices: Vec<_> = match (left.flat(), right.flat()) {
         (Some(left), Some(right)) => vec![(left.transposed(), Factor::new(right))],
         _ => (0..left.outer).map(|place| (left.matrix(place).transposed(), Factor::new(right.matrix(place)))).collect(),
     };
     let mut out = room::<T>(&[left.columns(), right.columns()]);
     let terms: Vec<_> = matrices.iter().map(|(left, right)| (*left, right)).collect();
-    multiply(&terms, Place::packed(out.storage_mut(), right.columns()));
+    multiply(&terms, OutputRows::packed(out.storage_mut(), right.columns()));
     out
 }

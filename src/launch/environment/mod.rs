@@ -55,7 +55,7 @@ impl fmt::Display for Launcher {
 
 /// The place of this process among those that were started together.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct ProcessInfo {
     /// Whose variables said so.
     pub launcher: Launcher,
     /// Index among all processes.
@@ -74,7 +74,7 @@ pub struct Place {
     pub under_mpi: bool,
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for ProcessInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
@@ -84,7 +84,7 @@ impl fmt::Display for Place {
     }
 }
 
-impl Place {
+impl ProcessInfo {
     /// The names of all variables by which launchers other than torchrun say who is who.
     pub(super) fn of_other_launchers() -> impl Iterator<Item = &'static str> {
         let others = Launcher::ALL.into_iter().filter(|launcher| *launcher != Launcher::Torchrun);
@@ -116,18 +116,18 @@ impl Place {
                  SLURM_PROCID is set; start it with torchrun, mpirun or srun, or use launch::threads",
             );
         };
-        let place = Self::of(launcher, variables)?;
+        let info = Self::of(launcher, variables)?;
         for other in found.into_iter().filter(|other| *other != launcher && *other != Launcher::Slurm) {
             let theirs = Self::of(other, variables)?;
-            if (theirs.rank, theirs.size) != (place.rank, place.size) {
+            if (theirs.rank, theirs.size) != (info.rank, info.size) {
                 let [[a, b, ..], [c, d, ..]] = [launcher.variables(), other.variables()];
                 return wrong(format!(
                     "{a}={} and {b}={} contradict {c}={} and {d}={}: unset those of the launcher that is not used",
-                    place.rank, place.size, theirs.rank, theirs.size
+                    info.rank, info.size, theirs.rank, theirs.size
                 ));
             }
         }
-        Ok(place)
+        Ok(info)
     }
 
     fn of(launcher: Launcher, variables: &BTreeMap<String, String>) -> Result<Self, Error> {

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use super::{Launcher, Place};
+use super::{Launcher, ProcessInfo};
 use crate::Error;
 
-fn read(variables: &[(&str, &str)]) -> Result<Place, Error> {
-    Place::from_variables(&variables.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect())
+fn read(variables: &[(&str, &str)]) -> Result<ProcessInfo, Error> {
+    ProcessInfo::from_variables(&variables.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect())
 }
 
 const TORCHRUN: [(&str, &str); 3] = [("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")];
@@ -29,7 +29,7 @@ fn each_launcher_is_understood() {
     let place = |launcher, rank, size, local_rank, local_size, master: Option<(&str, u16)>| {
         let master = master.map(|(address, port)| (address.to_owned(), port));
         let under_mpi = matches!(launcher, Launcher::OpenMpi | Launcher::Mpich);
-        Ok(Place { launcher, rank, size, local_rank, local_size, master, under_mpi })
+        Ok(ProcessInfo { launcher, rank, size, local_rank, local_size, master, under_mpi })
     };
     assert_eq!(read(&TORCHRUN), place(Launcher::Torchrun, 5, 8, 1, None, None));
     let master = [("MASTER_ADDR", "10.0.0.1"), ("MASTER_PORT", "29500"), ("LOCAL_WORLD_SIZE", "4")];

@@ -9,8 +9,8 @@ use burn_ir::{
 use crate::collective_matmul::multiply;
 use crate::graph::StepGraph;
 use crate::graph::step::Uses;
+use crate::partition::buckets::ends;
 use crate::partition::collectives::{CollectiveKind, CollectiveOp, dim};
-use crate::partition::fold::ends;
 use crate::partition::products::{FusedProduct, ProductKind};
 use crate::partition::rules::{as_sum, only_moves};
 
@@ -20,13 +20,13 @@ pub(super) struct Product {
     pub(super) left: TensorIr,
     pub(super) right: TensorIr,
     /// Whether it is the transposed right factor that is multiplied.
-    pub(super) turned: bool,
+    pub(super) transposed: bool,
     pub(super) out: TensorIr,
 }
 
 impl Product {
     fn of(place: usize, op: &OperationIr) -> Option<Self> {
-        let (left, right, turned, out) = match op {
+        let (left, right, transposed, out) = match op {
             OperationIr::Float(_, FloatOperationIr::Matmul(op)) => (&op.lhs, &op.rhs, false, &op.out),
             OperationIr::Module(Module::Linear(op)) if op.bias.is_none() => (&op.x, &op.weight, false, &op.out),
             OperationIr::Module(Module::LinearXBackward(op)) => (&op.output_grad, &op.weight, true, &op.out),
@@ -42,7 +42,7 @@ impl Product {
             && multiply(left.dtype)
             && left.id != right.id;
         let (left, right, out) = (left.clone(), right.clone(), out.clone());
-        fits.then_some(Self { place, left, right, turned, out })
+        fits.then_some(Self { place, left, right, transposed, out })
     }
 }
 

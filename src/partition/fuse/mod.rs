@@ -17,7 +17,7 @@ use find::{Find, Found};
 /// These operations run the chunked products of [`tensor_parallel::functional`](crate::tensor_parallel::functional): as the explicit
 /// layers do, in the forward of a layer that is split by rows, and in the backward of one that is split by columns, where the
 /// gradients of several such layers on one input are added up in the product. Products that make gradients of parameters stay:
-/// those are reduced [in buckets](super::fold_reductions). Run it after all partitions; [`overlap`](super::overlap) then has
+/// those are reduced [in buckets](super::bucket_reductions). Run it after all partitions; [`overlap`](super::overlap) then has
 /// sums travel beside what does not wait for them.
 pub fn fuse_products(graph: &mut StepGraph) -> Vec<FusedProduct> {
     let found = Find::new(graph).all();
@@ -63,11 +63,11 @@ impl Rewrite {
                 before.push(view);
             }
         }
-        let mut inputs = if found.kind.flies() { Vec::new() } else { vec![found.from] };
-        let mut outputs = if found.kind.flies() { vec![found.to.clone()] } else { Vec::new() };
+        let mut inputs = if found.kind.runs_async() { Vec::new() } else { vec![found.from] };
+        let mut outputs = if found.kind.runs_async() { vec![found.to.clone()] } else { Vec::new() };
         for product in found.products {
-            let right = if product.turned { turned(product.right, before, fresh) } else { product.right };
-            match found.kind.flies() {
+            let right = if product.transposed { transposed(product.right, before, fresh) } else { product.right };
+            match found.kind.runs_async() {
                 true => inputs.extend([product.left, right]),
                 false => {
                     inputs.push(right);
@@ -84,7 +84,7 @@ impl Rewrite {
 }
 
 /// The transposed factor.
-fn turned(right: TensorIr, before: &mut Vec<OperationIr>, fresh: &mut dyn FnMut() -> TensorId) -> TensorIr {
+fn transposed(right: TensorIr, before: &mut Vec<OperationIr>, fresh: &mut dyn FnMut() -> TensorId) -> TensorIr {
     let mut dims = right.shape.to_vec();
     let [dim1, dim2] = [dims.len() - 2, dims.len() - 1];
     dims.swap(dim1, dim2);

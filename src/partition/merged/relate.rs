@@ -6,7 +6,7 @@ use burn_ir::{
 };
 
 use super::{Merge, as_reshape};
-use crate::graph::random::is_counted_random;
+use crate::graph::random::is_counter_based_rng;
 use crate::partition::rules::{is_elementwise, whole};
 
 /// What an operation says of a merged dim of one of its tensors.
@@ -51,7 +51,7 @@ pub(super) fn related(op: &OperationIr, id: TensorId, merge: &Merge) -> Option<R
             let batch = merge.at + 2 < product.out.shape.num_dims();
             batch.then(|| aligned(op, merge))?
         }
-        OperationIr::Custom(_) => is_counted_random(op).then(Related::default),
+        OperationIr::Custom(_) => is_counter_based_rng(op).then(Related::default),
         _ => None,
     }
 }

@@ -93,7 +93,7 @@ pub(super) fn creates(op: &OperationIr) -> bool {
                 | OperationIr::NumericFloat(_, Numeric::Full(_))
                 | OperationIr::NumericInt(_, Numeric::Full(_))
         )
-        || crate::graph::random::is_counted_random(op)
+        || crate::graph::random::is_counter_based_rng(op)
 }
 
 /// What an operation that makes its output from nothing makes.

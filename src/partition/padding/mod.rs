@@ -38,7 +38,7 @@ pub(crate) struct Larger {
 /// # Errors
 /// [`Error::Graph`] if an operation needs all of a parameter as it was.
 pub(crate) fn pad(graph: &StepGraph, larger: &[Larger]) -> Result<StepGraph, Error> {
-    let mut walk = Walk {
+    let mut walk = PaddingPass {
         source: graph,
         uses: Uses::of(&graph.operations),
         local: StepGraph { operations: Vec::new(), ..graph.clone() },
@@ -84,7 +84,7 @@ struct Padded {
     content: Content,
 }
 
-struct Walk<'a> {
+struct PaddingPass<'a> {
     source: &'a StepGraph,
     uses: Uses,
     local: StepGraph,
@@ -100,7 +100,7 @@ struct Walk<'a> {
     masks: HashMap<(usize, usize), TensorIr>,
 }
 
-impl Walk<'_> {
+impl PaddingPass<'_> {
     fn step(&mut self, op: &OperationIr) -> Result<(), Error> {
         if let Some((base, indices, dim)) = writes_at(op)
             && let Some(size) = self.indexed.get(&(indices.id, dim, base.shape[dim])).copied()

@@ -10,10 +10,10 @@ use burn_ir::{
 
 use super::content::Content::{self, Lowest, Zero};
 use super::content::{can_be_larger, creates, of_creation, of_elementwise};
-use super::{Padded, Replace, Walk};
+use super::{Padded, PaddingPass, Replace};
 use crate::partition::rules::of_kind;
 
-impl Walk<'_> {
+impl PaddingPass<'_> {
     /// Pads a tensor that is not yet: made larger from the beginning if it can be, else with zeros behind.
     pub(super) fn enlarge(&mut self, tensor: &TensorIr, dim: usize, size: usize) {
         if self.padded.contains_key(&tensor.id) {

@@ -4,10 +4,10 @@
 use burn_ir::OperationIr;
 
 use super::super::collectives::{CollectiveKind, CollectiveOp, dim};
-use super::{Strategy, each_dim};
+use super::{ShardingOption, each_dim};
 use crate::layout::Layout::{Partial, Sharded};
 
-pub(super) fn strategies(op: &OperationIr) -> Vec<Strategy> {
+pub(super) fn sharding_options(op: &OperationIr) -> Vec<ShardingOption> {
     let Some((CollectiveOp { kind, .. }, op)) = CollectiveOp::of(op) else { return Vec::new() };
     let [input] = op.inputs.as_slice() else { return Vec::new() };
     let divided: Vec<usize> = match kind {
@@ -15,12 +15,13 @@ pub(super) fn strategies(op: &OperationIr) -> Vec<Strategy> {
         CollectiveKind::AllToAll => [dim(op, 0), dim(op, 1)].into_iter().flatten().collect(),
         _ => Vec::new(),
     };
-    let mut found =
-        each_dim(&input.shape, |dim| (!divided.contains(&dim)).then(|| Strategy::new([Sharded(dim)], Sharded(dim))));
+    let mut found = each_dim(&input.shape, |dim| {
+        (!divided.contains(&dim)).then(|| ShardingOption::new([Sharded(dim)], Sharded(dim)))
+    });
     let nonlinear =
         [CollectiveKind::AllReduceMax, CollectiveKind::AllReduceMin, CollectiveKind::AllReduceProduct].contains(&kind);
     if !nonlinear {
-        found.push(Strategy::new([Partial], Partial));
+        found.push(ShardingOption::new([Partial], Partial));
     }
     found
 }

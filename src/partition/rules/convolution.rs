@@ -10,10 +10,10 @@ use burn_ir::{
     TensorIr,
 };
 
-use super::Strategy;
+use super::ShardingOption;
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 
-pub(super) fn module(op: &Module) -> Vec<Strategy> {
+pub(super) fn module(op: &Module) -> Vec<ShardingOption> {
     use Module::*;
     match op {
         Conv1d(op) => forward(op.bias.is_some(), op.options.groups, 0),
@@ -37,18 +37,18 @@ pub(super) fn module(op: &Module) -> Vec<Strategy> {
         | ConvTranspose1dBiasBackward(_)
         | ConvTranspose2dBiasBackward(_)
         | ConvTranspose3dBiasBackward(_) => vec![
-            Strategy::new([Sharded(0), Replicated, Sharded(0)], Partial),
-            Strategy::new([Replicated, Sharded(0), Sharded(1)], Sharded(0)),
+            ShardingOption::new([Sharded(0), Replicated, Sharded(0)], Partial),
+            ShardingOption::new([Replicated, Sharded(0), Sharded(1)], Sharded(0)),
         ],
         _ => Vec::new(),
     }
 }
 
 /// `x, weight[, bias]`; the output channels are dim `out` of the weight.
-fn forward(bias: bool, groups: usize, out: usize) -> Vec<Strategy> {
+fn forward(bias: bool, groups: usize, out: usize) -> Vec<ShardingOption> {
     let of = |x: Layout, weight: Layout, of_bias: Layout, output: Layout| {
         let inputs = [x, weight].into_iter().chain(bias.then_some(of_bias)).collect();
-        Strategy::of(inputs, output)
+        ShardingOption::of(inputs, output)
     };
     let mut found = vec![of(Sharded(0), Replicated, Replicated, Sharded(0))];
     if groups == 1 {
@@ -61,24 +61,24 @@ fn forward(bias: bool, groups: usize, out: usize) -> Vec<Strategy> {
 }
 
 /// `x, weight, output_grad` to the gradient of `x`.
-fn of_input(groups: usize) -> Vec<Strategy> {
+fn of_input(groups: usize) -> Vec<ShardingOption> {
     let mut found = vec![
-        Strategy::new([Sharded(0), Replicated, Sharded(0)], Sharded(0)),
-        Strategy::new([Replicated, Replicated, Partial], Partial),
+        ShardingOption::new([Sharded(0), Replicated, Sharded(0)], Sharded(0)),
+        ShardingOption::new([Replicated, Replicated, Partial], Partial),
     ];
     if groups == 1 {
-        found.push(Strategy::new([Sharded(1), Sharded(1), Replicated], Sharded(1)));
-        found.push(Strategy::new([Replicated, Sharded(0), Sharded(1)], Partial));
+        found.push(ShardingOption::new([Sharded(1), Sharded(1), Replicated], Sharded(1)));
+        found.push(ShardingOption::new([Replicated, Sharded(0), Sharded(1)], Partial));
     }
     found
 }
 
 /// `x, weight, output_grad` to the gradient of `weight`, whose output channels are dim `out`.
-fn of_weight(groups: usize, out: usize) -> Vec<Strategy> {
-    let mut found = vec![Strategy::new([Sharded(0), Replicated, Sharded(0)], Partial)];
+fn of_weight(groups: usize, out: usize) -> Vec<ShardingOption> {
+    let mut found = vec![ShardingOption::new([Sharded(0), Replicated, Sharded(0)], Partial)];
     if groups == 1 {
-        found.push(Strategy::new([Replicated, Sharded(out), Sharded(1)], Sharded(out)));
-        found.push(Strategy::new([Sharded(1), Sharded(1 - out), Replicated], Sharded(1 - out)));
+        found.push(ShardingOption::new([Replicated, Sharded(out), Sharded(1)], Sharded(out)));
+        found.push(ShardingOption::new([Sharded(1), Sharded(1 - out), Replicated], Sharded(1 - out)));
     }
     found
 }

@@ -2,27 +2,27 @@
 
 use burn_ir::{BaseOperationIr as Base, NumericOperationIr as Numeric, OperationIr, TensorIr};
 
-use super::{Strategy, each_dim};
-use crate::graph::random::{draw_from, is_counted_random};
+use super::{ShardingOption, each_dim};
+use crate::graph::random::{draw_from, is_counter_based_rng};
 use crate::layout::Layout::Sharded;
 
-pub(super) fn base(op: &Base) -> Vec<Strategy> {
+pub(super) fn base(op: &Base) -> Vec<ShardingOption> {
     match op {
         Base::Zeros(op) | Base::Ones(op) | Base::Empty(op) => anywhere(&op.out),
         _ => Vec::new(),
     }
 }
 
-pub(super) fn numeric(op: &Numeric) -> Vec<Strategy> {
+pub(super) fn numeric(op: &Numeric) -> Vec<ShardingOption> {
     match op {
         Numeric::Full(op) => anywhere(&op.out),
         _ => Vec::new(),
     }
 }
 
-pub(super) fn random(op: &OperationIr) -> Vec<Strategy> {
+pub(super) fn random(op: &OperationIr) -> Vec<ShardingOption> {
     match op.outputs().next() {
-        Some(out) if is_counted_random(op) => anywhere(out),
+        Some(out) if is_counter_based_rng(op) => anywhere(out),
         _ => Vec::new(),
     }
 }
@@ -33,6 +33,6 @@ pub(super) fn draw_part(op: &mut OperationIr, dim: usize, rank: usize) {
     draw_from(op, dim, rank * part);
 }
 
-fn anywhere(out: &TensorIr) -> Vec<Strategy> {
-    each_dim(&out.shape, |dim| Some(Strategy::new([], Sharded(dim))))
+fn anywhere(out: &TensorIr) -> Vec<ShardingOption> {
+    each_dim(&out.shape, |dim| Some(ShardingOption::new([], Sharded(dim))))
 }

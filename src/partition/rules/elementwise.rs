@@ -5,10 +5,10 @@ use burn_ir::{
     NumericOperationIr as Numeric, OperationIr, TensorIr,
 };
 
-use super::Strategy;
+use super::ShardingOption;
 use crate::layout::Layout::{Partial, Replicated, Sharded};
 
-pub(super) fn strategies(op: &OperationIr) -> Vec<Strategy> {
+pub(super) fn sharding_options(op: &OperationIr) -> Vec<ShardingOption> {
     if !is_elementwise(op) {
         return Vec::new();
     }
@@ -24,11 +24,11 @@ pub(super) fn strategies(op: &OperationIr) -> Vec<Strategy> {
     }
     let along = |dim: usize| {
         let of = |input: &&TensorIr| if input.shape[dim] == out.shape[dim] { Sharded(dim) } else { Replicated };
-        Strategy::of(inputs.iter().map(of).collect(), Sharded(dim))
+        ShardingOption::of(inputs.iter().map(of).collect(), Sharded(dim))
     };
-    let mut found: Vec<Strategy> = (0..rank).filter(|dim| out.shape[*dim] > 1).map(along).collect();
+    let mut found: Vec<ShardingOption> = (0..rank).filter(|dim| out.shape[*dim] > 1).map(along).collect();
     if is_linear(op) {
-        found.push(Strategy::of(vec![Partial; inputs.len()], Partial));
+        found.push(ShardingOption::of(vec![Partial; inputs.len()], Partial));
     }
     found
 }

@@ -12,15 +12,15 @@ use burn_ir::{
 };
 
 use super::super::indices::looks_at_indices;
-use super::{How, Strategy, each_dim, of_kind};
+use super::{LocalOperation, ShardingOption, each_dim, of_kind};
 use crate::layout::Layout::{Partial, Replicated, Sharded};
 
-pub(super) fn base(op: &Base) -> Vec<Strategy> {
+pub(super) fn base(op: &Base) -> Vec<ShardingOption> {
     match op {
         Base::Gather(op) => {
             let mut found = each_dim(&op.tensor.shape, |dim| {
                 (dim != op.dim && op.tensor.shape[dim] == op.indices.shape[dim])
-                    .then(|| Strategy::new([Sharded(dim); 2], Sharded(dim)))
+                    .then(|| ShardingOption::new([Sharded(dim); 2], Sharded(dim)))
             });
             if !op.tensor.dtype.is_bool() {
                 found.push(reads(op.dim));
@@ -31,25 +31,25 @@ pub(super) fn base(op: &Base) -> Vec<Strategy> {
             let mut found = each_dim(&op.tensor.shape, |dim| {
                 let (size, indices, values) = (op.tensor.shape[dim], op.indices.shape[dim], op.value.shape[dim]);
                 (dim != op.dim && size == indices && size == values)
-                    .then(|| Strategy::new([Sharded(dim); 3], Sharded(dim)))
+                    .then(|| ShardingOption::new([Sharded(dim); 3], Sharded(dim)))
             });
             found.extend(writes(op.dim, op.dim, &op.update));
             found
         }
         Base::Select(op) => {
             let mut found = each_dim(&op.tensor.shape, |dim| {
-                (dim != op.dim).then(|| Strategy::new([Sharded(dim), Replicated], Sharded(dim)))
+                (dim != op.dim).then(|| ShardingOption::new([Sharded(dim), Replicated], Sharded(dim)))
             });
-            found.push(Strategy::new([Replicated, Sharded(0)], Sharded(op.dim)));
+            found.push(ShardingOption::new([Replicated, Sharded(0)], Sharded(op.dim)));
             if !op.tensor.dtype.is_bool() {
-                found.push(Strategy::new([Partial, Replicated], Partial));
+                found.push(ShardingOption::new([Partial, Replicated], Partial));
                 found.push(reads(op.dim));
             }
             found
         }
         Base::SelectAssign(op) => {
             let mut found = each_dim(&op.tensor.shape, |dim| {
-                (dim != op.dim).then(|| Strategy::new([Sharded(dim), Replicated, Sharded(dim)], Sharded(dim)))
+                (dim != op.dim).then(|| ShardingOption::new([Sharded(dim), Replicated, Sharded(dim)], Sharded(dim)))
             });
             found.extend(writes(op.dim, 0, &op.update));
             found
@@ -74,39 +74,40 @@ pub(crate) fn looked_up(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, usize
 }
 
 /// Indices that are looked at may be split in any way.
-pub(super) fn looks(op: &OperationIr) -> Vec<Strategy> {
+pub(super) fn looks(op: &OperationIr) -> Vec<ShardingOption> {
     match op {
         OperationIr::Custom(look) if looks_at_indices(look) => {
-            let along = |dim| Some(Strategy::new([Sharded(dim)], Sharded(dim)));
+            let along = |dim| Some(ShardingOption::new([Sharded(dim)], Sharded(dim)));
             look.outputs.first().map_or_else(Vec::new, |out| each_dim(&out.shape, along))
         }
         _ => Vec::new(),
     }
 }
 
-fn reads(dim: usize) -> Strategy {
-    Strategy::new([Sharded(dim), Replicated], Partial).done(How::Indexed { dim })
+fn reads(dim: usize) -> ShardingOption {
+    ShardingOption::new([Sharded(dim), Replicated], Partial).done(LocalOperation::Indexed { dim })
 }
 
 /// Values that are added at indices, along the dim that is indexed, and with the values themselves split along it, of
 /// which each rank adds its own.
-fn writes(dim: usize, of_indices: usize, update: &IndexingUpdateOp) -> Vec<Strategy> {
+fn writes(dim: usize, of_indices: usize, update: &IndexingUpdateOp) -> Vec<ShardingOption> {
     match update {
         IndexingUpdateOp::Add => vec![
-            Strategy::new([Sharded(dim), Replicated, Replicated], Sharded(dim)).done(How::Indexed { dim }),
-            Strategy::new([Partial, Sharded(of_indices), Sharded(dim)], Partial),
-            Strategy::new([Partial, Replicated, Partial], Partial),
+            ShardingOption::new([Sharded(dim), Replicated, Replicated], Sharded(dim))
+                .done(LocalOperation::Indexed { dim }),
+            ShardingOption::new([Partial, Sharded(of_indices), Sharded(dim)], Partial),
+            ShardingOption::new([Partial, Replicated, Partial], Partial),
         ],
         _ => Vec::new(),
     }
 }
 
-pub(super) fn module(op: &Module) -> Vec<Strategy> {
+pub(super) fn module(op: &Module) -> Vec<ShardingOption> {
     match op {
         Module::Embedding(op) => {
             let last = op.out.shape.num_dims() - 1;
-            let mut found = vec![Strategy::new([Sharded(1), Replicated], Sharded(last)), reads(0)];
-            found.extend((0..last).map(|dim| Strategy::new([Replicated, Sharded(dim)], Sharded(dim))));
+            let mut found = vec![ShardingOption::new([Sharded(1), Replicated], Sharded(last)), reads(0)];
+            found.extend((0..last).map(|dim| ShardingOption::new([Replicated, Sharded(dim)], Sharded(dim))));
             found
         }
         // Of the weights only the shape is read. Each rank adds up the rows that its own tokens point at, or those that lie
@@ -114,11 +115,12 @@ pub(super) fn module(op: &Module) -> Vec<Strategy> {
         Module::EmbeddingBackward(op) => {
             let last = op.out_grad.shape.num_dims() - 1;
             let mut found = vec![
-                Strategy::new([Sharded(1), Sharded(last), Replicated], Sharded(1)),
-                Strategy::new([Sharded(0), Replicated, Replicated], Sharded(0)).done(How::Indexed { dim: 0 }),
-                Strategy::new([Replicated, Partial, Replicated], Partial),
+                ShardingOption::new([Sharded(1), Sharded(last), Replicated], Sharded(1)),
+                ShardingOption::new([Sharded(0), Replicated, Replicated], Sharded(0))
+                    .done(LocalOperation::Indexed { dim: 0 }),
+                ShardingOption::new([Replicated, Partial, Replicated], Partial),
             ];
-            found.extend((0..last).map(|dim| Strategy::new([Replicated, Sharded(dim), Sharded(dim)], Partial)));
+            found.extend((0..last).map(|dim| ShardingOption::new([Replicated, Sharded(dim), Sharded(dim)], Partial)));
             found
         }
         _ => Vec::new(),

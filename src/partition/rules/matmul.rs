@@ -7,10 +7,10 @@ use burn_ir::{
     OperationIr, ShapeOpIr, TensorId, TensorIr,
 };
 
-use super::{Strategy, each_dim};
+use super::{ShardingOption, each_dim};
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 
-pub(super) fn float(op: &FloatOperationIr) -> Vec<Strategy> {
+pub(super) fn float(op: &FloatOperationIr) -> Vec<ShardingOption> {
     let FloatOperationIr::Matmul(op) = op else { return Vec::new() };
     let (lhs, rhs, out) = (&op.lhs.shape, &op.rhs.shape, &op.out.shape);
     let rank = out.num_dims();
@@ -19,51 +19,52 @@ pub(super) fn float(op: &FloatOperationIr) -> Vec<Strategy> {
     }
     let (row, column) = (rank - 2, rank - 1);
     let batch = |shape: &Shape, dim: usize| if shape[dim] == out[dim] { Sharded(dim) } else { Replicated };
-    let mut found: Vec<Strategy> =
-        (0..row).map(|dim| Strategy::new([batch(lhs, dim), batch(rhs, dim)], Sharded(dim))).collect();
-    found.push(Strategy::new([Sharded(row), Replicated], Sharded(row)));
-    found.push(Strategy::new([Replicated, Sharded(column)], Sharded(column)));
-    found.push(Strategy::new([Sharded(column), Sharded(row)], Partial));
+    let mut found: Vec<ShardingOption> =
+        (0..row).map(|dim| ShardingOption::new([batch(lhs, dim), batch(rhs, dim)], Sharded(dim))).collect();
+    found.push(ShardingOption::new([Sharded(row), Replicated], Sharded(row)));
+    found.push(ShardingOption::new([Replicated, Sharded(column)], Sharded(column)));
+    found.push(ShardingOption::new([Sharded(column), Sharded(row)], Partial));
     found
 }
 
-pub(super) fn module(op: &Module) -> Vec<Strategy> {
+pub(super) fn module(op: &Module) -> Vec<ShardingOption> {
     match op {
         Module::Linear(op) => {
             let last = op.x.shape.num_dims() - 1;
             let bias = |layout: Layout| op.bias.iter().map(move |_| layout);
             let with_bias = |inputs: [Layout; 2], of_bias: Layout, output: Layout| {
-                Strategy::of(inputs.into_iter().chain(bias(of_bias)).collect(), output)
+                ShardingOption::of(inputs.into_iter().chain(bias(of_bias)).collect(), output)
             };
-            let mut found: Vec<Strategy> =
+            let mut found: Vec<ShardingOption> =
                 (0..last).map(|dim| with_bias([Sharded(dim), Replicated], Replicated, Sharded(dim))).collect();
             found.push(with_bias([Replicated, Sharded(1)], Sharded(0), Sharded(last)));
             if op.bias.is_none() {
-                found.push(Strategy::new([Sharded(last), Sharded(0)], Partial));
+                found.push(ShardingOption::new([Sharded(last), Sharded(0)], Partial));
             }
             found
         }
         Module::LinearXBackward(op) => {
             let last = op.output_grad.shape.num_dims() - 1;
-            let mut found: Vec<Strategy> =
-                (0..last).map(|dim| Strategy::new([Replicated, Sharded(dim)], Sharded(dim))).collect();
-            found.push(Strategy::new([Sharded(1), Sharded(last)], Partial));
-            found.push(Strategy::new([Sharded(0), Replicated], Sharded(last)));
+            let mut found: Vec<ShardingOption> =
+                (0..last).map(|dim| ShardingOption::new([Replicated, Sharded(dim)], Sharded(dim))).collect();
+            found.push(ShardingOption::new([Sharded(1), Sharded(last)], Partial));
+            found.push(ShardingOption::new([Sharded(0), Replicated], Sharded(last)));
             found
         }
         Module::LinearWeightBackward(op) => {
             let last = op.output_grad.shape.num_dims() - 1;
-            let mut found: Vec<Strategy> = (0..last).map(|dim| Strategy::new([Sharded(dim); 2], Partial)).collect();
-            found.push(Strategy::new([Replicated, Sharded(last)], Sharded(1)));
-            found.push(Strategy::new([Sharded(last), Replicated], Sharded(0)));
+            let mut found: Vec<ShardingOption> =
+                (0..last).map(|dim| ShardingOption::new([Sharded(dim); 2], Partial)).collect();
+            found.push(ShardingOption::new([Replicated, Sharded(last)], Sharded(1)));
+            found.push(ShardingOption::new([Sharded(last), Replicated], Sharded(0)));
             found
         }
         Module::LinearBiasBackward(op) => {
             let last = op.output_grad.shape.num_dims() - 1;
             let mut found = each_dim(&op.output_grad.shape, |dim| {
-                Some(Strategy::new([Sharded(dim)], if dim == last { Sharded(0) } else { Partial }))
+                Some(ShardingOption::new([Sharded(dim)], if dim == last { Sharded(0) } else { Partial }))
             });
-            found.push(Strategy::new([Partial], Partial));
+            found.push(ShardingOption::new([Partial], Partial));
             found
         }
         _ => Vec::new(),

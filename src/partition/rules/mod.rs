@@ -1,6 +1,6 @@
 //! What each operation can do with split inputs, in files by kind.
 //!
-//! A rule is a pure function from an operation, in its global shapes, to the [`Strategy`]s under which every rank can run
+//! A rule is a pure function from an operation, in its global shapes, to the [`ShardingOption`]s under which every rank can run
 //! it on local tensors and get its share of the result. It knows neither what lies where nor what a move costs: the
 //! [pass](super) chooses. [`realise`] then says what the ranks run for it.
 
@@ -28,15 +28,15 @@ pub(super) use shape::{take_all, whole};
 /// One way to run an operation: given inputs in these layouts, in the order of [`OperationIr::inputs`], the local
 /// operation gives all its outputs in that layout.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Strategy {
+pub(crate) struct ShardingOption {
     pub(crate) inputs: Vec<Layout>,
     pub(crate) output: Layout,
-    pub(crate) how: How,
+    pub(crate) how: LocalOperation,
 }
 
 /// What the local operation is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum How {
+pub(crate) enum LocalOperation {
     /// The operation as it is, on local tensors.
     Locally,
     /// The operation, divided by the number of ranks: a mean of which each rank has an equal share.
@@ -51,16 +51,16 @@ pub(crate) enum How {
     Reduced(CollectiveKind),
 }
 
-impl Strategy {
+impl ShardingOption {
     fn new<const N: usize>(inputs: [Layout; N], output: Layout) -> Self {
         Self::of(inputs.into(), output)
     }
 
     fn of(inputs: Vec<Layout>, output: Layout) -> Self {
-        Self { inputs, output, how: How::Locally }
+        Self { inputs, output, how: LocalOperation::Locally }
     }
 
-    fn done(self, how: How) -> Self {
+    fn done(self, how: LocalOperation) -> Self {
         Self { how, ..self }
     }
 
@@ -70,8 +70,8 @@ impl Strategy {
     }
 }
 
-/// The strategies of an operation beside the replicated one; none for an operation without a rule.
-pub(crate) fn strategies(op: &OperationIr, degree: usize) -> Vec<Strategy> {
+/// The sharding options of an operation beside the replicated one; none for an operation without a rule.
+pub(crate) fn sharding_options(op: &OperationIr, degree: usize) -> Vec<ShardingOption> {
     let mut found = match op {
         OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => match base {
             BaseOperationIr::Gather(_)
@@ -85,28 +85,28 @@ pub(crate) fn strategies(op: &OperationIr, degree: usize) -> Vec<Strategy> {
         }
         OperationIr::Float(_, float) => matmul::float(float),
         OperationIr::Module(module) => {
-            [matmul::module(module), index::module(module), convolution::module(module), module::strategies(op)]
+            [matmul::module(module), index::module(module), convolution::module(module), module::sharding_options(op)]
                 .concat()
         }
         OperationIr::Activation(activation) => reduce::activation(activation),
-        OperationIr::Custom(_) => [collective::strategies(op), creation::random(op), index::looks(op)].concat(),
+        OperationIr::Custom(_) => [collective::sharding_options(op), creation::random(op), index::looks(op)].concat(),
         _ => Vec::new(),
     };
-    found.extend(elementwise::strategies(op));
-    found.retain(|strategy| fits(op, strategy, degree));
+    found.extend(elementwise::sharding_options(op));
+    found.retain(|option| fits(op, option, degree));
     found
 }
 
-/// Whether the degree divides what the strategy splits, and no tensor is wanted in two layouts at once.
-fn fits(op: &OperationIr, strategy: &Strategy, degree: usize) -> bool {
+/// Whether the degree divides what the option splits, and no tensor is wanted in two layouts at once.
+fn fits(op: &OperationIr, option: &ShardingOption, degree: usize) -> bool {
     let divides = |tensor: &TensorIr, layout: Layout| match layout {
         Layout::Sharded(dim) => dim < tensor.shape.num_dims() && tensor.shape[dim].is_multiple_of(degree),
         _ => true,
     };
-    let inputs: Vec<(&TensorIr, Layout)> = op.inputs().zip(strategy.inputs.iter().copied()).collect();
+    let inputs: Vec<(&TensorIr, Layout)> = op.inputs().zip(option.inputs.iter().copied()).collect();
     let agree = |(tensor, layout): &(&TensorIr, Layout)| inputs.iter().all(|(t, l)| t.id != tensor.id || l == layout);
     inputs.iter().all(|input| divides(input.0, input.1) && agree(input))
-        && op.outputs().all(|out| divides(out, strategy.output))
+        && op.outputs().all(|out| divides(out, option.output))
 }
 
 /// Rewrites an operation as several that have rules of their own, given the layouts that its inputs are in.
@@ -126,17 +126,17 @@ pub(crate) fn lower(
 /// What a rank runs for an operation whose tensors are local already.
 pub(crate) fn realise(
     mut op: OperationIr,
-    strategy: &Strategy,
+    option: &ShardingOption,
     degree: usize,
     rank: usize,
     fresh: &mut dyn FnMut() -> TensorId,
 ) -> Vec<OperationIr> {
-    match strategy.how {
-        How::Averaged => return reduce::averaged(op, degree, fresh),
-        How::Indexed { dim } => return index::from_part(op, dim, rank, fresh),
-        How::Locally | How::Reduced(_) => {}
+    match option.how {
+        LocalOperation::Averaged => return reduce::averaged(op, degree, fresh),
+        LocalOperation::Indexed { dim } => return index::from_part(op, dim, rank, fresh),
+        LocalOperation::Locally | LocalOperation::Reduced(_) => {}
     }
-    if let Layout::Sharded(dim) = strategy.output {
+    if let Layout::Sharded(dim) = option.output {
         match &mut op {
             OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => {
                 shape::take_all(base, dim);
@@ -167,7 +167,7 @@ pub(crate) fn as_sum(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, &TensorI
     }
 }
 
-/// A strategy for every dim of a shape for which `of` has one.
-fn each_dim(shape: &Shape, of: impl FnMut(usize) -> Option<Strategy>) -> Vec<Strategy> {
+/// A sharding option for every dim of a shape for which `of` has one.
+fn each_dim(shape: &Shape, of: impl FnMut(usize) -> Option<ShardingOption>) -> Vec<ShardingOption> {
     (0..shape.num_dims()).filter_map(of).collect()
 }

@@ -2,10 +2,10 @@
 
 use burn_ir::{ModuleOperationIr as Module, OperationIr, TensorIr};
 
-use super::{Strategy, each_dim};
+use super::{ShardingOption, each_dim};
 use crate::layout::Layout::{self, Replicated, Sharded};
 
-pub(super) fn strategies(op: &OperationIr) -> Vec<Strategy> {
+pub(super) fn sharding_options(op: &OperationIr) -> Vec<ShardingOption> {
     use Module::*;
     let OperationIr::Module(module) = op else { return Vec::new() };
     match module {
@@ -29,8 +29,8 @@ pub(super) fn strategies(op: &OperationIr) -> Vec<Strategy> {
         | InterpolateBackward(_)
         | Unfold4d(_) => each_channel(op),
         BatchNorm(_) => vec![
-            Strategy::new([Sharded(0), Replicated, Replicated, Replicated, Replicated], Sharded(0)),
-            Strategy::new([Sharded(1), Sharded(0), Sharded(0), Sharded(0), Sharded(0)], Sharded(1)),
+            ShardingOption::new([Sharded(0), Replicated, Replicated, Replicated, Replicated], Sharded(0)),
+            ShardingOption::new([Sharded(1), Sharded(0), Sharded(0), Sharded(0), Sharded(0)], Sharded(1)),
         ],
         LayerNorm(norm) => {
             let last = norm.input.shape.num_dims() - 1;
@@ -39,7 +39,7 @@ pub(super) fn strategies(op: &OperationIr) -> Vec<Strategy> {
                     0 => Sharded(dim),
                     _ => Replicated,
                 });
-                (dim != last).then(|| Strategy::of(inputs.collect(), Sharded(dim)))
+                (dim != last).then(|| ShardingOption::of(inputs.collect(), Sharded(dim)))
             })
         }
         // Batches and heads have nothing to do with each other; masks and biases may be the same for all of them.
@@ -50,7 +50,7 @@ pub(super) fn strategies(op: &OperationIr) -> Vec<Strategy> {
                     true => Sharded(dim),
                     false => Replicated,
                 };
-                Strategy::of(op.inputs().map(of).collect(), Sharded(dim))
+                ShardingOption::of(op.inputs().map(of).collect(), Sharded(dim))
             };
             vec![split(0), split(1)]
         }
@@ -59,7 +59,7 @@ pub(super) fn strategies(op: &OperationIr) -> Vec<Strategy> {
 }
 
 /// Every image and every channel for itself.
-fn each_channel(op: &OperationIr) -> Vec<Strategy> {
-    let along = |dim: usize| Strategy::of(op.inputs().map(|_| Layout::Sharded(dim)).collect(), Sharded(dim));
+fn each_channel(op: &OperationIr) -> Vec<ShardingOption> {
+    let along = |dim: usize| ShardingOption::of(op.inputs().map(|_| Layout::Sharded(dim)).collect(), Sharded(dim));
     vec![along(0), along(1)]
 }

@@ -7,34 +7,34 @@ use burn_ir::{
 };
 
 use super::super::collectives::CollectiveKind;
-use super::{How, Strategy, each_dim};
+use super::{LocalOperation, ShardingOption, each_dim};
 use crate::layout::Layout::{Partial, Replicated, Sharded};
 
-pub(super) fn numeric(op: &Numeric) -> Vec<Strategy> {
+pub(super) fn numeric(op: &Numeric) -> Vec<ShardingOption> {
     use CollectiveKind::{AllReduceMax, AllReduceMin, AllReduceProduct};
     match op {
         Numeric::Sum(op) => {
-            let mut found = each_dim(&op.input.shape, |dim| Some(Strategy::new([Sharded(dim)], Partial)));
-            found.push(Strategy::new([Partial], Partial));
+            let mut found = each_dim(&op.input.shape, |dim| Some(ShardingOption::new([Sharded(dim)], Partial)));
+            found.push(ShardingOption::new([Partial], Partial));
             found
         }
         Numeric::SumDim(op) => sum(&op.input, &[op.axis]),
         Numeric::SumDims(op) => sum(&op.input, &op.axes),
         Numeric::Mean(op) => {
-            let share = |dim| Some(Strategy::new([Sharded(dim)], Partial).done(How::Averaged));
+            let share = |dim| Some(ShardingOption::new([Sharded(dim)], Partial).done(LocalOperation::Averaged));
             let mut found = each_dim(&op.input.shape, share);
-            found.push(Strategy::new([Partial], Partial));
+            found.push(ShardingOption::new([Partial], Partial));
             found
         }
         Numeric::MeanDim(op) => {
             let mut found = beside(&op.input, op.axis);
-            found.push(Strategy::new([Sharded(op.axis)], Partial).done(How::Averaged));
-            found.push(Strategy::new([Partial], Partial));
+            found.push(ShardingOption::new([Sharded(op.axis)], Partial).done(LocalOperation::Averaged));
+            found.push(ShardingOption::new([Partial], Partial));
             found
         }
         Numeric::CumSum(op) => {
             let mut found = beside(&op.input, op.axis);
-            found.push(Strategy::new([Partial], Partial));
+            found.push(ShardingOption::new([Partial], Partial));
             found
         }
         Numeric::ProdDim(op) => along(&op.input, op.axis, AllReduceProduct),
@@ -56,7 +56,7 @@ pub(super) fn numeric(op: &Numeric) -> Vec<Strategy> {
 }
 
 /// Of bools the largest is true if any is, the smallest if all are.
-pub(super) fn base(op: &Base) -> Vec<Strategy> {
+pub(super) fn base(op: &Base) -> Vec<ShardingOption> {
     match op {
         Base::All(op) => over(&op.input, CollectiveKind::AllReduceMin),
         Base::Any(op) => over(&op.input, CollectiveKind::AllReduceMax),
@@ -66,7 +66,7 @@ pub(super) fn base(op: &Base) -> Vec<Strategy> {
     }
 }
 
-pub(super) fn activation(op: &ActivationOperationIr) -> Vec<Strategy> {
+pub(super) fn activation(op: &ActivationOperationIr) -> Vec<ShardingOption> {
     use ActivationOperationIr::{LogSoftmax, Softmax, Softmin};
     match op {
         Softmax(op) | LogSoftmax(op) | Softmin(op) => beside(&op.input, op.axis),
@@ -74,28 +74,30 @@ pub(super) fn activation(op: &ActivationOperationIr) -> Vec<Strategy> {
     }
 }
 
-fn sum(input: &TensorIr, axes: &[usize]) -> Vec<Strategy> {
+fn sum(input: &TensorIr, axes: &[usize]) -> Vec<ShardingOption> {
     let mut found = each_dim(&input.shape, |dim| {
-        Some(Strategy::new([Sharded(dim)], if axes.contains(&dim) { Partial } else { Sharded(dim) }))
+        Some(ShardingOption::new([Sharded(dim)], if axes.contains(&dim) { Partial } else { Sharded(dim) }))
     });
-    found.push(Strategy::new([Partial], Partial));
+    found.push(ShardingOption::new([Partial], Partial));
     found
 }
 
 /// Split along any dim but this one.
-fn beside(input: &TensorIr, axis: usize) -> Vec<Strategy> {
-    each_dim(&input.shape, |dim| (dim != axis).then(|| Strategy::new([Sharded(dim)], Sharded(dim))))
+fn beside(input: &TensorIr, axis: usize) -> Vec<ShardingOption> {
+    each_dim(&input.shape, |dim| (dim != axis).then(|| ShardingOption::new([Sharded(dim)], Sharded(dim))))
 }
 
 /// Split along any dim; along this one the ranks' results are reduced.
-fn along(input: &TensorIr, axis: usize, kind: CollectiveKind) -> Vec<Strategy> {
+fn along(input: &TensorIr, axis: usize, kind: CollectiveKind) -> Vec<ShardingOption> {
     let mut found = beside(input, axis);
-    found.push(Strategy::new([Sharded(axis)], Replicated).done(How::Reduced(kind)));
+    found.push(ShardingOption::new([Sharded(axis)], Replicated).done(LocalOperation::Reduced(kind)));
     found
 }
 
-fn over(input: &TensorIr, kind: CollectiveKind) -> Vec<Strategy> {
-    each_dim(&input.shape, |dim| Some(Strategy::new([Sharded(dim)], Replicated).done(How::Reduced(kind))))
+fn over(input: &TensorIr, kind: CollectiveKind) -> Vec<ShardingOption> {
+    each_dim(&input.shape, |dim| {
+        Some(ShardingOption::new([Sharded(dim)], Replicated).done(LocalOperation::Reduced(kind)))
+    })
 }
 
 /// A mean over an equal share, as a summand of the mean over all.

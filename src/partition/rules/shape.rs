@@ -3,14 +3,15 @@
 use burn::tensor::{Shape, Slice};
 use burn_ir::{BaseOperationIr as Base, TensorIr};
 
-use super::{Strategy, each_dim};
+use super::{ShardingOption, each_dim};
 use crate::layout::Layout::{Partial, Sharded};
 
-pub(super) fn base(op: &Base, degree: usize) -> Vec<Strategy> {
+pub(super) fn base(op: &Base, degree: usize) -> Vec<ShardingOption> {
     let moved = |input: &TensorIr, to: &dyn Fn(usize) -> Option<usize>| {
-        let mut found = each_dim(&input.shape, |dim| to(dim).map(|to| Strategy::new([Sharded(dim)], Sharded(to))));
+        let mut found =
+            each_dim(&input.shape, |dim| to(dim).map(|to| ShardingOption::new([Sharded(dim)], Sharded(to))));
         if !input.dtype.is_bool() {
-            found.push(Strategy::new([Partial], Partial));
+            found.push(ShardingOption::new([Partial], Partial));
         }
         found
     };
@@ -33,11 +34,11 @@ pub(super) fn base(op: &Base, degree: usize) -> Vec<Strategy> {
         Base::Flip(op) => moved(&op.input, &|dim| (!op.axes.contains(&dim)).then_some(dim)),
         Base::Slice(op) => moved(&op.tensor, &|dim| whole(&op.ranges, &op.tensor.shape, dim).then_some(dim)),
         Base::SliceAssign(op) => each_dim(&op.tensor.shape, |dim| {
-            whole(&op.ranges, &op.tensor.shape, dim).then(|| Strategy::new([Sharded(dim); 2], Sharded(dim)))
+            whole(&op.ranges, &op.tensor.shape, dim).then(|| ShardingOption::new([Sharded(dim); 2], Sharded(dim)))
         }),
         Base::RepeatDim(op) => moved(&op.tensor, &|dim| (dim != op.dim).then_some(dim)),
         Base::Cat(op) => each_dim(&op.out.shape, |dim| {
-            (dim != op.dim).then(|| Strategy::of(vec![Sharded(dim); op.tensors.len()], Sharded(dim)))
+            (dim != op.dim).then(|| ShardingOption::of(vec![Sharded(dim); op.tensors.len()], Sharded(dim)))
         }),
         _ => Vec::new(),
     }

@@ -22,7 +22,7 @@ fn all_graphs_share_one_group() {
             let cut = if ranks == 1 { Cut::default() } else { Cut::before(["1.*"]) };
             let config = PipelineConfig::new(2).with_cut(cut).with_graphs(3);
             let mut model = whole.clone().fork(&device).pipeline_parallel(&rank, config)?;
-            let group = lock(&model.engine).group.clone();
+            let group = lock(&model.state).group.clone();
             let before = (rank.counters().of("split").calls, group.counters().of("split").calls);
             for count in 2..12 {
                 let rows = Tensor::ones([count, 4], &device);

@@ -62,7 +62,7 @@ impl<'a> Analysis<'a> {
             twins: HashMap::new(),
         };
         let alive = alive(operations, results);
-        let mut known = Known::default();
+        let mut known = ForwardValues::default();
         for (index, op) in operations.iter().enumerate().filter(|(index, _)| alive[*index]) {
             analysis.makers.extend(op.outputs().map(|out| (out.id, index)));
             analysis.kinds[index] = analysis.add(index, op, &mut known);
@@ -70,7 +70,7 @@ impl<'a> Analysis<'a> {
         analysis
     }
 
-    fn add(&mut self, index: usize, op: &OperationIr, known: &mut Known) -> Kind {
+    fn add(&mut self, index: usize, op: &OperationIr, known: &mut ForwardValues) -> Kind {
         if drawn(op).is_none() {
             let text = known.text(op, &self.twins);
             if self.is_forward(index) {
@@ -135,9 +135,9 @@ fn alive(operations: &[OperationIr], results: &HashSet<TensorId>) -> Vec<bool> {
 
 /// Operations of the forward pass by what they compute.
 #[derive(Default)]
-struct Known(HashMap<String, usize>);
+struct ForwardValues(HashMap<String, usize>);
 
-impl Known {
+impl ForwardValues {
     /// Two operations of the same text compute the same: the operation on the twins of its inputs, whatever its outputs
     /// are called.
     fn text(&self, op: &OperationIr, twins: &HashMap<TensorId, TensorId>) -> String {

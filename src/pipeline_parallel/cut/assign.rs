@@ -6,7 +6,7 @@ use super::balance::balanced;
 use super::cost::operation_cost;
 use crate::error::Error;
 use crate::graph::StepGraph;
-use crate::plan::{families, matches};
+use crate::plan::{compress_paths, matches};
 
 /// How a model is cut into stages: the stage of each parameter, from which that of every operation follows.
 ///
@@ -90,7 +90,7 @@ fn wrong<T>(problem: String) -> Result<T, Error> {
 }
 
 fn unmatched(pattern: &str, paths: &[&str]) -> String {
-    let paths = families(paths.iter().copied());
+    let paths = compress_paths(paths.iter().copied());
     format!("pattern `{pattern}` of the cut matches none of the parameters {paths}; `*` stands for any characters")
 }
 

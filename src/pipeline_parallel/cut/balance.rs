@@ -12,7 +12,7 @@ use burn_ir::{NumericOperationIr, OperationIr, TensorId};
 
 use super::analysis::{Analysis, Origin};
 use super::cost::transfer_cost;
-use super::place::Bounds;
+use super::placement::Bounds;
 use crate::error::Error;
 use crate::graph::StepGraph;
 

@@ -51,16 +51,16 @@ pub fn measure_operations(graph: &StepGraph, device: &Device, runs: usize) -> Re
 fn anonymous(op: &OperationIr) -> OperationIr {
     let outputs: Vec<TensorId> = op.outputs().map(|out| out.id).collect();
     let mut op = op.clone();
-    op.visit_mut(&mut Number { outputs, seen: Vec::new() });
+    op.visit_mut(&mut Renumber { outputs, seen: Vec::new() });
     op
 }
 
-struct Number {
+struct Renumber {
     outputs: Vec<TensorId>,
     seen: Vec<TensorId>,
 }
 
-impl IrVisitorMut for Number {
+impl IrVisitorMut for Renumber {
     fn visit_tensor_mut(&mut self, tensor: &mut TensorIr) {
         let made = self.outputs.contains(&tensor.id);
         let place = self.seen.iter().position(|seen| *seen == tensor.id).unwrap_or_else(|| {

@@ -27,7 +27,7 @@ mod cost;
 mod flow;
 mod measure;
 mod passes;
-mod place;
+mod placement;
 mod program;
 mod report;
 mod run;
@@ -49,7 +49,7 @@ use burn_ir::OperationIr;
 
 use self::analysis::{Analysis, Origin};
 use self::cost::bytes;
-use self::place::{Bounds, Wanted, place};
+use self::placement::{Bounds, Wanted, place};
 use self::split::{Placement, pinned_results, split};
 use self::tied::{gradient_parts, ids};
 use crate::error::Error;

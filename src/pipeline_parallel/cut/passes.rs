@@ -10,7 +10,7 @@ use super::StageRun;
 use crate::error::Error;
 use crate::graph::bind::{fits, is_on};
 use crate::graph::interpret::Interpreter;
-use crate::graph::liveness::Action;
+use crate::graph::liveness::Instruction;
 use crate::graph::{graph_error, panic_text};
 use crate::tensor::PlainTensor;
 
@@ -199,7 +199,7 @@ impl StageRun {
             for (index, action) in program.iter().enumerate() {
                 position = index;
                 match action {
-                    Action::Run(op) => {
+                    Instruction::Run(op) => {
                         tensors.run(OperationIr::clone(op));
                         if matches!(**op, OperationIr::Custom(_))
                             && let Some(error) = ops.take_error()
@@ -207,8 +207,8 @@ impl StageRun {
                             return Err(error);
                         }
                     }
-                    Action::Free(tensor) => tensors.run(OperationIr::Drop(tensor.clone())),
-                    Action::Give(tensor) => {
+                    Instruction::Free(tensor) => tensors.run(OperationIr::Drop(tensor.clone())),
+                    Instruction::Output(tensor) => {
                         given.insert(tensor.id, tensors.get(tensor)?);
                     }
                 }
@@ -219,7 +219,7 @@ impl StageRun {
             Ok(outcome) => outcome,
             Err(payload) => {
                 let at = match program.get(position) {
-                    Some(Action::Run(op)) => origins.describe(op),
+                    Some(Instruction::Run(op)) => origins.describe(op),
                     _ => "the handling of a result".into(),
                 };
                 Err(graph_error(format!("{at} panicked on stage {stage}: {}", panic_text(payload))))

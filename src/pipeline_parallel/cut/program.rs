@@ -7,10 +7,10 @@ use burn_ir::{OperationIr, TensorId, TensorIr, TensorStatus};
 use super::cost::{bytes, is_view};
 use super::split::StageGraph;
 use crate::graph::StepGraph;
-use crate::graph::liveness::{Action, Item, with_lifetimes};
+use crate::graph::liveness::{Instruction, Item, with_lifetimes};
 
 /// The three passes of a stage as programs.
-pub(super) fn sections(graph: &StepGraph, part: &StageGraph) -> [Vec<Action>; 3] {
+pub(super) fn sections(graph: &StepGraph, part: &StageGraph) -> [Vec<Instruction>; 3] {
     let keep: HashSet<TensorId> = graph.constants.keys().copied().collect();
     let mut forward: HashMap<TensorId, TensorIr> = HashMap::new();
     let mut backward: HashMap<TensorId, TensorIr> = HashMap::new();
@@ -39,11 +39,11 @@ fn give_each(operations: &[OperationIr], mut wanted: HashMap<TensorId, TensorIr>
     let mut items = Vec::with_capacity(operations.len() + wanted.len());
     for op in operations {
         items.push(Item::Run(Box::new(op.clone())));
-        items.extend(op.outputs().filter_map(|out| wanted.remove(&out.id)).map(Item::Give));
+        items.extend(op.outputs().filter_map(|out| wanted.remove(&out.id)).map(Item::Output));
     }
     let mut first: Vec<TensorIr> = wanted.into_values().collect();
     first.sort_by_key(|tensor| tensor.id);
-    first.into_iter().map(Item::Give).chain(items).collect()
+    first.into_iter().map(Item::Output).chain(items).collect()
 }
 
 /// Bytes that a micro-batch leaves between its forward and its backward pass, beside parameters, inputs and constants.
@@ -53,7 +53,7 @@ pub(super) fn saved_bytes(graph: &StepGraph, part: &StageGraph) -> u64 {
     let [forward, ..] = sections(graph, part);
     for action in &forward {
         match action {
-            Action::Run(op) => {
+            Instruction::Run(op) => {
                 for input in op.inputs().filter(|input| input.status == TensorStatus::ReadWrite) {
                     alive.remove(&input.id);
                 }
@@ -61,9 +61,9 @@ pub(super) fn saved_bytes(graph: &StepGraph, part: &StageGraph) -> u64 {
                 let size = |out: &TensorIr| if is_view(op) { 0 } else { bytes(out) };
                 alive.extend(op.outputs().map(|out| (out.id, size(out))));
             }
-            Action::Free(tensor) => drop(alive.remove(&tensor.id)),
-            Action::Give(tensor) if tensor.status == TensorStatus::ReadWrite => drop(alive.remove(&tensor.id)),
-            Action::Give(_) => {}
+            Instruction::Free(tensor) => drop(alive.remove(&tensor.id)),
+            Instruction::Output(tensor) if tensor.status == TensorStatus::ReadWrite => drop(alive.remove(&tensor.id)),
+            Instruction::Output(_) => {}
         }
     }
     alive.into_values().sum()

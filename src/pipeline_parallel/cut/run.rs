@@ -13,7 +13,7 @@ use crate::graph::CustomOps;
 use crate::graph::bind::{computable, fits};
 use crate::graph::graph_error;
 use crate::graph::interpret::Interpreter;
-use crate::graph::liveness::Action;
+use crate::graph::liveness::Instruction;
 use crate::graph::module::{read_for_step, write_running_states};
 use crate::graph::origin::Origins;
 use crate::graph::step::StepGraph;
@@ -27,7 +27,7 @@ use crate::tensor::PlainTensor;
 #[derive(Debug)]
 pub struct StageRun {
     pub(super) part: StageGraph,
-    pub(super) sections: [Vec<Action>; 3],
+    pub(super) sections: [Vec<Instruction>; 3],
     /// The parameters that operations read: id, path, tensor.
     pub(super) params: Vec<(ParamId, String, TensorIr)>,
     /// Gradients and updates by tensor.
@@ -131,8 +131,8 @@ impl StageRun {
     fn settle(&mut self, device: Device) -> Result<(), Error> {
         if self.home.as_ref().is_none_or(|(home, _)| *home != device) {
             let operations = self.sections.iter().flatten().filter_map(|action| match action {
-                Action::Run(op) => Some(op),
-                Action::Free(_) | Action::Give(_) => None,
+                Instruction::Run(op) => Some(op),
+                Instruction::Free(_) | Instruction::Output(_) => None,
             });
             computable(operations.flat_map(|op| op.inputs().chain(op.outputs())), &device)?;
             let constants = self.constants.iter();

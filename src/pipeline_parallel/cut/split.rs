@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::analysis::{Analysis, Kind, Origin};
-use super::place::Wanted;
+use super::placement::Wanted;
 use super::tied::GradientPart;
 use crate::graph::StepGraph;
 use crate::graph::step::Rename;
@@ -89,7 +89,7 @@ pub(super) fn split(graph: &StepGraph, placement: &Placement<'_>, stages: usize)
                 .collect(),
         })
         .collect();
-    let needs: Vec<Walk<'_, '_>> = parts.iter().map(|part| placement.everything(part)).collect();
+    let needs: Vec<StageOperations<'_, '_>> = parts.iter().map(|part| placement.everything(part)).collect();
     let mut routes: BTreeMap<(usize, usize), BTreeMap<TensorId, TensorIr>> = BTreeMap::new();
     for (stage, walk) in needs.into_iter().enumerate() {
         for (id, (from, tensor)) in walk.received {
@@ -120,19 +120,19 @@ impl<'a> Placement<'a> {
         self.analysis.placed().filter(here).collect()
     }
 
-    fn walk(&self, stage: usize) -> Walk<'_, 'a> {
-        Walk { placement: self, stage, operations: BTreeMap::new(), received: BTreeMap::new() }
+    fn walk(&self, stage: usize) -> StageOperations<'_, 'a> {
+        StageOperations { placement: self, stage, operations: BTreeMap::new(), received: BTreeMap::new() }
     }
 
     /// All that a stage runs and needs.
-    fn everything(&self, part: &StageGraph) -> Walk<'_, 'a> {
+    fn everything(&self, part: &StageGraph) -> StageOperations<'_, 'a> {
         let mut walk = self.forward(part);
         self.placed_on(part.stage, false).into_iter().for_each(|op| walk.run(op));
         part.gradients.iter().for_each(|(_, tensor)| walk.ask(tensor));
         walk
     }
 
-    fn forward(&self, part: &StageGraph) -> Walk<'_, 'a> {
+    fn forward(&self, part: &StageGraph) -> StageOperations<'_, 'a> {
         let mut walk = self.walk(part.stage);
         self.placed_on(part.stage, true).into_iter().for_each(|op| walk.run(op));
         let named = part.outputs.iter().chain(&part.updates).map(|(_, tensor)| tensor);
@@ -167,14 +167,14 @@ impl<'a> Placement<'a> {
 }
 
 /// Collects the operations that a stage needs for what is asked of it.
-struct Walk<'p, 'a> {
+struct StageOperations<'p, 'a> {
     placement: &'p Placement<'a>,
     stage: usize,
     operations: BTreeMap<usize, OperationIr>,
     received: BTreeMap<TensorId, (usize, TensorIr)>,
 }
 
-impl Walk<'_, '_> {
+impl StageOperations<'_, '_> {
     /// Adds an operation, and what it needs.
     fn run(&mut self, op: usize) {
         let analysis = &self.placement.analysis;

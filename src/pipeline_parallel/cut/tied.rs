@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use burn_ir::{BinaryOpIr, NumericOperationIr, OperationIr, TensorId, TensorIr};
 
 use super::analysis::{Analysis, Origin};
-use super::place::{Bounds, Wanted};
+use super::placement::{Bounds, Wanted};
 use crate::graph::StepGraph;
 use crate::graph::step::Uses;
 

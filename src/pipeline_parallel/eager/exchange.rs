@@ -7,7 +7,7 @@ use burn::tensor::{Bool, Int, Tensor};
 
 use super::super::stage_error;
 use crate::Error;
-use crate::graph::{GraphInputs, TensorMapper};
+use crate::graph::{TensorMapper, TensorTree};
 
 /// The tensors that a stage has received from others for a micro-batch. Float tensors are leaves of a tape of their own.
 #[derive(Debug)]
@@ -95,7 +95,7 @@ impl Sent {
     }
 
     /// Adds tensors for a later stage, of any kind, in the order in which it will take them.
-    pub fn to(mut self, stage: usize, tensors: impl GraphInputs) -> Self {
+    pub fn to(mut self, stage: usize, tensors: impl TensorTree) -> Self {
         let collected = collect(tensors, &mut self.error);
         self.tensors.entry(stage).or_default().extend(collected);
         self
@@ -113,14 +113,14 @@ impl Sent {
     }
 
     /// Adds tensors to be shown to whoever runs the pipeline, on the rank of this stage.
-    pub fn output(mut self, tensors: impl GraphInputs) -> Self {
+    pub fn output(mut self, tensors: impl TensorTree) -> Self {
         let collected = collect(tensors, &mut self.error);
         self.outputs.extend(collected);
         self
     }
 }
 
-fn collect(tensors: impl GraphInputs, error: &mut Option<Error>) -> Vec<DispatchTensor> {
+fn collect(tensors: impl TensorTree, error: &mut Option<Error>) -> Vec<DispatchTensor> {
     let mut collect = Collect(Vec::new());
     if let Err(problem) = tensors.map_tensors(&mut collect) {
         error.get_or_insert(problem);

@@ -15,7 +15,7 @@ pub use exchange::{Received, Sent};
 
 use self::seed::seed;
 use super::schedule::Edge;
-use super::{Forwarded, LossSum, MicroBatch, Parcel, Stage, stage_error};
+use super::{Forwarded, LossSum, MicroBatch, Stage, StageMessage, stage_error};
 use crate::Error;
 use crate::params::{one_device, with_autodiff};
 use crate::tensor::PlainTensor;
@@ -33,14 +33,14 @@ pub struct EagerStage<M, F> {
     edges: Vec<Edge>,
     module: M,
     forward: F,
-    tapes: HashMap<usize, Tape>,
+    saved: HashMap<usize, SavedForward>,
     /// Gradients of micro-batches whose backward is half done.
     halves: HashMap<usize, GradientsParams>,
     gradients: GradientsAccumulator<M>,
 }
 
 /// What is kept of a forward for its backward.
-struct Tape {
+struct SavedForward {
     /// Leaves by giving stage; `None` for what has no gradient.
     inputs: Vec<(usize, Vec<Option<Tensor<1>>>)>,
     /// What was given, by taking stage; `None` for what has no gradient.
@@ -68,15 +68,15 @@ impl<M: Module, F> EagerStage<M, F> {
     {
         let before = index.checked_sub(1).map(|before| Edge::new(before, index, 1));
         let behind = (index + 1 < stages).then(|| Edge::new(index, index + 1, 1));
-        let (tapes, halves, gradients) = Default::default();
-        Self { index, edges: Vec::new(), module, forward, tapes, halves, gradients }
+        let (saved, halves, gradients) = Default::default();
+        Self { index, edges: Vec::new(), module, forward, saved, halves, gradients }
             .with_edges(before.into_iter().chain(behind))
     }
 
     /// Sets what goes in and out, on the way forward: all edges that end or begin at this stage. Gradients come back the same
     /// ways.
     pub fn with_edges(mut self, edges: impl IntoIterator<Item = Edge>) -> Self {
-        self.edges = edges.into_iter().flat_map(|edge| [edge, edge.turned()]).collect();
+        self.edges = edges.into_iter().flat_map(|edge| [edge, edge.reversed()]).collect();
         self
     }
 
@@ -117,15 +117,15 @@ where
         self.edges.clone()
     }
 
-    fn forward(&mut self, micro_batch: MicroBatch<'_, I>, received: Vec<Parcel>) -> Result<Forwarded, Error> {
+    fn forward(&mut self, micro_batch: MicroBatch<'_, I>, received: Vec<StageMessage>) -> Result<Forwarded, Error> {
         let strategy = if micro_batch.trains { Some(strategy_of(&self.module)) } else { None };
         let device = one_device(&self.module, "EagerStage")?.unwrap_or_else(Device::flex);
         let mut inputs = Vec::new();
         let mut tensors = BTreeMap::new();
-        for parcel in received {
-            let from = parcel.from;
+        for message in received {
+            let from = message.from;
             let leaves: Vec<DispatchTensor> =
-                parcel.into_tensors()?.into_iter().map(|tensor| leaf(tensor.moved_to(&device), strategy)).collect();
+                message.into_tensors()?.into_iter().map(|tensor| leaf(tensor.moved_to(&device), strategy)).collect();
             inputs.push((from, leaves.iter().map(float).collect()));
             tensors.insert(from, VecDeque::from(leaves));
         }
@@ -134,10 +134,10 @@ where
             return Err(error);
         }
         let mut forwarded = Forwarded::default();
-        let mut tape = Tape { inputs, outputs: Vec::new(), loss: None };
+        let mut tape = SavedForward { inputs, outputs: Vec::new(), loss: None };
         for (to, tensors) in sent.tensors {
             let plain = tensors.iter().map(|tensor| PlainTensor::of(tensor.clone(), "a tensor for another stage"));
-            forwarded.parcels.push(Parcel::new(self.index, to, plain.collect::<Result<Vec<_>, Error>>()?));
+            forwarded.messages.push(StageMessage::new(self.index, to, plain.collect::<Result<Vec<_>, Error>>()?));
             tape.outputs.push((to, tensors.iter().map(float).collect()));
         }
         if let Some(loss) = sent.loss {
@@ -149,17 +149,21 @@ where
             forwarded.outputs.push(PlainTensor::of(output, "an output")?);
         }
         if micro_batch.trains {
-            self.tapes.insert(micro_batch.index, tape);
+            self.saved.insert(micro_batch.index, tape);
         }
         Ok(forwarded)
     }
 
-    fn backward_input(&mut self, micro_batch: MicroBatch<'_, I>, received: Vec<Parcel>) -> Result<Vec<Parcel>, Error> {
+    fn backward_input(
+        &mut self,
+        micro_batch: MicroBatch<'_, I>,
+        received: Vec<StageMessage>,
+    ) -> Result<Vec<StageMessage>, Error> {
         let (index, number) = (self.index, micro_batch.index);
-        let Some(tape) = self.tapes.remove(&number) else {
+        let Some(tape) = self.saved.remove(&number) else {
             return Err(stage_error(format!("stage {index} has no forward of micro-batch {number} to go back from")));
         };
-        let Tape { inputs, outputs, loss } = tape;
+        let SavedForward { inputs, outputs, loss } = tape;
         let mut grads = root(outputs, loss, received, micro_batch.scale)?.map(|root| root.backward());
         let given = inputs.into_iter().map(|(from, leaves)| {
             let gradient = |leaf: Option<Tensor<1>>| match (leaf, &mut grads) {
@@ -170,7 +174,7 @@ where
                 _ => Ok(None),
             };
             let tensors = leaves.into_iter().map(gradient).collect::<Result<_, Error>>()?;
-            Ok(Parcel { from: index, to: from, tensors })
+            Ok(StageMessage { from: index, to: from, tensors })
         });
         let given = given.collect::<Result<_, Error>>()?;
         let gradients = grads
@@ -189,11 +193,11 @@ where
     }
 
     fn live(&self) -> usize {
-        self.tapes.len() + self.halves.len()
+        self.saved.len() + self.halves.len()
     }
 
     fn discard(&mut self) {
-        (self.tapes, self.halves, self.gradients) = Default::default();
+        (self.saved, self.halves, self.gradients) = Default::default();
     }
 }
 
@@ -201,15 +205,15 @@ where
 fn root(
     outputs: Vec<(usize, Vec<Option<Tensor<1>>>)>,
     loss: Option<Tensor<1>>,
-    received: Vec<Parcel>,
+    received: Vec<StageMessage>,
     scale: f64,
 ) -> Result<Option<Tensor<1>>, Error> {
     let loss = loss.filter(Tensor::is_tracked);
     let dtype = loss.as_ref().map_or(DType::F32, Tensor::dtype);
     let mut root = loss.map(|loss| if scale == 1.0 { loss } else { loss.mul_scalar(scale) });
-    for parcel in received {
-        let sent = outputs.iter().find(|(to, _)| *to == parcel.from).map_or(&[][..], |(_, tensors)| tensors);
-        for (output, gradient) in sent.iter().zip(parcel.tensors) {
+    for message in received {
+        let sent = outputs.iter().find(|(to, _)| *to == message.from).map_or(&[][..], |(_, tensors)| tensors);
+        for (output, gradient) in sent.iter().zip(message.tensors) {
             let (Some(output), Some(gradient)) = (output, gradient) else { continue };
             let gradient = gradient.moved_to(&output.device().inner());
             let (expected, came) = (output.clone().into_dispatch().shape(), gradient.shape());
@@ -217,7 +221,7 @@ fn root(
                 let (from, to) = (output.dtype(), gradient.dtype());
                 return Err(stage_error(format!(
                     "the gradient from stage {} is {to:?} {:?}, and what it is of is {from:?} {:?}",
-                    parcel.from,
+                    message.from,
                     came.as_slice(),
                     expected.as_slice()
                 )));

@@ -17,7 +17,7 @@ use crate::launch;
 use crate::pipeline_parallel::cut::{Cut, CutGraph, StageRun, cut};
 use crate::pipeline_parallel::schedule::{Action, Direction, Edge, Schedule, Timetable};
 use crate::pipeline_parallel::step::bound;
-use crate::pipeline_parallel::{Forwarded, MicroBatch, Parcel, Pipeline, Stage};
+use crate::pipeline_parallel::{Forwarded, MicroBatch, Pipeline, Stage, StageMessage};
 use crate::tensor::PlainTensor;
 
 const RANKS: usize = 2;
@@ -131,16 +131,16 @@ struct Heavy {
 }
 
 impl Heavy {
-    fn spoil(&self, mut parcels: Vec<Parcel>, direction: Direction, micro_batch: usize) -> Vec<Parcel> {
-        let Action::Send(of, unit) = self.failing else { return parcels };
+    fn spoil(&self, mut messages: Vec<StageMessage>, direction: Direction, micro_batch: usize) -> Vec<StageMessage> {
+        let Action::Send(of, unit) = self.failing else { return messages };
         if (of, unit.stage, unit.micro_batch) == (direction, self.stage.index, micro_batch) {
-            for tensor in parcels.iter_mut().flat_map(|parcel| &mut parcel.tensors) {
+            for tensor in messages.iter_mut().flat_map(|message| &mut message.tensors) {
                 let (layout, scheme) = (Layout::contiguous(Shape::from(vec![4])), QuantScheme::default());
                 let bytes = Bytes::from_elems(vec![0i8; 8]);
                 *tensor = Some(PlainTensor::from_flex(FlexTensor::new(bytes, layout, DType::QFloat(scheme))));
             }
         }
-        parcels
+        messages
     }
 }
 
@@ -156,17 +156,17 @@ impl Stage<Vec<PlainTensor>> for Heavy {
     fn forward(
         &mut self,
         micro_batch: MicroBatch<'_, Vec<PlainTensor>>,
-        received: Vec<Parcel>,
+        received: Vec<StageMessage>,
     ) -> Result<Forwarded, Error> {
         let given = self.stage.forward(micro_batch, received)?;
-        Ok(Forwarded { parcels: self.spoil(given.parcels, Direction::Forward, micro_batch.index), ..given })
+        Ok(Forwarded { messages: self.spoil(given.messages, Direction::Forward, micro_batch.index), ..given })
     }
 
     fn backward_input(
         &mut self,
         micro_batch: MicroBatch<'_, Vec<PlainTensor>>,
-        received: Vec<Parcel>,
-    ) -> Result<Vec<Parcel>, Error> {
+        received: Vec<StageMessage>,
+    ) -> Result<Vec<StageMessage>, Error> {
         let given = self.stage.backward_input(micro_batch, received)?;
         Ok(self.spoil(given, Direction::Backward, micro_batch.index))
     }

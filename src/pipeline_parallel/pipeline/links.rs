@@ -9,7 +9,7 @@ use crate::comm::Communicator;
 use crate::pipeline_parallel::schedule::{Edge, Routes, Timetable, schedule_error};
 
 /// What one rank says about itself.
-struct Account {
+struct RankStages {
     timetable: u64,
     stages: Vec<usize>,
     /// With the stage that names them.
@@ -64,7 +64,11 @@ pub(super) fn agree<I, S: Stage<I>>(comm: &Communicator, timetable: &Timetable, 
     Routes::new(named.into_iter().filter(|(stage, edge)| *stage == edge.from).map(|(_, edge)| edge))
 }
 
-fn exchange<I, S: Stage<I>>(comm: &Communicator, timetable: &Timetable, stages: &[S]) -> Result<Vec<Account>, Error> {
+fn exchange<I, S: Stage<I>>(
+    comm: &Communicator,
+    timetable: &Timetable,
+    stages: &[S],
+) -> Result<Vec<RankStages>, Error> {
     let mut hasher = DefaultHasher::new();
     timetable.hash(&mut hasher);
     let edges: Vec<(usize, Edge)> =
@@ -85,8 +89,8 @@ fn exchange<I, S: Stage<I>>(comm: &Communicator, timetable: &Timetable, stages: 
         let mut number = || next().map(|number| number as usize);
         let edges = (0..named).map(|_| Some((number()?, Edge::new(number()?, number()?, number()?))));
         let edges = edges.collect::<Option<Vec<_>>>()?;
-        Some(Account { timetable, stages, edges })
+        Some(RankStages { timetable, stages, edges })
     });
-    let accounts: Option<Vec<Account>> = accounts.collect();
+    let accounts: Option<Vec<RankStages>> = accounts.collect();
     accounts.ok_or_else(|| stage_error("the ranks' accounts of their stages came incomplete"))
 }

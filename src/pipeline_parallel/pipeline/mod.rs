@@ -5,8 +5,8 @@
 //! travel while the rank computes, and is waited for only by the pass that needs it. When a row is done, all ranks add up the
 //! loss.
 
+mod exchange;
 mod links;
-mod mail;
 mod report;
 mod run;
 

@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
-use super::mail::Mail;
+use super::exchange::MessageExchange;
 use super::{Pipeline, PipelineRun, stage_error};
 use crate::Error;
 use crate::comm::{ReduceOp, panic_message};
 use crate::pipeline_parallel::schedule::{Action, Timetable, Unit};
-use crate::pipeline_parallel::{Forwarded, LossSum, MicroBatch, Parcel, Stage};
+use crate::pipeline_parallel::{Forwarded, LossSum, MicroBatch, Stage, StageMessage};
 use crate::step::RunReport;
 use crate::tensor::PlainTensor;
 
@@ -22,7 +22,7 @@ pub(super) struct Run<'a, I, S> {
     places: HashMap<usize, usize>,
     micro_batches: &'a [I],
     trains: bool,
-    mail: Mail<'a>,
+    exchange: MessageExchange<'a>,
     loss: LossSum,
     outputs: BTreeMap<Unit, Vec<PlainTensor>>,
     report: RunReport,
@@ -54,7 +54,7 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
             )));
         }
         Ok(Self {
-            mail: Mail::new(&pipeline.comm, timetable, &pipeline.routes),
+            exchange: MessageExchange::new(&pipeline.comm, timetable, &pipeline.routes),
             trains: timetable.trains(),
             loss: LossSum::default(),
             outputs: BTreeMap::new(),
@@ -75,14 +75,14 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
         for (place, action) in row.iter().enumerate() {
             match *action {
                 Action::Send(direction, unit) => {
-                    self.mail.send(unit, direction).map_err(|cause| self.failed(action, cause))?;
+                    self.exchange.send(unit, direction).map_err(|cause| self.failed(action, cause))?;
                 }
-                Action::Receive(direction, unit) => self.mail.post(unit, direction),
+                Action::Receive(direction, unit) => self.exchange.post(unit, direction),
                 _ => {
                     // Receives up to the next pass are posted now: their tensors may come while this one runs.
                     for ahead in row[place + 1..].iter().take_while(|ahead| !ahead.computes()) {
                         if let Action::Receive(direction, unit) = *ahead {
-                            self.mail.post(unit, direction);
+                            self.exchange.post(unit, direction);
                         }
                     }
                     self.pass(action)?;
@@ -95,7 +95,7 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
         let [sum, weight, busy] = comm.all_reduce(mine, ReduceOp::Sum)?[..] else {
             return Err(stage_error("the loss came back incomplete"));
         };
-        let waited = self.mail.waited + waits.elapsed();
+        let waited = self.exchange.waited + waits.elapsed();
         let elapsed = began.elapsed();
         let total = comm.size() as f64 * elapsed.as_secs_f64();
         let report = RunReport {
@@ -115,14 +115,14 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
         let unit = action.unit();
         let direction = action.direction();
         let received = match direction {
-            Some(direction) => self.mail.take(unit, direction).map_err(|cause| self.failed(action, cause))?,
+            Some(direction) => self.exchange.take(unit, direction).map_err(|cause| self.failed(action, cause))?,
             None => Vec::new(),
         };
         let began = Instant::now();
         let given = self.call(action, received);
         self.report.busy += began.elapsed();
         let given = given.and_then(|given| match direction {
-            Some(direction) => self.mail.give(unit, direction, given),
+            Some(direction) => self.exchange.give(unit, direction, given),
             None => Ok(()),
         });
         given.map_err(|cause| self.failed(action, cause))?;
@@ -131,7 +131,7 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
     }
 
     /// Calls the stage. A panic of it becomes an error.
-    fn call(&mut self, action: &Action, received: Vec<Parcel>) -> Result<Vec<Parcel>, Error> {
+    fn call(&mut self, action: &Action, received: Vec<StageMessage>) -> Result<Vec<StageMessage>, Error> {
         let unit = action.unit();
         let place = self.places.get(&unit.stage).copied();
         let stage = place.and_then(|place| self.stages.get_mut(place));
@@ -142,8 +142,8 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
         let micro_batch = MicroBatch { index, count, input, trains: self.trains, scale: self.pipeline.scale };
         let pass = || match action {
             Action::Forward(_) => stage.forward(micro_batch, received),
-            Action::Backward(_) => stage.backward(micro_batch, received).map(Forwarded::of_parcels),
-            Action::BackwardInput(_) => stage.backward_input(micro_batch, received).map(Forwarded::of_parcels),
+            Action::Backward(_) => stage.backward(micro_batch, received).map(Forwarded::of_messages),
+            Action::BackwardInput(_) => stage.backward_input(micro_batch, received).map(Forwarded::of_messages),
             Action::BackwardWeight(_) => stage.backward_weight(micro_batch).map(|()| Forwarded::default()),
             Action::Send(..) | Action::Receive(..) => Ok(Forwarded::default()),
         };
@@ -159,7 +159,7 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
         if !given.outputs.is_empty() {
             self.outputs.insert(unit, given.outputs);
         }
-        Ok(given.parcels)
+        Ok(given.messages)
     }
 
     fn count_live(&mut self) {
@@ -185,7 +185,7 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
 }
 
 impl Forwarded {
-    fn of_parcels(parcels: Vec<Parcel>) -> Self {
-        Self { parcels, ..Self::default() }
+    fn of_messages(messages: Vec<StageMessage>) -> Self {
+        Self { messages, ..Self::default() }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::{Action, Costs, Direction, Event, Routes, Timetable, Unit, play, schedule_error};
+use super::{Action, Costs, Direction, Event, Routes, Timetable, Unit, events, schedule_error};
 use crate::Error;
 
 impl Timetable {
@@ -20,7 +20,7 @@ impl Timetable {
             return Err(schedule_error("the timetable has sends and receives already; take `computing()` of it"));
         }
         self.validate(routes)?;
-        let events = play(self, routes, &Costs::default()).map_err(|stuck| self.deadlock(&stuck))?;
+        let events = events(self, routes, &Costs::default()).map_err(|blocked| self.deadlock(&blocked))?;
         let mut rows = vec![Vec::new(); self.ranks()];
         let mut posted = HashSet::new();
         for Event { rank, action, .. } in events {

@@ -3,13 +3,13 @@
 mod action;
 mod costs;
 mod csv;
+mod events;
 mod forward_only;
 mod gpipe;
 mod grid;
 mod interleaved;
 mod lower;
 mod one_forward_one_backward;
-mod play;
 mod routes;
 mod simulate;
 mod timetable;
@@ -18,9 +18,9 @@ mod zero_bubble;
 
 pub use action::{Action, Direction, Unit};
 pub use costs::{Costs, StageCosts};
+pub use events::Event;
+use events::events;
 pub(crate) use forward_only::timetable as evaluation;
-pub use play::Event;
-use play::play;
 pub use routes::{Edge, Routes};
 pub use simulate::Simulation;
 pub use timetable::Timetable;

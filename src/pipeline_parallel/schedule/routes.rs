@@ -24,7 +24,7 @@ impl Edge {
     }
 
     /// The way that the gradients of these activations go, or the other way round.
-    pub fn turned(self) -> Self {
+    pub fn reversed(self) -> Self {
         Self { from: self.to, to: self.from, tensors: self.tensors }
     }
 
@@ -69,14 +69,14 @@ impl Routes {
         for stage in 1..stages {
             let edge = Edge::new(stage - 1, stage, 1);
             routes.add(edge);
-            routes.add(edge.turned());
+            routes.add(edge.reversed());
         }
         routes
     }
 
     fn add(&mut self, edge: Edge) {
         self.edges.insert(edge);
-        self.by_taker.insert(edge.turned());
+        self.by_taker.insert(edge.reversed());
     }
 
     /// All edges, in order.
@@ -86,7 +86,7 @@ impl Routes {
 
     /// The edges that bring tensors to a stage in one direction, by giving stage.
     pub fn into_stage(&self, stage: usize, direction: Direction) -> impl Iterator<Item = Edge> {
-        of_stage(&self.by_taker, stage).map(Edge::turned).filter(move |edge| edge.direction() == direction)
+        of_stage(&self.by_taker, stage).map(Edge::reversed).filter(move |edge| edge.direction() == direction)
     }
 
     /// The edges that take tensors from a stage in one direction, by taking stage.

@@ -1,6 +1,6 @@
 //! What a timetable costs, before anything runs.
 
-use super::{Costs, Event, Routes, Timetable, play};
+use super::{Costs, Event, Routes, Timetable, events};
 use crate::Error;
 
 /// A step as it would go if every action took as long as its [`Costs`] say.
@@ -33,7 +33,7 @@ impl Timetable {
         costs.check(self.stages())?;
         self.validate(routes)?;
         let computing = self.computing();
-        let events = play(&computing, routes, costs).map_err(|stuck| computing.deadlock(&stuck))?;
+        let events = events(&computing, routes, costs).map_err(|blocked| computing.deadlock(&blocked))?;
         let mut busy = vec![0.0; self.ranks()];
         for event in &events {
             busy[event.rank] += event.end - event.start;

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use super::play::Stuck;
-use super::{Action, Costs, Direction, Routes, Timetable, Unit, grid, play, schedule_error};
+use super::events::BlockedRank;
+use super::{Action, Costs, Direction, Routes, Timetable, Unit, events, grid, schedule_error};
 use crate::Error;
 
 /// For how many micro-batches activations are alive at most: from their forward to their backward, or if that is split, to
@@ -17,7 +17,7 @@ pub struct PeakActivations {
 }
 
 /// Where an action is: rank, and place in its row.
-type Place = (usize, usize);
+type ActionIndex = (usize, usize);
 
 impl Timetable {
     /// Proves that the timetable can run over these edges, and says how many activations it keeps alive.
@@ -39,13 +39,13 @@ impl Timetable {
         }
         let places = self.in_order(routes)?;
         self.complete(&places, routes)?;
-        play(self, routes, &Costs::default()).map_err(|stuck| self.deadlock(&stuck))?;
+        events(self, routes, &Costs::default()).map_err(|blocked| self.deadlock(&blocked))?;
         Ok(self.peak_activations())
     }
 
     /// Looks at each action in the light of those before it in its row.
-    fn in_order(&self, routes: &Routes) -> Result<HashMap<Action, Place>, Error> {
-        let mut places: HashMap<Action, Place> = HashMap::new();
+    fn in_order(&self, routes: &Routes) -> Result<HashMap<Action, ActionIndex>, Error> {
+        let mut places: HashMap<Action, ActionIndex> = HashMap::new();
         for (rank, row) in self.rows().iter().enumerate() {
             for (place, action) in row.iter().enumerate() {
                 if let Some(problem) = self.problem(action, rank, &places, routes) {
@@ -61,7 +61,7 @@ impl Timetable {
         &self,
         action: &Action,
         rank: usize,
-        before: &HashMap<Action, Place>,
+        before: &HashMap<Action, ActionIndex>,
         routes: &Routes,
     ) -> Option<String> {
         let unit = action.unit();
@@ -98,7 +98,7 @@ impl Timetable {
     }
 
     /// Looks for what is missing.
-    fn complete(&self, places: &HashMap<Action, Place>, routes: &Routes) -> Result<(), Error> {
+    fn complete(&self, places: &HashMap<Action, ActionIndex>, routes: &Routes) -> Result<(), Error> {
         let (trains, communicates) = (self.trains(), self.communicates());
         let units = (0..self.micro_batches()).flat_map(|m| (0..self.stages()).map(move |s| Unit::new(s, m)));
         for unit in units {
@@ -163,13 +163,13 @@ impl Timetable {
     }
 
     /// The error for ranks that wait for ever.
-    pub(super) fn deadlock(&self, stuck: &[Stuck]) -> Error {
-        let waits = |stuck: &Stuck| {
-            let action = self.rows()[stuck.rank][stuck.place];
-            format!("{action} on rank {} waits for {}", stuck.rank, stuck.waits_for)
+    pub(super) fn deadlock(&self, blocked: &[BlockedRank]) -> Error {
+        let waits = |blocked: &BlockedRank| {
+            let action = self.rows()[blocked.rank][blocked.place];
+            format!("{action} on rank {} waits for {}", blocked.rank, blocked.waits_for)
         };
-        let all: Vec<String> = stuck.iter().map(waits).collect();
-        let (rank, place) = stuck.first().map_or((0, 0), |first| (first.rank, first.place));
+        let all: Vec<String> = blocked.iter().map(waits).collect();
+        let (rank, place) = blocked.first().map_or((0, 0), |first| (first.rank, first.place));
         let grid = grid::marked(self, rank, place, true);
         schedule_error(format!("the ranks wait for each other for ever: {}\n{grid}", all.join(", ")))
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::layers::{Cut, Layer};
+use super::layers::{Layer, LinearSplit};
 use crate::plan::{PlanCost, like, must_split};
 
 /// The rows of activations that collectives are weighed for.
@@ -19,7 +19,7 @@ struct Link {
     /// Elements of all weights.
     elements: usize,
     /// How they can be split.
-    choices: Vec<Cut>,
+    choices: Vec<LinearSplit>,
     /// Whether what they give is read element by element, wherever it lies.
     open: bool,
     /// Whether what they give is cut into heads, and what they take comes from heads.
@@ -35,7 +35,7 @@ enum Features {
 }
 
 /// How each layer that has rows and columns is split, by its number.
-pub(super) fn chains(layers: &[Layer], degree: usize) -> Vec<(usize, Cut)> {
+pub(super) fn chains(layers: &[Layer], degree: usize) -> Vec<(usize, LinearSplit)> {
     let mut chains: Vec<Vec<Link>> = Vec::new();
     let mut norm = false;
     for (number, layer) in layers.iter().enumerate() {
@@ -74,17 +74,17 @@ impl Link {
 
     /// Finds out how all of its layers can be split. Heads are not cut by padding.
     fn settle(&mut self, layers: &[Layer], degree: usize) {
-        let can = |cut: &Cut| {
+        let can = |cut: &LinearSplit| {
             self.layers.iter().all(|number| {
                 let layer = &layers[*number];
                 let (Some([takes, gives]), Some(weight)) = (layer.ends(), layer.weight()) else { return false };
                 match cut {
-                    Cut::Columns => layer.divides(weight[gives], degree, !self.heads && !self.open),
+                    LinearSplit::Columns => layer.divides(weight[gives], degree, !self.heads && !self.open),
                     _ => layer.divides(weight[takes], degree, !self.from_heads && !self.open),
                 }
             })
         };
-        self.choices = [Cut::Columns, Cut::Rows].into_iter().filter(can).collect();
+        self.choices = [LinearSplit::Columns, LinearSplit::Rows].into_iter().filter(can).collect();
         let weights = self.layers.iter().filter_map(|number| layers[*number].weight());
         self.elements = weights.map(|weight| weight.iter().product::<usize>()).sum();
     }
@@ -126,19 +126,19 @@ fn allow_whole(chains: &mut [Vec<Link>], layers: &[Layer]) {
     let must: BTreeMap<&String, bool> = bytes.keys().zip(must).collect();
     for link in chains.iter_mut().flatten() {
         if link.choices.is_empty() || !must.get(&kind(link)).is_some_and(|must| *must) {
-            link.choices.push(Cut::Whole);
+            link.choices.push(LinearSplit::Whole);
         }
     }
 }
 
 /// The cheapest way for a chain, of which each link either gets whole activations or such as are split by features.
-fn cheapest(chain: &[Link], n: f64) -> Vec<(usize, Cut)> {
-    let mut ways: Vec<(Features, f64, Vec<Cut>)> = vec![(Features::Whole, 0.0, Vec::new())];
+fn cheapest(chain: &[Link], n: f64) -> Vec<(usize, LinearSplit)> {
+    let mut ways: Vec<(Features, f64, Vec<LinearSplit>)> = vec![(Features::Whole, 0.0, Vec::new())];
     for link in chain {
-        let mut next: Vec<(Features, f64, Vec<Cut>)> = Vec::new();
+        let mut next: Vec<(Features, f64, Vec<LinearSplit>)> = Vec::new();
         for (given, so_far, cuts) in &ways {
             for cut in &link.choices {
-                let gives = if *cut == Cut::Columns { Features::Split } else { Features::Whole };
+                let gives = if *cut == LinearSplit::Columns { Features::Split } else { Features::Whole };
                 let total = so_far + cost(link, *given, *cut, n).total();
                 let known = next.iter().position(|(features, ..)| *features == gives);
                 if known.is_none_or(|place| total < next[place].1) {
@@ -149,7 +149,7 @@ fn cheapest(chain: &[Link], n: f64) -> Vec<(usize, Cut)> {
         }
         ways = next;
     }
-    let end = |way: &(Features, f64, Vec<Cut>)| match (way.0, chain.last()) {
+    let end = |way: &(Features, f64, Vec<LinearSplit>)| match (way.0, chain.last()) {
         (Features::Split, Some(link)) if !link.open => way.1 + moved(1.0, link.gives, n).total(),
         _ => way.1,
     };
@@ -159,22 +159,22 @@ fn cheapest(chain: &[Link], n: f64) -> Vec<(usize, Cut)> {
 }
 
 /// What a link costs that gets its activations so and is split so: forward and backward.
-fn cost(link: &Link, given: Features, cut: Cut, n: f64) -> PlanCost {
+fn cost(link: &Link, given: Features, cut: LinearSplit, n: f64) -> PlanCost {
     const ALL_REDUCE: f64 = 2.0;
     const GATHER: f64 = 1.0;
     let side_by_side = link.layers.len() as f64;
     let moves: &[(f64, usize, f64)] = match (given, cut) {
         // The gradient of what is taken is a sum over the ranks.
-        (Features::Whole, Cut::Columns) => &[(ALL_REDUCE, link.takes, 1.0)],
+        (Features::Whole, LinearSplit::Columns) => &[(ALL_REDUCE, link.takes, 1.0)],
         // Gathered forward, the gradient scattered as it is summed.
-        (Features::Split, Cut::Columns) => &[(GATHER, link.takes, 1.0), (GATHER, link.takes, 1.0)],
-        (Features::Split, Cut::Rows) => &[(ALL_REDUCE, link.gives, side_by_side)],
+        (Features::Split, LinearSplit::Columns) => &[(GATHER, link.takes, 1.0), (GATHER, link.takes, 1.0)],
+        (Features::Split, LinearSplit::Rows) => &[(ALL_REDUCE, link.gives, side_by_side)],
         // Each rank takes its part, whose gradient is gathered.
-        (Features::Whole, Cut::Rows) => &[(GATHER, link.takes, 1.0), (ALL_REDUCE, link.gives, side_by_side)],
-        (Features::Split, Cut::Whole) => &[(GATHER, link.takes, 1.0)],
-        (Features::Whole, Cut::Whole) => &[],
+        (Features::Whole, LinearSplit::Rows) => &[(GATHER, link.takes, 1.0), (ALL_REDUCE, link.gives, side_by_side)],
+        (Features::Split, LinearSplit::Whole) => &[(GATHER, link.takes, 1.0)],
+        (Features::Whole, LinearSplit::Whole) => &[],
     };
-    let held = if cut == Cut::Whole { link.elements as f64 } else { link.elements as f64 / n };
+    let held = if cut == LinearSplit::Whole { link.elements as f64 } else { link.elements as f64 / n };
     // A product forward and two backward.
     let mut cost = PlanCost { parameter_bytes: WIDTH * held, work: 6.0 * ROWS * held, ..PlanCost::default() };
     for (shares, features, times) in moves {

@@ -16,7 +16,7 @@ pub(super) fn layers<M: Module>(model: &M) -> Vec<Layer> {
 
 /// What of a layer is split.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Cut {
+pub(super) enum LinearSplit {
     /// What it gives.
     Columns,
     /// What it takes.
@@ -107,18 +107,18 @@ impl Layer {
             || name.contains("qkv")
     }
 
-    pub fn layout(&self, cut: Cut, field: &str, dims: &[usize], degree: usize) -> Layout {
+    pub fn layout(&self, cut: LinearSplit, field: &str, dims: &[usize], degree: usize) -> Layout {
         let possible = |dim: usize, pads: bool| dims.get(dim).is_some_and(|size| self.divides(*size, degree, pads));
         let along = |dim: usize, pads| if possible(dim, pads) { Layout::Sharded(dim) } else { Layout::Replicated };
         match (self.ends(), self.kind.as_str(), field) {
-            (None, ..) if cut == Cut::Whole => Layout::Replicated,
+            (None, ..) if cut == LinearSplit::Whole => Layout::Replicated,
             (Some([takes, gives]), _, "weight") => match cut {
-                Cut::Columns => along(gives, true),
-                Cut::Rows => along(takes, true),
-                Cut::Whole => Layout::Replicated,
+                LinearSplit::Columns => along(gives, true),
+                LinearSplit::Rows => along(takes, true),
+                LinearSplit::Whole => Layout::Replicated,
             },
             (Some(_), _, _) => {
-                if cut == Cut::Columns && dims.len() == 1 {
+                if cut == LinearSplit::Columns && dims.len() == 1 {
                     along(0, true)
                 } else {
                     Layout::Replicated

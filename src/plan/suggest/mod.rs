@@ -6,8 +6,8 @@ mod layers;
 use burn::module::Module;
 
 use self::chain::chains;
-use self::layers::{Cut, Layer, layers};
-use super::{Plan, concise, warn_of_nothing_split};
+use self::layers::{Layer, LinearSplit, layers};
+use super::{Plan, from_layouts, warn_of_nothing_split};
 
 impl Plan {
     /// A plan for a model whose step is not known yet, by the cost of the collectives that its layers need.
@@ -48,8 +48,8 @@ impl Plan {
     /// ```
     pub fn suggest<M: Module>(model: &M, degree: usize) -> Self {
         let layers: Vec<Layer> = layers(model);
-        let mut cuts = vec![Cut::Columns; layers.len()];
-        small(&layers).into_iter().for_each(|layer| cuts[layer] = Cut::Whole);
+        let mut cuts = vec![LinearSplit::Columns; layers.len()];
+        small(&layers).into_iter().for_each(|layer| cuts[layer] = LinearSplit::Whole);
         for (layer, cut) in chains(&layers, degree) {
             cuts[layer] = cut;
         }
@@ -61,7 +61,7 @@ impl Plan {
             );
         }
         warn_of_nothing_split(layouts.iter().map(|(_, _, layout)| *layout), degree);
-        concise(&layouts, degree)
+        from_layouts(&layouts, degree)
     }
 }
 

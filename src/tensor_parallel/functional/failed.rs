@@ -6,7 +6,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::Shape;
 
 use crate::Error;
-use crate::collective_matmul::{Job, Products};
+use crate::collective_matmul::{ProductCall, Products};
 
 /// A gradient that stands in for one that could not be made.
 pub(super) fn zeros_instead<B: Products>(shape: Shape, like: &FloatTensor<B>) -> FloatTensor<B> {
@@ -14,18 +14,18 @@ pub(super) fn zeros_instead<B: Products>(shape: Shape, like: &FloatTensor<B>) ->
 }
 
 /// Refuses the gradient of an input of other dims than the input has.
-pub(super) fn check_shape(found: &Shape, due: &Shape, job: &Job) -> Result<(), Error> {
+pub(super) fn check_shape(found: &Shape, due: &Shape, call: &ProductCall) -> Result<(), Error> {
     if found == due {
         return Ok(());
     }
     let problem = format!(
         "on rank {} of {} of group `{}` the gradient of an input of {:?} came back as {:?}: every rank must bring tensors of \
          the same logical shape, divided as `comm::part` does",
-        job.comm.rank(),
-        job.comm.size(),
-        job.comm.group(),
+        call.comm.rank(),
+        call.comm.size(),
+        call.comm.group(),
         due.as_slice(),
         found.as_slice(),
     );
-    Err(Error::invalid(job.name, problem))
+    Err(Error::invalid(call.name, problem))
 }

@@ -4,7 +4,7 @@ use burn::tensor::Tensor;
 
 use super::{columns, rows};
 use crate::Error;
-use crate::collective_matmul::{self, Job, Overlap};
+use crate::collective_matmul::{self, Overlap, ProductCall};
 use crate::comm::Communicator;
 use crate::layout;
 
@@ -77,13 +77,13 @@ pub fn column_parallel_each<const D: usize, const N: usize>(
         let x = layout::copy_to_group(x, group)?;
         return Ok(weights.map(|weight| plain(x.clone(), weight)));
     }
-    let job = Job { name: NAME, dim: 0, even: false, overlap, comm: group.clone() };
+    let call = ProductCall { name: NAME, dim: 0, even: false, overlap, comm: group.clone() };
     match D {
         1 => {
-            let made = columns::multiply(x.unsqueeze::<2>(), weights, false, job)?;
+            let made = columns::multiply(x.unsqueeze::<2>(), weights, false, call)?;
             Ok(made.map(|row| row.squeeze_dim(0)))
         }
-        _ => columns::multiply(x, weights, false, job),
+        _ => columns::multiply(x, weights, false, call),
     }
 }
 
@@ -112,10 +112,10 @@ pub fn row_parallel<const D: usize>(
     if group.size() == 1 || !has_kernels(&x) {
         return layout::reduce_from_group(plain(x, weight), group);
     }
-    let job = Job { name: NAME, dim: 0, even: false, overlap, comm: group.clone() };
+    let call = ProductCall { name: NAME, dim: 0, even: false, overlap, comm: group.clone() };
     match D {
-        1 => Ok(rows::multiply(x.unsqueeze::<2>(), weight, false, job)?.squeeze_dim(0)),
-        _ => rows::multiply(x, weight, false, job),
+        1 => Ok(rows::multiply(x.unsqueeze::<2>(), weight, false, call)?.squeeze_dim(0)),
+        _ => rows::multiply(x, weight, false, call),
     }
 }
 
@@ -169,7 +169,12 @@ pub fn all_gather_matmul_each<const D: usize, const N: usize>(
         let x = layout::gather_and_copy_to_group(x, sequence, group)?;
         return Ok(weights.map(|weight| plain(x.clone(), weight)));
     }
-    columns::multiply(x, weights, true, Job { name: NAME, dim: sequence, even: false, overlap, comm: group.clone() })
+    columns::multiply(
+        x,
+        weights,
+        true,
+        ProductCall { name: NAME, dim: sequence, even: false, overlap, comm: group.clone() },
+    )
 }
 
 /// Multiplies by this rank's rows of a weight, sums over the ranks, and leaves each its part of the sequence:
@@ -199,7 +204,12 @@ pub fn matmul_reduce_scatter<const D: usize>(
     if group.size() == 1 || !has_kernels(&x) {
         return layout::reduce_scatter_to_group(plain(x, weight), sequence, group);
     }
-    rows::multiply(x, weight, true, Job { name: NAME, dim: sequence, even: false, overlap, comm: group.clone() })
+    rows::multiply(
+        x,
+        weight,
+        true,
+        ProductCall { name: NAME, dim: sequence, even: false, overlap, comm: group.clone() },
+    )
 }
 
 /// The product by burn's own means.

@@ -11,16 +11,16 @@ use burn::tensor::Tensor;
 
 use super::failed::{check_shape, zeros_instead};
 use crate::Error;
-use crate::collective_matmul::{Job, PendingProduct, Products};
+use crate::collective_matmul::{PendingProduct, ProductCall, Products};
 
-/// Puts `sum over r of x_r A_r` on the tape; `scattered` along the dim of the job.
+/// Puts `sum over r of x_r A_r` on the tape; `scattered` along the dim of the call.
 pub(super) fn multiply<const D: usize>(
     x: Tensor<D>,
     weight: Tensor<2>,
     scattered: bool,
-    job: Job,
+    call: ProductCall,
 ) -> Result<Tensor<D>, Error> {
-    let made = <Dispatch as RowProducts>::row_product(x.into_dispatch(), weight.into_dispatch(), scattered, job);
+    let made = <Dispatch as RowProducts>::row_product(x.into_dispatch(), weight.into_dispatch(), scattered, call);
     match made.error {
         None => Ok(Tensor::from_dispatch(made.tensor)),
         Some(error) => Err(error),
@@ -29,54 +29,79 @@ pub(super) fn multiply<const D: usize>(
 
 /// A product: a tensor that means something only if there is no error.
 #[derive(ExtensionType)]
-struct Made<B: Backend> {
+struct ProductResult<B: Backend> {
     tensor: FloatTensor<B>,
     error: Option<Error>,
 }
 
 #[backend_extension(Flex, Cube: cfg(feature = "cubecl"), Autodiff)]
 trait RowProducts: Backend {
-    fn row_product(x: FloatTensor<Self>, weight: FloatTensor<Self>, scattered: bool, job: Job) -> Made<Self>;
+    fn row_product(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        scattered: bool,
+        call: ProductCall,
+    ) -> ProductResult<Self>;
 }
 
-fn make<B: Products>(x: FloatTensor<B>, weight: FloatTensor<B>, scattered: bool, job: &Job) -> Made<B> {
+fn make<B: Products>(
+    x: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    scattered: bool,
+    call: &ProductCall,
+) -> ProductResult<B> {
     // Given back in place of what could not be made.
-    let stand_in = x.clone();
+    let placeholders = x.clone();
     let sum = match scattered {
-        true => B::scatter(vec![[x, weight]], job, false),
-        false => B::sum(vec![[x, weight]], job, false),
+        true => B::scatter(vec![[x, weight]], call, false),
+        false => B::sum(vec![[x, weight]], call, false),
     };
     match sum.and_then(PendingProduct::wait) {
-        Ok(tensor) => Made { tensor, error: None },
-        Err(error) => Made { tensor: stand_in, error: Some(error) },
+        Ok(tensor) => ProductResult { tensor, error: None },
+        Err(error) => ProductResult { tensor: placeholders, error: Some(error) },
     }
 }
 
 impl RowProducts for Flex {
-    fn row_product(x: FloatTensor<Self>, weight: FloatTensor<Self>, scattered: bool, job: Job) -> Made<Self> {
-        make::<Self>(x, weight, scattered, &job)
+    fn row_product(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        scattered: bool,
+        call: ProductCall,
+    ) -> ProductResult<Self> {
+        make::<Self>(x, weight, scattered, &call)
     }
 }
 
 #[cfg(feature = "cubecl")]
 impl RowProducts for burn_cubecl::Cube {
-    fn row_product(x: FloatTensor<Self>, weight: FloatTensor<Self>, scattered: bool, job: Job) -> Made<Self> {
-        make::<Self>(x, weight, scattered, &job)
+    fn row_product(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        scattered: bool,
+        call: ProductCall,
+    ) -> ProductResult<Self> {
+        make::<Self>(x, weight, scattered, &call)
     }
 }
 
 impl<B: Products + RowProducts, C: CheckpointStrategy> RowProducts for Autodiff<B, C> {
-    fn row_product(x: FloatTensor<Self>, weight: FloatTensor<Self>, scattered: bool, job: Job) -> Made<Self> {
+    fn row_product(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        scattered: bool,
+        call: ProductCall,
+    ) -> ProductResult<Self> {
         let ((x, of_x), (weight, of_weight)) = (x.into_parts(), weight.into_parts());
         // Compute-bound: checkpointing must never repeat a collective, which the peers would not take part in.
         match RowGradients.prepare::<C>([of_x, of_weight]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let made = make::<B>(x.clone(), weight.clone(), scattered, &job);
-                Made { tensor: prep.finish((x, weight, scattered, job), made.tensor), error: made.error }
+                let made = make::<B>(x.clone(), weight.clone(), scattered, &call);
+                ProductResult { tensor: prep.finish((x, weight, scattered, call), made.tensor), error: made.error }
             }
             OpsKind::UnTracked(prep) => {
-                let made = make::<B>(x, weight, scattered, &job);
-                Made { tensor: prep.finish(made.tensor), error: made.error }
+                let made = make::<B>(x, weight, scattered, &call);
+                ProductResult { tensor: prep.finish(made.tensor), error: made.error }
             }
         }
     }
@@ -87,33 +112,33 @@ impl<B: Products + RowProducts, C: CheckpointStrategy> RowProducts for Autodiff<
 struct RowGradients;
 
 impl<B: Products + RowProducts> Backward<B, 2> for RowGradients {
-    type State = (FloatTensor<B>, FloatTensor<B>, bool, Job);
+    type State = (FloatTensor<B>, FloatTensor<B>, bool, ProductCall);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let (x, weight, scattered, job) = ops.state;
+        let (x, weight, scattered, call) = ops.state;
         let gradient = grads.consume::<B>(&ops.node);
         let [wants_x, wants_weight] = ops.parents.each_ref().map(Option::is_some);
         let (like, shapes) = (gradient.clone(), [x.shape(), weight.shape()]);
         let make = || {
-            let turned = B::turned(weight);
+            let transposed = B::transposed(weight);
             let (of_x, whole) = match (scattered, wants_x) {
                 (true, _) => {
-                    let rights = if wants_x { vec![turned] } else { Vec::new() };
-                    let (mut made, whole) = B::gather(gradient, rights, &job)?;
+                    let rights = if wants_x { vec![transposed] } else { Vec::new() };
+                    let (mut made, whole) = B::gather(gradient, rights, &call)?;
                     (made.pop(), whole)
                 }
-                (false, true) => (Some(B::multiply(gradient.clone(), turned, job.name)?), gradient),
+                (false, true) => (Some(B::multiply(gradient.clone(), transposed, call.name)?), gradient),
                 (false, false) => (None, gradient),
             };
             if let Some(of_x) = &of_x {
-                check_shape(&of_x.shape(), &shapes[0], &job)?;
+                check_shape(&of_x.shape(), &shapes[0], &call)?;
             }
-            let of_weight = wants_weight.then(|| B::multiply_rows(x, whole, job.name)).transpose()?;
+            let of_weight = wants_weight.then(|| B::multiply_rows(x, whole, call.name)).transpose()?;
             Ok([of_x, of_weight])
         };
         let made: Result<_, Error> = make();
         let gradients = made.unwrap_or_else(|error| {
-            job.comm.fail(error);
+            call.comm.fail(error);
             shapes.map(|shape| Some(zeros_instead::<B>(shape, &like)))
         });
         for (parent, gradient) in ops.parents.into_iter().zip(gradients) {

@@ -39,14 +39,14 @@ pub(crate) fn vocab_parallel_losses(
 }
 
 #[derive(ExtensionType)]
-struct Made<B: Backend> {
+struct LossResult<B: Backend> {
     losses: FloatTensor<B>,
     error: Option<Error>,
 }
 
 #[backend_extension(Cube, Autodiff)]
 trait Losses: Backend {
-    fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>, group: Communicator) -> Made<Self>;
+    fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>, group: Communicator) -> LossResult<Self>;
 }
 
 /// The two halves on backends without a tape.
@@ -142,16 +142,16 @@ impl Kernels for Cube {
 }
 
 impl Losses for Cube {
-    fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>, group: Communicator) -> Made<Self> {
+    fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>, group: Communicator) -> LossResult<Self> {
         match <Self as Kernels>::forward(logits.clone(), targets, &group) {
-            Ok([_, _, losses]) => Made { losses, error: None },
-            Err(error) => Made { losses: logits, error: Some(error) },
+            Ok([_, _, losses]) => LossResult { losses, error: None },
+            Err(error) => LossResult { losses: logits, error: Some(error) },
         }
     }
 }
 
 impl<B: Losses + Kernels, C: CheckpointStrategy> Losses for Autodiff<B, C> {
-    fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>, group: Communicator) -> Made<Self> {
+    fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>, group: Communicator) -> LossResult<Self> {
         let (z, guard) = logits.into_parts();
         // Compute-bound: checkpointing must never repeat a collective.
         let kind = LossGradient.prepare::<C>([guard]).compute_bound().stateful();
@@ -160,8 +160,8 @@ impl<B: Losses + Kernels, C: CheckpointStrategy> Losses for Autodiff<B, C> {
             Err(error) => ((z.clone(), targets, z.clone(), z.clone()), z, Some(error)),
         };
         match kind {
-            OpsKind::Tracked(prep) => Made { losses: prep.finish(state, losses), error },
-            OpsKind::UnTracked(prep) => Made { losses: prep.finish(losses), error },
+            OpsKind::Tracked(prep) => LossResult { losses: prep.finish(state, losses), error },
+            OpsKind::UnTracked(prep) => LossResult { losses: prep.finish(losses), error },
         }
     }
 }

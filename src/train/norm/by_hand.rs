@@ -7,7 +7,7 @@ use burn::tensor::Tensor;
 use super::{Clip, Clipped};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::graph::{ClipRecord, Holding};
+use crate::graph::{ClipRecord, GradientLayout};
 use crate::plan::matches;
 
 /// How the parameters of a model lie over groups of ranks where no wrapper knows it: models made of the explicit
@@ -77,10 +77,10 @@ impl HandSplit {
         grads: GradientsParams,
         clip: impl Into<Clip>,
     ) -> Result<Clipped, Error> {
-        super::clip::clip(model, grads, &self.holding(model)?, clip.into())
+        super::clip::clip(model, grads, &self.gradient_layout(model)?, clip.into())
     }
 
-    fn holding<M: Module>(&self, model: &M) -> Result<Holding, Error> {
+    fn gradient_layout<M: Module>(&self, model: &M) -> Result<GradientLayout, Error> {
         let mut params = Params::default();
         model.visit(&mut params);
         let params = params.found;
@@ -102,7 +102,7 @@ impl HandSplit {
             self.over.iter().any(copied) || self.copies.iter().any(shared)
         };
         let groups: Vec<Communicator> = self.over.iter().map(|(group, _)| group.clone()).collect();
-        Ok(Holding {
+        Ok(GradientLayout {
             rank: groups.first().map_or(0, Communicator::world_rank),
             elsewhere: params.iter().filter(|(_, paths)| elsewhere(paths)).map(|(id, _)| *id).collect(),
             groups,

@@ -6,12 +6,12 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 
-use super::combine::{Bad, Known};
-use super::measure::{Size, sizes};
+use super::combine::{NonFiniteGradient, NormReport};
+use super::measure::{PartialNorm, sizes};
 use super::{Clip, NonFinite};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::graph::{Holding, gradients_params};
+use crate::graph::{GradientLayout, gradients_params};
 use crate::step::{NotFinite, Step};
 use crate::tensor::PlainTensor;
 use crate::train::ParallelModule;
@@ -80,7 +80,7 @@ impl Step {
 pub(crate) fn clip<M: Module>(
     module: &M,
     grads: GradientsParams,
-    holding: &Holding,
+    holding: &GradientLayout,
     clip: Clip,
 ) -> Result<Clipped, Error> {
     if clip.max.is_nan() || clip.max <= 0.0 {
@@ -91,7 +91,7 @@ pub(crate) fn clip<M: Module>(
     let mine = measure(&found, holding, &clip)?;
     let known = holding.clipping.count(&holding.groups, || mine.over(&holding.groups, &clip))?;
     let mut norm = known.size.norm(clip.norm);
-    let Some(bad) = known.bad else {
+    let Some(non_finite) = known.non_finite else {
         let factor = clip.factor(norm);
         let scaled = found.into_iter().map(|gradient| (gradient.id, gradient.value.scale(factor))).collect();
         return Ok(Clipped { grads: gradients_params(module, scaled), norm, factor, skipped: None });
@@ -100,7 +100,8 @@ pub(crate) fn clip<M: Module>(
         // A copy that does not count is not finite: ranks have gone apart.
         norm = f64::NAN;
     }
-    let (path, rank) = holding.clipping.count(&holding.groups, || culprit(&paths_of(module), bad, holding, &clip))?;
+    let (path, rank) =
+        holding.clipping.count(&holding.groups, || culprit(&paths_of(module), non_finite, holding, &clip))?;
     match clip.non_finite {
         NonFinite::Stop => Err(Error::NonFinite { path, rank }),
         NonFinite::Skip => {
@@ -114,16 +115,23 @@ pub(crate) fn clip<M: Module>(
 /// that brought it into an average, in which all have it; if nobody did, as where only the sum overflows, the first that has it.
 ///
 /// All ranks come here or none: what is known of the averages is alike on all of them.
-fn culprit(paths: &[String], bad: Bad, holding: &Holding, clip: &Clip) -> Result<(String, usize), Error> {
-    let over = |bad, groups: &[Communicator]| Known { size: Size::nothing(clip.norm), bad }.over(groups, clip);
+fn culprit(
+    paths: &[String],
+    non_finite: NonFiniteGradient,
+    holding: &GradientLayout,
+    clip: &Clip,
+) -> Result<(String, usize), Error> {
+    let over = |non_finite, groups: &[Communicator]| {
+        NormReport { size: PartialNorm::nothing(clip.norm), non_finite }.over(groups, clip)
+    };
     let mut groups = holding.groups.clone();
-    let mut culprit = bad;
+    let mut culprit = non_finite;
     if let Some((group, brought)) = &holding.averaged {
         groups.push(group.clone());
         let place = brought.as_ref().and_then(|path| paths.iter().position(|other| **other == **path));
-        culprit = match over(place.map(|place| Bad { place, rank: holding.rank }), &groups)?.bad {
+        culprit = match over(place.map(|place| NonFiniteGradient { place, rank: holding.rank }), &groups)?.non_finite {
             Some(brought) => brought,
-            None => over(Some(bad), std::slice::from_ref(group))?.bad.unwrap_or(bad),
+            None => over(Some(non_finite), std::slice::from_ref(group))?.non_finite.unwrap_or(non_finite),
         };
     }
     // Ranks may hold different modules, as stages that are written by hand are: its own rank knows what it is called.
@@ -139,15 +147,15 @@ fn culprit(paths: &[String], bad: Bad, holding: &Holding, clip: &Clip) -> Result
 }
 
 /// A gradient, and the place of its parameter among all of the model.
-struct Found {
+struct FoundGradient {
     place: usize,
     id: ParamId,
     value: PlainTensor,
 }
 
 /// Takes the gradients of the parameters of `module`, in its order.
-fn take<M: Module>(module: &M, grads: GradientsParams, by_hand: bool) -> Result<Vec<Found>, Error> {
-    let mut take = Take { grads, seen: HashSet::new(), found: Vec::new(), explicit: None };
+fn take<M: Module>(module: &M, grads: GradientsParams, by_hand: bool) -> Result<Vec<FoundGradient>, Error> {
+    let mut take = TakeGradients { grads, seen: HashSet::new(), found: Vec::new(), explicit: None };
     module.visit(&mut take);
     if let Some(layer) = take.explicit.filter(|_| !by_hand) {
         let problem = format!(
@@ -172,15 +180,15 @@ fn take<M: Module>(module: &M, grads: GradientsParams, by_hand: bool) -> Result<
 /// The explicit layers that hold parts; the larger ones are made of them.
 const EXPLICIT: [&str; 3] = ["ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding"];
 
-struct Take {
+struct TakeGradients {
     grads: GradientsParams,
     seen: HashSet<ParamId>,
-    found: Vec<Found>,
+    found: Vec<FoundGradient>,
     /// An explicit layer that was met.
     explicit: Option<&'static str>,
 }
 
-impl ModuleVisitor for Take {
+impl ModuleVisitor for TakeGradients {
     fn enter_module(&mut self, _: &str, container: &str) {
         let name = container.rsplit(':').next();
         self.explicit = self.explicit.or(EXPLICIT.into_iter().find(|layer| name == Some(*layer)));
@@ -191,18 +199,18 @@ impl ModuleVisitor for Take {
         if self.seen.insert(param.id)
             && let Some(gradient) = self.grads.remove::<D>(param.id)
         {
-            self.found.push(Found { place: self.seen.len() - 1, id: param.id, value: gradient.into() });
+            self.found.push(FoundGradient { place: self.seen.len() - 1, id: param.id, value: gradient.into() });
         }
     }
 }
 
 /// What this rank knows: the size of what it counts, and whether anything that it holds is not finite.
-fn measure(found: &[Found], holding: &Holding, clip: &Clip) -> Result<Known, Error> {
+fn measure(found: &[FoundGradient], holding: &GradientLayout, clip: &Clip) -> Result<NormReport, Error> {
     let values: Vec<&PlainTensor> = found.iter().map(|gradient| &gradient.value).collect();
-    let mut known = Known { size: Size::nothing(clip.norm), bad: None };
+    let mut known = NormReport { size: PartialNorm::nothing(clip.norm), non_finite: None };
     for (gradient, size) in found.iter().zip(sizes(&values, clip.norm)?) {
-        if !size.is_finite() && known.bad.is_none() {
-            known.bad = Some(Bad { place: gradient.place, rank: holding.rank });
+        if !size.is_finite() && known.non_finite.is_none() {
+            known.non_finite = Some(NonFiniteGradient { place: gradient.place, rank: holding.rank });
         }
         if !holding.elsewhere.contains(&gradient.id) {
             known.size = known.size.with(size, clip.norm);

@@ -1,44 +1,47 @@
 //! What the ranks know of the gradients that each of them holds, put together.
 
-use super::measure::Size;
+use super::measure::PartialNorm;
 use super::{Clip, Norm};
 use crate::Error;
 use crate::comm::Communicator;
 
 /// The first gradient that is not finite: its place among the parameters of the model, and the rank that brought it.
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
-pub(super) struct Bad {
+pub(super) struct NonFiniteGradient {
     pub place: usize,
     pub rank: usize,
 }
 
 /// What a rank, or several together, know.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Known {
-    pub size: Size,
-    pub bad: Option<Bad>,
+pub(super) struct NormReport {
+    pub size: PartialNorm,
+    pub non_finite: Option<NonFiniteGradient>,
 }
 
-/// Numbers that a rank brings: those of [`Known`], and what it was asked for.
+/// Numbers that a rank brings: those of [`NormReport`], and what it was asked for.
 const NUMBERS: usize = 6;
 
-impl Known {
+impl NormReport {
     fn to_numbers(self, clip: &Clip) -> Vec<f64> {
-        let (place, rank) = self.bad.map_or((f64::INFINITY, 0.0), |bad| (bad.place as f64, bad.rank as f64));
+        let (place, rank) = self
+            .non_finite
+            .map_or((f64::INFINITY, 0.0), |non_finite| (non_finite.place as f64, non_finite.rank as f64));
         vec![self.size.unit, self.size.sum, place, rank, clip.max, clip.number()]
     }
 
     fn of_numbers(numbers: &[f64]) -> Self {
-        let bad = numbers[2].is_finite().then(|| Bad { place: numbers[2] as usize, rank: numbers[3] as usize });
-        Self { size: Size { unit: numbers[0], sum: numbers[1] }, bad }
+        let non_finite =
+            numbers[2].is_finite().then(|| NonFiniteGradient { place: numbers[2] as usize, rank: numbers[3] as usize });
+        Self { size: PartialNorm { unit: numbers[0], sum: numbers[1] }, non_finite }
     }
 
     fn with(self, other: Self, norm: Norm) -> Self {
-        let bad = match (self.bad, other.bad) {
+        let non_finite = match (self.non_finite, other.non_finite) {
             (Some(one), Some(two)) => Some(if two < one { two } else { one }),
             (one, two) => one.or(two),
         };
-        Self { size: self.size.with(other.size, norm), bad }
+        Self { size: self.size.with(other.size, norm), non_finite }
     }
 
     /// What all ranks know together, bit for bit the same on each: one collective of a few numbers over each group. A rank
@@ -83,8 +86,11 @@ mod tests {
     use crate::launch;
     use crate::mesh::Mesh;
 
-    fn known(sum: f64, bad: Option<(usize, usize)>) -> Known {
-        Known { size: Size { unit: 1.0, sum }, bad: bad.map(|(place, rank)| Bad { place, rank }) }
+    fn known(sum: f64, non_finite: Option<(usize, usize)>) -> NormReport {
+        NormReport {
+            size: PartialNorm { unit: 1.0, sum },
+            non_finite: non_finite.map(|(place, rank)| NonFiniteGradient { place, rank }),
+        }
     }
 
     #[test]
@@ -97,8 +103,8 @@ mod tests {
                     let before = groups.each_ref().map(|group| group.counters().of("all_gather").calls);
                     let rank = world.rank();
                     // Of several bad ones the first parameter counts, then the first rank.
-                    let bad = (rank >= 1).then_some((if rank == 1 { 7 } else { 5 }, rank));
-                    let mine = known(0.1 + rank as f64, bad);
+                    let non_finite = (rank >= 1).then_some((if rank == 1 { 7 } else { 5 }, rank));
+                    let mine = known(0.1 + rank as f64, non_finite);
                     let known = mine.over(&groups, &Clip::at(1.0))?;
                     for (group, before) in groups.iter().zip(before) {
                         let calls = group.counters().of("all_gather").calls - before;
@@ -111,12 +117,12 @@ mod tests {
             assert!(all.iter().all(|known| *known == all[0]));
             let sum: f64 = (0..ranks).map(|rank| 0.1 + rank as f64).sum();
             assert!((all[0].size.sum - sum).abs() < 1e-12 * sum);
-            let bad = match ranks {
+            let non_finite = match ranks {
                 1 => None,
-                2 => Some(Bad { place: 7, rank: 1 }),
-                _ => Some(Bad { place: 5, rank: 2 }),
+                2 => Some(NonFiniteGradient { place: 7, rank: 1 }),
+                _ => Some(NonFiniteGradient { place: 5, rank: 2 }),
             };
-            assert_eq!(all[0].bad, bad);
+            assert_eq!(all[0].non_finite, non_finite);
         }
     }
 

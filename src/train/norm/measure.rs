@@ -12,12 +12,12 @@ const LARGE: f64 = 1e300;
 /// How large something is: under [`Norm::L2`] its sum of squares, `unit * unit * sum`, taken apart since that may overflow; under
 /// [`Norm::Infinity`] the `unit`.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Size {
+pub(super) struct PartialNorm {
     pub unit: f64,
     pub sum: f64,
 }
 
-impl Size {
+impl PartialNorm {
     pub fn nothing(norm: Norm) -> Self {
         match norm {
             Norm::L2 => Self { unit: 1.0, sum: 0.0 },
@@ -58,35 +58,35 @@ impl Size {
 ///
 /// # Errors
 /// [`Error::UnsupportedDType`] if one has no plain floats; [`Error::InvalidArgument`] if a device cannot be read.
-pub(super) fn sizes(tensors: &[&PlainTensor], norm: Norm) -> Result<Vec<Size>, Error> {
+pub(super) fn sizes(tensors: &[&PlainTensor], norm: Norm) -> Result<Vec<PartialNorm>, Error> {
     if tensors.iter().all(|tensor| tensor.on_flex()) {
         return tensors.iter().map(|tensor| on_host(tensor, norm)).collect();
     }
     on_device(tensors, norm)
 }
 
-fn on_host(tensor: &PlainTensor, norm: Norm) -> Result<Size, Error> {
+fn on_host(tensor: &PlainTensor, norm: Norm) -> Result<PartialNorm, Error> {
     let tensor = tensor.clone().into_flex()?;
     if norm == Norm::Infinity {
-        return Ok(Size { unit: magnitude::largest(&tensor)?, sum: 0.0 });
+        return Ok(PartialNorm { unit: magnitude::largest(&tensor)?, sum: 0.0 });
     }
     let sum = magnitude::squares(&tensor, 1.0)?;
     if sum < LARGE {
-        return Ok(Size { unit: 1.0, sum });
+        return Ok(PartialNorm { unit: 1.0, sum });
     }
     let unit = magnitude::largest(&tensor)?;
     let sum = if unit.is_finite() { magnitude::squares(&tensor, unit)? } else { unit };
-    Ok(Size { unit: if unit.is_finite() { unit } else { 1.0 }, sum })
+    Ok(PartialNorm { unit: if unit.is_finite() { unit } else { 1.0 }, sum })
 }
 
 /// By operations of the tensors' backend, whose sums of 16-bit and 32-bit floats are `f32`.
-fn on_device(tensors: &[&PlainTensor], norm: Norm) -> Result<Vec<Size>, Error> {
+fn on_device(tensors: &[&PlainTensor], norm: Norm) -> Result<Vec<PartialNorm>, Error> {
     if norm == Norm::Infinity {
         let largest = numbers(tensors, |tensor, _| largest(tensor))?;
-        return Ok(largest.into_iter().map(|unit| Size { unit, sum: 0.0 }).collect());
+        return Ok(largest.into_iter().map(|unit| PartialNorm { unit, sum: 0.0 }).collect());
     }
     let sums = numbers(tensors, |tensor, _| (tensor.clone() * tensor).sum())?;
-    let mut sizes: Vec<Size> = sums.into_iter().map(|sum| Size { unit: 1.0, sum }).collect();
+    let mut sizes: Vec<PartialNorm> = sums.into_iter().map(|sum| PartialNorm { unit: 1.0, sum }).collect();
     // Either not finite, or its squares are too large for the dtype: seldom, so it may cost more.
     let beyond: Vec<usize> =
         (0..sizes.len()).filter(|place| sizes[*place].sum.is_nan() || sizes[*place].sum >= LARGE).collect();
@@ -101,7 +101,7 @@ fn on_device(tensors: &[&PlainTensor], norm: Norm) -> Result<Vec<Size>, Error> {
     })?;
     for ((place, unit), sum) in beyond.into_iter().zip(units).zip(sums) {
         let finite = unit.is_finite();
-        sizes[place] = if finite { Size { unit, sum } } else { Size { unit: 1.0, sum: unit } };
+        sizes[place] = if finite { PartialNorm { unit, sum } } else { PartialNorm { unit: 1.0, sum: unit } };
     }
     Ok(sizes)
 }
@@ -149,8 +149,9 @@ mod tests {
     fn norms(values: &[Vec<f64>], dtype: DType, norm: Norm) -> [f64; 2] {
         let tensors: Vec<PlainTensor> = values.iter().map(|values| plain(values.clone(), dtype)).collect();
         let tensors: Vec<&PlainTensor> = tensors.iter().collect();
-        [on_device(&tensors, norm).unwrap(), sizes(&tensors, norm).unwrap()]
-            .map(|sizes| sizes.into_iter().fold(Size::nothing(norm), |sum, size| sum.with(size, norm)).norm(norm))
+        [on_device(&tensors, norm).unwrap(), sizes(&tensors, norm).unwrap()].map(|sizes| {
+            sizes.into_iter().fold(PartialNorm::nothing(norm), |sum, size| sum.with(size, norm)).norm(norm)
+        })
     }
 
     #[test]
@@ -174,13 +175,16 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_stays_so() {
-        for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        for non_finite in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
                 for norm in [Norm::L2, Norm::Infinity] {
                     for place in 0..3 {
                         let mut values = vec![vec![1.0, 2.0], vec![3.0], vec![1e2]];
-                        values[place][0] = bad;
-                        assert!(norms(&values, dtype, norm).iter().all(|norm| !norm.is_finite()), "{bad} {dtype:?}");
+                        values[place][0] = non_finite;
+                        assert!(
+                            norms(&values, dtype, norm).iter().all(|norm| !norm.is_finite()),
+                            "{non_finite} {dtype:?}"
+                        );
                     }
                 }
             }

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use super::{Clip, Clipped, NonFinite, Norm, clip};
 use crate::Error;
 use crate::comm::part;
-use crate::graph::Holding;
+use crate::graph::GradientLayout;
 use crate::launch;
 use crate::mesh::Mesh;
 use crate::step::NotFinite;
@@ -68,7 +68,7 @@ fn clipped(axes: [usize; 2], dtype: DType, vectors: &[Vector], how: Clip) -> Res
     launch::threads(axes[0] * axes[1]).run(|world| {
         let mesh = Mesh::new(&world, [("pp", axes[0]), ("tp", axes[1])])?;
         let (outer, inner) = (mesh.axis("pp")?, mesh.axis("tp")?);
-        let mut holding = Holding { rank: world.rank(), ..Holding::default() };
+        let mut holding = GradientLayout { rank: world.rank(), ..GradientLayout::default() };
         let (mut model, mut grads) = (Model::new(), GradientsParams::new());
         for (vector, id) in vectors.iter().zip(&ids) {
             model.push(Param::initialized(*id, Tensor::zeros([1], &device)));
@@ -194,14 +194,14 @@ fn what_cannot_be_meant_is_said_at_once() {
     let model: Model = vec![Param::initialized(ParamId::new(), Tensor::zeros([1], &device))];
     let mut grads = GradientsParams::new();
     grads.register(ParamId::new(), Tensor::<1>::ones([1], &device));
-    let problem = clip(&model, grads, &Holding::default(), Clip::at(1.0)).unwrap_err().to_string();
+    let problem = clip(&model, grads, &GradientLayout::default(), Clip::at(1.0)).unwrap_err().to_string();
     assert!(problem.contains("1 of 1 gradients belong to no parameter"), "{problem}");
 }
 
 #[test]
 fn no_gradient_at_all_is_of_norm_0() {
     let model = Model::new();
-    let clipped = clip(&model, GradientsParams::new(), &Holding::default(), Clip::at(1.0)).unwrap();
+    let clipped = clip(&model, GradientsParams::new(), &GradientLayout::default(), Clip::at(1.0)).unwrap();
     assert_eq!((clipped.norm, clipped.factor), (0.0, 1.0));
 }
 
@@ -220,7 +220,7 @@ fn one_collective_puts_together_what_a_strategy_spreads() {
             let x = Tensor::<2>::ones([4, 4], &device);
             let step =
                 model.step(x, |model, x| model.iter().fold(x, |x, layer| layer.forward(x)).powi_scalar(2).mean())?;
-            let holding = model.holding();
+            let holding = model.gradient_layout();
             let [group] = &holding.groups[..] else { panic!("{:?}", holding.groups) };
             let before = group.counters().total().calls;
             let norm = step.clip_grad_norm(&model, Clip::never())?.grad_norm;
@@ -247,7 +247,7 @@ fn who_brought_it_into_an_average_is_named() {
                 let brought =
                     if known { [None, Some("2".into()), Some("1".into())][world.rank()].clone() } else { None };
                 let averaged = Some(((*world).clone(), brought));
-                let holding = Holding { rank: world.rank(), averaged, ..Holding::default() };
+                let holding = GradientLayout { rank: world.rank(), averaged, ..GradientLayout::default() };
                 Ok(clip(&model, grads, &holding, Clip::at(1.0)).unwrap_err())
             })
             .unwrap()

@@ -34,7 +34,7 @@ pub(super) fn optimize<P: ParallelModule>(
     let split = model.split_params();
     clips_parts(optim, &split)?;
     // Costlier, and so once for an optimizer: burn gives it no identity but its place.
-    if model.met().is_new(std::ptr::from_ref(optim).addr()) {
+    if model.checked_optimizers().is_new(std::ptr::from_ref(optim).addr()) {
         moments::check(optim, model.local())?;
         parts::check(optim, model.local(), &split)?;
     }

@@ -5,7 +5,7 @@ use burn::nn::{Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::activation;
 use burn_parallel::graph::{CustomOps, Executor, capture_step};
-use burn_parallel::partition::{fold_reductions, fuse_products, overlap, register_collectives};
+use burn_parallel::partition::{bucket_reductions, fuse_products, overlap, register_collectives};
 use burn_parallel::prelude::*;
 
 use super::harness::{Axis, Case, cut, split};
@@ -57,7 +57,7 @@ fn chunks_travel_beside_the_products() {
                 let graph = capture_step(&whole, (BLOCK.batch)(0), BLOCK.loss)?;
                 let (mut graph, _) = split(graph, &axes, &place);
                 assert_eq!(fuse_products(&mut graph).len(), if sequence { 4 } else { 2 });
-                fold_reductions(&mut graph, 1 << 20);
+                bucket_reductions(&mut graph, 1 << 20);
                 overlap(&mut graph);
                 let mut ops = CustomOps::new();
                 register_collectives(&mut ops, "tp", &comm);

@@ -4,7 +4,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::{Dropout, DropoutConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::{DType, activation};
-use burn_parallel::partition::{fold_reductions, fuse_products, overlap};
+use burn_parallel::partition::{bucket_reductions, fuse_products, overlap};
 use burn_parallel::prelude::*;
 
 use super::harness::{Axis, Case};
@@ -58,7 +58,7 @@ fn parity(case: &Case<Block, (Tensor<3>, Tensor<3>)>, tolerance: f32) {
     ] {
         let rewrite = |graph: &mut _| {
             assert!(!fuse_products(graph).is_empty());
-            fold_reductions(graph, 1 << 20);
+            bucket_reductions(graph, 1 << 20);
             overlap(graph);
         };
         case.compare_within(&axes, &references, rewrite, tolerance).unwrap();

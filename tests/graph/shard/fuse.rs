@@ -4,9 +4,9 @@ use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::graph::{CustomOps, Executor, GraphInputs, StepGraph, capture_forward};
+use burn_parallel::graph::{CustomOps, Executor, StepGraph, TensorTree, capture_forward};
 use burn_parallel::partition::ProductKind::{self, AllGather, AllReduce, ReduceScatter};
-use burn_parallel::partition::{fold_reductions, fuse_products, overlap};
+use burn_parallel::partition::{bucket_reductions, fuse_products, overlap};
 use burn_parallel::prelude::*;
 
 use super::harness::{Axis, Case, cut, split};
@@ -60,7 +60,7 @@ fn fuse_only(graph: &mut StepGraph) {
 
 fn everything(graph: &mut StepGraph) {
     fuse_only(graph);
-    fold_reductions(graph, 4096);
+    bucket_reductions(graph, 4096);
     overlap(graph);
 }
 
@@ -174,7 +174,7 @@ fn batch<const D: usize>(seed: u64, mut dims: [usize; D]) -> (Tensor<D>, Tensor<
     (x, numbers.tensor(dims, &device()))
 }
 
-fn odd<I: GraphInputs + Clone>(case: &Case<Odd, I>, sequence: bool) {
+fn odd<I: TensorTree + Clone>(case: &Case<Odd, I>, sequence: bool) {
     let references = case.alone(4);
     for degree in [2, 3, 4] {
         let axis = Axis::new("tp", degree, by_columns_then_rows());

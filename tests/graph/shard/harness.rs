@@ -3,7 +3,8 @@
 use burn::module::{Module, ModuleMapper, Param};
 use burn::prelude::*;
 use burn_parallel::graph::{
-    CustomOps, Executor, GraphInputs, RandomSource, StepGraph, capture_step, counted_random, register_counted_random,
+    CustomOps, Executor, RandomSource, StepGraph, TensorTree, capture_step, counter_based_rng,
+    register_counter_based_rng,
 };
 use burn_parallel::partition::{PartitionOptions, ShardReport, partition, register_collectives};
 use burn_parallel::prelude::*;
@@ -108,10 +109,10 @@ pub struct Case<M, I> {
     pub loss: fn(&M, I) -> Tensor<1>,
 }
 
-impl<M: Module, I: GraphInputs + Clone> Case<M, I> {
+impl<M: Module, I: TensorTree + Clone> Case<M, I> {
     pub fn capture(&self) -> StepGraph {
         let mut graph = capture_step(&(self.make)(&device()), (self.batch)(0), self.loss).unwrap();
-        counted_random(&mut graph);
+        counter_based_rng(&mut graph);
         graph
     }
 
@@ -119,9 +120,9 @@ impl<M: Module, I: GraphInputs + Clone> Case<M, I> {
     pub fn alone(&self, steps: u64) -> Vec<Reference> {
         let mut model = filled((self.make)(&device()));
         let mut graph = capture_step(&model, (self.batch)(0), self.loss).unwrap();
-        counted_random(&mut graph);
+        counter_based_rng(&mut graph);
         let (mut ops, source) = (CustomOps::new(), RandomSource::new(5));
-        register_counted_random(&mut ops, &source);
+        register_counter_based_rng(&mut ops, &source);
         let mut executor = Executor::new(graph, ops).unwrap();
         let mut optim = optimizer();
         (0..steps)
@@ -170,11 +171,11 @@ impl<M: Module, I: GraphInputs + Clone> Case<M, I> {
             let place = mesh.coordinates();
             let whole = filled(make(&device()));
             let mut graph = capture_step(&whole, batch(0), loss)?;
-            counted_random(&mut graph);
+            counter_based_rng(&mut graph);
             let (mut graph, reports) = split(graph, axes, &place);
             rewrite(&mut graph);
             let (mut ops, source) = (CustomOps::new(), RandomSource::new(5));
-            register_counted_random(&mut ops, &source);
+            register_counter_based_rng(&mut ops, &source);
             for axis in axes {
                 let group = mesh.axis(axis.name)?;
                 register_collectives(&mut ops, axis.name, &group);

@@ -28,7 +28,7 @@ const WIDE: Case<Wide, (Tensor<2>, Tensor<2>)> = Case {
     loss: |m, (x, y)| (m.second.forward(activation::gelu(m.first.forward(x))) - y).powi_scalar(2).mean(),
 };
 
-fn peak<M: Module, I: burn_parallel::graph::GraphInputs + Clone>(case: &Case<M, I>, axis: Axis) -> usize {
+fn peak<M: Module, I: burn_parallel::graph::TensorTree + Clone>(case: &Case<M, I>, axis: Axis) -> usize {
     launch::threads(1)
         .run(|rank| {
             let mut ops = CustomOps::new();

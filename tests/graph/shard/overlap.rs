@@ -1,7 +1,7 @@
 //! Folded and overlapped collectives: the same numbers, and work between start and wait.
 
 use burn_parallel::graph::StepGraph;
-use burn_parallel::partition::{fold_reductions, overlap};
+use burn_parallel::partition::{bucket_reductions, overlap};
 use burn_parallel::prelude::*;
 
 use super::harness::Axis;
@@ -25,12 +25,12 @@ fn gradients_are_reduced_in_buckets() {
     assert_eq!(count(&graph, "all_reduce"), gradients + 1);
 
     let mut one = graph.clone();
-    assert_eq!(fold_reductions(&mut one, usize::MAX), (1, gradients));
+    assert_eq!(bucket_reductions(&mut one, usize::MAX), (1, gradients));
     assert_eq!(count(&one, "all_reduce"), 2);
     let mut each = graph.clone();
-    assert_eq!(fold_reductions(&mut each, 0), (gradients, gradients));
+    assert_eq!(bucket_reductions(&mut each, 0), (gradients, gradients));
     let mut some = graph.clone();
-    let (left, _) = fold_reductions(&mut some, bytes / 4);
+    let (left, _) = bucket_reductions(&mut some, bytes / 4);
     assert!((3..=4).contains(&left), "{left}");
 }
 
@@ -41,11 +41,11 @@ fn what_sequence_parallelism_leaves_partial_is_one_collective() {
     let small = report[0].collectives.iter().filter(|c| c.reader == "result" && !c.forward).count();
     // Norms, and the biases of the layers that are split by rows.
     assert_eq!(small, 2 * (4 + 2) + 2, "{}", report[0]);
-    assert_eq!(fold_reductions(&mut graph, 1 << 20), (1, small));
+    assert_eq!(bucket_reductions(&mut graph, 1 << 20), (1, small));
 }
 
 fn folded_and_overlapped(graph: &mut StepGraph) {
-    fold_reductions(graph, 4096);
+    bucket_reductions(graph, 4096);
     let before = graph.operations.len();
     let apart = overlap(graph);
     assert_eq!(graph.operations.len(), before + apart);
@@ -103,7 +103,7 @@ fn every_rank_starts_in_the_same_order() {
 fn one_rank_has_nothing_to_overlap() {
     let (mut graph, _) = TOKENS.split(&[Axis::new("tp", 1, Plan::megatron())], &[0]);
     let before = graph.to_string();
-    assert_eq!((overlap(&mut graph), fold_reductions(&mut graph, 1 << 20)), (0, (0, 0)));
+    assert_eq!((overlap(&mut graph), bucket_reductions(&mut graph, 1 << 20)), (0, (0, 0)));
     assert_eq!(graph.to_string(), before);
 }
 

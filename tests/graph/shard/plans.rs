@@ -68,7 +68,7 @@ const CHAINS: [Case<Chain, Rows>; 10] = [
 ];
 
 /// A plan from random numbers: which parameters are split and along which dims, which inputs, and whether the sequence is.
-fn axis<M: Module, I: burn_parallel::graph::GraphInputs + Clone>(
+fn axis<M: Module, I: burn_parallel::graph::TensorTree + Clone>(
     case: &Case<M, I>,
     name: &'static str,
     degree: usize,
@@ -94,7 +94,7 @@ fn axis<M: Module, I: burn_parallel::graph::GraphInputs + Clone>(
     Axis { inputs, sequence: [None, Some(0), Some(1)][draw(3)], ..Axis::new(name, degree, plan) }
 }
 
-fn one_axis<M: Module, I: burn_parallel::graph::GraphInputs + Clone>(case: &Case<M, I>, degrees: &[usize], cases: u32) {
+fn one_axis<M: Module, I: burn_parallel::graph::TensorTree + Clone>(case: &Case<M, I>, degrees: &[usize], cases: u32) {
     let references = case.alone(1);
     let plan = (0..degrees.len(), proptest::collection::vec(any::<u8>(), 97));
     proptest!(ProptestConfig { failure_persistence: None, max_shrink_iters: 8, ..ProptestConfig::with_cases(cases) },
@@ -104,7 +104,7 @@ fn one_axis<M: Module, I: burn_parallel::graph::GraphInputs + Clone>(case: &Case
     });
 }
 
-fn two_axes<M: Module, I: burn_parallel::graph::GraphInputs + Clone>(
+fn two_axes<M: Module, I: burn_parallel::graph::TensorTree + Clone>(
     case: &Case<M, I>,
     degrees: &[[usize; 2]],
     cases: u32,
@@ -118,7 +118,7 @@ fn two_axes<M: Module, I: burn_parallel::graph::GraphInputs + Clone>(
         let [outer, inner] = degrees[degree];
         let axes = [axis(case, "a", outer, outer * inner, &a), axis(case, "b", inner, outer * inner, &b)];
         case.compare_rewritten(&axes, &references, |graph| {
-            burn_parallel::partition::fold_reductions(graph, 1000);
+            burn_parallel::partition::bucket_reductions(graph, 1000);
             burn_parallel::partition::overlap(graph);
         }).unwrap();
     });

@@ -2,7 +2,9 @@
 
 use burn::prelude::*;
 use burn::tensor::Distribution;
-use burn_parallel::graph::{CustomOps, Executor, RandomSource, capture_step, counted_random, register_counted_random};
+use burn_parallel::graph::{
+    CustomOps, Executor, RandomSource, capture_step, counter_based_rng, register_counter_based_rng,
+};
 use burn_parallel::prelude::*;
 
 use super::harness::{Axis, Case};
@@ -45,9 +47,9 @@ fn drawn(source: &RandomSource, steps: usize) -> Vec<[Vec<f64>; 5]> {
         (model.loss(batch), outputs)
     })
     .unwrap();
-    assert_eq!(counted_random(&mut graph), 5);
+    assert_eq!(counter_based_rng(&mut graph), 5);
     let mut ops = CustomOps::new();
-    register_counted_random(&mut ops, source);
+    register_counter_based_rng(&mut ops, source);
     let mut executor = Executor::new(graph, ops).unwrap();
     (0..steps)
         .map(|_| {

@@ -7,7 +7,7 @@ use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::quantization::QuantScheme;
 use burn::tensor::{Bytes, DType, Shape};
 use burn_parallel::pipeline_parallel::schedule::{Action, Direction, Edge, Routes, Schedule, Timetable};
-use burn_parallel::pipeline_parallel::{Forwarded, MicroBatch, Parcel, Pipeline, Stage};
+use burn_parallel::pipeline_parallel::{Forwarded, MicroBatch, Pipeline, Stage, StageMessage};
 use burn_parallel::prelude::*;
 use burn_parallel::tensor::PlainTensor;
 
@@ -78,9 +78,9 @@ struct Heavy {
 }
 
 impl Heavy {
-    fn spoil(&self, parcels: &mut [Parcel], direction: Direction, micro_batch: usize) {
+    fn spoil(&self, messages: &mut [StageMessage], direction: Direction, micro_batch: usize) {
         if (direction, micro_batch) == (self.direction, self.micro_batch) {
-            for tensor in parcels.iter_mut().flat_map(|parcel| &mut parcel.tensors) {
+            for tensor in messages.iter_mut().flat_map(|message| &mut message.tensors) {
                 let layout = Layout::contiguous(Shape::from(vec![4]));
                 let dtype = DType::QFloat(QuantScheme::default());
                 let bytes = Bytes::from_elems(vec![0i8; 8]);
@@ -102,17 +102,17 @@ impl Stage<f64> for Heavy {
         self.stage.edges()
     }
 
-    fn forward(&mut self, micro_batch: MicroBatch<'_, f64>, received: Vec<Parcel>) -> Result<Forwarded, Error> {
+    fn forward(&mut self, micro_batch: MicroBatch<'_, f64>, received: Vec<StageMessage>) -> Result<Forwarded, Error> {
         let mut given = self.stage.forward(micro_batch, received)?;
-        self.spoil(&mut given.parcels, Direction::Forward, micro_batch.index);
+        self.spoil(&mut given.messages, Direction::Forward, micro_batch.index);
         Ok(given)
     }
 
     fn backward_input(
         &mut self,
         micro_batch: MicroBatch<'_, f64>,
-        received: Vec<Parcel>,
-    ) -> Result<Vec<Parcel>, Error> {
+        received: Vec<StageMessage>,
+    ) -> Result<Vec<StageMessage>, Error> {
         let mut given = self.stage.backward_input(micro_batch, received)?;
         self.spoil(&mut given, Direction::Backward, micro_batch.index);
         Ok(given)
@@ -267,7 +267,7 @@ fn tensors_that_no_edge_is_for_are_an_error_of_the_stage() {
         });
         let Error::Stage { rank: 0, action, cause, .. } = &errors[0] else { panic!("{}", errors[0]) };
         assert_eq!(action, "0F0");
-        let reason = if tensors == 0 { "gave no parcel of 2 tensors" } else { "which none of its edges is for" };
+        let reason = if tensors == 0 { "gave no message of 2 tensors" } else { "which none of its edges is for" };
         assert!(cause.to_string().contains(reason), "{cause}");
         assert_eq!(errors[0], errors[1]);
     }

@@ -28,7 +28,7 @@ pub fn schedules() -> Vec<Schedule> {
 pub fn routes(stages: usize) -> Routes {
     let neighbours = (1..stages).map(|stage| Edge::new(stage - 1, stage, 2));
     let far = (stages > 2).then(|| Edge::new(0, stages - 1, 1));
-    Routes::new(neighbours.chain(far).flat_map(|edge| [edge, edge.turned()])).unwrap()
+    Routes::new(neighbours.chain(far).flat_map(|edge| [edge, edge.reversed()])).unwrap()
 }
 
 #[test]
@@ -236,7 +236,7 @@ fn stages_that_do_not_fit_are_refused_alike_on_every_rank() {
 #[test]
 fn directions_follow_from_the_ends_of_an_edge() {
     assert_eq!(Edge::new(0, 2, 1).direction(), Direction::Forward);
-    assert_eq!(Edge::new(0, 2, 1).turned().direction(), Direction::Backward);
+    assert_eq!(Edge::new(0, 2, 1).reversed().direction(), Direction::Backward);
 }
 
 /// What the validator accepts, the executor runs: timetables whose actions, sends and receives among them, have been mixed up.

@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 use burn_parallel::Error;
 use burn_parallel::pipeline_parallel::schedule::{Action, Direction, Edge, Routes, Unit};
-use burn_parallel::pipeline_parallel::{Forwarded, LossSum, MicroBatch, Parcel, Stage};
+use burn_parallel::pipeline_parallel::{Forwarded, LossSum, MicroBatch, Stage, StageMessage};
 use burn_parallel::tensor::PlainTensor;
 
 /// Elements of each tensor that travels.
@@ -38,17 +38,17 @@ impl<F: FnMut(Action) -> Result<(), Error>> Probe<F> {
         (self.disturb)(action)
     }
 
-    fn check(&self, received: &[Parcel], direction: Direction) {
+    fn check(&self, received: &[StageMessage], direction: Direction) {
         let expected: Vec<(usize, usize, usize)> =
             self.routes.into_stage(self.index, direction).map(|edge| (edge.from, edge.to, edge.tensors)).collect();
         let found: Vec<(usize, usize, usize)> =
-            received.iter().map(|parcel| (parcel.from, parcel.to, parcel.tensors.len())).collect();
+            received.iter().map(|message| (message.from, message.to, message.tensors.len())).collect();
         assert_eq!(found, expected);
     }
 
-    fn give(&self, direction: Direction) -> Vec<Parcel> {
+    fn give(&self, direction: Direction) -> Vec<StageMessage> {
         let edges = self.routes.out_of_stage(self.index, direction);
-        edges.map(|edge| Parcel::new(edge.from, edge.to, (0..edge.tensors).map(|_| tensor()))).collect()
+        edges.map(|edge| StageMessage::new(edge.from, edge.to, (0..edge.tensors).map(|_| tensor()))).collect()
     }
 }
 
@@ -61,15 +61,19 @@ impl<F: FnMut(Action) -> Result<(), Error>> Stage<f64> for Probe<F> {
         self.routes.edges().filter(|edge| edge.from == self.index || edge.to == self.index).collect()
     }
 
-    fn forward(&mut self, micro_batch: MicroBatch<'_, f64>, received: Vec<Parcel>) -> Result<Forwarded, Error> {
+    fn forward(&mut self, micro_batch: MicroBatch<'_, f64>, received: Vec<StageMessage>) -> Result<Forwarded, Error> {
         self.check(&received, Direction::Forward);
         self.live += usize::from(micro_batch.trains);
         self.note(Action::Forward(Unit::new(self.index, micro_batch.index)))?;
         let loss = self.loss.then_some(LossSum { sum: *micro_batch.input, weight: 2.0 });
-        Ok(Forwarded { parcels: self.give(Direction::Forward), loss, outputs: vec![tensor()] })
+        Ok(Forwarded { messages: self.give(Direction::Forward), loss, outputs: vec![tensor()] })
     }
 
-    fn backward(&mut self, micro_batch: MicroBatch<'_, f64>, received: Vec<Parcel>) -> Result<Vec<Parcel>, Error> {
+    fn backward(
+        &mut self,
+        micro_batch: MicroBatch<'_, f64>,
+        received: Vec<StageMessage>,
+    ) -> Result<Vec<StageMessage>, Error> {
         self.check(&received, Direction::Backward);
         self.live -= 1;
         self.note(Action::Backward(Unit::new(self.index, micro_batch.index)))?;
@@ -79,8 +83,8 @@ impl<F: FnMut(Action) -> Result<(), Error>> Stage<f64> for Probe<F> {
     fn backward_input(
         &mut self,
         micro_batch: MicroBatch<'_, f64>,
-        received: Vec<Parcel>,
-    ) -> Result<Vec<Parcel>, Error> {
+        received: Vec<StageMessage>,
+    ) -> Result<Vec<StageMessage>, Error> {
         self.check(&received, Direction::Backward);
         self.note(Action::BackwardInput(Unit::new(self.index, micro_batch.index)))?;
         Ok(self.give(Direction::Backward))

@@ -1,7 +1,7 @@
 //! What is suggested against the best known plans.
 
 use burn::prelude::*;
-use burn_parallel::graph::GraphInputs;
+use burn_parallel::graph::TensorTree;
 use burn_parallel::plan::PlanCost;
 use burn_parallel::prelude::*;
 
@@ -25,7 +25,7 @@ fn decoder(tied: bool) -> Plan {
 /// What is suggested from the layers alone takes no more than 1.2 times the collectives of the best plan by hand; what is
 /// searched for costs no more in all than any of them.
 #[track_caller]
-fn near_the_best<M: Module, I: GraphInputs + Clone, R: Into<Loss>>(
+fn near_the_best<M: Module, I: TensorTree + Clone, R: Into<Loss>>(
     name: &str,
     model: &M,
     inputs: I,

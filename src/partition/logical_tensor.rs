@@ -6,7 +6,7 @@ use crate::layout::Layout;
 
 /// A logical tensor: its global shape, and the local tensors that hold it, in one or more layouts.
 #[derive(Debug, Clone)]
-pub(super) struct Held {
+pub(super) struct LogicalTensor {
     pub(super) global: TensorIr,
     /// The layout in which it came to be.
     layout: Layout,
@@ -38,7 +38,7 @@ pub(super) struct WaitingSum {
     pub(super) layout: Layout,
 }
 
-impl Held {
+impl LogicalTensor {
     pub(super) fn new(global: TensorIr, layout: Layout, local: TensorId) -> Self {
         Self { global, layout, versions: vec![(layout, local)], origin: Origin::Made, parameter: false, moved: None }
     }

@@ -6,15 +6,15 @@ use std::sync::{Arc, OnceLock};
 use burn::module::ParamId;
 use burn::tensor::Device;
 
-use super::reducer::Contribution;
+use super::reducer::LossWeight;
 use crate::comm::Pending;
 use crate::tensor::PlainTensor;
 
 #[derive(Default)]
-pub(super) struct Step {
-    pub params: Vec<Progress>,
+pub(super) struct ReductionState {
+    pub params: Vec<ParamProgress>,
     /// Gradients of parameters that have come after wrapping, and have no number yet.
-    pub unnumbered: HashMap<ParamId, PlainTensor>,
+    pub unindexed: HashMap<ParamId, PlainTensor>,
     /// Parameters of each bucket, in the order in which buckets are started.
     pub buckets: Vec<Vec<usize>>,
     /// Whether the buckets follow the order in which backward completes gradients, or still the guess at it.
@@ -24,19 +24,19 @@ pub(super) struct Step {
     /// Uses since the last backward.
     pub uses: usize,
     /// What the only rank of a group of one brought.
-    pub alone: Contribution,
+    pub alone: LossWeight,
     /// The reduction under way, during the backward of the last micro-batch.
-    pub flight: Option<Flight>,
+    pub pending: Option<PendingReduction>,
     /// Where the last gradient was.
     pub device: Option<Device>,
     /// The first parameter of which this rank has brought a gradient that is not finite.
-    pub bad: Option<usize>,
+    pub non_finite: Option<usize>,
     /// The path of the one of the step before.
-    pub was_bad: Option<Arc<str>>,
+    pub last_non_finite: Option<Arc<str>>,
 }
 
 #[derive(Default)]
-pub(super) struct Progress {
+pub(super) struct ParamProgress {
     /// Uses in the graph, and those whose gradient has arrived.
     pub uses: usize,
     pub arrived: usize,
@@ -46,7 +46,7 @@ pub(super) struct Progress {
     pub late: Option<PlainTensor>,
 }
 
-pub(super) struct Flight {
+pub(super) struct PendingReduction {
     pub head: Pending<f64>,
     pub factor: Arc<OnceLock<f64>>,
     pub buckets: Vec<Pending<Vec<PlainTensor>>>,
@@ -55,14 +55,14 @@ pub(super) struct Flight {
 /// What the mark of a parameter, added up over the ranks, is at least if any gradient came late: more than there are ranks.
 pub(super) const LATE: f64 = (1u64 << 32) as f64;
 
-impl Progress {
+impl ParamProgress {
     /// 1 if the parameter was used, and [`LATE`] more if it has a late gradient.
     pub fn mark(&self) -> f64 {
         f64::from(u8::from(self.used)) + if self.late.is_some() { LATE } else { 0.0 }
     }
 }
 
-impl Step {
+impl ReductionState {
     pub fn forget_uses(&mut self) {
         self.uses = 0;
         self.completed.clear();
@@ -73,10 +73,10 @@ impl Step {
 
     pub fn reset(&mut self) {
         self.forget_uses();
-        self.flight = None;
-        self.unnumbered.clear();
-        self.bad = None;
-        self.params.iter_mut().for_each(|param| *param = Progress::default());
+        self.pending = None;
+        self.unindexed.clear();
+        self.non_finite = None;
+        self.params.iter_mut().for_each(|param| *param = ParamProgress::default());
     }
 }
 

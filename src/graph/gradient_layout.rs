@@ -10,7 +10,7 @@ use crate::comm::{Communicator, Counters};
 
 /// How the parameters of a model lie over ranks.
 #[derive(Debug, Default)]
-pub struct Holding {
+pub struct GradientLayout {
     /// The groups over which parts lie, one along each axis.
     pub groups: Vec<Communicator>,
     /// The parameters that this rank holds and another one counts.

@@ -9,13 +9,13 @@ type Stride = (usize, isize);
 
 /// Matrices of one size at even distances: the outer places of a tensor, and the rows of each.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Stack<'a, T> {
+pub(super) struct MatrixBatch<'a, T> {
     first: Matrix<'a, T>,
     pub outer: usize,
     stride: isize,
 }
 
-impl<'a, T: Real> Stack<'a, T> {
+impl<'a, T: Real> MatrixBatch<'a, T> {
     /// A tensor that lies [evenly](even) around `dim`.
     ///
     /// # Panics
@@ -91,7 +91,7 @@ mod tests {
     }
 
     /// Every row of a stack, element by element.
-    fn rows(stack: &Stack<'_, f32>) -> Vec<f32> {
+    fn rows(stack: &MatrixBatch<'_, f32>) -> Vec<f32> {
         (0..stack.outer).flat_map(|place| stack.matrix(place).elements().collect::<Vec<_>>()).collect()
     }
 
@@ -103,7 +103,7 @@ mod tests {
                 let wanted: Vec<f32> = view.to_contiguous().as_slice::<f32>().unwrap().to_vec();
                 for dim in 0..2 {
                     let even = even(view.clone(), dim);
-                    let stack = Stack::<f32>::of(&even, dim);
+                    let stack = MatrixBatch::<f32>::of(&even, dim);
                     assert_eq!(rows(&stack), wanted, "{order:?} {dims:?} {dim}");
                     if let Some(flat) = stack.flat() {
                         assert_eq!(flat.elements().collect::<Vec<_>>(), wanted, "{order:?} {dims:?} {dim}");
@@ -118,7 +118,7 @@ mod tests {
         let positions_first = counted([4, 2, 3]).permute(&[1, 0, 2]);
         assert!(lies(&positions_first, 1).is_some());
         assert!(lies(&positions_first, 0).is_none());
-        assert!(Stack::<f32>::of(&counted([4, 2, 3]), 1).flat().is_some());
-        assert!(Stack::<f32>::of(&positions_first, 1).flat().is_none());
+        assert!(MatrixBatch::<f32>::of(&counted([4, 2, 3]), 1).flat().is_some());
+        assert!(MatrixBatch::<f32>::of(&positions_first, 1).flat().is_none());
     }
 }

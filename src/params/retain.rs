@@ -6,58 +6,58 @@ use std::collections::{HashMap, HashSet};
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId, ParamMapper};
 use burn::tensor::Tensor;
 
-use super::leaf::{Kind, Lazy, leaf};
+use super::leaf::{LazyParam, LeafKind, leaf};
 use crate::tensor::PlainTensor;
 
 /// The module without the float parameters that `keep` does not name: they become tensors of no elements, trained or not as
 /// before. Those that stay are left as they are, lazy ones lazy, and no lazy parameter is made.
-pub(crate) fn hold<M: Module>(module: M, keep: &dyn Fn(ParamId) -> bool) -> M {
-    module.map(&mut Hold { keep })
+pub(crate) fn retain<M: Module>(module: M, keep: &dyn Fn(ParamId) -> bool) -> M {
+    module.map(&mut Retain { keep })
 }
 
-struct Hold<'a> {
+struct Retain<'a> {
     keep: &'a dyn Fn(ParamId) -> bool,
 }
 
-impl ModuleMapper for Hold<'_> {
+impl ModuleMapper for Retain<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         if (self.keep)(param.id) {
             return param;
         }
-        let Unmade { one, kind, id, mapper } = Unmade::of(param);
+        let DiscardedParam { one, kind, id, mapper } = DiscardedParam::of(param);
         let nothing = Tensor::zeros([0; D], (&one.device(), one.dtype()));
         Param::from_mapped_value(id, leaf(nothing, kind), mapper)
     }
 }
 
 /// A parameter whose value is not wanted any more, and was not made if it was lazy.
-struct Unmade<const D: usize> {
+struct DiscardedParam<const D: usize> {
     /// A tensor of its device and dtype.
     one: Tensor<D>,
-    kind: Kind,
+    kind: LeafKind,
     id: ParamId,
     mapper: ParamMapper<Tensor<D>>,
 }
 
-impl<const D: usize> Unmade<D> {
+impl<const D: usize> DiscardedParam<D> {
     fn of(param: Param<Tensor<D>>) -> Self {
         match param.is_initialized() {
             true => {
                 let (id, value, mapper) = param.consume();
-                let kind = Kind::of(&value);
+                let kind = LeafKind::of(&value);
                 Self { one: value.inner(), kind, id, mapper }
             }
             false => {
-                let Lazy { stand_in, device, trained } = Lazy::of(&param);
-                let (id, one, mapper) = stand_in.consume();
-                Self { one: one.inner(), kind: Kind::on(&device, trained), id, mapper }
+                let LazyParam { placeholder, device, trained } = LazyParam::of(&param);
+                let (id, one, mapper) = placeholder.consume();
+                Self { one: one.inner(), kind: LeafKind::on(&device, trained), id, mapper }
             }
         }
     }
 }
 
 /// The float parameters that are lazy.
-pub(crate) fn lazy<M: Module>(module: &M) -> HashSet<ParamId> {
+pub(crate) fn lazy_params<M: Module>(module: &M) -> HashSet<ParamId> {
     let mut found = Lazies::default();
     module.visit(&mut found);
     found.0
@@ -75,30 +75,30 @@ impl ModuleVisitor for Lazies {
 }
 
 /// The module with these values for some of its float parameters, of any dims. A lazy parameter that gets one is not made.
-pub(crate) fn put<M: Module>(module: M, values: HashMap<ParamId, PlainTensor>) -> M {
+pub(crate) fn replace_values<M: Module>(module: M, values: HashMap<ParamId, PlainTensor>) -> M {
     if values.is_empty() {
         return module;
     }
-    module.map(&mut Put { values, seen: HashMap::new() })
+    module.map(&mut ReplaceValues { values, seen: HashMap::new() })
 }
 
-struct Put {
+struct ReplaceValues {
     values: HashMap<ParamId, PlainTensor>,
     /// Leaves already made, so that a parameter held in two places stays one.
     seen: HashMap<ParamId, Box<dyn Any>>,
 }
 
-impl ModuleMapper for Put {
+impl ModuleMapper for ReplaceValues {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let id = param.id;
         if let Some(leaf) = self.seen.get(&id).and_then(|leaf| leaf.downcast_ref::<Tensor<D>>()).cloned() {
-            let Unmade { id, mapper, .. } = Unmade::of(param);
+            let DiscardedParam { id, mapper, .. } = DiscardedParam::of(param);
             return Param::from_mapped_value(id, leaf, mapper);
         }
         let Some(value) = self.values.remove(&id).and_then(|value| value.float::<D>().ok()) else {
             return param;
         };
-        let Unmade { kind, id, mapper, .. } = Unmade::of(param);
+        let DiscardedParam { kind, id, mapper, .. } = DiscardedParam::of(param);
         let new = leaf(value, kind);
         self.seen.insert(id, Box::new(new.clone()));
         Param::from_mapped_value(id, new, mapper)

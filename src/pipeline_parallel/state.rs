@@ -7,19 +7,19 @@ use burn::module::{Module, ParamId};
 
 use super::captured::CapturedStep;
 use super::schedule::{Schedule, Timetable};
-use super::tied::Ties;
+use super::tied::TiedParams;
 use super::{PipelineConfig, stage_error};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::distribution::ModelSplit;
-use crate::graph::{CustomOps, RandomSource, Recent, Signature, StepKey, register_counted_random};
+use crate::graph::{CustomOps, RandomSource, Recent, Signature, StepKey, register_counter_based_rng};
 use crate::params::{self, NewDims, Renamed, SliceSource};
 use crate::partition::ShardReport;
 use crate::pipeline_parallel::cut::{Cut, CutGraph};
 use crate::plan::{Plan, PlanRow};
 
 /// The captured steps of a pipeline, and what they are cut by.
-pub(super) struct Engine {
+pub(super) struct PipelineState {
     pub config: PipelineConfig,
     pub timetable: Timetable,
     pub group: Communicator,
@@ -31,7 +31,7 @@ pub(super) struct Engine {
     pub holders: Option<HashMap<ParamId, Vec<usize>>>,
     /// The first cut, to which all others keep.
     pub cut: Option<CutGraph>,
-    pub ties: Ties,
+    pub tied_params: TiedParams,
     /// What the last captured step of a model that is split as well was given, for each axis.
     pub shards: Vec<ShardReport>,
     /// What steps have sent from stage to stage.
@@ -43,7 +43,7 @@ pub(super) struct Engine {
     pub forwards: Recent<StepKey, Box<dyn Any + Send>>,
 }
 
-impl Engine {
+impl PipelineState {
     /// Also gives the model back, with the ids that its parameters have on the first rank.
     pub(super) fn new<M: Module>(
         model: M,
@@ -81,12 +81,12 @@ impl Engine {
             }
             None => {
                 let random = RandomSource::new(config.seed);
-                register_counted_random(&mut ops, &random);
+                register_counter_based_rng(&mut ops, &random);
                 random
             }
         };
         let holders = homes.map(|homes| rows.iter().zip(homes).map(|(row, home)| (row.id, vec![home])).collect());
-        let engine = Self {
+        let state = Self {
             dims: rows.iter().map(|row| (row.id, row.dims.clone())).collect(),
             steps: Recent::new(config.graphs),
             forwards: Recent::new(config.graphs),
@@ -97,13 +97,13 @@ impl Engine {
             rows,
             holders,
             cut: None,
-            ties: Ties::default(),
+            tied_params: TiedParams::default(),
             shards: Vec::new(),
             sent: Counters::default(),
             ops,
             random,
         };
-        Ok((engine, model))
+        Ok((state, model))
     }
 
     /// Goes on with parameters of other ids.
@@ -115,7 +115,7 @@ impl Engine {
         self.holders =
             holders.map(|holders| holders.into_iter().map(|(id, stages)| (renamed.id(id), stages)).collect());
         self.split = self.split.take().map(|split| split.renamed(renamed));
-        self.ties.rename(renamed);
+        self.tied_params.rename(renamed);
         // Captured steps know parameters by their ids.
         self.steps.clear();
         self.forwards.clear();
@@ -159,7 +159,7 @@ impl Engine {
     /// Drops what this rank does not hold, if that is known.
     pub(super) fn hold<M: Module>(&self, model: M) -> M {
         let Some(kept) = self.kept() else { return model };
-        params::hold(model, &|id| kept.contains(&id))
+        params::retain(model, &|id| kept.contains(&id))
     }
 
     /// Gives what this rank holds the values that a source has, of which nothing else is read.
@@ -170,20 +170,20 @@ impl Engine {
         let kept = self.kept().ok_or_else(|| {
             stage_error("who holds what is not known yet: `prepare` the model before it is loaded, or cut it by paths")
         })?;
-        let whole = |id: ParamId| Some(params::Held::whole(self.dims.get(&id)?.clone()));
+        let whole = |id: ParamId| Some(params::ParamSlice::whole(self.dims.get(&id)?.clone()));
         let loaded = params::load(local, source, &|id| {
             kept.contains(&id).then(|| self.split.as_ref().map_or_else(|| whole(id), |split| split.held(id)))?
         })?;
-        self.ties.loaded = true;
+        self.tied_params.loaded = true;
         Ok(loaded)
     }
 
     /// The whole model without memory behind what this rank does not hold.
-    pub(super) fn outline<M: Module>(&self, local: &M) -> M {
-        params::outline(local, &|id, found| self.whole_dims(id, found))
+    pub(super) fn meta_module<M: Module>(&self, local: &M) -> M {
+        params::meta_module(local, &|id, found| self.whole_dims(id, found))
     }
 
-    /// The signature of the [outline](Self::outline), for a training step or else a forward alone.
+    /// The signature of the [meta module](Self::meta_module), for a training step or else a forward alone.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if it has other parameters than the one that was wrapped, or is to be trained on a device
@@ -196,7 +196,7 @@ impl Engine {
             signature.can_train()?;
         }
         if !signature.is_known(known) {
-            params::no_strangers(local, &known)?;
+            params::check_params_known(local, &known)?;
         }
         Ok(signature)
     }

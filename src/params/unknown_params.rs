@@ -6,8 +6,8 @@ use burn::tensor::Tensor;
 use crate::error::Error;
 
 /// The float parameters whose ids are not known, with their paths, in the order of the module.
-pub(crate) fn strangers<M: Module>(module: &M, known: &dyn Fn(ParamId) -> bool) -> Vec<(ParamId, String)> {
-    let mut visitor = Strangers { known, path: Vec::new(), found: Vec::new() };
+pub(crate) fn unknown_params<M: Module>(module: &M, known: &dyn Fn(ParamId) -> bool) -> Vec<(ParamId, String)> {
+    let mut visitor = UnknownParams { known, path: Vec::new(), found: Vec::new() };
     module.visit(&mut visitor);
     visitor.found
 }
@@ -16,8 +16,8 @@ pub(crate) fn strangers<M: Module>(module: &M, known: &dyn Fn(ParamId) -> bool) 
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] that names the first that it did not have then.
-pub(crate) fn no_strangers<M: Module>(module: &M, known: &dyn Fn(ParamId) -> bool) -> Result<(), Error> {
-    let Some((_, path)) = strangers(module, known).into_iter().next() else { return Ok(()) };
+pub(crate) fn check_params_known<M: Module>(module: &M, known: &dyn Fn(ParamId) -> bool) -> Result<(), Error> {
+    let Some((_, path)) = unknown_params(module, known).into_iter().next() else { return Ok(()) };
     let problem = format!(
         "parameter `{path}` is not the one that was wrapped: load the record of another run into the model before it is \
          wrapped, or its values by `load`"
@@ -25,13 +25,13 @@ pub(crate) fn no_strangers<M: Module>(module: &M, known: &dyn Fn(ParamId) -> boo
     Err(Error::invalid("a wrapped model", problem))
 }
 
-struct Strangers<'a> {
+struct UnknownParams<'a> {
     known: &'a dyn Fn(ParamId) -> bool,
     path: Vec<String>,
     found: Vec<(ParamId, String)>,
 }
 
-impl ModuleVisitor for Strangers<'_> {
+impl ModuleVisitor for UnknownParams<'_> {
     fn enter_module(&mut self, name: &str, _: &str) {
         self.path.push(name.to_owned());
     }

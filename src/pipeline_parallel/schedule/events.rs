@@ -26,7 +26,7 @@ pub struct Event {
 }
 
 /// What a rank waits for, for ever.
-pub(super) struct Stuck {
+pub(super) struct BlockedRank {
     pub rank: usize,
     /// Place of the action in the row of the rank.
     pub place: usize,
@@ -37,8 +37,9 @@ pub(super) struct Stuck {
 ///
 /// # Errors
 /// The ranks that never get to their end, should there be any.
-pub(super) fn play(timetable: &Timetable, routes: &Routes, costs: &Costs) -> Result<Vec<Event>, Vec<Stuck>> {
-    let mut game = Game { timetable, routes, costs, communicates: timetable.communicates(), ended: HashMap::new() };
+pub(super) fn events(timetable: &Timetable, routes: &Routes, costs: &Costs) -> Result<Vec<Event>, Vec<BlockedRank>> {
+    let mut simulation =
+        EventSimulation { timetable, routes, costs, communicates: timetable.communicates(), ended: HashMap::new() };
     let rows = timetable.rows();
     let mut next = vec![0; rows.len()];
     let mut free = vec![0.0f64; rows.len()];
@@ -50,7 +51,7 @@ pub(super) fn play(timetable: &Timetable, routes: &Routes, costs: &Costs) -> Res
         for (rank, row) in rows.iter().enumerate() {
             let Some(action) = row.get(next[rank]) else { continue };
             if ready[rank].is_none() {
-                ready[rank] = game.ready(action, rank).ok();
+                ready[rank] = simulation.ready(action, rank).ok();
             }
             if let Some(start) = ready[rank].map(|ready| ready.max(free[rank]))
                 && first.is_none_or(|(_, earliest)| start < earliest)
@@ -62,20 +63,20 @@ pub(super) fn play(timetable: &Timetable, routes: &Routes, costs: &Costs) -> Res
         let action = rows[rank][next[rank]];
         let end = start + costs.of(&action);
         events.push(Event { rank, action, start, end });
-        game.ended.insert(action, end);
+        simulation.ended.insert(action, end);
         free[rank] = end;
         next[rank] += 1;
         ready[rank] = None;
     }
-    let stuck = |(rank, row): (usize, &Vec<Action>)| {
-        let waits_for = game.ready(row.get(next[rank])?, rank).err()?;
-        Some(Stuck { rank, place: next[rank], waits_for })
+    let blocked = |(rank, row): (usize, &Vec<Action>)| {
+        let waits_for = simulation.ready(row.get(next[rank])?, rank).err()?;
+        Some(BlockedRank { rank, place: next[rank], waits_for })
     };
-    let stuck: Vec<Stuck> = rows.iter().enumerate().filter_map(stuck).collect();
-    if stuck.is_empty() { Ok(events) } else { Err(stuck) }
+    let blocked: Vec<BlockedRank> = rows.iter().enumerate().filter_map(blocked).collect();
+    if blocked.is_empty() { Ok(events) } else { Err(blocked) }
 }
 
-struct Game<'a> {
+struct EventSimulation<'a> {
     timetable: &'a Timetable,
     routes: &'a Routes,
     costs: &'a Costs,
@@ -84,7 +85,7 @@ struct Game<'a> {
     ended: HashMap<Action, f64>,
 }
 
-impl Game<'_> {
+impl EventSimulation<'_> {
     /// When an action has all that it needs, or something that it still waits for.
     fn ready(&self, action: &Action, rank: usize) -> Result<f64, Action> {
         let unit = action.unit();

@@ -18,7 +18,7 @@ use crate::graph::step::Uses;
 /// Gradients go into buckets in the order in which the backward pass makes them, as in PyTorch's `DistributedDataParallel`
 /// ([arXiv:2006.15704](https://arxiv.org/abs/2006.15704)), and a bucket is reduced where its last gradient is made. Run it
 /// after all partitions.
-pub fn fold_reductions(graph: &mut StepGraph, bucket_bytes: usize) -> (usize, usize) {
+pub fn bucket_reductions(graph: &mut StepGraph, bucket_bytes: usize) -> (usize, usize) {
     move_up(graph);
     let mut axes: Vec<String> = Vec::new();
     for (op, _) in graph.operations.iter().filter_map(CollectiveOp::of) {
@@ -28,7 +28,7 @@ pub fn fold_reductions(graph: &mut StepGraph, bucket_bytes: usize) -> (usize, us
     }
     let mut counts = (0, 0);
     for axis in axes {
-        let (left, all) = fold_axis(graph, &axis, bucket_bytes);
+        let (left, all) = bucket_axis(graph, &axis, bucket_bytes);
         counts = (counts.0 + left, counts.1 + all);
     }
     counts
@@ -59,7 +59,7 @@ pub(super) fn move_up(graph: &mut StepGraph) {
     early(graph, |op| op.outputs().next().is_some_and(|out| movable.contains(&out.id)));
 }
 
-fn fold_axis(graph: &mut StepGraph, axis: &str, bucket_bytes: usize) -> (usize, usize) {
+fn bucket_axis(graph: &mut StepGraph, axis: &str, bucket_bytes: usize) -> (usize, usize) {
     let gradients: HashSet<TensorId> = graph.params.iter().filter_map(|p| p.gradient.as_ref()).map(|g| g.id).collect();
     let uses = Uses::of(&graph.operations);
     let of = |index: usize| CollectiveOp::of(&graph.operations[index]);

@@ -1,13 +1,13 @@
 //! Many paths in few words, for messages.
 
 /// Paths that differ in numbers only.
-struct Family<'a> {
+struct PathGroup<'a> {
     names: Vec<&'a str>,
     /// The lowest and the highest number at the place of each name, where it is one.
     ranges: Vec<Option<(usize, usize)>>,
 }
 
-impl<'a> Family<'a> {
+impl<'a> PathGroup<'a> {
     fn of(names: Vec<&'a str>) -> Self {
         let ranges = names.iter().map(|name| name.parse().ok().map(|number| (number, number))).collect();
         Self { names, ranges }
@@ -34,27 +34,27 @@ impl<'a> Family<'a> {
 }
 
 /// The paths, of which those that differ in numbers only are one: `layers.{0-31}.norm.gamma`.
-pub(crate) fn families<'a>(paths: impl IntoIterator<Item = &'a str>) -> String {
-    let mut families: Vec<Family<'a>> = Vec::new();
+pub(crate) fn compress_paths<'a>(paths: impl IntoIterator<Item = &'a str>) -> String {
+    let mut groups: Vec<PathGroup<'a>> = Vec::new();
     for path in paths {
-        let one = Family::of(path.split('.').collect());
-        match families.iter_mut().find(|family| family.has(&one)) {
-            Some(family) => family.grow(&one),
-            None => families.push(one),
+        let one = PathGroup::of(path.split('.').collect());
+        match groups.iter_mut().find(|group| group.has(&one)) {
+            Some(group) => group.grow(&one),
+            None => groups.push(one),
         }
     }
-    families.iter().map(Family::show).collect::<Vec<_>>().join(", ")
+    groups.iter().map(PathGroup::show).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
 mod tests {
-    use super::families;
+    use super::compress_paths;
 
     #[test]
     fn layers_are_named_once() {
         let paths =
             ["words.weight", "layers.0.up.weight", "layers.0.up.bias", "layers.1.up.weight", "layers.1.up.bias"];
-        assert_eq!(families(paths), "`words.weight`, `layers.{0-1}.up.weight`, `layers.{0-1}.up.bias`");
-        assert_eq!(families(["experts.3.w", "w"]), "`experts.3.w`, `w`");
+        assert_eq!(compress_paths(paths), "`words.weight`, `layers.{0-1}.up.weight`, `layers.{0-1}.up.bias`");
+        assert_eq!(compress_paths(["experts.3.w", "w"]), "`experts.3.w`, `w`");
     }
 }

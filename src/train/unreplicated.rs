@@ -5,19 +5,19 @@ use std::collections::HashMap;
 use burn::module::ParamId;
 
 use crate::Error;
-use crate::graph::{GradientSink, GraphInputs, StepEngine, gradients_params};
+use crate::graph::{GradientSink, StepEngine, TensorTree, gradients_params};
 use crate::step::{LossValue, Step, StepFn};
 use crate::tensor::PlainTensor;
 
 /// The gradients of the micro-batches of a step, added up.
 #[derive(Default)]
-struct Sum {
+struct LossAccumulator {
     gradients: HashMap<ParamId, PlainTensor>,
     weight: f64,
     unit: f64,
 }
 
-impl GradientSink for Sum {
+impl GradientSink for LossAccumulator {
     fn expect(&mut self, _: &[ParamId]) -> Result<(), Error> {
         Ok(())
     }
@@ -41,13 +41,13 @@ impl GradientSink for Sum {
 }
 
 /// Runs a step on the micro-batches.
-pub(super) fn step<E: StepEngine, I: GraphInputs + Clone>(
+pub(super) fn step<E: StepEngine, I: TensorTree + Clone>(
     engine: &mut E,
     micro_batches: impl IntoIterator<Item = I>,
     mut step: StepFn<'_, E::Model, I>,
 ) -> Result<Step, Error> {
     let before = engine.counters();
-    let mut sum = Sum::default();
+    let mut sum = LossAccumulator::default();
     let (mut losses, mut outputs, mut runs) = (Vec::new(), Vec::new(), Vec::new());
     for inputs in micro_batches {
         let unit = (sum.unit > 0.0).then_some(sum.unit);
@@ -56,7 +56,7 @@ pub(super) fn step<E: StepEngine, I: GraphInputs + Clone>(
         outputs.extend(gave.outputs);
         runs.extend(gave.run);
     }
-    let Sum { gradients, weight, unit } = sum;
+    let LossAccumulator { gradients, weight, unit } = sum;
     // Of no items at all the loss is NaN, the gradients are those of nothing.
     let factor = if weight > 0.0 { unit / weight } else { 1.0 };
     let gradients = gradients.into_iter().map(|(id, gradient)| (id, gradient.scale(factor))).collect();

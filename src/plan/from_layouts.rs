@@ -16,7 +16,7 @@ type Named = (String, Vec<usize>, Layout);
 
 /// A plan that gives exactly these layouts to the parameters of these paths and dims over `degree` ranks, with a pattern for
 /// like paths where they agree. What the degree does not divide is padded.
-pub(crate) fn concise(layouts: &[Named], degree: usize) -> Plan {
+pub(crate) fn from_layouts(layouts: &[Named], degree: usize) -> Plan {
     // The layout, and whether it needs padding.
     let said = |(_, dims, layout): &Named| match layout {
         Layout::Sharded(dim) => (*layout, dims.get(*dim).is_some_and(|size| !size.is_multiple_of(degree))),

@@ -69,7 +69,7 @@ impl<E: StepEngine> Module for Replica<E> {
     }
 
     fn map<Mapper: ModuleMapper>(self, mapper: &mut Mapper) -> Self {
-        let before = self.reducer().map(|reducer| reducer.strangers(&self.engine));
+        let before = self.reducer().map(|reducer| reducer.unknown_params(&self.engine));
         let replica = self.change(|engine| engine.map(mapper));
         if let (Some(reducer), Some(before)) = (replica.reducer(), before) {
             reducer.recognise(&replica.engine, &before);

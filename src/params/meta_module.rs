@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::tensor::Tensor;
 
-use super::leaf::{Kind, Lazy, leaf};
+use super::leaf::{LazyParam, LeafKind, leaf};
 
 /// The dims that a float parameter shall have, by its id and the dims that it has; `None` to leave it as it is.
 pub(crate) type NewDims<'a> = dyn Fn(ParamId, &[usize]) -> Option<Vec<usize>> + 'a;
@@ -16,14 +16,14 @@ pub(crate) type NewDims<'a> = dyn Fn(ParamId, &[usize]) -> Option<Vec<usize>> + 
 /// So a module whose parameters are parts is captured with the dims of the whole ones, and a module of which only some
 /// layers are held here is one without the rest. Lazy parameters are not made. Nothing of `module` is changed, nor are the
 /// running statistics that its clones share.
-pub(crate) fn outline<M: Module>(module: &M, dims: &NewDims) -> M {
-    let unforced = module.clone().map(&mut StandIns);
+pub(crate) fn meta_module<M: Module>(module: &M, dims: &NewDims) -> M {
+    let unforced = module.clone().map(&mut LazyToMeta);
     // A module's clones share its running statistics; after `train` this one has its own.
-    unforced.train().map(&mut Outline { dims, seen: HashMap::new() })
+    unforced.train().map(&mut ToMeta { dims, seen: HashMap::new() })
 }
 
 /// A tensor of these dims in which one element stands for all.
-fn hollow<const D: usize>(one: Tensor<D>, dims: &[usize], kind: Kind) -> Option<Tensor<D>> {
+fn meta_tensor<const D: usize>(one: Tensor<D>, dims: &[usize], kind: LeafKind) -> Option<Tensor<D>> {
     let dims = <[usize; D]>::try_from(dims).ok()?;
     let one = one.inner();
     let whole = match dims.contains(&0) {
@@ -34,31 +34,31 @@ fn hollow<const D: usize>(one: Tensor<D>, dims: &[usize], kind: Kind) -> Option<
     Some(leaf(whole, kind))
 }
 
-/// Lazy parameters become hollow ones, before `train` would make their values.
-struct StandIns;
+/// Lazy parameters become meta tensors, before `train` would make their values.
+struct LazyToMeta;
 
-impl ModuleMapper for StandIns {
+impl ModuleMapper for LazyToMeta {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         if param.is_initialized() {
             return param;
         }
         let dims = param.lazy_shape().to_vec();
-        let Lazy { stand_in, device, trained } = Lazy::of(&param);
-        let (id, one, mapper) = stand_in.consume();
-        match hollow(one, &dims, Kind::on(&device, trained)) {
+        let LazyParam { placeholder, device, trained } = LazyParam::of(&param);
+        let (id, one, mapper) = placeholder.consume();
+        match meta_tensor(one, &dims, LeafKind::on(&device, trained)) {
             Some(value) => Param::from_mapped_value(id, value, mapper),
             None => param,
         }
     }
 }
 
-struct Outline<'a> {
+struct ToMeta<'a> {
     dims: &'a NewDims<'a>,
     /// Leaves already made, so that a parameter held in two places stays one.
     seen: HashMap<ParamId, Box<dyn Any>>,
 }
 
-impl ModuleMapper for Outline<'_> {
+impl ModuleMapper for ToMeta<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let Some(dims) = (self.dims)(param.id, &param.lazy_shape().to_vec()) else { return param };
         let id = param.id;
@@ -66,10 +66,10 @@ impl ModuleMapper for Outline<'_> {
             return Param::initialized(id, leaf.clone());
         }
         let value = param.val();
-        let kind = Kind::of(&value);
+        let kind = LeafKind::of(&value);
         let value = value.inner();
         let one = Tensor::zeros([1; D], (&value.device(), value.dtype()));
-        let Some(whole) = hollow(one, &dims, kind) else { return param };
+        let Some(whole) = meta_tensor(one, &dims, kind) else { return param };
         self.seen.insert(id, Box::new(whole.clone()));
         Param::initialized(id, whole)
     }

@@ -14,7 +14,7 @@ use crate::tensor::PlainTensor;
 
 /// How one output is put together.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Joined {
+pub(super) enum OutputJoin {
     /// One behind the other along the first dim.
     Rows,
     /// It depends on no input: any will do.
@@ -25,7 +25,7 @@ pub(super) enum Joined {
     Mean(Vec<f64>),
 }
 
-impl Joined {
+impl OutputJoin {
     /// How output number `place` is put together; `parts` are the graphs of the micro-batches of each size, and `sizes` says
     /// of which size each micro-batch is.
     ///
@@ -137,20 +137,20 @@ impl Value {
     }
 
     /// How such values of the micro-batches of each size become this one, that of the batch.
-    fn joined(&self, each: &[Self], sizes: &[usize]) -> Option<Joined> {
+    fn joined(&self, each: &[Self], sizes: &[usize]) -> Option<OutputJoin> {
         let counts =
             |count: fn(&Kind) -> Option<usize>| each.iter().map(|part| count(&part.kind)).collect::<Option<Vec<_>>>();
         let all = |counts: &[usize]| sizes.iter().map(|size| counts[*size]).sum::<usize>();
         match &self.kind {
-            Kind::Same => each.iter().all(|part| part.kind == Kind::Same).then_some(Joined::Same),
+            Kind::Same => each.iter().all(|part| part.kind == Kind::Same).then_some(OutputJoin::Same),
             Kind::Sum(whole) => {
                 let counts = counts(|kind| if let Kind::Sum(count) = kind { Some(*count) } else { None })?;
-                (all(&counts) == *whole).then_some(Joined::Sum)
+                (all(&counts) == *whole).then_some(OutputJoin::Sum)
             }
             Kind::Mean(whole) => {
                 let counts = counts(|kind| if let Kind::Mean(count) = kind { Some(*count) } else { None })?;
                 let shares = counts.iter().map(|count| *count as f64 / *whole as f64).collect();
-                (all(&counts) == *whole).then_some(Joined::Mean(shares))
+                (all(&counts) == *whole).then_some(OutputJoin::Mean(shares))
             }
         }
     }
