@@ -1,5 +1,6 @@
 //! The forms that settings may have in a file. What comes in another form is an error that says which there are.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
 use std::path::Path;
@@ -51,6 +52,16 @@ where
 pub(crate) fn tables<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
     let tables: Vec<Table<T>> = Vec::deserialize(deserializer)?;
     Ok(tables.into_iter().map(|Table(value)| value).collect())
+}
+
+/// A field that is a table of tables.
+pub(crate) fn tables_by_name<'de, T, D>(deserializer: D) -> Result<BTreeMap<String, T>, D::Error>
+where
+    T: Deserialize<'de>,
+    D: Deserializer<'de>,
+{
+    let tables: BTreeMap<String, Table<T>> = BTreeMap::deserialize(deserializer)?;
+    Ok(tables.into_iter().map(|(name, Table(value))| (name, value)).collect())
 }
 
 /// A field that is a name or a table. `forms` says which there are; `named` gives what a name stands for, or why it is none.

@@ -7,27 +7,18 @@
 //! A rank that sees nothing is on its way to the *head* of the step, the sum of the weights. So those that see something bring
 //! to that sum what no weight is, and all learn of each other in the collective that they come to in any case.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::collections::HashSet;
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Tensor, TensorData};
 
+use super::known_params::{CHANGED, KnownParams};
 use super::reducer::Reducer;
-use super::structure::{NOT_TRAINED, Structure, TrainedParam, broadcast_some};
+use super::structure::{Structure, broadcast_some};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::graph::read_params;
 use crate::params::{agree, own_buffers};
-
-/// What a rank whose model has changed brings to the sum of the weights, which are not negative.
-const CHANGED: f64 = -1e300;
-
-/// What is said of a parameter that came after wrapping, where ranks compare what they have.
-const NEW: &str = ", trained or put in after wrapping";
-
-/// What ranks compare: a path, and what is there.
-pub(super) type ParamDescriptions = Arc<Vec<(String, String)>>;
 
 /// Whether a forward has run already with the parameters as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,95 +27,6 @@ pub(crate) enum ForwardState {
     Pending,
     /// It has: the ranks must have brought equal ones.
     Done,
-}
-
-/// The parameters of a model, as its replicas know it.
-#[derive(Default)]
-pub(super) struct KnownParams {
-    /// Everything that was ever trained. A number stays what it is.
-    pub params: Vec<TrainedParam>,
-    pub indices: HashMap<ParamId, usize>,
-    /// Whether each of these is reduced.
-    pub reduced: Vec<bool>,
-    /// The ids of all tensors of the model.
-    pub ids: HashSet<ParamId>,
-    /// What this rank compares with ranks that have changed. Whether something is trained is no part of it: it may have been
-    /// frozen since.
-    pub lines: ParamDescriptions,
-}
-
-impl KnownParams {
-    pub fn new(structure: Structure) -> Self {
-        let mut known = Self::default();
-        known.learn(structure);
-        known
-    }
-
-    /// Takes a model in. What it trains is reduced from now on, and still what it has frozen since: a model that trains one
-    /// part and then another, in turn, changes once.
-    fn learn(&mut self, structure: Structure) {
-        let ids: HashSet<ParamId> = structure.ids.into_iter().collect();
-        let mut held = vec![false; self.params.len()];
-        self.indices.iter().for_each(|(id, number)| held[*number] |= ids.contains(id));
-        self.reduced.iter_mut().zip(held).for_each(|(reduced, held)| *reduced &= held);
-        for param in structure.trained {
-            let next = self.params.len();
-            let number = *self.indices.entry(param.id).or_insert(next);
-            if number == next {
-                self.params.push(param);
-                self.reduced.push(true);
-            }
-            self.reduced[number] = true;
-        }
-        let lines = structure.lines.into_iter().map(|(path, what)| (path, without_training(what))).collect();
-        (self.ids, self.lines) = (ids, Arc::new(lines));
-    }
-
-    /// Learns the ids that a record has brought to known paths.
-    pub fn recognise(&mut self, unknown: Vec<(ParamId, String)>) {
-        for (id, path) in unknown {
-            if self.lines.iter().any(|(known, _)| *known == path) {
-                self.ids.insert(id);
-            }
-            if let Some(number) = self.params.iter().rposition(|known| *known.path == *path) {
-                self.indices.insert(id, number);
-            }
-        }
-    }
-
-    /// Whether a parameter is here for the first time, or trained for the first time.
-    fn is_new(&self, id: ParamId, trained: bool) -> bool {
-        let reduced = || self.indices.get(&id).is_some_and(|number| self.reduced[*number]);
-        !self.ids.contains(&id) || trained && !reduced()
-    }
-
-    /// What a rank that has changed compares: with `all` ranks, if they all have, also what is trained.
-    fn lines_of(&self, changed: &Structure, all: bool) -> Vec<(String, String)> {
-        let trained: HashSet<ParamId> = changed.trained.iter().map(|param| param.id).collect();
-        let line = |((path, what), id): (&(String, String), &ParamId)| {
-            let what = if all { what.clone() } else { without_training(what.clone()) };
-            let new = if self.is_new(*id, trained.contains(id)) { NEW } else { "" };
-            (path.clone(), what + new)
-        };
-        changed.lines.iter().zip(&changed.ids).map(line).collect()
-    }
-}
-
-fn without_training(what: String) -> String {
-    what.strip_suffix(NOT_TRAINED).map_or(what.clone(), Into::into)
-}
-
-/// The head of a step on a rank whose model has not changed: the sum of the weights of all ranks.
-///
-/// # Errors
-/// [`Error::ModelMismatch`], the same on all ranks, if the model has changed on others; those of [`Communicator`].
-pub(super) fn head(weight: f64, lines: &ParamDescriptions, control: &Communicator) -> Result<f64, Error> {
-    let sum = control.all_reduce(vec![weight], ReduceOp::Sum)?[0];
-    if sum > CHANGED / 2.0 {
-        return Ok(sum);
-    }
-    agree(lines, control)?;
-    Err(Error::invalid("DataParallel", "some ranks train another model than the others"))
 }
 
 impl Reducer {

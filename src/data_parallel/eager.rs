@@ -8,9 +8,9 @@ use burn::backend::DispatchTensor;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Gradients, Tensor};
 
+use super::batch_norm::SyncBatchNorm;
 use super::hook::{HookGroup, detach, listening};
 use super::reducer::Reducer;
-use super::sync_batch_norm::SyncBatchNorm;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::delegate::module_of_field;

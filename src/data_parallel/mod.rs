@@ -46,6 +46,8 @@
 //! this: they come from rank 0. What can be drawn outside burn is better drawn from [`Rank::rng`](crate::launch::Rank::rng),
 //! which is a stream of its own for each rank.
 
+mod batch_norm;
+mod bucket_launch;
 mod buckets;
 mod changes;
 mod comm_hook;
@@ -55,19 +57,26 @@ mod eager;
 mod fingerprint;
 mod hook;
 mod join;
+mod known_params;
+mod loss_weight;
 mod module_impl;
 mod reducer;
+mod reducer_sink;
 mod reduction_state;
+mod register;
 mod replica;
+mod replica_backward;
+mod replicate;
 mod sampler;
 mod structure;
-mod sync_batch_norm;
 
 use std::sync::Arc;
 
 use burn::module::Module;
-use burn::tensor::Device;
 
+pub use batch_norm::{
+    BatchNormSync, SYNC_BATCH_NORM_GRAD, SYNC_BATCH_NORM_MEAN, register_sync_batch_norm, sync_batch_norm,
+};
 pub use comm_hook::{AllReduceHook, Bucket, CastHook, CommHook};
 pub use config::DataParallelConfig;
 pub use dataset::DistributedDataset;
@@ -77,12 +86,11 @@ pub use replica::Replica;
 pub use sampler::{DistributedSampler, Remainder, Share};
 
 use self::hook::{AttachHooks, HookGroup};
-use self::reducer::Reducer;
-use self::structure::Structure;
+use self::replicate::replicate;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::nesting;
-use crate::params::{one_device, own_buffers, share_ids};
+use crate::params::share_ids;
 
 /// Makes any burn module a replica of a data-parallel group.
 pub trait DataParallel: Module {
@@ -116,28 +124,3 @@ pub trait DataParallel: Module {
 }
 
 impl<M: Module> DataParallel for M {}
-
-/// Makes sure that all ranks bring the same module, gives it rank 0's ids by `share_ids` and its values, and makes a reducer for
-/// its gradients.
-///
-/// # Errors
-/// [`Error::ModelMismatch`] if the ranks' modules differ in structure; [`Error::InvalidArgument`] if parameters are on several
-/// devices; those of [`Communicator`].
-pub(crate) fn replicate<M: Module>(
-    module: M,
-    group: &Communicator,
-    config: DataParallelConfig,
-    share_ids: impl FnOnce(M, &Communicator) -> Result<M, Error>,
-) -> Result<(M, Reducer), Error> {
-    config.check()?;
-    let device = one_device(&module, "data_parallel")?.unwrap_or_else(Device::flex);
-    let mut structure = Structure::of(&module);
-    let mut module = module;
-    if group.size() > 1 {
-        structure.agree(group)?;
-        module = share_ids(module, group)?;
-        structure = Structure::of(&module);
-        module = structure::broadcast(own_buffers(module), group)?;
-    }
-    Ok((module, Reducer::new(structure, device, group, config)?))
-}

@@ -21,38 +21,18 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockRea
 use std::time::{Duration, Instant};
 
 use burn::module::{Module, ParamId};
-use burn::tensor::{DType, Device, Shape, Tensor};
+use burn::tensor::Device;
 
-use super::buckets;
-use super::changes::{KnownParams, head};
-use super::comm_hook::Bucket;
 use super::config::DataParallelConfig;
 use super::hook::GradientListener;
+use super::known_params::{KnownParams, head};
+use super::loss_weight::LossWeight;
 use super::reduction_state::{LATE, ParamProgress, PendingReduction, ReductionState, accumulate};
 use super::structure::Structure;
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::params::unknown_params;
 use crate::tensor::PlainTensor;
-
-/// What a rank brings into a step's average.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct LossWeight {
-    /// Weight of its micro-batches.
-    pub weight: f64,
-    /// Weight in units of which the gradients are summed.
-    pub unit: f64,
-}
-
-impl LossWeight {
-    /// Adds a micro-batch whose gradients are in units of `unit` items.
-    pub fn add(&mut self, weight: f64, unit: f64) {
-        if self.unit == 0.0 {
-            self.unit = unit;
-        }
-        self.weight += weight;
-    }
-}
 
 /// The averages over the group.
 pub(crate) struct Reduced {
@@ -69,10 +49,10 @@ pub(crate) struct Reduced {
 pub(crate) struct Reducer {
     known: RwLock<KnownParams>,
     /// Carries the buckets.
-    data: Communicator,
+    pub(super) data: Communicator,
     /// Carries head and tail.
-    control: Communicator,
-    config: DataParallelConfig,
+    pub(super) control: Communicator,
+    pub(super) config: DataParallelConfig,
     /// Where the model was when it was wrapped.
     device: Device,
     step: Mutex<ReductionState>,
@@ -292,83 +272,17 @@ impl Reducer {
         self.lock().reset();
     }
 
-    /// Divides the buckets anew by the order in which rank 0 has seen gradients complete.
-    fn follow(&self, completed: Vec<usize>) -> Result<(), Error> {
-        let mut order: Vec<u64> = completed.into_iter().map(|param| param as u64).collect();
-        let mut seen: Vec<bool> = vec![false; self.known().params.len()];
-        order.retain(|param| !std::mem::replace(&mut seen[*param as usize], true));
-        order.extend((0..seen.len()).rev().filter(|param| !seen[*param]).map(|param| param as u64));
-        let order = self.control.broadcast(order, 0)?;
-        let order: Vec<usize> = order.into_iter().map(|param| param as usize).collect();
-        let divided = self.divide(&order);
-        self.lock().buckets = divided;
-        Ok(())
-    }
-
-    fn divide(&self, order: &[usize]) -> Vec<Vec<usize>> {
-        let known = self.known();
-        let dtypes: Vec<DType> = known.params.iter().map(|param| param.dtype).collect();
-        let sizes: Vec<usize> = known.params.iter().map(|param| param.elements * param.dtype.size()).collect();
-        let order: Vec<usize> = order.iter().copied().filter(|param| known.reduced[*param]).collect();
-        buckets::divide(&order, &sizes, &dtypes, self.config.first_bucket_bytes, self.config.bucket_bytes)
-    }
-
-    /// Starts the buckets whose turn it is and whose gradients are all there.
-    fn start_complete(&self) {
-        let mut step = self.lock();
-        while self.start_next(&mut step, false) {}
-    }
-
-    /// Starts the next bucket if it is complete, or in any case if `all`. Returns whether it did.
-    fn start_next(&self, step: &mut ReductionState, all: bool) -> bool {
-        let Some(index) = step.pending.as_ref().map(|pending| pending.buckets.len()) else { return false };
-        let Some(params) = step.buckets.get(index) else { return false };
-        let there = |param: &usize| {
-            let progress = &step.params[*param];
-            progress.gradient.is_some() && progress.uses > 0 && progress.arrived >= progress.uses
-        };
-        if !all && !params.iter().all(there) {
-            return false;
-        }
-        let (params, device) = (params.clone(), self.device(step));
-        let gradients: Vec<PlainTensor> = params
-            .iter()
-            .map(|param| {
-                let progress = &mut step.params[*param];
-                progress.started = true;
-                progress.gradient.take().unwrap_or_else(|| self.zeros(*param, &device))
-            })
-            .collect();
-        let paths = {
-            let known = self.known();
-            params.iter().map(|param| known.params[*param].path.clone()).collect()
-        };
-        if let Some(pending) = &mut step.pending {
-            let (hook, factor) = (self.config.hook(), pending.factor.clone());
-            pending.buckets.push(self.data.start(move |comm| {
-                // The head ran before, on the same thread; if it failed, so does everything after it.
-                let factor = factor.get().copied().unwrap_or_default();
-                let shapes: Vec<Shape> = gradients.iter().map(PlainTensor::shape).collect();
-                let gradients: Vec<_> = gradients.into_iter().map(flatten).collect::<Result<_, Error>>()?;
-                let dtypes: Vec<DType> = gradients.iter().map(Tensor::dtype).collect();
-                let reduced = hook.reduce(Bucket { index, paths, gradients, factor }, comm)?;
-                restore(reduced, shapes, &dtypes)
-            }));
-        }
-        true
-    }
-
-    fn zeros(&self, param: usize, device: &Device) -> PlainTensor {
+    pub(super) fn zeros(&self, param: usize, device: &Device) -> PlainTensor {
         let known = self.known();
         PlainTensor::zeros(known.params[param].shape.clone(), known.params[param].dtype, device)
     }
 
     /// Where gradients are: with those that have come last, or where the model was when it was wrapped.
-    fn device(&self, step: &ReductionState) -> Device {
+    pub(super) fn device(&self, step: &ReductionState) -> Device {
         step.device.clone().unwrap_or_else(|| self.device.clone())
     }
 
-    fn lock(&self) -> MutexGuard<'_, ReductionState> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, ReductionState> {
         self.step.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
@@ -392,25 +306,4 @@ impl GradientListener for Reducer {
         let uses = &mut self.lock().params[param].uses;
         *uses = uses.saturating_sub(1);
     }
-}
-
-/// A gradient as a flat tensor over the same memory.
-fn flatten(gradient: PlainTensor) -> Result<Tensor<1>, Error> {
-    let elements = gradient.elements();
-    gradient.reshape([elements]).float()
-}
-
-/// Flat tensors as gradients of their shapes again.
-fn restore(reduced: Vec<Tensor<1>>, shapes: Vec<Shape>, dtypes: &[DType]) -> Result<Vec<PlainTensor>, Error> {
-    let lens = |gradients: &[Tensor<1>]| gradients.iter().map(|gradient| gradient.dims()[0]).collect::<Vec<_>>();
-    let (expected, found) = (shapes.iter().map(Shape::num_elements).collect::<Vec<_>>(), lens(&reduced));
-    if expected != found {
-        let problem = format!("a bucket of gradients of lengths {expected:?} came back with lengths {found:?}");
-        return Err(Error::invalid("CommHook::reduce", problem));
-    }
-    if let Some((gradient, dtype)) = reduced.iter().zip(dtypes).find(|(gradient, dtype)| gradient.dtype() != **dtype) {
-        let problem = format!("a gradient of {dtype:?} came back as {:?}: cast it back", gradient.dtype());
-        return Err(Error::invalid("CommHook::reduce", problem));
-    }
-    Ok(reduced.into_iter().zip(shapes).map(|(gradient, shape)| PlainTensor::from(gradient).reshape(shape)).collect())
 }

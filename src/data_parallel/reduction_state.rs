@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use burn::module::ParamId;
 use burn::tensor::Device;
 
-use super::reducer::LossWeight;
+use super::loss_weight::LossWeight;
 use crate::comm::Pending;
 use crate::tensor::PlainTensor;
 

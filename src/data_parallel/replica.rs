@@ -3,25 +3,26 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 
 use super::changes::ForwardState;
 use super::config::DataParallelConfig;
-use super::eager::Eager;
 use super::fingerprint;
-use super::hook::{AttachHooks, GradientListener, HookGroup};
-use super::reducer::{LossWeight, Reduced, Reducer};
-use super::replicate;
+use super::hook::{AttachHooks, HookGroup};
+use super::loss_weight::LossWeight;
+use super::reducer::Reducer;
+use super::reducer_sink::ReducerSink;
+use super::register::register;
+use super::replicate::replicate;
 use crate::Error;
 use crate::comm::Communicator;
-use crate::graph::{GradientSink, MicroBatch, StepEngine};
+use crate::graph::{MicroBatch, StepEngine};
 use crate::params::SliceSource;
-use crate::step::{Loss, LossValue, RunReport, Step, StepCounters, StepFn};
+use crate::step::{LossValue, RunReport, Step, StepCounters, StepFn};
 use crate::tensor::{PlainTensor, TensorTree};
 
-/// One of several replicas of a model, each with its share of the batch. `E` says what runs it: [`Eager`] a model that every
+/// One of several replicas of a model, each with its share of the batch. `E` says what runs it: [`Eager`](super::Eager) a model that every
 /// rank holds whole, [`Sharded`](crate::tensor_parallel::Sharded) or [`Pipelined`](crate::pipeline_parallel::Pipelined) one
 /// that is split itself.
 ///
@@ -37,8 +38,8 @@ pub struct Replica<E> {
     pub(super) engine: E,
     averaging: Averaging,
     /// What the micro-batches of the step bring so far: their weight, and their losses, each with its factor.
-    loss_weight: LossWeight,
-    losses: Vec<(Tensor<1>, f64)>,
+    pub(super) loss_weight: LossWeight,
+    pub(super) losses: Vec<(Tensor<1>, f64)>,
     waited: Duration,
     steps: u64,
     /// By which an eager model tells of its gradients.
@@ -210,7 +211,7 @@ impl<E: StepEngine> Replica<E> {
     }
 
     /// Makes sure that everything that the model trains now takes part in the step.
-    fn admit(&mut self, reducer: &Arc<Reducer>, forward: ForwardState) -> Result<(), Error> {
+    pub(super) fn admit(&mut self, reducer: &Arc<Reducer>, forward: ForwardState) -> Result<(), Error> {
         let admitted = reducer.admit(&self.engine, forward).inspect_err(|_| {
             self.loss_weight = LossWeight::default();
             self.losses.clear();
@@ -243,7 +244,7 @@ impl<E: StepEngine> Replica<E> {
     }
 
     /// Waits for the reduction and hands it to burn.
-    fn finish(
+    pub(super) fn finish(
         &mut self,
         reducer: &Reducer,
         ran: Result<(), Error>,
@@ -275,172 +276,5 @@ impl<E: StepEngine> Replica<E> {
     pub(crate) fn sync_buffers(self) -> Result<Self, Error> {
         let control = self.control().clone();
         self.try_change(|engine| super::structure::broadcast_buffers(engine, &control))
-    }
-}
-
-impl<M: Module> Replica<Eager<M>> {
-    /// Runs backward and returns the gradients of the mean loss over the group and over what was
-    /// [accumulated](Self::accumulate) before. Buckets are reduced while backward still runs. A bare tensor counts for 1 on each
-    /// rank: there are no inputs here whose rows could be counted, see [`Loss`].
-    ///
-    /// Gradients that another backward through this model's parameters gives (one without the replica, or that of another
-    /// replica which has its loss computed by this one, as in a GAN) stay with that.
-    ///
-    /// # Errors
-    /// [`Error::ModelMismatch`], the same on all ranks, if the model has changed in different ways, or has new layers of unequal
-    /// values; [`Error::Graph`] if parameters of one id have different values; the error of the world.
-    pub fn backward(&mut self, loss: impl Into<Loss>) -> Result<GradientsParams, Error> {
-        let reducer = self.ready()?;
-        self.admit(&reducer, ForwardState::Done)?;
-        let ran = self.run_backward(&reducer, loss.into(), true);
-        self.finish(&reducer, ran).map(|(_, _, grads)| grads)
-    }
-
-    /// Takes part in the `backward` of the others, on a rank that has no data left.
-    ///
-    /// # Errors
-    /// The error of the world.
-    pub fn backward_without_data(&mut self) -> Result<GradientsParams, Error> {
-        let reducer = self.ready()?;
-        self.admit(&reducer, ForwardState::Done)?;
-        reducer.begin(self.loss_weight);
-        self.finish(&reducer, Ok(())).map(|(_, _, grads)| grads)
-    }
-
-    /// Runs backward on a micro-batch that is not the last of its step. Communicates nothing.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] if the weight of the loss is negative or not finite.
-    pub fn accumulate(&mut self, loss: impl Into<Loss>) -> Result<(), Error> {
-        let reducer = self.ready()?;
-        self.run_backward(&reducer, loss.into(), false)?;
-        reducer.forget_uses();
-        Ok(())
-    }
-
-    /// A step of micro-batches with **synchronised batch norm**: every burn `BatchNorm` takes its
-    /// statistics over the rows of all ranks, as on one device with the whole batch, and updates its running statistics
-    /// with them (PyTorch's `SyncBatchNorm`; Peng et al. 2018, arXiv:1711.07240). The model is not edited: the step is
-    /// captured as a [graph](crate::graph) once per shape of its inputs, and collectives are put into it.
-    ///
-    /// Each micro-batch comes with its weight, the number of items that `forward` averages its loss over. What a captured
-    /// step cannot do is said in [`graph`](crate::graph): above all, `forward` must not read tensors on the host. It is run
-    /// only to capture; what it decides is the same in every step.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Graph`] if the step cannot be captured; [`Error::InvalidArgument`], on every rank, if the ranks bring
-    /// different numbers of micro-batches or one of no weight, since they meet inside of each; the error of the world.
-    pub fn step_sync_batch_norm<I: TensorTree + Clone>(
-        &mut self,
-        micro_batches: Vec<(I, f64)>,
-        forward: impl FnMut(&M, I) -> Tensor<1>,
-    ) -> Result<Step, Error> {
-        let reducer = self.ready()?;
-        let before = self.counters();
-        self.admit(&reducer, ForwardState::Pending)?;
-        let ran = self.engine.run_sync_batch_norm(&reducer, micro_batches, forward).map(|losses| {
-            self.losses = losses;
-        });
-        let (loss, weight, grads) = self.finish(&reducer, ran)?;
-        let (outputs, runs) = (Vec::new(), Vec::new());
-        Ok(Step {
-            loss,
-            weight,
-            grads,
-            outputs,
-            counters: self.counters() - before,
-            runs,
-            skipped: false,
-            grad_norm: None,
-            not_finite: None,
-        })
-    }
-
-    fn ready(&self) -> Result<Arc<Reducer>, Error> {
-        self.reducer().cloned().ok_or_else(|| Error::invalid("Replica", "it has not been made one of several"))
-    }
-
-    fn run_backward(&mut self, reducer: &Reducer, loss: Loss, last: bool) -> Result<(), Error> {
-        let mut sink = ReducerSink { reducer, loss_weight: &mut self.loss_weight, last };
-        let unit = sink.unit();
-        let gave = self.engine.backward(loss, None, unit, &mut sink)?;
-        self.losses.extend(gave.loss);
-        Ok(())
-    }
-}
-
-/// Hands what a micro-batch gives to the reducer.
-struct ReducerSink<'a> {
-    reducer: &'a Reducer,
-    loss_weight: &'a mut LossWeight,
-    /// Whether the reduction begins with this micro-batch.
-    last: bool,
-}
-
-impl ReducerSink<'_> {
-    /// The unit of the gradients so far.
-    fn unit(&self) -> Option<f64> {
-        (self.loss_weight.unit > 0.0).then_some(self.loss_weight.unit)
-    }
-}
-
-impl GradientSink for ReducerSink<'_> {
-    fn expect(&mut self, gradients: &[ParamId]) -> Result<(), Error> {
-        self.reducer.forget_uses();
-        for param in gradients.iter().filter_map(|id| self.reducer.index_of(*id)) {
-            self.reducer.used(param);
-        }
-        Ok(())
-    }
-
-    fn weight(&mut self, weight: f64, unit: f64) -> Result<(), Error> {
-        if weight > 0.0 {
-            self.loss_weight.add(weight, unit);
-        }
-        if self.last {
-            self.reducer.begin(*self.loss_weight);
-        }
-        Ok(())
-    }
-
-    fn gradient(&mut self, id: ParamId, gradient: PlainTensor) -> Result<(), Error> {
-        match self.reducer.index_of(id) {
-            Some(param) => self.reducer.arrived(param, gradient),
-            None => self.reducer.add_unindexed(id, gradient),
-        }
-        Ok(())
-    }
-}
-
-/// Hands the reduced gradients to burn, on the devices of their parameters.
-///
-/// # Errors
-/// [`Error::Graph`] if a gradient has another rank than its parameter.
-pub(crate) fn register<M: Module>(
-    reducer: &Reducer,
-    reduced: &mut Reduced,
-    module: &M,
-) -> Result<GradientsParams, Error> {
-    let mut register = Register { reducer, reduced, grads: GradientsParams::new(), error: None };
-    module.visit(&mut register);
-    register.error.map_or(Ok(register.grads), Err)
-}
-
-struct Register<'a> {
-    reducer: &'a Reducer,
-    reduced: &'a mut Reduced,
-    grads: GradientsParams,
-    error: Option<Error>,
-}
-
-impl ModuleVisitor for Register<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let number = self.reducer.index_of(param.id);
-        let Some(gradient) = number.and_then(|number| self.reduced.gradients.remove(&number)) else { return };
-        match gradient.moved_to(&param.base().device().inner()).float::<D>() {
-            Ok(gradient) => self.grads.register(param.id, gradient),
-            Err(error) => self.error = Some(error),
-        }
     }
 }

@@ -4,12 +4,13 @@ use std::any::Any;
 use std::collections::HashMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Bool, DType, Int, Tensor};
+use burn::tensor::{Bool, Int, Tensor};
 
-use super::lazy;
+use super::lazy::lazy_part;
+use super::param_part::{ParamPart, nothing, receive};
 use crate::Error;
 use crate::comm::{Communicator, Payload};
-use crate::layout::{Layout, scatter_from_root};
+use crate::layout::Layout;
 use crate::params::{self, LazyParam, LeafKind, leaf, own_buffers, padded};
 use crate::plan::{PlanRow, PlanTable};
 
@@ -75,40 +76,6 @@ struct Distribute<'a, L> {
     outcome: Result<(), Error>,
 }
 
-/// What of a parameter is spread over the ranks of an axis.
-#[derive(Clone)]
-pub(super) struct ParamPart {
-    pub layout: Layout,
-    pub dtype: DType,
-    /// Before and after.
-    pub dims: Vec<usize>,
-    pub local_dims: Vec<usize>,
-    /// Its dims without padding, if it is as the model has made it, split along no axis yet.
-    pub fresh: Option<Vec<usize>>,
-}
-
-/// This rank's share of rank 0's value. Of the `value` of the other ranks only rank and dtype count, and its dims if it is
-/// not split.
-pub(super) fn receive<const D: usize>(
-    value: Tensor<D>,
-    layout: Layout,
-    group: &Communicator,
-) -> Result<Tensor<D>, Error> {
-    match layout {
-        Layout::Sharded(dim) => scatter_from_root(value, dim, 0, group),
-        _ => group.broadcast(value, 0),
-    }
-}
-
-/// What a rank that is not the first brings to [`receive`].
-pub(super) fn nothing<const D: usize>(part: &ParamPart, like: &Tensor<D>) -> Tensor<D> {
-    let dims = match (part.layout, <[usize; D]>::try_from(part.dims.as_slice())) {
-        (Layout::Replicated, Ok(dims)) => dims,
-        _ => [0; D],
-    };
-    Tensor::zeros(dims, (&like.device(), part.dtype))
-}
-
 impl<L: Iterator<Item = u8>> Distribute<'_, L> {
     /// None if the parameter is not of this round.
     fn part(&self, id: ParamId) -> Option<ParamPart> {
@@ -162,7 +129,7 @@ impl<L: Iterator<Item = u8>> ModuleMapper for Distribute<'_, L> {
             return made.clone();
         }
         let Some(part) = self.part(param.id).filter(|_| self.outcome.is_ok()) else { return param };
-        let made = if lazy { lazy::lazy_part(param, part, self.group) } else { self.now(param, &part) };
+        let made = if lazy { lazy_part(param, part, self.group) } else { self.now(param, &part) };
         self.seen.insert(made.id, Box::new(made.clone()));
         made
     }

@@ -18,12 +18,13 @@ use burn_ir::{
 
 use crate::Error;
 use crate::graph::CustomOps;
-use crate::graph::capture::{Recording, in_scope};
+use crate::graph::capture::in_scope;
 use crate::graph::device::capture_device;
 use crate::graph::edges::computed;
 use crate::graph::graph_error;
 use crate::graph::interpret::Interpreter;
 use crate::graph::liveness::{Instruction, program};
+use crate::graph::recording::Recording;
 use crate::graph::step::StepGraph;
 use crate::partition::is_elementwise;
 use crate::tensor::PlainTensor;

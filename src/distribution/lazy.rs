@@ -9,8 +9,8 @@ use std::ops::Range;
 use burn::module::Param;
 use burn::tensor::{Device, Shape, Slice, Tensor};
 
-use super::distribute::{ParamPart, nothing, receive};
 use super::initializer::{Initializer, Recorded};
+use super::param_part::{ParamPart, nothing, receive};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::layout::{Layout, scatter_from_root};

@@ -9,5 +9,6 @@ mod distribute;
 mod initializer;
 mod lazy;
 mod model_split;
+mod param_part;
 
 pub(crate) use model_split::{ModelSplit, split_step};

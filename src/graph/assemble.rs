@@ -7,10 +7,10 @@ use burn::tensor::{DType, Shape};
 use burn_capture::CapturedGraph;
 use burn_ir::{BaseOperationIr, ModuleOperationIr, NumericOperationIr, OperationIr, TensorId, TensorIr};
 
-use super::capture::Recording;
 use super::edges::EdgeTensor;
 use super::graph_error;
 use super::module::{Inventory, InventoryEntry};
+use super::recording::Recording;
 use super::step::{BatchNormBinding, InputBinding, ParamBinding, Rename, StepGraph, Uses};
 use crate::error::Error;
 

@@ -5,21 +5,22 @@
 //! and inputs enter as tensors *without data*: nothing is copied, and a `forward` that reads them on the host fails
 //! instead of freezing what it read.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::backend::{AutodiffBackend, BackendTensor, TensorMetadata};
-use burn::module::{Module, ParamId};
+use burn::module::Module;
 use burn::prelude::*;
 use burn_capture::{CaptureDevice, CapturedGraph};
-use burn_ir::TensorId;
 
 use super::device::{AutodiffCapture, as_autodiff, capture_device, capture_device_like, placeholder};
 use super::edges::{CaptureInputs, EdgeTensor, computed};
 use super::leaves::{Leaf, RunningStates, ToCapture, ToLeaves};
 use super::module::Inventory;
+use super::recording::Recording;
 use super::step::StepGraph;
-use super::{assemble, graph_error, panic_text};
+use super::{assemble, graph_error};
+use crate::comm::panic_message;
 use crate::error::Error;
 use crate::params::one_device;
 use crate::step::{Loss, LossParts, Weight};
@@ -77,26 +78,9 @@ pub(crate) fn in_scope(
                 )),
             });
         }
-        Err(payload) => return Err(explain(&panic_text(payload))),
+        Err(payload) => return Err(explain(&panic_message(&*payload))),
     };
     assemble::assemble(captured, recording?)
-}
-
-/// What the closure of a capture leaves behind, in the capture's own tensor ids.
-#[derive(Default)]
-pub(crate) struct Recording {
-    pub(crate) inventory: Inventory,
-    /// Tensor of every parameter and running statistic.
-    pub(crate) params: HashMap<ParamId, TensorId>,
-    pub(crate) running: HashSet<ParamId>,
-    pub(crate) gradients: HashMap<ParamId, TensorId>,
-    pub(crate) inputs: Vec<EdgeTensor>,
-    pub(crate) outputs: Vec<EdgeTensor>,
-    /// None if this is a forward alone.
-    pub(crate) loss: Option<EdgeTensor>,
-    pub(crate) weight: Option<EdgeTensor>,
-    /// An operation that stands between forward and backward.
-    pub(crate) marker: Option<TensorId>,
 }
 
 fn record<M, I, F, R>(device: CaptureDevice, model: &M, inputs: I, loss: F) -> Result<Recording, Error>

@@ -10,8 +10,8 @@ use burn::tensor::Device;
 use burn_ir::{CustomOpIr, HandleContainer, HandleKind, OperationIr, TensorId};
 use burn_router::CustomOpRegistry;
 
+use super::backend::{GraphBackend, from_handle, into_handle};
 use super::graph_error;
-use super::interpret::{GraphBackend, from_handle, into_handle};
 use super::liveness::Instruction;
 use crate::error::Error;
 use crate::tensor::PlainTensor;

@@ -9,13 +9,14 @@ use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::bind::{computable, fits, is_on, named_tensors};
 use super::custom::CustomOps;
+use super::graph_error;
 use super::interpret::Interpreter;
 use super::liveness::{Instruction, MemoryEstimate, program};
 use super::module::{gradients_params, read_for_step, write_running_states};
 use super::origin::Origins;
 use super::results::{ResultRole, Results, StepObserver, StepOutputs, StepResult, StepValues};
 use super::step::StepGraph;
-use super::{graph_error, panic_text};
+use crate::comm::panic_message;
 use crate::error::Error;
 use crate::params::sweep_leaves;
 use crate::tensor::{PlainTensor, TensorTree};
@@ -193,7 +194,7 @@ impl Executor {
                             Instruction::Run(op) => Origins::of(&self.graph).describe(op),
                             Instruction::Free(_) | Instruction::Output(_) => "the handling of a result".into(),
                         };
-                        Err(graph_error(format!("{at} panicked: {}", panic_text(payload))))
+                        Err(graph_error(format!("{at} panicked: {}", panic_message(&*payload))))
                     }
                     Ok(Ok(_)) => unreachable!("matched above"),
                 };

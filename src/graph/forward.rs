@@ -7,7 +7,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Shape};
 use burn_capture::CaptureDevice;
 
-use super::capture::{Recording, in_scope};
+use super::capture::in_scope;
 use super::custom::CustomOps;
 use super::device::capture_device;
 use super::edges::{CaptureInputs, CaptureOutputs};
@@ -15,6 +15,7 @@ use super::execute::Executor;
 use super::graph_error;
 use super::leaves::ToCapture;
 use super::module::Inventory;
+use super::recording::Recording;
 use super::step::StepGraph;
 use crate::error::Error;
 use crate::params::one_device;

@@ -3,36 +3,16 @@
 use std::fmt::Debug;
 
 use burn::backend::flex::FlexDevice;
-use burn::backend::{BackendTensor, DispatchKindConversion, DispatchTensor, Flex};
+use burn::backend::{DispatchKindConversion, DispatchTensor};
 use burn::tensor::{Device, TensorData};
-use burn_ir::{BackendIr, HandleKind, OperationIr, TensorId, TensorIr};
+use burn_ir::{OperationIr, TensorId, TensorIr};
 use burn_router::TensorInterpreter;
 
+use super::backend::{GraphBackend, from_handle, into_handle};
 use super::custom::CustomOps;
 use super::graph_error;
 use crate::error::Error;
 use crate::tensor::{PlainTensor, check_device};
-
-/// A backend that graphs run on.
-pub(crate) trait GraphBackend: BackendIr
-where
-    DispatchTensor: DispatchKindConversion<Self>,
-{
-    fn device(device: &Self::Device) -> Device;
-}
-
-impl GraphBackend for Flex {
-    fn device(_: &FlexDevice) -> Device {
-        Device::flex()
-    }
-}
-
-#[cfg(feature = "cubecl")]
-impl GraphBackend for burn::backend::Cube {
-    fn device(device: &Self::Device) -> Device {
-        Device::new(burn::backend::DispatchDevice::Cube(device.clone()))
-    }
-}
 
 /// Runs operations on one device. Tensors are known by their ids.
 #[derive(Debug)]
@@ -112,29 +92,4 @@ where
     fn get(&mut self, tensor: &TensorIr) -> Result<PlainTensor, Error> {
         from_handle::<B>(self.get_tensor(tensor))
     }
-}
-
-pub(crate) fn into_handle<B: GraphBackend>(tensor: PlainTensor) -> Result<HandleKind<B>, Error>
-where
-    DispatchTensor: DispatchKindConversion<B>,
-{
-    match tensor.into_backend::<B>() {
-        Ok(BackendTensor::Float(tensor)) => Ok(HandleKind::Float(tensor)),
-        Ok(BackendTensor::Int(tensor)) => Ok(HandleKind::Int(tensor)),
-        Ok(BackendTensor::Bool(tensor)) => Ok(HandleKind::Bool(tensor)),
-        Ok(other) => Err(graph_error(format!("a {} tensor cannot enter a graph", other.name()))),
-        Err(problem) => Err(graph_error(format!("a tensor is not on the device on which the graph runs: {problem}"))),
-    }
-}
-
-pub(crate) fn from_handle<B: GraphBackend>(handle: HandleKind<B>) -> Result<PlainTensor, Error>
-where
-    DispatchTensor: DispatchKindConversion<B>,
-{
-    Ok(PlainTensor::from_backend::<B>(match handle {
-        HandleKind::Float(tensor) => BackendTensor::Float(tensor),
-        HandleKind::Int(tensor) => BackendTensor::Int(tensor),
-        HandleKind::Bool(tensor) => BackendTensor::Bool(tensor),
-        HandleKind::Quantized(_) => return Err(graph_error("a step cannot give a quantized tensor")),
-    }))
 }

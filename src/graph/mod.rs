@@ -7,7 +7,7 @@
 //!
 //! - [`counter_based_rng`] has every rank draw the random numbers of one device,
 //! - [`partition`](crate::partition::partition) splits the step over the ranks of a mesh axis,
-//! - [`sync_batch_norm`] puts a collective after every batch statistic.
+//! - [`sync_batch_norm`](crate::data_parallel::sync_batch_norm) puts a collective after every batch statistic.
 //!
 //! An [`Executor`] then runs it on the model's device at each step with the current parameters and new inputs, faster than
 //! eager since there is no tape.
@@ -42,7 +42,7 @@
 //! [`Error::Graph`]: crate::Error::Graph
 
 mod assemble;
-mod batch_norm;
+mod backend;
 pub(crate) mod bind;
 mod cache;
 pub(crate) mod capture;
@@ -61,14 +61,13 @@ pub(crate) mod module;
 pub(crate) mod origin;
 pub(crate) mod random;
 mod recent;
+pub(crate) mod recording;
 mod results;
 mod same_inputs;
 mod signature;
 pub(crate) mod step;
-mod sync;
 
 pub use crate::tensor::{TensorMapper, TensorTree};
-pub use batch_norm::{BatchNormSync, SYNC_BATCH_NORM_GRAD, SYNC_BATCH_NORM_MEAN, sync_batch_norm};
 pub use bind::graph_tensors;
 pub(crate) use bind::named_tensors;
 pub use cache::GraphCache;
@@ -88,18 +87,9 @@ pub use results::{StepObserver, StepOutputs, StepResult};
 pub(crate) use same_inputs::{Run, SameInputs};
 pub(crate) use signature::Signature;
 pub use step::{BatchNormBinding, InputBinding, ParamBinding, StepGraph};
-pub use sync::register_sync_batch_norm;
 
 use crate::error::Error;
 
 pub(crate) fn graph_error(problem: impl Into<String>) -> Error {
     Error::Graph { problem: problem.into() }
-}
-
-/// What a panic said, for the panics of burn that a user's model can cause.
-pub(crate) fn panic_text(payload: Box<dyn std::any::Any + Send>) -> String {
-    match payload.downcast::<String>() {
-        Ok(text) => *text,
-        Err(payload) => payload.downcast::<&str>().map_or_else(|_| "a panic without a message".into(), |t| (*t).into()),
-    }
 }

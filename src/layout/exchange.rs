@@ -15,7 +15,8 @@
 //! [j_0 + j_1 + .., ceil(w / n), rest..]
 //! ```
 
-use super::moves::{check_part, first, inverse};
+use super::checks::check_part;
+use super::dim_order::{first, inverse};
 use crate::Error;
 use crate::comm::{Communicator, part};
 use crate::tensor::PlainTensor;

@@ -89,18 +89,22 @@
 //! [`Communicator`]: crate::comm::Communicator
 //! [`Communicator::failure`]: crate::comm::Communicator::failure
 
+mod checks;
+mod dim_order;
 mod exchange;
 mod kind;
 mod moves;
 mod pairs;
+mod redistribute;
 mod root;
 mod tape;
 
-pub use kind::{Layout, redistribute};
+pub use kind::Layout;
 pub(crate) use moves::MoveOp;
 pub use pairs::{
     all_to_all, copy_to_group, gather_and_copy_to_group, gather_from_group, reduce_from_group, reduce_scatter_to_group,
     scatter_to_group,
 };
+pub use redistribute::redistribute;
 pub use root::{gather_to_root, scatter_from_root};
 pub use tape::backward;

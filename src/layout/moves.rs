@@ -1,5 +1,7 @@
 //! A step from layout to layout as data, and how it is taken on the tensor of one rank.
 
+use super::checks::{check_part, fail};
+use super::dim_order::{first, inverse};
 use super::exchange::exchange;
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp, part};
@@ -88,42 +90,4 @@ fn along(
     let order = first([dim], tensor.rank());
     let rows = tensor.permute(&order);
     Ok(work(rows)?.permute(&inverse(&order)))
-}
-
-/// The dims `0..rank` in an order that begins with `leading`.
-pub(super) fn first<const N: usize>(leading: [usize; N], rank: usize) -> Vec<usize> {
-    leading.into_iter().chain((0..rank).filter(|dim| !leading.contains(dim))).collect()
-}
-
-/// The order that undoes `order`.
-pub(super) fn inverse(order: &[usize]) -> Vec<usize> {
-    let mut inverse = vec![0; order.len()];
-    order.iter().enumerate().for_each(|(place, &dim)| inverse[dim] = place);
-    inverse
-}
-
-/// Sees to it that what this rank brought is its part of the whole. The world fails if not: peers may not be able to tell.
-pub(super) fn check_part(
-    name: &'static str,
-    comm: &Communicator,
-    dim: usize,
-    brought: usize,
-    total: usize,
-) -> Result<(), Error> {
-    let due = part(total, comm.size(), comm.rank()).len();
-    if brought == due {
-        return Ok(());
-    }
-    let (group, rank, size) = (comm.group(), comm.rank(), comm.size());
-    let problem = format!(
-        "rank {rank} of group `{group}` brings {brought} of the {total} rows that its {size} ranks have along dim {dim}, \
-         but its part is {due}; divide tensors as `comm::part` does"
-    );
-    fail(comm, Error::invalid(name, problem))
-}
-
-/// Fails the world with an error that this rank has found. Gives back the one that counts: the first.
-pub(super) fn fail<T>(comm: &Communicator, error: Error) -> Result<T, Error> {
-    comm.fail(error.clone());
-    Err(comm.failure().unwrap_or(error))
 }

@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 
-use super::kind::check_dim;
+use super::checks::check_dim;
 use super::moves::MoveOp;
 use super::tape::MovePair;
 use crate::Error;

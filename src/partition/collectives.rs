@@ -1,11 +1,10 @@
-//! The custom operations of a partitioned graph, over communicators.
+//! The collectives of a partitioned graph as custom operations, and what each of them does.
 
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorIr};
 
-use super::{indices, overlap, products};
 use crate::comm::{Communicator, ReduceOp};
 use crate::error::Error;
-use crate::graph::{CustomOps, StepGraph, graph_error};
+use crate::graph::{StepGraph, graph_error};
 use crate::layout::MoveOp;
 use crate::tensor::PlainTensor;
 
@@ -103,18 +102,6 @@ impl<'a> CollectiveOp<'a> {
         let kind = CollectiveKind::ALL.into_iter().find(|kind| kind.name() == name)?;
         Some((Self { axis, kind }, op))
     }
-}
-
-/// Registers what a graph needs that was [partitioned](super::partition) over the axis of this name, over the `group` of
-/// its ranks: collectives, what looks at indices, [fused products](super::fuse_products), and both [taken apart](super::overlap).
-pub fn register_collectives(ops: &mut CustomOps, axis: &str, group: &Communicator) {
-    for kind in CollectiveKind::ALL {
-        let comm = group.clone();
-        ops.register(&format!("{axis}.{}", kind.name()), move |op, inputs| kind.run(op, inputs, &comm));
-    }
-    indices::register(ops, axis);
-    products::register(ops, axis, group);
-    overlap::register(ops, axis, group);
 }
 
 impl StepGraph {

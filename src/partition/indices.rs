@@ -1,4 +1,4 @@
-//! Indices that are looked up in a dim that is split are looked at.
+//! The operation that checks the indices with which a split dim is read or written.
 //!
 //! One device panics at a token beyond the vocabulary. Of ranks that hold parts of it each would take the token for one of
 //! another rank, and read zeros. On the host the largest and the smallest index are looked for in every step; on other
@@ -9,7 +9,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorIr};
 
-use super::pass::Pass;
 use crate::error::Error;
 use crate::graph::{CustomOps, graph_error};
 use crate::tensor::PlainTensor;
@@ -19,22 +18,12 @@ const INDICES_BELOW: &str = "indices_below";
 /// Where indices are not on the host, how many steps one look is for.
 const STEPS: u64 = 64;
 
-impl Pass<'_> {
-    /// The indices, which are an error if one of them is not below this number.
-    pub(super) fn within(&mut self, indices: TensorIr, below: usize) -> TensorIr {
-        if let Some(known) = self.within.get(&(indices.id, below)) {
-            return known.clone();
-        }
-        let out = TensorIr { id: self.fresh(), ..indices.clone() };
-        let id = format!("{}.{INDICES_BELOW}", self.options.axis);
-        // By convention the last scalar does not count in the fingerprint.
-        let scalars = vec![ScalarIr::UInt(below as u64), ScalarIr::UInt(0)];
-        let key = (indices.id, below);
-        let look = CustomOpIr { id, inputs: vec![indices], outputs: vec![out.clone()], scalars };
-        self.operations.push(OperationIr::Custom(look));
-        self.within.insert(key, out.clone());
-        out
-    }
+/// The operation that gives the indices as they are, and is an error if one of them is not below this number.
+pub(super) fn check_below(axis: &str, indices: TensorIr, out: TensorIr, below: usize) -> OperationIr {
+    let id = format!("{axis}.{INDICES_BELOW}");
+    // By convention the last scalar does not count in the fingerprint.
+    let scalars = vec![ScalarIr::UInt(below as u64), ScalarIr::UInt(0)];
+    OperationIr::Custom(CustomOpIr { id, inputs: vec![indices], outputs: vec![out], scalars })
 }
 
 /// Whether an operation looks at indices over any axis, and gives them as they are.

@@ -37,6 +37,7 @@
 //! [`StepGraph::axis_fingerprint`]: crate::graph::StepGraph::axis_fingerprint
 
 mod buckets;
+mod checked_indices;
 mod collectives;
 mod cost;
 mod fuse;
@@ -52,14 +53,15 @@ mod pass;
 mod planned;
 mod products;
 mod propagation;
+mod register;
 mod report;
 mod rows;
 mod rules;
 mod sums;
 
 pub use buckets::bucket_reductions;
+pub use collectives::CollectiveKind;
 pub(crate) use collectives::CollectiveOp;
-pub use collectives::{CollectiveKind, register_collectives};
 pub use fuse::fuse_products;
 pub use options::PartitionOptions;
 pub use overlap::overlap;
@@ -67,5 +69,6 @@ pub(crate) use padding::{Larger, pad};
 pub(crate) use products::ProductOp;
 pub use products::{FusedProduct, ProductKind};
 pub use propagation::partition;
+pub use register::register_collectives;
 pub use report::{Collective, Fallback, ShardReport};
 pub(crate) use rules::{is_elementwise, only_moves};

@@ -1,11 +1,10 @@
-//! Steps and forwards captured for one kind of batch, and cut.
+//! Captures a step or a forward pass for one kind of batch, and cuts it into stages.
 
-use std::collections::HashSet;
-
-use burn::module::{Module, ParamId};
+use burn::module::Module;
 use burn::tensor::Device;
 
 use super::batch::Batch;
+use super::captured_step::{CapturedForward, CapturedStep};
 use super::graph_stage::GraphStage;
 use super::output_join::OutputJoin;
 use super::pipeline::Pipeline;
@@ -14,34 +13,11 @@ use super::state::PipelineState;
 use super::tied::TiedParams;
 use crate::Error;
 use crate::comm::Communicator;
-use crate::graph::{
-    ForwardGraph, StepGraph, StepKey, TensorTree, capture_forward, capture_step, counter_based_rng, graph_error,
-};
+use crate::graph::{StepGraph, StepKey, TensorTree, capture_forward, capture_step, counter_based_rng, graph_error};
 use crate::params::one_device;
 use crate::partition::ShardReport;
 use crate::pipeline_parallel::cut::{CutGraph, StageRun, cut_like, measure_operations};
 use crate::step::{Identity, StepFn};
-
-/// A step for one kind of batch.
-pub(super) struct CapturedStep {
-    pub pipeline: Pipeline,
-    pub stages: Vec<GraphStage>,
-    /// The parameters that get a gradient on any rank.
-    pub trained: HashSet<ParamId>,
-}
-
-/// A forward pass for one kind of batch.
-pub(super) struct CapturedForward<O> {
-    pub pipeline: Pipeline,
-    pub stages: Vec<GraphStage>,
-    /// The graph for each size of micro-batch.
-    pub graphs: Vec<ForwardGraph<O>>,
-    pub sizes: Vec<usize>,
-    /// The stage that gives each output.
-    pub givers: Vec<usize>,
-    /// How each output is put together.
-    pub joined: Vec<OutputJoin>,
-}
 
 impl PipelineState {
     /// Makes sure that the step for this batch is captured and cut; `local` loses what this rank does not hold.

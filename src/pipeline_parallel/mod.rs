@@ -40,6 +40,7 @@
 
 mod batch;
 mod captured;
+mod captured_step;
 mod config;
 pub mod cut;
 mod eager;
@@ -51,6 +52,7 @@ mod pipeline;
 mod pipelined;
 pub mod schedule;
 mod stage;
+mod stage_error;
 mod stage_message;
 mod state;
 mod step;
@@ -62,11 +64,6 @@ pub use eager::{EagerStage, Received, Sent};
 pub use pipeline::{Pipeline, PipelineRun};
 pub use pipelined::Pipelined;
 pub use stage::{Forwarded, LossSum, MicroBatch, Stage};
+pub(crate) use stage_error::stage_error;
 pub use stage_message::StageMessage;
 pub use wrap::PipelineParallel;
-
-use crate::Error;
-
-pub(crate) fn stage_error(problem: impl Into<String>) -> Error {
-    Error::Pipeline { problem: problem.into() }
-}

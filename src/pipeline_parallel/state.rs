@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use burn::module::{Module, ParamId};
 
-use super::captured::CapturedStep;
+use super::captured_step::CapturedStep;
 use super::schedule::{Schedule, Timetable};
 use super::tied::TiedParams;
 use super::{PipelineConfig, stage_error};

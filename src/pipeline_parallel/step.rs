@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use burn::module::{Module, ParamId};
 use burn::tensor::Device;
 
-use super::captured::CapturedStep;
+use super::captured_step::CapturedStep;
 use super::graph_stage::{GraphStage, accumulate};
 use super::pipeline::PipelineRun;
 use super::pipelined::lock;

@@ -38,11 +38,13 @@
 //! assert_eq!(plan, same);
 //! ```
 
+mod axis_plan;
 mod compressed_paths;
 mod cost;
 mod from_layouts;
 mod pattern;
 mod presets;
+mod rule_text;
 mod suggest;
 mod table;
 mod text;
@@ -52,15 +54,16 @@ use std::collections::BTreeMap;
 use burn::module::Module;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use axis_plan::AxisPlan;
 pub use cost::PlanCost;
 pub(crate) use cost::{must_split, warn_of_nothing_split};
 pub(crate) use from_layouts::{from_layouts, like};
 pub use table::{PlanRow, PlanTable};
 
+use self::axis_plan::{InputRule, Rule, plan_error};
 pub(crate) use self::compressed_paths::compress_paths;
 pub(crate) use self::pattern::matches;
-use self::table::local_dims;
-use self::text::{AxisText, PlanText, RuleText};
+use self::text::PlanText;
 use crate::Error;
 use crate::forms::Table;
 use crate::layout::Layout;
@@ -86,41 +89,6 @@ use crate::layout::Layout;
 pub struct Plan {
     own: AxisPlan,
     axes: BTreeMap<String, AxisPlan>,
-}
-
-/// What a plan says of one axis.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(into = "AxisText", from = "Table<AxisText>")]
-pub(crate) struct AxisPlan {
-    rules: Vec<Rule>,
-    inputs: Vec<InputRule>,
-    sequence_dim: Option<usize>,
-    /// Why no model can be split so.
-    refused: Option<String>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(into = "RuleText", try_from = "Table<RuleText>")]
-struct Rule {
-    pattern: String,
-    layout: Layout,
-    /// Whether it may match nothing.
-    optional: bool,
-    /// Whether a dim that the degree does not divide is padded.
-    padded: bool,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct InputRule {
-    path: String,
-    shard: usize,
-}
-
-impl Rule {
-    fn matches(&self, path: &str) -> bool {
-        matches(&self.pattern, path)
-    }
 }
 
 impl Plan {
@@ -206,7 +174,7 @@ impl Plan {
     /// # Errors
     /// As [`table_over`](Self::table_over).
     pub fn table<M: Module>(&self, model: &M, degree: usize) -> Result<PlanTable, Error> {
-        PlanTable::of(self, model, &[(DEFAULT_AXIS, degree)])
+        self.table_over(model, &[(DEFAULT_AXIS, degree)])
     }
 
     /// The plan over several axes, given by names and sizes, checked against a model: the axis that the plan speaks of, then
@@ -218,7 +186,7 @@ impl Plan {
     /// not divide and is not to be [padded](Self::shard_padded), or a parameter that is not float; or if a
     /// [sequence](Self::sequence_parallel) is along another dim than 0 or 1.
     pub fn table_over<M: Module>(&self, model: &M, axes: &[(&str, usize)]) -> Result<PlanTable, Error> {
-        PlanTable::of(self, model, axes)
+        PlanTable::of(self.over(axes.iter().map(|axis| axis.0))?, model, axes)
     }
 
     /// What the plan says of each of these axes, the first of which is its own.
@@ -237,47 +205,18 @@ impl Plan {
 /// What an axis is called where the caller has no name for it.
 pub(crate) const DEFAULT_AXIS: &str = "tp";
 
-impl AxisPlan {
-    fn extend(&mut self, more: Self) {
-        self.rules.extend(more.rules);
-        self.inputs.extend(more.inputs);
-        self.sequence_dim = more.sequence_dim.or(self.sequence_dim);
-        self.refused = self.refused.take().or(more.refused);
-    }
-
-    pub(crate) fn layout(&self, path: &str) -> Layout {
-        self.rules.iter().find(|rule| rule.matches(path)).map_or(Layout::Replicated, |rule| rule.layout)
-    }
-
-    /// Whether the dim along which a parameter is split may be padded.
-    fn pads(&self, path: &str) -> bool {
-        self.rules.iter().find(|rule| rule.matches(path)).is_some_and(|rule| rule.padded)
-    }
-
-    pub(crate) fn sequence_dim(&self) -> Option<usize> {
-        self.sequence_dim
-    }
-
-    /// The layouts of the inputs at these paths, with their dims.
-    pub(crate) fn input_layouts<'a>(
-        &self,
-        inputs: impl Iterator<Item = (&'a str, &'a [usize])>,
-        (axis, degree): (&str, usize),
-    ) -> Result<Vec<Layout>, Error> {
-        let inputs: Vec<_> = inputs.collect();
-        if let Some(rule) = self.inputs.iter().find(|rule| !inputs.iter().any(|input| input.0 == rule.path)) {
-            let paths: Vec<&str> = inputs.iter().map(|input| input.0).collect();
-            return Err(plan_error(format!("the step has no input `{}`, but {paths:?}", rule.path)));
-        }
-        let layout = |(path, dims): (&str, &[usize])| {
-            let rule = self.inputs.iter().find(|rule| rule.path == path);
-            let layout = rule.map_or(Layout::Replicated, |rule| Layout::Sharded(rule.shard));
-            local_dims(&format!("input `{path}`"), dims, layout, axis, degree).map(|_| layout)
-        };
-        inputs.into_iter().map(layout).collect()
+impl From<Plan> for PlanText {
+    fn from(Plan { own, axes }: Plan) -> Self {
+        let AxisPlan { rules: parameters, inputs, sequence_dim: sequence_parallel, refused } = own;
+        let axes = axes.into_iter().map(|(name, axis)| (name, axis.into())).collect();
+        Self { sequence_parallel, parameters, inputs, refused, axes }
     }
 }
 
-fn plan_error(problem: String) -> Error {
-    Error::Plan { problem }
+impl From<Table<PlanText>> for Plan {
+    fn from(Table(text): Table<PlanText>) -> Self {
+        let PlanText { sequence_parallel: sequence_dim, parameters: rules, inputs, refused, axes } = text;
+        let axes = axes.into_iter().map(|(name, axis)| (name, axis.into())).collect();
+        Self { own: AxisPlan { rules, inputs, sequence_dim, refused }, axes }
+    }
 }

@@ -6,8 +6,8 @@ use std::fmt;
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Int, Tensor};
 
+use super::axis_plan::{AxisPlan, local_dims, plan_error};
 use super::compressed_paths::compress_paths;
-use super::{AxisPlan, Plan, plan_error};
 use crate::Error;
 use crate::layout::Layout;
 use crate::params::Renamed;
@@ -70,8 +70,8 @@ pub struct PlanTable {
 }
 
 impl PlanTable {
-    /// Checks a plan; see [`Plan::table_over`].
-    pub(super) fn of<M: Module>(plan: &Plan, model: &M, axes: &[(&str, usize)]) -> Result<Self, Error> {
+    /// Checks the plans of these axes; see [`Plan::table_over`](super::Plan::table_over).
+    pub(super) fn of<M: Module>(plans: Vec<AxisPlan>, model: &M, axes: &[(&str, usize)]) -> Result<Self, Error> {
         let mut found = Rows::default();
         model.visit(&mut found);
         let Rows { mut rows, tied, .. } = found;
@@ -84,7 +84,6 @@ impl PlanTable {
         if ranks.is_none() {
             return Err(plan_error(format!("the axes {axes:?} have more ranks than a model can be split over")));
         }
-        let plans = plan.over(axes.iter().map(|axis| axis.0))?;
         let splits = plans.iter().flat_map(|axis| &axis.rules).any(|rule| rule.layout != Layout::Replicated);
         for row in &mut rows {
             let places = plans.iter().zip(axes);
@@ -262,31 +261,6 @@ fn place(row: &mut PlanRow, layout: Layout, (axis, degree): (&str, usize)) -> Re
 fn unmatched(what: &str, rows: &[PlanRow]) -> Error {
     let paths = compress_paths(rows.iter().map(|row| row.path.as_str()));
     plan_error(format!("{what} none of the parameters {paths}; `*` stands for any characters"))
-}
-
-pub(super) fn local_dims(
-    name: &str,
-    dims: &[usize],
-    layout: Layout,
-    axis: &str,
-    degree: usize,
-) -> Result<Vec<usize>, Error> {
-    let mut local = dims.to_vec();
-    if let Layout::Sharded(dim) = layout {
-        let wanted = || format!("{name} of dims {dims:?} is to be {layout} over the {degree} ranks of axis `{axis}`");
-        let Some(size) = local.get_mut(dim) else {
-            return Err(plan_error(format!("{}, but has no dim {dim}", wanted())));
-        };
-        if !size.is_multiple_of(degree) {
-            return Err(plan_error(format!(
-                "{}, but {degree} does not divide {size}: choose another dim or degree, replicate it, or, \
-                 if it may be padded, say so by `shard_padded`",
-                wanted()
-            )));
-        }
-        *size /= degree;
-    }
-    Ok(local)
 }
 
 impl fmt::Display for PlanTable {

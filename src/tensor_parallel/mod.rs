@@ -29,6 +29,7 @@
 //! # Ok::<(), Error>(())
 //! ```
 
+mod activation;
 mod config;
 mod cost;
 mod feeds;

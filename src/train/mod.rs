@@ -33,6 +33,7 @@
 //! # Ok::<(), Error>(())
 //! ```
 
+mod clip_step;
 mod module;
 mod norm;
 mod optimize;

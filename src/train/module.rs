@@ -124,7 +124,18 @@ pub trait ParallelModule: Module + sealed::Sealed {
         lr: impl Into<ModuleLearningRate>,
         step: Step,
     ) -> Result<Self, Error> {
-        optimize::optimize(self, optim, lr.into(), step)
+        if !self.trains() {
+            return Err(Error::Schedule {
+                problem: "it has no backward pass, so its steps give a loss and no gradients, and there is nothing to optimize by: \
+                          train with another, as `1f1b`"
+                    .into(),
+            });
+        }
+        if step.skipped {
+            return Ok(self);
+        }
+        optimize::check(optim, self.checked_optimizers(), self.local(), &self.split_params())?;
+        optimize::update(self, optim, lr.into(), step.grads)
     }
 
     /// Gives all parameters the values that a store has under their paths. Each rank asks for what it holds only, and lazy

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod batch_norm;
 mod changes;
 mod parity;
 mod rules;

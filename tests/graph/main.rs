@@ -3,7 +3,6 @@
 #[path = "../common/mod.rs"]
 mod common;
 
-mod batch_norm;
 mod capture;
 mod errors;
 mod execute;

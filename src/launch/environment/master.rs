@@ -2,18 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use super::wrong;
+use super::invalid::invalid;
 use crate::Error;
 
 /// What MASTER_ADDR and MASTER_PORT say.
 pub(super) fn named(variables: &BTreeMap<String, String>) -> Result<Option<(String, u16)>, Error> {
     match (variables.get("MASTER_ADDR"), variables.get("MASTER_PORT")) {
         (None, None) => Ok(None),
-        (Some(_), None) => wrong("MASTER_ADDR is set and MASTER_PORT is missing"),
-        (None, Some(_)) => wrong("MASTER_PORT is set and MASTER_ADDR is missing"),
-        (Some(address), _) if address.trim().is_empty() => wrong("MASTER_ADDR is empty"),
+        (Some(_), None) => invalid("MASTER_ADDR is set and MASTER_PORT is missing"),
+        (None, Some(_)) => invalid("MASTER_PORT is set and MASTER_ADDR is missing"),
+        (Some(address), _) if address.trim().is_empty() => invalid("MASTER_ADDR is empty"),
         (Some(address), Some(port)) => match port.trim().parse() {
-            Ok(0) | Err(_) => wrong(format!("MASTER_PORT={port:?} is not a port: a number from 1 to 65535")),
+            Ok(0) | Err(_) => invalid(format!("MASTER_PORT={port:?} is not a port: a number from 1 to 65535")),
             Ok(number) => Ok(Some((address.trim().to_owned(), beside_torchrun(number, variables)))),
         },
     }

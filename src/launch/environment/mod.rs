@@ -1,5 +1,6 @@
 //! What the variables of a launcher say of a rank.
 
+mod invalid;
 mod master;
 #[cfg(test)]
 mod tests;
@@ -7,6 +8,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::fmt;
 
+use self::invalid::invalid;
 use crate::Error;
 
 /// Who started this process.
@@ -111,7 +113,7 @@ impl ProcessInfo {
             .filter(|launcher| launcher.variables()[..2].iter().any(|name| variables.contains_key(*name)))
             .collect();
         let Some(&launcher) = found.first() else {
-            return wrong(
+            return invalid(
                 "this process was not started by a launcher: none of RANK, OMPI_COMM_WORLD_RANK, PMI_RANK and \
                  SLURM_PROCID is set; start it with torchrun, mpirun or srun, or use launch::threads",
             );
@@ -121,7 +123,7 @@ impl ProcessInfo {
             let theirs = Self::of(other, variables)?;
             if (theirs.rank, theirs.size) != (info.rank, info.size) {
                 let [[a, b, ..], [c, d, ..]] = [launcher.variables(), other.variables()];
-                return wrong(format!(
+                return invalid(format!(
                     "{a}={} and {b}={} contradict {c}={} and {d}={}: unset those of the launcher that is not used",
                     info.rank, info.size, theirs.rank, theirs.size
                 ));
@@ -136,12 +138,12 @@ impl ProcessInfo {
             let Some(value) = variables.get(name) else { return Ok(None) };
             match value.trim().parse() {
                 Ok(number) => Ok(Some(number)),
-                Err(_) => wrong(format!("{name}={value:?} is not a whole number")),
+                Err(_) => invalid(format!("{name}={value:?} is not a whole number")),
             }
         };
         let needed = |name: &'static str| match number(name)? {
             Some(number) => Ok(number),
-            None => wrong(format!("{name} is missing, beside the other variables of {launcher}")),
+            None => invalid(format!("{name} is missing, beside the other variables of {launcher}")),
         };
         let (rank, size) = (needed(rank_name)?, needed(size_name)?);
         // PMI leaves it to the launcher whether to tell the place on the machine.
@@ -152,13 +154,13 @@ impl ProcessInfo {
         // Slurm's is a wish of the user's, not what came of it.
         let local_size = if launcher == Launcher::Slurm { None } else { number(local_size_name)? };
         if rank >= size {
-            return wrong(format!("{rank_name}={rank} does not exist in {size_name}={size}: ranks go from 0"));
+            return invalid(format!("{rank_name}={rank} does not exist in {size_name}={size}: ranks go from 0"));
         }
         if local_rank > rank {
-            return wrong(format!("{local_name}={local_rank} is larger than {rank_name}={rank}"));
+            return invalid(format!("{local_name}={local_rank} is larger than {rank_name}={rank}"));
         }
         if let Some(local_size) = local_size.filter(|local_size| local_rank >= *local_size || *local_size > size) {
-            return wrong(format!(
+            return invalid(format!(
                 "{local_size_name}={local_size} does not go with {local_name}={local_rank} and {size_name}={size}"
             ));
         }
@@ -169,8 +171,4 @@ impl ProcessInfo {
             ["OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"].iter().any(|name| variables.contains_key(*name));
         Ok(Self { launcher, rank, size, local_rank, local_size, master, under_mpi })
     }
-}
-
-fn wrong<T>(problem: impl Into<String>) -> Result<T, Error> {
-    Err(Error::invalid("launch::from_env", problem))
 }

@@ -5,7 +5,7 @@ use burn_ir::{
     NumericOperationIr as Numeric, OperationIr, ShapeOpIr, TensorId, TensorIr,
 };
 
-use super::{Merge, as_reshape};
+use super::merge::{Merge, as_reshape};
 use crate::graph::random::is_counter_based_rng;
 use crate::partition::rules::{is_elementwise, whole};
 

@@ -8,8 +8,8 @@ use burn_ir::{
     OperationIr, PermuteOpIr, ReduceDimOpIr, ShapeOpIr, SliceAssignOpIr, SliceOpIr, TensorId, TensorIr,
 };
 
+use super::merge::{Merge, as_reshape};
 use super::relate::related;
-use super::{Merge, as_reshape};
 use crate::graph::StepGraph;
 use crate::graph::random::draw_apart;
 use crate::partition::rules::of_kind;

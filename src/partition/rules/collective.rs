@@ -3,9 +3,9 @@
 
 use burn_ir::OperationIr;
 
-use super::super::collectives::{CollectiveKind, CollectiveOp, dim};
-use super::{ShardingOption, each_dim};
+use super::option::{ShardingOption, each_dim};
 use crate::layout::Layout::{Partial, Sharded};
+use crate::partition::collectives::{CollectiveKind, CollectiveOp, dim};
 
 pub(super) fn sharding_options(op: &OperationIr) -> Vec<ShardingOption> {
     let Some((CollectiveOp { kind, .. }, op)) = CollectiveOp::of(op) else { return Vec::new() };

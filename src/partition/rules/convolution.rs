@@ -10,7 +10,7 @@ use burn_ir::{
     TensorIr,
 };
 
-use super::ShardingOption;
+use super::option::ShardingOption;
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 
 pub(super) fn module(op: &Module) -> Vec<ShardingOption> {

@@ -2,7 +2,7 @@
 
 use burn_ir::{BaseOperationIr as Base, NumericOperationIr as Numeric, OperationIr, TensorIr};
 
-use super::{ShardingOption, each_dim};
+use super::option::{ShardingOption, each_dim};
 use crate::graph::random::{draw_from, is_counter_based_rng};
 use crate::layout::Layout::Sharded;
 

@@ -5,7 +5,7 @@ use burn_ir::{
     NumericOperationIr as Numeric, OperationIr, TensorIr,
 };
 
-use super::ShardingOption;
+use super::option::ShardingOption;
 use crate::layout::Layout::{Partial, Replicated, Sharded};
 
 pub(super) fn sharding_options(op: &OperationIr) -> Vec<ShardingOption> {

@@ -11,9 +11,9 @@ use burn_ir::{
     NumericOperationIr as Numeric, OperationIr, ScalarIr, ScalarOpIr, ShapeOpIr, TensorId, TensorIr,
 };
 
-use super::super::indices::looks_at_indices;
-use super::{LocalOperation, ShardingOption, each_dim, of_kind};
+use super::option::{LocalOperation, ShardingOption, each_dim, of_kind};
 use crate::layout::Layout::{Partial, Replicated, Sharded};
+use crate::partition::indices::looks_at_indices;
 
 pub(super) fn base(op: &Base) -> Vec<ShardingOption> {
     match op {

@@ -7,7 +7,7 @@ use burn_ir::{
     OperationIr, ShapeOpIr, TensorId, TensorIr,
 };
 
-use super::{ShardingOption, each_dim};
+use super::option::{ShardingOption, each_dim};
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 
 pub(super) fn float(op: &FloatOperationIr) -> Vec<ShardingOption> {

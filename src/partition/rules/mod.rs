@@ -11,64 +11,19 @@ mod elementwise;
 mod index;
 mod matmul;
 mod module;
+mod option;
 mod reduce;
 mod shape;
 
-use burn::tensor::{DType, Shape};
-use burn_ir::{BaseOperationIr, NumericOperationIr, OperationIr, TensorId, TensorIr};
+use burn_ir::{BaseOperationIr, OperationIr, TensorId, TensorIr};
 
-use super::collectives::CollectiveKind;
 pub(crate) use crate::graph::step::only_moves;
 use crate::layout::Layout;
 
 pub(crate) use elementwise::is_elementwise;
 pub(super) use index::looked_up;
+pub(crate) use option::{LocalOperation, ShardingOption, as_sum, of_kind};
 pub(super) use shape::{take_all, whole};
-
-/// One way to run an operation: given inputs in these layouts, in the order of [`OperationIr::inputs`], the local
-/// operation gives all its outputs in that layout.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct ShardingOption {
-    pub(crate) inputs: Vec<Layout>,
-    pub(crate) output: Layout,
-    pub(crate) how: LocalOperation,
-}
-
-/// What the local operation is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum LocalOperation {
-    /// The operation as it is, on local tensors.
-    Locally,
-    /// The operation, divided by the number of ranks: a mean of which each rank has an equal share.
-    Averaged,
-    /// The operation with indices counted from the beginning of this rank's part of a dim. What lies outside reads or adds
-    /// zeros.
-    Indexed {
-        /// The dim that is indexed and split.
-        dim: usize,
-    },
-    /// The operation, then a collective that reduces what the ranks got.
-    Reduced(CollectiveKind),
-}
-
-impl ShardingOption {
-    fn new<const N: usize>(inputs: [Layout; N], output: Layout) -> Self {
-        Self::of(inputs.into(), output)
-    }
-
-    fn of(inputs: Vec<Layout>, output: Layout) -> Self {
-        Self { inputs, output, how: LocalOperation::Locally }
-    }
-
-    fn done(self, how: LocalOperation) -> Self {
-        Self { how, ..self }
-    }
-
-    /// All inputs whole, and so the outputs: right for every operation that draws no random numbers.
-    pub(crate) fn replicated(op: &OperationIr) -> Self {
-        Self::of(op.inputs().map(|_| Layout::Replicated).collect(), Layout::Replicated)
-    }
-}
 
 /// The sharding options of an operation beside the replicated one; none for an operation without a rule.
 pub(crate) fn sharding_options(op: &OperationIr, degree: usize) -> Vec<ShardingOption> {
@@ -146,28 +101,4 @@ pub(crate) fn realise(
         }
     }
     vec![op]
-}
-
-/// The operation on tensors of this dtype.
-pub(crate) fn of_kind(dtype: DType, op: BaseOperationIr) -> OperationIr {
-    if dtype.is_float() {
-        OperationIr::BaseFloat(op)
-    } else if dtype.is_bool() {
-        OperationIr::BaseBool(op)
-    } else {
-        OperationIr::BaseInt(op)
-    }
-}
-
-/// Whether it is the sum of two float tensors, and of which.
-pub(crate) fn as_sum(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, &TensorIr)> {
-    match op {
-        OperationIr::NumericFloat(_, NumericOperationIr::Add(op)) => Some((&op.lhs, &op.rhs, &op.out)),
-        _ => None,
-    }
-}
-
-/// A sharding option for every dim of a shape for which `of` has one.
-fn each_dim(shape: &Shape, of: impl FnMut(usize) -> Option<ShardingOption>) -> Vec<ShardingOption> {
-    (0..shape.num_dims()).filter_map(of).collect()
 }

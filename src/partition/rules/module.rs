@@ -2,7 +2,7 @@
 
 use burn_ir::{ModuleOperationIr as Module, OperationIr, TensorIr};
 
-use super::{ShardingOption, each_dim};
+use super::option::{ShardingOption, each_dim};
 use crate::layout::Layout::{self, Replicated, Sharded};
 
 pub(super) fn sharding_options(op: &OperationIr) -> Vec<ShardingOption> {

@@ -6,9 +6,9 @@ use burn_ir::{
     TensorId, TensorIr,
 };
 
-use super::super::collectives::CollectiveKind;
-use super::{LocalOperation, ShardingOption, each_dim};
+use super::option::{LocalOperation, ShardingOption, each_dim};
 use crate::layout::Layout::{Partial, Replicated, Sharded};
+use crate::partition::collectives::CollectiveKind;
 
 pub(super) fn numeric(op: &Numeric) -> Vec<ShardingOption> {
     use CollectiveKind::{AllReduceMax, AllReduceMin, AllReduceProduct};

@@ -3,7 +3,7 @@
 use burn::tensor::{Shape, Slice};
 use burn_ir::{BaseOperationIr as Base, TensorIr};
 
-use super::{ShardingOption, each_dim};
+use super::option::{ShardingOption, each_dim};
 use crate::layout::Layout::{Partial, Sharded};
 
 pub(super) fn base(op: &Base, degree: usize) -> Vec<ShardingOption> {

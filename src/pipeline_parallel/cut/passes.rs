@@ -7,11 +7,12 @@ use burn::module::ParamId;
 use burn_ir::{OperationIr, TensorId};
 
 use super::StageRun;
+use crate::comm::panic_message;
 use crate::error::Error;
 use crate::graph::bind::{fits, is_on};
+use crate::graph::graph_error;
 use crate::graph::interpret::Interpreter;
 use crate::graph::liveness::Instruction;
-use crate::graph::{graph_error, panic_text};
 use crate::tensor::PlainTensor;
 
 /// Tensors on the way from one stage to another, in the order of their [`Route`](super::Route).
@@ -222,7 +223,7 @@ impl StageRun {
                     Some(Instruction::Run(op)) => origins.describe(op),
                     _ => "the handling of a result".into(),
                 };
-                Err(graph_error(format!("{at} panicked on stage {stage}: {}", panic_text(payload))))
+                Err(graph_error(format!("{at} panicked on stage {stage}: {}", panic_message(&*payload))))
             }
         }
     }

@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::DType;
 
-use super::super::{StageMessage, stage_error};
 use crate::Error;
 use crate::comm::{Communicator, Pending};
 use crate::pipeline_parallel::schedule::{Direction, Edge, Routes, Timetable, Unit};
+use crate::pipeline_parallel::{StageMessage, stage_error};
 use crate::tensor::PlainTensor;
 
 /// An edge and a micro-batch.

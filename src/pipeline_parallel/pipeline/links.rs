@@ -2,11 +2,10 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use super::super::stage_error;
-use super::Stage;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::pipeline_parallel::schedule::{Edge, Routes, Timetable, schedule_error};
+use crate::pipeline_parallel::{Stage, stage_error};
 
 /// What one rank says about itself.
 struct RankStages {

@@ -165,7 +165,8 @@ impl Pipeline {
         stages: &mut [S],
         micro_batches: &[I],
     ) -> Result<PipelineRun, Error> {
-        let outcome = Run::new(self, timetable, stages, micro_batches).and_then(Run::finish);
+        let outcome =
+            Run::new(&self.comm, (timetable, &self.routes), self.scale, stages, micro_batches).and_then(Run::finish);
         outcome.map_err(|error| {
             stages.iter_mut().for_each(Stage::discard);
             self.fail(error)

@@ -5,18 +5,19 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use super::exchange::MessageExchange;
-use super::{Pipeline, PipelineRun, stage_error};
+use super::report::PipelineRun;
 use crate::Error;
-use crate::comm::{ReduceOp, panic_message};
-use crate::pipeline_parallel::schedule::{Action, Timetable, Unit};
-use crate::pipeline_parallel::{Forwarded, LossSum, MicroBatch, Stage, StageMessage};
+use crate::comm::{Communicator, ReduceOp, panic_message};
+use crate::pipeline_parallel::schedule::{Action, Routes, Timetable, Unit};
+use crate::pipeline_parallel::{Forwarded, LossSum, MicroBatch, Stage, StageMessage, stage_error};
 use crate::step::RunReport;
 use crate::tensor::PlainTensor;
 
 /// One run of a timetable on one rank.
 pub(super) struct Run<'a, I, S> {
-    pipeline: &'a Pipeline,
+    comm: &'a Communicator,
     timetable: &'a Timetable,
+    scale: f64,
     stages: &'a mut [S],
     /// Where each stage of this rank is in `stages`.
     places: HashMap<usize, usize>,
@@ -32,12 +33,13 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
     /// # Errors
     /// [`Error::Pipeline`] if the rank has brought other stages, or another number of micro-batches, than the timetable has.
     pub fn new(
-        pipeline: &'a Pipeline,
-        timetable: &'a Timetable,
+        comm: &'a Communicator,
+        (timetable, routes): (&'a Timetable, &'a Routes),
+        scale: f64,
         stages: &'a mut [S],
         micro_batches: &'a [I],
     ) -> Result<Self, Error> {
-        let (rank, group) = (pipeline.comm.rank(), pipeline.comm.group());
+        let (rank, group) = (comm.rank(), comm.group());
         let (brought, wanted) = (micro_batches.len(), timetable.micro_batches());
         if brought != wanted {
             return Err(stage_error(format!(
@@ -54,13 +56,14 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
             )));
         }
         Ok(Self {
-            exchange: MessageExchange::new(&pipeline.comm, timetable, &pipeline.routes),
+            exchange: MessageExchange::new(comm, timetable, routes),
             trains: timetable.trains(),
             loss: LossSum::default(),
             outputs: BTreeMap::new(),
             report: RunReport::default(),
-            pipeline,
+            comm,
             timetable,
+            scale,
             stages,
             places,
             micro_batches,
@@ -69,7 +72,7 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
 
     /// Runs all actions, and adds up the loss.
     pub fn finish(mut self) -> Result<PipelineRun, Error> {
-        let comm = &self.pipeline.comm;
+        let comm = self.comm;
         let (began, before) = (Instant::now(), comm.counters());
         let row = &self.timetable.rows()[comm.rank()];
         for (place, action) in row.iter().enumerate() {
@@ -106,7 +109,7 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
             counters,
             ..self.report
         };
-        let gradient_factor = if weight == 0.0 { 0.0 } else { 1.0 / (self.pipeline.scale * weight) };
+        let gradient_factor = if weight == 0.0 { 0.0 } else { 1.0 / (self.scale * weight) };
         Ok(PipelineRun { loss: LossSum { sum, weight }, gradient_factor, outputs: self.outputs, report })
     }
 
@@ -139,7 +142,7 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
             return Err(stage_error("the timetable has a stage or a micro-batch that this rank has not"));
         };
         let (index, count) = (unit.micro_batch, self.micro_batches.len());
-        let micro_batch = MicroBatch { index, count, input, trains: self.trains, scale: self.pipeline.scale };
+        let micro_batch = MicroBatch { index, count, input, trains: self.trains, scale: self.scale };
         let pass = || match action {
             Action::Forward(_) => stage.forward(micro_batch, received),
             Action::Backward(_) => stage.backward(micro_batch, received).map(Forwarded::of_messages),
@@ -175,7 +178,7 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
 
     /// The error of an action of this rank; that of the world stays as it is.
     fn failed(&self, action: &Action, cause: Error) -> Error {
-        let comm = &self.pipeline.comm;
+        let comm = self.comm;
         if comm.failure().as_ref() == Some(&cause) {
             return cause;
         }

@@ -11,6 +11,7 @@ mod interleaved;
 mod lower;
 mod one_forward_one_backward;
 mod routes;
+mod schedule_error;
 mod simulate;
 mod timetable;
 mod validate;
@@ -22,6 +23,7 @@ pub use events::Event;
 use events::events;
 pub(crate) use forward_only::timetable as evaluation;
 pub use routes::{Edge, Routes};
+pub(crate) use schedule_error::schedule_error;
 pub use simulate::Simulation;
 pub use timetable::Timetable;
 pub use validate::PeakActivations;
@@ -150,8 +152,4 @@ impl fmt::Display for Schedule {
             Self::Custom(timetable) => write!(f, "custom, {} stages", timetable.stages()),
         }
     }
-}
-
-pub(crate) fn schedule_error(problem: impl Into<String>) -> Error {
-    Error::Schedule { problem: problem.into() }
 }

@@ -2,18 +2,7 @@
 
 use burn::tensor::{Tensor, activation};
 
-/// An activation behind a product.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    /// `x`.
-    Identity,
-    /// `max(x, 0)`.
-    Relu,
-    /// `x / 2 (1 + erf(x / sqrt 2))`, [arXiv:1606.08415](https://arxiv.org/abs/1606.08415).
-    Gelu,
-    /// `x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`, of the same source.
-    GeluApproximate,
-}
+pub use crate::tensor_parallel::activation::Activation;
 
 /// `y = activation(x + bias)`, the bias along the last dim: of the whole sum, once the last chunk of a product is there.
 ///

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use crate::tensor_parallel::functional::Activation;
+use crate::tensor_parallel::activation::Activation;
 
 /// Units that share a row.
 pub const UNITS: u32 = 256;

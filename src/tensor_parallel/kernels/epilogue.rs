@@ -16,7 +16,7 @@ use cubecl::prelude::CubeDim;
 use super::{compute, cube, run_on};
 use crate::comm::DeviceTensor;
 use crate::comm::device::from_device;
-use crate::tensor_parallel::functional::Activation;
+use crate::tensor_parallel::activation::Activation;
 
 /// The kernel, where it runs.
 pub(crate) fn bias_activation<const D: usize>(

@@ -2,17 +2,17 @@
 
 use burn::module::Module;
 use burn::nn::Linear;
-use burn::nn::attention::MultiHeadAttention;
 use burn::tensor::activation::softmax;
 use burn::tensor::{Bool, Tensor};
 
-use super::attention_config::{NAME, ParallelAttentionConfig};
 use super::row::RowParallelLinear;
 use super::slice::check_features;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::layout::copy_to_group;
 use crate::tensor_parallel::functional::{Overlap, all_gather_matmul_each, column_parallel_each};
+
+pub(super) const NAME: &str = "ParallelAttention";
 
 /// Self-attention of which each rank has `heads / n` query heads, and the key/value heads that these look at.
 ///
@@ -29,7 +29,8 @@ use crate::tensor_parallel::functional::{Overlap, all_gather_matmul_each, column
 /// more in the backward for the weights and one for the biases.
 ///
 /// The computation is that of burn's `MultiHeadAttention`, without dropout: the ranks would need different random numbers,
-/// which burn's generator does not give to ranks that are threads. Made by [`ParallelAttentionConfig`].
+/// which burn's generator does not give to ranks that are threads. Made by
+/// [`ParallelAttentionConfig`](super::ParallelAttentionConfig).
 ///
 /// Source: Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3; with sequence parallelism
 /// [arXiv:2205.05198](https://arxiv.org/abs/2205.05198), section 4.2.2.
@@ -62,28 +63,6 @@ pub struct ParallelAttention {
 }
 
 impl ParallelAttention {
-    /// This rank's heads of burn's attention, without sequence parallelism; `causal` hides later positions. For more
-    /// see [`ParallelAttentionConfig::init_from`].
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] if the attention has dropout or a quiet softmax, if only some of query, key and value
-    /// have biases, or if the ranks do not divide the heads.
-    pub fn from_full(whole: &MultiHeadAttention, causal: bool, group: &Communicator) -> Result<Self, Error> {
-        if whole.dropout.prob != 0.0 || whole.quiet_softmax {
-            let problem = format!(
-                "the attention has a dropout of {} and quiet_softmax = {}; set them to 0 and false",
-                whole.dropout.prob, whole.quiet_softmax
-            );
-            return Err(Error::invalid(NAME, problem));
-        }
-        ParallelAttentionConfig::new(whole.d_model, whole.n_heads)
-            .with_bias(whole.query.bias.is_some())
-            .with_output_bias(whole.output.bias.is_some())
-            .with_causal(causal)
-            .with_min_float(whole.min_float)
-            .init_from(&whole.query, &whole.key, &whole.value, &whole.output, group)
-    }
-
     /// The ranks that hold the same key/value head as this one, if there are others. Its counters tell what summing the
     /// gradients of these parameters costs.
     pub fn sharers(&self) -> Option<&Communicator> {

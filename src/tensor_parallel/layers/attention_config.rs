@@ -3,17 +3,16 @@
 use std::ops::Range;
 
 use burn::config::Config;
+use burn::nn::attention::MultiHeadAttention;
 use burn::nn::{Initializer, Linear};
 use burn::tensor::Device;
 
-use super::attention::ParallelAttention;
+use super::attention::{NAME, ParallelAttention};
 use super::init::{Blueprint, agreed_seed, branch};
 use super::row::{RowParallelLinear, RowParallelLinearConfig};
 use super::slice::{check_linear, columns};
 use crate::Error;
 use crate::comm::{Communicator, part};
-
-pub(super) const NAME: &str = "ParallelAttention";
 
 /// Configuration of a [`ParallelAttention`].
 #[derive(Config, Debug)]
@@ -178,5 +177,29 @@ impl ParallelAttentionConfig {
             sharers,
             group: group.clone(),
         })
+    }
+}
+
+impl ParallelAttention {
+    /// This rank's heads of burn's attention, without sequence parallelism; `causal` hides later positions. For more
+    /// see [`ParallelAttentionConfig::init_from`].
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the attention has dropout or a quiet softmax, if only some of query, key and value
+    /// have biases, or if the ranks do not divide the heads.
+    pub fn from_full(whole: &MultiHeadAttention, causal: bool, group: &Communicator) -> Result<Self, Error> {
+        if whole.dropout.prob != 0.0 || whole.quiet_softmax {
+            let problem = format!(
+                "the attention has a dropout of {} and quiet_softmax = {}; set them to 0 and false",
+                whole.dropout.prob, whole.quiet_softmax
+            );
+            return Err(Error::invalid(NAME, problem));
+        }
+        ParallelAttentionConfig::new(whole.d_model, whole.n_heads)
+            .with_bias(whole.query.bias.is_some())
+            .with_output_bias(whole.output.bias.is_some())
+            .with_causal(causal)
+            .with_min_float(whole.min_float)
+            .init_from(&whole.query, &whole.key, &whole.value, &whole.output, group)
     }
 }

@@ -12,9 +12,8 @@ use super::{Clip, NonFinite};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::graph::{GradientLayout, gradients_params};
-use crate::step::{NotFinite, Step};
+use crate::step::NotFinite;
 use crate::tensor::PlainTensor;
-use crate::train::ParallelModule;
 
 /// Gradients after [clipping](Clip).
 #[derive(Debug)]
@@ -27,48 +26,6 @@ pub struct Clipped {
     pub factor: f64,
     /// What is not finite, if the step is skipped for that.
     pub skipped: Option<NotFinite>,
-}
-
-impl Step {
-    /// Measures the gradient of the whole model, whatever it is spread over, and [clips](Clip) it: a number is the largest L2 norm.
-    /// [`grad_norm`](Self::grad_norm) is then the norm before that. Collective over the ranks that share the model, over which it
-    /// takes one small collective along each axis; replicas hold the same gradients and communicate nothing.
-    ///
-    /// `model` is the one that made the step. A step that is skipped already stays as it is.
-    ///
-    /// ```
-    /// # use burn::{nn::LinearConfig, optim::{ModuleOptimizer, SgdConfig}, prelude::*};
-    /// # use burn_parallel::prelude::*;
-    /// # launch::threads(2).run(|rank| {
-    /// # let device = rank.device().autodiff();
-    /// # let mut optim: ModuleOptimizer = SgdConfig::new().init();
-    /// # let model = LinearConfig::new(3, 1).init(&device);
-    /// let mut model = model.data_parallel(&rank, DataParallelConfig::new())?;
-    /// let step = model.step(Tensor::<2>::ones([4, 3], &device), |model, x| model.forward(x).mean())?;
-    /// let step = step.clip_grad_norm(&model, 1.0)?;
-    /// assert!((step.grad_norm.unwrap() - 2.0).abs() < 1e-6); // of three ones and a bias
-    /// model = optim.step(0.1, model, step.grads);
-    /// # Ok(()) })?;
-    /// # Ok::<(), Error>(())
-    /// ```
-    ///
-    /// # Errors
-    /// [`Error::NonFinite`], the same on all ranks, if the gradient is not finite and [that is to stop](NonFinite::Stop);
-    /// [`Error::InvalidArgument`] if the largest norm is not positive, if ranks clip differently, if `model` has no parameters for
-    /// some gradients, or if it has explicit layers ([`HandSplit`](super::HandSplit) is for these); the error of the world.
-    pub fn clip_grad_norm<P: ParallelModule>(mut self, model: &P, clip: impl Into<Clip>) -> Result<Self, Error> {
-        if self.skipped {
-            return Ok(self);
-        }
-        let before = model.counters().norm;
-        let clipped = model.clip_grad_norm(self.grads, clip)?;
-        self.counters.norm = model.counters().norm - before;
-        (self.grads, self.grad_norm) = (clipped.grads, Some(clipped.norm));
-        self.skipped = clipped.skipped.is_some();
-        self.counters.skipped += u64::from(self.skipped);
-        self.not_finite = clipped.skipped;
-        Ok(self)
-    }
 }
 
 /// Measures the gradients of `module` over all ranks, and clips them. Collective over the groups of `holding`.

@@ -1,45 +1,53 @@
-//! One way to step an optimizer: made sure that it suits parameters that are split.
+//! Checks that an optimizer suits parameters that are split, and updates them.
 
 mod moments;
+mod optimizer_error;
 mod parts;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::grad_clipping::GradientClipping;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
-use burn::optim::ModuleOptimizer;
+use burn::module::Module;
+use burn::optim::{GradientsParams, ModuleOptimizer};
 
-use super::ParallelModule;
+use self::optimizer_error::optimizer_error;
 use crate::Error;
-use crate::graph::{SplitParam, panic_text};
-use crate::step::Step;
+use crate::comm::panic_message;
+use crate::graph::{CheckedOptimizers, SplitParam};
 
-/// See [`ParallelModule::optimize`].
-pub(super) fn optimize<P: ParallelModule>(
+/// Demands that an optimizer suits the parameters, the first time that it is met: `local` are those of this rank, `split` tells
+/// which of them are parts.
+///
+/// # Errors
+/// [`Error::Optimizer`], which names a parameter.
+pub(super) fn check<M: Module>(
+    optim: &ModuleOptimizer,
+    checked: &CheckedOptimizers,
+    local: &M,
+    split: &[SplitParam],
+) -> Result<(), Error> {
+    clips_parts(optim, split)?;
+    // Costlier, and so once for an optimizer: burn gives it no identity but its place.
+    if !checked.is_new(std::ptr::from_ref(optim).addr()) {
+        return Ok(());
+    }
+    moments::check(optim, local)?;
+    parts::check(optim, local, split)
+}
+
+/// Updates the parameters. A panic of the optimizer becomes an error.
+///
+/// # Errors
+/// [`Error::Optimizer`] with what the panic said.
+pub(super) fn update<P: Module>(
     model: P,
     optim: &mut ModuleOptimizer,
     lr: ModuleLearningRate,
-    step: Step,
+    grads: GradientsParams,
 ) -> Result<P, Error> {
-    if !model.trains() {
-        return Err(Error::Schedule {
-            problem: "it has no backward pass, so its steps give a loss and no gradients, and there is nothing to optimize by: \
-                      train with another, as `1f1b`"
-                .into(),
-        });
-    }
-    if step.skipped {
-        return Ok(model);
-    }
-    let split = model.split_params();
-    clips_parts(optim, &split)?;
-    // Costlier, and so once for an optimizer: burn gives it no identity but its place.
-    if model.checked_optimizers().is_new(std::ptr::from_ref(optim).addr()) {
-        moments::check(optim, model.local())?;
-        parts::check(optim, model.local(), &split)?;
-    }
-    let stepped = catch_unwind(AssertUnwindSafe(|| optim.step(lr, model, step.grads)));
-    stepped.map_err(|panic| optimizer_error(format!("it panicked: {}", panic_text(panic))))
+    let updated = catch_unwind(AssertUnwindSafe(|| optim.step(lr, model, grads)));
+    updated.map_err(|panic| optimizer_error(format!("it panicked: {}", panic_message(&*panic))))
 }
 
 /// Refuses to clip parts by their own norm.
@@ -51,8 +59,4 @@ fn clips_parts(optim: &ModuleOptimizer, split: &[SplitParam]) -> Result<(), Erro
         ))),
         _ => Ok(()),
     }
-}
-
-fn optimizer_error(problem: String) -> Error {
-    Error::Optimizer { problem }
 }

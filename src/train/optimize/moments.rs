@@ -7,7 +7,7 @@ use burn::optim::ModuleOptimizer;
 use burn::tensor::Tensor;
 use burn_pack::Reader;
 
-use super::optimizer_error;
+use super::optimizer_error::optimizer_error;
 use crate::Error;
 
 /// Demands that an optimizer has moments of no other parameters than those of `local`, and of their dims. Copies them once,

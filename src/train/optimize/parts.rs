@@ -7,9 +7,10 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
 use burn::tensor::{Device, Tensor, TensorData};
 
-use super::optimizer_error;
+use super::optimizer_error::optimizer_error;
 use crate::Error;
-use crate::graph::{SplitParam, panic_text};
+use crate::comm::panic_message;
+use crate::graph::SplitParam;
 
 /// The size of every dim of a small parameter; even, to be halved.
 const SIZE: usize = 4;
@@ -45,7 +46,10 @@ pub(super) fn check<M: Module>(optim: &ModuleOptimizer, local: &M, split: &[Spli
         let run = AssertUnwindSafe(|| train(optim, local, &by_id, part));
         catch_unwind(run).map_err(|panic| {
             let path = &split[0].path;
-            optimizer_error(format!("it panicked on small parameters in the place of `{path}`: {}", panic_text(panic)))
+            optimizer_error(format!(
+                "it panicked on small parameters in the place of `{path}`: {}",
+                panic_message(&*panic)
+            ))
         })
     };
     let (whole, halves) = (attempt(Part::Whole)?, [attempt(Part::Half(0))?, attempt(Part::Half(1))?]);

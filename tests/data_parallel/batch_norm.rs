@@ -6,6 +6,7 @@ use burn::module::Module;
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::prelude::*;
 use burn_parallel::Error;
+use burn_parallel::data_parallel::{BatchNormSync, register_sync_batch_norm, sync_batch_norm};
 use burn_parallel::graph::*;
 
 use crate::common::models::*;

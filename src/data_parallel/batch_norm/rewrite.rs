@@ -18,9 +18,9 @@ use burn_ir::{
     OperationIr, ScalarIr, TensorId, TensorIr,
 };
 
-use super::graph_error;
-use super::step::{BatchNormBinding, Rename, StepGraph, Uses};
 use crate::error::Error;
+use crate::graph::step::{Rename, Uses};
+use crate::graph::{BatchNormBinding, StepGraph, graph_error};
 
 /// Id of the custom operation on forward statistics; [`sync_batch_norm`] tells its contract.
 pub const SYNC_BATCH_NORM_MEAN: &str = "sync_batch_norm_mean";

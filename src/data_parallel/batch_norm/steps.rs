@@ -6,17 +6,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use burn::module::Module;
 use burn::tensor::Tensor;
 
-use super::hook::GradientListener;
-use super::reducer::{LossWeight, Reducer};
+use super::rewrite::sync_batch_norm;
+use super::statistics::register_sync_batch_norm;
 use crate::Error;
 use crate::comm::{Communicator, Counters, ReduceOp};
-use crate::graph::{CustomOps, GraphCache, Signature, TensorTree, register_sync_batch_norm, sync_batch_norm};
+use crate::data_parallel::hook::GradientListener;
+use crate::data_parallel::loss_weight::LossWeight;
+use crate::data_parallel::reducer::Reducer;
+use crate::graph::{CustomOps, GraphCache, Signature, TensorTree};
 use crate::step::{Loss, StepFn};
 
 /// Captured steps with collectives in them, and the communicator of those collectives: they run on the thread that
 /// computes, in between buckets that are reduced in the background.
 #[derive(Debug)]
-pub(super) struct SyncBatchNorm {
+pub(in crate::data_parallel) struct SyncBatchNorm {
     graphs: GraphCache,
     group: Communicator,
     /// Weight of the micro-batch at hand, as the bits of an `f64`.

@@ -3,10 +3,9 @@
 use burn::tensor::{DType, FloatDType, Tensor};
 use burn_ir::CustomOpIr;
 
-use super::batch_norm::{SYNC_BATCH_NORM_GRAD, SYNC_BATCH_NORM_MEAN};
-use super::custom::CustomOps;
-use super::graph_error;
+use super::rewrite::{SYNC_BATCH_NORM_GRAD, SYNC_BATCH_NORM_MEAN};
 use crate::error::Error;
+use crate::graph::{CustomOps, graph_error};
 use crate::tensor::PlainTensor;
 
 /// Registers both operations that [`sync_batch_norm`](super::sync_batch_norm) puts into a graph.

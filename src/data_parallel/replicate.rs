@@ -1,0 +1,36 @@
+//! Makes the modules of the ranks replicas of one model, with a reducer for their gradients.
+
+use burn::module::Module;
+use burn::tensor::Device;
+
+use super::config::DataParallelConfig;
+use super::reducer::Reducer;
+use super::structure::{self, Structure};
+use crate::Error;
+use crate::comm::Communicator;
+use crate::params::{one_device, own_buffers};
+
+/// Makes sure that all ranks bring the same module, gives it rank 0's ids by `share_ids` and its values, and makes a reducer for
+/// its gradients.
+///
+/// # Errors
+/// [`Error::ModelMismatch`] if the ranks' modules differ in structure; [`Error::InvalidArgument`] if parameters are on several
+/// devices; those of [`Communicator`].
+pub(crate) fn replicate<M: Module>(
+    module: M,
+    group: &Communicator,
+    config: DataParallelConfig,
+    share_ids: impl FnOnce(M, &Communicator) -> Result<M, Error>,
+) -> Result<(M, Reducer), Error> {
+    config.check()?;
+    let device = one_device(&module, "data_parallel")?.unwrap_or_else(Device::flex);
+    let mut structure = Structure::of(&module);
+    let mut module = module;
+    if group.size() > 1 {
+        structure.agree(group)?;
+        module = share_ids(module, group)?;
+        structure = Structure::of(&module);
+        module = structure::broadcast(own_buffers(module), group)?;
+    }
+    Ok((module, Reducer::new(structure, device, group, config)?))
+}
