@@ -102,7 +102,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for NameOrTable<T> {
 /// The text of a file; or why there is none. What is not a file may have no end, or wait for somebody who writes.
 pub(crate) fn read_text(path: &Path) -> Result<String, String> {
     match std::fs::metadata(path) {
-        Ok(found) if !found.is_file() => Err("it is not a file".into()),
+        Ok(found) if !found.is_file() && !found.is_dir() => Err("it is not a file".into()),
         _ => std::fs::read_to_string(path).map_err(|problem| problem.to_string()),
     }
 }

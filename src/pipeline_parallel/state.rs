@@ -220,17 +220,20 @@ impl PipelineState {
     }
 }
 
-/// Several stages a rank need as many parameters.
+/// Stages for each parameter at most: more of them would be empty than anybody can want, and take long to lay out.
+const MOST_STAGES: usize = 16;
+
 fn enough_parameters(schedule: &Schedule, ranks: usize, params: usize) -> Result<(), Error> {
     let per_rank = schedule.stages_per_rank();
     let stages = match schedule {
         Schedule::Custom(timetable) => timetable.stages(),
         _ => ranks.saturating_mul(per_rank),
     };
-    if per_rank > 1 && stages > params {
+    if per_rank > 1 && stages > params.saturating_mul(MOST_STAGES) {
         return Err(stage_error(format!(
-            "schedule {schedule} makes {stages} stages over {ranks} ranks, but the model has {params} parameters: a stage holds one \
-             at least, so ask for fewer stages on each rank"
+            "schedule {schedule} makes {stages} stages over {ranks} ranks, but the model has {params} parameters, for {} stages at \
+             most: ask for fewer stages on each rank",
+            params.saturating_mul(MOST_STAGES)
         )));
     }
     Ok(())
