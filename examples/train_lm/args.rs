@@ -24,6 +24,9 @@ const STRATEGY_KEYS: &str = r#"Keys of a --strategy file, in TOML, with what the
   reduce_dtype         that of the gradients; or "BF16", "F16", "F32", "F64"
   overlap              true
   compare_every        0
+  sharding             "none"; or "optimizer", "gradients", "parameters"
+  sharding_ranks       all replicas
+  keep                 "pass"; or "micro_batch", "step"
   [tensor]
   plan                 needed if tp > 1: "megatron", "hugging_face", or a table of rules
   seed                 0

@@ -45,6 +45,12 @@ impl Communicator {
         self.carry(Operation::AllGather, payload, |data| self.through(Operation::AllGather, Some(data), None))
     }
 
+    /// [`all_gather`](Self::all_gather) with a number that must be the same on all ranks, where the shapes do not tell.
+    pub(crate) fn all_gather_agreed<P: Payload>(&self, payload: P, agreed: u64) -> Result<P, Error> {
+        let operation = Operation::AllGather;
+        self.carry_agreed(operation, payload, agreed, |data| self.through_agreed(operation, Some(data), None, agreed))
+    }
+
     /// [`all_gather`](Self::all_gather) from a slice into a slice, whose length is the sum over the ranks.
     ///
     /// # Errors

@@ -1,11 +1,12 @@
 //! A model that every rank holds whole, run by its own forward.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::backend::DispatchTensor;
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Gradients, Tensor};
 
 use super::batch_norm::SyncBatchNorm;
@@ -166,15 +167,18 @@ impl<M: Module> StepEngine for Eager<M> {
     }
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
-        let mut dims = params::Dims::default();
-        self.module.visit(&mut dims);
-        self.change(|module| {
-            params::load(module, source, &|id| dims.0.get(&id).map(|dims| ParamSlice::whole(dims.clone())))
-        })
+        let slices = self.param_slices()?;
+        self.change(|module| params::load(module, source, &|id| slices.get(&id).cloned()))
     }
 
     fn assemble(&self) -> Result<M, Error> {
         Ok(self.module.clone())
+    }
+
+    fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+        let mut dims = params::Dims::default();
+        self.module.visit(&mut dims);
+        Ok(dims.0.into_iter().map(|(id, dims)| (id, ParamSlice::whole(dims))).collect())
     }
 
     fn counters(&self) -> StepCounters {
@@ -188,6 +192,10 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn gradient_layout(&self) -> GradientLayout {
         GradientLayout { rank: self.control.world_rank(), clipping: self.clipping.clone(), ..GradientLayout::default() }
+    }
+
+    fn clipping(&self) -> &ClipRecord {
+        &self.clipping
     }
 
     fn checked_optimizers(&self) -> &CheckedOptimizers {

@@ -66,10 +66,14 @@ impl ClipRecord {
         self.communicated().values().fold(Counters::default(), |sum, more| sum + more.clone())
     }
 
+    /// What was communicated for norms over a group.
+    pub fn of(&self, group: &Communicator) -> Counters {
+        self.communicated().get(group.group()).cloned().unwrap_or_default()
+    }
+
     /// What a group has done beside that.
     pub fn beside(&self, group: &Communicator) -> Counters {
-        let norms = self.communicated().get(group.group()).cloned().unwrap_or_default();
-        group.counters() - norms
+        group.counters() - self.of(group)
     }
 
     fn communicated(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Counters>> {

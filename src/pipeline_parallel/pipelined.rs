@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use burn::module::Module;
+use burn::module::{Module, ParamId};
 use burn::tensor::Device;
 
 use super::PipelineConfig;
@@ -17,7 +17,7 @@ use crate::graph::{
     TensorTree, read_params,
 };
 use crate::nesting::refuse_wrapping;
-use crate::params::{self, SliceSource, one_device};
+use crate::params::{self, ParamSlice, SliceSource, one_device};
 use crate::partition::ShardReport;
 use crate::pipeline_parallel::cut::CutReport;
 use crate::step::{Loss, StepCounters, StepFn, Weight};
@@ -269,6 +269,10 @@ impl<M: Module> StepEngine for Pipelined<M> {
         }
     }
 
+    fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+        lock(&self.state).param_slices()
+    }
+
     fn counters(&self) -> StepCounters {
         let state = lock(&self.state);
         let split = state.split.iter().flat_map(ModelSplit::groups).map(|group| self.clipping.beside(group));
@@ -298,6 +302,10 @@ impl<M: Module> StepEngine for Pipelined<M> {
 
     fn trains(&self) -> bool {
         lock(&self.state).timetable.trains()
+    }
+
+    fn clipping(&self) -> &ClipRecord {
+        &self.clipping
     }
 
     fn checked_optimizers(&self) -> &CheckedOptimizers {

@@ -1,9 +1,10 @@
 //! A model of which each rank holds a part, trained through its captured step.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use burn::module::Module;
+use burn::module::{Module, ParamId};
 
 use super::TensorParallelConfig;
 use crate::Error;
@@ -15,7 +16,7 @@ use crate::graph::{
     SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph,
 };
 use crate::nesting::{self, refuse_wrapping};
-use crate::params::{self, SliceSource};
+use crate::params::{self, ParamSlice, SliceSource};
 use crate::partition::ShardReport;
 use crate::plan::PlanTable;
 use crate::step::{StepCounters, StepFn};
@@ -221,6 +222,10 @@ impl<M: Module> StepEngine for Sharded<M> {
         self.split.assemble(&self.local)
     }
 
+    fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+        Ok(self.split.param_slices().collect())
+    }
+
     fn counters(&self) -> StepCounters {
         let split = self.split.groups().map(|group| self.clipping.beside(group));
         let tensor = split.fold(Counters::default(), |sum, more| sum + more);
@@ -244,6 +249,10 @@ impl<M: Module> StepEngine for Sharded<M> {
 
     fn split_params(&self) -> Vec<SplitParam> {
         self.split.split_params()
+    }
+
+    fn clipping(&self) -> &ClipRecord {
+        &self.clipping
     }
 
     fn checked_optimizers(&self) -> &CheckedOptimizers {

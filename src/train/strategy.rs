@@ -64,6 +64,9 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// reduce_dtype = "BF16"          # or "F16", "F32", "F64"; left out, gradients travel in their own dtype
 /// overlap = true
 /// compare_every = 0
+/// sharding = "none"              # or "optimizer", "gradients", "parameters", see `Sharding`
+/// sharding_ranks = 2             # left out, all replicas
+/// keep = "pass"                  # or "micro_batch", "step", see `Keep`
 ///
 /// [tensor]            # `TensorParallelConfig`
 /// plan = "megatron"   # or "hugging_face", or a table of rules as in `Plan`; left out, nothing is split

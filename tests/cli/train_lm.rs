@@ -200,7 +200,7 @@ fn help_is_no_error() {
         assert!(help.contains(flag), "{flag}: {help}");
     }
     // Every key of a strategy file.
-    let data = DataParallelConfig::new().with_reduce_dtype(FloatDType::BF16);
+    let data = DataParallelConfig::new().with_reduce_dtype(FloatDType::BF16).with_sharding_ranks(2);
     let pipeline = PipelineConfig::new(4).with_check_inputs_every(1);
     let tensor = TensorParallelConfig::new(Plan::megatron()).with_check_inputs_every(1);
     let strategy = Strategy::new().with_dp(2).with_pp(2, pipeline).with_tp(2, tensor).with_data(data);
