@@ -6,3 +6,4 @@ mod common;
 mod grad_norm;
 mod settings;
 mod zero;
+mod zero_captured;

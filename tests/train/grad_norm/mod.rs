@@ -3,7 +3,7 @@
 mod by_hand;
 mod counted;
 mod golden;
-mod lm;
+pub mod lm;
 mod meshes;
 mod non_finite;
 mod one_device;
