@@ -9,6 +9,7 @@ use super::contents::Snapshot;
 use super::directory::{clean_up, name_of, steps};
 use super::job::{self, Saved};
 use super::options::CheckpointOptions;
+use super::params::Statistics;
 use super::restore::{self, Restored};
 use super::state::TrainState;
 use super::{checkpoint_error, file_problem};
@@ -160,8 +161,14 @@ impl Checkpointer {
     ) -> Result<Restored, Error> {
         self.wait()?;
         let dir = self.root.join(name_of(step));
-        let loaded = together(restore::load(&dir, &mut state, &self.options), &self.group)?;
-        Ok(loaded.put(&mut state))
+        let before = Statistics::of(state.model);
+        match together(restore::load(&dir, &mut state, &self.options), &self.group) {
+            Ok(loaded) => Ok(loaded.put(&mut state)),
+            Err(error) => {
+                before.put_back(state.model);
+                Err(error)
+            }
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use super::contents::Slice;
 use super::plan::TensorKey;
 use crate::Error;
 use crate::params::ParamSlice;
-use crate::sharding::Rows;
+use crate::sharding::{Rows, Sharding};
 use crate::tensor::PlainTensor;
 use crate::train::ParallelModule;
 
@@ -48,10 +48,55 @@ pub(super) fn infos<M: Module>(module: &M) -> Result<Vec<ParamInfo>, Error> {
 /// # Errors
 /// [`Error::Pipeline`] if it is not known who holds what; [`Error::Graph`] for quantized parameters.
 pub(super) fn slices<P: ParallelModule>(model: &P) -> Result<Vec<Slice>, Error> {
+    average_statistics(model);
     let held = SliceWalk { held: model.param_slices()?, found: Vec::new(), outcome: Ok(()) };
     let mut walk = Walk { path: Vec::new(), seen: HashSet::new(), with: held };
     model.local().visit(&mut walk);
     walk.with.outcome.map(|()| walk.with.found)
+}
+
+/// Running statistics are shared by all clones of a module, and what a forward adds to them stays aside until somebody asks for
+/// the model in evaluation mode.
+fn average_statistics<P: ParallelModule>(model: &P) {
+    let mut walk = Walk { path: Vec::new(), seen: HashSet::new(), with: InfoWalk(Vec::new()) };
+    model.local().visit(&mut walk);
+    if walk.with.0.iter().any(|info| is_statistic(&info.path)) {
+        drop(model.local().valid());
+    }
+}
+
+/// Whether a parameter is a running statistic, in which replicas may differ.
+pub(super) fn is_statistic(path: &str) -> bool {
+    path.ends_with("running_mean") || path.ends_with("running_var")
+}
+
+/// The running statistics of a model, which loading changes in all clones of it.
+pub(super) struct Statistics(HashMap<ParamId, PlainTensor>);
+
+impl Statistics {
+    pub(super) fn of<P: ParallelModule>(model: &P) -> Self {
+        average_statistics(model);
+        let mut walk = Walk { path: Vec::new(), seen: HashSet::new(), with: StatisticWalk(HashMap::new()) };
+        model.local().visit(&mut walk);
+        Self(walk.with.0)
+    }
+
+    /// Gives the model these again.
+    pub(super) fn put_back<P: ParallelModule>(self, model: &P) {
+        drop(crate::params::replace_values(model.clone(), self.0));
+    }
+}
+
+struct StatisticWalk(HashMap<ParamId, PlainTensor>);
+
+impl Visit for StatisticWalk {
+    fn param(&mut self, id: ParamId, path: String, _: DType, value: &dyn Fn() -> DispatchTensor) {
+        if is_statistic(&path)
+            && let Ok(value) = PlainTensor::of(value(), "a running statistic")
+        {
+            self.0.insert(id, value);
+        }
+    }
 }
 
 /// What of a parameter the moments of an optimizer on this rank are of.
@@ -79,7 +124,8 @@ impl MomentSlice {
 /// # Errors
 /// [`Error::Pipeline`] if it is not known who holds what.
 pub(super) fn moment_slices<P: ParallelModule>(model: &P) -> Result<HashMap<ParamId, MomentSlice>, Error> {
-    let shards = model.shards();
+    // Where replicas divide the parameters themselves, the slices are rows already.
+    let shards = model.shards().filter(|_| model.report().sharding != Sharding::Parameters);
     let rows = |param: &ParamSlice| {
         let shards = shards.as_ref()?;
         let rows = Rows::new(&param.local_dims, shards.ranks())?;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::agree::exchange;
 use super::contents::{Contents, ParamScalars};
+use super::params::is_statistic;
 use super::{checkpoint_error, cover};
 use crate::Error;
 use crate::comm::{Communicator, part};
@@ -35,7 +36,7 @@ impl TensorKey {
 
     /// Whether replicas may differ in it.
     fn differs(&self) -> bool {
-        matches!(self, Self::Param(path) if path.ends_with("running_mean") || path.ends_with("running_var"))
+        matches!(self, Self::Param(path) if is_statistic(path))
     }
 
     /// The name of a slice in its file.

@@ -14,7 +14,7 @@ use crate::common::models::{Cnn, device, images};
 use crate::common::reference::{optimizer, own, values};
 use crate::net::{Axes, Net, alone, train};
 
-const MESHES: [Axes; 10] = [
+const MESHES: [Axes; 11] = [
     Axes::new(1, 1, 1),
     Axes::new(2, 1, 1),
     Axes::new(1, 1, 2),
@@ -25,6 +25,7 @@ const MESHES: [Axes; 10] = [
     Axes::new(3, 1, 1).sharded(Sharding::Optimizer),
     Axes::new(2, 1, 2).sharded(Sharding::Gradients),
     Axes::new(1, 2, 3),
+    Axes::new(2, 1, 2).sharded(Sharding::Parameters),
 ];
 
 #[test]
@@ -167,7 +168,9 @@ fn running_statistics_are_those_of_the_first_replica() {
         let gave = model.step(images(4, world.rank() as u64 + 1, &device()), |m, (x, t)| m.loss(x, t))?;
         let mut optim = optimizer();
         model = model.optimize(&mut optim, 0.1, gave)?;
-        Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.save(1, TrainState::new(&mut model))?;
+        let mut number = 7;
+        let state = TrainState::new(&mut model).with_value("number", &mut number);
+        Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.save(1, state)?;
         Ok(values(model.local()))
     });
     let restored = launch::threads(3).run(|world| {
@@ -175,6 +178,16 @@ fn running_statistics_are_those_of_the_first_replica() {
         Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.restore(TrainState::new(&mut model))?;
         Ok(values(model.local()))
     });
+    let refused = launch::threads(2).run(|world| {
+        let mut model = wrap(&world)?;
+        let before = values(model.local());
+        let mut number = String::new();
+        let state = TrainState::new(&mut model).with_value("number", &mut number);
+        Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.restore(state).unwrap_err();
+        assert_eq!(values(model.local()), before);
+        Ok(())
+    });
+    refused.unwrap();
     let saved = saved.unwrap();
     assert_ne!(saved[0], saved[1]);
     for restored in restored.unwrap() {

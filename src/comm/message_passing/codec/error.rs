@@ -1,0 +1,200 @@
+//! Encodes errors as bytes.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::{Reader, Writer};
+use crate::Error;
+use crate::comm::CallLog;
+
+/// Most bytes of the name of an operation or a transport.
+const LONGEST_WORD: usize = 128;
+/// Most names that are kept.
+pub(super) const MOST_NAMES: usize = 256;
+/// Most nested causes of a received error.
+pub(super) const DEEPEST: usize = 8;
+
+impl Writer {
+    fn log(&mut self, log: &CallLog) -> &mut Self {
+        self.list(log.lines(), |w, line| {
+            w.text(line);
+        })
+    }
+
+    pub fn error(&mut self, error: &Error) -> &mut Self {
+        match error {
+            Error::Timeout { group, rank, operation, waited, missing, log } => self
+                .byte(0)
+                .text(group)
+                .number(*rank as u64)
+                .text(operation)
+                .number(waited.as_nanos() as u64)
+                .text(missing)
+                .log(log),
+            Error::Mismatch { group, sequence, calls, log } => self
+                .byte(1)
+                .text(group)
+                .number(*sequence)
+                .list(calls, |w, call| {
+                    w.call(call);
+                })
+                .log(log),
+            Error::UnexpectedMessage { group, from, to, tag, expected, found, log } => self
+                .byte(2)
+                .text(group)
+                .number(*from as u64)
+                .number(*to as u64)
+                .number(*tag)
+                .text(expected)
+                .text(found)
+                .log(log),
+            Error::RankLost { group, rank, operation, log } => {
+                self.byte(3).text(group).number(*rank as u64).text(operation).log(log)
+            }
+            Error::RankPanicked { rank, message, log } => self.byte(4).number(*rank as u64).text(message).log(log),
+            Error::RankFailed { rank, cause, log } => self.byte(5).number(*rank as u64).error(cause).log(log),
+            Error::Aborted { group, rank, reason, log } => {
+                self.byte(6).text(group).number(*rank as u64).text(reason).log(log)
+            }
+            Error::InvalidArgument { operation, problem } => self.byte(7).text(operation).text(problem),
+            Error::Engine { engine, problem } => self.byte(8).text(engine).text(problem),
+            Error::OutOfMemory { group, rank, operation, bytes } => {
+                self.byte(10).text(group).number(*rank as u64).text(operation).number(*bytes as u64)
+            }
+            // What is wrong with settings, which all ranks say in the same words.
+            Error::Strategy { problem } => self.byte(11).text(problem),
+            Error::Plan { problem } => self.byte(12).text(problem),
+            Error::Mesh { problem } => self.byte(13).text(problem),
+            Error::Schedule { problem } => self.byte(14).text(problem),
+            Error::Pipeline { problem } => self.byte(15).text(problem),
+            Error::Optimizer { problem } => self.byte(16).text(problem),
+            Error::Graph { problem } => self.byte(17).text(problem),
+            Error::ModelMismatch { group, rank, path, problem } => {
+                self.byte(18).text(group).number(*rank as u64).text(path).text(problem)
+            }
+            other => self.byte(9).text(&other.to_string()),
+        }
+    }
+}
+
+/// Names of operations and engines that came from others. So few are kept, and each once, that no peer can fill the memory with
+/// them; this program has fewer of its own.
+pub(super) struct Names(Mutex<BTreeSet<&'static str>>);
+
+static NAMES: Names = Names::new();
+
+impl Names {
+    pub(super) const fn new() -> Self {
+        Self(Mutex::new(BTreeSet::new()))
+    }
+
+    /// The name, for good; or what stands for it when there are too many.
+    pub(super) fn keep(&self, name: &str) -> &'static str {
+        let mut names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match names.get(name) {
+            Some(name) => name,
+            None if names.len() < MOST_NAMES => {
+                let name: &'static str = name.to_owned().leak();
+                names.insert(name);
+                name
+            }
+            None => "an operation",
+        }
+    }
+}
+
+impl Reader<'_> {
+    fn name(&mut self) -> Option<Arc<str>> {
+        self.text().map(Into::into)
+    }
+
+    /// A text with static lifetime, as errors hold the names of operations.
+    fn message(&mut self) -> Option<&'static str> {
+        self.text().filter(|text| text.len() <= LONGEST_WORD).map(|text| NAMES.keep(&text))
+    }
+
+    fn log(&mut self) -> Option<CallLog> {
+        self.list(Self::text).map(|lines| CallLog::new(lines.into_iter()))
+    }
+
+    pub fn error(&mut self) -> Option<Error> {
+        self.error_within(DEEPEST)
+    }
+
+    fn error_within(&mut self, depth: usize) -> Option<Error> {
+        Some(match self.byte()? {
+            0 => Error::Timeout {
+                group: self.name()?,
+                rank: self.index()?,
+                operation: self.text()?,
+                waited: Duration::from_nanos(self.number()?),
+                missing: self.text()?,
+                log: self.log()?,
+            },
+            1 => Error::Mismatch {
+                group: self.name()?,
+                sequence: self.number()?,
+                calls: self.list(Self::call)?,
+                log: self.log()?,
+            },
+            2 => Error::UnexpectedMessage {
+                group: self.name()?,
+                from: self.index()?,
+                to: self.index()?,
+                tag: self.number()?,
+                expected: self.text()?,
+                found: self.text()?,
+                log: self.log()?,
+            },
+            3 => {
+                Error::RankLost { group: self.name()?, rank: self.index()?, operation: self.text()?, log: self.log()? }
+            }
+            4 => Error::RankPanicked { rank: self.index()?, message: self.text()?, log: self.log()? },
+            5 => Error::RankFailed {
+                rank: self.index()?,
+                cause: Box::new(self.error_within(depth.checked_sub(1)?)?),
+                log: self.log()?,
+            },
+            6 => Error::Aborted { group: self.name()?, rank: self.index()?, reason: self.text()?, log: self.log()? },
+            7 => Error::InvalidArgument { operation: self.message()?, problem: self.text()? },
+            8 => Error::Engine { engine: self.message()?, problem: self.text()? },
+            9 => Error::User(self.text()?),
+            10 => Error::OutOfMemory {
+                group: self.name()?,
+                rank: self.index()?,
+                operation: self.text()?,
+                bytes: self.index()?,
+            },
+            11 => Error::Strategy { problem: self.text()? },
+            12 => Error::Plan { problem: self.text()? },
+            13 => Error::Mesh { problem: self.text()? },
+            14 => Error::Schedule { problem: self.text()? },
+            15 => Error::Pipeline { problem: self.text()? },
+            16 => Error::Optimizer { problem: self.text()? },
+            17 => Error::Graph { problem: self.text()? },
+            18 => Error::ModelMismatch {
+                group: self.name()?,
+                rank: self.index()?,
+                path: self.text()?,
+                problem: self.text()?,
+            },
+            _ => return None,
+        })
+    }
+}
+
+/// Puts the last calls of all ranks into an error that has a log.
+pub(in crate::comm::message_passing) fn with_log(mut error: Error, complete: CallLog) -> Error {
+    match &mut error {
+        Error::Timeout { log, .. }
+        | Error::Mismatch { log, .. }
+        | Error::UnexpectedMessage { log, .. }
+        | Error::RankLost { log, .. }
+        | Error::RankPanicked { log, .. }
+        | Error::RankFailed { log, .. }
+        | Error::Aborted { log, .. } => *log = complete,
+        _ => {}
+    }
+    error
+}
