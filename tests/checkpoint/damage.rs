@@ -167,7 +167,7 @@ fn any_byte_may_be_another() {
     let dir = saved(&net);
     let strategy = (0usize..4, any::<prop::sample::Index>(), 1u8..=255, any::<bool>());
     let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
-        cases: 150,
+        cases: 100,
         failure_persistence: None,
         ..Default::default()
     });
