@@ -29,8 +29,7 @@ pub enum Error {
         operation: String,
         /// How long it waited.
         waited: Duration,
-        /// Whom it was waiting for, in words: ranks within the group, or, where these wait for others in turn, first the ranks of
-        /// the world at the root of it.
+        /// The ranks, within the group, that it was waiting for, in words.
         missing: String,
         /// The last collectives of every rank of the group.
         log: CallLog,
@@ -101,7 +100,7 @@ pub enum Error {
     },
 
     /// The function that a rank ran returned an error.
-    #[error("{}", rank_failed(*.rank, .cause, .log))]
+    #[error("rank {rank} failed: {cause}{log}")]
     RankFailed {
         /// World rank.
         rank: usize,
@@ -269,11 +268,11 @@ pub enum Error {
         said: Vec<String>,
     },
 
-    /// The engine under the communicator, or a service it needs, could not be used.
-    #[error("{engine}: {problem}")]
-    Engine {
-        /// Name of the engine, as in `mpi`.
-        engine: &'static str,
+    /// The transport under the communicator, or a service that it needs, could not be used.
+    #[error("{transport}: {problem}")]
+    Transport {
+        /// Name of the transport, as in `mpi`.
+        transport: &'static str,
         /// What it said, and what to try.
         problem: String,
     },
@@ -367,25 +366,6 @@ impl Error {
 
     pub(crate) fn invalid(operation: &'static str, problem: impl Into<String>) -> Self {
         Self::InvalidArgument { operation, problem: problem.into() }
-    }
-}
-
-/// What says by itself what is wrong, as errors of settings do, is likely found by all ranks, and one of them was first; what
-/// they have called before is of no use then.
-fn rank_failed(rank: usize, cause: &Error, log: &CallLog) -> String {
-    match cause {
-        Error::Environment { .. }
-        | Error::Graph { .. }
-        | Error::InvalidArgument { .. }
-        | Error::Mesh { .. }
-        | Error::ModelMismatch { .. }
-        | Error::Nesting { .. }
-        | Error::Optimizer { .. }
-        | Error::Pipeline { .. }
-        | Error::Plan { .. }
-        | Error::Schedule { .. }
-        | Error::Strategy { .. } => format!("{cause} (rank {rank} found it first)"),
-        _ => format!("rank {rank} failed: {cause}{log}"),
     }
 }
 

@@ -2,9 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::pattern::captures;
 use super::rule::{Filled, Rule};
 use crate::Error;
-use crate::plan::captures;
 
 /// The names and layouts of a directory's tensors in terms of a model's parameters: [rules](Rule), of which the first that
 /// fits counts.
@@ -27,12 +27,10 @@ use crate::plan::captures;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Mapping {
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    keep: Vec<String>,
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    keep_rest: bool,
     #[serde(default, rename = "rule")]
     pub(super) rules: Vec<Rule>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    keep: Vec<String>,
 }
 
 impl Mapping {
@@ -56,7 +54,6 @@ impl Mapping {
     pub fn then(mut self, other: Self) -> Self {
         self.rules.extend(other.rules);
         self.keep.extend(other.keep);
-        self.keep_rest |= other.keep_rest;
         self
     }
 
@@ -65,11 +62,6 @@ impl Mapping {
     pub fn keep(mut self, pattern: impl Into<String>) -> Self {
         self.keep.push(pattern.into());
         self
-    }
-
-    /// Parameters that no rule fits have no counterpart either.
-    pub fn keep_rest(self) -> Self {
-        Self { keep_rest: true, ..self }
     }
 
     /// Puts something in front of the paths of all parameters, as when the model is a field of another.
@@ -110,8 +102,7 @@ impl Mapping {
 
     /// Whether a parameter has no counterpart.
     pub(super) fn keeps(&self, path: &str) -> bool {
-        let said = self.keep.iter().any(|pattern| captures(pattern, path).is_some());
-        said || (self.keep_rest && self.of_model(path).next().is_none())
+        self.keep.iter().any(|pattern| captures(pattern, path).is_some())
     }
 
     /// The rules that fit a parameter, with the names that they give, and which of them is the parameter's.

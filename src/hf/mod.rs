@@ -4,7 +4,6 @@
 //! [`load`](crate::train::ParallelModule::load) reads each rank's slices, whatever the model is spread over. [`compare`] tells
 //! beforehand what fits.
 
-mod adapter;
 mod compare;
 mod index;
 mod mapped;
@@ -16,7 +15,6 @@ mod rule;
 mod save;
 mod weights;
 
-pub use adapter::{Adapter, AdapterConfig, Merged, save_adapter};
 pub use compare::{Comparison, Match, Unfit, compare};
 pub use mapped::Mapped;
 pub use mapping::Mapping;

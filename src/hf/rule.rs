@@ -2,8 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::pattern::{filled, wildcards};
-use crate::plan::captures;
+use super::pattern::{captures, filled, wildcards};
 
 /// Which tensors of a file are which parameters of a model, and how one is made of the other.
 ///

@@ -39,7 +39,6 @@
 //! ```
 
 mod batch;
-mod by_rows;
 mod captured;
 mod captured_step;
 mod config;

@@ -5,7 +5,6 @@ use serde::{Deserialize, Serialize};
 use super::pattern::matches;
 use super::rule_text::RuleText;
 use crate::Error;
-use crate::forms::Table;
 use crate::layout::Layout;
 
 /// What a plan says of one axis.
@@ -19,7 +18,7 @@ pub(crate) struct AxisPlan {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(into = "RuleText", try_from = "Table<RuleText>")]
+#[serde(into = "RuleText", try_from = "RuleText")]
 pub(super) struct Rule {
     pub(super) pattern: String,
     pub(super) layout: Layout,
@@ -122,11 +121,12 @@ impl From<Rule> for RuleText {
     }
 }
 
-impl TryFrom<Table<RuleText>> for Rule {
+impl TryFrom<RuleText> for Rule {
     type Error = String;
 
-    fn try_from(Table(text): Table<RuleText>) -> Result<Self, String> {
-        let RuleText { pattern, shard, replicate, if_present: optional, padded } = text;
+    fn try_from(
+        RuleText { pattern, shard, replicate, if_present: optional, padded }: RuleText,
+    ) -> Result<Self, String> {
         let layout = match (shard, replicate) {
             (Some(dim), false) => Layout::Sharded(dim),
             (None, true) if padded => {

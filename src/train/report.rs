@@ -8,7 +8,6 @@ use crate::data_parallel::Eager;
 use crate::partition::ShardReport;
 use crate::pipeline_parallel::Pipelined;
 use crate::pipeline_parallel::cut::CutReport;
-use crate::sharding::Sharding;
 use crate::tensor_parallel::Sharded;
 
 /// How a model is run, and what its captured steps were given. Prints as text.
@@ -17,8 +16,6 @@ use crate::tensor_parallel::Sharded;
 pub struct Report {
     /// How many replicas of the model there are.
     pub replicas: usize,
-    /// What they divide among themselves.
-    pub sharding: Sharding,
     /// Whether steps are captured as graphs; else the model's own eager forward runs.
     pub captured: bool,
     /// What the last captured step of a model that is split was given in collectives, and what of it could not be split: one
@@ -38,11 +35,7 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let engine = if self.captured { "captured" } else { "eager" };
-        write!(f, "{} replicas, {engine} steps", self.replicas)?;
-        match self.sharding {
-            Sharding::None => writeln!(f)?,
-            sharding => writeln!(f, ", divided among replicas: {sharding}")?,
-        }
+        writeln!(f, "{} replicas, {engine} steps", self.replicas)?;
         self.shards.iter().try_for_each(|shard| write!(f, "{shard}"))?;
         self.cut.iter().try_for_each(|cut| write!(f, "{cut}"))
     }
@@ -61,13 +54,13 @@ impl<M: Module> Reports for Eager<M> {
 
 impl<M: Module> Reports for Sharded<M> {
     fn report(&self) -> Report {
-        Report { replicas: 1, captured: true, shards: self.shard_reports(), ..Report::default() }
+        Report { replicas: 1, captured: true, shards: self.shard_reports(), cut: None }
     }
 }
 
 impl<M: Module> Reports for Pipelined<M> {
     fn report(&self) -> Report {
         let (cut, shards) = self.reports();
-        Report { replicas: 1, captured: true, shards, cut, ..Report::default() }
+        Report { replicas: 1, captured: true, shards, cut }
     }
 }

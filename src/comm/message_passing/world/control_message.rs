@@ -31,7 +31,7 @@ impl ControlMessage {
         match self {
             Self::Propose(proposal) => write_proposal(writer.byte(0), proposal),
             Self::Query(proposal) => write_proposal(writer.byte(1), proposal),
-            Self::Report(RankReport { waits, line, elsewhere, waits_for }) => {
+            Self::Report(RankReport { waits, line, elsewhere }) => {
                 let lines = |lines: &[String], writer: &mut Writer| {
                     writer.list(lines, |w, line| {
                         w.text(line);
@@ -42,9 +42,6 @@ impl ControlMessage {
                 });
                 lines(line.as_slice(), &mut writer);
                 lines(elsewhere, &mut writer);
-                writer.list(waits_for, |w, rank| {
-                    w.number(*rank as u64);
-                });
             }
             Self::Failed(error) => {
                 writer.byte(3).error(error);
@@ -73,7 +70,6 @@ impl ControlMessage {
                 waits: reader.list(Reader::number)?.pop().map(Duration::from_micros),
                 line: reader.list(Reader::text)?.pop(),
                 elsewhere: reader.list(Reader::text)?,
-                waits_for: known_ranks(reader.list(Reader::index)?, ranks)?,
             }),
             3 => Self::Failed(reader.error()?),
             4 => Self::Closed { group: reader.number()?, committed: reader.number()? },
@@ -102,15 +98,12 @@ fn write_proposal(writer: &mut Writer, Proposal { error, group, members, call }:
     });
 }
 
-fn known_ranks(found: Vec<usize>, ranks: usize) -> Option<Vec<usize>> {
-    found.iter().all(|rank| *rank < ranks).then_some(found)
-}
-
 fn read_proposal(reader: &mut Reader<'_>, ranks: usize) -> Option<Proposal> {
-    Some(Proposal {
+    let proposal = Proposal {
         error: reader.error()?,
         group: reader.text()?.into(),
-        members: known_ranks(reader.list(Reader::index)?, ranks)?,
+        members: reader.list(Reader::index)?,
         call: reader.list(|r| Some((r.number()?, r.call()?)))?.pop(),
-    })
+    };
+    proposal.members.iter().all(|member| *member < ranks).then_some(proposal)
 }
