@@ -1,7 +1,8 @@
 //! What the ranks hold of each logical tensor.
 
-use burn_ir::{BaseOperationIr, OperationIr, TensorId, TensorIr};
+use burn_ir::{OperationIr, TensorId, TensorIr};
 
+use crate::graph::operation::is_zeros;
 use crate::layout::Layout;
 
 /// A logical tensor: its global shape, and the local tensors that hold it, in one or more layouts.
@@ -101,10 +102,7 @@ impl LogicalTensor {
     /// Whether it is planned as nothing but zeros, which are as well the sum of zeros.
     pub(super) fn is_planned_zeros(&self) -> bool {
         let Origin::Planned(op) = &self.origin else { return false };
-        matches!(
-            **op,
-            OperationIr::BaseFloat(BaseOperationIr::Zeros(_)) | OperationIr::BaseInt(BaseOperationIr::Zeros(_))
-        )
+        is_zeros(op)
     }
 
     /// The local tensor `id` that holds it in this layout.

@@ -17,10 +17,10 @@ use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
 use super::buckets::move_up;
 use super::collectives::{CollectiveKind, CollectiveOp};
 use super::products::{ProductKind, ProductOp};
-use super::rules::only_moves;
 use crate::collective_matmul::PendingProduct;
 use crate::comm::Communicator;
 use crate::error::Error;
+use crate::graph::operation::only_moves;
 use crate::graph::{CustomOps, StepGraph, graph_error};
 use crate::tensor::PlainTensor;
 

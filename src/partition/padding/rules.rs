@@ -5,9 +5,10 @@ use burn_ir::{
     ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr, TensorIr,
 };
 
-use super::super::rules::{is_elementwise, whole};
 use super::content::Content::{self, Finite, Lowest, Wild, Zero};
 use super::content::of_elementwise;
+use crate::graph::operation::is_elementwise;
+use crate::partition::rules::whole;
 
 /// What of an input is padded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,8 +9,9 @@ use burn_ir::{
 };
 
 use super::content::Content::{self, Lowest, Zero};
-use super::content::{can_be_larger, creates, of_creation, of_elementwise};
+use super::content::{can_be_larger, of_creation, of_elementwise};
 use super::{Padded, PaddingPass, Replace};
+use crate::partition::rules::creates;
 use crate::partition::rules::of_kind;
 
 impl PaddingPass<'_> {

@@ -48,11 +48,11 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use burn_ir::OperationIr;
 
 use self::analysis::{Analysis, Origin};
-use self::cost::bytes;
 use self::placement::{Bounds, Wanted, place};
 use self::split::{Placement, pinned_results, split};
 use self::tied::{gradient_parts, ids};
 use crate::error::Error;
+use crate::graph::operation::bytes;
 use crate::graph::origin::Origins;
 use crate::graph::{StepGraph, graph_error};
 

@@ -12,11 +12,11 @@ use std::collections::{BTreeSet, HashMap};
 use burn_ir::{TensorId, TensorIr};
 
 use super::analysis::{Analysis, Origin};
-use super::cost::bytes;
 use super::flow::{NEVER, Network, SINK, SOURCE};
 use crate::error::Error;
 use crate::graph::graph_error;
-use crate::graph::step::{ParamBinding, op_name};
+use crate::graph::operation::{bytes, op_name};
+use crate::graph::step::ParamBinding;
 
 /// What parameters say about the stages of operations.
 #[derive(Debug)]

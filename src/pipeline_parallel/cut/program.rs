@@ -4,10 +4,10 @@ use std::collections::{HashMap, HashSet};
 
 use burn_ir::{OperationIr, TensorId, TensorIr, TensorStatus};
 
-use super::cost::{bytes, is_view};
 use super::split::StageGraph;
 use crate::graph::StepGraph;
 use crate::graph::liveness::{Instruction, Item, with_lifetimes};
+use crate::graph::operation::{bytes, is_view};
 
 /// The three passes of a stage as programs.
 pub(super) fn sections(graph: &StepGraph, part: &StageGraph) -> [Vec<Instruction>; 3] {

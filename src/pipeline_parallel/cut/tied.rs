@@ -5,12 +5,12 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use burn_ir::{BinaryOpIr, NumericOperationIr, OperationIr, TensorId, TensorIr};
+use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::analysis::{Analysis, Origin};
 use super::placement::{Bounds, Wanted};
-use crate::graph::StepGraph;
 use crate::graph::step::Uses;
+use crate::graph::{StepGraph, operation};
 
 /// The gradient of a parameter, or one stage's part of it.
 #[derive(Clone, Debug)]
@@ -62,10 +62,8 @@ fn terms(
     let mut terms = Vec::new();
     let mut left = vec![sum];
     while let Some(tensor) = left.pop() {
-        match uses.maker(tensor.id).map(|maker| &operations[maker]) {
-            Some(OperationIr::NumericFloat(_, NumericOperationIr::Add(add)))
-                if read_once(tensor.id) && [&add.lhs, &add.rhs].iter().all(|term| term.shape == tensor.shape) =>
-            {
+        match uses.maker(tensor.id).and_then(|maker| operation::sum(&operations[maker])) {
+            Some(add) if read_once(tensor.id) && [&add.lhs, &add.rhs].iter().all(|term| term.shape == tensor.shape) => {
                 left.extend([add.rhs.clone(), add.lhs.clone()]);
             }
             _ => terms.push(tensor),
@@ -77,8 +75,7 @@ fn terms(
 fn sum(graph: &mut StepGraph, terms: Vec<TensorIr>) -> Option<TensorIr> {
     terms.into_iter().reduce(|lhs, rhs| {
         let out = TensorIr::uninit(graph.fresh_id(), lhs.shape.clone(), lhs.dtype);
-        let add = NumericOperationIr::Add(BinaryOpIr { lhs, rhs, out: out.clone() });
-        graph.operations.push(OperationIr::NumericFloat(out.dtype, add));
+        graph.operations.push(operation::add(lhs, rhs, out.clone()));
         out
     })
 }
