@@ -166,10 +166,9 @@ impl<M: Module> StepEngine for Eager<M> {
     }
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
-        let mut dims = params::Dims::default();
-        self.module.visit(&mut dims);
+        let dims = params::dims_of(&self.module);
         self.change(|module| {
-            params::load(module, source, &|id| dims.0.get(&id).map(|dims| ParamSlice::whole(dims.clone())))
+            params::load(module, source, &|id| dims.get(&id).map(|dims| ParamSlice::whole(dims.clone())))
         })
     }
 
