@@ -24,7 +24,7 @@ pub use source::SliceSource;
 pub(crate) use agree::{agree, share_text};
 pub(crate) use buffers::own_buffers;
 pub(crate) use device::one_device;
-pub(crate) use gradients::{put_gradients, take_gradients};
+pub(crate) use gradients::{put_gradients, scale_gradients, take_gradients};
 pub(crate) use ids::{Renamed, share_ids};
 pub(crate) use leaf::{LazyParam, LeafKind, leaf, with_autodiff};
 pub(crate) use load::{ParamSlice, dims_of, load};
