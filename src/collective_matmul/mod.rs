@@ -1,4 +1,5 @@
-//! Products by weights that are split over the ranks, without a tape: what the explicit layers and captured steps run on.
+//! Products by weights that are split over the ranks, overlapped with their collective; no autodiff. Explicit layers and
+//! captured steps run on them.
 //!
 //! A left factor is `[.., features]`, of two dims or more, a right factor `[features, columns]`, behind any number of dims
 //! that are 1: there are three kinds of products, the [sum](Products::sum) over the ranks, the same [scattered](Products::scatter)

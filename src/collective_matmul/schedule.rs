@@ -1,4 +1,4 @@
-//! Into how many pieces a multiplication is cut, and who carries the pieces to the other ranks.
+//! Into how many chunks a product is cut, and which thread runs their collectives.
 
 use std::ops::Range;
 

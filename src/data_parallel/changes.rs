@@ -1,4 +1,4 @@
-//! Models that have changed since they were wrapped.
+//! Registers parameters that a model has come to train after it was wrapped.
 //!
 //! A model may come to train parameters that the replicas do not know: frozen ones that are trained now, and layers put in
 //! after wrapping. Each rank sees it in its own model before a step. As all ranks run the same program, all of them do; they

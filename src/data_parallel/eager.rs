@@ -1,4 +1,4 @@
-//! A model that every rank holds whole, run by its own forward.
+//! The eager engine: a whole model on every rank, run by its own forward.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};

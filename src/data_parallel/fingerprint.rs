@@ -1,4 +1,4 @@
-//! Whether the replicas still are one model.
+//! Compares the parameters of the replicas by hashes.
 
 use std::collections::HashSet;
 

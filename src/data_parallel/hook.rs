@@ -1,4 +1,4 @@
-//! Hearing of every gradient of an unmodified module as soon as it is there.
+//! Gradient hooks: tells a listener of the gradient of every parameter of an unmodified module as soon as backward has it.
 //!
 //! Each trainable parameter carries a burn [`Reparameterization`] that leaves its value as it is, but puts an operation
 //! into the graph at every use of the parameter ([`Param::val`]). When backward comes to that operation, the gradient of

@@ -1,4 +1,4 @@
-//! From gradients that arrive one by one to averages over the group.
+//! The reducer: averages the gradients of a step over the group while backward still computes them.
 //!
 //! # A step
 //!

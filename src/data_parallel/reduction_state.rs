@@ -1,4 +1,4 @@
-//! How far the gradients of a step have come.
+//! The state of the reduction of one step: which gradients have arrived, and which buckets are under way.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};

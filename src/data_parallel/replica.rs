@@ -1,4 +1,4 @@
-//! A model that is one of several replicas.
+//! A replica of a model: runs micro-batches through an engine, and averages over the group.
 
 use std::sync::Arc;
 use std::time::Duration;

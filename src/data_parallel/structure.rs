@@ -1,4 +1,4 @@
-//! Making the replicas one model: the same structure is demanded, the same values are given.
+//! Checks that all ranks wrap the same model, and broadcasts the values of rank 0.
 
 use std::collections::HashMap;
 use std::sync::Arc;

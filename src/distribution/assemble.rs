@@ -1,4 +1,4 @@
-//! From local parameters to whole ones.
+//! Gathers the parts of split parameters into whole ones.
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;

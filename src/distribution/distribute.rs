@@ -1,4 +1,4 @@
-//! From whole parameters to local ones.
+//! Scatters and broadcasts the parameters of rank 0 over the ranks of an axis.
 
 use std::any::Any;
 use std::collections::HashMap;

@@ -1,4 +1,4 @@
-//! How one model is split over one or several axes: what every strategy knows of tensor parallelism.
+//! The split of a model over one or several axes: what strategies know of tensor parallelism.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;

@@ -1,4 +1,5 @@
-//! From what burn recorded to a [`StepGraph`]: edges named, placeholders removed, ids canonical.
+//! Makes a [`StepGraph`] of what burn has recorded: names inputs and results, removes placeholders, numbers tensors
+//! canonically.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 

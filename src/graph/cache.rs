@@ -1,4 +1,4 @@
-//! One captured graph per kind of step.
+//! A cache of captured graphs, one for each kind of step.
 
 use std::any::Any;
 use std::collections::hash_map::Entry;

@@ -1,4 +1,4 @@
-//! Recording a training step of an unmodified module.
+//! Captures a training step of an unmodified module.
 //!
 //! burn's capture device records tensor code, but has no autodiff of its own: `Device::capture().autodiff()` panics. So
 //! the leaves are made here, on `Autodiff<CaptureBackend>`, and the concrete backward of that backend is called. Parameters

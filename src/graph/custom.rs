@@ -1,4 +1,4 @@
-//! Operations of ours in a graph: collectives above all.
+//! The registry of custom operations: collectives above all.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,4 +1,4 @@
-//! The device that records what is done on it, and tensors of it with and without autodiff.
+//! burn's capture device, and tensors on it with and without autodiff.
 
 use std::cell::RefCell;
 

@@ -1,4 +1,4 @@
-//! Putting a module on the capture device, its parameters as leaves of `Autodiff<CaptureBackend>`.
+//! Puts a module on the capture device, its parameters as leaves of `Autodiff<CaptureBackend>`.
 
 use std::collections::{HashMap, HashSet};
 

@@ -1,4 +1,4 @@
-//! From operations to a program that frees each tensor at its last use.
+//! Liveness: a program that frees each tensor after its last use, and the memory that it takes.
 //!
 //! The statuses that burn records are incomplete (a tensor whose last handle dies unread is never freed), and passes
 //! change who reads what. So they are worked out anew: operations whose results nobody needs are left out, the last

@@ -1,4 +1,4 @@
-//! Reading and writing the parameters of an ordinary module by their ids.
+//! The inventory of a module, and reading and writing its parameters by their ids.
 
 use std::collections::{HashMap, HashSet};
 

@@ -1,4 +1,4 @@
-//! What was used last, and no more of it than asked for.
+//! A least-recently-used cache.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;

@@ -1,4 +1,4 @@
-//! What a step gives, and to whom.
+//! The results of a step, and the observer that gets them while the step runs.
 
 use std::collections::HashMap;
 

@@ -1,4 +1,4 @@
-//! What a captured step depends on in a module, read without changing it.
+//! The signature of a module: what a captured step depends on in it.
 
 use burn::module::{Flag, Module, Param, ParamId};
 use burn::tensor::{DType, Shape};

@@ -1,4 +1,4 @@
-//! A captured step: operations, and what the tensors at its edge mean.
+//! A captured step as data: operations, and what the tensors at its edges mean.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};

@@ -1,4 +1,4 @@
-//! One rank as this process.
+//! Runs this process as one rank.
 
 use std::time::Duration;
 use std::{fmt, thread};

@@ -1,4 +1,4 @@
-//! A step from layout to layout as data, and how it is taken on the tensor of one rank.
+//! The linear operations that a move between layouts is made of, on the tensor of one rank.
 
 use super::checks::{check_part, fail};
 use super::dim_order::{first, inverse};

@@ -1,4 +1,4 @@
-//! The one operation that puts a move on burn's tape.
+//! Puts a move and its conjugate on burn's autodiff graph.
 //!
 //! A move is a pair of [`MoveOp`]s: one is taken now, the other, its conjugate, when the gradient comes back. burn's
 //! `backward()` cannot return an error, so a step that fails there fails the world instead, and hands on zeros: the backward

@@ -1,4 +1,4 @@
-//! Ids of parameters that all ranks have in common: optimizers know the state of a parameter by its id.
+//! Gives the parameters of all ranks common ids, by which optimizers know their state.
 
 use std::collections::HashMap;
 

@@ -1,4 +1,4 @@
-//! Parameters from a store, of which only this rank's parts are read.
+//! Loads parameters from a store, of which only this rank's parts are read.
 
 use std::collections::HashMap;
 use std::ops::Range;

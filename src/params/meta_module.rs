@@ -1,4 +1,4 @@
-//! Modules with dims and no memory: what a capture looks at.
+//! Meta modules: dims without memory, for a capture.
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::Tensor;

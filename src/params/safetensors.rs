@@ -1,4 +1,4 @@
-//! Parts of parameters out of safetensors files, the format in which burn-store and the Python world keep them.
+//! Reads parts of parameters from safetensors files.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};

@@ -1,4 +1,4 @@
-//! burn's table of autodiff nodes, kept small where no backward pass runs.
+//! Frees burn's table of autodiff leaves where no backward pass runs.
 //!
 //! Every leaf of the process enters one table, and only a `backward` takes those out whose tensors are gone. Captured steps
 //! run none, but burn's optimizers make a new leaf of every parameter at every step.

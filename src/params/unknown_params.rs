@@ -1,4 +1,4 @@
-//! Parameters that a record of another run has put in the place of those that were wrapped.
+//! Finds parameters that a record of another run has put in place of those that were wrapped.
 
 use burn::module::{Module, ParamId};
 

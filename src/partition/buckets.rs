@@ -1,4 +1,4 @@
-//! Many small sums as few collectives.
+//! Puts many small reductions into few collectives.
 
 use std::collections::HashSet;
 

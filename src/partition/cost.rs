@@ -1,4 +1,4 @@
-//! The choice of a sharding option by what it makes the ranks move.
+//! Chooses the sharding option that moves the least.
 
 use burn_ir::{OperationIr, TensorId, TensorIr};
 

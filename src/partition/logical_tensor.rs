@@ -1,4 +1,4 @@
-//! What the ranks hold of each logical tensor.
+//! A logical tensor of the graph, and the local tensors that the ranks hold of it.
 
 use burn_ir::{OperationIr, TensorId, TensorIr};
 

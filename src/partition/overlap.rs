@@ -1,4 +1,4 @@
-//! Collectives beside the operations that do not wait for them.
+//! Overlaps collectives with operations that do not depend on them.
 //!
 //! A collective becomes two operations. The first starts it, right behind what makes its input, in the background of the
 //! communicator ([`Communicator::start`]); the second waits for it, right before what reads its result. What stands between

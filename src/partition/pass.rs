@@ -1,4 +1,4 @@
-//! The one pass over the operations.
+//! The pass over the operations of a step that gives every tensor a layout.
 
 use std::collections::{HashMap, HashSet};
 

@@ -1,4 +1,4 @@
-//! Tensors that are made only once it is known in which layout they are read.
+//! Delays tensors that can be made in any layout until it is known in which they are read.
 //!
 //! A mask of random numbers, the ones from which the backward pass of a mean spreads a gradient, zeros into which a
 //! gradient is scattered: what needs nothing, or only small tensors that every rank has, can be made by every rank in any

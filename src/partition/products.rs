@@ -1,4 +1,4 @@
-//! Products that run together with their collective: custom operations over the sharded products of [`matmul`].
+//! Fused products as custom operations, over [`collective_matmul`](crate::collective_matmul).
 
 use std::fmt;
 

@@ -1,4 +1,4 @@
-//! From a step and the layouts of its edge to the step of one rank.
+//! Partitions a step, given the layouts of its parameters and inputs, into the step of one rank.
 
 use std::borrow::Cow;
 

@@ -1,4 +1,4 @@
-//! How what a forward pass gives for each micro-batch becomes what it gives for the batch.
+//! Joins the outputs of the micro-batches of a forward pass into those of the batch.
 //!
 //! The pass is captured for the whole batch too, and nothing is run of that: its dims tell what has rows. A value that has none is
 //! the batch's if it is a mean or a sum over what has, and nothing but a linear step behind.

@@ -1,4 +1,4 @@
-//! What a stage must be able to do, for the one executor that drives all schedules.
+//! The trait of stages, which the executor drives.
 
 use super::schedule::Edge;
 use super::stage_message::StageMessage;

@@ -1,4 +1,4 @@
-//! A training step of a pipelined model.
+//! Runs a training step of a pipelined model.
 
 use std::collections::HashMap;
 

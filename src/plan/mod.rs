@@ -1,4 +1,4 @@
-//! Which parameters and inputs of a model are split, and along which dims: patterns of paths, checked against the model.
+//! Plans: which parameters and inputs of a model are split, and along which dims, by patterns of paths.
 //!
 //! ```
 //! use burn::{nn::{Linear, LinearConfig}, prelude::*};

@@ -1,4 +1,4 @@
-//! A plan checked against a model: every parameter with its layouts.
+//! The table of a plan: every parameter of a model with its layouts.
 
 use std::collections::HashSet;
 use std::fmt;

@@ -1,4 +1,4 @@
-//! What a training step gives.
+//! The result of a training step.
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};

@@ -1,4 +1,4 @@
-//! What is done with tensors of any kind.
+//! Operations on tensors of any kind.
 
 use std::ops::Range;
 

@@ -1,4 +1,4 @@
-//! What a plan costs.
+//! Computes the cost of a plan from the captured step.
 
 use burn::module::Module;
 use burn_ir::TensorIr;

@@ -1,4 +1,4 @@
-//! Which layers feed each other, as the operations of a step say.
+//! Finds which layers feed each other in a captured step.
 
 use std::collections::{BTreeSet, HashMap};
 

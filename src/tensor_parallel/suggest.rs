@@ -1,4 +1,4 @@
-//! A plan for a model that was never seen, by the cost of the step that results.
+//! Suggests a plan by the cost of the captured step.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 

@@ -1,4 +1,4 @@
-//! What all wrappers have in common.
+//! The trait that all wrappers implement.
 
 use burn::data::dataloader::DataLoader;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;

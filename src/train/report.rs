@@ -1,4 +1,4 @@
-//! How a model is run.
+//! The report on how a model is run.
 
 use std::fmt;
 

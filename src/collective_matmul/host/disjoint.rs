@@ -1,4 +1,4 @@
-//! A tensor whose parts are worked on by different threads at the same time.
+//! Disjoint slices of one tensor, which different threads write at the same time.
 //!
 //! While one part of a result travels, the next is computed into the same buffer. A [`DisjointSlice`] is a part that one thread has
 //! to itself: slices of one tensor are cut once, so they don't overlap, and each keeps the buffer alive. When all are

@@ -1,4 +1,4 @@
-//! Matrices in host memory, and the multiplication of Flex on views of them, into places that exist already.
+//! Views of matrices in host memory, and Flex's multiplication of them into buffers that exist already.
 
 use std::ops::Range;
 

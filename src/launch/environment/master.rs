@@ -1,4 +1,4 @@
-//! Where rank 0 can be reached.
+//! The address and port of rank 0, from the environment.
 
 use std::collections::BTreeMap;
 

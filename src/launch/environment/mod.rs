@@ -1,4 +1,4 @@
-//! What the variables of a launcher say of a rank.
+//! Rank and world size from the environment variables of torchrun, Slurm, Open MPI and MPICH.
 
 mod invalid;
 mod master;

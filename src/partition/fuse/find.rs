@@ -1,4 +1,4 @@
-//! Which products and collectives become one operation.
+//! Finds products and collectives that can be one operation.
 
 use std::collections::{BTreeMap, HashSet};
 

@@ -1,4 +1,4 @@
-//! Dims that were merged, taken apart again.
+//! Splits dims that a reshape has merged, where operations can run without the merge.
 //!
 //! burn's `RotaryEncoding`, and attention on `[batch * heads, ..]`, make one dim of two, compute on it as on a batch, and take
 //! it apart behind. A split of the inner one, the heads, cannot follow: a rank's part of the merged dim would be many pieces.

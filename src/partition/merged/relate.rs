@@ -1,4 +1,4 @@
-//! Which tensors of an operation have a merged dim in common.
+//! Relates a merged dim of one tensor of an operation to the others.
 
 use burn_ir::{
     ActivationOperationIr as Activation, BaseOperationIr as Base, FloatOperationIr as Float,

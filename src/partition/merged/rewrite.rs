@@ -1,4 +1,4 @@
-//! Operations on dims that are taken apart.
+//! Rewrites operations for dims that are not merged.
 
 use std::collections::HashMap;
 

@@ -1,4 +1,4 @@
-//! What is known of the elements that pad a tensor.
+//! Tracks what the elements are that pad a tensor.
 
 use burn_ir::{
     ActivationOperationIr as Activation, BaseOperationIr as Base, FloatOperationIr as Float,

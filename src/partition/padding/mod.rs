@@ -1,4 +1,4 @@
-//! Parameters with a dim that the degree does not divide, padded to one that it does.
+//! Pads parameters with a dim that the degree does not divide.
 //!
 //! A vocabulary of 50257 words is the common case: the rows of the embedding, and the classes of the output layer. [`pad`]
 //! lets the parameters be larger and follows what was added through the step. Padded parameters are zeros there, to begin

@@ -1,4 +1,4 @@
-//! Where a padded dim goes in an operation, and what the operation needs of the padding.
+//! Rules of padding: where a padded dim goes in an operation, and what its elements must be.
 
 use burn_ir::{
     ActivationOperationIr as Activation, BaseOperationIr as Base, FloatOperationIr as Float, MatmulOpIr,

@@ -1,4 +1,4 @@
-//! Tensors with padding and without.
+//! Adds padding to tensors and takes it off.
 
 use std::collections::HashMap;
 

@@ -1,4 +1,4 @@
-//! What each operation of a step is to a cut.
+//! Classifies the operations of a step for a cut.
 
 use std::collections::{HashMap, HashSet};
 

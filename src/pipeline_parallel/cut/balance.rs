@@ -1,4 +1,4 @@
-//! Stages of equal cost.
+//! Balances the cost of the stages.
 //!
 //! Parameters are lined up in the order of their first use. Every operation belongs to the last parameter before it (in the
 //! backward pass, to the parameter whose gradient it helps to make, or to the first one after it), so that each parameter

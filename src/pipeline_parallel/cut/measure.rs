@@ -1,4 +1,4 @@
-//! What operations cost, measured one by one.
+//! Measures operations one by one.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};

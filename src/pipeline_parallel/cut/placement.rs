@@ -1,4 +1,4 @@
-//! The stage of every operation.
+//! Places every operation on a stage.
 //!
 //! Parameters fix the operations that read them. The others may run anywhere between what they read and who reads them:
 //! in the forward pass stages only go up, in the backward pass only down. Between two stages the cheapest place is the

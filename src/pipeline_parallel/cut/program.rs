@@ -1,4 +1,4 @@
-//! From what a stage runs to programs that free each tensor at its last use.
+//! Makes programs of what a stage runs, which free each tensor after its last use.
 
 use std::collections::{HashMap, HashSet};
 

@@ -1,4 +1,4 @@
-//! Gradients of parameters that several stages hold.
+//! Splits the gradient sums of parameters that several stages hold.
 //!
 //! Autodiff adds up the gradients of all uses of a parameter. For a parameter on several stages those sums are taken apart,
 //! so that each stage adds up its own uses; what the stages have is summed once a step, outside the graph.

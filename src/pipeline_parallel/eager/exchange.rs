@@ -1,4 +1,4 @@
-//! What the forward of a hand-written stage takes and gives.
+//! What the forward of a hand-written stage receives and sends.
 
 use std::collections::{BTreeMap, VecDeque};
 

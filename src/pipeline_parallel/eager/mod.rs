@@ -1,4 +1,4 @@
-//! A stage of any burn module and a closure.
+//! A pipeline stage of any burn module and a closure, run eagerly.
 
 mod exchange;
 mod seed;

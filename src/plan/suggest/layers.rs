@@ -1,4 +1,4 @@
-//! The layers of a model, as far as a visitor sees them.
+//! The layers of a model, read from its parameters.
 
 use std::collections::HashSet;
 

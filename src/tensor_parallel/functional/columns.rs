@@ -1,4 +1,4 @@
-//! The operations that put products of one input by the columns of weights on burn's tape.
+//! Autodiff of products of one input by the columns of weights.
 //!
 //! The gradient of the input is one sum over all ranks and all weights, reduced once. So it is made when those of all
 //! products are there: their operations lay them down, and the *shared input*, an operation below them all that stands for the input

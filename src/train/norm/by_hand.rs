@@ -1,4 +1,4 @@
-//! Models that are split by hand.
+//! Clips the gradients of models that are split by hand.
 
 use burn::module::{Module, ParamId};
 use burn::optim::GradientsParams;

@@ -1,4 +1,4 @@
-//! The gradients of a step, measured together with those of the other ranks, and scaled.
+//! Measures gradients over all ranks, and clips them.
 
 use std::collections::HashSet;
 

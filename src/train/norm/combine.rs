@@ -1,4 +1,4 @@
-//! What the ranks know of the gradients that each of them holds, put together.
+//! Combines the norms of the gradients that each rank holds.
 
 use super::measure::PartialNorm;
 use super::{Clip, Norm};

@@ -1,4 +1,4 @@
-//! Whether the moments of an optimizer are those of the parameters that it meets.
+//! Checks that the moments of an optimizer belong to the parameters of the model.
 
 use std::collections::HashMap;
 
