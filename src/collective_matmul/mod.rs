@@ -32,7 +32,7 @@ use schedule::{Schedule, Size};
 /// How a product is made, and with whom.
 #[derive(Debug, Clone)]
 pub(crate) struct ProductCall {
-    /// The operation that errors speak of.
+    /// The operation that errors name.
     pub name: &'static str,
     /// The dim of the left factor, not its last, along which positions are scattered or gathered.
     pub dim: usize,

@@ -152,7 +152,7 @@ mod tests {
     use super::*;
     use crate::launch;
 
-    /// Whoever has more may think that it is worth another chunk.
+    /// A rank that has more may choose more chunks.
     #[test]
     fn ranks_of_unlike_parts_plan_alike() {
         let rows = 512;

@@ -4,8 +4,8 @@
 //! after wrapping. Each rank sees it in its own model before a step. As all ranks run the same program, all of them do; they
 //! meet, make sure of it, and know the parameters from then on.
 //!
-//! A rank that sees nothing is on its way to the *head* of the step, the sum of the weights. So those that see something bring
-//! to that sum what no weight is, and all learn of each other in the collective that they come to in any case.
+//! A rank whose model has not changed goes on to the *head* of the step, the sum of the weights. So a rank whose model has changed
+//! contributes a value that is not a weight to that sum, and all ranks learn of the change in a collective that they call in any case.
 
 use std::collections::HashSet;
 
@@ -30,7 +30,7 @@ pub(crate) enum ForwardState {
 }
 
 impl Reducer {
-    /// Makes sure that everything that `module` trains takes part in the reduction. Collective if it has changed, and then it
+    /// Registers everything that `module` trains with the reduction. Collective if it has changed, and then it
     /// returns the module to go on with.
     ///
     /// # Errors

@@ -20,7 +20,7 @@ use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
 use crate::tensor::{PlainTensor, TensorMapper, TensorTree, rows};
 
 /// A model that every rank of a group of replicas holds whole. Its own eager `forward` computes, so shapes and decisions may
-/// change from step to step, and gradients are heard of at the parameters while backward runs. Dereferences to the model.
+/// change from step to step, and hooks at the parameters deliver gradients while backward runs. Dereferences to the model.
 #[derive(Clone)]
 pub struct Eager<M> {
     module: M,

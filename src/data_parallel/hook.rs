@@ -43,7 +43,7 @@ const STRIDE: usize = 32;
 /// Orders above this all share one anchor, so that endless forwards without a backward cost no memory.
 const HIGHEST_ORDER: usize = 1 << 15;
 
-/// Hears of uses and gradients of parameters.
+/// Is told of uses and gradients of parameters.
 pub(crate) trait GradientListener: Send + Sync {
     /// A use of parameter `param` enters the graph. Returns its number among the uses since the last backward.
     fn used(&self, param: usize) -> usize;

@@ -142,7 +142,7 @@ impl Reducer {
     }
 
     /// The path of the first parameter of which this rank brought a gradient to the last step that has an element that is NaN or
-    /// infinite: in the average nobody sees whose it was. Of gradients that are not in host memory none is known.
+    /// infinite: the average does not show which rank it came from. Gradients that are not in host memory are not checked.
     pub fn non_finite(&self) -> Option<Arc<str>> {
         self.lock().last_non_finite.clone()
     }

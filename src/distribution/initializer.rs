@@ -37,7 +37,7 @@ pub(super) struct Initializer {
 /// What a lazy parameter turned out to be.
 pub(super) enum Recorded<const D: usize> {
     Initializer(Initializer),
-    /// Somebody else holds the same parameter, and has its value or gets it now.
+    /// The parameter is shared and its value is made, or is being made.
     Value(Tensor<D>),
 }
 
@@ -48,7 +48,7 @@ impl Initializer {
     /// [`Error::Graph`] if it reads values on the host.
     pub fn record<const D: usize>(param: Param<Tensor<D>>) -> Result<Recorded<D>, Error> {
         let home = param.lazy_device();
-        // A parameter that is moved stays lazy if nobody shares it.
+        // A parameter that is moved stays lazy if it is not shared.
         let param = param.to_device(&home);
         if param.is_initialized() {
             return Ok(Recorded::Value(param.into_value()));

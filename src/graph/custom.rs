@@ -121,7 +121,7 @@ impl CustomOps {
     }
 }
 
-/// The operation as an interpreter calls it: on the thread that runs the graph, also where kernels are put off.
+/// The operation as an interpreter calls it: on the thread that runs the graph, also where kernels are queued.
 fn handler<B: GraphBackend>(
     run: Arc<Run>,
     failed: Arc<Mutex<Option<Error>>>,

@@ -36,7 +36,7 @@ pub struct StepOutputs {
     pub outputs: Vec<PlainTensor>,
 }
 
-/// Hears of a step while it runs.
+/// Gets the results of a step while it runs.
 pub trait StepObserver {
     /// Before anything runs: the parameters whose gradients will come, in no particular order.
     ///

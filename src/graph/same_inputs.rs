@@ -19,7 +19,7 @@ pub(crate) struct SameInputs {
     steps: Arc<AtomicU64>,
 }
 
-/// A comparison under way.
+/// A comparison that is still running.
 pub(crate) struct Comparison {
     paths: Vec<String>,
     found: Vec<(Communicator, Pending<Vec<u64>>)>,

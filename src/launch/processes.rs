@@ -166,7 +166,7 @@ impl Drop for Started {
         if self.status.is_none() {
             let _ = self.child.wait();
         }
-        // Nobody holds the pipes any more.
+        // All writers of the pipes have gone.
         self.readers.drain(..).for_each(|reader| drop(reader.join()));
     }
 }

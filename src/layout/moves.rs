@@ -31,7 +31,7 @@ pub(crate) enum MoveOp {
 }
 
 impl MoveOp {
-    /// Takes the step: a collective over `comm`, for those that need one. `name` is the function that errors speak of.
+    /// Takes the step: a collective over `comm`, for those that need one. `name` is the function that errors name.
     pub fn take(self, name: &'static str, tensor: PlainTensor, comm: &Communicator) -> Result<PlainTensor, Error> {
         match self {
             Self::Keep => Ok(tensor),

@@ -1,4 +1,4 @@
-//! Running statistics that a module shares with nobody.
+//! Gives a module running statistics of its own, which burn shares among clones.
 
 use std::any::Any;
 use std::collections::HashMap;

@@ -199,7 +199,7 @@ impl ModuleVisitor for Walk<'_> {
     }
 }
 
-/// What all kinds of parameters have alike.
+/// What all kinds of parameters have in common.
 macro_rules! common {
     () => {
         fn id(&self) -> ParamId {

@@ -61,7 +61,7 @@ impl LogicalTensor {
         Self { global, layout, versions: Vec::new(), origin, parameter: false, moved: None }
     }
 
-    /// The layout that rules should see: what was partial is what somebody has had made of it.
+    /// The layout that rules should see: a partial tensor counts as the layout that it was moved to.
     pub(super) fn layout(&self) -> Layout {
         match self.layout {
             Layout::Partial if self.version(Layout::Replicated).is_some() => Layout::Replicated,

@@ -44,7 +44,7 @@ impl<M: Module> Pipelined<M> {
         self.take(local)
     }
 
-    /// Runs a step: what came of it, the outputs, and the gradients of the summed loss in the order of the module.
+    /// Runs a step. Returns its result, the outputs, and the gradients of the summed loss in the order of the module.
     #[allow(clippy::type_complexity)]
     pub(super) fn run_step<I: TensorTree + Clone>(
         &mut self,

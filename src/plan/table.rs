@@ -208,7 +208,7 @@ impl AxisPlan {
         }
         for TiedParam { first, other } in tied {
             let (a, b) = (self.layout(first), self.layout(other));
-            // Nobody has to name both places; but who does must mean the same.
+            // A plan need not name both places; if it does, it must give them the same layout.
             if a != b && self.rules.iter().any(|rule| rule.matches(other)) {
                 return Err(plan_error(format!(
                     "one parameter is claimed twice on axis `{axis}`: it is `{first}`, which is {a}, and also `{other}`, \

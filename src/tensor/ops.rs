@@ -73,7 +73,7 @@ impl PlainTensor {
         Ok(Self(by_kind!(kind, float_cat | int_cat | bool_cat(tensors, dim))))
     }
 
-    /// The sum with a float tensor of the same shape, dtype and device; in place, if nobody else holds this one.
+    /// The sum with a float tensor of the same shape, dtype and device; in place, if this one has no other owner.
     ///
     /// # Panics
     /// If they are not.
@@ -90,7 +90,7 @@ impl PlainTensor {
         Self(Dispatch::int_add(self.0, other.0))
     }
 
-    /// A float tensor times a number, in place, if nobody else holds it; itself if the number is 1.
+    /// A float tensor times a number, in place, if it has no other owner; itself if the number is 1.
     ///
     /// # Panics
     /// If it is a tensor of another kind.

@@ -32,7 +32,7 @@ impl Plan {
         self.cost_over(model, &[(DEFAULT_AXIS, degree)], inputs, loss)
     }
 
-    /// As [`cost`](Self::cost), over several axes, given by names and sizes: the axis that the plan speaks of, then others, of
+    /// As [`cost`](Self::cost), over several axes, given by names and sizes: the plan's own axis, then others, of
     /// which it speaks by [`on`](Self::on) or which split nothing. The collectives are those over all axes.
     ///
     /// ```

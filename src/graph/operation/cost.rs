@@ -96,7 +96,7 @@ mod tests {
         let linear: Linear = LinearConfig::new(5, 7).init(&device);
         let pair = vec![linear, LinearConfig::new(7, 2).init(&device)];
         let found = products(&pair, [3, 4, 5], |pair, x| pair[1].forward(pair[0].forward(x)).mean());
-        // Nobody wants the gradient of the input of the first.
+        // Of the first layer no gradient of the input is computed.
         let (first, second) = (12 * 5 * 7, 12 * 7 * 2);
         assert_eq!(found.iter().sum::<u64>(), 2 * first + 3 * second, "{found:?}");
 

@@ -127,7 +127,7 @@ impl<'a> Find<'a> {
         place < self.graph.forward_len
     }
 
-    /// The operation that makes a tensor which one other reads and nobody else, in the pass of that.
+    /// The operation that makes a tensor with a single reader in the same pass.
     fn sole_maker(&self, tensor: TensorId, reader: usize) -> Option<usize> {
         let maker = self.uses.maker(tensor)?;
         let alone = self.uses.readers(tensor) == [reader] && !self.results.contains(&tensor);

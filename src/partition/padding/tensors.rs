@@ -76,7 +76,7 @@ impl PaddingPass<'_> {
             && (creates(op) || op.inputs().any(|input| is_full(input, tensor, dim)))
     }
 
-    /// Makes sure of what the padding of a tensor is, from here on.
+    /// Overwrites the padding of a tensor.
     pub(super) fn overwrite(&mut self, id: TensorId, content: Content) {
         let Padded { tensor, dim, real, content: have } = self.padded[&id].clone();
         if have == content {

@@ -24,7 +24,7 @@ pub(super) fn gradient_parts(graph: &mut StepGraph, analysis: &Analysis<'_>, bou
     let uses = Uses::of(&graph.operations);
     let mut results: HashMap<TensorId, usize> = HashMap::new();
     graph.results().for_each(|tensor| *results.entry(tensor.id).or_default() += 1);
-    // A part of the sum that somebody else reads must stay.
+    // A part of the sum that another operation reads must stay.
     let read_once = |tensor: TensorId| uses.readers(tensor).len() + results.get(&tensor).copied().unwrap_or(0) <= 1;
     let mut parts = Vec::new();
     for param in 0..graph.params.len() {
@@ -80,7 +80,7 @@ fn sum(graph: &mut StepGraph, terms: Vec<TensorIr>) -> Option<TensorIr> {
     })
 }
 
-/// The tensors that somebody wants.
+/// The ids of wanted tensors.
 pub(super) fn ids<'a>(wanted: impl IntoIterator<Item = &'a Wanted>) -> HashSet<TensorId> {
     wanted.into_iter().map(|wanted| wanted.tensor.id).collect()
 }

@@ -85,7 +85,7 @@ impl<M: Module, F> EagerStage<M, F> {
         &self.module
     }
 
-    /// The module, for good.
+    /// Gives the module back.
     pub fn into_module(self) -> M {
         self.module
     }
@@ -252,7 +252,7 @@ fn float(tensor: &DispatchTensor) -> Option<Tensor<1>> {
     tensor.dtype().is_float().then(|| Tensor::from_dispatch(tensor.clone()))
 }
 
-/// How the module's parameters take part in gradient checkpointing: tensors of one operation must do alike.
+/// How the module's parameters take part in gradient checkpointing: all tensors of one operation must have the same strategy.
 fn strategy_of<M: Module>(module: &M) -> GradientCheckpointingStrategy {
     let mut strategy = None;
     visit_floats(module, &mut |param| strategy = strategy.or_else(|| param.checkpointing()));

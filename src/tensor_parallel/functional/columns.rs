@@ -214,7 +214,7 @@ impl<B: Products + ColumnProducts> SharedInput<B> {
         let of_weight = |((wanted, dy), weight): ((&bool, Option<FloatTensor<B>>), &FloatTensor<B>)| match dy {
             _ if !wanted => Ok(None),
             Some(dy) => B::multiply_rows(x.clone(), dy, call.name).map(Some),
-            // Nobody has used its product.
+            // Its product was not used.
             None => Ok(Some(zeros_instead::<B>(weight.shape(), weight))),
         };
         let of_weights =

@@ -53,7 +53,7 @@ pub(crate) fn clip<M: Module>(
         return Ok(Clipped { grads: gradients_params(module, scaled), norm, factor, skipped: None });
     };
     if norm.is_finite() {
-        // A copy that does not count is not finite: ranks have gone apart.
+        // A copy that does not count is not finite: the ranks have diverged.
         norm = f64::NAN;
     }
     let (path, rank) = culprit(&paths_of(module), non_finite, holding, &clip)?;
@@ -69,7 +69,7 @@ pub(crate) fn clip<M: Module>(
 /// The path of the first parameter whose gradient is not finite, and the rank that brought it, the same on all ranks: the one
 /// that brought it into an average, in which all have it; if nobody did, as where only the sum overflows, the first that has it.
 ///
-/// All ranks come here or none: what is known of the averages is alike on all of them.
+/// All ranks call this or none: all have the same averages.
 fn culprit(
     paths: &[String],
     non_finite: NonFiniteGradient,
@@ -93,7 +93,7 @@ fn culprit(
     let mine = culprit.rank == holding.rank;
     let mut path = paths.get(culprit.place).filter(|_| mine).map(|path| path.clone().into_bytes()).unwrap_or_default();
     for group in groups.iter().filter(|group| group.size() > 1) {
-        // Whoever knows it says the same: one of the lines is enough.
+        // All ranks that know the path know the same one.
         let lens = group.all_gather(vec![path.len() as u64])?;
         let all = group.all_gather(path)?;
         path = all[..lens.into_iter().find(|len| *len > 0).unwrap_or(0) as usize].to_vec();

@@ -19,7 +19,7 @@ pub(super) struct NormReport {
     pub non_finite: Option<NonFiniteGradient>,
 }
 
-/// Numbers that a rank brings: those of [`NormReport`], and what it was asked for.
+/// What a rank sends: the numbers of its [`NormReport`], and its options.
 const NUMBERS: usize = 6;
 
 impl NormReport {
