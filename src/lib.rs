@@ -41,8 +41,10 @@
 //! | [`plan`] | which parameters are split, by path |
 //! | [`tensor_parallel`] | any module split over ranks by a plan; explicit layers for models written with that in mind |
 //! | [`pipeline_parallel`] | any module cut into stages; schedules as data, their validator and simulator, one executor for all |
+//! | [`sharding`] | what replicas divide among themselves (ZeRO), by rows |
 //! | [`step`] | what a training step takes and gives, with every strategy |
 //! | [`train`] | where strategies meet: replicas of models that are split |
+//! | [`hf`] | Hugging Face directories: opened, mapped onto a model, loaded by slices, written from any mesh |
 //! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
 //! | [`partition`] | sharding propagation: a captured step split over the ranks of an axis, with the collectives it needs |
 //!
@@ -65,6 +67,7 @@ mod delegate;
 mod distribution;
 mod error;
 pub mod graph;
+pub mod hf;
 pub mod launch;
 pub mod layout;
 pub mod mesh;
@@ -73,8 +76,10 @@ pub mod params;
 pub mod partition;
 pub mod pipeline_parallel;
 pub mod plan;
+pub mod sharding;
 pub mod step;
 pub mod tensor;
+mod tensor_file;
 pub mod tensor_parallel;
 pub mod train;
 

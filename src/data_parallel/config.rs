@@ -7,6 +7,8 @@ use burn::tensor::FloatDType;
 use serde::{Deserialize, Serialize};
 
 use super::comm_hook::{AllReduceHook, CastHook, CommHook};
+use crate::Error;
+use crate::sharding::{Keep, Sharding};
 
 /// Settings of [`DataParallel::data_parallel`](super::DataParallel::data_parallel).
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -23,6 +25,13 @@ pub struct DataParallelConfig {
     pub overlap: bool,
     /// After how many steps replicas are compared; 0 for never.
     pub compare_every: u64,
+    /// What the replicas divide among themselves.
+    pub sharding: Sharding,
+    /// Among how many of the replicas they divide it; among all if there is no number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sharding_ranks: Option<usize>,
+    /// How long gathered parameters are kept, with [`Sharding::Parameters`].
+    pub keep: Keep,
     /// A reduction of one's own, which no file knows of.
     #[serde(skip)]
     hook: Option<Arc<dyn CommHook>>,
@@ -32,7 +41,7 @@ impl Config for DataParallelConfig {}
 
 impl DataParallelConfig {
     /// The default: buckets of 25 MB, the first of 1 MB, gradients reduced in their own dtype while backward runs, replicas
-    /// not compared.
+    /// not compared, nothing divided among them.
     pub fn new() -> Self {
         Self {
             bucket_bytes: 25_000_000,
@@ -40,6 +49,9 @@ impl DataParallelConfig {
             reduce_dtype: None,
             overlap: true,
             compare_every: 0,
+            sharding: Sharding::None,
+            sharding_ranks: None,
+            keep: Keep::Pass,
             hook: None,
         }
     }
@@ -79,6 +91,47 @@ impl DataParallelConfig {
     pub fn with_compare_every(mut self, steps: u64) -> Self {
         self.compare_every = steps;
         self
+    }
+
+    /// Sets what the replicas divide among themselves (ZeRO 1, 2 and 3); [`Sharding`] says what each level costs. Steps are then
+    /// taken by [`optimize`](crate::train::ParallelModule::optimize) alone: gradients are those of this rank's rows.
+    pub fn with_sharding(mut self, sharding: Sharding) -> Self {
+        self.sharding = sharding;
+        self
+    }
+
+    /// Sets among how many neighbouring replicas rows are divided; they are replicated over the others (PyTorch's hybrid
+    /// sharding). It divides the number of replicas.
+    pub fn with_sharding_ranks(mut self, ranks: usize) -> Self {
+        self.sharding_ranks = Some(ranks);
+        self
+    }
+
+    /// Sets how long gathered parameters are kept, with [`Sharding::Parameters`].
+    pub fn with_keep(mut self, keep: Keep) -> Self {
+        self.keep = keep;
+        self
+    }
+
+    /// Demands settings that go together.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] with the first that do not.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let wrong = |problem: &str| Err(Error::invalid("data_parallel", problem));
+        if self.sharding == Sharding::None {
+            return match self.sharding_ranks {
+                Some(_) => wrong("`sharding_ranks` is set, but `sharding` is \"none\": set what is divided"),
+                None => Ok(()),
+            };
+        }
+        match self.hook {
+            Some(_) => wrong(
+                "a communication hook reduces whole gradients, of which sharded replicas keep their rows only: leave it out \
+                 (`with_reduce_dtype` works), or leave `sharding` at \"none\"",
+            ),
+            None => Ok(()),
+        }
     }
 
     /// How a bucket is reduced.

@@ -1,11 +1,12 @@
 //! The eager engine: a whole model on every rank, run by its own forward.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::backend::DispatchTensor;
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Gradients, Tensor};
 
 use super::batch_norm::SyncBatchNorm;
@@ -166,14 +167,16 @@ impl<M: Module> StepEngine for Eager<M> {
     }
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
-        let dims = params::dims_of(&self.module);
-        self.change(|module| {
-            params::load(module, source, &|id| dims.get(&id).map(|dims| ParamSlice::whole(dims.clone())))
-        })
+        let slices = self.param_slices()?;
+        self.change(|module| params::load(module, source, &|id| slices.get(&id).cloned()))
     }
 
     fn assemble(&self) -> Result<M, Error> {
         Ok(self.module.clone())
+    }
+
+    fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+        Ok(params::dims_of(&self.module).into_iter().map(|(id, dims)| (id, ParamSlice::whole(dims))).collect())
     }
 
     fn counters(&self) -> StepCounters {

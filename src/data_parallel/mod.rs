@@ -53,6 +53,7 @@ mod changes;
 mod comm_hook;
 mod config;
 mod dataset;
+mod each;
 mod eager;
 mod fingerprint;
 mod hook;
@@ -68,6 +69,7 @@ mod replica;
 mod replica_backward;
 mod replicate;
 mod sampler;
+mod shard_update;
 mod structure;
 
 use std::sync::Arc;

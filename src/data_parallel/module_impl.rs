@@ -9,6 +9,7 @@ use burn::tensor::Device;
 use super::Replica;
 use crate::graph::StepEngine;
 use crate::nesting::{self, refuse_wrapping};
+use crate::sharding::Sharding;
 
 impl<E> Deref for Replica<E> {
     type Target = E;
@@ -35,6 +36,9 @@ impl<E: fmt::Display> fmt::Display for Replica<E> {
         self.engine.fmt(f)
     }
 }
+
+/// What burn calls the mapper by which optimizers update modules.
+const OPTIMIZER: &str = "ModuleOptimizerMapper";
 
 /// Paths and parameters are those of the model.
 impl<E: StepEngine> Module for Replica<E> {
@@ -68,7 +72,16 @@ impl<E: StepEngine> Module for Replica<E> {
         self.engine.visit(visitor);
     }
 
+    /// # Panics
+    /// If an optimizer of burn steps sharded replicas by itself: it would update rows with the gradients of others, or not at
+    /// all. [`optimize`](crate::train::ParallelModule::optimize) does it.
     fn map<Mapper: ModuleMapper>(self, mapper: &mut Mapper) -> Self {
+        let sharding = self.sharding();
+        assert!(
+            sharding == Sharding::None || !std::any::type_name::<Mapper>().contains(OPTIMIZER),
+            "`optim.step` was called on replicas whose sharding is \"{sharding}\": the gradients are those of this rank's rows, and \
+             the others must hear of the update; call `model.optimize(&mut optim, lr, step)` instead"
+        );
         let before = self.reducer().map(|reducer| reducer.unknown_params(&self.engine));
         let replica = self.change(|engine| engine.map(mapper));
         if let (Some(reducer), Some(before)) = (replica.reducer(), before) {

@@ -15,6 +15,8 @@
 //! the last backward and is then used again; it is summed in a collective of its own after the tail.
 //!
 //! Head and tail go over a communicator of their own, so the counters of the other one are those of the gradients alone.
+//!
+//! With [sharded](crate::sharding) replicas a bucket is reduce-scattered, and what comes out are the rows of this rank.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
@@ -23,6 +25,7 @@ use std::time::{Duration, Instant};
 use burn::module::{Module, ParamId};
 use burn::tensor::Device;
 
+use super::bucket_launch;
 use super::config::DataParallelConfig;
 use super::hook::GradientListener;
 use super::known_params::{KnownParams, head};
@@ -30,8 +33,9 @@ use super::loss_weight::LossWeight;
 use super::reduction_state::{LATE, ParamProgress, PendingReduction, ReductionState, accumulate};
 use super::structure::Structure;
 use crate::Error;
-use crate::comm::{Communicator, ReduceOp};
+use crate::comm::{Communicator, Counters, ReduceOp};
 use crate::params::unknown_params;
+use crate::sharding::{ShardComms, Sharding};
 use crate::tensor::PlainTensor;
 
 /// The averages over the group.
@@ -53,6 +57,8 @@ pub(crate) struct Reducer {
     /// Carries head and tail.
     pub(super) control: Communicator,
     pub(super) config: DataParallelConfig,
+    /// Among whom gradients and the state of optimizers are divided, if they are.
+    pub(super) shards: Option<ShardComms>,
     /// Where the model was when it was wrapped.
     device: Device,
     step: Mutex<ReductionState>,
@@ -69,8 +75,13 @@ impl Reducer {
     ) -> Result<Self, Error> {
         let of_its_own = |name| group.split_named(name, 0, group.rank() as i64);
         let (data, control) = (of_its_own("gradients")?, of_its_own("control")?);
+        let shards = match config.sharding {
+            Sharding::None => None,
+            _ if group.size() == 1 => None,
+            _ => Some(ShardComms::new(group, config.sharding_ranks)?),
+        };
         let known = RwLock::default();
-        let reducer = Self { known, data, control, config, device, step: Mutex::default() };
+        let reducer = Self { known, data, control, config, shards, device, step: Mutex::default() };
         reducer.learn(|known| *known = KnownParams::new(structure));
         Ok(reducer)
     }
@@ -133,6 +144,38 @@ impl Reducer {
         }
     }
 
+    /// Among whom gradients and the state of optimizers are divided, if they are.
+    pub fn shards(&self) -> Option<&ShardComms> {
+        self.shards.as_ref()
+    }
+
+    /// What the replicas divide among themselves.
+    pub fn sharding(&self) -> Sharding {
+        self.shards.as_ref().map_or(Sharding::None, |_| self.config.sharding)
+    }
+
+    /// What gradients have cost in communication.
+    pub fn gradient_counters(&self) -> Counters {
+        let shards = self.shards.as_ref().map(ShardComms::gradient_counters).unwrap_or_default();
+        self.data.counters() + shards
+    }
+
+    /// What gathered parameters have cost in communication.
+    pub fn parameter_counters(&self) -> Counters {
+        self.shards.as_ref().map(|shards| shards.parameters().counters()).unwrap_or_default()
+    }
+
+    /// What the few numbers beside them have cost in communication.
+    pub fn control_counters(&self) -> Counters {
+        let shards = self.shards.as_ref().map(|shards| shards.control().counters()).unwrap_or_default();
+        self.control.counters() + shards
+    }
+
+    /// How many bytes of parameters or gradients go into one collective.
+    pub fn bucket_bytes(&self) -> usize {
+        self.config.bucket_bytes
+    }
+
     pub fn data(&self) -> &Communicator {
         &self.data
     }
@@ -145,6 +188,11 @@ impl Reducer {
     /// infinite: the average does not show which rank it came from. Gradients that are not in host memory are not checked.
     pub fn non_finite(&self) -> Option<Arc<str>> {
         self.lock().last_non_finite.clone()
+    }
+
+    /// Says of whose gradient [`non_finite`](Self::non_finite) tells, where a step has several reductions.
+    pub fn set_non_finite(&self, path: Option<Arc<str>>) {
+        self.lock().last_non_finite = path;
     }
 
     /// The averages over a group of one: nothing to communicate, and nothing to compute but for accumulated gradients.
@@ -230,7 +278,10 @@ impl Reducer {
                 .iter()
                 .map(|param| late.remove(param).unwrap_or_else(|| self.zeros(*param, &device)))
                 .collect();
-            let extra = self.data.all_reduce_coalesced(extra, ReduceOp::PreMulSum(factor))?;
+            let extra = match &self.shards {
+                None => self.data.all_reduce_coalesced(extra, ReduceOp::PreMulSum(factor))?,
+                Some(shards) => bucket_launch::reduce_scatter(extra, factor, None, shards)?,
+            };
             for (param, extra) in late_params.into_iter().zip(extra) {
                 let sum = accumulate(gradients.remove(&param), extra);
                 gradients.insert(param, sum);

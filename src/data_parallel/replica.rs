@@ -11,7 +11,7 @@ use super::config::DataParallelConfig;
 use super::fingerprint;
 use super::hook::{AttachHooks, HookGroup};
 use super::loss_weight::LossWeight;
-use super::reducer::Reducer;
+use super::reducer::{Reduced, Reducer};
 use super::reducer_sink::ReducerSink;
 use super::register::register;
 use super::replicate::replicate;
@@ -19,6 +19,7 @@ use crate::Error;
 use crate::comm::Communicator;
 use crate::graph::{MicroBatch, StepEngine};
 use crate::params::SliceSource;
+use crate::sharding::Sharding;
 use crate::step::{LossValue, RunReport, Step, StepCounters, StepFn};
 use crate::tensor::{PlainTensor, TensorTree};
 
@@ -118,6 +119,15 @@ impl<E: StepEngine> Replica<E> {
         }
     }
 
+    /// What the replicas divide among themselves.
+    pub fn sharding(&self) -> Sharding {
+        match &self.averaging {
+            Averaging::Ready(reducer) => reducer.sharding(),
+            Averaging::Deferred(group, config) if group.size() > 1 => config.sharding,
+            Averaging::Deferred(..) => Sharding::None,
+        }
+    }
+
     /// The path of the first parameter of which this rank brought a gradient to the last step that was not finite.
     pub(crate) fn non_finite_param(&self) -> Option<Arc<str>> {
         self.reducer().and_then(|reducer| reducer.non_finite())
@@ -146,8 +156,9 @@ impl<E: StepEngine> Replica<E> {
         match self.reducer() {
             None => of_engine,
             Some(reducer) => StepCounters {
-                gradients: reducer.data().counters(),
-                control: reducer.control().counters(),
+                gradients: reducer.gradient_counters(),
+                parameters: reducer.parameter_counters() + of_engine.parameters,
+                control: reducer.control_counters(),
                 waited: self.waited,
                 ..of_engine
             },
@@ -177,6 +188,9 @@ impl<E: StepEngine> Replica<E> {
                 reducer
             }
         };
+        if reducer.sharding() >= Sharding::Gradients {
+            return self.run_reducing_each(&reducer, micro_batches, step);
+        }
         let before = self.counters();
         self.admit(&reducer, ForwardState::Pending)?;
         let (mut outputs, mut runs) = (Vec::new(), Vec::new());
@@ -225,7 +239,7 @@ impl<E: StepEngine> Replica<E> {
         Ok(())
     }
 
-    fn take(
+    pub(super) fn take(
         &mut self,
         reducer: &Reducer,
         gave: MicroBatch,
@@ -254,21 +268,27 @@ impl<E: StepEngine> Replica<E> {
         // Replicas reduce the sum on the host; a single one need not wait for the device.
         let sum =
             |losses: &[(Tensor<1>, f64)]| losses.iter().map(|(loss, by)| loss.clone().into_scalar::<f64>() * by).sum();
-        let outcome =
-            ran.and_then(|()| reducer.finish(if alone { 0.0 } else { sum(&losses) })).and_then(|mut reduced| {
-                self.waited += reduced.waited;
-                let grads = register(reducer, &mut reduced, &self.engine)?;
-                let loss = match alone {
-                    true => LossValue::mean(losses, reduced.weight),
-                    false => LossValue::known(reduced.loss),
-                };
-                self.steps += 1;
-                if reducer.compares(self.steps) {
-                    fingerprint::compare(&self.engine, reducer.control())?;
-                }
-                Ok((loss, reduced.weight, grads))
-            });
+        let reduced = ran.and_then(|()| reducer.finish(if alone { 0.0 } else { sum(&losses) }));
+        let outcome = reduced.and_then(|reduced| {
+            let (known, weight, grads) = self.complete(reducer, reduced)?;
+            Ok((if alone { LossValue::mean(losses, weight) } else { known }, weight, grads))
+        });
         outcome.inspect_err(|_| reducer.discard())
+    }
+
+    /// Hands what was reduced in a step to burn.
+    pub(super) fn complete(
+        &mut self,
+        reducer: &Reducer,
+        mut reduced: Reduced,
+    ) -> Result<(LossValue, f64, GradientsParams), Error> {
+        self.waited += reduced.waited;
+        let grads = register(reducer, &mut reduced, &self.engine)?;
+        self.steps += 1;
+        if reducer.compares(self.steps) {
+            fingerprint::compare(&self.engine, reducer.control())?;
+        }
+        Ok((LossValue::known(reduced.loss), reduced.weight, grads))
     }
 
     /// Gives everything that is not trained the values of the first replica.

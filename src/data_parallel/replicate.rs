@@ -9,6 +9,7 @@ use super::structure::{self, Structure};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::params::{one_device, own_buffers};
+use crate::sharding::Sharding;
 
 /// Demands that all ranks bring the same module, gives it rank 0's ids by `share_ids` and its values, and makes a reducer for
 /// its gradients.
@@ -22,6 +23,12 @@ pub(crate) fn replicate<M: Module>(
     config: DataParallelConfig,
     share_ids: impl FnOnce(M, &Communicator) -> Result<M, Error>,
 ) -> Result<(M, Reducer), Error> {
+    config.check()?;
+    if config.sharding == Sharding::Parameters && group.size() > 1 {
+        let problem =
+            "parameters cannot be divided among replicas yet: set `sharding` to \"gradients\", or split the model";
+        return Err(Error::invalid("data_parallel", problem));
+    }
     let device = one_device(&module, "data_parallel")?.unwrap_or_else(Device::flex);
     let mut structure = Structure::of(&module);
     let mut module = module;

@@ -3,8 +3,8 @@
 //! A [`StepEngine`] runs forward and backward of one micro-batch and gives gradients away as they come: to a sum, or to the
 //! reduction over replicas.
 
-use std::collections::HashSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::module::{Module, ParamId};
 use burn::tensor::Tensor;
@@ -13,7 +13,7 @@ use super::gradient_layout::GradientLayout;
 use super::results::{StepObserver, StepOutputs};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::params::SliceSource;
+use crate::params::{ParamSlice, SliceSource};
 use crate::step::{RunReport, StepCounters, StepFn};
 use crate::tensor::{PlainTensor, TensorTree};
 
@@ -94,6 +94,9 @@ pub trait StepEngine: Module {
     /// The whole model, on every rank.
     fn assemble(&self) -> Result<Self::Model, Error>;
 
+    /// What this rank holds of each parameter whose value counts here.
+    fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error>;
+
     /// What it has communicated so far.
     fn counters(&self) -> StepCounters;
 
@@ -109,12 +112,44 @@ pub trait StepEngine: Module {
 
 /// The optimizers that were found to suit a model, by where they are in memory.
 #[derive(Debug, Clone, Default)]
-pub struct CheckedOptimizers(Arc<Mutex<HashSet<usize>>>);
+pub struct CheckedOptimizers(Arc<Mutex<HashMap<usize, Checked>>>);
+
+/// What is known of an optimizer.
+#[derive(Debug, Default)]
+struct Checked {
+    /// The parameters whose updates were looked at.
+    params: HashSet<ParamId>,
+    /// Those whose update depends on the whole of them.
+    whole: Arc<HashSet<ParamId>>,
+}
 
 impl CheckedOptimizers {
     /// Whether an optimizer at this address is met for the first time.
     pub fn is_new(&self, address: usize) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(address)
+        self.lock().insert(address, Checked::default()).is_none()
+    }
+
+    /// The parameters whose update by the optimizer at this address depends on the whole of them, as `find` finds them out, which
+    /// is asked where there are `params` that it was not asked for.
+    ///
+    /// # Errors
+    /// Those of `find`.
+    pub fn whole(
+        &self,
+        address: usize,
+        params: &HashSet<ParamId>,
+        find: impl FnOnce() -> Result<HashSet<ParamId>, Error>,
+    ) -> Result<Arc<HashSet<ParamId>>, Error> {
+        if let Some(known) = self.lock().get(&address).filter(|known| known.params.is_superset(params)) {
+            return Ok(known.whole.clone());
+        }
+        let whole = Arc::new(find()?);
+        self.lock().insert(address, Checked { params: params.clone(), whole: whole.clone() });
+        Ok(whole)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<usize, Checked>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -27,7 +27,9 @@ pub(crate) use device::one_device;
 pub(crate) use gradients::{put_gradients, scale_gradients, take_gradients};
 pub(crate) use ids::{Renamed, share_ids};
 pub(crate) use leaf::{LazyParam, LeafKind, leaf, with_autodiff};
-pub(crate) use load::{ParamSlice, dims_of, load};
+#[doc(hidden)]
+pub use load::ParamSlice;
+pub(crate) use load::{dims_of, load};
 pub(crate) use map::{MapParams, Mapped, map_params};
 pub(crate) use meta_module::{NewDims, meta_module};
 pub(crate) use pad::{padded, without_padding};

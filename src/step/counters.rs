@@ -8,8 +8,11 @@ use crate::comm::Counters;
 /// What steps cost in communication on one rank: one of them, or all so far.
 #[derive(Debug, Clone, Default)]
 pub struct StepCounters {
-    /// Data parallelism, the buckets of gradients: one collective for each.
+    /// Data parallelism, the buckets of gradients: one collective for each, or two where rows are divided among some of the
+    /// replicas only.
     pub gradients: Counters,
+    /// Sharded replicas: parameters that were gathered, for use or after their update.
+    pub parameters: Counters,
     /// Data parallelism, the few numbers that go with them: weights, losses, which parameters were used.
     pub control: Counters,
     /// The statistics of synchronised batch norm.
@@ -27,7 +30,7 @@ pub struct StepCounters {
 impl StepCounters {
     /// Everything together.
     pub fn total(&self) -> Counters {
-        let parts = [&self.control, &self.statistics, &self.tensor, &self.pipeline];
+        let parts = [&self.parameters, &self.control, &self.statistics, &self.tensor, &self.pipeline];
         parts.into_iter().fold(self.gradients.clone(), |sum, more| sum + more.clone())
     }
 }
@@ -38,6 +41,7 @@ impl Sub for StepCounters {
     fn sub(self, earlier: Self) -> Self {
         Self {
             gradients: self.gradients - earlier.gradients,
+            parameters: self.parameters - earlier.parameters,
             control: self.control - earlier.control,
             statistics: self.statistics - earlier.statistics,
             tensor: self.tensor - earlier.tensor,

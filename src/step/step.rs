@@ -18,7 +18,8 @@ pub struct Step {
     /// The number of items that the mean is over, on all ranks together: what a [`Loss`](super::Loss) counts for.
     pub weight: f64,
     /// The gradients of that mean loss, for burn's optimizers: of this rank's parts of a model that is split, bit-identical
-    /// on all replicas. Empty if the step is [`skipped`](Self::skipped).
+    /// on all replicas; of this rank's rows, if the replicas are [sharded](crate::sharding), for
+    /// [`optimize`](crate::train::ParallelModule::optimize) alone. Empty if the step is [`skipped`](Self::skipped).
     pub grads: GradientsParams,
     /// The further outputs of the closure, for each micro-batch of this replica: whole on every rank of a model that is
     /// split, and on the rank that computes them in a pipeline, where each micro-batch of the pipeline counts.

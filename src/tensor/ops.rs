@@ -5,7 +5,7 @@ use std::ops::Range;
 use burn::backend::flex::Layout;
 use burn::backend::ops::{BoolTensorOps, FloatTensorOps, IntTensorOps};
 use burn::backend::{Dispatch, DispatchTensor};
-use burn::tensor::{Scalar, Shape, Slice};
+use burn::tensor::{DType, FloatDType, Scalar, Shape, Slice};
 
 use super::{Kind, PlainTensor, by_kind};
 use crate::Error;
@@ -88,6 +88,17 @@ impl PlainTensor {
     /// As [`add`](Self::add).
     pub(crate) fn add_ints(self, other: Self) -> Self {
         Self(Dispatch::int_add(self.0, other.0))
+    }
+
+    /// A float tensor in another float dtype; itself if it has it.
+    ///
+    /// # Panics
+    /// If it is a tensor of another kind.
+    pub(crate) fn cast(self, dtype: FloatDType) -> Self {
+        match DType::from(dtype) == self.dtype() {
+            true => self,
+            false => Self(Dispatch::float_cast(self.0, dtype)),
+        }
     }
 
     /// A float tensor times a number, in place, if it has no other owner; itself if the number is 1.

@@ -1,18 +1,24 @@
 //! The trait that all wrappers implement.
 
+use std::collections::HashMap;
+
 use burn::data::dataloader::DataLoader;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
-use burn::module::Module;
+use burn::module::{Module, ParamId};
 use burn::optim::{GradientsParams, ModuleOptimizer};
 
 use super::Report;
 use super::norm::{self, Clip, Clipped};
-use super::optimize;
+use super::optimize::{self, ShardedStep};
 use crate::Error;
 use crate::data_parallel::{Join, JoinLoader};
 use crate::graph::{CheckedOptimizers, GradientLayout, SplitParam, TensorTree};
-use crate::params::SliceSource;
+use crate::params::{ParamSlice, SliceSource};
+use crate::sharding::{ShardComms, ShardParams};
 use crate::step::{Loss, Step, StepCounters};
+
+/// Takes this rank's rows, and returns those that it has changed.
+pub type UpdateShards<'a> = dyn FnMut(ShardParams, &ShardComms) -> Result<ShardParams, Error> + 'a;
 
 pub(super) mod sealed {
     pub trait Sealed {}
@@ -114,6 +120,9 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// Adam, AdamW, ...) pass; those that look at whole matrices or clip by their norm do not. What is put in the place of an
     /// optimizer between two calls (`optim = ..`) is not looked at again.
     ///
+    /// [Sharded](crate::sharding) replicas update their rows of the parameters, and gather those of the others. What an optimizer does
+    /// not update row by row as it would the whole, it is given whole, on one of the ranks. Collective then.
+    ///
     /// A [`skipped`](Step::skipped) step leaves parameters and moments as they are.
     ///
     /// # Errors
@@ -126,6 +135,14 @@ pub trait ParallelModule: Module + sealed::Sealed {
     ) -> Result<Self, Error> {
         if step.skipped {
             return Ok(self);
+        }
+        if self.shards().is_some() {
+            let (checked, split) = (self.checked_optimizers().clone(), self.split_params());
+            let mut step = Some(ShardedStep { optim, lr: lr.into(), grads: step.grads, checked, split });
+            return self.update_shards(&mut |shards, comms| match step.take() {
+                Some(step) => step.run(shards, comms),
+                None => Ok(ShardParams::default()),
+            });
         }
         optimize::check(optim, self.checked_optimizers(), self.local(), || self.split_params())?;
         optimize::update(self, optim, lr.into(), step.grads)
@@ -201,8 +218,23 @@ pub trait ParallelModule: Module + sealed::Sealed {
     fn gradient_layout(&self) -> GradientLayout;
 
     #[doc(hidden)]
+    fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error>;
+
+    #[doc(hidden)]
     fn split_params(&self) -> Vec<SplitParam>;
 
     #[doc(hidden)]
     fn checked_optimizers(&self) -> &CheckedOptimizers;
+
+    /// Among whom replicas divide the rows of what they hold, if they do.
+    #[doc(hidden)]
+    fn shards(&self) -> Option<ShardComms> {
+        None
+    }
+
+    /// Hands this rank's rows of the parameters that are trained to `update`, and gives all replicas those that it returns.
+    #[doc(hidden)]
+    fn update_shards(self, _update: &mut UpdateShards<'_>) -> Result<Self, Error> {
+        Ok(self)
+    }
 }

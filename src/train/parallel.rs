@@ -1,11 +1,13 @@
 //! A model that is parallelised by a strategy.
 
+use std::collections::HashMap;
 use std::fmt;
 
 use burn::data::dataloader::DataLoader;
-use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor};
+use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, ParamId};
 use burn::tensor::Device;
 
+use super::module::UpdateShards;
 use super::module::sealed::Sealed;
 use super::{ParallelModule, Report, Strategy};
 use crate::Error;
@@ -14,9 +16,10 @@ use crate::data_parallel::{DataParallel, Eager, Join, JoinLoader, Replica};
 use crate::graph::{CheckedOptimizers, GradientLayout, SplitParam, TensorTree};
 use crate::mesh::Mesh;
 use crate::nesting::{self, refuse_wrapping};
-use crate::params::SliceSource;
+use crate::params::{ParamSlice, SliceSource};
 use crate::pipeline_parallel::{PipelineParallel, Pipelined};
 use crate::plan::Plan;
+use crate::sharding::ShardComms;
 use crate::step::{Loss, Step, StepCounters};
 use crate::tensor_parallel::{Sharded, TensorParallel, TensorParallelConfig};
 
@@ -191,16 +194,27 @@ impl<M: Module> ParallelModule for Parallel<M> {
         with!(&self.wrapped, model => ParallelModule::report(model))
     }
 
+    fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+        with!(&self.wrapped, model => ParallelModule::param_slices(model))
+    }
+
     fn split_params(&self) -> Vec<SplitParam> {
         with!(&self.wrapped, model => ParallelModule::split_params(model))
     }
 
     fn gradient_layout(&self) -> GradientLayout {
-        let holding = with!(&self.wrapped, model => ParallelModule::gradient_layout(model));
-        match &self.together {
-            Some(together) => GradientLayout { groups: vec![together.clone()], ..holding },
-            None => holding,
-        }
+        let layout = with!(&self.wrapped, model => ParallelModule::gradient_layout(model));
+        let Some(together) = &self.together else { return layout };
+        let shards = self.shards().map(|shards| shards.control().clone());
+        GradientLayout { groups: [together.clone()].into_iter().chain(shards).collect(), ..layout }
+    }
+
+    fn shards(&self) -> Option<ShardComms> {
+        with!(&self.wrapped, model => ParallelModule::shards(model))
+    }
+
+    fn update_shards(self, update: &mut UpdateShards<'_>) -> Result<Self, Error> {
+        Ok(renew!(self, model => ParallelModule::update_shards(model, update)?))
     }
 
     fn checked_optimizers(&self) -> &CheckedOptimizers {

@@ -1,8 +1,11 @@
 //! Implements `ParallelModule` for the wrappers.
 
-use burn::data::dataloader::DataLoader;
-use burn::module::Module;
+use std::collections::HashMap;
 
+use burn::data::dataloader::DataLoader;
+use burn::module::{Module, ParamId};
+
+use super::module::UpdateShards;
 use super::module::sealed::Sealed;
 use super::report::Reports;
 use super::{ParallelModule, Report, unreplicated};
@@ -10,8 +13,9 @@ use crate::Error;
 use crate::comm::Communicator;
 use crate::data_parallel::{DataParallelConfig, Join, JoinLoader, Replica};
 use crate::graph::{CheckedOptimizers, GradientLayout, SplitParam, StepEngine, TensorTree};
-use crate::params::SliceSource;
+use crate::params::{ParamSlice, SliceSource};
 use crate::pipeline_parallel::{PipelineConfig, Pipelined};
+use crate::sharding::ShardComms;
 use crate::step::{Loss, Step, StepCounters, StepFn};
 use crate::tensor_parallel::Sharded;
 
@@ -75,14 +79,28 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
         Report { replicas: self.group().size(), ..self.engine().report() }
     }
 
+    fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+        self.engine().param_slices()
+    }
+
     fn split_params(&self) -> Vec<SplitParam> {
         self.engine().split_params()
     }
 
-    /// Replicas hold the same gradients, bit for bit: each measures its own.
+    /// Replicas hold the same gradients, bit for bit, and each measures its own; sharded ones hold rows of them.
     fn gradient_layout(&self) -> GradientLayout {
         let averaged = Some((self.control().clone(), self.non_finite_param()));
-        GradientLayout { averaged, ..self.engine().gradient_layout() }
+        let mut layout = GradientLayout { averaged, ..self.engine().gradient_layout() };
+        layout.groups.extend(self.shards().map(|shards| shards.control().clone()));
+        layout
+    }
+
+    fn shards(&self) -> Option<ShardComms> {
+        Replica::shards(self)
+    }
+
+    fn update_shards(self, update: &mut UpdateShards<'_>) -> Result<Self, Error> {
+        Replica::update_shards(self, update)
     }
 
     fn checked_optimizers(&self) -> &CheckedOptimizers {
@@ -150,6 +168,10 @@ macro_rules! without_replicas {
 
             fn report(&self) -> Report {
                 Reports::report(self)
+            }
+
+            fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+                StepEngine::param_slices(self)
             }
 
             fn split_params(&self) -> Vec<SplitParam> {

@@ -1,19 +1,20 @@
 //! Checks that an optimizer suits parameters that are split, and updates them.
 
+mod clipping;
 mod moments;
 mod optimizer_error;
 mod parts;
+mod sharded;
+mod update;
+mod whole;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
-use burn::grad_clipping::GradientClipping;
-use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
 use burn::module::Module;
-use burn::optim::{GradientsParams, ModuleOptimizer};
+use burn::optim::ModuleOptimizer;
 
-use self::optimizer_error::optimizer_error;
+use self::clipping::clips_parts;
+pub(super) use self::sharded::ShardedStep;
+pub(super) use self::update::update;
 use crate::Error;
-use crate::comm::panic_message;
 use crate::graph::{CheckedOptimizers, SplitParam};
 
 /// Demands that an optimizer suits the parameters, the first time that it is met: `local` are those of this rank, `split` tells
@@ -34,29 +35,4 @@ pub(super) fn check<M: Module>(
     clips_parts(optim, &split)?;
     moments::check(optim, local)?;
     parts::check(optim, local, &split)
-}
-
-/// Updates the parameters. A panic of the optimizer becomes an error.
-///
-/// # Errors
-/// [`Error::Optimizer`] with what the panic said.
-pub(super) fn update<P: Module>(
-    model: P,
-    optim: &mut ModuleOptimizer,
-    lr: ModuleLearningRate,
-    grads: GradientsParams,
-) -> Result<P, Error> {
-    let updated = catch_unwind(AssertUnwindSafe(|| optim.step(lr, model, grads)));
-    updated.map_err(|panic| optimizer_error(format!("it panicked: {}", panic_message(&*panic))))
-}
-
-/// Refuses to clip parts by their own norm.
-fn clips_parts(optim: &ModuleOptimizer, split: &[SplitParam]) -> Result<(), Error> {
-    match (optim.grad_clipping(), split.first()) {
-        (Some(GradientClipping::Norm(_)), Some(SplitParam { path, .. })) => Err(optimizer_error(format!(
-            "it clips the gradient of each parameter by its norm, but of `{path}` each rank sees a part, whose norm is \
-             another: clip by value, or all gradients together by their global norm, which is computed over all ranks"
-        ))),
-        _ => Ok(()),
-    }
 }

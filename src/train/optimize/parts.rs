@@ -1,6 +1,6 @@
 //! Tries out whether an optimizer updates parts of a parameter as it updates the whole.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
@@ -38,8 +38,35 @@ enum Part {
 /// # Errors
 /// [`Error::Optimizer`] with the first parameter whose parts it updates otherwise.
 pub(super) fn check<M: Module>(optim: &ModuleOptimizer, local: &M, split: &[SplitParam]) -> Result<(), Error> {
+    let whole = whole(optim, local, split)?;
+    match split.iter().find(|param| whole.contains(&param.id)) {
+        None => Ok(()),
+        Some(SplitParam { path, .. }) => {
+            let clipping = if optim.has_gradient_clipping() {
+                ", or its group's clipping by norm makes it so: clip by value, or all gradients together by their global norm"
+            } else {
+                ""
+            };
+            Err(optimizer_error(format!(
+                "its update of `{path}` depends on the whole of it, of which each rank holds a part (it looks at rows, \
+                 norms or the matrix, as Muon, LAMB and Adafactor do{clipping}): take an element-wise one, as AdamW, for \
+                 this parameter, in a group of its own (`with_group`) if need be, or do not split it"
+            )))
+        }
+    }
+}
+
+/// The parameters, among those that are split, of which the optimizer does not update a part as it would the whole.
+///
+/// # Errors
+/// [`Error::Optimizer`] if it panics.
+pub(super) fn whole<M: Module>(
+    optim: &ModuleOptimizer,
+    local: &M,
+    split: &[SplitParam],
+) -> Result<HashSet<ParamId>, Error> {
     if split.is_empty() {
-        return Ok(());
+        return Ok(HashSet::new());
     }
     let by_id: HashMap<ParamId, &SplitParam> = split.iter().map(|param| (param.id, param)).collect();
     let attempt = |part| {
@@ -53,30 +80,18 @@ pub(super) fn check<M: Module>(optim: &ModuleOptimizer, local: &M, split: &[Spli
         })
     };
     let (whole, halves) = (attempt(Part::Whole)?, [attempt(Part::Half(0))?, attempt(Part::Half(1))?]);
-    for param in split {
-        let Some(whole) = whole.get(&param.id) else { continue };
+    let looks_at_the_whole = |param: &&SplitParam| {
+        let Some(whole) = whole.get(&param.id) else { return false };
         let largest = whole.iter().map(|(_, before, after)| (after - before).abs()).fold(0.0, f32::max);
-        for (half, values) in halves.iter().enumerate() {
+        halves.iter().enumerate().any(|(half, values)| {
             let part = whole.iter().filter(|(at, ..)| *at == half).map(|(.., after)| after);
             let found = values.get(&param.id).into_iter().flatten().map(|(.., after)| after);
             // NaN as well.
             let same = |(a, b): (&f32, &f32)| (a - b).abs() <= TOLERANCE * largest + f32::EPSILON;
-            if !part.zip(found).all(same) {
-                let path = &param.path;
-                let clipping = if optim.has_gradient_clipping() {
-                    ", or its group's clipping by norm makes it so: clip by value, or all gradients together by their global norm"
-                } else {
-                    ""
-                };
-                return Err(optimizer_error(format!(
-                    "its update of `{path}` depends on the whole of it, of which each rank holds a part (it looks at rows, \
-                     norms or the matrix, as Muon, LAMB and Adafactor do{clipping}): take an element-wise one, as AdamW, for \
-                     this parameter, in a group of its own (`with_group`) if need be, or do not split it"
-                )));
-            }
-        }
-    }
-    Ok(())
+            !part.zip(found).all(same)
+        })
+    };
+    Ok(split.iter().filter(looks_at_the_whole).map(|param| param.id).collect())
 }
 
 /// Trains small parameters for some steps: of each element the half in which it is, its value before and after.

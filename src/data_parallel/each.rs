@@ -1,0 +1,104 @@
+//! Steps in which the gradients of every micro-batch are reduced, so that no rank holds more than its rows of their sum.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use burn::tensor::Tensor;
+
+use super::Replica;
+use super::changes::ForwardState;
+use super::loss_weight::LossWeight;
+use super::reducer::{Reduced, Reducer};
+use super::reducer_sink::ReducerSink;
+use super::reduction_state::accumulate;
+use crate::Error;
+use crate::comm::ReduceOp;
+use crate::graph::StepEngine;
+use crate::step::{Step, StepFn};
+use crate::tensor::{PlainTensor, TensorTree};
+
+impl<E: StepEngine> Replica<E> {
+    /// Runs forward and backward on every micro-batch, reduces the gradients of each, and averages over all of them. A rank with
+    /// fewer micro-batches than others takes part in the reductions of theirs.
+    pub(super) fn run_reducing_each<I: TensorTree + Clone>(
+        &mut self,
+        reducer: &Arc<Reducer>,
+        micro_batches: impl Iterator<Item = I>,
+        mut step: StepFn<'_, E::Model, I>,
+    ) -> Result<Step, Error> {
+        let before = self.counters();
+        self.admit(reducer, ForwardState::Pending)?;
+        let micro_batches: Vec<I> = micro_batches.collect();
+        let most = reducer.control().all_reduce(vec![micro_batches.len() as u64], ReduceOp::Max)?[0];
+        let mut micro_batches = micro_batches.into_iter();
+        let (mut outputs, mut runs) = (Vec::new(), Vec::new());
+        let mut sum = ShardSum::default();
+        // Without any data the ranks meet once all the same, to find out that there is none.
+        for _ in 0..most.max(1) {
+            let ran = match micro_batches.next() {
+                Some(inputs) => {
+                    let mut sink = ReducerSink { reducer, loss_weight: &mut self.loss_weight, last: true };
+                    let unit = sink.unit();
+                    let gave = self.engine.run(inputs, step.again(), unit, &mut sink);
+                    gave.and_then(|gave| self.take(reducer, gave, true, &mut outputs, &mut runs))
+                }
+                None => {
+                    reducer.begin(self.loss_weight);
+                    Ok(())
+                }
+            };
+            self.loss_weight = LossWeight::default();
+            let losses = std::mem::take(&mut self.losses);
+            let reduced = ran.and_then(|()| reducer.finish(summed(&losses)));
+            sum.add(reduced.inspect_err(|_| reducer.discard())?, reducer.non_finite());
+        }
+        reducer.set_non_finite(sum.non_finite.take());
+        let (loss, weight, grads) = self.complete(reducer, sum.mean())?;
+        let counters = self.counters() - before;
+        Ok(Step { loss, weight, grads, outputs, counters, runs, skipped: false, grad_norm: None, not_finite: None })
+    }
+}
+
+/// The sum of losses, each with its factor.
+fn summed(losses: &[(Tensor<1>, f64)]) -> f64 {
+    losses.iter().map(|(loss, by)| loss.clone().into_scalar::<f64>() * by).sum()
+}
+
+/// The averages of several reductions, added up by their weights.
+#[derive(Default)]
+struct ShardSum {
+    loss: f64,
+    weight: f64,
+    /// The weight in units of which gradients are added up: that of the first reduction that has one.
+    unit: f64,
+    gradients: HashMap<usize, PlainTensor>,
+    waited: Duration,
+    non_finite: Option<Arc<str>>,
+}
+
+impl ShardSum {
+    fn add(&mut self, reduced: Reduced, non_finite: Option<Arc<str>>) {
+        self.waited += reduced.waited;
+        self.non_finite = self.non_finite.take().or(non_finite);
+        // Of no items the mean loss is NaN, and the gradients are those of nothing.
+        if reduced.weight > 0.0 {
+            self.loss += reduced.loss * reduced.weight;
+            self.weight += reduced.weight;
+        }
+        if self.unit == 0.0 {
+            self.unit = reduced.weight;
+        }
+        let factor = if self.unit > 0.0 { reduced.weight / self.unit } else { 1.0 };
+        for (param, gradient) in reduced.gradients {
+            let sum = accumulate(self.gradients.remove(&param), gradient.scale(factor));
+            self.gradients.insert(param, sum);
+        }
+    }
+
+    fn mean(self) -> Reduced {
+        let factor = if self.weight > 0.0 { self.unit / self.weight } else { 1.0 };
+        let gradients = self.gradients.into_iter().map(|(param, sum)| (param, sum.scale(factor))).collect();
+        Reduced { loss: self.loss / self.weight, weight: self.weight, gradients, waited: self.waited }
+    }
+}

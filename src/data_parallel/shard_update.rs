@@ -1,0 +1,112 @@
+//! The update of sharded replicas: each rank's rows of the parameters go to the optimizer, and come back to all of them.
+
+use std::collections::{HashMap, HashSet};
+
+use burn::module::{ModuleVisitor, Param, ParamId};
+use burn::tensor::{DType, Tensor};
+
+use super::reducer::Reducer;
+use super::{Replica, buckets};
+use crate::Error;
+use crate::graph::StepEngine;
+use crate::params;
+use crate::sharding::{Pack, RankedParam, Rows, ShardComms, ShardParam, ShardParams, owners};
+
+impl<E: StepEngine> Replica<E> {
+    /// Among whom the rows of the parameters are divided, if they are.
+    pub(crate) fn shards(&self) -> Option<ShardComms> {
+        self.reducer().and_then(|reducer| reducer.shards().cloned())
+    }
+
+    /// Hands this rank's rows of the parameters that are trained to `update`, and gives all ranks those that it returns.
+    /// Collective.
+    ///
+    /// # Errors
+    /// Those of `update` and of [`Communicator`](crate::comm::Communicator).
+    pub(crate) fn update_shards(
+        self,
+        update: &mut dyn FnMut(ShardParams, &ShardComms) -> Result<ShardParams, Error>,
+    ) -> Result<Self, Error> {
+        let Some((reducer, comms)) =
+            self.reducer().cloned().and_then(|reducer| Some((reducer.clone(), reducer.shards()?.clone())))
+        else {
+            return Ok(self);
+        };
+        let mut own = OwnRows::of(&reducer, &comms);
+        self.engine.visit(&mut own);
+        let updated = update(own.found?, &comms)?;
+        self.try_change(|engine| gather(engine, updated, &reducer, &comms))
+    }
+}
+
+/// The module with the rows of all ranks in its parameters: a bucket at a time, so that no more than that is held twice.
+fn gather<E: StepEngine>(
+    mut engine: E,
+    updated: ShardParams,
+    reducer: &Reducer,
+    comms: &ShardComms,
+) -> Result<E, Error> {
+    let updated = updated.0;
+    let dtypes: Vec<DType> = updated.iter().map(ShardParam::dtype).collect();
+    let size = |(shard, dtype): (&ShardParam, &DType)| shard.rows.dims().iter().product::<usize>() * dtype.size();
+    let sizes: Vec<usize> = updated.iter().zip(&dtypes).map(size).collect();
+    let order: Vec<usize> = (0..updated.len()).collect();
+    let bytes = reducer.bucket_bytes();
+    let mut updated: Vec<Option<ShardParam>> = updated.into_iter().map(Some).collect();
+    for bucket in buckets::divide(&order, &sizes, &dtypes, bytes, bytes) {
+        let members: Vec<ShardParam> = bucket.iter().filter_map(|place| updated[*place].take()).collect();
+        let pack = Pack::new(members.iter().map(|shard| shard.rows.clone()).collect());
+        let ids: Vec<ParamId> = members.iter().map(|shard| shard.param.id()).collect();
+        let shards = members.into_iter().map(|shard| shard.param.value()).collect();
+        let wholes = pack.gather(shards, comms.parameters())?;
+        engine = params::replace_values(engine, ids.into_iter().zip(wholes).collect());
+    }
+    Ok(engine)
+}
+
+/// Takes this rank's rows of the parameters that are trained.
+struct OwnRows<'a> {
+    /// Path and owner of each parameter.
+    known: HashMap<ParamId, (String, usize)>,
+    comms: &'a ShardComms,
+    seen: HashSet<ParamId>,
+    found: Result<ShardParams, Error>,
+}
+
+impl<'a> OwnRows<'a> {
+    fn of(reducer: &Reducer, comms: &'a ShardComms) -> Self {
+        let known = reducer.known();
+        let owners = owners(known.params.iter().map(|param| param.shape.as_slice()), comms.ranks());
+        let of = |index: usize| (known.params[index].path.to_string(), owners[index]);
+        let by_id = known.indices.iter().map(|(id, index)| (*id, of(*index))).collect();
+        Self { known: by_id, comms, seen: HashSet::new(), found: Ok(ShardParams::default()) }
+    }
+
+    fn own<const D: usize>(&self, path: &str, owner: usize, param: &Param<Tensor<D>>) -> Result<ShardParam, Error> {
+        let base = param.base();
+        let kind = params::LeafKind::of(&base);
+        let whole = base.inner();
+        let no_rows =
+            || Error::invalid("optimize", format!("parameter `{path}` of rank {D} has no rows to be divided"));
+        let rows = Rows::new(&whole.dims(), self.comms.ranks()).ok_or_else(no_rows)?;
+        let shard = params::leaf(rows.shard(whole, self.comms.rank())?, kind);
+        let param = RankedParam::new(Param::initialized(param.id, shard)).ok_or_else(no_rows)?;
+        Ok(ShardParam { path: path.into(), rows, owner, param })
+    }
+}
+
+impl ModuleVisitor for OwnRows<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let Some((path, owner)) = self.known.get(&param.id) else { return };
+        // A parameter that the module holds in two places is one parameter.
+        if !param.is_require_grad() || self.found.is_err() || !self.seen.insert(param.id) {
+            return;
+        }
+        let own = self.own(path, *owner, param);
+        match (own, &mut self.found) {
+            (Ok(own), Ok(found)) => found.0.push(own),
+            (Err(error), found) => *found = Err(error),
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! Who divides what with whom.
+
+use crate::Error;
+use crate::comm::{Communicator, Counters};
+
+/// The communicators of sharded replicas. Each kind of traffic has one of its own, so that it is counted by itself and runs in the
+/// background beside the others.
+#[derive(Debug, Clone)]
+pub struct ShardComms {
+    /// Joins the ranks among which rows are divided; carries gathered parameters.
+    parameters: Communicator,
+    /// The same ranks; carries gradients.
+    gradients: Communicator,
+    /// The same ranks; carries a few numbers.
+    control: Communicator,
+    /// Joins the ranks that hold the same rows, if there are several.
+    copies: Option<Communicator>,
+}
+
+impl ShardComms {
+    /// Divides rows among `ranks` neighbours of a group of replicas, and replicates them over the others; among all of the
+    /// group without a number. Collective.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if `ranks` does not divide the group; those of [`Communicator::split`].
+    pub(crate) fn new(group: &Communicator, ranks: Option<usize>) -> Result<Self, Error> {
+        let (rank, size) = (group.rank(), group.size());
+        let ranks = ranks.unwrap_or(size);
+        if ranks == 0 || !size.is_multiple_of(ranks) {
+            let problem = format!(
+                "rows are to be divided among {ranks} of the {size} replicas of group `{}`: set `sharding_ranks` to a number \
+                 that divides {size}, or leave it out to divide them among all",
+                group.group()
+            );
+            return Err(Error::invalid("data_parallel", problem));
+        }
+        let (color, key) = ((rank / ranks) as u64, rank as i64);
+        let of_its_own = |name| group.split_named(name, color, key);
+        let (parameters, gradients, control) =
+            (of_its_own("parameters")?, of_its_own("shard_gradients")?, of_its_own("shard_control")?);
+        let copies = match ranks < size {
+            true => Some(group.split_named("shard_copies", (rank % ranks) as u64, key)?),
+            false => None,
+        };
+        Ok(Self { parameters, gradients, control, copies })
+    }
+
+    /// This rank among those that divide rows among themselves.
+    pub(crate) fn rank(&self) -> usize {
+        self.control.rank()
+    }
+
+    /// How many ranks divide rows among themselves.
+    pub(crate) fn ranks(&self) -> usize {
+        self.control.size()
+    }
+
+    /// Carries gathered parameters.
+    pub(crate) fn parameters(&self) -> &Communicator {
+        &self.parameters
+    }
+
+    /// Carries gradients.
+    pub(crate) fn gradients(&self) -> &Communicator {
+        &self.gradients
+    }
+
+    /// Carries a few numbers.
+    pub(crate) fn control(&self) -> &Communicator {
+        &self.control
+    }
+
+    /// Joins the ranks that hold the same rows, if there are several.
+    pub(crate) fn copies(&self) -> Option<&Communicator> {
+        self.copies.as_ref()
+    }
+
+    /// What gradients have cost.
+    pub(crate) fn gradient_counters(&self) -> Counters {
+        let copies = self.copies.as_ref().map(Communicator::counters).unwrap_or_default();
+        self.gradients.counters() + copies
+    }
+}

@@ -1,0 +1,231 @@
+//! The shards of several parameters in one buffer, as collectives carry them.
+//!
+//! In a packed shard the shards of the parameters lie one behind the other. In a packed whole the packed shards of all ranks do,
+//! in rank order: what an all-gather makes of packed shards, and what a reduce-scatter divides into them. A single parameter is
+//! packed as it is, without a copy, where the ranks divide its rows.
+
+use burn::tensor::{DType, Device};
+
+use crate::Error;
+use crate::comm::{Communicator, ReduceOp};
+use crate::tensor::PlainTensor;
+
+use super::Rows;
+
+/// The shards of several parameters in one buffer.
+#[derive(Debug, Clone)]
+pub(crate) struct Pack {
+    members: Vec<Rows>,
+    ranks: usize,
+}
+
+impl Pack {
+    /// Of these parameters, all divided over as many ranks, at least one of them.
+    pub(crate) fn new(members: Vec<Rows>) -> Self {
+        let ranks = members.first().map_or(1, Rows::ranks);
+        Self { members, ranks }
+    }
+
+    /// The elements of a packed shard.
+    pub(crate) fn shard_elements(&self) -> usize {
+        self.members.iter().map(Rows::shard_elements).sum()
+    }
+
+    /// A rank's shards as one flat tensor.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if there are none.
+    pub(crate) fn pack_shards(&self, shards: Vec<PlainTensor>) -> Result<PlainTensor, Error> {
+        one_of(shards.into_iter().map(flat).collect(), 0)
+    }
+
+    /// The shards of a packed shard: views of it.
+    pub(crate) fn unpack_shards(&self, packed: PlainTensor) -> Vec<PlainTensor> {
+        let mut begin = 0;
+        let unpack = |rows: &Rows| {
+            let end = begin + rows.shard_elements();
+            let shard = packed.clone().narrow(0, begin..end).reshape(rows.shard_dims());
+            begin = end;
+            shard
+        };
+        self.members.iter().map(unpack).collect()
+    }
+
+    /// Whole tensors as one flat tensor, rank behind rank, with zeros behind their last rows.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if there are none.
+    pub(crate) fn pack_wholes(&self, wholes: Vec<PlainTensor>) -> Result<PlainTensor, Error> {
+        let by_rank = |(whole, rows): (PlainTensor, &Rows)| {
+            Ok(rows.with_padding(whole)?.reshape([self.ranks, rows.shard_elements()]))
+        };
+        let by_rank: Vec<PlainTensor> =
+            wholes.into_iter().zip(&self.members).map(by_rank).collect::<Result<_, Error>>()?;
+        Ok(flat(one_of(by_rank, 1)?))
+    }
+
+    /// The whole tensors of a packed whole.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if a tensor cannot be read.
+    pub(crate) fn unpack_wholes(&self, packed: PlainTensor) -> Result<Vec<PlainTensor>, Error> {
+        let by_rank = packed.reshape([self.ranks, self.shard_elements()]);
+        let mut begin = 0;
+        let unpack = |rows: &Rows| {
+            let end = begin + rows.shard_elements();
+            let mine = match self.members.len() {
+                1 => by_rank.clone(),
+                _ => by_rank.clone().narrow(1, begin..end).packed()?,
+            };
+            begin = end;
+            Ok(rows.without_padding(mine.reshape(rows.padded_dims())))
+        };
+        self.members.iter().map(unpack).collect()
+    }
+
+    /// Gathers the shards of all ranks of a group into whole tensors: one collective. Moves `(n - 1) / n` of the bytes of the
+    /// wholes, zeros included.
+    ///
+    /// # Errors
+    /// Those of [`Communicator::all_gather`].
+    pub(crate) fn gather(&self, shards: Vec<PlainTensor>, group: &Communicator) -> Result<Vec<PlainTensor>, Error> {
+        self.gather_agreed(shards, group, 0)
+    }
+
+    /// As [`gather`](Self::gather), where all ranks must bring the same number: which parameters they gather.
+    ///
+    /// # Errors
+    /// Those of [`Communicator::all_gather`].
+    pub(crate) fn gather_agreed(
+        &self,
+        shards: Vec<PlainTensor>,
+        group: &Communicator,
+        number: u64,
+    ) -> Result<Vec<PlainTensor>, Error> {
+        self.unpack_wholes(group.all_gather_agreed(self.pack_shards(shards)?, number)?)
+    }
+
+    /// As [`gather`](Self::gather), on one rank of the group; the others get nothing.
+    ///
+    /// # Errors
+    /// Those of [`Communicator::gather`].
+    pub(crate) fn gather_on(
+        &self,
+        root: usize,
+        shards: Vec<PlainTensor>,
+        group: &Communicator,
+    ) -> Result<Vec<PlainTensor>, Error> {
+        match group.gather(self.pack_shards(shards)?, root)? {
+            Some(packed) => self.unpack_wholes(packed),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Sends each rank of the group its shards of the whole tensors that one of them has; the others bring none.
+    ///
+    /// # Errors
+    /// Those of [`Communicator::scatter`].
+    pub(crate) fn scatter_from(
+        &self,
+        root: usize,
+        wholes: Vec<PlainTensor>,
+        (dtype, device): (DType, &Device),
+        group: &Communicator,
+    ) -> Result<Vec<PlainTensor>, Error> {
+        let packed = match group.rank() == root {
+            true => self.pack_wholes(wholes)?,
+            false => PlainTensor::zeros([1], dtype, device),
+        };
+        Ok(self.unpack_shards(group.scatter_alike(packed, root)?))
+    }
+
+    /// Reduces the whole tensors of all ranks of a group into shards: one collective. Moves as many bytes as
+    /// [`gather`](Self::gather).
+    ///
+    /// # Errors
+    /// Those of [`Communicator::reduce_scatter`].
+    pub(crate) fn reduce_scatter(
+        &self,
+        wholes: Vec<PlainTensor>,
+        op: ReduceOp,
+        group: &Communicator,
+    ) -> Result<Vec<PlainTensor>, Error> {
+        Ok(self.unpack_shards(group.reduce_scatter(self.pack_wholes(wholes)?, op)?))
+    }
+}
+
+fn flat(tensor: PlainTensor) -> PlainTensor {
+    let elements = tensor.elements();
+    tensor.reshape([elements])
+}
+
+/// The tensors one behind the other along a dim; one alone as it is.
+fn one_of(mut tensors: Vec<PlainTensor>, dim: usize) -> Result<PlainTensor, Error> {
+    match tensors.len() {
+        1 => Ok(tensors.remove(0)),
+        _ => PlainTensor::cat(tensors, dim),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Tensor, TensorData};
+
+    use super::*;
+    use crate::launch;
+
+    fn numbers(first: f32, dims: &[usize]) -> PlainTensor {
+        let count = dims.iter().product::<usize>();
+        let values: Vec<f32> = (0..count).map(|place| first + place as f32).collect();
+        PlainTensor::from_data(TensorData::new(values, dims.to_vec()), &Device::flex())
+    }
+
+    fn values(tensor: PlainTensor) -> (Vec<usize>, Vec<f32>) {
+        let shape = tensor.shape().to_vec();
+        let data = tensor.into_data().unwrap();
+        (shape, data.try_to_vec().unwrap())
+    }
+
+    #[test]
+    fn what_is_scattered_is_gathered_again() {
+        let all: [&[&[usize]]; 4] = [&[&[8, 3]], &[&[5, 2]], &[&[5, 2], &[3], &[1], &[2, 3, 2]], &[&[1], &[16, 4]]];
+        for members in all {
+            for ranks in [1, 2, 3, 4, 8] {
+                launch::threads(ranks)
+                    .run(|rank| {
+                        let rows = members.iter().map(|dims| Rows::new(dims, ranks).unwrap()).collect();
+                        let pack = Pack::new(rows);
+                        let whole = |by: f32| -> Vec<PlainTensor> {
+                            members.iter().map(|dims| numbers(10.0, dims).scale(by.into())).collect()
+                        };
+                        let before = rank.counters();
+                        let shards = pack.reduce_scatter(whole(1.0 + rank.rank() as f32), ReduceOp::Sum, &rank)?;
+                        for (shard, rows) in shards.iter().zip(&pack.members) {
+                            assert_eq!(shard.shape().to_vec(), rows.shard_dims());
+                        }
+                        let wholes = pack.gather(shards, &rank)?;
+                        let counted = rank.counters() - before;
+                        let bytes = ((ranks - 1) * pack.shard_elements() * 4) as u64;
+                        for operation in ["reduce_scatter", "all_gather"] {
+                            assert_eq!(counted.of(operation).calls, 1);
+                            assert_eq!(counted.of(operation).bytes, bytes, "{operation} over {ranks}");
+                        }
+                        let sum = (ranks * (ranks + 1) / 2) as f32;
+                        for (found, expected) in wholes.into_iter().zip(whole(sum)) {
+                            assert_eq!(values(found), values(expected), "{members:?} over {ranks}");
+                        }
+                        Ok(())
+                    })
+                    .unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn one_parameter_is_packed_without_a_copy() {
+        let whole = Tensor::<2>::zeros([8, 3], &Device::flex());
+        let pack = Pack::new(vec![Rows::new(&[8, 3], 4).unwrap()]);
+        let packed = pack.pack_wholes(vec![PlainTensor::from(whole.clone())]).unwrap();
+        assert!(crate::graph::same_buffer(&packed, &PlainTensor::from(whole).reshape([24])));
+    }
+}

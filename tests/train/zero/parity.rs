@@ -1,0 +1,104 @@
+//! Sharded replicas train like one device: losses and every parameter, over several steps.
+
+use burn::module::{Lora, Module, ParamGroup};
+use burn_parallel::prelude::*;
+
+use super::{LEVELS, config, optimizer, train};
+use crate::common::zoo::{self, Case, assert_close, parameters};
+
+const STEPS: usize = 4;
+const ROWS: usize = 11;
+
+/// On every number of ranks and every level, with the tolerances of each optimizer.
+fn parity<M: Module + Sync>(case: &Case<M>, optimizers: &[&str], worlds: &[usize], rows: usize, micro_batches: usize) {
+    for optim in optimizers {
+        let (losses, model) = case.alone(optimizer(optim), 1e-2, &[rows; STEPS]);
+        let expected = parameters(&model.valid());
+        for &size in worlds {
+            for level in LEVELS {
+                let what = format!("{size} ranks, {optim}, {level}");
+                let ranks = launch::threads(size)
+                    .run(|rank| train(&rank, case, config(level), optimizer(optim), &[rows; STEPS], micro_batches))
+                    .unwrap();
+                for (seen, found) in &ranks {
+                    for (a, b) in losses.iter().zip(seen) {
+                        assert!((a - b).abs() <= 2e-5 * a.abs().max(1e-3), "{what}: loss {a} against {b}");
+                    }
+                    assert_close(&expected, found, if *optim == "muon" { 2e-4 } else { 3e-5 }, &what);
+                    assert_eq!(found, &ranks[0].1, "{what}: replicas are bit-identical");
+                }
+            }
+        }
+    }
+}
+
+const ALL: [&str; 3] = ["sgd", "adamw", "muon"];
+
+#[test]
+fn mlp() {
+    parity(&zoo::mlp(), &ALL, &[1, 2, 3, 4, 8], ROWS, 1);
+}
+
+#[test]
+fn transformer_encoder() {
+    parity(&zoo::transformer(), &ALL, &[2, 3, 8], ROWS, 1);
+}
+
+#[test]
+fn micro_batches() {
+    parity(&zoo::mlp(), &ALL, &[1, 2, 3], ROWS, 3);
+}
+
+/// Some ranks have fewer micro-batches than others, and some have none.
+#[test]
+fn ranks_without_data() {
+    parity(&zoo::transformer(), &["adamw"], &[2, 4, 8], 5, 2);
+}
+
+#[test]
+fn convolutions() {
+    parity(&zoo::cnn(), &["sgd", "adamw"], &[3, 4], ROWS, 1);
+}
+
+#[test]
+fn tied_weights() {
+    parity(&zoo::tied(), &ALL, &[3, 4], ROWS, 1);
+}
+
+#[test]
+fn frozen_parameters() {
+    let mut case = zoo::mlp();
+    case.model = case.model.freeze_group(ParamGroup::from_paths(vec!["layers.1.weight", "layers.0.bias"]));
+    parity(&case, &["adamw"], &[2, 4], ROWS, 2);
+}
+
+#[test]
+fn lora_adapters() {
+    let mut case = zoo::transformer();
+    case.model = zoo::with_values(case.model.apply_lora(Lora::new(2, 4.0)), 7);
+    parity(&case, &["adamw"], &[2, 3], ROWS, 1);
+}
+
+/// Rows divided among neighbours, and replicated over the others.
+#[test]
+fn some_of_the_replicas() {
+    let case = zoo::transformer();
+    let (losses, model) = case.alone(optimizer("muon"), 1e-2, &[ROWS; STEPS]);
+    let expected = parameters(&model.valid());
+    for (size, ranks) in [(4, 2), (4, 1), (6, 3), (4, 4)] {
+        for level in LEVELS {
+            let config = config(level).with_sharding_ranks(ranks);
+            let runs = launch::threads(size)
+                .run(|rank| train(&rank, &case, config.clone(), optimizer("muon"), &[ROWS; STEPS], 2))
+                .unwrap();
+            for (seen, found) in &runs {
+                let what = format!("{ranks} of {size} ranks, {level}");
+                for (a, b) in losses.iter().zip(seen) {
+                    assert!((a - b).abs() <= 2e-5 * a.abs().max(1e-3), "{what}: loss {a} against {b}");
+                }
+                assert_close(&expected, found, 2e-4, &what);
+                assert_eq!(found, &runs[0].1, "{what}: replicas are bit-identical");
+            }
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! What sharded replicas promise beside parity.
+
+use burn::module::Module;
+use burn::optim::{AdamWConfig, ModuleOptimizer, SgdConfig};
+use burn::tensor::FloatDType;
+use burn_parallel::data_parallel::AllReduceHook;
+use burn_parallel::prelude::*;
+use burn_parallel::sharding::Sharding;
+use burn_parallel::train::{Clip, NonFinite};
+
+use super::{LEVELS, config, optimizer, train, wrap};
+use crate::common::zoo::{self, assert_close, parameters};
+
+/// burn's own step would update whole parameters by the gradients of rows.
+#[test]
+fn an_optimizer_that_steps_by_itself_is_told_so() {
+    let case = zoo::mlp();
+    for level in LEVELS {
+        let error = launch::threads(2)
+            .run(|rank| {
+                let mut model = wrap(&rank, &case.model, config(level))?;
+                let mut optim: ModuleOptimizer = SgdConfig::new().init();
+                let done = model.step((case.input)(0, 0..2), |model, batch| (case.loss)(model, batch))?;
+                model = optim.step(0.1, model, done.grads);
+                drop(model);
+                Ok(())
+            })
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("call `model.optimize(&mut optim, lr, step)` instead"), "{error}");
+    }
+}
+
+/// The norm counts every row once, and clipping by it trains like one device.
+#[test]
+fn the_norm_is_that_of_all_rows() {
+    let case = zoo::transformer();
+    let norms = |config: DataParallelConfig, size: usize| {
+        launch::threads(size)
+            .run(|rank| {
+                let mut model = wrap(&rank, &case.model, config.clone())?;
+                let mut optim = optimizer("adamw");
+                let mut norms = Vec::new();
+                for step in 0..3 {
+                    let done = model.step((case.input)(step, 0..4), |model, batch| (case.loss)(model, batch))?;
+                    let done = done.clip_grad_norm(&model, 0.05)?;
+                    norms.push(done.grad_norm.unwrap());
+                    model = model.optimize(&mut optim, 1e-2, done)?;
+                }
+                Ok((norms, parameters(&model.assemble()?.valid())))
+            })
+            .unwrap()
+            .remove(0)
+    };
+    let (expected, after) = norms(DataParallelConfig::new(), 1);
+    for level in LEVELS {
+        for (size, among) in [(2, 2), (3, 3), (4, 4), (4, 2)] {
+            let (found, values) = norms(config(level).with_sharding_ranks(among), size);
+            for (a, b) in expected.iter().zip(&found) {
+                assert!((a - b).abs() <= 1e-5 * a, "{size} ranks, {level}: {a} {b}");
+            }
+            assert_close(&after, &values, 3e-5, &format!("{size} ranks, {level}"));
+        }
+    }
+}
+
+/// A NaN on one rank, in the first micro-batch, skips the step on all, and is named.
+#[test]
+fn a_gradient_that_is_not_finite_is_skipped_on_all_ranks() {
+    let case = zoo::mlp();
+    for level in LEVELS {
+        launch::threads(3)
+            .run(|rank| {
+                let mut model = wrap(&rank, &case.model, config(level))?;
+                let mut optim = optimizer("adamw");
+                let before = parameters(&model.assemble()?.valid());
+                for step in 0..2 {
+                    let bad = rank.rank() == 2;
+                    let batches = [(0, bad), (1, false)].map(|(number, bad)| {
+                        let mut batch = (case.input)(number, 0..2);
+                        if bad && step == 0 {
+                            batch.targets = batch.targets * f32::NAN;
+                        }
+                        batch
+                    });
+                    let done = model.step_micro_batches(batches, |model, batch| (case.loss)(model, batch))?;
+                    let done = done.clip_grad_norm(&model, Clip::at(1.0).with_non_finite(NonFinite::Skip))?;
+                    assert_eq!(done.skipped, step == 0);
+                    if let Some(what) = &done.not_finite {
+                        assert_eq!((what.rank, what.path.as_str()), (2, "layers.0.weight"));
+                    }
+                    model = model.optimize(&mut optim, 1e-2, done)?;
+                    let now = parameters(&model.assemble()?.valid());
+                    assert_eq!(now == before, step == 0);
+                }
+                assert_eq!(model.counters().skipped, 1);
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+#[test]
+fn settings_that_do_not_go_together_are_errors() {
+    let case = zoo::mlp();
+    let wrapped = |config: DataParallelConfig| {
+        launch::threads(4).run(|rank| wrap(&rank, &case.model, config.clone()).map(drop)).unwrap_err().to_string()
+    };
+    let says = |config, words: &str| {
+        let said = wrapped(config);
+        assert!(said.contains(words), "`{words}` is missing in: {said}");
+    };
+    says(config(Sharding::Optimizer).with_sharding_ranks(3), "divided among 3 of the 4 replicas");
+    says(config(Sharding::Optimizer).with_sharding_ranks(0), "divided among 0 of the 4 replicas");
+    says(DataParallelConfig::new().with_sharding_ranks(2), "`sharding_ranks` is set, but `sharding` is \"none\"");
+    says(config(Sharding::Parameters), "parameters cannot be divided among replicas yet");
+    says(config(Sharding::Gradients).with_comm_hook(AllReduceHook), "a communication hook reduces whole gradients");
+}
+
+/// Gradients travel in 16 bits.
+#[test]
+fn gradients_may_be_reduced_in_another_dtype() {
+    let case = zoo::mlp();
+    let (_, model) = case.alone(SgdConfig::new().init(), 1e-2, &[8; 3]);
+    let expected = parameters(&model.valid());
+    for level in LEVELS {
+        let config = config(level).with_reduce_dtype(FloatDType::BF16);
+        let runs = launch::threads(2)
+            .run(|rank| train(&rank, &case, config.clone(), SgdConfig::new().init(), &[8; 3], 1))
+            .unwrap();
+        assert_close(&expected, &runs[0].1, 1e-2, &format!("{level}"));
+    }
+}
+
+/// A parameter that is frozen at first, trained later, and frozen again.
+#[test]
+fn what_is_trained_may_change() {
+    let case = zoo::mlp();
+    let frozen = || burn::module::ParamGroup::from_paths(vec!["layers.0.weight"]);
+    let run = |size: usize, level: Sharding| {
+        launch::threads(size)
+            .run(|rank| {
+                let mut model = wrap(&rank, &case.model, config(level))?;
+                let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+                for step in 0..6 {
+                    model = match step {
+                        0 | 4 => model.freeze_group(frozen()),
+                        2 => model.unfreeze_group(frozen()),
+                        _ => model,
+                    };
+                    let rows = burn_parallel::comm::part(8, rank.size(), rank.rank());
+                    let done = model.step((case.input)(step, rows), |model, batch| (case.loss)(model, batch))?;
+                    model = model.optimize(&mut optim, 1e-2, done)?;
+                }
+                Ok(parameters(&model.assemble()?.valid()))
+            })
+            .unwrap()
+            .remove(0)
+    };
+    let expected = run(1, Sharding::None);
+    for level in LEVELS {
+        assert_close(&expected, &run(2, level), 3e-5, &format!("{level}"));
+    }
+}
