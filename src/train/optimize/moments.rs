@@ -24,12 +24,20 @@ pub(super) fn check<M: Module>(optim: &ModuleOptimizer, local: &M) -> Result<(),
     let bytes = record.into_bytes().map_err(|problem| unreadable(problem.to_string()))?;
     let reader = Reader::from_bytes(bytes).map_err(|problem| unreadable(problem.to_string()))?;
     let paths = reader.metadata().clone();
-    let mut params: HashMap<u64, (String, Vec<usize>)> = HashMap::new();
-    visit_floats(local, &mut |param| drop(params.insert(param.id().val(), (param.path(), param.dims()))));
+    let mut params: HashMap<u64, (usize, String, Vec<usize>)> = HashMap::new();
+    visit_floats(local, &mut |param| {
+        let index = params.len();
+        params.entry(param.id().val()).or_insert_with(|| (index, param.path(), param.dims()));
+    });
+    let mut moments = Vec::new();
     for tensor in reader.into_tensors().map_err(|problem| unreadable(problem.to_string()))? {
         let (name, _, shape, id, _) = tensor.into_parts().map_err(|problem| unreadable(problem.to_string()))?;
-        let Some(id) = id else { continue };
-        let Some((path, dims)) = params.get(&id) else {
+        moments.extend(id.map(|id| (id, name, shape)));
+    }
+    // The record is in the order of ids, which are random.
+    moments.sort_by_key(|(id, ..)| params.get(id).map_or(usize::MAX, |(index, ..)| *index));
+    for (id, name, shape) in moments {
+        let Some((_, path, dims)) = params.get(&id) else {
             let path = paths.get(&id.to_string()).map_or("a parameter without a path", String::as_str);
             return Err(optimizer_error(format!(
                 "it has moments of `{path}` by an id that no parameter here has: load the state that was saved with this \
