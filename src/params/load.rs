@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use burn::module::{Module, Param, ParamId};
-use burn::tensor::{Bool, Int, Tensor, TensorData};
+use burn::tensor::{Bool, DType, Int, Tensor, TensorData};
 
 use super::SliceSource;
 use super::leaf::{LazyParam, LeafKind, leaf};
@@ -62,14 +62,25 @@ struct Load<'a> {
 }
 
 impl Load<'_> {
-    fn read(&mut self, id: ParamId, path: &ModulePath) -> Option<(TensorData, Vec<usize>)> {
+    fn read(
+        &mut self,
+        id: ParamId,
+        path: &ModulePath,
+        dtype: impl FnOnce() -> Option<DType>,
+    ) -> Option<(TensorData, Vec<usize>)> {
         let ParamSlice { dims, ranges, local_dims } = (self.held)(id).filter(|_| self.outcome.is_ok())?;
         let path = path.text();
+        if self.source.keeps(&path) {
+            return None;
+        }
         let wrong = |problem| Err(Error::invalid("load", problem));
         let read = match self.source.dims(&path) {
             Ok(Some(found)) if found == dims => match ranges.iter().any(Range::is_empty) {
                 true => Ok(TensorData::new(Vec::<f32>::new(), ranges.iter().map(Range::len).collect::<Vec<_>>())),
-                false => self.source.read(&path, &ranges),
+                false => match dtype() {
+                    Some(dtype) => self.source.read_as(&path, &ranges, dtype),
+                    None => self.source.read(&path, &ranges),
+                },
             },
             Ok(Some(found)) => {
                 wrong(format!("parameter `{path}` has dims {dims:?} in the model and {found:?} in the source"))
@@ -83,7 +94,11 @@ impl Load<'_> {
 
 impl MapParams for Load<'_> {
     fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, path: &ModulePath) -> Mapped<D> {
-        let Some((data, local_dims)) = self.read(param.id, path) else { return Mapped::Same(param) };
+        let dtype = || match param.is_initialized() {
+            true => Some(param.base().dtype()),
+            false => Some(LazyParam::of(&param).placeholder.base().dtype()),
+        };
+        let Some((data, local_dims)) = self.read(param.id, path, dtype) else { return Mapped::Same(param) };
         let (kind, one) = match param.is_initialized() {
             true => (LeafKind::of(&param.base()), param.base().inner()),
             false => {
@@ -98,12 +113,12 @@ impl MapParams for Load<'_> {
     }
 
     fn int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>, path: &ModulePath) -> Param<Tensor<D, Int>> {
-        let Some((data, _)) = self.read(param.id, path) else { return param };
+        let Some((data, _)) = self.read(param.id, path, || None) else { return param };
         param.map(|value| Tensor::from_data(data, (&value.device(), value.dtype())))
     }
 
     fn bool<const D: usize>(&mut self, param: Param<Tensor<D, Bool>>, path: &ModulePath) -> Param<Tensor<D, Bool>> {
-        let Some((data, _)) = self.read(param.id, path) else { return param };
+        let Some((data, _)) = self.read(param.id, path, || None) else { return param };
         param.map(|value| Tensor::from_data(data, &value.device()))
     }
 }

@@ -12,13 +12,11 @@ mod map;
 mod meta_module;
 mod pad;
 mod retain;
-mod safetensors;
 mod source;
 mod sweep;
 mod unknown_params;
 mod walk;
 
-pub use self::safetensors::Safetensors;
 pub use source::SliceSource;
 
 pub(crate) use agree::{agree, share_text};
