@@ -48,6 +48,7 @@
 
 mod batch_norm;
 mod bucket_launch;
+mod bucket_reduction;
 mod buckets;
 mod changes;
 mod comm_hook;

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use burn::module::{Module, ParamId};
 use burn::tensor::Device;
 
-use super::bucket_launch;
+use super::bucket_reduction::reduce_scatter;
 use super::config::DataParallelConfig;
 use super::hook::GradientListener;
 use super::known_params::{KnownParams, head};
@@ -280,7 +280,7 @@ impl Reducer {
                 .collect();
             let extra = match &self.shards {
                 None => self.data.all_reduce_coalesced(extra, ReduceOp::PreMulSum(factor))?,
-                Some(shards) => bucket_launch::reduce_scatter(extra, factor, None, shards)?,
+                Some(shards) => reduce_scatter(extra, factor, None, shards)?,
             };
             for (param, extra) in late_params.into_iter().zip(extra) {
                 let sum = accumulate(gradients.remove(&param), extra);
