@@ -1,7 +1,7 @@
 //! Starts the collective of a bucket as soon as its gradients are there, and divides gradients into buckets in the order in
 //! which backward completes them.
 
-use burn::tensor::{DType, Shape};
+use burn::tensor::{DType, Shape, Tensor};
 
 use super::bucket_reduction::{flatten, reduce_scatter, restore};
 use super::buckets;
@@ -73,9 +73,10 @@ impl Reducer {
                     return reduce_scatter(gradients, factor, dtype, &shards);
                 }
                 let shapes: Vec<Shape> = gradients.iter().map(PlainTensor::shape).collect();
-                let gradients = gradients.into_iter().map(flatten).collect::<Result<_, Error>>()?;
+                let gradients: Vec<_> = gradients.into_iter().map(flatten).collect::<Result<_, Error>>()?;
+                let dtypes: Vec<DType> = gradients.iter().map(Tensor::dtype).collect();
                 let reduced = hook.reduce(Bucket { index, paths, gradients, factor }, comm)?;
-                restore(reduced, shapes)
+                restore(reduced, shapes, &dtypes)
             }));
         }
         true

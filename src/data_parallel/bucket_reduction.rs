@@ -1,6 +1,6 @@
 //! Reduces the gradients of a bucket to rows of their average, and makes flat tensors of gradients and back.
 
-use burn::tensor::{FloatDType, Shape, Tensor};
+use burn::tensor::{DType, FloatDType, Shape, Tensor};
 
 use crate::Error;
 use crate::comm::ReduceOp;
@@ -44,11 +44,19 @@ pub(super) fn flatten(gradient: PlainTensor) -> Result<Tensor<1>, Error> {
 }
 
 /// Flat tensors as gradients of their shapes again.
-pub(super) fn restore(reduced: Vec<Tensor<1>>, shapes: Vec<Shape>) -> Result<Vec<PlainTensor>, Error> {
+pub(super) fn restore(
+    reduced: Vec<Tensor<1>>,
+    shapes: Vec<Shape>,
+    dtypes: &[DType],
+) -> Result<Vec<PlainTensor>, Error> {
     let lens = |gradients: &[Tensor<1>]| gradients.iter().map(|gradient| gradient.dims()[0]).collect::<Vec<_>>();
     let (expected, found) = (shapes.iter().map(Shape::num_elements).collect::<Vec<_>>(), lens(&reduced));
     if expected != found {
         let problem = format!("a bucket of gradients of lengths {expected:?} came back with lengths {found:?}");
+        return Err(Error::invalid("CommHook::reduce", problem));
+    }
+    if let Some((gradient, dtype)) = reduced.iter().zip(dtypes).find(|(gradient, dtype)| gradient.dtype() != **dtype) {
+        let problem = format!("a gradient of {dtype:?} came back as {:?}: cast it back", gradient.dtype());
         return Err(Error::invalid("CommHook::reduce", problem));
     }
     Ok(reduced.into_iter().zip(shapes).map(|(gradient, shape)| PlainTensor::from(gradient).reshape(shape)).collect())

@@ -50,6 +50,7 @@ mod batch_norm;
 mod bucket_launch;
 mod bucket_reduction;
 mod buckets;
+mod by_rows;
 mod changes;
 mod comm_hook;
 mod config;

@@ -57,6 +57,7 @@ mod register;
 mod report;
 mod rows;
 mod rules;
+mod sharded;
 mod sums;
 mod work;
 
@@ -71,4 +72,8 @@ pub use products::{FusedProduct, ProductKind};
 pub use propagation::partition;
 pub use register::register_collectives;
 pub use report::{Collective, Fallback, ShardReport};
+pub(crate) use sharded::{
+    Exchange, Gathering, InRows, Parts, START_GATHER, START_SCATTER, WAIT_GATHER, WAIT_SCATTER, exchanged, rewrite,
+    shard_parameters, tokens,
+};
 pub(crate) use work::{flops, multiplications};

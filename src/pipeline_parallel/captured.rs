@@ -4,6 +4,7 @@ use burn::module::Module;
 use burn::tensor::Device;
 
 use super::batch::Batch;
+use super::by_rows::divided;
 use super::captured_step::{CapturedForward, CapturedStep};
 use super::graph_stage::GraphStage;
 use super::output_join::OutputJoin;
@@ -95,6 +96,7 @@ impl PipelineState {
         let rows = batch.rows(micro_batch).len();
         let inputs = batch.structured(inputs, micro_batch)?;
         capture_step(meta_module, inputs, |model: &M, inputs| step.call(model, inputs).over_rows(rows))
+            .map_err(|error| batch.told_of(error, micro_batch))
     }
 
     /// Seconds that each operation of the step takes for the first micro-batch: none is larger.
@@ -140,8 +142,10 @@ impl PipelineState {
         let mut key = StepKey::new(identity, signature?, &inputs)?;
         let (firsts, sizes) = batch.sizes();
         let capture = |meta_module: &M, forward: &mut F| {
-            let of =
-                |first: &usize| capture_forward(meta_module, batch.structured(inputs.clone(), *first)?, &mut *forward);
+            let of = |first: &usize| {
+                let inputs = batch.structured(inputs.clone(), *first)?;
+                capture_forward(meta_module, inputs, &mut *forward).map_err(|error| batch.told_of(error, *first))
+            };
             firsts.iter().map(of).collect::<Result<Vec<_>, Error>>()
         };
         let mut anew = None;
@@ -223,6 +227,9 @@ impl PipelineState {
             let params = graphs[0].params.iter().map(|param| param.id);
             self.holders = Some(params.zip(cuts[0].holders.iter().cloned()).collect());
             self.tied_params = TiedParams::new(&graphs[0], &cuts[0], self.timetable.stage_ranks(), &self.group)?;
+            if let Some(shards) = &self.row_shards {
+                self.tied_params.divide(&|id| shards.shard_dims(id));
+            }
             self.cut = cuts.first().cloned();
             if let Some(model) = local.take() {
                 let held = self.hold(model);
@@ -252,10 +259,14 @@ impl PipelineState {
     fn stages(&self, graphs: &[StepGraph], cuts: &[CutGraph], sizes: &[usize]) -> Result<Vec<GraphStage>, Error> {
         let mut stages = Vec::new();
         for index in self.timetable.stages_of(self.group.rank()) {
-            let runs = graphs
-                .iter()
-                .zip(cuts)
-                .map(|(graph, cut)| StageRun::new(graph, cut.stages[index].clone(), self.ops.clone()));
+            let run = |(graph, cut): (&StepGraph, &CutGraph)| match &self.row_shards {
+                Some(shards) => {
+                    let (graph, part) = divided(graph, &cut.stages[index], shards);
+                    StageRun::new(&graph, part, self.ops.clone())
+                }
+                None => StageRun::new(graph, cut.stages[index].clone(), self.ops.clone()),
+            };
+            let runs = graphs.iter().zip(cuts).map(run);
             stages.push(GraphStage::new(index, runs.collect::<Result<_, _>>()?, sizes.to_vec()));
         }
         Ok(stages)

@@ -90,6 +90,14 @@ impl PlanTable {
             row.padded_dims = padded_dims(row, places.map(|(of_axis, (_, degree))| (of_axis, *degree)));
             row.local_dims = row.padded_dims.clone();
         }
+        for (of_axis, (name, _)) in plans.iter().zip(axes) {
+            if let Some(dim) = of_axis.sequence_dim().filter(|dim| *dim > 1) {
+                return Err(plan_error(format!(
+                    "`sequence_parallel({dim})` over axis `{name}`: the sequence is dim 1 of activations [batch, sequence, width], or dim \
+                     0 of [sequence, batch, width]"
+                )));
+            }
+        }
         for (index, of_axis) in plans.into_iter().enumerate() {
             of_axis.check(axes[index].0, &rows, &tied)?;
             for row in &mut rows {
@@ -100,6 +108,48 @@ impl PlanTable {
             row.bytes = row.local_dims.iter().product::<usize>() * row.dtype.size();
         }
         Ok(Self { axes: axes.iter().map(|(name, size)| ((*name).into(), *size)).collect(), rows, splits })
+    }
+
+    /// The table of a model whose float parameters are divided by rows, with padding, over one axis. Running statistics are not, and
+    /// parameters without elements are left out, unless `later` says which dims they will have.
+    pub(crate) fn by_rows<M: Module>(
+        model: &M,
+        axis: &str,
+        ranks: usize,
+        later: &dyn Fn(ParamId) -> Option<Vec<usize>>,
+    ) -> Self {
+        let mut found = Rows::default();
+        visit_params(model, &mut |param| found.add(&param));
+        let mut rows = found.rows;
+        for row in &mut rows {
+            if row.dims.contains(&0) {
+                row.dims = later(row.id).unwrap_or_default();
+                (row.padded_dims, row.local_dims) = (row.dims.clone(), row.dims.clone());
+            }
+        }
+        rows.retain(|row| !row.dims.is_empty() && !row.dims.contains(&0));
+        for row in &mut rows {
+            let running = row.path.ends_with("running_mean") || row.path.ends_with("running_var");
+            let divided = row.dtype.is_float() && !running;
+            row.layouts.push(if divided { Layout::Sharded(0) } else { Layout::Replicated });
+            if divided {
+                row.padded_dims[0] = row.dims[0].next_multiple_of(ranks);
+                row.local_dims[0] = row.padded_dims[0] / ranks;
+            }
+            row.bytes = row.local_dims.iter().product::<usize>() * row.dtype.size();
+        }
+        Self { axes: vec![(axis.into(), ranks)], rows, splits: true }
+    }
+
+    /// The table in which no axis divides anything.
+    pub(crate) fn whole(&self) -> Self {
+        let mut table = self.clone();
+        for row in &mut table.rows {
+            row.layouts.fill(Layout::Replicated);
+            (row.padded_dims, row.local_dims) = (row.dims.clone(), row.dims.clone());
+            row.bytes = row.model_bytes();
+        }
+        table
     }
 
     /// The parameters, in the order in which a visitor meets them.

@@ -6,7 +6,7 @@ use burn::optim::GradientsParams;
 use super::{Clip, Clipped};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::graph::{GradientLayout, SkippedSteps};
+use crate::graph::{ClipRecord, GradientLayout};
 use crate::params::visit_floats;
 use crate::plan::matches;
 
@@ -110,7 +110,7 @@ impl HandSplit {
             groups,
             averaged: None,
             by_hand: true,
-            skipped_steps: SkippedSteps::default(),
+            clipping: ClipRecord::default(),
         })
     }
 }
