@@ -269,11 +269,11 @@ pub enum Error {
         said: Vec<String>,
     },
 
-    /// The engine under the communicator, or a service it needs, could not be used.
-    #[error("{engine}: {problem}")]
-    Engine {
-        /// Name of the engine, as in `mpi`.
-        engine: &'static str,
+    /// The transport under the communicator, or a service that it needs, could not be used.
+    #[error("{transport}: {problem}")]
+    Transport {
+        /// Name of the transport, as in `mpi`.
+        transport: &'static str,
         /// What it said, and what to try.
         problem: String,
     },

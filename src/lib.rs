@@ -33,7 +33,7 @@
 //! |---|---|
 //! | [`launch`] | starting the ranks of a world |
 //! | [`mesh`] | ranks arranged along named axes |
-//! | [`comm`] | the communicator: collectives and messages, and the trait for engines |
+//! | [`comm`] | the communicator: collectives and messages, and the trait for transports |
 //! | [`layout`] | differentiable moves between layouts, for models written by hand |
 //! | [`data_parallel`] | replicas: gradient buckets, accumulation, uneven data, synchronised batch norm, sampler |
 //! | [`tensor`] | tensors whose kind, rank and device are known at run time only |

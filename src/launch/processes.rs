@@ -80,8 +80,8 @@ impl Processes {
         }
         // MPI joins only processes that its own launcher has started.
         let mut mpirun = Command::new("mpirun");
-        let version = Command::new("mpirun").arg("--version").output().map_err(|problem| Error::Engine {
-            engine: "mpi",
+        let version = Command::new("mpirun").arg("--version").output().map_err(|problem| Error::Transport {
+            transport: "mpi",
             problem: format!("mpirun cannot be started: {problem}; install it (Debian: openmpi-bin)"),
         })?;
         if String::from_utf8_lossy(&version.stdout).contains("Open MPI") {
