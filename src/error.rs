@@ -11,7 +11,7 @@ use burn::tensor::DType;
 
 use crate::comm::{Call, CallLog, ReduceOp};
 
-/// What went wrong, for every rank of the group alike.
+/// What went wrong: the same error on every rank of the group.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

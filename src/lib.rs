@@ -55,7 +55,7 @@
 //!
 //! # Failure
 //!
-//! Nothing waits for ever, and nobody waits for the dead: a rank that panics, returns an error, leaves, or calls something
+//! Nothing waits for ever: a rank that panics, returns an error, leaves, or calls something
 //! else than its peers fails the world, and all ranks return the same [`Error`], which says who did what.
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]

@@ -1,4 +1,4 @@
-//! Into how many pieces a multiplication is cut, and who carries the pieces to the other ranks.
+//! Into how many chunks a product is cut, and which thread runs their collectives.
 
 use std::ops::Range;
 
@@ -152,7 +152,7 @@ mod tests {
     use super::*;
     use crate::launch;
 
-    /// Whoever has more may think that it is worth another chunk.
+    /// A rank that has more may choose more chunks.
     #[test]
     fn ranks_of_unlike_parts_plan_alike() {
         let rows = 512;

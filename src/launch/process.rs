@@ -1,4 +1,4 @@
-//! One rank as this process.
+//! Runs this process as one rank.
 
 use std::time::Duration;
 use std::{fmt, thread};
@@ -159,7 +159,7 @@ impl Process {
 
     fn over_tcp<T>(&self, config: WorldConfig, run: impl Fn(Communicator) -> Result<T, Error>) -> Result<T, Error> {
         let rendezvous = Rendezvous::at(&self.info, config.timeout())?;
-        // Dropped last, when the rank has let go of all communicators: it waits for the other processes.
+        // Dropped last, when the rank has dropped all communicators: it waits for the other processes.
         let session = Session::new();
         let comm = session.world(&rendezvous, config)?;
         let outcome = run(comm.clone());
@@ -170,7 +170,7 @@ impl Process {
 
     #[cfg(feature = "mpi")]
     fn over_mpi<T>(&self, config: WorldConfig, run: impl Fn(Communicator) -> Result<T, Error>) -> Result<T, Error> {
-        // Dropped last, when the rank has let go of all communicators: it waits for the other processes.
+        // Dropped last, when the rank has dropped all communicators: it waits for the other processes.
         let session = crate::comm::mpi::Session::start()?;
         let comm = session.world(config)?;
         let ProcessInfo { rank, size, launcher, .. } = self.info;

@@ -1,4 +1,4 @@
-//! Where the ranks of a launcher meet.
+//! The rendezvous of ranks that a launcher has started.
 
 use std::time::Duration;
 
