@@ -11,7 +11,7 @@ use burn::tensor::DType;
 
 use crate::comm::{Call, CallLog, ReduceOp};
 
-/// What went wrong, for every rank of the group alike.
+/// What went wrong: the same error on every rank of the group.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -124,8 +124,9 @@ pub enum Error {
         log: CallLog,
     },
 
-    /// A rank has no memory for what a collective would bring it. All ranks of the group return this. The world does not fail
-    /// with it, unless other ranks were at work already: it can be asked with
+    /// A rank has no memory for what a collective would bring it. All ranks of the group return this. Among threads, and over TCP
+    /// from 16 MiB on, the world does not fail with it; below that, where other ranks are at work already, it does, and over MPI it
+    /// ends as if the rank were killed while data is moving. It can be asked with
     /// [`failure`](crate::comm::Communicator::failure).
     #[error(
         "rank {rank} of group `{group}` has no memory for the {bytes} bytes that {operation} would bring it; bring less at a \
@@ -276,11 +277,11 @@ pub enum Error {
         said: Vec<String>,
     },
 
-    /// The engine under the communicator, or a service it needs, could not be used.
-    #[error("{engine}: {problem}")]
-    Engine {
-        /// Name of the engine, as in `mpi`.
-        engine: &'static str,
+    /// The transport under the communicator, or a service that it needs, could not be used.
+    #[error("{transport}: {problem}")]
+    Transport {
+        /// Name of the transport, as in `mpi`.
+        transport: &'static str,
         /// What it said, and what to try.
         problem: String,
     },

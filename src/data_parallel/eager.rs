@@ -1,4 +1,4 @@
-//! A model that every rank holds whole, run by its own forward.
+//! The eager engine: a whole model on every rank, run by its own forward.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -21,7 +21,7 @@ use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
 use crate::tensor::{PlainTensor, TensorMapper, TensorTree, rows};
 
 /// A model that every rank of a group of replicas holds whole. Its own eager `forward` computes, so shapes and decisions may
-/// change from step to step, and gradients are heard of at the parameters while backward runs. Dereferences to the model.
+/// change from step to step, and hooks at the parameters deliver gradients while backward runs. Dereferences to the model.
 #[derive(Clone)]
 pub struct Eager<M> {
     module: M,
@@ -176,9 +176,7 @@ impl<M: Module> StepEngine for Eager<M> {
     }
 
     fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
-        let mut dims = params::Dims::default();
-        self.module.visit(&mut dims);
-        Ok(dims.0.into_iter().map(|(id, dims)| (id, ParamSlice::whole(dims))).collect())
+        Ok(params::dims_of(&self.module).into_iter().map(|(id, dims)| (id, ParamSlice::whole(dims))).collect())
     }
 
     fn counters(&self) -> StepCounters {
