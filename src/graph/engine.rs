@@ -1,4 +1,4 @@
-//! What runs the micro-batches of a model, however it is spread over a group.
+//! The engines of steps: what runs the micro-batches of a model, whatever the model is spread over.
 //!
 //! A [`StepEngine`] runs forward and backward of one micro-batch and gives gradients away as they come: to a sum, or to the
 //! reduction over replicas.
@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use burn::module::{Module, ParamId};
 use burn::tensor::Tensor;
 
-use super::gradient_layout::GradientLayout;
+use super::gradient_layout::{ClipRecord, GradientLayout};
 use super::results::{StepObserver, StepOutputs};
 use crate::Error;
 use crate::comm::Communicator;
@@ -125,6 +125,14 @@ pub trait StepEngine: Module {
 
     /// How the parameters lie over the ranks that share the model.
     fn gradient_layout(&self) -> GradientLayout;
+
+    /// What clipping has done to it.
+    fn clipping(&self) -> &ClipRecord;
+
+    /// Whether its steps give gradients.
+    fn trains(&self) -> bool {
+        true
+    }
 
     /// The optimizers that were looked at.
     fn checked_optimizers(&self) -> &CheckedOptimizers;
