@@ -121,6 +121,23 @@ struct Flags {
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 
+    /// A directory for checkpoints, made if it is not there: one every --save-every steps, and one at the end
+    #[arg(long, value_name = "DIR")]
+    save: Option<PathBuf>,
+
+    /// After how many steps each checkpoint is saved [default: at the end alone]
+    #[arg(long, value_name = "N", requires = "save", value_parser = up_to::<1_000_000_000>)]
+    save_every: Option<usize>,
+
+    /// How many checkpoints are kept: the last ones
+    #[arg(long, value_name = "K", requires = "save", default_value_t = 3, value_parser = up_to::<1_000_000>)]
+    keep: usize,
+
+    /// A directory of checkpoints, to go on from the last of them: with any flags that do not change the model. --steps counts
+    /// the whole run. If it is the directory of --save, and there is none yet, the run begins anew
+    #[arg(long, value_name = "DIR")]
+    resume: Option<PathBuf>,
+
     /// What the ranks are: threads, processes of this program, or what a launcher has started [default: env under
     /// mpirun and torchrun, else threads]
     #[arg(long, value_enum, value_name = "HOW")]
@@ -190,6 +207,14 @@ pub struct Args {
     pub seed: u64,
     /// Where to write the outcome as JSON.
     pub json: Option<PathBuf>,
+    /// Where to keep checkpoints.
+    pub save: Option<PathBuf>,
+    /// After how many steps each is saved; at the end alone without a number.
+    pub save_every: Option<usize>,
+    /// How many are kept.
+    pub keep: usize,
+    /// From where to go on.
+    pub resume: Option<PathBuf>,
     /// What the ranks compute on.
     pub device: Compute,
     /// How the ranks are started and joined.
@@ -305,6 +330,10 @@ impl Args {
             clip: flags.clip,
             seed: flags.seed,
             json: flags.json,
+            save: flags.save,
+            save_every: flags.save_every,
+            keep: flags.keep,
+            resume: flags.resume,
             device: flags.device,
             start,
         })

@@ -3,6 +3,7 @@
 //! `gpt.rs` is an ordinary burn model and knows nothing of ranks; `train.rs` is an ordinary burn loop, run by every rank.
 
 mod args;
+mod checkpoints;
 mod device;
 mod gpt;
 mod report;

@@ -122,11 +122,13 @@ impl Pipeline {
 pub struct Outcome {
     /// The trained model, the same on every rank.
     pub model: Gpt,
-    /// The loss of each step over the whole batch, in nats per byte.
+    /// How many steps this run has made, after those of the checkpoint that it went on from.
+    pub steps: usize,
+    /// The loss of each step over the whole batch, in nats per byte; those of the checkpoint too.
     pub losses: Vec<f64>,
     /// The norm of each step's gradient before it was clipped; none without clipping.
     pub grad_norms: Vec<f64>,
-    /// The tokens of all steps and ranks.
+    /// The tokens of the steps of this run, over all ranks.
     pub tokens: usize,
     /// The time that the steps took.
     pub elapsed: Duration,
@@ -158,7 +160,7 @@ impl Outcome {
 
     /// What is sent, by what it is for, with the bytes and calls of a step.
     fn communication(&self) -> [(&'static str, f64, f64); 5] {
-        let steps = self.losses.len() as f64;
+        let steps = self.steps.max(1) as f64;
         let StepCounters { gradients, control, tensor, pipeline, norm, .. } = &self.counters;
         let purposes = [
             ("gradients", gradients),

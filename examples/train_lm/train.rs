@@ -10,6 +10,7 @@ use burn::tensor::{Int, Tensor};
 use burn_parallel::prelude::*;
 
 use crate::args::Args;
+use crate::checkpoints::{Run, checkpointer};
 use crate::device;
 use crate::gpt::Gpt;
 use crate::report::{Outcome, Pipeline, Progress};
@@ -25,17 +26,22 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
     let device = args.device.of(&rank, args.start.launch)?.autodiff();
     let mut model = model.fork(&device).parallelize(&world, &args.strategy)?;
     let replica = model.mesh().coordinate("dp")?;
-    let mut optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init();
-    let mut schedule = schedule(args)?;
+    let batch = |number: usize| {
+        let rows = text.rows(args.seed, number, args.batch, replica, args.dp);
+        rows.chunks(args.micro_batch).map(|rows| tensors(rows, &device)).collect::<Vec<_>>()
+    };
+    // Which rank holds what must be known before anything is restored.
+    model.prepare(batch(0).swap_remove(0), loss)?;
+    let optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init();
+    let mut run = Run { model, optim, schedule: schedule(args)?, losses: Vec::new(), grad_norms: Vec::new() };
+    let first = run.resume(&world, args)?;
+    let mut checkpoints = checkpointer(&world, args)?;
     let mut progress = Progress::new(args.steps, rank.rank() == 0);
     let mut pipeline = Pipeline::default();
-    let (mut losses, mut grad_norms) = (Vec::with_capacity(args.steps), Vec::new());
-    let wrapping = model.counters();
+    let wrapping = run.model.counters();
 
-    for number in 0..args.steps {
-        let rows = text.rows(args.seed, number, args.batch, replica, args.dp);
-        let micro_batches = rows.chunks(args.micro_batch).map(|rows| tensors(rows, &device));
-        let mut step = model.step_micro_batches(micro_batches, loss)?;
+    for number in first..args.steps {
+        let mut step = run.model.step_micro_batches(batch(number), loss)?;
         pipeline.add(&step.runs);
         // The mean over the tokens of all ranks: every rank has the same, and ends here with the others.
         let loss = step.loss.item();
@@ -43,18 +49,24 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
             return Err(Error::user(format!("the loss of step {} is {loss}: a lower --lr may help", number + 1)));
         }
         if let Some(max) = args.clip {
-            step = step.clip_grad_norm(&model, max)?;
-            grad_norms.extend(step.grad_norm);
+            step = step.clip_grad_norm(&run.model, max)?;
+            run.grad_norms.extend(step.grad_norm);
         }
-        model = model.optimize(&mut optim, schedule.step(), step)?;
+        run.model = run.model.optimize(&mut run.optim, run.schedule.step(), step)?;
 
-        losses.push(loss);
-        progress.step(number, loss, args.batch * args.seq, model.counters().waited);
+        run.losses.push(loss);
+        progress.step(number, loss, args.batch * args.seq, run.model.counters().waited);
+        run.save(number + 1, &mut checkpoints, args)?;
     }
+    if let Some(mut checkpoints) = checkpoints {
+        checkpoints.wait()?;
+    }
+    let Run { model, losses, grad_norms, .. } = run;
     let (elapsed, counters) = (progress.elapsed(), model.counters() - wrapping);
-    let tokens = args.steps * args.batch * args.seq;
+    let steps = args.steps.saturating_sub(first);
+    let tokens = steps * args.batch * args.seq;
     let pipeline = pipeline.of(&args.strategy)?;
-    Ok(Outcome { model: model.assemble()?, losses, grad_norms, tokens, elapsed, counters, pipeline })
+    Ok(Outcome { model: model.assemble()?, steps, losses, grad_norms, tokens, elapsed, counters, pipeline })
 }
 
 /// The summed loss of some rows, over their tokens.

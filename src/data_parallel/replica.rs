@@ -194,6 +194,30 @@ impl<E: StepEngine> Replica<E> {
         }
     }
 
+    /// Finds out which parameters this rank holds, if a step would.
+    pub(crate) fn prepare<I: TensorTree + Clone>(
+        &mut self,
+        inputs: I,
+        step: StepFn<'_, E::Model, I>,
+    ) -> Result<(), Error> {
+        match &self.averaging {
+            Averaging::Ready(_) => {}
+            Averaging::ByRows(shards) => {
+                let replicas = shards.replicas().clone();
+                if !self.engine.is_settled() {
+                    self.engine.settle(inputs, step, &replicas)?;
+                }
+            }
+            Averaging::Deferred(group, config) => {
+                let (group, config) = (group.clone(), config.clone());
+                self.engine.settle(inputs, step, &group)?;
+                let (engine, reducer) = replicate(self.engine.clone(), &group, config, E::share_ids)?;
+                (self.engine, self.averaging) = (engine, Averaging::Ready(Arc::new(reducer)));
+            }
+        }
+        Ok(())
+    }
+
     /// Runs forward and backward on every micro-batch and averages over all of them and over the group.
     pub(crate) fn run<I: TensorTree + Clone>(
         &mut self,
@@ -204,23 +228,15 @@ impl<E: StepEngine> Replica<E> {
             return self.run_by_rows(&shards, micro_batches, step);
         }
         let mut micro_batches = micro_batches.into_iter().peekable();
-        let reducer = match &self.averaging {
-            Averaging::ByRows(_) => unreachable!("run above"),
-            Averaging::Ready(reducer) => reducer.clone(),
-            Averaging::Deferred(group, config) => {
-                let (group, config) = (group.clone(), config.clone());
-                let Some(first) = micro_batches.peek() else {
-                    let problem = "the first step cuts the model into stages: every replica must bring a micro-batch to \
-                                   it, or the model be cut by paths";
-                    return Err(Error::Pipeline { problem: problem.into() });
-                };
-                self.engine.settle(first.clone(), step.again(), &group)?;
-                let (engine, reducer) = replicate(self.engine.clone(), &group, config, E::share_ids)?;
-                let reducer = Arc::new(reducer);
-                (self.engine, self.averaging) = (engine, Averaging::Ready(reducer.clone()));
-                reducer
-            }
-        };
+        if matches!(self.averaging, Averaging::Deferred(..)) {
+            let Some(first) = micro_batches.peek().cloned() else {
+                let problem = "the first step cuts the model into stages: every replica must bring a micro-batch to it, or \
+                               the model be cut by paths";
+                return Err(Error::Pipeline { problem: problem.into() });
+            };
+            self.prepare(first, step.again())?;
+        }
+        let Some(reducer) = self.reducer().cloned() else { unreachable!("replicas by rows run above") };
         if reducer.sharding() >= Sharding::Gradients {
             return self.run_reducing_each(&reducer, micro_batches, step);
         }

@@ -71,6 +71,15 @@ pub trait StepEngine: Module {
         Ok(())
     }
 
+    /// Finds out which parameters this rank holds, of a model without replicas.
+    fn settle_alone<I: TensorTree + Clone>(
+        &mut self,
+        _inputs: I,
+        _step: StepFn<'_, Self::Model, I>,
+    ) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Runs forward and backward of a micro-batch. Gradients are those of the sum over its items, divided by `unit`; by one
     /// that suits the engine if there is none.
     fn run<I: TensorTree + Clone>(

@@ -221,6 +221,10 @@ impl<M: Module> StepEngine for Pipelined<M> {
         self.prepare_step(inputs, step)
     }
 
+    fn settle_alone<I: TensorTree + Clone>(&mut self, inputs: I, step: StepFn<'_, M, I>) -> Result<(), Error> {
+        self.prepare_step(inputs, step)
+    }
+
     /// Gradients come once the pipeline has drained.
     fn run<I: TensorTree + Clone>(
         &mut self,

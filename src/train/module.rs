@@ -97,6 +97,18 @@ pub trait ParallelModule: Module + sealed::Sealed {
         F: FnMut(&Self::Model, I) -> R,
         R: Into<Loss>;
 
+    /// Finds out which rank holds which parameters, where the first step would: a pipeline whose cut is not given by paths is cut
+    /// for a micro-batch of these inputs, and nothing is run. Before a model is [loaded](Self::load), saved or
+    /// [restored](crate::checkpoint), which needs to be known then. Else it does nothing. Collective.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    fn prepare<I, F, R>(&mut self, inputs: I, loss: F) -> Result<(), Error>
+    where
+        I: TensorTree + Clone,
+        F: FnMut(&Self::Model, I) -> R,
+        R: Into<Loss>;
+
     /// Runs a forward pass for evaluation: what `forward` gives, without autodiff, whole on every rank that shares the model.
     /// Replicas evaluate each for itself, unless they [divide the parameters](crate::sharding::Sharding::Parameters): then each calls this
     /// as often as the others, with inputs of its own.

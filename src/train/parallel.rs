@@ -157,6 +157,15 @@ impl<M: Module> ParallelModule for Parallel<M> {
         with!(&mut self.wrapped, model => model.step_micro_batches(micro_batches, loss))
     }
 
+    fn prepare<I, F, R>(&mut self, inputs: I, loss: F) -> Result<(), Error>
+    where
+        I: TensorTree + Clone,
+        F: FnMut(&M, I) -> R,
+        R: Into<Loss>,
+    {
+        with!(&mut self.wrapped, model => ParallelModule::prepare(model, inputs, loss))
+    }
+
     fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
         I: TensorTree + Clone,

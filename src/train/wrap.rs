@@ -42,6 +42,16 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
         self.run(micro_batches, StepFn::new::<F>(&mut call))
     }
 
+    fn prepare<I, F, R>(&mut self, inputs: I, mut loss: F) -> Result<(), Error>
+    where
+        I: TensorTree + Clone,
+        F: FnMut(&E::Model, I) -> R,
+        R: Into<Loss>,
+    {
+        let mut call = |model: &E::Model, inputs: I| loss(model, inputs).into();
+        Replica::prepare(self, inputs, StepFn::new::<F>(&mut call))
+    }
+
     fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
         I: TensorTree + Clone,
@@ -143,6 +153,19 @@ macro_rules! without_replicas {
             {
                 let mut call = |model: &M, inputs: I| loss(model, inputs).into();
                 unreplicated::step(self, micro_batches, StepFn::new::<F>(&mut call))
+            }
+
+            fn prepare<I, F, R>(&mut self, inputs: I, mut loss: F) -> Result<(), Error>
+            where
+                I: TensorTree + Clone,
+                F: FnMut(&M, I) -> R,
+                R: Into<Loss>,
+            {
+                let mut call = |model: &M, inputs: I| loss(model, inputs).into();
+                match self.is_settled() {
+                    true => Ok(()),
+                    false => self.settle_alone(inputs, StepFn::new::<F>(&mut call)),
+                }
             }
 
             fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>

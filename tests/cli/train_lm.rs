@@ -324,6 +324,43 @@ fn any_pipeline_gives_the_losses_of_one_rank() {
     same_losses(&alone, &run(&["--dp", "2", "--pp", "2", "--tp", "2", "--schedule", "zb_h1"]), 1e-4);
 }
 
+/// A run that is killed in its middle, and one that goes on from what it left, under the same flags or others.
+#[test]
+fn a_run_that_was_killed_goes_on_as_if_it_had_not_been() {
+    let folder = Folder::new("resume");
+    let steps = ["--steps", "60", "--batch", "8", "--clip", "1"];
+    let run = |axes: &[&str], more: &[&str]| losses(&json(&folder, &[&steps[..], axes, more].concat()));
+    let whole = run(&["--dp", "2"], &[]);
+    let saved = folder.path("saved");
+    let killed = [&TINY[..], &steps, &["--dp", "2", "--save", &saved, "--save-every", "2"]].concat();
+    let mut child = Command::new(example()).args(killed).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let has = |name: &str| fs::read_dir(&saved).is_ok_and(|mut all| all.any(|it| it.unwrap().file_name() == name));
+    while !has("step-000000004") {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        assert!(child.try_wait().unwrap().is_none(), "it was to be killed");
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let left = fs::read_dir(&saved).unwrap().count();
+    assert!((1..=5).contains(&left), "{left}");
+    for (axes, within) in [(["--dp", "2"], 0.0), (["--tp", "2"], 1e-5), (["--pp", "2"], 1e-5), (["--dp", "4"], 1e-5)] {
+        let gone_on = run(&axes, &["--resume", &saved]);
+        same_losses(&whole, &gone_on, within);
+    }
+    // A resume of a resume, with what it saves itself.
+    let again = folder.path("again");
+    let both = ["--save", &again, "--resume", &again, "--keep", "1"];
+    let first = run(&["--pp", "2", "--dp", "1"], &both);
+    same_losses(&whole, &first, 1e-5);
+    assert_eq!(fs::read_dir(&again).unwrap().count(), 1);
+    same_losses(&first, &run(&["--dp", "2"], &both), 0.0);
+    let none = folder.path("none");
+    let output = tiny(&["--resume", &none]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("there is no checkpoint"));
+    refused(&["--keep", "2"], "--save");
+}
+
 #[test]
 fn the_json_tells_how_idle_a_pipeline_was() {
     let folder = Folder::new("idle");
