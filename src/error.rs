@@ -11,7 +11,7 @@ use burn::tensor::DType;
 
 use crate::comm::{Call, CallLog, ReduceOp};
 
-/// What went wrong, for every rank of the group alike.
+/// What went wrong: the same error on every rank of the group.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -29,7 +29,8 @@ pub enum Error {
         operation: String,
         /// How long it waited.
         waited: Duration,
-        /// The ranks, within the group, that it was waiting for, in words.
+        /// Whom it was waiting for, in words: ranks within the group, or, where these wait for others in turn, first the ranks of
+        /// the world at the root of it.
         missing: String,
         /// The last collectives of every rank of the group.
         log: CallLog,
@@ -100,7 +101,7 @@ pub enum Error {
     },
 
     /// The function that a rank ran returned an error.
-    #[error("rank {rank} failed: {cause}{log}")]
+    #[error("{}", rank_failed(*.rank, .cause, .log))]
     RankFailed {
         /// World rank.
         rank: usize,
@@ -123,8 +124,9 @@ pub enum Error {
         log: CallLog,
     },
 
-    /// A rank has no memory for what a collective would bring it. All ranks of the group return this. The world does not fail
-    /// with it, unless other ranks were at work already: it can be asked with
+    /// A rank has no memory for what a collective would bring it. All ranks of the group return this. Among threads, and over TCP
+    /// from 16 MiB on, the world does not fail with it; below that, where other ranks are at work already, it does, and over MPI it
+    /// ends as if the rank were killed while data is moving. It can be asked with
     /// [`failure`](crate::comm::Communicator::failure).
     #[error(
         "rank {rank} of group `{group}` has no memory for the {bytes} bytes that {operation} would bring it; bring less at a \
@@ -268,11 +270,11 @@ pub enum Error {
         said: Vec<String>,
     },
 
-    /// The engine under the communicator, or a service it needs, could not be used.
-    #[error("{engine}: {problem}")]
-    Engine {
-        /// Name of the engine, as in `mpi`.
-        engine: &'static str,
+    /// The transport under the communicator, or a service that it needs, could not be used.
+    #[error("{transport}: {problem}")]
+    Transport {
+        /// Name of the transport, as in `mpi`.
+        transport: &'static str,
         /// What it said, and what to try.
         problem: String,
     },
@@ -366,6 +368,25 @@ impl Error {
 
     pub(crate) fn invalid(operation: &'static str, problem: impl Into<String>) -> Self {
         Self::InvalidArgument { operation, problem: problem.into() }
+    }
+}
+
+/// What says by itself what is wrong, as errors of settings do, is likely found by all ranks, and one of them was first; what
+/// they have called before is of no use then.
+fn rank_failed(rank: usize, cause: &Error, log: &CallLog) -> String {
+    match cause {
+        Error::Environment { .. }
+        | Error::Graph { .. }
+        | Error::InvalidArgument { .. }
+        | Error::Mesh { .. }
+        | Error::ModelMismatch { .. }
+        | Error::Nesting { .. }
+        | Error::Optimizer { .. }
+        | Error::Pipeline { .. }
+        | Error::Plan { .. }
+        | Error::Schedule { .. }
+        | Error::Strategy { .. } => format!("{cause} (rank {rank} found it first)"),
+        _ => format!("rank {rank} failed: {cause}{log}"),
     }
 }
 

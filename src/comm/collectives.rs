@@ -30,9 +30,15 @@ impl Communicator {
     /// # Errors
     /// [`Error::UnsupportedReduction`].
     pub fn reduce_scatter<P: Payload>(&self, payload: P, op: ReduceOp) -> Result<P, Error> {
-        self.dispatch(Operation::ReduceScatter(op), payload, |data| {
+        self.reduce_scatter_agreed(payload, op, 0)
+    }
+
+    /// [`reduce_scatter`](Self::reduce_scatter) with a number that must be the same on all ranks, where the shapes do not tell.
+    pub(crate) fn reduce_scatter_agreed<P: Payload>(&self, payload: P, op: ReduceOp, agreed: u64) -> Result<P, Error> {
+        let operation = Operation::ReduceScatter(op);
+        self.dispatch_agreed(operation, payload, agreed, |data| {
             reduce::check(op, data.dtype())?;
-            self.out_of_place(Operation::ReduceScatter(op), Some(data), None)
+            self.out_of_place_agreed(operation, Some(data), None, agreed)
         })
     }
 

@@ -1,4 +1,4 @@
-//! A model that every rank holds whole, run by its own forward.
+//! The eager engine: a whole model on every rank, run by its own forward.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -15,13 +15,13 @@ use super::reducer::Reducer;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::delegate::module_of_field;
-use crate::graph::{CheckedOptimizers, GradientLayout, GradientSink, MicroBatch, SkippedSteps, SplitParam, StepEngine};
+use crate::graph::{CheckedOptimizers, ClipRecord, GradientLayout, GradientSink, MicroBatch, SplitParam, StepEngine};
 use crate::params::{self, ParamSlice, SliceSource};
 use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
 use crate::tensor::{PlainTensor, TensorMapper, TensorTree, rows};
 
 /// A model that every rank of a group of replicas holds whole. Its own eager `forward` computes, so shapes and decisions may
-/// change from step to step, and gradients are heard of at the parameters while backward runs. Dereferences to the model.
+/// change from step to step, and hooks at the parameters deliver gradients while backward runs. Dereferences to the model.
 #[derive(Clone)]
 pub struct Eager<M> {
     module: M,
@@ -30,7 +30,7 @@ pub struct Eager<M> {
     control: Communicator,
     /// The captured steps with synchronised batch norm, once there are any.
     synchronized: Arc<Mutex<Option<SyncBatchNorm>>>,
-    skipped_steps: SkippedSteps,
+    clipping: ClipRecord,
     checked_optimizers: CheckedOptimizers,
 }
 
@@ -41,7 +41,7 @@ impl<M: Module> Eager<M> {
             hooks,
             control,
             synchronized: Arc::default(),
-            skipped_steps: SkippedSteps::default(),
+            clipping: ClipRecord::default(),
             checked_optimizers: CheckedOptimizers::default(),
         }
     }
@@ -77,8 +77,8 @@ impl<M: Module> Eager<M> {
             return Err(self.refuse(problem));
         }
         if weight > 0.0 && !value.is_tracked() {
-            let problem = "it depends on no parameter that is trained: was it computed on a device without autodiff, or \
-                           with every parameter frozen?";
+            let problem = "it depends on no parameter that is trained: was its model made on a device without autodiff (`fork` keeps what it was \
+                           made with: make it on `device.autodiff()`), or is every parameter frozen?";
             return Err(self.refuse(problem.into()));
         }
         let outputs = outputs.into_iter().map(|(path, output)| PlainTensor::of(output, &format!("output `{path}`")));
@@ -176,14 +176,12 @@ impl<M: Module> StepEngine for Eager<M> {
     }
 
     fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
-        let mut dims = params::Dims::default();
-        self.module.visit(&mut dims);
-        Ok(dims.0.into_iter().map(|(id, dims)| (id, ParamSlice::whole(dims))).collect())
+        Ok(params::dims_of(&self.module).into_iter().map(|(id, dims)| (id, ParamSlice::whole(dims))).collect())
     }
 
     fn counters(&self) -> StepCounters {
         let statistics = self.synchronized().as_ref().map(SyncBatchNorm::counters).unwrap_or_default();
-        StepCounters { statistics, skipped: self.skipped_steps.count(), ..StepCounters::default() }
+        StepCounters { statistics, skipped: self.clipping.skipped(), ..StepCounters::default() }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {
@@ -191,11 +189,11 @@ impl<M: Module> StepEngine for Eager<M> {
     }
 
     fn gradient_layout(&self) -> GradientLayout {
-        GradientLayout {
-            rank: self.control.world_rank(),
-            skipped_steps: self.skipped_steps.clone(),
-            ..GradientLayout::default()
-        }
+        GradientLayout { rank: self.control.world_rank(), clipping: self.clipping.clone(), ..GradientLayout::default() }
+    }
+
+    fn clipping(&self) -> &ClipRecord {
+        &self.clipping
     }
 
     fn checked_optimizers(&self) -> &CheckedOptimizers {

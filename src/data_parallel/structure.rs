@@ -1,14 +1,15 @@
-//! Making the replicas one model: the same structure is demanded, the same values are given.
+//! Checks that all ranks wrap the same model, and broadcasts the values of rank 0.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::backend::TensorMetadata;
+use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::tensor::{Bool, DType, Int, Tensor};
 
 use crate::Error;
 use crate::comm::{Communicator, Payload};
-use crate::params;
+use crate::params::{self, ParamRef, visit_params};
 
 /// What is said of a float parameter that is not trained, where ranks compare what they have.
 pub(super) const NOT_TRAINED: &str = ", not trained";
@@ -31,21 +32,28 @@ pub(super) struct Structure {
     pub lines: Vec<(String, String)>,
     /// The ids of these.
     pub ids: Vec<ParamId>,
-    path: Vec<String>,
 }
 
 impl Structure {
     pub fn of<M: Module>(module: &M) -> Self {
         let mut structure = Self::default();
-        module.visit(&mut structure);
+        visit_params(module, &mut |param| structure.add(&param));
         structure
     }
 
-    fn add(&mut self, id: ParamId, shape: impl AsRef<[usize]>, dtype: DType, note: &str) -> String {
-        let path = self.path.join(".");
+    fn add(&mut self, param: &ParamRef<'_>) {
+        // The dims that a lazy parameter says need not be those that it gets.
+        let base = param.base();
+        let (id, path, shape, dtype) = (param.id(), param.path(), base.shape().to_vec(), base.dtype());
+        let trained = param.is_trained();
+        let note = if param.is_float() && !trained { NOT_TRAINED } else { "" };
         self.ids.push(id);
-        self.lines.push((path.clone(), format!("{dtype:?} {:?}{note}", shape.as_ref())));
-        path
+        self.lines.push((path.clone(), format!("{dtype:?} {shape:?}{note}")));
+        // A parameter that the module holds in two places is one parameter.
+        if trained && !self.trained.iter().any(|known| known.id == id) {
+            let elements = shape.iter().product();
+            self.trained.push(TrainedParam { id, path: path.into(), shape, elements, dtype });
+        }
     }
 
     /// Demands that all ranks hold the same structure.
@@ -54,43 +62,6 @@ impl Structure {
     /// Those of [`params::agree`].
     pub fn agree(&self, group: &Communicator) -> Result<(), Error> {
         params::agree(&self.lines, group)
-    }
-}
-
-impl ModuleVisitor for Structure {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let base = param.base();
-        let trained = base.is_require_grad();
-        let path = self.add(param.id, base.shape(), base.dtype(), if trained { "" } else { NOT_TRAINED });
-        // A parameter that the module holds in two places is one parameter.
-        if trained && !self.trained.iter().any(|known| known.id == param.id) {
-            let elements = base.shape().num_elements();
-            self.trained.push(TrainedParam {
-                id: param.id,
-                path: path.into(),
-                shape: base.shape().to_vec(),
-                elements,
-                dtype: base.dtype(),
-            });
-        }
-    }
-
-    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
-        let base = param.base();
-        self.add(param.id, base.shape(), base.dtype(), "");
-    }
-
-    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
-        let base = param.base();
-        self.add(param.id, base.shape(), base.dtype(), "");
     }
 }
 
@@ -103,12 +74,17 @@ pub(super) fn broadcast<M: Module>(module: M, group: &Communicator) -> Result<M,
     broadcast_some(module, group, &|_, _| true)
 }
 
-/// Gives what is not trained, running statistics above all, the values of rank 0.
+/// Gives what is not trained, running statistics above all, the values of rank 0; but for parameters that are `divided` among the
+/// ranks.
 ///
 /// # Errors
 /// Those of [`Communicator::broadcast`].
-pub(super) fn broadcast_buffers<M: Module>(module: M, group: &Communicator) -> Result<M, Error> {
-    broadcast_some(module, group, &|_, trained| !trained)
+pub(super) fn broadcast_buffers<M: Module>(
+    module: M,
+    group: &Communicator,
+    divided: &dyn Fn(ParamId) -> bool,
+) -> Result<M, Error> {
+    broadcast_some(module, group, &|id, trained| !trained && !divided(id))
 }
 
 /// As [`broadcast`], of the parameters and buffers for which `wanted` says so, by their id and whether they are trained.

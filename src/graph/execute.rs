@@ -1,4 +1,4 @@
-//! Running a captured step with the parameters of now.
+//! The executor: runs a captured step with the current parameters.
 
 use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -68,6 +68,14 @@ impl Executor {
     /// The graph that runs.
     pub fn graph(&self) -> &StepGraph {
         &self.graph
+    }
+
+    /// The operations that run, in order.
+    pub(crate) fn operations(&self) -> impl Iterator<Item = &OperationIr> {
+        self.program.iter().filter_map(|action| match action {
+            Instruction::Run(op) => Some(&**op),
+            _ => None,
+        })
     }
 
     /// What one step needs of memory beside parameters, inputs and constants.

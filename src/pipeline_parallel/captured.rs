@@ -4,6 +4,7 @@ use burn::module::Module;
 use burn::tensor::Device;
 
 use super::batch::Batch;
+use super::by_rows::divided;
 use super::captured_step::{CapturedForward, CapturedStep};
 use super::graph_stage::GraphStage;
 use super::output_join::OutputJoin;
@@ -20,7 +21,7 @@ use crate::pipeline_parallel::cut::{CutGraph, StageRun, cut_like, measure_operat
 use crate::step::{Identity, StepFn};
 
 impl PipelineState {
-    /// Makes sure that the step for this batch is captured and cut; `local` loses what this rank does not hold.
+    /// Captures and cuts the step for this batch, unless that is done; `local` loses what this rank does not hold.
     pub(super) fn prepare<M, I>(
         &mut self,
         local: &mut Option<M>,
@@ -95,6 +96,7 @@ impl PipelineState {
         let rows = batch.rows(micro_batch).len();
         let inputs = batch.structured(inputs, micro_batch)?;
         capture_step(meta_module, inputs, |model: &M, inputs| step.call(model, inputs).over_rows(rows))
+            .map_err(|error| batch.told_of(error, micro_batch))
     }
 
     /// Seconds that each operation of the step takes for the first micro-batch: none is larger.
@@ -117,7 +119,7 @@ impl PipelineState {
         measure_operations(&graph, &device, runs)
     }
 
-    /// Makes sure that the forward for this batch is captured and cut; `local` loses what this rank does not hold.
+    /// Captures and cuts the forward for this batch, unless that is done; `local` loses what this rank does not hold.
     pub(super) fn prepare_forward<M, I, F, O>(
         &mut self,
         local: &mut Option<M>,
@@ -140,8 +142,10 @@ impl PipelineState {
         let mut key = StepKey::new(identity, signature?, &inputs)?;
         let (firsts, sizes) = batch.sizes();
         let capture = |meta_module: &M, forward: &mut F| {
-            let of =
-                |first: &usize| capture_forward(meta_module, batch.structured(inputs.clone(), *first)?, &mut *forward);
+            let of = |first: &usize| {
+                let inputs = batch.structured(inputs.clone(), *first)?;
+                capture_forward(meta_module, inputs, &mut *forward).map_err(|error| batch.told_of(error, *first))
+            };
             firsts.iter().map(of).collect::<Result<Vec<_>, Error>>()
         };
         let mut anew = None;
@@ -223,6 +227,9 @@ impl PipelineState {
             let params = graphs[0].params.iter().map(|param| param.id);
             self.holders = Some(params.zip(cuts[0].holders.iter().cloned()).collect());
             self.tied_params = TiedParams::new(&graphs[0], &cuts[0], self.timetable.stage_ranks(), &self.group)?;
+            if let Some(shards) = &self.row_shards {
+                self.tied_params.divide(&|id| shards.shard_dims(id));
+            }
             self.cut = cuts.first().cloned();
             if let Some(model) = local.take() {
                 let held = self.hold(model);
@@ -233,7 +240,7 @@ impl PipelineState {
         Ok(cuts)
     }
 
-    /// Makes sure that no stage needs a parameter that it has let go of.
+    /// Demands that no stage needs a parameter that it has dropped.
     fn check_holders(&self, graph: &StepGraph, cut: &CutGraph) -> Result<(), Error> {
         for (param, stages) in graph.params.iter().zip(&cut.holders) {
             let held = self.holders.as_ref().and_then(|holders| holders.get(&param.id)).map_or(&[][..], Vec::as_slice);
@@ -252,10 +259,14 @@ impl PipelineState {
     fn stages(&self, graphs: &[StepGraph], cuts: &[CutGraph], sizes: &[usize]) -> Result<Vec<GraphStage>, Error> {
         let mut stages = Vec::new();
         for index in self.timetable.stages_of(self.group.rank()) {
-            let runs = graphs
-                .iter()
-                .zip(cuts)
-                .map(|(graph, cut)| StageRun::new(graph, cut.stages[index].clone(), self.ops.clone()));
+            let run = |(graph, cut): (&StepGraph, &CutGraph)| match &self.row_shards {
+                Some(shards) => {
+                    let (graph, part) = divided(graph, &cut.stages[index], shards);
+                    StageRun::new(&graph, part, self.ops.clone())
+                }
+                None => StageRun::new(graph, cut.stages[index].clone(), self.ops.clone()),
+            };
+            let runs = graphs.iter().zip(cuts).map(run);
             stages.push(GraphStage::new(index, runs.collect::<Result<_, _>>()?, sizes.to_vec()));
         }
         Ok(stages)

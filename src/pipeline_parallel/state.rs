@@ -1,4 +1,4 @@
-//! What the ranks of a pipeline know of the steps they run.
+//! The state of a pipeline on one rank: captured steps, the cut, and who holds which parameter.
 
 use std::any::Any;
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -6,12 +6,12 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use burn::module::{Module, ParamId};
 
 use super::captured_step::CapturedStep;
-use super::schedule::Timetable;
+use super::schedule::{Schedule, Timetable};
 use super::tied::TiedParams;
 use super::{PipelineConfig, stage_error};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
-use crate::distribution::ModelSplit;
+use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{CustomOps, RandomSource, Recent, Signature, StepKey, register_counter_based_rng};
 use crate::params::{self, NewDims, Renamed, SliceSource};
 use crate::partition::ShardReport;
@@ -34,6 +34,8 @@ pub(super) struct PipelineState {
     pub tied_params: TiedParams,
     /// What the last captured step of a model that is split as well was given, for each axis.
     pub shards: Vec<ShardReport>,
+    /// How replicas divide what each of them would hold, if they do.
+    pub row_shards: Option<RowShards>,
     /// What steps have sent from stage to stage.
     pub sent: Counters,
     pub ops: CustomOps,
@@ -51,9 +53,10 @@ impl PipelineState {
         group: &Communicator,
         config: PipelineConfig,
     ) -> Result<(Self, M), Error> {
-        let timetable = config.schedule.timetable(group.size(), config.micro_batches)?;
         let table = Plan::new().table(&model, 1)?;
         let rows = table.rows();
+        enough_parameters(&config.schedule, group.size(), rows.len())?;
+        let timetable = config.schedule.timetable(group.size(), config.micro_batches)?;
         let paths: Vec<&str> = rows.iter().map(|row| row.path.as_str()).collect();
         let homes = config.cut.by_path(&paths, timetable.stages())?;
 
@@ -98,11 +101,21 @@ impl PipelineState {
             cut: None,
             tied_params: TiedParams::default(),
             shards: Vec::new(),
+            row_shards: None,
             sent: Counters::default(),
             ops,
             random,
         };
         Ok((state, model))
+    }
+
+    /// Goes on with rows of the parameters.
+    pub(super) fn divide(&mut self, shards: RowShards) {
+        shards.register(&mut self.ops);
+        self.tied_params.divide(&|id| shards.shard_dims(id));
+        self.row_shards = Some(shards);
+        self.steps.clear();
+        self.forwards.clear();
     }
 
     /// Goes on with parameters of other ids.
@@ -169,10 +182,7 @@ impl PipelineState {
         let kept = self.kept().ok_or_else(|| {
             stage_error("who holds what is not known yet: `prepare` the model before it is loaded, or cut it by paths")
         })?;
-        let whole = |id: ParamId| Some(params::ParamSlice::whole(self.dims.get(&id)?.clone()));
-        let loaded = params::load(local, source, &|id| {
-            kept.contains(&id).then(|| self.split.as_ref().map_or_else(|| whole(id), |split| split.held(id)))?
-        })?;
+        let loaded = params::load(local, source, &|id| kept.contains(&id).then(|| self.param_slice(id))?)?;
         self.tied_params.loaded = true;
         Ok(loaded)
     }
@@ -188,9 +198,19 @@ impl PipelineState {
         })?;
         let homes: HashMap<ParamId, usize> = homes.into_iter().map(|(row, home)| (row.id, home)).collect();
         let here = self.rows.iter().filter(|row| homes.get(&row.id).is_none_or(|home| *home == self.group.rank()));
-        let whole = |row: &PlanRow| Some(params::ParamSlice::whole(row.dims.clone()));
-        let slice = |row: &PlanRow| self.split.as_ref().map_or_else(|| whole(row), |split| split.held(row.id));
-        Ok(here.filter_map(|row| Some((row.id, slice(row)?))).collect())
+        Ok(here.filter_map(|row| Some((row.id, self.param_slice(row.id)?))).collect())
+    }
+
+    /// What a rank that holds a parameter holds of it.
+    fn param_slice(&self, id: ParamId) -> Option<params::ParamSlice> {
+        let part = match &self.split {
+            Some(split) => split.held(id)?,
+            None => params::ParamSlice::whole(self.dims.get(&id)?.clone()),
+        };
+        Some(match &self.row_shards {
+            Some(shards) => shards.slice(id, part),
+            None => part,
+        })
     }
 
     /// The whole model without memory behind what this rank does not hold.
@@ -222,6 +242,11 @@ impl PipelineState {
         whole.or_else(|| self.dims.get(&id).filter(|dims| dims.as_slice() != found).cloned())
     }
 
+    /// The dims of a parameter on the ranks that hold it.
+    pub(super) fn part_dims(&self, id: ParamId) -> Option<Vec<usize>> {
+        self.dims.get(&id).cloned()
+    }
+
     /// The parameters of `trained` that this rank gives a gradient of, in the order of the module.
     pub(super) fn gradients(&self, trained: &HashSet<ParamId>) -> Vec<ParamId> {
         let Some(holders) = &self.holders else { return Vec::new() };
@@ -233,4 +258,23 @@ impl PipelineState {
         let rows = self.rows.iter().filter(|row| trained.contains(&row.id) && here(&row.id));
         rows.filter(|row| seen.insert(row.path.clone())).map(|row| row.id).collect()
     }
+}
+
+/// Stages for each parameter at most: more of them would be empty than anybody can want, and take long to lay out.
+const MOST_STAGES: usize = 16;
+
+fn enough_parameters(schedule: &Schedule, ranks: usize, params: usize) -> Result<(), Error> {
+    let per_rank = schedule.stages_per_rank();
+    let stages = match schedule {
+        Schedule::Custom(timetable) => timetable.stages(),
+        _ => ranks.saturating_mul(per_rank),
+    };
+    if per_rank > 1 && stages > params.saturating_mul(MOST_STAGES) {
+        return Err(stage_error(format!(
+            "schedule {schedule} makes {stages} stages over {ranks} ranks, but the model has {params} parameters, for {} stages at \
+             most: ask for fewer stages on each rank",
+            params.saturating_mul(MOST_STAGES)
+        )));
+    }
+    Ok(())
 }

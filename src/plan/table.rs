@@ -1,16 +1,16 @@
-//! A plan checked against a model: every parameter with its layouts.
+//! The table of a plan: every parameter of a model with its layouts.
 
 use std::collections::HashSet;
 use std::fmt;
 
-use burn::module::{Module, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Bool, DType, Int, Tensor};
+use burn::module::{Module, ParamId};
+use burn::tensor::DType;
 
 use super::axis_plan::{AxisPlan, local_dims, plan_error};
 use super::compressed_paths::compress_paths;
 use crate::Error;
 use crate::layout::Layout;
-use crate::params::Renamed;
+use crate::params::{ParamRef, Renamed, visit_params};
 
 /// A parameter under a plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,7 +73,7 @@ impl PlanTable {
     /// Checks the plans of these axes; see [`Plan::table_over`](super::Plan::table_over).
     pub(super) fn of<M: Module>(plans: Vec<AxisPlan>, model: &M, axes: &[(&str, usize)]) -> Result<Self, Error> {
         let mut found = Rows::default();
-        model.visit(&mut found);
+        visit_params(model, &mut |param| found.add(&param));
         let Rows { mut rows, tied, .. } = found;
         for (name, degree) in axes {
             if *degree == 0 {
@@ -90,6 +90,14 @@ impl PlanTable {
             row.padded_dims = padded_dims(row, places.map(|(of_axis, (_, degree))| (of_axis, *degree)));
             row.local_dims = row.padded_dims.clone();
         }
+        for (of_axis, (name, _)) in plans.iter().zip(axes) {
+            if let Some(dim) = of_axis.sequence_dim().filter(|dim| *dim > 1) {
+                return Err(plan_error(format!(
+                    "`sequence_parallel({dim})` over axis `{name}`: the sequence is dim 1 of activations [batch, sequence, width], or dim \
+                     0 of [sequence, batch, width]"
+                )));
+            }
+        }
         for (index, of_axis) in plans.into_iter().enumerate() {
             of_axis.check(axes[index].0, &rows, &tied)?;
             for row in &mut rows {
@@ -100,6 +108,48 @@ impl PlanTable {
             row.bytes = row.local_dims.iter().product::<usize>() * row.dtype.size();
         }
         Ok(Self { axes: axes.iter().map(|(name, size)| ((*name).into(), *size)).collect(), rows, splits })
+    }
+
+    /// The table of a model whose float parameters are divided by rows, with padding, over one axis. Running statistics are not, and
+    /// parameters without elements are left out, unless `later` says which dims they will have.
+    pub(crate) fn by_rows<M: Module>(
+        model: &M,
+        axis: &str,
+        ranks: usize,
+        later: &dyn Fn(ParamId) -> Option<Vec<usize>>,
+    ) -> Self {
+        let mut found = Rows::default();
+        visit_params(model, &mut |param| found.add(&param));
+        let mut rows = found.rows;
+        for row in &mut rows {
+            if row.dims.contains(&0) {
+                row.dims = later(row.id).unwrap_or_default();
+                (row.padded_dims, row.local_dims) = (row.dims.clone(), row.dims.clone());
+            }
+        }
+        rows.retain(|row| !row.dims.is_empty() && !row.dims.contains(&0));
+        for row in &mut rows {
+            let running = row.path.ends_with("running_mean") || row.path.ends_with("running_var");
+            let divided = row.dtype.is_float() && !running;
+            row.layouts.push(if divided { Layout::Sharded(0) } else { Layout::Replicated });
+            if divided {
+                row.padded_dims[0] = row.dims[0].next_multiple_of(ranks);
+                row.local_dims[0] = row.padded_dims[0] / ranks;
+            }
+            row.bytes = row.local_dims.iter().product::<usize>() * row.dtype.size();
+        }
+        Self { axes: vec![(axis.into(), ranks)], rows, splits: true }
+    }
+
+    /// The table in which no axis divides anything.
+    pub(crate) fn whole(&self) -> Self {
+        let mut table = self.clone();
+        for row in &mut table.rows {
+            row.layouts.fill(Layout::Replicated);
+            (row.padded_dims, row.local_dims) = (row.dims.clone(), row.dims.clone());
+            row.bytes = row.model_bytes();
+        }
+        table
     }
 
     /// The parameters, in the order in which a visitor meets them.
@@ -208,7 +258,7 @@ impl AxisPlan {
         }
         for TiedParam { first, other } in tied {
             let (a, b) = (self.layout(first), self.layout(other));
-            // Nobody has to name both places; but who does must mean the same.
+            // A plan need not name both places; if it does, it must give them the same layout.
             if a != b && self.rules.iter().any(|rule| rule.matches(other)) {
                 return Err(plan_error(format!(
                     "one parameter is claimed twice on axis `{axis}`: it is `{first}`, which is {a}, and also `{other}`, \
@@ -303,12 +353,11 @@ struct Rows {
     rows: Vec<PlanRow>,
     tied: Vec<TiedParam>,
     seen: HashSet<ParamId>,
-    path: Vec<String>,
 }
 
 impl Rows {
-    fn add(&mut self, id: ParamId, dims: Vec<usize>, dtype: DType) {
-        let path = self.path.join(".");
+    fn add(&mut self, param: &ParamRef<'_>) {
+        let (id, path, dims, dtype) = (param.id(), param.path(), param.dims(), param.dtype());
         if self.seen.insert(id) {
             let local_dims = dims.clone();
             let padded_dims = dims.clone();
@@ -316,31 +365,5 @@ impl Rows {
         } else if let Some(row) = self.rows.iter().find(|row| row.id == id) {
             self.tied.push(TiedParam { first: row.path.clone(), other: path });
         }
-    }
-}
-
-impl ModuleVisitor for Rows {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let dtype = match param.is_initialized() {
-            true => param.val().dtype(),
-            false => param.lazy_device().settings().float_dtype.into(),
-        };
-        self.add(param.id, param.lazy_shape().to_vec(), dtype);
-    }
-
-    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
-        self.add(param.id, param.val().shape().to_vec(), param.val().dtype());
-    }
-
-    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
-        self.add(param.id, param.val().shape().to_vec(), param.val().dtype());
-    }
-
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.into());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
     }
 }

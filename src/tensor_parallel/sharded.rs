@@ -1,4 +1,4 @@
-//! A model of which each rank holds a part, trained through its captured step.
+//! A tensor-parallel model: each rank holds a part, and trains it through a captured step.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -10,14 +10,14 @@ use super::TensorParallelConfig;
 use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::delegate::module_of_field;
-use crate::distribution::ModelSplit;
+use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{
-    CheckedOptimizers, CustomOps, GRAPHS, GradientLayout, GradientSink, GraphCache, MicroBatch, SameInputs,
-    ScaledGradients, SkippedSteps, SplitParam, StepEngine, StepGraph,
+    CheckedOptimizers, ClipRecord, CustomOps, GRAPHS, GradientLayout, GradientSink, GraphCache, MicroBatch, Run,
+    SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph,
 };
 use crate::nesting::{self, refuse_wrapping};
 use crate::params::{self, ParamSlice, SliceSource};
-use crate::partition::ShardReport;
+use crate::partition::{Exchange, ShardReport};
 use crate::plan::PlanTable;
 use crate::step::{StepCounters, StepFn};
 use crate::tensor::{TensorTree, rows};
@@ -38,7 +38,7 @@ pub struct Sharded<M> {
     pub(super) split: ModelSplit,
     same_inputs: SameInputs,
     state: Arc<Mutex<ShardedState>>,
-    skipped_steps: SkippedSteps,
+    clipping: ClipRecord,
     checked_optimizers: CheckedOptimizers,
 }
 
@@ -78,7 +78,7 @@ impl<M: Module> Sharded<M> {
             state,
             split,
             same_inputs,
-            skipped_steps: SkippedSteps::default(),
+            clipping: ClipRecord::default(),
             checked_optimizers: CheckedOptimizers::default(),
         })
     }
@@ -136,6 +136,16 @@ impl<M: Module> Sharded<M> {
         self.split.random().set_replica(replica as u64);
     }
 
+    /// This model with the rows of its parts that `shards` leaves to this rank.
+    ///
+    /// # Errors
+    /// Those of [`RowShards::distribute`].
+    pub(crate) fn divided(self, shards: RowShards) -> Result<Self, Error> {
+        let local = shards.distribute(self.local)?;
+        let split = self.split.clone().with_shards(shards);
+        Ok(Self { local, ..self }.with_split(split))
+    }
+
     /// How the model was split.
     pub(crate) fn split(&self) -> &ModelSplit {
         &self.split
@@ -186,17 +196,30 @@ impl<M: Module> StepEngine for Sharded<M> {
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatch, Error> {
         let signature = self.split.of_step(&self.local)?;
-        let comparison = self.same_inputs.start(&inputs)?;
+        let comparison = self.same_inputs.start(Run::Step, &inputs)?;
         let (inputs, rows) = rows(inputs)?;
         let mut state = lock(&self.state);
         let whole = || self.split.meta_module(&self.local);
         let executor = state.graphs.executor_of(signature, &inputs, step, whole)?;
         let rows = executor.graph().weight.is_none().then_some(rows.unwrap_or(1) as f64);
         let mut units = ScaledGradients::new(rows, unit, sink);
-        let step = executor.step_observed(&self.local, inputs, &mut units)?;
+        if let Some(shards) = self.split.shards() {
+            shards.begin_micro_batch(unit, units.take_factor())?;
+        }
+        let bound = self.split.shards().map_or(Ok(None), |shards| shards.bound(&self.local))?;
+        let step = executor.step_observed(bound.as_ref().unwrap_or(&self.local), inputs, &mut units)?;
         comparison.finish()?;
         self.split.random().advance();
         Ok(MicroBatch { loss: Some(units.loss(&step)), outputs: vec![step.outputs], run: None })
+    }
+
+    fn exchanges<I: TensorTree + Clone>(&mut self, inputs: I, step: StepFn<'_, M, I>) -> Result<Vec<u64>, Error> {
+        let signature = self.split.of_step(&self.local)?;
+        let (inputs, _) = rows(inputs)?;
+        let whole = || self.split.meta_module(&self.local);
+        let mut state = lock(&self.state);
+        let executor = state.graphs.executor_of(signature, &inputs, step, whole)?;
+        Ok(Exchange::words(&executor.operations().filter_map(Exchange::of).collect::<Vec<_>>()))
     }
 
     fn forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
@@ -206,9 +229,14 @@ impl<M: Module> StepEngine for Sharded<M> {
         O: TensorTree + Clone + Send + 'static,
     {
         let signature = self.split.of_forward(&self.local)?;
+        let comparison = self.same_inputs.start(Run::Forward, &inputs)?;
         let mut state = lock(&self.state);
         let whole = || self.split.meta_module(&self.local);
-        state.graphs.forward_of(signature, &inputs, forward, whole)?.run(&self.local, inputs)
+        let bound = self.split.shards().map_or(Ok(None), |shards| shards.bound(&self.local))?;
+        let captured = state.graphs.forward_of(signature, &inputs, forward, whole)?;
+        let outputs = captured.run(bound.as_ref().unwrap_or(&self.local), inputs)?;
+        comparison.finish()?;
+        Ok(outputs)
     }
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
@@ -224,8 +252,14 @@ impl<M: Module> StepEngine for Sharded<M> {
     }
 
     fn counters(&self) -> StepCounters {
-        let tensor = self.split.groups().map(Communicator::counters).fold(Counters::default(), |sum, more| sum + more);
-        StepCounters { tensor, skipped: self.skipped_steps.count(), ..StepCounters::default() }
+        let split = self.split.groups().map(|group| self.clipping.beside(group));
+        let tensor = split.fold(Counters::default(), |sum, more| sum + more);
+        StepCounters {
+            tensor,
+            norm: self.clipping.counters(),
+            skipped: self.clipping.skipped(),
+            ..StepCounters::default()
+        }
     }
 
     fn gradient_layout(&self) -> GradientLayout {
@@ -233,13 +267,17 @@ impl<M: Module> StepEngine for Sharded<M> {
             groups: self.split.groups().cloned().collect(),
             elsewhere: self.split.counted_elsewhere(),
             rank: self.split.group().world_rank(),
-            skipped_steps: self.skipped_steps.clone(),
+            clipping: self.clipping.clone(),
             ..GradientLayout::default()
         }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {
         self.split.split_params()
+    }
+
+    fn clipping(&self) -> &ClipRecord {
+        &self.clipping
     }
 
     fn checked_optimizers(&self) -> &CheckedOptimizers {

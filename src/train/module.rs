@@ -1,4 +1,4 @@
-//! What all wrappers have in common.
+//! The trait that all wrappers implement.
 
 use std::collections::HashMap;
 
@@ -98,7 +98,8 @@ pub trait ParallelModule: Module + sealed::Sealed {
         R: Into<Loss>;
 
     /// Runs a forward pass for evaluation: what `forward` gives, without autodiff, whole on every rank that shares the model.
-    /// Replicas evaluate each for itself.
+    /// Replicas evaluate each for itself, unless they [divide the parameters](crate::sharding::Sharding::Parameters): then each calls this
+    /// as often as the others, with inputs of its own.
     ///
     /// The model is in evaluation mode, as after [`Module::valid`]: no dropout, running statistics in batch norms. Outputs are a
     /// tensor or a structure of tensors. Recorded like [`step`](Self::step); a pipeline puts the outputs of its micro-batches
@@ -112,7 +113,7 @@ pub trait ParallelModule: Module + sealed::Sealed {
         F: FnMut(&Self::Model, I) -> O,
         O: TensorTree + Clone + Send + 'static;
 
-    /// Updates the parameters with the gradients of a step: `optim.step(lr, model, step.grads)`, made sure of.
+    /// Updates the parameters with the gradients of a step: a checked `optim.step(lr, model, step.grads)`.
     ///
     /// The first time that it meets an optimizer it makes sure that the optimizer suits the parameters: that it has moments for
     /// no others, and of their dims; and, where parameters are split, that the update of a part is the part of the update, so
@@ -126,13 +127,20 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// A [`skipped`](Step::skipped) step leaves parameters and moments as they are.
     ///
     /// # Errors
-    /// [`Error::Optimizer`], which names a parameter. The model is lost with it: keep a clone of one that is to live on.
+    /// [`Error::Optimizer`], which names a parameter; [`Error::Schedule`] if the schedule of the pipeline has no backward pass. The model is lost with it: keep a clone of one that is to live on.
     fn optimize(
         self,
         optim: &mut ModuleOptimizer,
         lr: impl Into<ModuleLearningRate>,
         step: Step,
     ) -> Result<Self, Error> {
+        if !self.trains() {
+            return Err(Error::Schedule {
+                problem: "it has no backward pass, so its steps give a loss and no gradients, and there is nothing to optimize by: \
+                          train with another, as `1f1b`"
+                    .into(),
+            });
+        }
         if step.skipped {
             return Ok(self);
         }
@@ -144,7 +152,7 @@ pub trait ParallelModule: Module + sealed::Sealed {
                 None => Ok(ShardParams::default()),
             });
         }
-        optimize::check(optim, self.checked_optimizers(), self.local(), || self.split_params())?;
+        optimize::check(optim, self.checked_optimizers(), self.local(), &self.split_params())?;
         optimize::update(self, optim, lr.into(), step.grads)
     }
 
@@ -222,6 +230,9 @@ pub trait ParallelModule: Module + sealed::Sealed {
 
     #[doc(hidden)]
     fn split_params(&self) -> Vec<SplitParam>;
+
+    #[doc(hidden)]
+    fn trains(&self) -> bool;
 
     #[doc(hidden)]
     fn checked_optimizers(&self) -> &CheckedOptimizers;

@@ -1,4 +1,4 @@
-//! A model that is spread as a strategy says.
+//! A model that is parallelised by a strategy.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -215,6 +215,10 @@ impl<M: Module> ParallelModule for Parallel<M> {
 
     fn update_shards(self, update: &mut UpdateShards<'_>) -> Result<Self, Error> {
         Ok(renew!(self, model => ParallelModule::update_shards(model, update)?))
+    }
+
+    fn trains(&self) -> bool {
+        with!(&self.wrapped, model => ParallelModule::trains(model))
     }
 
     fn checked_optimizers(&self) -> &CheckedOptimizers {

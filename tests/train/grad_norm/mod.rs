@@ -1,8 +1,9 @@
 //! The gradient norm, and clipping by it, over every axis.
 
 mod by_hand;
+mod counted;
 mod golden;
-mod lm;
+pub mod lm;
 mod meshes;
 mod non_finite;
 mod one_device;
