@@ -18,7 +18,7 @@ use super::structure::{Structure, broadcast_some};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::graph::read_params;
-use crate::params::{agree, own_buffers};
+use crate::params::{ShardedIds, agree, own_buffers};
 
 /// Whether a forward has run already with the parameters as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +77,8 @@ impl Reducer {
 /// Looks for what has changed in a module.
 struct FindChanges<'a> {
     known: &'a KnownParams,
+    /// What stands for parameters is none itself.
+    stand_ins: HashSet<ParamId>,
     seen: HashSet<ParamId>,
     changed: bool,
     /// The trained parameters that are in several places.
@@ -85,7 +87,8 @@ struct FindChanges<'a> {
 
 impl<'a> FindChanges<'a> {
     fn over<M: Module>(module: &M, known: &'a KnownParams) -> (bool, HashSet<ParamId>) {
-        let mut watch = Self { known, seen: HashSet::new(), changed: false, repeated: HashSet::new() };
+        let stand_ins = ShardedIds::of(module).stand_ins;
+        let mut watch = Self { known, stand_ins, seen: HashSet::new(), changed: false, repeated: HashSet::new() };
         module.visit(&mut watch);
         (watch.changed, watch.repeated)
     }
@@ -93,6 +96,9 @@ impl<'a> FindChanges<'a> {
 
 impl ModuleVisitor for FindChanges<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if self.stand_ins.contains(&param.id) {
+            return;
+        }
         let trained = param.is_require_grad();
         self.changed |= self.known.is_new(param.id, trained);
         if !self.seen.insert(param.id) && trained {

@@ -5,6 +5,7 @@ use burn::tensor::Tensor;
 
 use crate::Error;
 use crate::comm::Communicator;
+use crate::params::ShardedIds;
 use crate::tensor::PlainTensor;
 
 /// Demands that all ranks hold the same values of every float parameter that is trained. Reads them all.
@@ -12,7 +13,9 @@ use crate::tensor::PlainTensor;
 /// # Errors
 /// [`Error::ModelMismatch`], the same on all ranks, with the first path that differs; those of [`Communicator`].
 pub(super) fn compare<M: Module>(module: &M, group: &Communicator) -> Result<(), Error> {
-    let mut mine = Fingerprints::default();
+    // Of what is divided among the replicas none has a copy, and what stands for it is the same.
+    let known = ShardedIds::of(module).shards.into_iter().collect();
+    let mut mine = Fingerprints { known, ..Fingerprints::default() };
     module.visit(&mut mine);
     if let Some(error) = mine.error {
         return Err(error);

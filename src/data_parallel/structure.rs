@@ -1,6 +1,6 @@
 //! Making the replicas one model: the same structure is demanded, the same values are given.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
@@ -8,7 +8,7 @@ use burn::tensor::{Bool, DType, Int, Tensor};
 
 use crate::Error;
 use crate::comm::{Communicator, Payload};
-use crate::params;
+use crate::params::{self, LazyParam, ShardedIds, is_shard};
 
 /// What is said of a float parameter that is not trained, where ranks compare what they have.
 pub(super) const NOT_TRAINED: &str = ", not trained";
@@ -32,11 +32,15 @@ pub(super) struct Structure {
     /// The ids of these.
     pub ids: Vec<ParamId>,
     path: Vec<String>,
+    /// The placeholders of parameters of which the module holds rows.
+    stand_ins: HashSet<ParamId>,
+    /// The dims of the one that was met last, whose rows come next.
+    whole: Option<Vec<usize>>,
 }
 
 impl Structure {
     pub fn of<M: Module>(module: &M) -> Self {
-        let mut structure = Self::default();
+        let mut structure = Self { stand_ins: ShardedIds::of(module).stand_ins, ..Self::default() };
         module.visit(&mut structure);
         structure
     }
@@ -58,28 +62,37 @@ impl Structure {
 }
 
 impl ModuleVisitor for Structure {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_owned());
+    fn enter_module(&mut self, name: &str, container: &str) {
+        if !is_shard(name, container) {
+            self.path.push(name.to_owned());
+        }
     }
 
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
+    fn exit_module(&mut self, name: &str, container: &str) {
+        if !is_shard(name, container) {
+            self.path.pop();
+        }
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let base = param.base();
-        let trained = base.is_require_grad();
-        let path = self.add(param.id, base.shape(), base.dtype(), if trained { "" } else { NOT_TRAINED });
+        let shape = param.lazy_shape().to_vec();
+        if self.stand_ins.contains(&param.id) {
+            self.whole = Some(shape);
+            return;
+        }
+        let shape = self.whole.take().unwrap_or(shape);
+        let (trained, dtype) = match param.is_initialized() {
+            true => (param.is_require_grad(), param.base().dtype()),
+            false => {
+                let lazy = LazyParam::of(param);
+                (lazy.trained, lazy.placeholder.base().dtype())
+            }
+        };
+        let path = self.add(param.id, &shape, dtype, if trained { "" } else { NOT_TRAINED });
         // A parameter that the module holds in two places is one parameter.
         if trained && !self.trained.iter().any(|known| known.id == param.id) {
-            let elements = base.shape().num_elements();
-            self.trained.push(TrainedParam {
-                id: param.id,
-                path: path.into(),
-                shape: base.shape().to_vec(),
-                elements,
-                dtype: base.dtype(),
-            });
+            let elements = shape.iter().product();
+            self.trained.push(TrainedParam { id: param.id, path: path.into(), shape, elements, dtype });
         }
     }
 
@@ -108,7 +121,9 @@ pub(super) fn broadcast<M: Module>(module: M, group: &Communicator) -> Result<M,
 /// # Errors
 /// Those of [`Communicator::broadcast`].
 pub(super) fn broadcast_buffers<M: Module>(module: M, group: &Communicator) -> Result<M, Error> {
-    broadcast_some(module, group, &|_, trained| !trained)
+    // A frozen parameter of which each rank holds its rows is no buffer.
+    let sharded = ShardedIds::of(&module);
+    broadcast_some(module, group, &|id, trained| !trained && !sharded.contains(id))
 }
 
 /// As [`broadcast`], of the parameters and buffers for which `wanted` says so, by their id and whether they are trained.

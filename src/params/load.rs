@@ -10,6 +10,7 @@ use burn::tensor::{Bool, Int, Tensor, TensorData};
 use super::SliceSource;
 use super::leaf::{LazyParam, LeafKind, leaf};
 use super::pad::padded;
+use super::shard::is_shard;
 use crate::Error;
 
 /// What this rank holds of a parameter.
@@ -122,11 +123,15 @@ impl ModuleMapper for Load<'_> {
         param.map(|value| Tensor::from_data(data, &value.device()))
     }
 
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_owned());
+    fn enter_module(&mut self, name: &str, container: &str) {
+        if !is_shard(name, container) {
+            self.path.push(name.to_owned());
+        }
     }
 
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
+    fn exit_module(&mut self, name: &str, container: &str) {
+        if !is_shard(name, container) {
+            self.path.pop();
+        }
     }
 }

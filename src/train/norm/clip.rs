@@ -12,6 +12,7 @@ use super::{Clip, NonFinite};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::graph::{GradientLayout, gradients_params};
+use crate::params::is_shard;
 use crate::step::NotFinite;
 use crate::tensor::PlainTensor;
 
@@ -189,12 +190,16 @@ struct Paths {
 }
 
 impl ModuleVisitor for Paths {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_owned());
+    fn enter_module(&mut self, name: &str, container: &str) {
+        if !is_shard(name, container) {
+            self.path.push(name.to_owned());
+        }
     }
 
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
+    fn exit_module(&mut self, name: &str, container: &str) {
+        if !is_shard(name, container) {
+            self.path.pop();
+        }
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
