@@ -44,6 +44,7 @@
 //! | [`sharding`] | what replicas divide among themselves (ZeRO), by rows |
 //! | [`step`] | what a training step takes and gives, with every strategy |
 //! | [`train`] | where strategies meet: replicas of models that are split |
+//! | [`hf`] | Hugging Face directories: opened, mapped onto a model, loaded by slices, written from any mesh |
 //! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
 //! | [`partition`] | sharding propagation: a captured step split over the ranks of an axis, with the collectives it needs |
 //!
@@ -66,6 +67,7 @@ mod delegate;
 mod distribution;
 mod error;
 pub mod graph;
+pub mod hf;
 pub mod launch;
 pub mod layout;
 pub mod mesh;
@@ -77,6 +79,7 @@ pub mod plan;
 pub mod sharding;
 pub mod step;
 pub mod tensor;
+mod tensor_file;
 pub mod tensor_parallel;
 pub mod train;
 

@@ -1,6 +1,6 @@
 //! A model that every rank holds whole, run by its own forward.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -209,22 +209,27 @@ impl<M: Module> StepEngine for Eager<M> {
     }
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
-        let mut dims = params::Dims::default();
-        self.module.visit(&mut dims);
-        let (gatherer, stand_ins) = (self.gatherer.clone(), ShardedIds::of(&self.module).stand_ins);
-        let held = |id| match gatherer.as_ref().and_then(|gatherer| Some((gatherer.rows(id)?, gatherer.comms().rank())))
-        {
-            Some((rows, rank)) => Some(rows.held(rank)),
-            None if stand_ins.contains(&id) => None,
-            None => dims.0.get(&id).map(|dims| ParamSlice::whole(dims.clone())),
-        };
-        self.change(|module| params::load(module, source, &held))
+        let slices = self.param_slices()?;
+        self.change(|module| params::load(module, source, &|id| slices.get(&id).cloned()))
     }
 
     fn assemble(&self) -> Result<M, Error> {
         let Some(gatherer) = &self.gatherer else { return Ok(self.module.clone()) };
         gatherer.set_shards(shards_of(&self.module, gatherer));
         assemble(&self.module, gatherer)
+    }
+
+    fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+        let mut dims = params::Dims::default();
+        self.module.visit(&mut dims);
+        let whole = |(id, dims)| (id, ParamSlice::whole(dims));
+        let Some(gatherer) = &self.gatherer else { return Ok(dims.0.into_iter().map(whole).collect()) };
+        let (stand_ins, rank) = (ShardedIds::of(&self.module).stand_ins, gatherer.comms().rank());
+        let held = |(id, dims): (ParamId, Vec<usize>)| match gatherer.rows(id) {
+            Some(rows) => (id, rows.held(rank)),
+            None => whole((id, dims)),
+        };
+        Ok(dims.0.into_iter().filter(|(id, _)| !stand_ins.contains(id)).map(held).collect())
     }
 
     fn counters(&self) -> StepCounters {

@@ -220,6 +220,11 @@ impl ModelSplit {
         Some(params::ParamSlice { dims, ranges: real.collect(), local_dims })
     }
 
+    /// This rank's parts of all parameters.
+    pub(crate) fn param_slices(&self) -> impl Iterator<Item = (ParamId, params::ParamSlice)> {
+        self.table.rows().iter().filter_map(|row| Some((row.id, self.held(row.id)?)))
+    }
+
     /// The same split of parameters of other ids.
     pub(crate) fn renamed(&self, renamed: &Renamed) -> Self {
         let whole_dims = self.whole_dims.iter().map(|(id, dims)| (renamed.id(*id), dims.clone())).collect();

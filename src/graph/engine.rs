@@ -13,7 +13,7 @@ use super::gradient_layout::GradientLayout;
 use super::results::{StepObserver, StepOutputs};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::params::SliceSource;
+use crate::params::{ParamSlice, SliceSource};
 use crate::sharding::Rows;
 use crate::step::{RunReport, StepCounters, StepFn};
 use crate::tensor::{PlainTensor, TensorTree};
@@ -94,6 +94,9 @@ pub trait StepEngine: Module {
 
     /// The whole model, on every rank.
     fn assemble(&self) -> Result<Self::Model, Error>;
+
+    /// What this rank holds of each parameter whose value counts here.
+    fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error>;
 
     /// What it has communicated so far.
     fn counters(&self) -> StepCounters;

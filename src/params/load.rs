@@ -14,13 +14,14 @@ use super::shard::is_shard;
 use crate::Error;
 
 /// What this rank holds of a parameter.
-pub(crate) struct ParamSlice {
+#[derive(Debug, Clone)]
+pub struct ParamSlice {
     /// The dims of the whole.
-    pub(crate) dims: Vec<usize>,
+    pub dims: Vec<usize>,
     /// Its part.
-    pub(crate) ranges: Vec<Range<usize>>,
+    pub ranges: Vec<Range<usize>>,
     /// The dims of its part, with zeros behind what is read where they are larger.
-    pub(crate) local_dims: Vec<usize>,
+    pub local_dims: Vec<usize>,
 }
 
 impl ParamSlice {

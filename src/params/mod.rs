@@ -24,7 +24,9 @@ pub(crate) use buffers::own_buffers;
 pub(crate) use device::one_device;
 pub(crate) use ids::{Renamed, share_ids};
 pub(crate) use leaf::{LazyParam, LeafKind, leaf, with_autodiff};
-pub(crate) use load::{Dims, ParamSlice, load};
+#[doc(hidden)]
+pub use load::ParamSlice;
+pub(crate) use load::{Dims, load};
 pub(crate) use meta_module::{NewDims, meta_module};
 pub(crate) use pad::{padded, without_padding};
 pub(crate) use retain::{lazy_params, replace_values, retain};

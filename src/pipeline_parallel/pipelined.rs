@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use burn::module::Module;
+use burn::module::{Module, ParamId};
 use burn::tensor::Device;
 
 use super::PipelineConfig;
@@ -17,7 +17,7 @@ use crate::graph::{
     TensorTree, read_params,
 };
 use crate::nesting::refuse_wrapping;
-use crate::params::{self, SliceSource, one_device};
+use crate::params::{self, ParamSlice, SliceSource, one_device};
 use crate::partition::ShardReport;
 use crate::pipeline_parallel::cut::CutReport;
 use crate::step::{Loss, StepCounters, StepFn, Weight};
@@ -264,6 +264,10 @@ impl<M: Module> StepEngine for Pipelined<M> {
             Some(split) => split.assemble(&whole),
             None => Ok(whole),
         }
+    }
+
+    fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+        lock(&self.state).param_slices()
     }
 
     fn counters(&self) -> StepCounters {

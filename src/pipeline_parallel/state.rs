@@ -137,8 +137,7 @@ impl PipelineState {
             holders.get(id).is_none_or(|stages| stages.iter().any(|stage| self.timetable.rank_of(*stage) == rank))
         };
         // Few numbers, which all clones of a module share: they stay.
-        let running = |row: &&PlanRow| row.path.ends_with("running_mean") || row.path.ends_with("running_var");
-        let kept = |row: &&PlanRow| held(&row.id) || running(row) || !row.dtype.is_float();
+        let kept = |row: &&PlanRow| held(&row.id) || is_running(row) || !row.dtype.is_float();
         Some(self.rows.iter().filter(kept).map(|row| row.id).collect())
     }
 
@@ -175,6 +174,26 @@ impl PipelineState {
         })?;
         self.tied_params.loaded = true;
         Ok(loaded)
+    }
+
+    /// What this rank holds of each parameter; of running statistics, which only the rank of their stage keeps up to date, that
+    /// rank alone.
+    ///
+    /// # Errors
+    /// [`Error::Pipeline`] if it is not known who holds what.
+    pub(super) fn param_slices(&self) -> Result<HashMap<ParamId, params::ParamSlice>, Error> {
+        let (kept, homes) = self.kept().zip(self.homes()).ok_or_else(|| {
+            stage_error("who holds what is not known yet: `prepare` the model before it is saved, or cut it by paths")
+        })?;
+        let elsewhere: HashSet<ParamId> = homes
+            .into_iter()
+            .filter(|(row, home)| is_running(row) && *home != self.group.rank())
+            .map(|(row, _)| row.id)
+            .collect();
+        let here = self.rows.iter().filter(|row| kept.contains(&row.id) && !elsewhere.contains(&row.id));
+        let whole = |row: &PlanRow| Some(params::ParamSlice::whole(row.dims.clone()));
+        let slice = |row: &PlanRow| self.split.as_ref().map_or_else(|| whole(row), |split| split.held(row.id));
+        Ok(here.filter_map(|row| Some((row.id, slice(row)?))).collect())
     }
 
     /// The whole model without memory behind what this rank does not hold.
@@ -217,4 +236,8 @@ impl PipelineState {
         let rows = self.rows.iter().filter(|row| trained.contains(&row.id) && here(&row.id));
         rows.filter(|row| seen.insert(row.path.clone())).map(|row| row.id).collect()
     }
+}
+
+fn is_running(row: &PlanRow) -> bool {
+    row.path.ends_with("running_mean") || row.path.ends_with("running_var")
 }

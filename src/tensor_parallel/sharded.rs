@@ -1,9 +1,10 @@
 //! A model of which each rank holds a part, trained through its captured step.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use burn::module::Module;
+use burn::module::{Module, ParamId};
 
 use super::TensorParallelConfig;
 use crate::Error;
@@ -15,7 +16,7 @@ use crate::graph::{
     ScaledGradients, SkippedSteps, SplitParam, StepEngine, StepGraph,
 };
 use crate::nesting::{self, refuse_wrapping};
-use crate::params::{self, SliceSource};
+use crate::params::{self, ParamSlice, SliceSource};
 use crate::partition::ShardReport;
 use crate::plan::PlanTable;
 use crate::step::{StepCounters, StepFn};
@@ -216,6 +217,10 @@ impl<M: Module> StepEngine for Sharded<M> {
 
     fn assemble(&self) -> Result<M, Error> {
         self.split.assemble(&self.local)
+    }
+
+    fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+        Ok(self.split.param_slices().collect())
     }
 
     fn counters(&self) -> StepCounters {

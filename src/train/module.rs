@@ -1,8 +1,10 @@
 //! What all wrappers have in common.
 
+use std::collections::HashMap;
+
 use burn::data::dataloader::DataLoader;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
-use burn::module::Module;
+use burn::module::{Module, ParamId};
 use burn::optim::{GradientsParams, ModuleOptimizer};
 
 use super::Report;
@@ -11,7 +13,7 @@ use super::optimize::{self, ShardedStep};
 use crate::Error;
 use crate::data_parallel::{Join, JoinLoader};
 use crate::graph::{CheckedOptimizers, GradientLayout, SplitParam, TensorTree};
-use crate::params::SliceSource;
+use crate::params::{ParamSlice, SliceSource};
 use crate::sharding::{ShardComms, ShardParams};
 use crate::step::{Loss, Step, StepCounters};
 
@@ -214,6 +216,9 @@ pub trait ParallelModule: Module + sealed::Sealed {
 
     #[doc(hidden)]
     fn gradient_layout(&self) -> GradientLayout;
+
+    #[doc(hidden)]
+    fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error>;
 
     #[doc(hidden)]
     fn split_params(&self) -> Vec<SplitParam>;

@@ -1,9 +1,10 @@
 //! A model that is spread as a strategy says.
 
+use std::collections::HashMap;
 use std::fmt;
 
 use burn::data::dataloader::DataLoader;
-use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor};
+use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, ParamId};
 use burn::tensor::Device;
 
 use super::module::UpdateShards;
@@ -15,7 +16,7 @@ use crate::data_parallel::{DataParallel, Eager, Join, JoinLoader, Replica};
 use crate::graph::{CheckedOptimizers, GradientLayout, SplitParam, TensorTree};
 use crate::mesh::Mesh;
 use crate::nesting::{self, refuse_wrapping};
-use crate::params::SliceSource;
+use crate::params::{ParamSlice, SliceSource};
 use crate::pipeline_parallel::{PipelineParallel, Pipelined};
 use crate::plan::Plan;
 use crate::sharding::ShardComms;
@@ -191,6 +192,10 @@ impl<M: Module> ParallelModule for Parallel<M> {
 
     fn report(&self) -> Report {
         with!(&self.wrapped, model => ParallelModule::report(model))
+    }
+
+    fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+        with!(&self.wrapped, model => ParallelModule::param_slices(model))
     }
 
     fn split_params(&self) -> Vec<SplitParam> {

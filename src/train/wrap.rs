@@ -1,7 +1,9 @@
 //! How each wrapper is a parallel module, and how they go together.
 
+use std::collections::HashMap;
+
 use burn::data::dataloader::DataLoader;
-use burn::module::Module;
+use burn::module::{Module, ParamId};
 
 use super::module::UpdateShards;
 use super::module::sealed::Sealed;
@@ -11,7 +13,7 @@ use crate::Error;
 use crate::comm::Communicator;
 use crate::data_parallel::{DataParallelConfig, Join, JoinLoader, Replica};
 use crate::graph::{CheckedOptimizers, GradientLayout, SplitParam, StepEngine, TensorTree};
-use crate::params::SliceSource;
+use crate::params::{ParamSlice, SliceSource};
 use crate::pipeline_parallel::{PipelineConfig, Pipelined};
 use crate::sharding::ShardComms;
 use crate::step::{Loss, Step, StepCounters, StepFn};
@@ -75,6 +77,10 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
 
     fn report(&self) -> Report {
         Report { replicas: self.group().size(), ..self.engine().report() }
+    }
+
+    fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+        self.engine().param_slices()
     }
 
     fn split_params(&self) -> Vec<SplitParam> {
@@ -162,6 +168,10 @@ macro_rules! without_replicas {
 
             fn report(&self) -> Report {
                 Reports::report(self)
+            }
+
+            fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+                StepEngine::param_slices(self)
             }
 
             fn split_params(&self) -> Vec<SplitParam> {

@@ -1,0 +1,179 @@
+//! The tensors of a directory as the parameters of a model.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::rc::Rc;
+
+use burn::tensor::{DType, TensorData};
+
+use super::relation::{Relation, swapped};
+use super::{Mapping, Weights};
+use crate::Error;
+use crate::params::SliceSource;
+use crate::tensor_file::{Loop, Side, copy_strided, file_error, row_major};
+
+/// The tensors of a directory as the parameters of a model: a [`SliceSource`] that reads the slices that a rank asks for, turned,
+/// cut and put together as the [`Mapping`] says.
+#[derive(Debug)]
+pub struct Mapped {
+    weights: Weights,
+    mapping: Mapping,
+    /// What was found for parameters so far.
+    known: HashMap<String, Option<Found>>,
+}
+
+/// How a parameter is made of tensors.
+#[derive(Debug, Clone)]
+pub(super) struct Found {
+    pub(super) relation: Rc<Relation>,
+    /// Which of the relation's parameters it is.
+    pub(super) place: usize,
+}
+
+impl Found {
+    pub(super) fn dims(&self) -> &[usize] {
+        &self.relation.models[self.place].dims
+    }
+}
+
+impl Mapped {
+    pub(super) fn new(weights: Weights, mapping: Mapping) -> Result<Self, Error> {
+        mapping.check()?;
+        Ok(Self { weights, mapping, known: HashMap::new() })
+    }
+
+    /// The directory.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// The mapping.
+    pub fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    /// How many bytes were read so far, as [`Weights::bytes_read`] counts.
+    pub fn bytes_read(&self) -> u64 {
+        self.weights.bytes_read()
+    }
+
+    fn found(&mut self, path: &str) -> Result<Option<Found>, Error> {
+        if let Some(known) = self.known.get(path) {
+            return Ok(known.clone());
+        }
+        let found = find(&self.weights, &self.mapping, path)?;
+        self.known.insert(path.into(), found.clone());
+        Ok(found)
+    }
+
+    /// Names the tensors that a parameter was looked for under.
+    fn missing(&self, path: &str) -> Error {
+        let names: Vec<String> = self.mapping.of_model(path).flat_map(|(_, filled, _)| filled.files).collect();
+        let problem = match names.is_empty() {
+            true => format!("no rule of the mapping fits parameter `{path}`"),
+            false => format!("has none of the tensors `{}`, of which parameter `{path}` is made", names.join("`, `")),
+        };
+        let advice = "; `hf::compare` lists what there is, `Mapping::keep` leaves a parameter as it is";
+        file_error(self.weights.dir(), format!("{problem}{advice}"))
+    }
+}
+
+/// How a parameter is made of the tensors that there are; `None` if it cannot be.
+///
+/// # Errors
+/// [`file_error`] if the tensors do not fit the rule.
+pub(super) fn find(weights: &Weights, mapping: &Mapping, path: &str) -> Result<Option<Found>, Error> {
+    for (rule, filled, place) in mapping.of_model(path) {
+        let dims: Option<Vec<Vec<usize>>> =
+            filled.files.iter().map(|name| weights.tensor_dims(name).map(<[usize]>::to_vec)).collect();
+        let Some(dims) = dims else { continue };
+        let relation = Relation::of_files(rule, &filled, &dims)
+            .map_err(|problem| file_error(weights.dir(), format!("parameter `{path}`: {problem}")))?;
+        return Ok(Some(Found { relation: Rc::new(relation), place }));
+    }
+    Ok(None)
+}
+
+impl SliceSource for Mapped {
+    fn dims(&mut self, path: &str) -> Result<Option<Vec<usize>>, Error> {
+        match self.found(path)? {
+            Some(found) => Ok(Some(found.dims().to_vec())),
+            None => Err(self.missing(path)),
+        }
+    }
+
+    fn read(&mut self, path: &str, ranges: &[Range<usize>]) -> Result<TensorData, Error> {
+        let found = self.found(path)?.ok_or_else(|| self.missing(path))?;
+        read(&mut self.weights, &found.relation, found.place, ranges)
+    }
+}
+
+/// The part of a relation's parameter that is in these ranges, in the dtype of its tensors; of the widest, if they have several.
+///
+/// # Errors
+/// [`file_error`] if a tensor is missing or is of a dtype that burn lacks, or the ranges do not fit.
+pub(super) fn read(
+    weights: &mut Weights,
+    relation: &Relation,
+    place: usize,
+    ranges: &[Range<usize>],
+) -> Result<TensorData, Error> {
+    let model = &relation.models[place];
+    let fits = |(range, size): (&Range<usize>, &usize)| range.start <= range.end && range.end <= *size;
+    if ranges.len() != model.dims.len() || !ranges.iter().zip(&model.dims).all(fits) {
+        let problem = format!("parameter `{}` of dims {:?} has nothing at {ranges:?}", model.name, model.dims);
+        return Err(file_error(weights.dir(), problem));
+    }
+    let dtype = widest(weights, relation)?;
+    let lens: Vec<usize> = ranges.iter().map(ExactSizeIterator::len).collect();
+    let elements = if lens.contains(&0) { 0 } else { lens.iter().product() };
+    let mut bytes = vec![0; elements * dtype.size()];
+    let to_strides = swapped(&row_major(&lens), relation.transposed);
+    let wanted = swapped(ranges, relation.transposed);
+    let mut bytes_read = 0;
+    for block in relation.blocks.iter().filter(|block| block.model == place) {
+        let file = &relation.files[block.file];
+        let all: Vec<Range<usize>> = file.dims.iter().map(|size| 0..*size).collect();
+        let Some(block) = block.within(&all, &wanted) else { continue };
+        let Some((of, entry)) = weights.entry(&file.name) else { continue };
+        let from_strides = row_major(&file.dims);
+        let (mut from, mut to, mut loops) = (0, 0, Vec::new());
+        for (dim, len) in block.lens.iter().enumerate() {
+            let (read, write) = (block.in_file[dim], block.in_model[dim]);
+            from += read.start * from_strides[dim] as usize;
+            to += (write.start - wanted[dim].start) * to_strides[dim] as usize;
+            loops.push(Loop {
+                len: *len,
+                from: read.step as isize * from_strides[dim],
+                to: write.step as isize * to_strides[dim],
+            });
+        }
+        let of_file = entry.dtype.unwrap_or(dtype);
+        let (from, to) = (Side { start: from, dtype: of_file }, Side { start: to, dtype });
+        copy_strided((of.bytes(entry), from), (&mut bytes, to), &loops)
+            .map_err(|error| file_error(of.path(), format!("tensor `{}`: {error}", file.name)))?;
+        bytes_read += (block.elements() * of_file.size()) as u64;
+    }
+    weights.bytes_read += bytes_read;
+    Ok(TensorData::from_bytes_vec(bytes, lens, dtype))
+}
+
+/// The widest dtype of a relation's tensors.
+fn widest(weights: &Weights, relation: &Relation) -> Result<DType, Error> {
+    let mut widest: Option<DType> = None;
+    for file in &relation.files {
+        let Some((of, entry)) = weights.entry(&file.name) else {
+            return Err(file_error(weights.dir(), format!("there is no tensor `{}`", file.name)));
+        };
+        let dtype = entry.dtype.ok_or_else(|| {
+            file_error(of.path(), format!("tensor `{}` is {}, which burn has no dtype for", file.name, entry.named))
+        })?;
+        widest = Some(match widest {
+            // Neither of bf16 and f16 holds all of the other.
+            Some(other) if other != dtype && other.size() == dtype.size() => DType::F32,
+            Some(other) if other.size() > dtype.size() => other,
+            _ => dtype,
+        });
+    }
+    widest.ok_or_else(|| file_error(weights.dir(), "a rule without tensors"))
+}

@@ -1,0 +1,23 @@
+//! Hugging Face directories: what fine-tuners have on disk, and hand on.
+//!
+//! [`open`] maps the tensors of a directory, a [`Mapping`] says which of them are which parameters of a burn model, and
+//! [`load`](crate::train::ParallelModule::load) reads each rank's slices, whatever the model is spread over. [`compare`] tells
+//! beforehand what fits.
+
+mod compare;
+mod index;
+mod mapped;
+mod mapping;
+mod pattern;
+mod ready;
+mod relation;
+mod rule;
+mod save;
+mod weights;
+
+pub use compare::{Comparison, Match, Unfit, compare};
+pub use mapped::Mapped;
+pub use mapping::Mapping;
+pub use rule::{Names, Rule};
+pub use save::{SaveConfig, Saved, save};
+pub use weights::{Weights, open};

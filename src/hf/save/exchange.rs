@@ -1,0 +1,233 @@
+//! Pieces are put together by their writers, round by round.
+//!
+//! In a round a writer has one piece at most. Every rank sends what the others' pieces need of its parts, in the layout and dtype of
+//! the tensor, and puts its own piece together; then all meet, so that what was sent never is more than the pieces of one round.
+//! Of the pieces that would have one rank send more than one piece, the later wait for another round.
+//!
+//! A rank whose disk fails goes on without writing: the others need not wait for it, and hear of it at the end.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+
+use super::pieces::{Given, Piece};
+use super::plan::{HeldParam, PlannedTensor, SavePlan, wrong};
+use super::rounds::{Rounds, Turn};
+use crate::Error;
+use crate::comm::Communicator;
+use crate::hf::relation::{Block, swapped};
+use crate::tensor::PlainTensor;
+use crate::tensor_file::{Loop, PieceWriter, Side, copy_strided, row_major};
+
+/// The messages of a save; its group has no others.
+const TAG: u64 = 0;
+
+/// What this rank holds of a parameter.
+pub(super) struct Part {
+    pub(super) value: PlainTensor,
+    pub(super) ranges: Vec<Range<usize>>,
+    pub(super) adapter: Option<Adapter>,
+}
+
+/// A product that is added to a weight: `scale * a @ b`. Of `a` and `b` there are those rows and columns, from the first that is
+/// given on, that the part of the weight has.
+pub(super) struct Adapter {
+    pub(super) a: (PlainTensor, usize),
+    pub(super) b: (PlainTensor, usize),
+    pub(super) scale: f64,
+}
+
+impl Adapter {
+    /// What the weight is in these rows and columns, of which `base` is the value without the adapter.
+    fn added(&self, base: PlainTensor, rows: Range<usize>, columns: Range<usize>) -> Result<PlainTensor, Error> {
+        let part = |(value, first): &(PlainTensor, usize), dim, range: Range<usize>| {
+            value.clone().narrow(dim, range.start - first..range.end - first).float::<2>()
+        };
+        let delta = part(&self.a, 0, rows)?.matmul(part(&self.b, 1, columns)?).mul_scalar(self.scale);
+        Ok(PlainTensor::from(base.float::<2>()?.cast(delta.dtype()) + delta))
+    }
+}
+
+/// What this rank did.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Done {
+    pub(super) written: u64,
+    pub(super) sent: u64,
+    /// The most that this rank held at once beside its parts.
+    pub(super) held: usize,
+}
+
+/// Writes this rank's tensors into the files under `dir`, which are there. The outer error is that of the world, the inner one that
+/// of this rank's disk.
+pub(super) fn exchange(
+    plan: &SavePlan,
+    params: &[HeldParam],
+    own: &BTreeMap<usize, Part>,
+    dir: &Path,
+    (piece_bytes, group): (usize, &Communicator),
+) -> Result<(Done, Result<(), Error>), Error> {
+    let mut files = Files { plan, dir, open: BTreeMap::new(), outcome: Ok(()) };
+    let mut done = Done::default();
+    for round in Rounds::new(plan, params, piece_bytes, group.size()) {
+        let mut sent = 0;
+        for turn in &round {
+            let tensor = &plan.tensors[turn.tensor];
+            let mine: Vec<&Given> = turn.given.iter().filter(|given| given.from == group.rank()).collect();
+            if tensor.writer != group.rank() && !mine.is_empty() {
+                let message = packed(tensor, &mine, own)?;
+                sent += message.len();
+                group.send(message, tensor.writer, TAG)?;
+            }
+        }
+        let mut held = sent;
+        if let Some(turn) = round.iter().find(|turn| plan.tensors[turn.tensor].writer == group.rank()) {
+            let tensor = &plan.tensors[turn.tensor];
+            let (bytes, received) = put_together(tensor, turn, own, group)?;
+            held += bytes.len() + received;
+            done.written += bytes.len() as u64;
+            files.write(tensor, &turn.piece, &bytes);
+        }
+        done.sent += sent as u64;
+        done.held = done.held.max(held);
+        if round.iter().any(|turn| turn.given.iter().any(|given| given.from != plan.tensors[turn.tensor].writer)) {
+            group.barrier()?;
+        }
+    }
+    Ok((done, files.finish(group.rank())))
+}
+
+/// What this rank gives to another's piece, block by block.
+fn packed(tensor: &PlannedTensor, mine: &[&Given], own: &BTreeMap<usize, Part>) -> Result<Vec<u8>, Error> {
+    let size = tensor.dtype.size();
+    let mut message = vec![0; mine.iter().map(|given| given.block.elements()).sum::<usize>() * size];
+    let mut start = 0;
+    for given in mine {
+        let block = &given.block;
+        copy_part(tensor, given, own, &mut message, start, &row_major(&block.lens))?;
+        start += block.elements();
+    }
+    Ok(message)
+}
+
+/// A piece of this rank's, and how many bytes came for it.
+fn put_together(
+    tensor: &PlannedTensor,
+    Turn { piece, given, .. }: &Turn,
+    own: &BTreeMap<usize, Part>,
+    group: &Communicator,
+) -> Result<(Vec<u8>, usize), Error> {
+    let strides = row_major(&piece.lens());
+    let mut bytes = vec![0; piece.elements() * tensor.dtype.size()];
+    let place = |block: &Block| -> usize {
+        let starts = block.in_file.iter().zip(&piece.ranges).zip(&strides);
+        starts.map(|((line, range), stride)| (line.start - range.start) * *stride as usize).sum()
+    };
+    let to_strides = |block: &Block| -> Vec<isize> {
+        block.in_file.iter().zip(&strides).map(|(line, stride)| line.step as isize * stride).collect()
+    };
+    let mut received = 0;
+    for from in 0..group.size() {
+        let theirs: Vec<&Given> = given.iter().filter(|given| given.from == from).collect();
+        if theirs.is_empty() {
+            continue;
+        }
+        if from == group.rank() {
+            for given in theirs {
+                copy_part(tensor, given, own, &mut bytes, place(&given.block), &to_strides(&given.block))?;
+            }
+            continue;
+        }
+        let message: Vec<u8> = group.recv(from, TAG)?;
+        received += message.len();
+        let mut start = 0;
+        for given in theirs {
+            let block = &given.block;
+            let sides = row_major(&block.lens).into_iter().zip(to_strides(block));
+            let loops: Vec<Loop> =
+                block.lens.iter().zip(sides).map(|(len, (from, to))| Loop { len: *len, from, to }).collect();
+            let side = |start| Side { start, dtype: tensor.dtype };
+            copy_strided((&message, side(start)), (&mut bytes, side(place(block))), &loops)?;
+            start += block.elements();
+        }
+    }
+    Ok((bytes, received))
+}
+
+/// Copies a block out of this rank's part of a parameter.
+fn copy_part(
+    tensor: &PlannedTensor,
+    given: &Given,
+    own: &BTreeMap<usize, Part>,
+    to: &mut [u8],
+    start: usize,
+    strides: &[isize],
+) -> Result<(), Error> {
+    let Some(part) = own.get(&given.param) else {
+        return Err(wrong(format!("a part of `{}` is missing on the rank that is to give it", tensor.name)));
+    };
+    let (block, transposed) = (&given.block, tensor.relation.transposed);
+    let lines = swapped(&block.in_model, transposed);
+    let lens = swapped(&block.lens, transposed);
+    // Of a device no more than the block comes to the host.
+    let mut value = part.value.clone();
+    let spans: Vec<Range<usize>> =
+        lines.iter().zip(&lens).map(|(line, len)| line.start..line.start + (len - 1) * line.step + 1).collect();
+    for (dim, span) in spans.iter().enumerate() {
+        let first = part.ranges[dim].start;
+        let range = span.start - first..span.end - first;
+        if range != (0..value.shape()[dim]) {
+            value = value.narrow(dim, range);
+        }
+    }
+    if let (Some(adapter), [rows, columns]) = (&part.adapter, spans.as_slice()) {
+        value = adapter.added(value, rows.clone(), columns.clone())?;
+    }
+    let value = value.into_flex()?;
+    let layout = value.layout();
+    let from: Vec<isize> =
+        layout.strides().iter().zip(&lines).map(|(stride, line)| stride * line.step as isize).collect();
+    let sides = swapped(&from, transposed).into_iter().zip(strides);
+    let loops: Vec<Loop> =
+        block.lens.iter().zip(sides).map(|(len, (from, to))| Loop { len: *len, from, to: *to }).collect();
+    let at = Side { start: layout.start_offset(), dtype: value.dtype() };
+    copy_strided((value.bytes(), at), (to, Side { start, dtype: tensor.dtype }), &loops)
+}
+
+/// The files that this rank writes to, opened when they are first needed.
+struct Files<'a> {
+    plan: &'a SavePlan,
+    dir: &'a Path,
+    open: BTreeMap<usize, PieceWriter>,
+    outcome: Result<(), Error>,
+}
+
+impl Files<'_> {
+    /// Remembers the first error, after which nothing is written any more.
+    fn write(&mut self, tensor: &PlannedTensor, piece: &Piece, bytes: &[u8]) {
+        if self.outcome.is_ok() {
+            self.outcome = self.try_write(tensor, piece, bytes);
+        }
+    }
+
+    fn try_write(&mut self, tensor: &PlannedTensor, piece: &Piece, bytes: &[u8]) -> Result<(), Error> {
+        let writer = match self.open.entry(tensor.file) {
+            std::collections::btree_map::Entry::Occupied(open) => open.into_mut(),
+            std::collections::btree_map::Entry::Vacant(none) => {
+                let path = self.dir.join(&self.plan.files[tensor.file].0);
+                none.insert(PieceWriter::open(&path)?)
+            }
+        };
+        writer.write_at(tensor.start + (piece.first * tensor.dtype.size()) as u64, bytes)
+    }
+
+    fn finish(self, rank: usize) -> Result<(), Error> {
+        // Rank 0 has made all files, and their headers are to be on the disk as well.
+        let missing = (0..self.plan.files.len()).filter(|file| rank == 0 && !self.open.contains_key(file));
+        let missing: Vec<usize> = missing.collect();
+        self.outcome?;
+        for file in missing {
+            PieceWriter::open(&self.dir.join(&self.plan.files[file].0))?.sync()?;
+        }
+        self.open.values().try_for_each(PieceWriter::sync)
+    }
+}

@@ -1,0 +1,188 @@
+//! The tensors of a directory.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{DType, TensorData};
+use serde_json::Value;
+
+use super::index::Index;
+use super::{Mapped, Mapping};
+use crate::Error;
+use crate::params::SliceSource;
+use crate::tensor_file::{Entry, TensorFile, file_error};
+
+/// Opens the tensors of a Hugging Face directory: `model.safetensors`, or the files of `model.safetensors.index.json`. A path of
+/// one safetensors file will do as well.
+///
+/// Only the headers are read. The files are mapped into memory: no other program may cut them off while they are open.
+///
+/// ```no_run
+/// use burn_parallel::hf::{self, Mapping};
+/// # use burn_parallel::train::ParallelModule;
+/// # fn load<M: ParallelModule>(model: M) -> Result<M, burn_parallel::Error> {
+/// let mut weights = hf::open("Llama-3.2-1B")?.mapped(Mapping::llama())?;
+/// let model = model.load(&mut weights)?; // each rank reads the slices that it holds
+/// # Ok(model)
+/// # }
+/// ```
+///
+/// # Errors
+/// [`Error::InvalidArgument`] that names the file, and the tensor where it is about one: if a file is missing or cannot be read, is
+/// not safetensors, is cut off or lies about its tensors; if the index has files of other directories, or tensors that are not
+/// in the file where they are said to be. Nothing is allocated for a tensor before all of that is known.
+pub fn open(path: impl AsRef<Path>) -> Result<Weights, Error> {
+    open_stem(path.as_ref(), "model")
+}
+
+/// The tensors of `stem.safetensors`, or of the files of its index.
+pub(super) fn open_stem(path: &Path, stem: &str) -> Result<Weights, Error> {
+    if path.is_file() {
+        return Weights::of_files(path.parent().unwrap_or(Path::new("")), vec![TensorFile::open(path)?], None);
+    }
+    let index = path.join(format!("{stem}.safetensors.index.json"));
+    let single = path.join(format!("{stem}.safetensors"));
+    if single.is_file() {
+        return Weights::of_files(path, vec![TensorFile::open(&single)?], None);
+    }
+    if !index.is_file() {
+        let pickled = path.join("pytorch_model.bin").exists() || path.join("pytorch_model.bin.index.json").exists();
+        let advice = match pickled {
+            true => "; it has pickled files of PyTorch, which can hold programs: make safetensors of them",
+            false => "",
+        };
+        let problem = format!("has neither `{stem}.safetensors` nor `{stem}.safetensors.index.json`{advice}");
+        return Err(file_error(path, problem));
+    }
+    let Index(said) = Index::read(&index)?;
+    let mut names: Vec<&String> = said.values().collect();
+    names.sort();
+    names.dedup();
+    let mut files = Vec::new();
+    for name in &names {
+        let file = path.join(name);
+        if !file.is_file() {
+            let tensors = said.iter().filter(|(_, of)| of == name);
+            let (first, number) = (tensors.clone().next().map_or("", |(tensor, _)| tensor), tensors.count());
+            return Err(file_error(&file, format!("is missing, and with it {number} tensors, as `{first}`")));
+        }
+        files.push(TensorFile::open(&file)?);
+    }
+    let place = |file: &String| names.binary_search(&file).ok();
+    let places = said.iter().filter_map(|(tensor, file)| Some((tensor.clone(), place(file)?))).collect();
+    Weights::of_files(path, files, Some(places))
+}
+
+/// The tensors of a directory, by their names there: a [`SliceSource`] for models whose parameters have these names and dims.
+/// [`mapped`](Self::mapped) gives others.
+#[derive(Debug)]
+pub struct Weights {
+    dir: PathBuf,
+    files: Vec<TensorFile>,
+    /// Which file each tensor is in.
+    places: BTreeMap<String, usize>,
+    pub(super) bytes_read: u64,
+}
+
+impl Weights {
+    fn of_files(dir: &Path, files: Vec<TensorFile>, said: Option<BTreeMap<String, usize>>) -> Result<Self, Error> {
+        let places = match said {
+            Some(said) => said,
+            None => files
+                .iter()
+                .enumerate()
+                .flat_map(|(at, file)| file.tensors().keys().map(move |name| (name.clone(), at)))
+                .collect(),
+        };
+        for (tensor, place) in &places {
+            if !files[*place].tensors().contains_key(tensor) {
+                return Err(file_error(
+                    files[*place].path(),
+                    format!("does not have tensor `{tensor}`, as the index says"),
+                ));
+            }
+        }
+        let bytes_read = files.iter().map(|file| file.start() as u64).sum();
+        Ok(Self { dir: dir.into(), files, places, bytes_read })
+    }
+
+    /// Bytes that are one safetensors file.
+    ///
+    /// # Errors
+    /// As [`open`].
+    pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, Error> {
+        Self::of_files(Path::new(""), vec![TensorFile::from_bytes("the bytes", bytes)?], None)
+    }
+
+    /// The names of the tensors, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.places.keys().map(String::as_str)
+    }
+
+    /// The dims of a tensor; `None` if there is none of this name.
+    pub fn tensor_dims(&self, name: &str) -> Option<&[usize]> {
+        self.entry(name).map(|(_, entry)| entry.dims.as_slice())
+    }
+
+    /// The dtype of a tensor; `None` if there is none of this name, or burn has no such dtype.
+    pub fn tensor_dtype(&self, name: &str) -> Option<DType> {
+        self.entry(name).and_then(|(_, entry)| entry.dtype)
+    }
+
+    /// How many bytes were read so far: of the tensors those that were asked for, and all headers.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read
+    }
+
+    /// What `config.json` says.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if it is missing or is no JSON.
+    pub fn config(&self) -> Result<Value, Error> {
+        read_json(&self.dir.join("config.json"))
+    }
+
+    /// These tensors as the parameters of a model.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if a rule of the mapping can fit no model.
+    pub fn mapped(self, mapping: Mapping) -> Result<Mapped, Error> {
+        Mapped::new(self, mapping)
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.places.contains_key(name)
+    }
+
+    /// A tensor and the file that it is in.
+    pub(super) fn entry(&self, name: &str) -> Option<(&TensorFile, &Entry)> {
+        let file = &self.files[*self.places.get(name)?];
+        Some((file, file.tensors().get(name)?))
+    }
+}
+
+impl SliceSource for Weights {
+    fn dims(&mut self, path: &str) -> Result<Option<Vec<usize>>, Error> {
+        Ok(self.tensor_dims(path).map(<[usize]>::to_vec))
+    }
+
+    fn read(&mut self, path: &str, ranges: &[Range<usize>]) -> Result<TensorData, Error> {
+        let whole = super::relation::Relation::whole(path, self.tensor_dims(path).unwrap_or_default());
+        super::mapped::read(self, &whole, 0, ranges)
+    }
+}
+
+/// The JSON of a file.
+///
+/// # Errors
+/// [`file_error`] if it cannot be read.
+pub(super) fn read_json(path: &Path) -> Result<Value, Error> {
+    let text = fs::read(path).map_err(|why| file_error(path, format!("cannot be read: {why}")))?;
+    serde_json::from_slice(&text).map_err(|why| file_error(path, format!("is no JSON: {why}")))
+}

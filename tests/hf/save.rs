@@ -1,0 +1,240 @@
+//! Directories written from any mesh.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use burn::tensor::DType;
+use burn_parallel::hf::{self, Mapping, SaveConfig, Saved};
+use burn_parallel::params::SliceSource;
+use burn_parallel::prelude::*;
+
+use crate::golden::Name;
+use crate::{Dir, values};
+
+/// Loads a directory on a mesh, and writes it again.
+fn through(name: Name, from: &Path, axes: [usize; 3], to: &Path, config: &SaveConfig) -> Result<Vec<Saved>, Error> {
+    launch::threads(axes.iter().product()).run(|world| {
+        let model = name.fresh(&world.device().autodiff()).parallelize(&world, &name.strategy(axes))?;
+        let model = model.load(&mut hf::open(from)?.mapped(Mapping::llama())?)?;
+        hf::save(&model, &world, to, config)
+    })
+}
+
+/// Demands that two directories have the same tensors, bit for bit.
+fn same(one: &Path, other: &Path) {
+    let (mut one, mut other) = (hf::open(one).unwrap(), hf::open(other).unwrap());
+    let names: Vec<String> = one.names().map(Into::into).collect();
+    assert_eq!(names, other.names().collect::<Vec<_>>());
+    for name in names {
+        let dims = one.tensor_dims(&name).unwrap().to_vec();
+        assert_eq!(other.tensor_dims(&name), Some(&dims[..]), "{name}");
+        let ranges: Vec<_> = dims.iter().map(|size| 0..*size).collect();
+        let (a, b) = (one.read(&name, &ranges).unwrap(), other.read(&name, &ranges).unwrap());
+        assert_eq!((a.dtype(), a.bytes()), (b.dtype(), b.bytes()), "{name}");
+    }
+}
+
+#[test]
+fn what_any_mesh_writes_any_other_reads() {
+    let meshes = [[1, 1, 1], [2, 1, 1], [1, 1, 2], [1, 1, 3], [1, 2, 1], [2, 2, 2], [3, 1, 2]];
+    for name in Name::BOTH {
+        let dirs: Vec<Dir> = meshes.iter().map(|_| Dir::new()).collect();
+        let mut from = name.folder();
+        for (axes, dir) in meshes.into_iter().zip(&dirs) {
+            let to = dir.join("out");
+            // Pieces of a few rows, and of parts of a row.
+            let config = SaveConfig::new(Mapping::llama()).with_piece_bytes(if axes[0] > 1 { 100 } else { 3000 });
+            let saved = through(name, &from, axes, &to, &config).unwrap();
+            same(&name.folder(), &to);
+            assert_eq!(saved[0].files, ["model.safetensors"]);
+            assert_eq!(saved.iter().map(|of| of.bytes_written).sum::<u64>(), saved[0].bytes, "{axes:?}");
+            from = to;
+        }
+    }
+}
+
+#[test]
+fn no_rank_holds_more_than_its_parts_and_some_pieces() {
+    for axes in [[2, 1, 1], [1, 1, 2], [1, 2, 1], [1, 1, 4]] {
+        let dir = Dir::new();
+        let config = SaveConfig::new(Mapping::llama()).with_piece_bytes(4096);
+        let ranks = axes.iter().product::<usize>();
+        let saved = through(Name::Llama, &Name::Llama.folder(), axes, &dir.join("out"), &config).unwrap();
+        for of in &saved {
+            assert!(of.largest_buffer <= 3 * 4096, "{axes:?}: {of:?}");
+            // All have a share of the work.
+            assert!(of.bytes_written > of.bytes / (2 * ranks as u64), "{axes:?}: {of:?}");
+        }
+        let sent: u64 = saved.iter().map(|of| of.bytes_sent).sum();
+        match axes {
+            // What is written is what the writer holds.
+            [2, 1, 1] | [1, 2, 1] => assert_eq!(sent, 0),
+            _ => assert!(sent > saved[0].bytes / 3 && sent < saved[0].bytes, "{sent}"),
+        }
+    }
+}
+
+#[test]
+fn several_files_and_another_dtype() {
+    let dir = Dir::new();
+    let name = Name::Llama;
+    let config = SaveConfig::new(Mapping::llama())
+        .with_shard_bytes(200_000)
+        .with_dtype(DType::BF16)
+        .with_files_of(name.folder());
+    let saved = through(name, &name.folder(), [1, 2, 2], &dir.join("out"), &config).unwrap();
+    assert!(saved[0].files.len() > 2 && saved.iter().all(|of| of.files == saved[0].files), "{saved:?}");
+    let mut listed: Vec<String> =
+        fs::read_dir(dir.join("out")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    listed.sort();
+    let mut expected = saved[0].files.clone();
+    expected.extend(["config.json".into(), "model.safetensors.index.json".into()]);
+    expected.sort();
+    assert_eq!(listed, expected);
+    let (mut before, mut after) = (hf::open(name.folder()).unwrap(), hf::open(dir.join("out")).unwrap());
+    for tensor in ["lm_head.weight", "model.layers.2.self_attn.k_proj.weight", "model.norm.weight"] {
+        assert_eq!(after.tensor_dtype(tensor), Some(DType::BF16));
+        let rounded: Vec<f32> =
+            values(&mut before, tensor).into_iter().map(|x| burn::tensor::bf16::from_f32(x).to_f32()).collect();
+        assert_eq!(values(&mut after, tensor), rounded);
+    }
+    let config = after.config().unwrap();
+    assert_eq!(config["dtype"], "bfloat16");
+    assert_eq!(config["num_hidden_layers"], before.config().unwrap()["num_hidden_layers"]);
+    let index: serde_json::Value =
+        serde_json::from_slice(&fs::read(dir.join("out/model.safetensors.index.json")).unwrap()).unwrap();
+    assert_eq!(index["metadata"]["total_size"], saved[0].bytes);
+}
+
+#[test]
+fn a_directory_is_there_as_a_whole_or_not_at_all() {
+    let dir = Dir::new();
+    let (name, to) = (Name::Qwen2, dir.join("out"));
+    let config = SaveConfig::new(Mapping::llama());
+    // What a save left that was ended does not matter.
+    fs::create_dir(dir.join(".out.unfinished")).unwrap();
+    fs::write(dir.join(".out.unfinished/model.safetensors"), "half").unwrap();
+    through(name, &name.folder(), [2, 1, 1], &to, &config).unwrap();
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    let said = through(name, &name.folder(), [2, 1, 1], &to, &config).unwrap_err().to_string();
+    assert!(said.contains("out: is there already, and not empty"), "{said}");
+    fs::write(to.join("old"), "").unwrap();
+    through(name, &name.folder(), [1, 1, 2], &to, &config.clone().with_overwrite(true)).unwrap();
+    assert!(!to.join("old").exists());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    same(&name.folder(), &to);
+
+    // An error leaves what there was, and the world goes on.
+    let lacks = config.with_overwrite(true).with_files_of(dir.join("nowhere"));
+    launch::threads(2)
+        .run(|world| {
+            let model = name.fresh(&world.device().autodiff()).parallelize(&world, &name.strategy([1, 1, 2]))?;
+            let said = hf::save(&model, &world, &to, &lacks).unwrap_err().to_string();
+            assert!(said.contains("rank 0: ") && said.contains("config.json: cannot be read"), "{said}");
+            world.barrier()
+        })
+        .unwrap();
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    same(&name.folder(), &to);
+    // A file in the place of the directory's parent.
+    let said =
+        through(name, &name.folder(), [1, 2, 1], &to.join("model.safetensors/x"), &SaveConfig::new(Mapping::llama()));
+    assert!(said.unwrap_err().to_string().contains("rank 0: "));
+}
+
+#[test]
+fn ranks_that_differ_hear_of_it() {
+    let dir = Dir::new();
+    let error = launch::threads(2).run(|world| {
+        let model = Name::Llama.fresh(&world.device().autodiff()).data_parallel(&world, DataParallelConfig::new())?;
+        let config = SaveConfig::new(Mapping::llama()).with_piece_bytes(100 + world.rank());
+        hf::save(&model, &world, dir.join("out"), &config).map(drop)
+    });
+    let said = error.unwrap_err().to_string();
+    assert!(said.contains("the config of a save"), "{said}");
+}
+
+#[test]
+fn parameters_in_several_places_and_layouts() {
+    use burn_parallel::hf::Rule;
+    let dir = Dir::new();
+    // Neighbours are halves again, and two layers one.
+    let mapping = || {
+        Mapping::new()
+            .rule(
+                Rule::new(
+                    "model.layers.*.mlp.gate_up.weight",
+                    ["model.layers.*.mlp.gate_proj.weight", "model.layers.*.mlp.up_proj.weight"],
+                )
+                .transposed()
+                .groups(4),
+            )
+            .then(Mapping::llama().rotary_pairs(8))
+    };
+    let name = Name::Llama;
+    for (axes, other) in [([1, 1, 2], [1, 2, 1]), ([2, 2, 1], [1, 1, 3])] {
+        let (fused, back) = (dir.join(&format!("fused{}", axes[0])), dir.join(&format!("back{}", axes[0])));
+        let spread =
+            |world: &Rank, axes| name.fresh(&world.device().autodiff()).parallelize(world, &name.strategy(axes));
+        let config = SaveConfig::new(mapping()).with_piece_bytes(1000);
+        launch::threads(axes.iter().product())
+            .run(|world| {
+                let mut weights = hf::open(name.folder())?.mapped(Mapping::llama().rotary_pairs(8))?;
+                hf::save(&spread(&world, axes)?.load(&mut weights)?, &world, &fused, &config)
+            })
+            .unwrap();
+        let opened = hf::open(&fused).unwrap();
+        assert_eq!(opened.tensor_dims("model.layers.1.mlp.gate_up.weight"), Some(&[352, 64][..]));
+        launch::threads(other.iter().product())
+            .run(|world| {
+                let model = spread(&world, other)?.load(&mut hf::open(&fused)?.mapped(mapping())?)?;
+                hf::save(&model, &world, &back, &SaveConfig::new(Mapping::llama().rotary_pairs(8)))
+            })
+            .unwrap();
+        same(&name.folder(), &back);
+    }
+}
+
+#[test]
+fn a_pipeline_that_is_not_cut_is_an_error() {
+    let dir = Dir::new();
+    let error = launch::threads(2).run(|world| {
+        let model = Name::Llama.fresh(&world.device().autodiff()).pipeline_parallel(&world, PipelineConfig::new(2))?;
+        hf::save(&model, &world, dir.join("out"), &SaveConfig::new(Mapping::llama())).map(drop)
+    });
+    let said = error.unwrap_err().to_string();
+    assert!(said.contains("`prepare` the model before it is saved"), "{said}");
+}
+
+/// Python reads what was written: checked where it has the package.
+#[test]
+fn python_reads_it() {
+    let python = std::env::var("BURN_PARALLEL_PYTHON").unwrap_or_else(|_| "python3".into());
+    let has = Command::new(&python).args(["-c", "import safetensors, numpy"]).output();
+    if !has.is_ok_and(|output| output.status.success()) {
+        eprintln!("skipped: `{python}` has no `safetensors` and `numpy`; BURN_PARALLEL_PYTHON names another");
+        return;
+    }
+    let dir = Dir::new();
+    let config = SaveConfig::new(Mapping::llama()).with_shard_bytes(200_000).with_files_of(Name::Llama.folder());
+    through(Name::Llama, &Name::Llama.folder(), [1, 2, 2], &dir.join("out"), &config).unwrap();
+    let script = r#"
+import json, os, sys
+from safetensors import safe_open
+import numpy
+ours, theirs = sys.argv[1:]
+index = json.load(open(os.path.join(ours, "model.safetensors.index.json")))["weight_map"]
+with safe_open(os.path.join(theirs, "model.safetensors"), "np") as file:
+    assert set(file.keys()) == set(index)
+    for name in file.keys():
+        with safe_open(os.path.join(ours, index[name]), "np") as shard:
+            assert numpy.array_equal(shard.get_tensor(name), file.get_tensor(name)), name
+            assert shard.metadata() == {"format": "pt"}
+print(len(index), "tensors are the same")
+"#;
+    let output =
+        Command::new(&python).arg("-c").arg(script).arg(dir.join("out")).arg(Name::Llama.folder()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "39 tensors are the same");
+}
