@@ -6,6 +6,7 @@ use burn::module::{Module, ModuleVisitor, Param, ParamGroup};
 use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::tensor::{Device, Tensor};
 use burn_parallel::Error;
+use burn_parallel::hf::{self, Mapping, SaveConfig};
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::{Keep, Rows, Sharding};
 
@@ -412,4 +413,29 @@ fn groups_that_are_gathered_ahead_train_like_one_device() {
             assert_close(&expected, &run(size, gathered(keep)), 3e-5, &format!("{size} ranks, {keep:?}"));
         }
     }
+}
+
+/// What is saved from rows is what the whole model is.
+#[test]
+fn a_directory_is_saved_from_rows() {
+    let case = zoo::transformer();
+    let dir = std::env::temp_dir().join(format!("burn-parallel-zero-{}", std::process::id()));
+    launch::threads(3)
+        .run(|rank| {
+            let model = wrap(&rank, &case.model, gathered(Keep::Pass))?;
+            hf::save(&model, &rank, &dir, &SaveConfig::new(Mapping::identity()))?;
+            Ok(())
+        })
+        .unwrap();
+    let other = zoo::with_values(case.model.clone(), 99);
+    assert_ne!(parameters(&other.valid()), parameters(&case.model.valid()));
+    let loaded = launch::threads(1)
+        .run(|rank| wrap(&rank, &other, DataParallelConfig::new())?.load(&mut file_of(&dir))?.assemble())
+        .unwrap();
+    assert_eq!(parameters(&loaded[0].valid()), parameters(&case.model.valid()));
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+fn file_of(dir: &std::path::Path) -> burn_parallel::params::Safetensors<std::fs::File> {
+    burn_parallel::params::Safetensors::open(dir.join("model.safetensors")).unwrap()
 }
