@@ -352,7 +352,7 @@ fn survivors_say(role: &str, culprit: usize) -> Result<(), Failed> {
     let survivors: Vec<&String> =
         said.iter().enumerate().filter(|(rank, _)| *rank != culprit).map(|(_, said)| said).collect();
     let words = match role {
-        // Only the wardens notice.
+        // Only the watchdogs notice.
         "computing" => {
             format!("<rank {culprit} left group `world` while nobody was waiting for it: its process has ended")
         }

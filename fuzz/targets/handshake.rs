@@ -1,4 +1,4 @@
-//! Both sides of a meeting, with somebody on the other side who says anything.
+//! Fuzzes both sides of the rendezvous handshake.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| burn_parallel::comm::fuzzing::handshake(bytes));

@@ -1,9 +1,9 @@
-//! Safetensors files of any bytes: opened, and read in parts.
+//! Safetensors files and indices of any bytes: opened, and read in parts.
 #![no_main]
 
-use std::io::Cursor;
-
-use burn_parallel::params::{Safetensors, SliceSource};
+use burn::tensor::DType;
+use burn_parallel::hf::Weights;
+use burn_parallel::params::SliceSource;
 
 libfuzzer_sys::fuzz_target!(|input: (bool, u8, &[u8])| {
     let (framed, numbers, bytes) = input;
@@ -14,9 +14,9 @@ libfuzzer_sys::fuzz_target!(|input: (bool, u8, &[u8])| {
         false => bytes.to_vec(),
     };
     let len = file.len();
-    let Ok(mut source) = Safetensors::new(Cursor::new(file)) else { return };
-    let names: Option<serde_json::Map<String, serde_json::Value>> = serde_json::from_slice(&bytes[..header]).ok();
-    for name in names.iter().flat_map(|names| names.keys()) {
+    let Ok(mut source) = Weights::from_bytes(file) else { return };
+    let names: Vec<String> = source.names().map(Into::into).collect();
+    for name in &names {
         let Ok(Some(dims)) = source.dims(name) else { continue };
         let whole: Vec<_> = dims.iter().map(|size| 0..*size).collect();
         if let Ok(data) = source.read(name, &whole) {
@@ -25,6 +25,7 @@ libfuzzer_sys::fuzz_target!(|input: (bool, u8, &[u8])| {
         let (from, to) = (usize::from(numbers & 15), usize::from(numbers >> 4));
         let part: Vec<_> = dims.iter().map(|size| from.min(*size)..size.saturating_sub(to)).collect();
         let _ = source.read(name, &part);
+        let _ = source.read_as(name, &part, DType::BF16);
         let _ = source.read(name, &part[..part.len().saturating_sub(1)]);
     }
 });

@@ -1,4 +1,4 @@
-//! A collective as data: what is logged, compared between ranks, counted and printed.
+//! Describes one rank's call of an operation: what is logged, compared between ranks, counted and printed.
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -10,10 +10,10 @@ use super::Operation;
 use super::ReduceOp;
 use super::element;
 
-/// The shape of what a rank brings, without an allocation: up to eight dims, the rest folded into the last. Where there are
-/// more, a call has a number beside it that is the same for the same dims.
+/// The shape of a rank's contribution, without an allocation: up to eight dims, the rest folded into the last. Where
+/// there are more, a call carries a hash of them as well.
 ///
-/// Collectives that take parts divide the first dim; everything behind it is one row.
+/// Operations that divide a tensor into parts divide its first dim; everything behind it is one row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
     rank: u8,
@@ -37,9 +37,8 @@ impl Extent {
         Self { rank: shape.len().min(Self::MAX) as u8, dims }
     }
 
-    /// A number that is the same for the same dims behind the first, and in all likelihood differs for others, where there are
-    /// more than an extent holds; else 0. Below the highest bit.
-    pub(crate) fn beyond(shape: &[usize]) -> u64 {
+    /// A hash of the dims behind the first, where there are more than an extent holds; else 0. Below the highest bit.
+    pub(crate) fn folded_hash(shape: &[usize]) -> u64 {
         let Some(folded) = shape.get(Self::MAX - 1..).filter(|folded| folded.len() > 1) else { return 0 };
         let add = |hash: u64, dim: &usize| (hash ^ *dim as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
         folded.iter().fold(folded.len() as u64, add).max(2) >> 1
@@ -86,47 +85,54 @@ impl Extent {
 pub struct Call {
     /// The operation with its arguments.
     pub operation: Operation,
-    /// Element type of what the rank brings; `None` if it brings nothing and takes what comes.
+    /// Element type of the contribution; `None` if the rank contributes nothing and takes any dtype.
     pub dtype: Option<DType>,
-    /// Shape of what the rank brings.
+    /// Shape of the contribution.
     pub extent: Extent,
     /// Separate buffers that the call reduces together; 1 unless coalesced.
     pub pieces: usize,
-    /// A fingerprint of the lengths of those buffers, so that differently cut calls of the same total do not match. For
-    /// calls of one piece, whatever number else the ranks must agree on.
-    pub(crate) cut: u64,
+    /// A hash of the lengths of those buffers, so that coalesced calls of one total that are divided differently do not
+    /// match. For calls of one piece, any other number that the ranks must agree on.
+    pub(crate) fingerprint: u64,
 }
 
 impl Call {
+    /// The call of an operation on one buffer; `dtype` and `extent` are those of the contribution.
     #[inline]
-    pub(crate) fn new(operation: Operation, dtype: Option<DType>, extent: Extent) -> Self {
-        Self { operation, dtype, extent, pieces: 1, cut: 0 }
+    pub fn new(operation: Operation, dtype: Option<DType>, extent: Extent) -> Self {
+        Self { operation, dtype, extent, pieces: 1, fingerprint: 0 }
     }
 
-    /// A call on data that stays on its device: it does not go together with one on host data.
+    /// A call on device data: it does not match a call on host data.
     #[cfg(feature = "cubecl")]
     pub(crate) fn on_device(operation: Operation, dtype: DType, extent: Extent) -> Self {
-        Self { cut: Self::ON_DEVICE, ..Self::new(operation, Some(dtype), extent) }
+        Self { fingerprint: Self::ON_DEVICE, ..Self::new(operation, Some(dtype), extent) }
     }
 
-    /// A call that reduces several buffers together, where they are. `cut` is the fingerprint of their lengths.
+    /// A call that reduces several device buffers together, in place. `fingerprint` is the hash of their lengths.
     #[cfg(feature = "cubecl")]
-    pub(crate) fn pieces_on_device(op: ReduceOp, dtype: DType, elements: usize, pieces: usize, cut: u64) -> Self {
+    pub(crate) fn pieces_on_device(
+        op: ReduceOp,
+        dtype: DType,
+        elements: usize,
+        pieces: usize,
+        fingerprint: u64,
+    ) -> Self {
         let call = Self::on_device(Operation::AllReduce(op), dtype, Extent::flat(elements));
-        Self { pieces, cut: if pieces == 1 { Self::ON_DEVICE } else { !cut }, ..call }
+        Self { pieces, fingerprint: if pieces == 1 { Self::ON_DEVICE } else { !fingerprint }, ..call }
     }
 
-    /// The highest bit of `cut` says that the data is on a device.
+    /// The highest bit of `fingerprint` says that the data is on a device.
     const ON_DEVICE: u64 = 1 << 63;
 
-    /// The same call with a number that must be the same on all ranks, where the shapes do not tell. For calls of one piece.
+    /// The same call with a number that all ranks must agree on. For calls of one piece.
     pub(crate) fn agreeing(self, number: u64) -> Self {
         debug_assert!(self.pieces == 1 && number < Self::ON_DEVICE);
-        Self { cut: self.cut | number, ..self }
+        Self { fingerprint: self.fingerprint | number, ..self }
     }
 
-    /// A call that divides a group for a purpose of this name, which is the same on all ranks.
-    pub(crate) fn split(name: &str) -> Self {
+    /// A call that splits a group for a purpose of this name, which is the same on all ranks.
+    pub fn split(name: &str) -> Self {
         let mut hasher = DefaultHasher::new();
         name.hash(&mut hasher);
         let number = if name.is_empty() { 0 } else { hasher.finish() & !Self::ON_DEVICE };
@@ -135,11 +141,11 @@ impl Call {
 
     /// Whether the data stays on its device.
     pub(crate) fn is_on_device(&self) -> bool {
-        self.cut >= Self::ON_DEVICE
+        self.fingerprint >= Self::ON_DEVICE
     }
 
-    /// Whether two ranks' calls, of the same place in their sequences, belong together.
-    pub(crate) fn agrees(&self, other: &Self) -> bool {
+    /// Whether the calls of two ranks at the same position of their sequences match.
+    pub fn agrees(&self, other: &Self) -> bool {
         if !self.operation.agrees(&other.operation) {
             return false;
         }
@@ -154,13 +160,13 @@ impl Call {
             }
             _ => self.extent == other.extent,
         };
-        same_dtype && same_extent && self.pieces == other.pieces && self.cut == other.cut
+        same_dtype && same_extent && self.pieces == other.pieces && self.fingerprint == other.fingerprint
     }
 }
 
 impl Call {
-    /// A number that is the same for equal calls of an operation in place, factors apart, and in all likelihood differs for
-    /// others; for certain if their elements differ in size. Not 0.
+    /// A hash of an operation in place, factors apart. Equal calls have equal hashes; calls whose elements differ in
+    /// size always have different ones. Not 0.
     pub(crate) fn digest(&self) -> u64 {
         let mut hash = 0xcbf2_9ce4_8422_2325;
         let mut add = |word: u64| hash = u64::wrapping_mul(hash ^ word, 0x9e37_79b9_7f4a_7c15).rotate_left(29);
@@ -168,7 +174,7 @@ impl Call {
             Operation::AllReduce(op) => (Some(op), 0),
             Operation::Reduce { op, root } => (Some(op), root),
             Operation::Broadcast { root } => (None, root),
-            // Others are not brought in place.
+            // The others do not work in place.
             _ => (None, 0),
         };
         let dims = self.extent.dims();
@@ -178,7 +184,7 @@ impl Call {
         let small = [self.operation.index() as u64, op, dtype, dims.len() as u64];
         add(small.into_iter().fold(0, |word, number| word << 8 | number));
         add((self.pieces as u64).rotate_left(32) ^ root as u64);
-        add(self.cut);
+        add(self.fingerprint);
         dims.iter().for_each(|dim| add(*dim as u64));
         hash << 8 | (1 + self.dtype.map_or(0, |dtype| dtype.size() as u64))
     }
@@ -203,12 +209,12 @@ impl fmt::Display for Call {
         if self.is_on_device() {
             f.write_str(" on its device")?;
         }
-        // Calls that differ in their cut alone must not look alike.
-        match (self.pieces, self.cut & !Self::ON_DEVICE) {
+        // Calls that differ in their fingerprint alone must not look alike.
+        match (self.pieces, self.fingerprint & !Self::ON_DEVICE) {
             (1, 0) => Ok(()),
-            (1, number) if self.operation == Operation::Split => write!(f, " by a name of number {number:016x}"),
-            (1, number) => write!(f, " (cut from {number})"),
-            (pieces, cut) => write!(f, " in {pieces} pieces (cut {:04x})", cut >> 47),
+            (1, number) if self.operation == Operation::Split => write!(f, " by a name of hash {number:016x}"),
+            (1, number) => write!(f, " (agreed number {number})"),
+            (pieces, fingerprint) => write!(f, " in {pieces} pieces (lengths {:04x})", fingerprint >> 47),
         }
     }
 }

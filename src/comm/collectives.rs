@@ -1,4 +1,4 @@
-//! What the ranks of a group do together.
+//! The collectives of a communicator.
 
 use super::communicator::Communicator;
 use super::transport::BufferMut;
@@ -6,12 +6,12 @@ use super::{Call, Element, Extent, Operation, Payload, ReduceOp, reduce};
 use crate::Error;
 
 impl Communicator {
-    /// Every rank gets the reduction over all ranks, bit-identical everywhere. All bring the same shape and dtype.
+    /// Every rank gets the reduction over all ranks, bit-identical everywhere. All pass the same shape and dtype.
     ///
     /// # Errors
     /// [`Error::UnsupportedReduction`].
     pub fn all_reduce<P: Payload>(&self, payload: P, op: ReduceOp) -> Result<P, Error> {
-        self.carry(Operation::AllReduce(op), payload, |data| {
+        self.dispatch(Operation::AllReduce(op), payload, |data| {
             reduce::check(op, data.dtype())?;
             self.host_in_place(Operation::AllReduce(op), data)
         })
@@ -24,15 +24,21 @@ impl Communicator {
         self.in_place(&call, &mut [BufferMut::new(slice)])
     }
 
-    /// Every rank gets its [part](super::part) of the first dim of the reduction over all ranks. All bring the same shape
-    /// and dtype; ranks that get no row get an empty payload.
+    /// Every rank gets its [part](super::part) of the first dim of the reduction over all ranks. All pass the same
+    /// shape and dtype; ranks whose part has no rows get an empty payload.
     ///
     /// # Errors
     /// [`Error::UnsupportedReduction`].
     pub fn reduce_scatter<P: Payload>(&self, payload: P, op: ReduceOp) -> Result<P, Error> {
-        self.carry(Operation::ReduceScatter(op), payload, |data| {
+        self.reduce_scatter_agreed(payload, op, 0)
+    }
+
+    /// [`reduce_scatter`](Self::reduce_scatter) with a number that must be the same on all ranks, where the shapes do not tell.
+    pub(crate) fn reduce_scatter_agreed<P: Payload>(&self, payload: P, op: ReduceOp, agreed: u64) -> Result<P, Error> {
+        let operation = Operation::ReduceScatter(op);
+        self.dispatch_agreed(operation, payload, agreed, |data| {
             reduce::check(op, data.dtype())?;
-            self.through(Operation::ReduceScatter(op), Some(data), None)
+            self.out_of_place_agreed(operation, Some(data), None, agreed)
         })
     }
 
@@ -42,13 +48,15 @@ impl Communicator {
     /// # Errors
     /// [`Error::OutOfMemory`] on every rank, if one has no memory for the result.
     pub fn all_gather<P: Payload>(&self, payload: P) -> Result<P, Error> {
-        self.carry(Operation::AllGather, payload, |data| self.through(Operation::AllGather, Some(data), None))
+        self.dispatch(Operation::AllGather, payload, |data| self.out_of_place(Operation::AllGather, Some(data), None))
     }
 
     /// [`all_gather`](Self::all_gather) with a number that must be the same on all ranks, where the shapes do not tell.
     pub(crate) fn all_gather_agreed<P: Payload>(&self, payload: P, agreed: u64) -> Result<P, Error> {
         let operation = Operation::AllGather;
-        self.carry_agreed(operation, payload, agreed, |data| self.through_agreed(operation, Some(data), None, agreed))
+        self.dispatch_agreed(operation, payload, agreed, |data| {
+            self.out_of_place_agreed(operation, Some(data), None, agreed)
+        })
     }
 
     /// [`all_gather`](Self::all_gather) from a slice into a slice, whose length is the sum over the ranks.
@@ -56,7 +64,11 @@ impl Communicator {
     /// # Errors
     /// [`Error::InvalidArgument`] on a rank whose output has another length; the world fails with it. [`Error::OutOfMemory`].
     pub fn all_gather_into<E: Element>(&self, input: &[E], output: &mut [E]) -> Result<(), Error> {
-        self.through_place(&Call::new(Operation::AllGather, Some(E::DTYPE), Extent::flat(input.len())), input, output)
+        self.out_of_place_slices(
+            &Call::new(Operation::AllGather, Some(E::DTYPE), Extent::flat(input.len())),
+            input,
+            output,
+        )
     }
 
     /// [`all_reduce`](Self::all_reduce) of a matrix with [`ReduceOp::Sum`], in place.
@@ -73,7 +85,7 @@ impl Communicator {
         own: &mut [E],
     ) -> Result<(), Error> {
         let call = Call::new(Operation::ReduceScatter(ReduceOp::Sum), Some(E::DTYPE), Extent::new(&dims));
-        self.through_place(&call, rows, own)
+        self.out_of_place_slices(&call, rows, own)
     }
 
     /// [`all_gather`](Self::all_gather) of the rows of matrices, `dims` being those of this rank's.
@@ -83,17 +95,17 @@ impl Communicator {
         dims: [usize; 2],
         rows: &mut [E],
     ) -> Result<(), Error> {
-        self.through_place(&Call::new(Operation::AllGather, Some(E::DTYPE), Extent::new(&dims)), own, rows)
+        self.out_of_place_slices(&Call::new(Operation::AllGather, Some(E::DTYPE), Extent::new(&dims)), own, rows)
     }
 
-    /// Every rank gets the payload of `root`. All bring the same shape and dtype; what the others bring is overwritten.
+    /// Every rank gets the payload of `root`. All pass the same shape and dtype; what the others pass is overwritten.
     ///
     /// # Errors
     /// [`Error::NoSuchRank`].
     pub fn broadcast<P: Payload>(&self, payload: P, root: usize) -> Result<P, Error> {
         self.check_root(root, "broadcast")?;
         let operation = Operation::Broadcast { root };
-        self.carry(operation, payload, |data| self.host_in_place(operation, data))
+        self.dispatch(operation, payload, |data| self.host_in_place(operation, data))
     }
 
     /// [`broadcast`](Self::broadcast) on a slice, in place.
@@ -103,13 +115,13 @@ impl Communicator {
         self.in_place(&call, &mut [BufferMut::new(slice)])
     }
 
-    /// `root` gets the reduction over all ranks, the others `None`. All bring the same shape and dtype.
+    /// `root` gets the reduction over all ranks, the others `None`. All pass the same shape and dtype.
     ///
     /// # Errors
     /// [`Error::NoSuchRank`], [`Error::UnsupportedReduction`].
     pub fn reduce<P: Payload>(&self, payload: P, op: ReduceOp, root: usize) -> Result<Option<P>, Error> {
         self.check_root(root, "reduce")?;
-        let reduced = self.carry(Operation::Reduce { op, root }, payload, |data| {
+        let reduced = self.dispatch(Operation::Reduce { op, root }, payload, |data| {
             reduce::check(op, data.dtype())?;
             self.host_in_place(Operation::Reduce { op, root }, data)
         })?;
@@ -123,39 +135,41 @@ impl Communicator {
     pub fn gather<P: Payload>(&self, payload: P, root: usize) -> Result<Option<P>, Error> {
         self.check_root(root, "gather")?;
         let operation = Operation::Gather { root };
-        let gathered = self.carry(operation, payload, |data| self.through(operation, Some(data), None))?;
+        let gathered = self.dispatch(operation, payload, |data| self.out_of_place(operation, Some(data), None))?;
         Ok((root == self.rank()).then_some(gathered))
     }
 
-    /// Every rank gets its [part](super::part) of the first dim of what `root` brings; the others bring `None`. Tensors
-    /// arrive on the CPU device [`Device::flex`](burn::tensor::Device::flex) of ranks that bring none.
+    /// Every rank gets its [part](super::part) of the first dim of the payload of `root`; the others pass `None`.
+    /// Tensors arrive on the CPU device [`Device::flex`](burn::tensor::Device::flex) of ranks that pass none.
     ///
     /// # Errors
-    /// [`Error::NoSuchRank`]; [`Error::InvalidArgument`] if the root brings nothing, or what a receiver does not take; the
-    /// world fails with it. [`Error::OutOfMemory`] on every rank, if one has no memory for its part.
+    /// [`Error::NoSuchRank`]; [`Error::InvalidArgument`] if the root passes nothing, or a tensor of another kind than a
+    /// receiver expects; the world fails with it. [`Error::OutOfMemory`] on every rank, if one has no memory for its
+    /// part.
     pub fn scatter<P: Payload>(&self, payload: Option<P>, root: usize) -> Result<P, Error> {
         self.check_root(root, "scatter")?;
         if root == self.rank() && payload.is_none() {
-            let problem = format!("rank {root} is the root and brings nothing to scatter");
+            let problem = format!("rank {root} is the root and passes nothing to scatter");
             return Err(self.fail_with(Error::invalid("scatter", problem)));
         }
-        let (data, home) = match payload.filter(|_| root == self.rank()).map(P::into_host).transpose()? {
-            Some((data, home)) => (Some(data), home),
-            None => (None, P::Home::default()),
+        let (data, origin) = match payload.filter(|_| root == self.rank()).map(P::into_host).transpose()? {
+            Some((data, origin)) => (Some(data), origin),
+            None => (None, P::Origin::default()),
         };
-        let data = self.through(Operation::Scatter { root }, data, P::fixed_dtype())?;
-        // Only here can a receiver be surprised: it brought nothing for the others to compare with.
-        P::from_host(data, &home).map_err(|error| self.fail_with(error))
+        let data = self.out_of_place(Operation::Scatter { root }, data, P::fixed_dtype())?;
+        // Only a receiver of a scatter can find another kind than it expects: it passed nothing for the others to
+        // compare with.
+        P::from_host(data, &origin).map_err(|error| self.fail_with(error))
     }
 
-    /// [`scatter`](Self::scatter) where every rank brings a payload. Of those of the others only kind, dtype and device count,
-    /// which must be the root's: on a device that the engine carries, the parts stay there.
+    /// [`scatter`](Self::scatter) where every rank passes a payload. Of the payloads of the others only kind, dtype and
+    /// device count, which must be the root's: on a device that the transport supports, the parts stay there.
     pub(crate) fn scatter_alike<P: Payload>(&self, payload: P, root: usize) -> Result<P, Error> {
         self.check_root(root, "scatter")?;
         let operation = Operation::Scatter { root };
-        self.carry(operation, payload, |data| {
+        self.dispatch(operation, payload, |data| {
             let dtype = data.dtype();
-            self.through(operation, (root == self.rank()).then_some(data), Some(dtype))
+            self.out_of_place(operation, (root == self.rank()).then_some(data), Some(dtype))
         })
     }
 
@@ -167,10 +181,12 @@ impl Communicator {
         self.all_to_all_agreed(payload, 0)
     }
 
-    /// [`all_to_all`](Self::all_to_all) with a number that must be the same on all ranks, where the shapes do not tell.
+    /// [`all_to_all`](Self::all_to_all) with a number that all ranks must agree on.
     pub(crate) fn all_to_all_agreed<P: Payload>(&self, payload: P, agreed: u64) -> Result<P, Error> {
         let operation = Operation::AllToAll;
-        self.carry_agreed(operation, payload, agreed, |data| self.through_agreed(operation, Some(data), None, agreed))
+        self.dispatch_agreed(operation, payload, agreed, |data| {
+            self.out_of_place_agreed(operation, Some(data), None, agreed)
+        })
     }
 
     fn check_root(&self, root: usize, operation: &'static str) -> Result<(), Error> {

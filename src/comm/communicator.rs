@@ -1,4 +1,4 @@
-//! The ranks of one group, seen from one of them.
+//! The communicator: one rank's member of a group, which runs collectives and sends messages over a transport.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -6,13 +6,13 @@ use std::sync::Arc;
 
 use crossbeam_utils::CachePadded;
 
-use super::counters::CounterBoard;
-use super::pending::{Progress, Underway, panic_message};
+use super::counters::RunningCounters;
+use super::pending::{OutstandingJobs, ProgressThread, panic_message};
 use super::transport::{Transfer, Transport};
 use super::{Call, CallLog, Counters, Extent, Operation, Pending};
 use crate::Error;
 
-/// The ranks of one group, seen from one of them: what they do together.
+/// One rank's member of a group: runs collectives with the other ranks, and exchanges messages with them.
 ///
 /// Cheap to clone; clones are the same member of the same group. The group ends for this rank when the last clone is
 /// dropped. Collectives take a [`Payload`](super::Payload) by value and return one; [`start`](Self::start) runs any of them in the
@@ -30,9 +30,9 @@ pub struct Communicator {
 
 struct Inner {
     transport: Arc<dyn Transport>,
-    /// Apart from the counters of other ranks, made beside these.
-    counters: CachePadded<CounterBoard>,
-    progress: Progress,
+    /// On cache lines of its own: communicators of several ranks are allocated side by side.
+    counters: CachePadded<RunningCounters>,
+    progress: ProgressThread,
 }
 
 impl Drop for Communicator {
@@ -50,20 +50,20 @@ impl fmt::Debug for Communicator {
 }
 
 impl Communicator {
-    /// Puts a communicator on an engine of one's own.
+    /// Makes a communicator over a transport, which may be one of your own.
     pub fn new(transport: Arc<dyn Transport>) -> Self {
-        Self::with_underway(transport, Arc::default())
+        Self::with_outstanding_jobs(transport, Arc::default())
     }
 
-    /// The same group over another engine, which shares what is under way.
+    /// The same group over another transport, with the same background operations.
     #[cfg(feature = "cuda")]
     pub(super) fn over(&self, transport: Arc<dyn Transport>) -> Self {
-        Self::with_underway(transport, self.inner.progress.underway().clone())
+        Self::with_outstanding_jobs(transport, self.inner.progress.outstanding_jobs().clone())
     }
 
     #[cfg(feature = "cuda")]
-    pub(super) fn underway(&self) -> &Arc<Underway> {
-        self.inner.progress.underway()
+    pub(super) fn outstanding_jobs(&self) -> &Arc<OutstandingJobs> {
+        self.inner.progress.outstanding_jobs()
     }
 
     #[cfg(feature = "cuda")]
@@ -71,8 +71,8 @@ impl Communicator {
         self.inner.transport.clone()
     }
 
-    fn with_underway(transport: Arc<dyn Transport>, underway: Arc<Underway>) -> Self {
-        let (counters, progress) = (CachePadded::new(CounterBoard::new()), Progress::new(underway));
+    fn with_outstanding_jobs(transport: Arc<dyn Transport>, outstanding_jobs: Arc<OutstandingJobs>) -> Self {
+        let (counters, progress) = (CachePadded::new(RunningCounters::new()), ProgressThread::new(outstanding_jobs));
         Self { inner: Arc::new(Inner { transport, counters, progress }) }
     }
 
@@ -96,7 +96,7 @@ impl Communicator {
         self.inner.transport.group()
     }
 
-    /// Name of the engine: `local`, or that of a [`Transport`] of your own.
+    /// Name of the transport: `local`, or that of a [`Transport`] of your own.
     pub fn engine(&self) -> &'static str {
         self.inner.transport.engine()
     }
@@ -122,15 +122,15 @@ impl Communicator {
         self.fail(Error::Aborted { group, rank, reason: reason.to_string(), log });
     }
 
-    /// Fails the world with an error of the crate's own.
+    /// Fails the world with this error.
     pub(crate) fn fail(&self, error: Error) {
         self.inner.transport.abort(error);
     }
 
-    /// Leaves the world, with all groups of it that this rank is in, whoever still holds a communicator. What this rank
-    /// has started in the background is finished before.
+    /// Leaves the world, with all groups of it that this rank is in, whoever still holds a communicator. Waits first
+    /// for the operations that this rank has started in the background.
     pub(crate) fn leave(&self) {
-        self.inner.progress.underway().wait(self.inner.transport.timeout().saturating_mul(2));
+        self.inner.progress.outstanding_jobs().wait(self.inner.transport.timeout().saturating_mul(2));
         self.inner.transport.leave();
     }
 
@@ -140,7 +140,7 @@ impl Communicator {
         self.failure().unwrap_or(error)
     }
 
-    /// Divides the group: ranks that bring the same `color` form a group, ordered by `key`, then by rank. Collective.
+    /// Splits the group: ranks that pass the same `color` form a group, ordered by `key`, then by rank. Collective.
     ///
     /// Errors call the new group by the name of this one and its color; see [`split_named`](Self::split_named).
     pub fn split(&self, color: u64, key: i64) -> Result<Self, Error> {
@@ -156,8 +156,8 @@ impl Communicator {
             half = Some(transport.split(name, color, key)?);
             Ok(0)
         })?;
-        let half = half.ok_or_else(|| Error::invalid("split", "the engine returned no group"))?;
-        Ok(Self::with_underway(half, self.inner.progress.underway().clone()))
+        let half = half.ok_or_else(|| Error::invalid("split", "the transport returned no group"))?;
+        Ok(Self::with_outstanding_jobs(half, self.inner.progress.outstanding_jobs().clone()))
     }
 
     /// Waits until every rank of the group has come.
@@ -187,7 +187,7 @@ impl Communicator {
         let name = || format!("{} of {}", self.rank(), self.group());
         let pending = self.inner.progress.submit(self.rank(), name, move || {
             catch_unwind(AssertUnwindSafe(|| operation(&comm))).unwrap_or_else(|panic| {
-                // The world hears of it now, not when somebody waits for this operation.
+                // The world fails now, not when somebody waits for this operation.
                 let (rank, message) = (comm.inner.transport.world_rank(), panic_message(&*panic));
                 Err(comm.fail_with(Error::RankPanicked { rank, message, log: comm.log() }))
             })
@@ -204,8 +204,7 @@ impl Communicator {
         })
     }
 
-    /// Whether collectives on host memory are the work of the threads that call them, see
-    /// [`Transport::works_on_callers`].
+    /// Whether collectives on host memory run on the threads that call them, see [`Transport::works_on_callers`].
     pub fn works_on_callers(&self) -> bool {
         self.inner.transport.works_on_callers()
     }
@@ -227,9 +226,9 @@ impl Communicator {
     pub(super) fn count(&self, call: &Call, operation: impl FnOnce() -> Result<u64, Error>) -> Result<(), Error> {
         let began = self.inner.counters.now();
         let bytes = operation().map_err(|error| match error {
-            // All ranks return it, and nothing has happened.
+            // All ranks return it, and no buffer has been touched.
             Error::NoSuchRank { .. } | Error::OutOfMemory { .. } => error,
-            // An error that only this rank has found, with the others already done, must not leave them guessing later.
+            // An error that only this rank has found must reach the others, which are done with this operation.
             error => self.fail_with(error),
         })?;
         self.inner.counters.add(call, bytes, began);

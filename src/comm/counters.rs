@@ -1,4 +1,4 @@
-//! What was moved, and how long it took.
+//! Counts the calls, bytes and time of a communicator, by operation.
 
 use std::collections::BTreeMap;
 use std::ops::{Add, Sub};
@@ -84,9 +84,9 @@ impl Sub for Counters {
     }
 }
 
-/// The running totals behind [`Counters`]: one line per operation, added to without a lock.
+/// The running totals behind [`Counters`]: one entry for each operation, updated without a lock.
 #[derive(Debug)]
-pub(crate) struct CounterBoard {
+pub(crate) struct RunningCounters {
     clock: Ticks,
     tallies: [RunningTally; Operation::NAMES.len()],
 }
@@ -99,7 +99,7 @@ struct RunningTally {
     ticks: AtomicU64,
 }
 
-impl CounterBoard {
+impl RunningCounters {
     pub fn new() -> Self {
         Self { clock: Ticks::new(), tallies: Default::default() }
     }

@@ -1,4 +1,5 @@
-//! Data that stays on its device: burn's tensors and the buffers behind them, and engines that carry those.
+//! Device tensors in collectives: burn's tensors as buffers, and the trait of transports that move them from device to
+//! device.
 
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
@@ -13,10 +14,10 @@ use crate::Error;
 use crate::comm::{Arrival, Call, Operation, ReduceOp, TensorKind, part};
 use crate::tensor::PlainTensor;
 
-/// An engine that carries data of devices from device to device.
+/// A transport that moves device tensors without a copy through the host.
 pub trait DeviceTransport: Send + Sync {
-    /// Whether it carries tensors of this dtype and device (without autodiff); others travel through the host.
-    fn carries(&self, device: &Device, dtype: DType) -> bool;
+    /// Whether it moves tensors of this dtype and device (without autodiff); others go through host memory.
+    fn supports(&self, device: &Device, dtype: DType) -> bool;
 
     /// Enqueues a collective on a contiguous tensor, under the contract of [`Transport`](super::Transport): `call` describes
     /// it, and must agree with those of the other ranks. Returns the tensor in which the result will be, whose readers are
@@ -30,12 +31,13 @@ pub trait DeviceTransport: Send + Sync {
     /// Sends a contiguous tensor. Returns before it is received; the tensor is not written to any more.
     fn send(&self, to: usize, tag: u64, tensor: DeviceTensor) -> Result<(), Error>;
 
-    /// Receives the oldest message of `from` that bears `tag`, wherever it lay when it was sent.
+    /// Receives the oldest message of `from` with this `tag`, whether it was sent from a device or from host memory.
     fn receive(&self, from: usize, tag: u64) -> Result<Arrival, Error>;
 
-    /// Says that this rank will [receive](Self::receive) such a message: it may travel as soon as it has been sent. Waits for
-    /// nothing. An engine whose messages travel by themselves has nothing to do.
-    fn expect(&self, from: usize, tag: u64) {
+    /// Posts a receive: says that this rank will [receive](Self::receive) such a message, so that it may be transferred
+    /// as soon as it is sent. Does not block. A transport whose messages need no receiver to be transferred has nothing
+    /// to do.
+    fn post_receive(&self, from: usize, tag: u64) {
         let _ = (from, tag);
     }
 }
@@ -45,8 +47,8 @@ pub trait CubeKind: BackendPrimitive<Cube, Primitive = FloatTensor<Cube>> {}
 
 impl<K: BackendPrimitive<Cube, Primitive = FloatTensor<Cube>>> CubeKind for K {}
 
-/// The contiguous buffer behind a tensor without autodiff of a CubeCL device. What burn has put off is enqueued; nothing waits
-/// for the device.
+/// The contiguous buffer behind a tensor without autodiff of a CubeCL device. Enqueues what burn has deferred; nothing
+/// waits for the device.
 pub(crate) fn to_device<const D: usize, K: TensorKind>(tensor: Tensor<D, K>) -> Result<DeviceTensor, Error> {
     let dtype = tensor.dtype();
     let fused = tensor
@@ -96,7 +98,7 @@ pub(crate) fn plain_from_device(data: DeviceTensor) -> PlainTensor {
     }
 }
 
-/// Whether two tensors of a CubeCL device lie in the same place of the same buffer.
+/// Whether two tensors of a CubeCL device are at the same address of the same buffer.
 pub(crate) fn same_buffer(a: &PlainTensor, b: &PlainTensor) -> bool {
     match (plain_to_device(a.clone()), plain_to_device(b.clone())) {
         (Ok(a), Ok(b)) => {
@@ -128,7 +130,7 @@ pub(crate) fn flat(tensor: DeviceTensor) -> DeviceTensor {
     with_dims(tensor, vec![elements])
 }
 
-/// The tensor if nobody else holds its buffer, else a copy on its device.
+/// The tensor if it holds the only handle of its buffer, else a copy on its device.
 pub(crate) fn exclusive(tensor: DeviceTensor) -> DeviceTensor {
     if tensor.can_mut() || tensor.meta.shape().iter().product::<usize>() == 0 {
         return tensor;
@@ -157,7 +159,7 @@ pub(crate) fn empty_on(device: &burn_cubecl::CubeDevice, dims: Vec<usize>, dtype
     DeviceTensor::new_contiguous(client, device.clone(), Shape::from(dims), buffer, dtype)
 }
 
-/// First dim of what `rank` gets, when the ranks bring tensors of these first dims.
+/// First dim of the result of `rank`, when the ranks pass tensors of these first dims.
 pub(crate) fn rows_received(operation: &Operation, rows: &[usize], rank: usize) -> usize {
     let size = rows.len();
     match *operation {
@@ -170,7 +172,7 @@ pub(crate) fn rows_received(operation: &Operation, rows: &[usize], rank: usize) 
     }
 }
 
-/// The bytes that a rank moves, counted as by the other engines: what it must read from peers and write to them.
+/// The bytes that a rank moves, counted as by the other transports: read from peers and written to them.
 pub(crate) fn bytes_moved(operation: &Operation, rows: &[usize], rank: usize, width: usize, dtype: DType) -> u64 {
     let (size, row_bytes) = (rows.len(), width * dtype.size());
     let share = (part(rows[rank] * width, size, rank).len() * dtype.size()) as u64;

@@ -1,10 +1,10 @@
-//! The element types that travel.
+//! The element types of buffers, and dispatch on a dtype.
 
 use burn::tensor::{BoolStore, DType, bf16, f16};
 
 /// A plain element type of buffers: `f64`, `f32`, `f16`, `bf16`, the integers from 8 to 64 bits, and `bool`.
 ///
-/// Sealed: the set is what every engine can carry.
+/// Sealed: the set is what every transport supports.
 pub trait Element: Copy + Default + Send + Sync + sealed::Sealed + burn::tensor::Element + 'static {
     /// The runtime tag of this type.
     const DTYPE: DType;
@@ -30,10 +30,10 @@ elements! {
     bool => DType::Bool(BoolStore::Native),
 }
 
-/// Both ways between the dtypes that travel and their numbers.
+/// Conversions between the supported dtypes and their numbers in messages.
 macro_rules! numbers {
     ($($number:literal => $variant:ident $(($store:ident))?),* $(,)?) => {
-        /// The number of a dtype, if it travels.
+        /// The number of a dtype, if it is supported.
         pub(crate) fn number(dtype: DType) -> Option<u8> {
             match dtype {
                 $(DType::$variant $((BoolStore::$store))? => Some($number),)*
@@ -87,7 +87,7 @@ macro_rules! with_float_type {
 pub(crate) use with_float_type;
 
 /// Runs `$body` with `$T` bound to the type that *stores* elements of `$dtype` (bools are stored as `u8`), or evaluates
-/// `$otherwise` for types that do not travel (quantized ones, packed bools).
+/// `$otherwise` for unsupported dtypes (quantized ones, packed bools).
 macro_rules! with_storage_type {
     ($dtype:expr, $T:ident => $body:expr, otherwise $otherwise:expr) => {
         $crate::comm::element::with_type!($dtype, $T => $body, otherwise $otherwise,

@@ -1,4 +1,4 @@
-//! What fuzzers call (see `fuzz/`): each takes any bytes, and panics if they break what is promised.
+//! Entry points of the fuzzers (see `fuzz/`): each takes any bytes, and panics if an invariant breaks.
 
+pub use super::message_passing::fuzzing::codec;
 pub use super::tcp::fuzzing::{frames, handshake};
-pub use super::wired::fuzzing::codec;

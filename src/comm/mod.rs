@@ -1,9 +1,9 @@
-//! The communicator layer: the only room where ranks meet.
+//! The communicator layer: collectives and messages between ranks, over interchangeable transports.
 //!
-//! A [`Communicator`] joins the ranks of one group. It carries burn tensors of any rank and plain buffers through
-//! [collectives](Operation) and tagged messages, on whatever engine ([`Transport`]) the ranks share. The embedded engine
-//! is [`local`]: ranks are threads of one process, nothing to install. [`tcp`] joins processes, on one machine or many, and
-//! with the feature `mpi`, `mpi` does so over the MPI of a cluster.
+//! A [`Communicator`] joins the ranks of one group. It runs [collectives](Operation) on burn tensors of any rank and on
+//! plain buffers, and sends tagged messages, over any [`Transport`]. The default transport is [`local`]: ranks are
+//! threads of one process, nothing to install. [`tcp`] joins processes, on one machine or many, and with the feature
+//! `mpi`, `mpi` does so over the MPI of a cluster. Transports of your own implement the trait.
 //!
 //! ```
 //! use burn_parallel::prelude::*;
@@ -18,46 +18,50 @@
 //!
 //! # Rules of a group
 //!
-//! - Every rank issues the same operations on a group in the same order. A rank that does not is found out: all ranks
-//!   get the same [`Error`](crate::Error), which says what each of them called.
+//! - Every rank issues the same operations on a group in the same order. If one does not, all ranks get the same
+//!   [`Error`](crate::Error), which says what each of them called.
 //! - Different groups are independent; collectives of several groups may be in flight at once.
 //! - Every wait ends: with the result, with an error, or with a [time-out](local::WorldConfig).
-//! - The first failure anywhere in a world fails every group of that world, so nobody waits for the dead.
+//! - The first failure anywhere in a world fails every group of that world, so nobody waits for a rank that is gone.
 
+pub(crate) mod backoff;
 mod call;
-mod carry;
+mod call_log;
 mod coalesced;
 mod collectives;
 mod communicator;
 mod counters;
+mod departed;
 #[cfg(feature = "cubecl")]
 pub(crate) mod device;
+mod dispatch;
 pub(crate) mod element;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;
-pub(crate) mod host;
+pub(crate) mod host_buffer;
 pub mod local;
-#[cfg(any(feature = "cuda", test))]
-mod marks;
-mod messages;
+pub(crate) mod lock;
+mod message_passing;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+#[cfg(any(feature = "cuda", test))]
+mod nan_mask;
 #[cfg(feature = "cuda")]
 pub mod nccl;
 mod operation;
-mod partition;
+mod part;
 mod payload;
 mod pending;
+mod point_to_point;
+pub(crate) mod receive_buffer;
 pub(crate) mod reduce;
-pub(crate) mod room;
 pub mod tcp;
 mod ticks;
 mod transport;
-mod watch;
-mod wired;
 
 pub use call::{Call, Extent};
+pub use call_log::{CallHistory, CallLog};
 pub use communicator::Communicator;
 pub use counters::{Counters, Tally};
 #[cfg(feature = "cubecl")]
@@ -66,9 +70,9 @@ pub(crate) use device::same_buffer;
 pub use device::{DeviceTensor, DeviceTransport};
 pub use element::Element;
 pub use operation::{Operation, ReduceOp};
-pub use partition::part;
-pub use payload::{Payload, TensorHome, TensorKind};
+pub use part::part;
+pub use payload::{Payload, TensorKind, TensorOrigin};
 pub use pending::Pending;
 pub(crate) use pending::panic_message;
+pub use reduce::reduce_contributions;
 pub use transport::{Arrival, BufferMut, BufferRef, Message, Output, Transfer, Transport};
-pub use watch::CallLog;

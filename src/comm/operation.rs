@@ -1,11 +1,11 @@
-//! What ranks can do together, and how their contributions become one.
+//! The operations of a communicator, and its reductions.
 
 /// How the contributions of the ranks become one value, element by element.
 ///
-/// The same on every engine, for data of the host and of devices. Contributions are folded in rank order, so a result is
-/// bit-identical on every rank and from run to run; NCCL folds in an order of its own, the same on every rank, and the last bit of
-/// a sum may be another. `f16` and `bf16` are scaled and folded in `f32` and rounded once at the end. Integer sums and products
-/// wrap on overflow, as in MPI and NCCL. A NaN on any rank makes `Max` and `Min` NaN.
+/// The same over every transport, for host and device data. Contributions are reduced in rank order, so a result is
+/// bit-identical on every rank and from run to run; NCCL has an order of its own, the same on every rank, and the last
+/// bit of a sum may differ. `f16` and `bf16` are scaled and reduced in `f32` and rounded once at the end. Integer sums
+/// and products wrap on overflow, as in MPI and NCCL. A NaN on any rank makes `Max` and `Min` NaN.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum ReduceOp {
     /// `x_0 + x_1 + ...`: floats and integers.
@@ -24,7 +24,7 @@ pub enum ReduceOp {
 }
 
 impl ReduceOp {
-    /// A number for each reduction.
+    /// The number of the reduction in messages.
     pub(crate) fn number(self) -> u8 {
         match self {
             Self::Sum => 0,
@@ -49,13 +49,13 @@ impl ReduceOp {
         })
     }
 
-    /// Whether both mean the same reduction. The factor of [`PreMulSum`](Self::PreMulSum) is each rank's own affair.
+    /// Whether both are the same reduction. Ranks may differ in the factor of [`PreMulSum`](Self::PreMulSum).
     pub(crate) fn agrees(self, other: Self) -> bool {
         std::mem::discriminant(&self) == std::mem::discriminant(&other)
     }
 }
 
-/// What the ranks of a group do together, or one does towards another.
+/// An operation of a communicator, with its arguments.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Operation {
@@ -89,7 +89,7 @@ pub enum Operation {
     },
     /// Every rank gets part `rank` of every rank, in rank order.
     AllToAll,
-    /// Nobody goes on before all have come.
+    /// No rank continues before all have called it.
     Barrier,
     /// The group is divided into groups.
     Split,
@@ -154,7 +154,7 @@ impl Operation {
         matches!(self, Self::AllGather | Self::Gather { .. } | Self::AllToAll)
     }
 
-    /// Whether both mean the same, with the same arguments but for factors.
+    /// Whether both are the same operation, with the same arguments but for factors.
     pub(super) fn agrees(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::AllReduce(a), Self::AllReduce(b)) | (Self::ReduceScatter(a), Self::ReduceScatter(b)) => a.agrees(*b),

@@ -1,4 +1,4 @@
-//! What can travel: burn tensors of any kind, and vectors.
+//! The values that collectives and messages take: burn tensors of any kind, and vectors.
 
 use burn::backend::flex::FlexTensor;
 use burn::backend::{Flex, GradientCheckpointingStrategy};
@@ -11,81 +11,82 @@ use super::device::{self, DeviceTensor, DeviceTransport};
 use crate::Error;
 use crate::tensor::PlainTensor;
 
-/// Something that a collective can carry: a burn tensor of any rank and kind, or a `Vec` of [`Element`]s.
+/// A value that collectives and messages take: a burn tensor of any rank and kind, or a `Vec` of [`Element`]s.
 ///
-/// Collectives take a payload by value and give back one of the same type, so that memory which nobody else holds is
-/// worked on in place: a `Vec` always, a tensor of [`Device::flex`] when it is contiguous and not shared. A tensor of
-/// another device travels through host memory.
+/// Collectives take a payload by value and return one of the same type, so that they can work in place on memory with a
+/// single owner: a `Vec` always, a tensor of [`Device::flex`] when it is contiguous and not shared. A tensor of another
+/// device goes through host memory.
 ///
-/// **Not differentiable.** A tensor on an autodiff device goes in without its graph and comes out as a constant; moves
-/// that gradients flow through are in [`layout`](crate::layout).
+/// **Not differentiable.** A tensor on an autodiff device goes in without its graph and comes out as a constant;
+/// differentiable moves are in [`layout`](crate::layout).
 pub trait Payload: Sized + Send + 'static {
-    /// What is needed beside the data to make the payload again: nothing, or the device.
-    type Home: Clone + Default + Send + 'static;
+    /// What is needed beside the data to restore the payload: nothing, or the device.
+    type Origin: Clone + Default + Send + 'static;
 
     /// The dtype that this type always has, if it has one.
     fn fixed_dtype() -> Option<DType>;
 
-    /// The data in host memory, and what is needed for the way back.
+    /// The data in host memory, and what is needed to restore the payload.
     ///
     /// # Errors
     /// [`Error::UnsupportedDType`] if it is quantized; [`Error::InvalidArgument`] if its values cannot be read.
-    fn into_host(self) -> Result<(FlexTensor, Self::Home), Error>;
+    fn into_host(self) -> Result<(FlexTensor, Self::Origin), Error>;
 
     /// The way back.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the data is of another rank or kind than this type.
-    fn from_host(data: FlexTensor, home: &Self::Home) -> Result<Self, Error>;
+    fn from_host(data: FlexTensor, origin: &Self::Origin) -> Result<Self, Error>;
 
-    /// The data on the device of an engine that carries it there, and what is needed for the way back; or the payload, if it
-    /// is somewhere else.
+    /// The data on its device if `device_transport` supports that device, and what is needed to restore the payload; else the
+    /// payload.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if it is on the device and cannot be had.
+    /// [`Error::InvalidArgument`] if the buffer on the device is not accessible.
     #[cfg(feature = "cubecl")]
     fn into_device(self, _: &dyn DeviceTransport) -> Result<OnDevice<Self>, Error> {
         Ok(OnDevice::Elsewhere(self))
     }
 
-    /// Whether [`into_device`](Self::into_device) will find it there.
+    /// Whether [`into_device`](Self::into_device) returns the data on its device.
     #[cfg(feature = "cubecl")]
-    fn is_carried(&self, _: &dyn DeviceTransport) -> bool {
+    fn stays_on_device(&self, _: &dyn DeviceTransport) -> bool {
         false
     }
 
-    /// A message that has come on a device. What does not live on devices is brought to the host, which waits for it.
+    /// Makes the payload of a message that arrived on a device. A payload that is not a device tensor is copied to the
+    /// host, which waits for the device.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the data is of another rank or kind than this type.
     #[cfg(feature = "cubecl")]
     fn from_message(data: DeviceTensor) -> Result<Self, Error> {
-        Self::from_host(device::to_host(data)?, &Self::Home::default())
+        Self::from_host(device::to_host(data)?, &Self::Origin::default())
     }
 
-    /// The way back from the device.
+    /// Restores the payload from its data on the device.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if this type does not live on devices.
+    /// [`Error::InvalidArgument`] if this type is not a device tensor.
     #[cfg(feature = "cubecl")]
-    fn from_device(_: DeviceTensor, _: &Self::Home) -> Result<Self, Error> {
-        Err(Error::invalid("payload", "it does not live on a device"))
+    fn from_device(_: DeviceTensor, _: &Self::Origin) -> Result<Self, Error> {
+        Err(Error::invalid("payload", "it is not a device tensor"))
     }
 }
 
-/// Where [`Payload::into_device`] found the data.
+/// The result of [`Payload::into_device`].
 #[cfg(feature = "cubecl")]
 #[derive(Debug)]
 #[allow(clippy::large_enum_variant, reason = "it is taken apart where it is made")]
 pub enum OnDevice<P: Payload> {
-    /// On the device: the data, and what is needed for the way back.
-    Here(DeviceTensor, P::Home),
+    /// On the device: the data, and what is needed to restore the payload.
+    Here(DeviceTensor, P::Origin),
     /// Not on the device.
     Elsewhere(P),
 }
 
 impl<E: Element> Payload for Vec<E> {
-    type Home = ();
+    type Origin = ();
 
     fn fixed_dtype() -> Option<DType> {
         Some(E::DTYPE)
@@ -104,23 +105,23 @@ impl<E: Element> Payload for Vec<E> {
     }
 }
 
-/// Where a tensor lived: its device, and how its autodiff treats checkpoints, if it had any.
+/// Where a tensor came from: its device, and the checkpointing strategy of its autodiff, if it had any.
 #[derive(Debug, Clone)]
-pub struct TensorHome {
+pub struct TensorOrigin {
     device: Device,
     autodiff: Option<GradientCheckpointingStrategy>,
 }
 
-impl TensorHome {
-    /// Where a tensor is.
+impl TensorOrigin {
+    /// The origin of this tensor.
     pub(crate) fn of<const D: usize, K: TensorKind>(tensor: &Tensor<D, K>) -> Self {
         Self { device: tensor.device().inner(), autodiff: tensor.gradient_checkpointing_strategy() }
     }
 }
 
-impl TensorHome {
-    /// A plain tensor that has come back, with autodiff if it had it.
-    pub(crate) fn welcome<const D: usize, K: TensorKind>(&self, plain: Tensor<D, K>) -> Tensor<D, K> {
+impl TensorOrigin {
+    /// The received tensor with autodiff, if its origin had it.
+    pub(crate) fn restore<const D: usize, K: TensorKind>(&self, plain: Tensor<D, K>) -> Tensor<D, K> {
         match self.autodiff {
             None => plain,
             Some(strategy) => plain.autodiff().with_gradient_checkpointing_strategy(strategy),
@@ -128,13 +129,13 @@ impl TensorHome {
     }
 }
 
-impl Default for TensorHome {
+impl Default for TensorOrigin {
     fn default() -> Self {
         Self { device: Device::flex(), autodiff: None }
     }
 }
 
-/// What a kind of tensor must be on the devices that are compiled in, beside Flex: nothing without the feature `cubecl`.
+/// What a tensor kind must implement on the compiled devices beside Flex: nothing without the feature `cubecl`.
 #[cfg(not(feature = "cubecl"))]
 pub trait CubeKind {}
 
@@ -144,33 +145,33 @@ impl<K> CubeKind for K {}
 #[cfg(feature = "cubecl")]
 pub use super::device::CubeKind;
 
-/// The kinds of tensor that travel: `Float`, `Int`, `Bool`.
+/// The supported kinds of tensors: `Float`, `Int`, `Bool`.
 pub trait TensorKind:
     Basic + Autodiff + BackendPrimitive<Flex, Primitive = FlexTensor> + CubeKind + Send + 'static
 {
     /// Whether a dtype is of this kind.
-    fn holds(dtype: DType) -> bool;
+    fn includes(dtype: DType) -> bool;
 }
 
 impl TensorKind for burn::tensor::Float {
-    fn holds(dtype: DType) -> bool {
+    fn includes(dtype: DType) -> bool {
         dtype.is_float()
     }
 }
 
 impl TensorKind for burn::tensor::Int {
-    fn holds(dtype: DType) -> bool {
+    fn includes(dtype: DType) -> bool {
         dtype.is_int() || dtype.is_uint()
     }
 }
 
 impl TensorKind for burn::tensor::Bool {
-    fn holds(dtype: DType) -> bool {
+    fn includes(dtype: DType) -> bool {
         dtype.is_bool()
     }
 }
 
-/// A tensor of the data, of its own dtype, on a device. A bool is stored as the device likes.
+/// A tensor of the data, of its own dtype, on a device. A bool is stored in the device's default format.
 pub(crate) fn on_device<const D: usize, K: TensorKind>(data: TensorData, device: &Device) -> Tensor<D, K> {
     match data.dtype() {
         DType::Bool(_) => Tensor::from_data(data, device),
@@ -179,8 +180,8 @@ pub(crate) fn on_device<const D: usize, K: TensorKind>(data: TensorData, device:
 }
 
 /// Whether data of this dtype and rank makes a tensor of `D` dims and kind `K`.
-fn fits<const D: usize, K: TensorKind>(dtype: DType, rank: usize) -> Result<(), Error> {
-    if rank != D || !K::holds(dtype) {
+fn check_kind<const D: usize, K: TensorKind>(dtype: DType, rank: usize) -> Result<(), Error> {
+    if rank != D || !K::includes(dtype) {
         let expected = format!("a tensor of rank {D} and another kind was expected");
         return Err(Error::invalid("payload", format!("{expected}, one of rank {rank} and dtype {dtype:?} came")));
     }
@@ -188,97 +189,97 @@ fn fits<const D: usize, K: TensorKind>(dtype: DType, rank: usize) -> Result<(), 
 }
 
 impl<const D: usize, K: TensorKind> Payload for Tensor<D, K> {
-    type Home = TensorHome;
+    type Origin = TensorOrigin;
 
     fn fixed_dtype() -> Option<DType> {
         None
     }
 
-    fn into_host(self) -> Result<(FlexTensor, TensorHome), Error> {
+    fn into_host(self) -> Result<(FlexTensor, TensorOrigin), Error> {
         let dtype = self.dtype();
-        if !K::holds(dtype) {
+        if !K::includes(dtype) {
             return Err(Error::UnsupportedDType { operation: "a collective", dtype });
         }
-        let home = TensorHome { device: self.device().inner(), autodiff: self.gradient_checkpointing_strategy() };
+        let origin = TensorOrigin { device: self.device().inner(), autodiff: self.gradient_checkpointing_strategy() };
         let plain = self.inner();
-        let on_flex = plain.device() == Device::flex();
-        let data = match on_flex {
+        let is_flex = plain.device() == Device::flex();
+        let data = match is_flex {
             true => plain.try_into_primitive::<Flex>().map_err(|problem| {
                 Error::invalid("payload", format!("the tensor cannot be read on its device: {problem:?}"))
             })?,
             false => FlexTensor::from_data(plain.into_data()),
         };
-        Ok((data, home))
+        Ok((data, origin))
     }
 
-    fn from_host(data: FlexTensor, home: &TensorHome) -> Result<Self, Error> {
+    fn from_host(data: FlexTensor, origin: &TensorOrigin) -> Result<Self, Error> {
         let dtype = data.dtype();
-        fits::<D, K>(dtype, data.layout().shape().num_dims())?;
-        let plain = match home.device == Device::flex() {
+        check_kind::<D, K>(dtype, data.layout().shape().num_dims())?;
+        let plain = match origin.device == Device::flex() {
             true => Tensor::from_primitive::<Flex>(data),
-            false => on_device(data.into_data(), &home.device),
+            false => on_device(data.into_data(), &origin.device),
         };
-        Ok(home.welcome(plain))
+        Ok(origin.restore(plain))
     }
 
     #[cfg(feature = "cubecl")]
-    fn into_device(self, engine: &dyn DeviceTransport) -> Result<OnDevice<Self>, Error> {
-        let home = TensorHome { device: self.device().inner(), autodiff: self.gradient_checkpointing_strategy() };
-        match self.is_carried(engine) {
-            true => Ok(OnDevice::Here(device::to_device(self.inner())?, home)),
+    fn into_device(self, device_transport: &dyn DeviceTransport) -> Result<OnDevice<Self>, Error> {
+        let origin = TensorOrigin { device: self.device().inner(), autodiff: self.gradient_checkpointing_strategy() };
+        match self.stays_on_device(device_transport) {
+            true => Ok(OnDevice::Here(device::to_device(self.inner())?, origin)),
             false => Ok(OnDevice::Elsewhere(self)),
         }
     }
 
     #[cfg(feature = "cubecl")]
-    fn is_carried(&self, engine: &dyn DeviceTransport) -> bool {
-        engine.carries(&self.device().inner(), self.dtype())
+    fn stays_on_device(&self, device_transport: &dyn DeviceTransport) -> bool {
+        device_transport.supports(&self.device().inner(), self.dtype())
     }
 
     #[cfg(feature = "cubecl")]
     fn from_message(data: DeviceTensor) -> Result<Self, Error> {
-        fits::<D, K>(data.dtype, data.meta.shape().len())?;
+        check_kind::<D, K>(data.dtype, data.meta.shape().len())?;
         Ok(device::from_device(data))
     }
 
     #[cfg(feature = "cubecl")]
-    fn from_device(data: DeviceTensor, home: &TensorHome) -> Result<Self, Error> {
-        Ok(home.welcome(device::from_device(data)))
+    fn from_device(data: DeviceTensor, origin: &TensorOrigin) -> Result<Self, Error> {
+        Ok(origin.restore(device::from_device(data)))
     }
 }
 
-/// A tensor of any rank and kind travels as it is.
+/// A tensor whose rank and kind are known at run time only.
 impl Payload for PlainTensor {
-    type Home = TensorHome;
+    type Origin = TensorOrigin;
 
     fn fixed_dtype() -> Option<DType> {
         None
     }
 
-    fn into_host(self) -> Result<(FlexTensor, TensorHome), Error> {
-        let home = TensorHome { device: self.device(), autodiff: None };
-        Ok((self.into_flex()?, home))
+    fn into_host(self) -> Result<(FlexTensor, TensorOrigin), Error> {
+        let origin = TensorOrigin { device: self.device(), autodiff: None };
+        Ok((self.into_flex()?, origin))
     }
 
-    fn from_host(data: FlexTensor, home: &TensorHome) -> Result<Self, Error> {
-        match home.device == Device::flex() {
+    fn from_host(data: FlexTensor, origin: &TensorOrigin) -> Result<Self, Error> {
+        match origin.device == Device::flex() {
             true => Ok(Self::from_flex(data)),
-            false => Ok(Self::from_data(data.into_data(), &home.device)),
+            false => Ok(Self::from_data(data.into_data(), &origin.device)),
         }
     }
 
     #[cfg(feature = "cubecl")]
-    fn into_device(self, engine: &dyn DeviceTransport) -> Result<OnDevice<Self>, Error> {
-        let home = TensorHome { device: self.device(), autodiff: None };
-        match self.is_carried(engine) {
-            true => Ok(OnDevice::Here(device::plain_to_device(self)?, home)),
+    fn into_device(self, device_transport: &dyn DeviceTransport) -> Result<OnDevice<Self>, Error> {
+        let origin = TensorOrigin { device: self.device(), autodiff: None };
+        match self.stays_on_device(device_transport) {
+            true => Ok(OnDevice::Here(device::plain_to_device(self)?, origin)),
             false => Ok(OnDevice::Elsewhere(self)),
         }
     }
 
     #[cfg(feature = "cubecl")]
-    fn is_carried(&self, engine: &dyn DeviceTransport) -> bool {
-        engine.carries(&self.device(), self.dtype())
+    fn stays_on_device(&self, device_transport: &dyn DeviceTransport) -> bool {
+        device_transport.supports(&self.device(), self.dtype())
     }
 
     #[cfg(feature = "cubecl")]
@@ -287,7 +288,7 @@ impl Payload for PlainTensor {
     }
 
     #[cfg(feature = "cubecl")]
-    fn from_device(data: DeviceTensor, _: &TensorHome) -> Result<Self, Error> {
+    fn from_device(data: DeviceTensor, _: &TensorOrigin) -> Result<Self, Error> {
         Ok(device::plain_from_device(data))
     }
 }

@@ -1,33 +1,34 @@
-//! Collectives in the background.
+//! Operations in the background.
 //!
-//! Each communicator of each rank has, from the first [`start`](super::Communicator::start) on, one thread that runs what
-//! was started, in the order in which it was started; so all ranks see the same order without talking about it. A
-//! collective that is called directly while others are under way waits until they are done. The thread sleeps while it
-//! waits for peers: the core belongs to the thread that computes.
+//! Each communicator of each rank has, from the first [`start`](super::Communicator::start) on, one progress thread
+//! that runs the started operations in order; so all ranks run them in the same order without communicating about it. A
+//! collective that is called directly waits for those in the background. The progress thread sleeps while it waits for
+//! peers: the core belongs to the thread that computes.
 
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
+use super::lock::lock;
 use crate::Error;
 
 thread_local! {
-    /// Address of the [`Progress`] whose thread this is.
+    /// Address of the [`ProgressThread`] that runs on this thread.
     static BACKGROUND: Cell<usize> = const { Cell::new(0) };
-    /// What the thread that takes the result of the job under way here must do first.
-    static SETTLEMENTS: RefCell<Vec<Settlement>> = const { RefCell::new(Vec::new()) };
+    /// Hooks that the thread which waits for the current job runs before it gets the result.
+    static WAIT_HOOKS: RefCell<Vec<WaitHook>> = const { RefCell::new(Vec::new()) };
 }
 
-type Settlement = Box<dyn FnOnce() + Send>;
+type WaitHook = Box<dyn FnOnce() + Send>;
 
-/// Makes the thread that takes the result of the background job under way on this one run `settle` before it has it. Does
-/// nothing on other threads: there the result is where it was made.
+/// Makes the thread that waits for the current background job run `hook` before it gets the result. Does nothing on
+/// other threads: there the result is used on the thread that made it.
 #[cfg(any(feature = "cuda", test))]
-pub(crate) fn when_taken(settle: impl FnOnce() + Send + 'static) {
+pub(crate) fn on_wait(hook: impl FnOnce() + Send + 'static) {
     if in_background() {
-        SETTLEMENTS.with_borrow_mut(|settlements| settlements.push(Box::new(settle)));
+        WAIT_HOOKS.with_borrow_mut(|wait_hooks| wait_hooks.push(Box::new(hook)));
     }
 }
 
@@ -38,37 +39,33 @@ pub(crate) fn in_background() -> bool {
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// What a rank has under way in the background, over all its communicators of a world.
+/// The operations that a rank has in the background, over all its communicators of a world.
 #[derive(Debug, Default)]
-pub(crate) struct Underway {
+pub(crate) struct OutstandingJobs {
     jobs: Mutex<usize>,
     none: Condvar,
 }
 
-impl Underway {
-    fn lock(&self) -> MutexGuard<'_, usize> {
-        self.jobs.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    /// Waits until nothing is under way, for as long as `limit` at most.
+impl OutstandingJobs {
+    /// Waits until there are none, for as long as `limit` at most.
     pub fn wait(&self, limit: Duration) {
-        let _ = self.none.wait_timeout_while(self.lock(), limit, |jobs| *jobs > 0);
+        let _ = self.none.wait_timeout_while(lock(&self.jobs), limit, |jobs| *jobs > 0);
     }
 }
 
-/// A job counted as under way until this is dropped.
-pub(crate) struct Counted(Arc<Underway>);
+/// Counts a job as outstanding until this is dropped.
+pub(crate) struct OutstandingJob(Arc<OutstandingJobs>);
 
-impl Counted {
-    pub(crate) fn new(underway: &Arc<Underway>) -> Self {
-        *underway.lock() += 1;
-        Self(underway.clone())
+impl OutstandingJob {
+    pub(crate) fn new(outstanding_jobs: &Arc<OutstandingJobs>) -> Self {
+        *lock(&outstanding_jobs.jobs) += 1;
+        Self(outstanding_jobs.clone())
     }
 }
 
-impl Drop for Counted {
+impl Drop for OutstandingJob {
     fn drop(&mut self) {
-        let mut jobs = self.0.lock();
+        let mut jobs = lock(&self.0.jobs);
         *jobs -= 1;
         if *jobs == 0 {
             self.0.none.notify_all();
@@ -76,24 +73,24 @@ impl Drop for Counted {
     }
 }
 
-/// The background thread of a communicator.
+/// The progress thread of a communicator.
 #[derive(Debug)]
-pub(crate) struct Progress {
+pub(crate) struct ProgressThread {
     jobs: Mutex<Option<Sender<Job>>>,
     /// Jobs submitted and not yet done.
     in_flight: Arc<AtomicUsize>,
     /// Jobs done so far.
     done: Arc<AtomicU64>,
-    underway: Arc<Underway>,
+    outstanding_jobs: Arc<OutstandingJobs>,
 }
 
-impl Progress {
-    pub fn new(underway: Arc<Underway>) -> Self {
-        Self { jobs: Mutex::default(), in_flight: Arc::default(), done: Arc::default(), underway }
+impl ProgressThread {
+    pub fn new(outstanding_jobs: Arc<OutstandingJobs>) -> Self {
+        Self { jobs: Mutex::default(), in_flight: Arc::default(), done: Arc::default(), outstanding_jobs }
     }
 
-    pub fn underway(&self) -> &Arc<Underway> {
-        &self.underway
+    pub fn outstanding_jobs(&self) -> &Arc<OutstandingJobs> {
+        &self.outstanding_jobs
     }
 
     /// Runs `job`, which does not panic, after all that was submitted before. `name` is for the thread, if this is its first job.
@@ -104,21 +101,22 @@ impl Progress {
         job: impl FnOnce() -> Result<R, Error> + Send + 'static,
     ) -> Pending<R> {
         if BACKGROUND.get() == self.address() {
-            // Started by a job of this very thread: done at once, for it cannot be done while that job waits for it.
+            // Started by a job on this thread: run at once, for it could not run while that job waits for it.
             let outcome = job();
             return Pending::deferred(move || outcome);
         }
         let (reply, result) = channel();
-        let (in_flight, done, counted) = (self.in_flight.clone(), self.done.clone(), Counted::new(&self.underway));
+        let (in_flight, done, outstanding_job) =
+            (self.in_flight.clone(), self.done.clone(), OutstandingJob::new(&self.outstanding_jobs));
         let job: Job = Box::new(move || {
             let outcome = job();
-            drop(counted);
+            drop(outstanding_job);
             done.fetch_add(1, Ordering::Relaxed);
             in_flight.fetch_sub(1, Ordering::Release);
             // Nobody may be waiting any more: then the result is not wanted.
-            let _ = reply.send((outcome, SETTLEMENTS.take()));
+            let _ = reply.send((outcome, WAIT_HOOKS.take()));
         });
-        let mut jobs = self.jobs.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut jobs = lock(&self.jobs);
         if jobs.is_none() {
             match self.spawn(name()) {
                 Ok(sender) => *jobs = Some(sender),
@@ -147,7 +145,7 @@ impl Progress {
         let address = self.address();
         let run = move || {
             BACKGROUND.set(address);
-            // Tensor operations of a job stay on this thread; the pools belong to the ranks.
+            // Tensor operations of a job run on this thread; the thread pools belong to the ranks.
             let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build();
             if let Err(problem) = &pool {
                 log::warn!("background tensor operations will use the global thread pool: {problem}");
@@ -169,21 +167,21 @@ pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     text.unwrap_or("(no message)").to_owned()
 }
 
-/// An operation under way. Dropping it does not cancel the operation; its result is then thrown away.
+/// An operation in the background. Dropping it does not cancel the operation; its result is then discarded.
 #[must_use = "the result, or the error, is had by waiting"]
 pub struct Pending<R> {
     state: State<R>,
-    /// How long the background thread may take over one job, and what to do when it takes longer.
+    /// The limit for one job of the progress thread, and what makes the error when one takes longer.
     overdue: Option<(Duration, Overdue)>,
 }
 
 type Overdue = Box<dyn FnOnce(Duration) -> Error + Send>;
 
-/// What a job gives, and what must be done on the thread that takes it.
-type Settled<R> = (Result<R, Error>, Vec<Settlement>);
+/// The result of a job, and the hooks to run on the thread that waits for it.
+type Outcome<R> = (Result<R, Error>, Vec<WaitHook>);
 
 enum State<R> {
-    Background { result: Receiver<Settled<R>>, done: Arc<AtomicU64> },
+    Background { result: Receiver<Outcome<R>>, done: Arc<AtomicU64> },
     Deferred(Box<dyn FnOnce() -> Result<R, Error> + Send>),
     Failed(Error),
 }
@@ -204,8 +202,8 @@ impl<R> Pending<R> {
     pub fn wait(self) -> Result<R, Error> {
         match self.state {
             State::Background { result, done } => {
-                let (outcome, settlements) = await_result(&result, &done, self.overdue)?;
-                settlements.into_iter().for_each(|settle| settle());
+                let (outcome, wait_hooks) = await_result(&result, &done, self.overdue)?;
+                wait_hooks.into_iter().for_each(|hook| hook());
                 outcome
             }
             State::Deferred(operation) => operation(),
@@ -219,7 +217,7 @@ impl<R> Pending<R> {
         self
     }
 
-    /// An operation that needs no thread: others make its progress, and it is finished by waiting.
+    /// An operation without a thread: it runs when it is waited for.
     pub(crate) fn deferred(operation: impl FnOnce() -> Result<R, Error> + Send + 'static) -> Self {
         Self { state: State::Deferred(Box::new(operation)), overdue: None }
     }
@@ -229,17 +227,17 @@ impl<R> Pending<R> {
     }
 }
 
-/// Waits for a result as long as the thread that brings it gets on with its jobs.
+/// Waits for a result as long as the progress thread completes jobs.
 fn await_result<R>(
-    result: &Receiver<Settled<R>>,
+    result: &Receiver<Outcome<R>>,
     done: &AtomicU64,
     overdue: Option<(Duration, Overdue)>,
-) -> Result<Settled<R>, Error> {
+) -> Result<Outcome<R>, Error> {
     let limit = overdue.as_ref().map_or(Duration::MAX, |(limit, _)| *limit);
     let mut seen = done.load(Ordering::Relaxed);
     loop {
         match result.recv_timeout(limit) {
-            Ok(settled) => return Ok(settled),
+            Ok(hooked) => return Ok(hooked),
             Err(RecvTimeoutError::Disconnected) => {
                 let problem = "the background thread ended before it ran the operation";
                 return Err(Error::invalid("Pending::wait", problem));
@@ -262,29 +260,30 @@ mod tests {
     use std::sync::{Arc, Mutex};
     use std::thread;
 
-    use super::{Progress, when_taken};
+    use super::{ProgressThread, on_wait};
 
-    /// On the thread that waits and before it has the result, once for each job, also for jobs that another job starts.
+    /// Hooks run on the thread that waits and before it has the result, once for each job, also for jobs that another
+    /// job starts.
     #[test]
     fn results_are_settled_where_they_are_taken() {
-        let progress = Progress::new(Arc::default());
-        let settled = Arc::new(Mutex::new(Vec::new()));
+        let progress = ProgressThread::new(Arc::default());
+        let hooked = Arc::new(Mutex::new(Vec::new()));
         let job = |number: u32| {
-            let settled = settled.clone();
+            let hooked = hooked.clone();
             move || {
-                when_taken(move || settled.lock().unwrap().push((number, thread::current().id())));
+                on_wait(move || hooked.lock().unwrap().push((number, thread::current().id())));
                 Ok(number)
             }
         };
-        when_taken(|| panic!("nothing is under way on this thread"));
+        on_wait(|| panic!("nothing is under way on this thread"));
         let submit = |number| progress.submit(0, || "test".into(), job(number));
         let (first, second, third) = (submit(1), submit(2), submit(3));
         let taken = thread::spawn(move || (second.wait().unwrap(), thread::current().id()));
         let (number, other) = taken.join().unwrap();
         assert_eq!(number, 2);
-        assert_eq!(*settled.lock().unwrap(), [(2, other)]);
+        assert_eq!(*hooked.lock().unwrap(), [(2, other)]);
         drop(third);
         assert_eq!(first.wait().unwrap(), 1);
-        assert_eq!(*settled.lock().unwrap(), [(2, other), (1, thread::current().id())]);
+        assert_eq!(*hooked.lock().unwrap(), [(2, other), (1, thread::current().id())]);
     }
 }

@@ -1,8 +1,8 @@
-//! Folding the contributions of the ranks, element by element, in rank order.
+//! Reduces the contributions of the ranks in host memory, element by element, in rank order.
 //!
-//! Works on raw places: in an in-place all-reduce the results go where the contributions were. A block of elements is read
-//! from every rank before it is written to any, so outputs may be the inputs. Floats of 16 bits are folded in `f32`.
-//! Loops are plain, and compiled several times: for the widest vectors of the machine at hand.
+//! Works on raw addresses: in an in-place all-reduce the results overwrite the contributions. A block of elements is
+//! read from every rank before it is written to any, so outputs may be the inputs. Floats of 16 bits are reduced in
+//! `f32`. The loops are plain, and compiled several times: for the widest vectors of the machine at hand.
 
 use std::slice;
 
@@ -10,6 +10,7 @@ use burn::tensor::{DType, bf16, f16};
 use half::slice::HalfFloatSliceExt;
 
 use super::ReduceOp;
+use super::transport::{BufferMut, BufferRef};
 use crate::Error;
 
 /// Elements folded at a time: a block of any type stays in the first-level cache.
@@ -36,6 +37,39 @@ pub(crate) fn check(op: ReduceOp, dtype: DType) -> Result<(), Error> {
         (dtype, _) if dtype.is_int() || dtype.is_uint() => Ok(()),
         _ => refused("cast to a plain float, integer or bool dtype first"),
     }
+}
+
+/// Reduces the contributions of all ranks, given in rank order, into `output`, as every [`Transport`](super::Transport)
+/// must: in rank order, floats of 16 bits in `f32` with one rounding at the end, and with NaN kept in `Max` and `Min`.
+/// Each contribution comes with the reduction that its rank has called; ranks may differ in the factor of
+/// [`ReduceOp::PreMulSum`].
+///
+/// # Errors
+/// [`Error::UnsupportedReduction`]; [`Error::InvalidArgument`] if there is no contribution, or if their dtypes, lengths or
+/// reductions differ from each other or from the output.
+pub fn reduce_contributions(
+    contributions: &[(BufferRef<'_>, ReduceOp)],
+    output: &mut BufferMut<'_>,
+) -> Result<(), Error> {
+    let none = || Error::invalid("reduce_contributions", "there is no contribution");
+    let &(_, op) = contributions.first().ok_or_else(none)?;
+    let (dtype, elements) = (output.dtype(), output.elements());
+    check(op, dtype)?;
+    for (rank, (buffer, other)) in contributions.iter().enumerate() {
+        if buffer.dtype() != dtype || buffer.elements() != elements || !other.agrees(op) {
+            let found = format!("rank {rank} contributes {} elements of {:?}", buffer.elements(), buffer.dtype());
+            let problem = format!("{found} to {other:?}, the output takes {elements} of {dtype:?} from {op:?}");
+            return Err(Error::invalid("reduce_contributions", problem));
+        }
+    }
+    let source = |&(buffer, op): &(BufferRef<'_>, ReduceOp)| Source {
+        data: buffer.as_ptr(),
+        factor: if let ReduceOp::PreMulSum(factor) = op { factor } else { 1.0 },
+    };
+    let sources: Vec<Source> = contributions.iter().map(source).collect();
+    // SAFETY: all are of one dtype and length, and the output is borrowed for writing, so it overlaps no contribution.
+    unsafe { fold(dtype, op, &sources, &[output.as_mut_ptr()], elements) };
+    Ok(())
 }
 
 /// Folds `sources` and writes the result to every output.

@@ -1,9 +1,9 @@
-//! Time by the counter of the processor.
+//! Measures time with the time stamp counter of the processor.
 //!
-//! A collective of a few kilobytes is over before the system has been asked for the time twice. The processor's own counter
-//! costs half as much or less. What a tick is worth is worked out when somebody wants to know, from the clock of the system
-//! over all the time since this was made, so nothing is calibrated and nothing drifts. Where there is no such counter, or
-//! it does not run at one speed on all cores, a tick is a nanosecond of the system.
+//! A collective of a few kilobytes takes less time than two system calls for the clock; the counter costs half as much
+//! or less. The length of a tick is computed on demand, from the system clock over all the time since this clock was
+//! made, so nothing is calibrated and nothing drifts. Where there is no such counter, or it does not run at one speed
+//! on all cores, a tick is a nanosecond of the system clock.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,4 @@
-//! The trait that a new engine implements.
+//! The trait that joins the ranks of a group, and the buffers and messages that it takes.
 
 use std::fmt::Debug;
 use std::marker::PhantomData;
@@ -90,27 +90,27 @@ impl<'a> BufferMut<'a> {
     }
 }
 
-/// Where received elements go. Their number may be known only once every rank has come (gathers of unequal lengths), so
-/// the transport asks for the place when it knows.
+/// Where received elements go. Their number may be known only once every rank has called (gathers of unequal lengths),
+/// so the transport asks for the buffer when it knows.
 pub trait Output {
-    /// Room for a tensor of these dims and `dtype`, which the transport fills completely if the operation succeeds.
+    /// A buffer for a tensor of these dims and `dtype`, which the transport fills completely if the operation succeeds.
     ///
     /// # Errors
-    /// If the receiver wants another dtype or another number of elements; [`Error::OutOfMemory`] if there is no memory for
-    /// them.
+    /// If the receiver wants another dtype or another number of elements; [`Error::OutOfMemory`] if there is no memory
+    /// for them.
     fn allocate(&mut self, dims: &[usize], dtype: DType) -> Result<BufferMut<'_>, Error>;
 }
 
 /// The data of one collective.
 pub enum Transfer<'a, 'b> {
     /// Buffers that hold this rank's contribution before and the result after: all-reduce, reduce, broadcast. Several
-    /// buffers travel as one collective, without being copied together.
+    /// buffers are reduced as one collective, without being copied together.
     InPlace(&'a mut [BufferMut<'b>]),
-    /// A contribution and a place for the result: all the others. A rank that only receives brings an empty input.
-    Through {
-        /// What this rank brings.
+    /// A contribution and an output for the result: all the others. A rank that only receives passes an empty input.
+    OutOfPlace {
+        /// This rank's contribution.
         input: BufferRef<'b>,
-        /// Where what it receives goes.
+        /// Where the result goes.
         output: &'a mut dyn Output,
     },
     /// Nothing: barrier.
@@ -121,7 +121,7 @@ pub enum Transfer<'a, 'b> {
 #[derive(Debug, Clone)]
 pub struct Message(pub FlexTensor);
 
-/// A message that has come, where it is.
+/// A received message, in host memory or on a device.
 #[derive(Debug, Clone)]
 pub enum Arrival {
     /// In host memory.
@@ -150,7 +150,7 @@ impl Arrival {
         }
     }
 
-    /// Element type and dims of what has come.
+    /// Element type and dims of the message.
     pub(crate) fn outline(&self) -> (DType, Vec<usize>) {
         match self {
             Self::Host(Message(tensor)) => (tensor.dtype(), tensor.shape().to_vec()),
@@ -160,19 +160,19 @@ impl Arrival {
     }
 }
 
-/// An engine that joins the ranks of one group.
+/// Joins the ranks of one group: runs their collectives and delivers their messages.
 ///
 /// # Contract
 ///
-/// - A transport belongs to one rank of one group; its methods block until the operation is done on this rank's side, and
-///   may be called from any thread of the rank, one collective at a time.
-/// - A collective is checked: when the calls of the ranks do not [agree](Call), all ranks get the same error, and no
+/// - A transport belongs to one rank of one group; its methods block until the operation is done on this rank's side,
+///   and may be called from any thread of the rank, one collective at a time.
+/// - A collective is checked: when the calls of the ranks do not [match](Call), all ranks get the same error, and no
 ///   buffer has been touched.
 /// - No method blocks past the time-out. When it runs out, a rank is lost, or [`abort`](Self::abort) is called, *every*
 ///   rank of the group, and of every group split from the same world, returns the same error from then on.
 /// - Dropping a transport leaves the group. Peers that then still wait for this rank get an error.
 pub trait Transport: Debug + Send + Sync {
-    /// Name of the engine, as in `local`.
+    /// Name of the transport, as in `local`.
     fn engine(&self) -> &'static str;
 
     /// Name of the group.
@@ -193,22 +193,22 @@ pub trait Transport: Debug + Send + Sync {
     /// Sends a message. May return before it is received.
     fn send(&self, to: usize, tag: u64, message: Message) -> Result<(), Error>;
 
-    /// Receives the oldest message of `from` that bears `tag`.
+    /// Receives the oldest message of `from` with this `tag`.
     fn receive(&self, from: usize, tag: u64) -> Result<Message, Error>;
 
-    /// Takes the oldest message of `from` that bears `tag` if it is there, and does not wait for it. Engines that carry
-    /// data of devices on top of this one need it.
+    /// Takes the oldest message of `from` with this `tag` if it has arrived, and does not wait for it. Transports of
+    /// device data on top of this one need it.
     fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {
         let _ = (from, tag);
-        let problem = "it cannot look for a message without waiting for it: implement `Transport::try_receive`";
+        let problem = "it cannot poll for a message: implement `Transport::try_receive`";
         Err(Error::Engine { engine: self.engine(), problem: problem.into() })
     }
 
     /// How long any wait may last.
     fn timeout(&self) -> Duration;
 
-    /// Divides the group: ranks of equal `color` form a group, ordered by `key`, then by rank. Collective. The group is
-    /// called by the name of this one, `name` and its color.
+    /// Splits the group: ranks of equal `color` form a group, ordered by `key`, then by rank. Collective. The new group
+    /// is called by the name of this one, `name` and its color.
     fn split(&self, name: &str, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error>;
 
     /// Fails the world with `error`, unless it has failed already.
@@ -217,9 +217,8 @@ pub trait Transport: Debug + Send + Sync {
     /// Leaves the world: this rank will call nothing more on this group, nor on any group split from the same world.
     fn leave(&self);
 
-    /// This rank unwinds from a panic. Should it now leave the group, that is why; the thread that holds the transport
-    /// last, and so leaves the group by dropping it, may be another, which knows nothing of it. An engine that does
-    /// nothing here calls the rank lost.
+    /// This rank unwinds from a panic. If it now leaves the group, that is the reason; the thread that drops the
+    /// transport last, and so leaves the group, may be another one. Without an implementation the rank counts as lost.
     fn panicking(&self) {}
 
     /// The error that the world has failed with.
@@ -228,13 +227,14 @@ pub trait Transport: Debug + Send + Sync {
     /// The last collectives of every rank.
     fn log(&self) -> CallLog;
 
-    /// Whether a collective on host memory is the work of the threads that call it, memory traffic and all, so that one in the
-    /// background takes a core from those that compute. Where a network or another device works, it is not.
+    /// Whether a collective on host memory runs on the threads that call it, memory traffic included, so that one in
+    /// the background takes a core from those that compute. Where a network or another device does the work, it does
+    /// not.
     fn works_on_callers(&self) -> bool {
         false
     }
 
-    /// How it carries data of devices without bringing it to the host, if it does.
+    /// The transport of device data without a copy through the host, if there is one.
     #[cfg(feature = "cubecl")]
     fn on_device(&self) -> Option<&dyn super::DeviceTransport> {
         None

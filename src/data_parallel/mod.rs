@@ -49,6 +49,7 @@
 mod batch_norm;
 mod bucket_launch;
 mod buckets;
+mod by_rows;
 mod changes;
 mod comm_hook;
 mod config;

@@ -17,6 +17,7 @@ use super::register::register;
 use super::replicate::replicate;
 use crate::Error;
 use crate::comm::Communicator;
+use crate::distribution::RowShards;
 use crate::graph::{MicroBatch, StepEngine};
 use crate::params::SliceSource;
 use crate::sharding::Sharding;
@@ -49,10 +50,12 @@ pub struct Replica<E> {
 
 /// What averages over the replicas.
 #[derive(Clone)]
-enum Averaging {
+pub(super) enum Averaging {
     Ready(Arc<Reducer>),
     /// Nothing yet: the first step finds out which parameters this rank holds.
     Deferred(Communicator, DataParallelConfig),
+    /// Captured steps themselves, which gather parameters and leave this rank its rows of the gradients.
+    ByRows(RowShards),
 }
 
 impl<E: StepEngine> Replica<E> {
@@ -73,7 +76,7 @@ impl<E: StepEngine> Replica<E> {
         Ok(Self::of(engine, Arc::new(reducer), None))
     }
 
-    fn with(engine: E, averaging: Averaging) -> Self {
+    pub(super) fn with(engine: E, averaging: Averaging) -> Self {
         let (loss_weight, losses) = (LossWeight::default(), Vec::new());
         Self { engine, averaging, loss_weight, losses, waited: Duration::ZERO, steps: 0, hooks: None }
     }
@@ -99,7 +102,7 @@ impl<E: StepEngine> Replica<E> {
     pub(super) fn reducer(&self) -> Option<&Arc<Reducer>> {
         match &self.averaging {
             Averaging::Ready(reducer) => Some(reducer),
-            Averaging::Deferred(..) => None,
+            Averaging::Deferred(..) | Averaging::ByRows(_) => None,
         }
     }
 
@@ -108,6 +111,15 @@ impl<E: StepEngine> Replica<E> {
         match &self.averaging {
             Averaging::Ready(reducer) => reducer.data(),
             Averaging::Deferred(group, _) => group,
+            Averaging::ByRows(shards) => shards.replicas(),
+        }
+    }
+
+    /// How captured steps divide the parameters over the replicas, if they do.
+    pub(super) fn row_shards(&self) -> Option<&RowShards> {
+        match &self.averaging {
+            Averaging::ByRows(shards) => Some(shards),
+            Averaging::Ready(_) | Averaging::Deferred(..) => None,
         }
     }
 
@@ -116,6 +128,7 @@ impl<E: StepEngine> Replica<E> {
         match &self.averaging {
             Averaging::Ready(reducer) => reducer.control(),
             Averaging::Deferred(group, _) => group,
+            Averaging::ByRows(shards) => shards.replicas(),
         }
     }
 
@@ -125,12 +138,16 @@ impl<E: StepEngine> Replica<E> {
             Averaging::Ready(reducer) => reducer.sharding(),
             Averaging::Deferred(group, config) if group.size() > 1 => config.sharding,
             Averaging::Deferred(..) => Sharding::None,
+            Averaging::ByRows(_) => Sharding::Parameters,
         }
     }
 
     /// The path of the first parameter of which this rank brought a gradient to the last step that was not finite.
     pub(crate) fn non_finite_param(&self) -> Option<Arc<str>> {
-        self.reducer().and_then(|reducer| reducer.non_finite())
+        match self.row_shards() {
+            Some(shards) => shards.non_finite(),
+            None => self.reducer().and_then(|reducer| reducer.non_finite()),
+        }
     }
 
     pub(crate) fn engine(&self) -> &E {
@@ -153,6 +170,14 @@ impl<E: StepEngine> Replica<E> {
 
     pub(crate) fn counters(&self) -> StepCounters {
         let of_engine = self.engine.counters();
+        if let Some(shards) = self.row_shards() {
+            return StepCounters {
+                gradients: shards.comms().gradient_counters(),
+                parameters: shards.comms().parameters().counters(),
+                control: shards.replicas().counters() + shards.comms().control().counters(),
+                ..of_engine
+            };
+        }
         match self.reducer() {
             None => of_engine,
             Some(reducer) => StepCounters {
@@ -171,8 +196,12 @@ impl<E: StepEngine> Replica<E> {
         micro_batches: impl IntoIterator<Item = I>,
         mut step: StepFn<'_, E::Model, I>,
     ) -> Result<Step, Error> {
+        if let Some(shards) = self.row_shards().cloned() {
+            return self.run_by_rows(&shards, micro_batches, step);
+        }
         let mut micro_batches = micro_batches.into_iter().peekable();
         let reducer = match &self.averaging {
+            Averaging::ByRows(_) => unreachable!("run above"),
             Averaging::Ready(reducer) => reducer.clone(),
             Averaging::Deferred(group, config) => {
                 let (group, config) = (group.clone(), config.clone());
@@ -297,7 +326,8 @@ impl<E: StepEngine> Replica<E> {
 
     /// Gives everything that is not trained the values of the first replica.
     pub(crate) fn sync_buffers(self) -> Result<Self, Error> {
-        let control = self.control().clone();
-        self.try_change(|engine| super::structure::broadcast_buffers(engine, &control))
+        let (control, shards) = (self.control().clone(), self.row_shards().cloned());
+        let divided = |id| shards.as_ref().is_some_and(|shards| shards.divides(id));
+        self.try_change(|engine| super::structure::broadcast_buffers(engine, &control, &divided))
     }
 }

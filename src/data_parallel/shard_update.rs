@@ -15,7 +15,10 @@ use crate::sharding::{Pack, RankedParam, Rows, ShardComms, ShardParam, ShardPara
 impl<E: StepEngine> Replica<E> {
     /// Among whom the rows of the parameters are divided, if they are.
     pub(crate) fn shards(&self) -> Option<ShardComms> {
-        self.reducer().and_then(|reducer| reducer.shards().cloned())
+        match self.row_shards() {
+            Some(shards) => Some(shards.comms().clone()),
+            None => self.reducer().and_then(|reducer| reducer.shards().cloned()),
+        }
     }
 
     /// Hands this rank's rows of the parameters that are trained to `update`, and gives all ranks those that it returns.
@@ -27,6 +30,11 @@ impl<E: StepEngine> Replica<E> {
         self,
         update: &mut dyn FnMut(ShardParams, &ShardComms) -> Result<ShardParams, Error>,
     ) -> Result<Self, Error> {
+        if let Some(shards) = self.row_shards().cloned() {
+            let updated = update(shards.own_rows(self.engine.local())?, shards.comms())?;
+            let values = updated.0.into_iter().map(|shard| (shard.param.id(), shard.param.value())).collect();
+            return Ok(self.change(|engine| params::replace_values(engine, values)));
+        }
         let Some((reducer, comms)) =
             self.reducer().cloned().and_then(|reducer| Some((reducer.clone(), reducer.shards()?.clone())))
         else {

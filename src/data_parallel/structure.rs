@@ -116,14 +116,19 @@ pub(super) fn broadcast<M: Module>(module: M, group: &Communicator) -> Result<M,
     broadcast_some(module, group, &|_, _| true)
 }
 
-/// Gives what is not trained, running statistics above all, the values of rank 0.
+/// Gives what is not trained, running statistics above all, the values of rank 0; but for parameters that are `divided` among the
+/// ranks.
 ///
 /// # Errors
 /// Those of [`Communicator::broadcast`].
-pub(super) fn broadcast_buffers<M: Module>(module: M, group: &Communicator) -> Result<M, Error> {
+pub(super) fn broadcast_buffers<M: Module>(
+    module: M,
+    group: &Communicator,
+    divided: &dyn Fn(ParamId) -> bool,
+) -> Result<M, Error> {
     // A frozen parameter of which each rank holds its rows is no buffer.
     let sharded = ShardedIds::of(&module);
-    broadcast_some(module, group, &|id, trained| !trained && !sharded.contains(id))
+    broadcast_some(module, group, &|id, trained| !trained && !divided(id) && !sharded.contains(id))
 }
 
 /// As [`broadcast`], of the parameters and buffers for which `wanted` says so, by their id and whether they are trained.

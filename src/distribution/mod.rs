@@ -10,5 +10,7 @@ mod initializer;
 mod lazy;
 mod model_split;
 mod param_part;
+mod row_shards;
 
 pub(crate) use model_split::{ModelSplit, split_step};
+pub(crate) use row_shards::RowShards;

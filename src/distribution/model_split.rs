@@ -8,6 +8,7 @@ use burn::module::{Module, ParamId};
 
 use super::assemble::assemble;
 use super::distribute::{Round, agree_on_layouts, distribute};
+use super::row_shards::RowShards;
 use crate::comm::{Communicator, part};
 use crate::error::Error;
 use crate::graph::{
@@ -36,6 +37,8 @@ pub(crate) struct ModelSplit {
     whole_dims: Arc<HashMap<ParamId, Option<Vec<usize>>>>,
     axes: Arc<[SplitAxis]>,
     random: RandomSource,
+    /// How replicas divide what each of them would hold of it.
+    shards: Option<RowShards>,
 }
 
 #[derive(Debug)]
@@ -82,11 +85,23 @@ impl ModelSplit {
         }
         let whole_dims = table.rows().iter().map(|row| (row.id, row.is_split().then(|| row.dims.clone()))).collect();
         let (table, whole_dims) = (Arc::new(table), Arc::new(whole_dims));
-        Ok((local, Self { table, whole_dims, axes: made.into(), random: RandomSource::new(0) }))
+        Ok((local, Self { table, whole_dims, axes: made.into(), random: RandomSource::new(0), shards: None }))
     }
 
     pub(crate) fn table(&self) -> &PlanTable {
         &self.table
+    }
+
+    /// The same split, of which replicas divide the parts.
+    pub(crate) fn with_shards(mut self, shards: RowShards) -> Self {
+        let dims = |row: &PlanRow| (row.is_split() || shards.divides(row.id)).then(|| row.dims.clone());
+        self.whole_dims = Arc::new(self.table.rows().iter().map(|row| (row.id, dims(row))).collect());
+        Self { shards: Some(shards), ..self }
+    }
+
+    /// How replicas divide the parts, if they do.
+    pub(crate) fn shards(&self) -> Option<&RowShards> {
+        self.shards.as_ref()
     }
 
     /// Demands that the ranks of a group along another axis hold the same parts as each other.
@@ -189,6 +204,9 @@ impl ModelSplit {
     /// Those of [`Communicator`].
     pub(crate) fn assemble<M: Module>(&self, local: &M) -> Result<M, Error> {
         let mut whole = local.clone();
+        if let Some(shards) = &self.shards {
+            whole = shards.assemble(whole)?;
+        }
         for (index, axis) in self.axes.iter().enumerate().rev().filter(|(_, axis)| axis.group.size() > 1) {
             whole = assemble(whole, &self.table, index, &axis.group)?;
         }
@@ -217,7 +235,11 @@ impl ModelSplit {
         // What is padding is nowhere to be read.
         let real = ranges.into_iter().zip(&row.dims).map(|(range, size)| range.start.min(*size)..range.end.min(*size));
         let (dims, local_dims) = (row.dims.clone(), row.local_dims.clone());
-        Some(params::ParamSlice { dims, ranges: real.collect(), local_dims })
+        let part = params::ParamSlice { dims, ranges: real.collect(), local_dims };
+        Some(match &self.shards {
+            Some(shards) => shards.slice(id, part),
+            None => part,
+        })
     }
 
     /// This rank's parts of all parameters.
@@ -228,7 +250,8 @@ impl ModelSplit {
     /// The same split of parameters of other ids.
     pub(crate) fn renamed(&self, renamed: &Renamed) -> Self {
         let whole_dims = self.whole_dims.iter().map(|(id, dims)| (renamed.id(*id), dims.clone())).collect();
-        Self { table: Arc::new(self.table.renamed(renamed)), whole_dims: Arc::new(whole_dims), ..self.clone() }
+        let shards = self.shards.as_ref().map(|shards| shards.renamed(renamed));
+        Self { table: Arc::new(self.table.renamed(renamed)), whole_dims: Arc::new(whole_dims), shards, ..self.clone() }
     }
 
     /// The same split whose steps draw other random numbers from here on.
@@ -247,6 +270,7 @@ impl ModelSplit {
             register_collectives(ops, &axis.name, &axis.group);
         }
         register_counter_based_rng(ops, &self.random);
+        self.shards.iter().for_each(|shards| shards.register(ops));
     }
 
     /// Splits a graph captured of the [meta module](Self::meta_module), in place: the local graph of this rank. Collective: all
@@ -277,7 +301,7 @@ impl ModelSplit {
     /// Has products run together with their collectives, reduces gradients together, and takes the other collectives apart
     /// into start and wait, so that they run beside work that does not depend on them. The last that is done to a graph:
     /// nothing else knows these operations, and one of them may need parameters of several layers, between which no pipeline
-    /// can then be cut.
+    /// can then be cut. At last parameters and gradients are exchanged with the replicas.
     pub(crate) fn schedule(&self, graph: &mut StepGraph, reports: &mut [ShardReport]) {
         for product in fuse_products(graph) {
             let mut over = reports.iter_mut().filter(|report| report.axis == product.axis);
@@ -285,6 +309,7 @@ impl ModelSplit {
         }
         bucket_reductions(graph, BUCKET_BYTES);
         overlap(graph);
+        self.shards.iter().for_each(|shards| shards.apply(graph));
     }
 }
 

@@ -82,6 +82,26 @@ pub trait StepEngine: Module {
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatch, Error>;
 
+    /// What ranks that divide parameters or gradients by rows exchange while a micro-batch runs, as words that travel to those
+    /// that have none.
+    fn exchanges<I: TensorTree + Clone>(
+        &mut self,
+        _inputs: I,
+        _step: StepFn<'_, Self::Model, I>,
+    ) -> Result<Vec<u64>, Error> {
+        Ok(Vec::new())
+    }
+
+    /// Whether it is known which parameters this rank shares with others that run other layers.
+    fn is_prepared(&self) -> bool {
+        true
+    }
+
+    /// The dims that this rank's part of a parameter will have, if the rank does not hold it, but may once the model is cut.
+    fn later_dims(&self, _id: ParamId) -> Option<Vec<usize>> {
+        None
+    }
+
     /// Runs a forward pass for evaluation.
     fn forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
@@ -207,6 +227,11 @@ impl<'a> ScaledGradients<'a> {
         let items = rows.unwrap_or(1.0);
         let unit = unit.unwrap_or(items);
         Self { sink, rows, unit, factor: items / unit }
+    }
+
+    /// What gradients are multiplied by, which then is done already when they come here.
+    pub(crate) fn take_factor(&mut self) -> f64 {
+        std::mem::replace(&mut self.factor, 1.0)
     }
 
     /// The loss of a step that was given to this observer.

@@ -70,6 +70,14 @@ impl Executor {
         &self.graph
     }
 
+    /// The operations that run, in order.
+    pub(crate) fn operations(&self) -> impl Iterator<Item = &OperationIr> {
+        self.program.iter().filter_map(|action| match action {
+            Instruction::Run(op) => Some(&**op),
+            _ => None,
+        })
+    }
+
     /// What one step needs of memory beside parameters, inputs and constants.
     pub fn memory(&self) -> MemoryEstimate {
         MemoryEstimate::of_program(&self.program)

@@ -57,7 +57,7 @@ impl Mapped {
         self.weights.bytes_read()
     }
 
-    fn found(&mut self, path: &str) -> Result<Option<Found>, Error> {
+    pub(super) fn found(&mut self, path: &str) -> Result<Option<Found>, Error> {
         if let Some(known) = self.known.get(path) {
             return Ok(known.clone());
         }
@@ -104,19 +104,29 @@ impl SliceSource for Mapped {
 
     fn read(&mut self, path: &str, ranges: &[Range<usize>]) -> Result<TensorData, Error> {
         let found = self.found(path)?.ok_or_else(|| self.missing(path))?;
-        read(&mut self.weights, &found.relation, found.place, ranges)
+        read(&mut self.weights, &found.relation, (found.place, ranges), None)
+    }
+
+    fn read_as(&mut self, path: &str, ranges: &[Range<usize>], dtype: DType) -> Result<TensorData, Error> {
+        let found = self.found(path)?.ok_or_else(|| self.missing(path))?;
+        read(&mut self.weights, &found.relation, (found.place, ranges), Some(dtype))
+    }
+
+    fn keeps(&mut self, path: &str) -> bool {
+        self.mapping.keeps(path)
     }
 }
 
-/// The part of a relation's parameter that is in these ranges, in the dtype of its tensors; of the widest, if they have several.
+/// The part of a relation's parameter that is in these ranges, in this dtype if both are floats, or else that of its tensors; the
+/// widest, if they have several.
 ///
 /// # Errors
 /// [`file_error`] if a tensor is missing or is of a dtype that burn lacks, or the ranges do not fit.
 pub(super) fn read(
     weights: &mut Weights,
     relation: &Relation,
-    place: usize,
-    ranges: &[Range<usize>],
+    (place, ranges): (usize, &[Range<usize>]),
+    dtype: Option<DType>,
 ) -> Result<TensorData, Error> {
     let model = &relation.models[place];
     let fits = |(range, size): (&Range<usize>, &usize)| range.start <= range.end && range.end <= *size;
@@ -124,7 +134,9 @@ pub(super) fn read(
         let problem = format!("parameter `{}` of dims {:?} has nothing at {ranges:?}", model.name, model.dims);
         return Err(file_error(weights.dir(), problem));
     }
-    let dtype = widest(weights, relation)?;
+    let stored = widest(weights, relation)?;
+    // Floats are cast as they are copied, and nothing else is.
+    let dtype = dtype.filter(|dtype| is_plain(*dtype) && is_plain(stored)).unwrap_or(stored);
     let lens: Vec<usize> = ranges.iter().map(ExactSizeIterator::len).collect();
     let elements = if lens.contains(&0) { 0 } else { lens.iter().product() };
     let mut bytes = vec![0; elements * dtype.size()];
@@ -156,6 +168,10 @@ pub(super) fn read(
     }
     weights.bytes_read += bytes_read;
     Ok(TensorData::from_bytes_vec(bytes, lens, dtype))
+}
+
+fn is_plain(dtype: DType) -> bool {
+    matches!(dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16)
 }
 
 /// The widest dtype of a relation's tensors.

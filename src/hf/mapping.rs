@@ -2,9 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::pattern::captures;
 use super::rule::{Filled, Rule};
 use crate::Error;
+use crate::plan::captures;
 
 /// The names and layouts of a directory's tensors in terms of a model's parameters: [rules](Rule), of which the first that
 /// fits counts.
@@ -27,10 +27,12 @@ use crate::Error;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Mapping {
-    #[serde(default, rename = "rule")]
-    pub(super) rules: Vec<Rule>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     keep: Vec<String>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    keep_rest: bool,
+    #[serde(default, rename = "rule")]
+    pub(super) rules: Vec<Rule>,
 }
 
 impl Mapping {
@@ -54,6 +56,7 @@ impl Mapping {
     pub fn then(mut self, other: Self) -> Self {
         self.rules.extend(other.rules);
         self.keep.extend(other.keep);
+        self.keep_rest |= other.keep_rest;
         self
     }
 
@@ -62,6 +65,11 @@ impl Mapping {
     pub fn keep(mut self, pattern: impl Into<String>) -> Self {
         self.keep.push(pattern.into());
         self
+    }
+
+    /// Parameters that no rule fits have no counterpart either.
+    pub fn keep_rest(self) -> Self {
+        Self { keep_rest: true, ..self }
     }
 
     /// Puts something in front of the paths of all parameters, as when the model is a field of another.
@@ -102,7 +110,8 @@ impl Mapping {
 
     /// Whether a parameter has no counterpart.
     pub(super) fn keeps(&self, path: &str) -> bool {
-        self.keep.iter().any(|pattern| captures(pattern, path).is_some())
+        let said = self.keep.iter().any(|pattern| captures(pattern, path).is_some());
+        said || (self.keep_rest && self.of_model(path).next().is_none())
     }
 
     /// The rules that fit a parameter, with the names that they give, and which of them is the parameter's.

@@ -4,6 +4,7 @@
 //! [`load`](crate::train::ParallelModule::load) reads each rank's slices, whatever the model is spread over. [`compare`] tells
 //! beforehand what fits.
 
+mod adapter;
 mod compare;
 mod index;
 mod mapped;
@@ -15,6 +16,7 @@ mod rule;
 mod save;
 mod weights;
 
+pub use adapter::{Adapter, AdapterConfig, Merged, save_adapter};
 pub use compare::{Comparison, Match, Unfit, compare};
 pub use mapped::Mapped;
 pub use mapping::Mapping;

@@ -1,4 +1,4 @@
-//! Ready mappings.
+//! Ready mappings. All of them leave the adapters of a model alone: these are in no directory of a base.
 
 use super::{Mapping, Rule};
 use crate::Error;
@@ -17,6 +17,7 @@ impl Mapping {
             .rule(Rule::new("lm_head.weight", "lm_head.weight").transposed())
             .rule(Rule::new("model.embed_tokens.weight", "lm_head.weight").transposed())
             .rule(Rule::new("model.embed_tokens.weight", "model.embed_tokens.weight"))
+            .keep("*.lora.*")
     }
 
     /// GPT-2 onto burn's [`TransformerEncoder`](burn::nn::transformer::TransformerEncoder) of `norm_first`, in a model with the
@@ -55,6 +56,7 @@ impl Mapping {
             .rule(Rule::new("lm_head.weight", "output.weight").transposed())
             .rule(Rule::new("transformer.wte.weight", "output.weight").transposed())
             .rule(Rule::new("wte.weight", "output.weight").transposed())
+            .keep("*.lora.*")
     }
 
     /// BERT onto burn's [`TransformerEncoder`](burn::nn::transformer::TransformerEncoder), whose norms come behind the layers, in a
@@ -99,6 +101,7 @@ impl Mapping {
             .rule(Rule::new("cls.predictions.bias", "decoder.bias"))
             .rule(Rule::new("cls.predictions.decoder.weight", "decoder.weight").transposed())
             .rule(Rule::new("bert.embeddings.word_embeddings.weight", "decoder.weight").transposed())
+            .keep("*.lora.*")
     }
 
     /// The mapping for a `model_type` of `config.json`.

@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::pattern::{captures, filled, wildcards};
+use super::pattern::{filled, wildcards};
+use crate::plan::captures;
 
 /// Which tensors of a file are which parameters of a model, and how one is made of the other.
 ///

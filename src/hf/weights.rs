@@ -9,6 +9,8 @@ use burn::tensor::{DType, TensorData};
 use serde_json::Value;
 
 use super::index::Index;
+use super::mapped::read;
+use super::relation::Relation;
 use super::{Mapped, Mapping};
 use crate::Error;
 use crate::params::SliceSource;
@@ -152,6 +154,13 @@ impl Weights {
         Mapped::new(self, mapping)
     }
 
+    /// A tensor that is a parameter as it is.
+    fn whole(&self, name: &str) -> Result<Relation, Error> {
+        let dims = self.tensor_dims(name);
+        let dims = dims.ok_or_else(|| file_error(&self.dir, format!("there is no tensor `{name}`")))?;
+        Ok(Relation::whole(name, dims))
+    }
+
     pub(super) fn dir(&self) -> &Path {
         &self.dir
     }
@@ -173,8 +182,13 @@ impl SliceSource for Weights {
     }
 
     fn read(&mut self, path: &str, ranges: &[Range<usize>]) -> Result<TensorData, Error> {
-        let whole = super::relation::Relation::whole(path, self.tensor_dims(path).unwrap_or_default());
-        super::mapped::read(self, &whole, 0, ranges)
+        let whole = self.whole(path)?;
+        read(self, &whole, (0, ranges), None)
+    }
+
+    fn read_as(&mut self, path: &str, ranges: &[Range<usize>], dtype: DType) -> Result<TensorData, Error> {
+        let whole = self.whole(path)?;
+        read(self, &whole, (0, ranges), Some(dtype))
     }
 }
 

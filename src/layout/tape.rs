@@ -18,7 +18,7 @@ use burn::tensor::{Gradients as LossGradients, Shape, Tensor};
 
 use super::moves::MoveOp;
 use crate::Error;
-use crate::comm::{Communicator, TensorHome, host};
+use crate::comm::{Communicator, TensorOrigin, host_buffer};
 use crate::tensor::{PlainTensor, check_device};
 
 /// A step, the step that its gradient takes, and the function that errors speak of.
@@ -35,13 +35,13 @@ impl MovePair {
         if comm.size() == 1 {
             return Ok(tensor);
         }
-        host::check_dtype(self.name, tensor.dtype())?;
+        host_buffer::check_dtype(self.name, tensor.dtype())?;
         if !tensor.is_tracked() {
             if self.forward == MoveOp::Keep {
                 return Ok(tensor);
             }
-            let home = TensorHome::of(&tensor);
-            return Ok(home.welcome(self.forward.take(self.name, tensor.into(), comm)?.float()?));
+            let origin = TensorOrigin::of(&tensor);
+            return Ok(origin.restore(self.forward.take(self.name, tensor.into(), comm)?.float()?));
         }
         let device = tensor.device().inner();
         check_device(&device).map_err(|problem| Error::invalid(self.name, problem))?;

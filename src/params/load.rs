@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Bool, Int, Tensor, TensorData};
+use burn::tensor::{Bool, DType, Int, Tensor, TensorData};
 
 use super::SliceSource;
 use super::leaf::{LazyParam, LeafKind, leaf};
@@ -74,14 +74,20 @@ struct Load<'a> {
 }
 
 impl Load<'_> {
-    fn read(&mut self, id: ParamId) -> Option<(TensorData, Vec<usize>)> {
+    fn read(&mut self, id: ParamId, dtype: impl FnOnce() -> Option<DType>) -> Option<(TensorData, Vec<usize>)> {
         let ParamSlice { dims, ranges, local_dims } = (self.held)(id).filter(|_| self.outcome.is_ok())?;
         let path = self.path.join(".");
+        if self.source.keeps(&path) {
+            return None;
+        }
         let wrong = |problem| Err(Error::invalid("load", problem));
         let read = match self.source.dims(&path) {
             Ok(Some(found)) if found == dims => match ranges.iter().any(Range::is_empty) {
                 true => Ok(TensorData::new(Vec::<f32>::new(), ranges.iter().map(Range::len).collect::<Vec<_>>())),
-                false => self.source.read(&path, &ranges),
+                false => match dtype() {
+                    Some(dtype) => self.source.read_as(&path, &ranges, dtype),
+                    None => self.source.read(&path, &ranges),
+                },
             },
             Ok(Some(found)) => {
                 wrong(format!("parameter `{path}` has dims {dims:?} in the model and {found:?} in the source"))
@@ -98,7 +104,11 @@ impl ModuleMapper for Load<'_> {
         if let Some(made) = self.seen.get(&param.id).and_then(|made| made.downcast_ref::<Param<Tensor<D>>>()) {
             return made.clone();
         }
-        let Some((data, local_dims)) = self.read(param.id) else { return param };
+        let dtype = || match param.is_initialized() {
+            true => Some(param.base().dtype()),
+            false => Some(LazyParam::of(&param).placeholder.base().dtype()),
+        };
+        let Some((data, local_dims)) = self.read(param.id, dtype) else { return param };
         let (kind, one) = match param.is_initialized() {
             true => (LeafKind::of(&param.base()), param.base().inner()),
             false => {
@@ -115,12 +125,12 @@ impl ModuleMapper for Load<'_> {
     }
 
     fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
-        let Some((data, _)) = self.read(param.id) else { return param };
+        let Some((data, _)) = self.read(param.id, || None) else { return param };
         param.map(|value| Tensor::from_data(data, (&value.device(), value.dtype())))
     }
 
     fn map_bool<const D: usize>(&mut self, param: Param<Tensor<D, Bool>>) -> Param<Tensor<D, Bool>> {
-        let Some((data, _)) = self.read(param.id) else { return param };
+        let Some((data, _)) = self.read(param.id, || None) else { return param };
         param.map(|value| Tensor::from_data(data, &value.device()))
     }
 

@@ -10,13 +10,11 @@ mod load;
 mod meta_module;
 mod pad;
 mod retain;
-mod safetensors;
 mod shard;
 mod source;
 mod sweep;
 mod unknown_params;
 
-pub use self::safetensors::Safetensors;
 pub use source::SliceSource;
 
 pub(crate) use agree::{agree, share_text};

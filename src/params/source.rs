@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::TensorData;
+use burn::tensor::{DType, TensorData};
 
 use crate::Error;
 
@@ -21,4 +21,19 @@ pub trait SliceSource {
     /// # Errors
     /// Whatever goes wrong with the store.
     fn read(&mut self, path: &str, ranges: &[Range<usize>]) -> Result<TensorData, Error>;
+
+    /// [`read`](Self::read) for a parameter of this dtype. A source that can cast as it reads needs no memory for both.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    fn read_as(&mut self, path: &str, ranges: &[Range<usize>], dtype: DType) -> Result<TensorData, Error> {
+        let data = self.read(path, ranges)?;
+        Ok(if data.dtype() == dtype { data } else { data.convert_dtype(dtype) })
+    }
+
+    /// Whether a parameter has no place in the store and keeps the value that it has. By default none does: a parameter that the
+    /// store lacks is an error.
+    fn keeps(&mut self, _path: &str) -> bool {
+        false
+    }
 }

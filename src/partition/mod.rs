@@ -57,6 +57,7 @@ mod register;
 mod report;
 mod rows;
 mod rules;
+mod sharded;
 mod sums;
 
 pub use buckets::bucket_reductions;
@@ -72,3 +73,7 @@ pub use propagation::partition;
 pub use register::register_collectives;
 pub use report::{Collective, Fallback, ShardReport};
 pub(crate) use rules::{is_elementwise, only_moves};
+pub(crate) use sharded::{
+    Exchange, Gathering, InRows, Parts, START_GATHER, START_SCATTER, WAIT_GATHER, WAIT_SCATTER, exchanged, rewrite,
+    shard_parameters, tokens,
+};

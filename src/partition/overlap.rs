@@ -224,6 +224,6 @@ fn ticket(op: &CustomOpIr) -> Result<u64, Error> {
 }
 
 /// One element in the shape of a tensor.
-fn token(of: &TensorIr, device: &Device) -> PlainTensor {
+pub(super) fn token(of: &TensorIr, device: &Device) -> PlainTensor {
     PlainTensor::zeros(vec![1; of.shape.num_dims()], of.dtype, device).expand(of.shape.clone())
 }

@@ -4,6 +4,7 @@ use burn::module::Module;
 use burn::tensor::Device;
 
 use super::batch::Batch;
+use super::by_rows::divided;
 use super::captured_step::{CapturedForward, CapturedStep};
 use super::graph_stage::GraphStage;
 use super::output_join::OutputJoin;
@@ -223,6 +224,9 @@ impl PipelineState {
             let params = graphs[0].params.iter().map(|param| param.id);
             self.holders = Some(params.zip(cuts[0].holders.iter().cloned()).collect());
             self.tied_params = TiedParams::new(&graphs[0], &cuts[0], self.timetable.stage_ranks(), &self.group)?;
+            if let Some(shards) = &self.row_shards {
+                self.tied_params.divide(&|id| shards.shard_dims(id));
+            }
             self.cut = cuts.first().cloned();
             if let Some(model) = local.take() {
                 let held = self.hold(model);
@@ -252,10 +256,14 @@ impl PipelineState {
     fn stages(&self, graphs: &[StepGraph], cuts: &[CutGraph], sizes: &[usize]) -> Result<Vec<GraphStage>, Error> {
         let mut stages = Vec::new();
         for index in self.timetable.stages_of(self.group.rank()) {
-            let runs = graphs
-                .iter()
-                .zip(cuts)
-                .map(|(graph, cut)| StageRun::new(graph, cut.stages[index].clone(), self.ops.clone()));
+            let run = |(graph, cut): (&StepGraph, &CutGraph)| match &self.row_shards {
+                Some(shards) => {
+                    let (graph, part) = divided(graph, &cut.stages[index], shards);
+                    StageRun::new(&graph, part, self.ops.clone())
+                }
+                None => StageRun::new(graph, cut.stages[index].clone(), self.ops.clone()),
+            };
+            let runs = graphs.iter().zip(cuts).map(run);
             stages.push(GraphStage::new(index, runs.collect::<Result<_, _>>()?, sizes.to_vec()));
         }
         Ok(stages)

@@ -59,6 +59,8 @@ impl<M: Module> Pipelined<M> {
         // Only a step can keep what is shared here.
         let settled = state.tied_params.settled(&self.local)?;
         let local = settled.as_ref().unwrap_or(&self.local);
+        let whole = state.row_shards.as_ref().map_or(Ok(None), |shards| shards.bound(local))?;
+        let local = whole.as_ref().unwrap_or(local);
         let (captured, batch) = state.prepare_forward(&mut Some(self.local.clone()), inputs, forward)?;
         let count = captured.sizes.len();
         let inputs: Vec<Vec<PlainTensor>> = (0..count).map(|micro_batch| batch.micro_batch(micro_batch)).collect();

@@ -8,6 +8,7 @@ use super::schedule::{Direction, Edge};
 use super::{Forwarded, LossSum, MicroBatch, Stage, StageMessage, stage_error};
 use crate::Error;
 use crate::graph::{RandomSource, graph_error};
+use crate::partition::Exchange;
 use crate::pipeline_parallel::cut::{StageRun, Tensors};
 use crate::tensor::PlainTensor;
 
@@ -48,6 +49,13 @@ impl GraphStage {
             StageMessage { from: edge.from, to: edge.to, tensors }
         };
         edges.map(message).collect()
+    }
+
+    /// What the replicas of this stage exchange in a pass of a micro-batch: 0 is the forward pass, 1 and 2 are the halves of the
+    /// backward pass.
+    pub(super) fn exchanges(&self, micro_batch: usize, pass: usize) -> Vec<Exchange> {
+        let run = self.sizes.get(micro_batch).and_then(|size| self.runs.get(*size));
+        run.map(|run| run.exchanges(pass)).unwrap_or_default()
     }
 
     /// Has each micro-batch draw numbers of its own.

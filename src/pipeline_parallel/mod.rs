@@ -39,6 +39,7 @@
 //! ```
 
 mod batch;
+mod by_rows;
 mod captured;
 mod captured_step;
 mod config;

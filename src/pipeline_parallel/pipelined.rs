@@ -11,14 +11,14 @@ use super::schedule::Timetable;
 use super::state::PipelineState;
 use crate::Error;
 use crate::comm::{Communicator, Counters};
-use crate::distribution::ModelSplit;
+use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{
     CheckedOptimizers, GradientLayout, GradientSink, MicroBatch, SameInputs, SkippedSteps, SplitParam, StepEngine,
     TensorTree, read_params,
 };
 use crate::nesting::refuse_wrapping;
 use crate::params::{self, ParamSlice, SliceSource, one_device};
-use crate::partition::ShardReport;
+use crate::partition::{Exchange, ShardReport};
 use crate::pipeline_parallel::cut::CutReport;
 use crate::step::{Loss, StepCounters, StepFn, Weight};
 use crate::tensor::PlainTensor;
@@ -67,6 +67,21 @@ impl<M: Module> Pipelined<M> {
             skipped_steps: SkippedSteps::default(),
             checked_optimizers: CheckedOptimizers::default(),
         })
+    }
+
+    /// This model with the rows of its parts that `shards` leaves to this rank.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if gathered parameters are to be kept for a micro-batch; those of [`RowShards::distribute`].
+    pub(crate) fn divided(self, shards: RowShards) -> Result<Self, Error> {
+        if shards.gathering().keeps {
+            let problem = "`keep` is \"micro_batch\", but several micro-batches are under way in a pipeline, each of which would keep \
+                           parameters of its own: take \"step\", which keeps one copy for all, or \"pass\"";
+            return Err(Error::invalid("data_parallel", problem));
+        }
+        let local = shards.distribute(self.local)?;
+        lock(&self.state).divide(shards);
+        Ok(Self { local, ..self })
     }
 
     /// This rank's part of the model.
@@ -215,16 +230,33 @@ impl<M: Module> StepEngine for Pipelined<M> {
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatch, Error> {
         let comparison = self.same_inputs.start(&inputs)?;
+        let shards = lock(&self.state).row_shards.clone();
+        let divisor = unit.unwrap_or(1.0);
+        if let Some(shards) = &shards {
+            shards.begin_micro_batch(unit, 1.0 / divisor)?;
+        }
         let (run, outputs, gradients) = self.run_step(inputs, step)?;
         comparison.finish()?;
-        let unit = unit.unwrap_or(1.0);
+        let factor = if shards.is_some() { 1.0 } else { 1.0 / divisor };
         sink.expect(&gradients.iter().map(|(id, _)| *id).collect::<Vec<_>>())?;
-        sink.weight(run.loss.weight, unit)?;
+        sink.weight(run.loss.weight, divisor)?;
         for (id, gradient) in gradients {
-            sink.gradient(id, gradient.scale(1.0 / unit))?;
+            sink.gradient(id, gradient.scale(factor))?;
         }
         let sum = Weight::tensor(run.loss.sum, &Device::flex());
         Ok(MicroBatch { loss: Some((sum, 1.0)), outputs, run: Some(run.report) })
+    }
+
+    fn is_prepared(&self) -> bool {
+        lock(&self.state).cut.is_some()
+    }
+
+    fn later_dims(&self, id: ParamId) -> Option<Vec<usize>> {
+        lock(&self.state).part_dims(id)
+    }
+
+    fn exchanges<I: TensorTree + Clone>(&mut self, inputs: I, step: StepFn<'_, M, I>) -> Result<Vec<u64>, Error> {
+        self.step_exchanges(inputs, step).map(|exchanges| Exchange::words(&exchanges))
     }
 
     fn forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
@@ -243,21 +275,25 @@ impl<M: Module> StepEngine for Pipelined<M> {
 
     fn assemble(&self) -> Result<M, Error> {
         let state = lock(&self.state);
+        let local = match &state.row_shards {
+            Some(shards) => shards.assemble(self.local.clone())?,
+            None => self.local.clone(),
+        };
         let whole = match state.homes() {
             // Every rank still has everything.
-            None => self.local.clone(),
+            None => local,
             Some(homes) => {
-                let device = one_device(&self.local, "assemble")?.unwrap_or_else(Device::flex);
+                let device = one_device(&local, "assemble")?.unwrap_or_else(Device::flex);
                 let mut values = HashMap::new();
                 for (row, home) in homes {
                     let own = match home == self.group.rank() {
-                        true => read_params(&self.local, &[row.id].into())?.remove(&row.id),
+                        true => read_params(&local, &[row.id].into())?.remove(&row.id),
                         false => None,
                     };
                     let nothing = || PlainTensor::zeros(row.dims.clone(), row.dtype, &device);
                     values.insert(row.id, self.group.broadcast(own.unwrap_or_else(nothing), home)?);
                 }
-                params::replace_values(self.local.clone(), values)
+                params::replace_values(local, values)
             }
         };
         match &state.split {

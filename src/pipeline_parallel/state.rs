@@ -11,7 +11,7 @@ use super::tied::TiedParams;
 use super::{PipelineConfig, stage_error};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
-use crate::distribution::ModelSplit;
+use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{CustomOps, RandomSource, Recent, Signature, StepKey, register_counter_based_rng};
 use crate::params::{self, NewDims, Renamed, SliceSource};
 use crate::partition::ShardReport;
@@ -34,6 +34,8 @@ pub(super) struct PipelineState {
     pub tied_params: TiedParams,
     /// What the last captured step of a model that is split as well was given, for each axis.
     pub shards: Vec<ShardReport>,
+    /// How replicas divide what each of them would hold, if they do.
+    pub row_shards: Option<RowShards>,
     /// What steps have sent from stage to stage.
     pub sent: Counters,
     pub ops: CustomOps,
@@ -98,11 +100,21 @@ impl PipelineState {
             cut: None,
             tied_params: TiedParams::default(),
             shards: Vec::new(),
+            row_shards: None,
             sent: Counters::default(),
             ops,
             random,
         };
         Ok((state, model))
+    }
+
+    /// Goes on with rows of the parameters.
+    pub(super) fn divide(&mut self, shards: RowShards) {
+        shards.register(&mut self.ops);
+        self.tied_params.divide(&|id| shards.shard_dims(id));
+        self.row_shards = Some(shards);
+        self.steps.clear();
+        self.forwards.clear();
     }
 
     /// Goes on with parameters of other ids.
@@ -168,10 +180,7 @@ impl PipelineState {
         let kept = self.kept().ok_or_else(|| {
             stage_error("who holds what is not known yet: `prepare` the model before it is loaded, or cut it by paths")
         })?;
-        let whole = |id: ParamId| Some(params::ParamSlice::whole(self.dims.get(&id)?.clone()));
-        let loaded = params::load(local, source, &|id| {
-            kept.contains(&id).then(|| self.split.as_ref().map_or_else(|| whole(id), |split| split.held(id)))?
-        })?;
+        let loaded = params::load(local, source, &|id| kept.contains(&id).then(|| self.param_slice(id))?)?;
         self.tied_params.loaded = true;
         Ok(loaded)
     }
@@ -191,9 +200,19 @@ impl PipelineState {
             .map(|(row, _)| row.id)
             .collect();
         let here = self.rows.iter().filter(|row| kept.contains(&row.id) && !elsewhere.contains(&row.id));
-        let whole = |row: &PlanRow| Some(params::ParamSlice::whole(row.dims.clone()));
-        let slice = |row: &PlanRow| self.split.as_ref().map_or_else(|| whole(row), |split| split.held(row.id));
-        Ok(here.filter_map(|row| Some((row.id, slice(row)?))).collect())
+        Ok(here.filter_map(|row| Some((row.id, self.param_slice(row.id)?))).collect())
+    }
+
+    /// What a rank that holds a parameter holds of it.
+    fn param_slice(&self, id: ParamId) -> Option<params::ParamSlice> {
+        let part = match &self.split {
+            Some(split) => split.held(id)?,
+            None => params::ParamSlice::whole(self.dims.get(&id)?.clone()),
+        };
+        Some(match &self.row_shards {
+            Some(shards) => shards.slice(id, part),
+            None => part,
+        })
     }
 
     /// The whole model without memory behind what this rank does not hold.
@@ -223,6 +242,11 @@ impl PipelineState {
     fn whole_dims(&self, id: ParamId, found: &[usize]) -> Option<Vec<usize>> {
         let whole = self.split.as_ref().and_then(|split| split.whole_dims(id));
         whole.or_else(|| self.dims.get(&id).filter(|dims| dims.as_slice() != found).cloned())
+    }
+
+    /// The dims of a parameter on the ranks that hold it.
+    pub(super) fn part_dims(&self, id: ParamId) -> Option<Vec<usize>> {
+        self.dims.get(&id).cloned()
     }
 
     /// The parameters of `trained` that this rank gives a gradient of, in the order of the module.

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use burn::module::{Module, ParamId};
 use burn::tensor::Device;
 
+use super::by_rows::exchanges;
 use super::captured_step::CapturedStep;
 use super::graph_stage::{GraphStage, accumulate};
 use super::pipeline::PipelineRun;
@@ -13,6 +14,7 @@ use super::{Pipelined, Stage, stage_error};
 use crate::Error;
 use crate::graph::TensorTree;
 use crate::params::{one_device, sweep_leaves};
+use crate::partition::Exchange;
 use crate::step::{Loss, StepFn};
 use crate::tensor::PlainTensor;
 
@@ -44,6 +46,24 @@ impl<M: Module> Pipelined<M> {
         self.take(local)
     }
 
+    /// What this rank exchanges with its replicas in a step.
+    pub(super) fn step_exchanges<I: TensorTree + Clone>(
+        &mut self,
+        inputs: I,
+        step: StepFn<'_, M, I>,
+    ) -> Result<Vec<Exchange>, Error> {
+        let state = self.state.clone();
+        let mut state = lock(&state);
+        let mut local = Some(self.local.clone());
+        let (key, _) = state.prepare(&mut local, inputs, step)?;
+        self.take(local)?;
+        let rank = state.group.rank();
+        let Some(CapturedStep { pipeline, stages, .. }) = state.steps.get_mut(&key) else {
+            return Err(stage_error("the step was not captured"));
+        };
+        Ok(exchanges(stages, &pipeline.timetable().rows()[rank]))
+    }
+
     /// Runs a step: what came of it, the outputs, and the gradients of the summed loss in the order of the module.
     #[allow(clippy::type_complexity)]
     pub(super) fn run_step<I: TensorTree + Clone>(
@@ -68,7 +88,9 @@ impl<M: Module> Pipelined<M> {
         };
         let first = state.random.step();
         stages.iter_mut().for_each(|stage| stage.draw_from(&state.random, first));
-        let mut executed = bound(stages, &self.local, |stages| pipeline.step(stages, &inputs))?;
+        let whole = state.row_shards.as_ref().map_or(Ok(None), |shards| shards.bound(&self.local))?;
+        let model = whole.as_ref().unwrap_or(&self.local);
+        let mut executed = bound(stages, model, |stages| pipeline.step(stages, &inputs))?;
         state.random.set_step(first + inputs.len() as u64);
         let mut gradients = HashMap::new();
         for stage in stages {

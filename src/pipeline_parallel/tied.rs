@@ -82,6 +82,15 @@ impl TiedParams {
         Ok(Self { groups: tied_params, ..Self::default() })
     }
 
+    /// Goes on with parts of the parameters of these dims.
+    pub(super) fn divide(&mut self, dims: &dyn Fn(ParamId) -> Option<Vec<usize>>) {
+        for tied in self.groups.iter_mut().flat_map(|(_, tied_params)| tied_params) {
+            if let Some(dims) = dims(tied.id) {
+                tied.shape = Shape::from(dims);
+            }
+        }
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.groups.is_empty()
     }

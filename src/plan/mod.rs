@@ -62,7 +62,7 @@ pub use table::{PlanRow, PlanTable};
 
 use self::axis_plan::{InputRule, Rule, plan_error};
 pub(crate) use self::compressed_paths::compress_paths;
-pub(crate) use self::pattern::matches;
+pub(crate) use self::pattern::{captures, matches};
 use self::text::PlanText;
 use crate::Error;
 use crate::layout::Layout;

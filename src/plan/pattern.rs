@@ -2,22 +2,30 @@
 
 /// Whether `pattern`, in which `*` stands for any characters, matches all of `path`.
 pub(crate) fn matches(pattern: &str, path: &str) -> bool {
-    let Some((first, rest)) = pattern.split_once('*') else { return pattern == path };
-    let Some(mut path) = path.strip_prefix(first) else { return false };
-    let (between, last) = rest.rsplit_once('*').map_or((None, rest), |(between, last)| (Some(between), last));
-    // The earliest place for each piece leaves most for the others.
-    for piece in between.into_iter().flat_map(|between| between.split('*')) {
-        match path.find(piece) {
-            Some(place) => path = &path[place + piece.len()..],
-            None => return false,
-        }
+    captures(pattern, path).is_some()
+}
+
+/// What the `*` of `pattern` stand for if it matches all of `path`: for each as little as can be, and the rest for the last.
+pub(crate) fn captures<'a>(pattern: &str, path: &'a str) -> Option<Vec<&'a str>> {
+    let mut pieces = pattern.split('*');
+    let mut rest = path.strip_prefix(pieces.next()?)?;
+    let mut found = Vec::new();
+    let mut pieces = pieces.peekable();
+    while let Some(piece) = pieces.next() {
+        // The earliest place for each piece leaves most for the others.
+        let end = match pieces.peek() {
+            Some(_) => rest.find(piece)?,
+            None => rest.strip_suffix(piece)?.len(),
+        };
+        found.push(&rest[..end]);
+        rest = &rest[end + piece.len()..];
     }
-    path.ends_with(last)
+    rest.is_empty().then_some(found)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::matches;
+    use super::{captures, matches};
 
     #[test]
     fn patterns() {
@@ -36,5 +44,16 @@ mod tests {
         ] {
             assert_eq!(matches(pattern, path), expected, "{pattern} {path}");
         }
+    }
+
+    #[test]
+    fn what_stands_for_what() {
+        assert_eq!(captures("a.b", "a.b"), Some(vec![]));
+        assert_eq!(captures("a.*.w", "a.0.w"), Some(vec!["0"]));
+        assert_eq!(captures("a.*.b.*.w", "a.0.b.c.b.w"), Some(vec!["0", "c.b"]));
+        assert_eq!(captures("*", "x.y"), Some(vec!["x.y"]));
+        assert_eq!(captures("*.w", "w"), None);
+        assert_eq!(captures("*é", "xé"), Some(vec!["x"]));
+        assert_eq!(captures("**b", "ab"), Some(vec!["", "a"]));
     }
 }

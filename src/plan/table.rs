@@ -102,6 +102,48 @@ impl PlanTable {
         Ok(Self { axes: axes.iter().map(|(name, size)| ((*name).into(), *size)).collect(), rows, splits })
     }
 
+    /// The table of a model whose float parameters are divided by rows, with padding, over one axis. Running statistics are not, and
+    /// parameters without elements are left out, unless `later` says which dims they will have.
+    pub(crate) fn by_rows<M: Module>(
+        model: &M,
+        axis: &str,
+        ranks: usize,
+        later: &dyn Fn(ParamId) -> Option<Vec<usize>>,
+    ) -> Self {
+        let mut found = Rows::default();
+        model.visit(&mut found);
+        let mut rows = found.rows;
+        for row in &mut rows {
+            if row.dims.contains(&0) {
+                row.dims = later(row.id).unwrap_or_default();
+                (row.padded_dims, row.local_dims) = (row.dims.clone(), row.dims.clone());
+            }
+        }
+        rows.retain(|row| !row.dims.is_empty() && !row.dims.contains(&0));
+        for row in &mut rows {
+            let running = row.path.ends_with("running_mean") || row.path.ends_with("running_var");
+            let divided = row.dtype.is_float() && !running;
+            row.layouts.push(if divided { Layout::Sharded(0) } else { Layout::Replicated });
+            if divided {
+                row.padded_dims[0] = row.dims[0].next_multiple_of(ranks);
+                row.local_dims[0] = row.padded_dims[0] / ranks;
+            }
+            row.bytes = row.local_dims.iter().product::<usize>() * row.dtype.size();
+        }
+        Self { axes: vec![(axis.into(), ranks)], rows, splits: true }
+    }
+
+    /// The table in which no axis divides anything.
+    pub(crate) fn whole(&self) -> Self {
+        let mut table = self.clone();
+        for row in &mut table.rows {
+            row.layouts.fill(Layout::Replicated);
+            (row.padded_dims, row.local_dims) = (row.dims.clone(), row.dims.clone());
+            row.bytes = row.model_bytes();
+        }
+        table
+    }
+
     /// The parameters, in the order in which a visitor meets them.
     pub fn rows(&self) -> &[PlanRow] {
         &self.rows

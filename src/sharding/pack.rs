@@ -150,7 +150,21 @@ impl Pack {
         op: ReduceOp,
         group: &Communicator,
     ) -> Result<Vec<PlainTensor>, Error> {
-        Ok(self.unpack_shards(group.reduce_scatter(self.pack_wholes(wholes)?, op)?))
+        self.reduce_scatter_agreed(wholes, op, group, 0)
+    }
+
+    /// As [`reduce_scatter`](Self::reduce_scatter), where all ranks must bring the same number: which parameters these are of.
+    ///
+    /// # Errors
+    /// Those of [`Communicator::reduce_scatter`].
+    pub(crate) fn reduce_scatter_agreed(
+        &self,
+        wholes: Vec<PlainTensor>,
+        op: ReduceOp,
+        group: &Communicator,
+        number: u64,
+    ) -> Result<Vec<PlainTensor>, Error> {
+        Ok(self.unpack_shards(group.reduce_scatter_agreed(self.pack_wholes(wholes)?, op, number)?))
     }
 }
 

@@ -86,7 +86,7 @@ impl Said {
     fn checked(self, there: u64) -> Result<Entry, String> {
         let Self { dtype: named, shape, data_offsets: [begin, end] } = self;
         if begin > end || end > there {
-            return Err(format!("is said to be at bytes {begin} to {end} of {there}: the file is cut off, or lies"));
+            return Err(format!("is said to be at bytes {begin} to {end} of {there}: it is cut off, or lies"));
         }
         let bits = bits_of(&named).ok_or_else(|| format!("is of the unknown dtype `{named}`"))?;
         let elements = shape.iter().try_fold(1u64, |product, size| product.checked_mul(*size));

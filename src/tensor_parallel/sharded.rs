@@ -10,14 +10,14 @@ use super::TensorParallelConfig;
 use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::delegate::module_of_field;
-use crate::distribution::ModelSplit;
+use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{
     CheckedOptimizers, CustomOps, GRAPHS, GradientLayout, GradientSink, GraphCache, MicroBatch, SameInputs,
     ScaledGradients, SkippedSteps, SplitParam, StepEngine, StepGraph,
 };
 use crate::nesting::{self, refuse_wrapping};
 use crate::params::{self, ParamSlice, SliceSource};
-use crate::partition::ShardReport;
+use crate::partition::{Exchange, ShardReport};
 use crate::plan::PlanTable;
 use crate::step::{StepCounters, StepFn};
 use crate::tensor::{TensorTree, rows};
@@ -136,6 +136,16 @@ impl<M: Module> Sharded<M> {
         self.split.random().set_replica(replica as u64);
     }
 
+    /// This model with the rows of its parts that `shards` leaves to this rank.
+    ///
+    /// # Errors
+    /// Those of [`RowShards::distribute`].
+    pub(crate) fn divided(self, shards: RowShards) -> Result<Self, Error> {
+        let local = shards.distribute(self.local)?;
+        let split = self.split.clone().with_shards(shards);
+        Ok(Self { local, ..self }.with_split(split))
+    }
+
     /// How the model was split.
     pub(crate) fn split(&self) -> &ModelSplit {
         &self.split
@@ -193,10 +203,23 @@ impl<M: Module> StepEngine for Sharded<M> {
         let executor = state.graphs.executor_of(signature, &inputs, step, whole)?;
         let rows = executor.graph().weight.is_none().then_some(rows.unwrap_or(1) as f64);
         let mut units = ScaledGradients::new(rows, unit, sink);
-        let step = executor.step_observed(&self.local, inputs, &mut units)?;
+        if let Some(shards) = self.split.shards() {
+            shards.begin_micro_batch(unit, units.take_factor())?;
+        }
+        let bound = self.split.shards().map_or(Ok(None), |shards| shards.bound(&self.local))?;
+        let step = executor.step_observed(bound.as_ref().unwrap_or(&self.local), inputs, &mut units)?;
         comparison.finish()?;
         self.split.random().advance();
         Ok(MicroBatch { loss: Some(units.loss(&step)), outputs: vec![step.outputs], run: None })
+    }
+
+    fn exchanges<I: TensorTree + Clone>(&mut self, inputs: I, step: StepFn<'_, M, I>) -> Result<Vec<u64>, Error> {
+        let signature = self.split.of_step(&self.local)?;
+        let (inputs, _) = rows(inputs)?;
+        let whole = || self.split.meta_module(&self.local);
+        let mut state = lock(&self.state);
+        let executor = state.graphs.executor_of(signature, &inputs, step, whole)?;
+        Ok(Exchange::words(&executor.operations().filter_map(Exchange::of).collect::<Vec<_>>()))
     }
 
     fn forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
@@ -208,7 +231,9 @@ impl<M: Module> StepEngine for Sharded<M> {
         let signature = self.split.of_forward(&self.local)?;
         let mut state = lock(&self.state);
         let whole = || self.split.meta_module(&self.local);
-        state.graphs.forward_of(signature, &inputs, forward, whole)?.run(&self.local, inputs)
+        let bound = self.split.shards().map_or(Ok(None), |shards| shards.bound(&self.local))?;
+        let captured = state.graphs.forward_of(signature, &inputs, forward, whole)?;
+        captured.run(bound.as_ref().unwrap_or(&self.local), inputs)
     }
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {

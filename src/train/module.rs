@@ -98,7 +98,8 @@ pub trait ParallelModule: Module + sealed::Sealed {
         R: Into<Loss>;
 
     /// Runs a forward pass for evaluation: what `forward` gives, without autodiff, whole on every rank that shares the model.
-    /// Replicas evaluate each for itself.
+    /// Replicas evaluate each for itself, unless they [divide the parameters](crate::sharding::Sharding::Parameters): then each calls this
+    /// as often as the others, with inputs of its own.
     ///
     /// The model is in evaluation mode, as after [`Module::valid`]: no dropout, running statistics in batch norms. Outputs are a
     /// tensor or a structure of tensors. Recorded like [`step`](Self::step); a pipeline puts the outputs of its micro-batches

@@ -8,6 +8,7 @@ use crate::data_parallel::Eager;
 use crate::partition::ShardReport;
 use crate::pipeline_parallel::Pipelined;
 use crate::pipeline_parallel::cut::CutReport;
+use crate::sharding::Sharding;
 use crate::tensor_parallel::Sharded;
 
 /// How a model is run, and what its captured steps were given. Prints as text.
@@ -16,6 +17,8 @@ use crate::tensor_parallel::Sharded;
 pub struct Report {
     /// How many replicas of the model there are.
     pub replicas: usize,
+    /// What they divide among themselves.
+    pub sharding: Sharding,
     /// Whether steps are captured as graphs; else the model's own eager forward runs.
     pub captured: bool,
     /// What the last captured step of a model that is split was given in collectives, and what of it could not be split: one
@@ -35,7 +38,11 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let engine = if self.captured { "captured" } else { "eager" };
-        writeln!(f, "{} replicas, {engine} steps", self.replicas)?;
+        write!(f, "{} replicas, {engine} steps", self.replicas)?;
+        match self.sharding {
+            Sharding::None => writeln!(f)?,
+            sharding => writeln!(f, ", divided among replicas: {sharding}")?,
+        }
         self.shards.iter().try_for_each(|shard| write!(f, "{shard}"))?;
         self.cut.iter().try_for_each(|cut| write!(f, "{cut}"))
     }
@@ -54,13 +61,13 @@ impl<M: Module> Reports for Eager<M> {
 
 impl<M: Module> Reports for Sharded<M> {
     fn report(&self) -> Report {
-        Report { replicas: 1, captured: true, shards: self.shard_reports(), cut: None }
+        Report { replicas: 1, captured: true, shards: self.shard_reports(), ..Report::default() }
     }
 }
 
 impl<M: Module> Reports for Pipelined<M> {
     fn report(&self) -> Report {
         let (cut, shards) = self.reports();
-        Report { replicas: 1, captured: true, shards, cut }
+        Report { replicas: 1, captured: true, shards, cut, ..Report::default() }
     }
 }

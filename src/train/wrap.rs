@@ -15,7 +15,7 @@ use crate::data_parallel::{DataParallelConfig, Join, JoinLoader, Replica};
 use crate::graph::{CheckedOptimizers, GradientLayout, SplitParam, StepEngine, TensorTree};
 use crate::params::{ParamSlice, SliceSource};
 use crate::pipeline_parallel::{PipelineConfig, Pipelined};
-use crate::sharding::ShardComms;
+use crate::sharding::{ShardComms, Sharding};
 use crate::step::{Loss, Step, StepCounters, StepFn};
 use crate::tensor_parallel::Sharded;
 
@@ -76,7 +76,7 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
     }
 
     fn report(&self) -> Report {
-        Report { replicas: self.group().size(), ..self.engine().report() }
+        Report { replicas: self.group().size(), sharding: self.sharding(), ..self.engine().report() }
     }
 
     fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
@@ -197,14 +197,18 @@ impl<M: Module> Pipelined<M> {
     ///
     /// All replicas take the values and ids of the first, and draw different random numbers: now, if the model is cut already
     /// (by paths, or after [`prepare`](Self::prepare)), or in the first step, which cuts it, and to which every replica brings a
-    /// micro-batch then. Lazy parameters of this rank's stages are made then.
+    /// micro-batch then. Lazy parameters of this rank's stages are made then; if the replicas
+    /// [divide the parameters](Sharding::Parameters), they stay lazy, and all of this is done now, but for the cut.
     ///
     /// # Errors
     /// [`Error::ModelMismatch`] if the ranks of `group` hold different stages; those of [`Communicator`].
     pub fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replica<Self>, Error> {
         self.same_parts(group)?;
         self.draw_as(group.rank());
-        Replica::new(self, group, config)
+        match group.size() > 1 && config.sharding == Sharding::Parameters {
+            true => Replica::by_rows(self, group, &config, Self::divided),
+            false => Replica::new(self, group, config),
+        }
     }
 }
 
@@ -226,7 +230,8 @@ impl<M: Module> Sharded<M> {
     /// averaged over `group` while the backward pass still runs. Collective over `group`, in which every rank holds the same
     /// parts: the axis of a [`Mesh`](crate::mesh::Mesh) that is not the one of the split.
     ///
-    /// All replicas take the values and ids of the first. Lazy parameters are made now. Replicas draw different random numbers,
+    /// All replicas take the values and ids of the first. Lazy parameters are made now, unless the replicas
+    /// [divide the parameters](Sharding::Parameters). They draw different random numbers,
     /// all of the same [seed](Sharded::seed), from the [step](Sharded::random_step) on that this model has reached.
     ///
     /// # Errors
@@ -234,6 +239,9 @@ impl<M: Module> Sharded<M> {
     pub fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replica<Self>, Error> {
         self.split().same_parts(group)?;
         self.draw_as(group.rank());
-        Replica::new(self, group, config)
+        match group.size() > 1 && config.sharding == Sharding::Parameters {
+            true => Replica::by_rows(self, group, &config, Self::divided),
+            false => Replica::new(self, group, config),
+        }
     }
 }

@@ -5,6 +5,7 @@ mod common;
 #[path = "../common/transport_suite/mod.rs"]
 mod transport_suite;
 
+mod channel_transport;
 mod collectives;
 mod failures;
 mod layout;

@@ -46,7 +46,7 @@ impl Transport for Forwarding {
                 }
                 bytes
             }
-            (Operation::AllGather | Operation::ReduceScatter(_), Transfer::Through { input, output }) => {
+            (Operation::AllGather | Operation::ReduceScatter(_), Transfer::OutOfPlace { input, output }) => {
                 // SAFETY: it is of f32, and lent for reading.
                 let rows = unsafe { std::slice::from_raw_parts(input.as_ptr().cast::<f32>(), input.elements()) };
                 let mut dims = call.extent.dims().to_vec();

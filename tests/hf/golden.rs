@@ -9,8 +9,8 @@ use crate::folder;
 /// What PyTorch has made of a directory in steps of AdamW.
 #[derive(serde::Deserialize)]
 pub struct Golden {
-    tokens: Vec<Vec<Vec<i64>>>,
-    losses: Vec<f64>,
+    pub tokens: Vec<Vec<Vec<i64>>>,
+    pub losses: Vec<f64>,
 }
 
 /// The models of the directories.
@@ -85,13 +85,13 @@ fn biases() -> Plan {
 }
 
 impl Golden {
-    /// Demands that a first step has the loss that PyTorch has.
-    pub fn check<P: ParallelModule<Model = CausalLm>>(
+    /// The loss of a first step of one replica.
+    pub fn loss<P: ParallelModule<Model = CausalLm>>(
         &self,
         model: &mut P,
-        (replica, replicas): (usize, usize),
-        tolerance: f64,
-    ) -> Result<(), Error> {
+        share: (usize, usize),
+    ) -> Result<f64, Error> {
+        let (replica, replicas) = share;
         let rows = &self.tokens[0];
         let dims = [rows.len(), rows[0].len()];
         let device = Device::flex().autodiff();
@@ -101,7 +101,17 @@ impl Golden {
             let [rows, length] = tokens.dims();
             Loss::mean(model.loss(tokens), (rows * (length - 1)) as f64)
         })?;
-        let (found, expected) = (step.loss.item(), self.losses[0]);
+        Ok(step.loss.item())
+    }
+
+    /// Demands that a first step has the loss that PyTorch has.
+    pub fn check<P: ParallelModule<Model = CausalLm>>(
+        &self,
+        model: &mut P,
+        share: (usize, usize),
+        tolerance: f64,
+    ) -> Result<(), Error> {
+        let (found, expected) = (self.loss(model, share)?, self.losses[0]);
         assert!((found - expected).abs() <= tolerance * expected, "{found}, not {expected}");
         Ok(())
     }

@@ -3,10 +3,12 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod adapter;
 mod damage;
 mod golden;
 mod load;
 mod mappings;
+mod records;
 mod save;
 
 use std::path::{Path, PathBuf};

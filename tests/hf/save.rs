@@ -22,7 +22,7 @@ fn through(name: Name, from: &Path, axes: [usize; 3], to: &Path, config: &SaveCo
 }
 
 /// Demands that two directories have the same tensors, bit for bit.
-fn same(one: &Path, other: &Path) {
+pub fn same(one: &Path, other: &Path) {
     let (mut one, mut other) = (hf::open(one).unwrap(), hf::open(other).unwrap());
     let names: Vec<String> = one.names().map(Into::into).collect();
     assert_eq!(names, other.names().collect::<Vec<_>>());

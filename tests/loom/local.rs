@@ -1,19 +1,21 @@
-//! Models of the rendezvous and its bell, checked by loom over every interleaving and every permitted reordering.
+//! Models of the barrier and its eventcount, checked by loom over every interleaving and every permitted reordering.
 //!
 //! The two files are compiled here against `sync`, made of loom's primitives, so what is checked is the text that runs.
-//! Loom finds lost wake-ups (as deadlocks), data races on posts and buffers (its `UnsafeCell` knows who looked when), and
-//! the assertions below: of a meeting either every rank does its share or none does, and nobody goes on before all are
-//! done.
+//! Loom finds lost wake-ups (as deadlocks), data races on descriptors and buffers (its `UnsafeCell` knows who accessed
+//! when), and the assertions below: in a collective either every rank does its share or none does, and no rank
+//! continues before all are done.
 //!
-//! Time is a thread of its own, the *clock*: when it strikes, `remaining` is `None` from then on, and whoever sleeps with
-//! a time-out wakes, as the operating system would have it. It may strike at any moment.
+//! Time is a thread of its own, the *clock*: when it strikes, `remaining` is `None` from then on, and whoever sleeps
+//! with a time-out wakes, as the operating system would have it. It may strike at any moment.
 #![allow(dead_code, reason = "the files are used here in part")]
 #![allow(clippy::duplicate_mod, reason = "once on loom's primitives, once on the usual ones")]
 
-#[path = "../../src/comm/local/bell.rs"]
-mod bell;
-#[path = "../../src/comm/local/rendezvous.rs"]
-mod rendezvous;
+#[path = "../../src/comm/backoff.rs"]
+mod backoff;
+#[path = "../../src/comm/local/barrier.rs"]
+mod barrier;
+#[path = "../../src/comm/local/event_count.rs"]
+mod event_count;
 
 /// Loom's primitives under the names of `src/comm/local/sync.rs`.
 mod sync {
@@ -78,7 +80,7 @@ mod sync {
         }
     }
 
-    /// Time, as far as the bell made last is concerned.
+    /// The clock of the eventcount made last.
     #[derive(Clone)]
     pub(super) struct Clock {
         struck: Arc<loom::sync::atomic::AtomicBool>,
@@ -87,7 +89,7 @@ mod sync {
     }
 
     impl Clock {
-        pub(super) fn of_last_bell() -> Self {
+        pub(super) fn of_last_event_count() -> Self {
             let (lock, wake) = LAST.take();
             let struck = Arc::new(loom::sync::atomic::AtomicBool::new(false));
             Self { struck, lock: lock.unwrap(), wake: wake.unwrap() }
@@ -111,25 +113,26 @@ use std::time::Duration;
 
 use loom::thread;
 
-use bell::{Bell, Patience};
-use rendezvous::{Interrupted, Rendezvous};
+use backoff::Backoff;
+use barrier::{Barrier, Interrupted};
+use event_count::EventCount;
 use sync::{AtomicUsize, Clock, Ordering, UnsafeCell};
 
 use crate::explore::explore;
 
 /// Sleeps at once: in a model, spinning adds executions and no behaviour that a later look would not have.
-const SLEEPY: Patience = Patience { spins: 0, yields: 0 };
+const SLEEPY: Backoff = Backoff::SLEEP;
 
 fn unlimited() -> Option<Duration> {
     Some(Duration::from_secs(1))
 }
 
-/// A group of ranks that all-reduce: each owns one cell per rank, and in a meeting each sums its share of everybody's
-/// cells and writes the sum into all of them.
+/// A group of ranks that all-reduce: each owns one cell per rank, and in a collective each sums its share of
+/// everybody's cells and writes the sum into all of them.
 struct World {
-    rendezvous: Rendezvous<usize>,
+    barrier: Barrier<usize>,
     cells: Vec<Vec<UnsafeCell<usize>>>,
-    /// Shares done, meeting by meeting. Not modelled: it only judges.
+    /// Shares done in each collective. Not modelled: it only checks.
     shares: [Tally; 2],
 }
 
@@ -140,30 +143,33 @@ unsafe impl Send for World {}
 impl World {
     fn new(size: usize) -> Arc<Self> {
         Arc::new(Self {
-            rendezvous: Rendezvous::new(size),
+            barrier: Barrier::new(size),
             cells: (0..size).map(|_| (0..size).map(|_| UnsafeCell::new(0)).collect()).collect(),
             shares: Default::default(),
         })
     }
 
-    /// The `meeting`-th all-reduce of `rank`.
+    /// The `sequence`-th all-reduce of `rank`.
     fn all_reduce(
         &self,
         rank: usize,
-        meeting: usize,
-        patience: Patience,
+        sequence: usize,
+        backoff: Backoff,
         remaining: impl FnMut() -> Option<Duration>,
     ) -> Result<(), Interrupted> {
         let size = self.cells.len();
-        let mine = |rank: usize| 10 * meeting + rank + 1;
+        let mine = |rank: usize| 10 * sequence + rank + 1;
         for cell in &self.cells[rank] {
             cell.with_mut(|cell| unsafe { *cell = mine(rank) });
         }
-        // SAFETY: each rank is one thread and counts its meetings.
-        let met = unsafe {
-            self.rendezvous.meet(rank, meeting as u64, mine(rank), patience, remaining, |posts| {
-                self.shares[meeting].fetch_add(1, SeqCst);
-                assert!((0..size).all(|other| posts.get(other) == mine(other)), "every rank sees the posts of all");
+        // SAFETY: each rank is one thread and counts its collectives.
+        let outcome = unsafe {
+            self.barrier.enter(rank, sequence as u64, mine(rank), backoff, remaining, |descriptors| {
+                self.shares[sequence].fetch_add(1, SeqCst);
+                assert!(
+                    (0..size).all(|other| descriptors.get(other) == mine(other)),
+                    "every rank sees the descriptors of all"
+                );
                 let sum: usize = self.cells.iter().map(|cells| cells[rank].with(|cell| *cell)).sum();
                 for cells in &self.cells {
                     cells[rank].with_mut(|cell| *cell = sum);
@@ -171,14 +177,14 @@ impl World {
             })
         };
         // The buffers are ours again, whatever happened: loom objects if another rank may still touch them.
-        let expected = if met.is_ok() { (0..size).map(mine).sum() } else { mine(rank) };
+        let expected = if outcome.is_ok() { (0..size).map(mine).sum() } else { mine(rank) };
         for cell in &self.cells[rank] {
             assert_eq!(cell.with(|cell| unsafe { *cell }), expected);
         }
-        if met.is_ok() {
-            assert_eq!(self.shares[meeting].load(SeqCst), size, "nobody goes on before all have done their share");
+        if outcome.is_ok() {
+            assert_eq!(self.shares[sequence].load(SeqCst), size, "nobody goes on before all have done their share");
         }
-        met
+        outcome
     }
 }
 
@@ -194,7 +200,7 @@ fn run<R: Send + 'static>(size: usize, rank: impl Fn(usize) -> R + Clone + Send 
     std::iter::once(first).chain(others.into_iter().map(|other| other.join().unwrap())).collect()
 }
 
-/// Of the first meeting either all ranks did their share and were told so, or none was.
+/// In the first collective either all ranks did their share and were told so, or none was.
 fn all_or_none(world: &World, results: &[Result<(), Interrupted>]) {
     let done = results.iter().filter(|result| result.is_ok()).count();
     assert!(done == 0 || done == results.len(), "some went and some stayed: {results:?}");
@@ -203,30 +209,30 @@ fn all_or_none(world: &World, results: &[Result<(), Interrupted>]) {
 
 #[test]
 fn a_ring_is_never_missed() {
-    for patience in [SLEEPY, Patience { spins: 1, yields: 1 }] {
-        explore("bell, one sleeper", None, move || {
-            let (bell, ready) = (Arc::new(Bell::new()), Arc::new(AtomicUsize::new(0)));
-            let (their_bell, theirs) = (bell.clone(), ready.clone());
-            let ringer = thread::spawn(move || {
+    for backoff in [SLEEPY, Backoff { spins: 1, yields: 1 }] {
+        explore("event_count, one sleeper", None, move || {
+            let (event_count, ready) = (Arc::new(EventCount::new()), Arc::new(AtomicUsize::new(0)));
+            let (their_event_count, theirs) = (event_count.clone(), ready.clone());
+            let notifier = thread::spawn(move || {
                 theirs.store(1, Ordering::Relaxed);
-                their_bell.ring();
+                their_event_count.notify();
             });
-            assert!(bell.wait(patience, || ready.load(Ordering::Relaxed) == 1, unlimited));
-            ringer.join().unwrap();
+            assert!(event_count.wait(backoff, || ready.load(Ordering::Relaxed) == 1, unlimited));
+            notifier.join().unwrap();
         });
     }
 }
 
 #[test]
 fn a_ring_wakes_every_sleeper() {
-    explore("bell, two sleepers for two ringers", None, || {
-        let (bell, ready) = (Arc::new(Bell::new()), Arc::new(AtomicUsize::new(0)));
+    explore("event_count, two sleepers for two ringers", None, || {
+        let (event_count, ready) = (Arc::new(EventCount::new()), Arc::new(AtomicUsize::new(0)));
         let part = move |index: usize| {
             if index == 0 {
                 ready.fetch_add(1, Ordering::Relaxed);
-                bell.ring();
+                event_count.notify();
             }
-            assert!(bell.wait(SLEEPY, || ready.load(Ordering::Relaxed) == 1, unlimited));
+            assert!(event_count.wait(SLEEPY, || ready.load(Ordering::Relaxed) == 1, unlimited));
         };
         run(3, part);
     });
@@ -234,12 +240,12 @@ fn a_ring_wakes_every_sleeper() {
 
 #[test]
 fn a_wait_ends_when_time_is_up() {
-    explore("bell, nobody rings", None, || {
-        let bell = Arc::new(Bell::new());
-        let clock = Clock::of_last_bell();
+    explore("event_count, nobody rings", None, || {
+        let event_count = Arc::new(EventCount::new());
+        let clock = Clock::of_last_event_count();
         let striking = clock.clone();
         let time = thread::spawn(move || striking.strike());
-        assert!(!bell.wait(SLEEPY, || false, || clock.remaining()));
+        assert!(!event_count.wait(SLEEPY, || false, || clock.remaining()));
         time.join().unwrap();
     });
 }
@@ -249,7 +255,7 @@ fn two_ranks_meet_twice() {
     explore("2 ranks, 2 meetings", Some(3), || {
         let world = World::new(2);
         let results = run(2, move |rank| {
-            (0..2).map(|meeting| world.all_reduce(rank, meeting, SLEEPY, unlimited)).collect::<Vec<_>>()
+            (0..2).map(|sequence| world.all_reduce(rank, sequence, SLEEPY, unlimited)).collect::<Vec<_>>()
         });
         assert_eq!(results, vec![vec![Ok(()); 2]; 2]);
     });
@@ -257,24 +263,24 @@ fn two_ranks_meet_twice() {
 
 #[test]
 fn two_ranks_meet_once() {
-    for patience in [SLEEPY, Patience { spins: 1, yields: 0 }] {
-        explore("2 ranks, 1 meeting", Some(4), move || {
+    for backoff in [SLEEPY, Backoff { spins: 1, yields: 0 }] {
+        explore("2 ranks, 1 sequence", Some(4), move || {
             let world = World::new(2);
-            assert_eq!(run(2, move |rank| world.all_reduce(rank, 0, patience, unlimited)), [Ok(()); 2]);
+            assert_eq!(run(2, move |rank| world.all_reduce(rank, 0, backoff, unlimited)), [Ok(()); 2]);
         });
     }
 }
 
 #[test]
-fn three_ranks_meet() {
-    explore("3 ranks, 1 meeting", Some(2), || {
+fn three_ranks_enter() {
+    explore("3 ranks, 1 sequence", Some(2), || {
         let world = World::new(3);
         assert_eq!(run(3, move |rank| world.all_reduce(rank, 0, SLEEPY, unlimited)), [Ok(()); 3]);
     });
     explore("3 ranks, 2 meetings", Some(1), || {
         let world = World::new(3);
         let results = run(3, move |rank| {
-            (0..2).map(|meeting| world.all_reduce(rank, meeting, SLEEPY, unlimited)).collect::<Vec<_>>()
+            (0..2).map(|sequence| world.all_reduce(rank, sequence, SLEEPY, unlimited)).collect::<Vec<_>>()
         });
         assert_eq!(results, vec![vec![Ok(()); 2]; 3]);
     });
@@ -286,13 +292,13 @@ fn an_abort_at_any_moment_reaches_all() {
         explore(&format!("{size} ranks, abort"), preemptions, move || {
             let world = World::new(size);
             let aborting = world.clone();
-            let other = thread::spawn(move || aborting.rendezvous.abort());
+            let other = thread::spawn(move || aborting.barrier.abort());
             let ranks = world.clone();
             let results = run(size, move |rank| ranks.all_reduce(rank, 0, SLEEPY, unlimited));
             other.join().unwrap();
             all_or_none(&world, &results);
             assert!(results.iter().all(|result| matches!(result, Ok(()) | Err(Interrupted::Aborted))));
-            assert_eq!(world.rendezvous.interruption(), Some(Interrupted::Aborted));
+            assert_eq!(world.barrier.interruption(), Some(Interrupted::Aborted));
         });
     }
 }
@@ -305,7 +311,7 @@ fn a_rank_that_leaves_is_not_waited_for() {
         let results = run(2, move |rank| match rank {
             0 => ranks.all_reduce(0, 0, SLEEPY, unlimited),
             _ => {
-                ranks.rendezvous.leave();
+                ranks.barrier.leave();
                 Err(Interrupted::Left)
             }
         });
@@ -319,7 +325,7 @@ fn a_rank_that_leaves_is_not_waited_for() {
             match rank {
                 0 => (first, ranks.all_reduce(0, 1, SLEEPY, unlimited)),
                 _ => {
-                    ranks.rendezvous.leave();
+                    ranks.barrier.leave();
                     (first, Err(Interrupted::Left))
                 }
             }
@@ -331,7 +337,7 @@ fn a_rank_that_leaves_is_not_waited_for() {
         let ranks = world.clone();
         let results = run(3, move |rank| match rank {
             2 => {
-                ranks.rendezvous.leave();
+                ranks.barrier.leave();
                 Err(Interrupted::Left)
             }
             _ => ranks.all_reduce(rank, 0, SLEEPY, unlimited),
@@ -346,7 +352,7 @@ fn time_runs_out_for_all_or_for_none() {
     for (size, watchers, preemptions) in [(2, 1, Some(2)), (2, 2, Some(2)), (3, 3, Some(1))] {
         explore(&format!("{size} ranks, time runs out for {watchers}"), preemptions, move || {
             let world = World::new(size);
-            let clock = Clock::of_last_bell();
+            let clock = Clock::of_last_event_count();
             let striking = clock.clone();
             let time = thread::spawn(move || striking.strike());
             let ranks = world.clone();
@@ -366,7 +372,7 @@ fn time_runs_out_for_all_or_for_none() {
 fn a_rank_that_never_comes_is_given_up() {
     explore("2 of 3 ranks come, time runs out", Some(2), || {
         let world = World::new(3);
-        let clock = Clock::of_last_bell();
+        let clock = Clock::of_last_event_count();
         let striking = clock.clone();
         let time = thread::spawn(move || striking.strike());
         let ranks = world.clone();
@@ -382,8 +388,10 @@ fn a_rank_that_never_comes_is_given_up() {
 /// The same files on the primitives that they run on, for what loom cannot model: unwinding.
 #[path = "../../src/comm/local"]
 mod plain {
-    mod bell;
-    mod rendezvous;
+    use super::backoff;
+
+    mod barrier;
+    mod event_count;
     mod sync;
 
     use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -392,11 +400,11 @@ mod plain {
 
     #[test]
     fn a_rank_that_panics_at_work_departs_when_all_have() {
-        let (rendezvous, working) = (rendezvous::Rendezvous::new(3), super::Tally::new(0));
-        let patience = bell::Patience { spins: 10, yields: 10 };
-        let meet = |rank: usize, meeting: u64| {
+        let (barrier, working) = (barrier::Barrier::new(3), super::Tally::new(0));
+        let backoff = super::Backoff { spins: 10, yields: 10 };
+        let enter = |rank: usize, sequence: u64| {
             let remaining = || Some(Duration::from_secs(1));
-            let work = |_: &rendezvous::Posts<'_, ()>| match rank {
+            let work = |_: &barrier::Descriptors<'_, ()>| match rank {
                 // Without a message on the way.
                 1 => resume_unwind(Box::new(())),
                 _ => {
@@ -406,15 +414,15 @@ mod plain {
                 }
             };
             // SAFETY: each rank is one thread and counts its meetings.
-            unsafe { rendezvous.meet(rank, meeting, (), patience, remaining, work) }
+            unsafe { barrier.enter(rank, sequence, (), backoff, remaining, work) }
         };
         thread::scope(|scope| {
             for rank in 0..3 {
-                let (meet, working) = (&meet, &working);
+                let (enter, working) = (&enter, &working);
                 scope.spawn(move || {
-                    for meeting in 0..3 {
-                        let met = catch_unwind(AssertUnwindSafe(|| meet(rank, meeting)));
-                        assert_eq!(met.is_err(), rank == 1);
+                    for sequence in 0..3 {
+                        let outcome = catch_unwind(AssertUnwindSafe(|| enter(rank, sequence)));
+                        assert_eq!(outcome.is_err(), rank == 1);
                         assert_eq!(working.load(super::SeqCst), 0, "nobody is at work on a buffer that is freed");
                     }
                 });

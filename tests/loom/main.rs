@@ -1,5 +1,6 @@
-//! Models of what threads and processes meet by, checked by loom over every interleaving and every permitted reordering.
+//! Models of the synchronization between threads and processes, checked by loom over every interleaving and every
+//! permitted reordering.
 
-mod board;
 mod explore;
 mod local;
+mod shared_memory;

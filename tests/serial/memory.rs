@@ -2,7 +2,6 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::io::Cursor;
 use std::sync::atomic::AtomicIsize;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -10,7 +9,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::{BatchNorm, BatchNormConfig, Linear, LinearConfig};
 use burn::optim::{AdamConfig, ModuleOptimizer};
 use burn::prelude::*;
-use burn_parallel::params::Safetensors;
+use burn_parallel::hf::Weights;
 use burn_parallel::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -121,10 +120,10 @@ fn a_model_that_is_loaded_is_never_whole_on_any_rank() {
     let store = store();
     let expected = {
         let device = Device::flex().autodiff();
-        let mut source = Safetensors::new(Cursor::new(store.as_slice())).unwrap();
+        let mut source = Weights::from_bytes(store.clone()).unwrap();
         let outcomes = launch::threads(1).run(|rank| {
             let model = Mlp::new(&device).tensor_parallel(&rank, plan())?;
-            let mut source = Safetensors::new(Cursor::new(store.as_slice()))?;
+            let mut source = Weights::from_bytes(store.clone())?;
             Ok(model.load(&mut source)?.step(rows(&device), |m, x| m.loss(x))?.loss.item() as f32)
         });
         assert!(source_is_whole(&mut source));
@@ -134,10 +133,10 @@ fn a_model_that_is_loaded_is_never_whole_on_any_rank() {
         launch::threads(degree)
             .run(|rank| {
                 let device = rank.device().autodiff();
+                let mut source = Weights::from_bytes(store.clone())?;
                 LARGEST.set(0);
                 let model = Mlp::new(&device).tensor_parallel(&rank, plan())?;
                 assert!(is_lazy(model.local()), "wrapping makes no parameter");
-                let mut source = Safetensors::new(Cursor::new(store.as_slice()))?;
                 let header = source.bytes_read();
                 let mut model = model.load(&mut source)?;
                 let loss = model.step(rows(&device), |m, x| m.loss(x))?.loss.item() as f32;
@@ -151,7 +150,7 @@ fn a_model_that_is_loaded_is_never_whole_on_any_rank() {
     }
 }
 
-fn source_is_whole(source: &mut Safetensors<Cursor<&[u8]>>) -> bool {
+fn source_is_whole(source: &mut Weights) -> bool {
     use burn_parallel::params::SliceSource;
     let data = source.read("down.bias", std::slice::from_ref(&(3..5))).unwrap();
     data.iter::<f32>().collect::<Vec<_>>() == [(24 % 13) as f32 / 130.0 - 0.05, (31 % 13) as f32 / 130.0 - 0.05]
@@ -196,7 +195,7 @@ fn sources_that_do_not_fit() {
     let load = |model: fn(&Device) -> Mlp, bytes: &[u8]| {
         let error = launch::threads(1).run(|rank| {
             let model = model(&rank.device().autodiff()).tensor_parallel(&rank, plan())?;
-            model.load(&mut Safetensors::new(Cursor::new(bytes))?).map(drop)
+            model.load(&mut Weights::from_bytes(bytes.to_vec())?).map(drop)
         });
         error.unwrap_err().to_string()
     };

@@ -1,12 +1,10 @@
 //! Vocabularies and widths that the number of ranks does not divide: `Plan::vocabulary` and `Plan::shard_padded`.
 
-use std::io::Cursor;
-
 use burn::module::Module;
 use burn::nn::{Embedding, EmbeddingConfig, Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::params::Safetensors;
+use burn_parallel::hf::Weights;
 use burn_parallel::partition::{Collective, CollectiveKind, ShardReport};
 use burn_parallel::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
@@ -205,7 +203,7 @@ fn parts_are_loaded_from_a_store_of_whole_parameters() {
         launch::threads(degree)
             .run(|rank| {
                 let model = Lm::new(&device()).tensor_parallel(&rank, whole_plan())?;
-                let model = model.load(&mut Safetensors::new(Cursor::new(store.as_slice()))?)?;
+                let model = model.load(&mut Weights::from_bytes(store.clone())?)?;
                 let head: Vec<f32> = model.assemble()?.head.weight.val().into_data().try_to_vec().unwrap();
                 let expected: Vec<f32> = (0..WIDTH * WORDS).map(|index| value(5, index)).collect();
                 assert_eq!(head, expected);

@@ -5,3 +5,4 @@ mod common;
 
 mod grad_norm;
 mod zero;
+mod zero_captured;

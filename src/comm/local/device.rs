@@ -1,20 +1,21 @@
-//! Device data between threads: ranks that share a GPU, or have several in one process.
+//! Collectives and messages on device tensors between threads: ranks that share a GPU, or have several in one process.
 //!
-//! A rank lays its tensor, a handle to a buffer on the device, on the group's board, meets the others, and takes the handles
-//! of all. What is to be computed of them it enqueues on its own stream, with kernels of burn or of its own; CubeCL makes that stream wait
-//! for the streams that write the buffers. Nothing is copied to the host, and the host does not wait for the device.
+//! A rank puts its tensor, a handle to a buffer on the device, into the group's device exchange, synchronizes with the
+//! others, and takes the handles of all. It enqueues its computation on its own stream, with kernels of burn or of its
+//! own; CubeCL makes that stream wait for the streams that write the buffers. Nothing is copied to the host, and the
+//! host does not wait for the device.
 //!
-//! **Who may write to a buffer?** Streams wait for whoever has *written* what they read, not for whoever still *reads* what
-//! they write. burn writes in place to a buffer of which nobody else holds a handle, and a rank lets go of a foreign handle
-//! when it has enqueued its kernels, long before those have run. So what a rank lays out must be nobody's to write to
-//! afterwards:
+//! **Who may write to a buffer?** Streams wait for whoever has *written* what they read, not for whoever still *reads*
+//! what they write. burn writes in place to a buffer with a single handle, and a rank drops a foreign handle when it
+//! has enqueued its kernels, long before those have run. So no one may write afterwards to a tensor that a rank has
+//! exchanged:
 //!
-//! - a tensor of which the rank keeps another handle is copied before it is laid out or sent;
+//! - a tensor of which the rank keeps another handle is copied before it is exchanged or sent;
 //! - a rank holds the handles of all until it has enqueued its work, so that its own kernels write elsewhere;
 //! - a result that would be the buffer of another rank, as in a broadcast, is copied.
 //!
-//! Ranks of one group may have different devices. What another device holds goes through host memory then, and the host
-//! waits for it; NCCL, on top of such a group, spares both.
+//! Ranks of one group may have different devices. Tensors of another device go through host memory then, and the host
+//! waits for them; NCCL, on top of such a group, avoids both.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -24,23 +25,23 @@ use burn::backend::DispatchDevice;
 use burn::tensor::{Bool, DType, Device, Float, Int, Tensor};
 use burn_cubecl::CubeDevice;
 
-use super::fold::fold;
-use super::group::lock;
+use super::device_reduce::fold;
 use super::transport::LocalTransport;
 use crate::Error;
 use crate::comm::coalesced::pieces_on_device;
 use crate::comm::device::{
     DeviceTensor, DeviceTransport, bytes_moved, exclusive, flat, from_device, rows_received, to_device, with_dims,
 };
+use crate::comm::lock::lock;
 use crate::comm::payload::on_device;
 use crate::comm::{Arrival, Call, Extent, Operation, ReduceOp, TensorKind, Transfer, Transport, part, reduce};
 
-/// All-reduces of fewer elements are computed by every rank for itself: a second meeting would take longer.
+/// All-reduces of fewer elements are computed by every rank for itself: a second exchange would take longer.
 const SMALL: usize = 1 << 14;
 
-/// Where ranks lay what stays on the device, by the number of the exchange.
+/// The tensors that ranks exchange, by the number of the exchange.
 #[derive(Debug, Default)]
-pub(super) struct Board(Mutex<HashMap<u64, Exchange>>);
+pub(super) struct DeviceExchange(Mutex<HashMap<u64, Exchange>>);
 
 #[derive(Debug)]
 struct Exchange {
@@ -49,26 +50,26 @@ struct Exchange {
 }
 
 impl LocalTransport {
-    /// Meets the others in `call`, and returns what all ranks have brought.
+    /// Exchanges tensors with the other ranks in `call`, and returns those of all.
     fn exchange(&self, call: &Call, tensor: DeviceTensor) -> Result<Vec<DeviceTensor>, Error> {
-        let (size, board) = (self.size(), &self.board().0);
+        let (size, device_exchange) = (self.size(), &self.device_exchange().0);
         let number = self.next_exchange();
         let tensor = if size == 1 { tensor } else { exclusive(tensor) };
         let empty = || Exchange { tensors: vec![None; size], fetched: 0 };
-        lock(board).entry(number).or_insert_with(empty).tensors[self.rank()] = Some(tensor);
+        lock(device_exchange).entry(number).or_insert_with(empty).tensors[self.rank()] = Some(tensor);
         if let Err(error) = self.collective(call, Transfer::Nothing) {
-            // The world is over.
-            lock(board).remove(&number);
+            // The world has failed.
+            lock(device_exchange).remove(&number);
             return Err(error);
         }
-        let mut board = lock(board);
-        let missing = || Error::invalid(call.operation.name(), "a rank brought no tensor to the meeting");
-        let exchange = board.get_mut(&number).ok_or_else(missing)?;
+        let mut device_exchange = lock(device_exchange);
+        let missing = || Error::invalid(call.operation.name(), "a rank has put no tensor into the exchange");
+        let exchange = device_exchange.get_mut(&number).ok_or_else(missing)?;
         exchange.fetched += 1;
         let last = exchange.fetched == size;
         let tensors = exchange.tensors.iter().cloned().collect::<Option<Vec<_>>>();
         if last {
-            board.remove(&number);
+            device_exchange.remove(&number);
         }
         tensors.ok_or_else(missing)
     }
@@ -79,8 +80,8 @@ impl LocalTransport {
         tensors: &[DeviceTensor],
     ) -> Result<(Vec<DeviceTensor>, u64), Error> {
         let call = pieces_on_device(op, tensors)?;
-        let (reduced, bytes) = self.run_as::<K>(call, joined::<K>(tensors)?)?;
-        Ok((parted::<K>(reduced, tensors)?, bytes))
+        let (reduced, bytes) = self.run_as::<K>(call, concatenated::<K>(tensors)?)?;
+        Ok((split_like::<K>(reduced, tensors)?, bytes))
     }
 
     fn run_as<K: Scale>(&self, call: Call, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error> {
@@ -97,14 +98,14 @@ impl LocalTransport {
         let all = self.exchange(&call, brought)?;
         let rows: Vec<usize> = all.iter().map(|tensor| Extent::new(&tensor.meta.shape().to_vec()).rows()).collect();
         let rows = match operation {
-            // Scaled tensors lie flat; these operations take equal dims anyway.
+            // Scaled tensors are flat; these operations take equal dims anyway.
             Operation::AllReduce(_) | Operation::ReduceScatter(_) | Operation::Reduce { .. } => {
                 vec![call.extent.rows(); size]
             }
             _ => rows,
         };
         let (width, dims) = match operation {
-            // The others bring nothing that counts.
+            // The tensors of the others do not count.
             Operation::Scatter { root } => {
                 let dims = all[root].meta.shape().to_vec();
                 (dims.iter().skip(1).product(), dims)
@@ -113,7 +114,7 @@ impl LocalTransport {
         };
         let device = all[rank].device.clone();
         let take =
-            |from: usize, rows: Range<usize>| bring::<K>(&all[from], rows.start * width..rows.end * width, &device);
+            |from: usize, rows: Range<usize>| fetch::<K>(&all[from], rows.start * width..rows.end * width, &device);
         let parts = |rows_of: &dyn Fn(usize) -> Range<usize>| {
             let parts: Vec<_> =
                 (0..size).map(|from| (from, rows_of(from))).filter(|(_, rows)| !rows.is_empty()).collect();
@@ -124,16 +125,16 @@ impl LocalTransport {
         };
         let everything = |from: usize| 0..rows[from];
         let folded = |elements: Range<usize>, op: ReduceOp| match size {
-            1 if all[rank].dtype == dtype => Ok(bring::<K>(&all[rank], elements, &device)),
+            1 if all[rank].dtype == dtype => Ok(fetch::<K>(&all[rank], elements, &device)),
             _ => fold_here::<K>(&all, elements, op, dtype, &device).map(from_device::<1, K>),
         };
         let result = match operation {
             Operation::AllReduce(op) if size > 1 && call.extent.elements() >= SMALL => {
-                // As on the host: everybody folds a share, and all put the shares together.
+                // As on the host: every rank reduces a share, and all concatenate the shares.
                 let share = part(call.extent.elements(), size, rank);
                 let folded = fold_here::<K>(&all, share, op, dtype, &device)?;
                 let shares = self.exchange(&call, folded)?;
-                let whole = |share: &DeviceTensor| bring::<K>(share, 0..share.meta.shape()[0], &device);
+                let whole = |share: &DeviceTensor| fetch::<K>(share, 0..share.meta.shape()[0], &device);
                 Tensor::cat(shares.iter().map(whole).collect(), 0)
             }
             Operation::AllReduce(op) => folded(0..call.extent.elements(), op)?,
@@ -159,7 +160,7 @@ impl LocalTransport {
         }
         let bytes = bytes_moved(&operation, &rows, rank, width, dtype);
         let result = with_dims(to_device(result)?, dims);
-        // Still while all are held: what is somebody's own is told by that.
+        // While all handles are held: `exclusive` finds out by them whether the buffer is somebody else's.
         let result = if size == 1 { result } else { exclusive(result) };
         drop(all);
         Ok((result, bytes))
@@ -167,7 +168,7 @@ impl LocalTransport {
 }
 
 impl DeviceTransport for LocalTransport {
-    fn carries(&self, device: &Device, _: DType) -> bool {
+    fn supports(&self, device: &Device, _: DType) -> bool {
         matches!(device.as_dispatch(), DispatchDevice::Cube(_))
     }
 
@@ -191,7 +192,7 @@ impl DeviceTransport for LocalTransport {
     }
 
     fn send(&self, to: usize, tag: u64, tensor: DeviceTensor) -> Result<(), Error> {
-        self.hand_over(to, tag, Arrival::Device(Box::new(exclusive(tensor))))
+        self.deliver(to, tag, Arrival::Device(Box::new(exclusive(tensor))))
     }
 
     fn receive(&self, from: usize, tag: u64) -> Result<Arrival, Error> {
@@ -199,9 +200,9 @@ impl DeviceTransport for LocalTransport {
     }
 }
 
-/// Elements of a tensor on a device. Those of another device go through host memory: CubeCL's own way between two GPUs makes
-/// the threads of both wait for each other, and two ranks that send towards each other would do so for ever.
-fn bring<K: Scale>(tensor: &DeviceTensor, elements: Range<usize>, device: &CubeDevice) -> Tensor<1, K> {
+/// Elements of a tensor, on `device`. From another device they go through host memory: CubeCL's own copy between two
+/// GPUs makes the threads of both wait for each other, and two ranks that send to each other would deadlock.
+fn fetch<K: Scale>(tensor: &DeviceTensor, elements: Range<usize>, device: &CubeDevice) -> Tensor<1, K> {
     let slice = from_device::<1, K>(flat(tensor.clone())).slice([elements]);
     match tensor.device == *device {
         true => slice,
@@ -209,13 +210,13 @@ fn bring<K: Scale>(tensor: &DeviceTensor, elements: Range<usize>, device: &CubeD
     }
 }
 
-/// The tensors, one behind the other.
-fn joined<K: Scale>(tensors: &[DeviceTensor]) -> Result<DeviceTensor, Error> {
+/// Concatenates the tensors, flattened.
+fn concatenated<K: Scale>(tensors: &[DeviceTensor]) -> Result<DeviceTensor, Error> {
     to_device(Tensor::cat(tensors.iter().map(|tensor| from_device::<1, K>(flat(tensor.clone()))).collect(), 0))
 }
 
-/// The way back.
-fn parted<K: Scale>(whole: DeviceTensor, like: &[DeviceTensor]) -> Result<Vec<DeviceTensor>, Error> {
+/// Splits a flat tensor into tensors with the dims of `like`.
+fn split_like<K: Scale>(whole: DeviceTensor, like: &[DeviceTensor]) -> Result<Vec<DeviceTensor>, Error> {
     let (whole, mut first) = (from_device::<1, K>(whole), 0);
     let part = |tensor: &DeviceTensor| {
         let dims = tensor.meta.shape().to_vec();
@@ -237,13 +238,13 @@ fn fold_here<K: Scale>(
     if all.iter().all(|tensor| tensor.device == *device) {
         return fold(all, elements, op, dtype);
     }
-    let shards = all.iter().map(|tensor| to_device(bring::<K>(tensor, elements.clone(), device)));
+    let shards = all.iter().map(|tensor| to_device(fetch::<K>(tensor, elements.clone(), device)));
     fold(&shards.collect::<Result<Vec<_>, _>>()?, 0..elements.len(), op, dtype)
 }
 
-/// Kinds of tensors that are reduced.
+/// Tensor kinds that can be reduced.
 trait Scale: TensorKind {
-    /// Applies a factor. What has 16 bits is wide afterwards, so that it is rounded once, when all are added.
+    /// Applies a factor. Floats of 16 bits become `f32`, so that the sum is rounded once.
     fn scale(contribution: Tensor<1, Self>, factor: f64) -> Tensor<1, Self>;
 }
 

@@ -1,25 +1,26 @@
-//! What the ranks of a group share, and the fate that all groups of a world share.
+//! The state that the ranks of a group share.
 
 use std::collections::HashMap;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
-use super::bell::Patience;
+use super::barrier::Barrier;
 use super::mailbox::Mailboxes;
-use super::rendezvous::Rendezvous;
 use crate::Error;
+use crate::comm::backoff::Backoff;
+use crate::comm::call_log::CallHistory;
+use crate::comm::lock::lock;
 use crate::comm::transport::BufferMut;
-use crate::comm::watch::Watch;
 use crate::comm::{Call, CallLog};
 
-/// What a rank lays out for the others in a meeting.
+/// What a rank publishes for the others in a collective: its call and its buffers.
 ///
 /// All of it is on one cache line, and a peer of the most frequent calls, those with one buffer in place, needs nothing
-/// else: to follow a pointer here is to wait once more for another core's cache.
+/// else: following a pointer here would wait for another core's cache once more.
 #[derive(Clone, Copy)]
-pub(super) struct Post {
+pub(super) struct CallDescriptor {
     call: NonNull<Call>,
     /// [`Call::digest`] of a call with one buffer in place, else 0.
     digest: u64,
@@ -32,40 +33,40 @@ pub(super) struct Post {
     pub input: *const u8,
 }
 
-impl Post {
-    /// Brings nothing.
+impl CallDescriptor {
+    /// Without a buffer.
     pub fn nothing(call: &Call) -> Self {
         let (data, buffers, input) = (std::ptr::null_mut(), std::ptr::null(), std::ptr::null());
         Self { call: call.into(), digest: 0, data, elements: 0, buffers, input }
     }
 
-    /// Brings an input that is only read.
+    /// With an input that is only read.
     pub fn input(call: &Call, input: *const u8) -> Self {
         Self { input, ..Self::nothing(call) }
     }
 
-    /// Brings buffers to be worked on in place.
+    /// With buffers to work on in place.
     pub fn in_place(call: &Call, buffers: &mut [BufferMut<'_>]) -> Self {
-        let mut post = Self { buffers: buffers.as_ptr().cast(), ..Self::nothing(call) };
+        let mut descriptor = Self { buffers: buffers.as_ptr().cast(), ..Self::nothing(call) };
         if let [buffer] = buffers {
-            post.digest = call.digest();
-            (post.data, post.elements) = (buffer.data, buffer.elements);
+            descriptor.digest = call.digest();
+            (descriptor.data, descriptor.elements) = (buffer.data, buffer.elements);
         }
-        post
+        descriptor
     }
 
-    /// The call, for no longer than the meeting lasts.
-    pub fn call<'meeting>(&self) -> &'meeting Call {
-        // SAFETY: the call outlives the meeting it is posted for, and posts are read only there.
+    /// The call, for no longer than the barrier lasts.
+    pub fn call<'sequence>(&self) -> &'sequence Call {
+        // SAFETY: the call outlives the barrier that it is published for, and descriptors are read only there.
         unsafe { self.call.as_ref() }
     }
 
-    /// Whether both bring one buffer in place of equal dtype and length, to equal calls. If not, they may agree still.
+    /// Whether both have one buffer in place of equal dtype and length, and equal calls. If not, they may still match.
     pub fn equals(&self, other: &Self) -> bool {
         self.digest != 0 && self.digest == other.digest && self.elements == other.elements
     }
 
-    /// The place of an in-place buffer; `pieces` is how many the ranks have agreed on.
+    /// The address of an in-place buffer; `pieces` is how many the ranks have agreed on.
     pub fn place(&self, piece: usize, pieces: usize) -> *mut u8 {
         match pieces {
             1 => self.data,
@@ -73,27 +74,28 @@ impl Post {
         }
     }
 
-    /// The in-place buffers, for no longer than the meeting lasts; none where they stay on their device.
-    pub fn buffers<'meeting>(&self) -> &'meeting [BufferMut<'static>] {
+    /// The in-place buffers, for no longer than the barrier lasts; none where the data is on a device.
+    pub fn buffers<'sequence>(&self) -> &'sequence [BufferMut<'static>] {
         if self.buffers.is_null() {
             return &[];
         }
-        // SAFETY: a post of an in-place collective points to as many buffers as its call has pieces, and its owner waits.
+        // SAFETY: the descriptor of an in-place collective points to as many buffers as its call has pieces, and its
+        // owner waits.
         unsafe { std::slice::from_raw_parts(self.buffers, self.call().pieces) }
     }
 }
 
-// SAFETY: the places are followed only inside a meeting, while their owner waits for all to depart.
-unsafe impl Send for Post {}
+// SAFETY: the pointers are followed only inside a barrier, while their owner waits for all to depart.
+unsafe impl Send for CallDescriptor {}
 
-/// The end of a world: the first error, and all groups that must hear of it.
+/// The failure of a world: the first error, and all groups that it ends.
 #[derive(Debug, Default)]
-pub(super) struct Fate {
+pub(super) struct WorldFailure {
     error: OnceLock<Error>,
     groups: Mutex<Vec<Weak<Group>>>,
 }
 
-impl Fate {
+impl WorldFailure {
     pub fn error(&self) -> Option<&Error> {
         self.error.get()
     }
@@ -104,7 +106,7 @@ impl Fate {
         let groups = lock(&self.groups);
         let _ = self.error.set(error);
         for group in groups.iter().filter_map(Weak::upgrade) {
-            group.rendezvous.abort();
+            group.barrier.abort();
         }
     }
 
@@ -122,13 +124,13 @@ impl Fate {
         groups.retain(|group| group.strong_count() > 0);
         groups.push(Arc::downgrade(group));
         if self.error.get().is_some() {
-            group.rendezvous.abort();
+            group.barrier.abort();
         }
     }
 }
 
 /// A group that some ranks of a [`Group`] are being split into; kept until the last of them has fetched it.
-pub(super) struct Half {
+pub(super) struct SplitGroup {
     pub group: Arc<Group>,
     pub fetched: usize,
 }
@@ -137,44 +139,46 @@ pub(super) struct Group {
     pub name: Arc<str>,
     /// World ranks of the members.
     pub members: Vec<usize>,
-    pub rendezvous: Rendezvous<Post>,
+    pub barrier: Barrier<CallDescriptor>,
     pub mail: Mailboxes,
-    pub watch: Watch,
-    pub fate: Arc<Fate>,
+    pub history: CallHistory,
+    pub world_failure: Arc<WorldFailure>,
     pub timeout: Duration,
-    pub patience: Patience,
+    pub backoff: Backoff,
     /// Ranks that left, and whether they did so in a panic.
     pub left: Mutex<Vec<(usize, bool)>>,
     #[cfg(feature = "cubecl")]
-    pub board: super::device::Board,
-    /// Splits in the making, by meeting and color.
-    pub halves: Mutex<HashMap<(u64, u64), Half>>,
-    pub shortage: Shortage,
+    pub device_exchange: super::device::DeviceExchange,
+    /// Splits that have not been fetched by all, by collective and color.
+    pub splits: Mutex<HashMap<(u64, u64), SplitGroup>>,
+    pub out_of_memory: OutOfMemoryReport,
 }
 
-/// What ranks have said in a meeting of having no memory for its results. It is said before they depart, and heard once all
-/// have: so all ranks hear the same.
+/// Reports of ranks without memory for the result of a collective. A rank reports before it departs from the barrier,
+/// and reads the report once all have: so all ranks see the same.
 #[derive(Debug, Default)]
-pub(super) struct Shortage {
-    /// The last meeting of which something was said, counted from 1.
-    meeting: AtomicU64,
-    /// Who has said it, and what.
+pub(super) struct OutOfMemoryReport {
+    /// The last collective with a report, counted from 1.
+    sequence: AtomicU64,
+    /// The rank that has reported, and its error.
     said: Mutex<Option<(usize, Error)>>,
 }
 
-impl Shortage {
-    pub fn say(&self, meeting: u64, rank: usize, error: &Error) {
+impl OutOfMemoryReport {
+    pub fn report(&self, sequence: u64, rank: usize, error: &Error) {
         let mut said = lock(&self.said);
-        let first = self.meeting.swap(meeting + 1, Ordering::Relaxed) != meeting + 1;
-        // One that all can name, whoever comes first.
+        let first = self.sequence.swap(sequence + 1, Ordering::Relaxed) != sequence + 1;
+        // The lowest rank, whoever reports first.
         if first || said.as_ref().is_none_or(|(other, _)| rank < *other) {
             *said = Some((rank, error.clone()));
         }
     }
 
-    /// To be called after a meeting, and before the next.
-    pub fn hear(&self, meeting: u64) -> Option<Error> {
-        (self.meeting.load(Ordering::Relaxed) == meeting + 1).then(|| lock(&self.said).clone())?.map(|(_, error)| error)
+    /// To be called after a collective, and before the next.
+    pub fn reported(&self, sequence: u64) -> Option<Error> {
+        (self.sequence.load(Ordering::Relaxed) == sequence + 1)
+            .then(|| lock(&self.said).clone())?
+            .map(|(_, error)| error)
     }
 }
 
@@ -188,44 +192,44 @@ impl Group {
     pub fn new(
         name: Arc<str>,
         members: Vec<usize>,
-        fate: Arc<Fate>,
+        world_failure: Arc<WorldFailure>,
         timeout: Duration,
-        patience: Patience,
+        backoff: Backoff,
     ) -> Arc<Self> {
         let size = members.len();
         let group = Arc::new(Self {
             name,
             members,
-            rendezvous: Rendezvous::new(size),
+            barrier: Barrier::new(size),
             mail: Mailboxes::new(size),
-            watch: Watch::new(size),
-            fate,
+            history: CallHistory::new(size),
+            world_failure,
             timeout,
-            patience,
+            backoff,
             left: Mutex::default(),
             #[cfg(feature = "cubecl")]
-            board: super::device::Board::default(),
-            halves: Mutex::default(),
-            shortage: Shortage::default(),
+            device_exchange: super::device::DeviceExchange::default(),
+            splits: Mutex::default(),
+            out_of_memory: OutOfMemoryReport::default(),
         });
-        group.fate.add(&group);
+        group.world_failure.add(&group);
         group
     }
 
-    /// Takes note that a rank will not come again.
+    /// Records that a rank will take part in nothing more.
     pub fn leave(&self, rank: usize, panicked: bool) {
         lock(&self.left).push((rank, panicked));
-        self.rendezvous.leave();
+        self.barrier.leave();
     }
 
     /// The last collectives of every rank of the group, and of the ranks that wait in other groups of the world: a failure
     /// is theirs as well.
     pub fn log(&self) -> CallLog {
-        let others: Vec<Arc<Self>> = lock(&self.fate.groups).iter().filter_map(Weak::upgrade).collect();
+        let others: Vec<Arc<Self>> = lock(&self.world_failure.groups).iter().filter_map(Weak::upgrade).collect();
         let others = others.iter().filter(|other| !std::ptr::eq(&***other, self));
         let elsewhere =
-            others.flat_map(|other| other.watch.waiting().map(|line| format!("in `{}` {line}", other.name)));
-        CallLog::new(self.watch.lines().chain(elsewhere))
+            others.flat_map(|other| other.history.waiting().map(|line| format!("in `{}` {line}", other.name)));
+        CallLog::new(self.history.lines().chain(elsewhere))
     }
 
     pub fn size(&self) -> usize {
@@ -233,27 +237,21 @@ impl Group {
     }
 }
 
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::rendezvous::Interrupted;
+    use super::super::barrier::Interrupted;
     use super::*;
 
-    /// A split may have been agreed on when the world fails: nobody waits in the group that comes of it.
+    /// A split may have been committed when the world fails: nobody waits in the new group.
     #[test]
     fn a_group_that_is_made_after_the_end_has_ended() {
-        let fate = Arc::new(Fate::default());
-        let new = || {
-            let patience = Patience { spins: 0, yields: 0 };
-            Group::new("part".into(), vec![0, 1], fate.clone(), Duration::from_secs(1), patience)
-        };
+        let world_failure = Arc::new(WorldFailure::default());
+        let new =
+            || Group::new("part".into(), vec![0, 1], world_failure.clone(), Duration::from_secs(1), Backoff::SLEEP);
         let before = new();
-        assert_eq!(before.rendezvous.interruption(), None);
-        fate.fail(Error::user("the disk is full"));
-        assert_eq!(before.rendezvous.interruption(), Some(Interrupted::Aborted));
-        assert_eq!(new().rendezvous.interruption(), Some(Interrupted::Aborted));
+        assert_eq!(before.barrier.interruption(), None);
+        world_failure.fail(Error::user("the disk is full"));
+        assert_eq!(before.barrier.interruption(), Some(Interrupted::Aborted));
+        assert_eq!(new().barrier.interruption(), Some(Interrupted::Aborted));
     }
 }

@@ -1,22 +1,19 @@
-//! What becomes of a wait that ends before what it waits for.
+//! Turns an interrupted wait into the error of the world.
 
 use std::time::{Duration, Instant};
 
-use super::bell::Patience;
-use super::group::lock;
-use super::rendezvous::Interrupted;
+use super::barrier::Interrupted;
 use super::transport::LocalTransport;
 use crate::Error;
-use crate::comm::watch::missed;
+use crate::comm::backoff::Backoff;
+use crate::comm::call_log::describe_missing;
+use crate::comm::departed::{GRACE, rank_lost};
+use crate::comm::lock::lock;
 use crate::comm::{Call, Operation};
 
-/// How long a rank that finds a peer gone waits for the reason, which may be on its way: a rank drops its communicators
-/// while it unwinds, before whoever started it can tell why.
-const GRACE: Duration = Duration::from_millis(100);
-
-/// How long a rank that finds the group aborted waits for the error. Whoever runs out of time aborts first and writes the
-/// error then, so this is a matter of microseconds; the limit is there because every wait has one.
-const WRITING: Duration = Duration::from_secs(10);
+/// How long a rank that finds the group aborted waits for the error. The rank whose time runs out aborts first and
+/// writes the error then, so this takes microseconds; the limit is there because every wait has one.
+const ERROR_WRITE_LIMIT: Duration = Duration::from_secs(10);
 
 impl LocalTransport {
     /// Turns an interrupted wait into the error of the world.
@@ -30,9 +27,9 @@ impl LocalTransport {
         let group = &*self.group;
         match why {
             Interrupted::Aborted => {
-                self.told(WRITING);
+                self.wait_for_failure(ERROR_WRITE_LIMIT);
             }
-            Interrupted::Expired => group.fate.fail(Error::Timeout {
+            Interrupted::Expired => group.world_failure.fail(Error::Timeout {
                 group: group.name.clone(),
                 rank: self.rank,
                 operation: call.to_string(),
@@ -46,41 +43,35 @@ impl LocalTransport {
                     _ => true,
                 };
                 let gone = lock(&group.left).iter().copied().find(|(rank, _)| waited_for(*rank));
-                // The list is not locked any more: failing rings the bell, under whose lock receivers look at the list.
-                if !self.told(GRACE)
+                // The list is unlocked here: failing notifies the eventcount, under whose lock receivers read the list.
+                if !self.wait_for_failure(GRACE)
                     && let Some((rank, panicked)) = gone
                 {
-                    let (name, operation, log) = (group.name.clone(), call.to_string(), group.log());
-                    group.fate.fail(match panicked {
-                        true => {
-                            let message = "see its own message".into();
-                            Error::RankPanicked { rank: group.members[rank], message, log }
-                        }
-                        false => Error::RankLost { group: name, rank, operation, log },
-                    });
+                    let ranks = (rank, group.members[rank]);
+                    group.world_failure.fail(rank_lost(&group.name, ranks, panicked, call.to_string(), group.log()));
                 }
             }
         }
         self.failure_or_abort()
     }
 
-    /// Waits for the error of the world, and no longer than `limit`. Returns whether it is there.
-    fn told(&self, limit: Duration) -> bool {
+    /// Waits for the error of the world, up to `limit`. Returns whether it is there.
+    fn wait_for_failure(&self, limit: Duration) -> bool {
         let group = &*self.group;
         let since = Instant::now();
         let remaining = || limit.checked_sub(since.elapsed()).filter(|left| !left.is_zero());
-        let told = || group.fate.error().is_some();
-        group.rendezvous.bell.wait(Patience { spins: 0, yields: 0 }, told, remaining)
+        let failed = || group.world_failure.error().is_some();
+        group.barrier.event_count.wait(Backoff::SLEEP, failed, remaining)
     }
 
     pub(super) fn fail(&self, error: Error) -> Error {
-        self.group.fate.fail(error);
+        self.group.world_failure.fail(error);
         self.failure_or_abort()
     }
 
     /// The world's error. One is always set before a group is interrupted; should it not be, this says so.
     pub(super) fn failure_or_abort(&self) -> Error {
-        self.group.fate.error().cloned().unwrap_or_else(|| Error::Aborted {
+        self.group.world_failure.error().cloned().unwrap_or_else(|| Error::Aborted {
             group: self.group.name.clone(),
             rank: self.rank,
             reason: "the group was interrupted without a reason".into(),
@@ -88,9 +79,9 @@ impl LocalTransport {
         })
     }
 
-    /// Who has not come to `call`, in words.
-    pub(super) fn absent(&self, call: &Call) -> String {
-        let watch = &self.group.watch;
-        missed((0..self.group.size()).filter(|rank| !watch.is_in(*rank, call)))
+    /// The ranks that have not entered `call`, in words.
+    pub(super) fn missing_ranks(&self, call: &Call) -> String {
+        let history = &self.group.history;
+        describe_missing((0..self.group.size()).filter(|rank| !history.is_in(*rank, call)))
     }
 }

@@ -1,14 +1,16 @@
-//! Messages between the threads of a group: tensors change hands, their bytes stay where they are.
+//! Messages between the threads of a group: the receiver gets the sent tensor itself, without a copy.
 //!
-//! There is one queue for each pair of ranks, under its own lock; a receiver sleeps on the bell of its group, which the
-//! sender rings after it has put the message in (see [`Bell`](super::bell::Bell) for why no wake-up is lost). Messages of
-//! one tag arrive in the order in which they were sent; tags are independent of each other.
+//! There is one queue for each pair of ranks, under its own lock; a receiver sleeps on the eventcount of its group,
+//! which the sender notifies after it has put the message in (see [`EventCount`](super::event_count::EventCount) for
+//! why no wake-up is lost). Messages with one tag arrive in the order in which they were sent; tags are independent of
+//! each other.
 
 use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::comm::Arrival;
+use crate::comm::lock::lock;
 
 #[derive(Debug, Default)]
 struct Queue {
@@ -30,27 +32,27 @@ impl Mailboxes {
 
     pub fn put(&self, from: usize, to: usize, tag: u64, message: Arrival) {
         let queue = self.queue(from, to);
-        let mut messages = queue.messages.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut messages = lock(&queue.messages);
         messages.push_back((tag, message));
         queue.len.store(messages.len(), Ordering::Release);
     }
 
-    /// Takes the oldest message of `from` to `to` that bears `tag`.
+    /// Takes the oldest message of `from` to `to` with this `tag`.
     pub fn take(&self, from: usize, to: usize, tag: u64) -> Option<Arrival> {
         let queue = self.queue(from, to);
         if queue.len.load(Ordering::Acquire) == 0 {
             return None;
         }
-        let mut messages = queue.messages.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut messages = lock(&queue.messages);
         let place = messages.iter().position(|(theirs, _)| *theirs == tag)?;
         let (_, message) = messages.remove(place)?;
         queue.len.store(messages.len(), Ordering::Release);
         Some(message)
     }
 
-    /// The tags that wait unread.
+    /// The tags of the messages that have not been received.
     pub fn tags(&self, from: usize, to: usize) -> Vec<u64> {
-        let messages = self.queue(from, to).messages.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let messages = lock(&self.queue(from, to).messages);
         messages.iter().map(|(tag, _)| *tag).collect()
     }
 

@@ -1,37 +1,38 @@
-//! The embedded engine: ranks are threads of one process.
+//! The transport between threads of one process.
 //!
-//! Buffers are never copied into the engine. In a collective every rank lays out where its buffers are, meets the others
-//! (see `rendezvous.rs` for the protocol), and then does its share of the work directly on everybody's memory:
+//! Buffers are never copied into the transport. In a collective every rank publishes a descriptor of its buffers,
+//! synchronizes with the others (see `barrier.rs` for the protocol), and then does its share of the work directly on
+//! the memory of all ranks:
 //!
-//! - *all-reduce, reduce*: each rank folds its `1/n` of the elements of all buffers, in rank order, and writes the result
-//!   into all of them. `2 (n - 1) / n` of the bytes are moved per rank, the lower bound;
-//! - *reduce-scatter*: each rank folds its part out of all inputs into its own output;
-//! - *all-gather, gather, scatter, all-to-all, broadcast*: each rank copies what it is to have straight from its owner.
+//! - *all-reduce, reduce*: each rank reduces its `1/n` of the elements of all buffers, in rank order, and writes the
+//!   result into all of them. `2 (n - 1) / n` of the bytes are moved per rank, the lower bound;
+//! - *reduce-scatter*: each rank reduces its part of all inputs into its own output;
+//! - *all-gather, gather, scatter, all-to-all, broadcast*: each rank copies its result straight from the owners.
 //!
-//! Tensors of GPUs stay there (see `device.rs`, feature `cubecl`). Messages hand over the tensor itself. Several groups work at the same time; within one group, collectives follow each
-//! other.
+//! Tensors of GPUs stay there (see `device.rs`, feature `cubecl`). A message is the sent tensor itself. Several groups
+//! work at the same time; within one group, collectives follow each other.
 
-mod bell;
-mod clock;
+mod barrier;
+mod call_timer;
+mod collectives;
 #[cfg(feature = "cubecl")]
 mod device;
 #[cfg(feature = "cubecl")]
-mod fold;
+mod device_reduce;
+mod event_count;
 mod group;
 mod interrupted;
 mod mailbox;
-mod rendezvous;
 mod sync;
 mod transport;
-mod work;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use self::bell::Patience;
-use self::group::{Fate, Group};
+use self::group::{Group, WorldFailure};
 use self::transport::LocalTransport;
 use super::Communicator;
+use super::backoff::{self, Backoff};
 use crate::Error;
 
 /// Time-out when `BURN_PARALLEL_TIMEOUT_S` does not say otherwise.
@@ -42,12 +43,12 @@ const MOST_RANKS: usize = 1 << 16;
 /// A longer time-out is as good as none, and times worked out from it must not overflow.
 const LONGEST_TIMEOUT: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
-/// A time-out that can be reckoned with.
+/// The time-out, bounded.
 pub(in crate::comm) fn bounded(timeout: Duration) -> Duration {
     timeout.min(LONGEST_TIMEOUT)
 }
 
-/// Settings of a world, whatever its engine.
+/// The settings of a world, over any transport.
 #[derive(Debug, Clone)]
 pub struct WorldConfig {
     pub(in crate::comm) timeout: Duration,
@@ -85,7 +86,7 @@ impl WorldConfig {
         self
     }
 
-    /// Refuses settings with which no world can work.
+    /// Refuses settings that no world can work with.
     pub(in crate::comm) fn check(&self) -> Result<(), Error> {
         match self.timeout.is_zero() {
             false => Ok(()),
@@ -141,9 +142,8 @@ pub fn world(size: usize, config: WorldConfig) -> Result<Vec<Communicator>, Erro
     config.check()?;
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     // With a core for each rank, spinning a few tens of microseconds saves two context switches a collective.
-    let patience =
-        if size <= cores { Patience { spins: 2000, yields: 20 } } else { Patience { spins: 20, yields: 20 } };
-    let fate = Arc::new(Fate::default());
-    let group = Group::new(config.name, (0..size).collect(), fate, config.timeout, patience);
+    let backoff = if size <= cores { Backoff { spins: 2000, yields: 20 } } else { Backoff { spins: 20, yields: 20 } };
+    let world_failure = Arc::new(WorldFailure::default());
+    let group = Group::new(config.name, (0..size).collect(), world_failure, config.timeout, backoff);
     Ok((0..size).map(|rank| Communicator::new(LocalTransport::new(group.clone(), rank))).collect())
 }

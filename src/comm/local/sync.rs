@@ -1,14 +1,15 @@
-//! The primitives under the rendezvous. `tests/loom/local.rs` compiles `bell.rs` and `rendezvous.rs` against a module of
-//! this name made of loom's primitives, so those two files name nothing else of the crate or of `std::sync`.
+//! The synchronization primitives of the barrier. `tests/loom/local.rs` compiles `event_count.rs` and `barrier.rs`
+//! against a module of this name made of loom's primitives, so those two files name nothing else of the crate or of
+//! `std::sync`.
 
 pub(super) use std::hint::spin_loop;
 pub(super) use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
 pub(super) use std::sync::{Condvar, Mutex};
 pub(super) use std::thread::yield_now;
 
-/// A sequentially consistent fence, right after an atomic read-modify-write of this thread. On x86 that instruction is one
-/// already, and a second would cost as much as the meeting of two ranks has room for; the compiler alone must be kept from
-/// moving anything across. (Linux calls it `smp_mb__after_atomic`.)
+/// A sequentially consistent fence, right after an atomic read-modify-write of this thread. On x86 that instruction is
+/// one already, and a second one would take as long as the rest of the barrier of two ranks; only the compiler must be
+/// kept from moving anything across. (Linux calls it `smp_mb__after_atomic`.)
 pub(super) fn fence_after_rmw() {
     #[cfg(target_arch = "x86_64")]
     std::sync::atomic::compiler_fence(Ordering::SeqCst);

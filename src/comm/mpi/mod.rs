@@ -1,4 +1,4 @@
-//! Ranks as processes of an MPI cluster, on the MPI that the cluster has (feature `mpi`).
+//! The transport over MPI: ranks are processes of a cluster (feature `mpi`).
 //!
 //! ```no_run
 //! use burn_parallel::comm::{ReduceOp, local::WorldConfig, mpi::Session};
@@ -13,15 +13,16 @@
 //!
 //! # What MPI is used for
 //!
-//! Messages of bytes between two processes, begun by `MPI_Isend` and `MPI_Irecv` from and into the tensors themselves and
-//! watched by `MPI_Test`. Collectives are made of these. MPI's own collectives would block a thread inside MPI for as long as
-//! a peer does not come, cannot be taken back when one never does, add floats in an order of their own, and know no `bf16`.
+//! Messages of bytes between two processes, started by `MPI_Isend` and `MPI_Irecv` from and into the tensors themselves
+//! and polled by `MPI_Test`. Collectives are made of these. MPI's own collectives would block a thread inside MPI for
+//! as long as a peer does not call, cannot be cancelled when one never does, add floats in an order of their own, and
+//! know no `bf16`.
 //!
-//! Ranks of a group that all live on one machine (Linux) compare their calls, and hand each other what is short, in memory that they
-//! share, and leave MPI to what is long. It is given back to the system with the last of them, however they end; where it
-//! cannot be had, everything goes over MPI.
+//! Ranks of a group that are all on one machine (Linux) agree on collectives and exchange short data in memory that
+//! they share, and leave long data to MPI. The memory is freed with the last of them, however they end; where it cannot
+//! be had, everything goes over MPI.
 //!
-//! Every call of MPI is short and made under one lock of the process, so any thread of a rank may be in any operation:
+//! Every call of MPI is short and made under one lock of the process, so any thread of a rank may run any operation:
 //! this needs `MPI_THREAD_SERIALIZED`, no more.
 //!
 //! # Failure
@@ -33,16 +34,16 @@
 //! | killed | the launcher ends the others and names it (mpirun, srun with `--kill-on-bad-exit`); else as above |
 //! | killed or cut off while data moves | `MPI_Abort`, after the time-out and with the error printed: MPI can't give buffers back |
 
+mod endpoint;
 mod process;
-mod wire;
 
 use std::sync::Arc;
 
+use self::endpoint::MpiEndpoint;
 use self::process::Mpi;
-use self::wire::MpiWire;
 use super::Communicator;
 use super::local::WorldConfig;
-use super::wired::Worlds;
+use super::message_passing::Worlds;
 use crate::Error;
 
 /// MPI in this process, from its initialisation to its end.
@@ -71,14 +72,14 @@ impl Session {
     /// [`Error::Engine`] if a rank does not come within the time-out.
     pub fn world(&self, config: WorldConfig) -> Result<Communicator, Error> {
         config.check()?;
-        let wire = MpiWire::new(self.mpi.clone(), config.timeout)?;
-        self.worlds.found(Box::new(wire), config)
+        let endpoint = MpiEndpoint::new(self.mpi.clone(), config.timeout)?;
+        self.worlds.create(Box::new(endpoint), config)
     }
 
     /// Runs `f` while no other thread of this process calls MPI through a world of this session: for code that calls MPI
     /// itself.
     pub fn exclusive<R>(&self, f: impl FnOnce() -> R) -> R {
-        let _turn = self.mpi.turn();
+        let _locked = self.mpi.lock();
         f()
     }
 }

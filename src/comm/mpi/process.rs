@@ -1,7 +1,6 @@
-//! MPI, which is the process's and not ours: it is initialised once, and a rank's threads must not all call it as they like.
+//! MPI in this process: initialised once, and called under one lock.
 //!
-//! All calls are made under one lock of the process. That asks no more of MPI than `MPI_THREAD_SERIALIZED`, which every MPI
-//! gives without loss.
+//! The lock asks no more of MPI than `MPI_THREAD_SERIALIZED`, which every MPI gives without loss.
 
 use std::ffi::c_int;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -10,18 +9,19 @@ use std::{ptr, thread};
 use mpi_sys as sys;
 
 use crate::Error;
+use crate::comm::lock::lock;
 
 /// MPI, initialised.
 #[derive(Debug)]
 pub(super) struct Mpi {
-    turn: Mutex<()>,
+    calls: Mutex<()>,
     thread: thread::ThreadId,
     /// Whether it was initialised here, and is to be finalised here.
     ours: bool,
 }
 
 impl Mpi {
-    /// Initialises MPI, or joins whoever has.
+    /// Initialises MPI, or uses it if it is initialised already.
     pub fn init() -> Result<Arc<Self>, Error> {
         let problem = |problem: &str| Err(Error::Engine { engine: "mpi", problem: problem.into() });
         let (mut before, mut after, mut provided) = (0, 0, 0);
@@ -46,18 +46,18 @@ impl Mpi {
                 return problem("this MPI allows one thread only; initialise it with MPI_THREAD_SERIALIZED or more");
             }
         }
-        Ok(Arc::new(Self { turn: Mutex::default(), thread: thread::current().id(), ours: before == 0 }))
+        Ok(Arc::new(Self { calls: Mutex::default(), thread: thread::current().id(), ours: before == 0 }))
     }
 
-    /// This process's turn to call MPI.
-    pub fn turn(&self) -> MutexGuard<'_, ()> {
-        self.turn.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    /// Locks MPI for the calls of this thread.
+    pub fn lock(&self) -> MutexGuard<'_, ()> {
+        lock(&self.calls)
     }
 
-    /// Ends MPI, if it was begun here. Waits for all processes.
+    /// Finalises MPI, if it was initialised here. Waits for all processes.
     pub fn finalize(&self) {
         if self.ours && thread::current().id() == self.thread {
-            let _turn = self.turn();
+            let _locked = self.lock();
             // SAFETY: initialised here, and finalised once, for whoever owns the session does it last.
             unsafe { sys::MPI_Finalize() };
         }

@@ -1,4 +1,4 @@
-//! The collectives, in NCCL's calls.
+//! Runs the collectives as calls of NCCL.
 
 use std::ffi::c_void;
 use std::ops::Range;
@@ -7,7 +7,7 @@ use burn::tensor::{BoolStore, DType};
 use cudarc::nccl::result::{self as nccl, NcclError, NcclStatus};
 use cudarc::nccl::sys::{self, ncclDataType_t as DataType, ncclRedOp_t as RedOp};
 
-use super::raw::Raw;
+use super::nccl_comm::NcclComm;
 use super::transport::Place;
 use crate::comm::{Operation, ReduceOp, part};
 use crate::{Error, comm};
@@ -30,12 +30,12 @@ pub(super) fn data_type(dtype: DType) -> Option<DataType> {
     })
 }
 
-/// One collective on this rank: the elements that it brings, and where those of each rank lie.
+/// One collective on this rank: its elements, and those of each rank.
 pub(super) struct Task<'a> {
-    pub raw: &'a Raw,
+    pub raw: &'a NcclComm,
     pub rank: usize,
     pub dtype: DType,
-    /// First dims of what each rank brings.
+    /// First dims of the tensors of the ranks.
     pub rows: &'a [usize],
     /// Elements behind each entry of the first dim.
     pub width: usize,
@@ -204,7 +204,7 @@ impl Task<'_> {
     fn grouped(&self, name: &'static str, calls: impl FnOnce() -> Result<(), NcclError>) -> Result<(), Error> {
         self.raw.finish(name, nccl::group_start())?;
         let called = calls();
-        // Closed in any case: NCCL counts.
+        // Closed in any case: groups nest.
         let closed = nccl::group_end();
         self.raw.finish(name, called.map(|()| NcclStatus::Success))?;
         self.raw.finish(name, closed)
@@ -225,11 +225,11 @@ impl Task<'_> {
 /// A reduction as NCCL knows it. One with factors is made for the call.
 struct Reduction<'a> {
     op: RedOp,
-    made_by: Option<&'a Raw>,
+    made_by: Option<&'a NcclComm>,
 }
 
 impl<'a> Reduction<'a> {
-    fn new(raw: &'a Raw, op: ReduceOp, dtype: DType, kind: DataType) -> Result<Self, Error> {
+    fn new(raw: &'a NcclComm, op: ReduceOp, dtype: DType, kind: DataType) -> Result<Self, Error> {
         comm::reduce::check(op, dtype)?;
         let plain = |op| Ok(Self { op, made_by: None });
         let factor = match op {

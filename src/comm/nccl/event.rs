@@ -1,6 +1,6 @@
-//! Points in CUDA's streams, for which other streams wait.
+//! CUDA events: points in streams that other streams wait for.
 //!
-//! CUDA's events are used again and again: whoever waits for one waits for the point that it marked when the wait was enqueued,
+//! Events are reused: a stream that waits for one waits for the point that it marked when the wait was enqueued,
 //! whatever it marks later.
 
 use cudarc::driver::{result as driver, sys as cuda};
@@ -8,7 +8,7 @@ use cudarc::driver::{result as driver, sys as cuda};
 use super::gpu::{Gpu, refused};
 use crate::Error;
 
-/// A point in a stream. CUDA keeps what waits for it waiting, however early the event is destroyed or marks another.
+/// A point in a stream. Streams go on waiting for it, however early the event is destroyed or marks another.
 #[derive(Debug)]
 pub(super) struct Event {
     event: cuda::CUevent,
@@ -35,7 +35,7 @@ impl Event {
     }
 
     /// Makes a stream wait for this point.
-    pub fn hold_up(&self, stream: cuda::CUstream) -> Result<(), Error> {
+    pub fn make_wait(&self, stream: cuda::CUstream) -> Result<(), Error> {
         let whole = cuda::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
         // SAFETY: both live.
         unsafe { driver::stream::wait_event(stream, self.event, whole) }

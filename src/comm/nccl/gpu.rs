@@ -1,4 +1,4 @@
-//! A GPU, for CUDA and for burn.
+//! A GPU, as CUDA and burn know it.
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -9,11 +9,12 @@ use cubecl_server::runtime::Runtime;
 use cudarc::driver::{result as driver, sys as cuda};
 
 use crate::Error;
+use crate::comm::lock::lock;
 
 /// Nameable although `cubecl_cuda::compute` is private.
 pub(super) type Server = <CudaRuntime as Runtime>::Server;
 
-/// A GPU, as CUDA's calls mean it, and how its thread of burn is reached.
+/// A GPU: its CUDA context, and burn's thread for it.
 #[derive(Debug, Clone)]
 pub(super) struct Gpu(Arc<Shared>);
 
@@ -60,7 +61,7 @@ impl Gpu {
     }
 
     pub(super) fn spare(&self) -> MutexGuard<'_, Vec<cuda::CUevent>> {
-        self.0.spare.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0.spare)
     }
 }
 

@@ -1,7 +1,7 @@
-//! What must be there before anything is touched: libcuda, libnccl, a device.
+//! Checks what NCCL needs before it is called: libcuda, libnccl, a device.
 //!
-//! cudarc panics at the first call into a library that it cannot load, and burn's CUDA backend panics on its own threads when
-//! there is no device. So all of it is asked for here, once, in an order in which each question is safe.
+//! cudarc panics at the first call into a library that it cannot load, and burn's CUDA backend panics on its own
+//! threads when there is no device. So all of it is checked here, once, in an order in which each check is safe.
 
 use std::fmt;
 
@@ -81,7 +81,7 @@ fn driver_version() -> Result<i32, Error> {
     }
 }
 
-/// What of the libraries is there.
+/// Finds the libraries and devices.
 ///
 /// # Errors
 /// [`Error::Gpu`] naming what is missing: as of [`devices`], and libnccl or a recent enough one.
@@ -111,7 +111,7 @@ impl Library {
         self.nccl >= SHARES_DEVICES && std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some_and(|on| on != "0")
     }
 
-    /// What tells this device from every other one, on any machine.
+    /// An identity of this device, unique over all machines.
     pub(super) fn place(self, index: usize) -> Result<(Self, [u64; 2]), Error> {
         if index >= self.devices {
             let devices = self.devices;

@@ -1,44 +1,45 @@
-//! Messages between GPUs.
+//! Sends messages between GPUs.
 //!
 //! # Protocol
 //!
-//! NCCL knows no tags, and what it has enqueued waits *on the device* for the peer, in the way of whatever is enqueued behind.
-//! So nothing is enqueued before both sides want it:
+//! NCCL knows no tags, and what it has enqueued waits *on the device* for the peer, in the way of whatever is enqueued
+//! behind. So nothing is enqueued before both sides want it:
 //!
-//! 1. `send` has the buffer found and recorded when it is ready, puts it into the outbox under a number, and sends a *header* of
-//!    number, dtype and dims over the engine below: under the tag of the message, so that messages of host and device data of
-//!    one tag keep their order, and any tag may be asked for first. It returns.
-//! 2. `recv` takes the header, makes room, answers with the number (*clear to send*) and enqueues `ncclRecv`, both under one
-//!    lock (`receiving.rs`). `start_recv` leaves that to a thread of its own, which does it when the header comes, whatever the
-//!    rank computes meanwhile (`expected`).
-//! 3. The keeper of the sending rank takes the answers in their order and enqueues `ncclSend` for each.
+//! 1. `send` has the address of the buffer found and records when it is ready, puts it into the send queue under a
+//!    number, and sends a *header* of number, dtype and dims over the host transport: with the tag of the message, so
+//!    that messages of host and device data of one tag keep their order, and any tag may be received first. It returns.
+//! 2. `recv` takes the header, allocates the buffer, answers with the number (*clear to send*) and enqueues `ncclRecv`,
+//!    both under one lock (`receiver.rs`). `start_recv` leaves that to a thread of its own, which does it when the
+//!    header arrives, whatever the rank computes meanwhile (`posted_receives`).
+//! 3. The watchdog of the sending rank takes the answers in their order and enqueues `ncclSend` for each.
 //!
-//! **A rank may go before its messages.** When it drops its communicator, its keeper holds what has not been asked for: until it
-//! is, or until its receiver says that it will ask for *nothing more*, which is the last answer of every rank that drops its
-//! own, or for as long as the time-out. A message that nobody has asked for by then is dropped, with a warning in the log.
+//! **A rank may go before its messages.** When it drops its communicator, its watchdog keeps what has not been asked
+//! for: until it is, or until its receiver says that it will receive *nothing more*, which is the last answer of every
+//! rank that drops its own, or for as long as the time-out. A message that nobody has received by then is dropped, with
+//! a warning in the log.
 //!
-//! **Nobody waits in a circle.** Each direction between two ranks has a NCCL communicator and streams of its own, made with the
-//! first message: what two ranks send to each other passes on different streams, and no message waits for a collective, nor
-//! a collective for a message. On one of them, sends and receives are enqueued in the order of the answers on both sides. When
-//! an `ncclRecv` is enqueued its message has been sent, so it waits for nothing but what the sender's device was given
-//! before: by the time at which they were enqueued, what waits is always later than what it waits for. On the host, a rank
-//! that receives waits for the sender's keeper, once, to make their communicator; a keeper waits for nobody but receivers who
-//! are waiting for just that.
+//! **No deadlock.** Each direction between two ranks has a NCCL communicator and streams of its own, made with the
+//! first message: what two ranks send to each other uses different streams, and no message waits for a collective, nor
+//! a collective for a message. On one of them, sends and receives are enqueued in the order of the answers on both
+//! sides. When an `ncclRecv` is enqueued its message has been sent, so it waits for nothing but what the sender's
+//! device was given before: by the time at which they were enqueued, what waits is always later than what it waits for.
+//! On the host, a rank that receives waits for the sender's watchdog, once, to make their communicator; a watchdog
+//! waits for nobody but receivers who are waiting for just that.
 //!
-//! **On which stream?** A message comes in on the stream of its direction, whatever thread receives it: its buffer is made on
-//! the stream of that thread, the transfer waits for what that had been given before, and what the thread computes next waits
-//! for the transfer. A thread that receives in the background has a stream of its own to burn, as for collectives, and so has
-//! the one that fetches for `start_recv`: there is no order between what the rank computes before it waits and the transfer.
-//! CubeCL has 128 streams for all threads (`max_streams`), so two may share one and wait for more than they must. A collective
-//! is marked ready before the ranks meet, and so waits for no message that a peer sends behind it; only a gather or an
-//! all-to-all, whose output is not known before, could, if such a message came within the microseconds between: the time-out
-//! would end that.
+//! **On which stream?** A message is received on the stream of its direction, whatever thread receives it: its buffer
+//! is made on the stream of that thread, the transfer waits for what that had been given before, and what the thread
+//! computes next waits for the transfer. A thread that receives in the background has a stream of its own to burn, as
+//! for collectives, and so has the one that fetches for `start_recv`: there is no order between what the rank computes
+//! before it waits and the transfer. CubeCL has 128 streams for all threads (`max_streams`), so two may share one and
+//! wait for more than they must. A collective is marked ready before the ranks synchronize, and so waits for no message
+//! that a peer sends behind it; only a gather or an all-to-all, whose output is not known before, could, if such a
+//! message arrived within the microseconds between: the time-out would end that.
 //!
-//! **Who makes the communicator's id?** The receiver, who sends it with its first answer: the first thing that both sides are
-//! sure to see in the same order.
+//! **Who makes the communicator's id?** The receiver, who sends it with its first answer: the first thing that both
+//! sides are sure to see in the same order.
 //!
 //! A header is told from a user's message by its form, 64-bit integers of eight dims that begin with a fixed number; a
-//! message of that form is refused.
+//! user's message of that form is refused.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -51,17 +52,18 @@ use cudarc::nccl::result as nccl;
 
 use super::collective::data_type;
 use super::gpu::Gpu;
-use super::keeper::{Keeper, Link, lock};
-use super::lane::{Lane, Preparing, prepare};
-use super::raw::{ID_BYTES, Raw};
+use super::nccl_comm::{ID_BYTES, NcclComm};
+use super::stream::{NcclStream, Preparing, prepare};
+use super::watchdog::{Link, Watchdog};
 use crate::Error;
 use crate::comm::device::{DeviceTensor, empty_on};
+use crate::comm::lock::lock;
 use crate::comm::{Call, Extent, Message, Operation, Transport};
 
 const MAGIC: u64 = 0x6e63_636c_6865_6164;
 /// Dims of a header but the last.
 const FORM: [usize; 7] = [1; 7];
-/// Tag of the answers, in the group that is kept for them.
+/// Tag of the answers, in the group that exists for them.
 pub(super) const ANSWERS: u64 = 0;
 /// In place of the number of a message, in the last answer of a rank.
 pub(super) const NOTHING_MORE: u64 = u64::MAX;
@@ -82,7 +84,7 @@ const DTYPES: [DType; 13] = [
     DType::Bool(BoolStore::U32),
 ];
 
-/// What is told of a message before it travels.
+/// The announcement of a message.
 #[derive(Debug, PartialEq)]
 pub(super) struct Header {
     pub number: u64,
@@ -131,21 +133,21 @@ fn words(tensor: &FlexTensor) -> Vec<u64> {
 #[derive(Debug)]
 pub(super) struct Channel {
     pub link: Arc<Link>,
-    pub lane: Lane,
+    pub stream: NcclStream,
 }
 
 impl Channel {
-    pub fn new(id: &[u8], end: usize, host: &Arc<dyn Transport>, keeper: &Arc<Keeper>) -> Result<Self, Error> {
-        let lane = Lane::new(keeper.gpu())?;
-        Ok(Self { link: keeper.link(Raw::init(id, 2, end, host)?), lane })
+    pub fn new(id: &[u8], end: usize, host: &Arc<dyn Transport>, watchdog: &Arc<Watchdog>) -> Result<Self, Error> {
+        let stream = NcclStream::new(watchdog.gpu())?;
+        Ok(Self { link: watchdog.link(NcclComm::init(id, 2, end, host)?), stream })
     }
 }
 
-/// Messages that a rank has sent to one other, and that wait for their receiver.
+/// The messages that a rank has sent to one other, and that wait for their receiver.
 ///
-/// It does not hold the group that they were sent in: peers see at once that this rank has left that, while the messages wait
-/// on (see `keeper.rs`).
-pub(super) struct Outbox {
+/// It does not hold the group that they were sent in: peers see at once that this rank has left that, while the
+/// messages wait on (see `watchdog.rs`).
+pub(super) struct SendQueue {
     /// The group in which receivers answer.
     answers: Arc<dyn Transport>,
     to: usize,
@@ -154,9 +156,9 @@ pub(super) struct Outbox {
     waiting: AtomicUsize,
 }
 
-impl std::fmt::Debug for Outbox {
+impl std::fmt::Debug for SendQueue {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Outbox").field("to", &self.to).field("waiting", &self.waiting).finish_non_exhaustive()
+        f.debug_struct("SendQueue").field("to", &self.to).field("waiting", &self.waiting).finish_non_exhaustive()
     }
 }
 
@@ -171,7 +173,7 @@ struct Sent {
     channel: Option<Arc<Channel>>,
 }
 
-impl Outbox {
+impl SendQueue {
     pub fn new(answers: Arc<dyn Transport>, to: usize) -> Self {
         Self { answers, to, state: Mutex::default(), waiting: AtomicUsize::new(0) }
     }
@@ -193,7 +195,7 @@ impl Outbox {
         group.send(self.to, tag, header)
     }
 
-    /// Takes back a message that the rank has sent to itself.
+    /// Receives a message that the rank has sent to itself.
     pub fn take(&self, header: &Header, device: &CubeDevice) -> Result<DeviceTensor, Error> {
         let mut sent = lock(&self.state);
         let taken = sent.waiting.remove(&header.number);
@@ -208,33 +210,33 @@ impl Outbox {
         self.waiting.load(Ordering::Acquire) == 0
     }
 
-    /// What waits, in words.
+    /// The waiting messages, in words.
     pub fn describe(&self) -> String {
         let sent = lock(&self.state);
         let tags: Vec<u64> = sent.waiting.values().map(|(_, _, tag)| *tag).collect();
         format!("messages of rank {} to rank {} with tags {tags:?}", self.answers.rank(), self.to)
     }
 
-    /// Lets go of what has not been asked for.
+    /// Drops what has not been asked for.
     pub fn clear(&self) {
         let mut sent = lock(&self.state);
         sent.waiting.clear();
         self.waiting.store(0, Ordering::Release);
     }
 
-    /// Sends what its receiver has asked for. Called by the keeper alone. Returns whether there was something.
-    pub fn deliver(&self, keeper: &Arc<Keeper>) -> Result<bool, Error> {
+    /// Sends what its receiver has asked for. Called by the watchdog alone. Returns whether there was something.
+    pub fn deliver(&self, watchdog: &Arc<Watchdog>) -> Result<bool, Error> {
         let mut delivered = false;
         while !self.is_empty()
             && let Some(answer) = self.answers.try_receive(self.to, ANSWERS)?
         {
-            self.answer(&answer, keeper)?;
+            self.answer(&answer, watchdog)?;
             delivered = true;
         }
         Ok(delivered)
     }
 
-    fn answer(&self, Message(answer): &Message, keeper: &Arc<Keeper>) -> Result<(), Error> {
+    fn answer(&self, Message(answer): &Message, watchdog: &Arc<Watchdog>) -> Result<(), Error> {
         let garbled = || Error::invalid("send over NCCL", format!("the answer of rank {} is garbled", self.to));
         let bytes: Vec<u8> = answer.clone().into_data().try_into_vec().map_err(|_| garbled())?;
         let (number, id) = bytes.split_first_chunk::<8>().ok_or_else(garbled)?;
@@ -253,7 +255,7 @@ impl Outbox {
         let channel = match known {
             Some(channel) => channel,
             None if id.len() == ID_BYTES => {
-                let channel = Arc::new(Channel::new(id, 0, keeper.host(), keeper)?);
+                let channel = Arc::new(Channel::new(id, 0, watchdog.host(), watchdog)?);
                 lock(&self.state).channel = Some(channel.clone());
                 channel
             }
@@ -261,10 +263,10 @@ impl Outbox {
         };
         let kind = data_type(tensor.dtype).ok_or_else(garbled)?;
         let count = tensor.meta.shape().iter().product();
-        let prepared = preparing.finish(keeper.host().timeout())?;
+        let prepared = preparing.finish(watchdog.host().timeout())?;
         let place = prepared.places().next().ok_or_else(garbled)?;
         let raw = channel.link.lock();
-        let (done, called) = channel.lane.enqueue(&prepared, |stream| {
+        let (done, called) = channel.stream.enqueue(&prepared, |stream| {
             // SAFETY: the buffer holds `count` elements and is held until the stream has passed.
             raw.finish("send", unsafe { nccl::send(place, count, kind, 1, raw.comm, stream) })
         })?;
@@ -272,7 +274,7 @@ impl Outbox {
         let ready = prepared.ready.clone();
         let extent = Extent::new(&tensor.meta.shape().to_vec());
         let call = Call::on_device(Operation::Send { to: self.to, tag }, tensor.dtype, extent);
-        keeper.watch(call, &channel.link, (ready, done), vec![(tensor, Some(prepared))]);
+        watchdog.watch(call, &channel.link, (ready, done), vec![(tensor, Some(prepared))]);
         called
     }
 }

@@ -1,8 +1,9 @@
-//! NCCL: collectives and messages on tensors of CUDA devices, without a copy through the host.
+//! The transport over NCCL: collectives and messages on tensors of CUDA devices, without a copy through the host.
 //!
-//! NCCL does the moving and nothing else. It is put **on top of** a communicator of any other engine, which goes on doing what
-//! NCCL cannot: comparing what the ranks call before anything is enqueued, noticing lost ranks, time-outs, the log, and
-//! collectives on host data. NCCL's id travels over it too, so whatever joins the ranks (threads, MPI) is all that is needed:
+//! NCCL moves the data and does nothing else. It is put **on top of** a communicator over any other transport, the
+//! *host transport*, which goes on doing what NCCL cannot: comparing what the ranks call before anything is enqueued,
+//! noticing lost ranks, time-outs, the log, and collectives on host data. NCCL's id is exchanged over it too, so
+//! whatever joins the ranks (threads, MPI) is all that is needed:
 //!
 //! ```no_run
 //! use burn::tensor::{Device, Tensor};
@@ -20,51 +21,51 @@
 //! ```
 //!
 //! # Order on the device
-//! A collective runs on a stream of NCCL's own. An event makes it wait for what burn had enqueued before it on the rank's
-//! stream, another makes what burn enqueues afterwards wait for it. The host waits for neither; it waits only for the other
-//! ranks to *call* the same, and for NCCL to take the call. Buffers are held until the second event.
+//! A collective runs on a stream of NCCL's own. An event makes it wait for what burn had enqueued before it on the
+//! rank's stream, another makes what burn enqueues afterwards wait for it. The host waits for neither; it waits only
+//! for the other ranks to *call* the same, and for NCCL to take the call. Buffers are held until the second event.
 //!
-//! With [`start`](Communicator::start) the rank's own thread waits for nothing at all; what it enqueues before it uses the
-//! result overlaps with the collective. [`all_reduce_coalesced`](Communicator::all_reduce_coalesced) of several tensors is
-//! one launch.
+//! With [`start`](Communicator::start) the rank's own thread waits for nothing at all; what it enqueues before it uses
+//! the result overlaps with the collective. [`all_reduce_coalesced`](Communicator::all_reduce_coalesced) of several
+//! tensors is one launch.
 //!
-//! A message leaves when its receiver calls [`recv`](Communicator::recv), or as soon as it has been sent if the receiver has
-//! called [`start_recv`](Communicator::start_recv): its header travels over the engine below, with its
-//! tag, and the data between two streams that are kept for this direction between the two ranks. Until then the sender's
+//! A message is transferred when its receiver calls [`recv`](Communicator::recv), or as soon as it has been sent if the
+//! receiver has called [`start_recv`](Communicator::start_recv): its header goes over the host transport, with its tag,
+//! and the data between two streams that are kept for this direction between the two ranks. Until then the sender's
 //! tensor is held on the device. Ranks may send to each other before either receives.
 //!
-//! A rank may drop its communicator before its messages have been received: they are kept until their receiver asks for them, or
-//! drops its own, for as long as the time-out.
+//! A rank may drop its communicator before its messages have been received: they are kept until their receiver receives
+//! them, or drops its own, for as long as the time-out.
 //!
 //! # Reductions
-//! They mean what they mean on every engine, see [`ReduceOp`]. NCCL by itself adds 16-bit numbers in 16 bits, rounds factors to
-//! 16 bits, and leaves NaN out of maxima and minima; so sums, means and products of `f16` and `bf16` travel as `f32`, and
-//! maxima and minima of floats with marks for NaN, each of which is twice the bytes (counters tell those of the tensors).
-//! Sums and means of `f32` and `f64`, of integers, and whatever is not reduced, travel as they are. NCCL folds in an order of its own,
-//! the same on all ranks, and makes a mean by multiplying with `1 / n`: the last bit of a result may differ from that of other
-//! engines.
+//! They are the same as over every transport, see [`ReduceOp`]. NCCL by itself adds 16-bit numbers in 16 bits, rounds
+//! factors to 16 bits, and ignores NaN in maxima and minima; so sums, means and products of `f16` and `bf16` are
+//! reduced as `f32`, and maxima and minima of floats with a NaN mask, each of which is twice the bytes (counters tell
+//! those of the tensors). Sums and means of `f32` and `f64`, of integers, and whatever is not reduced, need no
+//! conversion. NCCL reduces in an order of its own, the same on all ranks, and makes a mean by multiplying with `1 /
+//! n`: the last bit of a result may differ from that of other transports.
 //!
 //! # Failures
-//! When a rank is lost, the engine below fails the world; a thread that looks after NCCL then aborts every communicator of it,
-//! so that no stream waits for ever for a kernel of a rank that is gone. It does the same if NCCL reports an error, or if
-//! something that the device could have begun is not over after the time-out.
+//! When a rank is lost, the host transport fails the world; a watchdog thread then aborts every communicator of it, so
+//! that no stream waits for ever for a kernel of a rank that is gone. It does the same if NCCL reports an error, or if
+//! an operation that the device could have started is not done after the time-out.
 //!
-//! # What travels through the host all the same
+//! # What goes through the host all the same
 //! Tensors of other devices or of dtypes that NCCL does not know (`i16`, `u16`).
 
-mod brought;
 mod collective;
+mod conversion;
 mod event;
-mod exact;
-mod expected;
 mod gpu;
-mod keeper;
-mod lane;
 mod library;
 mod messages;
-mod raw;
-mod receiving;
+mod nccl_comm;
+mod posted_receives;
+mod receiver;
+mod shape_exchange;
+mod stream;
 mod transport;
+mod watchdog;
 
 use std::sync::Arc;
 
@@ -74,10 +75,10 @@ use burn::tensor::Device;
 pub use library::{Library, Version, devices, library};
 
 use self::gpu::Gpu;
-use self::keeper::Keeper;
-use self::lane::Lane;
-use self::raw::Raw;
+use self::nccl_comm::NcclComm;
+use self::stream::NcclStream;
 use self::transport::NcclTransport;
+use self::watchdog::Watchdog;
 use super::{Communicator, ReduceOp};
 use crate::Error;
 
@@ -89,14 +90,14 @@ use crate::Error;
 /// refuses; the error of the world.
 pub fn join(host: &Communicator, index: usize) -> Result<Communicator, Error> {
     let place = library().and_then(|library| library.place(index));
-    agree(host, &place)?;
+    check_all(host, &place)?;
     let (library, place) = place?;
     let places = host.all_gather(place.to_vec())?;
     let places: Vec<&[u64]> = places.chunks(place.len()).collect();
-    let twins = places.iter().enumerate().find_map(|(second, place)| {
+    let duplicates = places.iter().enumerate().find_map(|(second, place)| {
         places[..second].iter().position(|first| first == place).map(|first| (first, second))
     });
-    if let Some((first, second)) = twins
+    if let Some((first, second)) = duplicates
         && !library.shares_devices()
     {
         return Err(Error::Gpu {
@@ -110,8 +111,8 @@ pub fn join(host: &Communicator, index: usize) -> Result<Communicator, Error> {
         });
     }
     let id = match host.rank() {
-        0 => raw::unique_id()?,
-        _ => raw::no_id(),
+        0 => nccl_comm::unique_id()?,
+        _ => nccl_comm::no_id(),
     };
     let id = host.broadcast(id.to_vec(), 0)?;
     let gpu = Gpu::new(index)?;
@@ -121,16 +122,16 @@ pub fn join(host: &Communicator, index: usize) -> Result<Communicator, Error> {
         return Err(Error::Gpu { problem: format!("burn does not take {device:?} for a CUDA device") });
     };
     let transport = host.transport_arc();
-    let lane = Arc::new(Lane::new(&gpu)?);
-    // In a group of its own, which it may be in for longer than this rank is in others: peers see who has left those.
+    let stream = Arc::new(NcclStream::new(&gpu)?);
+    // In a group of its own, which it may stay in for longer than this rank is in others: peers see who has left those.
     let kept = transport.split("nccl", 0, host.rank() as i64)?;
-    let keeper = Keeper::new(kept, host.underway().clone(), gpu);
-    let raw = Raw::init(&id, host.size(), host.rank(), &transport)?;
-    Ok(host.over(Arc::new(NcclTransport::new(transport, raw, lane, keeper, (device, cube))?)))
+    let watchdog = Watchdog::new(kept, host.outstanding_jobs().clone(), gpu);
+    let raw = NcclComm::init(&id, host.size(), host.rank(), &transport)?;
+    Ok(host.over(Arc::new(NcclTransport::new(transport, raw, stream, watchdog, (device, cube))?)))
 }
 
 /// Makes every rank return an error if one has found something missing, so that nobody waits for it in NCCL.
-fn agree<T>(host: &Communicator, found: &Result<T, Error>) -> Result<(), Error> {
+fn check_all<T>(host: &Communicator, found: &Result<T, Error>) -> Result<(), Error> {
     let missing = host.all_gather(vec![u8::from(found.is_err())])?;
     match (found, missing.iter().position(|missing| *missing != 0)) {
         (Err(error), _) => Err(error.clone()),

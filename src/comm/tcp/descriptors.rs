@@ -1,13 +1,13 @@
-//! File descriptors: a connection takes one, and a process may only open so many.
+//! Reserves file descriptors: each connection takes one, and a process may only open so many.
 
 use std::io;
 
-/// Descriptors that the rest of the program shall have as well, if it can be: data, logs, libraries.
+/// Descriptors that are left to the rest of the program, if possible: data, logs, libraries.
 #[cfg(unix)]
 const SPARE: usize = 64;
 
-/// Makes sure that this process may open `count` more descriptors: raises the limit for the process (`RLIMIT_NOFILE`) as far
-/// as needed, where the system allows.
+/// Makes sure that this process may open `count` more descriptors: raises the limit for the process (`RLIMIT_NOFILE`)
+/// as far as needed, where the system allows.
 ///
 /// # Errors
 /// What is needed and what is allowed, in words, if it does not.
@@ -47,7 +47,7 @@ pub(crate) fn reserve(_: usize, _: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// What to say of a problem, if it is that no more files can be opened.
+/// The explanation of an I/O error, if it is that no more files can be opened.
 #[cfg(unix)]
 pub(super) fn exhausted(problem: &io::Error) -> Option<String> {
     let advice = match problem.raw_os_error()? {
@@ -76,6 +76,6 @@ fn limit() -> Option<libc::rlimit> {
 /// How many are open.
 #[cfg(unix)]
 fn open() -> usize {
-    // The one that reads the list is in it.
+    // The descriptor that reads the list is in it.
     std::fs::read_dir("/dev/fd").map_or(0, |entries| entries.count().saturating_sub(1))
 }

@@ -1,63 +1,65 @@
-//! What goes over a connection: heads of 24 bytes, some with bytes behind them.
+//! The frames on a connection: headers of 24 bytes, some followed by data.
 //!
-//! A small message is sent *whole*, whether or not the other side has asked for it yet. A large one is *offered*; the
-//! other side *accepts* it when it knows where its bytes go, and then they come in *parts*, straight into that place. Whole
-//! messages are sent on credit: what nobody has asked for yet takes the receiver's memory, and *credit* says how much of it is
-//! free again. A sender that has none left offers. A part of the credit is kept for the words of wardens: what is said last
-//! reaches a rank that was stopped, even after the speaker has gone.
+//! A small message is sent *eagerly*, whether or not the other side has posted the receive yet. For a large one the
+//! sender sends an *RTS* (request to send); the other side answers with a *CTS* (clear to send) when it knows the
+//! buffer, and then the bytes follow in *data* frames, straight into that buffer. Eager messages are sent on credit:
+//! unexpected ones take the receiver's memory, and *credit* frames say how much of it is free again. A sender without
+//! credit sends an RTS. A part of the credit is reserved for control messages: the last ones reach a rank that was
+//! stopped, even after their sender has gone.
 
-/// Bytes of a head.
-pub(super) const HEAD: usize = 24;
-/// Most bytes of a message that is sent whole.
-pub(super) const WHOLE: usize = 256 << 10;
-/// Most bytes of whole messages that nobody has asked for.
-pub(super) const CREDIT: usize = 8 << 20;
-/// Most bytes of a part: small messages need not wait for more.
-pub(super) const PART: usize = 512 << 10;
-/// Bytes read from a connection before others have their turn.
-const TURN: usize = 4 << 20;
-/// Bytes read at a time beside those that have a place.
+/// Bytes of a header.
+pub(super) const HEADER_BYTES: usize = 24;
+/// Most bytes of an eager message.
+pub(super) const MAX_EAGER: usize = 256 << 10;
+/// Most bytes of eager messages without a posted receive.
+pub(super) const EAGER_CREDIT: usize = 8 << 20;
+/// Most bytes of a data frame: small messages need not wait for more.
+pub(super) const MAX_DATA: usize = 512 << 10;
+/// Bytes read from a connection before the others get their turn.
+const READ_TURN: usize = 4 << 20;
+/// Bytes read at a time beside those that go into a posted buffer.
 const STAGING: usize = 64 << 10;
 
-/// The sizes at which messages change their way. Both sides of a connection have the same.
+/// The sizes at which the protocol changes. Both sides of a connection have the same.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
-    pub whole: usize,
+    pub eager: usize,
     pub credit: usize,
-    pub part: usize,
+    pub data: usize,
     pub turn: usize,
     pub staging: usize,
 }
 
 impl Limits {
-    pub const STANDARD: Self = Self { whole: WHOLE, credit: CREDIT, part: PART, turn: TURN, staging: STAGING };
+    pub const STANDARD: Self =
+        Self { eager: MAX_EAGER, credit: EAGER_CREDIT, data: MAX_DATA, turn: READ_TURN, staging: STAGING };
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// A message, `name` is its tag.
-    Whole,
-    /// `len` bytes are ready, `name` is their tag, `id` the number of the offer.
-    Offer,
-    /// They are wanted; `id` as in the offer.
-    Accept,
-    /// Some of them; `id` as in the offer.
-    Part,
-    /// `len` bytes of whole messages have been taken.
+pub(super) enum FrameKind {
+    /// An eager message with this tag.
+    Eager,
+    /// Request to send: `len` bytes with this tag are ready, `id` is the number of the request.
+    Rts,
+    /// Clear to send; `id` as in the request.
+    Cts,
+    /// Some of the bytes; `id` as in the request.
+    Data,
+    /// `len` bytes of eager messages have been received.
     Credit,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Head {
-    pub kind: Kind,
+pub(super) struct Header {
+    pub kind: FrameKind,
     pub len: usize,
     pub tag: u64,
     pub id: u64,
 }
 
-impl Head {
-    pub fn write(self) -> [u8; HEAD] {
-        let mut bytes = [0; HEAD];
+impl Header {
+    pub fn write(self) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
         let words = [self.kind as u64 | (self.len as u64) << 8, self.tag, self.id];
         for (place, word) in bytes.chunks_mut(8).zip(words) {
             place.copy_from_slice(&word.to_le_bytes());
@@ -65,18 +67,18 @@ impl Head {
         bytes
     }
 
-    pub fn read(bytes: &[u8; HEAD]) -> Option<Self> {
+    pub fn read(bytes: &[u8; HEADER_BYTES]) -> Option<Self> {
         let word = |place: usize| {
             let mut word = [0; 8];
             word.copy_from_slice(&bytes[8 * place..][..8]);
             u64::from_le_bytes(word)
         };
         let kind = match word(0) as u8 {
-            0 => Kind::Whole,
-            1 => Kind::Offer,
-            2 => Kind::Accept,
-            3 => Kind::Part,
-            4 => Kind::Credit,
+            0 => FrameKind::Eager,
+            1 => FrameKind::Rts,
+            2 => FrameKind::Cts,
+            3 => FrameKind::Data,
+            4 => FrameKind::Credit,
             _ => return None,
         };
         Some(Self { kind, len: usize::try_from(word(0) >> 8).ok()?, tag: word(1), id: word(2) })
@@ -89,10 +91,10 @@ mod tests {
 
     #[test]
     fn heads_there_and_back() {
-        for kind in [Kind::Whole, Kind::Offer, Kind::Accept, Kind::Part, Kind::Credit] {
-            let head = Head { kind, len: (1 << 40) + 3, tag: u64::MAX, id: 7 };
-            assert_eq!(Head::read(&head.write()), Some(head));
+        for kind in [FrameKind::Eager, FrameKind::Rts, FrameKind::Cts, FrameKind::Data, FrameKind::Credit] {
+            let header = Header { kind, len: (1 << 40) + 3, tag: u64::MAX, id: 7 };
+            assert_eq!(Header::read(&header.write()), Some(header));
         }
-        assert_eq!(Head::read(&[5; HEAD]), None);
+        assert_eq!(Header::read(&[5; HEADER_BYTES]), None);
     }
 }

@@ -1,32 +1,32 @@
-//! A connection whose other end says anything.
+//! Fuzzes a connection: its other end sends anything.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use super::frame::{HEAD, Head, Kind, Limits};
-use super::ops::Ops;
+use super::frame::{FrameKind, HEADER_BYTES, Header, Limits};
 pub use super::rendezvous::fuzzing::handshake;
-use super::transit::{Lent, Place};
+use super::request_table::RequestTable;
+use super::transfers::{RecvBuffer, SendBuffer};
 
-type Peer = super::peer::Peer<TcpStream>;
+type Connection = super::connection::Connection<TcpStream>;
 
-/// Bytes around a place that nobody may write to, and what is in them.
+/// Bytes around a buffer that nobody may write to, and their value.
 const AROUND: usize = 64;
 const UNTOUCHED: u8 = 0xa5;
 const LIMITS: Limits = Limits::STANDARD;
-/// Tags in use: few, so that messages meet.
+/// Tags in use: few, so that sends and receives match.
 const TAGS: u64 = 4;
 
 /// Two ends of a connection: sockets of the system, which are cheaper to make than those over TCP.
-fn connected() -> (Peer, UnixStream) {
+fn connected() -> (Connection, UnixStream) {
     let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
     ours.set_nonblocking(true).and_then(|()| theirs.set_nonblocking(true)).expect("a socket that does not block");
-    (Peer::new(Some(TcpStream::from(OwnedFd::from(ours))), LIMITS), theirs)
+    (Connection::new(Some(TcpStream::from(OwnedFd::from(ours))), LIMITS), theirs)
 }
 
-/// What the bytes decide.
+/// Choices that the fuzzer's bytes make.
 struct Dice<'a>(&'a [u8]);
 
 impl Dice<'_> {
@@ -40,7 +40,7 @@ impl Dice<'_> {
         Some(match kind % 8 {
             0..5 => low,
             5 => low * 64,
-            6 => LIMITS.whole + low - 128,
+            6 => LIMITS.eager + low - 128,
             _ => LIMITS.credit + low - 128,
         })
     }
@@ -53,78 +53,88 @@ impl Dice<'_> {
     }
 }
 
-/// What is done to a peer by its own rank and by the other end, as the bytes say.
+/// Drives a connection, from its own rank and from the other end, as the bytes say.
 pub fn frames(bytes: &[u8]) {
-    let ((mut peer, mut other), mut ops, mut dice) = (connected(), Ops::default(), Dice(bytes));
-    // Lent to the peer until it is gone.
+    let ((mut connection, mut other), mut table, mut dice) = (connected(), RequestTable::default(), Dice(bytes));
+    // Borrowed by the connection until it is gone.
     let mut lent: Vec<(Box<[u8]>, usize)> = Vec::new();
-    while play(&mut peer, &mut other, &mut ops, &mut dice, &mut lent).is_some() {
-        work(&mut peer, &mut other, &mut ops);
+    while play(&mut connection, &mut other, &mut table, &mut dice, &mut lent).is_some() {
+        work(&mut connection, &mut other, &mut table);
     }
     let _ = other.shutdown(Shutdown::Write);
     for _ in 0..100_000 {
-        work(&mut peer, &mut other, &mut ops);
-        (0..TAGS).for_each(|tag| drop(peer.take(tag, LIMITS.whole, &mut ops)));
-        if peer.closed.is_some() {
+        work(&mut connection, &mut other, &mut table);
+        (0..TAGS).for_each(|tag| drop(connection.take(tag, LIMITS.eager, &mut table)));
+        if connection.closed.is_some() {
             break;
         }
     }
-    assert!(peer.closed.is_some(), "the connection is over, and the peer does not know");
-    assert!(!peer.is_open() && peer.owed <= LIMITS.credit && peer.owing <= LIMITS.credit);
-    for (_, op) in &lent {
-        peer.withdraw(*op);
+    assert!(connection.closed.is_some(), "the connection is over, and the connection does not know");
+    assert!(
+        !connection.is_open() && connection.credit_held <= LIMITS.credit && connection.credit_used <= LIMITS.credit
+    );
+    for (_, request) in &lent {
+        connection.reclaim(*request);
     }
-    drop(peer);
+    drop(connection);
     for (room, _) in &lent {
         let edges = room[..AROUND].iter().chain(&room[room.len() - AROUND..]);
         assert!(edges.into_iter().all(|byte| *byte == UNTOUCHED), "something was written beside its place");
     }
 }
 
-fn work(peer: &mut Peer, other: &mut UnixStream, ops: &mut Ops) {
-    peer.write(ops);
-    peer.read(ops);
+fn progress(connection: &mut Connection, other: &mut UnixStream, table: &mut RequestTable) {
+    connection.write(table);
+    connection.read(table);
     let mut heard = [0; 1 << 16];
     while other.read(&mut heard).is_ok_and(|n| n > 0) {}
 }
 
 fn play(
-    peer: &mut Peer,
+    connection: &mut Connection,
     other: &mut UnixStream,
-    ops: &mut Ops,
+    table: &mut RequestTable,
     dice: &mut Dice<'_>,
     lent: &mut Vec<(Box<[u8]>, usize)>,
 ) -> Option<()> {
     let (what, tag) = (dice.byte()?, u64::from(dice.byte()?) % TAGS);
     match what % 8 {
         0 | 1 => {
-            let (len, op) = (dice.len()?.max(1), ops.begin());
+            let (len, request) = (dice.len()?.max(1), table.begin());
             let mut room = vec![UNTOUCHED; AROUND + len + AROUND].into_boxed_slice();
             let data = room[AROUND..].as_mut_ptr();
-            lent.push((room, op));
+            lent.push((room, request));
             match what % 8 {
-                0 => peer.receive(tag, Place { data, len, op }, ops),
-                _ => peer.send(tag, Lent { data, len, op }, ops),
+                0 => connection.receive(tag, RecvBuffer { data, len, request }, table),
+                _ => connection.send(tag, SendBuffer { data, len, request }, table),
             }
         }
-        2 => drop(peer.take(tag, LIMITS.whole, ops)),
+        2 => drop(connection.take(tag, LIMITS.eager, table)),
         3 => {
-            if let Some((_, op)) = lent.get(usize::from(dice.byte()?)) {
-                peer.withdraw(*op);
+            if let Some((_, request)) = lent.get(usize::from(dice.byte()?)) {
+                connection.reclaim(*request);
             }
         }
         4 => {
-            let mut bytes = [0; HEAD];
+            let mut bytes = [0; HEADER_BYTES];
             bytes.iter_mut().for_each(|byte| *byte = dice.byte().unwrap_or_default());
             let _ = other.write_all(&bytes);
         }
         _ => {
-            let kind = [Kind::Whole, Kind::Whole, Kind::Offer, Kind::Accept, Kind::Part, Kind::Part, Kind::Credit];
+            let kind = [
+                FrameKind::Eager,
+                FrameKind::Eager,
+                FrameKind::Rts,
+                FrameKind::Cts,
+                FrameKind::Data,
+                FrameKind::Data,
+                FrameKind::Credit,
+            ];
             let kind = kind[usize::from(dice.byte()?) % kind.len()];
             let (len, id) = (dice.len()?, dice.any()?);
-            let _ = other.write_all(&Head { kind, len, tag, id }.write());
-            if matches!(kind, Kind::Whole | Kind::Part) {
-                // As many as said, as a rule.
+            let _ = other.write_all(&Header { kind, len, tag, id }.write());
+            if matches!(kind, FrameKind::Eager | FrameKind::Data) {
+                // As many bytes as the header says, as a rule.
                 let follow = if dice.byte()? < 230 { len } else { usize::from(dice.byte()?) };
                 let _ = other.write_all(&vec![what; follow]);
             }

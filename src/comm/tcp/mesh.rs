@@ -1,17 +1,17 @@
-//! A connection from every rank to every other.
+//! Connects every rank to every other.
 //!
-//! Each rank listens at a port of its own before the ranks meet, and all get the addresses of all at the meeting. Then each
-//! connects to those before it, in order, and hears those behind it. Both sides of a connection show the secret, and that
-//! they were at this very meeting.
+//! Each rank listens at a port of its own before the rendezvous, at which all get the addresses of all. Then each
+//! connects to the ranks before it, in order, and accepts those behind it. Both sides of a connection prove that they
+//! know the secret, and that they were at this very rendezvous.
 
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
 
 use sha2::{Digest, Sha256};
 
-use super::rendezvous::{Rendezvous, failure, nonce};
+use super::rendezvous::{Rendezvous, nonce, rendezvous_error};
 use crate::Error;
 
-/// Says at which address of this machine the other ranks reach it.
+/// The address of this machine at which the other ranks reach it.
 const ADDRESS: &str = "BURN_PARALLEL_ADDRESS";
 
 /// Connections to all ranks, `None` for this one.
@@ -22,34 +22,34 @@ pub(super) fn connect(meeting: &Rendezvous) -> Result<Vec<Option<TcpStream>>, Er
     }
     let address = own_address(meeting)?;
     let cannot = |problem: std::io::Error| {
-        failure(format!(
+        rendezvous_error(format!(
             "rank {rank} cannot listen at {address}: {problem}; {ADDRESS} must be an address of the machine it is set on"
         ))
     };
     let listener = TcpListener::bind((address, 0)).map_err(cannot)?;
     let own = listener.local_addr().map_err(cannot)?;
     let addresses = meeting.all_gather(&[&nonce()[..], own.to_string().as_bytes()].concat())?;
-    // Nobody who was not at this meeting knows this.
+    // Only the ranks at this rendezvous know this hash.
     let world = Sha256::digest(addresses.concat());
     let mut streams = Vec::with_capacity(size);
     for (other, told) in addresses.iter().enumerate().take(rank) {
         let at = told.get(nonce().len()..).and_then(|text| std::str::from_utf8(text).ok()?.parse::<SocketAddr>().ok());
-        let at = at.ok_or_else(|| failure(format!("the address of rank {other} is garbled")))?;
-        streams.push(Some(meeting.hosted_by(other, at).visit(&world, 0, false)?.0));
+        let at = at.ok_or_else(|| rendezvous_error(format!("the address of rank {other} is garbled")))?;
+        streams.push(Some(meeting.hosted_by(other, at).connect_to_host(&world, 0, false)?.0));
     }
     streams.push(None);
     let host = meeting.hosted_by(rank, own);
-    let (mut guests, outcome) = host.receive(&listener, rank + 1..size, |guest| {
-        let other = guest.blob != world[..];
-        other.then(|| format!("rank {} was at another meeting than rank {rank}", guest.rank))
+    let (mut clients, outcome) = host.receive(&listener, rank + 1..size, |client| {
+        let other = client.blob != world[..];
+        other.then(|| format!("rank {} was at another meeting than rank {rank}", client.rank))
     });
-    host.tell(&mut guests, outcome.as_ref().map(|()| &[][..]));
+    host.reply(&mut clients, outcome.as_ref().map(|()| &[][..]));
     outcome?;
-    streams.extend(guests.into_iter().map(|guest| Some(guest.stream)));
+    streams.extend(clients.into_iter().map(|client| Some(client.stream)));
     Ok(streams)
 }
 
-/// The address of this machine on the way to rank 0.
+/// The address of this machine on the route to rank 0.
 fn own_address(meeting: &Rendezvous) -> Result<IpAddr, Error> {
     if let Ok(value) = std::env::var(ADDRESS) {
         return value.trim().parse().map_err(|_| Error::Environment {
@@ -61,7 +61,7 @@ fn own_address(meeting: &Rendezvous) -> Result<IpAddr, Error> {
     let (address, port) = meeting.point();
     let way = |at: SocketAddr| {
         let any: IpAddr = if at.is_ipv4() { [0u8; 4].into() } else { [0u16; 8].into() };
-        // Connecting a datagram socket sends nothing, and tells the way.
+        // Connecting a datagram socket sends nothing, and tells the route.
         let socket = UdpSocket::bind((any, 0))?;
         socket.connect(at)?;
         socket.local_addr().map(|own| own.ip())
@@ -77,7 +77,7 @@ fn own_address(meeting: &Rendezvous) -> Result<IpAddr, Error> {
         last
     });
     ways.map_err(|problem| {
-        failure(format!(
+        rendezvous_error(format!(
             "rank {} finds no way to rank 0 at {address}:{port}: {problem}; is MASTER_ADDR right? {ADDRESS} says which \
              address of this machine to use",
             meeting.rank()

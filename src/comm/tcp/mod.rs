@@ -38,44 +38,44 @@
 //!
 //! A rank that is lost while data moves leaves the buffers of that collective half written.
 
+mod connection;
 pub(crate) mod descriptors;
-mod fill;
+mod endpoint;
 mod frame;
 #[cfg(fuzzing)]
 pub(in crate::comm) mod fuzzing;
 mod mesh;
 mod network;
-mod ops;
-mod peer;
 mod poll;
+mod read_uninit;
 mod reading;
 mod rendezvous;
+mod request_table;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]
 mod tests;
-mod transit;
-mod wire;
+mod transfers;
 mod writing;
 
 pub use rendezvous::Rendezvous;
 pub(crate) use rendezvous::nonce;
 
-use self::rendezvous::{STRANGERS, failure};
-use self::wire::TcpWire;
+use self::endpoint::TcpEndpoint;
+use self::rendezvous::{MAX_UNKNOWN, rendezvous_error};
 use super::Communicator;
 use super::local::WorldConfig;
-use super::wired::Worlds;
+use super::message_passing::Worlds;
 use crate::Error;
 
-/// Descriptors beside those of connections: what listens, and what ends a rest.
+/// Descriptors beside those of connections: the listener, and the waker.
 const OWN_DESCRIPTORS: usize = 4;
 
 /// The worlds of this process over TCP.
 ///
-/// Drop it after all communicators: dropping it waits for the ranks of its worlds to end, so that nobody misses this one, and
-/// so that what they have still to receive comes to them. It waits for the time-out at most, then leaves ranks that go on.
-/// A communicator that is left over, in the tape of a tensor for instance, gives errors from then on.
+/// Drop it after all communicators: dropping it waits for the ranks of its worlds to end, so that nobody misses this
+/// one, and so that its last messages arrive. It waits for the time-out at most, then leaves ranks that go on. A
+/// communicator that still exists, in the tape of a tensor for instance, gives errors from then on.
 #[derive(Debug)]
 pub struct Session(Worlds);
 
@@ -85,23 +85,23 @@ impl Session {
         Self(Worlds::new())
     }
 
-    /// Makes a world of the ranks that meet; all of them come to this call. There may be several worlds, one after the
-    /// other or, at meetings with different ports, at the same time.
+    /// Makes a world of the ranks at a rendezvous; all of them make this call. There may be several worlds, one after
+    /// the other or, at rendezvous with different ports, at the same time.
     ///
     /// # Errors
-    /// [`Error::Engine`], if the ranks do not meet (see [`Rendezvous::all_gather`]) or cannot connect to each other, or if the
-    /// system does not let this process open as many connections;
-    /// [`Error::Environment`] if the variable `BURN_PARALLEL_ADDRESS` is set and no IP address.
+    /// [`Error::Engine`], if the rendezvous fails (see [`Rendezvous::all_gather`]), if the ranks cannot connect to each
+    /// other, or if the system does not let this process open as many connections; [`Error::Environment`] if the
+    /// variable `BURN_PARALLEL_ADDRESS` is set and no IP address.
     pub fn world(&self, meeting: &Rendezvous, config: WorldConfig) -> Result<Communicator, Error> {
         config.check()?;
         let size = meeting.size();
         if size > 1 {
-            // Two are kept for each connection; as long as ranks are missing, strangers may come as well.
-            let count = size.saturating_mul(2).max(size.saturating_add(STRANGERS)).saturating_add(OWN_DESCRIPTORS);
-            descriptors::reserve(count, &format!("a world of {size} ranks over TCP")).map_err(failure)?;
+            // Two are kept for each connection; until all ranks are connected, others may connect as well.
+            let count = size.saturating_mul(2).max(size.saturating_add(MAX_UNKNOWN)).saturating_add(OWN_DESCRIPTORS);
+            descriptors::reserve(count, &format!("a world of {size} ranks over TCP")).map_err(rendezvous_error)?;
         }
-        let wire = TcpWire::new(meeting.rank(), mesh::connect(meeting)?)?;
-        self.0.found(Box::new(wire), config)
+        let endpoint = TcpEndpoint::new(meeting.rank(), mesh::connect(meeting)?)?;
+        self.0.create(Box::new(endpoint), config)
     }
 }
 

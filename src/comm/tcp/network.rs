@@ -1,6 +1,6 @@
-//! What connects the ranks: streams of bytes, and whoever tells which of them have something.
+//! The network under the endpoint: byte streams, and how to wait for them.
 //!
-//! The protocol knows no more of a network than this, so a simulation can take its place.
+//! The protocol uses no more of a network than this, so a simulation can replace it.
 
 use std::fmt::Debug;
 use std::io::{self, Write};
@@ -8,14 +8,14 @@ use std::net::{Shutdown, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::fill::Fill;
 use super::frame::Limits;
-use super::poll::{self, Alarm};
-use crate::comm::wired::Sizes;
+use super::poll::{self, Waker};
+use super::read_uninit::ReadUninit;
+use crate::comm::message_passing::Thresholds;
 
-/// A stream of bytes to another rank and back. Nothing blocks.
-pub(super) trait Stream: Fill + Write + Debug + Send + Sync {
-    /// Ends one direction, or both.
+/// A byte stream to another rank and back. Nothing blocks.
+pub(super) trait Stream: ReadUninit + Write + Debug + Send + Sync {
+    /// Closes one direction, or both.
     fn shutdown(&self, how: Shutdown) -> io::Result<()>;
 }
 
@@ -25,20 +25,20 @@ impl Stream for TcpStream {
     }
 }
 
-/// The network that the streams of a rank are in, and the time there.
+/// The network that the streams of a rank are in, and its clock.
 ///
 /// A stream is listed with its rank, and with whether it is to be written as well.
 pub(super) trait Network: Debug + Send + Sync {
     type Stream: Stream;
 
-    /// Which of the streams can be read, have ended, or can be written if that is wanted.
+    /// Which of the streams are readable, closed, or writable if that is wanted.
     fn ready(&self, streams: &[(usize, &Self::Stream, bool)]) -> Vec<usize>;
 
-    /// Rests until one of the streams is ready or somebody [rings](Self::ring), no longer than this.
-    fn rest(&self, streams: &[(usize, &Self::Stream, bool)], longest: Duration);
+    /// Blocks the thread until one of the streams is ready or it is [woken](Self::wake), no longer than this.
+    fn park(&self, streams: &[(usize, &Self::Stream, bool)], longest: Duration);
 
-    /// Wakes whoever rests.
-    fn ring(&self);
+    /// Wakes the parked threads.
+    fn wake(&self);
 
     /// The same on all ranks.
     fn limits(&self) -> Limits {
@@ -46,16 +46,16 @@ pub(super) trait Network: Debug + Send + Sync {
     }
 
     /// The same on all ranks.
-    fn sizes(&self) -> Sizes {
-        Sizes::STANDARD
+    fn thresholds(&self) -> Thresholds {
+        Thresholds::STANDARD
     }
 
     fn now(&self) -> Instant {
         Instant::now()
     }
 
-    /// Lets others have the core.
-    fn give_way(&self) {
+    /// Yields the core to other threads.
+    fn yield_now(&self) {
         thread::yield_now();
     }
 
@@ -66,11 +66,11 @@ pub(super) trait Network: Debug + Send + Sync {
 
 /// The network of the system.
 #[derive(Debug)]
-pub(super) struct System(Alarm);
+pub(super) struct System(Waker);
 
 impl System {
     pub fn new() -> io::Result<Self> {
-        Ok(Self(Alarm::new()?))
+        Ok(Self(Waker::new()?))
     }
 }
 
@@ -81,11 +81,11 @@ impl Network for System {
         poll::ready(streams)
     }
 
-    fn rest(&self, streams: &[(usize, &TcpStream, bool)], longest: Duration) {
-        self.0.rest(streams, longest);
+    fn park(&self, streams: &[(usize, &TcpStream, bool)], longest: Duration) {
+        self.0.park(streams, longest);
     }
 
-    fn ring(&self) {
-        self.0.ring();
+    fn wake(&self) {
+        self.0.wake();
     }
 }

@@ -1,4 +1,4 @@
-//! Waiting for connections, and what the system is told about them.
+//! Waits for sockets with `poll`, and sets their options.
 
 use std::io;
 use std::net::TcpStream;
@@ -6,14 +6,14 @@ use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-/// Ends the rest of another thread, whose message has come to whoever worked the connections.
+/// Wakes a parked thread whose message another thread has received.
 #[derive(Debug)]
-pub(super) struct Alarm {
+pub(super) struct Waker {
     #[cfg(unix)]
     ends: (UnixStream, UnixStream),
 }
 
-impl Alarm {
+impl Waker {
     #[cfg(unix)]
     pub fn new() -> io::Result<Self> {
         let ends = UnixStream::pair()?;
@@ -27,27 +27,27 @@ impl Alarm {
         Ok(Self {})
     }
 
-    /// Wakes whoever rests.
-    pub fn ring(&self) {
+    /// Wakes the parked threads.
+    pub fn wake(&self) {
         #[cfg(unix)]
-        // Full: it is ringing already.
+        // Full: it has been woken already.
         let _ = io::Write::write(&mut &self.ends.0, &[0]);
     }
 
-    /// As [`ready`], or until the alarm rings.
+    /// As [`ready`], but blocks until a stream is ready or the waker is used.
     #[cfg(unix)]
-    pub fn rest(&self, connections: &[(usize, &TcpStream, bool)], longest: Duration) {
+    pub fn park(&self, connections: &[(usize, &TcpStream, bool)], longest: Duration) {
         use std::os::fd::AsRawFd;
         let fds = connections.iter().map(|(_, stream, writes)| (stream.as_raw_fd(), *writes));
-        let rings =
+        let woken =
             poll(fds.chain([(self.ends.1.as_raw_fd(), false)]), longest).last().is_some_and(|fd| fd.revents != 0);
-        if rings {
+        if woken {
             let _ = io::Read::read(&mut &self.ends.1, &mut [0; 64]);
         }
     }
 
     #[cfg(not(unix))]
-    pub fn rest(&self, _: &[(usize, &TcpStream, bool)], longest: Duration) {
+    pub fn park(&self, _: &[(usize, &TcpStream, bool)], longest: Duration) {
         std::thread::sleep(longest);
     }
 }
@@ -65,7 +65,7 @@ fn poll(fds: impl Iterator<Item = (std::os::fd::RawFd, bool)>, longest: Duration
     fds
 }
 
-/// Which of the connections can be read, or written if that is wanted. All of them where the system can't tell.
+/// Which of the connections are readable, or writable if that is wanted. All of them where the system cannot tell.
 #[cfg(unix)]
 pub(super) fn ready(connections: &[(usize, &TcpStream, bool)]) -> Vec<usize> {
     use std::os::fd::AsRawFd;
@@ -78,7 +78,7 @@ pub(super) fn ready(connections: &[(usize, &TcpStream, bool)]) -> Vec<usize> {
     connections.iter().map(|(rank, ..)| *rank).collect()
 }
 
-/// Small messages go at once, nothing blocks, and a silent machine is noticed.
+/// Sets the options of a socket: no delay, non-blocking, and keep-alive to notice a silent machine.
 pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_read_timeout(None)?;
     stream.set_write_timeout(None)?;
@@ -92,7 +92,7 @@ pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
             (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 10),
             (libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, 5),
             (libc::IPPROTO_TCP, libc::TCP_KEEPCNT, 4),
-            // Milliseconds that what was sent may stay unanswered.
+            // Milliseconds that sent data may stay unacknowledged.
             (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, 30_000),
         ];
         for (level, option, value) in options {

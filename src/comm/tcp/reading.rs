@@ -1,54 +1,56 @@
-//! What a connection brings: heads, and bytes that go straight to where they belong.
+//! Reads frames from a connection: headers, and data straight into its buffer.
 
 use std::io;
 
-use super::frame::{HEAD, Head, Kind};
+use super::connection::{Connection, pop};
+use super::frame::{FrameKind, HEADER_BYTES, Header};
 use super::network::Stream;
-use super::ops::Ops;
-use super::peer::{Peer, pop};
-use super::transit::{Accepted, Arrival, Bulk, Into, Reading};
+use super::request_table::RequestTable;
+use super::transfers::{DataReceive, DataSend, Destination, Reading, Unexpected};
 
-/// Most offers that nobody has asked for.
-const OFFERS: usize = 1 << 20;
+/// Most RTS frames without a posted receive.
+const MAX_RTS: usize = 1 << 20;
 
-impl<S: Stream> Peer<S> {
-    /// Reads what has come, up to a limit.
+impl<S: Stream> Connection<S> {
+    /// Reads what has arrived, up to a limit.
     ///
-    /// Nothing that has been read waits for the next time, but the beginning of a head: the system tells of what it still
-    /// has, not of what is in the staging area.
-    pub fn read(&mut self, ops: &mut Ops) {
+    /// Nothing that has been read is left for the next time, but the beginning of a header: the system reports what it
+    /// still has, not what is in the staging area.
+    pub fn read(&mut self, table: &mut RequestTable) {
         let mut read = 0;
         while self.is_open() {
             let staged = self.staged.len();
-            if let Some((data, len)) = self.room() {
+            if let Some((data, len)) = self.next_destination() {
                 if staged > 0 {
                     let n = staged.min(len);
-                    // SAFETY: the place is as long as that, and not in the staging area.
+                    // SAFETY: the buffer is as long as that, and not in the staging area.
                     unsafe { self.staging[self.staged.start..].as_ptr().copy_to_nonoverlapping(data, n) };
                     self.staged.start += n;
-                    self.got(n, ops);
+                    self.got(n, table);
                     continue;
                 }
                 if read >= self.limits.turn {
                     return;
                 }
                 let Some(stream) = &mut self.stream else { return };
-                // SAFETY: lent for this, or our own.
-                let came = unsafe { stream.fill(data, len, &mut self.staging) };
-                let Some(n) = self.came(came) else { return };
+                // SAFETY: borrowed for this, or our own.
+                let came = unsafe { stream.read_uninit(data, len, &mut self.staging) };
+                let Some(n) = self.received(came) else { return };
                 self.staged = 0..n.saturating_sub(len);
-                self.got(n.min(len), ops);
+                self.got(n.min(len), table);
                 read += n;
                 if n < len {
                     return;
                 }
-            } else if staged >= HEAD {
-                let mut head = [0; HEAD];
-                head.copy_from_slice(&self.staging[self.staged.start..][..HEAD]);
-                self.staged.start += HEAD;
-                match Head::read(&head) {
-                    Some(head) => self.begin(head, ops),
-                    None => self.break_off("what came is no message: does the other side run this program?".into()),
+            } else if staged >= HEADER_BYTES {
+                let mut header = [0; HEADER_BYTES];
+                header.copy_from_slice(&self.staging[self.staged.start..][..HEADER_BYTES]);
+                self.staged.start += HEADER_BYTES;
+                match Header::read(&header) {
+                    Some(header) => self.begin(header, table),
+                    None => {
+                        self.protocol_error("what came is no message: does the other side run this program?".into())
+                    }
                 }
             } else if read >= self.limits.turn {
                 return;
@@ -56,15 +58,15 @@ impl<S: Stream> Peer<S> {
                 self.staging.copy_within(self.staged.clone(), 0);
                 let Some(stream) = &mut self.stream else { return };
                 let came = stream.read(&mut self.staging[staged..]);
-                let Some(n) = self.came(came) else { return };
+                let Some(n) = self.received(came) else { return };
                 self.staged = 0..staged + n;
                 read += n;
             }
         }
     }
 
-    /// Bytes that have come; `None` if there are none.
-    fn came(&mut self, came: io::Result<usize>) -> Option<usize> {
+    /// The number of bytes read; `None` if there are none.
+    fn received(&mut self, came: io::Result<usize>) -> Option<usize> {
         match came {
             Ok(0) => self.closed = Some("its process has ended".into()),
             Ok(n) => return Some(n),
@@ -74,117 +76,119 @@ impl<S: Stream> Peer<S> {
         None
     }
 
-    /// Where the next bytes of what is being read go.
-    fn room(&mut self) -> Option<(*mut u8, usize)> {
+    /// The destination of the next bytes of the current frame.
+    fn next_destination(&mut self) -> Option<(*mut u8, usize)> {
         let (into, got, left) = match self.reading.as_mut()? {
-            Reading::Whole { len, got, into, .. } => (into, *got, *len - *got),
-            Reading::Part { id, left } => {
-                let accepted = self.accepted.get_mut(id)?;
-                (&mut accepted.into, accepted.got, *left)
+            Reading::Eager { len, got, into, .. } => (into, *got, *len - *got),
+            Reading::Data { id, left } => {
+                let data_receives = self.data_receives.get_mut(id)?;
+                (&mut data_receives.into, data_receives.got, *left)
             }
         };
         Some(match into {
-            // SAFETY: within the place, whose length has been compared.
-            Into::Place(place) => (unsafe { place.data.add(got) }, left),
-            Into::Owned(bytes) => (bytes[got..].as_mut_ptr(), left),
-            Into::Nowhere => {
-                self.nowhere.resize(self.limits.staging, 0);
-                (self.nowhere.as_mut_ptr(), left.min(self.limits.staging))
+            // SAFETY: within the buffer, whose length has been compared.
+            Destination::Buffer(target) => (unsafe { target.data.add(got) }, left),
+            Destination::Owned(bytes) => (bytes[got..].as_mut_ptr(), left),
+            Destination::Discard => {
+                self.discard.resize(self.limits.staging, 0);
+                (self.discard.as_mut_ptr(), left.min(self.limits.staging))
             }
         })
     }
 
-    /// So many bytes of what is being read are where they belong.
-    fn got(&mut self, n: usize, ops: &mut Ops) {
+    /// Records that `n` bytes of the current frame have reached their destination.
+    fn got(&mut self, n: usize, table: &mut RequestTable) {
         match self.reading.take() {
-            Some(Reading::Whole { tag, len, got, into }) if got + n == len => match into {
-                Into::Place(place) => {
-                    ops.done(place.op);
-                    self.was_taken(len);
+            Some(Reading::Eager { tag, len, got, into }) if got + n == len => match into {
+                Destination::Buffer(target) => {
+                    table.done(target.request);
+                    self.return_credit(len);
                 }
-                Into::Owned(bytes) => match pop(&mut self.posted, tag) {
-                    Some(place) => self.deliver(&bytes, place, ops),
-                    None => self.came.entry(tag).or_default().push_back(Arrival::Whole(bytes)),
+                Destination::Owned(bytes) => match pop(&mut self.posted, tag) {
+                    Some(target) => self.deliver(&bytes, target, table),
+                    None => self.unexpected.entry(tag).or_default().push_back(Unexpected::Eager(bytes)),
                 },
-                Into::Nowhere => self.was_taken(len),
+                Destination::Discard => self.return_credit(len),
             },
-            Some(Reading::Whole { tag, len, got, into }) => {
-                self.reading = Some(Reading::Whole { tag, len, got: got + n, into });
+            Some(Reading::Eager { tag, len, got, into }) => {
+                self.reading = Some(Reading::Eager { tag, len, got: got + n, into });
             }
-            Some(Reading::Part { id, left }) => {
+            Some(Reading::Data { id, left }) => {
                 if left > n {
-                    self.reading = Some(Reading::Part { id, left: left - n });
+                    self.reading = Some(Reading::Data { id, left: left - n });
                 }
-                let Some(accepted) = self.accepted.get_mut(&id) else { return };
-                accepted.got += n;
-                if accepted.got == accepted.len {
-                    self.complete(id, ops);
+                let Some(data_receives) = self.data_receives.get_mut(&id) else { return };
+                data_receives.got += n;
+                if data_receives.got == data_receives.len {
+                    self.complete(id, table);
                 }
             }
             None => {}
         }
     }
 
-    /// All of a large message is here.
-    fn complete(&mut self, id: u64, ops: &mut Ops) {
-        match self.accepted.remove(&id) {
-            Some(Accepted { into: Into::Place(place), .. }) => ops.done(place.op),
-            Some(Accepted { into: Into::Owned(bytes), tag, .. }) => {
-                let coming = |arrival: &&mut Arrival| matches!(arrival, Arrival::Coming(other) if *other == id);
-                if let Some(arrival) = self.came.get_mut(&tag).and_then(|queue| queue.iter_mut().find(coming)) {
-                    *arrival = Arrival::Whole(bytes);
+    /// A large message is complete.
+    fn complete(&mut self, id: u64, table: &mut RequestTable) {
+        match self.data_receives.remove(&id) {
+            Some(DataReceive { into: Destination::Buffer(target), .. }) => table.done(target.request),
+            Some(DataReceive { into: Destination::Owned(bytes), tag, .. }) => {
+                let coming =
+                    |unexpected: &&mut Unexpected| matches!(unexpected, Unexpected::Receiving(other) if *other == id);
+                if let Some(unexpected) = self.unexpected.get_mut(&tag).and_then(|queue| queue.iter_mut().find(coming))
+                {
+                    *unexpected = Unexpected::Eager(bytes);
                 }
             }
             _ => {}
         }
     }
 
-    /// A head has come.
-    fn begin(&mut self, head: Head, ops: &mut Ops) {
-        let Head { kind, len, tag, id } = head;
+    /// Handles a header.
+    fn begin(&mut self, header: Header, table: &mut RequestTable) {
+        let Header { kind, len, tag, id } = header;
         match kind {
-            Kind::Whole if len == 0 || len > self.limits.whole || self.owed + len > self.limits.credit => {
-                let (owed, credit) = (self.owed, self.limits.credit);
-                self.break_off(format!("a message of {len} bytes came, with {owed} of {credit} taken"));
+            FrameKind::Eager if len == 0 || len > self.limits.eager || self.credit_held + len > self.limits.credit => {
+                let (credit_held, credit) = (self.credit_held, self.limits.credit);
+                self.protocol_error(format!("a message of {len} bytes came, with {credit_held} of {credit} taken"));
             }
-            Kind::Whole => {
-                self.owed += len;
+            FrameKind::Eager => {
+                self.credit_held += len;
                 let into = match pop(&mut self.posted, tag) {
-                    Some(place) if place.len != len => {
-                        return self.break_off(format!("{len} bytes came for {}", place.len));
+                    Some(target) if target.len != len => {
+                        return self.protocol_error(format!("{len} bytes came for {}", target.len));
                     }
-                    Some(place) => Into::Place(place),
-                    None => Into::Owned(vec![0; len]),
+                    Some(target) => Destination::Buffer(target),
+                    None => Destination::Owned(vec![0; len]),
                 };
-                self.reading = Some(Reading::Whole { tag, len, got: 0, into });
+                self.reading = Some(Reading::Eager { tag, len, got: 0, into });
             }
-            Kind::Offer if len == 0 || self.offers == OFFERS => {
-                self.break_off(format!("an offer of {len} bytes came, beside {} others", self.offers));
+            FrameKind::Rts if len == 0 || self.pending_rts == MAX_RTS => {
+                self.protocol_error(format!("an offer of {len} bytes came, beside {} others", self.pending_rts));
             }
-            Kind::Offer => match pop(&mut self.posted, tag) {
-                Some(place) => self.accept(tag, id, len, Into::Place(place)),
+            FrameKind::Rts => match pop(&mut self.posted, tag) {
+                Some(target) => self.accept(tag, id, len, Destination::Buffer(target)),
                 None => {
-                    self.offers += 1;
-                    self.came.entry(tag).or_default().push_back(Arrival::Offered { id, len });
+                    self.pending_rts += 1;
+                    self.unexpected.entry(tag).or_default().push_back(Unexpected::Rts { id, len });
                 }
             },
-            Kind::Accept => match self.offered.remove(&id) {
-                Some(lent) => self.bulk.push_back(Bulk { id, lent, sent: 0 }),
-                // It may have been withdrawn.
-                None if id < self.next_offer => {}
-                None => self.break_off(format!("offer {id} is accepted and was never made")),
+            FrameKind::Cts => match self.awaiting_cts.remove(&id) {
+                Some(source) => self.data_sends.push_back(DataSend { id, source, sent: 0 }),
+                // It may have been reclaimed.
+                None if id < self.next_id => {}
+                None => self.protocol_error(format!("offer {id} is data_receives and was never made")),
             },
-            Kind::Part => match self.accepted.get(&id) {
-                Some(accepted) if len > 0 && len <= accepted.len - accepted.got => {
-                    self.reading = Some(Reading::Part { id, left: len });
+            FrameKind::Data => match self.data_receives.get(&id) {
+                Some(data_receives) if len > 0 && len <= data_receives.len - data_receives.got => {
+                    self.reading = Some(Reading::Data { id, left: len });
                 }
-                _ => self.break_off(format!("{len} bytes of offer {id} came unasked")),
+                _ => self.protocol_error(format!("{len} bytes of offer {id} came unasked")),
             },
-            Kind::Credit => match self.owing.checked_sub(len) {
-                Some(owing) => self.owing = owing,
-                None => self.break_off(format!("credit for {len} bytes came, {} were given", self.owing)),
+            FrameKind::Credit => match self.credit_used.checked_sub(len) {
+                Some(credit_used) => self.credit_used = credit_used,
+                None => self.protocol_error(format!("credit for {len} bytes came, {} were given", self.credit_used)),
             },
         }
-        self.write(ops);
+        self.write(table);
     }
 }

@@ -12,7 +12,7 @@ use crate::hf::index::is_plain;
 /// How a directory is written.
 #[derive(Debug, Clone)]
 pub struct SaveConfig {
-    pub(super) mapping: Mapping,
+    pub(in crate::hf) mapping: Mapping,
     pub(super) dtype: Option<DType>,
     pub(super) shard_bytes: u64,
     pub(super) piece_bytes: usize,
@@ -76,6 +76,11 @@ impl SaveConfig {
     pub fn with_file(mut self, name: impl Into<String>, text: impl Into<String>) -> Self {
         self.texts.push((name.into(), text.into()));
         self
+    }
+
+    /// The same with another mapping.
+    pub(in crate::hf) fn with_mapping(self, mapping: Mapping) -> Self {
+        Self { mapping, ..self }
     }
 
     /// What all ranks must pass alike.

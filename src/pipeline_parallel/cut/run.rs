@@ -17,6 +17,7 @@ use crate::graph::liveness::Instruction;
 use crate::graph::module::{read_for_step, write_running_states};
 use crate::graph::origin::Origins;
 use crate::graph::step::StepGraph;
+use crate::partition::Exchange;
 use crate::tensor::PlainTensor;
 
 /// Runs the part of a step that one stage has, on the device of the model.
@@ -86,6 +87,16 @@ impl StageRun {
             updated: HashMap::new(),
             under_way: BTreeMap::new(),
         })
+    }
+
+    /// What the replicas of this stage exchange in a pass.
+    pub(crate) fn exchanges(&self, pass: usize) -> Vec<Exchange> {
+        let instructions = self.sections.get(pass).into_iter().flatten();
+        let operations = instructions.filter_map(|instruction| match instruction {
+            Instruction::Run(op) => Exchange::of(op),
+            _ => None,
+        });
+        operations.collect()
     }
 
     /// What the stage runs, sends and receives.

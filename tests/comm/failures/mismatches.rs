@@ -48,8 +48,8 @@ fn another_operation() {
 #[test]
 fn another_name_or_order_of_splits() {
     let split = |name: &'static str| move |comm: &Communicator| comm.split_named(name, 0, comm.rank() as i64).map(drop);
-    mismatch(&["called split by a name of number"], split("left"), split("right"));
-    mismatch(&["called split by a name of number"], |comm: &Communicator| comm.split(0, 0).map(drop), split("left"));
+    mismatch(&["called split by a name of hash"], split("left"), split("right"));
+    mismatch(&["called split by a name of hash"], |comm: &Communicator| comm.split(0, 0).map(drop), split("left"));
     // The names of all ranks are the same, their colors need not be.
     launch::threads(4).run(|rank| rank.split_named("half", rank.rank() as u64 / 2, 0)?.barrier()).unwrap();
 }
@@ -182,7 +182,7 @@ fn a_root_that_has_nothing_to_scatter() {
     for size in SIZES {
         let error = failure(size, LONG, None, |rank| rank.scatter(None::<Vec<f32>>, 0).map(drop));
         assert!(matches!(&error, Error::InvalidArgument { operation: "scatter", .. }), "{error:?}");
-        says(&error, &["rank 0 is the root and brings nothing"]);
+        says(&error, &["rank 0 is the root and passes nothing"]);
     }
 }
 

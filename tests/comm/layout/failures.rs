@@ -109,7 +109,10 @@ fn other_shapes() {
         |size, endings| {
             let (error, widths) = (all_alike(endings), [2 * size, 2 * size - 1]);
             assert!(matches!(error, Error::Mismatch { .. }));
-            assert!(widths.iter().all(|width| error.to_string().contains(&format!("(cut from {width})"))), "{error}");
+            assert!(
+                widths.iter().all(|width| error.to_string().contains(&format!("(agreed number {width})"))),
+                "{error}"
+            );
         },
     );
 }

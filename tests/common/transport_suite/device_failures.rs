@@ -65,7 +65,7 @@ fn widths(engine: &dyn Engine, device: &Device) {
     let exchange = |comm: &Communicator, less: usize| {
         drop_of(layout::all_to_all(ones([2, 2 * comm.size() - less], device), 0, 1, comm))
     };
-    let words = ["all_to_all of F32", "on its device (cut from"];
+    let words = ["all_to_all of F32", "on its device (agreed number"];
     mismatch(engine, &words, &|comm| exchange(&comm, 0), &|comm| exchange(&comm, 1));
 }
 

@@ -149,7 +149,7 @@ fn mismatches(engine: &dyn Engine) {
         drop_of(comm.all_reduce_coalesced(vec![vec![1.0f32; 3]; 2], ReduceOp::Sum))
     });
     let named = |name: &'static str| move |comm: Communicator| drop_of(comm.split_named(name, 0, 0));
-    mismatch(engine, &["called split by a name of number"], &named("left"), &named("right"));
+    mismatch(engine, &["called split by a name of hash"], &named("left"), &named("right"));
     let root = |root: usize| move |comm: Communicator| drop_of(comm.broadcast(vec![1u8], root));
     mismatch(engine, &["root 0", "root 1"], &root(0), &root(1));
     let ones = |shape: [usize; 2]| Tensor::<2>::ones(shape, &Device::flex());
@@ -341,7 +341,7 @@ fn outputs(engine: &dyn Engine) {
     });
     says(&error, &[&format!("room for {} elements of U16, {} of U16 came", size * 2 + 1, size * 2)]);
     let error = failure(engine, LONG, None, &|comm| drop_of(comm.scatter(None::<Vec<f32>>, 0)));
-    says(&error, &["rank 0 is the root and brings nothing"]);
+    says(&error, &["rank 0 is the root and passes nothing"]);
 }
 
 /// Collectives in flight on two groups end with the error of the world.

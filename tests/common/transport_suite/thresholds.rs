@@ -1,7 +1,7 @@
 //! Sizes at which engines change how they move data, and groups that do not wait for each other.
 //!
-//! What an engine sends whole, offers, cuts or folds in windows is its own affair. These sizes are at and beside all
-//! the limits that the engines of the crate have, and are repeated: a message that is lost now and then is found by many.
+//! Each transport chooses what it sends eagerly, in chunks or in windows. These sizes are at and beside all limits of the
+//! transports of the crate, and are repeated: a message that is lost now and then is found by many.
 
 use std::thread;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use burn_parallel::Error;
 use burn_parallel::comm::{Communicator, ReduceOp, part};
 
-/// Bytes at which something changes: letters, headers, sides of boards, whole messages, parts, windows, turns, credit.
+/// Bytes at which something changes: mailbox entries, headers, slots, eager messages, data frames, windows, turns, credit.
 const THRESHOLDS: [usize; 7] = [2 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 4 << 20, 8 << 20];
 /// Larger ones are moved by fewer operations.
 const LARGE: usize = 1 << 20;

@@ -2,7 +2,7 @@
 
 mod by_hand;
 mod golden;
-mod lm;
+pub mod lm;
 mod meshes;
 mod non_finite;
 mod one_device;

@@ -430,12 +430,8 @@ fn a_directory_is_saved_from_rows() {
     let other = zoo::with_values(case.model.clone(), 99);
     assert_ne!(parameters(&other.valid()), parameters(&case.model.valid()));
     let loaded = launch::threads(1)
-        .run(|rank| wrap(&rank, &other, DataParallelConfig::new())?.load(&mut file_of(&dir))?.assemble())
+        .run(|rank| wrap(&rank, &other, DataParallelConfig::new())?.load(&mut hf::open(&dir)?)?.assemble())
         .unwrap();
     assert_eq!(parameters(&loaded[0].valid()), parameters(&case.model.valid()));
     std::fs::remove_dir_all(&dir).unwrap();
-}
-
-fn file_of(dir: &std::path::Path) -> burn_parallel::params::Safetensors<std::fs::File> {
-    burn_parallel::params::Safetensors::open(dir.join("model.safetensors")).unwrap()
 }

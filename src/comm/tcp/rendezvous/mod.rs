@@ -1,24 +1,24 @@
-//! How processes that know an address find each other, and give each other a few bytes.
+//! The rendezvous: processes that know one address find each other, and exchange a few bytes.
 //!
-//! The addresses of all, for one, must be known to each rank before there is a communicator to send them over. Rank 0 listens;
-//! the others connect, for as long as the time-out lasts, since it may start later than they do.
+//! Each rank must know the addresses of all before there is a communicator to send them over. Rank 0 listens; the
+//! others connect, retrying for as long as the time-out lasts, since it may start later than they do.
 //!
 //! # Protocol
 //!
-//! Rank 0 greets with random bytes. A rank answers with its own random bytes, rank, world size and the length of its blob,
-//! under an HMAC-SHA256 by the shared secret over all of it and the greeting. Rank 0 says whether that is right, with an HMAC
-//! over the rank's random bytes, and only then the blob is sent, under an HMAC as well. What rank 0 says in the end, the blobs
-//! of all or an error, bears another one. So both sides know the secret, nothing said before can be said again, and
-//! the secret itself is never sent. A connection that is not from a rank that knows the secret is turned away and does
-//! no harm: each is heard on a thread of its own, for a few seconds at most, a few more at a time than there are ranks, and
-//! no memory is taken for what it says. The bytes travel in the open.
+//! Rank 0 greets with random bytes. A rank answers with its own random bytes, rank, world size and the length of its
+//! blob, under an HMAC-SHA256 by the shared secret over all of it and the greeting. Rank 0 says whether that is right,
+//! with an HMAC over the rank's random bytes, and only then the blob is sent, under an HMAC as well. The final reply of
+//! rank 0, the blobs of all or an error, has another one. So both sides prove that they know the secret, no message can
+//! be replayed, and the secret itself is never sent. A connection that is not from a rank that knows the secret is
+//! rejected and does no harm: each handshake runs on a thread of its own, for a few seconds at most, a few more at a
+//! time than there are ranks, and no memory is allocated for what it sends. The bytes are not encrypted.
 
-mod crowd;
+mod acceptor;
+mod client;
 #[cfg(fuzzing)]
 pub(in crate::comm::tcp) mod fuzzing;
-mod guest;
-mod host;
-mod words;
+mod messages;
+mod server;
 
 use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
@@ -27,21 +27,20 @@ use std::time::Duration;
 use hmac::{Hmac, Mac};
 use sha2::Sha256;
 
-pub(super) use self::crowd::STRANGERS;
+pub(super) use self::acceptor::MAX_UNKNOWN;
 use crate::Error;
 use crate::comm::local::bounded;
 
 const MAGIC: [u8; 8] = *b"burnpar2";
 /// Most bytes of a blob.
-const MOST: usize = 1 << 20;
+const MAX_BLOB: usize = 1 << 20;
 
-type Seal = [u8; 32];
+type Digest = [u8; 32];
 
-/// A meeting point of the ranks of a world over TCP.
+/// A rendezvous of the ranks of a world over TCP.
 ///
-/// Rank 0 listens at an address that all know. Both sides show that they know a secret, which is never sent, and nothing
-/// that was said before can be said again; but what they tell each other travels in the open. Connections of others are
-/// turned away.
+/// Rank 0 listens at an address that all know. Both sides prove that they know a secret, which is never sent, and no
+/// message can be replayed; but messages are not encrypted. Connections of others are rejected.
 #[derive(Clone)]
 pub struct Rendezvous {
     rank: usize,
@@ -61,8 +60,9 @@ impl std::fmt::Debug for Rendezvous {
 }
 
 impl Rendezvous {
-    /// Rank `rank` of `size` meets the others at `address` and `port`, an address of rank 0's machine. `secret` is anything
-    /// that all ranks know, and others don't; with an empty one, whoever reaches the address can take the place of a rank.
+    /// Rank `rank` of `size` finds the others at `address` and `port`, an address of rank 0's machine. `secret` is
+    /// anything that all ranks know, and others don't; with an empty one, whoever reaches the address can take the
+    /// place of a rank.
     pub fn new(rank: usize, size: usize, address: &str, port: u16, secret: &[u8], timeout: Duration) -> Self {
         Self {
             rank,
@@ -75,7 +75,7 @@ impl Rendezvous {
         }
     }
 
-    /// A meeting of the same ranks at another one's address.
+    /// A rendezvous of the same ranks at the address of another host.
     pub(in crate::comm::tcp) fn hosted_by(&self, host: usize, at: SocketAddr) -> Self {
         Self { host, address: at.ip().to_string(), port: at.port(), ..self.clone() }
     }
@@ -100,22 +100,25 @@ impl Rendezvous {
     /// can't be reached or has another secret; on all, that a rank came twice or from a world of another size.
     pub fn all_gather(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
         if self.rank >= self.size {
-            return Err(failure(format!("rank {} does not exist in a world of {}", self.rank, self.size)));
+            return Err(rendezvous_error(format!("rank {} does not exist in a world of {}", self.rank, self.size)));
         }
         if self.timeout.is_zero() {
-            return Err(failure("the time-out is 0: no rank could wait for another; give a positive one"));
+            return Err(rendezvous_error("the time-out is 0: no rank could wait for another; give a positive one"));
         }
-        if blob.len() > MOST {
-            return Err(failure(format!("{} bytes are more than the {MOST} that a rank may bring", blob.len())));
+        if blob.len() > MAX_BLOB {
+            return Err(rendezvous_error(format!(
+                "{} bytes are more than the {MAX_BLOB} that a rank may bring",
+                blob.len()
+            )));
         }
         match self.rank {
             0 if self.size == 1 => Ok(vec![blob.to_vec()]),
             0 => self.listen(blob),
-            _ => self.visit(blob, self.size, true).map(|(_, blobs)| blobs),
+            _ => self.connect_to_host(blob, self.size, true).map(|(_, blobs)| blobs),
         }
     }
 
-    /// Every rank gets the blob of rank 0; what the others bring does not matter.
+    /// Every rank gets the blob of rank 0; those of the others are ignored.
     ///
     /// # Errors
     /// Those of [`all_gather`](Self::all_gather).
@@ -135,17 +138,17 @@ impl Rendezvous {
         mac
     }
 
-    fn seal(&self, parts: &[&[u8]]) -> Seal {
+    fn sign(&self, parts: &[&[u8]]) -> Digest {
         self.mac(parts).finalize().into_bytes().into()
     }
 
     /// In constant time.
-    fn check(&self, parts: &[&[u8]], seal: &Seal) -> bool {
-        self.mac(parts).verify_slice(seal).is_ok()
+    fn check(&self, parts: &[&[u8]], digest: &Digest) -> bool {
+        self.mac(parts).verify_slice(digest).is_ok()
     }
 }
 
-/// Bytes that have not been seen before. The hasher's keys are random, from the system.
+/// Fresh random bytes. The hasher's keys are random, from the system.
 pub(crate) fn nonce() -> [u8; 32] {
     let mut bytes = [0; 32];
     for (place, eight) in bytes.chunks_mut(8).enumerate() {
@@ -155,6 +158,6 @@ pub(crate) fn nonce() -> [u8; 32] {
     bytes
 }
 
-pub(in crate::comm::tcp) fn failure(problem: impl Into<String>) -> Error {
+pub(in crate::comm::tcp) fn rendezvous_error(problem: impl Into<String>) -> Error {
     Error::Engine { engine: "rendezvous", problem: problem.into() }
 }

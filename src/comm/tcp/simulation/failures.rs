@@ -1,4 +1,4 @@
-//! Processes that are stopped, killed, or do not end.
+//! Tests with processes that are stopped, killed, or do not end.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::network::Random;
 use super::schedule::Event;
 use super::scripts::plan;
-use super::{Here, Simulation};
+use super::{RankContext, Simulation};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 
@@ -22,26 +22,26 @@ type Outcomes = Rc<RefCell<Vec<(usize, Option<Error>, u64)>>>;
 /// A world in which all ranks go from collective to collective until one fails.
 fn busy(size: usize, random: &mut Random) -> (Simulation, Outcomes) {
     let mut plan = plan(random);
-    // What is told fits into a message that is sent whole, as it does in truth: a rank that has gone can be asked no more.
-    (plan.limits.whole, plan.limits.credit, plan.capacity) = (16 << 10, 256 << 10, 1 << 20);
+    // Control messages are eager, as they are in truth: a rank that has gone can answer no CTS.
+    (plan.limits.eager, plan.limits.credit, plan.capacity) = (16 << 10, 256 << 10, 1 << 20);
     let (bytes, simulation, outcomes) =
         (random.below(4 * plan.limits.turn), Simulation::new(size, plan, random.clone()), Outcomes::default());
     for rank in 0..size {
         let outcomes = outcomes.clone();
-        simulation.rank(rank, TIMEOUT, move |comm, here| {
-            let error = until_it_fails(&comm, &here, bytes).err();
-            outcomes.borrow_mut().push((rank, error, here.now()));
+        simulation.rank(rank, TIMEOUT, move |comm, context| {
+            let error = until_it_fails(&comm, &context, bytes).err();
+            outcomes.borrow_mut().push((rank, error, context.now()));
         });
     }
     (simulation, outcomes)
 }
 
-fn until_it_fails(comm: &Communicator, here: &Here, bytes: usize) -> Result<(), Error> {
+fn until_it_fails(comm: &Communicator, context: &RankContext, bytes: usize) -> Result<(), Error> {
     let half = comm.split_named("half", comm.rank() as u64 % 2, 0)?;
     loop {
         comm.all_reduce(vec![1u8; bytes], ReduceOp::Max)?;
         half.all_gather(vec![1u8; bytes])?;
-        here.compute(100_000);
+        context.compute(100_000);
     }
 }
 
@@ -64,7 +64,7 @@ fn a_rank_that_is_stopped_is_named_in_time_and_blames_nobody() {
     for seed in 0..SEEDS {
         let mut random = Random(seed);
         let size = 2 + random.below(7);
-        // Rank 0 decides and judges: it is the one that matters most.
+        // Rank 0 is group root and coordinator: it is the one that matters most.
         let culprit = if random.one_in(2) { 0 } else { random.below(size) };
         let (mut simulation, outcomes) = busy(size, &mut random);
         let at = 1_000_000 + random.below(40_000_000) as u64;
@@ -82,11 +82,11 @@ fn a_rank_that_is_stopped_is_named_in_time_and_blames_nobody() {
         let names = |text: &str| text.split(|c: char| !c.is_ascii_digit()).any(|number| number == named.to_string());
         assert!(names(missing), "{about}: {error}");
         assert!(
-            log.lines().iter().any(|line| line.ends_with(&format!("rank {culprit}: no answer")))
-                || log.lines().iter().any(|line| line.contains(&format!("rank {named}: no answer"))),
+            log.lines().iter().any(|route| route.ends_with(&format!("rank {culprit}: no answer")))
+                || log.lines().iter().any(|route| route.contains(&format!("rank {named}: no answer"))),
             "{about}: {error}"
         );
-        // It hears what became of the others, and says the same.
+        // It learns what happened to the others, and returns the same error.
         same_error(&outcomes, &[others[0], culprit], goes_on + SECOND, &about);
         // All have left by then, too.
         let late = simulation.ends().into_iter().find(|(rank, end)| *rank != culprit && *end > at + 15 * SECOND / 2);
@@ -123,12 +123,12 @@ fn a_world_is_over_when_one_rank_never_ends() {
         let outcomes = Outcomes::default();
         for rank in 0..size {
             let outcomes = outcomes.clone();
-            simulation.rank(rank, TIMEOUT, move |comm, here| {
+            simulation.rank(rank, TIMEOUT, move |comm, context| {
                 let error = comm.barrier().err();
                 if rank == endless {
-                    here.compute(60 * SECOND);
+                    context.compute(60 * SECOND);
                 }
-                outcomes.borrow_mut().push((rank, error, here.now()));
+                outcomes.borrow_mut().push((rank, error, context.now()));
             });
         }
         assert!(simulation.run(), "seed {seed}: it does not end");
@@ -140,7 +140,7 @@ fn a_world_is_over_when_one_rank_never_ends() {
     }
 }
 
-/// Rank 0 has gone for good when the others fail: another judges.
+/// Rank 0 has left for good when the others fail: another rank coordinates.
 #[test]
 fn a_failure_is_judged_after_rank_0_has_left() {
     for seed in 0..20u64 {
@@ -151,10 +151,10 @@ fn a_failure_is_judged_after_rank_0_has_left() {
         let outcomes = Outcomes::default();
         for rank in 0..size {
             let outcomes = outcomes.clone();
-            simulation.rank(rank, TIMEOUT, move |comm, here| {
+            simulation.rank(rank, TIMEOUT, move |comm, context| {
                 let late = rank == size - 1;
-                let error = without_rank_0(&comm, &here, late).err();
-                outcomes.borrow_mut().push((rank, error, here.now()));
+                let error = without_rank_0(&comm, &context, late).err();
+                outcomes.borrow_mut().push((rank, error, context.now()));
             });
         }
         assert!(simulation.run(), "seed {seed}: it does not end");
@@ -167,17 +167,17 @@ fn a_failure_is_judged_after_rank_0_has_left() {
     }
 }
 
-fn without_rank_0(comm: &Communicator, here: &Here, late: bool) -> Result<(), Error> {
+fn without_rank_0(comm: &Communicator, context: &RankContext, late: bool) -> Result<(), Error> {
     let part = comm.split(u64::from(comm.rank() == 0), 0)?;
     if comm.rank() == 0 {
         return Ok(());
     }
     for _ in 0..11 {
-        here.compute(SECOND);
+        context.compute(SECOND);
         part.barrier()?;
     }
     if late {
-        here.compute(25 * SECOND);
+        context.compute(25 * SECOND);
     }
     part.barrier()
 }

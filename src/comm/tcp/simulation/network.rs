@@ -1,4 +1,4 @@
-//! Streams of bytes that come late, in pieces of any size.
+//! A simulated network: byte streams that arrive late, in pieces of any size.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::schedule::{Pause, pause};
-use crate::comm::tcp::fill::Fill;
+use crate::comm::lock::lock;
+use crate::comm::message_passing::Thresholds;
 use crate::comm::tcp::frame::Limits;
 use crate::comm::tcp::network::{Network, Stream};
-use crate::comm::wired::{Sizes, lock};
+use crate::comm::tcp::read_uninit::ReadUninit;
 
 /// Random numbers of a seed (splitmix64).
 #[derive(Debug, Clone)]
@@ -43,7 +44,7 @@ impl Random {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Plan {
     pub limits: Limits,
-    pub sizes: Sizes,
+    pub thresholds: Thresholds,
     /// Bytes that are under way from one rank to another at most.
     pub capacity: usize,
     /// Of so many pieces, one is late.
@@ -57,7 +58,7 @@ pub(super) struct Plan {
 struct Pipe {
     bytes: VecDeque<u8>,
     /// Bytes that have come.
-    here: usize,
+    context: usize,
     /// When the next bytes come, and how many.
     coming: VecDeque<(u64, usize)>,
     /// The writer has ended it.
@@ -69,12 +70,12 @@ struct Pipe {
 impl Pipe {
     fn arrive(&mut self, now: u64) {
         while let Some((_, bytes)) = self.coming.pop_front_if(|(at, _)| *at <= now) {
-            self.here += bytes;
+            self.context += bytes;
         }
     }
 
     fn readable(&self) -> bool {
-        self.here > 0 || self.ended && self.bytes.is_empty()
+        self.context > 0 || self.ended && self.bytes.is_empty()
     }
 }
 
@@ -88,17 +89,17 @@ pub(super) struct State {
     pub now: u64,
     /// From `a` to `b` at `a * size + b`.
     pipes: Vec<Pipe>,
-    /// Whose alarm rings.
-    pub rings: Vec<bool>,
+    /// Ranks whose waker was used.
+    pub woken: Vec<bool>,
 }
 
 impl State {
     pub fn new(size: usize, plan: Plan, random: Random) -> Self {
         let pipes = (0..size * size).map(|_| Pipe::default()).collect();
-        Self { size, plan, random, now: 0, pipes, rings: vec![false; size] }
+        Self { size, plan, random, now: 0, pipes, woken: vec![false; size] }
     }
 
-    /// Lets come what has come by now.
+    /// Delivers what has arrived by now.
     pub fn arrive(&mut self) {
         let now = self.now;
         self.pipes.iter_mut().for_each(|pipe| pipe.arrive(now));
@@ -155,12 +156,12 @@ impl State {
         Ok(most)
     }
 
-    fn read(&mut self, from: usize, to: usize, places: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+    fn read(&mut self, from: usize, to: usize, receives: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
         let Self { plan, random, now, .. } = self;
         let pipe = &mut self.pipes[from * self.size + to];
         pipe.arrive(*now);
-        let total: usize = places.iter().map(|place| place.len()).sum();
-        let mut most = total.min(pipe.here);
+        let total: usize = receives.iter().map(|place| place.len()).sum();
+        let mut most = total.min(pipe.context);
         if most == 0 {
             return if pipe.readable() { Ok(0) } else { Err(io::ErrorKind::WouldBlock.into()) };
         }
@@ -168,12 +169,12 @@ impl State {
             most = 1 + random.below(most);
         }
         let mut left = most;
-        for place in places {
+        for place in receives {
             let taken = place.len().min(left);
             pipe.bytes.read_exact(&mut place[..taken])?;
             left -= taken;
         }
-        pipe.here -= most;
+        pipe.context -= most;
         Ok(most)
     }
 }
@@ -191,14 +192,14 @@ impl Read for SimulatedStream {
         self.read_vectored(&mut [IoSliceMut::new(place)])
     }
 
-    fn read_vectored(&mut self, places: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        lock(&self.state).read(self.other, self.rank, places)
+    fn read_vectored(&mut self, receives: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        lock(&self.state).read(self.other, self.rank, receives)
     }
 }
 
-impl Fill for SimulatedStream {
+impl ReadUninit for SimulatedStream {
     /// Scatters over both places, as the system's `readv` does: what is left over is where faults hide.
-    unsafe fn fill(&mut self, place: *mut u8, len: usize, rest: &mut [u8]) -> io::Result<usize> {
+    unsafe fn read_uninit(&mut self, place: *mut u8, len: usize, rest: &mut [u8]) -> io::Result<usize> {
         let mut bytes = vec![0; len];
         let n = self.read_vectored(&mut [IoSliceMut::new(&mut bytes), IoSliceMut::new(rest)])?;
         // SAFETY: `len` bytes may be written, the caller says.
@@ -270,28 +271,28 @@ impl Network for SimulatedNetwork {
         streams.iter().filter(ready).map(|(other, ..)| *other).collect()
     }
 
-    fn rest(&self, streams: &[(usize, &SimulatedStream, bool)], longest: Duration) {
+    fn park(&self, streams: &[(usize, &SimulatedStream, bool)], longest: Duration) {
         let streams = streams.iter().map(|(other, _, writes)| (*other, *writes)).collect();
         pause(Pause::Rest(self.nanoseconds() + longest.as_nanos() as u64, streams));
     }
 
-    fn ring(&self) {
-        lock(&self.state).rings[self.rank] = true;
+    fn wake(&self) {
+        lock(&self.state).woken[self.rank] = true;
     }
 
     fn limits(&self) -> Limits {
         lock(&self.state).plan.limits
     }
 
-    fn sizes(&self) -> Sizes {
-        lock(&self.state).plan.sizes
+    fn thresholds(&self) -> Thresholds {
+        lock(&self.state).plan.thresholds
     }
 
     fn now(&self) -> Instant {
         self.began + Duration::from_nanos(self.nanoseconds())
     }
 
-    fn give_way(&self) {
+    fn yield_now(&self) {
         pause(Pause::Sleep(self.nanoseconds()));
     }
 

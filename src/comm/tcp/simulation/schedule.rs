@@ -1,4 +1,4 @@
-//! Threads of ranks as coroutines, and who runs when.
+//! The scheduler of the simulation: threads of ranks as coroutines.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use generator::{Generator, Gn};
 
-use super::messages::{Mail, MessageWire};
+use super::message_endpoint::{MessageEndpoint, MessageStore};
 use super::network::{Plan, Random, SimulatedNetwork, State};
 use crate::comm::Communicator;
 use crate::comm::local::WorldConfig;
-use crate::comm::tcp::wire::TcpWire;
-use crate::comm::wired::{Wire, enter, lock};
+use crate::comm::lock::lock;
+use crate::comm::message_passing::{Endpoint, join_world};
+use crate::comm::tcp::endpoint::TcpEndpoint;
 
 /// Words of a coroutine's stack.
 const STACK: usize = 32 << 10;
@@ -28,7 +29,7 @@ pub(super) enum Pause {
     Rest(u64, Vec<(usize, bool)>),
 }
 
-/// Stops this coroutine until the schedule goes on with it.
+/// Stops this coroutine until the scheduler resumes it.
 #[allow(deprecated, reason = "the scope cannot be had inside the code under test")]
 pub(super) fn pause(pause: Pause) {
     generator::yield_with(pause);
@@ -44,15 +45,15 @@ struct Task {
 /// Threads that have been started and not run yet.
 type Started = Rc<RefCell<Vec<Task>>>;
 
-/// What the script of a rank is told of the simulation.
+/// What the script of a rank knows of the simulation.
 #[derive(Clone)]
-pub(super) struct Here {
+pub(super) struct RankContext {
     pub rank: usize,
     state: Arc<Mutex<State>>,
     started: Started,
 }
 
-impl Here {
+impl RankContext {
     /// Nanoseconds since the beginning.
     pub fn now(&self) -> u64 {
         lock(&self.state).now
@@ -97,7 +98,7 @@ pub(super) struct Simulation {
     started: Started,
     /// The processes that are stopped, each with the time when it goes on.
     stopped: Vec<Option<u64>>,
-    /// When the wardens ended.
+    /// When the watchdogs ended.
     ends: Rc<RefCell<Vec<(usize, u64)>>>,
     /// What happens when.
     events: Vec<(u64, Event)>,
@@ -126,34 +127,39 @@ impl Simulation {
         }
     }
 
-    /// Puts a rank into the world.
-    pub fn rank(&self, rank: usize, timeout: Duration, script: impl FnOnce(Communicator, Here) + 'static) {
+    /// Adds a rank to the world.
+    pub fn rank(&self, rank: usize, timeout: Duration, script: impl FnOnce(Communicator, RankContext) + 'static) {
         let network = SimulatedNetwork::new(self.state.clone(), self.began, rank);
         let (streams, copies) = (network.streams(), network.streams());
-        self.enter(Box::new(TcpWire::over(network, rank, streams, copies)), timeout, script);
+        self.enter(Box::new(TcpEndpoint::over(network, rank, streams, copies)), timeout, script);
     }
 
-    /// Puts a rank into the world whose wire hands on whole messages.
+    /// Adds a rank whose endpoint passes on whole messages.
     pub fn rank_of_messages(
         &self,
-        mail: &Arc<Mutex<Mail>>,
+        store: &Arc<Mutex<MessageStore>>,
         rank: usize,
         timeout: Duration,
-        script: impl FnOnce(Communicator, Here) + 'static,
+        script: impl FnOnce(Communicator, RankContext) + 'static,
     ) {
-        let (state, mail, began) = (self.state.clone(), mail.clone(), self.began);
-        self.enter(Box::new(MessageWire { state, mail, began, rank }), timeout, script);
+        let (state, store, began) = (self.state.clone(), store.clone(), self.began);
+        self.enter(Box::new(MessageEndpoint { state, store, began, rank }), timeout, script);
     }
 
-    fn enter(&self, wire: Box<dyn Wire>, timeout: Duration, script: impl FnOnce(Communicator, Here) + 'static) {
-        let rank = wire.rank();
+    fn enter(
+        &self,
+        endpoint: Box<dyn Endpoint>,
+        timeout: Duration,
+        script: impl FnOnce(Communicator, RankContext) + 'static,
+    ) {
+        let rank = endpoint.rank();
         let config = WorldConfig { timeout, name: "world".into() };
-        let (comm, world) = enter(wire, config, true);
-        let here = Here { rank, state: self.state.clone(), started: self.started.clone() };
-        start(&self.started, rank, move || script(comm, here));
+        let (comm, world) = join_world(endpoint, config, true);
+        let context = RankContext { rank, state: self.state.clone(), started: self.started.clone() };
+        start(&self.started, rank, move || script(comm, context));
         let (ends, state) = (self.ends.clone(), self.state.clone());
         start(&self.started, rank, move || {
-            world.guard();
+            world.run_watchdog();
             ends.borrow_mut().push((rank, lock(&state).now));
         });
     }
@@ -193,7 +199,7 @@ impl Simulation {
                 Event::Stop(rank, until) => self.stopped[rank] = Some(until),
                 Event::Kill(rank) => {
                     self.stopped[rank] = Some(u64::MAX);
-                    // Nothing of it is cleared away.
+                    // Nothing of it is dropped.
                     for dead in self.tasks.extract_if(.., |task| task.rank == rank) {
                         std::mem::forget(dead);
                     }
@@ -216,7 +222,7 @@ impl Simulation {
                     Pause::Sleep(until) => *until <= state.now,
                     Pause::Rest(until, streams) => {
                         let ready = |stream: &(usize, bool)| state.is_ready(task.rank, *stream);
-                        *until <= state.now || state.rings[task.rank] || streams.iter().any(ready)
+                        *until <= state.now || state.woken[task.rank] || streams.iter().any(ready)
                     }
                 }
         };
@@ -235,7 +241,7 @@ impl Simulation {
         state.now += state.random.below(3000) as u64;
         let task = &mut self.tasks[next];
         if let Pause::Rest(..) = task.pause {
-            state.rings[task.rank] = false;
+            state.woken[task.rank] = false;
         }
         if state.random.one_in(50) {
             // It loses its core.

@@ -1,4 +1,4 @@
-//! Collectives and messages of all sizes, on groups that run ahead of each other.
+//! Tests with collectives and messages of all sizes, on groups that run ahead of each other.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::messages::Mail;
+use super::message_endpoint::MessageStore;
 use super::network::Random;
-use super::{Here, Plan, Simulation};
+use super::{Plan, RankContext, Simulation};
 use crate::Error;
+use crate::comm::message_passing::Thresholds;
 use crate::comm::tcp::frame::Limits;
-use crate::comm::wired::Sizes;
 use crate::comm::{Communicator, ReduceOp, part};
 
 /// Longer than anything takes, in the time of the simulation.
@@ -22,24 +22,24 @@ const MOST: usize = 96 << 10;
 
 /// Sizes for a schedule.
 pub(super) fn plan(random: &mut Random) -> Plan {
-    let part = random.pick(&[40, 64, 100, 256]);
-    let whole = random.pick(&[16, 32, 64, 120]);
-    // Bytes under way hold a few parts, as a socket's buffers do; a turn is several parts, as it is in truth.
+    let data = random.pick(&[40, 64, 100, 256]);
+    let eager = random.pick(&[16, 32, 64, 120]);
+    // The capacity holds a few data frames, as a socket's buffers do; a turn is several frames, as it is in truth.
     let limits = Limits {
-        whole,
-        credit: whole * random.pick(&[1, 2, 4, 32]),
-        part,
-        turn: part * random.pick(&[1, 2, 8]),
+        eager,
+        credit: eager * random.pick(&[1, 2, 4, 32]),
+        data,
+        turn: data * random.pick(&[1, 2, 8]),
         staging: random.pick(&[24, 40, 64, 256]),
     };
-    let sizes = Sizes {
+    let thresholds = Thresholds {
         window: 8 * random.pick(&[4, 16, 64]),
         broadcast: random.pick(&[16, 64, 256]),
         inline: random.pick(&[8, 32, 128]),
     };
     Plan {
         limits,
-        sizes,
+        thresholds,
         capacity: random.pick(&[64, 300, 2000, 20_000]),
         late: random.pick(&[2, 10, 1000]),
         short: random.pick(&[2, 5, 1000]),
@@ -48,17 +48,17 @@ pub(super) fn plan(random: &mut Random) -> Plan {
 
 /// A number of bytes at one of the thresholds, a little beside it, or anywhere.
 fn bytes(random: &mut Random, plan: &Plan, ranks: usize) -> usize {
-    let (limits, sizes) = (plan.limits, plan.sizes);
+    let (limits, thresholds) = (plan.limits, plan.thresholds);
     let near = random.pick(&[
-        limits.whole,
-        limits.part,
+        limits.eager,
+        limits.data,
         limits.staging,
         limits.turn,
         limits.credit,
-        sizes.window,
-        sizes.window * ranks,
-        sizes.broadcast,
-        sizes.inline,
+        thresholds.window,
+        thresholds.window * ranks,
+        thresholds.broadcast,
+        thresholds.inline,
         plan.capacity,
     ]);
     let times = random.pick(&[1, 1, 1, 2, 3]);
@@ -115,11 +115,11 @@ fn same(found: &[u8], expected: &[u8], what: &str) -> Result<(), Error> {
 }
 
 /// One rank's share of an operation, and whether what comes of it is right.
-fn perform(comm: &Communicator, here: &Here, step: &Step) -> Result<(), Error> {
+fn perform(comm: &Communicator, context: &RankContext, step: &Step) -> Result<(), Error> {
     let (size, rank) = (comm.size(), comm.rank());
     let Step { kind, bytes: len, root, seed, slow } = *step;
     if slow.0 == rank {
-        here.compute(slow.1);
+        context.compute(slow.1);
     }
     let mine = || input(seed, rank, len);
     let all = || (0..size).flat_map(|rank| input(seed, rank, len)).collect::<Vec<u8>>();
@@ -184,15 +184,15 @@ fn schedule(seed: u64, messages: bool) -> Result<(), String> {
     let scripts = Rc::new(scripts);
     let mut simulation = Simulation::new(size, plan, random);
     let outcomes = Outcomes::default();
-    let mail = Arc::<Mutex<Mail>>::default();
+    let store = Arc::<Mutex<MessageStore>>::default();
     for rank in 0..size {
         let (scripts, outcomes) = (scripts.clone(), outcomes.clone());
-        let script = move |comm: Communicator, here: Here| {
-            let outcome = mesh(&comm, &here, &scripts, rows, both, &outcomes);
+        let script = move |comm: Communicator, context: RankContext| {
+            let outcome = mesh(&comm, &context, &scripts, rows, both, &outcomes);
             outcomes.borrow_mut().push((rank, outcome));
         };
         match messages {
-            true => simulation.rank_of_messages(&mail, rank, TIMEOUT, script),
+            true => simulation.rank_of_messages(&store, rank, TIMEOUT, script),
             false => simulation.rank(rank, TIMEOUT, script),
         }
     }
@@ -211,7 +211,7 @@ fn schedule(seed: u64, messages: bool) -> Result<(), String> {
 
 fn mesh(
     comm: &Communicator,
-    here: &Here,
+    context: &RankContext,
     scripts: &Rc<[Vec<Step>; 4]>,
     rows: usize,
     both: bool,
@@ -219,23 +219,23 @@ fn mesh(
 ) -> Result<(), Error> {
     let columns = comm.size() / rows;
     for step in &scripts[0] {
-        perform(comm, here, step)?;
+        perform(comm, context, step)?;
     }
     let column = comm.split((comm.rank() % columns) as u64, 0)?;
     let row = comm.split((comm.rank() / columns) as u64, 0)?;
     if both {
-        let (there, steps, outcomes) = (here.clone(), scripts.clone(), outcomes.clone());
-        here.start(move || {
+        let (there, steps, outcomes) = (context.clone(), scripts.clone(), outcomes.clone());
+        context.start(move || {
             let outcome = steps[1].iter().try_for_each(|step| perform(&column, &there, step));
             outcomes.borrow_mut().push((there.rank, outcome));
         });
-        scripts[2].iter().try_for_each(|step| perform(&row, here, step))
+        scripts[2].iter().try_for_each(|step| perform(&row, context, step))
     } else {
         for (one, other) in scripts[1].iter().zip(&scripts[2]) {
-            perform(&column, here, one)?;
-            perform(&row, here, other)?;
+            perform(&column, context, one)?;
+            perform(&row, context, other)?;
         }
-        scripts[3].iter().try_for_each(|step| perform(comm, here, step))
+        scripts[3].iter().try_for_each(|step| perform(comm, context, step))
     }
 }
 

@@ -1,0 +1,164 @@
+//! Loading and saving a model of 538 MB on two ranks that share it, against plain reads and writes of the same bytes.
+//!
+//! Turns are taken within one run, round by round, and what counts is the median over rounds of their ratio. Files are in the page
+//! cache when they are read; writes end when they are on the disk.
+//!
+//! `cargo bench --bench hf -- [DIRECTORY] [ROUNDS]`; the directory, for 1.6 GB of files, is that of the system for temporary files
+//! if none is named.
+
+#[allow(dead_code)]
+#[path = "../tests/common/llama.rs"]
+mod llama;
+
+use std::fs::{self, File};
+use std::hint::black_box;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::Instant;
+
+use burn::module::Module;
+use burn_parallel::hf::{self, Mapping, SaveConfig};
+use burn_parallel::prelude::*;
+use llama::Config;
+
+/// The sizes of SmolLM2-135M.
+const SIZES: Config =
+    Config { words: 49_152, width: 576, inner: 1536, layers: 30, heads: 9, kv_heads: 3, tied: true, ..Config::LLAMA };
+const RANKS: usize = 2;
+
+fn plan() -> Plan {
+    Plan::new()
+        .shard("*.q_proj.weight", 1)
+        .shard("*.k_proj.weight", 1)
+        .shard("*.v_proj.weight", 1)
+        .shard("*.o_proj.weight", 0)
+        .shard("*.gate_proj.weight", 1)
+        .shard("*.up_proj.weight", 1)
+        .shard("*.down_proj.weight", 0)
+        .shard("model.embed_tokens.weight", 0)
+}
+
+fn median(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    numbers[numbers.len() / 2]
+}
+
+/// Memory of this process that no file is behind, in bytes.
+fn anonymous() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    line.and_then(|line| line.trim().split(' ').next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// The most of it while `run` runs, beyond what there was.
+fn most_while<T>(run: impl FnOnce() -> T) -> (T, u64) {
+    let (most, done, before) = (AtomicU64::new(0), AtomicBool::new(false), anonymous());
+    let result = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Relaxed) {
+                most.fetch_max(anonymous(), Relaxed);
+                std::thread::sleep(std::time::Duration::from_millis(2));
+            }
+        });
+        let result = run();
+        done.store(true, Relaxed);
+        result
+    });
+    (result, most.load(Relaxed).saturating_sub(before))
+}
+
+/// This rank's half of the file, into memory of its own.
+fn plain_read(path: &Path, rank: usize) -> std::io::Result<Vec<u8>> {
+    let mut file = File::open(path)?;
+    let half = file.metadata()?.len() / RANKS as u64;
+    file.seek(SeekFrom::Start(rank as u64 * half))?;
+    let mut bytes = vec![0; half as usize];
+    file.read_exact(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn plain_write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = File::create(path)?;
+    for piece in bytes.chunks(8 << 20) {
+        file.write_all(piece)?;
+    }
+    file.sync_all()
+}
+
+fn main() -> Result<(), Error> {
+    let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
+    let base = arguments.next().map_or_else(std::env::temp_dir, PathBuf::from);
+    let rounds: usize = arguments.next().and_then(|rounds| rounds.parse().ok()).unwrap_or(7);
+    let dir = base.join(format!("burn-parallel-bench-hf-{}", std::process::id()));
+    fs::create_dir_all(&dir).map_err(Error::user)?;
+    let outcome = bench(&dir, rounds);
+    let _ = fs::remove_dir_all(&dir);
+    outcome
+}
+
+fn bench(dir: &Path, rounds: usize) -> Result<(), Error> {
+    let model = dir.join("model");
+    launch::threads(1).run(|rank| {
+        let made = SIZES.init(&rank.device().autodiff()).materialize();
+        let made = made.data_parallel(&rank, DataParallelConfig::new())?;
+        hf::save(&made, &rank, &model, &SaveConfig::new(Mapping::llama())).map(drop)
+    })?;
+    let file = model.join("model.safetensors");
+    let bytes = fs::metadata(&file).map_err(Error::user)?.len() as f64;
+    let (times, most) = most_while(|| {
+        launch::threads(RANKS).run(|rank| {
+            let mut times = Vec::new();
+            for round in 0..rounds + 1 {
+                let mut time = [0.0; 4];
+                let timed = |run: &mut dyn FnMut() -> Result<(), Error>| {
+                    rank.barrier()?;
+                    let began = Instant::now();
+                    run()?;
+                    rank.barrier()?;
+                    Ok::<_, Error>(began.elapsed().as_secs_f64())
+                };
+                let mut held = Vec::new();
+                time[0] = timed(&mut || {
+                    held = plain_read(&file, rank.rank()).map_err(Error::user)?;
+                    black_box(&held);
+                    Ok(())
+                })?;
+                let own = dir.join(format!("plain.{}", rank.rank()));
+                time[2] = timed(&mut || plain_write(&own, &held).map_err(Error::user))?;
+                drop(held);
+                let mut lazy = Some(SIZES.init(&rank.device().autodiff()).tensor_parallel(&rank, plan())?);
+                let mut loaded = None;
+                time[1] = timed(&mut || {
+                    let mut weights = hf::open(&model)?.mapped(Mapping::llama())?;
+                    loaded = lazy.take().map(|lazy| lazy.load(&mut weights)).transpose()?;
+                    Ok(())
+                })?;
+                let loaded = loaded.ok_or_else(|| Error::user("nothing was loaded"))?;
+                let config = SaveConfig::new(Mapping::llama()).with_overwrite(true);
+                time[3] = timed(&mut || hf::save(&loaded, &rank, dir.join("saved"), &config).map(drop))?;
+                // The first round warms up.
+                if round > 0 {
+                    times.push(time);
+                }
+            }
+            Ok(times)
+        })
+    });
+    let times = &times?[0];
+    let column = |which: usize| median(times.iter().map(|time| time[which]).collect());
+    let ratio = |which: usize| median(times.iter().map(|time| time[which] / time[which + 1]).collect());
+    println!("{} MB on {RANKS} ranks that share the model, median of {rounds} rounds", bytes as u64 / 1_000_000);
+    for (name, plain, speed) in [("loading", 0, ratio(0)), ("saving ", 2, ratio(2))] {
+        let (plain, ours) = (column(plain), column(plain + 1));
+        let rate = |seconds: f64| bytes / 1e6 / seconds;
+        println!(
+            "{name}: {ours:.3} s ({:.0} MB/s), plain {plain:.3} s ({:.0} MB/s): {:.0} % of the plain speed",
+            rate(ours),
+            rate(plain),
+            100.0 * speed
+        );
+    }
+    println!("most memory of both ranks: {} MB of {} MB of parts", most / 1_000_000, bytes as u64 / 1_000_000);
+    Ok(())
+}

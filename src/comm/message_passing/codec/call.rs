@@ -1,0 +1,78 @@
+//! Encodes calls and dtypes as bytes.
+
+use burn::tensor::DType;
+
+use super::{Reader, Writer};
+use crate::comm::{Call, Extent, Operation, ReduceOp, element};
+
+/// In the place of the number of a dtype.
+const NO_DTYPE: u8 = u8::MAX;
+
+impl Writer {
+    pub fn dtype(&mut self, dtype: Option<DType>) -> &mut Self {
+        self.byte(dtype.and_then(element::number).unwrap_or(NO_DTYPE))
+    }
+
+    pub fn call(&mut self, call: &Call) -> &mut Self {
+        let (op, root, tag) = match call.operation {
+            Operation::AllReduce(op) | Operation::ReduceScatter(op) => (Some(op), 0, 0),
+            Operation::Reduce { op, root } => (Some(op), root, 0),
+            Operation::Broadcast { root } | Operation::Gather { root } | Operation::Scatter { root } => (None, root, 0),
+            Operation::Send { to, tag } => (None, to, tag),
+            Operation::Receive { from, tag } => (None, from, tag),
+            _ => (None, 0, 0),
+        };
+        let factor = match op {
+            Some(ReduceOp::PreMulSum(factor)) => factor,
+            _ => 0.0,
+        };
+        self.byte(call.operation.index() as u8).byte(op.map_or(0, ReduceOp::number)).dtype(call.dtype);
+        self.number(f64::to_bits(factor))
+            .number(root as u64)
+            .number(tag)
+            .number(call.pieces as u64)
+            .number(call.fingerprint);
+        self.list(call.extent.dims(), |w, dim| {
+            w.number(*dim as u64);
+        })
+    }
+}
+
+impl Reader<'_> {
+    pub fn dtype(&mut self) -> Option<Option<DType>> {
+        match self.byte()? {
+            NO_DTYPE => Some(None),
+            number => element::numbered(number).map(Some),
+        }
+    }
+
+    pub fn call(&mut self) -> Option<Call> {
+        let (operation, op, dtype) = (self.byte()?, self.byte()?, self.dtype()?);
+        let (factor, root, tag) = (f64::from_bits(self.number()?), self.index()?, self.number()?);
+        let (pieces, fingerprint) = (self.index()?, self.number()?);
+        let dims = self.list(Self::index)?;
+        // No computation with these may overflow.
+        if dims.len() > 8 || dims.iter().try_fold(16usize, |bytes, dim| bytes.checked_mul((*dim).max(1))).is_none() {
+            return None;
+        }
+        let op = ReduceOp::numbered(op, factor)?;
+        let operation = match *Operation::NAMES.get(operation as usize)? {
+            "all_reduce" => Operation::AllReduce(op),
+            "reduce_scatter" => Operation::ReduceScatter(op),
+            "all_gather" => Operation::AllGather,
+            "broadcast" => Operation::Broadcast { root },
+            "reduce" => Operation::Reduce { op, root },
+            "gather" => Operation::Gather { root },
+            "scatter" => Operation::Scatter { root },
+            "all_to_all" => Operation::AllToAll,
+            "barrier" => Operation::Barrier,
+            "split" => Operation::Split,
+            "send" => Operation::Send { to: root, tag },
+            "recv" => Operation::Receive { from: root, tag },
+            _ => return None,
+        };
+        let mut call = Call::new(operation, dtype, Extent::new(&dims));
+        (call.pieces, call.fingerprint) = (pieces, fingerprint);
+        Some(call)
+    }
+}

@@ -1,0 +1,114 @@
+//! Tests that what is encoded is decoded again, and that malformed bytes are refused.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use burn::tensor::DType;
+
+use super::error::DEEPEST;
+use super::{Reader, Writer};
+use crate::Error;
+use crate::comm::{Call, CallLog, Extent, Operation, ReduceOp, element};
+
+fn there_and_back(error: &Error) -> Option<Error> {
+    let mut writer = Writer::default();
+    writer.error(error);
+    let mut reader = Reader(&writer.0);
+    let back = reader.error();
+    assert!(reader.0.is_empty() || back.is_none());
+    back
+}
+
+#[test]
+fn every_error_of_a_world_survives() {
+    let (group, log): (Arc<str>, _) =
+        ("world/tp1".into(), CallLog::new(["rank 0: nothing yet".to_owned()].into_iter()));
+    let op = ReduceOp::PreMulSum(-0.3);
+    let operations = [
+        Operation::AllReduce(op),
+        Operation::ReduceScatter(ReduceOp::Mean),
+        Operation::AllGather,
+        Operation::Broadcast { root: 3 },
+        Operation::Reduce { op: ReduceOp::Min, root: 1 },
+        Operation::Gather { root: 2 },
+        Operation::Scatter { root: 0 },
+        Operation::AllToAll,
+        Operation::Barrier,
+        Operation::Split,
+        Operation::Send { to: 1, tag: u64::MAX },
+        Operation::Receive { from: 2, tag: 7 },
+    ];
+    let mut calls = Vec::new();
+    for (place, operation) in operations.into_iter().enumerate() {
+        let dtype = element::numbered(place as u8).filter(|_| place != 8);
+        let mut call = Call::new(operation, dtype, Extent::new(&vec![place; place.min(8)]));
+        (call.pieces, call.fingerprint) = (place, u64::MAX - place as u64);
+        calls.push(call);
+    }
+    let lost = Error::RankLost { group: group.clone(), rank: 2, operation: "barrier".into(), log: log.clone() };
+    let errors = [
+        Error::Timeout {
+            group: group.clone(),
+            rank: 1,
+            operation: "barrier".into(),
+            waited: Duration::from_nanos(1_234_567_891),
+            missing: "ranks 2, 3".into(),
+            log: log.clone(),
+        },
+        Error::Mismatch { group: group.clone(), sequence: 9, calls, log: log.clone() },
+        Error::UnexpectedMessage {
+            group: group.clone(),
+            from: 1,
+            to: 0,
+            tag: 5,
+            expected: "a".into(),
+            found: "b".into(),
+            log: log.clone(),
+        },
+        Error::OutOfMemory { group: group.clone(), rank: 2, operation: "all_gather".into(), bytes: usize::MAX },
+        Error::RankPanicked { rank: 0, message: "häßlich".into(), log: log.clone() },
+        Error::RankFailed { rank: 3, cause: Box::new(lost.clone()), log: log.clone() },
+        lost,
+        Error::Aborted { group, rank: 0, reason: String::new(), log },
+        Error::InvalidArgument { operation: "scatter", problem: "no".into() },
+        Error::Engine { engine: "mpi", problem: "no".into() },
+        Error::User("the disk is full".into()),
+    ];
+    for error in &errors {
+        assert_eq!(there_and_back(error).as_ref(), Some(error));
+    }
+    let other = Error::Plan { problem: "does not fit".into() };
+    assert_eq!(there_and_back(&other), Some(Error::User(other.to_string())));
+}
+
+#[test]
+fn what_would_overflow_is_garbled() {
+    let garbled = |dims: &[usize]| {
+        let mut writer = Writer::default();
+        writer.call(&Call::new(Operation::AllGather, Some(DType::F32), Extent::flat(0)));
+        // The dims are the last that is written.
+        writer.0.truncate(writer.0.len() - 16);
+        writer.list(dims, |w, dim| {
+            w.number(*dim as u64);
+        });
+        Reader(&writer.0).call().is_none()
+    };
+    assert!(!garbled(&[3, 4]));
+    assert!(garbled(&[usize::MAX, 2]));
+    assert!(garbled(&[0, usize::MAX / 2]));
+    assert!(garbled(&[1; 9]));
+    let mut error = Error::User(String::new());
+    for _ in 0..DEEPEST + 1 {
+        error = Error::RankFailed { rank: 0, cause: Box::new(error), log: CallLog::default() };
+    }
+    assert_eq!(there_and_back(&error), None);
+}
+
+#[test]
+fn cut_bytes_are_no_error() {
+    let mut writer = Writer::default();
+    writer.error(&Error::User("the disk is full".into()));
+    for len in 0..writer.0.len() {
+        assert_eq!(Reader(&writer.0[..len]).error(), None);
+    }
+}

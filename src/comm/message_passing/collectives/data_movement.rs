@@ -1,0 +1,129 @@
+//! Moves data without a reduction: broadcast, gathers, scatter, all-to-all.
+
+use std::ops::Range;
+
+use super::receive_counts::ReceiveCounts;
+use super::{Collective, PendingTransfers, Segment, destination, segments_of};
+use crate::Error;
+use crate::comm::message_passing::group::MessageKind;
+use crate::comm::message_passing::shared_memory::{Rounds, SharedMemory};
+use crate::comm::transport::BufferRef;
+use crate::comm::{Call, Operation, Output, part};
+
+/// Where a rank receives more than this, all check first that every rank has the memory: compared with the data that
+/// takes next to no time.
+const LARGE: usize = 16 << 20;
+
+impl Collective<'_> {
+    pub(super) fn broadcast(&self, root: usize, pieces: &[Segment], size: usize) -> Result<u64, Error> {
+        let (n, rank) = (self.group.size(), self.group.rank);
+        let bytes: usize = pieces.iter().map(|piece| piece.bytes).sum();
+        let mut transfers = self.transfers();
+        let send = |to: usize, kind: MessageKind, share: Range<usize>, transfers: &mut PendingTransfers<'_>| {
+            segments_of(pieces, share, size).try_for_each(|segment| self.post_send(to, kind, segment, transfers))
+        };
+        let receive = |from: usize, kind: MessageKind, share: Range<usize>, transfers: &mut PendingTransfers<'_>| {
+            segments_of(pieces, share, size).try_for_each(|segment| self.post_receive(from, kind, segment, transfers))
+        };
+        let all = 0..bytes / size;
+        if n == 2 || bytes <= self.world.endpoint.thresholds().broadcast {
+            if rank == root {
+                for other in self.others() {
+                    send(other, MessageKind::Contributions, all.clone(), &mut transfers)?;
+                }
+            } else {
+                receive(root, MessageKind::Contributions, all.clone(), &mut transfers)?;
+            }
+        } else {
+            // The root has all of it: the others share the parts.
+            let share = |rank: usize| part(bytes / size, n - 1, (rank + n - root - 1) % n);
+            let others = || self.others().filter(|other| *other != root);
+            if rank == root {
+                for other in others() {
+                    send(other, MessageKind::Contributions, share(other), &mut transfers)?;
+                }
+            } else {
+                let mut mine = self.transfers();
+                receive(root, MessageKind::Contributions, share(rank), &mut mine)?;
+                for other in others() {
+                    receive(other, MessageKind::Results, share(other), &mut transfers)?;
+                }
+                self.finish(&mut mine)?;
+                for other in others() {
+                    send(other, MessageKind::Results, share(rank), &mut transfers)?;
+                }
+            }
+        }
+        self.finish(&mut transfers)?;
+        Ok(if rank == root { 0 } else { bytes as u64 })
+    }
+
+    /// Collects some rows of every rank's input, in rank order, in the output. The inputs of the others come in
+    /// messages, or are in their slots. `exchange` gives a number to all ranks and returns theirs: the memory that each
+    /// lacks.
+    pub(super) fn collect(
+        &self,
+        input: BufferRef<'_>,
+        output: &mut dyn Output,
+        shared_memory: Option<(&SharedMemory, &Rounds)>,
+        exchange: &mut dyn FnMut(u64) -> Result<Vec<u64>, Error>,
+    ) -> Result<u64, Error> {
+        let (n, rank, counts) = (self.group.size(), self.group.rank, ReceiveCounts(self.calls));
+        // All ranks come to the same result.
+        let most = counts.most().map_err(|to| self.out_of_memory(to, usize::MAX))?;
+        let Call { dtype: Some(dtype), extent, .. } = self.calls[counts.source(rank)] else { return Ok(0) };
+        let (row, total) = (counts.row(rank), counts.received(rank).unwrap_or_default());
+        let takes = !matches!(self.call.operation, Operation::Gather { root } if root != rank);
+        let mut scratch = Vec::new();
+        let mut allocated = takes.then(|| output.allocate(&extent.with_rows(total), dtype));
+        let begin = allocated.as_mut().map(|allocated| destination(allocated, &mut scratch, total * row));
+        let lacks = matches!(begin, Some(None));
+        if most >= LARGE && shared_memory.is_none() {
+            // No data has moved: a rank without memory fails this collective, and no more.
+            let reported = exchange(if lacks { (total * row) as u64 } else { 0 })?;
+            if let Some((to, bytes)) = reported.iter().enumerate().find(|(_, bytes)| **bytes > 0) {
+                return Err(self.out_of_memory(to, usize::try_from(*bytes).unwrap_or(usize::MAX)));
+            }
+        } else if lacks {
+            return Err(self.fail_out_of_memory(total * row));
+        }
+        // Declared after the buffers, so that it is dropped before them.
+        let mut transfers = self.transfers();
+        let contribution = |to: usize| {
+            let rows = counts.rows(rank, to);
+            // SAFETY: the rows lie within the input.
+            Segment { data: unsafe { input.as_ptr().add(rows.start * row).cast_mut() }, bytes: rows.len() * row }
+        };
+        for other in self.others().filter(|_| shared_memory.is_none()) {
+            self.post_send(other, MessageKind::Contributions, contribution(other), &mut transfers)?;
+        }
+        let Some(Some(begin)) = begin else { return self.finish(&mut transfers).map(|()| 0) };
+        let (mut segment, mut moved) = (begin, 0);
+        for from in 0..n {
+            let rows = counts.rows(from, rank);
+            let bytes = rows.len() * row;
+            match shared_memory {
+                // SAFETY: as long as that, and not the same memory.
+                _ if from == rank => unsafe { segment.copy_from_nonoverlapping(contribution(rank).data, bytes) },
+                // SAFETY: the input of that rank is in its slot, from the beginning.
+                Some((shared_memory, rounds)) => unsafe {
+                    segment.copy_from_nonoverlapping(shared_memory.slot(from, rounds).add(rows.start * row), bytes);
+                },
+                None => self.post_receive(
+                    from,
+                    MessageKind::Contributions,
+                    Segment { data: segment, bytes },
+                    &mut transfers,
+                )?,
+            }
+            moved += if from == rank { 0 } else { bytes as u64 };
+            // SAFETY: the output has room for all.
+            segment = unsafe { segment.add(bytes) };
+        }
+        let finished = self.finish(&mut transfers);
+        drop(transfers);
+        let bools = self.check_bools(dtype, &[Segment { data: begin, bytes: total * row }]);
+        finished.and(bools)?;
+        allocated.transpose().map(|_| moved)
+    }
+}

@@ -1,0 +1,109 @@
+//! The control messages between the ranks of a world.
+
+use std::time::Duration;
+
+use super::failure::{Proposal, RankReport};
+use crate::Error;
+use crate::comm::message_passing::codec::{Reader, Writer};
+use crate::comm::message_passing::group::Left;
+
+#[derive(Debug)]
+pub(super) enum ControlMessage {
+    /// To the coordinator: the world should fail with this.
+    Propose(Proposal),
+    /// From the coordinator: what does this rank know of it?
+    Query(Proposal),
+    /// To the coordinator: the answer.
+    Report(RankReport),
+    /// From the coordinator: the world fails with this error.
+    Failed(Error),
+    /// From a group root: so many collectives of this group were committed, and there will be no more.
+    Closed { group: u64, committed: u64 },
+    /// A rank has left this group.
+    Left { group: u64, left: Left },
+    /// A rank is done with the world.
+    Finished,
+}
+
+impl ControlMessage {
+    pub fn write(&self) -> Vec<u8> {
+        let mut writer = Writer::default();
+        match self {
+            Self::Propose(proposal) => write_proposal(writer.byte(0), proposal),
+            Self::Query(proposal) => write_proposal(writer.byte(1), proposal),
+            Self::Report(RankReport { waits, line, elsewhere }) => {
+                let lines = |lines: &[String], writer: &mut Writer| {
+                    writer.list(lines, |w, line| {
+                        w.text(line);
+                    });
+                };
+                writer.byte(2).list(waits.as_slice(), |w, waited| {
+                    w.number(waited.as_micros() as u64);
+                });
+                lines(line.as_slice(), &mut writer);
+                lines(elsewhere, &mut writer);
+            }
+            Self::Failed(error) => {
+                writer.byte(3).error(error);
+            }
+            Self::Closed { group, committed } => {
+                writer.byte(4).number(*group).number(*committed);
+            }
+            Self::Left { group, left: Left { rank, collectives, messages, panicked } } => {
+                writer.byte(5).number(*group).number(*rank as u64);
+                writer.number(*collectives).number(*messages).byte(u8::from(*panicked));
+            }
+            Self::Finished => {
+                writer.byte(6);
+            }
+        }
+        writer.0
+    }
+
+    /// A message of one of so many ranks, if it is well-formed.
+    pub fn read(message: &[u8], ranks: usize) -> Option<Self> {
+        let mut reader = Reader(message);
+        Some(match reader.byte()? {
+            0 => Self::Propose(read_proposal(&mut reader, ranks)?),
+            1 => Self::Query(read_proposal(&mut reader, ranks)?),
+            2 => Self::Report(RankReport {
+                waits: reader.list(Reader::number)?.pop().map(Duration::from_micros),
+                line: reader.list(Reader::text)?.pop(),
+                elsewhere: reader.list(Reader::text)?,
+            }),
+            3 => Self::Failed(reader.error()?),
+            4 => Self::Closed { group: reader.number()?, committed: reader.number()? },
+            5 => Self::Left {
+                group: reader.number()?,
+                left: Left {
+                    rank: reader.index()?,
+                    collectives: reader.number()?,
+                    messages: reader.number()?,
+                    panicked: reader.byte()? != 0,
+                },
+            },
+            6 => Self::Finished,
+            _ => return None,
+        })
+    }
+}
+
+fn write_proposal(writer: &mut Writer, Proposal { error, group, members, call }: &Proposal) {
+    writer.error(error).text(group);
+    writer.list(members, |w, member| {
+        w.number(*member as u64);
+    });
+    writer.list(call.as_slice(), |w, (sequence, call)| {
+        w.number(*sequence).call(call);
+    });
+}
+
+fn read_proposal(reader: &mut Reader<'_>, ranks: usize) -> Option<Proposal> {
+    let proposal = Proposal {
+        error: reader.error()?,
+        group: reader.text()?.into(),
+        members: reader.list(Reader::index)?,
+        call: reader.list(|r| Some((r.number()?, r.call()?)))?.pop(),
+    };
+    proposal.members.iter().all(|member| *member < ranks).then_some(proposal)
+}

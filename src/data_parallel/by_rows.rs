@@ -1,0 +1,220 @@
+//! Captured steps of replicas that divide the parameters by rows.
+//!
+//! The collectives over the replicas are in the graph: each micro-batch gathers parameters and leaves this rank its rows of the
+//! sum of the gradients over all replicas, which are added up here. What is left are a few numbers.
+//!
+//! 1. Before each micro-batch the replicas tell each other how many rows theirs has, if they have one, and whether more come. The
+//!    rows of the first are the unit in which all gradients of the step are summed.
+//! 2. A replica that has none learns from one that has what they exchange, and takes part with nothing of its own.
+//! 3. After the last one losses and weights are summed: the gradients are divided by the weight.
+
+use std::collections::HashMap;
+
+use burn::module::ParamId;
+use burn::tensor::Tensor;
+
+use super::config::DataParallelConfig;
+use super::replica::{Averaging, Replica};
+use crate::Error;
+use crate::comm::{Communicator, ReduceOp};
+use crate::distribution::RowShards;
+use crate::graph::{GradientSink, StepEngine, gradients_params};
+use crate::partition::Exchange;
+use crate::step::{LossValue, Step, StepFn};
+use crate::tensor::{PlainTensor, TensorTree, rows};
+
+impl<E: StepEngine> Replica<E> {
+    /// A replica of a model that runs captured steps, of which replicas divide the parameters. `divide` leaves the engine its rows.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the config asks for what goes with whole gradients or parameters only;
+    /// [`Error::ModelMismatch`] if the ranks bring different models; those of [`Communicator`].
+    pub(crate) fn by_rows(
+        engine: E,
+        group: &Communicator,
+        config: &DataParallelConfig,
+        divide: impl FnOnce(E, RowShards) -> Result<E, Error>,
+    ) -> Result<Self, Error> {
+        config.check()?;
+        if config.compare_every > 0 {
+            let problem = "sharding is `parameters`, so that no two replicas hold the same and `compare_every` has nothing to compare: \
+                           leave it out";
+            return Err(Error::invalid("data_parallel", problem));
+        }
+        let engine = engine.share_ids(group)?;
+        let DataParallelConfig { sharding_ranks, keep, reduce_dtype, .. } = *config;
+        let shards =
+            RowShards::new(engine.local(), &|id| engine.later_dims(id), group, sharding_ranks, keep, reduce_dtype)?;
+        Ok(Self::with(divide(engine, shards.clone())?, Averaging::ByRows(shards)))
+    }
+
+    /// Runs forward and backward on every micro-batch and averages over all of them and over the group.
+    pub(super) fn run_by_rows<I: TensorTree + Clone>(
+        &mut self,
+        shards: &RowShards,
+        micro_batches: impl IntoIterator<Item = I>,
+        mut step: StepFn<'_, E::Model, I>,
+    ) -> Result<Step, Error> {
+        let mut micro_batches = micro_batches.into_iter().peekable();
+        if !self.engine.is_prepared() {
+            let Some(first) = micro_batches.peek() else {
+                let problem = "the first step cuts the model into stages, and shows which of them share parameters: every replica \
+                               must bring a micro-batch to it";
+                return Err(Error::Pipeline { problem: problem.into() });
+            };
+            if !self.engine.is_settled() {
+                self.engine.settle(first.clone(), step.again(), shards.replicas())?;
+            }
+        }
+        let before = self.counters();
+        shards.begin_step();
+        let (mut sums, mut unit) = (Sums::new(shards), None);
+        let (mut losses, mut outputs, mut runs) = (Vec::new(), Vec::new(), Vec::new());
+        loop {
+            let inputs = micro_batches.next();
+            let head = Head::of(inputs.as_ref(), micro_batches.peek().is_some())?.meet(shards.replicas())?;
+            let Some(first) = head.first() else { break };
+            let unit = *unit.get_or_insert(head.rows());
+            if !head.all() {
+                let words = match &inputs {
+                    Some(inputs) if first == shards.replicas().rank() => {
+                        self.engine.exchanges(inputs.clone(), step.again())?
+                    }
+                    _ => Vec::new(),
+                };
+                let words = share(words, first, shards.replicas())?;
+                if inputs.is_none() {
+                    drop(shards.bound(self.engine.local())?);
+                    let mut add = |id, sum| sums.add(id, sum);
+                    shards.take_part(self.engine.local(), &Exchange::of_words(&words), &mut add)?;
+                }
+            }
+            if let Some(inputs) = inputs {
+                let gave = self.engine.run(inputs, step.again(), Some(unit), &mut sums)?;
+                losses.extend(gave.loss);
+                outputs.extend(gave.outputs);
+                runs.extend(gave.run);
+            }
+            if !head.more() {
+                break;
+            }
+        }
+        shards.end_step();
+        let (loss, weight) = total(&losses, sums.weight, shards.replicas())?;
+        let factor = if weight > 0.0 { unit.unwrap_or(1.0) / weight } else { 0.0 };
+        let gradients = sums.gradients.into_iter().map(|(id, sum)| (id, sum.scale(factor))).collect();
+        Ok(Step {
+            loss: LossValue::known(loss),
+            weight,
+            grads: gradients_params(self.engine.local(), gradients),
+            outputs,
+            counters: self.counters() - before,
+            runs,
+            skipped: false,
+            grad_norm: None,
+            not_finite: None,
+        })
+    }
+}
+
+/// The mean loss over everything that made up the step, and its weight.
+fn total(losses: &[(Tensor<1>, f64)], weight: f64, control: &Communicator) -> Result<(f64, f64), Error> {
+    let sum: f64 = losses.iter().map(|(loss, by)| loss.clone().into_scalar::<f64>() * by).sum();
+    match control.all_reduce(vec![sum, weight], ReduceOp::Sum)?[..] {
+        [sum, weight] => Ok((sum / weight, weight)),
+        _ => Err(Error::invalid("step", "the losses of the replicas came back incomplete")),
+    }
+}
+
+/// Gives words of the rank `root` to all.
+fn share(words: Vec<u64>, root: usize, control: &Communicator) -> Result<Vec<u64>, Error> {
+    let len = control.broadcast(vec![words.len() as u64], root)?[0] as usize;
+    let words = if control.rank() == root { words } else { vec![0; len] };
+    control.broadcast(words, root)
+}
+
+/// What a replica says of its next micro-batch.
+struct Head {
+    here: bool,
+    rows: usize,
+    more: bool,
+}
+
+impl Head {
+    fn of<I: TensorTree + Clone>(inputs: Option<&I>, more: bool) -> Result<Self, Error> {
+        let Some(inputs) = inputs else { return Ok(Self { here: false, rows: 0, more }) };
+        let (_, rows) = rows(inputs.clone())?;
+        Ok(Self { here: true, rows: rows.unwrap_or(1), more })
+    }
+
+    /// Those of all replicas.
+    fn meet(self, control: &Communicator) -> Result<Heads, Error> {
+        let own = vec![u64::from(self.here), self.rows as u64, u64::from(self.more)];
+        let all = control.all_gather(own)?;
+        let head = |words: &[u64]| Self { here: words[0] == 1, rows: words[1] as usize, more: words[2] == 1 };
+        Ok(Heads(all.chunks_exact(3).map(head).collect()))
+    }
+}
+
+struct Heads(Vec<Head>);
+
+impl Heads {
+    /// The first replica that has a micro-batch.
+    fn first(&self) -> Option<usize> {
+        self.0.iter().position(|head| head.here)
+    }
+
+    fn all(&self) -> bool {
+        self.0.iter().all(|head| head.here)
+    }
+
+    fn more(&self) -> bool {
+        self.0.iter().any(|head| head.more)
+    }
+
+    fn rows(&self) -> f64 {
+        self.0.iter().map(|head| head.rows).sum::<usize>().max(1) as f64
+    }
+}
+
+/// Adds up the rows of the gradients of several micro-batches.
+struct Sums<'a> {
+    shards: &'a RowShards,
+    gradients: HashMap<ParamId, PlainTensor>,
+    weight: f64,
+}
+
+impl<'a> Sums<'a> {
+    fn new(shards: &'a RowShards) -> Self {
+        Self { shards, gradients: HashMap::new(), weight: 0.0 }
+    }
+
+    fn add(&mut self, id: ParamId, gradient: PlainTensor) {
+        let sum = match self.gradients.remove(&id) {
+            Some(sum) => sum.add(gradient),
+            None => gradient,
+        };
+        self.gradients.insert(id, sum);
+    }
+}
+
+impl GradientSink for Sums<'_> {
+    fn expect(&mut self, gradients: &[ParamId]) -> Result<(), Error> {
+        if gradients.iter().all(|id| self.shards.divides(*id)) {
+            return Ok(());
+        }
+        let problem = "a parameter is trained that is called `running_mean` or `running_var`, which replicas take for running \
+                       statistics and do not divide: call it something else";
+        Err(Error::invalid("step", problem))
+    }
+
+    fn weight(&mut self, weight: f64, _: f64) -> Result<(), Error> {
+        self.weight += weight;
+        Ok(())
+    }
+
+    fn gradient(&mut self, id: ParamId, gradient: PlainTensor) -> Result<(), Error> {
+        self.add(id, gradient);
+        Ok(())
+    }
+}

@@ -1,0 +1,459 @@
+//! Parameters of which each replica holds rows, in captured steps.
+//!
+//! The third way in which the parameters of a model are divided, behind splits by a plan and stages: by rows over the replicas,
+//! whatever the layer. So nothing of a step follows from it but where parameters are gathered and gradients scattered
+//! ([`shard_parameters`]), and it goes with any split: the rows are those of this rank's part.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::tensor::{Device, FloatDType, Tensor};
+use burn_ir::CustomOpIr;
+
+use super::assemble::assemble;
+use super::distribute::{Round, agree_on_layouts, distribute};
+use crate::comm::{Communicator, Pending, ReduceOp};
+use crate::error::Error;
+use crate::graph::{CustomOps, StepGraph, graph_error, read_params};
+use crate::params::{self, ParamSlice, Renamed, one_device};
+use crate::partition::{
+    Exchange, Gathering, InRows, START_GATHER, START_SCATTER, WAIT_GATHER, WAIT_SCATTER, exchanged, shard_parameters,
+    tokens,
+};
+use crate::plan::PlanTable;
+use crate::sharding::{Keep, Member, Pack, RankedParam, Rows, ShardComms, ShardParam, ShardParams, groups, owners};
+use crate::tensor::PlainTensor;
+
+/// The name of the axis of the replicas in tables.
+const AXIS: &str = "replicas";
+
+/// How the parameters of this rank's part of a model are divided by rows over its replicas. Cheap to clone; all clones are of one
+/// step.
+#[derive(Debug, Clone)]
+pub(crate) struct RowShards {
+    /// What this rank holds of them when they are divided.
+    table: Arc<PlanTable>,
+    params: Arc<Vec<RowParam>>,
+    /// The place of each among these.
+    numbers: Arc<HashMap<ParamId, usize>>,
+    keep: Keep,
+    /// The dtype in which gradients travel, if not their own.
+    reduce_dtype: Option<FloatDType>,
+    comms: ShardComms,
+    /// Joins all replicas; carries what is neither parameters nor gradients.
+    replicas: Communicator,
+    step: Arc<Mutex<StepState>>,
+}
+
+/// A parameter that is divided.
+#[derive(Debug, Clone)]
+struct RowParam {
+    id: ParamId,
+    path: Arc<str>,
+    dtype: FloatDType,
+    group: usize,
+    rows: Rows,
+}
+
+#[derive(Debug, Default)]
+struct StepState {
+    /// What this rank's gradients are multiplied by before they are summed.
+    factor: f64,
+    /// The first parameter of which this rank has brought a gradient that is not finite.
+    non_finite: Option<usize>,
+    /// Whether a step is under way.
+    under_way: bool,
+    /// The parameters as they are whole, where they are gathered for the step.
+    whole: Option<HashMap<ParamId, PlainTensor>>,
+    in_flight: HashMap<(bool, u64), Pending<Vec<PlainTensor>>>,
+}
+
+impl RowShards {
+    /// Finds out what of `model`, this rank's part of one, is divided over the `replicas`, who all hold the same part: float
+    /// parameters, but for running statistics. `later` are the dims of the parts of parameters that it does not hold, but may once the
+    /// model is cut. With `ranks` they are divided over so many neighbours. Collective.
+    ///
+    /// # Errors
+    /// [`Error::ModelMismatch`](crate::Error::ModelMismatch) if replicas bring other parameters; those of [`ShardComms::new`] and
+    /// of [`Communicator`].
+    pub(crate) fn new<M: Module>(
+        model: &M,
+        later: &dyn Fn(ParamId) -> Option<Vec<usize>>,
+        replicas: &Communicator,
+        ranks: Option<usize>,
+        keep: Keep,
+        reduce_dtype: Option<FloatDType>,
+    ) -> Result<Self, Error> {
+        let comms = ShardComms::new(replicas, ranks)?;
+        let table = PlanTable::by_rows(model, AXIS, comms.ranks(), &|_| None);
+        let all = PlanTable::by_rows(model, AXIS, comms.ranks(), later);
+        agree_on_layouts(&all, replicas)?;
+        let mut trained = Trained::default();
+        model.visit(&mut trained);
+        let (mut params, mut members) = (Vec::new(), Vec::new());
+        for row in all.rows().iter().filter(|row| row.is_split()) {
+            let Some(rows) = Rows::new(&row.dims, comms.ranks()) else { continue };
+            let path: Arc<str> = row.path.as_str().into();
+            members.push(Member {
+                path: path.clone(),
+                bytes: row.dims.iter().product::<usize>() * row.dtype.size(),
+                dtype: row.dtype,
+                trained: trained.0.contains(&row.id),
+            });
+            params.push(RowParam { id: row.id, path, dtype: row.dtype.into(), group: 0, rows });
+        }
+        for (group, places) in groups(&members).into_iter().enumerate() {
+            places.into_iter().for_each(|place| params[place].group = group);
+        }
+        let numbers = params.iter().enumerate().map(|(number, param)| (param.id, number)).collect();
+        Ok(Self {
+            table: Arc::new(table),
+            params: Arc::new(params),
+            numbers: Arc::new(numbers),
+            keep,
+            reduce_dtype,
+            comms,
+            replicas: replicas.split_named("control", 0, replicas.rank() as i64)?,
+            step: Arc::default(),
+        })
+    }
+
+    /// The same of parameters of other ids.
+    pub(crate) fn renamed(&self, renamed: &Renamed) -> Self {
+        let params: Vec<RowParam> =
+            self.params.iter().map(|param| RowParam { id: renamed.id(param.id), ..param.clone() }).collect();
+        let numbers = params.iter().enumerate().map(|(number, param)| (param.id, number)).collect();
+        let table = Arc::new(self.table.renamed(renamed));
+        Self { table, params: Arc::new(params), numbers: Arc::new(numbers), ..self.clone() }
+    }
+
+    /// Who divides what with whom.
+    pub(crate) fn comms(&self) -> &ShardComms {
+        &self.comms
+    }
+
+    /// Joins all replicas; carries what is neither parameters nor gradients.
+    pub(crate) fn replicas(&self) -> &Communicator {
+        &self.replicas
+    }
+
+    /// Whether a parameter is one of those that are divided.
+    pub(crate) fn divides(&self, id: ParamId) -> bool {
+        self.numbers.contains_key(&id)
+    }
+
+    /// The dims of the rows that a rank holds of a parameter.
+    pub(crate) fn shard_dims(&self, id: ParamId) -> Option<Vec<usize>> {
+        Some(self.params[*self.numbers.get(&id)?].rows.shard_dims())
+    }
+
+    /// Leaves this rank its rows of the parameters of the first replica's model; everything else takes that one's values. What is
+    /// lazy there stays lazy. Collective.
+    ///
+    /// # Errors
+    /// Those of [`Communicator`].
+    pub(crate) fn distribute<M: Module>(&self, model: M) -> Result<M, Error> {
+        let control = self.comms.control();
+        let split = distribute(model, &self.table, (0, Round::Split), control)?;
+        let split = distribute(split, &self.table, (0, Round::Copy), control)?;
+        let Some(copies) = self.comms.copies() else { return Ok(split) };
+        let table = PlanTable::by_rows(&split, AXIS, 1, &|_| None).whole();
+        distribute(split, &table, (0, Round::Copy), copies)
+    }
+
+    /// Puts the rows of all replicas together, on each of them. Collective.
+    ///
+    /// # Errors
+    /// Those of [`Communicator`].
+    pub(crate) fn assemble<M: Module>(&self, local: M) -> Result<M, Error> {
+        assemble(local, &self.table, 0, self.comms.control())
+    }
+
+    /// This rank's rows of what it would otherwise read from a store.
+    pub(crate) fn slice(&self, id: ParamId, mut part: ParamSlice) -> ParamSlice {
+        let Some(param) = self.numbers.get(&id).map(|number| &self.params[*number]) else { return part };
+        let (rows, real) = (param.rows.rows(self.comms.rank()), part.ranges[0].clone());
+        // Padding of the part is behind its last row, as that of the rows is.
+        part.ranges[0] = (real.start + rows.start).min(real.end)..(real.start + rows.end).min(real.end);
+        part.local_dims = param.rows.shard_dims();
+        part
+    }
+
+    /// This rank's rows of the parameters that are trained, as an optimizer is given them.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a parameter of a rank that burn's optimizers do not know.
+    pub(crate) fn own_rows<M: Module>(&self, local: &M) -> Result<ShardParams, Error> {
+        let dims = self.params.iter().map(|param| param.rows.dims());
+        let owners = owners(dims, self.comms.ranks());
+        let mut own = OwnRows { shards: self, owners, seen: HashSet::new(), found: Ok(ShardParams::default()) };
+        local.visit(&mut own);
+        own.found
+    }
+
+    /// Has a step run on what this rank holds.
+    pub(crate) fn apply(&self, graph: &mut StepGraph) {
+        shard_parameters(graph, &|id| self.in_rows(id), self.gathering());
+    }
+
+    pub(crate) fn in_rows(&self, id: ParamId) -> Option<InRows> {
+        let number = *self.numbers.get(&id)?;
+        let param = &self.params[number];
+        Some(InRows { number, group: param.group, dims: param.rows.shard_dims() })
+    }
+
+    pub(crate) fn gathering(&self) -> Gathering {
+        Gathering { gathers: self.keep != Keep::Step, keeps: self.keep == Keep::MicroBatch }
+    }
+
+    /// Says how the operations are run that [`apply`](Self::apply) puts in.
+    pub(crate) fn register(&self, ops: &mut CustomOps) {
+        let shards = self.clone();
+        ops.register_maker(START_GATHER, move |op, inputs, device| {
+            let bundle = shards.bundle(&exchanged(op))?;
+            let pending = shards.comms.parameters().start(move |comm| bundle.gather(inputs, comm));
+            shards.keep_pending(true, op, pending)?;
+            Ok(tokens(op, device))
+        });
+        let shards = self.clone();
+        ops.register_maker(START_SCATTER, move |op, inputs, device| {
+            let numbers = exchanged(op);
+            shards.look_at(&numbers, &inputs);
+            let (bundle, factor) = (shards.bundle(&numbers)?, shards.lock().factor);
+            let copies = shards.comms.copies().cloned();
+            let pending =
+                shards.comms.gradients().start(move |comm| bundle.reduce(inputs, factor, (comm, copies.as_ref())));
+            shards.keep_pending(false, op, pending)?;
+            Ok(tokens(op, device))
+        });
+        for (gathers, id) in [(true, WAIT_GATHER), (false, WAIT_SCATTER)] {
+            let shards = self.clone();
+            ops.register(id, move |op, _| {
+                let pending = shards.lock().in_flight.remove(&(gathers, ticket(op)?));
+                let started = || graph_error(format!("custom operation `{}` waits for what was not started", op.id));
+                pending.ok_or_else(started)?.wait()
+            });
+        }
+    }
+
+    /// Begins a step.
+    pub(crate) fn begin_step(&self) {
+        *self.lock() = StepState { under_way: true, ..StepState::default() };
+    }
+
+    /// Begins a micro-batch whose gradients are multiplied by `factor` before they are summed over the replicas. `unit` is what the
+    /// replicas have agreed on that the sums are in.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if they have not: the model is not trained as one of its replicas.
+    pub(crate) fn begin_micro_batch(&self, unit: Option<f64>, factor: f64) -> Result<(), Error> {
+        if unit.is_none() {
+            let problem = "its replicas divide the parameters among themselves, so it trains as one of them only: keep the wrapper \
+                           of `data_parallel`, or `assemble` the model";
+            return Err(Error::invalid("step", problem));
+        }
+        let mut step = self.lock();
+        step.factor = factor;
+        // What a step that failed has left.
+        step.in_flight.clear();
+        Ok(())
+    }
+
+    /// The path of the first parameter of which this rank has brought a gradient to the last step that was not finite. Of
+    /// gradients that are not in host memory none is known.
+    pub(crate) fn non_finite(&self) -> Option<Arc<str>> {
+        let number = self.lock().non_finite?;
+        self.params.get(number).map(|param| param.path.clone())
+    }
+
+    /// Ends a step: lets go of what was gathered for it.
+    pub(crate) fn end_step(&self) {
+        let mut step = self.lock();
+        (step.under_way, step.whole) = (false, None);
+    }
+
+    /// The model as captured steps bind it, if they do not bind what this rank holds: with all parameters, which are gathered by the
+    /// first call in a step, or now for a forward alone. Collective then.
+    ///
+    /// # Errors
+    /// Those of [`Communicator`] and of reading parameters.
+    pub(crate) fn bound<M: Module>(&self, local: &M) -> Result<Option<M>, Error> {
+        if self.keep != Keep::Step {
+            return Ok(None);
+        }
+        let kept = self.lock().whole.clone();
+        let whole = kept.map_or_else(|| self.gather_all(local), Ok)?;
+        let mut step = self.lock();
+        if step.under_way {
+            step.whole = Some(whole.clone());
+        }
+        drop(step);
+        Ok(Some(params::replace_values(local.clone(), whole)))
+    }
+
+    /// All parameters that this rank holds rows of, whole.
+    fn gather_all<M: Module>(&self, local: &M) -> Result<HashMap<ParamId, PlainTensor>, Error> {
+        let mut values = read_params(local, &self.numbers.keys().copied().collect())?;
+        // What another stage holds has no elements here.
+        values.retain(|_, value| value.elements() > 0);
+        let mut groups: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (number, param) in self.params.iter().enumerate().filter(|(_, param)| values.contains_key(&param.id)) {
+            groups.entry(param.group).or_default().push(number);
+        }
+        let mut whole = HashMap::new();
+        for numbers in groups.into_values() {
+            let ids: Vec<ParamId> = numbers.iter().map(|number| self.params[*number].id).collect();
+            let shards = ids.iter().filter_map(|id| values.remove(id)).collect();
+            whole.extend(ids.into_iter().zip(self.bundle(&numbers)?.gather(shards, self.comms.parameters())?));
+        }
+        Ok(whole)
+    }
+
+    /// Takes part in what the others exchange in a micro-batch, on a rank that has none: lends its rows, and brings gradients of
+    /// nothing. The sums of the gradients go to `sink`.
+    ///
+    /// # Errors
+    /// Those of [`Communicator`] and of reading parameters.
+    pub(crate) fn take_part<M: Module>(
+        &self,
+        local: &M,
+        exchanges: &[Exchange],
+        sink: &mut dyn FnMut(ParamId, PlainTensor),
+    ) -> Result<(), Error> {
+        let device = one_device(local, "a step")?.unwrap_or_else(Device::flex).inner();
+        let lent = exchanges.iter().filter(|exchange| exchange.gathers).flat_map(|exchange| &exchange.numbers);
+        let lent: HashSet<ParamId> = lent.filter_map(|number| Some(self.params.get(*number)?.id)).collect();
+        let values = read_params(local, &lent)?;
+        for Exchange { gathers, numbers } in exchanges {
+            let bundle = self.bundle(numbers)?;
+            let params: Vec<&RowParam> = numbers.iter().filter_map(|number| self.params.get(*number)).collect();
+            if *gathers {
+                let shards = params.iter().filter_map(|param| values.get(&param.id).cloned()).collect();
+                drop(bundle.gather(shards, self.comms.parameters())?);
+            } else {
+                let zeros =
+                    |param: &&RowParam| PlainTensor::zeros(param.rows.dims().to_vec(), param.dtype.into(), &device);
+                let zeros = params.iter().map(zeros).collect();
+                let comms = (self.comms.gradients(), self.comms.copies());
+                let sums = bundle.reduce(zeros, 0.0, comms)?;
+                params.iter().zip(sums).for_each(|(param, sum)| sink(param.id, sum));
+            }
+        }
+        Ok(())
+    }
+
+    fn bundle(&self, numbers: &[usize]) -> Result<Bundle, Error> {
+        let rows = |number: &usize| self.params.get(*number).map(|param| param.rows.clone());
+        let rows: Option<Vec<Rows>> = numbers.iter().map(rows).collect();
+        let unknown = || graph_error("replicas exchange a parameter that this one has not");
+        // FNV-1a; the highest bit is left to say where buffers are.
+        let hash = |hash: u64, number: &usize| (hash ^ (*number as u64 + 1)).wrapping_mul(0x100_0000_01b3);
+        let number = numbers.iter().fold(0xcbf2_9ce4_8422_2325, hash) >> 1;
+        Ok(Bundle { pack: Pack::new(rows.ok_or_else(unknown)?), number, reduce_dtype: self.reduce_dtype })
+    }
+
+    /// Notes what of these gradients is not finite.
+    fn look_at(&self, numbers: &[usize], gradients: &[PlainTensor]) {
+        let bad = |(_, gradient): &(&usize, &PlainTensor)| gradient.is_finite_on_host() == Some(false);
+        if let Some(first) = numbers.iter().zip(gradients).filter(bad).map(|(number, _)| *number).min() {
+            let mut step = self.lock();
+            step.non_finite = Some(step.non_finite.map_or(first, |before| before.min(first)));
+        }
+    }
+
+    fn keep_pending(&self, gathers: bool, op: &CustomOpIr, pending: Pending<Vec<PlainTensor>>) -> Result<(), Error> {
+        self.lock().in_flight.insert((gathers, ticket(op)?), pending);
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, StepState> {
+        self.step.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Parameters that are exchanged together.
+struct Bundle {
+    pack: Pack,
+    /// By which ranks make sure that they exchange the same: groups of one size are told apart by nothing else.
+    number: u64,
+    reduce_dtype: Option<FloatDType>,
+}
+
+impl Bundle {
+    fn gather(&self, shards: Vec<PlainTensor>, comm: &Communicator) -> Result<Vec<PlainTensor>, Error> {
+        self.pack.gather_agreed(shards, comm, self.number)
+    }
+
+    /// This rank's rows of the sum of gradients, over the ranks that divide them and then over those that hold the same rows.
+    fn reduce(
+        &self,
+        gradients: Vec<PlainTensor>,
+        factor: f64,
+        (comm, copies): (&Communicator, Option<&Communicator>),
+    ) -> Result<Vec<PlainTensor>, Error> {
+        let own: Vec<FloatDType> = gradients.iter().map(|gradient| gradient.dtype().into()).collect();
+        let sent = match self.reduce_dtype {
+            Some(dtype) => gradients.into_iter().map(|gradient| gradient.cast(dtype)).collect(),
+            None => gradients,
+        };
+        let op = ReduceOp::PreMulSum(factor);
+        let mut sums = self.pack.reduce_scatter_agreed(sent, op, comm, self.number)?;
+        if let Some(copies) = copies {
+            sums = copies.all_reduce_coalesced(sums, ReduceOp::Sum)?;
+        }
+        Ok(match self.reduce_dtype {
+            Some(_) => sums.into_iter().zip(own).map(|(sum, dtype)| sum.cast(dtype)).collect(),
+            None => sums,
+        })
+    }
+}
+
+fn ticket(op: &CustomOpIr) -> Result<u64, Error> {
+    let [.., ticket, _] = op.scalars.as_slice() else {
+        return Err(graph_error(format!("custom operation `{}` lacks its number", op.id)));
+    };
+    Ok(ticket.elem())
+}
+
+/// The float parameters that are trained. Lazy ones count as trained: their settings show when they are made.
+#[derive(Default)]
+struct Trained(HashSet<ParamId>);
+
+impl ModuleVisitor for Trained {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if !param.is_initialized() || param.base().is_require_grad() {
+            self.0.insert(param.id);
+        }
+    }
+}
+
+/// Takes this rank's rows of the parameters that are trained.
+struct OwnRows<'a> {
+    shards: &'a RowShards,
+    /// The rank that updates each parameter, if its update depends on the whole of it.
+    owners: Vec<usize>,
+    seen: HashSet<ParamId>,
+    found: Result<ShardParams, Error>,
+}
+
+impl ModuleVisitor for OwnRows<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let Some(number) = self.shards.numbers.get(&param.id) else { return };
+        // A parameter that the module holds in two places is one parameter; what another stage holds has no elements here.
+        let nothing = param.lazy_shape().num_elements() == 0;
+        if nothing || !param.val().is_require_grad() || !self.seen.insert(param.id) {
+            return;
+        }
+        let RowParam { path, rows, .. } = &self.shards.params[*number];
+        let (path, rows, owner) = (path.to_string(), rows.clone(), self.owners[*number]);
+        match (RankedParam::new(param.clone()), &mut self.found) {
+            (Some(param), Ok(found)) => found.0.push(ShardParam { path, rows, owner, param }),
+            (None, found) => {
+                let problem = format!("parameter `{path}` is of rank {D}, and optimizers take ranks 1 to 8");
+                *found = Err(Error::invalid("optimize", problem));
+            }
+            _ => {}
+        }
+    }
+}

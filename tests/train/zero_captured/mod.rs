@@ -1,0 +1,7 @@
+//! Replicas that divide parameters, gradients and optimizer state by rows, in captured steps.
+
+mod counted;
+mod failing;
+mod parity;
+mod surface;
+mod uneven;

@@ -1,0 +1,86 @@
+//! Replicas with different numbers of rows and micro-batches, also none.
+
+use burn::prelude::*;
+use burn::tensor::activation;
+use burn_parallel::prelude::*;
+use burn_parallel::sharding::{Keep, Sharding};
+use burn_parallel::train::Engine;
+
+use crate::common::models::{Lm, Numbers, device};
+use crate::common::reference::{alone, difference, optimizer, own, values};
+
+const STEPS: usize = 3;
+
+type Batch = (Tensor<2, Int>, Tensor<2, Int>);
+
+fn rows(step: usize, rows: std::ops::Range<usize>) -> Batch {
+    let mut numbers = Numbers(step as u64 * 77 + 9);
+    let (tokens, targets) = (numbers.classes([9, 5], 11, &device()), numbers.classes([9, 5], 11, &device()));
+    (tokens.slice([rows.clone()]), targets.slice([rows]))
+}
+
+/// The summed loss over the targets that are not 0, as where those are padding, and their number.
+fn summed(model: &Lm, (tokens, targets): Batch) -> (Tensor<1>, Tensor<1>) {
+    let [b, s] = tokens.dims();
+    let x = model.position.forward(model.embedding.forward(tokens));
+    let x = model.encoder.forward(burn::nn::transformer::TransformerEncoderInput::new(x));
+    let logits = model.head.forward(model.norm.forward(x)).reshape([b * s, 11]);
+    let targets = targets.reshape([b * s, 1]);
+    let counts = targets.clone().not_equal_elem(0).float();
+    let chosen = activation::log_softmax(logits, 1).gather(1, targets) * counts.clone();
+    (chosen.sum().neg(), counts.sum())
+}
+
+fn token_loss(model: &Lm, batch: Batch) -> Loss {
+    let (sum, count) = summed(model, batch);
+    Loss::sum(sum, count)
+}
+
+/// This replica's micro-batches: of different rows, on some replicas more of them, on one none in some steps.
+fn share(step: usize, replica: usize, replicas: usize) -> Vec<Batch> {
+    match (replica, replicas) {
+        (0, 2) => vec![rows(step, 0..2), rows(step, 2..3), rows(step, 3..4)],
+        (1, 2) => vec![rows(step, 4..9)],
+        (0, _) if step == 1 => vec![],
+        (0, _) => vec![rows(step, 0..7)],
+        (1, _) if step == 1 => vec![rows(step, 0..8), rows(step, 8..9)],
+        (1, _) => vec![rows(step, 7..8), rows(step, 8..9)],
+        // The last replica never has any.
+        _ => vec![],
+    }
+}
+
+#[test]
+fn uneven_replicas_train_like_one_device() {
+    let model = Lm::new(11, 16, 2, &device());
+    let mean = |model: &Lm, batch: Batch| {
+        let (sum, count) = summed(model, batch);
+        sum / count.inner().into_scalar::<f32>()
+    };
+    let reference = alone(&model, STEPS, |step| rows(step, 0..9), mean);
+    for (dp, keep) in [(2, Keep::Pass), (3, Keep::Pass), (3, Keep::MicroBatch), (3, Keep::Step)] {
+        launch::threads(dp)
+            .run(|world| {
+                let data = DataParallelConfig::new().with_sharding(Sharding::Parameters).with_keep(keep);
+                let strategy = Strategy::new().with_data(data).with_engine(Engine::Captured);
+                let mut model = own(&model).parallelize(&world, &strategy)?;
+                let mut optim = optimizer();
+                for step in 0..STEPS {
+                    let result = model.step_micro_batches(share(step, world.rank(), dp), token_loss)?;
+                    let (loss, expected) = (result.loss.item() as f32, reference.losses[step]);
+                    assert!((loss - expected).abs() < 2e-5 * expected, "loss {step}: {loss} {expected}");
+                    model = model.optimize(&mut optim, 0.05, result)?;
+                    let worst = difference(&reference.after[step], &values(&model.assemble()?));
+                    assert!(worst < 3e-4, "{worst} after step {step} with dp {dp}, {keep:?}");
+                }
+                // Nobody has anything: the parameters stay.
+                let before = values(&model.assemble()?);
+                let nothing = model.step_micro_batches(Vec::<Batch>::new(), token_loss)?;
+                assert!(nothing.loss.item().is_nan() && nothing.weight == 0.0);
+                model = model.optimize(&mut optim, 0.05, nothing)?;
+                assert_eq!(difference(&before, &values(&model.assemble()?)), 0.0);
+                Ok(())
+            })
+            .unwrap();
+    }
+}
