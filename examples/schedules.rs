@@ -36,7 +36,7 @@ struct Flags {
     #[arg(long, short = 'm', value_name = "M", default_value_t = 8, value_parser = up_to::<4096>)]
     micro_batches: usize,
 
-    /// How many stages each rank holds, with `interleaved` and `forward` [default: 2, 1]
+    /// How many stages each rank holds, with `interleaved` and `forward_only` [default: 2, 1]
     #[arg(long, short = 'v', value_name = "V", value_parser = up_to::<64>)]
     stages_per_rank: Option<usize>,
 
@@ -71,8 +71,10 @@ enum Name {
     #[value(name = "1f1b")]
     OneForwardOneBackward,
     Interleaved,
-    Zb,
-    Forward,
+    #[value(name = "zb_h1")]
+    ZeroBubbleH1,
+    #[value(name = "forward_only")]
+    ForwardOnly,
 }
 
 impl Flags {
@@ -81,16 +83,16 @@ impl Flags {
         if let Some(path) = &self.timetable {
             return Timetable::read(path).map_err(|error| error.to_string());
         }
-        let several = matches!(self.schedule, Name::Interleaved | Name::Forward);
+        let several = matches!(self.schedule, Name::Interleaved | Name::ForwardOnly);
         if let Some(stages) = self.stages_per_rank.filter(|stages| *stages > 1 && !several) {
-            return Err(format!("--stages-per-rank {stages} is for --schedule interleaved or forward"));
+            return Err(format!("--stages-per-rank {stages} is for --schedule interleaved or forward_only"));
         }
         let schedule = match self.schedule {
             Name::Gpipe => Schedule::GPipe,
             Name::OneForwardOneBackward => Schedule::OneForwardOneBackward,
             Name::Interleaved => Schedule::Interleaved { stages_per_rank: self.stages_per_rank.unwrap_or(2) },
-            Name::Zb => Schedule::ZeroBubbleH1,
-            Name::Forward => Schedule::ForwardOnly { stages_per_rank: self.stages_per_rank.unwrap_or(1) },
+            Name::ZeroBubbleH1 => Schedule::ZeroBubbleH1,
+            Name::ForwardOnly => Schedule::ForwardOnly { stages_per_rank: self.stages_per_rank.unwrap_or(1) },
         };
         schedule.timetable(self.ranks, self.micro_batches).map_err(|error| error.to_string())
     }
@@ -138,10 +140,11 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Err(wrong) => {
-            // The first line says what is wrong, the others of clap how the usage is.
+            // The first paragraph says what is wrong, the others of clap how the usage is.
             let message = wrong.to_string();
-            let line = message.lines().next().unwrap_or_default();
-            return fail(2, line.strip_prefix("error: ").unwrap_or(line));
+            let lines: Vec<&str> = message.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
+            let line = lines.join(" ");
+            return fail(2, line.strip_prefix("error: ").unwrap_or(&line));
         }
     };
     let chosen = flags.timetable().and_then(|timetable| {

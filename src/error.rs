@@ -29,7 +29,8 @@ pub enum Error {
         operation: String,
         /// How long it waited.
         waited: Duration,
-        /// The ranks, within the group, that it was waiting for, in words.
+        /// Whom it was waiting for, in words: ranks within the group, or, where these wait for others in turn, first the ranks of
+        /// the world at the root of it.
         missing: String,
         /// The last collectives of every rank of the group.
         log: CallLog,
@@ -100,7 +101,7 @@ pub enum Error {
     },
 
     /// The function that a rank ran returned an error.
-    #[error("rank {rank} failed: {cause}{log}")]
+    #[error("{}", rank_failed(*.rank, .cause, .log))]
     RankFailed {
         /// World rank.
         rank: usize,
@@ -366,6 +367,25 @@ impl Error {
 
     pub(crate) fn invalid(operation: &'static str, problem: impl Into<String>) -> Self {
         Self::InvalidArgument { operation, problem: problem.into() }
+    }
+}
+
+/// What says by itself what is wrong, as errors of settings do, is likely found by all ranks, and one of them was first; what
+/// they have called before is of no use then.
+fn rank_failed(rank: usize, cause: &Error, log: &CallLog) -> String {
+    match cause {
+        Error::Environment { .. }
+        | Error::Graph { .. }
+        | Error::InvalidArgument { .. }
+        | Error::Mesh { .. }
+        | Error::ModelMismatch { .. }
+        | Error::Nesting { .. }
+        | Error::Optimizer { .. }
+        | Error::Pipeline { .. }
+        | Error::Plan { .. }
+        | Error::Schedule { .. }
+        | Error::Strategy { .. } => format!("{cause} (rank {rank} found it first)"),
+        _ => format!("rank {rank} failed: {cause}{log}"),
     }
 }
 

@@ -66,6 +66,7 @@ pub mod data_parallel;
 mod delegate;
 mod distribution;
 mod error;
+mod forms;
 pub mod graph;
 pub mod hf;
 pub mod launch;

@@ -16,7 +16,8 @@ use burn_parallel::Error;
 use burn_parallel::comm::local::WorldConfig;
 use burn_parallel::comm::tcp::{Rendezvous, Session};
 use burn_parallel::comm::{Communicator, ReduceOp};
-use burn_parallel::launch::{self, ProcessInfo};
+use burn_parallel::launch::{self, ProcessInfo, Rank};
+use burn_parallel::mesh::Mesh;
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use crate::transport_suite::{Engine, checks, failures};
@@ -84,7 +85,11 @@ fn main() {
     let timed = timed.map(|(culprit, role)| {
         Trial::test(format!("rank_{culprit}_is_{role}"), move || all_name_the_stopped(role, culprit))
     });
-    let timed = libtest_mimic::run(&arguments, timed.collect());
+    let of_four = [("mesh-stopped", 0), ("mesh-stopped", 3), ("stopped-moving", 1), ("mesh-computing", 2)];
+    let of_four = of_four.map(|(role, culprit)| {
+        Trial::test(format!("rank_{culprit}_of_4_is_{role}"), move || all_name_the_root(role, culprit))
+    });
+    let timed = libtest_mimic::run(&arguments, timed.chain(of_four).collect());
     conclusion.exit_if_failed();
     timed.exit();
 }
@@ -203,6 +208,9 @@ fn one_rank(role: &str) {
         if role == "short" {
             return short(&rank, culprit);
         }
+        if role.starts_with("mesh-") {
+            return in_turn(&rank, culprit, role);
+        }
         let part = rank.split_named("part", 0, 0)?;
         part.all_reduce(vec![1.0f32; 7], ReduceOp::Sum)?;
         let culprit = rank.rank() == culprit;
@@ -260,6 +268,22 @@ fn one_rank(role: &str) {
         }
     });
     println!("<{}>", outcome.map_or_else(|error| error.to_string(), |()| "well".into()).replace("\n ", " "));
+}
+
+/// Ranks of a mesh meet along one axis, then along the other, so that they wait for ranks that wait themselves.
+fn in_turn(world: &Rank, culprit: usize, role: &str) -> Result<(), Error> {
+    let mesh = Mesh::new(world, [("dp", 2), ("tp", 2)])?;
+    for round in 0..1000 {
+        match (role, world.rank() == culprit && round == 3) {
+            ("mesh-stopped", true) => stop_itself(),
+            ("mesh-computing", true) => thread::sleep(Duration::from_secs(8)),
+            _ => {}
+        }
+        for axis in ["tp", "dp"] {
+            mesh.axis(axis)?.all_reduce(vec![1.0f32; 100], ReduceOp::Sum)?;
+        }
+    }
+    Ok(())
 }
 
 /// Processes that are ended if the test fails.
@@ -389,6 +413,28 @@ fn all_name_the_stopped(role: &str, culprit: usize) -> Result<(), Failed> {
         && others[0].contains(&format!("rank {culprit}: no answer"))
         // Starting the processes and meeting takes a while, too.
         && took < Duration::from_secs(6 + 2);
+    if good { Ok(()) } else { Err(format!("after {took:?}: {said:#?}").into()) }
+}
+
+/// A rank is stopped, or computes for too long, and the others wait for each other behind it: they name it before any other, by
+/// its number in the world.
+fn all_name_the_root(role: &str, culprit: usize) -> Result<(), Failed> {
+    let mut ranks = Ranks::here_within(&format!("{role} {culprit}"), 4, "4");
+    let began = Instant::now();
+    ranks.await_others(culprit)?;
+    let took = began.elapsed();
+    // SAFETY: no memory is involved. The process is a child that has not been waited for.
+    unsafe { libc::kill(ranks.0[culprit].id() as i32, libc::SIGCONT) };
+    let said = ranks.end()?;
+    let others: Vec<&String> =
+        said.iter().enumerate().filter(|(rank, _)| *rank != culprit).map(|(_, text)| text).collect();
+    let why = if role == "mesh-computing" { "is in no call" } else { "gives no answer" };
+    let named = format!(" for rank {culprit} of the world, which {why}");
+    let headline = others[0].split("; raise").next().unwrap_or_default();
+    let good = others.iter().all(|text| *text == others[0] && text.contains("<time-out in group `world"))
+        && (headline.contains(&named)
+            || role == "stopped-moving" && headline.ends_with(&format!(" for rank {culprit}")))
+        && took < Duration::from_secs(6 + 3);
     if good { Ok(()) } else { Err(format!("after {took:?}: {said:#?}").into()) }
 }
 

@@ -13,9 +13,37 @@ use crate::gpt::GptConfig;
 use crate::start::{self, Launch, Start, Transport};
 use crate::text::VOCAB;
 
+/// What may be in the file of `--strategy`.
+const STRATEGY_KEYS: &str = r#"Keys of a --strategy file, in TOML, with what they are when left out:
+  dp                   what is left of the ranks
+  pp, tp               1
+  engine               "auto"; or "eager", "captured"
+  [data]
+  bucket_bytes         25000000
+  first_bucket_bytes   1000000
+  reduce_dtype         that of the gradients; or "BF16", "F16", "F32", "F64"
+  overlap              true
+  compare_every        0
+  sharding             "none"; or "optimizer", "gradients", "parameters"
+  sharding_ranks       all replicas
+  keep                 "pass"; or "micro_batch", "step"
+  [tensor]
+  plan                 needed if tp > 1: "megatron", "hugging_face", or a table of rules
+  seed                 0
+  check_inputs_every   1
+  [pipeline]
+  micro_batches        needed if pp > 1
+  schedule             "1f1b"; or "gpipe", "zb_h1", { interleaved = { stages_per_rank = 2 } }, { custom = ".." }
+  cut                  "balanced"; or { before = ["layers.2.*"] }, { patterns = [["layers.0.*"], ["*"]] }, ..
+  whole_inputs         []
+  seed                 0
+  graphs               16
+  check_inputs_every   1
+The docs of `burn_parallel::train::Strategy` say what each does."#;
+
 /// Trains a small byte-level GPT on any UTF-8 text, on several ranks.
 #[derive(Parser, Debug)]
-#[command(name = "train_lm", max_term_width = 100)]
+#[command(name = "train_lm", max_term_width = 100, after_help = STRATEGY_KEYS)]
 struct Flags {
     /// The text to learn from, UTF-8 [default: a text that comes with the example]
     #[arg(long, value_name = "PATH")]
@@ -121,7 +149,7 @@ enum ScheduleName {
     #[value(name = "interleaved")]
     Interleaved,
     /// One forward, one backward, with gradients of weights in the gaps: ZB-H1
-    #[value(name = "zb")]
+    #[value(name = "zb_h1")]
     ZeroBubble,
 }
 

@@ -31,10 +31,11 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Err(wrong) => {
-            // The first line says what is wrong, the others of clap how the usage is.
+            // The first paragraph says what is wrong, the others of clap how the usage is.
             let message = wrong.to_string();
-            let line = message.lines().next().unwrap_or_default();
-            return fail(2, line.strip_prefix("error: ").unwrap_or(line));
+            let lines: Vec<&str> = message.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
+            let line = lines.join(" ");
+            return fail(2, line.strip_prefix("error: ").unwrap_or(&line));
         }
     };
     let text = match Text::load(args.text.as_deref(), args.seq) {

@@ -156,14 +156,21 @@ impl Outcome {
         self.tokens as f64 / self.elapsed.as_secs_f64()
     }
 
-    /// Bytes and calls of a step: those of the gradients, those of the few numbers that go with them, and those of the
-    /// activations of split layers.
-    fn communication(&self) -> [(f64, f64); 3] {
+    /// What is sent, by what it is for, with the bytes and calls of a step.
+    fn communication(&self) -> [(&'static str, f64, f64); 5] {
         let steps = self.losses.len() as f64;
-        let per_step = |tally: Tally| (tally.bytes as f64 / steps, tally.calls as f64 / steps);
-        let StepCounters { gradients, control, tensor, pipeline, .. } = &self.counters;
-        let activations = tensor.clone() + pipeline.clone();
-        [gradients, control, &activations].map(|counters| per_step(counters.total()))
+        let StepCounters { gradients, control, tensor, pipeline, norm, .. } = &self.counters;
+        let purposes = [
+            ("gradients", gradients),
+            ("control numbers", control),
+            ("activations of split layers", tensor),
+            ("activations between stages", pipeline),
+            ("gradient norm, over parts", norm),
+        ];
+        purposes.map(|(name, counters)| {
+            let Tally { bytes, calls, .. } = counters.total();
+            (name, bytes as f64 / steps, calls as f64 / steps)
+        })
     }
 
     /// Writes the outcome as JSON.
@@ -174,8 +181,8 @@ impl Outcome {
             grad_norms: &self.grad_norms,
             tokens_per_second: self.tokens_per_second(),
             axes: BTreeMap::from([("dp", args.dp), ("pp", args.pp), ("tp", args.tp)]),
-            bytes_sent_per_step: communication.iter().map(|(bytes, _)| bytes).sum(),
-            calls_per_step: communication.iter().map(|(_, calls)| calls).sum(),
+            bytes_sent_per_step: communication.iter().map(|(_, bytes, _)| bytes).sum(),
+            calls_per_step: communication.iter().map(|(_, _, calls)| calls).sum(),
             parameters: self.model.num_params(),
             pipeline: self.pipeline.as_ref(),
         };
@@ -186,7 +193,6 @@ impl Outcome {
     pub fn summary(&self, args: &Args, held_out: Option<f64>) -> String {
         let losses = &self.losses;
         let seconds = self.elapsed.as_secs_f64();
-        let [gradients, control, activations] = self.communication();
         let mut table = Table::new();
         table.load_preset(UTF8_FULL_CONDENSED);
         let mut row = |name: &str, value: String| {
@@ -239,19 +245,15 @@ impl Outcome {
         if let (Some(Pipeline { idle, bound, peak_activations, .. }), Some(config)) =
             (&self.pipeline, &args.strategy.pipeline)
         {
-            row("pipeline", format!("{:?}, {} micro-batches", config.schedule, config.micro_batches));
+            row("pipeline", format!("{}, {} micro-batches", config.schedule, config.micro_batches));
             row("idle in the pipeline", format!("{:.1} % of the time; ideal {:.1} %", 100.0 * idle, 100.0 * bound));
             row("micro-batches alive at once", peak_activations.to_string());
         }
-        let mut sent = |name, (bytes, calls)| {
-            row(name, format!("{bytes:.0} bytes in {calls:.1} calls, per step and rank"));
-        };
-        sent("gradients", gradients);
-        sent("control numbers", control);
-        if args.pp > 1 {
-            sent("activations between stages", activations);
-        } else if args.tp > 1 {
-            sent("activations of split layers", activations);
+        for (place, (name, bytes, calls)) in self.communication().into_iter().enumerate() {
+            // The first two are of every run, if only as zeros.
+            if place < 2 || calls > 0.0 {
+                row(name, format!("{bytes:.0} bytes in {calls:.1} calls, per step and rank"));
+            }
         }
         table.to_string()
     }

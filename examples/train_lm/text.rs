@@ -25,6 +25,10 @@ impl Text {
     /// Reads a text, or takes the project's own, to learn from in rows of `seq` tokens.
     pub fn load(path: Option<&Path>, seq: usize) -> Result<Self, String> {
         let Some(path) = path else { return Self::new(OWN.into(), seq).map_err(|why| format!("the text {why}")) };
+        // Others may have no end, or wait for somebody who writes.
+        if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+            return Err(format!("cannot read the text {path:?}: it is not a file"));
+        }
         let bytes = fs::read(path).map_err(|why| format!("cannot read the text {path:?}: {why}"))?;
         if let Err(why) = std::str::from_utf8(&bytes) {
             return Err(format!("the text {path:?} is not UTF-8: its first bad byte is number {}", why.valid_up_to()));

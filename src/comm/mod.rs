@@ -59,6 +59,7 @@ pub(crate) mod reduce;
 pub mod tcp;
 mod ticks;
 mod transport;
+mod wait_graph;
 
 pub use call::{Call, Extent};
 pub use call_log::{CallHistory, CallLog};

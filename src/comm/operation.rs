@@ -6,7 +6,7 @@
 /// bit-identical on every rank and from run to run; NCCL has an order of its own, the same on every rank, and the last
 /// bit of a sum may differ. `f16` and `bf16` are scaled and reduced in `f32` and rounded once at the end. Integer sums
 /// and products wrap on overflow, as in MPI and NCCL. A NaN on any rank makes `Max` and `Min` NaN.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy)]
 pub enum ReduceOp {
     /// `x_0 + x_1 + ...`: floats and integers.
     Sum,
@@ -21,6 +21,16 @@ pub enum ReduceOp {
     /// `f_0 * x_0 + f_1 * x_1 + ...` with a factor of each rank's own: floats only. It is how token-exact averages are
     /// made without a pass of their own over the data (NCCL's `ncclRedOpCreatePreMulSum`).
     PreMulSum(f64),
+}
+
+/// Factors are equal bit for bit: an error that tells of a NaN is equal to itself.
+impl PartialEq for ReduceOp {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::PreMulSum(one), Self::PreMulSum(other)) => one.to_bits() == other.to_bits(),
+            _ => std::mem::discriminant(self) == std::mem::discriminant(other),
+        }
+    }
 }
 
 impl ReduceOp {

@@ -74,9 +74,10 @@ impl Reducer {
                     return reduce_scatter(gradients, factor, dtype, &shards);
                 }
                 let shapes: Vec<Shape> = gradients.iter().map(PlainTensor::shape).collect();
-                let gradients = gradients.into_iter().map(flatten).collect::<Result<_, Error>>()?;
+                let gradients: Vec<_> = gradients.into_iter().map(flatten).collect::<Result<_, Error>>()?;
+                let dtypes: Vec<DType> = gradients.iter().map(Tensor::dtype).collect();
                 let reduced = hook.reduce(Bucket { index, paths, gradients, factor }, comm)?;
-                restore(reduced, shapes)
+                restore(reduced, shapes, &dtypes)
             }));
         }
         true
@@ -120,11 +121,15 @@ fn flatten(gradient: PlainTensor) -> Result<Tensor<1>, Error> {
 }
 
 /// Flat tensors as gradients of their shapes again.
-fn restore(reduced: Vec<Tensor<1>>, shapes: Vec<Shape>) -> Result<Vec<PlainTensor>, Error> {
+fn restore(reduced: Vec<Tensor<1>>, shapes: Vec<Shape>, dtypes: &[DType]) -> Result<Vec<PlainTensor>, Error> {
     let lens = |gradients: &[Tensor<1>]| gradients.iter().map(|gradient| gradient.dims()[0]).collect::<Vec<_>>();
     let (expected, found) = (shapes.iter().map(Shape::num_elements).collect::<Vec<_>>(), lens(&reduced));
     if expected != found {
         let problem = format!("a bucket of gradients of lengths {expected:?} came back with lengths {found:?}");
+        return Err(Error::invalid("CommHook::reduce", problem));
+    }
+    if let Some((gradient, dtype)) = reduced.iter().zip(dtypes).find(|(gradient, dtype)| gradient.dtype() != **dtype) {
+        let problem = format!("a gradient of {dtype:?} came back as {:?}: cast it back", gradient.dtype());
         return Err(Error::invalid("CommHook::reduce", problem));
     }
     Ok(reduced.into_iter().zip(shapes).map(|(gradient, shape)| PlainTensor::from(gradient).reshape(shape)).collect())

@@ -26,7 +26,7 @@ pub struct Bucket {
 /// Runs in the background while backward goes on, one bucket after the other, in the same order on every rank. Whatever
 /// it does must be the same collectives on every rank.
 pub trait CommHook: Debug + Send + Sync {
-    /// Returns the reduced gradients, in the order and lengths of the bucket.
+    /// Returns the reduced gradients, in the order, lengths and dtypes of the bucket.
     ///
     /// # Errors
     /// Any error fails the step on all ranks.
@@ -54,10 +54,18 @@ impl CastHook {
     pub fn new(dtype: FloatDType) -> Self {
         Self { dtype }
     }
+
+    /// Whether tensors of this dtype can be made on every device and travel.
+    pub(super) fn can_send(dtype: FloatDType) -> bool {
+        matches!(dtype, FloatDType::BF16 | FloatDType::F16 | FloatDType::F32 | FloatDType::F64)
+    }
 }
 
 impl CommHook for CastHook {
     fn reduce(&self, bucket: Bucket, group: &Communicator) -> Result<Vec<Tensor<1>>, Error> {
+        if !Self::can_send(self.dtype) {
+            return Err(Error::UnsupportedDType { operation: "CastHook", dtype: self.dtype.into() });
+        }
         let dtypes: Vec<FloatDType> = bucket.gradients.iter().map(|gradient| gradient.dtype().into()).collect();
         let narrow = bucket.gradients.into_iter().map(|gradient| gradient.cast(self.dtype)).collect();
         let reduced = group.all_reduce_coalesced(narrow, ReduceOp::PreMulSum(bucket.factor))?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use burn::config::Config;
 use burn::tensor::FloatDType;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 
 use super::comm_hook::{AllReduceHook, CastHook, CommHook};
 use crate::Error;
@@ -18,8 +18,9 @@ pub struct DataParallelConfig {
     pub bucket_bytes: usize,
     /// The same for the first bucket.
     pub first_bucket_bytes: usize,
-    /// The dtype in which gradients are sent; their own if there is none.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// The dtype in which gradients are sent; their own if there is none. In a file `"BF16"`, `"F16"`, `"F32"` or `"F64"`, in
+    /// capitals or not.
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "dtype")]
     pub reduce_dtype: Option<FloatDType>,
     /// Whether buckets are reduced while backward still runs.
     pub overlap: bool,
@@ -119,6 +120,10 @@ impl DataParallelConfig {
     /// [`Error::InvalidArgument`] with the first that do not.
     pub(crate) fn check(&self) -> Result<(), Error> {
         let wrong = |problem: &str| Err(Error::invalid("data_parallel", problem));
+        if let Some(dtype) = self.reduce_dtype.filter(|dtype| !CastHook::can_send(*dtype)) {
+            let problem = format!("gradients cannot be sent in `reduce_dtype` {dtype:?}: take BF16, F16, F32 or F64");
+            return wrong(&problem);
+        }
         if self.sharding == Sharding::None {
             return match self.sharding_ranks {
                 Some(_) => wrong("`sharding_ranks` is set, but `sharding` is \"none\": set what is divided"),
@@ -154,4 +159,18 @@ impl Default for DataParallelConfig {
     fn default() -> Self {
         Self::new()
     }
+}
+
+fn dtype<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<FloatDType>, D::Error> {
+    let Some(name) = Option::<String>::deserialize(deserializer)? else { return Ok(None) };
+    Ok(Some(match name.to_ascii_lowercase().as_str() {
+        "bf16" => FloatDType::BF16,
+        "f16" => FloatDType::F16,
+        "f32" => FloatDType::F32,
+        "f64" => FloatDType::F64,
+        _ => {
+            let problem = format!("gradients cannot be sent in `{name}`: take `BF16`, `F16`, `F32` or `F64`");
+            return Err(de::Error::custom(problem));
+        }
+    }))
 }

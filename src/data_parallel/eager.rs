@@ -17,7 +17,7 @@ use super::reducer::Reducer;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::delegate::module_of_field;
-use crate::graph::{CheckedOptimizers, GradientLayout, GradientSink, MicroBatch, SkippedSteps, SplitParam, StepEngine};
+use crate::graph::{CheckedOptimizers, ClipRecord, GradientLayout, GradientSink, MicroBatch, SplitParam, StepEngine};
 use crate::params::{self, ParamSlice, ShardedIds, SliceSource};
 use crate::sharding::Rows;
 use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
@@ -35,7 +35,7 @@ pub struct Eager<M> {
     control: Communicator,
     /// The captured steps with synchronised batch norm, once there are any.
     synchronized: Arc<Mutex<Option<SyncBatchNorm>>>,
-    skipped_steps: SkippedSteps,
+    clipping: ClipRecord,
     checked_optimizers: CheckedOptimizers,
 }
 
@@ -47,7 +47,7 @@ impl<M: Module> Eager<M> {
             hooks,
             control,
             synchronized: Arc::default(),
-            skipped_steps: SkippedSteps::default(),
+            clipping: ClipRecord::default(),
             checked_optimizers: CheckedOptimizers::default(),
         }
     }
@@ -83,8 +83,8 @@ impl<M: Module> Eager<M> {
             return Err(self.refuse(problem));
         }
         if weight > 0.0 && !value.is_tracked() {
-            let problem = "it depends on no parameter that is trained: was it computed on a device without autodiff, or \
-                           with every parameter frozen?";
+            let problem = "it depends on no parameter that is trained: was its model made on a device without autodiff (`fork` keeps what it was \
+                           made with: make it on `device.autodiff()`), or is every parameter frozen?";
             return Err(self.refuse(problem.into()));
         }
         let outputs = outputs.into_iter().map(|(path, output)| PlainTensor::of(output, &format!("output `{path}`")));
@@ -234,7 +234,7 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn counters(&self) -> StepCounters {
         let statistics = self.synchronized().as_ref().map(SyncBatchNorm::counters).unwrap_or_default();
-        StepCounters { statistics, skipped: self.skipped_steps.count(), ..StepCounters::default() }
+        StepCounters { statistics, skipped: self.clipping.skipped(), ..StepCounters::default() }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {
@@ -242,11 +242,11 @@ impl<M: Module> StepEngine for Eager<M> {
     }
 
     fn gradient_layout(&self) -> GradientLayout {
-        GradientLayout {
-            rank: self.control.world_rank(),
-            skipped_steps: self.skipped_steps.clone(),
-            ..GradientLayout::default()
-        }
+        GradientLayout { rank: self.control.world_rank(), clipping: self.clipping.clone(), ..GradientLayout::default() }
+    }
+
+    fn clipping(&self) -> &ClipRecord {
+        &self.clipping
     }
 
     fn checked_optimizers(&self) -> &CheckedOptimizers {

@@ -69,6 +69,7 @@ impl<E: StepEngine> Replica<E> {
     /// # Errors
     /// Those of [`replicate`].
     pub(crate) fn new(engine: E, group: &Communicator, config: DataParallelConfig) -> Result<Self, Error> {
+        config.check()?;
         if !engine.is_settled() {
             return Ok(Self::with(engine, Averaging::Deferred(group.clone(), config)));
         }
@@ -183,7 +184,10 @@ impl<E: StepEngine> Replica<E> {
             Some(reducer) => StepCounters {
                 gradients: reducer.gradient_counters(),
                 parameters: reducer.parameter_counters() + of_engine.parameters,
-                control: reducer.control_counters(),
+                control: match self.shards() {
+                    Some(shards) => reducer.control_counters() - self.engine.clipping().of(shards.control()),
+                    None => reducer.control_counters(),
+                },
                 waited: self.waited,
                 ..of_engine
             },

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use burn::module::{Module, ParamId};
 use burn::tensor::Tensor;
 
-use super::gradient_layout::GradientLayout;
+use super::gradient_layout::{ClipRecord, GradientLayout};
 use super::results::{StepObserver, StepOutputs};
 use crate::Error;
 use crate::comm::Communicator;
@@ -126,6 +126,14 @@ pub trait StepEngine: Module {
 
     /// How the parameters lie over the ranks that share the model.
     fn gradient_layout(&self) -> GradientLayout;
+
+    /// What clipping has done to it.
+    fn clipping(&self) -> &ClipRecord;
+
+    /// Whether its steps give gradients.
+    fn trains(&self) -> bool {
+        true
+    }
 
     /// The optimizers that were looked at.
     fn checked_optimizers(&self) -> &CheckedOptimizers;

@@ -1,12 +1,12 @@
 //! How the parameters of a model lie over ranks, as far as it concerns the norm of its gradient.
 
-use std::collections::HashSet;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::module::ParamId;
 
-use crate::comm::Communicator;
+use crate::comm::{Communicator, Counters};
 
 /// How the parameters of a model lie over ranks.
 #[derive(Debug, Default)]
@@ -22,22 +22,61 @@ pub struct GradientLayout {
     pub averaged: Option<(Communicator, Option<Arc<str>>)>,
     /// Whether the caller has said how layers that are split by hand lie.
     pub by_hand: bool,
-    /// Where skipped steps are counted.
-    pub skipped_steps: SkippedSteps,
+    /// Where it is kept what clipping has done.
+    pub clipping: ClipRecord,
 }
 
-/// How many steps of a model were skipped. Clones count together.
+/// What clipping has done to a model so far. Clones count together.
 #[derive(Debug, Clone, Default)]
-pub struct SkippedSteps(Arc<AtomicU64>);
+pub struct ClipRecord(Arc<Done>);
 
-impl SkippedSteps {
-    /// Counts one more.
-    pub fn add(&self) {
-        self.0.fetch_add(1, Relaxed);
+#[derive(Debug, Default)]
+struct Done {
+    /// Steps that were skipped.
+    skipped: AtomicU64,
+    /// What was communicated for norms, by group.
+    communicated: Mutex<BTreeMap<Arc<str>, Counters>>,
+}
+
+impl ClipRecord {
+    /// Counts one more step that is skipped.
+    pub fn skip(&self) {
+        self.0.skipped.fetch_add(1, Relaxed);
     }
 
-    /// How many there were.
-    pub fn count(&self) -> u64 {
-        self.0.load(Relaxed)
+    /// How many steps were skipped.
+    pub fn skipped(&self) -> u64 {
+        self.0.skipped.load(Relaxed)
+    }
+
+    /// Runs what communicates for a norm over these groups, and counts it.
+    pub fn count<T>(&self, groups: &[Communicator], run: impl FnOnce() -> T) -> T {
+        let before: Vec<Counters> = groups.iter().map(Communicator::counters).collect();
+        let result = run();
+        let mut communicated = self.communicated();
+        for (group, before) in groups.iter().zip(before) {
+            let sum = communicated.entry(group.group().clone()).or_default();
+            *sum = std::mem::take(sum) + (group.counters() - before);
+        }
+        result
+    }
+
+    /// What was communicated for norms, over all groups.
+    pub fn counters(&self) -> Counters {
+        self.communicated().values().fold(Counters::default(), |sum, more| sum + more.clone())
+    }
+
+    /// What was communicated for norms over a group.
+    pub fn of(&self, group: &Communicator) -> Counters {
+        self.communicated().get(group.group()).cloned().unwrap_or_default()
+    }
+
+    /// What a group has done beside that.
+    pub fn beside(&self, group: &Communicator) -> Counters {
+        group.counters() - self.of(group)
+    }
+
+    fn communicated(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Counters>> {
+        self.0.communicated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -77,14 +77,14 @@ pub use custom::CustomOps;
 pub(crate) use engine::{CheckedOptimizers, GradientSink, MicroBatch, ScaledGradients, SplitParam, StepEngine};
 pub use execute::Executor;
 pub use forward::{Forward, ForwardGraph, capture_forward};
-pub(crate) use gradient_layout::{GradientLayout, SkippedSteps};
+pub(crate) use gradient_layout::{ClipRecord, GradientLayout};
 pub use liveness::MemoryEstimate;
 pub use module::gradients_params;
 pub(crate) use module::{read_params, same_buffer};
 pub use random::{COUNTER_BASED_RNG, RandomSource, counter_based_rng, register_counter_based_rng};
 pub(crate) use recent::{GRAPHS, Recent};
 pub use results::{StepObserver, StepOutputs, StepResult};
-pub(crate) use same_inputs::SameInputs;
+pub(crate) use same_inputs::{Run, SameInputs};
 pub(crate) use signature::Signature;
 pub use step::{BatchNormBinding, InputBinding, ParamBinding, StepGraph};
 

@@ -11,16 +11,25 @@ use crate::tensor::TensorTree;
 /// How often inputs are compared that must be read back from a device.
 const DEVICE_EVERY: u64 = 100;
 
-/// Compares the inputs of steps, over groups of its own: the comparison runs in the background while the step does.
+/// Compares the inputs of steps and of forwards, over groups of its own: the comparison runs in the background while the step does.
 #[derive(Debug, Clone)]
 pub(crate) struct SameInputs {
     groups: Arc<[Communicator]>,
     every: Option<u64>,
-    steps: Arc<AtomicU64>,
+    /// How many of each kind there were.
+    runs: Arc<[AtomicU64; 2]>,
+}
+
+/// What is given inputs.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Run {
+    Step,
+    Forward,
 }
 
 /// A comparison under way.
 pub(crate) struct Comparison {
+    run: Run,
     paths: Vec<String>,
     found: Vec<(Communicator, Pending<Vec<u64>>)>,
 }
@@ -33,7 +42,7 @@ impl SameInputs {
     pub(crate) fn new<'a>(groups: impl Iterator<Item = &'a Communicator>, every: Option<u64>) -> Result<Self, Error> {
         let groups = groups.filter(|group| group.size() > 1);
         let own = groups.map(|group| group.split_named("inputs", 0, group.rank() as i64));
-        Ok(Self { groups: own.collect::<Result<Vec<_>, _>>()?.into(), every, steps: Arc::default() })
+        Ok(Self { groups: own.collect::<Result<Vec<_>, _>>()?.into(), every, runs: Arc::default() })
     }
 
     /// With more groups to compare over.
@@ -45,20 +54,20 @@ impl SameInputs {
         Ok(Self { groups: self.groups.iter().chain(more.groups.iter()).cloned().collect(), ..self })
     }
 
-    /// Begins to compare the inputs of a step, if it is the turn of this one.
+    /// Begins to compare the inputs of a step or a forward, if it is the turn of this one.
     ///
     /// # Errors
     /// [`Error::Graph`] if an input cannot be read.
-    pub(crate) fn start<I: TensorTree + Clone>(&self, inputs: &I) -> Result<Comparison, Error> {
-        let mut comparison = Comparison { paths: Vec::new(), found: Vec::new() };
+    pub(crate) fn start<I: TensorTree + Clone>(&self, run: Run, inputs: &I) -> Result<Comparison, Error> {
+        let mut comparison = Comparison { run, paths: Vec::new(), found: Vec::new() };
         if self.groups.is_empty() {
             return Ok(comparison);
         }
-        let step = self.steps.fetch_add(1, Ordering::Relaxed);
+        let number = self.runs[run as usize].fetch_add(1, Ordering::Relaxed);
         let inputs = named_tensors(inputs.clone())?;
         let on_host = inputs.iter().all(|(_, input)| input.on_flex());
         let every = self.every.unwrap_or(if on_host { 1 } else { DEVICE_EVERY });
-        if every == 0 || !step.is_multiple_of(every) {
+        if every == 0 || !number.is_multiple_of(every) {
             return Ok(comparison);
         }
         let mut digests = Vec::with_capacity(inputs.len());
@@ -94,7 +103,11 @@ impl Comparison {
                     group.group(),
                     self.paths[place],
                 );
-                outcome = outcome.and(Err(Error::invalid("step", problem)));
+                let operation = match self.run {
+                    Run::Step => "step",
+                    Run::Forward => "forward_with",
+                };
+                outcome = outcome.and(Err(Error::invalid(operation, problem)));
             }
         }
         outcome

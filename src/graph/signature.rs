@@ -57,7 +57,7 @@ impl Signature {
             return Ok(());
         }
         let problem = "the model is on a device without autodiff, where burn's optimizers do not train: make it on \
-                       `device.autodiff()`, or call `train` on it";
+                       `device.autodiff()` (`fork` keeps what a model was made with), or call `train` on it";
         Err(Error::invalid("step", problem))
     }
 

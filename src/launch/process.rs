@@ -105,7 +105,8 @@ impl Process {
         self
     }
 
-    /// Sets the seed of the run, see [`Rank::seed`]. Default 0.
+    /// Sets the seed of the run, see [`Rank::seed`] and [`Rank::rng`]. Default 0. It does not seed burn's own generator, from which
+    /// the initial values of layers and eager dropout are drawn: `Device::seed` does.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self

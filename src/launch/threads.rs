@@ -1,6 +1,7 @@
 //! Ranks as threads of this process.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
 use std::thread;
 use std::time::Duration;
 
@@ -46,6 +47,9 @@ impl Threads {
     }
 
     /// Sets the seed of the run, see [`Rank::seed`] and [`Rank::rng`]. Default 0.
+    ///
+    /// It does not seed burn's own generator, from which the initial values of layers and eager dropout are drawn: that is one for
+    /// the process and device, which `Device::seed` seeds, before the ranks start.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
@@ -68,7 +72,7 @@ impl Threads {
     /// # Errors
     ///
     /// The first error of any rank, after all of them have ended: an error or a panic of one rank fails the world, and the
-    /// others return from whatever they wait in. [`Error::InvalidArgument`] and [`Error::Launch`] before anything runs.
+    /// others return from whatever they wait in. What `f` returned, if that was the same error on all ranks. [`Error::InvalidArgument`] and [`Error::Launch`] before anything runs.
     pub fn run<T, F>(self, f: F) -> Result<Vec<T>, Error>
     where
         T: Send,
@@ -85,13 +89,20 @@ impl Threads {
         }
         let world = local::world(self.size, config)?;
         let mut not_started = None;
+        let own: Vec<OnceLock<Error>> = (0..self.size).map(|_| OnceLock::new()).collect();
         let ended: Vec<Ended<T>> = thread::scope(|scope| {
             let mut handles = Vec::with_capacity(self.size);
             for comm in world {
                 let index = comm.rank();
                 let rank = Rank::new(comm.clone(), self.device.clone(), threads, self.seed);
-                let f = &f;
-                let body = move || run_rank(rank, comm, threads, f);
+                let (f, own) = (&f, &own[index]);
+                let body = move || {
+                    run_rank(rank, comm, threads, &|rank| {
+                        f(rank).inspect_err(|cause| {
+                            let _ = own.set(cause.clone());
+                        })
+                    })
+                };
                 match thread::Builder::new().name(format!("rank {index}")).spawn_scoped(scope, body) {
                     Ok(handle) => handles.push(handle),
                     Err(problem) => {
@@ -106,9 +117,15 @@ impl Threads {
         });
         match not_started {
             Some(error) => Err(error),
-            None => ended.into_iter().collect(),
+            None => ended.into_iter().collect::<Result<_, _>>().map_err(|error| of_all(&own).unwrap_or(error)),
         }
     }
+}
+
+/// The error that each rank returned, if it was the same on all.
+fn of_all(own: &[OnceLock<Error>]) -> Option<Error> {
+    let first = own.first()?.get()?;
+    own.iter().all(|other| other.get() == Some(first)).then(|| first.clone())
 }
 
 /// A rank's result, or the error of the world.

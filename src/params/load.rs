@@ -84,10 +84,22 @@ impl Load<'_> {
         let read = match self.source.dims(&path) {
             Ok(Some(found)) if found == dims => match ranges.iter().any(Range::is_empty) {
                 true => Ok(TensorData::new(Vec::<f32>::new(), ranges.iter().map(Range::len).collect::<Vec<_>>())),
-                false => match dtype() {
-                    Some(dtype) => self.source.read_as(&path, &ranges, dtype),
-                    None => self.source.read(&path, &ranges),
-                },
+                false => {
+                    let read = match dtype() {
+                        Some(dtype) => self.source.read_as(&path, &ranges, dtype),
+                        None => self.source.read(&path, &ranges),
+                    };
+                    read.and_then(|data| {
+                        let asked: Vec<usize> = ranges.iter().map(Range::len).collect();
+                        match data.shape().as_slice() == asked {
+                            true => Ok(data),
+                            false => wrong(format!(
+                                "the source gave dims {:?} of parameter `{path}`, of which {ranges:?} was asked for",
+                                data.shape().as_slice()
+                            )),
+                        }
+                    })
+                }
             },
             Ok(Some(found)) => {
                 wrong(format!("parameter `{path}` has dims {dims:?} in the model and {found:?} in the source"))

@@ -85,6 +85,12 @@ pub fn partition(
             op_name(op)
         )));
     }
+    if let Some(dim) = options.sequence_dim.filter(|dim| *dim > 1) {
+        return Err(graph_error(format!(
+            "sequence dim {dim} was asked for: the sequence is dim 1 of activations [batch, sequence, width], or dim 0 of \
+             [sequence, batch, width]"
+        )));
+    }
     let apart = unmerged(graph);
     let graph = apart.as_ref().unwrap_or(graph);
     match options.sequence_dim {

@@ -16,6 +16,8 @@ pub(super) struct Batch {
     tensors: Vec<PlainTensor>,
     /// Whether each input is divided.
     divided: Vec<bool>,
+    /// The inputs that are not.
+    whole: Vec<String>,
     rows: usize,
     micro_batches: usize,
 }
@@ -57,7 +59,7 @@ impl Batch {
             )));
         }
         let tensors = named.into_iter().map(|(_, tensor)| tensor).collect();
-        Ok(Self { tensors, divided, rows, micro_batches })
+        Ok(Self { tensors, divided, whole: whole.to_vec(), rows, micro_batches })
     }
 
     /// Its rows of the batch.
@@ -77,6 +79,26 @@ impl Batch {
         });
         let sizes = sizes.collect();
         (firsts, sizes)
+    }
+
+    /// What went wrong when a micro-batch was captured, with what it was: it may be for another batch than this that the
+    /// closure was written.
+    pub(super) fn told_of(&self, error: Error, micro_batch: usize) -> Error {
+        let Error::Graph { problem } = error else { return error };
+        if self.micro_batches == 1 && self.whole.is_empty() {
+            return Error::Graph { problem };
+        }
+        let (rows, all) = (self.rows(micro_batch).len(), self.rows);
+        let whole = match self.whole.as_slice() {
+            [] => "none whole".into(),
+            whole => format!("whole {whole:?}"),
+        };
+        Error::Graph {
+            problem: format!(
+                "{problem}; this was a micro-batch of {rows} of {all} rows, given {whole} of its inputs: what has a row for each row of \
+                 the batch must be divided, and what has none given whole, with `with_whole_input`"
+            ),
+        }
     }
 
     /// The inputs of a micro-batch.

@@ -96,6 +96,7 @@ impl PipelineState {
         let rows = batch.rows(micro_batch).len();
         let inputs = batch.structured(inputs, micro_batch)?;
         capture_step(meta_module, inputs, |model: &M, inputs| step.call(model, inputs).over_rows(rows))
+            .map_err(|error| batch.told_of(error, micro_batch))
     }
 
     /// Seconds that each operation of the step takes for the first micro-batch: none is larger.
@@ -141,8 +142,10 @@ impl PipelineState {
         let mut key = StepKey::new(identity, signature?, &inputs)?;
         let (firsts, sizes) = batch.sizes();
         let capture = |meta_module: &M, forward: &mut F| {
-            let of =
-                |first: &usize| capture_forward(meta_module, batch.structured(inputs.clone(), *first)?, &mut *forward);
+            let of = |first: &usize| {
+                let inputs = batch.structured(inputs.clone(), *first)?;
+                capture_forward(meta_module, inputs, &mut *forward).map_err(|error| batch.told_of(error, *first))
+            };
             firsts.iter().map(of).collect::<Result<Vec<_>, Error>>()
         };
         let mut anew = None;

@@ -1,9 +1,10 @@
 //! How a model is spread over a pipeline.
 
 use burn::config::Config;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::schedule::Schedule;
+use crate::forms::name_or_table;
 use crate::graph::GRAPHS;
 use crate::pipeline_parallel::cut::Cut;
 
@@ -14,10 +15,10 @@ pub struct PipelineConfig {
     /// How many micro-batches the batch of a step is divided into. The idle share falls with their number.
     pub micro_batches: usize,
     /// In which order the stages take them. 1F1B unless said otherwise.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "schedule")]
     pub schedule: Schedule,
     /// Which stage each parameter belongs to. Stages of equal cost unless said otherwise.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "cut")]
     pub cut: Cut,
     /// Inputs that every micro-batch gets whole, by their place in the inputs.
     #[serde(default)]
@@ -93,4 +94,28 @@ impl PipelineConfig {
 
 fn graphs() -> usize {
     GRAPHS
+}
+
+fn schedule<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Schedule, D::Error> {
+    const FORMS: &str = "`gpipe`, `1f1b`, `zb_h1`, `{ interleaved = { stages_per_rank = 2 } }`, `{ forward_only = { stages_per_rank = \
+                         1 } }` or `{ custom = \"..\" }`, a timetable";
+    name_or_table(deserializer, FORMS, |name| match name {
+        "gpipe" => Ok(Schedule::GPipe),
+        "1f1b" => Ok(Schedule::OneForwardOneBackward),
+        "zb_h1" => Ok(Schedule::ZeroBubbleH1),
+        "interleaved" | "forward_only" => Err(format!("schedule `{name}` lacks how many stages each rank holds")),
+        "custom" => Err("schedule `custom` lacks its timetable".into()),
+        "zb" | "zbh1" | "zero_bubble" => Err(format!("there is no schedule `{name}`: ZB-H1 is called `zb_h1`")),
+        _ => Err(format!("there is no schedule `{name}`")),
+    })
+}
+
+fn cut<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Cut, D::Error> {
+    const FORMS: &str = "`balanced`, `{ before = [\"layers.6.*\"] }`, `{ patterns = [[\"layers.0.*\"], [\"*\"]] }`, `{ listed = [[\"path\", \
+                         0], ..] }` or `{ measured = [1.5, ..] }`";
+    name_or_table(deserializer, FORMS, |name| match name {
+        "balanced" => Ok(Cut::Balanced),
+        "before" | "patterns" | "listed" | "measured" => Err(format!("cut `{name}` lacks its list")),
+        _ => Err(format!("there is no cut `{name}`")),
+    })
 }

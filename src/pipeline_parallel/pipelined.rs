@@ -13,7 +13,7 @@ use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{
-    CheckedOptimizers, GradientLayout, GradientSink, MicroBatch, SameInputs, SkippedSteps, SplitParam, StepEngine,
+    CheckedOptimizers, ClipRecord, GradientLayout, GradientSink, MicroBatch, Run, SameInputs, SplitParam, StepEngine,
     TensorTree, read_params,
 };
 use crate::nesting::refuse_wrapping;
@@ -40,7 +40,7 @@ pub struct Pipelined<M> {
     pub(super) group: Communicator,
     pub(super) state: Arc<Mutex<PipelineState>>,
     pub(super) same_inputs: SameInputs,
-    pub(super) skipped_steps: SkippedSteps,
+    pub(super) clipping: ClipRecord,
     pub(super) checked_optimizers: CheckedOptimizers,
 }
 
@@ -64,7 +64,7 @@ impl<M: Module> Pipelined<M> {
             group: state.group.clone(),
             state: Arc::new(Mutex::new(state)),
             same_inputs,
-            skipped_steps: SkippedSteps::default(),
+            clipping: ClipRecord::default(),
             checked_optimizers: CheckedOptimizers::default(),
         })
     }
@@ -229,7 +229,7 @@ impl<M: Module> StepEngine for Pipelined<M> {
         unit: Option<f64>,
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatch, Error> {
-        let comparison = self.same_inputs.start(&inputs)?;
+        let comparison = self.same_inputs.start(Run::Step, &inputs)?;
         let shards = lock(&self.state).row_shards.clone();
         let divisor = unit.unwrap_or(1.0);
         if let Some(shards) = &shards {
@@ -265,7 +265,10 @@ impl<M: Module> StepEngine for Pipelined<M> {
         F: FnMut(&M, I) -> O,
         O: TensorTree + Clone + Send + 'static,
     {
-        self.run_forward(inputs, forward)
+        let comparison = self.same_inputs.start(Run::Forward, &inputs)?;
+        let outputs = self.run_forward(inputs, forward)?;
+        comparison.finish()?;
+        Ok(outputs)
     }
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
@@ -308,14 +311,10 @@ impl<M: Module> StepEngine for Pipelined<M> {
 
     fn counters(&self) -> StepCounters {
         let state = lock(&self.state);
-        let split = state.split.iter().flat_map(ModelSplit::groups).map(Communicator::counters);
+        let split = state.split.iter().flat_map(ModelSplit::groups).map(|group| self.clipping.beside(group));
         let tensor = split.fold(Counters::default(), |sum, counters| sum + counters);
-        StepCounters {
-            tensor,
-            pipeline: state.sent.clone(),
-            skipped: self.skipped_steps.count(),
-            ..StepCounters::default()
-        }
+        let (pipeline, norm) = (state.sent.clone(), self.clipping.counters());
+        StepCounters { tensor, pipeline, norm, skipped: self.clipping.skipped(), ..StepCounters::default() }
     }
 
     /// A parameter that several stages hold counts on the rank of its own stage.
@@ -328,13 +327,21 @@ impl<M: Module> StepEngine for Pipelined<M> {
             groups: state.split.iter().flat_map(ModelSplit::groups).chain([&state.group]).cloned().collect(),
             elsewhere,
             rank: state.group.world_rank(),
-            skipped_steps: self.skipped_steps.clone(),
+            clipping: self.clipping.clone(),
             ..GradientLayout::default()
         }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {
         lock(&self.state).split.as_ref().map(ModelSplit::split_params).unwrap_or_default()
+    }
+
+    fn trains(&self) -> bool {
+        lock(&self.state).timetable.trains()
+    }
+
+    fn clipping(&self) -> &ClipRecord {
+        &self.clipping
     }
 
     fn checked_optimizers(&self) -> &CheckedOptimizers {

@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use burn::module::{Module, ParamId};
 
 use super::captured_step::CapturedStep;
-use super::schedule::Timetable;
+use super::schedule::{Schedule, Timetable};
 use super::tied::TiedParams;
 use super::{PipelineConfig, stage_error};
 use crate::Error;
@@ -53,9 +53,10 @@ impl PipelineState {
         group: &Communicator,
         config: PipelineConfig,
     ) -> Result<(Self, M), Error> {
-        let timetable = config.schedule.timetable(group.size(), config.micro_batches)?;
         let table = Plan::new().table(&model, 1)?;
         let rows = table.rows();
+        enough_parameters(&config.schedule, group.size(), rows.len())?;
+        let timetable = config.schedule.timetable(group.size(), config.micro_batches)?;
         let paths: Vec<&str> = rows.iter().map(|row| row.path.as_str()).collect();
         let homes = config.cut.by_path(&paths, timetable.stages())?;
 
@@ -260,6 +261,25 @@ impl PipelineState {
         let rows = self.rows.iter().filter(|row| trained.contains(&row.id) && here(&row.id));
         rows.filter(|row| seen.insert(row.path.clone())).map(|row| row.id).collect()
     }
+}
+
+/// Stages for each parameter at most: more of them would be empty than anybody can want, and take long to lay out.
+const MOST_STAGES: usize = 16;
+
+fn enough_parameters(schedule: &Schedule, ranks: usize, params: usize) -> Result<(), Error> {
+    let per_rank = schedule.stages_per_rank();
+    let stages = match schedule {
+        Schedule::Custom(timetable) => timetable.stages(),
+        _ => ranks.saturating_mul(per_rank),
+    };
+    if per_rank > 1 && stages > params.saturating_mul(MOST_STAGES) {
+        return Err(stage_error(format!(
+            "schedule {schedule} makes {stages} stages over {ranks} ranks, but the model has {params} parameters, for {} stages at \
+             most: ask for fewer stages on each rank",
+            params.saturating_mul(MOST_STAGES)
+        )));
+    }
+    Ok(())
 }
 
 fn is_running(row: &PlanRow) -> bool {

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::pattern::matches;
 use super::rule_text::RuleText;
 use crate::Error;
+use crate::forms::Table;
 use crate::layout::Layout;
 
 /// What a plan says of one axis.
@@ -18,7 +19,7 @@ pub(crate) struct AxisPlan {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(into = "RuleText", try_from = "RuleText")]
+#[serde(into = "RuleText", try_from = "Table<RuleText>")]
 pub(super) struct Rule {
     pub(super) pattern: String,
     pub(super) layout: Layout,
@@ -121,12 +122,11 @@ impl From<Rule> for RuleText {
     }
 }
 
-impl TryFrom<RuleText> for Rule {
+impl TryFrom<Table<RuleText>> for Rule {
     type Error = String;
 
-    fn try_from(
-        RuleText { pattern, shard, replicate, if_present: optional, padded }: RuleText,
-    ) -> Result<Self, String> {
+    fn try_from(Table(text): Table<RuleText>) -> Result<Self, String> {
+        let RuleText { pattern, shard, replicate, if_present: optional, padded } = text;
         let layout = match (shard, replicate) {
             (Some(dim), false) => Layout::Sharded(dim),
             (None, true) if padded => {

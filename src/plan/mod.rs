@@ -65,6 +65,7 @@ pub(crate) use self::compressed_paths::compress_paths;
 pub(crate) use self::pattern::{captures, matches};
 use self::text::PlanText;
 use crate::Error;
+use crate::forms::Table;
 use crate::layout::Layout;
 
 /// Which parameters and inputs are split over the ranks of a group, and along which dims.
@@ -84,7 +85,7 @@ use crate::layout::Layout;
 /// A plan speaks of one axis, that over which the model is wrapped. For a model that is wrapped over several axes of a
 /// [`Mesh`](crate::mesh::Mesh), [`on`](Self::on) adds what another axis does.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(into = "PlanText", from = "PlanText")]
+#[serde(into = "PlanText", from = "Table<PlanText>")]
 pub struct Plan {
     own: AxisPlan,
     axes: BTreeMap<String, AxisPlan>,
@@ -137,7 +138,8 @@ impl Plan {
         self
     }
 
-    /// Splits the activations between the split layers along `dim`, that of the sequence: 1 in `[batch, sequence, width]`.
+    /// Splits the activations between the split layers along `dim`, that of the sequence: 1 in `[batch, sequence, width]`, 0 in
+    /// `[sequence, batch, width]`. Another dim is an error when the plan meets a model.
     ///
     /// Sequence parallelism (Korthikanti et al. 2022, [arXiv:2205.05198](https://arxiv.org/abs/2205.05198)): each all-reduce
     /// becomes a reduce-scatter and an all-gather of the same bytes, and norms, dropouts and residual sums in between are
@@ -181,7 +183,8 @@ impl Plan {
     /// # Errors
     /// [`Error::Plan`] if the plan was given an empty name of a field, or names an axis that is not given; if a pattern matches no parameter, or no rule of an axis
     /// does; if a parameter is claimed twice; if a rule splits a dim that a parameter does not have, or that the degree does
-    /// not divide and is not to be [padded](Self::shard_padded), or a parameter that is not float.
+    /// not divide and is not to be [padded](Self::shard_padded), or a parameter that is not float; or if a
+    /// [sequence](Self::sequence_parallel) is along another dim than 0 or 1.
     pub fn table_over<M: Module>(&self, model: &M, axes: &[(&str, usize)]) -> Result<PlanTable, Error> {
         PlanTable::of(self.over(axes.iter().map(|axis| axis.0))?, model, axes)
     }
@@ -210,8 +213,9 @@ impl From<Plan> for PlanText {
     }
 }
 
-impl From<PlanText> for Plan {
-    fn from(PlanText { sequence_parallel: sequence_dim, parameters: rules, inputs, refused, axes }: PlanText) -> Self {
+impl From<Table<PlanText>> for Plan {
+    fn from(Table(text): Table<PlanText>) -> Self {
+        let PlanText { sequence_parallel: sequence_dim, parameters: rules, inputs, refused, axes } = text;
         let axes = axes.into_iter().map(|(name, axis)| (name, axis.into())).collect();
         Self { own: AxisPlan { rules, inputs, sequence_dim, refused }, axes }
     }

@@ -90,6 +90,14 @@ impl PlanTable {
             row.padded_dims = padded_dims(row, places.map(|(of_axis, (_, degree))| (of_axis, *degree)));
             row.local_dims = row.padded_dims.clone();
         }
+        for (of_axis, (name, _)) in plans.iter().zip(axes) {
+            if let Some(dim) = of_axis.sequence_dim().filter(|dim| *dim > 1) {
+                return Err(plan_error(format!(
+                    "`sequence_parallel({dim})` over axis `{name}`: the sequence is dim 1 of activations [batch, sequence, width], or dim \
+                     0 of [sequence, batch, width]"
+                )));
+            }
+        }
         for (index, of_axis) in plans.into_iter().enumerate() {
             of_axis.check(axes[index].0, &rows, &tied)?;
             for row in &mut rows {

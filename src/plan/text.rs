@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::axis_plan::{AxisPlan, InputRule, Rule};
+use crate::forms::{tables, tables_by_name};
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -13,11 +14,11 @@ pub(super) struct PlanText {
     pub(super) sequence_parallel: Option<usize>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) parameters: Vec<Rule>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "tables")]
     pub(super) inputs: Vec<InputRule>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) refused: Option<String>,
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "tables_by_name")]
     pub(super) axes: BTreeMap<String, AxisText>,
 }
 
@@ -28,7 +29,7 @@ pub(super) struct AxisText {
     pub(super) sequence_parallel: Option<usize>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) parameters: Vec<Rule>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "tables")]
     pub(super) inputs: Vec<InputRule>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) refused: Option<String>,

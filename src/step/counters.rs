@@ -21,6 +21,8 @@ pub struct StepCounters {
     pub tensor: Counters,
     /// Pipeline parallelism: what goes from stage to stage.
     pub pipeline: Counters,
+    /// The norm of the gradient, over the ranks that share the model: what [`clip_grad_norm`](super::Step::clip_grad_norm) takes.
+    pub norm: Counters,
     /// Steps that were skipped because their gradient was not finite.
     pub skipped: u64,
     /// How long this rank had nothing else to do but wait for gradients: communication that nothing hid.
@@ -30,7 +32,7 @@ pub struct StepCounters {
 impl StepCounters {
     /// Everything together.
     pub fn total(&self) -> Counters {
-        let parts = [&self.parameters, &self.control, &self.statistics, &self.tensor, &self.pipeline];
+        let parts = [&self.parameters, &self.control, &self.statistics, &self.tensor, &self.pipeline, &self.norm];
         parts.into_iter().fold(self.gradients.clone(), |sum, more| sum + more.clone())
     }
 }
@@ -46,6 +48,7 @@ impl Sub for StepCounters {
             statistics: self.statistics - earlier.statistics,
             tensor: self.tensor - earlier.tensor,
             pipeline: self.pipeline - earlier.pipeline,
+            norm: self.norm - earlier.norm,
             skipped: self.skipped - earlier.skipped,
             waited: self.waited - earlier.waited,
         }

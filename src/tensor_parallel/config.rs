@@ -1,8 +1,9 @@
 //! How a model is split.
 
 use burn::config::Config;
-use serde::{Deserialize, Deserializer, Serialize, de};
+use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::forms::name_or_table;
 use crate::plan::Plan;
 
 /// How a model is split over a group: settings of [`TensorParallel::tensor_parallel`](super::TensorParallel::tensor_parallel).
@@ -57,20 +58,11 @@ impl From<&Plan> for TensorParallelConfig {
 }
 
 fn ready_or_rules<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Plan, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Either {
-        Ready(String),
-        Rules(Plan),
-    }
-    match Either::deserialize(deserializer)? {
-        Either::Rules(plan) => Ok(plan),
-        Either::Ready(name) => match name.as_str() {
-            "megatron" => Ok(Plan::megatron()),
-            "hugging_face" => Ok(Plan::hugging_face()),
-            _ => Err(de::Error::custom(format!(
-                "there is no ready plan `{name}`: give `megatron`, `hugging_face` or the plan's rules"
-            ))),
-        },
-    }
+    const FORMS: &str = "`megatron`, `hugging_face`, or a table of the plan's rules with the keys `parameters`, `inputs`, \
+                         `sequence_parallel` and `axes`";
+    name_or_table(deserializer, FORMS, |name| match name {
+        "megatron" => Ok(Plan::megatron()),
+        "hugging_face" => Ok(Plan::hugging_face()),
+        _ => Err(format!("there is no ready plan `{name}`")),
+    })
 }

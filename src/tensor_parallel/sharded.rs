@@ -12,8 +12,8 @@ use crate::comm::{Communicator, Counters};
 use crate::delegate::module_of_field;
 use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{
-    CheckedOptimizers, CustomOps, GRAPHS, GradientLayout, GradientSink, GraphCache, MicroBatch, SameInputs,
-    ScaledGradients, SkippedSteps, SplitParam, StepEngine, StepGraph,
+    CheckedOptimizers, ClipRecord, CustomOps, GRAPHS, GradientLayout, GradientSink, GraphCache, MicroBatch, Run,
+    SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph,
 };
 use crate::nesting::{self, refuse_wrapping};
 use crate::params::{self, ParamSlice, SliceSource};
@@ -38,7 +38,7 @@ pub struct Sharded<M> {
     pub(super) split: ModelSplit,
     same_inputs: SameInputs,
     state: Arc<Mutex<ShardedState>>,
-    skipped_steps: SkippedSteps,
+    clipping: ClipRecord,
     checked_optimizers: CheckedOptimizers,
 }
 
@@ -78,7 +78,7 @@ impl<M: Module> Sharded<M> {
             state,
             split,
             same_inputs,
-            skipped_steps: SkippedSteps::default(),
+            clipping: ClipRecord::default(),
             checked_optimizers: CheckedOptimizers::default(),
         })
     }
@@ -196,7 +196,7 @@ impl<M: Module> StepEngine for Sharded<M> {
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatch, Error> {
         let signature = self.split.of_step(&self.local)?;
-        let comparison = self.same_inputs.start(&inputs)?;
+        let comparison = self.same_inputs.start(Run::Step, &inputs)?;
         let (inputs, rows) = rows(inputs)?;
         let mut state = lock(&self.state);
         let whole = || self.split.meta_module(&self.local);
@@ -229,11 +229,14 @@ impl<M: Module> StepEngine for Sharded<M> {
         O: TensorTree + Clone + Send + 'static,
     {
         let signature = self.split.of_forward(&self.local)?;
+        let comparison = self.same_inputs.start(Run::Forward, &inputs)?;
         let mut state = lock(&self.state);
         let whole = || self.split.meta_module(&self.local);
         let bound = self.split.shards().map_or(Ok(None), |shards| shards.bound(&self.local))?;
         let captured = state.graphs.forward_of(signature, &inputs, forward, whole)?;
-        captured.run(bound.as_ref().unwrap_or(&self.local), inputs)
+        let outputs = captured.run(bound.as_ref().unwrap_or(&self.local), inputs)?;
+        comparison.finish()?;
+        Ok(outputs)
     }
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
@@ -249,8 +252,14 @@ impl<M: Module> StepEngine for Sharded<M> {
     }
 
     fn counters(&self) -> StepCounters {
-        let tensor = self.split.groups().map(Communicator::counters).fold(Counters::default(), |sum, more| sum + more);
-        StepCounters { tensor, skipped: self.skipped_steps.count(), ..StepCounters::default() }
+        let split = self.split.groups().map(|group| self.clipping.beside(group));
+        let tensor = split.fold(Counters::default(), |sum, more| sum + more);
+        StepCounters {
+            tensor,
+            norm: self.clipping.counters(),
+            skipped: self.clipping.skipped(),
+            ..StepCounters::default()
+        }
     }
 
     fn gradient_layout(&self) -> GradientLayout {
@@ -258,13 +267,17 @@ impl<M: Module> StepEngine for Sharded<M> {
             groups: self.split.groups().cloned().collect(),
             elsewhere: self.split.counted_elsewhere(),
             rank: self.split.group().world_rank(),
-            skipped_steps: self.skipped_steps.clone(),
+            clipping: self.clipping.clone(),
             ..GradientLayout::default()
         }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {
         self.split.split_params()
+    }
+
+    fn clipping(&self) -> &ClipRecord {
+        &self.clipping
     }
 
     fn checked_optimizers(&self) -> &CheckedOptimizers {

@@ -35,7 +35,9 @@ impl Step {
         if self.skipped {
             return Ok(self);
         }
+        let before = model.counters().norm;
         let clipped = model.clip_grad_norm(self.grads, clip)?;
+        self.counters.norm = model.counters().norm - before;
         (self.grads, self.grad_norm) = (clipped.grads, Some(clipped.norm));
         self.skipped = clipped.skipped.is_some();
         self.counters.skipped += u64::from(self.skipped);

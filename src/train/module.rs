@@ -127,13 +127,20 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// A [`skipped`](Step::skipped) step leaves parameters and moments as they are.
     ///
     /// # Errors
-    /// [`Error::Optimizer`], which names a parameter. The model is lost with it: keep a clone of one that is to live on.
+    /// [`Error::Optimizer`], which names a parameter; [`Error::Schedule`] if the schedule of the pipeline has no backward pass. The model is lost with it: keep a clone of one that is to live on.
     fn optimize(
         self,
         optim: &mut ModuleOptimizer,
         lr: impl Into<ModuleLearningRate>,
         step: Step,
     ) -> Result<Self, Error> {
+        if !self.trains() {
+            return Err(Error::Schedule {
+                problem: "it has no backward pass, so its steps give a loss and no gradients, and there is nothing to optimize by: \
+                          train with another, as `1f1b`"
+                    .into(),
+            });
+        }
         if step.skipped {
             return Ok(self);
         }
@@ -145,7 +152,7 @@ pub trait ParallelModule: Module + sealed::Sealed {
                 None => Ok(ShardParams::default()),
             });
         }
-        optimize::check(optim, self.checked_optimizers(), self.local(), || self.split_params())?;
+        optimize::check(optim, self.checked_optimizers(), self.local(), &self.split_params())?;
         optimize::update(self, optim, lr.into(), step.grads)
     }
 
@@ -223,6 +230,9 @@ pub trait ParallelModule: Module + sealed::Sealed {
 
     #[doc(hidden)]
     fn split_params(&self) -> Vec<SplitParam>;
+
+    #[doc(hidden)]
+    fn trains(&self) -> bool;
 
     #[doc(hidden)]
     fn checked_optimizers(&self) -> &CheckedOptimizers;

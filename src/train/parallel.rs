@@ -217,6 +217,10 @@ impl<M: Module> ParallelModule for Parallel<M> {
         Ok(renew!(self, model => ParallelModule::update_shards(model, update)?))
     }
 
+    fn trains(&self) -> bool {
+        with!(&self.wrapped, model => ParallelModule::trains(model))
+    }
+
     fn checked_optimizers(&self) -> &CheckedOptimizers {
         with!(&self.wrapped, model => ParallelModule::checked_optimizers(model))
     }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Error;
 use crate::data_parallel::DataParallelConfig;
+use crate::forms::{Table, optional_table, read_text, table};
 use crate::pipeline_parallel::PipelineConfig;
 use crate::tensor_parallel::TensorParallelConfig;
 
@@ -44,6 +45,45 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// assert_eq!(strategy.to_string(), same.to_string());
 /// # Ok::<(), Error>(())
 /// ```
+///
+/// # Every key
+/// With the value that it has when it is left out; `micro_batches` is needed. Where there is no default the line says so.
+///
+/// ```
+/// # let all: burn_parallel::train::Strategy = r#"
+/// # dp = 4            # replicas; left out, as many as there are ranks for
+/// pp = 1              # ranks that share the layers
+/// tp = 1              # ranks that share each layer
+/// engine = "auto"     # "eager" or "captured", see `Engine`
+/// # "#.parse()?;
+/// # let all: burn_parallel::train::Strategy = r#"
+///
+/// [data]              # `DataParallelConfig`
+/// bucket_bytes = 25_000_000
+/// first_bucket_bytes = 1_000_000
+/// reduce_dtype = "BF16"          # or "F16", "F32", "F64"; left out, gradients travel in their own dtype
+/// overlap = true
+/// compare_every = 0
+/// sharding = "none"              # or "optimizer", "gradients", "parameters", see `Sharding`
+/// sharding_ranks = 2             # left out, all replicas
+/// keep = "pass"                  # or "micro_batch", "step", see `Keep`
+///
+/// [tensor]            # `TensorParallelConfig`
+/// plan = "megatron"   # or "hugging_face", or a table of rules as in `Plan`; left out, nothing is split
+/// seed = 0
+/// check_inputs_every = 1         # left out, 1 on CPUs and 100 on devices
+///
+/// [pipeline]          # `PipelineConfig`
+/// micro_batches = 8
+/// schedule = "1f1b"   # or "gpipe", "zb_h1", { interleaved = { stages_per_rank = 2 } }, { custom = "0F0,0B0" }
+/// cut = "balanced"    # or { before = ["layers.6.*"] }, { patterns = [["layers.0.*"], ["*"]] }, { listed = [["path", 0]] }
+/// whole_inputs = []   # as ["1"], the second input
+/// seed = 0
+/// graphs = 16
+/// check_inputs_every = 1         # left out, 1 on CPUs and 100 on devices
+/// # "#.parse()?;
+/// # Ok::<(), burn_parallel::Error>(())
+/// ```
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Strategy {
@@ -57,11 +97,13 @@ pub struct Strategy {
     /// How steps are run.
     pub engine: Engine,
     /// Data parallelism.
+    #[serde(deserialize_with = "table")]
     pub data: DataParallelConfig,
     /// Tensor parallelism; also the seed of captured steps without a pipeline.
+    #[serde(deserialize_with = "table")]
     pub tensor: TensorParallelConfig,
     /// Pipeline parallelism: needed if `pp` is above 1.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "optional_table")]
     pub pipeline: Option<PipelineConfig>,
 }
 
@@ -132,9 +174,12 @@ impl Strategy {
     pub fn read(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
         let wrong = |problem: String| strategy_error(format!("{}: {problem}", path.display()));
-        let text = std::fs::read_to_string(path).map_err(|problem| wrong(problem.to_string()))?;
+        let text = read_text(path).map_err(wrong)?;
         match path.extension().is_some_and(|extension| extension == "json") {
-            true => serde_json::from_str(&text).map_err(|problem| wrong(problem.to_string())),
+            true => match serde_json::from_str(&text) {
+                Ok(Table(strategy)) => Ok(strategy),
+                Err(problem) => Err(wrong(problem.to_string())),
+            },
             false => toml::from_str(&text).map_err(|problem| wrong(problem.to_string())),
         }
     }
@@ -160,6 +205,13 @@ impl Strategy {
         }
         if *pp > 1 && self.pipeline.is_none() {
             return wrong(format!("pp is {pp}, but `pipeline` is missing, which says into how many micro-batches"));
+        }
+        if let Some(pipeline) = self.pipeline.as_ref().filter(|pipeline| *pp > 1 && !pipeline.schedule.trains()) {
+            return wrong(format!(
+                "`pipeline.schedule` is {}, which has no backward pass: nothing would be trained. Take another, as `1f1b`: \
+                 `forward_with` evaluates with any",
+                pipeline.schedule
+            ));
         }
         if *tp > 1 && self.tensor.plan == Default::default() {
             return wrong(format!("tp is {tp}, but `tensor.plan` says of no parameter how it is split"));

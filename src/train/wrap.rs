@@ -103,6 +103,10 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
         Replica::update_shards(self, update)
     }
 
+    fn trains(&self) -> bool {
+        self.engine().trains()
+    }
+
     fn checked_optimizers(&self) -> &CheckedOptimizers {
         self.engine().checked_optimizers()
     }
@@ -180,6 +184,10 @@ macro_rules! without_replicas {
 
             fn gradient_layout(&self) -> GradientLayout {
                 StepEngine::gradient_layout(self)
+            }
+
+            fn trains(&self) -> bool {
+                StepEngine::trains(self)
             }
 
             fn checked_optimizers(&self) -> &CheckedOptimizers {

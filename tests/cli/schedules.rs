@@ -40,8 +40,8 @@ fn takes_any_numbers_and_costs() {
         (vec!["--schedule", "gpipe", "-p", "8", "-m", "32"], "0.179"),
         (vec!["--schedule", "interleaved", "-p", "4", "-m", "16"], "0.086"),
         (vec!["--schedule", "interleaved", "-p", "4", "-m", "8", "-v", "3"], "0.111"),
-        (vec!["--schedule", "zb", "-p", "4", "-m", "8"], "0.111"),
-        (vec!["--schedule", "forward", "-p", "2", "-m", "4"], "0.200"),
+        (vec!["--schedule", "zb_h1", "-p", "4", "-m", "8"], "0.111"),
+        (vec!["--schedule", "forward_only", "-p", "2", "-m", "4"], "0.200"),
         (vec!["--schedule", "gpipe", "-p", "2", "-m", "1", "--forward", "2,4", "--communication", "0.5"], "0.545"),
     ] {
         let text = printed(&flags);
@@ -63,7 +63,7 @@ fn draws_a_picture_and_writes_a_timetable_that_it_reads_again() {
     let folder = std::env::temp_dir().join(format!("schedules-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let (svg, csv) = (folder.join("zb.svg"), folder.join("zb.csv"));
-    let flags = ["--schedule", "zb", "-p", "3", "-m", "5", "--actions", "--svg", svg.to_str().unwrap()];
+    let flags = ["--schedule", "zb_h1", "-p", "3", "-m", "5", "--actions", "--svg", svg.to_str().unwrap()];
     let text = printed(&flags);
     let picture = std::fs::read_to_string(&svg).unwrap();
     assert!(picture.starts_with("<svg") && picture.trim_end().ends_with("</svg>"));
@@ -89,7 +89,7 @@ fn bad_flags_are_one_line_and_status_2() {
         (vec!["-p", "0"], "it must be a whole number from 1 to 256"),
         (vec!["-m", "many"], "it must be a whole number from 1 to 4096"),
         (vec!["--schedule", "fastest"], "invalid value 'fastest'"),
-        (vec!["--schedule", "gpipe", "-v", "2"], "--stages-per-rank 2 is for --schedule interleaved or forward"),
+        (vec!["--schedule", "gpipe", "-v", "2"], "--stages-per-rank 2 is for --schedule interleaved or forward_only"),
         (vec!["--forward", "1,2,3"], "--forward has 3 times, and there are 4 stages; give 1 or 4"),
         (vec!["--communication", "-1"], "-1"),
         (vec!["--forward", "NaN"], "it must be a number that is not negative"),
@@ -123,7 +123,7 @@ fn the_documentation_shows_what_is_printed() {
             let line = text.lines().find(|line| line.starts_with("idle share")).unwrap();
             line.rsplit(' ').next().unwrap().to_owned()
         };
-        let shares = ["gpipe", "1f1b", "interleaved", "zb"].map(share);
+        let shares = ["gpipe", "1f1b", "interleaved", "zb_h1"].map(share);
         let row = format!("| {p} | {m} | {} |\n", shares.join(" | "));
         assert!(page.contains(&row), "{row}");
     }

@@ -8,6 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use burn::tensor::FloatDType;
+use burn_parallel::prelude::*;
 use serde_json::Value;
 
 /// The example beside this test. A plain `cargo test` builds it; with `--test cli` alone, build it first.
@@ -106,6 +108,7 @@ fn flags_that_make_no_sense_are_refused() {
     }
     refused(&["--clip", "tight"], "must be a number");
     refused(&["--schedule", "slow"], "--schedule");
+    refused(&["--schedule", "zb"], "possible values: gpipe, 1f1b, interleaved, zb_h1");
     refused(&["--seed", "-1"], "--seed");
     refused(&["--colour", "red"], "--colour");
     refused(&["extra"], "extra");
@@ -147,6 +150,10 @@ fn a_strategy_in_a_file_is_what_the_flags_say() {
     refused(&["--strategy", &folder.write("wrong.toml", b"dp = 2\nzp = 3\n")], "zp");
     let eager = folder.write("eager.toml", b"tp = 2\nengine = 'eager'\n[tensor]\nplan = 'megatron'\n");
     refused(&["--strategy", &eager], "needs captured steps");
+    refused(&["--strategy", &folder.write("list.json", b"[]")], "expected a table");
+    refused(&["--strategy", "/dev/zero"], "/dev/zero: it is not a file");
+    let forward = b"pp = 2\n[pipeline]\nmicro_batches = 2\nschedule = { forward_only = { stages_per_rank = 1 } }\n";
+    refused(&["--strategy", &folder.write("forward.toml", forward)], "no backward pass");
 }
 
 #[test]
@@ -158,6 +165,10 @@ fn texts_that_cannot_be_learned_are_refused() {
     refused(&["--text", &folder.write("latin1.txt", b"caf\xe9 au lait")], "byte is number 3");
     refused(&["--text", &folder.write("short.txt", &[b'a'; 16]), "--seq", "16"], "17 that --seq 16 needs");
     refused(&["--text", &folder.path("two\nlines.txt")], "cannot read the text");
+    // These would be read for ever.
+    for endless in ["/dev/full", "/dev/zero"] {
+        refused(&["--text", endless], "it is not a file");
+    }
 }
 
 #[test]
@@ -187,6 +198,20 @@ fn help_is_no_error() {
         ["--text", "--ranks", "--dp", "--pp", "--tp", "--schedule", "--micro-batches", "--steps", "--batch", "--seq"]
     {
         assert!(help.contains(flag), "{flag}: {help}");
+    }
+    // Every key of a strategy file.
+    let data = DataParallelConfig::new().with_reduce_dtype(FloatDType::BF16).with_sharding_ranks(2);
+    let pipeline = PipelineConfig::new(4).with_check_inputs_every(1);
+    let tensor = TensorParallelConfig::new(Plan::megatron()).with_check_inputs_every(1);
+    let strategy = Strategy::new().with_dp(2).with_pp(2, pipeline).with_tp(2, tensor).with_data(data);
+    let Value::Object(keys) = serde_json::to_value(&strategy).unwrap() else { panic!("a strategy is a table") };
+    for (key, value) in &keys {
+        assert!(help.contains(key), "{key}: {help}");
+        if let Value::Object(keys) = value {
+            let listed = &help[help.find(&format!("[{key}]")).unwrap()..];
+            let listed = listed.split("\n  [").next().unwrap();
+            keys.keys().for_each(|key| assert!(listed.contains(key), "{key}: {listed}"));
+        }
     }
 }
 
@@ -287,7 +312,7 @@ fn any_pipeline_gives_the_losses_of_one_rank() {
         losses(&serde_json::from_slice(&fs::read(path).unwrap()).unwrap())
     };
     let alone = run(&["--dp", "1"]);
-    for schedule in ["gpipe", "1f1b", "interleaved", "zb"] {
+    for schedule in ["gpipe", "1f1b", "interleaved", "zb_h1"] {
         for pp in ["2", "3"] {
             same_losses(&alone, &run(&["--pp", pp, "--dp", "1", "--schedule", schedule, "--micro-batches", "6"]), 1e-4);
         }
@@ -296,13 +321,13 @@ fn any_pipeline_gives_the_losses_of_one_rank() {
     same_losses(&alone, &run(&["--pp", "4", "--dp", "1", "--micro-batches", "2"]), 1e-4);
     same_losses(&alone, &run(&["--dp", "2", "--pp", "2", "--micro-batches", "4"]), 1e-4);
     same_losses(&alone, &run(&["--pp", "2", "--tp", "2", "--dp", "1"]), 1e-4);
-    same_losses(&alone, &run(&["--dp", "2", "--pp", "2", "--tp", "2", "--schedule", "zb"]), 1e-4);
+    same_losses(&alone, &run(&["--dp", "2", "--pp", "2", "--tp", "2", "--schedule", "zb_h1"]), 1e-4);
 }
 
 #[test]
 fn the_json_tells_how_idle_a_pipeline_was() {
     let folder = Folder::new("idle");
-    for (schedule, bound, peak) in [("gpipe", 0.2, 4), ("1f1b", 0.2, 2), ("zb", 1.0 / 13.0, 2)] {
+    for (schedule, bound, peak) in [("gpipe", 0.2, 4), ("1f1b", 0.2, 2), ("zb_h1", 1.0 / 13.0, 2)] {
         let flags = ["--pp", "2", "--dp", "1", "--batch", "4", "--micro-batches", "4", "--schedule", schedule];
         let outcome = json(&folder, &flags);
         assert_eq!(outcome["axes"], serde_json::json!({ "dp": 1, "pp": 2, "tp": 1 }));
@@ -509,4 +534,30 @@ fn ways_to_start_that_do_not_go_together() {
     }
     refused(&["--launch", "env"], "not started by a launcher");
     refused(&["--launch", "magic"], "magic");
+}
+
+/// What is sent stands under what it is for.
+#[test]
+fn the_table_tells_what_was_sent_for_what() {
+    let names = ["activations of split layers", "activations between stages", "gradient norm, over parts"];
+    let runs: [(&[&str], [bool; 3]); 5] = [
+        (&["--dp", "2", "--clip", "1"], [false, false, false]),
+        (&["--dp", "1", "--tp", "2"], [true, false, false]),
+        (&["--dp", "1", "--tp", "2", "--clip", "1"], [true, false, true]),
+        (&["--dp", "1", "--pp", "2", "--clip", "1", "--layers", "2"], [false, true, true]),
+        (&["--dp", "1", "--pp", "2", "--tp", "2", "--clip", "1", "--layers", "2"], [true, true, true]),
+    ];
+    for (flags, shown) in runs {
+        let sizes = ["--d-model", "16", "--seq", "16", "--steps", "3", "--batch", "8"];
+        let layers: &[&str] = if flags.contains(&"--layers") { &[] } else { &["--layers", "1"] };
+        let output = train_lm(&[&sizes[..], layers, flags].concat());
+        assert!(output.status.success(), "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let table = String::from_utf8(output.stdout).unwrap();
+        for (name, shown) in names.into_iter().zip(shown) {
+            assert_eq!(table.contains(name), shown, "{flags:?}, {name}: {table}");
+        }
+        if flags.contains(&"--pp") {
+            assert!(table.contains("1f1b, 8 micro-batches"), "{table}");
+        }
+    }
 }

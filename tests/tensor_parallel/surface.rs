@@ -87,30 +87,32 @@ fn what_a_closure_captures_is_followed() {
 
 #[test]
 fn ranks_that_share_a_model_must_pass_the_same_inputs() {
-    for ranks in [2, 4] {
-        for pipeline in [false, true] {
-            if pipeline && ranks > 2 {
-                continue;
-            }
-            let outcome = launch::threads(ranks).run(|rank| {
-                let cut = PipelineConfig::new(2).with_cut(Cut::before(["1.*"]));
-                let strategy = match pipeline {
-                    true => Strategy::new().with_pp(ranks, cut),
-                    false => Strategy::new().with_tp(ranks, plan()),
-                };
-                let mut model = layers().parallelize(&rank, &strategy)?;
-                for step in 0..3 {
-                    let other = step == 2 && rank.rank() == ranks - 1;
-                    let x = rows(if other { 9 } else { step }, 4);
-                    model.step((rows(1, 4), x), |model, (a, b)| square(model, a + b))?;
-                    assert!(step < 2, "the last rank's input was another");
+    for (ranks, pipeline, forward) in
+        [(2, false, false), (2, true, false), (4, false, false), (2, false, true), (2, true, true)]
+    {
+        let outcome = launch::threads(ranks).run(|rank| {
+            let cut = PipelineConfig::new(2).with_cut(Cut::before(["1.*"]));
+            let strategy = match pipeline {
+                true => Strategy::new().with_pp(ranks, cut),
+                false => Strategy::new().with_tp(ranks, plan()),
+            };
+            let mut model = layers().parallelize(&rank, &strategy)?;
+            for step in 0..3 {
+                let other = step == 2 && rank.rank() == ranks - 1;
+                let x = rows(if other { 9 } else { step }, 4);
+                let sum = |model: &Vec<Linear>, (a, b)| square(model, a + b);
+                match forward && step > 0 {
+                    true => drop(model.forward_with((rows(1, 4), x), sum)?),
+                    false => drop(model.step((rows(1, 4), x), sum)?),
                 }
-                Ok(())
-            });
-            let error = outcome.unwrap_err().to_string();
-            let words = [format!("rank {} of group", ranks - 1), "another input `1` than rank 0".into()];
-            assert!(words.iter().all(|words| error.contains(words)), "{error}");
-        }
+                assert!(step < 2, "the last rank's input was another");
+            }
+            Ok(())
+        });
+        let error = outcome.unwrap_err().to_string();
+        let by = if forward { "forward_with: " } else { "step: " };
+        let words = [format!("rank {} of group", ranks - 1), "another input `1` than rank 0".into(), by.into()];
+        assert!(words.iter().all(|words| error.contains(words)), "{error}");
     }
     // Not if nobody is to look.
     let mixed = launch::threads(2).run(|rank| {

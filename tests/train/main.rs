@@ -1,8 +1,9 @@
-//! What all strategies have in common: the gradient norm, sharded replicas.
+//! What all strategies have in common: settings, the gradient norm, sharded replicas.
 
 #[path = "../common/mod.rs"]
 mod common;
 
 mod grad_norm;
+mod settings;
 mod zero;
 mod zero_captured;

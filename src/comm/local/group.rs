@@ -110,6 +110,11 @@ impl WorldFailure {
         }
     }
 
+    /// The groups of the world that somebody holds.
+    pub fn groups(&self) -> Vec<Arc<Group>> {
+        lock(&self.groups).iter().filter_map(Weak::upgrade).collect()
+    }
+
     /// Takes a rank of the world out of all groups.
     pub fn leave(&self, world_rank: usize) {
         for group in lock(&self.groups).iter().filter_map(Weak::upgrade) {
@@ -225,7 +230,7 @@ impl Group {
     /// The last collectives of every rank of the group, and of the ranks that wait in other groups of the world: a failure
     /// is theirs as well.
     pub fn log(&self) -> CallLog {
-        let others: Vec<Arc<Self>> = lock(&self.world_failure.groups).iter().filter_map(Weak::upgrade).collect();
+        let others = self.world_failure.groups();
         let others = others.iter().filter(|other| !std::ptr::eq(&***other, self));
         let elsewhere =
             others.flat_map(|other| other.history.waiting().map(|line| format!("in `{}` {line}", other.name)));

@@ -9,6 +9,7 @@ use crate::comm::backoff::Backoff;
 use crate::comm::call_log::describe_missing;
 use crate::comm::departed::{GRACE, rank_lost};
 use crate::comm::lock::lock;
+use crate::comm::wait_graph::{WaitGraph, waits_for};
 use crate::comm::{Call, Operation};
 
 /// How long a rank that finds the group aborted waits for the error. The rank whose time runs out aborts first and
@@ -79,9 +80,20 @@ impl LocalTransport {
         })
     }
 
-    /// The ranks that have not entered `call`, in words.
+    /// The ranks that have not entered `call`, in words, and first the ranks for which these wait.
     pub(super) fn missing_ranks(&self, call: &Call) -> String {
-        let history = &self.group.history;
-        describe_missing((0..self.group.size()).filter(|rank| !history.is_in(*rank, call)))
+        let (history, members) = (&self.group.history, &self.group.members);
+        let late: Vec<usize> = (0..self.group.size()).filter(|rank| !history.is_in(*rank, call)).collect();
+        let groups = self.group.world_failure.groups();
+        let ranks = groups.iter().flat_map(|group| group.members.iter()).max().map_or(0, |last| last + 1);
+        let (mut waits, finished) = (vec![Some(Vec::new()); ranks], vec![false; ranks]);
+        for group in &groups {
+            for (rank, member) in group.members.iter().enumerate() {
+                waits[*member].get_or_insert_default().extend(waits_for(&group.history, &group.members, rank));
+            }
+        }
+        let whole = members.len() == ranks;
+        let graph = WaitGraph { members, whole, waits_for: &waits, finished: &finished };
+        graph.describe(Some(&late), describe_missing(late.iter().copied()))
     }
 }

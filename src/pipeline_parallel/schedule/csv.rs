@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::{Action, Timetable, schedule_error};
 use crate::Error;
+use crate::forms::read_text;
 
 impl Timetable {
     /// Reads a timetable from a file, see [`FromStr`](#impl-FromStr-for-Timetable).
@@ -18,12 +19,10 @@ impl Timetable {
     pub fn read(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
         let named = |problem: String| schedule_error(format!("{}: {problem}", path.display()));
-        std::fs::read_to_string(path).map_err(|problem| named(problem.to_string()))?.parse().map_err(
-            |error| match error {
-                Error::Schedule { problem } => named(problem),
-                other => other,
-            },
-        )
+        read_text(path).map_err(named)?.parse().map_err(|error| match error {
+            Error::Schedule { problem } => named(problem),
+            other => other,
+        })
     }
 }
 

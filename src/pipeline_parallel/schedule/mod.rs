@@ -28,6 +28,8 @@ pub use simulate::Simulation;
 pub use timetable::Timetable;
 pub use validate::PeakActivations;
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::Error;
@@ -58,7 +60,9 @@ pub enum Schedule {
     /// Idle share `(p - 1) / (3m + p - 1)`; no rank keeps more than `min(m, p)` micro-batches alive.
     #[serde(rename = "zb_h1")]
     ZeroBubbleH1,
-    /// Forwards alone, for evaluation; stages are dealt round as with [`Interleaved`](Self::Interleaved).
+    /// Forwards alone, for evaluation; stages are dealt round as with [`Interleaved`](Self::Interleaved). A model that is cut
+    /// for any other schedule evaluates as well, by [`forward_with`](crate::train::ParallelModule::forward_with); one that is cut
+    /// for this cannot be trained.
     ForwardOnly {
         /// `v`.
         stages_per_rank: usize,
@@ -81,9 +85,7 @@ impl Schedule {
             [(ranks, "ranks"), (micro_batches, "micro-batches"), (self.stages_per_rank(), "stages per rank")]
         {
             if number == 0 {
-                return Err(schedule_error(format!(
-                    "a schedule of {self:?} for 0 {of} was asked for; ask for at least 1"
-                )));
+                return Err(schedule_error(format!("{self} for 0 {of} was asked for; ask for at least 1")));
             }
         }
         let stages = ranks.checked_mul(self.stages_per_rank());
@@ -117,6 +119,15 @@ impl Schedule {
         }
     }
 
+    /// Whether it has backward passes. Without any, steps give a loss and no gradients.
+    pub fn trains(&self) -> bool {
+        match self {
+            Self::ForwardOnly { .. } => false,
+            Self::Custom(timetable) => timetable.trains(),
+            _ => true,
+        }
+    }
+
     /// How many stages each rank holds; for a custom timetable, the most that any rank holds.
     pub fn stages_per_rank(&self) -> usize {
         match self {
@@ -125,6 +136,20 @@ impl Schedule {
             Self::Custom(timetable) => {
                 (0..timetable.ranks()).map(|rank| timetable.stages_of(rank).len()).max().unwrap_or_default()
             }
+        }
+    }
+}
+
+/// By the name that it has in a strategy file; a custom one without its timetable, which prints itself.
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::GPipe => f.write_str("gpipe"),
+            Self::OneForwardOneBackward => f.write_str("1f1b"),
+            Self::Interleaved { stages_per_rank } => write!(f, "interleaved, {stages_per_rank} stages on each rank"),
+            Self::ZeroBubbleH1 => f.write_str("zb_h1"),
+            Self::ForwardOnly { stages_per_rank } => write!(f, "forward_only, {stages_per_rank} stages on each rank"),
+            Self::Custom(timetable) => write!(f, "custom, {} stages", timetable.stages()),
         }
     }
 }

@@ -7,7 +7,7 @@ use burn::tensor::Tensor;
 use super::{Clip, Clipped};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::graph::{GradientLayout, SkippedSteps};
+use crate::graph::{ClipRecord, GradientLayout};
 use crate::plan::matches;
 
 /// How the parameters of a model lie over groups of ranks where no wrapper knows it: models made of the explicit
@@ -108,7 +108,7 @@ impl HandSplit {
             groups,
             averaged: None,
             by_hand: true,
-            skipped_steps: SkippedSteps::default(),
+            clipping: ClipRecord::default(),
         })
     }
 }

@@ -46,7 +46,8 @@ pub(crate) fn clip<M: Module>(
         return Err(Error::invalid("clip_grad_norm", problem));
     }
     let found = take(module, grads, holding.by_hand)?;
-    let known = measure(&found, holding, &clip)?.over(&holding.groups, &clip)?;
+    let mine = measure(&found, holding, &clip)?;
+    let known = holding.clipping.count(&holding.groups, || mine.over(&holding.groups, &clip))?;
     let mut norm = known.size.norm(clip.norm);
     let Some(non_finite) = known.non_finite else {
         let factor = clip.factor(norm);
@@ -57,11 +58,12 @@ pub(crate) fn clip<M: Module>(
         // A copy that does not count is not finite: ranks have gone apart.
         norm = f64::NAN;
     }
-    let (path, rank) = culprit(&paths_of(module), non_finite, holding, &clip)?;
+    let (path, rank) =
+        holding.clipping.count(&holding.groups, || culprit(&paths_of(module), non_finite, holding, &clip))?;
     match clip.non_finite {
         NonFinite::Stop => Err(Error::NonFinite { path, rank }),
         NonFinite::Skip => {
-            holding.skipped_steps.add();
+            holding.clipping.skip();
             Ok(Clipped { grads: GradientsParams::new(), norm, factor: 0.0, skipped: Some(NotFinite { path, rank }) })
         }
     }

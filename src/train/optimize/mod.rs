@@ -26,13 +26,13 @@ pub(super) fn check<M: Module>(
     optim: &ModuleOptimizer,
     checked: &CheckedOptimizers,
     local: &M,
-    split: impl FnOnce() -> Vec<SplitParam>,
+    split: &[SplitParam],
 ) -> Result<(), Error> {
+    clips_parts(optim, split)?;
+    // Costlier, and so once for an optimizer: burn gives it no identity but its place.
     if !checked.is_new(std::ptr::from_ref(optim).addr()) {
         return Ok(());
     }
-    let split = split();
-    clips_parts(optim, &split)?;
     moments::check(optim, local)?;
-    parts::check(optim, local, &split)
+    parts::check(optim, local, split)
 }

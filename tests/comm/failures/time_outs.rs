@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use burn_parallel::comm::local::WorldConfig;
 use burn_parallel::comm::{ReduceOp, local};
+use burn_parallel::mesh::Mesh;
 use burn_parallel::{Error, launch};
 
 use super::harness::{SHORT, SIZES, failure, quiet, says, tells_the_log, within};
@@ -105,5 +106,29 @@ fn the_time_out_of_the_environment() {
         use std::os::unix::ffi::OsStrExt;
         let said = with(Some(std::ffi::OsStr::from_bytes(b"5\xff")));
         assert_eq!(said.matches("is not a positive number").count(), 2, "{said}");
+    }
+}
+
+/// Ranks of a mesh wait for ranks that wait for another one themselves.
+#[test]
+fn the_rank_that_all_wait_for_in_the_end_is_named_first() {
+    for culprit in [0, 3] {
+        let error = launch::threads(4)
+            .timeout(Duration::from_secs(1))
+            .run(|world| {
+                let mesh = Mesh::new(&world, [("dp", 2), ("tp", 2)])?;
+                for round in 0..4 {
+                    if (round, world.rank()) == (2, culprit) {
+                        thread::sleep(Duration::from_secs(3));
+                    }
+                    for axis in ["tp", "dp"] {
+                        mesh.axis(axis)?.all_reduce(vec![1.0f32; 100], ReduceOp::Sum)?;
+                    }
+                }
+                Ok(())
+            })
+            .unwrap_err();
+        assert!(matches!(error, Error::Timeout { .. }), "{error}");
+        says(&error, &[&format!("for rank {culprit} of the world, which is in no call")]);
     }
 }

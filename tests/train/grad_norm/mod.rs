@@ -1,6 +1,7 @@
 //! The gradient norm, and clipping by it, over every axis.
 
 mod by_hand;
+mod counted;
 mod golden;
 pub mod lm;
 mod meshes;

@@ -1,6 +1,7 @@
 //! Encodes errors as bytes.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::{Reader, Writer};
@@ -9,6 +10,8 @@ use crate::comm::CallLog;
 
 /// Most bytes of the name of an operation or a transport.
 const LONGEST_WORD: usize = 128;
+/// Most names that are kept.
+pub(super) const MOST_NAMES: usize = 256;
 /// Most nested causes of a received error.
 pub(super) const DEEPEST: usize = 8;
 
@@ -59,7 +62,44 @@ impl Writer {
             Error::OutOfMemory { group, rank, operation, bytes } => {
                 self.byte(10).text(group).number(*rank as u64).text(operation).number(*bytes as u64)
             }
+            // What is wrong with settings, which all ranks say in the same words.
+            Error::Strategy { problem } => self.byte(11).text(problem),
+            Error::Plan { problem } => self.byte(12).text(problem),
+            Error::Mesh { problem } => self.byte(13).text(problem),
+            Error::Schedule { problem } => self.byte(14).text(problem),
+            Error::Pipeline { problem } => self.byte(15).text(problem),
+            Error::Optimizer { problem } => self.byte(16).text(problem),
+            Error::Graph { problem } => self.byte(17).text(problem),
+            Error::ModelMismatch { group, rank, path, problem } => {
+                self.byte(18).text(group).number(*rank as u64).text(path).text(problem)
+            }
             other => self.byte(9).text(&other.to_string()),
+        }
+    }
+}
+
+/// Names of operations and engines that came from others. So few are kept, and each once, that no peer can fill the memory with
+/// them; this program has fewer of its own.
+pub(super) struct Names(Mutex<BTreeSet<&'static str>>);
+
+static NAMES: Names = Names::new();
+
+impl Names {
+    pub(super) const fn new() -> Self {
+        Self(Mutex::new(BTreeSet::new()))
+    }
+
+    /// The name, for good; or what stands for it when there are too many.
+    pub(super) fn keep(&self, name: &str) -> &'static str {
+        let mut names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match names.get(name) {
+            Some(name) => name,
+            None if names.len() < MOST_NAMES => {
+                let name: &'static str = name.to_owned().leak();
+                names.insert(name);
+                name
+            }
+            None => "an operation",
         }
     }
 }
@@ -69,10 +109,9 @@ impl Reader<'_> {
         self.text().map(Into::into)
     }
 
-    /// A text with static lifetime, as errors hold the names of operations. A world fails once, so few are leaked; they
-    /// are short, whoever sent them.
+    /// A text with static lifetime, as errors hold the names of operations.
     fn message(&mut self) -> Option<&'static str> {
-        self.text().filter(|text| text.len() <= LONGEST_WORD).map(|text| &*text.leak())
+        self.text().filter(|text| text.len() <= LONGEST_WORD).map(|text| NAMES.keep(&text))
     }
 
     fn log(&mut self) -> Option<CallLog> {
@@ -126,6 +165,19 @@ impl Reader<'_> {
                 rank: self.index()?,
                 operation: self.text()?,
                 bytes: self.index()?,
+            },
+            11 => Error::Strategy { problem: self.text()? },
+            12 => Error::Plan { problem: self.text()? },
+            13 => Error::Mesh { problem: self.text()? },
+            14 => Error::Schedule { problem: self.text()? },
+            15 => Error::Pipeline { problem: self.text()? },
+            16 => Error::Optimizer { problem: self.text()? },
+            17 => Error::Graph { problem: self.text()? },
+            18 => Error::ModelMismatch {
+                group: self.name()?,
+                rank: self.index()?,
+                path: self.text()?,
+                problem: self.text()?,
             },
             _ => return None,
         })

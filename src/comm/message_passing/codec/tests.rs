@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use burn::tensor::DType;
 
-use super::error::DEEPEST;
+use super::error::{DEEPEST, MOST_NAMES, Names};
 use super::{Reader, Writer};
 use crate::Error;
 use crate::comm::{Call, CallLog, Extent, Operation, ReduceOp, element};
@@ -27,6 +27,7 @@ fn every_error_of_a_world_survives() {
     let operations = [
         Operation::AllReduce(op),
         Operation::ReduceScatter(ReduceOp::Mean),
+        Operation::AllReduce(ReduceOp::PreMulSum(f64::NAN)),
         Operation::AllGather,
         Operation::Broadcast { root: 3 },
         Operation::Reduce { op: ReduceOp::Min, root: 1 },
@@ -73,11 +74,19 @@ fn every_error_of_a_world_survives() {
         Error::InvalidArgument { operation: "scatter", problem: "no".into() },
         Error::Engine { engine: "mpi", problem: "no".into() },
         Error::User("the disk is full".into()),
+        Error::Strategy { problem: "1".into() },
+        Error::Plan { problem: "2".into() },
+        Error::Mesh { problem: "3".into() },
+        Error::Schedule { problem: "4".into() },
+        Error::Pipeline { problem: "5".into() },
+        Error::Optimizer { problem: "6".into() },
+        Error::Graph { problem: "7".into() },
+        Error::ModelMismatch { group: "world".into(), rank: 1, path: "a.weight".into(), problem: "8".into() },
     ];
     for error in &errors {
         assert_eq!(there_and_back(error).as_ref(), Some(error));
     }
-    let other = Error::Plan { problem: "does not fit".into() };
+    let other = Error::Gpu { problem: "there is none".into() };
     assert_eq!(there_and_back(&other), Some(Error::User(other.to_string())));
 }
 
@@ -111,4 +120,18 @@ fn cut_bytes_are_no_error() {
     for len in 0..writer.0.len() {
         assert_eq!(Reader(&writer.0[..len]).error(), None);
     }
+}
+
+#[test]
+fn names_of_others_take_no_more_and_more_memory() {
+    let names = Names::new();
+    for number in 0..2 * MOST_NAMES {
+        let name = format!("operation {number}");
+        let kept = names.keep(&name);
+        assert_eq!(kept, if number < MOST_NAMES { name.as_str() } else { "an operation" });
+        // The same name is kept once.
+        assert_eq!(kept.as_ptr(), names.keep(&name).as_ptr());
+    }
+    let operation = "operation".repeat(20).leak();
+    assert_eq!(there_and_back(&Error::InvalidArgument { operation, problem: String::new() }), None);
 }

@@ -31,7 +31,7 @@ impl ControlMessage {
         match self {
             Self::Propose(proposal) => write_proposal(writer.byte(0), proposal),
             Self::Query(proposal) => write_proposal(writer.byte(1), proposal),
-            Self::Report(RankReport { waits, line, elsewhere }) => {
+            Self::Report(RankReport { waits, line, elsewhere, waits_for }) => {
                 let lines = |lines: &[String], writer: &mut Writer| {
                     writer.list(lines, |w, line| {
                         w.text(line);
@@ -42,6 +42,9 @@ impl ControlMessage {
                 });
                 lines(line.as_slice(), &mut writer);
                 lines(elsewhere, &mut writer);
+                writer.list(waits_for, |w, rank| {
+                    w.number(*rank as u64);
+                });
             }
             Self::Failed(error) => {
                 writer.byte(3).error(error);
@@ -70,6 +73,7 @@ impl ControlMessage {
                 waits: reader.list(Reader::number)?.pop().map(Duration::from_micros),
                 line: reader.list(Reader::text)?.pop(),
                 elsewhere: reader.list(Reader::text)?,
+                waits_for: known_ranks(reader.list(Reader::index)?, ranks)?,
             }),
             3 => Self::Failed(reader.error()?),
             4 => Self::Closed { group: reader.number()?, committed: reader.number()? },
@@ -98,12 +102,15 @@ fn write_proposal(writer: &mut Writer, Proposal { error, group, members, call }:
     });
 }
 
+fn known_ranks(found: Vec<usize>, ranks: usize) -> Option<Vec<usize>> {
+    found.iter().all(|rank| *rank < ranks).then_some(found)
+}
+
 fn read_proposal(reader: &mut Reader<'_>, ranks: usize) -> Option<Proposal> {
-    let proposal = Proposal {
+    Some(Proposal {
         error: reader.error()?,
         group: reader.text()?.into(),
-        members: reader.list(Reader::index)?,
+        members: known_ranks(reader.list(Reader::index)?, ranks)?,
         call: reader.list(|r| Some((r.number()?, r.call()?)))?.pop(),
-    };
-    proposal.members.iter().all(|member| *member < ranks).then_some(proposal)
+    })
 }

@@ -12,6 +12,7 @@ use crate::comm::call_log::describe_missing;
 use crate::comm::lock::lock;
 use crate::comm::message_passing::codec::with_log;
 use crate::comm::message_passing::group::Group;
+use crate::comm::wait_graph::{WaitGraph, waits_for};
 use crate::comm::{Call, CallLog};
 
 /// How long a coordinator waits for the reports of the others.
@@ -44,6 +45,8 @@ pub(super) struct RankReport {
     pub waits: Option<Duration>,
     pub line: Option<String>,
     pub elsewhere: Vec<String>,
+    /// The ranks of the world that it waits for in the calls that it is in.
+    pub waits_for: Vec<usize>,
 }
 
 /// An inquiry of the coordinator: it queries all ranks before it broadcasts the error.
@@ -211,6 +214,7 @@ impl World {
         drop(left_groups);
         let last = self.last_group.load(Ordering::Relaxed);
         for group in self.groups() {
+            report.waits_for.extend(waits_for(&group.history, &group.members, group.rank));
             if group.name == proposal.group && group.members == proposal.members {
                 report.line = Some(group.history.line(group.rank));
                 report.waits = proposal.call.and_then(|(sequence, call)| {
@@ -248,20 +252,25 @@ impl World {
         let others = others.filter(|rank| !proposal.members.contains(rank));
         let others = others.map(|rank| format!("in `{}` rank {rank}: no answer", self.name));
         let mut error = with_log(proposal.error.clone(), CallLog::new(lines.chain(elsewhere).chain(others)));
-        if let (Error::Timeout { missing, .. }, Some(_)) = (&mut error, proposal.call)
-            && missing.is_empty()
-        {
+        if let Error::Timeout { missing, .. } = &mut error {
             let waits = |rank: &usize| reports[proposal.members[*rank]].as_ref().and_then(|report| report.waits);
             let ranks = 0..proposal.members.len();
-            *missing = match ranks.clone().filter_map(|rank| waits(&rank)).min() {
+            let late: Vec<usize> = ranks.clone().filter(|rank| waits(rank).is_none()).collect();
+            let said = match ranks.clone().filter_map(|rank| waits(&rank)).min() {
                 // The last one has waited for long, too.
                 Some(shortest) if shortest > self.timeout / 2 && ranks.clone().all(|rank| waits(&rank).is_some()) => {
                     format!(
                         "each other: all ranks have been in it for at least {shortest:.1?}, so the transport has lost something"
                     )
                 }
-                _ => describe_missing(ranks.filter(|rank| waits(rank).is_none())),
+                _ if missing.is_empty() => describe_missing(late.iter().copied()),
+                _ => std::mem::take(missing),
             };
+            let waits_for: Vec<Option<Vec<usize>>> =
+                reports.iter().map(|report| report.as_ref().map(|report| report.waits_for.clone())).collect();
+            let (members, whole) = (proposal.members.as_slice(), proposal.group == self.name);
+            let graph = WaitGraph { members, whole, waits_for: &waits_for, finished: &finished };
+            *missing = graph.describe(proposal.call.map(|_| late.as_slice()), said);
         }
         drop(inquiry);
         self.broadcast_control(&ControlMessage::Failed(error));

@@ -1,0 +1,319 @@
+//! Settings that cannot be: what says so, and how.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use burn::module::Module;
+use burn::nn::{Linear, LinearConfig};
+use burn::optim::{ModuleOptimizer, SgdConfig};
+use burn::prelude::*;
+use burn::tensor::{FloatDType, TensorData, activation};
+use burn_parallel::data_parallel::{Bucket, CastHook, CommHook};
+use burn_parallel::params::SliceSource;
+use burn_parallel::pipeline_parallel::schedule::Timetable;
+use burn_parallel::prelude::*;
+
+use crate::common::models::{Numbers, device};
+use crate::common::reference::filled;
+
+#[derive(Module, Debug)]
+struct Two {
+    first: Linear,
+    second: Linear,
+}
+
+fn two() -> Two {
+    let linear = |takes, gives| LinearConfig::new(takes, gives).init(&device());
+    filled(Two { first: linear(6, 8), second: linear(8, 3) })
+}
+
+fn rows(seed: u64) -> Tensor<2> {
+    Numbers(seed + 11).tensor([4, 6], &device())
+}
+
+fn loss(model: &Two, x: Tensor<2>) -> Tensor<1> {
+    model.second.forward(activation::tanh(model.first.forward(x))).powi_scalar(2).mean()
+}
+
+fn sgd() -> ModuleOptimizer {
+    SgdConfig::new().init()
+}
+
+#[track_caller]
+fn says(error: &Error, words: &[&str]) {
+    let said = error.to_string();
+    for word in words {
+        assert!(said.contains(word), "{word}: {said}");
+    }
+}
+
+fn of_json(json: &str) -> Result<Strategy, Error> {
+    let path =
+        std::env::temp_dir().join(format!("strategy-{}-{:?}.json", std::process::id(), std::thread::current().id()));
+    std::fs::write(&path, json).unwrap();
+    let read = Strategy::read(&path);
+    std::fs::remove_file(path).unwrap();
+    read
+}
+
+#[test]
+fn wrong_forms_in_a_file_are_told_which_there_are() {
+    let plans = ["`megatron`", "`hugging_face`", "`parameters`"];
+    let schedules = ["`1f1b`", "`zb_h1`", "interleaved = { stages_per_rank = 2 }"];
+    let cuts = ["`balanced`", "before = ["];
+    let wrong: [(&str, &[&str], &[&str]); 15] = [
+        ("tensor.plan = 'megatrn'", &["no ready plan `megatrn`"], &plans),
+        ("tensor.plan = 3", &["integer `3`"], &plans),
+        ("tensor.plan = []", &["sequence"], &plans),
+        ("tensor.plan = { parameter = [] }", &["unknown field `parameter`"], &plans),
+        ("tensor.plan = { parameters = [['a', 1]] }", &["sequence", "a table"], &plans),
+        ("pipeline = { micro_batches = 2, schedule = 'interleaved' }", &["lacks how many stages"], &schedules),
+        ("pipeline = { micro_batches = 2, schedule = 'zb' }", &["ZB-H1 is called `zb_h1`"], &schedules),
+        ("pipeline = { micro_batches = 2, schedule = 'fast' }", &["no schedule `fast`"], &schedules),
+        ("pipeline = { micro_batches = 2, schedule = 1 }", &["integer `1`"], &schedules),
+        ("pipeline = { micro_batches = 2, schedule = { interleaved = {} } }", &["`stages_per_rank`"], &schedules),
+        ("pipeline = { micro_batches = 2, schedule = { custom = '0X0' } }", &["`0X0` is no action"], &schedules),
+        ("pipeline = { micro_batches = 2, cut = 'evenly' }", &["no cut `evenly`"], &cuts),
+        ("pipeline = { micro_batches = 2, cut = ['a'] }", &["sequence"], &cuts),
+        ("pipeline = []", &["sequence", "a table"], &[]),
+        ("data = { reduce_dtype = 'flex32' }", &["`flex32`"], &["`BF16`", "`F32`"]),
+    ];
+    for (toml, what, forms) in wrong {
+        let error = toml.parse::<Strategy>().expect_err(toml);
+        assert!(matches!(error, Error::Strategy { .. }), "{error}");
+        says(&error, what);
+        says(&error, forms);
+        assert!(!error.to_string().contains("untagged"), "{error}");
+    }
+    for list in ["[]", "[1, 1, 1]", r#"{"data": []}"#, r#"{"tensor": []}"#, r#"{"pipeline": [4]}"#] {
+        says(&of_json(list).expect_err(list), &["sequence", "a table"]);
+    }
+    assert_eq!(of_json("{}").unwrap().to_string(), Strategy::new().to_string());
+    says(&Strategy::read("/dev/null").unwrap_err(), &["/dev/null", "not a file"]);
+    says(&Timetable::read("/dev/zero").unwrap_err(), &["/dev/zero", "not a file"]);
+}
+
+#[test]
+fn right_forms_are_taken() {
+    for (name, dtype) in [
+        ("BF16", FloatDType::BF16),
+        ("bf16", FloatDType::BF16),
+        ("F16", FloatDType::F16),
+        ("f16", FloatDType::F16),
+        ("f32", FloatDType::F32),
+        ("F64", FloatDType::F64),
+    ] {
+        let strategy: Strategy = format!("data.reduce_dtype = '{name}'").parse().unwrap();
+        assert_eq!(strategy.data.reduce_dtype, Some(dtype));
+        // As it is written.
+        let again: Strategy = strategy.to_string().parse().unwrap();
+        assert_eq!(again.data.reduce_dtype, Some(dtype));
+    }
+    let schedules = [
+        Schedule::GPipe,
+        Schedule::OneForwardOneBackward,
+        Schedule::ZeroBubbleH1,
+        Schedule::Interleaved { stages_per_rank: 3 },
+        Schedule::ForwardOnly { stages_per_rank: 1 },
+        Schedule::Custom("0F0,0B0\n1F0,1B0".parse().unwrap()),
+    ];
+    let cuts = [
+        Cut::Balanced,
+        Cut::before(["a.*"]),
+        Cut::patterns([["a.*"], ["*"]]),
+        Cut::listed([("a", 0)]),
+        Cut::Measured(vec![0.5, 2.0]),
+    ];
+    for (place, schedule) in schedules.into_iter().enumerate() {
+        let config = PipelineConfig::new(4).with_schedule(schedule).with_cut(cuts[place % cuts.len()].clone());
+        let strategy = Strategy::new().with_pp(2, config.clone());
+        let again: Strategy = strategy.to_string().parse().unwrap();
+        assert_eq!(again.pipeline, Some(config.clone()));
+        let again = of_json(&serde_json::to_string(&strategy).unwrap()).unwrap();
+        assert_eq!(again.pipeline, Some(config));
+    }
+}
+
+#[test]
+fn a_schedule_without_backward_does_not_train() {
+    let custom = Schedule::Custom("0F0,0F1\n1F0,1F1".parse().unwrap());
+    for schedule in [Schedule::ForwardOnly { stages_per_rank: 1 }, custom] {
+        let config = PipelineConfig::new(2).with_schedule(schedule);
+        // A strategy is for training.
+        let strategy = Strategy::new().with_pp(2, config.clone());
+        says(&strategy.axes(2).unwrap_err(), &["`pipeline.schedule`", "no backward pass", "`forward_with`"]);
+        let refused = launch::threads(2).run(|rank| two().parallelize(&rank, &strategy).map(|_| ()));
+        assert!(matches!(refused, Err(Error::Strategy { .. })), "{refused:?}");
+        // By hand it evaluates, and is not optimized.
+        launch::threads(2)
+            .run(|rank| {
+                let mut model = two().pipeline_parallel(&rank, config.clone())?;
+                let step = model.step(rows(0), loss)?;
+                assert!((step.loss.item() - loss(&two(), rows(0)).into_scalar::<f64>()).abs() < 1e-6);
+                model.forward_with(rows(0), loss)?;
+                let error = model.optimize(&mut sgd(), 0.1, step).unwrap_err();
+                assert!(matches!(error, Error::Schedule { .. }));
+                says(&error, &["no backward pass", "`1f1b`"]);
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+#[test]
+fn gradients_are_not_sent_in_a_dtype_that_cannot_travel() {
+    let config = DataParallelConfig::new().with_reduce_dtype(FloatDType::Flex32);
+    for ranks in [1, 2] {
+        let error =
+            launch::threads(ranks).run(|rank| two().data_parallel(&rank, config.clone()).map(|_| ())).unwrap_err();
+        says(&error, &["Flex32", "BF16, F16, F32 or F64"]);
+    }
+    // A pipeline that is not cut yet says so too, when it is wrapped.
+    let error = launch::threads(2)
+        .run(|world| {
+            let mesh = Mesh::new(&world, [("dp", 1), ("pp", 2)])?;
+            let model = two().pipeline_parallel(&mesh.axis("pp")?, PipelineConfig::new(2))?;
+            model.data_parallel(&mesh.axis("dp")?, config.clone()).map(|_| ())
+        })
+        .unwrap_err();
+    says(&error, &["Flex32"]);
+    let error = launch::threads(2)
+        .run(|rank| {
+            let config = DataParallelConfig::new().with_comm_hook(CastHook::new(FloatDType::Flex32));
+            two().data_parallel(&rank, config)?.step(rows(0), loss).map(|_| ())
+        })
+        .unwrap_err();
+    says(&error, &["CastHook cannot carry Flex32"]);
+}
+
+#[test]
+fn a_sequence_is_along_one_of_the_first_two_dims() {
+    let plan = |dim| Plan::new().shard("first.weight", 1).sequence_parallel(dim);
+    for dim in [2, 7, 99] {
+        let error = launch::threads(2).run(|rank| two().tensor_parallel(&rank, plan(dim)).map(|_| ())).unwrap_err();
+        assert!(matches!(error, Error::Plan { .. }), "{error}");
+        says(&error, &[&format!("`sequence_parallel({dim})`"), "`tp`", "dim 1"]);
+        let other = Plan::new().on("dp", Plan::new().sequence_parallel(dim));
+        says(&other.table_over(&two(), &[("tp", 2), ("dp", 2)]).unwrap_err(), &["axis `dp`"]);
+    }
+    for dim in [0, 1] {
+        plan(dim).table(&two(), 2).unwrap();
+    }
+}
+
+#[test]
+fn far_more_stages_than_parameters_are_refused_at_once() {
+    let began = Instant::now();
+    for stages_per_rank in [33, 20_000] {
+        let config = PipelineConfig::new(2).with_schedule(Schedule::Interleaved { stages_per_rank });
+        let error =
+            launch::threads(2).run(|rank| two().pipeline_parallel(&rank, config.clone()).map(|_| ())).unwrap_err();
+        let stages = format!("{} stages over 2 ranks", 2 * stages_per_rank);
+        says(&error, &[&stages, "4 parameters, for 64 stages", "fewer stages on each rank"]);
+    }
+    assert!(began.elapsed() < Duration::from_secs(10));
+}
+
+/// What is wrong with settings is one line, and names no rank when all have found it.
+#[test]
+fn errors_of_settings_come_without_a_log() {
+    let wrong = Plan::new().shard("third.weight", 0);
+    let error = launch::threads(4).run(|rank| two().tensor_parallel(&rank, wrong.clone()).map(|_| ())).unwrap_err();
+    assert!(matches!(error, Error::Plan { .. }), "{error}");
+    assert!(!error.to_string().contains("rank"), "{error}");
+    // Of one rank alone.
+    let error = launch::threads(3)
+        .run(|rank| {
+            rank.barrier()?;
+            match rank.rank() {
+                1 => two().tensor_parallel(&rank, wrong.clone()).map(|_| ()),
+                _ => rank.barrier(),
+            }
+        })
+        .unwrap_err();
+    assert!(matches!(&error, Error::RankFailed { rank: 1, .. }), "{error}");
+    let said = error.to_string();
+    assert!(said.starts_with("plan: ") && said.ends_with("(rank 1 found it first)"), "{said}");
+    assert!(!said.contains('\n') && !said.contains("barrier"), "{said}");
+    // Errors of the user's own keep it.
+    let error = launch::threads(3)
+        .run(|rank| {
+            rank.barrier()?;
+            if rank.rank() == 2 { Err(Error::user("the disk is full")) } else { rank.barrier() }
+        })
+        .unwrap_err();
+    says(&error, &["rank 2 failed: the disk is full", "barrier"]);
+    // And so does what all of them have returned alike, without a rank.
+    let error = launch::threads(3).run(|_| Err::<(), _>(Error::user("the loss is NaN"))).unwrap_err();
+    assert_eq!(error, Error::user("the loss is NaN"));
+}
+
+#[test]
+fn what_a_micro_batch_was_is_told_when_it_cannot_be_captured() {
+    let pair = |model: &Two, (x, y): (Tensor<2>, Tensor<2>)| {
+        let found = model.second.forward(activation::tanh(model.first.forward(x)));
+        (found - y).powi_scalar(2).mean()
+    };
+    let targets = || Numbers(3).tensor::<2>([4, 3], &device());
+    let error = launch::threads(2)
+        .run(|rank| {
+            let config = PipelineConfig::new(2).with_whole_input("1");
+            two().pipeline_parallel(&rank, config)?.step((rows(0), targets()), pair).map(|_| ())
+        })
+        .unwrap_err();
+    assert!(matches!(error, Error::Graph { .. }), "{error}");
+    says(&error, &["a micro-batch of 2 of 4 rows", "[\"1\"]", "must be divided"]);
+}
+
+/// A store that gives something else than it was asked for.
+struct Lying;
+
+impl SliceSource for Lying {
+    fn dims(&mut self, path: &str) -> Result<Option<Vec<usize>>, Error> {
+        Ok(Some(match path {
+            "first.weight" => vec![6, 8],
+            "first.bias" => vec![8],
+            "second.weight" => vec![8, 3],
+            _ => vec![3],
+        }))
+    }
+
+    fn read(&mut self, _: &str, ranges: &[Range<usize>]) -> Result<TensorData, Error> {
+        let mut dims: Vec<usize> = ranges.iter().map(Range::len).collect();
+        dims[0] += 1;
+        Ok(TensorData::zeros::<f32, _>(dims))
+    }
+}
+
+#[test]
+fn a_source_that_gives_other_dims_than_were_asked_for_is_found_out() {
+    let error = launch::threads(2)
+        .run(|rank| {
+            let plan = Plan::new().shard("first.weight", 1);
+            two().tensor_parallel(&rank, plan)?.load(&mut Lying).map(|_| ())
+        })
+        .unwrap_err();
+    says(&error, &["load", "gave dims", "parameter `first.weight`"]);
+}
+
+/// Halves what it reduces, and forgets to cast it back.
+#[derive(Debug)]
+struct Narrowing;
+
+impl CommHook for Narrowing {
+    fn reduce(&self, bucket: Bucket, group: &Communicator) -> Result<Vec<Tensor<1>>, Error> {
+        let narrow = bucket.gradients.into_iter().map(|gradient| gradient.cast(FloatDType::BF16)).collect();
+        group.all_reduce_coalesced(narrow, ReduceOp::PreMulSum(bucket.factor))
+    }
+}
+
+#[test]
+fn a_hook_that_returns_another_dtype_is_found_out() {
+    let error = launch::threads(2)
+        .run(|rank| {
+            let config = DataParallelConfig::new().with_comm_hook(Narrowing);
+            two().data_parallel(&rank, config)?.step(rows(0), loss).map(|_| ())
+        })
+        .unwrap_err();
+    says(&error, &["CommHook::reduce", "F32 came back as BF16"]);
+}
