@@ -3,6 +3,7 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{GradientsParams, ModuleOptimizer};
 use burn::tensor::Tensor;
+use burn_pack::Reader;
 use burn_parallel::Error;
 use serde::Serialize;
 
@@ -13,7 +14,7 @@ pub struct Memory {
     pub parameters: usize,
     /// The gradients that the optimizer is given.
     pub gradients: usize,
-    /// The state of the optimizer, as it would be saved.
+    /// The tensors of the optimizer's state.
     pub optimizer: usize,
 }
 
@@ -27,7 +28,13 @@ impl Memory {
 
     /// Counts the state of the optimizer.
     pub fn with_optimizer(self, optim: &ModuleOptimizer) -> Result<Self, Error> {
-        Ok(Self { optimizer: optim.into_bytes().map_err(Error::user)?.len(), ..self })
+        let state = Reader::from_bytes(optim.into_bytes().map_err(Error::user)?).map_err(Error::user)?;
+        let mut optimizer = 0;
+        for tensor in state.into_tensors().map_err(Error::user)? {
+            let (.., bytes) = tensor.into_parts().map_err(Error::user)?;
+            optimizer += bytes.len();
+        }
+        Ok(Self { optimizer, ..self })
     }
 }
 

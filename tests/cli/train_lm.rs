@@ -320,13 +320,13 @@ fn zero_divides_what_the_replicas_hold() {
             if stage == "0" {
                 whole = parameters;
                 assert_eq!(gradients, parameters);
-                assert!(optimizer > 2 * whole);
+                assert_eq!(optimizer, 2 * whole);
                 continue;
             }
             // Rows of 16, 64 and 256 are divided evenly, and so nearly is all.
             let share = |bytes: u64| bytes as f64 * outcome["axes"]["dp"].as_u64().unwrap() as f64 / whole as f64;
             assert!((share(gradients) - 1.0).abs() < 0.05, "{gradients} of {whole}");
-            assert!((share(optimizer) - 2.0).abs() < 0.4, "{optimizer} of {whole}");
+            assert!((share(optimizer) - 2.0).abs() < 0.1, "{optimizer} of {whole}");
             let all = if stage == "3" { share(parameters) } else { parameters as f64 / whole as f64 };
             assert!((all - 1.0).abs() < 0.05, "{parameters} of {whole}");
         }
