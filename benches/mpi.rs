@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use burn_parallel::comm::local::WorldConfig;
+use burn_parallel::comm::WorldConfig;
 use burn_parallel::comm::mpi::Session;
 use burn_parallel::comm::{Communicator, ReduceOp};
 use mpi_sys as sys;

@@ -11,7 +11,7 @@ use burn::tensor::DType;
 
 use crate::comm::{Call, CallLog, ReduceOp};
 
-/// What went wrong, for every rank of the group alike.
+/// What went wrong: the same error on every rank of the group.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -269,11 +269,11 @@ pub enum Error {
         said: Vec<String>,
     },
 
-    /// The engine under the communicator, or a service it needs, could not be used.
-    #[error("{engine}: {problem}")]
-    Engine {
-        /// Name of the engine, as in `mpi`.
-        engine: &'static str,
+    /// The transport under the communicator, or a service that it needs, could not be used.
+    #[error("{transport}: {problem}")]
+    Transport {
+        /// Name of the transport, as in `mpi`.
+        transport: &'static str,
         /// What it said, and what to try.
         problem: String,
     },

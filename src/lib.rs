@@ -33,7 +33,7 @@
 //! |---|---|
 //! | [`launch`] | starting the ranks of a world |
 //! | [`mesh`] | ranks arranged along named axes |
-//! | [`comm`] | the communicator: collectives and messages, and the trait for engines |
+//! | [`comm`] | the communicator: collectives and messages, and the trait for transports |
 //! | [`layout`] | differentiable moves between layouts, for models written by hand |
 //! | [`data_parallel`] | replicas: gradient buckets, accumulation, uneven data, synchronised batch norm, sampler |
 //! | [`tensor`] | tensors whose kind, rank and device are known at run time only |
@@ -55,7 +55,7 @@
 //!
 //! # Failure
 //!
-//! Nothing waits for ever, and nobody waits for the dead: a rank that panics, returns an error, leaves, or calls something
+//! Nothing waits for ever: a rank that panics, returns an error, leaves, or calls something
 //! else than its peers fails the world, and all ranks return the same [`Error`], which says who did what.
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]

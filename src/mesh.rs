@@ -1,4 +1,4 @@
-//! Named axes over the world.
+//! The device mesh: named axes over the ranks of a world.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;

@@ -1,4 +1,5 @@
-//! Which wrapper may be put around which: split by tensor parallelism first, then cut into stages, then replicated.
+//! Checks the order in which wrappers are put around each other: tensor parallelism, then pipeline parallelism, then data
+//! parallelism.
 //!
 //! A wrapper is a module itself, so the traits that wrap any module would wrap it again. Where the type is known, a method of
 //! the wrapper of the same name stands before that of the trait, and does not compile ([`Unwrapped`]). In code that is

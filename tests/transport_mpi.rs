@@ -8,18 +8,18 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use burn_parallel::Error;
-use burn_parallel::comm::local::WorldConfig;
+use burn_parallel::comm::WorldConfig;
 use burn_parallel::comm::mpi::Session;
 use burn_parallel::comm::{Communicator, ReduceOp};
 use burn_parallel::launch;
 
-use crate::transport_suite::{Engine, failures};
+use crate::transport_suite::{WorldFactory, failures};
 
 const ROLE: &str = "BURN_PARALLEL_TEST_ROLE";
 
 struct Mpi(Session);
 
-impl Engine for Mpi {
+impl WorldFactory for Mpi {
     fn world(&self, timeout: Duration) -> Communicator {
         self.0.world(WorldConfig::from_env().unwrap().with_timeout(timeout)).unwrap()
     }
@@ -38,9 +38,9 @@ fn main() -> ExitCode {
 /// One rank of the suite.
 fn suite() {
     failures::hide_panics_on_purpose();
-    let engine = Mpi(Session::start().unwrap());
-    let first = engine.world(Duration::from_secs(60)).rank() == 0;
-    let count = transport_suite::run(&engine, &|name| {
+    let factory = Mpi(Session::start().unwrap());
+    let first = factory.world(Duration::from_secs(60)).rank() == 0;
+    let count = transport_suite::run(&factory, &|name| {
         if first {
             println!("  {name}");
         }

@@ -13,14 +13,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use burn_parallel::Error;
-use burn_parallel::comm::local::WorldConfig;
+use burn_parallel::comm::WorldConfig;
 use burn_parallel::comm::tcp::{Rendezvous, Session};
 use burn_parallel::comm::{Communicator, ReduceOp};
 use burn_parallel::launch::{self, ProcessInfo, Rank};
 use burn_parallel::mesh::Mesh;
 use libtest_mimic::{Arguments, Failed, Trial};
 
-use crate::transport_suite::{Engine, checks, failures};
+use crate::transport_suite::{WorldFactory, checks, failures};
 
 /// A process with this as its first argument is a rank, and the second says what it does.
 const RANK: &str = "as-a-rank";
@@ -96,7 +96,7 @@ fn main() {
 
 struct Tcp(Session, ProcessInfo);
 
-impl Engine for Tcp {
+impl WorldFactory for Tcp {
     fn world(&self, timeout: Duration) -> Communicator {
         let meeting = Rendezvous::at(&self.1, LIMIT).unwrap();
         self.0.world(&meeting, WorldConfig::from_env().unwrap().with_timeout(timeout)).unwrap()
@@ -106,8 +106,8 @@ impl Engine for Tcp {
 /// One rank of the suite.
 fn suite() {
     failures::hide_panics_on_purpose();
-    let engine = Tcp(Session::new(), ProcessInfo::from_env().unwrap());
-    let count = transport_suite::run(&engine, &|name| eprintln!("{name}"));
+    let factory = Tcp(Session::new(), ProcessInfo::from_env().unwrap());
+    let count = transport_suite::run(&factory, &|name| eprintln!("{name}"));
     println!("<{count} checks>");
 }
 
@@ -123,13 +123,13 @@ fn stop_itself() {
 
 /// Drops its session while something still holds a communicator.
 fn kept() {
-    let engine = Tcp(Session::new(), ProcessInfo::from_env().unwrap());
-    let world = engine.world(LIMIT);
+    let factory = Tcp(Session::new(), ProcessInfo::from_env().unwrap());
+    let world = factory.world(LIMIT);
     world.barrier().unwrap();
     let kept = world.clone();
     drop(world);
     let began = Instant::now();
-    drop(engine);
+    drop(factory);
     let error = kept.all_reduce(vec![1.0f32], ReduceOp::Sum).unwrap_err().to_string();
     assert!(error.contains("the session of rank"), "{error}");
     if began.elapsed() < Duration::from_secs(10) {
@@ -139,14 +139,14 @@ fn kept() {
 
 /// Drops its session while a collective is under way in the background, for which the others come late.
 fn under_way() {
-    let engine = Tcp(Session::new(), ProcessInfo::from_env().unwrap());
-    let world = engine.world(LIMIT);
+    let factory = Tcp(Session::new(), ProcessInfo::from_env().unwrap());
+    let world = factory.world(LIMIT);
     thread::sleep(Duration::from_millis(300 * world.rank() as u64));
     let sum = world.start(|comm| comm.all_reduce(vec![1.0f32; 100_000], ReduceOp::Sum));
     drop(world);
     let sum = thread::spawn(move || sum.wait());
     thread::sleep(Duration::from_millis(20));
-    drop(engine);
+    drop(factory);
     assert_eq!(sum.join().unwrap().unwrap(), [3.0; 100_000]);
     println!("<came to its end>");
 }

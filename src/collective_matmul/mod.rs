@@ -1,4 +1,5 @@
-//! Products by weights that are split over the ranks, without a tape: what the explicit layers and captured steps run on.
+//! Products by weights that are split over the ranks, overlapped with their collective; no autodiff. Explicit layers and
+//! captured steps run on them.
 //!
 //! A left factor is `[.., features]`, of two dims or more, a right factor `[features, columns]`, behind any number of dims
 //! that are 1: there are three kinds of products, the [sum](Products::sum) over the ranks, the same [scattered](Products::scatter)
@@ -31,7 +32,7 @@ use schedule::{Schedule, Size};
 /// How a product is made, and with whom.
 #[derive(Debug, Clone)]
 pub(crate) struct ProductCall {
-    /// The operation that errors speak of.
+    /// The operation that errors name.
     pub name: &'static str,
     /// The dim of the left factor, not its last, along which positions are scattered or gathered.
     pub dim: usize,

@@ -1,4 +1,4 @@
-//! Sharded products of tensors whose backend is known at run time only.
+//! Sharded products of tensors whose backend is known at run time only, by dispatch to [`Products`].
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{BackendTensor, DispatchKindConversion, DispatchTensor};

@@ -1,4 +1,4 @@
-//! Into how many pieces a multiplication is cut, and who carries the pieces to the other ranks.
+//! Into how many chunks a product is cut, and which thread runs their collectives.
 
 use std::ops::Range;
 
@@ -19,7 +19,7 @@ pub struct Overlap {
 }
 
 impl Overlap {
-    /// Chooses by size and by engine.
+    /// Chooses by size and by transport.
     pub fn auto() -> Self {
         Self::default()
     }
@@ -38,7 +38,7 @@ impl Overlap {
 
     /// Whether collectives run on the communicator's background thread ([`Communicator::start`]) while the next chunk is
     /// multiplied, or in the rank's thread right behind their chunk, while it is in the cache. The latter is chosen for
-    /// engines whose collectives are the work of the calling threads themselves
+    /// transports whose collectives are the work of the calling threads themselves
     /// ([`Transport::works_on_callers`](crate::comm::Transport::works_on_callers)): there is nothing to wait for, and a
     /// second thread would take the core from the first.
     #[must_use]
@@ -152,7 +152,7 @@ mod tests {
     use super::*;
     use crate::launch;
 
-    /// Whoever has more may think that it is worth another chunk.
+    /// A rank that has more may choose more chunks.
     #[test]
     fn ranks_of_unlike_parts_plan_alike() {
         let rows = 512;

@@ -45,7 +45,7 @@ impl Drop for Communicator {
 
 impl fmt::Debug for Communicator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Communicator({} {}/{} over {})", self.group(), self.rank(), self.size(), self.engine())
+        write!(f, "Communicator({} {}/{} over {})", self.group(), self.rank(), self.size(), self.transport_name())
     }
 }
 
@@ -97,8 +97,8 @@ impl Communicator {
     }
 
     /// Name of the transport: `local`, or that of a [`Transport`] of your own.
-    pub fn engine(&self) -> &'static str {
-        self.inner.transport.engine()
+    pub fn transport_name(&self) -> &'static str {
+        self.inner.transport.name()
     }
 
     /// What this communicator has done so far.

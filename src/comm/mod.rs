@@ -21,7 +21,7 @@
 //! - Every rank issues the same operations on a group in the same order. If one does not, all ranks get the same
 //!   [`Error`](crate::Error), which says what each of them called.
 //! - Different groups are independent; collectives of several groups may be in flight at once.
-//! - Every wait ends: with the result, with an error, or with a [time-out](local::WorldConfig).
+//! - Every wait ends: with the result, with an error, or with a [time-out](WorldConfig).
 //! - The first failure anywhere in a world fails every group of that world, so nobody waits for a rank that is gone.
 
 pub(crate) mod backoff;
@@ -30,6 +30,7 @@ mod call_log;
 mod coalesced;
 mod collectives;
 mod communicator;
+mod config;
 mod counters;
 mod departed;
 #[cfg(feature = "cubecl")]
@@ -64,6 +65,7 @@ mod wait_graph;
 pub use call::{Call, Extent};
 pub use call_log::{CallHistory, CallLog};
 pub use communicator::Communicator;
+pub use config::WorldConfig;
 pub use counters::{Counters, Tally};
 #[cfg(feature = "cubecl")]
 pub(crate) use device::same_buffer;

@@ -12,7 +12,7 @@ use burn::tensor::DType;
 use super::{Call, CallLog, Element};
 use crate::Error;
 
-/// Elements of one dtype, lent to a transport for reading.
+/// Elements of one dtype, borrowed by a transport for reading.
 #[derive(Debug, Clone, Copy)]
 pub struct BufferRef<'a> {
     pub(crate) data: *const u8,
@@ -21,7 +21,7 @@ pub struct BufferRef<'a> {
     lent: PhantomData<&'a [u8]>,
 }
 
-/// Elements of one dtype, lent to a transport for reading and writing.
+/// Elements of one dtype, borrowed by a transport for reading and writing.
 #[derive(Debug)]
 pub struct BufferMut<'a> {
     pub(crate) data: *mut u8,
@@ -31,12 +31,12 @@ pub struct BufferMut<'a> {
 }
 
 impl<'a> BufferRef<'a> {
-    /// Lends a slice.
+    /// A slice.
     pub fn new<E: Element>(slice: &'a [E]) -> Self {
         Self { data: slice.as_ptr().cast(), elements: slice.len(), dtype: E::DTYPE, lent: PhantomData }
     }
 
-    /// Lends `elements` elements of `dtype` at `data`.
+    /// `elements` elements of `dtype` at `data`.
     ///
     /// # Safety
     /// They must be initialised and aligned, and stay valid and unchanged for `'a`.
@@ -61,12 +61,12 @@ impl<'a> BufferRef<'a> {
 }
 
 impl<'a> BufferMut<'a> {
-    /// Lends a slice.
+    /// A slice.
     pub fn new<E: Element>(slice: &'a mut [E]) -> Self {
         Self { data: slice.as_mut_ptr().cast(), elements: slice.len(), dtype: E::DTYPE, lent: PhantomData }
     }
 
-    /// Lends `elements` elements of `dtype` at `data`.
+    /// `elements` elements of `dtype` at `data`.
     ///
     /// # Safety
     /// They must be aligned, valid for writes, and for reads if the operation reads them, and untouched by others for `'a`.
@@ -173,7 +173,7 @@ impl Arrival {
 /// - Dropping a transport leaves the group. Peers that then still wait for this rank get an error.
 pub trait Transport: Debug + Send + Sync {
     /// Name of the transport, as in `local`.
-    fn engine(&self) -> &'static str;
+    fn name(&self) -> &'static str;
 
     /// Name of the group.
     fn group(&self) -> &Arc<str>;
@@ -201,7 +201,7 @@ pub trait Transport: Debug + Send + Sync {
     fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {
         let _ = (from, tag);
         let problem = "it cannot poll for a message: implement `Transport::try_receive`";
-        Err(Error::Engine { engine: self.engine(), problem: problem.into() })
+        Err(Error::Transport { transport: self.name(), problem: problem.into() })
     }
 
     /// How long any wait may last.

@@ -1,16 +1,15 @@
-//! Models that have changed since they were wrapped.
+//! Registers parameters that a model has come to train after it was wrapped.
 //!
 //! A model may come to train parameters that the replicas do not know: frozen ones that are trained now, and layers put in
 //! after wrapping. Each rank sees it in its own model before a step. As all ranks run the same program, all of them do; they
 //! meet, make sure of it, and know the parameters from then on.
 //!
-//! A rank that sees nothing is on its way to the *head* of the step, the sum of the weights. So those that see something bring
-//! to that sum what no weight is, and all learn of each other in the collective that they come to in any case.
+//! A rank whose model has not changed goes on to the *head* of the step, the sum of the weights. So a rank whose model has changed
+//! contributes a value that is not a weight to that sum, and all ranks learn of the change in a collective that they call in any case.
 
 use std::collections::HashSet;
 
-use burn::module::{Module, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Tensor, TensorData};
+use burn::module::{Module, ParamId};
 
 use super::known_params::{CHANGED, KnownParams};
 use super::reducer::Reducer;
@@ -18,7 +17,8 @@ use super::structure::{Structure, broadcast_some};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::graph::read_params;
-use crate::params::{ShardedIds, agree, own_buffers};
+use crate::params::{ParamRef, ShardedIds, agree, own_buffers, visit_floats};
+use crate::tensor::PlainTensor;
 
 /// Whether a forward has run already with the parameters as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,7 +30,7 @@ pub(crate) enum ForwardState {
 }
 
 impl Reducer {
-    /// Makes sure that everything that `module` trains takes part in the reduction. Collective if it has changed, and then it
+    /// Registers everything that `module` trains with the reduction. Collective if it has changed, and then it
     /// returns the module to go on with.
     ///
     /// # Errors
@@ -38,7 +38,7 @@ impl Reducer {
     /// with new parameters of unequal values; [`Error::Graph`] if parameters of one id have different values; those of
     /// [`Communicator`].
     pub(crate) fn admit<M: Module>(&self, module: &M, forward: ForwardState) -> Result<Option<M>, Error> {
-        let (changed, repeated) = FindChanges::over(module, &self.known());
+        let (changed, repeated) = find_changes(module, &self.known());
         if !repeated.is_empty() {
             // burn's optimizers would move one of them.
             read_params(module, &repeated).inspect_err(|error| self.control().fail(error.clone()))?;
@@ -74,37 +74,22 @@ impl Reducer {
     }
 }
 
-/// Looks for what has changed in a module.
-struct FindChanges<'a> {
-    known: &'a KnownParams,
-    /// What stands for parameters is none itself.
-    stand_ins: HashSet<ParamId>,
-    seen: HashSet<ParamId>,
-    changed: bool,
-    /// The trained parameters that are in several places.
-    repeated: HashSet<ParamId>,
-}
-
-impl<'a> FindChanges<'a> {
-    fn over<M: Module>(module: &M, known: &'a KnownParams) -> (bool, HashSet<ParamId>) {
-        let stand_ins = ShardedIds::of(module).stand_ins;
-        let mut watch = Self { known, stand_ins, seen: HashSet::new(), changed: false, repeated: HashSet::new() };
-        module.visit(&mut watch);
-        (watch.changed, watch.repeated)
-    }
-}
-
-impl ModuleVisitor for FindChanges<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if self.stand_ins.contains(&param.id) {
+/// Whether a module has what is not known, and the trained parameters that it holds in several places.
+fn find_changes<M: Module>(module: &M, known: &KnownParams) -> (bool, HashSet<ParamId>) {
+    let (mut changed, mut seen, mut repeated) = (false, HashSet::new(), HashSet::new());
+    // What stands for parameters is none itself.
+    let stand_ins = ShardedIds::of(module).stand_ins;
+    visit_floats(module, &mut |param| {
+        let (id, trained) = (param.id(), param.is_trained());
+        if stand_ins.contains(&id) {
             return;
         }
-        let trained = param.is_require_grad();
-        self.changed |= self.known.is_new(param.id, trained);
-        if !self.seen.insert(param.id) && trained {
-            self.repeated.insert(param.id);
+        changed |= known.is_new(id, trained);
+        if !seen.insert(id) && trained {
+            repeated.insert(id);
         }
-    }
+    });
+    (changed, repeated)
 }
 
 /// Demands that all ranks hold the same values of some float parameters.
@@ -112,9 +97,18 @@ impl ModuleVisitor for FindChanges<'_> {
 /// # Errors
 /// [`Error::ModelMismatch`], the same on all ranks, with the first parameter that differs; those of [`Communicator`].
 fn equal<M: Module>(module: &M, wanted: &HashSet<ParamId>, group: &Communicator) -> Result<(), Error> {
-    let mut compare = Compare { wanted, group, path: Vec::new(), paths: Vec::new(), different: None, failed: None };
-    module.visit(&mut compare);
-    let Compare { paths, different, failed, .. } = compare;
+    let (mut paths, mut different, mut failed) = (Vec::new(), None, None);
+    visit_floats(module, &mut |param| {
+        if failed.is_some() || !wanted.contains(&param.id()) {
+            return;
+        }
+        match is_equal(&param, group) {
+            Ok(true) => {}
+            Ok(false) => drop(different.get_or_insert(paths.len())),
+            Err(error) => failed = Some(error),
+        }
+        paths.push(param.path());
+    });
     failed.map_or(Ok(()), Err)?;
     let (size, rank) = (group.size() as u64, group.rank() as u64);
     let mine = different.map_or(u64::MAX, |place| place as u64 * size + rank);
@@ -135,43 +129,9 @@ fn equal<M: Module>(module: &M, wanted: &HashSet<ParamId>, group: &Communicator)
     Err(error)
 }
 
-struct Compare<'a> {
-    wanted: &'a HashSet<ParamId>,
-    group: &'a Communicator,
-    path: Vec<String>,
-    /// Those that were compared.
-    paths: Vec<String>,
-    /// The place of the first that differs.
-    different: Option<usize>,
-    failed: Option<Error>,
-}
-
-impl ModuleVisitor for Compare<'_> {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if self.failed.is_some() || !self.wanted.contains(&param.id) {
-            return;
-        }
-        let mine = param.base().inner();
-        match self.group.broadcast(mine.clone(), 0) {
-            Ok(theirs) => {
-                if !same(&mine.into_data(), &theirs.into_data()) {
-                    self.different.get_or_insert(self.paths.len());
-                }
-                self.paths.push(self.path.join("."));
-            }
-            Err(error) => self.failed = Some(error),
-        }
-    }
-}
-
-fn same(a: &TensorData, b: &TensorData) -> bool {
-    a.as_bytes() == b.as_bytes()
+/// Whether this rank holds the value of rank 0.
+fn is_equal(param: &ParamRef<'_>, group: &Communicator) -> Result<bool, Error> {
+    let mine = PlainTensor::of(param.base(), "a parameter")?;
+    let theirs = group.broadcast(mine.clone(), 0)?;
+    Ok(mine.into_data()?.as_bytes() == theirs.into_data()?.as_bytes())
 }

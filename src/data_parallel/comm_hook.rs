@@ -1,4 +1,4 @@
-//! How a bucket of gradients is reduced, and the place for compressions of one's own.
+//! How a bucket of gradients is reduced; users put compression here.
 
 use std::fmt::Debug;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! A burn dataset that is one rank's share of another.
+//! A burn dataset of the items that one rank takes of another dataset.
 
 use std::error::Error as StdError;
 use std::fmt;

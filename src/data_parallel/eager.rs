@@ -1,4 +1,4 @@
-//! A model that every rank holds whole, run by its own forward.
+//! The eager engine: a whole model on every rank, run by its own forward.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -24,7 +24,7 @@ use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
 use crate::tensor::{PlainTensor, TensorMapper, TensorTree, rows};
 
 /// A model that every rank of a group of replicas holds whole, or its rows of every parameter. Its own eager `forward` computes, so shapes and decisions may
-/// change from step to step, and gradients are heard of at the parameters while backward runs. Dereferences to the model.
+/// change from step to step, and hooks at the parameters deliver gradients while backward runs. Dereferences to the model.
 #[derive(Clone)]
 pub struct Eager<M> {
     module: M,
@@ -220,16 +220,15 @@ impl<M: Module> StepEngine for Eager<M> {
     }
 
     fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
-        let mut dims = params::Dims::default();
-        self.module.visit(&mut dims);
+        let dims = params::dims_of(&self.module).into_iter();
         let whole = |(id, dims)| (id, ParamSlice::whole(dims));
-        let Some(gatherer) = &self.gatherer else { return Ok(dims.0.into_iter().map(whole).collect()) };
+        let Some(gatherer) = &self.gatherer else { return Ok(dims.map(whole).collect()) };
         let (stand_ins, rank) = (ShardedIds::of(&self.module).stand_ins, gatherer.comms().rank());
         let held = |(id, dims): (ParamId, Vec<usize>)| match gatherer.rows(id) {
             Some(rows) => (id, rows.held(rank)),
             None => whole((id, dims)),
         };
-        Ok(dims.0.into_iter().filter(|(id, _)| !stand_ins.contains(id)).map(held).collect())
+        Ok(dims.filter(|(id, _)| !stand_ins.contains(id)).map(held).collect())
     }
 
     fn counters(&self) -> StepCounters {

@@ -1,11 +1,12 @@
-//! Whether the replicas still are one model.
+//! Compares the parameters of the replicas by hashes.
 
-use burn::module::{Module, ModuleVisitor, Param, ParamId};
-use burn::tensor::Tensor;
+use std::collections::HashSet;
+
+use burn::module::{Module, ParamId};
 
 use crate::Error;
 use crate::comm::Communicator;
-use crate::params::ShardedIds;
+use crate::params::{ShardedIds, visit_floats};
 use crate::tensor::PlainTensor;
 
 /// Demands that all ranks hold the same values of every float parameter that is trained. Reads them all.
@@ -13,16 +14,19 @@ use crate::tensor::PlainTensor;
 /// # Errors
 /// [`Error::ModelMismatch`], the same on all ranks, with the first path that differs; those of [`Communicator`].
 pub(super) fn compare<M: Module>(module: &M, group: &Communicator) -> Result<(), Error> {
-    // Of what is divided among the replicas none has a copy, and what stands for it is the same.
-    let known = ShardedIds::of(module).shards.into_iter().collect();
-    let mut mine = Fingerprints { known, ..Fingerprints::default() };
-    module.visit(&mut mine);
-    if let Some(error) = mine.error {
-        return Err(error);
-    }
-    let all = group.all_gather(mine.digests.clone())?;
-    let ranks = || all.chunks(mine.digests.len().max(1)).enumerate();
-    for (place, path) in mine.paths.into_iter().enumerate() {
+    // Of what is divided among the replicas none has a copy.
+    let mut known: HashSet<ParamId> = ShardedIds::of(module).shards;
+    let (mut paths, mut digests) = (Vec::new(), Vec::new());
+    visit_floats(module, &mut |param| {
+        if param.is_trained() && known.insert(param.id()) {
+            paths.push(param.path());
+            digests.push(PlainTensor::of(param.base(), "a parameter").and_then(|value| value.digest()));
+        }
+    });
+    let digests = digests.into_iter().collect::<Result<Vec<u64>, Error>>()?;
+    let all = group.all_gather(digests.clone())?;
+    let ranks = || all.chunks(digests.len().max(1)).enumerate();
+    for (place, path) in paths.into_iter().enumerate() {
         let Some((rank, _)) = ranks().find(|(_, digests)| digests[place] != all[place]) else { continue };
         let problem = "the replicas have drifted apart: it has other values here than on rank 0; did a rank load a record, \
                        take another learning rate, or change the model for itself?";
@@ -31,36 +35,4 @@ pub(super) fn compare<M: Module>(module: &M, group: &Communicator) -> Result<(),
         return Err(error);
     }
     Ok(())
-}
-
-#[derive(Default)]
-struct Fingerprints {
-    path: Vec<String>,
-    known: Vec<ParamId>,
-    paths: Vec<String>,
-    digests: Vec<u64>,
-    error: Option<Error>,
-}
-
-impl ModuleVisitor for Fingerprints {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let base = param.base();
-        if !base.is_require_grad() || self.known.contains(&param.id) {
-            return;
-        }
-        self.known.push(param.id);
-        self.paths.push(self.path.join("."));
-        match PlainTensor::from(base.inner()).digest() {
-            Ok(digest) => self.digests.push(digest),
-            Err(error) => self.error = Some(error),
-        }
-    }
 }

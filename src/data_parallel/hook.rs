@@ -1,4 +1,4 @@
-//! Hearing of every gradient of an unmodified module as soon as it is there.
+//! Gradient hooks: tells a listener of the gradient of every parameter of an unmodified module as soon as backward has it.
 //!
 //! Each trainable parameter carries a burn [`Reparameterization`] that leaves its value as it is, but puts an operation
 //! into the graph at every use of the parameter ([`Param::val`]). When backward comes to that operation, the gradient of
@@ -43,7 +43,7 @@ const STRIDE: usize = 32;
 /// Orders above this all share one anchor, so that endless forwards without a backward cost no memory.
 const HIGHEST_ORDER: usize = 1 << 15;
 
-/// Hears of uses and gradients of parameters.
+/// Is told of uses and gradients of parameters.
 pub(crate) trait GradientListener: Send + Sync {
     /// A use of parameter `param` enters the graph. Returns its number among the uses since the last backward.
     fn used(&self, param: usize) -> usize;

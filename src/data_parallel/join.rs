@@ -1,4 +1,4 @@
-//! Ranks with different numbers of batches.
+//! Lets ranks with different numbers of batches finish together.
 
 use burn::data::dataloader::{DataLoader, DataLoaderIterator};
 

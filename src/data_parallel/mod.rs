@@ -6,14 +6,14 @@
 //!
 //! ```
 //! use burn::nn::{Linear, LinearConfig};
-//! use burn::optim::{GradientsParams, ModuleOptimizer, SgdConfig};
+//! use burn::optim::{ModuleOptimizer, SgdConfig};
 //! use burn::tensor::Tensor;
 //! use burn_parallel::prelude::*;
 //!
-//! let biases = launch::threads(2).run(|rank| {
+//! let weights = launch::threads(2).run(|rank| {
 //!     let device = rank.device().autodiff();
 //!     let mut model = LinearConfig::new(3, 1).init(&device).data_parallel(&rank, DataParallelConfig::new())?;
-//!     let mut optim: ModuleOptimizer = SgdConfig::new().init().into();
+//!     let mut optim: ModuleOptimizer = SgdConfig::new().init();
 //!     for _ in 0..3 {
 //!         let input = Tensor::<2>::ones([4, 3], &device) * (rank.rank() as f32 + 1.0);
 //!         let loss = model.forward(input).mean();
@@ -22,7 +22,7 @@
 //!     }
 //!     Ok(model.weight.val().into_data())
 //! })?;
-//! assert_eq!(biases[0], biases[1]);
+//! assert_eq!(weights[0], weights[1]);
 //! # Ok::<(), Error>(())
 //! ```
 //!
@@ -48,6 +48,7 @@
 
 mod batch_norm;
 mod bucket_launch;
+mod bucket_reduction;
 mod buckets;
 mod by_rows;
 mod changes;

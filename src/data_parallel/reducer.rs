@@ -1,4 +1,4 @@
-//! From gradients that arrive one by one to averages over the group.
+//! The reducer: averages the gradients of a step over the group while backward still computes them.
 //!
 //! # A step
 //!
@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use burn::module::{Module, ParamId};
 use burn::tensor::Device;
 
-use super::bucket_launch;
+use super::bucket_reduction::reduce_scatter;
 use super::config::DataParallelConfig;
 use super::hook::GradientListener;
 use super::known_params::{KnownParams, head};
@@ -185,7 +185,7 @@ impl Reducer {
     }
 
     /// The path of the first parameter of which this rank brought a gradient to the last step that has an element that is NaN or
-    /// infinite: in the average nobody sees whose it was. Of gradients that are not in host memory none is known.
+    /// infinite: the average does not show which rank it came from. Gradients that are not in host memory are not checked.
     pub fn non_finite(&self) -> Option<Arc<str>> {
         self.lock().last_non_finite.clone()
     }
@@ -280,7 +280,7 @@ impl Reducer {
                 .collect();
             let extra = match &self.shards {
                 None => self.data.all_reduce_coalesced(extra, ReduceOp::PreMulSum(factor))?,
-                Some(shards) => bucket_launch::reduce_scatter(extra, factor, None, shards)?,
+                Some(shards) => reduce_scatter(extra, factor, None, shards)?,
             };
             for (param, extra) in late_params.into_iter().zip(extra) {
                 let sum = accumulate(gradients.remove(&param), extra);

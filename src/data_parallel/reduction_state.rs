@@ -1,4 +1,4 @@
-//! How far the gradients of a step have come.
+//! The state of the reduction of one step: which gradients have arrived, and which buckets are in flight.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -25,7 +25,7 @@ pub(super) struct ReductionState {
     pub uses: usize,
     /// What the only rank of a group of one brought.
     pub alone: LossWeight,
-    /// The reduction under way, during the backward of the last micro-batch.
+    /// The reduction in flight, during the backward of the last micro-batch.
     pub pending: Option<PendingReduction>,
     /// Where the last gradient was.
     pub device: Option<Device>,

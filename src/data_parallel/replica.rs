@@ -1,4 +1,4 @@
-//! A model that is one of several replicas.
+//! A replica of a model: runs micro-batches through an engine, and averages over the group.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -256,7 +256,7 @@ impl<E: StepEngine> Replica<E> {
         })
     }
 
-    /// Makes sure that everything that the model trains now takes part in the step.
+    /// Registers everything that the model trains now with the reduction.
     pub(super) fn admit(&mut self, reducer: &Arc<Reducer>, forward: ForwardState) -> Result<(), Error> {
         let admitted = reducer.admit(&self.engine, forward).inspect_err(|_| {
             self.loss_weight = LossWeight::default();
@@ -302,7 +302,7 @@ impl<E: StepEngine> Replica<E> {
         self.loss_weight = LossWeight::default();
         let losses = std::mem::take(&mut self.losses);
         let alone = reducer.data().size() == 1;
-        // Of replicas the sum travels; alone, nobody need wait for the device.
+        // Replicas reduce the sum on the host; a single one need not wait for the device.
         let sum =
             |losses: &[(Tensor<1>, f64)]| losses.iter().map(|(loss, by)| loss.clone().into_scalar::<f64>() * by).sum();
         let reduced = ran.and_then(|()| reducer.finish(if alone { 0.0 } else { sum(&losses) }));

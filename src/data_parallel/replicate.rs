@@ -11,7 +11,7 @@ use crate::comm::Communicator;
 use crate::params::{one_device, own_buffers};
 use crate::sharding::Sharding;
 
-/// Makes sure that all ranks bring the same module, gives it rank 0's ids by `share_ids` and its values, and makes a reducer for
+/// Demands that all ranks bring the same module, gives it rank 0's ids by `share_ids` and its values, and makes a reducer for
 /// its gradients.
 ///
 /// # Errors

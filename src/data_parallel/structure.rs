@@ -1,14 +1,15 @@
-//! Making the replicas one model: the same structure is demanded, the same values are given.
+//! Checks that all ranks wrap the same model, and broadcasts the values of rank 0.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::backend::TensorMetadata;
+use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::tensor::{Bool, DType, Int, Tensor};
 
 use crate::Error;
 use crate::comm::{Communicator, Payload};
-use crate::params::{self, LazyParam, ShardedIds, is_shard};
+use crate::params::{self, ParamRef, ShardedIds, visit_params};
 
 /// What is said of a float parameter that is not trained, where ranks compare what they have.
 pub(super) const NOT_TRAINED: &str = ", not trained";
@@ -31,25 +32,44 @@ pub(super) struct Structure {
     pub lines: Vec<(String, String)>,
     /// The ids of these.
     pub ids: Vec<ParamId>,
-    path: Vec<String>,
-    /// The placeholders of parameters of which the module holds rows.
-    stand_ins: HashSet<ParamId>,
-    /// The dims of the one that was met last, whose rows come next.
-    whole: Option<Vec<usize>>,
 }
 
 impl Structure {
     pub fn of<M: Module>(module: &M) -> Self {
-        let mut structure = Self { stand_ins: ShardedIds::of(module).stand_ins, ..Self::default() };
-        module.visit(&mut structure);
+        // The dims that a lazy parameter says need not be those that it gets.
+        Self::by(module, |param| param.base().shape().to_vec())
+    }
+
+    /// As [`of`](Self::of), where lazy parameters stay lazy: with the dims that they say.
+    pub fn unmade<M: Module>(module: &M) -> Self {
+        Self::by(module, |param| param.dims())
+    }
+
+    fn by<M: Module>(module: &M, dims: impl Fn(&ParamRef<'_>) -> Vec<usize>) -> Self {
+        let stand_ins = ShardedIds::of(module).stand_ins;
+        let (mut structure, mut whole) = (Self::default(), None);
+        visit_params(module, &mut |param| {
+            let dims = dims(&param);
+            match stand_ins.contains(&param.id()) {
+                // It has the dims of the whole parameter, whose rows come next.
+                true => whole = Some(dims),
+                false => structure.add(&param, whole.take().unwrap_or(dims)),
+            }
+        });
         structure
     }
 
-    fn add(&mut self, id: ParamId, shape: impl AsRef<[usize]>, dtype: DType, note: &str) -> String {
-        let path = self.path.join(".");
+    fn add(&mut self, param: &ParamRef<'_>, shape: Vec<usize>) {
+        let (id, path, dtype) = (param.id(), param.path(), param.dtype());
+        let trained = param.is_trained();
+        let note = if param.is_float() && !trained { NOT_TRAINED } else { "" };
         self.ids.push(id);
-        self.lines.push((path.clone(), format!("{dtype:?} {:?}{note}", shape.as_ref())));
-        path
+        self.lines.push((path.clone(), format!("{dtype:?} {shape:?}{note}")));
+        // A parameter that the module holds in two places is one parameter.
+        if trained && !self.trained.iter().any(|known| known.id == id) {
+            let elements = shape.iter().product();
+            self.trained.push(TrainedParam { id, path: path.into(), shape, elements, dtype });
+        }
     }
 
     /// Demands that all ranks hold the same structure.
@@ -58,52 +78,6 @@ impl Structure {
     /// Those of [`params::agree`].
     pub fn agree(&self, group: &Communicator) -> Result<(), Error> {
         params::agree(&self.lines, group)
-    }
-}
-
-impl ModuleVisitor for Structure {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        if !is_shard(name, container) {
-            self.path.push(name.to_owned());
-        }
-    }
-
-    fn exit_module(&mut self, name: &str, container: &str) {
-        if !is_shard(name, container) {
-            self.path.pop();
-        }
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let shape = param.lazy_shape().to_vec();
-        if self.stand_ins.contains(&param.id) {
-            self.whole = Some(shape);
-            return;
-        }
-        let shape = self.whole.take().unwrap_or(shape);
-        let (trained, dtype) = match param.is_initialized() {
-            true => (param.is_require_grad(), param.base().dtype()),
-            false => {
-                let lazy = LazyParam::of(param);
-                (lazy.trained, lazy.placeholder.base().dtype())
-            }
-        };
-        let path = self.add(param.id, &shape, dtype, if trained { "" } else { NOT_TRAINED });
-        // A parameter that the module holds in two places is one parameter.
-        if trained && !self.trained.iter().any(|known| known.id == param.id) {
-            let elements = shape.iter().product();
-            self.trained.push(TrainedParam { id: param.id, path: path.into(), shape, elements, dtype });
-        }
-    }
-
-    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
-        let base = param.base();
-        self.add(param.id, base.shape(), base.dtype(), "");
-    }
-
-    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
-        let base = param.base();
-        self.add(param.id, base.shape(), base.dtype(), "");
     }
 }
 

@@ -1,9 +1,9 @@
-//! From whole parameters to local ones.
+//! Scatters and broadcasts the parameters of rank 0 over the ranks of an axis.
 
 use std::any::Any;
 use std::collections::HashMap;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::tensor::{Bool, Int, Tensor};
 
 use super::lazy::lazy_part;
@@ -11,7 +11,7 @@ use super::param_part::{ParamPart, nothing, receive};
 use crate::Error;
 use crate::comm::{Communicator, Payload};
 use crate::layout::Layout;
-use crate::params::{self, LazyParam, LeafKind, leaf, own_buffers, padded};
+use crate::params::{self, LazyParam, LeafKind, leaf, own_buffers, padded, visit_floats};
 use crate::plan::{PlanRow, PlanTable};
 
 /// Demands that all ranks bring the same parameters in the same layouts.
@@ -45,23 +45,13 @@ pub(super) fn distribute<M: Module>(
     (axis, round): (usize, Round),
     group: &Communicator,
 ) -> Result<M, Error> {
-    let mut lazies = LazyFlags::default();
-    module.visit(&mut lazies);
-    let lazy = group.broadcast(lazies.0, 0)?;
+    let mut lazy = Vec::new();
+    visit_floats(&module, &mut |param| lazy.push(u8::from(param.is_lazy())));
+    let lazy = group.broadcast(lazy, 0)?;
     let (lazy, seen) = (lazy.into_iter(), HashMap::new());
     let mut mapper = Distribute { table, axis, round, group, lazy, seen, outcome: Ok(()) };
     let module = own_buffers(module).map(&mut mapper);
     mapper.outcome.map(|()| module)
-}
-
-/// Whether each float parameter is lazy, in the order of the module.
-#[derive(Default)]
-struct LazyFlags(Vec<u8>);
-
-impl ModuleVisitor for LazyFlags {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        self.0.push(u8::from(!param.is_initialized()));
-    }
 }
 
 struct Distribute<'a, L> {

@@ -12,9 +12,7 @@ use std::ops::Range;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
-use burn_ir::{
-    BaseOperationIr as Base, FloatOperationIr, IrVisitorMut, NumericOperationIr, OperationIr, TensorId, TensorIr,
-};
+use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr};
 
 use crate::Error;
 use crate::graph::CustomOps;
@@ -24,9 +22,9 @@ use crate::graph::edges::computed;
 use crate::graph::graph_error;
 use crate::graph::interpret::Interpreter;
 use crate::graph::liveness::{Instruction, program};
+use crate::graph::operation::{Class, is_elementwise, swap_dims};
 use crate::graph::recording::Recording;
 use crate::graph::step::StepGraph;
-use crate::partition::is_elementwise;
 use crate::tensor::PlainTensor;
 
 /// What makes the value of a parameter.
@@ -39,7 +37,7 @@ pub(super) struct Initializer {
 /// What a lazy parameter turned out to be.
 pub(super) enum Recorded<const D: usize> {
     Initializer(Initializer),
-    /// Somebody else holds the same parameter, and has its value or gets it now.
+    /// The parameter is shared and its value is made, or is being made.
     Value(Tensor<D>),
 }
 
@@ -50,7 +48,7 @@ impl Initializer {
     /// [`Error::Graph`] if it reads values on the host.
     pub fn record<const D: usize>(param: Param<Tensor<D>>) -> Result<Recorded<D>, Error> {
         let home = param.lazy_device();
-        // A parameter that is moved stays lazy if nobody shares it.
+        // A parameter that is moved stays lazy if it is not shared.
         let param = param.to_device(&home);
         if param.is_initialized() {
             return Ok(Recorded::Value(param.into_value()));
@@ -133,18 +131,17 @@ fn cut(graph: &StepGraph) -> Option<HashMap<TensorId, usize>> {
     let mut cut: HashMap<TensorId, usize> = HashMap::new();
     for op in &graph.operations {
         let out = op.outputs().next()?;
-        let dim = match op {
-            OperationIr::Float(_, FloatOperationIr::Random(_))
-            | OperationIr::BaseFloat(Base::Zeros(_) | Base::Ones(_) | Base::Empty(_))
-            | OperationIr::NumericFloat(_, NumericOperationIr::Full(_)) => {
-                out.shape.iter().position(|size| *size > 1)?
+        let dim = match Class::of(op) {
+            Class::Random | Class::Creation if out.dtype.is_float() => out.shape.iter().position(|size| *size > 1)?,
+            Class::View => {
+                let swap = swap_dims(op)?;
+                match *cut.get(&swap.input.id)? {
+                    dim if dim == swap.dim1 => swap.dim2,
+                    dim if dim == swap.dim2 => swap.dim1,
+                    dim => dim,
+                }
             }
-            OperationIr::BaseFloat(Base::SwapDims(swap)) => match *cut.get(&swap.input.id)? {
-                dim if dim == swap.dim1 => swap.dim2,
-                dim if dim == swap.dim2 => swap.dim1,
-                dim => dim,
-            },
-            op if is_elementwise(op) => {
+            _ if is_elementwise(op) => {
                 let dim = op.inputs().find_map(|input| cut.get(&input.id)).copied()?;
                 let fits = |input: &TensorIr| match cut.get(&input.id) {
                     Some(other) => *other == dim && input.shape == out.shape,

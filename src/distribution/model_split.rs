@@ -1,4 +1,4 @@
-//! How one model is split over one or several axes: what every strategy knows of tensor parallelism.
+//! The split of a model over one or several axes: what strategies know of tensor parallelism.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -50,7 +50,7 @@ struct SplitAxis {
 
 impl ModelSplit {
     /// Checks the plan against the model, makes sure that all ranks bring the same, and leaves this rank its parts of the
-    /// parameters of the rank that is first on every axis. The plan speaks of the first of the axes, given by their names.
+    /// parameters of the rank that is first on every axis. The plan describes the first of the axes, given by their names.
     ///
     /// # Errors
     /// Those of [`Plan::table_over`], [`params::agree`] and [`Communicator`].
@@ -128,7 +128,7 @@ impl ModelSplit {
         })
     }
 
-    /// The group along the axis that the plan speaks of.
+    /// The group along the plan's own axis.
     pub(crate) fn group(&self) -> &Communicator {
         &self.axes[0].group
     }
@@ -259,7 +259,7 @@ impl ModelSplit {
         Self { random: self.random.with_seed(seed), ..self }
     }
 
-    /// What the random numbers of the steps follow from; whoever runs steps advances it after each.
+    /// The seed and step of the random numbers; the engine advances it after each step.
     pub(crate) fn random(&self) -> &RandomSource {
         &self.random
     }
@@ -274,7 +274,7 @@ impl ModelSplit {
     }
 
     /// Splits a graph captured of the [meta module](Self::meta_module), in place: the local graph of this rank. Collective: all
-    /// ranks split the same graph, and it is made sure that they got the same collectives. Returns a report for each axis.
+    /// ranks split the same graph, and all ranks check that they got the same collectives. Returns a report for each axis.
     ///
     /// # Errors
     /// [`Error::Plan`] if an input cannot be split as planned; [`Error::Graph`] as [`partition`], and if the ranks would

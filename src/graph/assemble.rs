@@ -1,15 +1,17 @@
-//! From what burn recorded to a [`StepGraph`]: edges named, placeholders removed, ids canonical.
+//! Makes a [`StepGraph`] of what burn has recorded: names inputs and results, removes placeholders, numbers tensors
+//! canonically.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use burn::module::ParamId;
 use burn::tensor::{DType, Shape};
 use burn_capture::CapturedGraph;
-use burn_ir::{BaseOperationIr, ModuleOperationIr, NumericOperationIr, OperationIr, TensorId, TensorIr};
+use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::edges::EdgeTensor;
 use super::graph_error;
 use super::module::{Inventory, InventoryEntry};
+use super::operation;
 use super::recording::Recording;
 use super::step::{BatchNormBinding, InputBinding, ParamBinding, Rename, StepGraph, Uses};
 use crate::error::Error;
@@ -182,11 +184,7 @@ fn running_updates(
             updates.insert(tensor.id, update);
         } else if !readers.all(|op| {
             // Evaluation reads running statistics in the normalisation only, which autodiff takes apart.
-            matches!(
-                op,
-                OperationIr::Module(ModuleOperationIr::BatchNorm(_))
-                    | OperationIr::BaseFloat(BaseOperationIr::Reshape(_))
-            )
+            operation::batch_norm(op).is_some() || operation::reshape(op).is_some()
         }) {
             return Err(graph_error(format!(
                 "cannot find how the step updates `{}`: this burn release updates it in another way than 0.22. Freeze the \
@@ -200,12 +198,7 @@ fn running_updates(
 
 fn updated(running: TensorId, forward: &[OperationIr], uses: &Uses) -> Option<TensorId> {
     let mut readers = uses.readers(running).iter().map(|reader| &forward[*reader]);
-    let scaled = readers.find_map(|op| match op {
-        OperationIr::NumericFloat(_, NumericOperationIr::MulScalar(op)) => Some(op.out.id),
-        _ => None,
-    })?;
-    uses.readers(scaled).iter().find_map(|reader| match &forward[*reader] {
-        OperationIr::NumericFloat(_, NumericOperationIr::Add(op)) if op.lhs.id == scaled => Some(op.out.id),
-        _ => None,
-    })
+    let scaled = readers.find_map(operation::scaled)?.out.id;
+    let mut sums = uses.readers(scaled).iter().filter_map(|reader| operation::sum(&forward[*reader]));
+    sums.find(|sum| sum.lhs.id == scaled).map(|sum| sum.out.id)
 }

@@ -1,4 +1,4 @@
-//! What a step is given, against what it was captured with.
+//! Checks the inputs and parameters of a step against those of the capture.
 
 use std::collections::HashSet;
 

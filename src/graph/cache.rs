@@ -1,4 +1,4 @@
-//! One captured graph per kind of step.
+//! A cache of captured graphs, one for each kind of step.
 
 use std::any::Any;
 use std::collections::hash_map::Entry;
@@ -27,7 +27,7 @@ type Pass = Box<dyn Fn(&mut StepGraph) -> Result<(), Error> + Send>;
 ///
 /// Closures are told apart by where they are written. One that captures nothing of what is around it is called only to
 /// capture. One that captures something (a factor, a reference, a function pointer) may compute something else the next time: it
-/// is captured anew at every step, 1 to 2 ms a layer, and the graph that came of it the last time runs if both are equal. What
+/// is captured anew at every step, 1 to 2 ms a layer, and the last graph runs if both are equal. What
 /// changes from step to step is better an input. Changes of plain fields of the module (a dropout probability) and of statics
 /// are not noticed: [`clear`](Self::clear) then. A graph holds operations and constants, no weights. Of steps and of forwards so
 /// many are kept, 16 unless [said otherwise](Self::with_most): one that was thrown out is captured anew when it comes again, so

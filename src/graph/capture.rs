@@ -1,11 +1,10 @@
-//! Recording a training step of an unmodified module.
+//! Captures a training step of an unmodified module.
 //!
 //! burn's capture device records tensor code, but has no autodiff of its own: `Device::capture().autodiff()` panics. So
 //! the leaves are made here, on `Autodiff<CaptureBackend>`, and the concrete backward of that backend is called. Parameters
 //! and inputs enter as tensors *without data*: nothing is copied, and a `forward` that reads them on the host fails
 //! instead of freezing what it read.
 
-use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::backend::{AutodiffBackend, BackendTensor, TensorMetadata};
@@ -15,7 +14,7 @@ use burn_capture::{CaptureDevice, CapturedGraph};
 
 use super::device::{AutodiffCapture, as_autodiff, capture_device, capture_device_like, placeholder};
 use super::edges::{CaptureInputs, EdgeTensor, computed};
-use super::leaves::{Leaf, RunningStates, ToCapture, ToLeaves};
+use super::leaves::{Leaf, ToCapture, ToLeaves, running_states};
 use super::module::Inventory;
 use super::recording::Recording;
 use super::step::StepGraph;
@@ -100,12 +99,11 @@ where
     let mut empty = ToCapture::new(device);
     let captured = valid.map(&mut empty);
     let tensors = empty.finish()?;
-    let mut running = RunningStates { device: capture_device(device), ids: HashSet::new() };
-    before.visit(&mut running);
+    let running = running_states(&before, &capture_device(device));
 
     let flags = inventory.flags.iter().map(|(_, id, on)| (*id, *on)).collect();
     let trainable = inventory.trainable();
-    let mut leaves = ToLeaves::new(strategy, trainable, flags, running.ids);
+    let mut leaves = ToLeaves::new(strategy, trainable, flags, running);
     // Parameters are there already; this moves the module's other tensors, which become constants.
     let captured = captured.to_device(&capture_device(device)).map(&mut leaves);
     leaves.check()?;

@@ -1,4 +1,4 @@
-//! Operations of ours in a graph: collectives above all.
+//! The registry of custom operations: collectives above all.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -121,7 +121,7 @@ impl CustomOps {
     }
 }
 
-/// The operation as an interpreter calls it: on the thread that runs the graph, also where kernels are put off.
+/// The operation as an interpreter calls it: on the thread that runs the graph, also where kernels are queued.
 fn handler<B: GraphBackend>(
     run: Arc<Run>,
     failed: Arc<Mutex<Option<Error>>>,

@@ -1,4 +1,4 @@
-//! The device that records what is done on it, and tensors of it with and without autodiff.
+//! burn's capture device, and tensors on it with and without autodiff.
 
 use std::cell::RefCell;
 
@@ -23,7 +23,7 @@ pub(crate) type Recorded = FloatTensor<CaptureBackend>;
 type Dtypes = (FloatDType, IntDType, BoolDType);
 
 thread_local! {
-    // burn gives out at most 65,536 capture devices in a process, so each thread keeps its own for good.
+    // burn gives out at most 65,536 capture devices in a process, so each thread keeps its own until it ends.
     static DEVICES: RefCell<Vec<(Dtypes, Result<CaptureDevice, Error>)>> = const { RefCell::new(Vec::new()) };
 }
 

@@ -1,4 +1,4 @@
-//! What goes into a graph and comes out of it beside the module: the tensors at its edge.
+//! The inputs and outputs of a graph that do not belong to the module.
 
 use burn::backend::{
     BackendTensor, DispatchAutodiffContext, DispatchKindConversion, DispatchTensor, GradientCheckpointingStrategy,

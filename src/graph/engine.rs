@@ -1,4 +1,4 @@
-//! What runs the micro-batches of a model, however it is spread over a group.
+//! The engines of steps: what runs the micro-batches of a model, whatever the model is spread over.
 //!
 //! A [`StepEngine`] runs forward and backward of one micro-batch and gives gradients away as they come: to a sum, or to the
 //! reduction over replicas.

@@ -1,4 +1,4 @@
-//! Running a captured step with the parameters of now.
+//! The executor: runs a captured step with the current parameters.
 
 use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -1,4 +1,4 @@
-//! A forward pass alone, as data: what evaluation and generation run.
+//! Captured forward passes, for evaluation and generation.
 
 use std::collections::HashSet;
 

@@ -1,4 +1,4 @@
-//! How the parameters of a model lie over ranks, as far as it concerns the norm of its gradient.
+//! How the gradients of a model lie over ranks, for their norm.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};

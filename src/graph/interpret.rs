@@ -1,4 +1,4 @@
-//! What runs operations, on the device that the tensors are on.
+//! The interpreter: runs operations on the device of the tensors.
 
 use std::fmt::Debug;
 

@@ -1,11 +1,11 @@
-//! Putting a module on the capture device, its parameters as leaves of `Autodiff<CaptureBackend>`.
+//! Puts a module on the capture device, its parameters as leaves of `Autodiff<CaptureBackend>`.
 
 use std::collections::{HashMap, HashSet};
 
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{AutodiffBackend, BackendTensor, GradientCheckpointingStrategy, TensorMetadata};
-use burn::module::{Flag, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::module::{Flag, Module, ModuleMapper, Param, ParamId};
 use burn::prelude::*;
 use burn::tensor::{Bool, DType, Int, Shape};
 use burn_capture::{CaptureBackend, CaptureDevice};
@@ -13,6 +13,7 @@ use burn_capture::{CaptureBackend, CaptureDevice};
 use super::device::{AutodiffCapture, Recorded, placeholder, with_strategy};
 use super::graph_error;
 use crate::error::Error;
+use crate::params::visit_floats;
 
 pub(super) type Leaf = FloatTensor<AutodiffCapture>;
 
@@ -68,18 +69,15 @@ impl ModuleMapper for ToCapture {
     map_to_capture!(map_float Float, map_int Int, map_bool Bool);
 }
 
-/// Finds the running statistics: a clone from before the first pass shares them, but no parameter.
-pub(super) struct RunningStates {
-    pub(super) device: Device,
-    pub(super) ids: HashSet<ParamId>,
-}
-
-impl ModuleVisitor for RunningStates {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if param.val().device() == self.device {
-            self.ids.insert(param.id);
+/// The ids of the running statistics: a clone from before the first pass shares them, but no parameter.
+pub(super) fn running_states<M: Module>(before: &M, device: &Device) -> HashSet<ParamId> {
+    let mut ids = HashSet::new();
+    visit_floats(before, &mut |param| {
+        if param.device() == *device {
+            ids.insert(param.id());
         }
-    }
+    });
+    ids
 }
 
 /// Second pass: parameters become leaves of the autodiff graph, flags get back what `valid` turned off.

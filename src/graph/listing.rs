@@ -4,7 +4,8 @@ use std::fmt;
 
 use burn_ir::{OperationIr, ScalarIr, TensorIr};
 
-use super::step::{StepGraph, op_name};
+use super::operation::op_name;
+use super::step::StepGraph;
 
 impl fmt::Display for StepGraph {
     /// One line for each operation: its outputs with their dims, its name, its inputs. Of a custom operation there are the

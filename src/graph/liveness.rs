@@ -1,7 +1,7 @@
-//! From operations to a program that frees each tensor at its last use.
+//! Liveness: a program that frees each tensor after its last use, and the memory that it takes.
 //!
 //! The statuses that burn records are incomplete (a tensor whose last handle dies unread is never freed), and passes
-//! change who reads what. So they are worked out anew: operations whose results nobody needs are left out, the last
+//! change who reads what. So they are worked out anew: operations whose results are not needed are left out, the last
 //! reader of a tensor consumes it and may work in place, and results leave the interpreter right after they are made.
 
 use std::collections::{HashMap, HashSet};
@@ -39,7 +39,7 @@ impl MemoryEstimate {
         Self::of(program.iter().map(|action| match action {
             Instruction::Run(op) => MemoryEvent::Run(op),
             Instruction::Free(tensor) => MemoryEvent::Free(tensor.id),
-            // A result stays alive with whoever took it.
+            // A result stays alive with the caller.
             Instruction::Output(_) => MemoryEvent::Nothing,
         }))
     }
@@ -135,7 +135,7 @@ pub(crate) fn with_lifetimes<const SECTIONS: usize>(
     })
 }
 
-/// Puts in an operation, and frees what it has read last and what nobody reads.
+/// Adds an operation, and frees what it was the last to read and what is not read at all.
 fn run(
     mut op: Box<OperationIr>,
     ends: impl Fn(&TensorId) -> bool,

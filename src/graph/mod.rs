@@ -58,6 +58,7 @@ mod leaves;
 mod listing;
 pub(crate) mod liveness;
 pub(crate) mod module;
+pub(crate) mod operation;
 pub(crate) mod origin;
 pub(crate) mod random;
 mod recent;
@@ -70,6 +71,8 @@ pub(crate) mod step;
 pub use crate::tensor::{TensorMapper, TensorTree};
 pub use bind::graph_tensors;
 pub(crate) use bind::named_tensors;
+/// burn's own description of operations and tensors, of which a [`StepGraph`] is made.
+pub use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
 pub use cache::GraphCache;
 pub(crate) use cache::StepKey;
 pub use capture::capture_step;

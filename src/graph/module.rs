@@ -1,16 +1,18 @@
-//! Reading and writing the parameters of an ordinary module by their ids.
+//! The inventory of a module, and reading and writing its parameters by their ids.
 
 use std::collections::{HashMap, HashSet};
 
-use burn::backend::{DispatchTensor, GradientCheckpointingStrategy};
-use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::backend::{GradientCheckpointingStrategy, TensorMetadata};
+use burn::module::{Flag, Module, ModuleMapper, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::prelude::*;
-use burn::tensor::{Bool, DType, Int, Shape};
+use burn::tensor::{DType, Shape};
 
 use super::graph_error;
 use crate::error::Error;
-use crate::params::{one_device, with_autodiff};
+use crate::params::{
+    ModulePath, ParamRef, one_device, put_gradients, visit_params, visit_params_and_flags, with_autodiff,
+};
 use crate::tensor::PlainTensor;
 
 /// One float, int or bool parameter or running statistic.
@@ -31,71 +33,32 @@ pub(crate) struct Inventory {
     /// Path, id and value of every training flag.
     pub(crate) flags: Vec<(String, ParamId, bool)>,
     pub(crate) strategy: Option<GradientCheckpointingStrategy>,
-    path: ModulePath,
-}
-
-#[derive(Default)]
-pub(crate) struct ModulePath(Vec<(String, String)>);
-
-impl ModulePath {
-    pub(crate) fn enter(&mut self, name: &str, container: &str) {
-        self.0.push((name.into(), container.into()));
-    }
-
-    pub(crate) fn exit(&mut self) {
-        self.0.pop();
-    }
-
-    pub(crate) fn text(&self) -> String {
-        self.0.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(".")
-    }
 }
 
 impl Inventory {
     pub(crate) fn of<M: Module>(module: &M) -> Self {
         let mut inventory = Self::default();
-        module.visit(&mut inventory);
+        let Self { tensors, flags, strategy } = &mut inventory;
+        let mut tensor = |param: ParamRef<'_>| {
+            *strategy = strategy.or_else(|| param.checkpointing());
+            let value = param.value();
+            tensors.push(InventoryEntry {
+                path: param.path(),
+                holder: param.module_path().holder().to_owned(),
+                id: param.id(),
+                shape: value.shape(),
+                dtype: value.dtype(),
+                trainable: param.is_trained(),
+            });
+        };
+        let mut flag = |flag: &Param<Flag>, path: &ModulePath| flags.push((path.text(), flag.id, flag.is_enabled()));
+        visit_params_and_flags(module, &mut tensor, &mut flag);
         inventory
     }
 
     /// The ids of all parameters that require a gradient.
     pub(crate) fn trainable(&self) -> HashSet<ParamId> {
         self.tensors.iter().filter(|t| t.trainable).map(|t| t.id).collect()
-    }
-
-    fn add(&mut self, id: ParamId, shape: Shape, dtype: DType, trainable: bool) {
-        let holder = self.path.0.last().map(|(_, container)| container.clone()).unwrap_or_default();
-        self.tensors.push(InventoryEntry { path: self.path.text(), holder, id, shape, dtype, trainable });
-    }
-}
-
-impl ModuleVisitor for Inventory {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let tensor = param.val();
-        if self.strategy.is_none() {
-            self.strategy = tensor.gradient_checkpointing_strategy();
-        }
-        self.add(param.id, tensor.shape(), tensor.dtype(), tensor.is_require_grad());
-    }
-
-    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
-        self.add(param.id, param.val().shape(), param.val().dtype(), false);
-    }
-
-    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
-        self.add(param.id, param.val().shape(), param.val().dtype(), false);
-    }
-
-    fn visit_flag(&mut self, flag: &Param<Flag>) {
-        self.flags.push((self.path.text(), flag.id, flag.is_enabled()));
-    }
-
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.path.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.exit();
     }
 }
 
@@ -126,7 +89,6 @@ pub(crate) fn read_for_step<M: Module>(
 struct ReadParams<'a> {
     wanted: &'a HashSet<ParamId>,
     values: HashMap<ParamId, PlainTensor>,
-    path: ModulePath,
     /// The device of the first parameter, and whether another one is elsewhere.
     device: Option<Device>,
     several: bool,
@@ -135,9 +97,11 @@ struct ReadParams<'a> {
 
 impl<'a> ReadParams<'a> {
     fn of<M: Module>(module: &M, wanted: &'a HashSet<ParamId>) -> Self {
-        let (values, path) = (HashMap::new(), ModulePath::default());
-        let mut read = Self { wanted, values, path, device: None, several: false, failed: None };
-        module.visit(&mut read);
+        let mut read = Self { wanted, values: HashMap::new(), device: None, several: false, failed: None };
+        visit_params(module, &mut |param| {
+            read.on(param.device());
+            read.add(&param);
+        });
         read
     }
 
@@ -149,12 +113,13 @@ impl<'a> ReadParams<'a> {
         }
     }
 
-    fn add(&mut self, id: ParamId, tensor: impl FnOnce() -> DispatchTensor) {
+    fn add(&mut self, param: &ParamRef<'_>) {
+        let id = param.id();
         if self.failed.is_some() || !self.wanted.contains(&id) {
             return;
         }
-        let path = self.path.text();
-        match PlainTensor::of(tensor(), &format!("parameter `{path}`")) {
+        let path = param.path();
+        match PlainTensor::of(param.value(), &format!("parameter `{path}`")) {
             Err(error) => self.failed = Some(error),
             Ok(value) => match self.values.get(&id) {
                 // Tied weights are one value in several places. burn's optimizers update only the first place they
@@ -187,31 +152,6 @@ pub(crate) fn same_buffer(a: &PlainTensor, b: &PlainTensor) -> bool {
     }
 }
 
-impl ModuleVisitor for ReadParams<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        self.on(param.lazy_device());
-        self.add(param.id, || param.val().into_dispatch());
-    }
-
-    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
-        self.on(param.lazy_device());
-        self.add(param.id, || param.val().into_dispatch());
-    }
-
-    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
-        self.on(param.lazy_device());
-        self.add(param.id, || param.val().into_dispatch());
-    }
-
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.path.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.exit();
-    }
-}
-
 /// Gives running statistics new values, seen by every clone of the module, as after an eager forward.
 pub(crate) fn write_running_states<M: Module>(module: &M, values: HashMap<ParamId, PlainTensor>) {
     if !values.is_empty() {
@@ -241,20 +181,6 @@ impl ModuleMapper for WriteRunningStates {
 ///
 /// `module` gives the rank of each parameter; an id that is not in it is ignored. Nothing is copied.
 pub fn gradients_params<M: Module>(module: &M, gradients: HashMap<ParamId, PlainTensor>) -> GradientsParams {
-    let mut register = RegisterGradients { gradients, params: GradientsParams::new() };
-    module.visit(&mut register);
-    register.params
-}
-
-struct RegisterGradients {
-    gradients: HashMap<ParamId, PlainTensor>,
-    params: GradientsParams,
-}
-
-impl ModuleVisitor for RegisterGradients {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(gradient) = self.gradients.remove(&param.id).and_then(|gradient| gradient.float::<D>().ok()) {
-            self.params.register::<D>(param.id, gradient);
-        }
-    }
+    let mut gradients = gradients;
+    put_gradients(module, &mut |id, _| gradients.remove(&id)).0
 }

@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use burn_ir::{OperationIr, TensorId};
 
-use super::step::{ParamBinding, StepGraph, only_moves, op_name};
+use super::operation::{only_moves, op_name};
+use super::step::{ParamBinding, StepGraph};
 
 /// The layers of the operations of a step, by what these make.
 #[derive(Debug, Clone, Default)]

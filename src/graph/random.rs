@@ -1,4 +1,4 @@
-//! Random numbers that any rank can draw from any place on.
+//! A counter-based random number generator, of which each rank draws its part.
 //!
 //! burn draws from one generator of the process, in the order in which operations happen to run: ranks cannot share out such
 //! numbers. [`counter_based_rng`] replaces every random operation by one in which each element's number is a function of the

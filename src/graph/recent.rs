@@ -1,4 +1,4 @@
-//! What was used last, and no more of it than asked for.
+//! A least-recently-used cache.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -87,7 +87,7 @@ mod tests {
         recent.insert('d', 5);
         assert_eq!((recent.len(), recent.contains_key(&'c')), (2, false));
         assert_eq!(recent.get_mut(&'a'), Some(&mut 4));
-        // Entries that are asked for and never made take nobody's place for good.
+        // Entries that are asked for and never made must not take a place for ever.
         for key in ['e', 'f', 'g'] {
             let _ = recent.entry(key);
         }

@@ -1,4 +1,4 @@
-//! What a step gives, and to whom.
+//! The results of a step, and the observer that gets them while the step runs.
 
 use std::collections::HashMap;
 
@@ -36,7 +36,7 @@ pub struct StepOutputs {
     pub outputs: Vec<PlainTensor>,
 }
 
-/// Hears of a step while it runs.
+/// Gets the results of a step while it runs.
 pub trait StepObserver {
     /// Before anything runs: the parameters whose gradients will come, in no particular order.
     ///

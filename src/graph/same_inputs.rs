@@ -1,4 +1,4 @@
-//! Whether the ranks that share a step were given the same inputs.
+//! Checks that ranks that share a model were given the same inputs.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,7 +27,7 @@ pub(crate) enum Run {
     Forward,
 }
 
-/// A comparison under way.
+/// A comparison that is still running.
 pub(crate) struct Comparison {
     run: Run,
     paths: Vec<String>,

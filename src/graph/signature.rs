@@ -1,10 +1,10 @@
-//! What a captured step depends on in a module, read without changing it.
+//! The signature of a module: what a captured step depends on in it.
 
-use burn::module::{Flag, Module, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Bool, DType, Int, Shape, Tensor};
+use burn::module::{Flag, Module, Param, ParamId};
+use burn::tensor::{DType, Shape};
 
 use crate::error::Error;
-use crate::params::{LazyParam, NewDims};
+use crate::params::{ModulePath, NewDims, ParamRef, visit_params_and_flags};
 
 /// The tensors and training flags of a module, in the order in which a visitor meets them: two modules that have the same
 /// are captured as the same graph.
@@ -42,10 +42,25 @@ impl Signature {
     }
 
     fn of<M: Module>(module: &M, dims: &NewDims, trains: bool) -> Self {
-        let mut visitor =
-            ReadSignature { dims, trains, found: Self { tensors: Vec::new(), flags: Vec::new(), plain: false } };
-        module.visit(&mut visitor);
-        visitor.found
+        let (mut tensors, mut flags, mut plain) = (Vec::new(), Vec::new(), false);
+        let mut tensor = |param: ParamRef<'_>| {
+            let (id, found) = (param.id(), param.dims());
+            if !param.is_float() {
+                tensors.push((id, Shape::from(found), param.dtype(), TensorUse::Index));
+                return;
+            }
+            let trained = trains && param.trains();
+            plain |= trained && !param.device().is_autodiff();
+            let shape = Shape::from(dims(id, &found).unwrap_or(found));
+            tensors.push((id, shape, param.dtype(), if trained { TensorUse::Trained } else { TensorUse::Frozen }));
+        };
+        let mut flag = |flag: &Param<Flag>, _: &ModulePath| {
+            if trains {
+                flags.push((flag.id, flag.clone().train().is_enabled()));
+            }
+        };
+        visit_params_and_flags(module, &mut tensor, &mut flag);
+        Self { tensors, flags, plain }
     }
 
     /// Demands that burn's optimizers can train the model: that it is on a device with autodiff.
@@ -64,49 +79,5 @@ impl Signature {
     /// Whether all float parameters are known.
     pub(crate) fn is_known(&self, known: impl Fn(ParamId) -> bool) -> bool {
         self.tensors.iter().all(|(id, .., used)| *used == TensorUse::Index || known(*id))
-    }
-}
-
-struct ReadSignature<'a> {
-    dims: &'a NewDims<'a>,
-    trains: bool,
-    found: Signature,
-}
-
-impl ModuleVisitor for ReadSignature<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let (found, dtype, trained) = if param.is_initialized() {
-            let value = param.base();
-            let trained = self.trains
-                && match value.is_autodiff() {
-                    true => value.is_require_grad(),
-                    false => param.clone().train().is_require_grad(),
-                };
-            self.found.plain |= trained && !value.is_autodiff();
-            (value.shape(), value.dtype(), trained)
-        } else {
-            let LazyParam { placeholder, trained, device } = LazyParam::of(param);
-            self.found.plain |= trained && self.trains && !device.is_autodiff();
-            (param.lazy_shape(), placeholder.base().dtype(), trained && self.trains)
-        };
-        let shape = (self.dims)(param.id, found.as_slice()).map_or(found, Shape::from);
-        let used = if trained { TensorUse::Trained } else { TensorUse::Frozen };
-        self.found.tensors.push((param.id, shape, dtype, used));
-    }
-
-    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
-        let value = param.val();
-        self.found.tensors.push((param.id, value.shape(), value.dtype(), TensorUse::Index));
-    }
-
-    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
-        let value = param.val();
-        self.found.tensors.push((param.id, value.shape(), value.dtype(), TensorUse::Index));
-    }
-
-    fn visit_flag(&mut self, flag: &Param<Flag>) {
-        if self.trains {
-            self.found.flags.push((flag.id, flag.clone().train().is_enabled()));
-        }
     }
 }

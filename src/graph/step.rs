@@ -1,11 +1,11 @@
-//! A captured step: operations, and what the tensors at its edge mean.
+//! A captured step as data: operations, and what the tensors at its edges mean.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use burn::module::ParamId;
 use burn::tensor::TensorData;
-use burn_ir::{BaseOperationIr, CustomOpIr, IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
+use burn_ir::{CustomOpIr, IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
 
 /// A parameter or running statistic of the module, as the graph sees it.
 #[derive(Clone, Debug)]
@@ -176,23 +176,4 @@ impl<F: FnMut(TensorId) -> TensorId> IrVisitorMut for Rename<F> {
         tensor.id = (self.0)(tensor.id);
         tensor.status = TensorStatus::NotInit;
     }
-}
-
-/// Whether it moves the elements of its only input without reading or adding them.
-pub(crate) fn only_moves(op: &OperationIr) -> bool {
-    use BaseOperationIr::{Expand, Flip, Permute, Reshape, SwapDims};
-    matches!(op, OperationIr::BaseFloat(Reshape(_) | SwapDims(_) | Permute(_) | Expand(_) | Flip(_)))
-}
-
-/// Short name of an operation for messages, as in `NumericFloat.MeanDim`.
-pub(crate) fn op_name(op: &OperationIr) -> String {
-    if let OperationIr::Custom(op) = op {
-        return format!("custom operation `{}`", op.id);
-    }
-    // `NumericFloat(F32, MeanDim(ReduceDimOpIr { ..`
-    let text = format!("{op:?}");
-    let mut words = text.split('(');
-    let group = words.next().unwrap_or_default();
-    let name = words.next().and_then(|word| word.rsplit(", ").next()).unwrap_or_default();
-    format!("operation {group}.{name}")
 }

@@ -1,4 +1,4 @@
-//! Starting the ranks of a world.
+//! Starts the ranks of a world.
 //!
 //! [`threads`] runs every rank as a thread of this process, each with a compute-thread pool of its own. [`processes`] starts
 //! this program several times on this machine. [`from_env`] is for programs that a launcher starts, on one machine or many:

@@ -1,4 +1,4 @@
-//! One rank as this process.
+//! Runs this process as one rank.
 
 use std::time::Duration;
 use std::{fmt, thread};
@@ -9,8 +9,8 @@ use super::threads::run_rank;
 use super::{ProcessInfo, Rank, Rendezvous};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::comm::local::{self, WorldConfig};
 use crate::comm::tcp::Session;
+use crate::comm::{WorldConfig, local};
 
 /// What joins processes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,12 +40,12 @@ impl TransportKind {
     /// Whether this program was built with it.
     ///
     /// # Errors
-    /// [`Error::Engine`], which names the feature to build with.
+    /// [`Error::Transport`], which names the feature to build with.
     pub fn check(self) -> Result<(), Error> {
         match self == Self::Tcp || cfg!(feature = "mpi") {
             true => Ok(()),
-            false => Err(Error::Engine {
-                engine: "mpi",
+            false => Err(Error::Transport {
+                transport: "mpi",
                 problem: "this program was built without it; build with `--features mpi`, which needs an MPI on the \
                           system (Debian: libopenmpi-dev, libclang-dev)"
                     .into(),
@@ -127,8 +127,8 @@ impl Process {
     /// Runs `f` on this rank and returns its result, once all ranks have ended.
     ///
     /// # Errors
-    /// The first error of any rank, the same in all processes. A world of one rank needs no engine; for more,
-    /// [`Error::Engine`] if it is not built in, or knows the ranks otherwise than the launcher's variables.
+    /// The first error of any rank, the same in all processes. A world of one rank needs no transport; for more,
+    /// [`Error::Transport`] if it is not built in, or knows the ranks otherwise than the launcher's variables.
     pub fn run<T, F>(self, f: F) -> Result<T, Error>
     where
         T: Send,
@@ -159,7 +159,7 @@ impl Process {
 
     fn over_tcp<T>(&self, config: WorldConfig, run: impl Fn(Communicator) -> Result<T, Error>) -> Result<T, Error> {
         let rendezvous = Rendezvous::at(&self.info, config.timeout())?;
-        // Dropped last, when the rank has let go of all communicators: it waits for the other processes.
+        // Dropped last, when the rank has dropped all communicators: it waits for the other processes.
         let session = Session::new();
         let comm = session.world(&rendezvous, config)?;
         let outcome = run(comm.clone());
@@ -170,7 +170,7 @@ impl Process {
 
     #[cfg(feature = "mpi")]
     fn over_mpi<T>(&self, config: WorldConfig, run: impl Fn(Communicator) -> Result<T, Error>) -> Result<T, Error> {
-        // Dropped last, when the rank has let go of all communicators: it waits for the other processes.
+        // Dropped last, when the rank has dropped all communicators: it waits for the other processes.
         let session = crate::comm::mpi::Session::start()?;
         let comm = session.world(config)?;
         let ProcessInfo { rank, size, launcher, .. } = self.info;
@@ -181,7 +181,7 @@ impl Process {
                 comm.rank(),
                 comm.size()
             );
-            return Err(Error::Engine { engine: "mpi", problem });
+            return Err(Error::Transport { transport: "mpi", problem });
         }
         let outcome = run(comm.clone());
         // Said outright: a tape that burn has not cleared away yet may keep communicators alive.
@@ -191,6 +191,6 @@ impl Process {
 
     #[cfg(not(feature = "mpi"))]
     fn over_mpi<T>(&self, _: WorldConfig, _: impl Fn(Communicator) -> Result<T, Error>) -> Result<T, Error> {
-        unreachable!("the engine was checked to be built in")
+        unreachable!("the transport was checked to be built in")
     }
 }

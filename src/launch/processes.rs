@@ -1,4 +1,4 @@
-//! This program, several times on this machine.
+//! Starts this program several times on this machine, one process a rank, and supervises them.
 //!
 //! The parent starts the ranks, each at the head of a process group of its own, reads what they say and writes it with
 //! the rank before each line. When one fails, the groups of the others are told to end (SIGTERM), and after a few seconds
@@ -80,8 +80,8 @@ impl Processes {
         }
         // MPI joins only processes that its own launcher has started.
         let mut mpirun = Command::new("mpirun");
-        let version = Command::new("mpirun").arg("--version").output().map_err(|problem| Error::Engine {
-            engine: "mpi",
+        let version = Command::new("mpirun").arg("--version").output().map_err(|problem| Error::Transport {
+            transport: "mpi",
             problem: format!("mpirun cannot be started: {problem}; install it (Debian: openmpi-bin)"),
         })?;
         if String::from_utf8_lossy(&version.stdout).contains("Open MPI") {
@@ -166,7 +166,7 @@ impl Drop for Started {
         if self.status.is_none() {
             let _ = self.child.wait();
         }
-        // Nobody holds the pipes any more.
+        // All writers of the pipes have gone.
         self.readers.drain(..).for_each(|reader| drop(reader.join()));
     }
 }

@@ -1,4 +1,4 @@
-//! One worker of a world.
+//! A rank of a world: its communicator, device, threads and random numbers.
 
 use std::ops::Deref;
 

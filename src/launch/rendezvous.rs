@@ -1,4 +1,4 @@
-//! Where the ranks of a launcher meet.
+//! The rendezvous of ranks that a launcher has started.
 
 use std::time::Duration;
 
@@ -15,12 +15,12 @@ impl Rendezvous {
     /// attacker.
     ///
     /// # Errors
-    /// [`Error::Engine`] if the launcher has named none.
+    /// [`Error::Transport`] if the launcher has named none.
     pub fn at(info: &ProcessInfo, timeout: Duration) -> Result<Self, Error> {
         let Some((address, port)) = &info.master else {
             let problem = "MASTER_ADDR and MASTER_PORT are not set: the ranks do not know where to meet; set them to an \
                            address of rank 0's machine and a free port there, alike on all ranks";
-            return Err(Error::Engine { engine: "rendezvous", problem: problem.into() });
+            return Err(Error::Transport { transport: "rendezvous", problem: problem.into() });
         };
         let secret = std::env::var_os(SECRET).unwrap_or_default();
         Ok(Self::new(info.rank, info.size, address, *port, secret.as_encoded_bytes(), timeout))

@@ -1,4 +1,4 @@
-//! Ranks as threads of this process.
+//! Runs ranks as threads of this process.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
@@ -9,8 +9,8 @@ use burn::tensor::Device;
 
 use super::Rank;
 use crate::Error;
-use crate::comm::local::{self, WorldConfig};
 use crate::comm::{Communicator, panic_message};
+use crate::comm::{WorldConfig, local};
 
 /// Prepares a world of `size` ranks that are threads of this process. [`Threads::run`] starts it.
 ///

@@ -1,4 +1,4 @@
-//! From parts along one dim to parts along another: the all-to-all of DeepSpeed-Ulysses (arXiv:2309.14509).
+//! All-to-all from parts along one dim to parts along another, as DeepSpeed-Ulysses does it (arXiv:2309.14509).
 //!
 //! Rank `r` holds all of dim `split` and its part of dim `join`; afterwards it holds its part of `split` and all of `join`.
 //! With `n` ranks, `w` elements along `split`, and `j_r` along `join`, it lays out one block for every rank:

@@ -73,7 +73,7 @@
 //!     let a = Tensor::<2>::ones([4, 8], &device).require_grad();
 //!     let b = Tensor::<2>::ones([8, 4], &device).require_grad();
 //!     let x = Tensor::<2>::ones([3, 4], &device).require_grad();
-//!     // Weights are cut once, outside the step; here it is done on the tape for show.
+//!     // Weights are cut once, outside the step; here it is done on the tape as an example.
 //!     let columns = layout::scatter_to_group(a, 1, &rank)?;
 //!     let rows = layout::scatter_to_group(b, 0, &rank)?;
 //!     assert_eq!((columns.dims(), rows.dims()), ([4, 4], [4, 4]));

@@ -1,4 +1,4 @@
-//! A step from layout to layout as data, and how it is taken on the tensor of one rank.
+//! The linear operations that a move between layouts is made of, on the tensor of one rank.
 
 use super::checks::{check_part, fail};
 use super::dim_order::{first, inverse};
@@ -31,7 +31,7 @@ pub(crate) enum MoveOp {
 }
 
 impl MoveOp {
-    /// Takes the step: a collective over `comm`, for those that need one. `name` is the function that errors speak of.
+    /// Takes the step: a collective over `comm`, for those that need one. `name` is the function that errors name.
     pub fn take(self, name: &'static str, tensor: PlainTensor, comm: &Communicator) -> Result<PlainTensor, Error> {
         match self {
             Self::Keep => Ok(tensor),

@@ -37,7 +37,7 @@ pub fn copy_to_group<const D: usize>(tensor: Tensor<D>, comm: &Communicator) -> 
 /// backward   dx_r = dy                    replicated
 /// ```
 ///
-/// The sum is made in rank order, bit-identical on all ranks, in place when nobody else holds `x`; `f16` and `bf16` are
+/// The sum is made in rank order, bit-identical on all ranks, in place when `x` has no other owner; `f16` and `bf16` are
 /// added in `f32`. `x` has any shape, the same on all ranks. The conjugate of [`copy_to_group`].
 ///
 /// Source: Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), figure 3.

@@ -1,4 +1,4 @@
-//! The pair that ties a group to one of its ranks.
+//! Scatter from one rank of a group, and gather to it.
 
 use burn::tensor::Tensor;
 

@@ -1,4 +1,4 @@
-//! The one operation that puts a move on burn's tape.
+//! Puts a move and its conjugate on burn's autodiff graph.
 //!
 //! A move is a pair of [`MoveOp`]s: one is taken now, the other, its conjugate, when the gradient comes back. burn's
 //! `backward()` cannot return an error, so a step that fails there fails the world instead, and hands on zeros: the backward
@@ -21,7 +21,7 @@ use crate::Error;
 use crate::comm::{Communicator, TensorOrigin, host_buffer};
 use crate::tensor::{PlainTensor, check_device};
 
-/// A step, the step that its gradient takes, and the function that errors speak of.
+/// A step, the step that its gradient takes, and the function that errors name.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct MovePair {
     pub name: &'static str,
@@ -90,7 +90,7 @@ impl MoveBackend for Cube {
     }
 }
 
-/// Takes the forward step now, on this thread: what is put off until a device comes to it may not wait for other ranks.
+/// Takes the forward step now, on this thread: a kernel that runs later on a device must not wait for other ranks.
 fn take<B: Backend>(tensor: FloatTensor<B>, pair: MovePair, comm: &Communicator) -> MoveResult<B>
 where
     DispatchTensor: DispatchKindConversion<B>,

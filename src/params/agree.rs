@@ -1,4 +1,4 @@
-//! What the ranks of a group must agree on before they share a model.
+//! Demands that the ranks of a group agree on the lines that describe a model.
 
 use std::fmt::Write;
 

@@ -1,13 +1,14 @@
-//! Running statistics that a module shares with nobody.
+//! Gives a module running statistics of its own, which burn shares among clones.
 
 use std::any::Any;
 use std::collections::HashMap;
 
 use burn::backend::GradientCheckpointingStrategy;
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::tensor::Tensor;
 
 use super::leaf::LazyParam;
+use super::walk::visit_floats;
 
 /// Gives the module running statistics of its own. burn's are shared by all clones of a module, forks included, and
 /// averaged over the threads that use them: replicas on threads would mix theirs, and a mapper that gives them other dims
@@ -16,11 +17,13 @@ pub(crate) fn own_buffers<M: Module>(module: M) -> M {
     // burn makes the buffers anew on the way through validation, which also makes lazy parameters: they are kept aside.
     let mut lazy = KeepLazy { kept: HashMap::new() };
     let module = module.map(&mut lazy);
-    let mut strategies = Strategies { found: HashMap::new() };
-    module.visit(&mut strategies);
+    let mut strategies = HashMap::new();
+    visit_floats(&module, &mut |param| {
+        strategies.extend(param.checkpointing().map(|strategy| (param.id(), strategy)));
+    });
     let valid = module.valid();
-    let module = if strategies.found.is_empty() { valid } else { valid.train() };
-    module.map(&mut PutBack { kept: lazy.kept, strategies: strategies.found })
+    let module = if strategies.is_empty() { valid } else { valid.train() };
+    module.map(&mut PutBack { kept: lazy.kept, strategies })
 }
 
 struct KeepLazy {
@@ -35,19 +38,6 @@ impl ModuleMapper for KeepLazy {
         let LazyParam { placeholder, .. } = LazyParam::of(&param);
         self.kept.insert(param.id, Box::new(param));
         placeholder
-    }
-}
-
-/// How autodiff treats checkpoints for each parameter that has it.
-struct Strategies {
-    found: HashMap<ParamId, GradientCheckpointingStrategy>,
-}
-
-impl ModuleVisitor for Strategies {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(strategy) = param.base().gradient_checkpointing_strategy() {
-            self.found.insert(param.id, strategy);
-        }
     }
 }
 

@@ -1,10 +1,11 @@
-//! Ids of parameters that all ranks have in common: optimizers know the state of a parameter by its id.
+//! Gives the parameters of all ranks common ids, by which optimizers know their state.
 
 use std::collections::HashMap;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::tensor::{Bool, Int, Tensor};
 
+use super::walk::visit_params;
 use crate::Error;
 use crate::comm::Communicator;
 
@@ -31,36 +32,23 @@ pub(crate) fn share_ids<M: Module>(module: M, group: &Communicator) -> Result<(M
     if group.size() == 1 {
         return Ok((module, Renamed::default()));
     }
-    let mut found = Ids(Vec::new());
-    module.visit(&mut found);
-    let shared = group.broadcast(found.0.clone(), 0)?;
-    if shared == found.0 {
+    let found = ids_of(&module);
+    let shared = group.broadcast(found.clone(), 0)?;
+    if shared == found {
         return Ok((module, Renamed::default()));
     }
     // What two places share here, they share with the same one on the first rank.
-    let mut renamed = Renamed(found.0.iter().copied().zip(shared).collect());
+    let mut renamed = Renamed(found.iter().copied().zip(shared).collect());
     let module = module.map(&mut renamed);
     // Running statistics keep their ids: no optimizer knows them.
-    let mut changed = Ids(Vec::new());
-    module.visit(&mut changed);
-    let changed = found.0.into_iter().zip(changed.0).filter(|(old, new)| old != new);
+    let changed = found.into_iter().zip(ids_of(&module)).filter(|(old, new)| old != new);
     Ok((module, Renamed(changed.collect())))
 }
 
-struct Ids(Vec<u64>);
-
-impl ModuleVisitor for Ids {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        self.0.push(param.id.val());
-    }
-
-    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
-        self.0.push(param.id.val());
-    }
-
-    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
-        self.0.push(param.id.val());
-    }
+fn ids_of<M: Module>(module: &M) -> Vec<u64> {
+    let mut ids = Vec::new();
+    visit_params(module, &mut |param| ids.push(param.id().val()));
+    ids
 }
 
 impl ModuleMapper for Renamed {

@@ -1,16 +1,16 @@
-//! Parameters from a store, of which only this rank's parts are read.
+//! Loads parameters from a store, of which only this rank's parts are read.
 
-use std::any::Any;
 use std::collections::HashMap;
 use std::ops::Range;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Bool, DType, Int, Tensor, TensorData};
 
 use super::SliceSource;
 use super::leaf::{LazyParam, LeafKind, leaf};
+use super::map::{MapParams, Mapped, map_params};
 use super::pad::padded;
-use super::shard::is_shard;
+use super::walk::{ModulePath, visit_params};
 use crate::Error;
 
 /// What this rank holds of a parameter.
@@ -32,21 +32,12 @@ impl ParamSlice {
 }
 
 /// The dims of every parameter. Lazy ones stay lazy.
-#[derive(Default)]
-pub(crate) struct Dims(pub HashMap<ParamId, Vec<usize>>);
-
-impl ModuleVisitor for Dims {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        self.0.insert(param.id, param.lazy_shape().to_vec());
-    }
-
-    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
-        self.0.insert(param.id, param.lazy_shape().to_vec());
-    }
-
-    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
-        self.0.insert(param.id, param.lazy_shape().to_vec());
-    }
+pub(crate) fn dims_of<M: Module>(module: &M) -> HashMap<ParamId, Vec<usize>> {
+    let mut dims = HashMap::new();
+    visit_params(module, &mut |param| {
+        dims.insert(param.id(), param.dims());
+    });
+    dims
 }
 
 /// Gives every parameter for which `held` has something its value from a source. The others stay as they are, and so do
@@ -59,24 +50,26 @@ pub(crate) fn load<M: Module>(
     source: &mut dyn SliceSource,
     held: &dyn Fn(ParamId) -> Option<ParamSlice>,
 ) -> Result<M, Error> {
-    let mut mapper = Load { source, held, path: Vec::new(), seen: HashMap::new(), outcome: Ok(()) };
-    let module = module.map(&mut mapper);
+    let mut mapper = Load { source, held, outcome: Ok(()) };
+    let module = map_params(module, &mut mapper);
     mapper.outcome.map(|()| module)
 }
 
 struct Load<'a> {
     source: &'a mut dyn SliceSource,
     held: &'a dyn Fn(ParamId) -> Option<ParamSlice>,
-    path: Vec<String>,
-    /// Leaves already made, so that a parameter held in two places stays one.
-    seen: HashMap<ParamId, Box<dyn Any>>,
     outcome: Result<(), Error>,
 }
 
 impl Load<'_> {
-    fn read(&mut self, id: ParamId, dtype: impl FnOnce() -> Option<DType>) -> Option<(TensorData, Vec<usize>)> {
+    fn read(
+        &mut self,
+        id: ParamId,
+        path: &ModulePath,
+        dtype: impl FnOnce() -> Option<DType>,
+    ) -> Option<(TensorData, Vec<usize>)> {
         let ParamSlice { dims, ranges, local_dims } = (self.held)(id).filter(|_| self.outcome.is_ok())?;
-        let path = self.path.join(".");
+        let path = path.text();
         if self.source.keeps(&path) {
             return None;
         }
@@ -111,16 +104,13 @@ impl Load<'_> {
     }
 }
 
-impl ModuleMapper for Load<'_> {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        if let Some(made) = self.seen.get(&param.id).and_then(|made| made.downcast_ref::<Param<Tensor<D>>>()) {
-            return made.clone();
-        }
+impl MapParams for Load<'_> {
+    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, path: &ModulePath) -> Mapped<D> {
         let dtype = || match param.is_initialized() {
             true => Some(param.base().dtype()),
             false => Some(LazyParam::of(&param).placeholder.base().dtype()),
         };
-        let Some((data, local_dims)) = self.read(param.id, dtype) else { return param };
+        let Some((data, local_dims)) = self.read(param.id, path, dtype) else { return Mapped::Same(param) };
         let (kind, one) = match param.is_initialized() {
             true => (LeafKind::of(&param.base()), param.base().inner()),
             false => {
@@ -131,30 +121,16 @@ impl ModuleMapper for Load<'_> {
         let value = padded(Tensor::from_data(data, (&one.device(), one.dtype())), &local_dims);
         // What a lazy parameter would have been made of is dropped unmade.
         let (id, _, mapper) = LazyParam::of(&param).placeholder.consume();
-        let made = Param::from_mapped_value(id, leaf(value, kind), mapper);
-        self.seen.insert(id, Box::new(made.clone()));
-        made
+        Mapped::New(Param::from_mapped_value(id, leaf(value, kind), mapper))
     }
 
-    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
-        let Some((data, _)) = self.read(param.id, || None) else { return param };
+    fn int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>, path: &ModulePath) -> Param<Tensor<D, Int>> {
+        let Some((data, _)) = self.read(param.id, path, || None) else { return param };
         param.map(|value| Tensor::from_data(data, (&value.device(), value.dtype())))
     }
 
-    fn map_bool<const D: usize>(&mut self, param: Param<Tensor<D, Bool>>) -> Param<Tensor<D, Bool>> {
-        let Some((data, _)) = self.read(param.id, || None) else { return param };
+    fn bool<const D: usize>(&mut self, param: Param<Tensor<D, Bool>>, path: &ModulePath) -> Param<Tensor<D, Bool>> {
+        let Some((data, _)) = self.read(param.id, path, || None) else { return param };
         param.map(|value| Tensor::from_data(data, &value.device()))
-    }
-
-    fn enter_module(&mut self, name: &str, container: &str) {
-        if !is_shard(name, container) {
-            self.path.push(name.to_owned());
-        }
-    }
-
-    fn exit_module(&mut self, name: &str, container: &str) {
-        if !is_shard(name, container) {
-            self.path.pop();
-        }
     }
 }

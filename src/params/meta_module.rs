@@ -1,12 +1,11 @@
-//! Modules with dims and no memory: what a capture looks at.
+//! Meta modules: dims without memory, for a capture.
 
-use std::any::Any;
-use std::collections::HashMap;
-
-use burn::module::{Module, ModuleMapper, Param, ParamId};
+use burn::module::{Module, Param, ParamId};
 use burn::tensor::Tensor;
 
 use super::leaf::{LazyParam, LeafKind, leaf};
+use super::map::{MapParams, Mapped, map_params};
+use super::walk::ModulePath;
 
 /// The dims that a float parameter shall have, by its id and the dims that it has; `None` to leave it as it is.
 pub(crate) type NewDims<'a> = dyn Fn(ParamId, &[usize]) -> Option<Vec<usize>> + 'a;
@@ -17,9 +16,9 @@ pub(crate) type NewDims<'a> = dyn Fn(ParamId, &[usize]) -> Option<Vec<usize>> + 
 /// layers are held here is one without the rest. Lazy parameters are not made. Nothing of `module` is changed, nor are the
 /// running statistics that its clones share.
 pub(crate) fn meta_module<M: Module>(module: &M, dims: &NewDims) -> M {
-    let unforced = module.clone().map(&mut LazyToMeta);
+    let unforced = map_params(module.clone(), &mut LazyToMeta);
     // A module's clones share its running statistics; after `train` this one has its own.
-    unforced.train().map(&mut ToMeta { dims, seen: HashMap::new() })
+    map_params(unforced.train(), &mut ToMeta { dims })
 }
 
 /// A tensor of these dims in which one element stands for all.
@@ -37,40 +36,35 @@ fn meta_tensor<const D: usize>(one: Tensor<D>, dims: &[usize], kind: LeafKind) -
 /// Lazy parameters become meta tensors, before `train` would make their values.
 struct LazyToMeta;
 
-impl ModuleMapper for LazyToMeta {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+impl MapParams for LazyToMeta {
+    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, _: &ModulePath) -> Mapped<D> {
         if param.is_initialized() {
-            return param;
+            return Mapped::Same(param);
         }
         let dims = param.lazy_shape().to_vec();
         let LazyParam { placeholder, device, trained } = LazyParam::of(&param);
         let (id, one, mapper) = placeholder.consume();
         match meta_tensor(one, &dims, LeafKind::on(&device, trained)) {
-            Some(value) => Param::from_mapped_value(id, value, mapper),
-            None => param,
+            Some(value) => Mapped::New(Param::from_mapped_value(id, value, mapper)),
+            None => Mapped::Same(param),
         }
     }
 }
 
 struct ToMeta<'a> {
     dims: &'a NewDims<'a>,
-    /// Leaves already made, so that a parameter held in two places stays one.
-    seen: HashMap<ParamId, Box<dyn Any>>,
 }
 
-impl ModuleMapper for ToMeta<'_> {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let Some(dims) = (self.dims)(param.id, &param.lazy_shape().to_vec()) else { return param };
-        let id = param.id;
-        if let Some(leaf) = self.seen.get(&id).and_then(|leaf| leaf.downcast_ref::<Tensor<D>>()) {
-            return Param::initialized(id, leaf.clone());
-        }
+impl MapParams for ToMeta<'_> {
+    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, _: &ModulePath) -> Mapped<D> {
+        let Some(dims) = (self.dims)(param.id, &param.lazy_shape().to_vec()) else { return Mapped::Same(param) };
         let value = param.val();
         let kind = LeafKind::of(&value);
         let value = value.inner();
         let one = Tensor::zeros([1; D], (&value.device(), value.dtype()));
-        let Some(whole) = meta_tensor(one, &dims, kind) else { return param };
-        self.seen.insert(id, Box::new(whole.clone()));
-        Param::initialized(id, whole)
+        match meta_tensor(one, &dims, kind) {
+            Some(whole) => Mapped::New(Param::initialized(param.id, whole)),
+            None => Mapped::Same(param),
+        }
     }
 }

@@ -1,12 +1,14 @@
-//! Parameters of any module by path and id: agreed on by the ranks, outlined without
-//! memory, and read from a store a part at a time.
+//! The parameters of any module: one way to visit them ([`visit_params`]) and one to change them ([`map_params`]); agreed on by
+//! the ranks, replaced by meta tensors, read from a store a part at a time.
 
 mod agree;
 mod buffers;
 mod device;
+mod gradients;
 mod ids;
 mod leaf;
 mod load;
+mod map;
 mod meta_module;
 mod pad;
 mod retain;
@@ -14,20 +16,24 @@ mod shard;
 mod source;
 mod sweep;
 mod unknown_params;
+mod walk;
 
 pub use source::SliceSource;
 
 pub(crate) use agree::{agree, share_text};
 pub(crate) use buffers::own_buffers;
 pub(crate) use device::one_device;
+pub(crate) use gradients::{put_gradients, scale_gradients, take_gradients};
 pub(crate) use ids::{Renamed, share_ids};
 pub(crate) use leaf::{LazyParam, LeafKind, leaf, with_autodiff};
 #[doc(hidden)]
 pub use load::ParamSlice;
-pub(crate) use load::{Dims, load};
+pub(crate) use load::{dims_of, load};
+pub(crate) use map::{MapParams, Mapped, map_params};
 pub(crate) use meta_module::{NewDims, meta_module};
 pub(crate) use pad::{padded, without_padding};
 pub(crate) use retain::{lazy_params, replace_values, retain};
 pub(crate) use shard::{SHARD, ShardedIds, is_shard};
 pub(crate) use sweep::sweep_leaves;
 pub(crate) use unknown_params::{check_params_known, unknown_params};
+pub(crate) use walk::{ModulePath, ParamRef, visit_floats, visit_params, visit_params_and_flags};

@@ -1,4 +1,4 @@
-//! Parameters with zeros behind, to be divided evenly.
+//! Pads parameters with zeros to dims that the ranks divide, and takes the padding off.
 
 use burn::tensor::Tensor;
 

@@ -1,4 +1,4 @@
-//! Where parameters are read from, a part at a time.
+//! The trait of stores that parameters are read from, a part at a time.
 
 use std::ops::Range;
 

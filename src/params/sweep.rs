@@ -1,4 +1,4 @@
-//! burn's table of autodiff nodes, kept small where no backward pass runs.
+//! Frees burn's table of autodiff leaves where no backward pass runs.
 //!
 //! Every leaf of the process enters one table, and only a `backward` takes those out whose tensors are gone. Captured steps
 //! run none, but burn's optimizers make a new leaf of every parameter at every step.
@@ -14,8 +14,7 @@ const NODES: u64 = 1024;
 /// The number of the node that was the newest at the last sweep: one for the process, as are burn's table and its numbers.
 static SWEPT: AtomicU64 = AtomicU64::new(0);
 
-/// Takes leaves whose tensors are gone out of burn's table, if there may be many. Whoever runs a captured step or forward
-/// calls this.
+/// Takes leaves whose tensors are gone out of burn's table, if there may be many. Called at every captured step or forward.
 pub(crate) fn sweep_leaves() {
     let newest = NodeId::new().value;
     let swept = SWEPT.load(Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! Many small sums as few collectives.
+//! Puts many small reductions into few collectives.
 
 use std::collections::HashSet;
 
@@ -8,8 +8,8 @@ use burn_ir::{CustomOpIr, OperationIr, TensorId};
 use super::collectives::{CollectiveKind, CollectiveOp};
 use super::order::{behind_inputs, early};
 use super::products::ProductOp;
-use super::rules::only_moves;
 use crate::graph::StepGraph;
+use crate::graph::operation::only_moves;
 use crate::graph::step::Uses;
 
 /// Reduces gradients together: all-reduces over one axis of one dtype, whose results nothing but the optimizer reads,

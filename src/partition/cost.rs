@@ -1,11 +1,11 @@
-//! The choice of a sharding option by what it makes the ranks move.
+//! Chooses the sharding option that moves the least.
 
-use burn_ir::{FloatOperationIr, OperationIr, TensorId, TensorIr};
+use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::pass::Pass;
 use super::report::Fallback;
-use super::rules::{LocalOperation, ShardingOption, only_moves, sharding_options};
-use crate::graph::step::op_name;
+use super::rules::{LocalOperation, ShardingOption, sharding_options};
+use crate::graph::operation::{matmul, only_moves, op_name};
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 
 // What a move costs for each element of the logical tensor, next to the others. To gather is to give up a split, and
@@ -65,7 +65,7 @@ impl Pass<'_> {
 
     /// A product of which nothing but a part is wanted, as the gradient of a split parameter is, is made in that part.
     fn part_of_product(&self, op: &OperationIr) -> Option<ShardingOption> {
-        let OperationIr::Float(_, FloatOperationIr::Matmul(product)) = op else { return None };
+        let product = matmul(op)?;
         let is_read = self.readers.get(&product.out.id).is_some_and(|readers| !readers.is_empty());
         let mut wanted = self.wanted.get(&product.out.id)?.iter();
         let (Some(part @ Sharded(_)), None, false) = (wanted.next(), wanted.next(), is_read) else { return None };

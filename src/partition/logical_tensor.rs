@@ -1,7 +1,8 @@
-//! What the ranks hold of each logical tensor.
+//! A logical tensor of the graph, and the local tensors that the ranks hold of it.
 
-use burn_ir::{BaseOperationIr, OperationIr, TensorId, TensorIr};
+use burn_ir::{OperationIr, TensorId, TensorIr};
 
+use crate::graph::operation::is_zeros;
 use crate::layout::Layout;
 
 /// A logical tensor: its global shape, and the local tensors that hold it, in one or more layouts.
@@ -60,7 +61,7 @@ impl LogicalTensor {
         Self { global, layout, versions: Vec::new(), origin, parameter: false, moved: None }
     }
 
-    /// The layout that rules should see: what was partial is what somebody has had made of it.
+    /// The layout that rules should see: a partial tensor counts as the layout that it was moved to.
     pub(super) fn layout(&self) -> Layout {
         match self.layout {
             Layout::Partial if self.version(Layout::Replicated).is_some() => Layout::Replicated,
@@ -101,10 +102,7 @@ impl LogicalTensor {
     /// Whether it is planned as nothing but zeros, which are as well the sum of zeros.
     pub(super) fn is_planned_zeros(&self) -> bool {
         let Origin::Planned(op) = &self.origin else { return false };
-        matches!(
-            **op,
-            OperationIr::BaseFloat(BaseOperationIr::Zeros(_)) | OperationIr::BaseInt(BaseOperationIr::Zeros(_))
-        )
+        is_zeros(op)
     }
 
     /// The local tensor `id` that holds it in this layout.

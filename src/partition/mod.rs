@@ -59,6 +59,7 @@ mod rows;
 mod rules;
 mod sharded;
 mod sums;
+mod work;
 
 pub use buckets::bucket_reductions;
 pub use collectives::CollectiveKind;
@@ -67,13 +68,12 @@ pub use fuse::fuse_products;
 pub use options::PartitionOptions;
 pub use overlap::overlap;
 pub(crate) use padding::{Larger, pad};
-pub(crate) use products::ProductOp;
 pub use products::{FusedProduct, ProductKind};
 pub use propagation::partition;
 pub use register::register_collectives;
 pub use report::{Collective, Fallback, ShardReport};
-pub(crate) use rules::{is_elementwise, only_moves};
 pub(crate) use sharded::{
     Exchange, Gathering, InRows, Parts, START_GATHER, START_SCATTER, WAIT_GATHER, WAIT_SCATTER, exchanged, rewrite,
     shard_parameters, tokens,
 };
+pub(crate) use work::{flops, multiplications};

@@ -1,4 +1,4 @@
-//! How tensors change their layout.
+//! Moves tensors between layouts.
 
 use burn::tensor::Slice;
 use burn_ir::{BaseOperationIr, OperationIr, SliceOpIr, TensorId, TensorIr};

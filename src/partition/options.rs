@@ -1,4 +1,4 @@
-//! Over what a step is split.
+//! Options of a partition.
 
 /// The mesh axis over which [`partition`](super::partition) splits a step, and how.
 ///

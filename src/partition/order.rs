@@ -1,4 +1,4 @@
-//! The order in which operations run, where they leave a choice.
+//! Reorders operations where data dependencies leave a choice.
 
 use std::collections::{HashMap, HashSet};
 

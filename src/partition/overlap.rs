@@ -1,4 +1,4 @@
-//! Collectives beside the operations that do not wait for them.
+//! Overlaps collectives with operations that do not depend on them.
 //!
 //! A collective becomes two operations. The first starts it, right behind what makes its input, in the background of the
 //! communicator ([`Communicator::start`]); the second waits for it, right before what reads its result. What stands between
@@ -17,10 +17,10 @@ use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
 use super::buckets::move_up;
 use super::collectives::{CollectiveKind, CollectiveOp};
 use super::products::{ProductKind, ProductOp};
-use super::rules::only_moves;
 use crate::collective_matmul::PendingProduct;
 use crate::comm::Communicator;
 use crate::error::Error;
+use crate::graph::operation::only_moves;
 use crate::graph::{CustomOps, StepGraph, graph_error};
 use crate::tensor::PlainTensor;
 

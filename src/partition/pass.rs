@@ -1,4 +1,4 @@
-//! The one pass over the operations.
+//! The pass over the operations of a step that gives every tensor a layout.
 
 use std::collections::{HashMap, HashSet};
 
@@ -7,11 +7,11 @@ use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr};
 use super::logical_tensor::LogicalTensor;
 use super::options::PartitionOptions;
 use super::report::ShardReport;
-use super::rules::{LocalOperation, ShardingOption, looked_up, lower, only_moves, realise};
+use super::rules::{LocalOperation, ShardingOption, looked_up, lower, realise};
 use crate::graph::StepGraph;
 use crate::graph::liveness::without_dead;
+use crate::graph::operation::{only_moves, op_name};
 use crate::graph::origin::Origins;
-use crate::graph::step::op_name;
 use crate::layout::Layout::{self, Replicated, Sharded};
 
 /// What is known while the operations are walked. How it is decided what they run on is in [`cost`](super::cost); how

@@ -1,15 +1,15 @@
-//! Tensors that are made only once it is known in which layout they are read.
+//! Delays tensors that can be made in any layout until it is known in which they are read.
 //!
 //! A mask of random numbers, the ones from which the backward pass of a mean spreads a gradient, zeros into which a
 //! gradient is scattered: what needs nothing, or only small tensors that every rank has, can be made by every rank in any
 //! layout. Made at first sight it would be whole, and as large as what it goes with is split to avoid.
 
-use burn_ir::{BaseOperationIr as Base, NumericOperationIr as Numeric, OperationIr, TensorId, TensorIr};
+use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::logical_tensor::{LogicalTensor, Origin};
 use super::pass::Pass;
-use super::rules::{ShardingOption, is_elementwise, only_moves, sharding_options};
-use crate::graph::random::is_counter_based_rng;
+use super::rules::{ShardingOption, creates, sharding_options};
+use crate::graph::operation::{is_elementwise, only_moves, writes_at};
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 
 impl Pass<'_> {
@@ -81,26 +81,5 @@ impl Pass<'_> {
         if let Some(tensor) = self.tensors.get_mut(&id) {
             tensor.add(layout, local);
         }
-    }
-}
-
-fn creates(op: &OperationIr) -> bool {
-    match op {
-        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => {
-            matches!(base, Base::Zeros(_) | Base::Ones(_))
-        }
-        OperationIr::NumericFloat(_, numeric) | OperationIr::NumericInt(_, numeric) => {
-            matches!(numeric, Numeric::Full(_))
-        }
-        op => is_counter_based_rng(op),
-    }
-}
-
-/// The indices and the dim at which an operation adds values to a tensor.
-fn writes_at(op: &OperationIr) -> Option<(TensorId, usize)> {
-    match op {
-        OperationIr::BaseFloat(Base::Scatter(op)) => Some((op.indices.id, op.dim)),
-        OperationIr::BaseFloat(Base::SelectAssign(op)) => Some((op.indices.id, op.dim)),
-        _ => None,
     }
 }

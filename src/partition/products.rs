@@ -1,4 +1,4 @@
-//! Products that run together with their collective: custom operations over the sharded products of [`matmul`].
+//! Fused products as custom operations, over [`collective_matmul`](crate::collective_matmul).
 
 use std::fmt;
 
@@ -122,7 +122,7 @@ impl<'a> ProductOp<'a> {
     }
 
     /// The multiplications that an operation takes on each rank, if it is a fused product.
-    pub(crate) fn multiplications(op: &'a OperationIr) -> Option<u64> {
+    pub(super) fn multiplications(op: &'a OperationIr) -> Option<u64> {
         let (Self { kind, .. }, op) = Self::of(op)?;
         let elements = |tensor: &TensorIr| tensor.shape.num_elements() as u64;
         let columns = |right: &TensorIr| right.shape.last().copied().unwrap_or(1) as u64;

@@ -1,4 +1,4 @@
-//! From a step and the layouts of its edge to the step of one rank.
+//! Partitions a step, given the layouts of its parameters and inputs, into the step of one rank.
 
 use std::borrow::Cow;
 
@@ -12,8 +12,8 @@ use super::pass::Pass;
 use super::report::ShardReport;
 use super::rows::unflattened;
 use crate::error::Error;
+use crate::graph::operation::op_name;
 use crate::graph::random::drawn;
-use crate::graph::step::op_name;
 use crate::graph::{StepGraph, graph_error};
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 

@@ -1,4 +1,4 @@
-//! Linear layers that burn computes on flattened rows.
+//! Restores the dims of linear layers that burn computes on flattened rows.
 //!
 //! Forward where the leading dims of the input are small, and backward always, burn makes one dim of them for a product and
 //! takes it apart behind it. A split of any but the first cannot follow through that. As one operation, which burn flattens
@@ -13,8 +13,8 @@ use burn_ir::{
     ShapeOpIr, TensorId, TensorIr,
 };
 
-use super::rules::as_sum;
 use crate::graph::StepGraph;
+use crate::graph::operation::{matmul, sum};
 use crate::graph::step::Uses;
 
 /// The step with linear layers and their gradients on dims as they were.
@@ -142,13 +142,13 @@ impl Find<'_> {
     /// A linear layer that ends in this reshape.
     fn linear(&self, place: usize, ShapeOpIr { input: flat, out }: &ShapeOpIr) -> Option<Flat> {
         let maker = self.only_for(flat, place)?;
-        let (product, row, mut within) = match as_sum(&self.operations[maker]) {
-            Some((lhs, rhs, _)) if rhs.shape.num_dims() == 2 && rhs.shape[0] == 1 => {
+        let (product, row, mut within) = match sum(&self.operations[maker]) {
+            Some(BinaryOpIr { lhs, rhs, .. }) if rhs.shape.num_dims() == 2 && rhs.shape[0] == 1 => {
                 (self.only_for(lhs, maker)?, Some(rhs.clone()), vec![maker])
             }
             _ => (maker, None, Vec::new()),
         };
-        let OperationIr::Float(_, FloatOperationIr::Matmul(op)) = &self.operations[product] else { return None };
+        let op = matmul(&self.operations[product])?;
         let x = self.unflat(&op.lhs)?.clone();
         within.push(product);
         (leading(&x) == leading(out)).then(|| Flat::Linear { x, weight: op.rhs.clone(), row, out: out.clone(), within })

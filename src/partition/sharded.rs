@@ -18,10 +18,10 @@ use burn::module::ParamId;
 use burn::tensor::{Device, Shape};
 use burn_ir::{BaseOperationIr, CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
 
-use super::only_moves;
 use super::overlap::token;
 use crate::graph::StepGraph;
 use crate::graph::liveness::without_dead;
+use crate::graph::operation::only_moves;
 use crate::graph::step::Rename;
 use crate::tensor::PlainTensor;
 

@@ -1,13 +1,13 @@
-//! Sums of partial and whole terms: the whole ones wait until the partial ones are added up and reduced. Terms that are split
-//! wait for the sum to be scattered.
+//! Delays sums of partial and whole terms until the partial ones are reduced. Terms that are split wait for the sum to be
+//! scattered.
 
 use burn::tensor::Shape;
-use burn_ir::{BinaryOpIr, NumericOperationIr, OperationIr, TensorId, TensorIr};
+use burn_ir::{BinaryOpIr, OperationIr, TensorId, TensorIr};
 
 use super::collectives::CollectiveKind;
 use super::logical_tensor::{LogicalTensor, Origin, WaitingSum};
 use super::pass::Pass;
-use super::rules::as_sum;
+use crate::graph::operation::{add, sum};
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 
 /// A term of a sum, if it can be added later.
@@ -21,7 +21,7 @@ enum Term {
 impl Pass<'_> {
     /// Plans a sum of partial and whole terms instead of making it.
     pub(super) fn postpone(&mut self, op: &OperationIr) -> bool {
-        let Some((lhs, rhs, out)) = as_sum(op) else { return false };
+        let Some(BinaryOpIr { lhs, rhs, out }) = sum(op) else { return false };
         if lhs.id == rhs.id {
             return false;
         }
@@ -76,7 +76,7 @@ impl Pass<'_> {
         let dims = lhs.shape.as_slice().iter().zip(rhs.shape.as_slice()).map(|(a, b)| *a.max(b));
         let shape = Shape::from(dims.collect::<Vec<_>>());
         let out = TensorIr::uninit(self.fresh(), shape, lhs.dtype);
-        self.operations.push(sum(lhs, rhs, out.clone()));
+        self.operations.push(add(lhs, rhs, out.clone()));
         out
     }
 
@@ -136,15 +136,11 @@ impl Pass<'_> {
             }
         };
         let out = self.tensors[&id].local(layout, local, self.options.degree);
-        self.operations.push(sum(reduced, whole, out));
+        self.operations.push(add(reduced, whole, out));
         if let Some(tensor) = self.tensors.get_mut(&id) {
             tensor.origin = Origin::Made;
             tensor.add(layout, local);
         }
         self.get(id, want)
     }
-}
-
-fn sum(lhs: TensorIr, rhs: TensorIr, out: TensorIr) -> OperationIr {
-    OperationIr::NumericFloat(out.dtype, NumericOperationIr::Add(BinaryOpIr { lhs, rhs, out }))
 }

@@ -1,4 +1,4 @@
-//! A batch divided into micro-batches.
+//! Divides a batch into micro-batches.
 
 use std::ops::Range;
 

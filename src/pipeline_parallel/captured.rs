@@ -21,7 +21,7 @@ use crate::pipeline_parallel::cut::{CutGraph, StageRun, cut_like, measure_operat
 use crate::step::{Identity, StepFn};
 
 impl PipelineState {
-    /// Makes sure that the step for this batch is captured and cut; `local` loses what this rank does not hold.
+    /// Captures and cuts the step for this batch, unless that is done; `local` loses what this rank does not hold.
     pub(super) fn prepare<M, I>(
         &mut self,
         local: &mut Option<M>,
@@ -119,7 +119,7 @@ impl PipelineState {
         measure_operations(&graph, &device, runs)
     }
 
-    /// Makes sure that the forward for this batch is captured and cut; `local` loses what this rank does not hold.
+    /// Captures and cuts the forward for this batch, unless that is done; `local` loses what this rank does not hold.
     pub(super) fn prepare_forward<M, I, F, O>(
         &mut self,
         local: &mut Option<M>,
@@ -240,7 +240,7 @@ impl PipelineState {
         Ok(cuts)
     }
 
-    /// Makes sure that no stage needs a parameter that it has let go of.
+    /// Demands that no stage needs a parameter that it has dropped.
     fn check_holders(&self, graph: &StepGraph, cut: &CutGraph) -> Result<(), Error> {
         for (param, stages) in graph.params.iter().zip(&cut.holders) {
             let held = self.holders.as_ref().and_then(|holders| holders.get(&param.id)).map_or(&[][..], Vec::as_slice);

@@ -1,4 +1,4 @@
-//! How a model is spread over a pipeline.
+//! The configuration of pipeline parallelism.
 
 use burn::config::Config;
 use serde::{Deserialize, Deserializer, Serialize};

@@ -1,4 +1,4 @@
-//! A pipelined model is a module as the model is.
+//! Implements `Module` for a pipelined model by delegating to this rank's part.
 
 use std::fmt;
 

@@ -1,15 +1,16 @@
-//! How what a forward pass gives for each micro-batch becomes what it gives for the batch.
+//! Joins the outputs of the micro-batches of a forward pass into those of the batch.
 //!
 //! The pass is captured for the whole batch too, and nothing is run of that: its dims tell what has rows. A value that has none is
 //! the batch's if it is a mean or a sum over what has, and nothing but a linear step behind.
 
 use std::collections::HashSet;
 
-use burn_ir::{BaseOperationIr as Base, NumericOperationIr as Numeric, OperationIr, TensorId, TensorIr};
+use burn_ir::TensorId;
 
 use super::stage_error;
 use crate::Error;
 use crate::graph::StepGraph;
+use crate::graph::operation::{Reduced, linear_step, reduced};
 use crate::tensor::PlainTensor;
 
 /// How one output is put together.
@@ -105,32 +106,16 @@ impl Value {
                 return Some(Self { kind: Kind::Same, behind });
             }
             let op = maker(id)?;
-            let elements = |input: &TensorIr| input.shape.num_elements();
-            let (input, name) = match op {
-                OperationIr::BaseFloat(Base::Reshape(op)) | OperationIr::BaseInt(Base::Reshape(op)) => {
-                    (op.input.id, format!("reshape {:?}", op.out.shape))
+            match reduced(op) {
+                Some(Reduced::Sum(input)) => {
+                    return Some(Self { kind: Kind::Sum(input.shape.num_elements()), behind });
                 }
-                OperationIr::BaseFloat(Base::Cast(op)) if op.input.dtype.is_float() => {
-                    (op.input.id, format!("cast {:?}", op.out.dtype))
+                Some(Reduced::Mean(input)) => {
+                    return Some(Self { kind: Kind::Mean(input.shape.num_elements()), behind });
                 }
-                OperationIr::NumericFloat(_, numeric) => match numeric {
-                    Numeric::Neg(op) => (op.input.id, "neg".to_owned()),
-                    Numeric::MulScalar(op) => (op.lhs.id, format!("times {:?}", op.rhs)),
-                    Numeric::DivScalar(op) => (op.lhs.id, format!("over {:?}", op.rhs)),
-                    Numeric::Sum(op) => return Some(Self { kind: Kind::Sum(elements(&op.input)), behind }),
-                    Numeric::SumDim(op) => return Some(Self { kind: Kind::Sum(elements(&op.input)), behind }),
-                    Numeric::Mean(op) => return Some(Self { kind: Kind::Mean(elements(&op.input)), behind }),
-                    Numeric::MeanDim(op) => return Some(Self { kind: Kind::Mean(elements(&op.input)), behind }),
-                    _ => return None,
-                },
-                OperationIr::NumericInt(_, Numeric::Sum(op)) => {
-                    return Some(Self { kind: Kind::Sum(elements(&op.input)), behind });
-                }
-                OperationIr::NumericInt(_, Numeric::SumDim(op)) => {
-                    return Some(Self { kind: Kind::Sum(elements(&op.input)), behind });
-                }
-                _ => return None,
-            };
+                None => {}
+            }
+            let (input, name) = linear_step(op)?;
             behind.push(name);
             id = input;
         }

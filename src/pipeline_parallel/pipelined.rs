@@ -1,4 +1,4 @@
-//! A model of which each rank holds some stages, trained through its captured step.
+//! A pipelined model: each rank holds some stages, and trains them through a captured step.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

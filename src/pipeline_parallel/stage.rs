@@ -1,4 +1,4 @@
-//! What a stage must be able to do, for the one executor that drives all schedules.
+//! The trait of stages, which the executor drives.
 
 use super::schedule::Edge;
 use super::stage_message::StageMessage;
@@ -54,11 +54,11 @@ pub struct Forwarded {
 /// Consecutive layers of a model on one rank. `I` is what the rank gets for each micro-batch.
 ///
 /// The executor calls the passes in the order of the timetable: for each micro-batch `forward`, then either `backward`, or
-/// `backward_input` and some time later `backward_weight`. Several micro-batches are under way at once, and their backwards
+/// `backward_input` and some time later `backward_weight`. Several micro-batches are in flight at once, and their backwards
 /// need not come in the order of the forwards. A pass gets one message for each edge into the stage in its direction, in the
 /// order of the giving stages, and returns one for each edge out of it, in any order.
 ///
-/// The stage keeps what its backward needs, and lets go of it there: that is what the schedule's promise about memory rests
+/// The stage keeps what its backward needs, and drops it there: that is what the schedule's promise about memory rests
 /// on. It owns the gradients of its parameters, and adds up those of all micro-batches.
 ///
 /// [`EagerStage`](super::EagerStage) makes a stage of any burn module and a closure.

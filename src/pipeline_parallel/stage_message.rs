@@ -1,4 +1,4 @@
-//! Tensors on their way from stage to stage.
+//! The tensors that one stage sends to another.
 
 use super::stage_error;
 use crate::Error;

@@ -1,4 +1,4 @@
-//! What the ranks of a pipeline know of the steps they run.
+//! The state of a pipeline on one rank: captured steps, the cut, and who holds which parameter.
 
 use std::any::Any;
 use std::collections::{BTreeSet, HashMap, HashSet};

@@ -1,4 +1,4 @@
-//! A training step of a pipelined model.
+//! Runs a training step of a pipelined model.
 
 use std::collections::HashMap;
 
@@ -64,7 +64,7 @@ impl<M: Module> Pipelined<M> {
         Ok(exchanges(stages, &pipeline.timetable().rows()[rank]))
     }
 
-    /// Runs a step: what came of it, the outputs, and the gradients of the summed loss in the order of the module.
+    /// Runs a step. Returns its result, the outputs, and the gradients of the summed loss in the order of the module.
     #[allow(clippy::type_complexity)]
     pub(super) fn run_step<I: TensorTree + Clone>(
         &mut self,

@@ -1,4 +1,4 @@
-//! Many paths in few words, for messages.
+//! Compresses many parameter paths into few words, for messages.
 
 /// Paths that differ in numbers only.
 struct PathGroup<'a> {

@@ -1,4 +1,4 @@
-//! What a plan costs.
+//! The cost of a plan.
 
 use crate::layout::Layout;
 

@@ -1,4 +1,4 @@
-//! Few patterns for many paths.
+//! Makes a plan with few patterns of a layout for each parameter.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! Which parameters and inputs of a model are split, and along which dims: patterns of paths, checked against the model.
+//! Plans: which parameters and inputs of a model are split, and along which dims, by patterns of paths.
 //!
 //! ```
 //! use burn::{nn::{Linear, LinearConfig}, prelude::*};
@@ -82,7 +82,7 @@ use crate::layout::Layout;
 /// matches, and when a parameter that the module holds at two paths gets two layouts.
 ///
 /// # Axes
-/// A plan speaks of one axis, that over which the model is wrapped. For a model that is wrapped over several axes of a
+/// A plan describes one axis, that over which the model is wrapped. For a model that is wrapped over several axes of a
 /// [`Mesh`](crate::mesh::Mesh), [`on`](Self::on) adds what another axis does.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "PlanText", from = "Table<PlanText>")]
@@ -164,7 +164,7 @@ impl Plan {
         self
     }
 
-    /// The layout of a parameter over the axis that the plan speaks of.
+    /// The layout of a parameter over the plan's own axis.
     pub fn layout(&self, path: &str) -> Layout {
         self.own.layout(path)
     }
@@ -177,7 +177,7 @@ impl Plan {
         self.table_over(model, &[(DEFAULT_AXIS, degree)])
     }
 
-    /// The plan over several axes, given by names and sizes, checked against a model: the axis that the plan speaks of, then
+    /// The plan over several axes, given by names and sizes, checked against a model: the plan's own axis, then
     /// others, for which it says something by [`on`](Self::on) or which split nothing. Lazy parameters stay lazy.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! Patterns of parameter paths.
+//! Matches patterns of parameter paths.
 
 /// Whether `pattern`, in which `*` stands for any characters, matches all of `path`.
 pub(crate) fn matches(pattern: &str, path: &str) -> bool {

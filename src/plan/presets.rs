@@ -1,4 +1,4 @@
-//! Plans for the layers of burn-nn, and for the names that Hugging Face's models have.
+//! Preset plans for the layers of burn-nn and for the names of Hugging Face's models.
 //!
 //! They go by field names, so that they fit a layer wherever it is in a model. [`Plan::then`] puts them together.
 

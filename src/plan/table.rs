@@ -1,16 +1,16 @@
-//! A plan checked against a model: every parameter with its layouts.
+//! The table of a plan: every parameter of a model with its layouts.
 
 use std::collections::HashSet;
 use std::fmt;
 
-use burn::module::{Module, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Bool, DType, Int, Tensor};
+use burn::module::{Module, ParamId};
+use burn::tensor::DType;
 
 use super::axis_plan::{AxisPlan, local_dims, plan_error};
 use super::compressed_paths::compress_paths;
 use crate::Error;
 use crate::layout::Layout;
-use crate::params::Renamed;
+use crate::params::{ParamRef, Renamed, visit_params};
 
 /// A parameter under a plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,7 +73,7 @@ impl PlanTable {
     /// Checks the plans of these axes; see [`Plan::table_over`](super::Plan::table_over).
     pub(super) fn of<M: Module>(plans: Vec<AxisPlan>, model: &M, axes: &[(&str, usize)]) -> Result<Self, Error> {
         let mut found = Rows::default();
-        model.visit(&mut found);
+        visit_params(model, &mut |param| found.add(&param));
         let Rows { mut rows, tied, .. } = found;
         for (name, degree) in axes {
             if *degree == 0 {
@@ -119,7 +119,7 @@ impl PlanTable {
         later: &dyn Fn(ParamId) -> Option<Vec<usize>>,
     ) -> Self {
         let mut found = Rows::default();
-        model.visit(&mut found);
+        visit_params(model, &mut |param| found.add(&param));
         let mut rows = found.rows;
         for row in &mut rows {
             if row.dims.contains(&0) {
@@ -258,7 +258,7 @@ impl AxisPlan {
         }
         for TiedParam { first, other } in tied {
             let (a, b) = (self.layout(first), self.layout(other));
-            // Nobody has to name both places; but who does must mean the same.
+            // A plan need not name both places; if it does, it must give them the same layout.
             if a != b && self.rules.iter().any(|rule| rule.matches(other)) {
                 return Err(plan_error(format!(
                     "one parameter is claimed twice on axis `{axis}`: it is `{first}`, which is {a}, and also `{other}`, \
@@ -353,12 +353,11 @@ struct Rows {
     rows: Vec<PlanRow>,
     tied: Vec<TiedParam>,
     seen: HashSet<ParamId>,
-    path: Vec<String>,
 }
 
 impl Rows {
-    fn add(&mut self, id: ParamId, dims: Vec<usize>, dtype: DType) {
-        let path = self.path.join(".");
+    fn add(&mut self, param: &ParamRef<'_>) {
+        let (id, path, dims, dtype) = (param.id(), param.path(), param.dims(), param.dtype());
         if self.seen.insert(id) {
             let local_dims = dims.clone();
             let padded_dims = dims.clone();
@@ -366,31 +365,5 @@ impl Rows {
         } else if let Some(row) = self.rows.iter().find(|row| row.id == id) {
             self.tied.push(TiedParam { first: row.path.clone(), other: path });
         }
-    }
-}
-
-impl ModuleVisitor for Rows {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let dtype = match param.is_initialized() {
-            true => param.val().dtype(),
-            false => param.lazy_device().settings().float_dtype.into(),
-        };
-        self.add(param.id, param.lazy_shape().to_vec(), dtype);
-    }
-
-    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
-        self.add(param.id, param.val().shape().to_vec(), param.val().dtype());
-    }
-
-    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
-        self.add(param.id, param.val().shape().to_vec(), param.val().dtype());
-    }
-
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.into());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
     }
 }

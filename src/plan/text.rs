@@ -1,4 +1,4 @@
-//! How a plan is written down, in TOML, JSON, or whatever else serde speaks.
+//! The serialised form of a plan.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! The closures of steps, and what captured steps know them by.
+//! The closures of steps, and their identity in the cache of captured steps.
 
 use std::any::TypeId;
 

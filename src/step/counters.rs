@@ -1,4 +1,4 @@
-//! What steps cost in communication.
+//! Counters of communication of steps.
 
 use std::ops::Sub;
 use std::time::Duration;

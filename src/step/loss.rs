@@ -1,4 +1,4 @@
-//! A loss with its weight in the average over the whole batch.
+//! A loss and its weight in the average over the whole batch.
 
 use burn::backend::DispatchTensor;
 use burn::prelude::*;

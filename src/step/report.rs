@@ -1,4 +1,4 @@
-//! What a run of a pipeline cost.
+//! The report of one run of a pipeline.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! What a training step gives.
+//! The result of a training step.
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
@@ -13,7 +13,7 @@ use crate::tensor::PlainTensor;
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Step {
-    /// The mean loss over everything that all ranks brought; NaN if nobody brought anything. The same on every rank.
+    /// The mean loss over everything that all ranks brought; NaN if no rank brought anything. The same on every rank.
     pub loss: LossValue,
     /// The number of items that the mean is over, on all ranks together: what a [`Loss`](super::Loss) counts for.
     pub weight: f64,

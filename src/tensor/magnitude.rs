@@ -1,4 +1,4 @@
-//! How large tensors in host memory are: one pass over their elements.
+//! Sums of squares, largest magnitudes and finiteness of tensors in host memory, in one pass over their elements.
 //!
 //! Elements are taken in blocks of a fixed length, whose sums are added up in order: the result does not depend on the
 //! number of threads.

@@ -24,7 +24,7 @@ use crate::Error;
 
 /// A tensor of any kind, rank and device, without autodiff.
 ///
-/// It shares its buffer with the tensor that it was made of, and operations work in place where nobody else holds that.
+/// It shares its buffer with the tensor that it was made of, and operations work in place where it has no other owner.
 #[derive(Clone, Debug)]
 pub struct PlainTensor(DispatchTensor);
 

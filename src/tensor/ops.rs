@@ -1,4 +1,4 @@
-//! What is done with tensors of any kind.
+//! Operations on tensors of any kind.
 
 use std::ops::Range;
 
@@ -73,7 +73,7 @@ impl PlainTensor {
         Ok(Self(by_kind!(kind, float_cat | int_cat | bool_cat(tensors, dim))))
     }
 
-    /// The sum with a float tensor of the same shape, dtype and device; in place, if nobody else holds this one.
+    /// The sum with a float tensor of the same shape, dtype and device; in place, if this one has no other owner.
     ///
     /// # Panics
     /// If they are not.
@@ -101,7 +101,7 @@ impl PlainTensor {
         }
     }
 
-    /// A float tensor times a number, in place, if nobody else holds it; itself if the number is 1.
+    /// A float tensor times a number, in place, if it has no other owner; itself if the number is 1.
     ///
     /// # Panics
     /// If it is a tensor of another kind.

@@ -1,4 +1,4 @@
-//! How a model is split.
+//! The configuration of tensor parallelism.
 
 use burn::config::Config;
 use serde::{Deserialize, Deserializer, Serialize};

@@ -1,13 +1,14 @@
-//! What a plan costs.
+//! Computes the cost of a plan from the captured step.
 
 use burn::module::Module;
-use burn_ir::{FloatOperationIr, OperationIr, TensorIr};
+use burn_ir::TensorIr;
 
 use crate::Error;
 use crate::distribution::split_step;
+use crate::graph::operation::bytes;
 use crate::graph::{StepGraph, TensorTree, capture_step, counter_based_rng};
 use crate::params;
-use crate::partition::{CollectiveKind, CollectiveOp, PartitionOptions};
+use crate::partition::{CollectiveKind, CollectiveOp, PartitionOptions, flops};
 use crate::plan::{DEFAULT_AXIS, Plan, PlanCost};
 use crate::step::Loss;
 
@@ -31,7 +32,7 @@ impl Plan {
         self.cost_over(model, &[(DEFAULT_AXIS, degree)], inputs, loss)
     }
 
-    /// As [`cost`](Self::cost), over several axes, given by names and sizes: the axis that the plan speaks of, then others, of
+    /// As [`cost`](Self::cost), over several axes, given by names and sizes: the plan's own axis, then others, of
     /// which it speaks by [`on`](Self::on) or which split nothing. The collectives are those over all axes.
     ///
     /// ```
@@ -91,14 +92,14 @@ pub(super) fn cost_of(local: &StepGraph, axes: &[(&str, usize)]) -> PlanCost {
     let collectives = local.operations.iter().filter_map(CollectiveOp::of);
     let sent = collectives.clone().map(|(op, ir)| {
         let ranks = axes.iter().find(|axis| axis.0 == op.axis).map_or(1, |axis| axis.1) as f64;
-        let of = |tensors: &[TensorIr]| tensors.iter().map(bytes).sum::<usize>() as f64;
+        let of = |tensors: &[TensorIr]| tensors.iter().map(bytes).sum::<u64>() as f64;
         sent(op.kind, of(&ir.inputs), of(&ir.outputs), ranks)
     });
     PlanCost {
         collective_bytes: sent.sum(),
         collectives: collectives.count(),
         parameter_bytes: local.params.iter().map(|param| bytes(&param.tensor) as f64).sum(),
-        work: local.operations.iter().map(work).sum(),
+        work: local.operations.iter().map(|op| flops(op) as f64).sum(),
     }
 }
 
@@ -110,25 +111,4 @@ fn sent(kind: CollectiveKind, input: f64, output: f64, n: f64) -> f64 {
             CollectiveKind::ReduceScatter | CollectiveKind::AllToAll => input,
             _ => 2.0 * input,
         }
-}
-
-pub(super) fn bytes(tensor: &TensorIr) -> usize {
-    tensor.shape.num_elements() * tensor.dtype.size()
-}
-
-/// Floating-point operations of one operation.
-fn work(op: &OperationIr) -> f64 {
-    let elements = |tensor: &TensorIr| tensor.shape.num_elements() as f64;
-    let out = op.outputs().next().map_or(0.0, elements);
-    let mut inputs = op.inputs();
-    match (op, inputs.next(), inputs.next()) {
-        // Of [m, k] x [k, n] -> [m, n] the root of the three sizes is m k n, each of a batch counted for itself.
-        (OperationIr::Float(_, FloatOperationIr::Matmul(product)), Some(a), Some(b)) => {
-            let dims = product.out.shape.as_slice();
-            let batch = dims[..dims.len().saturating_sub(2)].iter().product::<usize>() as f64;
-            2.0 * (elements(a) * elements(b) * out / batch.max(1.0)).sqrt()
-        }
-        (OperationIr::Module(_), Some(a), Some(b)) => 2.0 * (elements(a) * elements(b) * out).sqrt(),
-        _ => out,
-    }
 }

@@ -1,11 +1,11 @@
-//! Which layers feed each other, as the operations of a step say.
+//! Finds which layers feed each other in a captured step.
 
 use std::collections::{BTreeSet, HashMap};
 
-use burn_ir::{NumericOperationIr as Numeric, OperationIr, TensorId, TensorIr};
+use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use crate::graph::StepGraph;
-use crate::partition::{is_elementwise, only_moves};
+use crate::graph::operation::{is_elementwise, only_moves, reduces_last};
 
 /// Pairs of parameters, by their places, of which the second is multiplied with what comes from the first by way of operations
 /// that could keep it split along its last dim: activations, reshapes, attention, but no norm.
@@ -46,7 +46,7 @@ impl Flow {
                 self.pairs.extend(pairs);
                 BTreeSet::from([place])
             }
-            _ if along_last(op) || (is_elementwise(op) && given.iter().any(|given| given.is_empty())) => {
+            _ if reduces_last(op) || (is_elementwise(op) && given.iter().any(|given| given.is_empty())) => {
                 BTreeSet::new()
             }
             _ => given.into_iter().flatten().copied().collect(),
@@ -55,16 +55,5 @@ impl Flow {
         if reached {
             self.from.extend(op.outputs().map(|out| (out.id, from.clone())));
         }
-    }
-}
-
-/// Whether it adds up along the last dim.
-fn along_last(op: &OperationIr) -> bool {
-    match op {
-        OperationIr::NumericFloat(_, Numeric::SumDim(reduce) | Numeric::MeanDim(reduce) | Numeric::MaxDim(reduce)) => {
-            reduce.axis + 1 == reduce.input.shape.num_dims()
-        }
-        OperationIr::Module(burn_ir::ModuleOperationIr::LayerNorm(_)) => true,
-        _ => false,
     }
 }

@@ -1,4 +1,4 @@
-//! Models whose layers are split over the ranks of a group.
+//! Tensor parallelism: models whose layers are split over the ranks of a group.
 //!
 //! Any [`Module`](burn::module::Module), unedited: [`TensorParallel::tensor_parallel`] with a [`Plan`](crate::plan::Plan)
 //! leaves each rank its parts of the parameters, and [`ParallelModule::step`](crate::train::ParallelModule::step) runs a training step on them with the collectives

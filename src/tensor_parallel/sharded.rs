@@ -1,4 +1,4 @@
-//! A model of which each rank holds a part, trained through its captured step.
+//! A tensor-parallel model: each rank holds a part, and trains it through a captured step.
 
 use std::collections::HashMap;
 use std::fmt;

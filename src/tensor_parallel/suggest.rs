@@ -1,13 +1,14 @@
-//! A plan for a model that was never seen, by the cost of the step that results.
+//! Suggests a plan by the cost of the captured step.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use burn::module::Module;
 use burn_ir::TensorId;
 
-use super::cost::{bytes, capture, cost_of};
+use super::cost::{capture, cost_of};
 use super::feeds::feeds;
 use crate::Error;
+use crate::graph::operation::bytes;
 use crate::graph::{StepGraph, TensorTree};
 use crate::layout::Layout;
 use crate::partition::{PartitionOptions, partition};
@@ -113,7 +114,7 @@ impl Candidate {
             let choices = (0..dims.len()).filter(|dim| may && fits(dims[*dim])).map(Layout::Sharded).collect();
             let group = found.entry((like(&param.path), dims)).or_insert(Group { members: vec![], bytes: 0, choices });
             group.members.push(place);
-            group.bytes += bytes(&param.tensor);
+            group.bytes += bytes(&param.tensor) as usize;
         }
         let mut groups: Vec<Group> = found.into_values().filter(|group| !group.choices.is_empty()).collect();
         groups.sort_by_key(|group| std::cmp::Reverse(group.bytes));

@@ -30,7 +30,7 @@ pub trait TensorParallel: Module + Sized {
         Sharded::new(self, &[(DEFAULT_AXIS, group)], config.into())
     }
 
-    /// As [`tensor_parallel`](Self::tensor_parallel), over several axes of a mesh: the plan speaks of the first one named
+    /// As [`tensor_parallel`](Self::tensor_parallel), over several axes of a mesh: the plan describes the first one named
     /// here, and of the others by [`Plan::on`](crate::plan::Plan::on). All ranks of these axes pass the same whole inputs.
     ///
     /// ```

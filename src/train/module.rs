@@ -1,4 +1,4 @@
-//! What all wrappers have in common.
+//! The trait that all wrappers implement.
 
 use std::collections::HashMap;
 
@@ -113,7 +113,7 @@ pub trait ParallelModule: Module + sealed::Sealed {
         F: FnMut(&Self::Model, I) -> O,
         O: TensorTree + Clone + Send + 'static;
 
-    /// Updates the parameters with the gradients of a step: `optim.step(lr, model, step.grads)`, made sure of.
+    /// Updates the parameters with the gradients of a step: a checked `optim.step(lr, model, step.grads)`.
     ///
     /// The first time that it meets an optimizer it makes sure that the optimizer suits the parameters: that it has moments for
     /// no others, and of their dims; and, where parameters are split, that the update of a part is the part of the update, so

@@ -1,4 +1,4 @@
-//! A model that is spread as a strategy says.
+//! A model that is parallelised by a strategy.
 
 use std::collections::HashMap;
 use std::fmt;

@@ -1,4 +1,4 @@
-//! How a model is run.
+//! The report on how a model is run.
 
 use std::fmt;
 
@@ -22,14 +22,14 @@ pub struct Report {
     /// Whether steps are captured as graphs; else the model's own eager forward runs.
     pub captured: bool,
     /// What the last captured step of a model that is split was given in collectives, and what of it could not be split: one
-    /// for each axis that it is split over, first the one that the plan speaks of. Empty before the first step.
+    /// for each axis that it is split over, first the plan's own. Empty before the first step.
     pub shards: Vec<ShardReport>,
     /// What each stage of a pipeline has, and what crosses between them; `None` before the model is cut.
     pub cut: Option<CutReport>,
 }
 
 impl Report {
-    /// What the last captured step was given over the axis that the plan speaks of.
+    /// What the last captured step was given over the plan's own axis.
     pub fn shard(&self) -> ShardReport {
         self.shards.first().cloned().unwrap_or_default()
     }

@@ -1,4 +1,4 @@
-//! How a model is spread, as data.
+//! The strategy: how a model is parallelised, as data.
 
 use std::fmt;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Steps of a model that has no replicas.
+//! Runs the steps of a model that has no replicas.
 
 use std::collections::HashMap;
 

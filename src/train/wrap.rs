@@ -1,4 +1,4 @@
-//! How each wrapper is a parallel module, and how they go together.
+//! Implements `ParallelModule` for the wrappers.
 
 use std::collections::HashMap;
 

@@ -401,7 +401,7 @@ fn moved(all: &[Arc<Contribution>], rank: usize) -> u64 {
 }
 
 impl Transport for ChannelTransport {
-    fn engine(&self) -> &'static str {
+    fn name(&self) -> &'static str {
         "channels"
     }
 

@@ -5,8 +5,8 @@ use std::thread;
 use std::time::Duration;
 
 use burn::prelude::*;
-use burn_parallel::comm::local::{self, WorldConfig};
 use burn_parallel::comm::tcp::{Rendezvous, Session};
+use burn_parallel::comm::{WorldConfig, local};
 use burn_parallel::prelude::*;
 
 /// Runs ranks over threads, and over TCP.

@@ -76,7 +76,7 @@ impl Transport for Forwarding {
         Ok(bytes)
     }
 
-    fn engine(&self) -> &'static str {
+    fn name(&self) -> &'static str {
         "forwarding"
     }
 

@@ -7,4 +7,5 @@ pub mod llama;
 pub mod models;
 pub mod products;
 pub mod reference;
+pub mod shapes;
 pub mod zoo;

@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 
 use burn::prelude::*;
-use burn_ir::{CustomOpIr, OperationIr, TensorIr};
 use burn_parallel::Error;
-use burn_parallel::graph::{CustomOps, Executor, MemoryEstimate, capture_step, gradients_params};
+use burn_parallel::graph::{
+    CustomOpIr, CustomOps, Executor, MemoryEstimate, OperationIr, TensorIr, capture_step, gradients_params,
+};
 
 use crate::common::models::*;
 use crate::common::reference::{difference, gradient_values, values};

@@ -330,7 +330,7 @@ fn a_warning_without_a_secret_where_others_may_come() {
 #[test]
 #[ignore = "a helper of the tests with processes"]
 fn one_world() {
-    use burn_parallel::comm::{ReduceOp, local::WorldConfig, tcp::Session};
+    use burn_parallel::comm::{ReduceOp, WorldConfig, tcp::Session};
     let Ok(place) = ProcessInfo::from_env() else { return };
     let session = Session::new();
     let world = Rendezvous::at(&place, LONG).and_then(|meeting| session.world(&meeting, WorldConfig::from_env()?));

@@ -1,40 +1,10 @@
 //! However many shapes come, so many graphs are kept.
 
-use burn::nn::{Linear, LinearConfig};
+use burn::module::Module;
 use burn::optim::{ModuleOptimizer, SgdConfig};
-use burn::prelude::*;
 use burn_parallel::prelude::*;
 
-fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().try_into_vec().unwrap()
-}
-
-type Model = (Linear, Linear);
-
-fn model() -> Model {
-    let device = Device::flex().autodiff();
-    let layer = |inputs, outputs| {
-        let layer: Linear = LinearConfig::new(inputs, outputs).init(&device);
-        layer
-    };
-    (layer(4, 6), layer(6, 2))
-}
-
-fn loss(model: &Model, rows: Tensor<2>) -> Tensor<1> {
-    model.1.forward(model.0.forward(rows).tanh()).powf_scalar(2.0).mean()
-}
-
-fn forward(model: &Model, rows: Tensor<2>) -> Tensor<2> {
-    model.1.forward(model.0.forward(rows).tanh())
-}
-
-fn rows(count: usize) -> Tensor<2> {
-    let numbers = Tensor::<1, Int>::arange(0..4 * count as i64, &Device::flex().autodiff());
-    numbers.float().mul_scalar(0.01).sin().reshape([count, 4])
-}
-
-/// Shapes that come and go: more than are kept, some of them again.
-const SHAPES: [usize; 14] = [4, 5, 6, 7, 8, 4, 9, 5, 10, 11, 4, 4, 12, 6];
+use crate::common::shapes::{SHAPES, floats, forward, loss, model, rows};
 
 #[test]
 fn graphs_of_a_pipeline_are_bounded() {

@@ -437,7 +437,7 @@ fn what_only_gradients_of_parameters_need_can_wait() {
     let graph = capture_step(&model, lm_batch(2), lm_loss).unwrap();
     let homes = Cut::before(["encoder.layers.1.*", "encoder.layers.2.*"]).homes(&graph, 3).unwrap();
     let parts = cut(&graph, &homes, 3).unwrap();
-    let cost = |ops: &[burn_ir::OperationIr]| ops.iter().map(operation_cost).sum::<u64>() as f64;
+    let cost = |ops: &[burn_parallel::graph::OperationIr]| ops.iter().map(operation_cost).sum::<u64>() as f64;
     // Nobody waits for the first stage; in the middle both halves of the backward pass cost about as much as the forward.
     assert!(parts.stages[0].backward_input.is_empty());
     let middle = &parts.stages[1];
@@ -458,8 +458,8 @@ fn gradients_of_weights_are_computed_in_their_half_and_not_before() {
     let homes = Cut::before(["2.*", "4.*"]).homes(&graph, 3).unwrap();
     let parts = cut(&graph, &homes, 3).unwrap();
     // Operations that multiply a batch with a matrix, forward or backward.
-    let products = |ops: &[burn_ir::OperationIr]| {
-        let is_product = |op: &&burn_ir::OperationIr| {
+    let products = |ops: &[burn_parallel::graph::OperationIr]| {
+        let is_product = |op: &&burn_parallel::graph::OperationIr| {
             let text = format!("{op:?}");
             (text.contains("Matmul(") || text.contains("Linear")) && !text.contains("BiasBackward")
         };

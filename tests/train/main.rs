@@ -1,9 +1,10 @@
-//! What all strategies have in common: settings, the gradient norm, sharded replicas.
+//! What all strategies have in common: settings, the gradient norm, sharded replicas, and how often a step walks the model.
 
 #[path = "../common/mod.rs"]
 mod common;
 
 mod grad_norm;
 mod settings;
+mod walks;
 mod zero;
 mod zero_captured;

@@ -14,7 +14,7 @@ use crate::Error;
 use crate::comm::DeviceTensor;
 use crate::comm::device::{from_device, to_device};
 
-/// The buffer behind a tensor. What burn has put off is enqueued; the strides stay as they are.
+/// The buffer behind a tensor. Operations that burn has delayed are enqueued; the strides stay as they are.
 pub(super) fn resolved(tensor: FloatTensor<Cube>) -> DeviceTensor {
     let client = tensor.client.clone();
     client.resolve_tensor_float::<CubeBackend>(tensor)

@@ -1,4 +1,4 @@
-//! A tensor whose parts are worked on by different threads at the same time.
+//! Disjoint slices of one tensor, which different threads write at the same time.
 //!
 //! While one part of a result travels, the next is computed into the same buffer. A [`DisjointSlice`] is a part that one thread has
 //! to itself: slices of one tensor are cut once, so they don't overlap, and each keeps the buffer alive. When all are
@@ -12,10 +12,10 @@ use burn::backend::flex::FlexTensor;
 use super::matrix::Real;
 use crate::Error;
 
-/// The tensor behind slices. Nobody reads or writes it through this.
+/// The tensor behind the slices: kept alive, neither read nor written through this.
 struct SharedTensor(FlexTensor);
 
-/// The right to read and write some elements of a tensor that nobody else looks at.
+/// Exclusive access to some elements of a tensor.
 pub(super) struct DisjointSlice<T> {
     data: *mut T,
     len: usize,
@@ -44,7 +44,7 @@ impl<T> DerefMut for DisjointSlice<T> {
 /// What remains when slices are cut: gives the tensor back.
 pub(super) struct SplitTensor(Arc<SharedTensor>);
 
-/// Cuts a tensor that nobody else holds into slices of these lengths, one behind the other.
+/// Cuts a tensor with no other owner into slices of these lengths, one behind the other.
 pub(super) fn disjoint_slices<T: Real>(
     mut tensor: FlexTensor,
     lens: impl Iterator<Item = usize>,

@@ -1,4 +1,4 @@
-//! Products of a left factor that is gathered: of what a rank has at once, of what the others have as it comes.
+//! Products of a left factor that is gathered: of this rank's rows at once, of other ranks' rows as they arrive.
 
 use std::ops::Range;
 

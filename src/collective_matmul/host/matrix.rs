@@ -1,4 +1,4 @@
-//! Matrices in host memory, and the multiplication of Flex on views of them, into places that exist already.
+//! Views of matrices in host memory, and Flex's multiplication of them into buffers that exist already.
 
 use std::ops::Range;
 
@@ -125,7 +125,7 @@ impl<'a, T> OutputRows<'a, T> {
 /// Writes `sum of left * right` to its place.
 ///
 /// # Panics
-/// If the dims don't fit, which whoever made the matrices has checked.
+/// If the dims do not fit, which callers check.
 pub(super) fn multiply<T: Real>(terms: &[(Matrix<'_, T>, &Factor<'_, T>)], out: OutputRows<'_, T>) {
     let (rows, columns) = terms.first().map_or((0, 0), |(left, right)| (left.rows, right.columns));
     let fits = |(left, right): &(Matrix<'_, T>, &Factor<'_, T>)| {

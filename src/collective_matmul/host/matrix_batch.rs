@@ -1,4 +1,4 @@
-//! Left factors of any number of dims, as matrices one after another.
+//! Left factors of any number of dims as a batch of matrices at even distances.
 
 use burn::backend::flex::FlexTensor;
 

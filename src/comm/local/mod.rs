@@ -27,88 +27,15 @@ mod sync;
 mod transport;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use self::group::{Group, WorldFailure};
 use self::transport::LocalTransport;
-use super::Communicator;
 use super::backoff::{self, Backoff};
+use super::{Communicator, WorldConfig};
 use crate::Error;
-
-/// Time-out when `BURN_PARALLEL_TIMEOUT_S` does not say otherwise.
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Most ranks of a world in one process: more threads than any system starts.
 const MOST_RANKS: usize = 1 << 16;
-/// A longer time-out is as good as none, and times worked out from it must not overflow.
-const LONGEST_TIMEOUT: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
-
-/// The time-out, bounded.
-pub(in crate::comm) fn bounded(timeout: Duration) -> Duration {
-    timeout.min(LONGEST_TIMEOUT)
-}
-
-/// The settings of a world, over any transport.
-#[derive(Debug, Clone)]
-pub struct WorldConfig {
-    pub(in crate::comm) timeout: Duration,
-    pub(in crate::comm) name: Arc<str>,
-}
-
-impl WorldConfig {
-    /// The default: group name `world`, and the time-out of the environment variable `BURN_PARALLEL_TIMEOUT_S` (seconds,
-    /// fractions allowed), or 300 s.
-    ///
-    /// # Errors
-    /// [`Error::Environment`] if the variable is not a positive number.
-    pub fn from_env() -> Result<Self, Error> {
-        const VARIABLE: &str = "BURN_PARALLEL_TIMEOUT_S";
-        let timeout = match std::env::var_os(VARIABLE) {
-            None => DEFAULT_TIMEOUT,
-            Some(value) => {
-                let value = value.to_string_lossy().into_owned();
-                match value.trim().parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()) {
-                    Some(timeout) if !timeout.is_zero() => timeout,
-                    _ => {
-                        let expected = "a positive number of seconds";
-                        return Err(Error::Environment { variable: VARIABLE, value, expected });
-                    }
-                }
-            }
-        };
-        Ok(Self { timeout: bounded(timeout), name: "world".into() })
-    }
-
-    /// Sets how long any wait may last before the whole world fails with [`Error::Timeout`]. It must not be 0, which is an
-    /// error when the world is made; more than 100 years are 100 years.
-    pub fn with_timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = bounded(timeout);
-        self
-    }
-
-    /// Refuses settings that no world can work with.
-    pub(in crate::comm) fn check(&self) -> Result<(), Error> {
-        match self.timeout.is_zero() {
-            false => Ok(()),
-            true => Err(Error::invalid(
-                "timeout",
-                "0 s is no time-out: no rank could wait for another; give `timeout` or `with_timeout` a positive one, or set \
-                 BURN_PARALLEL_TIMEOUT_S",
-            )),
-        }
-    }
-
-    /// How long any wait may last.
-    pub fn timeout(&self) -> Duration {
-        self.timeout
-    }
-
-    /// Sets the name by which errors call the group.
-    pub fn with_name(mut self, name: &str) -> Self {
-        self.name = name.into();
-        self
-    }
-}
 
 /// Makes a world of `size` ranks in this process: one communicator for each, to be moved to its thread.
 ///
@@ -118,9 +45,9 @@ impl WorldConfig {
 /// [`Error::InvalidArgument`] if `size` is 0 or more than 65,536, or the time-out is 0.
 ///
 /// ```
-/// use burn_parallel::comm::{ReduceOp, local};
+/// use burn_parallel::comm::{WorldConfig, local};
 ///
-/// let world = local::world(2, local::WorldConfig::from_env()?)?;
+/// let world = local::world(2, WorldConfig::from_env()?)?;
 /// std::thread::scope(|scope| {
 ///     for comm in world {
 ///         scope.spawn(move || {

@@ -94,7 +94,7 @@ impl LocalTransport {
             }
             Ok(Err(calls)) => {
                 let (name, log) = (group.name.clone(), group.log());
-                Err(self.fail(Error::Mismatch { group: name, sequence: sequence, calls, log }))
+                Err(self.fail(Error::Mismatch { group: name, sequence, calls, log }))
             }
             Err(why) => Err(self.interrupted(why, call, call_timer.elapsed(), || self.missing_ranks(call))),
         }
@@ -181,7 +181,7 @@ fn backoff(group: &Group) -> Backoff {
 }
 
 impl Transport for LocalTransport {
-    fn engine(&self) -> &'static str {
+    fn name(&self) -> &'static str {
         "local"
     }
 

@@ -31,7 +31,7 @@ impl Thresholds {
 /// is not sent: it makes no request. No method waits for another rank.
 pub(in crate::comm) trait Endpoint: Debug + Send + Sync {
     /// Name of the transport, as in `tcp`.
-    fn engine(&self) -> &'static str;
+    fn name(&self) -> &'static str;
 
     /// Index of this process in the world.
     fn rank(&self) -> usize;

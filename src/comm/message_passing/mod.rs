@@ -68,7 +68,7 @@ use self::transport::MessagePassingTransport;
 use self::world::Membership;
 pub(in crate::comm) use self::world::World;
 use super::Communicator;
-use super::local::WorldConfig;
+use super::WorldConfig;
 use super::lock::lock;
 use crate::Error;
 

@@ -201,5 +201,5 @@ impl Inbox {
 }
 
 fn garbled(world: &World, from: usize) -> Error {
-    Error::Engine { engine: world.endpoint.engine(), problem: format!("a message of rank {from} is garbled") }
+    Error::Transport { transport: world.endpoint.name(), problem: format!("a message of rank {from} is garbled") }
 }

@@ -188,8 +188,8 @@ impl MessagePassingTransport {
 }
 
 impl Transport for MessagePassingTransport {
-    fn engine(&self) -> &'static str {
-        self.world().endpoint.engine()
+    fn name(&self) -> &'static str {
+        self.world().endpoint.name()
     }
 
     fn group(&self) -> &Arc<str> {

@@ -105,7 +105,7 @@ impl MpiEndpoint {
                         "the other ranks did not come to make a world within {timeout:.1?}; raise the limit with \
                          BURN_PARALLEL_TIMEOUT_S if they were only slow"
                     );
-                    break Err(Error::Engine { engine: "mpi", problem });
+                    break Err(Error::Transport { transport: "mpi", problem });
                 }
                 Ok(false) => thread::sleep(Duration::from_micros(200)),
                 Err(error) => break Err(error),
@@ -163,7 +163,7 @@ impl MpiEndpoint {
             let problem = format!(
                 "rank {from} announces {len} bytes where {TAKEN} are the most, or more than there is memory for"
             );
-            return Err(Error::Engine { engine: "mpi", problem });
+            return Err(Error::Transport { transport: "mpi", problem });
         };
         // SAFETY: the bytes are on the heap and as many as that; they are kept until they are there, or for good.
         let code =
@@ -185,7 +185,7 @@ fn is_done(request: &mut Request) -> Result<bool, Error> {
 }
 
 impl Endpoint for MpiEndpoint {
-    fn engine(&self) -> &'static str {
+    fn name(&self) -> &'static str {
         "mpi"
     }
 

@@ -1,7 +1,7 @@
 //! The transport over MPI: ranks are processes of a cluster (feature `mpi`).
 //!
 //! ```no_run
-//! use burn_parallel::comm::{ReduceOp, local::WorldConfig, mpi::Session};
+//! use burn_parallel::comm::{ReduceOp, WorldConfig, mpi::Session};
 //!
 //! let session = Session::start()?; // under mpirun or srun
 //! let world = session.world(WorldConfig::from_env()?)?;
@@ -42,7 +42,7 @@ use std::sync::Arc;
 use self::endpoint::MpiEndpoint;
 use self::process::Mpi;
 use super::Communicator;
-use super::local::WorldConfig;
+use super::WorldConfig;
 use super::message_passing::Worlds;
 use crate::Error;
 
@@ -60,7 +60,7 @@ impl Session {
     /// Initialises MPI, unless somebody has already.
     ///
     /// # Errors
-    /// [`Error::Engine`] if MPI can't be initialised, has been finalised, or allows one thread only.
+    /// [`Error::Transport`] if MPI can't be initialised, has been finalised, or allows one thread only.
     pub fn start() -> Result<Self, Error> {
         Ok(Self { mpi: Mpi::init()?, worlds: Worlds::new() })
     }
@@ -69,7 +69,7 @@ impl Session {
     /// worlds, one after the other or at the same time.
     ///
     /// # Errors
-    /// [`Error::Engine`] if a rank does not come within the time-out.
+    /// [`Error::Transport`] if a rank does not come within the time-out.
     pub fn world(&self, config: WorldConfig) -> Result<Communicator, Error> {
         config.check()?;
         let endpoint = MpiEndpoint::new(self.mpi.clone(), config.timeout)?;

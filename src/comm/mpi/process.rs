@@ -23,7 +23,7 @@ pub(super) struct Mpi {
 impl Mpi {
     /// Initialises MPI, or uses it if it is initialised already.
     pub fn init() -> Result<Arc<Self>, Error> {
-        let problem = |problem: &str| Err(Error::Engine { engine: "mpi", problem: problem.into() });
+        let problem = |problem: &str| Err(Error::Transport { transport: "mpi", problem: problem.into() });
         let (mut before, mut after, mut provided) = (0, 0, 0);
         // SAFETY: both may be called at any time.
         unsafe {
@@ -74,5 +74,5 @@ pub(super) fn check(code: c_int, what: &str) -> Result<(), Error> {
     // SAFETY: the buffer is as long as MPI asks for.
     unsafe { sys::MPI_Error_string(code, text.as_mut_ptr().cast(), &mut len) };
     let text = String::from_utf8_lossy(&text[..(len.max(0) as usize).min(text.len())]).into_owned();
-    Err(Error::Engine { engine: "mpi", problem: format!("{what}: {text}") })
+    Err(Error::Transport { transport: "mpi", problem: format!("{what}: {text}") })
 }

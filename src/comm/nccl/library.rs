@@ -106,7 +106,7 @@ pub fn library() -> Result<Library, Error> {
 }
 
 impl Library {
-    /// Whether several ranks may bring one GPU: from NCCL 2.30 on, with `NCCL_MULTI_RANK_GPU_ENABLE=1`.
+    /// Whether several ranks may use one GPU: from NCCL 2.30 on, with `NCCL_MULTI_RANK_GPU_ENABLE=1`.
     pub fn shares_devices(&self) -> bool {
         self.nccl >= SHARES_DEVICES && std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some_and(|on| on != "0")
     }

@@ -186,7 +186,7 @@ impl SendQueue {
         let header = Header { number, dtype: tensor.dtype, dims: tensor.meta.shape().to_vec() };
         let header = header.write()?;
         sent.next += 1;
-        // Nothing has to travel of an empty one. Others are put in before they are announced: the answer finds them there.
+        // An empty tensor needs no transfer. Others are put in before they are announced: the answer finds them there.
         if tensor.meta.shape().iter().product::<usize>() > 0 && !sent.closed {
             sent.waiting.insert(number, (preparing, tensor, tag));
         }
@@ -251,7 +251,7 @@ impl SendQueue {
         self.waiting.store(sent.waiting.len(), Ordering::Release);
         let known = sent.channel.clone();
         drop(sent);
-        // Not under the lock: the receiver has to come for the first, and whoever sends the next should not wait for that.
+        // Not under the lock: the first message waits for the receiver, and the sender of the next should not wait for that.
         let channel = match known {
             Some(channel) => channel,
             None if id.len() == ID_BYTES => {

@@ -86,7 +86,7 @@ use crate::Error;
 ///
 /// # Errors
 /// [`Error::Gpu`], on every rank, before anything is touched, if some rank has no libcuda, no libnccl, too old ones, or no
-/// such device, or if two ranks of one machine bring the same device and NCCL is older than 2.30; [`Error::Nccl`] if NCCL
+/// such device, or if two ranks of one machine use the same device and NCCL is older than 2.30; [`Error::Nccl`] if NCCL
 /// refuses; the error of the world.
 pub fn join(host: &Communicator, index: usize) -> Result<Communicator, Error> {
     let place = library().and_then(|library| library.place(index));

@@ -225,7 +225,7 @@ fn room_for(tensor: &DeviceTensor) -> DeviceTensor {
 }
 
 impl Transport for NcclTransport {
-    fn engine(&self) -> &'static str {
+    fn name(&self) -> &'static str {
         "nccl"
     }
 

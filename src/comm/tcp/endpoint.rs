@@ -109,7 +109,7 @@ impl<N: Network> TcpEndpoint<N> {
 }
 
 impl<N: Network> Endpoint for TcpEndpoint<N> {
-    fn engine(&self) -> &'static str {
+    fn name(&self) -> &'static str {
         "tcp"
     }
 

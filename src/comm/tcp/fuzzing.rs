@@ -57,37 +57,37 @@ impl Dice<'_> {
 pub fn frames(bytes: &[u8]) {
     let ((mut connection, mut other), mut table, mut dice) = (connected(), RequestTable::default(), Dice(bytes));
     // Borrowed by the connection until it is gone.
-    let mut lent: Vec<(Box<[u8]>, usize)> = Vec::new();
-    while play(&mut connection, &mut other, &mut table, &mut dice, &mut lent).is_some() {
-        work(&mut connection, &mut other, &mut table);
+    let mut borrowed: Vec<(Box<[u8]>, usize)> = Vec::new();
+    while play(&mut connection, &mut other, &mut table, &mut dice, &mut borrowed).is_some() {
+        progress(&mut connection, &mut other, &mut table);
     }
     let _ = other.shutdown(Shutdown::Write);
     for _ in 0..100_000 {
-        work(&mut connection, &mut other, &mut table);
+        progress(&mut connection, &mut other, &mut table);
         (0..TAGS).for_each(|tag| drop(connection.take(tag, LIMITS.eager, &mut table)));
         if connection.closed.is_some() {
             break;
         }
     }
-    assert!(connection.closed.is_some(), "the connection is over, and the connection does not know");
+    assert!(connection.closed.is_some(), "the stream is closed, and the connection does not know");
     assert!(
         !connection.is_open() && connection.credit_held <= LIMITS.credit && connection.credit_used <= LIMITS.credit
     );
-    for (_, request) in &lent {
+    for (_, request) in &borrowed {
         connection.reclaim(*request);
     }
     drop(connection);
-    for (room, _) in &lent {
-        let edges = room[..AROUND].iter().chain(&room[room.len() - AROUND..]);
-        assert!(edges.into_iter().all(|byte| *byte == UNTOUCHED), "something was written beside its place");
+    for (buffer, _) in &borrowed {
+        let edges = buffer[..AROUND].iter().chain(&buffer[buffer.len() - AROUND..]);
+        assert!(edges.into_iter().all(|byte| *byte == UNTOUCHED), "something was written outside its buffer");
     }
 }
 
 fn progress(connection: &mut Connection, other: &mut UnixStream, table: &mut RequestTable) {
     connection.write(table);
     connection.read(table);
-    let mut heard = [0; 1 << 16];
-    while other.read(&mut heard).is_ok_and(|n| n > 0) {}
+    let mut received = [0; 1 << 16];
+    while other.read(&mut received).is_ok_and(|n| n > 0) {}
 }
 
 fn play(
@@ -95,15 +95,15 @@ fn play(
     other: &mut UnixStream,
     table: &mut RequestTable,
     dice: &mut Dice<'_>,
-    lent: &mut Vec<(Box<[u8]>, usize)>,
+    borrowed: &mut Vec<(Box<[u8]>, usize)>,
 ) -> Option<()> {
     let (what, tag) = (dice.byte()?, u64::from(dice.byte()?) % TAGS);
     match what % 8 {
         0 | 1 => {
             let (len, request) = (dice.len()?.max(1), table.begin());
-            let mut room = vec![UNTOUCHED; AROUND + len + AROUND].into_boxed_slice();
-            let data = room[AROUND..].as_mut_ptr();
-            lent.push((room, request));
+            let mut buffer = vec![UNTOUCHED; AROUND + len + AROUND].into_boxed_slice();
+            let data = buffer[AROUND..].as_mut_ptr();
+            borrowed.push((buffer, request));
             match what % 8 {
                 0 => connection.receive(tag, RecvBuffer { data, len, request }, table),
                 _ => connection.send(tag, SendBuffer { data, len, request }, table),
@@ -111,7 +111,7 @@ fn play(
         }
         2 => drop(connection.take(tag, LIMITS.eager, table)),
         3 => {
-            if let Some((_, request)) = lent.get(usize::from(dice.byte()?)) {
+            if let Some((_, request)) = borrowed.get(usize::from(dice.byte()?)) {
                 connection.reclaim(*request);
             }
         }

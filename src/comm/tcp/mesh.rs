@@ -15,12 +15,12 @@ use crate::Error;
 const ADDRESS: &str = "BURN_PARALLEL_ADDRESS";
 
 /// Connections to all ranks, `None` for this one.
-pub(super) fn connect(meeting: &Rendezvous) -> Result<Vec<Option<TcpStream>>, Error> {
-    let (rank, size) = (meeting.rank(), meeting.size());
+pub(super) fn connect(rendezvous: &Rendezvous) -> Result<Vec<Option<TcpStream>>, Error> {
+    let (rank, size) = (rendezvous.rank(), rendezvous.size());
     if size <= 1 {
         return Ok((0..size).map(|_| None).collect());
     }
-    let address = own_address(meeting)?;
+    let address = own_address(rendezvous)?;
     let cannot = |problem: std::io::Error| {
         rendezvous_error(format!(
             "rank {rank} cannot listen at {address}: {problem}; {ADDRESS} must be an address of the machine it is set on"
@@ -28,20 +28,20 @@ pub(super) fn connect(meeting: &Rendezvous) -> Result<Vec<Option<TcpStream>>, Er
     };
     let listener = TcpListener::bind((address, 0)).map_err(cannot)?;
     let own = listener.local_addr().map_err(cannot)?;
-    let addresses = meeting.all_gather(&[&nonce()[..], own.to_string().as_bytes()].concat())?;
+    let addresses = rendezvous.all_gather(&[&nonce()[..], own.to_string().as_bytes()].concat())?;
     // Only the ranks at this rendezvous know this hash.
     let world = Sha256::digest(addresses.concat());
     let mut streams = Vec::with_capacity(size);
     for (other, told) in addresses.iter().enumerate().take(rank) {
         let at = told.get(nonce().len()..).and_then(|text| std::str::from_utf8(text).ok()?.parse::<SocketAddr>().ok());
         let at = at.ok_or_else(|| rendezvous_error(format!("the address of rank {other} is garbled")))?;
-        streams.push(Some(meeting.hosted_by(other, at).connect_to_host(&world, 0, false)?.0));
+        streams.push(Some(rendezvous.hosted_by(other, at).connect_to_host(&world, 0, false)?.0));
     }
     streams.push(None);
-    let host = meeting.hosted_by(rank, own);
+    let host = rendezvous.hosted_by(rank, own);
     let (mut clients, outcome) = host.receive(&listener, rank + 1..size, |client| {
         let other = client.blob != world[..];
-        other.then(|| format!("rank {} was at another meeting than rank {rank}", client.rank))
+        other.then(|| format!("rank {} was at another rendezvous than rank {rank}", client.rank))
     });
     host.reply(&mut clients, outcome.as_ref().map(|()| &[][..]));
     outcome?;
@@ -50,7 +50,7 @@ pub(super) fn connect(meeting: &Rendezvous) -> Result<Vec<Option<TcpStream>>, Er
 }
 
 /// The address of this machine on the route to rank 0.
-fn own_address(meeting: &Rendezvous) -> Result<IpAddr, Error> {
+fn own_address(rendezvous: &Rendezvous) -> Result<IpAddr, Error> {
     if let Ok(value) = std::env::var(ADDRESS) {
         return value.trim().parse().map_err(|_| Error::Environment {
             variable: ADDRESS,
@@ -58,7 +58,7 @@ fn own_address(meeting: &Rendezvous) -> Result<IpAddr, Error> {
             expected: "an IP address of this machine",
         });
     }
-    let (address, port) = meeting.point();
+    let (address, port) = rendezvous.point();
     let way = |at: SocketAddr| {
         let any: IpAddr = if at.is_ipv4() { [0u8; 4].into() } else { [0u16; 8].into() };
         // Connecting a datagram socket sends nothing, and tells the route.
@@ -66,7 +66,7 @@ fn own_address(meeting: &Rendezvous) -> Result<IpAddr, Error> {
         socket.connect(at)?;
         socket.local_addr().map(|own| own.ip())
     };
-    let ways = meeting.point().to_socket_addrs().and_then(|ats| {
+    let ways = rendezvous.point().to_socket_addrs().and_then(|ats| {
         let mut last = Err(std::io::ErrorKind::AddrNotAvailable.into());
         for at in ats {
             last = way(at);
@@ -80,7 +80,7 @@ fn own_address(meeting: &Rendezvous) -> Result<IpAddr, Error> {
         rendezvous_error(format!(
             "rank {} finds no way to rank 0 at {address}:{port}: {problem}; is MASTER_ADDR right? {ADDRESS} says which \
              address of this machine to use",
-            meeting.rank()
+            rendezvous.rank()
         ))
     })
 }

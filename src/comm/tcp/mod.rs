@@ -2,12 +2,12 @@
 //!
 //! ```no_run
 //! use std::time::Duration;
-//! use burn_parallel::comm::{ReduceOp, local::WorldConfig, tcp::{Rendezvous, Session}};
+//! use burn_parallel::comm::{ReduceOp, WorldConfig, tcp::{Rendezvous, Session}};
 //!
 //! // Rank 1 of 2; the other is on the machine 10.0.0.1.
-//! let meeting = Rendezvous::new(1, 2, "10.0.0.1", 29500, b"a secret", Duration::from_secs(60));
+//! let rendezvous = Rendezvous::new(1, 2, "10.0.0.1", 29500, b"a secret", Duration::from_secs(60));
 //! let session = Session::new();
-//! let world = session.world(&meeting, WorldConfig::from_env()?)?;
+//! let world = session.world(&rendezvous, WorldConfig::from_env()?)?;
 //! let sum = world.all_reduce(vec![1.0f32; 8], ReduceOp::Sum)?;
 //! # Ok::<(), burn_parallel::Error>(())
 //! ```
@@ -33,7 +33,7 @@
 //! | sends what makes no sense | return [`Error::RankLost`]; the log says what came |
 //!
 //! Rank 0 says which of several errors it is; if it does not answer, the next rank does. A rank that was stopped and goes
-//! on hears what the others have been told. Where the time-out is shorter than 4 s, each step of this takes up to 0.4 s all
+//! on returns the error of the others. Where the time-out is shorter than 4 s, each step of this takes up to 0.4 s all
 //! the same.
 //!
 //! A rank that is lost while data moves leaves the buffers of that collective half written.
@@ -64,7 +64,7 @@ pub(crate) use rendezvous::nonce;
 use self::endpoint::TcpEndpoint;
 use self::rendezvous::{MAX_UNKNOWN, rendezvous_error};
 use super::Communicator;
-use super::local::WorldConfig;
+use super::WorldConfig;
 use super::message_passing::Worlds;
 use crate::Error;
 
@@ -89,18 +89,18 @@ impl Session {
     /// the other or, at rendezvous with different ports, at the same time.
     ///
     /// # Errors
-    /// [`Error::Engine`], if the rendezvous fails (see [`Rendezvous::all_gather`]), if the ranks cannot connect to each
+    /// [`Error::Transport`], if the rendezvous fails (see [`Rendezvous::all_gather`]), if the ranks cannot connect to each
     /// other, or if the system does not let this process open as many connections; [`Error::Environment`] if the
     /// variable `BURN_PARALLEL_ADDRESS` is set and no IP address.
-    pub fn world(&self, meeting: &Rendezvous, config: WorldConfig) -> Result<Communicator, Error> {
+    pub fn world(&self, rendezvous: &Rendezvous, config: WorldConfig) -> Result<Communicator, Error> {
         config.check()?;
-        let size = meeting.size();
+        let size = rendezvous.size();
         if size > 1 {
             // Two are kept for each connection; until all ranks are connected, others may connect as well.
             let count = size.saturating_mul(2).max(size.saturating_add(MAX_UNKNOWN)).saturating_add(OWN_DESCRIPTORS);
             descriptors::reserve(count, &format!("a world of {size} ranks over TCP")).map_err(rendezvous_error)?;
         }
-        let endpoint = TcpEndpoint::new(meeting.rank(), mesh::connect(meeting)?)?;
+        let endpoint = TcpEndpoint::new(rendezvous.rank(), mesh::connect(rendezvous)?)?;
         self.0.create(Box::new(endpoint), config)
     }
 }

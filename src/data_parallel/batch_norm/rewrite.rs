@@ -13,12 +13,10 @@
 
 use std::collections::BTreeMap;
 
-use burn_ir::{
-    BaseOperationIr, BatchNormOpIr, BinaryOpIr, CustomOpIr, FloatOperationIr, ModuleOperationIr, NumericOperationIr,
-    OperationIr, ScalarIr, TensorId, TensorIr,
-};
+use burn_ir::{BatchNormOpIr, CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
 
 use crate::error::Error;
+use crate::graph::operation::{self, difference, product};
 use crate::graph::step::{Rename, Uses};
 use crate::graph::{BatchNormBinding, StepGraph, graph_error};
 
@@ -115,7 +113,7 @@ impl<'a> Finder<'a> {
     /// The calls of one batch norm with batch statistics, told by its gamma.
     fn calls(&self, norm: &BatchNormBinding) -> Result<Vec<&'a BatchNormOpIr>, Error> {
         // Training reads running statistics only to scale them by `1 - momentum`.
-        let scaled = |op| matches!(op, &OperationIr::NumericFloat(_, NumericOperationIr::MulScalar(_)));
+        let scaled = |op| operation::scaled(op).is_some();
         if !self.forward_readers(norm.running_mean).chain(self.forward_readers(norm.running_var)).all(scaled) {
             return Err(graph_error(format!(
                 "batch norm `{}` is in training mode but was called on a tensor without autodiff, so it used its running \
@@ -123,11 +121,8 @@ impl<'a> Finder<'a> {
                 norm.path
             )));
         }
-        let calls = self.forward_readers(norm.gamma).filter_map(|op| match op {
-            OperationIr::Module(ModuleOperationIr::BatchNorm(call)) if call.gamma.id == norm.gamma => Some(call),
-            _ => None,
-        });
-        let calls: Vec<_> = calls.collect();
+        let calls = self.forward_readers(norm.gamma).filter_map(operation::batch_norm);
+        let calls: Vec<_> = calls.filter(|call| call.gamma.id == norm.gamma).collect();
         if calls.is_empty() && self.forward_readers(norm.gamma).next().is_some() {
             return Err(graph_error(format!(
                 "batch norm `{}` is in training mode and its gamma is used, but not in a batch normalisation that can be \
@@ -145,16 +140,11 @@ impl<'a> Finder<'a> {
     }
 
     fn is_channel_mean(&self, op: &OperationIr) -> bool {
-        match op {
-            OperationIr::NumericFloat(_, NumericOperationIr::MeanDim(mean)) => {
-                mean.axis == 1 && mean.input.shape.num_dims() == 2
-            }
-            _ => false,
-        }
+        operation::mean_dim(op).is_some_and(|mean| mean.axis == 1 && mean.input.shape.num_dims() == 2)
     }
 
     fn before_reshapes(&self, mut tensor: TensorId) -> TensorId {
-        while let Some(OperationIr::BaseFloat(BaseOperationIr::Reshape(reshape))) = self.maker(tensor) {
+        while let Some(reshape) = self.maker(tensor).and_then(operation::reshape) {
             tensor = reshape.input.id;
         }
         tensor
@@ -163,15 +153,12 @@ impl<'a> Finder<'a> {
     /// The backward pass reshapes the forward's mean once; without gradients it is not there.
     fn backward_start(&self, call: &BatchNormOpIr) -> Option<TensorId> {
         let readers = self.uses.readers(call.mean.id).iter().filter(|index| **index >= self.graph.forward_len);
-        readers.map(|index| self.op(*index)).find_map(|op| match op {
-            OperationIr::BaseFloat(BaseOperationIr::Reshape(reshape)) => Some(reshape.out.id),
-            _ => op.outputs().next().map(|out| out.id),
-        })
+        readers.map(|index| self.op(*index)).find_map(|op| op.outputs().next().map(|out| out.id))
     }
 
     /// Follows `batch_norm_train_backward` of burn-backend from the reshaped mean to its two means.
     fn backward(&self, call: &BatchNormOpIr, mean: TensorId) -> Option<[usize; 2]> {
-        let centred = self.readers(mean).find_map(|op| subtraction(op).filter(|s| s.rhs.id == mean))?;
+        let centred = self.readers(mean).find_map(|op| difference(op).filter(|s| s.rhs.id == mean))?;
         let normalized = self.readers(centred.out.id).find_map(|op| {
             product(op).filter(|p| p.lhs.id == centred.out.id && self.is_inverse_std(p.rhs.id, call.variance.id))
         })?;
@@ -185,55 +172,30 @@ impl<'a> Finder<'a> {
         // (dy - mean(dy)) - projected. Another batch norm with the same dy, as in a residual block, has a mean(dy) of its
         // own, so the mean is looked for from here and not among the readers of dy.
         let whole =
-            self.readers(projected.out.id).find_map(|op| subtraction(op).filter(|s| s.rhs.id == projected.out.id))?;
-        let centred_grad = subtraction(self.maker(whole.lhs.id)?).filter(|s| s.lhs.id == weighted.lhs.id)?;
+            self.readers(projected.out.id).find_map(|op| difference(op).filter(|s| s.rhs.id == projected.out.id))?;
+        let centred_grad = difference(self.maker(whole.lhs.id)?).filter(|s| s.lhs.id == weighted.lhs.id)?;
         Some([self.mean_dim(centred_grad.rhs.id)?, mean_weighted])
     }
 
     /// Whether a tensor is `1 / sqrt(variance + epsilon)`, reshapes aside.
     fn is_inverse_std(&self, tensor: TensorId, variance: TensorId) -> bool {
         let made = |tensor: &TensorIr| self.maker(self.before_reshapes(tensor.id));
-        let Some(OperationIr::Float(_, FloatOperationIr::Recip(recip))) = self.maker(self.before_reshapes(tensor))
-        else {
-            return false;
-        };
-        let Some(OperationIr::Float(_, FloatOperationIr::Sqrt(sqrt))) = made(&recip.input) else { return false };
-        let Some(OperationIr::NumericFloat(_, NumericOperationIr::AddScalar(add))) = made(&sqrt.input) else {
-            return false;
-        };
-        add.lhs.id == variance
+        let inverse = self.maker(self.before_reshapes(tensor)).and_then(operation::reciprocal);
+        let root = inverse.and_then(|inverse| made(&inverse.input)).and_then(operation::square_root);
+        let shifted = root.and_then(|root| made(&root.input)).and_then(operation::shifted);
+        shifted.is_some_and(|shifted| shifted.lhs.id == variance)
     }
 
     /// Index of the one mean of `tensor` over `[channels, n]`: the first two dims swapped, flattened, averaged.
     fn flat_mean(&self, tensor: TensorId) -> Option<usize> {
-        let swapped = self.readers(tensor).filter_map(|op| match op {
-            OperationIr::BaseFloat(BaseOperationIr::SwapDims(swap)) if (swap.dim1, swap.dim2) == (0, 1) => {
-                Some(swap.out.id)
-            }
-            _ => None,
-        });
-        let flattened = swapped.flat_map(|t| self.readers(t)).filter_map(|op| match op {
-            OperationIr::BaseFloat(BaseOperationIr::Reshape(reshape)) => Some(reshape.out.id),
-            _ => None,
-        });
+        let swapped = self.readers(tensor).filter_map(operation::swap_dims);
+        let swapped = swapped.filter(|swap| (swap.dim1, swap.dim2) == (0, 1)).map(|swap| swap.out.id);
+        let flattened = swapped.flat_map(|t| self.readers(t)).filter_map(operation::reshape);
+        let flattened = flattened.map(|reshape| reshape.out.id);
         let means = flattened.flat_map(|t| self.uses.readers(t).iter().copied());
         let mut means = means.filter(|index| *index >= self.graph.forward_len && self.is_channel_mean(self.op(*index)));
         let mean = means.next()?;
         means.next().is_none().then_some(mean)
-    }
-}
-
-fn subtraction(op: &OperationIr) -> Option<&BinaryOpIr> {
-    match op {
-        OperationIr::NumericFloat(_, NumericOperationIr::Sub(op)) => Some(op),
-        _ => None,
-    }
-}
-
-fn product(op: &OperationIr) -> Option<&BinaryOpIr> {
-    match op {
-        OperationIr::NumericFloat(_, NumericOperationIr::Mul(op)) => Some(op),
-        _ => None,
     }
 }
 
@@ -242,12 +204,8 @@ fn insert(graph: &mut StepGraph, means: BTreeMap<usize, &'static str>) {
     let forward_len = graph.forward_len;
     graph.operations.reserve(operations.len() + means.len());
     for (index, mut op) in operations.into_iter().enumerate() {
-        let synced = match (&op, means.get(&index)) {
-            (OperationIr::NumericFloat(_, NumericOperationIr::MeanDim(mean)), Some(id)) => {
-                Some((*id, mean.out.clone(), mean.input.shape[1]))
-            }
-            _ => None,
-        };
+        let mean = means.get(&index).zip(operation::mean_dim(&op));
+        let synced = mean.map(|(id, mean)| (*id, mean.out.clone(), mean.input.shape[1]));
         let Some((id, out, samples)) = synced else {
             graph.operations.push(op);
             continue;

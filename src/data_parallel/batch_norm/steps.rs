@@ -90,7 +90,7 @@ impl SyncBatchNorm {
         Ok(losses)
     }
 
-    /// Makes sure that all ranks will meet in the same places.
+    /// Demands that all ranks will call the same collectives.
     fn agree<I>(&self, micro_batches: &[(I, f64)]) -> Result<(), Error> {
         let weightless = micro_batches.iter().any(|(_, weight)| !(weight.is_finite() && *weight > 0.0));
         let mine = if weightless { 0 } else { micro_batches.len() as u64 };

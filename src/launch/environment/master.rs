@@ -1,4 +1,4 @@
-//! Where rank 0 can be reached.
+//! The address and port of rank 0, from the environment.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +28,7 @@ fn beside_torchrun(port: u16, variables: &BTreeMap<String, String>) -> u16 {
     }
 }
 
-/// The first node of the step, and a port that all its ranks work out alike.
+/// The first node of the step, and a port that all its ranks compute the same way.
 pub(super) fn of_slurm(variables: &BTreeMap<String, String>) -> Option<(String, u16)> {
     let nodes = variables.get("SLURM_STEP_NODELIST").or_else(|| variables.get("SLURM_JOB_NODELIST"))?;
     let job: u64 = variables.get("SLURM_JOB_ID")?.parse().ok()?;

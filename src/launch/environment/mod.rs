@@ -1,4 +1,4 @@
-//! What the variables of a launcher say of a rank.
+//! Rank and world size from the environment variables of torchrun, Slurm, Open MPI and MPICH.
 
 mod invalid;
 mod master;
@@ -19,7 +19,7 @@ pub enum Launcher {
     Torchrun,
     /// `mpirun` of Open MPI.
     OpenMpi,
-    /// `mpirun` of MPICH, Intel MPI and their kin (PMI).
+    /// `mpirun` of MPICH, Intel MPI and other PMI launchers.
     Mpich,
     /// `srun`.
     Slurm,
@@ -151,7 +151,7 @@ impl ProcessInfo {
             Launcher::Mpich => number(local_name)?.unwrap_or(rank),
             _ => needed(local_name)?,
         };
-        // Slurm's is a wish of the user's, not what came of it.
+        // Slurm's variable says what was asked for, not what was granted.
         let local_size = if launcher == Launcher::Slurm { None } else { number(local_size_name)? };
         if rank >= size {
             return invalid(format!("{rank_name}={rank} does not exist in {size_name}={size}: ranks go from 0"));

@@ -1,18 +1,18 @@
-//! Which products and collectives become one operation.
+//! Finds products and collectives that can be one operation.
 
 use std::collections::{BTreeMap, HashSet};
 
 use burn_ir::{
-    BaseOperationIr as Base, FloatOperationIr, ModuleOperationIr as Module, OperationIr, TensorId, TensorIr,
+    BaseOperationIr as Base, BinaryOpIr, FloatOperationIr, ModuleOperationIr as Module, OperationIr, TensorId, TensorIr,
 };
 
 use crate::collective_matmul::multiply;
 use crate::graph::StepGraph;
+use crate::graph::operation::{only_moves, sum};
 use crate::graph::step::Uses;
 use crate::partition::buckets::ends;
 use crate::partition::collectives::{CollectiveKind, CollectiveOp, dim};
 use crate::partition::products::{FusedProduct, ProductKind};
-use crate::partition::rules::{as_sum, only_moves};
 
 /// A product as it stands in a graph.
 pub(super) struct Product {
@@ -127,7 +127,7 @@ impl<'a> Find<'a> {
         place < self.graph.forward_len
     }
 
-    /// The operation that makes a tensor which one other reads and nobody else, in the pass of that.
+    /// The operation that makes a tensor with a single reader in the same pass.
     fn sole_maker(&self, tensor: TensorId, reader: usize) -> Option<usize> {
         let maker = self.uses.maker(tensor)?;
         let alone = self.uses.readers(tensor) == [reader] && !self.results.contains(&tensor);
@@ -187,7 +187,7 @@ impl<'a> Find<'a> {
             products.push(product);
             return Some(());
         }
-        if let Some((lhs, rhs, out)) = as_sum(op) {
+        if let Some(BinaryOpIr { lhs, rhs, out }) = sum(op) {
             // One that is read twice has two readers in one.
             let plain = lhs.shape == out.shape && rhs.shape == out.shape && lhs.id != rhs.id;
             return plain.then_some(()).and_then(|()| {

@@ -1,4 +1,4 @@
-//! A product and the collective around it as one operation.
+//! Fuses products with the collectives around them.
 
 mod find;
 

@@ -1,6 +1,6 @@
 //! A dim that a reshape made of several.
 
-use burn_ir::{BaseOperationIr as Base, OperationIr, ShapeOpIr, TensorIr};
+use burn_ir::{ShapeOpIr, TensorIr};
 
 /// A dim that is several.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,15 +63,6 @@ impl Merge {
             before_to *= size;
         }
         found
-    }
-}
-
-pub(super) fn as_reshape(op: &OperationIr) -> Option<&ShapeOpIr> {
-    match op {
-        OperationIr::BaseFloat(Base::Reshape(op))
-        | OperationIr::BaseInt(Base::Reshape(op))
-        | OperationIr::BaseBool(Base::Reshape(op)) => Some(op),
-        _ => None,
     }
 }
 

@@ -1,4 +1,4 @@
-//! Dims that were merged, taken apart again.
+//! Splits dims that a reshape has merged, where operations can run without the merge.
 //!
 //! burn's `RotaryEncoding`, and attention on `[batch * heads, ..]`, make one dim of two, compute on it as on a batch, and take
 //! it apart behind. A split of the inner one, the heads, cannot follow: a rank's part of the merged dim would be many pieces.
@@ -13,11 +13,11 @@ use std::collections::{HashMap, HashSet};
 
 use burn_ir::{OperationIr, TensorId, TensorIr};
 
-use self::merge::{Merge, as_reshape};
+use self::merge::Merge;
 use self::relate::{Related, related};
 use self::rewrite::Rewrite;
-use crate::graph::StepGraph;
 use crate::graph::step::Uses;
+use crate::graph::{StepGraph, operation};
 
 /// The step without merges that nothing needs; `None` if it has none.
 pub(super) fn unmerged(graph: &StepGraph) -> Option<StepGraph> {
@@ -25,7 +25,7 @@ pub(super) fn unmerged(graph: &StepGraph) -> Option<StepGraph> {
     let find = Find { operations: &graph.operations, uses: Uses::of(&graph.operations), results };
     let mut apart = HashMap::new();
     for op in &graph.operations {
-        let Some(reshape) = as_reshape(op).filter(|op| !apart.contains_key(&op.out.id)) else { continue };
+        let Some(reshape) = operation::reshape(op).filter(|op| !apart.contains_key(&op.out.id)) else { continue };
         let found = Merge::made_by(reshape).into_iter().find_map(|merge| find.connected(&reshape.out, merge));
         apart.extend(found.unwrap_or_default());
     }

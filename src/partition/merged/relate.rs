@@ -1,13 +1,14 @@
-//! Which tensors of an operation have a merged dim in common.
+//! Relates a merged dim of one tensor of an operation to the others.
 
 use burn_ir::{
     ActivationOperationIr as Activation, BaseOperationIr as Base, FloatOperationIr as Float,
     NumericOperationIr as Numeric, OperationIr, ShapeOpIr, TensorId, TensorIr,
 };
 
-use super::merge::{Merge, as_reshape};
+use super::merge::Merge;
+use crate::graph::operation::{self, is_elementwise};
 use crate::graph::random::is_counter_based_rng;
-use crate::partition::rules::{is_elementwise, whole};
+use crate::partition::rules::whole;
 
 /// What an operation says of a merged dim of one of its tensors.
 #[derive(Debug, Default)]
@@ -24,7 +25,7 @@ pub(super) fn related(op: &OperationIr, id: TensorId, merge: &Merge) -> Option<R
     if is_elementwise(op) {
         return aligned(op, merge);
     }
-    if let Some(op) = as_reshape(op) {
+    if let Some(op) = operation::reshape(op) {
         return reshape(op, is_input, merge);
     }
     match op {

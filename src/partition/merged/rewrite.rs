@@ -1,4 +1,4 @@
-//! Operations on dims that are taken apart.
+//! Rewrites operations for dims that are not merged.
 
 use std::collections::HashMap;
 
@@ -8,10 +8,10 @@ use burn_ir::{
     OperationIr, PermuteOpIr, ReduceDimOpIr, ShapeOpIr, SliceAssignOpIr, SliceOpIr, TensorId, TensorIr,
 };
 
-use super::merge::{Merge, as_reshape};
+use super::merge::Merge;
 use super::relate::related;
-use crate::graph::StepGraph;
 use crate::graph::random::draw_apart;
+use crate::graph::{StepGraph, operation};
 use crate::partition::rules::of_kind;
 
 pub(super) struct Rewrite<'a> {
@@ -55,7 +55,7 @@ impl<'a> Rewrite<'a> {
         let inputs: Vec<TensorIr> = op.inputs().cloned().collect();
         let outputs: Vec<TensorIr> = op.outputs().cloned().collect();
         let rank = outputs.first().map_or(0, |out| out.shape.num_dims());
-        let reshapes = as_reshape(&op).is_some();
+        let reshapes = operation::reshape(&op).is_some();
         let mut now = HashMap::new();
         for input in &inputs {
             let local = match self.merges.get(&input.id) {

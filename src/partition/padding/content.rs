@@ -1,11 +1,12 @@
-//! What is known of the elements that pad a tensor.
+//! Tracks what the elements are that pad a tensor.
 
 use burn_ir::{
     ActivationOperationIr as Activation, BaseOperationIr as Base, FloatOperationIr as Float,
     NumericOperationIr as Numeric, OperationIr, ScalarIr,
 };
 
-use super::super::rules::is_elementwise;
+use crate::graph::operation::is_elementwise;
+use crate::partition::rules::creates;
 
 /// What the elements behind the end of a padded dim are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,20 +81,6 @@ fn keeps_zero(op: &OperationIr) -> bool {
 /// Whether an operation is made of nothing but its scalars, or element-wise.
 pub(super) fn can_be_larger(op: &OperationIr) -> bool {
     creates(op) || is_elementwise(op)
-}
-
-/// Whether an operation makes its output from nothing.
-pub(super) fn creates(op: &OperationIr) -> bool {
-    op.inputs().next().is_none()
-        && matches!(
-            op,
-            OperationIr::BaseFloat(Base::Zeros(_) | Base::Ones(_))
-                | OperationIr::BaseInt(Base::Zeros(_) | Base::Ones(_))
-                | OperationIr::BaseBool(Base::Zeros(_) | Base::Ones(_))
-                | OperationIr::NumericFloat(_, Numeric::Full(_))
-                | OperationIr::NumericInt(_, Numeric::Full(_))
-        )
-        || crate::graph::random::is_counter_based_rng(op)
 }
 
 /// What an operation that makes its output from nothing makes.

@@ -1,4 +1,4 @@
-//! Parameters with a dim that the degree does not divide, padded to one that it does.
+//! Pads parameters with a dim that the degree does not divide.
 //!
 //! A vocabulary of 50257 words is the common case: the rows of the embedding, and the classes of the output layer. [`pad`]
 //! lets the parameters be larger and follows what was added through the step. Padded parameters are zeros there, to begin
@@ -20,9 +20,10 @@ use burn_ir::{
 
 use self::content::Content::{self, Lowest, Zero};
 use self::rules::{Follow, Pad, follow};
-use super::rules::{only_moves, take_all};
+use super::rules::take_all;
 use crate::error::Error;
-use crate::graph::step::{Uses, op_name};
+use crate::graph::operation::{only_moves, op_name};
+use crate::graph::step::Uses;
 use crate::graph::{StepGraph, graph_error};
 
 /// A parameter, by its place, a dim of it, and the size that this dim is to have.

@@ -1,13 +1,14 @@
-//! Where a padded dim goes in an operation, and what the operation needs of the padding.
+//! Rules of padding: where a padded dim goes in an operation, and what its elements must be.
 
 use burn_ir::{
     ActivationOperationIr as Activation, BaseOperationIr as Base, FloatOperationIr as Float, MatmulOpIr,
     ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr, TensorIr,
 };
 
-use super::super::rules::{is_elementwise, whole};
 use super::content::Content::{self, Finite, Lowest, Wild, Zero};
 use super::content::of_elementwise;
+use crate::graph::operation::is_elementwise;
+use crate::partition::rules::whole;
 
 /// What of an input is padded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! Tensors with padding and without.
+//! Adds padding to tensors and takes it off.
 
 use std::collections::HashMap;
 
@@ -9,8 +9,9 @@ use burn_ir::{
 };
 
 use super::content::Content::{self, Lowest, Zero};
-use super::content::{can_be_larger, creates, of_creation, of_elementwise};
+use super::content::{can_be_larger, of_creation, of_elementwise};
 use super::{Padded, PaddingPass, Replace};
+use crate::partition::rules::creates;
 use crate::partition::rules::of_kind;
 
 impl PaddingPass<'_> {
@@ -75,7 +76,7 @@ impl PaddingPass<'_> {
             && (creates(op) || op.inputs().any(|input| is_full(input, tensor, dim)))
     }
 
-    /// Makes sure of what the padding of a tensor is, from here on.
+    /// Overwrites the padding of a tensor.
     pub(super) fn overwrite(&mut self, id: TensorId, content: Content) {
         let Padded { tensor, dim, real, content: have } = self.padded[&id].clone();
         if have == content {

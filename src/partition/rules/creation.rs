@@ -3,6 +3,7 @@
 use burn_ir::{BaseOperationIr as Base, NumericOperationIr as Numeric, OperationIr, TensorIr};
 
 use super::option::{ShardingOption, each_dim};
+use crate::graph::operation::is_filled;
 use crate::graph::random::{draw_from, is_counter_based_rng};
 use crate::layout::Layout::Sharded;
 
@@ -35,4 +36,9 @@ pub(super) fn draw_part(op: &mut OperationIr, dim: usize, rank: usize) {
 
 fn anywhere(out: &TensorIr) -> Vec<ShardingOption> {
     each_dim(&out.shape, |dim| Some(ShardingOption::new([], Sharded(dim))))
+}
+
+/// Whether an operation makes its output from nothing, in whatever part is asked for.
+pub(crate) fn creates(op: &OperationIr) -> bool {
+    is_filled(op) || is_counter_based_rng(op)
 }

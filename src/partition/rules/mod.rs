@@ -17,12 +17,11 @@ mod shape;
 
 use burn_ir::{BaseOperationIr, OperationIr, TensorId, TensorIr};
 
-pub(crate) use crate::graph::step::only_moves;
 use crate::layout::Layout;
 
-pub(crate) use elementwise::is_elementwise;
+pub(crate) use creation::creates;
 pub(super) use index::looked_up;
-pub(crate) use option::{LocalOperation, ShardingOption, as_sum, of_kind};
+pub(crate) use option::{LocalOperation, ShardingOption, of_kind};
 pub(super) use shape::{take_all, whole};
 
 /// The sharding options of an operation beside the replicated one; none for an operation without a rule.

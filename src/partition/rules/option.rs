@@ -1,7 +1,7 @@
 //! One way to run an operation on split inputs, and what rules make such options with.
 
 use burn::tensor::{DType, Shape};
-use burn_ir::{BaseOperationIr, NumericOperationIr, OperationIr, TensorIr};
+use burn_ir::{BaseOperationIr, OperationIr};
 
 use crate::layout::Layout;
 use crate::partition::collectives::CollectiveKind;
@@ -59,14 +59,6 @@ pub(crate) fn of_kind(dtype: DType, op: BaseOperationIr) -> OperationIr {
         OperationIr::BaseBool(op)
     } else {
         OperationIr::BaseInt(op)
-    }
-}
-
-/// Whether it is the sum of two float tensors, and of which.
-pub(crate) fn as_sum(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, &TensorIr)> {
-    match op {
-        OperationIr::NumericFloat(_, NumericOperationIr::Add(op)) => Some((&op.lhs, &op.rhs, &op.out)),
-        _ => None,
     }
 }
 

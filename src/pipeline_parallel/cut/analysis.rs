@@ -1,10 +1,10 @@
-//! What each operation of a step is to a cut.
+//! Classifies the operations of a step for a cut.
 
 use std::collections::{HashMap, HashSet};
 
-use burn_ir::{BaseOperationIr, FloatOperationIr, OperationIr, TensorId, TensorIr};
+use burn_ir::{OperationIr, TensorId, TensorIr};
 
-use super::cost::is_view;
+use crate::graph::operation::{cast, is_cheap, is_view};
 use crate::graph::random::drawn;
 use crate::graph::step::{ParamBinding, Rename};
 
@@ -85,7 +85,7 @@ impl<'a> Analysis<'a> {
         let anywhere = origins.iter().all(|origin| *origin == Origin::Anywhere) && is_cheap(op);
         let origin = match origins.first() {
             _ if anywhere => Origin::Anywhere,
-            Some(param @ Origin::Param(_)) if is_view(op) || is_cast(op) => *param,
+            Some(param @ Origin::Param(_)) if is_view(op) || cast(op).is_some() => *param,
             _ => Origin::Op(index),
         };
         self.origins.extend(op.outputs().map(|out| (out.id, origin)));
@@ -149,20 +149,4 @@ impl ForwardValues {
         }));
         format!("{op:?}")
     }
-}
-
-fn is_cast(op: &OperationIr) -> bool {
-    matches!(op, OperationIr::BaseFloat(BaseOperationIr::Cast(_)))
-}
-
-/// Whether it costs less to run an operation on several stages than to send what it gives.
-fn is_cheap(op: &OperationIr) -> bool {
-    drawn(op).is_none()
-        && !matches!(
-            op,
-            OperationIr::Custom(_)
-                | OperationIr::Module(_)
-                | OperationIr::Float(_, FloatOperationIr::Matmul(_))
-                | OperationIr::Int(burn_ir::IntOperationIr::Matmul(_))
-        )
 }

@@ -1,4 +1,4 @@
-//! Which stage each parameter belongs to.
+//! Assigns parameters to stages.
 
 use serde::{Deserialize, Serialize};
 

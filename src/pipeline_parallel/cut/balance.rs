@@ -1,4 +1,4 @@
-//! Stages of equal cost.
+//! Balances the cost of the stages.
 //!
 //! Parameters are lined up in the order of their first use. Every operation belongs to the last parameter before it (in the
 //! backward pass, to the parameter whose gradient it helps to make, or to the first one after it), so that each parameter
@@ -8,13 +8,14 @@
 
 use std::collections::{HashMap, HashSet};
 
-use burn_ir::{NumericOperationIr, OperationIr, TensorId};
+use burn_ir::TensorId;
 
 use super::analysis::{Analysis, Origin};
 use super::cost::transfer_cost;
 use super::placement::Bounds;
 use crate::error::Error;
 use crate::graph::StepGraph;
+use crate::graph::operation::{product, sum};
 
 /// The stage of each parameter; `cost` is that of an operation.
 pub(super) fn balanced(
@@ -68,15 +69,13 @@ fn line(analysis: &Analysis<'_>, params: usize) -> Vec<Option<usize>> {
         if !origins().any(|origin| first(&line, origin).is_some()) {
             continue;
         }
-        let shifted = origins().find_map(|origin| match (&analysis.operations[op], origin) {
-            (OperationIr::NumericFloat(_, NumericOperationIr::Add(_)), Origin::Op(scale)) => {
-                scales.get(&scale).copied()
-            }
+        let shifted = origins().find_map(|origin| match (sum(&analysis.operations[op]), origin) {
+            (Some(_), Origin::Op(scale)) => scales.get(&scale).copied(),
             _ => None,
         });
         let place = shifted.unwrap_or(next);
         next = next.max(place + 1);
-        if matches!(analysis.operations[op], OperationIr::NumericFloat(_, NumericOperationIr::Mul(_))) {
+        if product(&analysis.operations[op]).is_some() {
             scales.insert(op, place);
         }
         for origin in origins() {

@@ -1,4 +1,4 @@
-//! What operations cost, measured one by one.
+//! Measures operations one by one.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -7,9 +7,10 @@ use std::time::Instant;
 use burn::tensor::{Device, TensorData};
 use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
 
-use super::cost::{is_view, operation_cost};
+use super::cost::operation_cost;
 use crate::Error;
 use crate::graph::interpret::Interpreter;
+use crate::graph::operation::is_view;
 use crate::graph::{CustomOps, StepGraph};
 
 /// Seconds that each operation of a step takes on a device: what [`Cut::Measured`](super::Cut::Measured) takes.

@@ -15,7 +15,7 @@
 //!   is the gradient.
 //! - With gradient checkpointing a stage computes again what it has computed itself; what another one has computed is kept.
 //! - The backward pass of a stage is split in two: what earlier stages wait for, and the rest, gradients of its
-//!   parameters, which a schedule may put off (Qi et al. 2023, [arXiv:2401.10241](https://arxiv.org/abs/2401.10241)).
+//!   parameters, which a schedule may delay (Qi et al. 2023, [arXiv:2401.10241](https://arxiv.org/abs/2401.10241)).
 //!
 //! A batch norm sees one micro-batch at a time, as with gradient accumulation on one device: its statistics are those of
 //! the micro-batch, and its running statistics take a step for each of them.
@@ -48,11 +48,11 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use burn_ir::OperationIr;
 
 use self::analysis::{Analysis, Origin};
-use self::cost::bytes;
 use self::placement::{Bounds, Wanted, place};
 use self::split::{Placement, pinned_results, split};
 use self::tied::{gradient_parts, ids};
 use crate::error::Error;
+use crate::graph::operation::bytes;
 use crate::graph::origin::Origins;
 use crate::graph::{StepGraph, graph_error};
 
@@ -138,7 +138,7 @@ pub(crate) fn cut_like(
     Ok(CutGraph { stages: parts, holders: placement.holders, report, placement: placement.stage })
 }
 
-/// Makes sure that tensors of the forward pass go up and those of the backward pass down.
+/// Checks that tensors of the forward pass go to later stages and those of the backward pass to earlier ones.
 fn check(graph: &StepGraph, analysis: &Analysis<'_>, bounds: &Bounds, stage: &[usize]) -> Result<(), Error> {
     for op in analysis.placed() {
         let wrong = |why: &str| {

@@ -1,4 +1,4 @@
-//! The three passes of a stage over a micro-batch.
+//! The forward pass and the two backward passes of a stage over a micro-batch.
 
 use std::collections::{BTreeMap, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};

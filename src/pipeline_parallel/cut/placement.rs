@@ -1,4 +1,4 @@
-//! The stage of every operation.
+//! Places every operation on a stage.
 //!
 //! Parameters fix the operations that read them. The others may run anywhere between what they read and who reads them:
 //! in the forward pass stages only go up, in the backward pass only down. Between two stages the cheapest place is the
@@ -12,11 +12,11 @@ use std::collections::{BTreeSet, HashMap};
 use burn_ir::{TensorId, TensorIr};
 
 use super::analysis::{Analysis, Origin};
-use super::cost::bytes;
 use super::flow::{NEVER, Network, SINK, SOURCE};
 use crate::error::Error;
 use crate::graph::graph_error;
-use crate::graph::step::{ParamBinding, op_name};
+use crate::graph::operation::{bytes, op_name};
+use crate::graph::step::ParamBinding;
 
 /// What parameters say about the stages of operations.
 #[derive(Debug)]

@@ -1,13 +1,13 @@
-//! From what a stage runs to programs that free each tensor at its last use.
+//! Makes programs of what a stage runs, which free each tensor after its last use.
 
 use std::collections::{HashMap, HashSet};
 
 use burn_ir::{OperationIr, TensorId, TensorIr, TensorStatus};
 
-use super::cost::{bytes, is_view};
 use super::split::StageGraph;
 use crate::graph::StepGraph;
 use crate::graph::liveness::{Instruction, Item, with_lifetimes};
+use crate::graph::operation::{bytes, is_view};
 
 /// The three passes of a stage as programs.
 pub(super) fn sections(graph: &StepGraph, part: &StageGraph) -> [Vec<Instruction>; 3] {

@@ -1,4 +1,4 @@
-//! What a cut costs.
+//! The report of a cut: parameters, cost and memory of each stage, and what crosses between them.
 
 use std::fmt;
 

@@ -1,4 +1,4 @@
-//! One stage of a cut step that can run, with its parameters.
+//! Runs one stage of a cut step with its parameters.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 

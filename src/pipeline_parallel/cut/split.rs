@@ -1,4 +1,4 @@
-//! From placed operations to what each stage runs, receives and sends.
+//! Splits placed operations into the graphs of the stages, with what each receives and sends.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 

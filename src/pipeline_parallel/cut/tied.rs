@@ -1,16 +1,16 @@
-//! Gradients of parameters that several stages hold.
+//! Splits the gradient sums of parameters that several stages hold.
 //!
 //! Autodiff adds up the gradients of all uses of a parameter. For a parameter on several stages those sums are taken apart,
 //! so that each stage adds up its own uses; what the stages have is summed once a step, outside the graph.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use burn_ir::{BinaryOpIr, NumericOperationIr, OperationIr, TensorId, TensorIr};
+use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::analysis::{Analysis, Origin};
 use super::placement::{Bounds, Wanted};
-use crate::graph::StepGraph;
 use crate::graph::step::Uses;
+use crate::graph::{StepGraph, operation};
 
 /// The gradient of a parameter, or one stage's part of it.
 #[derive(Clone, Debug)]
@@ -24,7 +24,7 @@ pub(super) fn gradient_parts(graph: &mut StepGraph, analysis: &Analysis<'_>, bou
     let uses = Uses::of(&graph.operations);
     let mut results: HashMap<TensorId, usize> = HashMap::new();
     graph.results().for_each(|tensor| *results.entry(tensor.id).or_default() += 1);
-    // A part of the sum that somebody else reads must stay.
+    // A part of the sum that another operation reads must stay.
     let read_once = |tensor: TensorId| uses.readers(tensor).len() + results.get(&tensor).copied().unwrap_or(0) <= 1;
     let mut parts = Vec::new();
     for param in 0..graph.params.len() {
@@ -62,10 +62,8 @@ fn terms(
     let mut terms = Vec::new();
     let mut left = vec![sum];
     while let Some(tensor) = left.pop() {
-        match uses.maker(tensor.id).map(|maker| &operations[maker]) {
-            Some(OperationIr::NumericFloat(_, NumericOperationIr::Add(add)))
-                if read_once(tensor.id) && [&add.lhs, &add.rhs].iter().all(|term| term.shape == tensor.shape) =>
-            {
+        match uses.maker(tensor.id).and_then(|maker| operation::sum(&operations[maker])) {
+            Some(add) if read_once(tensor.id) && [&add.lhs, &add.rhs].iter().all(|term| term.shape == tensor.shape) => {
                 left.extend([add.rhs.clone(), add.lhs.clone()]);
             }
             _ => terms.push(tensor),
@@ -77,13 +75,12 @@ fn terms(
 fn sum(graph: &mut StepGraph, terms: Vec<TensorIr>) -> Option<TensorIr> {
     terms.into_iter().reduce(|lhs, rhs| {
         let out = TensorIr::uninit(graph.fresh_id(), lhs.shape.clone(), lhs.dtype);
-        let add = NumericOperationIr::Add(BinaryOpIr { lhs, rhs, out: out.clone() });
-        graph.operations.push(OperationIr::NumericFloat(out.dtype, add));
+        graph.operations.push(operation::add(lhs, rhs, out.clone()));
         out
     })
 }
 
-/// The tensors that somebody wants.
+/// The ids of wanted tensors.
 pub(super) fn ids<'a>(wanted: impl IntoIterator<Item = &'a Wanted>) -> HashSet<TensorId> {
     wanted.into_iter().map(|wanted| wanted.tensor.id).collect()
 }

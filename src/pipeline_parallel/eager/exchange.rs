@@ -1,4 +1,4 @@
-//! What the forward of a hand-written stage takes and gives.
+//! What the forward of a hand-written stage receives and sends.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -112,7 +112,7 @@ impl Sent {
         self.loss_sum(mean.mul_scalar(weight), weight)
     }
 
-    /// Adds tensors to be shown to whoever runs the pipeline, on the rank of this stage.
+    /// Adds tensors that the run returns on the rank of this stage.
     pub fn output(mut self, tensors: impl TensorTree) -> Self {
         let collected = collect(tensors, &mut self.error);
         self.outputs.extend(collected);

@@ -1,4 +1,4 @@
-//! A stage of any burn module and a closure.
+//! A pipeline stage of any burn module and a closure, run eagerly.
 
 mod exchange;
 mod seed;
@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 
 use burn::backend::{DispatchTensor, GradientCheckpointingStrategy, TensorMetadata};
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{DType, Device, Gradients, Tensor};
 
@@ -17,7 +17,7 @@ use self::seed::seed;
 use super::schedule::Edge;
 use super::{Forwarded, LossSum, MicroBatch, Stage, StageMessage, stage_error};
 use crate::Error;
-use crate::params::{one_device, with_autodiff};
+use crate::params::{one_device, scale_gradients, visit_floats, with_autodiff};
 use crate::tensor::PlainTensor;
 
 /// A stage that runs a closure with burn's own autodiff. Shapes may differ from one micro-batch to the next, and what the
@@ -85,7 +85,7 @@ impl<M: Module, F> EagerStage<M, F> {
         &self.module
     }
 
-    /// The module, for good.
+    /// Gives the module back.
     pub fn into_module(self) -> M {
         self.module
     }
@@ -98,9 +98,8 @@ impl<M: Module, F> EagerStage<M, F> {
     /// Takes the gradients of all micro-batches since the last time, times `factor`: with
     /// [`PipelineRun::gradient_factor`](super::PipelineRun::gradient_factor) they are those of the mean loss.
     pub fn take_gradients(&mut self, factor: f64) -> GradientsParams {
-        let mut scale = Scale { factor, from: self.gradients.grads(), to: GradientsParams::new() };
-        self.module.visit(&mut scale);
-        scale.to
+        let grads = self.gradients.grads();
+        scale_gradients(&self.module, grads, factor)
     }
 }
 
@@ -253,34 +252,9 @@ fn float(tensor: &DispatchTensor) -> Option<Tensor<1>> {
     tensor.dtype().is_float().then(|| Tensor::from_dispatch(tensor.clone()))
 }
 
-/// How the module's parameters take part in gradient checkpointing: tensors of one operation must do alike.
+/// How the module's parameters take part in gradient checkpointing: all tensors of one operation must have the same strategy.
 fn strategy_of<M: Module>(module: &M) -> GradientCheckpointingStrategy {
-    let mut find = FindStrategy(None);
-    module.visit(&mut find);
-    find.0.unwrap_or(GradientCheckpointingStrategy::Disabled)
-}
-
-struct FindStrategy(Option<GradientCheckpointingStrategy>);
-
-impl ModuleVisitor for FindStrategy {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if self.0.is_none() {
-            self.0 = param.val().gradient_checkpointing_strategy();
-        }
-    }
-}
-
-/// Multiplies gradients by a number.
-struct Scale {
-    factor: f64,
-    from: GradientsParams,
-    to: GradientsParams,
-}
-
-impl ModuleVisitor for Scale {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(gradient) = self.from.remove::<D>(param.id) {
-            self.to.register(param.id, gradient.mul_scalar(self.factor));
-        }
-    }
+    let mut strategy = None;
+    visit_floats(module, &mut |param| strategy = strategy.or_else(|| param.checkpointing()));
+    strategy.unwrap_or(GradientCheckpointingStrategy::Disabled)
 }

@@ -1,4 +1,4 @@
-//! Beginning a backward in the middle of a model.
+//! Starts a backward pass from the gradients of a stage's outputs.
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::{BalancedCheckpointing, CheckpointStrategy, NoCheckpointing};

@@ -1,4 +1,4 @@
-//! Stage messages under way from stage to stage.
+//! Sends and receives the messages between stages.
 //!
 //! Between stages of one rank a message changes hands as it is. Between ranks its tensors travel one by one, in order, under
 //! a tag of their own for each edge and micro-batch; each brings its shape and dtype along. A gradient that does not exist

@@ -1,4 +1,4 @@
-//! Which stages exchange tensors, as all ranks have agreed.
+//! Agrees on which stages exchange tensors.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 

@@ -20,7 +20,7 @@ use crate::comm::Communicator;
 
 /// The stages of all ranks of a group, and the timetable by which they work.
 ///
-/// The stages themselves stay with whoever owns the model; every call gets them lent.
+/// The caller owns the stages and lends them to every call.
 ///
 /// ```
 /// use burn::nn::LinearConfig;
@@ -77,7 +77,7 @@ impl Pipeline {
     /// of ranks, or differs between ranks; [`Error::Pipeline`] if a rank brings other stages, or stages disagree about what
     /// goes from one to the other; the error of the world.
     pub fn new<I, S: Stage<I>>(group: &Communicator, timetable: Timetable, stages: &[S]) -> Result<Self, Error> {
-        // A group of its own: its messages and collectives mix with nobody else's.
+        // A group of its own: its messages and collectives do not mix with others.
         Self::over(group.split_named("pipeline", 0, group.rank() as i64)?, timetable, stages)
     }
 

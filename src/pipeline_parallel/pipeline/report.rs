@@ -1,4 +1,4 @@
-//! What a run of a pipeline gave.
+//! The result of one run of a pipeline.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! Going through one rank's row of a timetable.
+//! Runs one rank's row of a timetable.
 
 use std::collections::{BTreeMap, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -1,4 +1,4 @@
-//! What a rank does next, in the notation of the field.
+//! The actions of a schedule, in the notation of the field.
 
 use std::fmt;
 use std::str::FromStr;

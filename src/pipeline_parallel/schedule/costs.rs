@@ -1,4 +1,4 @@
-//! How long the passes of a stage take.
+//! The costs of passes and messages in a simulation.
 
 use super::{Action, schedule_error};
 use crate::Error;

@@ -1,4 +1,4 @@
-//! Timetables as text that people and other programs write: PyTorch's CSV format.
+//! Reads and writes timetables in PyTorch's CSV format.
 
 use std::fmt;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Playing a timetable through, without a model: when does each action begin, and does every one begin at all?
+//! Simulates a timetable: when each action begins, or which ranks are deadlocked.
 //!
 //! Every rank takes its actions in order. An action begins when the rank is free and what it needs has come:
 //!

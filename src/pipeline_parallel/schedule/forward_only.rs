@@ -1,4 +1,4 @@
-//! Forwards alone, for evaluation.
+//! Schedules of forward passes alone, for evaluation.
 
 use super::{Action, Timetable, Unit};
 use crate::Error;

@@ -1,4 +1,4 @@
-//! Timetables drawn as text: ranks against time.
+//! Draws timetables as text: ranks against time.
 
 use std::fmt::Write;
 

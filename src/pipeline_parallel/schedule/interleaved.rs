@@ -22,7 +22,7 @@ pub(super) fn timetable(ranks: usize, stages_per_rank: usize, micro_batches: usi
         let forwards = order(&(0..stages_per_rank).collect::<Vec<_>>());
         let backwards = order(&(0..stages_per_rank).rev().collect::<Vec<_>>());
         let total = forwards.len();
-        // What the last rank has under way when the first micro-batch reaches the last stage, and a way there and back for
+        // What the last rank has in flight when the first micro-batch reaches the last stage, and a way there and back for
         // each rank in between.
         let warm_up = total.min((stages_per_rank - 1) * largest + 2 * (ranks - 1 - rank));
         let mut row: Vec<Action> = forwards[..warm_up].iter().copied().map(Action::Forward).collect();

@@ -1,4 +1,4 @@
-//! Adding sends and receives to a timetable that only says what is computed.
+//! Adds sends and receives to a timetable of passes.
 
 use std::collections::HashSet;
 

@@ -1,4 +1,4 @@
-//! Which stages give tensors to which.
+//! Routes: which stages send tensors to which.
 
 use std::collections::BTreeSet;
 

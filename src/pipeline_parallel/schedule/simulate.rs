@@ -1,4 +1,4 @@
-//! What a timetable costs, before anything runs.
+//! What a timetable costs: length, bubble and peak of activations, by simulation.
 
 use super::{Costs, Event, Routes, Timetable, events};
 use crate::Error;

@@ -1,4 +1,4 @@
-//! A schedule written out: what each rank does, in order.
+//! Timetables: a schedule written out, the actions of each rank in order.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! The cheapest way to split the layers of a chain.
+//! Finds the cheapest way to split a chain of layers.
 
 use std::collections::BTreeMap;
 

@@ -1,17 +1,27 @@
-//! The layers of a model, as far as a visitor sees them.
+//! The layers of a model, read from its parameters.
 
 use std::collections::HashSet;
 
-use burn::module::{Module, ModuleVisitor, Param, ParamId};
-use burn::tensor::Tensor;
+use burn::module::Module;
 
 use crate::layout::Layout;
+use crate::params::visit_floats;
 
 /// The structs of a model that hold parameters, in its order. One that several share is the first one's.
 pub(super) fn layers<M: Module>(model: &M) -> Vec<Layer> {
-    let mut layers = Layers::default();
-    model.visit(&mut layers);
-    layers.layers
+    let (mut seen, mut layers) = (HashSet::new(), Vec::<Layer>::new());
+    visit_floats(model, &mut |param| {
+        let kind = |holder: &str| holder.strip_prefix("Struct:").unwrap_or(holder).to_owned();
+        let places = param.module_path().places().iter().map(|(name, holder)| (name.clone(), kind(holder)));
+        let mut place: Vec<(String, String)> = places.collect();
+        let Some((field, kind)) = place.pop().filter(|_| seen.insert(param.id())) else { return };
+        let field = (field, param.dims());
+        match layers.last_mut() {
+            Some(layer) if layer.place == place => layer.fields.push(field),
+            _ => layers.push(Layer { place, kind, fields: vec![field] }),
+        }
+    });
+    layers
 }
 
 /// What of a layer is split.
@@ -136,38 +146,5 @@ impl Layer {
             }
             _ => Layout::Replicated,
         }
-    }
-}
-
-#[derive(Default)]
-struct Layers {
-    seen: HashSet<ParamId>,
-    layers: Vec<Layer>,
-    path: Vec<(String, String)>,
-}
-
-impl ModuleVisitor for Layers {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let Some(((field, kind), place)) = self.path.split_last() else { return };
-        if !self.seen.insert(param.id) {
-            return;
-        }
-        let dims = param.lazy_shape().to_vec();
-        match self.layers.last_mut() {
-            Some(layer) if layer.place == place => layer.fields.push((field.clone(), dims)),
-            _ => {
-                let fields = vec![(field.clone(), dims)];
-                self.layers.push(Layer { place: place.to_vec(), kind: kind.clone(), fields });
-            }
-        }
-    }
-
-    fn enter_module(&mut self, name: &str, container: &str) {
-        let kind = container.strip_prefix("Struct:").unwrap_or(container);
-        self.path.push((name.into(), kind.into()));
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
     }
 }

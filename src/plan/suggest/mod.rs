@@ -1,4 +1,4 @@
-//! A plan from the layers of a model alone.
+//! Suggests a plan from the layers of a model alone.
 
 mod chain;
 mod layers;

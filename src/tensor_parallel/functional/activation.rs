@@ -1,4 +1,4 @@
-//! What follows a product: bias and activation, in one pass.
+//! Bias and activation after a product, in one pass.
 
 use burn::tensor::{Tensor, activation};
 

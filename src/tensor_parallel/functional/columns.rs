@@ -1,4 +1,4 @@
-//! The operations that put products of one input by the columns of weights on burn's tape.
+//! Autodiff of products of one input by the columns of weights.
 //!
 //! The gradient of the input is one sum over all ranks and all weights, reduced once. So it is made when those of all
 //! products are there: their operations lay them down, and the *shared input*, an operation below them all that stands for the input
@@ -214,7 +214,7 @@ impl<B: Products + ColumnProducts> SharedInput<B> {
         let of_weight = |((wanted, dy), weight): ((&bool, Option<FloatTensor<B>>), &FloatTensor<B>)| match dy {
             _ if !wanted => Ok(None),
             Some(dy) => B::multiply_rows(x.clone(), dy, call.name).map(Some),
-            // Nobody has used its product.
+            // Its product was not used.
             None => Ok(Some(zeros_instead::<B>(weight.shape(), weight))),
         };
         let of_weights =

@@ -1,4 +1,4 @@
-//! The products, for tensors of any rank.
+//! Column- and row-parallel products of tensors of any rank.
 
 use burn::tensor::Tensor;
 

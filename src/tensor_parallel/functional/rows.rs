@@ -1,4 +1,4 @@
-//! The operation that puts a product by the rows of a weight on burn's tape.
+//! Autodiff of a product by the rows of a weight.
 //!
 //! The collective of the product belongs to the forward, its conjugate to the backward.
 

@@ -1,4 +1,4 @@
-//! Bias and activation as one operation.
+//! Bias and activation as one kernel.
 
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;

@@ -72,7 +72,7 @@ impl ParallelAttention {
     /// Applies the attention. Every rank of the group calls it, and runs backward through it.
     ///
     /// # Arguments
-    /// - `mask_pad`: `true` where a position is padding, which nobody looks at; the same on all ranks
+    /// - `mask_pad`: `true` where a position is padding, which gets no attention; the same on all ranks
     ///
     /// # Shapes
     /// - input and output: `[batch, sequence, d_model]`, the same on all ranks; with `sequence_parallel`

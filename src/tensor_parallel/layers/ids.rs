@@ -1,4 +1,4 @@
-//! Ids of a vocabulary that is split over ranks.
+//! Token ids of a vocabulary that is split over ranks.
 
 use std::ops::Range;
 

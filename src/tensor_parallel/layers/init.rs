@@ -1,4 +1,4 @@
-//! First values of a slice of a parameter: those that the whole parameter has there, whoever makes them.
+//! Initial values of a slice of a parameter, equal to those of the whole parameter at every degree.
 //!
 //! burn's initializers draw a whole tensor from one stream of numbers. Here every element has numbers of its own, a function
 //! of a seed, of the parameter and of the element's place in the whole: the generator is SplitMix64 (Steele, Lea, Flood,

@@ -1,4 +1,4 @@
-//! The borders of a tensor-parallel region, in which every rank works with columns or heads of its own.
+//! Enters and leaves a tensor-parallel region.
 
 use burn::tensor::Tensor;
 

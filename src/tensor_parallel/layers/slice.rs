@@ -1,4 +1,4 @@
-//! Which slice is a rank's, and how it is cut from a layer that exists as a whole.
+//! Which slice of a layer a rank holds, and how it is cut from a whole layer.
 
 use std::ops::Range;
 

@@ -1,13 +1,13 @@
-//! Models that are split by hand.
+//! Clips the gradients of models that are split by hand.
 
-use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::module::{Module, ParamId};
 use burn::optim::GradientsParams;
-use burn::tensor::Tensor;
 
 use super::{Clip, Clipped};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::graph::{ClipRecord, GradientLayout};
+use crate::params::visit_floats;
 use crate::plan::matches;
 
 /// How the parameters of a model lie over groups of ranks where no wrapper knows it: models made of the explicit
@@ -81,9 +81,11 @@ impl HandSplit {
     }
 
     fn gradient_layout<M: Module>(&self, model: &M) -> Result<GradientLayout, Error> {
-        let mut params = Params::default();
-        model.visit(&mut params);
-        let params = params.found;
+        let mut params: Vec<(ParamId, Vec<String>)> = Vec::new();
+        visit_floats(model, &mut |param| match params.iter_mut().find(|(id, _)| *id == param.id()) {
+            Some((_, paths)) => paths.push(param.path()),
+            None => params.push((param.id(), vec![param.path()])),
+        });
         for pattern in self.over.iter().chain(&self.copies).flat_map(|(_, patterns)| patterns) {
             let mut paths = params.iter().flat_map(|(_, paths)| paths);
             // A stage need not have any parameter.
@@ -110,30 +112,5 @@ impl HandSplit {
             by_hand: true,
             clipping: ClipRecord::default(),
         })
-    }
-}
-
-/// Float parameters with all their paths.
-#[derive(Default)]
-struct Params {
-    path: Vec<String>,
-    found: Vec<(ParamId, Vec<String>)>,
-}
-
-impl ModuleVisitor for Params {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let path = self.path.join(".");
-        match self.found.iter_mut().find(|(id, _)| *id == param.id) {
-            Some((_, paths)) => paths.push(path),
-            None => self.found.push((param.id, vec![path])),
-        }
     }
 }

@@ -1,10 +1,9 @@
-//! The gradients of a step, measured together with those of the other ranks, and scaled.
+//! Measures gradients over all ranks, and clips them.
 
 use std::collections::HashSet;
 
-use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::module::{Module, ParamId};
 use burn::optim::GradientsParams;
-use burn::tensor::Tensor;
 
 use super::combine::{NonFiniteGradient, NormReport};
 use super::measure::{PartialNorm, sizes};
@@ -12,7 +11,7 @@ use super::{Clip, NonFinite};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::graph::{GradientLayout, gradients_params};
-use crate::params::is_shard;
+use crate::params::{take_gradients, visit_floats};
 use crate::step::NotFinite;
 use crate::tensor::PlainTensor;
 
@@ -55,7 +54,7 @@ pub(crate) fn clip<M: Module>(
         return Ok(Clipped { grads: gradients_params(module, scaled), norm, factor, skipped: None });
     };
     if norm.is_finite() {
-        // A copy that does not count is not finite: ranks have gone apart.
+        // A copy that does not count is not finite: the ranks have diverged.
         norm = f64::NAN;
     }
     let (path, rank) =
@@ -72,7 +71,7 @@ pub(crate) fn clip<M: Module>(
 /// The path of the first parameter whose gradient is not finite, and the rank that brought it, the same on all ranks: the one
 /// that brought it into an average, in which all have it; if nobody did, as where only the sum overflows, the first that has it.
 ///
-/// All ranks come here or none: what is known of the averages is alike on all of them.
+/// All ranks call this or none: all have the same averages.
 fn culprit(
     paths: &[String],
     non_finite: NonFiniteGradient,
@@ -96,7 +95,7 @@ fn culprit(
     let mine = culprit.rank == holding.rank;
     let mut path = paths.get(culprit.place).filter(|_| mine).map(|path| path.clone().into_bytes()).unwrap_or_default();
     for group in groups.iter().filter(|group| group.size() > 1) {
-        // Whoever knows it says the same: one of the lines is enough.
+        // All ranks that know the path know the same one.
         let lens = group.all_gather(vec![path.len() as u64])?;
         let all = group.all_gather(path)?;
         path = all[..lens.into_iter().find(|len| *len > 0).unwrap_or(0) as usize].to_vec();
@@ -112,23 +111,28 @@ struct FoundGradient {
 }
 
 /// Takes the gradients of the parameters of `module`, in its order.
-fn take<M: Module>(module: &M, grads: GradientsParams, by_hand: bool) -> Result<Vec<FoundGradient>, Error> {
-    let mut take = TakeGradients { grads, seen: HashSet::new(), found: Vec::new(), explicit: None };
-    module.visit(&mut take);
-    if let Some(layer) = take.explicit.filter(|_| !by_hand) {
+fn take<M: Module>(module: &M, mut grads: GradientsParams, by_hand: bool) -> Result<Vec<FoundGradient>, Error> {
+    let (mut found, mut explicit) = (Vec::new(), None);
+    take_gradients(module, &mut grads, &mut |taken| {
+        let is_explicit =
+            |layer: &&str| taken.path.places().iter().any(|(_, holder)| holder.ends_with(&format!(":{layer}")));
+        explicit = explicit.or_else(|| EXPLICIT.into_iter().find(is_explicit));
+        found.extend(taken.gradient.map(|value| FoundGradient { place: taken.index, id: taken.id, value }));
+    });
+    if let Some(layer) = explicit.filter(|_| !by_hand) {
         let problem = format!(
             "the model has a {layer}, of which each rank holds a part that its wrapper does not know of: say how the model is \
              split with `HandSplit`, and clip with that"
         );
         return Err(Error::invalid("clip_grad_norm", problem));
     }
-    match take.grads.len() {
-        0 => Ok(take.found),
+    match grads.len() {
+        0 => Ok(found),
         left => {
             let problem = format!(
                 "{left} of {} gradients belong to no parameter of the model: give it the model that made the step, before \
                  its optimizer has changed it for another",
-                left + take.found.len()
+                left + found.len()
             );
             Err(Error::invalid("clip_grad_norm", problem))
         }
@@ -137,30 +141,6 @@ fn take<M: Module>(module: &M, grads: GradientsParams, by_hand: bool) -> Result<
 
 /// The explicit layers that hold parts; the larger ones are made of them.
 const EXPLICIT: [&str; 3] = ["ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding"];
-
-struct TakeGradients {
-    grads: GradientsParams,
-    seen: HashSet<ParamId>,
-    found: Vec<FoundGradient>,
-    /// An explicit layer that was met.
-    explicit: Option<&'static str>,
-}
-
-impl ModuleVisitor for TakeGradients {
-    fn enter_module(&mut self, _: &str, container: &str) {
-        let name = container.rsplit(':').next();
-        self.explicit = self.explicit.or(EXPLICIT.into_iter().find(|layer| name == Some(*layer)));
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        // A parameter that the module holds in two places is one parameter.
-        if self.seen.insert(param.id)
-            && let Some(gradient) = self.grads.remove::<D>(param.id)
-        {
-            self.found.push(FoundGradient { place: self.seen.len() - 1, id: param.id, value: gradient.into() });
-        }
-    }
-}
 
 /// What this rank knows: the size of what it counts, and whether anything that it holds is not finite.
 fn measure(found: &[FoundGradient], holding: &GradientLayout, clip: &Clip) -> Result<NormReport, Error> {
@@ -179,34 +159,11 @@ fn measure(found: &[FoundGradient], holding: &GradientLayout, clip: &Clip) -> Re
 
 /// The paths of the parameters, in their order.
 fn paths_of<M: Module>(module: &M) -> Vec<String> {
-    let mut paths = Paths::default();
-    module.visit(&mut paths);
-    paths.found
-}
-
-#[derive(Default)]
-struct Paths {
-    path: Vec<String>,
-    seen: HashSet<ParamId>,
-    found: Vec<String>,
-}
-
-impl ModuleVisitor for Paths {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        if !is_shard(name, container) {
-            self.path.push(name.to_owned());
+    let (mut seen, mut paths) = (HashSet::new(), Vec::new());
+    visit_floats(module, &mut |param| {
+        if seen.insert(param.id()) {
+            paths.push(param.path());
         }
-    }
-
-    fn exit_module(&mut self, name: &str, container: &str) {
-        if !is_shard(name, container) {
-            self.path.pop();
-        }
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if self.seen.insert(param.id) {
-            self.found.push(self.path.join("."));
-        }
-    }
+    });
+    paths
 }

@@ -1,4 +1,4 @@
-//! What the ranks know of the gradients that each of them holds, put together.
+//! Combines the norms of the gradients that each rank holds.
 
 use super::measure::PartialNorm;
 use super::{Clip, Norm};
@@ -19,7 +19,7 @@ pub(super) struct NormReport {
     pub non_finite: Option<NonFiniteGradient>,
 }
 
-/// Numbers that a rank brings: those of [`NormReport`], and what it was asked for.
+/// What a rank sends: the numbers of its [`NormReport`], and its options.
 const NUMBERS: usize = 6;
 
 impl NormReport {

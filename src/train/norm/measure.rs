@@ -1,4 +1,4 @@
-//! How large tensors are, wherever they are.
+//! Measures the norms of tensors, on the host or on a device.
 
 use burn::tensor::{DType, Tensor};
 

@@ -1,14 +1,14 @@
-//! Whether the moments of an optimizer are those of the parameters that it meets.
+//! Checks that the moments of an optimizer belong to the parameters of the model.
 
 use std::collections::HashMap;
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::Module;
 use burn::optim::ModuleOptimizer;
-use burn::tensor::Tensor;
 use burn_pack::Reader;
 
 use super::optimizer_error::optimizer_error;
 use crate::Error;
+use crate::params::visit_floats;
 
 /// Demands that an optimizer has moments of no other parameters than those of `local`, and of their dims. Copies them once,
 /// if there are any.
@@ -24,12 +24,20 @@ pub(super) fn check<M: Module>(optim: &ModuleOptimizer, local: &M) -> Result<(),
     let bytes = record.into_bytes().map_err(|problem| unreadable(problem.to_string()))?;
     let reader = Reader::from_bytes(bytes).map_err(|problem| unreadable(problem.to_string()))?;
     let paths = reader.metadata().clone();
-    let mut params = Params::default();
-    local.visit(&mut params);
+    let mut params: HashMap<u64, (usize, String, Vec<usize>)> = HashMap::new();
+    visit_floats(local, &mut |param| {
+        let index = params.len();
+        params.entry(param.id().val()).or_insert_with(|| (index, param.path(), param.dims()));
+    });
+    let mut moments = Vec::new();
     for tensor in reader.into_tensors().map_err(|problem| unreadable(problem.to_string()))? {
         let (name, _, shape, id, _) = tensor.into_parts().map_err(|problem| unreadable(problem.to_string()))?;
-        let Some(id) = id else { continue };
-        let Some((path, dims)) = params.found.get(&id) else {
+        moments.extend(id.map(|id| (id, name, shape)));
+    }
+    // The record is in the order of ids, which are random.
+    moments.sort_by_key(|(id, ..)| params.get(id).map_or(usize::MAX, |(index, ..)| *index));
+    for (id, name, shape) in moments {
+        let Some((_, path, dims)) = params.get(&id) else {
             let path = paths.get(&id.to_string()).map_or("a parameter without a path", String::as_str);
             return Err(optimizer_error(format!(
                 "it has moments of `{path}` by an id that no parameter here has: load the state that was saved with this \
@@ -49,25 +57,4 @@ pub(super) fn check<M: Module>(optim: &ModuleOptimizer, local: &M) -> Result<(),
         }
     }
     Ok(())
-}
-
-/// Path and dims of the float parameters by id.
-#[derive(Default)]
-struct Params {
-    path: Vec<String>,
-    found: HashMap<u64, (String, Vec<usize>)>,
-}
-
-impl ModuleVisitor for Params {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        self.found.insert(param.id.val(), (self.path.join("."), param.lazy_shape().to_vec()));
-    }
 }

@@ -1,4 +1,4 @@
-//! Whether the update of a part is the part of the update: tried out on small parameters, whole and in halves.
+//! Tries out whether an optimizer updates parts of a parameter as it updates the whole.
 
 use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};

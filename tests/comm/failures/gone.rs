@@ -4,7 +4,7 @@ use std::thread;
 use std::time::Duration;
 
 use burn_parallel::Error;
-use burn_parallel::comm::local::WorldConfig;
+use burn_parallel::comm::WorldConfig;
 use burn_parallel::comm::{Communicator, ReduceOp, local};
 
 use super::harness::{LONG, PURPOSE, SIZES, failure, failure_of_threads, says, tells_the_log, within};

@@ -4,7 +4,7 @@ use std::sync::{Mutex, Once, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use burn_parallel::comm::local::WorldConfig;
+use burn_parallel::comm::WorldConfig;
 use burn_parallel::comm::{Communicator, ReduceOp, local};
 use burn_parallel::launch::Rank;
 use burn_parallel::{Error, launch};

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::Duration;
 
 use burn::tensor::{Device, Int, Tensor};
-use burn_parallel::comm::local::WorldConfig;
+use burn_parallel::comm::WorldConfig;
 use burn_parallel::comm::{ReduceOp, local};
 use burn_parallel::{Error, launch};
 

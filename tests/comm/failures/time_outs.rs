@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
-use burn_parallel::comm::local::WorldConfig;
+use burn_parallel::comm::WorldConfig;
 use burn_parallel::comm::{ReduceOp, local};
 use burn_parallel::mesh::Mesh;
 use burn_parallel::{Error, launch};

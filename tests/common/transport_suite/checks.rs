@@ -1,4 +1,4 @@
-//! What must hold over any engine, for any number of ranks.
+//! What must hold over any transport, for any number of ranks.
 
 use std::time::Duration;
 

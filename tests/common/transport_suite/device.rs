@@ -1,4 +1,4 @@
-//! What must hold over any engine that carries tensors of devices, for any number of ranks: the same as on the host.
+//! What must hold over any transport that carries tensors of devices, for any number of ranks: the same as on the host.
 //!
 //! Values are small integers, so that sums are exact in every dtype and in any order of the ranks.
 
@@ -8,7 +8,7 @@ use burn_parallel::{Error, layout};
 
 use super::checks::cancelling;
 
-/// A check that every rank runs, on its own device, with the dtypes that the device and the engine have.
+/// A check that every rank runs, on its own device, with the dtypes that the device and the transport have.
 type Check = fn(&Communicator, &Device, &[DType]) -> Result<(), Error>;
 
 /// All of them.

@@ -8,10 +8,10 @@ use burn_parallel::comm::{Communicator, ReduceOp};
 use burn_parallel::{Error, layout};
 
 use super::failures::{SHORT, drop_of, failure, mismatch, says};
-use super::{Engine, LONG};
+use super::{LONG, WorldFactory};
 
 /// A check that two ranks or more run, each on its own device.
-type Check = fn(&dyn Engine, &Device);
+type Check = fn(&dyn WorldFactory, &Device);
 
 /// All of them.
 pub const FAILURES: [(&str, Check); 5] = [
@@ -26,10 +26,10 @@ fn ones(dims: [usize; 2], device: &Device) -> Tensor<2> {
     Tensor::ones(dims, device)
 }
 
-fn mismatches(engine: &dyn Engine, device: &Device) {
+fn mismatches(factory: &dyn WorldFactory, device: &Device) {
     type Script = fn(&Communicator, &Device) -> Result<(), Error>;
     let differ = |usual: Script, odd: Script, words: &[&str]| {
-        mismatch(engine, words, &|comm| usual(&comm, device), &|comm| odd(&comm, device));
+        mismatch(factory, words, &|comm| usual(&comm, device), &|comm| odd(&comm, device));
     };
     let sum: Script = |comm, device| drop_of(comm.all_reduce(ones([4, 6], device), ReduceOp::Sum));
     let largest: Script = |comm, device| drop_of(comm.all_reduce(ones([4, 6], device), ReduceOp::Max));
@@ -55,25 +55,25 @@ fn mismatches(engine: &dyn Engine, device: &Device) {
         let pieces = vec![ones([rows, 2], device), ones([10 - rows, 2], device)];
         drop_of(comm.all_reduce_coalesced(pieces, ReduceOp::Sum))
     };
-    mismatch(engine, &["in 2 pieces"], &|comm| cut(&comm, device, 3), &|comm| cut(&comm, device, 4));
+    mismatch(factory, &["in 2 pieces"], &|comm| cut(&comm, device, 3), &|comm| cut(&comm, device, 4));
     let whole = |comm: Communicator| drop_of(comm.all_reduce(Tensor::<1>::ones([20], device), ReduceOp::Sum));
-    mismatch(engine, &["[20] on its device in 2 pieces"], &whole, &|comm| cut(&comm, device, 4));
+    mismatch(factory, &["[20] on its device in 2 pieces"], &whole, &|comm| cut(&comm, device, 4));
 }
 
 /// The all-to-all of a layout fills its blocks up to one length, so their dims are alike where the widths are not.
-fn widths(engine: &dyn Engine, device: &Device) {
+fn widths(factory: &dyn WorldFactory, device: &Device) {
     let exchange = |comm: &Communicator, less: usize| {
         drop_of(layout::all_to_all(ones([2, 2 * comm.size() - less], device), 0, 1, comm))
     };
     let words = ["all_to_all of F32", "on its device (agreed number"];
-    mismatch(engine, &words, &|comm| exchange(&comm, 0), &|comm| exchange(&comm, 1));
+    mismatch(factory, &words, &|comm| exchange(&comm, 0), &|comm| exchange(&comm, 1));
 }
 
 /// Whoever waits for the device as well: nothing is left there that would keep it.
-fn leaving(engine: &dyn Engine, device: &Device) {
-    let size = engine.world(LONG).size();
+fn leaving(factory: &dyn WorldFactory, device: &Device) {
+    let size = factory.world(LONG).size();
     for culprit in [0, size - 1] {
-        let error = failure(engine, LONG, Some(culprit), &|comm| {
+        let error = failure(factory, LONG, Some(culprit), &|comm| {
             let sum = comm.all_reduce(ones([300, 200], device), ReduceOp::Sum)?;
             if comm.rank() == culprit {
                 sleep(Duration::from_millis(30));
@@ -92,12 +92,12 @@ fn leaving(engine: &dyn Engine, device: &Device) {
     }
 }
 
-fn too_late(engine: &dyn Engine, device: &Device) {
-    let size = engine.world(LONG).size();
+fn too_late(factory: &dyn WorldFactory, device: &Device) {
+    let size = factory.world(LONG).size();
     for culprit in [0, size - 1] {
         // Its first tensor is made before: kernels may have to be compiled.
         let warm = ones([5, 5], device).into_data();
-        let error = failure(engine, SHORT, None, &|comm| {
+        let error = failure(factory, SHORT, None, &|comm| {
             if comm.rank() == culprit {
                 sleep(SHORT + Duration::from_millis(900));
             }
@@ -110,10 +110,10 @@ fn too_late(engine: &dyn Engine, device: &Device) {
 }
 
 /// What was sent and never received, and what is expected and never sent, keep nobody.
-fn abort(engine: &dyn Engine, device: &Device) {
-    let size = engine.world(LONG).size();
+fn abort(factory: &dyn WorldFactory, device: &Device) {
+    let size = factory.world(LONG).size();
     for culprit in [0, size - 1] {
-        let error = failure(engine, LONG, None, &|comm| {
+        let error = failure(factory, LONG, None, &|comm| {
             let (next, previous) = ((comm.rank() + 1) % size, (comm.rank() + size - 1) % size);
             comm.send(ones([70, 70], device), next, 1)?;
             let never = comm.start_recv::<Tensor<2>>(previous, 2);

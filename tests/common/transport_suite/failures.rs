@@ -8,7 +8,7 @@ use burn::tensor::{Device, Tensor};
 use burn_parallel::Error;
 use burn_parallel::comm::{Communicator, ReduceOp};
 
-use super::{Engine, LONG};
+use super::{LONG, WorldFactory};
 
 /// A time-out that some checks wait for.
 pub(super) const SHORT: Duration = Duration::from_millis(400);
@@ -32,8 +32,13 @@ pub(super) type Script<'a> = &'a dyn Fn(Communicator) -> Result<(), Error>;
 
 /// Runs `script` on every rank of a fresh world, after two collectives for the log to tell of. All ranks but the `culprit`
 /// must return the same error.
-pub(super) fn failure(engine: &dyn Engine, timeout: Duration, culprit: Option<usize>, script: Script<'_>) -> Error {
-    let comm = engine.world(timeout);
+pub(super) fn failure(
+    factory: &dyn WorldFactory,
+    timeout: Duration,
+    culprit: Option<usize>,
+    script: Script<'_>,
+) -> Error {
+    let comm = factory.world(timeout);
     let (rank, size) = (comm.rank(), comm.size());
     comm.barrier().unwrap();
     assert_eq!(comm.all_reduce(vec![1.0f32; 3], ReduceOp::Sum).unwrap(), [size as f32; 3]);
@@ -52,7 +57,7 @@ pub(super) fn failure(engine: &dyn Engine, timeout: Duration, culprit: Option<us
         (Some(_), Err(panic)) => std::panic::resume_unwind(panic),
     };
     // Nothing of the failed world is in the way of a fresh one, where the ranks compare what they were told.
-    let fresh = engine.world(LONG);
+    let fresh = factory.world(LONG);
     let text = said.as_ref().map_or_else(String::new, |error| format!("{error:?}"));
     let lens = fresh.all_gather(vec![text.len() as u64]).unwrap();
     let all = fresh.all_gather(text.into_bytes()).unwrap();
@@ -95,7 +100,7 @@ pub(super) fn says(error: &Error, words: &[&str]) {
 
 /// The message ends with the last collectives of every rank.
 #[track_caller]
-fn tells_the_log(engine: &dyn Engine, error: &Error, size: usize) {
+fn tells_the_log(factory: &dyn WorldFactory, error: &Error, size: usize) {
     if matches!(error, Error::User(_)) {
         // The culprit's own copy, as text.
         return;
@@ -104,7 +109,7 @@ fn tells_the_log(engine: &dyn Engine, error: &Error, size: usize) {
     for rank in 0..size {
         let line = message.lines().find(|line| line.starts_with(&format!("  rank {rank}: ")));
         let line = line.unwrap_or_else(|| panic!("no line of rank {rank} in: {message}"));
-        let (first, second) = (engine.calls(), engine.calls() + 1);
+        let (first, second) = (factory.calls(), factory.calls() + 1);
         let both = [format!("#{second} all_reduce(Sum) of F32 [3]"), format!("#{first} barrier")];
         assert!(both.iter().all(|call| line.contains(call)), "{line}");
     }
@@ -115,53 +120,53 @@ pub(super) fn drop_of<T>(result: Result<T, Error>) -> Result<(), Error> {
 }
 
 /// One rank calls `odd`, the others `usual`. All ranks return a mismatch that holds these words.
-pub(super) fn mismatch(engine: &dyn Engine, words: &[&str], usual: Script<'_>, odd: Script<'_>) {
-    let size = engine.world(LONG).size();
+pub(super) fn mismatch(factory: &dyn WorldFactory, words: &[&str], usual: Script<'_>, odd: Script<'_>) {
+    let size = factory.world(LONG).size();
     for culprit in [0, size - 1] {
-        let error = failure(engine, LONG, None, &|comm| match comm.rank() == culprit {
+        let error = failure(factory, LONG, None, &|comm| match comm.rank() == culprit {
             true => odd(comm),
             false => usual(comm),
         });
         let Error::Mismatch { sequence, calls, .. } = &error else { panic!("{error:?}") };
-        assert_eq!(*sequence, engine.calls() + 2);
+        assert_eq!(*sequence, factory.calls() + 2);
         assert_eq!(calls.len(), size);
         let other = (culprit + 1) % size;
         assert_ne!(calls[culprit].to_string(), calls[other].to_string(), "the message shows the difference");
         says(&error, &["`world`", &format!("#{sequence}"), &format!("rank {culprit} called {}", calls[culprit])]);
         says(&error, words);
-        tells_the_log(engine, &error, size);
+        tells_the_log(factory, &error, size);
     }
 }
 
-fn mismatches(engine: &dyn Engine) {
+fn mismatches(factory: &dyn WorldFactory) {
     let usual: Script<'_> = &|comm| drop_of(comm.all_reduce(vec![1.0f32; 6], ReduceOp::Sum));
-    mismatch(engine, &["called barrier"], usual, &|comm| comm.barrier());
-    mismatch(engine, &["called all_gather of F32 [6]"], usual, &|comm| drop_of(comm.all_gather(vec![1.0f32; 6])));
-    mismatch(engine, &["called split"], usual, &|comm| drop_of(comm.split(0, 0)));
-    mismatch(engine, &["of F32 [6]", "of F32 [7]"], usual, &|comm| {
+    mismatch(factory, &["called barrier"], usual, &|comm| comm.barrier());
+    mismatch(factory, &["called all_gather of F32 [6]"], usual, &|comm| drop_of(comm.all_gather(vec![1.0f32; 6])));
+    mismatch(factory, &["called split"], usual, &|comm| drop_of(comm.split(0, 0)));
+    mismatch(factory, &["of F32 [6]", "of F32 [7]"], usual, &|comm| {
         drop_of(comm.all_reduce(vec![1.0f32; 7], ReduceOp::Sum))
     });
-    mismatch(engine, &["of F32 [6]", "of F64 [6]"], usual, &|comm| {
+    mismatch(factory, &["of F32 [6]", "of F64 [6]"], usual, &|comm| {
         drop_of(comm.all_reduce(vec![1.0f64; 6], ReduceOp::Sum))
     });
-    mismatch(engine, &["(Sum)", "(Max)"], usual, &|comm| drop_of(comm.all_reduce(vec![1.0f32; 6], ReduceOp::Max)));
-    mismatch(engine, &["in 2 pieces"], usual, &|comm| {
+    mismatch(factory, &["(Sum)", "(Max)"], usual, &|comm| drop_of(comm.all_reduce(vec![1.0f32; 6], ReduceOp::Max)));
+    mismatch(factory, &["in 2 pieces"], usual, &|comm| {
         drop_of(comm.all_reduce_coalesced(vec![vec![1.0f32; 3]; 2], ReduceOp::Sum))
     });
     let named = |name: &'static str| move |comm: Communicator| drop_of(comm.split_named(name, 0, 0));
-    mismatch(engine, &["called split by a name of hash"], &named("left"), &named("right"));
+    mismatch(factory, &["called split by a name of hash"], &named("left"), &named("right"));
     let root = |root: usize| move |comm: Communicator| drop_of(comm.broadcast(vec![1u8], root));
-    mismatch(engine, &["root 0", "root 1"], &root(0), &root(1));
+    mismatch(factory, &["root 0", "root 1"], &root(0), &root(1));
     let ones = |shape: [usize; 2]| Tensor::<2>::ones(shape, &Device::flex());
-    mismatch(engine, &["[2, 3]", "[2, 4]"], &move |comm| drop_of(comm.all_gather(ones([2, 3]))), &move |comm| {
+    mismatch(factory, &["[2, 3]", "[2, 4]"], &move |comm| drop_of(comm.all_gather(ones([2, 3]))), &move |comm| {
         drop_of(comm.all_gather(ones([2, 4])))
     });
 }
 
-fn leaving(engine: &dyn Engine) {
-    let size = engine.world(LONG).size();
+fn leaving(factory: &dyn WorldFactory) {
+    let size = factory.world(LONG).size();
     for culprit in [0, size - 1] {
-        let error = failure(engine, LONG, Some(culprit), &|comm| match comm.rank() == culprit {
+        let error = failure(factory, LONG, Some(culprit), &|comm| match comm.rank() == culprit {
             true => {
                 thread::sleep(Duration::from_millis(30));
                 Ok(())
@@ -178,8 +183,8 @@ fn leaving(engine: &dyn Engine) {
         } else {
             assert!(matches!(error, Error::User(_)), "{error:?}");
         }
-        tells_the_log(engine, &error, size);
-        let error = failure(engine, LONG, Some(culprit), &|comm| {
+        tells_the_log(factory, &error, size);
+        let error = failure(factory, LONG, Some(culprit), &|comm| {
             // What leaves the group at last is not the thread that panics.
             let elsewhere = comm.clone();
             thread::spawn(move || {
@@ -196,11 +201,11 @@ fn leaving(engine: &dyn Engine) {
     }
 }
 
-fn receiving(engine: &dyn Engine) {
-    let size = engine.world(LONG).size();
+fn receiving(factory: &dyn WorldFactory) {
+    let size = factory.world(LONG).size();
     let culprit = size - 1;
     // Each waits for the next, the last for nobody: it leaves, but what it has sent is still received.
-    let error = failure(engine, LONG, Some(culprit), &|comm| match comm.rank() {
+    let error = failure(factory, LONG, Some(culprit), &|comm| match comm.rank() {
         rank if rank == culprit => {
             comm.send(vec![7u8; 100_000], rank - 1, 4)?;
             comm.send(vec![8u8], rank - 1, 3)
@@ -216,8 +221,8 @@ fn receiving(engine: &dyn Engine) {
     if !matches!(error, Error::User(_)) {
         says(&error, &[&format!("rank {culprit} left group `world` while recv(from {culprit}, tag 3)")]);
     }
-    tells_the_log(engine, &error, size);
-    let error = failure(engine, LONG, None, &|comm| match comm.rank() {
+    tells_the_log(factory, &error, size);
+    let error = failure(factory, LONG, None, &|comm| match comm.rank() {
         0 => drop_of(comm.recv::<Vec<f32>>(1, 7)),
         1 => comm.send(vec![1.0f64; 3], 0, 7).and_then(|()| comm.barrier()),
         _ => comm.barrier(),
@@ -226,10 +231,10 @@ fn receiving(engine: &dyn Engine) {
     says(&error, &["rank 0 of group `world`", "f32", "from rank 1 with tag 7", "F64 [3]"]);
 }
 
-fn time_outs(engine: &dyn Engine) {
-    let size = engine.world(LONG).size();
+fn time_outs(factory: &dyn WorldFactory) {
+    let size = factory.world(LONG).size();
     for culprit in [0, size - 1] {
-        let error = failure(engine, SHORT, None, &|comm| {
+        let error = failure(factory, SHORT, None, &|comm| {
             if comm.rank() == culprit {
                 thread::sleep(SHORT + Duration::from_millis(900));
             }
@@ -238,9 +243,9 @@ fn time_outs(engine: &dyn Engine) {
         let Error::Timeout { rank, waited, missing, .. } = &error else { panic!("{error:?}") };
         assert!(*rank != culprit && *waited >= SHORT && *missing == format!("rank {culprit}"), "{error:?}");
         says(&error, &["`world`", "all_reduce(Sum) of F32 [5]", "BURN_PARALLEL_TIMEOUT_S"]);
-        tells_the_log(engine, &error, size);
+        tells_the_log(factory, &error, size);
     }
-    let error = failure(engine, SHORT, None, &|comm| match comm.rank() {
+    let error = failure(factory, SHORT, None, &|comm| match comm.rank() {
         0 => drop_of(comm.recv::<Vec<f32>>(1, 7)),
         1 => {
             comm.send(vec![1.0f32], 0, 8)?;
@@ -254,13 +259,13 @@ fn time_outs(engine: &dyn Engine) {
         0 => says(&error, &["recv(from 1, tag 7)", "for rank 1;", "tags", "[8, 9]"]),
         _ => says(&error, &["barrier", "for rank 0;", "recv(from 1, tag 7) (waiting"]),
     }
-    tells_the_log(engine, &error, size);
+    tells_the_log(factory, &error, size);
 }
 
-fn aborts(engine: &dyn Engine) {
-    let size = engine.world(LONG).size();
+fn aborts(factory: &dyn WorldFactory) {
+    let size = factory.world(LONG).size();
     for culprit in [0, size - 1] {
-        let error = failure(engine, LONG, None, &|comm| match comm.rank() {
+        let error = failure(factory, LONG, None, &|comm| match comm.rank() {
             rank if rank == culprit => {
                 comm.abort("the loss is NaN");
                 comm.barrier()
@@ -270,10 +275,10 @@ fn aborts(engine: &dyn Engine) {
         });
         assert!(matches!(&error, Error::Aborted { rank, .. } if *rank == culprit), "{error:?}");
         says(&error, &["the loss is NaN"]);
-        tells_the_log(engine, &error, size);
+        tells_the_log(factory, &error, size);
     }
     // Two at once: all are told of the same one.
-    let error = failure(engine, LONG, None, &|comm| {
+    let error = failure(factory, LONG, None, &|comm| {
         comm.abort(format!("rank {} was first", comm.rank()));
         comm.barrier()
     });
@@ -281,8 +286,8 @@ fn aborts(engine: &dyn Engine) {
 }
 
 /// A failure in a part of the world reaches those who wait elsewhere.
-fn parts(engine: &dyn Engine) {
-    let size = engine.world(LONG).size();
+fn parts(factory: &dyn WorldFactory) {
+    let size = factory.world(LONG).size();
     if size < 3 {
         return;
     }
@@ -292,16 +297,16 @@ fn parts(engine: &dyn Engine) {
         2 => drop_of(part.all_reduce(vec![1u64; 77], ReduceOp::Sum)),
         _ => drop_of(part.recv::<Vec<u64>>(0, 5)),
     };
-    let error = failure(engine, LONG, None, &|comm| {
+    let error = failure(factory, LONG, None, &|comm| {
         let part = split(&comm)?;
         match comm.rank() {
             0 => part.barrier(),
             _ => elsewhere(&comm, &part),
         }
     });
-    assert!(matches!(error, Error::Mismatch { sequence, .. } if sequence == engine.calls_of_part()), "{error:?}");
+    assert!(matches!(error, Error::Mismatch { sequence, .. } if sequence == factory.calls_of_part()), "{error:?}");
     says(&error, &["`world/0`", "rank 0 called barrier", "rank 1 called all_reduce(Sum) of U64 [77]"]);
-    let error = failure(engine, LONG, Some(0), &|comm| {
+    let error = failure(factory, LONG, Some(0), &|comm| {
         let part = split(&comm)?;
         match comm.rank() {
             0 => {
@@ -316,7 +321,7 @@ fn parts(engine: &dyn Engine) {
         says(&error, &["rank 0 of group `world/0` aborted the run: enough", "(waiting"]);
     }
     // A part that was dropped is missed by those who need it, and by nobody else.
-    let error = failure(engine, LONG, None, &|comm| {
+    let error = failure(factory, LONG, None, &|comm| {
         let part = split(&comm)?;
         match comm.rank() {
             0 => {
@@ -332,23 +337,23 @@ fn parts(engine: &dyn Engine) {
 }
 
 /// An output that does not fit is this rank's error; the others have what they wanted and hear of it in the next call.
-fn outputs(engine: &dyn Engine) {
-    let size = engine.world(LONG).size();
-    let error = failure(engine, LONG, None, &|comm| {
+fn outputs(factory: &dyn WorldFactory) {
+    let size = factory.world(LONG).size();
+    let error = failure(factory, LONG, None, &|comm| {
         let room = size * 2 + usize::from(comm.rank() == size - 1);
         comm.all_gather_into(&[1u16; 2], &mut vec![0; room])?;
         comm.barrier()
     });
     says(&error, &[&format!("room for {} elements of U16, {} of U16 came", size * 2 + 1, size * 2)]);
-    let error = failure(engine, LONG, None, &|comm| drop_of(comm.scatter(None::<Vec<f32>>, 0)));
+    let error = failure(factory, LONG, None, &|comm| drop_of(comm.scatter(None::<Vec<f32>>, 0)));
     says(&error, &["rank 0 is the root and passes nothing"]);
 }
 
 /// Collectives in flight on two groups end with the error of the world.
-fn in_flight(engine: &dyn Engine) {
-    let size = engine.world(LONG).size();
+fn in_flight(factory: &dyn WorldFactory) {
+    let size = factory.world(LONG).size();
     let culprit = size - 1;
-    failure(engine, LONG, Some(culprit), &|comm| {
+    failure(factory, LONG, Some(culprit), &|comm| {
         let part = comm.split(0, 0)?;
         if comm.rank() == culprit {
             comm.abort("on purpose");
@@ -364,11 +369,11 @@ fn in_flight(engine: &dyn Engine) {
 }
 
 /// All of these, for two ranks or more. Returns how many there were.
-pub fn run(engine: &dyn Engine, tell: &dyn Fn(&str)) -> usize {
-    if engine.world(LONG).size() < 2 {
+pub fn run(factory: &dyn WorldFactory, tell: &dyn Fn(&str)) -> usize {
+    if factory.world(LONG).size() < 2 {
         return 0;
     }
-    type Check = fn(&dyn Engine);
+    type Check = fn(&dyn WorldFactory);
     let all: [(&str, Check); 8] = [
         ("calls that do not match", mismatches),
         ("ranks that leave or panic", leaving),
@@ -381,7 +386,7 @@ pub fn run(engine: &dyn Engine, tell: &dyn Fn(&str)) -> usize {
     ];
     for (name, check) in all {
         tell(name);
-        check(engine);
+        check(factory);
     }
     all.len()
 }

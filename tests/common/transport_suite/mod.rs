@@ -1,4 +1,4 @@
-//! What every engine must do: the assertions are here, each engine brings the worlds to make them in.
+//! What every transport must do: the assertions are here, each transport provides the worlds to make them in.
 //!
 //! A check is a function that every rank runs, each with a world of its own to begin with; what the ranks must have alike
 //! they compare over that world or, when the check has made it fail, over a fresh one.
@@ -21,8 +21,8 @@ use std::time::Duration;
 
 use burn_parallel::comm::Communicator;
 
-/// One rank's way to worlds of its engine. All ranks make the same worlds in the same order.
-pub trait Engine {
+/// Makes the worlds of a transport, on one rank. All ranks make the same worlds in the same order.
+pub trait WorldFactory {
     /// A fresh world of all ranks, with this time-out.
     fn world(&self, timeout: Duration) -> Communicator;
 
@@ -41,16 +41,16 @@ pub trait Engine {
 pub const LONG: Duration = Duration::from_secs(60);
 
 /// All checks, on every rank. Returns how many there were.
-pub fn run(engine: &dyn Engine, tell: &dyn Fn(&str)) -> usize {
-    successes(engine, tell) + failures::run(engine, tell)
+pub fn run(factory: &dyn WorldFactory, tell: &dyn Fn(&str)) -> usize {
+    successes(factory, tell) + failures::run(factory, tell)
 }
 
 /// The checks of worlds that do not fail.
-pub fn successes(engine: &dyn Engine, tell: &dyn Fn(&str)) -> usize {
+pub fn successes(factory: &dyn WorldFactory, tell: &dyn Fn(&str)) -> usize {
     let mut count = 0;
     let mut check = |name: &str, body: &dyn Fn(&Communicator)| {
         tell(name);
-        body(&engine.world(LONG));
+        body(&factory.world(LONG));
         count += 1;
     };
     type Check = fn(&Communicator) -> Result<(), burn_parallel::Error>;
@@ -78,7 +78,7 @@ pub fn successes(engine: &dyn Engine, tell: &dyn Fn(&str)) -> usize {
         }
     });
     check("large buffers, cut in pieces", &|comm| checks::large(comm).unwrap());
-    check("sizes around the thresholds of engines", &|comm| thresholds::all(comm).unwrap());
+    check("sizes around the thresholds of transports", &|comm| thresholds::all(comm).unwrap());
     check("groups of groups", &|comm| checks::groups_of_groups(comm).unwrap());
     count
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use burn_parallel::comm::{Communicator, nccl};
 
-use super::Engine;
+use super::WorldFactory;
 use super::over_threads::{self, OverThreads};
 
 /// One rank's way to them.
@@ -20,7 +20,7 @@ impl OverNccl {
     }
 }
 
-impl Engine for OverNccl {
+impl WorldFactory for OverNccl {
     fn world(&self, timeout: Duration) -> Communicator {
         nccl::join(&self.threads.world(timeout), self.gpu).unwrap()
     }

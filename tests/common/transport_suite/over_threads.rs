@@ -6,9 +6,9 @@ use std::thread;
 use std::time::Duration;
 
 use burn_parallel::comm::Communicator;
-use burn_parallel::comm::local::{self, WorldConfig};
+use burn_parallel::comm::{WorldConfig, local};
 
-use super::Engine;
+use super::WorldFactory;
 
 /// Worlds by their number; each rank takes its place in each.
 type Worlds = Arc<Mutex<HashMap<usize, Vec<Option<Communicator>>>>>;
@@ -25,7 +25,7 @@ pub struct OverThreads {
     worlds: Worlds,
 }
 
-impl Engine for OverThreads {
+impl WorldFactory for OverThreads {
     fn world(&self, timeout: Duration) -> Communicator {
         let mut made = self.made.lock().unwrap();
         *made += 1;
@@ -45,8 +45,8 @@ pub fn run_with<R: Send>(size: usize, make: Make, body: impl Fn(OverThreads) -> 
     let (worlds, body) = (Worlds::default(), &body);
     thread::scope(|scope| {
         let rank = |rank| {
-            let engine = OverThreads { rank, size, make, made: Mutex::new(0), worlds: worlds.clone() };
-            scope.spawn(move || body(engine))
+            let factory = OverThreads { rank, size, make, made: Mutex::new(0), worlds: worlds.clone() };
+            scope.spawn(move || body(factory))
         };
         let ranks: Vec<_> = (0..size).map(rank).collect();
         ranks.into_iter().map(|rank| rank.join().ok()).collect()

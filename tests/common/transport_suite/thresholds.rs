@@ -1,4 +1,4 @@
-//! Sizes at which engines change how they move data, and groups that do not wait for each other.
+//! Sizes at which transports change how they move data, and groups that do not wait for each other.
 //!
 //! Each transport chooses what it sends eagerly, in chunks or in windows. These sizes are at and beside all limits of the
 //! transports of the crate, and are repeated: a message that is lost now and then is found by many.

@@ -69,7 +69,7 @@ impl Agreement<'_> {
 
     fn garbled(&self) -> Error {
         let problem = "a call is garbled: do all ranks run this program?".into();
-        self.fail(Error::Engine { engine: self.world.endpoint.engine(), problem })
+        self.fail(Error::Transport { transport: self.world.endpoint.name(), problem })
     }
 
     /// Waits until `ready`, or until the world has failed.

@@ -58,7 +58,7 @@ impl Writer {
                 self.byte(6).text(group).number(*rank as u64).text(reason).log(log)
             }
             Error::InvalidArgument { operation, problem } => self.byte(7).text(operation).text(problem),
-            Error::Engine { engine, problem } => self.byte(8).text(engine).text(problem),
+            Error::Transport { transport, problem } => self.byte(8).text(transport).text(problem),
             Error::OutOfMemory { group, rank, operation, bytes } => {
                 self.byte(10).text(group).number(*rank as u64).text(operation).number(*bytes as u64)
             }
@@ -158,7 +158,7 @@ impl Reader<'_> {
             },
             6 => Error::Aborted { group: self.name()?, rank: self.index()?, reason: self.text()?, log: self.log()? },
             7 => Error::InvalidArgument { operation: self.message()?, problem: self.text()? },
-            8 => Error::Engine { engine: self.message()?, problem: self.text()? },
+            8 => Error::Transport { transport: self.message()?, problem: self.text()? },
             9 => Error::User(self.text()?),
             10 => Error::OutOfMemory {
                 group: self.name()?,

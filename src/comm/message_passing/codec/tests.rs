@@ -72,7 +72,7 @@ fn every_error_of_a_world_survives() {
         lost,
         Error::Aborted { group, rank: 0, reason: String::new(), log },
         Error::InvalidArgument { operation: "scatter", problem: "no".into() },
-        Error::Engine { engine: "mpi", problem: "no".into() },
+        Error::Transport { transport: "mpi", problem: "no".into() },
         Error::User("the disk is full".into()),
         Error::Strategy { problem: "1".into() },
         Error::Plan { problem: "2".into() },

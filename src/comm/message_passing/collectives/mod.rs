@@ -111,7 +111,7 @@ impl Drop for PendingTransfers<'_> {
     fn drop(&mut self) {
         self.world.reclaim(&mut self.requests, || {
             let problem = "a collective was left while the transport held its buffers".into();
-            Error::Engine { engine: self.world.endpoint.engine(), problem }
+            Error::Transport { transport: self.world.endpoint.name(), problem }
         });
     }
 }
@@ -280,11 +280,11 @@ impl<'a> Collective<'a> {
         match segments.iter().filter(|segment| !good(segment)).count() {
             0 => Ok(()),
             _ => {
-                let (engine, call, group) = (self.world.endpoint.engine(), self.call, &self.group.name);
+                let (transport, call, group) = (self.world.endpoint.name(), self.call, &self.group.name);
                 let problem = format!(
                     "a rank of group `{group}` has contributed bytes to {call} that are no bools: do all ranks run this program?"
                 );
-                Err(Error::Engine { engine, problem })
+                Err(Error::Transport { transport, problem })
             }
         }
     }

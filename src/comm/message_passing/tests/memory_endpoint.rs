@@ -78,7 +78,7 @@ impl MemoryNetwork {
             Some((kind, first)) if tag % 8 == kind => {
                 state.refused += 1;
                 match state.refused > first {
-                    true => Err(Error::Engine { engine: "memory", problem: "refused on purpose".into() }),
+                    true => Err(Error::Transport { transport: "memory", problem: "refused on purpose".into() }),
                     false => Ok(()),
                 }
             }
@@ -101,7 +101,7 @@ impl MemoryEndpoint {
 }
 
 impl Endpoint for MemoryEndpoint {
-    fn engine(&self) -> &'static str {
+    fn name(&self) -> &'static str {
         "memory"
     }
 
@@ -173,7 +173,7 @@ impl Endpoint for MemoryEndpoint {
             match message.len() == len {
                 // SAFETY: borrowed for this, and as long as that.
                 true => unsafe { message.as_ptr().copy_to_nonoverlapping(data, len) },
-                false => outcome = Err(Error::Engine { engine: "memory", problem: "of another length".into() }),
+                false => outcome = Err(Error::Transport { transport: "memory", problem: "of another length".into() }),
             }
             false
         });

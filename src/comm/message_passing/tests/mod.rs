@@ -11,7 +11,7 @@ use std::time::Duration;
 use self::memory_endpoint::{MemoryEndpoint, MemoryNetwork};
 use super::Worlds;
 use crate::comm::Communicator;
-use crate::comm::local::WorldConfig;
+use crate::comm::WorldConfig;
 
 /// A world of ranks in this process, over endpoints in memory; only of the listed ranks, the test plays the others.
 struct World {

@@ -80,7 +80,7 @@ fn a_large_collective_fails_alone() {
 fn among_threads_every_collective_fails_alone() {
     for (size, each) in [(1, 10), (2, 10), (3, 1000), (4, 1 << 20)] {
         let run = |script: Script<'_>| {
-            let config = crate::comm::local::WorldConfig::from_env().unwrap();
+            let config = crate::comm::WorldConfig::from_env().unwrap();
             let comms = crate::comm::local::world(size, config).unwrap();
             std::thread::scope(|scope| comms.iter().for_each(|comm| drop(scope.spawn(move || script(comm)))));
         };

@@ -7,6 +7,6 @@ pub fn control_message(bytes: &[u8]) {
     if let Some(message) = ControlMessage::read(bytes, 8) {
         let written = message.write();
         let again = ControlMessage::read(&written, 8).map(|message| message.write());
-        assert_eq!(again.as_ref(), Some(&written), "{committed:?}");
+        assert_eq!(again.as_ref(), Some(&written), "{message:?}");
     }
 }

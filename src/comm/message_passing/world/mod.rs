@@ -160,7 +160,7 @@ impl World {
             true => Ok(id),
             false => {
                 let problem = format!("{id} groups are more than there are tags for; split less often");
-                Err(Error::Engine { engine: self.endpoint.engine(), problem })
+                Err(Error::Transport { transport: self.endpoint.name(), problem })
             }
         }
     }

@@ -49,10 +49,10 @@ impl World {
 
     /// The world is over for this rank: whoever still holds a communicator gets an error.
     pub fn close(&self) {
-        let (engine, rank) = (self.endpoint.engine(), self.endpoint.rank());
+        let (transport, rank) = (self.endpoint.name(), self.endpoint.rank());
         let problem =
             format!("the session of rank {rank} was dropped, and its communicators with it; drop the session last");
-        let _ = self.failure.set(Error::Engine { engine, problem });
+        let _ = self.failure.set(Error::Transport { transport, problem });
     }
 
     /// Receives and handles the control messages, and advances failures. Called by the watchdog, and by threads that

@@ -9,7 +9,7 @@ use super::{Digest, MAGIC, MAX_BLOB, Rendezvous};
 
 /// The other side of a connection: its answers depend on what it has received.
 struct Other<F> {
-    handshaking: Vec<u8>,
+    received: Vec<u8>,
     says: Vec<u8>,
     said: usize,
     answer: F,
@@ -17,8 +17,8 @@ struct Other<F> {
 
 impl<F: FnMut(&[u8]) -> Vec<u8>> Write for Other<F> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.handshaking.extend_from_slice(bytes);
-        let answer = (self.answer)(&self.handshaking);
+        self.received.extend_from_slice(bytes);
+        let answer = (self.answer)(&self.received);
         self.says.extend(answer);
         Ok(bytes.len())
     }
@@ -38,7 +38,7 @@ impl<F> Read for Other<F> {
 }
 
 fn other<F: FnMut(&[u8]) -> Vec<u8>>(says: Vec<u8>, answer: F) -> Other<F> {
-    Other { handshaking: Vec::new(), says, said: 0, answer }
+    Other { received: Vec::new(), says, said: 0, answer }
 }
 
 /// Choices that the fuzzer's bytes make, one after the other; zeros when they are all used.
@@ -75,15 +75,15 @@ impl Dice<'_> {
 /// A client connects to a rendezvous, or listens in place of rank 0.
 pub fn handshake(bytes: &[u8]) {
     let Some((side, bytes)) = bytes.split_first() else { return };
-    let meeting = Rendezvous::new(1, 4, "127.0.0.1", 1, b"secret", Duration::from_secs(1));
+    let rendezvous = Rendezvous::new(1, 4, "127.0.0.1", 1, b"secret", Duration::from_secs(1));
     match side % 3 {
-        0 => somebody_comes(&meeting, Dice(bytes)),
-        1 => somebody_listens(&meeting, Dice(bytes)),
+        0 => client_connects(&rendezvous, Dice(bytes)),
+        1 => server_answers(&rendezvous, Dice(bytes)),
         _ => drop(read_reply(bytes, usize::from(*side))),
     }
 }
 
-fn somebody_comes(meeting: &Rendezvous, mut dice: Dice<'_>) {
+fn client_connects(rendezvous: &Rendezvous, mut dice: Dice<'_>) {
     let (own, blob) = ([7; 32], dice.bytes());
     let len = dice.number(blob.len() as u64);
     let numbers = [dice.number(2), dice.number(4), len].map(u64::to_le_bytes).concat();
@@ -92,37 +92,40 @@ fn somebody_comes(meeting: &Rendezvous, mut dice: Dice<'_>) {
         header[usize::from(dice.byte()) % 64] ^= dice.byte();
     }
     let mut honest = true;
-    let mut stream = other(Vec::new(), |handshaking| match handshaking.len() {
+    let mut stream = other(Vec::new(), |received| match received.len() {
         40 => {
-            let (digest, right) = dice.sign(meeting.sign(&[b"call", &handshaking[8..40], &header]));
+            let (digest, right) = dice.sign(rendezvous.sign(&[b"call", &received[8..40], &header]));
             honest &= right;
             [&header[..], &digest].concat()
         }
         73 => {
-            let (digest, right) = dice.sign(meeting.sign(&[b"blob", &handshaking[8..40], &blob]));
+            let (digest, right) = dice.sign(rendezvous.sign(&[b"blob", &received[8..40], &blob]));
             honest &= right;
             [&blob[..], &digest].concat()
         }
         _ => Vec::new(),
     });
-    let introduced = meeting.server_handshake(&mut stream);
-    let handshaking = stream.handshaking.len();
+    let introduced = rendezvous.server_handshake(&mut stream);
+    let received = stream.received.len();
     drop(stream);
     let claimed = u64::from_le_bytes(header[56..64].try_into().unwrap_or_default());
     match introduced {
         Ok(said) => {
-            assert!(honest && header[..8] == MAGIC && claimed == blob.len() as u64, "a stranger was let in");
+            assert!(
+                honest && header[..8] == MAGIC && claimed == blob.len() as u64,
+                "a client without the secret was accepted"
+            );
             assert_eq!((&said.blob, said.blob.len() <= MAX_BLOB), (&blob, true));
             assert_eq!([said.rank as u64, said.size as u64].map(u64::to_le_bytes).concat(), header[40..56]);
         }
         Err(_) => {
             let right = honest && header[..8] == MAGIC && claimed == blob.len() as u64;
-            assert!(!right, "a rank was not let in, after {handshaking} bytes");
+            assert!(!right, "a rank was not accepted, after {received} bytes");
         }
     }
 }
 
-fn somebody_listens(meeting: &Rendezvous, mut dice: Dice<'_>) {
+fn server_answers(rendezvous: &Rendezvous, mut dice: Dice<'_>) {
     let (reply, blob) = (dice.bytes(), dice.bytes());
     let mut greeting = [&MAGIC[..], &[9; 32]].concat();
     if dice.byte() > 240 {
@@ -130,19 +133,19 @@ fn somebody_listens(meeting: &Rendezvous, mut dice: Dice<'_>) {
     }
     let (greets, total) = (greeting[..8] == MAGIC, 96 + blob.len() + 32);
     let (mut honest, mut done, mut refuses) = (true, 0, false);
-    let mut stream = other(greeting, |handshaking| {
-        let own = handshaking.get(8..40).unwrap_or_default();
-        match (done, handshaking.len()) {
+    let mut stream = other(greeting, |received| {
+        let own = received.get(8..40).unwrap_or_default();
+        match (done, received.len()) {
             (0, 96) => {
                 done = 1;
-                let (digest, right) = dice.sign(meeting.sign(&[b"known", own]));
+                let (digest, right) = dice.sign(rendezvous.sign(&[b"known", own]));
                 let known = dice.byte();
                 (honest, refuses) = (right, known > 240);
                 [&[u8::from(!refuses)][..], &digest].concat()
             }
             (1, len) if len == total => {
                 done = 2;
-                let (digest, right) = dice.sign(meeting.sign(&[b"reply", own, &reply]));
+                let (digest, right) = dice.sign(rendezvous.sign(&[b"reply", own, &reply]));
                 let len = dice.number(reply.len() as u64);
                 honest &= right && len == reply.len() as u64;
                 [&len.to_le_bytes()[..], &reply, &digest].concat()
@@ -150,14 +153,14 @@ fn somebody_listens(meeting: &Rendezvous, mut dice: Dice<'_>) {
             _ => Vec::new(),
         }
     });
-    let told = meeting.client_handshake(&mut stream, &blob);
+    let told = rendezvous.client_handshake(&mut stream, &blob);
     drop(stream);
     match told {
         Ok(told) => {
-            assert!(honest && greets && !refuses && told == reply, "a stranger was believed");
+            assert!(honest && greets && !refuses && told == reply, "a server without the secret was believed");
             drop(read_reply(&told, 4));
         }
-        Err(Refused::Secret) => assert!(!honest || refuses, "rank 0 was taken for a stranger"),
+        Err(Refused::Secret) => assert!(!honest || refuses, "rank 0 was taken for a server without the secret"),
         Err(Refused::Gone(_) | Refused::Unheard(_)) => assert!(!honest || !greets, "rank 0 was not understood"),
     }
 }

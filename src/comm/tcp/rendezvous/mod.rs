@@ -29,7 +29,7 @@ use sha2::Sha256;
 
 pub(super) use self::acceptor::MAX_UNKNOWN;
 use crate::Error;
-use crate::comm::local::bounded;
+use crate::comm::config::bounded;
 
 const MAGIC: [u8; 8] = *b"burnpar2";
 /// Most bytes of a blob.
@@ -96,7 +96,7 @@ impl Rendezvous {
     /// Every rank gets the blobs of all, in rank order. A blob is 1 MiB at most.
     ///
     /// # Errors
-    /// [`Error::Engine`], which says on rank 0 who is missing, or that the address is in use; on the others that rank 0
+    /// [`Error::Transport`], which says on rank 0 who is missing, or that the address is in use; on the others that rank 0
     /// can't be reached or has another secret; on all, that a rank came twice or from a world of another size.
     pub fn all_gather(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
         if self.rank >= self.size {
@@ -159,5 +159,5 @@ pub(crate) fn nonce() -> [u8; 32] {
 }
 
 pub(in crate::comm::tcp) fn rendezvous_error(problem: impl Into<String>) -> Error {
-    Error::Engine { engine: "rendezvous", problem: problem.into() }
+    Error::Transport { transport: "rendezvous", problem: problem.into() }
 }

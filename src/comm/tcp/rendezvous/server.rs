@@ -100,7 +100,7 @@ impl Rendezvous {
     pub(in crate::comm::tcp) fn reply(&self, clients: &mut [Client], outcome: Result<&[Vec<u8>], &Error>) {
         let reply = write_reply(match outcome {
             Ok(blobs) => Ok(blobs),
-            Err(Error::Engine { problem, .. }) => Err(problem.as_str()),
+            Err(Error::Transport { problem, .. }) => Err(problem.as_str()),
             Err(_) => Err("the host failed"),
         });
         for client in clients {

@@ -99,7 +99,7 @@ pub(super) struct MessageEndpoint {
 }
 
 impl Endpoint for MessageEndpoint {
-    fn engine(&self) -> &'static str {
+    fn name(&self) -> &'static str {
         "simulated"
     }
 

@@ -10,7 +10,7 @@ use generator::{Generator, Gn};
 use super::message_endpoint::{MessageEndpoint, MessageStore};
 use super::network::{Plan, Random, SimulatedNetwork, State};
 use crate::comm::Communicator;
-use crate::comm::local::WorldConfig;
+use crate::comm::WorldConfig;
 use crate::comm::lock::lock;
 use crate::comm::message_passing::{Endpoint, join_world};
 use crate::comm::tcp::endpoint::TcpEndpoint;

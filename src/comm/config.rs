@@ -1,0 +1,79 @@
+//! The settings of a world, over any transport.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::Error;
+
+/// Time-out when `BURN_PARALLEL_TIMEOUT_S` does not say otherwise.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// A longer time-out is as good as none, and times worked out from it must not overflow.
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+/// The time-out, bounded.
+pub(crate) fn bounded(timeout: Duration) -> Duration {
+    timeout.min(LONGEST_TIMEOUT)
+}
+
+/// The settings of a world, over any transport.
+#[derive(Debug, Clone)]
+pub struct WorldConfig {
+    pub(crate) timeout: Duration,
+    pub(crate) name: Arc<str>,
+}
+
+impl WorldConfig {
+    /// The default: group name `world`, and the time-out of the environment variable `BURN_PARALLEL_TIMEOUT_S` (seconds,
+    /// fractions allowed), or 300 s.
+    ///
+    /// # Errors
+    /// [`Error::Environment`] if the variable is not a positive number.
+    pub fn from_env() -> Result<Self, Error> {
+        const VARIABLE: &str = "BURN_PARALLEL_TIMEOUT_S";
+        let timeout = match std::env::var_os(VARIABLE) {
+            None => DEFAULT_TIMEOUT,
+            Some(value) => {
+                let value = value.to_string_lossy().into_owned();
+                match value.trim().parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()) {
+                    Some(timeout) if !timeout.is_zero() => timeout,
+                    _ => {
+                        let expected = "a positive number of seconds";
+                        return Err(Error::Environment { variable: VARIABLE, value, expected });
+                    }
+                }
+            }
+        };
+        Ok(Self { timeout: bounded(timeout), name: "world".into() })
+    }
+
+    /// Sets how long any wait may last before the whole world fails with [`Error::Timeout`]. It must not be 0, which is an
+    /// error when the world is made; more than 100 years are 100 years.
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = bounded(timeout);
+        self
+    }
+
+    /// Refuses settings that no world can work with.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        match self.timeout.is_zero() {
+            false => Ok(()),
+            true => Err(Error::invalid(
+                "timeout",
+                "0 s is no time-out: no rank could wait for another; give `timeout` or `with_timeout` a positive one, or set \
+                 BURN_PARALLEL_TIMEOUT_S",
+            )),
+        }
+    }
+
+    /// How long any wait may last.
+    pub fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// Sets the name by which errors call the group.
+    pub fn with_name(mut self, name: &str) -> Self {
+        self.name = name.into();
+        self
+    }
+}
