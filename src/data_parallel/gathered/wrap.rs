@@ -34,10 +34,10 @@ pub(in crate::data_parallel) fn shard_parameters<M: Module>(
 ) -> Result<(M, Arc<Reducer>, Arc<Gatherer>), Error> {
     config.check()?;
     let (keep, device) = (config.keep, one_device(&module, "data_parallel")?.unwrap_or_else(Device::flex));
-    Structure::of(&module).agree(group)?;
+    Structure::unmade(&module).agree(group)?;
     let (module, _) = share_ids(module, group)?;
     let module = own_buffers(module);
-    let reducer = Arc::new(Reducer::new(Structure::of(&module), device, group, config)?);
+    let reducer = Arc::new(Reducer::new(Structure::unmade(&module), device, group, config)?);
     let Some(comms) = reducer.shards().cloned() else {
         return Err(Error::invalid("data_parallel", "a single replica has nobody to divide parameters with"));
     };
@@ -200,6 +200,16 @@ impl Sharder<'_> {
         let dims = <[usize; D]>::try_from(rows.dims()).map_err(|_| wrong())?;
         let whole =
             (self.group.rank() == 0 && !self.made.contains_key(&id)).then(|| PlainTensor::from(param.base().inner()));
+        if let Some(whole) = whole.as_ref().filter(|whole| whole.shape().as_slice() != rows.dims()) {
+            let (said, made) = (rows.dims(), whole.shape().to_vec());
+            let problem = format!(
+                "a lazy parameter says that its dims will be {said:?}, and was made with {made:?}: make it before the model is \
+                 wrapped"
+            );
+            let error = Error::invalid("data_parallel", problem);
+            self.group.fail(error.clone());
+            return Err(error);
+        }
         let (one, kind, mapper) = match param.is_initialized() {
             true => {
                 let (_, value, mapper) = param.consume();
