@@ -124,8 +124,9 @@ pub enum Error {
         log: CallLog,
     },
 
-    /// A rank has no memory for what a collective would bring it. All ranks of the group return this. The world does not fail
-    /// with it, unless other ranks were at work already: it can be asked with
+    /// A rank has no memory for what a collective would bring it. All ranks of the group return this. Among threads, and over TCP
+    /// from 16 MiB on, the world does not fail with it; below that, where other ranks are at work already, it does, and over MPI it
+    /// ends as if the rank were killed while data is moving. It can be asked with
     /// [`failure`](crate::comm::Communicator::failure).
     #[error(
         "rank {rank} of group `{group}` has no memory for the {bytes} bytes that {operation} would bring it; bring less at a \
@@ -208,6 +209,13 @@ pub enum Error {
         /// The function.
         operation: &'static str,
         /// What is wrong, with the numbers and the knob.
+        problem: String,
+    },
+
+    /// A checkpoint cannot be written or read.
+    #[error("checkpoint: {problem}")]
+    Checkpoint {
+        /// What is wrong, with the rank, the file, the path and what to do.
         problem: String,
     },
 

@@ -227,7 +227,11 @@ fn one_rank(role: &str) {
                     kill_itself();
                 });
             }
-            ("computing", true) => kill_itself(),
+            ("computing", true) => {
+                // The others may still be in the collective that this rank is done with.
+                thread::sleep(Duration::from_millis(200));
+                kill_itself();
+            }
             ("stopped", true) => stop_itself(),
             ("stopped-moving", true) => {
                 thread::spawn(|| {
