@@ -30,7 +30,9 @@ pub(super) struct Connection<S = TcpStream> {
     /// Scratch memory that discarded data is read into.
     pub discard: Vec<u8>,
     pub reading: Option<Reading>,
-    pub posted: HashMap<u64, VecDeque<RecvBuffer>>,
+    /// Receives without a message, by tag. A reclaimed one keeps its place, so that each message meets the receive that was
+    /// posted for it.
+    pub posted: HashMap<u64, VecDeque<Destination>>,
     pub unexpected: HashMap<u64, VecDeque<Unexpected>>,
     pub data_receives: HashMap<u64, DataReceive>,
     pub awaiting_cts: HashMap<u64, SendBuffer>,
@@ -136,8 +138,10 @@ impl<S: Stream> Connection<S> {
     }
 
     fn send_to_itself(&mut self, tag: u64, source: SendBuffer, table: &mut RequestTable) {
-        if let Some(target) = pop(&mut self.posted, tag) {
-            return self.copy_to_self(&source, target, table);
+        match pop(&mut self.posted, tag) {
+            Some(Destination::Buffer(target)) => return self.copy_to_self(&source, target, table),
+            Some(_) => return table.done(source.request),
+            None => {}
         }
         let unexpected = match source.len <= self.limits.eager {
             true => {
@@ -162,7 +166,7 @@ impl<S: Stream> Connection<S> {
     /// Starts to receive.
     pub fn receive(&mut self, tag: u64, target: RecvBuffer, table: &mut RequestTable) {
         match pop(&mut self.unexpected, tag) {
-            None => self.posted.entry(tag).or_default().push_back(target),
+            None => self.posted.entry(tag).or_default().push_back(Destination::Buffer(target)),
             Some(Unexpected::Eager(bytes)) => self.deliver(&bytes, target, table),
             Some(Unexpected::Rts { id, len }) => {
                 self.pending_rts -= 1;
@@ -236,7 +240,7 @@ impl<S: Stream> Connection<S> {
         if let Destination::Buffer(target) = &into
             && target.len != len
         {
-            return self.protocol_error(format!("{len} bytes are awaiting_cts for {}", target.len));
+            return self.protocol_error(format!("{len} bytes are announced for {}", target.len));
         }
         if self.data_receives.insert(id, DataReceive { tag, len, got: 0, into }).is_some() {
             return self.protocol_error(format!("offer {id} came twice"));
@@ -262,20 +266,16 @@ impl<S: Stream> Connection<S> {
     /// Reclaims the buffer of a request. What the other side has been promised is still sent.
     pub fn reclaim(&mut self, request: usize) {
         let mine = |target: &RecvBuffer| target.request == request;
-        for queue in self.posted.values_mut() {
-            queue.retain(|target| !mine(target));
-        }
         for queue in self.unexpected.values_mut() {
             queue.retain(|unexpected| !matches!(unexpected, Unexpected::Loopback(source) if source.request == request));
         }
-        self.posted.retain(|_, queue| !queue.is_empty());
         self.unexpected.retain(|_, queue| !queue.is_empty());
         let receiving = self.data_receives.values_mut().map(|data_receives| &mut data_receives.into);
         let reading = match &mut self.reading {
             Some(Reading::Eager { into, .. }) => Some(into),
             _ => None,
         };
-        for into in receiving.chain(reading) {
+        for into in receiving.chain(reading).chain(self.posted.values_mut().flatten()) {
             if matches!(into, Destination::Buffer(target) if mine(target)) {
                 *into = Destination::Discard;
             }

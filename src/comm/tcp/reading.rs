@@ -105,7 +105,8 @@ impl<S: Stream> Connection<S> {
                     self.return_credit(len);
                 }
                 Destination::Owned(bytes) => match pop(&mut self.posted, tag) {
-                    Some(target) => self.deliver(&bytes, target, table),
+                    Some(Destination::Buffer(target)) => self.deliver(&bytes, target, table),
+                    Some(_) => self.return_credit(len),
                     None => self.unexpected.entry(tag).or_default().push_back(Unexpected::Eager(bytes)),
                 },
                 Destination::Discard => self.return_credit(len),
@@ -154,10 +155,10 @@ impl<S: Stream> Connection<S> {
             FrameKind::Eager => {
                 self.credit_held += len;
                 let into = match pop(&mut self.posted, tag) {
-                    Some(target) if target.len != len => {
+                    Some(Destination::Buffer(target)) if target.len != len => {
                         return self.protocol_error(format!("{len} bytes came for {}", target.len));
                     }
-                    Some(target) => Destination::Buffer(target),
+                    Some(into) => into,
                     None => Destination::Owned(vec![0; len]),
                 };
                 self.reading = Some(Reading::Eager { tag, len, got: 0, into });
@@ -166,7 +167,7 @@ impl<S: Stream> Connection<S> {
                 self.protocol_error(format!("an offer of {len} bytes came, beside {} others", self.pending_rts));
             }
             FrameKind::Rts => match pop(&mut self.posted, tag) {
-                Some(target) => self.accept(tag, id, len, Destination::Buffer(target)),
+                Some(into) => self.accept(tag, id, len, into),
                 None => {
                     self.pending_rts += 1;
                     self.unexpected.entry(tag).or_default().push_back(Unexpected::Rts { id, len });
@@ -176,7 +177,7 @@ impl<S: Stream> Connection<S> {
                 Some(source) => self.data_sends.push_back(DataSend { id, source, sent: 0 }),
                 // It may have been reclaimed.
                 None if id < self.next_id => {}
-                None => self.protocol_error(format!("offer {id} is data_receives and was never made")),
+                None => self.protocol_error(format!("offer {id} is accepted and was never made")),
             },
             FrameKind::Data => match self.data_receives.get(&id) {
                 Some(data_receives) if len > 0 && len <= data_receives.len - data_receives.got => {

@@ -179,6 +179,39 @@ fn messages_come_in_order_whatever_their_size() {
     assert!(here.credit_used <= EAGER_CREDIT && there.credit_held <= EAGER_CREDIT);
 }
 
+/// The message of a reclaimed receive is not taken for that of the receive behind it, eager or not.
+#[test]
+fn a_reclaimed_receive_keeps_its_place() {
+    for size in [32, MAX_EAGER + 1] {
+        let (mut here, there) = connected();
+        there.set_nonblocking(true).unwrap();
+        let mut there = Connection::new(Some(there), Limits::STANDARD);
+        let (mut table, mut others) = (RequestTable::default(), RequestTable::default());
+        let (mut first, mut second) = (vec![0u8; size], vec![0u8; 7]);
+        let requests = [&mut first, &mut second].map(|buffer| {
+            let request = others.begin();
+            there.receive(1, RecvBuffer { data: buffer.as_mut_ptr(), len: buffer.len(), request }, &mut others);
+            request
+        });
+        there.reclaim(requests[0]);
+        drop(first);
+        let messages = [vec![1u8; size], vec![2u8; 7]];
+        for message in &messages {
+            let request = table.begin();
+            here.send(1, SendBuffer { data: message.as_ptr(), len: message.len(), request }, &mut table);
+        }
+        until("the second message", || {
+            here.write(&mut table);
+            there.read(&mut others);
+            there.write(&mut others);
+            here.read(&mut table);
+            others.is_done(requests[1])
+        });
+        assert_eq!(second, messages[1]);
+        assert!(here.closed.is_none() && there.closed.is_none());
+    }
+}
+
 /// A reclaimed buffer is neither read nor written any more, and the messages behind it arrive all the same.
 #[test]
 fn what_is_withdrawn_is_left_alone() {

@@ -103,7 +103,7 @@ impl<'a> PendingTransfers<'a> {
         };
         let both: Vec<String> =
             [words(&from, "data from"), words(&to, "data to be taken by")].into_iter().flatten().collect();
-        format!("{}; all ranks had come, so one is stopped, segments_of off or very slow", both.join(" and "))
+        format!("{}; all ranks had come, so one is stopped, cut off or very slow", both.join(" and "))
     }
 }
 

@@ -58,7 +58,7 @@ pub(super) struct Plan {
 struct Pipe {
     bytes: VecDeque<u8>,
     /// Bytes that have come.
-    context: usize,
+    arrived: usize,
     /// When the next bytes come, and how many.
     coming: VecDeque<(u64, usize)>,
     /// The writer has ended it.
@@ -69,13 +69,17 @@ struct Pipe {
 
 impl Pipe {
     fn arrive(&mut self, now: u64) {
-        while let Some((_, bytes)) = self.coming.pop_front_if(|(at, _)| *at <= now) {
-            self.context += bytes;
+        while let Some((at, bytes)) = self.coming.front().copied() {
+            if at > now {
+                return;
+            }
+            self.coming.pop_front();
+            self.arrived += bytes;
         }
     }
 
     fn readable(&self) -> bool {
-        self.context > 0 || self.ended && self.bytes.is_empty()
+        self.arrived > 0 || self.ended && self.bytes.is_empty()
     }
 }
 
@@ -87,6 +91,8 @@ pub(super) struct State {
     pub random: Random,
     /// Nanoseconds.
     pub now: u64,
+    /// No bytes arrive before then.
+    next_arrival: u64,
     /// From `a` to `b` at `a * size + b`.
     pipes: Vec<Pipe>,
     /// Ranks whose waker was used.
@@ -96,13 +102,21 @@ pub(super) struct State {
 impl State {
     pub fn new(size: usize, plan: Plan, random: Random) -> Self {
         let pipes = (0..size * size).map(|_| Pipe::default()).collect();
-        Self { size, plan, random, now: 0, pipes, woken: vec![false; size] }
+        Self { size, plan, random, now: 0, next_arrival: 0, pipes, woken: vec![false; size] }
     }
 
     /// Delivers what has arrived by now.
     pub fn arrive(&mut self) {
-        let now = self.now;
-        self.pipes.iter_mut().for_each(|pipe| pipe.arrive(now));
+        if self.now < self.next_arrival {
+            return;
+        }
+        self.next_arrival = u64::MAX;
+        for pipe in &mut self.pipes {
+            pipe.arrive(self.now);
+            if let Some((at, _)) = pipe.coming.front() {
+                self.next_arrival = self.next_arrival.min(*at);
+            }
+        }
     }
 
     /// When the next bytes come.
@@ -126,7 +140,7 @@ impl State {
     }
 
     fn write(&mut self, from: usize, to: usize, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
-        let Self { plan, random, now, .. } = self;
+        let Self { plan, random, now, next_arrival, .. } = self;
         let pipe = &mut self.pipes[from * self.size + to];
         if pipe.refused || pipe.ended {
             return Err(io::ErrorKind::BrokenPipe.into());
@@ -150,7 +164,9 @@ impl State {
             let bytes = if random.one_in(plan.short) { 1 + random.below(left) } else { left };
             let delay = if random.one_in(plan.late) { random.below(3_000_000) } else { random.below(30_000) };
             let after = pipe.coming.back().map_or(0, |(at, _)| *at);
-            pipe.coming.push_back((after.max(*now + delay as u64), bytes));
+            let at = after.max(*now + delay as u64);
+            pipe.coming.push_back((at, bytes));
+            *next_arrival = at.min(*next_arrival);
             left -= bytes;
         }
         Ok(most)
@@ -161,7 +177,7 @@ impl State {
         let pipe = &mut self.pipes[from * self.size + to];
         pipe.arrive(*now);
         let total: usize = receives.iter().map(|place| place.len()).sum();
-        let mut most = total.min(pipe.context);
+        let mut most = total.min(pipe.arrived);
         if most == 0 {
             return if pipe.readable() { Ok(0) } else { Err(io::ErrorKind::WouldBlock.into()) };
         }
@@ -174,7 +190,7 @@ impl State {
             pipe.bytes.read_exact(&mut place[..taken])?;
             left -= taken;
         }
-        pipe.context -= most;
+        pipe.arrived -= most;
         Ok(most)
     }
 }

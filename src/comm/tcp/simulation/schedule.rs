@@ -194,6 +194,9 @@ impl Simulation {
     /// What is due happens.
     fn happen(&mut self) {
         let now = lock(&self.state).now;
+        if self.events.is_empty() && self.stopped.iter().all(Option::is_none) {
+            return;
+        }
         for (_, event) in self.events.extract_if(.., |(at, _)| *at <= now) {
             match event {
                 Event::Stop(rank, until) => self.stopped[rank] = Some(until),
@@ -208,7 +211,9 @@ impl Simulation {
             }
         }
         for stopped in &mut self.stopped {
-            stopped.take_if(|until| *until <= now);
+            if stopped.is_some_and(|until| until <= now) {
+                *stopped = None;
+            }
         }
     }
 
@@ -216,25 +221,34 @@ impl Simulation {
     fn pick(&mut self) -> Option<usize> {
         let mut state = lock(&self.state);
         state.arrive();
-        let runs = |task: &Task| {
-            self.stopped[task.rank].is_none()
-                && match &task.pause {
-                    Pause::Sleep(until) => *until <= state.now,
-                    Pause::Rest(until, streams) => {
-                        let ready = |stream: &(usize, bool)| state.is_ready(task.rank, *stream);
-                        *until <= state.now || state.woken[task.rank] || streams.iter().any(ready)
-                    }
+        // Loops and not iterators: this is most of what an unoptimised simulation does.
+        let mut ready = Vec::with_capacity(self.tasks.len());
+        let mut wakes = u64::MAX;
+        for (index, task) in self.tasks.iter().enumerate() {
+            if self.stopped[task.rank].is_some() {
+                continue;
+            }
+            let mut streams: &[(usize, bool)] = &[];
+            let until = match &task.pause {
+                Pause::Sleep(until) => *until,
+                Pause::Rest(until, over) => {
+                    streams = over;
+                    if state.woken[task.rank] { state.now } else { *until }
                 }
-        };
-        let ready: Vec<usize> = (0..self.tasks.len()).filter(|task| runs(&self.tasks[*task])).collect();
+            };
+            let mut runs = until <= state.now;
+            for stream in streams {
+                runs = runs || state.is_ready(task.rank, *stream);
+            }
+            if runs {
+                ready.push(index);
+            }
+            wakes = wakes.min(until);
+        }
         if ready.is_empty() {
-            let wakes =
-                self.tasks.iter().filter(|task| self.stopped[task.rank].is_none()).map(|task| match task.pause {
-                    Pause::Sleep(until) | Pause::Rest(until, _) => until,
-                });
             let others = self.events.iter().map(|(at, _)| *at).chain(self.stopped.iter().flatten().copied());
-            let next = wakes.chain(others).chain(state.next_arrival()).filter(|at| *at > state.now).min();
-            state.now = next.unwrap_or(state.now + 1_000_000);
+            let next = others.chain([wakes]).chain(state.next_arrival()).filter(|at| *at > state.now && *at < u64::MAX);
+            state.now = next.min().unwrap_or(state.now + 1_000_000);
             return None;
         }
         let next = ready[state.random.below(ready.len())];
