@@ -6,6 +6,7 @@ mod args;
 mod checkpoints;
 mod device;
 mod gpt;
+mod memory;
 mod report;
 mod sample;
 mod start;

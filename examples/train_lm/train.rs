@@ -13,6 +13,7 @@ use crate::args::Args;
 use crate::checkpoints::{Run, checkpointer};
 use crate::device;
 use crate::gpt::Gpt;
+use crate::memory::Memory;
 use crate::report::{Outcome, Pipeline, Progress};
 use crate::text::{Text, tensors};
 
@@ -38,6 +39,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
     let mut checkpoints = checkpointer(&world, args)?;
     let mut progress = Progress::new(args.steps, rank.rank() == 0);
     let mut pipeline = Pipeline::default();
+    let mut memory = Memory::default();
     let wrapping = run.model.counters();
 
     for number in first..args.steps {
@@ -52,6 +54,9 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
             step = step.clip_grad_norm(&run.model, max)?;
             run.grad_norms.extend(step.grad_norm);
         }
+        if number + 1 == args.steps {
+            memory = Memory::of_step(&run.model, &step.grads);
+        }
         run.model = run.model.optimize(&mut run.optim, run.schedule.step(), step)?;
 
         run.losses.push(loss);
@@ -61,12 +66,13 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
     if let Some(mut checkpoints) = checkpoints {
         checkpoints.wait()?;
     }
-    let Run { model, losses, grad_norms, .. } = run;
+    let Run { model, optim, losses, grad_norms, .. } = run;
     let (elapsed, counters) = (progress.elapsed(), model.counters() - wrapping);
     let steps = args.steps.saturating_sub(first);
     let tokens = steps * args.batch * args.seq;
     let pipeline = pipeline.of(&args.strategy)?;
-    Ok(Outcome { model: model.assemble()?, steps, losses, grad_norms, tokens, elapsed, counters, pipeline })
+    let memory = memory.with_optimizer(&optim)?;
+    Ok(Outcome { model: model.assemble()?, steps, losses, grad_norms, tokens, elapsed, counters, pipeline, memory })
 }
 
 /// The summed loss of some rows, over their tokens.
