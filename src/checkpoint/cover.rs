@@ -80,6 +80,7 @@ fn missing(bounds: &[Vec<usize>], seen: &HashSet<Vec<usize>>) -> String {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "slices of tensors of one dim")]
 mod tests {
     use super::check;
 

@@ -140,6 +140,10 @@ pub(super) struct Wanted<'a> {
     pub(super) state: &'a OptimizerParam,
 }
 
+/// Gives the part of a moment in some ranges.
+pub(super) type ReadMoment<'a> =
+    dyn FnMut(&TensorKey, &StoredTensor, &[Range<usize>]) -> Result<TensorData, Error> + 'a;
+
 /// An optimizer with the state of a checkpoint, of which `read` gives the part of a moment in these ranges.
 ///
 /// # Errors
@@ -148,7 +152,7 @@ pub(super) fn restored(
     optimizer: &str,
     into: &ModuleOptimizer,
     params: &[Wanted<'_>],
-    read: &mut dyn FnMut(&TensorKey, &StoredTensor, &[Range<usize>]) -> Result<TensorData, Error>,
+    read: &mut ReadMoment<'_>,
 ) -> Result<ModuleOptimizer, Error> {
     same_kind(optimizer, into, params)?;
     let mut record = Record::default();

@@ -1,5 +1,6 @@
 //! A checkpoint that is read: the slices that a rank asks for, checked as they are read.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::ops::Range;
@@ -90,19 +91,20 @@ impl Reader {
         let stored = &index.files[slice.file];
         let path = self.dir.join(&stored.name);
         let instead = "restore an earlier checkpoint with `restore_step`, or bring the file back";
-        if !self.files.contains_key(&slice.file) {
-            let there = fs::metadata(&path).map_err(|why| {
-                file_problem(&path, format!("cannot be read, and `{key}` is in it: {why}; {instead}"))
-            })?;
-            if there.len() != stored.bytes {
-                let problem =
-                    format!("has {} bytes, and the index says {}: it is damaged; {instead}", there.len(), stored.bytes);
-                return Err(file_problem(&path, problem));
+        let file = match self.files.entry(slice.file) {
+            Entry::Occupied(open) => open.into_mut(),
+            Entry::Vacant(none) => {
+                let there = fs::metadata(&path).map_err(|why| {
+                    file_problem(&path, format!("cannot be read, and `{key}` is in it: {why}; {instead}"))
+                })?;
+                if there.len() != stored.bytes {
+                    let (found, said) = (there.len(), stored.bytes);
+                    let problem = format!("has {found} bytes, and the index says {said}: it is damaged; {instead}");
+                    return Err(file_problem(&path, problem));
+                }
+                none.insert(TensorFile::open(&path).map_err(|why| checkpoint_error(format!("{why}; {instead}")))?)
             }
-            let file = TensorFile::open(&path).map_err(|why| checkpoint_error(format!("{why}; {instead}")))?;
-            self.files.insert(slice.file, file);
-        }
-        let file = &self.files[&slice.file];
+        };
         let entry = file.tensors().get(&slice.tensor).ok_or_else(|| {
             file_problem(&path, format!("has no tensor `{}`: it is of another checkpoint; {instead}", slice.tensor))
         })?;
@@ -120,10 +122,12 @@ impl Reader {
         let mut damaged = None;
         for_runs(dims, ranges, &mut |first, len| {
             let (begin, end) = (first * size, (first + len) * size);
-            for block in begin / index.block_bytes..end.div_ceil(index.block_bytes) {
-                if std::mem::replace(&mut checked[block], true) {
+            let first = begin / index.block_bytes;
+            for (place, known) in checked[first..end.div_ceil(index.block_bytes)].iter_mut().enumerate() {
+                if std::mem::replace(known, true) {
                     continue;
                 }
+                let block = first + place;
                 let from = block * index.block_bytes;
                 let block_bytes = &bytes[from..(from + index.block_bytes).min(bytes.len())];
                 self.bytes_read += block_bytes.len() as u64;
