@@ -11,7 +11,8 @@ use crate::Error;
 /// # Errors
 /// [`Error::InvalidArgument`] of `operation` if they are on several, with the first two.
 pub(crate) fn one_device<M: Module>(module: &M, operation: &'static str) -> Result<Option<Device>, Error> {
-    let (mut first, mut other): (Option<(String, Device)>, Option<(String, Device)>) = (None, None);
+    let mut first: Option<(String, Device)> = None;
+    let mut other: Option<(String, Device)> = None;
     visit_params(module, &mut |param| {
         let device = param.device().inner();
         match &first {
