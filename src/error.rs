@@ -212,6 +212,13 @@ pub enum Error {
         problem: String,
     },
 
+    /// A checkpoint cannot be written or read.
+    #[error("checkpoint: {problem}")]
+    Checkpoint {
+        /// What is wrong, with the rank, the file, the path and what to do.
+        problem: String,
+    },
+
     /// The axes of a mesh do not fit the world, or are not well named.
     #[error("mesh: {problem}")]
     Mesh {

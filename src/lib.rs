@@ -44,6 +44,7 @@
 //! | [`sharding`] | what replicas divide among themselves (ZeRO), by rows |
 //! | [`step`] | what a training step takes and gives, with every strategy |
 //! | [`train`] | where strategies meet: replicas of models that are split |
+//! | [`checkpoint`] | what training needs to go on, written by any mesh and read by any other |
 //! | [`hf`] | Hugging Face directories: opened, mapped onto a model, loaded by slices, written from any mesh |
 //! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
 //! | [`partition`] | sharding propagation: a captured step split over the ranks of an axis, with the collectives it needs |
@@ -60,6 +61,7 @@
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod checkpoint;
 mod collective_matmul;
 pub mod comm;
 pub mod data_parallel;
@@ -89,6 +91,7 @@ pub use error::Error;
 /// What a training program needs.
 pub mod prelude {
     pub use crate::Error;
+    pub use crate::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
     pub use crate::comm::{Communicator, ReduceOp};
     pub use crate::data_parallel::{DataParallel, DataParallelConfig};
     pub use crate::data_parallel::{DistributedDataset, DistributedSampler, Remainder};

@@ -103,6 +103,14 @@ impl DistributedSampler {
         }
     }
 
+    /// Number of items of the dataset that all ranks take in an epoch, those that are repeated not counted.
+    pub(crate) fn epoch_items(&self) -> usize {
+        match self.remainder {
+            Remainder::Drop => self.len() * self.size,
+            Remainder::Uneven | Remainder::Pad => self.items,
+        }
+    }
+
     /// Whether this rank takes no items, which happens when there are fewer of them than ranks.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -209,6 +217,14 @@ impl Share {
     /// The indices in turn.
     pub fn iter(&self) -> impl Iterator<Item = usize> + '_ {
         (0..self.len()).map_while(|turn| self.get(turn))
+    }
+
+    /// The indices of what is left for this rank when the first `items` of the epoch's order have been taken by all ranks
+    /// together, however many these were: when training goes on in the middle of an epoch.
+    pub fn after(&self, items: usize) -> Vec<usize> {
+        let DistributedSampler { rank, size, .. } = self.sampler;
+        let first = items.saturating_sub(rank).div_ceil(size);
+        (first..self.len()).map_while(|turn| self.get(turn)).collect()
     }
 
     pub(super) fn sampler(&self) -> &DistributedSampler {

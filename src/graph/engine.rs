@@ -117,6 +117,14 @@ pub trait StepEngine: Module {
     /// What this rank holds of each parameter whose value counts here.
     fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error>;
 
+    /// The number of the step whose random numbers are drawn next; 0 if it draws from burn's generator.
+    fn random_step(&self) -> u64 {
+        0
+    }
+
+    /// Has the next step draw the random numbers of step number `step`.
+    fn set_random_step(&self, _step: u64) {}
+
     /// What it has communicated so far.
     fn counters(&self) -> StepCounters;
 

@@ -309,6 +309,14 @@ impl<M: Module> StepEngine for Pipelined<M> {
         lock(&self.state).param_slices()
     }
 
+    fn random_step(&self) -> u64 {
+        lock(&self.state).random.step()
+    }
+
+    fn set_random_step(&self, step: u64) {
+        lock(&self.state).random.set_step(step);
+    }
+
     fn counters(&self) -> StepCounters {
         let state = lock(&self.state);
         let split = state.split.iter().flat_map(ModelSplit::groups).map(|group| self.clipping.beside(group));

@@ -12,7 +12,8 @@ pub enum Keep {
     /// `2 m` times, and a rank holds two groups of them at most.
     #[default]
     Pass,
-    /// From forward to backward of a micro-batch: gathered `m` times, held whole while a micro-batch is under way.
+    /// From forward to backward of a micro-batch: gathered `m` times, held whole while a micro-batch is under way. Not in a pipeline,
+    /// where several are under way at once: there it is an error.
     MicroBatch,
     /// For the step: gathered once, held whole until its end.
     Step,

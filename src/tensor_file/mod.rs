@@ -4,6 +4,7 @@
 //! A file begins with the length of its header (8 bytes, little-endian) and the header, JSON that gives each tensor's dtype,
 //! dims and place. The tensors follow without gaps, row-major and little-endian.
 
+mod draft;
 mod dtype;
 mod header;
 mod mapped;
@@ -12,6 +13,7 @@ mod writer;
 
 use std::path::Path;
 
+pub(crate) use draft::{Draft, write_file};
 pub(crate) use dtype::{dtype_of, name_of};
 pub(crate) use header::Entry;
 pub(crate) use mapped::TensorFile;

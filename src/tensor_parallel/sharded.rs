@@ -251,6 +251,14 @@ impl<M: Module> StepEngine for Sharded<M> {
         Ok(self.split.param_slices().collect())
     }
 
+    fn random_step(&self) -> u64 {
+        self.split.random().step()
+    }
+
+    fn set_random_step(&self, step: u64) {
+        self.split.random().set_step(step);
+    }
+
     fn counters(&self) -> StepCounters {
         let split = self.split.groups().map(|group| self.clipping.beside(group));
         let tensor = split.fold(Counters::default(), |sum, more| sum + more);

@@ -222,6 +222,14 @@ pub trait ParallelModule: Module + sealed::Sealed {
         norm::clip(self, grads, &self.gradient_layout(), clip.into())
     }
 
+    /// The number of the step whose random numbers are drawn next, where steps are captured; 0 where they are eager, and draw from
+    /// burn's own generator. Part of a [checkpoint](crate::checkpoint).
+    fn random_step(&self) -> u64;
+
+    /// Has the next captured step draw the random numbers of step number `step`: when training goes on. The same on every rank;
+    /// shared by all clones.
+    fn set_random_step(&self, step: u64);
+
     #[doc(hidden)]
     fn gradient_layout(&self) -> GradientLayout;
 

@@ -198,6 +198,14 @@ impl<M: Module> ParallelModule for Parallel<M> {
         with!(&self.wrapped, model => ParallelModule::param_slices(model))
     }
 
+    fn random_step(&self) -> u64 {
+        with!(&self.wrapped, model => ParallelModule::random_step(model))
+    }
+
+    fn set_random_step(&self, step: u64) {
+        with!(&self.wrapped, model => ParallelModule::set_random_step(model, step));
+    }
+
     fn split_params(&self) -> Vec<SplitParam> {
         with!(&self.wrapped, model => ParallelModule::split_params(model))
     }

@@ -83,6 +83,14 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
         self.engine().param_slices()
     }
 
+    fn random_step(&self) -> u64 {
+        self.engine().random_step()
+    }
+
+    fn set_random_step(&self, step: u64) {
+        self.engine().set_random_step(step);
+    }
+
     fn split_params(&self) -> Vec<SplitParam> {
         self.engine().split_params()
     }
@@ -176,6 +184,14 @@ macro_rules! without_replicas {
 
             fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
                 StepEngine::param_slices(self)
+            }
+
+            fn random_step(&self) -> u64 {
+                StepEngine::random_step(self)
+            }
+
+            fn set_random_step(&self, step: u64) {
+                StepEngine::set_random_step(self, step);
             }
 
             fn split_params(&self) -> Vec<SplitParam> {

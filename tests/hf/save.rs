@@ -8,14 +8,27 @@ use burn::tensor::DType;
 use burn_parallel::hf::{self, Mapping, SaveConfig, Saved};
 use burn_parallel::params::SliceSource;
 use burn_parallel::prelude::*;
+use burn_parallel::sharding::Sharding;
+use burn_parallel::train::Engine;
 
 use crate::golden::Name;
 use crate::{Dir, values};
 
 /// Loads a directory on a mesh, and writes it again.
 fn through(name: Name, from: &Path, axes: [usize; 3], to: &Path, config: &SaveConfig) -> Result<Vec<Saved>, Error> {
+    through_by(&name.strategy(axes), name, from, axes, to, config)
+}
+
+fn through_by(
+    strategy: &Strategy,
+    name: Name,
+    from: &Path,
+    axes: [usize; 3],
+    to: &Path,
+    config: &SaveConfig,
+) -> Result<Vec<Saved>, Error> {
     launch::threads(axes.iter().product()).run(|world| {
-        let model = name.fresh(&world.device().autodiff()).parallelize(&world, &name.strategy(axes))?;
+        let model = name.fresh(&world.device().autodiff()).parallelize(&world, strategy)?;
         let model = model.load(&mut hf::open(from)?.mapped(Mapping::llama())?)?;
         hf::save(&model, &world, to, config)
     })
@@ -51,6 +64,20 @@ fn what_any_mesh_writes_any_other_reads() {
             assert_eq!(saved.iter().map(|of| of.bytes_written).sum::<u64>(), saved[0].bytes, "{axes:?}");
             from = to;
         }
+    }
+}
+
+/// Each replica holds rows, which are all that it reads and writes.
+#[test]
+fn what_replicas_divide_is_read_and_written_once() {
+    let name = Name::Llama;
+    for axes in [[2, 1, 1], [3, 1, 2], [2, 2, 1]] {
+        let dir = Dir::new();
+        let data = DataParallelConfig::new().with_sharding(Sharding::Parameters);
+        let strategy = name.strategy(axes).with_data(data).with_engine(Engine::Captured);
+        let config = SaveConfig::new(Mapping::llama()).with_piece_bytes(3000);
+        through_by(&strategy, name, &name.folder(), axes, &dir.join("out"), &config).unwrap();
+        same(&name.folder(), &dir.join("out"));
     }
 }
 

@@ -11,7 +11,7 @@ mod rounds;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use commit::{Draft, carry_over, config_for, write_file};
+use commit::{carry_over, config_for};
 pub use config::SaveConfig;
 use exchange::{Done, exchange};
 use own::{all_params, own_params};
@@ -22,7 +22,7 @@ use super::index::{Metadata, Written};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::params::agree;
-use crate::tensor_file::{PieceWriter, name_of};
+use crate::tensor_file::{Draft, PieceWriter, name_of, write_file};
 use crate::train::ParallelModule;
 
 /// What was saved, and what that took.

@@ -12,8 +12,8 @@ use burn_parallel::sharding::{Keep, Sharding};
 use burn_parallel::train::Engine;
 
 use super::parity::{share, strategy};
-use crate::common::models::{Lm as Encoder, Numbers, device};
-use crate::common::reference::{Whole, Wholes, all_same, bytes, filled, own, values};
+use crate::common::models::{Cnn, Lm as Encoder, Mlp, Numbers, device, images};
+use crate::common::reference::{Whole, Wholes, all_same, bytes, filled, optimizer, own, values};
 use crate::grad_norm::lm::{Kind, Lm, loss};
 
 const TIED: Kind = Kind { tied: true, frozen: true, dtype: DType::F32 };
@@ -191,4 +191,34 @@ fn buffers_are_shared_and_rows_are_not() {
             Ok(())
         })
         .unwrap();
+}
+
+/// Running statistics are each replica's own, as without rows.
+#[test]
+fn batch_norms_and_random_numbers_are_those_of_whole_replicas() {
+    let train = |sharding: Sharding| {
+        launch::threads(2)
+            .run(|world| {
+                let data = DataParallelConfig::new().with_sharding(sharding);
+                let strategy = Strategy::new().with_data(data).with_engine(Engine::Captured);
+                let mut model = own(&Cnn::new(&device())).parallelize(&world, &strategy)?;
+                let mut optim = optimizer();
+                for step in 0..3 {
+                    let batch = images(4, step * 2 + world.rank() as u64, &device());
+                    let step = model.step(batch, |model, (images, targets)| model.loss(images, targets))?;
+                    model = model.optimize(&mut optim, 0.05, step)?;
+                }
+                let mut dropped = own(&Mlp::new(0.5, &device())).parallelize(&world, &strategy)?;
+                let x = Numbers(world.rank() as u64).tensor::<2>([5, 6], &device());
+                let loss = dropped.step(x, |model, x| model.forward(x).powi_scalar(2).mean())?.loss.item();
+                Ok((values(&model.assemble()?), loss))
+            })
+            .unwrap()
+    };
+    let (expected, found) = (train(Sharding::None), train(Sharding::Parameters));
+    assert!(expected[0].0["norm.running_mean"] != expected[1].0["norm.running_mean"]);
+    for (expected, found) in expected.iter().zip(&found) {
+        all_same("batch norms", &expected.0, &found.0, 1e-4);
+        assert!((expected.1 - found.1).abs() < 1e-6 * expected.1.abs(), "{} {}", expected.1, found.1);
+    }
 }

@@ -84,3 +84,61 @@ fn uneven_replicas_train_like_one_device() {
             .unwrap();
     }
 }
+
+/// A replica that has no micro-batch in a step lends the rows of its stages, in the order in which the others' schedule asks.
+#[test]
+fn a_pipeline_without_data_takes_part() {
+    let model = Lm::new(11, 16, 2, &device());
+    let mean = |model: &Lm, batch: Batch| {
+        let (sum, count) = summed(model, batch);
+        sum / count.inner().into_scalar::<f32>()
+    };
+    let reference = alone(&model, STEPS, |step| rows(step, 0..9), mean);
+    let share = |step: usize, replica: usize| match (step, replica) {
+        (0, 0) => vec![rows(step, 0..4)],
+        (0, _) => vec![rows(step, 4..9)],
+        (1, 0) => vec![rows(step, 0..7), rows(step, 7..9)],
+        (2, 1) => vec![rows(step, 0..9)],
+        _ => vec![],
+    };
+    for (schedule, keep) in [
+        (Schedule::OneForwardOneBackward, Keep::Pass),
+        (Schedule::ZeroBubbleH1, Keep::Pass),
+        (Schedule::Interleaved { stages_per_rank: 2 }, Keep::Step),
+    ] {
+        launch::threads(4)
+            .run(|world| {
+                let data = DataParallelConfig::new().with_sharding(Sharding::Parameters).with_keep(keep);
+                let pipeline = PipelineConfig::new(2).with_schedule(schedule.clone());
+                let strategy = Strategy::new().with_data(data).with_pp(2, pipeline);
+                let mut model = own(&model).parallelize(&world, &strategy)?;
+                let replica = model.mesh().coordinate("dp")?;
+                let mut optim = optimizer();
+                for step in 0..STEPS {
+                    let result = model.step_micro_batches(share(step, replica), token_loss)?;
+                    let (loss, expected) = (result.loss.item() as f32, reference.losses[step]);
+                    assert!((loss - expected).abs() < 2e-5 * expected, "loss {step}: {loss} {expected}");
+                    model = model.optimize(&mut optim, 0.05, result)?;
+                    let worst = difference(&reference.after[step], &values(&model.assemble()?));
+                    assert!(worst < 3e-4, "{worst} after step {step} with {schedule:?}, {keep:?}");
+                }
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+#[test]
+fn the_first_step_of_a_pipeline_is_for_all() {
+    let model = Lm::new(11, 16, 2, &device());
+    let error = launch::threads(4)
+        .run(|world| {
+            let data = DataParallelConfig::new().with_sharding(Sharding::Parameters);
+            let strategy = Strategy::new().with_data(data).with_pp(2, PipelineConfig::new(2));
+            let mut model = own(&model).parallelize(&world, &strategy)?;
+            let batches = if model.mesh().coordinate("dp")? == 0 { vec![rows(0, 0..4)] } else { vec![] };
+            model.step_micro_batches(batches, token_loss).map(|_| ())
+        })
+        .unwrap_err();
+    assert!(error.to_string().contains("every replica must bring a micro-batch"), "{error}");
+}

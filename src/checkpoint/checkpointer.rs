@@ -1,0 +1,187 @@
+//! Saves and restores: the entry.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+
+use super::agree::{share, together};
+use super::contents::Snapshot;
+use super::directory::{clean_up, name_of, steps};
+use super::job::{self, Saved};
+use super::options::CheckpointOptions;
+use super::params::Statistics;
+use super::restore::{self, Restored};
+use super::state::TrainState;
+use super::{checkpoint_error, file_problem};
+use crate::Error;
+use crate::comm::{Communicator, panic_message};
+use crate::params::agree;
+use crate::train::ParallelModule;
+
+/// Writes checkpoints into a directory, and reads them. One for each rank of a world; all its calls are collective, in the same
+/// order on all ranks.
+///
+/// The directory is in one file system that all ranks see. Of the ranks rank 0 makes and removes directories, and says which
+/// checkpoint is the latest; every rank reads and writes its own part.
+pub struct Checkpointer {
+    group: Communicator,
+    root: PathBuf,
+    options: CheckpointOptions,
+    /// The save that runs in the background.
+    running: Option<JoinHandle<Result<Saved, Error>>>,
+}
+
+impl Checkpointer {
+    /// Opens a directory of checkpoints for the ranks of `world`, which are all that the model is spread over. It is made if it is
+    /// not there, and what a save that was ended has left in it is removed. Collective.
+    ///
+    /// # Errors
+    /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be made or read; [`Error::ModelMismatch`] if ranks pass
+    /// different settings; the error of the world.
+    pub fn new(world: &Communicator, dir: impl AsRef<Path>, options: CheckpointOptions) -> Result<Self, Error> {
+        let group = world.split_named("checkpoint", 0, world.rank() as i64)?;
+        let dir = dir.as_ref();
+        let said = [
+            ("the directory of checkpoints".to_owned(), dir.display().to_string()),
+            ("the options of checkpoints".to_owned(), format!("{options:?}").replace('\n', " ")),
+        ];
+        agree(&said, &group)?;
+        let made = match group.rank() {
+            0 => std::fs::create_dir_all(dir)
+                .map_err(|why| file_problem(dir, format!("cannot be made: {why}")))
+                .and_then(|()| clean_up(dir)),
+            _ => Ok(()),
+        };
+        together(made, &group)?;
+        let root = together(
+            dir.canonicalize()
+                .map_err(|why| file_problem(dir, format!("is not there: {why}; all ranks need it in one file system"))),
+            &group,
+        )?;
+        Ok(Self { group, root, options, running: None })
+    }
+
+    /// Saves a state as the checkpoint of a step, and waits until it is on the disk: the model has made so many steps. One of
+    /// the same step is replaced, and older ones are removed as the [options](CheckpointOptions::with_keep_last) say.
+    ///
+    /// Every rank writes the slices that it holds; what several hold alike is written once, by those that have least to write.
+    /// Replicas may have seen different data: of running statistics those of the first are saved. A rank copies its moments into
+    /// host memory once, and of its parameters those that are on a device or not contiguous, one at a time.
+    ///
+    /// # Errors
+    /// On all ranks alike: [`Error::Checkpoint`] if a rank cannot write, if the ranks hold different models, or if a moment
+    /// or a value cannot be saved: the state stays as it is, and so do the checkpoints that there are, so that training can
+    /// go on. [`Error::Pipeline`]'s words in it if a pipeline is not cut yet. The error of the world. Old checkpoints that
+    /// cannot be removed are a warning in the log.
+    pub fn save<P: ParallelModule>(&mut self, step: u64, state: TrainState<'_, P>) -> Result<Saved, Error> {
+        self.wait()?;
+        let snapshot = together(Snapshot::of(step, &state), &self.group)?;
+        job::run(snapshot, &self.root, &self.options, &self.group)
+    }
+
+    /// As [`save`](Self::save), in the background: returns at once, while training goes on. A save that still runs is waited for
+    /// first. The outcome is that of [`wait`](Self::wait), or an error of the next call.
+    ///
+    /// Nothing is copied beforehand: the save shares the tensors, and what trains on writes its new values elsewhere. So until
+    /// the save is done, parameters and moments take memory twice as they change.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save), also that of the save before.
+    pub fn save_async<P: ParallelModule>(&mut self, step: u64, state: TrainState<'_, P>) -> Result<(), Error> {
+        self.wait()?;
+        let snapshot = together(Snapshot::of(step, &state), &self.group)?;
+        let (root, options, group) = (self.root.clone(), self.options.clone(), self.group.clone());
+        let run = move || job::run(snapshot, &root, &options, &group);
+        let started = std::thread::Builder::new().name("checkpoint".into()).spawn(run);
+        match together(started.map_err(|why| checkpoint_error(format!("no thread to save in: {why}"))), &self.group) {
+            Ok(running) => self.running = Some(running),
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Waits for the save in the background, if there is one, and gives its outcome. Dropping the checkpointer waits as well, and
+    /// logs an error. The wait ends: a rank that does not come is an error after the world's time-out.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save).
+    pub fn wait(&mut self) -> Result<Option<Saved>, Error> {
+        let Some(running) = self.running.take() else { return Ok(None) };
+        match running.join() {
+            Ok(outcome) => outcome.map(Some),
+            Err(panic) => Err(checkpoint_error(format!("the save panicked: {}", panic_message(&*panic)))),
+        }
+    }
+
+    /// The step of the latest checkpoint, as rank 0 finds it; none if there is none.
+    ///
+    /// # Errors
+    /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be read; the error of a save in the background; that of
+    /// the world.
+    pub fn latest(&mut self) -> Result<Option<u64>, Error> {
+        Ok(self.steps()?.last().copied())
+    }
+
+    /// The steps of all checkpoints, as rank 0 finds them, in order.
+    ///
+    /// # Errors
+    /// As [`latest`](Self::latest).
+    pub fn steps(&mut self) -> Result<Vec<u64>, Error> {
+        self.wait()?;
+        let found = if self.group.rank() == 0 { steps(&self.root) } else { Ok(Vec::new()) };
+        let found = together(found, &self.group)?;
+        let bytes = share(found.iter().flat_map(|step| step.to_le_bytes()).collect(), 0, &self.group)?;
+        Ok(bytes.as_chunks::<8>().0.iter().map(|step| u64::from_le_bytes(*step)).collect())
+    }
+
+    /// Gives a state the values of the latest checkpoint, or leaves it as it is if there is none. Whatever mesh it was saved on: each
+    /// rank reads the slices that it needs, checks them, and pads and casts them as its own parameters are.
+    ///
+    /// A state that asks for less than a checkpoint has, as for the model alone, reads that; but the parameters of the model must
+    /// be those of the checkpoint, unless the [options](CheckpointOptions::with_allow_missing) allow for more or for fewer.
+    ///
+    /// # Errors
+    /// On all ranks alike, with the state as it was: [`Error::Checkpoint`] if a file is damaged or missing, or if the checkpoint
+    /// does not fit: it names file, path and what to do. The error of the world.
+    pub fn restore<P: ParallelModule>(&mut self, state: TrainState<'_, P>) -> Result<Option<Restored>, Error> {
+        match self.latest()? {
+            Some(step) => self.restore_step(step, state).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// As [`restore`](Self::restore), from the checkpoint of a step.
+    ///
+    /// # Errors
+    /// As [`restore`](Self::restore); also if there is none of this step.
+    pub fn restore_step<P: ParallelModule>(
+        &mut self,
+        step: u64,
+        mut state: TrainState<'_, P>,
+    ) -> Result<Restored, Error> {
+        self.wait()?;
+        let dir = self.root.join(name_of(step));
+        let before = Statistics::of(state.model);
+        match together(restore::load(&dir, &mut state, &self.options), &self.group) {
+            Ok(loaded) => Ok(loaded.put(&mut state)),
+            Err(error) => {
+                before.put_back(state.model);
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Drop for Checkpointer {
+    fn drop(&mut self) {
+        if let Err(error) = self.wait() {
+            log::error!("the last checkpoint was not saved: {error}");
+        }
+    }
+}
+
+impl fmt::Debug for Checkpointer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Checkpointer").field("root", &self.root).field("options", &self.options).finish_non_exhaustive()
+    }
+}

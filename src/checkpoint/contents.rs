@@ -1,0 +1,108 @@
+//! What a rank brings to a checkpoint.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+
+use burn::module::ParamId;
+use burn::optim::ModuleOptimizer;
+use serde_json::Value;
+
+use super::checkpoint_error;
+use super::moments;
+use super::params::{self, MomentSlice, ParamInfo};
+use super::plan::TensorKey;
+use super::scalar::StoredScalar;
+use super::state::TrainState;
+use crate::Error;
+use crate::tensor::PlainTensor;
+use crate::train::ParallelModule;
+
+/// A part of a tensor that this rank holds.
+pub(super) struct Slice {
+    pub(super) key: TensorKey,
+    /// The dims of the whole.
+    pub(super) dims: Vec<usize>,
+    /// Which part it is.
+    pub(super) ranges: Vec<Range<usize>>,
+    /// Its elements from the first on; padding may follow along each dim.
+    pub(super) value: PlainTensor,
+}
+
+/// Numbers of an optimizer for each parameter, by optimizer and path.
+pub(super) type ParamScalars = BTreeMap<String, BTreeMap<String, BTreeMap<String, StoredScalar>>>;
+
+/// A state as it is at one moment. It shares its tensors with the state, of which nothing is copied: what trains on in the meantime
+/// writes its new values elsewhere.
+pub(super) struct Snapshot {
+    pub(super) step: u64,
+    pub(super) random_step: u64,
+    slices: Vec<Slice>,
+    infos: Vec<ParamInfo>,
+    moments: HashMap<ParamId, MomentSlice>,
+    optimizers: Vec<(String, ModuleOptimizer)>,
+    pub(super) schedulers: BTreeMap<String, BTreeMap<String, StoredScalar>>,
+    pub(super) values: BTreeMap<String, Value>,
+}
+
+/// All that this rank has for a checkpoint.
+pub(super) struct Contents {
+    pub(super) slices: Vec<Slice>,
+    pub(super) scalars: ParamScalars,
+}
+
+impl Snapshot {
+    /// # Errors
+    /// [`Error::Pipeline`] if it is not known who holds what; [`Error::Checkpoint`] if a name comes twice, or a value is nothing
+    /// that JSON has.
+    pub(super) fn of<P: ParallelModule>(step: u64, state: &TrainState<'_, P>) -> Result<Self, Error> {
+        names("optimizers", state.optimizers.iter().map(|(name, _)| name))?;
+        names("schedulers", state.schedulers.iter().map(|(name, _)| name))?;
+        names("values", state.values.iter().map(|(name, _)| name))?;
+        let infos = params::infos(state.model.local())?;
+        let slices = params::slices(state.model)?;
+        let moments = if state.optimizers.is_empty() { HashMap::new() } else { params::moment_slices(state.model)? };
+        let optimizers = state.optimizers.iter().map(|(name, optimizer)| (name.clone(), (**optimizer).clone()));
+        let mut schedulers = BTreeMap::new();
+        for (name, scheduler) in &state.schedulers {
+            schedulers.insert(name.clone(), moments::of_scheduler(name, scheduler)?);
+        }
+        let mut values = BTreeMap::new();
+        for (name, value) in &state.values {
+            let json = value
+                .to_json()
+                .map_err(|why| checkpoint_error(format!("value `{name}` is not to be had as JSON: {why}")))?;
+            values.insert(name.clone(), json);
+        }
+        let random_step = state.model.random_step();
+        Ok(Self { step, random_step, slices, infos, moments, optimizers: optimizers.collect(), schedulers, values })
+    }
+
+    /// Reads the moments out of the optimizers: a copy of this rank's.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if they do not fit the parameters.
+    pub(super) fn contents(&mut self) -> Result<Contents, Error> {
+        let (mut slices, mut scalars) = (std::mem::take(&mut self.slices), ParamScalars::new());
+        for (name, optimizer) in std::mem::take(&mut self.optimizers) {
+            let found = moments::of_optimizer(&name, &optimizer, &self.infos, &self.moments)?;
+            slices.extend(found.slices);
+            scalars.insert(name, found.scalars);
+        }
+        Ok(Contents { slices, scalars })
+    }
+}
+
+fn names<'a>(what: &str, names: impl Iterator<Item = &'a String>) -> Result<(), Error> {
+    let mut seen = std::collections::HashSet::new();
+    for name in names {
+        if name.is_empty() || name.contains('/') {
+            return Err(checkpoint_error(format!(
+                "`{name}` is no name for one of the {what}: it must not be empty or have a `/`"
+            )));
+        }
+        if !seen.insert(name) {
+            return Err(checkpoint_error(format!("two of the {what} are called `{name}`")));
+        }
+    }
+    Ok(())
+}

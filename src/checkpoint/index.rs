@@ -1,0 +1,240 @@
+//! The index of a checkpoint: what there is, and where.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::ops::Range;
+use std::path::{Component, Path};
+
+use burn::tensor::DType;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::scalar::StoredScalar;
+use super::{checkpoint_error, cover, file_problem};
+use crate::Error;
+use crate::tensor_file::dtype_of;
+
+/// The name of the index in the directory of a checkpoint.
+pub(super) const INDEX: &str = "checkpoint.json";
+/// The name of the file with the checksum of the index.
+pub(super) const INDEX_CHECKSUM: &str = "checkpoint.json.xxh3";
+const FORMAT: &str = "burn-parallel checkpoint";
+const VERSION: u64 = 1;
+/// An index is no longer than this: a million slices.
+const LONGEST: u64 = 1 << 30;
+/// Checksums are of blocks of so many bytes of a slice.
+pub(super) const BLOCK_BYTES: usize = 1 << 20;
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Index {
+    format: String,
+    version: u64,
+    /// The step after which it was saved.
+    pub(super) step: u64,
+    /// The number of the step whose random numbers come next.
+    pub(super) random_step: u64,
+    /// How many ranks saved it.
+    pub(super) ranks: usize,
+    /// The strategy that it was made under, in words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) made_under: Option<String>,
+    pub(super) block_bytes: usize,
+    pub(super) files: Vec<StoredFile>,
+    pub(super) model: BTreeMap<String, StoredTensor>,
+    pub(super) optimizers: BTreeMap<String, BTreeMap<String, OptimizerParam>>,
+    pub(super) schedulers: BTreeMap<String, BTreeMap<String, StoredScalar>>,
+    pub(super) values: BTreeMap<String, Value>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct StoredFile {
+    pub(super) name: String,
+    pub(super) bytes: u64,
+}
+
+/// What an optimizer keeps of a parameter.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct OptimizerParam {
+    pub(super) scalars: BTreeMap<String, StoredScalar>,
+    pub(super) moments: BTreeMap<String, StoredTensor>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct StoredTensor {
+    pub(super) dtype: String,
+    pub(super) dims: Vec<usize>,
+    pub(super) slices: Vec<StoredSlice>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct StoredSlice {
+    /// The number of its file.
+    pub(super) file: usize,
+    /// Its name there.
+    pub(super) tensor: String,
+    /// For each dim where it begins and ends in the whole.
+    ranges: Vec<[usize; 2]>,
+    /// XXH3 with 64 bits of each block of its bytes, in hexadecimal digits.
+    pub(super) xxh3: Vec<String>,
+}
+
+impl StoredSlice {
+    pub(super) fn new(file: usize, tensor: String, ranges: &[Range<usize>], xxh3: Vec<String>) -> Self {
+        Self { file, tensor, ranges: ranges.iter().map(|range| [range.start, range.end]).collect(), xxh3 }
+    }
+
+    pub(super) fn ranges(&self) -> Vec<Range<usize>> {
+        self.ranges.iter().map(|[start, end]| *start..*end).collect()
+    }
+}
+
+impl StoredTensor {
+    /// # Errors
+    /// [`Error::Checkpoint`] if burn has no such dtype.
+    pub(super) fn burn_dtype(&self) -> Result<DType, Error> {
+        dtype_of(&self.dtype).ok_or_else(|| checkpoint_error(format!("dtype {} is none that burn has", self.dtype)))
+    }
+}
+
+/// The checksum of bytes as text.
+pub(super) fn checksum(bytes: &[u8]) -> String {
+    format!("{:016x}", xxh3_64(bytes))
+}
+
+/// The fields by which a reader knows whether it can read the others.
+#[derive(Deserialize)]
+struct Version {
+    format: String,
+    version: u64,
+}
+
+impl Index {
+    pub(super) fn new(step: u64, random_step: u64, ranks: usize) -> Self {
+        Self {
+            format: FORMAT.into(),
+            version: VERSION,
+            step,
+            random_step,
+            ranks,
+            made_under: None,
+            block_bytes: BLOCK_BYTES,
+            files: Vec::new(),
+            model: BTreeMap::new(),
+            optimizers: BTreeMap::new(),
+            schedulers: BTreeMap::new(),
+            values: BTreeMap::new(),
+        }
+    }
+
+    /// Reads the index of a checkpoint, and makes sure that it makes sense.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] with the file and what is wrong.
+    pub(super) fn read(dir: &Path) -> Result<Self, Error> {
+        let path = dir.join(INDEX);
+        let read = |path: &Path| {
+            let failed = |why: std::io::Error| {
+                file_problem(path, format!("cannot be read: {why}; every rank needs the directory in one file system"))
+            };
+            let size = fs::metadata(path).map_err(failed)?.len();
+            if size > LONGEST {
+                return Err(file_problem(path, format!("has {size} bytes, too many for an index")));
+            }
+            fs::read(path).map_err(failed)
+        };
+        let (text, sum) = (read(&path)?, read(&dir.join(INDEX_CHECKSUM))?);
+        Self::parse(&text, &sum).map_err(|why| {
+            let instead = "restore an earlier one with `restore_step`, or remove the directory";
+            file_problem(&path, format!("{why}; {instead}"))
+        })
+    }
+
+    /// # Errors
+    /// What is wrong.
+    pub(super) fn parse(text: &[u8], sum: &[u8]) -> Result<Self, String> {
+        if sum.trim_ascii() != checksum(text).as_bytes() {
+            return Err(format!("is damaged: its checksum is not the one in {INDEX_CHECKSUM}"));
+        }
+        let version: Version =
+            serde_json::from_slice(text).map_err(|why| format!("is no index of a checkpoint: {why}"))?;
+        if version.format != FORMAT {
+            return Err(format!("is a `{}`, not a `{FORMAT}`", version.format));
+        }
+        if version.version != VERSION {
+            return Err(format!(
+                "is of version {} of the format, and this program reads version {VERSION}: take the version of burn-parallel \
+                 that wrote it, or a newer one",
+                version.version
+            ));
+        }
+        let index: Self = serde_json::from_slice(text).map_err(|why| format!("is no index of a checkpoint: {why}"))?;
+        index.check()?;
+        Ok(index)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.block_bytes == 0 {
+            return Err("has blocks of no bytes".into());
+        }
+        let mut names = BTreeSet::new();
+        for file in &self.files {
+            if !is_plain(&file.name) {
+                return Err(format!("speaks of `{}`, which is no name of a file beside it", file.name));
+            }
+            if !names.insert(&file.name) {
+                return Err(format!("lists file `{}` twice", file.name));
+            }
+        }
+        for (key, tensor) in self.tensors() {
+            self.check_tensor(tensor).map_err(|why| format!("lies about `{key}`: {why}"))?;
+        }
+        Ok(())
+    }
+
+    /// All tensors, with what errors call them.
+    fn tensors(&self) -> impl Iterator<Item = (String, &StoredTensor)> {
+        let params = self.model.iter().map(|(path, tensor)| (format!("model/{path}"), tensor));
+        let moments = self.optimizers.iter().flat_map(|(name, params)| {
+            params.iter().flat_map(move |(path, param)| {
+                let moments = param.moments.iter();
+                moments.map(move |(moment, tensor)| (format!("optimizers/{name}/{path}/{moment}"), tensor))
+            })
+        });
+        params.chain(moments)
+    }
+
+    fn check_tensor(&self, tensor: &StoredTensor) -> Result<(), String> {
+        let StoredTensor { dtype, dims, slices } = tensor;
+        let size = dtype_of(dtype).ok_or_else(|| format!("dtype {dtype} is none that burn has"))?.size();
+        let bytes = dims.iter().try_fold(size, |product, dim| product.checked_mul(*dim));
+        if bytes.is_none_or(|bytes| bytes > isize::MAX as usize) {
+            return Err(format!("dims {dims:?} are more than there can be"));
+        }
+        let all: Vec<Vec<Range<usize>>> = slices.iter().map(StoredSlice::ranges).collect();
+        let all: Vec<&[Range<usize>]> = all.iter().map(Vec::as_slice).collect();
+        cover::check(dims, &all)?;
+        for (slice, ranges) in slices.iter().zip(all) {
+            if slice.file >= self.files.len() {
+                return Err(format!("slice {ranges:?} is said to be in file {} of {}", slice.file, self.files.len()));
+            }
+            let bytes = ranges.iter().map(Range::len).product::<usize>() * size;
+            if slice.xxh3.len() != bytes.div_ceil(self.block_bytes) {
+                return Err(format!("slice {ranges:?} of {bytes} bytes has {} checksums", slice.xxh3.len()));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a name is that of a file in the same directory, on any system.
+fn is_plain(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    let one = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
+    one && !name.contains(['/', '\\', ':', '\0'])
+}

@@ -1,0 +1,153 @@
+//! A process that is ended in the middle of a save, at every point: the checkpoint before is untouched, and the next run goes on.
+#![cfg(unix)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::nn::{Linear, LinearConfig};
+use burn::tensor::{Device, Tensor};
+
+use super::fault::{POINTS, VARIABLE};
+use super::{CheckpointOptions, Checkpointer, TrainState};
+use crate::Error;
+use crate::data_parallel::{DataParallel, DataParallelConfig};
+use crate::launch::{self, Rank};
+use crate::train::ParallelModule;
+
+/// Where a rank in a process of its own saves.
+const DIR: &str = "BURN_PARALLEL_TEST_CHECKPOINTS";
+
+struct Dir(PathBuf);
+
+impl Dir {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!(
+            "burn-parallel-killed-{}-{}",
+            name.replace(' ', "-"),
+            std::process::id()
+        ));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A model whose values are all the number of a step.
+fn model(step: u64) -> Linear {
+    struct Fill(f64);
+    impl ModuleMapper for Fill {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            param.map(|value| (value.zeros_like() + self.0).detach().require_grad())
+        }
+    }
+    LinearConfig::new(5, 3).init(&Device::flex().autodiff()).map(&mut Fill(step as f64))
+}
+
+fn values(model: &Linear) -> Vec<f32> {
+    struct Values(Vec<f32>);
+    impl ModuleVisitor for Values {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0.extend(param.val().into_data().iter::<f32>());
+        }
+    }
+    let mut values = Values(Vec::new());
+    model.visit(&mut values);
+    values.0
+}
+
+/// Goes on from the latest checkpoint, whose values are those of its step, and saves two more. Returns the step that was found.
+fn two_saves(world: &Rank, dir: &Path) -> Result<Option<u64>, Error> {
+    let mut wrapped = model(100).data_parallel(world, DataParallelConfig::new())?;
+    let mut checkpoints = Checkpointer::new(world, dir, CheckpointOptions::new().with_keep_last(1))?;
+    let found = checkpoints.restore(TrainState::new(&mut wrapped))?.map(|restored| restored.step);
+    if let Some(step) = found {
+        assert!(values(wrapped.local()).iter().all(|value| *value == step as f32));
+    }
+    for step in [found.unwrap_or(0) + 1, found.unwrap_or(0) + 2] {
+        let mut wrapped = model(step).data_parallel(world, DataParallelConfig::new())?;
+        checkpoints.save(step, TrainState::new(&mut wrapped))?;
+    }
+    Ok(found)
+}
+
+/// Run by the tests in a process of its own: a rank of two, or all of them.
+#[test]
+#[ignore = "a helper of the other tests"]
+fn some_ranks() {
+    let Some(dir) = std::env::var_os(DIR) else { return };
+    let run = |rank: Rank| two_saves(&rank, Path::new(&dir)).map(|_| ());
+    match std::env::var_os("RANK") {
+        Some(_) => launch::from_env().unwrap().run(run).unwrap(),
+        None => drop(launch::threads(2).run(run).unwrap()),
+    }
+}
+
+fn helper(dir: &Dir, kill: Option<&str>) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "checkpoint::tests::some_ranks", "--ignored"]).env(DIR, &dir.0);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    if let Some(point) = kill {
+        command.env(VARIABLE, point);
+    }
+    command
+}
+
+/// The next run finds a whole checkpoint, whatever there is, and what it leaves is clean.
+fn goes_on(dir: &Dir, at: &str) -> u64 {
+    let found = launch::threads(2).run(|world| two_saves(&world, &dir.0)).unwrap();
+    let step = found[0].unwrap_or(0);
+    assert_eq!(found[0], found[1]);
+    let names: Vec<String> =
+        fs::read_dir(&dir.0).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    assert_eq!(names, [super::directory::name_of(step + 2)], "killed at `{at}`");
+    step
+}
+
+fn killed(mut child: Child) -> bool {
+    use std::os::unix::process::ExitStatusExt;
+    child.wait().unwrap().signal() == Some(libc::SIGKILL)
+}
+
+#[test]
+fn all_ranks_are_killed_at_every_point() {
+    for point in POINTS {
+        let dir = Dir::new(point);
+        assert!(helper(&dir, None).status().unwrap().success());
+        // The first of two saves after step 2.
+        assert!(killed(helper(&dir, Some(point)).spawn().unwrap()), "{point}");
+        let committed = ["committed", "removing"].contains(&point);
+        assert_eq!(goes_on(&dir, point), if committed { 3 } else { 2 }, "{point}");
+    }
+}
+
+/// The other rank ends with an error.
+#[test]
+fn one_rank_is_killed_at_every_point() {
+    for (rank, point) in
+        [(0, "draft made"), (1, "half written"), (0, "tensors written"), (0, "index written"), (1, "planned")]
+    {
+        let dir = Dir::new(&format!("{rank} {point}"));
+        assert!(helper(&dir, None).status().unwrap().success());
+        let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port().to_string();
+        let start = |own: usize| {
+            let mut command = helper(&dir, (own == rank).then_some(point));
+            command.env("RANK", own.to_string()).env("LOCAL_RANK", own.to_string()).env("WORLD_SIZE", "2");
+            command.env("LOCAL_WORLD_SIZE", "2").env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port);
+            command.env("BURN_PARALLEL_TIMEOUT_S", "20").spawn().unwrap()
+        };
+        let mut ranks = vec![start(0), start(1)];
+        let other = ranks.remove(1 - rank);
+        assert!(killed(ranks.remove(0)), "{rank} {point}");
+        let outcome = other.wait_with_output().unwrap();
+        assert!(!outcome.status.success(), "{rank} {point}");
+        assert_eq!(goes_on(&dir, point), 2, "{rank} {point}");
+    }
+}

@@ -1,0 +1,189 @@
+//! Damaged, foreign and hostile files: an error that names the file, and nothing is changed.
+
+use std::fs;
+use std::path::Path;
+
+use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::prelude::*;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::Dir;
+use crate::common::reference::{optimizer, values};
+use crate::net::{Axes, Net, train};
+
+const INDEX: &str = "step-000000001/checkpoint.json";
+const SUM: &str = "step-000000001/checkpoint.json.xxh3";
+const FILES: [&str; 4] = [INDEX, SUM, "step-000000001/rank-00000.safetensors", "step-000000001/rank-00001.safetensors"];
+
+fn saved(net: &Net) -> Dir {
+    let dir = Dir::new();
+    let axes = Axes::new(1, 1, 2);
+    let run = launch::threads(2).run(|world| {
+        let mut optim = optimizer();
+        let (mut model, _) = train(axes.wrap(&world, net)?, &mut optim, (0, 1))?;
+        let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
+        Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.save(1, state)
+    });
+    run.unwrap();
+    dir
+}
+
+/// Restores on one rank: the error, after which everything is as it was, or whether something was changed.
+fn restore(dir: &Dir, net: &Net) -> Result<(), String> {
+    let run = launch::threads(1).run(|world| {
+        let (mut model, mut optim) = (Axes::new(1, 1, 1).wrap(&world, net)?, optimizer());
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+        let restored = checkpoints.restore_step(1, TrainState::new(&mut model).with_optimizer("adamw", &mut optim));
+        Ok(match restored {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                assert!(matches!(error, Error::Checkpoint { .. } | Error::InvalidArgument { .. }), "{error:?}");
+                assert_eq!(values(model.local()), values(net));
+                assert!(optim.to_record().is_empty());
+                Err(error.to_string())
+            }
+        })
+    });
+    run.unwrap().swap_remove(0)
+}
+
+#[track_caller]
+fn refused(dir: &Dir, net: &Net, words: &[&str]) {
+    let error = restore(dir, net).unwrap_err();
+    for words in words {
+        assert!(error.contains(words), "`{words}` is missing in: {error}");
+    }
+}
+
+/// Puts other bytes into a file, and back again.
+fn with_file(dir: &Dir, name: &str, change: impl FnOnce(&mut Vec<u8>), then: impl FnOnce()) {
+    let path = dir.path().join(name);
+    let before = fs::read(&path).unwrap();
+    let mut bytes = before.clone();
+    change(&mut bytes);
+    fs::write(&path, bytes).unwrap();
+    then();
+    fs::write(&path, before).unwrap();
+}
+
+#[test]
+fn files_that_are_damaged() {
+    let net = Net::new();
+    let dir = saved(&net);
+    assert_eq!(restore(&dir, &net), Ok(()));
+    let file = FILES[3];
+    with_file(
+        &dir,
+        file,
+        |bytes| bytes.truncate(bytes.len() - 1),
+        || refused(&dir, &net, &["rank-00001.safetensors: has", "damaged", "restore_step"]),
+    );
+    with_file(&dir, file, |bytes| bytes.push(0), || refused(&dir, &net, &["rank-00001.safetensors: has"]));
+    with_file(&dir, file, Vec::clear, || refused(&dir, &net, &["rank-00001.safetensors: has 0 bytes"]));
+    let flip = |bytes: &mut Vec<u8>| *bytes.last_mut().unwrap() ^= 1;
+    with_file(&dir, file, flip, || {
+        refused(&dir, &net, &["rank-00001.safetensors: bytes", "their checksum is another", "restore_step"])
+    });
+    with_file(&dir, file, |bytes| bytes[0] ^= 1, || refused(&dir, &net, &["rank-00001.safetensors", "restore_step"]));
+    with_file(
+        &dir,
+        INDEX,
+        |bytes| bytes[40] ^= 1,
+        || refused(&dir, &net, &["checkpoint.json: is damaged", "restore_step"]),
+    );
+    with_file(&dir, SUM, Vec::clear, || refused(&dir, &net, &["checkpoint.json: is damaged"]));
+    let path = dir.path().join(file);
+    let other = fs::read(dir.path().join(FILES[2])).unwrap();
+    with_file(
+        &dir,
+        file,
+        |bytes| {
+            let len = bytes.len();
+            *bytes = other;
+            bytes.resize(len, 0);
+        },
+        || refused(&dir, &net, &["rank-00001.safetensors"]),
+    );
+    fs::rename(&path, path.with_extension("away")).unwrap();
+    refused(&dir, &net, &["rank-00001.safetensors: cannot be read", "restore_step"]);
+    fs::rename(path.with_extension("away"), &path).unwrap();
+    assert_eq!(restore(&dir, &net), Ok(()));
+}
+
+/// An index that its checksum fits.
+fn with_index(dir: &Dir, change: impl FnOnce(&mut Value)) -> [Vec<u8>; 2] {
+    let before = [INDEX, SUM].map(|name| fs::read(dir.path().join(name)).unwrap());
+    let mut index: Value = serde_json::from_slice(&before[0]).unwrap();
+    change(&mut index);
+    put(dir.path(), [index.to_string().into_bytes(), Vec::new()]);
+    before
+}
+
+fn put(dir: &Path, [index, _]: [Vec<u8>; 2]) {
+    fs::write(dir.join(SUM), format!("{:016x}\n", xxh3_64(&index))).unwrap();
+    fs::write(dir.join(INDEX), index).unwrap();
+}
+
+#[test]
+fn indices_that_lie() {
+    let net = Net::new();
+    let dir = saved(&net);
+    let lies = |change: &dyn Fn(&mut Value), words: &[&str]| {
+        let before = with_index(&dir, change);
+        refused(&dir, &net, words);
+        put(dir.path(), before);
+    };
+    let weight = "blocks.0.up.weight";
+    let slice = |index: &mut Value, key: &str, value: Value| index["model"][weight]["slices"][1][key] = value;
+    lies(&|index| index["version"] = json!(2), &["checkpoint.json: is of version 2", "newer", "restore_step"]);
+    lies(&|index| index["format"] = json!("other"), &["is a `other`"]);
+    lies(&|index| drop(index.as_object_mut().unwrap().remove("model")), &["missing field `model`"]);
+    lies(&|index| index["more"] = json!(1), &["unknown field `more`"]);
+    lies(&|index| index["block_bytes"] = json!(0), &["blocks of no bytes"]);
+    lies(&|index| index["files"][0]["name"] = json!("../../etc/passwd"), &["`../../etc/passwd`, which is no name"]);
+    lies(&|index| index["files"][1]["name"] = index["files"][0]["name"].clone(), &["twice"]);
+    lies(&|index| slice(index, "file", json!(7)), &["`model/blocks.0.up.weight`", "file 7 of 2"]);
+    lies(&|index| slice(index, "ranges", json!([[0, 8], [0, 4]])), &["`model/blocks.0.up.weight`", "overlaps"]);
+    lies(&|index| slice(index, "ranges", json!([[0, 8], [5, 7]])), &["`model/blocks.0.up.weight`", "leave some"]);
+    lies(&|index| slice(index, "ranges", json!([[0, 8], [4, 9]])), &["`model/blocks.0.up.weight`", "not within"]);
+    lies(&|index| slice(index, "xxh3", json!([])), &["has 0 checksums"]);
+    lies(&|index| slice(index, "tensor", json!("other")), &["has no tensor `other`"]);
+    lies(&|index| index["model"][weight]["dtype"] = json!("F64"), &["`model/blocks.0.up.weight", "F32"]);
+    lies(&|index| index["model"][weight]["dtype"] = json!("F33"), &["dtype F33"]);
+    lies(&|index| index["model"][weight]["dims"] = json!([1u64 << 40, 1u64 << 40]), &["more than there can be"]);
+    lies(&|index| drop(index["model"].as_object_mut().unwrap().remove(weight)), &["lacks", weight]);
+    let scalar = |index: &mut Value, value: Value| index["optimizers"]["adamw"][weight]["scalars"]["__rank"] = value;
+    lies(&|index| scalar(index, json!({ "float": "x" })), &["which is no number"]);
+    lies(&|index| scalar(index, json!({ "uint": 99 })), &["adamw"]);
+    assert_eq!(restore(&dir, &net), Ok(()));
+}
+
+/// Any byte of any file: an error, or the values that were saved.
+#[test]
+fn any_byte_may_be_another() {
+    let net = Net::new();
+    let dir = saved(&net);
+    let strategy = (0usize..4, any::<prop::sample::Index>(), 1u8..=255, any::<bool>());
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+        cases: 100,
+        failure_persistence: None,
+        ..Default::default()
+    });
+    let outcome = runner.run(&strategy, |(file, at, flip, cut)| {
+        let change = |bytes: &mut Vec<u8>| {
+            let at = at.index(bytes.len());
+            if cut { bytes.truncate(at) } else { bytes[at] ^= flip }
+        };
+        with_file(&dir, FILES[file], change, || {
+            // The header of a file may have other words that mean the same; tensors may not.
+            if let Err(error) = restore(&dir, &net) {
+                assert!(error.contains("step-000000001"), "{error}");
+            }
+        });
+        Ok(())
+    });
+    outcome.unwrap();
+    assert_eq!(restore(&dir, &net), Ok(()));
+}

@@ -1,0 +1,150 @@
+//! Which checkpoints there are: committed, kept, removed; and what goes wrong with the directory.
+
+use std::fs;
+
+use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::prelude::*;
+
+use crate::Dir;
+use crate::common::reference::values;
+use crate::net::{Axes, Net};
+
+const AXES: Axes = Axes::new(2, 1, 1);
+
+fn names(dir: &Dir) -> Vec<String> {
+    let mut names: Vec<String> =
+        fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn the_last_and_every_so_many_are_kept() {
+    let (dir, net) = (Dir::new(), Net::new());
+    let options = CheckpointOptions::new().with_keep_last(2).with_keep_every(4);
+    let run = launch::threads(2).run(|world| {
+        let mut model = AXES.wrap(&world, &net)?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), options.clone())?;
+        assert_eq!(checkpoints.latest()?, None);
+        assert_eq!(checkpoints.restore(TrainState::new(&mut model))?, None);
+        for step in 1..8 {
+            checkpoints.save(step, TrainState::new(&mut model))?;
+            assert_eq!(checkpoints.latest()?, Some(step));
+        }
+        // The same step again.
+        checkpoints.save(7, TrainState::new(&mut model))?;
+        checkpoints.steps()
+    });
+    assert_eq!(run.unwrap(), vec![vec![4, 6, 7]; 2]);
+    assert_eq!(names(&dir), ["step-000000004", "step-000000006", "step-000000007"]);
+}
+
+#[test]
+fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
+    let (dir, net) = (Dir::new(), Net::new());
+    let save = |step| {
+        let run = launch::threads(2).run(|world| {
+            let mut model = AXES.wrap(&world, &net)?;
+            Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.save(step, TrainState::new(&mut model))
+        });
+        run.unwrap();
+    };
+    save(1);
+    save(3);
+    let at = |name: &str| dir.path().join(name);
+    for left in [".step-000000002.unfinished", ".step-000000001.replaced", ".step-000000000.removed"] {
+        fs::create_dir(at(left)).unwrap();
+        fs::write(at(left).join("rank-00000.safetensors"), "half").unwrap();
+    }
+    for other in ["step-9", "step-000000009", "notes", ".other.unfinished"] {
+        fs::create_dir(at(other)).unwrap();
+    }
+    // Killed between two renames.
+    fs::rename(at("step-000000003"), at(".step-000000003.replaced")).unwrap();
+    save(2);
+    let expected = [
+        ".other.unfinished",
+        "notes",
+        "step-000000001",
+        "step-000000002",
+        "step-000000003",
+        "step-000000009",
+        "step-9",
+    ];
+    assert_eq!(names(&dir), expected);
+    let run = launch::threads(1).run(|world| Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.latest());
+    assert_eq!(run.unwrap(), [Some(3)]);
+}
+
+#[test]
+fn a_directory_that_cannot_be_used_is_an_error_on_all_ranks_and_training_goes_on() {
+    let (dir, net) = (Dir::new(), Net::new());
+    let (root, elsewhere) = (dir.path().join("runs"), dir.path().join("elsewhere"));
+    let errors = launch::threads(2).run(|world| {
+        let mut model = AXES.wrap(&world, &net)?;
+        let mut checkpoints = Checkpointer::new(&world, &root, CheckpointOptions::new())?;
+        checkpoints.save(1, TrainState::new(&mut model))?;
+        world.barrier()?;
+        if world.rank() == 0 {
+            fs::rename(&root, &elsewhere).unwrap();
+            fs::write(&root, "a file in its place").unwrap();
+        }
+        world.barrier()?;
+        let failed = checkpoints.save(2, TrainState::new(&mut model)).unwrap_err().to_string();
+        let unread = checkpoints.restore(TrainState::new(&mut model)).unwrap_err().to_string();
+        world.barrier()?;
+        if world.rank() == 0 {
+            fs::remove_file(&root).unwrap();
+            fs::rename(&elsewhere, &root).unwrap();
+        }
+        world.barrier()?;
+        assert_eq!(checkpoints.latest()?, Some(1));
+        checkpoints.save(2, TrainState::new(&mut model))?;
+        assert_eq!(checkpoints.latest()?, Some(2));
+        let before = values(model.local());
+        checkpoints.restore(TrainState::new(&mut model))?;
+        assert_eq!(values(model.local()), before);
+        Ok((failed, unread))
+    });
+    let errors = errors.unwrap();
+    assert_eq!(errors[0], errors[1]);
+    let (failed, unread) = &errors[0];
+    assert!(failed.contains("checkpoint: rank 0: ") && failed.contains("runs"), "{failed}");
+    assert!(unread.contains("checkpoint: rank 0: ") && unread.contains("runs"), "{unread}");
+}
+
+/// A rank that cannot write fails the save of all, and what the others wrote is gone.
+#[test]
+fn a_rank_that_cannot_write_fails_the_save_of_all() {
+    let (dir, net) = (Dir::new(), Net::new());
+    let errors = launch::threads(2).run(|world| {
+        let mut model = AXES.wrap(&world, &net)?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+        checkpoints.save(1, TrainState::new(&mut model))?;
+        // A value that only this rank cannot write.
+        let mut broken = std::collections::BTreeMap::from([((1, 2), 3)]);
+        let mut whole = 3;
+        let state = TrainState::new(&mut model);
+        let state = match world.rank() {
+            1 => state.with_value("value", &mut broken),
+            _ => state.with_value("value", &mut whole),
+        };
+        let error = checkpoints.save(2, state).unwrap_err().to_string();
+        assert_eq!(checkpoints.latest()?, Some(1));
+        Ok(error)
+    });
+    let errors = errors.unwrap();
+    assert_eq!(errors[0], errors[1]);
+    assert!(errors[0].contains("rank 1: value `value` is not to be had as JSON"), "{}", errors[0]);
+    assert_eq!(names(&dir), ["step-000000001"]);
+}
+
+#[test]
+fn ranks_that_want_other_things_are_an_error() {
+    let dir = Dir::new();
+    let run = launch::threads(2).run(|world| {
+        let options = CheckpointOptions::new().with_keep_last(world.rank() + 1);
+        Checkpointer::new(&world, dir.path(), options).map(|_| ())
+    });
+    assert!(run.unwrap_err().to_string().contains("options of checkpoints"));
+}

@@ -1,0 +1,144 @@
+//! What does not fit is an error that says what, on all ranks alike, and changes nothing.
+
+use burn::module::Module;
+use burn::nn::{Linear, LinearConfig};
+use burn::optim::momentum::MomentumConfig;
+use burn::optim::{ModuleOptimizer, SgdConfig};
+use burn::tensor::Tensor;
+use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::prelude::*;
+
+use crate::Dir;
+use crate::common::models::device;
+use crate::common::reference::{filled, optimizer, own, values};
+
+#[derive(Module, Debug)]
+struct Two {
+    first: Linear,
+    second: Linear,
+}
+
+#[derive(Module, Debug)]
+struct Other {
+    first: Linear,
+    third: Linear,
+}
+
+fn linear(inputs: usize) -> Linear {
+    filled(LinearConfig::new(inputs, 3).init(&device()))
+}
+
+/// Saves a model after a step of AdamW.
+fn saved(dir: &Dir) -> Two {
+    let two = Two { first: linear(4), second: linear(4) };
+    let run = launch::threads(2).run(|world| {
+        let mut model = own(&two).data_parallel(&world, DataParallelConfig::new())?;
+        let mut optim = optimizer();
+        let x = Tensor::<2>::ones([2, 4], &device());
+        let gave = model.step(x, |model, x| (model.first.forward(x.clone()) + model.second.forward(x)).sum())?;
+        model = model.optimize(&mut optim, 0.1, gave)?;
+        let state = TrainState::new(&mut model).with_optimizer("optim", &mut optim);
+        let mut number = 7;
+        let state = state.with_value("number", &mut number);
+        Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.save(1, state)?;
+        Ok(model.local().clone())
+    });
+    run.unwrap().swap_remove(0)
+}
+
+fn refused<M: Module + Sync>(
+    dir: &Dir,
+    model: &M,
+    options: CheckpointOptions,
+    optim: Option<&ModuleOptimizer>,
+    words: &[&str],
+) {
+    let run = launch::threads(2).run(|world| {
+        let mut model = own(model).data_parallel(&world, DataParallelConfig::new())?;
+        let before = values(model.local());
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), options.clone())?;
+        let mut optim = optim.cloned();
+        let mut state = TrainState::new(&mut model);
+        if let Some(optim) = &mut optim {
+            state = state.with_optimizer("optim", optim);
+        }
+        let error = checkpoints.restore(state).unwrap_err();
+        assert!(matches!(error, Error::Checkpoint { .. }), "{error:?}");
+        assert_eq!(values(model.local()), before);
+        assert!(optim.is_none_or(|optim| optim.to_record().is_empty()));
+        // The world goes on.
+        world.barrier()?;
+        Ok(error.to_string())
+    });
+    let errors = run.unwrap();
+    assert_eq!(errors[0], errors[1]);
+    for words in words {
+        assert!(errors[0].contains(words), "`{words}` is missing in: {}", errors[0]);
+    }
+}
+
+#[test]
+fn parameters_that_are_missing_and_that_nobody_expects() {
+    let dir = Dir::new();
+    let two = saved(&dir);
+    let other = Other { first: linear(4), third: linear(4) };
+    let strict = CheckpointOptions::new();
+    let words = [
+        "lacks",
+        "third.bias, third.weight",
+        "with_allow_missing",
+        "second.bias, second.weight",
+        "with_allow_unexpected",
+    ];
+    refused(&dir, &other, strict.clone(), None, &words);
+    refused(&dir, &other, strict.clone().with_allow_missing(["third.*"]), None, &["second.bias, second.weight"]);
+    refused(&dir, &other, strict.clone().with_allow_unexpected(["sec*"]), None, &["third.bias, third.weight"]);
+    refused(
+        &dir,
+        &Two { first: linear(5), second: linear(4) },
+        strict.clone(),
+        None,
+        &["`first.weight` has dims [4, 3] there and [5, 3] here"],
+    );
+    let allowing = strict.with_allow_missing(["third.*"]).with_allow_unexpected(["second.*"]);
+    let run = launch::threads(2).run(|world| {
+        let mut model = own(&other).data_parallel(&world, DataParallelConfig::new())?;
+        let mut optim = optimizer();
+        let state = TrainState::new(&mut model).with_optimizer("optim", &mut optim);
+        Checkpointer::new(&world, dir.path(), allowing.clone())?.restore(state)?;
+        Ok((values(&model.local().first), values(&model.local().third), optim.to_record().len()))
+    });
+    let (first, third, moments) = run.unwrap().swap_remove(1);
+    assert_eq!((first, third, moments), (values(&two.first), values(&other.third), 4));
+}
+
+#[test]
+fn optimizers_of_another_kind_and_names_that_are_not_there() {
+    let dir = Dir::new();
+    let two = saved(&dir);
+    let strict = CheckpointOptions::new();
+    let momentum: ModuleOptimizer = SgdConfig::new().with_momentum(Some(MomentumConfig::new())).init();
+    refused(&dir, &two, strict.clone(), Some(&momentum), &["optimizer `optim` does not take `", "of another kind"]);
+    launch::threads(1)
+        .run(|world| {
+            let mut model = own(&two).data_parallel(&world, DataParallelConfig::new())?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+            let (mut optim, mut text, mut number) = (optimizer(), String::from("as it was"), 1);
+            let state = TrainState::new(&mut model).with_optimizer("adam", &mut optim);
+            let error = checkpoints.restore(state).unwrap_err().to_string();
+            assert!(error.contains("lacks") && error.contains("optimizers/adam"), "{error}");
+            let state = TrainState::new(&mut model).with_value("number", &mut text);
+            let error = checkpoints.restore(state).unwrap_err().to_string();
+            assert!(error.contains("value `number`") && error.contains("string"), "{error}");
+            let state = TrainState::new(&mut model).with_value("number", &mut number);
+            checkpoints.restore(state)?;
+            assert_eq!((text.as_str(), number), ("as it was", 7));
+            let error = checkpoints.restore_step(5, TrainState::new(&mut model)).unwrap_err().to_string();
+            assert!(error.contains("step-000000005"), "{error}");
+            let twice = TrainState::new(&mut model).with_value("a", &mut number).with_value("a", &mut text);
+            let error = checkpoints.save(9, twice).unwrap_err().to_string();
+            assert!(error.contains("two of the values are called `a`"), "{error}");
+            Ok(())
+        })
+        .unwrap();
+}
