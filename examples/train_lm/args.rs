@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use burn_parallel::prelude::*;
+use burn_parallel::sharding::Sharding;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 
@@ -68,6 +69,10 @@ struct Flags {
     /// A file that says how the model is spread, in TOML or JSON, in place of --dp, --tp, --pp and what goes with them
     #[arg(long, value_name = "FILE", conflicts_with_all = ["dp", "tp", "pp", "schedule", "micro_batches"])]
     strategy: Option<PathBuf>,
+
+    /// What the replicas divide among themselves: 0 nothing, 1 the state of the optimizer, 2 gradients as well, 3 parameters as well
+    #[arg(long, value_name = "STAGE", value_parser = zero, conflicts_with = "strategy")]
+    zero: Option<Sharding>,
 
     /// In which order the stages of a pipeline take the micro-batches
     #[arg(long, value_name = "NAME", value_enum, default_value = "1f1b")]
@@ -280,7 +285,8 @@ impl Args {
         let strategy = match read {
             Some(strategy) => strategy,
             None => {
-                let strategy = Strategy::new().with_dp(dp).with_tp(tp, Plan::megatron());
+                let data = DataParallelConfig::new().with_sharding(flags.zero.unwrap_or_default());
+                let strategy = Strategy::new().with_dp(dp).with_tp(tp, Plan::megatron()).with_data(data);
                 if pp > 1 { strategy.with_pp(pp, config()) } else { strategy }
             }
         };
@@ -345,6 +351,11 @@ fn up_to<const MOST: usize>(value: &str) -> Result<usize, String> {
         Ok(n) => Ok(n as usize),
         Err(_) => Err("it must be a whole number".into()),
     }
+}
+
+fn zero(value: &str) -> Result<Sharding, String> {
+    let stage = value.parse().map_err(|_| "it must be 0, 1, 2 or 3")?;
+    Sharding::from_zero_stage(stage).map_err(|_| "it must be 0, 1, 2 or 3".into())
 }
 
 fn learning_rate(value: &str) -> Result<f64, String> {

@@ -5,6 +5,7 @@
 mod args;
 mod device;
 mod gpt;
+mod memory;
 mod report;
 mod sample;
 mod start;

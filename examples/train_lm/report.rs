@@ -18,6 +18,7 @@ use serde::Serialize;
 
 use crate::args::Args;
 use crate::gpt::Gpt;
+use crate::memory::Memory;
 
 /// Without a terminal, a line appears this often.
 const EVERY: Duration = Duration::from_secs(5);
@@ -134,6 +135,8 @@ pub struct Outcome {
     pub counters: StepCounters,
     /// How the pipeline was used, if the layers are on several ranks.
     pub pipeline: Option<Pipeline>,
+    /// What this rank held after the last step.
+    pub memory: Memory,
 }
 
 #[derive(Serialize)]
@@ -146,6 +149,7 @@ struct Json<'a> {
     bytes_sent_per_step: f64,
     calls_per_step: f64,
     parameters: usize,
+    bytes_held: Memory,
     #[serde(skip_serializing_if = "Option::is_none")]
     pipeline: Option<&'a Pipeline>,
 }
@@ -157,12 +161,13 @@ impl Outcome {
     }
 
     /// What is sent, by what it is for, with the bytes and calls of a step.
-    fn communication(&self) -> [(&'static str, f64, f64); 5] {
+    fn communication(&self) -> [(&'static str, f64, f64); 6] {
         let steps = self.losses.len() as f64;
-        let StepCounters { gradients, control, tensor, pipeline, norm, .. } = &self.counters;
+        let StepCounters { gradients, parameters, control, tensor, pipeline, norm, .. } = &self.counters;
         let purposes = [
             ("gradients", gradients),
             ("control numbers", control),
+            ("gathered parameters", parameters),
             ("activations of split layers", tensor),
             ("activations between stages", pipeline),
             ("gradient norm, over parts", norm),
@@ -184,6 +189,7 @@ impl Outcome {
             bytes_sent_per_step: communication.iter().map(|(_, bytes, _)| bytes).sum(),
             calls_per_step: communication.iter().map(|(_, _, calls)| calls).sum(),
             parameters: self.model.num_params(),
+            bytes_held: self.memory,
             pipeline: self.pipeline.as_ref(),
         };
         fs::write(path, serde_json::to_string(&json)? + "\n")
@@ -237,6 +243,11 @@ impl Outcome {
                 format!("at most {largest:.3}; larger than {clip} in {clipped} of {} steps", norms.len()),
             );
         }
+        let Memory { parameters, gradients, optimizer } = self.memory;
+        row(
+            "held by the first rank",
+            format!("parameters {parameters}, gradients {gradients}, optimizer {optimizer} bytes"),
+        );
         row("time", format!("{seconds:.1} s, {:.0} tokens/s", self.tokens_per_second()));
         row(
             "waiting for gradients",

@@ -12,6 +12,7 @@ use burn_parallel::prelude::*;
 use crate::args::Args;
 use crate::device;
 use crate::gpt::Gpt;
+use crate::memory::Memory;
 use crate::report::{Outcome, Pipeline, Progress};
 use crate::text::{Text, tensors};
 
@@ -30,6 +31,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
     let mut progress = Progress::new(args.steps, rank.rank() == 0);
     let mut pipeline = Pipeline::default();
     let (mut losses, mut grad_norms) = (Vec::with_capacity(args.steps), Vec::new());
+    let mut memory = Memory::default();
     let wrapping = model.counters();
 
     for number in 0..args.steps {
@@ -46,6 +48,9 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
             step = step.clip_grad_norm(&model, max)?;
             grad_norms.extend(step.grad_norm);
         }
+        if number + 1 == args.steps {
+            memory = Memory::of_step(&model, &step.grads);
+        }
         model = model.optimize(&mut optim, schedule.step(), step)?;
 
         losses.push(loss);
@@ -54,7 +59,8 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
     let (elapsed, counters) = (progress.elapsed(), model.counters() - wrapping);
     let tokens = args.steps * args.batch * args.seq;
     let pipeline = pipeline.of(&args.strategy)?;
-    Ok(Outcome { model: model.assemble()?, losses, grad_norms, tokens, elapsed, counters, pipeline })
+    let memory = memory.with_optimizer(&optim)?;
+    Ok(Outcome { model: model.assemble()?, losses, grad_norms, tokens, elapsed, counters, pipeline, memory })
 }
 
 /// The summed loss of some rows, over their tokens.

@@ -17,7 +17,7 @@ use super::structure::{Structure, broadcast_some};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::graph::read_params;
-use crate::params::{ParamRef, agree, own_buffers, visit_floats};
+use crate::params::{ParamRef, ShardedIds, agree, own_buffers, visit_floats};
 use crate::tensor::PlainTensor;
 
 /// Whether a forward has run already with the parameters as they are.
@@ -77,8 +77,13 @@ impl Reducer {
 /// Whether a module has what is not known, and the trained parameters that it holds in several places.
 fn find_changes<M: Module>(module: &M, known: &KnownParams) -> (bool, HashSet<ParamId>) {
     let (mut changed, mut seen, mut repeated) = (false, HashSet::new(), HashSet::new());
+    // What stands for parameters is none itself.
+    let stand_ins = ShardedIds::of(module).stand_ins;
     visit_floats(module, &mut |param| {
         let (id, trained) = (param.id(), param.is_trained());
+        if stand_ins.contains(&id) {
+            return;
+        }
         changed |= known.is_new(id, trained);
         if !seen.insert(id) && trained {
             repeated.insert(id);

@@ -15,6 +15,7 @@ use super::reduction_state::accumulate;
 use crate::Error;
 use crate::comm::ReduceOp;
 use crate::graph::StepEngine;
+use crate::sharding::Sharding;
 use crate::step::{Step, StepFn};
 use crate::tensor::{PlainTensor, TensorTree};
 
@@ -31,21 +32,28 @@ impl<E: StepEngine> Replica<E> {
         self.admit(reducer, ForwardState::Pending)?;
         let micro_batches: Vec<I> = micro_batches.collect();
         let most = reducer.control().all_reduce(vec![micro_batches.len() as u64], ReduceOp::Max)?[0];
+        let rounds = self.rounds(reducer, micro_batches.len())?;
         let mut micro_batches = micro_batches.into_iter();
         let (mut outputs, mut runs) = (Vec::new(), Vec::new());
         let mut sum = ShardSum::default();
         // Without any data the ranks meet once all the same, to find out that there is none.
-        for _ in 0..most.max(1) {
+        for round in 0..most.max(1) {
+            let leader = rounds.as_ref().and_then(|counts| uneven(counts, round));
             let ran = match micro_batches.next() {
                 Some(inputs) => {
+                    leader.into_iter().for_each(|leader| self.engine.begin_uneven(leader));
                     let mut sink = ReducerSink { reducer, loss_weight: &mut self.loss_weight, last: true };
                     let unit = sink.unit();
                     let gave = self.engine.run(inputs, step.again(), unit, &mut sink);
-                    gave.and_then(|gave| self.take(reducer, gave, true, &mut outputs, &mut runs))
+                    let gave = gave.and_then(|gave| self.take(reducer, gave, true, &mut outputs, &mut runs));
+                    match leader {
+                        Some(_) => gave.and_then(|()| self.engine.end_uneven()),
+                        None => gave,
+                    }
                 }
                 None => {
                     reducer.begin(self.loss_weight);
-                    Ok(())
+                    leader.map_or(Ok(()), |leader| self.engine.follow(leader))
                 }
             };
             self.loss_weight = LossWeight::default();
@@ -58,6 +66,20 @@ impl<E: StepEngine> Replica<E> {
         let counters = self.counters() - before;
         Ok(Step { loss, weight, grads, outputs, counters, runs, skipped: false, grad_norm: None, not_finite: None })
     }
+
+    /// How many micro-batches each of the ranks that divide parameters among themselves has, if they do.
+    fn rounds(&self, reducer: &Reducer, mine: usize) -> Result<Option<Vec<u64>>, Error> {
+        match reducer.shards().filter(|_| reducer.sharding() == Sharding::Parameters) {
+            Some(shards) => shards.control().all_gather(vec![mine as u64]).map(Some),
+            None => Ok(None),
+        }
+    }
+}
+
+/// The first rank that has a micro-batch in a round, if some of the ranks with these numbers of them have none.
+fn uneven(counts: &[u64], round: u64) -> Option<usize> {
+    let leader = counts.iter().position(|count| *count > round)?;
+    counts.iter().any(|count| *count <= round).then_some(leader)
 }
 
 /// The sum of losses, each with its factor.

@@ -1,8 +1,9 @@
 //! The eager engine: a whole model on every rank, run by its own forward.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::backend::DispatchTensor;
@@ -10,21 +11,25 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Gradients, Tensor};
 
 use super::batch_norm::SyncBatchNorm;
+use super::gathered::{Gatherer, assemble, shards_of};
 use super::hook::{HookGroup, detach, listening};
 use super::reducer::Reducer;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::delegate::module_of_field;
 use crate::graph::{CheckedOptimizers, ClipRecord, GradientLayout, GradientSink, MicroBatch, SplitParam, StepEngine};
-use crate::params::{self, ParamSlice, SliceSource};
+use crate::params::{self, ParamSlice, ShardedIds, SliceSource};
+use crate::sharding::Rows;
 use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
 use crate::tensor::{PlainTensor, TensorMapper, TensorTree, rows};
 
-/// A model that every rank of a group of replicas holds whole. Its own eager `forward` computes, so shapes and decisions may
+/// A model that every rank of a group of replicas holds whole, or its rows of every parameter. Its own eager `forward` computes, so shapes and decisions may
 /// change from step to step, and hooks at the parameters deliver gradients while backward runs. Dereferences to the model.
 #[derive(Clone)]
 pub struct Eager<M> {
     module: M,
+    /// What gathers the parameters, if each rank holds its rows of them.
+    gatherer: Option<Arc<Gatherer>>,
     hooks: HookGroup,
     /// To tell the others of a loss that cannot be.
     control: Communicator,
@@ -35,9 +40,10 @@ pub struct Eager<M> {
 }
 
 impl<M: Module> Eager<M> {
-    pub(super) fn new(module: M, hooks: HookGroup, control: Communicator) -> Self {
+    pub(super) fn new(module: M, gatherer: Option<Arc<Gatherer>>, hooks: HookGroup, control: Communicator) -> Self {
         Self {
             module,
+            gatherer,
             hooks,
             control,
             synchronized: Arc::default(),
@@ -86,15 +92,49 @@ impl<M: Module> Eager<M> {
         let unit = unit.unwrap_or(weight);
         sink.weight(weight, unit)?;
         if weight == 0.0 {
+            if self.gatherer.is_some() && value.is_tracked() {
+                // For the gathers of the others; nobody listens to its gradients.
+                drop(value.backward());
+                self.end_micro_batch()?;
+            }
             return Ok(MicroBatch { loss: None, outputs, run: None });
         }
         let loss = Some((value.clone().inner(), if summed { 1.0 } else { weight }));
         let factor = if summed { 1.0 / unit } else { weight / unit };
         let scaled = if factor == 1.0 { value } else { value.mul_scalar(factor) };
         let mut grads = listening(self.hooks, || scaled.backward());
+        self.end_micro_batch()?;
         let mut collect = Collect { sink, grads: &mut grads, outcome: Ok(()) };
         self.module.visit(&mut collect);
         collect.outcome.map(|()| MicroBatch { loss, outputs, run: None })
+    }
+
+    /// Drops the parameters that were gathered for a micro-batch.
+    ///
+    /// # Errors
+    /// What went wrong in the middle of its backward, from where no error can be returned.
+    fn end_micro_batch(&self) -> Result<(), Error> {
+        let Some(gatherer) = &self.gatherer else { return Ok(()) };
+        gatherer.end_micro_batch();
+        gatherer.failure().map_or(Ok(()), Err)
+    }
+
+    /// Runs a forward of the model, whose parameters may have to be gathered.
+    ///
+    /// # Errors
+    /// What went wrong with that, for which a forward has no way out but to panic.
+    fn forward_gathering<T>(&self, forward: impl FnOnce() -> T) -> Result<T, Error> {
+        let Some(gatherer) = &self.gatherer else { return Ok(forward()) };
+        gatherer.set_shards(shards_of(&self.module, gatherer));
+        catch_unwind(AssertUnwindSafe(forward)).map_err(|panic| match gatherer.failure() {
+            Some(error) => error,
+            None => resume_unwind(panic),
+        })
+    }
+
+    /// What gathers the parameters, if each rank holds its rows of them.
+    pub(super) fn gathers(&self) -> bool {
+        self.gatherer.is_some()
     }
 
     /// Fails the world because of a loss that this rank was given.
@@ -152,7 +192,7 @@ impl<M: Module> StepEngine for Eager<M> {
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatch, Error> {
         let (inputs, rows) = rows(inputs)?;
-        let loss = step.call(&self.module, inputs);
+        let loss = self.forward_gathering(|| step.call(&self.module, inputs))?;
         self.backward(loss, rows, unit, sink)
     }
 
@@ -163,7 +203,9 @@ impl<M: Module> StepEngine for Eager<M> {
         O: TensorTree + Clone + Send + 'static,
     {
         let inputs = inputs.map_tensors(&mut Detach)?;
-        forward(&self.module.valid(), inputs).map_tensors(&mut Detach)
+        let outputs = self.forward_gathering(|| forward(&self.module.valid(), inputs))?;
+        self.gatherer.iter().for_each(|gatherer| gatherer.end_pass());
+        outputs.map_tensors(&mut Detach)
     }
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
@@ -172,11 +214,21 @@ impl<M: Module> StepEngine for Eager<M> {
     }
 
     fn assemble(&self) -> Result<M, Error> {
-        Ok(self.module.clone())
+        let Some(gatherer) = &self.gatherer else { return Ok(self.module.clone()) };
+        gatherer.set_shards(shards_of(&self.module, gatherer));
+        assemble(&self.module, gatherer)
     }
 
     fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
-        Ok(params::dims_of(&self.module).into_iter().map(|(id, dims)| (id, ParamSlice::whole(dims))).collect())
+        let dims = params::dims_of(&self.module).into_iter();
+        let whole = |(id, dims)| (id, ParamSlice::whole(dims));
+        let Some(gatherer) = &self.gatherer else { return Ok(dims.map(whole).collect()) };
+        let (stand_ins, rank) = (ShardedIds::of(&self.module).stand_ins, gatherer.comms().rank());
+        let held = |(id, dims): (ParamId, Vec<usize>)| match gatherer.rows(id) {
+            Some(rows) => (id, rows.held(rank)),
+            None => whole((id, dims)),
+        };
+        Ok(dims.filter(|(id, _)| !stand_ins.contains(id)).map(held).collect())
     }
 
     fn counters(&self) -> StepCounters {
@@ -198,6 +250,30 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn checked_optimizers(&self) -> &CheckedOptimizers {
         &self.checked_optimizers
+    }
+
+    fn shard_rows(&self, id: ParamId) -> Option<Rows> {
+        self.gatherer.as_ref()?.rows(id).cloned()
+    }
+
+    fn stand_ins(&self) -> Option<&HashSet<ParamId>> {
+        self.gatherer.as_ref()?.stand_ins()
+    }
+
+    fn begin_uneven(&self, leader: usize) {
+        if let Some(gatherer) = &self.gatherer {
+            gatherer.begin_uneven(leader);
+        }
+    }
+
+    fn end_uneven(&self) -> Result<(), Error> {
+        self.gatherer.as_ref().map_or(Ok(()), |gatherer| gatherer.end_uneven())
+    }
+
+    fn follow(&self, leader: usize) -> Result<(), Error> {
+        let Some(gatherer) = &self.gatherer else { return Ok(()) };
+        gatherer.set_shards(shards_of(&self.module, gatherer));
+        gatherer.follow(leader)
     }
 }
 

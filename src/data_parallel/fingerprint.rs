@@ -2,11 +2,11 @@
 
 use std::collections::HashSet;
 
-use burn::module::Module;
+use burn::module::{Module, ParamId};
 
 use crate::Error;
 use crate::comm::Communicator;
-use crate::params::visit_floats;
+use crate::params::{ShardedIds, visit_floats};
 use crate::tensor::PlainTensor;
 
 /// Demands that all ranks hold the same values of every float parameter that is trained. Reads them all.
@@ -14,7 +14,9 @@ use crate::tensor::PlainTensor;
 /// # Errors
 /// [`Error::ModelMismatch`], the same on all ranks, with the first path that differs; those of [`Communicator`].
 pub(super) fn compare<M: Module>(module: &M, group: &Communicator) -> Result<(), Error> {
-    let (mut known, mut paths, mut digests) = (HashSet::new(), Vec::new(), Vec::new());
+    // Of what is divided among the replicas none has a copy.
+    let mut known: HashSet<ParamId> = ShardedIds::of(module).shards;
+    let (mut paths, mut digests) = (Vec::new(), Vec::new());
     visit_floats(module, &mut |param| {
         if param.is_trained() && known.insert(param.id()) {
             paths.push(param.path());

@@ -85,7 +85,7 @@ pub(super) fn listening<T>(hooks: HookGroup, backward: impl FnOnce() -> T) -> T 
 }
 
 #[derive(Clone)]
-struct Listener(Weak<dyn GradientListener>);
+pub(super) struct Listener(Weak<dyn GradientListener>);
 
 impl fmt::Debug for Listener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -197,11 +197,30 @@ impl ModuleMapper for Retie {
     }
 }
 
+/// Where the gradient of one use of a parameter goes.
 #[derive(Debug, Clone)]
-struct Arrival {
+pub(super) struct Arrival {
     listener: Listener,
     hooks: HookGroup,
     param: usize,
+}
+
+impl Arrival {
+    /// A use enters the graph: where its gradient goes, and the order that the operation behind the parameter is to have.
+    pub fn of_use<L: GradientListener + 'static>(listener: &Arc<L>, hooks: HookGroup, param: usize) -> (Self, usize) {
+        let order = (listener.used(param) * STRIDE).min(HIGHEST_ORDER);
+        let listener = Listener(Arc::downgrade(listener) as Weak<dyn GradientListener>);
+        (Self { listener, hooks, param }, order)
+    }
+
+    /// Hands the gradient to the listener, if the backward of its own replica runs on this thread; else it is thrown away.
+    pub fn deliver(self, gradient: PlainTensor) {
+        let Some(listener) = self.listener.0.upgrade() else { return };
+        match LISTENING.get() == Some(self.hooks) {
+            true => listener.arrived(self.param, gradient),
+            false => listener.passed(self.param),
+        }
+    }
 }
 
 /// The identity whose backward tells the listener, and does not hand the gradient on: the listener has it now. In the backward of
@@ -262,7 +281,7 @@ impl Backward<Flex, 1> for Deepen {
     fn backward(self, _: Ops<(), 1>, _: &mut Gradients, _: &mut Checkpointer) {}
 }
 
-type Anchor = FloatTensor<Autodiff<Flex>>;
+pub(super) type Anchor = FloatTensor<Autodiff<Flex>>;
 
 /// Untracked tensors by the order of their nodes, and the end of the chain they were cut from.
 #[derive(Default)]
@@ -276,7 +295,7 @@ thread_local! {
 }
 
 /// An untracked tensor whose node has exactly this order.
-fn anchor(order: usize) -> Anchor {
+pub(super) fn anchor(order: usize) -> Anchor {
     ANCHORS.with_borrow_mut(|anchors| {
         if let Some(anchor) = anchors.known.get(&order) {
             return anchor.clone();

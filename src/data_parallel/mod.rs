@@ -58,6 +58,7 @@ mod dataset;
 mod each;
 mod eager;
 mod fingerprint;
+mod gathered;
 mod hook;
 mod join;
 mod known_params;
@@ -89,17 +90,22 @@ pub use join::{Join, JoinLoader};
 pub use replica::Replica;
 pub use sampler::{DistributedSampler, Remainder, Share};
 
+use self::gathered::shard_parameters;
 use self::hook::{AttachHooks, HookGroup};
 use self::replicate::replicate;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::nesting;
 use crate::params::share_ids;
+use crate::sharding::Sharding;
 
 /// Makes any burn module a replica of a data-parallel group.
 pub trait DataParallel: Module {
     /// Wraps the module. Collective over `group`: every rank wraps the same model. All parameters and buffers take rank
     /// 0's values; quantized ones stay as they are.
+    ///
+    /// With [`Sharding::Parameters`] each rank keeps its rows of the parameters, which no rank but the first holds whole meanwhile, one
+    /// at a time. Then a forward, whoever calls it, is collective: all ranks run the same layers in the same order.
     ///
     /// Attach LoRA adapters before wrapping, or after [`Replica::into_inner`]: a parameter takes one reparameterization, and the
     /// replica's hook is one.
@@ -116,14 +122,25 @@ pub trait DataParallel: Module {
     /// several devices; those of [`Communicator`].
     fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replica<Eager<Self>>, Error> {
         nesting::check(&self, "data_parallel")?;
-        let shared = |module, group: &_| share_ids(module, group).map(|(module, _)| module);
-        let (mut module, reducer) = replicate(self, group, config, shared)?;
-        let (reducer, hooks) = (Arc::new(reducer), HookGroup::new());
+        let hooks = HookGroup::new();
+        let (mut module, reducer, gatherer) = match config.sharding {
+            Sharding::Parameters if group.size() > 1 => {
+                let (module, reducer, gatherer) = shard_parameters(self, group, config, hooks)?;
+                (module, reducer, Some(gatherer))
+            }
+            _ => {
+                let shared = |module, group: &_| share_ids(module, group).map(|(module, _)| module);
+                let (module, reducer) = replicate(self, group, config, shared)?;
+                (module, Arc::new(reducer), None)
+            }
+        };
         if group.size() > 1 {
-            module = module.apply_reparameterization(AttachHooks::new(&reducer, hooks, &reducer.indices()));
+            let mut indices = reducer.indices();
+            indices.retain(|id, _| gatherer.as_ref().is_none_or(|gatherer| gatherer.rows(*id).is_none()));
+            module = module.apply_reparameterization(AttachHooks::new(&reducer, hooks, &indices));
         }
         let control = reducer.control().clone();
-        Ok(Replica::of(Eager::new(module, hooks, control), reducer, Some(hooks)))
+        Ok(Replica::of(Eager::new(module, gatherer, hooks, control), reducer, Some(hooks)))
     }
 }
 

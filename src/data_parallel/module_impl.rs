@@ -7,6 +7,7 @@ use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor};
 use burn::tensor::Device;
 
 use super::Replica;
+use super::gathered::Logical;
 use crate::graph::StepEngine;
 use crate::nesting::{self, refuse_wrapping};
 use crate::sharding::Sharding;
@@ -40,7 +41,8 @@ impl<E: fmt::Display> fmt::Display for Replica<E> {
 /// What burn calls the mapper by which optimizers update modules.
 const OPTIMIZER: &str = "ModuleOptimizerMapper";
 
-/// Paths and parameters are those of the model.
+/// Paths and parameters are those of the model; of parameters that the replicas divide among themselves the values are this rank's
+/// rows.
 impl<E: StepEngine> Module for Replica<E> {
     fn collect_devices(&self, devices: Devices) -> Devices {
         self.engine.collect_devices(devices)
@@ -69,7 +71,10 @@ impl<E: StepEngine> Module for Replica<E> {
 
     fn visit<Visitor: ModuleVisitor>(&self, visitor: &mut Visitor) {
         nesting::visited("Replica");
-        self.engine.visit(visitor);
+        match self.engine.stand_ins() {
+            Some(stand_ins) => self.engine.visit(&mut Logical { inner: visitor, stand_ins }),
+            None => self.engine.visit(visitor),
+        }
     }
 
     /// # Panics
@@ -83,7 +88,11 @@ impl<E: StepEngine> Module for Replica<E> {
              the others must hear of the update; call `model.optimize(&mut optim, lr, step)` instead"
         );
         let before = self.reducer().map(|reducer| reducer.unknown_params(&self.engine));
-        let replica = self.change(|engine| engine.map(mapper));
+        let stand_ins = self.engine.stand_ins().cloned();
+        let replica = self.change(|engine| match &stand_ins {
+            Some(stand_ins) => engine.map(&mut Logical { inner: mapper, stand_ins }),
+            None => engine.map(mapper),
+        });
         if let (Some(reducer), Some(before)) = (replica.reducer(), before) {
             reducer.recognise(&replica.engine, &before);
         }

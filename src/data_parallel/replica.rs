@@ -265,7 +265,11 @@ impl<E: StepEngine> Replica<E> {
         })?;
         if let Some(engine) = admitted {
             self.engine = match self.hooks.filter(|_| reducer.data().size() > 1) {
-                Some(hooks) => engine.apply_reparameterization(AttachHooks::new(reducer, hooks, &reducer.indices())),
+                Some(hooks) => {
+                    let mut indices = reducer.indices();
+                    indices.retain(|id, _| engine.shard_rows(*id).is_none());
+                    engine.apply_reparameterization(AttachHooks::new(reducer, hooks, &indices))
+                }
                 None => engine,
             };
         }

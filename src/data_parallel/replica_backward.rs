@@ -39,6 +39,13 @@ impl<M: Module> Replica<Eager<M>> {
     /// The error of the world.
     pub fn backward_without_data(&mut self) -> Result<GradientsParams, Error> {
         let reducer = self.ready()?;
+        if self.engine.gathers() {
+            return Err(self.refuse_gathers(
+                "backward_without_data",
+                "a rank without data cannot know which parameters the forwards of the others use: take steps by \
+                 `step_micro_batches`, with no micro-batch on this rank",
+            ));
+        }
         self.admit(&reducer, ForwardState::Done)?;
         reducer.begin(self.loss_weight);
         self.finish(&reducer, Ok(())).map(|(_, _, grads)| grads)
@@ -74,6 +81,12 @@ impl<M: Module> Replica<Eager<M>> {
         forward: impl FnMut(&M, I) -> Tensor<1>,
     ) -> Result<Step, Error> {
         let reducer = self.ready()?;
+        if self.engine.gathers() {
+            return Err(self.refuse_gathers(
+                "step_sync_batch_norm",
+                "the captured step does not gather the parameters that the replicas divide: set `sharding` to \"gradients\"",
+            ));
+        }
         let before = self.counters();
         self.admit(&reducer, ForwardState::Pending)?;
         let ran = self.engine.run_sync_batch_norm(&reducer, micro_batches, forward).map(|losses| {
@@ -92,6 +105,13 @@ impl<M: Module> Replica<Eager<M>> {
             grad_norm: None,
             not_finite: None,
         })
+    }
+
+    /// Fails the world because of a call that does not go together with parameters that are gathered.
+    fn refuse_gathers(&self, operation: &'static str, problem: &str) -> Error {
+        let error = Error::invalid(operation, problem);
+        self.control().fail(error.clone());
+        error
     }
 
     fn ready(&self) -> Result<Arc<Reducer>, Error> {

@@ -40,21 +40,25 @@ impl<E: StepEngine> Replica<E> {
         else {
             return Ok(self);
         };
-        let mut own = OwnRows::of(&reducer, &comms);
+        let mut own = OwnRows::of(&reducer, &comms, &self.engine);
         self.engine.visit(&mut own);
         let updated = update(own.found?, &comms)?;
         self.try_change(|engine| gather(engine, updated, &reducer, &comms))
     }
 }
 
-/// The module with the rows of all ranks in its parameters: a bucket at a time, so that no more than that is held twice.
+/// The module with the rows of all ranks in its parameters, or this rank's, where it holds these only: a bucket at a time, so that no more than that is held twice.
 fn gather<E: StepEngine>(
     mut engine: E,
     updated: ShardParams,
     reducer: &Reducer,
     comms: &ShardComms,
 ) -> Result<E, Error> {
-    let updated = updated.0;
+    // What the engine holds rows of is not gathered now.
+    let (rows, updated): (Vec<ShardParam>, Vec<ShardParam>) =
+        updated.0.into_iter().partition(|shard| engine.shard_rows(shard.param.id()).is_some());
+    let rows = rows.into_iter().map(|shard| (shard.param.id(), shard.param.value())).collect();
+    engine = params::replace_values(engine, rows);
     let dtypes: Vec<DType> = updated.iter().map(ShardParam::dtype).collect();
     let size = |(shard, dtype): (&ShardParam, &DType)| shard.rows.dims().iter().product::<usize>() * dtype.size();
     let sizes: Vec<usize> = updated.iter().zip(&dtypes).map(size).collect();
@@ -73,29 +77,34 @@ fn gather<E: StepEngine>(
 }
 
 /// Takes this rank's rows of the parameters that are trained.
-struct OwnRows<'a> {
+struct OwnRows<'a, E> {
     /// Path and owner of each parameter.
     known: HashMap<ParamId, (String, usize)>,
     comms: &'a ShardComms,
+    engine: &'a E,
     seen: HashSet<ParamId>,
     found: Result<ShardParams, Error>,
 }
 
-impl<'a> OwnRows<'a> {
-    fn of(reducer: &Reducer, comms: &'a ShardComms) -> Self {
+impl<'a, E: StepEngine> OwnRows<'a, E> {
+    fn of(reducer: &Reducer, comms: &'a ShardComms, engine: &'a E) -> Self {
         let known = reducer.known();
         let owners = owners(known.params.iter().map(|param| param.shape.as_slice()), comms.ranks());
         let of = |index: usize| (known.params[index].path.to_string(), owners[index]);
         let by_id = known.indices.iter().map(|(id, index)| (*id, of(*index))).collect();
-        Self { known: by_id, comms, seen: HashSet::new(), found: Ok(ShardParams::default()) }
+        Self { known: by_id, comms, engine, seen: HashSet::new(), found: Ok(ShardParams::default()) }
     }
 
     fn own<const D: usize>(&self, path: &str, owner: usize, param: &Param<Tensor<D>>) -> Result<ShardParam, Error> {
+        let no_rows =
+            || Error::invalid("optimize", format!("parameter `{path}` of rank {D} has no rows to be divided"));
+        if let Some(rows) = self.engine.shard_rows(param.id) {
+            let param = RankedParam::new(param.clone()).ok_or_else(no_rows)?;
+            return Ok(ShardParam { path: path.into(), rows, owner, param });
+        }
         let base = param.base();
         let kind = params::LeafKind::of(&base);
         let whole = base.inner();
-        let no_rows =
-            || Error::invalid("optimize", format!("parameter `{path}` of rank {D} has no rows to be divided"));
         let rows = Rows::new(&whole.dims(), self.comms.ranks()).ok_or_else(no_rows)?;
         let shard = params::leaf(rows.shard(whole, self.comms.rank())?, kind);
         let param = RankedParam::new(Param::initialized(param.id, shard)).ok_or_else(no_rows)?;
@@ -103,7 +112,7 @@ impl<'a> OwnRows<'a> {
     }
 }
 
-impl ModuleVisitor for OwnRows<'_> {
+impl<E: StepEngine> ModuleVisitor for OwnRows<'_, E> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let Some((path, owner)) = self.known.get(&param.id) else { return };
         // A parameter that the module holds in two places is one parameter.

@@ -9,7 +9,7 @@ use burn::tensor::{Bool, DType, Int, Tensor};
 
 use crate::Error;
 use crate::comm::{Communicator, Payload};
-use crate::params::{self, ParamRef, visit_params};
+use crate::params::{self, ParamRef, ShardedIds, visit_params};
 
 /// What is said of a float parameter that is not trained, where ranks compare what they have.
 pub(super) const NOT_TRAINED: &str = ", not trained";
@@ -36,15 +36,31 @@ pub(super) struct Structure {
 
 impl Structure {
     pub fn of<M: Module>(module: &M) -> Self {
-        let mut structure = Self::default();
-        visit_params(module, &mut |param| structure.add(&param));
+        // The dims that a lazy parameter says need not be those that it gets.
+        Self::by(module, |param| param.base().shape().to_vec())
+    }
+
+    /// As [`of`](Self::of), where lazy parameters stay lazy: with the dims that they say.
+    pub fn unmade<M: Module>(module: &M) -> Self {
+        Self::by(module, |param| param.dims())
+    }
+
+    fn by<M: Module>(module: &M, dims: impl Fn(&ParamRef<'_>) -> Vec<usize>) -> Self {
+        let stand_ins = ShardedIds::of(module).stand_ins;
+        let (mut structure, mut whole) = (Self::default(), None);
+        visit_params(module, &mut |param| {
+            let dims = dims(&param);
+            match stand_ins.contains(&param.id()) {
+                // It has the dims of the whole parameter, whose rows come next.
+                true => whole = Some(dims),
+                false => structure.add(&param, whole.take().unwrap_or(dims)),
+            }
+        });
         structure
     }
 
-    fn add(&mut self, param: &ParamRef<'_>) {
-        // The dims that a lazy parameter says need not be those that it gets.
-        let base = param.base();
-        let (id, path, shape, dtype) = (param.id(), param.path(), base.shape().to_vec(), base.dtype());
+    fn add(&mut self, param: &ParamRef<'_>, shape: Vec<usize>) {
+        let (id, path, dtype) = (param.id(), param.path(), param.dtype());
         let trained = param.is_trained();
         let note = if param.is_float() && !trained { NOT_TRAINED } else { "" };
         self.ids.push(id);
@@ -84,7 +100,9 @@ pub(super) fn broadcast_buffers<M: Module>(
     group: &Communicator,
     divided: &dyn Fn(ParamId) -> bool,
 ) -> Result<M, Error> {
-    broadcast_some(module, group, &|id, trained| !trained && !divided(id))
+    // A frozen parameter of which each rank holds its rows is no buffer.
+    let sharded = ShardedIds::of(&module);
+    broadcast_some(module, group, &|id, trained| !trained && !divided(id) && !sharded.contains(id))
 }
 
 /// As [`broadcast`], of the parameters and buffers for which `wanted` says so, by their id and whether they are trained.

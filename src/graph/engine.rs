@@ -14,6 +14,7 @@ use super::results::{StepObserver, StepOutputs};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::params::{ParamSlice, SliceSource};
+use crate::sharding::Rows;
 use crate::step::{RunReport, StepCounters, StepFn};
 use crate::tensor::{PlainTensor, TensorTree};
 
@@ -144,6 +145,35 @@ pub trait StepEngine: Module {
 
     /// The optimizers that were looked at.
     fn checked_optimizers(&self) -> &CheckedOptimizers;
+
+    /// How the rows of a parameter are divided of which the engine itself holds this replica's rows only.
+    fn shard_rows(&self, _id: ParamId) -> Option<Rows> {
+        None
+    }
+
+    /// What stands for parameters of which the engine holds rows.
+    fn stand_ins(&self) -> Option<&HashSet<ParamId>> {
+        None
+    }
+
+    /// Before a micro-batch that some of the replicas that divide parameters among themselves do not have: the first that has it.
+    fn begin_uneven(&self, _leader: usize) {}
+
+    /// After it, on a replica that had it.
+    ///
+    /// # Errors
+    /// Those of [`Communicator`].
+    fn end_uneven(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Takes part in the micro-batch of the others.
+    ///
+    /// # Errors
+    /// Those of [`Communicator`].
+    fn follow(&self, _leader: usize) -> Result<(), Error> {
+        Ok(())
+    }
 }
 
 /// The optimizers that were found to suit a model, by where they are in memory.

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::tensor::{Bool, Int, Tensor};
 
+use super::shard::is_shard;
 use super::walk::ModulePath;
 
 /// What becomes of a float parameter.
@@ -65,10 +66,14 @@ impl<P: MapParams> ModuleMapper for TiePreserving<'_, P> {
     }
 
     fn enter_module(&mut self, name: &str, container: &str) {
-        self.path.enter(name, container);
+        if !is_shard(name, container) {
+            self.path.enter(name, container);
+        }
     }
 
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.exit();
+    fn exit_module(&mut self, name: &str, container: &str) {
+        if !is_shard(name, container) {
+            self.path.exit();
+        }
     }
 }

@@ -5,6 +5,7 @@ use burn::module::{Flag, Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Device, Int, Tensor};
 
 use super::leaf::LazyParam;
+use super::shard::is_shard;
 
 /// Visits every float, int and bool parameter, running statistics included, in the order of the module. Nothing is made: a
 /// lazy parameter stays lazy unless its [value](ParamRef::value) is asked for.
@@ -191,11 +192,15 @@ impl ModuleVisitor for Walk<'_> {
     }
 
     fn enter_module(&mut self, name: &str, container: &str) {
-        self.path.enter(name, container);
+        if !is_shard(name, container) {
+            self.path.enter(name, container);
+        }
     }
 
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.exit();
+    fn exit_module(&mut self, name: &str, container: &str) {
+        if !is_shard(name, container) {
+            self.path.exit();
+        }
     }
 }
 

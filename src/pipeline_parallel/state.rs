@@ -150,7 +150,8 @@ impl PipelineState {
             holders.get(id).is_none_or(|stages| stages.iter().any(|stage| self.timetable.rank_of(*stage) == rank))
         };
         // Few numbers, which all clones of a module share: they stay.
-        let kept = |row: &&PlanRow| held(&row.id) || is_running(row) || !row.dtype.is_float();
+        let running = |row: &&PlanRow| row.path.ends_with("running_mean") || row.path.ends_with("running_var");
+        let kept = |row: &&PlanRow| held(&row.id) || running(row) || !row.dtype.is_float();
         Some(self.rows.iter().filter(kept).map(|row| row.id).collect())
     }
 
@@ -186,21 +187,17 @@ impl PipelineState {
         Ok(loaded)
     }
 
-    /// What this rank holds of each parameter; of running statistics, which only the rank of their stage keeps up to date, that
-    /// rank alone.
+    /// What this rank holds of each parameter whose own stage is here, or that has none. Of what several stages hold, tied
+    /// parameters and running statistics, the rank of their own stage has the value that counts.
     ///
     /// # Errors
     /// [`Error::Pipeline`] if it is not known who holds what.
     pub(super) fn param_slices(&self) -> Result<HashMap<ParamId, params::ParamSlice>, Error> {
-        let (kept, homes) = self.kept().zip(self.homes()).ok_or_else(|| {
+        let homes = self.homes().ok_or_else(|| {
             stage_error("who holds what is not known yet: `prepare` the model before it is saved, or cut it by paths")
         })?;
-        let elsewhere: HashSet<ParamId> = homes
-            .into_iter()
-            .filter(|(row, home)| is_running(row) && *home != self.group.rank())
-            .map(|(row, _)| row.id)
-            .collect();
-        let here = self.rows.iter().filter(|row| kept.contains(&row.id) && !elsewhere.contains(&row.id));
+        let homes: HashMap<ParamId, usize> = homes.into_iter().map(|(row, home)| (row.id, home)).collect();
+        let here = self.rows.iter().filter(|row| homes.get(&row.id).is_none_or(|home| *home == self.group.rank()));
         Ok(here.filter_map(|row| Some((row.id, self.param_slice(row.id)?))).collect())
     }
 
@@ -280,8 +277,4 @@ fn enough_parameters(schedule: &Schedule, ranks: usize, params: usize) -> Result
         )));
     }
     Ok(())
-}
-
-fn is_running(row: &PlanRow) -> bool {
-    row.path.ends_with("running_mean") || row.path.ends_with("running_var")
 }

@@ -1,5 +1,4 @@
 //! Which parameters are gathered together.
-#![allow(dead_code, reason = "gathers of parameters use it")]
 
 use std::sync::Arc;
 

@@ -21,7 +21,6 @@ pub use level::Sharding;
 pub use rows::Rows;
 
 pub(crate) use comms::ShardComms;
-#[allow(unused_imports, reason = "gathers of parameters use it")]
 pub(crate) use group::{Member, groups};
 pub(crate) use owner::owners;
 pub(crate) use pack::Pack;

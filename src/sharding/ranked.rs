@@ -77,7 +77,6 @@ impl RankedParam {
     }
 
     /// The parameter, if it is of rank `D`.
-    #[allow(dead_code, reason = "gathers of parameters use it")]
     pub(crate) fn get<const D: usize>(&self) -> Option<&Param<Tensor<D>>> {
         with_param!(self, param => (param as &dyn Any).downcast_ref())
     }

@@ -81,7 +81,6 @@ impl Rows {
     }
 
     /// What a rank holds, as a store of whole parameters is asked for it.
-    #[allow(dead_code, reason = "gathers of parameters use it")]
     pub(crate) fn held(&self, rank: usize) -> ParamSlice {
         ParamSlice { dims: self.dims.clone(), ranges: self.ranges(rank), local_dims: self.shard_dims() }
     }

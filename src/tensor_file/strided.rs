@@ -32,8 +32,8 @@ pub(crate) fn row_major(dims: &[usize]) -> Vec<isize> {
     strides
 }
 
-/// Rows and columns of a block that is transposed at once: its lines on both sides fit the cache of a core.
-const BLOCK: usize = 32;
+/// Rows and columns of a block that is transposed at once: a line of the cache on both sides, if elements have 4 bytes.
+const BLOCK: usize = 16;
 
 /// Copies the elements that the loops run over. Floats are cast to the dtype of `to`; what else there is must be of one dtype.
 ///
@@ -162,13 +162,34 @@ impl<S: Pod, D: Pod, F: Fn(S) -> D> Copy<'_, S, D, F> {
     fn transposed(&mut self, from: isize, to: isize, outer: Loop, inner: Loop) {
         for row in (0..outer.len).step_by(BLOCK) {
             for column in (0..inner.len).step_by(BLOCK) {
-                for row in row..(row + BLOCK).min(outer.len) {
-                    for column in column..(column + BLOCK).min(inner.len) {
-                        let (row, column) = (row as isize, column as isize);
+                let (from, to) = (
+                    from + row as isize + column as isize * inner.from,
+                    to + row as isize * outer.to + column as isize,
+                );
+                let (rows, columns) = ((outer.len - row).min(BLOCK), (inner.len - column).min(BLOCK));
+                if rows == BLOCK && columns == BLOCK {
+                    self.block(from, to, outer.to, inner.from);
+                    continue;
+                }
+                for row in 0..rows as isize {
+                    for column in 0..columns as isize {
                         self.one(from + row + column * inner.from, to + row * outer.to + column);
                     }
                 }
             }
+        }
+    }
+
+    /// A block through registers.
+    fn block(&mut self, from: isize, to: isize, to_stride: isize, from_stride: isize) {
+        let lines: [[S; BLOCK]; BLOCK] = std::array::from_fn(|line| {
+            let start = (from + line as isize * from_stride) as usize * size_of::<S>();
+            bytemuck::pod_read_unaligned(&self.from[start..start + BLOCK * size_of::<S>()])
+        });
+        for row in 0..BLOCK {
+            let line: [D; BLOCK] = std::array::from_fn(|column| (self.cast)(lines[column][row]));
+            let start = (to + row as isize * to_stride) as usize * size_of::<D>();
+            self.to[start..start + BLOCK * size_of::<D>()].copy_from_slice(bytemuck::bytes_of(&line));
         }
     }
 }

@@ -107,6 +107,9 @@ fn flags_that_make_no_sense_are_refused() {
         refused(&["--clip", norm], "greater than 0 and finite");
     }
     refused(&["--clip", "tight"], "must be a number");
+    for stage in ["4", "-1", "two"] {
+        refused(&["--zero", stage], "0, 1, 2 or 3");
+    }
     refused(&["--schedule", "slow"], "--schedule");
     refused(&["--schedule", "zb"], "possible values: gpipe, 1f1b, interleaved, zb_h1");
     refused(&["--seed", "-1"], "--seed");
@@ -298,6 +301,35 @@ fn clipping_is_the_same_on_any_mesh() {
         let (found, found_norms) = run(&[flags, &["--clip", "0.2"]].concat());
         same_losses(&alone, &found, 1e-4);
         same_losses(&norms, &found_norms, 1e-3);
+    }
+}
+
+/// Each stage holds less than the one before it, and learns the same.
+#[test]
+fn zero_divides_what_the_replicas_hold() {
+    let folder = Folder::new("zero");
+    let common = ["--steps", "5", "--batch", "8", "--micro-batch", "2", "--clip", "0.5"];
+    let alone = losses(&json(&folder, &[&common[..], &["--dp", "1"]].concat()));
+    for flags in [&["--dp", "2"][..], &["--dp", "4"], &["--dp", "2", "--tp", "2"]] {
+        let mut whole = 0;
+        for stage in ["0", "1", "2", "3"] {
+            let outcome = json(&folder, &[&common[..], flags, &["--zero", stage]].concat());
+            same_losses(&alone, &losses(&outcome), 1e-4);
+            let held = |what: &str| outcome["bytes_held"][what].as_u64().unwrap();
+            let [parameters, gradients, optimizer] = ["parameters", "gradients", "optimizer"].map(held);
+            if stage == "0" {
+                whole = parameters;
+                assert_eq!(gradients, parameters);
+                assert_eq!(optimizer, 2 * whole);
+                continue;
+            }
+            // Rows of 16, 64 and 256 are divided evenly, and so nearly is all.
+            let share = |bytes: u64| bytes as f64 * outcome["axes"]["dp"].as_u64().unwrap() as f64 / whole as f64;
+            assert!((share(gradients) - 1.0).abs() < 0.05, "{gradients} of {whole}");
+            assert!((share(optimizer) - 2.0).abs() < 0.1, "{optimizer} of {whole}");
+            let all = if stage == "3" { share(parameters) } else { parameters as f64 / whole as f64 };
+            assert!((all - 1.0).abs() < 0.05, "{parameters} of {whole}");
+        }
     }
 }
 

@@ -97,7 +97,8 @@ fn no_rank_holds_more_than_its_parts_and_some_pieces() {
         match axes {
             // What is written is what the writer holds.
             [2, 1, 1] | [1, 2, 1] => assert_eq!(sent, 0),
-            _ => assert!(sent > saved[0].bytes / 3 && sent < saved[0].bytes, "{sent}"),
+            // Rows of a tensor are written by who holds them; columns travel.
+            _ => assert!(sent > saved[0].bytes / 10 && sent < saved[0].bytes / 3, "{sent}"),
         }
     }
 }

@@ -67,39 +67,65 @@ pub(super) fn exchange(
     (piece_bytes, group): (usize, &Communicator),
 ) -> Result<(Done, Result<(), Error>), Error> {
     let mut files = Files { plan, dir, open: BTreeMap::new(), outcome: Ok(()) };
-    let mut done = Done::default();
+    let (mut done, mut buffers) = (Done::default(), Buffers::default());
     for round in Rounds::new(plan, params, piece_bytes, group.size()) {
         let mut sent = 0;
         for turn in &round {
             let tensor = &plan.tensors[turn.tensor];
             let mine: Vec<&Given> = turn.given.iter().filter(|given| given.from == group.rank()).collect();
-            if tensor.writer != group.rank() && !mine.is_empty() {
-                let message = packed(tensor, &mine, own)?;
+            if turn.writer != group.rank() && !mine.is_empty() {
+                let message = packed(tensor, &mine, own, buffers.spare())?;
                 sent += message.len();
-                group.send(message, tensor.writer, TAG)?;
+                group.send(message, turn.writer, TAG)?;
             }
         }
         let mut held = sent;
-        if let Some(turn) = round.iter().find(|turn| plan.tensors[turn.tensor].writer == group.rank()) {
+        if let Some(turn) = round.iter().find(|turn| turn.writer == group.rank()) {
             let tensor = &plan.tensors[turn.tensor];
-            let (bytes, received) = put_together(tensor, turn, own, group)?;
-            held += bytes.len() + received;
-            done.written += bytes.len() as u64;
-            files.write(tensor, &turn.piece, &bytes);
+            let received = put_together(tensor, turn, own, (&mut buffers, group))?;
+            held += buffers.piece.len() + received;
+            done.written += buffers.piece.len() as u64;
+            files.write(tensor, &turn.piece, &buffers.piece);
         }
         done.sent += sent as u64;
         done.held = done.held.max(held);
-        if round.iter().any(|turn| turn.given.iter().any(|given| given.from != plan.tensors[turn.tensor].writer)) {
+        if round.iter().any(|turn| turn.given.iter().any(|given| given.from != turn.writer)) {
             group.barrier()?;
         }
     }
     Ok((done, files.finish(group.rank())))
 }
 
+/// Memory that is used again: a large allocation costs as much as what is done with it.
+#[derive(Default)]
+struct Buffers {
+    piece: Vec<u8>,
+    /// Messages that have come, to be sent on with other contents.
+    spare: Vec<Vec<u8>>,
+}
+
+impl Buffers {
+    fn spare(&mut self) -> Vec<u8> {
+        self.spare.pop().unwrap_or_default()
+    }
+
+    /// Keeps one for the next round.
+    fn give_back(&mut self, message: Vec<u8>) {
+        if self.spare.is_empty() {
+            self.spare.push(message);
+        }
+    }
+}
+
 /// What this rank gives to another's piece, block by block.
-fn packed(tensor: &PlannedTensor, mine: &[&Given], own: &BTreeMap<usize, Part>) -> Result<Vec<u8>, Error> {
+fn packed(
+    tensor: &PlannedTensor,
+    mine: &[&Given],
+    own: &BTreeMap<usize, Part>,
+    mut message: Vec<u8>,
+) -> Result<Vec<u8>, Error> {
     let size = tensor.dtype.size();
-    let mut message = vec![0; mine.iter().map(|given| given.block.elements()).sum::<usize>() * size];
+    message.resize(mine.iter().map(|given| given.block.elements()).sum::<usize>() * size, 0);
     let mut start = 0;
     for given in mine {
         let block = &given.block;
@@ -109,15 +135,16 @@ fn packed(tensor: &PlannedTensor, mine: &[&Given], own: &BTreeMap<usize, Part>) 
     Ok(message)
 }
 
-/// A piece of this rank's, and how many bytes came for it.
+/// Puts a piece of this rank's together in the buffers. Returns how many bytes came for it.
 fn put_together(
     tensor: &PlannedTensor,
     Turn { piece, given, .. }: &Turn,
     own: &BTreeMap<usize, Part>,
-    group: &Communicator,
-) -> Result<(Vec<u8>, usize), Error> {
+    (buffers, group): (&mut Buffers, &Communicator),
+) -> Result<usize, Error> {
     let strides = row_major(&piece.lens());
-    let mut bytes = vec![0; piece.elements() * tensor.dtype.size()];
+    // The blocks of a piece are all of it.
+    buffers.piece.resize(piece.elements() * tensor.dtype.size(), 0);
     let place = |block: &Block| -> usize {
         let starts = block.in_file.iter().zip(&piece.ranges).zip(&strides);
         starts.map(|((line, range), stride)| (line.start - range.start) * *stride as usize).sum()
@@ -133,7 +160,7 @@ fn put_together(
         }
         if from == group.rank() {
             for given in theirs {
-                copy_part(tensor, given, own, &mut bytes, place(&given.block), &to_strides(&given.block))?;
+                copy_part(tensor, given, own, &mut buffers.piece, place(&given.block), &to_strides(&given.block))?;
             }
             continue;
         }
@@ -146,11 +173,12 @@ fn put_together(
             let loops: Vec<Loop> =
                 block.lens.iter().zip(sides).map(|(len, (from, to))| Loop { len: *len, from, to }).collect();
             let side = |start| Side { start, dtype: tensor.dtype };
-            copy_strided((&message, side(start)), (&mut bytes, side(place(block))), &loops)?;
+            copy_strided((&message, side(start)), (&mut buffers.piece, side(place(block))), &loops)?;
             start += block.elements();
         }
+        buffers.give_back(message);
     }
-    Ok((bytes, received))
+    Ok(received)
 }
 
 /// Copies a block out of this rank's part of a parameter.

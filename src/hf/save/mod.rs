@@ -47,8 +47,9 @@ pub struct Saved {
 /// an index, and the files of a tokenizer. Collective: every rank of `world`, which are all that the model is spread over, passes
 /// the same directory, in one file system, and the same config.
 ///
-/// Each tensor is written by one rank, which gets the parts of the others piece by piece: no rank ever holds more than its parts
-/// and a few [pieces](SaveConfig::with_piece_bytes). Replicas share the work; what they hold alike is written once. A parameter that
+/// Tensors are written in [pieces](SaveConfig::with_piece_bytes), each by the rank that holds most of it and has least to write, which
+/// gets what it lacks from the others: no rank ever holds more than its parts and three pieces. Replicas share the work; what they
+/// hold alike is written once. A parameter that
 /// is used in two places, as a tied embedding, is written once, under the first.
 ///
 /// The directory is there as a whole or not at all: it is made under another name (`.NAME.unfinished`, beside it), brought to
@@ -105,7 +106,7 @@ pub(super) fn save_as<P: ParallelModule>(
     together(failed, &group)?;
     let own = own?;
     let params = all_params(&own, &group)?;
-    let plan = SavePlan::new(&params, group.size(), stem, config)?;
+    let plan = SavePlan::new(&params, stem, config)?;
     let draft = Draft::new(dir, config.overwrite)?;
 
     let first = group.rank() == 0;

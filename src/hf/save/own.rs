@@ -13,7 +13,7 @@ use super::exchange::{Adapter, Part};
 use super::plan::{HeldParam, wrong};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::params::ParamSlice;
+use crate::params::{ParamSlice, ShardedIds, is_shard};
 use crate::tensor::PlainTensor;
 use crate::tensor_file::{dtype_of, name_of};
 use crate::train::ParallelModule;
@@ -37,6 +37,7 @@ pub(super) fn own_params<P: ParallelModule>(model: &P, config: &SaveConfig) -> R
     config.check()?;
     let mut visitor = Visitor {
         held: model.param_slices()?,
+        stand_ins: ShardedIds::of(model.local()).stand_ins,
         path: Vec::new(),
         seen: HashSet::new(),
         found: Vec::new(),
@@ -52,6 +53,8 @@ pub(super) fn own_params<P: ParallelModule>(model: &P, config: &SaveConfig) -> R
 
 struct Visitor {
     held: HashMap<ParamId, ParamSlice>,
+    /// What is in the place of parameters of which the model holds rows.
+    stand_ins: HashSet<ParamId>,
     path: Vec<String>,
     seen: HashSet<ParamId>,
     found: Vec<OwnParam>,
@@ -85,7 +88,9 @@ impl Visitor {
 
 impl ModuleVisitor for Visitor {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        self.add(param.id, || param.val().into_dispatch());
+        if !self.stand_ins.contains(&param.id) {
+            self.add(param.id, || param.val().into_dispatch());
+        }
     }
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
@@ -96,12 +101,16 @@ impl ModuleVisitor for Visitor {
         self.add(param.id, || param.val().into_dispatch());
     }
 
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.into());
+    fn enter_module(&mut self, name: &str, container: &str) {
+        if !is_shard(name, container) {
+            self.path.push(name.into());
+        }
     }
 
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
+    fn exit_module(&mut self, name: &str, container: &str) {
+        if !is_shard(name, container) {
+            self.path.pop();
+        }
     }
 }
 

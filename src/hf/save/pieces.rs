@@ -65,24 +65,35 @@ pub(super) struct Given {
     pub(super) block: Block,
 }
 
-/// What a piece of a tensor is made of, in an order that all ranks know. Of ranks that hold the same the writer gives it, or
-/// else one that depends on the tensor.
-pub(super) fn given(tensor: &PlannedTensor, number: usize, piece: &Piece, params: &[HeldParam]) -> Vec<Given> {
-    let mut given = Vec::new();
+/// What a piece of a tensor is made of, in an order that all ranks know: a block, the number of its parameter, and the ranks that
+/// hold it.
+pub(super) fn sources<'a>(
+    tensor: &PlannedTensor,
+    piece: &Piece,
+    params: &'a [HeldParam],
+) -> Vec<(Block, usize, &'a [usize])> {
+    let mut sources = Vec::new();
     for block in tensor.relation.blocks.iter().filter(|block| block.file == tensor.place) {
         let param = tensor.params[block.model];
         for (ranges, holders) in &params[param].parts {
-            let Some(block) = block.within(&piece.ranges, &swapped(ranges, tensor.relation.transposed)) else {
-                continue;
-            };
-            let from = match holders.contains(&tensor.writer) {
-                true => tensor.writer,
-                false => holders[number % holders.len()],
-            };
-            given.push(Given { from, param, block });
+            let block = block.within(&piece.ranges, &swapped(ranges, tensor.relation.transposed));
+            sources.extend(block.map(|block| (block, param, holders.as_slice())));
         }
     }
-    given
+    sources
+}
+
+/// Who gives what to a piece. Of ranks that hold the same the writer gives it, or else one that depends on the tensor.
+pub(super) fn given(
+    tensor: &PlannedTensor,
+    (number, piece, writer): (usize, &Piece, usize),
+    params: &[HeldParam],
+) -> Vec<Given> {
+    let give = |(block, param, holders): (Block, usize, &[usize])| {
+        let from = if holders.contains(&writer) { writer } else { holders[number % holders.len()] };
+        Given { from, param, block }
+    };
+    sources(tensor, piece, params).into_iter().map(give).collect()
 }
 
 #[cfg(test)]

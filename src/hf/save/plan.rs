@@ -1,4 +1,4 @@
-//! What is written where, and by whom: a pure function of what the ranks hold, which each of them computes alike.
+//! What is written where: a pure function of what the ranks hold, which each of them computes alike.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -38,8 +38,6 @@ pub(super) struct PlannedTensor {
     /// Which file it is in, and where in that it begins.
     pub(super) file: usize,
     pub(super) start: u64,
-    /// The rank that writes it.
-    pub(super) writer: usize,
 }
 
 impl PlannedTensor {
@@ -60,14 +58,13 @@ pub(super) struct SavePlan {
 }
 
 impl SavePlan {
-    /// Plans for a world of so many ranks. `stem` is the name of the files before their number.
+    /// `stem` is the name of the files before their number.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if no rule fits a parameter, if two would be one tensor, if one of those that make up a tensor is
     /// missing, or if no rank holds a part; [`Error::UnsupportedDType`].
-    pub(super) fn new(params: &[HeldParam], ranks: usize, stem: &str, config: &SaveConfig) -> Result<Self, Error> {
+    pub(super) fn new(params: &[HeldParam], stem: &str, config: &SaveConfig) -> Result<Self, Error> {
         let mut tensors = relate(params, config)?;
-        assign(&mut tensors, params, ranks);
         let new_tensors: Vec<NewTensor> = tensors
             .iter()
             .map(|of| NewTensor { name: of.name.clone(), dtype: of.dtype, dims: of.dims.clone() })
@@ -159,7 +156,7 @@ fn relate(params: &[HeldParam], config: &SaveConfig) -> Result<Vec<PlannedTensor
         let (relation, of) = (Rc::new(relation), Rc::new(of));
         for (place, file) in relation.files.iter().enumerate() {
             let (name, dims, relation, params) = (file.name.clone(), file.dims.clone(), relation.clone(), of.clone());
-            tensors.push(PlannedTensor { name, dims, dtype, relation, place, params, file: 0, start: 0, writer: 0 });
+            tensors.push(PlannedTensor { name, dims, dtype, relation, place, params, file: 0, start: 0 });
         }
     }
     for param in params.iter().filter(|param| !mapping.keeps(&param.path)) {
@@ -170,24 +167,6 @@ fn relate(params: &[HeldParam], config: &SaveConfig) -> Result<Vec<PlannedTensor
         }
     }
     Ok(tensors)
-}
-
-/// Gives each tensor to the rank that has most of it and least to write.
-fn assign(tensors: &mut [PlannedTensor], params: &[HeldParam], ranks: usize) {
-    let mut load = vec![0u64; ranks];
-    for tensor in tensors {
-        let mut held = vec![0usize; ranks];
-        for param in tensor.params.iter() {
-            for (ranges, holders) in &params[*param].parts {
-                let elements = ranges.iter().map(Range::len).product::<usize>();
-                holders.iter().for_each(|rank| held[*rank] += elements);
-            }
-        }
-        let most = held.iter().copied().max().unwrap_or(0);
-        let writer = (0..ranks).filter(|rank| held[*rank] == most).min_by_key(|rank| load[*rank]).unwrap_or(0);
-        load[writer] += tensor.bytes() as u64;
-        tensor.writer = writer;
-    }
 }
 
 pub(super) fn wrong(problem: String) -> Error {

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::pieces::{Given, Piece, given, pieces};
+use super::pieces::{Given, Piece, given, pieces, sources};
 use super::plan::{HeldParam, SavePlan};
 
 /// A piece that is written in a round.
@@ -11,6 +11,8 @@ pub(super) struct Turn {
     /// The number of its tensor.
     pub(super) tensor: usize,
     pub(super) piece: Piece,
+    /// The rank that puts it together.
+    pub(super) writer: usize,
     pub(super) given: Vec<Given>,
 }
 
@@ -19,31 +21,29 @@ pub(super) struct Rounds<'a> {
     plan: &'a SavePlan,
     params: &'a [HeldParam],
     piece_bytes: usize,
-    /// For each rank the tensors that it has not begun, and the pieces of the one that it has.
-    tensors: Vec<VecDeque<usize>>,
+    /// For each rank the pieces that it is still to write.
     pieces: Vec<VecDeque<(usize, Piece)>>,
     /// The rank that comes first in the next round.
     first: usize,
 }
 
 impl<'a> Rounds<'a> {
+    /// Gives each piece to the rank that holds most of it and has least to write.
     pub(super) fn new(plan: &'a SavePlan, params: &'a [HeldParam], piece_bytes: usize, ranks: usize) -> Self {
-        let mut tensors = vec![VecDeque::new(); ranks];
+        let (mut work, mut load) = (vec![VecDeque::new(); ranks], vec![0u64; ranks]);
         for (number, tensor) in plan.tensors.iter().enumerate() {
-            tensors[tensor.writer].push_back(number);
+            for piece in pieces(&tensor.dims, (piece_bytes / tensor.dtype.size()).max(1)) {
+                let mut held = vec![0; ranks];
+                for (block, _, holders) in sources(tensor, &piece, params) {
+                    holders.iter().for_each(|rank| held[*rank] += block.elements());
+                }
+                let most = held.iter().copied().max().unwrap_or(0);
+                let writer = (0..ranks).filter(|rank| held[*rank] == most).min_by_key(|rank| load[*rank]).unwrap_or(0);
+                load[writer] += (piece.elements() * tensor.dtype.size()) as u64;
+                work[writer].push_back((number, piece));
+            }
         }
-        Self { plan, params, piece_bytes, tensors, pieces: vec![VecDeque::new(); ranks], first: 0 }
-    }
-
-    /// The next piece of a rank.
-    fn peek(&mut self, writer: usize) -> Option<&(usize, Piece)> {
-        while self.pieces[writer].is_empty() {
-            let number = self.tensors[writer].pop_front()?;
-            let tensor = &self.plan.tensors[number];
-            let most = (self.piece_bytes / tensor.dtype.size()).max(1);
-            self.pieces[writer] = pieces(&tensor.dims, most).into_iter().map(|piece| (number, piece)).collect();
-        }
-        self.pieces[writer].front()
+        Self { plan, params, piece_bytes, pieces: work, first: 0 }
     }
 }
 
@@ -57,9 +57,10 @@ impl Iterator for Rounds<'_> {
         let mut round = Vec::new();
         for writer in (0..ranks).map(|place| (first + place) % ranks) {
             let (plan, params) = (self.plan, self.params);
-            let Some((number, piece)) = self.peek(writer) else { continue };
+            let Some((number, piece)) = self.pieces[writer].front() else { continue };
             let tensor = &plan.tensors[*number];
-            let turn = Turn { tensor: *number, given: given(tensor, *number, piece, params), piece: piece.clone() };
+            let given = given(tensor, (*number, piece, writer), params);
+            let turn = Turn { tensor: *number, piece: piece.clone(), writer, given };
             let mut more = vec![0; ranks];
             for given in turn.given.iter().filter(|given| given.from != writer) {
                 more[given.from] += given.block.elements() * tensor.dtype.size();

@@ -1,6 +1,7 @@
 //! Sharded replicas (ZeRO) against one device, and what they promise: bytes held, bytes moved, failures.
 
 mod bytes;
+mod gathered;
 mod parity;
 mod rules;
 
@@ -16,7 +17,7 @@ use burn_parallel::sharding::Sharding;
 use crate::common::zoo::Case;
 
 /// The levels that eager replicas have.
-pub const LEVELS: [Sharding; 2] = [Sharding::Optimizer, Sharding::Gradients];
+pub const LEVELS: [Sharding; 3] = [Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
 
 /// An optimizer by its name; `muon` updates matrices, and AdamW the rest.
 pub fn optimizer(name: &str) -> ModuleOptimizer {

@@ -113,7 +113,6 @@ fn settings_that_do_not_go_together_are_errors() {
     says(config(Sharding::Optimizer).with_sharding_ranks(3), "divided among 3 of the 4 replicas");
     says(config(Sharding::Optimizer).with_sharding_ranks(0), "divided among 0 of the 4 replicas");
     says(DataParallelConfig::new().with_sharding_ranks(2), "`sharding_ranks` is set, but `sharding` is \"none\"");
-    says(config(Sharding::Parameters), "parameters cannot be divided among replicas yet");
     says(config(Sharding::Gradients).with_comm_hook(AllReduceHook), "a communication hook reduces whole gradients");
 }
 

@@ -1,0 +1,437 @@
+//! Parameters of which each rank holds its rows only.
+
+use std::time::Duration;
+
+use burn::module::{Module, ModuleVisitor, Param, ParamGroup};
+use burn::optim::{AdamWConfig, ModuleOptimizer};
+use burn::tensor::{Device, Tensor};
+use burn_parallel::Error;
+use burn_parallel::hf::{self, Mapping, SaveConfig};
+use burn_parallel::prelude::*;
+use burn_parallel::sharding::{Keep, Rows, Sharding};
+
+use super::{config, optimizer, train, wrap};
+use crate::common::zoo::{self, Case, assert_close, parameters};
+
+fn gathered(keep: Keep) -> DataParallelConfig {
+    config(Sharding::Parameters).with_keep(keep)
+}
+
+/// The bytes of one shard of each parameter, zeros included, of all of them.
+fn shard_bytes<M: Module>(model: &M, ranks: usize) -> u64 {
+    struct Sum(usize, usize);
+    impl ModuleVisitor for Sum {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.1 += Rows::new(&param.lazy_shape(), self.0).unwrap().shard_dims().iter().product::<usize>() * 4;
+        }
+    }
+    let mut sum = Sum(ranks, 0);
+    model.visit(&mut sum);
+    sum.1 as u64
+}
+
+/// What a gather of all parameters moves on a rank, `(n - 1) / n` of their bytes with zeros, is moved as often as `keep` says, from
+/// the first step on; and for each micro-batch once by a reduce-scatter.
+#[test]
+fn gathers_and_reductions_move_what_the_formulas_say() {
+    let case = zoo::mlp();
+    let micro_batches = 2;
+    for size in [2, 3, 4] {
+        for (keep, gathers) in [(Keep::Pass, 2 * micro_batches), (Keep::MicroBatch, micro_batches), (Keep::Step, 1)] {
+            launch::threads(size)
+                .run(|rank| {
+                    let mut model = wrap(&rank, &case.model, gathered(keep))?;
+                    let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+                    let pass = (rank.size() as u64 - 1) * shard_bytes(&case.model, rank.size());
+                    for step in 0..3 {
+                        let before = model.counters();
+                        let batches = vec![(case.input)(step, 0..2); micro_batches as usize];
+                        let done = model.step_micro_batches(batches, |model, batch| (case.loss)(model, batch))?;
+                        model = model.optimize(&mut optim, 1e-2, done)?;
+                        let moved = model.counters() - before;
+                        assert_eq!(moved.gradients.of("reduce_scatter").bytes, micro_batches * pass, "{keep:?}");
+                        assert_eq!(moved.gradients.total().bytes, micro_batches * pass, "{keep:?}");
+                        let found = moved.parameters.of("all_gather");
+                        // The three layers of a small model are one group. What is in use at the end of forward is still there
+                        // when backward begins.
+                        assert_eq!(found.bytes, gathers.min(micro_batches) * pass, "{keep:?}, step {step}");
+                        assert_eq!(found.calls, gathers.min(micro_batches), "{keep:?}, step {step}");
+                    }
+                    Ok(())
+                })
+                .unwrap();
+        }
+    }
+}
+
+#[test]
+fn parameters_may_be_kept() {
+    let case = zoo::transformer();
+    let (_, model) = case.alone(optimizer("adamw"), 1e-2, &[8; 3]);
+    let expected = parameters(&model.valid());
+    for keep in [Keep::Pass, Keep::MicroBatch, Keep::Step] {
+        let runs =
+            launch::threads(3).run(|rank| train(&rank, &case, gathered(keep), optimizer("adamw"), &[8; 3], 2)).unwrap();
+        assert_close(&expected, &runs[0].1, 3e-5, &format!("{keep:?}"));
+    }
+}
+
+/// A rank holds its rows, and the state of these, and nothing of the rest.
+#[test]
+fn a_rank_holds_its_rows() {
+    struct Held(u64);
+    impl ModuleVisitor for Held {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let buffer = param.base().inner().try_into_primitive::<burn::backend::Flex>().unwrap();
+            self.0 += buffer.bytes().len() as u64;
+        }
+    }
+    let case = zoo::transformer();
+    for size in [2, 4, 8] {
+        launch::threads(size)
+            .run(|rank| {
+                let mut model = wrap(&rank, &case.model, gathered(Keep::Pass))?;
+                let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+                for step in 0..2 {
+                    let done = model.step((case.input)(step, 0..2), |model, batch| (case.loss)(model, batch))?;
+                    model = model.optimize(&mut optim, 1e-2, done)?;
+                    let mut held = Held(0);
+                    model.local().visit(&mut held);
+                    let (mut placeholders, rows) = (Count(0), shard_bytes(&case.model, rank.size()));
+                    case.model.visit(&mut placeholders);
+                    assert_eq!(held.0, rows + 4 * placeholders.0, "one element stands for each parameter");
+                    assert_eq!(super::bytes::state_bytes(&optim) as u64, 2 * rows);
+                    // From outside each parameter is there once.
+                    let paths =
+                        |found: Vec<(String, Vec<f32>)>| found.into_iter().map(|(path, _)| path).collect::<Vec<_>>();
+                    assert_eq!(paths(parameters(&model)), paths(parameters(&case.model)));
+                    assert_eq!(4 * model.num_params() as u64, rows);
+                }
+                Ok(())
+            })
+            .unwrap();
+    }
+    struct Count(u64);
+    impl ModuleVisitor for Count {
+        fn visit_float<const D: usize>(&mut self, _: &Param<Tensor<D>>) {
+            self.0 += 1;
+        }
+    }
+}
+
+/// The model's own forward, by `Deref` or for evaluation, gives what the whole model gives; between steps too.
+#[test]
+fn evaluation_is_that_of_the_whole_model() {
+    let case = zoo::transformer();
+    launch::threads(3)
+        .run(|rank| {
+            let mut model = wrap(&rank, &case.model, gathered(Keep::Pass))?;
+            let mut optim = optimizer("adamw");
+            for step in 0..3 {
+                let whole = model.assemble()?;
+                let batch = (case.input)(9, 0..4);
+                let loss = |tensor: Tensor<1>| tensor.inner().into_scalar::<f32>();
+                let expected = loss((case.loss)(&whole, batch.clone()));
+                // Products of tensors that lie elsewhere in memory may differ in the last bit.
+                let same = |found: Tensor<1>| assert!((loss(found) - expected).abs() <= 1e-6 * expected.abs());
+                same((case.loss)(&model, batch.clone()));
+                let valid = model.valid();
+                same((case.loss)(&valid, batch.clone()));
+                same(model.forward_with(batch, |model, batch| (case.loss)(model, batch))?);
+                let done = model.step((case.input)(step, 0..2), |model, batch| (case.loss)(model, batch))?;
+                model = model.optimize(&mut optim, 1e-2, done)?;
+            }
+            Ok(())
+        })
+        .unwrap();
+}
+
+/// `backward` of a loss that the model's own forward gave, and accumulation before it.
+#[test]
+fn a_loop_of_ones_own() {
+    let case = zoo::mlp();
+    let run = |size: usize, config: DataParallelConfig| {
+        launch::threads(size)
+            .run(|rank| {
+                let mut model = wrap(&rank, &case.model, config.clone())?;
+                let mut optim = optimizer("sgd");
+                for step in 0..3 {
+                    model.accumulate(Loss::mean((case.loss)(&model, (case.input)(step, 0..2)), 2))?;
+                    let loss = Loss::mean((case.loss)(&model, (case.input)(step, 2..5)), 3);
+                    let grads = model.backward(loss)?;
+                    let mut done =
+                        model.step_micro_batches(Vec::<zoo::Batch>::new(), |_, batch| batch.targets.sum())?;
+                    done.grads = grads;
+                    model = model.optimize(&mut optim, 1e-2, done)?;
+                }
+                Ok(parameters(&model.assemble()?.valid()))
+            })
+            .unwrap()
+            .remove(0)
+    };
+    let expected = run(1, DataParallelConfig::new());
+    assert_close(&expected, &run(2, gathered(Keep::Pass)), 3e-5, "2 ranks");
+}
+
+/// Values come from a store by slices: no rank asks for more than its rows.
+#[test]
+fn rows_are_loaded_by_slices() {
+    struct Store(Vec<(String, Vec<usize>)>, usize);
+    impl burn_parallel::params::SliceSource for Store {
+        fn dims(&mut self, path: &str) -> Result<Option<Vec<usize>>, Error> {
+            Ok(self.0.iter().find(|(known, _)| known == path).map(|(_, dims)| dims.clone()))
+        }
+
+        fn read(&mut self, path: &str, ranges: &[std::ops::Range<usize>]) -> Result<burn::tensor::TensorData, Error> {
+            let dims: Vec<usize> = ranges.iter().map(ExactSizeIterator::len).collect();
+            let count = dims.iter().product::<usize>();
+            self.1 += count;
+            // The number of the row, by which what was read is known.
+            let width = count / dims[0].max(1);
+            let rows = ranges[0].clone().flat_map(|row| vec![(row + path.len()) as f32; width]);
+            Ok(burn::tensor::TensorData::new(rows.collect::<Vec<f32>>(), dims))
+        }
+    }
+    struct Dims(Vec<String>, Vec<(String, Vec<usize>)>);
+    impl ModuleVisitor for Dims {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.0.push(name.into());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.0.pop();
+        }
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.1.push((self.0.join("."), param.dims().to_vec()));
+        }
+    }
+    let case = zoo::mlp();
+    let mut dims = Dims(Vec::new(), Vec::new());
+    case.model.visit(&mut dims);
+    let read = launch::threads(4)
+        .run(|rank| {
+            let model = wrap(&rank, &case.model, gathered(Keep::Pass))?;
+            let mut store = Store(dims.1.clone(), 0);
+            let whole = model.load(&mut store)?.assemble()?;
+            for (path, values) in parameters(&whole.valid()) {
+                let (_, dims) = dims.1.iter().find(|(known, _)| *known == path).unwrap();
+                let width = values.len() / dims[0];
+                assert!(
+                    values.iter().enumerate().all(|(at, value)| *value == (at / width + path.len()) as f32),
+                    "{path}"
+                );
+            }
+            Ok(store.1)
+        })
+        .unwrap();
+    assert_eq!(read.iter().sum::<usize>(), case.model.num_params());
+}
+
+fn failure<M: Module + Sync>(
+    case: &Case<M>,
+    run: impl Fn(&Rank, burn_parallel::data_parallel::Replica<burn_parallel::data_parallel::Eager<M>>) -> Result<(), Error>
+    + Sync,
+) -> String {
+    let threads = launch::threads(3).timeout(Duration::from_secs(3));
+    let error = threads.run(|rank| run(&rank, wrap(&rank, &case.model, gathered(Keep::Pass))?));
+    error.unwrap_err().to_string()
+}
+
+/// Whoever fails, leaves, or goes another way, all ranks end with the error, none waits for ever.
+#[test]
+fn failures_end_all_ranks() {
+    let case = zoo::transformer();
+    let error = failure(&case, |rank, mut model| {
+        model.step((case.input)(0, 0..2), |model, batch| {
+            assert!(rank.rank() != 1, "there is no such token");
+            (case.loss)(model, batch)
+        })?;
+        Ok(())
+    });
+    assert!(error.contains("there is no such token"), "{error}");
+    // Evaluation on one rank only, while the others are at a step, or done.
+    let alone = failure(&case, |rank, mut model| {
+        if rank.rank() == 0 {
+            model.forward_with((case.input)(0, 0..2), |model, batch| (case.loss)(model, batch))?;
+        } else {
+            model.step((case.input)(0, 0..2), |model, batch| (case.loss)(model, batch))?;
+        }
+        Ok(())
+    });
+    assert!(alone.contains("rank"), "{alone}");
+    let alone = failure(&case, |rank, model| {
+        if rank.rank() == 0 {
+            drop((case.loss)(&model, (case.input)(0, 0..2)));
+        }
+        Ok(())
+    });
+    assert!(alone.contains("left group") || alone.contains("time-out"), "{alone}");
+    let backward = failure(&case, |rank, mut model| {
+        match rank.rank() {
+            2 => drop(model.backward_without_data()?),
+            _ => {
+                let loss = (case.loss)(&model, (case.input)(0, 0..2));
+                drop(model.backward(loss)?);
+            }
+        }
+        Ok(())
+    });
+    assert!(backward.contains("step_micro_batches"), "{backward}");
+}
+
+/// Two layers of equal dims, used in another order on one rank: no rank may take the one for the other.
+#[test]
+fn ranks_that_use_other_layers_are_told_so() {
+    #[derive(Module, Debug)]
+    struct Two {
+        layers: Vec<burn::nn::Linear>,
+    }
+    let device = Device::flex().autodiff();
+    // Large enough to be groups of their own.
+    let layer = |_| burn::nn::LinearConfig::new(130, 130).init(&device);
+    let model = Two { layers: (0..2).map(layer).collect() };
+    let error = launch::threads(2)
+        .timeout(Duration::from_secs(3))
+        .run(|rank| {
+            let mut model = wrap(&rank, &model, gathered(Keep::Pass))?;
+            let x = Tensor::<2>::ones([2, 130], &rank.device().autodiff());
+            model.step(x, |model, x| {
+                let order = if rank.rank() == 0 { [0, 1] } else { [1, 0] };
+                order.iter().fold(x, |x, at| model.layers[*at].forward(x)).mean()
+            })?;
+            Ok(())
+        })
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("do not agree"), "{error}");
+}
+
+/// Frozen parameters are divided too, and trained from some step on.
+#[test]
+fn frozen_parameters_are_divided() {
+    let case = zoo::transformer();
+    let frozen = || ParamGroup::from_regex("encoder").unwrap();
+    let run = |size: usize, config: DataParallelConfig| {
+        launch::threads(size)
+            .run(|rank| {
+                let frozen_model = case.model.clone().freeze_group(frozen());
+                let mut model = wrap(&rank, &frozen_model, config.clone())?;
+                let mut optim = optimizer("adamw");
+                for step in 0..4 {
+                    if step == 2 {
+                        model = model.unfreeze_group(frozen());
+                    }
+                    let rows = burn_parallel::comm::part(6, rank.size(), rank.rank());
+                    let done = model.step((case.input)(step, rows), |model, batch| (case.loss)(model, batch))?;
+                    model = model.optimize(&mut optim, 1e-2, done)?;
+                }
+                let model = model.sync_buffers()?;
+                Ok(parameters(&model.assemble()?.valid()))
+            })
+            .unwrap()
+            .remove(0)
+    };
+    let expected = run(1, DataParallelConfig::new());
+    for keep in [Keep::Pass, Keep::MicroBatch] {
+        assert_close(&expected, &run(3, gathered(keep)), 3e-5, &format!("{keep:?}"));
+    }
+}
+
+/// Layers of one size, each a group.
+#[derive(Module, Debug)]
+struct Deep {
+    layers: Vec<burn::nn::Linear>,
+}
+
+const DEEP: usize = 5;
+
+impl Deep {
+    fn new(device: &Device) -> Self {
+        Self {
+            layers: (0..DEEP).map(|_| burn::nn::LinearConfig::new(128, 130).with_bias(false).init(device)).collect(),
+        }
+    }
+
+    fn loss(&self, x: Tensor<2>) -> Tensor<1> {
+        self.layers.iter().fold(x, |x, layer| layer.forward(x).tanh().narrow(1, 0, 128)).powi_scalar(2).mean()
+    }
+}
+
+/// Every group is gathered for forward, and again for backward, but for the one that is in use where these meet, and the first, whose
+/// input has no gradient: the same in the first step, which knows of no order, and in those that gather ahead. Nothing is gathered that is not used.
+#[test]
+fn groups_are_gathered_once_a_pass() {
+    let model = Deep::new(&Device::flex().autodiff());
+    for size in [2, 4] {
+        for (keep, groups) in [(Keep::Pass, 2 * DEEP - 2), (Keep::MicroBatch, DEEP), (Keep::Step, DEEP)] {
+            launch::threads(size)
+                .run(|rank| {
+                    let mut model = wrap(&rank, &model, gathered(keep))?;
+                    let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+                    let micro_batches = 3;
+                    for step in 0..4 {
+                        let before = model.counters();
+                        let x = Tensor::<2>::ones([2, 128], &rank.device().autodiff());
+                        let done = model.step_micro_batches(vec![x; micro_batches], |model, x| model.loss(x))?;
+                        let moved = model.counters() - before;
+                        let passes = if keep == Keep::Step { 1 } else { micro_batches };
+                        let calls = (groups * passes) as u64;
+                        assert_eq!(moved.parameters.of("all_gather").calls, calls, "{keep:?}, step {step}");
+                        let bytes = 128 * 130 * 4 * (rank.size() as u64 - 1) / rank.size() as u64;
+                        assert_eq!(moved.parameters.total().bytes, calls * bytes, "{keep:?}, step {step}");
+                        model = model.optimize(&mut optim, 1e-2, done)?;
+                    }
+                    Ok(())
+                })
+                .unwrap();
+        }
+    }
+}
+
+#[test]
+fn groups_that_are_gathered_ahead_train_like_one_device() {
+    let model = Deep::new(&Device::flex().autodiff());
+    let run = |size: usize, config: DataParallelConfig| {
+        launch::threads(size)
+            .run(|rank| {
+                let mut model = wrap(&rank, &model, config.clone())?;
+                let mut optim = optimizer("adamw");
+                for step in 0..4 {
+                    let rows = burn_parallel::comm::part(7, rank.size(), rank.rank());
+                    let x = crate::common::dense::Dense::fractions(&[7, 128], step).rows(0, rows);
+                    let x = x.tensor(&rank.device().autodiff(), burn::tensor::DType::F32);
+                    let done = model.step(x, |model, x: Tensor<2>| model.loss(x))?;
+                    model = model.optimize(&mut optim, 1e-2, done)?;
+                }
+                Ok(parameters(&model.assemble()?.valid()))
+            })
+            .unwrap()
+            .remove(0)
+    };
+    let expected = run(1, DataParallelConfig::new());
+    for size in [2, 3] {
+        for keep in [Keep::Pass, Keep::Step] {
+            assert_close(&expected, &run(size, gathered(keep)), 3e-5, &format!("{size} ranks, {keep:?}"));
+        }
+    }
+}
+
+/// What is saved from rows is what the whole model is.
+#[test]
+fn a_directory_is_saved_from_rows() {
+    let case = zoo::transformer();
+    let dir = std::env::temp_dir().join(format!("burn-parallel-zero-{}", std::process::id()));
+    launch::threads(3)
+        .run(|rank| {
+            let model = wrap(&rank, &case.model, gathered(Keep::Pass))?;
+            hf::save(&model, &rank, &dir, &SaveConfig::new(Mapping::identity()))?;
+            Ok(())
+        })
+        .unwrap();
+    let other = zoo::with_values(case.model.clone(), 99);
+    assert_ne!(parameters(&other.valid()), parameters(&case.model.valid()));
+    let loaded = launch::threads(1)
+        .run(|rank| wrap(&rank, &other, DataParallelConfig::new())?.load(&mut hf::open(&dir)?)?.assemble())
+        .unwrap();
+    assert_eq!(parameters(&loaded[0].valid()), parameters(&case.model.valid()));
+    std::fs::remove_dir_all(&dir).unwrap();
+}
