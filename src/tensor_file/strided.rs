@@ -186,11 +186,11 @@ impl<S: Pod, D: Pod, F: Fn(S) -> D> Copy<'_, S, D, F> {
             let start = (from + line as isize * from_stride) as usize * size_of::<S>();
             bytemuck::pod_read_unaligned(&self.from[start..start + BLOCK * size_of::<S>()])
         });
-        for row in 0..BLOCK {
+        (0..BLOCK).for_each(|row| {
             let line: [D; BLOCK] = std::array::from_fn(|column| (self.cast)(lines[column][row]));
             let start = (to + row as isize * to_stride) as usize * size_of::<D>();
             self.to[start..start + BLOCK * size_of::<D>()].copy_from_slice(bytemuck::bytes_of(&line));
-        }
+        });
     }
 }
 

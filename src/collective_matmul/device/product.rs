@@ -112,8 +112,8 @@ fn matrix(right: DeviceTensor) -> DeviceTensor {
             let (rows, columns) = (*rows, *columns);
             // The dims before are 1: what is left of a view of them is one.
             let strides = right.meta.strides();
-            let transposed = rows > 1 && columns > 1 && strides[dims.len() - 2] < strides[dims.len() - 1];
-            match transposed {
+            let is_transposed = rows > 1 && columns > 1 && strides[dims.len() - 2] < strides[dims.len() - 1];
+            match is_transposed {
                 true => {
                     let order: Vec<usize> = (0..dims.len() - 2).chain([dims.len() - 1, dims.len() - 2]).collect();
                     transposed(with_dims(into_contiguous(permute(right, &order)), vec![columns, rows]))
