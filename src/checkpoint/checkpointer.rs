@@ -91,12 +91,16 @@ impl Checkpointer {
         self.wait()?;
         let snapshot = together(Snapshot::of(step, &state), &self.group)?;
         let (root, options, group) = (self.root.clone(), self.options.clone(), self.group.clone());
-        let run = move || job::run(snapshot, &root, &options, &group);
+        // The save begins when all ranks have a thread for it: until then its group is this thread's.
+        let (begin, begun) = std::sync::mpsc::channel::<()>();
+        let run = move || match begun.recv() {
+            Ok(()) => job::run(snapshot, &root, &options, &group),
+            Err(_) => Err(checkpoint_error("another rank has no thread to save in")),
+        };
         let started = std::thread::Builder::new().name("checkpoint".into()).spawn(run);
-        match together(started.map_err(|why| checkpoint_error(format!("no thread to save in: {why}"))), &self.group) {
-            Ok(running) => self.running = Some(running),
-            Err(error) => return Err(error),
-        }
+        let started = started.map_err(|why| checkpoint_error(format!("no thread to save in: {why}")));
+        self.running = Some(together(started, &self.group)?);
+        let _ = begin.send(());
         Ok(())
     }
 

@@ -28,7 +28,7 @@ use crate::tensor::{PlainTensor, TensorTree};
 /// rank holds whole, [`Sharded`](crate::tensor_parallel::Sharded) or [`Pipelined`](crate::pipeline_parallel::Pipelined) one
 /// that is split itself.
 ///
-/// Dereferences to what runs it (and so, if that is eager, to the model), and is a burn [`Module`] with the same parameter
+/// Dereferences to what runs it (and so, if that is eager, to the model), and is a burn [`Module`](burn::module::Module) with the same parameter
 /// paths, so optimizers, records and visitors take it as they take the model. It trains by
 /// [`ParallelModule::step`](crate::train::ParallelModule::step).
 ///

@@ -4,7 +4,7 @@
 //! [`Sharding`] says what is divided. How is the same everywhere, whatever runs the model: a parameter, its gradient and the
 //! state of its optimizer are divided by rows ([`Rows`]), and never flattened. A shard has the rank of its parameter, so
 //! norms, optimizers and checkpoints see rows of a matrix. Collectives carry the shards of several parameters together: those of
-//! a block, of one dtype ([`groups`]).
+//! a block, of one dtype (`groups`).
 
 mod comms;
 mod group;

@@ -24,6 +24,9 @@ struct World {
     groups: Mutex<Vec<Weak<Group>>>,
 }
 
+/// A group that is being split off, and the channels that its ranks have yet to fetch.
+type Split = (Arc<Group>, Vec<Option<Channels>>);
+
 /// What the ranks of a group share beside their channels.
 struct Group {
     name: Arc<str>,
@@ -36,7 +39,7 @@ struct Group {
     left: Mutex<Vec<(usize, bool)>>,
     /// Groups that are being split from this one, by collective and color, with the channels of the ranks that have not
     /// fetched them yet.
-    splits: Mutex<HashMap<(u64, u64), (Arc<Group>, Vec<Option<Channels>>)>>,
+    splits: Mutex<HashMap<(u64, u64), Split>>,
 }
 
 /// The channels of one rank: to each rank, and from each.

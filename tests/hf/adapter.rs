@@ -98,7 +98,7 @@ fn adapters_go_from_mesh_to_mesh() {
     let expected = expected();
     assert!((expected - NAME.golden().losses[0]).abs() > 1e-3, "the adapters do nothing");
     for (from, to) in [([2, 1, 1], [1, 1, 2]), ([1, 1, 2], [1, 2, 1]), ([1, 2, 1], [2, 1, 1])] {
-        let dir = Dir::new();
+        let dir = Dir::fresh();
         save(from, &dir.join("adapter"));
         let names = hf::open(dir.join("adapter/adapter_model.safetensors")).unwrap();
         assert_eq!(names.names().count(), 2 * 12);
@@ -135,7 +135,7 @@ fn adapters_go_from_mesh_to_mesh() {
 fn adapters_are_merged_as_a_model_is_written() {
     let expected = expected();
     for axes in [[1, 1, 1], [1, 1, 2], [1, 2, 1]] {
-        let dir = Dir::new();
+        let dir = Dir::fresh();
         launch::threads(axes.iter().product())
             .run(|world| {
                 let model =
@@ -162,7 +162,7 @@ fn adapters_are_merged_as_a_model_is_written() {
 
 #[test]
 fn adapters_that_burn_has_none_of() {
-    let dir = Dir::new();
+    let dir = Dir::fresh();
     let says = |config: &str, words: &str| {
         fs::write(dir.join("adapter_config.json"), config).unwrap();
         let said = Adapter::open(dir.path()).unwrap_err().to_string();
@@ -195,7 +195,7 @@ fn adapters_that_burn_has_none_of() {
 
 #[test]
 fn a_model_without_adapters_has_none_to_write() {
-    let dir = Dir::new();
+    let dir = Dir::fresh();
     let error = launch::threads(1).run(|world| {
         let model = NAME.fresh(&world.device().autodiff()).data_parallel(&world, DataParallelConfig::new())?;
         hf::save_adapter(&model, &world, dir.join("x"), ("", SIZES), &SaveConfig::new(Mapping::llama())).map(drop)

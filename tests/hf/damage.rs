@@ -21,7 +21,7 @@ fn says(dir: &Dir, words: &[&str]) {
 
 #[test]
 fn directories_that_lack_something() {
-    let dir = Dir::new();
+    let dir = Dir::fresh();
     says(&dir, &["neither `model.safetensors` nor `model.safetensors.index.json`"]);
     fs::write(dir.join("pytorch_model.bin"), "").unwrap();
     says(&dir, &["pickled files of PyTorch"]);
@@ -41,7 +41,7 @@ fn directories_that_lack_something() {
 
 #[test]
 fn an_index_stays_in_its_directory() {
-    let dir = Dir::new();
+    let dir = Dir::fresh();
     let inner = dir.join("inner");
     fs::create_dir(&inner).unwrap();
     fs::write(dir.join("outside.safetensors"), file_of(&counting(&[("a", &[2])]))).unwrap();

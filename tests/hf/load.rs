@@ -86,7 +86,7 @@ fn each_rank_reads_its_slices_and_nothing_else() {
 
 #[test]
 fn shards_are_one_directory() {
-    let dir = Dir::new();
+    let dir = Dir::fresh();
     let all = counting(&[("a", &[3, 2]), ("b", &[4]), ("c", &[])]);
     fs::write(dir.join("x-1.safetensors"), file_of(&all[..1].to_vec())).unwrap();
     // A tensor that the index does not name is nobody's.

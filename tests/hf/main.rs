@@ -21,7 +21,7 @@ use safetensors::tensor::{Dtype, TensorView};
 pub struct Dir(PathBuf);
 
 impl Dir {
-    pub fn new() -> Self {
+    pub fn fresh() -> Self {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let name = format!("burn-parallel-hf-{}-{}", std::process::id(), NUMBER.fetch_add(1, Relaxed));
         let dir = std::env::temp_dir().join(name);

@@ -11,7 +11,7 @@ use crate::save::same;
 
 #[test]
 fn a_directory_is_a_record_and_back() {
-    let dir = Dir::new();
+    let dir = Dir::fresh();
     let name = Name::Qwen2;
     launch::threads(1)
         .run(|rank| {
@@ -31,7 +31,7 @@ fn a_directory_is_a_record_and_back() {
 fn sharded_replicas_write_what_they_hold() {
     let name = Name::Llama;
     for sharding in [Sharding::Optimizer, Sharding::Gradients] {
-        let dir = Dir::new();
+        let dir = Dir::fresh();
         launch::threads(2)
             .run(|world| {
                 let config = DataParallelConfig::new().with_sharding(sharding);

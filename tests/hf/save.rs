@@ -52,7 +52,7 @@ pub fn same(one: &Path, other: &Path) {
 fn what_any_mesh_writes_any_other_reads() {
     let meshes = [[1, 1, 1], [2, 1, 1], [1, 1, 2], [1, 1, 3], [1, 2, 1], [2, 2, 2], [3, 1, 2]];
     for name in Name::BOTH {
-        let dirs: Vec<Dir> = meshes.iter().map(|_| Dir::new()).collect();
+        let dirs: Vec<Dir> = meshes.iter().map(|_| Dir::fresh()).collect();
         let mut from = name.folder();
         for (axes, dir) in meshes.into_iter().zip(&dirs) {
             let to = dir.join("out");
@@ -72,7 +72,7 @@ fn what_any_mesh_writes_any_other_reads() {
 fn what_replicas_divide_is_read_and_written_once() {
     let name = Name::Llama;
     for axes in [[2, 1, 1], [3, 1, 2], [2, 2, 1]] {
-        let dir = Dir::new();
+        let dir = Dir::fresh();
         let data = DataParallelConfig::new().with_sharding(Sharding::Parameters);
         let strategy = name.strategy(axes).with_data(data).with_engine(Engine::Captured);
         let config = SaveConfig::new(Mapping::llama()).with_piece_bytes(3000);
@@ -84,7 +84,7 @@ fn what_replicas_divide_is_read_and_written_once() {
 #[test]
 fn no_rank_holds_more_than_its_parts_and_some_pieces() {
     for axes in [[2, 1, 1], [1, 1, 2], [1, 2, 1], [1, 1, 4]] {
-        let dir = Dir::new();
+        let dir = Dir::fresh();
         let config = SaveConfig::new(Mapping::llama()).with_piece_bytes(4096);
         let ranks = axes.iter().product::<usize>();
         let saved = through(Name::Llama, &Name::Llama.folder(), axes, &dir.join("out"), &config).unwrap();
@@ -105,7 +105,7 @@ fn no_rank_holds_more_than_its_parts_and_some_pieces() {
 
 #[test]
 fn several_files_and_another_dtype() {
-    let dir = Dir::new();
+    let dir = Dir::fresh();
     let name = Name::Llama;
     let config = SaveConfig::new(Mapping::llama())
         .with_shard_bytes(200_000)
@@ -137,7 +137,7 @@ fn several_files_and_another_dtype() {
 
 #[test]
 fn a_directory_is_there_as_a_whole_or_not_at_all() {
-    let dir = Dir::new();
+    let dir = Dir::fresh();
     let (name, to) = (Name::Qwen2, dir.join("out"));
     let config = SaveConfig::new(Mapping::llama());
     // What a save left that was ended does not matter.
@@ -173,7 +173,7 @@ fn a_directory_is_there_as_a_whole_or_not_at_all() {
 
 #[test]
 fn ranks_that_differ_hear_of_it() {
-    let dir = Dir::new();
+    let dir = Dir::fresh();
     let error = launch::threads(2).run(|world| {
         let model = Name::Llama.fresh(&world.device().autodiff()).data_parallel(&world, DataParallelConfig::new())?;
         let config = SaveConfig::new(Mapping::llama()).with_piece_bytes(100 + world.rank());
@@ -186,7 +186,7 @@ fn ranks_that_differ_hear_of_it() {
 #[test]
 fn parameters_in_several_places_and_layouts() {
     use burn_parallel::hf::Rule;
-    let dir = Dir::new();
+    let dir = Dir::fresh();
     // Neighbours are halves again, and two layers one.
     let mapping = || {
         Mapping::new()
@@ -226,7 +226,7 @@ fn parameters_in_several_places_and_layouts() {
 
 #[test]
 fn a_pipeline_that_is_not_cut_is_an_error() {
-    let dir = Dir::new();
+    let dir = Dir::fresh();
     let error = launch::threads(2).run(|world| {
         let model = Name::Llama.fresh(&world.device().autodiff()).pipeline_parallel(&world, PipelineConfig::new(2))?;
         hf::save(&model, &world, dir.join("out"), &SaveConfig::new(Mapping::llama())).map(drop)
@@ -244,7 +244,7 @@ fn python_reads_it() {
         eprintln!("skipped: `{python}` has no `safetensors` and `numpy`; BURN_PARALLEL_PYTHON names another");
         return;
     }
-    let dir = Dir::new();
+    let dir = Dir::fresh();
     let config = SaveConfig::new(Mapping::llama()).with_shard_bytes(200_000).with_files_of(Name::Llama.folder());
     through(Name::Llama, &Name::Llama.folder(), [1, 2, 2], &dir.join("out"), &config).unwrap();
     let script = r#"
