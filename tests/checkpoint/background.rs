@@ -9,7 +9,7 @@ use crate::net::{Axes, Net, train};
 
 #[test]
 fn training_goes_on_meanwhile() {
-    let (dir, net) = (Dir::new(), Net::wide(64));
+    let (dir, net) = (Dir::fresh(), Net::wide(64));
     for axes in [Axes::new(2, 1, 1), Axes::new(1, 1, 2), Axes::new(1, 2, 1)] {
         let run = launch::threads(2).run(|world| {
             let (mut model, mut optim) = (axes.wrap(&world, &net)?, optimizer());
@@ -38,7 +38,7 @@ fn training_goes_on_meanwhile() {
 
 #[test]
 fn an_error_is_that_of_the_next_call() {
-    let (dir, net) = (Dir::new(), Net::new());
+    let (dir, net) = (Dir::fresh(), Net::new());
     let run = launch::threads(2).run(|world| {
         let mut model = Axes::new(2, 1, 1).wrap(&world, &net)?;
         let root = dir.path().join("runs");

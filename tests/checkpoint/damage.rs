@@ -18,7 +18,7 @@ const SUM: &str = "step-000000001/checkpoint.json.xxh3";
 const FILES: [&str; 4] = [INDEX, SUM, "step-000000001/rank-00000.safetensors", "step-000000001/rank-00001.safetensors"];
 
 fn saved(net: &Net) -> Dir {
-    let dir = Dir::new();
+    let dir = Dir::fresh();
     let axes = Axes::new(1, 1, 2);
     let run = launch::threads(2).run(|world| {
         let mut optim = optimizer();

@@ -20,7 +20,7 @@ fn names(dir: &Dir) -> Vec<String> {
 
 #[test]
 fn the_last_and_every_so_many_are_kept() {
-    let (dir, net) = (Dir::new(), Net::new());
+    let (dir, net) = (Dir::fresh(), Net::new());
     let options = CheckpointOptions::new().with_keep_last(2).with_keep_every(4);
     let run = launch::threads(2).run(|world| {
         let mut model = AXES.wrap(&world, &net)?;
@@ -41,7 +41,7 @@ fn the_last_and_every_so_many_are_kept() {
 
 #[test]
 fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
-    let (dir, net) = (Dir::new(), Net::new());
+    let (dir, net) = (Dir::fresh(), Net::new());
     let save = |step| {
         let run = launch::threads(2).run(|world| {
             let mut model = AXES.wrap(&world, &net)?;
@@ -78,7 +78,7 @@ fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
 
 #[test]
 fn a_directory_that_cannot_be_used_is_an_error_on_all_ranks_and_training_goes_on() {
-    let (dir, net) = (Dir::new(), Net::new());
+    let (dir, net) = (Dir::fresh(), Net::new());
     let (root, elsewhere) = (dir.path().join("runs"), dir.path().join("elsewhere"));
     let errors = launch::threads(2).run(|world| {
         let mut model = AXES.wrap(&world, &net)?;
@@ -116,7 +116,7 @@ fn a_directory_that_cannot_be_used_is_an_error_on_all_ranks_and_training_goes_on
 /// A rank that cannot write fails the save of all, and what the others wrote is gone.
 #[test]
 fn a_rank_that_cannot_write_fails_the_save_of_all() {
-    let (dir, net) = (Dir::new(), Net::new());
+    let (dir, net) = (Dir::fresh(), Net::new());
     let errors = launch::threads(2).run(|world| {
         let mut model = AXES.wrap(&world, &net)?;
         let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
@@ -141,7 +141,7 @@ fn a_rank_that_cannot_write_fails_the_save_of_all() {
 
 #[test]
 fn ranks_that_want_other_things_are_an_error() {
-    let dir = Dir::new();
+    let dir = Dir::fresh();
     let run = launch::threads(2).run(|world| {
         let options = CheckpointOptions::new().with_keep_last(world.rank() + 1);
         Checkpointer::new(&world, dir.path(), options).map(|_| ())

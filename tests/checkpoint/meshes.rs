@@ -30,7 +30,7 @@ const MESHES: [Axes; 11] = [
 
 #[test]
 fn any_mesh_goes_on_from_any_other() {
-    let (dir, model) = (Dir::new(), Net::new());
+    let (dir, model) = (Dir::fresh(), Net::new());
     let expected = alone(&model, 4);
     for (number, axes) in MESHES.into_iter().enumerate() {
         let at = dir.path().join(number.to_string());
@@ -84,7 +84,7 @@ impl burn::module::ModuleMapper for Negate {
 fn on_the_same_mesh_to_the_bit() {
     let net = Net::new();
     for axes in [Axes::new(1, 1, 1), Axes::new(2, 1, 1), Axes::new(1, 1, 2), Axes::new(2, 2, 1)] {
-        let dir = Dir::new();
+        let dir = Dir::fresh();
         let run = |pieces: &[u64]| {
             let mut losses = Vec::new();
             let mut begun = 0;
@@ -133,7 +133,7 @@ fn schedule() -> ModuleLrScheduler {
 /// What several ranks hold alike is written once, and each of them writes some of it.
 #[test]
 fn replicated_tensors_are_written_once() {
-    let (dir, net) = (Dir::new(), Net::new());
+    let (dir, net) = (Dir::fresh(), Net::new());
     let floats: usize = values(&net).values().map(|whole| whole.values.len()).sum();
     for axes in [Axes::new(4, 1, 1), Axes::new(2, 1, 3), Axes::new(2, 2, 2)] {
         let wrote = launch::threads(axes.ranks())
@@ -161,7 +161,7 @@ fn replicated_tensors_are_written_once() {
 /// Running statistics: those of the first replica, on all.
 #[test]
 fn running_statistics_are_those_of_the_first_replica() {
-    let (dir, cnn) = (Dir::new(), Cnn::new(&device()));
+    let (dir, cnn) = (Dir::fresh(), Cnn::new(&device()));
     let wrap = |world: &Rank| own(&cnn).data_parallel(world, DataParallelConfig::new());
     let saved = launch::threads(2).run(|world| {
         let mut model = wrap(&world)?;

@@ -20,7 +20,7 @@ fn a_script_reads_what_was_saved() {
     let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/checkpoints.md");
     let docs = fs::read_to_string(docs).unwrap();
     let script = docs.split_once("```python\n").unwrap().1.split_once("```").unwrap().0;
-    let (dir, net) = (Dir::new(), Net::new());
+    let (dir, net) = (Dir::fresh(), Net::new());
     let axes = Axes::new(2, 1, 2);
     let run = launch::threads(4).run(|world| {
         let mut optim = optimizer();

@@ -27,7 +27,7 @@ fn bytes_are_those_of_the_slices() {
         (Some((4, &by_columns)), Some((4, &by_columns)), 4 * MIB),
         (Some((4, &by_columns)), Some((4, &by_rows)), 4 * MIB),
     ] {
-        let dir = Dir::new();
+        let dir = Dir::fresh();
         let strategy = |axes: Option<(usize, &Plan)>| match axes {
             Some((tp, plan)) => (tp, Strategy::new().with_tp(tp, plan.clone())),
             None => (1, Strategy::new()),

@@ -79,7 +79,7 @@ fn refused<M: Module + Sync>(
 
 #[test]
 fn parameters_that_are_missing_and_that_nobody_expects() {
-    let dir = Dir::new();
+    let dir = Dir::fresh();
     let two = saved(&dir);
     let other = Other { first: linear(4), third: linear(4) };
     let strict = CheckpointOptions::new();
@@ -114,7 +114,7 @@ fn parameters_that_are_missing_and_that_nobody_expects() {
 
 #[test]
 fn optimizers_of_another_kind_and_names_that_are_not_there() {
-    let dir = Dir::new();
+    let dir = Dir::fresh();
     let two = saved(&dir);
     let strict = CheckpointOptions::new();
     let momentum: ModuleOptimizer = SgdConfig::new().with_momentum(Some(MomentumConfig::new())).init();

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses the part that it needs")]
 
 pub mod dense;
+pub mod dir;
 pub mod forwarding;
 pub mod llama;
 pub mod models;

@@ -18,7 +18,7 @@ fn layers() -> Vec<Linear> {
 /// Each more than the 64 KiB that make a group of their own.
 const WIDTHS: [[usize; 2]; 3] = [[151, 113], [113, 157], [157, 131]];
 
-fn forward(layers: &Vec<Linear>, x: Tensor<2>) -> Tensor<2> {
+fn forward(layers: &[Linear], x: Tensor<2>) -> Tensor<2> {
     layers.iter().fold(x, |x, layer| layer.forward(x).tanh())
 }
 

@@ -22,7 +22,7 @@ fn strategy() -> Strategy {
         .with_engine(Engine::Captured)
 }
 
-fn forward(layers: &Vec<Linear>, x: Tensor<2>) -> Tensor<2> {
+fn forward(layers: &[Linear], x: Tensor<2>) -> Tensor<2> {
     layers.iter().fold(x, |x, layer| layer.forward(x).tanh())
 }
 
