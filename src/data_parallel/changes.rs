@@ -76,12 +76,27 @@ impl Reducer {
 
 /// Whether a module has what is not known, and the trained parameters that it holds in several places.
 fn find_changes<M: Module>(module: &M, known: &KnownParams) -> (bool, HashSet<ParamId>) {
+    let found = find_changes_without(module, known, &HashSet::new());
+    if !found.0 && found.1.is_empty() {
+        return found;
+    }
+    // What stands for a parameter whose rows are held is not known, and none itself.
+    match ShardedIds::of(module).stand_ins {
+        stand_ins if stand_ins.is_empty() => found,
+        stand_ins => find_changes_without(module, known, &stand_ins),
+    }
+}
+
+/// As [`find_changes`], of all parameters but some.
+fn find_changes_without<M: Module>(
+    module: &M,
+    known: &KnownParams,
+    without: &HashSet<ParamId>,
+) -> (bool, HashSet<ParamId>) {
     let (mut changed, mut seen, mut repeated) = (false, HashSet::new(), HashSet::new());
-    // What stands for parameters is none itself.
-    let stand_ins = ShardedIds::of(module).stand_ins;
     visit_floats(module, &mut |param| {
         let (id, trained) = (param.id(), param.is_trained());
-        if stand_ins.contains(&id) {
+        if without.contains(&id) {
             return;
         }
         changed |= known.is_new(id, trained);
