@@ -27,7 +27,7 @@
 //! # Ok::<(), Error>(())
 //! ```
 //!
-//! # The rooms
+//! # Modules
 //!
 //! | module | what is in it |
 //! |---|---|

@@ -44,12 +44,12 @@ pub(super) fn of_optimizer(
 ) -> Result<Moments, Error> {
     let paths: HashMap<u64, &ParamInfo> = infos.iter().map(|info| (info.id.val(), info)).collect();
     let path = |id: u64| {
-        let stranger = || {
+        let unknown = || {
             let problem =
                 "it has moments of a parameter that the model does not have: save it with the model that it trains";
             checkpoint_error(format!("optimizer `{optimizer}`: {problem}"))
         };
-        paths.get(&id).copied().ok_or_else(stranger)
+        paths.get(&id).copied().ok_or_else(unknown)
     };
     let bytes = state.to_record().into_bytes().map_err(|why| unreadable(optimizer, why))?;
     let reader = Reader::from_bytes(bytes).map_err(|why| unreadable(optimizer, why))?;

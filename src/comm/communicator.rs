@@ -151,13 +151,13 @@ impl Communicator {
     /// ranks give the same name, whatever their color.
     pub fn split_named(&self, name: &str, color: u64, key: i64) -> Result<Self, Error> {
         let call = Call::split(name);
-        let mut half = None;
+        let mut part = None;
         self.run(&call, |transport| {
-            half = Some(transport.split(name, color, key)?);
+            part = Some(transport.split(name, color, key)?);
             Ok(0)
         })?;
-        let half = half.ok_or_else(|| Error::invalid("split", "the transport returned no group"))?;
-        Ok(Self::with_outstanding_jobs(half, self.inner.progress.outstanding_jobs().clone()))
+        let part = part.ok_or_else(|| Error::invalid("split", "the transport returned no group"))?;
+        Ok(Self::with_outstanding_jobs(part, self.inner.progress.outstanding_jobs().clone()))
     }
 
     /// Waits until every rank of the group has come.

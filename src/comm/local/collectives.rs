@@ -66,12 +66,12 @@ fn fold_share(op: ReduceOp, rank: usize, descriptors: &Descriptors<'_>, root: Op
     let mut passed = 0;
     for (piece, buffer) in own.iter().enumerate() {
         // The share is a range of the concatenated buffers.
-        let here =
+        let overlap =
             share.start.clamp(passed, passed + buffer.elements)..share.end.clamp(passed, passed + buffer.elements);
-        if !here.is_empty() {
+        if !overlap.is_empty() {
             for (other, descriptor) in descriptors.iter().enumerate() {
-                let bytes = (here.start - passed) * buffer.dtype.size();
-                // SAFETY: all ranks have buffers of the same lengths, and `here` lies within this one.
+                let bytes = (overlap.start - passed) * buffer.dtype.size();
+                // SAFETY: all ranks have buffers of the same lengths, and `overlap` lies within this one.
                 let place = unsafe { descriptor.place(piece, own.len()).add(bytes) };
                 let factor = if scaled { factor(&descriptor.call().operation) } else { 1.0 };
                 inputs[other] = Source { data: place, factor };
@@ -82,7 +82,7 @@ fn fold_share(op: ReduceOp, rank: usize, descriptors: &Descriptors<'_>, root: Op
                 Some(root) => &outputs[root..=root],
             };
             // SAFETY: the shares of the ranks do not overlap, and the owners wait until all have departed.
-            unsafe { fold(buffer.dtype, op, inputs, into, here.len()) };
+            unsafe { fold(buffer.dtype, op, inputs, into, overlap.len()) };
         }
         passed += buffer.elements;
     }
@@ -117,7 +117,7 @@ fn fold_part(op: ReduceOp, rank: usize, descriptors: &Descriptors<'_>, output: &
     let Call { dtype: Some(dtype), extent, .. } = *descriptors.get(rank).call() else { return Ok(0) };
     let rows = part(extent.rows(), descriptors.len(), rank);
     let (skipped, elements) = (rows.start * extent.width(), rows.len() * extent.width());
-    let place = output.allocate(&extent.with_rows(rows.len()), dtype)?;
+    let target = output.allocate(&extent.with_rows(rows.len()), dtype)?;
     let source = |descriptor: CallDescriptor| Source {
         // SAFETY: every input is as long as this rank's, and its owner waits.
         data: unsafe { descriptor.input.add(skipped * dtype.size()) },
@@ -125,7 +125,7 @@ fn fold_part(op: ReduceOp, rank: usize, descriptors: &Descriptors<'_>, output: &
     };
     let sources: Vec<Source> = descriptors.iter().map(source).collect();
     // SAFETY: the output is this rank's own.
-    unsafe { fold(dtype, op, &sources, &[place.data], elements) };
+    unsafe { fold(dtype, op, &sources, &[target.data], elements) };
     Ok((elements * dtype.size() * (descriptors.len() - 1)) as u64)
 }
 
@@ -146,7 +146,7 @@ fn collect(
     // More than there are addresses for is more than there is memory for.
     let lens = descriptors.iter().enumerate().map(|(from, descriptor)| wanted(from, &descriptor.call().extent).len());
     let rows = lens.fold(0, usize::saturating_add);
-    let mut place = output.allocate(&extent.with_rows(rows), dtype)?.data;
+    let mut target = output.allocate(&extent.with_rows(rows), dtype)?.data;
     let row_bytes = extent.width() * dtype.size();
     let mut moved = 0;
     for (from, descriptor) in descriptors.iter().enumerate() {
@@ -155,8 +155,8 @@ fn collect(
         if bytes > 0 {
             // SAFETY: the rows lie within the sender's input, whose owner waits; the output has room for all of them.
             unsafe {
-                descriptor.input.add(range.start * row_bytes).copy_to_nonoverlapping(place, bytes);
-                place = place.add(bytes);
+                descriptor.input.add(range.start * row_bytes).copy_to_nonoverlapping(target, bytes);
+                target = target.add(bytes);
             }
         }
         moved += if from == rank { 0 } else { bytes as u64 };

@@ -56,7 +56,7 @@ impl CallDescriptor {
     }
 
     /// The call, for no longer than the barrier lasts.
-    pub fn call<'sequence>(&self) -> &'sequence Call {
+    pub fn call<'barrier>(&self) -> &'barrier Call {
         // SAFETY: the call outlives the barrier that it is published for, and descriptors are read only there.
         unsafe { self.call.as_ref() }
     }
@@ -75,7 +75,7 @@ impl CallDescriptor {
     }
 
     /// The in-place buffers, for no longer than the barrier lasts; none where the data is on a device.
-    pub fn buffers<'sequence>(&self) -> &'sequence [BufferMut<'static>] {
+    pub fn buffers<'barrier>(&self) -> &'barrier [BufferMut<'static>] {
         if self.buffers.is_null() {
             return &[];
         }

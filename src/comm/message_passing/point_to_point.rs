@@ -108,10 +108,10 @@ impl Inbox {
                 }
             }
             world.release_sent();
-            self.accept(world, group, from, header, world.endpoint.thresholds().inline, |place, len| {
+            self.accept(world, group, from, header, world.endpoint.thresholds().inline, |target, len| {
                 // SAFETY: as long as that, and memory of our own.
                 let fits = reader.0.len() == len;
-                fits.then(|| unsafe { reader.0.as_ptr().copy_to_nonoverlapping(place, len) }).is_some()
+                fits.then(|| unsafe { reader.0.as_ptr().copy_to_nonoverlapping(target, len) }).is_some()
             })?;
         }
         Ok(())
@@ -127,8 +127,8 @@ impl Inbox {
             return Ok(false);
         }
         // SAFETY: no more than an entry has, to memory of our own.
-        self.accept(world, group, from, header, shared_memory.entry_bytes(), |place, len| unsafe {
-            data.copy_to_nonoverlapping(place, len);
+        self.accept(world, group, from, header, shared_memory.entry_bytes(), |target, len| unsafe {
+            data.copy_to_nonoverlapping(target, len);
             true
         })?;
         shared_memory.take_message((from, group.rank));
@@ -161,8 +161,8 @@ impl Inbox {
             error => error,
         };
         let mut buffer = ReceiveBuffer::new("recv", &dims, dtype).map_err(no_memory)?;
-        let mut place = buffer.buffer_mut();
-        let (data, len) = (place.as_mut_ptr(), place.elements() * dtype.size());
+        let mut target = buffer.buffer_mut();
+        let (data, len) = (target.as_mut_ptr(), target.elements() * dtype.size());
         // Owns the buffer from now on: it leaks it, should the endpoint have begun to write there.
         let mut message = Incoming { tag, buffer: Some(buffer), requests: Vec::new() };
         if len > enclosed {
@@ -181,13 +181,13 @@ impl Inbox {
 
     /// Takes the oldest message with this `tag`, if all of it has arrived. Also returns whether there is one at all.
     pub fn get(&mut self, world: &World, from: usize, tag: u64) -> Result<(Option<Message>, bool), Error> {
-        let Some(place) = self.waiting.iter().position(|message| message.tag == tag) else {
+        let Some(index) = self.waiting.iter().position(|message| message.tag == tag) else {
             return Ok((None, false));
         };
-        if !world.endpoint.progress(&mut self.waiting[place].requests)? {
+        if !world.endpoint.progress(&mut self.waiting[index].requests)? {
             return Ok((None, true));
         }
-        let buffer = self.waiting.remove(place).and_then(|mut message| message.buffer.take());
+        let buffer = self.waiting.remove(index).and_then(|mut message| message.buffer.take());
         // SAFETY: all of it has been received.
         match buffer.map(|buffer| unsafe { buffer.into_tensor() }) {
             Some(None) => Err(garbled(world, from)),

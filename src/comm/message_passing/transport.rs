@@ -242,9 +242,9 @@ impl Transport for MessagePassingTransport {
     }
 
     fn receive(&self, from: usize, tag: u64) -> Result<Message, Error> {
-        let here = self.try_receive(from, tag)?;
+        let arrived = self.try_receive(from, tag)?;
         // Only a receive that has to wait is recorded in the call history.
-        here.map_or_else(|| self.wait_for(from, tag), Ok)
+        arrived.map_or_else(|| self.wait_for(from, tag), Ok)
     }
 
     fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {

@@ -80,7 +80,7 @@ impl MpiEndpoint {
         let mut has_bound = 0;
         {
             let _locked = mpi.lock();
-            // SAFETY: MPI is initialised; the places outlive the calls, `comm` and `request` until the loop below ends.
+            // SAFETY: MPI is initialised; the places outlive the calls, `comm` and `raw` the loop below as well.
             unsafe {
                 let world = sys::RSMPI_COMM_WORLD;
                 check(sys::MPI_Comm_rank(world, &mut rank), "MPI_Comm_rank")?;
@@ -240,12 +240,12 @@ impl Endpoint for MpiEndpoint {
             return Ok(true);
         }
         let _locked = self.mpi.lock();
-        let mut place = 0;
-        while place < requests.len() {
-            if is_done(&mut requests[place])? {
-                requests.swap_remove(place);
+        let mut index = 0;
+        while index < requests.len() {
+            if is_done(&mut requests[index])? {
+                requests.swap_remove(index);
             } else {
-                place += 1;
+                index += 1;
             }
         }
         Ok(requests.is_empty())

@@ -196,7 +196,7 @@ impl Watchdog {
                 Err(problem) => {
                     drop(watched);
                     self.host.abort(Error::Gpu {
-                        problem: format!("the thread that looks after NCCL could not be started: {problem}"),
+                        problem: format!("the watchdog thread of NCCL could not be started: {problem}"),
                     });
                     return;
                 }

@@ -30,8 +30,8 @@ pub(super) struct Connection<S = TcpStream> {
     /// Scratch memory that discarded data is read into.
     pub discard: Vec<u8>,
     pub reading: Option<Reading>,
-    /// Receives without a message, by tag. A reclaimed one keeps its place, so that each message meets the receive that was
-    /// posted for it.
+    /// Receives without a message, by tag. A reclaimed one keeps its place, so that each message meets the receive that
+    /// was posted for it.
     pub posted: HashMap<u64, VecDeque<Destination>>,
     pub unexpected: HashMap<u64, VecDeque<Unexpected>>,
     pub data_receives: HashMap<u64, DataReceive>,
@@ -270,7 +270,7 @@ impl<S: Stream> Connection<S> {
             queue.retain(|unexpected| !matches!(unexpected, Unexpected::Loopback(source) if source.request == request));
         }
         self.unexpected.retain(|_, queue| !queue.is_empty());
-        let receiving = self.data_receives.values_mut().map(|data_receives| &mut data_receives.into);
+        let receiving = self.data_receives.values_mut().map(|data_receive| &mut data_receive.into);
         let reading = match &mut self.reading {
             Some(Reading::Eager { into, .. }) => Some(into),
             _ => None,
@@ -284,13 +284,13 @@ impl<S: Stream> Connection<S> {
         self.data_sends.retain(|data_send| data_send.source.request != request);
         // The header of the first frame may be partly written: its bytes must follow.
         let begun = self.written > 0;
-        let mut target = 0;
+        let mut place = 0;
         self.send_queue.retain_mut(|frame| {
-            target += 1;
+            place += 1;
             if frame.request.is_none_or(|(other, _)| other != request) {
                 return true;
             }
-            if begun && target == 1 {
+            if begun && place == 1 {
                 frame.body = Body::Own(frame.body.bytes().to_vec());
                 frame.request = None;
                 return true;

@@ -61,8 +61,8 @@ impl Header {
     pub fn write(self) -> [u8; HEADER_BYTES] {
         let mut bytes = [0; HEADER_BYTES];
         let words = [self.kind as u64 | (self.len as u64) << 8, self.tag, self.id];
-        for (place, word) in bytes.chunks_mut(8).zip(words) {
-            place.copy_from_slice(&word.to_le_bytes());
+        for (target, word) in bytes.chunks_mut(8).zip(words) {
+            target.copy_from_slice(&word.to_le_bytes());
         }
         bytes
     }
@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn heads_there_and_back() {
+    fn headers_are_read_as_written() {
         for kind in [FrameKind::Eager, FrameKind::Rts, FrameKind::Cts, FrameKind::Data, FrameKind::Credit] {
             let header = Header { kind, len: (1 << 40) + 3, tag: u64::MAX, id: 7 };
             assert_eq!(Header::read(&header.write()), Some(header));

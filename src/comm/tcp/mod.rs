@@ -16,8 +16,8 @@
 //!
 //! Every rank has a connection to every other. Large tensors go from the sender's memory to the kernel and from there into
 //! the receiver's tensor; a message of up to 256 KiB is sent before it is asked for and copied once more if it comes too
-//! early, at most 8 MiB of these from each rank. Whoever waits works the connections; a thread for each world does when
-//! nobody waits.
+//! early, at most 8 MiB of these from each rank. Whoever waits progresses the connections; a thread for each world does
+//! when nobody waits.
 //!
 //! The ranks show each other that they know a secret (see [`Rendezvous`]). What they send afterwards is neither encrypted
 //! nor signed: across machines, use a network that you trust.

@@ -8,11 +8,11 @@ use std::net::TcpStream;
 
 /// A stream that can read into uninitialised memory.
 pub(super) trait ReadUninit: Read {
-    /// Reads what has arrived into `len` bytes at `place`, and what is left over into `park`. Returns how many bytes
+    /// Reads what has arrived into `len` bytes at `place`, and what is left over into `rest`. Returns how many bytes
     /// were read.
     ///
     /// # Safety
-    /// `len` bytes may be written, and `park` is somewhere else.
+    /// `len` bytes may be written, and `rest` is somewhere else.
     unsafe fn read_uninit(&mut self, place: *mut u8, len: usize, rest: &mut [u8]) -> io::Result<usize> {
         let most = rest.len().min(len);
         let n = self.read(&mut rest[..most])?.min(most);

@@ -81,8 +81,8 @@ impl<S: Stream> Connection<S> {
         let (into, got, left) = match self.reading.as_mut()? {
             Reading::Eager { len, got, into, .. } => (into, *got, *len - *got),
             Reading::Data { id, left } => {
-                let data_receives = self.data_receives.get_mut(id)?;
-                (&mut data_receives.into, data_receives.got, *left)
+                let receive = self.data_receives.get_mut(id)?;
+                (&mut receive.into, receive.got, *left)
             }
         };
         Some(match into {
@@ -118,9 +118,9 @@ impl<S: Stream> Connection<S> {
                 if left > n {
                     self.reading = Some(Reading::Data { id, left: left - n });
                 }
-                let Some(data_receives) = self.data_receives.get_mut(&id) else { return };
-                data_receives.got += n;
-                if data_receives.got == data_receives.len {
+                let Some(receive) = self.data_receives.get_mut(&id) else { return };
+                receive.got += n;
+                if receive.got == receive.len {
                     self.complete(id, table);
                 }
             }
@@ -180,7 +180,7 @@ impl<S: Stream> Connection<S> {
                 None => self.protocol_error(format!("offer {id} is accepted and was never made")),
             },
             FrameKind::Data => match self.data_receives.get(&id) {
-                Some(data_receives) if len > 0 && len <= data_receives.len - data_receives.got => {
+                Some(receive) if len > 0 && len <= receive.len - receive.got => {
                     self.reading = Some(Reading::Data { id, left: len });
                 }
                 _ => self.protocol_error(format!("{len} bytes of offer {id} came unasked")),

@@ -109,9 +109,9 @@ fn random_bytes_do_no_harm() {
     };
     for _ in 0..200 {
         let ((mut connection, mut other), mut table) = (connected(), RequestTable::default());
-        let mut room = vec![0u8; 64];
+        let mut buffer = vec![0u8; 64];
         let request = table.begin();
-        connection.receive(2, RecvBuffer { data: room.as_mut_ptr(), len: 64, request }, &mut table);
+        connection.receive(2, RecvBuffer { data: buffer.as_mut_ptr(), len: 64, request }, &mut table);
         let mut bytes = Vec::new();
         for _ in 0..20 {
             let kind = [FrameKind::Eager, FrameKind::Rts, FrameKind::Cts, FrameKind::Data, FrameKind::Credit]
@@ -230,7 +230,7 @@ fn what_is_withdrawn_is_left_alone() {
         there.write(&mut others);
         here.read(&mut table);
         here.write(&mut table);
-        there.data_receives.values().any(|data_receives| data_receives.got > 0) && here.wants_to_write()
+        there.data_receives.values().any(|receive| receive.got > 0) && here.wants_to_write()
     });
     here.reclaim(sent);
     there.reclaim(received);

@@ -1,6 +1,6 @@
 //! What each of burn's operations is, in one table; what it takes; and the fields that passes look for.
 //!
-//! Rooms above ask here. Those files that give an operation another form (the rules of a
+//! Modules above ask here. Those files that give an operation another form (the rules of a
 //! [partition](crate::partition): `rules`, `padding`, `merged`, `rows`, `fuse`) match on burn's own types, and no others do.
 
 mod build;

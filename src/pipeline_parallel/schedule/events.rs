@@ -4,7 +4,7 @@
 //!
 //! - a pass needs the passes of other stages that give it tensors, and of its own stage, the pass before it. If the
 //!   timetable communicates, what comes from another rank must have been sent, and its receive posted;
-//! - a send is a rendezvous: it begins when its receives are posted. An engine that buffers is more patient, so what
+//! - a send is a rendezvous: it begins when its receives are posted. A transport that buffers is more patient, so what
 //!   plays through here plays through there;
 //! - a receive is posted, and does not hold up the rank.
 

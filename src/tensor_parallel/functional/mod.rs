@@ -18,7 +18,7 @@
 //! The rows are cut into chunks ([`Overlap`]). Before an all-reduce or a reduce-scatter, a chunk is multiplied and sent on its
 //! way while the next is multiplied; the last travels beside the gradient of the weight. Behind an all-gather, a rank first
 //! multiplies the rows that it has, then those of the others, chunk by chunk as they come. Where the collective is the
-//! work of the ranks' own threads, as in the embedded engine, there is nothing to wait for: a chunk is reduced right behind
+//! work of the ranks' own threads, as over `local`, there is nothing to wait for: a chunk is reduced right behind
 //! its multiplication, while it is in the cache. Small products are one chunk: multiplied, then reduced. The order of the
 //! summands of an element never depends on the chunks.
 //!

@@ -87,7 +87,7 @@ impl ColumnParallelLinearConfig {
 ///
 /// The input passes *f* ([`copy_to_group`](crate::layout::copy_to_group)), whose backward is the all-reduce of `dX`; with
 /// `sequence_parallel` an all-gather whose backward is a reduce-scatter. The products overlap with them, see
-/// [`matmul`](crate::tensor_parallel::functional). Features are divided as [`part`](crate::comm::part) does. Made by
+/// [`functional`](crate::tensor_parallel::functional). Features are divided as [`part`](crate::comm::part) does. Made by
 /// [`ColumnParallelLinearConfig`].
 ///
 /// Source: Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3; with sequence parallelism

@@ -55,9 +55,9 @@ impl Agreement<'_> {
         let (endpoint, tag) = (&self.world.endpoint, self.group.tag(MessageKind::Call));
         let mut requests = Vec::with_capacity(self.group.size() - 1);
         let begun = (1..self.group.size()).try_for_each(|other| {
-            let (member, place) = (self.group.members[other], table[other * DESCRIPTOR_BYTES..].as_mut_ptr());
+            let (member, target) = (self.group.members[other], table[other * DESCRIPTOR_BYTES..].as_mut_ptr());
             // SAFETY: the table is on the heap, and kept until the requests are done or cancelled.
-            unsafe { endpoint.receive(member, tag, place, DESCRIPTOR_BYTES, &mut requests) }
+            unsafe { endpoint.receive(member, tag, target, DESCRIPTOR_BYTES, &mut requests) }
         });
         self.receive(begun, requests, table)
     }

@@ -78,8 +78,8 @@ impl Writer {
     }
 }
 
-/// Names of operations and engines that came from others. So few are kept, and each once, that no peer can fill the memory with
-/// them; this program has fewer of its own.
+/// Names of operations and transports that came from others. So few are kept, and each once, that no peer can fill the
+/// memory with them; this program has fewer of its own.
 pub(super) struct Names(Mutex<BTreeSet<&'static str>>);
 
 static NAMES: Names = Names::new();

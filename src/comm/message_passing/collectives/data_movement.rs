@@ -98,27 +98,27 @@ impl Collective<'_> {
             self.post_send(other, MessageKind::Contributions, contribution(other), &mut transfers)?;
         }
         let Some(Some(begin)) = begin else { return self.finish(&mut transfers).map(|()| 0) };
-        let (mut segment, mut moved) = (begin, 0);
+        let (mut target, mut moved) = (begin, 0);
         for from in 0..n {
             let rows = counts.rows(from, rank);
             let bytes = rows.len() * row;
             match shared_memory {
                 // SAFETY: as long as that, and not the same memory.
-                _ if from == rank => unsafe { segment.copy_from_nonoverlapping(contribution(rank).data, bytes) },
+                _ if from == rank => unsafe { target.copy_from_nonoverlapping(contribution(rank).data, bytes) },
                 // SAFETY: the input of that rank is in its slot, from the beginning.
                 Some((shared_memory, rounds)) => unsafe {
-                    segment.copy_from_nonoverlapping(shared_memory.slot(from, rounds).add(rows.start * row), bytes);
+                    target.copy_from_nonoverlapping(shared_memory.slot(from, rounds).add(rows.start * row), bytes);
                 },
                 None => self.post_receive(
                     from,
                     MessageKind::Contributions,
-                    Segment { data: segment, bytes },
+                    Segment { data: target, bytes },
                     &mut transfers,
                 )?,
             }
             moved += if from == rank { 0 } else { bytes as u64 };
             // SAFETY: the output has room for all.
-            segment = unsafe { segment.add(bytes) };
+            target = unsafe { target.add(bytes) };
         }
         let finished = self.finish(&mut transfers);
         drop(transfers);

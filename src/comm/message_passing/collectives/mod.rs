@@ -91,11 +91,11 @@ impl<'a> PendingTransfers<'a> {
         let mut remotes: Vec<Remote> = self.requests.iter().filter_map(remote).collect();
         remotes.sort_unstable();
         remotes.dedup();
-        let slot = |take: fn(&Remote) -> Option<usize>| -> Vec<String> {
+        let ranks_of = |take: fn(&Remote) -> Option<usize>| -> Vec<String> {
             remotes.iter().filter_map(take).map(|rank| rank.to_string()).collect()
         };
-        let from = slot(|remote| if let Remote::From(rank) = remote { Some(*rank) } else { None });
-        let to = slot(|remote| if let Remote::To(rank) = remote { Some(*rank) } else { None });
+        let from = ranks_of(|remote| if let Remote::From(rank) = remote { Some(*rank) } else { None });
+        let to = ranks_of(|remote| if let Remote::To(rank) = remote { Some(*rank) } else { None });
         let words = |ranks: &[String], before: &str| match ranks {
             [] => None,
             [one] => Some(format!("{before} rank {one}")),
@@ -244,7 +244,7 @@ impl<'a> Collective<'a> {
             (Operation::AllReduce(op), None) => self.all_reduce(op, &pieces, None),
             (Operation::Reduce { op, root }, None) => self.all_reduce(op, &pieces, Some(root)),
             (Operation::Broadcast { root }, None) => self.broadcast(root, &pieces, size),
-            (operation, None) => unreachable!("{operation:?} is not done in segment"),
+            (operation, None) => unreachable!("{operation:?} is not done in place"),
         };
         let bools = self.call.dtype.map_or(Ok(()), |dtype| self.check_bools(dtype, &pieces));
         moved.and_then(|moved| bools.map(|()| moved))
@@ -324,10 +324,10 @@ fn segments_of(pieces: &[Segment], range: Range<usize>, size: usize) -> impl Ite
     pieces.iter().filter_map(move |piece| {
         let all = passed..passed + piece.bytes;
         passed = all.end;
-        let here = (range.start * size).clamp(all.start, all.end)..(range.end * size).clamp(all.start, all.end);
+        let overlap = (range.start * size).clamp(all.start, all.end)..(range.end * size).clamp(all.start, all.end);
         // SAFETY: within the piece.
-        let data = unsafe { piece.data.add(here.start - all.start) };
-        (!here.is_empty()).then_some(Segment { data, bytes: here.len() })
+        let data = unsafe { piece.data.add(overlap.start - all.start) };
+        (!overlap.is_empty()).then_some(Segment { data, bytes: overlap.len() })
     })
 }
 

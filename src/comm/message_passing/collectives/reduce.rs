@@ -34,9 +34,9 @@ impl Collective<'_> {
         }
         let temporary = scratch.as_mut_ptr().cast::<u8>();
         let temporary = |window: usize, other: usize| {
-            let segment = (window % 2) * (self.group.size() - 1) + if other < rank { other } else { other - 1 };
+            let number = (window % 2) * (self.group.size() - 1) + if other < rank { other } else { other - 1 };
             // SAFETY: there is memory for so many.
-            unsafe { temporary.add(segment * bytes.next_multiple_of(8)) }
+            unsafe { temporary.add(number * bytes.next_multiple_of(8)) }
         };
         // Declared after the buffers, so that these requests are dropped before them.
         let mut travelling = [self.transfers(), self.transfers()];
@@ -146,15 +146,15 @@ impl Collective<'_> {
         let rows = part(extent.rows(), n, rank).len();
         let (mut allocated, mut scratch) = (output.allocate(&extent.with_rows(rows), dtype), Vec::new());
         let bytes = mine.len() * size;
-        let Some(segment) = destination(&mut allocated, &mut scratch, bytes) else {
+        let Some(target) = destination(&mut allocated, &mut scratch, bytes) else {
             return Err(self.fail_out_of_memory(bytes));
         };
         // Inputs are only read: they are sent to others and reduced from.
         let pieces = [Segment { data: input.as_ptr().cast_mut(), bytes: input.elements() * size }];
         // SAFETY: the output is as long as this rank's share.
-        let result = |element: usize| unsafe { segment.add((element - mine.start) * size) };
+        let result = |element: usize| unsafe { target.add((element - mine.start) * size) };
         let folded = self.reduce_windows(op, &pieces, share, result, |_| Ok(()));
-        let bools = self.check_bools(dtype, &[Segment { data: segment, bytes }]);
+        let bools = self.check_bools(dtype, &[Segment { data: target, bytes }]);
         folded.and(bools)?;
         allocated?;
         Ok((bytes * (n - 1)) as u64)

@@ -252,7 +252,7 @@ impl Collective<'_> {
         let (start, elements) = (rows.start * extent.width() * dtype.size(), rows.len() * extent.width());
         let (mut allocated, mut scratch) = (output.allocate(&extent.with_rows(rows.len()), dtype), Vec::new());
         let bytes = elements * dtype.size();
-        let Some(place) = destination(&mut allocated, &mut scratch, bytes) else {
+        let Some(target) = destination(&mut allocated, &mut scratch, bytes) else {
             return Err(self.fail_out_of_memory(bytes));
         };
         let sources: Vec<Source> = (0..size)
@@ -263,8 +263,8 @@ impl Collective<'_> {
             })
             .collect();
         // SAFETY: all are as long as this rank's share; the output is new.
-        unsafe { fold(dtype, op, &sources, &[place], elements) };
-        self.check_bools(dtype, &[Segment { data: place, bytes }])?;
+        unsafe { fold(dtype, op, &sources, &[target], elements) };
+        self.check_bools(dtype, &[Segment { data: target, bytes }])?;
         allocated.map(|_| (bytes * (size - 1)) as u64)
     }
 }

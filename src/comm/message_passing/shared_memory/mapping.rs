@@ -36,15 +36,15 @@ impl Address {
     pub fn to_bytes(self) -> [u8; Self::BYTES] {
         let words = [self.machine, u64::from(self.process) << 32 | u64::from(self.file), self.seal];
         let mut bytes = [0; Self::BYTES];
-        bytes.chunks_exact_mut(8).zip(words).for_each(|(place, word)| place.copy_from_slice(&word.to_le_bytes()));
+        bytes.chunks_exact_mut(8).zip(words).for_each(|(target, word)| target.copy_from_slice(&word.to_le_bytes()));
         bytes
     }
 
     /// `None` if nothing is offered.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let mut words = bytes.chunks_exact(8).map(|word| word.try_into().map_or(0, u64::from_le_bytes));
-        let (machine, place, seal) = (words.next()?, words.next()?, words.next()?);
-        (seal != 0).then_some(Self { machine, process: (place >> 32) as u32, file: place as u32, seal })
+        let (machine, descriptor, seal) = (words.next()?, words.next()?, words.next()?);
+        (seal != 0).then_some(Self { machine, process: (descriptor >> 32) as u32, file: descriptor as u32, seal })
     }
 }
 
@@ -133,10 +133,10 @@ impl Mapping {
         self.file = None;
     }
 
-    pub fn at(&self, place: usize) -> *mut u8 {
-        debug_assert!(place <= self.len);
+    pub fn at(&self, offset: usize) -> *mut u8 {
+        debug_assert!(offset <= self.len);
         // SAFETY: within the mapping, as its users lay it out.
-        unsafe { self.data.as_ptr().add(place) }
+        unsafe { self.data.as_ptr().add(offset) }
     }
 }
 

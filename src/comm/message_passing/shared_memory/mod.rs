@@ -60,13 +60,13 @@ struct Offsets {
 impl Offsets {
     /// The offsets for so many ranks; `None` if they are too many.
     fn new(size: usize) -> Option<Self> {
-        let room = |pieces: usize, smallest: usize, largest: usize| {
+        let bytes_of_each = |pieces: usize, smallest: usize, largest: usize| {
             let share = MAX_TOTAL / pieces;
             (share >= smallest).then(|| (1 << share.ilog2()).min(largest))
         };
-        let slot = room(2 * size, MIN_SLOT, MAX_SLOT)?;
-        // Too many for mailboxes may still agree here.
-        let entry = room(size * size * ENTRIES as usize, MIN_ENTRY, MAX_ENTRY).unwrap_or(0);
+        let slot = bytes_of_each(2 * size, MIN_SLOT, MAX_SLOT)?;
+        // Ranks that are too many for mailboxes may still agree in it.
+        let entry = bytes_of_each(size * size * ENTRIES as usize, MIN_ENTRY, MAX_ENTRY).unwrap_or(0);
         Some(Self { size, slot, entry })
     }
 
@@ -150,17 +150,17 @@ impl SharedMemory {
 
     pub fn write_descriptor(&self, rank: usize, rounds: &Rounds, descriptor: &[u8; DESCRIPTOR_BYTES]) {
         // SAFETY: the descriptor is this rank's own, and nobody reads it now.
-        unsafe { self.post(rank, rounds).copy_from_nonoverlapping(descriptor.as_ptr(), DESCRIPTOR_BYTES) };
+        unsafe { self.descriptor(rank, rounds).copy_from_nonoverlapping(descriptor.as_ptr(), DESCRIPTOR_BYTES) };
     }
 
     pub fn read_descriptor(&self, rank: usize, rounds: &Rounds) -> [u8; DESCRIPTOR_BYTES] {
         let mut descriptor = [0; DESCRIPTOR_BYTES];
         // SAFETY: the descriptor has been published. Whatever another process may have done to it, it is bytes.
-        unsafe { self.post(rank, rounds).copy_to_nonoverlapping(descriptor.as_mut_ptr(), DESCRIPTOR_BYTES) };
+        unsafe { self.descriptor(rank, rounds).copy_to_nonoverlapping(descriptor.as_mut_ptr(), DESCRIPTOR_BYTES) };
         descriptor
     }
 
-    fn post(&self, rank: usize, rounds: &Rounds) -> *mut u8 {
+    fn descriptor(&self, rank: usize, rounds: &Rounds) -> *mut u8 {
         self.mapping.at(self.offsets.descriptors() + (2 * rank + rounds.slot()) * DESCRIPTOR_STRIDE)
     }
 
@@ -185,15 +185,15 @@ impl SharedMemory {
     /// `len` bytes are readable, and not more than an entry has room for.
     pub unsafe fn post_message(&self, (from, to): (usize, usize), header: &[u8], data: *const u8, len: usize) -> bool {
         let mailbox = self.mailbox(from, to);
-        let Some(place) = mailbox.free().filter(|_| header.len() < HEADER_BYTES && self.offsets.entry > 0) else {
+        let Some(index) = mailbox.free().filter(|_| header.len() < HEADER_BYTES && self.offsets.entry > 0) else {
             return false;
         };
-        let place = self.entry(from, to, place);
+        let entry = self.entry(from, to, index);
         // SAFETY: within the entry, which is this rank's to write.
         unsafe {
-            place.write(header.len() as u8);
-            place.add(1).copy_from_nonoverlapping(header.as_ptr(), header.len());
-            copy_out(data, place.add(HEADER_BYTES), len);
+            entry.write(header.len() as u8);
+            entry.add(1).copy_from_nonoverlapping(header.as_ptr(), header.len());
+            copy_out(data, entry.add(HEADER_BYTES), len);
         }
         mailbox.post();
         true
@@ -201,12 +201,12 @@ impl SharedMemory {
 
     /// The header of the next message, if there is one, and the address of its data.
     pub fn next_message(&self, (from, to): (usize, usize)) -> Option<(Box<[u8]>, *const u8)> {
-        let place = self.entry(from, to, self.mailbox(from, to).next()?);
+        let entry = self.entry(from, to, self.mailbox(from, to).next()?);
         // SAFETY: within the entry. Whatever another process may do to it, a copy is bytes.
-        let header = unsafe { place.cast::<[u8; HEADER_BYTES]>().read() };
+        let header = unsafe { entry.cast::<[u8; HEADER_BYTES]>().read() };
         let header = &header[1..][..usize::from(header[0])];
         // SAFETY: as above.
-        Some((header.into(), unsafe { place.add(HEADER_BYTES) }))
+        Some((header.into(), unsafe { entry.add(HEADER_BYTES) }))
     }
 
     /// The next message has been read.
@@ -219,8 +219,8 @@ impl SharedMemory {
         Mailbox { posted: &self.all_counters()[first], taken: &self.all_counters()[first + 1] }
     }
 
-    fn entry(&self, from: usize, to: usize, place: u64) -> *mut u8 {
-        let number = (from * self.offsets.size + to) * ENTRIES as usize + place as usize;
+    fn entry(&self, from: usize, to: usize, index: u64) -> *mut u8 {
+        let number = (from * self.offsets.size + to) * ENTRIES as usize + index as usize;
         self.mapping.at(self.offsets.mailboxes() + number * (HEADER_BYTES + self.offsets.entry))
     }
 }
@@ -230,7 +230,7 @@ mod tests {
     use super::Offsets;
 
     #[test]
-    fn every_rank_has_a_share_of_a_side() {
+    fn every_rank_has_a_share_of_a_slot() {
         let sizes: Vec<(usize, usize)> =
             (2..2000).filter_map(|size| Offsets::new(size).map(|offsets| (size, offsets.slot))).collect();
         assert!(sizes.len() > 200);

@@ -36,7 +36,7 @@ fn a_header_is_kept_when_its_bytes_cannot_be_sent() {
 }
 
 #[test]
-fn a_call_is_kept_when_the_word_cannot_be_awaited() {
+fn a_call_is_kept_when_the_commit_cannot_be_awaited() {
     // Nobody commits: after a while the rank turns back, and the endpoint keeps both.
     let world = World::new(2, [1], MemoryNetwork::never_returning(None, Some(MessageKind::Call as u64)));
     let comm = world.comms[0].clone();
@@ -57,7 +57,7 @@ fn a_call_is_kept_when_the_word_cannot_be_awaited() {
 }
 
 #[test]
-fn a_verdict_is_kept_when_it_cannot_be_sent_to_all() {
+fn a_commit_is_kept_when_it_cannot_be_sent_to_all() {
     let network = network((MessageKind::Commit, 1), Some(MessageKind::Commit));
     let world = World::new(3, [0], network);
     let call = crate::comm::Call::new(crate::comm::Operation::Barrier, None, crate::comm::Extent::flat(0));

@@ -41,17 +41,17 @@ fn goes_on(world: &World) {
 
 /// Together the ranks contribute 2^64 bytes, which wrap around to none in 64 bits.
 #[test]
-fn thresholds_that_wrap_around_are_an_error_and_no_more() {
+fn sizes_that_wrap_around_are_an_error_and_no_more() {
     let half = (1 << 60) - 1;
-    type Query = fn(&Communicator) -> Result<(), Error>;
-    let gather: Query = |comm| comm.all_gather(vec![1.0f64, 2.0]).map(drop);
-    let into: Query = |comm| comm.all_gather_into(&[1.0f64, 2.0], &mut [0.0; 0]);
-    for ask in [gather, into] {
+    type Gather = fn(&Communicator) -> Result<(), Error>;
+    let gather: Gather = |comm| comm.all_gather(vec![1.0f64, 2.0]).map(drop);
+    let into: Gather = |comm| comm.all_gather_into(&[1.0f64, 2.0], &mut [0.0; 0]);
+    for run in [gather, into] {
         // Rank 1 is real, and rank 0 is the group root.
         let world = World::new(3, [1], MemoryNetwork::default());
         let calls = [half, 2, half].map(|rows| call(Operation::AllGather, DType::F64, rows));
         world.network.inject((0, 1, MessageKind::Commit as u64), table(&calls));
-        let error = ask(&world.comms[0]).unwrap_err();
+        let error = run(&world.comms[0]).unwrap_err();
         let Error::OutOfMemory { rank: 0, bytes: usize::MAX, operation, .. } = &error else { panic!("{error:?}") };
         assert!(operation.ends_with(&format!("to which rank 0 brings {} bytes,", 8 * half)), "{operation}");
         goes_on(&world);
@@ -60,7 +60,7 @@ fn thresholds_that_wrap_around_are_an_error_and_no_more() {
 
 /// There are addresses for a third of what the others claim to contribute, and no memory.
 #[test]
-fn thresholds_that_nobody_has_memory_for_are_an_error_and_no_more() {
+fn sizes_that_nobody_has_memory_for_are_an_error_and_no_more() {
     let half = (1 << 60) - 1;
     let world = World::new(3, [1], MemoryNetwork::default());
     let mut calls = [half, 2, half].map(|rows| descriptor(&call(Operation::AllToAll, DType::F64, rows)));

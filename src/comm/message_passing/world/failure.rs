@@ -219,8 +219,8 @@ impl World {
                 report.line = Some(group.history.line(group.rank));
                 report.waits = proposal.call.and_then(|(sequence, call)| {
                     // In the next call, or still in the one before, it is not in this one.
-                    let here = group.done.load(Ordering::Acquire) == sequence;
-                    group.history.time_in(group.rank, &call, self.endpoint.now()).filter(|_| here)
+                    let in_this_one = group.done.load(Ordering::Acquire) == sequence;
+                    group.history.time_in(group.rank, &call, self.endpoint.now()).filter(|_| in_this_one)
                 });
             } else if last == group.id && matches!(proposal.error, Error::RankLost { .. }) {
                 // Its last group, although it waits nowhere.
@@ -237,7 +237,7 @@ impl World {
         let inquiry = lock(&self.inquiry);
         let Some(Inquiry { proposal, reports, since }) = inquiry.as_ref() else { return };
         let complete =
-            answered && reports.iter().enumerate().all(|(rank, reports)| reports.is_some() || self.is_lost(rank));
+            answered && reports.iter().enumerate().all(|(rank, report)| report.is_some() || self.is_lost(rank));
         if self.failure.get().is_some() || !(complete || self.elapsed(*since) > self.phase_limit(INQUIRY_LIMIT)) {
             return;
         }

@@ -100,9 +100,9 @@ impl World {
         match message {
             ControlMessage::Propose(proposal) => self.start_inquiry(from, proposal),
             ControlMessage::Query(proposal) => self.answer_query(from, &proposal),
-            ControlMessage::Report(reports) => {
+            ControlMessage::Report(report) => {
                 if let Some(inquiry) = lock(&self.inquiry).as_mut() {
-                    inquiry.reports[from] = Some(reports);
+                    inquiry.reports[from] = Some(report);
                 }
                 self.conclude_inquiry(true);
             }

@@ -32,7 +32,7 @@ struct State<T> {
     /// How many of each a thread is receiving itself.
     asked: BTreeMap<Key, usize>,
     /// Fetched messages, the oldest first.
-    here: BTreeMap<Key, VecDeque<T>>,
+    fetched: BTreeMap<Key, VecDeque<T>>,
     /// Whether there is a thread that fetches.
     served: bool,
     /// Nothing is fetched any more.
@@ -41,8 +41,8 @@ struct State<T> {
 
 impl<T> Default for PostedReceives<T> {
     fn default() -> Self {
-        let (wanted, asked, here) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let state = State { wanted, fetching: None, asked, here, served: false, closed: false };
+        let (wanted, asked, fetched) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let state = State { wanted, fetching: None, asked, fetched, served: false, closed: false };
         Self { state: Mutex::new(state), condvar: Condvar::new() }
     }
 }
@@ -92,7 +92,7 @@ impl<T> PostedReceives<T> {
         let began = Instant::now();
         let mut state = self.lock();
         loop {
-            if let Some(oldest) = state.here.get_mut(&key).and_then(VecDeque::pop_front) {
+            if let Some(oldest) = state.fetched.get_mut(&key).and_then(VecDeque::pop_front) {
                 return Asked::Fetched(oldest);
             }
             if state.fetching != Some(key) {
@@ -153,7 +153,7 @@ impl<T> PostedReceives<T> {
             let fetched = fetch(key, message);
             state = self.lock();
             state.fetching = None;
-            state.here.entry(key).or_default().push_back(fetched?);
+            state.fetched.entry(key).or_default().push_back(fetched?);
             self.condvar.notify_all();
             pause = SOON;
         }

@@ -42,7 +42,7 @@ impl Rendezvous {
         loop {
             let refused = match self.call(blob, until) {
                 Ok((stream, reply)) => {
-                    let garbled = || Err(rendezvous_error(format!("rank {host} is garbled")));
+                    let garbled = || Err(rendezvous_error(format!("the reply of rank {host} is garbled")));
                     return read_reply(&reply, count).unwrap_or_else(garbled).map(|blobs| (stream, blobs));
                 }
                 Err(refused) => refused,
@@ -95,13 +95,13 @@ impl Rendezvous {
                 break;
             }
         }
-        let mut eager = stream.ok_or(problem)?;
+        let mut stream = stream.ok_or(problem)?;
         // With no listener, the system may connect a port of its own choice to itself.
-        if eager.local_addr()? == eager.peer_addr()? {
+        if stream.local_addr()? == stream.peer_addr()? {
             return Err(io::Error::from(io::ErrorKind::ConnectionRefused).into());
         }
-        let reply = self.client_handshake(&mut Limited { stream: &mut eager, until }, blob)?;
-        Ok((eager, reply))
+        let reply = self.client_handshake(&mut Limited { stream: &mut stream, until }, blob)?;
+        Ok((stream, reply))
     }
 
     /// The client's handshake. Nothing that the other side sends is kept before it has proved that it knows the secret.

@@ -175,9 +175,9 @@ impl Rendezvous {
         if count > missing.len() {
             missing.push(format!("and {} more", count - missing.len()));
         }
-        let reply = if count == 1 { "rank" } else { "ranks" };
+        let noun = if count == 1 { "rank" } else { "ranks" };
         rendezvous_error(format!(
-            "{reply} {} of {} did not come to {}:{} within {:.1?}{acceptor}; start all of them, or raise \
+            "{noun} {} of {} did not come to {}:{} within {:.1?}{acceptor}; start all of them, or raise \
              BURN_PARALLEL_TIMEOUT_S if they were only slow",
             missing.join(", "),
             self.size,

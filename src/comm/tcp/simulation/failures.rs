@@ -82,8 +82,8 @@ fn a_rank_that_is_stopped_is_named_in_time_and_blames_nobody() {
         let names = |text: &str| text.split(|c: char| !c.is_ascii_digit()).any(|number| number == named.to_string());
         assert!(names(missing), "{about}: {error}");
         assert!(
-            log.lines().iter().any(|route| route.ends_with(&format!("rank {culprit}: no answer")))
-                || log.lines().iter().any(|route| route.contains(&format!("rank {named}: no answer"))),
+            log.lines().iter().any(|line| line.ends_with(&format!("rank {culprit}: no answer")))
+                || log.lines().iter().any(|line| line.contains(&format!("rank {named}: no answer"))),
             "{about}: {error}"
         );
         // It learns what happened to the others, and returns the same error.
@@ -142,7 +142,7 @@ fn a_world_is_over_when_one_rank_never_ends() {
 
 /// Rank 0 has left for good when the others fail: another rank coordinates.
 #[test]
-fn a_failure_is_judged_after_rank_0_has_left() {
+fn another_rank_coordinates_after_rank_0_has_left() {
     for seed in 0..20u64 {
         let mut random = Random(seed);
         let size = 3 + random.below(6);

@@ -75,12 +75,12 @@ impl MessageStore {
             let Some(in_flight) = in_flight.get_mut(route) else { continue };
             while !receives.is_empty() {
                 let Some(message) = in_flight.pop_front_if(|message| message.at <= now) else { break };
-                let Some(place) = receives.pop_front() else { break };
+                let Some(receive) = receives.pop_front() else { break };
                 let bytes = message.bytes.get();
-                assert_eq!(bytes.len(), place.len, "a message of another length on {route:?}");
+                assert_eq!(bytes.len(), receive.len, "a message of another length on {route:?}");
                 // SAFETY: as long as that, and borrowed until the request is done.
-                unsafe { bytes.as_ptr().copy_to_nonoverlapping(place.data, place.len) };
-                open.remove(&place.request);
+                unsafe { bytes.as_ptr().copy_to_nonoverlapping(receive.data, receive.len) };
+                open.remove(&receive.request);
                 if let Bytes::Borrowed(_, _, request) = message.bytes {
                     open.remove(&request);
                 }
@@ -189,7 +189,7 @@ impl Endpoint for MessageEndpoint {
     fn cancel(&self, requests: &mut Vec<Request>) {
         let mut store = lock(&self.store);
         for request in requests.drain(..) {
-            store.receives.values_mut().for_each(|receives| receives.retain(|place| place.request != request.0));
+            store.receives.values_mut().for_each(|receives| receives.retain(|receive| receive.request != request.0));
             store.open.remove(&request.0);
         }
     }

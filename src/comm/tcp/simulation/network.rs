@@ -172,11 +172,11 @@ impl State {
         Ok(most)
     }
 
-    fn read(&mut self, from: usize, to: usize, receives: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+    fn read(&mut self, from: usize, to: usize, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
         let Self { plan, random, now, .. } = self;
         let pipe = &mut self.pipes[from * self.size + to];
         pipe.arrive(*now);
-        let total: usize = receives.iter().map(|place| place.len()).sum();
+        let total: usize = buffers.iter().map(|buffer| buffer.len()).sum();
         let mut most = total.min(pipe.arrived);
         if most == 0 {
             return if pipe.readable() { Ok(0) } else { Err(io::ErrorKind::WouldBlock.into()) };
@@ -185,9 +185,9 @@ impl State {
             most = 1 + random.below(most);
         }
         let mut left = most;
-        for place in receives {
-            let taken = place.len().min(left);
-            pipe.bytes.read_exact(&mut place[..taken])?;
+        for buffer in buffers {
+            let taken = buffer.len().min(left);
+            pipe.bytes.read_exact(&mut buffer[..taken])?;
             left -= taken;
         }
         pipe.arrived -= most;
@@ -208,8 +208,8 @@ impl Read for SimulatedStream {
         self.read_vectored(&mut [IoSliceMut::new(place)])
     }
 
-    fn read_vectored(&mut self, receives: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        lock(&self.state).read(self.other, self.rank, receives)
+    fn read_vectored(&mut self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        lock(&self.state).read(self.other, self.rank, buffers)
     }
 }
 

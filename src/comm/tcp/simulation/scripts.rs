@@ -224,10 +224,10 @@ fn mesh(
     let column = comm.split((comm.rank() % columns) as u64, 0)?;
     let row = comm.split((comm.rank() / columns) as u64, 0)?;
     if both {
-        let (there, steps, outcomes) = (context.clone(), scripts.clone(), outcomes.clone());
+        let (background, steps, outcomes) = (context.clone(), scripts.clone(), outcomes.clone());
         context.start(move || {
-            let outcome = steps[1].iter().try_for_each(|step| perform(&column, &there, step));
-            outcomes.borrow_mut().push((there.rank, outcome));
+            let outcome = steps[1].iter().try_for_each(|step| perform(&column, &background, step));
+            outcomes.borrow_mut().push((background.rank, outcome));
         });
         scripts[2].iter().try_for_each(|step| perform(&row, context, step))
     } else {
