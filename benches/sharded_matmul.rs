@@ -1,9 +1,9 @@
 //! A row-parallel product in chunks against the product and then its all-reduce, on two ranks of one thread.
 //!
-//! Both take turns within one run, in changing order; what counts is the median over rounds of the ratio of their times, that
-//! of the slower rank. First over the embedded engine, whose collectives are the work of the ranks' own cores. Then over the
-//! same engine behind a made-up network: a collective takes the time that its bytes would take on a link of 1 GB/s, during
-//! which the cores are free, as they are with a GPU or a network card of its own.
+//! Both take turns within one run, in changing order; what counts is the median over rounds of the ratio of their
+//! times, that of the slower rank. First over the transport between threads, whose collectives are the work of the ranks'
+//! own cores. Then over the same behind a made-up network: a collective takes the time that its bytes would take on a link
+//! of 1 GB/s, during which the cores are free, as they are with a GPU or a network card of its own.
 //!
 //! `cargo bench --bench sharded_matmul -- [ROUNDS]`
 
@@ -106,7 +106,7 @@ fn main() {
             .collect(),
     };
     for network in [false, true] {
-        println!("{}", if network { "over a network of 1 GB/s" } else { "embedded engine" });
+        println!("{}", if network { "over a network of 1 GB/s" } else { "between threads" });
         println!("rows x features x outputs: multiply then all-reduce; overlapped over that");
         let run = launch::threads(2).threads_per_rank(1).run(|rank| {
             let comm = match network {

@@ -40,7 +40,7 @@ pub fn run(checks: &mut Checks) {
                 }
                 choice.open(0)?;
                 let device = |rank: usize| choice.open(rank % choice.count()).unwrap_or_else(|_| Device::flex());
-                passed(over_threads::run(size, |engine| check(&engine, &device(engine.rank))))
+                passed(over_threads::run(size, |factory| check(&factory, &device(factory.rank))))
             });
         }
     }
@@ -60,7 +60,7 @@ pub fn run(checks: &mut Checks) {
             checks.check(format!("NCCL, {size} ranks: {name}"), || {
                 let gpus = nccl_for(choice, size)?;
                 choice.open(0)?;
-                passed(over_nccl::run(size, gpus, |engine| check(engine, &Device::cuda(engine.gpu))))
+                passed(over_nccl::run(size, gpus, |factory| check(factory, &Device::cuda(factory.gpu))))
             });
         }
         checks.check(format!("NCCL, {size} ranks: the suite of the host's data, through NCCL's communicator"), || {
@@ -75,9 +75,9 @@ pub fn run(checks: &mut Checks) {
 }
 
 fn host_suite(size: usize, gpus: usize) -> Result<Figures, Shortfall> {
-    passed(over_nccl::run(size, gpus, |engine| {
-        let first = engine.is_first();
-        transport_suite::run(engine, &|name| {
+    passed(over_nccl::run(size, gpus, |factory| {
+        let first = factory.is_first();
+        transport_suite::run(factory, &|name| {
             if first {
                 println!("     {name}");
             }

@@ -1,4 +1,4 @@
-//! The embedded engine, as one that works beside the ranks' threads: a network card, or a GPU.
+//! The transport between threads, as one that works beside the ranks' threads: a network card, or a GPU.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,8 +7,8 @@ use burn::tensor::DType;
 use burn_parallel::comm::{Call, CallLog, Communicator, Message, Operation, Transfer, Transport};
 use burn_parallel::prelude::*;
 
-/// An engine that has another do its collectives, sums of `f32` and gathers, and does not say that it works on the threads that
-/// call it. It carries no messages.
+/// A transport that has another do its collectives, sums of `f32` and gathers, and does not say that it works on the threads
+/// that call it. It carries no messages.
 #[derive(Debug)]
 pub struct Forwarding {
     comm: Communicator,
@@ -23,7 +23,7 @@ impl Forwarding {
     }
 
     fn refused<T>(&self, what: impl std::fmt::Display) -> Result<T, Error> {
-        Err(Error::user(format!("the forwarding engine carries no {what}")))
+        Err(Error::user(format!("the forwarding transport carries no {what}")))
     }
 }
 

@@ -1,4 +1,4 @@
-//! The graph room against eager burn: the same loss, gradients, running statistics and trained weights.
+//! Captured steps against eager burn: the same loss, gradients, running statistics and trained weights.
 
 #[path = "../common/mod.rs"]
 mod common;

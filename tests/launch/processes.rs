@@ -161,7 +161,7 @@ fn a_program_that_does_not_exist() {
 
 #[cfg(not(feature = "mpi"))]
 #[test]
-fn an_engine_that_is_not_built_in() {
+fn a_transport_that_is_not_built_in() {
     let processes = launch::processes(2).transport(launch::TransportKind::Mpi);
     let error = processes.run(|process| process, |_| Ok(())).unwrap_err();
     assert!(error.to_string().contains("--features mpi"), "{error}");

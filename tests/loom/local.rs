@@ -208,7 +208,7 @@ fn all_or_none(world: &World, results: &[Result<(), Interrupted>]) {
 }
 
 #[test]
-fn a_ring_is_never_missed() {
+fn a_notification_is_never_missed() {
     for backoff in [SLEEPY, Backoff { spins: 1, yields: 1 }] {
         explore("event_count, one sleeper", None, move || {
             let (event_count, ready) = (Arc::new(EventCount::new()), Arc::new(AtomicUsize::new(0)));
@@ -224,8 +224,8 @@ fn a_ring_is_never_missed() {
 }
 
 #[test]
-fn a_ring_wakes_every_sleeper() {
-    explore("event_count, two sleepers for two ringers", None, || {
+fn a_notification_wakes_every_sleeper() {
+    explore("event_count, two sleepers for two notifiers", None, || {
         let (event_count, ready) = (Arc::new(EventCount::new()), Arc::new(AtomicUsize::new(0)));
         let part = move |index: usize| {
             if index == 0 {
@@ -240,7 +240,7 @@ fn a_ring_wakes_every_sleeper() {
 
 #[test]
 fn a_wait_ends_when_time_is_up() {
-    explore("event_count, nobody rings", None, || {
+    explore("event_count, nobody notifies", None, || {
         let event_count = Arc::new(EventCount::new());
         let clock = Clock::of_last_event_count();
         let striking = clock.clone();

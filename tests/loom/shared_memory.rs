@@ -168,7 +168,7 @@ fn a_collective_may_take_several_rounds() {
 
 /// Results are published, and read by all, or by one alone: all-reduce, reduce.
 #[test]
-fn results_are_read_when_they_are_shown() {
+fn results_are_read_when_they_are_published() {
     let all = |shared_memory: &SharedMemory, rounds: &mut Rounds| {
         enter(shared_memory, rounds, 0);
         share(shared_memory, rounds, 0, true);
@@ -228,7 +228,7 @@ impl Mail {
 /// More messages than entries: each arrives once, in order, and none is overwritten before it is taken. The sender of
 /// one that finds no entry waits here.
 #[test]
-fn letters_come_in_order() {
+fn messages_come_in_order() {
     explore("mailbox", Some(4), || {
         let entries = std::array::from_fn(|_| UnsafeCell::new(0));
         let mail = loom::sync::Arc::new(Mail { posted: counter(), taken: counter(), entries });

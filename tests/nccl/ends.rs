@@ -134,7 +134,7 @@ pub fn role() -> Option<ExitCode> {
         Ok(_) => println!("well"),
         Err(error) => println!("failed: {error}"),
     }
-    // Whoever looks after NCCL may still be at it.
+    // The watchdog may still be at work.
     sleep(Duration::from_millis(300));
     Some(ExitCode::SUCCESS)
 }

@@ -1,4 +1,4 @@
-//! Fused products over an engine that works beside the ranks' threads: chunks travel while others are multiplied.
+//! Fused products over a transport that works beside the ranks' threads: chunks travel while others are multiplied.
 
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};

@@ -1,4 +1,4 @@
-//! Folded and overlapped collectives: the same numbers, and work between start and wait.
+//! Collectives in buckets, and overlapped: the same numbers, and work between start and wait.
 
 use burn_parallel::graph::StepGraph;
 use burn_parallel::partition::{bucket_reductions, overlap};
