@@ -24,6 +24,8 @@ use crate::comm::tcp::{descriptors, nonce};
 
 /// Says to a program that it has been started by itself.
 const CHILD: &str = "BURN_PARALLEL_CHILD";
+/// Says to a rank how often the ranks were started before.
+const RESTART: &str = "BURN_PARALLEL_RESTART";
 /// How long ranks have to end once they are told to.
 const GRACE: Duration = Duration::from_secs(5);
 /// How often the parent looks whether a rank has ended.
@@ -33,7 +35,7 @@ const STDERR_LINES: usize = 12;
 
 /// Prepares a world of `size` ranks that are processes of this very program on this machine. [`Processes::run`] starts it.
 pub fn processes(size: usize) -> Processes {
-    Processes { size, transport: TransportKind::Tcp, program: None }
+    Processes { size, transport: TransportKind::Tcp, program: None, restarts: 0 }
 }
 
 /// A world of processes to be started.
@@ -43,6 +45,7 @@ pub struct Processes {
     size: usize,
     transport: TransportKind,
     program: Option<(OsString, Vec<OsString>)>,
+    restarts: usize,
 }
 
 impl Processes {
@@ -55,6 +58,14 @@ impl Processes {
     /// Sets what is started in place of this program with its own arguments.
     pub fn program(mut self, program: impl Into<OsString>, arguments: impl IntoIterator<Item: Into<OsString>>) -> Self {
         self.program = Some((program.into(), arguments.into_iter().map(Into::into).collect()));
+        self
+    }
+
+    /// Starts all processes again when one has failed or was killed, so many times. Default 0. A program that is to go on where it was
+    /// [restores](crate::checkpoint::Checkpointer::restore) its last checkpoint when it starts; which start it is, counted from 0, it finds
+    /// in `BURN_PARALLEL_RESTART`. A run that a signal to the first process ends is not started again.
+    pub fn restarts(mut self, restarts: usize) -> Self {
+        self.restarts = restarts;
         self
     }
 
@@ -93,6 +104,10 @@ impl Processes {
         }
         let (program, arguments) = self.command()?;
         mpirun.arg("-n").arg(self.size.to_string()).arg(program).args(arguments).env(CHILD, "1");
+        if self.restarts > 0 {
+            let problem = "`restarts` are for processes over TCP: over MPI, its own launcher starts them again";
+            return Err(Error::invalid("launch::processes", problem));
+        }
         supervise(vec![mpirun], self.size).map(|()| None)
     }
 
@@ -104,9 +119,23 @@ impl Processes {
     /// of what other launchers have said to this process.
     ///
     /// # Errors
-    /// [`Error::ProcessFailed`] for the first that fails, after all have ended; [`Error::Launch`] if one can't be started;
-    /// [`Error::User`] if a signal ended the run.
+    /// [`Error::ProcessFailed`] for the first that fails, after all have ended, in the last of the [starts](Self::restarts);
+    /// [`Error::Launch`] if one can't be started; [`Error::User`] if a signal ended the run.
     pub fn supervise(self) -> Result<(), Error> {
+        for start in 0..self.restarts {
+            match self.start(start) {
+                Err(failed @ Error::ProcessFailed { .. }) => {
+                    let left = self.restarts - start - 1;
+                    log::warn!("all {} ranks are started again, {left} more times if need be: {failed}", self.size);
+                }
+                ended => return ended,
+            }
+        }
+        self.start(self.restarts)
+    }
+
+    /// Starts the processes, after so many starts, and waits for them.
+    fn start(&self, before: usize) -> Result<(), Error> {
         let (program, arguments) = self.command()?;
         // What a process says comes by two pipes; a few more are open while one is started.
         let (size, pipes) = (self.size, self.size.saturating_mul(2).saturating_add(8));
@@ -124,7 +153,7 @@ impl Processes {
             ProcessInfo::of_other_launchers().for_each(|name| {
                 command.env_remove(name);
             });
-            command.args(&arguments).env(CHILD, "1").env(SECRET, &secret);
+            command.args(&arguments).env(CHILD, "1").env(SECRET, &secret).env(RESTART, before.to_string());
             command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
             command.env("WORLD_SIZE", self.size.to_string()).env("LOCAL_WORLD_SIZE", self.size.to_string());
             command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());

@@ -106,6 +106,27 @@ fn one_that_fails_ends_all() {
     assert!(pids(&folder.0).iter().all(|pid| !alive(*pid)), "processes are left");
 }
 
+/// Started again until all goes well, or as often as was said.
+#[test]
+fn ranks_are_started_again() {
+    let folder = Folder::new("restarts");
+    let fails_before = |good: usize| {
+        let last = "if [ $RANK = 1 ] && [ $BURN_PARALLEL_RESTART -lt";
+        let script = format!(
+            "echo $BURN_PARALLEL_RESTART > {}/{good}.$BURN_PARALLEL_RESTART.$RANK; {last} {good} ]; then kill -9 $$; fi",
+            folder.path()
+        );
+        launch::processes(2).program("sh", ["-c", &script]).restarts(2).supervise()
+    };
+    fails_before(2).unwrap();
+    assert!((0..3).all(|start| folder.0.join(format!("2.{start}.1")).exists()));
+    fails_before(0).unwrap();
+    assert!(!folder.0.join("0.1.0").exists());
+    let error = fails_before(3).unwrap_err();
+    assert!(matches!(error, Error::ProcessFailed { rank: Some(1), size: 2, .. }), "{error}");
+    assert!(!folder.0.join("3.3.0").exists());
+}
+
 #[test]
 fn one_that_is_killed_ends_all() {
     let (out, _) = run("if [ $RANK = 2 ]; then kill -9 $$; fi; sleep 1000");
