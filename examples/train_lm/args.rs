@@ -50,7 +50,7 @@ struct Flags {
     #[arg(long, value_name = "PATH")]
     text: Option<PathBuf>,
 
-    /// How many ranks train together, each on a thread of its own [default: --dp times --pp times --tp, or 2]
+    /// How many ranks train together, threads or processes as --launch says [default: --dp times --pp times --tp, or 2]
     #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
     ranks: Option<usize>,
 

@@ -31,6 +31,9 @@
 //! property of the step and not of a context, averages are weighted by what was really seen ([`Loss`](crate::step::Loss)), and ranks may bring
 //! different numbers of batches ([`ParallelModule::join`](crate::train::ParallelModule::join)).
 //!
+//! What replicas would all hold alike (the state of the optimizer, gradients, parameters) can be divided among them:
+//! `DataParallelConfig::with_sharding` (ZeRO), after which steps are taken by `optimize`.
+//!
 //! # Data
 //!
 //! Each rank reads its own share of the data. [`DistributedSampler`] says which items these are, without losing or repeating

@@ -9,8 +9,8 @@
 //! - [`partition`](crate::partition::partition) splits the step over the ranks of a mesh axis,
 //! - [`sync_batch_norm`](crate::data_parallel::sync_batch_norm) puts a collective after every batch statistic.
 //!
-//! An [`Executor`] then runs it on the model's device at each step with the current parameters and new inputs, faster than
-//! eager since there is no tape.
+//! An [`Executor`] then runs it on the model's device at each step with the current parameters and new inputs, without a
+//! tape, as fast as eager steps.
 //!
 //! ```
 //! use burn::{nn::{Linear, LinearConfig}, prelude::*};

@@ -7,7 +7,8 @@ use crate::step::Step;
 impl Step {
     /// Measures the gradient of the whole model, whatever it is spread over, and [clips](Clip) it: a number is the largest L2 norm.
     /// [`grad_norm`](Self::grad_norm) is then the norm before that. Collective over the ranks that share the model, over which it
-    /// takes one small collective along each axis; replicas hold the same gradients and communicate nothing.
+    /// takes one small collective along each axis; replicas hold the same gradients and communicate nothing, unless
+    /// they are sharded (ZeRO): these take one as well.
     ///
     /// `model` is the one that made the step. A step that is skipped already stays as it is.
     ///

@@ -116,8 +116,8 @@ pub enum Engine {
     Auto,
     /// By the model's own forward, at every step: shapes and decisions may change. For data parallelism alone.
     Eager,
-    /// Captured as a graph once for each shape of the inputs: faster, with random numbers that do not depend on the number
-    /// of ranks. [`graph`](crate::graph) says what a step must not do.
+    /// Captured as a graph once for each shape of the inputs, with random numbers that do not depend on the number of
+    /// ranks; as fast as eager steps. [`graph`](crate::graph) says what a step must not do.
     Captured,
 }
 
