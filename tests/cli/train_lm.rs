@@ -225,7 +225,9 @@ fn the_json_tells_what_came_of_the_run() {
     let object = outcome.as_object().unwrap();
     let mut keys: Vec<&str> = object.keys().map(String::as_str).collect();
     keys.sort();
-    assert_eq!(keys, ["axes", "bytes_sent_per_step", "calls_per_step", "losses", "parameters", "tokens_per_second"]);
+    let expected =
+        ["axes", "bytes_held", "bytes_sent_per_step", "calls_per_step", "losses", "parameters", "tokens_per_second"];
+    assert_eq!(keys, expected);
 
     let losses = losses(&outcome);
     assert_eq!(losses.len(), 3);
