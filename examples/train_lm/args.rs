@@ -1,46 +1,15 @@
 //! The command line: what it takes, and which of it makes no sense.
 
-use std::fs::{self, OpenOptions};
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use burn_parallel::prelude::*;
-use burn_parallel::sharding::Sharding;
-use clap::error::ErrorKind;
-use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
+use clap::Parser;
 
-use crate::device::Compute;
+use crate::common::device::Compute;
+use crate::common::flags::{Axes, MeshFlags, STRATEGY_KEYS, learning_rate, norm, parse, up_to, writable, wrong};
+use crate::common::start::{self, Launch, Start, Transport};
 use crate::gpt::GptConfig;
-use crate::start::{self, Launch, Start, Transport};
 use crate::text::VOCAB;
-
-/// What may be in the file of `--strategy`.
-const STRATEGY_KEYS: &str = r#"Keys of a --strategy file, in TOML, with what they are when left out:
-  dp                   what is left of the ranks
-  pp, tp               1
-  engine               "auto"; or "eager", "captured"
-  [data]
-  bucket_bytes         25000000
-  first_bucket_bytes   1000000
-  reduce_dtype         that of the gradients; or "BF16", "F16", "F32", "F64"
-  overlap              true
-  compare_every        0
-  sharding             "none"; or "optimizer", "gradients", "parameters"
-  sharding_ranks       all replicas
-  keep                 "pass"; or "micro_batch", "step"
-  [tensor]
-  plan                 needed if tp > 1: "megatron", "hugging_face", or a table of rules
-  seed                 0
-  check_inputs_every   1
-  [pipeline]
-  micro_batches        needed if pp > 1
-  schedule             "1f1b"; or "gpipe", "zb_h1", { interleaved = { stages_per_rank = 2 } }, { custom = ".." }
-  cut                  "balanced"; or { before = ["layers.2.*"] }, { patterns = [["layers.0.*"], ["*"]] }, ..
-  whole_inputs         []
-  seed                 0
-  graphs               16
-  check_inputs_every   1
-The docs of `burn_parallel::train::Strategy` say what each does."#;
 
 /// Trains a small byte-level GPT on any UTF-8 text, on several ranks.
 #[derive(Parser, Debug)]
@@ -50,36 +19,11 @@ struct Flags {
     #[arg(long, value_name = "PATH")]
     text: Option<PathBuf>,
 
-    /// How many ranks train together, threads or processes as --launch says [default: --dp times --pp times --tp, or 2]
-    #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
-    ranks: Option<usize>,
-
-    /// How many replicas of the model share each batch: data parallelism [default: --ranks divided by --pp and --tp]
-    #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
-    dp: Option<usize>,
-
-    /// How many ranks share each layer of a replica: tensor parallelism
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = up_to::<1024>)]
-    tp: usize,
-
-    /// How many ranks share the layers of a replica: pipeline parallelism
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = up_to::<1024>)]
-    pp: usize,
-
-    /// A file that says how the model is spread, in TOML or JSON, in place of --dp, --tp, --pp and what goes with them
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["dp", "tp", "pp", "schedule", "micro_batches"])]
-    strategy: Option<PathBuf>,
-
-    /// What the replicas divide among themselves: 0 nothing, 1 the state of the optimizer, 2 gradients as well, 3 parameters as well
-    #[arg(long, value_name = "STAGE", value_parser = zero, conflicts_with = "strategy")]
-    zero: Option<Sharding>,
-
-    /// In which order the stages of a pipeline take the micro-batches
-    #[arg(long, value_name = "NAME", value_enum, default_value = "1f1b")]
-    schedule: ScheduleName,
+    #[command(flatten)]
+    mesh: MeshFlags,
 
     /// How many micro-batches a pipeline divides its rows into [default: 4 times --pp, as far as there are rows]
-    #[arg(long, value_name = "M", value_parser = up_to::<1_000_000>)]
+    #[arg(long, value_name = "M", conflicts_with = "strategy", value_parser = up_to::<1_000_000>)]
     micro_batches: Option<usize>,
 
     /// How many steps to train
@@ -158,36 +102,13 @@ struct Flags {
     transport: Option<Transport>,
 }
 
-/// The schedules of pipelines by the names of the field.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum ScheduleName {
-    /// All forwards, then all backwards
-    #[value(name = "gpipe")]
-    GPipe,
-    /// One forward, one backward
-    #[value(name = "1f1b")]
-    OneForwardOneBackward,
-    /// One forward, one backward, with two stages on each rank
-    #[value(name = "interleaved")]
-    Interleaved,
-    /// One forward, one backward, with gradients of weights in the gaps: ZB-H1
-    #[value(name = "zb_h1")]
-    ZeroBubble,
-}
-
 /// A run that makes sense.
 #[derive(Clone, Debug)]
 pub struct Args {
     /// The text to learn from; the project's own if there is none.
     pub text: Option<PathBuf>,
-    /// How many ranks train together.
-    pub ranks: usize,
-    /// How many replicas of the model share each batch.
-    pub dp: usize,
-    /// How many ranks share each layer of a replica.
-    pub tp: usize,
-    /// How many ranks share the layers of a replica.
-    pub pp: usize,
+    /// How many ranks there are along each axis.
+    pub axes: Axes,
     /// How the model is spread.
     pub strategy: Strategy,
     /// How many steps to train.
@@ -229,44 +150,10 @@ pub struct Args {
 impl Args {
     /// Reads the command line; what makes no sense, alone or together, is an error, and so is a wish for help.
     pub fn from_command_line() -> Result<Self, clap::Error> {
-        // `--steps -1` is a wrong number of steps, not a flag that nobody knows.
-        let command = Flags::command().mut_args(|flag| flag.allow_negative_numbers(true));
-        let flags = Flags::from_arg_matches(&command.try_get_matches()?)?;
-        fn wrong<T>(why: String) -> Result<T, clap::Error> {
-            Err(clap::Error::raw(ErrorKind::ValueValidation, why))
-        }
-
+        let flags: Flags = parse()?;
         let start = start::choose(flags.launch, flags.device, flags.transport).or_else(wrong)?;
-        let read = flags.strategy.as_ref().map(Strategy::read).transpose();
-        let read = match read {
-            Ok(strategy) => strategy,
-            // In one line, as all that is refused.
-            Err(problem) => return wrong(format!("--strategy: {}", problem.to_string().replace('\n', " "))),
-        };
-        let given = |axis: fn(&Strategy) -> usize, flag| read.as_ref().map_or(flag, axis);
-        let (pp, tp) = (given(|strategy| strategy.pp, flags.pp), given(|strategy| strategy.tp, flags.tp));
-        let flags = Flags { dp: read.as_ref().map_or(flags.dp, |strategy| strategy.dp), ..flags };
-        let shown = if pp == 1 { format!("--tp {tp}") } else { format!("--pp {pp} x --tp {tp}") };
-        // More ranks than can be counted are as wrong as none.
-        let parts = pp.checked_mul(tp).filter(|parts| *parts > 0);
-        let Some((parts, replicas)) = parts.and_then(|parts| {
-            let product = |dp: usize| dp.checked_mul(parts).filter(|ranks| *ranks > 0);
-            flags.dp.map_or(Some((parts, None)), |dp| Some((parts, Some(product(dp)?))))
-        }) else {
-            return wrong(format!("--dp {} x {shown} is no number of ranks", flags.dp.unwrap_or(1)));
-        };
-        let asked = flags.ranks.or(replicas).or(start.started);
-        let ranks = asked.unwrap_or(parts.max(2));
-        if let Some(started) = start.started.filter(|started| *started != ranks) {
-            return wrong(format!("{started} ranks have been started, and the flags are for {ranks}"));
-        }
-        if flags.dp.is_none() && !ranks.is_multiple_of(parts) {
-            return wrong(format!("{shown} does not divide --ranks {ranks}"));
-        }
-        let dp = flags.dp.unwrap_or(ranks / parts);
-        if let Some(made) = replicas.filter(|made| *made != ranks) {
-            return wrong(format!("--dp {dp} x {shown} makes {made} ranks, but --ranks is {ranks}"));
-        }
+        let mesh = flags.mesh.read(start.started, 2).or_else(wrong)?;
+        let axes @ Axes { dp, pp, tp, .. } = mesh.0;
         let Flags { batch, d_model, heads, .. } = flags;
         if batch < dp {
             return wrong(format!(
@@ -303,27 +190,11 @@ impl Args {
             return wrong(why);
         }
 
-        let config = || {
-            let micro_batches = flags.micro_batches.unwrap_or((4 * pp).min(rows));
-            PipelineConfig::new(micro_batches).with_schedule(flags.schedule.schedule())
-        };
-        let strategy = match read {
-            Some(strategy) => strategy,
-            None => {
-                let data = DataParallelConfig::new().with_sharding(flags.zero.unwrap_or_default());
-                let strategy = Strategy::new().with_dp(dp).with_tp(tp, Plan::megatron()).with_data(data);
-                if pp > 1 { strategy.with_pp(pp, config()) } else { strategy }
-            }
-        };
-        if let Err(problem) = strategy.axes(ranks) {
-            return wrong(format!("--strategy: {problem}"));
-        }
+        let micro_batches = flags.micro_batches.unwrap_or((4 * pp).min(rows));
+        let strategy = flags.mesh.strategy(mesh, Plan::megatron(), micro_batches).or_else(wrong)?;
         Ok(Self {
             text: flags.text,
-            ranks,
-            dp,
-            tp,
-            pp,
+            axes,
             strategy,
             steps: flags.steps,
             batch,
@@ -347,11 +218,11 @@ impl Args {
 
     /// The most rows that go through a layer at once.
     pub fn rows_at_once(&self) -> usize {
-        match self.pp {
+        match self.axes.pp {
             1 => self.micro_batch,
             _ => {
                 let pipeline = self.strategy.pipeline.as_ref();
-                self.batch.div_ceil(self.dp).div_ceil(pipeline.map_or(1, |config| config.micro_batches))
+                self.batch.div_ceil(self.axes.dp).div_ceil(pipeline.map_or(1, |config| config.micro_batches))
             }
         }
     }
@@ -359,67 +230,5 @@ impl Args {
     /// The model that the flags describe.
     pub fn model(&self) -> GptConfig {
         GptConfig::new(VOCAB, self.seq, self.d_model, self.heads, self.layers)
-    }
-}
-
-impl ScheduleName {
-    fn schedule(self) -> Schedule {
-        match self {
-            Self::GPipe => Schedule::GPipe,
-            Self::OneForwardOneBackward => Schedule::OneForwardOneBackward,
-            Self::Interleaved => Schedule::Interleaved { stages_per_rank: 2 },
-            Self::ZeroBubble => Schedule::ZeroBubbleH1,
-        }
-    }
-}
-
-fn up_to<const MOST: usize>(value: &str) -> Result<usize, String> {
-    match value.parse::<i128>() {
-        Ok(n) if n < 1 => Err("it must be at least 1".into()),
-        Ok(n) if n > MOST as i128 => Err(format!("it must be at most {MOST}")),
-        Ok(n) => Ok(n as usize),
-        Err(_) => Err("it must be a whole number".into()),
-    }
-}
-
-fn zero(value: &str) -> Result<Sharding, String> {
-    let stage = value.parse().map_err(|_| "it must be 0, 1, 2 or 3")?;
-    Sharding::from_zero_stage(stage).map_err(|_| "it must be 0, 1, 2 or 3".into())
-}
-
-fn learning_rate(value: &str) -> Result<f64, String> {
-    match value.parse() {
-        Ok(rate) if rate > 0.0 && rate <= 1.0 => Ok(rate),
-        Ok(_) => Err("it must be greater than 0 and at most 1".into()),
-        Err(_) => Err("it must be a number".into()),
-    }
-}
-
-fn norm(value: &str) -> Result<f64, String> {
-    match value.parse() {
-        Ok(norm) if norm > 0.0 && f64::is_finite(norm) => Ok(norm),
-        Ok(_) => Err("it must be greater than 0 and finite".into()),
-        Err(_) => Err("it must be a number".into()),
-    }
-}
-
-/// Finds out before the training, not after it, that the outcome can't be written; leaves no file behind.
-fn writable(json: &Path, text: Option<&Path>) -> Result<(), String> {
-    let existed = json.exists();
-    if existed && text.is_some_and(|text| json.canonicalize().ok() == text.canonicalize().ok()) {
-        return Err(format!("--json {json:?} would overwrite the text"));
-    }
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .open(json)
-        .map_err(|why| format!("cannot write --json {json:?}: {why}"))?;
-    if existed {
-        return Ok(());
-    }
-    match fs::remove_file(json) {
-        // Other ranks find it out as well.
-        Err(why) if why.kind() != io::ErrorKind::NotFound => Err(format!("cannot write --json {json:?}: {why}")),
-        _ => Ok(()),
     }
 }

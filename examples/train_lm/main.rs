@@ -4,12 +4,11 @@
 
 mod args;
 mod checkpoints;
-mod device;
+#[path = "../common/mod.rs"]
+mod common;
 mod gpt;
-mod memory;
 mod report;
 mod sample;
-mod start;
 mod text;
 mod train;
 
@@ -20,6 +19,8 @@ use std::process::ExitCode;
 use burn::tensor::Device;
 
 use crate::args::Args;
+use crate::common::flags::one_line;
+use crate::common::start;
 use crate::sample::{generate, readable};
 use crate::text::Text;
 use crate::train::{held_out_loss, train};
@@ -33,11 +34,7 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Err(wrong) => {
-            // The first paragraph says what is wrong, the others of clap how the usage is.
-            let message = wrong.to_string();
-            let lines: Vec<&str> = message.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
-            let line = lines.join(" ");
-            return fail(2, line.strip_prefix("error: ").unwrap_or(&line));
+            return fail(2, &one_line(&wrong));
         }
     };
     let text = match Text::load(args.text.as_deref(), args.seq) {
@@ -57,7 +54,11 @@ fn run(args: &Args, text: &Text) -> Result<(), Box<dyn Error>> {
     let model = args.model().init(&device.autodiff());
 
     // The first rank tells what came of it.
-    let Some(outcome) = start::run(args, |rank| train(rank, model.clone(), args, text))? else { return Ok(()) };
+    let Some(outcome) =
+        start::run(&args.start, args.axes.ranks, args.seed, |rank| train(rank, model.clone(), args, text))?
+    else {
+        return Ok(());
+    };
 
     if let Some(path) = &args.json {
         outcome.write_json(args, path).map_err(|why| format!("cannot write --json {path:?}: {why}"))?;

@@ -11,10 +11,13 @@ use burn_parallel::prelude::*;
 
 use crate::args::Args;
 use crate::checkpoints::{Run, checkpointer};
-use crate::device;
+use crate::common::device;
+use crate::common::figures::Figures;
+use crate::common::memory::Memory;
+use crate::common::progress::Progress;
+use crate::common::usage::Pipeline;
 use crate::gpt::Gpt;
-use crate::memory::Memory;
-use crate::report::{Outcome, Pipeline, Progress};
+use crate::report::Outcome;
 use crate::text::{Text, tensors};
 
 /// Trains the model on a text as the flags say. Every rank runs this, each replica on its rows of every batch.
@@ -28,7 +31,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
     let mut model = model.fork(&device).parallelize(&world, &args.strategy)?;
     let replica = model.mesh().coordinate("dp")?;
     let batch = |number: usize| {
-        let rows = text.rows(args.seed, number, args.batch, replica, args.dp);
+        let rows = text.rows(args.seed, number, args.batch, replica, args.axes.dp);
         rows.chunks(args.micro_batch).map(|rows| tensors(rows, &device)).collect::<Vec<_>>()
     };
     // Which rank holds what must be known before anything is restored.
@@ -60,7 +63,11 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
         run.model = run.model.optimize(&mut run.optim, run.schedule.step(), step)?;
 
         run.losses.push(loss);
-        progress.step(number, loss, args.batch * args.seq, run.model.counters().waited);
+        let waited = run.model.counters().waited;
+        progress.step(number, args.batch * args.seq, |elapsed| {
+            let share = 100.0 * waited.as_secs_f64() / elapsed.as_secs_f64();
+            format!("loss {loss:.4}, {share:.1} % communication")
+        });
         run.save(number + 1, &mut checkpoints, args)?;
     }
     if let Some(mut checkpoints) = checkpoints {
@@ -72,7 +79,8 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
     let tokens = steps * args.batch * args.seq;
     let pipeline = pipeline.of(&args.strategy)?;
     let memory = memory.with_optimizer(&optim)?;
-    Ok(Outcome { model: model.assemble()?, steps, losses, grad_norms, tokens, elapsed, counters, pipeline, memory })
+    let figures = Figures { steps, losses, grad_norms, tokens, elapsed, counters, pipeline, memory };
+    Ok(Outcome { model: model.assemble()?, figures })
 }
 
 /// The summed loss of some rows, over their tokens.

@@ -4,8 +4,7 @@ use burn_parallel::launch::{self, Launcher, ProcessInfo, TransportKind};
 use burn_parallel::prelude::*;
 use clap::ValueEnum;
 
-use crate::args::Args;
-use crate::device::Compute;
+use super::device::Compute;
 
 /// What the ranks are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -80,22 +79,27 @@ pub fn choose(launch: Option<Launch>, device: Compute, transport: Option<Transpo
 }
 
 /// Runs `f` on every rank. Returns what it returns on the first, in the process that has the first.
-pub fn run<T: Send>(args: &Args, f: impl Fn(Rank) -> Result<T, Error> + Sync) -> Result<Option<T>, Error> {
+pub fn run<T: Send>(
+    start: &Start,
+    ranks: usize,
+    seed: u64,
+    f: impl Fn(Rank) -> Result<T, Error> + Sync,
+) -> Result<Option<T>, Error> {
     let first = |rank: Rank| {
         let first = rank.rank() == 0;
         f(rank).map(|outcome| first.then_some(outcome))
     };
-    let transport = args.start.transport;
-    match args.start.launch {
-        Launch::Threads => launch::threads(args.ranks).seed(args.seed).run(f).map(|mut all| Some(all.swap_remove(0))),
+    let transport = start.transport;
+    match start.launch {
+        Launch::Threads => launch::threads(ranks).seed(seed).run(f).map(|mut all| Some(all.swap_remove(0))),
         Launch::Env => {
-            let process = launch::from_env()?.seed(args.seed);
+            let process = launch::from_env()?.seed(seed);
             transport.into_iter().fold(process, |process, transport| process.transport(transport)).run(first)
         }
         #[cfg(unix)]
         Launch::Processes => {
-            let processes = launch::processes(args.ranks).transport(transport.unwrap_or(TransportKind::Tcp));
-            processes.run(|process| process.seed(args.seed), first).map(Option::flatten)
+            let processes = launch::processes(ranks).transport(transport.unwrap_or(TransportKind::Tcp));
+            processes.run(|process| process.seed(seed), first).map(Option::flatten)
         }
         #[cfg(not(unix))]
         Launch::Processes => Err(Error::user("--launch processes: not on this system")),

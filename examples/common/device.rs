@@ -10,7 +10,7 @@ use burn_parallel::launch::ProcessInfo;
 use burn_parallel::prelude::*;
 use clap::ValueEnum;
 
-use crate::start::Launch;
+use super::start::Launch;
 
 /// What the ranks compute on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

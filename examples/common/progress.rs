@@ -1,0 +1,71 @@
+//! How far a training is.
+
+use std::io::{self, IsTerminal};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
+
+/// Without a terminal, a line appears this often.
+const EVERY: Duration = Duration::from_secs(5);
+
+/// Tells how far the training is: a bar on a terminal, a line now and then elsewhere, nothing on ranks but the first.
+pub struct Progress {
+    shown: Option<Shown>,
+    steps: usize,
+    tokens: usize,
+    started: Instant,
+    spoke: Option<Instant>,
+}
+
+enum Shown {
+    Bar(ProgressBar),
+    Lines,
+}
+
+impl Progress {
+    /// Starts the clock; only one rank speaks.
+    pub fn new(steps: usize, speaks: bool) -> Self {
+        let shown = speaks.then(|| {
+            if !io::stderr().is_terminal() {
+                return Shown::Lines;
+            }
+            // In two lines it fits a narrow terminal.
+            let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} steps, {eta} left\n{wide_msg}");
+            let bar = ProgressBar::new(steps as u64).with_finish(ProgressFinish::Abandon);
+            Shown::Bar(bar.with_style(style.unwrap_or(ProgressStyle::default_bar())))
+        });
+        Self { shown, steps, tokens: 0, started: Instant::now(), spoke: None }
+    }
+
+    /// Time since the start.
+    pub fn elapsed(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Tells of a step: its tokens over all ranks, and whatever `what` says, given the time so far.
+    pub fn step(&mut self, step: usize, tokens: usize, what: impl FnOnce(Duration) -> String) {
+        self.tokens += tokens;
+        let Some(shown) = &self.shown else { return };
+        let done = step + 1;
+        let due = || done == self.steps || self.spoke.is_none_or(|at| at.elapsed() >= EVERY);
+        if matches!(shown, Shown::Lines) && !due() {
+            return;
+        }
+        let elapsed = self.elapsed();
+        let speed = self.tokens as f64 / elapsed.as_secs_f64();
+        let message = format!("{}, {speed:.0} tokens/s", what(elapsed));
+        match shown {
+            Shown::Bar(bar) => {
+                bar.set_message(message);
+                bar.set_position(done as u64);
+                if done == self.steps {
+                    bar.finish();
+                }
+            }
+            Shown::Lines => {
+                eprintln!("step {done}/{}: {message}", self.steps);
+                self.spoke = Some(Instant::now());
+            }
+        }
+    }
+}
