@@ -1,0 +1,368 @@
+//! The command line: what it takes, and which of it makes no sense.
+
+use std::path::{Path, PathBuf};
+
+use burn_parallel::prelude::*;
+use clap::{Parser, ValueEnum};
+
+use crate::common::device::Compute;
+use crate::common::flags::{Axes, MeshFlags, STRATEGY_KEYS, learning_rate, norm, parse, up_to, writable, wrong};
+use crate::common::start::{self, Launch, Start, Transport};
+use crate::data::set::BatchSize;
+use crate::directory;
+use crate::lora::{LoraConfig, TARGETS};
+use crate::model::LlamaConfig;
+
+/// Fine-tunes a language model of the Llama family, from a Hugging Face directory to one, on any mesh of ranks.
+#[derive(Parser, Debug)]
+#[command(name = "finetune", max_term_width = 100, after_help = STRATEGY_KEYS)]
+struct Flags {
+    /// The directory of the model: config.json, *.safetensors, tokenizer.json
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+
+    /// What to train on: JSON Lines if the name ends in .jsonl, each line with `text`, `prompt` and `completion`, or `messages`; else
+    /// a plain text
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+
+    /// What to measure the held-out loss on, as --data
+    #[arg(long, value_name = "FILE")]
+    eval: Option<PathBuf>,
+
+    /// After how many steps each it is measured [default: at the end alone]
+    #[arg(long, value_name = "N", requires = "eval", value_parser = up_to::<1_000_000_000>)]
+    eval_every: Option<usize>,
+
+    #[command(flatten)]
+    mesh: MeshFlags,
+
+    /// The rows of a step, over all ranks
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = up_to::<1_000_000>)]
+    batch: usize,
+
+    /// The tokens of a step, over all ranks, in place of --batch: as many rows as have no more, without padding
+    #[arg(long, value_name = "N", conflicts_with = "batch", value_parser = up_to::<1_000_000_000>)]
+    batch_tokens: Option<usize>,
+
+    /// The rows that go through the model at once on a rank [default: all that it has; in a pipeline a fourth for each of its
+    /// ranks]
+    #[arg(long, value_name = "N", value_parser = up_to::<1_000_000>)]
+    micro_batch: Option<usize>,
+
+    /// The length of a row in tokens
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = up_to::<1_000_000>)]
+    seq: usize,
+
+    /// One document a row, in place of as many as it has room for
+    #[arg(long)]
+    unpacked: bool,
+
+    /// How many steps to train
+    #[arg(long, value_name = "N", conflicts_with = "epochs", value_parser = up_to::<1_000_000_000>)]
+    steps: Option<usize>,
+
+    /// How often to go through the data
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = up_to::<1_000_000>)]
+    epochs: usize,
+
+    /// The highest learning rate
+    #[arg(long, value_name = "RATE", default_value_t = 5e-5, value_parser = learning_rate)]
+    lr: f64,
+
+    /// In how many steps the learning rate rises to --lr
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = none_up_to::<1_000_000_000>)]
+    warmup: usize,
+
+    /// How the learning rate goes on then
+    #[arg(long, value_name = "NAME", value_enum, default_value = "cosine")]
+    scheduler: Scheduler,
+
+    /// The weight decay of AdamW
+    #[arg(long, value_name = "RATE", default_value_t = 0.0, value_parser = share)]
+    weight_decay: f64,
+
+    /// The largest norm of the gradient: larger ones are scaled down to it [default: none]
+    #[arg(long, value_name = "NORM", value_parser = norm)]
+    clip: Option<f64>,
+
+    /// Trains low-rank adapters of this rank, and nothing else
+    #[arg(long, value_name = "RANK", value_parser = up_to::<65_536>)]
+    lora: Option<usize>,
+
+    /// What the adapters are scaled by, times their rank [default: twice the rank]
+    #[arg(long, value_name = "ALPHA", requires = "lora", value_parser = norm)]
+    lora_alpha: Option<f64>,
+
+    /// Which projections have adapters: `all`, or some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+    #[arg(long, value_name = "LIST", requires = "lora", value_delimiter = ',', default_value = "q_proj,v_proj")]
+    lora_targets: Vec<String>,
+
+    /// The seed of the order of the data, of adapters, and of the sample
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+
+    /// A directory for what comes of it: `model`, a Hugging Face directory, and with --lora `adapter`, at the end; `checkpoints`
+    #[arg(long, value_name = "DIR")]
+    save: Option<PathBuf>,
+
+    /// After how many steps each a checkpoint is saved [default: at the end alone]
+    #[arg(long, value_name = "N", requires = "save", value_parser = up_to::<1_000_000_000>)]
+    save_every: Option<usize>,
+
+    /// How many checkpoints are kept: the last ones
+    #[arg(long, value_name = "K", requires = "save", default_value_t = 3, value_parser = up_to::<1_000_000>)]
+    keep: usize,
+
+    /// The --save directory of a run, to go on from its last checkpoint, on any mesh. --steps and --epochs count the whole run. If it
+    /// is that of --save, and has no checkpoint yet, the run begins anew
+    #[arg(long, value_name = "DIR")]
+    resume: Option<PathBuf>,
+
+    /// Writes a text that begins so with the trained model
+    #[arg(long, value_name = "PROMPT")]
+    generate: Option<String>,
+
+    /// How many tokens are added to it at most
+    #[arg(long, value_name = "N", requires = "generate", default_value_t = 100, value_parser = up_to::<1_000_000>)]
+    generate_tokens: usize,
+
+    /// How freely they are chosen: 0 takes always the likeliest
+    #[arg(long, value_name = "T", requires = "generate", default_value_t = 0.0, value_parser = temperature)]
+    temperature: f64,
+
+    /// Where to write losses, speed and communication as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+
+    /// The peak of what a rank computes on in TFLOP/s, of which the progress then says the share that is used
+    #[arg(long, value_name = "TFLOPS", value_parser = norm)]
+    peak: Option<f64>,
+
+    /// Says how the model would be spread, what each rank would hold, and what the first batch is, and stops
+    #[arg(long)]
+    dry_run: bool,
+
+    /// What the ranks are: threads, processes of this program, or what a launcher has started [default: env under
+    /// mpirun and torchrun, else threads]
+    #[arg(long, value_enum, value_name = "HOW")]
+    launch: Option<Launch>,
+
+    /// What the ranks compute on
+    #[arg(long, value_enum, value_name = "DEVICE", default_value_t = Compute::Flex)]
+    device: Compute,
+
+    /// What joins the ranks [default: local for threads; mpi for what mpirun has started, if built in; else tcp]. nccl comes on
+    /// top of these
+    #[arg(long, value_enum, value_name = "ENGINE")]
+    transport: Option<Transport>,
+}
+
+/// How the learning rate goes on after its rise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Scheduler {
+    /// As it is
+    Constant,
+    /// Down to 0, evenly
+    Linear,
+    /// Down to 0, along half a cosine
+    Cosine,
+}
+
+/// How long a run is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Length {
+    Steps(usize),
+    Epochs(usize),
+}
+
+/// What is written with the trained model.
+#[derive(Clone, Debug)]
+pub struct Prompt {
+    pub text: String,
+    /// The most tokens that are added.
+    pub length: usize,
+    pub temperature: f64,
+}
+
+/// A run that makes sense.
+#[derive(Clone, Debug)]
+pub struct Args {
+    /// The directory of the model.
+    pub model: PathBuf,
+    /// What kind of model it is.
+    pub config: LlamaConfig,
+    pub data: PathBuf,
+    pub eval: Option<PathBuf>,
+    pub eval_every: Option<usize>,
+    /// How many ranks there are along each axis.
+    pub axes: Axes,
+    /// How the model is spread.
+    pub strategy: Strategy,
+    pub size: BatchSize,
+    /// The rows of a step of one call, which has one shape always.
+    pub rows: usize,
+    /// The length of a row in tokens.
+    pub seq: usize,
+    pub packed: bool,
+    pub length: Length,
+    pub lr: f64,
+    pub warmup: usize,
+    pub scheduler: Scheduler,
+    pub weight_decay: f64,
+    pub clip: Option<f64>,
+    pub lora: Option<LoraConfig>,
+    pub seed: u64,
+    pub save: Option<PathBuf>,
+    pub save_every: Option<usize>,
+    pub keep: usize,
+    pub resume: Option<PathBuf>,
+    pub prompt: Option<Prompt>,
+    pub json: Option<PathBuf>,
+    /// Floating point operations a second.
+    pub peak: Option<f64>,
+    pub dry_run: bool,
+    pub device: Compute,
+    /// How the ranks are started and joined.
+    pub start: Start,
+}
+
+impl Args {
+    /// Reads the command line and the config of the model; what makes no sense, alone or together, is an error, and so is a wish
+    /// for help.
+    pub fn from_command_line() -> Result<Self, clap::Error> {
+        let flags: Flags = parse()?;
+        Self::of(flags).or_else(wrong)
+    }
+
+    fn of(flags: Flags) -> Result<Self, String> {
+        let start = start::choose(flags.launch, flags.device, flags.transport)?;
+        let mesh = flags.mesh.read(start.started, 1)?;
+        let axes @ Axes { dp, pp, .. } = mesh.0;
+        let config = LlamaConfig::read(&flags.model)?;
+        let Flags { batch, seq, .. } = flags;
+        if seq > config.positions {
+            let most = config.positions;
+            return Err(format!("--seq {seq} is more than the {most} tokens that the model was made for"));
+        }
+        let size = match flags.batch_tokens {
+            Some(most) if most < seq * dp => {
+                return Err(format!("--batch-tokens {most} is less than a row of --seq {seq} for each of --dp {dp}"));
+            }
+            Some(most) => BatchSize::Tokens { most, replicas: dp },
+            None if batch < dp => {
+                return Err(format!(
+                    "--batch {batch} is smaller than --dp {dp}: every replica needs a row of each batch, give --batch {dp}"
+                ));
+            }
+            None => BatchSize::Rows(batch),
+        };
+        // What a replica has of a batch of full rows, at most.
+        let share = match size {
+            BatchSize::Rows(rows) => rows.div_ceil(dp),
+            BatchSize::Tokens { most, .. } => most / seq / dp,
+        };
+        if let Some(micro_batch) = flags.micro_batch.filter(|rows| *rows > share) {
+            return Err(format!("--micro-batch {micro_batch} is more than the {share} rows of a replica"));
+        }
+        if pp > 1 && flags.micro_batch.is_some() && mesh.1.is_some() {
+            return Err("--micro-batch: the file of --strategy says the micro-batches of its pipeline".into());
+        }
+        let micro = flags.micro_batch.unwrap_or(if pp == 1 { share } else { (share / (4 * pp)).max(1) });
+        let strategy = flags.mesh.strategy(mesh, directory::plan(), share.div_ceil(micro))?;
+        let rows = match &strategy.pipeline {
+            Some(pipeline) if pp > 1 => share.max(pipeline.micro_batches),
+            _ => micro,
+        };
+        let lora = flags.lora.map(|rank| {
+            let alpha = flags.lora_alpha.unwrap_or(2.0 * rank as f64);
+            let targets = match flags.lora_targets.as_slice() {
+                [all] if all == "all" => TARGETS.map(String::from).to_vec(),
+                some => some.to_vec(),
+            };
+            LoraConfig { rank, alpha, targets, seed: flags.seed }
+        });
+        if let Some(lora) = &lora {
+            lora.check().map_err(|why| format!("--lora: {why}"))?;
+        }
+        if let Some(json) = &flags.json {
+            writable(json, Some(&flags.data))?;
+        }
+        places(flags.save.as_deref(), flags.resume.as_deref())?;
+        let prompt =
+            flags.generate.map(|text| Prompt { text, length: flags.generate_tokens, temperature: flags.temperature });
+        Ok(Self {
+            model: flags.model,
+            config,
+            data: flags.data,
+            eval: flags.eval,
+            eval_every: flags.eval_every,
+            axes,
+            strategy,
+            size,
+            rows,
+            seq,
+            packed: !flags.unpacked,
+            length: flags.steps.map_or(Length::Epochs(flags.epochs), Length::Steps),
+            lr: flags.lr,
+            warmup: flags.warmup,
+            scheduler: flags.scheduler,
+            weight_decay: flags.weight_decay,
+            clip: flags.clip,
+            lora,
+            seed: flags.seed,
+            save: flags.save,
+            save_every: flags.save_every,
+            keep: flags.keep,
+            resume: flags.resume,
+            prompt,
+            json: flags.json,
+            peak: flags.peak.map(|peak| peak * 1e12),
+            dry_run: flags.dry_run,
+            device: flags.device,
+            start,
+        })
+    }
+}
+
+/// Whether there is what is to be resumed, and no model of another run where this one's is to be.
+fn places(save: Option<&Path>, resume: Option<&Path>) -> Result<(), String> {
+    if let Some(dir) = resume.filter(|dir| save != Some(*dir) && !dir.join("checkpoints").is_dir()) {
+        return Err(format!("--resume {}: there are no checkpoints", dir.display()));
+    }
+    let Some(dir) = save else { return Ok(()) };
+    if dir.exists() && !dir.is_dir() {
+        return Err(format!("--save {}: it is not a directory", dir.display()));
+    }
+    let taken = ["model", "adapter", "checkpoints"].into_iter().find(|name| dir.join(name).exists());
+    match taken.filter(|_| resume != Some(dir)) {
+        Some(name) => {
+            Err(format!("--save {0}: there is a {name} already: give --resume {0} too, or another", dir.display()))
+        }
+        None => Ok(()),
+    }
+}
+
+fn none_up_to<const MOST: usize>(value: &str) -> Result<usize, String> {
+    match value.parse::<i128>() {
+        Ok(n) if n < 0 => Err("it must be at least 0".into()),
+        Ok(0) => Ok(0),
+        _ => up_to::<MOST>(value),
+    }
+}
+
+fn share(value: &str) -> Result<f64, String> {
+    match value.parse() {
+        Ok(rate) if (0.0..=1.0).contains(&rate) => Ok(rate),
+        Ok(_) => Err("it must be from 0 to 1".into()),
+        Err(_) => Err("it must be a number".into()),
+    }
+}
+
+fn temperature(value: &str) -> Result<f64, String> {
+    match value.parse() {
+        Ok(temperature) if temperature >= 0.0 && f64::is_finite(temperature) => Ok(temperature),
+        Ok(_) => Err("it must be 0 or more, and finite".into()),
+        Err(_) => Err("it must be a number".into()),
+    }
+}

@@ -1,0 +1,88 @@
+//! What a run would be.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::Tensor;
+use burn_parallel::prelude::*;
+use burn_parallel::sharding::Sharding;
+
+use crate::args::Args;
+use crate::common::device;
+use crate::common::figures::{row, table};
+use crate::data::row::batch;
+use crate::input::Input;
+use crate::model::Llama;
+use crate::train::spread;
+
+/// Spreads the model without weights, and says what each rank would hold, and what the first batch is.
+pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<String, Error> {
+    let world = device::world(&rank, args.start.launch, args.start.nccl)?;
+    let device = args.device.of(&rank, args.start.launch)?.autodiff();
+    let mut model = spread(&world, args, &device)?;
+    let rows = input.data.batch(0, input.end(args), args.size);
+    let replica = model.mesh().coordinate("dp")?;
+    let share = input.data.share(rows.clone(), replica, args.axes.dp, args.rows).map_err(Error::user)?;
+    model.prepare(batch(&share[0], &device), Llama::loss)?;
+    let mut held = Held::default();
+    model.visit(&mut held);
+    let parts = match args.strategy.data.sharding {
+        Sharding::None => 1,
+        _ => args.strategy.data.sharding_ranks.unwrap_or(args.axes.dp),
+    };
+    // Parameters divided among the replicas are divided already.
+    let divided = if args.strategy.data.sharding == Sharding::Parameters { 1 } else { parts };
+    let trained = if args.lora.is_some() { held.adapters } else { held.all } / divided;
+    let all = world.all_gather(vec![held.all as i64, trained as i64, 2 * trained as i64])?;
+
+    let mut said = vec![input.said(), format!("{} steps", input.steps(args)), String::new()];
+    said.push(format!("The strategy:\n\n{}", args.strategy));
+    if args.axes.tp > 1 {
+        let whole = spread_by_plan(args)?;
+        said.push(format!("The plan over {} ranks:\n\n{whole}", args.axes.tp));
+    }
+    let bytes = all.chunks(3).enumerate().map(|(rank, bytes)| {
+        let (parameters, gradients, optimizer) = (bytes[0], bytes[1], bytes[2]);
+        row(
+            &format!("rank {rank}"),
+            format!("parameters {parameters}, gradients {gradients}, optimizer {optimizer} bytes"),
+        )
+    });
+    said.push(format!("Held between steps, without activations:\n{}\n", table(bytes)));
+    said.push("The first batch, with what is trained on between ⟦ and ⟧:\n".into());
+    for number in rows.clone() {
+        let documents = input.data.shown(number).map_err(Error::user)?;
+        said.push(format!("row {}: {}", number - rows.start + 1, documents.join("\n  | ")));
+    }
+    Ok(said.join("\n"))
+}
+
+/// What the plan says of the parameters.
+fn spread_by_plan(args: &Args) -> Result<String, Error> {
+    let model = args.config.init(&burn::tensor::Device::flex());
+    args.strategy.tensor.plan.table(&model, args.axes.tp).map(|table| table.to_string())
+}
+
+/// The bytes of a rank's parameters, of which none is made.
+#[derive(Default)]
+struct Held {
+    all: usize,
+    adapters: usize,
+    within: usize,
+}
+
+impl ModuleVisitor for Held {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.within += usize::from(name == "lora");
+    }
+
+    fn exit_module(&mut self, name: &str, _: &str) {
+        self.within -= usize::from(name == "lora");
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let bytes = param.lazy_shape().num_elements() * size_of::<f32>();
+        self.all += bytes;
+        if self.within > 0 {
+            self.adapters += bytes;
+        }
+    }
+}

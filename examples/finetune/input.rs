@@ -1,0 +1,101 @@
+//! What a run is given, looked through before there are ranks: what is wrong with it is the user's to know at once.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use burn::tensor::Device;
+use burn_parallel::hf::{self, Mapping};
+
+use crate::args::{Args, Length};
+use crate::data::set::DataSet;
+use crate::data::source::Reading;
+
+/// What a run is given.
+pub struct Input {
+    pub reading: Arc<Reading>,
+    /// How many parameters the model has.
+    pub parameters: usize,
+    pub data: DataSet,
+    pub eval: Option<DataSet>,
+    /// The tokens of the prompt.
+    pub prompt: Option<Vec<u32>>,
+}
+
+impl Input {
+    /// Looks through the model's directory and the data.
+    ///
+    /// # Errors
+    /// What is wrong, in one line.
+    pub fn open(args: &Args) -> Result<Self, String> {
+        let parameters = weights(args)?;
+        let reading = Arc::new(Reading::open(&args.model)?);
+        let (words, known) = (reading.tokenizer.words(), args.config.vocab);
+        if words > known {
+            let dir = args.model.display();
+            return Err(format!("{dir}: the tokenizer has {words} tokens, of which the model knows {known}"));
+        }
+        let open = |path: &Path| DataSet::open(path, args.seq, args.packed, args.seed, reading.clone());
+        let data = open(&args.data)?;
+        let eval = args.eval.as_deref().map(open).transpose()?;
+        let prompt = args.prompt.as_ref().map(|prompt| {
+            let tokens = reading.prompt(&prompt.text, data.conversations())?;
+            let most = args.config.positions;
+            match tokens.len() {
+                0 => Err("--generate: the prompt is empty".to_owned()),
+                found if found >= most => {
+                    Err(format!("--generate: the prompt has {found} tokens, and the model was made for {most}"))
+                }
+                _ => Ok(tokens),
+            }
+        });
+        Ok(Self { data, eval, prompt: prompt.transpose()?, reading, parameters })
+    }
+
+    /// The row before which the run ends.
+    pub fn end(&self, args: &Args) -> u64 {
+        match args.length {
+            Length::Steps(_) => u64::MAX,
+            Length::Epochs(epochs) => self.data.rows() * epochs as u64,
+        }
+    }
+
+    /// How many steps the run has.
+    pub fn steps(&self, args: &Args) -> usize {
+        match args.length {
+            Length::Steps(steps) => steps,
+            Length::Epochs(_) => self.data.batches(0, self.end(args), args.size),
+        }
+    }
+
+    /// What the data is, in a line.
+    pub fn said(&self) -> String {
+        let (data, left) = (&self.data, self.data.left());
+        let mut said =
+            format!("{} documents, {} tokens in {} rows an epoch", data.documents(), data.tokens(), data.rows());
+        if left.cut > 0 {
+            said += &format!("; {} longer than a row are cut off", left.cut);
+        }
+        if left.dropped > 0 {
+            said += &format!("; {} without anything to train on are left out", left.dropped);
+        }
+        said
+    }
+}
+
+/// Makes sure that the weights in the directory are those of the model that its config describes, and counts them. Nothing of them is
+/// read.
+fn weights(args: &Args) -> Result<usize, String> {
+    let dir = args.model.display();
+    let wrong = |why: String| format!("{dir}: {}", why.replace('\n', " "));
+    let weights = hf::open(&args.model).map_err(|why| wrong(why.to_string()))?;
+    let model = args.config.init(&Device::flex());
+    let compared = hf::compare(&model, &weights, &Mapping::llama()).map_err(|why| wrong(why.to_string()))?;
+    if let Some(unfit) = compared.unfit.first() {
+        return Err(wrong(format!("{} does not fit {}: {}", unfit.tensors.join(", "), unfit.path, unfit.problem)));
+    }
+    match compared.missing.first() {
+        Some((path, hint)) if hint.is_empty() => Err(wrong(format!("there is nothing for {path}"))),
+        Some((path, hint)) => Err(wrong(format!("there is nothing for {path}: {hint}"))),
+        None => Ok(compared.matched.iter().map(|found| found.dims.iter().product::<usize>()).sum()),
+    }
+}

@@ -1,0 +1,154 @@
+//! The training loop.
+
+use burn::optim::AdamWConfig;
+use burn::tensor::Device;
+use burn_parallel::prelude::*;
+use burn_parallel::train::{Clip, Parallel};
+
+use crate::args::Args;
+use crate::checkpoints::{Run, checkpointer};
+use crate::common::device;
+use crate::common::figures::Figures;
+use crate::common::memory::Memory;
+use crate::common::progress::Progress;
+use crate::common::usage::Pipeline;
+use crate::data::row::batch;
+use crate::evaluate::held_out_loss;
+use crate::generate::{Continuation, generate};
+use crate::input::Input;
+use crate::model::Llama;
+use crate::report::{HeldOut, Outcome, Speed};
+use crate::schedule::schedule;
+use crate::{directory, lora};
+
+/// Trains the model as the flags say. Every rank runs this, each replica on its rows of every batch.
+pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Outcome, Error> {
+    let speaks = rank.rank() == 0;
+    if speaks {
+        eprintln!("{}", input.said());
+    }
+    let world = device::world(&rank, args.start.launch, args.start.nccl)?;
+    let device = args.device.of(&rank, args.start.launch)?;
+    let autodiff = device.clone().autodiff();
+    agree(&world, args, input)?;
+
+    let model = spread(&world, args, &autodiff)?;
+    let (replica, replicas) = (model.mesh().coordinate("dp")?, args.axes.dp);
+    let (end, steps) = (input.end(args), input.steps(args));
+    let share = |rows| input.data.share(rows, replica, replicas, args.rows).map_err(Error::user);
+    let first = share(input.data.batch(0, end, args.size))?;
+    let model = directory::load(model, &args.model, &batch(&first[0], &autodiff))?;
+    let optim = AdamWConfig::new().with_weight_decay(args.weight_decay as f32).with_epsilon(1e-8).init();
+    let mut run = Run::new(model, optim, schedule(args, steps)?, input);
+    let begun = run.resume(&world, args, input)?;
+    let mut checkpoints = checkpointer(&world, args)?;
+    let mut progress = Progress::new(steps, speaks);
+    let speed = Speed::new(args);
+    let (mut pipeline, mut memory, mut tokens) = (Pipeline::default(), Memory::default(), 0);
+    let wrapping = run.model.counters();
+
+    for number in begun..steps {
+        let rows = input.data.batch(run.position(input), end, args.size);
+        let filled = rows.clone().map(|row| input.data.filled(row)).sum::<usize>();
+        let batches = share(rows.clone())?;
+        let mut step = run.model.step_micro_batches(batches.iter().map(|rows| batch(rows, &autodiff)), Llama::loss)?;
+        pipeline.add(&step.runs);
+        // The mean over the targets of all ranks: every rank has the same, and ends here with the others.
+        let loss = step.loss.item();
+        if !loss.is_finite() {
+            return Err(Error::user(format!("the loss of step {} is {loss}: a lower --lr may help", number + 1)));
+        }
+        // Without --clip the norm is measured, and nothing clipped.
+        step = step.clip_grad_norm(&run.model, args.clip.map_or(Clip::never(), Clip::at))?;
+        let norm = step.grad_norm.unwrap_or(f64::NAN);
+        if number + 1 == steps {
+            memory = Memory::of_step(&run.model, &step.grads);
+        }
+        let rate = run.schedule.step();
+        let base = rate.base();
+        run.model = run.model.optimize(&mut run.optim, rate, step)?;
+
+        run.losses.push(loss);
+        run.grad_norms.push(norm);
+        run.advance(rows.end, input);
+        tokens += filled;
+        let done = number + 1;
+        if let Some(set) = input.eval.as_ref().filter(|_| done == steps || due(args.eval_every, done)) {
+            let loss = held_out_loss(&run.model, set, args.rows, &device)?;
+            run.held_out.push(HeldOut { step: done, loss });
+        }
+        let counters = run.model.counters() - wrapping.clone();
+        progress.step(number, filled, |elapsed| {
+            let held_out = run.held_out.last().map_or(String::new(), |last| format!(", held-out {:.4}", last.loss));
+            let speed = speed.said(tokens, elapsed, counters.waited, &pipeline);
+            format!("loss {loss:.4}{held_out}, lr {base:.2e}, norm {norm:.3}, {speed}")
+        });
+        if done == steps || due(args.save_every, done) {
+            run.save(done, &mut checkpoints)?;
+        }
+    }
+    if let Some(mut checkpoints) = checkpoints {
+        checkpoints.wait()?;
+    }
+    let (elapsed, counters) = (progress.elapsed(), run.model.counters() - wrapping);
+    let (pipeline, memory) = (pipeline.of(&args.strategy)?, memory.with_optimizer(&run.optim)?);
+    write(&run.model, &world, args)?;
+    let sample = sample(&run.model, args, input, &device)?;
+    let Run { losses, grad_norms, held_out, .. } = run;
+    let steps = steps.saturating_sub(begun);
+    let figures = Figures { steps, losses, grad_norms, tokens, elapsed, counters, pipeline, memory };
+    Ok(Outcome { figures, parameters: input.parameters, held_out, sample })
+}
+
+/// The model, without weights yet, spread over the ranks.
+pub fn spread(world: &Communicator, args: &Args, device: &Device) -> Result<Parallel<Llama>, Error> {
+    let model = args.config.init(device);
+    let model = match &args.lora {
+        Some(config) => lora::adapt(model, config).map_err(Error::user)?,
+        None => model,
+    };
+    model.parallelize(world, &args.strategy)
+}
+
+/// Makes sure that all ranks have the same data in mind: each has read the files for itself.
+fn agree(world: &Communicator, args: &Args, input: &Input) -> Result<(), Error> {
+    let mine = vec![input.data.fingerprint() as i64, input.steps(args) as i64];
+    let (least, most) = (world.all_reduce(mine.clone(), ReduceOp::Min)?, world.all_reduce(mine, ReduceOp::Max)?);
+    if least == most {
+        return Ok(());
+    }
+    let (data, model) = (args.data.display(), args.model.display());
+    Err(Error::user(format!("{data}, or the tokenizer in {model}, is not the same file on all machines")))
+}
+
+/// Writes what the run was for.
+fn write(model: &Parallel<Llama>, world: &Communicator, args: &Args) -> Result<(), Error> {
+    let Some(dir) = &args.save else { return Ok(()) };
+    let whole = dir.join("model");
+    directory::save(model, world, (&args.model, &whole), args.lora.as_ref().map(|lora| lora.alpha))?;
+    if let Some(config) = &args.lora {
+        lora::save(model, world, (&args.model, &dir.join("adapter")), config)?;
+    }
+    Ok(())
+}
+
+/// The text of `--generate`: the prompt and what the model adds.
+fn sample(model: &Parallel<Llama>, args: &Args, input: &Input, device: &Device) -> Result<Option<String>, Error> {
+    let (Some(prompt), Some(tokens)) = (&args.prompt, &input.prompt) else { return Ok(None) };
+    let pipeline = args.strategy.pipeline.as_ref().filter(|_| args.axes.pp > 1);
+    let continuation = Continuation {
+        length: prompt.length,
+        longest: args.config.positions,
+        ends: input.reading.tokenizer.ends().to_vec(),
+        temperature: prompt.temperature,
+        seed: args.seed,
+        rows: pipeline.map_or(1, |pipeline| pipeline.micro_batches),
+    };
+    let added = generate(model, device, tokens, &continuation)?;
+    let whole = [tokens.as_slice(), &added].concat();
+    input.reading.tokenizer.decode(&whole).map(Some).map_err(Error::user)
+}
+
+fn due(every: Option<usize>, done: usize) -> bool {
+    every.is_some_and(|every| done.is_multiple_of(every))
+}

@@ -1,0 +1,14 @@
+//! The example `finetune`: its data, and what its user meets.
+
+#[allow(dead_code, reason = "the example uses more of it")]
+#[path = "../../examples/finetune/data/mod.rs"]
+mod data;
+#[allow(dead_code, unused_imports, reason = "the example uses more of it")]
+#[path = "../../examples/finetune/model/mod.rs"]
+mod model;
+
+mod directory;
+mod documents;
+mod program;
+mod refusals;
+mod rows;

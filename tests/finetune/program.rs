@@ -1,0 +1,191 @@
+//! The program as its user meets it.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+use crate::directory::{CHATML, Directory};
+
+/// A model, and conversations to train it on.
+pub fn prepared() -> Directory {
+    let directory = Directory::new(&[]).with_template(CHATML).with_llama();
+    let line = |number: usize| {
+        let (asked, said) = ("why? ".repeat(number % 3 + 1), "so. ".repeat(number % 5 + 1));
+        let messages =
+            serde_json::json!([{ "role": "user", "content": asked }, { "role": "assistant", "content": said }]);
+        serde_json::json!({ "messages": messages }).to_string() + "\n"
+    };
+    directory.write("data.jsonl", (0..24).map(line).collect::<String>().as_bytes());
+    directory.write("eval.jsonl", (24..29).map(line).collect::<String>().as_bytes());
+    directory
+}
+
+/// The program with a directory as its model, and files of it by name after `--data` and the like.
+pub fn finetune(directory: &Directory, flags: &[&str]) -> Output {
+    let test = std::env::current_exe().unwrap();
+    // The example beside this test: `cargo build --features finetune --example finetune` makes it.
+    let example = test.parent().and_then(Path::parent).unwrap().join("examples").join("finetune");
+    let place = |flag: &&str| match flag.strip_prefix("in:") {
+        Some(name) => directory.path().join(name).into_os_string(),
+        None => flag.into(),
+    };
+    let output = Command::new(&example).arg("--model").arg(directory.path()).args(flags.iter().map(place)).output();
+    output.unwrap_or_else(|why| panic!("{}: {why}", example.display()))
+}
+
+fn trained(directory: &Directory, flags: &[&str]) -> Value {
+    let usual = ["--data", "in:data.jsonl", "--seq", "64", "--lr", "1e-3", "--json", "in:outcome.json"];
+    let output = finetune(directory, &[&usual[..], flags].concat());
+    assert!(output.status.success(), "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&fs::read(directory.path().join("outcome.json")).unwrap()).unwrap()
+}
+
+fn numbers(outcome: &Value, name: &str) -> Vec<f64> {
+    outcome[name].as_array().unwrap().iter().map(|value| value.as_f64().unwrap()).collect()
+}
+
+#[track_caller]
+fn same(expected: &[f64], found: &[f64], within: f64, of: &dyn std::fmt::Debug) {
+    assert_eq!(expected.len(), found.len(), "{of:?}");
+    let near = expected.iter().zip(found).all(|(a, b)| (a - b).abs() <= within * a.abs());
+    assert!(near, "{of:?}: {expected:?} {found:?}");
+}
+
+fn held_out(outcome: &Value) -> Vec<f64> {
+    outcome["held_out"].as_array().unwrap().iter().map(|one| one["loss"].as_f64().unwrap()).collect()
+}
+
+#[test]
+fn any_mesh_gives_the_losses_of_one_rank() {
+    let directory = prepared();
+    let usual = ["--batch", "4", "--steps", "3", "--clip", "1", "--eval", "in:eval.jsonl", "--eval-every", "2"];
+    let run = |flags: &[&str]| trained(&directory, &[&usual[..], flags].concat());
+    let one = run(&[]);
+    assert_eq!((numbers(&one, "losses").len(), held_out(&one).len()), (3, 2));
+    assert!(held_out(&one)[1] < held_out(&one)[0]);
+    for flags in [
+        &["--dp", "2"][..],
+        &["--dp", "3", "--zero", "3", "--micro-batch", "1"],
+        &["--tp", "2"],
+        &["--pp", "2"],
+        &["--dp", "2", "--launch", "processes"],
+    ] {
+        let found = run(flags);
+        for name in ["losses", "grad_norms"] {
+            same(&numbers(&one, name), &numbers(&found, name), 1e-4, &flags);
+        }
+        same(&held_out(&one), &held_out(&found), 1e-4, &flags);
+    }
+}
+
+/// The rows of a step are others, but what is learned in an epoch of them is the same: each target counts once.
+#[test]
+fn the_first_loss_of_all_rows_together_is_that_of_one_document_a_row() {
+    let directory = prepared();
+    let packed = trained(&directory, &["--batch", "100", "--steps", "1"]);
+    let alone = trained(&directory, &["--batch", "24", "--steps", "1", "--unpacked", "--micro-batch", "8"]);
+    let tokens = trained(&directory, &["--batch-tokens", "1600"]);
+    // The batch of 100 rows goes through the data several times, with all rows equally often or once more.
+    same(&numbers(&alone, "losses"), &numbers(&tokens, "losses"), 1e-4, &"tokens");
+    same(&numbers(&alone, "losses"), &numbers(&packed, "losses"), 0.1, &"rows");
+}
+
+#[test]
+fn a_run_that_was_interrupted_goes_on_as_if_it_had_not_been() {
+    let directory = prepared();
+    let usual = ["--batch", "5", "--scheduler", "constant", "--epochs", "2"];
+    let run = |flags: &[&str]| trained(&directory, &[&usual[..], flags].concat());
+    let whole = numbers(&run(&["--save", "in:whole"]), "losses");
+    // Ends within the second epoch.
+    let until = (whole.len() - 2).to_string();
+    let mut steps = usual.to_vec();
+    steps.truncate(4);
+    trained(&directory, &[&steps[..], &["--steps", &until, "--save", "in:half", "--save-every", "2"]].concat());
+    let other = run(&["--resume", "in:half", "--dp", "2"]);
+    same(&whole, &numbers(&other, "losses"), 1e-4, &"dp 2");
+    let resumed = run(&["--save", "in:half", "--resume", "in:half"]);
+    assert_eq!(numbers(&resumed, "losses"), whole);
+    // What was written is a model as the first was, and knows what the first has learned.
+    let written = directory.path().join("whole").join("model");
+    let again = Directory::new(&[]).with_template(CHATML);
+    for entry in fs::read_dir(&written).unwrap() {
+        let file = entry.unwrap().path();
+        fs::copy(&file, again.path().join(file.file_name().unwrap())).unwrap();
+    }
+    fs::copy(directory.path().join("data.jsonl"), again.path().join("data.jsonl")).unwrap();
+    assert!(numbers(&run_of(&again), "losses")[0] < whole[0] - 0.05);
+    // Other rows are not what the run was on.
+    let output = finetune(&directory, &["--data", "in:data.jsonl", "--seq", "32", "--resume", "in:half"]);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr.contains("the run was on other rows"), "{stderr}");
+}
+
+fn run_of(directory: &Directory) -> Value {
+    trained(directory, &["--batch", "5", "--steps", "1"])
+}
+
+#[test]
+fn adapters_are_trained_on_a_mesh_and_the_model_writes() {
+    let directory = prepared();
+    let lora = [
+        "--lora",
+        "4",
+        "--lora-targets",
+        "all",
+        "--batch",
+        "4",
+        "--steps",
+        "3",
+        "--generate",
+        "why?",
+        "--generate-tokens",
+        "5",
+    ];
+    let run = |flags: &[&str]| trained(&directory, &[&lora[..], flags].concat());
+    let one = run(&["--save", "in:one"]);
+    let two = run(&["--tp", "2", "--save", "in:two"]);
+    same(&numbers(&one, "losses"), &numbers(&two, "losses"), 1e-4, &"tp 2");
+    assert_eq!(one["sample"], two["sample"]);
+    assert!(one["sample"].as_str().unwrap().starts_with("<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"));
+    for (name, file) in
+        [("model", "model.safetensors"), ("model", "tokenizer.json"), ("adapter", "adapter_config.json")]
+    {
+        for run in ["one", "two"] {
+            assert!(directory.path().join(run).join(name).join(file).exists(), "{run}/{name}/{file}");
+        }
+    }
+    // Adapters of rank 4 are all that is trained, and their moments all that the optimizer holds.
+    let held = |name: &str| one["bytes_held"][name].as_u64().unwrap();
+    assert_eq!(held("optimizer"), 2 * held("gradients"));
+    assert!(held("gradients") < held("parameters") / 5);
+}
+
+#[test]
+fn a_dry_run_says_what_would_be_and_trains_nothing() {
+    let directory = prepared();
+    let flags = ["--data", "in:data.jsonl", "--seq", "64", "--batch", "2", "--dry-run", "--save", "in:save"];
+    let said = |more: &[&str]| {
+        let output = finetune(&directory, &[&flags[..], more].concat());
+        assert!(output.status.success(), "{more:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let parameters = 4 * (64 * 512 * 2 + 64 + 4 * (64 * (64 + 16 + 16 + 64) + 3 * 64 * 176 + 2 * 64));
+    let one = said(&[]);
+    assert!(one.contains("24 documents"), "{one}");
+    assert!(
+        one.contains(&format!("parameters {parameters}, gradients {parameters}, optimizer {} bytes", 2 * parameters)),
+        "{one}"
+    );
+    assert!(one.contains("⟦so. so.<|im_end|>\n⟧"), "{one}");
+    // Half of each matrix on each rank, and the state of the optimizer divided among two.
+    let (tp, zero) = (said(&["--tp", "2"]), said(&["--dp", "2", "--zero", "1"]));
+    assert!(tp.contains("rank 1") && !tp.contains(&format!("parameters {parameters}")), "{tp}");
+    assert!(
+        zero.contains(&format!("parameters {parameters}, gradients {}, optimizer {parameters} bytes", parameters / 2)),
+        "{zero}"
+    );
+    assert!(!directory.path().join("save").exists());
+}

@@ -1,0 +1,104 @@
+//! Nonsense in a flag, a directory or a line of data: exit code 2 and one line.
+
+use std::fs;
+
+use crate::directory::Directory;
+use crate::program::{finetune, prepared};
+
+#[track_caller]
+fn refused(directory: &Directory, flags: &[&str], what: &str) {
+    let data: &[&str] = if flags.contains(&"--data") { &[] } else { &["--data", "in:data.jsonl", "--seq", "64"] };
+    let output = finetune(directory, &[data, flags].concat());
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{flags:?}: {stderr}");
+    assert!(output.stdout.is_empty(), "{flags:?}");
+    assert_eq!(stderr.lines().count(), 1, "{flags:?}: {stderr}");
+    assert!(stderr.starts_with("finetune: ") && stderr.contains(what), "{flags:?}: {stderr}");
+}
+
+#[test]
+fn flags_that_make_no_sense_are_refused() {
+    let directory = prepared();
+    for flag in
+        ["--dp", "--batch", "--batch-tokens", "--micro-batch", "--seq", "--steps", "--epochs", "--lora", "--keep"]
+    {
+        refused(&directory, &["--save", "in:save", "--data", "in:data.jsonl", flag, "0"], "at least 1");
+        refused(&directory, &["--save", "in:save", "--data", "in:data.jsonl", flag, "many"], "whole number");
+    }
+    for (flags, what) in [
+        (&["--data", "in:data.jsonl", "--model", "x"][..], "--model"),
+        (&["--warmup", "-1"], "at least 0"),
+        (&["--lr", "2"], "greater than 0 and at most 1"),
+        (&["--weight-decay", "2"], "from 0 to 1"),
+        (&["--temperature", "-1", "--generate", "a"], "0 or more"),
+        (&["--scheduler", "none"], "possible values: constant, linear, cosine"),
+        (&["--zero", "4"], "0, 1, 2 or 3"),
+        (&["--steps", "3", "--epochs", "2"], "--epochs"),
+        (&["--batch", "3", "--batch-tokens", "200"], "--batch"),
+        (&["--eval-every", "3"], "--eval"),
+        (&["--save-every", "3"], "--save"),
+        (&["--lora-targets", "q_proj"], "--lora"),
+        (&["--lora", "2", "--lora-targets", "q_proj,embed"], "`embed` is no projection"),
+        (
+            &["--dp", "3", "--batch", "2"],
+            "--batch 2 is smaller than --dp 3: every replica needs a row of each batch, give --batch 3",
+        ),
+        (&["--batch-tokens", "100", "--dp", "2"], "--batch-tokens 100 is less than a row of --seq 64"),
+        (&["--dp", "2", "--batch", "4", "--micro-batch", "3"], "--micro-batch 3 is more than the 2 rows of a replica"),
+        (
+            &["--data", "in:data.jsonl", "--seq", "257"],
+            "--seq 257 is more than the 256 tokens that the model was made for",
+        ),
+        (&["--ranks", "3", "--tp", "2"], "--tp 2 does not divide --ranks 3"),
+        (&["--strategy", "in:nowhere.toml"], "nowhere.toml"),
+        (&["--generate", &"a ".repeat(200)], "and the model was made for 256"),
+        (&["--json", "/nowhere/at/all.json"], "cannot write --json"),
+        (&["--resume", "in:nowhere"], "nowhere: there are no checkpoints"),
+        (&["--save", "in:data.jsonl"], "data.jsonl: it is not a directory"),
+        (&["--transport", "nccl"], "--transport nccl"),
+        (&["--colour"], "--colour"),
+    ] {
+        refused(&directory, flags, what);
+    }
+    fs::create_dir_all(directory.path().join("old/model")).unwrap();
+    refused(&directory, &["--save", "in:old"], "there is a model already: give --resume");
+}
+
+#[test]
+fn data_that_makes_no_sense_is_refused_with_its_line() {
+    let directory = prepared();
+    directory.write("bad.jsonl", b"{\"text\": \"a\"}\n{\"text\": 3}\n");
+    refused(&directory, &["--data", "in:bad.jsonl"], "bad.jsonl:2: `text` is not a text");
+    refused(&directory, &["--eval", "in:bad.jsonl"], "bad.jsonl:2: `text` is not a text");
+    refused(&directory, &["--data", "in:nowhere.txt"], "nowhere.txt");
+    fs::remove_file(directory.path().join("chat_template.jinja")).unwrap();
+    refused(&directory, &[], "data.jsonl:1: has `messages`, and the model has no chat template");
+}
+
+#[test]
+fn a_directory_that_makes_no_sense_is_refused() {
+    let directory = prepared();
+    let config = fs::read_to_string(directory.path().join("config.json")).unwrap();
+    let with = |from: &str, to: &str, what: &str| {
+        let changed = config.replace(from, to);
+        assert_ne!(changed, config);
+        directory.write("config.json", changed.as_bytes());
+        refused(&directory, &[], what);
+    };
+    with("{\n", "\n", "config.json");
+    with("\"llama\"", "\"mamba\"", "mamba");
+    with("\"vocab_size\": 512", "\"vocab_size\": 500", "does not fit");
+    with("\"num_hidden_layers\": 4", "\"num_hidden_layers\": 5", "there is nothing for model.layers.4");
+    directory.write("config.json", config.as_bytes());
+    let tokenizer = directory.path().join("tokenizer.json");
+    let letters: Vec<String> = ('a'..='t').map(String::from).collect();
+    let pairs: Vec<(&str, &str)> = letters.iter().flat_map(|a| letters.iter().map(move |b| (&**a, &**b))).collect();
+    fs::copy(Directory::new(&pairs).path().join("tokenizer.json"), &tokenizer).unwrap();
+    refused(&directory, &[], "the tokenizer has 659 tokens, of which the model knows 512");
+    fs::write(&tokenizer, "{}").unwrap();
+    refused(&directory, &[], "tokenizer.json");
+    fs::write(directory.path().join("model.safetensors"), "no tensors").unwrap();
+    refused(&directory, &[], "model.safetensors");
+    fs::remove_file(directory.path().join("model.safetensors")).unwrap();
+    refused(&directory, &[], "finetune-");
+}
