@@ -69,14 +69,18 @@ struct Check<'a> {
 }
 
 impl Meshed<Llama> for Check<'_> {
-    fn run<P: ParallelModule<Model = Llama>>(self, model: P, dp: &Communicator) -> Result<(), Error> {
+    fn run<P: ParallelModule<Model = Llama>>(self, mut model: P, dp: &Communicator) -> Result<(), Error> {
+        let share = |tokens: Tensor<2, Int>| {
+            let share = burn_parallel::comm::part(tokens.dims()[0], dp.size(), dp.rank());
+            Batch::of_documents(tokens.slice([share]))
+        };
+        // A pipeline is not cut for a forward alone.
+        model.prepare(share(self.golden.tokens(0, &self.device)), Llama::loss)?;
         let mut model = model.load(&mut hf::open(folder(self.name))?.mapped(Mapping::llama())?)?;
         self.logits(&model)?;
         let mut optim = optimizer();
         for number in 0..self.golden.losses.len() {
-            let tokens = self.golden.tokens(number, &self.device);
-            let share = burn_parallel::comm::part(tokens.dims()[0], dp.size(), dp.rank());
-            let step = model.step(Batch::of_documents(tokens.slice([share])), Llama::loss)?;
+            let step = model.step(share(self.golden.tokens(number, &self.device)), Llama::loss)?;
             let step = step.clip_grad_norm(&model, 1e9)?;
             let what = format!("{} on {:?}, step {number}", self.name, self.axes);
             close(&what, self.golden.losses[number], step.loss.item(), 1e-4);
