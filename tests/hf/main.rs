@@ -5,6 +5,7 @@ mod common;
 
 mod adapter;
 mod damage;
+mod finetune;
 mod golden;
 mod load;
 mod mappings;
