@@ -30,17 +30,17 @@ pub fn load(mut model: Parallel<Llama>, dir: &Path, batch: &Batch) -> Result<Par
 }
 
 /// Writes a model as a directory, with the config and the tokenizer of the directory `from`. Collective. Adapters of this `alpha`
-/// are added to their weights.
+/// are added to their weights. A directory that is there is replaced at the end.
 ///
 /// # Errors
-/// As of [`hf::save`], if `to` is there and not empty, above all.
+/// As of [`hf::save`].
 pub fn save(
     model: &Parallel<Llama>,
     world: &Communicator,
     (from, to): (&Path, &Path),
     alpha: Option<f64>,
 ) -> Result<Saved, Error> {
-    let config = SaveConfig::new(Mapping::llama()).with_files_of(from);
+    let config = SaveConfig::new(Mapping::llama()).with_files_of(from).with_overwrite(true);
     let config = match alpha {
         Some(alpha) => config.with_merged_adapters(alpha),
         None => config,

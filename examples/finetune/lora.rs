@@ -72,7 +72,8 @@ pub fn resume(model: Parallel<Llama>, dir: &Path) -> Result<Parallel<Llama>, Err
     model.load(&mut Adapter::open(dir)?.mapped(&Mapping::llama())?)
 }
 
-/// Writes the adapters of a model as a directory that `peft` loads, onto the weights of `base`. Collective.
+/// Writes the adapters of a model as a directory that `peft` loads, onto the weights of `base`, in the place of one that is there.
+/// Collective.
 ///
 /// # Errors
 /// As of [`hf::save_adapter`].
@@ -83,7 +84,7 @@ pub fn save(
     config: &LoraConfig,
 ) -> Result<Saved, Error> {
     let base = base.to_string_lossy();
-    hf::save_adapter(model, world, to, (&base, config.sizes()), &SaveConfig::new(Mapping::llama()))
+    hf::save_adapter(model, world, to, (&base, config.sizes()), &SaveConfig::new(Mapping::llama()).with_overwrite(true))
 }
 
 /// Makes adapters, as burn's `Lora` does, which would make every weight as well.

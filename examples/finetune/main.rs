@@ -13,6 +13,7 @@ mod dry_run;
 mod evaluate;
 mod generate;
 mod input;
+#[allow(dead_code, reason = "more than this program needs")]
 mod lora;
 #[allow(dead_code, unused_imports, reason = "a folder to copy, with more than this program needs")]
 mod model;

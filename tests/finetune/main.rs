@@ -12,3 +12,4 @@ mod documents;
 mod program;
 mod refusals;
 mod rows;
+mod smol_tmp;
