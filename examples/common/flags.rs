@@ -61,7 +61,8 @@ pub struct MeshFlags {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["dp", "tp", "pp", "schedule"])]
     strategy: Option<PathBuf>,
 
-    /// What the replicas divide among themselves: 0 nothing, 1 the state of the optimizer, 2 gradients as well, 3 parameters as well
+    /// What the replicas divide among themselves: 0 nothing, 1 the state of the optimizer, 2 gradients as well, 3
+    /// parameters as well
     #[arg(long, value_name = "STAGE", value_parser = zero, conflicts_with = "strategy")]
     zero: Option<Sharding>,
 
@@ -94,7 +95,8 @@ impl fmt::Display for Axes {
 pub type Mesh = (Axes, Option<Strategy>);
 
 impl MeshFlags {
-    /// The sizes of the axes, where so many ranks have been `started` already, if any, and else are `least` if nothing says more.
+    /// The sizes of the axes, where so many ranks have been `started` already, if any, and else are `least` if nothing
+    /// says more.
     pub fn read(&self, started: Option<usize>, least: usize) -> Result<Mesh, String> {
         let read = self.strategy.as_ref().map(Strategy::read).transpose();
         // In one line, as all that is refused.

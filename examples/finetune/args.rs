@@ -21,8 +21,8 @@ struct Flags {
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
 
-    /// What to train on: JSON Lines if the name ends in .jsonl, each line with `text`, `prompt` and `completion`, or `messages`; else
-    /// a plain text
+    /// What to train on: JSON Lines if the name ends in .jsonl, each line with `text`, `prompt` and `completion`, or
+    /// `messages`; else a plain text
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
 
@@ -45,8 +45,8 @@ struct Flags {
     #[arg(long, value_name = "N", conflicts_with = "batch", value_parser = up_to::<1_000_000_000>)]
     batch_tokens: Option<usize>,
 
-    /// The rows that go through the model at once on a rank [default: all that it has; in a pipeline a fourth for each of its
-    /// ranks]
+    /// The rows that go through the model at once on a rank [default: all that it has; in a pipeline a fourth for each
+    /// of its ranks]
     #[arg(long, value_name = "N", value_parser = up_to::<1_000_000>)]
     micro_batch: Option<usize>,
 
@@ -102,7 +102,8 @@ struct Flags {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
 
-    /// A directory for what comes of it: `model`, a Hugging Face directory, and with --lora `adapter`, at the end; `checkpoints`
+    /// A directory for what comes of it: `model`, a Hugging Face directory, and with --lora `adapter`, at the end;
+    /// `checkpoints`
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
 
@@ -114,8 +115,8 @@ struct Flags {
     #[arg(long, value_name = "K", requires = "save", default_value_t = 3, value_parser = up_to::<1_000_000>)]
     keep: usize,
 
-    /// The --save directory of a run, to go on from its last checkpoint, on any mesh. --steps and --epochs count the whole run. If it
-    /// is that of --save, and has no checkpoint yet, the run begins anew
+    /// The --save directory of a run, to go on from its last checkpoint, on any mesh. --steps and --epochs count the
+    /// whole run. If it is that of --save, and has no checkpoint yet, the run begins anew
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
 
@@ -152,8 +153,8 @@ struct Flags {
     #[arg(long, value_enum, value_name = "DEVICE", default_value_t = Compute::Flex)]
     device: Compute,
 
-    /// What joins the ranks [default: local for threads; mpi for what mpirun has started, if built in; else tcp]. nccl comes on
-    /// top of these
+    /// What joins the ranks [default: local for threads; mpi for what mpirun has started, if built in; else tcp]. nccl
+    /// comes on top of these
     #[arg(long, value_enum, value_name = "ENGINE")]
     transport: Option<Transport>,
 }
@@ -228,8 +229,8 @@ pub struct Args {
 }
 
 impl Args {
-    /// Reads the command line and the config of the model; what makes no sense, alone or together, is an error, and so is a wish
-    /// for help.
+    /// Reads the command line and the config of the model; what makes no sense, alone or together, is an error, and so
+    /// is a wish for help.
     pub fn from_command_line() -> Result<Self, clap::Error> {
         let flags: Flags = parse()?;
         Self::of(flags).or_else(wrong)

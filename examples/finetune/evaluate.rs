@@ -8,8 +8,8 @@ use crate::data::row::batch;
 use crate::data::set::DataSet;
 use crate::model::Llama;
 
-/// The mean loss over all targets of a file, in nats; the same on every rank. The replicas share the work, `rows` rows at once on
-/// each, all equally often. Collective.
+/// The mean loss over all targets of a file, in nats; the same on every rank. The replicas share the work, `rows` rows
+/// at once on each, all equally often. Collective.
 pub fn held_out_loss(model: &Parallel<Llama>, set: &DataSet, rows: usize, device: &Device) -> Result<f64, Error> {
     let (axis, replica) = (model.mesh().axis("dp")?, model.mesh().coordinate("dp")?);
     let replicas = axis.size();

@@ -82,8 +82,8 @@ impl Input {
     }
 }
 
-/// Makes sure that the weights in the directory are those of the model that its config describes, and counts them. Nothing of them is
-/// read.
+/// Makes sure that the weights in the directory are those of the model that its config describes, and counts them.
+/// Nothing of them is read.
 fn weights(args: &Args) -> Result<usize, String> {
     let dir = args.model.display();
     let wrong = |why: String| format!("{dir}: {}", why.replace('\n', " "));

@@ -1,7 +1,8 @@
-//! Fine-tunes a language model, from a Hugging Face directory to one: `cargo run --release --features finetune --example finetune -- --help`.
+//! Fine-tunes a language model, from a Hugging Face directory to one: `cargo run --release --features finetune
+//! --example finetune -- --help`.
 //!
-//! `model/` is an ordinary burn model and knows nothing of ranks, `data/` makes batches of files; `train.rs` is an ordinary burn loop,
-//! run by every rank. docs/fine-tuning.md says how to use it.
+//! `model/` is an ordinary burn model and knows nothing of ranks, `data/` makes batches of files; `train.rs` is an
+//! ordinary burn loop, run by every rank. docs/fine-tuning.md says how to use it.
 
 mod args;
 mod checkpoints;

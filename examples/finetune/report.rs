@@ -97,7 +97,8 @@ impl Speed {
         let weights = (config.layers * layer + config.width * config.vocab) as f64;
         // Each token sees half the row before it, twice: in the scores and in their sum.
         let scores = (config.layers * config.heads * config.head_size * args.seq) as f64;
-        // Twice for a multiplication with its sum; once forward and twice backward, of which adapters spare the gradients of weights.
+        // Twice for a multiplication with its sum; once forward and twice backward, of which adapters spare the
+        // gradients of weights.
         let operations = if args.lora.is_some() { 4.0 * weights + 6.0 * scores } else { 6.0 * (weights + scores) };
         Self { operations, peak: args.peak.map(|peak| peak * args.axes.ranks as f64) }
     }

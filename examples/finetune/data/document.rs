@@ -24,7 +24,8 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Whether a document that is longer than a row is divided among rows; else it is cut off, since its parts make no sense alone.
+    /// Whether a document that is longer than a row is divided among rows; else it is cut off, since its parts make no
+    /// sense alone.
     pub fn divisible(self) -> bool {
         self == Self::Text
     }
@@ -72,7 +73,8 @@ fn completion(prompt: &str, completion: &str, tokenizer: &Tokenizer) -> Result<D
     Ok(Document { tokens, trained, kind: Kind::Completion })
 }
 
-/// What the assistant says is trained on: of each of its turns, what the rendered conversation has after the prompt for it.
+/// What the assistant says is trained on: of each of its turns, what the rendered conversation has after the prompt for
+/// it.
 fn conversation(
     messages: &[Value],
     tokenizer: &Tokenizer,

@@ -20,8 +20,8 @@ pub struct Packing {
     ends: Vec<u32>,
 }
 
-/// The parts of a document of so many tokens, in rows of `seq`. The last token has no target, so it begins no part; what cannot be
-/// divided is cut off.
+/// The parts of a document of so many tokens, in rows of `seq`. The last token has no target, so it begins no part;
+/// what cannot be divided is cut off.
 pub fn parts(document: u32, tokens: u32, divisible: bool, seq: u32) -> impl Iterator<Item = Part> {
     let targets = tokens.saturating_sub(1);
     let end = if divisible { targets } else { targets.min(seq) };
@@ -36,7 +36,8 @@ impl Packing {
         packing
     }
 
-    /// Fills rows of `seq` tokens, without reordering more than it must: what it holds on to are the rows that are being filled.
+    /// Fills rows of `seq` tokens, without reordering more than it must: what it holds on to are the rows that are
+    /// being filled.
     pub fn packed(parts: impl IntoIterator<Item = Part>, seq: u32) -> Self {
         let mut packing = Self::default();
         let mut open: Vec<(u32, Vec<Part>)> = Vec::with_capacity(OPEN);

@@ -34,8 +34,9 @@ pub struct Left {
     pub dropped: usize,
 }
 
-/// The rows of a file. Which rows there are is a function of file, seed and length; their order in an epoch, of the seed and the number
-/// of the epoch. Rows are numbered through all epochs: the number of the next row is all that a run needs to go on.
+/// The rows of a file. Which rows there are is a function of file, seed and length; their order in an epoch, of the
+/// seed and the number of the epoch. Rows are numbered through all epochs: the number of the next row is all that a run
+/// needs to go on.
 pub struct DataSet {
     source: Source,
     reading: Arc<Reading>,
@@ -53,7 +54,8 @@ impl DataSet {
     /// # Errors
     /// What is wrong, with file and line, in one line.
     pub fn open(path: &Path, seq: usize, packed: bool, seed: u64, reading: Arc<Reading>) -> Result<Self, String> {
-        // Four rows a block, or so: what fills no row is packed with others, and a row needs one block read and tokenised.
+        // Four rows a block, or so: what fills no row is packed with others, and a row needs one block read and
+        // tokenised.
         let source = Source::open(path, 16 * seq, &reading)?;
         let mut left = Left::default();
         let mut all: Vec<Part> = Vec::new();
@@ -141,8 +143,8 @@ impl DataSet {
         batches
     }
 
-    /// The share of one replica of some rows, in micro-batches of `micro` rows, all of one shape: rows without tokens fill the
-    /// last one. There is at least one, so that all replicas do the same.
+    /// The share of one replica of some rows, in micro-batches of `micro` rows, all of one shape: rows without tokens
+    /// fill the last one. There is at least one, so that all replicas do the same.
     pub fn share(
         &self,
         rows: Range<u64>,

@@ -68,8 +68,8 @@ enum Form {
     Text,
 }
 
-/// A file of documents: JSON Lines if its name ends in `.jsonl`, else a plain text. It is looked through once, when it is
-/// opened; documents are read and tokenised again when they are needed.
+/// A file of documents: JSON Lines if its name ends in `.jsonl`, else a plain text. It is looked through once, when it
+/// is opened; documents are read and tokenised again when they are needed.
 pub struct Source {
     path: PathBuf,
     form: Form,

@@ -19,8 +19,8 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads the tokenizer of a directory: `tokenizer.json`, and from `tokenizer_config.json`, `generation_config.json` and
-    /// `config.json` what begins and ends a text.
+    /// Reads the tokenizer of a directory: `tokenizer.json`, and from `tokenizer_config.json`, `generation_config.json`
+    /// and `config.json` what begins and ends a text.
     pub fn open(dir: &Path) -> Result<Self, String> {
         let file = dir.join("tokenizer.json");
         let mut inner = tokenizers::Tokenizer::from_file(&file)
