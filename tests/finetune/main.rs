@@ -12,4 +12,3 @@ mod documents;
 mod program;
 mod refusals;
 mod rows;
-mod smol_tmp;
