@@ -13,7 +13,7 @@ use crate::args::Args;
 use crate::checkpoints::{Run, checkpointer};
 use crate::device;
 use crate::gpt::Gpt;
-use crate::memory::Memory;
+use crate::memory::{Memory, Peak};
 use crate::report::{Outcome, Pipeline, Progress};
 use crate::text::{Text, tensors};
 
@@ -43,7 +43,12 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
     let wrapping = run.model.counters();
 
     for number in first..args.steps {
+        let last = number + 1 == args.steps;
+        let peak = if last { Some(Peak::begin(&world)?) } else { None };
         let mut step = run.model.step_micro_batches(batch(number), loss)?;
+        if let Some(peak) = peak {
+            memory.step = peak.end(&world, args.ranks_here())?;
+        }
         pipeline.add(&step.runs);
         // The mean over the tokens of all ranks: every rank has the same, and ends here with the others.
         let loss = step.loss.item();
@@ -54,8 +59,8 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
             step = step.clip_grad_norm(&run.model, max)?;
             run.grad_norms.extend(step.grad_norm);
         }
-        if number + 1 == args.steps {
-            memory = Memory::of_step(&run.model, &step.grads);
+        if last {
+            memory = Memory { step: memory.step, ..Memory::of_step(&run.model, &step.grads) };
         }
         run.model = run.model.optimize(&mut run.optim, run.schedule.step(), step)?;
 

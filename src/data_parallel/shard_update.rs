@@ -43,7 +43,9 @@ impl<E: StepEngine> Replica<E> {
         let mut own = OwnRows::of(&reducer, &comms, &self.engine);
         self.engine.visit(&mut own);
         let updated = update(own.found?, &comms)?;
-        self.try_change(|engine| gather(engine, updated, &reducer, &comms))
+        let updated = self.try_change(|engine| gather(engine, updated, &reducer, &comms))?;
+        updated.engine.rows_changed();
+        Ok(updated)
     }
 }
 

@@ -25,7 +25,8 @@ pub struct StepCounters {
     pub norm: Counters,
     /// Steps that were skipped because their gradient was not finite.
     pub skipped: u64,
-    /// How long this rank had nothing else to do but wait for gradients: communication that nothing hid.
+    /// How long this rank had nothing else to do but wait for gradients, and with [sharded](crate::sharding) replicas for parameters
+    /// that are gathered: communication that nothing hid.
     pub waited: Duration,
 }
 

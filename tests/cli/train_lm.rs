@@ -120,6 +120,7 @@ fn flags_that_make_no_sense_are_refused() {
 
 #[test]
 fn flags_that_do_not_fit_together_are_refused() {
+    refused(&["--dp", "1", "--zero", "3"], "--zero 3 is divided among the replicas, and with --dp 1 there is one");
     refused(&["--d-model", "10", "--heads", "4"], "--heads 4 does not divide --d-model 10");
     refused(&["--ranks", "2", "--dp", "3"], "--dp 3 x --tp 1 makes 3 ranks, but --ranks is 2");
     refused(&["--ranks", "4", "--dp", "3", "--tp", "2"], "--dp 3 x --tp 2 makes 6 ranks, but --ranks is 4");
@@ -319,6 +320,9 @@ fn zero_divides_what_the_replicas_hold() {
             same_losses(&alone, &losses(&outcome), 1e-4);
             let held = |what: &str| outcome["bytes_held"][what].as_u64().unwrap();
             let [parameters, gradients, optimizer] = ["parameters", "gradients", "optimizer"].map(held);
+            // A step makes gradients at least of its share, and does not need a hundred times the model.
+            let step = held("step");
+            assert!(step >= gradients && step < 100 * parameters.max(gradients), "{step}");
             if stage == "0" {
                 whole = parameters;
                 assert_eq!(gradients, parameters);

@@ -24,6 +24,7 @@ mod adapters;
 mod assemble;
 mod gatherer;
 mod logical;
+mod merge;
 mod operation;
 mod row_shard;
 mod stand_in;

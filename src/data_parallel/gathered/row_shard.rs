@@ -9,11 +9,12 @@ use burn::module::{
 use burn::tensor::{Device, Tensor};
 
 use super::Gatherer;
+use super::merge::merge;
 use super::operation::{Source, gather};
 use crate::data_parallel::hook::{Arrival, HookGroup};
 use crate::data_parallel::reducer::Reducer;
 use crate::params::SHARD;
-use crate::sharding::RankedParam;
+use crate::sharding::{Keep, RankedParam};
 
 /// The reparameterization of a parameter of which this rank holds its rows: its value is gathered. An adapter that the parameter
 /// had is applied to that.
@@ -72,6 +73,7 @@ impl Reparameterization for RowShard {
         let source = Source { gatherer: self.link.gatherer.clone(), id };
         let whole = gather(value, &source, arrival).unwrap_or_else(|error| panic!("{error}"));
         match &self.adapter {
+            Some(adapter) if self.link.gatherer.keep() == Keep::Pass => merge(whole, adapter),
             Some(adapter) => adapter.apply(whole),
             None => whole,
         }

@@ -7,6 +7,7 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId, Reparameterization, Re
 use burn::tensor::{DType, Device, Tensor};
 
 use super::adapters::{Adapters, take_adapters};
+use super::assemble::shards_of;
 use super::gatherer::{Gathered, Gatherer};
 use super::row_shard::{Link, RowShard};
 use super::stand_in::stand_in;
@@ -53,6 +54,7 @@ pub(in crate::data_parallel) fn shard_parameters<M: Module>(
     let sharded = ShardedIds::of(&module);
     let module = broadcast_some(module, group, &|id, _| !sharded.contains(id))?;
     gatherer.set_stand_ins(sharded.stand_ins);
+    gatherer.set_shards(shards_of(&module, &gatherer));
     Ok((module, reducer, gatherer))
 }
 

@@ -8,7 +8,7 @@ use burn::tensor::{Device, Tensor};
 use burn_parallel::Error;
 use burn_parallel::hf::{self, Mapping, SaveConfig};
 use burn_parallel::prelude::*;
-use burn_parallel::sharding::{Keep, Rows, Sharding};
+use burn_parallel::sharding::Rows;
 
 use super::{config, optimizer, train, wrap};
 use crate::common::zoo::{self, Case, assert_close, parameters};

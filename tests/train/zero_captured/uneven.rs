@@ -3,7 +3,6 @@
 use burn::prelude::*;
 use burn::tensor::activation;
 use burn_parallel::prelude::*;
-use burn_parallel::sharding::{Keep, Sharding};
 use burn_parallel::train::Engine;
 
 use crate::common::models::{Lm, Numbers, device};
