@@ -1,10 +1,12 @@
 //! A data-parallel step against one rank alone and against two ranks that do not talk to each other.
 //!
 //! The three take turns within one run, round by round, and what counts is the median over rounds of their ratio: a
-//! machine that is slower for a while is slower for all of them. That is why this is a loop of its own and not criterion's.
+//! machine that is slower for a while is slower for all of them. That is why this is a loop of its own and not
+//! criterion's.
 //!
-//! With `sharded`, instead: steps of two replicas that divide nothing, optimizer state, gradients and parameters (ZeRO 0 to 3), with
-//! both engines, by turns in changing order; beside their time there is, on Linux, the processor time of both ranks.
+//! With `sharded`, instead: steps of two replicas that divide nothing, optimizer state, gradients and parameters (ZeRO
+//! 0 to 3), with both engines, by turns in changing order; beside their time there is, on Linux, the processor time of
+//! both ranks.
 //!
 //! `cargo bench --bench data_parallel -- [mlp|gpt] [sharded] [ROUNDS]`
 

@@ -1,7 +1,8 @@
 //! Implements `Module` for a wrapper by delegating to one of its fields.
 
-/// Implements `Module` and `Display` for a wrapper by delegating to one field: paths and parameters are those of the field.
-/// `valid` keeps the other fields. A function of [`optimizer_mapper`](crate::optimizer_mapper) may look at mappers first.
+/// Implements `Module` and `Display` for a wrapper by delegating to one field: paths and parameters are those of the
+/// field. `valid` keeps the other fields. A function of [`optimizer_mapper`](crate::optimizer_mapper) may look at
+/// mappers first.
 macro_rules! module_of_field {
     ($wrapper:ident<$inner:ident: $bound:ident>, $field:ident $(, $before_map:ident)?) => {
         impl<$inner: std::fmt::Display> std::fmt::Display for $wrapper<$inner> {

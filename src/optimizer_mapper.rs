@@ -13,8 +13,8 @@ pub(crate) fn is_optimizer<Mapper>() -> bool {
 /// Refuses an optimizer that looks at all parameters at once.
 ///
 /// # Panics
-/// If the mapper is that of `LBFGS`: on each rank it would see other parameters, and make another update of them. There is no
-/// other way out of a mapper.
+/// If the mapper is that of `LBFGS`: on each rank it would see other parameters, and make another update of them. There
+/// is no other way out of a mapper.
 pub(crate) fn refuse_at_once<Mapper>(wrapper: &str) {
     assert!(
         !std::any::type_name::<Mapper>().contains(AT_ONCE),

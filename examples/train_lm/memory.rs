@@ -1,4 +1,5 @@
-//! What a rank holds of the model, its gradients and the optimizer's state, in bytes, and what a step needs beside that.
+//! What a rank holds of the model, its gradients and the optimizer's state, in bytes, and what a step needs beside
+//! that.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -19,8 +20,8 @@ pub struct Memory {
     pub gradients: usize,
     /// The tensors of the optimizer's state.
     pub optimizer: usize,
-    /// By how much the memory of the host that the process has in use grows in a step at most, divided by the ranks in the
-    /// process: activations, gradients, gathered parameters, and buffers of collectives.
+    /// By how much the memory of the host that the process has in use grows in a step at most, divided by the ranks in
+    /// the process: activations, gradients, gathered parameters, and buffers of collectives.
     pub step: usize,
 }
 
@@ -77,7 +78,8 @@ impl Peak {
         Ok(Self { before })
     }
 
-    /// The most bytes since then beside those that were in use then, for each of so many ranks in this process. Collective.
+    /// The most bytes since then beside those that were in use then, for each of so many ranks in this process.
+    /// Collective.
     pub fn end(self, world: &Communicator, ranks: usize) -> Result<usize, Error> {
         world.barrier()?;
         Ok(MOST.load(Relaxed).saturating_sub(self.before) / ranks)

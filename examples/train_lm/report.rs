@@ -252,7 +252,9 @@ impl Outcome {
         );
         row(
             "more at the peak of a step",
-            format!("{step} bytes a rank, as the allocator of the host counts: activations, gradients, what is gathered"),
+            format!(
+                "{step} bytes a rank, as the allocator of the host counts: activations, gradients, what is gathered"
+            ),
         );
         row("time", format!("{seconds:.1} s, {:.0} tokens/s", self.tokens_per_second()));
         row(

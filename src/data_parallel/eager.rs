@@ -23,8 +23,9 @@ use crate::sharding::Rows;
 use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
 use crate::tensor::{PlainTensor, TensorMapper, TensorTree, rows};
 
-/// A model that every rank of a group of replicas holds whole, or its rows of every parameter. Its own eager `forward` computes, so shapes and decisions may
-/// change from step to step, and hooks at the parameters deliver gradients while backward runs. Dereferences to the model.
+/// A model that every rank of a group of replicas holds whole, or its rows of every parameter. Its own eager `forward`
+/// computes, so shapes and decisions may change from step to step, and hooks at the parameters deliver gradients while
+/// backward runs. Dereferences to the model.
 #[derive(Clone)]
 pub struct Eager<M> {
     module: M,

@@ -39,8 +39,8 @@ impl<E: fmt::Display> fmt::Display for Replica<E> {
     }
 }
 
-/// Paths and parameters are those of the model; of parameters that the replicas divide among themselves the values are this rank's
-/// rows.
+/// Paths and parameters are those of the model; of parameters that the replicas divide among themselves the values are
+/// this rank's rows.
 impl<E: StepEngine> Module for Replica<E> {
     fn collect_devices(&self, devices: Devices) -> Devices {
         self.engine.collect_devices(devices)
@@ -76,8 +76,8 @@ impl<E: StepEngine> Module for Replica<E> {
     }
 
     /// # Panics
-    /// If an optimizer of burn steps sharded replicas by itself: it would update rows with the gradients of others, or not at
-    /// all. [`optimize`](crate::train::ParallelModule::optimize) does it.
+    /// If an optimizer of burn steps sharded replicas by itself: it would update rows with the gradients of others, or
+    /// not at all. [`optimize`](crate::train::ParallelModule::optimize) does it.
     fn map<Mapper: ModuleMapper>(self, mapper: &mut Mapper) -> Self {
         let sharding = self.sharding();
         assert!(

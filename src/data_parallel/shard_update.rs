@@ -1,4 +1,5 @@
-//! The update of sharded replicas: each rank's rows of the parameters go to the optimizer, and come back to all of them.
+//! The update of sharded replicas: each rank's rows of the parameters go to the optimizer, and come back to all of
+//! them.
 
 use std::collections::{HashMap, HashSet};
 
@@ -21,8 +22,8 @@ impl<E: StepEngine> Replica<E> {
         }
     }
 
-    /// Hands this rank's rows of the parameters that are trained to `update`, and gives all ranks those that it returns.
-    /// Collective.
+    /// Hands this rank's rows of the parameters that are trained to `update`, and gives all ranks those that it
+    /// returns. Collective.
     ///
     /// # Errors
     /// Those of `update` and of [`Communicator`](crate::comm::Communicator).
@@ -49,7 +50,8 @@ impl<E: StepEngine> Replica<E> {
     }
 }
 
-/// The module with the rows of all ranks in its parameters, or this rank's, where it holds these only: a bucket at a time, so that no more than that is held twice.
+/// The module with the rows of all ranks in its parameters, or this rank's, where it holds these only: a bucket at a
+/// time, so that no more than that is held twice.
 fn gather<E: StepEngine>(
     mut engine: E,
     updated: ShardParams,

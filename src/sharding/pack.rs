@@ -1,8 +1,9 @@
 //! The shards of several parameters in one buffer, as collectives carry them.
 //!
-//! In a packed shard the shards of the parameters lie one behind the other. In a packed whole the packed shards of all ranks do,
-//! in rank order: what an all-gather makes of packed shards, and what a reduce-scatter divides into them. A single parameter is
-//! packed as it is, without a copy, where the ranks divide its rows; so large ones travel by themselves.
+//! In a packed shard the shards of the parameters lie one behind the other. In a packed whole the packed shards of all
+//! ranks do, in rank order: what an all-gather makes of packed shards, and what a reduce-scatter divides into them. A
+//! single parameter is packed as it is, without a copy, where the ranks divide its rows; so large ones travel by
+//! themselves.
 
 use burn::tensor::{DType, Device};
 
@@ -83,8 +84,8 @@ impl Pack {
         self.members.iter().map(unpack).collect()
     }
 
-    /// Gathers the shards of all ranks of a group into whole tensors: one collective, and one more for each large parameter. Moves `(n - 1) / n` of the bytes of the
-    /// wholes, zeros included.
+    /// Gathers the shards of all ranks of a group into whole tensors: one collective, and one more for each large
+    /// parameter. Moves `(n - 1) / n` of the bytes of the wholes, zeros included.
     ///
     /// # Errors
     /// Those of [`Communicator::all_gather`].
@@ -155,7 +156,8 @@ impl Pack {
         self.reduce_scatter_agreed(wholes, op, group, 0)
     }
 
-    /// As [`reduce_scatter`](Self::reduce_scatter), where all ranks must bring the same number: which parameters these are of.
+    /// As [`reduce_scatter`](Self::reduce_scatter), where all ranks must bring the same number: which parameters these
+    /// are of.
     ///
     /// # Errors
     /// Those of [`Communicator::reduce_scatter`].
@@ -204,8 +206,8 @@ impl Pack {
     }
 }
 
-/// A parameter that is at least so large is not packed with others: one collective more costs less than to copy it into the
-/// pack, and out of it again.
+/// A parameter that is at least so large is not packed with others: one collective more costs less than to copy it into
+/// the pack, and out of it again.
 const LARGE_BYTES: usize = 1 << 20;
 
 fn flat(tensor: PlainTensor) -> PlainTensor {

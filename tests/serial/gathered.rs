@@ -89,8 +89,8 @@ fn after_forward<M: Module + Sync>(
     found.into_inner()
 }
 
-/// With `Keep::Pass` no more is whole when forward ends than two groups, whatever burn's layers do with their weights; with
-/// `Keep::MicroBatch` everything is.
+/// With `Keep::Pass` no more is whole when forward ends than two groups, whatever burn's layers do with their weights;
+/// with `Keep::MicroBatch` everything is.
 #[test]
 fn burns_layers_keep_no_gathered_weight() {
     let _turn = crate::turn();
@@ -113,8 +113,8 @@ fn adapted_weights_are_not_kept() {
     assert!(pass < 2 * group + FEW, "{pass} of groups of {group}");
 }
 
-/// burn keeps what a product multiplies by, if that was made of a weight by an operation, a view for example. With burn's gradient
-/// checkpointing it makes views again, of the weight that is gathered again.
+/// burn keeps what a product multiplies by, if that was made of a weight by an operation, a view for example. With
+/// burn's gradient checkpointing it makes views again, of the weight that is gathered again.
 #[test]
 fn views_of_weights_are_kept_without_gradient_checkpointing() {
     let _turn = crate::turn();

@@ -325,7 +325,7 @@ fn a_thousand_steps_hold_no_more_than_a_few() {
             &format!("dp, {level}"),
             growth(2, |rank, x, model| {
                 let model = model.data_parallel(rank, dp().with_sharding(level))?;
-                training!(model, optimize |m| m.step(x.clone(), |m, x| m.loss(x)))
+                training!(model, optimize | m | m.step(x.clone(), |m, x| m.loss(x)))
             }),
         );
     }
@@ -334,7 +334,7 @@ fn a_thousand_steps_hold_no_more_than_a_few() {
         growth(2, |rank, x, model| {
             let strategy = Strategy::new().with_data(dp().with_sharding(Sharding::Parameters));
             let model = model.parallelize(rank, &strategy.with_engine(Engine::Captured))?;
-            training!(model, optimize |m| m.step(x.clone(), |m, x| m.loss(x)))
+            training!(model, optimize | m | m.step(x.clone(), |m, x| m.loss(x)))
         }),
     );
     check(

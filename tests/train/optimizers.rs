@@ -56,7 +56,10 @@ fn all() -> Vec<(&'static str, f64, ModuleOptimizer)> {
 }
 
 /// What each optimizer makes of a model, which is wrapped once for all.
-fn trained<P: ParallelModule<Model = Lm>>(model: P, place: (usize, usize)) -> Result<Vec<(&'static str, Wholes)>, Error> {
+fn trained<P: ParallelModule<Model = Lm>>(
+    model: P,
+    place: (usize, usize),
+) -> Result<Vec<(&'static str, Wholes)>, Error> {
     let mut optimizers = all();
     let mut after = Vec::new();
     // They stay where they are: `optimize` knows them by that.

@@ -149,8 +149,8 @@ impl Gatherer {
         }
     }
 
-    /// The whole of a parameter of which this rank holds `shard`. Gathers its group if need be, and begins with the one that is
-    /// likely next.
+    /// The whole of a parameter of which this rank holds `shard`. Gathers its group if need be, and begins with the one
+    /// that is likely next.
     ///
     /// # Errors
     /// Those of [`Communicator::all_gather`](crate::comm::Communicator::all_gather).

@@ -1,7 +1,7 @@
 //! The value of a gathered parameter with an adapter, as burn's autodiff knows it.
 //!
-//! burn's own sum of a weight and its adapter would be kept from forward to backward by whatever multiplies by it: as many bytes as
-//! the weight. This one is computed again in backward, of the weight that is gathered again then.
+//! burn's own sum of a weight and its adapter would be kept from forward to backward by whatever multiplies by it: as
+//! many bytes as the weight. This one is computed again in backward, of the weight that is gathered again then.
 
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -44,12 +44,13 @@ fn record<const D: usize, B: Backend, C: CheckpointStrategy>(
 where
     DispatchTensor: DispatchKindConversion<B> + DispatchKindConversion<Autodiff<B, C>>,
 {
-    let float = |tensor: DispatchTensor| {
-        match <DispatchTensor as DispatchKindConversion<Autodiff<B, C>>>::try_into_backend(tensor) {
+    let float =
+        |tensor: DispatchTensor| match <DispatchTensor as DispatchKindConversion<Autodiff<B, C>>>::try_into_backend(
+            tensor,
+        ) {
             Ok(BackendTensor::Float(tensor)) => Some(tensor),
             _ => None,
-        }
-    };
+        };
     let (whole, a, b) = (float(whole.into_dispatch())?, float(a.into_dispatch())?, float(b.into_dispatch())?);
     let ids = [whole.id(), a.id(), b.id()];
     let dtype: FloatDType = whole.dtype().into();

@@ -16,8 +16,8 @@ use crate::data_parallel::reducer::Reducer;
 use crate::params::SHARD;
 use crate::sharding::{Keep, RankedParam};
 
-/// The reparameterization of a parameter of which this rank holds its rows: its value is gathered. An adapter that the parameter
-/// had is applied to that.
+/// The reparameterization of a parameter of which this rank holds its rows: its value is gathered. An adapter that the
+/// parameter had is applied to that.
 #[derive(Debug, Clone)]
 pub(super) struct RowShard {
     pub shard: RankedParam,
@@ -44,8 +44,8 @@ thread_local! {
     static BARE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-/// Runs something in which sharded parameters are what stands in for them: burn takes a reparameterization off a parameter only
-/// together with its value.
+/// Runs something in which sharded parameters are what stands in for them: burn takes a reparameterization off a
+/// parameter only together with its value.
 pub(super) fn bare<T>(run: impl FnOnce() -> T) -> T {
     struct Restore(bool);
     impl Drop for Restore {
@@ -61,8 +61,8 @@ impl Reparameterization for RowShard {
     const NAME: &'static str = SHARD;
 
     /// # Panics
-    /// If the rows of the others cannot be gathered: there is no other way out of a forward. The world has failed by then, and
-    /// steps and evaluations return its error.
+    /// If the rows of the others cannot be gathered: there is no other way out of a forward. The world has failed by
+    /// then, and steps and evaluations return its error.
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
         if BARE.get() {
             return base;

@@ -21,12 +21,12 @@ use crate::params::{LazyParam, LeafKind, ShardedIds, leaf, one_device, own_buffe
 use crate::sharding::{Member, Pack, RankedParam, Rows, ShardComms, groups};
 use crate::tensor::PlainTensor;
 
-/// Gives every rank its rows of rank 0's parameters, and all of rank 0's buffers. No rank but the first makes a lazy parameter, and
-/// none holds more than one of them whole at a time. Collective.
+/// Gives every rank its rows of rank 0's parameters, and all of rank 0's buffers. No rank but the first makes a lazy
+/// parameter, and none holds more than one of them whole at a time. Collective.
 ///
 /// # Errors
-/// [`Error::ModelMismatch`] if the ranks' modules differ in structure; [`Error::InvalidArgument`] if parameters are on several
-/// devices, or settings do not go together; those of [`Communicator`].
+/// [`Error::ModelMismatch`] if the ranks' modules differ in structure; [`Error::InvalidArgument`] if parameters are on
+/// several devices, or settings do not go together; those of [`Communicator`].
 pub(in crate::data_parallel) fn shard_parameters<M: Module>(
     module: M,
     group: &Communicator,
@@ -109,8 +109,8 @@ impl ModuleVisitor for Inventory<'_> {
     }
 }
 
-/// The float parameters of a module that are none of its running statistics. These look like frozen parameters, but burn keeps no
-/// reparameterization on them.
+/// The float parameters of a module that are none of its running statistics. These look like frozen parameters, but
+/// burn keeps no reparameterization on them.
 fn real_params<M: Module>(module: &M) -> HashSet<ParamId> {
     struct Mark;
     impl Reparameterizer for Mark {

@@ -1,20 +1,20 @@
 //! Parts of parameters that are split along axes, joined on one rank where an update depends on the whole of them.
 //!
-//! The ranks that hold parts of a parameter deal out the parameters among themselves, those of equal dims in turn. The owner of
-//! one gets the parts of its value and of its gradient, updates the whole, and sends each rank its part of that. Along several
-//! axes this is done one axis after the other, the last one first.
+//! The ranks that hold parts of a parameter deal out the parameters among themselves, those of equal dims in turn. The
+//! owner of one gets the parts of its value and of its gradient, updates the whole, and sends each rank its part of
+//! that. Along several axes this is done one axis after the other, the last one first.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::module::ParamId;
 use burn::optim::GradientsParams;
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device};
 
 use crate::Error;
 use crate::comm::Communicator;
 use crate::graph::{SplitOver, SplitParam};
-use crate::sharding::{RankedParam, Rows, ShardParam, ShardParams, owners};
+use crate::sharding::{ShardParam, ShardParams, owners};
 use crate::tensor::PlainTensor;
 
 /// Parameters that one rank updates as a whole, with what the others need to get their parts back.
@@ -44,8 +44,9 @@ struct Key {
 pub(super) type Part = (ShardParam, PlainTensor);
 
 impl Joined {
-    /// Joins parts of parameters among those that are `split`, all of which are the same on all ranks that hold parts of one, as are
-    /// `parts` but for what they hold. What this rank owns comes back, with the gradients put into `grads`. Collective.
+    /// Joins parts of parameters among those that are `split`, all of which are the same on all ranks that hold parts
+    /// of one, as are `parts` but for what they hold. What this rank owns comes back, with the gradients put into
+    /// `grads`. Collective.
     ///
     /// # Errors
     /// Those of [`Communicator::gather`](crate::comm::Communicator::gather).
@@ -114,8 +115,8 @@ impl Joined {
     }
 }
 
-/// What each parameter is split over, and the rank of its owner along each axis. Dealt out over all parameters that are split,
-/// trained or not: the state of an optimizer stays where it is when others are frozen.
+/// What each parameter is split over, and the rank of its owner along each axis. Dealt out over all parameters that are
+/// split, trained or not: the state of an optimizer stays where it is when others are frozen.
 fn deal(split: &[SplitParam]) -> HashMap<ParamId, (&SplitOver, Vec<usize>)> {
     let mut by_size: BTreeMap<usize, Vec<(ParamId, &SplitOver)>> = BTreeMap::new();
     for param in split {
@@ -184,7 +185,9 @@ impl Lot {
             }
             tensors = joined;
         }
-        Ok(Some(tensors.into_iter().zip(&self.over).map(|(tensor, over)| without_padding(tensor, &over.dims)).collect()))
+        Ok(Some(
+            tensors.into_iter().zip(&self.over).map(|(tensor, over)| without_padding(tensor, &over.dims)).collect(),
+        ))
     }
 
     /// This rank's part of each parameter, of the wholes that the owner brings.
@@ -229,49 +232,6 @@ impl Lot {
             Ok(part)
         };
         self.dims_before(axis + 1).into_iter().map(unpack).collect()
-    }
-}
-
-/// This rank's parts of the parameters of some ids, each once, with the gradients that there are of them.
-///
-/// # Errors
-/// [`Error::InvalidArgument`] for a parameter of a rank that burn's optimizers do not know.
-pub(super) fn parts_of<M: Module>(
-    module: &M,
-    ids: &HashSet<ParamId>,
-    split: &[SplitParam],
-    grads: &mut GradientsParams,
-) -> Result<Vec<Part>, Error> {
-    let paths: HashMap<ParamId, &SplitParam> =
-        split.iter().filter(|param| ids.contains(&param.id)).map(|param| (param.id, param)).collect();
-    let mut found = Parts { paths, grads, seen: HashSet::new(), parts: Ok(Vec::new()) };
-    module.visit(&mut found);
-    found.parts
-}
-
-struct Parts<'a> {
-    paths: HashMap<ParamId, &'a SplitParam>,
-    grads: &'a mut GradientsParams,
-    seen: HashSet<ParamId>,
-    parts: Result<Vec<Part>, Error>,
-}
-
-impl ModuleVisitor for Parts<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let Some(split) = self.paths.get(&param.id) else { return };
-        let Ok(parts) = &mut self.parts else { return };
-        if !self.seen.insert(param.id) {
-            return;
-        }
-        let (rows, ranked) = (Rows::new(&split.dims, 1), RankedParam::new(param.clone()));
-        let (Some(rows), Some(ranked)) = (rows, ranked) else {
-            let problem = format!("parameter `{}` is of rank {D}, and optimizers take ranks 1 to 8", split.path);
-            self.parts = Err(Error::invalid("optimize", problem));
-            return;
-        };
-        if let Some(gradient) = ranked.take_gradient(self.grads) {
-            parts.push((ShardParam { path: split.path.clone(), rows, owner: 0, param: ranked }, gradient));
-        }
     }
 }
 

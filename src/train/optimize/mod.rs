@@ -3,6 +3,7 @@
 mod joined;
 mod moments;
 mod optimizer_error;
+mod own_parts;
 mod parts;
 mod sharded;
 mod split;

@@ -26,9 +26,9 @@ pub(in crate::train) struct ShardedStep<'a> {
 }
 
 impl ShardedStep<'_> {
-    /// Updates the rows of the parameters that have gradients, and returns these. Parameters whose update depends on the whole of
-    /// them, as Muon's does, are dealt out: each is gathered on one rank, over the replicas and then over the axes that split it,
-    /// updated there, and its rows are sent back. Collective.
+    /// Updates the rows of the parameters that have gradients, and returns these. Parameters whose update depends on
+    /// the whole of them, as Muon's does, are dealt out: each is gathered on one rank, over the replicas and then over
+    /// the axes that split it, updated there, and its rows are sent back. Collective.
     ///
     /// # Errors
     /// [`Error::Optimizer`]; those of [`Communicator`](crate::comm::Communicator).
@@ -64,21 +64,21 @@ impl ShardedStep<'_> {
             moments::check(optim, &all).inspect_err(fail)?;
         }
         let updated = update(all, optim, lr, work.grads).inspect_err(fail)?;
-        let (owned, rest): (Vec<_>, Vec<_>) =
-            updated.0.into_iter().partition(|shard| ours.contains(&shard.param.id()));
+        let (owned, rest): (Vec<_>, Vec<_>) = updated.0.into_iter().partition(|shard| ours.contains(&shard.param.id()));
         let parts = joined.divide(owned)?;
         dealt.collect(ShardParams(parts.into_iter().chain(rest).collect()), comms)
     }
 }
 
-/// Takes out of the work of this rank what is to be updated as a whole, but is a part of a parameter that other axes split as
-/// well; with the rest of the work.
+/// Takes out of the work of this rank what is to be updated as a whole, but is a part of a parameter that other axes
+/// split as well; with the rest of the work.
 fn take_parts(work: &mut Work, whole: &HashSet<ParamId>, split: &[SplitParam]) -> (Vec<Part>, Vec<ShardParam>) {
     let split: HashSet<ParamId> = split.iter().map(|param| param.id).collect();
     let (mut parts, mut rest) = (Vec::new(), Vec::new());
     for shard in std::mem::take(&mut work.params).0 {
         let id = shard.param.id();
-        match (whole.contains(&id) && split.contains(&id)).then(|| shard.param.take_gradient(&mut work.grads)).flatten() {
+        match (whole.contains(&id) && split.contains(&id)).then(|| shard.param.take_gradient(&mut work.grads)).flatten()
+        {
             Some(gradient) => parts.push((shard, gradient)),
             None => rest.push(shard),
         }

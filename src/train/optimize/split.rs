@@ -7,7 +7,8 @@ use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, ParamId};
 use burn::optim::{GradientsParams, ModuleOptimizer};
 use burn::tensor::Device;
 
-use super::joined::{Joined, parts_of};
+use super::joined::Joined;
+use super::own_parts::own_parts;
 use super::update::update;
 use super::{moments, parts};
 use crate::Error;
@@ -26,9 +27,9 @@ pub(in crate::train) struct SplitStep<'a> {
 }
 
 impl SplitStep<'_> {
-    /// Updates the parameters that have gradients. Those that are split, and whose update depends on the whole of them, as Muon's
-    /// does, are joined, each on one rank, which updates it and sends the others their parts. Collective over the ranks that hold
-    /// parts of one parameter, if there are any such.
+    /// Updates the parameters that have gradients. Those that are split, and whose update depends on the whole of them,
+    /// as Muon's does, are joined, each on one rank, which updates it and sends the others their parts. Collective over
+    /// the ranks that hold parts of one parameter, if there are any such.
     ///
     /// # Errors
     /// [`Error::Optimizer`]; those of [`Communicator`](crate::comm::Communicator).
@@ -43,7 +44,7 @@ impl SplitStep<'_> {
         })?;
         let parts = match whole.is_empty() {
             true => Vec::new(),
-            false => parts_of(local(&model), &whole, &split, &mut grads)?,
+            false => own_parts(local(&model), &whole, &split, &mut grads)?,
         };
         if parts.is_empty() {
             if new {
@@ -65,8 +66,8 @@ impl SplitStep<'_> {
     }
 }
 
-/// A model, and before it the parameters that this rank updates as wholes: an optimizer gives each its gradient, and finds none
-/// for the part that the model has of it.
+/// A model, and before it the parameters that this rank updates as wholes: an optimizer gives each its gradient, and
+/// finds none for the part that the model has of it.
 #[derive(Debug, Clone)]
 struct WithOwned<M> {
     owned: ShardParams,

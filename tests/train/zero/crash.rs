@@ -9,7 +9,8 @@ use burn_parallel::prelude::*;
 
 use super::{config, optimizer, wrap};
 
-/// Run by the test below: the processes come to this place again. The second dies between two layers of its second step.
+/// Run by the test below: the processes come to this place again. The second dies between two layers of its second
+/// step.
 #[test]
 #[ignore = "a helper of the other test"]
 fn itself() {

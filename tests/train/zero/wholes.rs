@@ -20,8 +20,8 @@ impl Encoder {
     }
 }
 
-/// Each layer is a group, gathered for forward and again for backward, but for the last, which is in use where these meet: in a
-/// step, and by a forward of one's own, also the first one.
+/// Each layer is a group, gathered for forward and again for backward, but for the last, which is in use where these
+/// meet: in a step, and by a forward of one's own, also the first one.
 #[test]
 fn the_layers_of_a_transformer_are_gathered_twice() {
     let device = Device::flex().autodiff();

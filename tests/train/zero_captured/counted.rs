@@ -64,7 +64,8 @@ fn bytes_are_those_of_the_formula() {
             let m = micro_batches as u64;
             let (all, behind_the_first) = (gathered(&WIDTHS, replicas), gathered(&WIDTHS[1..], replicas));
             for (keep, calls, bytes) in [
-                // The gradient of the inputs is not asked for, so that the first layer is not read in the backward pass.
+                // The gradient of the inputs is not asked for, so that the first layer is not read in the backward
+                // pass.
                 (Keep::Pass, 5 * m, m * (all + behind_the_first)),
                 (Keep::MicroBatch, 3 * m, m * all),
                 (Keep::Step, 3, all),

@@ -84,7 +84,8 @@ fn uneven_replicas_train_like_one_device() {
     }
 }
 
-/// A replica that has no micro-batch in a step lends the rows of its stages, in the order in which the others' schedule asks.
+/// A replica that has no micro-batch in a step lends the rows of its stages, in the order in which the others' schedule
+/// asks.
 #[test]
 fn a_pipeline_without_data_takes_part() {
     let model = Lm::new(11, 16, 2, &device());
