@@ -28,8 +28,8 @@ pub struct Continuation {
     pub rows: usize,
 }
 
-/// Continues the tokens of `prompt`. Collective over all ranks, which pass the same; the first of them chooses each token for all,
-/// so that all end together.
+/// Continues the tokens of `prompt`. Collective over all ranks, which pass the same; the first of them chooses each
+/// token for all, so that all end together.
 ///
 /// # Errors
 /// If there is nothing to continue, or the prompt is too long; those of [`forward_with`](ParallelModule::forward_with).

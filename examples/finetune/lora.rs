@@ -53,8 +53,9 @@ impl LoraConfig {
     }
 }
 
-/// Gives a model adapters, which are all of it that is trained from now on. Before it is spread over ranks; no weight is made that
-/// was not made yet. `a` is drawn as by `peft`: evenly up to the inverse root of the inputs, the same on every rank.
+/// Gives a model adapters, which are all of it that is trained from now on. Before it is spread over ranks; no weight
+/// is made that was not made yet. `a` is drawn as by `peft`: evenly up to the inverse root of the inputs, the same on
+/// every rank.
 ///
 /// # Errors
 /// As [`LoraConfig::check`].
@@ -64,7 +65,8 @@ pub fn adapt(model: Llama, config: &LoraConfig) -> Result<Llama, String> {
     Ok(model.apply_reparameterization(Fresh { config, targets, made: 0 }))
 }
 
-/// Gives the adapters of a model the values of those in a directory of `peft`. Collective, after the weights are loaded.
+/// Gives the adapters of a model the values of those in a directory of `peft`. Collective, after the weights are
+/// loaded.
 ///
 /// # Errors
 /// As of [`Adapter::open`] and [`load`](ParallelModule::load).
