@@ -33,6 +33,8 @@ pub struct DataParallelConfig {
     pub sharding_ranks: Option<usize>,
     /// How long gathered parameters are kept, with [`Sharding::Parameters`].
     pub keep: Keep,
+    /// Whether steps measure the noise of their gradient.
+    pub noise_scale: bool,
     /// A reduction of one's own, which no file knows of.
     #[serde(skip)]
     hook: Option<Arc<dyn CommHook>>,
@@ -53,6 +55,7 @@ impl DataParallelConfig {
             sharding: Sharding::None,
             sharding_ranks: None,
             keep: Keep::Pass,
+            noise_scale: false,
             hook: None,
         }
     }
@@ -114,6 +117,17 @@ impl DataParallelConfig {
         self
     }
 
+    /// Has steps measure the noise of their gradient ([`Step::noise`](crate::step::Step::noise)): the square of every micro-batch's
+    /// gradient is taken while it is in the cache, and three numbers more go with those that replicas sum up at the end of a step.
+    /// A parameter that a forward uses several times has its gradient held once more until the end of the micro-batch.
+    ///
+    /// It takes two micro-batches at least, on one replica or on several; what goes through a pipeline at once is one. Not with
+    /// [`Sharding::Parameters`], where gradients are summed over the replicas before anybody sees them.
+    pub fn with_noise_scale(mut self, measure: bool) -> Self {
+        self.noise_scale = measure;
+        self
+    }
+
     /// Demands settings that go together.
     ///
     /// # Errors
@@ -123,6 +137,12 @@ impl DataParallelConfig {
         if let Some(dtype) = self.reduce_dtype.filter(|dtype| !CastHook::can_send(*dtype)) {
             let problem = format!("gradients cannot be sent in `reduce_dtype` {dtype:?}: take BF16, F16, F32 or F64");
             return wrong(&problem);
+        }
+        if self.noise_scale && self.sharding == Sharding::Parameters {
+            return wrong(
+                "`noise_scale` compares the gradients of replicas, which `sharding` \"parameters\" sums up before anybody sees \
+                 them: set `sharding` to \"gradients\", or leave `noise_scale` out",
+            );
         }
         if self.sharding == Sharding::None {
             return match self.sharding_ranks {
