@@ -14,7 +14,6 @@ use crate::training::{Sizes, learned, loss, mean_loss, model, optimizer, setting
 /// A training with batches of one size and one seed.
 pub struct Curve {
     pub rows: usize,
-    pub seed: u64,
     pub points: Vec<Point>,
     /// The loss at the end on text that was learned from, and on text that was held out.
     pub learned: f64,
@@ -86,7 +85,7 @@ fn train(sizes: &Sizes, text: &Text, rows: usize, seed: u64) -> Result<Curve, Er
     })?;
     let (points, trained) = all.swap_remove(0);
     let (learned, held_out) = (mean_loss(&trained, &learned(text, 512)), mean_loss(&trained, &text.held_out(512)));
-    Ok(Curve { rows, seed, points, learned, held_out })
+    Ok(Curve { rows, points, learned, held_out })
 }
 
 /// What the curves end with: means over the seeds, and how far these are apart.

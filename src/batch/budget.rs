@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use crate::Error;
 
-/// The memory that this process can still take without being killed or refused: what the system says is available, and what is left
-/// within the limits of the control groups that it is in (v1 and v2, as containers and batch systems set them) and within its own
-/// (`ulimit -v`, `ulimit -d`). All ranks of a machine share it.
+/// The memory that this process can still take without being killed or refused: what the system says is available, and
+/// what is left within the limits of the control groups that it is in (v1 and v2, as containers and batch systems set
+/// them) and within its own (`ulimit -v`, `ulimit -d`). All ranks of a machine share it.
 ///
-/// A system that overcommits memory refuses no allocation: it kills when pages are touched. So what must not be tried has to be known
-/// before.
+/// A system that overcommits memory refuses no allocation: it kills when pages are touched. So what must not be tried
+/// has to be known before.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryBudget {
     /// Bytes.

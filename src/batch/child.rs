@@ -14,18 +14,18 @@ const LOOK: Duration = Duration::from_millis(5);
 /// The most that is kept of what the child says.
 const SAID: u64 = 64 << 10;
 
-/// Runs a program that takes a step, with at most `bytes` of memory of its own, and says whether it went through: this process, its
-/// model and its optimizer are not touched. The program is most often this one, started with other arguments, and runs all ranks of a
-/// machine as it would in earnest.
+/// Runs a program that takes a step, with at most `bytes` of memory of its own, and says whether it went through: this
+/// process, its model and its optimizer are not touched. The program is most often this one, started with other
+/// arguments, and runs all ranks of a machine as it would in earnest.
 ///
-/// On Linux the limit is on memory that is private and writable (`RLIMIT_DATA`: heap, stacks, and anonymous mappings; address space
-/// that is reserved and never written does not count); on other Unix systems on address space (`RLIMIT_AS`). A child that reaches it is
-/// refused memory and aborts; one that the system kills, as where a control group is full, died of the same. Either is
-/// [`Trial::TooLarge`].
+/// On Linux the limit is on memory that is private and writable (`RLIMIT_DATA`: heap, stacks, and anonymous mappings;
+/// address space that is reserved and never written does not count); on other Unix systems on address space
+/// (`RLIMIT_AS`). A child that reaches it is refused memory and aborts; one that the system kills, as where a control
+/// group is full, died of the same. Either is [`Trial::TooLarge`].
 ///
 /// # Errors
-/// [`Error::User`] if the program cannot be started, fails for another reason, with the end of what it wrote to standard error, or does
-/// not end within `timeout`: it is killed then.
+/// [`Error::User`] if the program cannot be started, fails for another reason, with the end of what it wrote to
+/// standard error, or does not end within `timeout`: it is killed then.
 pub fn try_in_child(command: &mut Command, bytes: u64, timeout: Duration) -> Result<Trial, Error> {
     let name = command.get_program().to_string_lossy().into_owned();
     limit(command, bytes);
@@ -106,7 +106,8 @@ fn limit(command: &mut Command, bytes: u64) {
         }
         Ok(())
     };
-    // SAFETY: between fork and exec it calls `setrlimit` alone, which is async-signal-safe, and reads `errno`; nothing is allocated.
+    // SAFETY: between fork and exec it calls `setrlimit` alone, which is async-signal-safe, and reads `errno`; nothing
+    // is allocated.
     unsafe { command.pre_exec(set) };
 }
 

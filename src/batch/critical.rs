@@ -26,14 +26,16 @@ pub struct CriticalBatch {
     pub branches: Vec<(Branch, f64)>,
 }
 
-/// Measures the critical batch size: trains on from one state with 1, 2, 4 and 8 times the batch, as `factors` say, each on the same
-/// number of rows, and gives the largest batch whose loss is within `tolerance` of that of the first branch (Merrill et al. 2025,
-/// [arXiv:2505.23971](https://arxiv.org/abs/2505.23971)). Where more data in a step stops helping, fewer steps cost loss.
+/// Measures the critical batch size: trains on from one state with 1, 2, 4 and 8 times the batch, as `factors` say,
+/// each on the same number of rows, and gives the largest batch whose loss is within `tolerance` of that of the first
+/// branch (Merrill et al. 2025, [arXiv:2505.23971](https://arxiv.org/abs/2505.23971)). Where more data in a step stops
+/// helping, fewer steps cost loss.
 ///
-/// `train` brings a copy of model and optimizer to the state (a clone of the model, the optimizer read from its record; or a
-/// [checkpoint](crate::checkpoint) restored), trains as the branch says with the [learning rate](super::AdamSettings::for_batch) that
-/// fits its batch, and returns a loss: a mean over the last rows, or over held-out data, less noisy than the tolerance. Called on all
-/// ranks, with the same loss on each ([`Step::loss`](crate::step::Step) is), it gives the same on all.
+/// `train` brings a copy of model and optimizer to the state (a clone of the model, the optimizer read from its record;
+/// or a [checkpoint](crate::checkpoint) restored), trains as the branch says with the [learning
+/// rate](super::AdamSettings::for_batch) that fits its batch, and returns a loss: a mean over the last rows, or over
+/// held-out data, less noisy than the tolerance. Called on all ranks, with the same loss on each
+/// ([`Step::loss`](crate::step::Step) is), it gives the same on all.
 ///
 /// ```
 /// use burn_parallel::batch::critical_batch_size;
@@ -48,8 +50,8 @@ pub struct CriticalBatch {
 /// ```
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] if the factors do not grow from 1, if `rows_each` does not suffice for one step of the largest batch, or
-/// if a loss is not finite in the first branch; those of `train`.
+/// [`Error::InvalidArgument`] if the factors do not grow from 1, if `rows_each` does not suffice for one step of the
+/// largest batch, or if a loss is not finite in the first branch; those of `train`.
 pub fn critical_batch_size(
     rows: usize,
     rows_each: usize,

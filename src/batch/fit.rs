@@ -28,9 +28,10 @@ pub struct Fit {
     pub tried: Vec<(usize, bool)>,
 }
 
-/// The bytes that a training step of a whole model needs beside its parameters, gradients included: the most that are alive at once in
-/// the captured step, in which each tensor is freed after its last use. Nothing is run. An eager step needs as much or more, since it
-/// keeps tensors for the backward pass that the captured step can free, and libraries need room to compute.
+/// The bytes that a training step of a whole model needs beside its parameters, gradients included: the most that are
+/// alive at once in the captured step, in which each tensor is freed after its last use. Nothing is run. An eager step
+/// needs as much or more, since it keeps tensors for the backward pass that the captured step can free, and libraries
+/// need room to compute.
 ///
 /// # Errors
 /// [`Error::Graph`] if the step cannot be captured.
@@ -45,7 +46,8 @@ where
     Ok(Executor::new(graph, CustomOps::default())?.memory().peak)
 }
 
-/// The bytes of a model and of the moments of its optimizer, of which Adam has 2 for each parameter, SGD with momentum 1.
+/// The bytes of a model and of the moments of its optimizer, of which Adam has 2 for each parameter, SGD with momentum
+/// 1.
 pub fn model_memory<M: Module>(model: &M, moments: usize) -> usize {
     let (mut seen, mut bytes) = (std::collections::HashSet::new(), 0);
     visit_params(model, &mut |param| {
@@ -56,8 +58,9 @@ pub fn model_memory<M: Module>(model: &M, moments: usize) -> usize {
     bytes * (1 + moments)
 }
 
-/// The largest number of rows, at most `most`, that is known to need no more than `budget` bytes; 0 if one row needs more. `memory` says
-/// what so many rows need ([`step_memory`] and [`model_memory`] do), which grows with the rows: it is asked about `log2(most)` times.
+/// The largest number of rows, at most `most`, that is known to need no more than `budget` bytes; 0 if one row needs
+/// more. `memory` says what so many rows need ([`step_memory`] and [`model_memory`] do), which grows with the rows: it
+/// is asked about `log2(most)` times.
 ///
 /// ```
 /// use burn::{nn::LinearConfig, prelude::*};
@@ -94,15 +97,16 @@ pub fn rows_within(
     Ok(fits)
 }
 
-/// The largest number of rows, at most `most`, that goes through on all ranks of a group: `most` first, then by bisection. `try_rows` is
-/// called with the same number on all ranks, and each number fits if it does on every one.
+/// The largest number of rows, at most `most`, that goes through on all ranks of a group: `most` first, then by
+/// bisection. `try_rows` is called with the same number on all ranks, and each number fits if it does on every one.
 ///
-/// What may be tried depends on who refuses: a device does, and [`try_step`] asks it; a system that overcommits kills, and
-/// [`try_in_child`](super::try_in_child) has a child killed. Take [`rows_within`] of what is known for `most`, so that nothing is tried
-/// that cannot fit.
+/// What may be tried depends on who refuses: a device does, and [`try_step`] asks it; a system that overcommits kills,
+/// and [`try_in_child`](super::try_in_child) has a child killed. Take [`rows_within`] of what is known for `most`, so
+/// that nothing is tried that cannot fit.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`], the same on all ranks, if not even one row fits; the errors of `try_rows`, those of the world.
+/// [`Error::InvalidArgument`], the same on all ranks, if not even one row fits; the errors of `try_rows`, those of the
+/// world.
 pub fn largest_that_fits(
     most: usize,
     group: &Communicator,
@@ -144,10 +148,10 @@ pub fn largest_that_fits(
     Err(Error::invalid("largest_that_fits", problem))
 }
 
-/// Tries a step, forward and backward, on this rank's whole model, where the device refuses what does not fit. Nothing is communicated
-/// and nothing stays: gradients are dropped, running statistics are those of a copy, and no optimizer is there. (Dropout draws from the
-/// generator of the device.) A panic, by which burn tells of a device that is out of memory, is caught; its message still goes through
-/// the panic hook.
+/// Tries a step, forward and backward, on this rank's whole model, where the device refuses what does not fit. Nothing
+/// is communicated and nothing stays: gradients are dropped, running statistics are those of a copy, and no optimizer
+/// is there. (Dropout draws from the generator of the device.) A panic, by which burn tells of a device that is out of
+/// memory, is caught; its message still goes through the panic hook.
 ///
 /// On a CPU use [`try_in_child`](super::try_in_child): the system would kill this process.
 pub fn try_step<M, I, F, R>(model: &M, inputs: I, loss: F) -> Trial

@@ -5,13 +5,14 @@ use serde::{Deserialize, Serialize};
 use super::NoiseScale;
 use crate::Error;
 
-/// A batch that doubles as training goes on, when the noise of the gradient says that a larger one pays: early on a small batch makes
-/// as much progress for each row as a large one, later it does not (Smith et al. 2018,
+/// A batch that doubles as training goes on, when the noise of the gradient says that a larger one pays: early on a
+/// small batch makes as much progress for each row as a large one, later it does not (Smith et al. 2018,
 /// [arXiv:1711.00489](https://arxiv.org/abs/1711.00489)).
 ///
-/// It grows by accumulation, with [`BatchSplit`](super::BatchSplit) for the new size: the same micro-batches, more of them, so that
-/// neither memory nor captured steps change. Going on with more replicas is a [checkpoint](crate::checkpoint) that is restored on a
-/// larger mesh. All ranks decide alike, since all have the same noise scale.
+/// It grows by accumulation, with [`BatchSplit`](super::BatchSplit) for the new size: the same micro-batches, more of
+/// them, so that neither memory nor captured steps change. Going on with more replicas is a
+/// [checkpoint](crate::checkpoint) that is restored on a larger mesh. All ranks decide alike, since all have the same
+/// noise scale.
 ///
 /// ```
 /// use burn_parallel::batch::{GradientNoise, GrowBatch, NoiseScale};
@@ -68,8 +69,9 @@ impl GrowBatch {
         self.rows
     }
 
-    /// After a step: the rows of the next one. It doubles if the noise scale is at least twice the batch, so that the doubled batch
-    /// still is no larger than it. `items_per_row` is how many items of the loss a row has, 1 for a plain mean.
+    /// After a step: the rows of the next one. It doubles if the noise scale is at least twice the batch, so that the
+    /// doubled batch still is no larger than it. `items_per_row` is how many items of the loss a row has, 1 for a plain
+    /// mean.
     pub fn after_step(&mut self, noise: &NoiseScale, items_per_row: f64) -> usize {
         self.since += 1;
         let doubled = self.rows.saturating_mul(2);
@@ -80,7 +82,8 @@ impl GrowBatch {
         self.rows
     }
 
-    /// The steps since the batch has grown last, or since the start: for the [warm-up](super::warm_up) to the new learning rate.
+    /// The steps since the batch has grown last, or since the start: for the [warm-up](super::warm_up) to the new
+    /// learning rate.
     pub fn steps_since(&self) -> u64 {
         self.since
     }

@@ -2,9 +2,9 @@
 
 use crate::Error;
 
-/// The learning rate of SGD for a batch that is `factor` times as large: `factor` times as high (the linear scaling rule, Goyal et
-/// al. 2017, [arXiv:1706.02677](https://arxiv.org/abs/1706.02677)). It holds while a step is small, that is far below the critical
-/// batch size, with a [warm-up](warm_up).
+/// The learning rate of SGD for a batch that is `factor` times as large: `factor` times as high (the linear scaling
+/// rule, Goyal et al. 2017, [arXiv:1706.02677](https://arxiv.org/abs/1706.02677)). It holds while a step is small, that
+/// is far below the critical batch size, with a [warm-up](warm_up).
 ///
 /// ```
 /// assert_eq!(burn_parallel::batch::sgd_learning_rate(0.1, 4.0)?, 0.4);
@@ -34,9 +34,9 @@ pub struct AdamSettings {
 
 impl AdamSettings {
     /// Those for a batch that is `factor` times as large, by the square-root scaling rule (Malladi et al. 2022,
-    /// [arXiv:2205.10287](https://arxiv.org/abs/2205.10287)): the learning rate times the root of the factor, `1 - beta` times the
-    /// factor, epsilon divided by the root. The rule approximates the same path through fewer, larger steps, where noise dominates the
-    /// gradient.
+    /// [arXiv:2205.10287](https://arxiv.org/abs/2205.10287)): the learning rate times the root of the factor, `1 -
+    /// beta` times the factor, epsilon divided by the root. The rule approximates the same path through fewer, larger
+    /// steps, where noise dominates the gradient.
     ///
     /// ```
     /// use burn_parallel::batch::AdamSettings;
@@ -49,8 +49,8 @@ impl AdamSettings {
     /// ```
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if the factor is so large that a beta would be below 0 (`1 / (1 - beta)` is the most), or if a
-    /// number makes no sense.
+    /// [`Error::InvalidArgument`] if the factor is so large that a beta would be below 0 (`1 / (1 - beta)` is the
+    /// most), or if a number makes no sense.
     pub fn for_batch(self, factor: f64) -> Result<Self, Error> {
         const OPERATION: &str = "AdamSettings::for_batch";
         positive(OPERATION, "the learning rate", self.lr)?;
@@ -76,8 +76,9 @@ impl AdamSettings {
     }
 }
 
-/// The factor of the learning rate in step `step`, counted from 0, of a linear warm-up over so many steps, from `from` to 1: after the
-/// start of a training (`from` 0), or when the batch and with it the learning rate have [grown](super::GrowBatch).
+/// The factor of the learning rate in step `step`, counted from 0, of a linear warm-up over so many steps, from `from`
+/// to 1: after the start of a training (`from` 0), or when the batch and with it the learning rate have
+/// [grown](super::GrowBatch).
 ///
 /// ```
 /// use burn_parallel::batch::warm_up;

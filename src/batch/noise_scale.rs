@@ -4,12 +4,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::step::{GradientNoise, NoNoise, Step};
 
-/// The gradient noise scale of a training, `tr(S) / |G|^2`, with `G` the true gradient and `S` the covariance of that of one
-/// item: the batch size, in items of the loss (tokens, rows), at which the noise of a step's gradient is as large as what it
-/// measures (McCandlish et al. 2018, [arXiv:1812.06162](https://arxiv.org/abs/1812.06162), "simple" noise scale).
+/// The gradient noise scale of a training, `tr(S) / |G|^2`, with `G` the true gradient and `S` the covariance of that
+/// of one item: the batch size, in items of the loss (tokens, rows), at which the noise of a step's gradient is as
+/// large as what it measures (McCandlish et al. 2018, [arXiv:1812.06162](https://arxiv.org/abs/1812.06162), "simple"
+/// noise scale).
 ///
-/// The estimates of single steps are themselves noisy, and the mean of their ratios is biased. So numerator and denominator are
-/// averaged apart, over `1 / (1 - decay)` steps, and divided then. All ranks have the same number, bit for bit.
+/// The estimates of single steps are themselves noisy, and the mean of their ratios is biased. So numerator and
+/// denominator are averaged apart, over `1 / (1 - decay)` steps, and divided then. All ranks have the same number, bit
+/// for bit.
 ///
 /// ```
 /// use burn::{nn::LinearConfig, prelude::*, tensor::Distribution};
@@ -35,11 +37,11 @@ use crate::step::{GradientNoise, NoNoise, Step};
 /// ```
 ///
 /// # What it says
-/// With a batch of `b` items and a noise scale of `n`, a step makes `1 / (1 + n / b)` of the progress of one with a gradient
-/// without noise ([`progress`](Self::progress)). Far below `n`, twice the batch takes half the steps; far above, it takes as
-/// many, and twice the data. It is a guide: it grows during training, it leaves out what the optimizer does with the gradient, and for
-/// language models it can be wrong by a large factor ([arXiv:2505.23971](https://arxiv.org/abs/2505.23971)): [measure](super)
-/// before a long run.
+/// With a batch of `b` items and a noise scale of `n`, a step makes `1 / (1 + n / b)` of the progress of one with a
+/// gradient without noise ([`progress`](Self::progress)). Far below `n`, twice the batch takes half the steps; far
+/// above, it takes as many, and twice the data. It is a guide: it grows during training, it leaves out what the
+/// optimizer does with the gradient, and for language models it can be wrong by a large factor
+/// ([arXiv:2505.23971](https://arxiv.org/abs/2505.23971)): [measure](super) before a long run.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct NoiseScale {
     decay: f64,
@@ -86,8 +88,8 @@ impl NoiseScale {
     /// The noise scale in items of the loss; or why there is none.
     ///
     /// # Errors
-    /// Why the last step has measured nothing, if none has yet; [`NoNoise::Drowned`] if the averages do not tell the gradient
-    /// from its noise: it takes more steps, or a larger `decay`.
+    /// Why the last step has measured nothing, if none has yet; [`NoNoise::Drowned`] if the averages do not tell the
+    /// gradient from its noise: it takes more steps, or a larger `decay`.
     pub fn items(&self) -> Result<f64, NoNoise> {
         match (self.steps, self.last) {
             (0, why) => Err(why.unwrap_or(NoNoise::Off)),
@@ -152,7 +154,7 @@ mod tests {
 
     #[test]
     fn it_goes_on_where_it_was_written_down() {
-        let mut noise = NoiseScale::new();
+        let mut noise = NoiseScale::with_decay(0.5); // JSON as it is read here keeps short numbers
         noise.add_estimate(estimate(1.0, 4.0));
         let text = serde_json::to_string(&noise).unwrap();
         assert_eq!(serde_json::from_str::<NoiseScale>(&text).unwrap(), noise);

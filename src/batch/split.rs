@@ -7,12 +7,13 @@ use crate::Error;
 use crate::comm::part;
 use crate::train::Strategy;
 
-/// How the rows of a global batch are divided: each replica takes consecutive rows, as equal as can be, and takes them in
-/// micro-batches. A replica that has a row less may have a micro-batch less.
+/// How the rows of a global batch are divided: each replica takes consecutive rows, as equal as can be, and takes them
+/// in micro-batches. A replica that has a row less may have a micro-batch less.
 ///
 /// Nothing is dropped or repeated where something does not divide: replicas differ by a row at most, and so do the
-/// micro-batches of a replica (10 rows, at most 4 at once, are 4 + 3 + 3, not 4 + 4 + 2: the memory that a step needs is used
-/// evenly, and captured steps see two shapes at most). A step averages over rows, so unequal shares train as one device does.
+/// micro-batches of a replica (10 rows, at most 4 at once, are 4 + 3 + 3, not 4 + 4 + 2: the memory that a step needs
+/// is used evenly, and captured steps see two shapes at most). A step averages over rows, so unequal shares train as
+/// one device does.
 ///
 /// ```
 /// use burn_parallel::batch::BatchSplit;
@@ -35,8 +36,8 @@ pub struct BatchSplit {
 }
 
 impl BatchSplit {
-    /// Divides `rows` over so many replicas, each of which takes at most `micro_batch` rows at once; all that it has without a
-    /// number.
+    /// Divides `rows` over so many replicas, each of which takes at most `micro_batch` rows at once; all that it has
+    /// without a number.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if a replica would have no row, or a number is 0.
@@ -44,9 +45,9 @@ impl BatchSplit {
         Self::divide(rows, replicas, 1, micro_batch)
     }
 
-    /// Divides the rows as a strategy does that many ranks share. In a pipeline `micro_batch` bounds the rows of one of *its*
-    /// micro-batches, of which [`PipelineConfig::micro_batches`](crate::pipeline_parallel::PipelineConfig) go through it in
-    /// one run; accumulation is over runs.
+    /// Divides the rows as a strategy does that many ranks share. In a pipeline `micro_batch` bounds the rows of one of
+    /// *its* micro-batches, of which [`PipelineConfig::micro_batches`](crate::pipeline_parallel::PipelineConfig) go
+    /// through it in one run; accumulation is over runs.
     ///
     /// # Errors
     /// Those of [`new`](Self::new), also if a run would have fewer rows than the pipeline has micro-batches; those of

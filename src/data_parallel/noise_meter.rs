@@ -20,7 +20,8 @@ pub(super) struct NoiseMeter {
     /// Of the one that runs.
     running: Squares,
     weight: Option<(f64, f64)>,
-    /// The sums of the gradients of parameters that it uses several times, whose square is not the sum of those of the parts.
+    /// The sums of the gradients of parameters that it uses several times, whose square is not the sum of those of the
+    /// parts.
     held: HashMap<usize, PlainTensor>,
     in_parts: bool,
 }

@@ -4,12 +4,13 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// What one step tells of its gradient: unbiased estimates, without any average, of the true gradient's size and of the noise
-/// (McCandlish et al. 2018, [arXiv:1812.06162](https://arxiv.org/abs/1812.06162), appendix A).
+/// What one step tells of its gradient: unbiased estimates, without any average, of the true gradient's size and of the
+/// noise (McCandlish et al. 2018, [arXiv:1812.06162](https://arxiv.org/abs/1812.06162), appendix A).
 ///
-/// With micro-batches of `w_i` items, whose mean gradients are `g_i`, and their average `g` over `w` items:
-/// `tr(S) = (sum_i w_i |g_i|^2 - w |g|^2) / (n - 1)` and `|G|^2 = |g|^2 - tr(S) / w`. With two sizes of batches that is the paper's;
-/// with unequal ones each counts by its items. Single steps scatter widely: [`NoiseScale`](crate::batch::NoiseScale) averages.
+/// With micro-batches of `w_i` items, whose mean gradients are `g_i`, and their average `g` over `w` items: `tr(S) =
+/// (sum_i w_i |g_i|^2 - w |g|^2) / (n - 1)` and `|G|^2 = |g|^2 - tr(S) / w`. With two sizes of batches that is the
+/// paper's; with unequal ones each counts by its items. Single steps scatter widely:
+/// [`NoiseScale`](crate::batch::NoiseScale) averages.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GradientNoise {
     /// The estimate of `|G|^2`; below 0 where noise hides the gradient.

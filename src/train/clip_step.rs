@@ -6,13 +6,13 @@ use crate::Error;
 use crate::step::{NoNoise, NoiseState, Step};
 
 impl Step {
-    /// Measures the gradient of the whole model, whatever it is spread over, and [clips](Clip) it: a number is the largest L2 norm.
-    /// [`grad_norm`](Self::grad_norm) is then the norm before that. Collective over the ranks that share the model, over which it
-    /// takes one small collective along each axis; replicas hold the same gradients and communicate nothing, unless
-    /// they are sharded (ZeRO): these take one as well.
+    /// Measures the gradient of the whole model, whatever it is spread over, and [clips](Clip) it: a number is the
+    /// largest L2 norm. [`grad_norm`](Self::grad_norm) is then the norm before that. Collective over the ranks that
+    /// share the model, over which it takes one small collective along each axis; replicas hold the same gradients and
+    /// communicate nothing, unless they are sharded (ZeRO): these take one as well.
     ///
-    /// With [`noise_scale`](crate::data_parallel::DataParallelConfig::with_noise_scale) the same collectives complete what
-    /// [`noise`](Self::noise) tells.
+    /// With [`noise_scale`](crate::data_parallel::DataParallelConfig::with_noise_scale) the same collectives complete
+    /// what [`noise`](Self::noise) tells.
     ///
     /// `model` is the one that made the step. A step that is skipped already stays as it is.
     ///
@@ -33,9 +33,10 @@ impl Step {
     /// ```
     ///
     /// # Errors
-    /// [`Error::NonFinite`], the same on all ranks, if the gradient is not finite and [that is to stop](super::NonFinite::Stop);
-    /// [`Error::InvalidArgument`] if the largest norm is not positive, if ranks clip differently, if `model` has no parameters for
-    /// some gradients, or if it has explicit layers ([`HandSplit`](super::HandSplit) is for these); the error of the world.
+    /// [`Error::NonFinite`], the same on all ranks, if the gradient is not finite and [that is to
+    /// stop](super::NonFinite::Stop); [`Error::InvalidArgument`] if the largest norm is not positive, if ranks clip
+    /// differently, if `model` has no parameters for some gradients, or if it has explicit layers
+    /// ([`HandSplit`](super::HandSplit) is for these); the error of the world.
     pub fn clip_grad_norm<P: ParallelModule>(mut self, model: &P, clip: impl Into<Clip>) -> Result<Self, Error> {
         if self.skipped {
             return Ok(self);
