@@ -8,10 +8,11 @@ use burn::module::{Lora, Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use serde_json::{Value, json};
 
-use super::rule::Names;
-use super::save::save_as;
-use super::weights::{open_stem, read_json};
-use super::{Mapped, Mapping, Rule, SaveConfig, Saved, Weights};
+use super::mapped::Mapped;
+use super::mapping::Mapping;
+use super::rule::{Names, Rule};
+use super::save::{SaveConfig, Saved, save_as};
+use super::weights::{Weights, open_stem, read_json};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::params::SliceSource;
@@ -68,8 +69,9 @@ impl Adapter {
     /// Opens a directory.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] as of [`open`](super::open), and if the adapters are of a kind that burn has none of: other than
-    /// LoRA, of several ranks or alphas, with magnitudes (DoRA), or with biases or whole layers that were trained as well.
+    /// [`Error::InvalidArgument`] as of [`open`](super::open), and if the adapters are of a kind that burn has none of:
+    /// other than LoRA, of several ranks or alphas, with magnitudes (DoRA), or with biases or whole layers that were
+    /// trained as well.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, Error> {
         let dir = dir.as_ref();
         let path = dir.join("adapter_config.json");
@@ -89,11 +91,12 @@ impl Adapter {
         self.config
     }
 
-    /// The adapters as the parameters of a model to which [`apply_lora`](burn::module::Module::apply_lora) has given some, and whose weights
-    /// `base` maps. All others keep their values.
+    /// The adapters as the parameters of a model to which [`apply_lora`](burn::module::Module::apply_lora) has given
+    /// some, and whose weights `base` maps. All others keep their values.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if there is an adapter of a tensor that the mapping cuts, or joins with others, or does not have.
+    /// [`Error::InvalidArgument`] if there is an adapter of a tensor that the mapping cuts, or joins with others, or
+    /// does not have.
     pub fn mapped(self, base: &Mapping) -> Result<Mapped, Error> {
         for name in self.weights.names() {
             let module = module_of(name).unwrap_or_default();
@@ -176,8 +179,8 @@ fn config_of(said: &Value) -> Result<AdapterConfig, String> {
     Ok(AdapterConfig { rank: rank as usize, alpha })
 }
 
-/// Weights to which the adapters of another directory are added as they are read: a [`SliceSource`] for the model without
-/// adapters. A rank computes the rows and columns that it holds, and nothing else is read.
+/// Weights to which the adapters of another directory are added as they are read: a [`SliceSource`] for the model
+/// without adapters. A rank computes the rows and columns that it holds, and nothing else is read.
 #[derive(Debug)]
 pub struct Merged {
     base: Mapped,
@@ -265,8 +268,8 @@ impl SliceSource for Merged {
 }
 
 /// Writes the adapters of a model, and nothing else, as a directory that `peft` reads: `adapter_config.json` and
-/// `adapter_model.safetensors`. Collective, as [`save`](super::save), of whose config the mapping is that of the weights.
-/// `base` is what `peft` shall load the weights from: a directory, or a name.
+/// `adapter_model.safetensors`. Collective, as [`save`](super::save), of whose config the mapping is that of the
+/// weights. `base` is what `peft` shall load the weights from: a directory, or a name.
 ///
 /// # Errors
 /// As [`save`](super::save); [`Error::InvalidArgument`] if the model has no adapters.

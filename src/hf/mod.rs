@@ -1,8 +1,8 @@
 //! Hugging Face directories: what fine-tuners have on disk, and hand on.
 //!
 //! [`open`] maps the tensors of a directory, a [`Mapping`] says which of them are which parameters of a burn model, and
-//! [`load`](crate::train::ParallelModule::load) reads each rank's slices, whatever the model is spread over. [`compare`] tells
-//! beforehand what fits.
+//! [`load`](crate::train::ParallelModule::load) reads each rank's slices, whatever the model is spread over.
+//! [`compare`] tells beforehand what fits.
 
 mod adapter;
 mod compare;
@@ -10,6 +10,7 @@ mod index;
 mod mapped;
 mod mapping;
 mod pattern;
+mod read;
 mod ready;
 mod relation;
 mod rule;

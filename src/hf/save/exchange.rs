@@ -1,8 +1,9 @@
 //! Pieces are put together by their writers, round by round.
 //!
-//! In a round a writer has one piece at most. Every rank sends what the others' pieces need of its parts, in the layout and dtype of
-//! the tensor, and puts its own piece together; then all meet, so that what was sent never is more than the pieces of one round.
-//! Of the pieces that would have one rank send more than one piece, the later wait for another round.
+//! In a round a writer has one piece at most. Every rank sends what the others' pieces need of its parts, in the layout
+//! and dtype of the tensor, and puts its own piece together. All meet before a round in which a rank would have sent
+//! more than a piece since they last met: what is on its way never is more. Of the pieces that would have one rank send
+//! more than one piece, the later wait for another round.
 //!
 //! A rank whose disk fails goes on without writing: the others need not wait for it, and hear of it at the end.
 
@@ -11,13 +12,14 @@ use std::ops::Range;
 use std::path::Path;
 
 use super::pieces::{Given, Piece};
-use super::plan::{HeldParam, PlannedTensor, SavePlan, wrong};
+use super::plan::{HeldParam, PlannedTensor, SavePlan};
+use super::problem::wrong;
 use super::rounds::{Rounds, Turn};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::hf::relation::{Block, swapped};
 use crate::tensor::PlainTensor;
-use crate::tensor_file::{Loop, PieceWriter, Side, copy_strided, row_major};
+use crate::tensor_file::{Loop, PieceWriter, Side, copy_strided, fault, row_major};
 
 /// The messages of a save; its group has no others.
 const TAG: u64 = 0;
@@ -29,8 +31,8 @@ pub(super) struct Part {
     pub(super) adapter: Option<Adapter>,
 }
 
-/// A product that is added to a weight: `scale * a @ b`. Of `a` and `b` there are those rows and columns, from the first that is
-/// given on, that the part of the weight has.
+/// A product that is added to a weight: `scale * a @ b`. Of `a` and `b` there are those rows and columns, from the
+/// first that is given on, that the part of the weight has.
 pub(super) struct Adapter {
     pub(super) a: (PlainTensor, usize),
     pub(super) b: (PlainTensor, usize),
@@ -57,8 +59,8 @@ pub(super) struct Done {
     pub(super) held: usize,
 }
 
-/// Writes this rank's tensors into the files under `dir`, which are there. The outer error is that of the world, the inner one that
-/// of this rank's disk.
+/// Writes this rank's tensors into the files under `dir`, which are there. The outer error is that of the world, the
+/// inner one that of this rank's disk.
 pub(super) fn exchange(
     plan: &SavePlan,
     params: &[HeldParam],
@@ -68,7 +70,15 @@ pub(super) fn exchange(
 ) -> Result<(Done, Result<(), Error>), Error> {
     let mut files = Files { plan, dir, open: BTreeMap::new(), outcome: Ok(()) };
     let (mut done, mut buffers) = (Done::default(), Buffers::default());
+    let mut on_the_way = vec![0; group.size()];
     for round in Rounds::new(plan, params, piece_bytes, group.size()) {
+        let sends = sends_of(&round, plan, group.size());
+        let too_much = |(before, more): (&usize, &usize)| *before > 0 && *more > 0 && before + more > piece_bytes;
+        if on_the_way.iter().zip(&sends).any(too_much) {
+            group.barrier()?;
+            on_the_way.fill(0);
+        }
+        on_the_way.iter_mut().zip(&sends).for_each(|(before, more)| *before += more);
         let mut sent = 0;
         for turn in &round {
             let tensor = &plan.tensors[turn.tensor];
@@ -79,7 +89,7 @@ pub(super) fn exchange(
                 group.send(message, turn.writer, TAG)?;
             }
         }
-        let mut held = sent;
+        let mut held = on_the_way[group.rank()];
         if let Some(turn) = round.iter().find(|turn| turn.writer == group.rank()) {
             let tensor = &plan.tensors[turn.tensor];
             let received = put_together(tensor, turn, own, (&mut buffers, group))?;
@@ -89,11 +99,21 @@ pub(super) fn exchange(
         }
         done.sent += sent as u64;
         done.held = done.held.max(held);
-        if round.iter().any(|turn| turn.given.iter().any(|given| given.from != turn.writer)) {
-            group.barrier()?;
-        }
+        fault::point("half written");
     }
     Ok((done, files.finish(group.rank())))
+}
+
+/// How much each rank sends in a round.
+fn sends_of(round: &[Turn], plan: &SavePlan, ranks: usize) -> Vec<usize> {
+    let mut sends = vec![0; ranks];
+    for turn in round {
+        let size = plan.tensors[turn.tensor].dtype.size();
+        for given in turn.given.iter().filter(|given| given.from != turn.writer) {
+            sends[given.from] += given.block.elements() * size;
+        }
+    }
+    sends
 }
 
 /// Memory that is used again: a large allocation costs as much as what is done with it.
