@@ -68,9 +68,6 @@ impl NewFile {
     }
 }
 
-/// Writes of so many bytes do not wait for [`sync`](PieceWriter::sync) to be brought to the disk.
-const EARLY: usize = 1 << 20;
-
 /// A file into which several ranks may write, each its own places.
 #[derive(Debug)]
 pub(crate) struct PieceWriter {
@@ -100,16 +97,12 @@ impl PieceWriter {
         Ok(Self { file: file.map_err(|why| refused(path, &why))?, path: path.into() })
     }
 
-    /// Writes bytes at a place. The system begins to bring many of them to the disk at once.
+    /// Writes bytes at a place.
     ///
     /// # Errors
     /// [`file_error`] if the system refuses.
     pub(crate) fn write_at(&self, start: u64, bytes: &[u8]) -> Result<(), Error> {
-        write_all_at(&self.file, start, bytes).map_err(|why| refused(&self.path, &why))?;
-        if bytes.len() >= EARLY {
-            begin_writeback(&self.file, start, bytes.len());
-        }
-        Ok(())
+        write_all_at(&self.file, start, bytes).map_err(|why| refused(&self.path, &why))
     }
 
     /// Waits until what was written is on the disk.
@@ -136,15 +129,3 @@ fn write_all_at(mut file: &File, start: u64, bytes: &[u8]) -> io::Result<()> {
     file.seek(SeekFrom::Start(start))?;
     file.write_all(bytes)
 }
-
-/// Has the disk work while the next piece is put together. Nobody waits for it, and an error shows when the file is
-/// synced.
-#[cfg(target_os = "linux")]
-fn begin_writeback(file: &File, start: u64, len: usize) {
-    use std::os::fd::AsRawFd;
-    // SAFETY: the descriptor is open, and no memory is involved.
-    unsafe { libc::sync_file_range(file.as_raw_fd(), start as i64, len as i64, libc::SYNC_FILE_RANGE_WRITE) };
-}
-
-#[cfg(not(target_os = "linux"))]
-fn begin_writeback(_: &File, _: u64, _: usize) {}
