@@ -46,6 +46,9 @@ impl Draft {
             Ok(mut entries) => entries.next().is_some(),
             Err(why) => why.kind() != io::ErrorKind::NotFound,
         };
+        if taken && self.dir.exists() && !self.dir.is_dir() {
+            return Err(file_error(&self.dir, "is there already, and is no directory"));
+        }
         if taken && !self.overwrite {
             let problem = "is there already, and not empty: choose another name, or say `with_overwrite(true)`";
             return Err(file_error(&self.dir, problem));

@@ -164,7 +164,10 @@ fn a_directory_is_there_as_a_whole_or_not_at_all() {
         .unwrap();
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     same(&name.folder(), &to);
-    // A file in the place of the directory's parent.
+    // A file in the place of the directory, and of its parent.
+    let (file, config) = (to.join("model.safetensors"), SaveConfig::new(Mapping::llama()).with_overwrite(true));
+    let said = through(name, &name.folder(), [1, 2, 1], &file, &config).unwrap_err().to_string();
+    assert!(said.contains("is there already, and is no directory"), "{said}");
     let said =
         through(name, &name.folder(), [1, 2, 1], &to.join("model.safetensors/x"), &SaveConfig::new(Mapping::llama()));
     assert!(said.unwrap_err().to_string().contains("rank 0: "));
