@@ -42,6 +42,10 @@ impl Draft {
     /// # Errors
     /// [`file_error`] if there is a directory of its name that must not be overwritten, or the system refuses.
     pub(crate) fn begin(&self) -> Result<(), Error> {
+        // A save that was ended between two renames has left what it replaced.
+        if !self.dir.exists() && self.replaced.exists() {
+            fs::rename(&self.replaced, &self.dir).map_err(|why| refused(&self.replaced, &why))?;
+        }
         let taken = match fs::read_dir(&self.dir) {
             Ok(mut entries) => entries.next().is_some(),
             Err(why) => why.kind() != io::ErrorKind::NotFound,
@@ -52,10 +56,6 @@ impl Draft {
         if taken && !self.overwrite {
             let problem = "is there already, and not empty: choose another name, or say `with_overwrite(true)`";
             return Err(file_error(&self.dir, problem));
-        }
-        // A save that was ended between two renames has left what it replaced.
-        if !self.dir.exists() && self.replaced.exists() {
-            fs::rename(&self.replaced, &self.dir).map_err(|why| refused(&self.replaced, &why))?;
         }
         self.discard()?;
         fs::create_dir_all(&self.made_in).map_err(|why| refused(&self.made_in, &why))
