@@ -1,13 +1,14 @@
 //! Pieces are put together by their writers, round by round.
 //!
 //! In a round a writer has one piece at most. Every rank sends what the others' pieces need of its parts, in the layout
-//! and dtype of the tensor, and puts its own piece together. All meet before a round in which a rank would have sent
-//! more than a piece since they last met: what is on its way never is more. Of the pieces that would have one rank send
-//! more than one piece, the later wait for another round.
+//! and dtype of the tensor, and puts its own piece together. It sends ahead, so that no rank waits for another that has
+//! more to do in a round; all meet before a round with which a rank would have sent, or been sent, more than a piece
+//! since they last met: what is on its way never is more. Of the pieces that would have one rank send more than one
+//! piece, the later wait for another round.
 //!
 //! A rank whose disk fails goes on without writing: the others need not wait for it, and hear of it at the end.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::path::Path;
 
@@ -15,6 +16,7 @@ use super::pieces::{Given, Piece};
 use super::plan::{HeldParam, PlannedTensor, SavePlan};
 use super::problem::wrong;
 use super::rounds::{Rounds, Turn};
+use super::traffic::Traffic;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::hf::relation::{Block, swapped};
@@ -23,6 +25,9 @@ use crate::tensor_file::{Loop, PieceWriter, Side, copy_strided, fault, row_major
 
 /// The messages of a save; its group has no others.
 const TAG: u64 = 0;
+
+/// So many rounds may be sent and not yet written: what is known of them takes memory too.
+const AHEAD: usize = 64;
 
 /// What this rank holds of a parameter.
 pub(super) struct Part {
@@ -70,50 +75,57 @@ pub(super) fn exchange(
 ) -> Result<(Done, Result<(), Error>), Error> {
     let mut files = Files { plan, dir, open: BTreeMap::new(), outcome: Ok(()) };
     let (mut done, mut buffers) = (Done::default(), Buffers::default());
-    let mut on_the_way = vec![0; group.size()];
-    for round in Rounds::new(plan, params, piece_bytes, group.size()) {
-        let sends = sends_of(&round, plan, group.size());
-        let too_much = |(before, more): (&usize, &usize)| *before > 0 && *more > 0 && before + more > piece_bytes;
-        if on_the_way.iter().zip(&sends).any(too_much) {
-            group.barrier()?;
-            on_the_way.fill(0);
-        }
-        on_the_way.iter_mut().zip(&sends).for_each(|(before, more)| *before += more);
-        let mut sent = 0;
-        for turn in &round {
-            let tensor = &plan.tensors[turn.tensor];
-            let mine: Vec<&Given> = turn.given.iter().filter(|given| given.from == group.rank()).collect();
-            if turn.writer != group.rank() && !mine.is_empty() {
-                let message = packed(tensor, &mine, own, buffers.spare())?;
-                sent += message.len();
-                group.send(message, turn.writer, TAG)?;
+    let mut rounds = Rounds::new(plan, params, piece_bytes, group.size());
+    let (mut sent, mut next) = (VecDeque::new(), rounds.next());
+    let mut on_the_way = Traffic::none(group.size());
+    loop {
+        while let Some(round) = next.take() {
+            let more = Traffic::of_round(&round, plan, group.size());
+            if sent.len() == AHEAD || !on_the_way.has_room_for(&more, piece_bytes) {
+                if !sent.is_empty() {
+                    next = Some(round);
+                    break;
+                }
+                group.barrier()?;
+                on_the_way = Traffic::none(group.size());
             }
+            on_the_way.add(&more);
+            done.sent += send(plan, &round, own, (&mut buffers, group))?;
+            sent.push_back(round);
+            next = rounds.next();
         }
-        let mut held = on_the_way[group.rank()];
+        let Some(round) = sent.pop_front() else { break };
+        let mut held = on_the_way.held_by(group.rank());
         if let Some(turn) = round.iter().find(|turn| turn.writer == group.rank()) {
             let tensor = &plan.tensors[turn.tensor];
-            let received = put_together(tensor, turn, own, (&mut buffers, group))?;
-            held += buffers.piece.len() + received;
+            put_together(tensor, turn, own, (&mut buffers, group))?;
+            held += buffers.piece.len();
             done.written += buffers.piece.len() as u64;
             files.write(tensor, &turn.piece, &buffers.piece);
         }
-        done.sent += sent as u64;
         done.held = done.held.max(held);
         fault::point("half written");
     }
     Ok((done, files.finish(group.rank())))
 }
 
-/// How much each rank sends in a round.
-fn sends_of(round: &[Turn], plan: &SavePlan, ranks: usize) -> Vec<usize> {
-    let mut sends = vec![0; ranks];
-    for turn in round {
-        let size = plan.tensors[turn.tensor].dtype.size();
-        for given in turn.given.iter().filter(|given| given.from != turn.writer) {
-            sends[given.from] += given.block.elements() * size;
+/// Sends what the pieces of other ranks need of this rank's parts. Returns how many bytes that is.
+fn send(
+    plan: &SavePlan,
+    round: &[Turn],
+    own: &BTreeMap<usize, Part>,
+    (buffers, group): (&mut Buffers, &Communicator),
+) -> Result<u64, Error> {
+    let mut sent = 0;
+    for turn in round.iter().filter(|turn| turn.writer != group.rank()) {
+        let mine: Vec<&Given> = turn.given.iter().filter(|given| given.from == group.rank()).collect();
+        if !mine.is_empty() {
+            let message = packed(&plan.tensors[turn.tensor], &mine, own, buffers.spare())?;
+            sent += message.len() as u64;
+            group.send(message, turn.writer, TAG)?;
         }
     }
-    sends
+    Ok(sent)
 }
 
 /// Memory that is used again: a large allocation costs as much as what is done with it.
@@ -155,13 +167,13 @@ fn packed(
     Ok(message)
 }
 
-/// Puts a piece of this rank's together in the buffers. Returns how many bytes came for it.
+/// Puts a piece of this rank's together in the buffers.
 fn put_together(
     tensor: &PlannedTensor,
     Turn { piece, given, .. }: &Turn,
     own: &BTreeMap<usize, Part>,
     (buffers, group): (&mut Buffers, &Communicator),
-) -> Result<usize, Error> {
+) -> Result<(), Error> {
     let strides = row_major(&piece.lens());
     // The blocks of a piece are all of it.
     buffers.piece.resize(piece.elements() * tensor.dtype.size(), 0);
@@ -172,7 +184,6 @@ fn put_together(
     let to_strides = |block: &Block| -> Vec<isize> {
         block.in_file.iter().zip(&strides).map(|(line, stride)| line.step as isize * stride).collect()
     };
-    let mut received = 0;
     for from in 0..group.size() {
         let theirs: Vec<&Given> = given.iter().filter(|given| given.from == from).collect();
         if theirs.is_empty() {
@@ -185,7 +196,6 @@ fn put_together(
             continue;
         }
         let message: Vec<u8> = group.recv(from, TAG)?;
-        received += message.len();
         let mut start = 0;
         for given in theirs {
             let block = &given.block;
@@ -198,7 +208,7 @@ fn put_together(
         }
         buffers.give_back(message);
     }
-    Ok(received)
+    Ok(())
 }
 
 /// Copies a block out of this rank's part of a parameter.

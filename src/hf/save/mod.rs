@@ -8,6 +8,7 @@ mod pieces;
 mod plan;
 mod problem;
 mod rounds;
+mod traffic;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -41,7 +42,7 @@ pub struct Saved {
     pub bytes_written: u64,
     /// Bytes of its parts that this rank sent to others that wrote them.
     pub bytes_sent: u64,
-    /// The most bytes that this rank held at once beside its parts: a piece, and what was sent of pieces.
+    /// The most bytes that this rank held at once beside its parts: a piece, and messages on their way from it and to it.
     pub largest_buffer: usize,
 }
 
