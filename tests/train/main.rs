@@ -4,6 +4,7 @@
 mod common;
 
 mod grad_norm;
+mod noise;
 mod settings;
 mod walks;
 mod zero;
