@@ -42,9 +42,12 @@ impl Draft {
     /// # Errors
     /// [`file_error`] if there is a directory of its name that must not be overwritten, or the system refuses.
     pub(crate) fn begin(&self) -> Result<(), Error> {
-        // A save that was ended between two renames has left what it replaced.
-        if !self.dir.exists() && self.replaced.exists() {
-            fs::rename(&self.replaced, &self.dir).map_err(|why| refused(&self.replaced, &why))?;
+        // A save that was ended between two renames, or behind them, has left what it replaced.
+        match self.dir.exists() {
+            false if self.replaced.exists() => {
+                fs::rename(&self.replaced, &self.dir).map_err(|why| refused(&self.replaced, &why))?;
+            }
+            _ => remove(&self.replaced)?,
         }
         let taken = match fs::read_dir(&self.dir) {
             Ok(mut entries) => entries.next().is_some(),
