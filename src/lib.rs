@@ -44,6 +44,7 @@
 //! | [`sharding`] | what replicas divide among themselves (ZeRO), by rows |
 //! | [`step`] | what a training step takes and gives, with every strategy |
 //! | [`train`] | where strategies meet: replicas of models that are split |
+//! | [`batch`] | how large a batch is: its split, the noise of its gradient |
 //! | [`checkpoint`] | what training needs to go on, written by any mesh and read by any other |
 //! | [`hf`] | Hugging Face directories: opened, mapped onto a model, loaded by slices, written from any mesh |
 //! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
@@ -61,6 +62,7 @@
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod batch;
 pub mod checkpoint;
 mod collective_matmul;
 pub mod comm;
