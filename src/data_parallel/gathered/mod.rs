@@ -14,7 +14,8 @@
 //! is used, and the next group is gathered meanwhile, as soon as it is known which one comes next. The operations of a
 //! forward do not keep the wholes for backward: the gather is marked as one that burn computes again ([`operation`]),
 //! as it does for gradient checkpointing, and its second computation is the second gather. Its backward hands the
-//! gradient of the whole to the reducer, which reduce-scatters it.
+//! gradient of the whole to the reducer, which reduce-scatters it. What other operations make of a whole, a view above
+//! all, burn computes again only on a device with gradient checkpointing, and else keeps.
 //!
 //! # Ranks without data
 //!
