@@ -5,11 +5,14 @@ mod common;
 
 mod adapter;
 mod damage;
+mod encoders;
 mod golden;
 mod load;
 mod mappings;
+mod python;
 mod records;
 mod save;
+mod statistics;
 
 use std::path::{Path, PathBuf};
 
