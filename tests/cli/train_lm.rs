@@ -707,6 +707,6 @@ fn the_batch_that_fits_is_found() {
         let outcome: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
         outcome["rows"].as_u64().unwrap()
     };
-    let (little, more) = (rows("300000"), rows("500000"));
+    let (little, more) = (rows("150000"), rows("200000"));
     assert!(2 <= little && little < more && more < 2048, "{little}, {more}");
 }
