@@ -8,7 +8,7 @@ use super::relation::{Relation, swapped};
 use super::weights::Weights;
 use crate::Error;
 use crate::params::SliceSource;
-use crate::tensor_file::{Loop, Side, copy_strided, file_error, row_major};
+use crate::tensor_file::{Elements, Loop, Side, copy_strided, file_error, row_major};
 
 impl SliceSource for Weights {
     fn dims(&mut self, path: &str) -> Result<Option<Vec<usize>>, Error> {
@@ -55,7 +55,7 @@ pub(super) fn read(
     let dtype = dtype.filter(|dtype| is_plain(*dtype) && is_plain(stored)).unwrap_or(stored);
     let lens: Vec<usize> = ranges.iter().map(ExactSizeIterator::len).collect();
     let elements = if lens.contains(&0) { 0 } else { lens.iter().product() };
-    let mut bytes = vec![0; elements * dtype.size()];
+    let mut values = Elements::zeros(elements, dtype);
     let to_strides = swapped(&row_major(&lens), relation.transposed);
     let wanted = swapped(ranges, relation.transposed);
     let mut bytes_read = 0;
@@ -78,7 +78,7 @@ pub(super) fn read(
         }
         let of_file = entry.dtype.unwrap_or(dtype);
         let (from, to) = (Side { start: from, dtype: of_file }, Side { start: to, dtype });
-        copy_strided((of.bytes(entry), from), (&mut bytes, to), &loops)
+        copy_strided((of.bytes(entry), from), (values.bytes_mut(), to), &loops)
             .map_err(|error| file_error(of.path(), format!("tensor `{}`: {error}", file.name)))?;
         bytes_read += (block.elements() * of_file.size()) as u64;
     }
@@ -86,7 +86,7 @@ pub(super) fn read(
         weights.entry(&file.name).into_iter().for_each(|(of, entry)| of.release(entry));
     }
     weights.bytes_read += bytes_read;
-    Ok(TensorData::from_bytes_vec(bytes, lens, dtype))
+    Ok(values.into_data(lens, dtype))
 }
 
 fn is_plain(dtype: DType) -> bool {

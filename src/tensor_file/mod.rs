@@ -6,6 +6,7 @@
 
 mod draft;
 mod dtype;
+mod elements;
 pub(crate) mod fault;
 mod header;
 mod mapped;
@@ -15,6 +16,7 @@ mod writer;
 
 pub(crate) use draft::{Draft, left_by_a_save, write_file};
 pub(crate) use dtype::{dtype_of, name_of};
+pub(crate) use elements::Elements;
 pub(crate) use header::Entry;
 pub(crate) use mapped::TensorFile;
 pub(crate) use problem::file_error;

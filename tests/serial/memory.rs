@@ -22,8 +22,8 @@ thread_local! {
 }
 
 /// Bytes that are held now, and that were at most.
-static HELD: AtomicIsize = AtomicIsize::new(0);
-static MOST: AtomicIsize = AtomicIsize::new(0);
+pub static HELD: AtomicIsize = AtomicIsize::new(0);
+pub static MOST: AtomicIsize = AtomicIsize::new(0);
 
 fn asked(size: usize) {
     let _ = LARGEST.try_with(|largest| largest.set(largest.get().max(size)));
@@ -61,16 +61,16 @@ unsafe impl GlobalAlloc for Watched {
 static ALLOCATOR: Watched = Watched;
 
 const WIDTH: usize = 1024;
-const WHOLE: usize = WIDTH * WIDTH * 4;
+pub const WHOLE: usize = WIDTH * WIDTH * 4;
 
 #[derive(Module, Debug)]
-struct Mlp {
+pub struct Mlp {
     up: Linear,
     down: Linear,
 }
 
 impl Mlp {
-    fn new(device: &Device) -> Self {
+    pub fn new(device: &Device) -> Self {
         Self { up: LinearConfig::new(WIDTH, WIDTH).init(device), down: LinearConfig::new(WIDTH, WIDTH).init(device) }
     }
 
@@ -79,7 +79,7 @@ impl Mlp {
     }
 }
 
-fn plan() -> Plan {
+pub fn plan() -> Plan {
     Plan::new().shard("up.weight", 1).shard("up.bias", 0).shard("down.weight", 0)
 }
 
