@@ -28,6 +28,7 @@ const STRATEGY_KEYS: &str = r#"Keys of a --strategy file, in TOML, with what the
   sharding             "none"; or "optimizer", "gradients", "parameters"
   sharding_ranks       all replicas
   keep                 "pass"; or "micro_batch", "step"
+  noise_scale          false
   [tensor]
   plan                 needed if tp > 1: "megatron", "hugging_face", or a table of rules
   seed                 0
