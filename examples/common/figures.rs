@@ -94,12 +94,14 @@ impl Figures {
             let said = format!("at most {largest:.3}; larger than {clip} in {clipped} of {} steps", norms.len());
             rows.push(row("gradient norm", said));
         }
-        let Memory { parameters, gradients, optimizer } = self.memory;
+        let Memory { parameters, gradients, optimizer, step } = self.memory;
         let held = format!("parameters {parameters}, gradients {gradients}, optimizer {optimizer} bytes");
         rows.push(row("held by the first rank", held));
+        let counted = "bytes a rank, as the allocator of the host counts: activations, gradients, what is gathered";
+        rows.push(row("more at the peak of a step", format!("{step} {counted}")));
         rows.push(row("time", format!("{seconds:.1} s, {:.0} tokens/s", self.tokens_per_second())));
         let waited = 100.0 * self.counters.waited.as_secs_f64() / seconds;
-        rows.push(row("waiting for gradients", format!("{waited:.1} % of the time")));
+        rows.push(row("waiting for gradients and gathers", format!("{waited:.1} % of the time")));
         rows.extend(self.pipeline.iter().flat_map(|pipeline| pipeline.table(strategy)));
         rows.extend(Communication::of(&self.counters, self.steps).table());
         rows

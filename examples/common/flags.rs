@@ -24,6 +24,7 @@ pub const STRATEGY_KEYS: &str = r#"Keys of a --strategy file, in TOML, with what
   sharding             "none"; or "optimizer", "gradients", "parameters"
   sharding_ranks       all replicas
   keep                 "pass"; or "micro_batch", "step"
+  noise_scale          false
   [tensor]
   plan                 needed if tp > 1: "megatron", "hugging_face", or a table of rules
   seed                 0
@@ -141,6 +142,16 @@ impl MeshFlags {
                 }
             }
         });
+        let sharding = strategy.data.sharding;
+        if dp == 1 && sharding != Sharding::None {
+            let asked = match self.zero {
+                Some(_) => format!("--zero {}", sharding.zero_stage()),
+                None => format!("--strategy: sharding = \"{sharding}\""),
+            };
+            return Err(format!(
+                "{asked} is divided among the replicas, and with --dp 1 there is one: give --dp 2 or more, or leave it out"
+            ));
+        }
         strategy.axes(ranks).map_err(|problem| format!("--strategy: {problem}"))?;
         Ok(strategy)
     }

@@ -42,6 +42,13 @@ pub struct Start {
     pub started: Option<usize>,
 }
 
+impl Start {
+    /// How many of so many ranks are in this process.
+    pub fn ranks_here(&self, ranks: usize) -> usize {
+        if self.launch == Launch::Threads { ranks } else { 1 }
+    }
+}
+
 /// How to start; or why the flags do not go together.
 pub fn choose(launch: Option<Launch>, device: Compute, transport: Option<Transport>) -> Result<Start, String> {
     // In a batch script Slurm's variables are set for a single process as well: it must be asked for.

@@ -239,7 +239,7 @@ impl Args {
     fn of(flags: Flags) -> Result<Self, String> {
         let start = start::choose(flags.launch, flags.device, flags.transport)?;
         let mesh = flags.mesh.read(start.started, 1)?;
-        let axes @ Axes { dp, pp, .. } = mesh.0;
+        let axes @ Axes { dp, pp, tp, .. } = mesh.0;
         let config = LlamaConfig::read(&flags.model)?;
         let Flags { batch, seq, .. } = flags;
         if seq > config.positions {
@@ -270,7 +270,8 @@ impl Args {
             return Err("--micro-batch: the file of --strategy says the micro-batches of its pipeline".into());
         }
         let micro = flags.micro_batch.unwrap_or(if pp == 1 { share } else { (share / (4 * pp)).max(1) });
-        let strategy = flags.mesh.strategy(mesh, directory::plan(), share.div_ceil(micro))?;
+        let plan = if tp == 1 { Plan::new() } else { directory::plan() };
+        let strategy = flags.mesh.strategy(mesh, plan, share.div_ceil(micro))?;
         let rows = match &strategy.pipeline {
             Some(pipeline) if pp > 1 => share.max(pipeline.micro_batches),
             _ => micro,

@@ -9,7 +9,7 @@ use crate::args::Args;
 use crate::checkpoints::{Run, checkpointer};
 use crate::common::device;
 use crate::common::figures::Figures;
-use crate::common::memory::Memory;
+use crate::common::memory::{Memory, Peak};
 use crate::common::progress::Progress;
 use crate::common::usage::Pipeline;
 use crate::data::row::batch;
@@ -51,7 +51,12 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Outcome, Error> {
         let rows = input.data.batch(run.position(input), end, args.size);
         let filled = rows.clone().map(|row| input.data.filled(row)).sum::<usize>();
         let batches = share(rows.clone())?;
+        let last = number + 1 == steps;
+        let peak = if last { Some(Peak::begin(&world)?) } else { None };
         let mut step = run.model.step_micro_batches(batches.iter().map(|rows| batch(rows, &autodiff)), Llama::loss)?;
+        if let Some(peak) = peak {
+            memory.step = peak.end(&world, args.start.ranks_here(args.axes.ranks))?;
+        }
         pipeline.add(&step.runs);
         // The mean over the targets of all ranks: every rank has the same, and ends here with the others.
         let loss = step.loss.item();
@@ -61,8 +66,8 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Outcome, Error> {
         // Without --clip the norm is measured, and nothing clipped.
         step = step.clip_grad_norm(&run.model, args.clip.map_or(Clip::never(), Clip::at))?;
         let norm = step.grad_norm.unwrap_or(f64::NAN);
-        if number + 1 == steps {
-            memory = Memory::of_step(&run.model, &step.grads);
+        if last {
+            memory = Memory { step: memory.step, ..Memory::of_step(&run.model, &step.grads) };
         }
         let rate = run.schedule.step();
         let base = rate.base();

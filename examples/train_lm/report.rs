@@ -5,9 +5,11 @@ use std::io;
 use std::path::Path;
 
 use burn::module::Module;
+use serde::Serialize;
 
 use crate::args::Args;
-use crate::common::figures::{Figures, row, table};
+use crate::batch::Batch;
+use crate::common::figures::{Figures, Json as FiguresJson, row, table};
 use crate::gpt::Gpt;
 
 /// What came of a training.
@@ -17,12 +19,27 @@ pub struct Outcome {
     pub model: Gpt,
     /// Losses in nats per byte, and what they took.
     pub figures: Figures,
+    /// How large the batch was in the end, and how noisy the gradient.
+    pub batch: Batch,
+}
+
+#[derive(Serialize)]
+struct Json<'a> {
+    #[serde(flatten)]
+    figures: FiguresJson<'a>,
+    rows: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    noise_scale_rows: Option<f64>,
 }
 
 impl Outcome {
     /// Writes the outcome as JSON.
     pub fn write_json(&self, args: &Args, path: &Path) -> io::Result<()> {
-        let json = self.figures.json(args.axes, self.model.num_params());
+        let json = Json {
+            figures: self.figures.json(args.axes, self.model.num_params()),
+            rows: self.batch.rows(),
+            noise_scale_rows: self.batch.noise.items().ok().map(|tokens| tokens / args.seq as f64),
+        };
         fs::write(path, serde_json::to_string(&json)? + "\n")
     }
 
@@ -42,6 +59,11 @@ impl Outcome {
                 format!("{steps} steps of {batch} x {seq} bytes, at most {} rows at once", args.rows_at_once()),
             ),
         ];
+        let split = self.batch.split(args).map_or_else(|why| why.to_string(), |split| split.to_string());
+        rows.push(row("batch", split));
+        if args.noise_scale {
+            rows.push(row("gradient noise scale", self.batch.advice(args)));
+        }
         rows.extend(self.figures.losses("nats per byte"));
         rows.push(row("loss, held-out text", held_out));
         rows.extend(self.figures.costs(args.clip, &args.strategy));

@@ -1,5 +1,5 @@
-//! A decoder with the names of Llama's whose positions are burn's `RotaryEncoding`: it turns neighbours, where `transformers` turns
-//! the halves of a head.
+//! A decoder with the names of Llama's whose positions are burn's `RotaryEncoding`: it turns neighbours, where
+//! `transformers` turns the halves of a head.
 
 use burn::module::Module;
 use burn::nn::attention::generate_autoregressive_mask;

@@ -7,8 +7,9 @@ use crate::program::{finetune, prepared};
 
 #[track_caller]
 fn refused(directory: &Directory, flags: &[&str], what: &str) {
-    let data: &[&str] = if flags.contains(&"--data") { &[] } else { &["--data", "in:data.jsonl", "--seq", "64"] };
-    let output = finetune(directory, &[data, flags].concat());
+    let data: &[&str] = if flags.contains(&"--data") { &[] } else { &["--data", "in:data.jsonl"] };
+    let seq: &[&str] = if flags.contains(&"--seq") { &[] } else { &["--seq", "64"] };
+    let output = finetune(directory, &[data, seq, flags].concat());
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{flags:?}: {stderr}");
     assert!(output.stdout.is_empty(), "{flags:?}");

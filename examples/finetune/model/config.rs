@@ -191,7 +191,8 @@ fn unsupported(config: &Value, kind: &str) -> Result<(), String> {
         Value::String(activation) if activation == "silu" || activation == "swish" => {}
         other => return Err(format!("`hidden_act` is {other}, and only silu is supported")),
     }
-    // In Qwen the size of the window means nothing unless it is switched on; in Mistral the window is on unless it is null.
+    // In Qwen the size of the window means nothing unless it is switched on; in Mistral the window is on unless it is
+    // null.
     let windowed = match kind {
         "qwen2" | "qwen3" => config["use_sliding_window"] == true,
         "mistral" => config.get("sliding_window") != Some(&Value::Null),

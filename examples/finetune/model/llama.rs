@@ -44,7 +44,8 @@ struct Mlp {
 }
 
 impl LlamaConfig {
-    /// A model with fresh weights, which are drawn when they are used for the first time: one that is loaded draws none.
+    /// A model with fresh weights, which are drawn when they are used for the first time: one that is loaded draws
+    /// none.
     pub fn init(&self, device: &Device) -> Llama {
         let linear = |takes, gives, bias| self.linear(LinearConfig::new(takes, gives).with_bias(bias)).init(device);
         let norm = || self.norm(self.width).init(device);

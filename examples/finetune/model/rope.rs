@@ -1,4 +1,5 @@
-//! By how much rotary positions turn, as `rope_parameters` of `config.json` says, or `rope_theta` and `rope_scaling` of older ones.
+//! By how much rotary positions turn, as `rope_parameters` of `config.json` says, or `rope_theta` and `rope_scaling` of
+//! older ones.
 
 use std::f64::consts::PI;
 
@@ -20,11 +21,11 @@ pub enum Scaling {
     None,
     /// All are divided by `factor`.
     Linear { factor: f64 },
-    /// Llama 3.1: those that turn fewer than `low` times within `original` tokens are divided by `factor`, those that turn more
-    /// than `high` times are kept, and what is between is between.
+    /// Llama 3.1: those that turn fewer than `low` times within `original` tokens are divided by `factor`, those that
+    /// turn more than `high` times are kept, and what is between is between.
     Llama3 { factor: f64, low: f64, high: f64, original: f64 },
-    /// YaRN (arXiv:2309.00071): as Llama 3's, but the way from one to the other is straight in the number of the pair, and goes
-    /// from whole pairs if `truncate`; cosine and sine are multiplied by `attention`.
+    /// YaRN (arXiv:2309.00071): as Llama 3's, but the way from one to the other is straight in the number of the pair,
+    /// and goes from whole pairs if `truncate`; cosine and sine are multiplied by `attention`.
     Yarn { factor: f64, slow: f64, fast: f64, original: f64, attention: f64, truncate: bool },
 }
 

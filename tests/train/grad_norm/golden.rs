@@ -1,4 +1,5 @@
-//! What PyTorch reports for tiny Llama and Qwen2 models, on every mesh: logits, and the losses and norms of steps of AdamW.
+//! What PyTorch reports for tiny Llama and Qwen2 models, on every mesh: logits, and the losses and norms of steps of
+//! AdamW.
 
 use std::fs;
 use std::path::{Path, PathBuf};
