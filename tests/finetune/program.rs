@@ -117,7 +117,10 @@ fn a_run_that_was_interrupted_goes_on_as_if_it_had_not_been() {
     fs::copy(directory.path().join("data.jsonl"), again.path().join("data.jsonl")).unwrap();
     assert!(numbers(&run_of(&again), "losses")[0] < whole[0] - 0.05);
     // Other rows are not what the run was on.
-    let output = finetune(&directory, &["--data", "in:data.jsonl", "--seq", "32", "--resume", "in:half"]);
+    let output = finetune(
+        &directory,
+        &["--data", "in:data.jsonl", "--scheduler", "constant", "--seq", "32", "--resume", "in:half"],
+    );
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr.contains("the run was on other rows"), "{stderr}");
