@@ -74,7 +74,7 @@ fn next(model: &Parallel<Llama>, device: &Device, text: &[u32], config: &Continu
     let logits: Tensor<2> = model.forward_with(inputs, |model, (tokens, positions, documents, last)| {
         model.next(tokens, positions, documents, last)
     })?;
-    logits.slice([0..1]).into_data().try_to_vec::<f32>().map_err(Error::user)
+    logits.narrow(0, 0, 1).into_data().try_to_vec::<f32>().map_err(Error::user)
 }
 
 fn choose(logits: &[f32], temperature: f64, random: &mut ChaCha8Rng) -> u32 {

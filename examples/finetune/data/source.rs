@@ -167,6 +167,9 @@ impl Source {
     }
 }
 
+/// A document that is not tokenised yet.
+type Found = (Place, Vec<u8>);
+
 /// Lines of a file, or blocks of them.
 struct Lines {
     file: BufReader<File>,
@@ -182,7 +185,7 @@ impl Lines {
     }
 
     /// The next documents with their places, and whether there are more.
-    fn batch(&mut self, form: Form) -> Result<(Vec<(Place, Vec<u8>)>, bool), String> {
+    fn batch(&mut self, form: Form) -> Result<(Vec<Found>, bool), String> {
         let (mut batch, mut taken) = (Vec::new(), 0);
         while taken < AT_ONCE {
             let (offset, line) = (self.offset, self.line + 1);
