@@ -57,6 +57,8 @@ mod pending;
 mod point_to_point;
 pub(crate) mod receive_buffer;
 pub(crate) mod reduce;
+#[cfg(any(feature = "cuda", test))]
+mod sent_messages;
 pub mod tcp;
 mod ticks;
 mod transport;

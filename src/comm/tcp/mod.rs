@@ -33,8 +33,9 @@
 //! | sends what makes no sense | return [`Error::RankLost`]; the log says what came |
 //!
 //! Rank 0 says which of several errors it is; if it does not answer, the next rank does. A rank that was stopped and goes
-//! on returns the error of the others. Where the time-out is shorter than 4 s, each step of this takes up to 0.4 s all
-//! the same.
+//! on returns the error of the others; but if it was stopped while its connections were full of data, that error waits
+//! behind the data, and does not come through before the others end: it returns a time-out of its own, which names
+//! itself. Where the time-out is shorter than 4 s, each step of this takes up to 0.4 s all the same.
 //!
 //! A rank that is lost while data moves leaves the buffers of that collective half written.
 
