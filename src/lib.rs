@@ -71,6 +71,8 @@ mod error;
 mod forms;
 pub mod graph;
 pub mod hf;
+#[cfg(test)]
+mod imports;
 pub mod launch;
 pub mod layout;
 pub mod mesh;
