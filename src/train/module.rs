@@ -164,8 +164,10 @@ pub trait ParallelModule: Module + sealed::Sealed {
                 None => Ok(ShardParams::default()),
             });
         }
-        optimize::check(optim, self.checked_optimizers(), self.local(), &self.split_params())?;
-        optimize::update(self, optim, lr.into(), step.grads)
+        let met = optimize::check(optim, self.checked_optimizers(), self.local(), &self.split_params(), &step.grads)?;
+        let updated = optimize::update(self, optim, lr.into(), step.grads)?;
+        met.remember(optim);
+        Ok(updated)
     }
 
     /// Gives all parameters the values that a store has under their paths. Each rank asks for what it holds only, and lazy

@@ -277,3 +277,43 @@ fn state_that_does_not_fit_is_an_error_that_names_it() {
         })
         .unwrap();
 }
+
+/// Another optimizer may come to be where one was, or another state in the same one.
+#[test]
+fn an_optimizer_is_not_known_by_its_place_alone() {
+    let run = |change: &(dyn Fn(ModuleOptimizer) -> ModuleOptimizer + Sync)| {
+        launch::threads(2).run(|rank| {
+            let (mut model, mut optim): (_, ModuleOptimizer) =
+                (layers().tensor_parallel(&rank, plan())?, AdamWConfig::new().init());
+            for number in 0..6 {
+                if number == 3 {
+                    optim = change(optim);
+                }
+                let done = step(&mut model)?;
+                model = model.optimize(&mut optim, 0.01, done)?;
+            }
+            Ok(values(model.local()))
+        })
+    };
+    let refused = |change, words: &str| {
+        let error = run(change).expect_err(words).to_string();
+        assert!(error.contains(words), "{error}");
+    };
+    refused(&|_| muon("weight"), "depends on the whole");
+    refused(&|_| LambConfig::new().init(), "depends on the whole");
+    // With a state of the same names and dims, whose ids are those of another model.
+    let (whole, mut other): (_, ModuleOptimizer) = (layers(), AdamWConfig::new().init());
+    let grads = burn::optim::GradientsParams::from_grads(square(&whole, rows(0, 4)).backward(), &whole);
+    drop(other.step(0.01, whole, grads));
+    let record = other.into_bytes().unwrap();
+    refused(&|optim| optim.from_bytes(record.clone()).unwrap(), "by an id that no parameter here has");
+    // Its own state, written and read, is known.
+    let (alone, again) = (
+        run(&|optim| optim),
+        run(&|optim| {
+            let bytes = optim.into_bytes().unwrap();
+            optim.from_bytes(bytes).unwrap()
+        }),
+    );
+    assert_eq!(difference(&alone.unwrap()[0], &again.unwrap()[0]), 0.0);
+}

@@ -4,21 +4,23 @@ mod clipping;
 mod moments;
 mod optimizer_error;
 mod parts;
+mod recognise;
 mod sharded;
 mod update;
 mod whole;
 
 use burn::module::Module;
-use burn::optim::ModuleOptimizer;
+use burn::optim::{GradientsParams, ModuleOptimizer};
 
 use self::clipping::clips_parts;
+use self::recognise::Met;
 pub(super) use self::sharded::ShardedStep;
 pub(super) use self::update::update;
 use crate::Error;
 use crate::graph::{CheckedOptimizers, SplitParam};
 
 /// Demands that an optimizer suits the parameters, the first time that it is met: `local` are those of this rank, `split` tells
-/// which of them are parts.
+/// which of them are parts. It is to be [remembered](Met::remember) after its step.
 ///
 /// # Errors
 /// [`Error::Optimizer`], which names a parameter.
@@ -27,12 +29,14 @@ pub(super) fn check<M: Module>(
     checked: &CheckedOptimizers,
     local: &M,
     split: &[SplitParam],
-) -> Result<(), Error> {
+    grads: &GradientsParams,
+) -> Result<Met, Error> {
     clips_parts(optim, split)?;
-    // Costlier, and so once for an optimizer: burn gives it no identity but its place.
-    if !checked.is_new(std::ptr::from_ref(optim).addr()) {
-        return Ok(());
+    // Costlier, and so not in every step.
+    let met = Met::new(optim, checked);
+    if !met.known {
+        moments::check(optim, local)?;
+        parts::check(optim, local, split)?;
     }
-    moments::check(optim, local)?;
-    parts::check(optim, local, split)
+    Ok(met.with_witness(local, grads))
 }

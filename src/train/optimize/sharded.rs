@@ -7,6 +7,7 @@ use burn::module::ParamId;
 use burn::optim::{GradientsParams, ModuleOptimizer};
 
 use super::clipping::clips_parts;
+use super::recognise::{Met, address};
 use super::update::update;
 use super::whole::Dealt;
 use super::{moments, parts};
@@ -43,8 +44,9 @@ impl ShardedStep<'_> {
         };
         let shards = ShardParams(shards.0.into_iter().filter(|shard| with_gradient(shard)).collect());
         let ids: HashSet<ParamId> = shards.0.iter().map(|shard| shard.param.id()).collect();
-        let mut new = false;
-        let whole = checked.whole(std::ptr::from_ref(optim).addr(), &ids, || {
+        let met = Met::new(optim, &checked);
+        let mut new = !met.known;
+        let whole = checked.whole(address(optim), &ids, || {
             new = true;
             find_whole(optim, &shards, &split)
         })?;
@@ -54,7 +56,9 @@ impl ShardedStep<'_> {
         if new {
             moments::check(optim, &work.params).inspect_err(fail)?;
         }
+        let met = met.with_witness(&work.params, &work.grads);
         let updated = update(work.params, optim, lr, work.grads).inspect_err(fail)?;
+        met.remember(optim);
         dealt.collect(updated, comms)
     }
 }
