@@ -32,8 +32,8 @@ impl Pass<'_> {
         }
         self.tensors.insert(out.id, LogicalTensor::planned(out.clone(), op.clone()));
         // A gradient goes where that is whose gradient it is.
-        if let Some(place) = writes_at(op)
-            && let Some(layout) = self.indexed.get(&place).copied()
+        if let Some((_, indices, dim)) = writes_at(op)
+            && let Some(layout) = self.indexed.get(&(indices.id, dim)).copied()
         {
             self.make(out.id, layout);
             if let Some(tensor) = self.tensors.get_mut(&out.id)

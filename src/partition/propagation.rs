@@ -12,8 +12,7 @@ use super::pass::Pass;
 use super::report::ShardReport;
 use super::rows::unflattened;
 use crate::error::Error;
-use crate::graph::operation::op_name;
-use crate::graph::random::drawn;
+use crate::graph::operation::{drawn, op_name};
 use crate::graph::{StepGraph, graph_error};
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 

@@ -16,12 +16,12 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use burn::module::ParamId;
 use burn::tensor::{Device, Shape};
-use burn_ir::{BaseOperationIr, CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
+use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
 
 use super::overlap::token;
 use crate::graph::StepGraph;
 use crate::graph::liveness::without_dead;
-use crate::graph::operation::only_moves;
+use crate::graph::operation::{only_moves, slices_or_casts};
 use crate::graph::step::Rename;
 use crate::tensor::PlainTensor;
 
@@ -330,7 +330,7 @@ fn rename(op: &mut OperationIr, names: &HashMap<TensorId, TensorId>) {
 /// Whether all that an operation does with a tensor is to move its elements, take some of them or cast them: it costs little to
 /// do that again.
 fn moves(op: &OperationIr) -> bool {
-    only_moves(op) || matches!(op, OperationIr::BaseFloat(BaseOperationIr::Slice(_) | BaseOperationIr::Cast(_)))
+    only_moves(op) || slices_or_casts(op)
 }
 
 /// A collective of [`rewrite`] as the ranks run it: whether it gathers, and the numbers of its parameters.

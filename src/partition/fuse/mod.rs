@@ -5,10 +5,11 @@ mod find;
 use std::collections::{HashMap, HashSet};
 
 use burn::tensor::Shape;
-use burn_ir::{BaseOperationIr as Base, CustomOpIr, OperationIr, SwapDimsOpIr, TensorId, TensorIr};
+use burn_ir::{CustomOpIr, OperationIr, TensorId, TensorIr};
 
 use super::products::FusedProduct;
 use crate::graph::StepGraph;
+use crate::graph::operation::build;
 use find::{Find, Found};
 
 /// Makes one operation of each product, or sum of products, that nothing but an all-reduce or a reduce-scatter reads, and of
@@ -89,6 +90,6 @@ fn transposed(right: TensorIr, before: &mut Vec<OperationIr>, fresh: &mut dyn Fn
     let [dim1, dim2] = [dims.len() - 2, dims.len() - 1];
     dims.swap(dim1, dim2);
     let out = TensorIr::uninit(fresh(), Shape::from(dims), right.dtype);
-    before.push(OperationIr::BaseFloat(Base::SwapDims(SwapDimsOpIr { input: right, out: out.clone(), dim1, dim2 })));
+    before.push(build::swap_dims(right, dim1, dim2, out.clone()));
     out
 }

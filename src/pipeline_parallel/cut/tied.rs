@@ -75,7 +75,7 @@ fn terms(
 fn sum(graph: &mut StepGraph, terms: Vec<TensorIr>) -> Option<TensorIr> {
     terms.into_iter().reduce(|lhs, rhs| {
         let out = TensorIr::uninit(graph.fresh_id(), lhs.shape.clone(), lhs.dtype);
-        graph.operations.push(operation::add(lhs, rhs, out.clone()));
+        graph.operations.push(operation::build::add(lhs, rhs, out.clone()));
         out
     })
 }
