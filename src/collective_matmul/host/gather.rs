@@ -6,7 +6,7 @@ use burn::backend::flex::FlexTensor;
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::Tensor;
 
-use super::matrix::{Factor, Matrix, OutputRows, Real, elements_of, multiply, room};
+use super::matrix::{Factor, Matrix, OutputRows, Real, elements_of, multiply, empty_tensor};
 use super::product::{dims_of, multiply_own, positions_first, unit_of, with_positions_first};
 use crate::Error;
 use crate::collective_matmul::ProductCall;
@@ -53,9 +53,9 @@ pub(super) fn gather<T: Real>(
             Ok(slots)
         }));
     }
-    let mut whole = room::<T>(&[positions, width]);
+    let mut whole = empty_tensor::<T>(&[positions, width]);
     let mut made: Vec<_> =
-        factors.iter().map(|right| room::<T>(&dims_of(&left, dim, positions, right.columns()))).collect();
+        factors.iter().map(|right| empty_tensor::<T>(&dims_of(&left, dim, positions, right.columns()))).collect();
     {
         let gathered: &mut [T] = whole.storage_mut();
         let mut outs: Vec<&mut [T]> = made.iter_mut().map(|made| made.storage_mut()).collect();
