@@ -66,7 +66,7 @@ impl Communicator {
         self.inner.progress.outstanding_jobs()
     }
 
-    #[cfg(feature = "cuda")]
+    #[cfg(any(feature = "cuda", test))]
     pub(super) fn transport_arc(&self) -> Arc<dyn Transport> {
         self.inner.transport.clone()
     }

@@ -25,7 +25,7 @@ struct End {
 
 /// Two ranks, and what moves the data of rank 0 to rank 1.
 fn ranks() -> ([End; 2], Sender<Data>, Receiver<Data>) {
-    let comms = local::world(2, WorldConfig::new().with_timeout(LIMIT)).unwrap();
+    let comms = local::world(2, WorldConfig::from_env().unwrap().with_timeout(LIMIT)).unwrap();
     let end = |comm: Communicator| {
         let group = comm.transport_arc();
         let answers = group.split("answers", 0, group.rank() as i64).unwrap();
