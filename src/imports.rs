@@ -1,6 +1,8 @@
-//! Tests that no file imports in a circle with a file of another folder: what two files need goes to a third, below both.
+//! Tests that no file imports in a circle with a file of another folder: what two files need goes to a third, below
+//! both.
 //!
-//! Reads the `use` lines and the paths of the sources. A name that a `mod.rs` hands on counts for the file that it comes from.
+//! Reads the `use` lines and the paths of the sources. A name that a `mod.rs` hands on counts for the file that it
+//! comes from.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs;

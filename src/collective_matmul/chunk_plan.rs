@@ -73,8 +73,8 @@ impl ChunkPlan {
         self.parts.iter().map(move |part| self.of(part, chunk))
     }
 
-    /// Positions of a chunk, over all ranks. `part` divides them as they are divided here: parts differ by one at most, so a
-    /// chunk is even unless it is the last, in which the first ranks have one more.
+    /// Positions of a chunk, over all ranks. `part` divides them as they are divided here: parts differ by one at most,
+    /// so a chunk is even unless it is the last, in which the first ranks have one more.
     pub fn total(&self, chunk: usize) -> usize {
         self.of_all(chunk).map(|positions| positions.len()).sum()
     }

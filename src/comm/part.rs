@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-/// The rows of `total` that belong to `rank` of `size`: consecutive, in rank order, as equal as can be. When `size` does
-/// not divide `total`, the first `total % size` ranks have one row more; with fewer rows than ranks the last ones have
-/// none. A rank that is not among them has none either.
+/// The rows of `total` that belong to `rank` of `size`: consecutive, in rank order, as equal as can be. When `size`
+/// does not divide `total`, the first `total % size` ranks have one row more; with fewer rows than ranks the last ones
+/// have none. A rank that is not among them has none either.
 ///
 /// ```
 /// use burn_parallel::comm::part;

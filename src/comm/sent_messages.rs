@@ -1,8 +1,8 @@
 //! Messages that a rank has sent to another, and whose data wait until the receiver asks for them.
 //!
-//! The protocol of messages over NCCL (`nccl/messages.rs`), but for moving the data: numbers, the answers of the receiver, and what
-//! becomes of the messages when the sender drops its communicator before they were asked for. They are kept until they are, or
-//! until the receiver says that it asks for nothing more, or for as long as the time-out.
+//! The protocol of messages over NCCL (`nccl/messages.rs`), but for moving the data: numbers, the answers of the
+//! receiver, and what becomes of the messages when the sender drops its communicator before they were asked for. They
+//! are kept until they are, or until the receiver says that it asks for nothing more, or for as long as the time-out.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,7 +24,8 @@ const NOTHING_MORE: u64 = u64::MAX;
 
 /// The messages to one receiver.
 ///
-/// It does not hold the group that they were sent in: peers see at once that this rank has left that, while the messages wait on.
+/// It does not hold the group that they were sent in: peers see at once that this rank has left that, while the
+/// messages wait on.
 pub(super) struct SentMessages<M> {
     /// The group in which the receiver answers.
     answers: Arc<dyn Transport>,
@@ -60,8 +61,8 @@ impl<M> SentMessages<M> {
         self.to
     }
 
-    /// Keeps a message, if there are data to be asked for, under the number that `announce` makes its header with. It is to be
-    /// announced afterwards: the answer finds it here.
+    /// Keeps a message, if there are data to be asked for, under the number that `announce` makes its header with. It
+    /// is to be announced afterwards: the answer finds it here.
     ///
     /// # Errors
     /// Those of `announce`: nothing is kept then.
@@ -102,8 +103,8 @@ impl<M> SentMessages<M> {
         self.waiting.store(0, Ordering::Release);
     }
 
-    /// Takes the answers that have arrived, in their order, and gives `send` the messages that they ask for, with the rest of the
-    /// answer. Returns whether there was an answer. Called by one thread.
+    /// Takes the answers that have arrived, in their order, and gives `send` the messages that they ask for, with the
+    /// rest of the answer. Returns whether there was an answer. Called by one thread.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for an answer that makes no sense; those of `send` and of the transport.
@@ -120,7 +121,8 @@ impl<M> SentMessages<M> {
                     lock(&self.state).closed = true;
                     self.clear();
                 }
-                // Not under the lock: the first message waits for the receiver, and the sender of the next should not wait for that.
+                // Not under the lock: the first message waits for the receiver, and the sender of the next should not
+                // wait for that.
                 number => send(self.take(number).ok_or_else(garbled)?, rest)?,
             }
             delivered = true;
@@ -166,8 +168,8 @@ impl<M> OrphanedMessages<M> {
         })
     }
 
-    /// Whether a receiver may still ask for something. After `limit` the messages are dropped, with a warning; `tag` tells that of
-    /// one.
+    /// Whether a receiver may still ask for something. After `limit` the messages are dropped, with a warning; `tag`
+    /// tells that of one.
     pub fn is_wanted(&self, limit: Duration, tag: impl Fn(&M) -> u64) -> bool {
         if self.messages.is_empty() {
             return false;

@@ -1,8 +1,8 @@
 //! Parameters of which each replica holds rows, in captured steps.
 //!
-//! The third way in which the parameters of a model are divided, behind splits by a plan and stages: by rows over the replicas,
-//! whatever the layer. So nothing of a step follows from it but where parameters are gathered and gradients scattered
-//! ([`shard_parameters`]), and it goes with any split: the rows are those of this rank's part.
+//! The third way in which the parameters of a model are divided, behind splits by a plan and stages: by rows over the
+//! replicas, whatever the layer. So nothing of a step follows from it but where parameters are gathered and gradients
+//! scattered ([`shard_parameters`]), and it goes with any split: the rows are those of this rank's part.
 
 mod bundle;
 mod own_rows;
@@ -33,8 +33,8 @@ use crate::tensor::PlainTensor;
 /// The name of the axis of the replicas in tables.
 const AXIS: &str = "replicas";
 
-/// How the parameters of this rank's part of a model are divided by rows over its replicas. Cheap to clone; all clones are of one
-/// step.
+/// How the parameters of this rank's part of a model are divided by rows over its replicas. Cheap to clone; all clones
+/// are of one step.
 #[derive(Debug, Clone)]
 pub(crate) struct RowShards {
     /// What this rank holds of them when they are divided.
@@ -65,13 +65,13 @@ struct StepState {
 }
 
 impl RowShards {
-    /// Finds out what of `model`, this rank's part of one, is divided over the `replicas`, who all hold the same part: float
-    /// parameters, but for running statistics. `later` are the dims of the parts of parameters that it does not hold, but may once the
-    /// model is cut. With `ranks` they are divided over so many neighbours. Collective.
+    /// Finds out what of `model`, this rank's part of one, is divided over the `replicas`, who all hold the same part:
+    /// float parameters, but for running statistics. `later` are the dims of the parts of parameters that it does not
+    /// hold, but may once the model is cut. With `ranks` they are divided over so many neighbours. Collective.
     ///
     /// # Errors
-    /// [`Error::ModelMismatch`](crate::Error::ModelMismatch) if replicas bring other parameters; those of [`ShardComms::new`] and
-    /// of [`Communicator`].
+    /// [`Error::ModelMismatch`](crate::Error::ModelMismatch) if replicas bring other parameters; those of
+    /// [`ShardComms::new`] and of [`Communicator`].
     pub(crate) fn new<M: Module>(
         model: &M,
         later: &dyn Fn(ParamId) -> Option<Vec<usize>>,
@@ -143,8 +143,8 @@ impl RowShards {
         Some(self.params[*self.numbers.get(&id)?].rows.shard_dims())
     }
 
-    /// Leaves this rank its rows of the parameters of the first replica's model; everything else takes that one's values. What is
-    /// lazy there stays lazy. Collective.
+    /// Leaves this rank its rows of the parameters of the first replica's model; everything else takes that one's
+    /// values. What is lazy there stays lazy. Collective.
     ///
     /// # Errors
     /// Those of [`Communicator`].
@@ -243,8 +243,8 @@ impl RowShards {
         *self.lock() = StepState { under_way: true, ..StepState::default() };
     }
 
-    /// Begins a micro-batch whose gradients are multiplied by `factor` before they are summed over the replicas. `unit` is what the
-    /// replicas have agreed on that the sums are in.
+    /// Begins a micro-batch whose gradients are multiplied by `factor` before they are summed over the replicas. `unit`
+    /// is what the replicas have agreed on that the sums are in.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if they have not: the model is not trained as one of its replicas.
@@ -261,8 +261,8 @@ impl RowShards {
         Ok(())
     }
 
-    /// The path of the first parameter of which this rank has brought a gradient to the last step that was not finite. Of
-    /// gradients that are not in host memory none is known.
+    /// The path of the first parameter of which this rank has brought a gradient to the last step that was not finite.
+    /// Of gradients that are not in host memory none is known.
     pub(crate) fn non_finite(&self) -> Option<Arc<str>> {
         let number = self.lock().non_finite?;
         self.params.get(number).map(|param| param.path.clone())
@@ -274,8 +274,8 @@ impl RowShards {
         (step.under_way, step.whole) = (false, None);
     }
 
-    /// The model as captured steps bind it, if they do not bind what this rank holds: with all parameters, which are gathered by the
-    /// first call in a step, or now for a forward alone. Collective then.
+    /// The model as captured steps bind it, if they do not bind what this rank holds: with all parameters, which are
+    /// gathered by the first call in a step, or now for a forward alone. Collective then.
     ///
     /// # Errors
     /// Those of [`Communicator`] and of reading parameters.
@@ -311,8 +311,8 @@ impl RowShards {
         Ok(whole)
     }
 
-    /// Takes part in what the others exchange in a micro-batch, on a rank that has none: lends its rows, and brings gradients of
-    /// nothing. The sums of the gradients go to `sink`.
+    /// Takes part in what the others exchange in a micro-batch, on a rank that has none: lends its rows, and brings
+    /// gradients of nothing. The sums of the gradients go to `sink`.
     ///
     /// # Errors
     /// Those of [`Communicator`] and of reading parameters.

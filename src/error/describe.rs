@@ -3,8 +3,8 @@
 use super::Error;
 use crate::comm::{Call, CallLog};
 
-/// What says by itself what is wrong, as errors of settings do, is likely found by all ranks, and one of them was first; what
-/// they have called before is of no use then.
+/// What says by itself what is wrong, as errors of settings do, is likely found by all ranks, and one of them was
+/// first; what they have called before is of no use then.
 pub(super) fn rank_failed(rank: usize, cause: &Error, log: &CallLog) -> String {
     match cause {
         Error::Environment { .. }

@@ -32,8 +32,8 @@ pub enum Error {
         operation: String,
         /// How long it waited.
         waited: Duration,
-        /// Whom it was waiting for, in words: ranks within the group, or, where these wait for others in turn, first the ranks of
-        /// the world at the root of it.
+        /// Whom it was waiting for, in words: ranks within the group, or, where these wait for others in turn, first
+        /// the ranks of the world at the root of it.
         missing: String,
         /// The last collectives of every rank of the group.
         log: CallLog,
@@ -127,9 +127,9 @@ pub enum Error {
         log: CallLog,
     },
 
-    /// A rank has no memory for what a collective would bring it. All ranks of the group return this. Among threads, and over TCP
-    /// from 16 MiB on, the world does not fail with it; below that, where other ranks are at work already, it does, and over MPI it
-    /// ends as if the rank were killed while data is moving. It can be asked with
+    /// A rank has no memory for what a collective would bring it. All ranks of the group return this. Among threads,
+    /// and over TCP from 16 MiB on, the world does not fail with it; below that, where other ranks are at work already,
+    /// it does, and over MPI it ends as if the rank were killed while data is moving. It can be asked with
     /// [`failure`](crate::comm::Communicator::failure).
     #[error(
         "rank {rank} of group `{group}` has no memory for the {bytes} bytes that {operation} would bring it; bring less at a \

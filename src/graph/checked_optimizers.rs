@@ -1,9 +1,9 @@
 //! The optimizers that were found to suit a model.
 //!
-//! burn gives an optimizer no identity, and another may come to be where one was: in the same variable, or with a state that was
-//! loaded since. So one that is met again is recognised by its place and by the layout of its state of one parameter, its
-//! *witness*: an optimizer that has not stepped yet has none, and one of another kind, or with the state of other parameters, has
-//! another.
+//! burn gives an optimizer no identity, and another may come to be where one was: in the same variable, or with a state
+//! that was loaded since. So one that is met again is recognised by its place and by the layout of its state of one
+//! parameter, its *witness*: an optimizer that has not stepped yet has none, and one of another kind, or with the state
+//! of other parameters, has another.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -42,8 +42,8 @@ struct Checked {
 }
 
 impl CheckedOptimizers {
-    /// Whether the optimizer at this address is the one that was [remembered](Self::remember); `layout` is that of its state of a
-    /// parameter now. If not, whatever was known of one at this address is forgotten.
+    /// Whether the optimizer at this address is the one that was [remembered](Self::remember); `layout` is that of its
+    /// state of a parameter now. If not, whatever was known of one at this address is forgotten.
     pub fn is_known(&self, address: usize, layout: impl FnOnce(ParamId) -> StateLayout) -> bool {
         let mut known = self.lock();
         let witness = known.get_mut(&address).and_then(|checked| checked.witness.as_mut());
@@ -57,16 +57,16 @@ impl CheckedOptimizers {
         same
     }
 
-    /// Remembers an optimizer that suits the model, by the layout of its state of a parameter after its step. One that keeps
-    /// nothing of it is not recognised, and looked at again the next time.
+    /// Remembers an optimizer that suits the model, by the layout of its state of a parameter after its step. One that
+    /// keeps nothing of it is not recognised, and looked at again the next time.
     pub fn remember(&self, address: usize, witness: Witness, layout: StateLayout) {
         if !layout.is_empty() {
             self.lock().entry(address).or_default().witness = Some((witness, layout, 0));
         }
     }
 
-    /// The parameters whose update by the optimizer at this address depends on the whole of them, as `find` finds them out, which
-    /// is asked where there are `params` that it was not asked for.
+    /// The parameters whose update by the optimizer at this address depends on the whole of them, as `find` finds them
+    /// out, which is asked where there are `params` that it was not asked for.
     ///
     /// # Errors
     /// Those of `find`.

@@ -48,8 +48,8 @@ impl Threads {
 
     /// Sets the seed of the run, see [`Rank::seed`] and [`Rank::rng`]. Default 0.
     ///
-    /// It does not seed burn's own generator, from which the initial values of layers and eager dropout are drawn: that is one for
-    /// the process and device, which `Device::seed` seeds, before the ranks start.
+    /// It does not seed burn's own generator, from which the initial values of layers and eager dropout are drawn: that
+    /// is one for the process and device, which `Device::seed` seeds, before the ranks start.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
@@ -71,8 +71,9 @@ impl Threads {
     ///
     /// # Errors
     ///
-    /// The first error of any rank, after all of them have ended: an error or a panic of one rank fails the world, and the
-    /// others return from whatever they wait in. What `f` returned, if that was the same error on all ranks. [`Error::InvalidArgument`] and [`Error::Launch`] before anything runs.
+    /// The first error of any rank, after all of them have ended: an error or a panic of one rank fails the world, and
+    /// the others return from whatever they wait in. What `f` returned, if that was the same error on all ranks.
+    /// [`Error::InvalidArgument`] and [`Error::Launch`] before anything runs.
     pub fn run<T, F>(self, f: F) -> Result<Vec<T>, Error>
     where
         T: Send,

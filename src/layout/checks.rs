@@ -11,7 +11,8 @@ pub(super) fn check_dim(name: &'static str, dim: usize, rank: usize) -> Result<(
     }
 }
 
-/// Sees to it that what this rank brought is its part of the whole. The world fails if not: peers may not be able to tell.
+/// Sees to it that what this rank brought is its part of the whole. The world fails if not: peers may not be able to
+/// tell.
 pub(super) fn check_part(
     name: &'static str,
     comm: &Communicator,

@@ -1,15 +1,15 @@
 //! All-to-all from parts along one dim to parts along another, as DeepSpeed-Ulysses does it (arXiv:2309.14509).
 //!
-//! Rank `r` holds all of dim `split` and its part of dim `join`; afterwards it holds its part of `split` and all of `join`.
-//! With `n` ranks, `w` elements along `split`, and `j_r` along `join`, it lays out one block for every rank:
+//! Rank `r` holds all of dim `split` and its part of dim `join`; afterwards it holds its part of `split` and all of
+//! `join`. With `n` ranks, `w` elements along `split`, and `j_r` along `join`, it lays out one block for every rank:
 //!
 //! ```text
 //! x: [.., w, .., j_r, ..]  ->  [n * j_r, ceil(w / n), rest..]
 //! ```
 //!
-//! The first dim, which the collective cuts into `n`, so is a multiple of `n` on every rank although the `j_r` may differ,
-//! and the dims behind it are the same on all. When `n` does not divide `w`, the blocks of the shorter parts end in a slice
-//! of zeros. What arrives lies in the order of `join`:
+//! The first dim, which the collective cuts into `n`, so is a multiple of `n` on every rank although the `j_r` may
+//! differ, and the dims behind it are the same on all. When `n` does not divide `w`, the blocks of the shorter parts
+//! end in a slice of zeros. What arrives lies in the order of `join`:
 //!
 //! ```text
 //! [j_0 + j_1 + .., ceil(w / n), rest..]

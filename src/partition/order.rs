@@ -6,7 +6,8 @@ use burn_ir::{OperationIr, TensorId};
 
 use crate::graph::StepGraph;
 
-/// Moves operations up to right behind those that make their inputs, in the pass, forward or backward, that they are in.
+/// Moves operations up to right behind those that make their inputs, in the pass, forward or backward, that they are
+/// in.
 pub(super) fn early(graph: &mut StepGraph, movable: impl Fn(&OperationIr) -> bool) {
     let (mut made, mut keys) = (HashMap::<TensorId, usize>::new(), Vec::with_capacity(graph.operations.len()));
     for (place, op) in graph.operations.iter().enumerate() {

@@ -1,8 +1,8 @@
 //! Delays tensors that can be made in any layout until it is known in which they are read.
 //!
 //! A mask of random numbers, the ones from which the backward pass of a mean spreads a gradient, zeros into which a
-//! gradient is scattered: what needs nothing, or only small tensors that every rank has, can be made by every rank in any
-//! layout. Made at first sight it would be whole, and as large as what it goes with is split to avoid.
+//! gradient is scattered: what needs nothing, or only small tensors that every rank has, can be made by every rank in
+//! any layout. Made at first sight it would be whole, and as large as what it goes with is split to avoid.
 
 use burn_ir::{OperationIr, TensorId, TensorIr};
 

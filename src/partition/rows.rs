@@ -1,8 +1,8 @@
 //! Restores the dims of linear layers that burn computes on flattened rows.
 //!
-//! Forward where the leading dims of the input are small, and backward always, burn makes one dim of them for a product and
-//! takes it apart behind it. A split of any but the first cannot follow through that. As one operation, which burn flattens
-//! again on what each rank has, it can.
+//! Forward where the leading dims of the input are small, and backward always, burn makes one dim of them for a product
+//! and takes it apart behind it. A split of any but the first cannot follow through that. As one operation, which burn
+//! flattens again on what each rank has, it can.
 
 use std::collections::{HashMap, HashSet};
 

@@ -1,5 +1,5 @@
-//! Delays sums of partial and whole terms until the partial ones are reduced. Terms that are split wait for the sum to be
-//! scattered.
+//! Delays sums of partial and whole terms until the partial ones are reduced. Terms that are split wait for the sum to
+//! be scattered.
 
 use burn::tensor::Shape;
 use burn_ir::{BinaryOpIr, OperationIr, TensorId, TensorIr};

@@ -1,5 +1,5 @@
-//! An ordinary burn model with the paths of Hugging Face's: a decoder in the manner of Llama and Qwen2, of root mean square
-//! norms, rotary positions, grouped queries and a gated feed-forward.
+//! An ordinary burn model with the paths of Hugging Face's: a decoder in the manner of Llama and Qwen2, of root mean
+//! square norms, rotary positions, grouped queries and a gated feed-forward.
 
 use burn::module::Module;
 use burn::nn::{

@@ -86,7 +86,8 @@ pub(super) fn multiply(left: DeviceTensor, right: &DeviceTensor) -> Result<Devic
     multiply_into(left, right.clone(), None)
 }
 
-/// The products of several matrices, one behind the other: each in its window of one buffer, if all windows can be written.
+/// The products of several matrices, one behind the other: each in its window of one buffer, if all windows can be
+/// written.
 pub(super) fn multiply_all(lefts: Vec<DeviceTensor>, right: &DeviceTensor) -> Result<DeviceTensor, Error> {
     let (columns, inner) = (dims(right)[1], dims(right)[0]);
     let mut places = Vec::with_capacity(lefts.len());

@@ -83,7 +83,8 @@ pub(super) fn gather<T: Real>(
     Ok((made, positions_first(whole, dims_of(&left, dim, positions, features), dim)))
 }
 
-/// Multiplies gathered positions, of which the first is number `at` of `positions`, into their places among the outer ones.
+/// Multiplies gathered positions, of which the first is number `at` of `positions`, into their places among the outer
+/// ones.
 fn write_slot<T: Real>(
     slot: &[T],
     [outer, unit, features]: [usize; 3],

@@ -1,7 +1,7 @@
 //! Products and their collectives, chunk by chunk.
 //!
-//! What travels has its positions first: of each position the rows of all outer places, one behind the other. Products are
-//! written there by rows at even distances, and read from there likewise; nothing is brought into another order.
+//! What travels has its positions first: of each position the rows of all outer places, one behind the other. Products
+//! are written there by rows at even distances, and read from there likewise; nothing is brought into another order.
 
 use std::ops::Range;
 

@@ -85,9 +85,9 @@ use crate::Error;
 /// The group of `host`, with NCCL for the tensors of CUDA device `index`. Collective over `host`, which stays usable.
 ///
 /// # Errors
-/// [`Error::Gpu`], on every rank, before anything is touched, if some rank has no libcuda, no libnccl, too old ones, or no
-/// such device, or if two ranks of one machine use the same device and NCCL is older than 2.30; [`Error::Nccl`] if NCCL
-/// refuses; the error of the world.
+/// [`Error::Gpu`], on every rank, before anything is touched, if some rank has no libcuda, no libnccl, too old ones, or
+/// no such device, or if two ranks of one machine use the same device and NCCL is older than 2.30; [`Error::Nccl`] if
+/// NCCL refuses; the error of the world.
 pub fn join(host: &Communicator, index: usize) -> Result<Communicator, Error> {
     let identity = library().and_then(|library| library.device_identity(index));
     check_all(host, &identity)?;

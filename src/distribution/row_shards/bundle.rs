@@ -20,7 +20,8 @@ impl Bundle {
         self.pack.gather_agreed(shards, comm, self.number)
     }
 
-    /// This rank's rows of the sum of gradients, over the ranks that divide them and then over those that hold the same rows.
+    /// This rank's rows of the sum of gradients, over the ranks that divide them and then over those that hold the same
+    /// rows.
     pub fn reduce(
         &self,
         gradients: Vec<PlainTensor>,

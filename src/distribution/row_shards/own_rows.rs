@@ -45,7 +45,8 @@ pub(super) struct OwnRows<'a> {
 impl ModuleVisitor for OwnRows<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let Some(number) = self.numbers.get(&param.id) else { return };
-        // A parameter that the module holds in two places is one parameter; what another stage holds has no elements here.
+        // A parameter that the module holds in two places is one parameter; what another stage holds has no elements
+        // here.
         let nothing = param.lazy_shape().num_elements() == 0;
         if nothing || !param.val().is_require_grad() || !self.seen.insert(param.id) {
             return;

@@ -42,8 +42,8 @@ pub(crate) fn renumber_dims(op: &mut OperationIr, number: &dyn Fn(usize) -> usiz
     }
 }
 
-/// Takes the bias of a convolution, and gives it the output that `make` makes of its own. The bias, and the output as it was;
-/// `None` if it is none, or has no bias.
+/// Takes the bias of a convolution, and gives it the output that `make` makes of its own. The bias, and the output as
+/// it was; `None` if it is none, or has no bias.
 pub(crate) fn without_bias(
     op: &mut OperationIr,
     make: impl FnOnce(&TensorIr) -> TensorIr,

@@ -1,4 +1,5 @@
-//! What element-wise operations make of elements of which only something is known: that they are zero, finite, or very low.
+//! What element-wise operations make of elements of which only something is known: that they are zero, finite, or very
+//! low.
 
 use burn_ir::{
     ActivationOperationIr as Activation, BaseOperationIr as Base, FloatOperationIr as Float,

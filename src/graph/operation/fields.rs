@@ -143,8 +143,8 @@ pub(crate) fn reads_at(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, usize)
     }
 }
 
-/// A product of matrices, also as a linear layer without bias or as its gradient to the input: the factors, whether the second
-/// is transposed before, and the output.
+/// A product of matrices, also as a linear layer without bias or as its gradient to the input: the factors, whether the
+/// second is transposed before, and the output.
 pub(crate) fn plain_product(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, bool, &TensorIr)> {
     match op {
         OperationIr::Float(_, Float::Matmul(op)) => Some((&op.lhs, &op.rhs, false, &op.out)),
@@ -211,8 +211,8 @@ pub(crate) fn reduced(op: &OperationIr) -> Option<Reduced<'_>> {
     }
 }
 
-/// A step that multiplies by a number or moves elements, so that it may as well come after a sum: its input, and the step in
-/// words, the same for steps that do the same.
+/// A step that multiplies by a number or moves elements, so that it may as well come after a sum: its input, and the
+/// step in words, the same for steps that do the same.
 pub(crate) fn linear_step(op: &OperationIr) -> Option<(TensorId, String)> {
     match op {
         OperationIr::BaseFloat(Base::Reshape(op)) | OperationIr::BaseInt(Base::Reshape(op)) => {

@@ -1,7 +1,7 @@
 //! What an operation is, whatever the kind of its tensors, with the fields that rules ask for.
 //!
-//! burn has an operation for each kind of tensor, each dim and each reduction; those that rules treat alike are one form here.
-//! Element-wise operations have none: see `class.rs` and `effect.rs`.
+//! burn has an operation for each kind of tensor, each dim and each reduction; those that rules treat alike are one
+//! form here. Element-wise operations have none: see `class.rs` and `effect.rs`.
 
 use burn_ir::{
     ActivationOperationIr as Activation, AttentionOpIr, BaseOperationIr as Base, CatOpIr, CustomOpIr,

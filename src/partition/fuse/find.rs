@@ -232,8 +232,8 @@ impl<'a> Find<'a> {
         Some(views)
     }
 
-    /// As early as its inputs allow, in the pass of its collective. Right factors are weights, as a rule, or views of such, which
-    /// move up with it.
+    /// As early as its inputs allow, in the pass of its collective. Right factors are weights, as a rule, or views of
+    /// such, which move up with it.
     fn placed(&self, found: Found, collective: usize) -> Option<Found> {
         let forward = self.is_forward(collective);
         let early = found.at.max(if forward { 0 } else { self.graph.forward_len });

@@ -12,14 +12,14 @@ use crate::graph::StepGraph;
 use crate::graph::operation::build;
 use find::{Find, Found};
 
-/// Makes one operation of each product, or sum of products, that nothing but an all-reduce or a reduce-scatter reads, and of
-/// each all-gather with the products that read it. Returns what was made, in order.
+/// Makes one operation of each product, or sum of products, that nothing but an all-reduce or a reduce-scatter reads,
+/// and of each all-gather with the products that read it. Returns what was made, in order.
 ///
-/// These operations run the chunked products of [`tensor_parallel::functional`](crate::tensor_parallel::functional): as the explicit
-/// layers do, in the forward of a layer that is split by rows, and in the backward of one that is split by columns, where the
-/// gradients of several such layers on one input are added up in the product. Products that make gradients of parameters stay:
-/// those are reduced [in buckets](super::bucket_reductions). Run it after all partitions; [`overlap`](super::overlap) then has
-/// sums travel beside what does not wait for them.
+/// These operations run the chunked products of [`tensor_parallel::functional`](crate::tensor_parallel::functional): as
+/// the explicit layers do, in the forward of a layer that is split by rows, and in the backward of one that is split by
+/// columns, where the gradients of several such layers on one input are added up in the product. Products that make
+/// gradients of parameters stay: those are reduced [in buckets](super::bucket_reductions). Run it after all partitions;
+/// [`overlap`](super::overlap) then has sums travel beside what does not wait for them.
 pub fn fuse_products(graph: &mut StepGraph) -> Vec<FusedProduct> {
     let found = Find::new(graph).all();
     let (mut fused, mut next) = (Vec::with_capacity(found.len()), graph.next_id);

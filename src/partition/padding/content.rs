@@ -20,7 +20,8 @@ pub(super) enum Content {
 
 use Content::{Finite, Lowest, Wild, Zero};
 
-/// What an element-wise operation makes of it; `None` stands for an operand without padding, which is spread over the dim.
+/// What an element-wise operation makes of it; `None` stands for an operand without padding, which is spread over the
+/// dim.
 pub(super) fn of_elementwise(op: &OperationIr, inputs: &[Option<Content>]) -> Content {
     let both = |content: Content| inputs.iter().all(|input| *input == Some(content));
     let some = |content: Content| inputs.contains(&Some(content));

@@ -1,11 +1,11 @@
 //! Pads parameters with a dim that the degree does not divide.
 //!
-//! A vocabulary of 50257 words is the common case: the rows of the embedding, and the classes of the output layer. [`pad`]
-//! lets the parameters be larger and follows what was added through the step. Padded parameters are zeros there, to begin
-//! with and, since their gradients are, for good. Wherever an operation would mix the padding into what counts, it is
-//! overwritten first: with zeros for a sum or a product, with a number whose exponential is 0 for a maximum and the softmax
-//! around it. [`content`] tells where that is needless, [`rules`] where the padded dim goes. An operation that cannot go on
-//! with padding gets its input without; results come without.
+//! A vocabulary of 50257 words is the common case: the rows of the embedding, and the classes of the output layer.
+//! [`pad`] lets the parameters be larger and follows what was added through the step. Padded parameters are zeros
+//! there, to begin with and, since their gradients are, for good. Wherever an operation would mix the padding into what
+//! counts, it is overwritten first: with zeros for a sum or a product, with a number whose exponential is 0 for a
+//! maximum and the softmax around it. [`content`] tells where that is needless, [`rules`] where the padded dim goes. An
+//! operation that cannot go on with padding gets its input without; results come without.
 
 mod content;
 mod rules;

@@ -1,8 +1,8 @@
 //! Convolutions and their transposes, forward and backward: split along the batch, along the output channels, or along
 //! the input channels, whose products are partial. Channels are split only without groups.
 //!
-//! Tensors are `[batch, channels, ..]`. Weights of a convolution are `[out, in, ..]`, of a transposed one `[in, out, ..]`.
-//! The backward operations read of one input only its shape, which is what the local operation needs it for.
+//! Tensors are `[batch, channels, ..]`. Weights of a convolution are `[out, in, ..]`, of a transposed one `[in, out,
+//! ..]`. The backward operations read of one input only its shape, which is what the local operation needs it for.
 
 use burn::tensor::Shape;
 use burn_ir::{OperationIr, TensorId, TensorIr};

@@ -1,9 +1,10 @@
 //! Operations that read or write at places which another tensor tells.
 //!
 //! Along any dim but the one that is indexed, every rank finds what it needs in its own part. Along the indexed dim it
-//! finds some of it: with indices counted from where its part begins, and zeros for what lies outside, reads give partial
-//! tensors, of which one rank's summand is not zero; and each rank adds what falls into its part. That is Megatron-LM's
-//! vocabulary-parallel embedding and loss ([arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3).
+//! finds some of it: with indices counted from where its part begins, and zeros for what lies outside, reads give
+//! partial tensors, of which one rank's summand is not zero; and each rank adds what falls into its part. That is
+//! Megatron-LM's vocabulary-parallel embedding and loss ([arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section
+//! 3).
 
 use burn::tensor::{DType, IndexingUpdateOp, Shape};
 use burn_ir::{
@@ -61,8 +62,8 @@ pub(super) fn sharding_options(form: Form<'_>) -> Vec<ShardingOption> {
             found.extend((0..last).map(|dim| ShardingOption::new([Replicated, Sharded(dim)], Sharded(dim))));
             found
         }
-        // Of the weights only the shape is read. Each rank adds up the rows that its own tokens point at, or those that lie
-        // in its part.
+        // Of the weights only the shape is read. Each rank adds up the rows that its own tokens point at, or those that
+        // lie in its part.
         Form::EmbeddingBackward(op) => {
             let last = op.out_grad.shape.num_dims() - 1;
             let mut found = vec![
@@ -205,8 +206,8 @@ impl<'a> Part<'a> {
         TensorIr { id: (self.fresh)(), ..tensor.clone() }
     }
 
-    /// The mask of what is outside, in as many dims as `tensor`: along `dim` if the indices belong to one, else along the
-    /// leading dims.
+    /// The mask of what is outside, in as many dims as `tensor`: along `dim` if the indices belong to one, else along
+    /// the leading dims.
     fn mask(&mut self, tensor: &TensorIr, dim: Option<usize>) -> TensorIr {
         let rank = tensor.shape.num_dims();
         if self.outside.shape.num_dims() == rank && dim.is_none() {

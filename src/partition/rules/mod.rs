@@ -1,8 +1,8 @@
 //! What each operation can do with split inputs, in files by kind.
 //!
-//! A rule is a pure function from an operation, in its global shapes, to the [`ShardingOption`]s under which every rank can run
-//! it on local tensors and get its share of the result. It knows neither what lies where nor what a move costs: the
-//! [pass](super) chooses. [`realise`] then says what the ranks run for it.
+//! A rule is a pure function from an operation, in its global shapes, to the [`ShardingOption`]s under which every rank
+//! can run it on local tensors and get its share of the result. It knows neither what lies where nor what a move costs:
+//! the [pass](super) chooses. [`realise`] then says what the ranks run for it.
 
 mod collective;
 mod convolution;

@@ -22,8 +22,8 @@ pub(crate) enum LocalOperation {
     Locally,
     /// The operation, divided by the number of ranks: a mean of which each rank has an equal share.
     Averaged,
-    /// The operation with indices counted from the beginning of this rank's part of a dim. What lies outside reads or adds
-    /// zeros.
+    /// The operation with indices counted from the beginning of this rank's part of a dim. What lies outside reads or
+    /// adds zeros.
     Indexed {
         /// The dim that is indexed and split.
         dim: usize,

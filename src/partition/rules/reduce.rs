@@ -1,5 +1,5 @@
-//! Reductions, and what else works along a dim: sums and means over a split dim are partial, the largest, smallest and the
-//! product are reduced again over the ranks, and the rest is split along other dims.
+//! Reductions, and what else works along a dim: sums and means over a split dim are partial, the largest, smallest and
+//! the product are reduced again over the ranks, and the rest is split along other dims.
 
 use burn_ir::{OperationIr, TensorId, TensorIr};
 

@@ -1,7 +1,7 @@
 //! Splits the gradient sums of parameters that several stages hold.
 //!
-//! Autodiff adds up the gradients of all uses of a parameter. For a parameter on several stages those sums are taken apart,
-//! so that each stage adds up its own uses; what the stages have is summed once a step, outside the graph.
+//! Autodiff adds up the gradients of all uses of a parameter. For a parameter on several stages those sums are taken
+//! apart, so that each stage adds up its own uses; what the stages have is summed once a step, outside the graph.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 

@@ -1,7 +1,7 @@
 //! The cross-entropy over a split vocabulary in three kernels and two small all-reduces.
 //!
-//! Of the logits nothing is kept but themselves: softmax minus one-hot is computed in the backward from the largest and the sum
-//! of every row.
+//! Of the logits nothing is kept but themselves: softmax minus one-hot is computed in the backward from the largest and
+//! the sum of every row.
 
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;

@@ -19,8 +19,8 @@ pub(super) use self::update::update;
 use crate::Error;
 use crate::graph::{CheckedOptimizers, SplitParam};
 
-/// Demands that an optimizer suits the parameters, the first time that it is met: `local` are those of this rank, `split` tells
-/// which of them are parts. It is to be [remembered](Met::remember) after its step.
+/// Demands that an optimizer suits the parameters, the first time that it is met: `local` are those of this rank,
+/// `split` tells which of them are parts. It is to be [remembered](Met::remember) after its step.
 ///
 /// # Errors
 /// [`Error::Optimizer`], which names a parameter.

@@ -15,8 +15,8 @@ use crate::graph::SplitParam;
 /// The size of every dim of a small parameter; even, to be halved.
 const SIZE: usize = 4;
 
-/// What the gradients of the first and of the second half are multiplied by, in each step. They are large, so that what clips
-/// by a norm clips, and their ratio changes, so that moments do not hide it.
+/// What the gradients of the first and of the second half are multiplied by, in each step. They are large, so that what
+/// clips by a norm clips, and their ratio changes, so that moments do not hide it.
 const SCALES: [[f64; 2]; 3] = [[1e6, 3e7], [4e7, 2e6], [1e6, 1e6]];
 
 const LEARNING_RATE: f64 = 0.1;
@@ -121,7 +121,8 @@ fn train<M: Module>(
     before.values.into_iter().map(pairs).collect()
 }
 
-/// A small parameter of rank `D`: for each element its half and a number for it, which is the same in a part as in the whole.
+/// A small parameter of rank `D`: for each element its half and a number for it, which is the same in a part as in the
+/// whole.
 fn elements<const D: usize>(param: &SplitParam, part: Part) -> ([usize; D], Vec<(usize, f64)>) {
     let dim = param.split.first().copied().unwrap_or(0).min(D.saturating_sub(1));
     let mut dims = [SIZE; D];

@@ -47,8 +47,8 @@ pub(super) fn address(optim: &ModuleOptimizer) -> usize {
 
 /// The layout of an optimizer's state of a parameter; empty if it has none.
 fn layout(optim: &ModuleOptimizer, witness: ParamId) -> StateLayout {
-    // burn writes out the state of all parameters at once. A new group makes it forget the others, of a copy that shares the
-    // tensors.
+    // burn writes out the state of all parameters at once. A new group makes it forget the others, of a copy that
+    // shares the tensors.
     let others = ParamGroup::all().exclude(ParamGroup::from_ids(vec![witness]));
     let record = optim.clone().with_group(others, SgdConfig::new().build(), None).to_record();
     let Some(reader) = record.into_bytes().ok().and_then(|bytes| Reader::from_bytes(bytes).ok()) else {

@@ -27,8 +27,9 @@ pub(in crate::train) struct ShardedStep<'a> {
 }
 
 impl ShardedStep<'_> {
-    /// Updates the rows of the parameters that have gradients, and returns these. Parameters whose update depends on the whole of
-    /// them, as Muon's does, are dealt out: each is gathered on one rank, updated there, and its rows are sent back. Collective.
+    /// Updates the rows of the parameters that have gradients, and returns these. Parameters whose update depends on
+    /// the whole of them, as Muon's does, are dealt out: each is gathered on one rank, updated there, and its rows are
+    /// sent back. Collective.
     ///
     /// # Errors
     /// [`Error::Optimizer`]; those of [`Communicator`](crate::comm::Communicator).
@@ -63,8 +64,8 @@ impl ShardedStep<'_> {
     }
 }
 
-/// The parameters whose update depends on the whole of them. Of those that are split along another axis too nobody has the
-/// whole.
+/// The parameters whose update depends on the whole of them. Of those that are split along another axis too nobody has
+/// the whole.
 fn find_whole(optim: &ModuleOptimizer, shards: &ShardParams, split: &[SplitParam]) -> Result<HashSet<ParamId>, Error> {
     clips_parts(optim, split)?;
     parts::check(optim, shards, split)?;
