@@ -135,7 +135,7 @@ impl Communicator {
     }
 
     /// Fails the world, and returns the error that it failed with, which may be an earlier one.
-    pub(super) fn fail_with(&self, error: Error) -> Error {
+    pub(crate) fn fail_with(&self, error: Error) -> Error {
         self.fail(error.clone());
         self.failure().unwrap_or(error)
     }

@@ -75,6 +75,7 @@ pub(crate) use device::same_buffer;
 pub use device::{DeviceTensor, DeviceTransport};
 pub use element::Element;
 pub use operation::{Operation, ReduceOp};
+pub(crate) use part::check_part;
 pub use part::part;
 pub use payload::{Payload, TensorKind, TensorOrigin};
 pub use pending::Pending;

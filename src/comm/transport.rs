@@ -242,3 +242,15 @@ pub trait Transport: Debug + Send + Sync {
         None
     }
 }
+
+/// Demands that a group has a rank.
+///
+/// # Errors
+/// [`Error::NoSuchRank`].
+pub(super) fn check_rank(group: &dyn Transport, rank: usize, operation: &'static str) -> Result<(), Error> {
+    let size = group.size();
+    match rank < size {
+        true => Ok(()),
+        false => Err(Error::NoSuchRank { group: group.group().clone(), rank, size, operation }),
+    }
+}

@@ -140,10 +140,7 @@ where
 {
     let index = comm.rank();
     // `comm` is kept to the end, so that peers learn that this rank is gone only after they can learn why.
-    let fail = |error: Error| {
-        comm.fail(error.clone());
-        Err(comm.failure().unwrap_or(error))
-    };
+    let fail = |error: Error| Err(comm.fail_with(error));
     let thread_name = move |thread| format!("rank {index} compute {thread}");
     let pool = match rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(thread_name).build() {
         Ok(pool) => pool,

@@ -15,10 +15,9 @@
 //! [j_0 + j_1 + .., ceil(w / n), rest..]
 //! ```
 
-use super::checks::check_part;
 use super::dim_order::{first, inverse};
 use crate::Error;
-use crate::comm::{Communicator, part};
+use crate::comm::{Communicator, check_part, part};
 use crate::tensor::PlainTensor;
 
 pub(super) fn exchange(
@@ -35,7 +34,7 @@ pub(super) fn exchange(
     let blocks = if width % size == 0 { cut_evenly(turned, size)? } else { cut_padded(turned, size)? };
     // The blocks tell the width only up to padding; `agreed` tells the rest.
     let arrived = comm.all_to_all_agreed(blocks, width as u64)?;
-    check_part(name, comm, join, brought, arrived.shape()[0])?;
+    check_part(name, comm, comm.rank(), (brought, arrived.shape()[0]), format_args!("dim {join}"))?;
     let own = part(width, size, comm.rank()).len();
     let own = if arrived.shape()[1] == own { arrived } else { arrived.narrow(1, 0..own).packed()? };
     Ok(own.permute(&inverse(&order)))

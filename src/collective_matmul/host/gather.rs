@@ -6,11 +6,11 @@ use burn::backend::flex::FlexTensor;
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::Tensor;
 
-use super::matrix::{Factor, Matrix, OutputRows, Real, elements_of, multiply, empty_tensor};
+use super::matrix::{Factor, Matrix, OutputRows, Real, elements_of, empty_tensor, multiply};
 use super::product::{dims_of, multiply_own, positions_first, unit_of, with_positions_first};
 use crate::Error;
 use crate::collective_matmul::ProductCall;
-use crate::collective_matmul::chunk_plan::{ChunkPlan, check_part, total_positions};
+use crate::collective_matmul::chunk_plan::{ChunkPlan, check_positions, total_positions};
 use crate::collective_matmul::schedule::Size;
 use crate::comm::part;
 
@@ -119,7 +119,7 @@ fn whole(left: &FlexTensor, call: &ProductCall) -> Result<FlexTensor, Error> {
     let brought = brought.reshape([shape[dim], width].into());
     let whole = call.comm.all_gather(Tensor::<2>::from_primitive::<Flex>(brought))?;
     let total = whole.dims()[0];
-    check_part(call.comm.rank(), shape[dim], total, call)?;
+    check_positions(call.comm.rank(), shape[dim], total, call)?;
     let unreadable = |problem| Error::invalid(call.name, format!("what was gathered cannot be read: {problem:?}"));
     let whole = whole.try_into_primitive::<Flex>().map_err(unreadable)?;
     Ok(positions_first(whole, dims_of(left, dim, total, shape[shape.num_dims() - 1]), dim))

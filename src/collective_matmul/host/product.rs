@@ -10,7 +10,7 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
 
 use super::disjoint::disjoint_slices;
-use super::matrix::{Factor, Matrix, OutputRows, Real, multiply, empty_tensor};
+use super::matrix::{Factor, Matrix, OutputRows, Real, empty_tensor, multiply};
 use super::matrix_batch::{MatrixBatch, even};
 use crate::Error;
 use crate::collective_matmul::chunk_plan::ChunkPlan;

@@ -145,7 +145,7 @@ impl Pipeline {
         let counts = self.comm.all_gather(vec![count as u64])?;
         if counts.iter().any(|other| *other != counts[0] || *other == 0) {
             let problem = "every rank must bring the same number of micro-batches, at least 1; they brought";
-            return Err(self.fail(stage_error(format!("{problem} {counts:?}"))));
+            return Err(self.comm.fail_with(stage_error(format!("{problem} {counts:?}"))));
         }
         let known = self.evaluation.take().filter(|timetable| timetable.micro_batches() == count);
         let timetable = match known {
@@ -153,7 +153,7 @@ impl Pipeline {
             None => {
                 let forwards = evaluation(self.timetable.stage_ranks(), self.comm.size(), count);
                 let full = forwards.and_then(|forwards| forwards.with_communication(&self.routes));
-                full.map_err(|error| self.fail(error))?
+                full.map_err(|error| self.comm.fail_with(error))?
             }
         };
         let run = self.run(&timetable, stages, micro_batches);
@@ -171,13 +171,7 @@ impl Pipeline {
             Run::new(&self.comm, (timetable, &self.routes), self.scale, stages, micro_batches).and_then(Run::finish);
         outcome.map_err(|error| {
             stages.iter_mut().for_each(Stage::discard);
-            self.fail(error)
+            self.comm.fail_with(error)
         })
-    }
-
-    /// Fails the world, unless it has failed, and returns its error.
-    fn fail(&self, error: Error) -> Error {
-        self.comm.fail(error.clone());
-        self.comm.failure().unwrap_or(error)
     }
 }

@@ -15,7 +15,7 @@ use burn_cubecl::{Cube, CubeBackend};
 use cubecl::calculate_cube_count_elemwise;
 use cubecl::prelude::{CubeCount, CubeDim};
 
-use super::epilogue::{fused, plain, empty_like};
+use super::epilogue::{empty_like, fused, plain};
 use super::{compute, cube, run_on};
 use crate::Error;
 use crate::comm::device::{from_device, to_device};
