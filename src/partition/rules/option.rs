@@ -1,6 +1,6 @@
 //! One way to run an operation on split inputs, and what rules make such options with.
 
-use burn::tensor::{DType, Shape};
+use burn::tensor::Shape;
 use burn_ir::OperationIr;
 
 use crate::layout::Layout;
