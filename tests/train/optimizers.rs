@@ -1,5 +1,6 @@
 //! Optimizers that take the place of others.
 
+use burn::module::Module;
 use burn::optim::ModuleOptimizer;
 use burn_parallel::prelude::*;
 
