@@ -100,7 +100,7 @@ fn read(path: &str, source: &str) -> File {
         match tokens[place].as_str() {
             "{" => depth += 1,
             "}" => depth -= 1,
-            "use" => {
+            "use" if tokens.get(place + 1).is_some_and(|next| next != "<") => {
                 let public = matches!(before(place, 1), Some("pub" | ")"));
                 let mut found = Vec::new();
                 place += 1;
@@ -163,7 +163,13 @@ impl Files {
 
     /// The module that something comes from; `None` for a module itself.
     fn origin(&self, path: &Names, hops: usize) -> Option<Names> {
-        let depth = (0..=path.len()).take_while(|depth| self.0.contains_key(&path[..*depth])).last()?;
+        // What has the name of a module as well is handed on beside that.
+        let handed_on = |depth: usize| {
+            let name = path.get(depth).filter(|_| depth + 1 == path.len());
+            name.is_some_and(|name| self.0[&path[..depth]].exports.contains_key(name))
+        };
+        let known = (0..=path.len()).take_while(|depth| self.0.contains_key(&path[..*depth]));
+        let depth = known.clone().find(|depth| handed_on(*depth)).or_else(|| known.last())?;
         let (module, rest) = path.split_at(depth);
         let (module, name) = (module.to_vec(), rest.first()?);
         match self.0[&module].exports.get(name) {
