@@ -79,7 +79,7 @@ pub(crate) use cache::StepKey;
 pub use capture::capture_step;
 pub(crate) use checked_optimizers::{CheckedOptimizers, StateLayout, Witness};
 pub use custom::CustomOps;
-pub(crate) use engine::{GradientSink, MicroBatch, ScaledGradients, SplitParam, StepEngine};
+pub(crate) use engine::{GradientSink, MicroBatch, ScaledGradients, SplitOver, SplitParam, StepEngine};
 pub use execute::Executor;
 pub use forward::{Forward, ForwardGraph, capture_forward};
 pub(crate) use gradient_layout::{ClipRecord, GradientLayout};

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 
-use super::{RunReport, StepCounters};
+use super::{GradientNoise, NoNoise, NoiseState, RunReport, StepCounters};
 use crate::tensor::PlainTensor;
 
 /// What a training step gives, whatever the model is spread over.
@@ -37,6 +37,24 @@ pub struct Step {
     pub skipped: bool,
     /// What was not finite, if the step is skipped for that.
     pub not_finite: Option<NotFinite>,
+    /// What is known of the noise of its gradient so far.
+    pub(crate) noise: NoiseState,
+}
+
+impl Step {
+    /// The noise of the gradient, with [`noise_scale`](crate::data_parallel::DataParallelConfig::with_noise_scale) and
+    /// after [`clip_grad_norm`](Self::clip_grad_norm): estimates from this step alone; or why there are none. The same
+    /// on all ranks.
+    ///
+    /// # Errors
+    /// The reason, if nothing was measured.
+    pub fn noise(&self) -> Result<GradientNoise, NoNoise> {
+        match self.noise {
+            NoiseState::Known(noise) => Ok(noise),
+            NoiseState::Part(_) => Err(NoNoise::NoNorm),
+            NoiseState::None(why) => Err(why),
+        }
+    }
 }
 
 /// A gradient that has an element that is NaN or infinite.

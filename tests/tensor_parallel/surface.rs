@@ -1,13 +1,8 @@
 //! What a step of a split model takes and gives: closures that capture, inputs that differ, micro-batches, optimizers.
 
-use burn::grad_clipping::GradientClippingConfig;
 use burn::module::ParamGroup;
 use burn::nn::{Linear, LinearConfig};
-use burn::optim::momentum::MomentumConfig;
-use burn::optim::{
-    AdaGradConfig, AdafactorConfig, AdamConfig, AdamWConfig, LambConfig, LionConfig, ModuleOptimizer, MuonConfig,
-    RmsPropConfig, SgdConfig,
-};
+use burn::optim::{AdamWConfig, LBFGSConfig, ModuleOptimizer, MuonConfig};
 use burn::prelude::*;
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::Sharded;
@@ -169,61 +164,19 @@ fn step(model: &mut Sharded<Vec<Linear>>) -> Result<Step, Error> {
     model.step(rows(0, 4), square)
 }
 
+/// LBFGS looks at all parameters at once, of which each rank would see its own.
 #[test]
-fn optimizers_that_look_at_whole_parameters_are_refused() {
-    let momentum = MomentumConfig::new().with_momentum(0.9);
-    let fit: Vec<(&str, ModuleOptimizer)> = vec![
-        ("sgd", SgdConfig::new().init()),
-        ("sgd with momentum", SgdConfig::new().with_momentum(Some(momentum)).init()),
-        ("adam", AdamConfig::new().init()),
-        ("adamw", AdamWConfig::new().with_cautious_weight_decay(true).init()),
-        ("adagrad", AdaGradConfig::new().init()),
-        ("rmsprop", RmsPropConfig::new().init()),
-        ("lion", LionConfig::new().init()),
-        ("clip by value", AdamWConfig::new().with_grad_clipping(Some(GradientClippingConfig::Value(0.1))).init()),
-        ("muon for what is whole", muon("none")),
-    ];
-    let clip = || Some(GradientClippingConfig::Norm(1.0));
-    let in_a_group = SgdConfig::new().init().with_group(
-        ParamGroup::from_predicate("0.weight"),
-        AdamConfig::new().build(),
-        clip().map(|clip| clip.init()),
-    );
-    let unfit: Vec<(&str, ModuleOptimizer, &str)> = vec![
-        ("muon for matrices", muon("weight"), "depends on the whole"),
-        ("lamb", LambConfig::new().init(), "depends on the whole"),
-        ("adafactor", AdafactorConfig::new().init(), "depends on the whole"),
-        ("clip by norm", AdamWConfig::new().with_grad_clipping(clip()).init(), "by their global norm"),
-        ("a group clips by norm", in_a_group, "its group's clipping"),
-    ];
-    for (name, optim) in fit {
-        launch::threads(2)
-            .run(|rank| {
-                let (mut model, mut optim) = (layers().tensor_parallel(&rank, plan())?, optim.clone());
-                for _ in 0..3 {
-                    let done = step(&mut model)?;
-                    model = model.optimize(&mut optim, 0.01, done)?;
-                }
-                Ok(())
-            })
-            .unwrap_or_else(|error| panic!("{name}: {error}"));
-    }
-    for (name, optim, words) in unfit {
-        let run = |ranks| {
-            launch::threads(ranks).run(|rank| {
-                let (mut model, mut optim) = (layers().tensor_parallel(&rank, plan())?, optim.clone());
-                let done = step(&mut model)?;
-                model.optimize(&mut optim, 0.01, done).map(|_| ())
-            })
-        };
-        let error = run(2).expect_err(name).to_string();
-        assert!(error.contains(words) && error.contains("`0."), "{name}: {error}");
-    }
-}
-
-/// Muon for the parameters of these paths, AdamW for the others.
-fn muon(paths: &str) -> ModuleOptimizer {
-    AdamWConfig::new().init().with_group(ParamGroup::from_predicate(paths), MuonConfig::new().build(), None)
+fn an_optimizer_that_looks_at_all_parameters_at_once_is_refused() {
+    let error = launch::threads(2).run(|rank| {
+        let model = layers().tensor_parallel(&rank, plan())?;
+        LBFGSConfig::new().init().step(0.1, model, |mut model| {
+            let done = step(&mut model).unwrap();
+            (done.loss.item(), done.grads)
+        });
+        Ok(())
+    });
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("LBFGS") && error.contains("Sharded"), "{error}");
 }
 
 #[test]
@@ -281,8 +234,8 @@ fn state_that_does_not_fit_is_an_error_that_names_it() {
 /// Another optimizer may come to be where one was, or another state in the same one.
 #[test]
 fn an_optimizer_is_not_known_by_its_place_alone() {
-    let run = |change: &(dyn Fn(ModuleOptimizer) -> ModuleOptimizer + Sync)| {
-        launch::threads(2).run(|rank| {
+    let run_on = |ranks, change: &(dyn Fn(ModuleOptimizer) -> ModuleOptimizer + Sync)| {
+        launch::threads(ranks).run(|rank| {
             let (mut model, mut optim): (_, ModuleOptimizer) =
                 (layers().tensor_parallel(&rank, plan())?, AdamWConfig::new().init());
             for number in 0..6 {
@@ -292,15 +245,17 @@ fn an_optimizer_is_not_known_by_its_place_alone() {
                 let done = step(&mut model)?;
                 model = model.optimize(&mut optim, 0.01, done)?;
             }
-            Ok(values(model.local()))
+            Ok(values(&model.assemble()?))
         })
     };
+    let run = |change| run_on(2, change);
+    // One that looks at whole parameters, of which each rank holds a part.
+    let with_muon = |ranks| run_on(ranks, &|_| muon()).unwrap().remove(0);
+    assert!(difference(&with_muon(1), &with_muon(2)) < 1e-4);
     let refused = |change, words: &str| {
         let error = run(change).expect_err(words).to_string();
         assert!(error.contains(words), "{error}");
     };
-    refused(&|_| muon("weight"), "depends on the whole");
-    refused(&|_| LambConfig::new().init(), "depends on the whole");
     // With a state of the same names and dims, whose ids are those of another model.
     let (whole, mut other): (_, ModuleOptimizer) = (layers(), AdamWConfig::new().init());
     let grads = burn::optim::GradientsParams::from_grads(square(&whole, rows(0, 4)).backward(), &whole);
@@ -316,4 +271,9 @@ fn an_optimizer_is_not_known_by_its_place_alone() {
         }),
     );
     assert_eq!(difference(&alone.unwrap()[0], &again.unwrap()[0]), 0.0);
+}
+
+fn muon() -> ModuleOptimizer {
+    let matrices = ParamGroup::from_predicate("weight");
+    AdamWConfig::new().init().with_group(matrices, MuonConfig::new().build(), None)
 }

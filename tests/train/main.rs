@@ -4,6 +4,7 @@
 mod common;
 
 mod grad_norm;
+mod noise;
 mod optimizers;
 mod settings;
 mod walks;
