@@ -234,7 +234,8 @@ fn state_that_does_not_fit_is_an_error_that_names_it() {
 /// Another optimizer may come to be where one was, or another state in the same one.
 #[test]
 fn an_optimizer_is_not_known_by_its_place_alone() {
-    let run_on = |ranks, change: &(dyn Fn(ModuleOptimizer) -> ModuleOptimizer + Sync)| {
+    type Change<'a> = &'a (dyn Fn(ModuleOptimizer) -> ModuleOptimizer + Sync);
+    let run = |ranks, change: Change<'_>| {
         launch::threads(ranks).run(|rank| {
             let (mut model, mut optim): (_, ModuleOptimizer) =
                 (layers().tensor_parallel(&rank, plan())?, AdamWConfig::new().init());
@@ -248,12 +249,11 @@ fn an_optimizer_is_not_known_by_its_place_alone() {
             Ok(values(&model.assemble()?))
         })
     };
-    let run = |change| run_on(2, change);
     // One that looks at whole parameters, of which each rank holds a part.
-    let with_muon = |ranks| run_on(ranks, &|_| muon()).unwrap().remove(0);
+    let with_muon = |ranks| run(ranks, &|_| muon()).unwrap().remove(0);
     assert!(difference(&with_muon(1), &with_muon(2)) < 1e-4);
-    let refused = |change, words: &str| {
-        let error = run(change).expect_err(words).to_string();
+    let refused = |change: Change<'_>, words: &str| {
+        let error = run(2, change).expect_err(words).to_string();
         assert!(error.contains(words), "{error}");
     };
     // With a state of the same names and dims, whose ids are those of another model.
@@ -264,8 +264,8 @@ fn an_optimizer_is_not_known_by_its_place_alone() {
     refused(&|optim| optim.from_bytes(record.clone()).unwrap(), "by an id that no parameter here has");
     // Its own state, written and read, is known.
     let (alone, again) = (
-        run(&|optim| optim),
-        run(&|optim| {
+        run(2, &|optim| optim),
+        run(2, &|optim| {
             let bytes = optim.into_bytes().unwrap();
             optim.from_bytes(bytes).unwrap()
         }),
