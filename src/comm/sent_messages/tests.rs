@@ -112,7 +112,7 @@ fn they_are_dropped_when_nobody_will_ask() {
     assert!(keep(&orphaned, LIMIT, &wire) < LIMIT / 2, "the receiver has gone");
     assert!(sent.is_empty() && arrived.try_recv().is_err());
     // Nothing is kept for a receiver that has gone.
-    sent.put(Some((9, Vec::new())), |number| Ok(number)).unwrap();
+    sent.put(Some((9, Vec::new())), Ok).unwrap();
     assert!(OrphanedMessages::new(&sent, &jobs).is_none());
 
     let ([sender, _receiver], wire, _arrived) = ranks();
@@ -135,9 +135,9 @@ fn answers_that_make_no_sense_are_errors() {
     // A message without data waits for nobody, and one that cannot be announced has no number.
     let ([sender, _receiver], ..) = ranks();
     let sent = SentMessages::<Data>::new(sender.answers, 1);
-    assert!(sent.put(None, |number| Ok(number)).is_ok_and(|number| number == 0) && sent.is_empty());
+    assert!(sent.put(None, Ok).is_ok_and(|number| number == 0) && sent.is_empty());
     let failed = sent.put(Some((1, Vec::new())), |_| Err::<u64, _>(Error::user("no")));
     assert!(failed.is_err() && sent.is_empty());
-    assert_eq!(sent.put(Some((1, Vec::new())), |number| Ok(number)).unwrap(), 1);
+    assert_eq!(sent.put(Some((1, Vec::new())), Ok).unwrap(), 1);
     assert!(sent.take(1).is_some() && sent.take(1).is_none() && sent.is_empty());
 }
