@@ -103,7 +103,7 @@ impl Check<'_> {
         for (found, expected) in first.into_iter().zip(&self.golden.logits_first) {
             assert!((f64::from(found) - expected).abs() <= 1e-4 * largest, "{what}: {found}, not {expected}");
         }
-        let sum: f32 = logits.slice([0..2]).abs().sum().into_scalar();
+        let sum: f32 = logits.narrow(0, 0, 2).abs().sum().into_scalar();
         close(&what, self.golden.logits_sum, sum.into(), 1e-4);
         Ok(())
     }
