@@ -9,9 +9,9 @@
 //! for temporary files if none is named. The model has the sizes of SmolLM2-135M; without one, random numbers are
 //! taken.
 
-#[allow(dead_code)]
-#[path = "../tests/common/llama.rs"]
-mod llama;
+#[allow(dead_code, unused_imports)]
+#[path = "../examples/finetune/model/mod.rs"]
+mod model;
 
 use std::fs::{self, File};
 use std::hint::black_box;
@@ -23,11 +23,26 @@ use std::time::Instant;
 use burn::module::Module;
 use burn_parallel::hf::{self, Mapping, SaveConfig};
 use burn_parallel::prelude::*;
-use llama::Config;
+use model::{LlamaConfig, Rope, Scaling};
 
 /// The sizes of SmolLM2-135M.
-const SIZES: Config =
-    Config { words: 49_152, width: 576, inner: 1536, layers: 30, heads: 9, kv_heads: 3, tied: true, ..Config::LLAMA };
+const SIZES: LlamaConfig = LlamaConfig {
+    vocab: 49_152,
+    width: 576,
+    inner: 1536,
+    layers: 30,
+    heads: 9,
+    kv_heads: 3,
+    head_size: 64,
+    epsilon: 1e-5,
+    tied: true,
+    qkv_bias: false,
+    output_bias: false,
+    mlp_bias: false,
+    qk_norm: false,
+    rope: Rope { theta: 100_000.0, scaling: Scaling::None },
+    positions: 8192,
+};
 const RANKS: usize = 2;
 
 fn plan() -> Plan {

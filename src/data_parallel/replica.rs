@@ -197,26 +197,26 @@ impl<E: StepEngine> Replica<E> {
         }
     }
 
-    /// Finds out which parameters this rank holds, if a step would.
+    /// Finds out which parameters this rank holds, and which of them with others, if a step would.
     pub(crate) fn prepare<I: TensorTree + Clone>(
         &mut self,
         inputs: I,
         step: StepFn<'_, E::Model, I>,
     ) -> Result<(), Error> {
         match &self.averaging {
-            Averaging::Ready(_) => {}
-            Averaging::ByRows(shards) => {
-                let replicas = shards.replicas().clone();
-                if !self.engine.is_settled() {
-                    self.engine.settle(inputs, step, &replicas)?;
-                }
-            }
             Averaging::Deferred(group, config) => {
                 let (group, config) = (group.clone(), config.clone());
                 self.engine.settle(inputs, step, &group)?;
                 let (engine, reducer) = replicate(self.engine.clone(), &group, config, E::share_ids)?;
                 (self.engine, self.averaging) = (engine, Averaging::Ready(Arc::new(reducer)));
             }
+            _ if self.engine.is_prepared() => {}
+            Averaging::ByRows(shards) if !self.engine.is_settled() => {
+                let replicas = shards.replicas().clone();
+                self.engine.settle(inputs, step, &replicas)?;
+            }
+            // Replicas have nothing left to agree on.
+            _ => self.engine.settle_alone(inputs, step)?,
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use super::mapping::Mapping;
 use super::save::{SaveConfig, Saved, save_as};
 use crate::Error;
 use crate::comm::Communicator;
+use crate::params::is_shard;
 use crate::train::ParallelModule;
 
 /// Writes the adapters of a model, and nothing else, as a directory that `peft` reads: `adapter_config.json` and
@@ -65,11 +66,15 @@ impl ModuleVisitor for Adapted {
     }
 
     fn enter_module(&mut self, name: &str, holder: &str) {
-        self.path.push((name.into(), holder.into()));
+        if !is_shard(name, holder) {
+            self.path.push((name.into(), holder.into()));
+        }
     }
 
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
+    fn exit_module(&mut self, name: &str, holder: &str) {
+        if !is_shard(name, holder) {
+            self.path.pop();
+        }
     }
 }
 

@@ -97,9 +97,10 @@ pub trait ParallelModule: Module + sealed::Sealed {
         F: FnMut(&Self::Model, I) -> R,
         R: Into<Loss>;
 
-    /// Finds out which rank holds which parameters, where the first step would: a pipeline whose cut is not given by paths is cut
-    /// for a micro-batch of these inputs, and nothing is run. Before a model is [loaded](Self::load), saved or
-    /// [restored](crate::checkpoint), which needs to be known then. Else it does nothing. Collective.
+    /// Finds out which rank holds which parameters, where the first step would: a pipeline is cut for a micro-batch of these
+    /// inputs, and nothing is run. Before a model is [loaded](Self::load), saved or [restored](crate::checkpoint), unless the cut is
+    /// given by paths; and before a pipeline is [evaluated](Self::forward_with) that has not been trained yet. Else it does nothing.
+    /// Collective.
     ///
     /// # Errors
     /// As [`step`](Self::step).

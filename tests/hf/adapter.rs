@@ -8,7 +8,7 @@ use burn::prelude::*;
 use burn_parallel::hf::{self, Adapter, AdapterConfig, Mapping, Rule, SaveConfig};
 use burn_parallel::prelude::*;
 
-use crate::common::llama::CausalLm;
+use crate::common::llama::Llama;
 use crate::common::models::Numbers;
 use crate::golden::Name;
 use crate::{Dir, counting, file_of};
@@ -17,7 +17,7 @@ pub const NAME: Name = Name::Llama;
 pub const SIZES: AdapterConfig = AdapterConfig { rank: 2, alpha: 4.0 };
 
 /// The model with adapters, none of which is zero.
-fn adapted(device: &Device) -> CausalLm {
+fn adapted(device: &Device) -> Llama {
     struct Fill(Numbers, Vec<String>);
     impl ModuleMapper for Fill {
         fn enter_module(&mut self, name: &str, _: &str) {
@@ -42,7 +42,7 @@ fn adapted(device: &Device) -> CausalLm {
 }
 
 /// The model with adapters that do nothing yet.
-pub fn bare(device: &Device) -> CausalLm {
+pub fn bare(device: &Device) -> Llama {
     let group = ["q_proj", "v_proj", "down_proj"].into_iter().flat_map(|name| {
         let part = if name == "down_proj" { "mlp" } else { "self_attn" };
         (0..4).map(move |layer| format!("model.layers.{layer}.{part}.{name}.weight"))
@@ -115,7 +115,7 @@ fn adapters_go_from_mesh_to_mesh() {
                 let device = world.device().autodiff();
                 let adapter = || Adapter::open(dir.join("adapter"));
                 assert_eq!(adapter()?.config(), SIZES);
-                let share = |model: &burn_parallel::train::Parallel<CausalLm>| {
+                let share = |model: &burn_parallel::train::Parallel<Llama>| {
                     Ok::<_, Error>((model.mesh().coordinate("dp")?, to[0]))
                 };
                 let model = bare(&device).parallelize(&world, &strategy(to))?.load(&mut base()?)?;

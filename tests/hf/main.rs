@@ -6,6 +6,7 @@ mod common;
 mod adapter;
 mod damage;
 mod encoders;
+mod finetune;
 mod golden;
 mod load;
 mod mappings;
