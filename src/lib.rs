@@ -77,6 +77,7 @@ pub mod launch;
 pub mod layout;
 pub mod mesh;
 mod nesting;
+mod optimizer_mapper;
 pub mod params;
 pub mod partition;
 pub mod pipeline_parallel;
@@ -103,7 +104,8 @@ pub mod prelude {
     pub use crate::pipeline_parallel::cut::Cut;
     pub use crate::pipeline_parallel::{PipelineConfig, PipelineParallel, schedule::Schedule};
     pub use crate::plan::Plan;
+    pub use crate::sharding::{Keep, Sharding};
     pub use crate::step::{Loss, Step};
     pub use crate::tensor_parallel::{TensorParallel, TensorParallelConfig};
-    pub use crate::train::{ParallelModule, Parallelize, Strategy};
+    pub use crate::train::{Clip, ParallelModule, Parallelize, Strategy};
 }

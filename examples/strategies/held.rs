@@ -26,7 +26,8 @@ pub fn of_optimizer(optim: &ModuleOptimizer) -> Result<usize, Error> {
     let state = Reader::from_bytes(optim.into_bytes().map_err(Error::user)?).map_err(Error::user)?;
     let mut bytes = 0;
     for tensor in state.into_tensors().map_err(Error::user)? {
-        bytes += tensor.into_parts().map_err(Error::user)?.2.len();
+        let (.., data) = tensor.into_parts().map_err(Error::user)?;
+        bytes += data.len();
     }
     Ok(bytes)
 }

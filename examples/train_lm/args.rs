@@ -5,7 +5,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use burn_parallel::prelude::*;
-use burn_parallel::sharding::Sharding;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 
@@ -29,6 +28,7 @@ const STRATEGY_KEYS: &str = r#"Keys of a --strategy file, in TOML, with what the
   sharding             "none"; or "optimizer", "gradients", "parameters"
   sharding_ranks       all replicas
   keep                 "pass"; or "micro_batch", "step"
+  noise_scale          false
   [tensor]
   plan                 needed if tp > 1: "megatron", "hugging_face", or a table of rules
   seed                 0
@@ -354,6 +354,16 @@ impl Args {
                 if pp > 1 { strategy.with_pp(pp, config()) } else { strategy }
             }
         };
+        let sharding = strategy.data.sharding;
+        if dp == 1 && sharding != Sharding::None {
+            let asked = match flags.zero {
+                Some(_) => format!("--zero {}", sharding.zero_stage()),
+                None => format!("--strategy: sharding = \"{sharding}\""),
+            };
+            return wrong(format!(
+                "{asked} is divided among the replicas, and with --dp 1 there is one: give --dp 2 or more, or leave it out"
+            ));
+        }
         if let Err(problem) = strategy.axes(ranks) {
             return wrong(format!("--strategy: {problem}"));
         }
@@ -395,6 +405,11 @@ impl Args {
             device: flags.device,
             start,
         })
+    }
+
+    /// The ranks that are in this process.
+    pub fn ranks_here(&self) -> usize {
+        if self.start.launch == Launch::Threads { self.ranks } else { 1 }
     }
 
     /// The same with as many rows as go through a layer at once on each replica.

@@ -257,14 +257,20 @@ impl Outcome {
                 format!("at most {largest:.3}; larger than {clip} in {clipped} of {} steps", norms.len()),
             );
         }
-        let Memory { parameters, gradients, optimizer } = self.memory;
+        let Memory { parameters, gradients, optimizer, step } = self.memory;
         row(
             "held by the first rank",
             format!("parameters {parameters}, gradients {gradients}, optimizer {optimizer} bytes"),
         );
+        row(
+            "more at the peak of a step",
+            format!(
+                "{step} bytes a rank, as the allocator of the host counts: activations, gradients, what is gathered"
+            ),
+        );
         row("time", format!("{seconds:.1} s, {:.0} tokens/s", self.tokens_per_second()));
         row(
-            "waiting for gradients",
+            "waiting for gradients and gathers",
             format!("{:.1} % of the time", 100.0 * self.counters.waited.as_secs_f64() / seconds),
         );
         if let (Some(Pipeline { idle, bound, peak_activations, .. }), Some(config)) =

@@ -18,7 +18,7 @@ use crate::batch::Batch;
 use crate::checkpoints::{Run, checkpointer};
 use crate::device;
 use crate::gpt::Gpt;
-use crate::memory::Memory;
+use crate::memory::{Memory, Peak};
 use crate::report::{Outcome, Pipeline, Progress};
 use crate::text::{Text, tensors};
 
@@ -55,7 +55,12 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
     let mut tokens = 0;
     for number in first..args.steps {
         let rows = run.batch.rows();
+        let last = number + 1 == args.steps;
+        let peak = if last { Some(Peak::begin(&world)?) } else { None };
         let mut step = run.model.step_micro_batches(batch(number, &run.batch.split(args)?), loss)?;
+        if let Some(peak) = peak {
+            memory.step = peak.end(&world, args.ranks_here())?;
+        }
         pipeline.add(&step.runs);
         // The mean over the tokens of all ranks: every rank has the same, and ends here with the others.
         let loss = step.loss.item();
@@ -70,8 +75,8 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
         }
         let factor = run.batch.lr_factor(args);
         run.batch.after_step(&step, args);
-        if number + 1 == args.steps {
-            memory = Memory::of_step(&run.model, &step.grads);
+        if last {
+            memory = Memory { step: memory.step, ..Memory::of_step(&run.model, &step.grads) };
         }
         let lr = run.schedule.step().base() * factor;
         run.model = run.model.optimize(&mut run.optim, lr, step)?;

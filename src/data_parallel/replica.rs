@@ -179,6 +179,7 @@ impl<E: StepEngine> Replica<E> {
                 gradients: shards.comms().gradient_counters(),
                 parameters: shards.comms().parameters().counters(),
                 control: shards.replicas().counters() + shards.comms().control().counters(),
+                waited: shards.waited() + of_engine.waited,
                 ..of_engine
             };
         }
@@ -191,7 +192,7 @@ impl<E: StepEngine> Replica<E> {
                     Some(shards) => reducer.control_counters() - self.engine.clipping().of(shards.control()),
                     None => reducer.control_counters(),
                 },
-                waited: self.waited,
+                waited: self.waited + of_engine.waited,
                 ..of_engine
             },
         }

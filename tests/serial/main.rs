@@ -2,6 +2,7 @@
 //! generator that all its models draw from.
 
 mod directories;
+mod gathered;
 mod lazy;
 mod memory;
 

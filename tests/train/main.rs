@@ -5,6 +5,7 @@ mod common;
 
 mod grad_norm;
 mod noise;
+mod optimizers;
 mod settings;
 mod walks;
 mod zero;
