@@ -2,8 +2,8 @@
 //! as many threads: each reads its half of the file into fresh memory, and writes it into a file of its own.
 //!
 //! Turns are taken within one run, round by round, and what counts is the median over rounds of their ratio. Files are
-//! in the page cache when they are read; writes end when they are on the disk. What the ranks hold is measured in a
-//! process of its own.
+//! in the page cache when they are read; writes are of new files, and end when these are on the disk. What the ranks
+//! hold is measured in a process of its own.
 //!
 //! `cargo bench --bench hf -- [DIRECTORY] [ROUNDS] [MODEL]`; the directory, for 1.6 GB of files, is that of the system
 //! for temporary files if none is named. The model has the sizes of SmolLM2-135M; without one, random numbers are
@@ -186,6 +186,7 @@ fn bench(dir: &Path, rounds: usize, model: Option<PathBuf>) -> Result<(), Error>
             })?;
             let own = dir.join(format!("plain.{}", rank.rank()));
             time[2] = timed(&mut || plain_write(&own, &held).map_err(Error::user))?;
+            fs::remove_file(&own).map_err(Error::user)?;
             drop(held);
             let mut lazy = Some(SIZES.init(&rank.device().autodiff()).tensor_parallel(&rank, plan())?);
             let mut loaded = None;
@@ -195,8 +196,11 @@ fn bench(dir: &Path, rounds: usize, model: Option<PathBuf>) -> Result<(), Error>
                 Ok(())
             })?;
             let loaded = loaded.ok_or_else(|| Error::user("nothing was loaded"))?;
-            let config = SaveConfig::new(Mapping::llama()).with_overwrite(true);
-            time[3] = timed(&mut || hf::save(&loaded, &rank, dir.join("saved"), &config).map(drop))?;
+            let (saved, config) = (dir.join("saved"), SaveConfig::new(Mapping::llama()));
+            time[3] = timed(&mut || hf::save(&loaded, &rank, &saved, &config).map(drop))?;
+            if rank.rank() == 0 {
+                fs::remove_dir_all(&saved).map_err(Error::user)?;
+            }
             // The first round warms up.
             if round > 0 {
                 times.push(time);

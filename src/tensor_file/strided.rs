@@ -145,6 +145,7 @@ impl<S: Pod, D: Pod, F: Fn(S) -> D> Copy<'_, S, D, F> {
         }
     }
 
+    #[inline]
     fn one(&mut self, from: isize, to: isize) {
         let (read, wrote) = (from as usize * size_of::<S>(), to as usize * size_of::<D>());
         let value = bytemuck::pod_read_unaligned::<S>(&self.from[read..read + size_of::<S>()]);
@@ -189,8 +190,8 @@ impl<S: Pod, D: Pod, F: Fn(S) -> D> Copy<'_, S, D, F> {
     }
 
     /// A block through registers.
+    #[inline]
     fn block(&mut self, from: isize, to: isize, to_stride: isize, from_stride: isize) {
-        // Plain loops: closures that make arrays are not inlined here, which takes twice the time.
         let mut lines = [[S::zeroed(); BLOCK]; BLOCK];
         for (line, values) in lines.iter_mut().enumerate() {
             let start = (from + line as isize * from_stride) as usize * size_of::<S>();

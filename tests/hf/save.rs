@@ -84,7 +84,9 @@ fn what_replicas_divide_is_read_and_written_once() {
 fn no_rank_holds_more_than_its_parts_and_some_pieces() {
     for axes in [[2, 1, 1], [1, 1, 2], [1, 2, 1], [1, 1, 4]] {
         let dir = Dir::fresh();
-        let config = SaveConfig::new(Mapping::llama()).with_piece_bytes(4096);
+        let config = SaveConfig::new(Mapping::llama());
+        let large = through(Name::Llama, &Name::Llama.folder(), axes, &dir.join("large"), &config).unwrap();
+        let config = config.with_piece_bytes(4096);
         let ranks = axes.iter().product::<usize>();
         let saved = through(Name::Llama, &Name::Llama.folder(), axes, &dir.join("out"), &config).unwrap();
         for of in &saved {
@@ -93,6 +95,7 @@ fn no_rank_holds_more_than_its_parts_and_some_pieces() {
             assert!(of.bytes_written > of.bytes / (2 * ranks as u64), "{axes:?}: {of:?}");
         }
         let sent: u64 = saved.iter().map(|of| of.bytes_sent).sum();
+        assert!(large.iter().map(|of| of.bytes_sent).sum::<u64>() <= sent * 11 / 10, "{large:?}, {saved:?}");
         match axes {
             // What is written is what the writer holds.
             [2, 1, 1] | [1, 2, 1] => assert_eq!(sent, 0),

@@ -42,7 +42,8 @@ pub struct Saved {
     pub bytes_written: u64,
     /// Bytes of its parts that this rank sent to others that wrote them.
     pub bytes_sent: u64,
-    /// The most bytes that this rank held at once beside its parts: a piece, and messages on their way from it and to it.
+    /// The most bytes that this rank held at once beside its parts: a piece, and messages on their way from it and to
+    /// it.
     pub largest_buffer: usize,
 }
 

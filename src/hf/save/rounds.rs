@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::pieces::{Given, Piece, given, pieces, sources};
+use super::pieces::{Given, Piece, cuts, given, pieces, sources};
 use super::plan::{HeldParam, SavePlan};
 
 /// A piece that is written in a round.
@@ -32,7 +32,8 @@ impl<'a> Rounds<'a> {
     pub(super) fn new(plan: &'a SavePlan, params: &'a [HeldParam], piece_bytes: usize, ranks: usize) -> Self {
         let (mut work, mut load) = (vec![VecDeque::new(); ranks], vec![0u64; ranks]);
         for (number, tensor) in plan.tensors.iter().enumerate() {
-            for piece in pieces(&tensor.dims, (piece_bytes / tensor.dtype.size()).max(1)) {
+            let most = (piece_bytes / tensor.dtype.size()).max(1);
+            for piece in pieces(&tensor.dims, most, &cuts(tensor, params)) {
                 let mut held = vec![0; ranks];
                 for (block, _, holders) in sources(tensor, &piece, params) {
                     holders.iter().for_each(|rank| held[*rank] += block.elements());

@@ -38,6 +38,32 @@ fn work_is_shared_out() {
     assert_eq!(plan(&params, &config.with_shard_bytes(1)).unwrap().files.len(), 6);
 }
 
+/// What a rank holds of a tensor, it writes: halves of rows as two pieces, of heads whose rows alternate as well.
+#[test]
+fn rows_are_written_by_who_holds_them() {
+    let half = |dim: usize, dims: [usize; 2]| {
+        let mut param = whole(0, "p", &dims, &[]);
+        let middle = dims[dim] / 2;
+        let part = |range: std::ops::Range<usize>| {
+            let mut ranges: Vec<_> = dims.iter().map(|size| 0..*size).collect();
+            ranges[dim] = range;
+            ranges
+        };
+        param.parts = vec![(part(0..middle), vec![0]), (part(middle..dims[dim]), vec![1])];
+        [param]
+    };
+    let turns = |params: &[HeldParam], rule: Rule| {
+        let found = plan(params, &SaveConfig::new(Mapping::new().rule(rule))).unwrap();
+        let turns: Vec<_> = Rounds::new(&found, params, 1 << 20, 2).flatten().collect();
+        let travels = turns.iter().any(|turn| turn.given.iter().any(|given| given.from != turn.writer));
+        (turns.len(), travels)
+    };
+    assert_eq!(turns(&half(1, [6, 8]), Rule::new("t", "p").transposed()), (2, false));
+    assert_eq!(turns(&half(1, [6, 8]), Rule::new("t", "p").transposed().rotary_pairs(4)), (2, false));
+    assert_eq!(turns(&half(0, [6, 8]), Rule::new("t", "p")), (2, false));
+    assert_eq!(turns(&half(1, [6, 8]), Rule::new("t", "p")), (1, true));
+}
+
 #[test]
 fn what_cannot_be_written() {
     let params = [whole(0, "a", &[4], &[0]), whole(1, "b", &[4], &[0])];
