@@ -116,7 +116,7 @@ fn run(graph: &StepGraph, device: &Device) -> Result<PlainTensor, Error> {
         interpreter.bind_data(*id, data.clone());
     }
     let mut value = None;
-    for action in program(graph) {
+    for action in program(graph, false).0 {
         match action {
             Instruction::Run(op) => interpreter.run(*op),
             Instruction::Free(tensor) => interpreter.run(OperationIr::Drop(tensor)),

@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 
 use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
 
+use super::fused::{Kernels, fuse};
 use super::step::StepGraph;
 
 /// One action of a program.
@@ -81,8 +82,8 @@ pub(crate) enum Item {
     Output(TensorIr),
 }
 
-/// The program of a graph.
-pub(crate) fn program(graph: &StepGraph) -> Vec<Instruction> {
+/// The program of a graph, and the kernels that it runs if groups of its operations are to be fused.
+pub(crate) fn program(graph: &StepGraph, fusion: bool) -> (Vec<Instruction>, Kernels) {
     let results: HashSet<TensorId> = graph.results().map(|t| t.id).collect();
     let keep: HashSet<TensorId> = graph.constants.keys().copied().collect();
     let operations = without_dead(&graph.operations, &results);
@@ -95,7 +96,8 @@ pub(crate) fn program(graph: &StepGraph) -> Vec<Instruction> {
         items.push(Item::Run(Box::new(op)));
         items.extend(given.into_iter().map(Item::Output));
     }
-    with_lifetimes([items], &keep).into_iter().flatten().collect()
+    let (sections, kernels) = if fusion { fuse([items]) } else { ([items], Kernels::default()) };
+    (with_lifetimes(sections, &keep).into_iter().flatten().collect(), kernels)
 }
 
 /// Works out the lifetimes of a program in sections, which run one after the other with other programs in between.

@@ -1,7 +1,8 @@
 //! What each of burn's operations is, in one table; what it takes; and the fields that passes look for.
 //!
 //! Modules above ask here. Those files that give an operation another form (the rules of a
-//! [partition](crate::partition): `rules`, `padding`, `merged`, `rows`, `fuse`) match on burn's own types, and no others do.
+//! [partition](crate::partition): `rules`, `padding`, `merged`, `rows`, `fuse`) or make kernels of them
+//! (`graph/fused`) match on burn's own types, and no others do.
 
 mod build;
 mod class;
