@@ -6,6 +6,7 @@ use burn_parallel::prelude::*;
 use burn_parallel::train::Parallel;
 
 use crate::args::Args;
+use crate::batch::Batch;
 use crate::gpt::Gpt;
 
 /// What a run is made of that a checkpoint holds.
@@ -16,6 +17,8 @@ pub struct Run {
     /// The loss of every step so far, and the norm of its gradient if they are clipped.
     pub losses: Vec<f64>,
     pub grad_norms: Vec<f64>,
+    /// How large the batch is, and how noisy the gradient.
+    pub batch: Batch,
 }
 
 impl Run {
@@ -25,6 +28,7 @@ impl Run {
             .with_scheduler("lr", &mut self.schedule)
             .with_value("losses", &mut self.losses)
             .with_value("grad_norms", &mut self.grad_norms)
+            .with_value("batch", &mut self.batch)
     }
 
     /// Goes on from the last checkpoint of `--resume`. Returns how many steps were made already.

@@ -11,7 +11,7 @@ use super::checkpoint_error;
 use super::contents::Slice;
 use super::plan::TensorKey;
 use crate::Error;
-use crate::params::ParamSlice;
+use crate::params::{ParamSlice, average_statistics, is_statistic};
 use crate::sharding::{Rows, Sharding};
 use crate::tensor::PlainTensor;
 use crate::train::ParallelModule;
@@ -48,26 +48,11 @@ pub(super) fn infos<M: Module>(module: &M) -> Result<Vec<ParamInfo>, Error> {
 /// # Errors
 /// [`Error::Pipeline`] if it is not known who holds what; [`Error::Graph`] for quantized parameters.
 pub(super) fn slices<P: ParallelModule>(model: &P) -> Result<Vec<Slice>, Error> {
-    average_statistics(model);
+    average_statistics(model.local());
     let held = SliceWalk { held: model.param_slices()?, found: Vec::new(), outcome: Ok(()) };
     let mut walk = Walk { path: Vec::new(), seen: HashSet::new(), with: held };
     model.local().visit(&mut walk);
     walk.with.outcome.map(|()| walk.with.found)
-}
-
-/// Running statistics are shared by all clones of a module, and what a forward adds to them stays aside until somebody asks for
-/// the model in evaluation mode.
-fn average_statistics<P: ParallelModule>(model: &P) {
-    let mut walk = Walk { path: Vec::new(), seen: HashSet::new(), with: InfoWalk(Vec::new()) };
-    model.local().visit(&mut walk);
-    if walk.with.0.iter().any(|info| is_statistic(&info.path)) {
-        drop(model.local().valid());
-    }
-}
-
-/// Whether a parameter is a running statistic, in which replicas may differ.
-pub(super) fn is_statistic(path: &str) -> bool {
-    path.ends_with("running_mean") || path.ends_with("running_var")
 }
 
 /// The running statistics of a model, which loading changes in all clones of it.
@@ -75,7 +60,7 @@ pub(super) struct Statistics(HashMap<ParamId, PlainTensor>);
 
 impl Statistics {
     pub(super) fn of<P: ParallelModule>(model: &P) -> Self {
-        average_statistics(model);
+        average_statistics(model.local());
         let mut walk = Walk { path: Vec::new(), seen: HashSet::new(), with: StatisticWalk(HashMap::new()) };
         model.local().visit(&mut walk);
         Self(walk.with.0)

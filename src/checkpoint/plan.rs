@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use super::agree::exchange;
 use super::contents::{Contents, ParamScalars};
-use super::params::is_statistic;
 use super::{checkpoint_error, cover};
 use crate::Error;
 use crate::comm::{Communicator, part};
+use crate::params::is_statistic;
 use crate::tensor_file::{dtype_of, name_of};
 
 /// From how many bytes on the ranks that hold a slice alike write a part of it each; of smaller ones one rank writes all.
