@@ -8,7 +8,7 @@ use std::collections::{HashMap, HashSet};
 
 use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
 
-use super::fused::{Kernels, fuse};
+use super::fused::{Kernels, fuse, taken};
 use super::step::StepGraph;
 
 /// One action of a program.
@@ -53,6 +53,10 @@ impl MemoryEstimate {
                 MemoryEvent::Nothing => {}
                 MemoryEvent::Free(id) => now -= alive.remove(&id).unwrap_or(0),
                 MemoryEvent::Run(op) => {
+                    // Their memory goes on as that of results.
+                    for id in taken(op) {
+                        now -= alive.remove(&id).unwrap_or(0);
+                    }
                     for out in op.outputs() {
                         let bytes = out.shape.num_elements() * out.dtype.size();
                         now += bytes;

@@ -17,6 +17,9 @@ use super::work::Work;
 /// Beyond this many operations a kernel gains nothing, and its values leave the caches.
 const MOST: usize = 96;
 
+/// After so many operations that do not join it a group is closed, so that what it reads does not stay for long.
+const LONGEST: usize = 32;
+
 /// What a kernel runs over.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Space {
@@ -64,6 +67,11 @@ impl Group {
         self.space.rows.iter().copied().chain([self.space.columns.unwrap_or(1)]).collect()
     }
 
+    /// The first tensor that it makes.
+    fn first(&self) -> Option<TensorId> {
+        self.operations.values().flat_map(|op| op.outputs()).map(|out| out.id).next()
+    }
+
     /// Whether one loop takes less than the operations one by one.
     pub(super) fn is_worth_it(&self) -> bool {
         let works = || self.operations.values().filter_map(|op| Work::of(op)).map(|(work, _)| work);
@@ -98,6 +106,9 @@ pub(super) fn grouped(items: Vec<Item>) -> Vec<Part> {
 
 impl Grouping {
     fn take(&mut self, place: usize, item: Item) {
+        let old = |group: &Group| group.operations.last_key_value().is_none_or(|(last, _)| last + LONGEST < place);
+        let old: Vec<TensorId> = self.open.values().filter(|group| old(group)).filter_map(Group::first).collect();
+        old.into_iter().for_each(|made| self.close_maker(made));
         match item {
             Item::Run(op) => match Space::of(&op) {
                 Some(space) => self.join(place, op, &space),

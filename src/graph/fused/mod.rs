@@ -28,8 +28,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use burn::backend::DispatchDevice;
-use burn::tensor::Device;
-use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId};
+use burn::tensor::{DType, Device};
+use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr, TensorStatus};
 
 use self::group::{Group, Part, grouped};
 use self::kernel::Kernel;
@@ -66,6 +66,21 @@ impl Kernels {
             kernel.run(inputs)
         });
     }
+}
+
+/// The inputs of a kernel whose memory its results take, if nobody else holds it.
+pub(crate) fn taken(op: &OperationIr) -> Vec<TensorId> {
+    let OperationIr::Custom(CustomOpIr { id, inputs, outputs, .. }) = op else { return Vec::new() };
+    if id != FUSED {
+        return Vec::new();
+    }
+    let mut free: Vec<&TensorIr> = inputs.iter().filter(|input| input.status == TensorStatus::ReadWrite).collect();
+    let take = |out: &TensorIr| {
+        let fits = |input: &&TensorIr| input.dtype == out.dtype && input.shape == out.shape;
+        let at = free.iter().position(fits).filter(|_| matches!(out.dtype, DType::F32 | DType::F64))?;
+        Some(free.swap_remove(at).id)
+    };
+    outputs.iter().filter_map(take).collect()
 }
 
 /// The sections of a program with their groups fused, which run one after the other with others in between; and the kernels.
@@ -128,11 +143,11 @@ fn fused(group: Group, readers: &HashMap<TensorId, usize>, kernels: &mut Kernels
 
 #[cfg(test)]
 mod tests {
-    use burn::nn::{LayerNorm, LayerNormConfig};
+    use burn::nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig};
     use burn::prelude::*;
     use burn::tensor::activation;
 
-    use super::super::operation::op_name;
+    use super::super::operation::{matmul, op_name};
     use super::super::{CustomOps, Executor, capture_step};
 
     /// The operations of a step that are run, by name.
@@ -160,8 +175,24 @@ mod tests {
     fn a_softmax_is_one_loop_forward_and_one_backward() {
         let found = run(input(), |norm, x| {
             let x = x * norm.gamma.val().reshape([1, 1, 6]);
-            activation::softmax(x, 2).matmul(Tensor::ones([2, 6, 3], &Device::flex().autodiff())).mean()
+            let ones = Tensor::ones([2, 6, 3], &x.device());
+            activation::softmax(x, 2).matmul(ones).mean()
         });
-        assert_eq!(found.iter().filter(|name| name.contains("fused")).count(), 2, "{found:?}");
+        let is = |word: &'static str| move |name: &String| name.contains(word);
+        let (first, last) = (found.iter().position(is("Matmul")), found.iter().rposition(is("Matmul")));
+        let fused = |names: &[String]| names.iter().filter(|name| name.contains("fused")).count();
+        let (ahead, behind) = (fused(&found[..first.unwrap()]), fused(&found[last.unwrap()..]));
+        assert_eq!((ahead, behind), (1, 1), "{found:?}");
+    }
+    #[test]
+    fn a_linear_layer_on_a_batch_is_one_product_forward_and_one_for_its_weight() {
+        let model: Linear = LinearConfig::new(6, 3).init(&Device::flex().autodiff());
+        let loss = |model: &Linear, x| model.forward(x).powi_scalar(2).mean();
+        for (fusion, batch) in [(true, 1), (false, 2)] {
+            let graph = capture_step(&model, input(), loss).unwrap();
+            let executor = Executor::new(graph, CustomOps::new().with_fusion(fusion)).unwrap();
+            let batches: Vec<usize> = executor.operations().filter_map(matmul).map(|op| op.out.shape[0]).collect();
+            assert_eq!(batches, [batch; 2]);
+        }
     }
 }
