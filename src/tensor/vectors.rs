@@ -1,7 +1,7 @@
 //! Loops compiled for the vectors that the machine has.
 
-/// What is to be compiled several times: a closure, if it is so small that it is inlined anyway; else a type whose `run`
-/// is `#[inline(always)]`.
+/// What is to be compiled several times: a closure, if it is so small that it is inlined anyway; else a type whose
+/// `run` is `#[inline(always)]`.
 pub(crate) trait Loops {
     fn run(self);
 }

@@ -1,8 +1,10 @@
-//! The functions of fused kernels, written so that the compiler makes vectors of them: no branches, no tables, no calls.
+//! The functions of fused kernels, written so that the compiler makes vectors of them: no branches, no tables, no
+//! calls.
 //!
-//! Those of `f32` are computed in `f64` and rounded once. Without fused multiply-adds, so that a result has the same bits
-//! whatever vectors the processor has. Errors against the exact value, over all of `f32` ([tests](self#tests)), in units in the
-//! last place: `exp`, `log` and `log1p` 0.51, `tanh` 0.51, `erf` 0.55; burn's own (the C library's, and `libm`'s `erff`) are within
+//! Those of `f32` are computed in `f64` and rounded once. Without fused multiply-adds, so that a result has the same
+//! bits whatever vectors the processor has. Errors against the exact value, over all of `f32` ([tests](self#tests)), in
+//! units in the last place: `exp`, `log` and `log1p` 0.51, `tanh` 0.51, `erf` 0.55; burn's own (the C library's, and
+//! `libm`'s `erff`) are within
 //! 1. Those of `f64` are burn's.
 
 /// An element that kernels compute with.
@@ -103,8 +105,8 @@ impl Float for f32 {
 
     #[inline(always)]
     fn erf(self) -> Self {
-        // A quotient of polynomials in the square, the best of its degrees for relative errors up to 4, from where on the
-        // nearest `f32` is 1.
+        // A quotient of polynomials in the square, the best of its degrees for relative errors up to 4, from where on
+        // the nearest `f32` is 1.
         let x = f64::from(self);
         let x = if x > 4.0 { 4.0 } else { x };
         let x = if x < -4.0 { -4.0 } else { x };

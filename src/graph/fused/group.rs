@@ -1,10 +1,10 @@
 //! Finds the groups of operations that become one kernel each.
 //!
-//! Operations come one after the other. One that can be fused joins the open groups whose results it reads, if they run over the
-//! same dims; groups that it so connects become one. A group is closed, and takes its place in the program, when something that
-//! is not in it reads one of its results. So open groups never depend on each other, and no operation comes before one whose
-//! result it reads. Operations of this crate, collectives above all, close all groups: what a pass has put between the start and
-//! the end of a collective stays there.
+//! Operations come one after the other. One that can be fused joins the open groups whose results it reads, if they run
+//! over the same dims; groups that it so connects become one. A group is closed, and takes its place in the program,
+//! when something that is not in it reads one of its results. So open groups never depend on each other, and no
+//! operation comes before one whose result it reads. Operations of this crate, collectives above all, close all groups:
+//! what a pass has put between the start and the end of a collective stays there.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 

@@ -9,7 +9,8 @@ use super::kernel::{Extent, Instruction, Kernel, Output, Value, homes};
 use super::loops::{Binary, Unary};
 use super::work::Work;
 
-/// The kernel of `operations`, which run over `dims`, with its inputs and results; `wanted` are the tensors that others read.
+/// The kernel of `operations`, which run over `dims`, with its inputs and results; `wanted` are the tensors that others
+/// read.
 ///
 /// None if a tensor is not of a form that a kernel reads.
 pub(super) fn lower(

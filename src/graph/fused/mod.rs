@@ -1,17 +1,18 @@
-//! Fuses operations on the host: groups of element-wise operations, with what they broadcast, mask, cast and reduce, become one
-//! loop over blocks that stay in the caches.
+//! Fuses operations on the host: groups of element-wise operations, with what they broadcast, mask, cast and reduce,
+//! become one loop over blocks that stay in the caches.
 //!
-//! [`fuse`] works on a program, after all passes over the graph: it finds the groups ([`group`]) from operations alone, whatever
-//! layers they come from. So softmax, norms, activations and their backwards become one kernel each, or parts of one. A kernel
-//! is data ([`kernel`]): instructions over values, each with one element for the block, for each row, or for each place; it is
-//! made of burn's operations by [`lower`] and run on Flex tensors by [`run`], split over the threads of the rank. A result takes
-//! the memory of an input that nobody else holds; else memory that is not zeroed first.
+//! [`fuse`] works on a program, after all passes over the graph: it finds the groups ([`group`]) from operations alone,
+//! whatever layers they come from. So softmax, norms, activations and their backwards become one kernel each, or parts
+//! of one. A kernel is data ([`kernel`]): instructions over values, each with one element for the block, for each row,
+//! or for each place; it is made of burn's operations by [`lower`] and run on Flex tensors by [`run`], split over the
+//! threads of the rank. A result takes the memory of an input that nobody else holds; else memory that is not zeroed
+//! first.
 //!
 //! # Numbers
 //! Sums, products, quotients and roots have the bits that burn gives them. The transcendental functions are those of
-//! [`functions`], within 0.55 units in the last place in `f32`, and burn's own in `f64`. Sums along a dim are added in another
-//! order than burn's, the same for every number of threads. Elements of 16 bits are computed in `f32` and rounded after each
-//! operation, as burn does.
+//! [`functions`], within 0.55 units in the last place in `f32`, and burn's own in `f64`. Sums along a dim are added in
+//! another order than burn's, the same for every number of threads. Elements of 16 bits are computed in `f32` and
+//! rounded after each operation, as burn does.
 //!
 //! On other devices nothing is fused here: burn's own fusion does it.
 
@@ -83,7 +84,8 @@ pub(crate) fn taken(op: &OperationIr) -> Vec<TensorId> {
     outputs.iter().filter_map(take).collect()
 }
 
-/// The sections of a program with their groups fused, which run one after the other with others in between; and the kernels.
+/// The sections of a program with their groups fused, which run one after the other with others in between; and the
+/// kernels.
 pub(crate) fn fuse<const SECTIONS: usize>(sections: [Vec<Item>; SECTIONS]) -> ([Vec<Item>; SECTIONS], Kernels) {
     let readers = readers(&sections);
     let operations = sections.iter().flatten().filter_map(|item| match item {

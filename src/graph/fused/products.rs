@@ -1,8 +1,8 @@
 //! Batches of products that are one product: a linear layer on `[batch, rows, in]`, and the gradient of its weight.
 //!
-//! burn multiplies matrix by matrix: packs the weight again for each of a batch, and makes the gradient of the weight for each
-//! before it adds them. With the rows of the whole batch below each other both are one product, of the same numbers but for the
-//! order of additions.
+//! burn multiplies matrix by matrix: packs the weight again for each of a batch, and makes the gradient of the weight
+//! for each before it adds them. With the rows of the whole batch below each other both are one product, of the same
+//! numbers but for the order of additions.
 
 use std::collections::HashMap;
 
@@ -23,7 +23,8 @@ struct Merging<'a> {
     next_id: &'a mut u64,
 }
 
-/// The program with batches of products as one product each, where that is to be seen. New tensors are numbered from `next_id`.
+/// The program with batches of products as one product each, where that is to be seen. New tensors are numbered from
+/// `next_id`.
 pub(super) fn merged(items: Vec<Item>, readers: &HashMap<TensorId, usize>, next_id: &mut u64) -> Vec<Item> {
     let mut merging = Merging { items: Vec::with_capacity(items.len()), makers: HashMap::new(), readers, next_id };
     for item in items {
@@ -52,7 +53,8 @@ impl Merging<'_> {
         }
     }
 
-    /// Whether the elements of a tensor lie one after the other, so that it has other dims without a copy: unless it is a view.
+    /// Whether the elements of a tensor lie one after the other, so that it has other dims without a copy: unless it is
+    /// a view.
     fn is_plain(&self, tensor: &TensorIr) -> bool {
         let moved = |op: &OperationIr| match op {
             OperationIr::BaseFloat(Base::Reshape(op)) => !self.is_plain(&op.input),
@@ -96,7 +98,8 @@ impl Merging<'_> {
         Some(())
     }
 
-    /// The sum over the batch of `[batch, in, rows] x [batch, rows, out]`, of which the first is the second of a swap of dims.
+    /// The sum over the batch of `[batch, in, rows] x [batch, rows, out]`, of which the first is the second of a swap
+    /// of dims.
     fn weight_gradient(&mut self, op: &OperationIr) -> Option<()> {
         let OperationIr::NumericFloat(_, Numeric::SumDim(sum)) = op else { return None };
         let dtype = sum.out.dtype;

@@ -397,8 +397,8 @@ impl<T: Native> Running<'_, T> {
         let (height, width) = (self.height.min(self.rows - row), self.width.min(self.columns - column));
         let place = row * self.columns + column;
         let kernel = self.kernel;
-        // SAFETY: direct tensors have an element for each place of the block; all others are in the scratch memory, apart from
-        // each other. An instruction never writes what it reads.
+        // SAFETY: direct tensors have an element for each place of the block; all others are in the scratch memory,
+        // apart from each other. An instruction never writes what it reads.
         unsafe {
             for (value, home) in kernel.homes.iter().enumerate() {
                 let own = scratch.add(self.places[value]);

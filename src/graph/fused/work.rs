@@ -1,4 +1,5 @@
-//! What the operations of burn that can be fused do, element by element: those on whose numbers a kernel agrees with burn.
+//! What the operations of burn that can be fused do, element by element: those on whose numbers a kernel agrees with
+//! burn.
 
 use burn::tensor::{BoolStore, DType};
 use burn_ir::{
@@ -129,10 +130,9 @@ fn numeric<'a>(op: &'a Numeric, out: &TensorIr) -> Option<Work<'a>> {
         Numeric::ClampMax(op) => Work::Unary(Unary::ClampMax(bound(&op.rhs)?), &op.lhs),
         Numeric::Clamp(op) => {
             let (least, most) = (bound(&op.min)?, bound(&op.max)?);
-            if !(least <= most) {
-                return None;
-            }
-            Work::Unary(Unary::Clamp(least, most), &op.tensor)
+            // What burn makes of other bounds is its own.
+            let ordered = least.partial_cmp(&most).is_some_and(|order| order.is_le());
+            ordered.then_some(Work::Unary(Unary::Clamp(least, most), &op.tensor))?
         }
         Numeric::Greater(op) => Work::Binary(Binary::Greater, &op.lhs, &op.rhs),
         Numeric::GreaterEqual(op) => Work::Binary(Binary::GreaterEqual, &op.lhs, &op.rhs),
