@@ -9,8 +9,8 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-/// What is written as a table, and as nothing else. Serde takes a list for a struct as well: its fields in their order, and if
-/// all have defaults, an empty one.
+/// What is written as a table, and as nothing else. Serde takes a list for a struct as well: its fields in their order,
+/// and if all have defaults, an empty one.
 pub(crate) struct Table<T>(pub T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Table<T> {
@@ -64,7 +64,8 @@ where
     Ok(tables.into_iter().map(|(name, Table(value))| (name, value)).collect())
 }
 
-/// A field that is a name or a table. `forms` says which there are; `named` gives what a name stands for, or why it is none.
+/// A field that is a name or a table. `forms` says which there are; `named` gives what a name stands for, or why it is
+/// none.
 pub(crate) fn name_or_table<'de, T, D>(
     deserializer: D,
     forms: &'static str,

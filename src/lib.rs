@@ -1,5 +1,5 @@
-//! Parallel training for [burn](https://burn.dev): wrap the module that you have, without editing it, and train it on many
-//! ranks.
+//! Parallel training for [burn](https://burn.dev): wrap the module that you have, without editing it, and train it on
+//! many ranks.
 //!
 //! ```
 //! use burn::nn::LinearConfig;
@@ -73,6 +73,8 @@ mod error;
 mod forms;
 pub mod graph;
 pub mod hf;
+#[cfg(test)]
+mod imports;
 pub mod launch;
 pub mod layout;
 pub mod mesh;

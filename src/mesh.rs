@@ -43,8 +43,8 @@ impl Mesh {
     ///
     /// # Errors
     ///
-    /// [`Error::Mesh`] if there is no axis, a size is 0, the sizes do not multiply to the size of the world, or a name is
-    /// empty or repeated; found before anything is communicated. And if ranks name other axes than rank 0.
+    /// [`Error::Mesh`] if there is no axis, a size is 0, the sizes do not multiply to the size of the world, or a name
+    /// is empty or repeated; found before anything is communicated. And if ranks name other axes than rank 0.
     pub fn new<'a>(world: &Communicator, axes: impl IntoIterator<Item = (&'a str, usize)>) -> Result<Self, Error> {
         let axes: Vec<(&str, usize)> = axes.into_iter().collect();
         check(&axes, world.size())?;
@@ -95,8 +95,8 @@ impl Mesh {
     }
 
     /// The mesh of some of the axes, in the order given here, that this rank is in: the ranks that agree with it on all
-    /// the other axes. Collective over the mesh. The sub-mesh of one axis is that axis; [`all`](Self::all) of a sub-mesh of
-    /// two joins both, as for a loss that is averaged over `dp` and `sp`.
+    /// the other axes. Collective over the mesh. The sub-mesh of one axis is that axis; [`all`](Self::all) of a
+    /// sub-mesh of two joins both, as for a loss that is averaged over `dp` and `sp`.
     ///
     /// # Errors
     /// [`Error::Mesh`] if a name is unknown or repeated, or none is given.

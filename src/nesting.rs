@@ -1,9 +1,9 @@
-//! Checks the order in which wrappers are put around each other: tensor parallelism, then pipeline parallelism, then data
-//! parallelism.
+//! Checks the order in which wrappers are put around each other: tensor parallelism, then pipeline parallelism, then
+//! data parallelism.
 //!
-//! A wrapper is a module itself, so the traits that wrap any module would wrap it again. Where the type is known, a method of
-//! the wrapper of the same name stands before that of the trait, and does not compile ([`Unwrapped`]). In code that is
-//! generic over the module, wrappers are found when the module is visited, wherever in it they are.
+//! A wrapper is a module itself, so the traits that wrap any module would wrap it again. Where the type is known, a
+//! method of the wrapper of the same name stands before that of the trait, and does not compile ([`Unwrapped`]). In
+//! code that is generic over the module, wrappers are found when the module is visited, wherever in it they are.
 
 use std::cell::Cell;
 

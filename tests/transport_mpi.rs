@@ -78,8 +78,8 @@ fn one_rank(role: &str) {
     );
 }
 
-/// Rank 0 stops rank 1, whose words have been announced and are not there: its call of a collective, or a message. The time-out
-/// is over all the same, and so is the process.
+/// Rank 0 stops rank 1, whose words have been announced and are not there: its call of a collective, or a message. The
+/// time-out is over all the same, and so is the process.
 fn stopped(role: &str) {
     let began = Instant::now();
     let outcome = launch::from_env().unwrap().timeout(Duration::from_secs(2)).run(|rank| {

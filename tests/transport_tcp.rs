@@ -1,5 +1,5 @@
-//! The transport suite on processes over TCP, and what becomes of ranks that die and connections that break: on this machine,
-//! and on hosts in network namespaces where the machine lets us make them; else these are reported as ignored.
+//! The transport suite on processes over TCP, and what becomes of ranks that die and connections that break: on this
+//! machine, and on hosts in network namespaces where the machine lets us make them; else these are reported as ignored.
 #![cfg(unix)]
 
 #[path = "common/transport_suite/mod.rs"]
@@ -172,7 +172,8 @@ fn limit_memory(more: Option<u64>) {
     }
 }
 
-/// One rank has no memory for what all gather, and for a message that is sent to it: an error, of all, and no process ends.
+/// One rank has no memory for what all gather, and for a message that is sent to it: an error, of all, and no process
+/// ends.
 fn short(rank: &Communicator, culprit: usize) -> Result<(), Error> {
     const EACH: usize = 64 << 20;
     /// More than what was brought to the collective, which has gone by then.
@@ -397,9 +398,9 @@ fn survivors_say(role: &str, culprit: usize) -> Result<(), Failed> {
     if good { Ok(()) } else { Err(format!("after {:?}: {said:#?}", began.elapsed()).into()) }
 }
 
-/// A rank is stopped: the others name it within half the time-out beyond the time-out, all in the same words. Continued, it says
-/// what they say; where its connections were full of data, their words may not have come through before they ended, and it says
-/// so in words of its own, with itself as the culprit.
+/// A rank is stopped: the others name it within half the time-out beyond the time-out, all in the same words.
+/// Continued, it says what they say; where its connections were full of data, their words may not have come through
+/// before they ended, and it says so in words of its own, with itself as the culprit.
 fn all_name_the_stopped(role: &str, culprit: usize) -> Result<(), Failed> {
     let mut ranks = Ranks::here_within(&format!("{role} {culprit}"), 3, "4");
     let began = Instant::now();
@@ -421,8 +422,8 @@ fn all_name_the_stopped(role: &str, culprit: usize) -> Result<(), Failed> {
     if good { Ok(()) } else { Err(format!("after {took:?}: {said:#?}").into()) }
 }
 
-/// A rank is stopped, or computes for too long, and the others wait for each other behind it: they name it before any other, by
-/// its number in the world.
+/// A rank is stopped, or computes for too long, and the others wait for each other behind it: they name it before any
+/// other, by its number in the world.
 fn all_name_the_root(role: &str, culprit: usize) -> Result<(), Failed> {
     let mut ranks = Ranks::here_within(&format!("{role} {culprit}"), 4, "4");
     let began = Instant::now();

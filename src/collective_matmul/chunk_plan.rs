@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::ProductCall;
 use super::schedule::Schedule;
 use crate::Error;
-use crate::comm::part;
+use crate::comm::{check_part, part};
 
 /// The positions of all ranks, of which each must have its part.
 pub(super) fn total_positions(own: usize, call: &ProductCall) -> Result<usize, Error> {
@@ -14,25 +14,13 @@ pub(super) fn total_positions(own: usize, call: &ProductCall) -> Result<usize, E
     }
     let all = call.comm.all_gather(vec![own as u64])?;
     let total = all.iter().sum::<u64>() as usize;
-    all.iter().enumerate().try_for_each(|(rank, brought)| check_part(rank, *brought as usize, total, call))?;
+    all.iter().enumerate().try_for_each(|(rank, brought)| check_positions(rank, *brought as usize, total, call))?;
     Ok(total)
 }
 
-/// Sees to it that what a rank brought is its part of the whole. The world fails if not: peers may not be able to tell.
-pub(super) fn check_part(rank: usize, brought: usize, total: usize, call: &ProductCall) -> Result<(), Error> {
-    let (comm, due) = (&call.comm, part(total, call.comm.size(), rank).len());
-    if brought == due {
-        return Ok(());
-    }
-    let problem = format!(
-        "rank {rank} of group `{}` brings {brought} of the {total} positions that its {} ranks have, but its part is {due}; \
-         divide the sequence as `comm::part` does",
-        comm.group(),
-        comm.size()
-    );
-    let error = Error::invalid(call.name, problem);
-    comm.fail(error.clone());
-    Err(comm.failure().unwrap_or(error))
+/// Demands that what a rank brought is its part of the whole. The world fails if not.
+pub(super) fn check_positions(rank: usize, brought: usize, total: usize, call: &ProductCall) -> Result<(), Error> {
+    check_part(call.name, &call.comm, rank, (brought, total), "the sequence")
 }
 
 /// Which positions of which rank are in which chunk: of each rank's part the same stretch, as far as the part goes.
@@ -73,8 +61,8 @@ impl ChunkPlan {
         self.parts.iter().map(move |part| self.of(part, chunk))
     }
 
-    /// Positions of a chunk, over all ranks. `part` divides them as they are divided here: parts differ by one at most, so a
-    /// chunk is even unless it is the last, in which the first ranks have one more.
+    /// Positions of a chunk, over all ranks. `part` divides them as they are divided here: parts differ by one at most,
+    /// so a chunk is even unless it is the last, in which the first ranks have one more.
     pub fn total(&self, chunk: usize) -> usize {
         self.of_all(chunk).map(|positions| positions.len()).sum()
     }

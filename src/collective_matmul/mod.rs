@@ -1,13 +1,13 @@
-//! Products by weights that are split over the ranks, overlapped with their collective; no autodiff. Explicit layers and
-//! captured steps run on them.
+//! Products by weights that are split over the ranks, overlapped with their collective; no autodiff. Explicit layers
+//! and captured steps run on them.
 //!
-//! A left factor is `[.., features]`, of two dims or more, a right factor `[features, columns]`, behind any number of dims
-//! that are 1: there are three kinds of products, the [sum](Products::sum) over the ranks, the same [scattered](Products::scatter)
-//! along a dim, and that of a left factor that is [gathered](Products::gather) along a dim. The places along this dim are
-//! the *positions*, which the ranks divide among them as [`part`](crate::comm::part) does; the places along the dims before
-//! it are *outer*, and a position has as many rows as the dims between it and the features have places, of each outer one. How
-//! products are cut into chunks that overlap with their collectives is told in
-//! [`tensor_parallel::functional`](crate::tensor_parallel::functional).
+//! A left factor is `[.., features]`, of two dims or more, a right factor `[features, columns]`, behind any number of
+//! dims that are 1: there are three kinds of products, the [sum](Products::sum) over the ranks, the same
+//! [scattered](Products::scatter) along a dim, and that of a left factor that is [gathered](Products::gather) along a
+//! dim. The places along this dim are the *positions*, which the ranks divide among them as [`part`](crate::comm::part)
+//! does; the places along the dims before it are *outer*, and a position has as many rows as the dims between it and
+//! the features have places, of each outer one. How products are cut into chunks that overlap with their collectives is
+//! told in [`tensor_parallel::functional`](crate::tensor_parallel::functional).
 
 mod chunk_plan;
 #[cfg(feature = "cubecl")]
@@ -36,8 +36,8 @@ pub(crate) struct ProductCall {
     pub name: &'static str,
     /// The dim of the left factor, not its last, along which positions are scattered or gathered.
     pub dim: usize,
-    /// Whether it is certain that all ranks have as many positions, and as much of the weights: then they need not ask each
-    /// other.
+    /// Whether it is certain that all ranks have as many positions, and as much of the weights: then they need not ask
+    /// each other.
     pub even: bool,
     pub overlap: Overlap,
     pub comm: Communicator,
@@ -57,8 +57,8 @@ impl ProductCall {
 
 /// Sharded products on the tensors of a backend. Factors are of dims that fit.
 pub(crate) trait Products: Backend {
-    /// Starts `sum over r and i of left_i right_i`, the same on all ranks. `beside` says that something else will be computed
-    /// before anyone waits for it.
+    /// Starts `sum over r and i of left_i right_i`, the same on all ranks. `beside` says that something else will be
+    /// computed before anyone waits for it.
     fn sum(
         terms: Vec<[FloatTensor<Self>; 2]>,
         call: &ProductCall,
@@ -97,7 +97,8 @@ pub(crate) trait Products: Backend {
     fn transposed(right: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
-/// Whether there are sharded products on a device (without autodiff). On others the product is one operation, the move another.
+/// Whether there are sharded products on a device (without autodiff). On others the product is one operation, the move
+/// another.
 pub(crate) fn run_on(device: &Device) -> bool {
     #[cfg(feature = "cubecl")]
     if matches!(device.as_dispatch(), burn::backend::DispatchDevice::Cube(_)) {

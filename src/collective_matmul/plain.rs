@@ -10,7 +10,8 @@ use crate::tensor::{PlainTensor, with_backend};
 /// [`Products::sum`].
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for tensors of different devices, or of one without sharded products; those of the collectives.
+/// [`Error::InvalidArgument`] for tensors of different devices, or of one without sharded products; those of the
+/// collectives.
 pub(crate) fn sum(
     terms: Vec<[PlainTensor; 2]>,
     call: &ProductCall,

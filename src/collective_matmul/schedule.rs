@@ -7,10 +7,10 @@ use crate::comm::{Communicator, ReduceOp, part};
 
 /// How a multiplication and its collective are cut into chunks that overlap.
 ///
-/// All ranks of the group must choose the same. Without a choice it is made by size: one chunk, the plain multiplication
-/// and then the collective, where cutting costs more than it hides. Where that depends on the weights, of which ranks may
-/// have unlike parts, they ask each other first: one number of each, and only if so many bytes travel that it may be worth
-/// it. The layers know all parts and do not ask.
+/// All ranks of the group must choose the same. Without a choice it is made by size: one chunk, the plain
+/// multiplication and then the collective, where cutting costs more than it hides. Where that depends on the weights,
+/// of which ranks may have unlike parts, they ask each other first: one number of each, and only if so many bytes
+/// travel that it may be worth it. The layers know all parts and do not ask.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Overlap {
     chunks: Option<usize>,
@@ -36,9 +36,9 @@ impl Overlap {
         self
     }
 
-    /// Whether collectives run on the communicator's background thread ([`Communicator::start`]) while the next chunk is
-    /// multiplied, or in the rank's thread right behind their chunk, while it is in the cache. The latter is chosen for
-    /// transports whose collectives are the work of the calling threads themselves
+    /// Whether collectives run on the communicator's background thread ([`Communicator::start`]) while the next chunk
+    /// is multiplied, or in the rank's thread right behind their chunk, while it is in the cache. The latter is chosen
+    /// for transports whose collectives are the work of the calling threads themselves
     /// ([`Transport::works_on_callers`](crate::comm::Transport::works_on_callers)): there is nothing to wait for, and a
     /// second thread would take the core from the first.
     #[must_use]
@@ -55,8 +55,8 @@ impl Overlap {
         self
     }
 
-    /// What is done for a product and its collective: the same on all ranks. `even` says that they have parts of the same
-    /// size.
+    /// What is done for a product and its collective: the same on all ranks. `even` says that they have parts of the
+    /// same size.
     pub(super) fn plan(&self, mut size: Size, even: bool, comm: &Communicator) -> Result<Schedule, Error> {
         let background = self.background.unwrap_or(size.on_device || !comm.works_on_callers());
         let bytes = size.rows.saturating_mul(size.row_bytes);
@@ -91,8 +91,8 @@ fn least(own: usize, comm: &Communicator) -> Result<usize, Error> {
     Ok(least.first().map_or(own, |least| *least as usize))
 }
 
-/// Bytes of a chunk that is reduced in the thread that made it: with what the multiplication needs beside it, it stays in
-/// the caches of a core. Smaller chunks win nothing, and each costs the packing of the weight.
+/// Bytes of a chunk that is reduced in the thread that made it: with what the multiplication needs beside it, it stays
+/// in the caches of a core. Smaller chunks win nothing, and each costs the packing of the weight.
 const IN_CACHE: usize = 2 << 20;
 
 /// Rows of such a chunk at least, for the same reason.
@@ -101,12 +101,12 @@ const FEWEST_ROWS: usize = 256;
 /// Bytes of a chunk that travels beside the next multiplication.
 const IN_FLIGHT: usize = 512 << 10;
 
-/// Floating-point operations of a chunk in the time of which another may travel: 1 to 2 ms of a core. The thread that sends
-/// it competes with those that compute and gets its turn within about that.
+/// Floating-point operations of a chunk in the time of which another may travel: 1 to 2 ms of a core. The thread that
+/// sends it competes with those that compute and gets its turn within about that.
 const HIDING: usize = 100_000_000;
 
-/// The same for a GPU: bytes that keep its links busy, and work that keeps the device so for about 0.1 ms. By reckoning, not by
-/// measurement.
+/// The same for a GPU: bytes that keep its links busy, and work that keeps the device so for about 0.1 ms. By
+/// reckoning, not by measurement.
 const ON_DEVICE: usize = 4 << 20;
 const HIDING_ON_DEVICE: usize = 10_000_000_000;
 

@@ -1,7 +1,7 @@
 //! The backoff of a thread that waits for peers: it spins, then yields its core, then sleeps.
 
-/// How often a thread polls before it sleeps. Spinning wins microseconds when every rank has a core of its own, and takes
-/// the core of the very rank that is waited for when it has not.
+/// How often a thread polls before it sleeps. Spinning wins microseconds when every rank has a core of its own, and
+/// takes the core of the very rank that is waited for when it has not.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Backoff {
     /// Polls with a pause of the processor behind them.

@@ -33,7 +33,8 @@ impl Communicator {
         self.reduce_scatter_agreed(payload, op, 0)
     }
 
-    /// [`reduce_scatter`](Self::reduce_scatter) with a number that must be the same on all ranks, where the shapes do not tell.
+    /// [`reduce_scatter`](Self::reduce_scatter) with a number that must be the same on all ranks, where the shapes do
+    /// not tell.
     pub(crate) fn reduce_scatter_agreed<P: Payload>(&self, payload: P, op: ReduceOp, agreed: u64) -> Result<P, Error> {
         let operation = Operation::ReduceScatter(op);
         self.dispatch_agreed(operation, payload, agreed, |data| {
@@ -42,8 +43,8 @@ impl Communicator {
         })
     }
 
-    /// Every rank gets the payloads of all, one behind the other along the first dim in rank order. First dims may differ;
-    /// the other dims and the dtype may not.
+    /// Every rank gets the payloads of all, one behind the other along the first dim in rank order. First dims may
+    /// differ; the other dims and the dtype may not.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] on every rank, if one has no memory for the result.
@@ -62,7 +63,8 @@ impl Communicator {
     /// [`all_gather`](Self::all_gather) from a slice into a slice, whose length is the sum over the ranks.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] on a rank whose output has another length; the world fails with it. [`Error::OutOfMemory`].
+    /// [`Error::InvalidArgument`] on a rank whose output has another length; the world fails with it.
+    /// [`Error::OutOfMemory`].
     pub fn all_gather_into<E: Element>(&self, input: &[E], output: &mut [E]) -> Result<(), Error> {
         self.out_of_place_slices(
             &Call::new(Operation::AllGather, Some(E::DTYPE), Extent::flat(input.len())),

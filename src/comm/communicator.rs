@@ -15,8 +15,8 @@ use crate::Error;
 /// One rank's member of a group: runs collectives with the other ranks, and exchanges messages with them.
 ///
 /// Cheap to clone; clones are the same member of the same group. The group ends for this rank when the last clone is
-/// dropped. Collectives take a [`Payload`](super::Payload) by value and return one; [`start`](Self::start) runs any of them in the
-/// background. Operations that divide tensors divide their first dim into [parts](super::part).
+/// dropped. Collectives take a [`Payload`](super::Payload) by value and return one; [`start`](Self::start) runs any of
+/// them in the background. Operations that divide tensors divide their first dim into [parts](super::part).
 ///
 /// # Errors
 ///
@@ -66,7 +66,7 @@ impl Communicator {
         self.inner.progress.outstanding_jobs()
     }
 
-    #[cfg(feature = "cuda")]
+    #[cfg(any(feature = "cuda", test))]
     pub(super) fn transport_arc(&self) -> Arc<dyn Transport> {
         self.inner.transport.clone()
     }
@@ -135,7 +135,7 @@ impl Communicator {
     }
 
     /// Fails the world, and returns the error that it failed with, which may be an earlier one.
-    pub(super) fn fail_with(&self, error: Error) -> Error {
+    pub(crate) fn fail_with(&self, error: Error) -> Error {
         self.fail(error.clone());
         self.failure().unwrap_or(error)
     }
@@ -147,8 +147,8 @@ impl Communicator {
         self.split_named("", color, key)
     }
 
-    /// [`split`](Self::split) with a name for what the groups are for, by which errors and logs call them: `world/dp0`. All
-    /// ranks give the same name, whatever their color.
+    /// [`split`](Self::split) with a name for what the groups are for, by which errors and logs call them: `world/dp0`.
+    /// All ranks give the same name, whatever their color.
     pub fn split_named(&self, name: &str, color: u64, key: i64) -> Result<Self, Error> {
         let call = Call::split(name);
         let mut part = None;
@@ -168,8 +168,9 @@ impl Communicator {
 
     /// Runs collectives in the background, in the order of the calls of `start`; the same order is asked of every rank.
     ///
-    /// `operation` gets this communicator and runs on a thread of its own, which computes tensor operations without help.
-    /// Use [`start_recv`](Self::start_recv) for messages: a receive in here would hold up what is started after it.
+    /// `operation` gets this communicator and runs on a thread of its own, which computes tensor operations without
+    /// help. Use [`start_recv`](Self::start_recv) for messages: a receive in here would hold up what is started after
+    /// it.
     ///
     /// ```
     /// # use burn_parallel::prelude::*;

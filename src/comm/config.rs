@@ -24,8 +24,8 @@ pub struct WorldConfig {
 }
 
 impl WorldConfig {
-    /// The default: group name `world`, and the time-out of the environment variable `BURN_PARALLEL_TIMEOUT_S` (seconds,
-    /// fractions allowed), or 300 s.
+    /// The default: group name `world`, and the time-out of the environment variable `BURN_PARALLEL_TIMEOUT_S`
+    /// (seconds, fractions allowed), or 300 s.
     ///
     /// # Errors
     /// [`Error::Environment`] if the variable is not a positive number.
@@ -47,8 +47,8 @@ impl WorldConfig {
         Ok(Self { timeout: bounded(timeout), name: "world".into() })
     }
 
-    /// Sets how long any wait may last before the whole world fails with [`Error::Timeout`]. It must not be 0, which is an
-    /// error when the world is made; more than 100 years are 100 years.
+    /// Sets how long any wait may last before the whole world fails with [`Error::Timeout`]. It must not be 0, which is
+    /// an error when the world is made; more than 100 years are 100 years.
     pub fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = bounded(timeout);
         self

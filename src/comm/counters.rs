@@ -16,7 +16,8 @@ pub struct Tally {
     /// Bytes that this rank moved: read from peers plus written to peers. For an all-reduce of `S` bytes over `n` ranks
     /// that is `2 (n - 1) / n * S`, the lower bound, when `n` divides the elements.
     pub bytes: u64,
-    /// Of these bytes, those that went from device to device without passing through the host; 0 for tensors in host memory.
+    /// Of these bytes, those that went from device to device without passing through the host; 0 for tensors in host
+    /// memory.
     pub on_device: u64,
     /// Time from the call to its end, waiting for peers included.
     pub time: Duration,

@@ -19,9 +19,9 @@ pub trait DeviceTransport: Send + Sync {
     /// Whether it moves tensors of this dtype and device (without autodiff); others go through host memory.
     fn supports(&self, device: &Device, dtype: DType) -> bool;
 
-    /// Enqueues a collective on a contiguous tensor, under the contract of [`Transport`](super::Transport): `call` describes
-    /// it, and must agree with those of the other ranks. Returns the tensor in which the result will be, whose readers are
-    /// enqueued behind, and the bytes that this rank moves.
+    /// Enqueues a collective on a contiguous tensor, under the contract of [`Transport`](super::Transport): `call`
+    /// describes it, and must agree with those of the other ranks. Returns the tensor in which the result will be,
+    /// whose readers are enqueued behind, and the bytes that this rank moves.
     fn run(&self, call: &Call, tensor: DeviceTensor) -> Result<(DeviceTensor, u64), Error>;
 
     /// Enqueues an all-reduce of several contiguous tensors of one dtype, at least one, as one collective. As

@@ -73,7 +73,8 @@ macro_rules! with_type {
 }
 pub(crate) use with_type;
 
-/// Runs `$body` with `$T` bound to the type of the floats of `$dtype`, or evaluates `$otherwise` for what is no plain float.
+/// Runs `$body` with `$T` bound to the type of the floats of `$dtype`, or evaluates `$otherwise` for what is no plain
+/// float.
 macro_rules! with_float_type {
     ($dtype:expr, $T:ident => $body:expr, otherwise $otherwise:expr) => {
         $crate::comm::element::with_type!($dtype, $T => $body, otherwise $otherwise,

@@ -39,8 +39,8 @@ pub(crate) fn contiguous(tensor: FlexTensor) -> FlexTensor {
     if tensor.is_contiguous() { tensor } else { tensor.to_contiguous() }
 }
 
-/// The tensor on memory that is aligned for its elements. What was mapped from a file, or cut out of other bytes, may lie
-/// anywhere; neither burn nor a reduction may look at it as elements there.
+/// The tensor on memory that is aligned for its elements. What was mapped from a file, or cut out of other bytes, may
+/// lie anywhere; neither burn nor a reduction may look at it as elements there.
 fn aligned(tensor: FlexTensor) -> FlexTensor {
     let bytes = tensor.bytes();
     let is_aligned = with_storage_type!(tensor.dtype(), E => {

@@ -57,6 +57,8 @@ mod pending;
 mod point_to_point;
 pub(crate) mod receive_buffer;
 pub(crate) mod reduce;
+#[cfg(any(feature = "cuda", test))]
+mod sent_messages;
 pub mod tcp;
 mod ticks;
 mod transport;
@@ -73,6 +75,7 @@ pub(crate) use device::same_buffer;
 pub use device::{DeviceTensor, DeviceTransport};
 pub use element::Element;
 pub use operation::{Operation, ReduceOp};
+pub(crate) use part::check_part;
 pub use part::part;
 pub use payload::{Payload, TensorKind, TensorOrigin};
 pub use pending::Pending;

@@ -38,8 +38,8 @@ pub trait Payload: Sized + Send + 'static {
     /// [`Error::InvalidArgument`] if the data is of another rank or kind than this type.
     fn from_host(data: FlexTensor, origin: &Self::Origin) -> Result<Self, Error>;
 
-    /// The data on its device if `device_transport` supports that device, and what is needed to restore the payload; else the
-    /// payload.
+    /// The data on its device if `device_transport` supports that device, and what is needed to restore the payload;
+    /// else the payload.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the buffer on the device is not accessible.

@@ -93,7 +93,8 @@ impl ProgressThread {
         &self.outstanding_jobs
     }
 
-    /// Runs `job`, which does not panic, after all that was submitted before. `name` is for the thread, if this is its first job.
+    /// Runs `job`, which does not panic, after all that was submitted before. `name` is for the thread, if this is its
+    /// first job.
     pub fn submit<R: Send + 'static>(
         &self,
         rank: usize,

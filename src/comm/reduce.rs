@@ -46,8 +46,8 @@ pub(crate) fn check(op: ReduceOp, dtype: DType) -> Result<(), Error> {
 /// [`ReduceOp::PreMulSum`].
 ///
 /// # Errors
-/// [`Error::UnsupportedReduction`]; [`Error::InvalidArgument`] if there is no contribution, or if their dtypes, lengths or
-/// reductions differ from each other or from the output.
+/// [`Error::UnsupportedReduction`]; [`Error::InvalidArgument`] if there is no contribution, or if their dtypes, lengths
+/// or reductions differ from each other or from the output.
 pub fn reduce_contributions(
     contributions: &[(BufferRef<'_>, ReduceOp)],
     output: &mut BufferMut<'_>,

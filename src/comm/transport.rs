@@ -69,7 +69,8 @@ impl<'a> BufferMut<'a> {
     /// `elements` elements of `dtype` at `data`.
     ///
     /// # Safety
-    /// They must be aligned, valid for writes, and for reads if the operation reads them, and untouched by others for `'a`.
+    /// They must be aligned, valid for writes, and for reads if the operation reads them, and untouched by others for
+    /// `'a`.
     pub unsafe fn from_raw(data: *mut u8, elements: usize, dtype: DType) -> Self {
         Self { data, elements, dtype, lent: PhantomData }
     }
@@ -187,7 +188,8 @@ pub trait Transport: Debug + Send + Sync {
     /// Ranks in the group.
     fn size(&self) -> usize;
 
-    /// Runs one collective. Returns the bytes that this rank moved: those it read from peers and those it wrote to them.
+    /// Runs one collective. Returns the bytes that this rank moved: those it read from peers and those it wrote to
+    /// them.
     fn collective(&self, call: &Call, transfer: Transfer<'_, '_>) -> Result<u64, Error>;
 
     /// Sends a message. May return before it is received.
@@ -238,5 +240,17 @@ pub trait Transport: Debug + Send + Sync {
     #[cfg(feature = "cubecl")]
     fn on_device(&self) -> Option<&dyn super::DeviceTransport> {
         None
+    }
+}
+
+/// Demands that a group has a rank.
+///
+/// # Errors
+/// [`Error::NoSuchRank`].
+pub(super) fn check_rank(group: &dyn Transport, rank: usize, operation: &'static str) -> Result<(), Error> {
+    let size = group.size();
+    match rank < size {
+        true => Ok(()),
+        false => Err(Error::NoSuchRank { group: group.group().clone(), rank, size, operation }),
     }
 }

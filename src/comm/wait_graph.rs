@@ -1,5 +1,5 @@
-//! The wait-for graph of the ranks of a world: at whose end a wait stands that has outlasted the time-out, since ranks wait for
-//! ranks that wait for others.
+//! The wait-for graph of the ranks of a world: at whose end a wait stands that has outlasted the time-out, since ranks
+//! wait for ranks that wait for others.
 
 use super::call_log::{CallHistory, describe_missing};
 use super::{Call, Operation};
@@ -17,8 +17,8 @@ pub(super) struct WaitGraph<'a> {
 }
 
 impl WaitGraph<'_> {
-    /// Whom the rank that ran out of time was waiting for, in words. `late` are the ranks of its group that had not come to the
-    /// call, if that is what it waited for; `said` is what is known without the others.
+    /// Whom the rank that ran out of time was waiting for, in words. `late` are the ranks of its group that had not
+    /// come to the call, if that is what it waited for; `said` is what is known without the others.
     pub fn describe(&self, late: Option<&[usize]>, said: String) -> String {
         let silent: Vec<usize> =
             (0..self.waits_for.len()).filter(|rank| self.waits_for[*rank].is_none() && !self.finished[*rank]).collect();

@@ -1,21 +1,26 @@
 //! Parameters of which each replica holds rows, in captured steps.
 //!
-//! The third way in which the parameters of a model are divided, behind splits by a plan and stages: by rows over the replicas,
-//! whatever the layer. So nothing of a step follows from it but where parameters are gathered and gradients scattered
-//! ([`shard_parameters`]), and it goes with any split: the rows are those of this rank's part.
+//! The third way in which the parameters of a model are divided, behind splits by a plan and stages: by rows over the
+//! replicas, whatever the layer. So nothing of a step follows from it but where parameters are gathered and gradients
+//! scattered ([`shard_parameters`]), and it goes with any split: the rows are those of this rank's part.
+
+mod bundle;
+mod own_rows;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use burn::module::{Module, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Device, FloatDType, Tensor};
+use burn::module::{Module, ParamId};
+use burn::tensor::{Device, FloatDType};
 use burn_ir::CustomOpIr;
 
+use self::bundle::Bundle;
+use self::own_rows::{OwnRows, RowParam, Trained};
 use super::assemble::assemble;
 use super::distribute::{Round, agree_on_layouts, distribute};
-use crate::comm::{Communicator, Pending, ReduceOp};
+use crate::comm::{Communicator, Pending};
 use crate::error::Error;
 use crate::graph::{CustomOps, StepGraph, graph_error, read_params};
 use crate::params::{self, ParamSlice, Renamed, one_device};
@@ -24,14 +29,14 @@ use crate::partition::{
     tokens,
 };
 use crate::plan::PlanTable;
-use crate::sharding::{Keep, Member, Pack, RankedParam, Rows, ShardComms, ShardParam, ShardParams, groups, owners};
+use crate::sharding::{Keep, Member, Pack, Rows, ShardComms, ShardParams, groups, owners};
 use crate::tensor::PlainTensor;
 
 /// The name of the axis of the replicas in tables.
 const AXIS: &str = "replicas";
 
-/// How the parameters of this rank's part of a model are divided by rows over its replicas. Cheap to clone; all clones are of one
-/// step.
+/// How the parameters of this rank's part of a model are divided by rows over its replicas. Cheap to clone; all clones
+/// are of one step.
 #[derive(Debug, Clone)]
 pub(crate) struct RowShards {
     /// What this rank holds of them when they are divided.
@@ -50,16 +55,6 @@ pub(crate) struct RowShards {
     waited: Arc<AtomicU64>,
 }
 
-/// A parameter that is divided.
-#[derive(Debug, Clone)]
-struct RowParam {
-    id: ParamId,
-    path: Arc<str>,
-    dtype: FloatDType,
-    group: usize,
-    rows: Rows,
-}
-
 #[derive(Debug, Default)]
 struct StepState {
     /// What this rank's gradients are multiplied by before they are summed.
@@ -74,13 +69,13 @@ struct StepState {
 }
 
 impl RowShards {
-    /// Finds out what of `model`, this rank's part of one, is divided over the `replicas`, who all hold the same part: float
-    /// parameters, but for running statistics. `later` are the dims of the parts of parameters that it does not hold, but may once the
-    /// model is cut. With `ranks` they are divided over so many neighbours. Collective.
+    /// Finds out what of `model`, this rank's part of one, is divided over the `replicas`, who all hold the same part:
+    /// float parameters, but for running statistics. `later` are the dims of the parts of parameters that it does not
+    /// hold, but may once the model is cut. With `ranks` they are divided over so many neighbours. Collective.
     ///
     /// # Errors
-    /// [`Error::ModelMismatch`](crate::Error::ModelMismatch) if replicas bring other parameters; those of [`ShardComms::new`] and
-    /// of [`Communicator`].
+    /// [`Error::ModelMismatch`](crate::Error::ModelMismatch) if replicas bring other parameters; those of
+    /// [`ShardComms::new`] and of [`Communicator`].
     pub(crate) fn new<M: Module>(
         model: &M,
         later: &dyn Fn(ParamId) -> Option<Vec<usize>>,
@@ -153,8 +148,8 @@ impl RowShards {
         Some(self.params[*self.numbers.get(&id)?].rows.shard_dims())
     }
 
-    /// Leaves this rank its rows of the parameters of the first replica's model; everything else takes that one's values. What is
-    /// lazy there stays lazy. Collective.
+    /// Leaves this rank its rows of the parameters of the first replica's model; everything else takes that one's
+    /// values. What is lazy there stays lazy. Collective.
     ///
     /// # Errors
     /// Those of [`Communicator`].
@@ -192,7 +187,13 @@ impl RowShards {
     pub(crate) fn own_rows<M: Module>(&self, local: &M) -> Result<ShardParams, Error> {
         let dims = self.params.iter().map(|param| param.rows.dims());
         let owners = owners(dims, self.comms.ranks());
-        let mut own = OwnRows { shards: self, owners, seen: HashSet::new(), found: Ok(ShardParams::default()) };
+        let mut own = OwnRows {
+            params: &self.params,
+            numbers: &self.numbers,
+            owners,
+            seen: HashSet::new(),
+            found: Ok(ShardParams::default()),
+        };
         local.visit(&mut own);
         own.found
     }
@@ -260,8 +261,8 @@ impl RowShards {
         *self.lock() = StepState { under_way: true, ..StepState::default() };
     }
 
-    /// Begins a micro-batch whose gradients are multiplied by `factor` before they are summed over the replicas. `unit` is what the
-    /// replicas have agreed on that the sums are in.
+    /// Begins a micro-batch whose gradients are multiplied by `factor` before they are summed over the replicas. `unit`
+    /// is what the replicas have agreed on that the sums are in.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if they have not: the model is not trained as one of its replicas.
@@ -278,8 +279,8 @@ impl RowShards {
         Ok(())
     }
 
-    /// The path of the first parameter of which this rank has brought a gradient to the last step that was not finite. Of
-    /// gradients that are not in host memory none is known.
+    /// The path of the first parameter of which this rank has brought a gradient to the last step that was not finite.
+    /// Of gradients that are not in host memory none is known.
     pub(crate) fn non_finite(&self) -> Option<Arc<str>> {
         let number = self.lock().non_finite?;
         self.params.get(number).map(|param| param.path.clone())
@@ -291,8 +292,8 @@ impl RowShards {
         (step.under_way, step.whole) = (false, None);
     }
 
-    /// The model as captured steps bind it, if they do not bind what this rank holds: with all parameters, which are gathered by the
-    /// first call in a step, or now for a forward alone. Collective then.
+    /// The model as captured steps bind it, if they do not bind what this rank holds: with all parameters, which are
+    /// gathered by the first call in a step, or now for a forward alone. Collective then.
     ///
     /// # Errors
     /// Those of [`Communicator`] and of reading parameters.
@@ -330,8 +331,8 @@ impl RowShards {
         Ok(whole)
     }
 
-    /// Takes part in what the others exchange in a micro-batch, on a rank that has none: lends its rows, and brings gradients of
-    /// nothing. The sums of the gradients go to `sink`.
+    /// Takes part in what the others exchange in a micro-batch, on a rank that has none: lends its rows, and brings
+    /// gradients of nothing. The sums of the gradients go to `sink`.
     ///
     /// # Errors
     /// Those of [`Communicator`] and of reading parameters.
@@ -392,88 +393,9 @@ impl RowShards {
     }
 }
 
-/// Parameters that are exchanged together.
-struct Bundle {
-    pack: Pack,
-    /// By which ranks make sure that they exchange the same: groups of one size are told apart by nothing else.
-    number: u64,
-    reduce_dtype: Option<FloatDType>,
-}
-
-impl Bundle {
-    fn gather(&self, shards: Vec<PlainTensor>, comm: &Communicator) -> Result<Vec<PlainTensor>, Error> {
-        self.pack.gather_agreed(shards, comm, self.number)
-    }
-
-    /// This rank's rows of the sum of gradients, over the ranks that divide them and then over those that hold the same rows.
-    fn reduce(
-        &self,
-        gradients: Vec<PlainTensor>,
-        factor: f64,
-        (comm, copies): (&Communicator, Option<&Communicator>),
-    ) -> Result<Vec<PlainTensor>, Error> {
-        let own: Vec<FloatDType> = gradients.iter().map(|gradient| gradient.dtype().into()).collect();
-        let sent = match self.reduce_dtype {
-            Some(dtype) => gradients.into_iter().map(|gradient| gradient.cast(dtype)).collect(),
-            None => gradients,
-        };
-        let op = ReduceOp::PreMulSum(factor);
-        let mut sums = self.pack.reduce_scatter_agreed(sent, op, comm, self.number)?;
-        if let Some(copies) = copies {
-            sums = copies.all_reduce_coalesced(sums, ReduceOp::Sum)?;
-        }
-        Ok(match self.reduce_dtype {
-            Some(_) => sums.into_iter().zip(own).map(|(sum, dtype)| sum.cast(dtype)).collect(),
-            None => sums,
-        })
-    }
-}
-
 fn ticket(op: &CustomOpIr) -> Result<u64, Error> {
     let [.., ticket, _] = op.scalars.as_slice() else {
         return Err(graph_error(format!("custom operation `{}` lacks its number", op.id)));
     };
     Ok(ticket.elem())
-}
-
-/// The float parameters that are trained. Lazy ones count as trained: their settings show when they are made.
-#[derive(Default)]
-struct Trained(HashSet<ParamId>);
-
-impl ModuleVisitor for Trained {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if !param.is_initialized() || param.base().is_require_grad() {
-            self.0.insert(param.id);
-        }
-    }
-}
-
-/// Takes this rank's rows of the parameters that are trained.
-struct OwnRows<'a> {
-    shards: &'a RowShards,
-    /// The rank that updates each parameter, if its update depends on the whole of it.
-    owners: Vec<usize>,
-    seen: HashSet<ParamId>,
-    found: Result<ShardParams, Error>,
-}
-
-impl ModuleVisitor for OwnRows<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let Some(number) = self.shards.numbers.get(&param.id) else { return };
-        // A parameter that the module holds in two places is one parameter; what another stage holds has no elements here.
-        let nothing = param.lazy_shape().num_elements() == 0;
-        if nothing || !param.val().is_require_grad() || !self.seen.insert(param.id) {
-            return;
-        }
-        let RowParam { path, rows, .. } = &self.shards.params[*number];
-        let (path, rows, owner) = (path.to_string(), rows.clone(), self.owners[*number]);
-        match (RankedParam::new(param.clone()), &mut self.found) {
-            (Some(param), Ok(found)) => found.0.push(ShardParam { path, rows, owner, param }),
-            (None, found) => {
-                let problem = format!("parameter `{path}` is of rank {D}, and optimizers take ranks 1 to 8");
-                *found = Err(Error::invalid("optimize", problem));
-            }
-            _ => {}
-        }
-    }
 }

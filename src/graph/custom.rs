@@ -12,7 +12,7 @@ use burn_router::CustomOpRegistry;
 
 use super::backend::{GraphBackend, from_handle, into_handle};
 use super::graph_error;
-use super::liveness::Instruction;
+use super::instruction::Instruction;
 use crate::error::Error;
 use crate::tensor::PlainTensor;
 

@@ -4,11 +4,11 @@
 //! reduction over replicas.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::module::{Module, ParamId};
 use burn::tensor::Tensor;
 
+use super::checked_optimizers::CheckedOptimizers;
 use super::gradient_layout::{ClipRecord, GradientLayout};
 use super::results::{StepObserver, StepOutputs};
 use crate::Error;
@@ -185,44 +185,6 @@ pub trait StepEngine: Module {
     /// Those of [`Communicator`].
     fn follow(&self, _leader: usize) -> Result<(), Error> {
         Ok(())
-    }
-}
-
-/// The optimizers that were found to suit a model, by where they are in memory.
-#[derive(Debug, Clone, Default)]
-pub struct CheckedOptimizers(Arc<Mutex<HashMap<usize, Checked>>>);
-
-/// What is known of an optimizer.
-#[derive(Debug, Default)]
-struct Checked {
-    /// The parameters whose updates were looked at.
-    params: HashSet<ParamId>,
-    /// Those whose update depends on the whole of them.
-    whole: Arc<HashSet<ParamId>>,
-}
-
-impl CheckedOptimizers {
-    /// The parameters whose update by the optimizer at this address depends on the whole of them, as `find` finds them out, which
-    /// is asked where there are `params` that it was not asked for.
-    ///
-    /// # Errors
-    /// Those of `find`.
-    pub fn whole(
-        &self,
-        address: usize,
-        params: &HashSet<ParamId>,
-        find: impl FnOnce() -> Result<HashSet<ParamId>, Error>,
-    ) -> Result<Arc<HashSet<ParamId>>, Error> {
-        if let Some(known) = self.lock().get(&address).filter(|known| known.params.is_superset(params)) {
-            return Ok(known.whole.clone());
-        }
-        let whole = Arc::new(find()?);
-        self.lock().insert(address, Checked { params: params.clone(), whole: whole.clone() });
-        Ok(whole)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<usize, Checked>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -9,17 +9,8 @@ use std::collections::{HashMap, HashSet};
 use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
 
 use super::fused::{Kernels, fuse, taken};
+use super::instruction::{Instruction, Item};
 use super::step::StepGraph;
-
-/// One action of a program.
-#[derive(Clone, Debug)]
-pub(crate) enum Instruction {
-    Run(Box<OperationIr>),
-    /// The tensor has had its last reader, which could not consume it itself.
-    Free(TensorIr),
-    /// A result is ready. If nothing reads it later it is moved out, else shared.
-    Output(TensorIr),
-}
 
 /// What a step needs of memory beside parameters, inputs and constants, assuming that views copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,13 +68,6 @@ enum MemoryEvent<'a> {
     Run(&'a OperationIr),
     Free(TensorId),
     Nothing,
-}
-
-/// One step of a program whose lifetimes are still to be worked out.
-pub(crate) enum Item {
-    Run(Box<OperationIr>),
-    /// A result is wanted here.
-    Output(TensorIr),
 }
 
 /// The program of a graph, and the kernels that it runs if groups of its operations are to be fused.

@@ -46,6 +46,7 @@ mod backend;
 pub(crate) mod bind;
 mod cache;
 pub(crate) mod capture;
+mod checked_optimizers;
 mod custom;
 pub(crate) mod device;
 pub(crate) mod edges;
@@ -54,6 +55,7 @@ mod execute;
 mod forward;
 pub(crate) mod fused;
 mod gradient_layout;
+pub(crate) mod instruction;
 pub(crate) mod interpret;
 mod leaves;
 mod listing;
@@ -77,10 +79,9 @@ pub use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
 pub use cache::GraphCache;
 pub(crate) use cache::StepKey;
 pub use capture::capture_step;
+pub(crate) use checked_optimizers::{CheckedOptimizers, StateLayout, Witness};
 pub use custom::CustomOps;
-pub(crate) use engine::{
-    CheckedOptimizers, GradientSink, MicroBatch, ScaledGradients, SplitOver, SplitParam, StepEngine,
-};
+pub(crate) use engine::{GradientSink, MicroBatch, ScaledGradients, SplitOver, SplitParam, StepEngine};
 pub use execute::Executor;
 pub use forward::{Forward, ForwardGraph, capture_forward};
 pub(crate) use gradient_layout::{ClipRecord, GradientLayout};

@@ -10,12 +10,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use burn::tensor::{Bytes, DType, Device, Distribution, TensorData, bf16, f16};
-use burn_ir::{CustomOpIr, FloatOperationIr, NumericOperationIr, OperationIr, RandomOpIr, ScalarIr};
+use burn_ir::{CustomOpIr, OperationIr, RandomOpIr, ScalarIr};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::custom::CustomOps;
 use super::graph_error;
+use super::operation::drawn;
 use super::step::StepGraph;
 use crate::error::Error;
 use crate::tensor::PlainTensor;
@@ -35,16 +36,6 @@ pub fn counter_based_rng(graph: &mut StepGraph) -> usize {
         number += 1;
     }
     number as usize
-}
-
-/// What an operation draws, if it draws random numbers.
-pub(crate) fn drawn(op: &OperationIr) -> Option<&RandomOpIr> {
-    match op {
-        OperationIr::Float(_, FloatOperationIr::Random(random))
-        | OperationIr::NumericFloat(_, NumericOperationIr::IntRandom(random))
-        | OperationIr::NumericInt(_, NumericOperationIr::IntRandom(random)) => Some(random),
-        _ => None,
-    }
 }
 
 /// The seed, the number of the replica and that of the step: what all ranks must have in common to draw common numbers.

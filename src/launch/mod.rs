@@ -1,8 +1,9 @@
 //! Starts the ranks of a world.
 //!
-//! [`threads`] runs every rank as a thread of this process, each with a compute-thread pool of its own. [`processes`] starts
-//! this program several times on this machine. [`from_env`] is for programs that a launcher starts, on one machine or many:
-//! torchrun, `mpirun`, `srun`. Processes are joined over TCP, or by MPI if its launcher has started them.
+//! [`threads`] runs every rank as a thread of this process, each with a compute-thread pool of its own. [`processes`]
+//! starts this program several times on this machine. [`from_env`] is for programs that a launcher starts, on one
+//! machine or many: torchrun, `mpirun`, `srun`. Processes are joined over TCP, or by MPI if its launcher has started
+//! them.
 
 mod environment;
 mod process;

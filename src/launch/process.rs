@@ -54,8 +54,8 @@ impl TransportKind {
     }
 }
 
-/// Finds out which rank this process is from the variables of torchrun, Slurm, Open MPI or MPICH. [`Process::run`] joins
-/// the others.
+/// Finds out which rank this process is from the variables of torchrun, Slurm, Open MPI or MPICH. [`Process::run`]
+/// joins the others.
 ///
 /// ```no_run
 /// use burn_parallel::prelude::*;
@@ -105,8 +105,8 @@ impl Process {
         self
     }
 
-    /// Sets the seed of the run, see [`Rank::seed`] and [`Rank::rng`]. Default 0. It does not seed burn's own generator, from which
-    /// the initial values of layers and eager dropout are drawn: `Device::seed` does.
+    /// Sets the seed of the run, see [`Rank::seed`] and [`Rank::rng`]. Default 0. It does not seed burn's own
+    /// generator, from which the initial values of layers and eager dropout are drawn: `Device::seed` does.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self

@@ -1,9 +1,9 @@
 //! Starts this program several times on this machine, one process a rank, and supervises them.
 //!
 //! The parent starts the ranks, each at the head of a process group of its own, reads what they say and writes it with
-//! the rank before each line. When one fails, the groups of the others are told to end (SIGTERM), and after a few seconds
-//! are ended (SIGKILL). A signal that would end the parent goes to them first. Should the parent be killed outright, the
-//! kernel ends the ranks (`PR_SET_PDEATHSIG`, on Linux).
+//! the rank before each line. When one fails, the groups of the others are told to end (SIGTERM), and after a few
+//! seconds are ended (SIGKILL). A signal that would end the parent goes to them first. Should the parent be killed
+//! outright, the kernel ends the ranks (`PR_SET_PDEATHSIG`, on Linux).
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -33,7 +33,8 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// Lines of a failed rank that its error holds.
 const STDERR_LINES: usize = 12;
 
-/// Prepares a world of `size` ranks that are processes of this very program on this machine. [`Processes::run`] starts it.
+/// Prepares a world of `size` ranks that are processes of this very program on this machine. [`Processes::run`] starts
+/// it.
 pub fn processes(size: usize) -> Processes {
     Processes { size, transport: TransportKind::Tcp, program: None, restarts: 0 }
 }
@@ -49,7 +50,8 @@ pub struct Processes {
 }
 
 impl Processes {
-    /// Sets what joins the processes. Default [`TransportKind::Tcp`]. With [`TransportKind::Mpi`] they are started by `mpirun`.
+    /// Sets what joins the processes. Default [`TransportKind::Tcp`]. With [`TransportKind::Mpi`] they are started by
+    /// `mpirun`.
     pub fn transport(mut self, transport: TransportKind) -> Self {
         self.transport = transport;
         self
@@ -61,17 +63,18 @@ impl Processes {
         self
     }
 
-    /// Starts all processes again when one has failed or was killed, so many times. Default 0. A program that is to go on where it was
-    /// [restores](crate::checkpoint::Checkpointer::restore) its last checkpoint when it starts; which start it is, counted from 0, it finds
-    /// in `BURN_PARALLEL_RESTART`. A run that a signal to the first process ends is not started again.
+    /// Starts all processes again when one has failed or was killed, so many times. Default 0. A program that is to go
+    /// on where it was [restores](crate::checkpoint::Checkpointer::restore) its last checkpoint when it starts; which
+    /// start it is, counted from 0, it finds in `BURN_PARALLEL_RESTART`. A run that a signal to the first process ends
+    /// is not started again.
     pub fn restarts(mut self, restarts: usize) -> Self {
         self.restarts = restarts;
         self
     }
 
-    /// Runs `f` on every rank. This program is started `size` times with the arguments that it has, so it comes here again
-    /// in each of them: there this runs `f` and returns its result. In the process that was started first this returns
-    /// `None` when all have ended.
+    /// Runs `f` on every rank. This program is started `size` times with the arguments that it has, so it comes here
+    /// again in each of them: there this runs `f` and returns its result. In the process that was started first this
+    /// returns `None` when all have ended.
     ///
     /// `prepare` makes settings for the rank that this process is: its seed, its threads.
     ///
@@ -114,13 +117,13 @@ impl Processes {
     /// Starts the processes and waits for them, whatever they do. From then on this process handles SIGINT and SIGTERM
     /// itself.
     ///
-    /// Each finds `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, a `MASTER_ADDR` and `MASTER_PORT` on this machine,
-    /// and in `BURN_PARALLEL_SECRET` a secret that was made up for this run, unless there is one already. It finds nothing
-    /// of what other launchers have said to this process.
+    /// Each finds `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, a `MASTER_ADDR` and `MASTER_PORT` on this
+    /// machine, and in `BURN_PARALLEL_SECRET` a secret that was made up for this run, unless there is one already. It
+    /// finds nothing of what other launchers have said to this process.
     ///
     /// # Errors
-    /// [`Error::ProcessFailed`] for the first that fails, after all have ended, in the last of the [starts](Self::restarts);
-    /// [`Error::Launch`] if one can't be started; [`Error::User`] if a signal ended the run.
+    /// [`Error::ProcessFailed`] for the first that fails, after all have ended, in the last of the
+    /// [starts](Self::restarts); [`Error::Launch`] if one can't be started; [`Error::User`] if a signal ended the run.
     pub fn supervise(self) -> Result<(), Error> {
         for start in 0..self.restarts {
             match self.start(start) {

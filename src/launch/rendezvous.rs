@@ -11,8 +11,8 @@ pub(super) const SECRET: &str = "BURN_PARALLEL_SECRET";
 
 impl Rendezvous {
     /// The meeting point that the launcher has named: `MASTER_ADDR` and `MASTER_PORT`, with the secret of the variable
-    /// `BURN_PARALLEL_SECRET`, whatever bytes it is. Without that variable there is no secret: strays are kept out, but no
-    /// attacker.
+    /// `BURN_PARALLEL_SECRET`, whatever bytes it is. Without that variable there is no secret: strays are kept out, but
+    /// no attacker.
     ///
     /// # Errors
     /// [`Error::Transport`] if the launcher has named none.

@@ -48,8 +48,8 @@ impl Threads {
 
     /// Sets the seed of the run, see [`Rank::seed`] and [`Rank::rng`]. Default 0.
     ///
-    /// It does not seed burn's own generator, from which the initial values of layers and eager dropout are drawn: that is one for
-    /// the process and device, which `Device::seed` seeds, before the ranks start.
+    /// It does not seed burn's own generator, from which the initial values of layers and eager dropout are drawn: that
+    /// is one for the process and device, which `Device::seed` seeds, before the ranks start.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
@@ -71,8 +71,9 @@ impl Threads {
     ///
     /// # Errors
     ///
-    /// The first error of any rank, after all of them have ended: an error or a panic of one rank fails the world, and the
-    /// others return from whatever they wait in. What `f` returned, if that was the same error on all ranks. [`Error::InvalidArgument`] and [`Error::Launch`] before anything runs.
+    /// The first error of any rank, after all of them have ended: an error or a panic of one rank fails the world, and
+    /// the others return from whatever they wait in. What `f` returned, if that was the same error on all ranks.
+    /// [`Error::InvalidArgument`] and [`Error::Launch`] before anything runs.
     pub fn run<T, F>(self, f: F) -> Result<Vec<T>, Error>
     where
         T: Send,
@@ -139,10 +140,7 @@ where
 {
     let index = comm.rank();
     // `comm` is kept to the end, so that peers learn that this rank is gone only after they can learn why.
-    let fail = |error: Error| {
-        comm.fail(error.clone());
-        Err(comm.failure().unwrap_or(error))
-    };
+    let fail = |error: Error| Err(comm.fail_with(error));
     let thread_name = move |thread| format!("rank {index} compute {thread}");
     let pool = match rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(thread_name).build() {
         Ok(pool) => pool,

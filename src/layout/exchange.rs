@@ -1,24 +1,23 @@
 //! All-to-all from parts along one dim to parts along another, as DeepSpeed-Ulysses does it (arXiv:2309.14509).
 //!
-//! Rank `r` holds all of dim `split` and its part of dim `join`; afterwards it holds its part of `split` and all of `join`.
-//! With `n` ranks, `w` elements along `split`, and `j_r` along `join`, it lays out one block for every rank:
+//! Rank `r` holds all of dim `split` and its part of dim `join`; afterwards it holds its part of `split` and all of
+//! `join`. With `n` ranks, `w` elements along `split`, and `j_r` along `join`, it lays out one block for every rank:
 //!
 //! ```text
 //! x: [.., w, .., j_r, ..]  ->  [n * j_r, ceil(w / n), rest..]
 //! ```
 //!
-//! The first dim, which the collective cuts into `n`, so is a multiple of `n` on every rank although the `j_r` may differ,
-//! and the dims behind it are the same on all. When `n` does not divide `w`, the blocks of the shorter parts end in a slice
-//! of zeros. What arrives lies in the order of `join`:
+//! The first dim, which the collective cuts into `n`, so is a multiple of `n` on every rank although the `j_r` may
+//! differ, and the dims behind it are the same on all. When `n` does not divide `w`, the blocks of the shorter parts
+//! end in a slice of zeros. What arrives lies in the order of `join`:
 //!
 //! ```text
 //! [j_0 + j_1 + .., ceil(w / n), rest..]
 //! ```
 
-use super::checks::check_part;
 use super::dim_order::{first, inverse};
 use crate::Error;
-use crate::comm::{Communicator, part};
+use crate::comm::{Communicator, check_part, part};
 use crate::tensor::PlainTensor;
 
 pub(super) fn exchange(
@@ -35,7 +34,7 @@ pub(super) fn exchange(
     let blocks = if width % size == 0 { cut_evenly(turned, size)? } else { cut_padded(turned, size)? };
     // The blocks tell the width only up to padding; `agreed` tells the rest.
     let arrived = comm.all_to_all_agreed(blocks, width as u64)?;
-    check_part(name, comm, join, brought, arrived.shape()[0])?;
+    check_part(name, comm, comm.rank(), (brought, arrived.shape()[0]), format_args!("dim {join}"))?;
     let own = part(width, size, comm.rank()).len();
     let own = if arrived.shape()[1] == own { arrived } else { arrived.narrow(1, 0..own).packed()? };
     Ok(own.permute(&inverse(&order)))

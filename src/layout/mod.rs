@@ -1,8 +1,8 @@
 //! How a logical tensor lies over the ranks of a group, and the moves between layouts that gradients flow through.
 //!
-//! For models written with parallelism in mind: they hold a [`Communicator`] for each axis and call these functions where a
-//! tensor changes its [`Layout`]. Every function is a *conjugate pair*: it moves the tensor now, and its gradient the
-//! other way in the backward pass.
+//! For models written with parallelism in mind: they hold a [`Communicator`] for each axis and call these functions
+//! where a tensor changes its [`Layout`]. Every function is a *conjugate pair*: it moves the tensor now, and its
+//! gradient the other way in the backward pass.
 //!
 //! | function | value | formula on rank `r` of `n` | gradient | formula |
 //! |---|---|---|---|---|
@@ -14,45 +14,47 @@
 //! | [`reduce_scatter_to_group`] | partial to sharded | `y = part_r(sum_i x_i)` | sharded to replicated | `dx = [dy_0, .., dy_(n-1)]` |
 //! | [`all_to_all`] | sharded along `d` to sharded along `e` | all-to-all | sharded along `e` to sharded along `d` | all-to-all |
 //!
-//! [`redistribute`] chooses among them by the two layouts. [`scatter_from_root`] and [`gather_to_root`] tie a group to one of
-//! its ranks. The moves compose: over the dims of a tensor, and over the axes of a [`Mesh`](crate::mesh::Mesh).
+//! [`redistribute`] chooses among them by the two layouts. [`scatter_from_root`] and [`gather_to_root`] tie a group to
+//! one of its ranks. The moves compose: over the dims of a tensor, and over the axes of a [`Mesh`](crate::mesh::Mesh).
 //!
 //! # Which layout a gradient has
 //!
-//! Every rank computes the same loss, each its own copy of it, and runs the same backward. The gradient of a sharded tensor
-//! is sharded like it; that of a partial tensor is replicated. The gradient of a *replicated* tensor is replicated as long
-//! as all ranks do the same with it. Where they begin to do different things (multiply it by their own columns of a
-//! weight, add it to their own rows of a sharded tensor) each rank sees only its own contribution, and the true gradient is
-//! the sum over the ranks: put [`copy_to_group`] there. That holds for activations, and for replicated parameters that meet
-//! sharded activations, as the weight of a layer norm in a sequence-parallel region does.
+//! Every rank computes the same loss, each its own copy of it, and runs the same backward. The gradient of a sharded
+//! tensor is sharded like it; that of a partial tensor is replicated. The gradient of a *replicated* tensor is
+//! replicated as long as all ranks do the same with it. Where they begin to do different things (multiply it by their
+//! own columns of a weight, add it to their own rows of a sharded tensor) each rank sees only its own contribution, and
+//! the true gradient is the sum over the ranks: put [`copy_to_group`] there. That holds for activations, and for
+//! replicated parameters that meet sharded activations, as the weight of a layer norm in a sequence-parallel region
+//! does.
 //!
 //! A loss that each rank computes on its own part of the data is partial: make it whole with [`reduce_from_group`].
 //!
 //! # Rules
 //!
-//! - Every rank takes the same moves in the same order, and so does its backward: a tensor that needs a gradient on one rank
-//!   needs it on all. The order of burn's backward is the same for identical graphs.
-//! - **Ranks never share autodiff leaves.** A `model.clone()` on each of two threads is one graph behind one lock, in which
-//!   they wait for each other for ever, beyond the reach of any time-out. Give each rank leaves of its own:
-//!   `model.clone().fork(&device)`, or a model that the rank has made itself. Between ranks tensors travel as payloads of
-//!   the [`Communicator`], which takes them off the graph.
-//! - A tensor that `n` ranks share is divided as [`part`](crate::comm::part) does, in parts as equal as can be, also when
-//!   `n` does not divide it; a part may be empty.
-//! - burn's `backward()` can't return an error. When a move fails there, the world fails, the gradients that depend on it
-//!   are zeros, and [`Communicator::failure`] holds the error: call [`backward`], which looks, in its place.
-//! - A tape holds the communicators of its moves, and burn keeps the tape of a forward that was not followed by a backward
-//!   until the next backward in the process. Evaluate with tensors that are not tracked, as those of `model.valid()`.
-//! - A tensor that is not tracked, because it is on a device without autodiff or is a constant, costs nothing on the tape.
-//!   Nor does a group of one rank cost anything: there, all functions return their input.
-//! - Gradients flow on [`Device::flex`](burn::tensor::Device::flex) and, with the feature `cuda` or `wgpu`, on the devices of
-//!   burn's CubeCL backends, with or without gradient checkpointing, which repeats no collective. Untracked tensors move on any
-//!   device.
+//! - Every rank takes the same moves in the same order, and so does its backward: a tensor that needs a gradient on one
+//!   rank needs it on all. The order of burn's backward is the same for identical graphs.
+//! - **Ranks never share autodiff leaves.** A `model.clone()` on each of two threads is one graph behind one lock, in
+//!   which they wait for each other for ever, beyond the reach of any time-out. Give each rank leaves of its own:
+//!   `model.clone().fork(&device)`, or a model that the rank has made itself. Between ranks tensors travel as payloads
+//!   of the [`Communicator`], which takes them off the graph.
+//! - A tensor that `n` ranks share is divided as [`part`](crate::comm::part) does, in parts as equal as can be, also
+//!   when `n` does not divide it; a part may be empty.
+//! - burn's `backward()` can't return an error. When a move fails there, the world fails, the gradients that depend on
+//!   it are zeros, and [`Communicator::failure`] holds the error: call [`backward`], which looks, in its place.
+//! - A tape holds the communicators of its moves, and burn keeps the tape of a forward that was not followed by a
+//!   backward until the next backward in the process. Evaluate with tensors that are not tracked, as those of
+//!   `model.valid()`.
+//! - A tensor that is not tracked, because it is on a device without autodiff or is a constant, costs nothing on the
+//!   tape. Nor does a group of one rank cost anything: there, all functions return their input.
+//! - Gradients flow on [`Device::flex`](burn::tensor::Device::flex) and, with the feature `cuda` or `wgpu`, on the
+//!   devices of burn's CubeCL backends, with or without gradient checkpointing, which repeats no collective. Untracked
+//!   tensors move on any device.
 //!
 //! # Sources
 //!
-//! *f* and *g*: Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3. Gather and reduce-scatter along
-//! the sequence: Korthikanti et al., [arXiv:2205.05198](https://arxiv.org/abs/2205.05198), section 4.2.2. All-to-all between
-//! sequence and heads: DeepSpeed-Ulysses, [arXiv:2309.14509](https://arxiv.org/abs/2309.14509).
+//! *f* and *g*: Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3. Gather and reduce-scatter
+//! along the sequence: Korthikanti et al., [arXiv:2205.05198](https://arxiv.org/abs/2205.05198), section 4.2.2.
+//! All-to-all between sequence and heads: DeepSpeed-Ulysses, [arXiv:2309.14509](https://arxiv.org/abs/2309.14509).
 //!
 //! # Example
 //!

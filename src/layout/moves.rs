@@ -1,10 +1,9 @@
 //! The linear operations that a move between layouts is made of, on the tensor of one rank.
 
-use super::checks::{check_part, fail};
 use super::dim_order::{first, inverse};
 use super::exchange::exchange;
 use crate::Error;
-use crate::comm::{Communicator, ReduceOp, part};
+use crate::comm::{Communicator, ReduceOp, check_part, part};
 use crate::tensor::PlainTensor;
 
 /// What a move does in one direction. Every step is linear in the tensors of all ranks.
@@ -46,7 +45,7 @@ impl MoveOp {
             Self::Gather { dim } => along(dim, tensor, |rows| {
                 let brought = rows.shape()[0];
                 let all = comm.all_gather(rows)?;
-                check_part(name, comm, dim, brought, all.shape()[0])?;
+                check_part(name, comm, comm.rank(), (brought, all.shape()[0]), format_args!("dim {dim}"))?;
                 Ok(all)
             }),
             Self::SumSlice { dim } => along(dim, tensor, |rows| comm.reduce_scatter(rows, ReduceOp::Sum)),
@@ -57,7 +56,7 @@ impl MoveOp {
                 let Some(all) = comm.gather(rows, root)? else {
                     return Ok(PlainTensor::zeros(dims, dtype, &device));
                 };
-                check_part(name, comm, dim, brought, all.shape()[0])?;
+                check_part(name, comm, comm.rank(), (brought, all.shape()[0]), format_args!("dim {dim}"))?;
                 Ok(all)
             }),
             Self::SliceFrom { root, dim } => along(dim, tensor, |rows| {
@@ -65,13 +64,11 @@ impl MoveOp {
                 let own = comm.scatter_alike(rows, root)?;
                 match own.rank() {
                     found if found == rank => Ok(own),
-                    found => fail(
-                        comm,
-                        Error::invalid(
-                            name,
-                            format!("rank {} has a tensor of rank {rank}, the root one of rank {found}", comm.rank()),
-                        ),
-                    ),
+                    found => {
+                        let own = comm.rank();
+                        let problem = format!("rank {own} has a tensor of rank {rank}, the root one of rank {found}");
+                        Err(comm.fail_with(Error::invalid(name, problem)))
+                    }
                 }
             }),
         }

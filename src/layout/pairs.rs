@@ -1,7 +1,8 @@
 //! The conjugate pairs, under the names that Megatron-LM gave them.
 //!
-//! In the formulas `x_i` is what rank `i` of `n` brings and `y_i` what it gets; `dx_i`, `dy_i` are the gradients of the loss
-//! by them; `part_r` is the [part](crate::comm::part) of rank `r` along the dim, `[a, b]` is concatenation along it.
+//! In the formulas `x_i` is what rank `i` of `n` brings and `y_i` what it gets; `dx_i`, `dy_i` are the gradients of the
+//! loss by them; `part_r` is the [part](crate::comm::part) of rank `r` along the dim, `[a, b]` is concatenation along
+//! it.
 
 use burn::tensor::Tensor;
 
@@ -37,8 +38,8 @@ pub fn copy_to_group<const D: usize>(tensor: Tensor<D>, comm: &Communicator) -> 
 /// backward   dx_r = dy                    replicated
 /// ```
 ///
-/// The sum is made in rank order, bit-identical on all ranks, in place when `x` has no other owner; `f16` and `bf16` are
-/// added in `f32`. `x` has any shape, the same on all ranks. The conjugate of [`copy_to_group`].
+/// The sum is made in rank order, bit-identical on all ranks, in place when `x` has no other owner; `f16` and `bf16`
+/// are added in `f32`. `x` has any shape, the same on all ranks. The conjugate of [`copy_to_group`].
 ///
 /// Source: Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), figure 3.
 ///
@@ -61,8 +62,8 @@ pub fn reduce_from_group<const D: usize>(tensor: Tensor<D>, comm: &Communicator)
 /// Source: `_ScatterToModelParallelRegion` of Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053).
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] if the tensor has no dim of that number; [`Error::UnsupportedDType`] for quantized tensors.
-/// In the backward pass those of [`Communicator`], see [`backward`](super::backward).
+/// [`Error::InvalidArgument`] if the tensor has no dim of that number; [`Error::UnsupportedDType`] for quantized
+/// tensors. In the backward pass those of [`Communicator`], see [`backward`](super::backward).
 pub fn scatter_to_group<const D: usize>(
     tensor: Tensor<D>,
     dim: usize,
@@ -80,9 +81,9 @@ pub fn scatter_to_group<const D: usize>(
 /// backward   dx_r = part_r(dy)            replicated to sharded
 /// ```
 ///
-/// The backward communicates nothing: each rank has all of `dy` and takes its part. That is right when `dy` is replicated,
-/// as when the ranks compute the same loss from the whole output. If they do different things with `y`, each has only its
-/// own contribution to `dy`: take [`gather_and_copy_to_group`].
+/// The backward communicates nothing: each rank has all of `dy` and takes its part. That is right when `dy` is
+/// replicated, as when the ranks compute the same loss from the whole output. If they do different things with `y`,
+/// each has only its own contribution to `dy`: take [`gather_and_copy_to_group`].
 ///
 /// `x_r` is `[.., part(w, n, r).len(), ..]`, `y` is `[.., w, ..]`. The conjugate of [`scatter_to_group`].
 ///
@@ -109,8 +110,8 @@ pub fn gather_from_group<const D: usize>(
 /// backward   dx_r = part_r(dy_0 + .. + dy_(n-1))     partial to sharded: reduce-scatter
 /// ```
 ///
-/// It equals [`copy_to_group`] after [`gather_from_group`], with a reduce-scatter in place of an all-reduce. If all ranks do
-/// the same with `y`, the gradient comes out `n` times too large: take [`gather_from_group`].
+/// It equals [`copy_to_group`] after [`gather_from_group`], with a reduce-scatter in place of an all-reduce. If all
+/// ranks do the same with `y`, the gradient comes out `n` times too large: take [`gather_from_group`].
 ///
 /// `x_r` is `[.., part(w, n, r).len(), ..]`, `y` is `[.., w, ..]`. The conjugate of [`reduce_scatter_to_group`].
 ///
@@ -136,14 +137,14 @@ pub fn gather_and_copy_to_group<const D: usize>(
 /// backward   dx_r = [dy_0, .., dy_(n-1)]             sharded to replicated: all-gather
 /// ```
 ///
-/// It equals [`scatter_to_group`] after [`reduce_from_group`] at half the traffic. `x_r` is `[.., w, ..]` on all ranks, `y_r`
-/// is `[.., part(w, n, r).len(), ..]`. The conjugate of [`gather_and_copy_to_group`].
+/// It equals [`scatter_to_group`] after [`reduce_from_group`] at half the traffic. `x_r` is `[.., w, ..]` on all ranks,
+/// `y_r` is `[.., part(w, n, r).len(), ..]`. The conjugate of [`gather_and_copy_to_group`].
 ///
 /// Source: *g-bar* of Korthikanti et al., [arXiv:2205.05198](https://arxiv.org/abs/2205.05198), section 4.2.2.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] if the tensor has no dim of that number; [`Error::UnsupportedDType`] for quantized tensors;
-/// those of [`Communicator`].
+/// [`Error::InvalidArgument`] if the tensor has no dim of that number; [`Error::UnsupportedDType`] for quantized
+/// tensors; those of [`Communicator`].
 pub fn reduce_scatter_to_group<const D: usize>(
     tensor: Tensor<D>,
     dim: usize,
@@ -161,12 +162,12 @@ pub fn reduce_scatter_to_group<const D: usize>(
 /// backward   dx_r = part_r along `from` of [dy_0, .., dy_(n-1)] along `to`    all-to-all
 /// ```
 ///
-/// It equals [`scatter_to_group`] along `to` after [`gather_from_group`] along `from`, at `1/n` of the traffic. `x_r` is
-/// `[.., part(a, n, r).len(), .., b, ..]`, `y_r` is `[.., a, .., part(b, n, r).len(), ..]`. Its own conjugate with the dims
-/// exchanged; equal dims leave the tensor as it is.
+/// It equals [`scatter_to_group`] along `to` after [`gather_from_group`] along `from`, at `1/n` of the traffic. `x_r`
+/// is `[.., part(a, n, r).len(), .., b, ..]`, `y_r` is `[.., a, .., part(b, n, r).len(), ..]`. Its own conjugate with
+/// the dims exchanged; equal dims leave the tensor as it is.
 ///
-/// Source: DeepSpeed-Ulysses, [arXiv:2309.14509](https://arxiv.org/abs/2309.14509), section 3, from sequence to heads and
-/// back.
+/// Source: DeepSpeed-Ulysses, [arXiv:2309.14509](https://arxiv.org/abs/2309.14509), section 3, from sequence to heads
+/// and back.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] if the tensor has no dim of that number or what this rank brings is not its part;

@@ -22,8 +22,8 @@ use crate::comm::Communicator;
 /// | partial | replicated | [`reduce_from_group`] |
 /// | partial | sharded | [`reduce_scatter_to_group`] |
 ///
-/// Equal layouts leave the tensor as it is. The gradient of a replicated tensor is taken to be replicated here; follow up
-/// with [`copy_to_group`](super::copy_to_group) where the ranks then do different things with it.
+/// Equal layouts leave the tensor as it is. The gradient of a replicated tensor is taken to be replicated here; follow
+/// up with [`copy_to_group`](super::copy_to_group) where the ranks then do different things with it.
 ///
 /// # Errors
 ///

@@ -15,8 +15,8 @@ use crate::comm::Communicator;
 /// backward   dx_root = [dy_0, .., dy_(n-1)], dx_other = 0    gather
 /// ```
 ///
-/// Every rank brings a tensor of the same rank and dtype; of all but the root, only that counts (`[0; D]` dims will do), and
-/// that it is tracked or not as the root's is. The conjugate of [`gather_to_root`].
+/// Every rank brings a tensor of the same rank and dtype; of all but the root, only that counts (`[0; D]` dims will
+/// do), and that it is tracked or not as the root's is. The conjugate of [`gather_to_root`].
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] if the tensor has no dim of that number; [`Error::NoSuchRank`];
@@ -41,12 +41,12 @@ pub fn scatter_from_root<const D: usize>(
 /// backward   dx_r = part_r(dy_root)                          scatter
 /// ```
 ///
-/// The backward is a collective: the empty tensor of the other ranks must be part of what they run backward from. A sum over
-/// it is 0, so the same `loss(y).sum()` will do on all of them. The conjugate of [`scatter_from_root`].
+/// The backward is a collective: the empty tensor of the other ranks must be part of what they run backward from. A sum
+/// over it is 0, so the same `loss(y).sum()` will do on all of them. The conjugate of [`scatter_from_root`].
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] if the tensor has no dim of that number, or on the root, if what it brings is not its part;
-/// [`Error::NoSuchRank`]; [`Error::UnsupportedDType`] for quantized tensors; those of [`Communicator`].
+/// [`Error::InvalidArgument`] if the tensor has no dim of that number, or on the root, if what it brings is not its
+/// part; [`Error::NoSuchRank`]; [`Error::UnsupportedDType`] for quantized tensors; those of [`Communicator`].
 pub fn gather_to_root<const D: usize>(
     tensor: Tensor<D>,
     dim: usize,

@@ -1,8 +1,8 @@
 //! Puts a move and its conjugate on burn's autodiff graph.
 //!
 //! A move is a pair of [`MoveOp`]s: one is taken now, the other, its conjugate, when the gradient comes back. burn's
-//! `backward()` cannot return an error, so a step that fails there fails the world instead, and hands on zeros: the backward
-//! runs to its end without another wait, and the error is found on the communicator.
+//! `backward()` cannot return an error, so a step that fails there fails the world instead, and hands on zeros: the
+//! backward runs to its end without another wait, and the error is found on the communicator.
 
 #[cfg(feature = "cubecl")]
 use burn::backend::Cube;
@@ -159,8 +159,8 @@ impl<B: MoveBackend> Backward<B, 1> for MoveGradient {
 
 /// Runs burn's `backward()` and returns the error of the world, should a collective have failed in it.
 ///
-/// `comm` is any communicator of the world: the first failure anywhere fails them all. The moves of a backward that failed
-/// hand on zeros, so its gradients are of no use.
+/// `comm` is any communicator of the world: the first failure anywhere fails them all. The moves of a backward that
+/// failed hand on zeros, so its gradients are of no use.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] if the loss needs no gradient; the error with which the world has failed.

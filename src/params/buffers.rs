@@ -11,8 +11,8 @@ use super::leaf::LazyParam;
 use super::walk::visit_floats;
 
 /// Gives the module running statistics of its own. burn's are shared by all clones of a module, forks included, and
-/// averaged over the threads that use them: replicas on threads would mix theirs, and a mapper that gives them other dims
-/// would do so in all clones. Lazy parameters stay lazy.
+/// averaged over the threads that use them: replicas on threads would mix theirs, and a mapper that gives them other
+/// dims would do so in all clones. Lazy parameters stay lazy.
 pub(crate) fn own_buffers<M: Module>(module: M) -> M {
     // burn makes the buffers anew on the way through validation, which also makes lazy parameters: they are kept aside.
     let mut lazy = KeepLazy { kept: HashMap::new() };

@@ -10,9 +10,9 @@ use super::walk::ModulePath;
 use crate::Error;
 use crate::tensor::PlainTensor;
 
-/// The gradients that `gradient` has of the float parameters of a module, by their ids and devices (without autodiff), as
-/// burn's optimizers take them. Nothing is copied. [`Error::Graph`] comes beside them if a gradient has another rank than its
-/// parameter, and is left out.
+/// The gradients that `gradient` has of the float parameters of a module, by their ids and devices (without autodiff),
+/// as burn's optimizers take them. Nothing is copied. [`Error::Graph`] comes beside them if a gradient has another rank
+/// than its parameter, and is left out.
 pub(crate) fn put_gradients<M: Module>(
     module: &M,
     gradient: &mut dyn FnMut(ParamId, Device) -> Option<PlainTensor>,
@@ -22,8 +22,8 @@ pub(crate) fn put_gradients<M: Module>(
     (put.grads, put.error.map_or(Ok(()), Err))
 }
 
-/// Takes the gradients of the float parameters of a module out, in its order. A parameter that is in several places counts
-/// once, at the first.
+/// Takes the gradients of the float parameters of a module out, in its order. A parameter that is in several places
+/// counts once, at the first.
 pub(crate) fn take_gradients<M: Module>(
     module: &M,
     grads: &mut GradientsParams,

@@ -23,8 +23,8 @@ impl Renamed {
     }
 }
 
-/// Gives the parameters the ids that they have on the first rank, and says which are new. Lazy ones stay lazy. Every rank
-/// brings the same module; whether it does is for the caller to find out before.
+/// Gives the parameters the ids that they have on the first rank, and says which are new. Lazy ones stay lazy. Every
+/// rank brings the same module; whether it does is for the caller to find out before.
 ///
 /// # Errors
 /// Those of [`Communicator::broadcast`].

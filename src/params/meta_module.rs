@@ -13,8 +13,8 @@ pub(crate) type NewDims<'a> = dyn Fn(ParamId, &[usize]) -> Option<Vec<usize>> + 
 /// The module with other dims for some parameters, and no memory behind those.
 ///
 /// So a module whose parameters are parts is captured with the dims of the whole ones, and a module of which only some
-/// layers are held here is one without the rest. Lazy parameters are not made. Nothing of `module` is changed, nor are the
-/// running statistics that its clones share.
+/// layers are held here is one without the rest. Lazy parameters are not made. Nothing of `module` is changed, nor are
+/// the running statistics that its clones share.
 pub(crate) fn meta_module<M: Module>(module: &M, dims: &NewDims) -> M {
     let unforced = map_params(module.clone(), &mut LazyToMeta);
     // A module's clones share its running statistics; after `train` this one has its own.

@@ -1,5 +1,5 @@
-//! The parameters of any module: one way to visit them (`visit_params`) and one to change them (`map_params`); agreed on by
-//! the ranks, replaced by meta tensors, read from a store a part at a time.
+//! The parameters of any module: one way to visit them (`visit_params`) and one to change them (`map_params`); agreed
+//! on by the ranks, replaced by meta tensors, read from a store a part at a time.
 
 mod agree;
 mod buffers;

@@ -10,8 +10,8 @@ use super::map::{MapParams, Mapped, map_params};
 use super::walk::{ModulePath, visit_floats};
 use crate::tensor::PlainTensor;
 
-/// The module without the float parameters that `keep` does not name: they become tensors of no elements, trained or not as
-/// before. Those that stay are left as they are, lazy ones lazy, and no lazy parameter is made.
+/// The module without the float parameters that `keep` does not name: they become tensors of no elements, trained or
+/// not as before. Those that stay are left as they are, lazy ones lazy, and no lazy parameter is made.
 pub(crate) fn retain<M: Module>(module: M, keep: &dyn Fn(ParamId) -> bool) -> M {
     map_params(module, &mut Retain { keep })
 }
@@ -68,7 +68,8 @@ pub(crate) fn lazy_params<M: Module>(module: &M) -> HashSet<ParamId> {
     lazy
 }
 
-/// The module with these values for some of its float parameters, of any dims. A lazy parameter that gets one is not made.
+/// The module with these values for some of its float parameters, of any dims. A lazy parameter that gets one is not
+/// made.
 pub(crate) fn replace_values<M: Module>(module: M, values: HashMap<ParamId, PlainTensor>) -> M {
     if values.is_empty() {
         return module;

@@ -16,7 +16,8 @@ pub trait SliceSource {
     /// Whatever goes wrong with the store.
     fn dims(&mut self, path: &str) -> Result<Option<Vec<usize>>, Error>;
 
-    /// The elements of a parameter in these ranges, one for each dim. The dtype may be another than the module's; it is cast.
+    /// The elements of a parameter in these ranges, one for each dim. The dtype may be another than the module's; it is
+    /// cast.
     ///
     /// # Errors
     /// Whatever goes wrong with the store.
@@ -31,8 +32,8 @@ pub trait SliceSource {
         Ok(if data.dtype() == dtype { data } else { data.convert_dtype(dtype) })
     }
 
-    /// Whether a parameter has no place in the store and keeps the value that it has. By default none does: a parameter that the
-    /// store lacks is an error.
+    /// Whether a parameter has no place in the store and keeps the value that it has. By default none does: a parameter
+    /// that the store lacks is an error.
     fn keeps(&mut self, _path: &str) -> bool {
         false
     }

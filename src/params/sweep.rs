@@ -1,20 +1,23 @@
 //! Frees burn's table of autodiff leaves where no backward pass runs.
 //!
-//! Every leaf of the process enters one table, and only a `backward` takes those out whose tensors are gone. Captured steps
-//! run none, but burn's optimizers make a new leaf of every parameter at every step.
+//! Every leaf of the process enters one table, and only a `backward` takes those out whose tensors are gone. Captured
+//! steps run none, but burn's optimizers make a new leaf of every parameter at every step.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use burn::backend::autodiff::NodeId;
 use burn::tensor::{Device, Tensor};
 
-/// How many nodes are made between two sweeps: half a megabyte of leaves, and few enough sweeps, which look at all nodes.
+/// How many nodes are made between two sweeps: half a megabyte of leaves, and few enough sweeps, which look at all
+/// nodes.
 const NODES: u64 = 1024;
 
-/// The number of the node that was the newest at the last sweep: one for the process, as are burn's table and its numbers.
+/// The number of the node that was the newest at the last sweep: one for the process, as are burn's table and its
+/// numbers.
 static SWEPT: AtomicU64 = AtomicU64::new(0);
 
-/// Takes leaves whose tensors are gone out of burn's table, if there may be many. Called at every captured step or forward.
+/// Takes leaves whose tensors are gone out of burn's table, if there may be many. Called at every captured step or
+/// forward.
 pub(crate) fn sweep_leaves() {
     let newest = NodeId::new().value;
     let swept = SWEPT.load(Ordering::Relaxed);

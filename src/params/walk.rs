@@ -7,8 +7,8 @@ use burn::tensor::{Bool, DType, Device, Int, Tensor};
 use super::leaf::LazyParam;
 use super::shard::is_shard;
 
-/// Visits every float, int and bool parameter, running statistics included, in the order of the module. Nothing is made: a
-/// lazy parameter stays lazy unless its [value](ParamRef::value) is asked for.
+/// Visits every float, int and bool parameter, running statistics included, in the order of the module. Nothing is
+/// made: a lazy parameter stays lazy unless its [value](ParamRef::value) is asked for.
 pub(crate) fn visit_params<M: Module>(module: &M, visit: &mut dyn FnMut(ParamRef<'_>)) {
     visit_params_and_flags(module, visit, &mut |_, _| {});
 }
@@ -127,8 +127,8 @@ trait AnyParam {
     }
 }
 
-/// Names and types of the modules that a visitor is in. Entering and leaving modules takes no new memory once it has been as
-/// deep.
+/// Names and types of the modules that a visitor is in. Entering and leaving modules takes no new memory once it has
+/// been as deep.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct ModulePath {
     places: Vec<(String, String)>,

@@ -15,9 +15,9 @@ use crate::graph::step::Uses;
 /// Reduces gradients together: all-reduces over one axis of one dtype, whose results nothing but the optimizer reads,
 /// become one collective until `bucket_bytes` are full. Returns how many are left of how many.
 ///
-/// Gradients go into buckets in the order in which the backward pass makes them, as in PyTorch's `DistributedDataParallel`
-/// ([arXiv:2006.15704](https://arxiv.org/abs/2006.15704)), and a bucket is reduced where its last gradient is made. Run it
-/// after all partitions.
+/// Gradients go into buckets in the order in which the backward pass makes them, as in PyTorch's
+/// `DistributedDataParallel` ([arXiv:2006.15704](https://arxiv.org/abs/2006.15704)), and a bucket is reduced where its
+/// last gradient is made. Run it after all partitions.
 pub fn bucket_reductions(graph: &mut StepGraph, bucket_bytes: usize) -> (usize, usize) {
     move_up(graph);
     let mut axes: Vec<String> = Vec::new();
@@ -34,8 +34,8 @@ pub fn bucket_reductions(graph: &mut StepGraph, bucket_bytes: usize) -> (usize, 
     counts
 }
 
-/// Moves collectives, with the products that are fused with them, up to where their inputs are made, and so what only moves
-/// elements on the way there.
+/// Moves collectives, with the products that are fused with them, up to where their inputs are made, and so what only
+/// moves elements on the way there.
 pub(super) fn move_up(graph: &mut StepGraph) {
     let travels = |op: &OperationIr| CollectiveOp::of(op).is_some() || ProductOp::of(op).is_some();
     if !graph.operations.iter().any(travels) {

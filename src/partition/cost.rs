@@ -73,8 +73,8 @@ impl Pass<'_> {
         sharding_options(op, self.options.degree).into_iter().find(makes)
     }
 
-    /// Whether sequence parallelism asks for a sharding option: it makes an activation that is split along the sequence, in the
-    /// forward pass, or turns a partial one into that.
+    /// Whether sequence parallelism asks for a sharding option: it makes an activation that is split along the
+    /// sequence, in the forward pass, or turns a partial one into that.
     fn follows_sequence(&self, op: &OperationIr, layouts: &[Layout], option: &ShardingOption) -> bool {
         let follows =
             |tensor: &TensorIr, layout: Layout| self.along_sequence(tensor).is_some_and(|dim| layout == Sharded(dim));
@@ -184,8 +184,8 @@ impl Pass<'_> {
         self.wanted.get(&id).is_some_and(|layouts| layouts.contains(&Replicated))
     }
 
-    /// Whether some reader, or the result, cannot take a partial tensor as it is, so that the sum is made in any case; or it
-    /// would be made of several things that are computed from the tensor, or of something larger.
+    /// Whether some reader, or the result, cannot take a partial tensor as it is, so that the sum is made in any case;
+    /// or it would be made of several things that are computed from the tensor, or of something larger.
     pub(super) fn is_reduced_anyway(&self, id: TensorId) -> bool {
         self.is_reduced_within(id, LOOK_AHEAD)
     }

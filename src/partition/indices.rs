@@ -1,8 +1,8 @@
 //! The operation that checks the indices with which a split dim is read or written.
 //!
-//! One device panics at a token beyond the vocabulary. Of ranks that hold parts of it each would take the token for one of
-//! another rank, and read zeros. On the host the largest and the smallest index are looked for in every step; on other
-//! devices, from which indices have to be read back, in the first step and every 64th after it.
+//! One device panics at a token beyond the vocabulary. Of ranks that hold parts of it each would take the token for one
+//! of another rank, and read zeros. On the host the largest and the smallest index are looked for in every step; on
+//! other devices, from which indices have to be read back, in the first step and every 64th after it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

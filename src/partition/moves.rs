@@ -1,13 +1,13 @@
 //! Moves tensors between layouts.
 
 use burn::tensor::Slice;
-use burn_ir::{BaseOperationIr, OperationIr, SliceOpIr, TensorId, TensorIr};
+use burn_ir::{TensorId, TensorIr};
 
 use super::collectives::CollectiveKind;
 use super::logical_tensor::Origin;
 use super::pass::Pass;
 use super::report::Collective;
-use super::rules::of_kind;
+use crate::graph::operation::build;
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 
 impl Pass<'_> {
@@ -85,8 +85,6 @@ impl Pass<'_> {
             false => Slice::new(0, Some(*size as isize), 1),
         };
         let ranges = tensor.shape.as_slice().iter().enumerate().map(range).collect();
-        let dtype = out.dtype;
-        let op: OperationIr = of_kind(dtype, BaseOperationIr::Slice(SliceOpIr { tensor, ranges, out }));
-        self.operations.push(op);
+        self.operations.push(build::slice(tensor, ranges, out));
     }
 }

@@ -28,9 +28,9 @@ impl PartitionOptions {
     }
 
     /// Sequence parallelism ([arXiv:2205.05198](https://arxiv.org/abs/2205.05198)): activations `[batch, sequence,
-    /// features]`, told by their three dims, are split along `dim`, 0 or 1, wherever that costs no more than to have them
-    /// whole. Partial sums become theirs by reduce-scatter; a layer that is split by columns gathers its input; norms,
-    /// dropout and residual sums run on the split sequence.
+    /// features]`, told by their three dims, are split along `dim`, 0 or 1, wherever that costs no more than to have
+    /// them whole. Partial sums become theirs by reduce-scatter; a layer that is split by columns gathers its input;
+    /// norms, dropout and residual sums run on the split sequence.
     ///
     /// Activations whose `dim` the degree does not divide stay whole.
     #[must_use]

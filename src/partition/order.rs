@@ -6,7 +6,8 @@ use burn_ir::{OperationIr, TensorId};
 
 use crate::graph::StepGraph;
 
-/// Moves operations up to right behind those that make their inputs, in the pass, forward or backward, that they are in.
+/// Moves operations up to right behind those that make their inputs, in the pass, forward or backward, that they are
+/// in.
 pub(super) fn early(graph: &mut StepGraph, movable: impl Fn(&OperationIr) -> bool) {
     let (mut made, mut keys) = (HashMap::<TensorId, usize>::new(), Vec::with_capacity(graph.operations.len()));
     for (place, op) in graph.operations.iter().enumerate() {
@@ -57,17 +58,15 @@ mod tests {
     use std::collections::BTreeMap;
 
     use burn::tensor::{DType, Shape};
-    use burn_ir::{NumericOperationIr, TensorIr, UnaryOpIr};
+    use burn_ir::TensorIr;
 
     use super::*;
+    use crate::graph::operation::build::scale;
 
     /// Operations that make one tensor of another, by their numbers.
     fn graph(pairs: &[(u64, u64)], forward_len: usize) -> StepGraph {
         let tensor = |id| TensorIr::uninit(TensorId::new(id), Shape::from(vec![1]), DType::F32);
-        let op = |(from, to): &(u64, u64)| {
-            let unary = UnaryOpIr { input: tensor(*from), out: tensor(*to) };
-            OperationIr::NumericFloat(DType::F32, NumericOperationIr::Neg(unary))
-        };
+        let op = |(from, to): &(u64, u64)| scale(tensor(*from), 2.0, tensor(*to));
         StepGraph {
             operations: pairs.iter().map(op).collect(),
             forward_len,

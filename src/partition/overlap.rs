@@ -1,12 +1,12 @@
 //! Overlaps collectives with operations that do not depend on them.
 //!
-//! A collective becomes two operations. The first starts it, right behind what makes its input, in the background of the
-//! communicator ([`Communicator::start`]); the second waits for it, right before what reads its result. What stands between
-//! runs meanwhile: in the backward pass the gradient of a weight, while that of the layer's input is reduced.
+//! A collective becomes two operations. The first starts it, right behind what makes its input, in the background of
+//! the communicator ([`Communicator::start`]); the second waits for it, right before what reads its result. What stands
+//! between runs meanwhile: in the backward pass the gradient of a weight, while that of the layer's input is reduced.
 //!
-//! Of a product that is [fused](super::fuse_products) with its reduction, the first operation multiplies and has all chunks on
-//! their way, and the second waits for them; or, where nothing would be hidden by that, the first does it all, by the same rule
-//! as in the explicit layers.
+//! Of a product that is [fused](super::fuse_products) with its reduction, the first operation multiplies and has all
+//! chunks on their way, and the second waits for them; or, where nothing would be hidden by that, the first does it
+//! all, by the same rule as in the explicit layers.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};

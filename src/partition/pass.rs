@@ -34,8 +34,8 @@ pub(super) struct Pass<'a> {
     pub(super) layer: String,
     origins: Origins,
     pub(super) forward: bool,
-    /// By indices and dim: the layout of what was read there along a split dim. What is written back there, as a gradient,
-    /// belongs beside it.
+    /// By indices and dim: the layout of what was read there along a split dim. What is written back there, as a
+    /// gradient, belongs beside it.
     pub(super) indexed: HashMap<(TensorId, usize), Layout>,
     /// As in the graph.
     pub(super) unpadded: &'a HashMap<TensorId, (usize, usize)>,

@@ -1,8 +1,8 @@
 //! Delays tensors that can be made in any layout until it is known in which they are read.
 //!
 //! A mask of random numbers, the ones from which the backward pass of a mean spreads a gradient, zeros into which a
-//! gradient is scattered: what needs nothing, or only small tensors that every rank has, can be made by every rank in any
-//! layout. Made at first sight it would be whole, and as large as what it goes with is split to avoid.
+//! gradient is scattered: what needs nothing, or only small tensors that every rank has, can be made by every rank in
+//! any layout. Made at first sight it would be whole, and as large as what it goes with is split to avoid.
 
 use burn_ir::{OperationIr, TensorId, TensorIr};
 
@@ -32,8 +32,8 @@ impl Pass<'_> {
         }
         self.tensors.insert(out.id, LogicalTensor::planned(out.clone(), op.clone()));
         // A gradient goes where that is whose gradient it is.
-        if let Some(place) = writes_at(op)
-            && let Some(layout) = self.indexed.get(&place).copied()
+        if let Some((_, indices, dim)) = writes_at(op)
+            && let Some(layout) = self.indexed.get(&(indices.id, dim)).copied()
         {
             self.make(out.id, layout);
             if let Some(tensor) = self.tensors.get_mut(&out.id)

@@ -42,8 +42,8 @@ impl ProductKind {
 
     /// The custom operation over an axis, along a dim if it has one.
     ///
-    /// Inputs: pairs of factors; or the left factor, then the right ones. Outputs: the sum; or the products, then the gathered
-    /// left factor, if anything else reads it.
+    /// Inputs: pairs of factors; or the left factor, then the right ones. Outputs: the sum; or the products, then the
+    /// gathered left factor, if anything else reads it.
     pub(super) fn operation(
         self,
         axis: &str,

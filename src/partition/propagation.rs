@@ -12,29 +12,29 @@ use super::pass::Pass;
 use super::report::ShardReport;
 use super::rows::unflattened;
 use crate::error::Error;
-use crate::graph::operation::op_name;
-use crate::graph::random::drawn;
+use crate::graph::operation::{drawn, op_name};
 use crate::graph::{StepGraph, graph_error};
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 
 /// Splits a step over the ranks of one mesh axis: the graph that one of them runs, and what was put in.
 ///
 /// `params` and `inputs` are the layouts in the order of the graph's bindings. The result takes the local part of split
-/// parameters, and gives gradients and updates in the layout of their parameter. Inputs are given whole: the graph takes
-/// its part itself. Loss and extra outputs come out whole on every rank.
+/// parameters, and gives gradients and updates in the layout of their parameter. Inputs are given whole: the graph
+/// takes its part itself. Loss and extra outputs come out whole on every rank.
 ///
-/// A dim of a parameter that the degree does not divide, as that of a vocabulary, is padded to the next size that it does,
-/// so that every rank has as much as the first. What is given for the parameter must be padded with zeros in the same way,
-/// and its gradient comes so, zeros again; element-wise optimizers leave the padding alone. It is followed through lookups,
-/// linear layers, element-wise operations, sums, means and the softmax. An activation that is read in another way is gathered and goes
-/// on without.
+/// A dim of a parameter that the degree does not divide, as that of a vocabulary, is padded to the next size that it
+/// does, so that every rank has as much as the first. What is given for the parameter must be padded with zeros in the
+/// same way, and its gradient comes so, zeros again; element-wise optimizers leave the padding alone. It is followed
+/// through lookups, linear layers, element-wise operations, sums, means and the softmax. An activation that is read in
+/// another way is gathered and goes on without.
 ///
 /// For several axes, partition the result again over the next axis; shapes and layouts are then those of what the first
 /// left local. A dim that is split by both is divided over the first axis and each part over the second.
 ///
 /// # Errors
-/// [`Error::Graph`] if the number of layouts is wrong, a layout is partial, the degree does not divide a dim of an input
-/// that is to be split, or of a parameter that an operation without a rule for padding reads, the graph is partitioned over this axis already, or the step draws random numbers otherwise than with
+/// [`Error::Graph`] if the number of layouts is wrong, a layout is partial, the degree does not divide a dim of an
+/// input that is to be split, or of a parameter that an operation without a rule for padding reads, the graph is
+/// partitioned over this axis already, or the step draws random numbers otherwise than with
 /// [`counter_based_rng`](crate::graph::counter_based_rng) (and the degree is more than 1).
 pub fn partition(
     graph: &StepGraph,

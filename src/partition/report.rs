@@ -17,8 +17,8 @@ pub struct Collective {
     pub forward: bool,
     /// The operation that needed it, or `result`.
     pub reader: String,
-    /// The path of the layer of the model that this belongs to: the one that holds the parameter that it reads, or from which
-    /// the latest came of what it reads. Empty before the first layer.
+    /// The path of the layer of the model that this belongs to: the one that holds the parameter that it reads, or from
+    /// which the latest came of what it reads. Empty before the first layer.
     pub layer: String,
 }
 
@@ -44,7 +44,8 @@ pub struct ShardReport {
     pub collectives: Vec<Collective>,
     /// The operations that run whole although some of their inputs were split.
     pub fallbacks: Vec<Fallback>,
-    /// The products that run together with one of these collectives, if [`fuse_products`](super::fuse_products) has run.
+    /// The products that run together with one of these collectives, if [`fuse_products`](super::fuse_products) has
+    /// run.
     pub products: Vec<FusedProduct>,
 }
 

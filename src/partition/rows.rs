@@ -1,20 +1,16 @@
 //! Restores the dims of linear layers that burn computes on flattened rows.
 //!
-//! Forward where the leading dims of the input are small, and backward always, burn makes one dim of them for a product and
-//! takes it apart behind it. A split of any but the first cannot follow through that. As one operation, which burn flattens
-//! again on what each rank has, it can.
+//! Forward where the leading dims of the input are small, and backward always, burn makes one dim of them for a product
+//! and takes it apart behind it. A split of any but the first cannot follow through that. As one operation, which burn
+//! flattens again on what each rank has, it can.
 
 use std::collections::{HashMap, HashSet};
 
 use burn::tensor::Shape;
-use burn_ir::{
-    BaseOperationIr as Base, BinaryOpIr, FloatOperationIr, LinearBiasBackwardOpIr, LinearOpIr,
-    LinearWeightBackwardOpIr, MatmulOpIr, ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr,
-    ShapeOpIr, TensorId, TensorIr,
-};
+use burn_ir::{BinaryOpIr, MatmulOpIr, OperationIr, ShapeOpIr, TensorId, TensorIr};
 
 use crate::graph::StepGraph;
-use crate::graph::operation::{matmul, sum};
+use crate::graph::operation::{build, matmul, reshape, sum, sum_dim, swap_dims};
 use crate::graph::step::Uses;
 
 /// The step with linear layers and their gradients on dims as they were.
@@ -85,30 +81,23 @@ impl Flat {
     fn run(&self, graph: &mut StepGraph) {
         match self.clone() {
             Self::Linear { x, weight, row: None, out, .. } => {
-                graph.operations.push(OperationIr::Module(Module::Linear(LinearOpIr { x, weight, bias: None, out })));
+                graph.operations.push(build::linear(x, weight, out));
             }
             Self::Linear { x, weight, row: Some(row), out, .. } => {
                 let product = TensorIr::uninit(graph.fresh_id(), out.shape.clone(), out.dtype);
                 let mut dims = vec![1; out.shape.num_dims()];
                 dims[out.shape.num_dims() - 1] = row.shape[1];
                 let rhs = reshaped(graph, row, dims);
-                let linear = LinearOpIr { x, weight, bias: None, out: product.clone() };
-                graph.operations.extend([
-                    OperationIr::Module(Module::Linear(linear)),
-                    OperationIr::NumericFloat(out.dtype, Numeric::Add(BinaryOpIr { lhs: product, rhs, out })),
-                ]);
+                graph.operations.extend([build::linear(x, weight, product.clone()), build::add(product, rhs, out)]);
             }
             Self::WeightGradient { x, output_grad, out } => {
-                let gradient = LinearWeightBackwardOpIr { x, output_grad, out };
-                graph.operations.push(OperationIr::Module(Module::LinearWeightBackward(gradient)));
+                graph.operations.push(build::linear_weight_gradient(x, output_grad, out));
             }
             Self::BiasGradient { output_grad, out } => {
                 let bias = TensorIr::uninit(graph.fresh_id(), Shape::from([out.shape[1]]), out.dtype);
-                let gradient = LinearBiasBackwardOpIr { output_grad, out: bias.clone() };
-                graph.operations.extend([
-                    OperationIr::Module(Module::LinearBiasBackward(gradient)),
-                    OperationIr::BaseFloat(Base::Reshape(ShapeOpIr { input: bias, out })),
-                ]);
+                graph
+                    .operations
+                    .extend([build::linear_bias_gradient(output_grad, bias.clone()), build::reshape(bias, out)]);
             }
         }
     }
@@ -123,20 +112,23 @@ struct Find<'a> {
 impl Find<'_> {
     /// What the operation at `place` ends.
     fn flat(&self, place: usize) -> Option<Flat> {
-        match &self.operations[place] {
-            OperationIr::BaseFloat(Base::Reshape(op)) => self.linear(place, op),
-            OperationIr::Float(_, FloatOperationIr::Matmul(MatmulOpIr { lhs, rhs, out })) => {
-                let OperationIr::BaseFloat(Base::SwapDims(swap)) = self.maker(lhs)? else { return None };
-                let (x, output_grad) = (self.unflat(&swap.input)?, self.unflat(rhs)?);
-                let alike = leading(x) == leading(output_grad) && swap.dim1 != swap.dim2;
-                alike.then(|| Flat::WeightGradient { x: x.clone(), output_grad: output_grad.clone(), out: out.clone() })
-            }
-            OperationIr::NumericFloat(_, Numeric::SumDim(op)) if op.axis == 0 => {
-                let output_grad = self.unflat(&op.input)?.clone();
-                Some(Flat::BiasGradient { output_grad, out: op.out.clone() })
-            }
-            _ => None,
+        let op = &self.operations[place];
+        if let Some(op) = float_reshape(op) {
+            return self.linear(place, op);
         }
+        if let Some(MatmulOpIr { lhs, rhs, out }) = matmul(op) {
+            let swap = swap_dims(self.maker(lhs)?)?;
+            let (x, output_grad) = (self.unflat(&swap.input)?, self.unflat(rhs)?);
+            let alike = leading(x) == leading(output_grad) && swap.dim1 != swap.dim2;
+            return alike.then(|| Flat::WeightGradient {
+                x: x.clone(),
+                output_grad: output_grad.clone(),
+                out: out.clone(),
+            });
+        }
+        let op = sum_dim(op).filter(|op| op.axis == 0)?;
+        let output_grad = self.unflat(&op.input)?.clone();
+        Some(Flat::BiasGradient { output_grad, out: op.out.clone() })
     }
 
     /// A linear layer that ends in this reshape.
@@ -156,7 +148,7 @@ impl Find<'_> {
 
     /// What a tensor of two dims is with the first of them as it was before it was flattened.
     fn unflat(&self, flat: &TensorIr) -> Option<&TensorIr> {
-        let OperationIr::BaseFloat(Base::Reshape(ShapeOpIr { input, out })) = self.maker(flat)? else { return None };
+        let ShapeOpIr { input, out } = float_reshape(self.maker(flat)?)?;
         let (from, to) = (input.shape.as_slice(), out.shape.as_slice());
         (from.len() > 2 && to.len() == 2 && from.last() == to.last()).then_some(input)
     }
@@ -172,6 +164,10 @@ impl Find<'_> {
     }
 }
 
+fn float_reshape(op: &OperationIr) -> Option<&ShapeOpIr> {
+    reshape(op).filter(|op| op.out.dtype.is_float())
+}
+
 /// All dims but the last.
 fn leading(tensor: &TensorIr) -> &[usize] {
     let dims = tensor.shape.as_slice();
@@ -180,6 +176,6 @@ fn leading(tensor: &TensorIr) -> &[usize] {
 
 fn reshaped(graph: &mut StepGraph, input: TensorIr, dims: Vec<usize>) -> TensorIr {
     let out = TensorIr::uninit(graph.fresh_id(), Shape::from(dims), input.dtype);
-    graph.operations.push(OperationIr::BaseFloat(Base::Reshape(ShapeOpIr { input, out: out.clone() })));
+    graph.operations.push(build::reshape(input, out.clone()));
     out
 }

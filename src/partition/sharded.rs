@@ -1,27 +1,29 @@
-//! Parameters of which each replica holds some rows, in a captured step: gathered before they are read, their gradients reduced
-//! and scattered (ZeRO, [arXiv:1910.02054](https://arxiv.org/abs/1910.02054); PyTorch's FSDP,
+//! Parameters of which each replica holds some rows, in a captured step: gathered before they are read, their gradients
+//! reduced and scattered (ZeRO, [arXiv:1910.02054](https://arxiv.org/abs/1910.02054); PyTorch's FSDP,
 //! [arXiv:2304.11277](https://arxiv.org/abs/2304.11277)).
 //!
-//! The split is not followed through the graph, as [`partition`](super::partition) would: there it is activations that move. Here
-//! each group of parameters becomes one gather in front of the first operation that reads one of them, in each pass that does.
-//! The gather is started when the group before it is waited for, so that it runs beside what that group is read by; beside the
-//! group in use no more than one is on its way. What is gathered is freed after its last reader in the pass, like any tensor.
+//! The split is not followed through the graph, as [`partition`](super::partition) would: there it is activations that
+//! move. Here each group of parameters becomes one gather in front of the first operation that reads one of them, in
+//! each pass that does. The gather is started when the group before it is waited for, so that it runs beside what that
+//! group is read by; beside the group in use no more than one is on its way. What is gathered is freed after its last
+//! reader in the pass, like any tensor.
 //!
-//! In the backward pass a parameter is gathered again, unless it is to be kept. What the forward pass has made of it by moving its
-//! elements or casting them (a transposed weight) would keep it as well: the backward pass makes that anew.
+//! In the backward pass a parameter is gathered again, unless it is to be kept. What the forward pass has made of it by
+//! moving its elements or casting them (a transposed weight) would keep it as well: the backward pass makes that anew.
 //!
-//! A gradient is scattered once all those of its group are made. One reduction is under way at a time: the next waits for it.
+//! A gradient is scattered once all those of its group are made. One reduction is under way at a time: the next waits
+//! for it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use burn::module::ParamId;
 use burn::tensor::{Device, Shape};
-use burn_ir::{BaseOperationIr, CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
+use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
 
 use super::overlap::token;
 use crate::graph::StepGraph;
 use crate::graph::liveness::without_dead;
-use crate::graph::operation::only_moves;
+use crate::graph::operation::{only_moves, slices_or_casts};
 use crate::graph::step::Rename;
 use crate::tensor::PlainTensor;
 
@@ -292,8 +294,8 @@ impl Work {
     }
 }
 
-/// The operations with these collectives in front of the places where they are waited for, in order; what they give is read in
-/// the place of the parameters.
+/// The operations with these collectives in front of the places where they are waited for, in order; what they give is
+/// read in the place of the parameters.
 fn interleave(
     operations: Vec<OperationIr>,
     flights: Vec<(usize, Flight)>,
@@ -327,10 +329,10 @@ fn rename(op: &mut OperationIr, names: &HashMap<TensorId, TensorId>) {
     op.visit_mut(&mut Rename(|id| names.get(&id).copied().unwrap_or(id)));
 }
 
-/// Whether all that an operation does with a tensor is to move its elements, take some of them or cast them: it costs little to
-/// do that again.
+/// Whether all that an operation does with a tensor is to move its elements, take some of them or cast them: it costs
+/// little to do that again.
 fn moves(op: &OperationIr) -> bool {
-    only_moves(op) || matches!(op, OperationIr::BaseFloat(BaseOperationIr::Slice(_) | BaseOperationIr::Cast(_)))
+    only_moves(op) || slices_or_casts(op)
 }
 
 /// A collective of [`rewrite`] as the ranks run it: whether it gathers, and the numbers of its parameters.

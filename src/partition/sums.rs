@@ -1,5 +1,5 @@
-//! Delays sums of partial and whole terms until the partial ones are reduced. Terms that are split wait for the sum to be
-//! scattered.
+//! Delays sums of partial and whole terms until the partial ones are reduced. Terms that are split wait for the sum to
+//! be scattered.
 
 use burn::tensor::Shape;
 use burn_ir::{BinaryOpIr, OperationIr, TensorId, TensorIr};
@@ -7,7 +7,8 @@ use burn_ir::{BinaryOpIr, OperationIr, TensorId, TensorIr};
 use super::collectives::CollectiveKind;
 use super::logical_tensor::{LogicalTensor, Origin, WaitingSum};
 use super::pass::Pass;
-use crate::graph::operation::{add, sum};
+use crate::graph::operation::build::add;
+use crate::graph::operation::sum;
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 
 /// A term of a sum, if it can be added later.

@@ -10,8 +10,8 @@ pub(crate) fn multiplications(op: &OperationIr) -> u64 {
     ProductOp::multiplications(op).unwrap_or_else(|| operation::multiplications(op))
 }
 
-/// The floating-point operations of an operation: two for each multiplication of a product, and one for each element that any
-/// other operation makes.
+/// The floating-point operations of an operation: two for each multiplication of a product, and one for each element
+/// that any other operation makes.
 pub(crate) fn flops(op: &OperationIr) -> u64 {
     match multiplications(op) {
         0 => op.outputs().map(operation::elements).sum(),

@@ -26,8 +26,8 @@ impl Batch {
     /// Divides `inputs` along the first dim into parts that differ by a row at most.
     ///
     /// # Errors
-    /// [`Error::Pipeline`] if a path of `whole` is no input, nothing is left to divide, the inputs have different numbers of
-    /// rows, or there are fewer rows than micro-batches.
+    /// [`Error::Pipeline`] if a path of `whole` is no input, nothing is left to divide, the inputs have different
+    /// numbers of rows, or there are fewer rows than micro-batches.
     pub(super) fn new<I: TensorTree>(inputs: I, whole: &[String], micro_batches: usize) -> Result<Self, Error> {
         let named = named_tensors(inputs)?;
         let paths: Vec<&str> = named.iter().map(|(path, _)| path.as_str()).collect();
@@ -81,8 +81,8 @@ impl Batch {
         (firsts, sizes)
     }
 
-    /// What went wrong when a micro-batch was captured, with what it was: it may be for another batch than this that the
-    /// closure was written.
+    /// What went wrong when a micro-batch was captured, with what it was: it may be for another batch than this that
+    /// the closure was written.
     pub(super) fn told_of(&self, error: Error, micro_batch: usize) -> Error {
         let Error::Graph { problem } = error else { return error };
         if self.micro_batches == 1 && self.whole.is_empty() {

@@ -13,8 +13,8 @@ use crate::graph::StepGraph;
 use crate::partition::{Exchange, Parts, rewrite};
 use crate::pipeline_parallel::cut::StageGraph;
 
-/// What a stage runs on what this rank holds, and the step that it is of. Each pass gathers for itself: between them other
-/// micro-batches run.
+/// What a stage runs on what this rank holds, and the step that it is of. Each pass gathers for itself: between them
+/// other micro-batches run.
 pub(super) fn divided(graph: &StepGraph, part: &StageGraph, shards: &RowShards) -> (StepGraph, StageGraph) {
     let (mut graph, mut part) = (graph.clone(), part.clone());
     let gathering = shards.gathering();

@@ -196,8 +196,8 @@ impl PipelineState {
         }
     }
 
-    /// Cuts graphs of one step for micro-batches of different sizes. The first time ever it is decided who holds what, and
-    /// `local` loses the rest.
+    /// Cuts graphs of one step for micro-batches of different sizes. The first time ever it is decided who holds what,
+    /// and `local` loses the rest.
     fn cuts<M: Module>(&mut self, graphs: &[StepGraph], local: &mut Option<M>) -> Result<Vec<CutGraph>, Error> {
         let stages = self.timetable.stages();
         let homes = |graph: &StepGraph| match (&self.cut, &self.holders) {

@@ -26,7 +26,8 @@ pub struct PipelineConfig {
     /// The seed of the random numbers that steps draw, dropout above all. That of a model that is split as well stays.
     #[serde(default)]
     pub seed: u64,
-    /// How many captured steps, and as many forwards, are kept: those used last, and at least one. 16 unless said otherwise.
+    /// How many captured steps, and as many forwards, are kept: those used last, and at least one. 16 unless said
+    /// otherwise.
     #[serde(default = "graphs")]
     pub graphs: usize,
     /// Every so many steps ranks make sure that all of them were given the same inputs; see
@@ -68,21 +69,23 @@ impl PipelineConfig {
         self
     }
 
-    /// Sets the seed, 0 unless said otherwise. With the same seed and micro-batches, any number of ranks and any schedule draw the same numbers.
+    /// Sets the seed, 0 unless said otherwise. With the same seed and micro-batches, any number of ranks and any
+    /// schedule draw the same numbers.
     pub fn with_seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
     }
 
-    /// Another number of captured steps, and of forwards, that are kept. A batch of other shapes than these is captured anew.
+    /// Another number of captured steps, and of forwards, that are kept. A batch of other shapes than these is captured
+    /// anew.
     pub fn with_graphs(mut self, graphs: usize) -> Self {
         self.graphs = graphs;
         self
     }
 
-    /// Sets how often the ranks compare the inputs that they were given; 0 for never. In every step on CPUs, and in every
-    /// 100th on other devices, where reading inputs means to wait for them, unless said otherwise. For a model that is split as
-    /// well, its [`TensorParallelConfig`](crate::tensor_parallel::TensorParallelConfig) says it.
+    /// Sets how often the ranks compare the inputs that they were given; 0 for never. In every step on CPUs, and in
+    /// every 100th on other devices, where reading inputs means to wait for them, unless said otherwise. For a model
+    /// that is split as well, its [`TensorParallelConfig`](crate::tensor_parallel::TensorParallelConfig) says it.
     pub fn with_check_inputs_every(mut self, steps: u64) -> Self {
         self.check_inputs_every = Some(steps);
         self
@@ -95,9 +98,9 @@ impl PipelineConfig {
         self
     }
 
-    /// Gives an input to every micro-batch as it is, instead of dividing its first dim: a mask for all rows, a table. `path` is
-    /// its place in the inputs: `""` if there is a single tensor, `"1"` for the second of a tuple, `"1.0"` for the first in
-    /// the second.
+    /// Gives an input to every micro-batch as it is, instead of dividing its first dim: a mask for all rows, a table.
+    /// `path` is its place in the inputs: `""` if there is a single tensor, `"1"` for the second of a tuple, `"1.0"`
+    /// for the first in the second.
     pub fn with_whole_input(mut self, path: impl Into<String>) -> Self {
         self.whole_inputs.push(path.into());
         self

@@ -13,15 +13,15 @@ use crate::params::one_device;
 use crate::tensor::PlainTensor;
 
 impl<M: Module> Pipelined<M> {
-    /// Captures and cuts a forward pass for inputs of these shapes, without running it: as [`prepare`](Self::prepare), for a
-    /// model that is evaluated and not trained. Collective: every rank passes inputs of the same shapes.
+    /// Captures and cuts a forward pass for inputs of these shapes, without running it: as [`prepare`](Self::prepare),
+    /// for a model that is evaluated and not trained. Collective: every rank passes inputs of the same shapes.
     ///
     /// A step that is trained later keeps to this cut.
     ///
-    /// Outputs with a row for each row of the batch, or as many for each, are put together along their first dim. One without
-    /// rows, as a loss, must be a mean or a sum over what has rows, with nothing but a constant factor behind; or depend on no
-    /// input. It is then the mean or the sum over the whole batch, however many micro-batches there are. For this the forward
-    /// pass is captured of the whole batch too.
+    /// Outputs with a row for each row of the batch, or as many for each, are put together along their first dim. One
+    /// without rows, as a loss, must be a mean or a sum over what has rows, with nothing but a constant factor behind;
+    /// or depend on no input. It is then the mean or the sum over the whole batch, however many micro-batches there
+    /// are. For this the forward pass is captured of the whole batch too.
     ///
     /// # Errors
     /// As [`forward_with`](crate::train::ParallelModule::forward_with).
@@ -37,12 +37,12 @@ impl<M: Module> Pipelined<M> {
         self.take(local)
     }
 
-    /// Runs a forward pass for evaluation on a batch, divided into micro-batches like that of a step: what `forward` gives,
-    /// on every rank, without autodiff: as of the whole batch, without a pipeline.
+    /// Runs a forward pass for evaluation on a batch, divided into micro-batches like that of a step: what `forward`
+    /// gives, on every rank, without autodiff: as of the whole batch, without a pipeline.
     ///
     /// # Errors
-    /// Those of [`forward_with`](crate::train::ParallelModule::forward_with); [`Error::Pipeline`] if the model is not cut yet, or
-    /// an output without rows is something else than a mean or a sum.
+    /// Those of [`forward_with`](crate::train::ParallelModule::forward_with); [`Error::Pipeline`] if the model is not
+    /// cut yet, or an output without rows is something else than a mean or a sum.
     pub(super) fn run_forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
         I: TensorTree + Clone,

@@ -12,7 +12,8 @@ use crate::partition::Exchange;
 use crate::pipeline_parallel::cut::{StageRun, Tensors};
 use crate::tensor::PlainTensor;
 
-/// A stage of a captured step. Micro-batches of different sizes are captured apart; they share parameters and gradients.
+/// A stage of a captured step. Micro-batches of different sizes are captured apart; they share parameters and
+/// gradients.
 #[derive(Debug)]
 pub(super) struct GraphStage {
     index: usize,
@@ -51,8 +52,8 @@ impl GraphStage {
         edges.map(message).collect()
     }
 
-    /// What the replicas of this stage exchange in a pass of a micro-batch: 0 is the forward pass, 1 and 2 are the halves of the
-    /// backward pass.
+    /// What the replicas of this stage exchange in a pass of a micro-batch: 0 is the forward pass, 1 and 2 are the
+    /// halves of the backward pass.
     pub(super) fn exchanges(&self, micro_batch: usize, pass: usize) -> Vec<Exchange> {
         let run = self.sizes.get(micro_batch).and_then(|size| self.runs.get(*size));
         run.map(|run| run.exchanges(pass)).unwrap_or_default()

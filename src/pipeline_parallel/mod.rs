@@ -1,14 +1,15 @@
 //! Pipeline parallelism: a model's layers spread over ranks as stages, which work on several micro-batches at a time.
 //!
-//! Any [`Module`](burn::module::Module), unedited: [`PipelineParallel::pipeline_parallel`] leaves each rank the parameters
-//! of its stages, and [`ParallelModule::step`](crate::train::ParallelModule::step) runs a training step, [cut] into those stages, in the order of
-//! a [schedule]. Where shapes change from one micro-batch to the next, or a step cannot be captured, a stage is
-//! written by hand: [`EagerStage`], or a [`Stage`] of one's own, for the same executor ([`Pipeline`]).
+//! Any [`Module`](burn::module::Module), unedited: [`PipelineParallel::pipeline_parallel`] leaves each rank the
+//! parameters of its stages, and [`ParallelModule::step`](crate::train::ParallelModule::step) runs a training step,
+//! [cut] into those stages, in the order of a [schedule]. Where shapes change from one micro-batch to the next, or a
+//! step cannot be captured, a stage is written by hand: [`EagerStage`], or a [`Stage`] of one's own, for the same
+//! executor ([`Pipeline`]).
 //!
 //! A [`Schedule`](schedule::Schedule) says in which order; written out for so many ranks and micro-batches it is a
 //! [`Timetable`](schedule::Timetable), which can be read, printed, [validated](schedule::Timetable::validate) and
-//! [simulated](schedule::Timetable::simulate) without running a model. A [`Pipeline`] runs it over the [`Stage`]s that the
-//! ranks hold, whatever they are made of: [`EagerStage`] makes one of any module and a closure.
+//! [simulated](schedule::Timetable::simulate) without running a model. A [`Pipeline`] runs it over the [`Stage`]s that
+//! the ranks hold, whatever they are made of: [`EagerStage`] makes one of any module and a closure.
 //!
 //! ```
 //! use burn::nn::{Linear, LinearConfig};

@@ -1,7 +1,7 @@
 //! Joins the outputs of the micro-batches of a forward pass into those of the batch.
 //!
-//! The pass is captured for the whole batch too, and nothing is run of that: its dims tell what has rows. A value that has none is
-//! the batch's if it is a mean or a sum over what has, and nothing but a linear step behind.
+//! The pass is captured for the whole batch too, and nothing is run of that: its dims tell what has rows. A value that
+//! has none is the batch's if it is a mean or a sum over what has, and nothing but a linear step behind.
 
 use std::collections::HashSet;
 
@@ -27,8 +27,8 @@ pub(super) enum OutputJoin {
 }
 
 impl OutputJoin {
-    /// How output number `place` is put together; `parts` are the graphs of the micro-batches of each size, and `sizes` says
-    /// of which size each micro-batch is.
+    /// How output number `place` is put together; `parts` are the graphs of the micro-batches of each size, and `sizes`
+    /// says of which size each micro-batch is.
     ///
     /// # Errors
     /// [`Error::Pipeline`] if it has no rows, and is no mean or sum over such as have.

@@ -24,16 +24,16 @@ use crate::step::{Loss, StepCounters, StepFn, Weight};
 use crate::tensor::PlainTensor;
 
 /// A model cut into the stages of a pipeline: a burn [`Module`] with the paths and ids of the model, in which the
-/// parameters of other ranks' stages have no elements. Optimizers, records and visitors take it as they take the model. Its
-/// own `forward` makes no sense on one rank; [`ParallelModule::step`](crate::train::ParallelModule::step) runs it: the rows of
-/// its inputs are divided into micro-batches, which go through the stages as the schedule says.
+/// parameters of other ranks' stages have no elements. Optimizers, records and visitors take it as they take the model.
+/// Its own `forward` makes no sense on one rank; [`ParallelModule::step`](crate::train::ParallelModule::step) runs it:
+/// the rows of its inputs are divided into micro-batches, which go through the stages as the schedule says.
 ///
-/// A record of another run is loaded into the model before it is wrapped: the parameters take the ids of the record then, by which
-/// optimizers know them. [`load`](crate::train::ParallelModule::load) reads values alone.
+/// A record of another run is loaded into the model before it is wrapped: the parameters take the ids of the record
+/// then, by which optimizers know them. [`load`](crate::train::ParallelModule::load) reads values alone.
 ///
-/// Optimizers that look at all parameters see those of this rank only; those that look at one at a time train exactly as on
-/// one device. Running statistics of batch norms are kept up to date on the rank of their stage, and take a
-/// step for each micro-batch.
+/// Optimizers that look at all parameters see those of this rank only; those that look at one at a time train exactly
+/// as on one device. Running statistics of batch norms are kept up to date on the rank of their stage, and take a step
+/// for each micro-batch.
 #[derive(Clone)]
 pub struct Pipelined<M> {
     pub(super) local: M,
@@ -72,7 +72,8 @@ impl<M: Module> Pipelined<M> {
     /// This model with the rows of its parts that `shards` leaves to this rank.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if gathered parameters are to be kept for a micro-batch; those of [`RowShards::distribute`].
+    /// [`Error::InvalidArgument`] if gathered parameters are to be kept for a micro-batch; those of
+    /// [`RowShards::distribute`].
     pub(crate) fn divided(self, shards: RowShards) -> Result<Self, Error> {
         if shards.gathering().keeps {
             let problem = "`keep` is \"micro_batch\", but several micro-batches are under way in a pipeline, each of which would keep \
@@ -132,17 +133,17 @@ impl<M: Module> Pipelined<M> {
     }
 
     /// Has the next step draw random numbers from those of micro-batch number `step` on: when training goes on from a
-    /// checkpoint, or with a model that is wrapped anew, as after
-    /// [`assemble`](crate::train::ParallelModule::assemble), which then draws what it would have drawn. The same on every rank;
-    /// shared by all clones.
+    /// checkpoint, or with a model that is wrapped anew, as after [`assemble`](crate::train::ParallelModule::assemble),
+    /// which then draws what it would have drawn. The same on every rank; shared by all clones.
     pub fn set_random_step(&self, step: u64) {
         lock(&self.state).random.set_step(step);
     }
 
-    /// Seconds that each operation of this step takes on this rank alone, for [`Cut::Measured`](crate::pipeline_parallel::cut::Cut): where
-    /// an operation takes much longer or shorter than its shapes let one expect, stages are balanced better by this. `inputs`
-    /// are those of [`step`](crate::train::ParallelModule::step), `runs` is how often each operation runs. Nothing is cut, no parameter is made; see
-    /// [`measure_operations`](crate::pipeline_parallel::cut::measure_operations).
+    /// Seconds that each operation of this step takes on this rank alone, for
+    /// [`Cut::Measured`](crate::pipeline_parallel::cut::Cut): where an operation takes much longer or shorter than its
+    /// shapes let one expect, stages are balanced better by this. `inputs` are those of
+    /// [`step`](crate::train::ParallelModule::step), `runs` is how often each operation runs. Nothing is cut, no
+    /// parameter is made; see [`measure_operations`](crate::pipeline_parallel::cut::measure_operations).
     ///
     /// All ranks that cut the same step, those of replicas too, must be given the costs of one of them:
     ///

@@ -16,8 +16,8 @@ pub struct MicroBatch<'a, I> {
     pub input: &'a I,
     /// Whether a backward follows. If not, nothing need be kept.
     pub trains: bool,
-    /// What the gradient of the *summed* loss is multiplied by, at the stage where the loss is: 1 unless small dtypes need
-    /// another. Gradients are divided by it, and by the weight of the whole step, when the step is over.
+    /// What the gradient of the *summed* loss is multiplied by, at the stage where the loss is: 1 unless small dtypes
+    /// need another. Gradients are divided by it, and by the weight of the whole step, when the step is over.
     pub scale: f64,
 }
 
@@ -31,7 +31,8 @@ impl<I> Copy for MicroBatch<'_, I> {}
 
 /// The loss of a micro-batch: the sum over its items, and their number (or whatever weighs them).
 ///
-/// The loss of the step is the sum of the sums over the sum of the weights: the mean over all tokens, never a mean of means.
+/// The loss of the step is the sum of the sums over the sum of the weights: the mean over all tokens, never a mean of
+/// means.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct LossSum {
     /// Sum of the items' losses.
@@ -53,10 +54,10 @@ pub struct Forwarded {
 
 /// Consecutive layers of a model on one rank. `I` is what the rank gets for each micro-batch.
 ///
-/// The executor calls the passes in the order of the timetable: for each micro-batch `forward`, then either `backward`, or
-/// `backward_input` and some time later `backward_weight`. Several micro-batches are in flight at once, and their backwards
-/// need not come in the order of the forwards. A pass gets one message for each edge into the stage in its direction, in the
-/// order of the giving stages, and returns one for each edge out of it, in any order.
+/// The executor calls the passes in the order of the timetable: for each micro-batch `forward`, then either `backward`,
+/// or `backward_input` and some time later `backward_weight`. Several micro-batches are in flight at once, and their
+/// backwards need not come in the order of the forwards. A pass gets one message for each edge into the stage in its
+/// direction, in the order of the giving stages, and returns one for each edge out of it, in any order.
 ///
 /// The stage keeps what its backward needs, and drops it there: that is what the schedule's promise about memory rests
 /// on. It owns the gradients of its parameters, and adds up those of all micro-batches.
@@ -66,8 +67,8 @@ pub trait Stage<I> {
     /// Which stage this is, counted from 0 in the order of the model.
     fn index(&self) -> usize;
 
-    /// The edges that begin or end here, in both directions: those to later stages with activations, those to earlier ones
-    /// with gradients. The stage at the other end must say the same.
+    /// The edges that begin or end here, in both directions: those to later stages with activations, those to earlier
+    /// ones with gradients. The stage at the other end must say the same.
     fn edges(&self) -> Vec<Edge>;
 
     /// Runs the forward.
@@ -76,8 +77,8 @@ pub trait Stage<I> {
     /// Whatever goes wrong; every rank then returns it.
     fn forward(&mut self, micro_batch: MicroBatch<'_, I>, received: Vec<StageMessage>) -> Result<Forwarded, Error>;
 
-    /// Runs the backward for the inputs of the stage: takes the gradients of what its forward gave, and returns those of
-    /// what it had received. The stage that computes the loss begins with the gradient of the summed loss, which is
+    /// Runs the backward for the inputs of the stage: takes the gradients of what its forward gave, and returns those
+    /// of what it had received. The stage that computes the loss begins with the gradient of the summed loss, which is
     /// [`MicroBatch::scale`].
     ///
     /// # Errors

@@ -14,8 +14,8 @@ pub struct StageMessage {
     pub from: usize,
     /// The stage that takes them.
     pub to: usize,
-    /// The tensors in the order of the giving stage. In a backward message, in the order of the activations that they are
-    /// gradients of; `None` where there is no gradient, as for a mask of integers.
+    /// The tensors in the order of the giving stage. In a backward message, in the order of the activations that they
+    /// are gradients of; `None` where there is no gradient, as for a mask of integers.
     pub tensors: Vec<Option<PlainTensor>>,
 }
 

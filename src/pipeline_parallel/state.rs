@@ -133,8 +133,8 @@ impl PipelineState {
         self.forwards.clear();
     }
 
-    /// The float parameters and running statistics with the dims that holders have, the rank that holds each, in the order
-    /// of the module. `None` if the model is not cut yet.
+    /// The float parameters and running statistics with the dims that holders have, the rank that holds each, in the
+    /// order of the module. `None` if the model is not cut yet.
     pub(super) fn homes(&self) -> Option<Vec<(PlanRow, usize)>> {
         let holders = self.holders.as_ref()?;
         let rank = |row: &PlanRow| self.timetable.rank_of(holders.get(&row.id)?[0]);
@@ -187,8 +187,8 @@ impl PipelineState {
         Ok(loaded)
     }
 
-    /// What this rank holds of each parameter whose own stage is here, or that has none. Of what several stages hold, tied
-    /// parameters and running statistics, the rank of their own stage has the value that counts.
+    /// What this rank holds of each parameter whose own stage is here, or that has none. Of what several stages hold,
+    /// tied parameters and running statistics, the rank of their own stage has the value that counts.
     ///
     /// # Errors
     /// [`Error::Pipeline`] if it is not known who holds what.
@@ -221,8 +221,8 @@ impl PipelineState {
     /// The signature of the [meta module](Self::meta_module), for a training step or else a forward alone.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if it has other parameters than the one that was wrapped, or is to be trained on a device
-    /// without autodiff.
+    /// [`Error::InvalidArgument`] if it has other parameters than the one that was wrapped, or is to be trained on a
+    /// device without autodiff.
     pub(super) fn signature<M: Module>(&self, local: &M, trains: bool) -> Result<Signature, Error> {
         let dims: &NewDims = &|id, found| self.whole_dims(id, found);
         let of = if trains { Signature::of_step } else { Signature::of_forward };

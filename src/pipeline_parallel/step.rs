@@ -19,12 +19,12 @@ use crate::step::{Loss, StepFn};
 use crate::tensor::PlainTensor;
 
 impl<M: Module> Pipelined<M> {
-    /// Captures and cuts the step for inputs of these shapes, without running it: afterwards this rank holds its stages only.
-    /// Collective: every rank passes inputs of the same shapes.
+    /// Captures and cuts the step for inputs of these shapes, without running it: afterwards this rank holds its stages
+    /// only. Collective: every rank passes inputs of the same shapes.
     ///
     /// # Errors
-    /// [`Error::Graph`] if the step cannot be recorded; [`Error::Plan`] if it cannot be cut as wanted; [`Error::Pipeline`] if
-    /// the inputs cannot be divided; those of [`Communicator`](crate::comm::Communicator).
+    /// [`Error::Graph`] if the step cannot be recorded; [`Error::Plan`] if it cannot be cut as wanted;
+    /// [`Error::Pipeline`] if the inputs cannot be divided; those of [`Communicator`](crate::comm::Communicator).
     pub fn prepare<I, F, R>(&mut self, inputs: I, mut loss: F) -> Result<(), Error>
     where
         I: TensorTree + Clone,

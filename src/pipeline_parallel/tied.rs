@@ -30,8 +30,8 @@ impl TiedParam {
 
 /// The tied parameters that this rank holds, by the group of ranks that hold them.
 ///
-/// A parameter that is lazy where its own stage is stays lazy: it is shared when a step needs it, unless all holders have loaded
-/// it by then.
+/// A parameter that is lazy where its own stage is stays lazy: it is shared when a step needs it, unless all holders
+/// have loaded it by then.
 #[derive(Debug, Clone, Default)]
 pub(super) struct TiedParams {
     groups: Vec<(Communicator, Vec<TiedParam>)>,
@@ -154,8 +154,8 @@ impl TiedParams {
         Ok(params::replace_values(model, values))
     }
 
-    /// Sums the parts of the gradients of `trained` parameters in the order of the ranks, so that all holders step to the
-    /// same value. `device` is that of the model.
+    /// Sums the parts of the gradients of `trained` parameters in the order of the ranks, so that all holders step to
+    /// the same value. `device` is that of the model.
     ///
     /// # Errors
     /// Those of [`Communicator`].

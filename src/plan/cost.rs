@@ -11,14 +11,14 @@ pub struct PlanCost {
     pub collective_bytes: f64,
     /// Bytes of the parameters that a rank holds.
     pub parameter_bytes: f64,
-    /// Floating-point operations of a rank: of matrix products and convolutions, and one for each element that any other
-    /// operation makes.
+    /// Floating-point operations of a rank: of matrix products and convolutions, and one for each element that any
+    /// other operation makes.
     pub work: f64,
 }
 
 impl PlanCost {
-    /// All of it in bytes sent: a collective takes as long as 8192 of them to begin, 16 operations take as long as one of them,
-    /// and an optimizer as AdamW goes over a parameter, its gradient and two moments.
+    /// All of it in bytes sent: a collective takes as long as 8192 of them to begin, 16 operations take as long as one
+    /// of them, and an optimizer as AdamW goes over a parameter, its gradient and two moments.
     pub fn total(&self) -> f64 {
         self.collective_bytes + 8192.0 * self.collectives as f64 + 4.0 * self.parameter_bytes + self.work / 16.0
     }

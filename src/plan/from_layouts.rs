@@ -14,8 +14,8 @@ pub(crate) fn like(path: &str) -> String {
 /// A parameter by its path and dims, and the layout that it is to have.
 type Named = (String, Vec<usize>, Layout);
 
-/// A plan that gives exactly these layouts to the parameters of these paths and dims over `degree` ranks, with a pattern for
-/// like paths where they agree. What the degree does not divide is padded.
+/// A plan that gives exactly these layouts to the parameters of these paths and dims over `degree` ranks, with a
+/// pattern for like paths where they agree. What the degree does not divide is padded.
 pub(crate) fn from_layouts(layouts: &[Named], degree: usize) -> Plan {
     // The layout, and whether it needs padding.
     let said = |(_, dims, layout): &Named| match layout {

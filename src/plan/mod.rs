@@ -70,16 +70,18 @@ use crate::layout::Layout;
 
 /// Which parameters and inputs are split over the ranks of a group, and along which dims.
 ///
-/// An ordered list of rules, a pattern of parameter paths and a [`Layout`] each; the first whose pattern matches counts, and
-/// a parameter that none matches is replicated. Dims are those of burn: the weight of a `Linear` is `[inputs, outputs]`.
-/// Any plan gives the numbers of one device: a plan decides about memory, work and communication only.
+/// An ordered list of rules, a pattern of parameter paths and a [`Layout`] each; the first whose pattern matches
+/// counts, and a parameter that none matches is replicated. Dims are those of burn: the weight of a `Linear` is
+/// `[inputs, outputs]`. Any plan gives the numbers of one device: a plan decides about memory, work and communication
+/// only.
 ///
 /// # Patterns
-/// A pattern is a path in which `*` stands for any characters, none included, dots included: `*.mha.query.weight` matches
-/// `encoder.layers.0.mha.query.weight`. Everything else matches itself, and the pattern must match the whole path.
+/// A pattern is a path in which `*` stands for any characters, none included, dots included: `*.mha.query.weight`
+/// matches `encoder.layers.0.mha.query.weight`. Everything else matches itself, and the pattern must match the whole
+/// path.
 ///
-/// A parameter is *claimed twice*, which is an error, when a rule decides nothing because earlier rules take all that it
-/// matches, and when a parameter that the module holds at two paths gets two layouts.
+/// A parameter is *claimed twice*, which is an error, when a rule decides nothing because earlier rules take all that
+/// it matches, and when a parameter that the module holds at two paths gets two layouts.
 ///
 /// # Axes
 /// A plan describes one axis, that over which the model is wrapped. For a model that is wrapped over several axes of a
@@ -102,19 +104,21 @@ impl Plan {
         self.rule(Rule { pattern: pattern.into(), layout: Layout::Sharded(dim), optional: false, padded: false })
     }
 
-    /// Splits the parameters that match along `dim`, padded with zeros to the next size that the ranks divide evenly: for
-    /// vocabularies, and the widths of layers that are not cut in a way that the model itself knows of, as heads are.
+    /// Splits the parameters that match along `dim`, padded with zeros to the next size that the ranks divide evenly:
+    /// for vocabularies, and the widths of layers that are not cut in a way that the model itself knows of, as heads
+    /// are.
     ///
-    /// Each rank holds as much as the first; the last ones hold zeros, which stay zeros in training, and neither the loss nor
-    /// a gradient knows of them. Checkpoints and whole models have the dims that the model has. Whether the step can go on with padding
-    /// shows when it is captured: a linear layer, an embedding and what is computed element by element from them can, with
-    /// sums, means and the softmax over the padded dim; other activations are gathered, and a parameter that is read in another
-    /// way is an error then.
+    /// Each rank holds as much as the first; the last ones hold zeros, which stay zeros in training, and neither the
+    /// loss nor a gradient knows of them. Checkpoints and whole models have the dims that the model has. Whether the
+    /// step can go on with padding shows when it is captured: a linear layer, an embedding and what is computed element
+    /// by element from them can, with sums, means and the softmax over the padded dim; other activations are gathered,
+    /// and a parameter that is read in another way is an error then.
     pub fn shard_padded(self, pattern: impl Into<String>, dim: usize) -> Self {
         self.rule(Rule { pattern: pattern.into(), layout: Layout::Sharded(dim), optional: false, padded: true })
     }
 
-    /// Splits the parameters that match along `dim`; it is no error if there is none, or if earlier rules take them all.
+    /// Splits the parameters that match along `dim`; it is no error if there is none, or if earlier rules take them
+    /// all.
     pub fn shard_if_present(self, pattern: impl Into<String>, dim: usize) -> Self {
         self.rule(Rule { pattern: pattern.into(), layout: Layout::Sharded(dim), optional: true, padded: false })
     }
@@ -129,8 +133,8 @@ impl Plan {
         self
     }
 
-    /// Splits an input of the step along `dim`, told by its place in the inputs: `""` if there is a single tensor, `"1"` for
-    /// the second of a tuple, `"1.0"` for the first in the second. Every rank still passes the whole input.
+    /// Splits an input of the step along `dim`, told by its place in the inputs: `""` if there is a single tensor,
+    /// `"1"` for the second of a tuple, `"1.0"` for the first in the second. Every rank still passes the whole input.
     ///
     /// Splitting all inputs along the batch, and no parameter, is data parallelism.
     pub fn shard_input(mut self, path: impl Into<String>, dim: usize) -> Self {
@@ -138,12 +142,12 @@ impl Plan {
         self
     }
 
-    /// Splits the activations between the split layers along `dim`, that of the sequence: 1 in `[batch, sequence, width]`, 0 in
-    /// `[sequence, batch, width]`. Another dim is an error when the plan meets a model.
+    /// Splits the activations between the split layers along `dim`, that of the sequence: 1 in `[batch, sequence,
+    /// width]`, 0 in `[sequence, batch, width]`. Another dim is an error when the plan meets a model.
     ///
-    /// Sequence parallelism (Korthikanti et al. 2022, [arXiv:2205.05198](https://arxiv.org/abs/2205.05198)): each all-reduce
-    /// becomes a reduce-scatter and an all-gather of the same bytes, and norms, dropouts and residual sums in between are
-    /// computed, and kept for the backward pass, for each rank's part of the sequence only.
+    /// Sequence parallelism (Korthikanti et al. 2022, [arXiv:2205.05198](https://arxiv.org/abs/2205.05198)): each
+    /// all-reduce becomes a reduce-scatter and an all-gather of the same bytes, and norms, dropouts and residual sums
+    /// in between are computed, and kept for the backward pass, for each rank's part of the sequence only.
     pub fn sequence_parallel(mut self, dim: usize) -> Self {
         self.own.sequence_dim = Some(dim);
         self
@@ -181,10 +185,10 @@ impl Plan {
     /// others, for which it says something by [`on`](Self::on) or which split nothing. Lazy parameters stay lazy.
     ///
     /// # Errors
-    /// [`Error::Plan`] if the plan was given an empty name of a field, or names an axis that is not given; if a pattern matches no parameter, or no rule of an axis
-    /// does; if a parameter is claimed twice; if a rule splits a dim that a parameter does not have, or that the degree does
-    /// not divide and is not to be [padded](Self::shard_padded), or a parameter that is not float; or if a
-    /// [sequence](Self::sequence_parallel) is along another dim than 0 or 1.
+    /// [`Error::Plan`] if the plan was given an empty name of a field, or names an axis that is not given; if a pattern
+    /// matches no parameter, or no rule of an axis does; if a parameter is claimed twice; if a rule splits a dim that a
+    /// parameter does not have, or that the degree does not divide and is not to be [padded](Self::shard_padded), or a
+    /// parameter that is not float; or if a [sequence](Self::sequence_parallel) is along another dim than 0 or 1.
     pub fn table_over<M: Module>(&self, model: &M, axes: &[(&str, usize)]) -> Result<PlanTable, Error> {
         PlanTable::of(self.over(axes.iter().map(|axis| axis.0))?, model, axes)
     }

@@ -5,7 +5,8 @@ pub(crate) fn matches(pattern: &str, path: &str) -> bool {
     captures(pattern, path).is_some()
 }
 
-/// What the `*` of `pattern` stand for if it matches all of `path`: for each as little as can be, and the rest for the last.
+/// What the `*` of `pattern` stand for if it matches all of `path`: for each as little as can be, and the rest for the
+/// last.
 pub(crate) fn captures<'a>(pattern: &str, path: &'a str) -> Option<Vec<&'a str>> {
     let mut pieces = pattern.split('*');
     let mut rest = path.strip_prefix(pieces.next()?)?;

@@ -6,8 +6,8 @@ use super::{Plan, Rule};
 use crate::layout::Layout;
 
 impl Plan {
-    /// Megatron-LM's plan ([arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3) for burn's `TransformerEncoder`
-    /// and `TransformerDecoder`, and for [`MultiHeadAttention`](Self::multi_head_attention) and
+    /// Megatron-LM's plan ([arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3) for burn's
+    /// `TransformerEncoder` and `TransformerDecoder`, and for [`MultiHeadAttention`](Self::multi_head_attention) and
     /// [`PositionWiseFeedForward`](Self::position_wise_feed_forward) in other models: two all-reduces a layer and pass.
     ///
     /// Every rule is one for what is present, but some must be.
@@ -25,8 +25,8 @@ impl Plan {
         Self::megatron()
     }
 
-    /// For burn's `MultiHeadAttention`, in fields whose names end in `mha`, `attn` or `attention`: whole heads on each rank.
-    /// Query, key and value by columns, output by rows: one all-reduce forward, one backward.
+    /// For burn's `MultiHeadAttention`, in fields whose names end in `mha`, `attn` or `attention`: whole heads on each
+    /// rank. Query, key and value by columns, output by rows: one all-reduce forward, one backward.
     ///
     /// The degree should divide the number of heads: otherwise heads are gathered, which is right but slow.
     pub fn multi_head_attention() -> Self {
@@ -40,24 +40,24 @@ impl Plan {
         plan
     }
 
-    /// For burn's `PositionWiseFeedForward`: the inner layer by columns, the outer one by rows; one all-reduce forward, one
-    /// backward.
+    /// For burn's `PositionWiseFeedForward`: the inner layer by columns, the outer one by rows; one all-reduce forward,
+    /// one backward.
     pub fn position_wise_feed_forward() -> Self {
         Self::new().columns("linear_inner").shard_if_present("*linear_outer.weight", 0)
     }
 
-    /// For burn's `SwiGlu` in a field of this name (`""` for the `SwiGlu` alone): both of its layers by columns. The linear
-    /// layer that comes after it is best split by rows (`.shard("*down.weight", 0)`): together they take one all-reduce
-    /// forward and one backward.
+    /// For burn's `SwiGlu` in a field of this name (`""` for the `SwiGlu` alone): both of its layers by columns. The
+    /// linear layer that comes after it is best split by rows (`.shard("*down.weight", 0)`): together they take one
+    /// all-reduce forward and one backward.
     pub fn swiglu(field: &str) -> Self {
         let prefix = prefix(field);
         Self::new().columns(&format!("{prefix}linear_inner")).columns(&format!("{prefix}linear_outer"))
     }
 
-    /// For a language model: burn's `Embedding` in the field `embedding` split by rows, the `Linear` in the field `output`
-    /// that makes the logits by columns, so that each rank has part of the vocabulary at both ends. The cross-entropy is
-    /// computed from logits that stay split. Both fields must be there: where the output is the embedding once more, take
-    /// [`tied_vocabulary`](Self::tied_vocabulary).
+    /// For a language model: burn's `Embedding` in the field `embedding` split by rows, the `Linear` in the field
+    /// `output` that makes the logits by columns, so that each rank has part of the vocabulary at both ends. The
+    /// cross-entropy is computed from logits that stay split. Both fields must be there: where the output is the
+    /// embedding once more, take [`tied_vocabulary`](Self::tied_vocabulary).
     ///
     /// A vocabulary that the number of ranks does not divide is [padded](Self::shard_padded).
     ///
@@ -70,28 +70,29 @@ impl Plan {
         plan.rule(part(output, "weight", 1, false)).rule(part(output, "bias", 0, true))
     }
 
-    /// For a language model whose logits come from the embedding itself: burn's `Embedding` in this field split by rows, at
-    /// both ends of the model. As [`vocabulary`](Self::vocabulary) in everything else.
+    /// For a language model whose logits come from the embedding itself: burn's `Embedding` in this field split by
+    /// rows, at both ends of the model. As [`vocabulary`](Self::vocabulary) in everything else.
     pub fn tied_vocabulary(embedding: &str) -> Self {
         let rows = || Self::new().rule(part(embedding, "weight", 0, false));
         refused("tied_vocabulary", &[embedding]).unwrap_or_else(rows)
     }
 
-    /// For models with the names that [Hugging Face's transformers](https://github.com/huggingface/transformers) give their
-    /// layers: Llama, Mistral, Qwen2, Gemma (`q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`,
-    /// `embed_tokens`, `lm_head`), BERT (`query`, `key`, `value`, `intermediate.dense`, `output.dense`, `word_embeddings`),
-    /// DistilBERT, OPT, CLIP, ViT and Whisper (`out_proj`, `fc1`, `fc2`, `q_lin`, ..), GPT-2 (`c_fc`, `c_proj`, `wte`), GPT-NeoX,
-    /// BLOOM and Falcon (`query_key_value`, `dense`, `dense_h_to_4h`, `dense_4h_to_h`, `embed_in`, `embed_out`).
+    /// For models with the names that [Hugging Face's transformers](https://github.com/huggingface/transformers) give
+    /// their layers: Llama, Mistral, Qwen2, Gemma (`q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`,
+    /// `down_proj`, `embed_tokens`, `lm_head`), BERT (`query`, `key`, `value`, `intermediate.dense`, `output.dense`,
+    /// `word_embeddings`), DistilBERT, OPT, CLIP, ViT and Whisper (`out_proj`, `fc1`, `fc2`, `q_lin`, ..), GPT-2
+    /// (`c_fc`, `c_proj`, `wte`), GPT-NeoX, BLOOM and Falcon (`query_key_value`, `dense`, `dense_h_to_4h`,
+    /// `dense_4h_to_h`, `embed_in`, `embed_out`).
     ///
     /// Attention and feed-forward as in [`megatron`](Self::megatron), embeddings of words and output layers as in
-    /// [`vocabulary`](Self::vocabulary), padded where the degree does not divide them. Every rule is one for what is present,
-    /// but some must be. The degree should divide the number of key and value heads.
+    /// [`vocabulary`](Self::vocabulary), padded where the degree does not divide them. Every rule is one for what is
+    /// present, but some must be. The degree should divide the number of key and value heads.
     ///
     /// One layer for query, key and value is split by columns. Where each head has its three side by side, as in
-    /// `query_key_value`, a part of the columns is whole heads. In `c_attn`, `qkv_proj` and `Wqkv` all queries come first, then all
-    /// keys, then all values, and in `gate_up_proj` all gates: there the product is gathered, since a part of it is some heads'
-    /// queries and no keys, and what follows runs whole on every rank. The numbers are right, the parameters are split; such a
-    /// layer as three has less to communicate.
+    /// `query_key_value`, a part of the columns is whole heads. In `c_attn`, `qkv_proj` and `Wqkv` all queries come
+    /// first, then all keys, then all values, and in `gate_up_proj` all gates: there the product is gathered, since a
+    /// part of it is some heads' queries and no keys, and what follows runs whole on every rank. The numbers are right,
+    /// the parameters are split; such a layer as three has less to communicate.
     pub fn hugging_face() -> Self {
         let columns = [
             "q_proj",

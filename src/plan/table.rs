@@ -110,8 +110,8 @@ impl PlanTable {
         Ok(Self { axes: axes.iter().map(|(name, size)| ((*name).into(), *size)).collect(), rows, splits })
     }
 
-    /// The table of a model whose float parameters are divided by rows, with padding, over one axis. Running statistics are not, and
-    /// parameters without elements are left out, unless `later` says which dims they will have.
+    /// The table of a model whose float parameters are divided by rows, with padding, over one axis. Running statistics
+    /// are not, and parameters without elements are left out, unless `later` says which dims they will have.
     pub(crate) fn by_rows<M: Module>(
         model: &M,
         axis: &str,
@@ -193,8 +193,8 @@ impl PlanTable {
         whole as f64 / self.model_bytes().max(1) as f64
     }
 
-    /// In words, which parameters make up most of what is left whole, if that is most of the model's bytes and something was
-    /// to be split.
+    /// In words, which parameters make up most of what is left whole, if that is most of the model's bytes and
+    /// something was to be split.
     pub(crate) fn mostly_whole(&self) -> Option<String> {
         let share = self.whole_share();
         if !self.splits || self.degree() < 2 || share <= MOSTLY {

@@ -7,8 +7,8 @@ use burn::tensor::{DType, Int, TensorData};
 use crate::Error;
 use crate::tensor::{TensorMapper, TensorTree};
 
-/// What the closure of a training step returns: a loss, how much it counts in the average over micro-batches and ranks, and
-/// further outputs.
+/// What the closure of a training step returns: a loss, how much it counts in the average over micro-batches and ranks,
+/// and further outputs.
 ///
 /// What is trained on is `sum(losses) / sum(items)` over everything that makes up the step, never a mean of means:
 ///
@@ -18,14 +18,15 @@ use crate::tensor::{TensorMapper, TensorTree};
 /// | [`Loss::mean(tensor, items)`](Self::mean) | a mean over so many items | the items |
 /// | [`Loss::sum(tensor, items)`](Self::sum) | a sum over so many items | the items |
 ///
-/// Items (tokens, rows) are a number, or a tensor where the number depends on the data, as that of the tokens that are not
-/// padding does. **Masked tokens need one of the last two**: the mean over them is over fewer items than there are rows.
+/// Items (tokens, rows) are a number, or a tensor where the number depends on the data, as that of the tokens that are
+/// not padding does. **Masked tokens need one of the last two**: the mean over them is over fewer items than there are
+/// rows.
 ///
 /// # A plain mean
-/// The *rows* of a micro-batch are the size of the first dim of the first tensor among its inputs. A closure that returns a
-/// bare tensor is taken to return the mean over these rows, and counts for them, with every strategy; without any tensor among
-/// the inputs it counts for 1. [`Replica::backward`](crate::data_parallel::Replica::backward) is given a loss alone and knows
-/// of no inputs: there a bare tensor counts for 1.
+/// The *rows* of a micro-batch are the size of the first dim of the first tensor among its inputs. A closure that
+/// returns a bare tensor is taken to return the mean over these rows, and counts for them, with every strategy; without
+/// any tensor among the inputs it counts for 1. [`Replica::backward`](crate::data_parallel::Replica::backward) is given
+/// a loss alone and knows of no inputs: there a bare tensor counts for 1.
 ///
 /// # Outputs
 /// A pair of a loss and tensors returns the tensors as well, in [`Step::outputs`](super::Step::outputs):

@@ -1,7 +1,7 @@
 //! What a training step takes and gives, whatever the model is spread over.
 //!
-//! The closure of a step returns a [`Loss`], or whatever becomes one. [`ParallelModule::step`](crate::train::ParallelModule::step)
-//! gives a [`Step`].
+//! The closure of a step returns a [`Loss`], or whatever becomes one.
+//! [`ParallelModule::step`](crate::train::ParallelModule::step) gives a [`Step`].
 
 mod closure;
 mod counters;

@@ -16,8 +16,8 @@ pub struct RunReport {
     pub busy: Duration,
     /// Time spent waiting for tensors of other ranks, and at the end for the loss.
     pub waited: Duration,
-    /// The share of the time, over all ranks, that was not spent in passes: the bubble, and all that the pipeline itself
-    /// costs. The same on every rank but for how long each says that the run took.
+    /// The share of the time, over all ranks, that was not spent in passes: the bubble, and all that the pipeline
+    /// itself costs. The same on every rank but for how long each says that the run took.
     pub idle_share: f64,
     /// For how many micro-batches each stage of this rank kept activations at most.
     pub peak_activations: BTreeMap<usize, usize>,

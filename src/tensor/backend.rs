@@ -2,8 +2,8 @@
 
 use burn::tensor::Device;
 
-/// Runs `$body` with `$B` bound to the backend of a device without autodiff, or evaluates `$otherwise` if this crate knows
-/// none.
+/// Runs `$body` with `$B` bound to the backend of a device without autodiff, or evaluates `$otherwise` if this crate
+/// knows none.
 macro_rules! with_backend {
     ($device:expr, $B:ident => $body:expr, otherwise $otherwise:expr) => {
         match $device.as_dispatch() {

@@ -22,7 +22,8 @@ const LANES: usize = 8;
 /// The same of a loop that does nothing but add.
 const WIDE: usize = 32;
 
-/// The sum of the squares of all elements, each divided by `unit` first. Not finite if an element is not, or if it overflows.
+/// The sum of the squares of all elements, each divided by `unit` first. Not finite if an element is not, or if it
+/// overflows.
 ///
 /// # Errors
 /// [`Error::UnsupportedDType`] if the tensor has no plain floats.
@@ -50,8 +51,8 @@ pub(crate) fn largest(tensor: &FlexTensor) -> Result<f64, Error> {
     })
 }
 
-/// Whether no element is NaN or infinite. It is done by the thread that calls, best when the tensor has just been written and is
-/// still in the cache.
+/// Whether no element is NaN or infinite. It is done by the thread that calls, best when the tensor has just been
+/// written and is still in the cache.
 ///
 /// # Errors
 /// As [`squares`].

@@ -1,5 +1,5 @@
-//! Tensors whose kind, rank and device are known at run time only: what parameters, gradients, activations and messages are
-//! to everything below a model.
+//! Tensors whose kind, rank and device are known at run time only: what parameters, gradients, activations and messages
+//! are to everything below a model.
 
 mod backend;
 mod digest;

@@ -22,16 +22,16 @@ pub trait TensorMapper {
     /// Called after them.
     fn exit(&mut self);
 
-    /// A plain value beside the tensors, or a digest of one. A captured step has it as a constant, and is captured for each
-    /// value that comes.
+    /// A plain value beside the tensors, or a digest of one. A captured step has it as a constant, and is captured for
+    /// each value that comes.
     fn value(&mut self, _value: u64) {}
 }
 
 /// A structure of tensors that a step takes as its inputs, or gives besides the loss.
 ///
-/// Implemented for float, int and bool tensors, tuples up to six, arrays, `Vec` and `Option`, and for `()`, `bool`, integers
-/// and floats: a captured step is captured for each value of these. For a batch struct of your own, map each tensor field in a
-/// fixed order:
+/// Implemented for float, int and bool tensors, tuples up to six, arrays, `Vec` and `Option`, and for `()`, `bool`,
+/// integers and floats: a captured step is captured for each value of these. For a batch struct of your own, map each
+/// tensor field in a fixed order:
 ///
 /// ```
 /// use burn::prelude::*;

@@ -6,8 +6,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::forms::name_or_table;
 use crate::plan::Plan;
 
-/// How a model is split over a group: settings of [`TensorParallel::tensor_parallel`](super::TensorParallel::tensor_parallel).
-/// A [`Plan`] alone is taken for one with the defaults.
+/// How a model is split over a group: settings of
+/// [`TensorParallel::tensor_parallel`](super::TensorParallel::tensor_parallel). A [`Plan`] alone is taken for one with
+/// the defaults.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TensorParallelConfig {
@@ -38,15 +39,15 @@ impl TensorParallelConfig {
         Self { plan, ..Self::default() }
     }
 
-    /// Sets the seed of the random numbers that steps draw, dropout above all: the same on every rank of the split, which
-    /// then draw what one device would.
+    /// Sets the seed of the random numbers that steps draw, dropout above all: the same on every rank of the split,
+    /// which then draw what one device would.
     pub fn with_seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
     }
 
-    /// Sets how often the ranks of the split compare the inputs that they were given; 0 for never. The comparison reads the
-    /// inputs, which on a device means to wait for them.
+    /// Sets how often the ranks of the split compare the inputs that they were given; 0 for never. The comparison reads
+    /// the inputs, which on a device means to wait for them.
     pub fn with_check_inputs_every(mut self, steps: u64) -> Self {
         self.check_inputs_every = Some(steps);
         self

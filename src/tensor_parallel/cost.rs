@@ -13,15 +13,16 @@ use crate::plan::{DEFAULT_AXIS, Plan, PlanCost};
 use crate::step::Loss;
 
 impl Plan {
-    /// What this plan costs in a training step: `loss` on `inputs`, which give shapes and dtypes only. Nothing is run, and no
-    /// lazy parameter is made. Everything that the plan says counts: inputs that it splits, padding, sequence parallelism.
+    /// What this plan costs in a training step: `loss` on `inputs`, which give shapes and dtypes only. Nothing is run,
+    /// and no lazy parameter is made. Everything that the plan says counts: inputs that it splits, padding, sequence
+    /// parallelism.
     ///
-    /// Collectives are those of [`ShardReport`](crate::partition::ShardReport); some of the small ones become one when a
-    /// step runs.
+    /// Collectives are those of [`ShardReport`](crate::partition::ShardReport); some of the small ones become one when
+    /// a step runs.
     ///
     /// # Errors
-    /// [`Error::Plan`] as [`table`](Self::table), and if an input cannot be split as planned; [`Error::Graph`] if the step
-    /// cannot be captured or split.
+    /// [`Error::Plan`] as [`table`](Self::table), and if an input cannot be split as planned; [`Error::Graph`] if the
+    /// step cannot be captured or split.
     pub fn cost<M, I, F, R>(&self, model: &M, degree: usize, inputs: I, loss: F) -> Result<PlanCost, Error>
     where
         M: Module,

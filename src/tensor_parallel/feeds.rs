@@ -7,8 +7,8 @@ use burn_ir::{OperationIr, TensorId, TensorIr};
 use crate::graph::StepGraph;
 use crate::graph::operation::{is_elementwise, only_moves, reduces_last};
 
-/// Pairs of parameters, by their places, of which the second is multiplied with what comes from the first by way of operations
-/// that could keep it split along its last dim: activations, reshapes, attention, but no norm.
+/// Pairs of parameters, by their places, of which the second is multiplied with what comes from the first by way of
+/// operations that could keep it split along its last dim: activations, reshapes, attention, but no norm.
 pub(super) fn feeds(graph: &StepGraph) -> BTreeSet<(usize, usize)> {
     let mut flow = Flow { weights: HashMap::new(), from: HashMap::new(), pairs: BTreeSet::new() };
     for (place, param) in graph.params.iter().enumerate() {

@@ -1,10 +1,11 @@
 //! Tensor parallelism: models whose layers are split over the ranks of a group.
 //!
-//! Any [`Module`](burn::module::Module), unedited: [`TensorParallel::tensor_parallel`] with a [`Plan`](crate::plan::Plan)
-//! leaves each rank its parts of the parameters, and [`ParallelModule::step`](crate::train::ParallelModule::step) runs a training step on them with the collectives
-//! that it takes. [`Plan::suggest_for`](crate::plan::Plan::suggest_for) finds a plan for a model that it has never seen, and
-//! [`ParallelModule::load`](crate::train::ParallelModule::load) reads each rank's parts only. For models that are written with tensor parallelism in mind there are
-//! explicit [`layers`].
+//! Any [`Module`](burn::module::Module), unedited: [`TensorParallel::tensor_parallel`] with a
+//! [`Plan`](crate::plan::Plan) leaves each rank its parts of the parameters, and
+//! [`ParallelModule::step`](crate::train::ParallelModule::step) runs a training step on them with the collectives that
+//! it takes. [`Plan::suggest_for`](crate::plan::Plan::suggest_for) finds a plan for a model that it has never seen, and
+//! [`ParallelModule::load`](crate::train::ParallelModule::load) reads each rank's parts only. For models that are
+//! written with tensor parallelism in mind there are explicit [`layers`].
 //!
 //! ```
 //! use burn::nn::{Linear, LinearConfig};

@@ -26,12 +26,12 @@ use crate::tensor::{TensorTree, rows};
 /// parameters, so optimizers, records and visitors take it as they take the model. Its own `forward` makes no sense on
 /// parts; [`ParallelModule::step`](crate::train::ParallelModule::step) runs it.
 ///
-/// A record of another run is loaded into the model before it is wrapped: the parameters take the ids of the record then, by which
-/// optimizers know them. [`load`](crate::train::ParallelModule::load) reads values alone.
+/// A record of another run is loaded into the model before it is wrapped: the parameters take the ids of the record
+/// then, by which optimizers know them. [`load`](crate::train::ParallelModule::load) reads values alone.
 ///
 /// Optimizers whose update is not element by element (burn's norm clipping, Muon, LAMB) see parts only, which
-/// [`optimize`](crate::train::ParallelModule::optimize) refuses; element-wise ones as AdamW train exactly as on one device.
-/// [`Step::clip_grad_norm`](crate::step::Step::clip_grad_norm) clips by the norm over all parts.
+/// [`optimize`](crate::train::ParallelModule::optimize) refuses; element-wise ones as AdamW train exactly as on one
+/// device. [`Step::clip_grad_norm`](crate::step::Step::clip_grad_norm) clips by the norm over all parts.
 #[derive(Clone)]
 pub struct Sharded<M> {
     local: M,
@@ -83,9 +83,9 @@ impl<M: Module> Sharded<M> {
         })
     }
 
-    /// Sets the seed of the random numbers that steps draw, dropout above all: the same on every rank of the split, which
-    /// then draw what one device would. That of the [`TensorParallelConfig`] by default. Forgets the captured steps, not the
-    /// [number](Self::random_step) of the step.
+    /// Sets the seed of the random numbers that steps draw, dropout above all: the same on every rank of the split,
+    /// which then draw what one device would. That of the [`TensorParallelConfig`] by default. Forgets the captured
+    /// steps, not the [number](Self::random_step) of the step.
     pub fn with_seed(self, seed: u64) -> Self {
         let split = self.split.clone().with_seed(seed);
         self.with_split(split)
@@ -97,8 +97,9 @@ impl<M: Module> Sharded<M> {
         Self { state: Arc::new(Mutex::new(ShardedState::of(&split, graphs))), split, ..self }
     }
 
-    /// Sets how many captured steps, and as many forwards, are kept: those used last, and at least one, the same on every rank
-    /// of the split. 16 by default; a batch of other shapes than these is captured anew. Forgets the captured steps.
+    /// Sets how many captured steps, and as many forwards, are kept: those used last, and at least one, the same on
+    /// every rank of the split. 16 by default; a batch of other shapes than these is captured anew. Forgets the
+    /// captured steps.
     pub fn with_graphs(self, graphs: usize) -> Self {
         Self { state: Arc::new(Mutex::new(ShardedState::of(&self.split, graphs))), ..self }
     }
@@ -119,9 +120,9 @@ impl<M: Module> Sharded<M> {
         self.split.random().step()
     }
 
-    /// Has the next step draw the random numbers of step number `step`: when training goes on from a checkpoint, or with a
-    /// model that is wrapped anew, as after [`assemble`](crate::train::ParallelModule::assemble), which then draws what it
-    /// would have drawn. The same on every rank; shared by all clones.
+    /// Has the next step draw the random numbers of step number `step`: when training goes on from a checkpoint, or
+    /// with a model that is wrapped anew, as after [`assemble`](crate::train::ParallelModule::assemble), which then
+    /// draws what it would have drawn. The same on every rank; shared by all clones.
     pub fn set_random_step(&self, step: u64) {
         self.split.random().set_step(step);
     }

@@ -19,15 +19,16 @@ use crate::step::Loss;
 const SWEEPS: usize = 3;
 
 impl Plan {
-    /// A good plan for splitting a model over `degree` ranks that train it with `loss` on such `inputs`. Nothing is run:
-    /// the step is captured, and candidate layouts are compared by the collectives, the work and the bytes of the graph
-    /// that each rank would get ([`cost`](Self::cost)).
+    /// A good plan for splitting a model over `degree` ranks that train it with `loss` on such `inputs`. Nothing is
+    /// run: the step is captured, and candidate layouts are compared by the collectives, the work and the bytes of the
+    /// graph that each rank would get ([`cost`](Self::cost)).
     ///
-    /// Like parameters of repeated layers get like layouts. Those that hold nine tenths of the bytes are split whatever it
-    /// costs, if the degree divides one of their dims or can with [padding](Self::shard_padded) of an eighth at most; the
-    /// others where that is cheaper. The search begins once with nothing split and once with [`suggest`](Self::suggest), and
-    /// changes one layout at a time, or two of layers that feed each other, while that helps. The same model and shapes give
-    /// the same plan, on every rank. A warning goes to [`log`] if nothing can be split.
+    /// Like parameters of repeated layers get like layouts. Those that hold nine tenths of the bytes are split whatever
+    /// it costs, if the degree divides one of their dims or can with [padding](Self::shard_padded) of an eighth at
+    /// most; the others where that is cheaper. The search begins once with nothing split and once with
+    /// [`suggest`](Self::suggest), and changes one layout at a time, or two of layers that feed each other, while that
+    /// helps. The same model and shapes give the same plan, on every rank. A warning goes to [`log`] if nothing can be
+    /// split.
     ///
     /// ```
     /// use burn::{nn::{Linear, LinearConfig}, prelude::*};

@@ -10,18 +10,20 @@ use crate::plan::DEFAULT_AXIS;
 
 /// Splits any burn module over a group. Implemented for every [`Module`].
 pub trait TensorParallel: Module + Sized {
-    /// Leaves this rank its parts of the parameters, by a [`Plan`](crate::plan::Plan) or a [`TensorParallelConfig`] with one. All parameters get
-    /// the values and ids that rank 0 brings.
+    /// Leaves this rank its parts of the parameters, by a [`Plan`](crate::plan::Plan) or a [`TensorParallelConfig`]
+    /// with one. All parameters get the values and ids that rank 0 brings.
     ///
     /// Collective: every rank of `group` brings the same model structure and the same plan. Values that rank 0 has are
-    /// distributed one by one; the other ranks drop theirs unread. A parameter that is lazy on rank 0 stays lazy: it gets its
-    /// value from [`ParallelModule::load`](crate::train::ParallelModule::load), of which each rank reads its part, or else at the first step, where rank 0 makes a piece
-    /// of it at a time and sends each rank its part of that. No rank ever holds the whole of a split parameter, unless its
-    /// model came with it, or the initialiser makes no piece without the rest (an orthogonal one).
+    /// distributed one by one; the other ranks drop theirs unread. A parameter that is lazy on rank 0 stays lazy: it
+    /// gets its value from [`ParallelModule::load`](crate::train::ParallelModule::load), of which each rank reads its
+    /// part, or else at the first step, where rank 0 makes a piece of it at a time and sends each rank its part of
+    /// that. No rank ever holds the whole of a split parameter, unless its model came with it, or the initialiser makes
+    /// no piece without the rest (an orthogonal one).
     ///
     /// # Errors
-    /// [`Error::Nesting`] if the module is wrapped already; [`Error::Plan`] as [`Plan::table`](crate::plan::Plan::table); [`Error::ModelMismatch`] if the ranks bring different models or plans; those of
-    /// [`Communicator`].
+    /// [`Error::Nesting`] if the module is wrapped already; [`Error::Plan`] as
+    /// [`Plan::table`](crate::plan::Plan::table); [`Error::ModelMismatch`] if the ranks bring different models or
+    /// plans; those of [`Communicator`].
     fn tensor_parallel(
         self,
         group: &Communicator,
@@ -30,8 +32,9 @@ pub trait TensorParallel: Module + Sized {
         Sharded::new(self, &[(DEFAULT_AXIS, group)], config.into())
     }
 
-    /// As [`tensor_parallel`](Self::tensor_parallel), over several axes of a mesh: the plan describes the first one named
-    /// here, and of the others by [`Plan::on`](crate::plan::Plan::on). All ranks of these axes pass the same whole inputs.
+    /// As [`tensor_parallel`](Self::tensor_parallel), over several axes of a mesh: the plan describes the first one
+    /// named here, and of the others by [`Plan::on`](crate::plan::Plan::on). All ranks of these axes pass the same
+    /// whole inputs.
     ///
     /// ```
     /// # use burn::{nn::{Linear, LinearConfig}, prelude::*};

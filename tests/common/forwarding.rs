@@ -7,8 +7,8 @@ use burn::tensor::DType;
 use burn_parallel::comm::{Call, CallLog, Communicator, Message, Operation, Transfer, Transport};
 use burn_parallel::prelude::*;
 
-/// A transport that has another do its collectives, sums of `f32` and gathers, and does not say that it works on the threads
-/// that call it. It carries no messages.
+/// A transport that has another do its collectives, sums of `f32` and gathers, and does not say that it works on the
+/// threads that call it. It carries no messages.
 #[derive(Debug)]
 pub struct Forwarding {
     comm: Communicator,

@@ -17,7 +17,8 @@ use burn_parallel::graph::{TensorMapper, TensorTree};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-/// A batch as plain data, so that every rank makes its own tensors: features `[rows, 6, 8]`, tokens `[rows, 6]`, targets.
+/// A batch as plain data, so that every rank makes its own tensors: features `[rows, 6, 8]`, tokens `[rows, 6]`,
+/// targets.
 #[derive(Clone)]
 pub struct Batch {
     pub features: Tensor<3>,

@@ -166,8 +166,8 @@ fn a_stranger_in_the_place_of_rank_0() {
     says(&at(1, 2, port, LONG).all_gather(&[]), &["do not share a secret"]);
 }
 
-/// Nothing is read, and no memory taken, for a rank that has not shown the secret: it is told no before it has sent what it
-/// announces.
+/// Nothing is read, and no memory taken, for a rank that has not shown the secret: it is told no before it has sent
+/// what it announces.
 #[test]
 fn nothing_is_heard_of_a_stranger_but_its_name() {
     let port = free_port();

@@ -1,5 +1,5 @@
-//! How NCCL's communicators are ended: when they are dropped, when a rank is lost, when NCCL reports an error, when it does not
-//! answer.
+//! How NCCL's communicators are ended: when they are dropped, when a rank is lost, when NCCL reports an error, when it
+//! does not answer.
 //!
 //! Over a stand-in for libcuda and libnccl (`nccl.c`) whose communicators carry
 //! nothing: this shows which calls the library makes and when, and nothing of a GPU. Each case is a process of its own.

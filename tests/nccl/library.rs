@@ -1,6 +1,7 @@
 //! NCCL: on a machine without it every rank is told so; on one with a GPU, what ranks do with device tensors is right.
 //!
-//! What needs a GPU is reported as ignored without one. With one, ranks share it where NCCL lets them (see docs/gpu.md).
+//! What needs a GPU is reported as ignored without one. With one, ranks share it where NCCL lets them (see
+//! docs/gpu.md).
 
 use std::time::{Duration, Instant};
 
@@ -104,8 +105,8 @@ fn a_device_that_does_not_exist() {
     assert!(error.to_string().contains("999"), "{error}");
 }
 
-/// A message that nobody will send, and a rank that fails: whoever waits gets the error of the world, also where it waits
-/// for the device.
+/// A message that nobody will send, and a rank that fails: whoever waits gets the error of the world, also where it
+/// waits for the device.
 fn a_lost_rank_ends_what_the_device_waits_for(devices: usize, shares: bool) {
     let size = if devices > 1 || shares { 2 } else { 1 };
     let began = Instant::now();

@@ -1,5 +1,5 @@
-//! NCCL: on a machine with a GPU what ranks do with device tensors is right; on every other, what is missing is told, and
-//! over stand-ins for libcuda and libnccl the library makes the calls it should.
+//! NCCL: on a machine with a GPU what ranks do with device tensors is right; on every other, what is missing is told,
+//! and over stand-ins for libcuda and libnccl the library makes the calls it should.
 //!
 //! Without a C compiler what needs the stand-ins is reported as ignored.
 

@@ -1,8 +1,8 @@
 //! What users are told where a part of CUDA or NCCL is missing, too old or not enough, before any of it is touched.
 //!
-//! Stand-ins for libcuda and libnccl (`gpu.c`) answer the questions after versions
-//! and devices, and nothing else: this shows the checks and their words, and nothing of a GPU. Each case is a process of its
-//! own, for a library is loaded once.
+//! Stand-ins for libcuda and libnccl (`gpu.c`) answer the questions after versions and devices, and nothing else: this
+//! shows the checks and their words, and nothing of a GPU. Each case is a process of its own, for a library is loaded
+//! once.
 
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};

@@ -1,5 +1,5 @@
-//! Stand-ins for libcuda and libnccl, built with the C compiler: they answer questions and carry nothing, so what runs over them
-//! shows which calls the library makes, and nothing of a GPU.
+//! Stand-ins for libcuda and libnccl, built with the C compiler: they answer questions and carry nothing, so what runs
+//! over them shows which calls the library makes, and nothing of a GPU.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! The transport suite of the host's data, failures included, through NCCL's communicator: it passes on what it does not carry,
-//! and its ends, its watchdog and its answers are in nobody's way.
+//! The transport suite of the host's data, failures included, through NCCL's communicator: it passes on what it does
+//! not carry, and its ends, its watchdog and its answers are in nobody's way.
 //!
 //! Over a stand-in for libcuda and libnccl (`nccl.c`) whose communicators carry nothing; what NCCL carries is tested in
 //! `library.rs`, where there is a GPU.

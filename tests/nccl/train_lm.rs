@@ -1,7 +1,8 @@
-//! The example `train_lm` on GPUs, as far as it can be seen without one: which GPU each rank takes, and what its user is told.
+//! The example `train_lm` on GPUs, as far as it can be seen without one: which GPU each rank takes, and what its user
+//! is told.
 //!
-//! Over stand-ins for libcuda and libnccl (`gpu.c`) that answer questions and do nothing else: an NCCL too old for ranks
-//! that share a GPU names those that would. The example must have been built with the same features before.
+//! Over stand-ins for libcuda and libnccl (`gpu.c`) that answer questions and do nothing else: an NCCL too old for
+//! ranks that share a GPU names those that would. The example must have been built with the same features before.
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
@@ -69,7 +70,8 @@ fn no_driver() -> Result<(), Failed> {
     Ok(())
 }
 
-/// Ranks take the GPUs of a machine in turns, however the ranks are divided, whatever a launcher's variables say of others.
+/// Ranks take the GPUs of a machine in turns, however the ranks are divided, whatever a launcher's variables say of
+/// others.
 fn in_turns(here: &StandIns) -> Result<(), Failed> {
     let nccl = ["--device", "cuda", "--transport", "nccl"];
     for (devices, flags, first, second) in [

@@ -14,8 +14,8 @@ use crate::common::reference::{filled, reference};
 const WIDTH: usize = 8;
 const VOCABULARY: usize = 11;
 
-/// Five layers, so that no number of ranks divides them, with connections between all of them. The embedding is the head as
-/// well, and every layer uses one scale.
+/// Five layers, so that no number of ranks divides them, with connections between all of them. The embedding is the
+/// head as well, and every layer uses one scale.
 #[derive(Module, Debug)]
 struct Awkward {
     embedding: Embedding,
@@ -43,8 +43,8 @@ fn batch(seed: u64) -> Batch {
     (tokens(), tokens())
 }
 
-/// What crosses: activations of all layers so far, one of them as `f64` and one as `f16`; the mask of a layer (bool), which
-/// all later ones use; the place of the greatest activation (int), which the head uses.
+/// What crosses: activations of all layers so far, one of them as `f64` and one as `f16`; the mask of a layer (bool),
+/// which all later ones use; the place of the greatest activation (int), which the head uses.
 fn loss(model: &Awkward, (tokens, targets): Batch) -> Tensor<1> {
     let [rows, length] = tokens.dims();
     let padding: Tensor<3, Bool> = tokens.clone().equal_elem(0).unsqueeze_dim::<3>(2).expand([rows, length, WIDTH]);

@@ -438,7 +438,8 @@ fn what_only_gradients_of_parameters_need_can_wait() {
     let homes = Cut::before(["encoder.layers.1.*", "encoder.layers.2.*"]).homes(&graph, 3).unwrap();
     let parts = cut(&graph, &homes, 3).unwrap();
     let cost = |ops: &[burn_parallel::graph::OperationIr]| ops.iter().map(operation_cost).sum::<u64>() as f64;
-    // Nobody waits for the first stage; in the middle both halves of the backward pass cost about as much as the forward.
+    // Nobody waits for the first stage; in the middle both halves of the backward pass cost about as much as the
+    // forward.
     assert!(parts.stages[0].backward_input.is_empty());
     let middle = &parts.stages[1];
     let [forward, input, weight] =
@@ -446,7 +447,8 @@ fn what_only_gradients_of_parameters_need_can_wait() {
     assert!(input / forward > 0.5 && weight / forward > 0.2 && input / forward < 3.0, "{forward} {input} {weight}");
 }
 
-/// Two layers on each of three stages: a zero-bubble schedule can put off all that weights alone need, and nothing else.
+/// Two layers on each of three stages: a zero-bubble schedule can put off all that weights alone need, and nothing
+/// else.
 #[test]
 fn gradients_of_weights_are_computed_in_their_half_and_not_before() {
     let model = (0..6).map(|_| LinearConfig::new(6, 6).init(&device())).collect::<Vec<Linear>>().materialize();

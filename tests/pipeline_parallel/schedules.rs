@@ -220,8 +220,8 @@ fn costs_that_mean_nothing_are_refused() {
     assert!(simulate(Costs::uniform(StageCosts { forward: f64::NAN, ..stage })).contains("a cost is NaN"));
 }
 
-/// What is drawn and written is held in `tests/pipeline_parallel/golden`. With `UPDATE_GOLDEN=1` it is written anew, to be looked at
-/// with `git diff`.
+/// What is drawn and written is held in `tests/pipeline_parallel/golden`. With `UPDATE_GOLDEN=1` it is written anew, to
+/// be looked at with `git diff`.
 #[track_caller]
 fn golden(name: &str, text: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pipeline_parallel/golden").join(name);
@@ -404,8 +404,8 @@ fn the_first_wrong_action_is_marked_in_the_timetable() {
     golden("marked.txt", &format!("{}\n", refusal(timetable.validate(&chain(&timetable)))));
 }
 
-/// Another way to tell whether a timetable runs: ranks as little machines that move as long as one of them can. Sends wait
-/// until all their receives are posted.
+/// Another way to tell whether a timetable runs: ranks as little machines that move as long as one of them can. Sends
+/// wait until all their receives are posted.
 fn runs(timetable: &Timetable, routes: &Routes) -> bool {
     let home = |stage: usize| timetable.stage_ranks()[stage];
     let mut done: HashSet<Action> = HashSet::new();

@@ -14,8 +14,8 @@ use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 use safetensors::tensor::{Dtype, TensorView};
 
-/// Knows the largest piece of memory that each thread has asked for, and what all hold. Some machinery asks for 1 MiB, a
-/// quarter of a weight.
+/// Knows the largest piece of memory that each thread has asked for, and what all hold. Some machinery asks for 1 MiB,
+/// a quarter of a weight.
 struct Watched;
 
 thread_local! {

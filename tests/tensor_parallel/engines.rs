@@ -1,6 +1,6 @@
 //! The two ways to split layers, each the other's oracle: the explicit layers, run eagerly, and the captured step of an
-//! unmodified model, split by a plan. Same weights, same parts: the loss, every gradient and every parameter of each rank must
-//! be the same over several steps of an optimizer.
+//! unmodified model, split by a plan. Same weights, same parts: the loss, every gradient and every parameter of each
+//! rank must be the same over several steps of an optimizer.
 
 use std::collections::BTreeMap;
 
@@ -127,8 +127,8 @@ fn explicit_layers_and_a_split_graph_train_alike() {
                 captured = of_captured.step(1e-2, captured, split.grads);
                 assert_same(&parameters(&explicit, None), &parameters(&captured, None), &what);
             }
-            // The captured step runs the products of the explicit layers: two layers by rows, and on the way back the input of
-            // the attention, of the feed-forward block and of the output layer.
+            // The captured step runs the products of the explicit layers: two layers by rows, and on the way back the
+            // input of the attention, of the feed-forward block and of the output layer.
             let fused = captured.report().shard().fused(ProductKind::AllReduce);
             assert_eq!(fused, if degree == 1 { [0, 0] } else { [2, 3] }, "{}", captured.report().shard());
             // Both hold parts: the loss was no whole model's on every rank.

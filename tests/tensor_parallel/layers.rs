@@ -1,5 +1,5 @@
-//! The layers of `tensor_parallel` against burn's own on one device: outputs, gradients of inputs and of every parameter, and
-//! the parameters themselves, over several steps of an optimizer.
+//! The layers of `tensor_parallel` against burn's own on one device: outputs, gradients of inputs and of every
+//! parameter, and the parameters themselves, over several steps of an optimizer.
 
 use std::collections::BTreeMap;
 
@@ -23,8 +23,8 @@ const DEGREES: [usize; 4] = [1, 2, 3, 4];
 const BATCH: usize = 2;
 const SEQUENCE: usize = 7;
 
-/// With an epsilon above the rounding of gradients that are 0 (a bias of all keys changes no softmax), which AdamW would
-/// otherwise blow up.
+/// With an epsilon above the rounding of gradients that are 0 (a bias of all keys changes no softmax), which AdamW
+/// would otherwise blow up.
 fn optimizer(name: &str) -> ModuleOptimizer {
     match name {
         "adamw" => AdamWConfig::new().with_epsilon(1e-2).init(),
@@ -471,7 +471,8 @@ fn collectives_are_counted() {
             let heads = ParallelAttentionConfig::new(12, 12);
             let layer = heads.init(&rank, &device)?;
             check(&rank, whole, |x| layer.forward(x, None), SUM, SUM)?;
-            // One key/value head for all ranks: its weights and biases are summed as well, in the group that shares them.
+            // One key/value head for all ranks: its weights and biases are summed as well, in the group that shares
+            // them.
             for (bias, sums) in [(true, 2), (false, 1)] {
                 let layer = heads.clone().with_n_kv_heads(Some(1)).with_bias(bias).init(&rank, &device)?;
                 check(&rank, whole, |x| layer.forward(x, None), SUM, SUM)?;

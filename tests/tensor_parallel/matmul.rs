@@ -71,7 +71,8 @@ fn large() {
     }
 }
 
-/// Parts differ by one, and what they cost: 381 features are a little less than two chunks are worth, 382 a little more.
+/// Parts differ by one, and what they cost: 381 features are a little less than two chunks are worth, 382 a little
+/// more.
 #[test]
 fn ranks_of_uneven_parts_cut_alike() {
     on_ranks(2, |rank| {

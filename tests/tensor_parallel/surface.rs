@@ -1,7 +1,8 @@
 //! What a step of a split model takes and gives: closures that capture, inputs that differ, micro-batches, optimizers.
 
+use burn::module::ParamGroup;
 use burn::nn::{Linear, LinearConfig};
-use burn::optim::{AdamWConfig, LBFGSConfig, ModuleOptimizer};
+use burn::optim::{AdamWConfig, LBFGSConfig, ModuleOptimizer, MuonConfig};
 use burn::prelude::*;
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::Sharded;
@@ -250,4 +251,51 @@ fn state_that_does_not_fit_is_an_error_that_names_it() {
             Ok(())
         })
         .unwrap();
+}
+
+/// Another optimizer may come to be where one was, or another state in the same one.
+#[test]
+fn an_optimizer_is_not_known_by_its_place_alone() {
+    type Change<'a> = &'a (dyn Fn(ModuleOptimizer) -> ModuleOptimizer + Sync);
+    let run = |ranks, change: Change<'_>| {
+        launch::threads(ranks).run(|rank| {
+            let (mut model, mut optim): (_, ModuleOptimizer) =
+                (layers().tensor_parallel(&rank, plan())?, AdamWConfig::new().init());
+            for number in 0..6 {
+                if number == 3 {
+                    optim = change(optim);
+                }
+                let done = step(&mut model)?;
+                model = model.optimize(&mut optim, 0.01, done)?;
+            }
+            Ok(values(&model.assemble()?))
+        })
+    };
+    // One that looks at whole parameters, of which each rank holds a part.
+    let with_muon = |ranks| run(ranks, &|_| muon()).unwrap().remove(0);
+    assert!(difference(&with_muon(1), &with_muon(2)) < 1e-4);
+    let refused = |change: Change<'_>, words: &str| {
+        let error = run(2, change).expect_err(words).to_string();
+        assert!(error.contains(words), "{error}");
+    };
+    // With a state of the same names and dims, whose ids are those of another model.
+    let (whole, mut other): (_, ModuleOptimizer) = (layers(), AdamWConfig::new().init());
+    let grads = burn::optim::GradientsParams::from_grads(square(&whole, rows(0, 4)).backward(), &whole);
+    drop(other.step(0.01, whole, grads));
+    let record = other.into_bytes().unwrap();
+    refused(&|optim| optim.from_bytes(record.clone()).unwrap(), "by an id that no parameter here has");
+    // Its own state, written and read, is known.
+    let (alone, again) = (
+        run(2, &|optim| optim),
+        run(2, &|optim| {
+            let bytes = optim.into_bytes().unwrap();
+            optim.from_bytes(bytes).unwrap()
+        }),
+    );
+    assert_eq!(difference(&alone.unwrap()[0], &again.unwrap()[0]), 0.0);
+}
+
+fn muon() -> ModuleOptimizer {
+    let matrices = ParamGroup::from_predicate("weight");
+    AdamWConfig::new().init().with_group(matrices, MuonConfig::new().build(), None)
 }

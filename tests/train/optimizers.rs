@@ -1,7 +1,7 @@
 //! Every optimizer of burn makes the update that it makes on one device, whatever parameters are divided over.
 
 use burn::grad_clipping::{GradientClipping, GradientClippingConfig};
-use burn::module::ParamGroup;
+use burn::module::{Module, ParamGroup};
 use burn::optim::decay::WeightDecayConfig;
 use burn::optim::momentum::MomentumConfig;
 use burn::optim::{
@@ -13,8 +13,9 @@ use burn_parallel::prelude::*;
 
 use crate::common::models::device;
 use crate::common::reference::{Wholes, all_same, own, values};
+use crate::common::zoo::{self, assert_close, parameters};
 use crate::grad_norm::lm::{Kind, Lm, loss};
-use crate::zero::LEVELS;
+use crate::zero::{LEVELS, config, optimizer, wrap};
 use crate::zero_captured::parity::{share, strategy};
 
 const STEPS: usize = 3;
@@ -63,7 +64,6 @@ fn trained<P: ParallelModule<Model = Lm>>(
     let (mut model, mut optimizers, mut after) = (model, all(), Vec::new());
     // The first step of a pipeline shows which stages share parameters: clones are made of a model that knows.
     model.step(share(0, place.0, place.1), loss)?;
-    // They stay where they are: `optimize` knows them by that.
     for (name, rate, optim) in &mut optimizers {
         let mut model = model.clone();
         for number in 0..STEPS {
@@ -170,4 +170,29 @@ fn joined_parameters_are_shared_out() {
     let one = 8 * 7 * 4;
     bytes.sort();
     assert_eq!(bytes, [one, 2 * one]);
+}
+
+/// Muon in the variable where AdamW was: its update depends on the whole of a parameter, of which each rank holds rows.
+#[test]
+fn another_optimizer_in_the_same_place_is_looked_at_anew() {
+    let case = zoo::mlp();
+    let run = |config: DataParallelConfig, size: usize| {
+        let found = launch::threads(size).run(|rank| {
+            let mut model = wrap(&rank, &case.model, config.clone())?;
+            let mut optim: ModuleOptimizer = optimizer("adamw");
+            for step in 0..4 {
+                if step == 2 {
+                    optim = optimizer("muon");
+                }
+                let done = model.step((case.input)(step, 0..4), |model, batch| (case.loss)(model, batch))?;
+                model = model.optimize(&mut optim, 1e-2, done)?;
+            }
+            Ok(parameters(&model.assemble()?.valid()))
+        });
+        found.unwrap().remove(0)
+    };
+    let expected = run(DataParallelConfig::new(), 1);
+    for level in LEVELS {
+        assert_close(&expected, &run(config(level), 2), 3e-5, &format!("{level}"));
+    }
 }

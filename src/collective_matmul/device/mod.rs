@@ -1,7 +1,7 @@
 //! Sharded products on CubeCL's devices.
 //!
-//! Everything is enqueued, nothing waits for the device. Chunks that travel do so from the background thread, whose stream
-//! CubeCL makes wait for that of the product, and no more than that.
+//! Everything is enqueued, nothing waits for the device. Chunks that travel do so from the background thread, whose
+//! stream CubeCL makes wait for that of the product, and no more than that.
 
 mod product;
 mod view;

@@ -40,8 +40,8 @@ pub(super) fn transposed(matrix: DeviceTensor) -> DeviceTensor {
     permute(matrix, &[1, 0])
 }
 
-/// An empty matrix: its values are not set.
-pub(super) fn room(like: &DeviceTensor, [rows, columns]: [usize; 2]) -> DeviceTensor {
+/// A matrix whose values are not set.
+pub(super) fn empty_matrix(like: &DeviceTensor, [rows, columns]: [usize; 2]) -> DeviceTensor {
     let buffer = like.client.empty((rows * columns * like.dtype.size()).max(1));
     let shape = Shape::from([rows, columns]);
     DeviceTensor::new_contiguous(like.client.clone(), like.device.clone(), shape, buffer, like.dtype)
@@ -52,7 +52,7 @@ pub(super) fn rows(matrix: &DeviceTensor, rows: Range<usize>) -> DeviceTensor {
     let [all, columns] = dims(matrix);
     match rows {
         rows if rows.len() == all => matrix.clone(),
-        rows if rows.is_empty() => room(matrix, [0, columns]),
+        rows if rows.is_empty() => empty_matrix(matrix, [0, columns]),
         rows => burn_cubecl::kernel::slice(matrix.clone(), &[rows, 0..columns]),
     }
 }
@@ -78,7 +78,7 @@ fn multiply_into(left: DeviceTensor, right: DeviceTensor, out: Option<DeviceTens
 pub(super) fn multiply(left: DeviceTensor, right: &DeviceTensor) -> Result<DeviceTensor, Error> {
     let ([m, k], [_, n]) = (dims(&left), dims(right));
     if m * n == 0 {
-        return Ok(room(&left, [m, n]));
+        return Ok(empty_matrix(&left, [m, n]));
     }
     if k == 0 {
         return Ok(zeros_client(left.client, left.device, Shape::from([m, n]), left.dtype));
@@ -86,7 +86,8 @@ pub(super) fn multiply(left: DeviceTensor, right: &DeviceTensor) -> Result<Devic
     multiply_into(left, right.clone(), None)
 }
 
-/// The products of several matrices, one behind the other: each in its window of one buffer, if all windows can be written.
+/// The products of several matrices, one behind the other: each in its window of one buffer, if all windows can be
+/// written.
 pub(super) fn multiply_all(lefts: Vec<DeviceTensor>, right: &DeviceTensor) -> Result<DeviceTensor, Error> {
     let (columns, inner) = (dims(right)[1], dims(right)[0]);
     let mut places = Vec::with_capacity(lefts.len());
@@ -95,7 +96,7 @@ pub(super) fn multiply_all(lefts: Vec<DeviceTensor>, right: &DeviceTensor) -> Re
         places.push(total..total + dims(left)[0]);
         total += dims(left)[0];
     }
-    let out = room(right, [total, columns]);
+    let out = empty_matrix(right, [total, columns]);
     if inner == 0 || columns == 0 || !places.iter().all(|place| place.is_empty() || is_window(&out, place)) {
         let made = lefts.into_iter().map(|left| multiply(left, right)).collect::<Result<Vec<_>, _>>()?;
         return stacked(made);

@@ -1,8 +1,8 @@
 //! Disjoint slices of one tensor, which different threads write at the same time.
 //!
-//! While one part of a result travels, the next is computed into the same buffer. A [`DisjointSlice`] is a part that one thread has
-//! to itself: slices of one tensor are cut once, so they don't overlap, and each keeps the buffer alive. When all are
-//! dropped, and no sooner, the tensor can be had.
+//! While one part of a result travels, the next is computed into the same buffer. A [`DisjointSlice`] is a part that
+//! one thread has to itself: slices of one tensor are cut once, so they don't overlap, and each keeps the buffer alive.
+//! When all are dropped, and no sooner, the tensor can be had.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
@@ -22,7 +22,8 @@ pub(super) struct DisjointSlice<T> {
     _tensor: Arc<SharedTensor>,
 }
 
-// SAFETY: a slice is the only way to its elements, as a `&mut [T]` would be; the shared tensor is never touched but to drop it.
+// SAFETY: a slice is the only way to its elements, as a `&mut [T]` would be; the shared tensor is never touched but to
+// drop it.
 unsafe impl<T: Send> Send for DisjointSlice<T> {}
 
 impl<T> Deref for DisjointSlice<T> {

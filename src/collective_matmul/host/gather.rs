@@ -6,11 +6,11 @@ use burn::backend::flex::FlexTensor;
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::Tensor;
 
-use super::matrix::{Factor, Matrix, OutputRows, Real, elements_of, multiply, room};
+use super::matrix::{Factor, Matrix, OutputRows, Real, elements_of, empty_tensor, multiply};
 use super::product::{dims_of, multiply_own, positions_first, unit_of, with_positions_first};
 use crate::Error;
 use crate::collective_matmul::ProductCall;
-use crate::collective_matmul::chunk_plan::{ChunkPlan, check_part, total_positions};
+use crate::collective_matmul::chunk_plan::{ChunkPlan, check_positions, total_positions};
 use crate::collective_matmul::schedule::Size;
 use crate::comm::part;
 
@@ -53,9 +53,9 @@ pub(super) fn gather<T: Real>(
             Ok(slots)
         }));
     }
-    let mut whole = room::<T>(&[positions, width]);
+    let mut whole = empty_tensor::<T>(&[positions, width]);
     let mut made: Vec<_> =
-        factors.iter().map(|right| room::<T>(&dims_of(&left, dim, positions, right.columns()))).collect();
+        factors.iter().map(|right| empty_tensor::<T>(&dims_of(&left, dim, positions, right.columns()))).collect();
     {
         let gathered: &mut [T] = whole.storage_mut();
         let mut outs: Vec<&mut [T]> = made.iter_mut().map(|made| made.storage_mut()).collect();
@@ -83,7 +83,8 @@ pub(super) fn gather<T: Real>(
     Ok((made, positions_first(whole, dims_of(&left, dim, positions, features), dim)))
 }
 
-/// Multiplies gathered positions, of which the first is number `at` of `positions`, into their places among the outer ones.
+/// Multiplies gathered positions, of which the first is number `at` of `positions`, into their places among the outer
+/// ones.
 fn write_slot<T: Real>(
     slot: &[T],
     [outer, unit, features]: [usize; 3],
@@ -118,7 +119,7 @@ fn whole(left: &FlexTensor, call: &ProductCall) -> Result<FlexTensor, Error> {
     let brought = brought.reshape([shape[dim], width].into());
     let whole = call.comm.all_gather(Tensor::<2>::from_primitive::<Flex>(brought))?;
     let total = whole.dims()[0];
-    check_part(call.comm.rank(), shape[dim], total, call)?;
+    check_positions(call.comm.rank(), shape[dim], total, call)?;
     let unreadable = |problem| Error::invalid(call.name, format!("what was gathered cannot be read: {problem:?}"));
     let whole = whole.try_into_primitive::<Flex>().map_err(unreadable)?;
     Ok(positions_first(whole, dims_of(left, dim, total, shape[shape.num_dims() - 1]), dim))

@@ -231,7 +231,7 @@ fn gemm<T: Real>(left: Matrix<'_, T>, right: Matrix<'_, T>, out: &mut [T], row_s
     }
 }
 
-/// Room for a tensor: pages of zeros that are not touched before they are written.
-pub(super) fn room<T: Real>(dims: &[usize]) -> FlexTensor {
+/// A tensor whose values are not set: pages of zeros that are not touched before they are written.
+pub(super) fn empty_tensor<T: Real>(dims: &[usize]) -> FlexTensor {
     FlexTensor::empty(Shape::from(dims.to_vec()), T::DTYPE)
 }

@@ -1,7 +1,7 @@
 //! Products and their collectives, chunk by chunk.
 //!
-//! What travels has its positions first: of each position the rows of all outer places, one behind the other. Products are
-//! written there by rows at even distances, and read from there likewise; nothing is brought into another order.
+//! What travels has its positions first: of each position the rows of all outer places, one behind the other. Products
+//! are written there by rows at even distances, and read from there likewise; nothing is brought into another order.
 
 use std::ops::Range;
 
@@ -10,7 +10,7 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
 
 use super::disjoint::disjoint_slices;
-use super::matrix::{Factor, Matrix, OutputRows, Real, multiply, room};
+use super::matrix::{Factor, Matrix, OutputRows, Real, empty_tensor, multiply};
 use super::matrix_batch::{MatrixBatch, even};
 use crate::Error;
 use crate::collective_matmul::chunk_plan::ChunkPlan;
@@ -111,7 +111,7 @@ pub(super) fn sum<T: Real>(
     let schedule = call.schedule(factors.size(rows, beside))?;
     let mut dims = first.shape().to_vec();
     dims.splice(dims.len() - 1.., [columns]);
-    let mut sum = room::<T>(&dims);
+    let mut sum = empty_tensor::<T>(&dims);
     let dims = |rows: &Range<usize>| [rows.len(), columns];
     let write = |rows: Range<usize>, out: &mut [T]| {
         factors.write(OutputRows::packed(out, columns), |left| left.matrix(0).rows(rows.clone()));
@@ -155,7 +155,7 @@ pub(super) fn scatter<T: Real>(
     let plan = ChunkPlan::new(positions, call.comm.size(), call.comm.rank(), schedule);
     let width = outer * unit * columns;
     let dims = dims_of(first, dim, plan.own(), columns);
-    let mut scattered = room::<T>(&[plan.own(), width]);
+    let mut scattered = empty_tensor::<T>(&[plan.own(), width]);
     let fill = |chunk: usize, partial: &mut [T]| {
         if schedule.chunks == 1 {
             return factors.write_positions(0..positions, unit, partial);
@@ -200,7 +200,7 @@ pub(super) fn multiply_own<T: Real>(left: FlexTensor, right: &FlexTensor) -> Fle
     let left = even(left, dim);
     let (stack, factor) = (MatrixBatch::<T>::of(&left, dim), Factor::new(Matrix::of(right)));
     let (rows, columns) = (stack.rows(), factor.columns());
-    let mut out = room::<T>(&dims_of(&left, dim, left.shape()[dim], columns));
+    let mut out = empty_tensor::<T>(&dims_of(&left, dim, left.shape()[dim], columns));
     let all: &mut [T] = out.storage_mut();
     match stack.flat() {
         Some(left) => multiply(&[(left, &factor)], OutputRows::packed(all, columns)),
@@ -222,7 +222,7 @@ pub(super) fn multiply_rows<T: Real>(left: FlexTensor, right: FlexTensor) -> Fle
         (Some(left), Some(right)) => vec![(left.transposed(), Factor::new(right))],
         _ => (0..left.outer).map(|place| (left.matrix(place).transposed(), Factor::new(right.matrix(place)))).collect(),
     };
-    let mut out = room::<T>(&[left.columns(), right.columns()]);
+    let mut out = empty_tensor::<T>(&[left.columns(), right.columns()]);
     let terms: Vec<_> = matrices.iter().map(|(left, right)| (*left, right)).collect();
     multiply(&terms, OutputRows::packed(out.storage_mut(), right.columns()));
     out

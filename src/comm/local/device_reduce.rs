@@ -14,8 +14,8 @@ use cubecl::prelude::*;
 use crate::Error;
 use crate::comm::{DeviceTensor, ReduceOp};
 
-/// Folds the same elements of contiguous tensors of one dtype, which are all on the device of the first, into elements of
-/// `dtype`: that of the tensors, or of 16 bits where they are of `f32`. Factors have been applied.
+/// Folds the same elements of contiguous tensors of one dtype, which are all on the device of the first, into elements
+/// of `dtype`: that of the tensors, or of 16 bits where they are of `f32`. Factors have been applied.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] if there is no tensor.

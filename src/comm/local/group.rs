@@ -227,8 +227,8 @@ impl Group {
         self.barrier.leave();
     }
 
-    /// The last collectives of every rank of the group, and of the ranks that wait in other groups of the world: a failure
-    /// is theirs as well.
+    /// The last collectives of every rank of the group, and of the ranks that wait in other groups of the world: a
+    /// failure is theirs as well.
     pub fn log(&self) -> CallLog {
         let others = self.world_failure.groups();
         let others = others.iter().filter(|other| !std::ptr::eq(&***other, self));

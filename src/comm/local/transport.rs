@@ -15,6 +15,7 @@ use super::group::{CallDescriptor, Group, SplitGroup};
 use crate::Error;
 use crate::comm::backoff::Backoff;
 use crate::comm::lock::lock;
+use crate::comm::transport::check_rank;
 use crate::comm::{Arrival, Call, CallLog, Extent, Message, Operation, Transfer, Transport};
 
 /// One rank's member of a group of threads.
@@ -102,7 +103,7 @@ impl LocalTransport {
 
     /// Puts a message into the queue of its receiver.
     pub(super) fn deliver(&self, to: usize, tag: u64, message: Arrival) -> Result<(), Error> {
-        self.check_rank(to, "send")?;
+        check_rank(self, to, "send")?;
         let group = &*self.group;
         if let Some(error) = group.world_failure.error() {
             return Err(error.clone());
@@ -114,7 +115,7 @@ impl LocalTransport {
 
     /// Waits for the oldest message of `from` with this `tag`.
     pub(super) fn take(&self, from: usize, tag: u64) -> Result<Arrival, Error> {
-        self.check_rank(from, "recv")?;
+        check_rank(self, from, "recv")?;
         let group = &*self.group;
         if let Some(error) = group.world_failure.error() {
             return Err(error.clone());
@@ -147,13 +148,6 @@ impl LocalTransport {
             }
         }
         message.ok_or_else(|| self.failure_or_abort())
-    }
-
-    fn check_rank(&self, rank: usize, operation: &'static str) -> Result<(), Error> {
-        match rank < self.size() {
-            true => Ok(()),
-            false => Err(Error::NoSuchRank { group: self.group.name.clone(), rank, size: self.size(), operation }),
-        }
     }
 }
 
@@ -235,7 +229,7 @@ impl Transport for LocalTransport {
     }
 
     fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {
-        self.check_rank(from, "recv")?;
+        check_rank(self, from, "recv")?;
         match self.group.world_failure.error() {
             Some(error) => Err(error.clone()),
             None => self.group.mail.take(from, self.rank, tag).map(Arrival::into_host).transpose(),

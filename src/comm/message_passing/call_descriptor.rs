@@ -13,7 +13,8 @@ pub(super) struct CallDescriptor {
     /// For [`Operation::Split`]; in the second agreement of a collective, the number that the rank tells all.
     pub color: u64,
     pub key: i64,
-    /// Whether this rank has attached to the offered shared memory, see [`ControlPath`](super::control_path::ControlPath).
+    /// Whether this rank has attached to the offered shared memory, see
+    /// [`ControlPath`](super::control_path::ControlPath).
     pub attached: bool,
 }
 

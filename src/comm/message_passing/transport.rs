@@ -17,6 +17,7 @@ use super::world::{Membership, Proposal, World};
 use crate::Error;
 use crate::comm::departed::{GRACE, rank_lost};
 use crate::comm::lock::lock;
+use crate::comm::transport::check_rank;
 use crate::comm::{Call, CallLog, Extent, Message, Operation, Transfer, Transport};
 
 #[derive(Debug)]
@@ -133,13 +134,6 @@ impl MessagePassingTransport {
         Ok(CommittedCollective { state, group, number, complete: true, descriptors, id, in_shared_memory })
     }
 
-    fn check_rank(&self, rank: usize, operation: &'static str) -> Result<(), Error> {
-        match rank < self.size() {
-            true => Ok(()),
-            false => Err(Error::NoSuchRank { group: self.group.name.clone(), rank, size: self.size(), operation }),
-        }
-    }
-
     /// Waits for a message that is not there yet.
     fn wait_for(&self, from: usize, tag: u64) -> Result<Message, Error> {
         let (world, group) = (self.world(), &*self.group);
@@ -234,7 +228,7 @@ impl Transport for MessagePassingTransport {
     }
 
     fn send(&self, to: usize, tag: u64, message: Message) -> Result<(), Error> {
-        self.check_rank(to, "send")?;
+        check_rank(self, to, "send")?;
         if let Some(error) = self.world().failure() {
             return Err(error.clone());
         }
@@ -248,7 +242,7 @@ impl Transport for MessagePassingTransport {
     }
 
     fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {
-        self.check_rank(from, "recv")?;
+        check_rank(self, from, "recv")?;
         if let Some(error) = self.world().failure() {
             return Err(error.clone());
         }

@@ -253,7 +253,8 @@ impl Endpoint for MpiEndpoint {
 
     fn cancel(&self, requests: &mut Vec<Request>) {
         let _locked = self.mpi.lock();
-        // A receive that has found its message cannot be cancelled, and its sender may be stopped: nobody waits for that.
+        // A receive that has found its message cannot be cancelled, and its sender may be stopped: nobody waits for
+        // that.
         requests.retain_mut(|request| {
             // SAFETY: the request is of this MPI and not done.
             let cancelled = unsafe { sys::MPI_Cancel(raw_request(request)) };

@@ -76,8 +76,8 @@ impl Session {
         self.worlds.create(Box::new(endpoint), config)
     }
 
-    /// Runs `f` while no other thread of this process calls MPI through a world of this session: for code that calls MPI
-    /// itself.
+    /// Runs `f` while no other thread of this process calls MPI through a world of this session: for code that calls
+    /// MPI itself.
     pub fn exclusive<R>(&self, f: impl FnOnce() -> R) -> R {
         let _locked = self.mpi.lock();
         f()

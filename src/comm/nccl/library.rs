@@ -112,7 +112,7 @@ impl Library {
     }
 
     /// An identity of this device, unique over all machines.
-    pub(super) fn place(self, index: usize) -> Result<(Self, [u64; 2]), Error> {
+    pub(super) fn device_identity(self, index: usize) -> Result<(Self, [u64; 2]), Error> {
         if index >= self.devices {
             let devices = self.devices;
             return Err(Error::Gpu {

@@ -14,9 +14,9 @@
 //! 3. The watchdog of the sending rank takes the answers in their order and enqueues `ncclSend` for each.
 //!
 //! **A rank may go before its messages.** When it drops its communicator, its watchdog keeps what has not been asked
-//! for: until it is, or until its receiver says that it will receive *nothing more*, which is the last answer of every
-//! rank that drops its own, or for as long as the time-out. A message that nobody has received by then is dropped, with
-//! a warning in the log.
+//! for (`comm/sent_messages.rs`): until it is, or until its receiver says that it will receive *nothing more*, which is
+//! the last answer of every rank that drops its own, or for as long as the time-out. A message that nobody has received
+//! by then is dropped, with a warning in the log.
 //!
 //! **No deadlock.** Each direction between two ranks has a NCCL communicator and streams of its own, made with the
 //! first message: what two ranks send to each other uses different streams, and no message waits for a collective, nor
@@ -41,8 +41,6 @@
 //! A header is told from a user's message by its form, 64-bit integers of eight dims that begin with a fixed number; a
 //! user's message of that form is refused.
 
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use burn::backend::flex::FlexTensor;
@@ -58,15 +56,12 @@ use super::watchdog::{Link, Watchdog};
 use crate::Error;
 use crate::comm::device::{DeviceTensor, empty_on};
 use crate::comm::lock::lock;
+use crate::comm::sent_messages::SentMessages;
 use crate::comm::{Call, Extent, Message, Operation, Transport};
 
 const MAGIC: u64 = 0x6e63_636c_6865_6164;
 /// Dims of a header but the last.
 const FORM: [usize; 7] = [1; 7];
-/// Tag of the answers, in the group that exists for them.
-pub(super) const ANSWERS: u64 = 0;
-/// In place of the number of a message, in the last answer of a rank.
-pub(super) const NOTHING_MORE: u64 = u64::MAX;
 
 const DTYPES: [DType; 13] = [
     DType::F64,
@@ -143,120 +138,57 @@ impl Channel {
     }
 }
 
-/// The messages that a rank has sent to one other, and that wait for their receiver.
-///
-/// It does not hold the group that they were sent in: peers see at once that this rank has left that, while the
-/// messages wait on (see `watchdog.rs`).
+/// A message that waits for its receiver: where it is, what, and its tag.
+pub(super) struct Sent {
+    preparing: Preparing,
+    tensor: DeviceTensor,
+    pub tag: u64,
+}
+
+/// The messages that a rank has sent to one other, and the channel over which they travel.
+#[derive(Debug)]
 pub(super) struct SendQueue {
-    /// The group in which receivers answer.
-    answers: Arc<dyn Transport>,
-    to: usize,
-    state: Mutex<Sent>,
-    /// How many wait, readable without the lock.
-    waiting: AtomicUsize,
-}
-
-impl std::fmt::Debug for SendQueue {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SendQueue").field("to", &self.to).field("waiting", &self.waiting).finish_non_exhaustive()
-    }
-}
-
-#[derive(Default)]
-struct Sent {
-    /// Number of the next message.
-    next: u64,
-    /// By number: where it is, what, and its tag.
-    waiting: BTreeMap<u64, (Preparing, DeviceTensor, u64)>,
-    /// The receiver asks for nothing more.
-    closed: bool,
-    channel: Option<Arc<Channel>>,
+    pub messages: Arc<SentMessages<Sent>>,
+    channel: Mutex<Option<Arc<Channel>>>,
 }
 
 impl SendQueue {
+    /// `answers` is the group in which receivers answer.
     pub fn new(answers: Arc<dyn Transport>, to: usize) -> Self {
-        Self { answers, to, state: Mutex::default(), waiting: AtomicUsize::new(0) }
+        Self { messages: Arc::new(SentMessages::new(answers, to)), channel: Mutex::default() }
     }
 
     /// Announces a message in its group, and keeps it until its receiver asks for it.
     pub fn put(&self, group: &dyn Transport, tag: u64, tensor: DeviceTensor, gpu: &Gpu) -> Result<(), Error> {
         let preparing = prepare(gpu, [&tensor].into_iter())?;
-        let mut sent = lock(&self.state);
-        let number = sent.next;
-        let header = Header { number, dtype: tensor.dtype, dims: tensor.meta.shape().to_vec() };
-        let header = header.write()?;
-        sent.next += 1;
-        // An empty tensor needs no transfer. Others are put in before they are announced: the answer finds them there.
-        if tensor.meta.shape().iter().product::<usize>() > 0 && !sent.closed {
-            sent.waiting.insert(number, (preparing, tensor, tag));
-        }
-        self.waiting.store(sent.waiting.len(), Ordering::Release);
-        drop(sent);
-        group.send(self.to, tag, header)
+        let (dtype, dims) = (tensor.dtype, tensor.meta.shape().to_vec());
+        // An empty tensor needs no transfer.
+        let full = dims.iter().product::<usize>() > 0;
+        let message = full.then_some(Sent { preparing, tensor, tag });
+        let header = self.messages.put(message, |number| Header { number, dtype, dims }.write())?;
+        group.send(self.messages.to(), tag, header)
     }
 
     /// Receives a message that the rank has sent to itself.
-    pub fn take(&self, header: &Header, device: &CubeDevice) -> Result<DeviceTensor, Error> {
-        let mut sent = lock(&self.state);
-        let taken = sent.waiting.remove(&header.number);
-        self.waiting.store(sent.waiting.len(), Ordering::Release);
-        match taken {
-            Some((_, tensor, _)) => Ok(tensor),
-            None => Ok(empty_on(device, header.dims.clone(), header.dtype)),
-        }
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.waiting.load(Ordering::Acquire) == 0
-    }
-
-    /// The waiting messages, in words.
-    pub fn describe(&self) -> String {
-        let sent = lock(&self.state);
-        let tags: Vec<u64> = sent.waiting.values().map(|(_, _, tag)| *tag).collect();
-        format!("messages of rank {} to rank {} with tags {tags:?}", self.answers.rank(), self.to)
-    }
-
-    /// Drops what has not been asked for.
-    pub fn clear(&self) {
-        let mut sent = lock(&self.state);
-        sent.waiting.clear();
-        self.waiting.store(0, Ordering::Release);
+    pub fn take(&self, header: &Header, device: &CubeDevice) -> DeviceTensor {
+        let taken = self.messages.take(header.number).map(|sent| sent.tensor);
+        taken.unwrap_or_else(|| empty_on(device, header.dims.clone(), header.dtype))
     }
 
     /// Sends what its receiver has asked for. Called by the watchdog alone. Returns whether there was something.
     pub fn deliver(&self, watchdog: &Arc<Watchdog>) -> Result<bool, Error> {
-        let mut delivered = false;
-        while !self.is_empty()
-            && let Some(answer) = self.answers.try_receive(self.to, ANSWERS)?
-        {
-            self.answer(&answer, watchdog)?;
-            delivered = true;
-        }
-        Ok(delivered)
+        self.messages.deliver(|message, id| self.transfer(message, id, watchdog))
     }
 
-    fn answer(&self, Message(answer): &Message, watchdog: &Arc<Watchdog>) -> Result<(), Error> {
-        let garbled = || Error::invalid("send over NCCL", format!("the answer of rank {} is garbled", self.to));
-        let bytes: Vec<u8> = answer.clone().into_data().try_into_vec().map_err(|_| garbled())?;
-        let (number, id) = bytes.split_first_chunk::<8>().ok_or_else(garbled)?;
-        let number = u64::from_le_bytes(*number);
-        if number == NOTHING_MORE {
-            lock(&self.state).closed = true;
-            self.clear();
-            return Ok(());
-        }
-        let mut sent = lock(&self.state);
-        let (preparing, tensor, tag) = sent.waiting.remove(&number).ok_or_else(garbled)?;
-        self.waiting.store(sent.waiting.len(), Ordering::Release);
-        let known = sent.channel.clone();
-        drop(sent);
-        // Not under the lock: the first message waits for the receiver, and the sender of the next should not wait for that.
+    fn transfer(&self, message: Sent, id: &[u8], watchdog: &Arc<Watchdog>) -> Result<(), Error> {
+        let (to, Sent { preparing, tensor, tag }) = (self.messages.to(), message);
+        let garbled = || Error::invalid("send over NCCL", format!("the answer of rank {to} is garbled"));
+        let known = lock(&self.channel).clone();
         let channel = match known {
             Some(channel) => channel,
             None if id.len() == ID_BYTES => {
                 let channel = Arc::new(Channel::new(id, 0, watchdog.host(), watchdog)?);
-                lock(&self.state).channel = Some(channel.clone());
+                *lock(&self.channel) = Some(channel.clone());
                 channel
             }
             None => return Err(garbled()),
@@ -273,7 +205,7 @@ impl SendQueue {
         drop(raw);
         let ready = prepared.ready.clone();
         let extent = Extent::new(&tensor.meta.shape().to_vec());
-        let call = Call::on_device(Operation::Send { to: self.to, tag }, tensor.dtype, extent);
+        let call = Call::on_device(Operation::Send { to, tag }, tensor.dtype, extent);
         watchdog.watch(call, &channel.link, (ready, done), vec![(tensor, Some(prepared))]);
         called
     }

@@ -85,17 +85,17 @@ use crate::Error;
 /// The group of `host`, with NCCL for the tensors of CUDA device `index`. Collective over `host`, which stays usable.
 ///
 /// # Errors
-/// [`Error::Gpu`], on every rank, before anything is touched, if some rank has no libcuda, no libnccl, too old ones, or no
-/// such device, or if two ranks of one machine use the same device and NCCL is older than 2.30; [`Error::Nccl`] if NCCL
-/// refuses; the error of the world.
+/// [`Error::Gpu`], on every rank, before anything is touched, if some rank has no libcuda, no libnccl, too old ones, or
+/// no such device, or if two ranks of one machine use the same device and NCCL is older than 2.30; [`Error::Nccl`] if
+/// NCCL refuses; the error of the world.
 pub fn join(host: &Communicator, index: usize) -> Result<Communicator, Error> {
-    let place = library().and_then(|library| library.place(index));
-    check_all(host, &place)?;
-    let (library, place) = place?;
-    let places = host.all_gather(place.to_vec())?;
-    let places: Vec<&[u64]> = places.chunks(place.len()).collect();
-    let duplicates = places.iter().enumerate().find_map(|(second, place)| {
-        places[..second].iter().position(|first| first == place).map(|first| (first, second))
+    let identity = library().and_then(|library| library.device_identity(index));
+    check_all(host, &identity)?;
+    let (library, identity) = identity?;
+    let identities = host.all_gather(identity.to_vec())?;
+    let identities: Vec<&[u64]> = identities.chunks(identity.len()).collect();
+    let duplicates = identities.iter().enumerate().find_map(|(second, identity)| {
+        identities[..second].iter().position(|first| first == identity).map(|first| (first, second))
     });
     if let Some((first, second)) = duplicates
         && !library.shares_devices()

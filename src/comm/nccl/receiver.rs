@@ -2,14 +2,12 @@
 
 use std::sync::{Arc, Mutex};
 
-use burn::backend::flex::FlexTensor;
-use burn::tensor::TensorData;
 use burn_cubecl::CubeDevice;
 use cudarc::nccl::result as nccl;
 
 use super::collective::data_type;
 use super::event::Event;
-use super::messages::{ANSWERS, Channel, Header, NOTHING_MORE, SendQueue};
+use super::messages::{Channel, Header, SendQueue};
 use super::nccl_comm::unique_id;
 use super::posted_receives::{Asked, Key, PostedReceives};
 use super::stream::{follow_here, prepare};
@@ -17,6 +15,7 @@ use super::watchdog::Watchdog;
 use crate::Error;
 use crate::comm::device::{DeviceTensor, empty_on};
 use crate::comm::lock::lock;
+use crate::comm::sent_messages::{ask, ask_nothing_more};
 use crate::comm::{Arrival, Call, Extent, Message, Operation, Transport};
 
 /// The receiving side of a rank in a group.
@@ -120,15 +119,10 @@ impl Receiver {
         let garbled = || Error::invalid("recv over NCCL", format!("the header of a message of rank {from} is garbled"));
         let header = Header::read(&message).ok_or_else(garbled)?;
         let (tensor, done) = match from == self.host.rank() {
-            true => (self.own.take(&header, &self.device)?, None),
+            true => (self.own.take(&header, &self.device), None),
             false => self.fetch(header, (from, tag))?,
         };
         Ok((Arrival::Device(Box::new(tensor)), done))
-    }
-
-    fn answer(&self, to: usize, answer: Vec<u8>) -> Result<(), Error> {
-        let len = answer.len();
-        self.answers.send(to, ANSWERS, Message(FlexTensor::from_data(TensorData::new(answer, [len]))))
     }
 
     /// Receives what a header announces.
@@ -143,13 +137,11 @@ impl Receiver {
         let preparing = prepare(self.watchdog.gpu(), [&output].into_iter())?;
         // Locked to the end: receives are enqueued in the order of the answers.
         let mut channel = lock(&self.channels[from]);
-        let mut answer = header.number.to_le_bytes().to_vec();
         let id = match *channel {
             Some(_) => None,
             None => Some(unique_id()?),
         };
-        answer.extend(id.iter().flatten());
-        self.answer(from, answer)?;
+        ask(&*self.answers, from, header.number, id.as_ref().map_or(&[][..], |id| &id[..]))?;
         if let Some(id) = id {
             *channel = Some(Channel::new(&id, 1, &self.host, &self.watchdog)?);
         }
@@ -177,7 +169,7 @@ impl Drop for Receiver {
         let others = (0..self.host.size()).filter(|rank| *rank != self.host.rank());
         for other in others.filter(|_| self.host.failure().is_none()) {
             // A rank that cannot be reached has gone, or the world has failed: nothing is kept then.
-            let _ = self.answer(other, NOTHING_MORE.to_le_bytes().to_vec());
+            let _ = ask_nothing_more(&*self.answers, other);
         }
     }
 }

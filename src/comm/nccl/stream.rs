@@ -88,8 +88,8 @@ fn follow(server: &DeviceHandle<Server>, event: Arc<Event>) {
     server.flush_queue();
 }
 
-/// Makes what burn enqueues on this thread from now on wait for what the stream has been given that a tensor comes from: CubeCL
-/// looks only at when a buffer was made, not at what was written to it since.
+/// Makes what burn enqueues on this thread from now on wait for what the stream has been given that a tensor comes
+/// from: CubeCL looks only at when a buffer was made, not at what was written to it since.
 pub(super) fn wait_for_origin(gpu: &Gpu, tensor: &CubeTensor) {
     let (here, origin) = (StreamId::current(), tensor.handle.stream);
     if here == origin {
@@ -147,7 +147,8 @@ pub(super) fn prepare<'a>(gpu: &Gpu, tensors: impl Iterator<Item = &'a CubeTenso
             let find = |binding| server.get_resource(binding, stream).map_err(|error| lost(&error));
             let held = bindings.drain(..).map(find).collect::<Result<Vec<_>, _>>()?;
             let compute = compute_stream(server, stream)?;
-            // CubeCL may have seen to it, but looks only at when a buffer was made, not at what was written to it since.
+            // CubeCL may have seen to it, but looks only at when a buffer was made, not at what was written to it
+            // since.
             for origin in &origins {
                 Event::record(&gpu, compute_stream(server, *origin)?)?.make_wait(compute)?;
             }
@@ -185,7 +186,8 @@ impl Prepared {
         server.submit(move |server: &mut Server| {
             match compute_stream(server, stream).and_then(|stream| done.make_wait(stream)) {
                 Ok(()) => drop(held),
-                // The device is lost, and every later call will say so. Memory that may still be written to is not given back.
+                // The device is lost, and every later call will say so. Memory that may still be written to is not
+                // given back.
                 Err(_) => std::mem::forget(held),
             }
         });

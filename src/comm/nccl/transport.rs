@@ -18,6 +18,7 @@ use super::watchdog::{HeldBuffer, Link, Watchdog};
 use crate::Error;
 use crate::comm::coalesced::pieces_on_device;
 use crate::comm::device::{DeviceTensor, DeviceTransport, bytes_moved, empty_on, flat, rows_received};
+use crate::comm::transport::check_rank;
 use crate::comm::{Arrival, Call, CallLog, Message, Operation, ReduceOp, Transfer, Transport};
 
 /// One rank's member of a group that NCCL joins. Everything but moving device data is done by the host transport.
@@ -95,16 +96,6 @@ impl NcclTransport {
         self.watchdog.watch(*operation, &self.link, (prepared.ready.clone(), done.clone()), shared);
         prepared.release(done);
         called
-    }
-
-    fn check_rank(&self, rank: usize, operation: &'static str) -> Result<(), Error> {
-        match rank < self.host.size() {
-            true => Ok(()),
-            false => {
-                let (group, size) = (self.host.group().clone(), self.host.size());
-                Err(Error::NoSuchRank { group, rank, size, operation })
-            }
-        }
     }
 }
 
@@ -184,7 +175,7 @@ impl DeviceTransport for NcclTransport {
     }
 
     fn send(&self, to: usize, tag: u64, tensor: DeviceTensor) -> Result<(), Error> {
-        self.check_rank(to, "send")?;
+        check_rank(self, to, "send")?;
         self.send_queues[to].put(&*self.host, tag, tensor, self.watchdog.gpu())?;
         self.watchdog.wake();
         Ok(())

@@ -21,12 +21,13 @@ use std::time::{Duration, Instant};
 
 use super::event::Event;
 use super::gpu::Gpu;
-use super::messages::SendQueue;
+use super::messages::{SendQueue, Sent};
 use super::nccl_comm::NcclComm;
 use super::stream::Prepared;
 use crate::Error;
 use crate::comm::lock::lock;
 use crate::comm::pending::{OutstandingJob, OutstandingJobs};
+use crate::comm::sent_messages::OrphanedMessages;
 use crate::comm::{Call, DeviceTensor, Transport};
 
 /// How often open communicators are checked.
@@ -82,21 +83,14 @@ struct Closing {
     _outstanding_job: OutstandingJob,
 }
 
-/// Messages whose sender has dropped its communicator.
-struct OrphanedSends {
-    send_queue: Arc<SendQueue>,
-    since: Instant,
-    /// The rank does not leave the world before.
-    _outstanding_job: OutstandingJob,
-}
-
 #[derive(Default)]
 struct Watched {
     links: Vec<Weak<Link>>,
     send_queues: Vec<Weak<SendQueue>>,
     enqueued: VecDeque<Enqueued>,
     closing: Vec<Closing>,
-    orphaned: Vec<OrphanedSends>,
+    /// Messages whose sender has dropped its communicator, and the queue that sends them.
+    orphaned: Vec<(Arc<SendQueue>, OrphanedMessages<Sent>)>,
     running: bool,
     /// Whether something changed since the thread looked last.
     news: bool,
@@ -145,12 +139,9 @@ impl Watchdog {
 
     /// Keeps messages that wait for their receiver after their sender has gone.
     pub fn hold(self: &Arc<Self>, send_queue: &Arc<SendQueue>) {
-        if !send_queue.is_empty() {
-            let (send_queue, since) = (send_queue.clone(), Instant::now());
-            let left =
-                OrphanedSends { send_queue, since, _outstanding_job: OutstandingJob::new(&self.outstanding_jobs) };
+        if let Some(orphaned) = OrphanedMessages::new(&send_queue.messages, &self.outstanding_jobs) {
             self.tell(|watched| {
-                watched.orphaned.push(left);
+                watched.orphaned.push((send_queue.clone(), orphaned));
                 watched.news = true;
             });
         }
@@ -231,7 +222,7 @@ impl Watchdog {
                     Ok(delivered) => moved |= delivered,
                     Err(error) => self.host.abort(error),
                 }
-                waiting |= !send_queue.is_empty();
+                waiting |= !send_queue.messages.is_empty();
             }
             enqueued.retain_mut(|operation| self.is_running(operation));
             self.check_async_errors(&links);
@@ -239,12 +230,12 @@ impl Watchdog {
                 links.iter().for_each(|link| link.lock().abort());
                 closing.iter_mut().for_each(|closing| closing.raw.abort());
                 // Messages that wait for their receiver are dropped.
-                send_queues.iter().for_each(|send_queue| send_queue.clear());
+                send_queues.iter().for_each(|send_queue| send_queue.messages.clear());
                 waiting = false;
             }
             let limit = self.host.timeout();
             closing.retain_mut(|closing| closing.is_alive(limit));
-            left.retain(|left| left.is_wanted(limit));
+            left.retain(|(_, orphaned)| orphaned.is_wanted(limit, |sent| sent.tag));
             drop((links, send_queues));
 
             watched = lock(&self.watched);
@@ -325,23 +316,5 @@ impl Closing {
             Ok(false) | Err(_) => self.raw.abort(),
         }
         false
-    }
-}
-
-impl OrphanedSends {
-    /// Whether a receiver may still ask for something.
-    fn is_wanted(&self, limit: Duration) -> bool {
-        if self.send_queue.is_empty() {
-            return false;
-        }
-        let wanted = self.since.elapsed() < limit;
-        if !wanted {
-            log::warn!(
-                "{}, which dropped its communicator {limit:.1?} ago, are dropped: nobody has received them",
-                self.send_queue.describe()
-            );
-            self.send_queue.clear();
-        }
-        wanted
     }
 }

@@ -98,6 +98,22 @@ impl<N: Network> TcpEndpoint<N> {
         Self { rank, network, streams: copies, state, parked: AtomicUsize::new(0) }
     }
 
+    /// Begins to send bytes, if there are any.
+    fn begin_send(
+        &self,
+        to: usize,
+        (data, len): (*const u8, usize),
+        requests: &mut Vec<Request>,
+        send: impl FnOnce(&mut Connection<N::Stream>, SendBuffer, &mut RequestTable),
+    ) {
+        if len > 0 {
+            let State { connections, table } = &mut *lock(&self.state);
+            let request = table.begin();
+            requests.push(Request(request as u64));
+            send(&mut connections[to], SendBuffer { data, len, request }, table);
+        }
+    }
+
     /// Progresses the connections, and wakes parked threads if a request is done.
     fn drive(&self, state: &mut State<N::Stream>) {
         let before = state.table.count;
@@ -133,12 +149,7 @@ impl<N: Network> Endpoint for TcpEndpoint<N> {
         len: usize,
         requests: &mut Vec<Request>,
     ) -> Result<(), Error> {
-        if len > 0 {
-            let State { connections, table } = &mut *lock(&self.state);
-            let request = table.begin();
-            requests.push(Request(request as u64));
-            connections[to].send(tag, SendBuffer { data, len, request }, table);
-        }
+        self.begin_send(to, (data, len), requests, |connection, source, table| connection.send(tag, source, table));
         Ok(())
     }
 
@@ -150,12 +161,9 @@ impl<N: Network> Endpoint for TcpEndpoint<N> {
         len: usize,
         requests: &mut Vec<Request>,
     ) -> Result<(), Error> {
-        if len > 0 {
-            let State { connections, table } = &mut *lock(&self.state);
-            let request = table.begin();
-            requests.push(Request(request as u64));
-            connections[to].send_control(tag, SendBuffer { data, len, request }, table);
-        }
+        self.begin_send(to, (data, len), requests, |connection, source, table| {
+            connection.send_control(tag, source, table);
+        });
         Ok(())
     }
 

@@ -14,13 +14,13 @@
 //!
 //! [`launch::from_env`](crate::launch::from_env) does this with what a launcher says, and runs a function on the rank.
 //!
-//! Every rank has a connection to every other. Large tensors go from the sender's memory to the kernel and from there into
-//! the receiver's tensor; a message of up to 256 KiB is sent before it is asked for and copied once more if it comes too
-//! early, at most 8 MiB of these from each rank. Whoever waits progresses the connections; a thread for each world does
-//! when nobody waits.
+//! Every rank has a connection to every other. Large tensors go from the sender's memory to the kernel and from there
+//! into the receiver's tensor; a message of up to 256 KiB is sent before it is asked for and copied once more if it
+//! comes too early, at most 8 MiB of these from each rank. Whoever waits progresses the connections; a thread for each
+//! world does when nobody waits.
 //!
-//! The ranks show each other that they know a secret (see [`Rendezvous`]). What they send afterwards is neither encrypted
-//! nor signed: across machines, use a network that you trust.
+//! The ranks show each other that they know a secret (see [`Rendezvous`]). What they send afterwards is neither
+//! encrypted nor signed: across machines, use a network that you trust.
 //!
 //! # Failure
 //!
@@ -32,9 +32,10 @@
 //! | its machine or the network stops without a word | the same after half a minute of silence, or the time-out |
 //! | sends what makes no sense | return [`Error::RankLost`]; the log says what came |
 //!
-//! Rank 0 says which of several errors it is; if it does not answer, the next rank does. A rank that was stopped and goes
-//! on returns the error of the others. Where the time-out is shorter than 4 s, each step of this takes up to 0.4 s all
-//! the same.
+//! Rank 0 says which of several errors it is; if it does not answer, the next rank does. A rank that was stopped and
+//! goes on returns the error of the others; but if it was stopped while its connections were full of data, that error
+//! waits behind the data, and does not come through before the others end: it returns a time-out of its own, which
+//! names itself. Where the time-out is shorter than 4 s, each step of this takes up to 0.4 s all the same.
 //!
 //! A rank that is lost while data moves leaves the buffers of that collective half written.
 
@@ -89,8 +90,8 @@ impl Session {
     /// the other or, at rendezvous with different ports, at the same time.
     ///
     /// # Errors
-    /// [`Error::Transport`], if the rendezvous fails (see [`Rendezvous::all_gather`]), if the ranks cannot connect to each
-    /// other, or if the system does not let this process open as many connections; [`Error::Environment`] if the
+    /// [`Error::Transport`], if the rendezvous fails (see [`Rendezvous::all_gather`]), if the ranks cannot connect to
+    /// each other, or if the system does not let this process open as many connections; [`Error::Environment`] if the
     /// variable `BURN_PARALLEL_ADDRESS` is set and no IP address.
     pub fn world(&self, rendezvous: &Rendezvous, config: WorldConfig) -> Result<Communicator, Error> {
         config.check()?;

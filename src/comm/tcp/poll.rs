@@ -96,7 +96,8 @@ pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
             (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, 30_000),
         ];
         for (level, option, value) in options {
-            // SAFETY: the value is an int, and outlives the call. A system that does not know the option goes on without.
+            // SAFETY: the value is an int, and outlives the call. A system that does not know the option goes on
+            // without.
             unsafe {
                 libc::setsockopt(stream.as_raw_fd(), level, option, (&raw const value).cast(), size_of::<i32>() as u32)
             };

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use burn::tensor::DType;
 use burn_ir::{OperationIr, TensorId};
 
-use super::super::liveness::Item;
+use super::super::instruction::Item;
 use super::work::Work;
 
 /// Beyond this many operations a kernel gains nothing, and its values leave the caches.

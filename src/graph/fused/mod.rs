@@ -37,7 +37,7 @@ use self::kernel::Kernel;
 use self::products::merged;
 use super::custom::CustomOps;
 use super::graph_error;
-use super::liveness::Item;
+use super::instruction::Item;
 
 /// The custom operation that is a kernel; its scalar is the kernel's number.
 pub(crate) const FUSED: &str = "fused";

@@ -7,13 +7,10 @@
 use std::collections::HashMap;
 
 use burn::tensor::{DType, Shape};
-use burn_ir::{
-    BaseOperationIr as Base, FloatOperationIr as Float, MatmulOpIr, NumericOperationIr as Numeric, OperationIr,
-    ShapeOpIr, SwapDimsOpIr, TensorId, TensorIr,
-};
+use burn_ir::{MatmulOpIr, OperationIr, TensorId, TensorIr};
 
-use super::super::liveness::Item;
-use super::super::operation::matmul;
+use super::super::instruction::Item;
+use super::super::operation::{Class, build, matmul, reshape, sum_dim, swap_dims};
 
 /// What a program has made so far.
 struct Merging<'a> {
@@ -56,17 +53,9 @@ impl Merging<'_> {
     /// Whether the elements of a tensor lie one after the other, so that it has other dims without a copy: unless it is
     /// a view.
     fn is_plain(&self, tensor: &TensorIr) -> bool {
-        let moved = |op: &OperationIr| match op {
-            OperationIr::BaseFloat(Base::Reshape(op)) => !self.is_plain(&op.input),
-            OperationIr::BaseFloat(
-                Base::SwapDims(_)
-                | Base::Permute(_)
-                | Base::Expand(_)
-                | Base::Slice(_)
-                | Base::Unfold(_)
-                | Base::Flip(_),
-            ) => true,
-            _ => false,
+        let moved = |op: &OperationIr| match reshape(op) {
+            Some(op) => !self.is_plain(&op.input),
+            None => matches!(Class::of(op), Class::View | Class::Slice | Class::Reorder),
         };
         !self.maker(tensor).is_some_and(moved)
     }
@@ -79,7 +68,7 @@ impl Merging<'_> {
     /// A tensor with all rows below each other.
     fn flat(&mut self, tensor: &TensorIr, [batch, rows, columns]: [usize; 3]) -> TensorIr {
         let out = self.tensor([1, batch * rows, columns], tensor.dtype);
-        self.push(OperationIr::BaseFloat(Base::Reshape(ShapeOpIr { input: tensor.clone(), out: out.clone() })));
+        self.push(build::reshape(tensor.clone(), out.clone()));
         out
     }
 
@@ -92,21 +81,18 @@ impl Merging<'_> {
         }
         let lhs = self.flat(lhs, [batch, rows, takes]);
         let product = self.tensor([1, batch * rows, gives], out.dtype);
-        let flat = MatmulOpIr { lhs, rhs: rhs.clone(), out: product.clone() };
-        self.push(OperationIr::Float(out.dtype, Float::Matmul(flat)));
-        self.push(OperationIr::BaseFloat(Base::Reshape(ShapeOpIr { input: product, out: out.clone() })));
+        self.push(build::matmul(lhs, rhs.clone(), product.clone()));
+        self.push(build::reshape(product, out.clone()));
         Some(())
     }
 
     /// The sum over the batch of `[batch, in, rows] x [batch, rows, out]`, of which the first is the second of a swap
     /// of dims.
     fn weight_gradient(&mut self, op: &OperationIr) -> Option<()> {
-        let OperationIr::NumericFloat(_, Numeric::SumDim(sum)) = op else { return None };
-        let dtype = sum.out.dtype;
+        let sum = sum_dim(op)?;
         let product = matmul(self.maker(&sum.input)?)?.clone();
         let [batch, rows, gives] = dims(&product.rhs)?;
-        let OperationIr::BaseFloat(Base::SwapDims(swap)) = self.maker(&product.lhs)? else { return None };
-        let swap = swap.clone();
+        let swap = swap_dims(self.maker(&product.lhs)?)?.clone();
         let [batches, _, takes] = dims(&swap.input)?;
         let swapped = (swap.dim1.min(swap.dim2), swap.dim1.max(swap.dim2)) == (1, 2);
         let alone = self.readers.get(&product.out.id) == Some(&1) && sum.axis == 0 && batch == batches && batch > 1;
@@ -117,10 +103,8 @@ impl Merging<'_> {
         let input = self.flat(&swap.input, [batch, rows, takes]);
         let rhs = self.flat(&product.rhs, [batch, rows, gives]);
         let lhs = self.tensor([1, takes, batch * rows], input.dtype);
-        let swap = SwapDimsOpIr { input, out: lhs.clone(), dim1: 1, dim2: 2 };
-        self.push(OperationIr::BaseFloat(Base::SwapDims(swap)));
-        let whole = MatmulOpIr { lhs, rhs, out: sum.out.clone() };
-        self.push(OperationIr::Float(dtype, Float::Matmul(whole)));
+        self.push(build::swap_dims(input, 1, 2, lhs.clone()));
+        self.push(build::matmul(lhs, rhs, sum.out.clone()));
         // Nobody reads the products of the batch any more.
         self.items.remove(at);
         self.makers.values_mut().filter(|place| **place > at).for_each(|place| *place -= 1);

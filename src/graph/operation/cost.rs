@@ -12,7 +12,8 @@ pub(crate) fn bytes(tensor: &TensorIr) -> u64 {
     elements(tensor) * tensor.dtype.size() as u64
 }
 
-/// The multiplications of a matrix product, a convolution or an attention, forward or backward; 0 for any other operation.
+/// The multiplications of a matrix product, a convolution or an attention, forward or backward; 0 for any other
+/// operation.
 pub(crate) fn multiplications(op: &OperationIr) -> u64 {
     match op {
         OperationIr::Float(_, FloatOperationIr::Matmul(op)) | OperationIr::Int(IntOperationIr::Matmul(op)) => {
@@ -54,7 +55,8 @@ fn of_module(op: &Module) -> u64 {
     }
 }
 
-/// A convolution multiplies each element of its output (a transposed one: of its input) with all weights of one channel.
+/// A convolution multiplies each element of its output (a transposed one: of its input) with all weights of one
+/// channel.
 fn convolution(of: &TensorIr, weight: &TensorIr) -> u64 {
     elements(of) * (elements(weight) / weight.shape.first().copied().unwrap_or(1).max(1) as u64)
 }

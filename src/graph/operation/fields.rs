@@ -2,8 +2,8 @@
 
 use burn_ir::{
     BaseOperationIr as Base, BatchNormOpIr, BinaryOpIr, CastOpIr, FloatOperationIr as Float, MatmulOpIr,
-    ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr, ReduceDimOpIr, ScalarOpIr, ShapeOpIr,
-    SwapDimsOpIr, TensorId, TensorIr, UnaryOpIr,
+    ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr, RandomOpIr, ReduceDimOpIr, ScalarOpIr,
+    ShapeOpIr, SwapDimsOpIr, TensorId, TensorIr, UnaryOpIr,
 };
 
 /// `lhs + rhs` of float tensors.
@@ -125,11 +125,54 @@ pub(crate) fn is_filled(op: &OperationIr) -> bool {
     }
 }
 
-/// The indices and the dim at which an operation adds values to a float tensor.
-pub(crate) fn writes_at(op: &OperationIr) -> Option<(TensorId, usize)> {
+/// The tensor, the indices and the dim of an operation that adds values to a float tensor at indices.
+pub(crate) fn writes_at(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, usize)> {
     match op {
-        OperationIr::BaseFloat(Base::Scatter(op)) => Some((op.indices.id, op.dim)),
-        OperationIr::BaseFloat(Base::SelectAssign(op)) => Some((op.indices.id, op.dim)),
+        OperationIr::BaseFloat(Base::Scatter(op)) => Some((&op.tensor, &op.indices, op.dim)),
+        OperationIr::BaseFloat(Base::SelectAssign(op)) => Some((&op.tensor, &op.indices, op.dim)),
+        _ => None,
+    }
+}
+
+/// The same of an operation that reads there.
+pub(crate) fn reads_at(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, usize)> {
+    match op {
+        OperationIr::BaseFloat(Base::Gather(op)) => Some((&op.tensor, &op.indices, op.dim)),
+        OperationIr::BaseFloat(Base::Select(op)) => Some((&op.tensor, &op.indices, op.dim)),
+        _ => None,
+    }
+}
+
+/// A product of matrices, also as a linear layer without bias or as its gradient to the input: the factors, whether the
+/// second is transposed before, and the output.
+pub(crate) fn plain_product(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, bool, &TensorIr)> {
+    match op {
+        OperationIr::Float(_, Float::Matmul(op)) => Some((&op.lhs, &op.rhs, false, &op.out)),
+        OperationIr::Module(Module::Linear(op)) if op.bias.is_none() => Some((&op.x, &op.weight, false, &op.out)),
+        OperationIr::Module(Module::LinearXBackward(op)) => Some((&op.output_grad, &op.weight, true, &op.out)),
+        _ => None,
+    }
+}
+
+/// The sum of a float tensor over one dim.
+pub(crate) fn sum_dim(op: &OperationIr) -> Option<&ReduceDimOpIr> {
+    match op {
+        OperationIr::NumericFloat(_, Numeric::SumDim(op)) => Some(op),
+        _ => None,
+    }
+}
+
+/// Whether an operation takes a range of a float tensor, or casts it.
+pub(crate) fn slices_or_casts(op: &OperationIr) -> bool {
+    matches!(op, OperationIr::BaseFloat(Base::Slice(_) | Base::Cast(_)))
+}
+
+/// What an operation draws, if it draws random numbers.
+pub(crate) fn drawn(op: &OperationIr) -> Option<&RandomOpIr> {
+    match op {
+        OperationIr::Float(_, Float::Random(random))
+        | OperationIr::NumericFloat(_, Numeric::IntRandom(random))
+        | OperationIr::NumericInt(_, Numeric::IntRandom(random)) => Some(random),
         _ => None,
     }
 }
@@ -168,8 +211,8 @@ pub(crate) fn reduced(op: &OperationIr) -> Option<Reduced<'_>> {
     }
 }
 
-/// A step that multiplies by a number or moves elements, so that it may as well come after a sum: its input, and the step in
-/// words, the same for steps that do the same.
+/// A step that multiplies by a number or moves elements, so that it may as well come after a sum: its input, and the
+/// step in words, the same for steps that do the same.
 pub(crate) fn linear_step(op: &OperationIr) -> Option<(TensorId, String)> {
     match op {
         OperationIr::BaseFloat(Base::Reshape(op)) | OperationIr::BaseInt(Base::Reshape(op)) => {

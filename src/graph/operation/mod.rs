@@ -1,20 +1,29 @@
-//! What each of burn's operations is, in one table; what it takes; and the fields that passes look for.
+//! What each of burn's operations is, in one table; what it takes; the form that rules ask for, and the fields that
+//! passes look for; how operations are made and changed.
 //!
-//! Modules above ask here. Those files that give an operation another form (the rules of a
-//! [partition](crate::partition): `rules`, `padding`, `merged`, `rows`, `fuse`) or make kernels of them
-//! (`graph/fused`) match on burn's own types, and no others do.
+//! Modules above ask here: the enums of burn's operations are matched on in these files, in `graph/fused/work.rs`, which
+//! says what a kernel does for each, and no others, so that operations which a new version of burn renames or adds touch
+//! few files.
 
-mod build;
+pub(crate) mod build;
 mod class;
 mod cost;
+mod edit;
+mod effect;
 mod fields;
+mod form;
 mod name;
 
-pub(crate) use build::add;
 pub(crate) use class::{Class, is_cheap, is_elementwise, is_linear, is_view, only_moves};
 pub(crate) use cost::{bytes, elements, multiplications};
+pub(crate) use edit::{mean_output_mut, ranges_mut, renumber_dims, sum_of_mean, without_bias};
+pub(crate) use effect::{Effect, keeps_zero};
 pub(crate) use fields::{
-    Reduced, batch_norm, cast, difference, is_filled, is_zeros, linear_step, matmul, mean_dim, product, reciprocal,
-    reduced, reduces_last, reshape, scaled, shifted, square_root, sum, swap_dims, writes_at,
+    Reduced, batch_norm, cast, difference, drawn, is_filled, is_zeros, linear_step, matmul, mean_dim, plain_product,
+    product, reads_at, reciprocal, reduced, reduces_last, reshape, scaled, shifted, slices_or_casts, square_root, sum,
+    sum_dim, swap_dims, writes_at,
+};
+pub(crate) use form::{
+    AlongDim, AlongDimKind, Convolution, ConvolutionPass, Form, Reduction, ReductionDims, ReductionKind,
 };
 pub(crate) use name::op_name;

@@ -7,7 +7,8 @@ pub(crate) fn op_name(op: &OperationIr) -> String {
     if let OperationIr::Custom(op) = op {
         return format!("custom operation `{}`", op.id);
     }
-    // burn's own names, as its `Debug` writes them: `NumericFloat(F32, MeanDim(ReduceDimOpIr { ..`. Nothing decides by them.
+    // burn's own names, as its `Debug` writes them: `NumericFloat(F32, MeanDim(ReduceDimOpIr { ..`. Nothing decides by
+    // them.
     let text = format!("{op:?}");
     let mut words = text.split('(');
     let group = words.next().unwrap_or_default();

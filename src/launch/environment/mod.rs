@@ -68,9 +68,9 @@ pub struct ProcessInfo {
     pub local_rank: usize,
     /// Processes on this machine, if the launcher says.
     pub local_size: Option<usize>,
-    /// Where rank 0 can be reached over TCP, if the launcher says: `MASTER_ADDR` and `MASTER_PORT`, or the port after it when
-    /// torchrun itself listens there (`TORCHELASTIC_USE_AGENT_STORE`), or under Slurm the first node of the step and a port
-    /// made of the job's number.
+    /// Where rank 0 can be reached over TCP, if the launcher says: `MASTER_ADDR` and `MASTER_PORT`, or the port after
+    /// it when torchrun itself listens there (`TORCHELASTIC_USE_AGENT_STORE`), or under Slurm the first node of the
+    /// step and a port made of the job's number.
     pub master: Option<(String, u16)>,
     /// Whether a launcher of MPI has started this process, so that MPI can join it to the others.
     pub under_mpi: bool,
@@ -106,8 +106,8 @@ impl ProcessInfo {
     /// than Slurm does, and so does `mpirun` in a Slurm job. Slurm counts when there is no other.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] that names the variables: when there are none; when one of a launcher's is missing, is no
-    /// number or makes no sense beside the others; when torchrun's and MPI's contradict each other.
+    /// [`Error::InvalidArgument`] that names the variables: when there are none; when one of a launcher's is missing,
+    /// is no number or makes no sense beside the others; when torchrun's and MPI's contradict each other.
     pub fn from_variables(variables: &BTreeMap<String, String>) -> Result<Self, Error> {
         let found: Vec<Launcher> = (Launcher::ALL.into_iter())
             .filter(|launcher| launcher.variables()[..2].iter().any(|name| variables.contains_key(*name)))

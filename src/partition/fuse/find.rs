@@ -2,13 +2,11 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use burn_ir::{
-    BaseOperationIr as Base, BinaryOpIr, FloatOperationIr, ModuleOperationIr as Module, OperationIr, TensorId, TensorIr,
-};
+use burn_ir::{BinaryOpIr, OperationIr, TensorId, TensorIr};
 
 use crate::collective_matmul::multiply;
 use crate::graph::StepGraph;
-use crate::graph::operation::{only_moves, sum};
+use crate::graph::operation::{only_moves, plain_product, reshape, sum};
 use crate::graph::step::Uses;
 use crate::partition::buckets::ends;
 use crate::partition::collectives::{CollectiveKind, CollectiveOp, dim};
@@ -26,12 +24,7 @@ pub(super) struct Product {
 
 impl Product {
     fn of(place: usize, op: &OperationIr) -> Option<Self> {
-        let (left, right, transposed, out) = match op {
-            OperationIr::Float(_, FloatOperationIr::Matmul(op)) => (&op.lhs, &op.rhs, false, &op.out),
-            OperationIr::Module(Module::Linear(op)) if op.bias.is_none() => (&op.x, &op.weight, false, &op.out),
-            OperationIr::Module(Module::LinearXBackward(op)) => (&op.output_grad, &op.weight, true, &op.out),
-            _ => return None,
-        };
+        let (left, right, transposed, out) = plain_product(op)?;
         let (rank, dims) = (left.shape.num_dims(), right.shape.as_slice());
         let fits = rank >= 2
             && out.shape.num_dims() == rank
@@ -149,7 +142,7 @@ impl<'a> Find<'a> {
         // Rows may be counted in any way as long as all are summed; it is otherwise along a dim.
         let mut within = (input, place);
         while let (None, Some(maker)) = (dim, self.sole_maker(within.0.id, within.1))
-            && let OperationIr::BaseFloat(Base::Reshape(view)) = self.op(maker)
+            && let Some(view) = reshape(self.op(maker))
         {
             gone.push(maker);
             within = (&view.input, maker);
@@ -195,15 +188,9 @@ impl<'a> Find<'a> {
                 self.terms(rhs, maker, dim, products, gone)
             });
         }
-        match op {
-            // The same rows in the same order.
-            OperationIr::BaseFloat(Base::Reshape(view))
-                if dim.is_none() && view.input.shape.last() == view.out.shape.last() =>
-            {
-                self.terms(&view.input, maker, dim, products, gone)
-            }
-            _ => None,
-        }
+        // The same rows in the same order.
+        let view = reshape(op).filter(|view| dim.is_none() && view.input.shape.last() == view.out.shape.last())?;
+        self.terms(&view.input, maker, dim, products, gone)
     }
 
     fn gather(
@@ -245,8 +232,8 @@ impl<'a> Find<'a> {
         Some(views)
     }
 
-    /// As early as its inputs allow, in the pass of its collective. Right factors are weights, as a rule, or views of such, which
-    /// move up with it.
+    /// As early as its inputs allow, in the pass of its collective. Right factors are weights, as a rule, or views of
+    /// such, which move up with it.
     fn placed(&self, found: Found, collective: usize) -> Option<Found> {
         let forward = self.is_forward(collective);
         let early = found.at.max(if forward { 0 } else { self.graph.forward_len });

@@ -5,20 +5,21 @@ mod find;
 use std::collections::{HashMap, HashSet};
 
 use burn::tensor::Shape;
-use burn_ir::{BaseOperationIr as Base, CustomOpIr, OperationIr, SwapDimsOpIr, TensorId, TensorIr};
+use burn_ir::{CustomOpIr, OperationIr, TensorId, TensorIr};
 
 use super::products::FusedProduct;
 use crate::graph::StepGraph;
+use crate::graph::operation::build;
 use find::{Find, Found};
 
-/// Makes one operation of each product, or sum of products, that nothing but an all-reduce or a reduce-scatter reads, and of
-/// each all-gather with the products that read it. Returns what was made, in order.
+/// Makes one operation of each product, or sum of products, that nothing but an all-reduce or a reduce-scatter reads,
+/// and of each all-gather with the products that read it. Returns what was made, in order.
 ///
-/// These operations run the chunked products of [`tensor_parallel::functional`](crate::tensor_parallel::functional): as the explicit
-/// layers do, in the forward of a layer that is split by rows, and in the backward of one that is split by columns, where the
-/// gradients of several such layers on one input are added up in the product. Products that make gradients of parameters stay:
-/// those are reduced [in buckets](super::bucket_reductions). Run it after all partitions; [`overlap`](super::overlap) then has
-/// sums travel beside what does not wait for them.
+/// These operations run the chunked products of [`tensor_parallel::functional`](crate::tensor_parallel::functional): as
+/// the explicit layers do, in the forward of a layer that is split by rows, and in the backward of one that is split by
+/// columns, where the gradients of several such layers on one input are added up in the product. Products that make
+/// gradients of parameters stay: those are reduced [in buckets](super::bucket_reductions). Run it after all partitions;
+/// [`overlap`](super::overlap) then has sums travel beside what does not wait for them.
 pub fn fuse_products(graph: &mut StepGraph) -> Vec<FusedProduct> {
     let found = Find::new(graph).all();
     let (mut fused, mut next) = (Vec::with_capacity(found.len()), graph.next_id);
@@ -89,6 +90,6 @@ fn transposed(right: TensorIr, before: &mut Vec<OperationIr>, fresh: &mut dyn Fn
     let [dim1, dim2] = [dims.len() - 2, dims.len() - 1];
     dims.swap(dim1, dim2);
     let out = TensorIr::uninit(fresh(), Shape::from(dims), right.dtype);
-    before.push(OperationIr::BaseFloat(Base::SwapDims(SwapDimsOpIr { input: right, out: out.clone(), dim1, dim2 })));
+    before.push(build::swap_dims(right, dim1, dim2, out.clone()));
     out
 }

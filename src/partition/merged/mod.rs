@@ -1,9 +1,9 @@
 //! Splits dims that a reshape has merged, where operations can run without the merge.
 //!
-//! burn's `RotaryEncoding`, and attention on `[batch * heads, ..]`, make one dim of two, compute on it as on a batch, and take
-//! it apart behind. A split of the inner one, the heads, cannot follow: a rank's part of the merged dim would be many pieces.
-//! The same operations on the dims as they were before can run in any split. Where everything that reads a merged dim can do
-//! without merging, it does: the elements, their order and the work stay the same.
+//! burn's `RotaryEncoding`, and attention on `[batch * heads, ..]`, make one dim of two, compute on it as on a batch,
+//! and take it apart behind. A split of the inner one, the heads, cannot follow: a rank's part of the merged dim would
+//! be many pieces. The same operations on the dims as they were before can run in any split. Where everything that
+//! reads a merged dim can do without merging, it does: the elements, their order and the work stay the same.
 
 mod merge;
 mod relate;
@@ -39,8 +39,8 @@ struct Find<'a> {
 }
 
 impl Find<'_> {
-    /// All tensors that have a merged dim in common, each with its place, if all that reads them can do without and the dim
-    /// is taken apart in the end.
+    /// All tensors that have a merged dim in common, each with its place, if all that reads them can do without and the
+    /// dim is taken apart in the end.
     fn connected(&self, first: &TensorIr, merge: Merge) -> Option<HashMap<TensorId, Merge>> {
         let mut found = HashMap::from([(first.id, merge)]);
         let mut open = vec![first.id];

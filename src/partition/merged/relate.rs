@@ -1,12 +1,11 @@
 //! Relates a merged dim of one tensor of an operation to the others.
 
-use burn_ir::{
-    ActivationOperationIr as Activation, BaseOperationIr as Base, FloatOperationIr as Float,
-    NumericOperationIr as Numeric, OperationIr, ShapeOpIr, TensorId, TensorIr,
-};
+use burn_ir::{OperationIr, ShapeOpIr, TensorId, TensorIr};
 
 use super::merge::Merge;
-use crate::graph::operation::{self, is_elementwise};
+use crate::graph::operation::{
+    self, AlongDim, AlongDimKind, Form, Reduction, ReductionDims, ReductionKind, is_elementwise,
+};
 use crate::graph::random::is_counter_based_rng;
 use crate::partition::rules::whole;
 
@@ -28,40 +27,32 @@ pub(super) fn related(op: &OperationIr, id: TensorId, merge: &Merge) -> Option<R
     if let Some(op) = operation::reshape(op) {
         return reshape(op, is_input, merge);
     }
-    match op {
-        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => {
-            self::base(base, op, is_input, merge)
-        }
-        OperationIr::NumericFloat(_, numeric) | OperationIr::NumericInt(_, numeric) => match numeric {
-            Numeric::SumDim(reduce) if reduce.axis == merge.at => Some(Related::default()),
-            Numeric::SumDims(reduce) if reduce.axes.contains(&merge.at) => Some(Related::default()),
-            Numeric::SumDim(reduce)
-            | Numeric::MeanDim(reduce)
-            | Numeric::MaxDim(reduce)
-            | Numeric::MaxAbsDim(reduce)
-            | Numeric::MinDim(reduce)
-            | Numeric::ProdDim(reduce) => (reduce.axis != merge.at).then(|| together(op, merge)),
-            Numeric::SumDims(_) => Some(together(op, merge)),
-            Numeric::Sum(_) | Numeric::Mean(_) | Numeric::Full(_) => Some(Related::default()),
-            _ => None,
+    match Form::of(op) {
+        Form::Reduction(Reduction { by, over, .. }) => match (by, over) {
+            (ReductionKind::All | ReductionKind::Any, _) => None,
+            (ReductionKind::Sum, over) if over.contains(merge.at) => Some(Related::default()),
+            (ReductionKind::Mean, ReductionDims::All) => Some(Related::default()),
+            (_, over) => (!over.contains(merge.at)).then(|| together(op, merge)),
         },
-        OperationIr::Activation(Activation::Softmax(along) | Activation::LogSoftmax(along)) => {
-            (along.axis != merge.at).then(|| together(op, merge))
+        Form::Filled(_) => Some(Related::default()),
+        Form::AlongDim(AlongDim { what: AlongDimKind::Softmax | AlongDimKind::LogSoftmax, dim, .. }) => {
+            (dim != merge.at).then(|| together(op, merge))
         }
-        OperationIr::Float(_, Float::Matmul(product)) => {
+        Form::Matmul(product) => {
             let batch = merge.at + 2 < product.out.shape.num_dims();
             batch.then(|| aligned(op, merge))?
         }
-        OperationIr::Custom(_) => is_counter_based_rng(op).then(Related::default),
-        _ => None,
+        Form::Custom(_) => is_counter_based_rng(op).then(Related::default),
+        form => moved(form, op, is_input, merge),
     }
 }
 
-fn base(base: &Base, op: &OperationIr, is_input: bool, merge: &Merge) -> Option<Related> {
+/// Of what moves elements.
+fn moved(form: Form<'_>, op: &OperationIr, is_input: bool, merge: &Merge) -> Option<Related> {
     let at = merge.at;
     let one = |other: &TensorIr, at| Related { tensors: vec![(other.id, merge.moved_to(at))], ends: false };
-    match base {
-        Base::SwapDims(swap) => {
+    match form {
+        Form::SwapDims(swap) => {
             let to = match at {
                 at if at == swap.dim1 => swap.dim2,
                 at if at == swap.dim2 => swap.dim1,
@@ -69,11 +60,11 @@ fn base(base: &Base, op: &OperationIr, is_input: bool, merge: &Merge) -> Option<
             };
             Some(one(if is_input { &swap.out } else { &swap.input }, to))
         }
-        Base::Permute(permute) if is_input => {
+        Form::Permute(permute) if is_input => {
             Some(one(&permute.out, permute.axes.iter().position(|axis| *axis == at)?))
         }
-        Base::Permute(permute) => Some(one(&permute.input, *permute.axes.get(at)?)),
-        Base::Expand(expand) => {
+        Form::Permute(permute) => Some(one(&permute.input, *permute.axes.get(at)?)),
+        Form::Expand(expand) => {
             let before = expand.out.shape.num_dims().checked_sub(expand.input.shape.num_dims())?;
             if is_input {
                 return Some(one(&expand.out, at + before));
@@ -83,12 +74,11 @@ fn base(base: &Base, op: &OperationIr, is_input: bool, merge: &Merge) -> Option<
                 _ => Some(Related::default()),
             }
         }
-        Base::Slice(slice) => whole(&slice.ranges, &slice.tensor.shape, at).then(|| together(op, merge)),
-        Base::SliceAssign(slice) => whole(&slice.ranges, &slice.tensor.shape, at).then(|| together(op, merge)),
-        Base::Cat(cat) => (cat.dim != at).then(|| together(op, merge)),
-        Base::RepeatDim(repeat) => (repeat.dim != at).then(|| together(op, merge)),
-        Base::Flip(flip) => (!flip.axes.contains(&at)).then(|| together(op, merge)),
-        Base::Zeros(_) | Base::Ones(_) => Some(Related::default()),
+        Form::Slice(slice) => whole(&slice.ranges, &slice.tensor.shape, at).then(|| together(op, merge)),
+        Form::SliceAssign(slice) => whole(&slice.ranges, &slice.tensor.shape, at).then(|| together(op, merge)),
+        Form::Cat(cat) => (cat.dim != at).then(|| together(op, merge)),
+        Form::RepeatDim(repeat) => (repeat.dim != at).then(|| together(op, merge)),
+        Form::Flip(flip) => (!flip.axes.contains(&at)).then(|| together(op, merge)),
         _ => None,
     }
 }

@@ -3,16 +3,13 @@
 use std::collections::HashMap;
 
 use burn::tensor::Slice;
-use burn_ir::{
-    ActivationOperationIr as Activation, BaseOperationIr as Base, IrVisitorMut, NumericOperationIr as Numeric,
-    OperationIr, PermuteOpIr, ReduceDimOpIr, ShapeOpIr, SliceAssignOpIr, SliceOpIr, TensorId, TensorIr,
-};
+use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr};
 
 use super::merge::Merge;
 use super::relate::related;
+use crate::graph::operation::{Form, Reduction, ReductionDims, ReductionKind, build, ranges_mut, renumber_dims};
 use crate::graph::random::draw_apart;
 use crate::graph::{StepGraph, operation};
-use crate::partition::rules::of_kind;
 
 pub(super) struct Rewrite<'a> {
     source: &'a StepGraph,
@@ -80,31 +77,18 @@ impl<'a> Rewrite<'a> {
         let read = inputs.iter().find_map(|input| self.merges.get(&input.id)).unwrap_or(merge).clone();
         let mut local = op;
         local.visit_mut(&mut Replace(&now));
-        match &mut local {
-            OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => {
-                renumber(base, &read);
+        if let Form::Reduction(Reduction { by: ReductionKind::Sum, over, .. }) = Form::of(&local) {
+            let axes = match over {
+                ReductionDims::One(axis) if axis == read.at => vec![axis],
+                ReductionDims::Several(axes) if axes.contains(&read.at) => axes.to_vec(),
+                _ => Vec::new(),
+            };
+            if !axes.is_empty() {
+                return self.sum(&local, &axes, &read);
             }
-            OperationIr::NumericFloat(_, numeric) | OperationIr::NumericInt(_, numeric) => match numeric {
-                Numeric::SumDim(sum) if sum.axis == read.at => return self.sum(local, &[read.at], &read),
-                Numeric::SumDims(sum) if sum.axes.contains(&read.at) => {
-                    let axes = sum.axes.clone();
-                    return self.sum(local, &axes, &read);
-                }
-                Numeric::SumDim(reduce)
-                | Numeric::MeanDim(reduce)
-                | Numeric::MaxDim(reduce)
-                | Numeric::MaxAbsDim(reduce)
-                | Numeric::MinDim(reduce)
-                | Numeric::ProdDim(reduce) => reduce.axis = read.shift(reduce.axis),
-                Numeric::SumDims(reduce) => reduce.axes.iter_mut().for_each(|axis| *axis = read.shift(*axis)),
-                _ => {}
-            },
-            OperationIr::Activation(Activation::Softmax(along) | Activation::LogSoftmax(along)) => {
-                along.axis = read.shift(along.axis);
-            }
-            OperationIr::Custom(_) => draw_apart(&mut local, read.at, &read.factors),
-            _ => {}
         }
+        renumber(&mut local, &read);
+        draw_apart(&mut local, read.at, &read.factors);
         self.local.operations.push(local);
     }
 
@@ -131,26 +115,21 @@ impl<'a> Rewrite<'a> {
     }
 
     fn reshape(&mut self, input: TensorIr, out: TensorIr) {
-        self.local.operations.push(of_kind(input.dtype, Base::Reshape(ShapeOpIr { input, out })));
+        self.local.operations.push(build::reshape(input, out));
     }
 
     /// A sum over the merged dim, and over others, as sums over the dims that it was made of.
-    fn sum(&mut self, op: OperationIr, axes: &[usize], merge: &Merge) {
+    fn sum(&mut self, op: &OperationIr, axes: &[usize], merge: &Merge) {
         let (Some(input), Some(out)) = (op.inputs().next().cloned(), op.outputs().next().cloned()) else { return };
         let parts = axes.iter().flat_map(|axis| match *axis == merge.at {
             true => merge.at..=merge.at + merge.more(),
             false => merge.shift(*axis)..=merge.shift(*axis),
         });
-        let dtype = out.dtype;
         let mut so_far = input;
         for axis in parts {
             let mut next = TensorIr { id: self.local.fresh_id(), ..so_far.clone() };
             next.shape[axis] = 1;
-            let sum = ReduceDimOpIr { input: so_far, out: next.clone(), axis, accumulator_len: 1 };
-            self.local.operations.push(match dtype.is_float() {
-                true => OperationIr::NumericFloat(dtype, Numeric::SumDim(sum)),
-                false => OperationIr::NumericInt(dtype, Numeric::SumDim(sum)),
-            });
+            self.local.operations.push(build::sum_dim(so_far, axis, next.clone()));
             so_far = next;
         }
         self.reshape(so_far, out);
@@ -158,27 +137,28 @@ impl<'a> Rewrite<'a> {
 }
 
 /// Numbers the dims of an operation anew whose tensors are apart already; `read` is the merge in what it reads.
-fn renumber(base: &mut Base, read: &Merge) {
-    match base {
-        Base::SwapDims(swap) if swap.dim1 == read.at || swap.dim2 == read.at => {
+fn renumber(op: &mut OperationIr, read: &Merge) {
+    let permuted = match Form::of(op) {
+        Form::SwapDims(swap) if swap.dim1 == read.at || swap.dim2 == read.at => {
             let rank = swap.input.shape.num_dims() - read.more();
             let mut axes: Vec<usize> = (0..rank).collect();
             axes.swap(swap.dim1, swap.dim2);
-            let axes = apart(&axes, read);
-            *base = Base::Permute(PermuteOpIr { input: swap.input.clone(), out: swap.out.clone(), axes });
+            Some(build::permute(swap.input.clone(), apart(&axes, read), swap.out.clone()))
         }
-        Base::SwapDims(swap) => (swap.dim1, swap.dim2) = (read.shift(swap.dim1), read.shift(swap.dim2)),
-        Base::Permute(permute) => permute.axes = apart(&permute.axes, read),
-        Base::Slice(SliceOpIr { ranges, .. }) | Base::SliceAssign(SliceAssignOpIr { ranges, .. })
-            if ranges.len() > read.at =>
-        {
+        Form::Permute(permute) => {
+            Some(build::permute(permute.input.clone(), apart(&permute.axes, read), permute.out.clone()))
+        }
+        _ => None,
+    };
+    if let Some(permuted) = permuted {
+        *op = permuted;
+    } else if let Some((ranges, _)) = ranges_mut(op) {
+        if ranges.len() > read.at {
             let all = read.factors.iter().map(|size| Slice::new(0, Some(*size as isize), 1));
             ranges.splice(read.at..=read.at, all);
         }
-        Base::Cat(cat) => cat.dim = read.shift(cat.dim),
-        Base::RepeatDim(repeat) => repeat.dim = read.shift(repeat.dim),
-        Base::Flip(flip) => flip.axes.iter_mut().for_each(|axis| *axis = read.shift(*axis)),
-        _ => {}
+    } else {
+        renumber_dims(op, &|dim| read.shift(dim));
     }
 }
 

@@ -1,11 +1,11 @@
 //! Pads parameters with a dim that the degree does not divide.
 //!
-//! A vocabulary of 50257 words is the common case: the rows of the embedding, and the classes of the output layer. [`pad`]
-//! lets the parameters be larger and follows what was added through the step. Padded parameters are zeros there, to begin
-//! with and, since their gradients are, for good. Wherever an operation would mix the padding into what counts, it is
-//! overwritten first: with zeros for a sum or a product, with a number whose exponential is 0 for a maximum and the softmax
-//! around it. [`content`] tells where that is needless, [`rules`] where the padded dim goes. An operation that cannot go on
-//! with padding gets its input without; results come without.
+//! A vocabulary of 50257 words is the common case: the rows of the embedding, and the classes of the output layer.
+//! [`pad`] lets the parameters be larger and follows what was added through the step. Padded parameters are zeros
+//! there, to begin with and, since their gradients are, for good. Wherever an operation would mix the padding into what
+//! counts, it is overwritten first: with zeros for a sum or a product, with a number whose exponential is 0 for a
+//! maximum and the softmax around it. [`content`] tells where that is needless, [`rules`] where the padded dim goes. An
+//! operation that cannot go on with padding gets its input without; results come without.
 
 mod content;
 mod rules;
@@ -13,16 +13,13 @@ mod tensors;
 
 use std::collections::{HashMap, HashSet};
 
-use burn_ir::{
-    BaseOperationIr as Base, IrVisitorMut, NumericOperationIr as Numeric, OperationIr, ReduceDimOpIr, ReduceOpIr,
-    ScalarIr, ScalarOpIr, TensorId, TensorIr,
-};
+use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr};
 
 use self::content::Content::{self, Lowest, Zero};
 use self::rules::{Follow, Pad, follow};
 use super::rules::take_all;
 use crate::error::Error;
-use crate::graph::operation::{only_moves, op_name};
+use crate::graph::operation::{build, only_moves, op_name, reads_at, sum_of_mean, writes_at};
 use crate::graph::step::Uses;
 use crate::graph::{StepGraph, graph_error};
 
@@ -178,36 +175,23 @@ impl PaddingPass<'_> {
             }
         }
         local.visit_mut(&mut Replace(&now));
-        if let (OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base), Some(pad)) =
-            (&mut local, output)
-        {
-            take_all(base, pad.dim);
+        if let Some(pad) = output {
+            take_all(&mut local, pad.dim);
+        } else if self.mean_over_padding(&local, inputs[0].shape.num_elements()) {
+            return;
         }
-        if output.is_none() && is_mean(&local) {
-            let count = inputs[0].shape.num_elements();
-            self.mean_over_padding(local, count);
-        } else {
-            self.local.operations.push(local);
-        }
+        self.local.operations.push(local);
     }
 
-    /// A mean over padding is the sum over the rest, `count` elements of the whole input.
-    fn mean_over_padding(&mut self, mean: OperationIr, count: usize) {
-        let Some(out) = mean.outputs().next().cloned() else { return };
-        let lhs = TensorIr { id: self.local.fresh_id(), ..out.clone() };
-        let sum = match mean {
-            OperationIr::NumericFloat(dtype, Numeric::Mean(mean)) => {
-                OperationIr::NumericFloat(dtype, Numeric::Sum(ReduceOpIr { input: mean.input, out: lhs.clone() }))
-            }
-            OperationIr::NumericFloat(dtype, Numeric::MeanDim(mean)) => {
-                OperationIr::NumericFloat(dtype, Numeric::SumDim(ReduceDimOpIr { out: lhs.clone(), ..mean }))
-            }
-            mean => mean,
-        };
-        let rhs = ScalarIr::Float((count / out.shape.num_elements().max(1)) as f64);
-        let dtype = out.dtype;
-        let mean = OperationIr::NumericFloat(dtype, Numeric::DivScalar(ScalarOpIr { lhs, rhs, out }));
-        self.local.operations.extend([sum, mean]);
+    /// A mean over padding is the sum over the rest, `count` elements of the whole input. Returns whether it is a mean.
+    fn mean_over_padding(&mut self, mean: &OperationIr, count: usize) -> bool {
+        let local = &mut self.local;
+        let sum = sum_of_mean(mean, |out| TensorIr { id: local.fresh_id(), ..out.clone() });
+        let Some((sum, out)) = sum.zip(mean.outputs().next().cloned()) else { return false };
+        let Some(total) = sum.outputs().next().cloned() else { return false };
+        let share = count / out.shape.num_elements().max(1);
+        local.operations.extend([sum, build::divide(total, share as f64, out)]);
+        true
     }
 
     /// Runs an operation on what its inputs are without padding, but for parameters, which stay as they are.
@@ -280,28 +264,6 @@ impl PaddingPass<'_> {
             }
         }
     }
-}
-
-/// The tensor, the indices and the dim of an operation that adds values at indices.
-fn writes_at(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, usize)> {
-    match op {
-        OperationIr::BaseFloat(Base::Scatter(op)) => Some((&op.tensor, &op.indices, op.dim)),
-        OperationIr::BaseFloat(Base::SelectAssign(op)) => Some((&op.tensor, &op.indices, op.dim)),
-        _ => None,
-    }
-}
-
-/// The same of an operation that reads there.
-fn reads_at(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, usize)> {
-    match op {
-        OperationIr::BaseFloat(Base::Gather(op)) => Some((&op.tensor, &op.indices, op.dim)),
-        OperationIr::BaseFloat(Base::Select(op)) => Some((&op.tensor, &op.indices, op.dim)),
-        _ => None,
-    }
-}
-
-fn is_mean(op: &OperationIr) -> bool {
-    matches!(op, OperationIr::NumericFloat(_, Numeric::Mean(_) | Numeric::MeanDim(_)))
 }
 
 struct Replace<'a>(&'a HashMap<TensorId, TensorIr>);

@@ -1,13 +1,10 @@
 //! Rules of padding: where a padded dim goes in an operation, and what its elements must be.
 
-use burn_ir::{
-    ActivationOperationIr as Activation, BaseOperationIr as Base, FloatOperationIr as Float, MatmulOpIr,
-    ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr, TensorIr,
-};
+use burn_ir::{MatmulOpIr, OperationIr, TensorIr};
 
 use super::content::Content::{self, Finite, Lowest, Wild, Zero};
 use super::content::of_elementwise;
-use crate::graph::operation::is_elementwise;
+use crate::graph::operation::{AlongDim, AlongDimKind, Form, Reduction, ReductionKind, is_elementwise};
 use crate::partition::rules::whole;
 
 /// What of an input is padded.
@@ -32,16 +29,13 @@ pub(super) fn follow(op: &OperationIr, inputs: &[(&TensorIr, Option<Pad>)]) -> O
     if is_elementwise(op) {
         return elementwise(op, inputs);
     }
-    match op {
-        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => {
-            self::base(base, &pads)
-        }
-        OperationIr::NumericFloat(_, numeric) | OperationIr::NumericInt(_, numeric) => {
+    match Form::of(op) {
+        Form::Reduction(reduction) => {
             let [Some(pad)] = pads[..] else { return None };
-            self::numeric(numeric, pad)
+            self::reduction(reduction, pad)
         }
-        OperationIr::Float(_, Float::Matmul(op)) => matmul(op, &pads),
-        OperationIr::Module(Module::Embedding(op)) => match pads[..] {
+        Form::Matmul(op) => matmul(op, &pads),
+        Form::Embedding(op) => match pads[..] {
             [Some(Pad { dim: 0, .. }), None] => Some(Follow { inputs: vec![any(0), None], output: None }),
             [Some(Pad { dim, content }), None] => {
                 let output = Some(Pad { dim: op.out.shape.num_dims() - 1, content });
@@ -49,7 +43,7 @@ pub(super) fn follow(op: &OperationIr, inputs: &[(&TensorIr, Option<Pad>)]) -> O
             }
             _ => None,
         },
-        OperationIr::Module(Module::EmbeddingBackward(op)) => match pads[..] {
+        Form::EmbeddingBackward(op) => match pads[..] {
             [Some(Pad { dim: 0, .. }), None, None] => {
                 Some(Follow { inputs: vec![any(0), None, None], output: Some(Pad { dim: 0, content: Zero }) })
             }
@@ -64,15 +58,16 @@ pub(super) fn follow(op: &OperationIr, inputs: &[(&TensorIr, Option<Pad>)]) -> O
             }
             _ => None,
         },
-        OperationIr::Activation(Activation::Softmax(op)) if pads[0].is_some_and(|pad| pad.dim == op.axis) => {
-            let output = Some(Pad { dim: op.axis, content: Zero });
-            Some(Follow { inputs: vec![Some((op.axis, Some(Lowest)))], output })
+        Form::AlongDim(AlongDim { what, dim, .. }) if pads[0].is_some_and(|pad| pad.dim == dim) => {
+            let output = match what {
+                AlongDimKind::Softmax => Some(Pad { dim, content: Zero }),
+                AlongDimKind::LogSoftmax => Some(Pad { dim, content: Lowest }),
+                AlongDimKind::ArgMax => None,
+                _ => return None,
+            };
+            Some(Follow { inputs: vec![Some((dim, Some(Lowest)))], output })
         }
-        OperationIr::Activation(Activation::LogSoftmax(op)) if pads[0].is_some_and(|pad| pad.dim == op.axis) => {
-            let output = Some(Pad { dim: op.axis, content: Lowest });
-            Some(Follow { inputs: vec![Some((op.axis, Some(Lowest)))], output })
-        }
-        _ => None,
+        form => moving(form, &pads),
     }
 }
 
@@ -100,31 +95,32 @@ fn elementwise(op: &OperationIr, inputs: &[(&TensorIr, Option<Pad>)]) -> Option<
     Some(Follow { inputs: inputs.iter().map(|(input, _)| full(input).then_some((dim, None))).collect(), output })
 }
 
-fn base(op: &Base, pads: &[Option<Pad>]) -> Option<Follow> {
+/// Of what moves elements, or reads and writes them at indices.
+fn moving(form: Form<'_>, pads: &[Option<Pad>]) -> Option<Follow> {
     let moved = |to: &dyn Fn(usize) -> Option<usize>| {
         let [Some(Pad { dim, content })] = pads[..] else { return None };
         Some(Follow { inputs: vec![any(dim)], output: Some(Pad { dim: to(dim)?, content }) })
     };
-    match op {
-        Base::Reshape(op) => moved(&|dim| {
+    match form {
+        Form::Reshape(op) => moved(&|dim| {
             let (from, to) = (op.input.shape.as_slice(), op.out.shape.as_slice());
             let before: usize = from[..dim].iter().product();
             let is = |place: &usize| to[*place] == from[dim] && to[..*place].iter().product::<usize>() == before;
             // There may be several of one place each: then the same, counted from the end.
             (to.len() + dim).checked_sub(from.len()).filter(is).or_else(|| (0..to.len()).find(is))
         }),
-        Base::SwapDims(op) => moved(&|dim| match dim {
+        Form::SwapDims(op) => moved(&|dim| match dim {
             dim if dim == op.dim1 => Some(op.dim2),
             dim if dim == op.dim2 => Some(op.dim1),
             dim => Some(dim),
         }),
-        Base::Permute(op) => moved(&|dim| op.axes.iter().position(|axis| *axis == dim)),
-        Base::Expand(op) => {
+        Form::Permute(op) => moved(&|dim| op.axes.iter().position(|axis| *axis == dim)),
+        Form::Expand(op) => {
             let before = op.out.shape.num_dims().checked_sub(op.input.shape.num_dims())?;
             moved(&|dim| (op.input.shape[dim] == op.out.shape[dim + before]).then_some(dim + before))
         }
-        Base::Slice(op) => moved(&|dim| whole(&op.ranges, &op.tensor.shape, dim).then_some(dim)),
-        Base::Cat(op) => {
+        Form::Slice(op) => moved(&|dim| whole(&op.ranges, &op.tensor.shape, dim).then_some(dim)),
+        Form::Cat(op) => {
             let mut dims = pads.iter().flatten().map(|pad| pad.dim);
             let dim = dims.next().filter(|dim| *dim != op.dim)?;
             let same = dims.all(|other| other == dim);
@@ -133,10 +129,10 @@ fn base(op: &Base, pads: &[Option<Pad>]) -> Option<Follow> {
             same.then(|| Follow { inputs: vec![any(dim); pads.len()], output })
         }
         // Indices point at nothing that was added.
-        Base::Gather(op) => at(op.dim, pads, false),
-        Base::Select(op) => at(op.dim, pads, false),
-        Base::Scatter(op) => at(op.dim, pads, true),
-        Base::SelectAssign(op) => at(op.dim, pads, true),
+        Form::Gather(op) => at(op.dim, pads, false),
+        Form::Select(op) => at(op.dim, pads, false),
+        Form::Scatter(op) => at(op.dim, pads, true),
+        Form::SelectAssign(op) => at(op.dim, pads, true),
         _ => None,
     }
 }
@@ -149,20 +145,14 @@ fn at(indexed: usize, pads: &[Option<Pad>], writes: bool) -> Option<Follow> {
     fits.then_some(Follow { inputs, output: writes.then_some(pad) })
 }
 
-fn numeric(op: &Numeric, Pad { dim, content }: Pad) -> Option<Follow> {
+fn reduction(Reduction { by, over, .. }: Reduction<'_>, Pad { dim, content }: Pad) -> Option<Follow> {
     let beside = |content| Some(Follow { inputs: vec![any(dim)], output: Some(Pad { dim, content }) });
-    let over = |need| Some(Follow { inputs: vec![Some((dim, Some(need)))], output: None });
-    let kept = if content == Zero { Zero } else { Wild };
-    match op {
-        Numeric::SumDim(op) if op.axis != dim => beside(kept),
-        Numeric::SumDims(op) if !op.axes.contains(&dim) => beside(kept),
-        Numeric::MeanDim(op) if op.axis != dim => beside(kept),
-        Numeric::SumDim(_) | Numeric::SumDims(_) | Numeric::Sum(_) | Numeric::Mean(_) | Numeric::MeanDim(_) => {
-            over(Zero)
-        }
-        Numeric::MaxDim(op) if op.axis != dim => beside(if content == Wild { Wild } else { Finite }),
-        Numeric::MaxDim(_) | Numeric::Max(_) => over(Lowest),
-        Numeric::ArgMax(op) if op.axis == dim => over(Lowest),
+    let across = |need| Some(Follow { inputs: vec![Some((dim, Some(need)))], output: None });
+    match by {
+        ReductionKind::Sum | ReductionKind::Mean if over.contains(dim) => across(Zero),
+        ReductionKind::Sum | ReductionKind::Mean => beside(if content == Zero { Zero } else { Wild }),
+        ReductionKind::Max if over.contains(dim) => across(Lowest),
+        ReductionKind::Max => beside(if content == Wild { Wild } else { Finite }),
         _ => None,
     }
 }

@@ -3,16 +3,13 @@
 use std::collections::HashMap;
 
 use burn::tensor::{DType, Shape, Slice, TensorData};
-use burn_ir::{
-    BaseOperationIr as Base, CatOpIr, CreationOpIr, MaskFillOpIr, OperationIr, ScalarIr, ShapeOpIr, SliceOpIr,
-    TensorId, TensorIr,
-};
+use burn_ir::{OperationIr, ScalarIr, TensorId, TensorIr};
 
 use super::content::Content::{self, Lowest, Zero};
 use super::content::{can_be_larger, of_creation, of_elementwise};
 use super::{Padded, PaddingPass, Replace};
+use crate::graph::operation::build;
 use crate::partition::rules::creates;
-use crate::partition::rules::of_kind;
 
 impl PaddingPass<'_> {
     /// Pads a tensor that is not yet: made larger from the beginning if it can be, else with zeros behind.
@@ -28,10 +25,7 @@ impl PaddingPass<'_> {
                 let mut out = TensorIr { id: self.local.fresh_id(), ..tensor.clone() };
                 out.shape[dim] = size;
                 let tensors = vec![tensor.clone(), zeros.clone()];
-                self.local.operations.extend([
-                    of_kind(tensor.dtype, Base::Zeros(CreationOpIr { out: zeros })),
-                    of_kind(tensor.dtype, Base::Cat(CatOpIr { tensors, dim, out: out.clone() })),
-                ]);
+                self.local.operations.extend([build::zeros(zeros), build::cat(tensors, dim, out.clone())]);
                 Padded { tensor: out, dim, real: tensor.shape[dim], content: Zero }
             }
         };
@@ -93,11 +87,9 @@ impl PaddingPass<'_> {
         };
         let value = if tensor.dtype.is_float() { ScalarIr::Float(value) } else { ScalarIr::Int(0) };
         let out = TensorIr { id: self.local.fresh_id(), ..tensor.clone() };
-        let fill = MaskFillOpIr { tensor: tensor.clone(), mask: mask.clone(), value, out: out.clone() };
-        self.local.operations.extend([
-            OperationIr::BaseBool(Base::Reshape(ShapeOpIr { input: constant, out: mask })),
-            of_kind(tensor.dtype, Base::MaskFill(fill)),
-        ]);
+        self.local
+            .operations
+            .extend([build::reshape(constant, mask.clone()), build::mask_fill(tensor, mask, value, out.clone())]);
         self.note(id, Padded { tensor: out, dim, real, content });
     }
 
@@ -120,8 +112,7 @@ impl PaddingPass<'_> {
         let padded = self.padded[&tensor.id].tensor.clone();
         let out = TensorIr { id: self.local.fresh_id(), ..tensor.clone() };
         let ranges = tensor.shape.as_slice().iter().map(|size| Slice::new(0, Some(*size as isize), 1)).collect();
-        let slice = SliceOpIr { tensor: padded, ranges, out: out.clone() };
-        self.local.operations.push(of_kind(tensor.dtype, Base::Slice(slice)));
+        self.local.operations.push(build::slice(padded, ranges, out.clone()));
         self.whole.insert(tensor.id, out.clone());
         out
     }

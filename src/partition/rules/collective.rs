@@ -1,5 +1,5 @@
-//! Collectives over another axis, which an earlier partition put in. They are linear, and treat alike all places along the
-//! dims that they do not divide.
+//! Collectives over another axis, which an earlier partition put in. They are linear, and treat alike all places along
+//! the dims that they do not divide.
 
 use burn_ir::OperationIr;
 

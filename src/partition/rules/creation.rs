@@ -1,25 +1,11 @@
 //! Operations that make tensors from nothing: each rank makes its part.
 
-use burn_ir::{BaseOperationIr as Base, NumericOperationIr as Numeric, OperationIr, TensorIr};
+use burn_ir::{OperationIr, TensorIr};
 
 use super::option::{ShardingOption, each_dim};
 use crate::graph::operation::is_filled;
 use crate::graph::random::{draw_from, is_counter_based_rng};
 use crate::layout::Layout::Sharded;
-
-pub(super) fn base(op: &Base) -> Vec<ShardingOption> {
-    match op {
-        Base::Zeros(op) | Base::Ones(op) | Base::Empty(op) => anywhere(&op.out),
-        _ => Vec::new(),
-    }
-}
-
-pub(super) fn numeric(op: &Numeric) -> Vec<ShardingOption> {
-    match op {
-        Numeric::Full(op) => anywhere(&op.out),
-        _ => Vec::new(),
-    }
-}
 
 pub(super) fn random(op: &OperationIr) -> Vec<ShardingOption> {
     match op.outputs().next() {
@@ -34,7 +20,7 @@ pub(super) fn draw_part(op: &mut OperationIr, dim: usize, rank: usize) {
     draw_from(op, dim, rank * part);
 }
 
-fn anywhere(out: &TensorIr) -> Vec<ShardingOption> {
+pub(super) fn anywhere(out: &TensorIr) -> Vec<ShardingOption> {
     each_dim(&out.shape, |dim| Some(ShardingOption::new([], Sharded(dim))))
 }
 

@@ -1,23 +1,25 @@
 //! Operations that read or write at places which another tensor tells.
 //!
 //! Along any dim but the one that is indexed, every rank finds what it needs in its own part. Along the indexed dim it
-//! finds some of it: with indices counted from where its part begins, and zeros for what lies outside, reads give partial
-//! tensors, of which one rank's summand is not zero; and each rank adds what falls into its part. That is Megatron-LM's
-//! vocabulary-parallel embedding and loss ([arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3).
+//! finds some of it: with indices counted from where its part begins, and zeros for what lies outside, reads give
+//! partial tensors, of which one rank's summand is not zero; and each rank adds what falls into its part. That is
+//! Megatron-LM's vocabulary-parallel embedding and loss ([arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section
+//! 3).
 
 use burn::tensor::{DType, IndexingUpdateOp, Shape};
 use burn_ir::{
-    BaseOperationIr as Base, BinaryOpIr, BoolOperationIr, MaskFillOpIr, ModuleOperationIr as Module,
-    NumericOperationIr as Numeric, OperationIr, ScalarIr, ScalarOpIr, ShapeOpIr, TensorId, TensorIr,
+    EmbeddingBackwardOpIr, EmbeddingOpIr, GatherOpIr, OperationIr, ScalarIr, ScatterOpIr, SelectAssignOpIr, SelectOpIr,
+    TensorId, TensorIr,
 };
 
-use super::option::{LocalOperation, ShardingOption, each_dim, of_kind};
+use super::option::{LocalOperation, ShardingOption, each_dim};
+use crate::graph::operation::{Form, build};
 use crate::layout::Layout::{Partial, Replicated, Sharded};
 use crate::partition::indices::looks_at_indices;
 
-pub(super) fn base(op: &Base) -> Vec<ShardingOption> {
-    match op {
-        Base::Gather(op) => {
+pub(super) fn sharding_options(form: Form<'_>) -> Vec<ShardingOption> {
+    match form {
+        Form::Gather(op) => {
             let mut found = each_dim(&op.tensor.shape, |dim| {
                 (dim != op.dim && op.tensor.shape[dim] == op.indices.shape[dim])
                     .then(|| ShardingOption::new([Sharded(dim); 2], Sharded(dim)))
@@ -27,7 +29,7 @@ pub(super) fn base(op: &Base) -> Vec<ShardingOption> {
             }
             found
         }
-        Base::Scatter(op) => {
+        Form::Scatter(op) => {
             let mut found = each_dim(&op.tensor.shape, |dim| {
                 let (size, indices, values) = (op.tensor.shape[dim], op.indices.shape[dim], op.value.shape[dim]);
                 (dim != op.dim && size == indices && size == values)
@@ -36,7 +38,7 @@ pub(super) fn base(op: &Base) -> Vec<ShardingOption> {
             found.extend(writes(op.dim, op.dim, &op.update));
             found
         }
-        Base::Select(op) => {
+        Form::Select(op) => {
             let mut found = each_dim(&op.tensor.shape, |dim| {
                 (dim != op.dim).then(|| ShardingOption::new([Sharded(dim), Replicated], Sharded(dim)))
             });
@@ -47,11 +49,30 @@ pub(super) fn base(op: &Base) -> Vec<ShardingOption> {
             }
             found
         }
-        Base::SelectAssign(op) => {
+        Form::SelectAssign(op) => {
             let mut found = each_dim(&op.tensor.shape, |dim| {
                 (dim != op.dim).then(|| ShardingOption::new([Sharded(dim), Replicated, Sharded(dim)], Sharded(dim)))
             });
             found.extend(writes(op.dim, 0, &op.update));
+            found
+        }
+        Form::Embedding(op) => {
+            let last = op.out.shape.num_dims() - 1;
+            let mut found = vec![ShardingOption::new([Sharded(1), Replicated], Sharded(last)), reads(0)];
+            found.extend((0..last).map(|dim| ShardingOption::new([Replicated, Sharded(dim)], Sharded(dim))));
+            found
+        }
+        // Of the weights only the shape is read. Each rank adds up the rows that its own tokens point at, or those that
+        // lie in its part.
+        Form::EmbeddingBackward(op) => {
+            let last = op.out_grad.shape.num_dims() - 1;
+            let mut found = vec![
+                ShardingOption::new([Sharded(1), Sharded(last), Replicated], Sharded(1)),
+                ShardingOption::new([Sharded(0), Replicated, Replicated], Sharded(0))
+                    .done(LocalOperation::Indexed { dim: 0 }),
+                ShardingOption::new([Replicated, Partial, Replicated], Partial),
+            ];
+            found.extend((0..last).map(|dim| ShardingOption::new([Replicated, Sharded(dim), Sharded(dim)], Partial)));
             found
         }
         _ => Vec::new(),
@@ -60,23 +81,20 @@ pub(super) fn base(op: &Base) -> Vec<ShardingOption> {
 
 /// The tensor and the indices of an operation that looks up, or writes, along a dim, and that dim.
 pub(crate) fn looked_up(op: &OperationIr) -> Option<(&TensorIr, &TensorIr, usize)> {
-    match op {
-        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => match base {
-            Base::Gather(op) => Some((&op.tensor, &op.indices, op.dim)),
-            Base::Scatter(op) => Some((&op.tensor, &op.indices, op.dim)),
-            Base::Select(op) => Some((&op.tensor, &op.indices, op.dim)),
-            Base::SelectAssign(op) => Some((&op.tensor, &op.indices, op.dim)),
-            _ => None,
-        },
-        OperationIr::Module(Module::Embedding(op)) => Some((&op.weights, &op.indices, 0)),
+    match Form::of(op) {
+        Form::Gather(op) => Some((&op.tensor, &op.indices, op.dim)),
+        Form::Scatter(op) => Some((&op.tensor, &op.indices, op.dim)),
+        Form::Select(op) => Some((&op.tensor, &op.indices, op.dim)),
+        Form::SelectAssign(op) => Some((&op.tensor, &op.indices, op.dim)),
+        Form::Embedding(op) => Some((&op.weights, &op.indices, 0)),
         _ => None,
     }
 }
 
 /// Indices that are looked at may be split in any way.
-pub(super) fn looks(op: &OperationIr) -> Vec<ShardingOption> {
-    match op {
-        OperationIr::Custom(look) if looks_at_indices(look) => {
+pub(super) fn looks(form: Form<'_>) -> Vec<ShardingOption> {
+    match form {
+        Form::Custom(look) if looks_at_indices(look) => {
             let along = |dim| Some(ShardingOption::new([Sharded(dim)], Sharded(dim)));
             look.outputs.first().map_or_else(Vec::new, |out| each_dim(&out.shape, along))
         }
@@ -102,31 +120,6 @@ fn writes(dim: usize, of_indices: usize, update: &IndexingUpdateOp) -> Vec<Shard
     }
 }
 
-pub(super) fn module(op: &Module) -> Vec<ShardingOption> {
-    match op {
-        Module::Embedding(op) => {
-            let last = op.out.shape.num_dims() - 1;
-            let mut found = vec![ShardingOption::new([Sharded(1), Replicated], Sharded(last)), reads(0)];
-            found.extend((0..last).map(|dim| ShardingOption::new([Replicated, Sharded(dim)], Sharded(dim))));
-            found
-        }
-        // Of the weights only the shape is read. Each rank adds up the rows that its own tokens point at, or those that lie
-        // in its part.
-        Module::EmbeddingBackward(op) => {
-            let last = op.out_grad.shape.num_dims() - 1;
-            let mut found = vec![
-                ShardingOption::new([Sharded(1), Sharded(last), Replicated], Sharded(1)),
-                ShardingOption::new([Sharded(0), Replicated, Replicated], Sharded(0))
-                    .done(LocalOperation::Indexed { dim: 0 }),
-                ShardingOption::new([Replicated, Partial, Replicated], Partial),
-            ];
-            found.extend((0..last).map(|dim| ShardingOption::new([Replicated, Sharded(dim), Sharded(dim)], Partial)));
-            found
-        }
-        _ => Vec::new(),
-    }
-}
-
 /// The operation on a rank's part of the indexed dim.
 pub(super) fn from_part(
     op: OperationIr,
@@ -134,58 +127,44 @@ pub(super) fn from_part(
     rank: usize,
     fresh: &mut dyn FnMut() -> TensorId,
 ) -> Vec<OperationIr> {
-    match op {
-        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) => match base {
-            Base::Gather(mut op) => {
-                let mut part = Part::of(&op.tensor, dim, &op.indices, rank, fresh);
-                let out = op.out.clone();
-                (op.indices, op.out) = (part.indices.clone(), part.like(&out));
-                let (dtype, read) = (out.dtype, op.out.clone());
-                part.operations.push(of_kind(dtype, Base::Gather(op)));
-                part.zero_outside(read, out, None)
-            }
-            Base::Select(mut op) => {
-                let mut part = Part::of(&op.tensor, dim, &op.indices, rank, fresh);
-                let out = op.out.clone();
-                (op.indices, op.out) = (part.indices.clone(), part.like(&out));
-                let (dtype, read) = (out.dtype, op.out.clone());
-                part.operations.push(of_kind(dtype, Base::Select(op)));
-                part.zero_outside(read, out, Some(dim))
-            }
-            Base::Scatter(mut op) => {
-                let part = Part::of(&op.tensor, dim, &op.indices, rank, fresh);
-                let dtype = op.out.dtype;
-                let (mut operations, indices, value) = part.inside(op.value, None);
-                (op.indices, op.value) = (indices, value);
-                operations.push(of_kind(dtype, Base::Scatter(op)));
-                operations
-            }
-            Base::SelectAssign(mut op) => {
-                let part = Part::of(&op.tensor, dim, &op.indices, rank, fresh);
-                let dtype = op.out.dtype;
-                let (mut operations, indices, value) = part.inside(op.value, Some(dim));
-                (op.indices, op.value) = (indices, value);
-                operations.push(of_kind(dtype, Base::SelectAssign(op)));
-                operations
-            }
-            other => vec![of_kind(DType::F32, other)],
-        },
-        OperationIr::Module(Module::Embedding(mut op)) => {
-            let mut part = Part::of(&op.weights, dim, &op.indices, rank, fresh);
-            let out = op.out.clone();
-            (op.indices, op.out) = (part.indices.clone(), part.like(&out));
-            let read = op.out.clone();
-            part.operations.push(OperationIr::Module(Module::Embedding(op)));
-            part.zero_outside(read, out, None)
+    match Form::of(&op) {
+        Form::Gather(op) => {
+            let mut part = Part::of(&op.tensor, dim, &op.indices, rank, fresh);
+            let (indices, read) = (part.indices.clone(), part.like(&op.out));
+            part.operations.push(build::gather(GatherOpIr { indices, out: read.clone(), ..op.clone() }));
+            part.zero_outside(read, op.out.clone(), None)
         }
-        OperationIr::Module(Module::EmbeddingBackward(mut op)) => {
-            let part = Part::of(&op.weights, dim, &op.indices, rank, fresh);
-            let (mut operations, indices, gradient) = part.inside(op.out_grad, None);
-            (op.indices, op.out_grad) = (indices, gradient);
-            operations.push(OperationIr::Module(Module::EmbeddingBackward(op)));
+        Form::Select(op) => {
+            let mut part = Part::of(&op.tensor, dim, &op.indices, rank, fresh);
+            let (indices, read) = (part.indices.clone(), part.like(&op.out));
+            part.operations.push(build::select(SelectOpIr { indices, out: read.clone(), ..op.clone() }));
+            part.zero_outside(read, op.out.clone(), Some(dim))
+        }
+        Form::Scatter(op) => {
+            let part = Part::of(&op.tensor, dim, &op.indices, rank, fresh);
+            let (mut operations, indices, value) = part.inside(op.value.clone(), None);
+            operations.push(build::scatter(ScatterOpIr { indices, value, ..op.clone() }));
             operations
         }
-        other => vec![other],
+        Form::SelectAssign(op) => {
+            let part = Part::of(&op.tensor, dim, &op.indices, rank, fresh);
+            let (mut operations, indices, value) = part.inside(op.value.clone(), Some(dim));
+            operations.push(build::select_assign(SelectAssignOpIr { indices, value, ..op.clone() }));
+            operations
+        }
+        Form::Embedding(op) => {
+            let mut part = Part::of(&op.weights, dim, &op.indices, rank, fresh);
+            let (indices, read) = (part.indices.clone(), part.like(&op.out));
+            part.operations.push(build::embedding(EmbeddingOpIr { indices, out: read.clone(), ..op.clone() }));
+            part.zero_outside(read, op.out.clone(), None)
+        }
+        Form::EmbeddingBackward(op) => {
+            let part = Part::of(&op.weights, dim, &op.indices, rank, fresh);
+            let (mut operations, indices, out_grad) = part.inside(op.out_grad.clone(), None);
+            operations.push(build::embedding_backward(EmbeddingBackwardOpIr { indices, out_grad, ..op.clone() }));
+            operations
+        }
+        _ => vec![op],
     }
 }
 
@@ -212,20 +191,13 @@ impl<'a> Part<'a> {
         let mut new = |dtype| TensorIr::uninit(fresh(), indices.shape.clone(), dtype);
         let truth = DType::Bool(burn::tensor::BoolStore::Native);
         let (shifted, before, behind, outside, own) = (new(dtype), new(truth), new(truth), new(truth), new(dtype));
-        let with = |lhs: &TensorIr, rhs: usize, out: &TensorIr| ScalarOpIr {
-            lhs: lhs.clone(),
-            rhs: ScalarIr::Int(rhs as i64),
-            out: out.clone(),
-        };
-        let either = BinaryOpIr { lhs: before.clone(), rhs: behind.clone(), out: outside.clone() };
-        let fill =
-            MaskFillOpIr { tensor: shifted.clone(), mask: outside.clone(), value: ScalarIr::Int(0), out: own.clone() };
+        let (first, size) = ((rank * size) as i64, size as i64);
         let operations = vec![
-            OperationIr::NumericInt(dtype, Numeric::SubScalar(with(indices, rank * size, &shifted))),
-            OperationIr::NumericInt(dtype, Numeric::LowerElem(with(&shifted, 0, &before))),
-            OperationIr::NumericInt(dtype, Numeric::GreaterEqualElem(with(&shifted, size, &behind))),
-            OperationIr::Bool(BoolOperationIr::Or(either)),
-            OperationIr::BaseInt(Base::MaskFill(fill)),
+            build::minus(indices.clone(), first, shifted.clone()),
+            build::is_below(shifted.clone(), 0, before.clone()),
+            build::is_at_least(shifted.clone(), size, behind.clone()),
+            build::either(before, behind, outside.clone()),
+            build::mask_fill(shifted, outside.clone(), ScalarIr::Int(0), own.clone()),
         ];
         Self { operations, indices: own, outside, fresh }
     }
@@ -234,8 +206,8 @@ impl<'a> Part<'a> {
         TensorIr { id: (self.fresh)(), ..tensor.clone() }
     }
 
-    /// The mask of what is outside, in as many dims as `tensor`: along `dim` if the indices belong to one, else along the
-    /// leading dims.
+    /// The mask of what is outside, in as many dims as `tensor`: along `dim` if the indices belong to one, else along
+    /// the leading dims.
     fn mask(&mut self, tensor: &TensorIr, dim: Option<usize>) -> TensorIr {
         let rank = tensor.shape.num_dims();
         if self.outside.shape.num_dims() == rank && dim.is_none() {
@@ -250,16 +222,15 @@ impl<'a> Part<'a> {
             }
         }
         let mask = TensorIr::uninit((self.fresh)(), Shape::from(dims), self.outside.dtype);
-        let reshape = ShapeOpIr { input: self.outside.clone(), out: mask.clone() };
-        self.operations.push(OperationIr::BaseBool(Base::Reshape(reshape)));
+        self.operations.push(build::reshape(self.outside.clone(), mask.clone()));
         mask
     }
 
     /// Gives `read` as `out`, with zeros for what is outside.
     fn zero_outside(mut self, read: TensorIr, out: TensorIr, dim: Option<usize>) -> Vec<OperationIr> {
         let mask = self.mask(&read, dim);
-        let (dtype, value) = (out.dtype, zero(out.dtype));
-        self.operations.push(of_kind(dtype, Base::MaskFill(MaskFillOpIr { tensor: read, mask, value, out })));
+        let value = ScalarIr::new(0i64, &out.dtype);
+        self.operations.push(build::mask_fill(read, mask, value, out));
         self.operations
     }
 
@@ -269,8 +240,4 @@ impl<'a> Part<'a> {
         let indices = self.indices.clone();
         (self.zero_outside(values, out.clone(), dim), indices, out)
     }
-}
-
-fn zero(dtype: DType) -> ScalarIr {
-    ScalarIr::new(0i64, &dtype)
 }

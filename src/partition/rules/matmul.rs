@@ -2,16 +2,13 @@
 //! partial product.
 
 use burn::tensor::Shape;
-use burn_ir::{
-    BaseOperationIr, BinaryOpIr, FloatOperationIr, LinearOpIr, ModuleOperationIr as Module, NumericOperationIr,
-    OperationIr, ShapeOpIr, TensorId, TensorIr,
-};
+use burn_ir::{LinearOpIr, MatmulOpIr, OperationIr, TensorId, TensorIr};
 
 use super::option::{ShardingOption, each_dim};
+use crate::graph::operation::{Form, build};
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};
 
-pub(super) fn float(op: &FloatOperationIr) -> Vec<ShardingOption> {
-    let FloatOperationIr::Matmul(op) = op else { return Vec::new() };
+pub(super) fn matmul(op: &MatmulOpIr) -> Vec<ShardingOption> {
     let (lhs, rhs, out) = (&op.lhs.shape, &op.rhs.shape, &op.out.shape);
     let rank = out.num_dims();
     if rank < 2 || lhs.num_dims() != rank || rhs.num_dims() != rank {
@@ -27,9 +24,10 @@ pub(super) fn float(op: &FloatOperationIr) -> Vec<ShardingOption> {
     found
 }
 
-pub(super) fn module(op: &Module) -> Vec<ShardingOption> {
-    match op {
-        Module::Linear(op) => {
+/// Of a linear layer and its backward.
+pub(super) fn linear(form: Form<'_>) -> Vec<ShardingOption> {
+    match form {
+        Form::Linear(op) => {
             let last = op.x.shape.num_dims() - 1;
             let bias = |layout: Layout| op.bias.iter().map(move |_| layout);
             let with_bias = |inputs: [Layout; 2], of_bias: Layout, output: Layout| {
@@ -43,7 +41,7 @@ pub(super) fn module(op: &Module) -> Vec<ShardingOption> {
             }
             found
         }
-        Module::LinearXBackward(op) => {
+        Form::LinearXBackward(op) => {
             let last = op.output_grad.shape.num_dims() - 1;
             let mut found: Vec<ShardingOption> =
                 (0..last).map(|dim| ShardingOption::new([Replicated, Sharded(dim)], Sharded(dim))).collect();
@@ -51,7 +49,7 @@ pub(super) fn module(op: &Module) -> Vec<ShardingOption> {
             found.push(ShardingOption::new([Sharded(0), Replicated], Sharded(last)));
             found
         }
-        Module::LinearWeightBackward(op) => {
+        Form::LinearWeightBackward(op) => {
             let last = op.output_grad.shape.num_dims() - 1;
             let mut found: Vec<ShardingOption> =
                 (0..last).map(|dim| ShardingOption::new([Sharded(dim); 2], Partial)).collect();
@@ -59,7 +57,7 @@ pub(super) fn module(op: &Module) -> Vec<ShardingOption> {
             found.push(ShardingOption::new([Sharded(last), Replicated], Sharded(0)));
             found
         }
-        Module::LinearBiasBackward(op) => {
+        Form::LinearBiasBackward(op) => {
             let last = op.output_grad.shape.num_dims() - 1;
             let mut found = each_dim(&op.output_grad.shape, |dim| {
                 Some(ShardingOption::new([Sharded(dim)], if dim == last { Sharded(0) } else { Partial }))
@@ -72,8 +70,11 @@ pub(super) fn module(op: &Module) -> Vec<ShardingOption> {
 }
 
 /// A linear layer whose product is partial adds its bias after the sum, so the two are separated.
-pub(super) fn lower(op: &Module, layouts: &[Layout], fresh: &mut dyn FnMut() -> TensorId) -> Option<Vec<OperationIr>> {
-    let Module::Linear(op) = op else { return None };
+pub(super) fn lower(
+    op: &LinearOpIr,
+    layouts: &[Layout],
+    fresh: &mut dyn FnMut() -> TensorId,
+) -> Option<Vec<OperationIr>> {
     let bias = op.bias.as_ref()?;
     let last = op.x.shape.num_dims() - 1;
     let [x, weight, ..] = layouts else { return None };
@@ -85,11 +86,8 @@ pub(super) fn lower(op: &Module, layouts: &[Layout], fresh: &mut dyn FnMut() -> 
     dims[last] = bias.shape[0];
     let row = TensorIr::uninit(fresh(), Shape::from(dims), bias.dtype);
     Some(vec![
-        OperationIr::Module(Module::Linear(LinearOpIr { bias: None, out: product.clone(), ..op.clone() })),
-        OperationIr::BaseFloat(BaseOperationIr::Reshape(ShapeOpIr { input: bias.clone(), out: row.clone() })),
-        OperationIr::NumericFloat(
-            op.out.dtype,
-            NumericOperationIr::Add(BinaryOpIr { lhs: product, rhs: row, out: op.out.clone() }),
-        ),
+        build::linear(op.x.clone(), op.weight.clone(), product.clone()),
+        build::reshape(bias.clone(), row.clone()),
+        build::add(product, row, op.out.clone()),
     ])
 }

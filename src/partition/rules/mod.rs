@@ -1,8 +1,8 @@
 //! What each operation can do with split inputs, in files by kind.
 //!
-//! A rule is a pure function from an operation, in its global shapes, to the [`ShardingOption`]s under which every rank can run
-//! it on local tensors and get its share of the result. It knows neither what lies where nor what a move costs: the
-//! [pass](super) chooses. [`realise`] then says what the ranks run for it.
+//! A rule is a pure function from an operation, in its global shapes, to the [`ShardingOption`]s under which every rank
+//! can run it on local tensors and get its share of the result. It knows neither what lies where nor what a move costs:
+//! the [pass](super) chooses. [`realise`] then says what the ranks run for it.
 
 mod collective;
 mod convolution;
@@ -15,36 +15,46 @@ mod option;
 mod reduce;
 mod shape;
 
-use burn_ir::{BaseOperationIr, OperationIr, TensorId, TensorIr};
+use burn_ir::{OperationIr, TensorId, TensorIr};
 
+use crate::graph::operation::Form;
 use crate::layout::Layout;
 
 pub(crate) use creation::creates;
 pub(super) use index::looked_up;
-pub(crate) use option::{LocalOperation, ShardingOption, of_kind};
+pub(crate) use option::{LocalOperation, ShardingOption};
 pub(super) use shape::{take_all, whole};
 
 /// The sharding options of an operation beside the replicated one; none for an operation without a rule.
 pub(crate) fn sharding_options(op: &OperationIr, degree: usize) -> Vec<ShardingOption> {
-    let mut found = match op {
-        OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => match base {
-            BaseOperationIr::Gather(_)
-            | BaseOperationIr::Scatter(_)
-            | BaseOperationIr::Select(_)
-            | BaseOperationIr::SelectAssign(_) => index::base(base),
-            _ => [shape::base(base, degree), reduce::base(base), creation::base(base)].concat(),
-        },
-        OperationIr::NumericFloat(_, numeric) | OperationIr::NumericInt(_, numeric) => {
-            [reduce::numeric(numeric), creation::numeric(numeric)].concat()
+    let form = Form::of(op);
+    let mut found = match form {
+        Form::Reshape(_)
+        | Form::SwapDims(_)
+        | Form::Permute(_)
+        | Form::Expand(_)
+        | Form::Flip(_)
+        | Form::Slice(_)
+        | Form::SliceAssign(_)
+        | Form::RepeatDim(_)
+        | Form::Cat(_) => shape::sharding_options(form, degree),
+        Form::Gather(_)
+        | Form::Select(_)
+        | Form::Scatter(_)
+        | Form::SelectAssign(_)
+        | Form::Embedding(_)
+        | Form::EmbeddingBackward(_) => index::sharding_options(form),
+        Form::Filled(out) => creation::anywhere(out),
+        Form::Reduction(reduction) => reduce::reduction(reduction),
+        Form::AlongDim(along) => reduce::along_dim(along),
+        Form::Matmul(op) => matmul::matmul(op),
+        Form::Linear(_) | Form::LinearXBackward(_) | Form::LinearWeightBackward(_) | Form::LinearBiasBackward(_) => {
+            matmul::linear(form)
         }
-        OperationIr::Float(_, float) => matmul::float(float),
-        OperationIr::Module(module) => {
-            [matmul::module(module), index::module(module), convolution::module(module), module::sharding_options(op)]
-                .concat()
-        }
-        OperationIr::Activation(activation) => reduce::activation(activation),
-        OperationIr::Custom(_) => [collective::sharding_options(op), creation::random(op), index::looks(op)].concat(),
-        _ => Vec::new(),
+        Form::Convolution(convolution) => convolution::sharding_options(convolution),
+        Form::ByChannel | Form::BatchNorm | Form::LayerNorm(_) | Form::Attention(_) => module::sharding_options(op),
+        Form::Custom(_) => [collective::sharding_options(op), creation::random(op), index::looks(form)].concat(),
+        Form::Other => Vec::new(),
     };
     found.extend(elementwise::sharding_options(op));
     found.retain(|option| fits(op, option, degree));
@@ -69,10 +79,9 @@ pub(crate) fn lower(
     layouts: &[Layout],
     fresh: &mut dyn FnMut() -> TensorId,
 ) -> Option<Vec<OperationIr>> {
-    match op {
-        OperationIr::Module(module) => {
-            matmul::lower(module, layouts, fresh).or_else(|| convolution::lower(module, layouts, fresh))
-        }
+    match Form::of(op) {
+        Form::Linear(linear) => matmul::lower(linear, layouts, fresh),
+        Form::Convolution(_) => convolution::lower(op, layouts, fresh),
         _ => None,
     }
 }
@@ -91,13 +100,8 @@ pub(crate) fn realise(
         LocalOperation::Locally | LocalOperation::Reduced(_) => {}
     }
     if let Layout::Sharded(dim) = option.output {
-        match &mut op {
-            OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base) => {
-                shape::take_all(base, dim);
-            }
-            OperationIr::Custom(_) => creation::draw_part(&mut op, dim, rank),
-            _ => {}
-        }
+        shape::take_all(&mut op, dim);
+        creation::draw_part(&mut op, dim, rank);
     }
     vec![op]
 }

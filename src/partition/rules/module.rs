@@ -1,38 +1,19 @@
 //! What else burn computes as one operation of a module: pooling and interpolation, norms, attention.
 
-use burn_ir::{ModuleOperationIr as Module, OperationIr, TensorIr};
+use burn_ir::{OperationIr, TensorIr};
 
 use super::option::{ShardingOption, each_dim};
+use crate::graph::operation::Form;
 use crate::layout::Layout::{self, Replicated, Sharded};
 
 pub(super) fn sharding_options(op: &OperationIr) -> Vec<ShardingOption> {
-    use Module::*;
-    let OperationIr::Module(module) = op else { return Vec::new() };
-    match module {
-        AvgPool1d(_)
-        | AvgPool2d(_)
-        | AvgPool1dBackward(_)
-        | AvgPool2dBackward(_)
-        | AdaptiveAvgPool1d(_)
-        | AdaptiveAvgPool2d(_)
-        | AdaptiveAvgPool3d(_)
-        | AdaptiveAvgPool1dBackward(_)
-        | AdaptiveAvgPool2dBackward(_)
-        | AdaptiveAvgPool3dBackward(_)
-        | MaxPool1d(_)
-        | MaxPool2d(_)
-        | MaxPool1dWithIndices(_)
-        | MaxPool2dWithIndices(_)
-        | MaxPool1dWithIndicesBackward(_)
-        | MaxPool2dWithIndicesBackward(_)
-        | Interpolate(_)
-        | InterpolateBackward(_)
-        | Unfold4d(_) => each_channel(op),
-        BatchNorm(_) => vec![
+    match Form::of(op) {
+        Form::ByChannel => each_channel(op),
+        Form::BatchNorm => vec![
             ShardingOption::new([Sharded(0), Replicated, Replicated, Replicated, Replicated], Sharded(0)),
             ShardingOption::new([Sharded(1), Sharded(0), Sharded(0), Sharded(0), Sharded(0)], Sharded(1)),
         ],
-        LayerNorm(norm) => {
+        Form::LayerNorm(norm) => {
             let last = norm.input.shape.num_dims() - 1;
             each_dim(&norm.input.shape, |dim| {
                 let inputs = op.inputs().enumerate().map(|(place, _)| match place {
@@ -43,7 +24,7 @@ pub(super) fn sharding_options(op: &OperationIr) -> Vec<ShardingOption> {
             })
         }
         // Batches and heads have nothing to do with each other; masks and biases may be the same for all of them.
-        Attention(attention) => {
+        Form::Attention(attention) => {
             let query = &attention.query;
             let split = |dim: usize| {
                 let of = |input: &TensorIr| match input.shape.as_slice().get(dim) == Some(&query.shape[dim]) {

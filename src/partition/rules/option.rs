@@ -1,7 +1,7 @@
 //! One way to run an operation on split inputs, and what rules make such options with.
 
-use burn::tensor::{DType, Shape};
-use burn_ir::{BaseOperationIr, OperationIr};
+use burn::tensor::Shape;
+use burn_ir::OperationIr;
 
 use crate::layout::Layout;
 use crate::partition::collectives::CollectiveKind;
@@ -22,8 +22,8 @@ pub(crate) enum LocalOperation {
     Locally,
     /// The operation, divided by the number of ranks: a mean of which each rank has an equal share.
     Averaged,
-    /// The operation with indices counted from the beginning of this rank's part of a dim. What lies outside reads or adds
-    /// zeros.
+    /// The operation with indices counted from the beginning of this rank's part of a dim. What lies outside reads or
+    /// adds zeros.
     Indexed {
         /// The dim that is indexed and split.
         dim: usize,
@@ -48,17 +48,6 @@ impl ShardingOption {
     /// All inputs whole, and so the outputs: right for every operation that draws no random numbers.
     pub(crate) fn replicated(op: &OperationIr) -> Self {
         Self::of(op.inputs().map(|_| Layout::Replicated).collect(), Layout::Replicated)
-    }
-}
-
-/// The operation on tensors of this dtype.
-pub(crate) fn of_kind(dtype: DType, op: BaseOperationIr) -> OperationIr {
-    if dtype.is_float() {
-        OperationIr::BaseFloat(op)
-    } else if dtype.is_bool() {
-        OperationIr::BaseBool(op)
-    } else {
-        OperationIr::BaseInt(op)
     }
 }
 

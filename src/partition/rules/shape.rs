@@ -1,12 +1,13 @@
 //! Operations that move elements about.
 
 use burn::tensor::{Shape, Slice};
-use burn_ir::{BaseOperationIr as Base, TensorIr};
+use burn_ir::{OperationIr, TensorIr};
 
 use super::option::{ShardingOption, each_dim};
+use crate::graph::operation::{Form, ranges_mut};
 use crate::layout::Layout::{Partial, Sharded};
 
-pub(super) fn base(op: &Base, degree: usize) -> Vec<ShardingOption> {
+pub(super) fn sharding_options(form: Form<'_>, degree: usize) -> Vec<ShardingOption> {
     let moved = |input: &TensorIr, to: &dyn Fn(usize) -> Option<usize>| {
         let mut found =
             each_dim(&input.shape, |dim| to(dim).map(|to| ShardingOption::new([Sharded(dim)], Sharded(to))));
@@ -15,9 +16,9 @@ pub(super) fn base(op: &Base, degree: usize) -> Vec<ShardingOption> {
         }
         found
     };
-    match op {
-        Base::Reshape(op) => moved(&op.input, &|dim| reshaped(&op.input.shape, &op.out.shape, dim, degree)),
-        Base::SwapDims(op) => moved(&op.input, &|dim| {
+    match form {
+        Form::Reshape(op) => moved(&op.input, &|dim| reshaped(&op.input.shape, &op.out.shape, dim, degree)),
+        Form::SwapDims(op) => moved(&op.input, &|dim| {
             Some(if dim == op.dim1 {
                 op.dim2
             } else if dim == op.dim2 {
@@ -26,18 +27,18 @@ pub(super) fn base(op: &Base, degree: usize) -> Vec<ShardingOption> {
                 dim
             })
         }),
-        Base::Permute(op) => moved(&op.input, &|dim| op.axes.iter().position(|axis| *axis == dim)),
-        Base::Expand(op) => {
+        Form::Permute(op) => moved(&op.input, &|dim| op.axes.iter().position(|axis| *axis == dim)),
+        Form::Expand(op) => {
             let before = op.out.shape.num_dims().saturating_sub(op.input.shape.num_dims());
             moved(&op.input, &|dim| (op.input.shape[dim] == op.out.shape[dim + before]).then_some(dim + before))
         }
-        Base::Flip(op) => moved(&op.input, &|dim| (!op.axes.contains(&dim)).then_some(dim)),
-        Base::Slice(op) => moved(&op.tensor, &|dim| whole(&op.ranges, &op.tensor.shape, dim).then_some(dim)),
-        Base::SliceAssign(op) => each_dim(&op.tensor.shape, |dim| {
+        Form::Flip(op) => moved(&op.input, &|dim| (!op.axes.contains(&dim)).then_some(dim)),
+        Form::Slice(op) => moved(&op.tensor, &|dim| whole(&op.ranges, &op.tensor.shape, dim).then_some(dim)),
+        Form::SliceAssign(op) => each_dim(&op.tensor.shape, |dim| {
             whole(&op.ranges, &op.tensor.shape, dim).then(|| ShardingOption::new([Sharded(dim); 2], Sharded(dim)))
         }),
-        Base::RepeatDim(op) => moved(&op.tensor, &|dim| (dim != op.dim).then_some(dim)),
-        Base::Cat(op) => each_dim(&op.out.shape, |dim| {
+        Form::RepeatDim(op) => moved(&op.tensor, &|dim| (dim != op.dim).then_some(dim)),
+        Form::Cat(op) => each_dim(&op.out.shape, |dim| {
             (dim != op.dim).then(|| ShardingOption::of(vec![Sharded(dim); op.tensors.len()], Sharded(dim)))
         }),
         _ => Vec::new(),
@@ -65,13 +66,10 @@ pub(in super::super) fn whole(ranges: &[Slice], shape: &Shape, dim: usize) -> bo
 }
 
 /// Makes the ranges over a split dim, which take all of it, take all of the local one.
-pub(in super::super) fn take_all(op: &mut Base, dim: usize) {
-    let (ranges, shape) = match op {
-        Base::Slice(op) => (&mut op.ranges, &op.tensor.shape),
-        Base::SliceAssign(op) => (&mut op.ranges, &op.tensor.shape),
-        _ => return,
-    };
-    if let Some(range) = ranges.get_mut(dim) {
+pub(in super::super) fn take_all(op: &mut OperationIr, dim: usize) {
+    if let Some((ranges, shape)) = ranges_mut(op)
+        && let Some(range) = ranges.get_mut(dim)
+    {
         *range = Slice::new(0, Some(shape[dim] as isize), 1);
     }
 }

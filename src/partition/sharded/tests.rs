@@ -8,7 +8,8 @@ use burn::tensor::TensorData;
 use burn_ir::TensorStatus;
 
 use super::*;
-use crate::graph::liveness::{Instruction, program};
+use crate::graph::instruction::Instruction;
+use crate::graph::liveness::program;
 use crate::graph::{CustomOps, Executor, StepGraph, capture_step};
 
 /// A language model whose head is its embedding.
@@ -130,8 +131,8 @@ fn each_group_is_gathered_once_a_pass_and_scattered_once() {
     }
 }
 
-/// The bytes of gathered tensors that are alive at once, what is on its way and views of what is there included; and those that
-/// are alive between the passes.
+/// The bytes of gathered tensors that are alive at once, what is on its way and views of what is there included; and
+/// those that are alive between the passes.
 fn alive(graph: &StepGraph) -> (usize, usize) {
     let forward: HashSet<TensorId> =
         graph.operations[..graph.forward_len].iter().flat_map(|op| op.outputs().map(|out| out.id)).collect();

@@ -4,8 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use burn_ir::{OperationIr, TensorId, TensorIr};
 
-use crate::graph::operation::{cast, is_cheap, is_view};
-use crate::graph::random::drawn;
+use crate::graph::operation::{cast, drawn, is_cheap, is_view};
 use crate::graph::step::{ParamBinding, Rename};
 
 /// What an operation is to a cut.

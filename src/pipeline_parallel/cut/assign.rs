@@ -10,19 +10,20 @@ use crate::plan::{compress_paths, matches};
 
 /// How a model is cut into stages: the stage of each parameter, from which that of every operation follows.
 ///
-/// Patterns are those of a [`Plan`](crate::plan::Plan): paths in which `*` stands for any characters. Parameters are given
-/// to stages in the order in which the model uses them; several that are used side by side may go anyhow. A parameter that
-/// is used in several places belongs to the stage of the first; the other stages that use it hold it too.
+/// Patterns are those of a [`Plan`](crate::plan::Plan): paths in which `*` stands for any characters. Parameters are
+/// given to stages in the order in which the model uses them; several that are used side by side may go anyhow. A
+/// parameter that is used in several places belongs to the stage of the first; the other stages that use it hold it
+/// too.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cut {
-    /// So that the slowest stage is as fast as possible, by the [counted cost](operation_cost) of all operations, forward and
-    /// backward, with what is sent and received. Embedding and head count like everything else.
+    /// So that the slowest stage is as fast as possible, by the [counted cost](operation_cost) of all operations,
+    /// forward and backward, with what is sent and received. Embedding and head count like everything else.
     #[default]
     Balanced,
-    /// As [`Balanced`](Self::Balanced), by costs that were measured: of each operation of the captured step, in any unit.
-    /// [`Pipelined::measure`](crate::pipeline_parallel::Pipelined::measure) measures them. What is sent and received counts
-    /// nothing.
+    /// As [`Balanced`](Self::Balanced), by costs that were measured: of each operation of the captured step, in any
+    /// unit. [`Pipelined::measure`](crate::pipeline_parallel::Pipelined::measure) measures them. What is sent and
+    /// received counts nothing.
     Measured(Vec<f64>),
     /// The patterns of each stage; a parameter belongs to the first stage of which one matches.
     Patterns(Vec<Vec<String>>),
@@ -51,8 +52,8 @@ impl Cut {
     /// The stage of each parameter at these paths, if that can be said without a captured step.
     ///
     /// # Errors
-    /// [`Error::Plan`] if patterns or list are not for `stages` stages, a pattern matches nothing or only what another has
-    /// matched, a listed path does not exist, or a parameter is given to no stage.
+    /// [`Error::Plan`] if patterns or list are not for `stages` stages, a pattern matches nothing or only what another
+    /// has matched, a listed path does not exist, or a parameter is given to no stage.
     pub fn by_path(&self, paths: &[&str], stages: usize) -> Result<Option<Vec<usize>>, Error> {
         match self {
             Self::Balanced | Self::Measured(_) => Ok((stages == 1).then(|| vec![0; paths.len()])),

@@ -1,10 +1,10 @@
 //! Balances the cost of the stages.
 //!
-//! Parameters are lined up in the order of their first use. Every operation belongs to the last parameter before it (in the
-//! backward pass, to the parameter whose gradient it helps to make, or to the first one after it), so that each parameter
-//! has a cost, and each gap between two of them a number of elements that would cross there. Of all ways to divide the line
-//! into stages one is taken whose costliest stage costs least, or next to least if less crosses then, by dynamic
-//! programming.
+//! Parameters are lined up in the order of their first use. Every operation belongs to the last parameter before it (in
+//! the backward pass, to the parameter whose gradient it helps to make, or to the first one after it), so that each
+//! parameter has a cost, and each gap between two of them a number of elements that would cross there. Of all ways to
+//! divide the line into stages one is taken whose costliest stage costs least, or next to least if less crosses then,
+//! by dynamic programming.
 
 use std::collections::{HashMap, HashSet};
 
@@ -53,8 +53,8 @@ pub(super) fn balanced(
 }
 
 /// The place of each parameter that the forward pass reads, in the order of first use. Those that one operation reads
-/// first have one place. So have the two of a scale and a shift, as of a normalisation: a forward pass without autodiff has
-/// one operation for it, which could not run on two stages.
+/// first have one place. So have the two of a scale and a shift, as of a normalisation: a forward pass without autodiff
+/// has one operation for it, which could not run on two stages.
 fn line(analysis: &Analysis<'_>, params: usize) -> Vec<Option<usize>> {
     let mut line = vec![None; params];
     let mut next = 0;
@@ -117,8 +117,8 @@ fn gradients(graph: &StepGraph, analysis: &Analysis<'_>) -> Vec<Option<usize>> {
     params
 }
 
-/// What would cross before each place of the line, there and back. Operations without parameters are taken as early or as
-/// late as possible, whichever is less: the real cut does not cost more.
+/// What would cross before each place of the line, there and back. Operations without parameters are taken as early or
+/// as late as possible, whichever is less: the real cut does not cost more.
 fn gaps(analysis: &Analysis<'_>, bounds: &Bounds, used: usize) -> Vec<f64> {
     let forward: Vec<usize> = analysis.placed().filter(|op| analysis.is_forward(*op)).collect();
     let mut readers: HashMap<TensorId, Vec<usize>> = HashMap::new();
@@ -181,8 +181,8 @@ fn divide(costs: &[f64], gaps: &[f64], stages: usize) -> Vec<usize> {
     best(costs.len(), stages, crossing).1
 }
 
-/// The best of all divisions of `places` into stages, by what `price` makes of the price of the stages before and one more
-/// stage; and where its stages start.
+/// The best of all divisions of `places` into stages, by what `price` makes of the price of the stages before and one
+/// more stage; and where its stages start.
 fn best(places: usize, stages: usize, price: impl Fn(f64, usize, usize) -> f64) -> (f64, Vec<usize>) {
     let stages = stages.clamp(1, places);
     // The price of the best division of the places up to each one, and where its last stage starts.

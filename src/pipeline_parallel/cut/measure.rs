@@ -16,10 +16,10 @@ use crate::graph::{CustomOps, StepGraph};
 /// Seconds that each operation of a step takes on a device: what [`Cut::Measured`](super::Cut::Measured) takes.
 ///
 /// Every operation runs alone, `runs` times after once for caches, on tensors of its shapes and dtypes; the fastest run
-/// counts. Operations that are the same up to the names of their tensors are measured once. Neither parameters nor inputs are
-/// needed, and no more memory than one operation takes: so a model can be measured that this rank could not hold. Views take
-/// no time. Operations that cannot run alone, as those of [`CustomOps`](crate::graph::CustomOps), above all collectives, are
-/// counted, at the pace of those that were measured.
+/// counts. Operations that are the same up to the names of their tensors are measured once. Neither parameters nor
+/// inputs are needed, and no more memory than one operation takes: so a model can be measured that this rank could not
+/// hold. Views take no time. Operations that cannot run alone, as those of [`CustomOps`](crate::graph::CustomOps),
+/// above all collectives, are counted, at the pace of those that were measured.
 ///
 /// # Errors
 /// [`Error::Graph`] if no graph can run on the device.

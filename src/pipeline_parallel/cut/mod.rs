@@ -3,22 +3,23 @@
 //! [`cut`] is a pure function: from a step and a stage for each parameter ([`Cut`]) to what each stage runs, and what
 //! crosses between them.
 //!
-//! - An operation that reads a parameter runs on the parameter's stage. All others run where the fewest bytes cross: at the
-//!   minimum cut between what they read and who reads them, forward and backward pass taken together, and as late as that
-//!   allows.
-//! - In the forward pass tensors go to later stages only, directly to each stage that needs them, however many lie between;
-//!   in the backward pass to earlier ones. A tensor of the forward pass that the backward pass of a later stage needs is
-//!   sent along in the forward pass.
-//! - Inputs, constants, and what is cheaply computed from them alone (masks, positions, targets) never cross: each stage
-//!   makes its own.
-//! - A parameter that several stages read is held by all of them. Each gives its part of the gradient; the sum of the parts
-//!   is the gradient.
-//! - With gradient checkpointing a stage computes again what it has computed itself; what another one has computed is kept.
+//! - An operation that reads a parameter runs on the parameter's stage. All others run where the fewest bytes cross: at
+//!   the minimum cut between what they read and who reads them, forward and backward pass taken together, and as late
+//!   as that allows.
+//! - In the forward pass tensors go to later stages only, directly to each stage that needs them, however many lie
+//!   between; in the backward pass to earlier ones. A tensor of the forward pass that the backward pass of a later
+//!   stage needs is sent along in the forward pass.
+//! - Inputs, constants, and what is cheaply computed from them alone (masks, positions, targets) never cross: each
+//!   stage makes its own.
+//! - A parameter that several stages read is held by all of them. Each gives its part of the gradient; the sum of the
+//!   parts is the gradient.
+//! - With gradient checkpointing a stage computes again what it has computed itself; what another one has computed is
+//!   kept.
 //! - The backward pass of a stage is split in two: what earlier stages wait for, and the rest, gradients of its
 //!   parameters, which a schedule may delay (Qi et al. 2023, [arXiv:2401.10241](https://arxiv.org/abs/2401.10241)).
 //!
-//! A batch norm sees one micro-batch at a time, as with gradient accumulation on one device: its statistics are those of
-//! the micro-batch, and its running statistics take a step for each of them.
+//! A batch norm sees one micro-batch at a time, as with gradient accumulation on one device: its statistics are those
+//! of the micro-batch, and its running statistics take a step for each of them.
 
 mod analysis;
 mod assign;
@@ -88,8 +89,8 @@ impl CutGraph {
 /// graph's.
 ///
 /// # Errors
-/// [`Error::Plan`] if a parameter is given to a stage that does not exist, or to an earlier one than the only ones where
-/// the operations that read it can run; [`Error::Graph`] if the number of homes is wrong.
+/// [`Error::Plan`] if a parameter is given to a stage that does not exist, or to an earlier one than the only ones
+/// where the operations that read it can run; [`Error::Graph`] if the number of homes is wrong.
 pub fn cut(graph: &StepGraph, homes: &[usize], stages: usize) -> Result<CutGraph, Error> {
     cut_like(graph, homes, stages, None)
 }

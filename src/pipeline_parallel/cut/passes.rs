@@ -11,8 +11,8 @@ use crate::comm::panic_message;
 use crate::error::Error;
 use crate::graph::bind::{fits, is_on};
 use crate::graph::graph_error;
+use crate::graph::instruction::Instruction;
 use crate::graph::interpret::Interpreter;
-use crate::graph::liveness::Instruction;
 use crate::tensor::PlainTensor;
 
 /// Tensors on the way from one stage to another, in the order of their [`Route`](super::Route).
@@ -34,8 +34,8 @@ pub struct StageForward {
 }
 
 impl StageRun {
-    /// The forward pass of a micro-batch with the parameters that are bound. `inputs` are those of the whole graph, `received`
-    /// is what came from earlier stages, by stage.
+    /// The forward pass of a micro-batch with the parameters that are bound. `inputs` are those of the whole graph,
+    /// `received` is what came from earlier stages, by stage.
     ///
     /// # Errors
     /// [`Error::Graph`] if something does not fit the graph, or an operation panics; the error of a custom operation.
@@ -77,8 +77,8 @@ impl StageRun {
         Ok(StageForward { sends: self.sends(&mut given, |to, here| to > here)?, loss, weight, outputs, updates })
     }
 
-    /// The part of the backward pass that earlier stages wait for. `received` is what came from later stages; gradients of
-    /// parameters that are ready go to `on_gradient`. Gives what goes to earlier stages.
+    /// The part of the backward pass that earlier stages wait for. `received` is what came from later stages; gradients
+    /// of parameters that are ready go to `on_gradient`. Gives what goes to earlier stages.
     ///
     /// # Errors
     /// As [`forward`](Self::forward), and those of `on_gradient`.

@@ -3,9 +3,9 @@
 //! Parameters fix the operations that read them. The others may run anywhere between what they read and who reads them:
 //! in the forward pass stages only go up, in the backward pass only down. Between two stages the cheapest place is the
 //! minimum cut of a network in which a tensor costs its bytes if it is on one side and a reader on the other, which is
-//! found for the forward and the backward pass at once, since what the backward pass needs of the forward pass crosses too
-//! unless it runs beside it. The cuts of all boundaries are nested, so each operation gets one stage. Of equally cheap
-//! places an operation takes the latest.
+//! found for the forward and the backward pass at once, since what the backward pass needs of the forward pass crosses
+//! too unless it runs beside it. The cuts of all boundaries are nested, so each operation gets one stage. Of equally
+//! cheap places an operation takes the latest.
 
 use std::collections::{BTreeSet, HashMap};
 

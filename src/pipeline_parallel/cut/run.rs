@@ -13,8 +13,8 @@ use crate::graph::CustomOps;
 use crate::graph::bind::{computable, fits};
 use crate::graph::fused::fuses_on;
 use crate::graph::graph_error;
+use crate::graph::instruction::Instruction;
 use crate::graph::interpret::Interpreter;
-use crate::graph::liveness::Instruction;
 use crate::graph::module::{read_for_step, write_running_states};
 use crate::graph::origin::Origins;
 use crate::graph::step::StepGraph;
@@ -24,8 +24,8 @@ use crate::tensor::PlainTensor;
 /// Runs the part of a step that one stage has, on the device of the model.
 ///
 /// Each micro-batch has tensors of its own from its [`forward`](Self::forward) to its
-/// [`backward_weight`](Self::backward_weight), and every tensor is freed at its last use. Several micro-batches can be under
-/// way, in any order.
+/// [`backward_weight`](Self::backward_weight), and every tensor is freed at its last use. Several micro-batches can be
+/// under way, in any order.
 #[derive(Debug)]
 pub struct StageRun {
     pub(super) part: StageGraph,
@@ -110,8 +110,8 @@ impl StageRun {
         &self.part
     }
 
-    /// Takes the parameters for the micro-batches that follow, sharing their buffers. Of `model` only what the stage holds
-    /// is looked at.
+    /// Takes the parameters for the micro-batches that follow, sharing their buffers. Of `model` only what the stage
+    /// holds is looked at.
     ///
     /// # Errors
     /// [`Error::Graph`] if the model lacks one, or has another shape or dtype than at the capture.

@@ -35,7 +35,8 @@ pub struct StageGraph {
     pub backward_weight: Vec<OperationIr>,
     /// The parameters and running statistics that the stage holds, by their place in the graph.
     pub params: Vec<usize>,
-    /// What it receives, by sending stage: from earlier ones for the forward pass, from later ones for the backward pass.
+    /// What it receives, by sending stage: from earlier ones for the forward pass, from later ones for the backward
+    /// pass.
     pub receives: Vec<Route>,
     /// What it sends, by receiving stage.
     pub sends: Vec<Route>,
@@ -45,8 +46,8 @@ pub struct StageGraph {
     pub weight: Option<TensorIr>,
     /// The extra outputs that it gives, by their place in the graph.
     pub outputs: Vec<(usize, TensorIr)>,
-    /// The gradients that it gives, by the place of the parameter. Of a parameter that several stages hold, each gives its
-    /// part; the sum of the parts is the gradient.
+    /// The gradients that it gives, by the place of the parameter. Of a parameter that several stages hold, each gives
+    /// its part; the sum of the parts is the gradient.
     pub gradients: Vec<(usize, TensorIr)>,
     /// The running statistics that it updates, by the place of the parameter.
     pub updates: Vec<(usize, TensorIr)>,

@@ -1,7 +1,7 @@
 //! Splits the gradient sums of parameters that several stages hold.
 //!
-//! Autodiff adds up the gradients of all uses of a parameter. For a parameter on several stages those sums are taken apart,
-//! so that each stage adds up its own uses; what the stages have is summed once a step, outside the graph.
+//! Autodiff adds up the gradients of all uses of a parameter. For a parameter on several stages those sums are taken
+//! apart, so that each stage adds up its own uses; what the stages have is summed once a step, outside the graph.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -75,7 +75,7 @@ fn terms(
 fn sum(graph: &mut StepGraph, terms: Vec<TensorIr>) -> Option<TensorIr> {
     terms.into_iter().reduce(|lhs, rhs| {
         let out = TensorIr::uninit(graph.fresh_id(), lhs.shape.clone(), lhs.dtype);
-        graph.operations.push(operation::add(lhs, rhs, out.clone()));
+        graph.operations.push(operation::build::add(lhs, rhs, out.clone()));
         out
     })
 }

@@ -9,7 +9,8 @@ use super::super::stage_error;
 use crate::Error;
 use crate::graph::{TensorMapper, TensorTree};
 
-/// The tensors that a stage has received from others for a micro-batch. Float tensors are leaves of a tape of their own.
+/// The tensors that a stage has received from others for a micro-batch. Float tensors are leaves of a tape of their
+/// own.
 #[derive(Debug)]
 pub struct Received {
     pub(super) stage: usize,

@@ -20,14 +20,14 @@ use crate::Error;
 use crate::params::{one_device, scale_gradients, visit_floats, with_autodiff};
 use crate::tensor::PlainTensor;
 
-/// A stage that runs a closure with burn's own autodiff. Shapes may differ from one micro-batch to the next, and what the
-/// closure does as well.
+/// A stage that runs a closure with burn's own autodiff. Shapes may differ from one micro-batch to the next, and what
+/// the closure does as well.
 ///
-/// The closure gets the module, the input of the micro-batch, and what other stages have sent; it returns what goes to other
-/// stages, and on the stage that computes it, the loss. What was received is on the device of the module.
+/// The closure gets the module, the input of the micro-batch, and what other stages have sent; it returns what goes to
+/// other stages, and on the stage that computes it, the loss. What was received is on the device of the module.
 ///
-/// burn's autodiff runs a backward in one go. When a schedule splits it, the half for the inputs does all the work, and that
-/// for the weights only adds up: right, but a zero-bubble schedule gains nothing by it.
+/// burn's autodiff runs a backward in one go. When a schedule splits it, the half for the inputs does all the work, and
+/// that for the weights only adds up: right, but a zero-bubble schedule gains nothing by it.
 pub struct EagerStage<M, F> {
     index: usize,
     edges: Vec<Edge>,
@@ -73,8 +73,8 @@ impl<M: Module, F> EagerStage<M, F> {
             .with_edges(before.into_iter().chain(behind))
     }
 
-    /// Sets what goes in and out, on the way forward: all edges that end or begin at this stage. Gradients come back the same
-    /// ways.
+    /// Sets what goes in and out, on the way forward: all edges that end or begin at this stage. Gradients come back
+    /// the same ways.
     pub fn with_edges(mut self, edges: impl IntoIterator<Item = Edge>) -> Self {
         self.edges = edges.into_iter().flat_map(|edge| [edge, edge.reversed()]).collect();
         self
@@ -252,7 +252,8 @@ fn float(tensor: &DispatchTensor) -> Option<Tensor<1>> {
     tensor.dtype().is_float().then(|| Tensor::from_dispatch(tensor.clone()))
 }
 
-/// How the module's parameters take part in gradient checkpointing: all tensors of one operation must have the same strategy.
+/// How the module's parameters take part in gradient checkpointing: all tensors of one operation must have the same
+/// strategy.
 fn strategy_of<M: Module>(module: &M) -> GradientCheckpointingStrategy {
     let mut strategy = None;
     visit_floats(module, &mut |param| strategy = strategy.or_else(|| param.checkpointing()));

@@ -12,9 +12,9 @@ use burn::tensor::{DType, Shape, Tensor};
 
 use crate::tensor::{PlainTensor, with_backend};
 
-/// A zero of dtype `dtype` whose backward gives `output` this gradient, on the same device: burn's backward begins at one
-/// number, and the sum of such zeros is one. Nothing is computed with the output itself, unlike with
-/// `(output * gradient).sum()`.
+/// A zero of dtype `dtype` whose backward gives `output` this gradient, on the same device: burn's backward begins at
+/// one number, and the sum of such zeros is one. Nothing is computed with the output itself, unlike with `(output *
+/// gradient).sum()`.
 ///
 /// `D` is not looked at. `None` if the output is not on a tape.
 pub(super) fn seed<const D: usize>(output: Tensor<D>, gradient: PlainTensor, dtype: DType) -> Option<Tensor<1>> {

@@ -1,8 +1,8 @@
 //! Sends and receives the messages between stages.
 //!
-//! Between stages of one rank a message changes hands as it is. Between ranks its tensors travel one by one, in order, under
-//! a tag of their own for each edge and micro-batch; each brings its shape and dtype along. A gradient that does not exist
-//! travels as an empty tensor of bytes, which no gradient is.
+//! Between stages of one rank a message changes hands as it is. Between ranks its tensors travel one by one, in order,
+//! under a tag of their own for each edge and micro-batch; each brings its shape and dtype along. A gradient that does
+//! not exist travels as an empty tensor of bytes, which no gradient is.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};

@@ -15,12 +15,12 @@ struct RankStages {
     edges: Vec<(usize, Edge)>,
 }
 
-/// Collects the edges that the stages of all ranks name, and demands that they fit. Collective; all ranks come to the same
-/// result.
+/// Collects the edges that the stages of all ranks name, and demands that they fit. Collective; all ranks come to the
+/// same result.
 ///
 /// # Errors
-/// [`Error::Schedule`] if the ranks bring different timetables, or one for another number of ranks; [`Error::Pipeline`] if a
-/// rank holds other stages than the timetable says, or the stages at the two ends of an edge do not say the same.
+/// [`Error::Schedule`] if the ranks bring different timetables, or one for another number of ranks; [`Error::Pipeline`]
+/// if a rank holds other stages than the timetable says, or the stages at the two ends of an edge do not say the same.
 pub(super) fn agree<I, S: Stage<I>>(comm: &Communicator, timetable: &Timetable, stages: &[S]) -> Result<Routes, Error> {
     let accounts = exchange(comm, timetable, stages)?;
     if let Some(rank) = (1..accounts.len()).find(|rank| accounts[*rank].timetable != accounts[0].timetable) {

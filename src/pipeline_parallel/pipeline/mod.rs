@@ -1,9 +1,9 @@
 //! The one executor of all schedules.
 //!
-//! Each rank goes through its row of the timetable. A pass is a call of the stage, with what it needs; a send hands over what
-//! the stage gave, and does not wait for the receiver; a receive is posted one pass ahead of its place, so that tensors
-//! travel while the rank computes, and is waited for only by the pass that needs it. When a row is done, all ranks add up the
-//! loss.
+//! Each rank goes through its row of the timetable. A pass is a call of the stage, with what it needs; a send hands
+//! over what the stage gave, and does not wait for the receiver; a receive is posted one pass ahead of its place, so
+//! that tensors travel while the rank computes, and is waited for only by the pass that needs it. When a row is done,
+//! all ranks add up the loss.
 
 mod exchange;
 mod links;
@@ -69,20 +69,20 @@ pub struct Pipeline {
 }
 
 impl Pipeline {
-    /// Puts stages together. Collective over `group`: every rank brings the same timetable, and the stages that it gives to
-    /// that rank. Sends and receives are added if the timetable has none.
+    /// Puts stages together. Collective over `group`: every rank brings the same timetable, and the stages that it
+    /// gives to that rank. Sends and receives are added if the timetable has none.
     ///
     /// # Errors
-    /// The same on all ranks. [`Error::Schedule`] if the timetable is not [valid](Timetable::validate), is for another number
-    /// of ranks, or differs between ranks; [`Error::Pipeline`] if a rank brings other stages, or stages disagree about what
-    /// goes from one to the other; the error of the world.
+    /// The same on all ranks. [`Error::Schedule`] if the timetable is not [valid](Timetable::validate), is for another
+    /// number of ranks, or differs between ranks; [`Error::Pipeline`] if a rank brings other stages, or stages disagree
+    /// about what goes from one to the other; the error of the world.
     pub fn new<I, S: Stage<I>>(group: &Communicator, timetable: Timetable, stages: &[S]) -> Result<Self, Error> {
         // A group of its own: its messages and collectives do not mix with others.
         Self::over(group.split_named("pipeline", 0, group.rank() as i64)?, timetable, stages)
     }
 
-    /// [`new`](Self::new) over a group that does nothing else meanwhile: a run leaves no message behind, so pipelines that run
-    /// one after the other share it.
+    /// [`new`](Self::new) over a group that does nothing else meanwhile: a run leaves no message behind, so pipelines
+    /// that run one after the other share it.
     pub(in crate::pipeline_parallel) fn over<I, S: Stage<I>>(
         comm: Communicator,
         timetable: Timetable,
@@ -94,8 +94,9 @@ impl Pipeline {
         Ok(Self { comm, timetable, routes, peak, scale: 1.0, evaluation: None })
     }
 
-    /// Sets what the gradient of the summed loss is multiplied by where backward begins, the same on every rank. Default 1;
-    /// gradients of small float dtypes may need less, for the sum over a micro-batch has larger ones than the mean.
+    /// Sets what the gradient of the summed loss is multiplied by where backward begins, the same on every rank.
+    /// Default 1; gradients of small float dtypes may need less, for the sum over a micro-batch has larger ones than
+    /// the mean.
     ///
     /// # Errors
     /// [`Error::Pipeline`] if it is 0 or not finite.
@@ -124,12 +125,13 @@ impl Pipeline {
 
     /// Runs the timetable: forwards and backwards of all micro-batches. The gradients are with the stages.
     ///
-    /// Every rank brings as many micro-batches as the timetable is for; what they hold is between the rank and its stages.
+    /// Every rank brings as many micro-batches as the timetable is for; what they hold is between the rank and its
+    /// stages.
     ///
     /// # Errors
-    /// The same on all ranks: [`Error::Stage`] if a stage returns an error or panics, or gives other tensors than its edges
-    /// say; [`Error::Pipeline`] if a rank brings other stages, or another number of micro-batches; the error of the world.
-    /// The stages have then forgotten the step.
+    /// The same on all ranks: [`Error::Stage`] if a stage returns an error or panics, or gives other tensors than its
+    /// edges say; [`Error::Pipeline`] if a rank brings other stages, or another number of micro-batches; the error of
+    /// the world. The stages have then forgotten the step.
     pub fn step<I, S: Stage<I>>(&mut self, stages: &mut [S], micro_batches: &[I]) -> Result<PipelineRun, Error> {
         self.run(&self.timetable, stages, micro_batches)
     }
@@ -143,7 +145,7 @@ impl Pipeline {
         let counts = self.comm.all_gather(vec![count as u64])?;
         if counts.iter().any(|other| *other != counts[0] || *other == 0) {
             let problem = "every rank must bring the same number of micro-batches, at least 1; they brought";
-            return Err(self.fail(stage_error(format!("{problem} {counts:?}"))));
+            return Err(self.comm.fail_with(stage_error(format!("{problem} {counts:?}"))));
         }
         let known = self.evaluation.take().filter(|timetable| timetable.micro_batches() == count);
         let timetable = match known {
@@ -151,7 +153,7 @@ impl Pipeline {
             None => {
                 let forwards = evaluation(self.timetable.stage_ranks(), self.comm.size(), count);
                 let full = forwards.and_then(|forwards| forwards.with_communication(&self.routes));
-                full.map_err(|error| self.fail(error))?
+                full.map_err(|error| self.comm.fail_with(error))?
             }
         };
         let run = self.run(&timetable, stages, micro_batches);
@@ -169,13 +171,7 @@ impl Pipeline {
             Run::new(&self.comm, (timetable, &self.routes), self.scale, stages, micro_batches).and_then(Run::finish);
         outcome.map_err(|error| {
             stages.iter_mut().for_each(Stage::discard);
-            self.fail(error)
+            self.comm.fail_with(error)
         })
-    }
-
-    /// Fails the world, unless it has failed, and returns its error.
-    fn fail(&self, error: Error) -> Error {
-        self.comm.fail(error.clone());
-        self.comm.failure().unwrap_or(error)
     }
 }

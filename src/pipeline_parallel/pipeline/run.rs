@@ -31,7 +31,8 @@ pub(super) struct Run<'a, I, S> {
 
 impl<'a, I, S: Stage<I>> Run<'a, I, S> {
     /// # Errors
-    /// [`Error::Pipeline`] if the rank has brought other stages, or another number of micro-batches, than the timetable has.
+    /// [`Error::Pipeline`] if the rank has brought other stages, or another number of micro-batches, than the timetable
+    /// has.
     pub fn new(
         comm: &'a Communicator,
         (timetable, routes): (&'a Timetable, &'a Routes),

@@ -44,8 +44,8 @@ pub enum Direction {
 /// | `1SEND_F3`, `2RECV_F3` | what the forward of stage 1 gives is sent; what that of stage 2 needs is received |
 /// | `2SEND_B3`, `1RECV_B3` | the same for the backward, towards earlier stages |
 ///
-/// A send is to all stages of other ranks that need the tensors, a receive from all that give some, so a connection that
-/// skips stages needs no notation of its own.
+/// A send is to all stages of other ranks that need the tensors, a receive from all that give some, so a connection
+/// that skips stages needs no notation of its own.
 ///
 /// ```
 /// use burn_parallel::pipeline_parallel::schedule::{Action, Direction, Unit};

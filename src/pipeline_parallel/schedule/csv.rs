@@ -26,8 +26,8 @@ impl Timetable {
     }
 }
 
-/// A line for each rank, actions between commas. Empty cells, which other programs write for idle time, are skipped, and so
-/// are lines that begin with `#`. A rank without actions is a line of two quotation marks.
+/// A line for each rank, actions between commas. Empty cells, which other programs write for idle time, are skipped,
+/// and so are lines that begin with `#`. A rank without actions is a line of two quotation marks.
 ///
 /// ```
 /// use burn_parallel::pipeline_parallel::schedule::{Routes, Timetable};

@@ -8,10 +8,10 @@ use crate::Error;
 impl Timetable {
     /// The timetable with sends and receives between ranks.
     ///
-    /// The actions are played through in time. As soon as a pass begins that will give tensors to other ranks, these post
-    /// their receives, and the send follows the pass. So a receive is posted before the tensors are there; and since all
-    /// sends and receives lie in one order, that of time, no send waits for a receive behind it: nothing can block for
-    /// ever, not even if sends wait for their receivers.
+    /// The actions are played through in time. As soon as a pass begins that will give tensors to other ranks, these
+    /// post their receives, and the send follows the pass. So a receive is posted before the tensors are there; and
+    /// since all sends and receives lie in one order, that of time, no send waits for a receive behind it: nothing can
+    /// block for ever, not even if sends wait for their receivers.
     ///
     /// # Errors
     /// [`Error::Schedule`] if the timetable is not [valid](Self::validate), or has sends or receives already.

@@ -36,8 +36,8 @@ use crate::Error;
 
 /// In which order the stages of a pipeline take their micro-batches.
 ///
-/// `p` is the number of ranks, `m` that of micro-batches, `v` that of stages on each rank. The idle share is that of a step
-/// in which forward takes 1, backward 2 (1 for inputs and 1 for weights), and communication nothing.
+/// `p` is the number of ranks, `m` that of micro-batches, `v` that of stages on each rank. The idle share is that of a
+/// step in which forward takes 1, backward 2 (1 for inputs and 1 for weights), and communication nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Schedule {
@@ -50,19 +50,20 @@ pub enum Schedule {
     #[default]
     #[serde(rename = "1f1b")]
     OneForwardOneBackward,
-    /// 1F1B over several stages on each rank, dealt round: rank `r` holds stages `r`, `r + p`, ... (Narayanan et al. 2021,
-    /// arXiv:2104.04473). Idle share `((p - 1) / v) / (m + (p - 1) / v)` if `p` divides `m`; more messages, more memory.
+    /// 1F1B over several stages on each rank, dealt round: rank `r` holds stages `r`, `r + p`, ... (Narayanan et al.
+    /// 2021, arXiv:2104.04473). Idle share `((p - 1) / v) / (m + (p - 1) / v)` if `p` divides `m`; more messages, more
+    /// memory.
     Interleaved {
         /// `v`.
         stages_per_rank: usize,
     },
-    /// 1F1B with the backward split, so that gradients of weights fill the gaps (ZB-H1, Qi et al. 2023, arXiv:2401.10241).
-    /// Idle share `(p - 1) / (3m + p - 1)`; no rank keeps more than `min(m, p)` micro-batches alive.
+    /// 1F1B with the backward split, so that gradients of weights fill the gaps (ZB-H1, Qi et al. 2023,
+    /// arXiv:2401.10241). Idle share `(p - 1) / (3m + p - 1)`; no rank keeps more than `min(m, p)` micro-batches alive.
     #[serde(rename = "zb_h1")]
     ZeroBubbleH1,
-    /// Forwards alone, for evaluation; stages are dealt round as with [`Interleaved`](Self::Interleaved). A model that is cut
-    /// for any other schedule evaluates as well, by [`forward_with`](crate::train::ParallelModule::forward_with); one that is cut
-    /// for this cannot be trained.
+    /// Forwards alone, for evaluation; stages are dealt round as with [`Interleaved`](Self::Interleaved). A model that
+    /// is cut for any other schedule evaluates as well, by
+    /// [`forward_with`](crate::train::ParallelModule::forward_with); one that is cut for this cannot be trained.
     ForwardOnly {
         /// `v`.
         stages_per_rank: usize,
@@ -71,15 +72,16 @@ pub enum Schedule {
     Custom(Timetable),
 }
 
-/// Micro-batches in stages that a timetable is written out for at most: beyond any training, and within a rank's memory.
+/// Micro-batches in stages that a timetable is written out for at most: beyond any training, and within a rank's
+/// memory.
 const MOST_UNITS: usize = 1 << 22;
 
 impl Schedule {
     /// The timetable for this many ranks and micro-batches, without sends and receives.
     ///
     /// # Errors
-    /// [`Error::Schedule`] for no rank, no micro-batch or no stage, for more than four million micro-batches in stages, and
-    /// if a [custom](Self::Custom) timetable is for other numbers.
+    /// [`Error::Schedule`] for no rank, no micro-batch or no stage, for more than four million micro-batches in stages,
+    /// and if a [custom](Self::Custom) timetable is for other numbers.
     pub fn timetable(&self, ranks: usize, micro_batches: usize) -> Result<Timetable, Error> {
         for (number, of) in
             [(ranks, "ranks"), (micro_batches, "micro-batches"), (self.stages_per_rank(), "stages per rank")]

@@ -3,8 +3,8 @@
 use super::{Action, Timetable, Unit};
 use crate::Error;
 
-/// Every rank: as many forwards as there are ranks behind it, then one forward and one backward in turn, then the backwards
-/// that are left.
+/// Every rank: as many forwards as there are ranks behind it, then one forward and one backward in turn, then the
+/// backwards that are left.
 pub(super) fn timetable(ranks: usize, micro_batches: usize) -> Result<Timetable, Error> {
     let row = |rank| {
         let warm_up = micro_batches.min(ranks - 1 - rank);

@@ -27,8 +27,8 @@ impl Timetable {
     /// receives in the timetable.
     ///
     /// # Errors
-    /// [`Error::Schedule`] if the timetable is not [valid](Self::validate), or the costs are for another number of stages or
-    /// are negative.
+    /// [`Error::Schedule`] if the timetable is not [valid](Self::validate), or the costs are for another number of
+    /// stages or are negative.
     pub fn simulate(&self, routes: &Routes, costs: &Costs) -> Result<Simulation, Error> {
         costs.check(self.stages())?;
         self.validate(routes)?;

@@ -7,9 +7,9 @@ use crate::Error;
 
 /// What each rank of a pipeline does in one step, in order.
 ///
-/// A timetable is plain data: made by a [`Schedule`](super::Schedule), read from a text, or put together by hand. It may
-/// hold computing actions alone; [`with_communication`](Self::with_communication) then adds sends and receives. Nothing
-/// beyond the numbers below is promised before it is [validated](Self::validate).
+/// A timetable is plain data: made by a [`Schedule`](super::Schedule), read from a text, or put together by hand. It
+/// may hold computing actions alone; [`with_communication`](Self::with_communication) then adds sends and receives.
+/// Nothing beyond the numbers below is promised before it is [validated](Self::validate).
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Timetable {
     rows: Vec<Vec<Action>>,

@@ -6,8 +6,8 @@ use super::events::BlockedRank;
 use super::{Action, Costs, Direction, Routes, Timetable, Unit, events, grid, schedule_error};
 use crate::Error;
 
-/// For how many micro-batches activations are alive at most: from their forward to their backward, or if that is split, to
-/// the half for the weights. Without any backward nothing is kept.
+/// For how many micro-batches activations are alive at most: from their forward to their backward, or if that is split,
+/// to the half for the weights. Without any backward nothing is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeakActivations {
     /// In each stage.
@@ -22,10 +22,10 @@ type ActionIndex = (usize, usize);
 impl Timetable {
     /// Proves that the timetable can run over these edges, and says how many activations it keeps alive.
     ///
-    /// That is: every stage is on one rank; every stage runs each micro-batch's forward once, and if there is any backward at
-    /// all, its backward once, whole or in halves, in this order; if the timetable communicates, everything that crosses
-    /// ranks is sent once, after it was computed, and received once, before it is needed, and nothing else is; and no rank
-    /// waits for ever, even if sends wait until their receives are posted.
+    /// That is: every stage is on one rank; every stage runs each micro-batch's forward once, and if there is any
+    /// backward at all, its backward once, whole or in halves, in this order; if the timetable communicates, everything
+    /// that crosses ranks is sent once, after it was computed, and received once, before it is needed, and nothing else
+    /// is; and no rank waits for ever, even if sends wait until their receives are posted.
     ///
     /// # Errors
     /// [`Error::Schedule`] that names the first wrong action and shows it in the timetable.

@@ -3,8 +3,8 @@
 use super::{Action, Timetable, Unit};
 use crate::Error;
 
-/// 1F1B with the backward split. What the next rank waits for, the gradients of the inputs, comes at once; rank `r` delays
-/// the gradients of the weights of `r` micro-batches, to fill what 1F1B leaves idle at the end.
+/// 1F1B with the backward split. What the next rank waits for, the gradients of the inputs, comes at once; rank `r`
+/// delays the gradients of the weights of `r` micro-batches, to fill what 1F1B leaves idle at the end.
 pub(super) fn timetable(ranks: usize, micro_batches: usize) -> Result<Timetable, Error> {
     let row = |rank| {
         let unit = |micro_batch| Unit::new(rank, micro_batch);

@@ -94,8 +94,8 @@ impl Link {
     }
 }
 
-/// Whether a link is taken to feed a layer: they are neighbours, in one struct or, with no norm between, in one block, and the
-/// widths fit.
+/// Whether a link is taken to feed a layer: they are neighbours, in one struct or, with no norm between, in one block,
+/// and the widths fit.
 fn feeds(layers: &[Layer], before: &Link, layer: &Layer, link: &Link, norm: bool) -> bool {
     let other = before.last(layers);
     // What a `SwiGlu` gives is what the struct around it sees.

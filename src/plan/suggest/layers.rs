@@ -70,8 +70,8 @@ impl Layer {
         }
     }
 
-    /// Whether a dim of this size can be divided over the ranks: evenly, or with an eighth more of padding at most, which linear
-    /// layers and embeddings can go on with.
+    /// Whether a dim of this size can be divided over the ranks: evenly, or with an eighth more of padding at most,
+    /// which linear layers and embeddings can go on with.
     pub fn divides(&self, size: usize, degree: usize, pads: bool) -> bool {
         let pads = pads && matches!(self.kind.as_str(), "Linear" | "Embedding");
         size > 0 && size.next_multiple_of(degree) - size <= if pads { size / 8 } else { 0 }
@@ -81,8 +81,8 @@ impl Layer {
         self.kind.contains("Norm")
     }
 
-    /// Whether it is one of several layers that take the same: query, key and value of an attention, or the two of a gated
-    /// feed-forward. As far as the types that burn-nn has and the names that the field uses tell.
+    /// Whether it is one of several layers that take the same: query, key and value of an attention, or the two of a
+    /// gated feed-forward. As far as the types that burn-nn has and the names that the field uses tell.
     pub fn is_beside(&self, other: &Self) -> bool {
         const TOGETHER: [&[&str]; 9] = [
             &["query", "key", "value"],

@@ -4,10 +4,12 @@ use burn::tensor::{Tensor, activation};
 
 pub use crate::tensor_parallel::activation::Activation;
 
-/// `y = activation(x + bias)`, the bias along the last dim: of the whole sum, once the last chunk of a product is there.
+/// `y = activation(x + bias)`, the bias along the last dim: of the whole sum, once the last chunk of a product is
+/// there.
 ///
-/// On CubeCL's devices one kernel, which computes in `f32`, and one in the backward, which keeps `x` alone and computes the
-/// rest again: `dx = dy activation'(x + bias)`, `dbias` the sum of its rows. With `f64`, and elsewhere, by burn's operations.
+/// On CubeCL's devices one kernel, which computes in `f32`, and one in the backward, which keeps `x` alone and computes
+/// the rest again: `dx = dy activation'(x + bias)`, `dbias` the sum of its rows. With `f64`, and elsewhere, by burn's
+/// operations.
 ///
 /// # Shapes
 /// - x, output: `[.., n]`

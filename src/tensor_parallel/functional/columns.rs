@@ -1,8 +1,9 @@
 //! Autodiff of products of one input by the columns of weights.
 //!
 //! The gradient of the input is one sum over all ranks and all weights, reduced once. So it is made when those of all
-//! products are there: their operations lay them down, and the *shared input*, an operation below them all that stands for the input
-//! and makes nothing, picks them up. It is above the input and the weights, whose gradients it computes beside the collective:
+//! products are there: their operations lay them down, and the *shared input*, an operation below them all that stands
+//! for the input and makes nothing, picks them up. It is above the input and the weights, whose gradients it computes
+//! beside the collective:
 //!
 //! ```text
 //! y_0 = x A_0    y_1 = x A_1    y_2 = x A_2        lay down dy_0, dy_1, dy_2
@@ -133,7 +134,8 @@ impl<B: Products + ColumnProducts, C: CheckpointStrategy> ColumnProducts for Aut
             (Some(a), ..) => state.on_tape::<C, 2>([of_x, a]),
             _ => state.on_tape::<C, 1>([of_x]),
         };
-        // Compute-bound, here and below: checkpointing must never repeat a collective, which the peers would not take part in.
+        // Compute-bound, here and below: checkpointing must never repeat a collective, which the peers would not take
+        // part in.
         let product = |(place, y)| match SaveGradient.prepare::<C>([shared.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish((saved.clone(), place), y),
             OpsKind::UnTracked(prep) => prep.finish(y),

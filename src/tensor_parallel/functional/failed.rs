@@ -1,5 +1,5 @@
-//! What a backward pass does that cannot be done. burn's `backward()` cannot return an error, so one there fails the world, and
-//! zeros are handed on, as in [`layout`](crate::layout).
+//! What a backward pass does that cannot be done. burn's `backward()` cannot return an error, so one there fails the
+//! world, and zeros are handed on, as in [`layout`](crate::layout).
 
 use burn::backend::TensorMetadata;
 use burn::backend::tensor::FloatTensor;

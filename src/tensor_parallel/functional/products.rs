@@ -21,8 +21,8 @@ use crate::layout;
 /// Source: Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for dims, dtypes or devices that don't go together; [`Error::UnsupportedDType`] for dtypes
-/// other than f32, f64, f16 and bf16. In the backward pass those of [`Communicator`], see
+/// [`Error::InvalidArgument`] for dims, dtypes or devices that don't go together; [`Error::UnsupportedDType`] for
+/// dtypes other than f32, f64, f16 and bf16. In the backward pass those of [`Communicator`], see
 /// [`backward`](crate::layout::backward).
 ///
 /// ```
@@ -55,8 +55,8 @@ pub fn column_parallel<const D: usize>(
 
 /// As [`column_parallel`], by the columns of several weights, up to three: `y_i = x A_i`.
 ///
-/// The gradient of the input is the sum over all ranks *and* weights, reduced once, in chunks, beside the gradients of all
-/// weights. So the projections of an attention cost one all-reduce.
+/// The gradient of the input is the sum over all ranks *and* weights, reduced once, in chunks, beside the gradients of
+/// all weights. So the projections of an attention cost one all-reduce.
 ///
 /// # Shapes
 /// - x: `[.., d_input]`, the same on all ranks
@@ -122,9 +122,9 @@ pub fn row_parallel<const D: usize>(
 /// Gathers an input that is split along the sequence, and multiplies by this rank's columns of a weight:
 /// `y_r = [x_0, .., x_(n-1)] A_r`.
 ///
-/// Rows that are there are multiplied while others are on their way. The backward reduce-scatters
-/// `dx = sum_i dy_i A_i^T` in chunks, beside `dA_r = x^T dy_r`, for which the gathered input is kept. It equals a product
-/// behind [`gather_and_copy_to_group`](crate::layout::gather_and_copy_to_group).
+/// Rows that are there are multiplied while others are on their way. The backward reduce-scatters `dx = sum_i dy_i
+/// A_i^T` in chunks, beside `dA_r = x^T dy_r`, for which the gathered input is kept. It equals a product behind
+/// [`gather_and_copy_to_group`](crate::layout::gather_and_copy_to_group).
 ///
 /// # Shapes
 /// - x: `[.., part(sequence), d_input]`
@@ -134,8 +134,8 @@ pub fn row_parallel<const D: usize>(
 /// Source: Korthikanti et al., [arXiv:2205.05198](https://arxiv.org/abs/2205.05198), section 4.2.2, figure 5.
 ///
 /// # Errors
-/// Those of [`column_parallel`], and of [`Communicator`]; [`Error::InvalidArgument`] if what a rank brings is not its part of
-/// the sequence, or a tensor of one dim.
+/// Those of [`column_parallel`], and of [`Communicator`]; [`Error::InvalidArgument`] if what a rank brings is not its
+/// part of the sequence, or a tensor of one dim.
 pub fn all_gather_matmul<const D: usize>(
     x: Tensor<D>,
     weight: Tensor<2>,
@@ -180,8 +180,9 @@ pub fn all_gather_matmul_each<const D: usize, const N: usize>(
 /// Multiplies by this rank's rows of a weight, sums over the ranks, and leaves each its part of the sequence:
 /// `y_r = part_r(sum_i x_i A_i)`.
 ///
-/// The product is reduce-scattered in chunks. The backward gathers `dy`, multiplying by `A_r^T` what is there, then computes
-/// `dA_r = x_r^T dy`. It equals a product before [`reduce_scatter_to_group`](crate::layout::reduce_scatter_to_group).
+/// The product is reduce-scattered in chunks. The backward gathers `dy`, multiplying by `A_r^T` what is there, then
+/// computes `dA_r = x_r^T dy`. It equals a product before
+/// [`reduce_scatter_to_group`](crate::layout::reduce_scatter_to_group).
 ///
 /// # Shapes
 /// - x: `[.., sequence, part(d_input)]`

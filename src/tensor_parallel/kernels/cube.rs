@@ -133,7 +133,8 @@ pub fn row_max<F: Float>(z: &Tensor<F>, most: &mut Tensor<f32>, #[define(F)] _dt
     }
 }
 
-/// Of every row the sum of `exp(z - most)`, and `z - most` of the target, if its column (not negative) is here: `[rows, 2]`.
+/// Of every row the sum of `exp(z - most)`, and `z - most` of the target, if its column (not negative) is here: `[rows,
+/// 2]`.
 #[cube(launch)]
 pub fn row_sums<F: Float>(
     z: &Tensor<F>,

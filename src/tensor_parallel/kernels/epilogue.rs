@@ -61,7 +61,7 @@ pub(super) fn fused(tensor: DeviceTensor) -> FloatTensor<Cube> {
 }
 
 /// A buffer of a dtype, whose values are not set.
-pub(super) fn room(like: &DeviceTensor, shape: Shape, dtype: burn::tensor::DType) -> DeviceTensor {
+pub(super) fn empty_like(like: &DeviceTensor, shape: Shape, dtype: burn::tensor::DType) -> DeviceTensor {
     let buffer = like.client.empty((shape.num_elements() * dtype.size()).max(1));
     DeviceTensor::new_contiguous(like.client.clone(), like.device.clone(), shape, buffer, dtype)
 }
@@ -69,7 +69,7 @@ pub(super) fn room(like: &DeviceTensor, shape: Shape, dtype: burn::tensor::DType
 impl Epilogue for Cube {
     fn bias_activation(x: FloatTensor<Self>, bias: FloatTensor<Self>, activation: Activation) -> FloatTensor<Self> {
         let (x, bias) = (plain(x), plain(bias));
-        let y = room(&x, x.shape(), x.dtype);
+        let y = empty_like(&x, x.shape(), x.dtype);
         let elements = y.shape().num_elements();
         let dim = CubeDim::new(&y.client, elements);
         cube::bias_activation::launch(
@@ -94,7 +94,7 @@ impl EpilogueGradient for Cube {
         activation: Activation,
     ) -> FloatTensor<Self> {
         let [x, bias, dy] = [x, bias, dy].map(plain);
-        let dx = room(&x, x.shape(), x.dtype);
+        let dx = empty_like(&x, x.shape(), x.dtype);
         let elements = dx.shape().num_elements();
         let dim = CubeDim::new(&dx.client, elements);
         cube::bias_activation_gradient::launch(

@@ -1,7 +1,7 @@
 //! The cross-entropy over a split vocabulary in three kernels and two small all-reduces.
 //!
-//! Of the logits nothing is kept but themselves: softmax minus one-hot is computed in the backward from the largest and the sum
-//! of every row.
+//! Of the logits nothing is kept but themselves: softmax minus one-hot is computed in the backward from the largest and
+//! the sum of every row.
 
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
@@ -15,7 +15,7 @@ use burn_cubecl::{Cube, CubeBackend};
 use cubecl::calculate_cube_count_elemwise;
 use cubecl::prelude::{CubeCount, CubeDim};
 
-use super::epilogue::{fused, plain, room};
+use super::epilogue::{empty_like, fused, plain};
 use super::{compute, cube, run_on};
 use crate::Error;
 use crate::comm::device::{from_device, to_device};
@@ -88,14 +88,14 @@ impl Kernels for Cube {
         let (z, targets) = (plain(logits), plain_int(targets));
         let (rows, dtype) = (z.shape()[0], dtype_to_storage_type(z.dtype));
         let dim = CubeDim::new_1d(cube::UNITS);
-        let most = room(&z, Shape::from([rows]), DType::F32);
+        let most = empty_like(&z, Shape::from([rows]), DType::F32);
         let args = (z.clone().into_tensor_arg(), most.clone().into_tensor_arg());
         cube::row_max::launch(&z.client, cube_for_each(rows), dim, args.0, args.1, dtype);
         let most = match group.size() {
             1 => most,
             _ => to_device(group.all_reduce(from_device::<1, burn::tensor::Float>(most), ReduceOp::Max)?)?,
         };
-        let sums = room(&z, Shape::from([rows, 2]), DType::F32);
+        let sums = empty_like(&z, Shape::from([rows, 2]), DType::F32);
         cube::row_sums::launch(
             &z.client,
             cube_for_each(rows),
@@ -122,7 +122,7 @@ impl Kernels for Cube {
         dloss: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         let [z, most, sums, dloss] = [logits, most, sums, dloss].map(plain);
-        let dz = room(&z, z.shape(), z.dtype);
+        let dz = empty_like(&z, z.shape(), z.dtype);
         let elements = dz.shape().num_elements();
         let dim = CubeDim::new(&dz.client, elements);
         cube::loss_gradient::launch(

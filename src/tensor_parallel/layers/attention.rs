@@ -23,13 +23,14 @@ pub(super) const NAME: &str = "ParallelAttention";
 /// One all-reduce in the forward, *g*, and one in the backward, *f*; with `sequence_parallel` an all-gather and a
 /// reduce-scatter in each, and the all-reduce of the gradient of the output bias.
 ///
-/// With fewer key/value heads than ranks (grouped-query attention, [arXiv:2305.13245](https://arxiv.org/abs/2305.13245)),
-/// `n / n_kv_heads` neighbouring ranks hold the same head. Each sees only what its own query heads ask of it, so the gradient
-/// of its weights is the sum over those ranks, a group of their own: *f* stands before these parameters, one all-reduce
-/// more in the backward for the weights and one for the biases.
+/// With fewer key/value heads than ranks (grouped-query attention,
+/// [arXiv:2305.13245](https://arxiv.org/abs/2305.13245)), `n / n_kv_heads` neighbouring ranks hold the same head. Each
+/// sees only what its own query heads ask of it, so the gradient of its weights is the sum over those ranks, a group of
+/// their own: *f* stands before these parameters, one all-reduce more in the backward for the weights and one for the
+/// biases.
 ///
-/// The computation is that of burn's `MultiHeadAttention`, without dropout: the ranks would need different random numbers,
-/// which burn's generator does not give to ranks that are threads. Made by
+/// The computation is that of burn's `MultiHeadAttention`, without dropout: the ranks would need different random
+/// numbers, which burn's generator does not give to ranks that are threads. Made by
 /// [`ParallelAttentionConfig`](super::ParallelAttentionConfig).
 ///
 /// Source: Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3; with sequence parallelism
@@ -105,8 +106,8 @@ impl ParallelAttention {
         self.output.forward(context.reshape([batch, sequence, self.local_heads * d_k]))
     }
 
-    /// Queries, keys and values `[batch, local heads, sequence, d_k]`, every key/value head repeated for the query heads that
-    /// look at it.
+    /// Queries, keys and values `[batch, local heads, sequence, d_k]`, every key/value head repeated for the query
+    /// heads that look at it.
     fn project(&self, input: Tensor<3>) -> Result<(Tensor<4>, Tensor<4>, Tensor<4>), Error> {
         let bias = |layer: &Linear| layer.bias.as_ref().map(|bias| bias.val());
         let weights = [&self.query, &self.key, &self.value].map(|layer| layer.weight.val());

@@ -21,8 +21,8 @@ pub struct ParallelAttentionConfig {
     pub d_model: usize,
     /// Query heads, over all ranks; a multiple of the ranks.
     pub n_heads: usize,
-    /// Key/value heads, over all ranks: a divisor of `n_heads`, and a multiple or a divisor of the ranks. Default: as many
-    /// as query heads.
+    /// Key/value heads, over all ranks: a divisor of `n_heads`, and a multiple or a divisor of the ranks. Default: as
+    /// many as query heads.
     pub n_kv_heads: Option<usize>,
     /// Whether query, key and value have biases. Default: true.
     #[config(default = true)]
@@ -83,13 +83,13 @@ impl ParallelAttentionConfig {
         self.layer(share, query, key, value, output, group)
     }
 
-    /// Copies this rank's heads out of whole layers, which keep their parameter ids: `query` and `output`
-    /// `[d_model, d_model]`, `key` and `value` `[d_model, n_kv_heads * d_k]`. Collective only if ranks share key/value heads:
+    /// Copies this rank's heads out of whole layers, which keep their parameter ids: `query` and `output` `[d_model,
+    /// d_model]`, `key` and `value` `[d_model, n_kv_heads * d_k]`. Collective only if ranks share key/value heads:
     /// these form a group.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if a layer is of other dims, the heads do not divide the features or the ranks not the
-    /// heads; those of [`Communicator`].
+    /// [`Error::InvalidArgument`] if a layer is of other dims, the heads do not divide the features or the ranks not
+    /// the heads; those of [`Communicator`].
     pub fn init_from(
         &self,
         query: &Linear,

@@ -85,10 +85,10 @@ impl ColumnParallelLinearConfig {
 /// Y = X [A_0, .., A_(n-1)] + [b_0, .., b_(n-1)],   Y_r = f(X) A_r + b_r
 /// ```
 ///
-/// The input passes *f* ([`copy_to_group`](crate::layout::copy_to_group)), whose backward is the all-reduce of `dX`; with
-/// `sequence_parallel` an all-gather whose backward is a reduce-scatter. The products overlap with them, see
-/// [`functional`](crate::tensor_parallel::functional). Features are divided as [`part`](crate::comm::part) does. Made by
-/// [`ColumnParallelLinearConfig`].
+/// The input passes *f* ([`copy_to_group`](crate::layout::copy_to_group)), whose backward is the all-reduce of `dX`;
+/// with `sequence_parallel` an all-gather whose backward is a reduce-scatter. The products overlap with them, see
+/// [`functional`](crate::tensor_parallel::functional). Features are divided as [`part`](crate::comm::part) does. Made
+/// by [`ColumnParallelLinearConfig`].
 ///
 /// Source: Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3; with sequence parallelism
 /// [arXiv:2205.05198](https://arxiv.org/abs/2205.05198), section 4.2.2.

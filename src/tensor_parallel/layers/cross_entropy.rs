@@ -20,11 +20,11 @@ const NAME: &str = "vocab_parallel_cross_entropy";
 /// loss = ln s - t
 /// ```
 ///
-/// The whole logits are never gathered: two collectives of 1 and 2 numbers per row. *g* passes the gradients of `s` and `t`
-/// on as they are, for every rank computes the same loss from the same sums; so `dz_rj = (exp(z_rj - m) / s - [j is the
-/// target]) dloss`, the gradient of one device, is made by each rank for its own part, without communication.
-/// 16-bit logits are computed in `f32`. On CubeCL's devices (features `wgpu`, `cuda`) these are three kernels, of which the last
-/// writes `dz` in the backward, and nothing as large as the logits is made beside.
+/// The whole logits are never gathered: two collectives of 1 and 2 numbers per row. *g* passes the gradients of `s` and
+/// `t` on as they are, for every rank computes the same loss from the same sums; so `dz_rj = (exp(z_rj - m) / s - [j is
+/// the target]) dloss`, the gradient of one device, is made by each rank for its own part, without communication.
+/// 16-bit logits are computed in `f32`. On CubeCL's devices (features `wgpu`, `cuda`) these are three kernels, of which
+/// the last writes `dz` in the backward, and nothing as large as the logits is made beside.
 ///
 /// # Arguments
 /// - `targets`: the same on all ranks
@@ -36,11 +36,12 @@ const NAME: &str = "vocab_parallel_cross_entropy";
 /// - targets: `[rows]`
 /// - output: `[rows]`, the same on all ranks
 ///
-/// Source: `_VocabParallelCrossEntropy` of Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3.
+/// Source: `_VocabParallelCrossEntropy` of Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section
+/// 3.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] if the logits are not this rank's part, for another number of targets, or one outside of the
-/// vocabulary, for which the targets are read; those of [`Communicator`].
+/// [`Error::InvalidArgument`] if the logits are not this rank's part, for another number of targets, or one outside of
+/// the vocabulary, for which the targets are read; those of [`Communicator`].
 pub fn vocab_parallel_cross_entropy(
     logits: Tensor<2>,
     targets: Tensor<1, Int>,

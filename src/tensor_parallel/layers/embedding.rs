@@ -74,9 +74,10 @@ impl VocabParallelEmbeddingConfig {
 /// Y = g(sum_r E_r[ids in r's range, 0 elsewhere])
 /// ```
 ///
-/// Each rank looks up what it has and leaves zeros elsewhere; *g* ([`reduce_from_group`](crate::layout::reduce_from_group))
-/// or, with `sequence_parallel`, a reduce-scatter adds them up. In the backward each rank gets the gradient of its own
-/// vectors. [`logits`](Self::logits) uses the same table as the output layer. Made by [`VocabParallelEmbeddingConfig`].
+/// Each rank looks up what it has and leaves zeros elsewhere; *g*
+/// ([`reduce_from_group`](crate::layout::reduce_from_group)) or, with `sequence_parallel`, a reduce-scatter adds them
+/// up. In the backward each rank gets the gradient of its own vectors. [`logits`](Self::logits) uses the same table as
+/// the output layer. Made by [`VocabParallelEmbeddingConfig`].
 ///
 /// Source: Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3; with sequence parallelism
 /// [arXiv:2205.05198](https://arxiv.org/abs/2205.05198), section 4.2.2.
@@ -112,7 +113,8 @@ impl VocabParallelEmbedding {
     ///   `[batch, part(sequence), d_model]`
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for an id outside of the table, for which the ids are read; those of [`Communicator`].
+    /// [`Error::InvalidArgument`] for an id outside of the table, for which the ids are read; those of
+    /// [`Communicator`].
     pub fn forward(&self, ids: Tensor<2, Int>) -> Result<Tensor<3>, Error> {
         check_ids(NAME, &ids, self.n_embedding)?;
         let own = part(self.n_embedding, self.group.size(), self.group.rank());
@@ -123,8 +125,8 @@ impl VocabParallelEmbedding {
     }
 
     /// The scores of this rank's part of the vocabulary, with the table as the weight of the output layer ("tied"): for
-    /// [`vocab_parallel_cross_entropy`](super::vocab_parallel_cross_entropy). Every rank of the group calls it, and runs
-    /// backward through it.
+    /// [`vocab_parallel_cross_entropy`](super::vocab_parallel_cross_entropy). Every rank of the group calls it, and
+    /// runs backward through it.
     ///
     /// # Shapes
     /// - hidden: `[.., d_model]`, the same on all ranks; with `sequence_parallel` `[.., part(sequence), d_model]`

@@ -27,7 +27,8 @@ pub enum FeedForwardActivation {
     GeluApproximate,
     /// `relu(x A) B`.
     Relu,
-    /// `(silu(x G) * x A) B`, with a gate `G` as large as `A`. Source: [arXiv:2002.05202](https://arxiv.org/abs/2002.05202).
+    /// `(silu(x G) * x A) B`, with a gate `G` as large as `A`. Source:
+    /// [arXiv:2002.05202](https://arxiv.org/abs/2002.05202).
     SwiGlu,
 }
 
@@ -83,8 +84,8 @@ impl ParallelFeedForwardConfig {
     /// `[d_model, d_ff]`, `down` `[d_ff, d_model]`. No communication.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if a layer is missing, one too many or of other dims, or with fewer hidden features than
-    /// ranks.
+    /// [`Error::InvalidArgument`] if a layer is missing, one too many or of other dims, or with fewer hidden features
+    /// than ranks.
     pub fn init_from(
         &self,
         up: &Linear,
@@ -141,8 +142,8 @@ impl ParallelFeedForwardConfig {
 /// ```
 ///
 /// One all-reduce in the forward, *g*, and one in the backward, *f*; with `sequence_parallel` an all-gather and a
-/// reduce-scatter in each, and the all-reduce of the gradient of the outer bias. There is no dropout inside: the ranks would
-/// need different random numbers, which burn's generator does not give to ranks that are threads. Made by
+/// reduce-scatter in each, and the all-reduce of the gradient of the outer bias. There is no dropout inside: the ranks
+/// would need different random numbers, which burn's generator does not give to ranks that are threads. Made by
 /// [`ParallelFeedForwardConfig`].
 ///
 /// Source: Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3; with sequence parallelism
@@ -191,8 +192,8 @@ impl ParallelFeedForward {
     /// This rank's slices of burn's [`SwiGlu`] and the layer after it, without sequence parallelism.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if the dims do not fit, only some of the layers have biases, or with fewer hidden features
-    /// than ranks.
+    /// [`Error::InvalidArgument`] if the dims do not fit, only some of the layers have biases, or with fewer hidden
+    /// features than ranks.
     pub fn from_full_swiglu(whole: &SwiGlu, down: &Linear, group: &Communicator) -> Result<Self, Error> {
         let [d_model, d_ff] = whole.linear_outer.weight.dims();
         ParallelFeedForwardConfig::new(d_model, d_ff)
@@ -204,7 +205,8 @@ impl ParallelFeedForward {
     /// Applies the block. Every rank of the group calls it, and runs backward through it.
     ///
     /// # Shapes
-    /// - input and output: `[.., d_model]`, the same on all ranks; with `sequence_parallel` `[.., part(sequence), d_model]`
+    /// - input and output: `[.., d_model]`, the same on all ranks; with `sequence_parallel` `[.., part(sequence),
+    ///   d_model]`
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for another number of features, or sequence parallelism on rank 1; those of

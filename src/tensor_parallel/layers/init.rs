@@ -1,9 +1,9 @@
 //! Initial values of a slice of a parameter, equal to those of the whole parameter at every degree.
 //!
-//! burn's initializers draw a whole tensor from one stream of numbers. Here every element has numbers of its own, a function
-//! of a seed, of the parameter and of the element's place in the whole: the generator is SplitMix64 (Steele, Lea, Flood,
-//! "Fast splittable pseudorandom number generators", OOPSLA 2014), whose `k`-th number is a hash of `seed + k * gamma`. So a
-//! layer starts the same at every degree, and no rank makes more than its slice.
+//! burn's initializers draw a whole tensor from one stream of numbers. Here every element has numbers of its own, a
+//! function of a seed, of the parameter and of the element's place in the whole: the generator is SplitMix64 (Steele,
+//! Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), whose `k`-th number is a hash of `seed +
+//! k * gamma`. So a layer starts the same at every degree, and no rank makes more than its slice.
 
 use std::f64::consts::TAU;
 use std::ops::Range;

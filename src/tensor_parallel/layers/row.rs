@@ -85,11 +85,11 @@ impl RowParallelLinearConfig {
 /// Y = g(X_0 A_0 + .. + X_(n-1) A_(n-1)) + b
 /// ```
 ///
-/// The products are summed by *g* ([`reduce_from_group`](crate::layout::reduce_from_group)), whose backward communicates
-/// nothing; with `sequence_parallel` by a reduce-scatter whose backward is an all-gather. The bias is added after the sum.
-/// With `sequence_parallel` each rank adds it to other rows, so its gradient is summed over the ranks: one more all-reduce,
-/// of `d_output` elements, in the backward. The products overlap with their collectives, see
-/// [`functional`](crate::tensor_parallel::functional). Made by [`RowParallelLinearConfig`].
+/// The products are summed by *g* ([`reduce_from_group`](crate::layout::reduce_from_group)), whose backward
+/// communicates nothing; with `sequence_parallel` by a reduce-scatter whose backward is an all-gather. The bias is
+/// added after the sum. With `sequence_parallel` each rank adds it to other rows, so its gradient is summed over the
+/// ranks: one more all-reduce, of `d_output` elements, in the backward. The products overlap with their collectives,
+/// see [`functional`](crate::tensor_parallel::functional). Made by [`RowParallelLinearConfig`].
 ///
 /// Source: Megatron-LM, [arXiv:1909.08053](https://arxiv.org/abs/1909.08053), section 3; with sequence parallelism
 /// [arXiv:2205.05198](https://arxiv.org/abs/2205.05198), section 4.2.2.

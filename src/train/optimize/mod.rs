@@ -5,6 +5,7 @@ mod moments;
 mod optimizer_error;
 mod own_parts;
 mod parts;
+mod recognise;
 mod sharded;
 mod split;
 mod update;

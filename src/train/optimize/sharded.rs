@@ -7,6 +7,7 @@ use burn::module::ParamId;
 use burn::optim::{GradientsParams, ModuleOptimizer};
 
 use super::joined::{Joined, Part};
+use super::recognise::{Met, address};
 use super::update::update;
 use super::whole::{Dealt, Work};
 use super::{moments, parts};
@@ -44,8 +45,9 @@ impl ShardedStep<'_> {
         };
         let shards = ShardParams(shards.0.into_iter().filter(|shard| with_gradient(shard)).collect());
         let ids: HashSet<ParamId> = shards.0.iter().map(|shard| shard.param.id()).collect();
-        let mut new = false;
-        let whole = checked.whole(std::ptr::from_ref(optim).addr(), &ids, || {
+        let met = Met::new(optim, &checked);
+        let mut new = !met.known;
+        let whole = checked.whole(address(optim), &ids, || {
             new = true;
             find_whole(optim, &shards, &split)
         })?;
@@ -63,7 +65,9 @@ impl ShardedStep<'_> {
         if new {
             moments::check(optim, &all).inspect_err(fail)?;
         }
+        let met = met.with_witness(&all, &work.grads);
         let updated = update(all, optim, lr, work.grads).inspect_err(fail)?;
+        met.remember(optim);
         let (owned, rest): (Vec<_>, Vec<_>) = updated.0.into_iter().partition(|shard| ours.contains(&shard.param.id()));
         let parts = joined.divide(owned)?;
         dealt.collect(ShardParams(parts.into_iter().chain(rest).collect()), comms)

@@ -9,6 +9,7 @@ use burn::tensor::Device;
 
 use super::joined::Joined;
 use super::own_parts::own_parts;
+use super::recognise::{Met, address};
 use super::update::update;
 use super::{moments, parts};
 use crate::Error;
@@ -35,10 +36,10 @@ impl SplitStep<'_> {
     /// [`Error::Optimizer`]; those of [`Communicator`](crate::comm::Communicator).
     pub fn run<M: Module, L: Module>(self, model: M, local: impl Fn(&M) -> &L) -> Result<M, Error> {
         let Self { optim, lr, mut grads, checked, split } = self;
-        let address = std::ptr::from_ref(optim).addr();
         let ids: HashSet<ParamId> = split.iter().map(|param| param.id).collect();
-        let mut new = false;
-        let whole = checked.whole(address, &ids, || {
+        let met = Met::new(optim, &checked);
+        let mut new = !met.known;
+        let whole = checked.whole(address(optim), &ids, || {
             new = true;
             parts::whole(optim, local(&model), &split)
         })?;
@@ -50,7 +51,10 @@ impl SplitStep<'_> {
             if new {
                 moments::check(optim, local(&model))?;
             }
-            return update(model, optim, lr, grads);
+            let met = met.with_witness(local(&model), &grads);
+            let updated = update(model, optim, lr, grads)?;
+            met.remember(optim);
+            return Ok(updated);
         }
         let groups: Vec<_> = split.iter().filter_map(|param| param.over.as_ref()?.axes.first()).collect();
         // The others wait for what this rank updates.
@@ -60,7 +64,9 @@ impl SplitStep<'_> {
         if new {
             moments::check(optim, &all).inspect_err(fail)?;
         }
+        let met = met.with_witness(&all, &grads);
         let WithOwned { owned, model } = update(all, optim, lr, grads).inspect_err(fail)?;
+        met.remember(optim);
         let values = joined.divide(owned.0)?.into_iter().map(|part| (part.param.id(), part.param.value())).collect();
         Ok(params::replace_values(model, values))
     }

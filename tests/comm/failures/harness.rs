@@ -71,8 +71,8 @@ pub fn stays_failed(comm: &Communicator, error: &Error) {
     assert!(began.elapsed() < Duration::from_secs(2), "a failed world must not make anybody wait");
 }
 
-/// Runs `f` on `size` ranks after the prelude and returns the error of the world, which every rank but the `culprit` must
-/// return from `f`. The culprit may return what it likes, or panic.
+/// Runs `f` on `size` ranks after the prelude and returns the error of the world, which every rank but the `culprit`
+/// must return from `f`. The culprit may return what it likes, or panic.
 pub fn failure(
     size: usize,
     timeout: Duration,

@@ -9,8 +9,8 @@ use burn_parallel::launch::Rank;
 
 use super::harness::{LONG, PURPOSE, SHORT, failure, says, tells_the_log};
 
-/// Splits the world into even and odd ranks, and lets rank 0 `fail` while all others wait: rank 2 in its own group, rank 1
-/// in the parent, rank 3 in the sibling group.
+/// Splits the world into even and odd ranks, and lets rank 0 `fail` while all others wait: rank 2 in its own group,
+/// rank 1 in the parent, rank 3 in the sibling group.
 fn failure_in_a_part(size: usize, timeout: Duration, fail: fn(&Rank, &Communicator) -> Result<(), Error>) -> Error {
     failure(size, timeout, Some(0), move |rank| {
         let part = rank.split(rank.rank() as u64 % 2, 0)?;

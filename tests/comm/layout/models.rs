@@ -71,7 +71,8 @@ impl Mlp {
         Ok(x + layout::reduce_from_group(hidden.matmul(self.w2.clone()), tp)? + self.b2.clone())
     }
 
-    /// Activations outside are sharded along the sequence; replicated parameters that meet them are copied to the group.
+    /// Activations outside are sharded along the sequence; replicated parameters that meet them are copied to the
+    /// group.
     fn sequence_parallel(&self, x: Tensor<2>, tp: &Communicator) -> Result<Tensor<2>, Error> {
         let normed = norm(x.clone()) * layout::copy_to_group(self.gain.clone(), tp)?;
         let normed = layout::gather_and_copy_to_group(normed, 0, tp)?;

@@ -56,8 +56,8 @@ pub fn halves_are_rounded_once(comm: &Communicator) -> Result<(), Error> {
     Ok(())
 }
 
-/// What a rank brings to a sum with factors, with its factor: all but what 16 bits would have to round away cancels out. `None`
-/// for worlds of one rank.
+/// What a rank brings to a sum with factors, with its factor: all but what 16 bits would have to round away cancels
+/// out. `None` for worlds of one rank.
 pub fn cancelling(dtype: DType, rank: usize, size: usize) -> Option<(f32, f64, f32)> {
     // One more than these would be rounded to them, factors and products alike.
     let (large, left) = match dtype {

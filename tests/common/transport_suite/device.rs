@@ -259,7 +259,8 @@ fn divided(comm: &Communicator, device: &Device, dtypes: &[DType]) -> Result<(),
     Ok(())
 }
 
-/// Receives are begun before, between and behind the sends, and waited for in another order; of one tag the oldest comes first.
+/// Receives are begun before, between and behind the sends, and waited for in another order; of one tag the oldest
+/// comes first.
 fn expected(comm: &Communicator, device: &Device, _: &[DType]) -> Result<(), Error> {
     let (me, size) = (comm.rank(), comm.size());
     let number = |from: usize, tag: u64, turn: usize| (1000 * from + 10 * tag as usize + turn) as f32;

@@ -30,8 +30,8 @@ pub fn hide_panics_on_purpose() {
 
 pub(super) type Script<'a> = &'a dyn Fn(Communicator) -> Result<(), Error>;
 
-/// Runs `script` on every rank of a fresh world, after two collectives for the log to tell of. All ranks but the `culprit`
-/// must return the same error.
+/// Runs `script` on every rank of a fresh world, after two collectives for the log to tell of. All ranks but the
+/// `culprit` must return the same error.
 pub(super) fn failure(
     factory: &dyn WorldFactory,
     timeout: Duration,

@@ -1,7 +1,7 @@
 //! What every transport must do: the assertions are here, each transport provides the worlds to make them in.
 //!
-//! A check is a function that every rank runs, each with a world of its own to begin with; what the ranks must have alike
-//! they compare over that world or, when the check has made it fail, over a fresh one.
+//! A check is a function that every rank runs, each with a world of its own to begin with; what the ranks must have
+//! alike they compare over that world or, when the check has made it fail, over a fresh one.
 #![allow(dead_code, reason = "each test binary uses the part that it needs")]
 
 pub mod checks;

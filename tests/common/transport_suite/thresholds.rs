@@ -1,7 +1,7 @@
 //! Sizes at which transports change how they move data, and groups that do not wait for each other.
 //!
-//! Each transport chooses what it sends eagerly, in chunks or in windows. These sizes are at and beside all limits of the
-//! transports of the crate, and are repeated: a message that is lost now and then is found by many.
+//! Each transport chooses what it sends eagerly, in chunks or in windows. These sizes are at and beside all limits of
+//! the transports of the crate, and are repeated: a message that is lost now and then is found by many.
 
 use std::thread;
 use std::time::Duration;
@@ -9,7 +9,8 @@ use std::time::Duration;
 use burn_parallel::Error;
 use burn_parallel::comm::{Communicator, ReduceOp, part};
 
-/// Bytes at which something changes: mailbox entries, headers, slots, eager messages, data frames, windows, turns, credit.
+/// Bytes at which something changes: mailbox entries, headers, slots, eager messages, data frames, windows, turns,
+/// credit.
 const THRESHOLDS: [usize; 7] = [2 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 4 << 20, 8 << 20];
 /// Larger ones are moved by fewer operations.
 const LARGE: usize = 1 << 20;
@@ -78,7 +79,8 @@ pub fn all(comm: &Communicator) -> Result<(), Error> {
     ahead(comm)
 }
 
-/// The axes of a mesh: ranks that are late on one of them are waited for on the other, by ranks with large messages under way.
+/// The axes of a mesh: ranks that are late on one of them are waited for on the other, by ranks with large messages
+/// under way.
 fn ahead(comm: &Communicator) -> Result<(), Error> {
     let (row, column) = (comm.rank() / 2, comm.rank() % 2);
     let (rows, columns) = (comm.split(row as u64, 0)?, comm.split(column as u64, 0)?);

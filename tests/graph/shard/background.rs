@@ -80,7 +80,8 @@ fn chunks_travel_beside_the_products() {
                 Ok(["all_reduce", "reduce_scatter", "all_gather"].map(|name| counters.of(name).calls))
             })
             .unwrap();
-        // One product in each direction, two steps; of two chunks each, or of one where a third of it is too little to cut.
+        // One product in each direction, two steps; of two chunks each, or of one where a third of it is too little to
+        // cut.
         let [sums, scatters, gathers] = calls[0];
         match (sequence, axis.degree) {
             (false, 2) => assert_eq!(sums, 8, "{calls:?}"),

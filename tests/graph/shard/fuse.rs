@@ -29,8 +29,8 @@ fn none() -> [Vec<usize>; 2] {
 fn a_transformer_has_as_many_as_it_has_split_layers() {
     let of = |axis: Axis, kind| fused(&mut TOKENS.split(&[axis], &[0]).0, kind);
     let plain = || Axis::new("tp", 2, Plan::megatron());
-    // Of each layer the output of the attention and of the feed-forward block; on the way back what enters them, of which
-    // query, key and value are three.
+    // Of each layer the output of the attention and of the feed-forward block; on the way back what enters them, of
+    // which query, key and value are three.
     assert_eq!(of(plain(), AllReduce), [vec![1, 1, 1, 1], vec![1, 3, 1, 3]]);
     assert_eq!(of(plain(), AllGather), none());
     // The output layer is split by columns as well.

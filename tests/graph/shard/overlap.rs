@@ -70,8 +70,8 @@ fn parity() {
 fn work_stands_between_start_and_wait() {
     let (mut graph, _) = TOKENS.split(&[Axis::new("tp", 2, Plan::megatron())], &[0]);
     let apart = overlap(&mut graph);
-    // Forward the residual waits for its bias; backward the gradient of what enters a split block is reduced while those of
-    // the block's weights are computed.
+    // Forward the residual waits for its bias; backward the gradient of what enters a split block is reduced while
+    // those of the block's weights are computed.
     assert_eq!(apart, 8, "{graph}");
     let names = names(&graph);
     let starts = names.iter().enumerate().filter(|(_, name)| name.contains("start_"));

@@ -67,7 +67,8 @@ const CHAINS: [Case<Chain, Rows>; 10] = [
     Case { make: Chain::new, batch: rows, loss: chain::<0, 3> },
 ];
 
-/// A plan from random numbers: which parameters are split and along which dims, which inputs, and whether the sequence is.
+/// A plan from random numbers: which parameters are split and along which dims, which inputs, and whether the sequence
+/// is.
 fn axis<M: Module, I: burn_parallel::graph::TensorTree + Clone>(
     case: &Case<M, I>,
     name: &'static str,

@@ -54,7 +54,8 @@ fn a_stage_that_fails_at_any_pass_ends_every_rank_with_the_same_error() {
     for schedule in schedules() {
         let timetable = schedule.timetable(3, 3).unwrap();
         for failing in timetable.rows().iter().flatten() {
-            // Every kind of pass, on every rank, for the first, a middle and the last micro-batch; panics for one of them.
+            // Every kind of pass, on every rank, for the first, a middle and the last micro-batch; panics for one of
+            // them.
             for panics in [false, true] {
                 if panics && failing.unit().micro_batch != 1 {
                     continue;

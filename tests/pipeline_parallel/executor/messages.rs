@@ -97,8 +97,8 @@ fn every_schedule_runs_as_its_timetable_says() {
     }
 }
 
-/// The second rank's first pass lasts until the first rank has run all of its forwards: so these went on, and their tensors
-/// were sent, while nobody received.
+/// The second rank's first pass lasts until the first rank has run all of its forwards: so these went on, and their
+/// tensors were sent, while nobody received.
 #[test]
 fn a_rank_computes_on_while_its_tensors_travel() {
     let (all_forwards, gate) = channel();
@@ -239,7 +239,8 @@ fn directions_follow_from_the_ends_of_an_edge() {
     assert_eq!(Edge::new(0, 2, 1).reversed().direction(), Direction::Backward);
 }
 
-/// What the validator accepts, the executor runs: timetables whose actions, sends and receives among them, have been mixed up.
+/// What the validator accepts, the executor runs: timetables whose actions, sends and receives among them, have been
+/// mixed up.
 #[test]
 fn every_valid_timetable_runs() {
     let accepted = Cell::new(0);

@@ -49,8 +49,8 @@ pub fn blocks(stages: usize) -> Vec<Block> {
 
 /// The tensors that go forward between stages.
 ///
-/// Neighbours: the activations, and the mask. From the first stage to the last: its activations and the tokens (integers).
-/// From the second to the last, where that skips stages: its activations in `f64`.
+/// Neighbours: the activations, and the mask. From the first stage to the last: its activations and the tokens
+/// (integers). From the second to the last, where that skips stages: its activations in `f64`.
 pub fn edges(stages: usize) -> Vec<Edge> {
     let last = stages - 1;
     let mut edges: Vec<Edge> = (1..stages).map(|stage| Edge::new(stage - 1, stage, 2)).collect();

@@ -161,8 +161,8 @@ fn a_timetable_of_ones_own_trains_like_one_device() {
     }
 }
 
-/// A gradient that does not exist is not a gradient of zeros: a parameter that the loss does not reach is left alone by the
-/// optimizer, on whatever rank it is.
+/// A gradient that does not exist is not a gradient of zeros: a parameter that the loss does not reach is left alone by
+/// the optimizer, on whatever rank it is.
 #[test]
 fn a_stage_that_the_loss_does_not_reach_has_no_gradient() {
     let untouched = launch::threads(2)

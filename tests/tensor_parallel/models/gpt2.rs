@@ -1,4 +1,5 @@
-//! A decoder in the manner of GPT-2: query, key and value from one layer, learnt positions, an output tied to the embedding.
+//! A decoder in the manner of GPT-2: query, key and value from one layer, learnt positions, an output tied to the
+//! embedding.
 
 use burn::module::Module;
 use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};

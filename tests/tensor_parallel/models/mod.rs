@@ -1,4 +1,5 @@
-//! Models as their authors write them: what plans cost, what is suggested, and what is told of tokens that no table has.
+//! Models as their authors write them: what plans cost, what is suggested, and what is told of tokens that no table
+//! has.
 
 mod bert;
 mod beyond;

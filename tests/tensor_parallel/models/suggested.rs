@@ -23,8 +23,8 @@ fn decoder(tied: bool) -> Plan {
     ends.then(split(&columns, &["o_proj", "down_proj"]))
 }
 
-/// What is suggested from the layers alone takes no more than 1.2 times the collectives of the best plan by hand; what is
-/// searched for costs no more in all than any of them.
+/// What is suggested from the layers alone takes no more than 1.2 times the collectives of the best plan by hand; what
+/// is searched for costs no more in all than any of them.
 #[track_caller]
 fn near_the_best<M: Module, I: TensorTree + Clone, R: Into<Loss>>(
     name: &str,

@@ -13,6 +13,14 @@ impl Writer {
         self.byte(dtype.and_then(element::number).unwrap_or(NO_DTYPE))
     }
 
+    pub fn reduction(&mut self, op: Option<ReduceOp>) -> &mut Self {
+        let factor = match op {
+            Some(ReduceOp::PreMulSum(factor)) => factor,
+            _ => 0.0,
+        };
+        self.byte(op.map_or(0, ReduceOp::number)).number(factor.to_bits())
+    }
+
     pub fn call(&mut self, call: &Call) -> &mut Self {
         let (op, root, tag) = match call.operation {
             Operation::AllReduce(op) | Operation::ReduceScatter(op) => (Some(op), 0, 0),
@@ -22,16 +30,8 @@ impl Writer {
             Operation::Receive { from, tag } => (None, from, tag),
             _ => (None, 0, 0),
         };
-        let factor = match op {
-            Some(ReduceOp::PreMulSum(factor)) => factor,
-            _ => 0.0,
-        };
-        self.byte(call.operation.index() as u8).byte(op.map_or(0, ReduceOp::number)).dtype(call.dtype);
-        self.number(f64::to_bits(factor))
-            .number(root as u64)
-            .number(tag)
-            .number(call.pieces as u64)
-            .number(call.fingerprint);
+        self.byte(call.operation.index() as u8).reduction(op).dtype(call.dtype);
+        self.number(root as u64).number(tag).number(call.pieces as u64).number(call.fingerprint);
         self.list(call.extent.dims(), |w, dim| {
             w.number(*dim as u64);
         })
@@ -46,16 +46,20 @@ impl Reader<'_> {
         }
     }
 
+    pub fn reduction(&mut self) -> Option<ReduceOp> {
+        let (op, factor) = (self.byte()?, f64::from_bits(self.number()?));
+        ReduceOp::numbered(op, factor)
+    }
+
     pub fn call(&mut self) -> Option<Call> {
-        let (operation, op, dtype) = (self.byte()?, self.byte()?, self.dtype()?);
-        let (factor, root, tag) = (f64::from_bits(self.number()?), self.index()?, self.number()?);
+        let (operation, op, dtype) = (self.byte()?, self.reduction()?, self.dtype()?);
+        let (root, tag) = (self.index()?, self.number()?);
         let (pieces, fingerprint) = (self.index()?, self.number()?);
         let dims = self.list(Self::index)?;
         // No computation with these may overflow.
         if dims.len() > 8 || dims.iter().try_fold(16usize, |bytes, dim| bytes.checked_mul((*dim).max(1))).is_none() {
             return None;
         }
-        let op = ReduceOp::numbered(op, factor)?;
         let operation = match *Operation::NAMES.get(operation as usize)? {
             "all_reduce" => Operation::AllReduce(op),
             "reduce_scatter" => Operation::ReduceScatter(op),

@@ -7,8 +7,9 @@ use std::time::Duration;
 use super::{Reader, Writer};
 use crate::Error;
 use crate::comm::CallLog;
+use crate::comm::element::number;
 
-/// Most bytes of the name of an operation or a transport.
+/// Most bytes of the name of an operation or a transport, or of an advice.
 const LONGEST_WORD: usize = 128;
 /// Most names that are kept.
 pub(super) const MOST_NAMES: usize = 256;
@@ -73,7 +74,39 @@ impl Writer {
             Error::ModelMismatch { group, rank, path, problem } => {
                 self.byte(18).text(group).number(*rank as u64).text(path).text(problem)
             }
-            other => self.byte(9).text(&other.to_string()),
+            Error::Nesting { operation, wrapper } => self.byte(19).text(operation).text(wrapper),
+            Error::Environment { variable, value, expected } => self.byte(20).text(variable).text(value).text(expected),
+            Error::NoSuchRank { group, rank, size, operation } => {
+                self.byte(21).text(group).number(*rank as u64).number(*size as u64).text(operation)
+            }
+            Error::UnsupportedDType { operation, dtype } if number(*dtype).is_some() => {
+                self.byte(22).text(operation).dtype(Some(*dtype))
+            }
+            Error::UnsupportedReduction { op, dtype, advice } if number(*dtype).is_some() => {
+                self.byte(23).reduction(Some(*op)).dtype(Some(*dtype)).text(advice)
+            }
+            Error::Checkpoint { problem } => self.byte(24).text(problem),
+            Error::Stage { group, rank, action, cause } => {
+                self.byte(25).text(group).number(*rank as u64).text(action).error(cause)
+            }
+            Error::NonFinite { path, rank } => self.byte(26).text(path).number(*rank as u64),
+            Error::Gpu { problem } => self.byte(27).text(problem),
+            Error::Nccl { group, rank, operation, problem } => {
+                self.byte(28).text(group).number(*rank as u64).text(operation).text(problem)
+            }
+            Error::Launch { rank, size, problem } => {
+                self.byte(29).number(*rank as u64).number(*size as u64).text(problem)
+            }
+            Error::ProcessFailed { rank, size, status, said } => {
+                self.byte(30).number(rank.map_or(u64::MAX, |rank| rank as u64)).number(*size as u64).text(status);
+                self.list(said, |w, line| {
+                    w.text(line);
+                })
+            }
+            // Dtypes that cannot travel have no number: their error goes in words.
+            Error::UnsupportedDType { .. } | Error::UnsupportedReduction { .. } | Error::User(_) => {
+                self.byte(9).text(&error.to_string())
+            }
         }
     }
 }
@@ -178,6 +211,38 @@ impl Reader<'_> {
                 rank: self.index()?,
                 path: self.text()?,
                 problem: self.text()?,
+            },
+            19 => Error::Nesting { operation: self.message()?, wrapper: self.message()? },
+            20 => Error::Environment { variable: self.message()?, value: self.text()?, expected: self.message()? },
+            21 => Error::NoSuchRank {
+                group: self.name()?,
+                rank: self.index()?,
+                size: self.index()?,
+                operation: self.message()?,
+            },
+            22 => Error::UnsupportedDType { operation: self.message()?, dtype: self.dtype()?? },
+            23 => Error::UnsupportedReduction { op: self.reduction()?, dtype: self.dtype()??, advice: self.message()? },
+            24 => Error::Checkpoint { problem: self.text()? },
+            25 => Error::Stage {
+                group: self.name()?,
+                rank: self.index()?,
+                action: self.text()?,
+                cause: Box::new(self.error_within(depth.checked_sub(1)?)?),
+            },
+            26 => Error::NonFinite { path: self.text()?, rank: self.index()? },
+            27 => Error::Gpu { problem: self.text()? },
+            28 => {
+                Error::Nccl { group: self.name()?, rank: self.index()?, operation: self.text()?, problem: self.text()? }
+            }
+            29 => Error::Launch { rank: self.index()?, size: self.index()?, problem: self.text()? },
+            30 => Error::ProcessFailed {
+                rank: match self.number()? {
+                    u64::MAX => None,
+                    rank => Some(rank.try_into().ok()?),
+                },
+                size: self.index()?,
+                status: self.text()?,
+                said: self.list(Self::text)?,
             },
             _ => return None,
         })

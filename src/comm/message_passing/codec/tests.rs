@@ -70,7 +70,7 @@ fn every_error_of_a_world_survives() {
         Error::RankPanicked { rank: 0, message: "häßlich".into(), log: log.clone() },
         Error::RankFailed { rank: 3, cause: Box::new(lost.clone()), log: log.clone() },
         lost,
-        Error::Aborted { group, rank: 0, reason: String::new(), log },
+        Error::Aborted { group: group.clone(), rank: 0, reason: String::new(), log },
         Error::InvalidArgument { operation: "scatter", problem: "no".into() },
         Error::Transport { transport: "mpi", problem: "no".into() },
         Error::User("the disk is full".into()),
@@ -82,11 +82,34 @@ fn every_error_of_a_world_survives() {
         Error::Optimizer { problem: "6".into() },
         Error::Graph { problem: "7".into() },
         Error::ModelMismatch { group: "world".into(), rank: 1, path: "a.weight".into(), problem: "8".into() },
+        Error::Nesting { operation: "data_parallel", wrapper: "Sharded" },
+        Error::Environment { variable: "RANK", value: "x".into(), expected: "a number" },
+        Error::NoSuchRank { group: group.clone(), rank: 7, size: 4, operation: "send" },
+        Error::UnsupportedDType { operation: "send over NCCL", dtype: DType::I16 },
+        Error::UnsupportedReduction { op: ReduceOp::Mean, dtype: DType::I32, advice: "cast it" },
+        Error::Checkpoint { problem: "9".into() },
+        Error::Stage {
+            group: group.clone(),
+            rank: 1,
+            action: "1B3".into(),
+            cause: Box::new(Error::User("the disk is full".into())),
+        },
+        Error::NonFinite { path: "a.weight".into(), rank: 2 },
+        Error::Gpu { problem: "there is none".into() },
+        Error::Nccl { group, rank: 0, operation: "send".into(), problem: "10".into() },
+        Error::Launch { rank: 1, size: 2, problem: "11".into() },
+        Error::ProcessFailed { rank: Some(2), size: 3, status: "by signal 9".into(), said: vec!["a".into()] },
+        Error::ProcessFailed { rank: None, size: 3, status: "with exit status 1".into(), said: Vec::new() },
     ];
     for error in &errors {
         assert_eq!(there_and_back(error).as_ref(), Some(error));
+        // As all ranks say what the function of one of them returned.
+        let failed = Error::RankFailed { rank: 2, cause: Box::new(error.clone()), log: CallLog::default() };
+        assert_eq!(there_and_back(&failed).map(|failed| failed.to_string()), Some(failed.to_string()));
     }
-    let other = Error::Gpu { problem: "there is none".into() };
+    // A dtype that does not travel has no number.
+    let dtype = DType::QFloat(Default::default());
+    let other = Error::UnsupportedDType { operation: "send", dtype };
     assert_eq!(there_and_back(&other), Some(Error::User(other.to_string())));
 }
 

@@ -74,7 +74,7 @@ impl Chunk<'_> {
     }
 
     /// Writes it into this rank's slot, but for a part that nobody else reads.
-    fn lay(&self, shared_memory: &SharedMemory, rounds: &Rounds, own: Range<usize>) {
+    fn write(&self, shared_memory: &SharedMemory, rounds: &Rounds, own: Range<usize>) {
         let slot = shared_memory.slot(rounds.rank(), rounds);
         for part in [self.range.start..own.start, own.end..self.range.end] {
             for (run, offset) in self.runs(part) {
@@ -124,7 +124,7 @@ pub(in crate::comm::message_passing) fn write_slot(
             let total = elements(&pieces, element);
             let chunk = Chunk { pieces: &pieces, range: 0..total.min(Chunk::most(shared_memory, element)), element };
             if let Some(own) = chunk.own(call.operation, size, rank) {
-                chunk.lay(shared_memory, rounds, own);
+                chunk.write(shared_memory, rounds, own);
             }
         }
         Transfer::OutOfPlace { input, .. } => {
@@ -137,7 +137,7 @@ pub(in crate::comm::message_passing) fn write_slot(
             };
             let (element, range) = (input.dtype().size(), 0..input.elements());
             let pieces = [Segment { data: input.as_ptr().cast_mut(), bytes: range.end * element }];
-            Chunk { pieces: &pieces, range, element }.lay(shared_memory, rounds, own);
+            Chunk { pieces: &pieces, range, element }.write(shared_memory, rounds, own);
         }
     }
 }
@@ -163,7 +163,7 @@ impl Collective<'_> {
             if start > 0 {
                 rounds.next_round();
                 if let Some(own) = chunk.own(operation, size, rank) {
-                    chunk.lay(shared_memory, rounds, own);
+                    chunk.write(shared_memory, rounds, own);
                 }
                 shared_memory.publish(rounds);
                 self.wait_published(shared_memory, rounds)?;

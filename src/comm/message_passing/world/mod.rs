@@ -29,12 +29,12 @@ const MAX_LEFT_GROUPS: usize = 32;
 type LeftGroup = (Arc<str>, Vec<usize>, String);
 
 /// A buffer that is being sent or received, kept until that is done.
-struct PendingSend {
+struct PendingTransfer {
     requests: Vec<Request>,
     buffer: Option<Box<dyn Any + Send>>,
 }
 
-impl Drop for PendingSend {
+impl Drop for PendingTransfer {
     fn drop(&mut self) {
         if !self.requests.is_empty() {
             // The endpoint may still read or write there.
@@ -54,7 +54,7 @@ pub(in crate::comm) struct World {
     /// Members that have left groups which this rank is still to make.
     early_leaves: Mutex<Vec<(u64, Left)>>,
     next_group: AtomicU64,
-    outgoing: Mutex<Vec<PendingSend>>,
+    transfers: Mutex<Vec<PendingTransfer>>,
     /// Control messages of this rank to itself.
     loopback: Mutex<VecDeque<Vec<u8>>>,
     polling: Mutex<()>,
@@ -112,7 +112,7 @@ impl World {
             left_groups: Mutex::default(),
             early_leaves: Mutex::default(),
             next_group: AtomicU64::new(1),
-            outgoing: Mutex::default(),
+            transfers: Mutex::default(),
             loopback: Mutex::default(),
             polling: Mutex::default(),
             inquiry: Mutex::default(),
@@ -185,7 +185,7 @@ impl World {
     /// Keeps `buffer` until the requests are done.
     pub(in crate::comm::message_passing) fn keep(&self, requests: Vec<Request>, buffer: impl Any + Send) {
         if !requests.is_empty() {
-            lock(&self.outgoing).push(PendingSend { requests, buffer: Some(Box::new(buffer)) });
+            lock(&self.transfers).push(PendingTransfer { requests, buffer: Some(Box::new(buffer)) });
         }
     }
 

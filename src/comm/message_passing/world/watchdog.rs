@@ -93,7 +93,7 @@ impl World {
 
     /// Drops the buffers of completed sends: their memory is wanted for what is received next.
     pub fn release_sent(&self) {
-        lock(&self.outgoing).retain_mut(|pending| !self.endpoint.progress(&mut pending.requests).unwrap_or(false));
+        lock(&self.transfers).retain_mut(|pending| !self.endpoint.progress(&mut pending.requests).unwrap_or(false));
     }
 
     fn handle(&self, from: usize, message: ControlMessage) {
@@ -140,7 +140,7 @@ impl World {
                 // Nobody will ever receive what is still being sent.
                 let can_reclaim = self.endpoint.can_reclaim();
                 let limit = if can_reclaim { LAST_BYTES } else { END_LIMIT };
-                if all && (lock(&self.outgoing).is_empty() || self.elapsed(since) > limit) {
+                if all && (lock(&self.transfers).is_empty() || self.elapsed(since) > limit) {
                     break true;
                 }
                 let end_limit = if can_reclaim { self.phase_limit(END_LIMIT) } else { END_LIMIT };
@@ -163,7 +163,7 @@ impl World {
             }
         };
         // What cannot be reclaimed is leaked.
-        for mut pending in lock(&self.outgoing).drain(..).filter(|_| self.endpoint.can_reclaim()) {
+        for mut pending in lock(&self.transfers).drain(..).filter(|_| self.endpoint.can_reclaim()) {
             self.endpoint.reclaim(&mut pending.requests);
         }
         self.endpoint.close(if whole { END_LIMIT } else { LAST_BYTES });

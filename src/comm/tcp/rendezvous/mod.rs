@@ -96,8 +96,8 @@ impl Rendezvous {
     /// Every rank gets the blobs of all, in rank order. A blob is 1 MiB at most.
     ///
     /// # Errors
-    /// [`Error::Transport`], which says on rank 0 who is missing, or that the address is in use; on the others that rank 0
-    /// can't be reached or has another secret; on all, that a rank came twice or from a world of another size.
+    /// [`Error::Transport`], which says on rank 0 who is missing, or that the address is in use; on the others that
+    /// rank 0 can't be reached or has another secret; on all, that a rank came twice or from a world of another size.
     pub fn all_gather(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
         if self.rank >= self.size {
             return Err(rendezvous_error(format!("rank {} does not exist in a world of {}", self.rank, self.size)));

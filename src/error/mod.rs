@@ -4,11 +4,14 @@
 //! operation, the numbers involved, and the knob to turn. When a group fails, every rank of it returns a clone of the
 //! *same* error, so an [`Error`] never holds anything that differs from rank to rank.
 
+mod describe;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use burn::tensor::DType;
 
+use self::describe::{describe_calls, last_words, left_behind, rank_failed};
 use crate::comm::{Call, CallLog, ReduceOp};
 
 /// What went wrong: the same error on every rank of the group.
@@ -29,8 +32,8 @@ pub enum Error {
         operation: String,
         /// How long it waited.
         waited: Duration,
-        /// Whom it was waiting for, in words: ranks within the group, or, where these wait for others in turn, first the ranks of
-        /// the world at the root of it.
+        /// Whom it was waiting for, in words: ranks within the group, or, where these wait for others in turn, first
+        /// the ranks of the world at the root of it.
         missing: String,
         /// The last collectives of every rank of the group.
         log: CallLog,
@@ -124,9 +127,9 @@ pub enum Error {
         log: CallLog,
     },
 
-    /// A rank has no memory for what a collective would bring it. All ranks of the group return this. Among threads, and over TCP
-    /// from 16 MiB on, the world does not fail with it; below that, where other ranks are at work already, it does, and over MPI it
-    /// ends as if the rank were killed while data is moving. It can be asked with
+    /// A rank has no memory for what a collective would bring it. All ranks of the group return this. Among threads,
+    /// and over TCP from 16 MiB on, the world does not fail with it; below that, where other ranks are at work already,
+    /// it does, and over MPI it ends as if the rank were killed while data is moving. It can be asked with
     /// [`failure`](crate::comm::Communicator::failure).
     #[error(
         "rank {rank} of group `{group}` has no memory for the {bytes} bytes that {operation} would bring it; bring less at a \
@@ -376,46 +379,4 @@ impl Error {
     pub(crate) fn invalid(operation: &'static str, problem: impl Into<String>) -> Self {
         Self::InvalidArgument { operation, problem: problem.into() }
     }
-}
-
-/// What says by itself what is wrong, as errors of settings do, is likely found by all ranks, and one of them was first; what
-/// they have called before is of no use then.
-fn rank_failed(rank: usize, cause: &Error, log: &CallLog) -> String {
-    match cause {
-        Error::Environment { .. }
-        | Error::Graph { .. }
-        | Error::InvalidArgument { .. }
-        | Error::Mesh { .. }
-        | Error::ModelMismatch { .. }
-        | Error::Nesting { .. }
-        | Error::Optimizer { .. }
-        | Error::Pipeline { .. }
-        | Error::Plan { .. }
-        | Error::Schedule { .. }
-        | Error::Strategy { .. } => format!("{cause} (rank {rank} found it first)"),
-        _ => format!("rank {rank} failed: {cause}{log}"),
-    }
-}
-
-fn last_words(said: &[String]) -> String {
-    if said.is_empty() { "; it said nothing".into() } else { format!("; the last it said:\n  {}", said.join("\n  ")) }
-}
-
-fn left_behind(operation: &str) -> String {
-    match operation {
-        "nobody" => {
-            "nobody was waiting for it: its process has ended without a word, as when it is killed, or its machine \
-                     can't be reached; see what it wrote last, and the log of the system"
-                .into()
-        }
-        _ => format!(
-            "{operation} was waiting for it: its process has ended, or it dropped its communicator; keep that alive until \
-             every rank has issued its last collective"
-        ),
-    }
-}
-
-fn describe_calls(calls: &[Call]) -> String {
-    let said: Vec<String> = calls.iter().enumerate().map(|(rank, call)| format!("rank {rank} called {call}")).collect();
-    said.join(", ")
 }

@@ -1,0 +1,46 @@
+//! The parts of error messages that depend on what there is to say.
+
+use super::Error;
+use crate::comm::{Call, CallLog};
+
+/// What says by itself what is wrong, as errors of settings do, is likely found by all ranks, and one of them was
+/// first; what they have called before is of no use then.
+pub(super) fn rank_failed(rank: usize, cause: &Error, log: &CallLog) -> String {
+    match cause {
+        Error::Environment { .. }
+        | Error::Graph { .. }
+        | Error::InvalidArgument { .. }
+        | Error::Mesh { .. }
+        | Error::ModelMismatch { .. }
+        | Error::Nesting { .. }
+        | Error::Optimizer { .. }
+        | Error::Pipeline { .. }
+        | Error::Plan { .. }
+        | Error::Schedule { .. }
+        | Error::Strategy { .. } => format!("{cause} (rank {rank} found it first)"),
+        _ => format!("rank {rank} failed: {cause}{log}"),
+    }
+}
+
+pub(super) fn last_words(said: &[String]) -> String {
+    if said.is_empty() { "; it said nothing".into() } else { format!("; the last it said:\n  {}", said.join("\n  ")) }
+}
+
+pub(super) fn left_behind(operation: &str) -> String {
+    match operation {
+        "nobody" => {
+            "nobody was waiting for it: its process has ended without a word, as when it is killed, or its machine \
+                     can't be reached; see what it wrote last, and the log of the system"
+                .into()
+        }
+        _ => format!(
+            "{operation} was waiting for it: its process has ended, or it dropped its communicator; keep that alive until \
+             every rank has issued its last collective"
+        ),
+    }
+}
+
+pub(super) fn describe_calls(calls: &[Call]) -> String {
+    let said: Vec<String> = calls.iter().enumerate().map(|(rank, call)| format!("rank {rank} called {call}")).collect();
+    said.join(", ")
+}
