@@ -1,6 +1,7 @@
-//! A tensor-parallel step against one rank: eager burn, its captured graph, and the graph split over two ranks.
+//! A tensor-parallel step against one rank: eager burn, its captured graph with operations one by one and fused, and the graph
+//! split over two ranks.
 //!
-//! The three take turns within one run, round by round, and what counts is the median over rounds of their ratio: a
+//! The four take turns within one run, round by round, and what counts is the median over rounds of their ratio: a
 //! machine that is slower for a while is slower for all of them. Every rank computes with one thread. All steps are whole:
 //! forward, backward and optimizer. On a machine with other work to do, ranks wait for each other's turns; so beside the
 //! time of a step there is, on Linux, the time that the busier rank's core worked for it.
@@ -25,12 +26,13 @@ use burn_parallel::partition::{
     PartitionOptions, bucket_reductions, fuse_products, overlap, partition, register_collectives,
 };
 use burn_parallel::prelude::*;
-use burn_parallel::tensor_parallel::Sharded;
+use burn_parallel::tensor_parallel::{Sharded, TensorParallelConfig};
 use models::{Gpt, Mlp, SEQUENCE, VOCABULARY};
 
 const STEPS_PER_TURN: usize = 2;
 
-/// Seconds a step of one rank eagerly, of one rank from the graph, and of two ranks, by round; then those of work.
+/// Seconds a step of one rank eagerly, of one rank from the graph, operation by operation and fused, and of two ranks, by
+/// round; then those of work.
 fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
     rounds: usize,
     model: M,
@@ -38,14 +40,18 @@ fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
     optimizer: impl Fn() -> ModuleOptimizer + Sync,
     inputs: impl Fn() -> I + Sync,
     loss: impl Fn(&M, I) -> Tensor<1> + Sync,
-) -> Vec<[f64; 6]> {
+) -> Vec<[f64; 8]> {
     let measured = launch::threads(2).threads_per_rank(1).run(|rank| {
         let device = rank.device().autodiff();
         let alone = rank.split(rank.rank() as u64, 0)?;
         let mut eager = Some(model.clone().fork(&device));
-        let mut graph = Some(model.clone().fork(&device).tensor_parallel(&alone, Plan::new())?);
+        let captured = |fusion| {
+            let config = TensorParallelConfig::new(Plan::new()).with_fusion(fusion);
+            model.clone().fork(&device).tensor_parallel(&alone, config).map(Some)
+        };
+        let (mut single, mut graph) = (captured(false)?, captured(true)?);
         let mut split = Some(model.clone().fork(&device).tensor_parallel(&rank, plan)?);
-        let mut optims = [optimizer(), optimizer(), optimizer()];
+        let mut optims = [optimizer(), optimizer(), optimizer(), optimizer()];
         // Models go through the optimizer by value, so that it can update them in place.
         let step = |model: &mut Option<Sharded<M>>, optim: &mut ModuleOptimizer| -> Result<(), Error> {
             if let Some(mut taken) = model.take() {
@@ -56,25 +62,26 @@ fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
         };
         let mut times = Vec::new();
         for round in 0..rounds + 1 {
-            let mut time = [0.0; 6];
-            for mode in 0..3 {
+            let mut time = [0.0; 8];
+            for mode in 0..4 {
                 rank.barrier()?;
                 let (began, worked) = (Instant::now(), work());
                 for _ in 0..STEPS_PER_TURN {
                     match mode {
-                        0 | 1 if rank.rank() > 0 => {}
+                        0..3 if rank.rank() > 0 => {}
                         0 => {
                             if let Some(taken) = eager.take() {
                                 let grads = GradientsParams::from_grads(loss(&taken, inputs()).backward(), &taken);
                                 eager = Some(optims[0].step(1e-4, taken, grads));
                             }
                         }
-                        1 => step(&mut graph, &mut optims[1])?,
-                        _ => step(&mut split, &mut optims[2])?,
+                        1 => step(&mut single, &mut optims[1])?,
+                        2 => step(&mut graph, &mut optims[2])?,
+                        _ => step(&mut split, &mut optims[3])?,
                     }
                 }
                 time[mode] = began.elapsed().as_secs_f64() / STEPS_PER_TURN as f64;
-                time[mode + 3] = (work() - worked) / STEPS_PER_TURN as f64;
+                time[mode + 4] = (work() - worked) / STEPS_PER_TURN as f64;
             }
             let slowest = rank.all_reduce(time.to_vec(), ReduceOp::Max)?;
             // The first round captures, and is for caches and lazy initialisation.
@@ -155,20 +162,24 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
     values[values.len() / 2]
 }
 
-fn report(name: &str, times: &[[f64; 6]]) {
-    let [eager, graph, split] = [0, 1, 2].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
+fn report(name: &str, times: &[[f64; 8]]) {
+    let [eager, single, graph, split] = [0, 1, 2, 3].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
     let over = |a: usize, b: usize| median(times.iter().map(|time| time[a] / time[b]));
-    println!("{name}: eager {eager:.1} ms, graph {graph:.1} ms, two ranks {split:.1} ms a step");
+    println!("{name}: eager {eager:.1} ms, graph {single:.1} ms, fused {graph:.1} ms, two ranks {split:.1} ms a step");
     println!(
-        "{name}: speed of the graph over eager {:.3}; of two ranks over one, both from the graph, {:.3}",
-        over(0, 1),
-        over(1, 2)
+        "{name}: speed of the fused graph over eager {:.3}; of two ranks over one, both fused, {:.3}",
+        over(0, 2),
+        over(2, 3)
     );
+    let [eager, single, graph, split] = [4, 5, 6, 7].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
+    println!("{name}: work {eager:.1} ms, graph {single:.1} ms, fused {graph:.1} ms, each of two ranks {split:.1} ms");
     println!(
-        "{name}: work of eager burn over that of the graph {:.3}; of one rank over that of each of two {:.3}",
-        over(3, 4),
-        over(4, 5)
+        "{name}: work of the graph over that of eager burn {:.3}; fused over eager {:.3}, over one by one {:.3}",
+        over(5, 4),
+        over(6, 4),
+        over(6, 5)
     );
+    println!("{name}: work of one rank over that of each of two {:.3}", over(6, 7));
 }
 
 fn capture() {

@@ -12,6 +12,7 @@ use half::slice::HalfFloatSliceExt;
 use super::ReduceOp;
 use super::transport::{BufferMut, BufferRef};
 use crate::Error;
+use crate::tensor::vectorized;
 
 /// Elements folded at a time: a block of any type stays in the first-level cache.
 const BLOCK: usize = 1024;
@@ -98,37 +99,6 @@ pub(crate) unsafe fn fold(dtype: DType, op: ReduceOp, sources: &[Source], output
             other => unreachable!("{other:?} was refused before the collective began"),
         }
     }
-}
-
-/// Runs `work` as compiled for the widest vectors of this machine. Each element is computed by itself and nothing is
-/// contracted, so the width changes no bit of a result.
-#[inline(always)]
-fn vectorized(work: impl FnOnce()) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-        fn avx512(work: impl FnOnce()) {
-            work();
-        }
-        #[target_feature(enable = "avx2")]
-        fn avx2(work: impl FnOnce()) {
-            work();
-        }
-        let bits_512 = is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl");
-        // SAFETY: the features have just been detected.
-        unsafe {
-            if bits_512 {
-                return avx512(work);
-            }
-            if is_x86_feature_detected!("avx2") {
-                return avx2(work);
-            }
-        }
-    }
-    work();
 }
 
 trait Number: Copy + Default + PartialOrd + 'static {

@@ -20,8 +20,9 @@ use crate::graph::capture::in_scope;
 use crate::graph::device::capture_device;
 use crate::graph::edges::computed;
 use crate::graph::graph_error;
+use crate::graph::instruction::Instruction;
 use crate::graph::interpret::Interpreter;
-use crate::graph::liveness::{Instruction, program};
+use crate::graph::liveness::program;
 use crate::graph::operation::{Class, is_elementwise, swap_dims};
 use crate::graph::recording::Recording;
 use crate::graph::step::StepGraph;
@@ -116,7 +117,7 @@ fn run(graph: &StepGraph, device: &Device) -> Result<PlainTensor, Error> {
         interpreter.bind_data(*id, data.clone());
     }
     let mut value = None;
-    for action in program(graph) {
+    for action in program(graph, false).0 {
         match action {
             Instruction::Run(op) => interpreter.run(*op),
             Instruction::Free(tensor) => interpreter.run(OperationIr::Drop(tensor)),

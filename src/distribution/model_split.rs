@@ -39,6 +39,8 @@ pub(crate) struct ModelSplit {
     random: RandomSource,
     /// How replicas divide what each of them would hold of it.
     shards: Option<RowShards>,
+    /// Whether steps on the host run groups of operations as one.
+    fusion: bool,
 }
 
 #[derive(Debug)]
@@ -85,7 +87,10 @@ impl ModelSplit {
         }
         let whole_dims = table.rows().iter().map(|row| (row.id, row.is_split().then(|| row.dims.clone()))).collect();
         let (table, whole_dims) = (Arc::new(table), Arc::new(whole_dims));
-        Ok((local, Self { table, whole_dims, axes: made.into(), random: RandomSource::new(0), shards: None }))
+        Ok((
+            local,
+            Self { table, whole_dims, axes: made.into(), random: RandomSource::new(0), shards: None, fusion: true },
+        ))
     }
 
     pub(crate) fn table(&self) -> &PlanTable {
@@ -263,6 +268,15 @@ impl ModelSplit {
     /// The same split whose steps draw other random numbers from here on.
     pub(crate) fn with_seed(self, seed: u64) -> Self {
         Self { random: self.random.with_seed(seed), ..self }
+    }
+
+    pub(crate) fn with_fusion(self, fusion: bool) -> Self {
+        Self { fusion, ..self }
+    }
+
+    /// Whether steps on the host run groups of operations as one.
+    pub(crate) fn fusion(&self) -> bool {
+        self.fusion
     }
 
     /// The seed and step of the random numbers; the engine advances it after each step.

@@ -9,9 +9,11 @@ use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::bind::{computable, fits, is_on, named_tensors};
 use super::custom::CustomOps;
+use super::fused::fuses_on;
 use super::graph_error;
+use super::instruction::Instruction;
 use super::interpret::Interpreter;
-use super::liveness::{Instruction, MemoryEstimate, program};
+use super::liveness::{MemoryEstimate, program};
 use super::module::{gradients_params, read_for_step, write_running_states};
 use super::origin::Origins;
 use super::results::{ResultRole, Results, StepObserver, StepOutputs, StepResult, StepValues};
@@ -26,6 +28,9 @@ use crate::tensor::{PlainTensor, TensorTree};
 /// Each step takes parameters and running statistics from the module and the batch from the inputs, sharing their buffers,
 /// and frees every intermediate at its last use. Random operations draw new numbers each time. Only the constants of the
 /// graph stay between steps.
+///
+/// On the host, groups of element-wise operations run as one loop each; [`CustomOps::with_fusion`] says how exactly, and turns it
+/// off.
 ///
 /// Ranks that are threads need running statistics of their own: `model.clone().fork(&device)` still shares them between
 /// clones (so in eager burn too), `.train()` after it gives each its own.
@@ -49,8 +54,9 @@ impl Executor {
     ///
     /// # Errors
     /// [`Error::Graph`] if the graph has a custom operation that `ops` does not know.
-    pub fn new(graph: StepGraph, ops: CustomOps) -> Result<Self, Error> {
-        let program = program(&graph);
+    pub fn new(graph: StepGraph, mut ops: CustomOps) -> Result<Self, Error> {
+        let (program, kernels) = program(&graph, ops.fusion());
+        kernels.register(&mut ops);
         let needed = ops.read_by(&program)?;
         let mut role: HashMap<TensorId, Vec<ResultRole>> = HashMap::new();
         let mut mean = |tensor: &TensorIr, what| role.entry(tensor.id).or_default().push(what);
@@ -183,7 +189,12 @@ impl Executor {
         };
         let mut interpreter = match self.interpreter.take().filter(|interpreter| *interpreter.device() == device) {
             Some(interpreter) => interpreter,
-            None => self.interpreter(&device)?,
+            None => {
+                if !fuses_on(&device) {
+                    self.program = program(&self.graph, false).0;
+                }
+                self.interpreter(&device)?
+            }
         };
         self.bind_params(values, &mut interpreter)?;
         self.bind_inputs(inputs, &mut interpreter)?;

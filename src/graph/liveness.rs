@@ -8,17 +8,9 @@ use std::collections::{HashMap, HashSet};
 
 use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
 
+use super::fused::{Kernels, fuse, taken};
+use super::instruction::{Instruction, Item};
 use super::step::StepGraph;
-
-/// One action of a program.
-#[derive(Clone, Debug)]
-pub(crate) enum Instruction {
-    Run(Box<OperationIr>),
-    /// The tensor has had its last reader, which could not consume it itself.
-    Free(TensorIr),
-    /// A result is ready. If nothing reads it later it is moved out, else shared.
-    Output(TensorIr),
-}
 
 /// What a step needs of memory beside parameters, inputs and constants, assuming that views copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +44,10 @@ impl MemoryEstimate {
                 MemoryEvent::Nothing => {}
                 MemoryEvent::Free(id) => now -= alive.remove(&id).unwrap_or(0),
                 MemoryEvent::Run(op) => {
+                    // Their memory goes on as that of results.
+                    for id in taken(op) {
+                        now -= alive.remove(&id).unwrap_or(0);
+                    }
                     for out in op.outputs() {
                         let bytes = out.shape.num_elements() * out.dtype.size();
                         now += bytes;
@@ -74,15 +70,8 @@ enum MemoryEvent<'a> {
     Nothing,
 }
 
-/// One step of a program whose lifetimes are still to be worked out.
-pub(crate) enum Item {
-    Run(Box<OperationIr>),
-    /// A result is wanted here.
-    Output(TensorIr),
-}
-
-/// The program of a graph.
-pub(crate) fn program(graph: &StepGraph) -> Vec<Instruction> {
+/// The program of a graph, and the kernels that it runs if groups of its operations are to be fused.
+pub(crate) fn program(graph: &StepGraph, fusion: bool) -> (Vec<Instruction>, Kernels) {
     let results: HashSet<TensorId> = graph.results().map(|t| t.id).collect();
     let keep: HashSet<TensorId> = graph.constants.keys().copied().collect();
     let operations = without_dead(&graph.operations, &results);
@@ -95,7 +84,8 @@ pub(crate) fn program(graph: &StepGraph) -> Vec<Instruction> {
         items.push(Item::Run(Box::new(op)));
         items.extend(given.into_iter().map(Item::Output));
     }
-    with_lifetimes([items], &keep).into_iter().flatten().collect()
+    let (sections, kernels) = if fusion { fuse([items]) } else { ([items], Kernels::default()) };
+    (with_lifetimes(sections, &keep).into_iter().flatten().collect(), kernels)
 }
 
 /// Works out the lifetimes of a program in sections, which run one after the other with other programs in between.

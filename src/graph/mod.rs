@@ -10,7 +10,7 @@
 //! - [`sync_batch_norm`](crate::data_parallel::sync_batch_norm) puts a collective after every batch statistic.
 //!
 //! An [`Executor`] then runs it on the model's device at each step with the current parameters and new inputs, without a
-//! tape, as fast as eager steps.
+//! tape. On the host it runs groups of element-wise operations as one loop each ([`CustomOps::with_fusion`]).
 //!
 //! ```
 //! use burn::{nn::{Linear, LinearConfig}, prelude::*};
@@ -53,7 +53,9 @@ pub(crate) mod edges;
 mod engine;
 mod execute;
 mod forward;
+pub(crate) mod fused;
 mod gradient_layout;
+pub(crate) mod instruction;
 pub(crate) mod interpret;
 mod leaves;
 mod listing;

@@ -34,12 +34,16 @@ pub struct PipelineConfig {
     /// [`with_check_inputs_every`](Self::with_check_inputs_every).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub check_inputs_every: Option<u64>,
+    /// Whether steps on the host run groups of element-wise operations as one loop.
+    #[serde(default = "fusion")]
+    pub fusion: bool,
 }
 
 impl Config for PipelineConfig {}
 
 impl PipelineConfig {
-    /// This many micro-batches, 1F1B, stages of equal cost, all inputs divided along their first dim, seed 0.
+    /// This many micro-batches, 1F1B, stages of equal cost, all inputs divided along their first dim, seed 0, operations
+    /// fused.
     pub fn new(micro_batches: usize) -> Self {
         Self {
             micro_batches,
@@ -49,6 +53,7 @@ impl PipelineConfig {
             seed: 0,
             graphs: GRAPHS,
             check_inputs_every: None,
+            fusion: true,
         }
     }
 
@@ -86,6 +91,13 @@ impl PipelineConfig {
         self
     }
 
+    /// Sets whether steps on the host run groups of element-wise operations as one loop
+    /// ([`CustomOps::with_fusion`](crate::graph::CustomOps::with_fusion)): to compare, or to find which operation fails.
+    pub fn with_fusion(mut self, fusion: bool) -> Self {
+        self.fusion = fusion;
+        self
+    }
+
     /// Gives an input to every micro-batch as it is, instead of dividing its first dim: a mask for all rows, a table.
     /// `path` is its place in the inputs: `""` if there is a single tensor, `"1"` for the second of a tuple, `"1.0"`
     /// for the first in the second.
@@ -97,6 +109,10 @@ impl PipelineConfig {
 
 fn graphs() -> usize {
     GRAPHS
+}
+
+fn fusion() -> bool {
+    true
 }
 
 fn schedule<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Schedule, D::Error> {

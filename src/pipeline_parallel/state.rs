@@ -75,7 +75,7 @@ impl PipelineState {
         let split = split.map(|split| split.renamed(&renamed));
 
         let group = group.split_named("pipeline", 0, group.rank() as i64)?;
-        let mut ops = CustomOps::new();
+        let mut ops = CustomOps::new().with_fusion(config.fusion);
         let random = match &split {
             Some(split) => {
                 split.register(&mut ops);

@@ -6,6 +6,7 @@ mod digest;
 pub(crate) mod magnitude;
 mod ops;
 mod tree;
+mod vectors;
 
 use burn::backend::flex::FlexTensor;
 use burn::backend::ops::{BoolTensorOps, FloatTensorOps, IntTensorOps};
@@ -20,6 +21,7 @@ pub(crate) use self::backend::{check_device, with_backend};
 #[doc(hidden)]
 pub use self::tree::{TensorMapper, TensorTree};
 pub(crate) use self::tree::{place, rows};
+pub(crate) use self::vectors::{Loops, vectorized};
 use crate::Error;
 
 /// A tensor of any kind, rank and device, without autodiff.

@@ -9,7 +9,7 @@ use crate::plan::Plan;
 /// How a model is split over a group: settings of
 /// [`TensorParallel::tensor_parallel`](super::TensorParallel::tensor_parallel). A [`Plan`] alone is taken for one with
 /// the defaults.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TensorParallelConfig {
     /// Which parameters and inputs are split, and along which dims. In a file its rules, or the name of a ready plan:
@@ -21,12 +21,20 @@ pub struct TensorParallelConfig {
     /// Every so many steps ranks make sure that all of them were given the same inputs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub check_inputs_every: Option<u64>,
+    /// Whether captured steps on the host run groups of element-wise operations as one loop.
+    pub fusion: bool,
+}
+
+impl Default for TensorParallelConfig {
+    fn default() -> Self {
+        Self { plan: Plan::default(), seed: 0, check_inputs_every: None, fusion: true }
+    }
 }
 
 impl Config for TensorParallelConfig {}
 
 impl TensorParallelConfig {
-    /// This plan, seed 0, inputs compared in every step on CPUs and in every 100th on other devices.
+    /// This plan, seed 0, inputs compared in every step on CPUs and in every 100th on other devices, operations fused.
     pub fn new(plan: Plan) -> Self {
         Self { plan, ..Self::default() }
     }
@@ -42,6 +50,13 @@ impl TensorParallelConfig {
     /// the inputs, which on a device means to wait for them.
     pub fn with_check_inputs_every(mut self, steps: u64) -> Self {
         self.check_inputs_every = Some(steps);
+        self
+    }
+
+    /// Sets whether captured steps on the host run groups of element-wise operations as one loop
+    /// ([`CustomOps::with_fusion`](crate::graph::CustomOps::with_fusion)): to compare, or to find which operation fails.
+    pub fn with_fusion(mut self, fusion: bool) -> Self {
+        self.fusion = fusion;
         self
     }
 }

@@ -50,7 +50,7 @@ struct ShardedState {
 impl ShardedState {
     fn of(split: &ModelSplit, graphs: usize) -> Self {
         let reports = Arc::<Mutex<Vec<ShardReport>>>::default();
-        let mut ops = CustomOps::new();
+        let mut ops = CustomOps::new().with_fusion(split.fusion());
         split.register(&mut ops);
         let pass = {
             let (split, reports) = (split.clone(), reports.clone());
@@ -68,9 +68,9 @@ impl ShardedState {
 impl<M: Module> Sharded<M> {
     pub(super) fn new(model: M, axes: &[(&str, &Communicator)], config: TensorParallelConfig) -> Result<Self, Error> {
         nesting::check(&model, "tensor_parallel")?;
-        let TensorParallelConfig { plan, seed, check_inputs_every } = config;
+        let TensorParallelConfig { plan, seed, check_inputs_every, fusion } = config;
         let (local, split) = ModelSplit::distribute(model, axes, &plan)?;
-        let split = split.with_seed(seed);
+        let split = split.with_seed(seed).with_fusion(fusion);
         let same_inputs = SameInputs::new(split.groups(), check_inputs_every)?;
         let state = Arc::new(Mutex::new(ShardedState::of(&split, GRAPHS)));
         Ok(Self {

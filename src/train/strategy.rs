@@ -73,6 +73,7 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// plan = "megatron"   # or "hugging_face", or a table of rules as in `Plan`; left out, nothing is split
 /// seed = 0
 /// check_inputs_every = 1         # left out, 1 on CPUs and 100 on devices
+/// fusion = true       # groups of element-wise operations as one loop, on the host
 ///
 /// [pipeline]          # `PipelineConfig`
 /// micro_batches = 8
@@ -82,6 +83,7 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// seed = 0
 /// graphs = 16
 /// check_inputs_every = 1         # left out, 1 on CPUs and 100 on devices
+/// fusion = true
 /// # "#.parse()?;
 /// # Ok::<(), burn_parallel::Error>(())
 /// ```

@@ -64,7 +64,8 @@ fn gradients_come_early_and_in_the_order_of_the_backward_pass() {
     let x = || Numbers(1).tensor([3, 6], &device);
     let graph = capture_step(&model, x(), |m, x| m.forward(x).powi_scalar(2).mean()).unwrap();
     let paths: HashMap<_, _> = graph.params.iter().map(|p| (p.id, p.path.clone())).collect();
-    let mut executor = Executor::new(graph, CustomOps::new()).unwrap();
+    // One by one: the very operations of eager burn.
+    let mut executor = Executor::new(graph, CustomOps::new().with_fusion(false)).unwrap();
     let mut order = Vec::new();
     let mut gradients = HashMap::new();
     executor

@@ -6,6 +6,7 @@ mod common;
 mod capture;
 mod errors;
 mod execute;
+mod fused;
 mod parity;
 mod shard;
 mod token_loss;

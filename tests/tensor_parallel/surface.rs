@@ -119,6 +119,28 @@ fn ranks_that_share_a_model_must_pass_the_same_inputs() {
 }
 
 #[test]
+fn operations_fused_and_one_by_one_train_alike() {
+    let losses = |fusion| {
+        let trained = launch::threads(2).run(|rank| {
+            let config = TensorParallelConfig::new(plan()).with_fusion(fusion);
+            let mut model = layers().tensor_parallel(&rank, config)?;
+            let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+            let mut losses = Vec::new();
+            for step in 0..3 {
+                let done = model.step(rows(step, 4), square)?;
+                losses.push(done.loss.item());
+                model = optim.step(0.1, model, done.grads);
+            }
+            Ok(losses)
+        });
+        trained.unwrap()
+    };
+    let (fused, apart) = (losses(true), losses(false));
+    let near = |(a, b): (&f64, &f64)| (a - b).abs() <= 1e-6 * b.abs();
+    assert!(fused.iter().flatten().zip(apart.iter().flatten()).all(near), "{fused:?} {apart:?}");
+}
+
+#[test]
 fn micro_batches_add_up_without_replicas() {
     let model = layers();
     let expected = {

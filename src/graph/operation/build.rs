@@ -3,9 +3,9 @@
 use burn::tensor::{DType, Slice};
 use burn_ir::{
     BaseOperationIr as Base, BinaryOpIr, BoolOperationIr, CatOpIr, CreationOpIr, EmbeddingBackwardOpIr, EmbeddingOpIr,
-    GatherOpIr, LinearBiasBackwardOpIr, LinearOpIr, LinearWeightBackwardOpIr, MaskFillOpIr,
-    ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr, PermuteOpIr, ReduceDimOpIr, ScalarIr,
-    ScalarOpIr, ScatterOpIr, SelectAssignOpIr, SelectOpIr, ShapeOpIr, SliceOpIr, SwapDimsOpIr, TensorIr,
+    FloatOperationIr, GatherOpIr, LinearBiasBackwardOpIr, LinearOpIr, LinearWeightBackwardOpIr, MaskFillOpIr,
+    MatmulOpIr, ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr, PermuteOpIr, ReduceDimOpIr,
+    ScalarIr, ScalarOpIr, ScatterOpIr, SelectAssignOpIr, SelectOpIr, ShapeOpIr, SliceOpIr, SwapDimsOpIr, TensorIr,
 };
 
 /// The operation on tensors of this dtype.
@@ -29,6 +29,11 @@ fn numeric(dtype: DType, op: Numeric) -> OperationIr {
 /// `out = lhs + rhs` of float tensors.
 pub(crate) fn add(lhs: TensorIr, rhs: TensorIr, out: TensorIr) -> OperationIr {
     OperationIr::NumericFloat(out.dtype, Numeric::Add(BinaryOpIr { lhs, rhs, out }))
+}
+
+/// The product of two float matrices, or batches of them.
+pub(crate) fn matmul(lhs: TensorIr, rhs: TensorIr, out: TensorIr) -> OperationIr {
+    OperationIr::Float(out.dtype, FloatOperationIr::Matmul(MatmulOpIr { lhs, rhs, out }))
 }
 
 /// A tensor times a number.

@@ -8,7 +8,8 @@ use burn::tensor::TensorData;
 use burn_ir::TensorStatus;
 
 use super::*;
-use crate::graph::liveness::{Instruction, program};
+use crate::graph::instruction::Instruction;
+use crate::graph::liveness::program;
 use crate::graph::{CustomOps, Executor, StepGraph, capture_step};
 
 /// A language model whose head is its embedding.
@@ -138,7 +139,7 @@ fn alive(graph: &StepGraph) -> (usize, usize) {
     let mut of: HashMap<TensorId, (TensorId, usize)> = HashMap::new();
     let mut alive: HashSet<TensorId> = HashSet::new();
     let (mut most, mut between, mut backward) = (0, 0, false);
-    for instruction in program(graph) {
+    for instruction in program(graph, false).0 {
         match instruction {
             Instruction::Run(op) => {
                 if !backward && op.outputs().all(|out| !forward.contains(&out.id)) {

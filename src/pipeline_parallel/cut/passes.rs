@@ -11,8 +11,8 @@ use crate::comm::panic_message;
 use crate::error::Error;
 use crate::graph::bind::{fits, is_on};
 use crate::graph::graph_error;
+use crate::graph::instruction::Instruction;
 use crate::graph::interpret::Interpreter;
-use crate::graph::liveness::Instruction;
 use crate::tensor::PlainTensor;
 
 /// Tensors on the way from one stage to another, in the order of their [`Route`](super::Route).

@@ -6,11 +6,13 @@ use burn_ir::{OperationIr, TensorId, TensorIr, TensorStatus};
 
 use super::split::StageGraph;
 use crate::graph::StepGraph;
-use crate::graph::liveness::{Instruction, Item, with_lifetimes};
+use crate::graph::fused::{Kernels, fuse};
+use crate::graph::instruction::{Instruction, Item};
+use crate::graph::liveness::with_lifetimes;
 use crate::graph::operation::{bytes, is_view};
 
-/// The three passes of a stage as programs.
-pub(super) fn sections(graph: &StepGraph, part: &StageGraph) -> [Vec<Instruction>; 3] {
+/// The three passes of a stage as programs, and the kernels that they run if groups of operations are to be fused.
+pub(super) fn sections(graph: &StepGraph, part: &StageGraph, fusion: bool) -> ([Vec<Instruction>; 3], Kernels) {
     let keep: HashSet<TensorId> = graph.constants.keys().copied().collect();
     let mut forward: HashMap<TensorId, TensorIr> = HashMap::new();
     let mut backward: HashMap<TensorId, TensorIr> = HashMap::new();
@@ -31,7 +33,9 @@ pub(super) fn sections(graph: &StepGraph, part: &StageGraph) -> [Vec<Instruction
     backward.extend(early);
     let second = give_each(&part.backward_input, backward);
     let third = give_each(&part.backward_weight, late);
-    with_lifetimes([first, second, third], &keep)
+    let passes = [first, second, third];
+    let (passes, kernels) = if fusion { fuse(passes) } else { (passes, Kernels::default()) };
+    (with_lifetimes(passes, &keep), kernels)
 }
 
 /// The operations, each followed by what it makes of what is wanted; what none of them makes comes first.
@@ -50,7 +54,7 @@ fn give_each(operations: &[OperationIr], mut wanted: HashMap<TensorId, TensorIr>
 pub(super) fn saved_bytes(graph: &StepGraph, part: &StageGraph) -> u64 {
     let received = part.receives.iter().filter(|route| route.from < part.stage).flat_map(|route| &route.tensors);
     let mut alive: HashMap<TensorId, u64> = received.map(|tensor| (tensor.id, bytes(tensor))).collect();
-    let [forward, ..] = sections(graph, part);
+    let ([forward, ..], _) = sections(graph, part, false);
     for action in &forward {
         match action {
             Instruction::Run(op) => {

@@ -11,9 +11,10 @@ use super::split::{StageGraph, inputs_read};
 use crate::error::Error;
 use crate::graph::CustomOps;
 use crate::graph::bind::{computable, fits};
+use crate::graph::fused::fuses_on;
 use crate::graph::graph_error;
+use crate::graph::instruction::Instruction;
 use crate::graph::interpret::Interpreter;
-use crate::graph::liveness::Instruction;
 use crate::graph::module::{read_for_step, write_running_states};
 use crate::graph::origin::Origins;
 use crate::graph::step::StepGraph;
@@ -29,6 +30,8 @@ use crate::tensor::PlainTensor;
 pub struct StageRun {
     pub(super) part: StageGraph,
     pub(super) sections: [Vec<Instruction>; 3],
+    /// The same without fused operations, for devices on which burn fuses.
+    unfused: Option<[Vec<Instruction>; 3]>,
     /// The parameters that operations read: id, path, tensor.
     pub(super) params: Vec<(ParamId, String, TensorIr)>,
     /// Gradients and updates by tensor.
@@ -53,8 +56,10 @@ impl StageRun {
     ///
     /// # Errors
     /// [`Error::Graph`] if the stage has a custom operation that `ops` does not know.
-    pub fn new(graph: &StepGraph, part: StageGraph, ops: CustomOps) -> Result<Self, Error> {
-        let sections = sections(graph, &part);
+    pub fn new(graph: &StepGraph, part: StageGraph, mut ops: CustomOps) -> Result<Self, Error> {
+        let unfused = ops.fusion().then(|| sections(graph, &part, false).0);
+        let (sections, kernels) = sections(graph, &part, ops.fusion());
+        kernels.register(&mut ops);
         let read = ops.read_by(sections.iter().flatten())?;
         let param = |place: &usize| graph.params.get(*place).filter(|param| read.contains(&param.tensor.id));
         let params = part.params.iter().filter_map(param);
@@ -80,6 +85,7 @@ impl StageRun {
             constants: constants.collect(),
             home: None,
             sections,
+            unfused,
             ops,
             origins: Origins::of(graph),
             part,
@@ -141,6 +147,9 @@ impl StageRun {
     /// Brings the constants to a device.
     fn settle(&mut self, device: Device) -> Result<(), Error> {
         if self.home.as_ref().is_none_or(|(home, _)| *home != device) {
+            if let Some(unfused) = self.unfused.take_if(|_| !fuses_on(&device)) {
+                self.sections = unfused;
+            }
             let operations = self.sections.iter().flatten().filter_map(|action| match action {
                 Instruction::Run(op) => Some(op),
                 Instruction::Free(_) | Instruction::Output(_) => None,

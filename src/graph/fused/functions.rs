@@ -1,0 +1,241 @@
+//! The functions of fused kernels, written so that the compiler makes vectors of them: no branches, no tables, no
+//! calls.
+//!
+//! Those of `f32` are computed in `f64` and rounded once. Without fused multiply-adds, so that a result has the same
+//! bits whatever vectors the processor has. Errors against the exact value, over all of `f32` ([tests](self#tests)), in
+//! units in the last place: `exp`, `log` and `log1p` 0.51, `tanh` 0.51, `erf` 0.55; burn's own (the C library's, and
+//! `libm`'s `erff`) are within
+//! 1. Those of `f64` are burn's.
+
+/// An element that kernels compute with.
+pub(super) trait Float: Copy + Default + PartialOrd + Send + Sync + 'static {
+    fn from_f64(value: f64) -> Self;
+    fn add(self, other: Self) -> Self;
+    fn sub(self, other: Self) -> Self;
+    fn mul(self, other: Self) -> Self;
+    fn div(self, other: Self) -> Self;
+    fn neg(self) -> Self;
+    fn abs(self) -> Self;
+    fn sqrt(self) -> Self;
+    fn powf(self, exponent: Self) -> Self;
+    fn exp(self) -> Self;
+    fn log(self) -> Self;
+    fn log1p(self) -> Self;
+    fn tanh(self) -> Self;
+    /// Of `f32` only: no kernel asks for that of another.
+    fn erf(self) -> Self;
+
+    #[inline(always)]
+    fn is_nan(self) -> bool {
+        self.partial_cmp(&self).is_none()
+    }
+}
+
+macro_rules! arithmetic {
+    ($float:ty) => {
+        #[inline(always)]
+        fn from_f64(value: f64) -> Self {
+            value as $float
+        }
+        #[inline(always)]
+        fn add(self, other: Self) -> Self {
+            self + other
+        }
+        #[inline(always)]
+        fn sub(self, other: Self) -> Self {
+            self - other
+        }
+        #[inline(always)]
+        fn mul(self, other: Self) -> Self {
+            self * other
+        }
+        #[inline(always)]
+        fn div(self, other: Self) -> Self {
+            self / other
+        }
+        #[inline(always)]
+        fn neg(self) -> Self {
+            -self
+        }
+        #[inline(always)]
+        fn abs(self) -> Self {
+            <$float>::abs(self)
+        }
+        #[inline(always)]
+        fn sqrt(self) -> Self {
+            <$float>::sqrt(self)
+        }
+        #[inline(always)]
+        fn powf(self, exponent: Self) -> Self {
+            <$float>::powf(self, exponent)
+        }
+    };
+}
+
+impl Float for f32 {
+    arithmetic!(f32);
+
+    #[inline(always)]
+    fn exp(self) -> Self {
+        exp(self.into()) as f32
+    }
+
+    #[inline(always)]
+    fn log(self) -> Self {
+        log(self.into()) as f32
+    }
+
+    #[inline(always)]
+    fn log1p(self) -> Self {
+        let x = f64::from(self);
+        // `1 + x` loses the last bits of a small `x`.
+        let small = x * (1.0 - x * (0.5 - x * (1.0 / 3.0)));
+        (if x.abs() < 1.0 / 4096.0 { small } else { log(1.0 + x) }) as f32
+    }
+
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        let x = f64::from(self);
+        let large = 1.0 - 2.0 / (exp(2.0 * x) + 1.0);
+        // Where the difference loses bits.
+        let z = x * x;
+        let small = x * (1.0 - z * (1.0 / 3.0 - z * (2.0 / 15.0 - z * (17.0 / 315.0))));
+        (if x.abs() < 1.0 / 16.0 { small } else { large }) as f32
+    }
+
+    #[inline(always)]
+    fn erf(self) -> Self {
+        // A quotient of polynomials in the square, the best of its degrees for relative errors up to 4, from where on
+        // the nearest `f32` is 1.
+        let x = f64::from(self);
+        let x = if x > 4.0 { 4.0 } else { x };
+        let x = if x < -4.0 { -4.0 } else { x };
+        let z = x * x;
+        let above = 0.004226493711110599 + z * (0.00041127679844379483 + z * 6.791310896154577e-06);
+        let above = 1.1283791699666108 + z * (0.1928789457760508 + z * (0.05574954145380067 + z * above));
+        let below = 0.0014212064196223485 + z * (7.256351710520692e-05 + z * 2.6048271537993987e-07);
+        let below = 0.11749541258431893 + z * (0.016295143972784677 + z * below);
+        let below = 1.0 + z * (0.5042679488934433 + z * below);
+        (x * above / below) as f32
+    }
+}
+
+impl Float for f64 {
+    arithmetic!(f64);
+
+    #[inline(always)]
+    fn exp(self) -> Self {
+        f64::exp(self)
+    }
+
+    #[inline(always)]
+    fn log(self) -> Self {
+        f64::ln(self)
+    }
+
+    #[inline(always)]
+    fn log1p(self) -> Self {
+        f64::ln_1p(self)
+    }
+
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        f64::tanh(self)
+    }
+
+    fn erf(self) -> Self {
+        unreachable!("burn computes the error function of f64")
+    }
+}
+
+/// `e` to the power of an `f32`, within 2^-34 of its size; beyond what an `f32` holds, anything beyond that.
+#[inline(always)]
+fn exp(x: f64) -> f64 {
+    // Adding it leaves the nearest integer in the lowest bits.
+    const ROUND: f64 = 6_755_399_441_055_744.0;
+    let x = if x > 180.0 { 180.0 } else { x };
+    let x = if x < -180.0 { -180.0 } else { x };
+    let shifted = x * std::f64::consts::LOG2_E + ROUND;
+    let r = x - (shifted - ROUND) * std::f64::consts::LN_2;
+    // Of all polynomials of its degree the one with the least relative error over half a doubling around 1.
+    let p = 0.0013948195104249931 + r * 0.00019775152145461533;
+    let p = 0.04166622525097521 + r * (0.00833356119445267 + r * p);
+    let p = 0.5000000104597847 + r * (0.16666665125138191 + r * p);
+    let p = 0.9999999999616528 + r * (1.0000000002432998 + r * p);
+    // A power of two by its exponent.
+    p * f64::from_bits(shifted.to_bits().wrapping_add(1023) << 52)
+}
+
+/// The natural logarithm of what is no subnormal `f64`.
+#[inline(always)]
+fn log(x: f64) -> f64 {
+    const MANTISSA: u64 = (1 << 52) - 1;
+    let bits = x.to_bits();
+    // A mantissa from the root of one half on, and the power of two that goes with it.
+    let above = (bits & MANTISSA) > (std::f64::consts::SQRT_2.to_bits() & MANTISSA);
+    let m = f64::from_bits((bits & MANTISSA) | (if above { 1022 } else { 1023 } << 52));
+    // An exponent as a number without a conversion: in the lowest bits of one that is large enough.
+    const LARGE: u64 = 0x4330_0000_0000_0000;
+    let exponent = f64::from_bits(LARGE | ((bits >> 52) + u64::from(above))) - (f64::from_bits(LARGE) + 1023.0);
+    let s = (m - 1.0) / (m + 1.0);
+    let z = s * s;
+    let p = 1.0 / 9.0 + z * (1.0 / 11.0 + z * (1.0 / 13.0));
+    let p = 1.0 / 3.0 + z * (1.0 / 5.0 + z * (1.0 / 7.0 + z * p));
+    let y = exponent * std::f64::consts::LN_2 + 2.0 * (s + s * z * p);
+    let y = if x == f64::INFINITY { x } else { y };
+    let y = if x == 0.0 { f64::NEG_INFINITY } else { y };
+    if x >= 0.0 { y } else { f64::NAN }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Float;
+
+    /// The error of an `f32` in units in the last place of the exact value.
+    fn error(exact: f64, found: f32) -> f64 {
+        if exact.is_nan() || exact as f32 == found {
+            return if exact.is_nan() == found.is_nan() { 0.5 } else { f64::INFINITY };
+        }
+        if !found.is_finite() {
+            return f64::INFINITY;
+        }
+        let exponent = (exact.abs() as f32).max(f32::MIN_POSITIVE).to_bits() >> 23;
+        (f64::from(found) - exact).abs() / 2f64.powi(exponent as i32 - 127 - 23)
+    }
+
+    /// The largest error over floats of all sizes, and over many of those that occur.
+    fn worst(found: impl Fn(f32) -> f32, exact: impl Fn(f64) -> f64) -> f64 {
+        let all = (0..=u32::MAX / 50_021).map(|n| f32::from_bits(n * 50_021));
+        let usual = (-60_000..60_000).map(|n| n as f32 * 1.7e-3);
+        let small = (-20_000..20_000).map(|n| n as f32 * 2.3e-5);
+        all.chain(usual).chain(small).map(|x| error(exact(x.into()), found(x))).fold(0.0, f64::max)
+    }
+
+    /// By its series of positive terms.
+    fn erf(x: f64) -> f64 {
+        if x.is_nan() || x.abs() > 6.0 {
+            return if x.is_nan() { x } else { x.signum() };
+        }
+        let (mut term, mut sum, mut n) = (x, x, 1.0);
+        while term.abs() > 1e-18 * sum.abs() {
+            term *= 2.0 * x * x / (2.0 * n + 1.0);
+            sum += term;
+            n += 1.0;
+        }
+        sum * std::f64::consts::FRAC_2_SQRT_PI * (-x * x).exp()
+    }
+
+    #[test]
+    fn functions_are_near() {
+        let cases: [(&str, f64, f64); 5] = [
+            ("exp", 0.51, worst(<f32 as Float>::exp, f64::exp)),
+            ("log", 0.51, worst(<f32 as Float>::log, f64::ln)),
+            ("log1p", 0.51, worst(<f32 as Float>::log1p, f64::ln_1p)),
+            ("tanh", 0.51, worst(<f32 as Float>::tanh, f64::tanh)),
+            ("erf", 0.55, worst(<f32 as Float>::erf, erf)),
+        ];
+        for (name, bound, found) in cases {
+            assert!(found <= bound, "{name}: {found} units in the last place");
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! Finds the groups of operations that become one kernel each.
+//!
+//! Operations come one after the other. One that can be fused joins the open groups whose results it reads, if they run
+//! over the same dims; groups that it so connects become one. A group is closed, and takes its place in the program,
+//! when something that is not in it reads one of its results. So open groups never depend on each other, and no
+//! operation comes before one whose result it reads. Operations of this crate, collectives above all, close all groups:
+//! what a pass has put between the start and the end of a collective stays there.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use burn::tensor::DType;
+use burn_ir::{OperationIr, TensorId};
+
+use super::super::instruction::Item;
+use super::work::Work;
+
+/// Beyond this many operations a kernel gains nothing, and its values leave the caches.
+const MOST: usize = 96;
+
+/// After so many operations that do not join it a group is closed, so that what it reads does not stay for long.
+const LONGEST: usize = 32;
+
+/// What a kernel runs over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Space {
+    /// All dims but the last.
+    rows: Vec<usize>,
+    /// The last dim; none if only numbers for whole rows are known so far.
+    columns: Option<usize>,
+    wide: bool,
+}
+
+impl Space {
+    fn of(op: &OperationIr) -> Option<Self> {
+        let (work, out) = Work::of(op)?;
+        let over = work.over(out);
+        let (last, rows) = over.shape.as_slice().split_last()?;
+        let wide = op.inputs().chain([out]).any(|tensor| tensor.dtype == DType::F64);
+        Some(Self { rows: rows.to_vec(), columns: Some(*last).filter(|last| *last != 1), wide })
+    }
+
+    fn merged(&self, other: &Self) -> Option<Self> {
+        let columns = match (self.columns, other.columns) {
+            (Some(a), Some(b)) if a != b => return None,
+            (a, b) => a.or(b),
+        };
+        let same = self.rows == other.rows && self.wide == other.wide;
+        same.then(|| Self { columns, ..self.clone() })
+    }
+}
+
+/// A group of operations in the order of the program.
+#[derive(Debug)]
+pub(super) struct Group {
+    space: Space,
+    /// By place in the program.
+    pub(super) operations: BTreeMap<usize, Box<OperationIr>>,
+    /// Sums over all rows, which are there only at the end.
+    late: HashSet<TensorId>,
+    /// What its operations read that is as large as what it runs over.
+    shared: HashSet<TensorId>,
+}
+
+impl Group {
+    /// The dims that the kernel runs over.
+    pub(super) fn dims(&self) -> Vec<usize> {
+        self.space.rows.iter().copied().chain([self.space.columns.unwrap_or(1)]).collect()
+    }
+
+    /// The first tensor that it makes.
+    fn first(&self) -> Option<TensorId> {
+        self.operations.values().flat_map(|op| op.outputs()).map(|out| out.id).next()
+    }
+
+    /// Whether one loop takes less than the operations one by one.
+    pub(super) fn is_worth_it(&self) -> bool {
+        let works = || self.operations.values().filter_map(|op| Work::of(op)).map(|(work, _)| work);
+        let real = |work: &Work<'_>| !matches!(work, Work::Fill(_) | Work::AddRows(_));
+        works().any(|work| work.is_dear()) || works().filter(real).count() > 1
+    }
+}
+
+/// What becomes of a program.
+pub(super) enum Part {
+    Item(Item),
+    Group(Group),
+}
+
+#[derive(Default)]
+struct Grouping {
+    open: BTreeMap<usize, Group>,
+    maker: HashMap<TensorId, usize>,
+    parts: Vec<Part>,
+    next: usize,
+}
+
+/// The program with its groups, each where it has to run at the latest.
+pub(super) fn grouped(items: Vec<Item>) -> Vec<Part> {
+    let mut grouping = Grouping::default();
+    for (place, item) in items.into_iter().enumerate() {
+        grouping.take(place, item);
+    }
+    grouping.close_all();
+    grouping.parts
+}
+
+impl Grouping {
+    fn take(&mut self, place: usize, item: Item) {
+        let old = |group: &Group| group.operations.last_key_value().is_none_or(|(last, _)| last + LONGEST < place);
+        let old: Vec<TensorId> = self.open.values().filter(|group| old(group)).filter_map(Group::first).collect();
+        old.into_iter().for_each(|made| self.close_maker(made));
+        match item {
+            Item::Run(op) => match Space::of(&op) {
+                Some(space) => self.join(place, op, &space),
+                None => {
+                    match *op {
+                        OperationIr::Custom(_) => self.close_all(),
+                        _ => op.inputs().for_each(|input| self.close_maker(input.id)),
+                    }
+                    self.parts.push(Part::Item(Item::Run(op)));
+                }
+            },
+            Item::Output(tensor) => {
+                self.close_maker(tensor.id);
+                self.parts.push(Part::Item(Item::Output(tensor)));
+            }
+        }
+    }
+
+    fn close_all(&mut self) {
+        while let Some((_, group)) = self.open.pop_first() {
+            self.parts.push(Part::Group(group));
+        }
+        self.maker.clear();
+    }
+
+    fn close_maker(&mut self, tensor: TensorId) {
+        if let Some(group) = self.maker.get(&tensor).and_then(|group| self.open.remove(group)) {
+            for out in group.operations.values().flat_map(|op| op.outputs()) {
+                self.maker.remove(&out.id);
+            }
+            self.parts.push(Part::Group(group));
+        }
+    }
+
+    fn join(&mut self, place: usize, op: Box<OperationIr>, space: &Space) {
+        let mut space = space.clone();
+        let mut joined: Vec<usize> = Vec::new();
+        for input in op.inputs() {
+            let Some(maker) = self.maker.get(&input.id).copied() else { continue };
+            if joined.contains(&maker) && !self.open[&maker].late.contains(&input.id) {
+                continue;
+            }
+            let group = &self.open[&maker];
+            let merged = group.space.merged(&space).filter(|_| {
+                let size: usize = joined.iter().map(|other| self.open[other].operations.len()).sum();
+                !group.late.contains(&input.id) && size + group.operations.len() < MOST
+            });
+            match merged {
+                Some(merged) => {
+                    space = merged;
+                    joined.push(maker);
+                }
+                None => {
+                    joined.retain(|other| *other != maker);
+                    self.close_maker(input.id);
+                }
+            }
+        }
+        // Of no group it reads a result of, but perhaps the same as one.
+        if joined.is_empty() {
+            let read: Vec<TensorId> = op.inputs().map(|input| input.id).collect();
+            let beside = self.open.iter().find_map(|(number, group)| {
+                let shares = read.iter().any(|input| group.shared.contains(input));
+                let merged = group.space.merged(&space).filter(|_| shares && group.operations.len() < MOST)?;
+                Some((*number, merged))
+            });
+            if let Some((number, merged)) = beside {
+                space = merged;
+                joined.push(number);
+            }
+        }
+        let number = joined.first().copied().unwrap_or_else(|| {
+            self.next += 1;
+            self.next - 1
+        });
+        let mut group =
+            Group { space: space.clone(), operations: BTreeMap::new(), late: HashSet::new(), shared: HashSet::new() };
+        for other in joined {
+            if let Some(other) = self.open.remove(&other) {
+                group.operations.extend(other.operations);
+                group.late.extend(other.late);
+                group.shared.extend(other.shared);
+            }
+        }
+        let size = space.rows.iter().product::<usize>() * space.columns.unwrap_or(1);
+        group.shared.extend(op.inputs().filter(|input| input.shape.num_elements() == size).map(|input| input.id));
+        if let Some((Work::AddRows(_), out)) = Work::of(&op) {
+            group.late.insert(out.id);
+        }
+        group.operations.insert(place, op);
+        for out in group.operations.values().flat_map(|op| op.outputs()) {
+            self.maker.insert(out.id, number);
+        }
+        self.open.insert(number, group);
+    }
+}

@@ -1,0 +1,176 @@
+//! A fused kernel as data: instructions over values that are as large as a block.
+
+use burn::tensor::DType;
+
+use super::loops::{Binary, Reduction, Unary};
+
+/// How many elements of a value there are in a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Extent {
+    /// One for all rows.
+    One,
+    /// One for each row.
+    Row,
+    /// One for each place.
+    Full,
+}
+
+/// A value by its number.
+pub(super) type Value = usize;
+
+#[derive(Debug, Clone)]
+pub(super) enum Instruction {
+    Fill {
+        out: Value,
+        with: f64,
+    },
+    Unary {
+        op: Unary,
+        out: Value,
+        x: Value,
+    },
+    Binary {
+        op: Binary,
+        out: Value,
+        a: Value,
+        b: Value,
+    },
+    Choose {
+        out: Value,
+        mask: Value,
+        a: Value,
+        b: Value,
+    },
+    /// The same with more elements.
+    Spread {
+        out: Value,
+        x: Value,
+    },
+    Reduce {
+        op: Reduction,
+        out: Value,
+        x: Value,
+    },
+    /// Adds the rows to sums that are a result.
+    AddRows {
+        sums: usize,
+        x: Value,
+    },
+    /// Rounds a value to what a dtype of 16 bits holds.
+    Round {
+        x: Value,
+        to: DType,
+    },
+}
+
+impl Instruction {
+    pub(super) fn reads(&self) -> impl Iterator<Item = Value> {
+        let read = match *self {
+            Self::Fill { .. } => [None; 3],
+            Self::Unary { x, .. } | Self::Spread { x, .. } | Self::Reduce { x, .. } => [Some(x), None, None],
+            Self::AddRows { x, .. } | Self::Round { x, .. } => [Some(x), None, None],
+            Self::Binary { a, b, .. } => [Some(a), Some(b), None],
+            Self::Choose { mask, a, b, .. } => [Some(mask), Some(a), Some(b)],
+        };
+        read.into_iter().flatten()
+    }
+
+    pub(super) fn writes(&self) -> Option<Value> {
+        match *self {
+            Self::Fill { out, .. } | Self::Unary { out, .. } | Self::Binary { out, .. } => Some(out),
+            Self::Choose { out, .. } | Self::Spread { out, .. } | Self::Reduce { out, .. } => Some(out),
+            Self::AddRows { .. } | Self::Round { .. } => None,
+        }
+    }
+}
+
+/// Where a value is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Home {
+    /// In an input of the kernel, or in a register of its own if that has to be gathered.
+    Input(usize),
+    /// In a result, or in a register of its own if that is of another form.
+    Result(usize),
+    /// In a register that several values take one after the other.
+    Register(usize),
+}
+
+/// What becomes of a value, or of sums of rows.
+#[derive(Debug, Clone)]
+pub(super) struct Output {
+    /// None for sums over all rows.
+    pub(super) value: Option<Value>,
+    pub(super) dims: Vec<usize>,
+    pub(super) dtype: DType,
+    /// How many elements there are in a block.
+    pub(super) extent: Extent,
+}
+
+/// What one loop over the elements of a group of operations does.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    /// What it runs over; the last dim is that of the rows' elements.
+    pub(super) dims: Vec<usize>,
+    /// Whether it computes in `f64`, else in `f32`.
+    pub(super) wide: bool,
+    /// How much of each input there is in a block.
+    pub(super) inputs: Vec<Extent>,
+    pub(super) extents: Vec<Extent>,
+    pub(super) homes: Vec<Home>,
+    /// How many registers there are beside those of inputs and results.
+    pub(super) registers: usize,
+    pub(super) code: Vec<Instruction>,
+    pub(super) outputs: Vec<Output>,
+}
+
+impl Kernel {
+    /// Whether a row may be cut into several blocks.
+    pub(super) fn cuts_rows(&self) -> bool {
+        let whole = |code: &Instruction| matches!(code, Instruction::Reduce { .. } | Instruction::AddRows { .. });
+        !self.code.iter().any(whole) && self.outputs.iter().all(|output| output.extent == Extent::Full)
+    }
+}
+
+/// Gives every value a home: registers are taken again after the last use.
+pub(super) fn homes(
+    extents: &[Extent],
+    inputs: &[Value],
+    code: &[Instruction],
+    outputs: &[Output],
+) -> (Vec<Home>, usize) {
+    let mut homes: Vec<Option<Home>> = vec![None; extents.len()];
+    for (input, value) in inputs.iter().enumerate() {
+        homes[*value] = Some(Home::Input(input));
+    }
+    for (place, output) in outputs.iter().enumerate() {
+        if let Some(value) = output.value {
+            homes[value].get_or_insert(Home::Result(place));
+        }
+    }
+    let mut last = vec![0; extents.len()];
+    for (place, instruction) in code.iter().enumerate() {
+        instruction.reads().chain(instruction.writes()).for_each(|value| last[value] = place);
+    }
+    let (mut free, mut registers) = (Vec::new(), 0);
+    for (place, instruction) in code.iter().enumerate() {
+        // A result never has the register of what it is computed from: a loop reads and writes apart.
+        if let Some(out) = instruction.writes() {
+            homes[out].get_or_insert_with(|| {
+                Home::Register(free.pop().unwrap_or_else(|| {
+                    registers += 1;
+                    registers - 1
+                }))
+            });
+        }
+        let mut ended: Vec<Value> = instruction.reads().chain(instruction.writes()).collect();
+        ended.sort_unstable();
+        ended.dedup();
+        for value in ended.into_iter().filter(|value| last[*value] == place) {
+            if let Some(Home::Register(register)) = homes[value] {
+                free.push(register);
+            }
+        }
+    }
+    // What nothing makes or reads has no need of a home of its own.
+    (homes.into_iter().map(|home| home.unwrap_or(Home::Register(0))).collect(), registers.max(1))
+}

@@ -1,0 +1,181 @@
+//! Makes a kernel of a group of operations.
+
+use std::collections::{HashMap, HashSet};
+
+use burn::tensor::DType;
+use burn_ir::{OperationIr, TensorId, TensorIr};
+
+use super::kernel::{Extent, Instruction, Kernel, Output, Value, homes};
+use super::loops::{Binary, Unary};
+use super::work::Work;
+
+/// The kernel of `operations`, which run over `dims`, with its inputs and results; `wanted` are the tensors that others
+/// read.
+///
+/// None if a tensor is not of a form that a kernel reads.
+pub(super) fn lower(
+    operations: &[OperationIr],
+    dims: &[usize],
+    wanted: &HashSet<TensorId>,
+) -> Option<(Kernel, Vec<TensorIr>, Vec<TensorIr>)> {
+    let mut lowering = Lowering { dims, ..Lowering::default() };
+    let mut results: Vec<TensorIr> = Vec::new();
+    for op in operations {
+        let (work, out) = Work::of(op)?;
+        lowering.wide |= op.inputs().chain([out]).any(|tensor| tensor.dtype == DType::F64);
+        let is_wanted = wanted.contains(&out.id);
+        if let Work::AddRows(x) = work {
+            let x = lowering.read(x)?;
+            let x = lowering.spread(x, Extent::Full);
+            lowering.code.push(Instruction::AddRows { sums: lowering.outputs.len(), x });
+            lowering.output(None, out, Extent::Full);
+            results.push(out.clone());
+            continue;
+        }
+        let value = lowering.work(&work, out)?;
+        lowering.values.insert(out.id, value);
+        if is_wanted {
+            let extent = lowering.extent_of(out)?;
+            lowering.output(Some(value), out, extent);
+            results.push(out.clone());
+        }
+    }
+    let Lowering { wide, values, inputs, extents, code, outputs, .. } = lowering;
+    let at: Vec<Value> = inputs.iter().map(|input| values[&input.id]).collect();
+    let read = at.iter().map(|value| extents[*value]).collect();
+    let (homes, registers) = homes(&extents, &at, &code, &outputs);
+    let kernel = Kernel { dims: dims.to_vec(), wide, inputs: read, extents, homes, registers, code, outputs };
+    Some((kernel, inputs, results))
+}
+
+#[derive(Default)]
+struct Lowering<'a> {
+    dims: &'a [usize],
+    wide: bool,
+    values: HashMap<TensorId, Value>,
+    inputs: Vec<TensorIr>,
+    extents: Vec<Extent>,
+    /// Values that are the same number everywhere.
+    known: HashMap<Value, f64>,
+    code: Vec<Instruction>,
+    outputs: Vec<Output>,
+}
+
+impl Lowering<'_> {
+    fn value(&mut self, extent: Extent) -> Value {
+        self.extents.push(extent);
+        self.extents.len() - 1
+    }
+
+    fn output(&mut self, value: Option<Value>, out: &TensorIr, extent: Extent) {
+        self.outputs.push(Output { value, dims: out.shape.to_vec(), dtype: out.dtype, extent });
+    }
+
+    /// How much of a tensor there is in a block; none if it cannot be broadcast to what the kernel runs over.
+    fn extent_of(&self, tensor: &TensorIr) -> Option<Extent> {
+        let of: &[usize] = &tensor.shape;
+        let broadcast = |(size, whole): (&usize, &usize)| size == whole || *size == 1;
+        if of.len() != self.dims.len() || !of.iter().zip(self.dims).all(broadcast) {
+            return None;
+        }
+        let columns = *self.dims.last()?;
+        Some(match of.iter().all(|size| *size == 1) {
+            true if self.dims.iter().any(|size| *size != 1) => Extent::One,
+            _ if of.last() == Some(&1) && columns != 1 => Extent::Row,
+            _ => Extent::Full,
+        })
+    }
+
+    fn read(&mut self, tensor: &TensorIr) -> Option<Value> {
+        if let Some(value) = self.values.get(&tensor.id) {
+            return Some(*value);
+        }
+        let extent = self.extent_of(tensor)?;
+        let value = self.value(extent);
+        self.values.insert(tensor.id, value);
+        self.inputs.push(tensor.clone());
+        Some(value)
+    }
+
+    fn spread(&mut self, x: Value, extent: Extent) -> Value {
+        if self.extents[x] == extent {
+            return x;
+        }
+        let out = self.value(extent);
+        self.code.push(Instruction::Spread { out, x });
+        out
+    }
+
+    fn work(&mut self, work: &Work<'_>, out: &TensorIr) -> Option<Value> {
+        let value = match *work {
+            Work::Fill(with) => return Some(self.fill(with)),
+            Work::Unary(Unary::Copy, x) => {
+                let value = self.read(x)?;
+                // A float in a larger dtype is what it was.
+                if x.dtype == out.dtype || !matches!(out.dtype, DType::F16 | DType::BF16) {
+                    return Some(value);
+                }
+                self.unary(Unary::Copy, value)
+            }
+            Work::Unary(op, x) => {
+                let x = self.read(x)?;
+                self.unary(op, x)
+            }
+            Work::Scalar(op, x, number) => {
+                let x = self.read(x)?;
+                if number == 1.0 && matches!(op, Binary::Mul | Binary::Div) {
+                    return Some(x);
+                }
+                let number = self.fill(number);
+                self.binary(op, x, number)
+            }
+            Work::Binary(op, a, b) => {
+                let (a, b) = (self.read(a)?, self.read(b)?);
+                match op {
+                    Binary::Mul if self.known.get(&a) == Some(&1.0) => return Some(b),
+                    Binary::Mul if self.known.get(&b) == Some(&1.0) => return Some(a),
+                    _ => self.binary(op, a, b),
+                }
+            }
+            Work::Choose(mask, a, b) => {
+                let [mask, a, b] = [self.read(mask)?, self.read(a)?, self.read(b)?];
+                let extent = [mask, a, b].map(|value| self.extents[value]).into_iter().max()?;
+                let [mask, a, b] = [mask, a, b].map(|value| self.spread(value, extent));
+                let out = self.value(extent);
+                self.code.push(Instruction::Choose { out, mask, a, b });
+                out
+            }
+            Work::Reduce(op, x) => {
+                let x = self.read(x)?;
+                let x = self.spread(x, Extent::Full);
+                let out = self.value(Extent::Row);
+                self.code.push(Instruction::Reduce { op, out, x });
+                out
+            }
+            Work::AddRows(_) => return None,
+        };
+        if matches!(out.dtype, DType::F16 | DType::BF16) {
+            self.code.push(Instruction::Round { x: value, to: out.dtype });
+        }
+        Some(value)
+    }
+
+    fn fill(&mut self, with: f64) -> Value {
+        let out = self.value(Extent::One);
+        self.known.insert(out, with);
+        self.code.push(Instruction::Fill { out, with });
+        out
+    }
+
+    fn unary(&mut self, op: Unary, x: Value) -> Value {
+        let out = self.value(self.extents[x]);
+        self.code.push(Instruction::Unary { op, out, x });
+        out
+    }
+
+    fn binary(&mut self, op: Binary, a: Value, b: Value) -> Value {
+        let out = self.value(self.extents[a].max(self.extents[b]));
+        self.code.push(Instruction::Binary { op, out, a, b });
+        out
+    }
+}

@@ -1,0 +1,227 @@
+//! Fused operations against the same operations one by one.
+
+use burn::module::Module;
+use burn::nn::{LayerNormConfig, Linear, LinearConfig};
+use burn::prelude::*;
+use burn::tensor::{DType, FloatDType, activation};
+use burn_parallel::graph::{CustomOps, Executor, Forward, TensorTree, capture_forward, capture_step};
+
+use crate::common::models::*;
+use crate::common::reference::{difference, gradient_values};
+
+fn linear() -> Linear {
+    LinearConfig::new(2, 2).init(&device())
+}
+
+/// What a forward gives with its operations fused, and one by one.
+fn both<I: TensorTree + Clone, O: TensorTree + Clone + Send + 'static>(inputs: I, run: impl Fn(I) -> O) -> [O; 2] {
+    let model = linear();
+    [true, false].map(|fusion| {
+        let captured = capture_forward(&model, inputs.clone(), |_, inputs| run(inputs)).unwrap();
+        let mut forward = Forward::new(captured, CustomOps::new().with_fusion(fusion)).unwrap();
+        forward.run(&model, inputs.clone()).unwrap()
+    })
+}
+
+fn numbers<const D: usize>(tensor: &Tensor<D>) -> Vec<f64> {
+    tensor.to_data().iter::<f64>().collect()
+}
+
+/// Of the values of a list of tensors the largest difference, over one and their size.
+fn apart<const D: usize>([fused, plain]: &[Vec<Tensor<D>>; 2]) -> f64 {
+    assert_eq!(fused.len(), plain.len());
+    let mut worst = 0.0f64;
+    for (place, (a, b)) in fused.iter().zip(plain).enumerate() {
+        assert_eq!((a.dims(), a.dtype()), (b.dims(), b.dtype()), "result {place}");
+        for (a, b) in numbers(a).into_iter().zip(numbers(b)) {
+            assert_eq!(a.is_nan(), b.is_nan(), "result {place}: {a} for {b}");
+            if a != b && !a.is_nan() {
+                worst = worst.max((a - b).abs() / (1.0 + b.abs()));
+            }
+        }
+    }
+    worst
+}
+
+type Inputs = (Tensor<3>, Tensor<3>, Tensor<3>, Tensor<3>);
+
+/// Two tensors, numbers for columns and for rows.
+fn inputs([a, b, c]: [usize; 3], dtype: FloatDType) -> Inputs {
+    let mut numbers = Numbers(3);
+    let mut make = |dims| numbers.tensor::<3>(dims, &Device::flex()).cast(dtype);
+    (make([a, b, c]), make([a, b, c]), make([1, 1, c]), make([a, b, 1]))
+}
+
+/// Arithmetic, whose results have the very bits of burn's.
+fn arithmetic((x, y, column, row): Inputs) -> Vec<Tensor<3>> {
+    let mask = x.clone().greater(y.clone()).bool_and(row.clone().lower_elem(0.2).expand(x.dims()));
+    let sum = x.clone() + y.clone() * column.clone() - row.clone();
+    let quotient = (sum.clone() / (row.clone().abs() + 1.5)).recip();
+    vec![
+        sum.clone(),
+        quotient.clone(),
+        x.clone().mask_fill(mask.clone(), -7.25),
+        x.clone().mask_where(mask, column.clone().expand(x.dims())),
+        activation::relu(sum.clone()).neg(),
+        (y.clone() * 3.0 - 0.125).clamp(-0.5, 0.75) / 0.3,
+        y.clone().clamp_min(0.25).abs().sqrt() + quotient.clamp_max(2.0),
+        x.clone().powi_scalar(2).add_scalar(1.0).sqrt().powf_scalar(-1.0) * column,
+        x.clone().equal(y.clone()).float().cast(x.dtype()) + y.clone().lower_equal(x.clone()).float().cast(x.dtype()),
+        Tensor::ones(x.dims(), (&x.device(), x.dtype())) * row * sum.swap_dims(0, 2).swap_dims(0, 2),
+    ]
+}
+
+/// With functions and sums.
+fn functions((x, y, column, row): Inputs) -> Vec<Tensor<3>> {
+    let exp = (x.clone() * 8.0).exp() - row.clone();
+    let normal = x.clone() - x.clone().mean_dim(2);
+    let normal = normal.clone() / ((normal.clone() * normal).mean_dim(2) + 1e-5).sqrt() * column.clone();
+    let top = y.clone() - y.clone().max_dim(2);
+    let share = top.clone().exp() / top.clone().exp().sum_dim(2);
+    vec![
+        exp,
+        (y.clone().abs() + 0.01).log() * column,
+        (y.clone().abs()).log1p().tanh() + row,
+        activation::gelu(x.clone() * 3.0),
+        activation::sigmoid(x.clone() * 5.0),
+        (x.clone() * 2.0).erf(),
+        normal.clone(),
+        share.clone(),
+        top.clone() - top.exp().sum_dim(2).log(),
+        (share * y).sum_dim(2) * normal.clone(),
+        normal.clone().sum_dim(0).sum_dim(1).repeat_dim(1, 2),
+        normal.powf_scalar(2.0).add_scalar(0.5).powf_scalar(-0.5),
+    ]
+}
+
+#[test]
+fn arithmetic_has_the_same_bits() {
+    for dtype in [FloatDType::F32, FloatDType::F64, FloatDType::BF16, FloatDType::F16] {
+        for dims in [[3, 4, 37], [2, 1, 1], [1, 1, 5], [5, 3, 1], [1, 2, 5000]] {
+            assert_eq!(apart(&both(inputs(dims, dtype), arithmetic)), 0.0, "{dtype:?} {dims:?}");
+        }
+    }
+}
+
+#[test]
+fn functions_and_sums_are_near() {
+    let bounds =
+        [(FloatDType::F32, 1e-6), (FloatDType::F64, 1e-14), (FloatDType::BF16, 1.6e-2), (FloatDType::F16, 2e-3)];
+    for (dtype, bound) in bounds {
+        for dims in [[3, 4, 37], [2, 1, 1], [5, 3, 1], [2, 3, 2050]] {
+            let worst = apart(&both(inputs(dims, dtype), functions));
+            assert!(worst <= bound, "{dtype:?} {dims:?}: {worst}");
+        }
+    }
+}
+
+#[test]
+fn what_is_no_number_stays_so() {
+    let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 0.0, f32::MIN_POSITIVE / 8.0, 1.0, -120.0, 120.0];
+    let x = Tensor::<1>::from_floats(odd, &Device::flex()).reshape([1, 3, 3]);
+    let run = |x: Tensor<3>| {
+        let other = x.clone().flip([2]);
+        vec![
+            x.clone().exp(),
+            x.clone().log(),
+            x.clone().log1p(),
+            x.clone().tanh(),
+            x.clone().erf(),
+            activation::relu(x.clone()) + 0.0,
+            activation::sigmoid(x.clone()),
+            activation::gelu(x.clone()),
+            x.clone().clamp(-1.0, 1.0) + 0.0,
+            x.clone().greater_equal(other.clone()).float() + x.clone().not_equal(other.clone()).float(),
+            (x.clone() + 0.0).max_dim(2),
+            (x.clone() * other).sum_dim(2),
+        ]
+    };
+    let worst = apart(&both(x, run));
+    assert!(worst <= 1e-6, "{worst}");
+}
+
+/// Views are read where they lie, whatever their strides, and what others hold is not written.
+#[test]
+fn views_and_shared_inputs() {
+    let mut numbers = Numbers(9);
+    let x = numbers.tensor::<3>([4, 6, 10], &Device::flex());
+    let run = |x: Tensor<3>| {
+        let turned = x.clone().swap_dims(0, 2);
+        let wide = x.clone().slice([0..1, 0..6, 2..3]).expand([10, 6, 4]);
+        let narrow = x.clone().slice([0..4, 1..5, 3..9]);
+        vec![(turned.clone() + wide.clone()).exp() * 2.0, turned - wide + 1.0, narrow.clone() * narrow + 1.0]
+    };
+    let before = x.to_data();
+    let [fused, plain] = both(x.clone(), run);
+    assert!(apart(&[fused[..2].to_vec(), plain[..2].to_vec()]) <= 1e-6);
+    assert_eq!(fused[2].to_data(), plain[2].to_data());
+    assert_eq!(x.to_data(), before);
+}
+
+/// The same bits with one thread and with several.
+#[test]
+fn threads_change_nothing() {
+    let run = |x: Tensor<2>| {
+        let share = (x.clone() - x.clone().max_dim(1)).exp();
+        let share = share.clone() / share.sum_dim(1);
+        (share.clone(), share.sum_dim(0), x.reshape([700 * 400]).mul_scalar(1.5).exp())
+    };
+    let x = Numbers(4).tensor::<2>([700, 400], &Device::flex());
+    let on = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let [fused, plain] = pool.install(|| both(x.clone(), run));
+        assert!(apart(&[vec![fused.0.clone(), fused.1.clone()], vec![plain.0, plain.1]]) <= 1e-6);
+        (fused.0.to_data(), fused.1.to_data(), fused.2.to_data())
+    };
+    let (one, three) = (on(1), on(3));
+    assert_eq!(one, three);
+}
+
+/// Loss and gradients of a whole step, fused and one by one.
+fn steps<M: Module, I: TensorTree + Clone>(model: M, inputs: I, loss: impl Fn(&M, I) -> Tensor<1>) {
+    let [fused, plain] = [true, false].map(|fusion| {
+        let graph = capture_step(&model, inputs.clone(), &loss).unwrap();
+        let mut executor = Executor::new(graph, CustomOps::new().with_fusion(fusion)).unwrap();
+        let first = executor.step(&model, inputs.clone()).unwrap();
+        let again = executor.step(&model, inputs.clone()).unwrap();
+        assert_eq!(first.loss.to_data(), again.loss.to_data());
+        (scalar(first.loss), gradient_values(&model, &first.gradients), executor.memory().peak)
+    });
+    assert!((fused.0 - plain.0).abs() <= 1e-6 * plain.0.abs());
+    let worst = difference(&fused.1, &plain.1);
+    // Some gradients are zero but for rounding, as that of a bias ahead of a norm.
+    assert!(worst <= 2e-5, "gradients differ by {worst}");
+    // What a group reads stays until its loop runs, which counts for something in a model of a few numbers.
+    assert!(fused.2 as f64 <= 1.25 * plain.2 as f64, "{} bytes where {} are enough", fused.2, plain.2);
+}
+
+#[test]
+fn whole_steps() {
+    let tokens = |seed, rows, length| {
+        let mut numbers = Numbers(seed);
+        (numbers.classes([rows, length], 11, &device()), numbers.classes([rows, length], 11, &device()))
+    };
+    steps(Lm::new(11, 8, 2, &device()), tokens(1, 3, 5), |m, (x, t)| m.loss(x, t));
+    steps(Cnn::new(&device()), images(4, 2, &device()), |m, (x, t)| m.loss(x, t));
+    steps(Rnn::new(&device()), tokens(3, 2, 4), |m, (x, t)| m.loss(x, t));
+    let layers = (LinearConfig::new(6, 9).init(&device()), LayerNormConfig::new(9).init(&device()));
+    let x = Numbers(5).tensor::<2>([7, 6], &device());
+    steps(layers, x, |(linear, norm): &(Linear, burn::nn::LayerNorm), x| {
+        let y = activation::silu(norm.forward(activation::gelu(linear.forward(x))));
+        (activation::softmax(y.clone(), 1) * activation::log_softmax(y, 1)).sum_dim(1).mean()
+    });
+}
+
+#[test]
+fn bools_and_casts() {
+    let x = Numbers(6).tensor::<2>([5, 33], &Device::flex());
+    let run = |x: Tensor<2>| {
+        let half = (x.clone() * 3.0).cast(DType::BF16) * 1.7;
+        let back = half.clone().cast(DType::F32) + x.clone();
+        (half, back.clone(), (back * 2.0).greater_elem(0.3))
+    };
+    let [fused, plain] = both(x, run);
+    assert_eq!(fused.0.to_data(), plain.0.to_data());
+    assert_eq!(fused.1.to_data(), plain.1.to_data());
+    assert_eq!(fused.2.to_data(), plain.2.to_data());
+}
