@@ -148,6 +148,15 @@ struct Flags {
     #[arg(long, value_enum, value_name = "HOW")]
     launch: Option<Launch>,
 
+    /// How many times the ranks are started again when some are lost, with --launch processes: they go on from the last checkpoint
+    #[arg(long, value_name = "K", default_value_t = 0, requires = "resume")]
+    restarts: usize,
+
+    /// Takes ranks that are lost for gone, and goes on with fewer replicas, on this many ranks at least: the batch stays. Also
+    /// with what torchrun has started [default: as many ranks as before]
+    #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
+    min_ranks: Option<usize>,
+
     /// What the ranks compute on
     #[arg(long, value_enum, value_name = "DEVICE", default_value_t = Compute::Flex)]
     device: Compute,
@@ -220,6 +229,10 @@ pub struct Args {
     pub keep: usize,
     /// From where to go on.
     pub resume: Option<PathBuf>,
+    /// How many times the ranks are started again.
+    pub restarts: usize,
+    /// On how few ranks the run goes on, if not on all.
+    pub min_ranks: Option<usize>,
     /// What the ranks compute on.
     pub device: Compute,
     /// How the ranks are started and joined.
@@ -257,8 +270,18 @@ impl Args {
         };
         let asked = flags.ranks.or(replicas).or(start.started);
         let ranks = asked.unwrap_or(parts.max(2));
-        if let Some(started) = start.started.filter(|started| *started != ranks) {
+        let few = flags.min_ranks.unwrap_or(ranks);
+        if few > ranks {
+            return wrong(format!("--min-ranks {few} is more than the {ranks} ranks"));
+        }
+        if let Some(started) = start.started.filter(|started| !(few..=ranks).contains(started)) {
             return wrong(format!("{started} ranks have been started, and the flags are for {ranks}"));
+        }
+        if flags.restarts > 0 && start.launch != Launch::Processes {
+            return wrong("--restarts is for --launch processes: what other launchers start, they start again".into());
+        }
+        if flags.min_ranks.is_some() && flags.restarts == 0 && start.launch != Launch::Env {
+            return wrong("--min-ranks is for ranks that are started again: give --restarts as well".into());
         }
         if flags.dp.is_none() && !ranks.is_multiple_of(parts) {
             return wrong(format!("{shown} does not divide --ranks {ranks}"));
@@ -340,9 +363,27 @@ impl Args {
             save_every: flags.save_every,
             keep: flags.keep,
             resume: flags.resume,
+            restarts: flags.restarts,
+            min_ranks: flags.min_ranks,
             device: flags.device,
             start,
         })
+    }
+
+    /// The numbers of ranks that the run can go on with when some are lost.
+    pub fn restart_sizes(&self) -> Vec<usize> {
+        let Some(fewest) = self.min_ranks else { return Vec::new() };
+        (fewest..=self.ranks).filter(|ranks| self.on(*ranks).is_ok()).collect()
+    }
+
+    /// The same run on fewer ranks: fewer replicas share the same batch, in micro-batches as large as before.
+    pub fn on(&self, ranks: usize) -> Result<Self, Error> {
+        if ranks == self.ranks {
+            return Ok(self.clone());
+        }
+        let strategy = self.strategy.resized(self.ranks, ranks)?;
+        let dp = ranks / (self.pp * self.tp);
+        Ok(Self { ranks, dp, strategy, ..self.clone() })
     }
 
     /// The most rows that go through a layer at once.

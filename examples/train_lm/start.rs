@@ -7,6 +7,10 @@ use clap::ValueEnum;
 use crate::args::Args;
 use crate::device::Compute;
 
+/// How long ranks have to save a last checkpoint when they are told to end.
+#[cfg(unix)]
+const GRACE: std::time::Duration = std::time::Duration::from_secs(30);
+
 /// What the ranks are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Launch {
@@ -95,6 +99,7 @@ pub fn run<T: Send>(args: &Args, f: impl Fn(Rank) -> Result<T, Error> + Sync) ->
         #[cfg(unix)]
         Launch::Processes => {
             let processes = launch::processes(args.ranks).transport(transport.unwrap_or(TransportKind::Tcp));
+            let processes = processes.restarts(args.restarts).restart_sizes(args.restart_sizes()).grace(GRACE);
             processes.run(|process| process.seed(args.seed), first).map(Option::flatten)
         }
         #[cfg(not(unix))]

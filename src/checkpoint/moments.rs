@@ -16,7 +16,7 @@ use burn_pack::{Reader, Writer};
 use super::checkpoint_error;
 use super::contents::Slice;
 use super::index::{OptimizerParam, StoredTensor};
-use super::params::{MomentSlice, ParamInfo};
+use super::params::ParamInfo;
 use super::plan::TensorKey;
 use super::scalar::StoredScalar;
 use crate::Error;
@@ -40,7 +40,7 @@ pub(super) fn of_optimizer(
     optimizer: &str,
     state: &ModuleOptimizer,
     infos: &[ParamInfo],
-    held: &HashMap<ParamId, MomentSlice>,
+    held: &HashMap<ParamId, ParamSlice>,
 ) -> Result<Moments, Error> {
     let paths: HashMap<u64, &ParamInfo> = infos.iter().map(|info| (info.id.val(), info)).collect();
     let path = |id: u64| {
@@ -66,7 +66,7 @@ pub(super) fn of_optimizer(
         let info = path(id)?;
         let moment = name.split_once('.').map_or(name.as_str(), |(_, moment)| moment).to_owned();
         let dims = shape.to_vec();
-        let Some(slice) = held.get(&info.id).map(|slice| slice.of_dims(&dims)) else { continue };
+        let Some(slice) = held.get(&info.id) else { continue };
         let Some((dims, ranges)) = part(&dims, slice) else {
             let ParamSlice { local_dims, dims: whole, .. } = slice;
             return Err(checkpoint_error(format!(

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use burn::backend::DispatchTensor;
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
+use burn::optim::ModuleOptimizer;
 use burn::tensor::{Bool, DType, Int, Tensor};
 
 use super::checkpoint_error;
@@ -12,9 +13,9 @@ use super::contents::Slice;
 use super::plan::TensorKey;
 use crate::Error;
 use crate::params::ParamSlice;
-use crate::sharding::{Rows, Sharding};
+use crate::sharding::{Rows, ShardComms, Sharding};
 use crate::tensor::PlainTensor;
-use crate::train::ParallelModule;
+use crate::train::{ParallelModule, whole_owners};
 
 /// A parameter, seen without its value. All ranks have the same in the same order.
 #[derive(Debug, Clone)]
@@ -99,45 +100,46 @@ impl Visit for StatisticWalk {
     }
 }
 
-/// What of a parameter the moments of an optimizer on this rank are of.
-pub(super) struct MomentSlice {
-    /// What the rank holds of the parameter.
-    param: ParamSlice,
-    /// The rows of that which it updates, where replicas divide them.
-    rows: Option<ParamSlice>,
-}
-
-impl MomentSlice {
-    /// Which of both a moment of these dims is of.
-    pub(super) fn of_dims(&self, dims: &[usize]) -> &ParamSlice {
-        self.rows.as_ref().filter(|rows| rows.local_dims == dims).unwrap_or(&self.param)
-    }
-
-    /// What a moment is to be read for.
-    pub(super) fn to_restore(&self) -> &ParamSlice {
-        self.rows.as_ref().unwrap_or(&self.param)
-    }
-}
-
-/// What of each parameter the moments of an optimizer on this rank are of.
+/// What of each parameter the moments of an optimizer on this rank are of: the rows that it updates, where replicas divide them; the
+/// whole, where the optimizer looks at the whole and this rank updates it, and nothing where another does.
 ///
 /// # Errors
-/// [`Error::Pipeline`] if it is not known who holds what.
-pub(super) fn moment_slices<P: ParallelModule>(model: &P) -> Result<HashMap<ParamId, MomentSlice>, Error> {
+/// [`Error::Pipeline`] if it is not known who holds what; [`Error::Optimizer`] if the optimizer does not suit the model.
+pub(super) fn moment_slices<P: ParallelModule>(
+    model: &P,
+    optimizer: &ModuleOptimizer,
+) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+    let slices = model.param_slices()?;
+    let Some(shards) = model.shards() else { return Ok(slices) };
+    let owners = whole_owners(model, optimizer)?;
     // Where replicas divide the parameters themselves, the slices are rows already.
-    let shards = model.shards().filter(|_| model.report().sharding != Sharding::Parameters);
-    let rows = |param: &ParamSlice| {
-        let shards = shards.as_ref()?;
-        let rows = Rows::new(&param.local_dims, shards.ranks())?;
-        let own = rows.rows(shards.rank());
-        let mut ranges = param.ranges.clone();
-        // Rows behind the last real one are padding.
-        let place = |row: usize| (param.ranges[0].start + row).min(param.ranges[0].end);
-        ranges[0] = place(own.start)..place(own.end);
-        Some(ParamSlice { dims: param.dims.clone(), ranges, local_dims: rows.shard_dims() })
-    };
-    let slices = model.param_slices()?.into_iter();
-    Ok(slices.map(|(id, param)| (id, MomentSlice { rows: rows(&param), param })).collect())
+    let divided = model.report().sharding == Sharding::Parameters;
+    let held = slices.into_iter().filter_map(|(id, param)| {
+        let slice = match owners.get(&id) {
+            Some(owner) if *owner != shards.rank() => return None,
+            // Nothing that is split along another axis is updated as a whole.
+            Some(_) => ParamSlice {
+                ranges: param.dims.iter().map(|size| 0..*size).collect(),
+                local_dims: param.dims.clone(),
+                dims: param.dims,
+            },
+            None if divided => param,
+            None => rows(param, &shards),
+        };
+        Some((id, slice))
+    });
+    Ok(held.collect())
+}
+
+/// The rows of what a replica holds of a parameter that this rank updates.
+fn rows(param: ParamSlice, shards: &ShardComms) -> ParamSlice {
+    let Some(rows) = Rows::new(&param.local_dims, shards.ranks()) else { return param };
+    let own = rows.rows(shards.rank());
+    let mut ranges = param.ranges;
+    // Rows behind the last real one are padding.
+    let place = |row: usize| (ranges[0].start + row).min(ranges[0].end);
+    ranges[0] = place(own.start)..place(own.end);
+    ParamSlice { dims: param.dims, ranges, local_dims: rows.shard_dims() }
 }
 
 /// Visits each parameter once.

@@ -50,14 +50,14 @@ pub(super) fn load<P: ParallelModule>(
     let kept = compare(dir, &index, &infos, state, options)?;
     let mut reader = Reader::new(dir, index.clone());
     let model = (*state.model).clone().load(&mut ParamSource { reader: &mut reader, kept: &kept })?;
-    let slices = if state.optimizers.is_empty() { Default::default() } else { params::moment_slices(state.model)? };
     let mut optimizers = Vec::new();
     for (name, optimizer) in &state.optimizers {
         let Some(stored) = index.optimizers.get(name) else {
             optimizers.push(None);
             continue;
         };
-        let here = |info: &ParamInfo| Some((slices.get(&info.id)?.to_restore(), stored.get(&info.path)?));
+        let slices = params::moment_slices(state.model, optimizer)?;
+        let here = |info: &ParamInfo| Some((slices.get(&info.id)?, stored.get(&info.path)?));
         let mut wanted = Vec::new();
         for info in &infos {
             let Some((slice, state)) = here(info) else { continue };

@@ -44,6 +44,7 @@ mod unreplicated;
 mod wrap;
 
 pub use module::ParallelModule;
+pub(crate) use optimize::whole_owners;
 pub use norm::{Clip, Clipped, HandSplit, NonFinite, Norm};
 pub use parallel::{Parallel, Parallelize};
 pub use report::Report;

@@ -8,8 +8,10 @@ mod damage;
 mod keep;
 mod meshes;
 mod net;
+mod optimizers;
 mod python;
 mod reads;
+mod room;
 mod strict;
 
 use crate::common::dir::Dir;

@@ -7,6 +7,7 @@ mod parts;
 mod sharded;
 mod update;
 mod whole;
+mod whole_owners;
 
 use burn::module::Module;
 use burn::optim::ModuleOptimizer;
@@ -14,6 +15,7 @@ use burn::optim::ModuleOptimizer;
 use self::clipping::clips_parts;
 pub(super) use self::sharded::ShardedStep;
 pub(super) use self::update::update;
+pub(crate) use self::whole_owners::whole_owners;
 use crate::Error;
 use crate::graph::{CheckedOptimizers, SplitParam};
 
