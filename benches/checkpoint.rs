@@ -10,7 +10,9 @@ use std::fs::{self, File};
 use std::hint::black_box;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
@@ -47,6 +49,37 @@ fn split(ranks: usize) -> Strategy {
 fn median(mut numbers: Vec<f64>) -> f64 {
     numbers.sort_by(f64::total_cmp);
     numbers[numbers.len() / 2]
+}
+
+/// Memory of this process that no file is behind, in bytes.
+fn anonymous() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    line.and_then(|line| line.trim().split(' ').next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// Knows the most of it, beyond what there was at its start.
+struct Most {
+    before: u64,
+    most: Arc<AtomicU64>,
+}
+
+impl Most {
+    fn start() -> Self {
+        let most = Arc::new(AtomicU64::new(0));
+        let watched = Arc::downgrade(&most);
+        std::thread::spawn(move || {
+            while let Some(most) = watched.upgrade() {
+                most.fetch_max(anonymous(), Relaxed);
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        });
+        Self { before: anonymous(), most }
+    }
+
+    fn megabytes(self) -> u64 {
+        self.most.load(Relaxed).saturating_sub(self.before) / 1_000_000
+    }
 }
 
 fn plain_write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
@@ -109,6 +142,11 @@ fn sizes(dir: &Path, ranks: usize, layers: usize, moments: bool, rounds: usize) 
             Ok::<_, Error>(began.elapsed().as_secs_f64())
         };
         let mut times = Vec::new();
+        world.barrier()?;
+        let most = Most::start();
+        let state = TrainState::new(&mut model);
+        checkpoints.save(1, if moments { state.with_optimizer("adamw", &mut optim) } else { state })?;
+        let most = most.megabytes();
         for round in 0..=rounds {
             let mut time = [0.0; 4];
             time[0] = timed(&mut || plain_write(&path, &own).map_err(Error::user))?;
@@ -129,9 +167,9 @@ fn sizes(dir: &Path, ranks: usize, layers: usize, moments: bool, rounds: usize) 
                 times.push(time);
             }
         }
-        Ok(times)
+        Ok((times, most))
     })?;
-    let times = &times[0];
+    let (times, most) = &times[0];
     let column = |which: usize| median(times.iter().map(|time| time[which]).collect());
     let ratio = |which: usize| median(times.iter().map(|time| time[which] / time[which + 1]).collect());
     let what = if moments { "with moments" } else { "parameters" };
@@ -146,6 +184,7 @@ fn sizes(dir: &Path, ranks: usize, layers: usize, moments: bool, rounds: usize) 
             100.0 * ratio(which)
         );
     }
+    println!("  a save takes {most} MB of memory on all ranks together");
     fs::remove_dir_all(root).map_err(Error::user)
 }
 

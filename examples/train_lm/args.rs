@@ -383,7 +383,9 @@ impl Args {
         }
         let strategy = self.strategy.resized(self.ranks, ranks)?;
         let dp = ranks / (self.pp * self.tp);
-        Ok(Self { ranks, dp, strategy, ..self.clone() })
+        // A pipeline divides what a replica has by itself.
+        let micro_batch = if self.pp > 1 { self.batch.div_ceil(dp) } else { self.micro_batch };
+        Ok(Self { ranks, dp, strategy, micro_batch, ..self.clone() })
     }
 
     /// The most rows that go through a layer at once.

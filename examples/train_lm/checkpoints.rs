@@ -92,7 +92,8 @@ impl Run {
                 }
                 let steps = step as usize;
                 if steps > args.steps {
-                    let problem = format!("--steps {} counts the whole run, and --resume {dir:?} has made {steps}", args.steps);
+                    let problem =
+                        format!("--steps {} counts the whole run, and --resume {dir:?} has made {steps}", args.steps);
                     return Err(Error::user(format!("{problem}: give more steps")));
                 }
                 checkpoints.restore_step(step, self.state())?;
@@ -103,7 +104,9 @@ impl Run {
             None => return Err(Error::user(format!("--resume {dir:?}: there is no checkpoint"))),
         };
         if world.rank() == 0 && steps == args.steps {
-            eprintln!("nothing to do: --resume {dir:?} has made all {steps} steps; --steps says for how many a run goes on");
+            eprintln!(
+                "nothing to do: --resume {dir:?} has made all {steps} steps; --steps says for how many a run goes on"
+            );
         } else if world.rank() == 0 {
             eprintln!("goes on after step {steps} of {}, on {} ranks", args.steps, world.size());
         }

@@ -91,17 +91,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended, 
     let pipeline = pipeline.of(&args.strategy)?;
     let memory = memory.with_optimizer(&optim)?;
     let model = model.assemble()?;
-    Ok(Ended::Complete(Outcome {
-        model,
-        steps,
-        losses,
-        grad_norms,
-        tokens,
-        elapsed,
-        counters,
-        pipeline,
-        memory,
-    }))
+    Ok(Ended::Complete(Outcome { model, steps, losses, grad_norms, tokens, elapsed, counters, pipeline, memory }))
 }
 
 /// Ends a run that was asked to end, when its checkpoint is on the disk.

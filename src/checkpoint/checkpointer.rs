@@ -187,7 +187,7 @@ impl Checkpointer {
         self.wait()?;
         let dir = self.root.join(name_of(step));
         let before = Statistics::of(state.model);
-        match together(restore::load(&dir, &mut state, &self.options), &self.group) {
+        match together(restore::load(&dir, &mut state, &self.options, self.group.rank() == 0), &self.group) {
             Ok(loaded) => Ok(loaded.put(&mut state)),
             Err(error) => {
                 before.put_back(state.model);
@@ -200,7 +200,9 @@ impl Checkpointer {
 impl Drop for Checkpointer {
     fn drop(&mut self) {
         if let Err(error) = self.wait() {
-            log::error!("the last checkpoint was not saved: {error}");
+            let error = error.to_string();
+            // A lost rank is told of, with all that the ranks did, by whoever meets it.
+            log::error!("the last checkpoint was not saved: {}", error.lines().next().unwrap_or_default());
         }
     }
 }

@@ -8,6 +8,7 @@ use burn::optim::ModuleOptimizer;
 use serde_json::Value;
 
 use super::checkpoint_error;
+use super::index::SavedRandom;
 use super::moments;
 use super::params::{self, ParamInfo};
 use super::plan::TensorKey;
@@ -36,7 +37,7 @@ pub(super) type ParamScalars = BTreeMap<String, BTreeMap<String, BTreeMap<String
 /// writes its new values elsewhere.
 pub(super) struct Snapshot {
     pub(super) step: u64,
-    pub(super) random_step: u64,
+    pub(super) random: SavedRandom,
     slices: Vec<Slice>,
     infos: Vec<ParamInfo>,
     /// Each with what its moments are of.
@@ -77,8 +78,8 @@ impl Snapshot {
                 .map_err(|why| checkpoint_error(format!("value `{name}` is not to be had as JSON: {why}")))?;
             values.insert(name.clone(), json);
         }
-        let random_step = state.model.random_step();
-        Ok(Self { step, random_step, slices, infos, optimizers, schedulers, values })
+        let random = SavedRandom::of(state.model);
+        Ok(Self { step, random, slices, infos, optimizers, schedulers, values })
     }
 
     /// Reads the moments out of the optimizers: a copy of this rank's.

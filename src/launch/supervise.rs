@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
-use super::relay::relay;
 use super::StopSignal;
+use super::relay::relay;
 use crate::Error;
 
 /// How often the parent looks whether a rank has ended.

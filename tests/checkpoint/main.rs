@@ -5,6 +5,7 @@ mod common;
 
 mod background;
 mod damage;
+mod dropout;
 mod keep;
 mod meshes;
 mod net;

@@ -118,7 +118,7 @@ fn what_cannot_be_written_is_an_error_and_training_goes_on() {
     for (case, words) in [
         ("full", "cannot be written: File too large"),
         ("forbidden", "Permission denied"),
-        ("gone", "No such file or directory"),
+        ("gone", "is not there any more"),
     ] {
         let dir = Dir::fresh();
         let root = dir.path().join("runs");

@@ -412,10 +412,6 @@ fn send(signal: &str, process: &str) {
     assert!(Command::new("kill").args([signal, process]).status().unwrap().success());
 }
 
-fn losses_in(path: &str) -> Vec<f64> {
-    losses(&serde_json::from_slice(&fs::read(path).unwrap()).unwrap())
-}
-
 /// A rank is killed in the middle of the training: all start again from the last checkpoint, or those that are left, and end with the
 /// same losses.
 #[cfg(target_os = "linux")]
@@ -427,7 +423,11 @@ fn ranks_that_are_lost_are_started_again() {
     for (name, more, started) in [
         ("again", &["--dp", "2"][..], "restart 1 of 1: 2 ranks are started, of 2 before"),
         ("fewer", &["--dp", "3", "--min-ranks", "2"], "restart 1 of 1: 2 ranks are started, of 3 before"),
-        ("pipelines", &["--dp", "2", "--pp", "2", "--min-ranks", "2"], "restart 1 of 1: 2 ranks are started, of 4 before"),
+        (
+            "pipelines",
+            &["--dp", "2", "--pp", "2", "--min-ranks", "2"],
+            "restart 1 of 1: 2 ranks are started, of 4 before",
+        ),
     ] {
         let (saved, path) = (folder.path(name), folder.path("restarted.json"));
         let flags = ["--launch", "processes", "--restarts", "1", "--json", &path];

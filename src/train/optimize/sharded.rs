@@ -61,7 +61,11 @@ impl ShardedStep<'_> {
 
 /// The parameters whose update depends on the whole of them. Of those that are split along another axis too nobody has the
 /// whole.
-pub(super) fn find_whole(optim: &ModuleOptimizer, shards: &ShardParams, split: &[SplitParam]) -> Result<HashSet<ParamId>, Error> {
+pub(super) fn find_whole(
+    optim: &ModuleOptimizer,
+    shards: &ShardParams,
+    split: &[SplitParam],
+) -> Result<HashSet<ParamId>, Error> {
     clips_parts(optim, split)?;
     parts::check(optim, shards, split)?;
     let by_rows = |shard: &ShardParam| SplitParam {
