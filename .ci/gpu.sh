@@ -32,7 +32,7 @@ cargo test "${features[@]}" --no-run --lib "${tests[@]/#/--test=}"
 
 step "GPU features: tests ${tests[*]}"
 cargo test "${features[@]}" "${tests[@]/#/--test=}"
-cargo test "${features[@]}" --lib comm::
+cargo test "${features[@]}" --lib comm::nccl
 
 step "GPU features: the check program, on the software Vulkan device"
 json=$(mktemp)

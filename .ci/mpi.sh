@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The part of the gate that needs an MPI: lints, the transport suite under mpirun, train_lm on processes. Installs Open MPI
-# and libclang from Debian's packages where they are missing. Called by run, with the same profile and features of burn.
+# The part of the gate that is built with MPI: lints and documentation, the transport suite under mpirun, train_lm on
+# processes. Installs Open MPI and libclang from Debian's packages where they are missing. Called by run, with the same profile
+# and features of burn.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . .ci/steps.sh
@@ -22,12 +23,15 @@ if [ ${#missing[@]} -gt 0 ]; then
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
 fi
 
-# The tests that know the feature.
-tests=(--test transport_mpi --test cli --test launch)
+# With the feature, so that the modules of MPI are among what is checked: benches too, which nothing else compiles.
+step "lints"
+cargo clippy --features mpi --all-targets -- -D warnings
 
-step "MPI: lints"
-cargo clippy --features mpi --lib --examples "${tests[@]}" --bench mpi -- -D warnings
+step "documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc --features mpi --no-deps
 
+# What the feature changes: everything else has been tested without it.
 step "MPI: transport suite, train_lm"
 cargo build --features mpi --example train_lm
-cargo test --features mpi --lib "${tests[@]}"
+cargo test --features mpi --test transport_mpi
+cargo test --features mpi --test cli -- mpi ways_to_start

@@ -1,9 +1,14 @@
 //! A data-parallel step against one rank alone and against two ranks that do not talk to each other.
 //!
 //! The three take turns within one run, round by round, and what counts is the median over rounds of their ratio: a
-//! machine that is slower for a while is slower for all of them. That is why this is a loop of its own and not criterion's.
+//! machine that is slower for a while is slower for all of them. That is why this is a loop of its own and not
+//! criterion's.
 //!
-//! `cargo bench --bench data_parallel -- [mlp|gpt] [ROUNDS]`
+//! With `sharded`, instead: steps of two replicas that divide nothing, optimizer state, gradients and parameters (ZeRO
+//! 0 to 3), with both engines, by turns in changing order; beside their time there is, on Linux, the processor time of
+//! both ranks.
+//!
+//! `cargo bench --bench data_parallel -- [mlp|gpt] [sharded] [ROUNDS]`
 
 #[allow(dead_code)]
 mod models;
@@ -13,7 +18,9 @@ use std::time::Instant;
 use burn::module::Module;
 use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn_parallel::graph::TensorTree;
 use burn_parallel::prelude::*;
+use burn_parallel::train::Engine;
 use models::{Gpt, Mlp, SEQUENCE, VOCABULARY};
 
 const STEPS_PER_TURN: usize = 2;
@@ -70,6 +77,84 @@ fn rounds<M: Module + Sync>(
     measured.expect("a world of threads").swap_remove(0)
 }
 
+/// What replicas divide, in steps of which engine; the first of each engine is what the others of it are compared with.
+const DIVIDED: [(&str, Engine, Sharding, Keep); 8] = [
+    ("eager, nothing", Engine::Eager, Sharding::None, Keep::Pass),
+    ("eager, ZeRO 1", Engine::Eager, Sharding::Optimizer, Keep::Pass),
+    ("eager, ZeRO 2", Engine::Eager, Sharding::Gradients, Keep::Pass),
+    ("eager, ZeRO 3", Engine::Eager, Sharding::Parameters, Keep::Pass),
+    ("eager, ZeRO 3, kept for a micro-batch", Engine::Eager, Sharding::Parameters, Keep::MicroBatch),
+    ("captured, nothing", Engine::Captured, Sharding::None, Keep::Pass),
+    ("captured, ZeRO 3", Engine::Captured, Sharding::Parameters, Keep::Pass),
+    ("captured, ZeRO 3, kept for a micro-batch", Engine::Captured, Sharding::Parameters, Keep::MicroBatch),
+];
+
+/// Seconds a step, and of the processors for it, with each of [`DIVIDED`], by round.
+fn divided<M: Module + Sync, I: TensorTree + Clone + Sync>(
+    rounds: usize,
+    model: M,
+    optimizer: impl Fn() -> ModuleOptimizer + Sync,
+    inputs: impl Fn() -> I + Sync,
+    loss: impl Fn(&M, I) -> Tensor<1> + Sync,
+) -> Vec<Vec<[f64; 2]>> {
+    let measured = launch::threads(2).run(|rank| {
+        let mut models = Vec::new();
+        for (_, engine, sharding, keep) in DIVIDED {
+            let data = DataParallelConfig::new().with_sharding(sharding).with_keep(keep);
+            let strategy = Strategy::new().with_dp(2).with_data(data).with_engine(engine);
+            let model = model.clone().fork(&rank.device().autodiff()).parallelize(&rank, &strategy)?;
+            models.push((Some(model), optimizer()));
+        }
+        let mut times = Vec::new();
+        for round in 0..rounds + 1 {
+            let mut time = vec![[0.0; 2]; models.len()];
+            for turn in 0..models.len() {
+                let mode = (turn + round) % models.len();
+                let (model, optim) = &mut models[mode];
+                rank.barrier()?;
+                let (began, worked) = (Instant::now(), work());
+                for _ in 0..STEPS_PER_TURN {
+                    if let Some(mut taken) = model.take() {
+                        let step = taken.step(inputs(), &loss)?;
+                        *model = Some(taken.optimize(optim, 1e-4, step)?);
+                    }
+                }
+                rank.barrier()?;
+                time[mode] = [began.elapsed().as_secs_f64(), work() - worked].map(|time| time / STEPS_PER_TURN as f64);
+            }
+            // The first round is for caches, captures and the order of buckets and gathers.
+            if round > 0 {
+                times.push(time);
+            }
+        }
+        Ok(times)
+    });
+    measured.expect("a world of threads").swap_remove(0)
+}
+
+/// Seconds for which threads of this process have been on a core.
+fn work() -> f64 {
+    let text = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // Behind the name in parentheses: user and system time are fields 14 and 15, in hundredths of a second.
+    let fields = text.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(2);
+    fields.map(|ticks| ticks.parse::<f64>().unwrap_or(f64::NAN)).sum::<f64>() / 100.0
+}
+
+fn report_divided(name: &str, times: &[Vec<[f64; 2]>]) {
+    for (mode, (what, engine, ..)) in DIVIDED.iter().enumerate() {
+        let plain = DIVIDED.iter().position(|(_, other, ..)| other == engine).unwrap_or_default();
+        let of = |which: usize| 1e3 * median(times.iter().map(|round| round[mode][which]));
+        let over = |which: usize| median(times.iter().map(|round| round[mode][which] / round[plain][which]));
+        println!(
+            "{name}: {what}: {:.1} ms a step, processors {:.1} ms; over nothing divided {:.3}, processors {:.3}",
+            of(0),
+            of(1),
+            over(0),
+            over(1)
+        );
+    }
+}
+
 fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
@@ -90,31 +175,32 @@ fn main() {
     let wanted =
         |name: &str| !arguments.iter().any(|a| a == "mlp" || a == "gpt") || arguments.iter().any(|a| a == name);
     let number = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(9);
+    let sharded = arguments.iter().any(|argument| argument == "sharded");
     let device = Device::flex().autodiff();
     if wanted("mlp") {
         let numbers = |salt: usize| {
             let values: Vec<f32> = (0..32 * 1024).map(|i| ((i * 7919 + salt) % 1000) as f32 / 500.0 - 1.0).collect();
             Tensor::<2>::from_data(TensorData::new(values, [32, 1024]), &Device::flex().autodiff())
         };
-        let times = rounds(
-            number,
-            Mlp::new(&device).materialize(),
-            || SgdConfig::new().init(),
-            |model| model.loss(numbers(1), numbers(2)),
-        );
-        report("mlp", &times);
+        let (model, optimizer) = (Mlp::new(&device).materialize(), || SgdConfig::new().init());
+        if sharded {
+            let loss = |model: &Mlp, (x, y)| model.loss(x, y);
+            report_divided("mlp", &divided(number, model, optimizer, || (numbers(1), numbers(2)), loss));
+        } else {
+            report("mlp", &rounds(number, model, optimizer, |model| model.loss(numbers(1), numbers(2))));
+        }
     }
     if wanted("gpt") {
         let numbers = |salt: usize| {
             let values: Vec<i64> = (0..8 * SEQUENCE).map(|i| ((i * 7919 + salt) % VOCABULARY) as i64).collect();
             Tensor::<2, Int>::from_data(TensorData::new(values, [8, SEQUENCE]), &Device::flex().autodiff())
         };
-        let times = rounds(
-            number,
-            Gpt::new(&device).materialize(),
-            || AdamConfig::new().init(),
-            |model| model.loss(numbers(1), numbers(104729)),
-        );
-        report("gpt", &times);
+        let (model, optimizer) = (Gpt::new(&device).materialize(), || AdamConfig::new().init());
+        if sharded {
+            let loss = |model: &Gpt, (x, y)| model.loss(x, y);
+            report_divided("gpt", &divided(number, model, optimizer, || (numbers(1), numbers(104729)), loss));
+        } else {
+            report("gpt", &rounds(number, model, optimizer, |model| model.loss(numbers(1), numbers(104729))));
+        }
     }
 }

@@ -1,14 +1,17 @@
-//! Loading and saving a model of 538 MB on two ranks that share it, against plain reads and writes of the same bytes.
+//! Loading and saving a model of 538 MB on two ranks that share it, against plain reads and writes of the same bytes by
+//! as many threads: each reads its half of the file into fresh memory, and writes it into a file of its own.
 //!
-//! Turns are taken within one run, round by round, and what counts is the median over rounds of their ratio. Files are in the page
-//! cache when they are read; writes end when they are on the disk.
+//! Turns are taken within one run, round by round, and what counts is the median over rounds of their ratio. Files are
+//! in the page cache when they are read; writes end when they are on the disk. What the ranks hold is measured in a
+//! process of its own.
 //!
-//! `cargo bench --bench hf -- [DIRECTORY] [ROUNDS]`; the directory, for 1.6 GB of files, is that of the system for temporary files
-//! if none is named.
+//! `cargo bench --bench hf -- [DIRECTORY] [ROUNDS] [MODEL]`; the directory, for 1.6 GB of files, is that of the system
+//! for temporary files if none is named. The model has the sizes of SmolLM2-135M; without one, random numbers are
+//! taken.
 
-#[allow(dead_code)]
-#[path = "../tests/common/llama.rs"]
-mod llama;
+#[allow(dead_code, unused_imports)]
+#[path = "../examples/finetune/model/mod.rs"]
+mod model;
 
 use std::fs::{self, File};
 use std::hint::black_box;
@@ -20,11 +23,26 @@ use std::time::Instant;
 use burn::module::Module;
 use burn_parallel::hf::{self, Mapping, SaveConfig};
 use burn_parallel::prelude::*;
-use llama::Config;
+use model::{LlamaConfig, Rope, Scaling};
 
 /// The sizes of SmolLM2-135M.
-const SIZES: Config =
-    Config { words: 49_152, width: 576, inner: 1536, layers: 30, heads: 9, kv_heads: 3, tied: true, ..Config::LLAMA };
+const SIZES: LlamaConfig = LlamaConfig {
+    vocab: 49_152,
+    width: 576,
+    inner: 1536,
+    layers: 30,
+    heads: 9,
+    kv_heads: 3,
+    head_size: 64,
+    epsilon: 1e-5,
+    tied: true,
+    qkv_bias: false,
+    output_bias: false,
+    mlp_bias: false,
+    qk_norm: false,
+    rope: Rope { theta: 100_000.0, scaling: Scaling::None },
+    positions: 8192,
+};
 const RANKS: usize = 2;
 
 fn plan() -> Plan {
@@ -44,20 +62,20 @@ fn median(mut numbers: Vec<f64>) -> f64 {
     numbers[numbers.len() / 2]
 }
 
-/// Memory of this process that no file is behind, in bytes.
-fn anonymous() -> u64 {
+/// Memory of this process in bytes, pages of files included.
+fn resident() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     line.and_then(|line| line.trim().split(' ').next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
 /// The most of it while `run` runs, beyond what there was.
 fn most_while<T>(run: impl FnOnce() -> T) -> (T, u64) {
-    let (most, done, before) = (AtomicU64::new(0), AtomicBool::new(false), anonymous());
+    let (most, done, before) = (AtomicU64::new(0), AtomicBool::new(false), resident());
     let result = std::thread::scope(|scope| {
         scope.spawn(|| {
             while !done.load(Relaxed) {
-                most.fetch_max(anonymous(), Relaxed);
+                most.fetch_max(resident(), Relaxed);
                 std::thread::sleep(std::time::Duration::from_millis(2));
             }
         });
@@ -87,63 +105,104 @@ fn plain_write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 }
 
 fn main() -> Result<(), Error> {
-    let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
-    let base = arguments.next().map_or_else(std::env::temp_dir, PathBuf::from);
-    let rounds: usize = arguments.next().and_then(|rounds| rounds.parse().ok()).unwrap_or(7);
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    if let [memory, model, to] = arguments.as_slice()
+        && memory == "--memory"
+    {
+        return what_is_held(Path::new(model), Path::new(to));
+    }
+    let base = arguments.first().map_or_else(std::env::temp_dir, PathBuf::from);
+    let rounds: usize = arguments.get(1).and_then(|rounds| rounds.parse().ok()).unwrap_or(7);
     let dir = base.join(format!("burn-parallel-bench-hf-{}", std::process::id()));
     fs::create_dir_all(&dir).map_err(Error::user)?;
-    let outcome = bench(&dir, rounds);
+    let outcome = bench(&dir, rounds, arguments.get(2).map(PathBuf::from));
     let _ = fs::remove_dir_all(&dir);
     outcome
 }
 
-fn bench(dir: &Path, rounds: usize) -> Result<(), Error> {
-    let model = dir.join("model");
-    launch::threads(1).run(|rank| {
-        let made = SIZES.init(&rank.device().autodiff()).materialize();
-        let made = made.data_parallel(&rank, DataParallelConfig::new())?;
-        hf::save(&made, &rank, &model, &SaveConfig::new(Mapping::llama())).map(drop)
-    })?;
+/// The most memory of a process whose ranks load the model, and save it.
+fn what_is_held(model: &Path, to: &Path) -> Result<(), Error> {
+    let phase = |rank: &Rank, name: &str, run: &mut dyn FnMut() -> Result<(), Error>| {
+        rank.barrier()?;
+        let (result, most) = most_while(|| run().and_then(|()| rank.barrier()));
+        if rank.rank() == 0 {
+            println!("{name} took the process {} MB more", most / 1_000_000);
+        }
+        result.and_then(|()| rank.barrier())
+    };
+    let run = |rank: Rank| {
+        let mut lazy = Some(SIZES.init(&rank.device().autodiff()).tensor_parallel(&rank, plan())?);
+        let mut loaded = None;
+        phase(&rank, "loading", &mut || {
+            let mut weights = hf::open(model)?.mapped(Mapping::llama())?;
+            loaded = lazy.take().map(|lazy| lazy.load(&mut weights)).transpose()?;
+            Ok(())
+        })?;
+        let loaded = loaded.ok_or_else(|| Error::user("nothing was loaded"))?;
+        phase(&rank, "saving", &mut || hf::save(&loaded, &rank, to, &SaveConfig::new(Mapping::llama())).map(drop))
+    };
+    launch::threads(RANKS).run(run).map(drop)
+}
+
+fn bench(dir: &Path, rounds: usize, model: Option<PathBuf>) -> Result<(), Error> {
+    let model = match model {
+        Some(model) => model,
+        None => {
+            let model = dir.join("model");
+            launch::threads(1).run(|rank| {
+                let made = SIZES.init(&rank.device().autodiff()).materialize();
+                let made = made.data_parallel(&rank, DataParallelConfig::new())?;
+                hf::save(&made, &rank, &model, &SaveConfig::new(Mapping::llama())).map(drop)
+            })?;
+            model
+        }
+    };
+    let held = std::process::Command::new(std::env::current_exe().map_err(Error::user)?)
+        .arg("--memory")
+        .args([&model, &dir.join("held")])
+        .status();
+    let _ = fs::remove_dir_all(dir.join("held"));
+    if !held.map_err(Error::user)?.success() {
+        return Err(Error::user("the process that measures memory failed"));
+    }
     let file = model.join("model.safetensors");
     let bytes = fs::metadata(&file).map_err(Error::user)?.len() as f64;
-    let (times, most) = most_while(|| {
-        launch::threads(RANKS).run(|rank| {
-            let mut times = Vec::new();
-            for round in 0..rounds + 1 {
-                let mut time = [0.0; 4];
-                let timed = |run: &mut dyn FnMut() -> Result<(), Error>| {
-                    rank.barrier()?;
-                    let began = Instant::now();
-                    run()?;
-                    rank.barrier()?;
-                    Ok::<_, Error>(began.elapsed().as_secs_f64())
-                };
-                let mut held = Vec::new();
-                time[0] = timed(&mut || {
-                    held = plain_read(&file, rank.rank()).map_err(Error::user)?;
-                    black_box(&held);
-                    Ok(())
-                })?;
-                let own = dir.join(format!("plain.{}", rank.rank()));
-                time[2] = timed(&mut || plain_write(&own, &held).map_err(Error::user))?;
-                drop(held);
-                let mut lazy = Some(SIZES.init(&rank.device().autodiff()).tensor_parallel(&rank, plan())?);
-                let mut loaded = None;
-                time[1] = timed(&mut || {
-                    let mut weights = hf::open(&model)?.mapped(Mapping::llama())?;
-                    loaded = lazy.take().map(|lazy| lazy.load(&mut weights)).transpose()?;
-                    Ok(())
-                })?;
-                let loaded = loaded.ok_or_else(|| Error::user("nothing was loaded"))?;
-                let config = SaveConfig::new(Mapping::llama()).with_overwrite(true);
-                time[3] = timed(&mut || hf::save(&loaded, &rank, dir.join("saved"), &config).map(drop))?;
-                // The first round warms up.
-                if round > 0 {
-                    times.push(time);
-                }
+    let times = launch::threads(RANKS).run(|rank| {
+        let mut times = Vec::new();
+        for round in 0..rounds + 1 {
+            let mut time = [0.0; 4];
+            let timed = |run: &mut dyn FnMut() -> Result<(), Error>| {
+                rank.barrier()?;
+                let began = Instant::now();
+                run()?;
+                rank.barrier()?;
+                Ok::<_, Error>(began.elapsed().as_secs_f64())
+            };
+            let mut held = Vec::new();
+            time[0] = timed(&mut || {
+                held = plain_read(&file, rank.rank()).map_err(Error::user)?;
+                black_box(&held);
+                Ok(())
+            })?;
+            let own = dir.join(format!("plain.{}", rank.rank()));
+            time[2] = timed(&mut || plain_write(&own, &held).map_err(Error::user))?;
+            drop(held);
+            let mut lazy = Some(SIZES.init(&rank.device().autodiff()).tensor_parallel(&rank, plan())?);
+            let mut loaded = None;
+            time[1] = timed(&mut || {
+                let mut weights = hf::open(&model)?.mapped(Mapping::llama())?;
+                loaded = lazy.take().map(|lazy| lazy.load(&mut weights)).transpose()?;
+                Ok(())
+            })?;
+            let loaded = loaded.ok_or_else(|| Error::user("nothing was loaded"))?;
+            let config = SaveConfig::new(Mapping::llama()).with_overwrite(true);
+            time[3] = timed(&mut || hf::save(&loaded, &rank, dir.join("saved"), &config).map(drop))?;
+            // The first round warms up.
+            if round > 0 {
+                times.push(time);
             }
-            Ok(times)
-        })
+        }
+        Ok(times)
     });
     let times = &times?[0];
     let column = |which: usize| median(times.iter().map(|time| time[which]).collect());
@@ -159,6 +218,5 @@ fn bench(dir: &Path, rounds: usize) -> Result<(), Error> {
             100.0 * speed
         );
     }
-    println!("most memory of both ranks: {} MB of {} MB of parts", most / 1_000_000, bytes as u64 / 1_000_000);
     Ok(())
 }

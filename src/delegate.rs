@@ -1,9 +1,10 @@
 //! Implements `Module` for a wrapper by delegating to one of its fields.
 
-/// Implements `Module` and `Display` for a wrapper by delegating to one field: paths and parameters are those of the field.
-/// `valid` keeps the other fields.
+/// Implements `Module` and `Display` for a wrapper by delegating to one field: paths and parameters are those of the
+/// field. `valid` keeps the other fields. A function of [`optimizer_mapper`](crate::optimizer_mapper) may look at
+/// mappers first.
 macro_rules! module_of_field {
-    ($wrapper:ident<$inner:ident: $bound:ident>, $field:ident) => {
+    ($wrapper:ident<$inner:ident: $bound:ident>, $field:ident $(, $before_map:ident)?) => {
         impl<$inner: std::fmt::Display> std::fmt::Display for $wrapper<$inner> {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                 self.$field.fmt(f)
@@ -41,6 +42,7 @@ macro_rules! module_of_field {
             }
 
             fn map<V: burn::module::ModuleMapper>(self, mapper: &mut V) -> Self {
+                $($crate::optimizer_mapper::$before_map::<V>(stringify!($wrapper));)?
                 Self { $field: self.$field.map(mapper), ..self }
             }
         }

@@ -44,6 +44,7 @@
 //! | [`sharding`] | what replicas divide among themselves (ZeRO), by rows |
 //! | [`step`] | what a training step takes and gives, with every strategy |
 //! | [`train`] | where strategies meet: replicas of models that are split |
+//! | [`batch`] | how large a batch is: its split, the noise of its gradient |
 //! | [`checkpoint`] | what training needs to go on, written by any mesh and read by any other |
 //! | [`hf`] | Hugging Face directories: opened, mapped onto a model, loaded by slices, written from any mesh |
 //! | [`graph`] | a training step of any module as data: captured, rewritten, executed |
@@ -61,6 +62,7 @@
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod batch;
 pub mod checkpoint;
 mod collective_matmul;
 pub mod comm;
@@ -75,6 +77,7 @@ pub mod launch;
 pub mod layout;
 pub mod mesh;
 mod nesting;
+mod optimizer_mapper;
 pub mod params;
 pub mod partition;
 pub mod pipeline_parallel;
@@ -101,7 +104,8 @@ pub mod prelude {
     pub use crate::pipeline_parallel::cut::Cut;
     pub use crate::pipeline_parallel::{PipelineConfig, PipelineParallel, schedule::Schedule};
     pub use crate::plan::Plan;
+    pub use crate::sharding::{Keep, Sharding};
     pub use crate::step::{Loss, Step};
     pub use crate::tensor_parallel::{TensorParallel, TensorParallelConfig};
-    pub use crate::train::{ParallelModule, Parallelize, Strategy};
+    pub use crate::train::{Clip, ParallelModule, Parallelize, Strategy};
 }

@@ -5,10 +5,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use burn_parallel::prelude::*;
-use burn_parallel::sharding::Sharding;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser, ValueEnum};
 
+use crate::batch::{self, Rows};
 use crate::device::Compute;
 use crate::gpt::GptConfig;
 use crate::start::{self, Launch, Start, Transport};
@@ -28,6 +28,7 @@ const STRATEGY_KEYS: &str = r#"Keys of a --strategy file, in TOML, with what the
   sharding             "none"; or "optimizer", "gradients", "parameters"
   sharding_ranks       all replicas
   keep                 "pass"; or "micro_batch", "step"
+  noise_scale          false
   [tensor]
   plan                 needed if tp > 1: "megatron", "hugging_face", or a table of rules
   seed                 0
@@ -86,9 +87,17 @@ struct Flags {
     #[arg(long, value_name = "N", default_value_t = 1200, value_parser = up_to::<1_000_000_000>)]
     steps: usize,
 
-    /// The rows of a step, over all ranks
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = up_to::<1_000_000>)]
-    batch: usize,
+    /// The rows of a step, over all ranks; `auto` for as many as fit into memory at once, up to 1024 a replica
+    #[arg(long, value_name = "N", default_value = "16", value_parser = batch::rows)]
+    batch: Rows,
+
+    /// Measures the gradient noise scale, the batch beyond which a larger one saves few steps
+    #[arg(long)]
+    noise_scale: bool,
+
+    /// Doubles the batch, up to so many rows, whenever the noise scale is beyond the doubled one; the learning rate grows by the root
+    #[arg(long, value_name = "MOST", value_parser = up_to::<1_000_000>)]
+    grow_batch: Option<usize>,
 
     /// The rows that go through the model at once on a rank [default: all that it has]
     #[arg(long, value_name = "N", value_parser = up_to::<1_000_000>)]
@@ -205,6 +214,12 @@ pub struct Args {
     pub batch: usize,
     /// The most rows that go through the model at once on a rank.
     pub micro_batch: usize,
+    /// Whether the batch is still to be found out.
+    pub auto: bool,
+    /// Whether the noise of the gradient is measured.
+    pub noise_scale: bool,
+    /// Up to how many rows the batch may grow.
+    pub grow_batch: Option<usize>,
     /// The length of a row in tokens.
     pub seq: usize,
     /// The layers of the model.
@@ -290,7 +305,28 @@ impl Args {
         if let Some(made) = replicas.filter(|made| *made != ranks) {
             return wrong(format!("--dp {dp} x {shown} makes {made} ranks, but --ranks is {ranks}"));
         }
-        let Flags { batch, d_model, heads, .. } = flags;
+        let Flags { d_model, heads, .. } = flags;
+        let trial = batch::trial();
+        let auto = flags.batch == Rows::Auto;
+        if auto && (start.launch != Launch::Threads || flags.device != Compute::Flex) {
+            return wrong(
+                "--batch auto tries batches on ranks that are threads of a CPU: give --launch threads, or a number"
+                    .into(),
+            );
+        }
+        if auto && flags.micro_batch.is_some() {
+            return wrong("--batch auto finds out how many rows go through at once: leave --micro-batch out".into());
+        }
+        // What is tried, or to begin with: one row in each micro-batch.
+        let in_pipeline = match (&read, pp) {
+            (_, 1) => 1,
+            (Some(strategy), _) => strategy.pipeline.as_ref().map_or(1, |pipeline| pipeline.micro_batches),
+            (None, _) => flags.micro_batches.unwrap_or(4 * pp),
+        };
+        let batch = match flags.batch {
+            Rows::Number(rows) => rows,
+            Rows::Auto => dp * in_pipeline * trial.unwrap_or(1),
+        };
         if batch < dp {
             return wrong(format!(
                 "--batch {batch} is smaller than --dp {dp}: every replica needs a row of each batch, give --dp {batch}"
@@ -313,6 +349,9 @@ impl Args {
             if micro_batches > rows {
                 return wrong(format!("--micro-batches {micro_batches} is more than the {rows} rows of a replica"));
             }
+        }
+        if let Some(most) = flags.grow_batch.filter(|most| *most < batch) {
+            return wrong(format!("--grow-batch {most} is smaller than --batch {batch}"));
         }
         if d_model % heads != 0 {
             return wrong(format!("--heads {heads} does not divide --d-model {d_model}"));
@@ -338,9 +377,29 @@ impl Args {
                 if pp > 1 { strategy.with_pp(pp, config()) } else { strategy }
             }
         };
+        let sharding = strategy.data.sharding;
+        if dp == 1 && sharding != Sharding::None {
+            let asked = match flags.zero {
+                Some(_) => format!("--zero {}", sharding.zero_stage()),
+                None => format!("--strategy: sharding = \"{sharding}\""),
+            };
+            return wrong(format!(
+                "{asked} is divided among the replicas, and with --dp 1 there is one: give --dp 2 or more, or leave it out"
+            ));
+        }
         if let Err(problem) = strategy.axes(ranks) {
             return wrong(format!("--strategy: {problem}"));
         }
+        let noise_scale = flags.noise_scale || flags.grow_batch.is_some();
+        if noise_scale && strategy.data.sharding == Sharding::Parameters {
+            return wrong(
+                "--noise-scale compares the gradients of replicas, which --zero 3 sums up first: give --zero 2".into(),
+            );
+        }
+        let data = strategy.data.clone().with_noise_scale(noise_scale || strategy.data.noise_scale);
+        let strategy = strategy.with_data(data);
+        // A trial leaves nothing behind.
+        let kept = trial.is_none() || !auto;
         Ok(Self {
             text: flags.text,
             ranks,
@@ -348,8 +407,11 @@ impl Args {
             tp,
             pp,
             strategy,
-            steps: flags.steps,
+            steps: if kept { flags.steps } else { batch::TRIAL_STEPS },
             batch,
+            auto: auto && trial.is_none(),
+            noise_scale,
+            grow_batch: flags.grow_batch,
             micro_batch: flags.micro_batch.unwrap_or(batch).min(batch.div_ceil(dp)),
             seq: flags.seq,
             layers: flags.layers,
@@ -358,11 +420,11 @@ impl Args {
             lr: flags.lr,
             clip: flags.clip,
             seed: flags.seed,
-            json: flags.json,
-            save: flags.save,
+            json: flags.json.filter(|_| kept),
+            save: flags.save.filter(|_| kept),
             save_every: flags.save_every,
             keep: flags.keep,
-            resume: flags.resume,
+            resume: flags.resume.filter(|_| kept),
             restarts: flags.restarts,
             min_ranks: flags.min_ranks,
             device: flags.device,
@@ -383,9 +445,19 @@ impl Args {
         }
         let strategy = self.strategy.resized(self.ranks, ranks)?;
         let dp = ranks / (self.pp * self.tp);
-        // A pipeline divides what a replica has by itself.
-        let micro_batch = if self.pp > 1 { self.batch.div_ceil(dp) } else { self.micro_batch };
-        Ok(Self { ranks, dp, strategy, micro_batch, ..self.clone() })
+        Ok(Self { ranks, dp, strategy, ..self.clone() })
+    }
+
+    /// The ranks that are in this process.
+    pub fn ranks_here(&self) -> usize {
+        if self.start.launch == Launch::Threads { self.ranks } else { 1 }
+    }
+
+    /// The same with as many rows as go through a layer at once on each replica.
+    pub fn with_rows_at_once(&self, rows: usize) -> Self {
+        let pipeline = self.strategy.pipeline.as_ref().filter(|_| self.pp > 1);
+        let batch = self.dp * pipeline.map_or(1, |config| config.micro_batches) * rows;
+        Self { batch, micro_batch: batch.div_ceil(self.dp), auto: false, ..self.clone() }
     }
 
     /// The most rows that go through a layer at once.

@@ -9,6 +9,7 @@ use burn_parallel::train::Parallel;
 use serde::{Deserialize, Serialize};
 
 use crate::args::Args;
+use crate::batch::Batch;
 use crate::gpt::Gpt;
 
 /// The flags of a run that its checkpoints hold.
@@ -67,6 +68,8 @@ pub struct Run {
     /// The loss of every step so far, and the norm of its gradient if they are clipped.
     pub losses: Vec<f64>,
     pub grad_norms: Vec<f64>,
+    /// How large the batch is, and how noisy the gradient.
+    pub batch: Batch,
 }
 
 impl Run {
@@ -77,6 +80,7 @@ impl Run {
             .with_value("flags", &mut self.flags)
             .with_value("losses", &mut self.losses)
             .with_value("grad_norms", &mut self.grad_norms)
+            .with_value("batch", &mut self.batch)
     }
 
     /// Goes on from the last checkpoint of `--resume`. Returns how many steps were made already.

@@ -17,6 +17,7 @@ use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use serde::Serialize;
 
 use crate::args::Args;
+use crate::batch::Batch;
 use crate::gpt::Gpt;
 use crate::memory::Memory;
 
@@ -139,6 +140,8 @@ pub struct Outcome {
     pub pipeline: Option<Pipeline>,
     /// What this rank held after the last step.
     pub memory: Memory,
+    /// How large the batch was in the end, and how noisy the gradient.
+    pub batch: Batch,
 }
 
 #[derive(Serialize)]
@@ -152,6 +155,9 @@ struct Json<'a> {
     calls_per_step: f64,
     parameters: usize,
     bytes_held: Memory,
+    rows: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    noise_scale_rows: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pipeline: Option<&'a Pipeline>,
 }
@@ -192,6 +198,8 @@ impl Outcome {
             calls_per_step: communication.iter().map(|(_, _, calls)| calls).sum(),
             parameters: self.model.num_params(),
             bytes_held: self.memory,
+            rows: self.batch.rows(),
+            noise_scale_rows: self.batch.noise.items().ok().map(|tokens| tokens / args.seq as f64),
             pipeline: self.pipeline.as_ref(),
         };
         fs::write(path, serde_json::to_string(&json)? + "\n")
@@ -227,6 +235,10 @@ impl Outcome {
                 args.rows_at_once()
             ),
         );
+        row("batch", self.batch.split(args).map_or_else(|why| why.to_string(), |split| split.to_string()));
+        if args.noise_scale {
+            row("gradient noise scale", self.batch.advice(args));
+        }
         row("loss, first step", format!("{:.4} nats per byte", losses[0]));
         row("loss, last steps", format!("{:.4} nats per byte", last_tenth(losses)));
         row(
@@ -245,14 +257,20 @@ impl Outcome {
                 format!("at most {largest:.3}; larger than {clip} in {clipped} of {} steps", norms.len()),
             );
         }
-        let Memory { parameters, gradients, optimizer } = self.memory;
+        let Memory { parameters, gradients, optimizer, step } = self.memory;
         row(
             "held by the first rank",
             format!("parameters {parameters}, gradients {gradients}, optimizer {optimizer} bytes"),
         );
+        row(
+            "more at the peak of a step",
+            format!(
+                "{step} bytes a rank, as the allocator of the host counts: activations, gradients, what is gathered"
+            ),
+        );
         row("time", format!("{seconds:.1} s, {:.0} tokens/s", self.tokens_per_second()));
         row(
-            "waiting for gradients",
+            "waiting for gradients and gathers",
             format!("{:.1} % of the time", 100.0 * self.counters.waited.as_secs_f64() / seconds),
         );
         if let (Some(Pipeline { idle, bound, peak_activations, .. }), Some(config)) =

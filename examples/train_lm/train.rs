@@ -1,5 +1,7 @@
 //! The training loop.
 
+use std::ops::Range;
+
 use burn::lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig;
 use burn::lr_scheduler::linear::LinearLrSchedulerConfig;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
@@ -7,14 +9,17 @@ use burn::lr_scheduler::sequential::SequentialLrSchedulerConfig;
 use burn::module::Module;
 use burn::optim::AdamWConfig;
 use burn::tensor::{Int, Tensor};
+use burn_parallel::batch::BatchSplit;
 use burn_parallel::launch::{StopSignal, StopSignals};
 use burn_parallel::prelude::*;
+use burn_parallel::train::Clip;
 
 use crate::args::Args;
+use crate::batch::Batch;
 use crate::checkpoints::{Run, SavedFlags, checkpointer};
 use crate::device;
 use crate::gpt::Gpt;
-use crate::memory::Memory;
+use crate::memory::{Memory, Peak};
 use crate::report::{Outcome, Pipeline, Progress};
 use crate::text::{Text, tensors};
 
@@ -37,16 +42,20 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended, 
     let device = args.device.of(&rank, args.start.launch)?.autodiff();
     let mut model = model.fork(&device).parallelize(&world, &args.strategy)?;
     let replica = model.mesh().coordinate("dp")?;
-    let batch = |number: usize| {
-        let rows = text.rows(args.seed, number, args.batch, replica, args.dp);
-        rows.chunks(args.micro_batch).map(|rows| tensors(rows, &device)).collect::<Vec<_>>()
+    let batch = |number: usize, split: &BatchSplit| {
+        let rows = text.rows(args.seed, number, split.rows(), replica, args.dp);
+        let first = split.replica(replica).start;
+        let part = |part: Range<usize>| tensors(&rows[part.start - first..part.end - first], &device);
+        split.micro_batches(replica).into_iter().map(part).collect::<Vec<_>>()
     };
     // Which rank holds what must be known before anything is restored.
-    model.prepare(batch(0).swap_remove(0), loss)?;
+    let size = Batch::default().begin(args)?;
+    model.prepare(batch(0, &size.split(args)?).swap_remove(0), loss)?;
     let optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init();
     let (schedule, flags) = (schedule(args)?, SavedFlags::of(args));
-    let mut run = Run { model, optim, schedule, flags, losses: Vec::new(), grad_norms: Vec::new() };
+    let mut run = Run { model, optim, schedule, flags, losses: Vec::new(), grad_norms: Vec::new(), batch: size };
     let first = run.resume(&world, args)?;
+    run.batch = run.batch.begin(args)?;
     let mut checkpoints = checkpointer(&world, args)?;
     // Without checkpoints there is nothing to be done before the end.
     let mut signals = checkpoints.is_some().then(|| StopSignals::listen(&world)).transpose()?;
@@ -55,8 +64,15 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended, 
     let mut memory = Memory::default();
     let wrapping = run.model.counters();
 
+    let mut tokens = 0;
     for number in first..args.steps {
-        let mut step = run.model.step_micro_batches(batch(number), loss)?;
+        let rows = run.batch.rows();
+        let last = number + 1 == args.steps;
+        let peak = if last { Some(Peak::begin(&world)?) } else { None };
+        let mut step = run.model.step_micro_batches(batch(number, &run.batch.split(args)?), loss)?;
+        if let Some(peak) = peak {
+            memory.step = peak.end(&world, args.ranks_here())?;
+        }
         pipeline.add(&step.runs);
         // The mean over the tokens of all ranks: every rank has the same, and ends here with the others.
         let loss = step.loss.item();
@@ -66,14 +82,20 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended, 
         if let Some(max) = args.clip {
             step = step.clip_grad_norm(&run.model, max)?;
             run.grad_norms.extend(step.grad_norm);
+        } else if args.noise_scale {
+            step = step.clip_grad_norm(&run.model, Clip::never())?;
         }
-        if number + 1 == args.steps {
-            memory = Memory::of_step(&run.model, &step.grads);
+        let factor = run.batch.lr_factor(args);
+        run.batch.after_step(&step, args);
+        if last {
+            memory = Memory { step: memory.step, ..Memory::of_step(&run.model, &step.grads) };
         }
-        run.model = run.model.optimize(&mut run.optim, run.schedule.step(), step)?;
+        let lr = run.schedule.step().base() * factor;
+        run.model = run.model.optimize(&mut run.optim, lr, step)?;
 
         run.losses.push(loss);
-        progress.step(number, loss, args.batch * args.seq, run.model.counters().waited);
+        tokens += rows * args.seq;
+        progress.step(number, loss, rows * args.seq, run.model.counters().waited);
         let asked = signals.as_mut().map_or(Ok(None), StopSignals::asked)?;
         run.save(number + 1, asked.is_some(), &mut checkpoints, args)?;
         // At the last step the run ends by itself.
@@ -84,14 +106,24 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended, 
     if let Some(mut checkpoints) = checkpoints {
         checkpoints.wait()?;
     }
-    let Run { model, optim, losses, grad_norms, .. } = run;
+    let Run { model, optim, losses, grad_norms, batch, .. } = run;
     let (elapsed, counters) = (progress.elapsed(), model.counters() - wrapping);
     let steps = args.steps.saturating_sub(first);
-    let tokens = steps * args.batch * args.seq;
     let pipeline = pipeline.of(&args.strategy)?;
     let memory = memory.with_optimizer(&optim)?;
     let model = model.assemble()?;
-    Ok(Ended::Complete(Outcome { model, steps, losses, grad_norms, tokens, elapsed, counters, pipeline, memory }))
+    Ok(Ended::Complete(Outcome {
+        model,
+        steps,
+        losses,
+        grad_norms,
+        tokens,
+        elapsed,
+        counters,
+        pipeline,
+        memory,
+        batch,
+    }))
 }
 
 /// Ends a run that was asked to end, when its checkpoint is on the disk.
@@ -113,7 +145,7 @@ fn stopped(
 }
 
 /// The summed loss of some rows, over their tokens.
-fn loss(model: &Gpt, (tokens, targets): (Tensor<2, Int>, Tensor<2, Int>)) -> Loss {
+pub fn loss(model: &Gpt, (tokens, targets): (Tensor<2, Int>, Tensor<2, Int>)) -> Loss {
     let (nats, count) = model.loss_sum(tokens, targets);
     Loss::sum(nats, count)
 }

@@ -11,7 +11,7 @@ use super::checkpoint_error;
 use super::contents::Slice;
 use super::plan::TensorKey;
 use crate::Error;
-use crate::params::{ParamRef, ParamSlice, ShardedIds, visit_params};
+use crate::params::{ParamRef, ParamSlice, ShardedIds, average_statistics, is_statistic, visit_params};
 use crate::sharding::{Rows, ShardComms, Sharding};
 use crate::tensor::PlainTensor;
 use crate::train::{ParallelModule, whole_owners};
@@ -63,7 +63,7 @@ fn visit_each<M: Module>(module: &M, visit: &mut dyn FnMut(ParamRef<'_>)) {
 /// # Errors
 /// [`Error::Pipeline`] if it is not known who holds what; [`Error::Graph`] for quantized parameters.
 pub(super) fn slices<P: ParallelModule>(model: &P) -> Result<Vec<Slice>, Error> {
-    average_statistics(model);
+    average_statistics(model.local());
     let (mut held, mut outcome) = (model.param_slices()?, Ok(Vec::new()));
     visit_each(model.local(), &mut |param| {
         let Some(ParamSlice { dims, ranges, .. }) = held.remove(&param.id()) else { return };
@@ -80,27 +80,12 @@ pub(super) fn slices<P: ParallelModule>(model: &P) -> Result<Vec<Slice>, Error> 
     outcome
 }
 
-/// Running statistics are shared by all clones of a module, and what a forward adds to them stays aside until somebody asks for
-/// the model in evaluation mode.
-fn average_statistics<P: ParallelModule>(model: &P) {
-    let mut any = false;
-    visit_each(model.local(), &mut |param| any |= is_statistic(&param.path()));
-    if any {
-        drop(model.local().valid());
-    }
-}
-
-/// Whether a parameter is a running statistic, in which replicas may differ.
-pub(super) fn is_statistic(path: &str) -> bool {
-    path.ends_with("running_mean") || path.ends_with("running_var")
-}
-
 /// The running statistics of a model, which loading changes in all clones of it.
 pub(super) struct Statistics(HashMap<ParamId, PlainTensor>);
 
 impl Statistics {
     pub(super) fn of<P: ParallelModule>(model: &P) -> Self {
-        average_statistics(model);
+        average_statistics(model.local());
         let mut found = HashMap::new();
         visit_each(model.local(), &mut |param| {
             if is_statistic(&param.path())
@@ -127,22 +112,18 @@ pub(super) fn moment_slices<P: ParallelModule>(
     model: &P,
     optimizer: &ModuleOptimizer,
 ) -> Result<HashMap<ParamId, ParamSlice>, Error> {
-    let slices = model.param_slices()?;
-    let Some(shards) = model.shards() else { return Ok(slices) };
+    let (slices, shards) = (model.param_slices()?, model.shards());
     let owners = whole_owners(model, optimizer)?;
     // Where replicas divide the parameters themselves, the slices are rows already.
     let divided = model.report().sharding == Sharding::Parameters;
     let held = slices.into_iter().filter_map(|(id, param)| {
         let slice = match owners.get(&id) {
-            Some(owner) if *owner != shards.rank() => return None,
-            // Nothing that is split along another axis is updated as a whole.
-            Some(_) => ParamSlice {
-                ranges: param.dims.iter().map(|size| 0..*size).collect(),
-                local_dims: param.dims.clone(),
-                dims: param.dims,
+            Some(false) => return None,
+            Some(true) => ParamSlice::whole(param.dims),
+            None => match &shards {
+                Some(shards) if !divided => rows(param, shards),
+                _ => param,
             },
-            None if divided => param,
-            None => rows(param, &shards),
         };
         Some((id, slice))
     });

@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use super::agree::exchange;
 use super::contents::{Contents, ParamScalars};
-use super::params::is_statistic;
 use super::{checkpoint_error, cover};
 use crate::Error;
 use crate::comm::{Communicator, part};
+use crate::params::is_statistic;
 use crate::tensor_file::{dtype_of, name_of};
 
 /// Ranks that hold a slice alike write a part of it each, of so many bytes at least; of smaller ones one rank writes all. So thousands

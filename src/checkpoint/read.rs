@@ -14,7 +14,7 @@ use super::plan::TensorKey;
 use super::{checkpoint_error, file_problem};
 use crate::Error;
 use crate::params::SliceSource;
-use crate::tensor_file::{Loop, Side, TensorFile, copy_strided, row_major};
+use crate::tensor_file::{Elements, Loop, Side, TensorFile, copy_strided, row_major};
 
 /// The directory of a checkpoint. Files are mapped when something of them is needed.
 pub(super) struct Reader {
@@ -49,7 +49,8 @@ impl Reader {
         }
         let lens: Vec<usize> = ranges.iter().map(ExactSizeIterator::len).collect();
         let strides = row_major(&lens);
-        let mut bytes = vec![0; lens.iter().product::<usize>() * dtype.size()];
+        let mut elements = Elements::zeros(lens.iter().product(), dtype);
+        let bytes = elements.bytes_mut();
         for slice in &tensor.slices {
             let own = slice.ranges();
             let both: Vec<Range<usize>> =
@@ -94,9 +95,9 @@ impl Reader {
                 .zip(sides)
                 .map(|(range, (from, to))| Loop { len: range.len(), from: *from, to: *to })
                 .collect();
-            copy_strided((from.bytes, Side { start: first, dtype }), (&mut bytes, Side { start: to, dtype }), &loops)?;
+            copy_strided((from.bytes, Side { start: first, dtype }), (bytes, Side { start: to, dtype }), &loops)?;
         }
-        Ok(TensorData::from_bytes_vec(bytes, lens, dtype))
+        Ok(elements.into_data(lens, dtype))
     }
 
     /// The bytes of a slice of these dims.

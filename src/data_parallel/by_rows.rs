@@ -20,7 +20,7 @@ use crate::comm::{Communicator, ReduceOp};
 use crate::distribution::RowShards;
 use crate::graph::{GradientSink, StepEngine, gradients_params};
 use crate::partition::Exchange;
-use crate::step::{LossValue, Step, StepFn};
+use crate::step::{LossValue, NoNoise, NoiseState, Step, StepFn};
 use crate::tensor::{PlainTensor, TensorTree, rows};
 
 impl<E: StepEngine> Replica<E> {
@@ -113,6 +113,7 @@ impl<E: StepEngine> Replica<E> {
             skipped: false,
             grad_norm: None,
             not_finite: None,
+            noise: NoiseState::None(NoNoise::Off),
         })
     }
 }

@@ -18,8 +18,8 @@ pub struct DataParallelConfig {
     pub bucket_bytes: usize,
     /// The same for the first bucket.
     pub first_bucket_bytes: usize,
-    /// The dtype in which gradients are sent; their own if there is none. In a file `"BF16"`, `"F16"`, `"F32"` or `"F64"`, in
-    /// capitals or not.
+    /// The dtype in which gradients are sent; their own if there is none. In a file `"BF16"`, `"F16"`, `"F32"` or
+    /// `"F64"`, in capitals or not.
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "dtype")]
     pub reduce_dtype: Option<FloatDType>,
     /// Whether buckets are reduced while backward still runs.
@@ -33,6 +33,8 @@ pub struct DataParallelConfig {
     pub sharding_ranks: Option<usize>,
     /// How long gathered parameters are kept, with [`Sharding::Parameters`].
     pub keep: Keep,
+    /// Whether steps measure the noise of their gradient.
+    pub noise_scale: bool,
     /// A reduction of one's own, which no file knows of.
     #[serde(skip)]
     hook: Option<Arc<dyn CommHook>>,
@@ -41,8 +43,8 @@ pub struct DataParallelConfig {
 impl Config for DataParallelConfig {}
 
 impl DataParallelConfig {
-    /// The default: buckets of 25 MB, the first of 1 MB, gradients reduced in their own dtype while backward runs, replicas
-    /// not compared, nothing divided among them.
+    /// The default: buckets of 25 MB, the first of 1 MB, gradients reduced in their own dtype while backward runs,
+    /// replicas not compared, nothing divided among them.
     pub fn new() -> Self {
         Self {
             bucket_bytes: 25_000_000,
@@ -53,6 +55,7 @@ impl DataParallelConfig {
             sharding: Sharding::None,
             sharding_ranks: None,
             keep: Keep::Pass,
+            noise_scale: false,
             hook: None,
         }
     }
@@ -72,8 +75,8 @@ impl DataParallelConfig {
     }
 
     /// Sends gradients in another float dtype, as `FloatDType::BF16`, and casts the sum back. Sums of 16-bit floats are
-    /// accumulated in `f32`; each contribution and the result are rounded once. Over NCCL, which cannot do that, they travel as
-    /// `f32` all the same, and no bytes are saved.
+    /// accumulated in `f32`; each contribution and the result are rounded once. Over NCCL, which cannot do that, they
+    /// travel as `f32` all the same, and no bytes are saved.
     pub fn with_reduce_dtype(mut self, dtype: FloatDType) -> Self {
         self.reduce_dtype = Some(dtype);
         self
@@ -86,23 +89,25 @@ impl DataParallelConfig {
         self
     }
 
-    /// Has all ranks make sure after so many steps that their parameters still are equal to the last bit, and fail with the
-    /// first path that is not: replicas drift apart when one loads a record, takes another learning rate, or changes the model
-    /// for itself. Reads all parameters, at the speed of memory; on a device they are read back. 0, the default, for never.
+    /// Has all ranks make sure after so many steps that their parameters still are equal to the last bit, and fail with
+    /// the first path that is not: replicas drift apart when one loads a record, takes another learning rate, or
+    /// changes the model for itself. Reads all parameters, at the speed of memory; on a device they are read back. 0,
+    /// the default, for never.
     pub fn with_compare_every(mut self, steps: u64) -> Self {
         self.compare_every = steps;
         self
     }
 
-    /// Sets what the replicas divide among themselves (ZeRO 1, 2 and 3); [`Sharding`] says what each level costs. Steps are then
-    /// taken by [`optimize`](crate::train::ParallelModule::optimize) alone: gradients are those of this rank's rows.
+    /// Sets what the replicas divide among themselves (ZeRO 1, 2 and 3); [`Sharding`] says what each level costs. Steps
+    /// are then taken by [`optimize`](crate::train::ParallelModule::optimize) alone: gradients are those of this rank's
+    /// rows.
     pub fn with_sharding(mut self, sharding: Sharding) -> Self {
         self.sharding = sharding;
         self
     }
 
-    /// Sets among how many neighbouring replicas rows are divided; they are replicated over the others (PyTorch's hybrid
-    /// sharding). It divides the number of replicas.
+    /// Sets among how many neighbouring replicas rows are divided; they are replicated over the others (PyTorch's
+    /// hybrid sharding). It divides the number of replicas.
     pub fn with_sharding_ranks(mut self, ranks: usize) -> Self {
         self.sharding_ranks = Some(ranks);
         self
@@ -111,6 +116,18 @@ impl DataParallelConfig {
     /// Sets how long gathered parameters are kept, with [`Sharding::Parameters`].
     pub fn with_keep(mut self, keep: Keep) -> Self {
         self.keep = keep;
+        self
+    }
+
+    /// Has steps measure the noise of their gradient ([`Step::noise`](crate::step::Step::noise)): the square of every
+    /// micro-batch's gradient is taken while it is in the cache, and three numbers more go with those that replicas sum
+    /// up at the end of a step. A parameter that a forward uses several times has its gradient held once more until the
+    /// end of the micro-batch.
+    ///
+    /// It takes two micro-batches at least, on one replica or on several; what goes through a pipeline at once is one.
+    /// Not with [`Sharding::Parameters`], where gradients are summed over the replicas before anybody sees them.
+    pub fn with_noise_scale(mut self, measure: bool) -> Self {
+        self.noise_scale = measure;
         self
     }
 
@@ -123,6 +140,12 @@ impl DataParallelConfig {
         if let Some(dtype) = self.reduce_dtype.filter(|dtype| !CastHook::can_send(*dtype)) {
             let problem = format!("gradients cannot be sent in `reduce_dtype` {dtype:?}: take BF16, F16, F32 or F64");
             return wrong(&problem);
+        }
+        if self.noise_scale && self.sharding == Sharding::Parameters {
+            return wrong(
+                "`noise_scale` compares the gradients of replicas, which `sharding` \"parameters\" sums up before anybody sees \
+                 them: set `sharding` to \"gradients\", or leave `noise_scale` out",
+            );
         }
         if self.sharding == Sharding::None {
             return match self.sharding_ranks {

@@ -9,6 +9,7 @@ use burn::tensor::Tensor;
 use super::Replica;
 use super::changes::ForwardState;
 use super::loss_weight::LossWeight;
+use super::noise_meter;
 use super::reducer::{Reduced, Reducer};
 use super::reducer_sink::ReducerSink;
 use super::reduction_state::accumulate;
@@ -16,7 +17,7 @@ use crate::Error;
 use crate::comm::ReduceOp;
 use crate::graph::StepEngine;
 use crate::sharding::Sharding;
-use crate::step::{Step, StepFn};
+use crate::step::{NoNoise, NoiseState, Step, StepFn};
 use crate::tensor::{PlainTensor, TensorTree};
 
 impl<E: StepEngine> Replica<E> {
@@ -38,6 +39,7 @@ impl<E: StepEngine> Replica<E> {
         let mut sum = ShardSum::default();
         // Without any data the ranks meet once all the same, to find out that there is none.
         for round in 0..most.max(1) {
+            reducer.begin_noise(|| self.engine.gradient_layout().elsewhere);
             let leader = rounds.as_ref().and_then(|counts| uneven(counts, round));
             let ran = match micro_batches.next() {
                 Some(inputs) => {
@@ -64,7 +66,18 @@ impl<E: StepEngine> Replica<E> {
         reducer.set_non_finite(sum.non_finite.take());
         let (loss, weight, grads) = self.complete(reducer, sum.mean())?;
         let counters = self.counters() - before;
-        Ok(Step { loss, weight, grads, outputs, counters, runs, skipped: false, grad_norm: None, not_finite: None })
+        Ok(Step {
+            loss,
+            weight,
+            grads,
+            outputs,
+            counters,
+            runs,
+            skipped: false,
+            grad_norm: None,
+            not_finite: None,
+            noise: self.noise,
+        })
     }
 
     /// How many micro-batches each of the ranks that divide parameters among themselves has, if they do.
@@ -90,6 +103,7 @@ fn summed(losses: &[(Tensor<1>, f64)]) -> f64 {
 /// The averages of several reductions, added up by their weights.
 #[derive(Default)]
 struct ShardSum {
+    noise: Option<NoiseState>,
     loss: f64,
     weight: f64,
     /// The weight in units of which gradients are added up: that of the first reduction that has one.
@@ -103,6 +117,7 @@ impl ShardSum {
     fn add(&mut self, reduced: Reduced, non_finite: Option<Arc<str>>) {
         self.waited += reduced.waited;
         self.non_finite = self.non_finite.take().or(non_finite);
+        self.noise = Some(self.noise.map_or(reduced.noise, |noise| noise_meter::together(noise, reduced.noise)));
         // Of no items the mean loss is NaN, and the gradients are those of nothing.
         if reduced.weight > 0.0 {
             self.loss += reduced.loss * reduced.weight;
@@ -121,6 +136,7 @@ impl ShardSum {
     fn mean(self) -> Reduced {
         let factor = if self.weight > 0.0 { self.unit / self.weight } else { 1.0 };
         let gradients = self.gradients.into_iter().map(|(param, sum)| (param, sum.scale(factor))).collect();
-        Reduced { loss: self.loss / self.weight, weight: self.weight, gradients, waited: self.waited }
+        let noise = self.noise.unwrap_or(NoiseState::None(NoNoise::Off));
+        Reduced { loss: self.loss / self.weight, weight: self.weight, gradients, waited: self.waited, noise }
     }
 }

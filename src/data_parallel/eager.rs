@@ -23,8 +23,9 @@ use crate::sharding::Rows;
 use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
 use crate::tensor::{PlainTensor, TensorMapper, TensorTree, rows};
 
-/// A model that every rank of a group of replicas holds whole, or its rows of every parameter. Its own eager `forward` computes, so shapes and decisions may
-/// change from step to step, and hooks at the parameters deliver gradients while backward runs. Dereferences to the model.
+/// A model that every rank of a group of replicas holds whole, or its rows of every parameter. Its own eager `forward`
+/// computes, so shapes and decisions may change from step to step, and hooks at the parameters deliver gradients while
+/// backward runs. Dereferences to the model.
 #[derive(Clone)]
 pub struct Eager<M> {
     module: M,
@@ -210,7 +211,9 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
         let slices = self.param_slices()?;
-        self.change(|module| params::load(module, source, &|id| slices.get(&id).cloned()))
+        let loaded = self.change(|module| params::load(module, source, &|id| slices.get(&id).cloned()))?;
+        loaded.rows_changed();
+        Ok(loaded)
     }
 
     fn assemble(&self) -> Result<M, Error> {
@@ -233,7 +236,8 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn counters(&self) -> StepCounters {
         let statistics = self.synchronized().as_ref().map(SyncBatchNorm::counters).unwrap_or_default();
-        StepCounters { statistics, skipped: self.clipping.skipped(), ..StepCounters::default() }
+        let waited = self.gatherer.as_ref().map(|gatherer| gatherer.waited()).unwrap_or_default();
+        StepCounters { statistics, skipped: self.clipping.skipped(), waited, ..StepCounters::default() }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {
@@ -258,6 +262,12 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn stand_ins(&self) -> Option<&HashSet<ParamId>> {
         self.gatherer.as_ref()?.stand_ins()
+    }
+
+    fn rows_changed(&self) {
+        if let Some(gatherer) = &self.gatherer {
+            gatherer.set_shards(shards_of(&self.module, gatherer));
+        }
     }
 
     fn begin_uneven(&self, leader: usize) {

@@ -67,6 +67,7 @@ mod join;
 mod known_params;
 mod loss_weight;
 mod module_impl;
+mod noise_meter;
 mod reducer;
 mod reducer_sink;
 mod reduction_state;

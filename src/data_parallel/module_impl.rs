@@ -10,6 +10,7 @@ use super::Replica;
 use super::gathered::Logical;
 use crate::graph::StepEngine;
 use crate::nesting::{self, refuse_wrapping};
+use crate::optimizer_mapper::is_optimizer;
 use crate::sharding::Sharding;
 
 impl<E> Deref for Replica<E> {
@@ -38,11 +39,8 @@ impl<E: fmt::Display> fmt::Display for Replica<E> {
     }
 }
 
-/// What burn calls the mapper by which optimizers update modules.
-const OPTIMIZER: &str = "ModuleOptimizerMapper";
-
-/// Paths and parameters are those of the model; of parameters that the replicas divide among themselves the values are this rank's
-/// rows.
+/// Paths and parameters are those of the model; of parameters that the replicas divide among themselves the values are
+/// this rank's rows.
 impl<E: StepEngine> Module for Replica<E> {
     fn collect_devices(&self, devices: Devices) -> Devices {
         self.engine.collect_devices(devices)
@@ -78,12 +76,12 @@ impl<E: StepEngine> Module for Replica<E> {
     }
 
     /// # Panics
-    /// If an optimizer of burn steps sharded replicas by itself: it would update rows with the gradients of others, or not at
-    /// all. [`optimize`](crate::train::ParallelModule::optimize) does it.
+    /// If an optimizer of burn steps sharded replicas by itself: it would update rows with the gradients of others, or
+    /// not at all. [`optimize`](crate::train::ParallelModule::optimize) does it.
     fn map<Mapper: ModuleMapper>(self, mapper: &mut Mapper) -> Self {
         let sharding = self.sharding();
         assert!(
-            sharding == Sharding::None || !std::any::type_name::<Mapper>().contains(OPTIMIZER),
+            sharding == Sharding::None || !is_optimizer::<Mapper>(),
             "`optim.step` was called on replicas whose sharding is \"{sharding}\": the gradients are those of this rank's rows, and \
              the others must hear of the update; call `model.optimize(&mut optim, lr, step)` instead"
         );

@@ -18,7 +18,7 @@
 //!
 //! With [sharded](crate::sharding) replicas a bucket is reduce-scattered, and what comes out are the rows of this rank.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
@@ -30,12 +30,14 @@ use super::config::DataParallelConfig;
 use super::hook::GradientListener;
 use super::known_params::{KnownParams, head};
 use super::loss_weight::LossWeight;
+use super::noise_meter::{self, NoiseMeter};
 use super::reduction_state::{LATE, ParamProgress, PendingReduction, ReductionState, accumulate};
 use super::structure::Structure;
 use crate::Error;
 use crate::comm::{Communicator, Counters, ReduceOp};
 use crate::params::unknown_params;
 use crate::sharding::{ShardComms, Sharding};
+use crate::step::{NoNoise, NoiseState};
 use crate::tensor::PlainTensor;
 
 /// The averages over the group.
@@ -48,6 +50,8 @@ pub(crate) struct Reduced {
     pub gradients: HashMap<usize, PlainTensor>,
     /// How long this rank had nothing to do but wait for them.
     pub waited: Duration,
+    /// What the micro-batches of all ranks say of the noise of the gradient.
+    pub noise: NoiseState,
 }
 
 pub(crate) struct Reducer {
@@ -114,6 +118,7 @@ impl Reducer {
     /// Keeps the gradient of a parameter that has no number yet.
     pub(super) fn add_unindexed(&self, id: ParamId, gradient: PlainTensor) {
         let mut step = self.lock();
+        step.noise.iter_mut().for_each(NoiseMeter::add_unknown);
         let sum = accumulate(step.unindexed.remove(&id), gradient);
         step.unindexed.insert(id, sum);
     }
@@ -203,8 +208,11 @@ impl Reducer {
         let taken =
             step.params.iter_mut().enumerate().filter_map(|(place, param)| Some((place, param.gradient.take()?)));
         let gradients = taken.map(|(place, gradient)| (place, gradient.scale(factor))).collect();
+        let noise = step.noise.take();
         step.reset();
-        Reduced { loss: loss / weight, weight, gradients, waited: Duration::ZERO }
+        drop(step);
+        let noise = noise.map_or(NoiseState::None(NoNoise::Off), |noise| noise_meter::of_sums(&noise.numbers()));
+        Reduced { loss: loss / weight, weight, gradients, waited: Duration::ZERO, noise }
     }
 
     /// Whether the replicas are to be compared after this many steps.
@@ -250,8 +258,9 @@ impl Reducer {
         let Some(pending) = step.pending.take() else {
             return Err(Error::invalid("DataParallel::backward", "the reduction was not open"));
         };
-        let mut tail = vec![loss];
-        tail.extend(step.params.iter().map(ParamProgress::mark));
+        let mut tail: Vec<f64> = step.params.iter().map(ParamProgress::mark).collect();
+        let params = tail.len();
+        let noise = step.noise.take();
         let layout = step.buckets.clone();
         let completed = std::mem::take(&mut step.completed);
         let mut late: HashMap<usize, PlainTensor> =
@@ -262,6 +271,8 @@ impl Reducer {
         step.reset();
         drop(step);
 
+        tail.push(loss);
+        tail.extend(noise.into_iter().flat_map(NoiseMeter::numbers));
         let control = self.control.clone();
         let tail = self.data.start(move |_| control.all_reduce(tail, ReduceOp::Sum));
         let weight = pending.head.wait()?;
@@ -270,7 +281,14 @@ impl Reducer {
             gradients.extend(params.iter().copied().zip(bucket.wait()?));
         }
         let tail = tail.wait()?;
-        let (loss, marks) = (tail[0] / weight, &tail[1..]);
+        let (marks, sums) = tail.split_at(params);
+        let (loss, noise) = match sums {
+            [loss] => (loss / weight, NoiseState::None(NoNoise::Off)),
+            [loss, noise @ ..] => (loss / weight, noise_meter::of_sums(noise)),
+            [] => {
+                return Err(Error::invalid("DataParallel::backward", "the sums of the replicas came back incomplete"));
+            }
+        };
         let late_params: Vec<usize> = (0..marks.len()).filter(|param| marks[*param] >= LATE).collect();
         if !late_params.is_empty() {
             let factor = pending.factor.get().copied().unwrap_or_default();
@@ -291,7 +309,7 @@ impl Reducer {
         if !observed {
             self.follow(completed)?;
         }
-        Ok(Reduced { loss, weight, gradients, waited: began.elapsed() })
+        Ok(Reduced { loss, weight, gradients, waited: began.elapsed(), noise })
     }
 
     /// Takes a gradient that did not come through a hook.
@@ -299,6 +317,7 @@ impl Reducer {
         // Looked at now, while it is in the cache.
         let non_finite = self.data.size() > 1 && gradient.is_finite_on_host() == Some(false);
         let mut step = self.lock();
+        let step = &mut *step;
         if non_finite {
             step.non_finite = Some(step.non_finite.map_or(param, |first| first.min(param)));
         }
@@ -306,6 +325,9 @@ impl Reducer {
         let progress = &mut step.params[param];
         progress.used = true;
         progress.arrived += 1;
+        if let Some(noise) = &mut step.noise {
+            noise.add(param, progress.uses, progress.arrived, &gradient);
+        }
         let place = if progress.started { &mut progress.late } else { &mut progress.gradient };
         *place = Some(accumulate(place.take(), gradient));
         if progress.arrived >= progress.uses {
@@ -316,6 +338,25 @@ impl Reducer {
     /// Forgets the uses of a forward whose backward has run, or that will have none; its gradients stay with the step.
     pub fn forget_uses(&self) {
         self.lock().forget_uses();
+    }
+
+    /// Measures the gradients of the micro-batches that come now, if that was asked for: of all parameters but those that another
+    /// rank counts.
+    pub fn begin_noise(&self, elsewhere: impl FnOnce() -> HashSet<ParamId>) {
+        if self.config.noise_scale {
+            let elsewhere = elsewhere().into_iter().filter_map(|id| self.index_of(id)).collect();
+            self.lock().noise = Some(NoiseMeter::new(elsewhere));
+        }
+    }
+
+    /// The micro-batch that runs counts for so many items, and its gradients are in units of so many.
+    pub fn weigh(&self, weight: f64, unit: f64) {
+        self.lock().noise.iter_mut().for_each(|noise| noise.weigh(weight, unit));
+    }
+
+    /// All gradients of a micro-batch have come.
+    pub fn end_micro_batch(&self) {
+        self.lock().noise.iter_mut().for_each(NoiseMeter::end_micro_batch);
     }
 
     /// Throws away everything that was accumulated.

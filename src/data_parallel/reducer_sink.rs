@@ -37,6 +37,7 @@ impl GradientSink for ReducerSink<'_> {
         if weight > 0.0 {
             self.loss_weight.add(weight, unit);
         }
+        self.reducer.weigh(weight, unit);
         if self.last {
             self.reducer.begin(*self.loss_weight);
         }

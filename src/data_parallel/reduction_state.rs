@@ -7,6 +7,7 @@ use burn::module::ParamId;
 use burn::tensor::Device;
 
 use super::loss_weight::LossWeight;
+use super::noise_meter::NoiseMeter;
 use crate::comm::Pending;
 use crate::tensor::PlainTensor;
 
@@ -33,6 +34,8 @@ pub(super) struct ReductionState {
     pub non_finite: Option<usize>,
     /// The path of the one of the step before.
     pub last_non_finite: Option<Arc<str>>,
+    /// Measures the gradients of micro-batches, if that was asked for.
+    pub noise: Option<NoiseMeter>,
 }
 
 #[derive(Default)]
@@ -76,6 +79,7 @@ impl ReductionState {
         self.pending = None;
         self.unindexed.clear();
         self.non_finite = None;
+        self.noise = None;
         self.params.iter_mut().for_each(|param| *param = ParamProgress::default());
     }
 }

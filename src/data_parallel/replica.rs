@@ -21,7 +21,7 @@ use crate::distribution::RowShards;
 use crate::graph::{MicroBatch, StepEngine};
 use crate::params::SliceSource;
 use crate::sharding::Sharding;
-use crate::step::{LossValue, RunReport, Step, StepCounters, StepFn};
+use crate::step::{LossValue, NoNoise, NoiseState, RunReport, Step, StepCounters, StepFn};
 use crate::tensor::{PlainTensor, TensorTree};
 
 /// One of several replicas of a model, each with its share of the batch. `E` says what runs it: [`Eager`](super::Eager) a model that every
@@ -43,6 +43,8 @@ pub struct Replica<E> {
     pub(super) loss_weight: LossWeight,
     pub(super) losses: Vec<(Tensor<1>, f64)>,
     waited: Duration,
+    /// What the last reduction told of the noise of the gradient.
+    pub(super) noise: NoiseState,
     steps: u64,
     /// By which an eager model tells of its gradients.
     hooks: Option<HookGroup>,
@@ -79,7 +81,8 @@ impl<E: StepEngine> Replica<E> {
 
     pub(super) fn with(engine: E, averaging: Averaging) -> Self {
         let (loss_weight, losses) = (LossWeight::default(), Vec::new());
-        Self { engine, averaging, loss_weight, losses, waited: Duration::ZERO, steps: 0, hooks: None }
+        let noise = NoiseState::None(NoNoise::Off);
+        Self { engine, averaging, loss_weight, losses, waited: Duration::ZERO, noise, steps: 0, hooks: None }
     }
 
     /// What was wrapped, as it was before but for its values. If an eager model has adapters (LoRA) or other reparameterizations
@@ -176,6 +179,7 @@ impl<E: StepEngine> Replica<E> {
                 gradients: shards.comms().gradient_counters(),
                 parameters: shards.comms().parameters().counters(),
                 control: shards.replicas().counters() + shards.comms().control().counters(),
+                waited: shards.waited() + of_engine.waited,
                 ..of_engine
             };
         }
@@ -188,32 +192,32 @@ impl<E: StepEngine> Replica<E> {
                     Some(shards) => reducer.control_counters() - self.engine.clipping().of(shards.control()),
                     None => reducer.control_counters(),
                 },
-                waited: self.waited,
+                waited: self.waited + of_engine.waited,
                 ..of_engine
             },
         }
     }
 
-    /// Finds out which parameters this rank holds, if a step would.
+    /// Finds out which parameters this rank holds, and which of them with others, if a step would.
     pub(crate) fn prepare<I: TensorTree + Clone>(
         &mut self,
         inputs: I,
         step: StepFn<'_, E::Model, I>,
     ) -> Result<(), Error> {
         match &self.averaging {
-            Averaging::Ready(_) => {}
-            Averaging::ByRows(shards) => {
-                let replicas = shards.replicas().clone();
-                if !self.engine.is_settled() {
-                    self.engine.settle(inputs, step, &replicas)?;
-                }
-            }
             Averaging::Deferred(group, config) => {
                 let (group, config) = (group.clone(), config.clone());
                 self.engine.settle(inputs, step, &group)?;
                 let (engine, reducer) = replicate(self.engine.clone(), &group, config, E::share_ids)?;
                 (self.engine, self.averaging) = (engine, Averaging::Ready(Arc::new(reducer)));
             }
+            _ if self.engine.is_prepared() => {}
+            Averaging::ByRows(shards) if !self.engine.is_settled() => {
+                let replicas = shards.replicas().clone();
+                self.engine.settle(inputs, step, &replicas)?;
+            }
+            // Replicas have nothing left to agree on.
+            _ => self.engine.settle_alone(inputs, step)?,
         }
         Ok(())
     }
@@ -242,6 +246,7 @@ impl<E: StepEngine> Replica<E> {
         }
         let before = self.counters();
         self.admit(&reducer, ForwardState::Pending)?;
+        reducer.begin_noise(|| self.engine.gradient_layout().elsewhere);
         let (mut outputs, mut runs) = (Vec::new(), Vec::new());
         let mut ran = Ok(());
         let mut begun = false;
@@ -269,6 +274,7 @@ impl<E: StepEngine> Replica<E> {
             skipped: false,
             grad_norm: None,
             not_finite: None,
+            noise: self.noise,
         })
     }
 
@@ -303,6 +309,7 @@ impl<E: StepEngine> Replica<E> {
         self.losses.extend(gave.loss);
         outputs.extend(gave.outputs);
         runs.extend(gave.run);
+        reducer.end_micro_batch();
         if !last {
             reducer.forget_uses();
         }
@@ -336,6 +343,7 @@ impl<E: StepEngine> Replica<E> {
         mut reduced: Reduced,
     ) -> Result<(LossValue, f64, GradientsParams), Error> {
         self.waited += reduced.waited;
+        self.noise = reduced.noise;
         let grads = register(reducer, &mut reduced, &self.engine)?;
         self.steps += 1;
         if reducer.compares(self.steps) {

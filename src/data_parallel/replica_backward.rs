@@ -104,6 +104,7 @@ impl<M: Module> Replica<Eager<M>> {
             skipped: false,
             grad_norm: None,
             not_finite: None,
+            noise: self.noise,
         })
     }
 

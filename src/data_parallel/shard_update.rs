@@ -1,4 +1,5 @@
-//! The update of sharded replicas: each rank's rows of the parameters go to the optimizer, and come back to all of them.
+//! The update of sharded replicas: each rank's rows of the parameters go to the optimizer, and come back to all of
+//! them.
 
 use std::collections::{HashMap, HashSet};
 
@@ -21,8 +22,8 @@ impl<E: StepEngine> Replica<E> {
         }
     }
 
-    /// Hands this rank's rows of the parameters that are trained to `update`, and gives all ranks those that it returns.
-    /// Collective.
+    /// Hands this rank's rows of the parameters that are trained to `update`, and gives all ranks those that it
+    /// returns. Collective.
     ///
     /// # Errors
     /// Those of `update` and of [`Communicator`](crate::comm::Communicator).
@@ -43,11 +44,14 @@ impl<E: StepEngine> Replica<E> {
         let mut own = OwnRows::of(&reducer, &comms, &self.engine);
         self.engine.visit(&mut own);
         let updated = update(own.found?, &comms)?;
-        self.try_change(|engine| gather(engine, updated, &reducer, &comms))
+        let updated = self.try_change(|engine| gather(engine, updated, &reducer, &comms))?;
+        updated.engine.rows_changed();
+        Ok(updated)
     }
 }
 
-/// The module with the rows of all ranks in its parameters, or this rank's, where it holds these only: a bucket at a time, so that no more than that is held twice.
+/// The module with the rows of all ranks in its parameters, or this rank's, where it holds these only: a bucket at a
+/// time, so that no more than that is held twice.
 fn gather<E: StepEngine>(
     mut engine: E,
     updated: ShardParams,

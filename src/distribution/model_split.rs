@@ -12,7 +12,7 @@ use super::row_shards::RowShards;
 use crate::comm::{Communicator, part};
 use crate::error::Error;
 use crate::graph::{
-    CustomOps, RandomSource, Signature, SplitParam, StepGraph, counter_based_rng, graph_error,
+    CustomOps, RandomSource, Signature, SplitOver, SplitParam, StepGraph, counter_based_rng, graph_error,
     register_counter_based_rng,
 };
 use crate::layout::Layout;
@@ -184,17 +184,23 @@ impl ModelSplit {
 
     /// The parameters of which this rank holds a part.
     pub(crate) fn split_params(&self) -> Vec<SplitParam> {
-        let dim = |layout: &Layout| match layout {
-            Layout::Sharded(dim) => Some(*dim),
-            _ => None,
-        };
-        let parts = |row: &PlanRow| {
+        let axes = |row: &PlanRow| {
             let over = row.layouts.iter().zip(self.axes.iter()).filter(|(_, axis)| axis.group.size() > 1);
-            over.filter_map(|(layout, _)| dim(layout)).collect::<Vec<_>>()
+            let divided = over.filter_map(|(layout, axis)| match layout {
+                Layout::Sharded(dim) => Some((*dim, axis.group.clone())),
+                _ => None,
+            });
+            divided.collect::<Vec<_>>()
         };
-        let split = self.table.rows().iter().map(|row| (row, parts(row))).filter(|(_, split)| !split.is_empty());
+        let split = self.table.rows().iter().map(|row| (row, axes(row))).filter(|(_, axes)| !axes.is_empty());
         split
-            .map(|(row, split)| SplitParam { id: row.id, path: row.path.clone(), dims: row.local_dims.clone(), split })
+            .map(|(row, axes)| SplitParam {
+                id: row.id,
+                path: row.path.clone(),
+                dims: row.local_dims.clone(),
+                split: axes.iter().map(|(dim, _)| *dim).collect(),
+                over: Some(SplitOver { dims: row.dims.clone(), padded_dims: row.padded_dims.clone(), axes }),
+            })
             .collect()
     }
 

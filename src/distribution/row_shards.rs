@@ -5,7 +5,9 @@
 //! ([`shard_parameters`]), and it goes with any split: the rows are those of this rank's part.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Device, FloatDType, Tensor};
@@ -44,6 +46,8 @@ pub(crate) struct RowShards {
     /// Joins all replicas; carries what is neither parameters nor gradients.
     replicas: Communicator,
     step: Arc<Mutex<StepState>>,
+    /// For how many nanoseconds this rank had nothing to do but wait for what is exchanged.
+    waited: Arc<AtomicU64>,
 }
 
 /// A parameter that is divided.
@@ -116,6 +120,7 @@ impl RowShards {
             comms,
             replicas: replicas.split_named("control", 0, replicas.rank() as i64)?,
             step: Arc::default(),
+            waited: Arc::default(),
         })
     }
 
@@ -232,9 +237,22 @@ impl RowShards {
             ops.register(id, move |op, _| {
                 let pending = shards.lock().in_flight.remove(&(gathers, ticket(op)?));
                 let started = || graph_error(format!("custom operation `{}` waits for what was not started", op.id));
-                pending.ok_or_else(started)?.wait()
+                let pending = pending.ok_or_else(started)?;
+                shards.waiting(|| pending.wait())
             });
         }
+    }
+
+    /// How long this rank had nothing to do but wait for what is exchanged.
+    pub(crate) fn waited(&self) -> Duration {
+        Duration::from_nanos(self.waited.load(Relaxed))
+    }
+
+    fn waiting<T>(&self, wait: impl FnOnce() -> T) -> T {
+        let began = Instant::now();
+        let done = wait();
+        self.waited.fetch_add(began.elapsed().as_nanos() as u64, Relaxed);
+        done
     }
 
     /// Begins a step.
@@ -305,7 +323,9 @@ impl RowShards {
         for numbers in groups.into_values() {
             let ids: Vec<ParamId> = numbers.iter().map(|number| self.params[*number].id).collect();
             let shards = ids.iter().filter_map(|id| values.remove(id)).collect();
-            whole.extend(ids.into_iter().zip(self.bundle(&numbers)?.gather(shards, self.comms.parameters())?));
+            let bundle = self.bundle(&numbers)?;
+            let gathered = self.waiting(|| bundle.gather(shards, self.comms.parameters()))?;
+            whole.extend(ids.into_iter().zip(gathered));
         }
         Ok(whole)
     }

@@ -171,6 +171,9 @@ pub trait StepEngine: Module {
         None
     }
 
+    /// Notes the rows that it holds now: a forward that is called directly gathers them in groups then, as a step does.
+    fn rows_changed(&self) {}
+
     /// Before a micro-batch that some of the replicas that divide parameters among themselves do not have: the first that has it.
     fn begin_uneven(&self, _leader: usize) {}
 
@@ -205,11 +208,6 @@ struct Checked {
 }
 
 impl CheckedOptimizers {
-    /// Whether an optimizer at this address is met for the first time.
-    pub fn is_new(&self, address: usize) -> bool {
-        self.lock().insert(address, Checked::default()).is_none()
-    }
-
     /// The parameters whose update by the optimizer at this address depends on the whole of them, as `find` finds them out, which
     /// is asked where there are `params` that it was not asked for.
     ///
@@ -247,6 +245,19 @@ pub struct SplitParam {
     pub dims: Vec<usize>,
     /// The dims along which it is split.
     pub split: Vec<usize>,
+    /// Who has the other parts, where it is split over the ranks of groups.
+    pub over: Option<SplitOver>,
+}
+
+/// What a part of a parameter is a part of, and who has the others.
+#[derive(Debug, Clone)]
+pub struct SplitOver {
+    /// The dims of the whole.
+    pub dims: Vec<usize>,
+    /// Those with the zeros behind that let the ranks divide it.
+    pub padded_dims: Vec<usize>,
+    /// The dim that is divided over the ranks of a group, for one axis after the other.
+    pub axes: Vec<(usize, Communicator)>,
 }
 
 /// Gradients of a captured step in units.

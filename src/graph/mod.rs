@@ -77,7 +77,9 @@ pub use cache::GraphCache;
 pub(crate) use cache::StepKey;
 pub use capture::capture_step;
 pub use custom::CustomOps;
-pub(crate) use engine::{CheckedOptimizers, GradientSink, MicroBatch, ScaledGradients, SplitParam, StepEngine};
+pub(crate) use engine::{
+    CheckedOptimizers, GradientSink, MicroBatch, ScaledGradients, SplitOver, SplitParam, StepEngine,
+};
 pub use execute::Executor;
 pub use forward::{Forward, ForwardGraph, capture_forward};
 pub(crate) use gradient_layout::{ClipRecord, GradientLayout};

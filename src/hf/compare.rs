@@ -7,8 +7,9 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Bool, Int, Tensor};
 
 use super::mapped::find;
+use super::mapping::Mapping;
 use super::relation::swapped;
-use super::{Mapping, Weights};
+use super::weights::Weights;
 use crate::Error;
 
 /// Which tensors of a directory are which parameters of a model under a mapping. Prints as a list.

@@ -6,14 +6,16 @@ use std::rc::Rc;
 
 use burn::tensor::{DType, TensorData};
 
-use super::relation::{Relation, swapped};
-use super::{Mapping, Weights};
+use super::mapping::Mapping;
+use super::read::read;
+use super::relation::Relation;
+use super::weights::Weights;
 use crate::Error;
 use crate::params::SliceSource;
-use crate::tensor_file::{Loop, Side, copy_strided, file_error, row_major};
+use crate::tensor_file::file_error;
 
-/// The tensors of a directory as the parameters of a model: a [`SliceSource`] that reads the slices that a rank asks for, turned,
-/// cut and put together as the [`Mapping`] says.
+/// The tensors of a directory as the parameters of a model: a [`SliceSource`] that reads the slices that a rank asks
+/// for, turned, cut and put together as the [`Mapping`] says.
 #[derive(Debug)]
 pub struct Mapped {
     weights: Weights,
@@ -36,12 +38,18 @@ impl Found {
     }
 }
 
-impl Mapped {
-    pub(super) fn new(weights: Weights, mapping: Mapping) -> Result<Self, Error> {
+impl Weights {
+    /// These tensors as the parameters of a model.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if a rule of the mapping can fit no model.
+    pub fn mapped(self, mapping: Mapping) -> Result<Mapped, Error> {
         mapping.check()?;
-        Ok(Self { weights, mapping, known: HashMap::new() })
+        Ok(Mapped { weights: self, mapping, known: HashMap::new() })
     }
+}
 
+impl Mapped {
     /// The directory.
     pub fn weights(&self) -> &Weights {
         &self.weights
@@ -115,81 +123,4 @@ impl SliceSource for Mapped {
     fn keeps(&mut self, path: &str) -> bool {
         self.mapping.keeps(path)
     }
-}
-
-/// The part of a relation's parameter that is in these ranges, in this dtype if both are floats, or else that of its tensors; the
-/// widest, if they have several.
-///
-/// # Errors
-/// [`file_error`] if a tensor is missing or is of a dtype that burn lacks, or the ranges do not fit.
-pub(super) fn read(
-    weights: &mut Weights,
-    relation: &Relation,
-    (place, ranges): (usize, &[Range<usize>]),
-    dtype: Option<DType>,
-) -> Result<TensorData, Error> {
-    let model = &relation.models[place];
-    let fits = |(range, size): (&Range<usize>, &usize)| range.start <= range.end && range.end <= *size;
-    if ranges.len() != model.dims.len() || !ranges.iter().zip(&model.dims).all(fits) {
-        let problem = format!("parameter `{}` of dims {:?} has nothing at {ranges:?}", model.name, model.dims);
-        return Err(file_error(weights.dir(), problem));
-    }
-    let stored = widest(weights, relation)?;
-    // Floats are cast as they are copied, and nothing else is.
-    let dtype = dtype.filter(|dtype| is_plain(*dtype) && is_plain(stored)).unwrap_or(stored);
-    let lens: Vec<usize> = ranges.iter().map(ExactSizeIterator::len).collect();
-    let elements = if lens.contains(&0) { 0 } else { lens.iter().product() };
-    let mut bytes = vec![0; elements * dtype.size()];
-    let to_strides = swapped(&row_major(&lens), relation.transposed);
-    let wanted = swapped(ranges, relation.transposed);
-    let mut bytes_read = 0;
-    for block in relation.blocks.iter().filter(|block| block.model == place) {
-        let file = &relation.files[block.file];
-        let all: Vec<Range<usize>> = file.dims.iter().map(|size| 0..*size).collect();
-        let Some(block) = block.within(&all, &wanted) else { continue };
-        let Some((of, entry)) = weights.entry(&file.name) else { continue };
-        let from_strides = row_major(&file.dims);
-        let (mut from, mut to, mut loops) = (0, 0, Vec::new());
-        for (dim, len) in block.lens.iter().enumerate() {
-            let (read, write) = (block.in_file[dim], block.in_model[dim]);
-            from += read.start * from_strides[dim] as usize;
-            to += (write.start - wanted[dim].start) * to_strides[dim] as usize;
-            loops.push(Loop {
-                len: *len,
-                from: read.step as isize * from_strides[dim],
-                to: write.step as isize * to_strides[dim],
-            });
-        }
-        let of_file = entry.dtype.unwrap_or(dtype);
-        let (from, to) = (Side { start: from, dtype: of_file }, Side { start: to, dtype });
-        copy_strided((of.bytes(entry), from), (&mut bytes, to), &loops)
-            .map_err(|error| file_error(of.path(), format!("tensor `{}`: {error}", file.name)))?;
-        bytes_read += (block.elements() * of_file.size()) as u64;
-    }
-    weights.bytes_read += bytes_read;
-    Ok(TensorData::from_bytes_vec(bytes, lens, dtype))
-}
-
-fn is_plain(dtype: DType) -> bool {
-    matches!(dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16)
-}
-
-/// The widest dtype of a relation's tensors.
-fn widest(weights: &Weights, relation: &Relation) -> Result<DType, Error> {
-    let mut widest: Option<DType> = None;
-    for file in &relation.files {
-        let Some((of, entry)) = weights.entry(&file.name) else {
-            return Err(file_error(weights.dir(), format!("there is no tensor `{}`", file.name)));
-        };
-        let dtype = entry.dtype.ok_or_else(|| {
-            file_error(of.path(), format!("tensor `{}` is {}, which burn has no dtype for", file.name, entry.named))
-        })?;
-        widest = Some(match widest {
-            // Neither of bf16 and f16 holds all of the other.
-            Some(other) if other != dtype && other.size() == dtype.size() => DType::F32,
-            Some(other) if other.size() > dtype.size() => other,
-            _ => dtype,
-        });
-    }
-    widest.ok_or_else(|| file_error(weights.dir(), "a rule without tensors"))
 }

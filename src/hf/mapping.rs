@@ -2,15 +2,15 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::rule::{Filled, Rule};
+use super::rule::{Filled, Names, Rule};
 use crate::Error;
 use crate::plan::captures;
 
-/// The names and layouts of a directory's tensors in terms of a model's parameters: [rules](Rule), of which the first that
-/// fits counts.
+/// The names and layouts of a directory's tensors in terms of a model's parameters: [rules](Rule), of which the first
+/// that fits counts.
 ///
-/// When a model is loaded, a rule whose tensors are not there is passed over: so a head that is tied in one directory and not
-/// in another takes two rules. When it is saved, the first rule of each parameter counts.
+/// When a model is loaded, a rule whose tensors are not there is passed over: so a head that is tied in one directory
+/// and not in another takes two rules. When it is saved, the first rule of each parameter counts.
 ///
 /// ```
 /// use burn_parallel::hf::{Mapping, Rule};
@@ -60,8 +60,8 @@ impl Mapping {
         self
     }
 
-    /// Parameters whose paths fit this pattern have no counterpart: they keep their values when the model is loaded, and are not
-    /// saved.
+    /// Parameters whose paths fit this pattern have no counterpart: they keep their values when the model is loaded,
+    /// and are not saved.
     pub fn keep(mut self, pattern: impl Into<String>) -> Self {
         self.keep.push(pattern.into());
         self
@@ -77,8 +77,8 @@ impl Mapping {
         let prefixed = |name: &mut String| *name = format!("{field}.{name}");
         for rule in &mut self.rules {
             match &mut rule.model {
-                super::Names::One(name) => prefixed(name),
-                super::Names::Several(names) => names.iter_mut().for_each(prefixed),
+                Names::One(name) => prefixed(name),
+                Names::Several(names) => names.iter_mut().for_each(prefixed),
             }
         }
         self.keep.iter_mut().for_each(prefixed);
@@ -127,7 +127,7 @@ fn wrong(problem: String) -> Error {
 #[cfg(test)]
 mod tests {
     use super::Mapping;
-    use crate::hf::Rule;
+    use crate::hf::rule::Rule;
 
     #[test]
     fn rules_that_fit_nothing() {

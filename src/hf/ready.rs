@@ -1,12 +1,14 @@
 //! Ready mappings. All of them leave the adapters of a model alone: these are in no directory of a base.
 
-use super::{Mapping, Rule};
+use super::mapping::Mapping;
+use super::rule::Rule;
 use crate::Error;
 
 impl Mapping {
-    /// Decoders of the Llama family (Llama, Mistral, Qwen2, Qwen3, Gemma's names too): onto a burn model whose fields are called as
-    /// in `transformers` (`model.layers.0.self_attn.q_proj`, ..): linear weights are transposed, and the `weight` of a norm is its
-    /// `gamma`. If the model has an output layer of its own and the directory none, it is loaded from the embedding.
+    /// Decoders of the Llama family (Llama, Mistral, Qwen2, Qwen3, Gemma's names too): onto a burn model whose fields
+    /// are called as in `transformers` (`model.layers.0.self_attn.q_proj`, ..): linear weights are transposed, and the
+    /// `weight` of a norm is its `gamma`. If the model has an output layer of its own and the directory none, it is
+    /// loaded from the embedding.
     ///
     /// Positions that are turned by halves, as in `transformers`, need nothing more; with burn's
     /// [`RotaryEncoding`](burn::nn::RotaryEncoding), which turns neighbours, say [`rotary_pairs`](Self::rotary_pairs).
@@ -20,10 +22,11 @@ impl Mapping {
             .keep("*.lora.*")
     }
 
-    /// GPT-2 onto burn's [`TransformerEncoder`](burn::nn::transformer::TransformerEncoder) of `norm_first`, in a model with the
-    /// fields `tokens`, `positions` (embeddings), `layers` (the encoder), `norm` and `output`, as in `examples/train_lm`.
-    /// `c_attn` becomes query, key and value. If `output` is a layer of its own and the directory has none, it is loaded from
-    /// the embedding. Names with and without `transformer.` in front are read; those with it are written.
+    /// GPT-2 onto burn's [`TransformerEncoder`](burn::nn::transformer::TransformerEncoder) of `norm_first`, in a model
+    /// with the fields `tokens`, `positions` (embeddings), `layers` (the encoder), `norm` and `output`, as in
+    /// `examples/train_lm`. `c_attn` becomes query, key and value. If `output` is a layer of its own and the directory
+    /// has none, it is loaded from the embedding. Names with and without `transformer.` in front are read; those with
+    /// it are written.
     ///
     /// GPT-2's activation is the approximate GELU (`ActivationConfig::Gelu` of burn is the exact one).
     pub fn gpt2() -> Self {
@@ -59,10 +62,10 @@ impl Mapping {
             .keep("*.lora.*")
     }
 
-    /// BERT onto burn's [`TransformerEncoder`](burn::nn::transformer::TransformerEncoder), whose norms come behind the layers, in a
-    /// model with the fields `words`, `positions`, `types` (embeddings), `norm`, `layers` (the encoder), and, if it has
-    /// them, `pooler`, a linear layer, and the head of a masked language model: `transform`, `transform_norm` and `decoder`. Names with and without
-    /// `bert.` in front are read; those with it are written.
+    /// BERT onto burn's [`TransformerEncoder`](burn::nn::transformer::TransformerEncoder), whose norms come behind the
+    /// layers, in a model with the fields `words`, `positions`, `types` (embeddings), `norm`, `layers` (the encoder),
+    /// and, if it has them, `pooler`, a linear layer, and the head of a masked language model: `transform`,
+    /// `transform_norm` and `decoder`. Names with and without `bert.` in front are read; those with it are written.
     pub fn bert() -> Self {
         let names = |prefix: &str| {
             let file = |name: &str| format!("{prefix}{name}");
@@ -123,8 +126,8 @@ impl Mapping {
         })
     }
 
-    /// For models with burn's [`RotaryEncoding`](burn::nn::RotaryEncoding): the rows of `q_proj` and `k_proj`, in heads of `size`, and
-    /// of `q_norm` and `k_norm`, are put in the order in which it turns them.
+    /// For models with burn's [`RotaryEncoding`](burn::nn::RotaryEncoding): the rows of `q_proj` and `k_proj`, in heads
+    /// of `size`, and of `q_norm` and `k_norm`, are put in the order in which it turns them.
     pub fn rotary_pairs(mut self, size: usize) -> Self {
         let rules = ["q", "k"].map(|name| {
             let linear = format!("*.{name}_proj.*");

@@ -52,8 +52,8 @@ impl Line {
 }
 
 impl Block {
-    /// What of the block is within a range of the tensor and one of the parameter, given by the dims of the tensor; `None` if
-    /// nothing is.
+    /// What of the block is within a range of the tensor and one of the parameter, given by the dims of the tensor;
+    /// `None` if nothing is.
     pub(super) fn within(&self, file: &[Range<usize>], model: &[Range<usize>]) -> Option<Self> {
         let mut block = self.clone();
         for dim in 0..self.lens.len() {
@@ -262,7 +262,7 @@ fn parts(rule: &Rule, name: &str, dims: &[usize], dim: usize) -> Result<Vec<Bloc
 #[cfg(test)]
 mod tests {
     use super::Relation;
-    use crate::hf::Rule;
+    use crate::hf::rule::Rule;
 
     fn relation(rule: &Rule, dims: &[Vec<usize>]) -> Result<Relation, String> {
         let (filled, _) = rule.of_model(&rule.model.all()[0]).unwrap();

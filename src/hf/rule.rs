@@ -7,8 +7,9 @@ use crate::plan::captures;
 
 /// Which tensors of a file are which parameters of a model, and how one is made of the other.
 ///
-/// Names are patterns in which `*` stands for any characters, the same on both sides. Usually one tensor is one parameter. If
-/// there are several names on one side, these are parts of the one on the other: consecutive ranges along one of its dims.
+/// Names are patterns in which `*` stands for any characters, the same on both sides. Usually one tensor is one
+/// parameter. If there are several names on one side, these are parts of the one on the other: consecutive ranges along
+/// one of its dims.
 ///
 /// In TOML or JSON:
 ///
@@ -97,31 +98,32 @@ impl Rule {
         Self { file, model, transposed: false, dim: 0, shares: Vec::new(), groups: 1, pairs: None }
     }
 
-    /// The last two dims are swapped, as in the weights of `torch.nn.Linear`, `[out, in]`, of which burn's are `[in, out]`. Tensors
-    /// of one dim, as biases, stay as they are: one rule serves for both.
+    /// The last two dims are swapped, as in the weights of `torch.nn.Linear`, `[out, in]`, of which burn's are `[in,
+    /// out]`. Tensors of one dim, as biases, stay as they are: one rule serves for both.
     pub fn transposed(self) -> Self {
         Self { transposed: true, ..self }
     }
 
-    /// Parts lie one behind the other along this dim of the tensor or parameter that has one name; 0 if this is not said.
+    /// Parts lie one behind the other along this dim of the tensor or parameter that has one name; 0 if this is not
+    /// said.
     pub fn along(self, dim: usize) -> Self {
         Self { dim, ..self }
     }
 
-    /// Parts are as large, relative to each other, as these numbers, one for each; equal if this is not said. The query, key and
-    /// value of 32 heads and 8 key/value heads: `[32, 8, 8]`, or `[4, 1, 1]`.
+    /// Parts are as large, relative to each other, as these numbers, one for each; equal if this is not said. The
+    /// query, key and value of 32 heads and 8 key/value heads: `[32, 8, 8]`, or `[4, 1, 1]`.
     pub fn shares(self, shares: impl Into<Vec<usize>>) -> Self {
         Self { shares: shares.into(), ..self }
     }
 
-    /// Parts alternate so many times: first a piece of each part, then the next of each. The `query_key_value` of GPT-NeoX has the
-    /// query, key and value of one head side by side: as many groups as heads.
+    /// Parts alternate so many times: first a piece of each part, then the next of each. The `query_key_value` of
+    /// GPT-NeoX has the query, key and value of one head side by side: as many groups as heads.
     pub fn groups(self, groups: usize) -> Self {
         Self { groups, ..self }
     }
 
-    /// The rows of the file's dim 0 belong to heads of `size`. What a rotary embedding turns together is `size / 2` apart there,
-    /// as in Hugging Face's Llama, and next to each other in the model, as burn's
+    /// The rows of the file's dim 0 belong to heads of `size`. What a rotary embedding turns together is `size / 2`
+    /// apart there, as in Hugging Face's Llama, and next to each other in the model, as burn's
     /// [`RotaryEncoding`](burn::nn::RotaryEncoding) has it: for the weights and biases of query and key.
     pub fn rotary_pairs(self, size: usize) -> Self {
         Self { pairs: Some(size), ..self }

@@ -2,22 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{DType, TensorData};
+use burn::tensor::DType;
 use serde_json::Value;
 
 use super::index::Index;
-use super::mapped::read;
-use super::relation::Relation;
-use super::{Mapped, Mapping};
 use crate::Error;
-use crate::params::SliceSource;
-use crate::tensor_file::{Entry, TensorFile, file_error};
+use crate::tensor_file::{Entry, TensorFile, file_error, left_by_a_save};
 
-/// Opens the tensors of a Hugging Face directory: `model.safetensors`, or the files of `model.safetensors.index.json`. A path of
-/// one safetensors file will do as well.
+/// Opens the tensors of a Hugging Face directory: `model.safetensors`, or the files of `model.safetensors.index.json`.
+/// A path of one safetensors file will do as well.
 ///
 /// Only the headers are read. The files are mapped into memory: no other program may cut them off while they are open.
 ///
@@ -32,15 +27,19 @@ use crate::tensor_file::{Entry, TensorFile, file_error};
 /// ```
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] that names the file, and the tensor where it is about one: if a file is missing or cannot be read, is
-/// not safetensors, is cut off or lies about its tensors; if the index has files of other directories, or tensors that are not
-/// in the file where they are said to be. Nothing is allocated for a tensor before all of that is known.
+/// [`Error::InvalidArgument`] that names the file, and the tensor where it is about one: if a file is missing or cannot
+/// be read, is not safetensors, is cut off or lies about its tensors; if the index has files of other directories, or
+/// tensors that are not in the file where they are said to be; if it is what a save that was ended has left. Nothing is
+/// allocated for a tensor before all of that is known.
 pub fn open(path: impl AsRef<Path>) -> Result<Weights, Error> {
     open_stem(path.as_ref(), "model")
 }
 
 /// The tensors of `stem.safetensors`, or of the files of its index.
 pub(super) fn open_stem(path: &Path, stem: &str) -> Result<Weights, Error> {
+    if let Some(problem) = left_by_a_save(path) {
+        return Err(file_error(path, problem));
+    }
     if path.is_file() {
         return Weights::of_files(path.parent().unwrap_or(Path::new("")), vec![TensorFile::open(path)?], None);
     }
@@ -77,8 +76,8 @@ pub(super) fn open_stem(path: &Path, stem: &str) -> Result<Weights, Error> {
     Weights::of_files(path, files, Some(places))
 }
 
-/// The tensors of a directory, by their names there: a [`SliceSource`] for models whose parameters have these names and dims.
-/// [`mapped`](Self::mapped) gives others.
+/// The tensors of a directory, by their names there: a [`SliceSource`](crate::params::SliceSource) for models whose
+/// parameters have these names and dims. [`mapped`](Self::mapped) gives others.
 #[derive(Debug)]
 pub struct Weights {
     dir: PathBuf,
@@ -146,21 +145,6 @@ impl Weights {
         read_json(&self.dir.join("config.json"))
     }
 
-    /// These tensors as the parameters of a model.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] if a rule of the mapping can fit no model.
-    pub fn mapped(self, mapping: Mapping) -> Result<Mapped, Error> {
-        Mapped::new(self, mapping)
-    }
-
-    /// A tensor that is a parameter as it is.
-    fn whole(&self, name: &str) -> Result<Relation, Error> {
-        let dims = self.tensor_dims(name);
-        let dims = dims.ok_or_else(|| file_error(&self.dir, format!("there is no tensor `{name}`")))?;
-        Ok(Relation::whole(name, dims))
-    }
-
     pub(super) fn dir(&self) -> &Path {
         &self.dir
     }
@@ -173,22 +157,6 @@ impl Weights {
     pub(super) fn entry(&self, name: &str) -> Option<(&TensorFile, &Entry)> {
         let file = &self.files[*self.places.get(name)?];
         Some((file, file.tensors().get(name)?))
-    }
-}
-
-impl SliceSource for Weights {
-    fn dims(&mut self, path: &str) -> Result<Option<Vec<usize>>, Error> {
-        Ok(self.tensor_dims(path).map(<[usize]>::to_vec))
-    }
-
-    fn read(&mut self, path: &str, ranges: &[Range<usize>]) -> Result<TensorData, Error> {
-        let whole = self.whole(path)?;
-        read(self, &whole, (0, ranges), None)
-    }
-
-    fn read_as(&mut self, path: &str, ranges: &[Range<usize>], dtype: DType) -> Result<TensorData, Error> {
-        let whole = self.whole(path)?;
-        read(self, &whole, (0, ranges), Some(dtype))
     }
 }
 

@@ -13,4 +13,4 @@ impl<M: fmt::Debug> fmt::Debug for Pipelined<M> {
     }
 }
 
-module_of_field!(Pipelined<M: Module>, local);
+module_of_field!(Pipelined<M: Module>, local, refuse_at_once);

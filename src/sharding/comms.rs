@@ -3,8 +3,8 @@
 use crate::Error;
 use crate::comm::{Communicator, Counters};
 
-/// The communicators of sharded replicas. Each kind of traffic has one of its own, so that it is counted by itself and runs in the
-/// background beside the others.
+/// The communicators of sharded replicas. Each kind of traffic has one of its own, so that it is counted by itself and
+/// runs in the background beside the others.
 #[derive(Debug, Clone)]
 pub struct ShardComms {
     /// Joins the ranks among which rows are divided; carries gathered parameters.
@@ -18,8 +18,8 @@ pub struct ShardComms {
 }
 
 impl ShardComms {
-    /// Divides rows among `ranks` neighbours of a group of replicas, and replicates them over the others; among all of the
-    /// group without a number. Collective.
+    /// Divides rows among `ranks` neighbours of a group of replicas, and replicates them over the others; among all of
+    /// the group without a number. Collective.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if `ranks` does not divide the group; those of [`Communicator::split`].

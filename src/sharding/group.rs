@@ -16,9 +16,9 @@ pub(crate) struct Member {
 /// A group of less is joined with the one before it.
 const SMALL_BYTES: usize = 64 << 10;
 
-/// Divides parameters, given in the order of the module, into groups that are gathered together: those of a block, of one dtype,
-/// all trained or all frozen. A block is the path up to its first number (`encoder.layers.3`), or the first name of a path
-/// without one. A group of fewer than 64 KiB joins the one before it, if that goes with it.
+/// Divides parameters, given in the order of the module, into groups that are gathered together: those of a block, of
+/// one dtype, all trained or all frozen. A block is the path up to its first number (`encoder.layers.3`), or the first
+/// name of a path without one. A group of fewer than 64 KiB joins the one before it, if that goes with it.
 ///
 /// Numbers in the groups are places in `members`.
 pub(crate) fn groups(members: &[Member]) -> Vec<Vec<usize>> {

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::Error;
 
-/// What the replicas of a model divide among themselves, instead of each holding all of it. Each level divides what the levels
-/// before it do, and more.
+/// What the replicas of a model divide among themselves, instead of each holding all of it. Each level divides what the
+/// levels before it do, and more.
 ///
 /// In a file: `"none"`, `"optimizer"`, `"gradients"`, `"parameters"`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -16,11 +16,11 @@ pub enum Sharding {
     /// Nothing: every replica holds parameters, gradients and optimizer state whole.
     #[default]
     None,
-    /// The state of the optimizer (ZeRO 1). Gradients are reduce-scattered once a step, each rank updates its rows of the
-    /// parameters, and the updated rows are gathered: the bytes of an all-reduce.
+    /// The state of the optimizer (ZeRO 1). Gradients are reduce-scattered once a step, each rank updates its rows of
+    /// the parameters, and the updated rows are gathered: the bytes of an all-reduce.
     Optimizer,
-    /// Gradients as well (ZeRO 2). Those of each micro-batch are reduce-scattered, and only this rank's rows are kept. With one
-    /// micro-batch a step that costs what [`Optimizer`](Self::Optimizer) costs.
+    /// Gradients as well (ZeRO 2). Those of each micro-batch are reduce-scattered, and only this rank's rows are kept.
+    /// With one micro-batch a step that costs what [`Optimizer`](Self::Optimizer) costs.
     Gradients,
     /// Parameters as well (ZeRO 3). They are gathered, a group at a time, for forward and once more for backward.
     Parameters,

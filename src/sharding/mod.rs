@@ -1,10 +1,10 @@
-//! Sharded replicas (ZeRO; Rajbhandari et al. 2020, arXiv:1910.02054): replicas that divide among themselves what each of them
-//! would otherwise hold whole.
+//! Sharded replicas (ZeRO; Rajbhandari et al. 2020, arXiv:1910.02054): replicas that divide among themselves what each
+//! of them would otherwise hold whole.
 //!
-//! [`Sharding`] says what is divided. How is the same everywhere, whatever runs the model: a parameter, its gradient and the
-//! state of its optimizer are divided by rows ([`Rows`]), and never flattened. A shard has the rank of its parameter, so
-//! norms, optimizers and checkpoints see rows of a matrix. Collectives carry the shards of several parameters together: those of
-//! a block, of one dtype (`groups`).
+//! [`Sharding`] says what is divided. How is the same everywhere, whatever runs the model: a parameter, its gradient
+//! and the state of its optimizer are divided by rows ([`Rows`]), and never flattened. A shard has the rank of its
+//! parameter, so norms, optimizers and checkpoints see rows of a matrix. Collectives carry the shards of several
+//! parameters together: those of a block, of one dtype (`groups`).
 
 mod comms;
 mod group;

@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 
-/// The rank, of so many, that updates each parameter as a whole, by the dims of all parameters in the order in which they became
-/// known. Those of equal dims go around the ranks. What is known later changes nothing of what was dealt out before, for the
-/// state of an optimizer stays where it is.
+/// The rank, of so many, that updates each parameter as a whole, by the dims of all parameters in the order in which
+/// they became known. Those of equal dims go around the ranks. What is known later changes nothing of what was dealt
+/// out before, for the state of an optimizer stays where it is.
 pub(crate) fn owners<'a>(dims: impl IntoIterator<Item = &'a [usize]>, ranks: usize) -> Vec<usize> {
     let mut next: HashMap<&[usize], usize> = HashMap::new();
     let deal = |dims: &'a [usize]| {

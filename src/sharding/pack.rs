@@ -1,8 +1,9 @@
 //! The shards of several parameters in one buffer, as collectives carry them.
 //!
-//! In a packed shard the shards of the parameters lie one behind the other. In a packed whole the packed shards of all ranks do,
-//! in rank order: what an all-gather makes of packed shards, and what a reduce-scatter divides into them. A single parameter is
-//! packed as it is, without a copy, where the ranks divide its rows.
+//! In a packed shard the shards of the parameters lie one behind the other. In a packed whole the packed shards of all
+//! ranks do, in rank order: what an all-gather makes of packed shards, and what a reduce-scatter divides into them. A
+//! single parameter is packed as it is, without a copy, where the ranks divide its rows; so large ones travel by
+//! themselves.
 
 use burn::tensor::{DType, Device};
 
@@ -83,8 +84,8 @@ impl Pack {
         self.members.iter().map(unpack).collect()
     }
 
-    /// Gathers the shards of all ranks of a group into whole tensors: one collective. Moves `(n - 1) / n` of the bytes of the
-    /// wholes, zeros included.
+    /// Gathers the shards of all ranks of a group into whole tensors: one collective, and one more for each large
+    /// parameter. Moves `(n - 1) / n` of the bytes of the wholes, zeros included.
     ///
     /// # Errors
     /// Those of [`Communicator::all_gather`].
@@ -102,7 +103,9 @@ impl Pack {
         group: &Communicator,
         number: u64,
     ) -> Result<Vec<PlainTensor>, Error> {
-        self.unpack_wholes(group.all_gather_agreed(self.pack_shards(shards)?, number)?)
+        self.in_collectives(shards, |pack, shards| {
+            pack.unpack_wholes(group.all_gather_agreed(pack.pack_shards(shards)?, number)?)
+        })
     }
 
     /// As [`gather`](Self::gather), on one rank of the group; the others get nothing.
@@ -153,7 +156,8 @@ impl Pack {
         self.reduce_scatter_agreed(wholes, op, group, 0)
     }
 
-    /// As [`reduce_scatter`](Self::reduce_scatter), where all ranks must bring the same number: which parameters these are of.
+    /// As [`reduce_scatter`](Self::reduce_scatter), where all ranks must bring the same number: which parameters these
+    /// are of.
     ///
     /// # Errors
     /// Those of [`Communicator::reduce_scatter`].
@@ -164,9 +168,47 @@ impl Pack {
         group: &Communicator,
         number: u64,
     ) -> Result<Vec<PlainTensor>, Error> {
-        Ok(self.unpack_shards(group.reduce_scatter_agreed(self.pack_wholes(wholes)?, op, number)?))
+        self.in_collectives(wholes, |pack, wholes| {
+            Ok(pack.unpack_shards(group.reduce_scatter_agreed(pack.pack_wholes(wholes)?, op, number)?))
+        })
+    }
+
+    /// Runs a collective over the large parameters, each by itself, and then one over all others.
+    fn in_collectives(
+        &self,
+        tensors: Vec<PlainTensor>,
+        mut collective: impl FnMut(&Self, Vec<PlainTensor>) -> Result<Vec<PlainTensor>, Error>,
+    ) -> Result<Vec<PlainTensor>, Error> {
+        let is_large = |(rows, tensor): &(&Rows, &PlainTensor)| {
+            rows.dims().iter().product::<usize>() * tensor.dtype().size() >= LARGE_BYTES
+        };
+        let large: Vec<bool> = self.members.iter().zip(&tensors).map(|member| is_large(&member)).collect();
+        if self.members.len() == 1 || !large.contains(&true) {
+            return collective(self, tensors);
+        }
+        let mut results: Vec<Option<PlainTensor>> = vec![None; tensors.len()];
+        let mut rest = (Vec::new(), Vec::new(), Vec::new());
+        for (place, (rows, tensor)) in self.members.iter().zip(tensors).enumerate() {
+            if large[place] {
+                results[place] = collective(&Self::new(vec![rows.clone()]), vec![tensor])?.pop();
+            } else {
+                rest.0.push(place);
+                rest.1.push(rows.clone());
+                rest.2.push(tensor);
+            }
+        }
+        let (places, members, tensors) = rest;
+        if !members.is_empty() {
+            let found = collective(&Self::new(members), tensors)?;
+            places.into_iter().zip(found).for_each(|(place, found)| results[place] = Some(found));
+        }
+        Ok(results.into_iter().flatten().collect())
     }
 }
+
+/// A parameter that is at least so large is not packed with others: one collective more costs less than to copy it into
+/// the pack, and out of it again.
+const LARGE_BYTES: usize = 1 << 20;
 
 fn flat(tensor: PlainTensor) -> PlainTensor {
     let elements = tensor.elements();
@@ -233,6 +275,29 @@ mod tests {
                     .unwrap();
             }
         }
+    }
+
+    #[test]
+    fn large_parameters_travel_by_themselves() {
+        let dims: [&[usize]; 4] = [&[5, 2], &[601, 512], &[3], &[1024, 256]];
+        launch::threads(2)
+            .run(|rank| {
+                let pack = Pack::new(dims.iter().map(|dims| Rows::new(dims, 2).unwrap()).collect());
+                let wholes = || dims.iter().map(|dims| numbers(10.0, dims)).collect::<Vec<_>>();
+                let before = rank.counters();
+                let shards = pack.reduce_scatter(wholes(), ReduceOp::Sum, &rank)?;
+                let found = pack.gather(shards, &rank)?;
+                let counted = rank.counters() - before;
+                for operation in ["reduce_scatter", "all_gather"] {
+                    assert_eq!(counted.of(operation).calls, 3);
+                    assert_eq!(counted.of(operation).bytes, pack.shard_elements() as u64 * 4);
+                }
+                for (found, expected) in found.into_iter().zip(wholes()) {
+                    assert_eq!(values(found), values(expected.scale(2.0)));
+                }
+                Ok(())
+            })
+            .unwrap();
     }
 
     #[test]

@@ -24,8 +24,8 @@ impl ShardParam {
     }
 }
 
-/// A rank's shards as a burn module, under the paths of the model: burn's optimizers, with their groups, take it in place of the
-/// model.
+/// A rank's shards as a burn module, under the paths of the model: burn's optimizers, with their groups, take it in
+/// place of the model.
 #[derive(Debug, Clone, Default)]
 pub struct ShardParams(pub(crate) Vec<ShardParam>);
 

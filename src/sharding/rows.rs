@@ -8,11 +8,11 @@ use crate::Error;
 use crate::params::{ParamSlice, padded};
 use crate::tensor::PlainTensor;
 
-/// How the rows (dim 0) of a tensor are divided over ranks: evenly, in rank order, with zeros behind the last row where the
-/// ranks do not divide them.
+/// How the rows (dim 0) of a tensor are divided over ranks: evenly, in rank order, with zeros behind the last row where
+/// the ranks do not divide them.
 ///
-/// A tensor with fewer rows than ranks is divided as well: the last ranks hold nothing but zeros. What a rank allocates for it is
-/// one row, and not `1 / ranks` of it.
+/// A tensor with fewer rows than ranks is divided as well: the last ranks hold nothing but zeros. What a rank allocates
+/// for it is one row, and not `1 / ranks` of it.
 ///
 /// ```
 /// use burn_parallel::sharding::Rows;

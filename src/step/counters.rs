@@ -9,7 +9,7 @@ use crate::comm::Counters;
 #[derive(Debug, Clone, Default)]
 pub struct StepCounters {
     /// Data parallelism, the buckets of gradients: one collective for each, or two where rows are divided among some of the
-    /// replicas only.
+    /// replicas only. Of [sharded](crate::sharding) replicas gradients of 1 MiB and more go by themselves.
     pub gradients: Counters,
     /// Sharded replicas: parameters that were gathered, for use or after their update.
     pub parameters: Counters,
@@ -25,7 +25,8 @@ pub struct StepCounters {
     pub norm: Counters,
     /// Steps that were skipped because their gradient was not finite.
     pub skipped: u64,
-    /// How long this rank had nothing else to do but wait for gradients: communication that nothing hid.
+    /// How long this rank had nothing else to do but wait for gradients, and with [sharded](crate::sharding) replicas for parameters
+    /// that are gathered: communication that nothing hid.
     pub waited: Duration,
 }
 

@@ -6,14 +6,17 @@
 mod closure;
 mod counters;
 mod loss;
+mod noise;
 mod report;
 #[expect(clippy::module_inception)]
 mod step;
 
 pub use counters::StepCounters;
 pub use loss::{Count, Loss};
+pub use noise::{GradientNoise, NoNoise};
 pub use report::RunReport;
 pub use step::{LossValue, NotFinite, Step};
 
 pub(crate) use closure::{Identity, StepFn};
 pub(crate) use loss::{LossParts, Weight};
+pub(crate) use noise::{NoisePart, NoiseState};

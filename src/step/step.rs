@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 
-use super::{RunReport, StepCounters};
+use super::{GradientNoise, NoNoise, NoiseState, RunReport, StepCounters};
 use crate::tensor::PlainTensor;
 
 /// What a training step gives, whatever the model is spread over.
@@ -17,8 +17,8 @@ pub struct Step {
     pub loss: LossValue,
     /// The number of items that the mean is over, on all ranks together: what a [`Loss`](super::Loss) counts for.
     pub weight: f64,
-    /// The gradients of that mean loss, for burn's optimizers: of this rank's parts of a model that is split, bit-identical
-    /// on all replicas; of this rank's rows, if the replicas are [sharded](crate::sharding), for
+    /// The gradients of that mean loss, for burn's optimizers: of this rank's parts of a model that is split,
+    /// bit-identical on all replicas; of this rank's rows, if the replicas are [sharded](crate::sharding), for
     /// [`optimize`](crate::train::ParallelModule::optimize) alone. Empty if the step is [`skipped`](Self::skipped).
     pub grads: GradientsParams,
     /// The further outputs of the closure, for each micro-batch of this replica: whole on every rank of a model that is
@@ -26,15 +26,35 @@ pub struct Step {
     pub outputs: Vec<Vec<PlainTensor>>,
     /// What the step cost in communication on this rank.
     pub counters: StepCounters,
-    /// What each run of the pipeline took on this rank, one for each batch that went through it; none without a pipeline.
+    /// What each run of the pipeline took on this rank, one for each batch that went through it; none without a
+    /// pipeline.
     pub runs: Vec<RunReport>,
-    /// The norm of the gradient as [`clip_grad_norm`](Self::clip_grad_norm) found it, before it clipped; `None` if it was not asked.
+    /// The norm of the gradient as [`clip_grad_norm`](Self::clip_grad_norm) found it, before it clipped; `None` if it
+    /// was not asked.
     pub grad_norm: Option<f64>,
-    /// Whether the step is not to change the model: [`optimize`](crate::train::ParallelModule::optimize) leaves parameters
-    /// and moments as they are.
+    /// Whether the step is not to change the model: [`optimize`](crate::train::ParallelModule::optimize) leaves
+    /// parameters and moments as they are.
     pub skipped: bool,
     /// What was not finite, if the step is skipped for that.
     pub not_finite: Option<NotFinite>,
+    /// What is known of the noise of its gradient so far.
+    pub(crate) noise: NoiseState,
+}
+
+impl Step {
+    /// The noise of the gradient, with [`noise_scale`](crate::data_parallel::DataParallelConfig::with_noise_scale) and
+    /// after [`clip_grad_norm`](Self::clip_grad_norm): estimates from this step alone; or why there are none. The same
+    /// on all ranks.
+    ///
+    /// # Errors
+    /// The reason, if nothing was measured.
+    pub fn noise(&self) -> Result<GradientNoise, NoNoise> {
+        match self.noise {
+            NoiseState::Known(noise) => Ok(noise),
+            NoiseState::Part(_) => Err(NoNoise::NoNorm),
+            NoiseState::None(why) => Err(why),
+        }
+    }
 }
 
 /// A gradient that has an element that is NaN or infinite.

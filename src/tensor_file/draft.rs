@@ -1,12 +1,18 @@
 //! A directory that is there as a whole or not at all.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use super::file_error;
+use super::fault;
+use super::problem::file_error;
 use crate::Error;
+
+/// Behind the name of a directory that is being made.
+const UNFINISHED: &str = ".unfinished";
+/// Behind the name of one that another takes the place of.
+const REPLACED: &str = ".replaced";
 
 /// A directory in the making, beside the one that it is to be.
 #[derive(Debug)]
@@ -27,13 +33,8 @@ impl Draft {
     pub(crate) fn new(dir: &Path, overwrite: bool) -> Result<Self, Error> {
         let dir = std::path::absolute(dir).map_err(|why| file_error(dir, format!("is no path: {why}")))?;
         let Some(name) = dir.file_name() else { return Err(file_error(&dir, "is no name of a directory")) };
-        let beside = |suffix: &str| {
-            let mut hidden = OsString::from(".");
-            hidden.push(name);
-            hidden.push(suffix);
-            dir.with_file_name(hidden)
-        };
-        Ok(Self { made_in: beside(".unfinished"), replaced: beside(".replaced"), dir: dir.clone(), overwrite })
+        let beside = |suffix| dir.with_file_name(hidden(name, suffix));
+        Ok(Self { made_in: beside(UNFINISHED), replaced: beside(REPLACED), dir: dir.clone(), overwrite })
     }
 
     /// Makes the draft, empty.
@@ -41,17 +42,23 @@ impl Draft {
     /// # Errors
     /// [`file_error`] if there is a directory of its name that must not be overwritten, or the system refuses.
     pub(crate) fn begin(&self) -> Result<(), Error> {
+        // A save that was ended between two renames, or behind them, has left what it replaced.
+        match self.dir.exists() {
+            false if self.replaced.exists() => {
+                fs::rename(&self.replaced, &self.dir).map_err(|why| refused(&self.replaced, &why))?;
+            }
+            _ => remove(&self.replaced)?,
+        }
         let taken = match fs::read_dir(&self.dir) {
             Ok(mut entries) => entries.next().is_some(),
             Err(why) => why.kind() != io::ErrorKind::NotFound,
         };
+        if taken && self.dir.exists() && !self.dir.is_dir() {
+            return Err(file_error(&self.dir, "is there already, and is no directory"));
+        }
         if taken && !self.overwrite {
             let problem = "is there already, and not empty: choose another name, or say `with_overwrite(true)`";
             return Err(file_error(&self.dir, problem));
-        }
-        // A save that was ended between two renames has left what it replaced.
-        if !self.dir.exists() && self.replaced.exists() {
-            fs::rename(&self.replaced, &self.dir).map_err(|why| refused(&self.replaced, &why))?;
         }
         self.discard()?;
         fs::create_dir_all(&self.made_in).map_err(|why| refused(&self.made_in, &why))
@@ -65,16 +72,23 @@ impl Draft {
         remove(&self.made_in)
     }
 
-    /// Gives the draft its name.
+    /// Gives the draft its name. What is there before is there until the draft is: where the system cannot exchange two
+    /// names at once, it is under its hidden name for a moment.
     ///
     /// # Errors
     /// [`file_error`] if the system refuses; what was there before is there still.
     pub(crate) fn commit(&self) -> Result<(), Error> {
         sync_dir(&self.made_in)?;
         let there = self.dir.exists();
+        if there && exchanged(&self.made_in, &self.dir) {
+            self.sync_parent()?;
+            fault::point("names exchanged");
+            return self.discard();
+        }
         if there {
             remove(&self.replaced)?;
             fs::rename(&self.dir, &self.replaced).map_err(|why| refused(&self.dir, &why))?;
+            fault::point("old renamed");
         }
         if let Err(why) = fs::rename(&self.made_in, &self.dir) {
             if there {
@@ -82,11 +96,63 @@ impl Draft {
             }
             return Err(refused(&self.dir, &why));
         }
-        if let Some(parent) = self.dir.parent() {
-            sync_dir(parent)?;
-        }
+        self.sync_parent()?;
+        fault::point("new renamed");
         remove(&self.replaced)
     }
+
+    fn sync_parent(&self) -> Result<(), Error> {
+        self.dir.parent().map_or(Ok(()), sync_dir)
+    }
+}
+
+fn hidden(name: &OsStr, suffix: &str) -> OsString {
+    let mut hidden = OsString::from(".");
+    hidden.push(name);
+    hidden.push(suffix);
+    hidden
+}
+
+/// What a save that was ended has to do with a directory that is to be read; `None` if nothing.
+pub(crate) fn left_by_a_save(dir: &Path) -> Option<String> {
+    let name = dir.file_name()?;
+    let text = name.to_string_lossy();
+    if text.starts_with('.') && text.ends_with(UNFINISHED) {
+        return Some("is what a save that was ended has left, and may lack anything: save again".into());
+    }
+    let replaced = dir.with_file_name(hidden(name, REPLACED));
+    (!dir.exists() && replaced.is_dir()).then(|| {
+        format!("is not there: a save was ended as it took its place; what was there is `{}`", replaced.display())
+    })
+}
+
+/// Exchanges two names at once, if the system can.
+#[cfg(target_os = "linux")]
+fn exchanged(one: &Path, other: &Path) -> bool {
+    use std::ffi::CString;
+    use std::os::unix::ffi::OsStrExt;
+    let path = |path: &Path| CString::new(path.as_os_str().as_bytes());
+    let (Ok(one), Ok(other)) = (path(one), path(other)) else { return false };
+    if fault::cannot_exchange() {
+        return false;
+    }
+    // SAFETY: both are strings that end with a zero and live until the call returns.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_renameat2,
+            libc::AT_FDCWD,
+            one.as_ptr(),
+            libc::AT_FDCWD,
+            other.as_ptr(),
+            libc::RENAME_EXCHANGE,
+        )
+    };
+    done == 0
+}
+
+#[cfg(not(target_os = "linux"))]
+fn exchanged(_: &Path, _: &Path) -> bool {
+    false
 }
 
 fn remove(dir: &Path) -> Result<(), Error> {

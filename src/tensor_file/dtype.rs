@@ -29,7 +29,8 @@ pub(crate) fn name_of(dtype: DType) -> Option<&'static str> {
     NAMES.iter().find(|(_, known)| *known == dtype).map(|(name, _)| *name)
 }
 
-/// The bits of an element of a dtype of this name, of those that burn has none for; `None` if the format does not know it.
+/// The bits of an element of a dtype of this name, of those that burn has none for; `None` if the format does not know
+/// it.
 pub(super) fn bits_of(name: &str) -> Option<usize> {
     if let Some(dtype) = dtype_of(name) {
         return Some(8 * dtype.size());

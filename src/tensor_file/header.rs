@@ -35,8 +35,8 @@ impl Header {
     /// Reads the JSON of a header that `there` bytes of tensors follow.
     ///
     /// # Errors
-    /// What is wrong, with the tensor: JSON of another kind, two tensors of one name, a dtype that is not known, places that
-    /// do not fit dims and dtype, overlap, leave gaps or are not in the file.
+    /// What is wrong, with the tensor: JSON of another kind, two tensors of one name, a dtype that is not known, places
+    /// that do not fit dims and dtype, overlap, leave gaps or are not in the file.
     pub(super) fn parse(json: &[u8], there: u64) -> Result<Self, String> {
         let read: Read = serde_json::from_slice(json).map_err(|why| format!("this is no safetensors file: {why}"))?;
         let mut tensors = BTreeMap::new();

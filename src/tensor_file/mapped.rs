@@ -8,15 +8,18 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 
-use super::file_error;
 use super::header::{Entry, Header, LONGEST};
+use super::problem::file_error;
 use crate::Error;
 
-/// A safetensors file in memory, mapped or held. Its header is checked when it is opened; of the tensors only those bytes are
-/// read that are looked at.
+/// A safetensors file in memory, mapped or held. Its header is checked when it is opened; of the tensors only those
+/// bytes are read that are looked at.
 ///
-/// A mapped file must not be cut off by others while it is open: the system then ends the process that looks at what is gone.
+/// A mapped file must not be cut off by others while it is open: the system then ends the process that looks at what is
+/// gone.
 pub(crate) struct TensorFile {
     path: PathBuf,
     header: Header,
@@ -24,6 +27,9 @@ pub(crate) struct TensorFile {
     start: usize,
     bytes: Bytes,
 }
+
+/// Smaller tensors are not worth a call of the system.
+const RELEASED: usize = 1 << 18;
 
 enum Bytes {
     Mapped(Mmap),
@@ -47,7 +53,8 @@ impl TensorFile {
         (&mut file).take(8).read_to_end(&mut first).map_err(failed)?;
         // Before a map is made of it: systems map no empty files.
         header_range(&first, size).map_err(|problem| file_error(path, problem))?;
-        // SAFETY: a map of a file is unsound only if others change the file meanwhile, which the docs of this type forbid.
+        // SAFETY: a map of a file is unsound only if others change the file meanwhile, which the docs of this type
+        // forbid.
         let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
         Self::of(path.into(), Bytes::Mapped(map))
     }
@@ -88,6 +95,14 @@ impl TensorFile {
     pub(crate) fn bytes(&self, entry: &Entry) -> &[u8] {
         &self.bytes.all()[self.start + entry.begin..self.start + entry.end]
     }
+
+    /// Says that the bytes of a tensor have been looked at: they are memory of this process no longer. The system may
+    /// keep them, and whoever looks at them again gets them again.
+    pub(crate) fn release(&self, entry: &Entry) {
+        if entry.end - entry.begin >= RELEASED {
+            self.bytes.release(self.start + entry.begin, entry.end - entry.begin);
+        }
+    }
 }
 
 impl Bytes {
@@ -97,6 +112,21 @@ impl Bytes {
             Self::Owned(bytes) => bytes,
         }
     }
+
+    #[cfg(unix)]
+    fn release(&self, start: usize, len: usize) {
+        if let Self::Mapped(map) = self {
+            // SAFETY: the map is of a file and is never written to, so what is dropped is read from the file again.
+            let advised = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, len) };
+            if let Err(why) = advised {
+                log::debug!("pages of a tensor file are kept: {why}");
+            }
+        }
+    }
+
+    /// Other systems take pages back by themselves.
+    #[cfg(not(unix))]
+    fn release(&self, _: usize, _: usize) {}
 }
 
 impl fmt::Debug for TensorFile {

@@ -9,7 +9,7 @@ use burn::tensor::DType;
 use serde_json::{Map, Value, json};
 
 use super::dtype::name_of;
-use super::file_error;
+use super::problem::file_error;
 use crate::Error;
 
 /// What a file is to hold.

@@ -309,6 +309,6 @@ impl<M: fmt::Debug> fmt::Debug for Sharded<M> {
     }
 }
 
-module_of_field!(Sharded<M: Module>, local);
+module_of_field!(Sharded<M: Module>, local, refuse_at_once);
 
 refuse_wrapping!(Sharded: tensor_parallel, parallelize);

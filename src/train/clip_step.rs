@@ -1,14 +1,18 @@
 //! Clips the gradients of a step by their norm over all ranks.
 
-use super::{Clip, ParallelModule};
+use super::norm::clip_and_sum;
+use super::{Clip, Norm, ParallelModule};
 use crate::Error;
-use crate::step::Step;
+use crate::step::{NoNoise, NoiseState, Step};
 
 impl Step {
-    /// Measures the gradient of the whole model, whatever it is spread over, and [clips](Clip) it: a number is the largest L2 norm.
-    /// [`grad_norm`](Self::grad_norm) is then the norm before that. Collective over the ranks that share the model, over which it
-    /// takes one small collective along each axis; replicas hold the same gradients and communicate nothing, unless
-    /// they are sharded (ZeRO): these take one as well.
+    /// Measures the gradient of the whole model, whatever it is spread over, and [clips](Clip) it: a number is the
+    /// largest L2 norm. [`grad_norm`](Self::grad_norm) is then the norm before that. Collective over the ranks that
+    /// share the model, over which it takes one small collective along each axis; replicas hold the same gradients and
+    /// communicate nothing, unless they are sharded (ZeRO): these take one as well.
+    ///
+    /// With [`noise_scale`](crate::data_parallel::DataParallelConfig::with_noise_scale) the same collectives complete
+    /// what [`noise`](Self::noise) tells.
     ///
     /// `model` is the one that made the step. A step that is skipped already stays as it is.
     ///
@@ -29,15 +33,28 @@ impl Step {
     /// ```
     ///
     /// # Errors
-    /// [`Error::NonFinite`], the same on all ranks, if the gradient is not finite and [that is to stop](super::NonFinite::Stop);
-    /// [`Error::InvalidArgument`] if the largest norm is not positive, if ranks clip differently, if `model` has no parameters for
-    /// some gradients, or if it has explicit layers ([`HandSplit`](super::HandSplit) is for these); the error of the world.
+    /// [`Error::NonFinite`], the same on all ranks, if the gradient is not finite and [that is to
+    /// stop](super::NonFinite::Stop); [`Error::InvalidArgument`] if the largest norm is not positive, if ranks clip
+    /// differently, if `model` has no parameters for some gradients, or if it has explicit layers
+    /// ([`HandSplit`](super::HandSplit) is for these); the error of the world.
     pub fn clip_grad_norm<P: ParallelModule>(mut self, model: &P, clip: impl Into<Clip>) -> Result<Self, Error> {
         if self.skipped {
             return Ok(self);
         }
         let before = model.counters().norm;
-        let clipped = model.clip_grad_norm(self.grads, clip)?;
+        let clip = clip.into();
+        let squares = match self.noise {
+            // All ranks that divide rows among themselves have the same sum over the replicas.
+            NoiseState::Part(part) => part.squares / model.shards().map_or(1.0, |shards| shards.ranks() as f64),
+            _ => 0.0,
+        };
+        let (clipped, squares) = clip_and_sum(model, self.grads, &model.gradient_layout(), clip, squares)?;
+        if let NoiseState::Part(part) = self.noise {
+            self.noise = match clip.measures() {
+                Norm::L2 => NoiseState::complete(part.micro_batches, squares, clipped.norm * clipped.norm, self.weight),
+                Norm::Infinity => NoiseState::None(NoNoise::OtherNorm),
+            };
+        }
         self.counters.norm = model.counters().norm - before;
         (self.grads, self.grad_norm) = (clipped.grads, Some(clipped.norm));
         self.skipped = clipped.skipped.is_some();

@@ -9,7 +9,7 @@ use burn::optim::{GradientsParams, ModuleOptimizer};
 
 use super::Report;
 use super::norm::{self, Clip, Clipped};
-use super::optimize::{self, ShardedStep};
+use super::optimize::{ShardedStep, SplitStep};
 use crate::Error;
 use crate::data_parallel::{Join, JoinLoader};
 use crate::graph::{CheckedOptimizers, GradientLayout, RandomSource, SplitParam, TensorTree};
@@ -97,9 +97,10 @@ pub trait ParallelModule: Module + sealed::Sealed {
         F: FnMut(&Self::Model, I) -> R,
         R: Into<Loss>;
 
-    /// Finds out which rank holds which parameters, where the first step would: a pipeline whose cut is not given by paths is cut
-    /// for a micro-batch of these inputs, and nothing is run. Before a model is [loaded](Self::load), saved or
-    /// [restored](crate::checkpoint), which needs to be known then. Else it does nothing. Collective.
+    /// Finds out which rank holds which parameters, where the first step would: a pipeline is cut for a micro-batch of these
+    /// inputs, and nothing is run. Before a model is [loaded](Self::load), saved or [restored](crate::checkpoint), unless the cut is
+    /// given by paths; and before a pipeline is [evaluated](Self::forward_with) that has not been trained yet. Else it does nothing.
+    /// Collective.
     ///
     /// # Errors
     /// As [`step`](Self::step).
@@ -125,16 +126,15 @@ pub trait ParallelModule: Module + sealed::Sealed {
         F: FnMut(&Self::Model, I) -> O,
         O: TensorTree + Clone + Send + 'static;
 
-    /// Updates the parameters with the gradients of a step: a checked `optim.step(lr, model, step.grads)`.
+    /// Updates the parameters with the gradients of a step: every optimizer of burn gives the update that it gives on one device.
     ///
-    /// The first time that it meets an optimizer it makes sure that the optimizer suits the parameters: that it has moments for
-    /// no others, and of their dims; and, where parameters are split, that the update of a part is the part of the update, so
-    /// that no rank's part depends on what it does not see. This is tried out on small matrices. Element-wise optimizers (SGD,
-    /// Adam, AdamW, ...) pass; those that look at whole matrices or clip by their norm do not. What is put in the place of an
-    /// optimizer between two calls (`optim = ..`) is not looked at again.
-    ///
-    /// [Sharded](crate::sharding) replicas update their rows of the parameters, and gather those of the others. What an optimizer does
-    /// not update row by row as it would the whole, it is given whole, on one of the ranks. Collective then.
+    /// The first time that it meets an optimizer it makes sure that the optimizer has moments for no other parameters, and of their
+    /// dims; and, where parameters are split or [divided by rows](crate::sharding), it tries out on small matrices whether the update
+    /// of a part is the part of the update. Element-wise optimizers (SGD, Adam, AdamW, ...) update parts. What is not updated so
+    /// (by Muon, LAMB, Adafactor, or where burn clips each gradient by its norm) is joined, each parameter on one of the ranks that
+    /// hold parts of it, which updates it and sends the others theirs; its state is whole there. Collective then, and with sharded
+    /// replicas, which gather each other's rows. What is put in the place of an optimizer between two calls (`optim = ..`) is not
+    /// looked at again.
     ///
     /// A [`skipped`](Step::skipped) step leaves parameters and moments as they are.
     ///
@@ -164,8 +164,8 @@ pub trait ParallelModule: Module + sealed::Sealed {
                 None => Ok(ShardParams::default()),
             });
         }
-        optimize::check(optim, self.checked_optimizers(), self.local(), &self.split_params())?;
-        optimize::update(self, optim, lr.into(), step.grads)
+        let (checked, split) = (self.checked_optimizers().clone(), self.split_params());
+        SplitStep { optim, lr: lr.into(), grads: step.grads, checked, split }.run(self, Self::local)
     }
 
     /// Gives all parameters the values that a store has under their paths. Each rank asks for what it holds only, and lazy

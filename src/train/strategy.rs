@@ -67,6 +67,7 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// sharding = "none"              # or "optimizer", "gradients", "parameters", see `Sharding`
 /// sharding_ranks = 2             # left out, all replicas
 /// keep = "pass"                  # or "micro_batch", "step", see `Keep`
+/// noise_scale = false            # true measures the noise of gradients, see `batch::NoiseScale`
 ///
 /// [tensor]            # `TensorParallelConfig`
 /// plan = "megatron"   # or "hugging_face", or a table of rules as in `Plan`; left out, nothing is split

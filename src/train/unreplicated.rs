@@ -6,7 +6,7 @@ use burn::module::ParamId;
 
 use crate::Error;
 use crate::graph::{GradientSink, StepEngine, TensorTree, gradients_params};
-use crate::step::{LossValue, Step, StepFn};
+use crate::step::{LossValue, NoNoise, NoiseState, Step, StepFn};
 use crate::tensor::PlainTensor;
 
 /// The gradients of the micro-batches of a step, added up.
@@ -70,5 +70,6 @@ pub(super) fn step<E: StepEngine, I: TensorTree + Clone>(
         skipped: false,
         grad_norm: None,
         not_finite: None,
+        noise: NoiseState::None(NoNoise::NoReplicas),
     })
 }

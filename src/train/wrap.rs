@@ -166,7 +166,7 @@ macro_rules! without_replicas {
                 R: Into<Loss>,
             {
                 let mut call = |model: &M, inputs: I| loss(model, inputs).into();
-                match self.is_settled() {
+                match self.is_prepared() {
                     true => Ok(()),
                     false => self.settle_alone(inputs, StepFn::new::<F>(&mut call)),
                 }

@@ -103,6 +103,8 @@ fn flags_that_make_no_sense_are_refused() {
         refused(&["--lr", rate], "greater than 0 and at most 1");
     }
     refused(&["--lr", "fast"], "must be a number");
+    refused(&["--batch", "automatic"], "or `auto`");
+    refused(&["--grow-batch", "0"], "at least 1");
     for norm in ["0", "-1", "nan", "inf"] {
         refused(&["--clip", norm], "greater than 0 and finite");
     }
@@ -120,6 +122,7 @@ fn flags_that_make_no_sense_are_refused() {
 
 #[test]
 fn flags_that_do_not_fit_together_are_refused() {
+    refused(&["--dp", "1", "--zero", "3"], "--zero 3 is divided among the replicas, and with --dp 1 there is one");
     refused(&["--d-model", "10", "--heads", "4"], "--heads 4 does not divide --d-model 10");
     refused(&["--ranks", "2", "--dp", "3"], "--dp 3 x --tp 1 makes 3 ranks, but --ranks is 2");
     refused(&["--ranks", "4", "--dp", "3", "--tp", "2"], "--dp 3 x --tp 2 makes 6 ranks, but --ranks is 4");
@@ -133,6 +136,10 @@ fn flags_that_do_not_fit_together_are_refused() {
     refused(&["--pp", "2", "--batch", "4", "--micro-batches", "5"], "--micro-batches 5 is more than the 4 rows");
     refused(&["--pp", "2", "--dp", "2", "--batch", "5", "--micro-batches", "3"], "more than the 2 rows of a replica");
     refused(&["--batch", "4", "--micro-batch", "5"], "--micro-batch 5 is larger than --batch 4");
+    refused(&["--batch", "4", "--grow-batch", "3"], "--grow-batch 3 is smaller than --batch 4");
+    refused(&["--batch", "auto", "--micro-batch", "5"], "leave --micro-batch out");
+    refused(&["--batch", "auto", "--launch", "processes"], "give --launch threads");
+    refused(&["--noise-scale", "--zero", "3"], "give --zero 2");
 }
 
 #[test]
@@ -197,9 +204,20 @@ fn help_is_no_error() {
     let output = train_lm(&["--help"]);
     let help = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0));
-    for flag in
-        ["--text", "--ranks", "--dp", "--pp", "--tp", "--schedule", "--micro-batches", "--steps", "--batch", "--seq"]
-    {
+    for flag in [
+        "--text",
+        "--ranks",
+        "--dp",
+        "--pp",
+        "--tp",
+        "--schedule",
+        "--micro-batches",
+        "--steps",
+        "--batch",
+        "--seq",
+        "--noise-scale",
+        "--grow-batch",
+    ] {
         assert!(help.contains(flag), "{flag}: {help}");
     }
     // Every key of a strategy file.
@@ -225,8 +243,16 @@ fn the_json_tells_what_came_of_the_run() {
     let object = outcome.as_object().unwrap();
     let mut keys: Vec<&str> = object.keys().map(String::as_str).collect();
     keys.sort();
-    let expected =
-        ["axes", "bytes_held", "bytes_sent_per_step", "calls_per_step", "losses", "parameters", "tokens_per_second"];
+    let expected = [
+        "axes",
+        "bytes_held",
+        "bytes_sent_per_step",
+        "calls_per_step",
+        "losses",
+        "parameters",
+        "rows",
+        "tokens_per_second",
+    ];
     assert_eq!(keys, expected);
 
     let losses = losses(&outcome);
@@ -319,6 +345,9 @@ fn zero_divides_what_the_replicas_hold() {
             same_losses(&alone, &losses(&outcome), 1e-4);
             let held = |what: &str| outcome["bytes_held"][what].as_u64().unwrap();
             let [parameters, gradients, optimizer] = ["parameters", "gradients", "optimizer"].map(held);
+            // A step makes gradients at least of its share, and does not need a hundred times the model.
+            let step = held("step");
+            assert!(step >= gradients && step < 100 * parameters.max(gradients), "{step}");
             if stage == "0" {
                 whole = parameters;
                 assert_eq!(gradients, parameters);
@@ -741,4 +770,57 @@ fn the_table_tells_what_was_sent_for_what() {
             assert!(table.contains("1f1b, 8 micro-batches"), "{table}");
         }
     }
+}
+
+/// Accumulation and replicas see the same noise, and a batch that has grown goes on where the run was saved.
+#[test]
+fn noise_is_measured_and_the_batch_grows() {
+    let folder = Folder::new("noise");
+    let flags = ["--steps", "24", "--batch", "4", "--noise-scale"];
+    let rows = |outcome: &Value| outcome["rows"].as_u64().unwrap();
+    let noise = |more: &[&str]| {
+        let outcome = json(&folder, &[&flags[..], more].concat());
+        assert_eq!(rows(&outcome), 4);
+        outcome["noise_scale_rows"].as_f64()
+    };
+    let two = noise(&["--dp", "2"]).unwrap();
+    let accumulated = noise(&["--dp", "1", "--micro-batch", "2"]).unwrap();
+    assert!(two > 0.0 && (accumulated / two - 1.0).abs() < 0.02, "{accumulated}, {two}");
+    assert_eq!(noise(&["--dp", "1"]), None);
+    let told = String::from_utf8(tiny(&[&flags[..], &["--dp", "1"]].concat()).stdout).unwrap();
+    assert!(told.contains("one micro-batch on one replica"), "{told}");
+
+    let saved = folder.path("saved");
+    let grows = ["--steps", "40", "--batch", "2", "--grow-batch", "4", "--save", &saved, "--save-every", "20"];
+    let whole = json(&folder, &grows);
+    assert_eq!(rows(&whole), 4);
+    fs::remove_dir_all(&saved).unwrap();
+    // Half of it, and on from there.
+    let half: Vec<&str> = grows.iter().map(|flag| if *flag == "40" { "20" } else { flag }).collect();
+    json(&folder, &half);
+    let again = json(&folder, &[&grows[..], &["--resume", &saved]].concat());
+    assert_eq!(rows(&again), 4);
+    assert_eq!(losses(&again).len(), 40);
+}
+
+/// Less memory, fewer rows.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_batch_that_fits_is_found() {
+    let folder = Folder::new("fits");
+    let rows = |kilobytes: &str| {
+        let path = folder.path("outcome.json");
+        let script = format!("ulimit -d {kilobytes} && exec \"$0\" \"$@\"");
+        let flags =
+            ["--layers", "1", "--d-model", "16", "--seq", "256", "--steps", "1", "--batch", "auto", "--ranks", "2"];
+        let output =
+            Command::new("sh").args(["-c", &script]).arg(example()).args(flags).args(["--json", &path]).output();
+        let output = output.unwrap();
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success() && told.contains("rows at once fit on a rank"), "{told}");
+        let outcome: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        outcome["rows"].as_u64().unwrap()
+    };
+    let (little, more) = (rows("150000"), rows("200000"));
+    assert!(2 <= little && little < more && more < 2048, "{little}, {more}");
 }

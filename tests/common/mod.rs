@@ -3,10 +3,12 @@
 
 pub mod dense;
 pub mod dir;
+pub mod finetune;
 pub mod forwarding;
 pub mod llama;
 pub mod models;
 pub mod products;
 pub mod reference;
+pub mod rotary;
 pub mod shapes;
 pub mod zoo;

@@ -8,16 +8,16 @@ use burn::prelude::*;
 use burn_parallel::hf::{self, Adapter, AdapterConfig, Mapping, Rule, SaveConfig};
 use burn_parallel::prelude::*;
 
-use crate::common::llama::CausalLm;
+use crate::common::llama::Llama;
 use crate::common::models::Numbers;
 use crate::golden::Name;
 use crate::{Dir, counting, file_of};
 
-const NAME: Name = Name::Llama;
-const SIZES: AdapterConfig = AdapterConfig { rank: 2, alpha: 4.0 };
+pub const NAME: Name = Name::Llama;
+pub const SIZES: AdapterConfig = AdapterConfig { rank: 2, alpha: 4.0 };
 
 /// The model with adapters, none of which is zero.
-fn adapted(device: &Device) -> CausalLm {
+fn adapted(device: &Device) -> Llama {
     struct Fill(Numbers, Vec<String>);
     impl ModuleMapper for Fill {
         fn enter_module(&mut self, name: &str, _: &str) {
@@ -42,7 +42,7 @@ fn adapted(device: &Device) -> CausalLm {
 }
 
 /// The model with adapters that do nothing yet.
-fn bare(device: &Device) -> CausalLm {
+pub fn bare(device: &Device) -> Llama {
     let group = ["q_proj", "v_proj", "down_proj"].into_iter().flat_map(|name| {
         let part = if name == "down_proj" { "mlp" } else { "self_attn" };
         (0..4).map(move |layer| format!("model.layers.{layer}.{part}.{name}.weight"))
@@ -59,23 +59,23 @@ fn plan() -> Plan {
         .shard("*.o_proj.weight", 0)
 }
 
-fn strategy(axes: [usize; 3]) -> Strategy {
+pub fn strategy(axes: [usize; 3]) -> Strategy {
     match axes[2] {
         1 => NAME.strategy(axes),
         tp => NAME.strategy([axes[0], axes[1], 1]).with_tp(tp, plan()),
     }
 }
 
-fn base() -> Result<hf::Mapped, Error> {
+pub fn base() -> Result<hf::Mapped, Error> {
     hf::open(NAME.folder())?.mapped(Mapping::llama())
 }
 
-fn near(found: f64, expected: f64) {
+pub fn near(found: f64, expected: f64) {
     assert!((found - expected).abs() < 2e-5 * expected, "{found}, not {expected}");
 }
 
 /// The loss of the model with its adapters, on one rank.
-fn expected() -> f64 {
+pub fn expected() -> f64 {
     let losses = launch::threads(1).run(|world| {
         let model = adapted(&world.device().autodiff()).data_parallel(&world, DataParallelConfig::new())?;
         NAME.golden().loss(&mut model.load(&mut base()?)?, (0, 1))
@@ -83,7 +83,7 @@ fn expected() -> f64 {
     losses.unwrap()[0]
 }
 
-fn save(axes: [usize; 3], dir: &Path) {
+pub fn save(axes: [usize; 3], dir: &Path) {
     launch::threads(axes.iter().product())
         .run(|world| {
             let model = adapted(&world.device().autodiff()).parallelize(&world, &strategy(axes))?;
@@ -115,7 +115,7 @@ fn adapters_go_from_mesh_to_mesh() {
                 let device = world.device().autodiff();
                 let adapter = || Adapter::open(dir.join("adapter"));
                 assert_eq!(adapter()?.config(), SIZES);
-                let share = |model: &burn_parallel::train::Parallel<CausalLm>| {
+                let share = |model: &burn_parallel::train::Parallel<Llama>| {
                     Ok::<_, Error>((model.mesh().coordinate("dp")?, to[0]))
                 };
                 let model = bare(&device).parallelize(&world, &strategy(to))?.load(&mut base()?)?;

@@ -3,7 +3,7 @@
 use burn::prelude::*;
 use burn_parallel::prelude::*;
 
-use crate::common::llama::{CausalLm, Config};
+use crate::common::llama::{self, Llama, LlamaConfig};
 use crate::folder;
 
 /// What PyTorch has made of a directory in steps of AdamW.
@@ -20,9 +20,6 @@ pub enum Name {
     Qwen2,
 }
 
-pub const SIZES: Config =
-    Config { words: 512, width: 64, inner: 176, layers: 4, heads: 8, kv_heads: 2, ..Config::LLAMA };
-
 impl Name {
     pub const BOTH: [Self; 2] = [Self::Llama, Self::Qwen2];
 
@@ -37,12 +34,12 @@ impl Name {
         self == Self::Qwen2
     }
 
-    pub fn config(self) -> Config {
-        Config { tied: self.tied(), bias: self.tied(), ..SIZES }
+    pub fn config(self) -> LlamaConfig {
+        LlamaConfig::read(self.folder()).unwrap()
     }
 
     /// A model of other values.
-    pub fn fresh(self, device: &Device) -> CausalLm {
+    pub fn fresh(self, device: &Device) -> Llama {
         self.config().init(device)
     }
 
@@ -86,10 +83,16 @@ fn biases() -> Plan {
 
 impl Golden {
     /// The loss of a first step of one replica.
-    pub fn loss<P: ParallelModule<Model = CausalLm>>(
+    pub fn loss<P: ParallelModule<Model = Llama>>(&self, model: &mut P, share: (usize, usize)) -> Result<f64, Error> {
+        self.loss_by(model, share, llama::loss)
+    }
+
+    /// As [`loss`](Self::loss), of another model.
+    pub fn loss_by<P: ParallelModule>(
         &self,
         model: &mut P,
         share: (usize, usize),
+        loss: fn(&P::Model, Tensor<2, Int>) -> Tensor<1>,
     ) -> Result<f64, Error> {
         let (replica, replicas) = share;
         let rows = &self.tokens[0];
@@ -99,20 +102,25 @@ impl Golden {
         let share = burn_parallel::comm::part(dims[0], replicas, replica);
         let step = model.step(batch.slice([share]), |model, tokens| {
             let [rows, length] = tokens.dims();
-            Loss::mean(model.loss(tokens), (rows * (length - 1)) as f64)
+            Loss::mean(loss(model, tokens), (rows * (length - 1)) as f64)
         })?;
         Ok(step.loss.item())
     }
 
     /// Demands that a first step has the loss that PyTorch has.
-    pub fn check<P: ParallelModule<Model = CausalLm>>(
+    pub fn check<P: ParallelModule<Model = Llama>>(
         &self,
         model: &mut P,
         share: (usize, usize),
         tolerance: f64,
     ) -> Result<(), Error> {
-        let (found, expected) = (self.loss(model, share)?, self.losses[0]);
-        assert!((found - expected).abs() <= tolerance * expected, "{found}, not {expected}");
+        self.demand(self.loss(model, share)?, tolerance);
         Ok(())
+    }
+
+    /// Demands that a loss is that of PyTorch's first step.
+    pub fn demand(&self, found: f64, tolerance: f64) {
+        let expected = self.losses[0];
+        assert!((found - expected).abs() <= tolerance * expected, "{found}, not {expected}");
     }
 }

@@ -8,6 +8,7 @@ use burn_parallel::hf::{self, Mapping, Weights};
 use burn_parallel::params::SliceSource;
 use burn_parallel::prelude::*;
 
+use crate::common::rotary::Rotary;
 use crate::golden::Name;
 use crate::{Dir, counting, file_of, values};
 
@@ -35,10 +36,11 @@ fn burns_rotary_encoding_turns_what_transformers_turns() {
         launch::threads(2)
             .run(|world| {
                 let device = world.device().autodiff();
-                let config = crate::common::llama::Config { burns_rotary: true, ..name.config() };
-                let model = config.init(&device).parallelize(&world, &name.strategy([1, 1, 2]))?;
+                let model = Rotary::new(name.config(), &device).parallelize(&world, &name.strategy([1, 1, 2]))?;
                 let mut weights = hf::open(name.folder())?.mapped(Mapping::llama().rotary_pairs(8))?;
-                name.golden().check(&mut model.load(&mut weights)?, (0, 1), 2e-5)
+                let golden = name.golden();
+                golden.demand(golden.loss_by(&mut model.load(&mut weights)?, (0, 1), Rotary::loss)?, 2e-5);
+                Ok(())
             })
             .unwrap();
     }

@@ -5,11 +5,15 @@ mod common;
 
 mod adapter;
 mod damage;
+mod encoders;
+mod finetune;
 mod golden;
 mod load;
 mod mappings;
+mod python;
 mod records;
 mod save;
+mod statistics;
 
 use std::path::{Path, PathBuf};
 

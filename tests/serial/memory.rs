@@ -11,6 +11,7 @@ use burn::optim::{AdamConfig, ModuleOptimizer};
 use burn::prelude::*;
 use burn_parallel::hf::Weights;
 use burn_parallel::prelude::*;
+use burn_parallel::train::Engine;
 use safetensors::tensor::{Dtype, TensorView};
 
 /// Knows the largest piece of memory that each thread has asked for, and what all hold. Some machinery asks for 1 MiB, a
@@ -22,8 +23,13 @@ thread_local! {
 }
 
 /// Bytes that are held now, and that were at most.
-static HELD: AtomicIsize = AtomicIsize::new(0);
-static MOST: AtomicIsize = AtomicIsize::new(0);
+pub static HELD: AtomicIsize = AtomicIsize::new(0);
+pub static MOST: AtomicIsize = AtomicIsize::new(0);
+
+/// The bytes that all threads hold now.
+pub fn held() -> isize {
+    HELD.load(Relaxed)
+}
 
 fn asked(size: usize) {
     let _ = LARGEST.try_with(|largest| largest.set(largest.get().max(size)));
@@ -61,16 +67,16 @@ unsafe impl GlobalAlloc for Watched {
 static ALLOCATOR: Watched = Watched;
 
 const WIDTH: usize = 1024;
-const WHOLE: usize = WIDTH * WIDTH * 4;
+pub const WHOLE: usize = WIDTH * WIDTH * 4;
 
 #[derive(Module, Debug)]
-struct Mlp {
+pub struct Mlp {
     up: Linear,
     down: Linear,
 }
 
 impl Mlp {
-    fn new(device: &Device) -> Self {
+    pub fn new(device: &Device) -> Self {
         Self { up: LinearConfig::new(WIDTH, WIDTH).init(device), down: LinearConfig::new(WIDTH, WIDTH).init(device) }
     }
 
@@ -79,7 +85,7 @@ impl Mlp {
     }
 }
 
-fn plan() -> Plan {
+pub fn plan() -> Plan {
     Plan::new().shard("up.weight", 1).shard("up.bias", 0).shard("down.weight", 0)
 }
 
@@ -245,8 +251,19 @@ fn few(device: &Device) -> Tensor<2> {
 
 type Step = Box<dyn FnMut() -> Result<(), Error>>;
 
-/// Steps of a model, each followed by one of Adam.
+/// Steps of a model, each followed by one of Adam; with `optimize` through that.
 macro_rules! training {
+    ($model:expr, optimize |$of:ident| $step:expr) => {{
+        let mut optim: ModuleOptimizer = AdamConfig::new().init().into();
+        let mut model = Some($model);
+        let step: Step = Box::new(move || {
+            let mut $of = model.take().expect("the step before has given it back");
+            let step = $step?;
+            model = Some($of.optimize(&mut optim, 1e-3, step)?);
+            Ok(())
+        });
+        Ok(step)
+    }};
     ($model:expr, |$of:ident| $step:expr) => {{
         let mut optim: ModuleOptimizer = AdamConfig::new().init().into();
         let mut model = Some($model);
@@ -301,6 +318,23 @@ fn a_thousand_steps_hold_no_more_than_a_few() {
         growth(2, |rank, x, model| {
             let model = model.data_parallel(rank, dp())?;
             training!(model, |m| m.step_sync_batch_norm(vec![(x.clone(), 4.0)], |m, x| m.loss(x)))
+        }),
+    );
+    for level in [Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters] {
+        check(
+            &format!("dp, {level}"),
+            growth(2, |rank, x, model| {
+                let model = model.data_parallel(rank, dp().with_sharding(level))?;
+                training!(model, optimize | m | m.step(x.clone(), |m, x| m.loss(x)))
+            }),
+        );
+    }
+    check(
+        "captured dp, parameters",
+        growth(2, |rank, x, model| {
+            let strategy = Strategy::new().with_data(dp().with_sharding(Sharding::Parameters));
+            let model = model.parallelize(rank, &strategy.with_engine(Engine::Captured))?;
+            training!(model, optimize | m | m.step(x.clone(), |m, x| m.loss(x)))
         }),
     );
     check(

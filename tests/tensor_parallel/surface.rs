@@ -1,13 +1,7 @@
 //! What a step of a split model takes and gives: closures that capture, inputs that differ, micro-batches, optimizers.
 
-use burn::grad_clipping::GradientClippingConfig;
-use burn::module::ParamGroup;
 use burn::nn::{Linear, LinearConfig};
-use burn::optim::momentum::MomentumConfig;
-use burn::optim::{
-    AdaGradConfig, AdafactorConfig, AdamConfig, AdamWConfig, LambConfig, LionConfig, ModuleOptimizer, MuonConfig,
-    RmsPropConfig, SgdConfig,
-};
+use burn::optim::{AdamWConfig, LBFGSConfig, ModuleOptimizer};
 use burn::prelude::*;
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::Sharded;
@@ -169,61 +163,19 @@ fn step(model: &mut Sharded<Vec<Linear>>) -> Result<Step, Error> {
     model.step(rows(0, 4), square)
 }
 
+/// LBFGS looks at all parameters at once, of which each rank would see its own.
 #[test]
-fn optimizers_that_look_at_whole_parameters_are_refused() {
-    let momentum = MomentumConfig::new().with_momentum(0.9);
-    let fit: Vec<(&str, ModuleOptimizer)> = vec![
-        ("sgd", SgdConfig::new().init()),
-        ("sgd with momentum", SgdConfig::new().with_momentum(Some(momentum)).init()),
-        ("adam", AdamConfig::new().init()),
-        ("adamw", AdamWConfig::new().with_cautious_weight_decay(true).init()),
-        ("adagrad", AdaGradConfig::new().init()),
-        ("rmsprop", RmsPropConfig::new().init()),
-        ("lion", LionConfig::new().init()),
-        ("clip by value", AdamWConfig::new().with_grad_clipping(Some(GradientClippingConfig::Value(0.1))).init()),
-        ("muon for what is whole", muon("none")),
-    ];
-    let clip = || Some(GradientClippingConfig::Norm(1.0));
-    let in_a_group = SgdConfig::new().init().with_group(
-        ParamGroup::from_predicate("0.weight"),
-        AdamConfig::new().build(),
-        clip().map(|clip| clip.init()),
-    );
-    let unfit: Vec<(&str, ModuleOptimizer, &str)> = vec![
-        ("muon for matrices", muon("weight"), "depends on the whole"),
-        ("lamb", LambConfig::new().init(), "depends on the whole"),
-        ("adafactor", AdafactorConfig::new().init(), "depends on the whole"),
-        ("clip by norm", AdamWConfig::new().with_grad_clipping(clip()).init(), "by their global norm"),
-        ("a group clips by norm", in_a_group, "its group's clipping"),
-    ];
-    for (name, optim) in fit {
-        launch::threads(2)
-            .run(|rank| {
-                let (mut model, mut optim) = (layers().tensor_parallel(&rank, plan())?, optim.clone());
-                for _ in 0..3 {
-                    let done = step(&mut model)?;
-                    model = model.optimize(&mut optim, 0.01, done)?;
-                }
-                Ok(())
-            })
-            .unwrap_or_else(|error| panic!("{name}: {error}"));
-    }
-    for (name, optim, words) in unfit {
-        let run = |ranks| {
-            launch::threads(ranks).run(|rank| {
-                let (mut model, mut optim) = (layers().tensor_parallel(&rank, plan())?, optim.clone());
-                let done = step(&mut model)?;
-                model.optimize(&mut optim, 0.01, done).map(|_| ())
-            })
-        };
-        let error = run(2).expect_err(name).to_string();
-        assert!(error.contains(words) && error.contains("`0."), "{name}: {error}");
-    }
-}
-
-/// Muon for the parameters of these paths, AdamW for the others.
-fn muon(paths: &str) -> ModuleOptimizer {
-    AdamWConfig::new().init().with_group(ParamGroup::from_predicate(paths), MuonConfig::new().build(), None)
+fn an_optimizer_that_looks_at_all_parameters_at_once_is_refused() {
+    let error = launch::threads(2).run(|rank| {
+        let model = layers().tensor_parallel(&rank, plan())?;
+        LBFGSConfig::new().init().step(0.1, model, |mut model| {
+            let done = step(&mut model).unwrap();
+            (done.loss.item(), done.grads)
+        });
+        Ok(())
+    });
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("LBFGS") && error.contains("Sharded"), "{error}");
 }
 
 #[test]

@@ -4,6 +4,8 @@
 mod common;
 
 mod grad_norm;
+mod noise;
+mod optimizers;
 mod settings;
 mod walks;
 mod zero;

@@ -1,7 +1,7 @@
 //! LoRA adapters, which burn keeps where the rows of a parameter are to be.
 //!
-//! A parameter takes one reparameterization, and nobody but the layer that has the parameter can see it. Visitors see its factors,
-//! though, and mappers change them; its scale is found out by an adapter of ones.
+//! A parameter takes one reparameterization, and nobody but the layer that has the parameter can see it. Visitors see
+//! its factors, though, and mappers change them; its scale is found out by an adapter of ones.
 
 use std::collections::HashMap;
 

@@ -48,7 +48,8 @@ pub(in crate::data_parallel) fn assemble<M: Module>(module: &M, gatherer: &Gathe
     Ok(put_adapters(bare(|| module.materialize()), adapters))
 }
 
-/// Finds for each placeholder the parameter that it stands for, whether that is trained, and the factors of its adapter.
+/// Finds for each placeholder the parameter that it stands for, whether that is trained, and the factors of its
+/// adapter.
 #[derive(Default)]
 struct Find {
     last: Option<ParamId>,

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use burn::module::ParamId;
 
@@ -62,6 +63,8 @@ struct State {
     /// The rank that says what is gathered, while some have no data.
     leader: Option<usize>,
     failure: Option<Error>,
+    /// How long this rank had nothing to do but wait for what is gathered.
+    waited: Duration,
 }
 
 #[derive(Debug)]
@@ -146,8 +149,8 @@ impl Gatherer {
         }
     }
 
-    /// The whole of a parameter of which this rank holds `shard`. Gathers its group if need be, and begins with the one that is
-    /// likely next.
+    /// The whole of a parameter of which this rank holds `shard`. Gathers its group if need be, and begins with the one
+    /// that is likely next.
     ///
     /// # Errors
     /// Those of [`Communicator::all_gather`](crate::comm::Communicator::all_gather).
@@ -183,10 +186,12 @@ impl Gatherer {
             // Before the next ones are made.
             state.live.clear();
         }
+        let began = Instant::now();
         let wholes = match state.ahead.take() {
             Some(ahead) if ahead.group == group && same_buffers(&ahead.shards, &shards) => ahead.wholes.wait()?,
             _ => self.start(state, group, shards.clone())?.wait()?,
         };
+        state.waited += began.elapsed();
         let whole = wholes[index].clone();
         let wholes = shards.into_iter().zip(wholes).map(|(shard, whole)| Whole { shard, whole });
         state.live.insert(group, wholes.collect());
@@ -231,7 +236,9 @@ impl Gatherer {
         let number = (self.groups.len() + place) as u64 + 1;
         self.announce(state, number)?;
         let pack = Pack::new(vec![self.params[place].rows.clone()]);
+        let began = Instant::now();
         let whole = pack.gather_agreed(vec![shard.clone()], self.comms.parameters(), number)?;
+        state.waited += began.elapsed();
         whole.into_iter().next().ok_or_else(|| Error::invalid("a sharded parameter", "nothing was gathered"))
     }
 
@@ -310,6 +317,11 @@ impl Gatherer {
             let shards = members.iter().map(shard).collect::<Result<_, _>>()?;
             pack.gather_agreed(shards, self.comms.parameters(), number)?;
         }
+    }
+
+    /// How long this rank had nothing to do but wait for what is gathered.
+    pub fn waited(&self) -> Duration {
+        self.lock().waited
     }
 
     /// What went wrong in the middle of a pass, where no error can be returned.

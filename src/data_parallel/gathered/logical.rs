@@ -1,5 +1,6 @@
-//! A module of rows as those see it from outside who do not know of rows: each parameter once, at its own path and under its own
-//! id, with this rank's rows for its value. So patterns of paths, frozen groups and visitors find what they look for.
+//! A module of rows as those see it from outside who do not know of rows: each parameter once, at its own path and
+//! under its own id, with this rank's rows for its value. So patterns of paths, frozen groups and visitors find what
+//! they look for.
 
 use std::collections::HashSet;
 

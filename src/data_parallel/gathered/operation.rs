@@ -1,9 +1,9 @@
 //! The operation that gathers a parameter, as burn's autodiff knows it.
 //!
-//! It is marked as bound by memory and has a function that computes it again, whatever the device's strategy of gradient
-//! checkpointing: so the operations that use its output do not keep that for backward, but ask for it then. burn asks for it in
-//! this way only where the output is tracked; a frozen parameter is therefore tracked by a leaf of one element that stands for it,
-//! and its gradient is thrown away.
+//! It is marked as bound by memory and has a function that computes it again, whatever the device's strategy of
+//! gradient checkpointing: so the operations that use its output do not keep that for backward, but ask for it then.
+//! burn asks for it in this way only where the output is tracked; a frozen parameter is therefore tracked by a leaf of
+//! one element that stands for it, and its gradient is thrown away.
 
 use std::fmt;
 use std::sync::Arc;
@@ -41,7 +41,8 @@ impl fmt::Debug for Source {
     }
 }
 
-/// The whole of a parameter of which this rank has `shard`. `arrival` hears of its gradient; without it the parameter is frozen.
+/// The whole of a parameter of which this rank has `shard`. `arrival` hears of its gradient; without it the parameter
+/// is frozen.
 ///
 /// # Errors
 /// Those of [`Gatherer::whole`].
@@ -148,8 +149,8 @@ where
     }
 }
 
-/// Hands the gradient of the whole to the listener, if this is the backward of its own replica; else nobody wants it, for no
-/// rank could do anything with the gradient of a whole.
+/// Hands the gradient of the whole to the listener, if this is the backward of its own replica; else nobody wants it,
+/// for no rank could do anything with the gradient of a whole.
 #[derive(Debug)]
 struct Gathered;
 

@@ -9,14 +9,15 @@ use burn::module::{
 use burn::tensor::{Device, Tensor};
 
 use super::Gatherer;
+use super::merge::merge;
 use super::operation::{Source, gather};
 use crate::data_parallel::hook::{Arrival, HookGroup};
 use crate::data_parallel::reducer::Reducer;
 use crate::params::SHARD;
-use crate::sharding::RankedParam;
+use crate::sharding::{Keep, RankedParam};
 
-/// The reparameterization of a parameter of which this rank holds its rows: its value is gathered. An adapter that the parameter
-/// had is applied to that.
+/// The reparameterization of a parameter of which this rank holds its rows: its value is gathered. An adapter that the
+/// parameter had is applied to that.
 #[derive(Debug, Clone)]
 pub(super) struct RowShard {
     pub shard: RankedParam,
@@ -43,8 +44,8 @@ thread_local! {
     static BARE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-/// Runs something in which sharded parameters are what stands in for them: burn takes a reparameterization off a parameter only
-/// together with its value.
+/// Runs something in which sharded parameters are what stands in for them: burn takes a reparameterization off a
+/// parameter only together with its value.
 pub(super) fn bare<T>(run: impl FnOnce() -> T) -> T {
     struct Restore(bool);
     impl Drop for Restore {
@@ -60,8 +61,8 @@ impl Reparameterization for RowShard {
     const NAME: &'static str = SHARD;
 
     /// # Panics
-    /// If the rows of the others cannot be gathered: there is no other way out of a forward. The world has failed by then, and
-    /// steps and evaluations return its error.
+    /// If the rows of the others cannot be gathered: there is no other way out of a forward. The world has failed by
+    /// then, and steps and evaluations return its error.
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
         if BARE.get() {
             return base;
@@ -72,6 +73,7 @@ impl Reparameterization for RowShard {
         let source = Source { gatherer: self.link.gatherer.clone(), id };
         let whole = gather(value, &source, arrival).unwrap_or_else(|error| panic!("{error}"));
         match &self.adapter {
+            Some(adapter) if self.link.gatherer.keep() == Keep::Pass => merge(whole, adapter),
             Some(adapter) => adapter.apply(whole),
             None => whole,
         }

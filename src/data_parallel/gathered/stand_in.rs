@@ -6,8 +6,8 @@ use burn::tensor::{Device, Tensor};
 
 use crate::params::{LeafKind, leaf};
 
-/// A frozen parameter of these dims, in which one element that is not a number stands for all: who looks at its dims finds them,
-/// who takes it for the values of the parameter notices.
+/// A frozen parameter of these dims, in which one element that is not a number stands for all: who looks at its dims
+/// finds them, who takes it for the values of the parameter notices.
 pub(super) fn stand_in<const D: usize>(
     dims: [usize; D],
     one: &Tensor<D>,

@@ -3,10 +3,12 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use burn::backend::GradientCheckpointingStrategy;
 use burn::module::{Module, ModuleVisitor, Param, ParamId, Reparameterization, Reparameterizer};
 use burn::tensor::{DType, Device, Tensor};
 
 use super::adapters::{Adapters, take_adapters};
+use super::assemble::shards_of;
 use super::gatherer::{Gathered, Gatherer};
 use super::row_shard::{Link, RowShard};
 use super::stand_in::stand_in;
@@ -16,16 +18,22 @@ use crate::data_parallel::config::DataParallelConfig;
 use crate::data_parallel::hook::HookGroup;
 use crate::data_parallel::reducer::Reducer;
 use crate::data_parallel::structure::{Structure, broadcast_some};
-use crate::params::{LazyParam, LeafKind, ShardedIds, leaf, one_device, own_buffers, share_ids};
-use crate::sharding::{Member, Pack, RankedParam, Rows, ShardComms, groups};
+use crate::params::{LazyParam, LeafKind, ShardedIds, leaf, one_device, own_buffers, share_ids, visit_params};
+use crate::sharding::{Keep, Member, Pack, RankedParam, Rows, ShardComms, groups};
 use crate::tensor::PlainTensor;
 
-/// Gives every rank its rows of rank 0's parameters, and all of rank 0's buffers. No rank but the first makes a lazy parameter, and
-/// none holds more than one of them whole at a time. Collective.
+/// What burn does not give back.
+const KEPT: &str = "parameters are divided among the replicas, and gathered for each pass (`keep` is \"pass\"): on a device without \
+                    gradient checkpointing burn keeps the gathered weights of layers that multiply by a view of them, as `Linear` \
+                    does with inputs of three dims, from forward to backward. Make model and inputs on \
+                    `device.autodiff().gradient_checkpointing()`, or set `engine` to \"captured\", to hold two groups at a time";
+
+/// Gives every rank its rows of rank 0's parameters, and all of rank 0's buffers. No rank but the first makes a lazy
+/// parameter, and none holds more than one of them whole at a time. Collective.
 ///
 /// # Errors
-/// [`Error::ModelMismatch`] if the ranks' modules differ in structure; [`Error::InvalidArgument`] if parameters are on several
-/// devices, or settings do not go together; those of [`Communicator`].
+/// [`Error::ModelMismatch`] if the ranks' modules differ in structure; [`Error::InvalidArgument`] if parameters are on
+/// several devices, or settings do not go together; those of [`Communicator`].
 pub(in crate::data_parallel) fn shard_parameters<M: Module>(
     module: M,
     group: &Communicator,
@@ -34,6 +42,9 @@ pub(in crate::data_parallel) fn shard_parameters<M: Module>(
 ) -> Result<(M, Arc<Reducer>, Arc<Gatherer>), Error> {
     config.check()?;
     let (keep, device) = (config.keep, one_device(&module, "data_parallel")?.unwrap_or_else(Device::flex));
+    if keep == Keep::Pass && group.rank() == 0 && keeps_views(&module) {
+        log::warn!("{KEPT}");
+    }
     Structure::unmade(&module).agree(group)?;
     let (module, _) = share_ids(module, group)?;
     let module = own_buffers(module);
@@ -53,7 +64,18 @@ pub(in crate::data_parallel) fn shard_parameters<M: Module>(
     let sharded = ShardedIds::of(&module);
     let module = broadcast_some(module, group, &|id, _| !sharded.contains(id))?;
     gatherer.set_stand_ins(sharded.stand_ins);
+    gatherer.set_shards(shards_of(&module, &gatherer));
     Ok((module, reducer, gatherer))
+}
+
+/// Whether the parameters are on a device on which burn keeps views for backward.
+fn keeps_views<M: Module>(module: &M) -> bool {
+    let mut keeps = false;
+    visit_params(module, &mut |param| {
+        let strategy = param.device().gradient_checkpointing_strategy();
+        keeps |= strategy == Some(GradientCheckpointingStrategy::Disabled);
+    });
+    keeps
 }
 
 /// The parameters that have rows to be divided, in the order of the module.
@@ -107,8 +129,8 @@ impl ModuleVisitor for Inventory<'_> {
     }
 }
 
-/// The float parameters of a module that are none of its running statistics. These look like frozen parameters, but burn keeps no
-/// reparameterization on them.
+/// The float parameters of a module that are none of its running statistics. These look like frozen parameters, but
+/// burn keeps no reparameterization on them.
 fn real_params<M: Module>(module: &M) -> HashSet<ParamId> {
     struct Mark;
     impl Reparameterizer for Mark {

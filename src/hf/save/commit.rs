@@ -42,7 +42,8 @@ pub(super) fn carry_over(from: &Path, to: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// The `config.json` of a directory, as it is to be for what is written: with its dtype, and not tied if the output layer is there.
+/// The `config.json` of a directory, as it is to be for what is written: with its dtype, and not tied if the output
+/// layer is there.
 ///
 /// # Errors
 /// [`file_error`] if there is none.

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use burn::tensor::DType;
 
-use super::plan::wrong;
+use super::problem::wrong;
 use crate::Error;
-use crate::hf::Mapping;
 use crate::hf::index::is_plain;
+use crate::hf::mapping::Mapping;
 
 /// How a directory is written.
 #[derive(Debug, Clone)]
@@ -43,19 +43,21 @@ impl SaveConfig {
         Self { dtype: Some(dtype), ..self }
     }
 
-    /// A file has at most so many bytes of tensors, unless one tensor has more. If there are several, an index says what is
-    /// where.
+    /// A file has at most so many bytes of tensors, unless one tensor has more. If there are several, an index says
+    /// what is where.
     pub fn with_shard_bytes(self, bytes: u64) -> Self {
         Self { shard_bytes: bytes, ..self }
     }
 
-    /// Tensors are put together and written in pieces of at most so many bytes, at least one element: 8 MiB if this is not said.
+    /// Tensors are put together and written in pieces of at most so many bytes, at least one element: 8 MiB if this is
+    /// not said.
     pub fn with_piece_bytes(self, bytes: usize) -> Self {
         Self { piece_bytes: bytes, ..self }
     }
 
-    /// Carries over what another directory has beside its tensors: `config.json`, with the dtype that is written, and with
-    /// `tie_word_embeddings` false if an `lm_head.weight` is written; `generation_config.json`; the files of the tokenizer.
+    /// Carries over what another directory has beside its tensors: `config.json`, with the dtype that is written, and
+    /// with `tie_word_embeddings` false if an `lm_head.weight` is written; `generation_config.json`; the files of the
+    /// tokenizer.
     pub fn with_files_of(self, dir: impl Into<PathBuf>) -> Self {
         Self { files_of: Some(dir.into()), ..self }
     }
@@ -65,8 +67,8 @@ impl SaveConfig {
         Self { overwrite, ..self }
     }
 
-    /// Adds the LoRA adapters of the model, made with this `alpha`, to the weights that they adapt, as they are written. The
-    /// model stays as it is.
+    /// Adds the LoRA adapters of the model, made with this `alpha`, to the weights that they adapt, as they are
+    /// written. The model stays as it is.
     pub fn with_merged_adapters(self, alpha: f64) -> Self {
         Self { merged: Some(alpha), ..self }
     }
@@ -92,8 +94,8 @@ impl SaveConfig {
     }
 
     /// # Errors
-    /// [`Error::UnsupportedDType`] if floats cannot be cast to the dtype; [`Error::InvalidArgument`] if a further file is not in the
-    /// directory.
+    /// [`Error::UnsupportedDType`] if floats cannot be cast to the dtype; [`Error::InvalidArgument`] if a further file
+    /// is not in the directory.
     pub(super) fn check(&self) -> Result<(), Error> {
         match self.dtype {
             Some(dtype) if !matches!(dtype, DType::F64 | DType::F32 | DType::F16 | DType::BF16) => {

@@ -1,26 +1,33 @@
 //! Pieces are put together by their writers, round by round.
 //!
-//! In a round a writer has one piece at most. Every rank sends what the others' pieces need of its parts, in the layout and dtype of
-//! the tensor, and puts its own piece together; then all meet, so that what was sent never is more than the pieces of one round.
-//! Of the pieces that would have one rank send more than one piece, the later wait for another round.
+//! In a round a writer has one piece at most. Every rank sends what the others' pieces need of its parts, in the layout
+//! and dtype of the tensor, and puts its own piece together. It sends ahead, so that no rank waits for another that has
+//! more to do in a round; all meet before a round with which a rank would have sent, or been sent, more than a piece
+//! since they last met: what is on its way never is more. Of the pieces that would have one rank send more than one
+//! piece, the later wait for another round.
 //!
 //! A rank whose disk fails goes on without writing: the others need not wait for it, and hear of it at the end.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::path::Path;
 
 use super::pieces::{Given, Piece};
-use super::plan::{HeldParam, PlannedTensor, SavePlan, wrong};
+use super::plan::{HeldParam, PlannedTensor, SavePlan};
+use super::problem::wrong;
 use super::rounds::{Rounds, Turn};
+use super::traffic::Traffic;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::hf::relation::{Block, swapped};
 use crate::tensor::PlainTensor;
-use crate::tensor_file::{Loop, PieceWriter, Side, copy_strided, row_major};
+use crate::tensor_file::{Loop, PieceWriter, Side, copy_strided, fault, row_major};
 
 /// The messages of a save; its group has no others.
 const TAG: u64 = 0;
+
+/// So many rounds may be sent and not yet written: what is known of them takes memory too.
+const AHEAD: usize = 64;
 
 /// What this rank holds of a parameter.
 pub(super) struct Part {
@@ -29,8 +36,8 @@ pub(super) struct Part {
     pub(super) adapter: Option<Adapter>,
 }
 
-/// A product that is added to a weight: `scale * a @ b`. Of `a` and `b` there are those rows and columns, from the first that is
-/// given on, that the part of the weight has.
+/// A product that is added to a weight: `scale * a @ b`. Of `a` and `b` there are those rows and columns, from the
+/// first that is given on, that the part of the weight has.
 pub(super) struct Adapter {
     pub(super) a: (PlainTensor, usize),
     pub(super) b: (PlainTensor, usize),
@@ -57,8 +64,8 @@ pub(super) struct Done {
     pub(super) held: usize,
 }
 
-/// Writes this rank's tensors into the files under `dir`, which are there. The outer error is that of the world, the inner one that
-/// of this rank's disk.
+/// Writes this rank's tensors into the files under `dir`, which are there. The outer error is that of the world, the
+/// inner one that of this rank's disk.
 pub(super) fn exchange(
     plan: &SavePlan,
     params: &[HeldParam],
@@ -68,32 +75,57 @@ pub(super) fn exchange(
 ) -> Result<(Done, Result<(), Error>), Error> {
     let mut files = Files { plan, dir, open: BTreeMap::new(), outcome: Ok(()) };
     let (mut done, mut buffers) = (Done::default(), Buffers::default());
-    for round in Rounds::new(plan, params, piece_bytes, group.size()) {
-        let mut sent = 0;
-        for turn in &round {
-            let tensor = &plan.tensors[turn.tensor];
-            let mine: Vec<&Given> = turn.given.iter().filter(|given| given.from == group.rank()).collect();
-            if turn.writer != group.rank() && !mine.is_empty() {
-                let message = packed(tensor, &mine, own, buffers.spare())?;
-                sent += message.len();
-                group.send(message, turn.writer, TAG)?;
+    let mut rounds = Rounds::new(plan, params, piece_bytes, group.size());
+    let (mut sent, mut next) = (VecDeque::new(), rounds.next());
+    let mut on_the_way = Traffic::none(group.size());
+    loop {
+        while let Some(round) = next.take() {
+            let more = Traffic::of_round(&round, plan, group.size());
+            if sent.len() == AHEAD || !on_the_way.has_room_for(&more, piece_bytes) {
+                if !sent.is_empty() {
+                    next = Some(round);
+                    break;
+                }
+                group.barrier()?;
+                on_the_way = Traffic::none(group.size());
             }
+            on_the_way.add(&more);
+            done.sent += send(plan, &round, own, (&mut buffers, group))?;
+            sent.push_back(round);
+            next = rounds.next();
         }
-        let mut held = sent;
+        let Some(round) = sent.pop_front() else { break };
+        let mut held = on_the_way.held_by(group.rank());
         if let Some(turn) = round.iter().find(|turn| turn.writer == group.rank()) {
             let tensor = &plan.tensors[turn.tensor];
-            let received = put_together(tensor, turn, own, (&mut buffers, group))?;
-            held += buffers.piece.len() + received;
+            put_together(tensor, turn, own, (&mut buffers, group))?;
+            held += buffers.piece.len();
             done.written += buffers.piece.len() as u64;
             files.write(tensor, &turn.piece, &buffers.piece);
         }
-        done.sent += sent as u64;
         done.held = done.held.max(held);
-        if round.iter().any(|turn| turn.given.iter().any(|given| given.from != turn.writer)) {
-            group.barrier()?;
-        }
+        fault::point("half written");
     }
     Ok((done, files.finish(group.rank())))
+}
+
+/// Sends what the pieces of other ranks need of this rank's parts. Returns how many bytes that is.
+fn send(
+    plan: &SavePlan,
+    round: &[Turn],
+    own: &BTreeMap<usize, Part>,
+    (buffers, group): (&mut Buffers, &Communicator),
+) -> Result<u64, Error> {
+    let mut sent = 0;
+    for turn in round.iter().filter(|turn| turn.writer != group.rank()) {
+        let mine: Vec<&Given> = turn.given.iter().filter(|given| given.from == group.rank()).collect();
+        if !mine.is_empty() {
+            let message = packed(&plan.tensors[turn.tensor], &mine, own, buffers.spare())?;
+            sent += message.len() as u64;
+            group.send(message, turn.writer, TAG)?;
+        }
+    }
+    Ok(sent)
 }
 
 /// Memory that is used again: a large allocation costs as much as what is done with it.
@@ -135,13 +167,13 @@ fn packed(
     Ok(message)
 }
 
-/// Puts a piece of this rank's together in the buffers. Returns how many bytes came for it.
+/// Puts a piece of this rank's together in the buffers.
 fn put_together(
     tensor: &PlannedTensor,
     Turn { piece, given, .. }: &Turn,
     own: &BTreeMap<usize, Part>,
     (buffers, group): (&mut Buffers, &Communicator),
-) -> Result<usize, Error> {
+) -> Result<(), Error> {
     let strides = row_major(&piece.lens());
     // The blocks of a piece are all of it.
     buffers.piece.resize(piece.elements() * tensor.dtype.size(), 0);
@@ -152,7 +184,6 @@ fn put_together(
     let to_strides = |block: &Block| -> Vec<isize> {
         block.in_file.iter().zip(&strides).map(|(line, stride)| line.step as isize * stride).collect()
     };
-    let mut received = 0;
     for from in 0..group.size() {
         let theirs: Vec<&Given> = given.iter().filter(|given| given.from == from).collect();
         if theirs.is_empty() {
@@ -165,7 +196,6 @@ fn put_together(
             continue;
         }
         let message: Vec<u8> = group.recv(from, TAG)?;
-        received += message.len();
         let mut start = 0;
         for given in theirs {
             let block = &given.block;
@@ -178,7 +208,7 @@ fn put_together(
         }
         buffers.give_back(message);
     }
-    Ok(received)
+    Ok(())
 }
 
 /// Copies a block out of this rank's part of a parameter.

@@ -6,7 +6,9 @@ mod exchange;
 mod own;
 mod pieces;
 mod plan;
+mod problem;
 mod rounds;
+mod traffic;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,14 +17,15 @@ use commit::{carry_over, config_for};
 pub use config::SaveConfig;
 use exchange::{Done, exchange};
 use own::{all_params, own_params};
-use plan::{PlannedTensor, SavePlan, wrong};
+use plan::{PlannedTensor, SavePlan};
+use problem::wrong;
 use serde::Serialize;
 
 use super::index::{Metadata, Written};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::params::agree;
-use crate::tensor_file::{Draft, PieceWriter, name_of, write_file};
+use crate::tensor_file::{Draft, PieceWriter, fault, name_of, write_file};
 use crate::train::ParallelModule;
 
 /// What was saved, and what that took.
@@ -39,21 +42,21 @@ pub struct Saved {
     pub bytes_written: u64,
     /// Bytes of its parts that this rank sent to others that wrote them.
     pub bytes_sent: u64,
-    /// The most bytes that this rank held at once beside its parts: a piece, and what was sent of pieces.
+    /// The most bytes that this rank held at once beside its parts: a piece, and messages on their way from it and to it.
     pub largest_buffer: usize,
 }
 
-/// Writes a model as a Hugging Face directory, whatever it is spread over: `config.json`, `model.safetensors` or numbered files with
-/// an index, and the files of a tokenizer. Collective: every rank of `world`, which are all that the model is spread over, passes
-/// the same directory, in one file system, and the same config.
+/// Writes a model as a Hugging Face directory, whatever it is spread over: `config.json`, `model.safetensors` or
+/// numbered files with an index, and the files of a tokenizer. Collective: every rank of `world`, which are all that
+/// the model is spread over, passes the same directory, in one file system, and the same config.
 ///
-/// Tensors are written in [pieces](SaveConfig::with_piece_bytes), each by the rank that holds most of it and has least to write, which
-/// gets what it lacks from the others: no rank ever holds more than its parts and three pieces. Replicas share the work; what they
-/// hold alike is written once. A parameter that
-/// is used in two places, as a tied embedding, is written once, under the first.
+/// Tensors are written in [pieces](SaveConfig::with_piece_bytes), each by the rank that holds most of it and has least
+/// to write, which gets what it lacks from the others: no rank ever holds more than its parts and three pieces.
+/// Replicas share the work; what they hold alike is written once. A parameter that is used in two places, as a tied
+/// embedding, is written once, under the first.
 ///
-/// The directory is there as a whole or not at all: it is made under another name (`.NAME.unfinished`, beside it), brought to
-/// the disk, and renamed. One that was left by a save that was ended is overwritten by the next.
+/// The directory is there as a whole or not at all: it is made under another name (`.NAME.unfinished`, beside it),
+/// brought to the disk, and renamed. One that was left by a save that was ended is overwritten by the next.
 ///
 /// ```
 /// use burn::nn::{Linear, LinearConfig};
@@ -75,11 +78,11 @@ pub struct Saved {
 /// ```
 ///
 /// # Errors
-/// On all ranks alike. [`Error::InvalidArgument`] if no rule of the mapping fits a parameter, if two would be one tensor, if the
-/// model has adapters and the config does not [merge](SaveConfig::with_merged_adapters) them, if the directory is there and not
-/// to be overwritten, or if the disk of a rank fails: the model stays as it is, and what was there before too.
-/// [`Error::Pipeline`] if a pipeline is not cut yet. [`Error::ModelMismatch`] if the ranks pass different configs. The error of the
-/// world.
+/// On all ranks alike. [`Error::InvalidArgument`] if no rule of the mapping fits a parameter, if two would be one
+/// tensor, if the model has adapters and the config does not [merge](SaveConfig::with_merged_adapters) them, if the
+/// directory is there and not to be overwritten, or if the disk of a rank fails: the model stays as it is, and what was
+/// there before too. [`Error::Pipeline`] if a pipeline is not cut yet. [`Error::ModelMismatch`] if the ranks pass
+/// different configs. The error of the world.
 pub fn save<P: ParallelModule>(
     model: &P,
     world: &Communicator,
@@ -108,13 +111,16 @@ pub(super) fn save_as<P: ParallelModule>(
     let params = all_params(&own, &group)?;
     let plan = SavePlan::new(&params, stem, config)?;
     let draft = Draft::new(dir, config.overwrite)?;
+    fault::point("planned");
 
     let first = group.rank() == 0;
     let begun = if first { begin(&draft, &plan) } else { Ok(()) };
     together(begun, &group)?;
+    fault::point("draft made");
     let number = |place: usize| params.binary_search_by_key(&place, |param| param.place).ok();
     let parts = own.into_iter().filter_map(|param| Some((number(param.place)?, param.part?))).collect();
     let (done, wrote) = exchange(&plan, &params, &parts, &draft.made_in, (config.piece_bytes, &group))?;
+    fault::point("tensors written");
     let finished = together(wrote, &group).and_then(|()| {
         let ended = if first { end(&draft, &plan, stem, config) } else { Ok(()) };
         together(ended, &group)
@@ -174,7 +180,10 @@ fn end(draft: &Draft, plan: &SavePlan, stem: &str, config: &SaveConfig) -> Resul
     for (name, text) in &config.texts {
         write_file(&dir.join(name), text.as_bytes())?;
     }
-    draft.commit()
+    fault::point("files written");
+    draft.commit()?;
+    fault::point("committed");
+    Ok(())
 }
 
 fn json(value: &impl Serialize) -> Result<String, Error> {
@@ -200,5 +209,7 @@ pub(super) fn together(outcome: Result<(), Error>, group: &Communicator) -> Resu
     Err(wrong(format!("rank {rank}: {}", String::from_utf8_lossy(&text))))
 }
 
+#[cfg(all(test, unix))]
+mod killed;
 #[cfg(test)]
 mod tests;

@@ -8,12 +8,13 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, Int, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::SaveConfig;
+use super::config::SaveConfig;
 use super::exchange::{Adapter, Part};
-use super::plan::{HeldParam, wrong};
+use super::plan::HeldParam;
+use super::problem::wrong;
 use crate::Error;
 use crate::comm::Communicator;
-use crate::params::{ParamSlice, ShardedIds, is_shard};
+use crate::params::{ParamSlice, ShardedIds, average_statistics, is_shard, is_statistic};
 use crate::tensor::PlainTensor;
 use crate::tensor_file::{dtype_of, name_of};
 use crate::train::ParallelModule;
@@ -31,10 +32,11 @@ pub(super) struct OwnParam {
 /// All parameters that are to be saved, in the order of the model. Lazy ones that this rank holds are made.
 ///
 /// # Errors
-/// [`Error::Pipeline`] if it is not known who holds what; [`Error::InvalidArgument`] if there are adapters that are not to be
-/// merged, or cannot be with what this rank holds; [`Error::UnsupportedDType`].
+/// [`Error::Pipeline`] if it is not known who holds what; [`Error::InvalidArgument`] if there are adapters that are not
+/// to be merged, or cannot be with what this rank holds; [`Error::UnsupportedDType`].
 pub(super) fn own_params<P: ParallelModule>(model: &P, config: &SaveConfig) -> Result<Vec<OwnParam>, Error> {
     config.check()?;
+    average_statistics(model.local());
     let mut visitor = Visitor {
         held: model.param_slices()?,
         stand_ins: ShardedIds::of(model.local()).stand_ins,
@@ -226,8 +228,4 @@ pub(super) fn all_params(own: &[OwnParam], group: &Communicator) -> Result<Vec<H
         }
     }
     Ok(params.into_values().collect())
-}
-
-fn is_statistic(path: &str) -> bool {
-    path.ends_with("running_mean") || path.ends_with("running_var")
 }

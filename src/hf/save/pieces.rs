@@ -65,8 +65,8 @@ pub(super) struct Given {
     pub(super) block: Block,
 }
 
-/// What a piece of a tensor is made of, in an order that all ranks know: a block, the number of its parameter, and the ranks that
-/// hold it.
+/// What a piece of a tensor is made of, in an order that all ranks know: a block, the number of its parameter, and the
+/// ranks that hold it.
 pub(super) fn sources<'a>(
     tensor: &PlannedTensor,
     piece: &Piece,

@@ -6,7 +6,8 @@ use std::rc::Rc;
 
 use burn::tensor::DType;
 
-use super::SaveConfig;
+use super::config::SaveConfig;
+use super::problem::wrong;
 use crate::Error;
 use crate::hf::relation::Relation;
 use crate::hf::rule::Filled;
@@ -61,8 +62,8 @@ impl SavePlan {
     /// `stem` is the name of the files before their number.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if no rule fits a parameter, if two would be one tensor, if one of those that make up a tensor is
-    /// missing, or if no rank holds a part; [`Error::UnsupportedDType`].
+    /// [`Error::InvalidArgument`] if no rule fits a parameter, if two would be one tensor, if one of those that make up
+    /// a tensor is missing, or if no rank holds a part; [`Error::UnsupportedDType`].
     pub(super) fn new(params: &[HeldParam], stem: &str, config: &SaveConfig) -> Result<Self, Error> {
         let mut tensors = relate(params, config)?;
         let new_tensors: Vec<NewTensor> = tensors
@@ -167,8 +168,4 @@ fn relate(params: &[HeldParam], config: &SaveConfig) -> Result<Vec<PlannedTensor
         }
     }
     Ok(tensors)
-}
-
-pub(super) fn wrong(problem: String) -> Error {
-    Error::invalid("hf::save", problem)
 }

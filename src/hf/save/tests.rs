@@ -2,10 +2,11 @@
 
 use burn::tensor::DType;
 
-use super::SaveConfig;
+use super::config::SaveConfig;
 use super::plan::{HeldParam, SavePlan};
 use super::rounds::Rounds;
-use crate::hf::{Mapping, Rule};
+use crate::hf::mapping::Mapping;
+use crate::hf::rule::Rule;
 
 fn whole(place: usize, path: &str, dims: &[usize], holders: &[usize]) -> HeldParam {
     let ranges = dims.iter().map(|size| 0..*size).collect();

@@ -40,18 +40,29 @@ pub(crate) fn clip<M: Module>(
     holding: &GradientLayout,
     clip: Clip,
 ) -> Result<Clipped, Error> {
+    clip_and_sum(module, grads, holding, clip, 0.0).map(|(clipped, _)| clipped)
+}
+
+/// As [`clip`], and sums up what each rank has measured of its gradients before.
+pub(crate) fn clip_and_sum<M: Module>(
+    module: &M,
+    grads: GradientsParams,
+    holding: &GradientLayout,
+    clip: Clip,
+    squares: f64,
+) -> Result<(Clipped, f64), Error> {
     if clip.max.is_nan() || clip.max <= 0.0 {
         let problem = format!("the largest norm is {}; it must be greater than 0", clip.max);
         return Err(Error::invalid("clip_grad_norm", problem));
     }
     let found = take(module, grads, holding.by_hand)?;
-    let mine = measure(&found, holding, &clip)?;
+    let mine = NormReport { squares, ..measure(&found, holding, &clip)? };
     let known = holding.clipping.count(&holding.groups, || mine.over(&holding.groups, &clip))?;
     let mut norm = known.size.norm(clip.norm);
     let Some(non_finite) = known.non_finite else {
         let factor = clip.factor(norm);
         let scaled = found.into_iter().map(|gradient| (gradient.id, gradient.value.scale(factor))).collect();
-        return Ok(Clipped { grads: gradients_params(module, scaled), norm, factor, skipped: None });
+        return Ok((Clipped { grads: gradients_params(module, scaled), norm, factor, skipped: None }, known.squares));
     };
     if norm.is_finite() {
         // A copy that does not count is not finite: the ranks have diverged.
@@ -63,7 +74,8 @@ pub(crate) fn clip<M: Module>(
         NonFinite::Stop => Err(Error::NonFinite { path, rank }),
         NonFinite::Skip => {
             holding.clipping.skip();
-            Ok(Clipped { grads: GradientsParams::new(), norm, factor: 0.0, skipped: Some(NotFinite { path, rank }) })
+            let skipped = Some(NotFinite { path, rank });
+            Ok((Clipped { grads: GradientsParams::new(), norm, factor: 0.0, skipped }, f64::NAN))
         }
     }
 }
@@ -79,7 +91,7 @@ fn culprit(
     clip: &Clip,
 ) -> Result<(String, usize), Error> {
     let over = |non_finite, groups: &[Communicator]| {
-        NormReport { size: PartialNorm::nothing(clip.norm), non_finite }.over(groups, clip)
+        NormReport { size: PartialNorm::nothing(clip.norm), squares: 0.0, non_finite }.over(groups, clip)
     };
     let mut groups = holding.groups.clone();
     let mut culprit = non_finite;
@@ -145,7 +157,7 @@ const EXPLICIT: [&str; 3] = ["ColumnParallelLinear", "RowParallelLinear", "Vocab
 /// What this rank knows: the size of what it counts, and whether anything that it holds is not finite.
 fn measure(found: &[FoundGradient], holding: &GradientLayout, clip: &Clip) -> Result<NormReport, Error> {
     let values: Vec<&PlainTensor> = found.iter().map(|gradient| &gradient.value).collect();
-    let mut known = NormReport { size: PartialNorm::nothing(clip.norm), non_finite: None };
+    let mut known = NormReport { size: PartialNorm::nothing(clip.norm), squares: 0.0, non_finite: None };
     for (gradient, size) in found.iter().zip(sizes(&values, clip.norm)?) {
         if !size.is_finite() && known.non_finite.is_none() {
             known.non_finite = Some(NonFiniteGradient { place: gradient.place, rank: holding.rank });

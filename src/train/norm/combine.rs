@@ -16,24 +16,26 @@ pub(super) struct NonFiniteGradient {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct NormReport {
     pub size: PartialNorm,
+    /// What micro-batches have measured of their gradients, to be summed up as well.
+    pub squares: f64,
     pub non_finite: Option<NonFiniteGradient>,
 }
 
 /// What a rank sends: the numbers of its [`NormReport`], and its options.
-const NUMBERS: usize = 6;
+const NUMBERS: usize = 7;
 
 impl NormReport {
     fn to_numbers(self, clip: &Clip) -> Vec<f64> {
         let (place, rank) = self
             .non_finite
             .map_or((f64::INFINITY, 0.0), |non_finite| (non_finite.place as f64, non_finite.rank as f64));
-        vec![self.size.unit, self.size.sum, place, rank, clip.max, clip.number()]
+        vec![self.size.unit, self.size.sum, place, rank, self.squares, clip.max, clip.number()]
     }
 
     fn of_numbers(numbers: &[f64]) -> Self {
         let non_finite =
             numbers[2].is_finite().then(|| NonFiniteGradient { place: numbers[2] as usize, rank: numbers[3] as usize });
-        Self { size: PartialNorm { unit: numbers[0], sum: numbers[1] }, non_finite }
+        Self { size: PartialNorm { unit: numbers[0], sum: numbers[1] }, squares: numbers[4], non_finite }
     }
 
     fn with(self, other: Self, norm: Norm) -> Self {
@@ -41,7 +43,7 @@ impl NormReport {
             (Some(one), Some(two)) => Some(if two < one { two } else { one }),
             (one, two) => one.or(two),
         };
-        Self { size: self.size.with(other.size, norm), non_finite }
+        Self { size: self.size.with(other.size, norm), squares: self.squares + other.squares, non_finite }
     }
 
     /// What all ranks know together, bit for bit the same on each: one collective of a few numbers over each group. A rank
@@ -57,7 +59,7 @@ impl NormReport {
             let first = all.next().unwrap_or_default();
             known = Self::of_numbers(first);
             for (place, numbers) in all.enumerate() {
-                if numbers[4..] != first[4..] {
+                if numbers[5..] != first[5..] {
                     let error = disagreement(group, place + 1, [first, numbers]);
                     group.fail(error.clone());
                     return Err(error);
@@ -70,7 +72,7 @@ impl NormReport {
 }
 
 fn disagreement(group: &Communicator, rank: usize, asked: [&[f64]; 2]) -> Error {
-    let [first, other] = asked.map(|numbers| Clip::of_numbers(numbers[4], numbers[5]));
+    let [first, other] = asked.map(|numbers| Clip::of_numbers(numbers[5], numbers[6]));
     Error::invalid(
         "clip_grad_norm",
         format!(
@@ -89,6 +91,7 @@ mod tests {
     fn known(sum: f64, non_finite: Option<(usize, usize)>) -> NormReport {
         NormReport {
             size: PartialNorm { unit: 1.0, sum },
+            squares: sum,
             non_finite: non_finite.map(|(place, rank)| NonFiniteGradient { place, rank }),
         }
     }
@@ -116,7 +119,7 @@ mod tests {
             let ranks = outer * inner;
             assert!(all.iter().all(|known| *known == all[0]));
             let sum: f64 = (0..ranks).map(|rank| 0.1 + rank as f64).sum();
-            assert!((all[0].size.sum - sum).abs() < 1e-12 * sum);
+            assert!((all[0].size.sum - sum).abs() < 1e-12 * sum && all[0].squares == all[0].size.sum);
             let non_finite = match ranks {
                 1 => None,
                 2 => Some(NonFiniteGradient { place: 7, rank: 1 }),

@@ -12,7 +12,7 @@ mod options;
 
 pub use by_hand::HandSplit;
 pub use clip::Clipped;
-pub(crate) use clip::clip;
+pub(crate) use clip::{clip, clip_and_sum};
 pub use options::{Clip, NonFinite, Norm};
 
 #[cfg(test)]

@@ -55,6 +55,11 @@ impl Clip {
         self
     }
 
+    /// The norm by which it measures.
+    pub(crate) fn measures(&self) -> Norm {
+        self.norm
+    }
+
     /// Norm and choice as a number, for the other ranks.
     pub(super) fn number(&self) -> f64 {
         f64::from(u8::from(self.norm == Norm::Infinity) + 2 * u8::from(self.non_finite == NonFinite::Skip))

@@ -10,8 +10,8 @@ use super::optimizer_error::optimizer_error;
 use crate::Error;
 use crate::params::visit_floats;
 
-/// Demands that an optimizer has moments of no other parameters than those of `local`, and of their dims. Copies them once,
-/// if there are any.
+/// Demands that an optimizer has moments of no other parameters than those of `local`, and of their dims. Copies them
+/// once, if there are any.
 ///
 /// # Errors
 /// [`Error::Optimizer`] with the first that does not fit.

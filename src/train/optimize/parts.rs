@@ -1,4 +1,6 @@
 //! Tries out whether an optimizer updates parts of a parameter as it updates the whole.
+//!
+//! The optimizer may be another one for each parameter: small ones of the same ids and paths stand in for them.
 
 use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,8 +17,8 @@ use crate::graph::SplitParam;
 /// The size of every dim of a small parameter; even, to be halved.
 const SIZE: usize = 4;
 
-/// What the gradients of the first and of the second half are multiplied by, in each step. They are large, so that what clips
-/// by a norm clips, and their ratio changes, so that moments do not hide it.
+/// What the gradients of the first and of the second half are multiplied by, in each step. They are large, so that what
+/// clips by a norm clips, and their ratio changes, so that moments do not hide it.
 const SCALES: [[f64; 2]; 3] = [[1e6, 3e7], [4e7, 2e6], [1e6, 1e6]];
 
 const LEARNING_RATE: f64 = 0.1;
@@ -31,31 +33,6 @@ enum Part {
     Half(usize),
 }
 
-/// Demands that an optimizer updates the parts of the parameters that are split as it would the whole.
-///
-/// The optimizer may be another one for each parameter: small ones of the same ids and paths stand in for them.
-///
-/// # Errors
-/// [`Error::Optimizer`] with the first parameter whose parts it updates otherwise.
-pub(super) fn check<M: Module>(optim: &ModuleOptimizer, local: &M, split: &[SplitParam]) -> Result<(), Error> {
-    let whole = whole(optim, local, split)?;
-    match split.iter().find(|param| whole.contains(&param.id)) {
-        None => Ok(()),
-        Some(SplitParam { path, .. }) => {
-            let clipping = if optim.has_gradient_clipping() {
-                ", or its group's clipping by norm makes it so: clip by value, or all gradients together by their global norm"
-            } else {
-                ""
-            };
-            Err(optimizer_error(format!(
-                "its update of `{path}` depends on the whole of it, of which each rank holds a part (it looks at rows, \
-                 norms or the matrix, as Muon, LAMB and Adafactor do{clipping}): take an element-wise one, as AdamW, for \
-                 this parameter, in a group of its own (`with_group`) if need be, or do not split it"
-            )))
-        }
-    }
-}
-
 /// The parameters, among those that are split, of which the optimizer does not update a part as it would the whole.
 ///
 /// # Errors
@@ -65,9 +42,18 @@ pub(super) fn whole<M: Module>(
     local: &M,
     split: &[SplitParam],
 ) -> Result<HashSet<ParamId>, Error> {
-    if split.is_empty() {
-        return Ok(HashSet::new());
+    let most = split.iter().map(|param| param.split.len()).max().unwrap_or(0);
+    let mut found = HashSet::new();
+    for place in 0..most {
+        // Along one dim after the other.
+        let along = |param: &SplitParam| Some(SplitParam { split: vec![*param.split.get(place)?], ..param.clone() });
+        found.extend(whole_along(optim, local, &split.iter().filter_map(along).collect::<Vec<_>>())?);
     }
+    Ok(found)
+}
+
+/// The same of parameters that are split along one dim each.
+fn whole_along<M: Module>(optim: &ModuleOptimizer, local: &M, split: &[SplitParam]) -> Result<HashSet<ParamId>, Error> {
     let by_id: HashMap<ParamId, &SplitParam> = split.iter().map(|param| (param.id, param)).collect();
     let attempt = |part| {
         let run = AssertUnwindSafe(|| train(optim, local, &by_id, part));
@@ -121,7 +107,8 @@ fn train<M: Module>(
     before.values.into_iter().map(pairs).collect()
 }
 
-/// A small parameter of rank `D`: for each element its half and a number for it, which is the same in a part as in the whole.
+/// A small parameter of rank `D`: for each element its half and a number for it, which is the same in a part as in the
+/// whole.
 fn elements<const D: usize>(param: &SplitParam, part: Part) -> ([usize; D], Vec<(usize, f64)>) {
     let dim = param.split.first().copied().unwrap_or(0).min(D.saturating_sub(1));
     let mut dims = [SIZE; D];

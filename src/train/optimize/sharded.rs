@@ -6,9 +6,9 @@ use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
 use burn::module::ParamId;
 use burn::optim::{GradientsParams, ModuleOptimizer};
 
-use super::clipping::clips_parts;
+use super::joined::{Joined, Part};
 use super::update::update;
-use super::whole::Dealt;
+use super::whole::{Dealt, Work};
 use super::{moments, parts};
 use crate::Error;
 use crate::graph::{CheckedOptimizers, SplitParam};
@@ -26,8 +26,9 @@ pub(in crate::train) struct ShardedStep<'a> {
 }
 
 impl ShardedStep<'_> {
-    /// Updates the rows of the parameters that have gradients, and returns these. Parameters whose update depends on the whole of
-    /// them, as Muon's does, are dealt out: each is gathered on one rank, updated there, and its rows are sent back. Collective.
+    /// Updates the rows of the parameters that have gradients, and returns these. Parameters whose update depends on
+    /// the whole of them, as Muon's does, are dealt out: each is gathered on one rank, over the replicas and then over
+    /// the axes that split it, updated there, and its rows are sent back. Collective.
     ///
     /// # Errors
     /// [`Error::Optimizer`]; those of [`Communicator`](crate::comm::Communicator).
@@ -48,31 +49,57 @@ impl ShardedStep<'_> {
             new = true;
             find_whole(optim, &shards, &split)
         })?;
-        let (work, dealt) = Dealt::deal(shards, gradients, &whole, comms)?;
+        let (mut work, dealt) = Dealt::deal(shards, gradients, &whole, comms)?;
+        let (parts, rest) = take_parts(&mut work, &whole, &split);
+        let (owned, joined) = Joined::join(parts, &split, &mut work.grads)?;
+        let ours: HashSet<ParamId> = owned.0.iter().map(|shard| shard.param.id()).collect();
+        let all = ShardParams(owned.0.into_iter().chain(rest).collect());
         // The others wait for what this rank updates.
-        let fail = |error: &Error| comms.control().fail(error.clone());
+        let fail = |error: &Error| {
+            let groups = split.iter().filter_map(|param| param.over.as_ref()?.axes.first());
+            groups.for_each(|(_, group)| group.fail(error.clone()));
+            comms.control().fail(error.clone());
+        };
         if new {
-            moments::check(optim, &work.params).inspect_err(fail)?;
+            moments::check(optim, &all).inspect_err(fail)?;
         }
-        let updated = update(work.params, optim, lr, work.grads).inspect_err(fail)?;
-        dealt.collect(updated, comms)
+        let updated = update(all, optim, lr, work.grads).inspect_err(fail)?;
+        let (owned, rest): (Vec<_>, Vec<_>) = updated.0.into_iter().partition(|shard| ours.contains(&shard.param.id()));
+        let parts = joined.divide(owned)?;
+        dealt.collect(ShardParams(parts.into_iter().chain(rest).collect()), comms)
     }
 }
 
-/// The parameters whose update depends on the whole of them. Of those that are split along another axis too nobody has the
-/// whole.
+/// Takes out of the work of this rank what is to be updated as a whole, but is a part of a parameter that other axes
+/// split as well; with the rest of the work.
+fn take_parts(work: &mut Work, whole: &HashSet<ParamId>, split: &[SplitParam]) -> (Vec<Part>, Vec<ShardParam>) {
+    let split: HashSet<ParamId> = split.iter().map(|param| param.id).collect();
+    let (mut parts, mut rest) = (Vec::new(), Vec::new());
+    for shard in std::mem::take(&mut work.params).0 {
+        let id = shard.param.id();
+        match (whole.contains(&id) && split.contains(&id)).then(|| shard.param.take_gradient(&mut work.grads)).flatten()
+        {
+            Some(gradient) => parts.push((shard, gradient)),
+            None => rest.push(shard),
+        }
+    }
+    (parts, rest)
+}
+
+/// The parameters whose update depends on the whole of them, by rows or along the dims that other axes split.
 pub(super) fn find_whole(
     optim: &ModuleOptimizer,
     shards: &ShardParams,
     split: &[SplitParam],
 ) -> Result<HashSet<ParamId>, Error> {
-    clips_parts(optim, split)?;
-    parts::check(optim, shards, split)?;
     let by_rows = |shard: &ShardParam| SplitParam {
         id: shard.param.id(),
         path: shard.path.clone(),
         dims: shard.rows.shard_dims(),
         split: vec![0],
+        over: None,
     };
-    parts::whole(optim, shards, &shards.0.iter().map(by_rows).collect::<Vec<_>>())
+    let mut whole = parts::whole(optim, shards, &shards.0.iter().map(by_rows).collect::<Vec<_>>())?;
+    whole.extend(parts::whole(optim, shards, split)?);
+    Ok(whole)
 }

@@ -70,7 +70,8 @@ impl Dealt {
         Ok((work, Self { order, lots }))
     }
 
-    /// This rank's rows of everything that was updated on any rank, in the order in which the parameters came. Collective.
+    /// This rank's rows of everything that was updated on any rank, in the order in which the parameters came.
+    /// Collective.
     ///
     /// # Errors
     /// Those of [`Communicator::scatter`](crate::comm::Communicator::scatter).

@@ -139,11 +139,10 @@ pub(crate) use for_every_item;
 
 /// A number that depends on all of these (splitmix64).
 pub fn mix(seed: u64, rank: usize, place: usize) -> u64 {
-    let mut x =
+    let x =
         seed ^ (rank as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (place as u64).wrapping_mul(0xd1b5_4a32_d192_ed03);
-    for factor in [0xbf58_476d_1ce4_e5b9, 0x94d0_49bb_1331_11eb] {
-        x = (x ^ (x >> 30)).wrapping_mul(factor);
-    }
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 30)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)
 }
 
@@ -156,7 +155,12 @@ pub fn input<E: Item>(seed: u64, rank: usize, len: usize) -> Vec<E> {
 pub fn reduced<E: Item>(seed: u64, size: usize, len: usize, op: ReduceOp) -> Option<Vec<E>> {
     let inputs: Vec<Vec<E>> = (0..size).map(|rank| input(seed, rank, len)).collect();
     E::fold(op, &[E::default()])?;
-    let at = |place| E::fold(op, &inputs.iter().map(|input| input[place]).collect::<Vec<_>>());
+    let mut values = Vec::with_capacity(size);
+    let at = |place| {
+        values.clear();
+        values.extend(inputs.iter().map(|input| input[place]));
+        E::fold(op, &values)
+    };
     (0..len).map(at).collect()
 }
 

@@ -16,13 +16,22 @@ const LARGE: usize = 1 << 20;
 
 fn input(rank: usize, len: usize) -> Vec<u8> {
     let period: Vec<u8> = (0..251u32).map(|place| (place * 7) as u8 ^ (rank * 37) as u8).collect();
-    period.iter().copied().cycle().take(len).collect()
+    repeated(&period, 0..len)
+}
+
+/// That part of a sequence that repeats itself. By copies of blocks: an iterator takes long where it isn't optimised.
+fn repeated(period: &[u8], range: std::ops::Range<usize>) -> Vec<u8> {
+    let begin = range.start % period.len();
+    let mut repeated = period.repeat((begin + range.len()).div_ceil(period.len()));
+    repeated.truncate(begin + range.len());
+    repeated.drain(..begin);
+    repeated
 }
 
 fn sum(size: usize, range: std::ops::Range<usize>) -> Vec<u8> {
     let at = |place: u32| (0..size).fold(0u8, |sum, rank| sum.wrapping_add((place * 7) as u8 ^ (rank * 37) as u8));
     let period: Vec<u8> = (0..251).map(at).collect();
-    period.iter().copied().cycle().skip(range.start % 251).take(range.len()).collect()
+    repeated(&period, range)
 }
 
 fn gathers(comm: &Communicator, len: usize) -> Result<(), Error> {

@@ -2,10 +2,12 @@
 
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
+use burn::prelude::*;
 use burn_parallel::prelude::*;
 
 use super::{bert, device, gpt2, tokens};
-use crate::common::llama::{CausalLm, Config};
+use crate::common::llama::{self, LLAMA, LlamaConfig, QWEN2};
+use crate::common::rotary::Rotary;
 
 fn problem(plan: Plan, model: &impl Module) -> String {
     match plan.table(model, 2) {
@@ -17,11 +19,11 @@ fn problem(plan: Plan, model: &impl Module) -> String {
 #[test]
 fn hugging_faces_names() {
     let whole = |model: &dyn Fn(usize) -> f64| [2, 3, 4, 6].map(model);
-    for config in [Config::LLAMA, Config::QWEN2] {
+    for config in [LLAMA, QWEN2] {
         let model = config.init(&device());
         let shares = whole(&|degree| Plan::hugging_face().table(&model, degree).unwrap().whole_share());
         assert!(shares.iter().all(|share| *share < 0.01), "{shares:?}");
-        let report = Plan::hugging_face().cost(&model, 2, tokens(65, 1, 0), CausalLm::loss).unwrap();
+        let report = Plan::hugging_face().cost(&model, 2, tokens(65, 1, 0), llama::loss).unwrap();
         assert_eq!(report.collectives, 14);
     }
     let model = bert::init(&device());
@@ -29,7 +31,7 @@ fn hugging_faces_names() {
     // Its head has other names here.
     assert!(share > 0.2 && share < 0.3, "{share}");
     // Words that the degree does not divide.
-    let model = Config { words: 1201, ..Config::LLAMA }.init(&device());
+    let model = LlamaConfig { vocab: 1201, ..LLAMA }.init(&device());
     assert!(Plan::hugging_face().table(&model, 2).unwrap().whole_share() < 0.01);
     let model = gpt2::init(1200, 192, false, &device());
     let table = Plan::hugging_face().table(&model, 2).unwrap();
@@ -41,34 +43,41 @@ fn hugging_faces_names() {
 
 #[test]
 fn names_trains_like_one_device() {
-    for config in [Config::LLAMA, Config::QWEN2, Config { burns_rotary: true, ..Config::QWEN2 }] {
-        let model = crate::common::models::seeded(Config { layers: 1, ..config.small() }.init(&device()));
-        let (expected, gradients) = crate::common::models::eager(&model, |model| model.loss(tokens(9, 36, 1)));
-        let expected = (expected, crate::common::reference::gradient_values(&model, &gradients));
-        for degree in [2, 3, 6] {
-            launch::threads(degree)
-                .run(|rank| {
-                    let plan = Plan::hugging_face();
-                    let mut split = model.clone().fork(&device()).tensor_parallel(&rank, &plan)?;
-                    let step = split.step(tokens(9, 36, 1), CausalLm::loss)?;
-                    let loss = step.loss.item() as f32;
-                    assert!((loss - expected.0).abs() < 1e-5 * expected.0, "{loss} {}", expected.0);
-                    // What is whole on every rank has the gradient that one device finds.
-                    let found = crate::common::reference::gradient_values(&split, &step.grads);
-                    let same = found.iter().filter(|(path, found)| expected.1[*path].dims == found.dims);
-                    let worst = same.flat_map(|(path, found)| expected.1[path].values.iter().zip(&found.values));
-                    let worst = worst.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                    assert!(worst < 1e-4, "{worst}");
-                    Ok(())
-                })
-                .unwrap();
-        }
+    for config in [LLAMA, QWEN2] {
+        let config = LlamaConfig { layers: 1, ..llama::small(config) };
+        trains_like_one_device(config.init(&device()), llama::loss);
+    }
+    let config = LlamaConfig { layers: 1, ..llama::small(QWEN2) };
+    trains_like_one_device(Rotary::new(config, &device()), Rotary::loss);
+}
+
+fn trains_like_one_device<M: Module + Sync>(model: M, loss: fn(&M, Tensor<2, Int>) -> Tensor<1>) {
+    let model = crate::common::models::seeded(model);
+    let (expected, gradients) = crate::common::models::eager(&model, |model| loss(model, tokens(9, 36, 1)));
+    let expected = (expected, crate::common::reference::gradient_values(&model, &gradients));
+    for degree in [2, 3, 6] {
+        launch::threads(degree)
+            .run(|rank| {
+                let plan = Plan::hugging_face();
+                let mut split = model.clone().fork(&device()).tensor_parallel(&rank, &plan)?;
+                let step = split.step(tokens(9, 36, 1), loss)?;
+                let loss = step.loss.item() as f32;
+                assert!((loss - expected.0).abs() < 1e-5 * expected.0, "{loss} {}", expected.0);
+                // What is whole on every rank has the gradient that one device finds.
+                let found = crate::common::reference::gradient_values(&split, &step.grads);
+                let same = found.iter().filter(|(path, found)| expected.1[*path].dims == found.dims);
+                let worst = same.flat_map(|(path, found)| expected.1[path].values.iter().zip(&found.values));
+                let worst = worst.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(worst < 1e-4, "{worst}");
+                Ok(())
+            })
+            .unwrap();
     }
 }
 
 #[test]
 fn empty_names_are_refused() {
-    let model = Config::QWEN2.init(&device());
+    let model = QWEN2.init(&device());
     for plan in [
         Plan::vocabulary("embed_tokens", ""),
         Plan::vocabulary("", "lm_head"),
@@ -111,7 +120,7 @@ fn a_plan_of_other_names_says_what_it_leaves_whole() {
     assert!(!Plan::new().table(&model, 2).unwrap().to_string().contains("above all"));
     assert!(!Plan::new().shard("*ward.weight", 1).table(&model, 2).unwrap().to_string().contains("above all"));
     // Nothing at all fits.
-    let said = problem(Plan::megatron(), &Config::LLAMA.init(&device()).lm_head.unwrap());
+    let said = problem(Plan::megatron(), &LinearConfig::new(8, 8).init(&device()));
     assert!(said.contains("the patterns of the plan match none"), "{said}");
 }
 

@@ -6,7 +6,8 @@ use burn_parallel::plan::PlanCost;
 use burn_parallel::prelude::*;
 
 use super::{bert, burn_layers, device, gpt2, tokens};
-use crate::common::llama::{CausalLm, Config};
+use crate::common::llama::{self, LLAMA, LlamaConfig, QWEN2};
+use crate::common::rotary::Rotary;
 
 /// Columns with their biases, and rows.
 fn split(columns: &[&str], rows: &[&str]) -> Plan {
@@ -51,28 +52,28 @@ fn near_the_best<M: Module, I: TensorTree + Clone, R: Into<Loss>>(
 
 #[test]
 fn a_llama() {
-    let model = Config::LLAMA.init(&device());
-    near_the_best("llama", &model, tokens(65, 1, 0), CausalLm::loss, (&[decoder(false)], &[2, 3, 4, 6]));
+    let model = LLAMA.init(&device());
+    near_the_best("llama", &model, tokens(65, 1, 0), llama::loss, (&[decoder(false)], &[2, 3, 4, 6]));
 }
 
 #[test]
 fn a_llama_of_burns_rotary_encoding() {
-    let model = Config { burns_rotary: true, ..Config::LLAMA }.init(&device());
-    near_the_best("rotary", &model, tokens(65, 1, 0), CausalLm::loss, (&[decoder(false)], &[2, 3, 4, 6]));
+    let model = Rotary::new(LLAMA, &device());
+    near_the_best("rotary", &model, tokens(65, 1, 0), Rotary::loss, (&[decoder(false)], &[2, 3, 4, 6]));
     // It takes no more collectives than positions by hand do.
-    let by_hand = Config::LLAMA.init(&device());
+    let by_hand = LLAMA.init(&device());
     for degree in [2, 3, 4, 6] {
-        let cost = |model: &CausalLm| decoder(false).cost(model, degree, tokens(65, 1, 0), CausalLm::loss).unwrap();
-        assert_eq!(cost(&model).collectives, cost(&by_hand).collectives);
-        assert_eq!(cost(&model).collectives, 14);
+        let burns = decoder(false).cost(&model, degree, tokens(65, 1, 0), Rotary::loss).unwrap();
+        let own = decoder(false).cost(&by_hand, degree, tokens(65, 1, 0), llama::loss).unwrap();
+        assert_eq!((burns.collectives, own.collectives), (14, 14));
     }
 }
 
 #[test]
 fn a_qwen2() {
-    let model = Config::QWEN2.init(&device());
+    let model = QWEN2.init(&device());
     // Six heads of keys and values.
-    near_the_best("qwen2", &model, tokens(65, 1, 0), CausalLm::loss, (&[decoder(true)], &[2, 3, 6]));
+    near_the_best("qwen2", &model, tokens(65, 1, 0), llama::loss, (&[decoder(true)], &[2, 3, 6]));
 }
 
 #[test]
@@ -110,7 +111,7 @@ fn burns_own_layers() {
 /// Degrees that divide neither heads nor widths nor the vocabulary.
 #[test]
 fn what_a_degree_does_not_divide_is_padded() {
-    let model = Config { words: 1201, ..Config::LLAMA }.init(&device());
+    let model = LlamaConfig { vocab: 1201, ..LLAMA }.init(&device());
     for degree in [5, 7] {
         let plan = Plan::suggest(&model, degree);
         let table = plan.table(&model, degree).unwrap();
@@ -121,8 +122,8 @@ fn what_a_degree_does_not_divide_is_padded() {
         // Heads are not cut through.
         assert_ne!(layout("model.layers.0.self_attn.q_proj.weight").layouts[0], Layout::Sharded(1));
         assert!(table.whole_share() < 0.35, "{table}");
-        let cost = |plan: &Plan| plan.cost(&model, degree, tokens(65, 1, 0), CausalLm::loss).unwrap().total();
-        let found = Plan::suggest_for(&model, degree, tokens(65, 1, 0), CausalLm::loss).unwrap();
+        let cost = |plan: &Plan| plan.cost(&model, degree, tokens(65, 1, 0), llama::loss).unwrap().total();
+        let found = Plan::suggest_for(&model, degree, tokens(65, 1, 0), llama::loss).unwrap();
         assert!(cost(&found) <= cost(&plan));
         assert!(found.table(&model, degree).unwrap().whole_share() < 0.35);
     }
@@ -130,14 +131,14 @@ fn what_a_degree_does_not_divide_is_padded() {
 
 #[test]
 fn a_suggested_plan_that_pads_trains_like_one_device() {
-    let config = Config { words: 37, layers: 1, ..Config::LLAMA.small() };
+    let config = LlamaConfig { vocab: 37, layers: 1, ..llama::small(LLAMA) };
     let model = crate::common::models::seeded(config.init(&device()));
-    let expected = crate::common::models::eager(&model, |model| model.loss(tokens(9, 37, 1))).0;
+    let expected = crate::common::models::eager(&model, |model| llama::loss(model, tokens(9, 37, 1))).0;
     for degree in [2, 3, 5] {
         let plan = Plan::suggest(&model, degree);
         let losses = launch::threads(degree).run(|rank| {
             let mut model = model.clone().fork(&device()).tensor_parallel(&rank, &plan)?;
-            Ok(model.step(tokens(9, 37, 1), CausalLm::loss)?.loss.item() as f32)
+            Ok(model.step(tokens(9, 37, 1), llama::loss)?.loss.item() as f32)
         });
         assert!(losses.unwrap().iter().all(|loss| (loss - expected).abs() < 1e-4 * expected), "{degree}");
     }

@@ -5,7 +5,7 @@ use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::tensor::Tensor;
 use burn_pack::Reader;
 use burn_parallel::prelude::*;
-use burn_parallel::sharding::{Rows, Sharding};
+use burn_parallel::sharding::Rows;
 
 use super::{config, wrap};
 use crate::common::zoo;

@@ -8,7 +8,7 @@ use burn::tensor::{Device, Tensor};
 use burn_parallel::Error;
 use burn_parallel::hf::{self, Mapping, SaveConfig};
 use burn_parallel::prelude::*;
-use burn_parallel::sharding::{Keep, Rows, Sharding};
+use burn_parallel::sharding::Rows;
 
 use super::{config, optimizer, train, wrap};
 use crate::common::zoo::{self, Case, assert_close, parameters};
@@ -30,8 +30,8 @@ fn shard_bytes<M: Module>(model: &M, ranks: usize) -> u64 {
     sum.1 as u64
 }
 
-/// What a gather of all parameters moves on a rank, `(n - 1) / n` of their bytes with zeros, is moved as often as `keep` says, from
-/// the first step on; and for each micro-batch once by a reduce-scatter.
+/// What a gather of all parameters moves on a rank, `(n - 1) / n` of their bytes with zeros, is moved as often as
+/// `keep` says, from the first step on; and for each micro-batch once by a reduce-scatter.
 #[test]
 fn gathers_and_reductions_move_what_the_formulas_say() {
     let case = zoo::mlp();
@@ -52,8 +52,8 @@ fn gathers_and_reductions_move_what_the_formulas_say() {
                         assert_eq!(moved.gradients.of("reduce_scatter").bytes, micro_batches * pass, "{keep:?}");
                         assert_eq!(moved.gradients.total().bytes, micro_batches * pass, "{keep:?}");
                         let found = moved.parameters.of("all_gather");
-                        // The three layers of a small model are one group. What is in use at the end of forward is still there
-                        // when backward begins.
+                        // The three layers of a small model are one group. What is in use at the end of forward is
+                        // still there when backward begins.
                         assert_eq!(found.bytes, gathers.min(micro_batches) * pass, "{keep:?}, step {step}");
                         assert_eq!(found.calls, gathers.min(micro_batches), "{keep:?}, step {step}");
                     }
@@ -356,8 +356,9 @@ impl Deep {
     }
 }
 
-/// Every group is gathered for forward, and again for backward, but for the one that is in use where these meet, and the first, whose
-/// input has no gradient: the same in the first step, which knows of no order, and in those that gather ahead. Nothing is gathered that is not used.
+/// Every group is gathered for forward, and again for backward, but for the one that is in use where these meet, and
+/// the first, whose input has no gradient: the same in the first step, which knows of no order, and in those that
+/// gather ahead. Nothing is gathered that is not used.
 #[test]
 fn groups_are_gathered_once_a_pass() {
     let model = Deep::new(&Device::flex().autodiff());

@@ -1,9 +1,11 @@
 //! Sharded replicas (ZeRO) against one device, and what they promise: bytes held, bytes moved, failures.
 
-mod bytes;
+pub mod bytes;
+mod crash;
 mod gathered;
 mod parity;
 mod rules;
+mod wholes;
 
 use burn::module::{Module, ParamGroup};
 use burn::optim::momentum::MomentumConfig;
@@ -12,7 +14,6 @@ use burn_parallel::Error;
 use burn_parallel::comm::part;
 use burn_parallel::data_parallel::{Eager, Replica};
 use burn_parallel::prelude::*;
-use burn_parallel::sharding::Sharding;
 
 use crate::common::zoo::Case;
 

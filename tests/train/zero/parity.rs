@@ -1,6 +1,8 @@
 //! Sharded replicas train like one device: losses and every parameter, over several steps.
 
 use burn::module::{Lora, Module, ParamGroup};
+use burn::nn::{Linear, LinearConfig};
+use burn::tensor::{Device, FloatDType, Tensor};
 use burn_parallel::prelude::*;
 
 use super::{LEVELS, config, optimizer, train};
@@ -77,6 +79,44 @@ fn lora_adapters() {
     let mut case = zoo::transformer();
     case.model = zoo::with_values(case.model.apply_lora(Lora::new(2, 4.0)), 7);
     parity(&case, &["adamw"], &[2, 3], ROWS, 1);
+}
+
+#[derive(Module, Debug)]
+struct Mixed {
+    first: Linear,
+    half: Linear,
+    last: Linear,
+}
+
+impl Mixed {
+    fn loss(&self, batch: zoo::Batch) -> Tensor<1> {
+        let x = self.first.forward(batch.features.mean_dim(1).squeeze_dim::<2>(1)).tanh();
+        let x = self.half.forward(x.cast(FloatDType::BF16)).cast(FloatDType::F32).tanh();
+        (self.last.forward(x) - batch.targets).powi_scalar(2).mean()
+    }
+}
+
+/// A layer of another dtype, of which the bias is not trained: groups that agree in nothing.
+#[test]
+fn mixed_dtypes() {
+    let device = Device::flex().autodiff();
+    let layer = |from, to| zoo::with_values(LinearConfig::new(from, to).init(&device), from as u64);
+    let half = layer(9, 7);
+    let cast = |tensor: Tensor<2>| tensor.cast(FloatDType::BF16).detach().require_grad();
+    let half = Linear {
+        weight: half.weight.map(cast),
+        bias: half.bias.map(|bias| bias.map(|bias| bias.cast(FloatDType::BF16).detach()).set_require_grad(false)),
+    };
+    let model = Mixed { first: layer(8, 9), half, last: layer(7, 4) };
+    let case = Case { model, loss: Mixed::loss, input: zoo::batch };
+    let (_, model) = case.alone(optimizer("sgd"), 1e-2, &[ROWS; STEPS]);
+    let expected = parameters(&model.valid());
+    for level in LEVELS {
+        let runs = launch::threads(3)
+            .run(|rank| train(&rank, &case, config(level), optimizer("sgd"), &[ROWS; STEPS], 2))
+            .unwrap();
+        assert_close(&expected, &runs[0].1, 2e-2, &format!("{level}"));
+    }
 }
 
 /// Rows divided among neighbours, and replicated over the others.

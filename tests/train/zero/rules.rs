@@ -5,8 +5,7 @@ use burn::optim::{AdamWConfig, ModuleOptimizer, SgdConfig};
 use burn::tensor::FloatDType;
 use burn_parallel::data_parallel::AllReduceHook;
 use burn_parallel::prelude::*;
-use burn_parallel::sharding::Sharding;
-use burn_parallel::train::{Clip, NonFinite};
+use burn_parallel::train::NonFinite;
 
 use super::{LEVELS, config, optimizer, train, wrap};
 use crate::common::zoo::{self, assert_close, parameters};

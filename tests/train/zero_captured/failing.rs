@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use burn::nn::{Linear, LinearConfig};
 use burn::prelude::*;
 use burn_parallel::prelude::*;
-use burn_parallel::sharding::Sharding;
 use burn_parallel::train::Engine;
 
 use crate::common::models::device;

@@ -2,6 +2,6 @@
 
 mod counted;
 mod failing;
-mod parity;
+pub mod parity;
 mod surface;
 mod uneven;

@@ -6,7 +6,6 @@ use burn::tensor::DType;
 use burn_parallel::comm::part;
 use burn_parallel::launch::Rank;
 use burn_parallel::prelude::*;
-use burn_parallel::sharding::{Keep, Sharding};
 use burn_parallel::train::Engine;
 
 use crate::common::reference::{Wholes, all_same, own, values};

@@ -8,7 +8,6 @@ use burn::prelude::*;
 use burn::tensor::{DType, TensorData};
 use burn_parallel::params::SliceSource;
 use burn_parallel::prelude::*;
-use burn_parallel::sharding::{Keep, Sharding};
 use burn_parallel::train::Engine;
 
 use super::parity::{share, strategy};

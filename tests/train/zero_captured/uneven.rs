@@ -3,7 +3,6 @@
 use burn::prelude::*;
 use burn::tensor::activation;
 use burn_parallel::prelude::*;
-use burn_parallel::sharding::{Keep, Sharding};
 use burn_parallel::train::Engine;
 
 use crate::common::models::{Lm, Numbers, device};
@@ -85,7 +84,8 @@ fn uneven_replicas_train_like_one_device() {
     }
 }
 
-/// A replica that has no micro-batch in a step lends the rows of its stages, in the order in which the others' schedule asks.
+/// A replica that has no micro-batch in a step lends the rows of its stages, in the order in which the others' schedule
+/// asks.
 #[test]
 fn a_pipeline_without_data_takes_part() {
     let model = Lm::new(11, 16, 2, &device());

@@ -1,0 +1,70 @@
+//! Measures what `docs/strategies.md` tells, and draws its figures:
+//! `cargo run --release --example strategies -- --text FILE --out docs/figures`.
+//!
+//! One small GPT under every strategy, and with small and large batches. Tables go to standard output, as Markdown.
+
+mod critical;
+mod curves;
+mod figures;
+#[path = "../train_lm/gpt.rs"]
+#[allow(dead_code)]
+mod gpt;
+mod held;
+mod strategies;
+#[path = "../train_lm/text.rs"]
+#[allow(dead_code)]
+mod text;
+mod training;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use burn_parallel::Error;
+use clap::Parser;
+
+use crate::text::Text;
+use crate::training::Sizes;
+
+/// Compares strategies, and small batches with large ones, on a small GPT.
+#[derive(Parser, Debug)]
+#[command(name = "strategies", max_term_width = 100)]
+struct Flags {
+    /// The text to learn from, UTF-8 [default: the one that comes with `train_lm`]
+    #[arg(long, value_name = "PATH")]
+    text: Option<PathBuf>,
+
+    /// Where the figures go
+    #[arg(long, value_name = "DIR", default_value = "docs/figures")]
+    out: PathBuf,
+
+    /// How many seeds the curves are of
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=100))]
+    seeds: u64,
+
+    /// A run of seconds that shows that all of it works, and measures nothing of worth
+    #[arg(long)]
+    quick: bool,
+}
+
+fn main() -> ExitCode {
+    match run(&Flags::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("strategies: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(flags: &Flags) -> Result<(), Error> {
+    std::fs::create_dir_all(&flags.out).map_err(|why| Error::user(format!("{}: {why}", flags.out.display())))?;
+    let sizes = if flags.quick { Sizes::quick() } else { Sizes::full() };
+    let text = Text::load(flags.text.as_deref(), sizes.seq).map_err(Error::user)?;
+    println!("{}", strategies::measure(&sizes)?);
+    let curves = curves::measure(&sizes, &text, flags.seeds)?;
+    println!("{}", curves::table(&curves));
+    figures::draw(&curves, sizes.seq, &flags.out)
+        .map_err(|why| Error::user(format!("{}: {why}", flags.out.display())))?;
+    println!("{}", critical::measure(&sizes, &text, flags.seeds)?);
+    Ok(())
+}

@@ -1,0 +1,161 @@
+//! Tries a step in a child process, whose death is the answer.
+
+use std::io::Read;
+use std::process::{Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::Trial;
+use crate::Error;
+
+/// How often the child is looked at.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// The most that is kept of what the child says.
+const SAID: u64 = 64 << 10;
+
+/// Runs a program that takes a step, with at most `bytes` of memory of its own, and says whether it went through: this
+/// process, its model and its optimizer are not touched. The program is most often this one, started with other
+/// arguments, and runs all ranks of a machine as it would in earnest.
+///
+/// On Linux the limit is on memory that is private and writable (`RLIMIT_DATA`: heap, stacks, and anonymous mappings;
+/// address space that is reserved and never written does not count); on other Unix systems on address space
+/// (`RLIMIT_AS`). A child that reaches it is refused memory and aborts; one that the system kills, as where a control
+/// group is full, died of the same. Either is [`Trial::TooLarge`].
+///
+/// # Errors
+/// [`Error::User`] if the program cannot be started, fails for another reason, with the end of what it wrote to
+/// standard error, or does not end within `timeout`: it is killed then.
+pub fn try_in_child(command: &mut Command, bytes: u64, timeout: Duration) -> Result<Trial, Error> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    limit(command, bytes);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(|why| Error::user(format!("cannot start {name} for a trial: {why}")))?;
+    let errors = child.stderr.take();
+    let reader = thread::spawn(move || {
+        let (mut kept, mut errors) = (Vec::new(), errors?);
+        let _ = errors.by_ref().take(SAID).read_to_end(&mut kept);
+        // The rest is read as well, or the child would wait.
+        let _ = std::io::copy(&mut errors, &mut std::io::sink());
+        Some(kept)
+    });
+    let began = Instant::now();
+    let status = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break status,
+            Ok(None) if began.elapsed() < timeout => thread::sleep(LOOK),
+            late => {
+                let _ = child.kill();
+                let _ = child.wait();
+                let why = late.map_or_else(|why| why.to_string(), |_| format!("it did not end within {timeout:?}"));
+                return Err(Error::user(format!("a trial of {name} was given up: {why}")));
+            }
+        }
+    };
+    let said = String::from_utf8_lossy(&reader.join().ok().flatten().unwrap_or_default()).into_owned();
+    answer(&name, status, &said)
+}
+
+/// What programs say that are refused memory, or whose device is.
+const REFUSED: [&str; 5] =
+    ["memory allocation of", "Cannot allocate memory", "os error 12", "failed to spawn thread", "out of memory"];
+
+fn answer(name: &str, status: ExitStatus, said: &str) -> Result<Trial, Error> {
+    if status.success() {
+        return Ok(Trial::Fits);
+    }
+    let refused = said.lines().find(|line| REFUSED.iter().any(|words| line.contains(words)));
+    match (refused, signal(status)) {
+        (Some(line), _) => Ok(Trial::TooLarge(line.trim().into())),
+        // Killed by the system.
+        (None, Some(9)) => Ok(Trial::TooLarge("the system killed the trial".into())),
+        (None, _) => {
+            let last = said.trim().lines().last().unwrap_or("it said nothing");
+            Err(Error::user(format!("a trial of {name} failed ({status}), not for want of memory: {last}")))
+        }
+    }
+}
+
+#[cfg(unix)]
+fn signal(status: ExitStatus) -> Option<i32> {
+    std::os::unix::process::ExitStatusExt::signal(&status)
+}
+
+#[cfg(not(unix))]
+fn signal(_: ExitStatus) -> Option<i32> {
+    None
+}
+
+#[cfg(unix)]
+fn limit(command: &mut Command, bytes: u64) {
+    use std::os::unix::process::CommandExt;
+    #[cfg(target_os = "linux")]
+    let resource = libc::RLIMIT_DATA;
+    #[cfg(not(target_os = "linux"))]
+    let resource = libc::RLIMIT_AS;
+    let most = bytes as libc::rlim_t;
+    // No dump of what was in memory: it would be as large as the limit.
+    let limits = [(resource, most), (libc::RLIMIT_CORE, 0)];
+    let set = move || {
+        for (resource, most) in limits {
+            let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+            // SAFETY: `limit` is a valid `rlimit` for the time of the call, which keeps nothing of it.
+            if unsafe { libc::setrlimit(resource, &limit) } != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec it calls `setrlimit` alone, which is async-signal-safe, and reads `errno`; nothing
+    // is allocated.
+    unsafe { command.pre_exec(set) };
+}
+
+#[cfg(not(unix))]
+fn limit(_: &mut Command, _: u64) {}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    fn sh(script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        command
+    }
+
+    #[test]
+    fn death_is_the_answer_and_other_failures_are_errors() {
+        let second = Duration::from_secs(20);
+        assert_eq!(try_in_child(&mut sh("exit 0"), 1 << 30, second).unwrap(), Trial::Fits);
+        assert!(matches!(try_in_child(&mut sh("kill -9 $$"), 1 << 30, second).unwrap(), Trial::TooLarge(_)));
+        let told = try_in_child(&mut sh("echo 'memory allocation of 5 bytes failed' >&2; kill -6 $$"), 1 << 30, second);
+        assert_eq!(told.unwrap(), Trial::TooLarge("memory allocation of 5 bytes failed".into()));
+        let problem = try_in_child(&mut sh("echo no such flag >&2; exit 2"), 1 << 30, second).unwrap_err().to_string();
+        assert!(problem.contains("not for want of memory: no such flag"), "{problem}");
+        let problem = try_in_child(&mut sh("sleep 20"), 1 << 30, Duration::from_millis(50)).unwrap_err().to_string();
+        assert!(problem.contains("did not end within 50ms"), "{problem}");
+        assert!(try_in_child(&mut Command::new("/no/such/program"), 1 << 30, second).is_err());
+    }
+
+    /// This test binary is its own child: as one it takes memory, page by page.
+    #[test]
+    fn a_child_that_takes_too_much_does_not_fit() {
+        const NAME: &str = "batch::child::tests::a_child_that_takes_too_much_does_not_fit";
+        if let Ok(megabytes) = std::env::var("BURN_PARALLEL_TEST_TAKE") {
+            let taken = vec![1u8; megabytes.parse::<usize>().unwrap() << 20];
+            assert!(std::hint::black_box(&taken).iter().step_by(4096).all(|byte| *byte == 1));
+            return;
+        }
+        let take = |megabytes: &str| {
+            let mut command = Command::new(std::env::current_exe().unwrap());
+            command
+                .args(["--exact", NAME, "--nocapture", "--test-threads", "1"])
+                .env("BURN_PARALLEL_TEST_TAKE", megabytes);
+            try_in_child(&mut command, 256 << 20, Duration::from_secs(60)).unwrap()
+        };
+        assert_eq!(take("16"), Trial::Fits);
+        let Trial::TooLarge(said) = take("400") else { panic!("400 MiB fit into 256") };
+        assert!(said.contains("memory allocation of"), "{said}");
+    }
+}

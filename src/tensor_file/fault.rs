@@ -1,0 +1,33 @@
+//! Points at which the tests end a process in the middle of a save.
+
+/// The program comes here in a save.
+#[cfg(not(test))]
+pub(crate) fn point(_: &str) {}
+
+/// Ends the process, as `kill -9` does, at the point that `BURN_PARALLEL_TEST_KILL` names.
+#[cfg(test)]
+pub(crate) fn point(name: &str) {
+    if std::env::var(VARIABLE).is_ok_and(|wanted| wanted == name) {
+        // SAFETY: no memory is involved.
+        unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+        // The signal may come a moment later.
+        std::thread::sleep(std::time::Duration::from_secs(10));
+    }
+}
+
+#[cfg(test)]
+pub(crate) const VARIABLE: &str = "BURN_PARALLEL_TEST_KILL";
+
+/// Whether names are exchanged in two steps, as on a system that has no other way.
+#[cfg(all(target_os = "linux", not(test)))]
+pub(super) fn cannot_exchange() -> bool {
+    false
+}
+
+#[cfg(all(target_os = "linux", test))]
+pub(super) fn cannot_exchange() -> bool {
+    std::env::var_os(NO_EXCHANGE).is_some()
+}
+
+#[cfg(test)]
+pub(crate) const NO_EXCHANGE: &str = "BURN_PARALLEL_TEST_NO_EXCHANGE";

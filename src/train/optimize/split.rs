@@ -1,0 +1,110 @@
+//! The step of an optimizer on a model whose parameters are split along axes: each rank updates its parts.
+
+use std::collections::HashSet;
+
+use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
+use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, ParamId};
+use burn::optim::{GradientsParams, ModuleOptimizer};
+use burn::tensor::Device;
+
+use super::joined::Joined;
+use super::own_parts::own_parts;
+use super::update::update;
+use super::{moments, parts};
+use crate::Error;
+use crate::graph::{CheckedOptimizers, SplitParam};
+use crate::params;
+use crate::sharding::ShardParams;
+
+/// One step of an optimizer on this rank's parts.
+pub(in crate::train) struct SplitStep<'a> {
+    pub optim: &'a mut ModuleOptimizer,
+    pub lr: ModuleLearningRate,
+    pub grads: GradientsParams,
+    pub checked: CheckedOptimizers,
+    /// The parameters of which this rank holds parts.
+    pub split: Vec<SplitParam>,
+}
+
+impl SplitStep<'_> {
+    /// Updates the parameters that have gradients. Those that are split, and whose update depends on the whole of them,
+    /// as Muon's does, are joined, each on one rank, which updates it and sends the others their parts. Collective over
+    /// the ranks that hold parts of one parameter, if there are any such.
+    ///
+    /// # Errors
+    /// [`Error::Optimizer`]; those of [`Communicator`](crate::comm::Communicator).
+    pub fn run<M: Module, L: Module>(self, model: M, local: impl Fn(&M) -> &L) -> Result<M, Error> {
+        let Self { optim, lr, mut grads, checked, split } = self;
+        let address = std::ptr::from_ref(optim).addr();
+        let ids: HashSet<ParamId> = split.iter().map(|param| param.id).collect();
+        let mut new = false;
+        let whole = checked.whole(address, &ids, || {
+            new = true;
+            parts::whole(optim, local(&model), &split)
+        })?;
+        let parts = match whole.is_empty() {
+            true => Vec::new(),
+            false => own_parts(local(&model), &whole, &split, &mut grads)?,
+        };
+        if parts.is_empty() {
+            if new {
+                moments::check(optim, local(&model))?;
+            }
+            return update(model, optim, lr, grads);
+        }
+        let groups: Vec<_> = split.iter().filter_map(|param| param.over.as_ref()?.axes.first()).collect();
+        // The others wait for what this rank updates.
+        let fail = |error: &Error| groups.iter().for_each(|(_, group)| group.fail(error.clone()));
+        let (owned, joined) = Joined::join(parts, &split, &mut grads)?;
+        let all = WithOwned { owned, model };
+        if new {
+            moments::check(optim, &all).inspect_err(fail)?;
+        }
+        let WithOwned { owned, model } = update(all, optim, lr, grads).inspect_err(fail)?;
+        let values = joined.divide(owned.0)?.into_iter().map(|part| (part.param.id(), part.param.value())).collect();
+        Ok(params::replace_values(model, values))
+    }
+}
+
+/// A model, and before it the parameters that this rank updates as wholes: an optimizer gives each its gradient, and
+/// finds none for the part that the model has of it.
+#[derive(Debug, Clone)]
+struct WithOwned<M> {
+    owned: ShardParams,
+    model: M,
+}
+
+impl<M: Module> Module for WithOwned<M> {
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        self.model.collect_devices(self.owned.collect_devices(devices))
+    }
+
+    fn fork(self, device: &Device) -> Self {
+        Self { owned: self.owned.fork(device), model: self.model.fork(device) }
+    }
+
+    fn to_device(self, device: &Device) -> Self {
+        Self { owned: self.owned.to_device(device), model: self.model.to_device(device) }
+    }
+
+    fn train(self) -> Self {
+        Self { owned: self.owned.train(), model: self.model.train() }
+    }
+
+    fn valid(&self) -> Self {
+        Self { owned: self.owned.valid(), model: self.model.valid() }
+    }
+
+    fn materialize(self) -> Self {
+        Self { owned: self.owned.materialize(), model: self.model.materialize() }
+    }
+
+    fn visit<Visitor: ModuleVisitor>(&self, visitor: &mut Visitor) {
+        self.owned.visit(visitor);
+        self.model.visit(visitor);
+    }
+
+    fn map<Mapper: ModuleMapper>(self, mapper: &mut Mapper) -> Self {
+        Self { owned: self.owned.map(mapper), model: self.model.map(mapper) }
+    }
+}

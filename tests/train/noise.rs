@@ -1,0 +1,198 @@
+//! The noise of gradients: on every mesh that of the same micro-batches on one device, and what is known of it.
+
+use burn::nn::{Linear, LinearConfig};
+use burn::optim::GradientsParams;
+use burn::prelude::*;
+use burn::tensor::{DType, TensorData};
+use burn_parallel::batch::{BatchSplit, GradientNoise, NoNoise, NoiseScale};
+use burn_parallel::prelude::*;
+use burn_parallel::sharding::Sharding;
+use burn_parallel::train::{Clip, Norm};
+
+use crate::common::models::{Numbers, device};
+use crate::common::reference::gradient_values;
+use crate::grad_norm::lm::{self, Batch, Kind, Lm, ROWS};
+
+const KIND: Kind = Kind { tied: true, frozen: true, dtype: DType::F32 };
+
+fn part(batch: &Batch, rows: std::ops::Range<usize>) -> Batch {
+    (batch.0.clone().narrow(0, rows.start, rows.len()), batch.1.clone().narrow(0, rows.start, rows.len()))
+}
+
+/// The square of the mean gradient over some rows, and their tokens.
+fn square(model: &Lm, batch: Batch) -> (f64, f64) {
+    let (sum, items) = model.summed(batch);
+    let grads = GradientsParams::from_grads((sum / items as f64).backward(), model);
+    let squares = gradient_values(model, &grads).into_values().flat_map(|whole| whole.values);
+    (squares.map(|x| f64::from(x).powi(2)).sum(), items as f64)
+}
+
+/// By the formula, of the micro-batches of a split.
+fn expected(model: &Lm, split: &BatchSplit, batch: &Batch) -> GradientNoise {
+    let parts: Vec<(f64, f64)> = (0..split.replicas())
+        .flat_map(|replica| split.micro_batches(replica))
+        .map(|rows| square(model, part(batch, rows)))
+        .collect();
+    let (whole, items) = square(model, part(batch, 0..split.rows()));
+    let squares: f64 = parts.iter().map(|(square, items)| square * items).sum();
+    let trace = (squares - items * whole) / (parts.len() - 1) as f64;
+    GradientNoise { squared_norm: whole - trace / items, trace, micro_batches: parts.len() as u64, items }
+}
+
+fn close(found: GradientNoise, expected: GradientNoise, what: &str) {
+    assert_eq!((found.micro_batches, found.items), (expected.micro_batches, expected.items), "{what}");
+    let near = |a: f64, b: f64| (a - b).abs() <= 2e-4 * b.abs().max(expected.trace / expected.items);
+    let same = near(found.squared_norm, expected.squared_norm) && near(found.trace, expected.trace);
+    assert!(same, "{what}: {found:?}, not {expected:?}");
+}
+
+/// Tied weights in several places and several stages, padding, frozen layers, unequal shares; clipped or not.
+#[test]
+fn every_mesh_measures_what_one_device_does() {
+    let whole = KIND.init(&device());
+    let data = |sharding| DataParallelConfig::new().with_noise_scale(true).with_sharding(sharding);
+    let pipeline = |axes: [usize; 3]| PipelineConfig::new(2).with_cut(lm::cut(axes[1]));
+    // dp, pp, tp, what replicas divide, and the most rows at once.
+    for (axes, sharding, at_once) in [
+        ([1, 1, 1], Sharding::None, 2),
+        ([2, 1, 1], Sharding::None, 9),
+        ([4, 1, 1], Sharding::None, 1),
+        ([2, 1, 2], Sharding::None, 3),
+        ([1, 1, 2], Sharding::None, 4),
+        ([1, 2, 1], Sharding::None, 2),
+        ([2, 2, 1], Sharding::None, 9),
+        ([2, 1, 1], Sharding::Optimizer, 3),
+        ([4, 1, 1], Sharding::Gradients, 2),
+        ([2, 1, 2], Sharding::Gradients, 3),
+    ] {
+        let mut strategy = Strategy::new().with_dp(axes[0]).with_data(data(sharding));
+        if axes[2] > 1 {
+            strategy = strategy.with_tp(axes[2], KIND.plan());
+        }
+        if axes[1] > 1 {
+            strategy = strategy.with_pp(axes[1], pipeline(axes));
+        }
+        let ranks = axes.iter().product();
+        let split = BatchSplit::of(&strategy, ranks, ROWS, Some(at_once)).unwrap();
+        let found = launch::threads(ranks)
+            .run(|world| {
+                let mut model = whole.clone().fork(&device()).parallelize(&world, &strategy)?;
+                let replica = model.mesh().coordinate("dp")?;
+                let mut found = Vec::new();
+                for step in 0..2 {
+                    let batch = lm::batch(step, &device());
+                    let rows = split.micro_batches(replica).into_iter().map(|rows| part(&batch, rows));
+                    let done = model.step_micro_batches(rows, lm::loss)?;
+                    assert_eq!(done.noise(), Err(NoNoise::NoNorm));
+                    // Clipping comes after.
+                    let clip = if step == 0 { Clip::never() } else { Clip::at(1e-3) };
+                    found.push(done.clip_grad_norm(&model, clip)?.noise().map_err(|why| Error::user(why.to_string()))?);
+                }
+                Ok(found)
+            })
+            .unwrap();
+        for step in 0..2 {
+            let expected = expected(&whole, &split, &lm::batch(step, &device()));
+            for noise in &found {
+                assert_eq!(noise[step], found[0][step], "the same on all ranks");
+            }
+            close(found[0][step], expected, &format!("{axes:?} {sharding} step {step}"));
+        }
+    }
+}
+
+/// The gradient of a row is the row: a mean and uniform noise.
+#[test]
+fn noise_that_is_known_is_found() {
+    let (mean, width) = ([1.0, 0.5, -0.5f32], 2.0f32);
+    let (squared_norm, trace) = (1.5, 3.0 * 4.0 / 3.0);
+    let found = launch::threads(2)
+        .run(|rank| {
+            let device = rank.device().autodiff();
+            let model: Linear = LinearConfig::new(3, 1).with_bias(false).init(&device);
+            let mut model = model.data_parallel(&rank, DataParallelConfig::new().with_noise_scale(true))?;
+            let mut numbers = Numbers(5 + 1000 * rank.rank() as u64);
+            let mut rows = |count: usize| {
+                let row = |numbers: &mut Numbers| mean.map(|mean| mean + width * numbers.next());
+                let rows: Vec<f32> = (0..count).flat_map(|_| row(&mut numbers)).collect();
+                Tensor::<2>::from_data(TensorData::new(rows, [count, 3]), &device)
+            };
+            let mut noise = NoiseScale::with_decay(0.999);
+            for step in 0..500 {
+                // Unequal micro-batches, and unequal numbers of them.
+                let counts: &[usize] = if (step + rank.rank()).is_multiple_of(3) { &[7] } else { &[2, 5, 1] };
+                let batches: Vec<_> = counts.iter().map(|count| rows(*count)).collect();
+                let step = model.step_micro_batches(batches, |model, x| model.forward(x).mean())?;
+                noise.add(&step.clip_grad_norm(&model, Clip::never())?);
+            }
+            Ok(noise)
+        })
+        .unwrap();
+    assert_eq!(found[0], found[1]);
+    let noise = &found[0];
+    let near = |found: f64, expected: f64| assert!((found / expected - 1.0).abs() < 0.07, "{found}, not {expected}");
+    near(noise.squared_norm(), squared_norm);
+    near(noise.trace(), trace);
+    assert!((noise.items().unwrap() / (trace / squared_norm) - 1.0).abs() < 0.1);
+}
+
+/// Not a bit of the training changes, nor the number of collectives.
+#[test]
+fn measuring_changes_nothing_else() {
+    let whole = KIND.init(&device());
+    let train = |measure: bool| {
+        launch::threads(2)
+            .run(|rank| {
+                let config = DataParallelConfig::new().with_noise_scale(measure);
+                let mut model = whole.clone().fork(&device()).data_parallel(&rank, config)?;
+                let mut gradients = Vec::new();
+                let mut calls = Vec::new();
+                for step in 0..3 {
+                    let batch = lm::batch(step, &device());
+                    let rows = [part(&batch, 0..2 + rank.rank()), part(&batch, 4..9)];
+                    let done = model.step_micro_batches(rows, lm::loss)?.clip_grad_norm(&model, 1.0)?;
+                    let counters = &done.counters;
+                    calls.push(
+                        [counters.gradients.total(), counters.norm.total()].map(|tally| (tally.calls, tally.bytes)),
+                    );
+                    calls.push([(counters.control.total().calls, 0); 2]);
+                    gradients.push(gradient_values(&whole, &done.grads));
+                }
+                Ok((gradients, calls))
+            })
+            .unwrap()
+    };
+    assert_eq!(train(true), train(false));
+}
+
+#[test]
+fn where_there_is_no_number_there_is_a_reason() {
+    let whole = KIND.init(&device());
+    let config = |measure| DataParallelConfig::new().with_noise_scale(measure);
+    launch::threads(1)
+        .run(|rank| {
+            let batch = lm::batch(0, &device());
+            let both = || [part(&batch, 0..4), part(&batch, 4..9)];
+            let model = || whole.clone().fork(&device());
+            let mut off = model().data_parallel(&rank, config(false))?;
+            let step = off.step_micro_batches(both(), lm::loss)?.clip_grad_norm(&off, 1.0)?;
+            assert_eq!(step.noise(), Err(NoNoise::Off));
+            let mut on = model().data_parallel(&rank, config(true))?;
+            let step = on.step(batch.clone(), lm::loss)?.clip_grad_norm(&on, 1.0)?;
+            assert_eq!(step.noise(), Err(NoNoise::OneMicroBatch));
+            let infinity = Clip::at(1.0).with_norm(Norm::Infinity);
+            let step = on.step_micro_batches(both(), lm::loss)?.clip_grad_norm(&on, infinity)?;
+            assert_eq!(step.noise(), Err(NoNoise::OtherNorm));
+            let mut alone = model().tensor_parallel(&rank, KIND.plan())?;
+            let step = alone.step_micro_batches(both(), lm::loss)?.clip_grad_norm(&alone, 1.0)?;
+            assert_eq!(step.noise(), Err(NoNoise::NoReplicas));
+            let mut noise = NoiseScale::new();
+            noise.add(&step);
+            assert_eq!(noise.items(), Err(NoNoise::NoReplicas));
+            let divided = config(true).with_sharding(Sharding::Parameters);
+            let problem = model().data_parallel(&rank, divided).unwrap_err().to_string();
+            assert!(problem.contains("set `sharding` to \"gradients\""), "{problem}");
+            Ok(())
+        })
+        .unwrap();
+}

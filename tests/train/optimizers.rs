@@ -1,0 +1,173 @@
+//! Every optimizer of burn makes the update that it makes on one device, whatever parameters are divided over.
+
+use burn::grad_clipping::{GradientClipping, GradientClippingConfig};
+use burn::module::ParamGroup;
+use burn::optim::decay::WeightDecayConfig;
+use burn::optim::momentum::MomentumConfig;
+use burn::optim::{
+    AdaGradConfig, AdafactorConfig, AdamConfig, AdamWConfig, AdanConfig, LambConfig, LionConfig, ModuleOptimizer,
+    MuonConfig, RmsPropConfig, SgdConfig,
+};
+use burn::tensor::DType;
+use burn_parallel::prelude::*;
+
+use crate::common::models::device;
+use crate::common::reference::{Wholes, all_same, own, values};
+use crate::grad_norm::lm::{Kind, Lm, loss};
+use crate::zero::LEVELS;
+use crate::zero_captured::parity::{share, strategy};
+
+const STEPS: usize = 3;
+
+const APART: Kind = Kind { tied: false, frozen: false, dtype: DType::F32 };
+const TIED: Kind = Kind { tied: true, frozen: true, dtype: DType::F32 };
+
+/// Each with its rate. Of these Muon, LAMB, Adafactor and those that clip look at whole parameters.
+fn all() -> Vec<(&'static str, f64, ModuleOptimizer)> {
+    let momentum = MomentumConfig { momentum: 0.9, dampening: 0.1, nesterov: true };
+    let decay = || Some(WeightDecayConfig::new(0.01));
+    let matrices = || ParamGroup::from_regex("(up|down|head|tokens).weight$").unwrap();
+    let adamw = || AdamWConfig::new().with_weight_decay(0.01).with_epsilon(1e-2);
+    let norm = GradientClippingConfig::Norm(0.05);
+    vec![
+        ("sgd", 0.3, SgdConfig::new().with_momentum(Some(momentum)).with_weight_decay(decay()).init()),
+        ("adam", 0.05, AdamConfig::new().with_epsilon(1e-2).with_weight_decay(decay()).init()),
+        ("adamw", 0.05, adamw().init()),
+        ("cautious adamw", 0.05, adamw().with_cautious_weight_decay(true).init()),
+        ("adagrad", 0.05, AdaGradConfig::new().with_epsilon(1e-2).init()),
+        ("rmsprop", 0.01, RmsPropConfig::new().with_epsilon(1e-2).with_centered(true).init()),
+        ("lion", 0.01, LionConfig::new().init()),
+        ("adan", 0.01, AdanConfig::new().with_epsilon(1e-2).init()),
+        ("muon", 0.02, adamw().init().with_group(matrices(), MuonConfig::new().build(), None)),
+        ("lamb", 0.02, LambConfig::new().with_epsilon(1e-2).init()),
+        ("adafactor", 0.02, AdafactorConfig::new().with_weight_decay(0.01).init()),
+        ("clip by norm", 0.05, adamw().with_grad_clipping(Some(norm)).init()),
+        ("clip by value", 0.05, adamw().with_grad_clipping(Some(GradientClippingConfig::Value(0.01))).init()),
+        (
+            "a group clips",
+            0.3,
+            SgdConfig::new().init().with_group(
+                matrices(),
+                SgdConfig::new().build(),
+                Some(GradientClipping::Norm(0.05)),
+            ),
+        ),
+    ]
+}
+
+/// What each optimizer makes of a model, which is wrapped once for all.
+fn trained<P: ParallelModule<Model = Lm>>(
+    model: P,
+    place: (usize, usize),
+) -> Result<Vec<(&'static str, Wholes)>, Error> {
+    let (mut model, mut optimizers, mut after) = (model, all(), Vec::new());
+    // The first step of a pipeline shows which stages share parameters: clones are made of a model that knows.
+    model.step(share(0, place.0, place.1), loss)?;
+    // They stay where they are: `optimize` knows them by that.
+    for (name, rate, optim) in &mut optimizers {
+        let mut model = model.clone();
+        for number in 0..STEPS {
+            let step = model.step(share(number, place.0, place.1), loss)?;
+            model = model.optimize(optim, *rate, step)?;
+        }
+        after.push((*name, values(&model.assemble()?)));
+    }
+    Ok(after)
+}
+
+fn one_device(kind: Kind) -> Vec<(&'static str, Wholes)> {
+    let model = kind.init(&device());
+    let run = |rank: Rank| trained(own(&model).data_parallel(&rank, DataParallelConfig::new())?, (0, 1));
+    launch::threads(1).run(run).unwrap().remove(0)
+}
+
+fn check(what: &str, expected: &[(&str, Wholes)], found: &[Vec<(&str, Wholes)>]) {
+    for found in found {
+        for ((name, expected), (_, found)) in expected.iter().zip(found) {
+            // Iterations of Newton and Schulz grow what rounding differs by.
+            let tolerance = if *name == "muon" { 1e-3 } else { 2e-4 };
+            all_same(&format!("{name}, {what}"), expected, found, tolerance);
+        }
+    }
+}
+
+#[test]
+fn rows_of_eager_replicas() {
+    let expected = one_device(TIED);
+    let model = TIED.init(&device());
+    for level in LEVELS {
+        let run = |rank: Rank| {
+            let config = DataParallelConfig::new().with_sharding(level);
+            trained(own(&model).data_parallel(&rank, config)?, (rank.rank(), rank.size()))
+        };
+        check(&format!("{level} on 3 replicas"), &expected, &launch::threads(3).run(run).unwrap());
+    }
+}
+
+fn meshes(kind: Kind, meshes: &[([usize; 3], Sharding)]) {
+    let expected = one_device(kind);
+    let model = kind.init(&device());
+    for (axes, sharding) in meshes {
+        let run = |world: Rank| {
+            let model = own(&model).parallelize(&world, &strategy(*axes, kind, *sharding, Keep::Pass))?;
+            let replica = model.mesh().coordinate("dp")?;
+            trained(model, (replica, axes[0]))
+        };
+        let found = launch::threads(axes.iter().product()).run(run).unwrap();
+        check(&format!("{sharding} on {axes:?}"), &expected, &found);
+    }
+}
+
+/// Of three ranks none divides the vocabulary or the inner width.
+#[test]
+fn parts_of_a_split() {
+    meshes(APART, &[([1, 1, 2], Sharding::None), ([1, 1, 3], Sharding::None), ([2, 1, 2], Sharding::None)]);
+    meshes(TIED, &[([1, 1, 2], Sharding::None)]);
+}
+
+#[test]
+fn rows_of_parts_of_a_split() {
+    meshes(
+        TIED,
+        &[([2, 1, 2], Sharding::Optimizer), ([2, 1, 2], Sharding::Gradients), ([2, 1, 2], Sharding::Parameters)],
+    );
+}
+
+#[test]
+fn stages_and_their_parts() {
+    meshes(TIED, &[([1, 2, 1], Sharding::None), ([1, 2, 2], Sharding::None), ([2, 2, 1], Sharding::Optimizer)]);
+}
+
+#[test]
+fn rows_of_parts_of_stages() {
+    meshes(APART, &[([2, 2, 2], Sharding::Optimizer), ([2, 2, 2], Sharding::Parameters)]);
+}
+
+/// One parameter is joined on one rank: its state is whole there, and nowhere else; those of equal dims are shared out.
+#[test]
+fn joined_parameters_are_shared_out() {
+    let kind = APART;
+    let mut bytes = launch::threads(2)
+        .run(|world| {
+            let matrices = ParamGroup::from_regex("up.weight$").unwrap();
+            let mut optim = SgdConfig::new().init().with_group(matrices, MuonConfig::new().build(), None);
+            let strategy = strategy([1, 1, 2], kind, Sharding::None, Keep::Pass);
+            let mut model = own(&kind.init(&device())).parallelize(&world, &strategy)?;
+            for number in 0..2 {
+                let before = model.counters().tensor;
+                let step = model.step(share(number, 0, 1), loss)?;
+                let between = model.counters().tensor;
+                model = model.optimize(&mut optim, 0.02, step)?;
+                let moved = model.counters().tensor - between.clone();
+                // Of each of the two owners: the values, the gradients, and the parts that come back.
+                assert_eq!((moved.of("gather").calls, moved.of("scatter").calls), (4, 2));
+                assert_eq!((between - before).of("gather").calls, 0);
+            }
+            Ok(crate::zero::bytes::state_bytes(&optim))
+        })
+        .unwrap();
+    // Three matrices of 8 x 7.
+    let one = 8 * 7 * 4;
+    bytes.sort();
+    assert_eq!(bytes, [one, 2 * one]);
+}
