@@ -1,4 +1,4 @@
-//! Optimizers that look at whole matrices: under sharded replicas one rank has the moments of a matrix, and they go to any other mesh.
+//! Optimizers that look at whole matrices: where a matrix is divided one rank has its moments, and they go to any other mesh.
 
 use burn::module::ParamGroup;
 use burn::optim::{AdafactorConfig, AdamWConfig, LambConfig, ModuleOptimizer, MuonConfig};
@@ -9,12 +9,15 @@ use burn_parallel::sharding::Sharding;
 use crate::Dir;
 use crate::net::{Axes, Net, train};
 
-const MESHES: [Axes; 5] = [
+const MESHES: [Axes; 8] = [
     Axes::new(1, 1, 1),
     Axes::new(2, 1, 1).sharded(Sharding::Optimizer),
     Axes::new(3, 1, 1).sharded(Sharding::Parameters),
     Axes::new(2, 1, 1),
     Axes::new(3, 1, 1).sharded(Sharding::Gradients),
+    Axes::new(1, 1, 3),
+    Axes::new(2, 1, 2).sharded(Sharding::Optimizer),
+    Axes::new(2, 2, 2).sharded(Sharding::Parameters),
 ];
 
 /// A maker of optimizers, and its name.
@@ -30,7 +33,7 @@ const OPTIMIZERS: [Made; 3] =
     [("muon", muon), ("lamb", || LambConfig::new().init()), ("adafactor", || AdafactorConfig::new().init())];
 
 #[test]
-fn moments_of_whole_matrices_go_on_under_any_sharding() {
+fn moments_of_whole_matrices_go_on_under_any_mesh() {
     let (dir, net) = (Dir::fresh(), Net::new());
     for (name, optimizer) in OPTIMIZERS {
         let alone = launch::threads(1)
@@ -47,7 +50,7 @@ fn moments_of_whole_matrices_go_on_under_any_sharding() {
                     checkpoints.save(2, TrainState::new(&mut model).with_optimizer("optim", &mut optim))
                 })
                 .unwrap();
-            for other in [0, 1, 2] {
+            for other in [0, 1, 3] {
                 let axes = MESHES[(number + other) % MESHES.len()];
                 let losses = launch::threads(axes.ranks())
                     .run(|world| {
