@@ -97,8 +97,8 @@ pub type Mesh = (Axes, Option<Strategy>);
 
 impl MeshFlags {
     /// The sizes of the axes, where so many ranks have been `started` already, if any, and else are `least` if nothing
-    /// says more.
-    pub fn read(&self, started: Option<usize>, least: usize) -> Result<Mesh, String> {
+    /// says more. Of ranks that were started again some may be missing, down to `fewest`.
+    pub fn read(&self, started: Option<usize>, least: usize, fewest: Option<usize>) -> Result<Mesh, String> {
         let read = self.strategy.as_ref().map(Strategy::read).transpose();
         // In one line, as all that is refused.
         let read = read.map_err(|problem| format!("--strategy: {}", problem.to_string().replace('\n', " ")))?;
@@ -115,7 +115,11 @@ impl MeshFlags {
             return Err(format!("--dp {} x {shown} is no number of ranks", dp.unwrap_or(1)));
         };
         let ranks = self.ranks.or(replicas).or(started).unwrap_or(parts.max(least));
-        if let Some(started) = started.filter(|started| *started != ranks) {
+        let fewest = fewest.unwrap_or(ranks);
+        if fewest > ranks {
+            return Err(format!("--min-ranks {fewest} is more than the {ranks} ranks"));
+        }
+        if let Some(started) = started.filter(|started| !(fewest..=ranks).contains(started)) {
             return Err(format!("{started} ranks have been started, and the flags are for {ranks}"));
         }
         if dp.is_none() && !ranks.is_multiple_of(parts) {

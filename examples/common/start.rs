@@ -6,6 +6,10 @@ use clap::ValueEnum;
 
 use super::device::Compute;
 
+/// How long ranks have to save a last checkpoint when they are told to end.
+#[cfg(unix)]
+const GRACE: std::time::Duration = std::time::Duration::from_secs(30);
+
 /// What the ranks are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Launch {
@@ -85,10 +89,19 @@ pub fn choose(launch: Option<Launch>, device: Compute, transport: Option<Transpo
     Ok(Start { launch, transport, nccl, started })
 }
 
+/// Whether ranks are started again when some are lost.
+#[derive(Clone, Debug, Default)]
+pub struct Restarts {
+    /// How many times.
+    pub times: usize,
+    /// The numbers of ranks that the run can go on with; none: as many as before.
+    pub sizes: Vec<usize>,
+}
+
 /// Runs `f` on every rank. Returns what it returns on the first, in the process that has the first.
 pub fn run<T: Send>(
     start: &Start,
-    ranks: usize,
+    (ranks, restarts): (usize, Restarts),
     seed: u64,
     f: impl Fn(Rank) -> Result<T, Error> + Sync,
 ) -> Result<Option<T>, Error> {
@@ -106,6 +119,7 @@ pub fn run<T: Send>(
         #[cfg(unix)]
         Launch::Processes => {
             let processes = launch::processes(ranks).transport(transport.unwrap_or(TransportKind::Tcp));
+            let processes = processes.restarts(restarts.times).restart_sizes(restarts.sizes).grace(GRACE);
             processes.run(|process| process.seed(seed), first).map(Option::flatten)
         }
         #[cfg(not(unix))]

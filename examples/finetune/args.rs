@@ -238,7 +238,7 @@ impl Args {
 
     fn of(flags: Flags) -> Result<Self, String> {
         let start = start::choose(flags.launch, flags.device, flags.transport)?;
-        let mesh = flags.mesh.read(start.started, 1)?;
+        let mesh = flags.mesh.read(start.started, 1, None)?;
         let axes @ Axes { dp, pp, tp, .. } = mesh.0;
         let config = LlamaConfig::read(&flags.model)?;
         let Flags { batch, seq, .. } = flags;

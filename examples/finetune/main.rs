@@ -28,7 +28,7 @@ use std::process::ExitCode;
 
 use crate::args::Args;
 use crate::common::flags::one_line;
-use crate::common::start;
+use crate::common::start::{self, Restarts};
 use crate::input::Input;
 
 fn main() -> ExitCode {
@@ -53,9 +53,13 @@ fn main() -> ExitCode {
 
 fn run(args: &Args, input: &Input) -> Result<(), Box<dyn Error>> {
     let said = if args.dry_run {
-        start::run(&args.start, args.axes.ranks, args.seed, |rank| dry_run::run(rank, args, input))?
+        start::run(&args.start, (args.axes.ranks, Restarts::default()), args.seed, |rank| {
+            dry_run::run(rank, args, input)
+        })?
     } else {
-        let outcome = start::run(&args.start, args.axes.ranks, args.seed, |rank| train::run(rank, args, input))?;
+        let outcome = start::run(&args.start, (args.axes.ranks, Restarts::default()), args.seed, |rank| {
+            train::run(rank, args, input)
+        })?;
         // The first rank tells what came of it.
         if let (Some(path), Some(outcome)) = (&args.json, &outcome) {
             outcome.write_json(args, path).map_err(|why| format!("cannot write --json {path:?}: {why}"))?;

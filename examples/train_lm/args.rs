@@ -8,7 +8,7 @@ use clap::Parser;
 use crate::batch::{self, Rows};
 use crate::common::device::Compute;
 use crate::common::flags::{Axes, MeshFlags, STRATEGY_KEYS, learning_rate, norm, parse, up_to, writable, wrong};
-use crate::common::start::{self, Launch, Start, Transport};
+use crate::common::start::{self, Launch, Restarts, Start, Transport};
 use crate::gpt::GptConfig;
 use crate::text::VOCAB;
 
@@ -101,6 +101,15 @@ struct Flags {
     #[arg(long, value_enum, value_name = "HOW")]
     launch: Option<Launch>,
 
+    /// How many times the ranks are started again when some are lost, with --launch processes: they go on from the last checkpoint
+    #[arg(long, value_name = "K", default_value_t = 0, requires = "resume")]
+    restarts: usize,
+
+    /// Takes ranks that are lost for gone, and goes on with fewer replicas, on this many ranks at least: the batch stays. Also
+    /// with what torchrun has started [default: as many ranks as before]
+    #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
+    min_ranks: Option<usize>,
+
     /// What the ranks compute on
     #[arg(long, value_enum, value_name = "DEVICE", default_value_t = Compute::Flex)]
     device: Compute,
@@ -156,6 +165,10 @@ pub struct Args {
     pub keep: usize,
     /// From where to go on.
     pub resume: Option<PathBuf>,
+    /// How many times the ranks are started again.
+    pub restarts: usize,
+    /// On how few ranks the run goes on, if not on all.
+    pub min_ranks: Option<usize>,
     /// What the ranks compute on.
     pub device: Compute,
     /// How the ranks are started and joined.
@@ -167,8 +180,14 @@ impl Args {
     pub fn from_command_line() -> Result<Self, clap::Error> {
         let flags: Flags = parse()?;
         let start = start::choose(flags.launch, flags.device, flags.transport).or_else(wrong)?;
-        let mesh = flags.mesh.read(start.started, 2).or_else(wrong)?;
+        let mesh = flags.mesh.read(start.started, 2, flags.min_ranks).or_else(wrong)?;
         let axes @ Axes { dp, pp, tp, .. } = mesh.0;
+        if flags.restarts > 0 && start.launch != Launch::Processes {
+            return wrong("--restarts is for --launch processes: what other launchers start, they start again".into());
+        }
+        if flags.min_ranks.is_some() && flags.restarts == 0 && start.launch != Launch::Env {
+            return wrong("--min-ranks is for ranks that are started again: give --restarts as well".into());
+        }
         let Flags { d_model, heads, .. } = flags;
         let trial = batch::trial();
         let auto = flags.batch == Rows::Auto;
@@ -263,9 +282,29 @@ impl Args {
             save_every: flags.save_every,
             keep: flags.keep,
             resume: flags.resume.filter(|_| kept),
+            restarts: flags.restarts,
+            min_ranks: flags.min_ranks,
             device: flags.device,
             start,
         })
+    }
+
+    /// How the ranks are started again when some are lost, and how many of them the run can go on with.
+    pub fn restarts(&self) -> Restarts {
+        let sizes = self
+            .min_ranks
+            .map_or(Vec::new(), |fewest| (fewest..=self.axes.ranks).filter(|ranks| self.on(*ranks).is_ok()).collect());
+        Restarts { times: self.restarts, sizes }
+    }
+
+    /// The same run on fewer ranks: fewer replicas share the same batch, in micro-batches as large as before.
+    pub fn on(&self, ranks: usize) -> Result<Self, Error> {
+        if ranks == self.axes.ranks {
+            return Ok(self.clone());
+        }
+        let strategy = self.strategy.resized(self.axes.ranks, ranks)?;
+        let dp = ranks / (self.axes.pp * self.axes.tp);
+        Ok(Self { axes: Axes { ranks, dp, ..self.axes }, strategy, ..self.clone() })
     }
 
     /// The same with as many rows as go through a layer at once on each replica.

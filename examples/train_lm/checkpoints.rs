@@ -1,19 +1,70 @@
 //! Where the run is saved, and from where it goes on.
 
+use std::path::Path;
+
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::optim::ModuleOptimizer;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Parallel;
+use serde::{Deserialize, Serialize};
 
 use crate::args::Args;
 use crate::batch::Batch;
 use crate::gpt::Gpt;
+
+/// The flags of a run that its checkpoints hold.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SavedFlags {
+    layers: usize,
+    d_model: usize,
+    heads: usize,
+    seq: usize,
+    batch: usize,
+    seed: u64,
+    lr: f64,
+    clip: Option<f64>,
+}
+
+impl SavedFlags {
+    pub fn of(args: &Args) -> Self {
+        let Args { layers, d_model, heads, seq, batch, seed, lr, clip, .. } = *args;
+        Self { layers, d_model, heads, seq, batch, seed, lr, clip }
+    }
+
+    /// Demands the same model. Returns lines about what else is not as it was.
+    fn compare(&self, args: &Args) -> Result<Vec<String>, Error> {
+        let now = Self::of(args);
+        let model = [
+            ("layers", self.layers, now.layers),
+            ("d-model", self.d_model, now.d_model),
+            ("heads", self.heads, now.heads),
+            ("seq", self.seq, now.seq),
+        ];
+        if let Some((flag, was, is)) = model.into_iter().find(|(_, was, is)| was != is) {
+            let dir = args.resume.as_deref().unwrap_or(Path::new(""));
+            return Err(Error::user(format!(
+                "--{flag} {is} makes another model than --resume {dir:?}, which was saved with --{flag} {was}"
+            )));
+        }
+        let clip = |clip: Option<f64>| clip.map_or("none".into(), |norm| norm.to_string());
+        let others = [
+            ("batch", self.batch.to_string(), now.batch.to_string()),
+            ("seed", self.seed.to_string(), now.seed.to_string()),
+            ("lr", self.lr.to_string(), now.lr.to_string()),
+            ("clip", clip(self.clip), clip(now.clip)),
+        ];
+        let changed = others.into_iter().filter(|(_, was, is)| was != is);
+        Ok(changed.map(|(flag, was, is)| format!("--{flag} is {is} from here on, and was {was}")).collect())
+    }
+}
 
 /// What a run is made of that a checkpoint holds.
 pub struct Run {
     pub model: Parallel<Gpt>,
     pub optim: ModuleOptimizer,
     pub schedule: ModuleLrScheduler,
+    /// The flags that a run goes on with.
+    pub flags: SavedFlags,
     /// The loss of every step so far, and the norm of its gradient if they are clipped.
     pub losses: Vec<f64>,
     pub grad_norms: Vec<f64>,
@@ -26,6 +77,7 @@ impl Run {
         TrainState::new(&mut self.model)
             .with_optimizer("adamw", &mut self.optim)
             .with_scheduler("lr", &mut self.schedule)
+            .with_value("flags", &mut self.flags)
             .with_value("losses", &mut self.losses)
             .with_value("grad_norms", &mut self.grad_norms)
             .with_value("batch", &mut self.batch)
@@ -35,21 +87,46 @@ impl Run {
     pub fn resume(&mut self, world: &Communicator, args: &Args) -> Result<usize, Error> {
         let Some(dir) = &args.resume else { return Ok(0) };
         let mut checkpoints = Checkpointer::new(world, dir, CheckpointOptions::new())?;
-        let steps = match checkpoints.restore(self.state())? {
-            Some(restored) => restored.step as usize,
+        let steps = match checkpoints.latest()? {
+            Some(step) => {
+                let saved = checkpoints.read_value::<SavedFlags>(step, "flags")?;
+                let changed = saved.map_or(Ok(Vec::new()), |saved| saved.compare(args))?;
+                if world.rank() == 0 {
+                    changed.iter().for_each(|flag| eprintln!("{flag}"));
+                }
+                let steps = step as usize;
+                if steps > args.steps {
+                    let problem =
+                        format!("--steps {} counts the whole run, and --resume {dir:?} has made {steps}", args.steps);
+                    return Err(Error::user(format!("{problem}: give more steps")));
+                }
+                checkpoints.restore_step(step, self.state())?;
+                self.flags = SavedFlags::of(args);
+                steps
+            }
             None if args.save.as_ref() == Some(dir) => 0,
             None => return Err(Error::user(format!("--resume {dir:?}: there is no checkpoint"))),
         };
-        if world.rank() == 0 {
-            eprintln!("goes on after step {steps} of {}", args.steps);
+        if world.rank() == 0 && steps == args.steps {
+            eprintln!(
+                "nothing to do: --resume {dir:?} has made all {steps} steps; --steps says for how many a run goes on"
+            );
+        } else if world.rank() == 0 {
+            eprintln!("goes on after step {steps} of {}, on {} ranks", args.steps, world.size());
         }
         Ok(steps)
     }
 
-    /// Saves the run in the background after this many steps, if it is time.
-    pub fn save(&mut self, steps: usize, checkpoints: &mut Option<Checkpointer>, args: &Args) -> Result<(), Error> {
+    /// Saves the run in the background after this many steps, if it is time, or the run ends here.
+    pub fn save(
+        &mut self,
+        steps: usize,
+        ends: bool,
+        checkpoints: &mut Option<Checkpointer>,
+        args: &Args,
+    ) -> Result<(), Error> {
         let Some(checkpoints) = checkpoints else { return Ok(()) };
-        if steps == args.steps || args.save_every.is_some_and(|every| steps.is_multiple_of(every)) {
+        if ends || steps == args.steps || args.save_every.is_some_and(|every| steps.is_multiple_of(every)) {
             checkpoints.save_async(steps as u64, self.state())?;
         }
         Ok(())

@@ -18,16 +18,18 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use burn::tensor::Device;
+use burn_parallel::launch::StopSignal;
 
 use crate::args::Args;
 use crate::common::flags::one_line;
 use crate::common::start;
 use crate::sample::{generate, readable};
 use crate::text::Text;
-use crate::train::{held_out_loss, train};
+use crate::train::{Ended, held_out_loss, train};
 
 fn main() -> ExitCode {
-    env_logger::init();
+    // Ranks that were lost and started again are a warning.
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
     let args = match Args::from_command_line() {
         Ok(args) => args,
         Err(help) if !help.use_stderr() => {
@@ -43,12 +45,17 @@ fn main() -> ExitCode {
         Err(wrong) => return fail(2, &wrong),
     };
     match run(&args, &text) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(why) => fail(1, &why.to_string()),
+        Ok(None) => ExitCode::SUCCESS,
+        Ok(Some(signal)) => ExitCode::from(signal.exit_code()),
+        Err(why) => match why.downcast_ref() {
+            Some(burn_parallel::Error::Stopped { signal }) => fail(signal.exit_code(), &why.to_string()),
+            _ => fail(1, &why.to_string()),
+        },
     }
 }
 
-fn run(args: &Args, text: &Text) -> Result<(), Box<dyn Error>> {
+/// Trains. Returns the signal that has ended the run, if one has.
+fn run(args: &Args, text: &Text) -> Result<Option<StopSignal>, Box<dyn Error>> {
     let device = Device::flex();
     let args = &if args.auto { batch::choose(args)? } else { args.clone() };
     device.seed(args.seed);
@@ -56,11 +63,17 @@ fn run(args: &Args, text: &Text) -> Result<(), Box<dyn Error>> {
     let model = args.model().init(&device.autodiff());
 
     // The first rank tells what came of it.
-    let Some(outcome) =
-        start::run(&args.start, args.axes.ranks, args.seed, |rank| train(rank, model.clone(), args, text))?
-    else {
-        return Ok(());
+    let ran = start::run(&args.start, (args.axes.ranks, args.restarts()), args.seed, |rank| {
+        // After some were lost there may be fewer ranks than the flags are for.
+        let args = args.on(rank.size())?;
+        Ok((train(rank, model.clone(), &args, text)?, args))
+    })?;
+    let (outcome, args) = match ran {
+        Some((Ended::Complete(outcome), args)) => (outcome, args),
+        Some((Ended::Stopped(signal), _)) => return Ok(Some(signal)),
+        None => return Ok(None),
     };
+    let args = &args;
 
     if let Some(path) = &args.json {
         outcome.write_json(args, path).map_err(|why| format!("cannot write --json {path:?}: {why}"))?;
@@ -70,7 +83,7 @@ fn run(args: &Args, text: &Text) -> Result<(), Box<dyn Error>> {
     let summary = outcome.summary(args, held_out);
     match writeln!(io::stdout(), "\nThe model writes:\n\n{}\n\n{summary}", sample.trim()) {
         Err(why) if why.kind() != io::ErrorKind::BrokenPipe => Err(why.into()),
-        _ => Ok(()),
+        _ => Ok(None),
     }
 }
 

@@ -10,12 +10,13 @@ use burn::module::Module;
 use burn::optim::AdamWConfig;
 use burn::tensor::{Int, Tensor};
 use burn_parallel::batch::BatchSplit;
+use burn_parallel::launch::{StopSignal, StopSignals};
 use burn_parallel::prelude::*;
 use burn_parallel::train::Clip;
 
 use crate::args::Args;
 use crate::batch::Batch;
-use crate::checkpoints::{Run, checkpointer};
+use crate::checkpoints::{Run, SavedFlags, checkpointer};
 use crate::common::device;
 use crate::common::figures::Figures;
 use crate::common::memory::{Memory, Peak};
@@ -25,8 +26,17 @@ use crate::gpt::Gpt;
 use crate::report::Outcome;
 use crate::text::{Text, tensors};
 
+/// How a training has ended.
+#[expect(clippy::large_enum_variant, reason = "there is one in a run")]
+pub enum Ended {
+    /// All steps were made.
+    Complete(Outcome),
+    /// A signal asked for the end, and the run was saved.
+    Stopped(StopSignal),
+}
+
 /// Trains the model on a text as the flags say. Every rank runs this, each replica on its rows of every batch.
-pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome, Error> {
+pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended, Error> {
     if rank.rank() == 0 {
         let (learned, held_out) = text.split();
         eprintln!("{learned} bytes to learn from, {held_out} held out");
@@ -45,11 +55,13 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
     let size = Batch::default().begin(args)?;
     model.prepare(batch(0, &size.split(args)?).swap_remove(0), loss)?;
     let optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init();
-    let mut run =
-        Run { model, optim, schedule: schedule(args)?, losses: Vec::new(), grad_norms: Vec::new(), batch: size };
+    let (schedule, flags) = (schedule(args)?, SavedFlags::of(args));
+    let mut run = Run { model, optim, schedule, flags, losses: Vec::new(), grad_norms: Vec::new(), batch: size };
     let first = run.resume(&world, args)?;
     run.batch = run.batch.begin(args)?;
     let mut checkpoints = checkpointer(&world, args)?;
+    // Without checkpoints there is nothing to be done before the end.
+    let mut signals = checkpoints.is_some().then(|| StopSignals::listen(&world)).transpose()?;
     let mut progress = Progress::new(args.steps, rank.rank() == 0);
     let mut pipeline = Pipeline::default();
     let mut memory = Memory::default();
@@ -91,7 +103,12 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
             let share = 100.0 * waited.as_secs_f64() / elapsed.as_secs_f64();
             format!("loss {loss:.4}, {share:.1} % communication")
         });
-        run.save(number + 1, &mut checkpoints, args)?;
+        let asked = signals.as_mut().map_or(Ok(None), StopSignals::asked)?;
+        run.save(number + 1, asked.is_some(), &mut checkpoints, args)?;
+        // At the last step the run ends by itself.
+        if let (Some(signal), true) = (asked, number + 1 < args.steps) {
+            return stopped(signal, number + 1, checkpoints, &rank, args);
+        }
     }
     if let Some(mut checkpoints) = checkpoints {
         checkpoints.wait()?;
@@ -102,7 +119,25 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Outcome
     let pipeline = pipeline.of(&args.strategy)?;
     let memory = memory.with_optimizer(&optim)?;
     let figures = Figures { steps, losses, grad_norms, tokens, elapsed, counters, pipeline, memory };
-    Ok(Outcome { model: model.assemble()?, figures, batch })
+    Ok(Ended::Complete(Outcome { model: model.assemble()?, figures, batch }))
+}
+
+/// Ends a run that was asked to end, when its checkpoint is on the disk.
+fn stopped(
+    signal: StopSignal,
+    steps: usize,
+    checkpoints: Option<Checkpointer>,
+    rank: &Rank,
+    args: &Args,
+) -> Result<Ended, Error> {
+    if let Some(mut checkpoints) = checkpoints {
+        checkpoints.wait()?;
+    }
+    if let (0, Some(dir)) = (rank.rank(), &args.save) {
+        let all = args.steps;
+        eprintln!("train_lm: {signal} ends the run after step {steps} of {all}; it is saved, --resume {dir:?} goes on");
+    }
+    Ok(Ended::Stopped(signal))
 }
 
 /// The summed loss of some rows, over their tokens.

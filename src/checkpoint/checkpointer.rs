@@ -4,15 +4,18 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
+use serde::de::DeserializeOwned;
+
 use super::agree::{share, together};
 use super::contents::Snapshot;
 use super::directory::{clean_up, name_of, steps};
+use super::index::Index;
 use super::job::{self, Saved};
 use super::options::CheckpointOptions;
 use super::params::Statistics;
 use super::restore::{self, Restored};
 use super::state::TrainState;
-use super::{checkpoint_error, file_problem};
+use super::{checkpoint_error, file_problem, value};
 use crate::Error;
 use crate::comm::{Communicator, panic_message};
 use crate::params::agree;
@@ -138,6 +141,24 @@ impl Checkpointer {
         Ok(bytes.as_chunks::<8>().0.iter().map(|step| u64::from_le_bytes(*step)).collect())
     }
 
+    /// A [value](TrainState::with_value) of the checkpoint of a step by itself, as settings that a model is made from; `None` if the
+    /// checkpoint has none of this name.
+    ///
+    /// # Errors
+    /// On all ranks alike: [`Error::Checkpoint`] if there is no checkpoint of this step, if it is damaged, or if the value is not what
+    /// `T` takes for it; that of a save in the background; that of the world.
+    pub fn read_value<T: DeserializeOwned>(&mut self, step: u64, name: &str) -> Result<Option<T>, Error> {
+        self.wait()?;
+        let dir = self.root.join(name_of(step));
+        let read = Index::read(&dir).and_then(|mut index| {
+            let value = index.values.remove(name).map(|json| serde_json::from_value(value::plain(json)));
+            value.transpose().map_err(|why| {
+                file_problem(&dir, format!("value `{name}` is not what this program takes for it: {why}"))
+            })
+        });
+        together(read, &self.group)
+    }
+
     /// Gives a state the values of the latest checkpoint, or leaves it as it is if there is none. Whatever mesh it was saved on: each
     /// rank reads the slices that it needs, checks them, and pads and casts them as its own parameters are.
     ///
@@ -166,7 +187,7 @@ impl Checkpointer {
         self.wait()?;
         let dir = self.root.join(name_of(step));
         let before = Statistics::of(state.model);
-        match together(restore::load(&dir, &mut state, &self.options), &self.group) {
+        match together(restore::load(&dir, &mut state, &self.options, self.group.rank() == 0), &self.group) {
             Ok(loaded) => Ok(loaded.put(&mut state)),
             Err(error) => {
                 before.put_back(state.model);
@@ -179,7 +200,9 @@ impl Checkpointer {
 impl Drop for Checkpointer {
     fn drop(&mut self) {
         if let Err(error) = self.wait() {
-            log::error!("the last checkpoint was not saved: {error}");
+            let error = error.to_string();
+            // A lost rank is told of, with all that the ranks did, by whoever meets it.
+            log::error!("the last checkpoint was not saved: {}", error.lines().next().unwrap_or_default());
         }
     }
 }

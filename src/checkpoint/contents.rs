@@ -8,12 +8,14 @@ use burn::optim::ModuleOptimizer;
 use serde_json::Value;
 
 use super::checkpoint_error;
+use super::index::SavedRandom;
 use super::moments;
-use super::params::{self, MomentSlice, ParamInfo};
+use super::params::{self, ParamInfo};
 use super::plan::TensorKey;
 use super::scalar::StoredScalar;
 use super::state::TrainState;
 use crate::Error;
+use crate::params::ParamSlice;
 use crate::tensor::PlainTensor;
 use crate::train::ParallelModule;
 
@@ -35,11 +37,11 @@ pub(super) type ParamScalars = BTreeMap<String, BTreeMap<String, BTreeMap<String
 /// writes its new values elsewhere.
 pub(super) struct Snapshot {
     pub(super) step: u64,
-    pub(super) random_step: u64,
+    pub(super) random: SavedRandom,
     slices: Vec<Slice>,
     infos: Vec<ParamInfo>,
-    moments: HashMap<ParamId, MomentSlice>,
-    optimizers: Vec<(String, ModuleOptimizer)>,
+    /// Each with what its moments are of.
+    optimizers: Vec<(String, ModuleOptimizer, HashMap<ParamId, ParamSlice>)>,
     pub(super) schedulers: BTreeMap<String, BTreeMap<String, StoredScalar>>,
     pub(super) values: BTreeMap<String, Value>,
 }
@@ -60,8 +62,11 @@ impl Snapshot {
         names("values", state.values.iter().map(|(name, _)| name))?;
         let infos = params::infos(state.model.local())?;
         let slices = params::slices(state.model)?;
-        let moments = if state.optimizers.is_empty() { HashMap::new() } else { params::moment_slices(state.model)? };
-        let optimizers = state.optimizers.iter().map(|(name, optimizer)| (name.clone(), (**optimizer).clone()));
+        let mut optimizers = Vec::new();
+        for (name, optimizer) in &state.optimizers {
+            let held = params::moment_slices(state.model, optimizer)?;
+            optimizers.push((name.clone(), (**optimizer).clone(), held));
+        }
         let mut schedulers = BTreeMap::new();
         for (name, scheduler) in &state.schedulers {
             schedulers.insert(name.clone(), moments::of_scheduler(name, scheduler)?);
@@ -73,8 +78,8 @@ impl Snapshot {
                 .map_err(|why| checkpoint_error(format!("value `{name}` is not to be had as JSON: {why}")))?;
             values.insert(name.clone(), json);
         }
-        let random_step = state.model.random_step();
-        Ok(Self { step, random_step, slices, infos, moments, optimizers: optimizers.collect(), schedulers, values })
+        let random = SavedRandom::of(state.model);
+        Ok(Self { step, random, slices, infos, optimizers, schedulers, values })
     }
 
     /// Reads the moments out of the optimizers: a copy of this rank's.
@@ -83,8 +88,8 @@ impl Snapshot {
     /// [`Error::Checkpoint`] if they do not fit the parameters.
     pub(super) fn contents(&mut self) -> Result<Contents, Error> {
         let (mut slices, mut scalars) = (std::mem::take(&mut self.slices), ParamScalars::new());
-        for (name, optimizer) in std::mem::take(&mut self.optimizers) {
-            let found = moments::of_optimizer(&name, &optimizer, &self.infos, &self.moments)?;
+        for (name, optimizer, held) in std::mem::take(&mut self.optimizers) {
+            let found = moments::of_optimizer(&name, &optimizer, &self.infos, &held)?;
             slices.extend(found.slices);
             scalars.insert(name, found.scalars);
         }

@@ -13,7 +13,9 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::scalar::StoredScalar;
 use super::{checkpoint_error, cover, file_problem};
 use crate::Error;
+use crate::graph::RandomUse;
 use crate::tensor_file::dtype_of;
+use crate::train::ParallelModule;
 
 /// The name of the index in the directory of a checkpoint.
 pub(super) const INDEX: &str = "checkpoint.json";
@@ -35,8 +37,12 @@ pub(super) struct Index {
     pub(super) step: u64,
     /// The number of the step whose random numbers come next.
     pub(super) random_step: u64,
+    /// What the random numbers of captured steps went by.
+    pub(super) random_by: RandomUse,
     /// How many ranks saved it.
     pub(super) ranks: usize,
+    /// How many replicas they had.
+    pub(super) replicas: usize,
     /// The strategy that it was made under, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) made_under: Option<String>,
@@ -107,6 +113,23 @@ pub(super) fn checksum(bytes: &[u8]) -> String {
     format!("{:016x}", xxh3_64(bytes))
 }
 
+/// Where a model is in its random numbers.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SavedRandom {
+    /// The step that comes next.
+    pub(super) step: u64,
+    /// What the numbers went by.
+    pub(super) by: RandomUse,
+    pub(super) replicas: usize,
+}
+
+impl SavedRandom {
+    pub(super) fn of<P: ParallelModule>(model: &P) -> Self {
+        let by = model.random().map_or(RandomUse::Unused, |random| random.used());
+        Self { step: model.random_step(), by, replicas: model.report().replicas }
+    }
+}
+
 /// The fields by which a reader knows whether it can read the others.
 #[derive(Deserialize)]
 struct Version {
@@ -115,13 +138,16 @@ struct Version {
 }
 
 impl Index {
-    pub(super) fn new(step: u64, random_step: u64, ranks: usize) -> Self {
+    pub(super) fn new(step: u64, random: SavedRandom, ranks: usize) -> Self {
+        let SavedRandom { step: random_step, by: random_by, replicas } = random;
         Self {
             format: FORMAT.into(),
             version: VERSION,
             step,
             random_step,
+            random_by,
             ranks,
+            replicas,
             made_under: None,
             block_bytes: BLOCK_BYTES,
             files: Vec::new(),

@@ -11,7 +11,7 @@ use super::index::{INDEX, INDEX_CHECKSUM, Index, StoredFile, StoredSlice, Stored
 use super::options::CheckpointOptions;
 use super::plan::{TensorKey, WritePlan};
 use super::write::{file_name, write};
-use super::{checkpoint_error, fault};
+use super::{checkpoint_error, fault, file_problem};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::tensor_file::{Draft, name_of as dtype_name, write_file};
@@ -50,7 +50,14 @@ pub(super) fn run(
     fault::point("planned");
     let (first, dir) = (group.rank() == 0, root.join(name_of(snapshot.step)));
     let draft = together(Draft::new(&dir, true), group)?;
-    let begun = if first { clean_up(root).and_then(|()| draft.begin()) } else { Ok(()) };
+    let begin = || {
+        // Made anew, what vanished with its checkpoints, as a disk that is no longer mounted, would go unnoticed.
+        if !root.is_dir() {
+            return Err(file_problem(root, "is not there any more: bring it back, or open another `Checkpointer`"));
+        }
+        clean_up(root).and_then(|()| draft.begin())
+    };
+    let begun = if first { begin() } else { Ok(()) };
     together(begun, group)?;
     fault::point("draft made");
     let written = finish(&contents, &plan, &snapshot, &draft, options, group);
@@ -112,7 +119,7 @@ fn index(
     options: &CheckpointOptions,
     ranks: usize,
 ) -> Result<Index, Error> {
-    let mut index = Index::new(snapshot.step, snapshot.random_step, ranks);
+    let mut index = Index::new(snapshot.step, snapshot.random, ranks);
     let mut files = Vec::new();
     for (rank, told) in told.iter().enumerate() {
         let told: Option<ToldFile> = serde_json::from_slice(told).map_err(|why| checkpoint_error(why.to_string()))?;

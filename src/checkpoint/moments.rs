@@ -16,7 +16,7 @@ use burn_pack::{Reader, Writer};
 use super::checkpoint_error;
 use super::contents::Slice;
 use super::index::{OptimizerParam, StoredTensor};
-use super::params::{MomentSlice, ParamInfo};
+use super::params::ParamInfo;
 use super::plan::TensorKey;
 use super::scalar::StoredScalar;
 use crate::Error;
@@ -40,7 +40,7 @@ pub(super) fn of_optimizer(
     optimizer: &str,
     state: &ModuleOptimizer,
     infos: &[ParamInfo],
-    held: &HashMap<ParamId, MomentSlice>,
+    held: &HashMap<ParamId, ParamSlice>,
 ) -> Result<Moments, Error> {
     let paths: HashMap<u64, &ParamInfo> = infos.iter().map(|info| (info.id.val(), info)).collect();
     let path = |id: u64| {
@@ -66,7 +66,7 @@ pub(super) fn of_optimizer(
         let info = path(id)?;
         let moment = name.split_once('.').map_or(name.as_str(), |(_, moment)| moment).to_owned();
         let dims = shape.to_vec();
-        let Some(slice) = held.get(&info.id).map(|slice| slice.of_dims(&dims)) else { continue };
+        let Some(slice) = held.get(&info.id) else { continue };
         let Some((dims, ranges)) = part(&dims, slice) else {
             let ParamSlice { local_dims, dims: whole, .. } = slice;
             return Err(checkpoint_error(format!(
@@ -182,20 +182,20 @@ pub(super) fn restored(
 
 /// The values with zeros behind along each dim, up to these dims.
 fn zero_padded(data: Option<TensorData>, dims: &[usize], dtype: DType) -> Result<TensorData, Error> {
-    use crate::tensor_file::{Loop, Side, copy_strided, row_major};
+    use crate::tensor_file::{Elements, Loop, Side, copy_strided, row_major};
     match data {
         Some(data) if data.shape().as_slice() == dims && data.dtype() == dtype => Ok(data),
         data => {
-            let mut bytes = vec![0; dims.iter().product::<usize>() * dtype.size()];
+            let mut elements = Elements::zeros(dims.iter().product(), dtype);
             if let Some(data) = data {
                 let lens = data.shape().to_vec();
                 let strides = row_major(&lens).into_iter().zip(row_major(dims));
                 let loops: Vec<Loop> =
                     lens.iter().zip(strides).map(|(len, (from, to))| Loop { len: *len, from, to }).collect();
                 let from = Side { start: 0, dtype: data.dtype() };
-                copy_strided((data.as_bytes(), from), (&mut bytes, Side { start: 0, dtype }), &loops)?;
+                copy_strided((data.as_bytes(), from), (elements.bytes_mut(), Side { start: 0, dtype }), &loops)?;
             }
-            Ok(TensorData::from_bytes_vec(bytes, dims.to_vec(), dtype))
+            Ok(elements.into_data(dims.to_vec(), dtype))
         }
     }
 }

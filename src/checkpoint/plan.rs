@@ -15,7 +15,8 @@ use crate::comm::{Communicator, part};
 use crate::params::is_statistic;
 use crate::tensor_file::{dtype_of, name_of};
 
-/// From how many bytes on the ranks that hold a slice alike write a part of it each; of smaller ones one rank writes all.
+/// Ranks that hold a slice alike write a part of it each, of so many bytes at least; of smaller ones one rank writes all. So thousands
+/// of replicas do not make thousands of small slices.
 const SHARED: usize = 1 << 20;
 
 /// Which tensor of a checkpoint it is.
@@ -179,7 +180,10 @@ impl Held {
             if key.differs() || !dtype.is_float() {
                 // What the first replica has counts.
                 planned.push((ranges, holders[0]));
-            } else if bytes >= SHARED && rows.len() >= holders.len() {
+            } else if bytes >= SHARED && rows.len() >= holders.len().min(bytes / SHARED) {
+                holders.sort_by_key(|rank| (load[*rank], *rank));
+                holders.truncate(bytes / SHARED);
+                holders.sort_unstable();
                 for (index, holder) in holders.iter().enumerate() {
                     let share = part(rows.len(), holders.len(), index);
                     let mut ranges = ranges.clone();
@@ -225,6 +229,8 @@ mod tests {
         // A small one is written by one rank, a large one by all that hold it.
         assert_eq!(held(&[(0..4, &[0, 1])], 4, 2).unwrap(), [(0..4, 0)]);
         assert_eq!(held(&[(0..5, &[2, 1])], 5, 1 << 18).unwrap(), [(0..3, 1), (3..5, 2)]);
+        // No more of them than it has MiB.
+        assert_eq!(held(&[(0..5, &[0, 1, 2, 3])], 5, 1 << 17).unwrap(), [(0..3, 0), (3..5, 1)]);
         let split: &[(Range<usize>, &[usize])] = &[(0..2, &[0, 2]), (2..4, &[1, 3])];
         assert_eq!(held(split, 4, 1).unwrap(), [(0..2, 0), (2..4, 1)]);
         assert_eq!(held(split, 4, 1 << 18).unwrap(), [(0..1, 0), (1..2, 2), (2..3, 1), (3..4, 3)]);

@@ -14,7 +14,7 @@ use super::plan::TensorKey;
 use super::{checkpoint_error, file_problem};
 use crate::Error;
 use crate::params::SliceSource;
-use crate::tensor_file::{Loop, Side, TensorFile, copy_strided, row_major};
+use crate::tensor_file::{Elements, Loop, Side, TensorFile, copy_strided, row_major};
 
 /// The directory of a checkpoint. Files are mapped when something of them is needed.
 pub(super) struct Reader {
@@ -49,7 +49,8 @@ impl Reader {
         }
         let lens: Vec<usize> = ranges.iter().map(ExactSizeIterator::len).collect();
         let strides = row_major(&lens);
-        let mut bytes = vec![0; lens.iter().product::<usize>() * dtype.size()];
+        let mut elements = Elements::zeros(lens.iter().product(), dtype);
+        let bytes = elements.bytes_mut();
         for slice in &tensor.slices {
             let own = slice.ranges();
             let both: Vec<Range<usize>> =
@@ -60,37 +61,57 @@ impl Reader {
             let dims: Vec<usize> = own.iter().map(ExactSizeIterator::len).collect();
             let inner: Vec<Range<usize>> =
                 both.iter().zip(&own).map(|(both, own)| both.start - own.start..both.end - own.start).collect();
-            let from = self.slice(key, tensor, slice, &dims, &inner)?;
+            let mut from = self.blocks(key, tensor, slice, &dims)?;
             let from_strides = row_major(&dims);
             let place = |starts: &mut dyn Iterator<Item = usize>, strides: &[isize]| -> usize {
                 starts.zip(strides).map(|(start, stride)| start * *stride as usize).sum()
             };
             let first = place(&mut inner.iter().map(|range| range.start), &from_strides);
             let to = place(&mut both.iter().zip(ranges).map(|(both, all)| both.start - all.start), &strides);
+            let whole_rows = both.iter().zip(dims.iter().zip(&lens)).skip(1);
+            if whole_rows.clone().all(|(both, (own, all))| both.len() == *own && both.len() == *all) {
+                let size = dtype.size();
+                let len = both.iter().map(ExactSizeIterator::len).product::<usize>() * size;
+                let (first, to) = (first * size, to * size);
+                // Copied while it is in the cache.
+                for begin in (0..len).step_by(from.block_bytes) {
+                    let piece = begin..(begin + from.block_bytes).min(len);
+                    from.check(first + piece.start..first + piece.end)?;
+                    bytes[to + piece.start..to + piece.end]
+                        .copy_from_slice(&from.bytes[first + piece.start..first + piece.end]);
+                }
+                continue;
+            }
+            let mut outcome = Ok(());
+            for_runs(&dims, &inner, &mut |first, len| {
+                if outcome.is_ok() {
+                    outcome = from.check(first * dtype.size()..(first + len) * dtype.size());
+                }
+            });
+            outcome?;
             let sides = from_strides.iter().zip(&strides);
             let loops: Vec<Loop> = both
                 .iter()
                 .zip(sides)
                 .map(|(range, (from, to))| Loop { len: range.len(), from: *from, to: *to })
                 .collect();
-            copy_strided((from, Side { start: first, dtype }), (&mut bytes, Side { start: to, dtype }), &loops)?;
+            copy_strided((from.bytes, Side { start: first, dtype }), (bytes, Side { start: to, dtype }), &loops)?;
         }
-        Ok(TensorData::from_bytes_vec(bytes, lens, dtype))
+        Ok(elements.into_data(lens, dtype))
     }
 
-    /// The bytes of a slice of these dims, of which those of `ranges` are made sure of.
-    fn slice(
-        &mut self,
+    /// The bytes of a slice of these dims.
+    fn blocks<'a>(
+        &'a mut self,
         key: &TensorKey,
         tensor: &StoredTensor,
-        slice: &StoredSlice,
+        slice: &'a StoredSlice,
         dims: &[usize],
-        ranges: &[Range<usize>],
-    ) -> Result<&[u8], Error> {
+    ) -> Result<Blocks<'a>, Error> {
         let index = self.index.clone();
         let stored = &index.files[slice.file];
         let path = self.dir.join(&stored.name);
-        let instead = "restore an earlier checkpoint with `restore_step`, or bring the file back";
+        let instead = INSTEAD;
         let file = match self.files.entry(slice.file) {
             Entry::Occupied(open) => open.into_mut(),
             Entry::Vacant(none) => {
@@ -115,34 +136,48 @@ impl Reader {
             );
             return Err(file_problem(&path, problem));
         }
-        let bytes = file.bytes(entry);
         let known = (slice.file, slice.tensor.clone());
         let checked = self.checked.entry(known).or_insert_with(|| vec![false; slice.xxh3.len()]);
-        let size = tensor.burn_dtype()?.size();
-        let mut damaged = None;
-        for_runs(dims, ranges, &mut |first, len| {
-            let (begin, end) = (first * size, (first + len) * size);
-            let first = begin / index.block_bytes;
-            for (place, known) in checked[first..end.div_ceil(index.block_bytes)].iter_mut().enumerate() {
-                if std::mem::replace(known, true) {
-                    continue;
-                }
-                let block = first + place;
-                let from = block * index.block_bytes;
-                let block_bytes = &bytes[from..(from + index.block_bytes).min(bytes.len())];
-                self.bytes_read += block_bytes.len() as u64;
-                if checksum(block_bytes) != slice.xxh3[block] && damaged.is_none() {
-                    damaged = Some(from..from + block_bytes.len());
-                }
+        let block_bytes = index.block_bytes;
+        Ok(Blocks { path, slice, bytes: file.bytes(entry), block_bytes, checked, bytes_read: &mut self.bytes_read })
+    }
+}
+
+/// What is tried when a file is damaged.
+const INSTEAD: &str = "restore an earlier checkpoint with `restore_step`, or bring the file back";
+
+/// The bytes of a slice, of which each block is compared with its checksum when it is needed for the first time.
+struct Blocks<'a> {
+    path: PathBuf,
+    slice: &'a StoredSlice,
+    bytes: &'a [u8],
+    block_bytes: usize,
+    checked: &'a mut [bool],
+    bytes_read: &'a mut u64,
+}
+
+impl Blocks<'_> {
+    /// Makes sure of all blocks that these bytes are in.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] with the file and the slice, if one is damaged.
+    fn check(&mut self, bytes: Range<usize>) -> Result<(), Error> {
+        for block in bytes.start / self.block_bytes..bytes.end.div_ceil(self.block_bytes) {
+            if std::mem::replace(&mut self.checked[block], true) {
+                continue;
             }
-        });
-        match damaged {
-            Some(range) => Err(file_problem(
-                &path,
-                format!("bytes {range:?} of `{}` are damaged: their checksum is another; {instead}", slice.tensor),
-            )),
-            None => Ok(bytes),
+            let from = block * self.block_bytes;
+            let block_bytes = &self.bytes[from..(from + self.block_bytes).min(self.bytes.len())];
+            *self.bytes_read += block_bytes.len() as u64;
+            if checksum(block_bytes) != self.slice.xxh3[block] {
+                let range = from..from + block_bytes.len();
+                let tensor = &self.slice.tensor;
+                let problem =
+                    format!("bytes {range:?} of `{tensor}` are damaged: their checksum is another; {INSTEAD}");
+                return Err(file_problem(&self.path, problem));
+            }
         }
+        Ok(())
     }
 }
 

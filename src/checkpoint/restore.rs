@@ -15,6 +15,7 @@ use super::read::{ParamSource, Reader};
 use super::state::TrainState;
 use super::{checkpoint_error, file_problem};
 use crate::Error;
+use crate::graph::RandomUse;
 use crate::train::ParallelModule;
 
 /// What was restored, and what that took.
@@ -36,7 +37,8 @@ pub(super) struct Loaded<P> {
     restored: Restored,
 }
 
-/// Reads this rank's part of a checkpoint. The state stays as it is, but for values that it keeps aside. Not collective.
+/// Reads this rank's part of a checkpoint. The state stays as it is, but for values that it keeps aside. Not collective; the first
+/// rank warns of what cannot go on.
 ///
 /// # Errors
 /// As [`Checkpointer::restore`](super::Checkpointer::restore).
@@ -44,20 +46,21 @@ pub(super) fn load<P: ParallelModule>(
     dir: &Path,
     state: &mut TrainState<'_, P>,
     options: &CheckpointOptions,
+    first: bool,
 ) -> Result<Loaded<P>, Error> {
     let index = Arc::new(Index::read(dir)?);
     let infos = params::infos(state.model.local())?;
     let kept = compare(dir, &index, &infos, state, options)?;
     let mut reader = Reader::new(dir, index.clone());
     let model = (*state.model).clone().load(&mut ParamSource { reader: &mut reader, kept: &kept })?;
-    let slices = if state.optimizers.is_empty() { Default::default() } else { params::moment_slices(state.model)? };
     let mut optimizers = Vec::new();
     for (name, optimizer) in &state.optimizers {
         let Some(stored) = index.optimizers.get(name) else {
             optimizers.push(None);
             continue;
         };
-        let here = |info: &ParamInfo| Some((slices.get(&info.id)?.to_restore(), stored.get(&info.path)?));
+        let slices = params::moment_slices(state.model, optimizer)?;
+        let here = |info: &ParamInfo| Some((slices.get(&info.id)?, stored.get(&info.path)?));
         let mut wanted = Vec::new();
         for info in &infos {
             let Some((slice, state)) = here(info) else { continue };
@@ -78,6 +81,15 @@ pub(super) fn load<P: ParallelModule>(
                 file_problem(dir, format!("value `{name}` is not what this program takes for it: {why}"))
             })?;
         }
+    }
+    let replicas = state.model.report().replicas;
+    if first && index.random_by == RandomUse::Replicas && index.replicas != replicas {
+        log::warn!(
+            "{}: dropout goes on with other numbers than it would have: they go by replica, of which there were {}, and now are \
+             {replicas}. `draw_rows` before each step has them go by rows of the global batch",
+            dir.display(),
+            index.replicas
+        );
     }
     let restored = Restored { step: index.step, bytes_read: reader.bytes_read };
     Ok(Loaded { model, optimizers, schedulers, random_step: index.random_step, restored })

@@ -13,8 +13,8 @@ use super::{checkpoint_error, fault};
 use crate::Error;
 use crate::tensor_file::{NewFile, NewTensor, PieceWriter};
 
-/// Bytes that are written at once.
-const PIECE: usize = 16 << 20;
+/// Bytes that are written at once: whole blocks, few enough to be in the cache still when their checksums are known.
+const PIECE: usize = 2 * BLOCK_BYTES;
 
 /// The name of a rank's file.
 pub(super) fn file_name(rank: usize) -> String {
@@ -61,10 +61,12 @@ pub(super) fn write(contents: &Contents, plan: &WritePlan, rank: usize, dir: &Pa
         };
         let values = contiguous(slice, ranges)?;
         let bytes = bytes_of(&values);
+        let mut of_slice = Vec::with_capacity(bytes.len().div_ceil(BLOCK_BYTES));
         for (piece, bytes) in bytes.chunks(PIECE).enumerate() {
+            of_slice.extend(bytes.chunks(BLOCK_BYTES).map(checksum));
             file.write_at(start + (piece * PIECE) as u64, bytes)?;
         }
-        checksums.push(bytes.chunks(BLOCK_BYTES).map(checksum).collect());
+        checksums.push(of_slice);
     }
     file.sync()?;
     Ok(Some(Written { bytes: new_file.size, checksums }))

@@ -123,9 +123,7 @@ pub(super) const NUMBERS: usize = 3;
 /// What the sums over the replicas say.
 pub(super) fn of_sums(sums: &[f64]) -> NoiseState {
     match *sums {
-        [squares, micro_batches, 0.0] => {
-            NoiseState::Part(NoisePart { squares, micro_batches: micro_batches as u64 })
-        }
+        [squares, micro_batches, 0.0] => NoiseState::Part(NoisePart { squares, micro_batches: micro_batches as u64 }),
         _ => NoiseState::None(NoNoise::InParts),
     }
 }

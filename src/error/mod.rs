@@ -280,6 +280,13 @@ pub enum Error {
         said: Vec<String>,
     },
 
+    /// The run was asked to end by a signal, and has ended.
+    #[error("the run was ended by {signal}")]
+    Stopped {
+        /// The signal.
+        signal: crate::launch::StopSignal,
+    },
+
     /// The transport under the communicator, or a service that it needs, could not be used.
     #[error("{transport}: {problem}")]
     Transport {

@@ -76,14 +76,19 @@ impl CheckedOptimizers {
         params: &HashSet<ParamId>,
         find: impl FnOnce() -> Result<HashSet<ParamId>, Error>,
     ) -> Result<Arc<HashSet<ParamId>>, Error> {
-        if let Some(known) = self.lock().get(&address).filter(|known| known.params.is_superset(params)) {
-            return Ok(known.whole.clone());
+        if let Some(whole) = self.known_whole(address, params) {
+            return Ok(whole);
         }
         let whole = Arc::new(find()?);
         let mut known = self.lock();
         let checked = known.entry(address).or_default();
         (checked.params, checked.whole) = (params.clone(), whole.clone());
         Ok(whole)
+    }
+
+    /// What [`whole`](Self::whole) has found out, if it was asked for all of `params`.
+    pub fn known_whole(&self, address: usize, params: &HashSet<ParamId>) -> Option<Arc<HashSet<ParamId>>> {
+        self.lock().get(&address).filter(|known| known.params.is_superset(params)).map(|known| known.whole.clone())
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<usize, Checked>> {

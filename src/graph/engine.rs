@@ -10,6 +10,7 @@ use burn::tensor::Tensor;
 
 use super::checked_optimizers::CheckedOptimizers;
 use super::gradient_layout::{ClipRecord, GradientLayout};
+use super::random::RandomSource;
 use super::results::{StepObserver, StepOutputs};
 use crate::Error;
 use crate::comm::Communicator;
@@ -134,6 +135,11 @@ pub trait StepEngine: Module {
 
     /// Has the next step draw the random numbers of step number `step`.
     fn set_random_step(&self, _step: u64) {}
+
+    /// What random numbers follow from; none if they are drawn from burn's generator.
+    fn random(&self) -> Option<RandomSource> {
+        None
+    }
 
     /// What it has communicated so far.
     fn counters(&self) -> StepCounters;

@@ -5,9 +5,12 @@
 //! seed, the replica, the step, the operation's number and the element's place in the whole tensor: a counter-based generator in the
 //! sense of Salmon et al., [Parallel random numbers: as easy as 1, 2, 3](https://doi.org/10.1145/2063384.2063405), here
 //! ChaCha with 8 rounds. So a rank draws exactly its part, and a step split in whatever way draws what it draws on one rank.
+//!
+//! [By rows](RandomSource::draw_rows) the place of a row in the global batch takes the place of replica and micro-batch: then
+//! replicas and micro-batches, too, draw what one rank draws on the whole batch.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use burn::tensor::{Bytes, DType, Device, Distribution, TensorData, bf16, f16};
 use burn_ir::{CustomOpIr, OperationIr, RandomOpIr, ScalarIr};
@@ -38,7 +41,8 @@ pub fn counter_based_rng(graph: &mut StepGraph) -> usize {
     number as usize
 }
 
-/// The seed, the number of the replica and that of the step: what all ranks must have in common to draw common numbers.
+/// The seed, the number of the step, and that of the replica or of its rows: what all ranks must have in common to draw
+/// common numbers.
 ///
 /// Clones share replica and step.
 #[derive(Debug, Clone)]
@@ -52,6 +56,33 @@ pub struct RandomSource {
 struct Position {
     replica: AtomicU64,
     step: AtomicU64,
+    /// Whether numbers go by rows, not by replicas.
+    by_rows: AtomicBool,
+    /// The place of the first row of the micro-batch in the global batch, from one row to the next, and how many there are.
+    first_row: AtomicU64,
+    row_stride: AtomicU64,
+    rows: AtomicU64,
+    /// Whether any number was drawn.
+    drawn: AtomicBool,
+}
+
+/// Where the numbers of a step begin.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RandomStart {
+    step: u64,
+    first_row: u64,
+}
+
+/// What the numbers that were drawn so far go by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RandomUse {
+    /// None were drawn.
+    Unused,
+    /// The number of the replica and of the micro-batch.
+    Replicas,
+    /// The places of rows in the global batch.
+    Rows,
 }
 
 impl RandomSource {
@@ -63,7 +94,7 @@ impl RandomSource {
     /// A source of its own with numbers from another seed, at the same step.
     pub(crate) fn with_seed(&self, seed: u64) -> Self {
         let (replica, step) = (AtomicU64::new(self.replica()), AtomicU64::new(self.step()));
-        Self { seed, position: Arc::new(Position { replica, step }) }
+        Self { seed, position: Arc::new(Position { replica, step, ..Position::default() }) }
     }
 
     /// What the numbers follow from.
@@ -86,6 +117,55 @@ impl RandomSource {
         self.position.step.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Has the micro-batches of a step draw the numbers of rows of the global batch of step number `step`, until
+    /// [`set_step`](Self::set_step) or the next call: their rows are number `first`, `first + stride` and so on of it.
+    pub fn draw_rows(&self, step: u64, first: u64, stride: u64) {
+        self.position.step.store(step, Ordering::Relaxed);
+        self.position.first_row.store(first, Ordering::Relaxed);
+        self.position.row_stride.store(stride, Ordering::Relaxed);
+        self.position.by_rows.store(true, Ordering::Relaxed);
+    }
+
+    /// Says how many rows the micro-batch has that comes next.
+    pub(crate) fn set_rows(&self, rows: usize) {
+        self.position.rows.store(rows as u64, Ordering::Relaxed);
+    }
+
+    /// Goes on to the numbers of the next micro-batch, behind so many rows.
+    pub(crate) fn advance_rows(&self, rows: usize) {
+        self.go_to(self.start(), 1, rows);
+    }
+
+    /// Where a step begins.
+    pub(crate) fn start(&self) -> RandomStart {
+        RandomStart { step: self.step(), first_row: self.position.first_row.load(Ordering::Relaxed) }
+    }
+
+    /// Goes to a micro-batch of a step, before which there were so many rows of it.
+    pub(crate) fn go_to(&self, start: RandomStart, micro_batch: usize, rows_before: usize) {
+        match self.by_rows() {
+            true => {
+                let stride = self.position.row_stride.load(Ordering::Relaxed);
+                let row = start.first_row.wrapping_add((rows_before as u64).wrapping_mul(stride));
+                self.position.first_row.store(row, Ordering::Relaxed);
+            }
+            false => self.position.step.store(start.step + micro_batch as u64, Ordering::Relaxed),
+        }
+    }
+
+    fn by_rows(&self) -> bool {
+        self.position.by_rows.load(Ordering::Relaxed)
+    }
+
+    /// What the numbers that were drawn so far go by.
+    pub(crate) fn used(&self) -> RandomUse {
+        match (self.position.drawn.load(Ordering::Relaxed), self.by_rows()) {
+            (false, _) => RandomUse::Unused,
+            (true, false) => RandomUse::Replicas,
+            (true, true) => RandomUse::Rows,
+        }
+    }
+
     /// The number of the step.
     pub fn step(&self) -> u64 {
         self.position.step.load(Ordering::Relaxed)
@@ -94,19 +174,52 @@ impl RandomSource {
     /// Sets the number of the step, as when training goes on from a checkpoint.
     pub fn set_step(&self, step: u64) {
         self.position.step.store(step, Ordering::Relaxed);
+        self.position.by_rows.store(false, Ordering::Relaxed);
     }
 
-    /// The numbers of one operation, from a place on: two words for each.
-    fn stream(&self, operation: u64, place: u64) -> ChaCha8Rng {
+    /// Appends the numbers of so many elements of an operation, from a place on: two words for each. The whole of what it draws has
+    /// `whole` elements.
+    fn draw(&self, operation: u64, whole: u64, place: u64, count: usize, bits: &mut Vec<u64>) {
+        self.position.drawn.store(true, Ordering::Relaxed);
+        if !self.by_rows() {
+            let mut stream = self.stream(operation, self.replica(), place.into());
+            return bits.extend((0..count).map(|_| stream.next_u64()));
+        }
+        let position = &self.position;
+        let [first, stride, rows] =
+            [&position.first_row, &position.row_stride, &position.rows].map(|number| number.load(Ordering::Relaxed));
+        if rows == 0 || !whole.is_multiple_of(rows) {
+            // Not of rows: numbers of this micro-batch, which no other has.
+            let mut stream = self.stream(operation, NO_REPLICA | first, place.into());
+            return bits.extend((0..count).map(|_| stream.next_u64()));
+        }
+        // The batch is the outermost dim, as far as it can be told.
+        let of_row = whole / rows;
+        let (mut place, mut left) = (place, count as u64);
+        while left > 0 && of_row > 0 {
+            let (row, inside) = (place / of_row, place % of_row);
+            let run = if stride == 1 { left } else { left.min(of_row - inside) };
+            let row = u128::from(first) + u128::from(row) * u128::from(stride);
+            let mut stream = self.stream(operation, ALL_ROWS, row * u128::from(of_row) + u128::from(inside));
+            bits.extend((0..run).map(|_| stream.next_u64()));
+            (place, left) = (place + run, left - run);
+        }
+    }
+
+    fn stream(&self, operation: u64, replica: u64, place: u128) -> ChaCha8Rng {
         let mut key = [0; 32];
-        for (word, value) in [self.seed, self.step(), operation, self.replica()].into_iter().enumerate() {
+        for (word, value) in [self.seed, self.step(), operation, replica].into_iter().enumerate() {
             key[word * 8..][..8].copy_from_slice(&value.to_le_bytes());
         }
         let mut stream = ChaCha8Rng::from_seed(key);
-        stream.set_word_pos(2 * u128::from(place));
+        stream.set_word_pos(2 * place);
         stream
     }
 }
+
+/// In the place of a replica's number: the rows of all of them, and a micro-batch of none.
+const ALL_ROWS: u64 = u64::MAX;
+const NO_REPLICA: u64 = 1 << 63;
 
 /// Registers the operation that [`counter_based_rng`] puts into a graph. `source` says which step it is.
 pub fn register_counter_based_rng(ops: &mut CustomOps, source: &RandomSource) {
@@ -156,6 +269,8 @@ pub(crate) fn draw_apart(op: &mut OperationIr, at: usize, factors: &[usize]) {
 struct Draw {
     operation: u64,
     distribution: Distribution,
+    /// The elements of the whole tensor.
+    whole: u64,
     strides: Vec<u64>,
     first: u64,
 }
@@ -164,7 +279,8 @@ impl Draw {
     fn new(operation: u64, random: &RandomOpIr) -> Self {
         let dims = random.out.shape.as_slice();
         let strides = (0..dims.len()).map(|dim| dims[dim + 1..].iter().product::<usize>() as u64).collect();
-        Self { operation, distribution: random.distribution, strides, first: 0 }
+        let whole = dims.iter().product::<usize>() as u64;
+        Self { operation, distribution: random.distribution, whole, strides, first: 0 }
     }
 
     fn into_operation(self, random: &RandomOpIr) -> OperationIr {
@@ -179,14 +295,15 @@ impl Draw {
             Distribution::Uniform(low, high) => (2, low, high),
             Distribution::Normal(mean, deviation) => (3, mean, deviation),
         };
-        let head = [ScalarIr::UInt(self.operation), ScalarIr::UInt(kind), ScalarIr::Float(a), ScalarIr::Float(b)];
+        let [operation, kind, whole] = [self.operation, kind, self.whole].map(ScalarIr::UInt);
+        let head = [operation, kind, ScalarIr::Float(a), ScalarIr::Float(b), whole];
         // The last is each rank's own.
         let places = self.strides.iter().chain([&self.first]).map(|place| ScalarIr::UInt(*place));
         head.into_iter().chain(places).collect()
     }
 
     fn of(op: &CustomOpIr) -> Option<Self> {
-        let [operation, kind, a, b, strides @ .., first] = op.scalars.as_slice() else { return None };
+        let [operation, kind, a, b, whole, strides @ .., first] = op.scalars.as_slice() else { return None };
         let (a, b) = (a.elem::<f64>(), b.elem::<f64>());
         let distribution = match kind.elem::<u64>() {
             0 => Distribution::Default,
@@ -195,7 +312,7 @@ impl Draw {
             _ => Distribution::Normal(a, b),
         };
         let strides = strides.iter().map(|stride| stride.elem()).collect();
-        Some(Self { operation: operation.elem(), distribution, strides, first: first.elem() })
+        Some(Self { operation: operation.elem(), distribution, whole: whole.elem(), strides, first: first.elem() })
     }
 
     /// 64 random bits for each element, in the order of the local tensor.
@@ -216,8 +333,7 @@ impl Draw {
                 place += (rest % dims[dim]) as u64 * self.strides[dim];
                 rest /= dims[dim];
             }
-            let mut stream = source.stream(self.operation, place);
-            bits.extend((0..run).map(|_| stream.next_u64()));
+            source.draw(self.operation, self.whole, place, run, &mut bits);
         }
         bits
     }

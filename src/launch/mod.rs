@@ -4,13 +4,21 @@
 //! starts this program several times on this machine. [`from_env`] is for programs that a launcher starts, on one
 //! machine or many: torchrun, `mpirun`, `srun`. Processes are joined over TCP, or by MPI if its launcher has started
 //! them.
+//!
+//! [`Processes::restarts`] starts lost ranks again; [`StopSignals`] tells all ranks that a cluster is about to end them.
 
 mod environment;
 mod process;
 #[cfg(unix)]
 mod processes;
 mod rank;
+#[cfg(unix)]
+mod relay;
 mod rendezvous;
+mod stop;
+mod stop_signal;
+#[cfg(unix)]
+mod supervise;
 mod threads;
 
 pub use environment::{Launcher, ProcessInfo};
@@ -18,6 +26,8 @@ pub use process::{Process, TransportKind, from_env};
 #[cfg(unix)]
 pub use processes::{Processes, processes};
 pub use rank::Rank;
+pub use stop::StopSignals;
+pub use stop_signal::StopSignal;
 pub use threads::{Threads, threads};
 
 pub use crate::comm::tcp::Rendezvous;

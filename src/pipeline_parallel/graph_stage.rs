@@ -1,13 +1,14 @@
 //! A stage that runs its part of a captured step.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
 use burn::module::{Module, ParamId};
 
 use super::schedule::{Direction, Edge};
 use super::{Forwarded, LossSum, MicroBatch, Stage, StageMessage, stage_error};
 use crate::Error;
-use crate::graph::{RandomSource, graph_error};
+use crate::graph::{RandomSource, RandomStart, graph_error};
 use crate::partition::Exchange;
 use crate::pipeline_parallel::cut::{StageRun, Tensors};
 use crate::tensor::PlainTensor;
@@ -24,8 +25,8 @@ pub(super) struct GraphStage {
     /// With as many tensors as the size that sends most: a batch of one row, for example, spares some operations.
     edges: Vec<Edge>,
     gradients: HashMap<ParamId, PlainTensor>,
-    /// What random numbers follow from, and the number of the first micro-batch of this step among all so far.
-    random: Option<(RandomSource, u64)>,
+    /// What random numbers follow from, where those of this step begin, and the rows of each of its micro-batches.
+    random: Option<(RandomSource, RandomStart, Vec<Range<usize>>)>,
 }
 
 impl GraphStage {
@@ -60,8 +61,8 @@ impl GraphStage {
     }
 
     /// Has each micro-batch draw numbers of its own.
-    pub(super) fn draw_from(&mut self, source: &RandomSource, first: u64) {
-        self.random = Some((source.clone(), first));
+    pub(super) fn draw_from(&mut self, source: &RandomSource, start: RandomStart, rows: Vec<Range<usize>>) {
+        self.random = Some((source.clone(), start, rows));
     }
 
     /// Has stages take the parameters of a step.
@@ -118,8 +119,10 @@ impl Stage<Vec<PlainTensor>> for GraphStage {
         micro_batch: MicroBatch<'_, Vec<PlainTensor>>,
         messages: Vec<StageMessage>,
     ) -> Result<Forwarded, Error> {
-        if let Some((source, first)) = &self.random {
-            source.set_step(first + micro_batch.index as u64);
+        if let Some((source, start, rows)) = &self.random {
+            let rows = rows.get(micro_batch.index).cloned().unwrap_or_default();
+            source.go_to(*start, micro_batch.index, rows.start);
+            source.set_rows(rows.len());
         }
         let (run, _) = self.run(micro_batch.index)?;
         let given = run.forward(micro_batch.index, micro_batch.input, received(messages))?;

@@ -13,8 +13,8 @@ use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{
-    CheckedOptimizers, ClipRecord, GradientLayout, GradientSink, MicroBatch, Run, SameInputs, SplitParam, StepEngine,
-    TensorTree, read_params,
+    CheckedOptimizers, ClipRecord, GradientLayout, GradientSink, MicroBatch, RandomSource, Run, SameInputs, SplitParam,
+    StepEngine, TensorTree, read_params,
 };
 use crate::nesting::refuse_wrapping;
 use crate::params::{self, ParamSlice, SliceSource, one_device};
@@ -320,6 +320,10 @@ impl<M: Module> StepEngine for Pipelined<M> {
 
     fn set_random_step(&self, step: u64) {
         lock(&self.state).random.set_step(step);
+    }
+
+    fn random(&self) -> Option<RandomSource> {
+        Some(lock(&self.state).random.clone())
     }
 
     fn counters(&self) -> StepCounters {

@@ -86,12 +86,13 @@ impl<M: Module> Pipelined<M> {
         let Some(CapturedStep { pipeline, stages, trained }) = state.steps.get_mut(&key) else {
             return Err(stage_error("the step was not captured"));
         };
-        let first = state.random.step();
-        stages.iter_mut().for_each(|stage| stage.draw_from(&state.random, first));
+        let start = state.random.start();
+        let rows: Vec<_> = (0..inputs.len()).map(|micro_batch| batch.rows(micro_batch)).collect();
+        stages.iter_mut().for_each(|stage| stage.draw_from(&state.random, start, rows.clone()));
         let whole = state.row_shards.as_ref().map_or(Ok(None), |shards| shards.bound(&self.local))?;
         let model = whole.as_ref().unwrap_or(&self.local);
         let mut executed = bound(stages, model, |stages| pipeline.step(stages, &inputs))?;
-        state.random.set_step(first + inputs.len() as u64);
+        state.random.go_to(start, inputs.len(), rows.last().map_or(0, |last| last.end));
         let mut gradients = HashMap::new();
         for stage in stages {
             for (id, gradient) in stage.unbind(&self.local) {

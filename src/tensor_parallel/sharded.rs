@@ -12,8 +12,8 @@ use crate::comm::{Communicator, Counters};
 use crate::delegate::module_of_field;
 use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{
-    CheckedOptimizers, ClipRecord, CustomOps, GRAPHS, GradientLayout, GradientSink, GraphCache, MicroBatch, Run,
-    SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph,
+    CheckedOptimizers, ClipRecord, CustomOps, GRAPHS, GradientLayout, GradientSink, GraphCache, MicroBatch,
+    RandomSource, Run, SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph,
 };
 use crate::nesting::{self, refuse_wrapping};
 use crate::params::{self, ParamSlice, SliceSource};
@@ -202,6 +202,8 @@ impl<M: Module> StepEngine for Sharded<M> {
         let mut state = lock(&self.state);
         let whole = || self.split.meta_module(&self.local);
         let executor = state.graphs.executor_of(signature, &inputs, step, whole)?;
+        let all_rows = rows.unwrap_or(1);
+        self.split.random().set_rows(all_rows);
         let rows = executor.graph().weight.is_none().then_some(rows.unwrap_or(1) as f64);
         let mut units = ScaledGradients::new(rows, unit, sink);
         if let Some(shards) = self.split.shards() {
@@ -210,7 +212,7 @@ impl<M: Module> StepEngine for Sharded<M> {
         let bound = self.split.shards().map_or(Ok(None), |shards| shards.bound(&self.local))?;
         let step = executor.step_observed(bound.as_ref().unwrap_or(&self.local), inputs, &mut units)?;
         comparison.finish()?;
-        self.split.random().advance();
+        self.split.random().advance_rows(all_rows);
         Ok(MicroBatch { loss: Some(units.loss(&step)), outputs: vec![step.outputs], run: None })
     }
 
@@ -258,6 +260,10 @@ impl<M: Module> StepEngine for Sharded<M> {
 
     fn set_random_step(&self, step: u64) {
         self.split.random().set_step(step);
+    }
+
+    fn random(&self) -> Option<RandomSource> {
+        Some(self.split.random().clone())
     }
 
     fn counters(&self) -> StepCounters {

@@ -45,6 +45,7 @@ mod wrap;
 
 pub use module::ParallelModule;
 pub use norm::{Clip, Clipped, HandSplit, NonFinite, Norm};
+pub(crate) use optimize::whole_owners;
 pub use parallel::{Parallel, Parallelize};
 pub use report::Report;
 pub use strategy::{Engine, Strategy};

@@ -12,7 +12,7 @@ use super::norm::{self, Clip, Clipped};
 use super::optimize::{ShardedStep, SplitStep};
 use crate::Error;
 use crate::data_parallel::{Join, JoinLoader};
-use crate::graph::{CheckedOptimizers, GradientLayout, SplitParam, TensorTree};
+use crate::graph::{CheckedOptimizers, GradientLayout, RandomSource, SplitParam, TensorTree};
 use crate::params::{ParamSlice, SliceSource};
 use crate::sharding::{ShardComms, ShardParams};
 use crate::step::{Loss, Step, StepCounters};
@@ -241,6 +241,49 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// Has the next captured step draw the random numbers of step number `step`: when training goes on. The same on every rank;
     /// shared by all clones.
     fn set_random_step(&self, step: u64);
+
+    /// Has the next captured step draw random numbers by the places of its rows in the global batch: those of step number `step`, of
+    /// rows number `first`, `first + stride` and so on. Dropout then is the same on any mesh and with any micro-batches, as if one
+    /// device had the whole batch. To be called before each step, with a number of its own for each; shared by all clones.
+    ///
+    /// A replica whose share is the rows `a..b` passes `(step, a, 1)`; one that takes every n-th, as
+    /// [`DistributedSampler`](crate::data_parallel::DistributedSampler) deals them out, `(step, replica, n)`. All ranks of a replica
+    /// pass the same. Without this call numbers go by replica and micro-batch. It holds for what has the batch as its outermost dim;
+    /// what else a step draws (with the batch in another place, or without one) depends on the mesh as before. Eager steps draw from
+    /// burn's own generator, whatever is passed here.
+    ///
+    /// ```
+    /// use burn::nn::{Dropout, DropoutConfig, Linear, LinearConfig};
+    /// use burn::prelude::*;
+    /// use burn_parallel::prelude::*;
+    /// use burn_parallel::train::Engine;
+    ///
+    /// #[derive(Module, Debug)]
+    /// struct Net { linear: Linear, dropout: Dropout }
+    ///
+    /// let losses = |replicas: usize| launch::threads(replicas).run(|world| {
+    ///     let device = world.device().autodiff();
+    ///     let linear = LinearConfig::new(4, 3).with_initializer(burn::nn::Initializer::Ones).init(&device);
+    ///     let net = Net { linear, dropout: DropoutConfig::new(0.5).init() };
+    ///     let mut model = net.parallelize(&world, &Strategy::new().with_engine(Engine::Captured))?;
+    ///     let rows = 6 / replicas;
+    ///     model.draw_rows(0, (world.rank() * rows) as u64, 1);
+    ///     let x = Tensor::<2>::ones([rows, 4], &device);
+    ///     let step = model.step(x, |net, x| net.dropout.forward(net.linear.forward(x)).mean())?;
+    ///     Ok(step.loss.item())
+    /// });
+    /// let (one, three) = (losses(1)?[0], losses(3)?[0]);
+    /// assert!((one - three).abs() < 1e-6);
+    /// # Ok::<(), Error>(())
+    /// ```
+    fn draw_rows(&self, step: u64, first: u64, stride: u64) {
+        if let Some(random) = self.random() {
+            random.draw_rows(step, first, stride);
+        }
+    }
+
+    #[doc(hidden)]
+    fn random(&self) -> Option<RandomSource>;
 
     #[doc(hidden)]
     fn gradient_layout(&self) -> GradientLayout;

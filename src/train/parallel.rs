@@ -13,7 +13,7 @@ use super::{ParallelModule, Report, Strategy};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::data_parallel::{DataParallel, Eager, Join, JoinLoader, Replica};
-use crate::graph::{CheckedOptimizers, GradientLayout, SplitParam, TensorTree};
+use crate::graph::{CheckedOptimizers, GradientLayout, RandomSource, SplitParam, TensorTree};
 use crate::mesh::Mesh;
 use crate::nesting::{self, refuse_wrapping};
 use crate::params::{ParamSlice, SliceSource};
@@ -213,6 +213,10 @@ impl<M: Module> ParallelModule for Parallel<M> {
 
     fn set_random_step(&self, step: u64) {
         with!(&self.wrapped, model => ParallelModule::set_random_step(model, step));
+    }
+
+    fn random(&self) -> Option<RandomSource> {
+        with!(&self.wrapped, model => ParallelModule::random(model))
     }
 
     fn split_params(&self) -> Vec<SplitParam> {

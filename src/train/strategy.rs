@@ -225,6 +225,32 @@ impl Strategy {
         Ok([dp, *pp, *tp])
     }
 
+    /// This strategy on another number of ranks, as after some were lost: with as many replicas as these make. The other axes stay. A
+    /// pipeline's micro-batches become more in proportion, so that each is as large as before when fewer replicas share the same
+    /// batch; without a pipeline, give [`step_micro_batches`](super::ParallelModule::step_micro_batches) more of them.
+    ///
+    /// # Errors
+    /// [`Error::Strategy`] if it does not fit so many ranks.
+    pub fn resized(&self, from: usize, to: usize) -> Result<Self, Error> {
+        let [before, pp, tp] = self.axes(from)?;
+        let [dp, ..] = Self { dp: None, ..self.clone() }.axes(to)?;
+        if let Some(ranks) = self.data.sharding_ranks.filter(|ranks| !dp.is_multiple_of(*ranks)) {
+            return Err(strategy_error(format!(
+                "on {to} ranks there are {dp} replicas, which groups of `data.sharding_ranks` {ranks} do not divide: leave it out"
+            )));
+        }
+        let mut pipeline = self.pipeline.clone();
+        if let Some(config) = &mut pipeline
+            && dp != before
+        {
+            let micro_batches = config.micro_batches.saturating_mul(before).div_ceil(dp);
+            // Interleaved schedules take as many micro-batches at a time as there are stages.
+            let whole = config.micro_batches.is_multiple_of(pp);
+            config.micro_batches = if whole { micro_batches.next_multiple_of(pp) } else { micro_batches };
+        }
+        Ok(Self { dp: Some(dp), pp, tp, pipeline, ..self.clone() })
+    }
+
     /// Whether steps are captured.
     pub(super) fn captured(&self) -> bool {
         self.engine == Engine::Captured || self.pp > 1 || self.tp > 1
@@ -255,4 +281,25 @@ impl std::str::FromStr for Strategy {
 
 fn strategy_error(problem: String) -> Error {
     Error::Strategy { problem }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Strategy;
+    use crate::pipeline_parallel::PipelineConfig;
+    use crate::plan::Plan;
+
+    #[test]
+    fn fewer_ranks_are_fewer_replicas() {
+        let strategy = Strategy::new().with_dp(3).with_tp(2, Plan::megatron()).with_pp(2, PipelineConfig::new(4));
+        let resized = strategy.resized(12, 8).unwrap();
+        assert_eq!(resized.axes(8).unwrap(), [2, 2, 2]);
+        assert_eq!(resized.pipeline.unwrap().micro_batches, 6);
+        assert_eq!(strategy.resized(12, 4).unwrap().pipeline.unwrap().micro_batches, 12);
+        assert!(strategy.resized(12, 6).unwrap_err().to_string().contains("does not divide the 6 ranks"));
+        let mut divided = Strategy::new();
+        divided.data.sharding_ranks = Some(2);
+        assert_eq!(divided.resized(8, 4).unwrap().dp, Some(4));
+        assert!(divided.resized(8, 3).unwrap_err().to_string().contains("sharding_ranks"));
+    }
 }

@@ -12,7 +12,7 @@ use super::{ParallelModule, Report, unreplicated};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::data_parallel::{DataParallelConfig, Join, JoinLoader, Replica};
-use crate::graph::{CheckedOptimizers, GradientLayout, SplitParam, StepEngine, TensorTree};
+use crate::graph::{CheckedOptimizers, GradientLayout, RandomSource, SplitParam, StepEngine, TensorTree};
 use crate::params::{ParamSlice, SliceSource};
 use crate::pipeline_parallel::{PipelineConfig, Pipelined};
 use crate::sharding::{ShardComms, Sharding};
@@ -99,6 +99,10 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
 
     fn set_random_step(&self, step: u64) {
         self.engine().set_random_step(step);
+    }
+
+    fn random(&self) -> Option<RandomSource> {
+        self.engine().random()
     }
 
     fn split_params(&self) -> Vec<SplitParam> {
@@ -215,6 +219,10 @@ macro_rules! without_replicas {
 
             fn set_random_step(&self, step: u64) {
                 StepEngine::set_random_step(self, step);
+            }
+
+            fn random(&self) -> Option<RandomSource> {
+                StepEngine::random(self)
             }
 
             fn split_params(&self) -> Vec<SplitParam> {

@@ -5,11 +5,14 @@ mod common;
 
 mod background;
 mod damage;
+mod dropout;
 mod keep;
 mod meshes;
 mod net;
+mod optimizers;
 mod python;
 mod reads;
+mod room;
 mod strict;
 
 use crate::common::dir::Dir;

@@ -14,7 +14,7 @@ use crate::common::models::{Cnn, device, images};
 use crate::common::reference::{optimizer, own, values};
 use crate::net::{Axes, Net, alone, train};
 
-const MESHES: [Axes; 11] = [
+const MESHES: [Axes; 12] = [
     Axes::new(1, 1, 1),
     Axes::new(2, 1, 1),
     Axes::new(1, 1, 2),
@@ -26,6 +26,7 @@ const MESHES: [Axes; 11] = [
     Axes::new(2, 1, 2).sharded(Sharding::Gradients),
     Axes::new(1, 2, 3),
     Axes::new(2, 1, 2).sharded(Sharding::Parameters),
+    Axes::new(3, 1, 1).sharded(Sharding::Parameters),
 ];
 
 #[test]

@@ -133,6 +133,12 @@ fn optimizers_of_another_kind_and_names_that_are_not_there() {
             let state = TrainState::new(&mut model).with_value("number", &mut number);
             checkpoints.restore(state)?;
             assert_eq!((text.as_str(), number), ("as it was", 7));
+            assert_eq!(checkpoints.read_value::<i32>(1, "number")?, Some(7));
+            assert_eq!(checkpoints.read_value::<i32>(1, "none")?, None);
+            let error = checkpoints.read_value::<String>(1, "number").unwrap_err().to_string();
+            assert!(error.contains("value `number`") && error.contains("string"), "{error}");
+            let error = checkpoints.read_value::<i32>(5, "number").unwrap_err().to_string();
+            assert!(error.contains("step-000000005"), "{error}");
             let error = checkpoints.restore_step(5, TrainState::new(&mut model)).unwrap_err().to_string();
             assert!(error.contains("step-000000005"), "{error}");
             let twice = TrainState::new(&mut model).with_value("a", &mut number).with_value("a", &mut text);

@@ -424,6 +424,116 @@ fn a_run_that_was_killed_goes_on_as_if_it_had_not_been() {
     refused(&["--keep", "2"], "--save");
 }
 
+/// A run in the background, when its first checkpoints are there.
+fn running(saved: &str, flags: &[&str]) -> std::process::Child {
+    let mut command = Command::new(example());
+    command.args(TINY).args(flags).args(["--save", saved, "--resume", saved, "--save-every", "2"]);
+    let mut run = command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let has = |name: &str| fs::read_dir(saved).is_ok_and(|mut all| all.any(|it| it.unwrap().file_name() == name));
+    while !has("step-000000004") {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        assert!(run.try_wait().unwrap().is_none(), "it was to be disturbed");
+    }
+    run
+}
+
+fn send(signal: &str, process: &str) {
+    assert!(Command::new("kill").args([signal, process]).status().unwrap().success());
+}
+
+/// A rank is killed in the middle of the training: all start again from the last checkpoint, or those that are left, and end with the
+/// same losses.
+#[cfg(target_os = "linux")]
+#[test]
+fn ranks_that_are_lost_are_started_again() {
+    let folder = Folder::new("restarts");
+    let steps = ["--steps", "60", "--batch", "8"];
+    let whole = losses(&json(&folder, &[&steps[..], &["--dp", "2"]].concat()));
+    for (name, more, started) in [
+        ("again", &["--dp", "2"][..], "restart 1 of 1: 2 ranks are started, of 2 before"),
+        ("fewer", &["--dp", "3", "--min-ranks", "2"], "restart 1 of 1: 2 ranks are started, of 3 before"),
+        (
+            "pipelines",
+            &["--dp", "2", "--pp", "2", "--min-ranks", "2"],
+            "restart 1 of 1: 2 ranks are started, of 4 before",
+        ),
+    ] {
+        let (saved, path) = (folder.path(name), folder.path("restarted.json"));
+        let flags = ["--launch", "processes", "--restarts", "1", "--json", &path];
+        let run = running(&saved, &[&steps[..], more, &flags].concat());
+        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", run.id())).unwrap();
+        send("-9", children.split_whitespace().next_back().unwrap());
+        let output = run.wait_with_output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{stderr}");
+        assert!(stderr.contains("ended by signal 9") && stderr.contains(started), "{stderr}");
+        assert!(stderr.contains("goes on after step") && stderr.contains("on 2 ranks"), "{stderr}");
+        same_losses(&whole, &losses_in(&path), 1e-5);
+    }
+    refused(&["--restarts", "1", "--resume", "x"], "--launch processes");
+    refused(&["--restarts", "1"], "--resume");
+    refused(&["--dp", "2", "--min-ranks", "1"], "--restarts");
+    let more = ["--dp", "2", "--min-ranks", "3", "--restarts", "1", "--resume", "x", "--launch", "processes"];
+    refused(&more, "--min-ranks 3 is more than the 2 ranks");
+}
+
+/// A signal that asks for the end: all ranks save the same step and end, with the exit code that says so.
+#[cfg(unix)]
+#[test]
+fn a_run_that_is_asked_to_end_saves_and_ends() {
+    let folder = Folder::new("asked");
+    let steps = ["--steps", "90", "--batch", "8", "--dp", "2"];
+    let whole = losses(&json(&folder, &steps));
+    for (launch, signal, code) in [("threads", "TERM", 143), ("processes", "TERM", 143), ("processes", "USR1", 138)] {
+        let saved = folder.path(&format!("{launch}{signal}"));
+        let run = running(&saved, &[&steps[..], &["--launch", launch]].concat());
+        send(&format!("-{signal}"), &run.id().to_string());
+        let output = run.wait_with_output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{launch} {signal}: {stderr}");
+        assert!(stderr.contains(&format!("SIG{signal} ends the run after step")), "{stderr}");
+        let after = stderr.split("after step ").last().unwrap().split(' ').next().unwrap();
+        let last = fs::read_dir(&saved).unwrap().map(|it| it.unwrap().file_name().into_string().unwrap()).max();
+        assert_eq!(last.unwrap(), format!("step-{:0>9}", after), "{stderr}");
+        let gone_on = losses(&json(&folder, &[&steps[..], &["--resume", &saved]].concat()));
+        same_losses(&whole, &gone_on, 1e-6);
+    }
+}
+
+/// What does not fit a checkpoint is named by its flag, and what is done is said to be done.
+#[test]
+fn what_does_not_fit_a_checkpoint_is_named_by_its_flag() {
+    let folder = Folder::new("unfit");
+    let saved = folder.path("saved");
+    let output = tiny(&["--save", &saved, "--dp", "1"]);
+    assert!(output.status.success());
+    let resume = |flags: &[&str]| {
+        let all = [&["--seq", "16", "--layers", "1", "--d-model", "16", "--steps", "3", "--resume", &saved][..], flags];
+        let mut last = Vec::new();
+        // A flag that comes twice is refused: the later one counts.
+        for pair in all.concat().chunks(2) {
+            last.retain(|known: &[&str; 2]| known[0] != pair[0]);
+            last.push([pair[0], pair[1]]);
+        }
+        let output = train_lm(&last.concat());
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    for (flags, says) in [
+        (["--d-model", "32"], "--d-model 32 makes another model than --resume"),
+        (["--layers", "2"], "saved with --layers 1"),
+        (["--heads", "2"], "saved with --heads 4"),
+        (["--seq", "8"], "saved with --seq 16"),
+        (["--steps", "2"], "has made 3: give more steps"),
+    ] {
+        let (code, stderr) = resume(&flags);
+        assert!(code == Some(1) && stderr.contains(says), "{flags:?}: {stderr}");
+    }
+    let (code, stderr) = resume(&["--dp", "1"]);
+    assert!(code == Some(0) && stderr.contains("nothing to do") && stderr.contains("all 3 steps"), "{stderr}");
+    let (code, stderr) = resume(&["--steps", "4", "--batch", "8"]);
+    assert!(code == Some(0) && stderr.contains("--batch is 8 from here on, and was 16"), "{stderr}");
+}
+
 #[test]
 fn the_json_tells_how_idle_a_pipeline_was() {
     let folder = Folder::new("idle");

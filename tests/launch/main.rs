@@ -4,3 +4,4 @@ mod mesh;
 mod processes;
 mod rendezvous;
 mod rng;
+mod stop;

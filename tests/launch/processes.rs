@@ -127,6 +127,37 @@ fn ranks_are_started_again() {
     assert!(!folder.0.join("3.3.0").exists());
 }
 
+/// On as many as are left, if so many will do.
+#[test]
+fn fewer_ranks_are_started_again() {
+    let folder = Folder::new("fewer");
+    let run = |name: &str, sizes: &[usize]| {
+        let script = format!(
+            "echo > {}/{name}.$BURN_PARALLEL_RESTART.$RANK.$WORLD_SIZE; \
+             if [ $WORLD_SIZE -ge 3 ]; then if [ $RANK -ge 2 ]; then kill -9 $$; fi; sleep 1000; fi",
+            folder.path()
+        );
+        launch::processes(3).program("sh", ["-c", &script]).restarts(3).restart_sizes(sizes.to_vec()).supervise()
+    };
+    run("fits", &[1, 2, 3]).unwrap();
+    let mut ran: Vec<String> =
+        fs::read_dir(&folder.0).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    ran.sort();
+    assert_eq!(ran, ["fits.0.0.3", "fits.0.1.3", "fits.0.2.3", "fits.1.0.2", "fits.1.1.2"]);
+    let error = run("never", &[3]).unwrap_err();
+    assert!(matches!(error, Error::ProcessFailed { rank: Some(2), size: 3, .. }), "{error}");
+}
+
+/// One that ends because it was asked to is not lost.
+#[test]
+fn a_run_that_was_asked_to_end_is_not_started_again() {
+    let folder = Folder::new("asked");
+    let script = format!("echo > {}/$BURN_PARALLEL_RESTART.$RANK; exit 143", folder.path());
+    let error = launch::processes(2).program("sh", ["-c", &script]).restarts(2).supervise().unwrap_err();
+    assert!(matches!(error, Error::Stopped { signal } if signal.exit_code() == 143), "{error}");
+    assert!(!folder.0.join("1.0").exists());
+}
+
 #[test]
 fn one_that_is_killed_ends_all() {
     let (out, _) = run("if [ $RANK = 2 ]; then kill -9 $$; fi; sleep 1000");

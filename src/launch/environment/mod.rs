@@ -11,6 +11,9 @@ use std::fmt;
 use self::invalid::invalid;
 use crate::Error;
 
+/// Says to a rank how often [`launch::processes`](super::processes) has started the ranks before.
+pub(super) const RESTART: &str = "BURN_PARALLEL_RESTART";
+
 /// Who started this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -74,6 +77,10 @@ pub struct ProcessInfo {
     pub master: Option<(String, u16)>,
     /// Whether a launcher of MPI has started this process, so that MPI can join it to the others.
     pub under_mpi: bool,
+    /// How often the ranks were started before, after some were lost: `BURN_PARALLEL_RESTART` of
+    /// [`launch::processes`](super::processes), `TORCHELASTIC_RESTART_COUNT` of torchrun, `SLURM_RESTART_COUNT` of a job that was
+    /// requeued. 0 if there is none.
+    pub restarts: usize,
 }
 
 impl fmt::Display for ProcessInfo {
@@ -82,7 +89,8 @@ impl fmt::Display for ProcessInfo {
             f,
             "rank {} of {}, number {} on this machine, says {}",
             self.rank, self.size, self.local_rank, self.launcher
-        )
+        )?;
+        if self.restarts > 0 { write!(f, "; started before: {} times", self.restarts) } else { Ok(()) }
     }
 }
 
@@ -169,6 +177,11 @@ impl ProcessInfo {
         // What MPIs look for themselves, `srun --mpi=pmix` included.
         let under_mpi =
             ["OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"].iter().any(|name| variables.contains_key(*name));
-        Ok(Self { launcher, rank, size, local_rank, local_size, master, under_mpi })
+        let restarts = match launcher {
+            Launcher::Torchrun => number(RESTART)?.or(number("TORCHELASTIC_RESTART_COUNT")?),
+            _ => None,
+        };
+        let restarts = restarts.or(number("SLURM_RESTART_COUNT")?).unwrap_or(0);
+        Ok(Self { launcher, rank, size, local_rank, local_size, master, under_mpi, restarts })
     }
 }

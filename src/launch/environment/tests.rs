@@ -29,7 +29,7 @@ fn each_launcher_is_understood() {
     let place = |launcher, rank, size, local_rank, local_size, master: Option<(&str, u16)>| {
         let master = master.map(|(address, port)| (address.to_owned(), port));
         let under_mpi = matches!(launcher, Launcher::OpenMpi | Launcher::Mpich);
-        Ok(ProcessInfo { launcher, rank, size, local_rank, local_size, master, under_mpi })
+        Ok(ProcessInfo { launcher, rank, size, local_rank, local_size, master, under_mpi, restarts: 0 })
     };
     assert_eq!(read(&TORCHRUN), place(Launcher::Torchrun, 5, 8, 1, None, None));
     let master = [("MASTER_ADDR", "10.0.0.1"), ("MASTER_PORT", "29500"), ("LOCAL_WORLD_SIZE", "4")];
@@ -105,4 +105,18 @@ fn what_is_wrong_is_named() {
     }
     let contradiction = with(&[&TORCHRUN[..], &OPEN_MPI].concat(), &[("OMPI_COMM_WORLD_RANK", Some("4"))]);
     says(contradiction, &["RANK=5", "OMPI_COMM_WORLD_RANK=4", "contradict"]);
+}
+
+#[test]
+fn how_often_the_ranks_were_started_before() {
+    let torchrun = [("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")];
+    let with = |more: &[(&str, &str)]| {
+        let all = torchrun.iter().chain(more).map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        ProcessInfo::from_variables(&all.collect()).map(|place| place.restarts)
+    };
+    assert_eq!(with(&[]), Ok(0));
+    assert_eq!(with(&[("TORCHELASTIC_RESTART_COUNT", "2"), ("SLURM_RESTART_COUNT", "1")]), Ok(2));
+    assert_eq!(with(&[("SLURM_RESTART_COUNT", "1")]), Ok(1));
+    assert_eq!(with(&[("BURN_PARALLEL_RESTART", "3")]), Ok(3));
+    assert!(with(&[("BURN_PARALLEL_RESTART", "x")]).is_err());
 }

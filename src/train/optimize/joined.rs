@@ -4,7 +4,7 @@
 //! owner of one gets the parts of its value and of its gradient, updates the whole, and sends each rank its part of
 //! that. Along several axes this is done one axis after the other, the last one first.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use burn::module::ParamId;
@@ -138,6 +138,14 @@ fn deal(split: &[SplitParam]) -> HashMap<ParamId, (&SplitOver, Vec<usize>)> {
         }
     }
     dealt
+}
+
+/// The parameters among those that are split that this rank updates if they are updated as wholes.
+pub(super) fn owned(split: &[SplitParam]) -> HashSet<ParamId> {
+    let is_here = |(over, owner): &(&SplitOver, Vec<usize>)| {
+        over.axes.iter().zip(owner).all(|((_, group), along)| group.rank() == *along)
+    };
+    deal(split).into_iter().filter(|(_, dealt)| is_here(dealt)).map(|(id, _)| id).collect()
 }
 
 impl Lot {

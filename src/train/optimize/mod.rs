@@ -10,6 +10,8 @@ mod sharded;
 mod split;
 mod update;
 mod whole;
+mod whole_owners;
 
 pub(super) use self::sharded::ShardedStep;
 pub(super) use self::split::SplitStep;
+pub(crate) use self::whole_owners::whole_owners;

@@ -91,7 +91,11 @@ fn take_parts(work: &mut Work, whole: &HashSet<ParamId>, split: &[SplitParam]) -
 }
 
 /// The parameters whose update depends on the whole of them, by rows or along the dims that other axes split.
-fn find_whole(optim: &ModuleOptimizer, shards: &ShardParams, split: &[SplitParam]) -> Result<HashSet<ParamId>, Error> {
+pub(super) fn find_whole(
+    optim: &ModuleOptimizer,
+    shards: &ShardParams,
+    split: &[SplitParam],
+) -> Result<HashSet<ParamId>, Error> {
     let by_rows = |shard: &ShardParam| SplitParam {
         id: shard.param.id(),
         path: shard.path.clone(),

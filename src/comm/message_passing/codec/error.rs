@@ -8,11 +8,14 @@ use super::{Reader, Writer};
 use crate::Error;
 use crate::comm::CallLog;
 use crate::comm::element::number;
+use crate::launch::StopSignal;
 
 /// Most bytes of the name of an operation or a transport, or of an advice.
 const LONGEST_WORD: usize = 128;
 /// Most names that are kept.
 pub(super) const MOST_NAMES: usize = 256;
+/// The highest number of a signal.
+const MOST_SIGNAL: u64 = 64;
 /// Most nested causes of a received error.
 pub(super) const DEEPEST: usize = 8;
 
@@ -103,6 +106,7 @@ impl Writer {
                     w.text(line);
                 })
             }
+            Error::Stopped { signal } => self.byte(31).number(signal.number() as u64),
             // Dtypes that cannot travel have no number: their error goes in words.
             Error::UnsupportedDType { .. } | Error::UnsupportedReduction { .. } | Error::User(_) => {
                 self.byte(9).text(&error.to_string())
@@ -244,6 +248,10 @@ impl Reader<'_> {
                 status: self.text()?,
                 said: self.list(Self::text)?,
             },
+            31 => {
+                let number = self.number().filter(|number| (1..=MOST_SIGNAL).contains(number))?;
+                Error::Stopped { signal: StopSignal::new(number as i32) }
+            }
             _ => return None,
         })
     }

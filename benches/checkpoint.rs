@@ -1,0 +1,234 @@
+//! Checkpoints against plain writes and reads of the same bytes by as many threads, and what a save in the background costs the steps.
+//!
+//! Turns are taken within one run, round by round, and what counts is the median over rounds of their ratio. Files are in the page
+//! cache when they are read; writes end when they are on the disk.
+//!
+//! `cargo bench --bench checkpoint -- [DIRECTORY] [ROUNDS]`; the directory, for 2 GB of files, is that of the system for temporary
+//! files if none is named.
+
+use std::fs::{self, File};
+use std::hint::black_box;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use burn::module::Module;
+use burn::nn::{Linear, LinearConfig};
+use burn::optim::{AdamWConfig, ModuleOptimizer};
+use burn::prelude::*;
+use burn_parallel::prelude::*;
+
+/// The side of a weight, of 16 MiB.
+const SIDE: usize = 2048;
+
+#[derive(Module, Debug)]
+struct Net {
+    up: Vec<Linear>,
+    down: Vec<Linear>,
+}
+
+impl Net {
+    fn new(layers: usize, device: &Device) -> Self {
+        let some = || (0..layers / 2).map(|_| LinearConfig::new(SIDE, SIDE).with_bias(false).init(device)).collect();
+        Self { up: some(), down: some() }
+    }
+
+    fn loss(&self, x: Tensor<2>) -> Tensor<1> {
+        let layers = self.up.iter().zip(&self.down);
+        layers.fold(x, |x, (up, down)| down.forward(up.forward(x).tanh())).powi_scalar(2).mean()
+    }
+}
+
+/// Half of the weights by columns, half by rows, as Megatron does.
+fn split(ranks: usize) -> Strategy {
+    Strategy::new().with_tp(ranks, Plan::new().shard("up.*.weight", 1).shard("down.*.weight", 0))
+}
+
+fn median(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    numbers[numbers.len() / 2]
+}
+
+/// Memory of this process that no file is behind, in bytes.
+fn anonymous() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    line.and_then(|line| line.trim().split(' ').next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// Knows the most of it, beyond what there was at its start.
+struct Most {
+    before: u64,
+    most: Arc<AtomicU64>,
+}
+
+impl Most {
+    fn start() -> Self {
+        let most = Arc::new(AtomicU64::new(0));
+        let watched = Arc::downgrade(&most);
+        std::thread::spawn(move || {
+            while let Some(most) = watched.upgrade() {
+                most.fetch_max(anonymous(), Relaxed);
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        });
+        Self { before: anonymous(), most }
+    }
+
+    fn megabytes(self) -> u64 {
+        self.most.load(Relaxed).saturating_sub(self.before) / 1_000_000
+    }
+}
+
+fn plain_write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = File::create(path)?;
+    for piece in bytes.chunks(16 << 20) {
+        file.write_all(piece)?;
+    }
+    file.sync_all()
+}
+
+fn plain_read(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut file = File::open(path)?;
+    let mut bytes = vec![0; file.metadata()?.len() as usize];
+    file.read_exact(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn main() -> Result<(), Error> {
+    let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
+    let base = arguments.next().map_or_else(std::env::temp_dir, PathBuf::from);
+    let rounds: usize = arguments.next().and_then(|rounds| rounds.parse().ok()).unwrap_or(5);
+    let dir = base.join(format!("burn-parallel-bench-checkpoint-{}", std::process::id()));
+    fs::create_dir_all(&dir).map_err(Error::user)?;
+    let run = || {
+        sizes(&dir, 2, 30, false, rounds)?;
+        sizes(&dir, 2, 10, true, rounds)?;
+        for ranks in [1, 2, 4, 8] {
+            sizes(&dir, ranks, 8, false, rounds)?;
+        }
+        background(&dir, rounds)
+    };
+    let outcome = run();
+    let _ = fs::remove_dir_all(&dir);
+    outcome
+}
+
+/// Saves replicas and loads them split, or as they were with the moments of AdamW.
+fn sizes(dir: &Path, ranks: usize, layers: usize, moments: bool, rounds: usize) -> Result<(), Error> {
+    let bytes = layers * SIDE * SIDE * 4 * if moments { 3 } else { 1 };
+    let root = dir.join("checkpoints");
+    let times = launch::threads(ranks).run(|world| {
+        let device = world.device().autodiff();
+        let mut model = Net::new(layers, &device).parallelize(&world, &Strategy::new())?;
+        let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+        if moments {
+            let x = Tensor::<2>::ones([2, SIDE], &device);
+            let step = model.step(x, Net::loss)?;
+            model = model.optimize(&mut optim, 1e-6, step)?;
+        }
+        let other = if moments { Strategy::new() } else { split(ranks) };
+        let mut loaded = Net::new(layers, &device).parallelize(&world, &other)?;
+        let mut checkpoints = Checkpointer::new(&world, &root, CheckpointOptions::new())?;
+        let own = vec![1u8; bytes / ranks];
+        let path = dir.join(format!("plain.{}", world.rank()));
+        let timed = |run: &mut dyn FnMut() -> Result<(), Error>| {
+            world.barrier()?;
+            let began = Instant::now();
+            run()?;
+            world.barrier()?;
+            Ok::<_, Error>(began.elapsed().as_secs_f64())
+        };
+        let mut times = Vec::new();
+        world.barrier()?;
+        let most = Most::start();
+        let state = TrainState::new(&mut model);
+        checkpoints.save(1, if moments { state.with_optimizer("adamw", &mut optim) } else { state })?;
+        let most = most.megabytes();
+        for round in 0..=rounds {
+            let mut time = [0.0; 4];
+            time[0] = timed(&mut || plain_write(&path, &own).map_err(Error::user))?;
+            time[1] = timed(&mut || {
+                let state = TrainState::new(&mut model);
+                let state = if moments { state.with_optimizer("adamw", &mut optim) } else { state };
+                checkpoints.save(1, state).map(drop)
+            })?;
+            time[2] = timed(&mut || plain_read(&path).map(|bytes| drop(black_box(bytes))).map_err(Error::user))?;
+            time[3] = timed(&mut || {
+                let mut fresh: ModuleOptimizer = AdamWConfig::new().init();
+                let state = TrainState::new(&mut loaded);
+                let state = if moments { state.with_optimizer("adamw", &mut fresh) } else { state };
+                checkpoints.restore(state).map(drop)
+            })?;
+            // The first round warms up.
+            if round > 0 {
+                times.push(time);
+            }
+        }
+        Ok((times, most))
+    })?;
+    let (times, most) = &times[0];
+    let column = |which: usize| median(times.iter().map(|time| time[which]).collect());
+    let ratio = |which: usize| median(times.iter().map(|time| time[which] / time[which + 1]).collect());
+    let what = if moments { "with moments" } else { "parameters" };
+    println!("{} MB, {what}, {ranks} ranks, median of {rounds} rounds", bytes / 1_000_000);
+    for (name, which) in [("saving ", 0), ("loading", 2)] {
+        let (plain, ours) = (column(which), column(which + 1));
+        let rate = |seconds: f64| bytes as f64 / 1e6 / seconds;
+        println!(
+            "  {name}: {ours:.3} s ({:.0} MB/s), plain {plain:.3} s ({:.0} MB/s): {:.0} % of the plain speed",
+            rate(ours),
+            rate(plain),
+            100.0 * ratio(which)
+        );
+    }
+    println!("  a save takes {most} MB of memory on all ranks together");
+    fs::remove_dir_all(root).map_err(Error::user)
+}
+
+/// Steps with a save in the background at the first of each so many, against steps without.
+fn background(dir: &Path, rounds: usize) -> Result<(), Error> {
+    const STEPS: usize = 25;
+    let root = dir.join("background");
+    let times = launch::threads(2).run(|world| {
+        let device = world.device().autodiff();
+        let mut model = Net::new(4, &device).parallelize(&world, &Strategy::new())?;
+        let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+        let mut checkpoints = Checkpointer::new(&world, &root, CheckpointOptions::new().with_keep_last(1))?;
+        let mut times = Vec::new();
+        for round in 0..=2 * rounds {
+            let saves = round % 2 == 1;
+            world.barrier()?;
+            let began = Instant::now();
+            for number in 0..STEPS {
+                if saves && number == 0 {
+                    let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
+                    checkpoints.save_async(round as u64, state)?;
+                }
+                let x = Tensor::<2>::ones([256, SIDE], &device);
+                let step = model.step(x, Net::loss)?;
+                model = model.optimize(&mut optim, 1e-6, step)?;
+            }
+            checkpoints.wait()?;
+            world.barrier()?;
+            times.push(began.elapsed().as_secs_f64());
+        }
+        Ok(times)
+    })?;
+    let times = &times[0];
+    let without = |round: usize| (times[round - 1] + times[round + 1]) / 2.0;
+    let saving = (1..times.len() - 1).step_by(2);
+    let lost = median(saving.clone().map(|round| times[round] - without(round)).collect());
+    let plain = median(saving.map(without).collect());
+    let bytes = 3 * 4 * SIDE * SIDE * 4;
+    println!(
+        "{STEPS} steps of {:.0} ms: {:.0} ms longer with a save of {} MB in the background, {:.1} %",
+        1e3 * plain / STEPS as f64,
+        1e3 * lost,
+        bytes / 1_000_000,
+        100.0 * lost / plain
+    );
+    Ok(())
+}

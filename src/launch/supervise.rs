@@ -1,0 +1,169 @@
+//! Watches over processes that were started, and ends all when one fails.
+//!
+//! The parent starts the ranks, each at the head of a process group of its own, reads what they say and writes it with
+//! the rank before each line. When one fails, the groups of the others are told to end (SIGTERM), and after a few seconds
+//! are ended (SIGKILL). A signal that would end the parent goes to them first. Should the parent be killed outright, the
+//! kernel ends the ranks (`PR_SET_PDEATHSIG`, on Linux).
+
+use std::collections::VecDeque;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::iterator::Signals;
+
+use super::StopSignal;
+use super::relay::relay;
+use crate::Error;
+
+/// How often the parent looks whether a rank has ended.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// A process that was started, and the threads that read what it says.
+struct Started {
+    child: Child,
+    readers: Vec<JoinHandle<()>>,
+    said: Arc<Mutex<VecDeque<String>>>,
+    status: Option<ExitStatus>,
+}
+
+impl Started {
+    /// Sends a signal to the process and all that it has started.
+    fn signal(&self, signal: i32) {
+        // SAFETY: no memory is involved. The group is the process's own.
+        unsafe { libc::killpg(self.child.id() as i32, signal) };
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        self.signal(libc::SIGKILL);
+        if self.status.is_none() {
+            let _ = self.child.wait();
+        }
+        // All writers of the pipes have gone.
+        self.readers.drain(..).for_each(|reader| drop(reader.join()));
+    }
+}
+
+/// How processes have ended.
+pub(super) struct Ended {
+    /// What ended the run before its time.
+    pub first: Option<Error>,
+    /// How many ranks were lost, and not ended by the loss of others.
+    pub lost: usize,
+}
+
+impl Ended {
+    /// # Errors
+    /// What ended the run before its time.
+    pub fn into_result(self) -> Result<(), Error> {
+        self.first.map_or(Ok(()), Err)
+    }
+}
+
+/// Runs processes to their end. Each is one rank, or a launcher of all.
+///
+/// # Errors
+/// [`Error::Launch`] if one can't be started.
+pub(super) fn supervise(commands: Vec<Command>, size: usize, grace: Duration) -> Result<Ended, Error> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1]).map_err(Error::user)?;
+    let alone = commands.len() < size;
+    let mut started = Vec::with_capacity(commands.len());
+    for (rank, command) in commands.into_iter().enumerate() {
+        // Those that were started are ended as they are dropped.
+        started.push(start(command, (!alone).then_some(rank), size).map_err(|problem| Error::Launch {
+            rank,
+            size,
+            problem: problem.to_string(),
+        })?);
+    }
+    let mut ended = Ended { first: None, lost: 0 };
+    let mut ending: Option<Instant> = None;
+    while started.iter().any(|process| process.status.is_none()) {
+        for signal in signals.pending() {
+            started.iter().filter(|process| process.status.is_none()).for_each(|process| process.signal(signal));
+            // What SIGUSR1 means is for the ranks to say.
+            if signal != SIGUSR1 {
+                ending.get_or_insert_with(Instant::now);
+                ended.first.get_or_insert(Error::Stopped { signal: StopSignal::new(signal) });
+            }
+        }
+        let mut failed = Vec::new();
+        for (rank, process) in started.iter_mut().enumerate().filter(|(_, process)| process.status.is_none()) {
+            process.status = process.child.try_wait().map_err(Error::user)?;
+            if let Some(status) = process.status.filter(|status| !status.success()) {
+                // What it has started itself might hold its pipes.
+                process.signal(libc::SIGKILL);
+                process.readers.drain(..).for_each(|reader| drop(reader.join()));
+                failed.push((rank, status));
+            }
+        }
+        if ended.first.is_none() && !failed.is_empty() {
+            // Ranks that end with an error may have done so because a signal has ended another.
+            let signalled = failed.iter().filter(|(_, status)| status.signal().is_some());
+            ended.lost = signalled.clone().count().max(1);
+            let (rank, status) = *signalled.chain(&failed).next().unwrap_or(&failed[0]);
+            ended.first = Some(match StopSignal::of_exit(status.code()) {
+                Some(signal) => Error::Stopped { signal },
+                None => {
+                    let said = started[rank].said.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                    let said = said.iter().cloned().collect();
+                    Error::ProcessFailed { rank: (!alone).then_some(rank), size, status: describe(status), said }
+                }
+            });
+        }
+        if ended.first.is_some() {
+            let since = *ending.get_or_insert_with(|| {
+                started.iter().filter(|p| p.status.is_none()).for_each(|process| process.signal(SIGTERM));
+                Instant::now()
+            });
+            if since.elapsed() > grace {
+                started.iter().for_each(|process| process.signal(libc::SIGKILL));
+            }
+        }
+        thread::sleep(POLL_INTERVAL);
+    }
+    drop(started);
+    Ok(ended)
+}
+
+fn start(mut command: Command, rank: Option<usize>, size: usize) -> std::io::Result<Started> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    #[cfg(target_os = "linux")]
+    {
+        let parent = std::process::id();
+        // SAFETY: between fork and exec only these two system calls are made, which take no lock and no memory.
+        unsafe {
+            command.pre_exec(move || {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                match libc::getppid() as u32 == parent {
+                    true => Ok(()),
+                    // The parent died before the kernel knew that this matters.
+                    false => Err(std::io::ErrorKind::NotFound.into()),
+                }
+            });
+        }
+    }
+    let mut child = command.spawn()?;
+    let said = Arc::new(Mutex::new(VecDeque::new()));
+    let mut readers = Vec::new();
+    if let Some(out) = child.stdout.take() {
+        readers.push(relay(out, std::io::stdout(), rank, size, None)?);
+    }
+    if let Some(err) = child.stderr.take() {
+        readers.push(relay(err, std::io::stderr(), rank, size, Some(said.clone()))?);
+    }
+    Ok(Started { child, readers, said, status: None })
+}
+
+fn describe(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("with exit status {code}"),
+        (None, Some(signal)) => format!("by signal {signal}"),
+        (None, None) => format!("with {status}"),
+    }
+}
