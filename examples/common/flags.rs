@@ -29,6 +29,7 @@ pub const STRATEGY_KEYS: &str = r#"Keys of a --strategy file, in TOML, with what
   plan                 needed if tp > 1: "megatron", "hugging_face", or a table of rules
   seed                 0
   check_inputs_every   1
+  fusion               true
   [pipeline]
   micro_batches        needed if pp > 1
   schedule             "1f1b"; or "gpipe", "zb_h1", { interleaved = { stages_per_rank = 2 } }, { custom = ".." }
@@ -37,6 +38,7 @@ pub const STRATEGY_KEYS: &str = r#"Keys of a --strategy file, in TOML, with what
   seed                 0
   graphs               16
   check_inputs_every   1
+  fusion               true
 The docs of `burn_parallel::train::Strategy` say what each does."#;
 
 /// How the model is spread.
