@@ -23,7 +23,7 @@ pub(super) fn relay(
             let text = String::from_utf8_lossy(&bytes);
             let line = text.trim_end_matches(['\n', '\r']);
             let (rank, line) = match rank {
-                Some(rank) => (Some(rank), line),
+                Some(rank) => (Some(rank), line.to_owned()),
                 None => tagged(line),
             };
             let prefix = rank.map_or_else(String::new, |rank| format!("[rank {rank}/{size}] "));
@@ -41,15 +41,17 @@ pub(super) fn relay(
     })
 }
 
-/// Takes off what `mpirun --tag-output` puts before a line: `[1,0]<stderr>:`, where 0 is the rank.
-fn tagged(line: &str) -> (Option<usize>, &str) {
+/// Takes off what `mpirun --tag-output` puts before a line: `[1,0]<stderr>:`, where 0 is the rank. It stands again wherever
+/// a piece began that was read by itself, as programs write that don't buffer.
+fn tagged(line: &str) -> (Option<usize>, String) {
     let parse = || {
         let (tag, rest) = line.strip_prefix('[')?.split_once(']')?;
         let (_, rank) = tag.split_once(',')?;
         let rest = rest.strip_prefix("<stdout>:").or_else(|| rest.strip_prefix("<stderr>:"))?;
-        Some((rank.parse().ok()?, rest))
+        let tag = &line[..line.len() - rest.len()];
+        Some((Some(rank.parse().ok()?), rest.replace(tag, "")))
     };
-    parse().map_or((None, line), |(rank, rest)| (Some(rank), rest))
+    parse().unwrap_or_else(|| (None, line.to_owned()))
 }
 
 #[cfg(test)]
@@ -58,10 +60,12 @@ mod tests {
 
     #[test]
     fn tags_of_mpirun() {
-        assert_eq!(tagged("[1,12]<stderr>:step 3"), (Some(12), "step 3"));
-        assert_eq!(tagged("[1,0]<stdout>:"), (Some(0), ""));
+        assert_eq!(tagged("[1,12]<stderr>:step 3"), (Some(12), "step 3".into()));
+        assert_eq!(tagged("[1,0]<stdout>:"), (Some(0), String::new()));
+        let pieces = "[1,0]<stderr>:step [1,0]<stderr>:1[1,0]<stderr>:/6[1,0]<stderr>:";
+        assert_eq!(tagged(pieces), (Some(0), "step 1/6".into()));
         for line in ["", "plain", "[1,0] is no tag", "[x,y]<stdout>:a", "[warn] it"] {
-            assert_eq!(tagged(line), (None, line));
+            assert_eq!(tagged(line), (None, line.to_owned()));
         }
     }
 }
