@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # The GPU features, as far as they can be built and tested without a GPU: kernels on a software Vulkan device, and what users
 # are told where CUDA or NCCL is missing. A feature set of its own, so burn is built once more.
-# Every test of Cargo.toml that requires one of these features is run: a new one needs no line here. The feature `finetune` is here
-# because it changes features of burn's dependencies as well.
+# Every test of Cargo.toml that requires one of these features is run: a new one needs no line here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . .ci/steps.sh
@@ -19,16 +18,16 @@ cp Cargo.lock "$lock"
 trap 'code=$?; cp "$lock" Cargo.lock; rm -f "$lock"; end_script "$code"' EXIT
 export XDG_RUNTIME_DIR=${XDG_RUNTIME_DIR:-/tmp}
 # Compiling CubeCL and wgpu with optimisation takes far longer than what it saves in these tests.
-features=(--features cuda-nvrtc,wgpu,finetune --config tools/no-llvm.toml --config 'profile.dev.package."*".opt-level=0')
+features=(--features cuda-nvrtc,wgpu --config tools/no-llvm.toml --config 'profile.dev.package."*".opt-level=0')
 export CARGO_PROFILE_DEV_OPT_LEVEL=0
 
 mapfile -t tests < <(awk '
     /^\[/ { kind = $0 }
     /^name = / { gsub(/"/, ""); name = $3 }
-    kind == "[[test]]" && /^required-features/ && /"(cuda|cuda-nvrtc|wgpu|cubecl|finetune)"/ { print name }' Cargo.toml)
+    kind == "[[test]]" && /^required-features/ && /"(cuda|cuda-nvrtc|wgpu|cubecl)"/ { print name }' Cargo.toml)
 step "GPU features, with a stand-in for LLVM: build, for tests ${tests[*]}"
 # One of the tests starts train_lm.
-cargo build "${features[@]}" --example train_lm --example gpu_check --example finetune
+cargo build "${features[@]}" --example train_lm --example gpu_check
 cargo test "${features[@]}" --no-run --lib "${tests[@]/#/--test=}"
 
 step "GPU features: tests ${tests[*]}"

@@ -93,7 +93,6 @@ fn the_first_loss_of_all_rows_together_is_that_of_one_document_a_row() {
 }
 
 #[test]
-#[cfg_attr(feature = "cuda", ignore = "burn loads optimizers onto its default device, with this feature a GPU")]
 fn a_run_that_was_interrupted_goes_on_as_if_it_had_not_been() {
     let directory = prepared();
     let usual = ["--batch", "5", "--scheduler", "constant", "--epochs", "2"];

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The part of the gate that is built with MPI and `finetune`: lints and documentation, the transport suite under mpirun,
+# train_lm on processes, the fine-tuning program. Installs Open MPI and libclang from Debian's packages where they are missing. Called by run, with the same profile
+# and features of burn.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. .ci/steps.sh
+
+missing=()
+command -v mpicc > /dev/null || missing+=(libopenmpi-dev)
+command -v mpirun > /dev/null || missing+=(openmpi-bin)
+# bindgen reads MPI's header with it.
+if ! ldconfig -p | grep -q 'libclang[-.]' && ! compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' > /dev/null; then
+    missing+=(libclang-dev)
+fi
+if [ ${#missing[@]} -gt 0 ]; then
+    step "installing ${missing[*]}"
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
+        echo "MPI is not tested: ${missing[*]} missing, and this is not root on Debian. Install them and run this again." >&2
+        exit 1
+    fi
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+fi
+
+# With the features, so that what needs them is among what is checked: benches too, which nothing else compiles.
+features=(--features mpi,finetune)
+step "lints"
+cargo clippy "${features[@]}" --all-targets -- -D warnings
+
+step "documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc "${features[@]}" --no-deps
+
+# What the features change: everything else has been tested without them.
+step "MPI and fine-tuning: transport suite, train_lm, finetune"
+cargo build "${features[@]}" --example train_lm --example finetune
+cargo test "${features[@]}" --test transport_mpi --test finetune
+cargo test "${features[@]}" --test cli -- mpi ways_to_start
