@@ -392,9 +392,13 @@ fn rank_0_without_descriptors() {
     let Some(port) = std::env::var("MASTER_PORT").ok().and_then(|port| port.parse().ok()) else { return };
     let zero = thread::spawn(move || at(0, 2, port, LONG).all_gather(b"zero"));
     thread::sleep(Duration::from_millis(500));
+    // For a while: what others have open for a moment would be free again.
     let mut open = Vec::new();
-    while let Ok(file) = std::fs::File::open("/dev/null") {
-        open.push(file);
+    for _ in 0..20 {
+        while let Ok(file) = std::fs::File::open("/dev/null") {
+            open.push(file);
+        }
+        thread::sleep(Duration::from_millis(10));
     }
     println!("<full>");
     println!("<{}>", zero.join().unwrap().unwrap_err());
