@@ -1,5 +1,6 @@
 //! The examples as their users meet them: flags, errors, output.
 
+mod launchers;
 mod schedules;
 mod strategies;
 mod train_lm;

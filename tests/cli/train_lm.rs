@@ -13,7 +13,7 @@ use burn_parallel::prelude::*;
 use serde_json::Value;
 
 /// The example beside this test. A plain `cargo test` builds it; with `--test cli` alone, build it first.
-fn example() -> PathBuf {
+pub fn example() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     test.parent().and_then(Path::parent).unwrap().join("examples").join("train_lm")
 }
@@ -27,7 +27,7 @@ fn train_lm(flags: &[&str]) -> Output {
 }
 
 /// A model so small that a run takes milliseconds.
-const TINY: [&str; 6] = ["--layers", "1", "--d-model", "16", "--seq", "16"];
+pub const TINY: [&str; 6] = ["--layers", "1", "--d-model", "16", "--seq", "16"];
 
 fn tiny(flags: &[&str]) -> Output {
     let steps: &[&str] = if flags.contains(&"--steps") { &[] } else { &["--steps", "3"] };
@@ -35,16 +35,16 @@ fn tiny(flags: &[&str]) -> Output {
 }
 
 /// A folder for one test, gone when the test ends.
-struct Folder(PathBuf);
+pub struct Folder(PathBuf);
 
 impl Folder {
-    fn new(name: &str) -> Self {
+    pub fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("train_lm-{name}-{}", std::process::id()));
         fs::create_dir_all(&path).unwrap();
         Self(path)
     }
 
-    fn path(&self, name: &str) -> String {
+    pub fn path(&self, name: &str) -> String {
         self.0.join(name).to_str().unwrap().to_owned()
     }
 
@@ -71,7 +71,7 @@ fn refused(flags: &[&str], what: &str) {
     assert!(stderr.starts_with("train_lm: ") && stderr.contains(what), "{flags:?}: {stderr}");
 }
 
-fn json(folder: &Folder, flags: &[&str]) -> Value {
+pub fn json(folder: &Folder, flags: &[&str]) -> Value {
     let path = folder.path("outcome.json");
     let output = tiny(&[flags, &["--json", &path]].concat());
     assert!(output.status.success(), "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -79,13 +79,13 @@ fn json(folder: &Folder, flags: &[&str]) -> Value {
 }
 
 #[track_caller]
-fn same_losses(expected: &[f64], found: &[f64], within: f64) {
+pub fn same_losses(expected: &[f64], found: &[f64], within: f64) {
     assert_eq!(expected.len(), found.len());
     let same = expected.iter().zip(found).all(|(a, b)| (a - b).abs() <= within * a.abs());
     assert!(same, "{expected:?} {found:?}");
 }
 
-fn losses(outcome: &Value) -> Vec<f64> {
+pub fn losses(outcome: &Value) -> Vec<f64> {
     outcome["losses"].as_array().unwrap().iter().map(|loss| loss.as_f64().unwrap()).collect()
 }
 
@@ -438,7 +438,7 @@ fn running(saved: &str, flags: &[&str]) -> std::process::Child {
     run
 }
 
-fn send(signal: &str, process: &str) {
+pub fn send(signal: &str, process: &str) {
     assert!(Command::new("kill").args([signal, process]).status().unwrap().success());
 }
 
@@ -628,7 +628,7 @@ fn held_out_rows_are_never_trained_on() {
 }
 
 /// What all processes of a run write goes into one file: the first rank's.
-fn losses_in(path: &str) -> Vec<f64> {
+pub fn losses_in(path: &str) -> Vec<f64> {
     losses(&serde_json::from_slice(&fs::read(path).unwrap()).unwrap())
 }
 

@@ -1,0 +1,143 @@
+//! Runs whose ranks other launchers start again: they go on from the last checkpoint, and end with the losses of an undisturbed run.
+#![cfg(target_os = "linux")]
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::train_lm::{Folder, TINY, example, json, losses, losses_in, same_losses, send};
+
+const STEPS: [&str; 4] = ["--steps", "60", "--batch", "8"];
+/// A launcher and all that it waits for take no longer.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What a run is told that may be started again.
+fn flags(saved: &str, outcome: &str) -> Vec<String> {
+    let again =
+        ["--save", saved, "--resume", saved, "--save-every", "2", "--dp", "2", "--launch", "env", "--json", outcome];
+    [&TINY[..], &STEPS, &again].concat().into_iter().map(String::from).collect()
+}
+
+/// Waits for a checkpoint of a run that is to be disturbed.
+fn wait_for(saved: &str, step: &str, run: &mut Child) {
+    let began = Instant::now();
+    while !Path::new(saved).join(step).exists() {
+        std::thread::sleep(Duration::from_millis(1));
+        assert!(run.try_wait().unwrap().is_none() && began.elapsed() < PATIENCE, "{step} does not come");
+    }
+}
+
+/// Processes that a process has started, whichever of its threads did, in the order of their numbers.
+fn children(process: u32) -> Vec<u32> {
+    let threads = fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    let lists = threads.map(|thread| fs::read_to_string(thread.unwrap().path().join("children")).unwrap_or_default());
+    let mut all: Vec<u32> =
+        lists.flat_map(|list| list.split_whitespace().map(|id| id.parse().unwrap()).collect::<Vec<_>>()).collect();
+    all.sort_unstable();
+    all
+}
+
+/// The first starts; the one that was requeued.
+fn slurm(step: usize, job: u64, saved: &str, outcome: &str) -> Vec<Child> {
+    let start = |rank: usize| {
+        let mut command = Command::new(example());
+        command
+            .args(flags(saved, outcome))
+            .env("SLURM_JOB_ID", job.to_string())
+            .env("SLURM_STEP_NODELIST", "127.0.0.1");
+        command.env("SLURM_PROCID", rank.to_string()).env("SLURM_LOCALID", rank.to_string()).env("SLURM_NTASKS", "2");
+        if step > 0 {
+            command.env("SLURM_RESTART_COUNT", step.to_string());
+        }
+        command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    (0..2).map(start).collect()
+}
+
+/// As `srun` starts ranks, and again in a job that is requeued: a rank is killed, the other ends with an error that names it.
+#[test]
+fn a_job_of_slurm_that_is_requeued_goes_on() {
+    let folder = Folder::new("slurm");
+    let whole = losses(&json(&folder, &[&STEPS[..], &["--dp", "2"]].concat()));
+    let (saved, outcome) = (folder.path("saved"), folder.path("again.json"));
+    // Slurm's ranks meet at a port made of the number of the job.
+    let first = u64::from(std::process::id());
+    let free = |job: &u64| TcpListener::bind(("127.0.0.1", 20_000 + (job % 20_000) as u16)).is_ok();
+    let job = (first..first + 20_000).find(free).unwrap();
+
+    let mut ranks = slurm(0, job, &saved, &outcome);
+    wait_for(&saved, "step-000000004", &mut ranks[0]);
+    ranks[1].kill().unwrap();
+    let mut ended = ranks.into_iter().map(|rank| rank.wait_with_output().unwrap());
+    let (survivor, _) = (ended.next().unwrap(), ended.next().unwrap());
+    let stderr = String::from_utf8_lossy(&survivor.stderr);
+    assert!(survivor.status.code() == Some(1) && stderr.contains("rank 1"), "{stderr}");
+    assert!(!Path::new(&outcome).exists());
+
+    for (rank, done) in slurm(1, job, &saved, &outcome).into_iter().enumerate() {
+        let output = done.wait_with_output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{stderr}");
+        assert!(rank > 0 || stderr.contains("goes on after step"), "{stderr}");
+    }
+    same_losses(&whole, &losses_in(&outcome), 1e-5);
+}
+
+/// `torchrun` of the Python that `BURN_PARALLEL_PYTHON` names.
+fn torchrun(arguments: &[&str], flags: &[String]) -> Child {
+    let python = std::env::var_os("BURN_PARALLEL_PYTHON").expect("BURN_PARALLEL_PYTHON names no Python");
+    let mut command = Command::new(python);
+    command.args(["-m", "torch.distributed.run", "--no-python", "--nproc-per-node", "2"]).args(arguments);
+    command.arg(example()).args(flags).env("OMP_NUM_THREADS", "1");
+    command.env_remove("OPENBLAS_CORETYPE").env_remove("OPENBLAS_L2_SIZE");
+    command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn ended(run: Child) -> (Output, String) {
+    let output = run.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output, stderr)
+}
+
+/// torchrun starts all ranks again when one is killed, twice here, and they go on.
+#[test]
+#[ignore = "needs a Python with torch, which BURN_PARALLEL_PYTHON names"]
+fn torchrun_starts_lost_ranks_again() {
+    let folder = Folder::new("torchrun");
+    let whole = losses(&json(&folder, &[&STEPS[..], &["--dp", "2"]].concat()));
+    let (saved, outcome) = (folder.path("saved"), folder.path("again.json"));
+    let mut run = torchrun(&["--standalone", "--max-restarts", "2"], &flags(&saved, &outcome));
+    let mut before = Vec::new();
+    for step in ["step-000000004", "step-000000020"] {
+        wait_for(&saved, step, &mut run);
+        let ranks = children(run.id());
+        let ranks: Vec<u32> = ranks.into_iter().filter(|rank| !before.contains(rank)).collect();
+        send("-9", &ranks.last().unwrap().to_string());
+        before.extend(ranks);
+    }
+    let (output, stderr) = ended(run);
+    assert!(output.status.success(), "{stderr}");
+    assert_eq!(stderr.matches("goes on after step").count(), 2, "{stderr}");
+    assert!(stderr.contains("rank 1"), "{stderr}");
+    same_losses(&whole, &losses_in(&outcome), 1e-5);
+}
+
+/// torchrun hands on the signal by which it is asked to end: the ranks save the same step, and the next run goes on from there.
+#[test]
+#[ignore = "needs a Python with torch, which BURN_PARALLEL_PYTHON names"]
+fn torchrun_is_asked_to_end() {
+    let folder = Folder::new("torchrun-asked");
+    let whole = losses(&json(&folder, &[&STEPS[..], &["--dp", "2"]].concat()));
+    let (saved, outcome) = (folder.path("saved"), folder.path("again.json"));
+    let mut run = torchrun(&["--standalone", "--max-restarts", "2"], &flags(&saved, &outcome));
+    wait_for(&saved, "step-000000004", &mut run);
+    send("-TERM", &run.id().to_string());
+    let (output, stderr) = ended(run);
+    assert!(!output.status.success() && stderr.contains("SIGTERM ends the run after step"), "{stderr}");
+    assert!(!stderr.contains("goes on after step"), "{stderr}");
+    let (output, stderr) = ended(torchrun(&["--standalone"], &flags(&saved, &outcome)));
+    assert!(output.status.success() && stderr.contains("goes on after step"), "{stderr}");
+    same_losses(&whole, &losses_in(&outcome), 1e-5);
+}
