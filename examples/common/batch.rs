@@ -4,14 +4,14 @@ use std::env;
 use std::process::Command;
 use std::time::Duration;
 
-use burn_parallel::batch::{GrowBatch, MemoryBudget, NoNoise, NoiseScale, largest_that_fits, rows_within, try_in_child, warm_up};
+use burn_parallel::batch::{BatchSplit, GrowBatch, MemoryBudget, NoiseScale, largest_that_fits, try_in_child, warm_up};
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::device::Compute;
-use super::flags::{Axes, up_to};
+use super::flags::up_to;
 use super::start::{Launch, Start};
 
 /// Tells a child of `--batch auto` how many rows to try.
@@ -23,31 +23,16 @@ pub const TRIAL_STEPS: usize = 2;
 /// The steps over which the learning rate follows a batch that has grown.
 const WARM_UP: usize = 20;
 
-/// How large the batch is.
-#[derive(Args, Clone, Debug)]
-pub struct BatchFlags {
-    /// The rows of a step, over all ranks; `auto` for as many as fit into memory at once
-    #[arg(long, value_name = "N", default_value = "16", value_parser = rows)]
-    batch: Rows,
-
-    /// Measures the gradient noise scale, the batch beyond which a larger one saves few steps
-    #[arg(long)]
-    noise_scale: bool,
-
-    /// Doubles the batch, up to so many rows, whenever the noise scale is beyond the doubled one; the learning rate grows by the root
-    #[arg(long, value_name = "MOST", value_parser = up_to::<1_000_000>)]
-    grow_batch: Option<usize>,
-}
-
 /// The rows of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Rows {
+pub enum Rows {
     /// As many as fit at once.
     Auto,
     Number(usize),
 }
 
-fn rows(value: &str) -> Result<Rows, String> {
+/// Reads `--batch`.
+pub fn rows(value: &str) -> Result<Rows, String> {
     const LARGEST: usize = 1_000_000;
     match value.parse::<i128>() {
         _ if value == "auto" => Ok(Rows::Auto),
@@ -58,82 +43,74 @@ fn rows(value: &str) -> Result<Rows, String> {
     }
 }
 
-/// How large the batch is to be.
-#[derive(Clone, Copy, Debug)]
-pub struct BatchPlan {
-    /// The rows of a step over all ranks, at first.
-    pub rows: usize,
-    /// Whether they are still to be found out.
-    pub auto: bool,
-    /// Whether this process is a child of another, which tries what fits: it leaves nothing behind.
-    pub trial: bool,
-    /// Whether the noise of the gradient is measured.
+/// What is measured of the batch, and whether it grows.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct GrowthFlags {
+    /// Measures the gradient noise scale, the batch beyond which a larger one saves few steps
+    #[arg(long)]
     pub noise_scale: bool,
-    /// Up to how many rows the batch may grow.
-    pub grow: Option<usize>,
+
+    /// Doubles the batch, up to so many rows, whenever the noise scale is beyond the doubled one; the learning rate grows by the root
+    #[arg(long, value_name = "MOST", value_parser = up_to::<1_000_000>)]
+    pub grow_batch: Option<usize>,
 }
 
-impl BatchFlags {
-    /// What is asked for: with `auto`, for now as many rows as a trial says, or one, in each of so many `pieces` of the batch of
-    /// each replica.
-    pub fn read(&self, axes: Axes, pieces: usize, start: &Start) -> Result<BatchPlan, String> {
-        let (trial, dp) = (env::var(TRIAL).ok().and_then(|rows| rows.parse::<usize>().ok()), axes.dp);
-        let auto = self.batch == Rows::Auto;
-        if auto && (start.launch != Launch::Threads || start.device != Compute::Flex) {
-            return Err(
-                "--batch auto tries batches on ranks that are threads of a CPU: give --launch threads, or a number"
-                    .into(),
-            );
+impl GrowthFlags {
+    /// What is wrong with these flags for a batch that begins with so many rows.
+    pub fn check(&self, batch: usize) -> Result<(), String> {
+        match self.grow_batch {
+            Some(most) if most < batch => Err(format!("--grow-batch {most} is smaller than --batch {batch}")),
+            _ => Ok(()),
         }
-        let rows = match self.batch {
-            Rows::Number(rows) => rows,
-            Rows::Auto => dp * pieces * trial.unwrap_or(1),
-        };
-        if rows < dp {
-            return Err(format!(
-                "--batch {rows} is smaller than --dp {dp}: every replica needs a row of each batch, give --batch {dp}"
-            ));
-        }
-        if let Some(most) = self.grow_batch.filter(|most| *most < rows) {
-            return Err(format!("--grow-batch {most} is smaller than --batch {rows}"));
-        }
-        let (trial, noise_scale) = (auto && trial.is_some(), self.noise_scale || self.grow_batch.is_some());
-        Ok(BatchPlan { rows, auto: auto && !trial, trial, noise_scale, grow: self.grow_batch })
     }
 
-    /// Whether as many rows are asked for as fit.
-    pub fn is_auto(&self) -> bool {
-        self.batch == Rows::Auto
+    /// Whether steps measure the noise of their gradient.
+    pub fn measures(&self) -> bool {
+        self.noise_scale || self.grow_batch.is_some()
     }
-}
 
-impl BatchPlan {
-    /// The strategy, which measures the noise of the gradient if that is asked for.
-    pub fn measured(&self, strategy: Strategy) -> Result<Strategy, String> {
-        if self.noise_scale && strategy.data.sharding == Sharding::Parameters {
+    /// The strategy that measures what these flags need; or why it cannot.
+    pub fn strategy(&self, strategy: Strategy) -> Result<Strategy, String> {
+        if self.measures() && strategy.data.sharding == Sharding::Parameters {
             return Err(
                 "--noise-scale compares the gradients of replicas, which --zero 3 sums up first: give --zero 2".into(),
             );
         }
-        let data = strategy.data.clone().with_noise_scale(self.noise_scale || strategy.data.noise_scale);
-        Ok(strategy.with_data(data))
+        let data = strategy.data.clone();
+        let measures = self.measures() || data.noise_scale;
+        Ok(strategy.with_data(data.with_noise_scale(measures)))
     }
 }
 
-/// The most rows, up to `most`, that go through every layer at once on each of the ranks, which are threads. This process takes no
-/// step to find out: children do, with a limit on their memory. `memory` says how many bytes a replica needs that holds all of
-/// the model, for so many rows; what does not fit by that is not tried.
-pub fn rows_that_fit(
-    most: usize,
-    strategy: &Strategy,
-    axes: Axes,
-    memory: impl FnMut(usize) -> Result<usize, Error>,
-) -> Result<usize, Error> {
+/// What is wrong with `--batch auto` beside these flags.
+pub fn check_auto(start: &Start, micro_batch: Option<usize>) -> Result<(), String> {
+    if start.launch != Launch::Threads || start.device != Compute::Flex {
+        return Err(
+            "--batch auto tries batches on ranks that are threads of a CPU: give --launch threads, or a number".into(),
+        );
+    }
+    match micro_batch {
+        Some(_) => Err("--batch auto finds out how many rows go through at once: leave --micro-batch out".into()),
+        None => Ok(()),
+    }
+}
+
+/// The rows that this process is to try for `--batch auto`, if it is such a child.
+pub fn trial() -> Option<usize> {
+    env::var(TRIAL).ok()?.parse().ok()
+}
+
+/// The most rows, at most `most`, that go through every layer at once on each replica. `known` says how many of so many are known
+/// to need no more than so many bytes on all ranks together. This process takes no step for it: children do, with a
+/// limit on their memory, which are this program with the same arguments and [`trial`].
+///
+/// # Errors
+/// What `known` and trials return; if not even one row fits.
+pub fn largest(most: usize, known: impl FnOnce(u64, usize) -> Result<usize, Error>) -> Result<usize, Error> {
     let budget = MemoryBudget::of_system()?;
     // What others take meanwhile.
     let bytes = budget.bytes / 10 * 9;
-    let whole = axes.pp * axes.tp == 1 && strategy.data.sharding == Sharding::None;
-    let most = if whole { rows_within(bytes / axes.dp as u64, most, memory)? } else { most };
+    let most = known(bytes, most)?;
     if most == 0 {
         return Err(Error::user(format!(
             "--batch auto: not even one row fits into the {bytes} bytes of {}: take a smaller model, or split it with --tp or --pp",
@@ -148,9 +125,9 @@ pub fn rows_that_fit(
             try_in_child(&mut child, bytes, Duration::from_secs(600))
         })
     };
-    let rows = launch::threads(1).run(one)?.swap_remove(0).rows;
-    eprintln!("{rows} rows at once fit on a rank, of {most} that were tried first, in {bytes} bytes");
-    Ok(rows)
+    let fit = launch::threads(1).run(one)?.swap_remove(0);
+    eprintln!("{} rows at once fit on a rank, of {most} that were tried first, in {bytes} bytes", fit.rows);
+    Ok(fit.rows)
 }
 
 /// The batch while it trains; part of a checkpoint.
@@ -160,22 +137,24 @@ pub struct Batch {
     grow: Option<GrowBatch>,
     /// The rows of the next step, as far as they are known.
     rows: usize,
-    /// All rows of steps whose noise was measured, and what their losses counted for: tokens.
-    seen: (f64, f64),
+    /// The items of the loss in the steps that were measured, and the rows of these.
+    #[serde(default)]
+    measured: (f64, usize),
 }
 
 impl Batch {
-    /// What the flags say for a run of so many steps, or what a checkpoint said before as far as the flags still do.
-    pub fn begin(self, plan: &BatchPlan, steps: usize) -> Result<Self, Error> {
-        let grow = match (plan.grow, self.grow) {
+    /// What the flags say, a run of so many steps that begins with so many rows; or what a checkpoint said before as far
+    /// as the flags still do.
+    pub fn begin(self, rows: usize, flags: GrowthFlags, steps: usize) -> Result<Self, Error> {
+        let grow = match (flags.grow_batch, self.grow) {
             (None, _) => None,
             (Some(most), Some(grow)) => Some(grow.with_most(most)),
             (Some(most), None) => {
                 let patience = (steps as u64 / 10).clamp(10, 100);
-                Some(GrowBatch::new(plan.rows, most)?.with_patience(patience))
+                Some(GrowBatch::new(rows, most)?.with_patience(patience))
             }
         };
-        let rows = grow.map_or(plan.rows, |grow| grow.rows());
+        let rows = grow.map_or(rows, |grow| grow.rows());
         Ok(Self { grow, rows, ..self })
     }
 
@@ -184,29 +163,36 @@ impl Batch {
         self.rows
     }
 
-    /// The factor of the learning rate, by the square-root rule for Adam.
-    pub fn lr_factor(&self, plan: &BatchPlan) -> f64 {
-        let Some(grow) = self.grow.filter(|grow| grow.rows() > plan.rows) else { return 1.0 };
-        let factor = (self.rows as f64 / plan.rows as f64).sqrt();
+    /// How they are divided over so many ranks, at most `at_once` in a layer. A batch that has grown takes more
+    /// micro-batches of the same size.
+    pub fn split(&self, strategy: &Strategy, ranks: usize, at_once: usize) -> Result<BatchSplit, Error> {
+        BatchSplit::of(strategy, ranks, self.rows, Some(at_once))
+    }
+
+    /// The factor of the learning rate of a batch that began with so many rows, by the square-root rule for Adam.
+    pub fn lr_factor(&self, began: usize) -> f64 {
+        let Some(grow) = self.grow.filter(|grow| grow.rows() > began) else { return 1.0 };
+        let factor = (self.rows as f64 / began as f64).sqrt();
         factor * warm_up(grow.steps_since() as usize, WARM_UP, 0.5f64.sqrt())
     }
 
     /// Takes in what a step of so many rows has measured.
-    pub fn after_step(&mut self, step: &Step, rows: usize, plan: &BatchPlan) {
-        if !plan.noise_scale {
-            return;
-        }
+    pub fn after_step(&mut self, step: &Step, rows: usize) {
         self.noise.add(step);
-        self.seen = (self.seen.0 + rows as f64, self.seen.1 + step.weight);
+        self.measured = (self.measured.0 + step.weight, self.measured.1 + rows);
         self.rows = match &mut self.grow {
-            Some(grow) => grow.after_step(&self.noise, self.seen.1 / self.seen.0),
+            Some(grow) => grow.after_step(&self.noise, self.measured.0 / self.measured.1 as f64),
             None => rows,
         };
     }
 
     /// The noise scale in rows; or why there is none.
-    pub fn noise_rows(&self) -> Result<f64, NoNoise> {
-        self.noise.items().map(|tokens| tokens / (self.seen.1 / self.seen.0))
+    pub fn noise_rows(&self) -> Result<f64, String> {
+        let items = self.noise.items().map_err(|why| why.to_string())?;
+        match self.measured {
+            (_, 0) => Err("it was measured in items of the loss, of which it is not known how many a row has".into()),
+            (all, rows) => Ok(items * rows as f64 / all),
+        }
     }
 
     /// What the summary says of the noise: how large it is, and what would help.

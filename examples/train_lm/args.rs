@@ -2,12 +2,11 @@
 
 use std::path::PathBuf;
 
-use burn_parallel::batch::BatchSplit;
 use burn_parallel::prelude::*;
 use clap::Parser;
 
-use crate::common::batch::{BatchFlags, BatchPlan, TRIAL_STEPS};
-use crate::common::flags::{Axes, MeshFlags, STRATEGY_KEYS, learning_rate, norm, parse, up_to, writable, wrong};
+use crate::common::batch::{self, GrowthFlags, Rows};
+use crate::common::flags::{Axes, MeshFlags, STRATEGY_KEYS, every_replica, learning_rate, norm, parse, up_to, writable, wrong};
 use crate::common::saving::SaveFlags;
 use crate::common::start::{LaunchFlags, Start};
 use crate::gpt::GptConfig;
@@ -32,8 +31,12 @@ struct Flags {
     #[arg(long, value_name = "N", default_value_t = 1200, value_parser = up_to::<1_000_000_000>)]
     steps: usize,
 
+    /// The rows of a step, over all ranks; `auto` for as many as fit into memory at once, up to 1024 a replica
+    #[arg(long, value_name = "N", default_value = "16", value_parser = batch::rows)]
+    batch: Rows,
+
     #[command(flatten)]
-    batch: BatchFlags,
+    growth: GrowthFlags,
 
     /// The rows that go through the model at once on a rank [default: all that it has]
     #[arg(long, value_name = "N", value_parser = up_to::<1_000_000>)]
@@ -89,10 +92,14 @@ pub struct Args {
     pub strategy: Strategy,
     /// How many steps to train.
     pub steps: usize,
-    /// How large the batch is.
-    pub batch: BatchPlan,
+    /// The rows of a step over all ranks.
+    pub batch: usize,
     /// The most rows that go through the model at once on a rank.
     pub micro_batch: usize,
+    /// Whether the batch is still to be found out.
+    pub auto: bool,
+    /// What is measured of the batch, and whether it grows.
+    pub growth: GrowthFlags,
     /// The length of a row in tokens.
     pub seq: usize,
     /// The layers of the model.
@@ -127,16 +134,21 @@ impl Args {
         let mesh = flags.mesh.read(start.started, 2, start.min_ranks)?;
         let axes @ Axes { dp, pp, tp, .. } = mesh.0;
         let Flags { d_model, heads, .. } = flags;
-        if flags.batch.is_auto() && flags.micro_batch.is_some() {
-            return Err("--batch auto finds out how many rows go through at once: leave --micro-batch out".into());
+        let (trial, auto) = (batch::trial(), flags.batch == Rows::Auto);
+        if auto {
+            batch::check_auto(&start, flags.micro_batch)?;
         }
+        // What is tried, or to begin with: one row in each micro-batch.
         let in_pipeline = match (&mesh.1, pp) {
             (_, 1) => 1,
             (Some(strategy), _) => strategy.pipeline.as_ref().map_or(1, |pipeline| pipeline.micro_batches),
             (None, _) => flags.micro_batches.unwrap_or(4 * pp),
         };
-        let plan = flags.batch.read(axes, in_pipeline, &start)?;
-        let batch = plan.rows;
+        let batch = match flags.batch {
+            Rows::Number(rows) => rows,
+            Rows::Auto => dp * in_pipeline * trial.unwrap_or(1),
+        };
+        every_replica(batch, dp)?;
         if let Some(micro_batch) = flags.micro_batch.filter(|&rows| rows > batch) {
             return Err(format!("--micro-batch {micro_batch} is larger than --batch {batch}"));
         }
@@ -155,6 +167,7 @@ impl Args {
                 return Err(format!("--micro-batches {micro_batches} is more than the {rows} rows of a replica"));
             }
         }
+        flags.growth.check(batch)?;
         if d_model % heads != 0 {
             return Err(format!("--heads {heads} does not divide --d-model {d_model}"));
         }
@@ -166,13 +179,17 @@ impl Args {
         }
 
         let micro_batches = flags.micro_batches.unwrap_or((4 * pp).min(rows));
-        let strategy = plan.measured(flags.mesh.strategy(mesh, Plan::megatron(), micro_batches)?)?;
+        let strategy = flags.growth.strategy(flags.mesh.strategy(mesh, Plan::megatron(), micro_batches)?)?;
+        // A trial leaves nothing behind.
+        let kept = trial.is_none() || !auto;
         Ok(Self {
             text: flags.text,
             axes,
             strategy,
-            steps: if plan.trial { TRIAL_STEPS } else { flags.steps },
-            batch: plan,
+            steps: if kept { flags.steps } else { batch::TRIAL_STEPS },
+            batch,
+            auto: auto && kept,
+            growth: flags.growth,
             micro_batch: flags.micro_batch.unwrap_or(batch).min(batch.div_ceil(dp)),
             seq: flags.seq,
             layers: flags.layers,
@@ -181,8 +198,8 @@ impl Args {
             lr: flags.lr,
             clip: flags.clip,
             seed: flags.seed,
-            json: flags.json.filter(|_| !plan.trial),
-            saving: if plan.trial { flags.saving.none() } else { flags.saving },
+            json: flags.json.filter(|_| kept),
+            saving: if kept { flags.saving } else { flags.saving.none() },
             start,
         })
     }
@@ -201,8 +218,7 @@ impl Args {
     pub fn with_rows_at_once(&self, rows: usize) -> Self {
         let pipeline = self.strategy.pipeline.as_ref().filter(|_| self.axes.pp > 1);
         let batch = self.axes.dp * pipeline.map_or(1, |config| config.micro_batches) * rows;
-        let plan = BatchPlan { rows: batch, auto: false, ..self.batch };
-        Self { batch: plan, micro_batch: batch.div_ceil(self.axes.dp), ..self.clone() }
+        Self { batch, micro_batch: batch.div_ceil(self.axes.dp), auto: false, ..self.clone() }
     }
 
     /// The most rows that go through a layer at once.
@@ -211,14 +227,9 @@ impl Args {
             1 => self.micro_batch,
             _ => {
                 let pipeline = self.strategy.pipeline.as_ref();
-                self.batch.rows.div_ceil(self.axes.dp).div_ceil(pipeline.map_or(1, |config| config.micro_batches))
+                self.batch.div_ceil(self.axes.dp).div_ceil(pipeline.map_or(1, |config| config.micro_batches))
             }
         }
-    }
-
-    /// How so many rows are divided. A batch that has grown takes more micro-batches of the same size.
-    pub fn split(&self, rows: usize) -> Result<BatchSplit, Error> {
-        BatchSplit::of(&self.strategy, self.axes.ranks, rows, Some(self.rows_at_once()))
     }
 
     /// The model that the flags describe.

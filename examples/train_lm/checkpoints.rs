@@ -27,8 +27,8 @@ pub struct SavedFlags {
 
 impl SavedFlags {
     pub fn of(args: &Args) -> Self {
-        let Args { layers, d_model, heads, seq, ref batch, seed, lr, clip, .. } = *args;
-        Self { layers, d_model, heads, seq, batch: batch.rows, seed, lr, clip }
+        let Args { layers, d_model, heads, seq, batch, seed, lr, clip, .. } = *args;
+        Self { layers, d_model, heads, seq, batch, seed, lr, clip }
     }
 
     /// Demands the same model. Returns lines about what else is not as it was.

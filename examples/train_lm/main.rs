@@ -3,10 +3,10 @@
 //! `gpt.rs` is an ordinary burn model and knows nothing of ranks; `train.rs` is an ordinary burn loop, run by every rank.
 
 mod args;
-mod batch;
 mod checkpoints;
 #[path = "../common/mod.rs"]
 mod common;
+mod fit;
 mod gpt;
 mod report;
 mod sample;
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<Option<StopSignal>, Failure> {
     let text = &Text::load(args.text.as_deref(), args.seq).map_err(Failure::Refused)?;
     let device = Device::flex();
-    let args = &if args.batch.auto { batch::choose(args)? } else { args.clone() };
+    let args = &if args.auto { fit::choose(args)? } else { args.clone() };
     device.seed(args.seed);
     // Made once, before there are ranks: they would all draw from the same random numbers, in any order.
     let model = args.model().init(&device.autodiff());

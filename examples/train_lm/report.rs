@@ -56,12 +56,12 @@ impl Outcome {
             row("model", format!("{parameters} parameters: {layers} layers, width {d_model}, {heads} heads")),
             row(
                 "training",
-                format!("{steps} steps of {} x {seq} bytes, at most {} rows at once", batch.rows, args.rows_at_once()),
+                format!("{steps} steps of {batch} x {seq} bytes, at most {} rows at once", args.rows_at_once()),
             ),
         ];
-        let split = args.split(self.batch.rows()).map_or_else(|why| why.to_string(), |split| split.to_string());
-        rows.push(row("batch", split));
-        if args.batch.noise_scale {
+        let split = self.batch.split(&args.strategy, axes.ranks, args.rows_at_once());
+        rows.push(row("batch", split.map_or_else(|why| why.to_string(), |split| split.to_string())));
+        if args.growth.measures() {
             rows.push(row("gradient noise scale", self.batch.advice()));
         }
         rows.extend(self.figures.losses("nats per byte"));

@@ -44,13 +44,15 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
         split.micro_batches(replica).into_iter().map(part).collect::<Vec<_>>()
     };
     // Which rank holds what must be known before anything is restored.
-    let size = Batch::default().begin(&args.batch, args.steps)?;
-    model.prepare(batch(0, &args.split(size.rows())?).swap_remove(0), loss)?;
+    let begin = |size: Batch| size.begin(args.batch, args.growth, args.steps);
+    let split = |size: &Batch| size.split(&args.strategy, args.axes.ranks, args.rows_at_once());
+    let size = begin(Batch::default())?;
+    model.prepare(batch(0, &split(&size)?).swap_remove(0), loss)?;
     let optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init();
     let (schedule, flags) = (schedule(args)?, SavedFlags::of(args));
     let mut run = Run { model, optim, schedule, flags, losses: Vec::new(), grad_norms: Vec::new(), batch: size };
     let first = run.resume(&world, args)?;
-    run.batch = run.batch.begin(&args.batch, args.steps)?;
+    run.batch = begin(run.batch)?;
     let mut saving = Saving::begin(&args.saving, &world, folder, &args.strategy, args.steps)?;
     let mut progress = Progress::new(args.steps, rank.rank() == 0);
     let mut pipeline = Pipeline::default();
@@ -62,7 +64,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
         let rows = run.batch.rows();
         let last = number + 1 == args.steps;
         let peak = if last { Some(Peak::begin(&world)?) } else { None };
-        let mut step = run.model.step_micro_batches(batch(number, &args.split(rows)?), loss)?;
+        let mut step = run.model.step_micro_batches(batch(number, &split(&run.batch)?), loss)?;
         if let Some(peak) = peak {
             memory.step = peak.end(&world, args.start.ranks_here(args.axes.ranks))?;
         }
@@ -75,11 +77,13 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
         if let Some(max) = args.clip {
             step = step.clip_grad_norm(&run.model, max)?;
             run.grad_norms.extend(step.grad_norm);
-        } else if args.batch.noise_scale {
+        } else if args.growth.measures() {
             step = step.clip_grad_norm(&run.model, Clip::never())?;
         }
-        let factor = run.batch.lr_factor(&args.batch);
-        run.batch.after_step(&step, rows, &args.batch);
+        let factor = run.batch.lr_factor(args.batch);
+        if args.growth.measures() {
+            run.batch.after_step(&step, rows);
+        }
         if last {
             memory = Memory { step: memory.step, ..Memory::of_step(&run.model, &step.grads) };
         }
