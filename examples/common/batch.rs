@@ -4,7 +4,7 @@ use std::env;
 use std::process::Command;
 use std::time::Duration;
 
-use burn_parallel::batch::{BatchSplit, GrowBatch, MemoryBudget, NoiseScale, largest_that_fits, try_in_child, warm_up};
+use burn_parallel::batch::{GrowBatch, MemoryBudget, NoiseScale, largest_that_fits, try_in_child, warm_up};
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use clap::Args;
@@ -161,12 +161,6 @@ impl Batch {
     /// The rows of the next step.
     pub fn rows(&self) -> usize {
         self.rows
-    }
-
-    /// How they are divided over so many ranks, at most `at_once` in a layer. A batch that has grown takes more
-    /// micro-batches of the same size.
-    pub fn split(&self, strategy: &Strategy, ranks: usize, at_once: usize) -> Result<BatchSplit, Error> {
-        BatchSplit::of(strategy, ranks, self.rows, Some(at_once))
     }
 
     /// The factor of the learning rate of a batch that began with so many rows, by the square-root rule for Adam.

@@ -54,12 +54,12 @@ impl SaveFlags {
             };
         };
         let steps = step as usize;
+        restore(&mut checkpoints, step)?;
         if steps > all {
             return Err(Error::user(format!(
-                "--resume {dir:?} has made {steps} steps, and the whole run has {all}: give more steps"
+                "the whole run has {all} steps, and --resume {dir:?} has made {steps}: give more steps"
             )));
         }
-        restore(&mut checkpoints, step)?;
         match world.rank() {
             0 if steps == all => eprintln!("nothing to do: --resume {dir:?} has made all {steps} steps of the run"),
             0 => eprintln!("goes on after step {steps} of {all}, on {} ranks", world.size()),
@@ -113,7 +113,9 @@ impl<'a> Saving<'a> {
         checkpoints.wait()?;
         if let (true, Some(dir)) = (self.speaks, &self.flags.save) {
             let all = self.all;
-            eprintln!("{NAME}: {signal} ends the run after step {steps} of {all}; it is saved, --resume {dir:?} goes on");
+            eprintln!(
+                "{NAME}: {signal} ends the run after step {steps} of {all}; it is saved, --resume {dir:?} goes on"
+            );
         }
         Ok(Some(signal))
     }

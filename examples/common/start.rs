@@ -91,45 +91,45 @@ impl LaunchFlags {
     /// How to start; or why the flags do not go together.
     pub fn read(&self) -> Result<Start, String> {
         let Self { launch, restarts, min_ranks, device, transport } = *self;
-    // In a batch script Slurm's variables are set for a single process as well: it must be asked for.
-    let place = ProcessInfo::from_env();
-    let started = place.as_ref().is_ok_and(|place| place.launcher != Launcher::Slurm && place.size > 1);
-    let default = if started { Launch::Env } else { Launch::Threads };
-    let launch = launch.unwrap_or(default);
-    let without = |flag: &str, feature: &str| {
-        Err(format!("{flag}: this program was built without it; build with `--features {feature}`"))
-    };
-    if let Some(feature) = device.missing() {
-        return without(&format!("--device {feature}"), feature);
-    }
-    let nccl = transport == Some(Transport::Nccl);
-    let transport = match (transport, launch) {
-        (None, _) | (Some(Transport::Local), Launch::Threads) => None,
-        (Some(Transport::Nccl), _) if cfg!(not(feature = "cuda")) => return without("--transport nccl", "cuda"),
-        (Some(Transport::Nccl), _) if device != Compute::Cuda => {
-            return Err("--transport nccl joins NVIDIA GPUs: give --device cuda".into());
+        // In a batch script Slurm's variables are set for a single process as well: it must be asked for.
+        let place = ProcessInfo::from_env();
+        let started = place.as_ref().is_ok_and(|place| place.launcher != Launcher::Slurm && place.size > 1);
+        let default = if started { Launch::Env } else { Launch::Threads };
+        let launch = launch.unwrap_or(default);
+        let without = |flag: &str, feature: &str| {
+            Err(format!("{flag}: this program was built without it; build with `--features {feature}`"))
+        };
+        if let Some(feature) = device.missing() {
+            return without(&format!("--device {feature}"), feature);
         }
-        (Some(Transport::Nccl), _) => None,
-        (Some(Transport::Mpi), _) if cfg!(not(feature = "mpi")) => return without("--transport mpi", "mpi"),
-        (Some(Transport::Tcp | Transport::Mpi), Launch::Threads) => {
-            return Err("--transport tcp and mpi join processes: give --launch processes or env".into());
+        let nccl = transport == Some(Transport::Nccl);
+        let transport = match (transport, launch) {
+            (None, _) | (Some(Transport::Local), Launch::Threads) => None,
+            (Some(Transport::Nccl), _) if cfg!(not(feature = "cuda")) => return without("--transport nccl", "cuda"),
+            (Some(Transport::Nccl), _) if device != Compute::Cuda => {
+                return Err("--transport nccl joins NVIDIA GPUs: give --device cuda".into());
+            }
+            (Some(Transport::Nccl), _) => None,
+            (Some(Transport::Mpi), _) if cfg!(not(feature = "mpi")) => return without("--transport mpi", "mpi"),
+            (Some(Transport::Tcp | Transport::Mpi), Launch::Threads) => {
+                return Err("--transport tcp and mpi join processes: give --launch processes or env".into());
+            }
+            (Some(Transport::Tcp), _) => Some(TransportKind::Tcp),
+            (Some(Transport::Mpi), _) => Some(TransportKind::Mpi),
+            (Some(Transport::Local), _) => return Err("--transport local joins threads: give --launch threads".into()),
+        };
+        let started = match (launch, place) {
+            (Launch::Env, place) => Some(place.map_err(|why| why.to_string())?.size),
+            _ => None,
+        };
+        if restarts > 0 && launch != Launch::Processes {
+            return Err("--restarts is for --launch processes: what other launchers start, they start again".into());
         }
-        (Some(Transport::Tcp), _) => Some(TransportKind::Tcp),
-        (Some(Transport::Mpi), _) => Some(TransportKind::Mpi),
-        (Some(Transport::Local), _) => return Err("--transport local joins threads: give --launch threads".into()),
-    };
-    let started = match (launch, place) {
-        (Launch::Env, place) => Some(place.map_err(|why| why.to_string())?.size),
-        _ => None,
-    };
-    if restarts > 0 && launch != Launch::Processes {
-        return Err("--restarts is for --launch processes: what other launchers start, they start again".into());
+        if min_ranks.is_some() && restarts == 0 && launch != Launch::Env {
+            return Err("--min-ranks is for ranks that are started again: give --restarts as well".into());
+        }
+        Ok(Start { launch, device, transport, nccl, started, restarts, min_ranks })
     }
-    if min_ranks.is_some() && restarts == 0 && launch != Launch::Env {
-        return Err("--min-ranks is for ranks that are started again: give --restarts as well".into());
-    }
-    Ok(Start { launch, device, transport, nccl, started, restarts, min_ranks })
-}
 }
 
 /// Runs `f` on so many ranks. If some are lost, it is run again, if the flags say so: on all, or on as many as `goes_on` says
@@ -155,8 +155,9 @@ pub fn run<T: Send>(
         #[cfg(unix)]
         Launch::Processes => {
             let processes = launch::processes(ranks).transport(transport.unwrap_or(TransportKind::Tcp));
-            let sizes = start.min_ranks.map_or(ranks..ranks, |fewest| fewest..ranks + 1).filter(|ranks| goes_on(*ranks));
-            let processes = processes.restarts(start.restarts).restart_sizes(sizes.collect()).grace(GRACE);
+            let sizes =
+                start.min_ranks.map_or(ranks..ranks, |fewest| fewest..ranks + 1).filter(|ranks| goes_on(*ranks));
+            let processes = processes.restarts(start.restarts).restart_sizes(sizes).grace(GRACE);
             processes.run(|process| process.seed(seed), first).map(Option::flatten)
         }
         #[cfg(not(unix))]

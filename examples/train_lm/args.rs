@@ -2,11 +2,14 @@
 
 use std::path::PathBuf;
 
+use burn_parallel::batch::BatchSplit;
 use burn_parallel::prelude::*;
 use clap::Parser;
 
-use crate::common::batch::{self, GrowthFlags, Rows};
-use crate::common::flags::{Axes, MeshFlags, STRATEGY_KEYS, every_replica, learning_rate, norm, parse, up_to, writable, wrong};
+use crate::common::batch::{self, Batch, GrowthFlags, Rows};
+use crate::common::flags::{
+    Axes, MeshFlags, STRATEGY_KEYS, every_replica, learning_rate, norm, parse, up_to, writable, wrong,
+};
 use crate::common::saving::SaveFlags;
 use crate::common::start::{LaunchFlags, Start};
 use crate::gpt::GptConfig;
@@ -230,6 +233,11 @@ impl Args {
                 self.batch.div_ceil(self.axes.dp).div_ceil(pipeline.map_or(1, |config| config.micro_batches))
             }
         }
+    }
+
+    /// How a batch is divided. One that has grown takes more micro-batches of the same size.
+    pub fn split(&self, batch: &Batch) -> Result<BatchSplit, Error> {
+        BatchSplit::of(&self.strategy, self.axes.ranks, batch.rows(), Some(self.rows_at_once()))
     }
 
     /// The model that the flags describe.

@@ -39,11 +39,17 @@ fn run(args: &Args) -> Result<Option<StopSignal>, Failure> {
     let model = args.model().init(&device.autodiff());
 
     // The first rank tells what came of it.
-    let ran = start::run(&args.start, args.axes.ranks, |ranks| args.on(ranks).is_ok(), args.seed, |rank| {
-        // After some were lost there may be fewer ranks than the flags are for.
-        let args = args.on(rank.size())?;
-        Ok((train(rank, model.clone(), &args, text)?, args))
-    })?;
+    let ran = start::run(
+        &args.start,
+        args.axes.ranks,
+        |ranks| args.on(ranks).is_ok(),
+        args.seed,
+        |rank| {
+            // After some were lost there may be fewer ranks than the flags are for.
+            let args = args.on(rank.size())?;
+            Ok((train(rank, model.clone(), &args, text)?, args))
+        },
+    )?;
     let (outcome, args) = match ran {
         Some((Ended::Complete(outcome), args)) => (outcome, args),
         Some((Ended::Stopped(signal), _)) => return Ok(Some(signal)),

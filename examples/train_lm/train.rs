@@ -45,9 +45,8 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
     };
     // Which rank holds what must be known before anything is restored.
     let begin = |size: Batch| size.begin(args.batch, args.growth, args.steps);
-    let split = |size: &Batch| size.split(&args.strategy, args.axes.ranks, args.rows_at_once());
     let size = begin(Batch::default())?;
-    model.prepare(batch(0, &split(&size)?).swap_remove(0), loss)?;
+    model.prepare(batch(0, &args.split(&size)?).swap_remove(0), loss)?;
     let optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init();
     let (schedule, flags) = (schedule(args)?, SavedFlags::of(args));
     let mut run = Run { model, optim, schedule, flags, losses: Vec::new(), grad_norms: Vec::new(), batch: size };
@@ -64,7 +63,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
         let rows = run.batch.rows();
         let last = number + 1 == args.steps;
         let peak = if last { Some(Peak::begin(&world)?) } else { None };
-        let mut step = run.model.step_micro_batches(batch(number, &split(&run.batch)?), loss)?;
+        let mut step = run.model.step_micro_batches(batch(number, &args.split(&run.batch)?), loss)?;
         if let Some(peak) = peak {
             memory.step = peak.end(&world, args.start.ranks_here(args.axes.ranks))?;
         }
