@@ -6,8 +6,8 @@ use burn::tensor::{DType, Tensor, bf16, f16};
 use super::number::Number;
 use crate::tensor::{Loops, PlainTensor, vectorized};
 
-/// Elements that are copied into local memory, computed, and copied back: the compiler then knows that they are apart.
-const BLOCK: usize = 64;
+/// Elements that are read into local memory, computed, and written back: the compiler then knows that they are apart.
+const BLOCK: usize = 32;
 /// Elements from which on two threads share the work.
 const SPLIT_FROM: usize = 128 * 1024;
 
@@ -109,16 +109,7 @@ impl<T: Number, R: Rule<N>, const N: usize> Elements<'_, T, R, N> {
     }
 
     #[inline(always)]
-    fn block(&mut self, from: usize, len: usize) {
-        let at = from..from + len;
-        let mut value = [T::default(); BLOCK];
-        let mut gradient = [T::default(); BLOCK];
-        let mut moments = [[T::default(); BLOCK]; N];
-        value[..len].copy_from_slice(&self.value[at.clone()]);
-        gradient[..len].copy_from_slice(&self.gradient[at.clone()]);
-        for (own, moment) in moments.iter_mut().zip(&self.moments) {
-            own[..len].copy_from_slice(&moment[at.clone()]);
-        }
+    fn block(&self, value: &mut [T; BLOCK], gradient: &[T; BLOCK], moments: &mut [[T; BLOCK]; N]) {
         for place in 0..BLOCK {
             let mut of_place = [T::default(); N];
             for moment in 0..N {
@@ -129,21 +120,36 @@ impl<T: Number, R: Rule<N>, const N: usize> Elements<'_, T, R, N> {
                 moments[moment][place] = of_place[moment];
             }
         }
-        self.value[at.clone()].copy_from_slice(&value[..len]);
-        for (moment, own) in self.moments.iter_mut().zip(&moments) {
-            moment[at.clone()].copy_from_slice(&own[..len]);
-        }
     }
 }
 
 impl<T: Number, R: Rule<N>, const N: usize> Loops for Elements<'_, T, R, N> {
     #[inline(always)]
     fn run(mut self) {
-        let len = self.value.len();
-        let whole = len - len % BLOCK;
-        for from in (0..whole).step_by(BLOCK) {
-            self.block(from, BLOCK);
+        let from = self.value.len() / BLOCK * BLOCK;
+        for place in 0..from / BLOCK {
+            let at = |slice: &[T]| slice.as_chunks().0[place];
+            let (mut value, gradient) = (at(self.value), at(self.gradient));
+            let mut moments = self.moments.each_ref().map(|moment| at(moment));
+            self.block(&mut value, &gradient, &mut moments);
+            self.value.as_chunks_mut().0[place] = value;
+            for (moment, own) in self.moments.iter_mut().zip(moments) {
+                moment.as_chunks_mut().0[place] = own;
+            }
         }
-        self.block(whole, len - whole);
+        // The rest, with zeros behind.
+        let len = self.value.len() - from;
+        let at = |slice: &[T]| {
+            let mut block = [T::default(); BLOCK];
+            block[..len].copy_from_slice(&slice[from..]);
+            block
+        };
+        let (mut value, gradient) = (at(self.value), at(self.gradient));
+        let mut moments = self.moments.each_ref().map(|moment| at(moment));
+        self.block(&mut value, &gradient, &mut moments);
+        self.value[from..].copy_from_slice(&value[..len]);
+        for (moment, own) in self.moments.iter_mut().zip(moments) {
+            moment[from..].copy_from_slice(&own[..len]);
+        }
     }
 }
