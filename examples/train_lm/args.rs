@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use burn_parallel::prelude::*;
 use clap::Parser;
 
-use crate::batch::{self, Rows};
+use crate::common::batch::{self, GrowthFlags, Rows};
 use crate::common::device::Compute;
 use crate::common::flags::{Axes, MeshFlags, STRATEGY_KEYS, learning_rate, norm, parse, up_to, writable, wrong};
 use crate::common::start::{self, Launch, Restarts, Start, Transport};
@@ -35,13 +35,8 @@ struct Flags {
     #[arg(long, value_name = "N", default_value = "16", value_parser = batch::rows)]
     batch: Rows,
 
-    /// Measures the gradient noise scale, the batch beyond which a larger one saves few steps
-    #[arg(long)]
-    noise_scale: bool,
-
-    /// Doubles the batch, up to so many rows, whenever the noise scale is beyond the doubled one; the learning rate grows by the root
-    #[arg(long, value_name = "MOST", value_parser = up_to::<1_000_000>)]
-    grow_batch: Option<usize>,
+    #[command(flatten)]
+    growth: GrowthFlags,
 
     /// The rows that go through the model at once on a rank [default: all that it has]
     #[arg(long, value_name = "N", value_parser = up_to::<1_000_000>)]
@@ -137,10 +132,8 @@ pub struct Args {
     pub micro_batch: usize,
     /// Whether the batch is still to be found out.
     pub auto: bool,
-    /// Whether the noise of the gradient is measured.
-    pub noise_scale: bool,
-    /// Up to how many rows the batch may grow.
-    pub grow_batch: Option<usize>,
+    /// What is measured of the batch, and whether it grows.
+    pub growth: GrowthFlags,
     /// The length of a row in tokens.
     pub seq: usize,
     /// The layers of the model.
@@ -191,14 +184,8 @@ impl Args {
         let Flags { d_model, heads, .. } = flags;
         let trial = batch::trial();
         let auto = flags.batch == Rows::Auto;
-        if auto && (start.launch != Launch::Threads || flags.device != Compute::Flex) {
-            return wrong(
-                "--batch auto tries batches on ranks that are threads of a CPU: give --launch threads, or a number"
-                    .into(),
-            );
-        }
-        if auto && flags.micro_batch.is_some() {
-            return wrong("--batch auto finds out how many rows go through at once: leave --micro-batch out".into());
+        if auto {
+            batch::check_auto(&start, flags.device, flags.micro_batch).or_else(wrong)?;
         }
         // What is tried, or to begin with: one row in each micro-batch.
         let in_pipeline = match (&mesh.1, pp) {
@@ -233,9 +220,7 @@ impl Args {
                 return wrong(format!("--micro-batches {micro_batches} is more than the {rows} rows of a replica"));
             }
         }
-        if let Some(most) = flags.grow_batch.filter(|most| *most < batch) {
-            return wrong(format!("--grow-batch {most} is smaller than --batch {batch}"));
-        }
+        flags.growth.check(batch).or_else(wrong)?;
         if d_model % heads != 0 {
             return wrong(format!("--heads {heads} does not divide --d-model {d_model}"));
         }
@@ -250,14 +235,12 @@ impl Args {
 
         let micro_batches = flags.micro_batches.unwrap_or((4 * pp).min(rows));
         let strategy = flags.mesh.strategy(mesh, Plan::megatron(), micro_batches).or_else(wrong)?;
-        let noise_scale = flags.noise_scale || flags.grow_batch.is_some();
-        if noise_scale && strategy.data.sharding == Sharding::Parameters {
+        if flags.growth.measures() && strategy.data.sharding == Sharding::Parameters {
             return wrong(
                 "--noise-scale compares the gradients of replicas, which --zero 3 sums up first: give --zero 2".into(),
             );
         }
-        let data = strategy.data.clone().with_noise_scale(noise_scale || strategy.data.noise_scale);
-        let strategy = strategy.with_data(data);
+        let strategy = flags.growth.strategy(strategy);
         // A trial leaves nothing behind.
         let kept = trial.is_none() || !auto;
         Ok(Self {
@@ -267,8 +250,7 @@ impl Args {
             steps: if kept { flags.steps } else { batch::TRIAL_STEPS },
             batch,
             auto: auto && trial.is_none(),
-            noise_scale,
-            grow_batch: flags.grow_batch,
+            growth: flags.growth,
             micro_batch: flags.micro_batch.unwrap_or(batch).min(batch.div_ceil(dp)),
             seq: flags.seq,
             layers: flags.layers,

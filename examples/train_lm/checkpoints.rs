@@ -9,7 +9,7 @@ use burn_parallel::train::Parallel;
 use serde::{Deserialize, Serialize};
 
 use crate::args::Args;
-use crate::batch::Batch;
+use crate::common::batch::Batch;
 use crate::gpt::Gpt;
 
 /// The flags of a run that its checkpoints hold.

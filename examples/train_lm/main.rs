@@ -3,10 +3,10 @@
 //! `gpt.rs` is an ordinary burn model and knows nothing of ranks; `train.rs` is an ordinary burn loop, run by every rank.
 
 mod args;
-mod batch;
 mod checkpoints;
 #[path = "../common/mod.rs"]
 mod common;
+mod fit;
 mod gpt;
 mod report;
 mod sample;
@@ -57,7 +57,7 @@ fn main() -> ExitCode {
 /// Trains. Returns the signal that has ended the run, if one has.
 fn run(args: &Args, text: &Text) -> Result<Option<StopSignal>, Box<dyn Error>> {
     let device = Device::flex();
-    let args = &if args.auto { batch::choose(args)? } else { args.clone() };
+    let args = &if args.auto { fit::choose(args)? } else { args.clone() };
     device.seed(args.seed);
     // Made once, before there are ranks: they would all draw from the same random numbers, in any order.
     let model = args.model().init(&device.autodiff());

@@ -8,7 +8,7 @@ use burn::module::Module;
 use serde::Serialize;
 
 use crate::args::Args;
-use crate::batch::Batch;
+use crate::common::batch::Batch;
 use crate::common::figures::{Figures, Json as FiguresJson, row, table};
 use crate::gpt::Gpt;
 
@@ -38,7 +38,7 @@ impl Outcome {
         let json = Json {
             figures: self.figures.json(args.axes, self.model.num_params()),
             rows: self.batch.rows(),
-            noise_scale_rows: self.batch.noise.items().ok().map(|tokens| tokens / args.seq as f64),
+            noise_scale_rows: self.batch.noise_rows().ok(),
         };
         fs::write(path, serde_json::to_string(&json)? + "\n")
     }
@@ -59,10 +59,10 @@ impl Outcome {
                 format!("{steps} steps of {batch} x {seq} bytes, at most {} rows at once", args.rows_at_once()),
             ),
         ];
-        let split = self.batch.split(args).map_or_else(|why| why.to_string(), |split| split.to_string());
-        rows.push(row("batch", split));
-        if args.noise_scale {
-            rows.push(row("gradient noise scale", self.batch.advice(args)));
+        let split = self.batch.split(&args.strategy, axes.ranks, args.rows_at_once());
+        rows.push(row("batch", split.map_or_else(|why| why.to_string(), |split| split.to_string())));
+        if args.growth.measures() {
+            rows.push(row("gradient noise scale", self.batch.advice()));
         }
         rows.extend(self.figures.losses("nats per byte"));
         rows.push(row("loss, held-out text", held_out));

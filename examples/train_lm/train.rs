@@ -15,8 +15,8 @@ use burn_parallel::prelude::*;
 use burn_parallel::train::Clip;
 
 use crate::args::Args;
-use crate::batch::Batch;
 use crate::checkpoints::{Run, SavedFlags, checkpointer};
+use crate::common::batch::Batch;
 use crate::common::device;
 use crate::common::figures::Figures;
 use crate::common::memory::{Memory, Peak};
@@ -52,13 +52,15 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended, 
         split.micro_batches(replica).into_iter().map(part).collect::<Vec<_>>()
     };
     // Which rank holds what must be known before anything is restored.
-    let size = Batch::default().begin(args)?;
-    model.prepare(batch(0, &size.split(args)?).swap_remove(0), loss)?;
+    let begin = |size: Batch| size.begin(args.batch, args.growth, args.steps);
+    let split = |size: &Batch| size.split(&args.strategy, args.axes.ranks, args.rows_at_once());
+    let size = begin(Batch::default())?;
+    model.prepare(batch(0, &split(&size)?).swap_remove(0), loss)?;
     let optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init();
     let (schedule, flags) = (schedule(args)?, SavedFlags::of(args));
     let mut run = Run { model, optim, schedule, flags, losses: Vec::new(), grad_norms: Vec::new(), batch: size };
     let first = run.resume(&world, args)?;
-    run.batch = run.batch.begin(args)?;
+    run.batch = begin(run.batch)?;
     let mut checkpoints = checkpointer(&world, args)?;
     // Without checkpoints there is nothing to be done before the end.
     let mut signals = checkpoints.is_some().then(|| StopSignals::listen(&world)).transpose()?;
@@ -72,7 +74,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended, 
         let rows = run.batch.rows();
         let last = number + 1 == args.steps;
         let peak = if last { Some(Peak::begin(&world)?) } else { None };
-        let mut step = run.model.step_micro_batches(batch(number, &run.batch.split(args)?), loss)?;
+        let mut step = run.model.step_micro_batches(batch(number, &split(&run.batch)?), loss)?;
         if let Some(peak) = peak {
             memory.step = peak.end(&world, args.start.ranks_here(args.axes.ranks))?;
         }
@@ -85,11 +87,13 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended, 
         if let Some(max) = args.clip {
             step = step.clip_grad_norm(&run.model, max)?;
             run.grad_norms.extend(step.grad_norm);
-        } else if args.noise_scale {
+        } else if args.growth.measures() {
             step = step.clip_grad_norm(&run.model, Clip::never())?;
         }
-        let factor = run.batch.lr_factor(args);
-        run.batch.after_step(&step, args);
+        let factor = run.batch.lr_factor(args.batch);
+        if args.growth.measures() {
+            run.batch.after_step(&step);
+        }
         if last {
             memory = Memory { step: memory.step, ..Memory::of_step(&run.model, &step.grads) };
         }

@@ -208,7 +208,7 @@ fn same_kind(optimizer: &str, into: &ModuleOptimizer, params: &[Wanted<'_>]) -> 
         record.param(info, state);
         for (moment, stored) in &state.moments {
             let one = vec![1; stored.dims.len()];
-            record.tensor(info, moment, TensorData::from_bytes_vec(vec![0; 4], one, DType::F32));
+            record.tensor(info, moment, TensorData::new(vec![0f32], one));
         }
     }
     let tried = record.load(optimizer, into)?;

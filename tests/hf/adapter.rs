@@ -7,11 +7,13 @@ use burn::module::{Module, ModuleMapper, Param, ParamGroup};
 use burn::prelude::*;
 use burn_parallel::hf::{self, Adapter, AdapterConfig, Mapping, Rule, SaveConfig};
 use burn_parallel::prelude::*;
+use burn_parallel::sharding::Sharding;
+use burn_parallel::train::Engine;
 
 use crate::common::llama::Llama;
 use crate::common::models::Numbers;
 use crate::golden::Name;
-use crate::{Dir, counting, file_of};
+use crate::{Dir, counting, file_of, save};
 
 pub const NAME: Name = Name::Llama;
 pub const SIZES: AdapterConfig = AdapterConfig { rank: 2, alpha: 4.0 };
@@ -83,7 +85,7 @@ pub fn expected() -> f64 {
     losses.unwrap()[0]
 }
 
-pub fn save(axes: [usize; 3], dir: &Path) {
+pub fn save_adapters(axes: [usize; 3], dir: &Path) {
     launch::threads(axes.iter().product())
         .run(|world| {
             let model = adapted(&world.device().autodiff()).parallelize(&world, &strategy(axes))?;
@@ -99,7 +101,7 @@ fn adapters_go_from_mesh_to_mesh() {
     assert!((expected - NAME.golden().losses[0]).abs() > 1e-3, "the adapters do nothing");
     for (from, to) in [([2, 1, 1], [1, 1, 2]), ([1, 1, 2], [1, 2, 1]), ([1, 2, 1], [2, 1, 1])] {
         let dir = Dir::fresh();
-        save(from, &dir.join("adapter"));
+        save_adapters(from, &dir.join("adapter"));
         let names = hf::open(dir.join("adapter/adapter_model.safetensors")).unwrap();
         assert_eq!(names.names().count(), 2 * 12);
         let q = "base_model.model.model.layers.3.self_attn.q_proj";
@@ -157,6 +159,44 @@ fn adapters_are_merged_as_a_model_is_written() {
                 Ok(())
             })
             .unwrap();
+    }
+}
+
+/// Where the plan or the replicas divide the factors of adapters otherwise than the weights, ranks send each other what
+/// they lack: what is written is what one rank writes, within rounding, and what a rank is sent is no more than that.
+#[test]
+fn adapters_are_merged_wherever_their_factors_are() {
+    let dir = Dir::fresh();
+    let merged = |strategy: &Strategy, ranks: usize, to: &str| {
+        let saved = launch::threads(ranks).run(|world| {
+            let model = adapted(&world.device().autodiff()).parallelize(&world, strategy)?.load(&mut base()?)?;
+            let config = SaveConfig::new(Mapping::llama()).with_piece_bytes(700).with_merged_adapters(SIZES.alpha);
+            hf::save(&model, &world, dir.join(to), &config)
+        });
+        saved.unwrap()
+    };
+    merged(&Strategy::new(), 1, "one");
+    let divided = DataParallelConfig::new().with_sharding(Sharding::Parameters);
+    let rows = |axes, engine| strategy(axes).with_data(divided.clone()).with_engine(engine);
+    // Factors split across the plan's dims of their weights, and in an odd number of parts.
+    let across = plan().shard("*.q_proj.weight.lora.a", 0).shard("*.q_proj.weight.lora.b", 0).shard("*.lora.b", 1);
+    for (number, (strategy, ranks, travels)) in [
+        (rows([2, 1, 1], Engine::Captured), 2, true),
+        (rows([2, 1, 1], Engine::Eager), 2, true),
+        (rows([2, 1, 2], Engine::Captured), 4, true),
+        (rows([3, 2, 1], Engine::Captured), 6, true),
+        (Strategy::new().with_tp(2, across), 2, true),
+        (strategy([2, 1, 1]), 2, false),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let to = format!("out{number}");
+        for saved in merged(&strategy, ranks, &to) {
+            // A piece, the messages of two more, and of 12 adapters of at most 352 values.
+            assert!(saved.largest_buffer <= 3 * 700 + if travels { 12 * 352 * 4 } else { 0 }, "{number}: {saved:?}");
+        }
+        save::near(&dir.join("one"), &dir.join(&to), 1e-6);
     }
 }
 

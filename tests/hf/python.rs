@@ -132,7 +132,7 @@ fn python_reads_adapters() {
     let mut arguments = vec![adapter::NAME.folder()];
     for axes in [[2, 1, 1], [1, 1, 2], [1, 2, 1]] {
         let to = dir.join(&format!("{axes:?}"));
-        adapter::save(axes, &to);
+        adapter::save_adapters(axes, &to);
         arguments.push(to);
     }
     let script = r#"

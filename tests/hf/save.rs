@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use burn::tensor::DType;
+use burn::tensor::{DType, TensorData};
 use burn_parallel::hf::{self, Mapping, SaveConfig, Saved};
 use burn_parallel::params::SliceSource;
 use burn_parallel::prelude::*;
@@ -35,6 +35,20 @@ pub fn through_by(
 
 /// Demands that two directories have the same tensors, bit for bit.
 pub fn same(one: &Path, other: &Path) {
+    compare(one, other, |name, a, b| assert_eq!((a.dtype(), a.bytes()), (b.dtype(), b.bytes()), "{name}"));
+}
+
+/// Demands that two directories have the same tensors of f32, within a part of the largest value of each.
+pub fn near(one: &Path, other: &Path, tolerance: f32) {
+    compare(one, other, |name, a, b| {
+        let (a, b) = (a.try_to_vec::<f32>().unwrap(), b.try_to_vec::<f32>().unwrap());
+        let largest = a.iter().fold(0f32, |most, value| most.max(value.abs()));
+        let worst = a.iter().zip(&b).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+        assert!(worst <= tolerance * largest, "{name}: {worst} of {largest}");
+    });
+}
+
+fn compare(one: &Path, other: &Path, demand: impl Fn(&str, TensorData, TensorData)) {
     let (mut one, mut other) = (hf::open(one).unwrap(), hf::open(other).unwrap());
     let names: Vec<String> = one.names().map(Into::into).collect();
     assert_eq!(names, other.names().collect::<Vec<_>>());
@@ -42,8 +56,7 @@ pub fn same(one: &Path, other: &Path) {
         let dims = one.tensor_dims(&name).unwrap().to_vec();
         assert_eq!(other.tensor_dims(&name), Some(&dims[..]), "{name}");
         let ranges: Vec<_> = dims.iter().map(|size| 0..*size).collect();
-        let (a, b) = (one.read(&name, &ranges).unwrap(), other.read(&name, &ranges).unwrap());
-        assert_eq!((a.dtype(), a.bytes()), (b.dtype(), b.bytes()), "{name}");
+        demand(&name, one.read(&name, &ranges).unwrap(), other.read(&name, &ranges).unwrap());
     }
 }
 

@@ -2,7 +2,7 @@
 
 #[path = "../common/dir.rs"]
 #[allow(dead_code)]
-mod dir;
+pub mod dir;
 
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -15,10 +15,10 @@ use crate::memory::{HELD, MOST, Mlp, WHOLE, plan};
 const RANKS: usize = 2;
 const PIECE: usize = 1 << 18;
 /// What the ranks' machinery holds: messages, plans, names.
-const REST: usize = 1 << 18;
+pub const REST: usize = 1 << 18;
 
 /// Runs on all ranks between two meetings. Returns the most bytes that the process held meanwhile, beyond those before.
-fn most<T>(rank: &Rank, run: impl FnOnce() -> Result<T, Error>) -> Result<(T, usize), Error> {
+pub fn most<T>(rank: &Rank, run: impl FnOnce() -> Result<T, Error>) -> Result<(T, usize), Error> {
     rank.barrier()?;
     let before = HELD.load(Relaxed);
     MOST.store(before, Relaxed);

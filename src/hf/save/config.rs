@@ -68,7 +68,8 @@ impl SaveConfig {
     }
 
     /// Adds the LoRA adapters of the model, made with this `alpha`, to the weights that they adapt, as they are
-    /// written. The model stays as it is.
+    /// written. The model stays as it is. However weights and adapters are split, each rank is sent the rows and
+    /// columns of the factors that its parts of the weights lack.
     pub fn with_merged_adapters(self, alpha: f64) -> Self {
         Self { merged: Some(alpha), ..self }
     }

@@ -3,6 +3,7 @@
 mod commit;
 mod config;
 mod exchange;
+mod merge;
 mod own;
 mod pieces;
 mod plan;
@@ -16,6 +17,7 @@ use std::path::Path;
 use commit::{carry_over, config_for};
 pub use config::SaveConfig;
 use exchange::{Done, exchange};
+use merge::{Brought, merge};
 use own::{all_params, own_params};
 use plan::{PlannedTensor, SavePlan};
 use problem::wrong;
@@ -40,10 +42,10 @@ pub struct Saved {
     pub bytes: u64,
     /// Of these the bytes that this rank wrote.
     pub bytes_written: u64,
-    /// Bytes of its parts that this rank sent to others that wrote them.
+    /// Bytes of its parts that this rank sent to others that wrote them, or merged adapters by them.
     pub bytes_sent: u64,
-    /// The most bytes that this rank held at once beside its parts: a piece, and messages on their way from it and to
-    /// it.
+    /// The most bytes that this rank held at once beside its parts: a piece, messages on their way from it and to it,
+    /// and the factors that it was sent of [adapters](SaveConfig::with_merged_adapters).
     pub largest_buffer: usize,
 }
 
@@ -108,8 +110,12 @@ pub(super) fn save_as<P: ParallelModule>(
     let own = own_params(model, config);
     let failed = own.as_ref().map(|_| ()).map_err(Clone::clone);
     together(failed, &group)?;
-    let own = own?;
-    let params = all_params(&own, &group)?;
+    let mut own = own?;
+    let mut params = all_params(&own, &group)?;
+    let brought = match config.merged {
+        Some(alpha) => merge(&mut own, &mut params, alpha, &group)?,
+        None => Brought::default(),
+    };
     let plan = SavePlan::new(&params, stem, config)?;
     let draft = Draft::new(dir, config.overwrite)?;
     fault::point("planned");
@@ -130,17 +136,17 @@ pub(super) fn save_as<P: ParallelModule>(
         // The error that there is says more than one of this.
         let _ = draft.discard();
     }
-    finished.map(|()| saved(&plan, done))
+    finished.map(|()| saved(&plan, done, brought))
 }
 
-fn saved(plan: &SavePlan, done: Done) -> Saved {
+fn saved(plan: &SavePlan, done: Done, brought: Brought) -> Saved {
     Saved {
         files: plan.files.iter().map(|(name, _)| name.clone()).collect(),
         tensors: plan.tensors.len(),
         bytes: plan.tensors.iter().map(|tensor| tensor.bytes() as u64).sum(),
         bytes_written: done.written,
-        bytes_sent: done.sent,
-        largest_buffer: done.held,
+        bytes_sent: done.sent + brought.sent as u64,
+        largest_buffer: done.held + brought.held,
     }
 }
 

@@ -9,7 +9,8 @@ use burn::tensor::{Bool, Int, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::config::SaveConfig;
-use super::exchange::{Adapter, Part};
+use super::exchange::Part;
+use super::merge::{demand_places, is_factor};
 use super::plan::HeldParam;
 use super::problem::wrong;
 use crate::Error;
@@ -23,7 +24,7 @@ use crate::train::ParallelModule;
 pub(super) struct OwnParam {
     /// Its number in the order of the model, the same on all ranks.
     pub(super) place: usize,
-    path: String,
+    pub(super) path: String,
     /// The dims of the whole, if this rank holds something of it.
     dims: Vec<usize>,
     pub(super) part: Option<Part>,
@@ -33,7 +34,7 @@ pub(super) struct OwnParam {
 ///
 /// # Errors
 /// [`Error::Pipeline`] if it is not known who holds what; [`Error::InvalidArgument`] if there are adapters that are not
-/// to be merged, or cannot be with what this rank holds; [`Error::UnsupportedDType`].
+/// to be merged; [`Error::UnsupportedDType`].
 pub(super) fn own_params<P: ParallelModule>(model: &P, config: &SaveConfig) -> Result<Vec<OwnParam>, Error> {
     config.check()?;
     average_statistics(model.local());
@@ -48,8 +49,10 @@ pub(super) fn own_params<P: ParallelModule>(model: &P, config: &SaveConfig) -> R
     model.local().visit(&mut visitor);
     visitor.outcome?;
     let mut found = visitor.found;
-    merge(&mut found, config)?;
-    found.retain(|param| !config.mapping.keeps(&param.path));
+    demand_places(&found, config)?;
+    // Adapters that are merged are not left out yet, though they are not written.
+    let merged = |path: &str| config.merged.is_some() && is_factor(path);
+    found.retain(|param| merged(&param.path) || !config.mapping.keeps(&param.path));
     Ok(found)
 }
 
@@ -114,62 +117,6 @@ impl ModuleVisitor for Visitor {
             self.path.pop();
         }
     }
-}
-
-/// Gives the adapters of the model to the weights that they adapt.
-fn merge(found: &mut Vec<OwnParam>, config: &SaveConfig) -> Result<(), Error> {
-    let numbers: HashMap<String, usize> =
-        found.iter().enumerate().map(|(at, param)| (param.path.clone(), at)).collect();
-    for at in 0..found.len() {
-        let Some(base) = found[at].path.strip_suffix(".lora.a").map(str::to_owned) else { continue };
-        let Some(alpha) = config.merged else {
-            // An adapter that has a place of its own is saved as any parameter.
-            if config.mapping.of_model(&found[at].path).next().is_some() && !config.mapping.keeps(&found[at].path) {
-                continue;
-            }
-            let problem = format!(
-                "the model has adapters, as `{}`: save them by `hf::save_adapter`, or merge them by `with_merged_adapters`",
-                found[at].path
-            );
-            return Err(wrong(problem));
-        };
-        let (Some(weight), Some(other)) = (numbers.get(&base), numbers.get(&format!("{base}.lora.b"))) else {
-            continue;
-        };
-        let Some(part) = &found[*weight].part else { continue };
-        let (rows, columns) = (part.ranges[0].clone(), part.ranges[1].clone());
-        let (a, b) = (found[at].part.as_ref(), found[*other].part.as_ref());
-        let rank = found[at].dims.get(1).copied().unwrap_or(0);
-        let (a, b) = match (a, b) {
-            (Some(a), Some(b))
-                if covers(&a.ranges[0], &rows)
-                    && a.ranges[1] == (0..rank)
-                    && b.ranges[0] == (0..rank)
-                    && covers(&b.ranges[1], &columns) =>
-            {
-                ((a.value.clone(), a.ranges[0].start), (b.value.clone(), b.ranges[1].start))
-            }
-            _ => {
-                let problem = format!(
-                    "this rank holds rows {rows:?} and columns {columns:?} of `{base}` and not those of its adapter: leave \
-                     `*.lora.*` whole in the plan, or split it as the weight"
-                );
-                return Err(wrong(problem));
-            }
-        };
-        let adapter = Adapter { a, b, scale: alpha / rank as f64 };
-        if let Some(part) = &mut found[*weight].part {
-            part.adapter = Some(adapter);
-        }
-    }
-    if config.merged.is_some() {
-        found.retain(|param| !param.path.ends_with(".lora.a") && !param.path.ends_with(".lora.b"));
-    }
-    Ok(())
-}
-
-fn covers(range: &Range<usize>, other: &Range<usize>) -> bool {
-    range.start <= other.start && other.end <= range.end
 }
 
 /// What a rank tells of a part that it holds.

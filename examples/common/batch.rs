@@ -1,0 +1,208 @@
+//! How large the batch is: as many rows as the flags say, as fit, or more as training goes on.
+
+use std::env;
+use std::process::Command;
+use std::time::Duration;
+
+use burn_parallel::batch::{BatchSplit, GrowBatch, MemoryBudget, NoiseScale, largest_that_fits, try_in_child, warm_up};
+use burn_parallel::prelude::*;
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
+use super::device::Compute;
+use super::flags::up_to;
+use super::start::{Launch, Start};
+
+/// Rows that `--batch auto` does not go beyond, on a replica: by then a processor is busy, and a step takes long.
+const MOST: usize = 1024;
+
+/// Tells a child of `--batch auto` how many rows to try.
+const TRIAL: &str = "BURN_PARALLEL_TRIAL_ROWS";
+
+/// The steps of a trial: in the second one the optimizer has its state.
+pub const TRIAL_STEPS: usize = 2;
+
+/// The steps over which the learning rate follows a batch that has grown.
+const WARM_UP: usize = 20;
+
+/// The rows of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// As many as fit at once.
+    Auto,
+    Number(usize),
+}
+
+/// Reads `--batch`.
+pub fn rows(value: &str) -> Result<Rows, String> {
+    const LARGEST: usize = 1_000_000;
+    match value.parse::<i128>() {
+        _ if value == "auto" => Ok(Rows::Auto),
+        Ok(n) if n < 1 => Err("it must be at least 1".into()),
+        Ok(n) if n > LARGEST as i128 => Err(format!("it must be at most {LARGEST}")),
+        Ok(n) => Ok(Rows::Number(n as usize)),
+        Err(_) => Err("it must be a whole number, or `auto`".into()),
+    }
+}
+
+/// What is measured of the batch, and whether it grows.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct GrowthFlags {
+    /// Measures the gradient noise scale, the batch beyond which a larger one saves few steps
+    #[arg(long)]
+    pub noise_scale: bool,
+
+    /// Doubles the batch, up to so many rows, whenever the noise scale is beyond the doubled one; the learning rate grows by the root
+    #[arg(long, value_name = "MOST", value_parser = up_to::<1_000_000>)]
+    pub grow_batch: Option<usize>,
+}
+
+impl GrowthFlags {
+    /// What is wrong with these flags for a batch that begins with so many rows.
+    pub fn check(&self, batch: usize) -> Result<(), String> {
+        match self.grow_batch {
+            Some(most) if most < batch => Err(format!("--grow-batch {most} is smaller than --batch {batch}")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether steps measure the noise of their gradient.
+    pub fn measures(&self) -> bool {
+        self.noise_scale || self.grow_batch.is_some()
+    }
+
+    /// The strategy that measures what these flags need.
+    pub fn strategy(&self, strategy: Strategy) -> Strategy {
+        let data = strategy.data.clone();
+        let measures = self.measures() || data.noise_scale;
+        strategy.with_data(data.with_noise_scale(measures))
+    }
+}
+
+/// What is wrong with `--batch auto` beside these flags.
+pub fn check_auto(start: &Start, device: Compute, micro_batch: Option<usize>) -> Result<(), String> {
+    if start.launch != Launch::Threads || device != Compute::Flex {
+        return Err(
+            "--batch auto tries batches on ranks that are threads of a CPU: give --launch threads, or a number".into(),
+        );
+    }
+    match micro_batch {
+        Some(_) => Err("--batch auto finds out how many rows go through at once: leave --micro-batch out".into()),
+        None => Ok(()),
+    }
+}
+
+/// The rows that this process is to try for `--batch auto`, if it is such a child.
+pub fn trial() -> Option<usize> {
+    env::var(TRIAL).ok()?.parse().ok()
+}
+
+/// The most rows that go through every layer at once on each replica. `known` says how many of at most so many are known
+/// to need no more than so many bytes on all ranks together. This process takes no step for it: children do, with a
+/// limit on their memory, which are this program with the same arguments and [`trial`].
+///
+/// # Errors
+/// What `known` and trials return; if not even one row fits.
+pub fn largest(known: impl FnOnce(u64, usize) -> Result<usize, Error>) -> Result<usize, Error> {
+    let budget = MemoryBudget::of_system()?;
+    // What others take meanwhile.
+    let bytes = budget.bytes / 10 * 9;
+    let most = known(bytes, MOST)?;
+    if most == 0 {
+        return Err(Error::user(format!(
+            "--batch auto: not even one row fits into the {bytes} bytes of {}: take a smaller model, or split it with --tp or --pp",
+            budget.limit
+        )));
+    }
+    let program = env::current_exe().map_err(Error::user)?;
+    let one = |rank: Rank| {
+        largest_that_fits(most, &rank, |rows| {
+            let mut child = Command::new(&program);
+            child.args(env::args_os().skip(1)).env(TRIAL, rows.to_string());
+            try_in_child(&mut child, bytes, Duration::from_secs(600))
+        })
+    };
+    let fit = launch::threads(1).run(one)?.swap_remove(0);
+    eprintln!("{} rows at once fit on a rank, of {most} that were tried first, in {bytes} bytes", fit.rows);
+    Ok(fit.rows)
+}
+
+/// The batch while it trains; part of a checkpoint.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Batch {
+    noise: NoiseScale,
+    grow: Option<GrowBatch>,
+    /// The rows of the last step.
+    rows: usize,
+    /// The items of the loss in the steps that were measured, and the rows of these.
+    #[serde(default)]
+    measured: (f64, usize),
+}
+
+impl Batch {
+    /// What the flags say, a run of so many steps that begins with so many rows; or what a checkpoint said before as far
+    /// as the flags still do.
+    pub fn begin(self, rows: usize, flags: GrowthFlags, steps: usize) -> Result<Self, Error> {
+        let grow = match (flags.grow_batch, self.grow) {
+            (None, _) => None,
+            (Some(most), Some(grow)) => Some(grow.with_most(most)),
+            (Some(most), None) => {
+                let patience = (steps as u64 / 10).clamp(10, 100);
+                Some(GrowBatch::new(rows, most)?.with_patience(patience))
+            }
+        };
+        let rows = grow.map_or(rows, |grow| grow.rows());
+        Ok(Self { grow, rows, ..self })
+    }
+
+    /// The rows of the next step.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// How they are divided over so many ranks, at most `at_once` in a layer. A batch that has grown takes more
+    /// micro-batches of the same size.
+    pub fn split(&self, strategy: &Strategy, ranks: usize, at_once: usize) -> Result<BatchSplit, Error> {
+        BatchSplit::of(strategy, ranks, self.rows, Some(at_once))
+    }
+
+    /// The factor of the learning rate of a batch that began with so many rows, by the square-root rule for Adam.
+    pub fn lr_factor(&self, began: usize) -> f64 {
+        let Some(grow) = self.grow.filter(|grow| grow.rows() > began) else { return 1.0 };
+        let factor = (self.rows as f64 / began as f64).sqrt();
+        factor * warm_up(grow.steps_since() as usize, WARM_UP, 0.5f64.sqrt())
+    }
+
+    /// Takes in what a step has measured.
+    pub fn after_step(&mut self, step: &Step) {
+        self.noise.add(step);
+        self.measured = (self.measured.0 + step.weight, self.measured.1 + self.rows);
+        if let Some(grow) = &mut self.grow {
+            self.rows = grow.after_step(&self.noise, self.measured.0 / self.measured.1 as f64);
+        }
+    }
+
+    /// The noise scale in rows; or why there is none.
+    pub fn noise_rows(&self) -> Result<f64, String> {
+        let items = self.noise.items().map_err(|why| why.to_string())?;
+        match self.measured {
+            (_, 0) => Err("it was measured in items of the loss, of which it is not known how many a row has".into()),
+            (all, rows) => Ok(items * rows as f64 / all),
+        }
+    }
+
+    /// What the summary says of the noise: how large it is, and what would help.
+    pub fn advice(&self) -> String {
+        let rows = match self.noise_rows() {
+            Ok(rows) => rows,
+            Err(why) => return format!("none: {why}"),
+        };
+        let batch = self.rows as f64;
+        let helps = match rows / batch {
+            ratio if ratio > 4.0 => "a larger batch would take fewer steps",
+            ratio if ratio < 0.25 => "a smaller batch would take less data for the same loss",
+            _ => "the batch suits it",
+        };
+        format!("{rows:.0} rows; with {batch:.0} rows a step: {helps}")
+    }
+}
