@@ -116,7 +116,7 @@ fn main() -> Result<(), Error> {
     outcome
 }
 
-/// Saves replicas and loads them split, or as they were with the moments of AdamW.
+/// Saves replicas and loads them split, with the moments of AdamW or without.
 fn sizes(dir: &Path, ranks: usize, layers: usize, moments: bool, rounds: usize) -> Result<(), Error> {
     let bytes = layers * SIDE * SIDE * 4 * if moments { 3 } else { 1 };
     let root = dir.join("checkpoints");
@@ -129,8 +129,7 @@ fn sizes(dir: &Path, ranks: usize, layers: usize, moments: bool, rounds: usize) 
             let step = model.step(x, Net::loss)?;
             model = model.optimize(&mut optim, 1e-6, step)?;
         }
-        let other = if moments { Strategy::new() } else { split(ranks) };
-        let mut loaded = Net::new(layers, &device).parallelize(&world, &other)?;
+        let mut loaded = Net::new(layers, &device).parallelize(&world, &split(ranks))?;
         let mut checkpoints = Checkpointer::new(&world, &root, CheckpointOptions::new())?;
         let own = vec![1u8; bytes / ranks];
         let path = dir.join(format!("plain.{}", world.rank()));

@@ -1,5 +1,6 @@
-//! Loading and saving a model of 538 MB on two ranks that share it, against plain reads and writes of the same bytes by
-//! as many threads: each reads its half of the file into fresh memory, and writes it into a file of its own.
+//! Loading and saving a model of 538 MB on two ranks that share it, threads and then processes, against plain reads and
+//! writes of the same bytes by these: each reads its half of the file into fresh memory, and writes it into a file of
+//! its own.
 //!
 //! Turns are taken within one run, round by round, and what counts is the median over rounds of their ratio. Files are
 //! in the page cache when they are read; writes are of new files, and end when these are on the disk. What the ranks
@@ -112,6 +113,13 @@ fn main() -> Result<(), Error> {
     {
         return what_is_held(Path::new(model), Path::new(to));
     }
+    if let [ranks, dir, model, rounds] = arguments.as_slice()
+        && ranks == "--rank"
+    {
+        let (dir, model) = (Path::new(dir), Path::new(model));
+        let rounds = rounds.parse().map_err(Error::user)?;
+        return launch::from_env()?.run(|rank| measure(rank, dir, model, rounds));
+    }
     let base = arguments.first().map_or_else(std::env::temp_dir, PathBuf::from);
     let rounds: usize = arguments.get(1).and_then(|rounds| rounds.parse().ok()).unwrap_or(7);
     let dir = base.join(format!("burn-parallel-bench-hf-{}", std::process::id()));
@@ -166,50 +174,58 @@ fn bench(dir: &Path, rounds: usize, model: Option<PathBuf>) -> Result<(), Error>
     if !held.map_err(Error::user)?.success() {
         return Err(Error::user("the process that measures memory failed"));
     }
+    println!("threads");
+    launch::threads(RANKS).run(|rank| measure(rank, dir, &model, rounds))?;
+    println!("processes");
+    let arguments = ["--rank".into(), dir.into(), model.into_os_string(), rounds.to_string().into()];
+    launch::processes(RANKS).program(std::env::current_exe().map_err(Error::user)?, arguments).supervise()
+}
+
+/// Takes the turns on a rank, of which the first prints the figures.
+fn measure(rank: Rank, dir: &Path, model: &Path, rounds: usize) -> Result<(), Error> {
     let file = model.join("model.safetensors");
     let bytes = fs::metadata(&file).map_err(Error::user)?.len() as f64;
-    let times = launch::threads(RANKS).run(|rank| {
-        let mut times = Vec::new();
-        for round in 0..rounds + 1 {
-            let mut time = [0.0; 4];
-            let timed = |run: &mut dyn FnMut() -> Result<(), Error>| {
-                rank.barrier()?;
-                let began = Instant::now();
-                run()?;
-                rank.barrier()?;
-                Ok::<_, Error>(began.elapsed().as_secs_f64())
-            };
-            let mut held = Vec::new();
-            time[0] = timed(&mut || {
-                held = plain_read(&file, rank.rank()).map_err(Error::user)?;
-                black_box(&held);
-                Ok(())
-            })?;
-            let own = dir.join(format!("plain.{}", rank.rank()));
-            time[2] = timed(&mut || plain_write(&own, &held).map_err(Error::user))?;
-            fs::remove_file(&own).map_err(Error::user)?;
-            drop(held);
-            let mut lazy = Some(SIZES.init(&rank.device().autodiff()).tensor_parallel(&rank, plan())?);
-            let mut loaded = None;
-            time[1] = timed(&mut || {
-                let mut weights = hf::open(&model)?.mapped(Mapping::llama())?;
-                loaded = lazy.take().map(|lazy| lazy.load(&mut weights)).transpose()?;
-                Ok(())
-            })?;
-            let loaded = loaded.ok_or_else(|| Error::user("nothing was loaded"))?;
-            let (saved, config) = (dir.join("saved"), SaveConfig::new(Mapping::llama()));
-            time[3] = timed(&mut || hf::save(&loaded, &rank, &saved, &config).map(drop))?;
-            if rank.rank() == 0 {
-                fs::remove_dir_all(&saved).map_err(Error::user)?;
-            }
-            // The first round warms up.
-            if round > 0 {
-                times.push(time);
-            }
+    let mut times = Vec::new();
+    for round in 0..rounds + 1 {
+        let mut time = [0.0; 4];
+        let timed = |run: &mut dyn FnMut() -> Result<(), Error>| {
+            rank.barrier()?;
+            let began = Instant::now();
+            run()?;
+            rank.barrier()?;
+            Ok::<_, Error>(began.elapsed().as_secs_f64())
+        };
+        let mut held = Vec::new();
+        time[0] = timed(&mut || {
+            held = plain_read(&file, rank.rank()).map_err(Error::user)?;
+            black_box(&held);
+            Ok(())
+        })?;
+        let own = dir.join(format!("plain.{}", rank.rank()));
+        time[2] = timed(&mut || plain_write(&own, &held).map_err(Error::user))?;
+        fs::remove_file(&own).map_err(Error::user)?;
+        drop(held);
+        let mut lazy = Some(SIZES.init(&rank.device().autodiff()).tensor_parallel(&rank, plan())?);
+        let mut loaded = None;
+        time[1] = timed(&mut || {
+            let mut weights = hf::open(&model)?.mapped(Mapping::llama())?;
+            loaded = lazy.take().map(|lazy| lazy.load(&mut weights)).transpose()?;
+            Ok(())
+        })?;
+        let loaded = loaded.ok_or_else(|| Error::user("nothing was loaded"))?;
+        let (saved, config) = (dir.join("saved"), SaveConfig::new(Mapping::llama()));
+        time[3] = timed(&mut || hf::save(&loaded, &rank, &saved, &config).map(drop))?;
+        if rank.rank() == 0 {
+            fs::remove_dir_all(&saved).map_err(Error::user)?;
         }
-        Ok(times)
-    });
-    let times = &times?[0];
+        // The first round warms up.
+        if round > 0 {
+            times.push(time);
+        }
+    }
+    if rank.rank() > 0 {
+        return Ok(());
+    }
     let column = |which: usize| median(times.iter().map(|time| time[which]).collect());
     let ratio = |which: usize| median(times.iter().map(|time| time[which] / time[which + 1]).collect());
     println!("{} MB on {RANKS} ranks that share the model, median of {rounds} rounds", bytes as u64 / 1_000_000);

@@ -68,8 +68,9 @@ impl Checkpointer {
     /// the same step is replaced, and older ones are removed as the [options](CheckpointOptions::with_keep_last) say.
     ///
     /// Every rank writes the slices that it holds; what several hold alike is written once, by those that have least to write.
-    /// Replicas may have seen different data: of running statistics those of the first are saved. A rank copies its moments into
-    /// host memory once, and of its parameters those that are on a device or not contiguous, one at a time.
+    /// Replicas may have seen different data: of running statistics those of the first are saved. Beside the state a rank holds
+    /// copies of a few moments at a time, those of 2 MiB of parameters or of one, and of parameters that are on a device or not
+    /// contiguous, one at a time.
     ///
     /// # Errors
     /// On all ranks alike: [`Error::Checkpoint`] if a rank cannot write, if the ranks hold different models, or if a moment

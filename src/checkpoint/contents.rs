@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use burn::module::ParamId;
 use burn::optim::ModuleOptimizer;
+use burn::tensor::DType;
 use serde_json::Value;
 
 use super::checkpoint_error;
@@ -26,8 +27,23 @@ pub(super) struct Slice {
     pub(super) dims: Vec<usize>,
     /// Which part it is.
     pub(super) ranges: Vec<Range<usize>>,
-    /// Its elements from the first on; padding may follow along each dim.
-    pub(super) value: PlainTensor,
+    pub(super) value: SliceValue,
+}
+
+/// The elements of a slice from the first on; padding may follow along each dim.
+pub(super) enum SliceValue {
+    There(PlainTensor),
+    /// Those of a moment of this parameter, which its optimizer has.
+    Moment(ParamId, DType),
+}
+
+impl SliceValue {
+    pub(super) fn dtype(&self) -> DType {
+        match self {
+            Self::There(value) => value.dtype(),
+            Self::Moment(_, dtype) => *dtype,
+        }
+    }
 }
 
 /// Numbers of an optimizer for each parameter, by optimizer and path.
@@ -50,6 +66,8 @@ pub(super) struct Snapshot {
 pub(super) struct Contents {
     pub(super) slices: Vec<Slice>,
     pub(super) scalars: ParamScalars,
+    /// Those of whose moments there are slices, by name.
+    pub(super) optimizers: BTreeMap<String, ModuleOptimizer>,
 }
 
 impl Snapshot {
@@ -82,18 +100,20 @@ impl Snapshot {
         Ok(Self { step, random, slices, infos, optimizers, schedulers, values })
     }
 
-    /// Reads the moments out of the optimizers: a copy of this rank's.
+    /// Finds out what moments the optimizers have.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if they do not fit the parameters.
     pub(super) fn contents(&mut self) -> Result<Contents, Error> {
         let (mut slices, mut scalars) = (std::mem::take(&mut self.slices), ParamScalars::new());
+        let mut optimizers = BTreeMap::new();
         for (name, optimizer, held) in std::mem::take(&mut self.optimizers) {
             let found = moments::of_optimizer(&name, &optimizer, &self.infos, &held)?;
             slices.extend(found.slices);
-            scalars.insert(name, found.scalars);
+            scalars.insert(name.clone(), found.scalars);
+            optimizers.insert(name, optimizer);
         }
-        Ok(Contents { slices, scalars })
+        Ok(Contents { slices, scalars, optimizers })
     }
 }
 

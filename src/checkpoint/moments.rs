@@ -5,16 +5,17 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::lr_scheduler::LrSchedulerRecord;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
-use burn::module::ParamId;
-use burn::optim::{ModuleOptimizer, OptimizerRecord};
+use burn::module::{ParamGroup, ParamId};
+use burn::optim::{ModuleOptimizer, OptimizerRecord, SgdConfig};
 use burn::tensor::{Bytes, DType, Device, TensorData};
 use burn_pack::{Reader, Writer};
 
 use super::checkpoint_error;
-use super::contents::Slice;
+use super::contents::{Slice, SliceValue};
 use super::index::{OptimizerParam, StoredTensor};
 use super::params::ParamInfo;
 use super::plan::TensorKey;
@@ -24,7 +25,13 @@ use crate::comm::panic_message;
 use crate::params::ParamSlice;
 use crate::tensor::PlainTensor;
 
-/// The state of an optimizer on this rank, by path.
+/// Bytes of parameters whose state is read out at once, unless one has more: of what burn makes of it there are two copies meanwhile.
+pub(super) const PORTION: usize = 2 << 20;
+/// Parameters whose state is read out at once, at most: burn looks through them for each that it forgets.
+pub(super) const MOST: usize = 256;
+
+/// The state of an optimizer on this rank, by path. Of its moments it is known what they are: they are [read](moments_of) as they are
+/// written.
 pub(super) struct Moments {
     pub(super) slices: Vec<Slice>,
     pub(super) scalars: BTreeMap<String, BTreeMap<String, StoredScalar>>,
@@ -32,6 +39,28 @@ pub(super) struct Moments {
 
 fn unreadable(name: &str, problem: impl std::fmt::Display) -> Error {
     checkpoint_error(format!("the state of `{name}` cannot be read out of burn's record: {problem}"))
+}
+
+/// The state of the parameters of a group, as a file in memory.
+///
+/// burn writes out the state of all parameters at once. A new group makes an optimizer forget its parameters: here a copy, which
+/// shares the tensors.
+fn file_of(optimizer: &str, state: &ModuleOptimizer, forgets: ParamGroup) -> Result<Reader, Error> {
+    let record = state.clone().with_group(forgets, SgdConfig::new().build(), None).to_record();
+    let bytes = record.into_bytes().map_err(|why| unreadable(optimizer, why))?;
+    Reader::from_bytes(bytes).map_err(|why| unreadable(optimizer, why))
+}
+
+fn file_of_some(optimizer: &str, state: &ModuleOptimizer, ids: Vec<ParamId>) -> Result<Reader, Error> {
+    file_of(optimizer, state, ParamGroup::all().exclude(ParamGroup::from_ids(ids)))
+}
+
+/// A tensor of a file of moments: its parameter, the name of the moment, its dtype, dims and bytes.
+fn moment_of(optimizer: &str, tensor: burn_pack::Tensor) -> Result<(ParamId, String, TensorData), Error> {
+    let (name, dtype, shape, id, bytes) = tensor.into_parts().map_err(|why| unreadable(optimizer, why))?;
+    let id = id.ok_or_else(|| unreadable(optimizer, format!("`{name}` is of no parameter")))?;
+    let moment = name.split_once('.').map_or(name.as_str(), |(_, moment)| moment).to_owned();
+    Ok((ParamId::from(id), moment, TensorData::from_bytes(bytes, shape, dtype)))
 }
 
 /// # Errors
@@ -42,30 +71,53 @@ pub(super) fn of_optimizer(
     infos: &[ParamInfo],
     held: &HashMap<ParamId, ParamSlice>,
 ) -> Result<Moments, Error> {
-    let paths: HashMap<u64, &ParamInfo> = infos.iter().map(|info| (info.id.val(), info)).collect();
-    let path = |id: u64| {
-        let unknown = || {
-            let problem =
-                "it has moments of a parameter that the model does not have: save it with the model that it trains";
-            checkpoint_error(format!("optimizer `{optimizer}`: {problem}"))
-        };
-        paths.get(&id).copied().ok_or_else(unknown)
-    };
-    let bytes = state.to_record().into_bytes().map_err(|why| unreadable(optimizer, why))?;
-    let reader = Reader::from_bytes(bytes).map_err(|why| unreadable(optimizer, why))?;
-    let mut scalars = BTreeMap::<String, BTreeMap<String, StoredScalar>>::new();
-    for (name, scalar) in reader.scalars() {
-        let parts = name.split_once('.').and_then(|(id, name)| Some((id.parse().ok()?, name)));
-        let (id, name) = parts.ok_or_else(|| unreadable(optimizer, format!("a number is called `{name}`")))?;
-        scalars.entry(path(id)?.path.clone()).or_default().insert(name.into(), (*scalar).into());
+    let known = ParamGroup::from_ids(infos.iter().map(|info| info.id).collect());
+    let strange = file_of(optimizer, state, known)?;
+    if !strange.scalars().is_empty() || !strange.tensor_names().is_empty() {
+        let problem =
+            "it has moments of a parameter that the model does not have: save it with the model that it trains";
+        return Err(checkpoint_error(format!("optimizer `{optimizer}`: {problem}")));
     }
-    let mut slices = Vec::new();
+    let mut moments = Moments { slices: Vec::new(), scalars: BTreeMap::new() };
+    let size = |info: &ParamInfo| {
+        held.get(&info.id).map_or(0, |slice| slice.local_dims.iter().product::<usize>() * info.dtype.size())
+    };
+    let mut rest = infos;
+    while !rest.is_empty() {
+        let mut bytes = 0;
+        let more = |info: &&ParamInfo| {
+            bytes += size(info);
+            bytes <= PORTION
+        };
+        let (portion, behind) = rest.split_at(rest.iter().take_while(more).count().clamp(1, MOST));
+        read_portion(optimizer, state, portion, held, &mut moments)?;
+        rest = behind;
+    }
+    Ok(moments)
+}
+
+fn read_portion(
+    optimizer: &str,
+    state: &ModuleOptimizer,
+    infos: &[ParamInfo],
+    held: &HashMap<ParamId, ParamSlice>,
+    moments: &mut Moments,
+) -> Result<(), Error> {
+    let reader = file_of_some(optimizer, state, infos.iter().map(|info| info.id).collect())?;
+    let of = |id: ParamId| {
+        let found = infos.iter().find(|info| info.id == id);
+        found.ok_or_else(|| unreadable(optimizer, format!("parameter {id} was not asked for")))
+    };
+    for (name, scalar) in reader.scalars() {
+        let parts = name.split_once('.').and_then(|(id, name)| Some((id.parse::<u64>().ok()?, name)));
+        let (id, name) = parts.ok_or_else(|| unreadable(optimizer, format!("a number is called `{name}`")))?;
+        let path = of(id.into())?.path.clone();
+        moments.scalars.entry(path).or_default().insert(name.into(), (*scalar).into());
+    }
     for tensor in reader.into_tensors().map_err(|why| unreadable(optimizer, why))? {
-        let (name, dtype, shape, id, bytes) = tensor.into_parts().map_err(|why| unreadable(optimizer, why))?;
-        let id = id.ok_or_else(|| unreadable(optimizer, format!("`{name}` is of no parameter")))?;
-        let info = path(id)?;
-        let moment = name.split_once('.').map_or(name.as_str(), |(_, moment)| moment).to_owned();
-        let dims = shape.to_vec();
+        let (id, moment, data) = moment_of(optimizer, tensor)?;
+        let info = of(id)?;
+        let dims = data.shape().to_vec();
         let Some(slice) = held.get(&info.id) else { continue };
         let Some((dims, ranges)) = part(&dims, slice) else {
             let ParamSlice { local_dims, dims: whole, .. } = slice;
@@ -76,13 +128,29 @@ pub(super) fn of_optimizer(
                 info.path
             )));
         };
-        if ranges.iter().any(Range::is_empty) {
-            continue;
+        if !ranges.iter().any(Range::is_empty) {
+            let key = TensorKey::moment(optimizer, &info.path, moment);
+            moments.slices.push(Slice { key, dims, ranges, value: SliceValue::Moment(info.id, data.dtype()) });
         }
-        let value = PlainTensor::from_data(TensorData::from_bytes(bytes, shape, dtype), &Device::flex());
-        slices.push(Slice { key: TensorKey::moment(optimizer, &info.path, moment), dims, ranges, value });
     }
-    Ok(Moments { slices, scalars })
+    Ok(())
+}
+
+/// The moments of some parameters, by parameter and name.
+///
+/// # Errors
+/// [`Error::Checkpoint`] if burn's record is not what it was.
+pub(super) fn moments_of(
+    optimizer: &str,
+    state: &ModuleOptimizer,
+    ids: Vec<ParamId>,
+) -> Result<HashMap<(ParamId, String), PlainTensor>, Error> {
+    let tensors = file_of_some(optimizer, state, ids)?.into_tensors().map_err(|why| unreadable(optimizer, why))?;
+    let values = tensors.into_iter().map(|tensor| {
+        let (id, moment, data) = moment_of(optimizer, tensor)?;
+        Ok(((id, moment), PlainTensor::from_data(data, &Device::flex())))
+    });
+    values.collect()
 }
 
 /// The dims of the whole of a moment of these dims, and which part of it this rank has; `None` if that cannot be told.
@@ -141,10 +209,11 @@ pub(super) struct Wanted<'a> {
 }
 
 /// Gives the part of a moment in some ranges.
-pub(super) type ReadMoment<'a> =
-    dyn FnMut(&TensorKey, &StoredTensor, &[Range<usize>]) -> Result<TensorData, Error> + 'a;
+pub(super) type ReadMoment =
+    Arc<dyn Fn(&TensorKey, &StoredTensor, &[Range<usize>]) -> Result<TensorData, Error> + Send + Sync>;
 
-/// An optimizer with the state of a checkpoint, of which `read` gives the part of a moment in these ranges.
+/// An optimizer with the state of a checkpoint, of which `read` gives the part of a moment in these ranges. No more than one moment is
+/// there twice.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if the optimizer is of another kind, or moments do not fit; those of `read`.
@@ -152,7 +221,7 @@ pub(super) fn restored(
     optimizer: &str,
     into: &ModuleOptimizer,
     params: &[Wanted<'_>],
-    read: &mut ReadMoment<'_>,
+    read: &ReadMoment,
 ) -> Result<ModuleOptimizer, Error> {
     same_kind(optimizer, into, params)?;
     let mut record = Record::default();
@@ -167,14 +236,17 @@ pub(super) fn restored(
                 )));
             };
             let key = TensorKey::moment(optimizer, &info.path, moment.clone());
-            let data = match ranges.iter().any(Range::is_empty) {
-                true => None,
-                false => Some(read(&key, stored, &ranges)?),
-            };
             let dtype = stored.burn_dtype()?;
             // Moments are of the dtype of their parameter, if they were.
             let dtype = if Some(dtype) == *saved_dtype { info.dtype } else { dtype };
-            record.tensor(info, moment, zero_padded(data, &dims, dtype)?);
+            let (read, stored, to) = (read.clone(), stored.clone(), dims.clone());
+            record.tensor(info, moment, (dims, dtype), move || {
+                let data = match ranges.iter().any(Range::is_empty) {
+                    true => None,
+                    false => Some(read(&key, &stored, &ranges)?),
+                };
+                zero_padded(data, &to, dtype)
+            });
         }
     }
     record.load(optimizer, into)
@@ -208,7 +280,8 @@ fn same_kind(optimizer: &str, into: &ModuleOptimizer, params: &[Wanted<'_>]) -> 
         record.param(info, state);
         for (moment, stored) in &state.moments {
             let one = vec![1; stored.dims.len()];
-            record.tensor(info, moment, TensorData::new(vec![0f32], one));
+            record
+                .tensor(info, moment, (one.clone(), DType::F32), move || Ok(TensorData::new(vec![0f32], one.clone())));
         }
     }
     let tried = record.load(optimizer, into)?;
@@ -237,6 +310,8 @@ struct Record {
     tensors: Vec<burn_pack::Tensor>,
     scalars: Vec<(String, StoredScalar)>,
     paths: Vec<(String, String)>,
+    /// Why a tensor could not be made.
+    failed: Arc<Mutex<Option<Error>>>,
 }
 
 impl Record {
@@ -248,10 +323,25 @@ impl Record {
         self.paths.push((id, info.path.clone()));
     }
 
-    fn tensor(&mut self, info: &ParamInfo, moment: &str, data: TensorData) {
-        let id = info.id.val();
-        let (bytes, shape, dtype) = data.into_parts();
-        self.tensors.push(burn_pack::Tensor::new(format!("{id}.{moment}"), dtype, shape, Some(id), bytes));
+    /// A moment whose values are made when it is its turn in the file.
+    fn tensor(
+        &mut self,
+        info: &ParamInfo,
+        moment: &str,
+        (dims, dtype): (Vec<usize>, DType),
+        make: impl Fn() -> Result<TensorData, Error> + Send + Sync + 'static,
+    ) {
+        let (id, failed) = (info.id.val(), self.failed.clone());
+        let bytes = dims.iter().product::<usize>() * dtype.size();
+        let make = move || match make() {
+            Ok(data) => Ok(data.into_parts().0),
+            Err(error) => {
+                let said = burn_pack::Error::IoError(error.to_string());
+                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                Err(said)
+            }
+        };
+        self.tensors.push(burn_pack::Tensor::deferred(format!("{id}.{moment}"), dtype, dims, Some(id), bytes, make));
     }
 
     fn load(self, optimizer: &str, into: &ModuleOptimizer) -> Result<ModuleOptimizer, Error> {
@@ -265,7 +355,10 @@ impl Record {
         for (id, path) in &self.paths {
             writer = writer.with_metadata(id, path);
         }
-        let bytes = writer.into_bytes().map_err(|why| unreadable(optimizer, why))?;
+        let bytes = writer.into_bytes().map_err(|why| {
+            let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner).take();
+            failed.unwrap_or_else(|| unreadable(optimizer, why))
+        })?;
         let record = OptimizerRecord::from_bytes(bytes).map_err(|why| unreadable(optimizer, why))?;
         // burn panics where tensors are not of the rank that it is told.
         let loaded = catch_unwind(AssertUnwindSafe(|| into.clone().load_record(record)));

@@ -8,7 +8,7 @@ use burn::optim::ModuleOptimizer;
 use burn::tensor::DType;
 
 use super::checkpoint_error;
-use super::contents::Slice;
+use super::contents::{Slice, SliceValue};
 use super::plan::TensorKey;
 use crate::Error;
 use crate::params::{ParamRef, ParamSlice, ShardedIds, average_statistics, is_statistic, visit_params};
@@ -73,7 +73,9 @@ pub(super) fn slices<P: ParallelModule>(model: &P) -> Result<Vec<Slice>, Error> 
         }
         let path = param.path();
         match PlainTensor::of(param.value(), &format!("parameter `{path}`")) {
-            Ok(value) => found.push(Slice { key: TensorKey::param(path), dims, ranges, value }),
+            Ok(value) => {
+                found.push(Slice { key: TensorKey::param(path), dims, ranges, value: SliceValue::There(value) })
+            }
             Err(error) => outcome = Err(error),
         }
     });

@@ -5,12 +5,15 @@ use std::ops::Range;
 use std::path::Path;
 
 use burn::backend::flex::FlexTensor;
+use burn::module::ParamId;
 
-use super::contents::{Contents, Slice};
+use super::contents::{Contents, Slice, SliceValue};
 use super::index::{BLOCK_BYTES, checksum};
-use super::plan::{TensorKey, WritePlan};
+use super::moments::{MOST, PORTION, moments_of};
+use super::plan::{PlannedTensor, TensorKey, WritePlan};
 use super::{checkpoint_error, fault};
 use crate::Error;
+use crate::tensor::PlainTensor;
 use crate::tensor_file::{NewFile, NewTensor, PieceWriter};
 
 /// Bytes that are written at once: whole blocks, few enough to be in the cache still when their checksums are known.
@@ -30,7 +33,7 @@ pub(super) struct Written {
 }
 
 /// Writes what a rank is to write, if anything, and waits until it is on the disk. Beside its tensors a rank holds a copy of one
-/// slice at most, where that is on a device or not contiguous.
+/// slice at most, where that is on a device or not contiguous, and of a [`PORTION`] of its moments.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] if the disk refuses.
@@ -48,6 +51,7 @@ pub(super) fn write(contents: &Contents, plan: &WritePlan, rank: usize, dir: &Pa
     let file = PieceWriter::create(&dir.join(file_name(rank)), &new_file)?;
     let mut held: HashMap<&TensorKey, Vec<&Slice>> = HashMap::new();
     contents.slices.iter().for_each(|slice| held.entry(&slice.key).or_default().push(slice));
+    let mut moments = Portions { contents, held: &held, of: String::new(), there: HashMap::new() };
     let mut checksums = Vec::with_capacity(tensors.len());
     for (place, ((key, _, ranges), start)) in plan.of_rank(rank).zip(&new_file.starts).enumerate() {
         if place == tensors.len() / 2 {
@@ -59,7 +63,11 @@ pub(super) fn write(contents: &Contents, plan: &WritePlan, rank: usize, dir: &Pa
                 "rank {rank} is to write {ranges:?} of `{key}`, which it does not have"
             )));
         };
-        let values = contiguous(slice, ranges)?;
+        let value = match &slice.value {
+            SliceValue::There(value) => value.clone(),
+            SliceValue::Moment(id, _) => moments.take(key, *id, &mut plan.of_rank(rank).skip(place))?,
+        };
+        let values = contiguous(value, &slice.ranges, ranges)?;
         let bytes = bytes_of(&values);
         let mut of_slice = Vec::with_capacity(bytes.len().div_ceil(BLOCK_BYTES));
         for (piece, bytes) in bytes.chunks(PIECE).enumerate() {
@@ -76,10 +84,56 @@ fn within(inner: &[Range<usize>], outer: &[Range<usize>]) -> bool {
     inner.iter().zip(outer).all(|(inner, outer)| outer.start <= inner.start && inner.end <= outer.end)
 }
 
-/// The elements of a slice in these ranges of the whole, row-major in host memory: where they are, if they are so there.
-fn contiguous(slice: &Slice, ranges: &[Range<usize>]) -> Result<FlexTensor, Error> {
-    let mut value = slice.value.clone();
-    for (dim, (range, own)) in ranges.iter().zip(&slice.ranges).enumerate() {
+/// Moments of parameters that are written one behind the other.
+struct Portions<'a> {
+    contents: &'a Contents,
+    held: &'a HashMap<&'a TensorKey, Vec<&'a Slice>>,
+    /// Of this optimizer.
+    of: String,
+    there: HashMap<(ParamId, String), PlainTensor>,
+}
+
+impl Portions<'_> {
+    /// A moment of a parameter, which is `first` of those `next` to be written. What was there is dropped, if it is not among it.
+    fn take<'b>(
+        &mut self,
+        first: &TensorKey,
+        id: ParamId,
+        next: &mut dyn Iterator<Item = (&'b TensorKey, &'b PlannedTensor, &'b [Range<usize>])>,
+    ) -> Result<PlainTensor, Error> {
+        let TensorKey::Moment { optimizer, moment, .. } = first else {
+            return Err(checkpoint_error(format!("`{first}` is no moment")));
+        };
+        let place = (id, moment.clone());
+        if self.of != *optimizer || !self.there.contains_key(&place) {
+            let (mut ids, mut bytes) = (vec![id], 0);
+            for (key, ..) in next {
+                let TensorKey::Moment { optimizer: of, .. } = key else { break };
+                let Some(slice) = self.held.get(key).and_then(|slices| slices.first()) else { break };
+                let Slice { value: SliceValue::Moment(id, dtype), ranges, .. } = slice else { break };
+                bytes += ranges.iter().map(Range::len).product::<usize>() * dtype.size();
+                let another = ids.last() != Some(id);
+                if of != optimizer || another && (bytes > PORTION || ids.len() == MOST) {
+                    break;
+                }
+                ids.extend(another.then_some(*id));
+            }
+            // The old ones go first.
+            self.there.clear();
+            let state = self.contents.optimizers.get(optimizer);
+            let state = state.ok_or_else(|| checkpoint_error(format!("optimizer `{optimizer}` is gone")))?;
+            self.there = moments_of(optimizer, state, ids)?;
+            self.of.clone_from(optimizer);
+        }
+        let lost = || checkpoint_error(format!("`{first}` is not in the optimizer any more"));
+        self.there.get(&place).cloned().ok_or_else(lost)
+    }
+}
+
+/// The elements of a value in these ranges of the whole, of which it is the part `own`, row-major in host memory: where they are, if
+/// they are so there.
+fn contiguous(mut value: PlainTensor, own: &[Range<usize>], ranges: &[Range<usize>]) -> Result<FlexTensor, Error> {
+    for (dim, (range, own)) in ranges.iter().zip(own).enumerate() {
         let local = range.start - own.start..range.end - own.start;
         if local != (0..value.shape()[dim]) {
             value = value.narrow(dim, local);

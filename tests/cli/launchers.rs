@@ -29,6 +29,11 @@ fn wait_for(saved: &str, step: &str, run: &mut Child) {
     }
 }
 
+/// How often a run went on from a checkpoint that a run before had left.
+fn restored(stderr: &str) -> usize {
+    stderr.matches("goes on after step ").count() - stderr.matches("goes on after step 0 ").count()
+}
+
 /// Processes that a process has started, whichever of its threads did, in the order of their numbers.
 fn children(process: u32) -> Vec<u32> {
     let threads = fs::read_dir(format!("/proc/{process}/task")).unwrap();
@@ -39,8 +44,8 @@ fn children(process: u32) -> Vec<u32> {
     all
 }
 
-/// The first starts; the one that was requeued.
-fn slurm(step: usize, job: u64, saved: &str, outcome: &str) -> Vec<Child> {
+/// The ranks of a job that was requeued so often.
+fn slurm(requeued: usize, job: u64, saved: &str, outcome: &str) -> Vec<Child> {
     let start = |rank: usize| {
         let mut command = Command::new(example());
         command
@@ -48,8 +53,8 @@ fn slurm(step: usize, job: u64, saved: &str, outcome: &str) -> Vec<Child> {
             .env("SLURM_JOB_ID", job.to_string())
             .env("SLURM_STEP_NODELIST", "127.0.0.1");
         command.env("SLURM_PROCID", rank.to_string()).env("SLURM_LOCALID", rank.to_string()).env("SLURM_NTASKS", "2");
-        if step > 0 {
-            command.env("SLURM_RESTART_COUNT", step.to_string());
+        if requeued > 0 {
+            command.env("SLURM_RESTART_COUNT", requeued.to_string());
         }
         command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
     };
@@ -80,7 +85,7 @@ fn a_job_of_slurm_that_is_requeued_goes_on() {
         let output = done.wait_with_output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{stderr}");
-        assert!(rank > 0 || stderr.contains("goes on after step"), "{stderr}");
+        assert_eq!(restored(&stderr), usize::from(rank == 0), "{stderr}");
     }
     same_losses(&whole, &losses_in(&outcome), 1e-5);
 }
@@ -119,8 +124,8 @@ fn torchrun_starts_lost_ranks_again() {
     }
     let (output, stderr) = ended(run);
     assert!(output.status.success(), "{stderr}");
-    assert_eq!(stderr.matches("goes on after step").count(), 2, "{stderr}");
-    assert!(stderr.contains("rank 1"), "{stderr}");
+    assert_eq!((restored(&stderr), stderr.matches("(exitcode: -9)").count()), (2, 2), "{stderr}");
+    assert!(stderr.contains("has lost rank 1"), "{stderr}");
     same_losses(&whole, &losses_in(&outcome), 1e-5);
 }
 
@@ -136,8 +141,8 @@ fn torchrun_is_asked_to_end() {
     send("-TERM", &run.id().to_string());
     let (output, stderr) = ended(run);
     assert!(!output.status.success() && stderr.contains("SIGTERM ends the run after step"), "{stderr}");
-    assert!(!stderr.contains("goes on after step"), "{stderr}");
+    assert_eq!(restored(&stderr), 0, "{stderr}");
     let (output, stderr) = ended(torchrun(&["--standalone"], &flags(&saved, &outcome)));
-    assert!(output.status.success() && stderr.contains("goes on after step"), "{stderr}");
+    assert!(output.status.success() && restored(&stderr) == 1, "{stderr}");
     same_losses(&whole, &losses_in(&outcome), 1e-5);
 }
