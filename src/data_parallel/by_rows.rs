@@ -14,6 +14,7 @@ use burn::module::ParamId;
 use burn::tensor::Tensor;
 
 use super::config::DataParallelConfig;
+use super::noise_meter;
 use super::replica::{Averaging, Replica};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
@@ -42,10 +43,11 @@ impl<E: StepEngine> Replica<E> {
             return Err(Error::invalid("data_parallel", problem));
         }
         let engine = engine.share_ids(group)?;
-        let DataParallelConfig { sharding_ranks, keep, reduce_dtype, .. } = *config;
+        let DataParallelConfig { sharding_ranks, keep, reduce_dtype, noise_scale, .. } = *config;
         let shards =
             RowShards::new(engine.local(), &|id| engine.later_dims(id), group, sharding_ranks, keep, reduce_dtype)?;
-        Ok(Self::with(divide(engine, shards.clone())?, Averaging::ByRows(shards)))
+        let engine = divide(engine, shards.clone())?;
+        Ok(Self::with(engine, Averaging::ByRows { shards, measures: noise_scale }))
     }
 
     /// Runs forward and backward on every micro-batch and averages over all of them and over the group.
@@ -67,7 +69,8 @@ impl<E: StepEngine> Replica<E> {
             }
         }
         let before = self.counters();
-        shards.begin_step();
+        let measures = matches!(self.averaging, Averaging::ByRows { measures: true, .. });
+        shards.begin_step(measures.then(|| self.engine.gradient_layout().elsewhere));
         let (mut sums, mut unit) = (Sums::new(shards), None);
         let (mut losses, mut outputs, mut runs) = (Vec::new(), Vec::new(), Vec::new());
         loop {
@@ -100,7 +103,9 @@ impl<E: StepEngine> Replica<E> {
             }
         }
         shards.end_step();
-        let (loss, weight) = total(&losses, sums.weight, shards.replicas())?;
+        let shared = measures && self.engine.shares_between_stages();
+        let noise = shards.take_noise().map(|noise| (noise, f64::from(u8::from(shared))));
+        let (loss, weight, noise) = total(&losses, sums.weight, noise, shards.replicas())?;
         let factor = if weight > 0.0 { unit.unwrap_or(1.0) / weight } else { 0.0 };
         let gradients = sums.gradients.into_iter().map(|(id, sum)| (id, sum.scale(factor))).collect();
         Ok(Step {
@@ -113,16 +118,28 @@ impl<E: StepEngine> Replica<E> {
             skipped: false,
             grad_norm: None,
             not_finite: None,
-            noise: NoiseState::None(NoNoise::Off),
+            noise,
         })
     }
 }
 
-/// The mean loss over everything that made up the step, and its weight.
-fn total(losses: &[(Tensor<1>, f64)], weight: f64, control: &Communicator) -> Result<(f64, f64), Error> {
+/// The mean loss over everything that made up the step, its weight, and what the gradients say of their noise.
+fn total(
+    losses: &[(Tensor<1>, f64)],
+    weight: f64,
+    noise: Option<([f64; noise_meter::NUMBERS], f64)>,
+    control: &Communicator,
+) -> Result<(f64, f64, NoiseState), Error> {
     let sum: f64 = losses.iter().map(|(loss, by)| loss.clone().into_scalar::<f64>() * by).sum();
-    match control.all_reduce(vec![sum, weight], ReduceOp::Sum)?[..] {
-        [sum, weight] => Ok((sum / weight, weight)),
+    let mut own = vec![sum, weight];
+    if let Some((noise, shared)) = noise {
+        own.push(shared);
+        own.extend(noise);
+    }
+    match control.all_reduce(own, ReduceOp::Sum)?[..] {
+        [sum, weight] => Ok((sum / weight, weight, NoiseState::None(NoNoise::Off))),
+        [sum, weight, 0.0, ref noise @ ..] => Ok((sum / weight, weight, noise_meter::of_sums(noise))),
+        [sum, weight, ..] => Ok((sum / weight, weight, NoiseState::None(NoNoise::BetweenStages))),
         _ => Err(Error::invalid("step", "the losses of the replicas came back incomplete")),
     }
 }

@@ -124,8 +124,9 @@ impl DataParallelConfig {
     /// up at the end of a step. A parameter that a forward uses several times has its gradient held once more until the
     /// end of the micro-batch.
     ///
-    /// It takes two micro-batches at least, on one replica or on several; what goes through a pipeline at once is one.
-    /// Not with [`Sharding::Parameters`], where gradients are summed over the replicas before anybody sees them.
+    /// It takes two micro-batches at least, on one replica or on several. What goes through a pipeline at once is one,
+    /// but with [`Sharding::Parameters`], where the gradients of each micro-batch of the pipeline leave its stages apart,
+    /// and count apart.
     pub fn with_noise_scale(mut self, measure: bool) -> Self {
         self.noise_scale = measure;
         self
@@ -140,12 +141,6 @@ impl DataParallelConfig {
         if let Some(dtype) = self.reduce_dtype.filter(|dtype| !CastHook::can_send(*dtype)) {
             let problem = format!("gradients cannot be sent in `reduce_dtype` {dtype:?}: take BF16, F16, F32 or F64");
             return wrong(&problem);
-        }
-        if self.noise_scale && self.sharding == Sharding::Parameters {
-            return wrong(
-                "`noise_scale` compares the gradients of replicas, which `sharding` \"parameters\" sums up before anybody sees \
-                 them: set `sharding` to \"gradients\", or leave `noise_scale` out",
-            );
         }
         if self.sharding == Sharding::None {
             return match self.sharding_ranks {

@@ -2,12 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 
-use burn::tensor::{DType, Tensor};
-
 use super::reduction_state::accumulate;
-use crate::Error;
 use crate::step::{NoNoise, NoisePart, NoiseState};
-use crate::tensor::{PlainTensor, magnitude};
+use crate::tensor::{PlainTensor, Squares};
 
 /// Adds up `w |g|^2` over micro-batches, with `g` the mean gradient over the `w` items of one.
 #[derive(Default)]
@@ -26,49 +23,6 @@ pub(super) struct NoiseMeter {
     in_parts: bool,
 }
 
-/// A sum of squares: of tensors in host memory, and of those on a device, which is read at the end.
-#[derive(Default)]
-struct Squares {
-    host: f64,
-    device: Option<Tensor<1>>,
-}
-
-impl Squares {
-    fn add(&mut self, gradient: &PlainTensor) -> Result<(), Error> {
-        if gradient.on_flex() {
-            self.host += magnitude::squares(&gradient.clone().into_flex()?, 1.0)?;
-            return Ok(());
-        }
-        let elements = gradient.elements();
-        if elements == 0 {
-            return Ok(());
-        }
-        let flat = gradient.clone().reshape([elements]).float::<1>()?;
-        let flat = if flat.dtype() == DType::F64 { flat } else { flat.cast(DType::F32) };
-        self.add_on_device((flat.clone() * flat).sum());
-        Ok(())
-    }
-
-    fn add_on_device(&mut self, sum: Tensor<1>) {
-        self.device = Some(match self.device.take() {
-            Some(before) if before.dtype() != sum.dtype() => before.cast(DType::F64) + sum.cast(DType::F64),
-            Some(before) => before + sum,
-            None => sum,
-        });
-    }
-
-    fn add_scaled(&mut self, other: Self, factor: f64) {
-        self.host += other.host * factor;
-        if let Some(sum) = other.device {
-            self.add_on_device(sum.mul_scalar(factor));
-        }
-    }
-
-    fn read(self) -> f64 {
-        self.host + self.device.map_or(0.0, Tensor::into_scalar::<f64>)
-    }
-}
-
 impl NoiseMeter {
     pub fn new(elsewhere: HashSet<usize>) -> Self {
         Self { elsewhere, ..Self::default() }
@@ -79,8 +33,9 @@ impl NoiseMeter {
         self.weight = Some((weight, unit));
     }
 
-    /// Takes a gradient of a parameter that the micro-batch uses so often, of which so many have arrived with this.
-    pub fn add(&mut self, param: usize, uses: usize, arrived: usize, gradient: &PlainTensor) {
+    /// Takes a gradient of a parameter that the micro-batch uses so often, of which so many have arrived with this; with
+    /// the sum of its squares, if that is known.
+    pub fn add(&mut self, param: usize, (uses, arrived): (usize, usize), gradient: &PlainTensor, squares: Option<f64>) {
         if self.elsewhere.contains(&param) {
             return;
         }
@@ -90,7 +45,7 @@ impl NoiseMeter {
         } else if arrived > 1 {
             self.in_parts = true;
         } else {
-            self.in_parts |= self.running.add(gradient).is_err();
+            self.in_parts |= self.running.add(gradient, squares).is_err();
         }
     }
 
@@ -102,7 +57,7 @@ impl NoiseMeter {
     /// Ends a micro-batch.
     pub fn end_micro_batch(&mut self) {
         for (_, gradient) in std::mem::take(&mut self.held) {
-            self.in_parts |= self.running.add(&gradient).is_err();
+            self.in_parts |= self.running.add(&gradient, None).is_err();
         }
         let running = std::mem::take(&mut self.running);
         if let Some((weight, unit)) = self.weight.take().filter(|(weight, _)| *weight > 0.0) {
@@ -141,7 +96,7 @@ pub(super) fn together(one: NoiseState, two: NoiseState) -> NoiseState {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::Device;
+    use burn::tensor::{Device, Tensor};
 
     use super::*;
 
@@ -153,14 +108,14 @@ mod tests {
     fn a_tied_parameter_counts_by_the_sum_of_its_parts() {
         let mut meter = NoiseMeter::new(HashSet::from([7]));
         meter.weigh(4.0, 2.0);
-        meter.add(0, 2, 1, &gradient([1.0, 0.0]));
-        meter.add(7, 1, 1, &gradient([9.0, 9.0]));
-        meter.add(0, 2, 2, &gradient([2.0, -1.0]));
-        meter.add(1, 1, 1, &gradient([0.0, 2.0]));
+        meter.add(0, (2, 1), &gradient([1.0, 0.0]), None);
+        meter.add(7, (1, 1), &gradient([9.0, 9.0]), None);
+        meter.add(0, (2, 2), &gradient([2.0, -1.0]), None);
+        meter.add(1, (1, 1), &gradient([0.0, 2.0]), None);
         meter.end_micro_batch();
         // One that counts for nothing.
         meter.weigh(0.0, 2.0);
-        meter.add(1, 1, 1, &gradient([5.0, 5.0]));
+        meter.add(1, (1, 1), &gradient([5.0, 5.0]), None);
         meter.end_micro_batch();
         assert_eq!(meter.numbers(), [(9.0 + 1.0 + 4.0) * 4.0 / 4.0, 1.0, 0.0]);
     }
@@ -169,8 +124,8 @@ mod tests {
     fn parts_that_nobody_announced_are_no_number() {
         let mut meter = NoiseMeter::default();
         meter.weigh(1.0, 1.0);
-        meter.add(0, 1, 1, &gradient([1.0, 0.0]));
-        meter.add(0, 1, 2, &gradient([1.0, 0.0]));
+        meter.add(0, (1, 1), &gradient([1.0, 0.0]), None);
+        meter.add(0, (1, 2), &gradient([1.0, 0.0]), None);
         meter.end_micro_batch();
         assert!(matches!(of_sums(&meter.numbers()), NoiseState::None(NoNoise::InParts)));
     }

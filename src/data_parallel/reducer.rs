@@ -315,7 +315,10 @@ impl Reducer {
     /// Takes a gradient that did not come through a hook.
     pub fn add(&self, param: usize, gradient: PlainTensor) {
         // Looked at now, while it is in the cache.
-        let non_finite = self.data.size() > 1 && gradient.is_finite_on_host() == Some(false);
+        let measures = self.config.noise_scale;
+        let (squares, finite) =
+            if measures || self.data.size() > 1 { gradient.look_on_host(measures) } else { (None, None) };
+        let non_finite = self.data.size() > 1 && finite == Some(false);
         let mut step = self.lock();
         let step = &mut *step;
         if non_finite {
@@ -326,7 +329,7 @@ impl Reducer {
         progress.used = true;
         progress.arrived += 1;
         if let Some(noise) = &mut step.noise {
-            noise.add(param, progress.uses, progress.arrived, &gradient);
+            noise.add(param, (progress.uses, progress.arrived), &gradient, squares);
         }
         let place = if progress.started { &mut progress.late } else { &mut progress.gradient };
         *place = Some(accumulate(place.take(), gradient));

@@ -38,7 +38,7 @@ use crate::tensor::{PlainTensor, TensorTree};
 #[derive(Clone)]
 pub struct Replica<E> {
     pub(super) engine: E,
-    averaging: Averaging,
+    pub(super) averaging: Averaging,
     /// What the micro-batches of the step bring so far: their weight, and their losses, each with its factor.
     pub(super) loss_weight: LossWeight,
     pub(super) losses: Vec<(Tensor<1>, f64)>,
@@ -56,8 +56,12 @@ pub(super) enum Averaging {
     Ready(Arc<Reducer>),
     /// Nothing yet: the first step finds out which parameters this rank holds.
     Deferred(Communicator, DataParallelConfig),
-    /// Captured steps themselves, which gather parameters and leave this rank its rows of the gradients.
-    ByRows(RowShards),
+    /// Captured steps themselves, which gather parameters and leave this rank its rows of the gradients, and may measure
+    /// their noise.
+    ByRows {
+        shards: RowShards,
+        measures: bool,
+    },
 }
 
 impl<E: StepEngine> Replica<E> {
@@ -106,7 +110,7 @@ impl<E: StepEngine> Replica<E> {
     pub(super) fn reducer(&self) -> Option<&Arc<Reducer>> {
         match &self.averaging {
             Averaging::Ready(reducer) => Some(reducer),
-            Averaging::Deferred(..) | Averaging::ByRows(_) => None,
+            Averaging::Deferred(..) | Averaging::ByRows { .. } => None,
         }
     }
 
@@ -115,14 +119,14 @@ impl<E: StepEngine> Replica<E> {
         match &self.averaging {
             Averaging::Ready(reducer) => reducer.data(),
             Averaging::Deferred(group, _) => group,
-            Averaging::ByRows(shards) => shards.replicas(),
+            Averaging::ByRows { shards, .. } => shards.replicas(),
         }
     }
 
     /// How captured steps divide the parameters over the replicas, if they do.
     pub(super) fn row_shards(&self) -> Option<&RowShards> {
         match &self.averaging {
-            Averaging::ByRows(shards) => Some(shards),
+            Averaging::ByRows { shards, .. } => Some(shards),
             Averaging::Ready(_) | Averaging::Deferred(..) => None,
         }
     }
@@ -132,7 +136,7 @@ impl<E: StepEngine> Replica<E> {
         match &self.averaging {
             Averaging::Ready(reducer) => reducer.control(),
             Averaging::Deferred(group, _) => group,
-            Averaging::ByRows(shards) => shards.replicas(),
+            Averaging::ByRows { shards, .. } => shards.replicas(),
         }
     }
 
@@ -142,7 +146,7 @@ impl<E: StepEngine> Replica<E> {
             Averaging::Ready(reducer) => reducer.sharding(),
             Averaging::Deferred(group, config) if group.size() > 1 => config.sharding,
             Averaging::Deferred(..) => Sharding::None,
-            Averaging::ByRows(_) => Sharding::Parameters,
+            Averaging::ByRows { .. } => Sharding::Parameters,
         }
     }
 
@@ -212,7 +216,7 @@ impl<E: StepEngine> Replica<E> {
                 (self.engine, self.averaging) = (engine, Averaging::Ready(Arc::new(reducer)));
             }
             _ if self.engine.is_prepared() => {}
-            Averaging::ByRows(shards) if !self.engine.is_settled() => {
+            Averaging::ByRows { shards, .. } if !self.engine.is_settled() => {
                 let replicas = shards.replicas().clone();
                 self.engine.settle(inputs, step, &replicas)?;
             }

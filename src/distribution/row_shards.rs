@@ -5,6 +5,7 @@
 //! scattered ([`shard_parameters`]), and it goes with any split: the rows are those of this rank's part.
 
 mod bundle;
+mod noise;
 mod own_rows;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -17,6 +18,7 @@ use burn::tensor::{Device, FloatDType};
 use burn_ir::CustomOpIr;
 
 use self::bundle::Bundle;
+use self::noise::RowNoise;
 use self::own_rows::{OwnRows, RowParam, Trained};
 use super::assemble::assemble;
 use super::distribute::{Round, agree_on_layouts, distribute};
@@ -59,6 +61,12 @@ pub(crate) struct RowShards {
 struct StepState {
     /// What this rank's gradients are multiplied by before they are summed.
     factor: f64,
+    /// What the gradients are in units of: they are those of the sum over the items, divided by this and by the factor.
+    unit: f64,
+    /// The micro-batch of a pipeline that a stage runs.
+    micro_batch: usize,
+    /// Measures the gradients, if that was asked for.
+    noise: Option<RowNoise>,
     /// The first parameter of which this rank has brought a gradient that is not finite.
     non_finite: Option<usize>,
     /// Whether a step is under way.
@@ -256,9 +264,29 @@ impl RowShards {
         done
     }
 
-    /// Begins a step.
-    pub(crate) fn begin_step(&self) {
-        *self.lock() = StepState { under_way: true, ..StepState::default() };
+    /// Begins a step. With `elsewhere` it measures the gradients of all parameters but those that another rank counts.
+    pub(crate) fn begin_step(&self, elsewhere: Option<HashSet<ParamId>>) {
+        let numbers = |ids: HashSet<ParamId>| ids.iter().filter_map(|id| self.numbers.get(id).copied()).collect();
+        let noise = elsewhere.map(|ids| RowNoise::new(numbers(ids)));
+        *self.lock() = StepState { under_way: true, noise, ..StepState::default() };
+    }
+
+    /// Has the gradients that come now be those of this micro-batch of a pipeline.
+    pub(crate) fn run_micro_batch(&self, micro_batch: usize) {
+        self.lock().micro_batch = micro_batch;
+    }
+
+    /// Ends a micro-batch of so many items; those of a pipeline, with the items of each.
+    pub(crate) fn end_micro_batch(&self, items: &[f64]) {
+        let mut step = self.lock();
+        let unit = step.unit * step.factor;
+        step.noise.iter_mut().for_each(|noise| noise.end(items, unit));
+    }
+
+    /// What this rank has measured in the step: the numbers that replicas sum up.
+    pub(crate) fn take_noise(&self) -> Option<[f64; 3]> {
+        let noise = self.lock().noise.take();
+        noise.map(RowNoise::numbers)
     }
 
     /// Begins a micro-batch whose gradients are multiplied by `factor` before they are summed over the replicas. `unit`
@@ -267,15 +295,16 @@ impl RowShards {
     /// # Errors
     /// [`Error::InvalidArgument`] if they have not: the model is not trained as one of its replicas.
     pub(crate) fn begin_micro_batch(&self, unit: Option<f64>, factor: f64) -> Result<(), Error> {
-        if unit.is_none() {
+        let Some(unit) = unit else {
             let problem = "its replicas divide the parameters among themselves, so it trains as one of them only: keep the wrapper \
                            of `data_parallel`, or `assemble` the model";
             return Err(Error::invalid("step", problem));
-        }
+        };
         let mut step = self.lock();
-        step.factor = factor;
+        (step.factor, step.unit, step.micro_batch) = (factor, unit, 0);
         // What a step that failed has left.
         step.in_flight.clear();
+        step.noise.iter_mut().for_each(RowNoise::forget);
         Ok(())
     }
 
@@ -374,12 +403,19 @@ impl RowShards {
         Ok(Bundle { pack: Pack::new(rows.ok_or_else(unknown)?), number, reduce_dtype: self.reduce_dtype })
     }
 
-    /// Notes what of these gradients is not finite.
+    /// Notes what of these gradients is not finite, and measures them if that was asked for.
     fn look_at(&self, numbers: &[usize], gradients: &[PlainTensor]) {
-        let bad = |(_, gradient): &(&usize, &PlainTensor)| gradient.is_finite_on_host() == Some(false);
-        if let Some(first) = numbers.iter().zip(gradients).filter(bad).map(|(number, _)| *number).min() {
-            let mut step = self.lock();
-            step.non_finite = Some(step.non_finite.map_or(first, |before| before.min(first)));
+        let measures = self.lock().noise.is_some();
+        let looks: Vec<_> = gradients.iter().map(|gradient| gradient.look_on_host(measures)).collect();
+        let mut step = self.lock();
+        let step = &mut *step;
+        for ((number, gradient), (squares, finite)) in numbers.iter().zip(gradients).zip(looks) {
+            if finite == Some(false) {
+                step.non_finite = Some(step.non_finite.map_or(*number, |first| first.min(*number)));
+            }
+            if let Some(noise) = &mut step.noise {
+                noise.add(step.micro_batch, *number, gradient, squares);
+            }
         }
     }
 

@@ -153,6 +153,11 @@ pub trait StepEngine: Module {
     /// What clipping has done to it.
     fn clipping(&self) -> &ClipRecord;
 
+    /// Whether several stages share a parameter that is trained.
+    fn shares_between_stages(&self) -> bool {
+        false
+    }
+
     /// Whether its steps give gradients.
     fn trains(&self) -> bool {
         true
@@ -236,6 +241,11 @@ impl<'a> ScaledGradients<'a> {
     /// What gradients are multiplied by, which then is done already when they come here.
     pub(crate) fn take_factor(&mut self) -> f64 {
         std::mem::replace(&mut self.factor, 1.0)
+    }
+
+    /// The items of a step that was given to this observer.
+    pub(crate) fn items(&self, outputs: &StepOutputs) -> f64 {
+        self.rows.unwrap_or(outputs.weight)
     }
 
     /// The loss of a step that was given to this observer.

@@ -35,6 +35,10 @@ impl<K: Clone + Eq + Hash, V> Recent<K, V> {
         self.entries.contains_key(key)
     }
 
+    pub fn values(&self) -> impl Iterator<Item = &V> {
+        self.entries.values()
+    }
+
     pub fn get_mut(&mut self, key: &K) -> Option<&mut V> {
         if self.entries.contains_key(key) {
             self.used(key);

@@ -267,7 +267,8 @@ impl PipelineState {
                 None => StageRun::new(graph, cut.stages[index].clone(), self.ops.clone()),
             };
             let runs = graphs.iter().zip(cuts).map(run);
-            stages.push(GraphStage::new(index, runs.collect::<Result<_, _>>()?, sizes.to_vec()));
+            let stage = GraphStage::new(index, runs.collect::<Result<_, _>>()?, sizes.to_vec());
+            stages.push(stage.divided(self.row_shards.clone()));
         }
         Ok(stages)
     }

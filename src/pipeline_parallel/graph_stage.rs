@@ -8,6 +8,7 @@ use burn::module::{Module, ParamId};
 use super::schedule::{Direction, Edge};
 use super::{Forwarded, LossSum, MicroBatch, Stage, StageMessage, stage_error};
 use crate::Error;
+use crate::distribution::RowShards;
 use crate::graph::{RandomSource, RandomStart, graph_error};
 use crate::partition::Exchange;
 use crate::pipeline_parallel::cut::{StageRun, Tensors};
@@ -27,6 +28,8 @@ pub(super) struct GraphStage {
     gradients: HashMap<ParamId, PlainTensor>,
     /// What random numbers follow from, where those of this step begin, and the rows of each of its micro-batches.
     random: Option<(RandomSource, RandomStart, Vec<Range<usize>>)>,
+    /// How replicas divide its parameters, if they do.
+    row_shards: Option<RowShards>,
 }
 
 impl GraphStage {
@@ -39,7 +42,12 @@ impl GraphStage {
             }
         }
         let edges = most.into_iter().map(|((from, to), tensors)| Edge::new(from, to, tensors)).collect();
-        Self { index, runs, sizes, edges, gradients: HashMap::new(), random: None }
+        Self { index, runs, sizes, edges, gradients: HashMap::new(), random: None, row_shards: None }
+    }
+
+    /// The same of parameters that replicas divide, if they do.
+    pub(super) fn divided(self, row_shards: Option<RowShards>) -> Self {
+        Self { row_shards, ..self }
     }
 
     /// One message for each edge in a direction, filled up with nothing.
@@ -82,6 +90,7 @@ impl GraphStage {
 
     fn run(&mut self, micro_batch: usize) -> Result<(&mut StageRun, &mut HashMap<ParamId, PlainTensor>), Error> {
         let run = self.sizes.get(micro_batch).and_then(|size| self.runs.get_mut(*size));
+        self.row_shards.iter().for_each(|shards| shards.run_micro_batch(micro_batch));
         let (index, known) = (self.index, self.sizes.len());
         let unknown = || stage_error(format!("stage {index} knows {known} micro-batches, not number {micro_batch}"));
         Ok((run.ok_or_else(unknown)?, &mut self.gradients))

@@ -242,6 +242,9 @@ impl<M: Module> StepEngine for Pipelined<M> {
         }
         let (run, outputs, gradients) = self.run_step(inputs, step)?;
         comparison.finish()?;
+        if let Some(shards) = &shards {
+            shards.end_micro_batch(&run.weights);
+        }
         let factor = if shards.is_some() { 1.0 } else { 1.0 / divisor };
         sink.expect(&gradients.iter().map(|(id, _)| *id).collect::<Vec<_>>())?;
         sink.weight(run.loss.weight, divisor)?;
@@ -351,6 +354,10 @@ impl<M: Module> StepEngine for Pipelined<M> {
 
     fn split_params(&self) -> Vec<SplitParam> {
         lock(&self.state).split.as_ref().map(ModelSplit::split_params).unwrap_or_default()
+    }
+
+    fn shares_between_stages(&self) -> bool {
+        lock(&self.state).shares_between_stages()
     }
 
     fn trains(&self) -> bool {

@@ -247,6 +247,14 @@ impl PipelineState {
         self.dims.get(&id).cloned()
     }
 
+    /// Whether several stages share a parameter that some step trains. The same on all ranks.
+    pub(super) fn shares_between_stages(&self) -> bool {
+        let shared = |id: &ParamId| {
+            self.holders.as_ref().and_then(|holders| holders.get(id)).is_some_and(|stages| stages.len() > 1)
+        };
+        self.steps.values().any(|step| step.trained.iter().any(shared))
+    }
+
     /// The parameters of `trained` that this rank gives a gradient of, in the order of the module.
     pub(super) fn gradients(&self, trained: &HashSet<ParamId>) -> Vec<ParamId> {
         let Some(holders) = &self.holders else { return Vec::new() };

@@ -37,6 +37,8 @@ pub enum NoNoise {
     OtherNorm,
     /// There is nothing to compare.
     OneMicroBatch,
+    /// Several stages share a parameter, and each has the replicas sum up its part of the gradient by itself.
+    BetweenStages,
     /// Gradients came in parts that cannot be told apart from those of other micro-batches.
     InParts,
     /// The gradient is not finite, or its square is too large.
@@ -58,6 +60,10 @@ impl fmt::Display for NoNoise {
             Self::OtherNorm => "it takes the L2 norm, and the gradient was measured by another",
             Self::OneMicroBatch => {
                 "one micro-batch on one replica has nothing to be compared with: take two smaller micro-batches"
+            }
+            Self::BetweenStages => {
+                "stages share a parameter, and with `sharding` \"parameters\" nobody sees the whole of its gradient: set `sharding` to \
+                 \"gradients\", or cut the model so that one stage holds it"
             }
             Self::InParts => "a parameter got its gradient in several parts that were not announced",
             Self::NotFinite => "the gradient is not finite",

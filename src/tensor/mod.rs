@@ -5,6 +5,7 @@ mod backend;
 mod digest;
 pub(crate) mod magnitude;
 mod ops;
+mod squares;
 mod tree;
 mod vectors;
 
@@ -18,6 +19,7 @@ use burn::tensor::kind::{Autodiff, Basic};
 use burn::tensor::{Bool, DType, Device, Int, Shape, Tensor, TensorData};
 
 pub(crate) use self::backend::{check_device, with_backend};
+pub(crate) use self::squares::Squares;
 #[doc(hidden)]
 pub use self::tree::{TensorMapper, TensorTree};
 pub(crate) use self::tree::{place, rows};
@@ -156,12 +158,6 @@ impl PlainTensor {
 
     pub(crate) fn on_flex(&self) -> bool {
         matches!(self.0.device(), DispatchDevice::Flex(_))
-    }
-
-    /// Whether no element is NaN or infinite; `None` if that cannot be seen in host memory.
-    pub(crate) fn is_finite_on_host(&self) -> Option<bool> {
-        let tensor = self.on_flex().then(|| self.clone().into_flex().ok())??;
-        magnitude::is_finite(&tensor).ok()
     }
 
     pub(crate) fn rank(&self) -> usize {

@@ -212,6 +212,9 @@ impl<M: Module> StepEngine for Sharded<M> {
         let bound = self.split.shards().map_or(Ok(None), |shards| shards.bound(&self.local))?;
         let step = executor.step_observed(bound.as_ref().unwrap_or(&self.local), inputs, &mut units)?;
         comparison.finish()?;
+        if let Some(shards) = self.split.shards() {
+            shards.end_micro_batch(&[units.items(&step)]);
+        }
         self.split.random().advance_rows(all_rows);
         Ok(MicroBatch { loss: Some(units.loss(&step)), outputs: vec![step.outputs], run: None })
     }

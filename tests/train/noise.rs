@@ -1,13 +1,15 @@
 //! The noise of gradients: on every mesh that of the same micro-batches on one device, and what is known of it.
 
+use std::ops::Range;
+
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::GradientsParams;
 use burn::prelude::*;
 use burn::tensor::{DType, TensorData};
 use burn_parallel::batch::{BatchSplit, GradientNoise, NoNoise, NoiseScale};
 use burn_parallel::prelude::*;
-use burn_parallel::sharding::Sharding;
-use burn_parallel::train::{Clip, Norm};
+use burn_parallel::sharding::{Keep, Sharding};
+use burn_parallel::train::{Clip, Engine, Norm};
 
 use crate::common::models::{Numbers, device};
 use crate::common::reference::gradient_values;
@@ -15,7 +17,7 @@ use crate::grad_norm::lm::{self, Batch, Kind, Lm, ROWS};
 
 const KIND: Kind = Kind { tied: true, frozen: true, dtype: DType::F32 };
 
-fn part(batch: &Batch, rows: std::ops::Range<usize>) -> Batch {
+fn part(batch: &Batch, rows: Range<usize>) -> Batch {
     (batch.0.clone().narrow(0, rows.start, rows.len()), batch.1.clone().narrow(0, rows.start, rows.len()))
 }
 
@@ -27,16 +29,42 @@ fn square(model: &Lm, batch: Batch) -> (f64, f64) {
     (squares.map(|x| f64::from(x).powi(2)).sum(), items as f64)
 }
 
-/// By the formula, of the micro-batches of a split.
-fn expected(model: &Lm, split: &BatchSplit, batch: &Batch) -> GradientNoise {
-    let parts: Vec<(f64, f64)> = (0..split.replicas())
-        .flat_map(|replica| split.micro_batches(replica))
-        .map(|rows| square(model, part(batch, rows)))
-        .collect();
-    let (whole, items) = square(model, part(batch, 0..split.rows()));
-    let squares: f64 = parts.iter().map(|(square, items)| square * items).sum();
+/// By the formula, of the gradients of these rows of a batch.
+fn expected(model: &Lm, parts: &[Range<usize>], batch: &Batch) -> GradientNoise {
+    let squares: Vec<(f64, f64)> = parts.iter().map(|rows| square(model, part(batch, rows.clone()))).collect();
+    let (whole, items) = square(model, part(batch, 0..ROWS));
+    let squares: f64 = squares.iter().map(|(square, items)| square * items).sum();
     let trace = (squares - items * whole) / (parts.len() - 1) as f64;
     GradientNoise { squared_norm: whole - trace / items, trace, micro_batches: parts.len() as u64, items }
+}
+
+/// The micro-batches of all replicas.
+fn all_parts(split: &BatchSplit) -> Vec<Range<usize>> {
+    (0..split.replicas()).flat_map(|replica| split.micro_batches(replica)).collect()
+}
+
+/// What each rank measures in a step that clips nothing, and in one that does.
+fn measured(
+    whole: &Lm,
+    strategy: &Strategy,
+    ranks: usize,
+    split: &BatchSplit,
+) -> Vec<[Result<GradientNoise, NoNoise>; 2]> {
+    launch::threads(ranks)
+        .run(|world| {
+            let mut model = whole.clone().fork(&device()).parallelize(&world, strategy)?;
+            let replica = model.mesh().coordinate("dp")?;
+            let mut measured = |step, clip| {
+                let batch = lm::batch(step, &device());
+                let rows = split.micro_batches(replica).into_iter().map(|rows| part(&batch, rows));
+                let done = model.step_micro_batches(rows, lm::loss)?;
+                assert!(matches!(done.noise(), Err(NoNoise::NoNorm | NoNoise::BetweenStages)));
+                Ok::<_, Error>(done.clip_grad_norm(&model, clip)?.noise())
+            };
+            // Clipping comes after.
+            Ok([measured(0, Clip::never())?, measured(1, Clip::at(1e-3))?])
+        })
+        .unwrap()
 }
 
 fn close(found: GradientNoise, expected: GradientNoise, what: &str) {
@@ -74,31 +102,72 @@ fn every_mesh_measures_what_one_device_does() {
         }
         let ranks = axes.iter().product();
         let split = BatchSplit::of(&strategy, ranks, ROWS, Some(at_once)).unwrap();
-        let found = launch::threads(ranks)
-            .run(|world| {
-                let mut model = whole.clone().fork(&device()).parallelize(&world, &strategy)?;
-                let replica = model.mesh().coordinate("dp")?;
-                let mut found = Vec::new();
-                for step in 0..2 {
-                    let batch = lm::batch(step, &device());
-                    let rows = split.micro_batches(replica).into_iter().map(|rows| part(&batch, rows));
-                    let done = model.step_micro_batches(rows, lm::loss)?;
-                    assert_eq!(done.noise(), Err(NoNoise::NoNorm));
-                    // Clipping comes after.
-                    let clip = if step == 0 { Clip::never() } else { Clip::at(1e-3) };
-                    found.push(done.clip_grad_norm(&model, clip)?.noise().map_err(|why| Error::user(why.to_string()))?);
-                }
-                Ok(found)
-            })
-            .unwrap();
+        let found = measured(&whole, &strategy, ranks, &split);
         for step in 0..2 {
-            let expected = expected(&whole, &split, &lm::batch(step, &device()));
+            let expected = expected(&whole, &all_parts(&split), &lm::batch(step, &device()));
             for noise in &found {
                 assert_eq!(noise[step], found[0][step], "the same on all ranks");
             }
-            close(found[0][step], expected, &format!("{axes:?} {sharding} step {step}"));
+            close(found[0][step].unwrap(), expected, &format!("{axes:?} {sharding} step {step}"));
         }
     }
+}
+
+/// Gradients are measured before the replicas sum them up, also where nobody has more than rows of the sum.
+#[test]
+fn replicas_that_divide_parameters_measure_what_one_device_does() {
+    // dp, pp, tp, the engine, how long parameters are kept, how many ranks divide them, and the most rows at once.
+    for (axes, engine, keep, sharding_ranks, at_once) in [
+        ([2, 1, 1], Engine::Eager, Keep::Pass, None, 3),
+        ([4, 1, 1], Engine::Eager, Keep::Step, Some(2), 2),
+        ([2, 1, 1], Engine::Captured, Keep::Pass, None, 3),
+        ([4, 1, 1], Engine::Captured, Keep::Step, Some(2), 2),
+        ([2, 1, 2], Engine::Captured, Keep::MicroBatch, None, 3),
+        ([2, 2, 1], Engine::Captured, Keep::Pass, None, 9),
+    ] {
+        // Stages that share a parameter see parts of its gradient.
+        let kind = Kind { tied: axes[1] == 1, frozen: engine == Engine::Captured, ..KIND };
+        let whole = kind.init(&device());
+        let data = DataParallelConfig::new().with_noise_scale(true).with_sharding(Sharding::Parameters).with_keep(keep);
+        let data = sharding_ranks.into_iter().fold(data, DataParallelConfig::with_sharding_ranks);
+        let mut strategy = Strategy::new().with_dp(axes[0]).with_data(data).with_engine(engine);
+        if axes[2] > 1 {
+            strategy = strategy.with_tp(axes[2], kind.plan());
+        }
+        if axes[1] > 1 {
+            strategy = strategy.with_pp(axes[1], PipelineConfig::new(2).with_cut(lm::cut(axes[1])));
+        }
+        let ranks = axes.iter().product();
+        let split = BatchSplit::of(&strategy, ranks, ROWS, Some(at_once)).unwrap();
+        let mut parts = all_parts(&split);
+        if axes[1] > 1 {
+            // Gradients leave the stages after each micro-batch of the pipeline.
+            let halves = |run: Range<usize>| {
+                let middle = run.start + run.len().div_ceil(2);
+                [run.start..middle, middle..run.end]
+            };
+            parts = parts.into_iter().flat_map(halves).collect();
+        }
+        let found = measured(&whole, &strategy, ranks, &split);
+        for step in 0..2 {
+            let expected = expected(&whole, &parts, &lm::batch(step, &device()));
+            for noise in &found {
+                assert_eq!(noise[step], found[0][step], "the same on all ranks");
+            }
+            close(found[0][step].unwrap(), expected, &format!("{axes:?} {engine:?} {keep:?} step {step}"));
+        }
+    }
+}
+
+/// With tied weights in two stages there is no number, and every rank says why.
+#[test]
+fn stages_that_share_a_divided_parameter_say_so() {
+    let data = DataParallelConfig::new().with_noise_scale(true).with_sharding(Sharding::Parameters);
+    let pipeline = PipelineConfig::new(2).with_cut(lm::cut(2));
+    let strategy = Strategy::new().with_dp(2).with_data(data).with_pp(2, pipeline);
+    let split = BatchSplit::of(&strategy, 4, ROWS, None).unwrap();
+    let found = measured(&KIND.init(&device()), &strategy, 4, &split);
+    assert!(found.iter().flatten().all(|noise| *noise == Err(NoNoise::BetweenStages)), "{found:?}");
 }
 
 /// The gradient of a row is the row: a mean and uniform noise.
@@ -189,9 +258,6 @@ fn where_there_is_no_number_there_is_a_reason() {
             let mut noise = NoiseScale::new();
             noise.add(&step);
             assert_eq!(noise.items(), Err(NoNoise::NoReplicas));
-            let divided = config(true).with_sharding(Sharding::Parameters);
-            let problem = model().data_parallel(&rank, divided).unwrap_err().to_string();
-            assert!(problem.contains("set `sharding` to \"gradients\""), "{problem}");
             Ok(())
         })
         .unwrap();

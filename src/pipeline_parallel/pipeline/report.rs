@@ -12,6 +12,8 @@ use crate::tensor::PlainTensor;
 pub struct PipelineRun {
     /// The loss over all micro-batches, the same on every rank.
     pub loss: LossSum,
+    /// The weight of the loss of each micro-batch, the same on every rank.
+    pub weights: Vec<f64>,
     /// What the gradients that the stages hold are to be multiplied by to be those of the mean loss; 0 if nothing
     /// had any weight.
     pub gradient_factor: f64,

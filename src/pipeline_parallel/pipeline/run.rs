@@ -25,6 +25,8 @@ pub(super) struct Run<'a, I, S> {
     trains: bool,
     exchange: MessageExchange<'a>,
     loss: LossSum,
+    /// The weight of the losses of each micro-batch that this rank has computed.
+    weights: Vec<f64>,
     outputs: BTreeMap<Unit, Vec<PlainTensor>>,
     report: RunReport,
 }
@@ -60,6 +62,7 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
             exchange: MessageExchange::new(comm, timetable, routes),
             trains: timetable.trains(),
             loss: LossSum::default(),
+            weights: vec![0.0; wanted],
             outputs: BTreeMap::new(),
             report: RunReport::default(),
             comm,
@@ -95,8 +98,10 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
         }
         let counters = comm.counters() - before;
         let waits = Instant::now();
-        let mine = vec![self.loss.sum, self.loss.weight, self.report.busy.as_secs_f64()];
-        let [sum, weight, busy] = comm.all_reduce(mine, ReduceOp::Sum)?[..] else {
+        let mut mine = vec![self.loss.sum, self.loss.weight, self.report.busy.as_secs_f64()];
+        mine.extend(&self.weights);
+        let all = comm.all_reduce(mine, ReduceOp::Sum)?;
+        let [sum, weight, busy, ref weights @ ..] = all[..] else {
             return Err(stage_error("the loss came back incomplete"));
         };
         let waited = self.exchange.waited + waits.elapsed();
@@ -111,7 +116,8 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
             ..self.report
         };
         let gradient_factor = if weight == 0.0 { 0.0 } else { 1.0 / (self.scale * weight) };
-        Ok(PipelineRun { loss: LossSum { sum, weight }, gradient_factor, outputs: self.outputs, report })
+        let (loss, weights) = (LossSum { sum, weight }, weights.to_vec());
+        Ok(PipelineRun { loss, weights, gradient_factor, outputs: self.outputs, report })
     }
 
     /// Runs one pass of a stage, with what it takes and gives.
@@ -159,6 +165,7 @@ impl<'a, I, S: Stage<I>> Run<'a, I, S> {
             }
             self.loss.sum += sum;
             self.loss.weight += weight;
+            self.weights[unit.micro_batch] += weight;
         }
         if !given.outputs.is_empty() {
             self.outputs.insert(unit, given.outputs);
