@@ -68,33 +68,3 @@ fn moments_of_whole_matrices_go_on_under_any_mesh() {
         }
     }
 }
-
-/// Names and bytes of all moments.
-fn moments(optim: &ModuleOptimizer) -> Vec<(String, Vec<u8>)> {
-    let file = burn_pack::Reader::from_bytes(optim.into_bytes().unwrap()).unwrap();
-    file.into_tensors().unwrap().into_iter().map(|of| (of.name.clone(), of.into_bytes().unwrap().to_vec())).collect()
-}
-
-/// Two optimizers of one model have moments of the same parameters and names.
-#[test]
-fn each_of_two_optimizers_keeps_its_moments() {
-    let (dir, net) = (Dir::fresh(), Net::new());
-    let made = || -> ModuleOptimizer { AdamWConfig::new().init() };
-    launch::threads(2)
-        .run(|world| {
-            let (mut one, mut two) = (made(), made());
-            let (model, _) = train(Axes::new(2, 1, 1).wrap(&world, &net)?, &mut one, (0, 1))?;
-            let (mut model, _) = train(model, &mut two, (1, 3))?;
-            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
-            let state = TrainState::new(&mut model).with_optimizer("one", &mut one).with_optimizer("two", &mut two);
-            checkpoints.save(3, state)?;
-            let (mut first, mut second) = (made(), made());
-            let state =
-                TrainState::new(&mut model).with_optimizer("one", &mut first).with_optimizer("two", &mut second);
-            checkpoints.restore(state)?;
-            assert!(moments(&one) == moments(&first) && moments(&two) == moments(&second));
-            assert!(moments(&one) != moments(&two));
-            Ok(())
-        })
-        .unwrap();
-}
