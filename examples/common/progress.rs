@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 
+use super::program::running;
+
 /// Without a terminal, a line appears this often.
 const EVERY: Duration = Duration::from_secs(5);
 
@@ -13,7 +15,11 @@ pub struct Progress {
     shown: Option<Shown>,
     steps: usize,
     tokens: usize,
+    /// How long the program had been running when it began.
+    before: Duration,
     started: Instant,
+    /// How long each step took.
+    seconds: Vec<f64>,
     spoke: Option<Instant>,
 }
 
@@ -34,7 +40,13 @@ impl Progress {
             let bar = ProgressBar::new(steps as u64).with_finish(ProgressFinish::Abandon);
             Shown::Bar(bar.with_style(style.unwrap_or(ProgressStyle::default_bar())))
         });
-        Self { shown, steps, tokens: 0, started: Instant::now(), spoke: None }
+        let (before, started) = (running(), Instant::now());
+        Self { shown, steps, tokens: 0, before, started, seconds: Vec::new(), spoke: None }
+    }
+
+    /// The time between the start of the program and that of the training, and of each step, in seconds.
+    pub fn seconds(&self) -> (f64, Vec<f64>) {
+        (self.before.as_secs_f64(), self.seconds.clone())
     }
 
     /// Time since the start.
@@ -45,6 +57,7 @@ impl Progress {
     /// Tells of a step: its tokens over all ranks, and whatever `what` says, given the time so far.
     pub fn step(&mut self, step: usize, tokens: usize, what: impl FnOnce(Duration) -> String) {
         self.tokens += tokens;
+        self.seconds.push(self.elapsed().as_secs_f64() - self.seconds.iter().sum::<f64>());
         let Some(shown) = &self.shown else { return };
         let done = step + 1;
         let due = || done == self.steps || self.spoke.is_none_or(|at| at.elapsed() >= EVERY);
