@@ -33,9 +33,9 @@ with open(text, encoding="utf-8") as file:
 rows = tokens[: len(tokens) // (seq + 1) * (seq + 1)].reshape(-1, seq + 1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 before = time.time() - BEGUN
-losses, seconds = [], []
+losses, seconds, processor = [], [], []
 for step in range(steps):
-    started = time.time()
+    started, taken = time.time(), time.process_time()
     of = rows[[(step * batch + row) % len(rows) for row in range(rank * batch // ranks, (rank + 1) * batch // ranks)]]
     logits = model(of[:, :-1]).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), of[:, 1:].flatten())
@@ -46,8 +46,14 @@ for step in range(steps):
     optimizer.zero_grad()
     losses.append(loss.item())
     seconds.append(time.time() - started)
+    processor.append(time.process_time() - taken)
+if ranks > 1:
+    of_all = torch.tensor(processor, dtype=torch.float64)
+    torch.distributed.all_reduce(of_all)
+    processor = of_all.tolist()
 if rank == 0:
-    said = dict(losses=losses, tokens_per_second=steps * batch * seq / sum(seconds), seconds_to_first_step=before, step_seconds=seconds)
+    said = dict(losses=losses, tokens_per_second=steps * batch * seq / sum(seconds), seconds_to_first_step=before)
+    said |= dict(step_seconds=seconds, step_processor_seconds=processor)
     said["bytes_held"] = dict(parameters=4 * count, gradients=4 * count, optimizer=8 * count)
     with open(outcome, "w") as file:
         json.dump(said, file)

@@ -1,25 +1,24 @@
 """The speed of `examples/finetune` beside PyTorch with `transformers`, on the same cores, by turns.
 
-    python finetune_speed.py FINETUNE MODEL TEXT [ROUNDS]
+    python finetune_speed.py FINETUNE MODEL TEXT [ROUNDS [SEQ BATCH STEPS]]
 
 FINETUNE is the program, MODEL a Hugging Face directory, TEXT a plain text. Each contender makes the same steps of AdamW on rows of one length;
 in each round all run one behind the other, so that what else the machine does falls on all. One rank has one core and one thread; two
 ranks have two. Of a run its steps but the first count, which captures and allocates. The table has medians over rounds: tokens a second,
-tokens a second of processor time (all that the process took, its start and end included, so it is lower), and the seconds from the start of
-the program to its first step, of which reading the weights is a part. Needs torch, transformers and, for the two-process row, gloo.
+tokens a second of processor time, of all ranks together, which is what can be compared on a machine that others use, and the seconds from
+the start of the program to its first step, of which reading the weights is a part. Needs torch, transformers and, for the two-process row, gloo.
 """
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 
-SEQ, BATCH, STEPS = 128, 4, 4
 finetune, model, text = sys.argv[1:4]
 rounds = int(sys.argv[4]) if len(sys.argv) > 4 else 3
+SEQ, BATCH, STEPS = map(int, sys.argv[5:8]) if len(sys.argv) > 5 else (128, 4, 4)
 here = os.path.dirname(os.path.abspath(__file__))
 out = tempfile.mkdtemp()
 
@@ -52,14 +51,11 @@ def run(cores, command):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
     environment |= {"OMP_NUM_THREADS": "1"}
     allowed = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:cores])
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(["taskset", "-c", allowed, *map(str, command)], env=environment, check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     with open(f"{out}/run.json") as file:
         said = json.load(file)
-    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    later = said["step_seconds"][1:]
-    return len(later) * BATCH * SEQ / sum(later), STEPS * BATCH * SEQ / processor, said["seconds_to_first_step"], os.getloadavg()[0]
+    per = lambda seconds: len(seconds[1:]) * BATCH * SEQ / sum(seconds[1:])
+    return per(said["step_seconds"]), per(said["step_processor_seconds"]), said["seconds_to_first_step"], os.getloadavg()[0]
 
 
 found = {name: [] for name in CONTENDERS}
