@@ -5,6 +5,7 @@ mod backend;
 mod digest;
 pub(crate) mod magnitude;
 mod ops;
+mod recycled;
 mod squares;
 mod tree;
 mod vectors;
@@ -20,6 +21,7 @@ use burn::tensor::{Bool, DType, Device, Int, Shape, Tensor, TensorData};
 
 pub(crate) use self::backend::{check_device, with_backend};
 pub(crate) use self::squares::Squares;
+pub(crate) use self::recycled::{Pool, Room};
 #[doc(hidden)]
 pub use self::tree::{TensorMapper, TensorTree};
 pub(crate) use self::tree::{place, rows};
