@@ -271,7 +271,9 @@ mod tests {
 
     #[test]
     fn numbers_that_are_none_stay() {
-        let with = |value: f32| numbers([32, 270], DType::F32).slice_assign([3..4, 5..6], Tensor::from_data([[value]], &Device::flex()));
+        let with = |value: f32| {
+            numbers([32, 270], DType::F32).slice_assign([3..4, 5..6], Tensor::from_data([[value]], &Device::flex()))
+        };
         for value in [f32::NAN, f32::INFINITY] {
             compare("left", with(value), numbers([270, 260], DType::F32));
             compare("right", numbers([5, 32], DType::F32), with(value));
