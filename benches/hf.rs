@@ -23,7 +23,7 @@ use std::time::Instant;
 use burn::module::Module;
 use burn_parallel::hf::{self, Mapping, SaveConfig};
 use burn_parallel::prelude::*;
-use model::{LlamaConfig, Rope, Scaling};
+use model::{Autocast, LlamaConfig, Rope, Scaling};
 
 /// The sizes of SmolLM2-135M.
 const SIZES: LlamaConfig = LlamaConfig {
@@ -42,6 +42,7 @@ const SIZES: LlamaConfig = LlamaConfig {
     qk_norm: false,
     rope: Rope { theta: 100_000.0, scaling: Scaling::None },
     positions: 8192,
+    autocast: Autocast(None),
 };
 const RANKS: usize = 2;
 

@@ -3,8 +3,8 @@
 //!
 //! The four take turns within one run, round by round, and what counts is the median over rounds of their ratio: a
 //! machine that is slower for a while is slower for all of them. Every rank computes with one thread. All steps are whole:
-//! forward, backward and optimizer. On a machine with other work to do, ranks wait for each other's turns; so beside the
-//! time of a step there is, on Linux, the time that the busier rank's core worked for it.
+//! forward, backward and optimizer, which is fused where the operations are. On a machine with other work to do, ranks wait for each
+//! other's turns; so beside the time of a step there is, on Linux, the time that the busier rank's core worked for it.
 //!
 //! Before that, how long it takes to capture and partition a transformer of 24 layers.
 //!
@@ -37,7 +37,7 @@ fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
     rounds: usize,
     model: M,
     plan: &Plan,
-    optimizer: impl Fn() -> ModuleOptimizer + Sync,
+    optimizer: impl Fn(bool) -> ModuleOptimizer + Sync,
     inputs: impl Fn() -> I + Sync,
     loss: impl Fn(&M, I) -> Tensor<1> + Sync,
 ) -> Vec<[f64; 8]> {
@@ -51,7 +51,7 @@ fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
         };
         let (mut single, mut graph) = (captured(false)?, captured(true)?);
         let mut split = Some(model.clone().fork(&device).tensor_parallel(&rank, plan)?);
-        let mut optims = [optimizer(), optimizer(), optimizer(), optimizer()];
+        let mut optims = [false, false, true, true].map(&optimizer);
         // Models go through the optimizer by value, so that it can update them in place.
         let step = |model: &mut Option<Sharded<M>>, optim: &mut ModuleOptimizer| -> Result<(), Error> {
             if let Some(mut taken) = model.take() {
@@ -182,6 +182,17 @@ fn report(name: &str, times: &[[f64; 8]]) {
     println!("{name}: work of one rank over that of each of two {:.3}", over(6, 7));
 }
 
+/// burn's own, or the same in one pass.
+fn sgd(fused: bool) -> ModuleOptimizer {
+    let config = SgdConfig::new();
+    if fused { config.init_fused() } else { config.init() }
+}
+
+fn adam(fused: bool) -> ModuleOptimizer {
+    let config = AdamConfig::new();
+    if fused { config.init_fused() } else { config.init() }
+}
+
 fn capture() {
     let model = TransformerEncoderConfig::new(64, 256, 8, 24).init(&Device::flex().autodiff());
     let loss = |model: &TransformerEncoder, x| model.forward(TransformerEncoderInput::new(x)).powi_scalar(2).mean();
@@ -225,7 +236,7 @@ fn main() {
         let model = Mlp::new(&device).materialize();
         match against {
             true => report_fused("mlp", &fused(number, model, &plan, inputs, loss)),
-            false => report("mlp", &rounds(number, model, &plan, || SgdConfig::new().init(), inputs, loss)),
+            false => report("mlp", &rounds(number, model, &plan, sgd, inputs, loss)),
         }
     }
     if wanted("gpt") {
@@ -239,7 +250,7 @@ fn main() {
         let model = Gpt::new(&device).materialize();
         match against {
             true => report_fused("gpt", &fused(number, model, &plan, inputs, loss)),
-            false => report("gpt", &rounds(number, model, &plan, || AdamConfig::new().init(), inputs, loss)),
+            false => report("gpt", &rounds(number, model, &plan, adam, inputs, loss)),
         }
     }
 }

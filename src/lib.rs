@@ -42,6 +42,7 @@
 //! | [`tensor_parallel`] | any module split over ranks by a plan; explicit layers for models written with that in mind |
 //! | [`pipeline_parallel`] | any module cut into stages; schedules as data, their validator and simulator, one executor for all |
 //! | [`sharding`] | what replicas divide among themselves (ZeRO), by rows |
+//! | [`optim`] | burn's SGD, Adam and AdamW in one pass over memory |
 //! | [`step`] | what a training step takes and gives, with every strategy |
 //! | [`train`] | where strategies meet: replicas of models that are split |
 //! | [`batch`] | how large a batch is: its split, the noise of its gradient |
@@ -79,6 +80,7 @@ pub mod launch;
 pub mod layout;
 pub mod mesh;
 mod nesting;
+pub mod optim;
 mod optimizer_mapper;
 pub mod params;
 pub mod partition;
@@ -103,6 +105,7 @@ pub mod prelude {
     pub use crate::launch::{self, Rank};
     pub use crate::layout::{self, Layout};
     pub use crate::mesh::Mesh;
+    pub use crate::optim::FusedOptimizer;
     pub use crate::pipeline_parallel::cut::Cut;
     pub use crate::pipeline_parallel::{PipelineConfig, PipelineParallel, schedule::Schedule};
     pub use crate::plan::Plan;

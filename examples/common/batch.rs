@@ -4,17 +4,15 @@ use std::env;
 use std::process::Command;
 use std::time::Duration;
 
-use burn_parallel::batch::{BatchSplit, GrowBatch, MemoryBudget, NoiseScale, largest_that_fits, try_in_child, warm_up};
+use burn_parallel::batch::{GrowBatch, MemoryBudget, NoiseScale, largest_that_fits, try_in_child, warm_up};
 use burn_parallel::prelude::*;
+use burn_parallel::sharding::Sharding;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::device::Compute;
 use super::flags::up_to;
 use super::start::{Launch, Start};
-
-/// Rows that `--batch auto` does not go beyond, on a replica: by then a processor is busy, and a step takes long.
-const MOST: usize = 1024;
 
 /// Tells a child of `--batch auto` how many rows to try.
 const TRIAL: &str = "BURN_PARALLEL_TRIAL_ROWS";
@@ -71,17 +69,22 @@ impl GrowthFlags {
         self.noise_scale || self.grow_batch.is_some()
     }
 
-    /// The strategy that measures what these flags need.
-    pub fn strategy(&self, strategy: Strategy) -> Strategy {
+    /// The strategy that measures what these flags need; or why it cannot.
+    pub fn strategy(&self, strategy: Strategy) -> Result<Strategy, String> {
+        if self.measures() && strategy.data.sharding == Sharding::Parameters {
+            return Err(
+                "--noise-scale compares the gradients of replicas, which --zero 3 sums up first: give --zero 2".into(),
+            );
+        }
         let data = strategy.data.clone();
         let measures = self.measures() || data.noise_scale;
-        strategy.with_data(data.with_noise_scale(measures))
+        Ok(strategy.with_data(data.with_noise_scale(measures)))
     }
 }
 
 /// What is wrong with `--batch auto` beside these flags.
-pub fn check_auto(start: &Start, device: Compute, micro_batch: Option<usize>) -> Result<(), String> {
-    if start.launch != Launch::Threads || device != Compute::Flex {
+pub fn check_auto(start: &Start, micro_batch: Option<usize>) -> Result<(), String> {
+    if start.launch != Launch::Threads || start.device != Compute::Flex {
         return Err(
             "--batch auto tries batches on ranks that are threads of a CPU: give --launch threads, or a number".into(),
         );
@@ -97,17 +100,17 @@ pub fn trial() -> Option<usize> {
     env::var(TRIAL).ok()?.parse().ok()
 }
 
-/// The most rows that go through every layer at once on each replica. `known` says how many of at most so many are known
+/// The most rows, at most `most`, that go through every layer at once on each replica. `known` says how many of so many are known
 /// to need no more than so many bytes on all ranks together. This process takes no step for it: children do, with a
 /// limit on their memory, which are this program with the same arguments and [`trial`].
 ///
 /// # Errors
 /// What `known` and trials return; if not even one row fits.
-pub fn largest(known: impl FnOnce(u64, usize) -> Result<usize, Error>) -> Result<usize, Error> {
+pub fn largest(most: usize, known: impl FnOnce(u64, usize) -> Result<usize, Error>) -> Result<usize, Error> {
     let budget = MemoryBudget::of_system()?;
     // What others take meanwhile.
     let bytes = budget.bytes / 10 * 9;
-    let most = known(bytes, MOST)?;
+    let most = known(bytes, most)?;
     if most == 0 {
         return Err(Error::user(format!(
             "--batch auto: not even one row fits into the {bytes} bytes of {}: take a smaller model, or split it with --tp or --pp",
@@ -132,7 +135,7 @@ pub fn largest(known: impl FnOnce(u64, usize) -> Result<usize, Error>) -> Result
 pub struct Batch {
     noise: NoiseScale,
     grow: Option<GrowBatch>,
-    /// The rows of the last step.
+    /// The rows of the next step, as far as they are known.
     rows: usize,
     /// The items of the loss in the steps that were measured, and the rows of these.
     #[serde(default)]
@@ -160,12 +163,6 @@ impl Batch {
         self.rows
     }
 
-    /// How they are divided over so many ranks, at most `at_once` in a layer. A batch that has grown takes more
-    /// micro-batches of the same size.
-    pub fn split(&self, strategy: &Strategy, ranks: usize, at_once: usize) -> Result<BatchSplit, Error> {
-        BatchSplit::of(strategy, ranks, self.rows, Some(at_once))
-    }
-
     /// The factor of the learning rate of a batch that began with so many rows, by the square-root rule for Adam.
     pub fn lr_factor(&self, began: usize) -> f64 {
         let Some(grow) = self.grow.filter(|grow| grow.rows() > began) else { return 1.0 };
@@ -173,13 +170,14 @@ impl Batch {
         factor * warm_up(grow.steps_since() as usize, WARM_UP, 0.5f64.sqrt())
     }
 
-    /// Takes in what a step has measured.
-    pub fn after_step(&mut self, step: &Step) {
+    /// Takes in what a step of so many rows has measured.
+    pub fn after_step(&mut self, step: &Step, rows: usize) {
         self.noise.add(step);
-        self.measured = (self.measured.0 + step.weight, self.measured.1 + self.rows);
-        if let Some(grow) = &mut self.grow {
-            self.rows = grow.after_step(&self.noise, self.measured.0 / self.measured.1 as f64);
-        }
+        self.measured = (self.measured.0 + step.weight, self.measured.1 + rows);
+        self.rows = match &mut self.grow {
+            Some(grow) => grow.after_step(&self.noise, self.measured.0 / self.measured.1 as f64),
+            None => rows,
+        };
     }
 
     /// The noise scale in rows; or why there is none.

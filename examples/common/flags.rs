@@ -226,6 +226,16 @@ pub fn zero(value: &str) -> Result<Sharding, String> {
     Sharding::from_zero_stage(stage).map_err(|_| "it must be 0, 1, 2 or 3".into())
 }
 
+/// Whether a batch of so many rows has one for each of `dp` replicas.
+pub fn every_replica(batch: usize, dp: usize) -> Result<(), String> {
+    match batch < dp {
+        true => Err(format!(
+            "--batch {batch} is smaller than --dp {dp}: every replica needs a row of each batch, give --batch {dp}"
+        )),
+        false => Ok(()),
+    }
+}
+
 pub fn learning_rate(value: &str) -> Result<f64, String> {
     match value.parse() {
         Ok(rate) if rate > 0.0 && rate <= 1.0 => Ok(rate),

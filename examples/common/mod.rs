@@ -1,11 +1,12 @@
-//! What programs share that train a model on ranks: flags, the start of the ranks, what they tell.
+//! What programs share that train a model on ranks: flags, the start of the ranks, how large the batch is, what is saved, what they tell.
 
-#[allow(dead_code, reason = "not every program finds out about its batch")]
 pub mod batch;
 pub mod device;
 pub mod figures;
 pub mod flags;
 pub mod memory;
+pub mod program;
 pub mod progress;
+pub mod saving;
 pub mod start;
 pub mod usage;

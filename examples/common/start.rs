@@ -2,9 +2,10 @@
 
 use burn_parallel::launch::{self, Launcher, ProcessInfo, TransportKind};
 use burn_parallel::prelude::*;
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 
 use super::device::Compute;
+use super::flags::up_to;
 
 /// How long ranks have to save a last checkpoint when they are told to end.
 #[cfg(unix)]
@@ -34,16 +35,49 @@ pub enum Transport {
     Nccl,
 }
 
+/// How the ranks are started and joined.
+#[derive(Args, Debug)]
+pub struct LaunchFlags {
+    /// What the ranks are: threads, processes of this program, or what a launcher has started [default: env under
+    /// mpirun and torchrun, else threads]
+    #[arg(long, value_enum, value_name = "HOW")]
+    launch: Option<Launch>,
+
+    /// How many times the ranks are started again when some are lost, with --launch processes: they go on from the last checkpoint
+    #[arg(long, value_name = "K", default_value_t = 0, requires = "resume")]
+    restarts: usize,
+
+    /// Takes ranks that are lost for gone, and goes on with fewer replicas, on this many ranks at least: the batch stays. Also
+    /// with what torchrun has started [default: as many ranks as before]
+    #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
+    min_ranks: Option<usize>,
+
+    /// What the ranks compute on
+    #[arg(long, value_enum, value_name = "DEVICE", default_value_t = Compute::Flex)]
+    device: Compute,
+
+    /// What joins the ranks [default: local for threads; mpi for what mpirun has started, if built in; else tcp]. nccl comes on
+    /// top of these
+    #[arg(long, value_enum, value_name = "ENGINE")]
+    transport: Option<Transport>,
+}
+
 /// How to start.
 #[derive(Clone, Debug)]
 pub struct Start {
     pub launch: Launch,
+    /// What the ranks compute on.
+    pub device: Compute,
     /// What joins processes, if that has been said.
     pub transport: Option<TransportKind>,
     /// Whether NCCL joins the ranks' GPUs.
     pub nccl: bool,
     /// How many ranks have been started already.
     pub started: Option<usize>,
+    /// How many times ranks are started again when some are lost.
+    restarts: usize,
+    /// On how few ranks the run goes on, if not on all.
+    pub min_ranks: Option<usize>,
 }
 
 impl Start {
@@ -53,55 +87,57 @@ impl Start {
     }
 }
 
-/// How to start; or why the flags do not go together.
-pub fn choose(launch: Option<Launch>, device: Compute, transport: Option<Transport>) -> Result<Start, String> {
-    // In a batch script Slurm's variables are set for a single process as well: it must be asked for.
-    let place = ProcessInfo::from_env();
-    let started = place.as_ref().is_ok_and(|place| place.launcher != Launcher::Slurm && place.size > 1);
-    let default = if started { Launch::Env } else { Launch::Threads };
-    let launch = launch.unwrap_or(default);
-    let without = |flag: &str, feature: &str| {
-        Err(format!("{flag}: this program was built without it; build with `--features {feature}`"))
-    };
-    if let Some(feature) = device.missing() {
-        return without(&format!("--device {feature}"), feature);
+impl LaunchFlags {
+    /// How to start; or why the flags do not go together.
+    pub fn read(&self) -> Result<Start, String> {
+        let Self { launch, restarts, min_ranks, device, transport } = *self;
+        // In a batch script Slurm's variables are set for a single process as well: it must be asked for.
+        let place = ProcessInfo::from_env();
+        let started = place.as_ref().is_ok_and(|place| place.launcher != Launcher::Slurm && place.size > 1);
+        let default = if started { Launch::Env } else { Launch::Threads };
+        let launch = launch.unwrap_or(default);
+        let without = |flag: &str, feature: &str| {
+            Err(format!("{flag}: this program was built without it; build with `--features {feature}`"))
+        };
+        if let Some(feature) = device.missing() {
+            return without(&format!("--device {feature}"), feature);
+        }
+        let nccl = transport == Some(Transport::Nccl);
+        let transport = match (transport, launch) {
+            (None, _) | (Some(Transport::Local), Launch::Threads) => None,
+            (Some(Transport::Nccl), _) if cfg!(not(feature = "cuda")) => return without("--transport nccl", "cuda"),
+            (Some(Transport::Nccl), _) if device != Compute::Cuda => {
+                return Err("--transport nccl joins NVIDIA GPUs: give --device cuda".into());
+            }
+            (Some(Transport::Nccl), _) => None,
+            (Some(Transport::Mpi), _) if cfg!(not(feature = "mpi")) => return without("--transport mpi", "mpi"),
+            (Some(Transport::Tcp | Transport::Mpi), Launch::Threads) => {
+                return Err("--transport tcp and mpi join processes: give --launch processes or env".into());
+            }
+            (Some(Transport::Tcp), _) => Some(TransportKind::Tcp),
+            (Some(Transport::Mpi), _) => Some(TransportKind::Mpi),
+            (Some(Transport::Local), _) => return Err("--transport local joins threads: give --launch threads".into()),
+        };
+        let started = match (launch, place) {
+            (Launch::Env, place) => Some(place.map_err(|why| why.to_string())?.size),
+            _ => None,
+        };
+        if restarts > 0 && launch != Launch::Processes {
+            return Err("--restarts is for --launch processes: what other launchers start, they start again".into());
+        }
+        if min_ranks.is_some() && restarts == 0 && launch != Launch::Env {
+            return Err("--min-ranks is for ranks that are started again: give --restarts as well".into());
+        }
+        Ok(Start { launch, device, transport, nccl, started, restarts, min_ranks })
     }
-    let nccl = transport == Some(Transport::Nccl);
-    let transport = match (transport, launch) {
-        (None, _) | (Some(Transport::Local), Launch::Threads) => None,
-        (Some(Transport::Nccl), _) if cfg!(not(feature = "cuda")) => return without("--transport nccl", "cuda"),
-        (Some(Transport::Nccl), _) if device != Compute::Cuda => {
-            return Err("--transport nccl joins NVIDIA GPUs: give --device cuda".into());
-        }
-        (Some(Transport::Nccl), _) => None,
-        (Some(Transport::Mpi), _) if cfg!(not(feature = "mpi")) => return without("--transport mpi", "mpi"),
-        (Some(Transport::Tcp | Transport::Mpi), Launch::Threads) => {
-            return Err("--transport tcp and mpi join processes: give --launch processes or env".into());
-        }
-        (Some(Transport::Tcp), _) => Some(TransportKind::Tcp),
-        (Some(Transport::Mpi), _) => Some(TransportKind::Mpi),
-        (Some(Transport::Local), _) => return Err("--transport local joins threads: give --launch threads".into()),
-    };
-    let started = match (launch, place) {
-        (Launch::Env, place) => Some(place.map_err(|why| why.to_string())?.size),
-        _ => None,
-    };
-    Ok(Start { launch, transport, nccl, started })
 }
 
-/// Whether ranks are started again when some are lost.
-#[derive(Clone, Debug, Default)]
-pub struct Restarts {
-    /// How many times.
-    pub times: usize,
-    /// The numbers of ranks that the run can go on with; none: as many as before.
-    pub sizes: Vec<usize>,
-}
-
-/// Runs `f` on every rank. Returns what it returns on the first, in the process that has the first.
+/// Runs `f` on so many ranks. If some are lost, it is run again, if the flags say so: on all, or on as many as `goes_on` says
+/// that it can. Returns what it returns on the first, in the process that has the first.
 pub fn run<T: Send>(
     start: &Start,
-    (ranks, restarts): (usize, Restarts),
+    ranks: usize,
+    goes_on: impl Fn(usize) -> bool,
     seed: u64,
     f: impl Fn(Rank) -> Result<T, Error> + Sync,
 ) -> Result<Option<T>, Error> {
@@ -119,7 +155,9 @@ pub fn run<T: Send>(
         #[cfg(unix)]
         Launch::Processes => {
             let processes = launch::processes(ranks).transport(transport.unwrap_or(TransportKind::Tcp));
-            let processes = processes.restarts(restarts.times).restart_sizes(restarts.sizes).grace(GRACE);
+            let sizes =
+                start.min_ranks.map_or(ranks..ranks, |fewest| fewest..ranks + 1).filter(|ranks| goes_on(*ranks));
+            let processes = processes.restarts(start.restarts).restart_sizes(sizes).grace(GRACE);
             processes.run(|process| process.seed(seed), first).map(Option::flatten)
         }
         #[cfg(not(unix))]

@@ -2,20 +2,31 @@
 
 use std::path::{Path, PathBuf};
 
+use burn::tensor::{DType, Device};
 use burn_parallel::prelude::*;
 use clap::{Parser, ValueEnum};
 
-use crate::common::device::Compute;
-use crate::common::flags::{Axes, MeshFlags, STRATEGY_KEYS, learning_rate, norm, parse, up_to, writable, wrong};
-use crate::common::start::{self, Launch, Start, Transport};
+use crate::common::batch::{self, GrowthFlags, Rows};
+use crate::common::flags::{
+    Axes, MeshFlags, STRATEGY_KEYS, every_replica, learning_rate, norm, parse, up_to, writable, wrong,
+};
+use crate::common::saving::SaveFlags;
+use crate::common::start::{LaunchFlags, Start};
 use crate::data::set::BatchSize;
 use crate::directory;
 use crate::lora::{LoraConfig, TARGETS};
-use crate::model::LlamaConfig;
+use crate::model::{Autocast, LlamaConfig};
+
+const SAVE: &str = "A directory for what comes of it: `model`, a Hugging Face directory, and with --lora `adapter`, at the end; \
+                    `checkpoints`, one every --save-every steps, and one at the end";
+const RESUME: &str = "The --save directory of a run, to go on from its last checkpoint, on any mesh. --steps and --epochs count the \
+                      whole run. If it is that of --save, and has no checkpoint yet, the run begins anew";
 
 /// Fine-tunes a language model of the Llama family, from a Hugging Face directory to one, on any mesh of ranks.
 #[derive(Parser, Debug)]
 #[command(name = "finetune", max_term_width = 100, after_help = STRATEGY_KEYS)]
+#[command(mut_arg("save", |save| save.help(SAVE)))]
+#[command(mut_arg("resume", |resume| resume.help(RESUME)))]
 struct Flags {
     /// The directory of the model: config.json, *.safetensors, tokenizer.json
     #[arg(long, value_name = "DIR")]
@@ -37,13 +48,16 @@ struct Flags {
     #[command(flatten)]
     mesh: MeshFlags,
 
-    /// The rows of a step, over all ranks
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = up_to::<1_000_000>)]
-    batch: usize,
+    /// The rows of a step, over all ranks; `auto` for as many as fit into memory at once, up to 8192 tokens a replica
+    #[arg(long, value_name = "N", default_value = "8", value_parser = batch::rows)]
+    batch: Rows,
 
     /// The tokens of a step, over all ranks, in place of --batch: as many rows as have no more, without padding
-    #[arg(long, value_name = "N", conflicts_with = "batch", value_parser = up_to::<1_000_000_000>)]
+    #[arg(long, value_name = "N", conflicts_with_all = ["batch", "grow_batch"], value_parser = up_to::<1_000_000_000>)]
     batch_tokens: Option<usize>,
+
+    #[command(flatten)]
+    growth: GrowthFlags,
 
     /// The rows that go through the model at once on a rank [default: all that it has; in a pipeline a fourth for each
     /// of its ranks]
@@ -65,6 +79,14 @@ struct Flags {
     /// How often to go through the data
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = up_to::<1_000_000>)]
     epochs: usize,
+
+    /// What products are computed in: weights, gradients, the optimizer's state, norms and losses are f32 always
+    #[arg(long, value_name = "TYPE", value_enum, default_value = "f32")]
+    dtype: Products,
+
+    /// Computes operations that cost little once more in backward, in place of keeping what they gave
+    #[arg(long)]
+    recompute: bool,
 
     /// The highest learning rate
     #[arg(long, value_name = "RATE", default_value_t = 5e-5, value_parser = learning_rate)]
@@ -102,23 +124,8 @@ struct Flags {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
 
-    /// A directory for what comes of it: `model`, a Hugging Face directory, and with --lora `adapter`, at the end;
-    /// `checkpoints`
-    #[arg(long, value_name = "DIR")]
-    save: Option<PathBuf>,
-
-    /// After how many steps each a checkpoint is saved [default: at the end alone]
-    #[arg(long, value_name = "N", requires = "save", value_parser = up_to::<1_000_000_000>)]
-    save_every: Option<usize>,
-
-    /// How many checkpoints are kept: the last ones
-    #[arg(long, value_name = "K", requires = "save", default_value_t = 3, value_parser = up_to::<1_000_000>)]
-    keep: usize,
-
-    /// The --save directory of a run, to go on from its last checkpoint, on any mesh. --steps and --epochs count the
-    /// whole run. If it is that of --save, and has no checkpoint yet, the run begins anew
-    #[arg(long, value_name = "DIR")]
-    resume: Option<PathBuf>,
+    #[command(flatten)]
+    saving: SaveFlags,
 
     /// Writes a text that begins so with the trained model
     #[arg(long, value_name = "PROMPT")]
@@ -144,19 +151,17 @@ struct Flags {
     #[arg(long)]
     dry_run: bool,
 
-    /// What the ranks are: threads, processes of this program, or what a launcher has started [default: env under
-    /// mpirun and torchrun, else threads]
-    #[arg(long, value_enum, value_name = "HOW")]
-    launch: Option<Launch>,
+    #[command(flatten)]
+    launch: LaunchFlags,
+}
 
-    /// What the ranks compute on
-    #[arg(long, value_enum, value_name = "DEVICE", default_value_t = Compute::Flex)]
-    device: Compute,
-
-    /// What joins the ranks [default: local for threads; mpi for what mpirun has started, if built in; else tcp]. nccl
-    /// comes on top of these
-    #[arg(long, value_enum, value_name = "ENGINE")]
-    transport: Option<Transport>,
+/// What products are computed in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Products {
+    /// 32 bits
+    F32,
+    /// 16 bits, with the range of 32
+    Bf16,
 }
 
 /// How the learning rate goes on after its rise.
@@ -201,11 +206,17 @@ pub struct Args {
     /// How the model is spread.
     pub strategy: Strategy,
     pub size: BatchSize,
+    /// Whether the batch is still to be found out.
+    pub auto: bool,
+    /// What is measured of the batch, and whether it grows.
+    pub growth: GrowthFlags,
     /// The rows of a step of one call, which has one shape always.
     pub rows: usize,
     /// The length of a row in tokens.
     pub seq: usize,
     pub packed: bool,
+    /// Whether operations that cost little are computed again in backward.
+    pub recompute: bool,
     pub length: Length,
     pub lr: f64,
     pub warmup: usize,
@@ -214,16 +225,13 @@ pub struct Args {
     pub clip: Option<f64>,
     pub lora: Option<LoraConfig>,
     pub seed: u64,
-    pub save: Option<PathBuf>,
-    pub save_every: Option<usize>,
-    pub keep: usize,
-    pub resume: Option<PathBuf>,
+    /// Where the run is saved, and from where it goes on.
+    pub saving: SaveFlags,
     pub prompt: Option<Prompt>,
     pub json: Option<PathBuf>,
     /// Floating point operations a second.
     pub peak: Option<f64>,
     pub dry_run: bool,
-    pub device: Compute,
     /// How the ranks are started and joined.
     pub start: Start,
 }
@@ -237,26 +245,46 @@ impl Args {
     }
 
     fn of(flags: Flags) -> Result<Self, String> {
-        let start = start::choose(flags.launch, flags.device, flags.transport)?;
-        let mesh = flags.mesh.read(start.started, 1, None)?;
+        let start = flags.launch.read()?;
+        let mesh = flags.mesh.read(start.started, 1, start.min_ranks)?;
         let axes @ Axes { dp, pp, tp, .. } = mesh.0;
-        let config = LlamaConfig::read(&flags.model)?;
-        let Flags { batch, seq, .. } = flags;
+        let autocast = match flags.dtype {
+            Products::F32 => Autocast::default(),
+            Products::Bf16 => Autocast(Some(DType::BF16)),
+        };
+        let config = LlamaConfig { autocast, ..LlamaConfig::read(&flags.model)? };
+        let Flags { seq, .. } = flags;
         if seq > config.positions {
             let most = config.positions;
             return Err(format!("--seq {seq} is more than the {most} tokens that the model was made for"));
         }
+        let (trial, auto) = (batch::trial(), flags.batch == Rows::Auto);
+        if auto {
+            batch::check_auto(&start, flags.micro_batch)?;
+        }
+        if flags.growth.grow_batch.is_some() && flags.steps.is_none() {
+            return Err("--grow-batch: how many steps an epoch has is not known before: give --steps".into());
+        }
+        let in_pipeline = match &mesh.1 {
+            _ if pp == 1 => 1,
+            Some(strategy) => strategy.pipeline.as_ref().map_or(1, |pipeline| pipeline.micro_batches),
+            None => 4 * pp,
+        };
+        let batch = match flags.batch {
+            Rows::Number(rows) => rows,
+            // What is tried, or to begin with: one row in each micro-batch.
+            Rows::Auto => dp * in_pipeline * trial.unwrap_or(1),
+        };
         let size = match flags.batch_tokens {
             Some(most) if most < seq * dp => {
                 return Err(format!("--batch-tokens {most} is less than a row of --seq {seq} for each of --dp {dp}"));
             }
             Some(most) => BatchSize::Tokens { most, replicas: dp },
-            None if batch < dp => {
-                return Err(format!(
-                    "--batch {batch} is smaller than --dp {dp}: every replica needs a row of each batch, give --batch {dp}"
-                ));
+            None => {
+                every_replica(batch, dp)?;
+                flags.growth.check(batch)?;
+                BatchSize::Rows(batch)
             }
-            None => BatchSize::Rows(batch),
         };
         // What a replica has of a batch of full rows, at most.
         let share = match size {
@@ -271,7 +299,7 @@ impl Args {
         }
         let micro = flags.micro_batch.unwrap_or(if pp == 1 { share } else { (share / (4 * pp)).max(1) });
         let plan = if tp == 1 { Plan::new() } else { directory::plan() };
-        let strategy = flags.mesh.strategy(mesh, plan, share.div_ceil(micro))?;
+        let strategy = flags.growth.strategy(flags.mesh.strategy(mesh, plan, share.div_ceil(micro))?)?;
         let rows = match &strategy.pipeline {
             Some(pipeline) if pp > 1 => share.max(pipeline.micro_batches),
             _ => micro,
@@ -290,22 +318,31 @@ impl Args {
         if let Some(json) = &flags.json {
             writable(json, Some(&flags.data))?;
         }
-        places(flags.save.as_deref(), flags.resume.as_deref())?;
+        places(flags.saving.save.as_deref(), flags.saving.resume.as_deref())?;
+        // A trial leaves nothing behind.
+        let kept = trial.is_none() || !auto;
         let prompt =
             flags.generate.map(|text| Prompt { text, length: flags.generate_tokens, temperature: flags.temperature });
         Ok(Self {
             model: flags.model,
             config,
             data: flags.data,
-            eval: flags.eval,
+            eval: flags.eval.filter(|_| kept),
             eval_every: flags.eval_every,
             axes,
             strategy,
             size,
+            auto: auto && kept,
+            growth: flags.growth,
             rows,
             seq,
             packed: !flags.unpacked,
-            length: flags.steps.map_or(Length::Epochs(flags.epochs), Length::Steps),
+            recompute: flags.recompute,
+            length: match flags.steps {
+                _ if !kept => Length::Steps(batch::TRIAL_STEPS),
+                Some(steps) => Length::Steps(steps),
+                None => Length::Epochs(flags.epochs),
+            },
             lr: flags.lr,
             warmup: flags.warmup,
             scheduler: flags.scheduler,
@@ -313,17 +350,50 @@ impl Args {
             clip: flags.clip,
             lora,
             seed: flags.seed,
-            save: flags.save,
-            save_every: flags.save_every,
-            keep: flags.keep,
-            resume: flags.resume,
-            prompt,
-            json: flags.json,
+            saving: if kept { flags.saving } else { flags.saving.none() },
+            prompt: prompt.filter(|_| kept),
+            json: flags.json.filter(|_| kept),
             peak: flags.peak.map(|peak| peak * 1e12),
             dry_run: flags.dry_run,
-            device: flags.device,
             start,
         })
+    }
+
+    /// A device that keeps what backward needs, as the flags say.
+    pub fn autodiff(&self, device: &Device) -> Device {
+        let device = device.clone().autodiff();
+        if self.recompute { device.gradient_checkpointing() } else { device }
+    }
+
+    /// The rows of a step, at first: none if its tokens are counted.
+    pub fn batch(&self) -> usize {
+        match self.size {
+            BatchSize::Rows(rows) => rows,
+            BatchSize::Tokens { .. } => 0,
+        }
+    }
+
+    /// The micro-batches of a pipeline, in each of which there is a row at least; else 1.
+    pub fn in_pipeline(&self) -> usize {
+        self.strategy.pipeline.as_ref().filter(|_| self.axes.pp > 1).map_or(1, |pipeline| pipeline.micro_batches)
+    }
+
+    /// The same run on fewer ranks: fewer replicas share the same batches, in micro-batches as large as before.
+    pub fn on(&self, ranks: usize) -> Result<Self, Error> {
+        if ranks == self.axes.ranks {
+            return Ok(self.clone());
+        }
+        let strategy = self.strategy.resized(self.axes.ranks, ranks)?;
+        let at_once = self.rows.div_ceil(self.in_pipeline());
+        let axes = Axes { ranks, dp: ranks / (self.axes.pp * self.axes.tp), ..self.axes };
+        let fewer = Self { axes, strategy, ..self.clone() };
+        Ok(Self { rows: at_once * fewer.in_pipeline(), ..fewer })
+    }
+
+    /// The same with as many rows as go through a layer at once on each replica.
+    pub fn with_rows_at_once(&self, rows: usize) -> Self {
+        let rows = rows * self.in_pipeline();
+        Self { size: BatchSize::Rows(rows * self.axes.dp), rows, auto: false, ..self.clone() }
     }
 }
 

@@ -1,4 +1,6 @@
-//! Where the run is saved, and from where it goes on.
+//! What is saved of a run, and from where it goes on.
+
+use std::path::{Path, PathBuf};
 
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::optim::ModuleOptimizer;
@@ -7,6 +9,7 @@ use burn_parallel::prelude::*;
 use burn_parallel::train::Parallel;
 
 use crate::args::Args;
+use crate::common::batch::Batch;
 use crate::input::Input;
 use crate::model::Llama;
 use crate::report::HeldOut;
@@ -20,6 +23,8 @@ pub struct Run {
     pub losses: Vec<f64>,
     pub grad_norms: Vec<f64>,
     pub held_out: Vec<HeldOut>,
+    /// How large the batch is, and how noisy the gradient.
+    pub batch: Batch,
     /// Which row comes next.
     position: DataPosition,
     /// The rows that it is counted in.
@@ -30,8 +35,8 @@ impl Run {
     /// A run that begins.
     pub fn new(model: Parallel<Llama>, optim: ModuleOptimizer, schedule: ModuleLrScheduler, input: &Input) -> Self {
         let (losses, grad_norms, held_out) = (Vec::new(), Vec::new(), Vec::new());
-        let (position, data) = (DataPosition::default(), input.data.fingerprint());
-        Self { model, optim, schedule, losses, grad_norms, held_out, position, data }
+        let (batch, position, data) = (Batch::default(), DataPosition::default(), input.data.fingerprint());
+        Self { model, optim, schedule, losses, grad_norms, held_out, batch, position, data }
     }
 
     /// The number of the next row, through all epochs.
@@ -52,40 +57,33 @@ impl Run {
             .with_value("losses", &mut self.losses)
             .with_value("grad_norms", &mut self.grad_norms)
             .with_value("held_out", &mut self.held_out)
+            .with_value("batch", &mut self.batch)
             .with_value("position", &mut self.position)
             .with_value("data", &mut self.data)
     }
 
     /// Goes on from the last checkpoint of `--resume`. Returns how many steps were made already.
     pub fn resume(&mut self, world: &Communicator, args: &Args, input: &Input) -> Result<usize, Error> {
-        let Some(dir) = &args.resume else { return Ok(0) };
-        let mut checkpoints = Checkpointer::new(world, dir.join("checkpoints"), CheckpointOptions::new())?;
-        let steps = match checkpoints.restore(self.state())? {
-            Some(restored) => restored.step as usize,
-            None if args.save.as_ref() == Some(dir) => return Ok(0),
-            None => return Err(Error::user(format!("--resume {}: there is no checkpoint", dir.display()))),
-        };
-        if self.data != input.data.fingerprint() {
-            let problem = "the run was on other rows: it had another --data, --seq, --seed or tokenizer";
-            return Err(Error::user(format!("--resume {}: {problem}", dir.display())));
-        }
-        if world.rank() == 0 {
-            eprintln!("goes on after step {steps} of {}", input.steps(args));
-        }
-        Ok(steps)
+        let data = self.data;
+        let begun = args.saving.resume(world, folder, input.steps(args), |checkpoints, step| {
+            if checkpoints.read_value::<u64>(step, "data")?.is_some_and(|was| was != data) {
+                let dir = args.saving.resume.as_deref().unwrap_or(Path::new(""));
+                let problem = "the run was on other rows: it had another --data, --seq, --seed or tokenizer";
+                return Err(Error::user(format!("--resume {}: {problem}", dir.display())));
+            }
+            checkpoints.restore_step(step, self.state()).map(drop)
+        })?;
+        self.batch = self.batch.clone().begin(args.batch(), args.growth, input.steps(args))?;
+        Ok(begun)
     }
 
-    /// Saves the run in the background after this many steps, if it is to be saved.
-    pub fn save(&mut self, steps: usize, checkpoints: &mut Option<Checkpointer>) -> Result<(), Error> {
-        match checkpoints {
-            Some(checkpoints) => checkpoints.save_async(steps as u64, self.state()),
-            None => Ok(()),
-        }
+    /// Saves the run in the background after this many steps.
+    pub fn save(&mut self, steps: usize, checkpoints: &mut Checkpointer) -> Result<(), Error> {
+        checkpoints.save_async(steps as u64, self.state())
     }
 }
 
-/// What keeps the checkpoints of `--save`.
-pub fn checkpointer(world: &Communicator, args: &Args) -> Result<Option<Checkpointer>, Error> {
-    let options = || CheckpointOptions::new().with_keep_last(args.keep).with_strategy(&args.strategy);
-    args.save.as_ref().map(|dir| Checkpointer::new(world, dir.join("checkpoints"), options())).transpose()
+/// Where the checkpoints are in a directory.
+pub fn folder(dir: &Path) -> PathBuf {
+    dir.join("checkpoints")
 }

@@ -16,21 +16,20 @@ use crate::train::spread;
 /// Spreads the model without weights, and says what each rank would hold, and what the first batch is.
 pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<String, Error> {
     let world = device::world(&rank, args.start.launch, args.start.nccl)?;
-    let device = args.device.of(&rank, args.start.launch)?.autodiff();
+    let device = args.autodiff(&args.start.device.of(&rank, args.start.launch)?);
     let mut model = spread(&world, args, &device)?;
     let rows = input.data.batch(0, input.end(args), args.size);
     let replica = model.mesh().coordinate("dp")?;
     let share = input.data.share(rows.clone(), replica, args.axes.dp, args.rows).map_err(Error::user)?;
     model.prepare(batch(&share[0], &device), Llama::loss)?;
-    let mut held = Held::default();
-    model.visit(&mut held);
+    let held = Held::of(&model, args);
     let parts = match args.strategy.data.sharding {
         Sharding::None => 1,
         _ => args.strategy.data.sharding_ranks.unwrap_or(args.axes.dp),
     };
     // Parameters divided among the replicas are divided already.
     let divided = if args.strategy.data.sharding == Sharding::Parameters { 1 } else { parts };
-    let trained = if args.lora.is_some() { held.adapters } else { held.all } / divided;
+    let trained = held.trained / divided;
     let all = world.all_gather(vec![held.all as i64, trained as i64, 2 * trained as i64])?;
 
     let mut said = vec![input.said(), format!("{} steps", input.steps(args)), String::new()];
@@ -61,12 +60,22 @@ fn spread_by_plan(args: &Args) -> Result<String, Error> {
     args.strategy.tensor.plan.table(&model, args.axes.tp).map(|table| table.to_string())
 }
 
-/// The bytes of a rank's parameters, of which none is made.
+/// The bytes of parameters, of which none is made.
 #[derive(Default)]
-struct Held {
-    all: usize,
+pub struct Held {
+    pub all: usize,
+    /// Those that are trained.
+    pub trained: usize,
     adapters: usize,
     within: usize,
+}
+
+impl Held {
+    pub fn of<M: Module>(model: &M, args: &Args) -> Self {
+        let mut held = Self::default();
+        model.visit(&mut held);
+        Self { trained: if args.lora.is_some() { held.adapters } else { held.all }, ..held }
+    }
 }
 
 impl ModuleVisitor for Held {

@@ -12,6 +12,7 @@ mod data;
 mod directory;
 mod dry_run;
 mod evaluate;
+mod fit;
 mod generate;
 mod input;
 #[allow(dead_code, reason = "more than this program needs")]
@@ -22,57 +23,43 @@ mod report;
 mod schedule;
 mod train;
 
-use std::error::Error;
-use std::io::{self, Write};
 use std::process::ExitCode;
 
+use burn_parallel::launch::StopSignal;
+
 use crate::args::Args;
-use crate::common::flags::one_line;
-use crate::common::start::{self, Restarts};
+use crate::common::program::{self, Ended, Failure};
+use crate::common::start;
 use crate::input::Input;
 
 fn main() -> ExitCode {
-    env_logger::init();
-    let args = match Args::from_command_line() {
-        Ok(args) => args,
-        Err(help) if !help.use_stderr() => {
-            let _ = help.print();
-            return ExitCode::SUCCESS;
-        }
-        Err(wrong) => return fail(2, &one_line(&wrong)),
-    };
-    let input = match Input::open(&args) {
-        Ok(input) => input,
-        Err(wrong) => return fail(2, &wrong),
-    };
-    match run(&args, &input) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(why) => fail(1, &why.to_string()),
-    }
+    program::run(Args::from_command_line(), run)
 }
 
-fn run(args: &Args, input: &Input) -> Result<(), Box<dyn Error>> {
-    let said = if args.dry_run {
-        start::run(&args.start, (args.axes.ranks, Restarts::default()), args.seed, |rank| {
-            dry_run::run(rank, args, input)
-        })?
-    } else {
-        let outcome = start::run(&args.start, (args.axes.ranks, Restarts::default()), args.seed, |rank| {
-            train::run(rank, args, input)
-        })?;
-        // The first rank tells what came of it.
-        if let (Some(path), Some(outcome)) = (&args.json, &outcome) {
-            outcome.write_json(args, path).map_err(|why| format!("cannot write --json {path:?}: {why}"))?;
-        }
-        outcome.map(|outcome| outcome.summary(args))
-    };
-    match said.map(|said| writeln!(io::stdout(), "{said}")) {
-        Some(Err(why)) if why.kind() != io::ErrorKind::BrokenPipe => Err(why.into()),
-        _ => Ok(()),
+/// Trains. Returns the signal that has ended the run, if one has.
+fn run(args: &Args) -> Result<Option<StopSignal>, Failure> {
+    let input = &Input::open(args).map_err(Failure::Refused)?;
+    let args = &if args.auto { fit::choose(args)? } else { args.clone() };
+    let goes_on = |ranks| args.on(ranks).is_ok();
+    if args.dry_run {
+        let said =
+            start::run(&args.start, args.axes.ranks, goes_on, args.seed, |rank| dry_run::run(rank, args, input))?;
+        return Ok(said.map_or(Ok(()), |said| program::tell(&said)).map(|()| None)?);
     }
-}
-
-fn fail(code: u8, message: &str) -> ExitCode {
-    eprintln!("finetune: {message}");
-    ExitCode::from(code)
+    // The first rank tells what came of it.
+    let ran = start::run(&args.start, args.axes.ranks, goes_on, args.seed, |rank| {
+        // After some were lost there may be fewer ranks than the flags are for.
+        let args = args.on(rank.size())?;
+        Ok((train::run(rank, &args, input)?, args))
+    })?;
+    let (outcome, args) = match ran {
+        Some((Ended::Complete(outcome), args)) => (outcome, args),
+        Some((Ended::Stopped(signal), _)) => return Ok(Some(signal)),
+        None => return Ok(None),
+    };
+    if let Some(path) = &args.json {
+        outcome.write_json(&args, path).map_err(|why| format!("cannot write --json {path:?}: {why}"))?;
+    }
+    program::tell(&outcome.summary(&args))?;
+    Ok(None)
 }

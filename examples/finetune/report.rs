@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::args::{Args, Length};
+use crate::common::batch::Batch;
 use crate::common::figures::{Figures, Json as FiguresJson, row, table};
 use crate::common::usage::Pipeline;
 use crate::data::set::BatchSize;
@@ -29,6 +30,8 @@ pub struct Outcome {
     pub held_out: Vec<HeldOut>,
     /// The prompt with what the model adds to it.
     pub sample: Option<String>,
+    /// How large the batch was in the end, and how noisy the gradient.
+    pub batch: Batch,
 }
 
 #[derive(Serialize)]
@@ -36,6 +39,9 @@ struct Json<'a> {
     #[serde(flatten)]
     figures: FiguresJson<'a>,
     held_out: &'a [HeldOut],
+    rows: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    noise_scale_rows: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     sample: Option<&'a str>,
 }
@@ -44,7 +50,13 @@ impl Outcome {
     /// Writes the outcome as JSON.
     pub fn write_json(&self, args: &Args, path: &Path) -> io::Result<()> {
         let figures = self.figures.json(args.axes, self.parameters);
-        let json = Json { figures, held_out: &self.held_out, sample: self.sample.as_deref() };
+        let json = Json {
+            figures,
+            held_out: &self.held_out,
+            rows: self.batch.rows(),
+            noise_scale_rows: self.batch.noise_rows().ok(),
+            sample: self.sample.as_deref(),
+        };
         fs::write(path, serde_json::to_string(&json)? + "\n")
     }
 
@@ -67,12 +79,15 @@ impl Outcome {
         if let Some(lora) = &args.lora {
             rows.push(row("adapters", format!("rank {}, on {}", lora.rank, lora.targets.join(", "))));
         }
+        if args.growth.measures() {
+            rows.push(row("gradient noise scale", self.batch.advice()));
+        }
         rows.extend(self.figures.losses(per_token));
         if let Some(last) = self.held_out.last() {
             rows.push(row("loss, held-out data", format!("{:.4} {per_token}", last.loss)));
         }
         rows.extend(self.figures.costs(args.clip, &args.strategy));
-        rows.extend(args.save.iter().map(|dir| row("written to", dir.display().to_string())));
+        rows.extend(args.saving.save.iter().map(|dir| row("written to", dir.display().to_string())));
         let table = table(rows);
         match &self.sample {
             Some(sample) => format!("\nThe model writes:\n\n{}\n\n{table}", harmless(sample)),

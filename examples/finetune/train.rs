@@ -6,13 +6,16 @@ use burn_parallel::prelude::*;
 use burn_parallel::train::{Clip, Parallel};
 
 use crate::args::Args;
-use crate::checkpoints::{Run, checkpointer};
+use crate::checkpoints::{Run, folder};
 use crate::common::device;
 use crate::common::figures::Figures;
 use crate::common::memory::{Memory, Peak};
+use crate::common::program::Ended;
 use crate::common::progress::Progress;
+use crate::common::saving::Saving;
 use crate::common::usage::Pipeline;
 use crate::data::row::batch;
+use crate::data::set::BatchSize;
 use crate::evaluate::held_out_loss;
 use crate::generate::{Continuation, generate};
 use crate::input::Input;
@@ -22,14 +25,14 @@ use crate::schedule::schedule;
 use crate::{directory, lora};
 
 /// Trains the model as the flags say. Every rank runs this, each replica on its rows of every batch.
-pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Outcome, Error> {
+pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Error> {
     let speaks = rank.rank() == 0;
     if speaks {
         eprintln!("{}", input.said());
     }
     let world = device::world(&rank, args.start.launch, args.start.nccl)?;
-    let device = args.device.of(&rank, args.start.launch)?;
-    let autodiff = device.clone().autodiff();
+    let device = args.start.device.of(&rank, args.start.launch)?;
+    let autodiff = args.autodiff(&device);
     agree(&world, args, input)?;
 
     let model = spread(&world, args, &autodiff)?;
@@ -41,14 +44,18 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Outcome, Error> {
     let optim = AdamWConfig::new().with_weight_decay(args.weight_decay as f32).with_epsilon(1e-8).init();
     let mut run = Run::new(model, optim, schedule(args, steps)?, input);
     let begun = run.resume(&world, args, input)?;
-    let mut checkpoints = checkpointer(&world, args)?;
+    let mut saving = Saving::begin(&args.saving, &world, folder, &args.strategy, steps)?;
     let mut progress = Progress::new(steps, speaks);
     let speed = Speed::new(args);
     let (mut pipeline, mut memory, mut tokens) = (Pipeline::default(), Memory::default(), 0);
     let wrapping = run.model.counters();
 
     for number in begun..steps {
-        let rows = input.data.batch(run.position(input), end, args.size);
+        let size = match args.size {
+            BatchSize::Rows(_) => BatchSize::Rows(run.batch.rows()),
+            tokens => tokens,
+        };
+        let rows = input.data.batch(run.position(input), end, size);
         let filled = rows.clone().map(|row| input.data.filled(row)).sum::<usize>();
         let batches = share(rows.clone())?;
         let last = number + 1 == steps;
@@ -69,8 +76,10 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Outcome, Error> {
         if last {
             memory = Memory { step: memory.step, ..Memory::of_step(&run.model, &step.grads) };
         }
-        let rate = run.schedule.step();
-        let base = rate.base();
+        let rate = run.schedule.step().base() * run.batch.lr_factor(args.batch());
+        if args.growth.measures() {
+            run.batch.after_step(&step, (rows.end - rows.start) as usize);
+        }
         run.model = run.model.optimize(&mut run.optim, rate, step)?;
 
         run.losses.push(loss);
@@ -86,33 +95,35 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Outcome, Error> {
         progress.step(number, filled, |elapsed| {
             let held_out = run.held_out.last().map_or(String::new(), |last| format!(", held-out {:.4}", last.loss));
             let speed = speed.said(tokens, elapsed, counters.waited, &pipeline);
-            format!("loss {loss:.4}{held_out}, lr {base:.2e}, norm {norm:.3}, {speed}")
+            format!("loss {loss:.4}{held_out}, lr {rate:.2e}, norm {norm:.3}, {speed}")
         });
-        if done == steps || due(args.save_every, done) {
-            run.save(done, &mut checkpoints)?;
+        if let Some(signal) = saving.after_step(done, |checkpoints| run.save(done, checkpoints))? {
+            return Ok(Ended::Stopped(signal));
         }
     }
-    if let Some(mut checkpoints) = checkpoints {
-        checkpoints.wait()?;
-    }
+    saving.end()?;
     let (elapsed, counters) = (progress.elapsed(), run.model.counters() - wrapping);
     let (pipeline, memory) = (pipeline.of(&args.strategy)?, memory.with_optimizer(&run.optim)?);
     write(&run.model, &world, args)?;
     let sample = sample(&run.model, args, input, &device)?;
-    let Run { losses, grad_norms, held_out, .. } = run;
+    let Run { losses, grad_norms, held_out, batch, .. } = run;
     let steps = steps.saturating_sub(begun);
     let figures = Figures { steps, losses, grad_norms, tokens, elapsed, counters, pipeline, memory };
-    Ok(Outcome { figures, parameters: input.parameters, held_out, sample })
+    Ok(Ended::Complete(Outcome { figures, parameters: input.parameters, held_out, sample, batch }))
 }
 
 /// The model, without weights yet, spread over the ranks.
 pub fn spread(world: &Communicator, args: &Args, device: &Device) -> Result<Parallel<Llama>, Error> {
+    adapted(args, device)?.parallelize(world, &args.strategy)
+}
+
+/// The model, without weights yet, with its adapters if it has any.
+pub fn adapted(args: &Args, device: &Device) -> Result<Llama, Error> {
     let model = args.config.init(device);
-    let model = match &args.lora {
-        Some(config) => lora::adapt(model, config).map_err(Error::user)?,
-        None => model,
-    };
-    model.parallelize(world, &args.strategy)
+    match &args.lora {
+        Some(config) => lora::adapt(model, config).map_err(Error::user),
+        None => Ok(model),
+    }
 }
 
 /// Makes sure that all ranks have the same data in mind: each has read the files for itself.
@@ -128,7 +139,7 @@ fn agree(world: &Communicator, args: &Args, input: &Input) -> Result<(), Error> 
 
 /// Writes what the run was for.
 fn write(model: &Parallel<Llama>, world: &Communicator, args: &Args) -> Result<(), Error> {
-    let Some(dir) = &args.save else { return Ok(()) };
+    let Some(dir) = &args.saving.save else { return Ok(()) };
     let whole = dir.join("model");
     directory::save(model, world, (&args.model, &whole), args.lora.as_ref().map(|lora| lora.alpha))?;
     if let Some(config) = &args.lora {
@@ -140,14 +151,13 @@ fn write(model: &Parallel<Llama>, world: &Communicator, args: &Args) -> Result<(
 /// The text of `--generate`: the prompt and what the model adds.
 fn sample(model: &Parallel<Llama>, args: &Args, input: &Input, device: &Device) -> Result<Option<String>, Error> {
     let (Some(prompt), Some(tokens)) = (&args.prompt, &input.prompt) else { return Ok(None) };
-    let pipeline = args.strategy.pipeline.as_ref().filter(|_| args.axes.pp > 1);
     let continuation = Continuation {
         length: prompt.length,
         longest: args.config.positions,
         ends: input.reading.tokenizer.ends().to_vec(),
         temperature: prompt.temperature,
         seed: args.seed,
-        rows: pipeline.map_or(1, |pipeline| pipeline.micro_batches),
+        rows: args.in_pipeline(),
     };
     let added = generate(model, device, tokens, &continuation)?;
     let whole = [tokens.as_slice(), &added].concat();

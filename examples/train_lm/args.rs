@@ -2,13 +2,16 @@
 
 use std::path::PathBuf;
 
+use burn_parallel::batch::BatchSplit;
 use burn_parallel::prelude::*;
 use clap::Parser;
 
-use crate::common::batch::{self, GrowthFlags, Rows};
-use crate::common::device::Compute;
-use crate::common::flags::{Axes, MeshFlags, STRATEGY_KEYS, learning_rate, norm, parse, up_to, writable, wrong};
-use crate::common::start::{self, Launch, Restarts, Start, Transport};
+use crate::common::batch::{self, Batch, GrowthFlags, Rows};
+use crate::common::flags::{
+    Axes, MeshFlags, STRATEGY_KEYS, every_replica, learning_rate, norm, parse, up_to, writable, wrong,
+};
+use crate::common::saving::SaveFlags;
+use crate::common::start::{LaunchFlags, Start};
 use crate::gpt::GptConfig;
 use crate::text::VOCAB;
 
@@ -74,45 +77,11 @@ struct Flags {
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 
-    /// A directory for checkpoints, made if it is not there: one every --save-every steps, and one at the end
-    #[arg(long, value_name = "DIR")]
-    save: Option<PathBuf>,
+    #[command(flatten)]
+    saving: SaveFlags,
 
-    /// After how many steps each checkpoint is saved [default: at the end alone]
-    #[arg(long, value_name = "N", requires = "save", value_parser = up_to::<1_000_000_000>)]
-    save_every: Option<usize>,
-
-    /// How many checkpoints are kept: the last ones
-    #[arg(long, value_name = "K", requires = "save", default_value_t = 3, value_parser = up_to::<1_000_000>)]
-    keep: usize,
-
-    /// A directory of checkpoints, to go on from the last of them: with any flags that do not change the model. --steps counts
-    /// the whole run. If it is the directory of --save, and there is none yet, the run begins anew
-    #[arg(long, value_name = "DIR")]
-    resume: Option<PathBuf>,
-
-    /// What the ranks are: threads, processes of this program, or what a launcher has started [default: env under
-    /// mpirun and torchrun, else threads]
-    #[arg(long, value_enum, value_name = "HOW")]
-    launch: Option<Launch>,
-
-    /// How many times the ranks are started again when some are lost, with --launch processes: they go on from the last checkpoint
-    #[arg(long, value_name = "K", default_value_t = 0, requires = "resume")]
-    restarts: usize,
-
-    /// Takes ranks that are lost for gone, and goes on with fewer replicas, on this many ranks at least: the batch stays. Also
-    /// with what torchrun has started [default: as many ranks as before]
-    #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
-    min_ranks: Option<usize>,
-
-    /// What the ranks compute on
-    #[arg(long, value_enum, value_name = "DEVICE", default_value_t = Compute::Flex)]
-    device: Compute,
-
-    /// What joins the ranks [default: local for threads; mpi for what mpirun has started, if built in; else tcp]. nccl comes on
-    /// top of these
-    #[arg(long, value_enum, value_name = "ENGINE")]
-    transport: Option<Transport>,
+    #[command(flatten)]
+    launch: LaunchFlags,
 }
 
 /// A run that makes sense.
@@ -150,20 +119,8 @@ pub struct Args {
     pub seed: u64,
     /// Where to write the outcome as JSON.
     pub json: Option<PathBuf>,
-    /// Where to keep checkpoints.
-    pub save: Option<PathBuf>,
-    /// After how many steps each is saved; at the end alone without a number.
-    pub save_every: Option<usize>,
-    /// How many are kept.
-    pub keep: usize,
-    /// From where to go on.
-    pub resume: Option<PathBuf>,
-    /// How many times the ranks are started again.
-    pub restarts: usize,
-    /// On how few ranks the run goes on, if not on all.
-    pub min_ranks: Option<usize>,
-    /// What the ranks compute on.
-    pub device: Compute,
+    /// Where the run is saved, and from where it goes on.
+    pub saving: SaveFlags,
     /// How the ranks are started and joined.
     pub start: Start,
 }
@@ -172,20 +129,17 @@ impl Args {
     /// Reads the command line; what makes no sense, alone or together, is an error, and so is a wish for help.
     pub fn from_command_line() -> Result<Self, clap::Error> {
         let flags: Flags = parse()?;
-        let start = start::choose(flags.launch, flags.device, flags.transport).or_else(wrong)?;
-        let mesh = flags.mesh.read(start.started, 2, flags.min_ranks).or_else(wrong)?;
+        Self::of(flags).or_else(wrong)
+    }
+
+    fn of(flags: Flags) -> Result<Self, String> {
+        let start = flags.launch.read()?;
+        let mesh = flags.mesh.read(start.started, 2, start.min_ranks)?;
         let axes @ Axes { dp, pp, tp, .. } = mesh.0;
-        if flags.restarts > 0 && start.launch != Launch::Processes {
-            return wrong("--restarts is for --launch processes: what other launchers start, they start again".into());
-        }
-        if flags.min_ranks.is_some() && flags.restarts == 0 && start.launch != Launch::Env {
-            return wrong("--min-ranks is for ranks that are started again: give --restarts as well".into());
-        }
         let Flags { d_model, heads, .. } = flags;
-        let trial = batch::trial();
-        let auto = flags.batch == Rows::Auto;
+        let (trial, auto) = (batch::trial(), flags.batch == Rows::Auto);
         if auto {
-            batch::check_auto(&start, flags.device, flags.micro_batch).or_else(wrong)?;
+            batch::check_auto(&start, flags.micro_batch)?;
         }
         // What is tried, or to begin with: one row in each micro-batch.
         let in_pipeline = match (&mesh.1, pp) {
@@ -197,50 +151,38 @@ impl Args {
             Rows::Number(rows) => rows,
             Rows::Auto => dp * in_pipeline * trial.unwrap_or(1),
         };
-        if batch < dp {
-            return wrong(format!(
-                "--batch {batch} is smaller than --dp {dp}: every replica needs a row of each batch, give --dp {batch}"
-            ));
-        }
+        every_replica(batch, dp)?;
         if let Some(micro_batch) = flags.micro_batch.filter(|&rows| rows > batch) {
-            return wrong(format!("--micro-batch {micro_batch} is larger than --batch {batch}"));
+            return Err(format!("--micro-batch {micro_batch} is larger than --batch {batch}"));
         }
         // The replica with fewest rows decides.
         let rows = batch / dp;
         if pp > 1 && flags.micro_batch.is_some() {
-            return wrong(format!(
+            return Err(format!(
                 "--micro-batch is for ranks that hold all layers: with --pp {pp}, give --micro-batches"
             ));
         }
         if let Some(micro_batches) = flags.micro_batches {
             if pp == 1 {
-                return wrong(format!("--micro-batches {micro_batches} is for pipelines: give --pp as well"));
+                return Err(format!("--micro-batches {micro_batches} is for pipelines: give --pp as well"));
             }
             if micro_batches > rows {
-                return wrong(format!("--micro-batches {micro_batches} is more than the {rows} rows of a replica"));
+                return Err(format!("--micro-batches {micro_batches} is more than the {rows} rows of a replica"));
             }
         }
-        flags.growth.check(batch).or_else(wrong)?;
+        flags.growth.check(batch)?;
         if d_model % heads != 0 {
-            return wrong(format!("--heads {heads} does not divide --d-model {d_model}"));
+            return Err(format!("--heads {heads} does not divide --d-model {d_model}"));
         }
         if heads % tp != 0 {
-            return wrong(format!("--tp {tp} does not divide --heads {heads}: each rank takes whole heads"));
+            return Err(format!("--tp {tp} does not divide --heads {heads}: each rank takes whole heads"));
         }
-        if let Some(json) = &flags.json
-            && let Err(why) = writable(json, flags.text.as_deref())
-        {
-            return wrong(why);
+        if let Some(json) = &flags.json {
+            writable(json, flags.text.as_deref())?;
         }
 
         let micro_batches = flags.micro_batches.unwrap_or((4 * pp).min(rows));
-        let strategy = flags.mesh.strategy(mesh, Plan::megatron(), micro_batches).or_else(wrong)?;
-        if flags.growth.measures() && strategy.data.sharding == Sharding::Parameters {
-            return wrong(
-                "--noise-scale compares the gradients of replicas, which --zero 3 sums up first: give --zero 2".into(),
-            );
-        }
-        let strategy = flags.growth.strategy(strategy);
+        let strategy = flags.growth.strategy(flags.mesh.strategy(mesh, Plan::megatron(), micro_batches)?)?;
         // A trial leaves nothing behind.
         let kept = trial.is_none() || !auto;
         Ok(Self {
@@ -249,7 +191,7 @@ impl Args {
             strategy,
             steps: if kept { flags.steps } else { batch::TRIAL_STEPS },
             batch,
-            auto: auto && trial.is_none(),
+            auto: auto && kept,
             growth: flags.growth,
             micro_batch: flags.micro_batch.unwrap_or(batch).min(batch.div_ceil(dp)),
             seq: flags.seq,
@@ -260,23 +202,9 @@ impl Args {
             clip: flags.clip,
             seed: flags.seed,
             json: flags.json.filter(|_| kept),
-            save: flags.save.filter(|_| kept),
-            save_every: flags.save_every,
-            keep: flags.keep,
-            resume: flags.resume.filter(|_| kept),
-            restarts: flags.restarts,
-            min_ranks: flags.min_ranks,
-            device: flags.device,
+            saving: if kept { flags.saving } else { flags.saving.none() },
             start,
         })
-    }
-
-    /// How the ranks are started again when some are lost, and how many of them the run can go on with.
-    pub fn restarts(&self) -> Restarts {
-        let sizes = self
-            .min_ranks
-            .map_or(Vec::new(), |fewest| (fewest..=self.axes.ranks).filter(|ranks| self.on(*ranks).is_ok()).collect());
-        Restarts { times: self.restarts, sizes }
     }
 
     /// The same run on fewer ranks: fewer replicas share the same batch, in micro-batches as large as before.
@@ -305,6 +233,11 @@ impl Args {
                 self.batch.div_ceil(self.axes.dp).div_ceil(pipeline.map_or(1, |config| config.micro_batches))
             }
         }
+    }
+
+    /// How a batch is divided. One that has grown takes more micro-batches of the same size.
+    pub fn split(&self, batch: &Batch) -> Result<BatchSplit, Error> {
+        BatchSplit::of(&self.strategy, self.axes.ranks, batch.rows(), Some(self.rows_at_once()))
     }
 
     /// The model that the flags describe.

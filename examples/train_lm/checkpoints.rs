@@ -1,6 +1,6 @@
 //! Where the run is saved, and from where it goes on.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::optim::ModuleOptimizer;
@@ -41,7 +41,7 @@ impl SavedFlags {
             ("seq", self.seq, now.seq),
         ];
         if let Some((flag, was, is)) = model.into_iter().find(|(_, was, is)| was != is) {
-            let dir = args.resume.as_deref().unwrap_or(Path::new(""));
+            let dir = args.saving.resume.as_deref().unwrap_or(Path::new(""));
             return Err(Error::user(format!(
                 "--{flag} {is} makes another model than --resume {dir:?}, which was saved with --{flag} {was}"
             )));
@@ -85,56 +85,25 @@ impl Run {
 
     /// Goes on from the last checkpoint of `--resume`. Returns how many steps were made already.
     pub fn resume(&mut self, world: &Communicator, args: &Args) -> Result<usize, Error> {
-        let Some(dir) = &args.resume else { return Ok(0) };
-        let mut checkpoints = Checkpointer::new(world, dir, CheckpointOptions::new())?;
-        let steps = match checkpoints.latest()? {
-            Some(step) => {
-                let saved = checkpoints.read_value::<SavedFlags>(step, "flags")?;
-                let changed = saved.map_or(Ok(Vec::new()), |saved| saved.compare(args))?;
-                if world.rank() == 0 {
-                    changed.iter().for_each(|flag| eprintln!("{flag}"));
-                }
-                let steps = step as usize;
-                if steps > args.steps {
-                    let problem =
-                        format!("--steps {} counts the whole run, and --resume {dir:?} has made {steps}", args.steps);
-                    return Err(Error::user(format!("{problem}: give more steps")));
-                }
-                checkpoints.restore_step(step, self.state())?;
-                self.flags = SavedFlags::of(args);
-                steps
+        args.saving.resume(world, folder, args.steps, |checkpoints, step| {
+            let saved = checkpoints.read_value::<SavedFlags>(step, "flags")?;
+            let changed = saved.map_or(Ok(Vec::new()), |saved| saved.compare(args))?;
+            if world.rank() == 0 {
+                changed.iter().for_each(|flag| eprintln!("{flag}"));
             }
-            None if args.save.as_ref() == Some(dir) => 0,
-            None => return Err(Error::user(format!("--resume {dir:?}: there is no checkpoint"))),
-        };
-        if world.rank() == 0 && steps == args.steps {
-            eprintln!(
-                "nothing to do: --resume {dir:?} has made all {steps} steps; --steps says for how many a run goes on"
-            );
-        } else if world.rank() == 0 {
-            eprintln!("goes on after step {steps} of {}, on {} ranks", args.steps, world.size());
-        }
-        Ok(steps)
+            checkpoints.restore_step(step, self.state())?;
+            self.flags = SavedFlags::of(args);
+            Ok(())
+        })
     }
 
-    /// Saves the run in the background after this many steps, if it is time, or the run ends here.
-    pub fn save(
-        &mut self,
-        steps: usize,
-        ends: bool,
-        checkpoints: &mut Option<Checkpointer>,
-        args: &Args,
-    ) -> Result<(), Error> {
-        let Some(checkpoints) = checkpoints else { return Ok(()) };
-        if ends || steps == args.steps || args.save_every.is_some_and(|every| steps.is_multiple_of(every)) {
-            checkpoints.save_async(steps as u64, self.state())?;
-        }
-        Ok(())
+    /// Saves the run in the background after this many steps.
+    pub fn save(&mut self, steps: usize, checkpoints: &mut Checkpointer) -> Result<(), Error> {
+        checkpoints.save_async(steps as u64, self.state())
     }
 }
 
-/// What keeps the checkpoints of `--save`.
-pub fn checkpointer(world: &Communicator, args: &Args) -> Result<Option<Checkpointer>, Error> {
-    let options = || CheckpointOptions::new().with_keep_last(args.keep).with_strategy(&args.strategy);
-    args.save.as_ref().map(|dir| Checkpointer::new(world, dir, options())).transpose()
+/// Where the checkpoints are in a directory: at the top.
+pub fn folder(dir: &Path) -> PathBuf {
+    dir.into()
 }

@@ -9,9 +9,12 @@ use crate::common::batch::largest;
 use crate::text::tensors;
 use crate::train::loss;
 
+/// Rows that are not gone beyond, on a replica: by then a processor is busy, and a step takes long.
+const MOST: usize = 1024;
+
 /// The flags with the largest batch that goes through every layer at once.
 pub fn choose(args: &Args) -> Result<Args, Error> {
-    let rows = largest(|bytes, most| match args.axes.pp * args.axes.tp {
+    let rows = largest(MOST, |bytes, most| match args.axes.pp * args.axes.tp {
         // What a replica needs that is whole is known; the ranks are threads, and share the memory.
         1 => {
             let model = args.model().init(&Device::flex().autodiff());

@@ -59,7 +59,7 @@ impl Outcome {
                 format!("{steps} steps of {batch} x {seq} bytes, at most {} rows at once", args.rows_at_once()),
             ),
         ];
-        let split = self.batch.split(&args.strategy, axes.ranks, args.rows_at_once());
+        let split = args.split(&self.batch);
         rows.push(row("batch", split.map_or_else(|why| why.to_string(), |split| split.to_string())));
         if args.growth.measures() {
             rows.push(row("gradient noise scale", self.batch.advice()));

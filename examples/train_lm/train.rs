@@ -10,39 +10,31 @@ use burn::module::Module;
 use burn::optim::AdamWConfig;
 use burn::tensor::{Int, Tensor};
 use burn_parallel::batch::BatchSplit;
-use burn_parallel::launch::{StopSignal, StopSignals};
 use burn_parallel::prelude::*;
 use burn_parallel::train::Clip;
 
 use crate::args::Args;
-use crate::checkpoints::{Run, SavedFlags, checkpointer};
+use crate::checkpoints::{Run, SavedFlags, folder};
 use crate::common::batch::Batch;
 use crate::common::device;
 use crate::common::figures::Figures;
 use crate::common::memory::{Memory, Peak};
+use crate::common::program::Ended;
 use crate::common::progress::Progress;
+use crate::common::saving::Saving;
 use crate::common::usage::Pipeline;
 use crate::gpt::Gpt;
 use crate::report::Outcome;
 use crate::text::{Text, tensors};
 
-/// How a training has ended.
-#[expect(clippy::large_enum_variant, reason = "there is one in a run")]
-pub enum Ended {
-    /// All steps were made.
-    Complete(Outcome),
-    /// A signal asked for the end, and the run was saved.
-    Stopped(StopSignal),
-}
-
 /// Trains the model on a text as the flags say. Every rank runs this, each replica on its rows of every batch.
-pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended, Error> {
+pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<Outcome>, Error> {
     if rank.rank() == 0 {
         let (learned, held_out) = text.split();
         eprintln!("{learned} bytes to learn from, {held_out} held out");
     }
     let world = device::world(&rank, args.start.launch, args.start.nccl)?;
-    let device = args.device.of(&rank, args.start.launch)?.autodiff();
+    let device = args.start.device.of(&rank, args.start.launch)?.autodiff();
     let mut model = model.fork(&device).parallelize(&world, &args.strategy)?;
     let replica = model.mesh().coordinate("dp")?;
     let batch = |number: usize, split: &BatchSplit| {
@@ -53,17 +45,14 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended, 
     };
     // Which rank holds what must be known before anything is restored.
     let begin = |size: Batch| size.begin(args.batch, args.growth, args.steps);
-    let split = |size: &Batch| size.split(&args.strategy, args.axes.ranks, args.rows_at_once());
     let size = begin(Batch::default())?;
-    model.prepare(batch(0, &split(&size)?).swap_remove(0), loss)?;
+    model.prepare(batch(0, &args.split(&size)?).swap_remove(0), loss)?;
     let optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init();
     let (schedule, flags) = (schedule(args)?, SavedFlags::of(args));
     let mut run = Run { model, optim, schedule, flags, losses: Vec::new(), grad_norms: Vec::new(), batch: size };
     let first = run.resume(&world, args)?;
     run.batch = begin(run.batch)?;
-    let mut checkpoints = checkpointer(&world, args)?;
-    // Without checkpoints there is nothing to be done before the end.
-    let mut signals = checkpoints.is_some().then(|| StopSignals::listen(&world)).transpose()?;
+    let mut saving = Saving::begin(&args.saving, &world, folder, &args.strategy, args.steps)?;
     let mut progress = Progress::new(args.steps, rank.rank() == 0);
     let mut pipeline = Pipeline::default();
     let mut memory = Memory::default();
@@ -74,7 +63,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended, 
         let rows = run.batch.rows();
         let last = number + 1 == args.steps;
         let peak = if last { Some(Peak::begin(&world)?) } else { None };
-        let mut step = run.model.step_micro_batches(batch(number, &split(&run.batch)?), loss)?;
+        let mut step = run.model.step_micro_batches(batch(number, &args.split(&run.batch)?), loss)?;
         if let Some(peak) = peak {
             memory.step = peak.end(&world, args.start.ranks_here(args.axes.ranks))?;
         }
@@ -92,7 +81,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended, 
         }
         let factor = run.batch.lr_factor(args.batch);
         if args.growth.measures() {
-            run.batch.after_step(&step);
+            run.batch.after_step(&step, rows);
         }
         if last {
             memory = Memory { step: memory.step, ..Memory::of_step(&run.model, &step.grads) };
@@ -107,16 +96,11 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended, 
             let share = 100.0 * waited.as_secs_f64() / elapsed.as_secs_f64();
             format!("loss {loss:.4}, {share:.1} % communication")
         });
-        let asked = signals.as_mut().map_or(Ok(None), StopSignals::asked)?;
-        run.save(number + 1, asked.is_some(), &mut checkpoints, args)?;
-        // At the last step the run ends by itself.
-        if let (Some(signal), true) = (asked, number + 1 < args.steps) {
-            return stopped(signal, number + 1, checkpoints, &rank, args);
+        if let Some(signal) = saving.after_step(number + 1, |checkpoints| run.save(number + 1, checkpoints))? {
+            return Ok(Ended::Stopped(signal));
         }
     }
-    if let Some(mut checkpoints) = checkpoints {
-        checkpoints.wait()?;
-    }
+    saving.end()?;
     let Run { model, optim, losses, grad_norms, batch, .. } = run;
     let (elapsed, counters) = (progress.elapsed(), model.counters() - wrapping);
     let steps = args.steps.saturating_sub(first);
@@ -124,24 +108,6 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended, 
     let memory = memory.with_optimizer(&optim)?;
     let figures = Figures { steps, losses, grad_norms, tokens, elapsed, counters, pipeline, memory };
     Ok(Ended::Complete(Outcome { model: model.assemble()?, figures, batch }))
-}
-
-/// Ends a run that was asked to end, when its checkpoint is on the disk.
-fn stopped(
-    signal: StopSignal,
-    steps: usize,
-    checkpoints: Option<Checkpointer>,
-    rank: &Rank,
-    args: &Args,
-) -> Result<Ended, Error> {
-    if let Some(mut checkpoints) = checkpoints {
-        checkpoints.wait()?;
-    }
-    if let (0, Some(dir)) = (rank.rank(), &args.save) {
-        let all = args.steps;
-        eprintln!("train_lm: {signal} ends the run after step {steps} of {all}; it is saved, --resume {dir:?} goes on");
-    }
-    Ok(Ended::Stopped(signal))
 }
 
 /// The summed loss of some rows, over their tokens.

@@ -2,7 +2,7 @@
 
 use burn::prelude::*;
 
-pub use super::finetune::model::{Batch, Llama, LlamaConfig, Rope, Scaling};
+pub use super::finetune::model::{Autocast, Batch, Llama, LlamaConfig, Rope, Scaling};
 
 pub const LLAMA: LlamaConfig = LlamaConfig {
     vocab: 1200,
@@ -20,6 +20,7 @@ pub const LLAMA: LlamaConfig = LlamaConfig {
     qk_norm: false,
     rope: Rope { theta: 10_000.0, scaling: Scaling::None },
     positions: 128,
+    autocast: Autocast(None),
 };
 pub const QWEN2: LlamaConfig = LlamaConfig { kv_heads: 6, qkv_bias: true, tied: true, ..LLAMA };
 

@@ -7,8 +7,10 @@ mod data;
 #[path = "../../examples/finetune/model/mod.rs"]
 mod model;
 
+mod batches;
 mod directory;
 mod documents;
 mod program;
 mod refusals;
 mod rows;
+mod started;

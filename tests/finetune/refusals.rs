@@ -57,6 +57,18 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--resume", "in:nowhere"], "nowhere: there are no checkpoints"),
         (&["--save", "in:data.jsonl"], "data.jsonl: it is not a directory"),
         (&["--transport", "nccl"], "--transport nccl"),
+        (&["--dtype", "f16"], "possible values: f32, bf16"),
+        (&["--batch", "some"], "or `auto`"),
+        (&["--batch", "auto", "--micro-batch", "2"], "leave --micro-batch out"),
+        (&["--batch", "auto", "--launch", "processes"], "give --launch threads"),
+        (&["--batch", "auto", "--batch-tokens", "200"], "--batch"),
+        (&["--batch", "4", "--grow-batch", "3", "--steps", "2"], "--grow-batch 3 is smaller than --batch 4"),
+        (&["--grow-batch", "16"], "give --steps"),
+        (&["--grow-batch", "16", "--batch-tokens", "200"], "--grow-batch"),
+        (&["--noise-scale", "--zero", "3", "--dp", "2"], "give --zero 2"),
+        (&["--restarts", "1", "--save", "in:new", "--resume", "in:new"], "--restarts is for --launch processes"),
+        (&["--restarts", "1"], "--resume"),
+        (&["--dp", "2", "--min-ranks", "1"], "give --restarts"),
         (&["--colour"], "--colour"),
     ] {
         refused(&directory, flags, what);

@@ -29,7 +29,7 @@ fn all() -> Vec<(&'static str, f64, ModuleOptimizer)> {
     let decay = || Some(WeightDecayConfig::new(0.01));
     let matrices = || ParamGroup::from_regex("(up|down|head|tokens).weight$").unwrap();
     let adamw = || AdamWConfig::new().with_weight_decay(0.01).with_epsilon(1e-2);
-    let norm = GradientClippingConfig::Norm(0.05);
+    let norm = || GradientClippingConfig::Norm(0.05);
     vec![
         ("sgd", 0.3, SgdConfig::new().with_momentum(Some(momentum)).with_weight_decay(decay()).init()),
         ("adam", 0.05, AdamConfig::new().with_epsilon(1e-2).with_weight_decay(decay()).init()),
@@ -42,8 +42,12 @@ fn all() -> Vec<(&'static str, f64, ModuleOptimizer)> {
         ("muon", 0.02, adamw().init().with_group(matrices(), MuonConfig::new().build(), None)),
         ("lamb", 0.02, LambConfig::new().with_epsilon(1e-2).init()),
         ("adafactor", 0.02, AdafactorConfig::new().with_weight_decay(0.01).init()),
-        ("clip by norm", 0.05, adamw().with_grad_clipping(Some(norm)).init()),
+        ("clip by norm", 0.05, adamw().with_grad_clipping(Some(norm())).init()),
         ("clip by value", 0.05, adamw().with_grad_clipping(Some(GradientClippingConfig::Value(0.01))).init()),
+        ("fused sgd", 0.3, SgdConfig::new().with_momentum(Some(MomentumConfig::new())).init_fused()),
+        ("fused adam", 0.05, AdamConfig::new().with_epsilon(1e-2).with_weight_decay(decay()).init_fused()),
+        ("fused adamw", 0.05, adamw().with_amsgrad(true).init_fused()),
+        ("fused, clip by norm", 0.05, adamw().with_grad_clipping(Some(norm())).init_fused()),
         (
             "a group clips",
             0.3,

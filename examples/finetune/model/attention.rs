@@ -5,7 +5,7 @@ use burn::nn::{Linear, LinearConfig, RmsNorm};
 use burn::tensor::activation::softmax;
 use burn::tensor::{Bool, Device, Int, Tensor};
 
-use super::LlamaConfig;
+use super::{Autocast, LlamaConfig};
 
 /// `kv_heads` divides `heads`: so many neighbouring query heads share a key and a value.
 #[derive(Module, Debug)]
@@ -19,6 +19,8 @@ pub struct Attention {
     heads: usize,
     kv_heads: usize,
     head_size: usize,
+    #[module(skip)]
+    autocast: Autocast,
 }
 
 /// Where tokens are, for all layers alike.
@@ -80,6 +82,7 @@ impl Attention {
             heads,
             kv_heads,
             head_size,
+            autocast: config.autocast,
         }
     }
 
@@ -87,11 +90,11 @@ impl Attention {
     ///
     /// - x, output: `[rows, length, width]`
     pub fn forward(&self, x: Tensor<3>, places: &Places) -> Tensor<3> {
-        let Self { heads, kv_heads, head_size, .. } = *self;
+        let Self { heads, kv_heads, head_size, autocast, .. } = *self;
         let [rows, length, _] = x.dims();
         let by_head = |x: Tensor<3>, heads: usize| x.reshape([rows, length, heads, head_size]).swap_dims(1, 2);
         let norm = |x: Tensor<4>, norm: &Option<RmsNorm>| match norm {
-            Some(norm) => norm.forward(x),
+            Some(norm) => autocast.narrow(norm.forward(autocast.wide(x))),
             None => x,
         };
         let group = heads / kv_heads;
@@ -102,14 +105,16 @@ impl Attention {
                 x.reshape([rows, heads, length, head_size])
             }
         };
-        let query = norm(by_head(self.q_proj.forward(x.clone()), heads), &self.q_norm);
-        let key = norm(by_head(self.k_proj.forward(x.clone()), kv_heads), &self.k_norm);
-        let value = spread(by_head(self.v_proj.forward(x), kv_heads));
+        let query = norm(by_head(autocast.linear(&self.q_proj, x.clone()), heads), &self.q_norm);
+        let key = norm(by_head(autocast.linear(&self.k_proj, x.clone()), kv_heads), &self.k_norm);
+        let value = spread(by_head(autocast.linear(&self.v_proj, x), kv_heads));
         let (query, key) = (places.turn(query), spread(places.turn(key)));
 
-        let scores = query.matmul(key.transpose()) / (head_size as f64).sqrt();
+        let scores = autocast.wide(query.matmul(key.transpose())) / (head_size as f64).sqrt();
         // Each token sees itself at least.
-        let seen = softmax(scores.mask_fill(places.hidden.clone(), f32::NEG_INFINITY), 3).matmul(value);
-        self.o_proj.forward(seen.swap_dims(1, 2).reshape([rows, length, heads * head_size]))
+        let shares = softmax(scores.mask_fill(places.hidden.clone(), f32::NEG_INFINITY), 3);
+        let seen = autocast.narrow(shares).matmul(value);
+        let seen = seen.swap_dims(1, 2).reshape([rows, length, heads * head_size]);
+        autocast.wide(autocast.linear(&self.o_proj, seen))
     }
 }

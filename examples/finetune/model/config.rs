@@ -6,6 +6,7 @@ use std::path::Path;
 use burn::nn::{Initializer, LinearConfig, RmsNormConfig};
 use serde_json::Value;
 
+use super::autocast::Autocast;
 use super::rope::Rope;
 
 /// The sizes and kinds of a [`Llama`](super::Llama).
@@ -41,6 +42,8 @@ pub struct LlamaConfig {
     pub rope: Rope,
     /// The longest text that the model was made for, in tokens.
     pub positions: usize,
+    /// What products are computed in: as the weights are, where a `config.json` was read.
+    pub autocast: Autocast,
 }
 
 impl LlamaConfig {
@@ -124,6 +127,7 @@ impl LlamaConfig {
             qk_norm: family.qk_norm,
             rope: Rope::from_config(&config)?,
             positions: size(&config, "max_position_embeddings")?,
+            autocast: Autocast::default(),
         })
     }
 

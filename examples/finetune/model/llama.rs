@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device, Int, Tensor};
 use burn_parallel::prelude::*;
 
 use super::attention::{Attention, Places};
-use super::{Batch, LlamaConfig};
+use super::{Autocast, Batch, LlamaConfig};
 
 /// A decoder with the layer that makes logits of what it gives.
 #[derive(Module, Debug)]
@@ -25,6 +25,8 @@ struct Decoder {
     #[module(skip)]
     frequencies: Vec<f32>,
     attention_factor: f64,
+    #[module(skip)]
+    autocast: Autocast,
 }
 
 #[derive(Module, Debug)]
@@ -41,6 +43,8 @@ struct Mlp {
     gate_proj: Linear,
     up_proj: Linear,
     down_proj: Linear,
+    #[module(skip)]
+    autocast: Autocast,
 }
 
 impl LlamaConfig {
@@ -57,6 +61,7 @@ impl LlamaConfig {
                 gate_proj: linear(self.width, self.inner, self.mlp_bias),
                 up_proj: linear(self.width, self.inner, self.mlp_bias),
                 down_proj: linear(self.inner, self.width, self.mlp_bias),
+                autocast: self.autocast,
             },
         };
         let embedding = EmbeddingConfig::new(self.vocab, self.width).with_initializer(Self::INITIAL);
@@ -67,6 +72,7 @@ impl LlamaConfig {
                 norm: norm(),
                 frequencies: self.rope.frequencies(self.head_size),
                 attention_factor: self.rope.attention_factor(),
+                autocast: self.autocast,
             },
             lm_head: (!self.tied).then(|| linear(self.width, self.vocab, false)),
         }
@@ -124,7 +130,7 @@ impl Llama {
     }
 
     fn decode(&self, tokens: Tensor<2, Int>, positions: Tensor<2, Int>, documents: Tensor<2, Int>) -> Tensor<3> {
-        let Decoder { embed_tokens, layers, norm, frequencies, attention_factor } = &self.model;
+        let Decoder { embed_tokens, layers, norm, frequencies, attention_factor, .. } = &self.model;
         let places = Places::new(positions, documents, frequencies, *attention_factor);
         let mut x = embed_tokens.forward(tokens);
         for layer in layers {
@@ -135,15 +141,19 @@ impl Llama {
     }
 
     fn logits(&self, x: Tensor<3>) -> Tensor<3> {
-        match &self.lm_head {
-            Some(head) => head.forward(x),
-            None => x.matmul(self.model.embed_tokens.weight.val().transpose().unsqueeze()),
-        }
+        let autocast = self.model.autocast;
+        let head = || autocast.narrow(self.model.embed_tokens.weight.val());
+        autocast.wide(match &self.lm_head {
+            Some(layer) => autocast.linear(layer, x),
+            None => autocast.narrow(x).matmul(head().transpose().unsqueeze()),
+        })
     }
 }
 
 impl Mlp {
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        self.down_proj.forward(silu(self.gate_proj.forward(x.clone())) * self.up_proj.forward(x))
+        let Self { gate_proj, up_proj, down_proj, autocast } = self;
+        let inner = silu(autocast.linear(gate_proj, x.clone())) * autocast.linear(up_proj, x);
+        autocast.wide(autocast.linear(down_proj, inner))
     }
 }

@@ -2,11 +2,13 @@
 //! with `burn::nn`: these files know nothing of ranks. The fields have the names of Python's `transformers`.
 
 mod attention;
+mod autocast;
 mod batch;
 mod config;
 mod llama;
 mod rope;
 
+pub use autocast::Autocast;
 pub use batch::{Batch, whole_rows};
 pub use config::LlamaConfig;
 pub use llama::Llama;

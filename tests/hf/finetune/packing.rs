@@ -1,12 +1,14 @@
 //! Documents packed into rows train as each in a row of its own.
 
+use burn::module::Module;
+use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::prelude::*;
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 
 use super::{model, strategy};
-use crate::common::llama::{Batch, Llama};
-use crate::common::models::{Numbers, device, eager};
+use crate::common::llama::{Batch, Llama, LlamaConfig};
+use crate::common::models::{Numbers, device, eager, seeded};
 use crate::common::reference::gradient_values;
 
 const WORDS: usize = 48;
@@ -98,5 +100,55 @@ fn narrowed(batch: Batch, row: usize) -> Batch {
         weights: weights.narrow(0, row, 1),
         positions: of(positions),
         documents: of(documents),
+    }
+}
+
+/// Which documents there are differs from row to row and from step to step, and masks and positions with it: each stage makes its own,
+/// of inputs that it has. What crosses is the residual stream and its gradient, whole for each micro-batch.
+#[test]
+fn stages_make_masks_and_positions_of_packed_rows_themselves() {
+    let steps: Vec<Batch> = [[5, 1, 9, 4, 12, 3], [2, 7, 6, 3, 3, 9], [11, 4, 1, 1, 8, 10]]
+        .iter()
+        .map(|lengths| {
+            let documents = documents(lengths);
+            let rows = [&documents[..3], &documents[3..], &documents[1..2], &documents[2..4]];
+            batch(&rows, 24)
+        })
+        .collect();
+    let config = LlamaConfig { layers: 3, ..LlamaConfig::read(super::folder()).unwrap() };
+    let model = seeded(config.init(&device()).materialize());
+    let trained = |stages: usize, micro_batches: usize| {
+        let runs = launch::threads(stages).run(|world| {
+            let mut strategy = strategy([1, stages, 1], Sharding::None);
+            if stages > 1 {
+                strategy = strategy.with_pp(stages, PipelineConfig::new(micro_batches));
+            }
+            let mut model = model.clone().fork(&device()).parallelize(&world, &strategy)?;
+            let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+            let mut found = Vec::new();
+            for batch in &steps {
+                let step = model.step(batch.clone(), Llama::loss)?.clip_grad_norm(&model, 1e9)?;
+                found.push((step.loss.item(), step.grad_norm.unwrap()));
+                model = model.optimize(&mut optim, 1e-2, step)?;
+            }
+            Ok((found, model.report().cut))
+        });
+        runs.unwrap().remove(0)
+    };
+    let (expected, _) = trained(1, 1);
+    for (stages, micro_batches) in [(2, 2), (2, 4), (3, 4)] {
+        let (found, cut) = trained(stages, micro_batches);
+        for ((loss, norm), (expected, of)) in found.iter().zip(&expected) {
+            assert!((loss - expected).abs() < 1e-5 * expected, "pp {stages}: {loss}, not {expected}");
+            assert!((norm - of).abs() < 1e-4 * of, "pp {stages}: {norm}, not {of}");
+        }
+        let (rows, words) = (4 / micro_batches, config.vocab);
+        let stream = vec![rows, 24, config.width];
+        for crossing in cut.unwrap().crossings {
+            for dims in &crossing.tensors {
+                // The head is the embedding: what the stages know of its gradient is added up.
+                assert!(*dims == stream || *dims == [words, config.width], "pp {stages}: {dims:?} in {crossing:?}");
+            }
+        }
     }
 }

@@ -1,0 +1,74 @@
+//! What `main` of a program is: flags, a run, an exit code.
+
+use std::error::Error;
+use std::fmt::Display;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use burn_parallel::launch::StopSignal;
+
+use super::flags::one_line;
+
+/// The name of the program.
+pub const NAME: &str = env!("CARGO_CRATE_NAME");
+
+/// How a training has ended.
+pub enum Ended<T> {
+    /// All steps were made.
+    Complete(T),
+    /// A signal asked for the end, and the run was saved.
+    Stopped(StopSignal),
+}
+
+/// Why a program has not done what it was to do.
+pub enum Failure {
+    /// What it was given makes no sense: exit code 2.
+    Refused(String),
+    /// Something went wrong on the way: exit code 1.
+    Failed(Box<dyn Error>),
+}
+
+impl<E: Into<Box<dyn Error>>> From<E> for Failure {
+    fn from(why: E) -> Self {
+        Self::Failed(why.into())
+    }
+}
+
+/// Runs a program with the flags of its command line. `program` returns the signal that has ended it, if one has.
+pub fn run<A>(
+    args: Result<A, clap::Error>,
+    program: impl FnOnce(&A) -> Result<Option<StopSignal>, Failure>,
+) -> ExitCode {
+    // Ranks that were lost and started again are a warning.
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    let args = match args {
+        Ok(args) => args,
+        Err(help) if !help.use_stderr() => {
+            let _ = help.print();
+            return ExitCode::SUCCESS;
+        }
+        Err(wrong) => return fail(2, one_line(&wrong)),
+    };
+    match program(&args) {
+        Ok(None) => ExitCode::SUCCESS,
+        Ok(Some(signal)) => ExitCode::from(signal.exit_code()),
+        Err(Failure::Refused(wrong)) => fail(2, wrong),
+        Err(Failure::Failed(why)) => match why.downcast_ref() {
+            Some(burn_parallel::Error::Stopped { signal }) => fail(signal.exit_code(), why),
+            _ => fail(1, why),
+        },
+    }
+}
+
+/// Writes what a run tells at its end. That nobody reads it is no failure.
+pub fn tell(text: &str) -> io::Result<()> {
+    match writeln!(io::stdout(), "{text}") {
+        Err(why) if why.kind() != io::ErrorKind::BrokenPipe => Err(why),
+        _ => Ok(()),
+    }
+}
+
+fn fail(code: u8, message: impl Display) -> ExitCode {
+    eprintln!("{NAME}: {message}");
+    ExitCode::from(code)
+}

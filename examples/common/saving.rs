@@ -1,0 +1,127 @@
+//! Where a run is saved and goes on, and when.
+
+use std::path::{Path, PathBuf};
+
+use burn_parallel::launch::{StopSignal, StopSignals};
+use burn_parallel::prelude::*;
+use clap::Args;
+
+use super::flags::up_to;
+use super::program::NAME;
+
+/// Where checkpoints are.
+#[derive(Args, Clone, Debug)]
+pub struct SaveFlags {
+    /// A directory for checkpoints, made if it is not there: one every --save-every steps, and one at the end
+    #[arg(long, value_name = "DIR")]
+    pub save: Option<PathBuf>,
+
+    /// After how many steps each checkpoint is saved [default: at the end alone]
+    #[arg(long, value_name = "N", requires = "save", value_parser = up_to::<1_000_000_000>)]
+    save_every: Option<usize>,
+
+    /// How many checkpoints are kept: the last ones
+    #[arg(long, value_name = "K", requires = "save", default_value_t = 3, value_parser = up_to::<1_000_000>)]
+    keep: usize,
+
+    /// A directory of checkpoints, to go on from the last of them: with any flags that do not change the model. --steps counts
+    /// the whole run. If it is the directory of --save, and there is none yet, the run begins anew
+    #[arg(long, value_name = "DIR")]
+    pub resume: Option<PathBuf>,
+}
+
+impl SaveFlags {
+    /// The same, with nothing saved and nothing to go on from.
+    pub fn none(self) -> Self {
+        Self { save: None, resume: None, ..self }
+    }
+
+    /// Goes on from the last checkpoint of `--resume`, which has them in `folder`, in a run of so many steps. `restore` is
+    /// given the step of it. Returns how many steps were made already. Collective.
+    pub fn resume(
+        &self,
+        world: &Communicator,
+        folder: fn(&Path) -> PathBuf,
+        all: usize,
+        restore: impl FnOnce(&mut Checkpointer, u64) -> Result<(), Error>,
+    ) -> Result<usize, Error> {
+        let Some(dir) = &self.resume else { return Ok(0) };
+        let mut checkpoints = Checkpointer::new(world, folder(dir), CheckpointOptions::new())?;
+        let Some(step) = checkpoints.latest()? else {
+            return match self.save.as_ref() == Some(dir) {
+                true => Ok(0),
+                false => Err(Error::user(format!("--resume {dir:?}: there is no checkpoint"))),
+            };
+        };
+        let steps = step as usize;
+        restore(&mut checkpoints, step)?;
+        if steps > all {
+            return Err(Error::user(format!(
+                "the whole run has {all} steps, and --resume {dir:?} has made {steps}: give more steps"
+            )));
+        }
+        match world.rank() {
+            0 if steps == all => eprintln!("nothing to do: --resume {dir:?} has made all {steps} steps of the run"),
+            0 => eprintln!("goes on after step {steps} of {all}, on {} ranks", world.size()),
+            _ => {}
+        }
+        Ok(steps)
+    }
+}
+
+/// Saves a run of so many steps when it is time, and when it is asked to end.
+pub struct Saving<'a> {
+    flags: &'a SaveFlags,
+    all: usize,
+    speaks: bool,
+    checkpoints: Option<Checkpointer>,
+    /// Without checkpoints there is nothing to be done before the end.
+    signals: Option<StopSignals>,
+}
+
+impl<'a> Saving<'a> {
+    /// Begins. The checkpoints are in `folder` of `--save`. Collective.
+    pub fn begin(
+        flags: &'a SaveFlags,
+        world: &Communicator,
+        folder: fn(&Path) -> PathBuf,
+        strategy: &Strategy,
+        all: usize,
+    ) -> Result<Self, Error> {
+        let options = || CheckpointOptions::new().with_keep_last(flags.keep).with_strategy(strategy);
+        let open = |dir: &PathBuf| Checkpointer::new(world, folder(dir), options());
+        let checkpoints = flags.save.as_ref().map(open).transpose()?;
+        let signals = checkpoints.is_some().then(|| StopSignals::listen(world)).transpose()?;
+        Ok(Self { flags, all, speaks: world.rank() == 0, checkpoints, signals })
+    }
+
+    /// After this many steps: has `save` save the run, in the background, if it is time. Returns the signal by which the run was
+    /// asked to end, when that is saved on the disk. Collective.
+    pub fn after_step(
+        &mut self,
+        steps: usize,
+        save: impl FnOnce(&mut Checkpointer) -> Result<(), Error>,
+    ) -> Result<Option<StopSignal>, Error> {
+        let asked = self.signals.as_mut().map_or(Ok(None), StopSignals::asked)?;
+        let Some(checkpoints) = &mut self.checkpoints else { return Ok(None) };
+        let due = self.flags.save_every.is_some_and(|every| steps.is_multiple_of(every));
+        if due || steps == self.all || asked.is_some() {
+            save(checkpoints)?;
+        }
+        // At the last step the run ends by itself.
+        let Some(signal) = asked.filter(|_| steps < self.all) else { return Ok(None) };
+        checkpoints.wait()?;
+        if let (true, Some(dir)) = (self.speaks, &self.flags.save) {
+            let all = self.all;
+            eprintln!(
+                "{NAME}: {signal} ends the run after step {steps} of {all}; it is saved, --resume {dir:?} goes on"
+            );
+        }
+        Ok(Some(signal))
+    }
+
+    /// Ends when all is on the disk.
+    pub fn end(self) -> Result<(), Error> {
+        self.checkpoints.map_or(Ok(()), |mut checkpoints| checkpoints.wait().map(drop))
+    }
+}

@@ -1,0 +1,246 @@
+//! Adam and AdamW.
+
+use burn::optim::{
+    Adam, AdamConfig, AdamState, AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, LearningRate, Optimizer,
+};
+use burn::tensor::{Device, Tensor};
+use serde::Deserialize;
+
+use super::number::Number;
+use super::numbers_of;
+use super::sgd::WeightDecay;
+use super::update::{Rule, is_here, update};
+
+/// burn's [`Adam`] in one pass: see the [module page](super).
+#[derive(Clone)]
+pub struct FusedAdam {
+    burn: Adam,
+    betas: Betas,
+    weight_decay: Option<WeightDecay>,
+}
+
+/// burn's [`AdamW`] in one pass: see the [module page](super).
+#[derive(Clone)]
+pub struct FusedAdamW {
+    burn: AdamW,
+    betas: Betas,
+    decay: Decoupled,
+}
+
+/// What both have in common, with burn's names and types.
+#[derive(Debug, Clone, Copy, Deserialize)]
+struct Betas {
+    beta_1: f32,
+    beta_2: f32,
+    epsilon: f32,
+    amsgrad: bool,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+struct Coupled {
+    weight_decay: Option<WeightDecay>,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+struct Decoupled {
+    weight_decay: f32,
+    cautious_weight_decay: bool,
+}
+
+impl FusedAdam {
+    pub(super) fn new(config: &AdamConfig) -> Self {
+        let Coupled { weight_decay } = numbers_of(config);
+        Self { burn: config.build(), betas: numbers_of(config), weight_decay }
+    }
+}
+
+impl FusedAdamW {
+    pub(super) fn new(config: &AdamWConfig) -> Self {
+        Self { burn: config.build(), betas: numbers_of(config), decay: numbers_of(config) }
+    }
+}
+
+/// The moments of an update.
+#[derive(Clone, Copy)]
+struct Moments {
+    betas: Betas,
+    is_first: bool,
+    /// Whether there is no maximum of the second moment yet.
+    is_first_max: bool,
+}
+
+impl Moments {
+    /// Changes the moments by a gradient; the first and the second, or its maximum, by which to update.
+    #[inline(always)]
+    fn follow<T: Number, const N: usize>(&self, gradient: T, moments: &mut [T; N]) -> (T, T) {
+        let Betas { beta_1, beta_2, .. } = self.betas;
+        let kept = |moment: T, beta: f32, new: T| {
+            let new = new.mul(T::of((1.0 - beta).into()));
+            if self.is_first { new } else { moment.mul(T::of(beta.into())).add(new) }
+        };
+        moments[0] = kept(moments[0], beta_1, gradient);
+        moments[1] = kept(moments[1], beta_2, gradient.mul(gradient));
+        if N > 2 {
+            let larger = self.is_first_max || moments[2] < moments[1];
+            moments[2] = if larger { moments[1] } else { moments[2] };
+        }
+        (moments[0], moments[N - 1])
+    }
+}
+
+#[derive(Clone, Copy)]
+struct AdamRule {
+    moments: Moments,
+    lr: f64,
+    weight_decay: Option<WeightDecay>,
+    /// By what the first moment is multiplied for its bias and that of the second.
+    factor: f32,
+    epsilon: f32,
+}
+
+impl AdamRule {
+    fn new(moments: Moments, time: i32, lr: f64, weight_decay: Option<WeightDecay>) -> Self {
+        let Betas { beta_1, beta_2, epsilon, .. } = moments.betas;
+        let second = (1.0 - beta_2.powi(time)).sqrt();
+        Self { moments, lr, weight_decay, factor: second / (1.0 - beta_1.powi(time)), epsilon: epsilon * second }
+    }
+}
+
+impl<const N: usize> Rule<N> for AdamRule {
+    #[inline(always)]
+    fn update<T: Number>(&self, value: T, gradient: T, moments: &mut [T; N]) -> T {
+        let gradient = match self.weight_decay {
+            Some(decay) => value.mul(T::of(decay.penalty.into())).add(gradient),
+            None => gradient,
+        };
+        let (first, second) = self.moments.follow(gradient, moments);
+        let step = first.mul(T::of(self.factor.into())).div(second.sqrt().add(T::of(self.epsilon.into())));
+        value.sub(step.mul(T::of(self.lr)))
+    }
+}
+
+#[derive(Clone, Copy)]
+struct AdamWRule {
+    moments: Moments,
+    lr: f64,
+    /// By what moments are divided for their bias.
+    biases: [f32; 2],
+    decay: f64,
+    is_cautious: bool,
+}
+
+impl AdamWRule {
+    fn new(moments: Moments, time: i32, lr: f64, decay: Decoupled) -> Self {
+        let Betas { beta_1, beta_2, .. } = moments.betas;
+        let biases = [beta_1, beta_2].map(|beta| 1.0 - beta.powi(time));
+        let rate = lr * f64::from(decay.weight_decay);
+        Self { moments, lr, biases, decay: rate, is_cautious: decay.cautious_weight_decay }
+    }
+
+    #[inline(always)]
+    fn decayed<T: Number>(&self, value: T, moment: T) -> T {
+        if self.decay == 0.0 {
+            return value;
+        }
+        if !self.is_cautious {
+            return value.mul(T::of(1.0 - self.decay));
+        }
+        let zero = T::default();
+        let differ = (value >= zero) != (moment >= zero);
+        value.sub(if differ { zero } else { value.mul(T::of(self.decay)) })
+    }
+}
+
+impl<const N: usize> Rule<N> for AdamWRule {
+    #[inline(always)]
+    fn update<T: Number>(&self, value: T, gradient: T, moments: &mut [T; N]) -> T {
+        let (first, second) = self.moments.follow(gradient, moments);
+        let [of_first, of_second] = self.biases.map(|bias| T::of(bias.into()));
+        let epsilon = T::of(self.moments.betas.epsilon.into());
+        let step = first.div(of_first).div(second.div(of_second).sqrt().add(epsilon));
+        self.decayed(value, moments[0]).sub(step.mul(T::of(self.lr)))
+    }
+}
+
+/// Whether everything of an update is on the host.
+fn all_here<const D: usize>(
+    value: &Tensor<D>,
+    gradient: &Tensor<D>,
+    state: Option<&AdaptiveMomentumState<D>>,
+    amsgrad: bool,
+) -> bool {
+    let max = state.filter(|_| amsgrad).and_then(|state| state.max_moment_2.as_ref());
+    is_here(value, gradient, [state.map(|state| &state.moment_1), state.map(|state| &state.moment_2), max])
+}
+
+/// Updates by the rule that `make` makes of moments and the number of the step.
+fn step<const D: usize, R: Rule<2> + Rule<3>>(
+    value: Tensor<D>,
+    gradient: Tensor<D>,
+    state: Option<AdaptiveMomentumState<D>>,
+    betas: Betas,
+    make: impl Fn(Moments, i32) -> R,
+) -> (Tensor<D>, AdaptiveMomentumState<D>) {
+    let is_first = state.is_none();
+    let (before, first, second, max) = match state {
+        Some(state) => (state.time, Some(state.moment_1), Some(state.moment_2), state.max_moment_2),
+        None => (0, None, None, None),
+    };
+    let time = before + 1;
+    let moments = Moments { betas, is_first, is_first_max: max.is_none() };
+    let rule = make(moments, time as i32);
+    let (value, moment_1, moment_2, max_moment_2) = if betas.amsgrad {
+        let (value, [first, second, max]) = update(value, gradient, [first, second, max], rule);
+        (value, first, second, Some(max))
+    } else {
+        let (value, [first, second]) = update(value, gradient, [first, second], rule);
+        (value, first, second, max)
+    };
+    (value, AdaptiveMomentumState { time, moment_1, moment_2, max_moment_2 })
+}
+
+impl Optimizer for FusedAdam {
+    type State<const D: usize> = AdamState<D>;
+
+    fn step<const D: usize>(
+        &self,
+        lr: LearningRate,
+        tensor: Tensor<D>,
+        grad: Tensor<D>,
+        state: Option<AdamState<D>>,
+    ) -> (Tensor<D>, Option<AdamState<D>>) {
+        if !all_here(&tensor, &grad, state.as_ref().map(|state| &state.momentum), self.betas.amsgrad) {
+            return self.burn.step(lr, tensor, grad, state);
+        }
+        let rule = |moments, time| AdamRule::new(moments, time, lr, self.weight_decay);
+        let (tensor, state) = step(tensor, grad, state.map(|state| state.momentum), self.betas, rule);
+        (tensor, Some(AdamState::new(state)))
+    }
+
+    fn to_device<const D: usize>(state: AdamState<D>, device: &Device) -> AdamState<D> {
+        Adam::to_device(state, device)
+    }
+}
+
+impl Optimizer for FusedAdamW {
+    type State<const D: usize> = AdamWState<D>;
+
+    fn step<const D: usize>(
+        &self,
+        lr: LearningRate,
+        tensor: Tensor<D>,
+        grad: Tensor<D>,
+        state: Option<AdamWState<D>>,
+    ) -> (Tensor<D>, Option<AdamWState<D>>) {
+        if !all_here(&tensor, &grad, state.as_ref().map(|state| &state.momentum), self.betas.amsgrad) {
+            return self.burn.step(lr, tensor, grad, state);
+        }
+        let rule = |moments, time| AdamWRule::new(moments, time, lr, self.decay);
+        let (tensor, state) = step(tensor, grad, state.map(|state| state.momentum), self.betas, rule);
+        (tensor, Some(AdamWState::new(state)))
+    }
+
+    fn to_device<const D: usize>(state: AdamWState<D>, device: &Device) -> AdamWState<D> {
+        AdamW::to_device(state, device)
+    }
+}

@@ -1,0 +1,132 @@
+//! The ways to start its ranks, ranks that are lost, and runs that are asked to end.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::directory::Directory;
+use crate::program::{command, numbers, outcome, prepared, same, trained};
+
+const STEPS: [&str; 6] = ["--data", "in:data.jsonl", "--seq", "64", "--batch", "8"];
+
+fn losses(directory: &Directory) -> Vec<f64> {
+    numbers(&outcome(directory), "losses")
+}
+
+/// As torchrun starts it, which says by variables which rank a process is.
+#[test]
+fn ranks_of_a_launcher_have_the_losses_of_threads() {
+    let directory = prepared();
+    let flags = ["--batch", "4", "--steps", "2", "--tp", "2"];
+    let threads = numbers(&trained(&directory, &flags), "losses");
+    fs::remove_file(directory.path().join("outcome.json")).unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let usual = ["--data", "in:data.jsonl", "--seq", "64", "--lr", "1e-3", "--json", "in:outcome.json"];
+    let ranks: Vec<Child> = ["0", "1"]
+        .iter()
+        .map(|rank| {
+            let mut command = command(&directory, &[&usual[..], &flags].concat());
+            command.env("RANK", rank).env("LOCAL_RANK", rank).env("WORLD_SIZE", "2").env("LOCAL_WORLD_SIZE", "2");
+            command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port).env("TORCHELASTIC_RUN_ID", "a");
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        })
+        .collect();
+    let outputs: Vec<Output> = ranks.into_iter().map(|rank| rank.wait_with_output().unwrap()).collect();
+    for output in &outputs {
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    // The first alone tells what came of it.
+    assert!(!outputs[0].stdout.is_empty() && outputs[1].stdout.is_empty());
+    same(&threads, &losses(&directory), 1e-6, &"env");
+}
+
+#[cfg(feature = "mpi")]
+#[test]
+fn ranks_of_mpirun_have_the_losses_of_threads() {
+    let Ok(version) = Command::new("mpirun").arg("--version").output() else {
+        println!("SKIPPED, not passed: there is no mpirun on this machine");
+        return;
+    };
+    let directory = prepared();
+    let flags = ["--batch", "4", "--steps", "2", "--pp", "2"];
+    let threads = numbers(&trained(&directory, &flags), "losses");
+    fs::remove_file(directory.path().join("outcome.json")).unwrap();
+    let usual = ["--data", "in:data.jsonl", "--seq", "64", "--lr", "1e-3", "--json", "in:outcome.json"];
+    let program = command(&directory, &[&usual[..], &flags].concat());
+    let mut mpirun = Command::new("mpirun");
+    if String::from_utf8_lossy(&version.stdout).contains("Open MPI") {
+        mpirun.args(["--oversubscribe", "--allow-run-as-root", "--bind-to", "none"]);
+    }
+    let output = mpirun.args(["-n", "2"]).arg(program.get_program()).args(program.get_args()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    same(&threads, &losses(&directory), 1e-6, &"mpi");
+}
+
+/// A run in the background, when its first checkpoints are there.
+fn running(directory: &Directory, saved: &str, flags: &[&str]) -> Child {
+    let place = format!("in:{saved}");
+    let more = ["--save", &place, "--resume", &place, "--save-every", "2", "--json", "in:outcome.json"];
+    let mut command = command(directory, &[&STEPS[..], &more, flags].concat());
+    let mut run = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let checkpoint = directory.path().join(saved).join("checkpoints/step-000000004");
+    while !checkpoint.exists() {
+        std::thread::sleep(Duration::from_millis(1));
+        assert!(run.try_wait().unwrap().is_none(), "it was to be disturbed");
+    }
+    run
+}
+
+fn send(signal: &str, process: &str) {
+    assert!(Command::new("kill").args([signal, process]).status().unwrap().success());
+}
+
+fn whole(directory: &Directory, steps: &str) -> Vec<f64> {
+    numbers(&trained(directory, &["--lr", "5e-5", "--batch", "8", "--steps", steps]), "losses")
+}
+
+/// A rank is killed: the others go on from the last checkpoint, with the same losses.
+#[cfg(target_os = "linux")]
+#[test]
+fn ranks_that_are_lost_are_started_again_or_left_out() {
+    let directory = prepared();
+    let expected = whole(&directory, "16");
+    let flags = ["--steps", "16", "--dp", "2", "--launch", "processes", "--restarts", "1", "--min-ranks", "1"];
+    let run = running(&directory, "lost", &flags);
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", run.id())).unwrap();
+    send("-9", children.split_whitespace().next_back().unwrap());
+    let output = run.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    assert!(stderr.contains("restart 1 of 1: 1 ranks are started, of 2 before"), "{stderr}");
+    assert!(stderr.contains("goes on after step") && stderr.contains("on 1 ranks"), "{stderr}");
+    same(&expected, &losses(&directory), 1e-5, &"lost");
+    assert!(directory.path().join("lost/model/model.safetensors").exists());
+}
+
+/// A signal that asks for the end: all ranks save the same step and end, with the exit code that says so.
+#[cfg(unix)]
+#[test]
+fn a_run_that_is_asked_to_end_saves_and_ends() {
+    let directory = prepared();
+    let expected = whole(&directory, "24");
+    let run = running(&directory, "asked", &["--steps", "24", "--dp", "2"]);
+    send("-TERM", &run.id().to_string());
+    let output = run.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(143), "{stderr}");
+    assert!(stderr.contains("finetune: SIGTERM ends the run after step"), "{stderr}");
+    let saved = directory.path().join("asked");
+    assert!(!saved.join("model").exists() && last(&saved) < 24, "{stderr}");
+    let resumed: Value =
+        trained(&directory, &["--lr", "5e-5", "--batch", "8", "--steps", "24", "--resume", "in:asked"]);
+    same(&expected, &numbers(&resumed, "losses"), 1e-5, &"asked");
+}
+
+/// The last step that was saved.
+fn last(saved: &Path) -> usize {
+    let names = fs::read_dir(saved.join("checkpoints")).unwrap().map(|it| it.unwrap().file_name());
+    names.map(|name| name.to_str().unwrap().trim_start_matches("step-").parse().unwrap()).max().unwrap()
+}
