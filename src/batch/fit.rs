@@ -8,7 +8,7 @@ use burn::module::Module;
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp, panic_message};
 use crate::graph::{CustomOps, Executor, TensorTree, capture_step};
-use crate::params::visit_params;
+use crate::params::{ShardedIds, visit_params};
 use crate::step::Loss;
 
 /// What came of trying a number of rows.
@@ -57,7 +57,9 @@ pub fn model_memory<M: Module>(model: &M, moments: usize) -> usize {
 /// The bytes of all parameters and running statistics of a module, and of those that are trained. Lazy ones count as
 /// trained: their settings show when they are made.
 pub(super) fn held<M: Module>(model: &M) -> [usize; 2] {
-    let (mut seen, mut bytes) = (HashSet::new(), [0, 0]);
+    // What stands for a parameter that replicas divide holds one element; the rows come behind it.
+    let mut seen: HashSet<_> = ShardedIds::of(model).stand_ins;
+    let mut bytes = [0, 0];
     visit_params(model, &mut |param| {
         if seen.insert(param.id()) {
             let own = param.dims().iter().product::<usize>() * param.dtype().size();

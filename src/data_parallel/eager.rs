@@ -11,7 +11,7 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Gradients, Tensor};
 
 use super::batch_norm::SyncBatchNorm;
-use super::gathered::{Gatherer, assemble, shards_of};
+use super::gathered::{Gatherer, assemble, hollow, shards_of};
 use super::hook::{HookGroup, detach, listening};
 use super::reducer::Reducer;
 use crate::Error;
@@ -207,7 +207,11 @@ impl<M: Module> StepEngine for Eager<M> {
         mut step: StepFn<'_, M, I>,
         keeps: bool,
     ) -> Result<usize, Error> {
-        let whole = params::meta_module(&self.module, &|id, _| self.shard_rows(id).map(|rows| rows.dims().to_vec()));
+        let module = match &self.gatherer {
+            Some(gatherer) => hollow(&self.module, gatherer),
+            None => self.module.clone(),
+        };
+        let whole = params::meta_module(&module, &|_, _| None);
         let graph = capture_step(&whole, inputs, |model: &M, inputs| step.call(model, inputs))?;
         let executor = Executor::new(graph, CustomOps::default())?;
         Ok(if keeps { executor.memory().peak } else { executor.memory_giving() })
