@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The part of the gate that is built with MPI and `finetune`: lints and documentation, the transport suite under mpirun,
-# train_lm on processes, the fine-tuning program. Installs Open MPI and libclang from Debian's packages where they are missing. Called by run, with the same profile
-# and features of burn.
+# The part of the gate that is built with MPI and `finetune`: the transport suite under mpirun, train_lm on processes, the
+# fine-tuning program. Installs Open MPI and libclang from Debian's packages where they are missing. Called by run, with the
+# same profile and features of burn.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . .ci/steps.sh
@@ -23,16 +23,13 @@ if [ ${#missing[@]} -gt 0 ]; then
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
 fi
 
-# With the features, so that what needs them is among what is checked: benches too, which nothing else compiles.
 features=(--features mpi,finetune)
-step "lints"
-cargo clippy "${features[@]}" --all-targets -- -D warnings
-
-step "documentation"
-RUSTDOCFLAGS="-D warnings" cargo doc "${features[@]}" --no-deps
+# Lints of what the features change come with its build, and those of the benches, which nothing else compiles.
+step "MPI, fine-tuning, benches: build and documentation"
+cargo build "${features[@]}" --example train_lm --example finetune --benches
+DOC_TESTS=no cargo test "${features[@]}" --doc
 
 # What the features change: everything else has been tested without them.
 step "MPI and fine-tuning: transport suite, train_lm, finetune"
-cargo build "${features[@]}" --example train_lm --example finetune
 cargo test "${features[@]}" --test transport_mpi --test finetune
 cargo test "${features[@]}" --test cli -- mpi ways_to_start

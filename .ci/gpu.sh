@@ -25,10 +25,11 @@ mapfile -t tests < <(awk '
     /^\[/ { kind = $0 }
     /^name = / { gsub(/"/, ""); name = $3 }
     kind == "[[test]]" && /^required-features/ && /"(cuda|cuda-nvrtc|wgpu|cubecl)"/ { print name }' Cargo.toml)
-step "GPU features, with a stand-in for LLVM: build, for tests ${tests[*]}"
+step "GPU features, with a stand-in for LLVM: build and documentation, for tests ${tests[*]}"
 # One of the tests starts train_lm.
 cargo build "${features[@]}" --example train_lm --example gpu_check
 cargo test "${features[@]}" --no-run --lib "${tests[@]/#/--test=}"
+DOC_TESTS=no cargo test "${features[@]}" --doc
 
 step "GPU features: tests ${tests[*]}"
 cargo test "${features[@]}" "${tests[@]/#/--test=}"
@@ -41,7 +42,3 @@ cargo run "${features[@]}" --example gpu_check -- --device wgpu --quick --json "
 rm -f "$json"
 # 2: rows that need NCCL did not run.
 [ "$code" = 0 ] || [ "$code" = 2 ] || exit "$code"
-
-step "GPU features: lints and documentation"
-cargo clippy "${features[@]}" --lib --examples "${tests[@]/#/--test=}" -- -D warnings
-RUSTDOCFLAGS="-D warnings" cargo doc "${features[@]}" --no-deps

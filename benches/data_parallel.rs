@@ -5,8 +5,8 @@
 //! criterion's.
 //!
 //! With `sharded`, instead: steps of two replicas that divide nothing, optimizer state, gradients and parameters (ZeRO
-//! 0 to 3), with both engines, by turns in changing order; beside their time there is, on Linux, the processor time of
-//! both ranks.
+//! 0 to 3), with both engines, by turns in changing order; beside their time there is how long rank 0 had nothing to do
+//! but wait for the other, and, on Linux, the processor time of both ranks and the load of the machine.
 //!
 //! `cargo bench --bench data_parallel -- [mlp|gpt] [sharded] [ROUNDS]`
 
@@ -89,14 +89,14 @@ const DIVIDED: [(&str, Engine, Sharding, Keep); 8] = [
     ("captured, ZeRO 3, kept for a micro-batch", Engine::Captured, Sharding::Parameters, Keep::MicroBatch),
 ];
 
-/// Seconds a step, and of the processors for it, with each of [`DIVIDED`], by round.
+/// Seconds a step, of the processors for it, and of waiting in it, with each of [`DIVIDED`], by round.
 fn divided<M: Module + Sync, I: TensorTree + Clone + Sync>(
     rounds: usize,
     model: M,
     optimizer: impl Fn() -> ModuleOptimizer + Sync,
     inputs: impl Fn() -> I + Sync,
     loss: impl Fn(&M, I) -> Tensor<1> + Sync,
-) -> Vec<Vec<[f64; 2]>> {
+) -> Vec<Vec<[f64; 3]>> {
     let measured = launch::threads(2).run(|rank| {
         let mut models = Vec::new();
         for (_, engine, sharding, keep) in DIVIDED {
@@ -107,20 +107,22 @@ fn divided<M: Module + Sync, I: TensorTree + Clone + Sync>(
         }
         let mut times = Vec::new();
         for round in 0..rounds + 1 {
-            let mut time = vec![[0.0; 2]; models.len()];
+            let mut time = vec![[0.0; 3]; models.len()];
             for turn in 0..models.len() {
                 let mode = (turn + round) % models.len();
                 let (model, optim) = &mut models[mode];
                 rank.barrier()?;
-                let (began, worked) = (Instant::now(), work());
+                let (began, worked, mut waited) = (Instant::now(), work(), 0.0);
                 for _ in 0..STEPS_PER_TURN {
                     if let Some(mut taken) = model.take() {
                         let step = taken.step(inputs(), &loss)?;
+                        waited += step.counters.waited.as_secs_f64();
                         *model = Some(taken.optimize(optim, 1e-4, step)?);
                     }
                 }
                 rank.barrier()?;
-                time[mode] = [began.elapsed().as_secs_f64(), work() - worked].map(|time| time / STEPS_PER_TURN as f64);
+                let spent = [began.elapsed().as_secs_f64(), work() - worked, waited];
+                time[mode] = spent.map(|time| time / STEPS_PER_TURN as f64);
             }
             // The first round is for caches, captures and the order of buckets and gathers.
             if round > 0 {
@@ -140,19 +142,28 @@ fn work() -> f64 {
     fields.map(|ticks| ticks.parse::<f64>().unwrap_or(f64::NAN)).sum::<f64>() / 100.0
 }
 
-fn report_divided(name: &str, times: &[Vec<[f64; 2]>]) {
+/// How many threads have wanted a core in the last minute.
+fn load() -> String {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().unwrap_or_default().to_owned()
+}
+
+fn report_divided(name: &str, times: &[Vec<[f64; 3]>]) {
     for (mode, (what, engine, ..)) in DIVIDED.iter().enumerate() {
         let plain = DIVIDED.iter().position(|(_, other, ..)| other == engine).unwrap_or_default();
         let of = |which: usize| 1e3 * median(times.iter().map(|round| round[mode][which]));
         let over = |which: usize| median(times.iter().map(|round| round[mode][which] / round[plain][which]));
         println!(
-            "{name}: {what}: {:.1} ms a step, processors {:.1} ms; over nothing divided {:.3}, processors {:.3}",
+            "{name}: {what}: {:.1} ms a step, processors {:.1} ms, waiting {:.1} ms; over nothing divided {:.3}, \
+             processors {:.3}",
             of(0),
             of(1),
+            of(2),
             over(0),
             over(1)
         );
     }
+    println!("{name}: load of the machine {}", load());
 }
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use crossbeam_utils::CachePadded;
 
 use super::counters::RunningCounters;
-use super::pending::{OutstandingJobs, ProgressThread, panic_message};
+use super::panicked::panic_message;
+use super::pending::{OutstandingJobs, ProgressThread};
 use super::transport::{Transfer, Transport};
 use super::{Call, CallLog, Counters, Extent, Operation, Pending};
 use crate::Error;

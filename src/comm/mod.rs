@@ -40,6 +40,7 @@ pub(crate) mod element;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzzing;
+mod group_names;
 pub(crate) mod host_buffer;
 pub mod local;
 pub(crate) mod lock;
@@ -51,6 +52,7 @@ mod nan_mask;
 #[cfg(feature = "cuda")]
 pub mod nccl;
 mod operation;
+mod panicked;
 mod part;
 mod payload;
 mod pending;
@@ -74,11 +76,12 @@ pub(crate) use device::same_buffer;
 #[cfg(feature = "cubecl")]
 pub use device::{DeviceTensor, DeviceTransport};
 pub use element::Element;
+pub(crate) use group_names::GATHERED_PARAMETERS;
 pub use operation::{Operation, ReduceOp};
+pub(crate) use panicked::panic_message;
 pub(crate) use part::check_part;
 pub use part::part;
 pub use payload::{Payload, TensorKind, TensorOrigin};
 pub use pending::Pending;
-pub(crate) use pending::panic_message;
 pub use reduce::reduce_contributions;
 pub use transport::{Arrival, BufferMut, BufferRef, Message, Output, Transfer, Transport};

@@ -162,12 +162,6 @@ impl ProgressThread {
     }
 }
 
-/// A panic's message, as far as it is text.
-pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-    text.unwrap_or("(no message)").to_owned()
-}
-
 /// An operation in the background. Dropping it does not cancel the operation; its result is then discarded.
 #[must_use = "the result, or the error, is had by waiting"]
 pub struct Pending<R> {

@@ -37,11 +37,6 @@ impl<E: StepEngine> Replica<E> {
         divide: impl FnOnce(E, RowShards) -> Result<E, Error>,
     ) -> Result<Self, Error> {
         config.check()?;
-        if config.compare_every > 0 {
-            let problem = "sharding is `parameters`, so that no two replicas hold the same and `compare_every` has nothing to compare: \
-                           leave it out";
-            return Err(Error::invalid("data_parallel", problem));
-        }
         let engine = engine.share_ids(group)?;
         let DataParallelConfig { sharding_ranks, keep, reduce_dtype, noise_scale, .. } = *config;
         let shards =

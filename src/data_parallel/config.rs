@@ -92,7 +92,7 @@ impl DataParallelConfig {
     /// Has all ranks make sure after so many steps that their parameters still are equal to the last bit, and fail with
     /// the first path that is not: replicas drift apart when one loads a record, takes another learning rate, or
     /// changes the model for itself. Reads all parameters, at the speed of memory; on a device they are read back. 0,
-    /// the default, for never.
+    /// the default, for never. Not with [`Sharding::Parameters`], where each rank has rows of its own.
     pub fn with_compare_every(mut self, steps: u64) -> Self {
         self.compare_every = steps;
         self
@@ -141,6 +141,12 @@ impl DataParallelConfig {
         if let Some(dtype) = self.reduce_dtype.filter(|dtype| !CastHook::can_send(*dtype)) {
             let problem = format!("gradients cannot be sent in `reduce_dtype` {dtype:?}: take BF16, F16, F32 or F64");
             return wrong(&problem);
+        }
+        if self.compare_every > 0 && self.sharding == Sharding::Parameters {
+            return wrong(
+                "`compare_every` compares parameters that replicas hold alike, of which with `sharding` \"parameters\" each holds \
+                 its rows: leave it out",
+            );
         }
         if self.sharding == Sharding::None {
             return match self.sharding_ranks {

@@ -98,6 +98,7 @@ impl<M: Module> Eager<M> {
         if weight == 0.0 {
             if self.gatherer.is_some() && value.is_tracked() {
                 // For the gathers of the others; nobody listens to its gradients.
+                self.gatherer.iter().for_each(|gatherer| gatherer.begin_backward());
                 drop(value.backward());
                 self.end_micro_batch()?;
             }
@@ -106,6 +107,7 @@ impl<M: Module> Eager<M> {
         let loss = Some((value.clone().inner(), if summed { 1.0 } else { weight }));
         let factor = if summed { 1.0 / unit } else { weight / unit };
         let scaled = if factor == 1.0 { value } else { value.mul_scalar(factor) };
+        self.gatherer.iter().for_each(|gatherer| gatherer.begin_backward());
         let mut grads = listening(self.hooks, || scaled.backward());
         self.end_micro_batch()?;
         let mut collect = Collect { sink, grads: &mut grads, outcome: Ok(()) };
@@ -113,14 +115,15 @@ impl<M: Module> Eager<M> {
         collect.outcome.map(|()| MicroBatch { loss, outputs, run: None })
     }
 
-    /// Drops the parameters that were gathered for a micro-batch.
+    /// Ends the backward of a micro-batch, and drops the parameters that were gathered for it.
     ///
     /// # Errors
-    /// What went wrong in the middle of its backward, from where no error can be returned.
+    /// What went wrong in the middle of it, from where no error can be returned; those of gathers that others need.
     fn end_micro_batch(&self) -> Result<(), Error> {
         let Some(gatherer) = &self.gatherer else { return Ok(()) };
+        let ended = gatherer.end_backward();
         gatherer.end_micro_batch();
-        gatherer.failure().map_or(Ok(()), Err)
+        ended
     }
 
     /// Runs a forward of the model, whose parameters may have to be gathered.

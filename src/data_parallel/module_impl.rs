@@ -8,9 +8,11 @@ use burn::tensor::Device;
 
 use super::Replica;
 use super::gathered::Logical;
+use crate::Error;
+use crate::error::throw;
 use crate::graph::StepEngine;
 use crate::nesting::{self, refuse_wrapping};
-use crate::optimizer_mapper::is_optimizer;
+use crate::optimizer_mapper::{is_optimizer, refuse_at_once};
 use crate::sharding::Sharding;
 
 impl<E> Deref for Replica<E> {
@@ -67,8 +69,14 @@ impl<E: StepEngine> Module for Replica<E> {
         self.change(E::materialize)
     }
 
+    /// # Panics
+    /// If `LBFGS` looks at sharded replicas, for [`map`](Self::map) it is too late: the gradients of rows do not fit whole
+    /// parameters.
     fn visit<Visitor: ModuleVisitor>(&self, visitor: &mut Visitor) {
         nesting::visited("Replica");
+        if self.sharding() != Sharding::None {
+            refuse_at_once::<Visitor>("Replica");
+        }
         match self.engine.stand_ins() {
             Some(stand_ins) => self.engine.visit(&mut Logical { inner: visitor, stand_ins }),
             None => self.engine.visit(visitor),
@@ -77,14 +85,17 @@ impl<E: StepEngine> Module for Replica<E> {
 
     /// # Panics
     /// If an optimizer of burn steps sharded replicas by itself: it would update rows with the gradients of others, or
-    /// not at all. [`optimize`](crate::train::ParallelModule::optimize) does it.
+    /// not at all. [`optimize`](crate::train::ParallelModule::optimize) does it. The run ends with [`Error::Optimizer`](crate::Error::Optimizer).
     fn map<Mapper: ModuleMapper>(self, mapper: &mut Mapper) -> Self {
         let sharding = self.sharding();
-        assert!(
-            sharding == Sharding::None || !is_optimizer::<Mapper>(),
-            "`optim.step` was called on replicas whose sharding is \"{sharding}\": the gradients are those of this rank's rows, and \
-             the others must hear of the update; call `model.optimize(&mut optim, lr, step)` instead"
-        );
+        if sharding != Sharding::None && is_optimizer::<Mapper>() {
+            refuse_at_once::<Mapper>("Replica");
+            let problem = format!(
+                "`optim.step` was called on replicas whose sharding is \"{sharding}\": the gradients are those of this rank's rows, \
+                 and the others must hear of the update; call `model.optimize(&mut optim, lr, step)` instead"
+            );
+            throw(Error::Optimizer { problem });
+        }
         let before = self.reducer().map(|reducer| reducer.unknown_params(&self.engine));
         let stand_ins = self.engine.stand_ins().cloned();
         let replica = self.change(|engine| match &stand_ins {

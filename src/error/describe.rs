@@ -1,7 +1,7 @@
 //! The parts of error messages that depend on what there is to say.
 
 use super::Error;
-use crate::comm::{Call, CallLog};
+use crate::comm::{Call, CallLog, GATHERED_PARAMETERS};
 
 /// What says by itself what is wrong, as errors of settings do, is likely found by all ranks, and one of them was
 /// first; what they have called before is of no use then.
@@ -37,6 +37,19 @@ pub(super) fn left_behind(operation: &str) -> String {
             "{operation} was waiting for it: its process has ended, or it dropped its communicator; keep that alive until \
              every rank has issued its last collective"
         ),
+    }
+}
+
+/// What to do, if a rank was waiting for parameters that replicas divide among themselves.
+pub(super) fn gathering(group: &str, log: &CallLog) -> &'static str {
+    let gathers = |words: &str| words.contains(&format!("/{GATHERED_PARAMETERS}"));
+    match gathers(group) || log.lines().iter().any(|line| line.starts_with("in `") && gathers(line)) {
+        true => {
+            "; replicas that divide their parameters gather them together: all run the same layers in the same order, and forwards \
+             (`forward_with`, and the model's own) equally often, so a rank that is done goes on with the others for as long as \
+             `join` says so"
+        }
+        false => "",
     }
 }
 

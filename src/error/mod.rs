@@ -5,13 +5,15 @@
 //! *same* error, so an [`Error`] never holds anything that differs from rank to rank.
 
 mod describe;
+mod thrown;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use burn::tensor::DType;
 
-use self::describe::{describe_calls, last_words, left_behind, rank_failed};
+use self::describe::{describe_calls, gathering, last_words, left_behind, rank_failed};
+pub(crate) use self::thrown::{caught, throw};
 use crate::comm::{Call, CallLog, ReduceOp};
 
 /// What went wrong: the same error on every rank of the group.
@@ -21,7 +23,8 @@ pub enum Error {
     /// A wait outlasted the time-out: some ranks never came.
     #[error(
         "time-out in group `{group}`: rank {rank} waited {waited:.1?} in {operation} for {missing}; raise the limit with \
-         BURN_PARALLEL_TIMEOUT_S, `Threads::timeout` or `with_timeout` if the others were only slow{log}"
+         BURN_PARALLEL_TIMEOUT_S, `Threads::timeout` or `with_timeout` if the others were only slow{}{log}",
+        gathering(.group, .log)
     )]
     Timeout {
         /// Group in which the wait happened.
@@ -42,7 +45,7 @@ pub enum Error {
     /// The ranks of a group called different collectives, or the same one with other lengths, dtypes or roots.
     #[error(
         "the ranks of group `{group}` do not agree on collective #{sequence}: {}; every rank must issue the same \
-         collectives in the same order with matching arguments{log}", describe_calls(.calls)
+         collectives in the same order with matching arguments{}{log}", describe_calls(.calls), gathering(.group, .log)
     )]
     Mismatch {
         /// Group in which it happened.
@@ -79,7 +82,7 @@ pub enum Error {
 
     /// A rank dropped its communicator while others still needed it, or its process ended.
     #[error(
-        "rank {rank} left group `{group}` while {}{log}", left_behind(.operation)
+        "rank {rank} left group `{group}` while {}{}{log}", left_behind(.operation), gathering(.group, .log)
     )]
     RankLost {
         /// Group in which it happened.

@@ -11,6 +11,7 @@ use super::Rank;
 use crate::Error;
 use crate::comm::{Communicator, panic_message};
 use crate::comm::{WorldConfig, local};
+use crate::error::caught;
 
 /// Prepares a world of `size` ranks that are threads of this process. [`Threads::run`] starts it.
 ///
@@ -146,7 +147,9 @@ where
         Ok(pool) => pool,
         Err(problem) => return fail(Error::Launch { rank: index, size: comm.size(), problem: problem.to_string() }),
     };
-    match catch_unwind(AssertUnwindSafe(|| pool.install(|| f(rank)))) {
+    // Caught on the thread that it happens on, which knows the error of a panic that stands for one.
+    let run = || catch_unwind(AssertUnwindSafe(|| f(rank))).or_else(|panic| caught(&*panic).map(Err).ok_or(panic));
+    match pool.install(run) {
         Ok(Ok(result)) => {
             // Said outright: a tape that burn has not cleared away yet may keep communicators alive.
             comm.leave();

@@ -1,7 +1,7 @@
 //! Who divides what with whom.
 
 use crate::Error;
-use crate::comm::{Communicator, Counters};
+use crate::comm::{Communicator, Counters, GATHERED_PARAMETERS};
 
 /// The communicators of sharded replicas. Each kind of traffic has one of its own, so that it is counted by itself and
 /// runs in the background beside the others.
@@ -37,7 +37,7 @@ impl ShardComms {
         let (color, key) = ((rank / ranks) as u64, rank as i64);
         let of_its_own = |name| group.split_named(name, color, key);
         let (parameters, gradients, control) =
-            (of_its_own("parameters")?, of_its_own("shard_gradients")?, of_its_own("shard_control")?);
+            (of_its_own(GATHERED_PARAMETERS)?, of_its_own("shard_gradients")?, of_its_own("shard_control")?);
         let copies = match ranks < size {
             true => Some(group.split_named("shard_copies", (rank % ranks) as u64, key)?),
             false => None,

@@ -9,6 +9,7 @@ use burn::tensor::Device;
 
 use super::module::UpdateShards;
 use super::module::sealed::Sealed;
+use super::strategy::Chosen;
 use super::{ParallelModule, Report, Strategy};
 use crate::Error;
 use crate::comm::Communicator;
@@ -67,20 +68,21 @@ pub trait Parallelize: Module + Sized {
             1 => TensorParallelConfig { plan: Plan::new(), ..strategy.tensor.clone() },
             _ => strategy.tensor.clone(),
         };
-        let wrapped = match (&strategy.pipeline, strategy.captured()) {
-            (_, false) => Wrapped::Eager(self.data_parallel(&replicas, data)?),
-            (Some(pipeline), true) if pp > 1 => {
+        let captured = strategy.captured(dp);
+        let wrapped = match (&strategy.pipeline, captured) {
+            (_, None) => Wrapped::Eager(self.data_parallel(&replicas, data)?),
+            (Some(pipeline), Some(_)) if pp > 1 => {
                 let pipelined = match tp {
                     1 => self.pipeline_parallel(&stages, pipeline.clone())?,
                     _ => self.tensor_parallel(&layers, tensor)?.pipeline_parallel(&stages, pipeline.clone())?,
                 };
                 Wrapped::Pipelined(pipelined.data_parallel(&replicas, data)?)
             }
-            (_, true) => Wrapped::Sharded(self.tensor_parallel(&layers, tensor)?.data_parallel(&replicas, data)?),
+            (_, Some(_)) => Wrapped::Sharded(self.tensor_parallel(&layers, tensor)?.data_parallel(&replicas, data)?),
         };
         // What is put together over both of these axes takes one collective.
         let together = if pp > 1 && tp > 1 { Some(mesh.joint(&["pp", "tp"])?) } else { None };
-        Ok(Parallel { wrapped, mesh, together })
+        Ok(Parallel { wrapped, mesh, together, eager_would_do: captured == Some(Chosen::ForParameters) })
     }
 }
 
@@ -93,6 +95,8 @@ pub struct Parallel<M> {
     mesh: Mesh,
     /// Joins the ranks that share the model, where these lie along several axes.
     together: Option<Communicator>,
+    /// Whether steps are captured though nobody asked for it.
+    eager_would_do: bool,
 }
 
 #[derive(Clone)]
@@ -124,6 +128,7 @@ macro_rules! renew {
             },
             mesh: $self.mesh.clone(),
             together: $self.together.clone(),
+            eager_would_do: $self.eager_would_do,
         }
     };
 }
@@ -132,6 +137,20 @@ impl<M: Module> Parallel<M> {
     /// The axes `dp`, `pp` and `tp`, also those of size 1.
     pub fn mesh(&self) -> &Mesh {
         &self.mesh
+    }
+
+    /// What became of a step or a forward that was captured. If it could not be, and nobody has asked for that, the error
+    /// says what else there is.
+    fn captured<T>(eager_would_do: bool, outcome: Result<T, Error>) -> Result<T, Error> {
+        outcome.map_err(|error| match error {
+            Error::Graph { problem } if eager_would_do => Error::Graph {
+                problem: format!(
+                    "{problem}; steps are captured because the replicas divide the parameters (`sharding` is \"parameters\"): \
+                     `engine` \"eager\" runs the model's own forward, and may hold more of them whole"
+                ),
+            },
+            error => error,
+        })
     }
 }
 
@@ -154,7 +173,8 @@ impl<M: Module> ParallelModule for Parallel<M> {
         F: FnMut(&M, I) -> R,
         R: Into<Loss>,
     {
-        with!(&mut self.wrapped, model => model.step_micro_batches(micro_batches, loss))
+        let ran = with!(&mut self.wrapped, model => model.step_micro_batches(micro_batches, loss));
+        Self::captured(self.eager_would_do, ran)
     }
 
     fn prepare<I, F, R>(&mut self, inputs: I, loss: F) -> Result<(), Error>
@@ -163,7 +183,8 @@ impl<M: Module> ParallelModule for Parallel<M> {
         F: FnMut(&M, I) -> R,
         R: Into<Loss>,
     {
-        with!(&mut self.wrapped, model => ParallelModule::prepare(model, inputs, loss))
+        let prepared = with!(&mut self.wrapped, model => ParallelModule::prepare(model, inputs, loss));
+        Self::captured(self.eager_would_do, prepared)
     }
 
     fn step_memory<I, F, R>(&mut self, inputs: I, loss: F) -> Result<usize, Error>
@@ -181,7 +202,8 @@ impl<M: Module> ParallelModule for Parallel<M> {
         F: FnMut(&M, I) -> O,
         O: TensorTree + Clone + Send + 'static,
     {
-        with!(&self.wrapped, model => model.forward_with(inputs, forward))
+        let ran = with!(&self.wrapped, model => model.forward_with(inputs, forward));
+        Self::captured(self.eager_would_do, ran)
     }
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {

@@ -10,6 +10,7 @@ use crate::Error;
 use crate::data_parallel::DataParallelConfig;
 use crate::forms::{Table, optional_table, read_text, table};
 use crate::pipeline_parallel::PipelineConfig;
+use crate::sharding::Sharding;
 use crate::tensor_parallel::TensorParallelConfig;
 
 /// How a model is spread over a world: the axes and their sizes, and what each does. One value, or one file, for
@@ -114,14 +115,25 @@ pub struct Strategy {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Engine {
-    /// Eager, unless the model is split or cut, which needs a captured step.
+    /// Eager, unless the model is split or cut, which needs a captured step, or replicas divide its parameters
+    /// ([`Sharding::Parameters`]): captured steps hold no more than two groups of them whole, whatever layers do with them.
     #[default]
     Auto,
-    /// By the model's own forward, at every step: shapes and decisions may change. For data parallelism alone.
+    /// By the model's own forward, at every step: shapes and decisions may change. For data parallelism alone. Of divided
+    /// parameters burn may keep more whole than is asked for, as [`Keep::Pass`](crate::sharding::Keep::Pass) tells.
     Eager,
     /// Captured as a graph once for each shape of the inputs, with random numbers that do not depend on the number of
     /// ranks; as fast as eager steps. [`graph`](crate::graph) says what a step must not do.
     Captured,
+}
+
+/// Why steps are captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Chosen {
+    /// The strategy asks for it, or for what needs it.
+    ByUser,
+    /// For what it saves where parameters are divided: eager steps would do as well.
+    ForParameters,
 }
 
 impl Config for Strategy {}
@@ -251,9 +263,15 @@ impl Strategy {
         Ok(Self { dp: Some(dp), pp, tp, pipeline, ..self.clone() })
     }
 
-    /// Whether steps are captured.
-    pub(super) fn captured(&self) -> bool {
-        self.engine == Engine::Captured || self.pp > 1 || self.tp > 1
+    /// Whether steps are captured, with so many replicas; and by whose choice.
+    pub(super) fn captured(&self, replicas: usize) -> Option<Chosen> {
+        let divided = replicas > 1 && self.data.sharding == Sharding::Parameters;
+        match self.engine {
+            Engine::Captured => Some(Chosen::ByUser),
+            _ if self.pp > 1 || self.tp > 1 => Some(Chosen::ByUser),
+            Engine::Auto if divided => Some(Chosen::ForParameters),
+            Engine::Auto | Engine::Eager => None,
+        }
     }
 }
 

@@ -5,10 +5,12 @@ use std::sync::atomic::{AtomicIsize, Ordering::Relaxed};
 use burn::module::{Lora, Module};
 use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
 use burn::nn::{Linear, LinearConfig};
+use burn::optim::{ModuleOptimizer, SgdConfig};
 use burn::prelude::*;
 use burn_parallel::prelude::*;
+use burn_parallel::train::Engine;
 
-use crate::memory::held;
+use crate::memory::{MOST, held};
 
 const WIDTH: usize = 64;
 const LAYERS: usize = 6;
@@ -23,7 +25,11 @@ struct Encoder {
 
 impl Encoder {
     fn new(device: &Device) -> Self {
-        let config = TransformerEncoderConfig::new(WIDTH, 4 * WIDTH, 4, LAYERS).with_dropout(0.0).with_norm_first(true);
+        Self::of(LAYERS, device)
+    }
+
+    fn of(layers: usize, device: &Device) -> Self {
+        let config = TransformerEncoderConfig::new(WIDTH, 4 * WIDTH, 4, layers).with_dropout(0.0).with_norm_first(true);
         Self { encoder: config.init(device) }
     }
 
@@ -123,6 +129,64 @@ fn two_groups_are_whole_with_gradient_checkpointing() {
     assert!(pass < 2 * group + FEW, "{pass} of groups of {group}");
     let micro_batch = gathered(&model, WIDTH, Keep::MicroBatch, &device, Encoder::loss);
     assert!(micro_batch > all - FEW, "{micro_batch} of {all}");
+}
+
+/// By how much what a rank of two holds grows in a step, at most.
+fn growth<M: Module + Sync>(model: &M, strategy: &Strategy, loss: fn(&M, Tensor<3>) -> Tensor<1>) -> isize {
+    let found = AtomicIsize::new(0);
+    let device = Device::flex().autodiff();
+    launch::threads(2)
+        .run(|rank| {
+            let mut model = model.clone().fork(&device).parallelize(&rank, strategy)?;
+            // Rows that fill burn's tiles, of which no matrix is made.
+            let x = Tensor::<3>::ones([1, 32, WIDTH], &device);
+            let mut optim: ModuleOptimizer = SgdConfig::new().init();
+            for step in 0..3 {
+                rank.barrier()?;
+                let before = held();
+                MOST.store(before, Relaxed);
+                rank.barrier()?;
+                let done = model.step(x.clone(), loss)?;
+                rank.barrier()?;
+                if step == 2 {
+                    found.store((MOST.load(Relaxed) - before) / 2, Relaxed);
+                }
+                model = model.optimize(&mut optim, 1e-3, done)?;
+            }
+            Ok(())
+        })
+        .unwrap();
+    found.into_inner()
+}
+
+/// What a user of `parallelize` gets who asks for nothing but that parameters are divided, on an ordinary device: whatever
+/// burn's layers do with their weights, two groups of them are whole, beside rows of gradients and what is exchanged.
+#[test]
+fn two_groups_are_whole_by_default() {
+    fn check<M: Module + Sync>(model: &M, loss: fn(&M, Tensor<3>) -> Tensor<1>) {
+        let all = 4 * model.num_params() as isize;
+        let group = all / (2 * LAYERS as isize);
+        let with = |sharding, engine| {
+            let data = DataParallelConfig::new().with_sharding(sharding);
+            growth(model, &Strategy::new().with_data(data).with_engine(engine), loss)
+        };
+        // Beside activations there are all gradients; with rows, half of them.
+        let activations = with(Sharding::None, Engine::Captured) - all;
+        let found = with(Sharding::Parameters, Engine::Auto) - activations - all / 2;
+        // Two groups, the gradients of two, and a gather and a reduction of one that are packed and taken apart.
+        assert!(found < 8 * group, "{found} of groups of {group}");
+        let eager = with(Sharding::Parameters, Engine::Eager) - activations - all / 2;
+        assert!(eager > all, "{eager} of {all}: burn keeps no views any more, and the docs are to say so");
+    }
+    let _turn = crate::turn();
+    let device = Device::flex().autodiff();
+    let encoder = |model: &Encoder, x| model.encoder.forward(TransformerEncoderInput::new(x)).powi_scalar(2).mean();
+    check(&Encoder::of(2 * LAYERS, &device), encoder);
+    let layer = |_| LinearConfig::new(WIDTH, 5 * WIDTH).with_bias(false).init(&device);
+    let chain = Chain { layers: (0..2 * LAYERS).map(layer).collect() };
+    check(&chain, |model, x| {
+        model.layers.iter().fold(x, |x, layer| layer.forward(x).tanh().narrow(2, 0, WIDTH)).mean()
+    });
 }
 
 /// Nor is the sum of a weight and its adapter kept.

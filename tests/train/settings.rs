@@ -12,6 +12,7 @@ use burn_parallel::data_parallel::{Bucket, CastHook, CommHook};
 use burn_parallel::params::SliceSource;
 use burn_parallel::pipeline_parallel::schedule::Timetable;
 use burn_parallel::prelude::*;
+use burn_parallel::train::Engine;
 
 use crate::common::models::{Numbers, device};
 use crate::common::reference::filled;
@@ -263,6 +264,40 @@ fn what_a_micro_batch_was_is_told_when_it_cannot_be_captured() {
         .unwrap_err();
     assert!(matches!(error, Error::Graph { .. }), "{error}");
     says(&error, &["a micro-batch of 2 of 4 rows", "[\"1\"]", "must be divided"]);
+}
+
+/// Divided parameters are for those who lack memory, and captured steps keep what is promised: nobody has to ask for them.
+#[test]
+fn steps_are_captured_where_parameters_are_divided() {
+    let strategy = |sharding, engine| {
+        let data = DataParallelConfig::new().with_sharding(sharding);
+        Strategy::new().with_data(data).with_engine(engine)
+    };
+    for (ranks, sharding, engine, captured) in [
+        (2, Sharding::Parameters, Engine::Auto, true),
+        (2, Sharding::Parameters, Engine::Eager, false),
+        (2, Sharding::Gradients, Engine::Auto, false),
+        (1, Sharding::Parameters, Engine::Auto, false),
+    ] {
+        let strategy = strategy(sharding, engine);
+        let wrapped = launch::threads(ranks).run(|rank| Ok(two().parallelize(&rank, &strategy)?.report().captured));
+        assert_eq!(wrapped.unwrap()[0], captured, "{ranks} {sharding} {engine:?}");
+    }
+    // What cannot be captured says what else there is, unless it was asked for.
+    let reads = |model: &Two, x: Tensor<2>| {
+        let mean = loss(model, x);
+        if mean.clone().into_scalar::<f32>() > 1.0 { mean.clone() * 0.5 } else { mean }
+    };
+    for (engine, advised) in [(Engine::Auto, true), (Engine::Captured, false)] {
+        let strategy = strategy(Sharding::Parameters, engine);
+        let error = launch::threads(2)
+            .run(|rank| two().parallelize(&rank, &strategy)?.step(rows(0), reads).map(drop))
+            .unwrap_err();
+        says(&error, &["reads a tensor on the host"]);
+        assert_eq!(error.to_string().contains("`engine` \"eager\" runs the model's own forward"), advised, "{error}");
+    }
+    let strategy = strategy(Sharding::Parameters, Engine::Eager);
+    launch::threads(2).run(|rank| two().parallelize(&rank, &strategy)?.step(rows(0), reads).map(drop)).unwrap();
 }
 
 /// A store that gives something else than it was asked for.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use burn::module::ParamId;
 
+use super::backward_order::BackwardOrder;
 use crate::Error;
 use crate::comm::Pending;
 use crate::graph::same_buffer;
@@ -58,6 +59,8 @@ struct State {
     ahead: Option<Ahead>,
     /// The group in use and the one before it, in this pass.
     recent: [Option<usize>; 2],
+    /// Which groups a backward comes to.
+    backward: BackwardOrder,
     /// Which group followed two others.
     follows: HashMap<[Option<usize>; 2], usize>,
     /// The rank that says what is gathered, while some have no data.
@@ -166,8 +169,50 @@ impl Gatherer {
         gathered.inspect_err(|error| state.failure = Some(error.clone()))
     }
 
+    /// A forward that may have a backward uses a parameter.
+    pub fn used(&self, id: ParamId) {
+        if let (Keep::Pass, Some(place)) = (self.keep, self.places.get(&id)) {
+            self.lock().backward.used(self.group_of[*place]);
+        }
+    }
+
+    /// A backward begins.
+    pub fn begin_backward(&self) {
+        self.lock().backward.begin();
+    }
+
+    /// Gathers what the backward that is over has not needed on this rank, and may need on others.
+    ///
+    /// # Errors
+    /// What went wrong in the middle of the backward; those of [`Communicator::all_gather`](crate::comm::Communicator::all_gather).
+    pub fn end_backward(&self) -> Result<(), Error> {
+        let mut state = self.lock();
+        match &state.failure {
+            Some(error) => Err(error.clone()),
+            None => {
+                let rest = state.backward.rest();
+                self.bring(&mut state, rest)
+            }
+        }
+    }
+
+    /// Gathers groups that others may need, as if this rank did.
+    fn bring(&self, state: &mut State, groups: Vec<usize>) -> Result<(), Error> {
+        for group in groups {
+            if !state.live.contains_key(&group) {
+                let shards = self.groups[group].0.iter().map(|place| state.shards[*place].clone()).collect();
+                let Some(shards) = shards else { continue };
+                self.take(state, group, shards)?;
+            }
+            self.switch(state, group)?;
+        }
+        Ok(())
+    }
+
     fn find(&self, state: &mut State, place: usize, shard: &PlainTensor) -> Result<PlainTensor, Error> {
         let group = self.group_of[place];
+        let before = state.backward.until(group);
+        self.bring(state, before)?;
         let members = &self.groups[group].0;
         let index = members.iter().position(|member| *member == place).unwrap_or_default();
         if let Some(found) = state.live.get(&group).map(|wholes| &wholes[index])
@@ -182,6 +227,14 @@ impl Gatherer {
         let Some(shards) = all.filter(|_| known) else {
             return self.alone(state, place, shard);
         };
+        self.take(state, group, shards)?;
+        let whole = state.live.get(&group).map(|wholes| wholes[index].whole.clone());
+        self.switch(state, group)?;
+        whole.ok_or_else(|| Error::invalid("a sharded parameter", "nothing was gathered"))
+    }
+
+    /// Makes a group whole in the place of others.
+    fn take(&self, state: &mut State, group: usize, shards: Vec<PlainTensor>) -> Result<(), Error> {
         if self.keep != Keep::Step {
             // Before the next ones are made.
             state.live.clear();
@@ -192,11 +245,9 @@ impl Gatherer {
             _ => self.start(state, group, shards.clone())?.wait()?,
         };
         state.waited += began.elapsed();
-        let whole = wholes[index].clone();
         let wholes = shards.into_iter().zip(wholes).map(|(shard, whole)| Whole { shard, whole });
         state.live.insert(group, wholes.collect());
-        self.switch(state, group)?;
-        Ok(whole)
+        Ok(())
     }
 
     /// Notes which group is in use, and starts the one that followed the last time.
@@ -354,6 +405,7 @@ impl State {
         self.live.clear();
         self.ahead = None;
         self.recent = [None; 2];
+        self.backward.clear();
     }
 }
 

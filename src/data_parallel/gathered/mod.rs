@@ -13,7 +13,8 @@
 //! Parameters are gathered by [groups](crate::sharding). The wholes of a group live until a parameter of another group
 //! is used, and the next group is gathered meanwhile, as soon as it is known which one comes next. The operations of a
 //! forward do not keep the wholes for backward: the gather is marked as one that burn computes again ([`operation`]),
-//! as it does for gradient checkpointing, and its second computation is the second gather. Its backward hands the
+//! as it does for gradient checkpointing, and its second computation is the second gather. Which of them burn computes
+//! again depends on the rows of a rank, so all ranks gather all of them ([`backward_order`]). Its backward hands the
 //! gradient of the whole to the reducer, which reduce-scatters it. What other operations make of a whole, a view above
 //! all, burn computes again only on a device with gradient checkpointing, and else keeps.
 //!
@@ -24,6 +25,7 @@
 
 mod adapters;
 mod assemble;
+mod backward_order;
 mod gatherer;
 mod logical;
 mod merge;

@@ -54,6 +54,7 @@ pub(super) fn gather<const D: usize>(
     let plain = PlainTensor::from(shard.clone());
     let whole = source.gatherer.whole(source.id, plain.clone())?;
     let Some(strategy) = shard.gradient_checkpointing_strategy() else { return whole.float() };
+    source.gatherer.used(source.id);
     let keep = source.gatherer.keep();
     if arrival.is_none() && keep != Keep::Pass {
         return Ok(with_autodiff(whole.float()?, strategy));

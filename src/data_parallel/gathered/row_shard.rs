@@ -13,6 +13,7 @@ use super::merge::merge;
 use super::operation::{Source, gather};
 use crate::data_parallel::hook::{Arrival, HookGroup};
 use crate::data_parallel::reducer::Reducer;
+use crate::error::throw;
 use crate::params::SHARD;
 use crate::sharding::{Keep, RankedParam};
 
@@ -62,7 +63,7 @@ impl Reparameterization for RowShard {
 
     /// # Panics
     /// If the rows of the others cannot be gathered: there is no other way out of a forward. The world has failed by
-    /// then, and steps and evaluations return its error.
+    /// then, and steps and evaluations return its error, as does the run if it was a forward of the user's own.
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
         if BARE.get() {
             return base;
@@ -71,7 +72,7 @@ impl Reparameterization for RowShard {
         let (id, value) = (shard.id, shard.val());
         let arrival = value.is_require_grad().then(|| self.link.arrival(id)).flatten();
         let source = Source { gatherer: self.link.gatherer.clone(), id };
-        let whole = gather(value, &source, arrival).unwrap_or_else(|error| panic!("{error}"));
+        let whole = gather(value, &source, arrival).unwrap_or_else(|error| throw(error));
         match &self.adapter {
             Some(adapter) if self.link.gatherer.keep() == Keep::Pass => merge(whole, adapter),
             Some(adapter) => adapter.apply(whole),

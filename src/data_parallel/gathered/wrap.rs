@@ -26,7 +26,7 @@ use crate::tensor::PlainTensor;
 const KEPT: &str = "parameters are divided among the replicas, and gathered for each pass (`keep` is \"pass\"): on a device without \
                     gradient checkpointing burn keeps the gathered weights of layers that multiply by a view of them, as `Linear` \
                     does with inputs of three dims, from forward to backward. Make model and inputs on \
-                    `device.autodiff().gradient_checkpointing()`, or set `engine` to \"captured\", to hold two groups at a time";
+                    `device.autodiff().gradient_checkpointing()`, or leave `engine` at \"auto\" in `parallelize`, to hold two groups at a time";
 
 /// Gives every rank its rows of rank 0's parameters, and all of rank 0's buffers. No rank but the first makes a lazy
 /// parameter, and none holds more than one of them whole at a time. Collective.

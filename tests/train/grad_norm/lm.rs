@@ -94,7 +94,7 @@ pub fn batch(step: usize, device: &Device) -> Batch {
 }
 
 impl Lm {
-    fn logits(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
+    pub fn logits(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
         let mut x = self.tokens.forward(tokens);
         for layer in &self.layers {
             let h = layer.up.forward(layer.norm.forward(x.clone()));

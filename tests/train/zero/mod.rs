@@ -3,8 +3,10 @@
 pub mod bytes;
 mod crash;
 mod gathered;
+mod generation;
 mod parity;
 mod rules;
+mod splits;
 mod wholes;
 
 use burn::module::{Module, ParamGroup};

@@ -1,7 +1,7 @@
 //! What sharded replicas promise beside parity.
 
 use burn::module::Module;
-use burn::optim::{AdamWConfig, ModuleOptimizer, SgdConfig};
+use burn::optim::{AdamWConfig, LBFGSConfig, ModuleOptimizer, SgdConfig};
 use burn::tensor::FloatDType;
 use burn_parallel::data_parallel::AllReduceHook;
 use burn_parallel::prelude::*;
@@ -27,6 +27,26 @@ fn an_optimizer_that_steps_by_itself_is_told_so() {
             .unwrap_err()
             .to_string();
         assert!(error.contains("call `model.optimize(&mut optim, lr, step)` instead"), "{error}");
+    }
+}
+
+/// One that looks at all parameters at once would see other rows on each rank.
+#[test]
+fn an_optimizer_that_looks_at_all_parameters_at_once_is_refused() {
+    let case = zoo::mlp();
+    for level in LEVELS {
+        let error = launch::threads(2)
+            .run(|rank| {
+                let model = wrap(&rank, &case.model, config(level))?;
+                LBFGSConfig::new().init().step(0.1, model, |mut model| {
+                    let step = model.step((case.input)(0, 0..2), |model, batch| (case.loss)(model, batch)).unwrap();
+                    (step.loss.item(), step.grads)
+                });
+                Ok(())
+            })
+            .unwrap_err();
+        let refused = |cause: &Error| matches!(cause, Error::Optimizer { problem } if problem.contains("LBFGS"));
+        assert!(matches!(&error, Error::RankFailed { cause, .. } if refused(cause)), "{level}: {error}");
     }
 }
 
@@ -113,6 +133,10 @@ fn settings_that_do_not_go_together_are_errors() {
     says(config(Sharding::Optimizer).with_sharding_ranks(0), "divided among 0 of the 4 replicas");
     says(DataParallelConfig::new().with_sharding_ranks(2), "`sharding_ranks` is set, but `sharding` is \"none\"");
     says(config(Sharding::Gradients).with_comm_hook(AllReduceHook), "a communication hook reduces whole gradients");
+    says(
+        config(Sharding::Parameters).with_compare_every(2),
+        "`compare_every` compares parameters that replicas hold alike",
+    );
 }
 
 /// Gradients travel in 16 bits.

@@ -110,6 +110,7 @@ fn parameters_over_replicas_alone() {
     for replicas in [2, 3, 4] {
         check([replicas, 1, 1], Sharding::Parameters, Keep::Pass, TIED);
     }
+    check_as(&strategy([8, 1, 1], TIED, Sharding::Parameters, Keep::Pass), TIED, &["adamw"]);
     check([3, 1, 1], Sharding::Parameters, Keep::Pass, APART);
     check([2, 1, 1], Sharding::Parameters, Keep::MicroBatch, TIED);
     check([3, 1, 1], Sharding::Parameters, Keep::Step, TIED);

@@ -1,0 +1,82 @@
+//! In which order groups are gathered again in a backward.
+//!
+//! What burn asks for again depends on the number of rows: `Linear` multiplies either by its weight, which burn asks for again, or
+//! by a view of it, which burn keeps without gradient checkpointing. Ranks with different numbers of rows would gather different
+//! groups. So all of them gather every group that the forward used, in the reverse of the order in which it used them last,
+//! whoever needs it. The forward uses the same on all ranks.
+
+use std::collections::VecDeque;
+
+/// The groups of a forward, and of its backward.
+#[derive(Debug, Default)]
+pub(super) struct BackwardOrder {
+    /// Those that forwards have used since the last backward, the last one last.
+    used: Vec<usize>,
+    /// Those that the backward under way has not come to; none if there is no backward.
+    left: VecDeque<usize>,
+}
+
+impl BackwardOrder {
+    /// A forward uses a group.
+    pub fn used(&mut self, group: usize) {
+        if self.used.last() != Some(&group) {
+            self.used.retain(|used| *used != group);
+            self.used.push(group);
+        }
+    }
+
+    /// A backward begins.
+    pub fn begin(&mut self) {
+        self.left = std::mem::take(&mut self.used).into_iter().rev().collect();
+    }
+
+    /// The backward needs a group. Returns those that others may have needed before it, to be gathered first.
+    pub fn until(&mut self, group: usize) -> Vec<usize> {
+        match self.left.iter().position(|left| *left == group) {
+            None => Vec::new(),
+            Some(place) => {
+                let before = self.left.drain(..place).collect();
+                self.left.pop_front();
+                before
+            }
+        }
+    }
+
+    /// The backward is over. Returns those that others may need still.
+    pub fn rest(&mut self) -> Vec<usize> {
+        std::mem::take(&mut self.left).into()
+    }
+
+    /// Nobody knows what comes next.
+    pub fn clear(&mut self) {
+        *self = Self::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::BackwardOrder;
+
+    /// What one rank needs of each other's gathers in a backward: together they are the same, whoever needs what.
+    #[test]
+    fn all_ranks_come_to_all_groups() {
+        let gathered = |needed: &[usize]| {
+            let mut order = BackwardOrder::default();
+            [0, 1, 1, 2, 3, 0].into_iter().for_each(|group| order.used(group));
+            order.begin();
+            let mut all = Vec::new();
+            for group in needed {
+                all.extend(order.until(*group));
+                all.push(*group);
+            }
+            all.extend(order.rest());
+            assert!(order.rest().is_empty() && order.until(2).is_empty());
+            all
+        };
+        for needed in [&[][..], &[0, 3, 2, 1], &[3, 1], &[2], &[0], &[1]] {
+            assert_eq!(gathered(needed), [0, 3, 2, 1], "{needed:?}");
+        }
+        // What is needed a second time comes on top.
+        assert_eq!(gathered(&[3, 2, 3]), [0, 3, 2, 3, 1]);
+    }
+}
