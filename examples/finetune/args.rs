@@ -300,7 +300,7 @@ impl Args {
         }
         let micro = flags.micro_batch.unwrap_or(if pp == 1 { share } else { (share / (4 * pp)).max(1) });
         let plan = if tp == 1 { Plan::new() } else { directory::plan() };
-        let strategy = flags.growth.strategy(flags.mesh.strategy(mesh, plan, share.div_ceil(micro))?)?;
+        let strategy = flags.growth.strategy(flags.mesh.strategy(mesh, plan, share.div_ceil(micro))?);
         let rows = match &strategy.pipeline {
             Some(pipeline) if pp > 1 => share.max(pipeline.micro_batches),
             _ => micro,

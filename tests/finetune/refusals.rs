@@ -68,7 +68,6 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--batch", "4", "--grow-batch", "3", "--steps", "2"], "--grow-batch 3 is smaller than --batch 4"),
         (&["--grow-batch", "16"], "give --steps"),
         (&["--grow-batch", "16", "--batch-tokens", "200"], "--grow-batch"),
-        (&["--noise-scale", "--zero", "3", "--dp", "2"], "give --zero 2"),
         (&["--restarts", "1", "--save", "in:new", "--resume", "in:new"], "--restarts is for --launch processes"),
         (&["--restarts", "1"], "--resume"),
         (&["--dp", "2", "--min-ranks", "1"], "give --restarts"),
