@@ -4,7 +4,13 @@ use std::env;
 use std::process::Command;
 use std::time::Duration;
 
-use burn_parallel::batch::{GrowBatch, MemoryBudget, NoiseScale, largest_that_fits, try_in_child, warm_up};
+use burn::module::Module;
+use burn::tensor::Device;
+use burn_parallel::batch::{
+    GrowBatch, MemoryBudget, NoiseScale, RankMemory, largest_that_fits, model_memory, rows_within_on_all, try_in_child,
+    warm_up,
+};
+use burn_parallel::graph::TensorTree;
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use clap::Args;
@@ -69,16 +75,11 @@ impl GrowthFlags {
         self.noise_scale || self.grow_batch.is_some()
     }
 
-    /// The strategy that measures what these flags need; or why it cannot.
-    pub fn strategy(&self, strategy: Strategy) -> Result<Strategy, String> {
-        if self.measures() && strategy.data.sharding == Sharding::Parameters {
-            return Err(
-                "--noise-scale compares the gradients of replicas, which --zero 3 sums up first: give --zero 2".into(),
-            );
-        }
+    /// The strategy that measures what these flags need.
+    pub fn strategy(&self, strategy: Strategy) -> Strategy {
         let data = strategy.data.clone();
         let measures = self.measures() || data.noise_scale;
-        Ok(strategy.with_data(data.with_noise_scale(measures)))
+        strategy.with_data(data.with_noise_scale(measures))
     }
 }
 
@@ -98,6 +99,35 @@ pub fn check_auto(start: &Start, micro_batch: Option<usize>) -> Result<(), Strin
 /// The rows that this process is to try for `--batch auto`, if it is such a child.
 pub fn trial() -> Option<usize> {
     env::var(TRIAL).ok()?.parse().ok()
+}
+
+/// How many rows, of at most so many, are known to go through every layer at once with no more than so many bytes on all
+/// ranks together, which are threads. `make` makes the whole model, and `batch` inputs of so many rows.
+///
+/// # Errors
+/// If the model cannot be spread, or its step not captured.
+pub fn known_to_fit<M: Module, I: TensorTree + Clone>(
+    (strategy, ranks): (&Strategy, usize),
+    (bytes, most): (u64, usize),
+    make: impl Fn(&Device) -> Result<M, Error> + Sync,
+    batch: impl Fn(usize) -> I + Sync,
+    loss: impl Fn(&M, I) -> Loss + Sync,
+) -> Result<usize, Error> {
+    let [dp, pp, _] = strategy.axes(ranks)?;
+    // What cannot be held is not made.
+    let copies = if strategy.data.sharding == Sharding::Parameters { 1 } else { dp };
+    if (copies * model_memory(&make(&Device::flex().autodiff())?, 0)) as u64 > bytes {
+        return Ok(0);
+    }
+    let pieces = strategy.pipeline.as_ref().filter(|_| pp > 1).map_or(1, |pipeline| pipeline.micro_batches);
+    let known = launch::threads(ranks).run(|rank| {
+        let mut model = make(&rank.device().autodiff())?.parallelize(&rank, strategy)?;
+        rows_within_on_all(bytes, most, &rank, |rows| {
+            let own = RankMemory::of(&mut model, 2, batch(rows * pieces), &loss)?.total();
+            Ok(rank.all_reduce(vec![own as u64], ReduceOp::Sum)?[0] as usize)
+        })
+    })?;
+    Ok(known[0])
 }
 
 /// The most rows, at most `most`, that go through every layer at once on each replica. `known` says how many of so many are known

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::flags::Axes;
 use super::memory::Memory;
+use super::progress::Seconds;
 use super::usage::{Communication, Pipeline};
 
 /// What came of a training.
@@ -26,6 +27,8 @@ pub struct Figures {
     pub tokens: usize,
     /// The time that the steps took.
     pub elapsed: Duration,
+    /// What each step of this run took.
+    pub seconds: Seconds,
     /// What the rank communicated in all steps.
     pub counters: StepCounters,
     /// How the pipeline was used, if the layers are on several ranks.
@@ -41,6 +44,10 @@ pub struct Json<'a> {
     #[serde(skip_serializing_if = "<[f64]>::is_empty")]
     grad_norms: &'a [f64],
     tokens_per_second: f64,
+    seconds_to_first_step: f64,
+    step_seconds: &'a [f64],
+    #[serde(skip_serializing_if = "<[f64]>::is_empty")]
+    step_processor_seconds: &'a [f64],
     axes: BTreeMap<&'static str, usize>,
     bytes_sent_per_step: f64,
     calls_per_step: f64,
@@ -63,6 +70,9 @@ impl Figures {
             losses: &self.losses,
             grad_norms: &self.grad_norms,
             tokens_per_second: self.tokens_per_second(),
+            seconds_to_first_step: self.seconds.before,
+            step_seconds: &self.seconds.steps,
+            step_processor_seconds: &self.seconds.processor,
             axes: BTreeMap::from([("dp", dp), ("pp", pp), ("tp", tp)]),
             bytes_sent_per_step: communication.bytes(),
             calls_per_step: communication.calls(),

@@ -4,6 +4,8 @@ use std::error::Error;
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use burn_parallel::launch::StopSignal;
 
@@ -11,6 +13,9 @@ use super::flags::one_line;
 
 /// The name of the program.
 pub const NAME: &str = env!("CARGO_CRATE_NAME");
+
+/// When it was started.
+static STARTED: OnceLock<Instant> = OnceLock::new();
 
 /// How a training has ended.
 pub enum Ended<T> {
@@ -39,6 +44,7 @@ pub fn run<A>(
     args: Result<A, clap::Error>,
     program: impl FnOnce(&A) -> Result<Option<StopSignal>, Failure>,
 ) -> ExitCode {
+    STARTED.get_or_init(Instant::now);
     // Ranks that were lost and started again are a warning.
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
     let args = match args {
@@ -58,6 +64,11 @@ pub fn run<A>(
             _ => fail(1, why),
         },
     }
+}
+
+/// For how long the program has been running.
+pub fn running() -> Duration {
+    STARTED.get().map_or(Duration::ZERO, Instant::elapsed)
 }
 
 /// Writes what a run tells at its end. That nobody reads it is no failure.

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 
+use super::program::running;
+
 /// Without a terminal, a line appears this often.
 const EVERY: Duration = Duration::from_secs(5);
 
@@ -13,8 +15,25 @@ pub struct Progress {
     shown: Option<Shown>,
     steps: usize,
     tokens: usize,
+    /// How long the program had been running when it began.
+    before: Duration,
     started: Instant,
+    /// How long each step took.
+    seconds: Vec<f64>,
+    /// The processor time of this process before the first step and after each, where the system tells.
+    processor: Vec<f64>,
     spoke: Option<Instant>,
+}
+
+/// What steps took, in seconds.
+#[derive(Clone, Debug, Default)]
+pub struct Seconds {
+    /// From the start of the program to the first step.
+    pub before: f64,
+    /// Each step.
+    pub steps: Vec<f64>,
+    /// The processor time of each step, of all ranks in this process together; none where the system does not tell.
+    pub processor: Vec<f64>,
 }
 
 enum Shown {
@@ -34,7 +53,23 @@ impl Progress {
             let bar = ProgressBar::new(steps as u64).with_finish(ProgressFinish::Abandon);
             Shown::Bar(bar.with_style(style.unwrap_or(ProgressStyle::default_bar())))
         });
-        Self { shown, steps, tokens: 0, started: Instant::now(), spoke: None }
+        let (before, started) = (running(), Instant::now());
+        Self {
+            shown,
+            steps,
+            tokens: 0,
+            before,
+            started,
+            seconds: Vec::new(),
+            processor: processor().into_iter().collect(),
+            spoke: None,
+        }
+    }
+
+    /// What the steps so far took.
+    pub fn seconds(&self) -> Seconds {
+        let processor = self.processor.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        Seconds { before: self.before.as_secs_f64(), steps: self.seconds.clone(), processor }
     }
 
     /// Time since the start.
@@ -45,6 +80,8 @@ impl Progress {
     /// Tells of a step: its tokens over all ranks, and whatever `what` says, given the time so far.
     pub fn step(&mut self, step: usize, tokens: usize, what: impl FnOnce(Duration) -> String) {
         self.tokens += tokens;
+        self.seconds.push(self.elapsed().as_secs_f64() - self.seconds.iter().sum::<f64>());
+        self.processor.extend(processor());
         let Some(shown) = &self.shown else { return };
         let done = step + 1;
         let due = || done == self.steps || self.spoke.is_none_or(|at| at.elapsed() >= EVERY);
@@ -68,4 +105,13 @@ impl Progress {
             }
         }
     }
+}
+
+/// The processor time that this process has taken, in seconds, on Linux.
+fn processor() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // Behind the name of the program, which may hold anything: fields 14 and 15 of all, in hundredths of a second.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let mut ticks = || fields.next()?.parse::<f64>().ok();
+    Some((ticks()? + ticks()?) / 100.0)
 }

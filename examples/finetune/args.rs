@@ -1,6 +1,7 @@
 //! The command line: what it takes, and which of it makes no sense.
 
 use std::path::{Path, PathBuf};
+use std::{fs, io, process};
 
 use burn::tensor::{DType, Device};
 use burn_parallel::prelude::*;
@@ -299,7 +300,7 @@ impl Args {
         }
         let micro = flags.micro_batch.unwrap_or(if pp == 1 { share } else { (share / (4 * pp)).max(1) });
         let plan = if tp == 1 { Plan::new() } else { directory::plan() };
-        let strategy = flags.growth.strategy(flags.mesh.strategy(mesh, plan, share.div_ceil(micro))?)?;
+        let strategy = flags.growth.strategy(flags.mesh.strategy(mesh, plan, share.div_ceil(micro))?);
         let rows = match &strategy.pipeline {
             Some(pipeline) if pp > 1 => share.max(pipeline.micro_batches),
             _ => micro,
@@ -344,7 +345,7 @@ impl Args {
                 None => Length::Epochs(flags.epochs),
             },
             lr: flags.lr,
-            warmup: flags.warmup,
+            warmup: if kept { flags.warmup } else { 0 },
             scheduler: flags.scheduler,
             weight_decay: flags.weight_decay,
             clip: flags.clip,
@@ -397,9 +398,15 @@ impl Args {
     }
 }
 
-/// Whether there is what is to be resumed, and no model of another run where this one's is to be.
+/// Whether there is what is to be resumed, and room where the outcome is to be, with no model of another run.
 fn places(save: Option<&Path>, resume: Option<&Path>) -> Result<(), String> {
-    if let Some(dir) = resume.filter(|dir| save != Some(*dir) && !dir.join("checkpoints").is_dir()) {
+    let has_checkpoints = |dir: &&Path| {
+        let found = fs::read_dir(dir.join("checkpoints"));
+        found.is_ok_and(|mut found| {
+            found.any(|it| it.is_ok_and(|it| it.file_name().to_string_lossy().starts_with("step-")))
+        })
+    };
+    if let Some(dir) = resume.filter(|dir| save != Some(*dir) && !has_checkpoints(dir)) {
         return Err(format!("--resume {}: there are no checkpoints", dir.display()));
     }
     let Some(dir) = save else { return Ok(()) };
@@ -407,12 +414,18 @@ fn places(save: Option<&Path>, resume: Option<&Path>) -> Result<(), String> {
         return Err(format!("--save {}: it is not a directory", dir.display()));
     }
     let taken = ["model", "adapter", "checkpoints"].into_iter().find(|name| dir.join(name).exists());
-    match taken.filter(|_| resume != Some(dir)) {
-        Some(name) => {
-            Err(format!("--save {0}: there is a {name} already: give --resume {0} too, or another", dir.display()))
-        }
-        None => Ok(()),
+    if let Some(name) = taken.filter(|_| resume != Some(dir)) {
+        return Err(format!("--save {0}: there is a {name} already: give --resume {0} too, or another", dir.display()));
     }
+    // Found out before the training, not after it; what is made for that is taken away.
+    let made: Vec<&Path> = dir.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists()).collect();
+    let wrong = |why: io::Error| format!("--save {}: {why}", dir.display());
+    fs::create_dir_all(dir).map_err(wrong)?;
+    let trial = dir.join(format!(".trial-{}", process::id()));
+    let written = fs::write(&trial, "").and_then(|()| fs::remove_file(&trial));
+    // Other ranks find it out as well.
+    made.iter().for_each(|dir| drop(fs::remove_dir(dir)));
+    written.map_err(wrong)
 }
 
 fn none_up_to<const MOST: usize>(value: &str) -> Result<usize, String> {

@@ -48,7 +48,13 @@ impl Input {
                 _ => Ok(tokens),
             }
         });
-        Ok(Self { data, eval, prompt: prompt.transpose()?, reading, parameters })
+        let input = Self { data, eval, prompt: prompt.transpose()?, reading, parameters };
+        match (args.warmup, input.steps(args)) {
+            (warmup, steps) if warmup > steps => {
+                Err(format!("--warmup {warmup} is more than the {steps} steps of the whole run"))
+            }
+            _ => Ok(input),
+        }
     }
 
     /// The row before which the run ends.
@@ -82,13 +88,17 @@ impl Input {
     }
 }
 
-/// Makes sure that the weights in the directory are those of the model that its config describes, and counts them.
-/// Nothing of them is read.
+/// Makes sure that the model can be split as it is to be, and that the weights in the directory are those of the model that its
+/// config describes, and counts them. Nothing of them is read.
 fn weights(args: &Args) -> Result<usize, String> {
     let dir = args.model.display();
     let wrong = |why: String| format!("{dir}: {}", why.replace('\n', " "));
     let weights = hf::open(&args.model).map_err(|why| wrong(why.to_string()))?;
     let model = args.config.init(&Device::flex());
+    if args.axes.tp > 1 {
+        let split = args.strategy.tensor.plan.table(&model, args.axes.tp);
+        split.map_err(|why| format!("--tp {}: {}", args.axes.tp, why.to_string().replace('\n', " ")))?;
+    }
     let compared = hf::compare(&model, &weights, &Mapping::llama()).map_err(|why| wrong(why.to_string()))?;
     if let Some(unfit) = compared.unfit.first() {
         return Err(wrong(format!("{} does not fit {}: {}", unfit.tensors.join(", "), unfit.path, unfit.problem)));

@@ -102,13 +102,13 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
         }
     }
     saving.end()?;
-    let (elapsed, counters) = (progress.elapsed(), run.model.counters() - wrapping);
+    let (elapsed, seconds, counters) = (progress.elapsed(), progress.seconds(), run.model.counters() - wrapping);
     let (pipeline, memory) = (pipeline.of(&args.strategy)?, memory.with_optimizer(&run.optim)?);
     write(&run.model, &world, args)?;
     let sample = sample(&run.model, args, input, &device)?;
     let Run { losses, grad_norms, held_out, batch, .. } = run;
     let steps = steps.saturating_sub(begun);
-    let figures = Figures { steps, losses, grad_norms, tokens, elapsed, counters, pipeline, memory };
+    let figures = Figures { steps, losses, grad_norms, tokens, elapsed, seconds, counters, pipeline, memory };
     Ok(Ended::Complete(Outcome { figures, parameters: input.parameters, held_out, sample, batch }))
 }
 

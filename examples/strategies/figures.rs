@@ -26,13 +26,8 @@ struct Figure {
 pub fn draw(curves: &[Curve], seq: usize, out: &Path) -> Drawn {
     let figures = [
         Figure { file: "loss-by-step.svg", x: "step", y: "loss, nats per byte", at: |p| Some((p.step as f64, p.loss)) },
-        Figure { file: "loss-by-token.svg", x: "tokens", y: "loss, nats per byte", at: |p| Some((p.tokens, p.loss)) },
-        Figure {
-            file: "loss-by-second.svg",
-            x: "seconds",
-            y: "loss, nats per byte",
-            at: |p| Some((p.seconds, p.loss)),
-        },
+        Figure { file: "loss-by-token.svg", x: "token", y: "loss, nats per byte", at: |p| Some((p.tokens, p.loss)) },
+        Figure { file: "loss-by-second.svg", x: "second", y: "loss, nats per byte", at: |p| Some((p.seconds, p.loss)) },
         Figure {
             file: "noise-scale.svg",
             x: "tokens",
@@ -63,15 +58,25 @@ pub fn draw(curves: &[Curve], seq: usize, out: &Path) -> Drawn {
 fn gap(curves: &[Curve], path: &Path) -> Drawn {
     let root = SVGBackend::new(path, (720, 420)).into_drawing_area();
     root.fill(&WHITE)?;
-    let points: Vec<(f64, f64)> =
-        curves.iter().map(|curve| (curve.rows as f64, curve.held_out - curve.learned)).collect();
+    let sizes = sizes(curves);
+    let place = |rows: usize| sizes.iter().position(|size| *size == rows).unwrap_or(0);
+    let points: Vec<(usize, f64)> =
+        curves.iter().map(|curve| (place(curve.rows), curve.held_out - curve.learned)).collect();
     let (least, most) = bounds(points.iter().map(|point| point.1));
-    let (small, large) = bounds(points.iter().map(|point| point.0));
     let margin = (most - least).max(0.01) * 0.2;
     let mut chart = builder(&root, "loss on held-out text less loss on learned text, one point a seed")
-        .build_cartesian_2d((small / 1.5..large * 1.5).log_scale(), least - margin..most + margin)?;
-    chart.configure_mesh().x_desc("rows of a step").y_desc("gap, nats per byte").draw()?;
-    chart.draw_series(points.iter().map(|point| Circle::new(*point, 4, COLOURS[0].filled())))?;
+        .build_cartesian_2d(-0.5..sizes.len() as f64 - 0.5, least - margin..most + margin)?;
+    // One tick for each size, in the middle of its points.
+    let name = |x: &f64| match x.fract() == 0.0 && *x >= 0.0 {
+        true => sizes.get(*x as usize).map_or(String::new(), usize::to_string),
+        false => String::new(),
+    };
+    let mut mesh = chart.configure_mesh();
+    mesh.light_line_style(WHITE).x_desc("rows of a step").y_desc("gap, nats per byte").x_labels(2 * sizes.len() + 1);
+    mesh.x_label_formatter(&name).y_labels(6).disable_x_mesh().draw()?;
+    let colour = |place: usize| COLOURS[place % COLOURS.len()];
+    let circle = |(place, gap): &(usize, f64)| Circle::new((*place as f64, *gap), 4, colour(*place).filled());
+    chart.draw_series(points.iter().map(circle))?;
     root.present()?;
     Ok(())
 }
@@ -82,12 +87,26 @@ struct Line {
     points: Vec<(f64, f64)>,
 }
 
-fn lines(curves: &[Curve], at: fn(&Point) -> Option<(f64, f64)>) -> Vec<Line> {
+/// The rows of a step that there are curves of.
+fn sizes(curves: &[Curve]) -> Vec<usize> {
     let mut sizes: Vec<usize> = curves.iter().map(|curve| curve.rows).collect();
     sizes.sort_unstable();
     sizes.dedup();
+    sizes
+}
+
+/// A number without what does not tell anything.
+fn short(number: &f64) -> String {
+    match number.abs() {
+        size if size >= 10_000.0 => format!("{:.0} 000", number / 1000.0),
+        size if size >= 10.0 || size == 0.0 => format!("{number:.0}"),
+        _ => format!("{number:.1}"),
+    }
+}
+
+fn lines(curves: &[Curve], at: fn(&Point) -> Option<(f64, f64)>) -> Vec<Line> {
     let mut lines: Vec<Line> = Vec::new();
-    for (place, rows) in sizes.into_iter().enumerate() {
+    for (place, rows) in sizes(curves).into_iter().enumerate() {
         let colour = COLOURS[place % COLOURS.len()];
         let of_size = curves.iter().filter(|curve| curve.rows == rows);
         lines.extend(of_size.map(|curve| Line { rows, colour, points: curve.points.iter().filter_map(at).collect() }));
@@ -127,7 +146,9 @@ fn plot<'a, 'b: 'a, Y>(
 where
     Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
 {
-    chart.configure_mesh().light_line_style(WHITE).x_desc(x).y_desc(y).x_labels(6).y_labels(6).draw()?;
+    let mut mesh = chart.configure_mesh();
+    mesh.light_line_style(WHITE).x_desc(x).y_desc(y).x_labels(6).y_labels(6);
+    mesh.x_label_formatter(&short).y_label_formatter(&short).draw()?;
     let mut named = Vec::new();
     for line in lines {
         let path = PathElement::new(line.points.clone(), line.colour.stroke_width(2));

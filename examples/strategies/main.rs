@@ -9,7 +9,8 @@ mod figures;
 #[path = "../train_lm/gpt.rs"]
 #[allow(dead_code)]
 mod gpt;
-mod held;
+#[path = "../common/memory.rs"]
+mod memory;
 mod strategies;
 #[path = "../train_lm/text.rs"]
 #[allow(dead_code)]

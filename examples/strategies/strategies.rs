@@ -4,12 +4,13 @@ use std::fmt::Write as _;
 use std::time::Instant;
 
 use burn::module::Module;
+use burn_parallel::batch::RankMemory;
 use burn_parallel::comm::Tally;
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use burn_parallel::train::Clip;
 
-use crate::held;
+use crate::memory::{Memory, Peak};
 use crate::text::tensors;
 use crate::training::{Sizes, loss, model, optimizer, settings};
 
@@ -19,8 +20,10 @@ const STEPS: usize = 4;
 
 /// What the first rank saw.
 struct Seen {
-    /// Parameters, gradients, state of the optimizer, in bytes.
-    held: [usize; 3],
+    /// What it holds, and what a step needs beside that, on average of the ranks.
+    memory: Memory,
+    /// What a step is known to need before it has run.
+    known: usize,
     sent: u64,
     calls: u64,
     idle: Option<f64>,
@@ -57,11 +60,12 @@ pub fn measure(sizes: &Sizes) -> Result<String, Error> {
         }
     }
     let mut table = String::from(
-        "| two ranks | parameters | gradients | optimizer | sent and received a step | calls | step, over two that do not talk \
-         (least to most) | idle |\n|---|---|---|---|---|---|---|---|\n",
+        "| two ranks | parameters | gradients | optimizer | more at the peak of a step | known before | sent and received a step | calls \
+         | step, over two that do not talk (least to most) | idle |\n|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for (place, (name, ..)) in strategies.iter().enumerate() {
-        let Seen { held: [parameters, gradients, optimizer], sent, calls, idle, .. } = &seen[place][0];
+        let Seen { memory, known, sent, calls, idle, .. } = &seen[place][0];
+        let Memory { parameters, gradients, optimizer, step } = memory;
         let mut ratios: Vec<f64> =
             seen[place].iter().zip(&seen[0]).map(|(mine, alone)| mine.seconds / alone.seconds).collect();
         ratios.sort_by(f64::total_cmp);
@@ -69,7 +73,7 @@ pub fn measure(sizes: &Sizes) -> Result<String, Error> {
         let idle = idle.map_or("-".into(), |idle| format!("{:.0} %", 100.0 * idle));
         let _ = writeln!(
             table,
-            "| {name} | {parameters} | {gradients} | {optimizer} | {sent} | {calls} | {median:.2} ({least:.2} to {most:.2}) | {idle} |"
+            "| {name} | {parameters} | {gradients} | {optimizer} | {step} | {known} | {sent} | {calls} | {median:.2} ({least:.2} to {most:.2}) | {idle} |"
         );
     }
     let parameters = model(sizes.wide, sizes.seq, 0).num_params();
@@ -98,13 +102,18 @@ fn steps(sizes: &Sizes, strategy: Option<&Strategy>, replicas: usize, norm: bool
         let share = ROWS / replicas;
         let start = if replicas == 2 { rank.rank() * share } else { 0 };
         let batch = || tensors(&rows[start..start + share], &device);
-        let (mut held, mut idle, mut began, mut before) = ([0; 3], Vec::new(), Instant::now(), model.counters());
+        let known = RankMemory::of(&mut model, 2, batch(), loss)?.step;
+        let known = rank.all_reduce(vec![known as u64], ReduceOp::Sum)?[0] as usize / 2;
+        let (mut memory, mut idle) = (Memory::default(), Vec::new());
+        let (mut began, mut before) = (Instant::now(), model.counters());
         for number in 0..STEPS + 2 {
             if number == 2 {
                 rank.barrier()?;
                 (began, before) = (Instant::now(), model.counters());
             }
+            let peak = if number == 1 { Some(Peak::begin(&rank)?) } else { None };
             let mut step = model.step(batch(), loss)?;
+            let most = peak.map_or(Ok(0), |peak| peak.end(&rank, 2))?;
             if norm {
                 step = step.clip_grad_norm(&model, Clip::never())?;
             }
@@ -112,17 +121,16 @@ fn steps(sizes: &Sizes, strategy: Option<&Strategy>, replicas: usize, norm: bool
                 idle.extend(step.runs.iter().map(|run| run.idle_share));
             }
             if number == 1 {
-                let [parameters, gradients] = held::of_step(&model, &step.grads);
-                held = [parameters, gradients, 0];
+                memory = Memory { step: most, ..Memory::of_step(&model, &step.grads) };
             }
             model = model.optimize(&mut optim, settings.lr, step)?;
         }
         rank.barrier()?;
         let seconds = began.elapsed().as_secs_f64() / STEPS as f64;
-        held[2] = held::of_optimizer(&optim)?;
+        let memory = memory.with_optimizer(&optim)?;
         let Tally { bytes, calls, .. } = (model.counters() - before).total().total();
         let idle = (!idle.is_empty()).then(|| idle.iter().sum::<f64>() / idle.len() as f64);
-        Ok(Seen { held, sent: bytes / STEPS as u64, calls: calls / STEPS as u64, idle, seconds })
+        Ok(Seen { memory, known, sent: bytes / STEPS as u64, calls: calls / STEPS as u64, idle, seconds })
     })?;
     Ok(seen.swap_remove(0))
 }

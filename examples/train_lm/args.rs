@@ -182,7 +182,7 @@ impl Args {
         }
 
         let micro_batches = flags.micro_batches.unwrap_or((4 * pp).min(rows));
-        let strategy = flags.growth.strategy(flags.mesh.strategy(mesh, Plan::megatron(), micro_batches)?)?;
+        let strategy = flags.growth.strategy(flags.mesh.strategy(mesh, Plan::megatron(), micro_batches)?);
         // A trial leaves nothing behind.
         let kept = trial.is_none() || !auto;
         Ok(Self {

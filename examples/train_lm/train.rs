@@ -102,11 +102,11 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
     }
     saving.end()?;
     let Run { model, optim, losses, grad_norms, batch, .. } = run;
-    let (elapsed, counters) = (progress.elapsed(), model.counters() - wrapping);
+    let (elapsed, seconds, counters) = (progress.elapsed(), progress.seconds(), model.counters() - wrapping);
     let steps = args.steps.saturating_sub(first);
     let pipeline = pipeline.of(&args.strategy)?;
     let memory = memory.with_optimizer(&optim)?;
-    let figures = Figures { steps, losses, grad_norms, tokens, elapsed, counters, pipeline, memory };
+    let figures = Figures { steps, losses, grad_norms, tokens, elapsed, seconds, counters, pipeline, memory };
     Ok(Ended::Complete(Outcome { model: model.assemble()?, figures, batch }))
 }
 

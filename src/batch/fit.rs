@@ -1,5 +1,6 @@
 //! The largest micro-batch that fits into memory.
 
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::module::Module;
@@ -7,7 +8,7 @@ use burn::module::Module;
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp, panic_message};
 use crate::graph::{CustomOps, Executor, TensorTree, capture_step};
-use crate::params::visit_params;
+use crate::params::{ShardedIds, visit_params};
 use crate::step::Loss;
 
 /// What came of trying a number of rows.
@@ -46,16 +47,27 @@ where
     Ok(Executor::new(graph, CustomOps::default())?.memory().peak)
 }
 
-/// The bytes of a model and of the moments of its optimizer, of which Adam has 2 for each parameter, SGD with momentum
-/// 1.
+/// The bytes of a model and of the moments of its optimizer, of which Adam has 2 for each parameter that is trained, SGD
+/// with momentum 1.
 pub fn model_memory<M: Module>(model: &M, moments: usize) -> usize {
-    let (mut seen, mut bytes) = (std::collections::HashSet::new(), 0);
+    let [all, trained] = held(model);
+    all + moments * trained
+}
+
+/// The bytes of all parameters and running statistics of a module, and of those that are trained. Lazy ones count as
+/// trained: their settings show when they are made.
+pub(super) fn held<M: Module>(model: &M) -> [usize; 2] {
+    // What stands for a parameter that replicas divide holds one element; the rows come behind it.
+    let mut seen: HashSet<_> = ShardedIds::of(model).stand_ins;
+    let mut bytes = [0, 0];
     visit_params(model, &mut |param| {
         if seen.insert(param.id()) {
-            bytes += param.dims().iter().product::<usize>() * param.dtype().size();
+            let own = param.dims().iter().product::<usize>() * param.dtype().size();
+            let trained = param.is_float() && (param.is_lazy() || param.is_trained());
+            bytes = [bytes[0] + own, bytes[1] + if trained { own } else { 0 }];
         }
     });
-    bytes * (1 + moments)
+    bytes
 }
 
 /// The largest number of rows, at most `most`, that is known to need no more than `budget` bytes; 0 if one row needs
@@ -85,16 +97,22 @@ pub fn rows_within(
     most: usize,
     mut memory: impl FnMut(usize) -> Result<usize, Error>,
 ) -> Result<usize, Error> {
-    let (mut fits, mut beyond) = (0, most.saturating_add(1));
-    while fits + 1 < beyond {
-        // The most first: it may be all that is asked for.
-        let rows = if fits == 0 && beyond == most.saturating_add(1) { most } else { fits + (beyond - fits) / 2 };
-        match memory(rows)? as u64 <= budget {
-            true => fits = rows,
-            false => beyond = rows,
+    bisect(most, |rows| Ok(memory(rows)? as u64 <= budget))
+}
+
+/// The largest number, at most `most`, of which `fits` holds, which holds of all smaller ones too; 0 if it holds of none.
+pub(super) fn bisect(most: usize, mut fits: impl FnMut(usize) -> Result<bool, Error>) -> Result<usize, Error> {
+    let (mut known, mut beyond) = (0, most.saturating_add(1));
+    // The most first: it may be all that is asked for.
+    let mut next = most;
+    while known + 1 < beyond {
+        match fits(next)? {
+            true => known = next,
+            false => beyond = next,
         }
+        next = known + (beyond - known) / 2;
     }
-    Ok(fits)
+    Ok(known)
 }
 
 /// The largest number of rows, at most `most`, that goes through on all ranks of a group: `most` first, then by
@@ -112,10 +130,9 @@ pub fn largest_that_fits(
     group: &Communicator,
     mut try_rows: impl FnMut(usize) -> Result<Trial, Error>,
 ) -> Result<Fit, Error> {
-    let (mut tried, mut fits, mut beyond) = (Vec::new(), 0, most.saturating_add(1));
+    let mut tried = Vec::new();
     let mut reason = String::new();
-    while fits + 1 < beyond {
-        let rows = if tried.is_empty() { most } else { fits + (beyond - fits) / 2 };
+    let fits = bisect(most, |rows| {
         let mine = match try_rows(rows)? {
             Trial::Fits => 1u64,
             Trial::TooLarge(said) => {
@@ -125,11 +142,8 @@ pub fn largest_that_fits(
         };
         let all = group.all_reduce(vec![mine], ReduceOp::Min)?[0] == 1;
         tried.push((rows, all));
-        match all {
-            true => fits = rows,
-            false => beyond = rows,
-        }
-    }
+        Ok(all)
+    })?;
     if fits > 0 {
         return Ok(Fit { rows: fits, tried });
     }

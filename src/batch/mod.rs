@@ -4,7 +4,8 @@
 //! [`BatchSplit`] divides it. Two numbers bound its size:
 //!
 //! - **What fits** into the memory of a rank bounds the micro-batch. What a captured step needs is known without
-//!   running it ([`step_memory`], [`rows_within`]); then it is tried ([`largest_that_fits`], by [`try_step`] on devices
+//!   running it, of a whole model ([`step_memory`], [`rows_within`]) and of each rank's part of one that is spread over
+//!   ranks ([`RankMemory`], [`rows_within_on_all`]); then it is tried ([`largest_that_fits`], by [`try_step`] on devices
 //!   and [`try_in_child`] on CPUs, within the [`MemoryBudget`] of the system). A larger micro-batch keeps a processor
 //!   busier; beyond that it makes no difference, since accumulation trains the same.
 //! - **The critical batch size** bounds the global batch: beyond it a larger batch costs more data for the same loss,
@@ -21,6 +22,7 @@ mod fit;
 mod grow;
 mod learning_rate;
 mod noise_scale;
+mod rank_memory;
 mod split;
 
 pub use crate::step::{GradientNoise, NoNoise};
@@ -31,4 +33,5 @@ pub use fit::{Fit, Trial, largest_that_fits, model_memory, rows_within, step_mem
 pub use grow::GrowBatch;
 pub use learning_rate::{AdamSettings, sgd_learning_rate, warm_up};
 pub use noise_scale::NoiseScale;
+pub use rank_memory::{RankMemory, rows_within_on_all};
 pub use split::BatchSplit;

@@ -11,13 +11,16 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Gradients, Tensor};
 
 use super::batch_norm::SyncBatchNorm;
-use super::gathered::{Gatherer, assemble, shards_of};
+use super::gathered::{Gatherer, assemble, hollow, shards_of};
 use super::hook::{HookGroup, detach, listening};
 use super::reducer::Reducer;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::delegate::module_of_field;
-use crate::graph::{CheckedOptimizers, ClipRecord, GradientLayout, GradientSink, MicroBatch, SplitParam, StepEngine};
+use crate::graph::{
+    CheckedOptimizers, ClipRecord, CustomOps, Executor, GradientLayout, GradientSink, MicroBatch, SplitParam,
+    StepEngine, capture_step,
+};
 use crate::params::{self, ParamSlice, ShardedIds, SliceSource};
 use crate::sharding::Rows;
 use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
@@ -198,6 +201,23 @@ impl<M: Module> StepEngine for Eager<M> {
         let (inputs, rows) = rows(inputs)?;
         let loss = self.forward_gathering(|| step.call(&self.module, inputs))?;
         self.backward(loss, rows, unit, sink)
+    }
+
+    /// That of the captured step, which frees as early as can be.
+    fn step_memory<I: TensorTree + Clone>(
+        &mut self,
+        inputs: I,
+        mut step: StepFn<'_, M, I>,
+        keeps: bool,
+    ) -> Result<usize, Error> {
+        let module = match &self.gatherer {
+            Some(gatherer) => hollow(&self.module, gatherer),
+            None => self.module.clone(),
+        };
+        let whole = params::meta_module(&module, &|_, _| None);
+        let graph = capture_step(&whole, inputs, |model: &M, inputs| step.call(model, inputs))?;
+        let executor = Executor::new(graph, CustomOps::default())?;
+        Ok(if keeps { executor.memory().peak } else { executor.memory_giving() })
     }
 
     fn forward<I, F, O>(&self, inputs: I, mut forward: F) -> Result<O, Error>

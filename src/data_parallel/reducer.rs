@@ -154,6 +154,12 @@ impl Reducer {
         self.shards.as_ref()
     }
 
+    /// The bytes of this rank's rows of all gradients.
+    pub fn gradient_rows(&self) -> usize {
+        let bytes: usize = self.known().params.iter().map(|param| param.elements * param.dtype.size()).sum();
+        bytes.div_ceil(self.shards.as_ref().map_or(1, ShardComms::ranks))
+    }
+
     /// What the replicas divide among themselves.
     pub fn sharding(&self) -> Sharding {
         self.shards.as_ref().map_or(Sharding::None, |_| self.config.sharding)

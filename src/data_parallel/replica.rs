@@ -226,6 +226,19 @@ impl<E: StepEngine> Replica<E> {
         Ok(())
     }
 
+    /// The most bytes that a step of such inputs has alive on this rank beside parameters and inputs. Collective.
+    pub(crate) fn step_memory<I: TensorTree + Clone>(
+        &mut self,
+        inputs: I,
+        mut step: StepFn<'_, E::Model, I>,
+    ) -> Result<usize, Error> {
+        self.prepare(inputs.clone(), step.again())?;
+        // Replicas that divide gradients scatter them as they come, and keep their rows.
+        let rows = self.reducer().filter(|reducer| reducer.sharding() >= Sharding::Gradients);
+        let rows = rows.map(|reducer| reducer.gradient_rows());
+        Ok(self.engine.step_memory(inputs, step, rows.is_none())? + rows.unwrap_or(0))
+    }
+
     /// Runs forward and backward on every micro-batch and averages over all of them and over the group.
     pub(crate) fn run<I: TensorTree + Clone>(
         &mut self,

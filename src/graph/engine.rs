@@ -92,6 +92,18 @@ pub trait StepEngine: Module {
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatch, Error>;
 
+    /// The most bytes that a step of such inputs has alive on this rank beside parameters and inputs, as far as that is
+    /// known without running it. Without `keeps` gradients leave as they come. Collective.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    fn step_memory<I: TensorTree + Clone>(
+        &mut self,
+        inputs: I,
+        step: StepFn<'_, Self::Model, I>,
+        keeps: bool,
+    ) -> Result<usize, Error>;
+
     /// What ranks that divide parameters or gradients by rows exchange while a micro-batch runs, as words that travel to those
     /// that have none.
     fn exchanges<I: TensorTree + Clone>(

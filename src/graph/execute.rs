@@ -13,7 +13,7 @@ use super::fused::fuses_on;
 use super::graph_error;
 use super::instruction::Instruction;
 use super::interpret::Interpreter;
-use super::liveness::{MemoryEstimate, program};
+use super::liveness::{Alive, MemoryEstimate, program};
 use super::module::{gradients_params, read_for_step, write_running_states};
 use super::origin::Origins;
 use super::results::{ResultRole, Results, StepObserver, StepOutputs, StepResult, StepValues};
@@ -87,6 +87,11 @@ impl Executor {
     /// What one step needs of memory beside parameters, inputs and constants.
     pub fn memory(&self) -> MemoryEstimate {
         MemoryEstimate::of_program(&self.program)
+    }
+
+    /// The most bytes that are alive at once, if results leave when they are given.
+    pub(crate) fn memory_giving(&self) -> usize {
+        Alive::giving().run(&self.program)
     }
 
     /// Runs one step: loss and gradients of `model` on `inputs`. Running statistics of `model` are updated as by an eager
@@ -299,14 +304,14 @@ impl Executor {
             self.position = position;
             match action {
                 Instruction::Run(op) => {
-                    interpreter.run(OperationIr::clone(op));
+                    interpreter.run(OperationIr::clone(op))?;
                     if matches!(**op, OperationIr::Custom(_))
                         && let Some(error) = self.ops.take_error()
                     {
                         return Err(error);
                     }
                 }
-                Instruction::Free(tensor) => interpreter.run(OperationIr::Drop(tensor.clone())),
+                Instruction::Free(tensor) => interpreter.run(OperationIr::Drop(tensor.clone()))?,
                 Instruction::Output(tensor) => {
                     let value = interpreter.get(tensor)?;
                     let meanings = self.role.get(&tensor.id).map_or(&[][..], Vec::as_slice);

@@ -28,39 +28,89 @@ impl MemoryEstimate {
     }
 
     pub(crate) fn of_program(program: &[Instruction]) -> Self {
-        Self::of(program.iter().map(|action| match action {
-            Instruction::Run(op) => MemoryEvent::Run(op),
-            Instruction::Free(tensor) => MemoryEvent::Free(tensor.id),
-            // A result stays alive with the caller.
-            Instruction::Output(_) => MemoryEvent::Nothing,
-        }))
+        let mut alive = Alive::default();
+        // A result stays alive with the caller.
+        let peak = alive.run(program);
+        Self { peak, left_over: alive.bytes() }
     }
 
     fn of<'a>(steps: impl Iterator<Item = MemoryEvent<'a>>) -> Self {
-        let mut alive: HashMap<TensorId, usize> = HashMap::new();
-        let (mut now, mut peak) = (0, 0);
-        for step in steps {
-            match step {
-                MemoryEvent::Nothing => {}
-                MemoryEvent::Free(id) => now -= alive.remove(&id).unwrap_or(0),
-                MemoryEvent::Run(op) => {
-                    // Their memory goes on as that of results.
-                    for id in taken(op) {
-                        now -= alive.remove(&id).unwrap_or(0);
-                    }
-                    for out in op.outputs() {
-                        let bytes = out.shape.num_elements() * out.dtype.size();
-                        now += bytes;
-                        now -= alive.insert(out.id, bytes).unwrap_or(0);
-                    }
-                    peak = peak.max(now);
-                    for input in op.inputs().filter(|input| input.status == TensorStatus::ReadWrite) {
-                        now -= alive.remove(&input.id).unwrap_or(0);
-                    }
+        let mut alive = Alive::default();
+        let peak = steps.map(|step| alive.take(step)).max().unwrap_or(0);
+        Self { peak, left_over: alive.bytes() }
+    }
+}
+
+/// The tensors that are alive while programs run, one after the other.
+#[derive(Debug, Default)]
+pub(crate) struct Alive {
+    tensors: HashMap<TensorId, usize>,
+    now: usize,
+    /// Whether results leave when they are given.
+    gives: bool,
+}
+
+impl Alive {
+    /// Counts no result from when it is given and not read any more.
+    pub(crate) fn giving() -> Self {
+        Self { gives: true, ..Self::default() }
+    }
+
+    /// How many bytes there are.
+    pub(crate) fn bytes(&self) -> usize {
+        self.now
+    }
+
+    /// Takes in tensors that came from elsewhere.
+    pub(crate) fn bind(&mut self, tensors: &[TensorIr]) {
+        tensors.iter().for_each(|tensor| self.add(tensor));
+    }
+
+    /// Runs a program. Returns the most bytes that there are meanwhile.
+    pub(crate) fn run(&mut self, program: &[Instruction]) -> usize {
+        let mut peak = self.now;
+        for action in program {
+            let event = match action {
+                Instruction::Run(op) => MemoryEvent::Run(op),
+                Instruction::Free(tensor) => MemoryEvent::Free(tensor.id),
+                Instruction::Output(tensor) if self.gives && tensor.status == TensorStatus::ReadWrite => {
+                    MemoryEvent::Free(tensor.id)
                 }
+                Instruction::Output(_) => MemoryEvent::Nothing,
+            };
+            peak = peak.max(self.take(event));
+        }
+        peak
+    }
+
+    fn add(&mut self, tensor: &TensorIr) {
+        let bytes = tensor.shape.num_elements() * tensor.dtype.size();
+        self.now += bytes;
+        self.now -= self.tensors.insert(tensor.id, bytes).unwrap_or(0);
+    }
+
+    fn remove(&mut self, id: &TensorId) {
+        self.now -= self.tensors.remove(id).unwrap_or(0);
+    }
+
+    /// Takes in an event. Returns the most bytes that there are meanwhile.
+    fn take(&mut self, event: MemoryEvent<'_>) -> usize {
+        match event {
+            MemoryEvent::Nothing => self.now,
+            MemoryEvent::Free(id) => {
+                self.remove(&id);
+                self.now
+            }
+            MemoryEvent::Run(op) => {
+                // Their memory goes on as that of results.
+                taken(op).into_iter().for_each(|id| self.remove(&id));
+                op.outputs().for_each(|out| self.add(out));
+                let peak = self.now;
+                let last = op.inputs().filter(|input| input.status == TensorStatus::ReadWrite);
+                last.for_each(|input| self.remove(&input.id));
+                peak
             }
         }
-        Self { peak, left_over: now }
     }
 }
 

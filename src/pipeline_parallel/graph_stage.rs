@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use burn::module::{Module, ParamId};
+use burn_ir::TensorIr;
 
 use super::schedule::{Direction, Edge};
 use super::{Forwarded, LossSum, MicroBatch, Stage, StageMessage, stage_error};
 use crate::Error;
 use crate::distribution::RowShards;
+use crate::graph::instruction::Instruction;
 use crate::graph::{RandomSource, RandomStart, graph_error};
 use crate::partition::Exchange;
 use crate::pipeline_parallel::cut::{StageRun, Tensors};
@@ -66,6 +68,27 @@ impl GraphStage {
     pub(super) fn exchanges(&self, micro_batch: usize, pass: usize) -> Vec<Exchange> {
         let run = self.sizes.get(micro_batch).and_then(|size| self.runs.get(*size));
         run.map(|run| run.exchanges(pass)).unwrap_or_default()
+    }
+
+    /// What a pass of a micro-batch runs.
+    pub(super) fn program(&self, micro_batch: usize, pass: usize) -> &[Instruction] {
+        let run = self.sizes.get(micro_batch).and_then(|size| self.runs.get(*size));
+        run.map_or(&[], |run| run.program(pass))
+    }
+
+    /// What a micro-batch receives in a direction.
+    pub(super) fn received(&self, micro_batch: usize, direction: Direction) -> Vec<TensorIr> {
+        let run = self.sizes.get(micro_batch).and_then(|size| self.runs.get(*size));
+        let routes = run.into_iter().flat_map(|run| &run.graph().receives);
+        let forward = direction == Direction::Forward;
+        let of_direction = routes.filter(|route| (route.from < route.to) == forward);
+        of_direction.flat_map(|route| route.tensors.iter().cloned()).collect()
+    }
+
+    /// The bytes of the sums of its gradients.
+    pub(super) fn gradient_bytes(&self) -> usize {
+        let bytes = |(_, tensor): &(usize, TensorIr)| tensor.shape.num_elements() * tensor.dtype.size();
+        self.runs.first().map_or(0, |run| run.graph().gradients.iter().map(bytes).sum())
     }
 
     /// Has each micro-batch draw numbers of its own.

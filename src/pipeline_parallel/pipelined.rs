@@ -263,6 +263,16 @@ impl<M: Module> StepEngine for Pipelined<M> {
         lock(&self.state).part_dims(id)
     }
 
+    /// Gradients are added up in the stages, whoever takes them then.
+    fn step_memory<I: TensorTree + Clone>(
+        &mut self,
+        inputs: I,
+        step: StepFn<'_, M, I>,
+        _keeps: bool,
+    ) -> Result<usize, Error> {
+        self.peak_of_step(inputs, step)
+    }
+
     fn exchanges<I: TensorTree + Clone>(&mut self, inputs: I, step: StepFn<'_, M, I>) -> Result<Vec<u64>, Error> {
         self.step_exchanges(inputs, step).map(|exchanges| Exchange::words(&exchanges))
     }

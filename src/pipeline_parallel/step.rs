@@ -8,6 +8,7 @@ use burn::tensor::Device;
 use super::by_rows::exchanges;
 use super::captured_step::CapturedStep;
 use super::graph_stage::{GraphStage, accumulate};
+use super::memory::peak;
 use super::pipeline::PipelineRun;
 use super::pipelined::lock;
 use super::{Pipelined, Stage, stage_error};
@@ -62,6 +63,24 @@ impl<M: Module> Pipelined<M> {
             return Err(stage_error("the step was not captured"));
         };
         Ok(exchanges(stages, &pipeline.timetable().rows()[rank]))
+    }
+
+    /// The most bytes that a step of such inputs has alive on this rank.
+    pub(super) fn peak_of_step<I: TensorTree + Clone>(
+        &mut self,
+        inputs: I,
+        step: StepFn<'_, M, I>,
+    ) -> Result<usize, Error> {
+        let state = self.state.clone();
+        let mut state = lock(&state);
+        let mut local = Some(self.local.clone());
+        let (key, _) = state.prepare(&mut local, inputs, step)?;
+        self.take(local)?;
+        let rank = state.group.rank();
+        let Some(CapturedStep { pipeline, stages, .. }) = state.steps.get_mut(&key) else {
+            return Err(stage_error("the step was not captured"));
+        };
+        Ok(peak(stages, &pipeline.timetable().rows()[rank]))
     }
 
     /// Runs a step. Returns its result, the outputs, and the gradients of the summed loss in the order of the module.

@@ -11,15 +11,13 @@ use burn::tensor::{DType, Element, bf16, f16};
 use bytemuck::Pod;
 use rayon::prelude::*;
 
+use super::{Loops, vectorized};
 use crate::Error;
 
 /// Elements of a block: some hundred KiB, which a core reads in the time that it takes to hand out work.
 const BLOCK: usize = 1 << 16;
 
 /// Sums that run side by side, so that none waits for the one before.
-const LANES: usize = 8;
-
-/// The same of a loop that does nothing but add.
 const WIDE: usize = 32;
 
 /// The sum of the squares of all elements, each divided by `unit` first. Not finite if an element is not, or if it
@@ -132,25 +130,41 @@ magnitude! {
 
 fn squares_of<E: Magnitude>(elements: &[E], unit: f64) -> f64 {
     let per_unit = 1.0 / unit;
-    let block = |block: &[E]| {
-        let mut sums = [0.0; LANES];
-        let (whole, rest) = block.as_chunks::<LANES>();
-        for some in whole {
-            for (sum, element) in sums.iter_mut().zip(some) {
-                let x = element.wide() * per_unit;
-                *sum += x * x;
-            }
-        }
-        for (sum, element) in sums.iter_mut().zip(rest) {
-            let x = element.wide() * per_unit;
-            *sum += x * x;
-        }
-        sums.iter().sum::<f64>()
+    let block = |elements: &[E]| {
+        let mut sum = 0.0;
+        vectorized(BlockSquares { elements, per_unit, sum: &mut sum });
+        sum
     };
     if elements.len() <= BLOCK {
         return block(elements);
     }
     elements.par_chunks(BLOCK).map(block).collect::<Vec<f64>>().into_iter().sum()
+}
+
+/// The sum of the squares of a block.
+struct BlockSquares<'a, E> {
+    elements: &'a [E],
+    per_unit: f64,
+    sum: &'a mut f64,
+}
+
+impl<E: Magnitude> Loops for BlockSquares<'_, E> {
+    #[inline(always)]
+    fn run(self) {
+        let mut sums = [0.0; WIDE];
+        let (whole, rest) = self.elements.as_chunks::<WIDE>();
+        for some in whole {
+            for (sum, element) in sums.iter_mut().zip(some) {
+                let x = element.wide() * self.per_unit;
+                *sum += x * x;
+            }
+        }
+        for (sum, element) in sums.iter_mut().zip(rest) {
+            let x = element.wide() * self.per_unit;
+            *sum += x * x;
+        }
+        *self.sum = sums.iter().sum();
+    }
 }
 
 fn largest_of<E: Magnitude>(elements: &[E]) -> f64 {

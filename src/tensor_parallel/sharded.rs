@@ -219,6 +219,20 @@ impl<M: Module> StepEngine for Sharded<M> {
         Ok(MicroBatch { loss: Some(units.loss(&step)), outputs: vec![step.outputs], run: None })
     }
 
+    fn step_memory<I: TensorTree + Clone>(
+        &mut self,
+        inputs: I,
+        step: StepFn<'_, M, I>,
+        keeps: bool,
+    ) -> Result<usize, Error> {
+        let signature = self.split.of_step(&self.local)?;
+        let (inputs, _) = rows(inputs)?;
+        let whole = || self.split.meta_module(&self.local);
+        let mut state = lock(&self.state);
+        let executor = state.graphs.executor_of(signature, &inputs, step, whole)?;
+        Ok(if keeps { executor.memory().peak } else { executor.memory_giving() })
+    }
+
     fn exchanges<I: TensorTree + Clone>(&mut self, inputs: I, step: StepFn<'_, M, I>) -> Result<Vec<u64>, Error> {
         let signature = self.split.of_step(&self.local)?;
         let (inputs, _) = rows(inputs)?;

@@ -110,6 +110,20 @@ pub trait ParallelModule: Module + sealed::Sealed {
         F: FnMut(&Self::Model, I) -> R,
         R: Into<Loss>;
 
+    /// The most bytes that a step of one micro-batch of such inputs has alive on this rank, beside parameters, inputs and
+    /// the state of optimizers, as far as that is known without running it: of the step as it is captured, partitioned,
+    /// cut and scheduled, in which each tensor is freed after its last use, with gathered parameters and gradients.
+    /// Nothing is run but what [`prepare`](Self::prepare) does; captured steps are kept for when they are. An eager step
+    /// needs as much or more. Collective.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step); [`Error::Graph`] also if an eager step cannot be captured.
+    fn step_memory<I, F, R>(&mut self, inputs: I, loss: F) -> Result<usize, Error>
+    where
+        I: TensorTree + Clone,
+        F: FnMut(&Self::Model, I) -> R,
+        R: Into<Loss>;
+
     /// Runs a forward pass for evaluation: what `forward` gives, without autodiff, whole on every rank that shares the model.
     /// Replicas evaluate each for itself, unless they [divide the parameters](crate::sharding::Sharding::Parameters): then each calls this
     /// as often as the others, with inputs of its own.

@@ -187,6 +187,15 @@ impl<M: Module> ParallelModule for Parallel<M> {
         Self::captured(self.eager_would_do, prepared)
     }
 
+    fn step_memory<I, F, R>(&mut self, inputs: I, loss: F) -> Result<usize, Error>
+    where
+        I: TensorTree + Clone,
+        F: FnMut(&M, I) -> R,
+        R: Into<Loss>,
+    {
+        with!(&mut self.wrapped, model => ParallelModule::step_memory(model, inputs, loss))
+    }
+
     fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
         I: TensorTree + Clone,

@@ -52,6 +52,16 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
         Replica::prepare(self, inputs, StepFn::new::<F>(&mut call))
     }
 
+    fn step_memory<I, F, R>(&mut self, inputs: I, mut loss: F) -> Result<usize, Error>
+    where
+        I: TensorTree + Clone,
+        F: FnMut(&E::Model, I) -> R,
+        R: Into<Loss>,
+    {
+        let mut call = |model: &E::Model, inputs: I| loss(model, inputs).into();
+        Replica::step_memory(self, inputs, StepFn::new::<F>(&mut call))
+    }
+
     fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
     where
         I: TensorTree + Clone,
@@ -170,6 +180,16 @@ macro_rules! without_replicas {
                     true => Ok(()),
                     false => self.settle_alone(inputs, StepFn::new::<F>(&mut call)),
                 }
+            }
+
+            fn step_memory<I, F, R>(&mut self, inputs: I, mut loss: F) -> Result<usize, Error>
+            where
+                I: TensorTree + Clone,
+                F: FnMut(&M, I) -> R,
+                R: Into<Loss>,
+            {
+                let mut call = |model: &M, inputs: I| loss(model, inputs).into();
+                StepEngine::step_memory(self, inputs, StepFn::new::<F>(&mut call), true)
             }
 
             fn forward_with<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>

@@ -139,7 +139,6 @@ fn flags_that_do_not_fit_together_are_refused() {
     refused(&["--batch", "4", "--grow-batch", "3"], "--grow-batch 3 is smaller than --batch 4");
     refused(&["--batch", "auto", "--micro-batch", "5"], "leave --micro-batch out");
     refused(&["--batch", "auto", "--launch", "processes"], "give --launch threads");
-    refused(&["--noise-scale", "--zero", "3"], "give --zero 2");
 }
 
 #[test]
@@ -788,6 +787,8 @@ fn noise_is_measured_and_the_batch_grows() {
     let two = noise(&["--dp", "2"]).unwrap();
     let accumulated = noise(&["--dp", "1", "--micro-batch", "2"]).unwrap();
     assert!(two > 0.0 && (accumulated / two - 1.0).abs() < 0.02, "{accumulated}, {two}");
+    let divided = noise(&["--dp", "2", "--zero", "3"]).unwrap();
+    assert!((divided / two - 1.0).abs() < 0.02, "{divided}, {two}");
     assert_eq!(noise(&["--dp", "1"]), None);
     let told = String::from_utf8(tiny(&[&flags[..], &["--dp", "1"]].concat()).stdout).unwrap();
     assert!(told.contains("one micro-batch on one replica"), "{told}");

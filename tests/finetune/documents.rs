@@ -155,6 +155,8 @@ fn lines_that_are_no_documents_are_refused() {
         (r#"{"messages": {}}"#, "`messages` is not a list"),
         (r#"{"messages": []}"#, "has no message of the `assistant`"),
         (r#"{"messages": [{"content": "a"}]}"#, "message 1 has no `role`"),
+        (r#"{"messages": ["a"]}"#, "message 1 has no `role`"),
+        (r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}"#, "message 2 has no `content`"),
         (r#"{"messages": [{"role": "user", "content": "a"}]}"#, "has no message of the `assistant`"),
     ] {
         refused(line, &directory, why);

@@ -77,6 +77,9 @@ fn any_mesh_gives_the_losses_of_one_rank() {
     let run = |flags: &[&str]| trained(&directory, &[&usual[..], flags].concat());
     let one = run(&[]);
     assert_eq!((numbers(&one, "losses").len(), held_out(&one).len()), (3, 2));
+    let seconds = numbers(&one, "step_seconds");
+    assert!(seconds.len() == 3 && seconds.iter().all(|step| *step > 0.0), "{seconds:?}");
+    assert!(one["seconds_to_first_step"].as_f64().is_some_and(|seconds| seconds > 0.0));
     assert!(held_out(&one)[1] < held_out(&one)[0]);
     for flags in [
         &["--dp", "2"][..],

@@ -56,6 +56,9 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--json", "/nowhere/at/all.json"], "cannot write --json"),
         (&["--resume", "in:nowhere"], "nowhere: there are no checkpoints"),
         (&["--save", "in:data.jsonl"], "data.jsonl: it is not a directory"),
+        (&["--save", "in:data.jsonl/below"], "--save"),
+        (&["--warmup", "11", "--steps", "10"], "--warmup 11 is more than the 10 steps"),
+        (&["--tp", "5"], "--tp 5: "),
         (&["--transport", "nccl"], "--transport nccl"),
         (&["--dtype", "f16"], "possible values: f32, bf16"),
         (&["--batch", "some"], "or `auto`"),
@@ -65,7 +68,6 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--batch", "4", "--grow-batch", "3", "--steps", "2"], "--grow-batch 3 is smaller than --batch 4"),
         (&["--grow-batch", "16"], "give --steps"),
         (&["--grow-batch", "16", "--batch-tokens", "200"], "--grow-batch"),
-        (&["--noise-scale", "--zero", "3", "--dp", "2"], "give --zero 2"),
         (&["--restarts", "1", "--save", "in:new", "--resume", "in:new"], "--restarts is for --launch processes"),
         (&["--restarts", "1"], "--resume"),
         (&["--dp", "2", "--min-ranks", "1"], "give --restarts"),
@@ -75,6 +77,8 @@ fn flags_that_make_no_sense_are_refused() {
     }
     fs::create_dir_all(directory.path().join("old/model")).unwrap();
     refused(&directory, &["--save", "in:old"], "there is a model already: give --resume");
+    fs::create_dir_all(directory.path().join("begun/checkpoints")).unwrap();
+    refused(&directory, &["--resume", "in:begun"], "begun: there are no checkpoints");
 }
 
 #[test]

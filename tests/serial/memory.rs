@@ -9,6 +9,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::{BatchNorm, BatchNormConfig, Linear, LinearConfig};
 use burn::optim::{AdamConfig, ModuleOptimizer};
 use burn::prelude::*;
+use burn_parallel::batch::RankMemory;
 use burn_parallel::hf::Weights;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
@@ -19,7 +20,7 @@ use safetensors::tensor::{Dtype, TensorView};
 struct Watched;
 
 thread_local! {
-    static LARGEST: Cell<usize> = const { Cell::new(0) };
+    pub static LARGEST: Cell<usize> = const { Cell::new(0) };
 }
 
 /// Bytes that are held now, and that were at most.
@@ -99,6 +100,46 @@ fn is_lazy<M: Module>(model: &M) -> bool {
     let mut lazy = Lazy(true);
     model.visit(&mut lazy);
     lazy.0
+}
+
+/// What a step is known to need before it has run is what it needs, over all ranks.
+#[test]
+fn a_step_needs_what_is_known_of_it() {
+    let _turn = super::turn();
+    const ROWS: usize = 512;
+    let divided = DataParallelConfig::new().with_sharding(Sharding::Parameters);
+    for (name, strategy) in [
+        ("dp", Strategy::new().with_dp(2)),
+        ("dp, captured", Strategy::new().with_dp(2).with_engine(Engine::Captured)),
+        ("ZeRO 3", Strategy::new().with_dp(2).with_data(divided).with_engine(Engine::Captured)),
+        ("tp", Strategy::new().with_tp(2, plan())),
+        ("pp", Strategy::new().with_pp(2, PipelineConfig::new(2).with_cut(Cut::before(["down.*"])))),
+    ] {
+        let found = launch::threads(2)
+            .run(|rank| {
+                let device = Device::flex().autodiff();
+                let mut model = Mlp::new(&device).parallelize(&rank, &strategy)?;
+                let x = Tensor::<2>::ones([ROWS, WIDTH], &device);
+                let known = RankMemory::of(&mut model, 2, x.clone(), |model, x| model.loss(x))?.step;
+                for _ in 0..2 {
+                    drop(model.step(x.clone(), |model, x| model.loss(x))?);
+                }
+                rank.barrier()?;
+                let before = held();
+                MOST.store(before, Relaxed);
+                rank.barrier()?;
+                let step = model.step(x, |model, x| model.loss(x))?;
+                rank.barrier()?;
+                let needed = MOST.load(Relaxed) - before;
+                rank.barrier()?;
+                drop(step);
+                Ok((rank.all_reduce(vec![known as u64], ReduceOp::Sum)?[0], needed))
+            })
+            .unwrap();
+        let (known, needed) = found[0];
+        let ratio = needed as f64 / known as f64;
+        assert!((0.75..1.5).contains(&ratio), "{name}: {known} known, {needed} needed: {ratio:.2}");
+    }
 }
 
 /// A number for every element of every parameter, as a file has them.

@@ -1,8 +1,9 @@
-//! What all strategies have in common: settings, the gradient norm, sharded replicas, and how often a step walks the model.
+//! What all strategies have in common: settings, what fits, the gradient norm, sharded replicas, and how often a step walks the model.
 
 #[path = "../common/mod.rs"]
 mod common;
 
+mod fits;
 mod fused;
 mod grad_norm;
 mod noise;

@@ -86,6 +86,10 @@ fn conversation(
         if message.get("role").and_then(Value::as_str).is_none() {
             return Err(format!("message {} has no `role`", number + 1));
         }
+        // A call of a tool needs no words.
+        if message["content"].is_null() && message["tool_calls"].is_null() {
+            return Err(format!("message {} has no `content`", number + 1));
+        }
     }
     let answers = |message: &Value| message.get("role").and_then(Value::as_str) == Some("assistant");
     let whole = template.render(messages, false)?;

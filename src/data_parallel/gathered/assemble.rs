@@ -9,7 +9,7 @@ use super::adapters::{Adapters, put_adapters};
 use super::gatherer::Gatherer;
 use super::row_shard::bare;
 use crate::Error;
-use crate::params::{LeafKind, is_shard, leaf};
+use crate::params::{LeafKind, is_shard, leaf, visit_params};
 use crate::tensor::PlainTensor;
 
 /// This rank's rows of all parameters, as the module has them now.
@@ -32,12 +32,30 @@ pub(in crate::data_parallel) fn shards_of<M: Module>(module: &M, gatherer: &Gath
 /// # Errors
 /// Those of [`Gatherer::all`].
 pub(in crate::data_parallel) fn assemble<M: Module>(module: &M, gatherer: &Gatherer) -> Result<M, Error> {
-    let mut found = Find::default();
-    module.visit(&mut found);
     let mut wholes = HashMap::new();
     gatherer.all(|id, whole| {
         wholes.insert(id, whole);
     })?;
+    Ok(with_wholes(module, gatherer, wholes))
+}
+
+/// The whole module with one element in the place of all those of each parameter that ranks hold rows of: nothing is
+/// gathered.
+pub(in crate::data_parallel) fn hollow<M: Module>(module: &M, gatherer: &Gatherer) -> M {
+    let mut wholes = HashMap::new();
+    visit_params(module, &mut |param| {
+        if let Some(rows) = gatherer.rows(param.id()) {
+            let one = PlainTensor::zeros(vec![1; rows.dims().len()], param.dtype(), &param.device().inner());
+            wholes.insert(param.id(), one.expand(rows.dims().to_vec()));
+        }
+    });
+    with_wholes(module, gatherer, wholes)
+}
+
+/// The module with these values in the place of what ranks hold rows of.
+fn with_wholes<M: Module>(module: &M, gatherer: &Gatherer, wholes: HashMap<ParamId, PlainTensor>) -> M {
+    let mut found = Find::default();
+    module.visit(&mut found);
     let module = module.clone().map(&mut Put { ids: found.ids, wholes });
     let adapter = |(id, factors): (ParamId, Vec<Param<Tensor<2>>>)| {
         let [a, b] = <[_; 2]>::try_from(factors).ok()?;
@@ -45,7 +63,7 @@ pub(in crate::data_parallel) fn assemble<M: Module>(module: &M, gatherer: &Gathe
     };
     let adapters: Adapters = found.factors.into_iter().filter_map(adapter).collect();
     // Also takes away hooks.
-    Ok(put_adapters(bare(|| module.materialize()), adapters))
+    put_adapters(bare(|| module.materialize()), adapters)
 }
 
 /// Finds for each placeholder the parameter that it stands for, whether that is trained, and the factors of its

@@ -34,7 +34,7 @@ mod row_shard;
 mod stand_in;
 mod wrap;
 
-pub(super) use assemble::{assemble, shards_of};
+pub(super) use assemble::{assemble, hollow, shards_of};
 pub(super) use gatherer::Gatherer;
 pub(super) use logical::Logical;
 pub(super) use wrap::shard_parameters;

@@ -105,6 +105,11 @@ impl StageRun {
         operations.collect()
     }
 
+    /// What a pass runs.
+    pub(crate) fn program(&self, pass: usize) -> &[Instruction] {
+        self.sections.get(pass).map_or(&[], Vec::as_slice)
+    }
+
     /// What the stage runs, sends and receives.
     pub fn graph(&self) -> &StageGraph {
         &self.part

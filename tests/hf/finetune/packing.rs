@@ -121,7 +121,8 @@ fn stages_make_masks_and_positions_of_packed_rows_themselves() {
         let runs = launch::threads(stages).run(|world| {
             let mut strategy = strategy([1, stages, 1], Sharding::None);
             if stages > 1 {
-                strategy = strategy.with_pp(stages, PipelineConfig::new(micro_batches));
+                let cut = Cut::before((1..stages).map(|layer| format!("model.layers.{layer}.*")).collect::<Vec<_>>());
+                strategy = strategy.with_pp(stages, PipelineConfig::new(micro_batches).with_cut(cut));
             }
             let mut model = model.clone().fork(&device()).parallelize(&world, &strategy)?;
             let mut optim: ModuleOptimizer = AdamWConfig::new().init();
@@ -144,7 +145,9 @@ fn stages_make_masks_and_positions_of_packed_rows_themselves() {
         }
         let (rows, words) = (4 / micro_batches, config.vocab);
         let stream = vec![rows, 24, config.width];
-        for crossing in cut.unwrap().crossings {
+        let crossings = cut.unwrap().crossings;
+        assert!(!crossings.is_empty());
+        for crossing in crossings {
             for dims in &crossing.tensors {
                 // The head is the embedding: what the stages know of its gradient is added up.
                 assert!(*dims == stream || *dims == [words, config.width], "pp {stages}: {dims:?} in {crossing:?}");

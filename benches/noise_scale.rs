@@ -1,0 +1,124 @@
+//! What it costs to measure the noise of the gradient, in processor time of all ranks.
+//!
+//! Steps of the GPT that measure nothing, the norm of the gradient, and norm and noise take turns, one at a time and in
+//! changing order: whatever else runs slows all of them down alike. What counts is the median over the rounds of the
+//! ratio within a round, and the spread of its middle half. Unix only.
+//!
+//! `cargo bench --bench noise_scale -- [ROUNDS]`
+
+#[allow(dead_code)]
+mod models;
+
+use burn::module::Module;
+use burn::optim::{AdamConfig, ModuleOptimizer};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn_parallel::prelude::*;
+use burn_parallel::train::{Clip, Engine};
+use models::{Gpt, SEQUENCE, VOCABULARY};
+
+/// Rows of a step over all ranks.
+const ROWS: usize = 8;
+
+/// What is measured in a step.
+#[derive(Clone, Copy)]
+enum Measure {
+    Nothing,
+    Norm,
+    NormAndNoise,
+}
+
+const MEASURES: [Measure; 3] = [Measure::Nothing, Measure::Norm, Measure::NormAndNoise];
+
+/// A way to train: its name, the ranks, the strategy, and the micro-batches of each replica.
+type Way = (&'static str, usize, Strategy, usize);
+
+fn ways() -> [Way; 4] {
+    let zero_3 = DataParallelConfig::new().with_sharding(Sharding::Parameters);
+    [
+        ("dp 2, eager", 2, Strategy::new().with_dp(2), 1),
+        ("one rank, eager, 4 micro-batches", 1, Strategy::new(), 4),
+        ("tp 2, captured, 2 micro-batches", 2, Strategy::new().with_tp(2, Plan::megatron()), 2),
+        ("dp 2, ZeRO 3, captured", 2, Strategy::new().with_dp(2).with_data(zero_3).with_engine(Engine::Captured), 1),
+    ]
+}
+
+fn rows(number: usize, salt: usize) -> Tensor<2, Int> {
+    let values: Vec<i64> = (0..number * SEQUENCE).map(|i| ((i * 7919 + salt) % VOCABULARY) as i64).collect();
+    Tensor::from_data(TensorData::new(values, [number, SEQUENCE]), &Device::flex().autodiff())
+}
+
+/// Seconds of the processors for a step with each of [`MEASURES`], by round.
+fn rounds(number: usize, model: &Gpt, (_, ranks, strategy, micro_batches): &Way) -> Result<Vec<[f64; 3]>, Error> {
+    let mut seen = launch::threads(*ranks).run(|rank| {
+        let mut models: Vec<(_, ModuleOptimizer)> = Vec::new();
+        for measure in MEASURES {
+            let noise = matches!(measure, Measure::NormAndNoise);
+            let strategy = strategy.clone().with_data(strategy.data.clone().with_noise_scale(noise));
+            let model = model.clone().fork(&rank.device().autodiff()).parallelize(&rank, &strategy)?;
+            models.push((Some(model), AdamConfig::new().init()));
+        }
+        let mut times = Vec::new();
+        for round in 0..number + 1 {
+            let mut time = [0.0; 3];
+            for turn in 0..MEASURES.len() {
+                let mode = (turn + round) % MEASURES.len();
+                let (place, optim) = &mut models[mode];
+                let Some(mut taken) = place.take() else { continue };
+                let replicas = taken.mesh().axis("dp")?.size();
+                let each = ROWS / replicas / micro_batches;
+                let batches = (0..*micro_batches).map(|batch| (rows(each, 1 + batch), rows(each, 104_729 + batch)));
+                rank.barrier()?;
+                let before = worked();
+                let mut step = taken.step_micro_batches(batches, |model: &Gpt, (x, y)| model.loss_sum(x, y))?;
+                if !matches!(MEASURES[mode], Measure::Nothing) {
+                    step = step.clip_grad_norm(&taken, Clip::never())?;
+                }
+                if matches!(MEASURES[mode], Measure::NormAndNoise) {
+                    step.noise().map_err(|why| Error::user(why.to_string()))?;
+                }
+                *place = Some(taken.optimize(optim, 1e-4, step)?);
+                rank.barrier()?;
+                time[mode] = worked() - before;
+            }
+            // The first round is for caches, captures and the order of buckets.
+            if round > 0 {
+                times.push(time);
+            }
+        }
+        Ok(times)
+    })?;
+    Ok(seen.swap_remove(0))
+}
+
+/// Seconds for which threads of this process have been on a core.
+fn worked() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a valid `timespec`, which the call fills.
+    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
+    time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64
+}
+
+/// The lower quartile, the median and the upper quartile.
+fn quartiles(values: impl Iterator<Item = f64>) -> [f64; 3] {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    [1, 2, 3].map(|quarter| values[(values.len() - 1) * quarter / 4])
+}
+
+fn main() -> Result<(), Error> {
+    let number = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(15).max(1);
+    let model = Gpt::new(&Device::flex().autodiff()).materialize();
+    for way in ways() {
+        let times = rounds(number, &model, &way)?;
+        let [_, step, _] = quartiles(times.iter().map(|time| time[0]));
+        println!("{}: {:.0} ms of the processors a step", way.0, 1e3 * step);
+        for (what, over, of) in
+            [("norm over nothing", 0, 1), ("norm and noise over norm", 1, 2), ("norm and noise over nothing", 0, 2)]
+        {
+            let [low, median, high] = quartiles(times.iter().map(|time| 100.0 * (time[of] / time[over] - 1.0)));
+            let extra = 1e3 * quartiles(times.iter().map(|time| time[of] - time[over]))[1];
+            println!("  {what}: {median:+.2} % ({low:+.2} to {high:+.2}), {extra:+.2} ms");
+        }
+    }
+    Ok(())
+}
