@@ -1,9 +1,9 @@
 //! Collectives over MPI through our layer, beside the bare C calls, in the same run:
 //! `mpirun -n 2 $(cargo bench --features mpi --bench mpi --no-run ...)`, see docs/clusters.md.
 //!
-//! Both are timed in turns, in many short rounds, so that whatever else the machine does meets both alike. The figure of
-//! a round is the slowest rank's; that of a size is the median over the rounds. Numbers as arguments are the sizes in
-//! bytes to measure in place of the usual ones, and names the operations.
+//! Both are timed in turns, in many short rounds, so that whatever else the machine does meets both alike. The figure
+//! of a round is the slowest rank's; that of a size is the median over the rounds. Numbers as arguments are the sizes
+//! in bytes to measure in place of the usual ones, and names the operations.
 
 use std::time::{Duration, Instant};
 

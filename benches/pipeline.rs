@@ -1,8 +1,10 @@
-//! What the pipeline's executor costs beside what the stages compute: stages that do nothing but hand on a small tensor.
+//! What the pipeline's executor costs beside what the stages compute: stages that do nothing but hand on a small
+//! tensor.
 //!
-//! Two figures for each schedule, divided by the actions of a rank: the time of a step; and what the executor itself takes of
-//! it on the host, without waiting for the other rank. With one rank they are the same. With two, and nothing to compute,
-//! every pass waits for a message of the other rank, so that the first is the time in which a thread is woken up.
+//! Two figures for each schedule, divided by the actions of a rank: the time of a step; and what the executor itself
+//! takes of it on the host, without waiting for the other rank. With one rank they are the same. With two, and nothing
+//! to compute, every pass waits for a message of the other rank, so that the first is the time in which a thread is
+//! woken up.
 //!
 //! `cargo bench --bench pipeline`
 

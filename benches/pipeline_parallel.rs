@@ -2,12 +2,12 @@
 //!
 //! The three take turns within one run, round by round, and what counts is the median over rounds of their ratio: a
 //! machine that is slower for a while is slower for all of them. One rank alone and the independent ranks run the same
-//! captured step in the same micro-batches. Two stages of equal cost with `m` micro-batches can at best be `2m / (m + 1)`
-//! times as fast as one rank; the efficiency is the part of that which is reached, after what two independent ranks lose on
-//! the same machine.
+//! captured step in the same micro-batches. Two stages of equal cost with `m` micro-batches can at best be `2m / (m +
+//! 1)` times as fast as one rank; the efficiency is the part of that which is reached, after what two independent ranks
+//! lose on the same machine.
 //!
-//! `cargo bench --bench pipeline_parallel -- [ROUNDS] [measured]`; with `measured` the model is cut by measured costs of
-//! operations, else by counted ones.
+//! `cargo bench --bench pipeline_parallel -- [ROUNDS] [measured]`; with `measured` the model is cut by measured costs
+//! of operations, else by counted ones.
 
 #[allow(dead_code)]
 mod models;
@@ -59,8 +59,8 @@ impl Training {
     }
 }
 
-/// Seconds a step of one rank alone, of two independent ranks and of two stages; the idle share; host seconds an action;
-/// seconds in passes of each rank.
+/// Seconds a step of one rank alone, of two independent ranks and of two stages; the idle share; host seconds an
+/// action; seconds in passes of each rank.
 fn rounds(rounds: usize, model: &Gpt, schedule: &Schedule, micro_batches: usize, measured: bool) -> Vec<[f64; 7]> {
     let times = launch::threads(2).run(|rank| {
         let device = rank.device().autodiff();

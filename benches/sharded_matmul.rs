@@ -1,9 +1,9 @@
 //! A row-parallel product in chunks against the product and then its all-reduce, on two ranks of one thread.
 //!
 //! Both take turns within one run, in changing order; what counts is the median over rounds of the ratio of their
-//! times, that of the slower rank. First over the transport between threads, whose collectives are the work of the ranks'
-//! own cores. Then over the same behind a made-up network: a collective takes the time that its bytes would take on a link
-//! of 1 GB/s, during which the cores are free, as they are with a GPU or a network card of its own.
+//! times, that of the slower rank. First over the transport between threads, whose collectives are the work of the
+//! ranks' own cores. Then over the same behind a made-up network: a collective takes the time that its bytes would take
+//! on a link of 1 GB/s, during which the cores are free, as they are with a GPU or a network card of its own.
 //!
 //! `cargo bench --bench sharded_matmul -- [ROUNDS]`
 
@@ -40,7 +40,8 @@ fn travel(bytes: u64) {
     std::thread::sleep(Duration::from_secs_f64(bytes as f64 / LINK));
 }
 
-/// Median over rounds of: seconds of the plain way, seconds of each overlapped way, and the ratio of each to the plain way.
+/// Median over rounds of: seconds of the plain way, seconds of each overlapped way, and the ratio of each to the plain
+/// way.
 fn compare(
     rank: &Rank,
     comm: &Communicator,

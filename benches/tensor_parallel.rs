@@ -1,10 +1,11 @@
-//! A tensor-parallel step against one rank: eager burn, its captured graph with operations one by one and fused, and the graph
-//! split over two ranks.
+//! A tensor-parallel step against one rank: eager burn, its captured graph with operations one by one and fused, and
+//! the graph split over two ranks.
 //!
 //! The four take turns within one run, round by round, and what counts is the median over rounds of their ratio: a
-//! machine that is slower for a while is slower for all of them. Every rank computes with one thread. All steps are whole:
-//! forward, backward and optimizer, which is fused where the operations are. On a machine with other work to do, ranks wait for each
-//! other's turns; so beside the time of a step there is, on Linux, the time that the busier rank's core worked for it.
+//! machine that is slower for a while is slower for all of them. Every rank computes with one thread. All steps are
+//! whole: forward, backward and optimizer, which is fused where the operations are. On a machine with other work to do,
+//! ranks wait for each other's turns; so beside the time of a step there is, on Linux, the time that the busier rank's
+//! core worked for it.
 //!
 //! Before that, how long it takes to capture and partition a transformer of 24 layers.
 //!
@@ -31,8 +32,8 @@ use models::{Gpt, Mlp, SEQUENCE, VOCABULARY};
 
 const STEPS_PER_TURN: usize = 2;
 
-/// Seconds a step of one rank eagerly, of one rank from the graph, operation by operation and fused, and of two ranks, by
-/// round; then those of work.
+/// Seconds a step of one rank eagerly, of one rank from the graph, operation by operation and fused, and of two ranks,
+/// by round; then those of work.
 fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
     rounds: usize,
     model: M,
@@ -94,7 +95,8 @@ fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
     measured.expect("a world of threads").swap_remove(0)
 }
 
-/// The split step on two ranks without and with fused products: the ratio of their times by round, that of the slower rank.
+/// The split step on two ranks without and with fused products: the ratio of their times by round, that of the slower
+/// rank.
 fn fused<M: Module + Sync, I: TensorTree + Clone + Sync>(
     rounds: usize,
     model: M,

@@ -1,7 +1,7 @@
 //! Draws the schedule of a pipeline: `cargo run --release --example schedules -- --help`.
 //!
-//! The grid goes to the terminal, and with `--svg` to a picture; under it stand the idle share and how many activations each
-//! stage keeps alive.
+//! The grid goes to the terminal, and with `--svg` to a picture; under it stand the idle share and how many activations
+//! each stage keeps alive.
 
 use std::error::Error;
 use std::fmt::Write as _;

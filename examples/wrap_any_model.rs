@@ -1,5 +1,5 @@
-//! Three models that know nothing of this library, each split over 2 and 4 ranks by a plan that is found for it, and trained
-//! beside a run on one device: `cargo run --release --example wrap_any_model`.
+//! Three models that know nothing of this library, each split over 2 and 4 ranks by a plan that is found for it, and
+//! trained beside a run on one device: `cargo run --release --example wrap_any_model`.
 
 use burn::module::Module;
 use burn::nn::conv::{Conv2d, Conv2dConfig};

@@ -1,6 +1,9 @@
 //! The transport suite on processes of MPI, and what becomes of a rank that dies. Without arguments this starts itself
 //! under `mpirun`; where there is none it says that it was skipped.
 
+mod common {
+    pub mod failing;
+}
 #[path = "common/transport_suite/mod.rs"]
 mod transport_suite;
 
@@ -13,7 +16,8 @@ use burn_parallel::comm::mpi::Session;
 use burn_parallel::comm::{Communicator, ReduceOp};
 use burn_parallel::launch;
 
-use crate::transport_suite::{WorldFactory, failures};
+use crate::common::failing::hide_panics_on_purpose;
+use crate::transport_suite::WorldFactory;
 
 const ROLE: &str = "BURN_PARALLEL_TEST_ROLE";
 
@@ -37,7 +41,7 @@ fn main() -> ExitCode {
 
 /// One rank of the suite.
 fn suite() {
-    failures::hide_panics_on_purpose();
+    hide_panics_on_purpose();
     let factory = Mpi(Session::start().unwrap());
     let first = factory.world(Duration::from_secs(60)).rank() == 0;
     let count = transport_suite::run(&factory, &|name| {

@@ -2,6 +2,9 @@
 //! machine, and on hosts in network namespaces where the machine lets us make them; else these are reported as ignored.
 #![cfg(unix)]
 
+mod common {
+    pub mod failing;
+}
 #[path = "common/transport_suite/mod.rs"]
 mod transport_suite;
 
@@ -20,7 +23,8 @@ use burn_parallel::launch::{self, ProcessInfo, Rank};
 use burn_parallel::mesh::Mesh;
 use libtest_mimic::{Arguments, Failed, Trial};
 
-use crate::transport_suite::{WorldFactory, checks, failures};
+use crate::common::failing::hide_panics_on_purpose;
+use crate::transport_suite::{WorldFactory, checks};
 
 /// A process with this as its first argument is a rank, and the second says what it does.
 const RANK: &str = "as-a-rank";
@@ -105,7 +109,7 @@ impl WorldFactory for Tcp {
 
 /// One rank of the suite.
 fn suite() {
-    failures::hide_panics_on_purpose();
+    hide_panics_on_purpose();
     let factory = Tcp(Session::new(), ProcessInfo::from_env().unwrap());
     let count = transport_suite::run(&factory, &|name| eprintln!("{name}"));
     println!("<{count} checks>");

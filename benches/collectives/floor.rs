@@ -1,9 +1,9 @@
 //! An all-reduce of two ranks against its floor.
 //!
-//! The floor is what nobody can do without: two threads meet at a spinning barrier, each reads its half of both buffers,
-//! adds, writes both, and they meet again. It takes turns with the library's all-reduce within one run, on the same two
-//! threads and the same buffers, and what counts is the median over rounds of their ratio: a machine that is slower for a
-//! while is slower for both.
+//! The floor is what nobody can do without: two threads meet at a spinning barrier, each reads its half of both
+//! buffers, adds, writes both, and they meet again. It takes turns with the library's all-reduce within one run, on the
+//! same two threads and the same buffers, and what counts is the median over rounds of their ratio: a machine that is
+//! slower for a while is slower for both.
 
 use std::hint::spin_loop;
 use std::sync::atomic::{AtomicUsize, Ordering};

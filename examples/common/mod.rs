@@ -1,4 +1,5 @@
-//! What programs share that train a model on ranks: flags, the start of the ranks, how large the batch is, what is saved, what they tell.
+//! What programs share that train a model on ranks: flags, the start of the ranks, how large the batch is, what is
+//! saved, what they tell.
 
 pub mod batch;
 pub mod device;

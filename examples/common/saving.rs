@@ -24,8 +24,8 @@ pub struct SaveFlags {
     #[arg(long, value_name = "K", requires = "save", default_value_t = 3, value_parser = up_to::<1_000_000>)]
     keep: usize,
 
-    /// A directory of checkpoints, to go on from the last of them: with any flags that do not change the model. --steps counts
-    /// the whole run. If it is the directory of --save, and there is none yet, the run begins anew
+    /// A directory of checkpoints, to go on from the last of them: with any flags that do not change the model. --steps
+    /// counts the whole run. If it is the directory of --save, and there is none yet, the run begins anew
     #[arg(long, value_name = "DIR")]
     pub resume: Option<PathBuf>,
 }
@@ -36,8 +36,8 @@ impl SaveFlags {
         Self { save: None, resume: None, ..self }
     }
 
-    /// Goes on from the last checkpoint of `--resume`, which has them in `folder`, in a run of so many steps. `restore` is
-    /// given the step of it. Returns how many steps were made already. Collective.
+    /// Goes on from the last checkpoint of `--resume`, which has them in `folder`, in a run of so many steps. `restore`
+    /// is given the step of it. Returns how many steps were made already. Collective.
     pub fn resume(
         &self,
         world: &Communicator,
@@ -95,8 +95,8 @@ impl<'a> Saving<'a> {
         Ok(Self { flags, all, speaks: world.rank() == 0, checkpoints, signals })
     }
 
-    /// After this many steps: has `save` save the run, in the background, if it is time. Returns the signal by which the run was
-    /// asked to end, when that is saved on the disk. Collective.
+    /// After this many steps: has `save` save the run, in the background, if it is time. Returns the signal by which
+    /// the run was asked to end, when that is saved on the disk. Collective.
     pub fn after_step(
         &mut self,
         steps: usize,

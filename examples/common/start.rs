@@ -43,12 +43,13 @@ pub struct LaunchFlags {
     #[arg(long, value_enum, value_name = "HOW")]
     launch: Option<Launch>,
 
-    /// How many times the ranks are started again when some are lost, with --launch processes: they go on from the last checkpoint
+    /// How many times the ranks are started again when some are lost, with --launch processes: they go on from the last
+    /// checkpoint
     #[arg(long, value_name = "K", default_value_t = 0, requires = "resume")]
     restarts: usize,
 
-    /// Takes ranks that are lost for gone, and goes on with fewer replicas, on this many ranks at least: the batch stays. Also
-    /// with what torchrun has started [default: as many ranks as before]
+    /// Takes ranks that are lost for gone, and goes on with fewer replicas, on this many ranks at least: the batch
+    /// stays. Also with what torchrun has started [default: as many ranks as before]
     #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
     min_ranks: Option<usize>,
 
@@ -56,8 +57,8 @@ pub struct LaunchFlags {
     #[arg(long, value_enum, value_name = "DEVICE", default_value_t = Compute::Flex)]
     device: Compute,
 
-    /// What joins the ranks [default: local for threads; mpi for what mpirun has started, if built in; else tcp]. nccl comes on
-    /// top of these
+    /// What joins the ranks [default: local for threads; mpi for what mpirun has started, if built in; else tcp]. nccl
+    /// comes on top of these
     #[arg(long, value_enum, value_name = "ENGINE")]
     transport: Option<Transport>,
 }
@@ -132,8 +133,8 @@ impl LaunchFlags {
     }
 }
 
-/// Runs `f` on so many ranks. If some are lost, it is run again, if the flags say so: on all, or on as many as `goes_on` says
-/// that it can. Returns what it returns on the first, in the process that has the first.
+/// Runs `f` on so many ranks. If some are lost, it is run again, if the flags say so: on all, or on as many as
+/// `goes_on` says that it can. Returns what it returns on the first, in the process that has the first.
 pub fn run<T: Send>(
     start: &Start,
     ranks: usize,

@@ -1,13 +1,13 @@
-//! Checks the library on the devices of one machine, in a few minutes, and prints a table. Made to be built on one machine
-//! and carried to another that has a GPU and no Rust: see docs/gpu.md, and `scripts/gpu.sh`, which starts it.
+//! Checks the library on the devices of one machine, in a few minutes, and prints a table. Made to be built on one
+//! machine and carried to another that has a GPU and no Rust: see docs/gpu.md, and `scripts/gpu.sh`, which starts it.
 //!
 //! ```sh
 //! cargo run --release --features cuda,wgpu --example gpu_check -- --device cuda --json gpu.json
 //! ```
 //!
-//! Each section runs in a process of its own: one that crashes or hangs is a failed row, and the others run all the same. All of
-//! it ends in a time that is given, with a table of what was reached; `--only` goes on with the rest.
-//! The exit code is 0 if all passed, 1 if something failed, 2 if nothing failed but something did not run.
+//! Each section runs in a process of its own: one that crashes or hangs is a failed row, and the others run all the
+//! same. All of it ends in a time that is given, with a table of what was reached; `--only` goes on with the rest. The
+//! exit code is 0 if all passed, 1 if something failed, 2 if nothing failed but something did not run.
 
 mod device;
 mod matmul;

@@ -1,8 +1,8 @@
-//! The multiplications by a weight that is split over ranks on one device: values and gradients beside a product that is not
-//! split, and times beside the product and its collective one after the other.
+//! The multiplications by a weight that is split over ranks on one device: values and gradients beside a product that
+//! is not split, and times beside the product and its collective one after the other.
 //!
-//! Ranks that share a device do not compute faster together than one. What tells is the overlapped product beside the same work
-//! without overlap: `overlapped / apart` is below 1 where a collective is hidden.
+//! Ranks that share a device do not compute faster together than one. What tells is the overlapped product beside the
+//! same work without overlap: `overlapped / apart` is below 1 where a collective is hidden.
 
 use std::time::Instant;
 
@@ -20,7 +20,8 @@ use crate::section::Checks;
 
 type Product = fn(Tensor<2>, Tensor<2>, &Communicator) -> Result<Tensor<2>, Error>;
 
-/// A split product, and the dims along which its factors and its value are split; `None` where every rank has all of it.
+/// A split product, and the dims along which its factors and its value are split; `None` where every rank has all of
+/// it.
 struct Form {
     name: &'static str,
     overlapped: Product,
@@ -141,7 +142,8 @@ struct Times {
     both: f64,
 }
 
-/// What a rank found of a form: the largest errors of the value and of the gradients, relative to the largest values, and times.
+/// What a rank found of a form: the largest errors of the value and of the gradients, relative to the largest values,
+/// and times.
 #[derive(Debug, Clone, Copy)]
 struct Found {
     errors: [f64; 3],

@@ -1,8 +1,8 @@
 //! Our all-reduce beside the bare call of NCCL: times on the device, and time of the host for each call, by size.
 //!
-//! The bare loop calls `ncclAllReduce` on a stream of its own, in place, as a C program would: on a communicator that blocks, as
-//! such programs do, and on one that does not, as ours, which recent versions of NCCL give a thread for each call. All are
-//! measured in turns.
+//! The bare loop calls `ncclAllReduce` on a stream of its own, in place, as a C program would: on a communicator that
+//! blocks, as such programs do, and on one that does not, as ours, which recent versions of NCCL give a thread for each
+//! call. All are measured in turns.
 
 use std::ffi::c_void;
 use std::thread::yield_now;
@@ -104,7 +104,8 @@ impl Bare {
         let mut internal = [0; 128];
         internal.iter_mut().zip(id).for_each(|(to, from)| *to = from as _);
         let mut comm = std::ptr::null_mut();
-        // SAFETY: the context is that of burn, which is kept; the buffer is as long as is said, and is this one's alone.
+        // SAFETY: the context is that of burn, which is kept; the buffer is as long as is said, and is this one's
+        // alone.
         unsafe {
             let context =
                 driver::primary_ctx::retain(driver::device::get(gpu as i32).map_err(failed)?).map_err(failed)?;

@@ -1,5 +1,5 @@
-//! The transport suite: what concerns tensors of devices over threads and over NCCL; the rest, which concerns the host's
-//! data, over NCCL's communicator, which passes it on.
+//! The transport suite: what concerns tensors of devices over threads and over NCCL; the rest, which concerns the
+//! host's data, over NCCL's communicator, which passes it on.
 
 use std::time::{Duration, Instant};
 
@@ -92,7 +92,8 @@ fn passed<R>(ranks: Vec<Option<R>>) -> Result<Figures, Shortfall> {
     }
 }
 
-/// One rank fails while the others wait for a message of it, and the device for nothing that is left: all get its error.
+/// One rank fails while the others wait for a message of it, and the device for nothing that is left: all get its
+/// error.
 fn lost_rank(size: usize, gpus: usize) -> Result<Figures, Shortfall> {
     let began = Instant::now();
     let outcome = launch::threads(size).timeout(Duration::from_secs(60)).run(|rank| {

@@ -1,7 +1,7 @@
 //! Where the host waits in a collective on a device, piece by piece: burn's threads of the device, and the other ranks.
 //!
-//! A call waits once for the thread of burn's fusion, which knows the tensor's buffer, once for the other ranks, and once for the
-//! thread of the device, which knows where the buffer lies. The last two are asked for together.
+//! A call waits once for the thread of burn's fusion, which knows the tensor's buffer, once for the other ranks, and
+//! once for the thread of the device, which knows where the buffer lies. The last two are asked for together.
 
 use std::sync::mpsc::sync_channel;
 use std::time::Instant;

@@ -1,6 +1,7 @@
 //! Trains a small GPT on text: `cargo run --release --example train_lm -- --help`.
 //!
-//! `gpt.rs` is an ordinary burn model and knows nothing of ranks; `train.rs` is an ordinary burn loop, run by every rank.
+//! `gpt.rs` is an ordinary burn model and knows nothing of ranks; `train.rs` is an ordinary burn loop, run by every
+//! rank.
 
 mod args;
 mod checkpoints;

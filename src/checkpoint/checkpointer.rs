@@ -21,11 +21,11 @@ use crate::comm::{Communicator, panic_message};
 use crate::params::agree;
 use crate::train::ParallelModule;
 
-/// Writes checkpoints into a directory, and reads them. One for each rank of a world; all its calls are collective, in the same
-/// order on all ranks.
+/// Writes checkpoints into a directory, and reads them. One for each rank of a world; all its calls are collective, in
+/// the same order on all ranks.
 ///
-/// The directory is in one file system that all ranks see. Of the ranks rank 0 makes and removes directories, and says which
-/// checkpoint is the latest; every rank reads and writes its own part.
+/// The directory is in one file system that all ranks see. Of the ranks rank 0 makes and removes directories, and says
+/// which checkpoint is the latest; every rank reads and writes its own part.
 pub struct Checkpointer {
     group: Communicator,
     root: PathBuf,
@@ -35,12 +35,12 @@ pub struct Checkpointer {
 }
 
 impl Checkpointer {
-    /// Opens a directory of checkpoints for the ranks of `world`, which are all that the model is spread over. It is made if it is
-    /// not there, and what a save that was ended has left in it is removed. Collective.
+    /// Opens a directory of checkpoints for the ranks of `world`, which are all that the model is spread over. It is
+    /// made if it is not there, and what a save that was ended has left in it is removed. Collective.
     ///
     /// # Errors
-    /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be made or read; [`Error::ModelMismatch`] if ranks pass
-    /// different settings; the error of the world.
+    /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be made or read; [`Error::ModelMismatch`] if
+    /// ranks pass different settings; the error of the world.
     pub fn new(world: &Communicator, dir: impl AsRef<Path>, options: CheckpointOptions) -> Result<Self, Error> {
         let group = world.split_named("checkpoint", 0, world.rank() as i64)?;
         let dir = dir.as_ref();
@@ -64,29 +64,31 @@ impl Checkpointer {
         Ok(Self { group, root, options, running: None })
     }
 
-    /// Saves a state as the checkpoint of a step, and waits until it is on the disk: the model has made so many steps. One of
-    /// the same step is replaced, and older ones are removed as the [options](CheckpointOptions::with_keep_last) say.
+    /// Saves a state as the checkpoint of a step, and waits until it is on the disk: the model has made so many steps.
+    /// One of the same step is replaced, and older ones are removed as the [options](CheckpointOptions::with_keep_last)
+    /// say.
     ///
-    /// Every rank writes the slices that it holds; what several hold alike is written once, by those that have least to write.
-    /// Replicas may have seen different data: of running statistics those of the first are saved. A rank copies its moments into
-    /// host memory once, and of its parameters those that are on a device or not contiguous, one at a time.
+    /// Every rank writes the slices that it holds; what several hold alike is written once, by those that have least to
+    /// write. Replicas may have seen different data: of running statistics those of the first are saved. A rank copies
+    /// its moments into host memory once, and of its parameters those that are on a device or not contiguous, one at a
+    /// time.
     ///
     /// # Errors
-    /// On all ranks alike: [`Error::Checkpoint`] if a rank cannot write, if the ranks hold different models, or if a moment
-    /// or a value cannot be saved: the state stays as it is, and so do the checkpoints that there are, so that training can
-    /// go on. [`Error::Pipeline`]'s words in it if a pipeline is not cut yet. The error of the world. Old checkpoints that
-    /// cannot be removed are a warning in the log.
+    /// On all ranks alike: [`Error::Checkpoint`] if a rank cannot write, if the ranks hold different models, or if a
+    /// moment or a value cannot be saved: the state stays as it is, and so do the checkpoints that there are, so that
+    /// training can go on. [`Error::Pipeline`]'s words in it if a pipeline is not cut yet. The error of the world. Old
+    /// checkpoints that cannot be removed are a warning in the log.
     pub fn save<P: ParallelModule>(&mut self, step: u64, state: TrainState<'_, P>) -> Result<Saved, Error> {
         self.wait()?;
         let snapshot = together(Snapshot::of(step, &state), &self.group)?;
         job::run(snapshot, &self.root, &self.options, &self.group)
     }
 
-    /// As [`save`](Self::save), in the background: returns at once, while training goes on. A save that still runs is waited for
-    /// first. The outcome is that of [`wait`](Self::wait), or an error of the next call.
+    /// As [`save`](Self::save), in the background: returns at once, while training goes on. A save that still runs is
+    /// waited for first. The outcome is that of [`wait`](Self::wait), or an error of the next call.
     ///
-    /// Nothing is copied beforehand: the save shares the tensors, and what trains on writes its new values elsewhere. So until
-    /// the save is done, parameters and moments take memory twice as they change.
+    /// Nothing is copied beforehand: the save shares the tensors, and what trains on writes its new values elsewhere.
+    /// So until the save is done, parameters and moments take memory twice as they change.
     ///
     /// # Errors
     /// As [`save`](Self::save), also that of the save before.
@@ -107,8 +109,8 @@ impl Checkpointer {
         Ok(())
     }
 
-    /// Waits for the save in the background, if there is one, and gives its outcome. Dropping the checkpointer waits as well, and
-    /// logs an error. The wait ends: a rank that does not come is an error after the world's time-out.
+    /// Waits for the save in the background, if there is one, and gives its outcome. Dropping the checkpointer waits as
+    /// well, and logs an error. The wait ends: a rank that does not come is an error after the world's time-out.
     ///
     /// # Errors
     /// As [`save`](Self::save).
@@ -123,8 +125,8 @@ impl Checkpointer {
     /// The step of the latest checkpoint, as rank 0 finds it; none if there is none.
     ///
     /// # Errors
-    /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be read; the error of a save in the background; that of
-    /// the world.
+    /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be read; the error of a save in the
+    /// background; that of the world.
     pub fn latest(&mut self) -> Result<Option<u64>, Error> {
         Ok(self.steps()?.last().copied())
     }
@@ -141,12 +143,12 @@ impl Checkpointer {
         Ok(bytes.as_chunks::<8>().0.iter().map(|step| u64::from_le_bytes(*step)).collect())
     }
 
-    /// A [value](TrainState::with_value) of the checkpoint of a step by itself, as settings that a model is made from; `None` if the
-    /// checkpoint has none of this name.
+    /// A [value](TrainState::with_value) of the checkpoint of a step by itself, as settings that a model is made from;
+    /// `None` if the checkpoint has none of this name.
     ///
     /// # Errors
-    /// On all ranks alike: [`Error::Checkpoint`] if there is no checkpoint of this step, if it is damaged, or if the value is not what
-    /// `T` takes for it; that of a save in the background; that of the world.
+    /// On all ranks alike: [`Error::Checkpoint`] if there is no checkpoint of this step, if it is damaged, or if the
+    /// value is not what `T` takes for it; that of a save in the background; that of the world.
     pub fn read_value<T: DeserializeOwned>(&mut self, step: u64, name: &str) -> Result<Option<T>, Error> {
         self.wait()?;
         let dir = self.root.join(name_of(step));
@@ -159,15 +161,17 @@ impl Checkpointer {
         together(read, &self.group)
     }
 
-    /// Gives a state the values of the latest checkpoint, or leaves it as it is if there is none. Whatever mesh it was saved on: each
-    /// rank reads the slices that it needs, checks them, and pads and casts them as its own parameters are.
+    /// Gives a state the values of the latest checkpoint, or leaves it as it is if there is none. Whatever mesh it was
+    /// saved on: each rank reads the slices that it needs, checks them, and pads and casts them as its own parameters
+    /// are.
     ///
-    /// A state that asks for less than a checkpoint has, as for the model alone, reads that; but the parameters of the model must
-    /// be those of the checkpoint, unless the [options](CheckpointOptions::with_allow_missing) allow for more or for fewer.
+    /// A state that asks for less than a checkpoint has, as for the model alone, reads that; but the parameters of the
+    /// model must be those of the checkpoint, unless the [options](CheckpointOptions::with_allow_missing) allow for
+    /// more or for fewer.
     ///
     /// # Errors
-    /// On all ranks alike, with the state as it was: [`Error::Checkpoint`] if a file is damaged or missing, or if the checkpoint
-    /// does not fit: it names file, path and what to do. The error of the world.
+    /// On all ranks alike, with the state as it was: [`Error::Checkpoint`] if a file is damaged or missing, or if the
+    /// checkpoint does not fit: it names file, path and what to do. The error of the world.
     pub fn restore<P: ParallelModule>(&mut self, state: TrainState<'_, P>) -> Result<Option<Restored>, Error> {
         match self.latest()? {
             Some(step) => self.restore_step(step, state).map(Some),

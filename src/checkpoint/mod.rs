@@ -1,12 +1,13 @@
 //! Checkpoints: what training needs to go on, written by any mesh and read by any other.
 //!
-//! A [`Checkpointer`] writes a [`TrainState`] (parameters, moments of optimizers, learning rate schedules, the place in the random
-//! numbers, values of your own) into a directory, one for each step that is saved. Every rank writes the slices that it holds, what
-//! several hold once, and reads the slices that it needs, whatever the axes were before: replicas, splits, stages, padding. No rank
-//! ever holds more than its part and one tensor.
+//! A [`Checkpointer`] writes a [`TrainState`] (parameters, moments of optimizers, learning rate schedules, the place in
+//! the random numbers, values of your own) into a directory, one for each step that is saved. Every rank writes the
+//! slices that it holds, what several hold once, and reads the slices that it needs, whatever the axes were before:
+//! replicas, splits, stages, padding. No rank ever holds more than its part and one tensor.
 //!
-//! A checkpoint is there as a whole or not at all: it is written under another name, brought to the disk and renamed. A run that
-//! is killed at any moment leaves the one before untouched, and what it left half written is removed by the next save.
+//! A checkpoint is there as a whole or not at all: it is written under another name, brought to the disk and renamed. A
+//! run that is killed at any moment leaves the one before untouched, and what it left half written is removed by the
+//! next save.
 //!
 //! `docs/checkpoints.md` has the format.
 //!

@@ -1,6 +1,7 @@
 //! How checkpoints are kept and read.
 
-/// How a [`Checkpointer`](super::Checkpointer) keeps checkpoints, and how strictly it reads them. The same on all ranks.
+/// How a [`Checkpointer`](super::Checkpointer) keeps checkpoints, and how strictly it reads them. The same on all
+/// ranks.
 #[derive(Debug, Clone, Default)]
 pub struct CheckpointOptions {
     pub(super) keep_last: Option<usize>,
@@ -28,22 +29,22 @@ impl CheckpointOptions {
         self
     }
 
-    /// Lets parameters whose paths match a pattern be missing in a checkpoint: they stay as they are. `*` stands for any
-    /// characters.
+    /// Lets parameters whose paths match a pattern be missing in a checkpoint: they stay as they are. `*` stands for
+    /// any characters.
     pub fn with_allow_missing(mut self, patterns: impl IntoIterator<Item: Into<String>>) -> Self {
         self.allow_missing.extend(patterns.into_iter().map(Into::into));
         self
     }
 
-    /// Lets a checkpoint have parameters, optimizers, schedulers and values that the state does not have, if their paths or
-    /// names match a pattern: they are not read.
+    /// Lets a checkpoint have parameters, optimizers, schedulers and values that the state does not have, if their
+    /// paths or names match a pattern: they are not read.
     pub fn with_allow_unexpected(mut self, patterns: impl IntoIterator<Item: Into<String>>) -> Self {
         self.allow_unexpected.extend(patterns.into_iter().map(Into::into));
         self
     }
 
-    /// Writes into each checkpoint how it was made, as the text of a [`Strategy`](crate::train::Strategy): for people, and scripts.
-    /// Nothing that reads checkpoints depends on it.
+    /// Writes into each checkpoint how it was made, as the text of a [`Strategy`](crate::train::Strategy): for people,
+    /// and scripts. Nothing that reads checkpoints depends on it.
     pub fn with_strategy(mut self, strategy: impl std::fmt::Display) -> Self {
         self.made_under = Some(strategy.to_string());
         self

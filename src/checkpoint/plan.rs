@@ -15,8 +15,8 @@ use crate::comm::{Communicator, part};
 use crate::params::is_statistic;
 use crate::tensor_file::{dtype_of, name_of};
 
-/// Ranks that hold a slice alike write a part of it each, of so many bytes at least; of smaller ones one rank writes all. So thousands
-/// of replicas do not make thousands of small slices.
+/// Ranks that hold a slice alike write a part of it each, of so many bytes at least; of smaller ones one rank writes
+/// all. So thousands of replicas do not make thousands of small slices.
 const SHARED: usize = 1 << 20;
 
 /// Which tensor of a checkpoint it is.

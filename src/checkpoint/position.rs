@@ -5,9 +5,9 @@ use serde::{Deserialize, Serialize};
 use crate::Error;
 use crate::data_parallel::DistributedSampler;
 
-/// Where in the data training is: an epoch, and how many of its items the replicas have taken together. Part of a checkpoint, as a
-/// [value](super::TrainState::with_value): [`DistributedSampler`]'s order depends on seed and epoch alone, so training goes on with
-/// the next item, none lost and none repeated, on any number of replicas.
+/// Where in the data training is: an epoch, and how many of its items the replicas have taken together. Part of a
+/// checkpoint, as a [value](super::TrainState::with_value): [`DistributedSampler`]'s order depends on seed and epoch
+/// alone, so training goes on with the next item, none lost and none repeated, on any number of replicas.
 ///
 /// ```
 /// use burn_parallel::checkpoint::DataPosition;
@@ -36,7 +36,8 @@ impl DataPosition {
         sampler.epoch(self.epoch).map(|share| share.after(self.items))
     }
 
-    /// After a step for which all replicas together took `items` items: goes on to the next epoch at the end of this one.
+    /// After a step for which all replicas together took `items` items: goes on to the next epoch at the end of this
+    /// one.
     pub fn advance(&mut self, items: usize, sampler: &DistributedSampler) {
         self.items += items;
         if self.items >= sampler.epoch_items() {

@@ -181,7 +181,8 @@ impl Blocks<'_> {
     }
 }
 
-/// Calls `run` with the first element and the length of each run of elements that makes up a part of a row-major tensor.
+/// Calls `run` with the first element and the length of each run of elements that makes up a part of a row-major
+/// tensor.
 fn for_runs(dims: &[usize], ranges: &[Range<usize>], run: &mut dyn FnMut(usize, usize)) {
     // Behind this dim everything is taken.
     let split = (0..dims.len()).rev().find(|dim| ranges[*dim].len() != dims[*dim]).unwrap_or(0);

@@ -9,15 +9,16 @@ use serde_json::Value;
 use super::value;
 use crate::train::ParallelModule;
 
-/// What training needs to go on: the model, and what is added. [`Checkpointer::save`](super::Checkpointer::save) reads it,
-/// [`Checkpointer::restore`](super::Checkpointer::restore) gives it the values of a checkpoint.
+/// What training needs to go on: the model, and what is added. [`Checkpointer::save`](super::Checkpointer::save) reads
+/// it, [`Checkpointer::restore`](super::Checkpointer::restore) gives it the values of a checkpoint.
 ///
-/// It borrows all of that; make one for each save. Optimizers, schedulers and values go by names, which are the same on all ranks and
-/// in all runs.
+/// It borrows all of that; make one for each save. Optimizers, schedulers and values go by names, which are the same on
+/// all ranks and in all runs.
 ///
 /// With the model goes the number of the step whose random numbers come next, where its steps are captured
-/// ([`Sharded::random_step`](crate::tensor_parallel::Sharded::random_step)): dropout goes on with those on the same mesh, and with
-/// [`draw_rows`](ParallelModule::draw_rows) on any. Eager steps draw from burn's own generator, which no checkpoint holds.
+/// ([`Sharded::random_step`](crate::tensor_parallel::Sharded::random_step)): dropout goes on with those on the same
+/// mesh, and with [`draw_rows`](ParallelModule::draw_rows) on any. Eager steps draw from burn's own generator, which no
+/// checkpoint holds.
 pub struct TrainState<'a, P> {
     pub(super) model: &'a mut P,
     pub(super) optimizers: Vec<(String, &'a mut ModuleOptimizer)>,
@@ -31,8 +32,8 @@ impl<'a, P: ParallelModule> TrainState<'a, P> {
         Self { model, optimizers: Vec::new(), schedulers: Vec::new(), values: Vec::new() }
     }
 
-    /// Adds the moments of an optimizer of this model. They go by the paths of their parameters. When they are restored, the
-    /// optimizer must be of the same kind as the one that was saved; its settings are its own.
+    /// Adds the moments of an optimizer of this model. They go by the paths of their parameters. When they are
+    /// restored, the optimizer must be of the same kind as the one that was saved; its settings are its own.
     pub fn with_optimizer(mut self, name: impl Into<String>, optimizer: &'a mut ModuleOptimizer) -> Self {
         self.optimizers.push((name.into(), optimizer));
         self
@@ -44,8 +45,8 @@ impl<'a, P: ParallelModule> TrainState<'a, P> {
         self
     }
 
-    /// Adds a value of your own: the [place in the data](super::DataPosition), a config, counters. That of rank 0 is saved, and
-    /// restored on all ranks.
+    /// Adds a value of your own: the [place in the data](super::DataPosition), a config, counters. That of rank 0 is
+    /// saved, and restored on all ranks.
     pub fn with_value<T: Serialize + DeserializeOwned>(mut self, name: impl Into<String>, value: &'a mut T) -> Self {
         self.values.push((name.into(), Box::new(ValueSlot { value, read: None })));
         self

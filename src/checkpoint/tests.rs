@@ -1,4 +1,5 @@
-//! A process that is ended in the middle of a save, at every point: the checkpoint before is untouched, and the next run goes on.
+//! A process that is ended in the middle of a save, at every point: the checkpoint before is untouched, and the next
+//! run goes on.
 #![cfg(unix)]
 
 use std::fs;
@@ -63,7 +64,8 @@ fn values(model: &Linear) -> Vec<f32> {
     values.0
 }
 
-/// Goes on from the latest checkpoint, whose values are those of its step, and saves two more. Returns the step that was found.
+/// Goes on from the latest checkpoint, whose values are those of its step, and saves two more. Returns the step that
+/// was found.
 fn two_saves(world: &Rank, dir: &Path) -> Result<Option<u64>, Error> {
     let mut wrapped = model(100).data_parallel(world, DataParallelConfig::new())?;
     let mut checkpoints = Checkpointer::new(world, dir, CheckpointOptions::new().with_keep_last(1))?;

@@ -23,8 +23,8 @@ pub fn part(total: usize, size: usize, rank: usize) -> Range<usize> {
     start..start + share + usize::from(rank < extra)
 }
 
-/// Demands that what `rank` brought along a dim, `brought` of `total`, is its part of the whole. The world fails if not: peers
-/// may not be able to tell.
+/// Demands that what `rank` brought along a dim, `brought` of `total`, is its part of the whole. The world fails if
+/// not: peers may not be able to tell.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`], on all ranks.

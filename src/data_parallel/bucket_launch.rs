@@ -1,5 +1,5 @@
-//! Starts the collective of a bucket as soon as its gradients are there, and divides gradients into buckets in the order in
-//! which backward completes them.
+//! Starts the collective of a bucket as soon as its gradients are there, and divides gradients into buckets in the
+//! order in which backward completes them.
 
 use burn::tensor::{DType, Shape, Tensor};
 

@@ -10,7 +10,8 @@ use crate::tensor::PlainTensor;
 /// Reduces gradients to this rank's rows of the average: in `dtype`, if there is one.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] if one has no dims; those of [`Communicator::reduce_scatter`](crate::comm::Communicator::reduce_scatter).
+/// [`Error::InvalidArgument`] if one has no dims; those of
+/// [`Communicator::reduce_scatter`](crate::comm::Communicator::reduce_scatter).
 pub(super) fn reduce_scatter(
     gradients: Vec<PlainTensor>,
     factor: f64,

@@ -1,11 +1,12 @@
 //! Registers parameters that a model has come to train after it was wrapped.
 //!
-//! A model may come to train parameters that the replicas do not know: frozen ones that are trained now, and layers put in
-//! after wrapping. Each rank sees it in its own model before a step. As all ranks run the same program, all of them do; they
-//! meet, make sure of it, and know the parameters from then on.
+//! A model may come to train parameters that the replicas do not know: frozen ones that are trained now, and layers put
+//! in after wrapping. Each rank sees it in its own model before a step. As all ranks run the same program, all of them
+//! do; they meet, make sure of it, and know the parameters from then on.
 //!
-//! A rank whose model has not changed goes on to the *head* of the step, the sum of the weights. So a rank whose model has changed
-//! contributes a value that is not a weight to that sum, and all ranks learn of the change in a collective that they call in any case.
+//! A rank whose model has not changed goes on to the *head* of the step, the sum of the weights. So a rank whose model
+//! has changed contributes a value that is not a weight to that sum, and all ranks learn of the change in a collective
+//! that they call in any case.
 
 use std::collections::HashSet;
 
@@ -34,9 +35,9 @@ impl Reducer {
     /// returns the module to go on with.
     ///
     /// # Errors
-    /// [`Error::ModelMismatch`], the same on all ranks, if it has not changed in the same way on all, or if a forward has run
-    /// with new parameters of unequal values; [`Error::Graph`] if parameters of one id have different values; those of
-    /// [`Communicator`].
+    /// [`Error::ModelMismatch`], the same on all ranks, if it has not changed in the same way on all, or if a forward
+    /// has run with new parameters of unequal values; [`Error::Graph`] if parameters of one id have different values;
+    /// those of [`Communicator`].
     pub(crate) fn admit<M: Module>(&self, module: &M, forward: ForwardState) -> Result<Option<M>, Error> {
         let (changed, repeated) = find_changes(module, &self.known());
         if !repeated.is_empty() {

@@ -9,10 +9,11 @@ use burn::data::dataset::Dataset;
 use super::sampler::{DistributedSampler, Share};
 use crate::Error;
 
-/// A rank's share of a dataset in one epoch, itself a burn [`Dataset`]: what a [`DistributedSampler`] deals to this rank.
+/// A rank's share of a dataset in one epoch, itself a burn [`Dataset`]: what a [`DistributedSampler`] deals to this
+/// rank.
 ///
-/// It goes into burn's `DataLoaderBuilder`, which must not shuffle again (no `shuffle`): the order is the sampler's, and
-/// [`epoch`](Self::epoch) brings the next one.
+/// It goes into burn's `DataLoaderBuilder`, which must not shuffle again (no `shuffle`): the order is the sampler's,
+/// and [`epoch`](Self::epoch) brings the next one.
 ///
 /// ```
 /// use burn::data::dataloader::{DataLoaderBuilder, batcher::Batcher};

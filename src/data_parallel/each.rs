@@ -1,4 +1,5 @@
-//! Steps in which the gradients of every micro-batch are reduced, so that no rank holds more than its rows of their sum.
+//! Steps in which the gradients of every micro-batch are reduced, so that no rank holds more than its rows of their
+//! sum.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,8 +22,8 @@ use crate::step::{NoNoise, NoiseState, Step, StepFn};
 use crate::tensor::{PlainTensor, TensorTree};
 
 impl<E: StepEngine> Replica<E> {
-    /// Runs forward and backward on every micro-batch, reduces the gradients of each, and averages over all of them. A rank with
-    /// fewer micro-batches than others takes part in the reductions of theirs.
+    /// Runs forward and backward on every micro-batch, reduces the gradients of each, and averages over all of them. A
+    /// rank with fewer micro-batches than others takes part in the reductions of theirs.
     pub(super) fn run_reducing_each<I: TensorTree + Clone>(
         &mut self,
         reducer: &Arc<Reducer>,

@@ -1,18 +1,19 @@
-//! Gradient hooks: tells a listener of the gradient of every parameter of an unmodified module as soon as backward has it.
+//! Gradient hooks: tells a listener of the gradient of every parameter of an unmodified module as soon as backward has
+//! it.
 //!
 //! Each trainable parameter carries a burn [`Reparameterization`] that leaves its value as it is, but puts an operation
-//! into the graph at every use of the parameter ([`Param::val`]). When backward comes to that operation, the gradient of
-//! this use is complete.
+//! into the graph at every use of the parameter ([`Param::val`]). When backward comes to that operation, the gradient
+//! of this use is complete.
 //!
 //! burn runs backward by descending *order* of the nodes, the longest distance from a leaf. An operation right behind a
-//! leaf would have order 1 and be the last to run, all of them together at the very end of backward. So the operation has
-//! a second parent, an untracked tensor whose node has the order that is wanted: the `k`-th use of a forward gets order
-//! `k * STRIDE`. Then the uses are visited in reverse, each about when the layers behind it are done: earlier would be
-//! wrong and cannot be (an operation runs after all that depends on it), later costs only overlap.
+//! leaf would have order 1 and be the last to run, all of them together at the very end of backward. So the operation
+//! has a second parent, an untracked tensor whose node has the order that is wanted: the `k`-th use of a forward gets
+//! order `k * STRIDE`. Then the uses are visited in reverse, each about when the layers behind it are done: earlier
+//! would be wrong and cannot be (an operation runs after all that depends on it), later costs only overlap.
 //!
-//! Any backward whose graph has a parameter in it comes to its hooks: one without the replica, or that of another replica.
-//! The hooks hand gradients to the listener while the backward of their own replica runs on the thread ([`listening`]); to any
-//! other backward they are the identity.
+//! Any backward whose graph has a parameter in it comes to its hooks: one without the replica, or that of another
+//! replica. The hooks hand gradients to the listener while the backward of their own replica runs on the thread
+//! ([`listening`]); to any other backward they are the identity.
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -36,8 +37,8 @@ use burn::tensor::{DType, Shape, Tensor};
 use crate::graph::same_buffer;
 use crate::tensor::{PlainTensor, with_backend};
 
-/// Operations between two uses that keep the hook of the earlier one from running too late: more than a transformer block
-/// has one behind the other between its weights.
+/// Operations between two uses that keep the hook of the earlier one from running too late: more than a transformer
+/// block has one behind the other between its weights.
 const STRIDE: usize = 32;
 
 /// Orders above this all share one anchor, so that endless forwards without a backward cost no memory.
@@ -154,8 +155,8 @@ impl Reparameterizer for AttachHooks<'_> {
     }
 }
 
-/// The module without its hooks. If it has other reparameterizations too, adapters above all, it stays as it is: burn takes all
-/// of them away or none.
+/// The module without its hooks. If it has other reparameterizations too, adapters above all, it stays as it is: burn
+/// takes all of them away or none.
 pub(super) fn detach<M: Module>(module: M) -> M {
     let mut found = Reparameterizations { hooks: false, others: false };
     module.visit(&mut found);
@@ -206,14 +207,16 @@ pub(super) struct Arrival {
 }
 
 impl Arrival {
-    /// A use enters the graph: where its gradient goes, and the order that the operation behind the parameter is to have.
+    /// A use enters the graph: where its gradient goes, and the order that the operation behind the parameter is to
+    /// have.
     pub fn of_use<L: GradientListener + 'static>(listener: &Arc<L>, hooks: HookGroup, param: usize) -> (Self, usize) {
         let order = (listener.used(param) * STRIDE).min(HIGHEST_ORDER);
         let listener = Listener(Arc::downgrade(listener) as Weak<dyn GradientListener>);
         (Self { listener, hooks, param }, order)
     }
 
-    /// Hands the gradient to the listener, if the backward of its own replica runs on this thread; else it is thrown away.
+    /// Hands the gradient to the listener, if the backward of its own replica runs on this thread; else it is thrown
+    /// away.
     pub fn deliver(self, gradient: PlainTensor) {
         let Some(listener) = self.listener.0.upgrade() else { return };
         match LISTENING.get() == Some(self.hooks) {
@@ -223,8 +226,8 @@ impl Arrival {
     }
 }
 
-/// The identity whose backward tells the listener, and does not hand the gradient on: the listener has it now. In the backward of
-/// somebody else it hands the gradient on.
+/// The identity whose backward tells the listener, and does not hand the gradient on: the listener has it now. In the
+/// backward of somebody else it hands the gradient on.
 #[derive(Debug)]
 struct Listen;
 
@@ -271,7 +274,8 @@ where
     ))
 }
 
-/// An operation of no effect that adds 1 to the order of a node. Nodes know nothing of devices: those of Flex do for all.
+/// An operation of no effect that adds 1 to the order of a node. Nodes know nothing of devices: those of Flex do for
+/// all.
 #[derive(Debug)]
 struct Deepen;
 

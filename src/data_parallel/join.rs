@@ -60,8 +60,9 @@ impl<I: Iterator> Iterator for Join<I> {
     }
 }
 
-/// As [`Join`], over one of burn's dataloaders. What its dataset could not give, and workers that ended before they had given
-/// everything, are errors on all ranks. Made by [`ParallelModule::join_loader`](crate::train::ParallelModule::join_loader).
+/// As [`Join`], over one of burn's dataloaders. What its dataset could not give, and workers that ended before they had
+/// given everything, are errors on all ranks. Made by
+/// [`ParallelModule::join_loader`](crate::train::ParallelModule::join_loader).
 pub struct JoinLoader<'a, O>(Join<Box<dyn DataLoaderIterator<O> + 'a>>);
 
 impl<'a, O> JoinLoader<'a, O> {

@@ -29,8 +29,8 @@ pub(super) struct KnownParams {
     pub reduced: Vec<bool>,
     /// The ids of all tensors of the model.
     pub ids: HashSet<ParamId>,
-    /// What this rank compares with ranks that have changed. Whether something is trained is no part of it: it may have been
-    /// frozen since.
+    /// What this rank compares with ranks that have changed. Whether something is trained is no part of it: it may have
+    /// been frozen since.
     pub lines: ParamDescriptions,
 }
 
@@ -41,8 +41,8 @@ impl KnownParams {
         known
     }
 
-    /// Takes a model in. What it trains is reduced from now on, and still what it has frozen since: a model that trains one
-    /// part and then another, in turn, changes once.
+    /// Takes a model in. What it trains is reduced from now on, and still what it has frozen since: a model that trains
+    /// one part and then another, in turn, changes once.
     pub fn learn(&mut self, structure: Structure) {
         let ids: HashSet<ParamId> = structure.ids.into_iter().collect();
         let mut held = vec![false; self.params.len()];

@@ -1,8 +1,8 @@
 //! Data parallelism: a replica of the model on every rank, each with its share of the batch, and one gradient.
 //!
 //! [`DataParallel`] is implemented for every burn [`Module`]. Wrapping broadcasts rank 0's parameters and returns a
-//! [`Replica`], which dereferences to the model; `backward` on it returns the gradients of the whole batch, and burn's own
-//! optimizers do the rest:
+//! [`Replica`], which dereferences to the model; `backward` on it returns the gradients of the whole batch, and burn's
+//! own optimizers do the rest:
 //!
 //! ```
 //! use burn::nn::{Linear, LinearConfig};
@@ -26,28 +26,29 @@
 //! # Ok::<(), Error>(())
 //! ```
 //!
-//! The design is that of PyTorch's `DistributedDataParallel` (Li et al. 2020, arXiv:2006.15704): gradients are reduced in
-//! buckets, in the order in which backward completes them, while backward goes on. What differs: accumulation is a
-//! property of the step and not of a context, averages are weighted by what was really seen ([`Loss`](crate::step::Loss)), and ranks may bring
-//! different numbers of batches ([`ParallelModule::join`](crate::train::ParallelModule::join)).
+//! The design is that of PyTorch's `DistributedDataParallel` (Li et al. 2020, arXiv:2006.15704): gradients are reduced
+//! in buckets, in the order in which backward completes them, while backward goes on. What differs: accumulation is a
+//! property of the step and not of a context, averages are weighted by what was really seen
+//! ([`Loss`](crate::step::Loss)), and ranks may bring different numbers of batches
+//! ([`ParallelModule::join`](crate::train::ParallelModule::join)).
 //!
 //! What replicas would all hold alike (the state of the optimizer, gradients, parameters) can be divided among them:
 //! `DataParallelConfig::with_sharding` (ZeRO), after which steps are taken by `optimize`.
 //!
 //! # Data
 //!
-//! Each rank reads its own share of the data. [`DistributedSampler`] says which items these are, without losing or repeating
-//! any, and [`DistributedDataset`] makes of them a burn dataset for burn's dataloaders.
+//! Each rank reads its own share of the data. [`DistributedSampler`] says which items these are, without losing or
+//! repeating any, and [`DistributedDataset`] makes of them a burn dataset for burn's dataloaders.
 //!
 //! # Random numbers
 //!
-//! The order in which a [`DistributedSampler`] shuffles depends on its seed and the epoch only: every rank computes the same
-//! one for itself, in every run, whatever else draws random numbers.
+//! The order in which a [`DistributedSampler`] shuffles depends on its seed and the epoch only: every rank computes the
+//! same one for itself, in every run, whatever else draws random numbers.
 //!
 //! Ranks that are threads share burn's random generator with each other: `Dropout` and random tensors then draw numbers
 //! that depend on which thread comes first, and a run does not repeat itself bit by bit. Parameters are not touched by
-//! this: they come from rank 0. What can be drawn outside burn is better drawn from [`Rank::rng`](crate::launch::Rank::rng),
-//! which is a stream of its own for each rank.
+//! this: they come from rank 0. What can be drawn outside burn is better drawn from
+//! [`Rank::rng`](crate::launch::Rank::rng), which is a stream of its own for each rank.
 
 mod batch_norm;
 mod bucket_launch;
@@ -108,22 +109,23 @@ pub trait DataParallel: Module {
     /// Wraps the module. Collective over `group`: every rank wraps the same model. All parameters and buffers take rank
     /// 0's values; quantized ones stay as they are.
     ///
-    /// With [`Sharding::Parameters`] each rank keeps its rows of the parameters, which no rank but the first holds whole meanwhile, one
-    /// at a time. Then a forward, whoever calls it, is collective: all ranks run the same layers in the same order.
+    /// With [`Sharding::Parameters`] each rank keeps its rows of the parameters, which no rank but the first holds
+    /// whole meanwhile, one at a time. Then a forward, whoever calls it, is collective: all ranks run the same layers
+    /// in the same order.
     ///
-    /// Attach LoRA adapters before wrapping, or after [`Replica::into_inner`]: a parameter takes one reparameterization, and the
-    /// replica's hook is one.
+    /// Attach LoRA adapters before wrapping, or after [`Replica::into_inner`]: a parameter takes one
+    /// reparameterization, and the replica's hook is one.
     ///
-    /// What is trained or put in later, on all ranks alike, takes part from the next step on. The values of new layers are made
-    /// equal by steps that run the forward themselves, and demanded to be equal by [`Replica::backward`].
+    /// What is trained or put in later, on all ranks alike, takes part from the next step on. The values of new layers
+    /// are made equal by steps that run the forward themselves, and demanded to be equal by [`Replica::backward`].
     ///
-    /// A model that is split as well is split first: `tensor_parallel`, then `pipeline_parallel`, then `data_parallel`. The other
-    /// way round does not compile, or, in code that is generic over the module, is an error.
+    /// A model that is split as well is split first: `tensor_parallel`, then `pipeline_parallel`, then `data_parallel`.
+    /// The other way round does not compile, or, in code that is generic over the module, is an error.
     ///
     /// # Errors
     ///
-    /// [`Error::Nesting`] if the module is wrapped already; [`Error::ModelMismatch`] if the ranks' models differ in structure; [`Error::InvalidArgument`] if parameters are on
-    /// several devices; those of [`Communicator`].
+    /// [`Error::Nesting`] if the module is wrapped already; [`Error::ModelMismatch`] if the ranks' models differ in
+    /// structure; [`Error::InvalidArgument`] if parameters are on several devices; those of [`Communicator`].
     fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replica<Eager<Self>>, Error> {
         nesting::check(&self, "data_parallel")?;
         let hooks = HookGroup::new();

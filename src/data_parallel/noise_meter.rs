@@ -33,8 +33,8 @@ impl NoiseMeter {
         self.weight = Some((weight, unit));
     }
 
-    /// Takes a gradient of a parameter that the micro-batch uses so often, of which so many have arrived with this; with
-    /// the sum of its squares, if that is known.
+    /// Takes a gradient of a parameter that the micro-batch uses so often, of which so many have arrived with this;
+    /// with the sum of its squares, if that is known.
     pub fn add(&mut self, param: usize, (uses, arrived): (usize, usize), gradient: &PlainTensor, squares: Option<f64>) {
         if self.elsewhere.contains(&param) {
             return;

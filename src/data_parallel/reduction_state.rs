@@ -55,7 +55,8 @@ pub(super) struct PendingReduction {
     pub buckets: Vec<Pending<Vec<PlainTensor>>>,
 }
 
-/// What the mark of a parameter, added up over the ranks, is at least if any gradient came late: more than there are ranks.
+/// What the mark of a parameter, added up over the ranks, is at least if any gradient came late: more than there are
+/// ranks.
 pub(super) const LATE: f64 = (1u64 << 32) as f64;
 
 impl ParamProgress {

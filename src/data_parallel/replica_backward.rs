@@ -17,15 +17,15 @@ use crate::tensor::TensorTree;
 
 impl<M: Module> Replica<Eager<M>> {
     /// Runs backward and returns the gradients of the mean loss over the group and over what was
-    /// [accumulated](Self::accumulate) before. Buckets are reduced while backward still runs. A bare tensor counts for 1 on each
-    /// rank: there are no inputs here whose rows could be counted, see [`Loss`].
+    /// [accumulated](Self::accumulate) before. Buckets are reduced while backward still runs. A bare tensor counts for
+    /// 1 on each rank: there are no inputs here whose rows could be counted, see [`Loss`].
     ///
-    /// Gradients that another backward through this model's parameters gives (one without the replica, or that of another
-    /// replica which has its loss computed by this one, as in a GAN) stay with that.
+    /// Gradients that another backward through this model's parameters gives (one without the replica, or that of
+    /// another replica which has its loss computed by this one, as in a GAN) stay with that.
     ///
     /// # Errors
-    /// [`Error::ModelMismatch`], the same on all ranks, if the model has changed in different ways, or has new layers of unequal
-    /// values; [`Error::Graph`] if parameters of one id have different values; the error of the world.
+    /// [`Error::ModelMismatch`], the same on all ranks, if the model has changed in different ways, or has new layers
+    /// of unequal values; [`Error::Graph`] if parameters of one id have different values; the error of the world.
     pub fn backward(&mut self, loss: impl Into<Loss>) -> Result<GradientsParams, Error> {
         let reducer = self.ready()?;
         self.admit(&reducer, ForwardState::Done)?;
@@ -67,9 +67,9 @@ impl<M: Module> Replica<Eager<M>> {
     /// with them (PyTorch's `SyncBatchNorm`; Peng et al. 2018, arXiv:1711.07240). The model is not edited: the step is
     /// captured as a [graph](crate::graph) once per shape of its inputs, and collectives are put into it.
     ///
-    /// Each micro-batch comes with its weight, the number of items that `forward` averages its loss over. What a captured
-    /// step cannot do is said in [`graph`](crate::graph): above all, `forward` must not read tensors on the host. It is run
-    /// only to capture; what it decides is the same in every step.
+    /// Each micro-batch comes with its weight, the number of items that `forward` averages its loss over. What a
+    /// captured step cannot do is said in [`graph`](crate::graph): above all, `forward` must not read tensors on the
+    /// host. It is run only to capture; what it decides is the same in every step.
     ///
     /// # Errors
     ///

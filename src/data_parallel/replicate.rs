@@ -11,12 +11,12 @@ use crate::comm::Communicator;
 use crate::params::{one_device, own_buffers};
 use crate::sharding::Sharding;
 
-/// Demands that all ranks bring the same module, gives it rank 0's ids by `share_ids` and its values, and makes a reducer for
-/// its gradients.
+/// Demands that all ranks bring the same module, gives it rank 0's ids by `share_ids` and its values, and makes a
+/// reducer for its gradients.
 ///
 /// # Errors
-/// [`Error::ModelMismatch`] if the ranks' modules differ in structure; [`Error::InvalidArgument`] if parameters are on several
-/// devices; those of [`Communicator`].
+/// [`Error::ModelMismatch`] if the ranks' modules differ in structure; [`Error::InvalidArgument`] if parameters are on
+/// several devices; those of [`Communicator`].
 pub(crate) fn replicate<M: Module>(
     module: M,
     group: &Communicator,

@@ -15,13 +15,13 @@ use crate::comm::Communicator;
 /// [shuffled](Self::with_shuffle). The items are dealt like cards: rank `r` of `n` takes the places `r`, `r + n`,
 /// `r + 2n`, ... of it.
 ///
-/// So **batches do not depend on the size of the group**: with `B / n` items a batch on each of `n` ranks, the ranks' `b`-th
-/// batches together are the places from `b * B` to `(b + 1) * B`, the last batch with whatever is left, for every `n` that
-/// divides `B`. (As long as each rank takes its batches in order. burn's `DataLoaderBuilder` does with `num_workers` 0 or 1;
-/// more workers deliver the same batches in the order in which they are ready.)
+/// So **batches do not depend on the size of the group**: with `B / n` items a batch on each of `n` ranks, the ranks'
+/// `b`-th batches together are the places from `b * B` to `(b + 1) * B`, the last batch with whatever is left, for
+/// every `n` that divides `B`. (As long as each rank takes its batches in order. burn's `DataLoaderBuilder` does with
+/// `num_workers` 0 or 1; more workers deliver the same batches in the order in which they are ready.)
 ///
-/// Nothing is communicated, and every rank must choose the same settings. [`DistributedDataset`](super::DistributedDataset)
-/// brings a sampler and a dataset into burn's dataloaders.
+/// Nothing is communicated, and every rank must choose the same settings.
+/// [`DistributedDataset`](super::DistributedDataset) brings a sampler and a dataset into burn's dataloaders.
 ///
 /// ```
 /// use burn_parallel::prelude::*;
@@ -36,15 +36,15 @@ use crate::comm::Communicator;
 ///
 /// # The shuffled order
 ///
-/// It depends on the number of items, the seed and the epoch, and on nothing else: not on the rank, the size of the group,
-/// the machine or the version of this crate. No other generator is read or moved by it. The random numbers are the output
-/// of ChaCha with 8 rounds, stream 0, in little-endian words of 64 bits, under the key: seed and epoch, each in 8
-/// little-endian bytes, then the 16 bytes `burn-parallel v1`. The order is Fisher and Yates's (Durstenfeld 1964,
-/// doi:10.1145/364520.364540): start from that of the dataset; for `i` from the last place down to 1, take the next number
-/// `x` and swap place `i` with place `(x * (i + 1)) >> 64`, the product in 128 bits.
+/// It depends on the number of items, the seed and the epoch, and on nothing else: not on the rank, the size of the
+/// group, the machine or the version of this crate. No other generator is read or moved by it. The random numbers are
+/// the output of ChaCha with 8 rounds, stream 0, in little-endian words of 64 bits, under the key: seed and epoch, each
+/// in 8 little-endian bytes, then the 16 bytes `burn-parallel v1`. The order is Fisher and Yates's (Durstenfeld 1964,
+/// doi:10.1145/364520.364540): start from that of the dataset; for `i` from the last place down to 1, take the next
+/// number `x` and swap place `i` with place `(x * (i + 1)) >> 64`, the product in 128 bits.
 ///
-/// Making it takes time and memory in proportion to the number of items: 4 bytes for each, from 2^32 items on 8, of which
-/// this rank's share is kept. Without shuffling, an epoch takes none of either, however long the dataset.
+/// Making it takes time and memory in proportion to the number of items: 4 bytes for each, from 2^32 items on 8, of
+/// which this rank's share is kept. Without shuffling, an epoch takes none of either, however long the dataset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DistributedSampler {
     items: usize,
@@ -57,15 +57,15 @@ pub struct DistributedSampler {
 /// What becomes of the last items of an epoch when the ranks are not equally many to share them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Remainder {
-    /// Every item once; the first ranks have one more than the others. Ranks may then have different numbers of batches,
-    /// and [`ParallelModule::join`](crate::train::ParallelModule::join) ends them together.
+    /// Every item once; the first ranks have one more than the others. Ranks may then have different numbers of
+    /// batches, and [`ParallelModule::join`](crate::train::ParallelModule::join) ends them together.
     #[default]
     Uneven,
     /// All ranks have equally many: as many items as are missing are repeated, from the start of the epoch's order (and
     /// again from there, if they are fewer than that). An empty dataset stays empty.
     Pad,
-    /// All ranks have equally many: the last items of the epoch's order, fewer than there are ranks, are left out. With a
-    /// shuffled order they are others in each epoch.
+    /// All ranks have equally many: the last items of the epoch's order, fewer than there are ranks, are left out. With
+    /// a shuffled order they are others in each epoch.
     Drop,
 }
 
@@ -169,8 +169,8 @@ fn shuffle<T>(order: &mut [T], seed: u64, epoch: usize) {
     }
 }
 
-/// The items that one rank takes in one epoch, as indices into the dataset. Made by [`DistributedSampler::epoch`]; cheap to
-/// clone and to ask.
+/// The items that one rank takes in one epoch, as indices into the dataset. Made by [`DistributedSampler::epoch`];
+/// cheap to clone and to ask.
 #[derive(Clone)]
 pub struct Share {
     sampler: DistributedSampler,
@@ -219,8 +219,8 @@ impl Share {
         (0..self.len()).map_while(|turn| self.get(turn))
     }
 
-    /// The indices of what is left for this rank when the first `items` of the epoch's order have been taken by all ranks
-    /// together, however many these were: when training goes on in the middle of an epoch.
+    /// The indices of what is left for this rank when the first `items` of the epoch's order have been taken by all
+    /// ranks together, however many these were: when training goes on in the middle of an epoch.
     pub fn after(&self, items: usize) -> Vec<usize> {
         let DistributedSampler { rank, size, .. } = self.sampler;
         let first = items.saturating_sub(rank).div_ceil(size);

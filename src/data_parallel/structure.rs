@@ -81,8 +81,8 @@ impl Structure {
     }
 }
 
-/// Gives every parameter and buffer of the module the values of rank 0, as fresh leaves of this rank's own: replicas that
-/// share autodiff leaves would wait for each other's locks in the middle of a collective.
+/// Gives every parameter and buffer of the module the values of rank 0, as fresh leaves of this rank's own: replicas
+/// that share autodiff leaves would wait for each other's locks in the middle of a collective.
 ///
 /// # Errors
 /// Those of [`Communicator::broadcast`].
@@ -90,8 +90,8 @@ pub(super) fn broadcast<M: Module>(module: M, group: &Communicator) -> Result<M,
     broadcast_some(module, group, &|_, _| true)
 }
 
-/// Gives what is not trained, running statistics above all, the values of rank 0; but for parameters that are `divided` among the
-/// ranks.
+/// Gives what is not trained, running statistics above all, the values of rank 0; but for parameters that are `divided`
+/// among the ranks.
 ///
 /// # Errors
 /// Those of [`Communicator::broadcast`].
@@ -105,7 +105,8 @@ pub(super) fn broadcast_buffers<M: Module>(
     broadcast_some(module, group, &|id, trained| !trained && !divided(id) && !sharded.contains(id))
 }
 
-/// As [`broadcast`], of the parameters and buffers for which `wanted` says so, by their id and whether they are trained.
+/// As [`broadcast`], of the parameters and buffers for which `wanted` says so, by their id and whether they are
+/// trained.
 ///
 /// # Errors
 /// Those of [`Communicator::broadcast`].

@@ -24,8 +24,8 @@ pub(super) fn agree_on_layouts(table: &PlanTable, group: &Communicator) -> Resul
     params::agree(&table.rows().iter().map(line).collect::<Vec<_>>(), group)
 }
 
-/// What of a model is distributed along an axis. All axes come to the first round before the second: so what is split is
-/// already when it is copied.
+/// What of a model is distributed along an axis. All axes come to the first round before the second: so what is split
+/// is already when it is copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Round {
     /// The parameters that are split along the axis.
@@ -34,8 +34,8 @@ pub(super) enum Round {
     Copy,
 }
 
-/// Gives this rank its part along axis number `axis` of the table, of the parameters of rank 0's module that this round is
-/// about, which the axes before it have taken their parts of; as fresh leaves.
+/// Gives this rank its part along axis number `axis` of the table, of the parameters of rank 0's module that this round
+/// is about, which the axes before it have taken their parts of; as fresh leaves.
 ///
 /// # Errors
 /// Those of [`Communicator`].

@@ -119,8 +119,8 @@ fn run(graph: &StepGraph, device: &Device) -> Result<PlainTensor, Error> {
     let mut value = None;
     for action in program(graph, false).0 {
         match action {
-            Instruction::Run(op) => interpreter.run(*op),
-            Instruction::Free(tensor) => interpreter.run(OperationIr::Drop(tensor)),
+            Instruction::Run(op) => interpreter.run(*op)?,
+            Instruction::Free(tensor) => interpreter.run(OperationIr::Drop(tensor))?,
             Instruction::Output(tensor) => value = Some(interpreter.get(&tensor)?),
         }
     }

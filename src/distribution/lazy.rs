@@ -1,8 +1,9 @@
 //! Parameters that are distributed when they are first used.
 //!
-//! Then all ranks meet. Rank 0 tells the others how it makes the value: as a whole, or in pieces, where the initialiser of the
-//! parameter allows it ([`Initializer`]). A piece is sent as soon as it is made, to those who have part of it, and the next is
-//! made when it has arrived: beside its own part rank 0 holds one piece, an eighth of the parameter at most.
+//! Then all ranks meet. Rank 0 tells the others how it makes the value: as a whole, or in pieces, where the initialiser
+//! of the parameter allows it ([`Initializer`]). A piece is sent as soon as it is made, to those who have part of it,
+//! and the next is made when it has arrived: beside its own part rank 0 holds one piece, an eighth of the parameter at
+//! most.
 
 use std::ops::Range;
 

@@ -26,10 +26,12 @@ use crate::plan::{AxisPlan, Plan, PlanRow, PlanTable};
 /// Gradients that are reduced together, where an axis shares out the batch.
 const BUCKET_BYTES: usize = 4 << 20;
 
-/// The split of a model: where each parameter lies over each axis, and the groups that it is split over. Cheap to clone.
+/// The split of a model: where each parameter lies over each axis, and the groups that it is split over. Cheap to
+/// clone.
 ///
 /// A strategy that runs captured steps of a split model takes the [meta module](Self::meta_module) to capture, then
-/// [applies](Self::apply) the split to the graph, and lets the executor know the collectives by [`register`](Self::register).
+/// [applies](Self::apply) the split to the graph, and lets the executor know the collectives by
+/// [`register`](Self::register).
 #[derive(Debug, Clone)]
 pub(crate) struct ModelSplit {
     table: Arc<PlanTable>,
@@ -51,8 +53,9 @@ struct SplitAxis {
 }
 
 impl ModelSplit {
-    /// Checks the plan against the model, makes sure that all ranks bring the same, and leaves this rank its parts of the
-    /// parameters of the rank that is first on every axis. The plan describes the first of the axes, given by their names.
+    /// Checks the plan against the model, makes sure that all ranks bring the same, and leaves this rank its parts of
+    /// the parameters of the rank that is first on every axis. The plan describes the first of the axes, given by their
+    /// names.
     ///
     /// # Errors
     /// Those of [`Plan::table_over`], [`params::agree`] and [`Communicator`].
@@ -143,8 +146,8 @@ impl ModelSplit {
         self.axes.iter().map(|axis| &axis.group)
     }
 
-    /// The parameters of which another rank has the copy that counts, where each is to count once: along an axis that leaves
-    /// a parameter whole that is the first.
+    /// The parameters of which another rank has the copy that counts, where each is to count once: along an axis that
+    /// leaves a parameter whole that is the first.
     pub(crate) fn counted_elsewhere(&self) -> HashSet<ParamId> {
         let counts = |(layout, axis): (&Layout, &SplitAxis)| *layout != Layout::Replicated || axis.group.rank() == 0;
         let elsewhere = self.table.rows().iter().filter(|row| !row.layouts.iter().zip(self.axes.iter()).all(counts));
@@ -156,7 +159,8 @@ impl ModelSplit {
         self.whole_dims.get(&id)?.clone()
     }
 
-    /// The module with the dims that it has as a whole, of which split parameters take no memory: what a capture looks at.
+    /// The module with the dims that it has as a whole, of which split parameters take no memory: what a capture looks
+    /// at.
     pub(crate) fn meta_module<M: Module>(&self, local: &M) -> M {
         params::meta_module(local, &|id, _| self.whole_dims(id))
     }
@@ -164,7 +168,8 @@ impl ModelSplit {
     /// The signature of the [meta module](Self::meta_module) for a training step.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if it has other parameters than the one that was split, or is on a device without autodiff.
+    /// [`Error::InvalidArgument`] if it has other parameters than the one that was split, or is on a device without
+    /// autodiff.
     pub(crate) fn of_step<M: Module>(&self, local: &M) -> Result<Signature, Error> {
         let signature = Signature::of_step(local, &|id, _| self.whole_dims(id));
         signature.can_train()?;
@@ -224,7 +229,8 @@ impl ModelSplit {
         Ok(whole)
     }
 
-    /// Gives this rank's parts the values that a source has, of which nothing else is read. Lazy parameters are not made.
+    /// Gives this rank's parts the values that a source has, of which nothing else is read. Lazy parameters are not
+    /// made.
     ///
     /// # Errors
     /// Those of [`params::load`].
@@ -293,12 +299,13 @@ impl ModelSplit {
         self.shards.iter().for_each(|shards| shards.register(ops));
     }
 
-    /// Splits a graph captured of the [meta module](Self::meta_module), in place: the local graph of this rank. Collective: all
-    /// ranks split the same graph, and all ranks check that they got the same collectives. Returns a report for each axis.
+    /// Splits a graph captured of the [meta module](Self::meta_module), in place: the local graph of this rank.
+    /// Collective: all ranks split the same graph, and all ranks check that they got the same collectives. Returns a
+    /// report for each axis.
     ///
     /// # Errors
-    /// [`Error::Plan`] if an input cannot be split as planned; [`Error::Graph`] as [`partition`], and if the ranks would
-    /// run different collectives; those of [`Communicator`].
+    /// [`Error::Plan`] if an input cannot be split as planned; [`Error::Graph`] as [`partition`], and if the ranks
+    /// would run different collectives; those of [`Communicator`].
     pub(crate) fn apply(&self, graph: &mut StepGraph) -> Result<Vec<ShardReport>, Error> {
         let over = |axis: &SplitAxis| {
             let options = PartitionOptions::new(&axis.name, axis.group.size(), axis.group.rank());
@@ -318,10 +325,10 @@ impl ModelSplit {
         Ok(reports)
     }
 
-    /// Has products run together with their collectives, reduces gradients together, and takes the other collectives apart
-    /// into start and wait, so that they run beside work that does not depend on them. The last that is done to a graph:
-    /// nothing else knows these operations, and one of them may need parameters of several layers, between which no pipeline
-    /// can then be cut. At last parameters and gradients are exchanged with the replicas.
+    /// Has products run together with their collectives, reduces gradients together, and takes the other collectives
+    /// apart into start and wait, so that they run beside work that does not depend on them. The last that is done to a
+    /// graph: nothing else knows these operations, and one of them may need parameters of several layers, between which
+    /// no pipeline can then be cut. At last parameters and gradients are exchanged with the replicas.
     pub(crate) fn schedule(&self, graph: &mut StepGraph, reports: &mut [ShardReport]) {
         for product in fuse_products(graph) {
             let mut over = reports.iter_mut().filter(|report| report.axis == product.axis);
@@ -333,8 +340,8 @@ impl ModelSplit {
     }
 }
 
-/// Splits a captured step in place over axes, each with the rank that is to run it and what the plan says of it. Returns a
-/// report for each.
+/// Splits a captured step in place over axes, each with the rank that is to run it and what the plan says of it.
+/// Returns a report for each.
 ///
 /// # Errors
 /// [`Error::Plan`] if an input cannot be split as planned; [`Error::Graph`] as [`partition`].

@@ -18,8 +18,8 @@ pub(super) struct ParamPart {
     pub fresh: Option<Vec<usize>>,
 }
 
-/// This rank's share of rank 0's value. Of the `value` of the other ranks only rank and dtype count, and its dims if it is
-/// not split.
+/// This rank's share of rank 0's value. Of the `value` of the other ranks only rank and dtype count, and its dims if it
+/// is not split.
 pub(super) fn receive<const D: usize>(
     value: Tensor<D>,
     layout: Layout,

@@ -14,7 +14,7 @@ use super::backend::{GraphBackend, from_handle, into_handle};
 use super::graph_error;
 use super::instruction::Instruction;
 use crate::error::Error;
-use crate::tensor::PlainTensor;
+use crate::tensor::{PlainTensor, Pool};
 
 /// What the custom operations of a graph do, by id.
 ///
@@ -27,6 +27,7 @@ pub struct CustomOps {
     cube: CustomOpRegistry<Cube>,
     ids: HashSet<String>,
     fusion: bool,
+    pool: Arc<Pool>,
     failed: Arc<Mutex<Option<Error>>>,
 }
 
@@ -53,6 +54,7 @@ impl CustomOps {
             cube: CustomOpRegistry::new(),
             ids: HashSet::new(),
             fusion: true,
+            pool: Pool::of_thread(),
             failed: Arc::new(Mutex::new(None)),
         }
     }
@@ -60,9 +62,10 @@ impl CustomOps {
     /// Whether groups of element-wise operations run as one loop each, in blocks that stay in the caches, as they do by
     /// default: additions and products with what they broadcast, masks, casts and activations, and the sums, means and
     /// maxima along the last dim between them, so that a softmax or a norm is one loop. On the host only; on other
-    /// devices burn fuses itself.
+    /// devices burn fuses itself. Results from 256 KiB on are made in memory that is kept from step to step, as long as
+    /// anything on this thread holds these operations; a result that is dropped anywhere goes back there.
     ///
-    /// Numbers are those of the operations one by one, but for sums, which are added in another order, and for `exp`,
+    /// Numbers are those of the operations one by one, but for sums, those of products too, which are added in another order, and for `exp`,
     /// `log`, `tanh` and `erf` in `f32`, which are within 0.55 units in the last place of the exact value (burn's
     /// within 1). Turn it off to have burn's very operations, or to see which of them fails.
     pub fn with_fusion(mut self, fusion: bool) -> Self {
@@ -72,6 +75,11 @@ impl CustomOps {
 
     pub(crate) fn fusion(&self) -> bool {
         self.fusion
+    }
+
+    /// What fused operations make their results in.
+    pub(crate) fn pool(&self) -> &Arc<Pool> {
+        &self.pool
     }
 
     /// Says what the operation `id` does, replacing what it did before.

@@ -1,6 +1,7 @@
 //! The interpreter: runs operations on the device of the tensors.
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use burn::backend::flex::FlexDevice;
 use burn::backend::{DispatchKindConversion, DispatchTensor};
@@ -10,14 +11,18 @@ use burn_router::TensorInterpreter;
 
 use super::backend::{GraphBackend, from_handle, into_handle};
 use super::custom::CustomOps;
+use super::fused::{fuses_on, multiplies, multiply};
 use super::graph_error;
+use super::operation::matmul;
 use crate::error::Error;
-use crate::tensor::{PlainTensor, check_device};
+use crate::tensor::{PlainTensor, Pool, check_device};
 
 /// Runs operations on one device. Tensors are known by their ids.
 #[derive(Debug)]
 pub(crate) struct Interpreter {
     device: Device,
+    /// What products are written into; none if burn multiplies.
+    pool: Option<Arc<Pool>>,
     backend: Box<dyn Interpret>,
 }
 
@@ -33,7 +38,8 @@ impl Interpreter {
             }
             _ => Box::new(TensorInterpreter::with_custom_ops(FlexDevice, ops.on_flex())),
         };
-        Ok(Self { device: device.clone(), backend })
+        let pool = (ops.fusion() && fuses_on(device)).then(|| ops.pool().clone());
+        Ok(Self { device: device.clone(), pool, backend })
     }
 
     pub(crate) fn device(&self) -> &Device {
@@ -54,8 +60,20 @@ impl Interpreter {
     }
 
     /// Runs an operation, or frees a tensor.
-    pub(crate) fn run(&mut self, op: OperationIr) {
-        self.backend.run(op);
+    ///
+    /// # Errors
+    /// [`Error::Graph`] if a tensor is not on the device.
+    pub(crate) fn run(&mut self, op: OperationIr) -> Result<(), Error> {
+        match (&self.pool, matmul(&op)) {
+            (Some(pool), Some(product)) if multiplies(product.out.dtype) => {
+                let left = self.backend.get(&product.lhs)?.into_flex()?;
+                let right = self.backend.get(&product.rhs)?.into_flex()?;
+                let out = multiply(&left, &right, &product.out.shape, pool);
+                self.backend.bind(product.out.id, PlainTensor::from_flex(out))?;
+            }
+            _ => self.backend.run(op),
+        }
+        Ok(())
     }
 
     /// The value of a tensor, taken out if its status says so.

@@ -5,7 +5,8 @@
 //! machine or many: torchrun, `mpirun`, `srun`. Processes are joined over TCP, or by MPI if its launcher has started
 //! them.
 //!
-//! [`Processes::restarts`] starts lost ranks again; [`StopSignals`] tells all ranks that a cluster is about to end them.
+//! [`Processes::restarts`] starts lost ranks again; [`StopSignals`] tells all ranks that a cluster is about to end
+//! them.
 
 mod environment;
 mod process;

@@ -55,35 +55,36 @@ impl Processes {
         self
     }
 
-    /// Starts all processes again when one has failed or was killed, so many times. Default 0. A program that is to go on where it was
-    /// [restores](crate::checkpoint::Checkpointer::restore) its last checkpoint when it starts; which start it is, it finds in
-    /// [`ProcessInfo::restarts`]. A run that [was asked to end](super::StopSignals) is not started again. The log tells, as
-    /// warnings, which rank was lost and how many are started again.
+    /// Starts all processes again when one has failed or was killed, so many times. Default 0. A program that is to go
+    /// on where it was [restores](crate::checkpoint::Checkpointer::restore) its last checkpoint when it starts; which
+    /// start it is, it finds in [`ProcessInfo::restarts`]. A run that [was asked to end](super::StopSignals) is not
+    /// started again. The log tells, as warnings, which rank was lost and how many are started again.
     pub fn restarts(mut self, restarts: usize) -> Self {
         self.restarts = restarts;
         self
     }
 
-    /// Takes ranks that are lost for gone, as a GPU may be that has failed: all are started again with the largest of these numbers
-    /// of ranks for which there are enough left. Without this, and where `sizes` is empty, with as many as before.
+    /// Takes ranks that are lost for gone, as a GPU may be that has failed: all are started again with the largest of
+    /// these numbers of ranks for which there are enough left. Without this, and where `sizes` is empty, with as many
+    /// as before.
     ///
-    /// Lost are those that a signal has ended, or else the first that failed. [`Strategy::resized`](crate::train::Strategy::resized)
-    /// says what a strategy is on fewer ranks.
+    /// Lost are those that a signal has ended, or else the first that failed.
+    /// [`Strategy::resized`](crate::train::Strategy::resized) says what a strategy is on fewer ranks.
     pub fn restart_sizes(mut self, sizes: impl IntoIterator<Item = usize>) -> Self {
         self.restart_sizes = sizes.into_iter().collect();
         self
     }
 
-    /// Sets how long ranks have to end once they are told to, before they are killed. Default 5 s: more, if they save a checkpoint
-    /// then.
+    /// Sets how long ranks have to end once they are told to, before they are killed. Default 5 s: more, if they save a
+    /// checkpoint then.
     pub fn grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
         self
     }
 
-    /// Runs `f` on every rank. This program is started `size` times with the arguments that it has, so it comes here again
-    /// in each of them: there this runs `f` and returns its result. In the process that was started first this returns
-    /// `None` when all have ended.
+    /// Runs `f` on every rank. This program is started `size` times with the arguments that it has, so it comes here
+    /// again in each of them: there this runs `f` and returns its result. In the process that was started first this
+    /// returns `None` when all have ended.
     ///
     /// `prepare` makes settings for the rank that this process is: its seed, its threads.
     ///
@@ -123,16 +124,17 @@ impl Processes {
         supervise(vec![mpirun], self.size, self.grace)?.into_result().map(|()| None)
     }
 
-    /// Starts the processes and waits for them, whatever they do. From then on this process handles SIGINT, SIGTERM and SIGUSR1
-    /// itself: it hands them on.
+    /// Starts the processes and waits for them, whatever they do. From then on this process handles SIGINT, SIGTERM and
+    /// SIGUSR1 itself: it hands them on.
     ///
     /// Each finds `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, a `MASTER_ADDR` and `MASTER_PORT` on this
     /// machine, and in `BURN_PARALLEL_SECRET` a secret that was made up for this run, unless there is one already. It
     /// finds nothing of what other launchers have said to this process.
     ///
     /// # Errors
-    /// [`Error::ProcessFailed`] for the first that fails, after all have ended, in the last of the [starts](Self::restarts);
-    /// [`Error::Launch`] if one can't be started; [`Error::Stopped`] if a signal ended the run.
+    /// [`Error::ProcessFailed`] for the first that fails, after all have ended, in the last of the
+    /// [starts](Self::restarts); [`Error::Launch`] if one can't be started; [`Error::Stopped`] if a signal ended the
+    /// run.
     pub fn supervise(self) -> Result<(), Error> {
         let mut size = self.size;
         for before in 0..self.restarts {

@@ -41,8 +41,8 @@ pub(super) fn relay(
     })
 }
 
-/// Takes off what `mpirun --tag-output` puts before a line: `[1,0]<stderr>:`, where 0 is the rank. It stands again wherever
-/// a piece began that was read by itself, as programs write that don't buffer.
+/// Takes off what `mpirun --tag-output` puts before a line: `[1,0]<stderr>:`, where 0 is the rank. It stands again
+/// wherever a piece began that was read by itself, as programs write that don't buffer.
 fn tagged(line: &str) -> (Option<usize>, String) {
     let parse = || {
         let (tag, rest) = line.strip_prefix('[')?.split_once(']')?;

@@ -1,4 +1,5 @@
-//! Signals by which a run is asked to end, as a cluster sends them some time before it kills: all ranks learn of them at one step.
+//! Signals by which a run is asked to end, as a cluster sends them some time before it kills: all ranks learn of them
+//! at one step.
 
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 
@@ -6,11 +7,11 @@ use super::StopSignal;
 use crate::Error;
 use crate::comm::{Communicator, Pending, ReduceOp};
 
-/// Listens for SIGTERM and SIGUSR1, by which Slurm (`--signal=TERM@120`), torchrun, Kubernetes and others announce that a run
-/// will be killed, and tells all ranks at the same step: time to save a [checkpoint](crate::checkpoint) and end.
+/// Listens for SIGTERM and SIGUSR1, by which Slurm (`--signal=TERM@120`), torchrun, Kubernetes and others announce that
+/// a run will be killed, and tells all ranks at the same step: time to save a [checkpoint](crate::checkpoint) and end.
 ///
-/// One for each rank of a world. While there is one in a process, these signals do not end the process; afterwards they do
-/// again.
+/// One for each rank of a world. While there is one in a process, these signals do not end the process; afterwards they
+/// do again.
 ///
 /// ```
 /// use burn_parallel::prelude::*;
@@ -49,10 +50,11 @@ impl StopSignals {
         Ok(Self { group, heard: None, _listener })
     }
 
-    /// The signal that any rank has been sent, if one has, the same on all ranks. To be called once a step, by all ranks.
+    /// The signal that any rank has been sent, if one has, the same on all ranks. To be called once a step, by all
+    /// ranks.
     ///
-    /// It tells what the ranks had heard at the call before: what they exchange for that, one number, travels in the background of
-    /// the step in between, so that nobody waits for it.
+    /// It tells what the ranks had heard at the call before: what they exchange for that, one number, travels in the
+    /// background of the step in between, so that nobody waits for it.
     ///
     /// # Errors
     /// The error of the world.

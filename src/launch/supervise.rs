@@ -1,9 +1,9 @@
 //! Watches over processes that were started, and ends all when one fails.
 //!
 //! The parent starts the ranks, each at the head of a process group of its own, reads what they say and writes it with
-//! the rank before each line. When one fails, the groups of the others are told to end (SIGTERM), and after a few seconds
-//! are ended (SIGKILL). A signal that would end the parent goes to them first. Should the parent be killed outright, the
-//! kernel ends the ranks (`PR_SET_PDEATHSIG`, on Linux).
+//! the rank before each line. When one fails, the groups of the others are told to end (SIGTERM), and after a few
+//! seconds are ended (SIGKILL). A signal that would end the parent goes to them first. Should the parent be killed
+//! outright, the kernel ends the ranks (`PR_SET_PDEATHSIG`, on Linux).
 
 use std::collections::VecDeque;
 use std::os::unix::process::{CommandExt, ExitStatusExt};

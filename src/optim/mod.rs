@@ -2,8 +2,8 @@
 //!
 //! burn updates a parameter operation by operation: AdamW goes over it, its gradient and its moments some twenty times,
 //! and what does not fit into the caches comes from memory each time. On the host a fused optimizer reads value,
-//! gradient and moments once and writes value and moments once, in place, with the vectors of the machine and split over
-//! the threads of the rank. Elsewhere it is burn's own update, which CubeCL devices fuse themselves.
+//! gradient and moments once and writes value and moments once, in place, with the vectors of the machine and split
+//! over the threads of the rank. Elsewhere it is burn's own update, which CubeCL devices fuse themselves.
 //!
 //! ```
 //! use burn::nn::{Linear, LinearConfig};
@@ -25,8 +25,8 @@
 //! ```
 //!
 //! # The same numbers
-//! Every element is computed by the operations of burn 0.22, in their order, each rounded as burn rounds it: values and moments
-//! have burn's bits, in `f32`, `f64`, `bf16` and `f16`. A record of the one is loaded by the other.
+//! Every element is computed by the operations of burn 0.22, in their order, each rounded as burn rounds it: values and
+//! moments have burn's bits, in `f32`, `f64`, `bf16` and `f16`. A record of the one is loaded by the other.
 //!
 //! An update is in place where nothing else holds the memory of the parameter; a clone of the model keeps its values.
 
@@ -47,11 +47,12 @@ pub trait FusedOptimizer {
     /// The bare optimizer.
     type Optimizer: Optimizer;
 
-    /// The bare optimizer, for [`ModuleOptimizer::with_group`] and [`ModuleOptimizer::from`]: as burn's `build`, it leaves
-    /// out the clipping of gradients.
+    /// The bare optimizer, for [`ModuleOptimizer::with_group`] and [`ModuleOptimizer::from`]: as burn's `build`, it
+    /// leaves out the clipping of gradients.
     fn build_fused(&self) -> Self::Optimizer;
 
-    /// An optimizer of a whole module, to be given to [`optimize`](crate::train::ParallelModule::optimize): as burn's `init`.
+    /// An optimizer of a whole module, to be given to [`optimize`](crate::train::ParallelModule::optimize): as burn's
+    /// `init`.
     fn init_fused(&self) -> ModuleOptimizer;
 }
 

@@ -17,8 +17,8 @@ pub(super) trait Rule<const N: usize>: Copy + Send + Sync {
     fn update<T: Number>(&self, value: T, gradient: T, moments: &mut [T; N]) -> T;
 }
 
-/// Whether a parameter is updated here: on the host, with a gradient of its dtype, and moments of its dims. Of others burn
-/// knows what to do, or what to say.
+/// Whether a parameter is updated here: on the host, with a gradient of its dtype, and moments of its dims. Of others
+/// burn knows what to do, or what to say.
 pub(super) fn is_here<'a, const D: usize>(
     value: &'a Tensor<D>,
     gradient: &'a Tensor<D>,
@@ -34,8 +34,8 @@ fn is_on_host<const D: usize>(tensor: &Tensor<D>) -> bool {
     PlainTensor::from(tensor.clone()).on_flex()
 }
 
-/// Updates a parameter that [`is_here`], in place if nothing else holds its memory. Moments that are not there yet begin
-/// as zeros. burn loads all moments in its default dtype: they become what the parameter is.
+/// Updates a parameter that [`is_here`], in place if nothing else holds its memory. Moments that are not there yet
+/// begin as zeros. burn loads all moments in its default dtype: they become what the parameter is.
 pub(super) fn update<const D: usize, const N: usize>(
     value: Tensor<D>,
     gradient: Tensor<D>,

@@ -119,7 +119,7 @@ struct Work {
 }
 
 /// A collective to be put in: where, and what with.
-struct Flight {
+struct AsyncPair {
     start: OperationIr,
     wait: OperationIr,
 }
@@ -131,7 +131,13 @@ impl Work {
     }
 
     /// A collective of the members of a group: their numbers, what it reads and what it gives.
-    fn flight(&mut self, ids: [&str; 2], members: &[usize], inputs: Vec<TensorIr>, outputs: Vec<TensorIr>) -> Flight {
+    fn async_pair(
+        &mut self,
+        ids: [&str; 2],
+        members: &[usize],
+        inputs: Vec<TensorIr>,
+        outputs: Vec<TensorIr>,
+    ) -> AsyncPair {
         let tokens: Vec<TensorIr> = outputs.iter().map(|out| self.fresh(out.shape.clone(), out)).collect();
         // The scalar that may differ between ranks comes last.
         let numbers = members.iter().map(|member| self.params[*member].1.number as u64);
@@ -140,7 +146,7 @@ impl Work {
         let op = |id: &str, inputs, outputs| {
             OperationIr::Custom(CustomOpIr { id: id.into(), inputs, outputs, scalars: scalars.clone() })
         };
-        Flight { start: op(ids[0], inputs, tokens.clone()), wait: op(ids[1], tokens, outputs) }
+        AsyncPair { start: op(ids[0], inputs, tokens.clone()), wait: op(ids[1], tokens, outputs) }
     }
 
     /// Scatters each group of gradients behind the last of them, and has the results be rows.
@@ -162,7 +168,7 @@ impl Work {
         let mut starts: Vec<((usize, usize), Vec<usize>)> =
             groups.into_values().filter_map(|places| Some((made(&places)?, places))).collect();
         starts.sort();
-        let mut flights: BTreeMap<(usize, usize), Vec<Flight>> = BTreeMap::new();
+        let mut pairs: BTreeMap<(usize, usize), Vec<AsyncPair>> = BTreeMap::new();
         for (at, places) in starts {
             let members: Vec<usize> = places.iter().map(|place| gradients[*place].0).collect();
             let inputs: Vec<TensorIr> = places.iter().map(|place| gradients[*place].1.clone()).collect();
@@ -171,17 +177,17 @@ impl Work {
                 .zip(&inputs)
                 .map(|(member, gradient)| self.fresh(Shape::from(self.params[*member].1.dims.clone()), gradient))
                 .collect();
-            let flight = self.flight([START_SCATTER, WAIT_SCATTER], &members, inputs, outputs.clone());
+            let pair = self.async_pair([START_SCATTER, WAIT_SCATTER], &members, inputs, outputs.clone());
             places.into_iter().zip(outputs).for_each(|(place, out)| *gradients[place].1 = out);
-            flights.entry(at).or_default().push(flight);
+            pairs.entry(at).or_default().push(pair);
         }
         for (pass, operations) in passes.iter_mut().enumerate() {
             let mut put = Vec::with_capacity(operations.len());
             let mut under_way: Option<OperationIr> = None;
             let mut start = |at: (usize, usize), put: &mut Vec<OperationIr>| {
-                for flight in flights.remove(&at).unwrap_or_default() {
-                    put.extend(under_way.replace(flight.wait));
-                    put.push(flight.start);
+                for pair in pairs.remove(&at).unwrap_or_default() {
+                    put.extend(under_way.replace(pair.wait));
+                    put.push(pair.start);
                 }
             };
             for (place, op) in std::mem::take(operations).into_iter().enumerate() {
@@ -234,16 +240,16 @@ impl Work {
             let mut order: Vec<(usize, Vec<usize>)> = groups.into_values().collect();
             order.iter_mut().for_each(|(_, members)| members.sort_unstable());
             order.sort();
-            let mut flights = Vec::with_capacity(order.len());
+            let mut pairs = Vec::with_capacity(order.len());
             for (at, members) in order {
                 let tensors: Vec<TensorIr> = members.iter().map(|member| self.params[*member].0.clone()).collect();
                 let dims = members.iter().map(|member| Shape::from(self.params[*member].1.dims.clone()));
                 let inputs = tensors.iter().zip(dims).map(|(t, dims)| TensorIr::uninit(t.id, dims, t.dtype)).collect();
                 let outputs: Vec<TensorIr> = tensors.iter().map(|t| self.fresh(t.shape.clone(), t)).collect();
                 whole.extend(tensors.iter().zip(&outputs).map(|(tensor, out)| (tensor.id, out.id)));
-                flights.push((at, self.flight([START_GATHER, WAIT_GATHER], &members, inputs, outputs)));
+                pairs.push((at, self.async_pair([START_GATHER, WAIT_GATHER], &members, inputs, outputs)));
             }
-            *operations = interleave(own, flights, &whole);
+            *operations = interleave(own, pairs, &whole);
             for result in &mut results {
                 if let Some(id) = whole.get(&result.id).filter(|_| pass == 0) {
                     result.id = *id;
@@ -298,12 +304,12 @@ impl Work {
 /// read in the place of the parameters.
 fn interleave(
     operations: Vec<OperationIr>,
-    flights: Vec<(usize, Flight)>,
+    pairs: Vec<(usize, AsyncPair)>,
     whole: &HashMap<TensorId, TensorId>,
 ) -> Vec<OperationIr> {
-    let mut put = Vec::with_capacity(operations.len() + 2 * flights.len());
+    let mut put = Vec::with_capacity(operations.len() + 2 * pairs.len());
     let (mut waits, mut starts) = (Vec::new(), Vec::new());
-    for (at, Flight { start, wait }) in flights {
+    for (at, AsyncPair { start, wait }) in pairs {
         starts.push(start);
         waits.push((at, wait));
     }

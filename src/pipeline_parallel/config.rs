@@ -42,8 +42,8 @@ pub struct PipelineConfig {
 impl Config for PipelineConfig {}
 
 impl PipelineConfig {
-    /// This many micro-batches, 1F1B, stages of equal cost, all inputs divided along their first dim, seed 0, operations
-    /// fused.
+    /// This many micro-batches, 1F1B, stages of equal cost, all inputs divided along their first dim, seed 0,
+    /// operations fused.
     pub fn new(micro_batches: usize) -> Self {
         Self {
             micro_batches,
@@ -92,7 +92,8 @@ impl PipelineConfig {
     }
 
     /// Sets whether steps on the host run groups of element-wise operations as one loop
-    /// ([`CustomOps::with_fusion`](crate::graph::CustomOps::with_fusion)): to compare, or to find which operation fails.
+    /// ([`CustomOps::with_fusion`](crate::graph::CustomOps::with_fusion)): to compare, or to find which operation
+    /// fails.
     pub fn with_fusion(mut self, fusion: bool) -> Self {
         self.fusion = fusion;
         self

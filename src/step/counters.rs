@@ -8,8 +8,8 @@ use crate::comm::Counters;
 /// What steps cost in communication on one rank: one of them, or all so far.
 #[derive(Debug, Clone, Default)]
 pub struct StepCounters {
-    /// Data parallelism, the buckets of gradients: one collective for each, or two where rows are divided among some of the
-    /// replicas only. Of [sharded](crate::sharding) replicas gradients of 1 MiB and more go by themselves.
+    /// Data parallelism, the buckets of gradients: one collective for each, or two where rows are divided among some of
+    /// the replicas only. Of [sharded](crate::sharding) replicas gradients of 1 MiB and more go by themselves.
     pub gradients: Counters,
     /// Sharded replicas: parameters that were gathered, for use or after their update.
     pub parameters: Counters,
@@ -21,12 +21,13 @@ pub struct StepCounters {
     pub tensor: Counters,
     /// Pipeline parallelism: what goes from stage to stage.
     pub pipeline: Counters,
-    /// The norm of the gradient, over the ranks that share the model: what [`clip_grad_norm`](super::Step::clip_grad_norm) takes.
+    /// The norm of the gradient, over the ranks that share the model: what
+    /// [`clip_grad_norm`](super::Step::clip_grad_norm) takes.
     pub norm: Counters,
     /// Steps that were skipped because their gradient was not finite.
     pub skipped: u64,
-    /// How long this rank had nothing else to do but wait for gradients, and with [sharded](crate::sharding) replicas for parameters
-    /// that are gathered: communication that nothing hid.
+    /// How long this rank had nothing else to do but wait for gradients, and with [sharded](crate::sharding) replicas
+    /// for parameters that are gathered: communication that nothing hid.
     pub waited: Duration,
 }
 

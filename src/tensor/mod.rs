@@ -5,6 +5,7 @@ mod backend;
 mod digest;
 pub(crate) mod magnitude;
 mod ops;
+mod recycled;
 mod squares;
 mod tree;
 mod vectors;
@@ -19,6 +20,7 @@ use burn::tensor::kind::{Autodiff, Basic};
 use burn::tensor::{Bool, DType, Device, Int, Shape, Tensor, TensorData};
 
 pub(crate) use self::backend::{check_device, with_backend};
+pub(crate) use self::recycled::{Pool, Room};
 pub(crate) use self::squares::Squares;
 #[doc(hidden)]
 pub use self::tree::{TensorMapper, TensorTree};

@@ -54,7 +54,8 @@ impl TensorParallelConfig {
     }
 
     /// Sets whether captured steps on the host run groups of element-wise operations as one loop
-    /// ([`CustomOps::with_fusion`](crate::graph::CustomOps::with_fusion)): to compare, or to find which operation fails.
+    /// ([`CustomOps::with_fusion`](crate::graph::CustomOps::with_fusion)): to compare, or to find which operation
+    /// fails.
     pub fn with_fusion(mut self, fusion: bool) -> Self {
         self.fusion = fusion;
         self

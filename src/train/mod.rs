@@ -1,7 +1,8 @@
 //! Training with any mix of strategies: one trait over everything that a model can be wrapped in.
 //!
-//! [`ParallelModule`] is what all wrappers have in common, so a training loop is written once. [`Parallelize::parallelize`] wraps a
-//! model as a [`Strategy`] says, which a file can hold. By hand it is wrapped axis by axis of a [`Mesh`](crate::mesh::Mesh):
+//! [`ParallelModule`] is what all wrappers have in common, so a training loop is written once.
+//! [`Parallelize::parallelize`] wraps a model as a [`Strategy`] says, which a file can hold. By hand it is wrapped axis
+//! by axis of a [`Mesh`](crate::mesh::Mesh):
 //!
 //! ```
 //! use burn::nn::{Linear, LinearConfig};

@@ -21,8 +21,8 @@ pub struct Report {
     pub sharding: Sharding,
     /// Whether steps are captured as graphs; else the model's own eager forward runs.
     pub captured: bool,
-    /// What the last captured step of a model that is split was given in collectives, and what of it could not be split: one
-    /// for each axis that it is split over, first the plan's own. Empty before the first step.
+    /// What the last captured step of a model that is split was given in collectives, and what of it could not be
+    /// split: one for each axis that it is split over, first the plan's own. Empty before the first step.
     pub shards: Vec<ShardReport>,
     /// What each stage of a pipeline has, and what crosses between them; `None` before the model is cut.
     pub cut: Option<CutReport>,

@@ -1,4 +1,5 @@
-//! Optimizers that look at whole matrices: where a matrix is divided one rank has its moments, and they go to any other mesh.
+//! Optimizers that look at whole matrices: where a matrix is divided one rank has its moments, and they go to any other
+//! mesh.
 
 use burn::module::ParamGroup;
 use burn::optim::{AdafactorConfig, AdamWConfig, LambConfig, ModuleOptimizer, MuonConfig};

@@ -11,8 +11,8 @@ use crate::common::reference::{filled, own, values};
 
 const MIB: u64 = 1 << 20;
 
-/// A weight of 16 MiB. Of a part of the rows a rank reads these; of a part of the columns, of which each line is short, all
-/// blocks of the slices that have some.
+/// A weight of 16 MiB. Of a part of the rows a rank reads these; of a part of the columns, of which each line is short,
+/// all blocks of the slices that have some.
 #[test]
 fn bytes_are_those_of_the_slices() {
     let linear: Linear = filled(LinearConfig::new(2048, 2048).with_bias(false).init(&device()));

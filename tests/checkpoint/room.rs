@@ -1,4 +1,5 @@
-//! A disk that is full, a directory that may not be written to, one that vanishes: an error on all ranks, and training goes on.
+//! A disk that is full, a directory that may not be written to, one that vanishes: an error on all ranks, and training
+//! goes on.
 //!
 //! Limits and users are of a process: each case runs in one of its own.
 #![cfg(unix)]

@@ -3,6 +3,7 @@
 
 pub mod dense;
 pub mod dir;
+pub mod failing;
 pub mod finetune;
 pub mod forwarding;
 pub mod llama;

@@ -237,8 +237,8 @@ fn forwards_that_are_not_differentiated_and_backwards_that_share_a_forward() {
     }
 }
 
-/// A weight used twice, before and after another backward, which makes the first use forgotten: its gradient arrives when
-/// its bucket is gone already.
+/// A weight used twice, before and after another backward, which makes the first use forgotten: its gradient arrives
+/// when its bucket is gone already.
 #[test]
 fn late_gradients_are_summed_all_the_same() {
     let device = Device::flex().autodiff();
@@ -607,8 +607,8 @@ fn gate(x: Tensor<2>, state: GateState) -> Tensor<2> {
     Tensor::from_primitive::<Autodiff<Flex>>(output)
 }
 
-/// Backward stops behind the first layer until the bucket of the last layers is being reduced: with overlap it is, without
-/// it never would be.
+/// Backward stops behind the first layer until the bucket of the last layers is being reduced: with overlap it is,
+/// without it never would be.
 #[test]
 fn buckets_are_reduced_while_backward_runs() {
     for (overlap, limit) in [(true, Duration::from_secs(30)), (false, Duration::from_millis(200))] {

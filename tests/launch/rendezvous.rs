@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use burn_parallel::Error;
 use burn_parallel::launch::{ProcessInfo, Rendezvous};
 
+use crate::common::failing::fails;
+
 /// A time-out that no test waits for.
 const LONG: Duration = Duration::from_secs(30);
 const SHORT: Duration = Duration::from_millis(600);
@@ -36,12 +38,6 @@ fn meet(ranks: Vec<Rendezvous>) -> Vec<Result<Vec<Vec<u8>>, Error>> {
     results
 }
 
-#[track_caller]
-fn says<T: std::fmt::Debug>(result: &Result<T, Error>, words: &[&str]) {
-    let message = result.as_ref().expect_err("it must fail").to_string();
-    words.iter().for_each(|word| assert!(message.contains(word), "`{word}` is missing in: {message}"));
-}
-
 #[test]
 fn everybody_gets_the_blobs_of_all() {
     for size in [1, 2, 3, 8] {
@@ -64,14 +60,14 @@ fn everybody_gets_the_blobs_of_all() {
 fn the_missing_are_named() {
     let port = free_port();
     let results = meet(vec![at(0, 4, port, SHORT), at(2, 4, port, LONG)]);
-    says(
+    fails(
         &results[0],
         &["ranks 1, 3 of 4 did not come", &format!("127.0.0.1:{port}"), "600.0ms", "BURN_PARALLEL_TIMEOUT_S"],
     );
     // The one that came is told at once.
     assert_eq!(results[1].as_ref().unwrap_err(), results[0].as_ref().unwrap_err());
-    says(&meet(vec![at(0, 2, free_port(), SHORT)])[0], &["rank 1 of 2 did not come"]);
-    says(
+    fails(&meet(vec![at(0, 2, free_port(), SHORT)])[0], &["rank 1 of 2 did not come"]);
+    fails(
         &at(1, 2, free_port(), SHORT).all_gather(&[]),
         &["rank 1 could not meet rank 0", "is rank 0 running", "BURN_PARALLEL_TIMEOUT_S"],
     );
@@ -82,10 +78,10 @@ fn an_address_in_use() {
     let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
     let began = Instant::now();
-    says(&at(0, 2, port, LONG).all_gather(&[]), &[&format!("127.0.0.1:{port} is in use"), "MASTER_PORT"]);
+    fails(&at(0, 2, port, LONG).all_gather(&[]), &[&format!("127.0.0.1:{port} is in use"), "MASTER_PORT"]);
     assert!(began.elapsed() < LONG / 2);
     let elsewhere = Rendezvous::new(0, 2, "192.0.2.1", 1, SECRET, LONG);
-    says(&elsewhere.all_gather(&[]), &["cannot listen at 192.0.2.1:1", "MASTER_ADDR"]);
+    fails(&elsewhere.all_gather(&[]), &["cannot listen at 192.0.2.1:1", "MASTER_ADDR"]);
 }
 
 #[test]
@@ -93,12 +89,12 @@ fn another_secret() {
     let port = free_port();
     let stranger = Rendezvous::new(1, 2, "127.0.0.1", port, b"something else", LONG);
     let results = meet(vec![at(0, 2, port, SHORT), stranger]);
-    says(&results[0], &["rank 1 of 2 did not come", "had another secret: 1"]);
-    says(&results[1], &["do not share a secret", "BURN_PARALLEL_SECRET"]);
+    fails(&results[0], &["rank 1 of 2 did not come", "had another secret: 1"]);
+    fails(&results[1], &["do not share a secret", "BURN_PARALLEL_SECRET"]);
     // The right one still gets in after it.
     let port = free_port();
     let zero = thread::spawn(move || at(0, 2, port, LONG).all_gather(b"zero"));
-    says(&Rendezvous::new(1, 2, "127.0.0.1", port, b"wrong", LONG).all_gather(b"bad"), &["secret"]);
+    fails(&Rendezvous::new(1, 2, "127.0.0.1", port, b"wrong", LONG).all_gather(b"bad"), &["secret"]);
     assert_eq!(at(1, 2, port, LONG).all_gather(b"one").unwrap(), [b"zero".to_vec(), b"one".to_vec()]);
     assert_eq!(zero.join().unwrap().unwrap(), [b"zero".to_vec(), b"one".to_vec()]);
 }
@@ -108,12 +104,12 @@ fn ranks_that_contradict_each_other() {
     let port = free_port();
     // Rank 2 never comes, so that the second rank 1 does not come too late.
     let results = meet(vec![at(0, 3, port, LONG), at(1, 3, port, LONG), at(1, 3, port, LONG)]);
-    results.iter().for_each(|result| says(result, &["two processes say that they are rank 1 of 3"]));
+    results.iter().for_each(|result| fails(result, &["two processes say that they are rank 1 of 3"]));
     let port = free_port();
     let results = meet(vec![at(0, 3, port, LONG), at(1, 2, port, LONG)]);
-    results.iter().for_each(|result| says(result, &["rank 1 is of a world of 2 ranks, rank 0 of one of 3"]));
-    says(&at(3, 3, port, LONG).all_gather(&[]), &["rank 3 does not exist in a world of 3"]);
-    says(&at(1, 2, port, LONG).all_gather(&vec![0; (1 << 20) + 1]), &["1048577 bytes"]);
+    results.iter().for_each(|result| fails(result, &["rank 1 is of a world of 2 ranks, rank 0 of one of 3"]));
+    fails(&at(3, 3, port, LONG).all_gather(&[]), &["rank 3 does not exist in a world of 3"]);
+    fails(&at(1, 2, port, LONG).all_gather(&vec![0; (1 << 20) + 1]), &["1048577 bytes"]);
 }
 
 /// Whatever strangers send, those who belong together meet.
@@ -163,7 +159,7 @@ fn a_stranger_in_the_place_of_rank_0() {
             let _ = stream.write_all(&[&b"burnpar2"[..], &[0; 32], &word].concat());
         }
     });
-    says(&at(1, 2, port, LONG).all_gather(&[]), &["do not share a secret"]);
+    fails(&at(1, 2, port, LONG).all_gather(&[]), &["do not share a secret"]);
 }
 
 /// Nothing is read, and no memory taken, for a rank that has not shown the secret: it is told no before it has sent
@@ -245,13 +241,13 @@ fn a_crowd_from_one_address() {
 
 #[test]
 fn any_time_out_but_none_at_all() {
-    says(&at(0, 2, free_port(), Duration::ZERO).all_gather(&[]), &["the time-out is 0"]);
+    fails(&at(0, 2, free_port(), Duration::ZERO).all_gather(&[]), &["the time-out is 0"]);
     let port = free_port();
     let results = meet(vec![at(0, 2, port, Duration::MAX), at(1, 2, port, Duration::MAX)]);
     assert!(results.iter().all(Result::is_ok));
     // Of a world that nobody could start, an error names a few.
     let huge = at(0, usize::MAX, free_port(), Duration::from_millis(50)).all_gather(&[]);
-    says(&huge, &["ranks 1, 2, 3,", "16, and 18446744073709551598 more of"]);
+    fails(&huge, &["ranks 1, 2, 3,", "16, and 18446744073709551598 more of"]);
 }
 
 /// Run by the tests below in processes of their own.

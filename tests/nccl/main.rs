@@ -3,6 +3,10 @@
 //!
 //! Without a C compiler what needs the stand-ins is reported as ignored.
 
+#[path = "../common"]
+mod common {
+    pub mod failing;
+}
 #[path = "../common/transport_suite/mod.rs"]
 mod transport_suite;
 
@@ -16,7 +20,6 @@ mod train_lm;
 use std::process::ExitCode;
 
 use libtest_mimic::Arguments;
-use transport_suite::failures;
 
 use crate::stand_ins::StandIns;
 
@@ -34,7 +37,7 @@ fn main() -> ExitCode {
     let together = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
 
     // NCCL takes one test at a time, and some checks of the suite have short time-outs.
-    failures::hide_panics_on_purpose();
+    common::failing::hide_panics_on_purpose();
     let trials = [suite::trials(&joining), library::trials()];
     let alone =
         libtest_mimic::run(&Arguments { test_threads: Some(1), ..arguments }, trials.into_iter().flatten().collect());

@@ -8,8 +8,9 @@ use std::process::ExitCode;
 
 use libtest_mimic::{Failed, Trial};
 
+use crate::common::failing::hide_panics_on_purpose;
 use crate::stand_ins::{Built, StandIns};
-use crate::transport_suite::{self, failures, over_nccl};
+use crate::transport_suite::{self, over_nccl};
 
 /// Set in the process of a case: the number of ranks.
 const ROLE: &str = "BURN_PARALLEL_TEST_SUITE";
@@ -29,7 +30,7 @@ pub fn trials(built: &Built) -> Vec<Trial> {
 }
 
 fn ranks(size: usize) -> ExitCode {
-    failures::hide_panics_on_purpose();
+    hide_panics_on_purpose();
     let counts = over_nccl::run(size, size, |engine| {
         let first = engine.is_first();
         transport_suite::run(engine, &|name| {

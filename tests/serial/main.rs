@@ -6,6 +6,7 @@ mod directories;
 mod gathered;
 mod lazy;
 mod memory;
+mod recycled;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

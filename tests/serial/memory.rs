@@ -20,7 +20,7 @@ use safetensors::tensor::{Dtype, TensorView};
 struct Watched;
 
 thread_local! {
-    static LARGEST: Cell<usize> = const { Cell::new(0) };
+    pub static LARGEST: Cell<usize> = const { Cell::new(0) };
 }
 
 /// Bytes that are held now, and that were at most.

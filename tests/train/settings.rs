@@ -14,6 +14,7 @@ use burn_parallel::pipeline_parallel::schedule::Timetable;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 
+use crate::common::failing::says;
 use crate::common::models::{Numbers, device};
 use crate::common::reference::filled;
 
@@ -38,14 +39,6 @@ fn loss(model: &Two, x: Tensor<2>) -> Tensor<1> {
 
 fn sgd() -> ModuleOptimizer {
     SgdConfig::new().init()
-}
-
-#[track_caller]
-fn says(error: &Error, words: &[&str]) {
-    let said = error.to_string();
-    for word in words {
-        assert!(said.contains(word), "{word}: {said}");
-    }
 }
 
 fn of_json(json: &str) -> Result<Strategy, Error> {

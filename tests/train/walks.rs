@@ -97,8 +97,8 @@ fn a_step_goes_over_the_parameters_a_few_times() {
             walks(8, &Strategy::new().with_dp(2).with_pp(2, pipeline()).with_tp(2, plan())),
         ),
     ];
-    // Of replicas the first walk looks for what has changed, and the last gives the averages to burn. In between the eager engine
-    // takes what the hooks have left, and a captured step reads its key and then the values.
+    // Of replicas the first walk looks for what has changed, and the last gives the averages to burn. In between the
+    // eager engine takes what the hooks have left, and a captured step reads its key and then the values.
     let expected =
         [("replicas", 3), ("split", 4), ("pipeline", 4), ("split replicas", 4), ("replicas of a split pipeline", 4)];
     assert_eq!(found, expected);

@@ -4,8 +4,9 @@ use burn::nn::Linear;
 use burn::tensor::module::linear;
 use burn::tensor::{DType, Tensor};
 
-/// In which float type products are computed, as with PyTorch's `autocast`: the factors are cast for each product. Weights, their
-/// gradients, what the optimizer keeps of them, norms, softmax, sums along the residual stream and the loss stay what they are.
+/// In which float type products are computed, as with PyTorch's `autocast`: the factors are cast for each product.
+/// Weights, their gradients, what the optimizer keeps of them, norms, softmax, sums along the residual stream and the
+/// loss stay what they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Autocast(pub Option<DType>);
 

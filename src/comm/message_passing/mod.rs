@@ -50,7 +50,10 @@ mod endpoint;
 pub(in crate::comm) mod fuzzing;
 mod group;
 mod inbox;
+#[cfg(test)]
+pub(in crate::comm) mod message_store;
 mod point_to_point;
+mod request_table;
 mod shared_memory;
 #[cfg(test)]
 mod tests;
@@ -62,8 +65,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
-pub(in crate::comm) use self::endpoint::{Endpoint, Request, Thresholds};
+pub(in crate::comm) use self::endpoint::{Clock, Endpoint, EndpointInfo, RecvBytes, Request, SendBytes, Thresholds};
 use self::group::Group;
+pub(in crate::comm) use self::request_table::RequestTable;
 use self::transport::MessagePassingTransport;
 use self::world::Membership;
 pub(in crate::comm) use self::world::World;

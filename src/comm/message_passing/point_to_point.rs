@@ -22,7 +22,7 @@ pub(super) fn send(world: &World, group: &Group, to: usize, tag: u64, Message(te
     let tensor = host_buffer::contiguous(tensor);
     let data = host_buffer::buffer_ref(&tensor);
     let len = data.elements() * data.dtype().size();
-    let inline = world.endpoint.thresholds().inline;
+    let inline = world.endpoint.info().thresholds.inline;
     let mut requests = Vec::new();
     // Locked throughout, so that headers and bytes are sent in the same order.
     let mut sent = lock(&group.sent);
@@ -91,10 +91,13 @@ impl Inbox {
             }
             let bytes = match self.ahead.take() {
                 Some(bytes) => bytes,
-                None => match world.endpoint.take(Some(group.members[from]), group.tag(MessageKind::Header))? {
-                    Some((_, bytes)) => bytes,
-                    None => break,
-                },
+                None => {
+                    world.endpoint.drive();
+                    match world.endpoint.take(Some(group.members[from]), group.tag(MessageKind::Header))? {
+                        Some((_, bytes)) => bytes,
+                        None => break,
+                    }
+                }
             };
             let garbled = || garbled(world, from);
             let mut reader = Reader(&bytes);
@@ -108,7 +111,7 @@ impl Inbox {
                 }
             }
             world.release_sent();
-            self.accept(world, group, from, header, world.endpoint.thresholds().inline, |target, len| {
+            self.accept(world, group, from, header, world.endpoint.info().thresholds.inline, |target, len| {
                 // SAFETY: as long as that, and memory of our own.
                 let fits = reader.0.len() == len;
                 fits.then(|| unsafe { reader.0.as_ptr().copy_to_nonoverlapping(target, len) }).is_some()

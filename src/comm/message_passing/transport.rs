@@ -98,7 +98,7 @@ impl Drop for CommittedCollective<'_> {
 impl MessagePassingTransport {
     pub fn new(membership: Arc<Membership>, group: Arc<Group>) -> Arc<Self> {
         membership.0.add(&group);
-        let control_path = ControlPath::new(membership.0.endpoint.shares_memory(), group.size());
+        let control_path = ControlPath::new(membership.0.endpoint.info().shares_memory, group.size());
         let state = Mutex::new(GroupState { sequence: 0, extra: 0, control_path, scratch: Vec::new() });
         Arc::new(Self { membership, group, state, panicked: AtomicBool::new(false) })
     }

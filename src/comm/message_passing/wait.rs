@@ -49,7 +49,7 @@ impl<'a> Wait<'a> {
     /// `hot` waits are for peers that are known to work on the same thing.
     pub fn new(world: &'a World, hot: bool) -> Self {
         let (most, yields) =
-            if world.endpoint.wakes_on_arrival() { (COSTLY_SPINS, COSTLY_YIELDS) } else { (SPINS, YIELDS) };
+            if world.endpoint.info().wakes_on_arrival { (COSTLY_SPINS, COSTLY_YIELDS) } else { (SPINS, YIELDS) };
         let spins = match (world.oversubscribed, crate::comm::pending::in_background(), hot) {
             (true, _, _) => 0,
             // The core belongs to the thread that computes.
@@ -94,13 +94,21 @@ impl<'a> Wait<'a> {
         }
         self.discount_absence();
         let past_spins = self.polls - self.backoff.spins;
+        if past_spins.is_multiple_of(CONTROL_POLLS) || pause == Pause::Sleep {
+            let failed = self.world.failure().is_some();
+            match self.polls_endpoint {
+                // The poll itself has made the endpoint progress.
+                true => self.world.handle_control(),
+                false => self.world.poll_control(),
+            }
+            if !failed && self.world.failure().is_some() {
+                return self.since.map(|since| self.world.elapsed(since));
+            }
+        }
         match pause {
             Pause::Sleep if past_spins > 2 * self.backoff.yields => self.world.endpoint.park(LONG_PARK),
             Pause::Sleep => self.world.endpoint.park(SHORT_PARK),
-            _ => self.world.endpoint.yield_now(),
-        }
-        if past_spins.is_multiple_of(CONTROL_POLLS) || pause == Pause::Sleep {
-            self.world.poll_control();
+            _ => self.world.endpoint.clock().yield_now(),
         }
         self.since.map(|since| self.world.elapsed(since))
     }

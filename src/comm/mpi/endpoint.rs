@@ -14,7 +14,7 @@ use super::process::{Mpi, check};
 use crate::Error;
 use crate::comm::host_buffer::zeroed;
 use crate::comm::lock::lock;
-use crate::comm::message_passing::{Endpoint, Request};
+use crate::comm::message_passing::{Endpoint, EndpointInfo, RecvBytes, Request, SendBytes, Thresholds};
 
 /// Bytes of one MPI message: counts are C ints. What is longer is sent as several.
 const SEGMENT: usize = 1 << 30;
@@ -41,10 +41,7 @@ fn raw_request(request: &mut Request) -> *mut sys::MPI_Request {
 pub(super) struct MpiEndpoint {
     mpi: Arc<Mpi>,
     comm: sys::MPI_Comm,
-    rank: usize,
-    size: usize,
-    /// Largest tag.
-    tags: u64,
+    info: EndpointInfo,
     /// Messages that are being received, the oldest first.
     incoming: Mutex<Vec<IncomingMessage>>,
 }
@@ -93,12 +90,21 @@ impl MpiEndpoint {
         }
         // SAFETY: MPI keeps the bound as long as it runs.
         let tags = if has_bound != 0 && !bound.is_null() { (unsafe { *bound }) as u64 } else { 32767 };
-        let mut endpoint =
-            Self { mpi, comm: *comm, rank: rank as usize, size: size as usize, tags, incoming: Mutex::default() };
+        let info = EndpointInfo {
+            name: "mpi",
+            rank: rank as usize,
+            size: size as usize,
+            tags,
+            can_reclaim: false,
+            wakes_on_arrival: false,
+            shares_memory: true,
+            thresholds: Thresholds::STANDARD,
+        };
+        let mut endpoint = Self { mpi, comm: *comm, info, incoming: Mutex::default() };
         let since = Instant::now();
         let mut requests = vec![wrap(raw)];
         let made = loop {
-            match endpoint.progress(&mut requests) {
+            match endpoint.test(&mut requests) {
                 Ok(true) => break Ok(()),
                 Ok(false) if since.elapsed() > timeout => {
                     let problem = format!(
@@ -185,28 +191,16 @@ fn is_done(request: &mut Request) -> Result<bool, Error> {
 }
 
 impl Endpoint for MpiEndpoint {
-    fn name(&self) -> &'static str {
-        "mpi"
+    fn info(&self) -> &EndpointInfo {
+        &self.info
     }
 
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn size(&self) -> usize {
-        self.size
-    }
-
-    fn tags(&self) -> u64 {
-        self.tags
-    }
-
-    unsafe fn send(
+    unsafe fn start_send(
         &self,
         to: usize,
         tag: u64,
-        data: *const u8,
-        len: usize,
+        SendBytes { data, len }: SendBytes,
+        _control: bool,
         requests: &mut Vec<Request>,
     ) -> Result<(), Error> {
         self.begin("MPI_Isend", len, requests, |start, count, raw| {
@@ -218,12 +212,11 @@ impl Endpoint for MpiEndpoint {
         })
     }
 
-    unsafe fn receive(
+    unsafe fn start_receive(
         &self,
         from: usize,
         tag: u64,
-        data: *mut u8,
-        len: usize,
+        RecvBytes { data, len }: RecvBytes,
         requests: &mut Vec<Request>,
     ) -> Result<(), Error> {
         self.begin("MPI_Irecv", len, requests, |start, count, raw| {
@@ -235,10 +228,7 @@ impl Endpoint for MpiEndpoint {
         })
     }
 
-    fn progress(&self, requests: &mut Vec<Request>) -> Result<bool, Error> {
-        if requests.is_empty() {
-            return Ok(true);
-        }
+    fn test(&self, requests: &mut Vec<Request>) -> Result<bool, Error> {
         let _locked = self.mpi.lock();
         let mut index = 0;
         while index < requests.len() {
@@ -288,33 +278,6 @@ impl Endpoint for MpiEndpoint {
         incoming.push(one);
         Ok(None)
     }
-
-    fn can_reclaim(&self) -> bool {
-        false
-    }
-
-    fn reclaim(&self, _: &mut Vec<Request>) {
-        unreachable!("MPI does not give back");
-    }
-
-    fn park(&self, longest: Duration) {
-        thread::sleep(longest);
-    }
-
-    fn wakes_on_arrival(&self) -> bool {
-        false
-    }
-
-    fn shares_memory(&self) -> bool {
-        true
-    }
-
-    fn lost_ranks(&self) -> Vec<(usize, String)> {
-        // The launcher notices.
-        Vec::new()
-    }
-
-    fn close(&self, _: Duration) {}
 
     fn abort(&self) -> ! {
         // SAFETY: may be called at any time, and does not return. The lock may be held by a thread that is stuck.

@@ -84,7 +84,7 @@ fn messages_are_delivered_after_their_sender_has_gone() {
             Instant::now()
         })
     };
-    let keeper = thread::spawn(move || {
+    let holder = thread::spawn(move || {
         keep(&orphaned, LIMIT, &wire);
         Instant::now()
     });
@@ -98,7 +98,7 @@ fn messages_are_delivered_after_their_sender_has_gone() {
     }
     assert_eq!(found, [(1, (8, vec![8.0; 3])), (0, (7, vec![7.0; 3])), (2, (7, vec![7.0; 3]))]);
     // The rank has not left before, and does then.
-    let kept_until = keeper.join().unwrap();
+    let kept_until = holder.join().unwrap();
     assert!(leaves.join().unwrap() >= kept_until - Duration::from_millis(50));
 }
 

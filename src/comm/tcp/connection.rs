@@ -8,9 +8,9 @@ use std::net::{Shutdown, TcpStream};
 
 use super::frame::{FrameKind, Header, Limits};
 use super::network::Stream;
-use super::request_table::RequestTable;
 use super::transfers::{Body, DataReceive, DataSend, Destination, Frame, Reading, RecvBuffer, SendBuffer, Unexpected};
 use crate::comm::host_buffer::zeroed;
+use crate::comm::message_passing::RequestTable;
 
 #[derive(Debug)]
 pub(super) struct Connection<S = TcpStream> {
@@ -104,19 +104,11 @@ impl<S: Stream> Connection<S> {
         }
     }
 
-    /// Starts to send. The memory stays as it is until the request is done or reclaimed.
-    pub fn send(&mut self, tag: u64, source: SendBuffer, table: &mut RequestTable) {
-        self.send_on_credit(self.limits.credit - self.limits.credit / RESERVE, tag, source, table);
-    }
-
-    /// [`send`](Self::send) of a control message to a rank that may not be receiving: a part of the credit is reserved
-    /// for it.
-    pub fn send_control(&mut self, tag: u64, source: SendBuffer, table: &mut RequestTable) {
-        self.send_on_credit(self.limits.credit, tag, source, table);
-    }
-
-    fn send_on_credit(&mut self, credit: usize, tag: u64, source: SendBuffer, table: &mut RequestTable) {
+    /// Starts to send. The memory stays as it is until the request is done or reclaimed. For control messages a part of
+    /// the credit is reserved: they may go to a rank that is not receiving.
+    pub fn send(&mut self, tag: u64, source: SendBuffer, control: bool, table: &mut RequestTable) {
         let SendBuffer { data, len, request } = source;
+        let credit = self.limits.credit - if control { 0 } else { self.limits.credit / RESERVE };
         if self.stream.is_none() {
             return self.send_to_itself(tag, source, table);
         }
@@ -181,6 +173,10 @@ impl<S: Stream> Connection<S> {
 
     /// Takes a message of `most` bytes at most that has arrived.
     pub fn take(&mut self, tag: u64, most: usize, table: &mut RequestTable) -> Option<Vec<u8>> {
+        if self.unexpected.is_empty() {
+            // As a rule, and cheaper to find out.
+            return None;
+        }
         let first = self.unexpected.get_mut(&tag)?.front_mut()?;
         match *first {
             Unexpected::Receiving(_) => return None,

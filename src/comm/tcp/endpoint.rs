@@ -3,17 +3,16 @@
 use std::net::TcpStream;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::connection::Connection;
 use super::network::{Network, Stream, System};
 use super::poll;
 use super::rendezvous::rendezvous_error;
-use super::request_table::RequestTable;
 use super::transfers::{RecvBuffer, SendBuffer};
 use crate::Error;
 use crate::comm::lock::lock;
-use crate::comm::message_passing::{Endpoint, Request, Thresholds};
+use crate::comm::message_passing::{Clock, Endpoint, EndpointInfo, RecvBytes, Request, RequestTable, SendBytes};
 
 /// Most bytes of a control message: errors with the calls of all ranks.
 const TAKEN: usize = 16 << 20;
@@ -23,7 +22,7 @@ const FEW: usize = 2;
 /// The connections of a rank.
 #[derive(Debug)]
 pub(super) struct TcpEndpoint<N: Network = System> {
-    rank: usize,
+    info: EndpointInfo,
     network: N,
     /// The same connections, to wait for without the lock.
     streams: Vec<Option<N::Stream>>,
@@ -44,36 +43,22 @@ unsafe impl<S: Send> Send for State<S> {}
 impl<S: Stream> State<S> {
     /// Writes and reads what is possible without blocking.
     fn pump(&mut self, network: &impl Network<Stream = S>) {
-        let open: Vec<usize> = (0..self.connections.len()).filter(|rank| self.connections[*rank].is_open()).collect();
-        let ready = match open.len() {
-            0..=FEW => open,
-            _ => {
-                let state = |rank: &usize| {
-                    let connection = &self.connections[*rank];
-                    connection.stream.as_ref().map(|stream| (*rank, stream, connection.wants_to_write()))
-                };
-                let connections: Vec<_> = open.iter().filter_map(state).collect();
-                network.ready(&connections)
+        // Loops and not iterators: this is much of what an unoptimised simulation does.
+        let mut open = Vec::with_capacity(self.connections.len());
+        for (rank, connection) in self.connections.iter().enumerate() {
+            if let (Some(stream), None) = (&connection.stream, &connection.closed) {
+                open.push((rank, stream, connection.wants_to_write()));
             }
+        }
+        let ready = match open.len() {
+            0..=FEW => open.iter().map(|(rank, ..)| *rank).collect(),
+            _ => network.ready(&open),
         };
         for rank in ready {
             let connection = &mut self.connections[rank];
             connection.write(&mut self.table);
             connection.read(&mut self.table);
         }
-    }
-
-    /// Removes the requests that are done. Returns whether all are.
-    fn remove_done(&mut self, requests: &mut Vec<Request>) -> bool {
-        requests.retain(|request| {
-            let request = request.0 as usize;
-            let done = self.table.is_done(request);
-            if done {
-                self.table.forget(request);
-            }
-            !done
-        });
-        requests.is_empty()
     }
 }
 
@@ -93,29 +78,23 @@ impl<N: Network> TcpEndpoint<N> {
     /// Makes the endpoint of streams of a network. They are passed twice: to be progressed, and to be waited for
     /// meanwhile.
     pub fn over(network: N, rank: usize, streams: Vec<Option<N::Stream>>, copies: Vec<Option<N::Stream>>) -> Self {
+        let info = EndpointInfo {
+            name: "tcp",
+            rank,
+            size: streams.len(),
+            tags: u64::MAX / 2,
+            can_reclaim: true,
+            wakes_on_arrival: true,
+            shares_memory: false,
+            thresholds: network.thresholds(),
+        };
         let connections = streams.into_iter().map(|stream| Connection::new(stream, network.limits())).collect();
         let state = Mutex::new(State { connections, table: RequestTable::default() });
-        Self { rank, network, streams: copies, state, parked: AtomicUsize::new(0) }
-    }
-
-    /// Begins to send bytes, if there are any.
-    fn begin_send(
-        &self,
-        to: usize,
-        (data, len): (*const u8, usize),
-        requests: &mut Vec<Request>,
-        send: impl FnOnce(&mut Connection<N::Stream>, SendBuffer, &mut RequestTable),
-    ) {
-        if len > 0 {
-            let State { connections, table } = &mut *lock(&self.state);
-            let request = table.begin();
-            requests.push(Request(request as u64));
-            send(&mut connections[to], SendBuffer { data, len, request }, table);
-        }
+        Self { info, network, streams: copies, state, parked: AtomicUsize::new(0) }
     }
 
     /// Progresses the connections, and wakes parked threads if a request is done.
-    fn drive(&self, state: &mut State<N::Stream>) {
+    fn pump(&self, state: &mut State<N::Stream>) {
         let before = state.table.count;
         state.pump(&self.network);
         if state.table.count > before && self.parked.load(Ordering::Relaxed) > 0 {
@@ -125,91 +104,60 @@ impl<N: Network> TcpEndpoint<N> {
 }
 
 impl<N: Network> Endpoint for TcpEndpoint<N> {
-    fn name(&self) -> &'static str {
-        "tcp"
+    fn info(&self) -> &EndpointInfo {
+        &self.info
     }
 
-    fn rank(&self) -> usize {
-        self.rank
+    fn clock(&self) -> &dyn Clock {
+        &self.network
     }
 
-    fn size(&self) -> usize {
-        self.streams.len()
-    }
-
-    fn tags(&self) -> u64 {
-        u64::MAX / 2
-    }
-
-    unsafe fn send(
+    unsafe fn start_send(
         &self,
         to: usize,
         tag: u64,
-        data: *const u8,
-        len: usize,
+        SendBytes { data, len }: SendBytes,
+        control: bool,
         requests: &mut Vec<Request>,
     ) -> Result<(), Error> {
-        self.begin_send(to, (data, len), requests, |connection, source, table| connection.send(tag, source, table));
+        let State { connections, table } = &mut *lock(&self.state);
+        let request = table.begin();
+        requests.push(Request(request as u64));
+        connections[to].send(tag, SendBuffer { data, len, request }, control, table);
         Ok(())
     }
 
-    unsafe fn send_control(
-        &self,
-        to: usize,
-        tag: u64,
-        data: *const u8,
-        len: usize,
-        requests: &mut Vec<Request>,
-    ) -> Result<(), Error> {
-        self.begin_send(to, (data, len), requests, |connection, source, table| {
-            connection.send_control(tag, source, table);
-        });
-        Ok(())
-    }
-
-    unsafe fn receive(
+    unsafe fn start_receive(
         &self,
         from: usize,
         tag: u64,
-        data: *mut u8,
-        len: usize,
+        RecvBytes { data, len }: RecvBytes,
         requests: &mut Vec<Request>,
     ) -> Result<(), Error> {
-        if len > 0 {
-            let State { connections, table } = &mut *lock(&self.state);
-            let request = table.begin();
-            requests.push(Request(request as u64));
-            connections[from].receive(tag, RecvBuffer { data, len, request }, table);
-        }
+        let State { connections, table } = &mut *lock(&self.state);
+        let request = table.begin();
+        requests.push(Request(request as u64));
+        connections[from].receive(tag, RecvBuffer { data, len, request }, table);
         Ok(())
     }
 
-    fn progress(&self, requests: &mut Vec<Request>) -> Result<bool, Error> {
-        if requests.is_empty() {
-            return Ok(true);
-        }
+    fn test(&self, requests: &mut Vec<Request>) -> Result<bool, Error> {
         let mut state = lock(&self.state);
-        if state.remove_done(requests) {
+        if state.table.remove_done(requests) {
             return Ok(true);
         }
-        self.drive(&mut state);
-        Ok(state.remove_done(requests))
+        self.pump(&mut state);
+        Ok(state.table.remove_done(requests))
+    }
+
+    fn drive(&self) {
+        self.pump(&mut lock(&self.state));
     }
 
     fn take(&self, from: Option<usize>, tag: u64) -> Result<Option<(usize, Vec<u8>)>, Error> {
-        let mut state = lock(&self.state);
-        self.drive(&mut state);
-        let State { connections, table } = &mut *state;
-        let ranks = from.map_or(0..connections.len(), |from| from..from + 1);
-        Ok(ranks.into_iter().find_map(|rank| connections[rank].take(tag, TAKEN, table).map(|bytes| (rank, bytes))))
-    }
-
-    fn cancel(&self, requests: &mut Vec<Request>) {
-        self.reclaim(requests);
-    }
-
-    fn can_reclaim(&self) -> bool {
-        true
+        let State { connections, table } = &mut *lock(&self.state);
+        let mut sources = self.info.sources(from);
+        Ok(sources.find_map(|rank| connections[rank].take(tag, TAKEN, table).map(|bytes| (rank, bytes))))
     }
 
     fn reclaim(&self, requests: &mut Vec<Request>) {
@@ -226,40 +174,17 @@ impl<N: Network> Endpoint for TcpEndpoint<N> {
     fn park(&self, longest: Duration) {
         // Before the connections are read: whoever progresses them from then on wakes this thread.
         self.parked.fetch_add(1, Ordering::Relaxed);
-        let open: Vec<(usize, bool)> = {
+        let mut open = Vec::with_capacity(self.streams.len());
+        {
             let state = lock(&self.state);
-            let open = state.connections.iter().enumerate().filter(|(_, connection)| connection.is_open());
-            open.map(|(rank, connection)| (rank, connection.wants_to_write())).collect()
-        };
-        let connections: Vec<_> = (open.into_iter())
-            .filter_map(|(rank, writes)| self.streams[rank].as_ref().map(|stream| (rank, stream, writes)))
-            .collect();
-        self.network.park(&connections, longest);
+            for (rank, (connection, stream)) in state.connections.iter().zip(&self.streams).enumerate() {
+                if let (Some(stream), true) = (stream, connection.is_open()) {
+                    open.push((rank, stream, connection.wants_to_write()));
+                }
+            }
+        }
+        self.network.park(&open, longest);
         self.parked.fetch_sub(1, Ordering::Relaxed);
-    }
-
-    fn wakes_on_arrival(&self) -> bool {
-        true
-    }
-
-    fn thresholds(&self) -> Thresholds {
-        self.network.thresholds()
-    }
-
-    fn now(&self) -> Instant {
-        self.network.now()
-    }
-
-    fn yield_now(&self) {
-        self.network.yield_now();
-    }
-
-    fn sleep(&self, duration: Duration) {
-        self.network.sleep(duration);
-    }
-
-    fn shares_memory(&self) -> bool {
-        false
     }
 
     fn lost_ranks(&self) -> Vec<(usize, String)> {

@@ -7,8 +7,8 @@ use std::os::unix::net::UnixStream;
 
 use super::frame::{FrameKind, HEADER_BYTES, Header, Limits};
 pub use super::rendezvous::fuzzing::handshake;
-use super::request_table::RequestTable;
 use super::transfers::{RecvBuffer, SendBuffer};
+use crate::comm::message_passing::RequestTable;
 
 type Connection = super::connection::Connection<TcpStream>;
 
@@ -106,7 +106,7 @@ fn play(
             borrowed.push((buffer, request));
             match what % 8 {
                 0 => connection.receive(tag, RecvBuffer { data, len, request }, table),
-                _ => connection.send(tag, SendBuffer { data, len, request }, table),
+                _ => connection.send(tag, SendBuffer { data, len, request }, false, table),
             }
         }
         2 => drop(connection.take(tag, LIMITS.eager, table)),

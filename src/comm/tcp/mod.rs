@@ -51,7 +51,6 @@ mod poll;
 mod read_uninit;
 mod reading;
 mod rendezvous;
-mod request_table;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]

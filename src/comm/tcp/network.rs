@@ -5,13 +5,12 @@
 use std::fmt::Debug;
 use std::io::{self, Write};
 use std::net::{Shutdown, TcpStream};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::frame::Limits;
 use super::poll::{self, Waker};
 use super::read_uninit::ReadUninit;
-use crate::comm::message_passing::Thresholds;
+use crate::comm::message_passing::{Clock, Thresholds};
 
 /// A byte stream to another rank and back. Nothing blocks.
 pub(super) trait Stream: ReadUninit + Write + Debug + Send + Sync {
@@ -28,7 +27,7 @@ impl Stream for TcpStream {
 /// The network that the streams of a rank are in, and its clock.
 ///
 /// A stream is listed with its rank, and with whether it is to be written as well.
-pub(super) trait Network: Debug + Send + Sync {
+pub(super) trait Network: Clock {
     type Stream: Stream;
 
     /// Which of the streams are readable, closed, or writable if that is wanted.
@@ -49,19 +48,6 @@ pub(super) trait Network: Debug + Send + Sync {
     fn thresholds(&self) -> Thresholds {
         Thresholds::STANDARD
     }
-
-    fn now(&self) -> Instant {
-        Instant::now()
-    }
-
-    /// Yields the core to other threads.
-    fn yield_now(&self) {
-        thread::yield_now();
-    }
-
-    fn sleep(&self, duration: Duration) {
-        thread::sleep(duration);
-    }
 }
 
 /// The network of the system.
@@ -73,6 +59,8 @@ impl System {
         Ok(Self(Waker::new()?))
     }
 }
+
+impl Clock for System {}
 
 impl Network for System {
     type Stream = TcpStream;

@@ -5,8 +5,8 @@ use std::io;
 use super::connection::{Connection, pop};
 use super::frame::{FrameKind, HEADER_BYTES, Header};
 use super::network::Stream;
-use super::request_table::RequestTable;
 use super::transfers::{DataReceive, DataSend, Destination, Reading, Unexpected};
+use crate::comm::message_passing::RequestTable;
 
 /// Most RTS frames without a posted receive.
 const MAX_RTS: usize = 1 << 20;

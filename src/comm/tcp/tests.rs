@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::connection::Connection;
 use super::frame::{EAGER_CREDIT, FrameKind, HEADER_BYTES, Header, Limits, MAX_DATA, MAX_EAGER};
-use super::request_table::RequestTable;
 use super::transfers::{RecvBuffer, SendBuffer};
+use crate::comm::message_passing::RequestTable;
 
 /// The two ends of a connection: one is a `Connection`, the other is played by the test.
 fn connected() -> (Connection, TcpStream) {
@@ -158,7 +158,12 @@ fn messages_come_in_order_whatever_their_size() {
         if early {
             for (i, message) in messages.iter().enumerate() {
                 let request = table.begin();
-                here.send(i as u64 % 2, SendBuffer { data: message.as_ptr(), len: message.len(), request }, &mut table);
+                here.send(
+                    i as u64 % 2,
+                    SendBuffer { data: message.as_ptr(), len: message.len(), request },
+                    false,
+                    &mut table,
+                );
             }
             for _ in 0..100 {
                 here.write(&mut table);
@@ -198,7 +203,7 @@ fn a_reclaimed_receive_keeps_its_place() {
         let messages = [vec![1u8; size], vec![2u8; 7]];
         for message in &messages {
             let request = table.begin();
-            here.send(1, SendBuffer { data: message.as_ptr(), len: message.len(), request }, &mut table);
+            here.send(1, SendBuffer { data: message.as_ptr(), len: message.len(), request }, false, &mut table);
         }
         until("the second message", || {
             here.write(&mut table);
@@ -224,7 +229,7 @@ fn what_is_withdrawn_is_left_alone() {
     let mut place = vec![0u8; 40 << 20];
     let (sent, received) = (table.begin(), others.begin());
     there.receive(1, RecvBuffer { data: place.as_mut_ptr(), len: place.len(), request: received }, &mut others);
-    here.send(1, SendBuffer { data: large.as_ptr(), len: large.len(), request: sent }, &mut table);
+    here.send(1, SendBuffer { data: large.as_ptr(), len: large.len(), request: sent }, false, &mut table);
     until("some of it", || {
         there.read(&mut others);
         there.write(&mut others);
@@ -239,7 +244,7 @@ fn what_is_withdrawn_is_left_alone() {
     let (small, request, other) = (vec![7u8; 1000], table.begin(), others.begin());
     let mut small_place = vec![0u8; 1000];
     there.receive(2, RecvBuffer { data: small_place.as_mut_ptr(), len: 1000, request: other }, &mut others);
-    here.send(2, SendBuffer { data: small.as_ptr(), len: 1000, request }, &mut table);
+    here.send(2, SendBuffer { data: small.as_ptr(), len: 1000, request }, false, &mut table);
     until("the next one", || {
         here.write(&mut table);
         there.read(&mut others);

@@ -5,8 +5,8 @@ use std::io::{self, IoSlice};
 use super::connection::Connection;
 use super::frame::{FrameKind, HEADER_BYTES, Header};
 use super::network::Stream;
-use super::request_table::RequestTable;
 use super::transfers::{Body, Frame};
+use crate::comm::message_passing::RequestTable;
 
 /// Frames that are passed to the system at a time.
 const TOGETHER: usize = 8;

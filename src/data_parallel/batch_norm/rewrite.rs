@@ -1,10 +1,11 @@
 //! Batch norm over the whole group: a collective after every batch statistic of the captured step.
 //!
 //! In eager burn a batch norm in training is one autodiff operation over the local batch, so ranks that split a batch
-//! normalise with different statistics than one device would. In a captured step the statistics are tensors of their own:
+//! normalise with different statistics than one device would. In a captured step the statistics are tensors of their
+//! own:
 //!
-//! - forward: `mean` and the biased `variance`, each a `mean_dim` over `[channels, n]`, that feed the normalisation, the
-//!   running statistics and the backward pass;
+//! - forward: `mean` and the biased `variance`, each a `mean_dim` over `[channels, n]`, that feed the normalisation,
+//!   the running statistics and the backward pass;
 //! - backward: `mean_grad` and `mean_normalized_grad`, the means over `[channels, n]` of `dy` and of `dy * x_hat` in
 //!   `dx = gamma / std * (dy - mean(dy) - x_hat * mean(dy * x_hat))` (Ioffe and Szegedy 2015, section 3).
 //!
@@ -36,22 +37,23 @@ pub struct BatchNormSync {
 
 /// Makes every burn `BatchNorm` of the module that is in training mode normalise over the whole group.
 ///
-/// Batch norms that are frozen or that the step does not call are left alone. After every batch statistic, in the forward
-/// and in the backward pass, a custom operation is put in that takes the local value and gives the group's.
+/// Batch norms that are frozen or that the step does not call are left alone. After every batch statistic, in the
+/// forward and in the backward pass, a custom operation is put in that takes the local value and gives the group's.
 ///
 /// # Contract of the custom operations
-/// Both have one input and one output, float `[channels, 1]`, and one scalar: `n`, the number of samples per channel that
-/// the local mean was taken over (batch times spatial size). Of rank `r`, let `n_r` be that number and `m_r` the input.
-/// Every rank must make the same calls in the same order; `n_r` may differ.
+/// Both have one input and one output, float `[channels, 1]`, and one scalar: `n`, the number of samples per channel
+/// that the local mean was taken over (batch times spatial size). Of rank `r`, let `n_r` be that number and `m_r` the
+/// input. Every rank must make the same calls in the same order; `n_r` may differ.
 ///
 /// - [`SYNC_BATCH_NORM_MEAN`] gives `sum(n_r m_r) / sum(n_r)`. For the variance that is exact too, since every rank has
 ///   centred with the group's mean already.
-/// - [`SYNC_BATCH_NORM_GRAD`] gives, on rank `q`, `sum(w_r n_r m_r) / (w_q sum(n_r))`, where `w_r` is the weight with which
-///   rank `r`'s loss (and so each of its parameter gradients) enters the group's loss. If every rank's loss is a *mean*
-///   over its own samples and gradients are combined sample-exactly, `w_r` is the local number of samples; if losses are
-///   sums, or ranks are averaged with equal weight, all `w_r` are equal and the formula is that of the forward. Only ratios
-///   of weights matter. (The gradient of the group's loss with respect to rank `r`'s activation is `w_r dy_r`: the mean
-///   must be taken over those, and be divided by `w_q` again because `q`'s gradients are weighted later.)
+/// - [`SYNC_BATCH_NORM_GRAD`] gives, on rank `q`, `sum(w_r n_r m_r) / (w_q sum(n_r))`, where `w_r` is the weight with
+///   which rank `r`'s loss (and so each of its parameter gradients) enters the group's loss. If every rank's loss is a
+///   *mean* over its own samples and gradients are combined sample-exactly, `w_r` is the local number of samples; if
+///   losses are sums, or ranks are averaged with equal weight, all `w_r` are equal and the formula is that of the
+///   forward. Only ratios of weights matter. (The gradient of the group's loss with respect to rank `r`'s activation is
+///   `w_r dy_r`: the mean must be taken over those, and be divided by `w_q` again because `q`'s gradients are weighted
+///   later.)
 ///
 /// [`register_sync_batch_norm`](super::register_sync_batch_norm) implements both over an all-reduce.
 ///
@@ -169,8 +171,8 @@ impl<'a> Finder<'a> {
         let projected = self.readers(x_hat).find_map(|op| {
             product(op).filter(|p| p.lhs.id == x_hat && self.mean_dim(p.rhs.id) == Some(mean_weighted))
         })?;
-        // (dy - mean(dy)) - projected. Another batch norm with the same dy, as in a residual block, has a mean(dy) of its
-        // own, so the mean is looked for from here and not among the readers of dy.
+        // (dy - mean(dy)) - projected. Another batch norm with the same dy, as in a residual block, has a mean(dy) of
+        // its own, so the mean is looked for from here and not among the readers of dy.
         let whole =
             self.readers(projected.out.id).find_map(|op| difference(op).filter(|s| s.rhs.id == projected.out.id))?;
         let centred_grad = difference(self.maker(whole.lhs.id)?).filter(|s| s.lhs.id == weighted.lhs.id)?;

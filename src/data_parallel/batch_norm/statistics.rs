@@ -11,10 +11,12 @@ use crate::tensor::PlainTensor;
 /// Registers both operations that [`sync_batch_norm`](super::sync_batch_norm) puts into a graph.
 ///
 /// `all_reduce_sum` gives the element-wise sum over the ranks of the group; it is called once per operation with
-/// `channels + 1` elements on the device of the step, in the same order on every rank. They are `f64` where the device has
-/// it, so that a group of one rank leaves an `f32` statistic as it is to the last bit, else `f32`. `loss_weight` is the weight of this rank's loss in the group's loss (see the
-/// contract at [`sync_batch_norm`](super::sync_batch_norm)): the local number of samples if the loss is a mean over them, any constant if
-/// ranks count equally. It is asked once per backward operation, must be positive, and may change between steps.
+/// `channels + 1` elements on the device of the step, in the same order on every rank. They are `f64` where the device
+/// has it, so that a group of one rank leaves an `f32` statistic as it is to the last bit, else `f32`. `loss_weight` is
+/// the weight of this rank's loss in the group's loss (see the contract at
+/// [`sync_batch_norm`](super::sync_batch_norm)): the local number of samples if the loss is a mean over them, any
+/// constant if ranks count equally. It is asked once per backward operation, must be positive, and may change between
+/// steps.
 pub fn register_sync_batch_norm<R, W>(ops: &mut CustomOps, all_reduce_sum: R, loss_weight: W)
 where
     R: Fn(Tensor<1>) -> Result<Tensor<1>, Error> + Clone + Send + Sync + 'static,

@@ -47,8 +47,8 @@ impl SyncBatchNorm {
         self.group.counters()
     }
 
-    /// Runs the micro-batches, handing gradients to the reducer, which it opens before the last one. Returns the mean losses,
-    /// each with its weight.
+    /// Runs the micro-batches, handing gradients to the reducer, which it opens before the last one. Returns the mean
+    /// losses, each with its weight.
     pub fn run<M: Module, I: TensorTree + Clone, F: FnMut(&M, I) -> Tensor<1>>(
         &mut self,
         module: &M,

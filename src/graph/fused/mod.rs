@@ -5,8 +5,8 @@
 //! whatever layers they come from. So softmax, norms, activations and their backwards become one kernel each, or parts
 //! of one. A kernel is data ([`kernel`]): instructions over values, each with one element for the block, for each row,
 //! or for each place; it is made of burn's operations by [`lower`] and run on Flex tensors by [`run`], split over the
-//! threads of the rank. A result takes the memory of an input that nobody else holds; else memory that is not zeroed
-//! first.
+//! threads of the rank. A result takes the memory of an input that nobody else holds; else memory that steps before have
+//! used, and that is not zeroed first. Matrix products are written into such memory too ([`multiply`](multiply())).
 //!
 //! # Numbers
 //! Sums, products, quotients and roots have the bits that burn gives them. The transcendental functions are those of
@@ -16,11 +16,15 @@
 //!
 //! On other devices nothing is fused here: burn's own fusion does it.
 
+mod block;
 mod functions;
 mod group;
 mod kernel;
 mod loops;
 mod lower;
+mod memory;
+mod multiply;
+mod native;
 mod products;
 mod run;
 mod work;
@@ -34,6 +38,7 @@ use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr, TensorStatu
 
 use self::group::{Group, Part, grouped};
 use self::kernel::Kernel;
+pub(crate) use self::multiply::{multiplies, multiply};
 use self::products::merged;
 use super::custom::CustomOps;
 use super::graph_error;
@@ -58,13 +63,14 @@ impl Kernels {
             return;
         }
         let kernels = Arc::new(self.0);
+        let pool = ops.pool().clone();
         ops.register(FUSED, move |op, inputs| {
             let number = match op.scalars.first() {
                 Some(ScalarIr::UInt(number)) => *number as usize,
                 _ => usize::MAX,
             };
             let kernel = kernels.get(number).ok_or_else(|| graph_error(format!("there is no kernel {number}")))?;
-            kernel.run(inputs)
+            kernel.run(inputs, &pool)
         });
     }
 }

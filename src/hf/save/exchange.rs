@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::path::Path;
 
-use super::pieces::{Given, Piece};
+use super::pieces::{Piece, SentBlock};
 use super::plan::{HeldParam, PlannedTensor, SavePlan};
 use super::problem::wrong;
 use super::rounds::{Rounds, Turn};
@@ -118,7 +118,7 @@ fn send(
 ) -> Result<u64, Error> {
     let mut sent = 0;
     for turn in round.iter().filter(|turn| turn.writer != group.rank()) {
-        let mine: Vec<&Given> = turn.given.iter().filter(|given| given.from == group.rank()).collect();
+        let mine: Vec<&SentBlock> = turn.given.iter().filter(|given| given.from == group.rank()).collect();
         if !mine.is_empty() {
             let message = packed(&plan.tensors[turn.tensor], &mine, own, buffers.spare())?;
             sent += message.len() as u64;
@@ -152,7 +152,7 @@ impl Buffers {
 /// What this rank gives to another's piece, block by block.
 fn packed(
     tensor: &PlannedTensor,
-    mine: &[&Given],
+    mine: &[&SentBlock],
     own: &BTreeMap<usize, Part>,
     mut message: Vec<u8>,
 ) -> Result<Vec<u8>, Error> {
@@ -185,7 +185,7 @@ fn put_together(
         block.in_file.iter().zip(&strides).map(|(line, stride)| line.step as isize * stride).collect()
     };
     for from in 0..group.size() {
-        let theirs: Vec<&Given> = given.iter().filter(|given| given.from == from).collect();
+        let theirs: Vec<&SentBlock> = given.iter().filter(|given| given.from == from).collect();
         if theirs.is_empty() {
             continue;
         }
@@ -214,7 +214,7 @@ fn put_together(
 /// Copies a block out of this rank's part of a parameter.
 fn copy_part(
     tensor: &PlannedTensor,
-    given: &Given,
+    given: &SentBlock,
     own: &BTreeMap<usize, Part>,
     to: &mut [u8],
     start: usize,

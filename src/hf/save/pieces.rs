@@ -110,7 +110,7 @@ pub(super) fn cuts(tensor: &PlannedTensor, params: &[HeldParam]) -> Vec<usize> {
 
 /// What one rank gives to a piece: a block within one of its parts of a parameter.
 #[derive(Debug, Clone)]
-pub(super) struct Given {
+pub(super) struct SentBlock {
     pub(super) from: usize,
     pub(super) param: usize,
     pub(super) block: Block,
@@ -135,14 +135,14 @@ pub(super) fn sources<'a>(
 }
 
 /// Who gives what to a piece. Of ranks that hold the same the writer gives it, or else one that depends on the tensor.
-pub(super) fn given(
+pub(super) fn sent_blocks(
     tensor: &PlannedTensor,
     (number, piece, writer): (usize, &Piece, usize),
     params: &[HeldParam],
-) -> Vec<Given> {
+) -> Vec<SentBlock> {
     let give = |(block, param, holders): (Block, usize, &[usize])| {
         let from = if holders.contains(&writer) { writer } else { holders[number % holders.len()] };
-        Given { from, param, block }
+        SentBlock { from, param, block }
     };
     sources(tensor, piece, params).into_iter().map(give).collect()
 }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::pieces::{Given, Piece, cuts, given, pieces, sources};
+use super::pieces::{Piece, SentBlock, cuts, pieces, sent_blocks, sources};
 use super::plan::{HeldParam, SavePlan};
 
 /// A piece that is written in a round.
@@ -13,7 +13,7 @@ pub(super) struct Turn {
     pub(super) piece: Piece,
     /// The rank that puts it together.
     pub(super) writer: usize,
-    pub(super) given: Vec<Given>,
+    pub(super) given: Vec<SentBlock>,
 }
 
 /// The pieces of all ranks, round by round.
@@ -60,7 +60,7 @@ impl Iterator for Rounds<'_> {
             let (plan, params) = (self.plan, self.params);
             let Some((number, piece)) = self.pieces[writer].front() else { continue };
             let tensor = &plan.tensors[*number];
-            let given = given(tensor, (*number, piece, writer), params);
+            let given = sent_blocks(tensor, (*number, piece, writer), params);
             let turn = Turn { tensor: *number, piece: piece.clone(), writer, given };
             let mut more = vec![0; ranks];
             for given in turn.given.iter().filter(|given| given.from != writer) {

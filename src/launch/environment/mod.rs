@@ -78,8 +78,8 @@ pub struct ProcessInfo {
     /// Whether a launcher of MPI has started this process, so that MPI can join it to the others.
     pub under_mpi: bool,
     /// How often the ranks were started before, after some were lost: `BURN_PARALLEL_RESTART` of
-    /// [`launch::processes`](super::processes), `TORCHELASTIC_RESTART_COUNT` of torchrun, `SLURM_RESTART_COUNT` of a job that was
-    /// requeued. 0 if there is none.
+    /// [`launch::processes`](super::processes), `TORCHELASTIC_RESTART_COUNT` of torchrun, `SLURM_RESTART_COUNT` of a
+    /// job that was requeued. 0 if there is none.
     pub restarts: usize,
 }
 

@@ -83,13 +83,13 @@ fn measure(op: &OperationIr, device: &Device, runs: usize) -> Result<Option<f64>
     for int in [0, 1] {
         let mut tensors = Interpreter::new(device, &CustomOps::new())?;
         if let Ok(time) = catch_unwind(AssertUnwindSafe(|| fastest(op, &mut tensors, int, runs))) {
-            return Ok(Some(time));
+            return time.map(Some);
         }
     }
     Ok(None)
 }
 
-fn fastest(op: &OperationIr, tensors: &mut Interpreter, int: i64, runs: usize) -> f64 {
+fn fastest(op: &OperationIr, tensors: &mut Interpreter, int: i64, runs: usize) -> Result<f64, Error> {
     for input in op.inputs() {
         tensors.bind_data(input.id, filled(input, int));
     }
@@ -98,18 +98,18 @@ fn fastest(op: &OperationIr, tensors: &mut Interpreter, int: i64, runs: usize) -
     for run in 0..=runs {
         let again = op.clone();
         let began = Instant::now();
-        tensors.run(again);
+        tensors.run(again)?;
         // Other devices than the CPU run behind the host. One that cannot say when it is done is timed without.
         let _ = device.sync();
         let time = began.elapsed().as_secs_f64();
         for out in op.outputs() {
-            tensors.run(OperationIr::Drop(out.clone()));
+            tensors.run(OperationIr::Drop(out.clone()))?;
         }
         if run > 0 {
             best = best.min(time);
         }
     }
-    best
+    Ok(best)
 }
 
 /// A tensor of halves, of one integer, or of what is false.

@@ -48,24 +48,25 @@ impl HandSplit {
     }
 
     /// Each rank of `group` has a part of its own of the parameters whose paths match one of the
-    /// [patterns](crate::plan::Plan#patterns), and the same copy of all others. For stages of a pipeline that is `["*"]`.
+    /// [patterns](crate::plan::Plan#patterns), and the same copy of all others. For stages of a pipeline that is
+    /// `["*"]`.
     pub fn over<P: Into<String>>(mut self, group: &Communicator, split: impl IntoIterator<Item = P>) -> Self {
         self.over.push((group.clone(), split.into_iter().map(Into::into).collect()));
         self
     }
 
-    /// All ranks of `group` have the same copy of the parameters whose paths match one of the patterns, though these are split
-    /// [over](Self::over) a larger group: key/value heads that several ranks share
-    /// ([`ParallelAttention::sharers`](crate::tensor_parallel::layers::ParallelAttention::sharers)), weights that are tied
-    /// between stages.
+    /// All ranks of `group` have the same copy of the parameters whose paths match one of the patterns, though these
+    /// are split [over](Self::over) a larger group: key/value heads that several ranks share
+    /// ([`ParallelAttention::sharers`](crate::tensor_parallel::layers::ParallelAttention::sharers)), weights that are
+    /// tied between stages.
     pub fn copied<P: Into<String>>(mut self, group: &Communicator, copies: impl IntoIterator<Item = P>) -> Self {
         self.copies.push((group.clone(), copies.into_iter().map(Into::into).collect()));
         self
     }
 
     /// Measures the gradients over all ranks and clips them, as
-    /// [`ParallelModule::clip_grad_norm`](crate::train::ParallelModule::clip_grad_norm) does where a wrapper knows who holds what.
-    /// Collective over the groups.
+    /// [`ParallelModule::clip_grad_norm`](crate::train::ParallelModule::clip_grad_norm) does where a wrapper knows who
+    /// holds what. Collective over the groups.
     ///
     /// # Errors
     /// [`Error::NonFinite`], the same on all ranks, if the gradient is not finite and that is to stop;

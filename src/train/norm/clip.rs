@@ -31,9 +31,9 @@ pub struct Clipped {
 /// Measures the gradients of `module` over all ranks, and clips them. Collective over the groups of `holding`.
 ///
 /// # Errors
-/// [`Error::NonFinite`], the same on all ranks, if the gradient is not finite and that is to stop; [`Error::InvalidArgument`] if
-/// the largest norm is not positive, if ranks clip differently, or if there are gradients that `module` has no parameters for;
-/// those of [`Communicator`].
+/// [`Error::NonFinite`], the same on all ranks, if the gradient is not finite and that is to stop;
+/// [`Error::InvalidArgument`] if the largest norm is not positive, if ranks clip differently, or if there are gradients
+/// that `module` has no parameters for; those of [`Communicator`].
 pub(crate) fn clip<M: Module>(
     module: &M,
     grads: GradientsParams,
@@ -80,8 +80,9 @@ pub(crate) fn clip_and_sum<M: Module>(
     }
 }
 
-/// The path of the first parameter whose gradient is not finite, and the rank that brought it, the same on all ranks: the one
-/// that brought it into an average, in which all have it; if nobody did, as where only the sum overflows, the first that has it.
+/// The path of the first parameter whose gradient is not finite, and the rank that brought it, the same on all ranks:
+/// the one that brought it into an average, in which all have it; if nobody did, as where only the sum overflows, the
+/// first that has it.
 ///
 /// All ranks call this or none: all have the same averages.
 fn culprit(

@@ -46,11 +46,12 @@ impl NormReport {
         Self { size: self.size.with(other.size, norm), squares: self.squares + other.squares, non_finite }
     }
 
-    /// What all ranks know together, bit for bit the same on each: one collective of a few numbers over each group. A rank
-    /// is in one group along each axis, so that after the last every rank knows of all.
+    /// What all ranks know together, bit for bit the same on each: one collective of a few numbers over each group. A
+    /// rank is in one group along each axis, so that after the last every rank knows of all.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`], the same on all ranks, if they were asked for different things; those of [`Communicator`].
+    /// [`Error::InvalidArgument`], the same on all ranks, if they were asked for different things; those of
+    /// [`Communicator`].
     pub fn over(self, groups: &[Communicator], clip: &Clip) -> Result<Self, Error> {
         let mut known = self;
         for group in groups.iter().filter(|group| group.size() > 1) {

@@ -9,8 +9,8 @@ use crate::tensor::{PlainTensor, magnitude};
 /// A sum of squares above this is taken apart, so that no sum over the ranks overflows.
 const LARGE: f64 = 1e300;
 
-/// How large something is: under [`Norm::L2`] its sum of squares, `unit * unit * sum`, taken apart since that may overflow; under
-/// [`Norm::Infinity`] the `unit`.
+/// How large something is: under [`Norm::L2`] its sum of squares, `unit * unit * sum`, taken apart since that may
+/// overflow; under [`Norm::Infinity`] the `unit`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct PartialNorm {
     pub unit: f64,
@@ -53,8 +53,8 @@ impl PartialNorm {
     }
 }
 
-/// The size of each tensor. What is in host memory is read there, once; on a device there is a small reduction for each, and
-/// one read for all.
+/// The size of each tensor. What is in host memory is read there, once; on a device there is a small reduction for
+/// each, and one read for all.
 ///
 /// # Errors
 /// [`Error::UnsupportedDType`] if one has no plain floats; [`Error::InvalidArgument`] if a device cannot be read.

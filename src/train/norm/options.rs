@@ -16,7 +16,8 @@ pub enum NonFinite {
     /// All ranks return [`Error::NonFinite`](crate::Error::NonFinite).
     #[default]
     Stop,
-    /// On all ranks the step comes back without gradients, so that the optimizer changes neither parameters nor its state.
+    /// On all ranks the step comes back without gradients, so that the optimizer changes neither parameters nor its
+    /// state.
     Skip,
 }
 

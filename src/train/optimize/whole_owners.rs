@@ -12,8 +12,8 @@ use crate::Error;
 use crate::sharding::ShardParams;
 use crate::train::ParallelModule;
 
-/// The parameters that this optimizer updates as a whole on one of the ranks that hold parts or rows of them, and whether this is that
-/// rank: there are its moments. None where nothing is divided. Not collective.
+/// The parameters that this optimizer updates as a whole on one of the ranks that hold parts or rows of them, and
+/// whether this is that rank: there are its moments. None where nothing is divided. Not collective.
 ///
 /// # Errors
 /// As [`ParallelModule::optimize`], if the optimizer does not suit the model.

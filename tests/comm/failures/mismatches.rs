@@ -6,7 +6,7 @@ use burn::tensor::{DType, Device, Tensor};
 use burn_parallel::comm::{Communicator, ReduceOp};
 use burn_parallel::{Error, launch};
 
-use super::harness::{LONG, SIZES, failure, says, tells_the_log};
+use super::harness::{LONG, SIZES, failure, is_mismatch, says, tells_the_log};
 
 /// One rank calls `odd`, the others `usual`. All ranks return a mismatch that holds these words.
 fn mismatch<A: Debug, B: Debug>(
@@ -21,13 +21,7 @@ fn mismatch<A: Debug, B: Debug>(
                 true => odd(rank).map(|result| panic!("the odd one got {result:?}")),
                 false => usual(rank).map(|result| panic!("rank {} got {result:?}", rank.rank())),
             });
-            let Error::Mismatch { sequence: 2, calls, .. } = &error else { panic!("{error:?}") };
-            assert_eq!(calls.len(), size);
-            let other = (culprit + 1) % size;
-            assert_ne!(calls[culprit].to_string(), calls[other].to_string(), "the message shows the difference");
-            says(&error, &["`world`", "#2", &format!("rank {culprit} called {}", calls[culprit])]);
-            says(&error, &[&format!("rank {other} called {}", calls[other])]);
-            says(&error, words);
+            is_mismatch(&error, size, culprit, 2, words);
             tells_the_log(&error, size);
         }
     }

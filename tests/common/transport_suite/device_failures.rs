@@ -7,8 +7,9 @@ use burn::tensor::{Device, Tensor};
 use burn_parallel::comm::{Communicator, ReduceOp};
 use burn_parallel::{Error, layout};
 
-use super::failures::{SHORT, drop_of, failure, mismatch, says};
+use super::failures::{drop_of, failure, mismatch};
 use super::{LONG, WorldFactory};
+use crate::common::failing::{SHORT, says};
 
 /// A check that two ranks or more run, each on its own device.
 type Check = fn(&dyn WorldFactory, &Device);

@@ -8,25 +8,11 @@ use burn::tensor::{Device, Tensor};
 use burn_parallel::Error;
 use burn_parallel::comm::{Communicator, ReduceOp};
 
-use super::{LONG, WorldFactory};
+use super::WorldFactory;
+use crate::common::failing::{self, LONG, PURPOSE, SHORT, is_mismatch, prelude, says, stays_failed, wait_of};
 
-/// A time-out that some checks wait for.
-pub(super) const SHORT: Duration = Duration::from_millis(400);
 /// How long after the failure, or after the time-out, the last rank may return.
 const LIMIT: Duration = Duration::from_secs(8);
-/// What the panics say that are made here.
-pub const PURPOSE: &str = "panics on purpose";
-
-/// Panics that belong to the suite say nothing.
-pub fn hide_panics_on_purpose() {
-    let usual = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        let said = info.payload().downcast_ref::<String>().map_or("", String::as_str);
-        if !said.contains(PURPOSE) {
-            usual(info);
-        }
-    }));
-}
 
 pub(super) type Script<'a> = &'a dyn Fn(Communicator) -> Result<(), Error>;
 
@@ -40,13 +26,11 @@ pub(super) fn failure(
 ) -> Error {
     let comm = factory.world(timeout);
     let (rank, size) = (comm.rank(), comm.size());
-    comm.barrier().unwrap();
-    assert_eq!(comm.all_reduce(vec![1.0f32; 3], ReduceOp::Sum).unwrap(), [size as f32; 3]);
+    prelude(&comm).unwrap();
     let began = Instant::now();
     let watched = (culprit != Some(rank)).then(|| comm.clone());
     let result = catch_unwind(AssertUnwindSafe(|| script(comm)));
-    let wait = if timeout == LONG { Duration::ZERO } else { timeout };
-    assert!(began.elapsed() < LIMIT + wait, "rank {rank} came back after {:?}", began.elapsed());
+    assert!(began.elapsed() < LIMIT + wait_of(timeout), "rank {rank} came back after {:?}", began.elapsed());
     let said = match (watched, result) {
         (None, _) => None,
         (Some(comm), Ok(Err(error))) => {
@@ -73,31 +57,6 @@ pub(super) fn failure(
     said.unwrap_or_else(|| Error::User(told[0].clone()))
 }
 
-/// Everything fails at once with `error` on a communicator of a failed world.
-fn stays_failed(comm: &Communicator, error: &Error) {
-    let began = Instant::now();
-    let other = (comm.rank() + 1) % comm.size();
-    assert_eq!(comm.failure().as_ref(), Some(error));
-    assert_eq!(comm.barrier().as_ref(), Err(error));
-    assert_eq!(comm.all_reduce(vec![0i64], ReduceOp::Max).as_ref(), Err(error));
-    assert_eq!(comm.send(vec![1.0f64], other, 0).as_ref(), Err(error));
-    assert_eq!(comm.recv::<Vec<f64>>(other, 0).as_ref(), Err(error));
-    assert_eq!(comm.start(|comm| comm.barrier()).wait().as_ref(), Err(error));
-    assert_eq!(comm.split(0, 0).err().as_ref(), Some(error));
-    comm.abort("too late to matter");
-    assert_eq!(comm.failure().as_ref(), Some(error));
-    assert!(began.elapsed() < Duration::from_secs(2), "a failed world must not make anybody wait");
-}
-
-/// The message holds all these words.
-#[track_caller]
-pub(super) fn says(error: &Error, words: &[&str]) {
-    let message = error.to_string();
-    for word in words {
-        assert!(message.contains(word), "`{word}` is missing in: {message}");
-    }
-}
-
 /// The message ends with the last collectives of every rank.
 #[track_caller]
 fn tells_the_log(factory: &dyn WorldFactory, error: &Error, size: usize) {
@@ -105,14 +64,7 @@ fn tells_the_log(factory: &dyn WorldFactory, error: &Error, size: usize) {
         // The culprit's own copy, as text.
         return;
     }
-    let message = error.to_string();
-    for rank in 0..size {
-        let line = message.lines().find(|line| line.starts_with(&format!("  rank {rank}: ")));
-        let line = line.unwrap_or_else(|| panic!("no line of rank {rank} in: {message}"));
-        let (first, second) = (factory.calls(), factory.calls() + 1);
-        let both = [format!("#{second} all_reduce(Sum) of F32 [3]"), format!("#{first} barrier")];
-        assert!(both.iter().all(|call| line.contains(call)), "{line}");
-    }
+    failing::tells_the_log(error, size, factory.calls());
 }
 
 pub(super) fn drop_of<T>(result: Result<T, Error>) -> Result<(), Error> {
@@ -127,13 +79,7 @@ pub(super) fn mismatch(factory: &dyn WorldFactory, words: &[&str], usual: Script
             true => odd(comm),
             false => usual(comm),
         });
-        let Error::Mismatch { sequence, calls, .. } = &error else { panic!("{error:?}") };
-        assert_eq!(*sequence, factory.calls() + 2);
-        assert_eq!(calls.len(), size);
-        let other = (culprit + 1) % size;
-        assert_ne!(calls[culprit].to_string(), calls[other].to_string(), "the message shows the difference");
-        says(&error, &["`world`", &format!("#{sequence}"), &format!("rank {culprit} called {}", calls[culprit])]);
-        says(&error, words);
+        is_mismatch(&error, size, culprit, factory.calls() + 2, words);
         tells_the_log(factory, &error, size);
     }
 }

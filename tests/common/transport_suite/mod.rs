@@ -21,6 +21,8 @@ use std::time::Duration;
 
 use burn_parallel::comm::Communicator;
 
+use crate::common::failing::LONG;
+
 /// Makes the worlds of a transport, on one rank. All ranks make the same worlds in the same order.
 pub trait WorldFactory {
     /// A fresh world of all ranks, with this time-out.
@@ -36,9 +38,6 @@ pub trait WorldFactory {
         0
     }
 }
-
-/// A time-out that no check waits for.
-pub const LONG: Duration = Duration::from_secs(60);
 
 /// All checks, on every rank. Returns how many there were.
 pub fn run(factory: &dyn WorldFactory, tell: &dyn Fn(&str)) -> usize {

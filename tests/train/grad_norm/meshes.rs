@@ -9,8 +9,8 @@ pub trait Meshed<M: Module> {
     fn run<P: ParallelModule<Model = M>>(self, model: P, dp: &Communicator) -> Result<(), Error>;
 }
 
-/// Spreads a model over the axes `dp`, `pp` and `tp` of these sizes. An axis of 1 is not wrapped, but for replicas of a model
-/// that is nothing else.
+/// Spreads a model over the axes `dp`, `pp` and `tp` of these sizes. An axis of 1 is not wrapped, but for replicas of a
+/// model that is nothing else.
 pub fn on_mesh<M: Module>(
     world: &Rank,
     axes: [usize; 3],

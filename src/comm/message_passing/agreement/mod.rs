@@ -64,7 +64,7 @@ impl Agreement<'_> {
     }
 
     fn is_group(&self, id: u64) -> bool {
-        id < Group::most(self.world.endpoint.tags())
+        id < Group::most(self.world.endpoint.info().tags)
     }
 
     fn garbled(&self) -> Error {

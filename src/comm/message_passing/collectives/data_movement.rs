@@ -26,7 +26,7 @@ impl Collective<'_> {
             segments_of(pieces, share, size).try_for_each(|segment| self.post_receive(from, kind, segment, transfers))
         };
         let all = 0..bytes / size;
-        if n == 2 || bytes <= self.world.endpoint.thresholds().broadcast {
+        if n == 2 || bytes <= self.world.endpoint.info().thresholds.broadcast {
             if rank == root {
                 for other in self.others() {
                     send(other, MessageKind::Contributions, all.clone(), &mut transfers)?;

@@ -189,7 +189,7 @@ impl<'a> Collective<'a> {
                 let error = self.abandon(transfers, timeout_error);
                 return Err(self.world.fail(self.proposal(error)));
             }
-            if let Some(error) = self.failure_in_wait(waited).filter(|_| self.world.endpoint.can_reclaim()) {
+            if let Some(error) = self.failure_in_wait(waited).filter(|_| self.world.endpoint.info().can_reclaim) {
                 return Err(self.abandon(transfers, error.clone()));
             }
         }

@@ -21,7 +21,7 @@ impl Collective<'_> {
         mut folded: impl FnMut(usize) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let Some(dtype) = self.call.dtype else { return Ok(()) };
-        let (size, rank, window) = (dtype.size(), self.group.rank, self.world.endpoint.thresholds().window);
+        let (size, rank, window) = (dtype.size(), self.group.rank, self.world.endpoint.info().thresholds.window);
         let window_of = |share: Range<usize>, number: usize| window_of(share, number, window / size);
         let windows = self.windows(&share, size);
         let mine = share(rank);
@@ -88,7 +88,7 @@ impl Collective<'_> {
 
     fn windows(&self, share: &impl Fn(usize) -> Range<usize>, size: usize) -> usize {
         let longest = (0..self.group.size()).map(|rank| share(rank).len()).max().unwrap_or(0);
-        (longest * size).div_ceil(self.world.endpoint.thresholds().window)
+        (longest * size).div_ceil(self.world.endpoint.info().thresholds.window)
     }
 
     pub(super) fn all_reduce(&self, op: ReduceOp, pieces: &[Segment], root: Option<usize>) -> Result<u64, Error> {
@@ -103,7 +103,7 @@ impl Collective<'_> {
         let own = |element: usize| {
             segments_of(pieces, element..element + 1, size).next().map_or(std::ptr::null_mut(), |p| p.data)
         };
-        let window_elements = self.world.endpoint.thresholds().window / size;
+        let window_elements = self.world.endpoint.info().thresholds.window / size;
         let window_of = |share: Range<usize>, number: usize| window_of(share, number, window_elements);
         let mut results = self.transfers();
         self.reduce_windows(op, pieces, share, own, |window| {

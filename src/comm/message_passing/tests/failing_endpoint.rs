@@ -1,8 +1,9 @@
 //! Tests with an endpoint that fails halfway and does not give buffers back: they are leaked.
 
 use super::World;
-use super::memory_endpoint::{Borrowed, MemoryNetwork};
+use super::memory_endpoint::MemoryNetwork;
 use crate::comm::message_passing::group::MessageKind;
+use crate::comm::message_passing::message_store::Borrowed;
 
 /// More than goes into a header.
 const LONG: usize = 10_000;

@@ -80,14 +80,12 @@ impl World {
         if self.failure.get().is_some() {
             return;
         }
-        let silence = self.phase_limit(COORDINATOR_SILENCE);
         let proposal = {
             let mut proposed = lock(&self.proposed);
+            let Some((proposal, since)) = proposed.as_mut() else { return };
+            let silence = self.phase_limit(COORDINATOR_SILENCE);
             let queried = lock(&self.last_query).is_some_and(|(_, when)| self.elapsed(when) <= silence);
-            let Some((proposal, since)) = proposed.as_mut().filter(|(_, since)| self.elapsed(*since) > silence) else {
-                return;
-            };
-            if queried {
+            if queried || self.elapsed(*since) <= silence {
                 return;
             }
             let coordinator = self.coordinator();
@@ -138,12 +136,15 @@ impl World {
         self.send_control(by, &ControlMessage::Report(self.report(proposal)));
     }
 
-    /// Detects ranks that are gone without a message. The coordinator may be among them.
-    pub(super) fn detect_lost_ranks(&self) {
-        for (rank, problem) in self.endpoint.lost_ranks() {
+    /// Records the ranks that the endpoint has lost, each with the reason, and proposes the loss of those that are gone
+    /// without a message. The coordinator may be among them. Returns whether any was not known.
+    pub(super) fn record_lost_ranks(&self, lost: Vec<(usize, String)>) -> bool {
+        let mut news = false;
+        for (rank, problem) in lost {
             if self.is_lost(rank) {
                 continue;
             }
+            news = true;
             if lock(&self.finished)[rank] {
                 // It has announced its end: nobody misses it, but it cannot be queried or told anything any more.
                 let was_coordinator = self.coordinator() == rank;
@@ -186,6 +187,7 @@ impl World {
                 }
             }
         }
+        news
     }
 
     /// Fails the world, and waits until the error is known.
@@ -197,7 +199,7 @@ impl World {
         let most = 4 * self.phase_limit(COORDINATOR_SILENCE) + 2 * self.phase_limit(INQUIRY_LIMIT);
         while self.failure.get().is_none() && self.elapsed(since) < most {
             self.poll_control();
-            self.endpoint.sleep(Duration::from_micros(100));
+            self.endpoint.clock().sleep(Duration::from_micros(100));
         }
         self.set_failure(own.clone());
         self.failure.get().cloned().unwrap_or(own)

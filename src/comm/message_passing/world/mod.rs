@@ -156,7 +156,7 @@ impl World {
     pub fn new_group_id(&self) -> Result<u64, Error> {
         let id =
             self.next_group.fetch_add(1, Ordering::Relaxed) * self.endpoint.size() as u64 + self.endpoint.rank() as u64;
-        match id < Group::most(self.endpoint.tags()) {
+        match id < Group::most(self.endpoint.info().tags) {
             true => Ok(id),
             false => {
                 let problem = format!("{id} groups are more than there are tags for; split less often");
@@ -203,15 +203,8 @@ impl World {
         }
         let mut requests = Vec::new();
         // SAFETY: the bytes are on the heap, and kept until they are sent.
-        let sent = unsafe {
-            self.endpoint.send_control(
-                to,
-                Group::tag_of(0, MessageKind::Control),
-                bytes.as_ptr(),
-                bytes.len(),
-                &mut requests,
-            )
-        };
+        let sent =
+            unsafe { self.endpoint.send_control(to, Group::tag_of(0, MessageKind::Control), &bytes, &mut requests) };
         if let Err(problem) = sent {
             log::error!("rank {} cannot send a control message to rank {to}: {problem}", self.endpoint.rank());
         }
@@ -249,7 +242,7 @@ impl World {
         if requests.is_empty() {
             return;
         }
-        if !self.endpoint.can_reclaim() {
+        if !self.endpoint.info().can_reclaim {
             eprintln!("{}", why());
             self.endpoint.abort();
         }

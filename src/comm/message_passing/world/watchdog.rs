@@ -43,7 +43,7 @@ impl World {
             if self.groups().iter().any(|group| group.history.current(group.rank).is_some()) {
                 idle_since = self.endpoint.now();
             }
-            self.endpoint.sleep(POLL_INTERVAL);
+            self.endpoint.clock().sleep(POLL_INTERVAL);
         }
     }
 
@@ -55,14 +55,23 @@ impl World {
         let _ = self.failure.set(Error::Transport { transport, problem });
     }
 
-    /// Receives and handles the control messages, and advances failures. Called by the watchdog, and by threads that
-    /// wait.
+    /// Lets the endpoint progress, and [handles the control messages](Self::handle_control).
     pub fn poll_control(&self) {
+        self.endpoint.drive();
+        self.handle_control();
+    }
+
+    /// Handles the control messages that have arrived, and advances failures. Called by the watchdog, and by threads
+    /// that wait.
+    pub fn handle_control(&self) {
         let Ok(_one) = self.polling.try_lock() else { return };
+        // Of a rank that is lost by now, all messages have arrived: one that has announced its end is not missed.
+        let lost = self.endpoint.lost_ranks();
         self.receive_control();
-        // After all messages have been handled: a rank that has announced its end is not missed.
-        self.detect_lost_ranks();
-        self.receive_control();
+        if self.record_lost_ranks(lost) {
+            // What this rank has told itself.
+            self.receive_control();
+        }
         self.conclude_inquiry(false);
         self.repropose();
         self.release_sent();
@@ -138,7 +147,7 @@ impl World {
                 let since: Instant = *finished_since.get_or_insert_with(|| self.endpoint.now());
                 let all = finished.iter().all(|finished| *finished);
                 // Nobody will ever receive what is still being sent.
-                let can_reclaim = self.endpoint.can_reclaim();
+                let can_reclaim = self.endpoint.info().can_reclaim;
                 let limit = if can_reclaim { LAST_BYTES } else { END_LIMIT };
                 if all && (lock(&self.transfers).is_empty() || self.elapsed(since) > limit) {
                     break true;
@@ -159,11 +168,11 @@ impl World {
             }
             // A thread that waits receives its messages itself: the watchdog would only have to wake it.
             if waits() {
-                self.endpoint.sleep(POLL_INTERVAL);
+                self.endpoint.clock().sleep(POLL_INTERVAL);
             }
         };
         // What cannot be reclaimed is leaked.
-        for mut pending in lock(&self.transfers).drain(..).filter(|_| self.endpoint.can_reclaim()) {
+        for mut pending in lock(&self.transfers).drain(..).filter(|_| self.endpoint.info().can_reclaim) {
             self.endpoint.reclaim(&mut pending.requests);
         }
         self.endpoint.close(if whole { END_LIMIT } else { LAST_BYTES });

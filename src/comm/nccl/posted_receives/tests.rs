@@ -14,14 +14,14 @@ const B: Key = (1, 8);
 
 /// A mailbox, and the thread that fetches from it.
 #[derive(Default, Clone)]
-struct Post {
+struct Mailbox {
     mail: Arc<Mutex<BTreeMap<Key, VecDeque<u32>>>>,
     posted: Arc<PostedReceives<u32>>,
     /// Fetching waits for it.
     held_up: Arc<AtomicBool>,
 }
 
-impl Post {
+impl Mailbox {
     fn send(&self, key: Key, message: u32) {
         self.mail.lock().unwrap().entry(key).or_default().push_back(message);
     }
@@ -32,10 +32,10 @@ impl Post {
 
     fn expect(&self, key: Key) {
         if self.posted.expect(key) {
-            let post = self.clone();
+            let mailbox = self.clone();
             thread::spawn(move || {
                 let fetch = |_, message: u32| {
-                    while post.held_up.load(Ordering::Acquire) {
+                    while mailbox.held_up.load(Ordering::Acquire) {
                         yield_now();
                     }
                     match message {
@@ -43,7 +43,7 @@ impl Post {
                         message => Ok(message + 100),
                     }
                 };
-                post.posted.serve(|key| Ok(post.look(key)), fetch)
+                mailbox.posted.serve(|key| Ok(mailbox.look(key)), fetch)
             });
         }
     }
@@ -76,91 +76,91 @@ impl Post {
 
 #[test]
 fn what_is_expected_is_fetched_before_it_is_asked_for_and_in_order() {
-    let post = Post::default();
-    post.expect(A);
-    post.expect(A);
-    [1, 2, 3].into_iter().for_each(|message| post.send(A, message));
+    let mailbox = Mailbox::default();
+    mailbox.expect(A);
+    mailbox.expect(A);
+    [1, 2, 3].into_iter().for_each(|message| mailbox.send(A, message));
     let began = Instant::now();
-    while post.mail.lock().unwrap()[&A].len() > 1 {
+    while mailbox.mail.lock().unwrap()[&A].len() > 1 {
         assert!(began.elapsed() < LIMIT, "nobody fetches them");
         yield_now();
     }
     sleep(Duration::from_millis(20));
-    assert_eq!(post.mail.lock().unwrap()[&A], [3], "no more than was posted");
-    assert_eq!([post.receive(A), post.receive(A), post.receive(A)], [101, 102, 3]);
+    assert_eq!(mailbox.mail.lock().unwrap()[&A], [3], "no more than was posted");
+    assert_eq!([mailbox.receive(A), mailbox.receive(A), mailbox.receive(A)], [101, 102, 3]);
 }
 
 #[test]
 fn one_that_does_not_come_holds_up_no_other() {
-    let post = Post::default();
-    post.expect(A);
-    post.expect(B);
-    post.send(B, 5);
-    post.until_mail_is_taken();
-    assert_eq!(post.receive(B), 105);
+    let mailbox = Mailbox::default();
+    mailbox.expect(A);
+    mailbox.expect(B);
+    mailbox.send(B, 5);
+    mailbox.until_mail_is_taken();
+    assert_eq!(mailbox.receive(B), 105);
     // Nothing has come: it is received as if it had not been expected.
-    let late = post.clone();
+    let late = mailbox.clone();
     let asks = thread::spawn(move || late.receive(A));
     sleep(Duration::from_millis(20));
-    post.send(A, 6);
+    mailbox.send(A, 6);
     assert_eq!(asks.join().unwrap(), 6);
 }
 
 #[test]
 fn one_that_is_on_its_way_is_waited_for() {
-    let post = Post::default();
-    post.held_up.store(true, Ordering::Release);
-    post.expect(A);
-    [1, 2].into_iter().for_each(|message| post.send(A, message));
+    let mailbox = Mailbox::default();
+    mailbox.held_up.store(true, Ordering::Release);
+    mailbox.expect(A);
+    [1, 2].into_iter().for_each(|message| mailbox.send(A, message));
     let began = Instant::now();
-    while post.mail.lock().unwrap()[&A].len() == 2 {
+    while mailbox.mail.lock().unwrap()[&A].len() == 2 {
         assert!(began.elapsed() < LIMIT, "nobody fetches it");
     }
-    let late = post.posted.take(A, Duration::from_millis(30));
+    let late = mailbox.posted.take(A, Duration::from_millis(30));
     assert!(matches!(late, Asked::Late), "not for longer than is said, and not the next in its place");
-    let asks = post.clone();
+    let asks = mailbox.clone();
     let asked = thread::spawn(move || asks.receive(A));
     sleep(Duration::from_millis(20));
-    post.held_up.store(false, Ordering::Release);
+    mailbox.held_up.store(false, Ordering::Release);
     assert_eq!(asked.join().unwrap(), 101, "the oldest, although another is there");
-    assert_eq!(post.receive(A), 2);
+    assert_eq!(mailbox.receive(A), 2);
 }
 
 #[test]
 fn whoever_asks_first_gets_the_oldest() {
-    let post = Post::default();
-    post.expect(A);
-    post.expect(A);
-    post.expect(B);
-    let Asked::NotYet(turn) = post.posted.take(A, LIMIT) else { panic!("nothing has come") };
-    [1, 2].into_iter().for_each(|message| post.send(A, message));
+    let mailbox = Mailbox::default();
+    mailbox.expect(A);
+    mailbox.expect(A);
+    mailbox.expect(B);
+    let Asked::NotYet(turn) = mailbox.posted.take(A, LIMIT) else { panic!("nothing has come") };
+    [1, 2].into_iter().for_each(|message| mailbox.send(A, message));
     // Others are fetched meanwhile.
-    post.send(B, 5);
+    mailbox.send(B, 5);
     let began = Instant::now();
-    while !post.mail.lock().unwrap()[&B].is_empty() {
+    while !mailbox.mail.lock().unwrap()[&B].is_empty() {
         assert!(began.elapsed() < LIMIT, "nobody fetches it");
     }
-    assert_eq!(post.receive(B), 105);
-    assert_eq!(post.look(A), Some(1));
+    assert_eq!(mailbox.receive(B), 105);
+    assert_eq!(mailbox.look(A), Some(1));
     sleep(Duration::from_millis(20));
-    assert_eq!(post.mail.lock().unwrap()[&A], [2], "he does not have it yet");
+    assert_eq!(mailbox.mail.lock().unwrap()[&A], [2], "he does not have it yet");
     drop(turn);
-    post.until_mail_is_taken();
-    assert_eq!(post.receive(A), 102);
+    mailbox.until_mail_is_taken();
+    assert_eq!(mailbox.receive(A), 102);
 }
 
 #[test]
 fn nobody_waits_for_what_failed_or_was_closed() {
-    let post = Post::default();
-    post.expect(A);
-    post.send(A, 0);
-    post.until_mail_is_taken();
-    assert!(matches!(post.posted.take(A, LIMIT), Asked::NotYet(_)));
-    post.send(A, 9);
-    post.expect(A);
-    assert_eq!(post.receive(A), 9, "nothing is fetched any more");
-    let post = Post::default();
-    post.expect(B);
-    post.posted.close();
-    assert!(matches!(post.posted.take(B, LIMIT), Asked::NotYet(_)));
+    let mailbox = Mailbox::default();
+    mailbox.expect(A);
+    mailbox.send(A, 0);
+    mailbox.until_mail_is_taken();
+    assert!(matches!(mailbox.posted.take(A, LIMIT), Asked::NotYet(_)));
+    mailbox.send(A, 9);
+    mailbox.expect(A);
+    assert_eq!(mailbox.receive(A), 9, "nothing is fetched any more");
+    let mailbox = Mailbox::default();
+    mailbox.expect(B);
+    mailbox.posted.close();
+    assert!(matches!(mailbox.posted.take(B, LIMIT), Asked::NotYet(_)));
 }

@@ -8,10 +8,15 @@ use std::time::{Duration, Instant};
 
 use super::schedule::{Pause, pause};
 use crate::comm::lock::lock;
-use crate::comm::message_passing::Thresholds;
+use crate::comm::message_passing::{Clock, Thresholds};
 use crate::comm::tcp::frame::Limits;
 use crate::comm::tcp::network::{Network, Stream};
 use crate::comm::tcp::read_uninit::ReadUninit;
+
+/// Most nanoseconds that others run when a thread yields its core to them.
+const YIELD: usize = 20_000;
+/// Most nanoseconds by which the system's timers are late: as Linux has it, rounded up.
+const TIMER_SLACK: usize = 60_000;
 
 /// Random numbers of a seed (splitmix64).
 #[derive(Debug, Clone)]
@@ -83,6 +88,24 @@ impl Pipe {
     }
 }
 
+/// The streams of a rank that one of its threads waits for. The ranks at their other ends are bits.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Streams {
+    read: u64,
+    written: u64,
+}
+
+impl Streams {
+    fn of(streams: &[(usize, &SimulatedStream, bool)]) -> Self {
+        let mut all = Self::default();
+        for (other, _, writes) in streams {
+            all.read |= 1 << other;
+            all.written |= u64::from(*writes) << other;
+        }
+        all
+    }
+}
+
 /// What the ranks share.
 #[derive(Debug)]
 pub(super) struct State {
@@ -95,6 +118,9 @@ pub(super) struct State {
     next_arrival: u64,
     /// From `a` to `b` at `a * size + b`.
     pipes: Vec<Pipe>,
+    /// The streams of each rank that are ready, kept up to date with the pipes: it is asked for in every step, of all
+    /// threads.
+    ready: Vec<Streams>,
     /// Ranks whose waker was used.
     pub woken: Vec<bool>,
 }
@@ -102,7 +128,20 @@ pub(super) struct State {
 impl State {
     pub fn new(size: usize, plan: Plan, random: Random) -> Self {
         let pipes = (0..size * size).map(|_| Pipe::default()).collect();
-        Self { size, plan, random, now: 0, next_arrival: 0, pipes, woken: vec![false; size] }
+        // All is writable at first, and nothing readable.
+        let ready = vec![Streams { read: 0, written: u64::MAX }; size];
+        Self { size, plan, random, now: 0, next_arrival: u64::MAX, pipes, ready, woken: vec![false; size] }
+    }
+
+    /// Notes what is ready after a pipe has changed.
+    fn changed(&mut self, from: usize, to: usize) {
+        let pipe = &self.pipes[from * self.size + to];
+        let (readable, writable) = (pipe.readable(), pipe.refused || pipe.bytes.len() < self.plan.capacity);
+        let (reader, writer) = (1u64 << from, 1u64 << to);
+        let read = &mut self.ready[to].read;
+        *read = if readable { *read | reader } else { *read & !reader };
+        let written = &mut self.ready[from].written;
+        *written = if writable { *written | writer } else { *written & !writer };
     }
 
     /// Delivers what has arrived by now.
@@ -111,31 +150,47 @@ impl State {
             return;
         }
         self.next_arrival = u64::MAX;
-        for pipe in &mut self.pipes {
-            pipe.arrive(self.now);
-            if let Some((at, _)) = pipe.coming.front() {
-                self.next_arrival = self.next_arrival.min(*at);
+        for from in 0..self.size {
+            for to in 0..self.size {
+                let pipe = &mut self.pipes[from * self.size + to];
+                let Some((mut at, _)) = pipe.coming.front().copied() else { continue };
+                if at <= self.now {
+                    pipe.arrive(self.now);
+                    at = pipe.coming.front().map_or(u64::MAX, |(at, _)| *at);
+                    self.changed(from, to);
+                }
+                self.next_arrival = self.next_arrival.min(at);
             }
         }
     }
 
-    /// When the next bytes come.
-    pub fn next_arrival(&self) -> Option<u64> {
-        self.pipes.iter().filter_map(|pipe| pipe.coming.front().map(|(at, _)| *at)).min()
+    /// When the next bytes come, or a time before that.
+    pub fn next_arrival(&self) -> u64 {
+        self.next_arrival
     }
 
-    /// Whether a stream of `rank` is ready.
-    pub fn is_ready(&self, rank: usize, (other, writes): (usize, bool)) -> bool {
-        let out = &self.pipes[rank * self.size + other];
-        let writable = writes && (out.refused || out.bytes.len() < self.plan.capacity);
-        writable || self.pipes[other * self.size + rank].readable()
+    /// Whether one of the streams of `rank` is ready.
+    pub fn is_ready(&self, rank: usize, streams: Streams) -> bool {
+        let ready = self.ready[rank];
+        ready.read & streams.read | ready.written & streams.written != 0
     }
 
     /// The rank's process ends, whatever it was at.
     pub fn end(&mut self, rank: usize) {
         for other in 0..self.size {
+            self.shut(rank, other, Shutdown::Both);
+        }
+    }
+
+    /// Closes a rank's end of the pipe to another, of the one from it, or of both.
+    fn shut(&mut self, rank: usize, other: usize, how: Shutdown) {
+        if how != Shutdown::Read {
             self.pipes[rank * self.size + other].ended = true;
+            self.changed(rank, other);
+        }
+        if how != Shutdown::Write {
             self.pipes[other * self.size + rank].refused = true;
+            self.changed(other, rank);
         }
     }
 
@@ -169,6 +224,7 @@ impl State {
             *next_arrival = at.min(*next_arrival);
             left -= bytes;
         }
+        self.changed(from, to);
         Ok(most)
     }
 
@@ -191,6 +247,7 @@ impl State {
             left -= taken;
         }
         pipe.arrived -= most;
+        self.changed(from, to);
         Ok(most)
     }
 }
@@ -240,14 +297,7 @@ impl Write for SimulatedStream {
 
 impl Stream for SimulatedStream {
     fn shutdown(&self, how: Shutdown) -> io::Result<()> {
-        let mut state = lock(&self.state);
-        let size = state.size;
-        if how != Shutdown::Read {
-            state.pipes[self.rank * size + self.other].ended = true;
-        }
-        if how != Shutdown::Write {
-            state.pipes[self.other * size + self.rank].refused = true;
-        }
+        lock(&self.state).shut(self.rank, self.other, how);
         Ok(())
     }
 }
@@ -271,8 +321,35 @@ impl SimulatedNetwork {
         (0..lock(&self.state).size).map(|other| (other != self.rank).then(|| stream(other))).collect()
     }
 
-    fn nanoseconds(&self) -> u64 {
+    pub fn nanoseconds(&self) -> u64 {
         lock(&self.state).now
+    }
+
+    /// The end of a time of at least this, and of so many nanoseconds more at most.
+    fn at_least(&self, least: Duration, most_more: usize) -> u64 {
+        let mut state = lock(&self.state);
+        state.now + least.as_nanos() as u64 + state.random.below(most_more) as u64
+    }
+
+    /// When a message arrives that is sent now.
+    pub fn message_arrival(&self) -> u64 {
+        let mut state = lock(&self.state);
+        let late = if state.random.one_in(4) { 3_000_000 } else { 30_000 };
+        state.now + state.random.below(late) as u64
+    }
+}
+
+impl Clock for SimulatedNetwork {
+    fn now(&self) -> Instant {
+        self.began + Duration::from_nanos(self.nanoseconds())
+    }
+
+    fn yield_now(&self) {
+        pause(Pause::Sleep(self.at_least(Duration::ZERO, YIELD)));
+    }
+
+    fn sleep(&self, duration: Duration) {
+        pause(Pause::Sleep(self.at_least(duration, TIMER_SLACK)));
     }
 }
 
@@ -282,14 +359,17 @@ impl Network for SimulatedNetwork {
     fn ready(&self, streams: &[(usize, &SimulatedStream, bool)]) -> Vec<usize> {
         let mut state = lock(&self.state);
         state.arrive();
-        let ready =
-            |(other, _, writes): &&(usize, &SimulatedStream, bool)| state.is_ready(self.rank, (*other, *writes));
-        streams.iter().filter(ready).map(|(other, ..)| *other).collect()
+        let mut ready = Vec::with_capacity(streams.len());
+        for stream in streams {
+            if state.is_ready(self.rank, Streams::of(&[*stream])) {
+                ready.push(stream.0);
+            }
+        }
+        ready
     }
 
     fn park(&self, streams: &[(usize, &SimulatedStream, bool)], longest: Duration) {
-        let streams = streams.iter().map(|(other, _, writes)| (*other, *writes)).collect();
-        pause(Pause::Rest(self.nanoseconds() + longest.as_nanos() as u64, streams));
+        pause(Pause::Rest(self.at_least(longest, TIMER_SLACK), Streams::of(streams)));
     }
 
     fn wake(&self) {
@@ -302,17 +382,5 @@ impl Network for SimulatedNetwork {
 
     fn thresholds(&self) -> Thresholds {
         lock(&self.state).plan.thresholds
-    }
-
-    fn now(&self) -> Instant {
-        self.began + Duration::from_nanos(self.nanoseconds())
-    }
-
-    fn yield_now(&self) {
-        pause(Pause::Sleep(self.nanoseconds()));
-    }
-
-    fn sleep(&self, duration: Duration) {
-        pause(Pause::Sleep(self.nanoseconds() + duration.as_nanos() as u64));
     }
 }

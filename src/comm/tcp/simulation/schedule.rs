@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use generator::{Generator, Gn};
 
-use super::message_endpoint::{MessageEndpoint, MessageStore};
-use super::network::{Plan, Random, SimulatedNetwork, State};
+use super::message_endpoint::MessageEndpoint;
+use super::network::{Plan, Random, SimulatedNetwork, State, Streams};
 use crate::comm::Communicator;
 use crate::comm::WorldConfig;
 use crate::comm::lock::lock;
+use crate::comm::message_passing::message_store::MessageStore;
 use crate::comm::message_passing::{Endpoint, join_world};
 use crate::comm::tcp::endpoint::TcpEndpoint;
 
@@ -25,8 +26,8 @@ const STEPS: usize = 20_000_000;
 pub(super) enum Pause {
     /// Until then.
     Sleep(u64),
-    /// Until then, or until a stream of its rank is ready: to be written as well, where that is said.
-    Rest(u64, Vec<(usize, bool)>),
+    /// Until then, or until one of these streams of its rank is ready.
+    Rest(u64, Streams),
 }
 
 /// Stops this coroutine until the scheduler resumes it.
@@ -142,8 +143,8 @@ impl Simulation {
         timeout: Duration,
         script: impl FnOnce(Communicator, RankContext) + 'static,
     ) {
-        let (state, store, began) = (self.state.clone(), store.clone(), self.began);
-        self.enter(Box::new(MessageEndpoint { state, store, began, rank }), timeout, script);
+        let network = SimulatedNetwork::new(self.state.clone(), self.began, rank);
+        self.enter(Box::new(MessageEndpoint::new(network, rank, self.stopped.len(), store)), timeout, script);
     }
 
     fn enter(
@@ -228,27 +229,26 @@ impl Simulation {
             if self.stopped[task.rank].is_some() {
                 continue;
             }
-            let mut streams: &[(usize, bool)] = &[];
-            let until = match &task.pause {
-                Pause::Sleep(until) => *until,
-                Pause::Rest(until, over) => {
-                    streams = over;
-                    if state.woken[task.rank] { state.now } else { *until }
+            let (until, runs) = match task.pause {
+                Pause::Sleep(until) => (until, until <= state.now),
+                Pause::Rest(until, streams) => {
+                    (until, until <= state.now || state.woken[task.rank] || state.is_ready(task.rank, streams))
                 }
             };
-            let mut runs = until <= state.now;
-            for stream in streams {
-                runs = runs || state.is_ready(task.rank, *stream);
-            }
             if runs {
                 ready.push(index);
             }
             wakes = wakes.min(until);
         }
         if ready.is_empty() {
-            let others = self.events.iter().map(|(at, _)| *at).chain(self.stopped.iter().flatten().copied());
-            let next = others.chain([wakes]).chain(state.next_arrival()).filter(|at| *at > state.now && *at < u64::MAX);
-            state.now = next.min().unwrap_or(state.now + 1_000_000);
+            let mut next = wakes.min(state.next_arrival());
+            for (at, _) in &self.events {
+                next = next.min(*at);
+            }
+            for at in self.stopped.iter().flatten() {
+                next = next.min(*at);
+            }
+            state.now = if next == u64::MAX { state.now + 1_000_000 } else { next };
             return None;
         }
         let next = ready[state.random.below(ready.len())];

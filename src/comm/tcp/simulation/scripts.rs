@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::message_endpoint::MessageStore;
 use super::network::Random;
 use super::{Plan, RankContext, Simulation};
 use crate::Error;
 use crate::comm::message_passing::Thresholds;
+use crate::comm::message_passing::message_store::MessageStore;
 use crate::comm::tcp::frame::Limits;
 use crate::comm::{Communicator, ReduceOp, part};
 
@@ -93,17 +93,39 @@ fn steps(random: &mut Random, plan: &Plan, ranks: usize, count: usize) -> Vec<St
     (0..count).map(step).collect()
 }
 
-fn byte(seed: u64, rank: usize, place: usize) -> u8 {
-    (seed as usize).wrapping_add(rank * 101).wrapping_add(place.wrapping_mul(place + 7)) as u8
+/// Places after which a rank's numbers repeat themselves.
+const PERIOD: usize = 256;
+
+/// So many bytes with a period: nearly all of them are copied, since a loop over bytes is slow without optimisation.
+fn periodic(len: usize, byte: impl Fn(usize) -> u8) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(len);
+    for place in 0..len.min(PERIOD) {
+        bytes.push(byte(place));
+    }
+    while bytes.len() < len {
+        // Whole periods, until the last copy.
+        bytes.extend_from_within(..bytes.len().min(len - bytes.len()));
+    }
+    bytes
+}
+
+fn number(place: usize) -> usize {
+    place.wrapping_mul(place + 7)
+}
+
+/// What a rank adds to the [`number`] of each place.
+fn offset(seed: u64, rank: usize) -> usize {
+    (seed as usize).wrapping_add(rank * 101)
 }
 
 fn input(seed: u64, rank: usize, len: usize) -> Vec<u8> {
-    (0..len).map(|place| byte(seed, rank, place)).collect()
+    let offset = offset(seed, rank);
+    periodic(len, |place| offset.wrapping_add(number(place)) as u8)
 }
 
 fn sum(seed: u64, ranks: usize, len: usize) -> Vec<u8> {
-    let at = |place| (0..ranks).fold(0u8, |sum, rank| sum.wrapping_add(byte(seed, rank, place)));
-    (0..len).map(at).collect()
+    let offsets = (0..ranks).fold(0, |sum: usize, rank| sum.wrapping_add(offset(seed, rank)));
+    periodic(len, |place| offsets.wrapping_add(ranks.wrapping_mul(number(place))) as u8)
 }
 
 #[track_caller]
@@ -122,7 +144,7 @@ fn perform(comm: &Communicator, context: &RankContext, step: &Step) -> Result<()
         context.compute(slow.1);
     }
     let mine = || input(seed, rank, len);
-    let all = || (0..size).flat_map(|rank| input(seed, rank, len)).collect::<Vec<u8>>();
+    let all = || (0..size).map(|rank| input(seed, rank, len)).collect::<Vec<_>>().concat();
     match kind {
         0 => comm.barrier(),
         1 => same(&comm.all_reduce(mine(), ReduceOp::Sum)?, &sum(seed, size, len), "all_reduce"),
@@ -145,9 +167,8 @@ fn perform(comm: &Communicator, context: &RankContext, step: &Step) -> Result<()
             same(&result, &input(seed, root, len)[part(len, size, rank)], "scatter")
         }
         7 => {
-            let expected: Vec<u8> =
-                (0..size).flat_map(|from| input(seed, from, len)[part(len, size, rank)].to_vec()).collect();
-            same(&comm.all_to_all(mine())?, &expected, "all_to_all")
+            let parts: Vec<_> = (0..size).map(|from| input(seed, from, len)[part(len, size, rank)].to_vec()).collect();
+            same(&comm.all_to_all(mine())?, &parts.concat(), "all_to_all")
         }
         8 => {
             // Round the ring, two messages of two tags, received the other way round.

@@ -1,8 +1,10 @@
 //! The pending requests of an endpoint, by number.
 
+use super::endpoint::Request;
+
 /// Which requests are done, by number.
 #[derive(Debug, Default)]
-pub(super) struct RequestTable {
+pub(in crate::comm) struct RequestTable {
     done: Vec<bool>,
     free: Vec<usize>,
     /// Requests done so far.
@@ -35,5 +37,18 @@ impl RequestTable {
     /// Frees the number of a request.
     pub fn forget(&mut self, request: usize) {
         self.free.push(request);
+    }
+
+    /// Removes the requests that are done, and frees their numbers. Returns whether all are.
+    pub fn remove_done(&mut self, requests: &mut Vec<Request>) -> bool {
+        requests.retain(|request| {
+            let request = request.0 as usize;
+            let done = self.is_done(request);
+            if done {
+                self.forget(request);
+            }
+            !done
+        });
+        requests.is_empty()
     }
 }

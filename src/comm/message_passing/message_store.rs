@@ -1,0 +1,173 @@
+//! Messages of endpoints in memory, for tests: each meets the receive that was posted for it.
+
+use std::collections::{HashMap, VecDeque};
+
+use super::endpoint::{EndpointInfo, RecvBytes, Request, SendBytes};
+use super::request_table::RequestTable;
+use crate::Error;
+
+/// From, to and tag.
+pub(in crate::comm) type Route = (usize, usize, u64);
+
+/// The borrowed buffer of a pending message.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::comm) struct Borrowed {
+    pub route: Route,
+    pub data: *mut u8,
+    pub len: usize,
+    request: usize,
+}
+
+#[derive(Debug)]
+enum Bytes {
+    /// Copied when they were sent.
+    Own(Vec<u8>),
+    /// Still the sender's.
+    Borrowed(Borrowed),
+}
+
+impl Bytes {
+    fn get(&self) -> &[u8] {
+        match self {
+            Self::Own(bytes) => bytes,
+            // SAFETY: borrowed until the request is done.
+            Self::Borrowed(send) => unsafe { std::slice::from_raw_parts(send.data, send.len) },
+        }
+    }
+}
+
+/// A message in flight.
+#[derive(Debug)]
+struct InFlight {
+    /// When it can be received.
+    at: u64,
+    bytes: Bytes,
+}
+
+/// The messages of all ranks of a world.
+#[derive(Debug, Default)]
+pub(in crate::comm) struct MessageStore {
+    in_flight: HashMap<Route, VecDeque<InFlight>>,
+    /// Posted receives. Routes without one have no entry.
+    receives: HashMap<Route, VecDeque<Borrowed>>,
+    table: RequestTable,
+}
+
+// SAFETY: the buffers are borrowed by the store, whatever thread has it.
+unsafe impl Send for MessageStore {}
+
+impl MessageStore {
+    /// Sends bytes that arrive at a time, or when those before them do. They are copied and their request is done, if
+    /// the send is `eager`; else the store borrows them until they are received.
+    pub fn send(
+        &mut self,
+        route: Route,
+        SendBytes { data, len }: SendBytes,
+        at: u64,
+        eager: bool,
+        requests: &mut Vec<Request>,
+    ) {
+        let request = self.table.begin();
+        requests.push(Request(request as u64));
+        let bytes = Bytes::Borrowed(Borrowed { route, data: data.cast_mut(), len, request });
+        if eager {
+            self.table.done(request);
+            return self.push(route, at, Bytes::Own(bytes.get().to_vec()));
+        }
+        self.push(route, at, bytes);
+    }
+
+    /// Inserts a message as if its sender had sent it.
+    pub fn inject(&mut self, route: Route, message: Vec<u8>) {
+        self.push(route, 0, Bytes::Own(message));
+    }
+
+    fn push(&mut self, route: Route, at: u64, bytes: Bytes) {
+        let messages = self.in_flight.entry(route).or_default();
+        let at = messages.back().map_or(0, |last| last.at).max(at);
+        messages.push_back(InFlight { at, bytes });
+    }
+
+    pub fn receive(&mut self, route: Route, RecvBytes { data, len }: RecvBytes, requests: &mut Vec<Request>) {
+        let request = self.table.begin();
+        requests.push(Request(request as u64));
+        self.receives.entry(route).or_default().push_back(Borrowed { route, data, len, request });
+    }
+
+    /// Copies what has arrived at a rank by now into the buffers of its receives, and removes the requests that are
+    /// done. Returns whether all are.
+    pub fn test(&mut self, info: &EndpointInfo, now: u64, requests: &mut Vec<Request>) -> Result<bool, Error> {
+        let Self { in_flight, receives, table } = self;
+        let mut wrong = None;
+        receives.retain(|route, receives| {
+            let messages = in_flight.get_mut(route).filter(|_| route.1 == info.rank);
+            let Some(messages) = messages else { return true };
+            while !receives.is_empty()
+                && let Some(message) = messages.pop_front_if(|message| message.at <= now)
+                && let Some(receive) = receives.pop_front()
+            {
+                let bytes = message.bytes.get();
+                match bytes.len() == receive.len {
+                    // SAFETY: as long as that, and borrowed until the request is done.
+                    true => unsafe { bytes.as_ptr().copy_to_nonoverlapping(receive.data, receive.len) },
+                    false => wrong = Some(format!("{} bytes came on {route:?} for {}", bytes.len(), receive.len)),
+                }
+                table.done(receive.request);
+                if let Bytes::Borrowed(send) = message.bytes {
+                    table.done(send.request);
+                }
+            }
+            !receives.is_empty()
+        });
+        let all = table.remove_done(requests);
+        wrong.map_or(Ok(all), |problem| Err(Error::Transport { transport: info.name, problem }))
+    }
+
+    /// Takes a message that has arrived by now.
+    pub fn take(&mut self, info: &EndpointInfo, from: Option<usize>, tag: u64, now: u64) -> Option<(usize, Vec<u8>)> {
+        info.sources(from).find_map(|from| {
+            let messages = self.in_flight.get_mut(&(from, info.rank, tag))?;
+            let bytes = match messages.pop_front_if(|message| message.at <= now)?.bytes {
+                Bytes::Own(bytes) => bytes,
+                borrowed @ Bytes::Borrowed(Borrowed { request, .. }) => {
+                    self.table.done(request);
+                    borrowed.get().to_vec()
+                }
+            };
+            Some((from, bytes))
+        })
+    }
+
+    /// Drops pending receives and sends.
+    pub fn reclaim(&mut self, requests: &mut Vec<Request>) {
+        let Self { in_flight, receives, table } = self;
+        for Request(request) in requests.drain(..) {
+            let request = request as usize;
+            if !table.is_done(request) {
+                receives.retain(|_, receives| {
+                    receives.retain(|receive| receive.request != request);
+                    !receives.is_empty()
+                });
+                in_flight.values_mut().for_each(|messages| {
+                    messages
+                        .retain(|message| !matches!(message.bytes, Bytes::Borrowed(send) if send.request == request));
+                });
+            }
+            table.forget(request);
+        }
+    }
+
+    /// Sends that are not done.
+    pub fn pending_sends(&self) -> Vec<Borrowed> {
+        let sends = self.in_flight.values().flatten().map(|message| match message.bytes {
+            Bytes::Borrowed(send) => Some(send),
+            Bytes::Own(_) => None,
+        });
+        sends.flatten().collect()
+    }
+
+    /// Receives that are not done.
+    pub fn pending_receives(&self) -> Vec<Borrowed> {
+        self.receives.values().flatten().copied().collect()
+    }
+}

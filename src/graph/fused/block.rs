@@ -1,0 +1,212 @@
+//! A block of a kernel: what it reads is brought together, computed instruction by instruction, and written.
+
+use super::kernel::{Extent, Home, Instruction, Kernel, Value};
+use super::loops::{Operand, add_rows, binary, choose, reduce, unary};
+use super::native::Native;
+use burn::tensor::DType;
+
+/// An input as a block finds it.
+pub(super) struct Source {
+    pub(super) base: *const u8,
+    pub(super) dtype: DType,
+    /// Whether a block of it is one piece of memory of the type that is computed with.
+    pub(super) direct: bool,
+    pub(super) offset: isize,
+    /// Of all dims, 0 where the input is broadcast.
+    pub(super) strides: Vec<isize>,
+    /// Whether it is the same for all rows.
+    pub(super) still: bool,
+}
+
+/// A result as a block finds it.
+pub(super) struct Target {
+    pub(super) base: *mut u8,
+    /// Whether it is written while it is computed, not at the end of the block.
+    pub(super) direct: bool,
+}
+
+/// A kernel with its tensors.
+pub(super) struct Running<'a, T> {
+    pub(super) kernel: &'a Kernel,
+    pub(super) sources: Vec<Source>,
+    pub(super) targets: Vec<Target>,
+    /// The sums over rows, part by part.
+    pub(super) sums: Vec<*mut T>,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    /// Rows of a block, and elements of each.
+    pub(super) height: usize,
+    pub(super) width: usize,
+    /// Where values are that are in no tensor, in elements of the scratch memory.
+    pub(super) places: Vec<usize>,
+    pub(super) scratch: usize,
+}
+
+// SAFETY: parts read inputs, and write places of results and sums that no other part touches.
+unsafe impl<T: Sync> Sync for Running<'_, T> {}
+
+impl<T: Native> Running<'_, T> {
+    /// # Safety
+    /// `scratch` has room for the places of all values.
+    #[inline(always)]
+    pub(super) unsafe fn block(&self, part: usize, block: usize, first: bool, scratch: *mut T, at: &mut [*mut T]) {
+        let across = self.columns.div_ceil(self.width);
+        let (row, column) = (block / across * self.height, block % across * self.width);
+        let (height, width) = (self.height.min(self.rows - row), self.width.min(self.columns - column));
+        let place = row * self.columns + column;
+        let kernel = self.kernel;
+        // SAFETY: direct tensors have an element for each place of the block; all others are in the scratch memory,
+        // apart from each other. An instruction never writes what it reads.
+        unsafe {
+            for (value, home) in kernel.homes.iter().enumerate() {
+                let own = scratch.add(self.places[value]);
+                at[value] = match *home {
+                    Home::Input(input) => {
+                        let source = &self.sources[input];
+                        if source.direct {
+                            source.base.cast::<T>().cast_mut().offset(source.offset).add(place)
+                        } else {
+                            // Blocks after the first have no more rows than it.
+                            if first || !source.still || across > 1 {
+                                let len = count(kernel.extents[value], height, width);
+                                let out = std::slice::from_raw_parts_mut(own, len);
+                                self.load(source, kernel.extents[value], row, column, out);
+                            }
+                            own
+                        }
+                    }
+                    Home::Result(result) if self.targets[result].direct => {
+                        self.targets[result].base.cast::<T>().add(place)
+                    }
+                    _ => own,
+                };
+            }
+            for instruction in &kernel.code {
+                self.execute(instruction, part, column, height, width, at);
+            }
+            for (output, target) in kernel.outputs.iter().zip(&self.targets) {
+                let Some(value) = output.value.filter(|_| !target.direct) else { continue };
+                let (from, x) = (kernel.extents[value], at[value]);
+                let start = match output.extent {
+                    Extent::One => 0,
+                    Extent::Row => row,
+                    Extent::Full => place,
+                };
+                if from == output.extent {
+                    T::scatter(output.dtype, target.base, start, x, count(from, height, width));
+                    continue;
+                }
+                // Fewer elements than the result has.
+                let of_row = if output.extent == Extent::Full { width } else { 1 };
+                for line in 0..height {
+                    let x = x.add(if from == Extent::Row { line } else { 0 });
+                    for element in 0..of_row {
+                        T::scatter(output.dtype, target.base, start + line * of_row + element, x, 1);
+                    }
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// The source has the rows, and `out` is as long as the extent says.
+    #[inline(always)]
+    unsafe fn load(&self, source: &Source, extent: Extent, row: usize, column: usize, out: &mut [T]) {
+        let (Some((stride, strides)), Some((_, dims))) = (source.strides.split_last(), self.kernel.dims.split_last())
+        else {
+            return;
+        };
+        let of_row = match extent {
+            Extent::Full => self.width.min(self.columns - column),
+            Extent::Row | Extent::One => 1,
+        };
+        for (line, out) in out.chunks_exact_mut(of_row).enumerate() {
+            let (mut index, mut offset) = (row + line, source.offset + column as isize * stride);
+            for (size, stride) in dims.iter().zip(strides).rev() {
+                offset += (index % size) as isize * stride;
+                index /= size;
+            }
+            // SAFETY: passed on.
+            unsafe { T::gather(source.dtype, source.base, offset, *stride, out) };
+        }
+    }
+
+    /// # Safety
+    /// `at` has the values of a block, and what is written is apart from what is read.
+    #[inline(always)]
+    unsafe fn execute(
+        &self,
+        instruction: &Instruction,
+        part: usize,
+        column: usize,
+        height: usize,
+        width: usize,
+        at: &[*mut T],
+    ) {
+        let extent = |value: Value| self.kernel.extents[value];
+        let len = |value: Value| count(extent(value), height, width);
+        // SAFETY: as the caller says.
+        let read = |value: Value| unsafe { std::slice::from_raw_parts(at[value].cast_const(), len(value)) };
+        // SAFETY: the same.
+        let write = |value: Value| unsafe { std::slice::from_raw_parts_mut(at[value], len(value)) };
+        match *instruction {
+            Instruction::Fill { out, with } => write(out).fill(T::from_f64(with)),
+            Instruction::Unary { op, out, x } => unary(op, write(out), read(x)),
+            Instruction::Binary { op, out, a, b } => {
+                let (a, b) = ((extent(a), read(a)), (extent(b), read(b)));
+                let whole = extent(out);
+                let alike = |(extent, x)| match extent {
+                    Extent::One => Some(Operand::One(<[T]>::first(x).copied().unwrap_or_default())),
+                    extent if extent == whole => Some(Operand::Each(x)),
+                    _ => None,
+                };
+                match (alike(a), alike(b)) {
+                    (Some(a), Some(b)) => binary(op, write(out), a, b),
+                    _ => {
+                        for (line, out) in write(out).chunks_exact_mut(width).enumerate() {
+                            let of = |(extent, x): (Extent, &[T])| match extent {
+                                Extent::One => Operand::One(x[0]),
+                                Extent::Row => Operand::One(x[line]),
+                                Extent::Full => {
+                                    // SAFETY: it has as many lines.
+                                    let x = unsafe { x.as_ptr().add(line * width) };
+                                    // SAFETY: the same.
+                                    Operand::Each(unsafe { std::slice::from_raw_parts(x, width) })
+                                }
+                            };
+                            binary(op, out, of(a), of(b));
+                        }
+                    }
+                }
+            }
+            Instruction::Choose { out, mask, a, b } => choose(write(out), read(mask), read(a), read(b)),
+            Instruction::Spread { out, x } => {
+                let x = read(x);
+                let each = write(out).len() / x.len();
+                write(out).chunks_exact_mut(each).zip(x).for_each(|(out, x)| out.fill(*x));
+            }
+            Instruction::Reduce { op, out, x } => {
+                let rows = read(x).chunks_exact(width);
+                write(out).iter_mut().zip(rows).for_each(|(out, row)| *out = reduce(op, row));
+            }
+            Instruction::AddRows { sums, x } => {
+                // SAFETY: each part has sums of its own.
+                let sums = unsafe {
+                    let sums = self.sums[sums].add(part * self.columns + column);
+                    std::slice::from_raw_parts_mut(sums, width)
+                };
+                add_rows(sums, read(x), width);
+            }
+            Instruction::Round { x, to } => T::round(write(x), to),
+        }
+    }
+}
+
+/// The elements of a value in a block of so many rows of so many elements.
+fn count(extent: Extent, height: usize, width: usize) -> usize {
+    match extent {
+        Extent::One => 1,
+        Extent::Row => height,
+        Extent::Full => height * width,
+    }
+}

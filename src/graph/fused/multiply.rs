@@ -1,0 +1,283 @@
+//! Products of tensors in host memory, into memory that was used before.
+//!
+//! It is Flex's product, by the same `gemm` and split over threads by the same rules, but for two things: the result is
+//! written into memory that nobody has zeroed, and few rows by a matrix that lies transposed (the gradient of an
+//! activation by a weight) are multiplied as they lie. Flex has that matrix packed first, which for 32 rows takes as
+//! long as all the rest.
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::sync::Arc;
+
+use burn::backend::flex::{FlexTensor, Layout};
+use burn::tensor::{DType, Element, Shape};
+use rayon::prelude::*;
+
+use super::functions::Float;
+use crate::tensor::Pool;
+
+/// Flex's: from so many multiplications on several threads make one product.
+const SPLIT_FROM: usize = 192 * 192 * 192;
+/// Flex's: from so many on they make several products of a batch.
+const SPLIT_BATCH_FROM: usize = 128 * 128 * 128;
+/// Rows for which a transposed matrix is not packed, if it has so many elements.
+const FEW_ROWS: Range<usize> = 2..65;
+const MANY_ELEMENTS: usize = 64 * 1024;
+/// Elements of a row that are transposed at once: with as many of all rows they fit into the first cache.
+const TILE: usize = 64;
+
+/// Whether [`multiply`] knows a dtype.
+pub(crate) fn multiplies(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::F64)
+}
+
+/// The product of two tensors of one dtype of those that [`multiplies`], of the dims `dims`.
+///
+/// # Panics
+/// If dims do not fit each other, which burn has checked when the product was recorded.
+pub(crate) fn multiply(left: &FlexTensor, right: &FlexTensor, dims: &[usize], pool: &Arc<Pool>) -> FlexTensor {
+    match left.dtype() {
+        DType::F64 => multiply_as::<f64>(left, right, dims, pool),
+        _ => multiply_as::<f32>(left, right, dims, pool),
+    }
+}
+
+/// A factor as it lies in memory.
+struct Factor<'a, T> {
+    data: &'a [T],
+    /// The place of its first element.
+    start: isize,
+    /// Along each dim of the batch, 0 where it is broadcast.
+    batch: Vec<isize>,
+    row: isize,
+    column: isize,
+}
+
+impl<'a, T: Element + bytemuck::Pod> Factor<'a, T> {
+    /// One of `rows` and `columns`, for each of a batch.
+    fn new(tensor: &'a FlexTensor, batch: &[usize], [rows, columns]: [usize; 2]) -> Self {
+        let (shape, strides) = (tensor.layout().shape().as_slice(), tensor.layout().strides());
+        let (data, start) = (tensor.storage::<T>(), tensor.layout().start_offset() as isize);
+        let [own_batch @ .., own_rows, own_columns] = shape else { panic!("a factor has rows and columns") };
+        assert!([*own_rows, *own_columns] == [rows, columns] && own_batch.len() <= batch.len(), "dims fit");
+        let missing = batch.len() - own_batch.len();
+        let along = own_batch.iter().zip(&batch[missing..]).zip(strides).map(|((own, size), stride)| {
+            assert!(own == size || *own == 1, "dims are broadcast");
+            if own == size && *own > 1 { *stride } else { 0 }
+        });
+        let along = std::iter::repeat_n(0, missing).chain(along).collect();
+        // No element that is read lies outside.
+        let ends = shape.iter().zip(strides).map(|(size, stride)| (*size as isize - 1) * stride);
+        let (first, last) = ends.fold((start, start), |(first, last), end| (first + end.min(0), last + end.max(0)));
+        assert!(shape.contains(&0) || first >= 0 && last < data.len() as isize, "a tensor lies in its memory");
+        Self { data, start, batch: along, row: strides[shape.len() - 2], column: strides[shape.len() - 1] }
+    }
+
+    /// The first element of one of a batch.
+    fn of(&self, mut number: usize, batch: &[usize]) -> *const T {
+        let mut offset = self.start;
+        for (size, stride) in batch.iter().zip(&self.batch).rev() {
+            offset += (number % size) as isize * stride;
+            number /= size;
+        }
+        self.data.as_ptr().wrapping_offset(offset)
+    }
+}
+
+/// The sizes of a product, and its factors.
+struct Product<'a, T> {
+    batch: &'a [usize],
+    rows: usize,
+    columns: usize,
+    inner: usize,
+    left: Factor<'a, T>,
+    right: Factor<'a, T>,
+    pool: &'a Arc<Pool>,
+}
+
+fn multiply_as<T: Float + Element + bytemuck::Pod>(
+    left: &FlexTensor,
+    right: &FlexTensor,
+    dims: &[usize],
+    pool: &Arc<Pool>,
+) -> FlexTensor {
+    let [batch @ .., rows, columns] = dims else { panic!("a product has rows and columns") };
+    let (rows, columns) = (*rows, *columns);
+    let inner = left.layout().shape().last().copied().unwrap_or(0);
+    let (left, right) = (Factor::<T>::new(left, batch, [rows, inner]), Factor::new(right, batch, [inner, columns]));
+    let shape = Shape::from(dims.to_vec());
+    let elements = shape.num_elements();
+    let room = pool.room(elements * size_of::<T>());
+    // SAFETY: the room has so many elements, for which it is aligned, and nothing else refers to it.
+    let out = unsafe { std::slice::from_raw_parts_mut(room.pointer().cast::<MaybeUninit<T>>(), elements) };
+    if elements > 0 {
+        Product { batch, rows, columns, inner, left, right, pool }.run(out);
+    }
+    // SAFETY: every element has been written.
+    let bytes = unsafe { room.filled() };
+    FlexTensor::new(bytes, Layout::contiguous(shape), T::dtype())
+}
+
+impl<T: Float + Element + bytemuck::Pod> Product<'_, T> {
+    /// Writes all elements.
+    fn run(&self, out: &mut [MaybeUninit<T>]) {
+        let of_one = self.rows * self.columns;
+        let (number, work) = (out.len() / of_one, of_one.saturating_mul(self.inner));
+        let all = work.saturating_mul(number);
+        let matrices = out.chunks_exact_mut(of_one).enumerate();
+        if work >= SPLIT_FROM && !(number >= 4 && all >= SPLIT_BATCH_FROM) {
+            matrices.for_each(|(number, out)| self.one(number, out, gemm::Parallelism::Rayon(0)));
+        } else if all >= SPLIT_BATCH_FROM && number > 1 {
+            let matrices = out.par_chunks_exact_mut(of_one).enumerate();
+            matrices.for_each(|(number, out)| self.one(number, out, gemm::Parallelism::None));
+        } else {
+            matrices.for_each(|(number, out)| self.one(number, out, gemm::Parallelism::None));
+        }
+    }
+
+    fn one(&self, number: usize, out: &mut [MaybeUninit<T>], parallelism: gemm::Parallelism) {
+        let Self { rows, columns, inner, ref right, .. } = *self;
+        let is_transposed = right.row == 1 && right.column.unsigned_abs() > 1;
+        if !(is_transposed && FEW_ROWS.contains(&rows) && columns * inner >= MANY_ELEMENTS) {
+            return self.gemm(number, out, [columns as isize, 1], parallelism);
+        }
+        // Column by column, so that `gemm` reads the matrix along its memory.
+        let room = self.pool.room(rows * columns * size_of::<T>());
+        // SAFETY: the room has so many elements, for which it is aligned, and nothing else refers to it.
+        let by_column =
+            unsafe { std::slice::from_raw_parts_mut(room.pointer().cast::<MaybeUninit<T>>(), rows * columns) };
+        self.gemm(number, by_column, [1, rows as isize], parallelism);
+        for begin in (0..columns).step_by(TILE) {
+            let end = columns.min(begin + TILE);
+            for (row, out) in out.chunks_exact_mut(columns).enumerate() {
+                for (column, out) in (begin..end).zip(&mut out[begin..end]) {
+                    *out = by_column[column * rows + row];
+                }
+            }
+        }
+    }
+
+    /// Writes every element of one of the batch; the elements of `out` are so far apart along rows and columns.
+    fn gemm(
+        &self,
+        number: usize,
+        out: &mut [MaybeUninit<T>],
+        [row, column]: [isize; 2],
+        parallelism: gemm::Parallelism,
+    ) {
+        let Self { rows, columns, inner, ref left, ref right, .. } = *self;
+        assert!(out.len() == rows * columns);
+        // SAFETY: the factors were found to lie in their memory. `out` has a place for each element, either row by row or
+        // column by column, and is not read.
+        unsafe {
+            gemm::gemm(
+                rows,
+                columns,
+                inner,
+                out.as_mut_ptr().cast::<T>(),
+                column,
+                row,
+                false,
+                left.of(number, self.batch),
+                left.column,
+                left.row,
+                right.of(number, self.batch),
+                right.column,
+                right.row,
+                T::from_f64(0.0),
+                T::from_f64(1.0),
+                false,
+                false,
+                false,
+                parallelism,
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Device, Tensor, TensorData};
+
+    use super::*;
+    use crate::tensor::PlainTensor;
+
+    /// burn's product and this one, and whether the second was multiplied as it lies.
+    fn compare<const D: usize>(what: &str, left: Tensor<D>, right: Tensor<D>) {
+        let flex = |tensor: &Tensor<D>| PlainTensor::from(tensor.clone()).into_flex().unwrap();
+        let expected = left.clone().matmul(right.clone());
+        let pool = Pool::of_thread();
+        // The second time in the memory of the first.
+        for _ in 0..2 {
+            let found = multiply(&flex(&left), &flex(&right), &expected.dims(), &pool);
+            let found: Tensor<D> = PlainTensor::from_flex(found).float().unwrap();
+            let (expected, found) = (expected.clone().cast(DType::F64), found.cast(DType::F64));
+            let (expected, found) = (expected.into_data(), found.into_data());
+            assert_eq!(expected.shape(), found.shape(), "{what}");
+            for (expected, found) in expected.iter::<f64>().zip(found.iter::<f64>()) {
+                let same = (expected - found).abs() <= 1e-5 * (1.0 + expected.abs()) || expected == found;
+                assert!(same || expected.is_nan() && found.is_nan(), "{what}: {expected} and {found}");
+            }
+        }
+    }
+
+    /// Numbers that look random, between -1 and 1.
+    fn numbers<const D: usize>(dims: [usize; D], dtype: DType) -> Tensor<D> {
+        let number = |place: usize| ((place as f32 + 0.5) * 12.9898).sin();
+        let all = (0..dims.iter().product()).map(number).collect::<Vec<f32>>();
+        Tensor::<D>::from_data(TensorData::new(all, dims), &Device::flex()).cast(dtype)
+    }
+
+    #[test]
+    fn products_of_all_layouts() {
+        for dtype in [DType::F32, DType::F64] {
+            for (m, k, n) in [(1, 1, 1), (1, 70, 3), (3, 5, 7), (33, 2, 129), (17, 65, 1), (2, 0, 3), (0, 2, 3)] {
+                for (left, right) in [(false, false), (true, false), (false, true), (true, true)] {
+                    let of = |rows, columns, swapped| match swapped {
+                        true => numbers([columns, rows], dtype).swap_dims(0, 1),
+                        false => numbers([rows, columns], dtype),
+                    };
+                    compare(&format!("{m} {k} {n} {left} {right}"), of(m, k, left), of(k, n, right));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn few_rows_by_what_is_transposed() {
+        for dtype in [DType::F32, DType::F64] {
+            for rows in [2, 7, 32, 64, 65] {
+                let right = numbers([271, 243], dtype).swap_dims(0, 1);
+                compare(&format!("{rows} {dtype:?}"), numbers([rows, 243], dtype), right);
+            }
+        }
+    }
+
+    #[test]
+    fn batches_views_and_broadcasts() {
+        let dtype = DType::F32;
+        compare("batch", numbers([3, 5, 7], dtype), numbers([3, 7, 4], dtype));
+        compare("broadcast", numbers([3, 5, 7], dtype), numbers([1, 7, 4], dtype));
+        compare("both", numbers([2, 1, 5, 7], dtype), numbers([1, 3, 7, 4], dtype));
+        compare("large", numbers([6, 64, 70], dtype), numbers([6, 70, 90], dtype));
+        let heads = |salt: usize| numbers([2, 9, 4, 8 + salt], dtype).swap_dims(1, 2);
+        compare("heads", heads(0), heads(0).swap_dims(2, 3));
+        let cut = numbers([4, 20, 9], dtype).slice([1..3, 3..11, 2..8]);
+        compare("cut", cut.clone(), cut.swap_dims(1, 2));
+        let flipped = numbers([2, 6, 5], dtype).flip([1, 2]);
+        compare("flipped", flipped, numbers([2, 5, 3], dtype));
+        compare("expanded", numbers([1, 6, 1], dtype).expand([4, 6, 5]), numbers([4, 5, 3], dtype));
+    }
+
+    #[test]
+    fn numbers_that_are_none_stay() {
+        let with = |value: f32| {
+            numbers([32, 270], DType::F32).slice_assign([3..4, 5..6], Tensor::from_data([[value]], &Device::flex()))
+        };
+        for value in [f32::NAN, f32::INFINITY] {
+            compare("left", with(value), numbers([270, 260], DType::F32));
+            compare("right", numbers([5, 32], DType::F32), with(value));
+            compare("skinny", with(value), numbers([260, 270], DType::F32).swap_dims(0, 1));
+        }
+    }
+}

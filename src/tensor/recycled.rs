@@ -1,0 +1,230 @@
+//! Memory that is used again: what large tensors of captured steps are made in.
+//!
+//! The system gives and takes memory of this size page by page, each of which it zeroes when it is first touched. That
+//! takes longer than to write it. So what a tensor held stays with the pool that it came from, for the next of about
+//! its size; steps do the same again and again, so the second finds what it needs.
+
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::mem::MaybeUninit;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use burn::tensor::Bytes;
+use burn_std::{AccessError, AccessPolicy, AllocationController, AllocationProperty};
+
+/// What is smaller comes from the allocator, which keeps it.
+const FROM: usize = 256 << 10;
+/// A cache line, and the widest vector.
+const ALIGN: usize = 64;
+/// A piece that is not taken again while so many others are goes back to the system.
+const KEEP: u64 = 4096;
+
+/// The memory that the captured steps of a thread take turns in. It goes back to the system with the last of them.
+#[derive(Debug, Default)]
+pub(crate) struct Pool(Mutex<Pieces>);
+
+#[derive(Debug, Default)]
+struct Pieces {
+    /// By bytes; with the time since when.
+    free: BTreeMap<usize, Vec<(Piece, u64)>>,
+    /// How often a piece was taken.
+    time: u64,
+}
+
+/// A piece of memory, given back to the system when it is dropped.
+#[derive(Debug)]
+struct Piece {
+    pointer: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: a piece is bytes that nothing else refers to.
+unsafe impl Send for Piece {}
+// SAFETY: the same; it is changed through `&mut` only.
+unsafe impl Sync for Piece {}
+
+impl Piece {
+    fn new(bytes: usize) -> Self {
+        let layout = Layout::from_size_align(bytes.max(1), ALIGN);
+        let layout = layout.expect("a tensor is smaller than the address space");
+        // SAFETY: its size is not 0.
+        let pointer = unsafe { alloc(layout) };
+        let Some(pointer) = NonNull::new(pointer) else { handle_alloc_error(layout) };
+        Self { pointer, layout }
+    }
+}
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        // SAFETY: it was allocated with this layout, and is dropped once.
+        unsafe { dealloc(self.pointer.as_ptr(), self.layout) };
+    }
+}
+
+thread_local! {
+    static OF_THREAD: RefCell<Weak<Pool>> = const { RefCell::new(Weak::new()) };
+}
+
+impl Pool {
+    /// That of this thread: one for all who hold it at the same time.
+    pub(crate) fn of_thread() -> Arc<Self> {
+        OF_THREAD.with_borrow_mut(|known| {
+            known.upgrade().unwrap_or_else(|| {
+                let pool = Arc::new(Self::default());
+                *known = Arc::downgrade(&pool);
+                pool
+            })
+        })
+    }
+
+    /// Room for so many bytes, whose values are not set.
+    pub(crate) fn room(self: &Arc<Self>, bytes: usize) -> Room {
+        if bytes < FROM {
+            return Room { piece: Some(Piece::new(bytes)), bytes, pool: Weak::new() };
+        }
+        let mut pieces = self.pieces();
+        pieces.time += 1;
+        // Not one that is much larger: it will be wanted for what is.
+        let fits = pieces.free.range(bytes..=bytes + bytes / 4).next().map(|(size, _)| *size);
+        let found = fits.and_then(|size| {
+            let of_size = pieces.free.get_mut(&size)?;
+            let found = of_size.pop();
+            if of_size.is_empty() {
+                pieces.free.remove(&size);
+            }
+            found
+        });
+        if pieces.time.is_multiple_of(KEEP) {
+            let time = pieces.time;
+            pieces.free.retain(|_, of_size| {
+                of_size.retain(|(_, since)| since + KEEP > time);
+                !of_size.is_empty()
+            });
+        }
+        drop(pieces);
+        let piece = found.map_or_else(|| Piece::new(bytes), |(piece, _)| piece);
+        Room { piece: Some(piece), bytes, pool: Arc::downgrade(self) }
+    }
+
+    /// Bytes that no tensor holds.
+    #[cfg(test)]
+    pub(crate) fn free(&self) -> usize {
+        self.pieces().free.iter().map(|(size, pieces)| size * pieces.len()).sum()
+    }
+
+    fn pieces(&self) -> MutexGuard<'_, Pieces> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Memory for a tensor; it returns to its pool when it is dropped, if there still is one.
+#[derive(Debug)]
+pub(crate) struct Room {
+    /// There until it is dropped.
+    piece: Option<Piece>,
+    bytes: usize,
+    pool: Weak<Pool>,
+}
+
+impl Room {
+    /// Where it begins, at a multiple of 64 bytes.
+    pub(crate) fn pointer(&self) -> *mut u8 {
+        self.piece.as_ref().map_or(std::ptr::null_mut(), |piece| piece.pointer.as_ptr())
+    }
+
+    /// # Safety
+    /// All bytes have been written.
+    pub(crate) unsafe fn filled(self) -> Bytes {
+        let bytes = self.bytes;
+        // SAFETY: the caller has set them.
+        unsafe { Bytes::from_controller(Box::new(self), bytes) }
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        if let (Some(pool), Some(piece)) = (self.pool.upgrade(), self.piece.take()) {
+            let mut pieces = pool.pieces();
+            let time = pieces.time;
+            pieces.free.entry(piece.layout.size()).or_default().push((piece, time));
+        }
+    }
+}
+
+impl AllocationController for Room {
+    /// burn knows alignments up to this one.
+    fn alloc_align(&self) -> usize {
+        align_of::<u128>()
+    }
+
+    fn property(&self) -> AllocationProperty {
+        AllocationProperty::Other
+    }
+
+    unsafe fn memory_mut(&mut self, _: AccessPolicy) -> Result<&mut [MaybeUninit<u8>], AccessError> {
+        // SAFETY: the piece is at least so large, and lent for writing.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.pointer().cast(), self.bytes) })
+    }
+
+    fn memory(&self, _: AccessPolicy) -> Result<&[MaybeUninit<u8>], AccessError> {
+        // SAFETY: the piece is at least so large.
+        Ok(unsafe { std::slice::from_raw_parts(self.pointer().cast(), self.bytes) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filled(pool: &Arc<Pool>, bytes: usize, with: u8) -> Bytes {
+        let room = pool.room(bytes);
+        // SAFETY: it has so many bytes, which are all written.
+        unsafe {
+            room.pointer().write_bytes(with, bytes);
+            room.filled()
+        }
+    }
+
+    #[test]
+    fn memory_is_taken_again() {
+        let pool = Pool::of_thread();
+        let first = filled(&pool, FROM, 7);
+        let place = first.as_ptr();
+        assert_eq!((first.len(), first[FROM - 1], pool.free()), (FROM, 7, 0));
+        let mut copy = first.clone();
+        copy[0] = 1;
+        assert_eq!(first[0], 7);
+        drop((first, copy));
+        assert_eq!(pool.free(), FROM);
+        // What is larger does not fit.
+        let large = filled(&pool, FROM + FROM / 8, 9);
+        assert_eq!((large.len(), pool.free()), (FROM + FROM / 8, FROM));
+        assert_eq!(filled(&pool, FROM, 3).as_ptr(), place);
+    }
+
+    #[test]
+    fn memory_outlives_its_pool_and_goes_with_it() {
+        let (pool, again) = (Pool::of_thread(), Pool::of_thread());
+        assert!(Arc::ptr_eq(&pool, &again));
+        let bytes = filled(&pool, FROM, 5);
+        drop(filled(&pool, FROM, 6));
+        let known = Arc::downgrade(&pool);
+        drop((pool, again));
+        assert!(known.upgrade().is_none());
+        assert_eq!((bytes[0], bytes.len()), (5, FROM));
+        let sent = std::thread::spawn(move || bytes[FROM - 1]).join();
+        assert_eq!(sent.ok(), Some(5));
+    }
+
+    #[test]
+    fn what_is_not_taken_again_is_given_back() {
+        let pool = Pool::of_thread();
+        drop(filled(&pool, 4 * FROM, 1));
+        for _ in 0..2 * KEEP {
+            drop(pool.room(FROM));
+        }
+        assert_eq!(pool.free(), FROM);
+    }
+}
