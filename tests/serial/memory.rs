@@ -81,7 +81,7 @@ impl Mlp {
         Self { up: LinearConfig::new(WIDTH, WIDTH).init(device), down: LinearConfig::new(WIDTH, WIDTH).init(device) }
     }
 
-    fn loss(&self, x: Tensor<2>) -> Tensor<1> {
+    pub fn loss(&self, x: Tensor<2>) -> Tensor<1> {
         self.down.forward(self.up.forward(x).tanh()).powi_scalar(2).mean()
     }
 }
