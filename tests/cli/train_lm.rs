@@ -250,6 +250,9 @@ fn the_json_tells_what_came_of_the_run() {
         "losses",
         "parameters",
         "rows",
+        "seconds_to_first_step",
+        "step_processor_seconds",
+        "step_seconds",
         "tokens_per_second",
     ];
     assert_eq!(keys, expected);
@@ -260,6 +263,11 @@ fn the_json_tells_what_came_of_the_run() {
     assert!((losses[0] - 256f64.ln()).abs() < 0.3, "{losses:?}");
     assert!(losses[2] < losses[0], "{losses:?}");
     assert!(outcome["tokens_per_second"].as_f64().unwrap() > 0.0);
+    assert!(outcome["seconds_to_first_step"].as_f64().unwrap() > 0.0);
+    for seconds in ["step_seconds", "step_processor_seconds"] {
+        let of_steps = outcome[seconds].as_array().unwrap();
+        assert!(of_steps.len() == 3 && of_steps.iter().all(|one| one.as_f64().unwrap() > 0.0), "{of_steps:?}");
+    }
 
     // Embeddings of 256 bytes and 16 positions; one layer of 4 + 8 squares of the width with their biases (4, 4 and 1)
     // and two norms; the last norm; the output.
