@@ -208,7 +208,7 @@ fn measure(rank: Rank, dir: &Path, model: &Path, rounds: usize) -> Result<(), Er
         let mut lazy = Some(SIZES.init(&rank.device().autodiff()).tensor_parallel(&rank, plan())?);
         let mut loaded = None;
         time[1] = timed(&mut || {
-            let mut weights = hf::open(&model)?.mapped(Mapping::llama())?;
+            let mut weights = hf::open(model)?.mapped(Mapping::llama())?;
             loaded = lazy.take().map(|lazy| lazy.load(&mut weights)).transpose()?;
             Ok(())
         })?;

@@ -20,6 +20,9 @@ const FROM: usize = 256 << 10;
 const ALIGN: usize = 64;
 /// A piece that is not taken again while so many others are goes back to the system.
 const KEEP: u64 = 4096;
+/// Pieces may take so much more than tensors had at once at most, in parts of that: a step that wants large ones after many small
+/// ones would hold both else.
+const SPARE: usize = 4;
 
 /// The memory that the captured steps of a thread take turns in. It goes back to the system with the last of them.
 #[derive(Debug, Default)]
@@ -31,6 +34,51 @@ struct Pieces {
     free: BTreeMap<usize, Vec<(Piece, u64)>>,
     /// How often a piece was taken.
     time: u64,
+    /// Bytes of pieces that are free, and of those that tensors hold.
+    idle: usize,
+    used: usize,
+    /// The most that tensors held at once.
+    most: usize,
+}
+
+impl Pieces {
+    /// A piece of so many bytes or a few more, if there is one: not one that is much larger, which will be wanted for what is.
+    fn take(&mut self, bytes: usize) -> Option<Piece> {
+        let size = *self.free.range(bytes..=bytes + bytes / 4).next()?.0;
+        let of_size = self.free.get_mut(&size)?;
+        let (piece, _) = of_size.pop()?;
+        if of_size.is_empty() {
+            self.free.remove(&size);
+        }
+        self.idle -= size;
+        Some(piece)
+    }
+
+    /// Gives pieces back to the system, those first that have been free for longest, until there is room for so many bytes more.
+    fn make_room(&mut self, bytes: usize) {
+        let most = self.most.max(self.used + bytes);
+        while self.idle > 0 && self.used + self.idle + bytes > most + most / SPARE {
+            let oldest = |of_size: &Vec<(Piece, u64)>| of_size.iter().map(|(_, since)| *since).min();
+            let Some(size) = self.free.iter().min_by_key(|(_, of_size)| oldest(of_size)).map(|(size, _)| *size) else {
+                return;
+            };
+            self.release(size, |of_size| {
+                let first = (0..of_size.len()).min_by_key(|at| of_size[*at].1);
+                first.into_iter().for_each(|at| drop(of_size.remove(at)));
+            });
+        }
+    }
+
+    /// Drops pieces of one size.
+    fn release(&mut self, size: usize, some: impl FnOnce(&mut Vec<(Piece, u64)>)) {
+        let Some(of_size) = self.free.get_mut(&size) else { return };
+        let before = of_size.len();
+        some(of_size);
+        self.idle -= size * (before - of_size.len());
+        if of_size.is_empty() {
+            self.free.remove(&size);
+        }
+    }
 }
 
 /// A piece of memory, given back to the system when it is dropped.
@@ -86,32 +134,28 @@ impl Pool {
         }
         let mut pieces = self.pieces();
         pieces.time += 1;
-        // Not one that is much larger: it will be wanted for what is.
-        let fits = pieces.free.range(bytes..=bytes + bytes / 4).next().map(|(size, _)| *size);
-        let found = fits.and_then(|size| {
-            let of_size = pieces.free.get_mut(&size)?;
-            let found = of_size.pop();
-            if of_size.is_empty() {
-                pieces.free.remove(&size);
-            }
-            found
-        });
+        let found = pieces.take(bytes);
+        if found.is_none() {
+            pieces.make_room(bytes);
+        }
+        pieces.used += found.as_ref().map_or(bytes, |piece| piece.layout.size());
+        pieces.most = pieces.most.max(pieces.used);
         if pieces.time.is_multiple_of(KEEP) {
             let time = pieces.time;
-            pieces.free.retain(|_, of_size| {
-                of_size.retain(|(_, since)| since + KEEP > time);
-                !of_size.is_empty()
-            });
+            let sizes: Vec<usize> = pieces.free.keys().copied().collect();
+            for size in sizes {
+                pieces.release(size, |of_size| of_size.retain(|(_, since)| since + KEEP > time));
+            }
         }
         drop(pieces);
-        let piece = found.map_or_else(|| Piece::new(bytes), |(piece, _)| piece);
+        let piece = found.unwrap_or_else(|| Piece::new(bytes));
         Room { piece: Some(piece), bytes, pool: Arc::downgrade(self) }
     }
 
     /// Bytes that no tensor holds.
     #[cfg(test)]
     pub(crate) fn free(&self) -> usize {
-        self.pieces().free.iter().map(|(size, pieces)| size * pieces.len()).sum()
+        self.pieces().idle
     }
 
     fn pieces(&self) -> MutexGuard<'_, Pieces> {
@@ -147,8 +191,10 @@ impl Drop for Room {
     fn drop(&mut self) {
         if let (Some(pool), Some(piece)) = (self.pool.upgrade(), self.piece.take()) {
             let mut pieces = pool.pieces();
-            let time = pieces.time;
-            pieces.free.entry(piece.layout.size()).or_default().push((piece, time));
+            let (time, size) = (pieces.time, piece.layout.size());
+            pieces.used -= size;
+            pieces.idle += size;
+            pieces.free.entry(size).or_default().push((piece, time));
         }
     }
 }
@@ -190,6 +236,7 @@ mod tests {
     #[test]
     fn memory_is_taken_again() {
         let pool = Pool::of_thread();
+        let _others = pool.room(8 * FROM);
         let first = filled(&pool, FROM, 7);
         let place = first.as_ptr();
         assert_eq!((first.len(), first[FROM - 1], pool.free()), (FROM, 7, 0));
@@ -216,6 +263,19 @@ mod tests {
         assert_eq!((bytes[0], bytes.len()), (5, FROM));
         let sent = std::thread::spawn(move || bytes[FROM - 1]).join();
         assert_eq!(sent.ok(), Some(5));
+    }
+
+    #[test]
+    fn sizes_take_turns_in_little_more_than_the_largest_takes() {
+        let pool = Pool::of_thread();
+        for size in [8, 12, 16, 24] {
+            let some: Vec<Room> = (0..96 / size).map(|_| pool.room(size * FROM)).collect();
+            drop(some);
+            let held = pool.free();
+            assert!((96 * FROM..=120 * FROM).contains(&held), "{held} bytes");
+        }
+        let all = pool.pieces().free.iter().map(|(size, of_size)| size * of_size.len()).sum::<usize>();
+        assert_eq!(all, pool.free());
     }
 
     #[test]

@@ -225,3 +225,56 @@ fn bools_and_casts() {
     assert_eq!(fused.1.to_data(), plain.1.to_data());
     assert_eq!(fused.2.to_data(), plain.2.to_data());
 }
+
+/// What changes nothing gives its input on, which another result of the loop must not be written over.
+#[test]
+fn results_that_are_an_input_as_it_came() {
+    let mut numbers = Numbers(3);
+    let mut make = |dims| numbers.tensor::<3>(dims, &Device::flex());
+    let inputs = (make([1, 5, 4]), make([1, 4, 6]), make([1, 6, 3]));
+    for unchanged in [
+        |x: Tensor<3>| x.mul_scalar(1.0),
+        |x: Tensor<3>| x.div_scalar(1.0),
+        |x: Tensor<3>| x.powi_scalar(1),
+        |x: Tensor<3>| x.sum_dim(0),
+    ] {
+        let found = both(inputs.clone(), |(x, w, v)| {
+            let product = x.matmul(w);
+            let first = product.clone().exp();
+            let second = unchanged(product);
+            vec![first.matmul(v.clone()), second.matmul(v)]
+        });
+        let worst = apart(&found);
+        assert!(worst <= 1e-5, "apart by {worst}");
+    }
+    let layers = (LinearConfig::new(6, 9).init(&device()), LinearConfig::new(9, 9).init(&device()));
+    for scale in [1.0, 2.0] {
+        steps(
+            layers.clone(),
+            Numbers(5).tensor::<2>([7, 6], &device()),
+            move |(first, second): &(Linear, Linear), x| {
+                let hidden = first.forward(x);
+                let shifted = (hidden.clone() * 3.0 + 1.0).matmul(second.weight.val());
+                let scaled = hidden.mul_scalar(scale).matmul(second.weight.val());
+                (shifted.powi_scalar(2) + scaled.powi_scalar(2)).mean()
+            },
+        );
+    }
+}
+
+/// The sum of a column has one element, whatever the width of the loop that it is found in.
+#[test]
+fn sums_of_a_column() {
+    let mut numbers = Numbers(3);
+    for width in [1, 3, 70, 4000] {
+        let x = numbers.tensor::<2>([5, width], &Device::flex());
+        let found = both(x, |x| vec![x.exp().sum_dim(1).sum_dim(0)]);
+        let worst = apart(&found);
+        assert!(worst <= 1e-5, "width {width}: apart by {worst}");
+        let gate = LinearConfig::new(width, 1).init(&device());
+        steps(gate, numbers.tensor::<2>([5, width], &device()), |gate: &Linear, x| {
+            let gated = activation::sigmoid(gate.forward(x.clone())) * x.tanh();
+            gated.powi_scalar(2).mean()
+        });
+    }
+}

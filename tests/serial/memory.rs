@@ -102,42 +102,62 @@ fn is_lazy<M: Module>(model: &M) -> bool {
     lazy.0
 }
 
+/// The bytes that two ranks know a step to need before it has run, and those that they take: in the third step, or in all of the
+/// first three.
+fn known_and_taken(strategy: &Strategy, in_all: bool) -> (u64, isize) {
+    const ROWS: usize = 512;
+    let found = launch::threads(2)
+        .run(|rank| {
+            let device = Device::flex().autodiff();
+            let mut model = Mlp::new(&device).parallelize(&rank, strategy)?;
+            let x = Tensor::<2>::ones([ROWS, WIDTH], &device);
+            let known = RankMemory::of(&mut model, 2, x.clone(), |model, x| model.loss(x))?.step;
+            let before = |rank: &Rank| {
+                rank.barrier()?;
+                let before = held();
+                MOST.store(before, Relaxed);
+                rank.barrier()?;
+                Ok::<_, Error>(before)
+            };
+            let mut began = before(&rank)?;
+            for number in 0..3 {
+                if number == 2 && !in_all {
+                    began = before(&rank)?;
+                }
+                let step = model.step(x.clone(), |model, x| model.loss(x))?;
+                rank.barrier()?;
+                drop(step);
+            }
+            let taken = MOST.load(Relaxed) - began;
+            rank.barrier()?;
+            Ok((rank.all_reduce(vec![known as u64], ReduceOp::Sum)?[0], taken))
+        })
+        .unwrap();
+    found[0]
+}
+
 /// What a step is known to need before it has run is what it needs, over all ranks.
 #[test]
 fn a_step_needs_what_is_known_of_it() {
     let _turn = super::turn();
-    const ROWS: usize = 512;
     let divided = DataParallelConfig::new().with_sharding(Sharding::Parameters);
-    for (name, strategy) in [
+    for (name, mut strategy) in [
         ("dp", Strategy::new().with_dp(2)),
         ("dp, captured", Strategy::new().with_dp(2).with_engine(Engine::Captured)),
         ("ZeRO 3", Strategy::new().with_dp(2).with_data(divided).with_engine(Engine::Captured)),
         ("tp", Strategy::new().with_tp(2, plan())),
         ("pp", Strategy::new().with_pp(2, PipelineConfig::new(2).with_cut(Cut::before(["down.*"])))),
     ] {
-        let found = launch::threads(2)
-            .run(|rank| {
-                let device = Device::flex().autodiff();
-                let mut model = Mlp::new(&device).parallelize(&rank, &strategy)?;
-                let x = Tensor::<2>::ones([ROWS, WIDTH], &device);
-                let known = RankMemory::of(&mut model, 2, x.clone(), |model, x| model.loss(x))?.step;
-                rank.barrier()?;
-                let before = held();
-                MOST.store(before, Relaxed);
-                rank.barrier()?;
-                // Captured steps keep what the first of them took: the later ones add nothing to it.
-                for _ in 0..3 {
-                    drop(model.step(x.clone(), |model, x| model.loss(x))?);
-                }
-                rank.barrier()?;
-                let needed = MOST.load(Relaxed) - before;
-                rank.barrier()?;
-                Ok((rank.all_reduce(vec![known as u64], ReduceOp::Sum)?[0], needed))
-            })
-            .unwrap();
-        let (known, needed) = found[0];
-        let ratio = needed as f64 / known as f64;
-        assert!((0.75..1.5).contains(&ratio), "{name}: {known} known, {needed} needed: {ratio:.2}");
+        // Fused loops keep the memory of large tensors from step to step: up to a quarter more than these had at once, beside
+        // what is made otherwise at another time.
+        let (known, taken) = known_and_taken(&strategy, true);
+        let ratio = taken as f64 / known as f64;
+        assert!(ratio < 2.25, "{name}, three steps: {known} known, {taken} needed: {ratio:.2}");
+        strategy.tensor.fusion = false;
+        strategy.pipeline = strategy.pipeline.map(|pipeline| pipeline.with_fusion(false));
+        let (known, taken) = known_and_taken(&strategy, false);
+        let ratio = taken as f64 / known as f64;
+        assert!((0.75..1.5).contains(&ratio), "{name}: {known} known, {taken} needed: {ratio:.2}");
     }
 }
 

@@ -10,7 +10,7 @@ use burn::tensor::Shape;
 use rayon::prelude::*;
 
 use super::block::{Running, Source, Target};
-use super::kernel::{Extent, Home, Kernel};
+use super::kernel::{Extent, Home, Kernel, Output};
 use super::loops::add_rows;
 use super::memory::Memory;
 use super::native::Native;
@@ -65,9 +65,23 @@ impl Kernel {
         let mut sources: Vec<Source> = inputs.iter().zip(&self.inputs).map(|(t, e)| self.source::<T>(t, *e)).collect();
         let mut memories: Vec<Memory> = Vec::new();
         let mut targets: Vec<Target> = Vec::new();
-        let mut free: Vec<usize> = (0..inputs.len()).filter(|input| sources[*input].direct).collect();
+        let mut free: Vec<usize> = (0..inputs.len())
+            .filter(|input| {
+                // What is a result as it came is read after other results were written.
+                let given =
+                    |output: &Output| output.value.is_some_and(|value| self.homes[value] == Home::Input(*input));
+                sources[*input].direct && !self.outputs.iter().any(given)
+            })
+            .collect();
         for (place, output) in self.outputs.iter().enumerate() {
             let size: usize = output.dims.iter().product();
+            let written = match (output.value, output.extent) {
+                (None, _) => columns,
+                (_, Extent::Full) => elements,
+                (_, Extent::Row) => rows,
+                (_, Extent::One) => 1,
+            };
+            assert_eq!(size, written, "a kernel writes what its result {place} has room for");
             let native = output.dtype == T::DTYPE && output.extent == Extent::Full && output.value.is_some();
             let taken = free.iter().position(|input| {
                 let tensor = &inputs[*input];

@@ -163,7 +163,7 @@ fn reduction<'a>(op: Reduction, x: &'a TensorIr, dims: &[usize]) -> Option<Work<
     }
     let all = op == Reduction::Sum && !(reduced(last) && long(&last)) && (0..last).filter(long).all(reduced);
     // Sums of 16 bits are rounded after each dim.
-    (all && matches!(x.dtype, DType::F32 | DType::F64)).then_some(Work::AddRows(x))
+    (all && long(&last) && matches!(x.dtype, DType::F32 | DType::F64)).then_some(Work::AddRows(x))
 }
 
 fn power<'a>(x: &'a TensorIr, exponent: &ScalarIr) -> Option<Work<'a>> {
