@@ -84,7 +84,7 @@ impl Outcome {
         }
         rows.extend(self.figures.losses(per_token));
         if let Some(last) = self.held_out.last() {
-            rows.push(row("loss, held-out data", format!("{:.4} {per_token}", last.loss)));
+            rows.push(row("loss, held-out data", format!("{:.4} {per_token}, after step {}", last.loss, last.step)));
         }
         rows.extend(self.figures.costs(args.clip, &args.strategy));
         rows.extend(args.saving.save.iter().map(|dir| row("written to", dir.display().to_string())));

@@ -93,7 +93,8 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
         }
         let counters = run.model.counters() - wrapping.clone();
         progress.step(number, filled, |elapsed| {
-            let held_out = run.held_out.last().map_or(String::new(), |last| format!(", held-out {:.4}", last.loss));
+            let held_out = run.held_out.last().filter(|last| last.step == done);
+            let held_out = held_out.map_or(String::new(), |last| format!(", held-out {:.4}", last.loss));
             let speed = speed.said(tokens, elapsed, counters.waited, &pipeline);
             format!("loss {loss:.4}{held_out}, lr {rate:.2e}, norm {norm:.3}, {speed}")
         });

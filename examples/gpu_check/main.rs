@@ -9,6 +9,10 @@
 //! same. All of it ends in a time that is given, with a table of what was reached; `--only` goes on with the rest. The
 //! exit code is 0 if all passed, 1 if something failed, 2 if nothing failed but something did not run.
 
+#[path = "../../tests/common"]
+mod common {
+    pub mod failing;
+}
 mod device;
 mod matmul;
 mod overhead;

@@ -7,17 +7,18 @@ use burn::tensor::{Device, Tensor};
 use burn_parallel::comm::nccl;
 use burn_parallel::prelude::*;
 
+use crate::common::failing::hide_panics_on_purpose;
 use crate::device::{Choice, nccl_for};
 use crate::report::{Figures, Shortfall};
 use crate::section::Checks;
 use crate::transport_suite;
 use crate::transport_suite::device::CHECKS;
 use crate::transport_suite::device_failures::FAILURES;
-use crate::transport_suite::{failures, over_nccl, over_threads};
+use crate::transport_suite::{over_nccl, over_threads};
 
 pub fn run(checks: &mut Checks) {
     let (choice, dtypes) = (checks.device, checks.device.dtypes());
-    failures::hide_panics_on_purpose();
+    hide_panics_on_purpose();
     for size in [1, 2, 4] {
         for (name, check) in CHECKS {
             checks.check(format!("threads, {size} ranks: {name}"), || {

@@ -153,7 +153,8 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// A [`skipped`](Step::skipped) step leaves parameters and moments as they are.
     ///
     /// # Errors
-    /// [`Error::Optimizer`], which names a parameter; [`Error::Schedule`] if the schedule of the pipeline has no backward pass. The model is lost with it: keep a clone of one that is to live on.
+    /// [`Error::Optimizer`], which names a parameter if the optimizer was tried on one by itself; [`Error::Schedule`] if the schedule of
+    /// the pipeline has no backward pass. The model is lost with it: keep a clone of one that is to live on.
     fn optimize(
         self,
         optim: &mut ModuleOptimizer,
