@@ -59,11 +59,10 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
         let filled = rows.clone().map(|row| input.data.filled(row)).sum::<usize>();
         let batches = share(rows.clone())?;
         let last = number + 1 == steps;
-        // Captured steps keep the memory that the first of them took.
-        let peak = if last || number == begun { Some(Peak::begin(&world)?) } else { None };
+        let peak = if last { Some(Peak::begin(&world)?) } else { None };
         let mut step = run.model.step_micro_batches(batches.iter().map(|rows| batch(rows, &autodiff)), Llama::loss)?;
         if let Some(peak) = peak {
-            memory.step = memory.step.max(peak.end(&world, args.start.ranks_here(args.axes.ranks))?);
+            memory.step = peak.end(&world, args.start.ranks_here(args.axes.ranks))?;
         }
         pipeline.add(&step.runs);
         // The mean over the targets of all ranks: every rank has the same, and ends here with the others.

@@ -62,11 +62,10 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
     for number in first..args.steps {
         let rows = run.batch.rows();
         let last = number + 1 == args.steps;
-        // Captured steps keep the memory that the first of them took.
-        let peak = if last || number == first { Some(Peak::begin(&world)?) } else { None };
+        let peak = if last { Some(Peak::begin(&world)?) } else { None };
         let mut step = run.model.step_micro_batches(batch(number, &args.split(&run.batch)?), loss)?;
         if let Some(peak) = peak {
-            memory.step = memory.step.max(peak.end(&world, args.start.ranks_here(args.axes.ranks))?);
+            memory.step = peak.end(&world, args.start.ranks_here(args.axes.ranks))?;
         }
         pipeline.add(&step.runs);
         // The mean over the tokens of all ranks: every rank has the same, and ends here with the others.
