@@ -107,11 +107,16 @@ impl Progress {
     }
 }
 
-/// The processor time that this process has taken, in seconds, on Linux.
+/// The processor time that this process has taken, in seconds, where the system has a clock of it.
+#[cfg(unix)]
 fn processor() -> Option<f64> {
-    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    // Behind the name of the program, which may hold anything: fields 14 and 15 of all, in hundredths of a second.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
-    let mut ticks = || fields.next()?.parse::<f64>().ok();
-    Some((ticks()? + ticks()?) / 100.0)
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a valid `timespec`, which the call fills.
+    let code = unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
+    (code == 0).then(|| time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64)
+}
+
+#[cfg(not(unix))]
+fn processor() -> Option<f64> {
+    None
 }
