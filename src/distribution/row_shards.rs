@@ -409,12 +409,12 @@ impl RowShards {
         let looks: Vec<_> = gradients.iter().map(|gradient| gradient.look_on_host(measures)).collect();
         let mut step = self.lock();
         let step = &mut *step;
-        for ((number, gradient), (squares, finite)) in numbers.iter().zip(gradients).zip(looks) {
-            if finite == Some(false) {
+        for ((number, gradient), look) in numbers.iter().zip(gradients).zip(looks) {
+            if look.finite == Some(false) {
                 step.non_finite = Some(step.non_finite.map_or(*number, |first| first.min(*number)));
             }
             if let Some(noise) = &mut step.noise {
-                noise.add(step.micro_batch, *number, gradient, squares);
+                noise.add(step.micro_batch, *number, gradient, look.squares);
             }
         }
     }
