@@ -13,7 +13,7 @@ use crate::delegate::module_of_field;
 use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{
     CheckedOptimizers, ClipRecord, CustomOps, GRAPHS, GradientLayout, GradientSink, GraphCache, MicroBatch,
-    RandomSource, Run, SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph,
+    RandomSource, Run, SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph, StepObserver,
 };
 use crate::nesting::{self, refuse_wrapping};
 use crate::params::{self, ParamSlice, SliceSource};
