@@ -151,6 +151,8 @@ fn growth<M: Module + Sync>(model: &M, strategy: &Strategy, loss: fn(&M, Tensor<
                 if step == 2 {
                     found.store((MOST.load(Relaxed) - before) / 2, Relaxed);
                 }
+                // The optimizer of the other rank is no part of the step.
+                rank.barrier()?;
                 model = model.optimize(&mut optim, 1e-3, done)?;
             }
             Ok(())
