@@ -78,10 +78,10 @@ impl<E: StepEngine> Replica<E> {
             let unit = *unit.get_or_insert(head.rows());
             match inputs {
                 Some(inputs) => {
-                let gave = self.engine.run(inputs, step.again(), Some(unit), &mut sums)?;
-                losses.extend(gave.loss);
-                outputs.extend(gave.outputs);
-                runs.extend(gave.run);
+                    let gave = self.engine.run(inputs, step.again(), Some(unit), &mut sums)?;
+                    losses.extend(gave.loss);
+                    outputs.extend(gave.outputs);
+                    runs.extend(gave.run);
                 }
                 None => self.take_part(shards, &mut sums)?,
             }

@@ -346,6 +346,5 @@ pub(crate) fn tokens(op: &CustomOpIr, device: &Device) -> Vec<PlainTensor> {
     op.outputs.iter().map(|out| token(out, device)).collect()
 }
 
-
 #[cfg(test)]
 mod tests;

@@ -179,11 +179,7 @@ impl TiedParams {
     ///
     /// # Errors
     /// Those of [`Communicator`].
-    pub(super) fn sum_any(
-        &self,
-        gradients: &mut HashMap<ParamId, PlainTensor>,
-        device: &Device,
-    ) -> Result<(), Error> {
+    pub(super) fn sum_any(&self, gradients: &mut HashMap<ParamId, PlainTensor>, device: &Device) -> Result<(), Error> {
         let mut any = HashSet::new();
         for (group, tied_params) in &self.groups {
             let here = tied_params.iter().map(|tie| u8::from(gradients.contains_key(&tie.id))).collect();

@@ -227,6 +227,9 @@ fn the_parameter_on_which_an_optimizer_panics_is_named() {
             model.optimize(&mut optim, 1e-2, step).map(drop)
         });
         let error = ran.unwrap_err().to_string();
-        assert!(error.contains("`filter.weight`, a parameter of 3 dims") && error.contains("2D"), "{sharding}: {error}");
+        assert!(
+            error.contains("`filter.weight`, a parameter of 3 dims") && error.contains("2D"),
+            "{sharding}: {error}"
+        );
     }
 }

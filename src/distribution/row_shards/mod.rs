@@ -345,7 +345,6 @@ impl RowShards {
     }
 }
 
-
 /// What a hash begins with (FNV-1a).
 const HASH: u64 = 0xcbf2_9ce4_8422_2325;
 

@@ -8,10 +8,10 @@ use burn::tensor::TensorData;
 use burn_ir::TensorStatus;
 
 use super::*;
-use crate::partition::Exchange;
 use crate::graph::instruction::Instruction;
 use crate::graph::liveness::program;
 use crate::graph::{CustomOps, Executor, StepGraph, capture_step};
+use crate::partition::Exchange;
 
 /// A language model whose head is its embedding.
 #[derive(Module, Debug)]

@@ -124,7 +124,8 @@ fn nothing_more_is_exchanged_where_all_use_the_same() {
             Ok::<_, Error>((counters.parameters.total().calls, counters.gradients.total().calls))
         };
         let same = calls([true, true, false, false, false])?;
-        let other = if world.rank() == 0 { [true, true, false, false, false] } else { [true, false, true, false, false] };
+        let other =
+            if world.rank() == 0 { [true, true, false, false, false] } else { [true, false, true, false, false] };
         Ok((same, calls(other)?))
     });
     for (same, other) in counted.unwrap() {

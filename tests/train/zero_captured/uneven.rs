@@ -163,7 +163,8 @@ fn a_tied_weight_of_a_pipeline_without_data_is_summed_up() {
         launch::threads(4)
             .run(|world| {
                 let data = DataParallelConfig::new().with_sharding(Sharding::Parameters).with_keep(keep);
-                let strategy = Strategy::new().with_data(data).with_pp(2, PipelineConfig::new(2).with_cut(tied::cut(2)));
+                let strategy =
+                    Strategy::new().with_data(data).with_pp(2, PipelineConfig::new(2).with_cut(tied::cut(2)));
                 let mut model = own(&model).parallelize(&world, &strategy)?;
                 let replica = model.mesh().coordinate("dp")?;
                 let mut optim = optimizer();
