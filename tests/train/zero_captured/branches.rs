@@ -20,7 +20,7 @@ fn layers() -> Vec<Linear> {
 /// Rows, and which layers they go through.
 type Batch = (Tensor<2>, Vec<bool>);
 
-fn loss(layers: &Vec<Linear>, (x, used): Batch) -> Tensor<1> {
+fn loss(layers: &[Linear], (x, used): Batch) -> Tensor<1> {
     let used = layers.iter().zip(used).filter(|(_, used)| *used);
     used.fold(x, |x, (layer, _)| layer.forward(x).tanh()).powi_scalar(2).mean()
 }
@@ -53,7 +53,8 @@ fn alone(replicas: usize) -> (Vec<(f64, f64)>, Wholes) {
         let mut told = Vec::new();
         for step in 0..STEPS {
             let batches = (0..replicas).flat_map(|replica| share(step, replica));
-            let step = model.step_micro_batches(batches, loss)?.clip_grad_norm(&model, 1.0)?;
+            let step =
+                model.step_micro_batches(batches, |layers, batch| loss(layers, batch))?.clip_grad_norm(&model, 1.0)?;
             told.push((step.loss.item(), step.grad_norm.unwrap_or_default()));
             model = model.optimize(&mut optim, 0.05, step)?;
         }
@@ -70,7 +71,9 @@ fn trains_like_one(ranks: usize, replicas: usize, strategy: &Strategy, what: &st
         let replica = model.mesh().coordinate("dp")?;
         let mut optim = optimizer();
         for (step, (loss_of_all, norm_of_all)) in told.iter().enumerate() {
-            let step = model.step_micro_batches(share(step, replica), loss)?.clip_grad_norm(&model, 1.0)?;
+            let step = model
+                .step_micro_batches(share(step, replica), |layers, batch| loss(layers, batch))?
+                .clip_grad_norm(&model, 1.0)?;
             let (loss, norm) = (step.loss.item(), step.grad_norm.unwrap_or_default());
             assert!((loss - loss_of_all).abs() < 2e-5 * loss_of_all, "{what}: loss {loss}, not {loss_of_all}");
             assert!((norm - norm_of_all).abs() < 1e-4 * norm_of_all, "{what}: norm {norm}, not {norm_of_all}");
@@ -120,7 +123,7 @@ fn nothing_more_is_exchanged_where_all_use_the_same() {
         let mut model = own(&layers()).parallelize(&world, &captured(DataParallelConfig::new()))?;
         let batch = |used: [bool; 5]| (Tensor::<2>::ones([2, WIDTH], &device()), used.to_vec());
         let mut calls = |used| {
-            let counters = model.step(batch(used), loss)?.counters;
+            let counters = model.step(batch(used), |layers, batch| loss(layers, batch))?.counters;
             Ok::<_, Error>((counters.parameters.total().calls, counters.gradients.total().calls))
         };
         let same = calls([true, true, false, false, false])?;
