@@ -101,6 +101,7 @@ mod tests {
     use burn::module::Module;
     use burn::nn::attention::{MhaInput, MultiHeadAttention, MultiHeadAttentionConfig, generate_autoregressive_mask};
     use burn::prelude::*;
+    use burn_ir::TensorIr;
 
     use super::super::super::operation::op_name;
     use super::super::super::{CustomOps, Executor, TensorTree, capture_step};
@@ -112,8 +113,10 @@ mod tests {
     fn found<M: Module, I: TensorTree>(model: &M, inputs: I, loss: impl Fn(&M, I) -> Tensor<1>) -> (usize, usize) {
         let executor = Executor::new(capture_step(model, inputs, loss).unwrap(), CustomOps::new()).unwrap();
         let tiled = executor.operations().filter(|op| op_name(op).contains(super::TILED)).count();
-        let is_whole = |dims: &[usize]| dims.len() == 4 && dims.ends_with(&SCORES);
-        let whole = executor.operations().flat_map(|op| op.outputs()).filter(|out| is_whole(&out.shape)).count();
+        let is_whole = |out: &&TensorIr| {
+            out.dtype.is_float() && out.shape.num_dims() == 4 && out.shape.as_slice().ends_with(&SCORES)
+        };
+        let whole = executor.operations().flat_map(|op| op.outputs()).filter(is_whole).count();
         (tiled, whole)
     }
 
