@@ -7,10 +7,10 @@ use burn_parallel::prelude::*;
 use clap::Parser;
 
 use crate::common::batch::{self, Batch, GrowthFlags, Rows};
+use crate::common::device::Compute;
 use crate::common::flags::{learning_rate, norm, parse, up_to, writable, wrong};
 use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS};
 use crate::common::saving::SaveFlags;
-use crate::common::device::Compute;
 use crate::common::start::{Launch, LaunchFlags, Start};
 use crate::gpt::GptConfig;
 use crate::text::VOCAB;
@@ -187,7 +187,10 @@ impl Args {
             return Err(format!("--heads {heads} does not divide --d-model {d_model}"));
         }
         if heads % tp != 0 {
-            return Err(format!("{} does not divide --heads {heads}: each rank takes whole heads", axes.said("tp", tp)));
+            return Err(format!(
+                "{} does not divide --heads {heads}: each rank takes whole heads",
+                axes.said("tp", tp)
+            ));
         }
         if let Some(json) = &flags.json {
             writable(json, flags.text.as_deref())?;

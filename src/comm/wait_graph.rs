@@ -50,7 +50,9 @@ impl WaitGraph<'_> {
     fn ring(&self, ranks: &[usize]) -> &'static str {
         let waits = |rank: &usize| self.waits_for[*rank].as_ref().is_some_and(|others| !others.is_empty());
         match ranks.iter().all(waits) {
-            true => "; what it waits for waits in turn in another call, so some rank may have a call that the others do not make",
+            true => {
+                "; what it waits for waits in turn in another call, so some rank may have a call that the others do not make"
+            }
             false => "",
         }
     }

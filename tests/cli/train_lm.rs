@@ -140,7 +140,10 @@ fn flags_that_do_not_fit_together_are_refused() {
     refused(&["--batch", "auto", "--micro-batch", "5"], "leave --micro-batch out");
     refused(&["--batch", "auto", "--launch", "processes"], "give --launch threads");
     refused(&["--schedule", "zb_h1"], "--schedule zb_h1 is for pipelines: give --pp");
-    refused(&["--pp", "64"], "--pp 64 with schedule 1f1b makes 64 stages, more than the 10 blocks of a model of 4 layers");
+    refused(
+        &["--pp", "64"],
+        "--pp 64 with schedule 1f1b makes 64 stages, more than the 10 blocks of a model of 4 layers",
+    );
     let interleaved = ["--layers", "2", "--pp", "4", "--schedule", "interleaved"];
     refused(&interleaved, "makes 8 stages, more than the 6 blocks of a model of 2 layers");
     // A terabyte.
@@ -164,7 +167,11 @@ fn keys_of_a_file_are_called_keys() {
             &["--batch", "16"],
             "`pipeline.micro_batches = 100` is more than the 16 rows that a replica has of a batch: give fewer, or --batch 100",
         ),
-        (format!("pp = 2\n{pipeline}"), &["--batch", "200", "--micro-batch", "4"], "`pipeline.micro_batches` of the file"),
+        (
+            format!("pp = 2\n{pipeline}"),
+            &["--batch", "200", "--micro-batch", "4"],
+            "`pipeline.micro_batches` of the file",
+        ),
         (
             "pp = 12\n[pipeline]\nmicro_batches = 4\n".into(),
             &["--batch", "4"],

@@ -138,7 +138,11 @@ fn keys_that_nothing_reads_are_refused() {
         (format!("pp = 1\n{pipeline}"), "pipeline", "`pp` is 1"),
         ("tensor.seed = 3".into(), "tensor.seed", "`engine = \"captured\"`"),
         ("engine = 'eager'\ntensor.fusion = false".into(), "tensor.fusion", "eager"),
-        (format!("pp = 2\ntensor.check_inputs_every = 3\n{pipeline}"), "tensor.check_inputs_every", "pipeline.check_inputs_every"),
+        (
+            format!("pp = 2\ntensor.check_inputs_every = 3\n{pipeline}"),
+            "tensor.check_inputs_every",
+            "pipeline.check_inputs_every",
+        ),
         (format!("pp = 2\ntp = 2\n{plan}tensor.fusion = false\n{pipeline}"), "tensor.fusion", "pipeline.fusion"),
         (format!("pp = 2\ntp = 2\n{plan}{pipeline}pipeline.seed = 7"), "pipeline.seed", "tensor.seed"),
     ] {

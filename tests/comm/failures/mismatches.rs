@@ -78,7 +78,10 @@ fn a_barrier_too_many_may_be_what_is_wrong() {
         _ => Ok(()),
     });
     assert!(matches!(&error, Error::RankLost { rank: 1, .. }), "{error:?}");
-    says(&error, &["rank 1 left group `world` while barrier was waiting for it", "or the rank that waits calls one more"]);
+    says(
+        &error,
+        &["rank 1 left group `world` while barrier was waiting for it", "or the rank that waits calls one more"],
+    );
     let error = failure(2, SHORT, None, |rank| {
         let half = rank.split_named("half", 0, rank.rank() as i64)?;
         if rank.rank() == 1 {
