@@ -136,7 +136,11 @@ impl World {
     /// Runs the watchdog until all ranks have ended. Returns whether the world ended cleanly.
     pub fn run_watchdog(&self) -> bool {
         let mut finished_since = None;
+        let mut polled = self.endpoint.now();
         let whole = loop {
+            let now = self.endpoint.now();
+            self.was_absent(now.saturating_duration_since(polled));
+            polled = now;
             self.poll_control();
             let finished: Vec<bool> = lock(&self.finished)
                 .iter()
