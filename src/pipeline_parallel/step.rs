@@ -11,6 +11,7 @@ use super::graph_stage::{GraphStage, accumulate};
 use super::memory::peak;
 use super::pipeline::PipelineRun;
 use super::pipelined::lock;
+use super::schedule::Action;
 use super::{Pipelined, Stage, stage_error};
 use crate::Error;
 use crate::graph::TensorTree;
@@ -53,16 +54,7 @@ impl<M: Module> Pipelined<M> {
         inputs: I,
         step: StepFn<'_, M, I>,
     ) -> Result<Vec<Exchange>, Error> {
-        let state = self.state.clone();
-        let mut state = lock(&state);
-        let mut local = Some(self.local.clone());
-        let (key, _) = state.prepare(&mut local, inputs, step)?;
-        self.take(local)?;
-        let rank = state.group.rank();
-        let Some(CapturedStep { pipeline, stages, .. }) = state.steps.get_mut(&key) else {
-            return Err(stage_error("the step was not captured"));
-        };
-        Ok(exchanges(stages, &pipeline.timetable().rows()[rank]))
+        self.look_at_step(inputs, step, exchanges)
     }
 
     /// The most bytes that a step of such inputs has alive on this rank.
@@ -71,6 +63,16 @@ impl<M: Module> Pipelined<M> {
         inputs: I,
         step: StepFn<'_, M, I>,
     ) -> Result<usize, Error> {
+        self.look_at_step(inputs, step, peak)
+    }
+
+    /// Captures a step if it is not known, and looks at this rank's stages and its row of the timetable.
+    fn look_at_step<I: TensorTree + Clone, T>(
+        &mut self,
+        inputs: I,
+        step: StepFn<'_, M, I>,
+        look: impl FnOnce(&[GraphStage], &[Action]) -> T,
+    ) -> Result<T, Error> {
         let state = self.state.clone();
         let mut state = lock(&state);
         let mut local = Some(self.local.clone());
@@ -80,7 +82,7 @@ impl<M: Module> Pipelined<M> {
         let Some(CapturedStep { pipeline, stages, .. }) = state.steps.get_mut(&key) else {
             return Err(stage_error("the step was not captured"));
         };
-        Ok(peak(stages, &pipeline.timetable().rows()[rank]))
+        Ok(look(stages, &pipeline.timetable().rows()[rank]))
     }
 
     /// Runs a step. Returns its result, the outputs, and the gradients of the summed loss in the order of the module.
