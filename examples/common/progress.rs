@@ -113,7 +113,7 @@ fn processor() -> Option<f64> {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `time` is a valid `timespec`, which the call fills.
     let code = unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
-    (code == 0).then(|| time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64)
+    (code == 0).then_some(time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64)
 }
 
 #[cfg(not(unix))]

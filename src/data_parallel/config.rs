@@ -113,7 +113,8 @@ impl DataParallelConfig {
         self
     }
 
-    /// Sets how long gathered parameters are kept, with [`Sharding::Parameters`].
+    /// Sets how long gathered parameters are kept, with [`Sharding::Parameters`]; another than the default is an error with
+    /// others, that gather none.
     pub fn with_keep(mut self, keep: Keep) -> Self {
         self.keep = keep;
         self
@@ -147,6 +148,14 @@ impl DataParallelConfig {
                 "`compare_every` compares parameters that replicas hold alike, of which with `sharding` \"parameters\" each holds \
                  its rows: leave it out",
             );
+        }
+        if self.keep != Keep::Pass && self.sharding != Sharding::Parameters {
+            let problem = format!(
+                "`keep` says how long parameters are kept that are gathered, and with `sharding` \"{}\" none are: set `sharding` to \
+                 \"parameters\", or leave `keep` out",
+                self.sharding
+            );
+            return wrong(&problem);
         }
         if self.sharding == Sharding::None {
             return match self.sharding_ranks {

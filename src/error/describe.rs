@@ -47,7 +47,8 @@ pub(super) fn gathering(group: &str, log: &CallLog) -> &'static str {
         true => {
             "; replicas that divide their parameters gather them together: all run the same layers in the same order, and forwards \
              (`forward_with`, and the model's own) equally often, so a rank that is done goes on with the others for as long as \
-             `join` says so"
+             `join` says so; in captured steps (`engine` \"captured\" in `parallelize`), though not in evaluations, ranks may use \
+             different layers"
         }
         false => "",
     }

@@ -11,12 +11,11 @@ use super::graph_stage::{GraphStage, accumulate};
 use super::memory::peak;
 use super::pipeline::PipelineRun;
 use super::pipelined::lock;
-use super::schedule::Action;
 use super::{Pipelined, Stage, stage_error};
 use crate::Error;
+use crate::distribution::RowShards;
 use crate::graph::TensorTree;
 use crate::params::{one_device, sweep_leaves};
-use crate::partition::Exchange;
 use crate::step::{Loss, StepFn};
 use crate::tensor::PlainTensor;
 
@@ -48,31 +47,12 @@ impl<M: Module> Pipelined<M> {
         self.take(local)
     }
 
-    /// What this rank exchanges with its replicas in a step.
-    pub(super) fn step_exchanges<I: TensorTree + Clone>(
-        &mut self,
-        inputs: I,
-        step: StepFn<'_, M, I>,
-    ) -> Result<Vec<Exchange>, Error> {
-        self.look_at_step(inputs, step, exchanges)
-    }
-
     /// The most bytes that a step of such inputs has alive on this rank.
     pub(super) fn peak_of_step<I: TensorTree + Clone>(
         &mut self,
         inputs: I,
         step: StepFn<'_, M, I>,
     ) -> Result<usize, Error> {
-        self.look_at_step(inputs, step, peak)
-    }
-
-    /// Captures a step if it is not known, and looks at this rank's stages and its row of the timetable.
-    fn look_at_step<I: TensorTree + Clone, T>(
-        &mut self,
-        inputs: I,
-        step: StepFn<'_, M, I>,
-        look: impl FnOnce(&[GraphStage], &[Action]) -> T,
-    ) -> Result<T, Error> {
         let state = self.state.clone();
         let mut state = lock(&state);
         let mut local = Some(self.local.clone());
@@ -82,7 +62,7 @@ impl<M: Module> Pipelined<M> {
         let Some(CapturedStep { pipeline, stages, .. }) = state.steps.get_mut(&key) else {
             return Err(stage_error("the step was not captured"));
         };
-        Ok(look(stages, &pipeline.timetable().rows()[rank]))
+        Ok(peak(stages, &pipeline.timetable().rows()[rank]))
     }
 
     /// Runs a step. Returns its result, the outputs, and the gradients of the summed loss in the order of the module.
@@ -110,6 +90,9 @@ impl<M: Module> Pipelined<M> {
         let start = state.random.start();
         let rows: Vec<_> = (0..inputs.len()).map(|micro_batch| batch.rows(micro_batch)).collect();
         stages.iter_mut().for_each(|stage| stage.draw_from(&state.random, start, rows.clone()));
+        if let Some(shards) = &state.row_shards {
+            shards.agree(&self.local, &exchanges(stages, &pipeline.timetable().rows()[state.group.rank()]))?;
+        }
         let whole = state.row_shards.as_ref().map_or(Ok(None), |shards| shards.bound(&self.local))?;
         let model = whole.as_ref().unwrap_or(&self.local);
         let mut executed = bound(stages, model, |stages| pipeline.step(stages, &inputs))?;
@@ -120,11 +103,18 @@ impl<M: Module> Pipelined<M> {
                 accumulate(&mut gradients, id, gradient);
             }
         }
-        let trained = trained.clone();
+        let mut trained = trained.clone();
+        for (id, sum) in state.row_shards.as_ref().map_or(Ok(Vec::new()), RowShards::end_lending)? {
+            accumulate(&mut gradients, id, sum);
+        }
         if state.timetable.trains() && !state.tied_params.is_empty() {
             let device = one_device(&self.local, "a step")?.unwrap_or_else(Device::flex);
-            state.tied_params.sum(&mut gradients, &trained, &device)?;
+            match state.row_shards {
+                Some(_) => state.tied_params.sum_any(&mut gradients, &device)?,
+                None => state.tied_params.sum(&mut gradients, &trained, &device)?,
+            }
         }
+        trained.extend(gradients.keys().copied());
         let order = state.gradients(&trained);
         let gradients = order.into_iter().filter_map(|id| Some((id, gradients.remove(&id)?))).collect();
         state.sent = std::mem::take(&mut state.sent) + executed.report.counters.clone();

@@ -4,6 +4,7 @@
 mod backend;
 mod digest;
 pub(crate) mod magnitude;
+mod measured_sum;
 mod ops;
 mod recycled;
 mod squares;
