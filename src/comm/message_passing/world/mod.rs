@@ -59,7 +59,8 @@ pub(in crate::comm) struct World {
     transfers: Mutex<Vec<PendingTransfer>>,
     /// Control messages of this rank to itself.
     loopback: Mutex<VecDeque<Vec<u8>>>,
-    polling: Mutex<()>,
+    /// When control messages were last handled.
+    polling: Mutex<Option<Instant>>,
     inquiry: Mutex<Option<Inquiry>>,
     /// The coordinator of the last query, and its time.
     last_query: Mutex<Option<(usize, Instant)>>,
