@@ -143,6 +143,12 @@ impl DataParallelConfig {
             let problem = format!("gradients cannot be sent in `reduce_dtype` {dtype:?}: take BF16, F16, F32 or F64");
             return wrong(&problem);
         }
+        if let Some((key, _)) = [("bucket_bytes", self.bucket_bytes), ("first_bucket_bytes", self.first_bucket_bytes)]
+            .iter()
+            .find(|(_, bytes)| *bytes == 0)
+        {
+            return wrong(&format!("`{key}` is 0: it is 1 at least, with which each gradient is a bucket of its own"));
+        }
         if self.compare_every > 0 && self.sharding == Sharding::Parameters {
             return wrong(
                 "`compare_every` compares parameters that replicas hold alike, of which with `sharding` \"parameters\" each holds \
