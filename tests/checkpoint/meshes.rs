@@ -5,7 +5,6 @@ use std::fs;
 use burn::lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::module::Module;
-use burn::tensor::{FloatDType, bf16};
 use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, DataPosition, TrainState};
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
@@ -73,50 +72,6 @@ fn any_mesh_goes_on_from_any_other() {
                 assert!((found - expected).abs() <= 1e-5 * expected.abs(), "{saved:?} to {axes:?}: {found} {expected}");
             }
         }
-    }
-}
-
-/// Parameters and moments are rounded to what the model has now, and go on from there in more digits again.
-#[test]
-fn another_precision() {
-    let (dir, net) = (Dir::fresh(), Net::new());
-    let states = |dtype: FloatDType, axes: Axes, step: u64| {
-        let run = launch::threads(axes.ranks()).run(|world| {
-            let mut model = axes.wrap(&world, &net.clone().map(&mut Cast(dtype)))?;
-            let mut optim = optimizer();
-            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
-            let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
-            if checkpoints.restore(state)?.is_none() {
-                model = train(model, &mut optim, (0, 1))?.0;
-            }
-            let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
-            checkpoints.save(step, state)?;
-            let whole = model.assemble()?;
-            assert_eq!(whole.devices().len(), 1);
-            let (_, losses) = train(model, &mut optim, (1, 2))?;
-            let numbers: Vec<f32> = values(&whole).into_values().flat_map(|whole| whole.values).collect();
-            Ok((numbers, losses[0]))
-        });
-        run.unwrap().swap_remove(0)
-    };
-    let (whole, loss) = states(FloatDType::F32, Axes::new(1, 1, 2), 1);
-    let rounded: Vec<f32> = whole.iter().map(|value| bf16::from_f32(*value).to_f32()).collect();
-    assert_ne!(whole, rounded);
-    for (dtype, axes, step) in [(FloatDType::BF16, Axes::new(1, 1, 1), 2), (FloatDType::F32, Axes::new(2, 1, 1), 3)] {
-        let (found, near) = states(dtype, axes, step);
-        assert_eq!(found, rounded, "{dtype:?}");
-        assert!((near - loss).abs() < 0.02 * loss, "{dtype:?}: {near} {loss}");
-    }
-}
-
-struct Cast(FloatDType);
-
-impl burn::module::ModuleMapper for Cast {
-    fn map_float<const D: usize>(
-        &mut self,
-        param: burn::module::Param<burn::tensor::Tensor<D>>,
-    ) -> burn::module::Param<burn::tensor::Tensor<D>> {
-        param.map(|value| value.cast(self.0).detach().require_grad())
     }
 }
 

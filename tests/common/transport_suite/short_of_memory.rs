@@ -49,18 +49,3 @@ pub fn for_large(comm: &Communicator, culprit: usize) -> Result<(), Error> {
     assert!(said.contains(&words) && said.contains(&format!("that rank {sender} sends it with tag 7")), "{said}");
     Ok(())
 }
-
-/// As [`for_large`], of so little that nobody asks for it beforehand: the others move their data already, so the world
-/// fails.
-pub fn for_little(comm: &Communicator, culprit: usize) -> Result<(), Error> {
-    const EACH: usize = 5 << 20;
-    let mine = vec![1u8; EACH];
-    comm.barrier()?;
-    if comm.rank() == culprit {
-        limit_memory(Some(4 << 20));
-    }
-    let outcome = comm.all_gather(mine).and_then(|_| comm.barrier());
-    limit_memory(None);
-    assert_eq!(outcome.unwrap_err(), none_to_gather(comm, culprit, EACH));
-    Ok(())
-}
