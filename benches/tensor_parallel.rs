@@ -13,6 +13,7 @@
 //!
 //! `cargo bench --bench tensor_parallel -- [mlp|gpt] [fused] [ROUNDS]`
 
+mod figures;
 #[allow(dead_code)]
 mod models;
 
@@ -28,6 +29,7 @@ use burn_parallel::partition::{
 };
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::{Sharded, TensorParallelConfig};
+use figures::{Figures, median};
 use models::{Gpt, Mlp, SEQUENCE, VOCABULARY};
 
 const STEPS_PER_TURN: usize = 2;
@@ -145,11 +147,12 @@ fn fused<M: Module + Sync, I: TensorTree + Clone + Sync>(
     measured.expect("a world of threads").swap_remove(0)
 }
 
-fn report_fused(name: &str, times: &[[f64; 2]]) {
+fn report_fused(figures: &mut Figures, name: &str, times: &[[f64; 2]]) {
     let [apart, together] = [0, 1].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
     let ratio = median(times.iter().map(|time| time[0] / time[1]));
     println!("{name}: forward and backward of two ranks {apart:.1} ms, with fused products {together:.1} ms");
     println!("{name}: speed with fused products over without {ratio:.3}");
+    figures.note(format!("{name}: two ranks, fused products over without, time"), 1.0 / ratio, "ratio");
 }
 
 /// Seconds for which this thread has been on a core.
@@ -158,13 +161,7 @@ fn work() -> f64 {
     text.split(' ').next().and_then(|nanoseconds| nanoseconds.parse::<f64>().ok()).unwrap_or(f64::NAN) / 1e9
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn report(name: &str, times: &[[f64; 8]]) {
+fn report(figures: &mut Figures, name: &str, times: &[[f64; 8]]) {
     let [eager, single, graph, split] = [0, 1, 2, 3].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
     let over = |a: usize, b: usize| median(times.iter().map(|time| time[a] / time[b]));
     println!("{name}: eager {eager:.1} ms, graph {single:.1} ms, fused {graph:.1} ms, two ranks {split:.1} ms a step");
@@ -182,6 +179,15 @@ fn report(name: &str, times: &[[f64; 8]]) {
         over(6, 5)
     );
     println!("{name}: work of one rank over that of each of two {:.3}", over(6, 7));
+    let ways = ["eager", "captured, one by one", "captured, fused", "two ranks, fused"];
+    for (mode, way) in ways.iter().enumerate() {
+        figures.note(format!("{name}: {way}, time"), 1e3 * median(times.iter().map(|time| time[mode])), "ms");
+        figures.note(format!("{name}: {way}, work"), 1e3 * median(times.iter().map(|time| time[mode + 4])), "ms");
+    }
+    figures.note(format!("{name}: fused over eager, work"), over(6, 4), "ratio");
+    figures.note(format!("{name}: fused over one by one, work"), over(6, 5), "ratio");
+    figures.note(format!("{name}: one rank over each of two, time"), over(2, 3), "ratio");
+    figures.note(format!("{name}: one rank over each of two, work"), over(6, 7), "ratio");
 }
 
 /// burn's own, or the same in one pass.
@@ -195,32 +201,39 @@ fn adam(fused: bool) -> ModuleOptimizer {
     if fused { config.init_fused() } else { config.init() }
 }
 
-fn capture() {
+fn capture(figures: &mut Figures) {
     let model = TransformerEncoderConfig::new(64, 256, 8, 24).init(&Device::flex().autodiff());
     let loss = |model: &TransformerEncoder, x| model.forward(TransformerEncoderInput::new(x)).powi_scalar(2).mean();
     let began = Instant::now();
     let mut graph = capture_step(&model, Tensor::<3>::zeros([4, 32, 64], &Device::flex()), loss).expect("a step");
     let captured = began.elapsed();
+    let executor = Executor::new(graph.clone(), CustomOps::new()).expect("a step");
+    let (compiled, memory) = (began.elapsed() - captured, executor.memory());
+    let began = Instant::now();
     counter_based_rng(&mut graph);
     let params: Vec<Layout> = graph.params.iter().map(|param| Plan::megatron().layout(&param.path)).collect();
     let options = PartitionOptions::new("tp", 2, 0).with_sequence_dim(1);
     let (local, _) = partition(&graph, &params, &[Layout::Replicated], &options).expect("a partition");
     println!(
-        "24 layers: captured in {captured:.1?}, with the partition {:.1?}; {} operations become {}",
+        "24 layers: captured in {captured:.1?}, partitioned in {:.1?}: {} operations become {}",
         began.elapsed(),
         graph.operations.len(),
         local.operations.len()
     );
+    println!("24 layers: fused and its memory planned in {compiled:.1?}, {} bytes at most", memory.peak);
+    for (what, took) in [("captured", captured), ("partitioned", began.elapsed()), ("compiled", compiled)] {
+        figures.note(format!("24 layers {what}"), 1e3 * took.as_secs_f64(), "ms");
+    }
 }
 
 fn main() {
-    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
+    let (arguments, mut figures) = (figures::arguments(), Figures::of("tensor_parallel"));
     let wanted =
         |name: &str| !arguments.iter().any(|a| a == "mlp" || a == "gpt") || arguments.iter().any(|a| a == name);
     let number = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(9);
     let against = arguments.iter().any(|argument| argument == "fused");
     if !against {
-        capture();
+        capture(&mut figures);
     }
     let device = Device::flex().autodiff();
     if wanted("mlp") {
@@ -237,8 +250,8 @@ fn main() {
         let loss = |model: &Mlp, (input, targets)| model.loss(input, targets);
         let model = Mlp::new(&device).materialize();
         match against {
-            true => report_fused("mlp", &fused(number, model, &plan, inputs, loss)),
-            false => report("mlp", &rounds(number, model, &plan, sgd, inputs, loss)),
+            true => report_fused(&mut figures, "mlp", &fused(number, model, &plan, inputs, loss)),
+            false => report(&mut figures, "mlp", &rounds(number, model, &plan, sgd, inputs, loss)),
         }
     }
     if wanted("gpt") {
@@ -251,8 +264,9 @@ fn main() {
         let loss = |model: &Gpt, (tokens, targets)| model.loss(tokens, targets);
         let model = Gpt::new(&device).materialize();
         match against {
-            true => report_fused("gpt", &fused(number, model, &plan, inputs, loss)),
-            false => report("gpt", &rounds(number, model, &plan, adam, inputs, loss)),
+            true => report_fused(&mut figures, "gpt", &fused(number, model, &plan, inputs, loss)),
+            false => report(&mut figures, "gpt", &rounds(number, model, &plan, adam, inputs, loss)),
         }
     }
+    figures.finish();
 }

@@ -117,7 +117,7 @@ fn run(graph: &StepGraph, device: &Device) -> Result<PlainTensor, Error> {
         interpreter.bind_data(*id, data.clone());
     }
     let mut value = None;
-    for action in program(graph, false).0 {
+    for action in program(graph, false).instructions {
         match action {
             Instruction::Run(op) => interpreter.run(*op)?,
             Instruction::Free(tensor) => interpreter.run(OperationIr::Drop(tensor))?,

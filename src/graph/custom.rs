@@ -13,6 +13,8 @@ use burn_router::CustomOpRegistry;
 use super::backend::{GraphBackend, from_handle, into_handle};
 use super::graph_error;
 use super::instruction::Instruction;
+use super::memory_plan::MemoryPlan;
+use super::step_memory::StepMemory;
 use crate::error::Error;
 use crate::tensor::{PlainTensor, Pool};
 
@@ -27,7 +29,7 @@ pub struct CustomOps {
     cube: CustomOpRegistry<Cube>,
     ids: HashSet<String>,
     fusion: bool,
-    pool: Arc<Pool>,
+    memory: Arc<StepMemory>,
     failed: Arc<Mutex<Option<Error>>>,
 }
 
@@ -54,7 +56,7 @@ impl CustomOps {
             cube: CustomOpRegistry::new(),
             ids: HashSet::new(),
             fusion: true,
-            pool: Pool::of_thread(),
+            memory: Arc::new(StepMemory::new(Pool::of_thread())),
             failed: Arc::new(Mutex::new(None)),
         }
     }
@@ -78,8 +80,13 @@ impl CustomOps {
     }
 
     /// What fused operations make their results in.
-    pub(crate) fn pool(&self) -> &Arc<Pool> {
-        &self.pool
+    pub(crate) fn memory(&self) -> &Arc<StepMemory> {
+        &self.memory
+    }
+
+    /// Has results made where a plan says.
+    pub(crate) fn plan_memory(&mut self, plan: MemoryPlan) {
+        self.memory = Arc::new(self.memory.with_plan(plan));
     }
 
     /// Says what the operation `id` does, replacing what it did before.
