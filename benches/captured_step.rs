@@ -4,9 +4,9 @@
 //! with the products of this crate; what is more than the direct calls, for each operation. And steps of a model of many tiny layers,
 //! which is walked over to read its parameters.
 //!
-//! `memory`: the most bytes that the process holds in the third step (forward, backward and optimizer, and what steps keep), beside
-//! model and moments: eager burn, captured one by one, and captured with fused operations in planned memory; and what the
-//! plan says.
+//! `memory`: the most bytes that the process holds in the third step, forward and backward, and with the optimizer, beside
+//! model and moments and with what steps keep: eager burn, captured one by one, and captured with fused operations in
+//! planned memory; and what the plan says.
 //!
 //! `cargo bench --bench captured_step -- [host|memory] [ROUNDS]`
 
@@ -147,17 +147,18 @@ fn host(figures: &mut Figures, rounds: usize) -> Result<(), Error> {
     Ok(())
 }
 
-/// The most bytes in the third step beside model and moments: eagerly, one by one, and fused; and those of the plan.
+/// The most bytes in the third step beside model and moments, forward and backward, and with the optimizer: eagerly, one by
+/// one, and fused; and those of the plan.
 fn memory<M: Module + Sync, I: TensorTree + Clone + Sync>(
     model: impl Fn(&Device) -> M + Sync,
     moments: usize,
     optimizer: impl Fn(bool) -> ModuleOptimizer + Sync,
     inputs: impl Fn() -> I + Sync,
     loss: impl Fn(&M, I) -> Tensor<1> + Sync,
-) -> Result<[f64; 4], Error> {
+) -> Result<[[f64; 2]; 4], Error> {
     let measured = launch::threads(1).threads_per_rank(1).run(|rank| {
         let device = rank.device().autodiff();
-        let mut found = [0.0; 4];
+        let mut found = [[0.0; 2]; 4];
         for (mode, found) in found.iter_mut().enumerate().take(3) {
             let before = HELD.load(Relaxed);
             let model = model(&device).materialize();
@@ -171,38 +172,44 @@ fn memory<M: Module + Sync, I: TensorTree + Clone + Sync>(
                 drop(model);
                 None
             };
-            for step in 0..3 {
-                if step == 2 {
-                    MOST.store(HELD.load(Relaxed), Relaxed);
-                }
+            let beside = || (MOST.load(Relaxed) - before - own * (1 + moments as isize)) as f64 / 1e6;
+            for _ in 0..3 {
+                MOST.store(HELD.load(Relaxed), Relaxed);
                 if let Some(taken) = eager.take() {
                     let gradients = GradientsParams::from_grads(loss(&taken, inputs()).backward(), &taken);
+                    found[0] = beside();
                     eager = Some(optim.step(1e-4, taken, gradients));
                 }
                 if let Some(mut taken) = captured.take() {
                     let gradients = taken.step(inputs(), &loss)?.grads;
+                    found[0] = beside();
                     captured = Some(optim.step(1e-4, taken, gradients));
                 }
+                found[1] = beside();
             }
-            *found = (MOST.load(Relaxed) - before - own * (1 + moments as isize)) as f64 / 1e6;
         }
         let model = model(&device).materialize();
         let graph = capture_step(&model, inputs(), &loss)?;
-        found[3] = Executor::new(graph, CustomOps::new())?.memory().peak as f64 / 1e6;
+        found[3] = [Executor::new(graph, CustomOps::new())?.memory().peak as f64 / 1e6; 2];
         Ok(found)
     })?;
     Ok(measured[0])
 }
 
-fn report(figures: &mut Figures, name: &str, [eager, plain, fused, planned]: [f64; 4]) {
-    println!(
-        "{name}: eager {eager:.1} MB, captured {plain:.1} MB, fused {fused:.1} MB ({planned:.1} planned) in a step"
-    );
-    println!("{name}: fused over eager {:.3}, over its plan {:.3}", fused / eager, fused / planned);
-    for (way, bytes) in [("eager", eager), ("captured, one by one", plain), ("fused", fused), ("planned", planned)] {
-        figures.note(format!("{name}: {way}, memory of a step"), bytes, "MB");
+fn report(figures: &mut Figures, name: &str, found: [[f64; 2]; 4]) {
+    for (number, what) in ["forward and backward", "with the optimizer"].into_iter().enumerate() {
+        let [eager, plain, fused, planned] = found.map(|bytes| bytes[number]);
+        println!(
+            "{name}, {what}: eager {eager:.1} MB, one by one {plain:.1} MB, fused {fused:.1} MB, planned {planned:.1} MB"
+        );
+        println!("{name}, {what}: fused over eager {:.3}, over its plan {:.3}", fused / eager, fused / planned);
+        for (way, bytes) in [("eager", eager), ("captured, one by one", plain), ("captured, fused", fused)] {
+            figures.note(format!("{name}, {what}: {way}, memory"), bytes, "MB");
+        }
+        figures.note(format!("{name}, {what}: fused over eager, memory"), fused / eager, "ratio");
     }
-    figures.note(format!("{name}: fused over eager, memory of a step"), fused / eager, "ratio");
+    let [_, _, [fused, _], [planned, _]] = found;
+    figures.note(format!("{name}: memory of a step over its plan"), fused / planned, "ratio");
 }
 
 fn main() -> Result<(), Error> {

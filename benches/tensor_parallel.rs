@@ -1,7 +1,7 @@
 //! A tensor-parallel step against one rank: eager burn, its captured graph with operations one by one and fused, and
-//! the graph split over two ranks.
+//! the graph split over two ranks; and that of two replicas, captured.
 //!
-//! The four take turns within one run, round by round, and what counts is the median over rounds of their ratio: a
+//! The five take turns within one run, round by round, and what counts is the median over rounds of their ratio: a
 //! machine that is slower for a while is slower for all of them. Every rank computes with one thread. All steps are
 //! whole: forward, backward and optimizer, which is fused where the operations are. On a machine with other work to do,
 //! ranks wait for each other's turns; so beside the time of a step there is, on Linux, the time that the busier rank's
@@ -29,13 +29,17 @@ use burn_parallel::partition::{
 };
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::{Sharded, TensorParallelConfig};
+use burn_parallel::train::Engine;
 use figures::{Figures, median};
 use models::{Gpt, Mlp, SEQUENCE, VOCABULARY};
 
 const STEPS_PER_TURN: usize = 2;
 
-/// Seconds a step of one rank eagerly, of one rank from the graph, operation by operation and fused, and of two ranks,
-/// by round; then those of work.
+/// How many ways there are.
+const WAYS: usize = 5;
+
+/// Seconds a step of one rank eagerly, of one rank from the graph, operation by operation and fused, of two ranks, and of
+/// two replicas, by round; then those of work.
 fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
     rounds: usize,
     model: M,
@@ -43,7 +47,7 @@ fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
     optimizer: impl Fn(bool) -> ModuleOptimizer + Sync,
     inputs: impl Fn() -> I + Sync,
     loss: impl Fn(&M, I) -> Tensor<1> + Sync,
-) -> Vec<[f64; 8]> {
+) -> Vec<[f64; 2 * WAYS]> {
     let measured = launch::threads(2).threads_per_rank(1).run(|rank| {
         let device = rank.device().autodiff();
         let alone = rank.split(rank.rank() as u64, 0)?;
@@ -54,7 +58,9 @@ fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
         };
         let (mut single, mut graph) = (captured(false)?, captured(true)?);
         let mut split = Some(model.clone().fork(&device).tensor_parallel(&rank, plan)?);
-        let mut optims = [false, false, true, true].map(&optimizer);
+        let captured = Strategy::new().with_dp(2).with_engine(Engine::Captured);
+        let mut replica = Some(model.clone().fork(&device).parallelize(&rank, &captured)?);
+        let mut optims = [false, false, true, true, true].map(&optimizer);
         // Models go through the optimizer by value, so that it can update them in place.
         let step = |model: &mut Option<Sharded<M>>, optim: &mut ModuleOptimizer| -> Result<(), Error> {
             if let Some(mut taken) = model.take() {
@@ -65,8 +71,8 @@ fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
         };
         let mut times = Vec::new();
         for round in 0..rounds + 1 {
-            let mut time = [0.0; 8];
-            for mode in 0..4 {
+            let mut time = [0.0; 2 * WAYS];
+            for mode in 0..WAYS {
                 rank.barrier()?;
                 let (began, worked) = (Instant::now(), work());
                 for _ in 0..STEPS_PER_TURN {
@@ -80,11 +86,17 @@ fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
                         }
                         1 => step(&mut single, &mut optims[1])?,
                         2 => step(&mut graph, &mut optims[2])?,
-                        _ => step(&mut split, &mut optims[3])?,
+                        3 => step(&mut split, &mut optims[3])?,
+                        _ => {
+                            if let Some(mut taken) = replica.take() {
+                                let done = taken.step(inputs(), &loss)?;
+                                replica = Some(taken.optimize(&mut optims[4], 1e-4, done)?);
+                            }
+                        }
                     }
                 }
                 time[mode] = began.elapsed().as_secs_f64() / STEPS_PER_TURN as f64;
-                time[mode + 4] = (work() - worked) / STEPS_PER_TURN as f64;
+                time[mode + WAYS] = (work() - worked) / STEPS_PER_TURN as f64;
             }
             let slowest = rank.all_reduce(time.to_vec(), ReduceOp::Max)?;
             // The first round captures, and is for caches and lazy initialisation.
@@ -161,33 +173,36 @@ fn work() -> f64 {
     text.split(' ').next().and_then(|nanoseconds| nanoseconds.parse::<f64>().ok()).unwrap_or(f64::NAN) / 1e9
 }
 
-fn report(figures: &mut Figures, name: &str, times: &[[f64; 8]]) {
+fn report(figures: &mut Figures, name: &str, times: &[[f64; 2 * WAYS]]) {
     let [eager, single, graph, split] = [0, 1, 2, 3].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
     let over = |a: usize, b: usize| median(times.iter().map(|time| time[a] / time[b]));
+    let replicas = 1e3 * median(times.iter().map(|time| time[4]));
     println!("{name}: eager {eager:.1} ms, graph {single:.1} ms, fused {graph:.1} ms, two ranks {split:.1} ms a step");
+    println!("{name}: two replicas {replicas:.1} ms");
     println!(
         "{name}: speed of the fused graph over eager {:.3}; of two ranks over one, both fused, {:.3}",
         over(0, 2),
         over(2, 3)
     );
-    let [eager, single, graph, split] = [4, 5, 6, 7].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
+    let [eager, single, graph, split] =
+        [WAYS, WAYS + 1, WAYS + 2, WAYS + 3].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
     println!("{name}: work {eager:.1} ms, graph {single:.1} ms, fused {graph:.1} ms, each of two ranks {split:.1} ms");
     println!(
         "{name}: work of the graph over that of eager burn {:.3}; fused over eager {:.3}, over one by one {:.3}",
-        over(5, 4),
-        over(6, 4),
-        over(6, 5)
+        over(WAYS + 1, WAYS),
+        over(WAYS + 2, WAYS),
+        over(WAYS + 2, WAYS + 1)
     );
-    println!("{name}: work of one rank over that of each of two {:.3}", over(6, 7));
-    let ways = ["eager", "captured, one by one", "captured, fused", "two ranks, fused"];
+    println!("{name}: work of one rank over that of each of two {:.3}", over(WAYS + 2, WAYS + 3));
+    let ways = ["eager", "captured, one by one", "captured, fused", "two ranks, fused", "two replicas, fused"];
     for (mode, way) in ways.iter().enumerate() {
         figures.note(format!("{name}: {way}, time"), 1e3 * median(times.iter().map(|time| time[mode])), "ms");
-        figures.note(format!("{name}: {way}, work"), 1e3 * median(times.iter().map(|time| time[mode + 4])), "ms");
+        figures.note(format!("{name}: {way}, work"), 1e3 * median(times.iter().map(|time| time[mode + WAYS])), "ms");
     }
-    figures.note(format!("{name}: fused over eager, work"), over(6, 4), "ratio");
-    figures.note(format!("{name}: fused over one by one, work"), over(6, 5), "ratio");
+    figures.note(format!("{name}: fused over eager, work"), over(WAYS + 2, WAYS), "ratio");
+    figures.note(format!("{name}: fused over one by one, work"), over(WAYS + 2, WAYS + 1), "ratio");
     figures.note(format!("{name}: one rank over each of two, time"), over(2, 3), "ratio");
-    figures.note(format!("{name}: one rank over each of two, work"), over(6, 7), "ratio");
+    figures.note(format!("{name}: one rank over each of two, work"), over(WAYS + 2, WAYS + 3), "ratio");
 }
 
 /// burn's own, or the same in one pass.

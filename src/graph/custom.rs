@@ -64,8 +64,9 @@ impl CustomOps {
     /// Whether groups of element-wise operations run as one loop each, in blocks that stay in the caches, as they do by
     /// default: additions and products with what they broadcast, masks, casts and activations, and the sums, means and
     /// maxima along the last dim between them, so that a softmax or a norm is one loop. On the host only; on other
-    /// devices burn fuses itself. Results from 256 KiB on are made in memory that is kept from step to step, as long as
-    /// anything on this thread holds these operations; a result that is dropped anywhere goes back there.
+    /// devices burn fuses itself. Tensors from 256 KiB on are made in memory that is kept from step to step, as long as
+    /// anything on this thread holds these operations: those that end within the step at places that were planned for them, in one
+    /// block as large as the largest of these steps needs; its results elsewhere, and one that is dropped anywhere goes back there.
     ///
     /// Numbers are those of the operations one by one, but for sums, those of products too, which are added in another order, and for `exp`,
     /// `log`, `tanh` and `erf` in `f32`, which are within 0.55 units in the last place of the exact value (burn's

@@ -313,14 +313,14 @@ impl Executor {
             self.position = position;
             match action {
                 Instruction::Run(op) => {
-                    interpreter.run(OperationIr::clone(op))?;
+                    interpreter.run(op)?;
                     if matches!(**op, OperationIr::Custom(_))
                         && let Some(error) = self.ops.take_error()
                     {
                         return Err(error);
                     }
                 }
-                Instruction::Free(tensor) => interpreter.run(OperationIr::Drop(tensor.clone()))?,
+                Instruction::Free(tensor) => interpreter.free(tensor),
                 Instruction::Output(tensor) => {
                     let value = interpreter.get(tensor)?;
                     let meanings = self.role.get(&tensor.id).map_or(&[][..], Vec::as_slice);

@@ -60,12 +60,17 @@ impl Interpreter {
         self.backend.bind_data(id, data);
     }
 
-    /// Runs an operation, or frees a tensor.
+    /// Frees a tensor.
+    pub(crate) fn free(&mut self, tensor: &TensorIr) {
+        self.backend.run(OperationIr::Drop(tensor.clone()));
+    }
+
+    /// Runs an operation.
     ///
     /// # Errors
     /// [`Error::Graph`] if a tensor is not on the device.
-    pub(crate) fn run(&mut self, op: OperationIr) -> Result<(), Error> {
-        match (&self.memory, matmul(&op)) {
+    pub(crate) fn run(&mut self, op: &OperationIr) -> Result<(), Error> {
+        match (&self.memory, matmul(op)) {
             (Some(memory), Some(product)) if multiplies(product.out.dtype) => {
                 let left = self.backend.get(&product.lhs)?.into_flex()?;
                 let right = self.backend.get(&product.rhs)?.into_flex()?;
@@ -73,7 +78,7 @@ impl Interpreter {
                 let out = multiply(&left, &right, &product.out.shape, room, memory.pool());
                 self.backend.bind(product.out.id, PlainTensor::from_flex(out))?;
             }
-            _ => self.backend.run(op),
+            _ => self.backend.run(op.clone()),
         }
         Ok(())
     }

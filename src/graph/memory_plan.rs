@@ -86,7 +86,7 @@ fn gap(mut taken: Vec<(usize, usize)>, bytes: usize) -> usize {
 struct Buffer {
     /// The tensor that it was made for.
     made: TensorId,
-    /// Rounded up.
+    /// Rounded up if they are many.
     bytes: usize,
     /// The first and the last instruction that it is there for, if others work in place.
     born: usize,
@@ -193,7 +193,10 @@ impl Planning {
     fn add(&mut self, out: &TensorIr, ours: Option<bool>, others: Vec<usize>, plain: bool) {
         let mut buffers = Vec::with_capacity(others.len() + 1);
         if let Some(ours) = ours {
-            let bytes = bytes_of(out).next_multiple_of(ALIGN);
+            let bytes = match bytes_of(out) {
+                large if large >= FROM => large.next_multiple_of(ALIGN),
+                small => small,
+            };
             let (made, now) = (out.id, self.now);
             let (leaves, leaves_alone) = (false, false);
             self.buffers.push(Buffer {

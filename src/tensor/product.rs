@@ -132,3 +132,49 @@ impl<T: Multiplied> Product<'_, T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers that look random, between -1 and 1.
+    fn numbers(len: usize, salt: f32) -> Vec<f32> {
+        (0..len).map(|place| ((place as f32 + salt) * 12.9898).sin()).collect()
+    }
+
+    /// Into rows with something between them, and onto what is there, which a product that does not add never reads.
+    #[test]
+    fn products_are_written_and_added_where_they_are_wanted() {
+        let pool = Pool::of_thread();
+        let (inner, columns, row_stride) = (271, 251, 260);
+        for (rows, transposed, adds) in
+            [(1, true, true), (7, true, false), (7, true, true), (64, true, true), (65, true, true), (7, false, true)]
+        {
+            let (left, right) = (numbers(rows * inner, 0.5), numbers(inner * columns, 0.25));
+            let [row, column] = if transposed { [1, inner] } else { [columns, 1] };
+            let strided = |data: &[f32], [row, column]: [usize; 2]| Strided {
+                first: data.as_ptr(),
+                row: row as isize,
+                column: column as isize,
+            };
+            let (l, r) = (strided(&left, [inner, 1]), strided(&right, [row, column]));
+            let product = Product { rows, inner, columns, left: l, right: r, adds, pool: &pool };
+            let before = if adds { numbers(rows * row_stride, 0.75) } else { vec![f32::NAN; rows * row_stride] };
+            let mut out = before.clone();
+            // SAFETY: all of them are that large.
+            unsafe { product.write(out.as_mut_ptr(), row_stride, gemm::Parallelism::None) };
+            for place in 0..rows * row_stride {
+                let (at, to) = (place / row_stride, place % row_stride);
+                if to >= columns {
+                    assert_eq!(out[place].to_bits(), before[place].to_bits(), "nothing is written between rows");
+                    continue;
+                }
+                let terms =
+                    (0..inner).map(|k| f64::from(left[at * inner + k]) * f64::from(right[k * row + to * column]));
+                let expected = terms.sum::<f64>() + if adds { f64::from(before[place]) } else { 0.0 };
+                let found = f64::from(out[place]);
+                assert!((found - expected).abs() <= 1e-4, "{rows} {transposed} {adds}: {found} for {expected}");
+            }
+        }
+    }
+}

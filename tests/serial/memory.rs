@@ -152,6 +152,7 @@ fn a_step_needs_what_is_known_of_it() {
         // otherwise at another time.
         let (known, taken) = known_and_taken(&strategy, true);
         let ratio = taken as f64 / known as f64;
+        println!("RATIO {name} {ratio:.3}");
         assert!(ratio < 2.25, "{name}, three steps: {known} known, {taken} needed: {ratio:.2}");
         strategy.tensor.fusion = false;
         strategy.pipeline = strategy.pipeline.map(|pipeline| pipeline.with_fusion(false));

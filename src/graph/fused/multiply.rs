@@ -35,7 +35,7 @@ pub(crate) fn multiply(
 }
 
 /// A factor as it lies in memory.
-struct Factor<'a, T> {
+pub(super) struct Factor<'a, T> {
     data: &'a [T],
     /// The place of its first element.
     start: isize,
@@ -47,7 +47,7 @@ struct Factor<'a, T> {
 
 impl<'a, T: Element + bytemuck::Pod> Factor<'a, T> {
     /// One of `rows` and `columns`, for each of a batch.
-    fn new(tensor: &'a FlexTensor, batch: &[usize], [rows, columns]: [usize; 2]) -> Self {
+    pub(super) fn new(tensor: &'a FlexTensor, batch: &[usize], [rows, columns]: [usize; 2]) -> Self {
         let (shape, strides) = (tensor.layout().shape().as_slice(), tensor.layout().strides());
         let (data, start) = (tensor.storage::<T>(), tensor.layout().start_offset() as isize);
         let [own_batch @ .., own_rows, own_columns] = shape else { panic!("a factor has rows and columns") };
@@ -66,7 +66,7 @@ impl<'a, T: Element + bytemuck::Pod> Factor<'a, T> {
     }
 
     /// One of a batch.
-    fn of(&self, mut number: usize, batch: &[usize]) -> Strided<T> {
+    pub(super) fn of(&self, mut number: usize, batch: &[usize]) -> Strided<T> {
         let mut offset = self.start;
         for (size, stride) in batch.iter().zip(&self.batch).rev() {
             offset += (number % size) as isize * stride;
