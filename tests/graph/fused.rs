@@ -331,9 +331,9 @@ fn views_that_leave_a_step_stay_what_they_were() {
         let product = x.clone().matmul(weight);
         let view = product.clone().swap_dims(0, 1);
         let scaled = product.clone() * 2.0 + 1.0;
-        let rows = scaled.clone().slice([3..9]);
+        let rows = scaled.clone().slice(3..9);
         let activated = (scaled.clone().tanh() - product.clone()).reshape([128, 2, 272]);
-        let cut = x.clone().slice([0..2]);
+        let cut = x.clone().slice(0..2);
         vec![view.exp().swap_dims(0, 1), product.swap_dims(0, 1), rows, activated.flatten(0, 1), cut, scaled, x]
     };
     let inputs = |seed| {
