@@ -3,6 +3,10 @@
 //! The grid goes to the terminal, and with `--svg` to a picture; under it stand the idle share and how many activations
 //! each stage keeps alive.
 
+#[path = "common/flags.rs"]
+#[allow(dead_code, reason = "what other programs need of flags")]
+mod flags;
+
 use std::error::Error;
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
@@ -139,13 +143,7 @@ fn main() -> ExitCode {
             let _ = help.print();
             return ExitCode::SUCCESS;
         }
-        Err(wrong) => {
-            // The first paragraph says what is wrong, the others of clap how the usage is.
-            let message = wrong.to_string();
-            let lines: Vec<&str> = message.lines().map(str::trim).take_while(|line| !line.is_empty()).collect();
-            let line = lines.join(" ");
-            return fail(2, line.strip_prefix("error: ").unwrap_or(&line));
-        }
+        Err(wrong) => return fail(2, &flags::one_line(&wrong)),
     };
     let chosen = flags.timetable().and_then(|timetable| {
         let costs = flags.costs(timetable.stages())?;

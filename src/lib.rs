@@ -98,7 +98,8 @@ pub use error::Error;
 /// What a training program needs.
 pub mod prelude {
     pub use crate::Error;
-    pub use crate::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+    pub use crate::batch::NoiseScale;
+    pub use crate::checkpoint::{CheckpointOptions, Checkpointer, DataPosition, TrainState};
     pub use crate::comm::{Communicator, ReduceOp};
     pub use crate::data_parallel::{DataParallel, DataParallelConfig};
     pub use crate::data_parallel::{DistributedDataset, DistributedSampler, Remainder};

@@ -9,8 +9,8 @@ use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use serde::Serialize;
 
-use super::flags::Axes;
 use super::memory::Memory;
+use super::mesh::Axes;
 use super::progress::Seconds;
 use super::usage::{Communication, Pipeline};
 

@@ -6,6 +6,7 @@ pub mod device;
 pub mod figures;
 pub mod flags;
 pub mod memory;
+pub mod mesh;
 pub mod program;
 pub mod progress;
 pub mod saving;

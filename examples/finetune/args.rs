@@ -8,9 +8,8 @@ use burn_parallel::prelude::*;
 use clap::{Parser, ValueEnum};
 
 use crate::common::batch::{self, GrowthFlags, Rows};
-use crate::common::flags::{
-    Axes, MeshFlags, STRATEGY_KEYS, every_replica, learning_rate, norm, parse, up_to, writable, wrong,
-};
+use crate::common::flags::{learning_rate, norm, parse, up_to, writable, wrong};
+use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS};
 use crate::common::saving::SaveFlags;
 use crate::common::start::{LaunchFlags, Start};
 use crate::data::set::BatchSize;
@@ -85,7 +84,8 @@ struct Flags {
     #[arg(long, value_name = "TYPE", value_enum, default_value = "f32")]
     dtype: Products,
 
-    /// Computes operations that cost little once more in backward, in place of keeping what they gave
+    /// Computes operations that cost little once more in backward, in place of keeping what they gave; where --tp or
+    /// --zero 3 have steps captured without a pipeline it does nothing
     #[arg(long)]
     recompute: bool,
 
@@ -218,6 +218,8 @@ pub struct Args {
     pub packed: bool,
     /// Whether operations that cost little are computed again in backward.
     pub recompute: bool,
+    /// What flags ask for that is not done, and why.
+    pub notes: Vec<String>,
     pub length: Length,
     pub lr: f64,
     pub warmup: usize,
@@ -248,7 +250,7 @@ impl Args {
     fn of(flags: Flags) -> Result<Self, String> {
         let start = flags.launch.read()?;
         let mesh = flags.mesh.read(start.started, 1, start.min_ranks)?;
-        let axes @ Axes { dp, pp, tp, .. } = mesh.0;
+        let axes @ Axes { dp, pp, tp, .. } = mesh.axes;
         let autocast = match flags.dtype {
             Products::F32 => Autocast::default(),
             Products::Bf16 => Autocast(Some(DType::BF16)),
@@ -266,11 +268,7 @@ impl Args {
         if flags.growth.grow_batch.is_some() && flags.steps.is_none() {
             return Err("--grow-batch: how many steps an epoch has is not known before: give --steps".into());
         }
-        let in_pipeline = match &mesh.1 {
-            _ if pp == 1 => 1,
-            Some(strategy) => strategy.pipeline.as_ref().map_or(1, |pipeline| pipeline.micro_batches),
-            None => 4 * pp,
-        };
+        let in_pipeline = if pp == 1 { 1 } else { mesh.micro_batches().unwrap_or(4 * pp) };
         let batch = match flags.batch {
             Rows::Number(rows) => rows,
             // What is tried, or to begin with: one row in each micro-batch.
@@ -278,11 +276,12 @@ impl Args {
         };
         let size = match flags.batch_tokens {
             Some(most) if most < seq * dp => {
-                return Err(format!("--batch-tokens {most} is less than a row of --seq {seq} for each of --dp {dp}"));
+                let replicas = axes.said("dp", dp);
+                return Err(format!("--batch-tokens {most} is less than a row of --seq {seq} for each of {replicas}"));
             }
             Some(most) => BatchSize::Tokens { most, replicas: dp },
             None => {
-                every_replica(batch, dp)?;
+                mesh.every_replica(batch)?;
                 flags.growth.check(batch)?;
                 BatchSize::Rows(batch)
             }
@@ -295,12 +294,20 @@ impl Args {
         if let Some(micro_batch) = flags.micro_batch.filter(|rows| *rows > share) {
             return Err(format!("--micro-batch {micro_batch} is more than the {share} rows of a replica"));
         }
-        if pp > 1 && flags.micro_batch.is_some() && mesh.1.is_some() {
+        if pp > 1 && flags.micro_batch.is_some() && mesh.file.is_some() {
             return Err("--micro-batch: the file of --strategy says the micro-batches of its pipeline".into());
         }
+        mesh.every_micro_batch(share)?;
         let micro = flags.micro_batch.unwrap_or(if pp == 1 { share } else { (share / (4 * pp)).max(1) });
         let plan = if tp == 1 { Plan::new() } else { directory::plan() };
-        let strategy = flags.growth.strategy(flags.mesh.strategy(mesh, plan, share.div_ceil(micro))?);
+        let strategy = flags.growth.strategy(flags.mesh.strategy(&mesh, plan, share.div_ceil(micro))?);
+        mesh.every_stage(&strategy, config.layers)?;
+        let captured = strategy.captures(axes.ranks).map_err(|problem| problem.to_string())?;
+        let recompute = flags.recompute && (pp > 1 || !captured);
+        let notes = match flags.recompute && !recompute {
+            true => vec![idle_recompute(axes, &strategy)],
+            false => Vec::new(),
+        };
         let rows = match &strategy.pipeline {
             Some(pipeline) if pp > 1 => share.max(pipeline.micro_batches),
             _ => micro,
@@ -338,7 +345,8 @@ impl Args {
             rows,
             seq,
             packed: !flags.unpacked,
-            recompute: flags.recompute,
+            recompute,
+            notes,
             length: match flags.steps {
                 _ if !kept => Length::Steps(batch::TRIAL_STEPS),
                 Some(steps) => Length::Steps(steps),
@@ -396,6 +404,18 @@ impl Args {
         let rows = rows * self.in_pipeline();
         Self { size: BatchSize::Rows(rows * self.axes.dp), rows, auto: false, ..self.clone() }
     }
+}
+
+/// Why `--recompute` does nothing where steps are captured, and no pipeline divides forward from backward.
+fn idle_recompute(axes: Axes, strategy: &Strategy) -> String {
+    let why = match (axes.tp, strategy.data.sharding) {
+        (1, Sharding::Parameters) => "divided parameters have".into(),
+        (1, _) => "`engine = \"captured\"` has".into(),
+        (tp, _) => format!("{} has", axes.said("tp", tp)),
+    };
+    format!(
+        "--recompute does nothing: {why} steps captured, whose fused loops hold less than what would be computed again"
+    )
 }
 
 /// Whether there is what is to be resumed, and room where the outcome is to be, with no model of another run.

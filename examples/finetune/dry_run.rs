@@ -19,8 +19,8 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<String, Error> {
     let device = args.autodiff(&args.start.device.of(&rank, args.start.launch)?);
     let mut model = spread(&world, args, &device)?;
     let rows = input.data.batch(0, input.end(args), args.size);
-    let replica = model.mesh().coordinate("dp")?;
-    let share = input.data.share(rows.clone(), replica, args.axes.dp, args.rows).map_err(Error::user)?;
+    let (replica, replicas) = model.replica();
+    let share = input.data.share(rows.clone(), replica, replicas, args.rows).map_err(Error::user)?;
     model.prepare(batch(&share[0], &device), Llama::loss)?;
     let held = Held::of(&model, args);
     let parts = match args.strategy.data.sharding {
@@ -32,7 +32,9 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<String, Error> {
     let trained = held.trained / divided;
     let all = world.all_gather(vec![held.all as i64, trained as i64, 2 * trained as i64])?;
 
-    let mut said = vec![input.said(), format!("{} steps", input.steps(args)), String::new()];
+    let mut said = vec![input.said(), format!("{} steps", input.steps(args))];
+    said.extend(args.notes.iter().cloned());
+    said.push(String::new());
     said.push(format!("The strategy:\n\n{}", args.strategy));
     if args.axes.tp > 1 {
         let whole = spread_by_plan(args)?;

@@ -97,7 +97,8 @@ fn weights(args: &Args) -> Result<usize, String> {
     let model = args.config.init(&Device::flex());
     if args.axes.tp > 1 {
         let split = args.strategy.tensor.plan.table(&model, args.axes.tp);
-        split.map_err(|why| format!("--tp {}: {}", args.axes.tp, why.to_string().replace('\n', " ")))?;
+        let said = args.axes.said("tp", args.axes.tp);
+        split.map_err(|why| format!("{said}: {}", why.to_string().replace('\n', " ")))?;
     }
     let compared = hf::compare(&model, &weights, &Mapping::llama()).map_err(|why| wrong(why.to_string()))?;
     if let Some(unfit) = compared.unfit.first() {

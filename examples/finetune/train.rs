@@ -29,6 +29,7 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
     let speaks = rank.rank() == 0;
     if speaks {
         eprintln!("{}", input.said());
+        args.notes.iter().for_each(|note| eprintln!("{note}"));
     }
     let world = device::world(&rank, args.start.launch, args.start.nccl)?;
     let device = args.start.device.of(&rank, args.start.launch)?;
@@ -36,12 +37,12 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
     agree(&world, args, input)?;
 
     let model = spread(&world, args, &autodiff)?;
-    let (replica, replicas) = (model.mesh().coordinate("dp")?, args.axes.dp);
+    let (replica, replicas) = model.replica();
     let (end, steps) = (input.end(args), input.steps(args));
     let share = |rows| input.data.share(rows, replica, replicas, args.rows).map_err(Error::user);
     let first = share(input.data.batch(0, end, args.size))?;
     let model = directory::load(model, &args.model, &batch(&first[0], &autodiff))?;
-    let optim = AdamWConfig::new().with_weight_decay(args.weight_decay as f32).with_epsilon(1e-8).init();
+    let optim = AdamWConfig::new().with_weight_decay(args.weight_decay as f32).with_epsilon(1e-8).init_fused();
     let mut run = Run::new(model, optim, schedule(args, steps)?, input);
     let begun = run.resume(&world, args, input)?;
     let mut saving = Saving::begin(&args.saving, &world, folder, &args.strategy, steps)?;

@@ -3,26 +3,29 @@
 //!
 //! One small GPT under every strategy, and with small and large batches. Tables go to standard output, as Markdown.
 
+#[path = "../common/mod.rs"]
+#[allow(dead_code, reason = "what programs share that train one model")]
+mod common;
 mod critical;
 mod curves;
 mod figures;
 #[path = "../train_lm/gpt.rs"]
 #[allow(dead_code)]
 mod gpt;
-#[path = "../common/memory.rs"]
-mod memory;
 mod strategies;
 #[path = "../train_lm/text.rs"]
 #[allow(dead_code)]
 mod text;
 mod training;
 
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use burn_parallel::Error;
 use clap::Parser;
 
+use crate::common::flags::parse;
+use crate::common::program::{self, Failure};
 use crate::text::Text;
 use crate::training::Sizes;
 
@@ -48,24 +51,18 @@ struct Flags {
 }
 
 fn main() -> ExitCode {
-    match run(&Flags::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(why) => {
-            eprintln!("strategies: {why}");
-            ExitCode::FAILURE
-        }
-    }
+    program::run(parse(), |flags: &Flags| run(flags).map(|()| None))
 }
 
-fn run(flags: &Flags) -> Result<(), Error> {
-    std::fs::create_dir_all(&flags.out).map_err(|why| Error::user(format!("{}: {why}", flags.out.display())))?;
+fn run(flags: &Flags) -> Result<(), Failure> {
+    let wrong = |why: &dyn Display| format!("{}: {why}", flags.out.display());
     let sizes = if flags.quick { Sizes::quick() } else { Sizes::full() };
-    let text = Text::load(flags.text.as_deref(), sizes.seq).map_err(Error::user)?;
-    println!("{}", strategies::measure(&sizes)?);
+    let text = Text::load(flags.text.as_deref(), sizes.seq).map_err(Failure::Refused)?;
+    std::fs::create_dir_all(&flags.out).map_err(|why| Failure::Refused(format!("--out {}", wrong(&why))))?;
+    program::tell(&strategies::measure(&sizes)?)?;
     let curves = curves::measure(&sizes, &text, flags.seeds)?;
-    println!("{}", curves::table(&curves));
-    figures::draw(&curves, sizes.seq, &flags.out)
-        .map_err(|why| Error::user(format!("{}: {why}", flags.out.display())))?;
-    println!("{}", critical::measure(&sizes, &text, flags.seeds)?);
+    program::tell(&curves::table(&curves))?;
+    figures::draw(&curves, sizes.seq, &flags.out).map_err(|why| wrong(&why))?;
+    program::tell(&critical::measure(&sizes, &text, flags.seeds)?)?;
     Ok(())
 }

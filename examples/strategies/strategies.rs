@@ -10,7 +10,7 @@ use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use burn_parallel::train::Clip;
 
-use crate::memory::{Memory, Peak};
+use crate::common::memory::{Memory, Peak};
 use crate::text::tensors;
 use crate::training::{Sizes, loss, model, optimizer, settings};
 

@@ -2,22 +2,29 @@
 
 use std::path::PathBuf;
 
-use burn_parallel::batch::BatchSplit;
+use burn_parallel::batch::{BatchSplit, MemoryBudget};
 use burn_parallel::prelude::*;
 use clap::Parser;
 
 use crate::common::batch::{self, Batch, GrowthFlags, Rows};
-use crate::common::flags::{
-    Axes, MeshFlags, STRATEGY_KEYS, every_replica, learning_rate, norm, parse, up_to, writable, wrong,
-};
+use crate::common::device::Compute;
+use crate::common::flags::{learning_rate, norm, parse, up_to, writable, wrong};
+use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS};
 use crate::common::saving::SaveFlags;
-use crate::common::start::{LaunchFlags, Start};
+use crate::common::start::{Launch, LaunchFlags, Start};
 use crate::gpt::GptConfig;
 use crate::text::VOCAB;
+
+/// The ranks, if neither flags nor a launcher say how many.
+const RANKS: usize = 2;
+
+const RANKS_HELP: &str = "How many ranks train together, threads or processes as --launch says [default: those that a launcher has \
+                          started; else --dp times --pp times --tp; 2 if none of these is given]";
 
 /// Trains a small byte-level GPT on any UTF-8 text, on several ranks.
 #[derive(Parser, Debug)]
 #[command(name = "train_lm", max_term_width = 100, after_help = STRATEGY_KEYS)]
+#[command(mut_arg("ranks", |ranks| ranks.help(RANKS_HELP)))]
 struct Flags {
     /// The text to learn from, UTF-8 [default: a text that comes with the example]
     #[arg(long, value_name = "PATH")]
@@ -134,32 +141,37 @@ impl Args {
 
     fn of(flags: Flags) -> Result<Self, String> {
         let start = flags.launch.read()?;
-        let mesh = flags.mesh.read(start.started, 2, start.min_ranks)?;
-        let axes @ Axes { dp, pp, tp, .. } = mesh.0;
+        let mesh = flags.mesh.read(start.started, RANKS, start.min_ranks)?;
+        let axes @ Axes { dp, pp, tp, .. } = mesh.axes;
         let Flags { d_model, heads, .. } = flags;
         let (trial, auto) = (batch::trial(), flags.batch == Rows::Auto);
         if auto {
             batch::check_auto(&start, flags.micro_batch)?;
         }
         // What is tried, or to begin with: one row in each micro-batch.
-        let in_pipeline = match (&mesh.1, pp) {
-            (_, 1) => 1,
-            (Some(strategy), _) => strategy.pipeline.as_ref().map_or(1, |pipeline| pipeline.micro_batches),
-            (None, _) => flags.micro_batches.unwrap_or(4 * pp),
+        let in_pipeline = match pp {
+            1 => 1,
+            _ => mesh.micro_batches().or(flags.micro_batches).unwrap_or(4 * pp),
         };
         let batch = match flags.batch {
             Rows::Number(rows) => rows,
             Rows::Auto => dp * in_pipeline * trial.unwrap_or(1),
         };
-        every_replica(batch, dp)?;
+        mesh.every_replica(batch)?;
         if let Some(micro_batch) = flags.micro_batch.filter(|&rows| rows > batch) {
             return Err(format!("--micro-batch {micro_batch} is larger than --batch {batch}"));
         }
         // The replica with fewest rows decides.
         let rows = batch / dp;
+        mesh.every_micro_batch(rows)?;
         if pp > 1 && flags.micro_batch.is_some() {
+            let instead = match mesh.file {
+                Some(_) => "`pipeline.micro_batches` of the file says how many there are",
+                None => "give --micro-batches",
+            };
             return Err(format!(
-                "--micro-batch is for ranks that hold all layers: with --pp {pp}, give --micro-batches"
+                "--micro-batch is for ranks that hold all layers: with {}, {instead}",
+                axes.said("pp", pp)
             ));
         }
         if let Some(micro_batches) = flags.micro_batches {
@@ -175,17 +187,21 @@ impl Args {
             return Err(format!("--heads {heads} does not divide --d-model {d_model}"));
         }
         if heads % tp != 0 {
-            return Err(format!("--tp {tp} does not divide --heads {heads}: each rank takes whole heads"));
+            return Err(format!(
+                "{} does not divide --heads {heads}: each rank takes whole heads",
+                axes.said("tp", tp)
+            ));
         }
         if let Some(json) = &flags.json {
             writable(json, flags.text.as_deref())?;
         }
 
         let micro_batches = flags.micro_batches.unwrap_or((4 * pp).min(rows));
-        let strategy = flags.growth.strategy(flags.mesh.strategy(mesh, Plan::megatron(), micro_batches)?);
+        let strategy = flags.growth.strategy(flags.mesh.strategy(&mesh, Plan::megatron(), micro_batches)?);
+        mesh.every_stage(&strategy, flags.layers)?;
         // A trial leaves nothing behind.
         let kept = trial.is_none() || !auto;
-        Ok(Self {
+        let args = Self {
             text: flags.text,
             axes,
             strategy,
@@ -204,7 +220,40 @@ impl Args {
             json: flags.json.filter(|_| kept),
             saving: if kept { flags.saving } else { flags.saving.none() },
             start,
-        })
+        };
+        if !auto {
+            args.attention_fits()?;
+        }
+        Ok(args)
+    }
+
+    /// Whether there is memory for the attention of one layer, by which a long row is far beyond all else. What is too
+    /// much would be killed without a word by a system that overcommits.
+    fn attention_fits(&self) -> Result<(), String> {
+        let Self { axes, seq, heads, start, .. } = self;
+        if start.device != Compute::Flex {
+            return Ok(());
+        }
+        let Ok(MemoryBudget { bytes, limit }) = MemoryBudget::of_system() else { return Ok(()) };
+        // The mask, a byte each, which serves all rows; and scores, where no fused loop computes them a few at a time.
+        let rows = self.rows_at_once();
+        let each = match self.strategy.captures(axes.ranks).map_err(|problem| problem.to_string())? {
+            true => 1,
+            false => 1 + 4 * heads * rows,
+        };
+        // What a launcher has started may be on several machines.
+        let replicas = if start.launch == Launch::Env { 1 } else { axes.dp };
+        let needed = (*seq as u128).pow(2) * (each * replicas) as u128;
+        if needed <= u128::from(bytes) {
+            return Ok(());
+        }
+        let all = if replicas == 1 { String::new() } else { format!(" on {replicas} replicas") };
+        Err(format!(
+            "--seq {seq}: the attention of {rows} rows at once{all} takes {} MB at least, and there are {} MB ({limit}): give a \
+             shorter --seq, or fewer rows at once",
+            needed / 1_000_000,
+            bytes / 1_000_000
+        ))
     }
 
     /// The same run on fewer ranks: fewer replicas share the same batch, in micro-batches as large as before.

@@ -36,9 +36,9 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
     let world = device::world(&rank, args.start.launch, args.start.nccl)?;
     let device = args.start.device.of(&rank, args.start.launch)?.autodiff();
     let mut model = model.fork(&device).parallelize(&world, &args.strategy)?;
-    let replica = model.mesh().coordinate("dp")?;
+    let (replica, replicas) = model.replica();
     let batch = |number: usize, split: &BatchSplit| {
-        let rows = text.rows(args.seed, number, split.rows(), replica, args.axes.dp);
+        let rows = text.rows(args.seed, number, split.rows(), replica, replicas);
         let first = split.replica(replica).start;
         let part = |part: Range<usize>| tensors(&rows[part.start - first..part.end - first], &device);
         split.micro_batches(replica).into_iter().map(part).collect::<Vec<_>>()
@@ -47,7 +47,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
     let begin = |size: Batch| size.begin(args.batch, args.growth, args.steps);
     let size = begin(Batch::default())?;
     model.prepare(batch(0, &args.split(&size)?).swap_remove(0), loss)?;
-    let optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init();
+    let optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init_fused();
     let (schedule, flags) = (schedule(args)?, SavedFlags::of(args));
     let mut run = Run { model, optim, schedule, flags, losses: Vec::new(), grad_norms: Vec::new(), batch: size };
     let first = run.resume(&world, args)?;

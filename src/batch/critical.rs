@@ -49,6 +49,50 @@ pub struct CriticalBatch {
 /// # Ok::<(), burn_parallel::Error>(())
 /// ```
 ///
+/// From a checkpoint, here of two replicas:
+///
+/// ```
+/// use burn::nn::LinearConfig;
+/// use burn::optim::{AdamWConfig, ModuleOptimizer};
+/// use burn::prelude::*;
+/// use burn_parallel::batch::{AdamSettings, critical_batch_size};
+/// use burn_parallel::prelude::*;
+///
+/// # let dir = std::env::temp_dir().join(format!("critical-doc-{}", std::process::id()));
+/// const BASE: AdamSettings = AdamSettings { lr: 0.01, beta_1: 0.9, beta_2: 0.99, epsilon: 1e-8 };
+///
+/// fn optimizer(settings: AdamSettings) -> ModuleOptimizer {
+///     let AdamSettings { beta_1, beta_2, epsilon, .. } = settings;
+///     AdamWConfig::new().with_beta_1(beta_1 as f32).with_beta_2(beta_2 as f32).with_epsilon(epsilon as f32).init()
+/// }
+///
+/// let found = launch::threads(2).run(|world| {
+///     let device = world.device().autodiff();
+///     let wrap = || LinearConfig::new(4, 1).init(&device).parallelize(&world, &Strategy::new());
+///     let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointOptions::new())?;
+///     # let (mut model, mut optim) = (wrap()?, optimizer(BASE));
+///     # let step = model.step(Tensor::<2>::ones([2, 4], &device), |model, x| model.forward(x).powi_scalar(2).mean())?;
+///     # model = model.optimize(&mut optim, 0.01, step)?;
+///     # checkpoints.save(100, TrainState::new(&mut model).with_optimizer("adamw", &mut optim))?;
+///     critical_batch_size(4, 64, &[1, 2, 4, 8], 0.05, |branch| {
+///         let settings = BASE.for_batch(branch.factor as f64)?;
+///         let (mut model, mut optim) = (wrap()?, optimizer(settings));
+///         checkpoints.restore_step(100, TrainState::new(&mut model).with_optimizer("adamw", &mut optim))?;
+///         let mut sum = 0.0;
+///         for _ in 0..branch.steps {
+///             let x = Tensor::<2>::ones([branch.rows / 2, 4], &device);      // this replica's share of the next rows
+///             let step = model.step(x, |model, x| model.forward(x).powi_scalar(2).mean())?;
+///             sum += step.loss.item() * branch.rows as f64;
+///             model = model.optimize(&mut optim, settings.lr, step)?;
+///         }
+///         Ok(sum / 64.0)
+///     })
+/// })?;
+/// assert!(found[0].branches.len() == 4 && found[0] == found[1]);
+/// # std::fs::remove_dir_all(&dir).unwrap();
+/// # Ok::<(), Error>(())
+/// ```
+///
 /// # Errors
 /// [`Error::InvalidArgument`] if the factors do not grow from 1, if `rows_each` does not suffice for one step of the
 /// largest batch, or if a loss is not finite in the first branch; those of `train`.

@@ -1,14 +1,13 @@
 //! Describes one rank's call of an operation: what is logged, compared between ranks, counted and printed.
 
 use std::fmt;
-use std::hash::{DefaultHasher, Hash, Hasher};
 
 use burn::tensor::DType;
 
 use super::Operation;
 #[cfg(feature = "cubecl")]
 use super::ReduceOp;
-use super::element;
+use super::{element, split_names};
 
 /// The shape of a rank's contribution, without an allocation: up to eight dims, the rest folded into the last. Where
 /// there are more, a call carries a hash of them as well.
@@ -133,10 +132,12 @@ impl Call {
 
     /// A call that splits a group for a purpose of this name, which is the same on all ranks.
     pub fn split(name: &str) -> Self {
-        let mut hasher = DefaultHasher::new();
-        name.hash(&mut hasher);
-        let number = if name.is_empty() { 0 } else { hasher.finish() & !Self::ON_DEVICE };
-        Self::new(Operation::Split, None, Extent::flat(0)).agreeing(number)
+        Self::new(Operation::Split, None, Extent::flat(0)).agreeing(split_names::keep(name))
+    }
+
+    /// What a call that splits a group is for, as far as that is known.
+    pub(crate) fn split_name(&self) -> Option<String> {
+        (self.operation == Operation::Split).then(|| split_names::name(self.fingerprint)).flatten()
     }
 
     /// Whether the data stays on its device.
@@ -193,6 +194,9 @@ impl Call {
 impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.operation.name())?;
+        if let Some(name) = self.split_name() {
+            return write!(f, "({name})");
+        }
         match self.operation {
             Operation::AllReduce(op) | Operation::ReduceScatter(op) => write!(f, "({op:?})")?,
             Operation::Reduce { op, root } => write!(f, "({op:?}, root {root})")?,

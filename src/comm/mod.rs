@@ -61,6 +61,7 @@ pub(crate) mod receive_buffer;
 pub(crate) mod reduce;
 #[cfg(any(feature = "cuda", test))]
 mod sent_messages;
+mod split_names;
 pub mod tcp;
 mod ticks;
 mod transport;

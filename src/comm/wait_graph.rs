@@ -35,12 +35,25 @@ impl WaitGraph<'_> {
         let why = why[usize::from(roots.len() > 1)];
         match (roots.as_slice(), in_turn.as_slice()) {
             ([], []) => said,
-            ([], _) if self.whole => said,
-            ([], in_turn) => format!("{said}, that is for {}", names(in_turn)),
+            ([], in_turn) => {
+                let of_world = if self.whole { String::new() } else { format!(", that is for {}", names(in_turn)) };
+                format!("{said}{of_world}{}", self.ring(in_turn))
+            }
             (roots, []) if late.is_some() => format!("{}, which {why}", names(roots)),
             // They had come, and something is missing of them.
             (roots, []) => format!("{}, which {why}; here for {said}", names(roots)),
             (roots, in_turn) => format!("{}, which {why}; here for {}, waiting in turn", names(roots), names(in_turn)),
+        }
+    }
+
+    /// What is to be said of ranks that wait themselves, and for nobody who is in no call: they wait for each other.
+    fn ring(&self, ranks: &[usize]) -> &'static str {
+        let waits = |rank: &usize| self.waits_for[*rank].as_ref().is_some_and(|others| !others.is_empty());
+        match ranks.iter().all(waits) {
+            true => {
+                "; what it waits for waits in turn in another call, so some rank may have a call that the others do not make"
+            }
+            false => "",
         }
     }
 
@@ -107,7 +120,9 @@ mod tests {
         assert_eq!(said, "rank 3 of the world, which is in no call; here for rank 2 of the world, waiting in turn");
         // Whoever is in no call and is not waited for has nothing to do with it.
         let waits = [Some(&[2][..]), Some(&[]), Some(&[0]), Some(&[])];
-        assert_eq!(describe(&[0, 2], Some(&[1]), waits, "rank 1"), "rank 1, that is for rank 2 of the world");
+        let said = describe(&[0, 2], Some(&[1]), waits, "rank 1");
+        assert!(said.starts_with("rank 1, that is for rank 2 of the world; "), "{said}");
+        assert!(said.contains("a call that the others do not make"), "{said}");
         let waits = [Some(&[1, 2][..]), Some(&[]), Some(&[]), Some(&[0])];
         assert_eq!(describe(&[0, 1, 2, 3], Some(&[1, 2]), waits, "ranks 1, 2"), "ranks 1, 2");
     }

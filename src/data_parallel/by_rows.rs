@@ -5,7 +5,8 @@
 //!
 //! 1. Before each micro-batch the replicas tell each other how many rows theirs has, if they have one, and whether more come. The
 //!    rows of the first are the unit in which all gradients of the step are summed.
-//! 2. A replica that has none learns from one that has what they exchange, and takes part with nothing of its own.
+//! 2. They make sure that all exchange the same in it. A replica that has none, or uses other parameters than others, takes part in
+//!    what it does not exchange itself with nothing of its own ([`RowShards::agree`]).
 //! 3. After the last one losses and weights are summed: the gradients are divided by the weight.
 
 use std::collections::HashMap;
@@ -15,12 +16,12 @@ use burn::tensor::Tensor;
 
 use super::config::DataParallelConfig;
 use super::noise_meter;
+use super::reduction_state::accumulate;
 use super::replica::{Averaging, Replica};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::distribution::RowShards;
 use crate::graph::{GradientSink, StepEngine, gradients_params};
-use crate::partition::Exchange;
 use crate::step::{LossValue, NoNoise, NoiseState, Step, StepFn};
 use crate::tensor::{PlainTensor, TensorTree, rows};
 
@@ -71,27 +72,18 @@ impl<E: StepEngine> Replica<E> {
         loop {
             let inputs = micro_batches.next();
             let head = Head::of(inputs.as_ref(), micro_batches.peek().is_some())?.meet(shards.replicas())?;
-            let Some(first) = head.first() else { break };
-            let unit = *unit.get_or_insert(head.rows());
-            if !head.all() {
-                let words = match &inputs {
-                    Some(inputs) if first == shards.replicas().rank() => {
-                        self.engine.exchanges(inputs.clone(), step.again())?
-                    }
-                    _ => Vec::new(),
-                };
-                let words = share(words, first, shards.replicas())?;
-                if inputs.is_none() {
-                    drop(shards.bound(self.engine.local())?);
-                    let mut add = |id, sum| sums.add(id, sum);
-                    shards.take_part(self.engine.local(), &Exchange::of_words(&words), &mut add)?;
-                }
+            if !head.any() {
+                break;
             }
-            if let Some(inputs) = inputs {
-                let gave = self.engine.run(inputs, step.again(), Some(unit), &mut sums)?;
-                losses.extend(gave.loss);
-                outputs.extend(gave.outputs);
-                runs.extend(gave.run);
+            let unit = *unit.get_or_insert(head.rows());
+            match inputs {
+                Some(inputs) => {
+                    let gave = self.engine.run(inputs, step.again(), Some(unit), &mut sums)?;
+                    losses.extend(gave.loss);
+                    outputs.extend(gave.outputs);
+                    runs.extend(gave.run);
+                }
+                None => self.take_part(shards, &mut sums)?,
             }
             if !head.more() {
                 break;
@@ -116,6 +108,18 @@ impl<E: StepEngine> Replica<E> {
             noise,
         })
     }
+
+    /// Takes part in the micro-batch of the others.
+    fn take_part(&mut self, shards: &RowShards, sums: &mut Sums<'_>) -> Result<(), Error> {
+        let mut lent = HashMap::new();
+        for (id, sum) in shards.take_part(self.engine.local())? {
+            let sum = accumulate(lent.remove(&id), sum);
+            lent.insert(id, sum);
+        }
+        self.engine.complete(&mut lent)?;
+        lent.into_iter().for_each(|(id, sum)| sums.add(id, sum));
+        Ok(())
+    }
 }
 
 /// The mean loss over everything that made up the step, its weight, and what the gradients say of their noise.
@@ -137,13 +141,6 @@ fn total(
         [sum, weight, ..] => Ok((sum / weight, weight, NoiseState::None(NoNoise::BetweenStages))),
         _ => Err(Error::invalid("step", "the losses of the replicas came back incomplete")),
     }
-}
-
-/// Gives words of the rank `root` to all.
-fn share(words: Vec<u64>, root: usize, control: &Communicator) -> Result<Vec<u64>, Error> {
-    let len = control.broadcast(vec![words.len() as u64], root)?[0] as usize;
-    let words = if control.rank() == root { words } else { vec![0; len] };
-    control.broadcast(words, root)
 }
 
 /// What a replica says of its next micro-batch.
@@ -172,13 +169,9 @@ impl Head {
 struct Heads(Vec<Head>);
 
 impl Heads {
-    /// The first replica that has a micro-batch.
-    fn first(&self) -> Option<usize> {
-        self.0.iter().position(|head| head.here)
-    }
-
-    fn all(&self) -> bool {
-        self.0.iter().all(|head| head.here)
+    /// Whether any replica has a micro-batch.
+    fn any(&self) -> bool {
+        self.0.iter().any(|head| head.here)
     }
 
     fn more(&self) -> bool {
@@ -203,10 +196,7 @@ impl<'a> Sums<'a> {
     }
 
     fn add(&mut self, id: ParamId, gradient: PlainTensor) {
-        let sum = match self.gradients.remove(&id) {
-            Some(sum) => sum.add(gradient),
-            None => gradient,
-        };
+        let sum = accumulate(self.gradients.remove(&id), gradient);
         self.gradients.insert(id, sum);
     }
 }

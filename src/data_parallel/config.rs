@@ -113,7 +113,8 @@ impl DataParallelConfig {
         self
     }
 
-    /// Sets how long gathered parameters are kept, with [`Sharding::Parameters`].
+    /// Sets how long gathered parameters are kept, with [`Sharding::Parameters`]; another than the default is an error with
+    /// others, that gather none.
     pub fn with_keep(mut self, keep: Keep) -> Self {
         self.keep = keep;
         self
@@ -142,11 +143,25 @@ impl DataParallelConfig {
             let problem = format!("gradients cannot be sent in `reduce_dtype` {dtype:?}: take BF16, F16, F32 or F64");
             return wrong(&problem);
         }
+        if let Some((key, _)) = [("bucket_bytes", self.bucket_bytes), ("first_bucket_bytes", self.first_bucket_bytes)]
+            .iter()
+            .find(|(_, bytes)| *bytes == 0)
+        {
+            return wrong(&format!("`{key}` is 0: it is 1 at least, with which each gradient is a bucket of its own"));
+        }
         if self.compare_every > 0 && self.sharding == Sharding::Parameters {
             return wrong(
                 "`compare_every` compares parameters that replicas hold alike, of which with `sharding` \"parameters\" each holds \
                  its rows: leave it out",
             );
+        }
+        if self.keep != Keep::Pass && self.sharding != Sharding::Parameters {
+            let problem = format!(
+                "`keep` says how long parameters are kept that are gathered, and with `sharding` \"{}\" none are: set `sharding` to \
+                 \"parameters\", or leave `keep` out",
+                self.sharding
+            );
+            return wrong(&problem);
         }
         if self.sharding == Sharding::None {
             return match self.sharding_ranks {

@@ -96,10 +96,13 @@ impl<M: Module> Eager<M> {
         let unit = unit.unwrap_or(weight);
         sink.weight(weight, unit)?;
         if weight == 0.0 {
-            if self.gatherer.is_some() && value.is_tracked() {
-                // For the gathers of the others; nobody listens to its gradients.
-                self.gatherer.iter().for_each(|gatherer| gatherer.begin_backward());
-                drop(value.backward());
+            if let Some(gatherer) = &self.gatherer {
+                // For the gathers of the others; nobody listens to its gradients. One that depends on no parameter has none: then the
+                // end of the micro-batch gathers what its forward has used.
+                gatherer.begin_backward();
+                if value.is_tracked() {
+                    drop(value.backward());
+                }
                 self.end_micro_batch()?;
             }
             return Ok(MicroBatch { loss: None, outputs, run: None });

@@ -320,25 +320,30 @@ impl Reducer {
 
     /// Takes a gradient that did not come through a hook.
     pub fn add(&self, param: usize, gradient: PlainTensor) {
-        // Looked at now, while it is in the cache.
         let measures = self.config.noise_scale;
-        let (squares, finite) =
-            if measures || self.data.size() > 1 { gradient.look_on_host(measures) } else { (None, None) };
-        let non_finite = self.data.size() > 1 && finite == Some(false);
         let mut step = self.lock();
         let step = &mut *step;
-        if non_finite {
-            step.non_finite = Some(step.non_finite.map_or(param, |first| first.min(param)));
-        }
         step.device = Some(gradient.device());
         let progress = &mut step.params[param];
         progress.used = true;
         progress.arrived += 1;
-        if let Some(noise) = &mut step.noise {
-            noise.add(param, (progress.uses, progress.arrived), &gradient, squares);
-        }
         let place = if progress.started { &mut progress.late } else { &mut progress.gradient };
-        *place = Some(accumulate(place.take(), gradient));
+        if measures || self.data.size() > 1 {
+            let (sum, look) = match place.take() {
+                Some(sum) => sum.add_and_look(&gradient, measures),
+                // Now, while it is in the cache.
+                None => (gradient.clone(), gradient.look_on_host(measures)),
+            };
+            *place = Some(sum);
+            if self.data.size() > 1 && look.finite == Some(false) {
+                step.non_finite = Some(step.non_finite.map_or(param, |first| first.min(param)));
+            }
+            if let Some(noise) = &mut step.noise {
+                noise.add(param, (progress.uses, progress.arrived), &gradient, look.squares);
+            }
+        } else {
+            *place = Some(accumulate(place.take(), gradient));
+        }
         if progress.arrived >= progress.uses {
             step.completed.push(param);
         }

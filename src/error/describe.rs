@@ -34,8 +34,8 @@ pub(super) fn left_behind(operation: &str) -> String {
                 .into()
         }
         _ => format!(
-            "{operation} was waiting for it: its process has ended, or it dropped its communicator; keep that alive until \
-             every rank has issued its last collective"
+            "{operation} was waiting for it: its process has ended, or it dropped its communicator, or the rank that waits calls one more \
+             than the others, such as a barrier; keep communicators alive until every rank has issued its last collective"
         ),
     }
 }
@@ -47,13 +47,30 @@ pub(super) fn gathering(group: &str, log: &CallLog) -> &'static str {
         true => {
             "; replicas that divide their parameters gather them together: all run the same layers in the same order, and forwards \
              (`forward_with`, and the model's own) equally often, so a rank that is done goes on with the others for as long as \
-             `join` says so"
+             `join` says so; in captured steps (`engine` \"captured\" in `parallelize`), though not in evaluations, ranks may use \
+             different layers"
         }
         false => "",
     }
 }
 
 pub(super) fn describe_calls(calls: &[Call]) -> String {
-    let said: Vec<String> = calls.iter().enumerate().map(|(rank, call)| format!("rank {rank} called {call}")).collect();
-    said.join(", ")
+    let said = |rank: usize| format!("rank {rank} called {}", calls[rank]);
+    let of = |ranks: &mut dyn Iterator<Item = usize>| ranks.map(said).collect::<Vec<_>>().join(", ");
+    match odd_one(calls) {
+        Some(odd) => {
+            let others = of(&mut (0..calls.len()).filter(|rank| *rank != odd));
+            format!("{}, unlike all others: {others}", said(odd))
+        }
+        None => of(&mut (0..calls.len())),
+    }
+}
+
+/// The rank that calls something else than all others, of which there are two at least, and which call the same.
+fn odd_one(calls: &[Call]) -> Option<usize> {
+    let agree = |one: &Call, other: &Call| one.agrees(other);
+    (0..calls.len()).filter(|_| calls.len() > 2).find(|odd| {
+        let mut others = calls.iter().enumerate().filter(|(rank, _)| rank != odd).map(|(_, call)| call);
+        others.next().is_some_and(|first| !agree(&calls[*odd], first) && others.all(|other| agree(first, other)))
+    })
 }

@@ -104,14 +104,10 @@ pub trait StepEngine: Module {
         keeps: bool,
     ) -> Result<usize, Error>;
 
-    /// What ranks that divide parameters or gradients by rows exchange while a micro-batch runs, as words that travel to those
-    /// that have none.
-    fn exchanges<I: TensorTree + Clone>(
-        &mut self,
-        _inputs: I,
-        _step: StepFn<'_, Self::Model, I>,
-    ) -> Result<Vec<u64>, Error> {
-        Ok(Vec::new())
+    /// Completes the gradients of a micro-batch that only other replicas have: those of this rank's rows, as the replicas have
+    /// summed them up.
+    fn complete(&mut self, _gradients: &mut HashMap<ParamId, PlainTensor>) -> Result<(), Error> {
+        Ok(())
     }
 
     /// Whether it is known which parameters this rank shares with others that run other layers.

@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use burn_ir::{OperationIr, ScalarIr, TensorId, TensorIr, TensorStatus};
 
-use super::fused::{FUSED, Kernels, multiplies};
+use super::fused::{FUSED, Kernels, TILED, multiplies};
 use super::instruction::Instruction;
 use super::operation::{Class, is_view, matmul, reshape};
 use crate::tensor::{ALIGN, FROM};
@@ -120,6 +120,8 @@ struct Known {
     buffers: Vec<usize>,
     /// Whether its elements lie one after the other, and nothing else with them.
     plain: bool,
+    /// Whether they may lie so in another order of its dims.
+    reordered: bool,
 }
 
 /// Goes through a program.
@@ -214,7 +216,7 @@ impl Planning {
         }
         buffers.extend(others);
         buffers.iter().for_each(|buffer| self.buffers[*buffer].tensors += 1);
-        self.tensors.insert(out.id, Known { buffers, plain });
+        self.tensors.insert(out.id, Known { buffers, plain, reordered: false });
         self.touch(out.id);
     }
 
@@ -269,12 +271,24 @@ impl Planning {
         if let (true, Some(input)) = (is_view(op), first) {
             let known = self.tensors.get(&input.id);
             let (plain, buffers) = (known.is_some_and(|known| known.plain), self.buffers_of(input));
-            let reshaped = reshape(op).is_some();
-            return op.outputs().for_each(|out| match plain || !reshaped || only_units(input, out) {
-                true => self.add(out, None, buffers.clone(), plain && reshaped),
-                // What does not lie in order is copied.
-                false => self.add(out, Some(false), Vec::new(), true),
-            });
+            let (reordered, reshaped) = (known.is_some_and(|known| known.reordered), reshape(op).is_some());
+            for out in op.outputs() {
+                match plain || reordered || !reshaped || only_units(input, out) {
+                    true => self.add(out, None, buffers.clone(), plain && reshaped),
+                    // What does not lie in order is copied.
+                    false => self.add(out, Some(false), Vec::new(), true),
+                }
+                self.tensors.entry(out.id).and_modify(|known| known.reordered = reordered);
+            }
+            return;
+        }
+        if matches!(op, OperationIr::Custom(op) if op.id == TILED) {
+            // They lie as the operation behind wants them.
+            for out in op.outputs() {
+                self.add(out, Some(true), Vec::new(), false);
+                self.tensors.entry(out.id).and_modify(|known| known.reordered = true);
+            }
+            return;
         }
         let custom = Class::of(op) == Class::Custom;
         for out in op.outputs() {

@@ -41,6 +41,7 @@ mod buckets;
 mod checked_indices;
 mod collectives;
 mod cost;
+mod exchange;
 mod fuse;
 mod indices;
 mod logical_tensor;
@@ -65,6 +66,7 @@ mod work;
 pub use buckets::bucket_reductions;
 pub use collectives::CollectiveKind;
 pub(crate) use collectives::CollectiveOp;
+pub(crate) use exchange::{Exchange, Exchanges, exchanged};
 pub use fuse::fuse_products;
 pub use options::PartitionOptions;
 pub use overlap::overlap;
@@ -74,7 +76,6 @@ pub use propagation::partition;
 pub use register::register_collectives;
 pub use report::{Collective, Fallback, ShardReport};
 pub(crate) use sharded::{
-    Exchange, Gathering, InRows, Parts, START_GATHER, START_SCATTER, WAIT_GATHER, WAIT_SCATTER, exchanged, rewrite,
-    shard_parameters, tokens,
+    Gathering, InRows, Parts, START_GATHER, START_SCATTER, WAIT_GATHER, WAIT_SCATTER, rewrite, shard_parameters, tokens,
 };
 pub(crate) use work::{flops, multiplications};

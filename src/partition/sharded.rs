@@ -341,54 +341,9 @@ fn moves(op: &OperationIr) -> bool {
     only_moves(op) || slices_or_casts(op)
 }
 
-/// A collective of [`rewrite`] as the ranks run it: whether it gathers, and the numbers of its parameters.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Exchange {
-    pub(crate) gathers: bool,
-    pub(crate) numbers: Vec<usize>,
-}
-
-impl Exchange {
-    /// What an operation starts.
-    pub(crate) fn of(op: &OperationIr) -> Option<Self> {
-        let OperationIr::Custom(op) = op else { return None };
-        let gathers = match op.id.as_str() {
-            START_GATHER => true,
-            START_SCATTER => false,
-            _ => return None,
-        };
-        Some(Self { gathers, numbers: exchanged(op) })
-    }
-
-    /// Exchanges as words that travel.
-    pub(crate) fn words(exchanges: &[Self]) -> Vec<u64> {
-        let words = |exchange: &Self| {
-            let head = [u64::from(exchange.gathers), exchange.numbers.len() as u64];
-            head.into_iter().chain(exchange.numbers.iter().map(|number| *number as u64)).collect::<Vec<_>>()
-        };
-        exchanges.iter().flat_map(words).collect()
-    }
-
-    /// The exchanges of such words.
-    pub(crate) fn of_words(words: &[u64]) -> Vec<Self> {
-        let (mut exchanges, mut words) = (Vec::new(), words.iter());
-        while let (Some(gathers), Some(count)) = (words.next(), words.next()) {
-            let numbers = words.by_ref().take(*count as usize).map(|number| *number as usize).collect();
-            exchanges.push(Self { gathers: *gathers == 1, numbers });
-        }
-        exchanges
-    }
-}
-
 /// What stands for the outputs of one of these operations that starts something.
 pub(crate) fn tokens(op: &CustomOpIr, device: &Device) -> Vec<PlainTensor> {
     op.outputs.iter().map(|out| token(out, device)).collect()
-}
-
-/// The numbers of the parameters of one of these operations.
-pub(crate) fn exchanged(op: &CustomOpIr) -> Vec<usize> {
-    let scalars = &op.scalars[..op.scalars.len().saturating_sub(2)];
-    scalars.iter().map(|number| number.elem::<u64>() as usize).collect()
 }
 
 #[cfg(test)]

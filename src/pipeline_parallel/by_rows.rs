@@ -10,7 +10,7 @@ use super::graph_stage::GraphStage;
 use super::schedule::Action;
 use crate::distribution::RowShards;
 use crate::graph::StepGraph;
-use crate::partition::{Exchange, Parts, rewrite};
+use crate::partition::{Exchanges, Parts, rewrite};
 use crate::pipeline_parallel::cut::StageGraph;
 
 /// What a stage runs on what this rank holds, and the step that it is of. Each pass gathers for itself: between them
@@ -43,8 +43,8 @@ fn next_id(graph: &StepGraph, part: &StageGraph) -> u64 {
     operations.filter_map(ids).max().unwrap_or(0).max(graph.next_id)
 }
 
-/// What a rank with these stages exchanges with its replicas in a step, in the order of its row of the timetable.
-pub(super) fn exchanges(stages: &[GraphStage], row: &[Action]) -> Vec<Exchange> {
+/// What a rank with these stages exchanges with its replicas in a step, by the actions of its row of the timetable.
+pub(super) fn exchanges(stages: &[GraphStage], row: &[Action]) -> Exchanges {
     let passes = |action: &Action| match action {
         Action::Forward(_) => 0..1,
         Action::Backward(_) => 1..3,
@@ -52,11 +52,11 @@ pub(super) fn exchanges(stages: &[GraphStage], row: &[Action]) -> Vec<Exchange> 
         Action::BackwardWeight(_) => 2..3,
         Action::Send(..) | Action::Receive(..) => 0..0,
     };
-    let of_action = |action: &Action| -> Vec<Exchange> {
+    let of_action = |action: &Action| {
         let unit = action.unit();
         let stage = stages.iter().find(|stage| stage.index() == unit.stage);
         let of_pass = |pass| stage.map(|stage| stage.exchanges(unit.micro_batch, pass)).unwrap_or_default();
         passes(action).flat_map(of_pass).collect()
     };
-    row.iter().flat_map(of_action).collect()
+    row.iter().map(of_action).collect()
 }

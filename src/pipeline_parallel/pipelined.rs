@@ -18,7 +18,7 @@ use crate::graph::{
 };
 use crate::nesting::refuse_wrapping;
 use crate::params::{self, ParamSlice, SliceSource, one_device};
-use crate::partition::{Exchange, ShardReport};
+use crate::partition::ShardReport;
 use crate::pipeline_parallel::cut::CutReport;
 use crate::step::{Loss, StepCounters, StepFn, Weight};
 use crate::tensor::PlainTensor;
@@ -273,8 +273,9 @@ impl<M: Module> StepEngine for Pipelined<M> {
         self.peak_of_step(inputs, step)
     }
 
-    fn exchanges<I: TensorTree + Clone>(&mut self, inputs: I, step: StepFn<'_, M, I>) -> Result<Vec<u64>, Error> {
-        self.step_exchanges(inputs, step).map(|exchanges| Exchange::words(&exchanges))
+    fn complete(&mut self, gradients: &mut HashMap<ParamId, PlainTensor>) -> Result<(), Error> {
+        let device = one_device(&self.local, "a step")?.unwrap_or_else(Device::flex);
+        lock(&self.state).tied_params.sum_any(gradients, &device)
     }
 
     fn forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>

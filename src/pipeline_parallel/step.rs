@@ -13,9 +13,9 @@ use super::pipeline::PipelineRun;
 use super::pipelined::lock;
 use super::{Pipelined, Stage, stage_error};
 use crate::Error;
+use crate::distribution::RowShards;
 use crate::graph::TensorTree;
 use crate::params::{one_device, sweep_leaves};
-use crate::partition::Exchange;
 use crate::step::{Loss, StepFn};
 use crate::tensor::PlainTensor;
 
@@ -45,24 +45,6 @@ impl<M: Module> Pipelined<M> {
         let mut local = Some(self.local.clone());
         lock(&state).prepare(&mut local, inputs, step)?;
         self.take(local)
-    }
-
-    /// What this rank exchanges with its replicas in a step.
-    pub(super) fn step_exchanges<I: TensorTree + Clone>(
-        &mut self,
-        inputs: I,
-        step: StepFn<'_, M, I>,
-    ) -> Result<Vec<Exchange>, Error> {
-        let state = self.state.clone();
-        let mut state = lock(&state);
-        let mut local = Some(self.local.clone());
-        let (key, _) = state.prepare(&mut local, inputs, step)?;
-        self.take(local)?;
-        let rank = state.group.rank();
-        let Some(CapturedStep { pipeline, stages, .. }) = state.steps.get_mut(&key) else {
-            return Err(stage_error("the step was not captured"));
-        };
-        Ok(exchanges(stages, &pipeline.timetable().rows()[rank]))
     }
 
     /// The most bytes that a step of such inputs has alive on this rank.
@@ -108,6 +90,9 @@ impl<M: Module> Pipelined<M> {
         let start = state.random.start();
         let rows: Vec<_> = (0..inputs.len()).map(|micro_batch| batch.rows(micro_batch)).collect();
         stages.iter_mut().for_each(|stage| stage.draw_from(&state.random, start, rows.clone()));
+        if let Some(shards) = &state.row_shards {
+            shards.agree(&self.local, &exchanges(stages, &pipeline.timetable().rows()[state.group.rank()]))?;
+        }
         let whole = state.row_shards.as_ref().map_or(Ok(None), |shards| shards.bound(&self.local))?;
         let model = whole.as_ref().unwrap_or(&self.local);
         let mut executed = bound(stages, model, |stages| pipeline.step(stages, &inputs))?;
@@ -118,11 +103,18 @@ impl<M: Module> Pipelined<M> {
                 accumulate(&mut gradients, id, gradient);
             }
         }
-        let trained = trained.clone();
+        let mut trained = trained.clone();
+        for (id, sum) in state.row_shards.as_ref().map_or(Ok(Vec::new()), RowShards::end_lending)? {
+            accumulate(&mut gradients, id, sum);
+        }
         if state.timetable.trains() && !state.tied_params.is_empty() {
             let device = one_device(&self.local, "a step")?.unwrap_or_else(Device::flex);
-            state.tied_params.sum(&mut gradients, &trained, &device)?;
+            match state.row_shards {
+                Some(_) => state.tied_params.sum_any(&mut gradients, &device)?,
+                None => state.tied_params.sum(&mut gradients, &trained, &device)?,
+            }
         }
+        trained.extend(gradients.keys().copied());
         let order = state.gradients(&trained);
         let gradients = order.into_iter().filter_map(|id| Some((id, gradients.remove(&id)?))).collect();
         state.sent = std::mem::take(&mut state.sent) + executed.report.counters.clone();

@@ -173,4 +173,21 @@ impl TiedParams {
         }
         Ok(())
     }
+
+    /// As [`sum`](Self::sum), of all parameters of which a holder has a part of the gradient: where replicas use different
+    /// ones, that does not follow from the step of this one.
+    ///
+    /// # Errors
+    /// Those of [`Communicator`].
+    pub(super) fn sum_any(&self, gradients: &mut HashMap<ParamId, PlainTensor>, device: &Device) -> Result<(), Error> {
+        let mut any = HashSet::new();
+        for (group, tied_params) in &self.groups {
+            let here = tied_params.iter().map(|tie| u8::from(gradients.contains_key(&tie.id))).collect();
+            let all: Vec<u8> = group.all_gather(here)?;
+            let of_holders = |place: usize| all.iter().skip(place).step_by(tied_params.len());
+            let held = tied_params.iter().enumerate().filter(|(place, _)| of_holders(*place).any(|part| *part == 1));
+            any.extend(held.map(|(_, tie)| tie.id));
+        }
+        self.sum(gradients, &any, device)
+    }
 }

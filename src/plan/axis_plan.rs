@@ -103,7 +103,7 @@ pub(super) fn local_dims(
         if !size.is_multiple_of(degree) {
             return Err(plan_error(format!(
                 "{}, but {degree} does not divide {size}: choose another dim or degree, replicate it, or, \
-                 if it may be padded, say so by `shard_padded`",
+                 if it may be padded, say so by `shard_padded`, in a file `padded = true`",
                 wanted()
             )));
         }

@@ -15,10 +15,10 @@ use super::{Loops, vectorized};
 use crate::Error;
 
 /// Elements of a block: some hundred KiB, which a core reads in the time that it takes to hand out work.
-const BLOCK: usize = 1 << 16;
+pub(super) const BLOCK: usize = 1 << 16;
 
 /// Sums that run side by side, so that none waits for the one before.
-const WIDE: usize = 32;
+pub(super) const WIDE: usize = 32;
 
 /// The sum of the squares of all elements, each divided by `unit` first. Not finite if an element is not, or if it
 /// overflows.
@@ -78,7 +78,7 @@ fn elements<E: Element + Pod>(tensor: &FlexTensor) -> Cow<'_, [E]> {
 }
 
 /// Whether the elements are one run of memory in whatever order of the dims, as those of a transposed tensor are.
-fn is_one_run(layout: &Layout) -> bool {
+pub(super) fn is_one_run(layout: &Layout) -> bool {
     let mut dims: Vec<(isize, usize)> =
         layout.strides().iter().copied().zip(layout.shape().iter().copied()).filter(|(_, size)| *size != 1).collect();
     dims.sort_unstable();
@@ -91,22 +91,29 @@ fn is_one_run(layout: &Layout) -> bool {
 }
 
 /// A float with its magnitude as bits, which are ordered as magnitudes are, infinity and NaN last.
-trait Magnitude: Copy + Send + Sync {
+pub(super) trait Magnitude: Copy + Send + Sync {
     type Order: Ord + Copy + Default + Send;
 
     fn wide(self) -> f64;
+    /// The sum as burn rounds it on the host: those of 16 bits are computed in `f32`.
+    fn plus(self, other: Self) -> Self;
     fn magnitude(self) -> Self::Order;
     fn of(bits: Self::Order) -> f64;
 }
 
 macro_rules! magnitude {
-    ($($float:ty: $bits:ty, $wide:expr);* $(;)?) => {$(
+    ($($float:ty: $bits:ty, $wide:expr, $plus:expr);* $(;)?) => {$(
         impl Magnitude for $float {
             type Order = $bits;
 
             #[inline(always)]
             fn wide(self) -> f64 {
                 $wide(self)
+            }
+
+            #[inline(always)]
+            fn plus(self, other: Self) -> Self {
+                $plus(self, other)
             }
 
             #[inline(always)]
@@ -122,10 +129,11 @@ macro_rules! magnitude {
 }
 
 magnitude! {
-    f64: u64, |x| x;
-    f32: u32, f64::from;
-    f16: u16, |x: f16| f64::from(x.to_f32());
-    bf16: u16, |x: bf16| f64::from(f32::from_bits(u32::from(x.to_bits()) << 16));
+    f64: u64, |x| x, |x, y| x + y;
+    f32: u32, f64::from, |x, y| x + y;
+    f16: u16, |x: f16| f64::from(x.to_f32()), |x: f16, y: f16| f16::from_f32(x.to_f32() + y.to_f32());
+    bf16: u16, |x: bf16| f64::from(f32::from_bits(u32::from(x.to_bits()) << 16)),
+        |x: bf16, y: bf16| bf16::from_f32(x.to_f32() + y.to_f32());
 }
 
 fn squares_of<E: Magnitude>(elements: &[E], unit: f64) -> f64 {

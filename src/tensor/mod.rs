@@ -5,6 +5,7 @@ mod backend;
 mod block;
 mod digest;
 pub(crate) mod magnitude;
+mod measured_sum;
 mod ops;
 mod product;
 mod recycled;

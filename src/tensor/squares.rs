@@ -5,6 +5,15 @@ use burn::tensor::{DType, Tensor};
 use super::{PlainTensor, magnitude};
 use crate::Error;
 
+/// What a look at a tensor tells, as far as it is in host memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Look {
+    /// The sum of the squares of its elements, if that was wanted.
+    pub squares: Option<f64>,
+    /// Whether no element is NaN or infinite.
+    pub finite: Option<bool>,
+}
+
 /// A sum of squares: of tensors in host memory, and of those on a device, which is read at the end.
 #[derive(Debug, Default)]
 pub(crate) struct Squares {
@@ -61,15 +70,17 @@ impl Squares {
 impl PlainTensor {
     /// In one pass over the elements of a tensor in host memory: the sum of their squares, if `wanted`, and whether all
     /// of them are finite. Nothing of a tensor that is elsewhere, or of no plain floats.
-    pub(crate) fn look_on_host(&self, wanted: bool) -> (Option<f64>, Option<bool>) {
-        let Some(tensor) = self.on_flex().then(|| self.clone().into_flex().ok()).flatten() else { return (None, None) };
+    pub(crate) fn look_on_host(&self, wanted: bool) -> Look {
+        let Some(tensor) = self.on_flex().then(|| self.clone().into_flex().ok()).flatten() else {
+            return Look::default();
+        };
         let squares = if wanted { magnitude::squares(&tensor, 1.0).ok() } else { None };
         // The squares of large elements of `f64` overflow.
         let finite = match squares {
             Some(squares) if squares.is_finite() => Some(true),
             _ => magnitude::is_finite(&tensor).ok(),
         };
-        (squares, finite)
+        Look { squares, finite }
     }
 }
 
@@ -85,12 +96,13 @@ mod tests {
             let data = TensorData::new(values, [3]).convert_dtype(dtype);
             PlainTensor::from_data(data, &Device::flex()).look_on_host(true)
         };
-        assert_eq!(look(vec![1.0, -2.0, 3.0], DType::F32), (Some(14.0), Some(true)));
-        let (squares, finite) = look(vec![1.0, f64::NAN, 3.0], DType::F32);
-        assert!(squares.unwrap().is_nan() && finite == Some(false));
+        let told = |squares, finite| Look { squares, finite: Some(finite) };
+        assert_eq!(look(vec![1.0, -2.0, 3.0], DType::F32), told(Some(14.0), true));
+        let bad = look(vec![1.0, f64::NAN, 3.0], DType::F32);
+        assert!(bad.squares.unwrap().is_nan() && bad.finite == Some(false));
         // Finite, and too large to be squared.
-        assert_eq!(look(vec![1.0, 1e200, 3.0], DType::F64), (Some(f64::INFINITY), Some(true)));
+        assert_eq!(look(vec![1.0, 1e200, 3.0], DType::F64), told(Some(f64::INFINITY), true));
         let unasked = PlainTensor::from_data(TensorData::new(vec![1.0f32], [1]), &Device::flex());
-        assert_eq!(unasked.look_on_host(false), (None, Some(true)));
+        assert_eq!(unasked.look_on_host(false), told(None, true));
     }
 }

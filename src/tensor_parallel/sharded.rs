@@ -13,7 +13,7 @@ use crate::delegate::module_of_field;
 use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{
     CheckedOptimizers, ClipRecord, CustomOps, GRAPHS, GradientLayout, GradientSink, GraphCache, MicroBatch,
-    RandomSource, Run, SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph,
+    RandomSource, Run, SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph, StepObserver,
 };
 use crate::nesting::{self, refuse_wrapping};
 use crate::params::{self, ParamSlice, SliceSource};
@@ -208,11 +208,15 @@ impl<M: Module> StepEngine for Sharded<M> {
         let mut units = ScaledGradients::new(rows, unit, sink);
         if let Some(shards) = self.split.shards() {
             shards.begin_micro_batch(unit, units.take_factor())?;
+            shards.agree(&self.local, &[executor.operations().filter_map(Exchange::of).collect()])?;
         }
         let bound = self.split.shards().map_or(Ok(None), |shards| shards.bound(&self.local))?;
         let step = executor.step_observed(bound.as_ref().unwrap_or(&self.local), inputs, &mut units)?;
         comparison.finish()?;
         if let Some(shards) = self.split.shards() {
+            for (id, sum) in shards.end_lending()? {
+                units.gradient(id, sum)?;
+            }
             shards.end_micro_batch(&[units.items(&step)]);
         }
         self.split.random().advance_rows(all_rows);
@@ -231,15 +235,6 @@ impl<M: Module> StepEngine for Sharded<M> {
         let mut state = lock(&self.state);
         let executor = state.graphs.executor_of(signature, &inputs, step, whole)?;
         Ok(if keeps { executor.memory().peak } else { executor.memory_giving() })
-    }
-
-    fn exchanges<I: TensorTree + Clone>(&mut self, inputs: I, step: StepFn<'_, M, I>) -> Result<Vec<u64>, Error> {
-        let signature = self.split.of_step(&self.local)?;
-        let (inputs, _) = rows(inputs)?;
-        let whole = || self.split.meta_module(&self.local);
-        let mut state = lock(&self.state);
-        let executor = state.graphs.executor_of(signature, &inputs, step, whole)?;
-        Ok(Exchange::words(&executor.operations().filter_map(Exchange::of).collect::<Vec<_>>()))
     }
 
     fn forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>

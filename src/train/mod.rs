@@ -10,8 +10,10 @@
 //! use burn::prelude::*;
 //! use burn_parallel::prelude::*;
 //!
-//! fn train<P: ParallelModule<Model = Linear>>(mut model: P, rows: usize, device: &Device) -> Result<P, Error> {
+//! fn train<P: ParallelModule<Model = Linear>>(mut model: P, device: &Device) -> Result<P, Error> {
 //!     let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+//!     let (replica, _) = model.replica(); // of two
+//!     let rows = 2 + replica; // replicas may bring different numbers of rows
 //!     for _ in 0..3 {
 //!         let x = Tensor::<2>::ones([rows, 4], device);
 //!         let step = model.step(x, |model, x| model.forward(x).powi_scalar(2).mean())?;
@@ -28,7 +30,7 @@
 //!     let model: Linear = LinearConfig::new(4, 6).init(&device); // an ordinary burn model
 //!     let plan = Plan::new().shard("weight", 1).shard("bias", 0);
 //!     let model = model.tensor_parallel(&tp, plan)?.data_parallel(&dp, DataParallelConfig::new())?;
-//!     train(model, 2 + dp.rank(), &device)?; // replicas may bring different numbers of rows
+//!     train(model, &device)?;
 //!     Ok(())
 //! })?;
 //! # Ok::<(), Error>(())
@@ -41,6 +43,7 @@ mod optimize;
 mod parallel;
 mod report;
 mod strategy;
+mod unread;
 mod unreplicated;
 mod wrap;
 

@@ -34,7 +34,7 @@ pub(super) mod sealed {
 /// # Who passes what
 /// Ranks that share one copy of the model (those of a split, those of a pipeline) all pass the same whole inputs, which is made
 /// sure of: in every step on CPUs, in every 100th on other devices. Replicas pass inputs of their own. All calls but
-/// [`load`](Self::load), [`counters`](Self::counters) and [`report`](Self::report) are collective.
+/// [`load`](Self::load), [`replica`](Self::replica), [`counters`](Self::counters) and [`report`](Self::report) are collective.
 ///
 /// # Order
 /// A model is split first, then cut into stages, then replicated. Another order does not compile:
@@ -58,6 +58,10 @@ pub trait ParallelModule: Module + sealed::Sealed {
 
     /// This rank's part of the model.
     fn local(&self) -> &Self::Model;
+
+    /// Which of the replicas this rank belongs to, counted from 0, and how many there are: 0 and 1 without replicas. By this a
+    /// training loop takes its share of the data, whatever the model is spread over.
+    fn replica(&self) -> (usize, usize);
 
     /// Runs a training step, forward and backward, on this replica's share of the batch, and averages over the replicas.
     ///

@@ -42,7 +42,7 @@ pub trait Parallelize: Module + Sized {
     ///     let model: Linear = LinearConfig::new(4, 6).init(&device); // an ordinary burn model
     ///     let mut model = model.parallelize(&world, &strategy)?;
     ///     let mut optim: ModuleOptimizer = AdamWConfig::new().init();
-    ///     let share = model.mesh().coordinate("dp")?; // which of the replicas this rank belongs to
+    ///     let (share, _) = model.replica(); // which of the replicas this rank belongs to
     ///     for _ in 0..3 {
     ///         let x = Tensor::<2>::ones([3 + share, 4], &device);
     ///         let step = model.step(x, |model, x| model.forward(x).powi_scalar(2).mean())?;
@@ -161,6 +161,10 @@ impl<M: Module> ParallelModule for Parallel<M> {
 
     fn local(&self) -> &M {
         with!(&self.wrapped, model => model.local())
+    }
+
+    fn replica(&self) -> (usize, usize) {
+        with!(&self.wrapped, model => ParallelModule::replica(model))
     }
 
     fn step_micro_batches<I, F, R>(

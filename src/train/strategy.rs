@@ -6,6 +6,7 @@ use std::path::Path;
 use burn::config::Config;
 use serde::{Deserialize, Serialize};
 
+use super::unread;
 use crate::Error;
 use crate::data_parallel::DataParallelConfig;
 use crate::forms::{Table, optional_table, read_text, table};
@@ -48,7 +49,8 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// ```
 ///
 /// # Every key
-/// With the value that it has when it is left out; `micro_batches` is needed. Where there is no default the line says so.
+/// With the value that it has when it is left out; `micro_batches` is needed. Where there is no default the line says so. A file with
+/// a key that nothing reads, as a `plan` where `tp` is 1, is an error.
 ///
 /// ```
 /// # let all: burn_parallel::train::Strategy = r#"
@@ -58,6 +60,7 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// engine = "auto"     # "eager" or "captured", see `Engine`
 /// # "#.parse()?;
 /// # let all: burn_parallel::train::Strategy = r#"
+/// # tp = 2
 ///
 /// [data]              # `DataParallelConfig`
 /// bucket_bytes = 25_000_000
@@ -75,6 +78,9 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// seed = 0
 /// check_inputs_every = 1         # left out, 1 on CPUs and 100 on devices
 /// fusion = true       # groups of element-wise operations as one loop, on the host
+/// # "#.parse()?;
+/// # let all: burn_parallel::train::Strategy = r#"
+/// # pp = 2
 ///
 /// [pipeline]          # `PipelineConfig`
 /// micro_batches = 8
@@ -185,18 +191,18 @@ impl Strategy {
     /// Reads a strategy from a file: JSON if its name ends in `.json`, else TOML.
     ///
     /// # Errors
-    /// [`Error::Strategy`] if it cannot be read.
+    /// [`Error::Strategy`] if it cannot be read, or has keys that nothing reads.
     pub fn read(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
         let wrong = |problem: String| strategy_error(format!("{}: {problem}", path.display()));
         let text = read_text(path).map_err(wrong)?;
-        match path.extension().is_some_and(|extension| extension == "json") {
-            true => match serde_json::from_str(&text) {
-                Ok(Table(strategy)) => Ok(strategy),
-                Err(problem) => Err(wrong(problem.to_string())),
-            },
-            false => toml::from_str(&text).map_err(|problem| wrong(problem.to_string())),
-        }
+        let read: Result<Self, String> = match path.extension().is_some_and(|extension| extension == "json") {
+            true => serde_json::from_str(&text).map(|Table(strategy)| strategy).map_err(|problem| problem.to_string()),
+            false => toml::from_str(&text).map_err(|problem| problem.to_string()),
+        };
+        let strategy = read.map_err(wrong)?;
+        unread::check(&strategy).map_err(wrong)?;
+        Ok(strategy)
     }
 
     /// The sizes of the axes `dp`, `pp` and `tp` in a world of so many ranks.
@@ -263,6 +269,15 @@ impl Strategy {
         Ok(Self { dp: Some(dp), pp, tp, pipeline, ..self.clone() })
     }
 
+    /// Whether steps are captured in a world of so many ranks.
+    ///
+    /// # Errors
+    /// As [`axes`](Self::axes).
+    pub fn captures(&self, ranks: usize) -> Result<bool, Error> {
+        let [dp, ..] = self.axes(ranks)?;
+        Ok(self.captured(dp).is_some())
+    }
+
     /// Whether steps are captured, with so many replicas; and by whose choice.
     pub(super) fn captured(&self, replicas: usize) -> Option<Chosen> {
         let divided = replicas > 1 && self.data.sharding == Sharding::Parameters;
@@ -281,10 +296,10 @@ impl Default for Strategy {
     }
 }
 
-/// As TOML.
+/// As TOML, without what nothing reads.
 impl fmt::Display for Strategy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&toml::to_string(self).map_err(|_| fmt::Error)?)
+        f.write_str(&toml::to_string(&unread::left_out(self)).map_err(|_| fmt::Error)?)
     }
 }
 
@@ -293,7 +308,9 @@ impl std::str::FromStr for Strategy {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        toml::from_str(text).map_err(|problem| strategy_error(problem.to_string()))
+        let strategy: Self = toml::from_str(text).map_err(|problem| strategy_error(problem.to_string()))?;
+        unread::check(&strategy).map_err(strategy_error)?;
+        Ok(strategy)
     }
 }
 

@@ -28,6 +28,10 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
         self.engine().local()
     }
 
+    fn replica(&self) -> (usize, usize) {
+        (self.group().rank(), self.group().size())
+    }
+
     fn step_micro_batches<I, F, R>(
         &mut self,
         micro_batches: impl IntoIterator<Item = I>,
@@ -153,6 +157,10 @@ macro_rules! without_replicas {
 
             fn local(&self) -> &M {
                 StepEngine::local(self)
+            }
+
+            fn replica(&self) -> (usize, usize) {
+                (0, 1)
             }
 
             fn step_micro_batches<I, F, R>(

@@ -1,13 +1,33 @@
 //! The example `strategies`, as quickly as it goes.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+
+fn example() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    test.parent().and_then(Path::parent).unwrap().join("examples").join("strategies")
+}
+
+#[test]
+fn what_makes_no_sense_is_one_line() {
+    for (flags, what) in [
+        (["--seeds", "0"], "--seeds"),
+        (["--colour", "red"], "--colour"),
+        (["--text", "/nowhere/at/all.txt"], "cannot read the text"),
+        (["--out", "/dev/null/here"], "--out /dev/null/here"),
+    ] {
+        let output = Command::new(example()).arg("--quick").args(flags).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{flags:?}: {stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{flags:?}: {stderr}");
+        assert!(stderr.starts_with("strategies: ") && stderr.contains(what), "{flags:?}: {stderr}");
+    }
+}
 
 #[test]
 fn a_quick_run_writes_tables_and_figures() {
-    let test = std::env::current_exe().unwrap();
-    let example = test.parent().and_then(Path::parent).unwrap().join("examples").join("strategies");
+    let example = example();
     let folder = std::env::temp_dir().join(format!("strategies-{}", std::process::id()));
     let output = Command::new(&example)
         .args(["--quick", "--seeds", "2", "--out", folder.to_str().unwrap()])

@@ -139,6 +139,50 @@ fn flags_that_do_not_fit_together_are_refused() {
     refused(&["--batch", "4", "--grow-batch", "3"], "--grow-batch 3 is smaller than --batch 4");
     refused(&["--batch", "auto", "--micro-batch", "5"], "leave --micro-batch out");
     refused(&["--batch", "auto", "--launch", "processes"], "give --launch threads");
+    refused(&["--schedule", "zb_h1"], "--schedule zb_h1 is for pipelines: give --pp");
+    refused(
+        &["--pp", "64"],
+        "--pp 64 with schedule 1f1b makes 64 stages, more than the 10 blocks of a model of 4 layers",
+    );
+    let interleaved = ["--layers", "2", "--pp", "4", "--schedule", "interleaved"];
+    refused(&interleaved, "makes 8 stages, more than the 6 blocks of a model of 2 layers");
+    // A terabyte.
+    #[cfg(target_os = "linux")]
+    refused(&["--seq", "60000"], "--seq 60000: the attention of 8 rows at once on 2 replicas takes");
+}
+
+/// What is wrong is called what the user has called it: a key of a file, not a flag.
+#[test]
+fn keys_of_a_file_are_called_keys() {
+    let folder = Folder::new("keys");
+    let file = |text: &str| folder.write("strategy.toml", text.as_bytes());
+    let pipeline = "[pipeline]\nmicro_batches = 100\n";
+    for (text, flags, what) in [
+        ("dp = 0\n".to_owned(), &[][..], "`dp = 0` of --strategy x `tp = 1` of --strategy is no number of ranks"),
+        ("dp = 4\n".into(), &["--batch", "3"], "--batch 3 is smaller than `dp = 4` of --strategy"),
+        ("tp = 3\n[tensor]\nplan = 'megatron'\n".into(), &[], "`tp = 3` of --strategy does not divide --heads 4"),
+        ("dp = 3\n".into(), &["--ranks", "2"], "`dp = 3` of --strategy x `tp = 1` of --strategy makes 3 ranks"),
+        (
+            format!("pp = 2\n{pipeline}"),
+            &["--batch", "16"],
+            "`pipeline.micro_batches = 100` is more than the 16 rows that a replica has of a batch: give fewer, or --batch 100",
+        ),
+        (
+            format!("pp = 2\n{pipeline}"),
+            &["--batch", "200", "--micro-batch", "4"],
+            "`pipeline.micro_batches` of the file",
+        ),
+        (
+            "pp = 12\n[pipeline]\nmicro_batches = 4\n".into(),
+            &["--batch", "4"],
+            "`pp = 12` of --strategy with schedule 1f1b makes 12 stages, more than the 10 blocks",
+        ),
+        ("dp = 1\n[data]\nsharding = 'optimizer'\n".into(), &[], "with `dp = 1` of --strategy there is one"),
+        ("[tensor]\nplan = 'megatron'\n".into(), &[], "nothing reads `tensor.plan`: `tp` is 1"),
+    ] {
+        let file = file(&text);
+        refused(&[&["--strategy", &file][..], flags].concat(), what);
+    }
 }
 
 #[test]

@@ -72,12 +72,14 @@ fn a_bare_mean_counts_for_its_rows_whatever_the_model_is_spread_over() {
                     .run(|world| {
                         let plan = "plan = { parameters = [{ pattern = '*.0.weight', shard = 0 }] }";
                         let text = format!(
-                            "dp = {dp}\npp = {pp}\ntp = {tp}\nengine = '{engine}'\n[tensor]\n{}\n[pipeline]\nmicro_batches = 1",
-                            if tp > 1 { plan } else { "" }
+                            "dp = {dp}\npp = {pp}\ntp = {tp}\nengine = '{engine}'\n[tensor]\n{}\n{}",
+                            if tp > 1 { plan } else { "" },
+                            if pp > 1 { "[pipeline]\nmicro_batches = 1" } else { "" }
                         );
                         let model = own(&case.model, &world.device().autodiff());
                         let model = model.parallelize(&world, &text.parse()?)?;
-                        let replica = model.mesh().coordinate("dp")?;
+                        let (replica, replicas) = model.replica();
+                        assert_eq!((replica, replicas), (model.mesh().coordinate("dp")?, dp));
                         let report = model.report();
                         assert_eq!((report.captured, report.replicas), (engine == "captured" || tp * pp > 1, dp));
                         spread(model, &case, |step| cut(part(8, dp, replica), micro_batches, step), 8)

@@ -200,7 +200,10 @@ fn a_dry_run_says_what_would_be_and_trains_nothing() {
     );
     assert!(one.contains("<|im_start|>assistant\n⟦so."), "{one}");
     // Half of each matrix on each rank, and the state of the optimizer divided among two.
-    let (tp, zero) = (said(&["--tp", "2"]), said(&["--dp", "2", "--zero", "1"]));
+    let (tp, zero) = (said(&["--tp", "2", "--recompute"]), said(&["--dp", "2", "--zero", "1", "--recompute"]));
+    // Where a flag does nothing, that is said.
+    assert!(tp.contains("--recompute does nothing: --tp 2 has steps captured"), "{tp}");
+    assert!(!zero.contains("--recompute does nothing"), "{zero}");
     assert!(tp.contains("rank 1") && !tp.contains(&format!("parameters {parameters}")), "{tp}");
     assert!(
         zero.contains(&format!("parameters {parameters}, gradients {}, optimizer {parameters} bytes", parameters / 2)),
@@ -218,11 +221,11 @@ fn what_is_computed_again_needs_not_be_kept() {
     for flags in [&["--dp", "1"][..], &["--pp", "2"], &["--tp", "2"], &["--dp", "2", "--zero", "3"], &["--lora", "2"]] {
         let (kept, again) = (run(flags), run(&[flags, &["--recompute"]].concat()));
         same(&numbers(&kept, "losses"), &numbers(&again, "losses"), 1e-6, &flags);
-        // Captured steps fuse what would be computed again: they hold little of it in any case.
+        let step = |outcome: &Value| outcome["bytes_held"]["step"].as_u64().unwrap();
+        // Captured steps fuse what would be computed again: they hold little of it in any case, and the flag does nothing.
         if flags[0] == "--tp" || flags.contains(&"--zero") {
             continue;
         }
-        let step = |outcome: &Value| outcome["bytes_held"]["step"].as_u64().unwrap();
         assert!(step(&again) < step(&kept), "{flags:?}: {} and {}", step(&again), step(&kept));
     }
 }

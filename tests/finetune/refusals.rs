@@ -72,9 +72,16 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--restarts", "1"], "--resume"),
         (&["--dp", "2", "--min-ranks", "1"], "give --restarts"),
         (&["--colour"], "--colour"),
+        (&["--schedule", "gpipe"], "--schedule gpipe is for pipelines: give --pp"),
+        (&["--pp", "64"], "--pp 64 with schedule 1f1b makes 64 stages, more than the 10 blocks of a model of 4 layers"),
     ] {
         refused(&directory, flags, what);
     }
+    directory.write("strategy.toml", b"pp = 2\n[pipeline]\nmicro_batches = 100\n");
+    let many = ["--strategy", "in:strategy.toml", "--batch", "8"];
+    refused(&directory, &many, "`pipeline.micro_batches = 100` is more than the 8 rows");
+    directory.write("strategy.toml", b"tp = 5\n[tensor]\nplan = 'hugging_face'\n");
+    refused(&directory, &["--strategy", "in:strategy.toml"], "`tp = 5` of --strategy: ");
     fs::create_dir_all(directory.path().join("old/model")).unwrap();
     refused(&directory, &["--save", "in:old"], "there is a model already: give --resume");
     fs::create_dir_all(directory.path().join("begun/checkpoints")).unwrap();

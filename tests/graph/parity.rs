@@ -40,7 +40,8 @@ fn parity_of<M: Module, I: TensorTree + Clone>(
         eager_model = eager_optim.step(0.01, eager_model, eager_grads);
         graph_model = graph_optim.step(0.01, graph_model, result.gradients);
         let worst = difference(&values(&eager_model), &values(&graph_model));
-        assert!(worst <= 1e-5, "parameters or running statistics after step {step} differ by {worst}");
+        // A gradient that is 0 but for rounding, as that of the bias of keys, moves its parameter all the same.
+        assert!(worst <= 10.0 * bound, "parameters or running statistics after step {step} differ by {worst}");
     }
 }
 

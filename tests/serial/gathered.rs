@@ -108,9 +108,9 @@ fn gathered<M: Module + Sync>(
     device: &Device,
     loss: fn(&M, Tensor<2>) -> Tensor<1>,
 ) -> isize {
-    let config = |sharding| DataParallelConfig::new().with_sharding(sharding).with_keep(keep);
-    let with = |sharding| after_forward(model, width, config(sharding), device, loss);
-    with(Sharding::Parameters) - with(Sharding::None)
+    let with = |config| after_forward(model, width, config, device, loss);
+    let divided = DataParallelConfig::new().with_sharding(Sharding::Parameters).with_keep(keep);
+    with(divided) - with(DataParallelConfig::new())
 }
 
 fn checkpointed() -> Device {
@@ -151,6 +151,8 @@ fn growth<M: Module + Sync>(model: &M, strategy: &Strategy, loss: fn(&M, Tensor<
                 if step == 2 {
                     found.store((MOST.load(Relaxed) - before) / 2, Relaxed);
                 }
+                // The optimizer of the other rank is no part of the step.
+                rank.barrier()?;
                 model = model.optimize(&mut optim, 1e-3, done)?;
             }
             Ok(())

@@ -1,6 +1,7 @@
 //! Tests that take turns and share their process with no others: they count the bytes of all its threads, or seed the
 //! generator that all its models draw from.
 
+mod attention;
 mod checkpoints;
 mod directories;
 mod gathered;

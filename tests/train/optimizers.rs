@@ -2,13 +2,15 @@
 
 use burn::grad_clipping::{GradientClipping, GradientClippingConfig};
 use burn::module::{Module, ParamGroup};
+use burn::nn::conv::{Conv1d, Conv1dConfig};
+use burn::nn::{Linear, LinearConfig};
 use burn::optim::decay::WeightDecayConfig;
 use burn::optim::momentum::MomentumConfig;
 use burn::optim::{
     AdaGradConfig, AdafactorConfig, AdamConfig, AdamWConfig, AdanConfig, LambConfig, LionConfig, ModuleOptimizer,
     MuonConfig, RmsPropConfig, SgdConfig,
 };
-use burn::tensor::DType;
+use burn::tensor::{DType, Tensor};
 use burn_parallel::prelude::*;
 
 use crate::common::models::device;
@@ -198,5 +200,36 @@ fn another_optimizer_in_the_same_place_is_looked_at_anew() {
     let expected = run(DataParallelConfig::new(), 1);
     for level in LEVELS {
         assert_close(&expected, &run(config(level), 2), 3e-5, &format!("{level}"));
+    }
+}
+
+/// A parameter that an optimizer has no update for is named, whatever is divided.
+#[test]
+fn the_parameter_on_which_an_optimizer_panics_is_named() {
+    #[derive(Module, Debug)]
+    struct Mixed {
+        first: Linear,
+        filter: Conv1d,
+        last: Linear,
+    }
+    let linear = || LinearConfig::new(4, 4).with_bias(false).init(&device());
+    let filter = Conv1dConfig::new(1, 4, 4).with_bias(false).init(&device());
+    let model = Mixed { first: linear(), filter, last: linear() };
+    for sharding in [Sharding::None].into_iter().chain(LEVELS) {
+        let ran = launch::threads(2).run(|rank| {
+            let mut model = wrap(&rank, &model, config(sharding))?;
+            let mut optim: ModuleOptimizer = MuonConfig::new().init();
+            let x = Tensor::<2>::ones([2, 4], &device());
+            let step = model.step(x, |model, x| {
+                let x = model.filter.forward(model.first.forward(x).unsqueeze_dim::<3>(1)).squeeze_dim::<2>(2);
+                model.last.forward(x).powi_scalar(2).mean()
+            })?;
+            model.optimize(&mut optim, 1e-2, step).map(drop)
+        });
+        let error = ran.unwrap_err().to_string();
+        assert!(
+            error.contains("`filter.weight`, a parameter of 3 dims") && error.contains("2D"),
+            "{sharding}: {error}"
+        );
     }
 }

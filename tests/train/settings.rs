@@ -128,6 +128,57 @@ fn right_forms_are_taken() {
     }
 }
 
+/// Who writes a key wants something of it.
+#[test]
+fn keys_that_nothing_reads_are_refused() {
+    let plan = "tensor.plan = 'megatron'\n";
+    let pipeline = "pipeline.micro_batches = 2\n";
+    for (toml, key, why) in [
+        (plan.to_owned(), "tensor.plan", "`tp` is 1"),
+        (format!("pp = 1\n{pipeline}"), "pipeline", "`pp` is 1"),
+        ("tensor.seed = 3".into(), "tensor.seed", "`engine = \"captured\"`"),
+        ("engine = 'eager'\ntensor.fusion = false".into(), "tensor.fusion", "eager"),
+        (
+            format!("pp = 2\ntensor.check_inputs_every = 3\n{pipeline}"),
+            "tensor.check_inputs_every",
+            "pipeline.check_inputs_every",
+        ),
+        (format!("pp = 2\ntp = 2\n{plan}tensor.fusion = false\n{pipeline}"), "tensor.fusion", "pipeline.fusion"),
+        (format!("pp = 2\ntp = 2\n{plan}{pipeline}pipeline.seed = 7"), "pipeline.seed", "tensor.seed"),
+    ] {
+        let error = toml.parse::<Strategy>().expect_err(&toml);
+        assert!(matches!(error, Error::Strategy { .. }), "{error}");
+        says(&error, &[&format!("nothing reads `{key}`"), why]);
+    }
+    says(&of_json(r#"{"tensor": {"plan": "megatron"}}"#).unwrap_err(), &["tensor.plan", ".json"]);
+    for toml in [
+        "engine = 'captured'\ntensor.seed = 3".to_owned(),
+        "data.sharding = 'parameters'\ntensor.seed = 3".into(),
+        format!("tp = 2\n{plan}tensor.seed = 3\ntensor.fusion = false"),
+        format!("pp = 2\n{pipeline}pipeline.seed = 7\npipeline.fusion = false"),
+    ] {
+        let strategy: Strategy = toml.parse().unwrap_or_else(|error| panic!("{toml}: {error}"));
+        assert_eq!(strategy.to_string().parse::<Strategy>().unwrap().to_string(), strategy.to_string());
+    }
+    // In code a size may be 1 that is another number elsewhere; what is printed can be read.
+    let config = TensorParallelConfig::new(Plan::megatron()).with_seed(3);
+    let strategy = Strategy::new().with_tp(1, config).with_pp(1, PipelineConfig::new(4));
+    assert_eq!(strategy.to_string().parse::<Strategy>().unwrap().to_string(), Strategy::new().to_string());
+    let buckets = "data.bucket_bytes = 0".parse::<Strategy>().unwrap();
+    let error = launch::threads(2).run(|rank| two().parallelize(&rank, &buckets).map(|_| ())).unwrap_err();
+    says(&error, &["`bucket_bytes` is 0", "1 at least"]);
+}
+
+/// The plan of docs/strategies.md.
+#[test]
+fn the_file_of_the_docs_is_read() {
+    let docs = include_str!("../../docs/strategies.md");
+    let file = docs.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    let strategy: Strategy = file.parse().unwrap();
+    assert_eq!(strategy.tp, 3);
+    assert_ne!(strategy.tensor.plan, Plan::new());
+}
+
 #[test]
 fn a_schedule_without_backward_does_not_train() {
     let custom = Schedule::Custom("0F0,0F1\n1F0,1F1".parse().unwrap());

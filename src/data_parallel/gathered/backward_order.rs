@@ -3,23 +3,30 @@
 //! What burn asks for again depends on the number of rows: `Linear` multiplies either by its weight, which burn asks for again, or
 //! by a view of it, which burn keeps without gradient checkpointing. Ranks with different numbers of rows would gather different
 //! groups. So all of them gather every group that the forward used, in the reverse of the order in which it used them last,
-//! whoever needs it. The forward uses the same on all ranks.
+//! whoever needs it. The forward uses the same on all ranks. A group that it used several times, with others between, may be asked
+//! for as often on some ranks: all keep it from its gather to the end of the backward.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 /// The groups of a forward, and of its backward.
 #[derive(Debug, Default)]
 pub(super) struct BackwardOrder {
     /// Those that forwards have used since the last backward, the last one last.
     used: Vec<usize>,
-    /// Those that the backward under way has not come to; none if there is no backward.
+    /// Those of them that were used again after others.
+    several: HashSet<usize>,
+    /// Those that the backward under way has not come to.
     left: VecDeque<usize>,
+    under_way: bool,
 }
 
 impl BackwardOrder {
     /// A forward uses a group.
     pub fn used(&mut self, group: usize) {
         if self.used.last() != Some(&group) {
+            if self.used.contains(&group) {
+                self.several.insert(group);
+            }
             self.used.retain(|used| *used != group);
             self.used.push(group);
         }
@@ -28,6 +35,17 @@ impl BackwardOrder {
     /// A backward begins.
     pub fn begin(&mut self) {
         self.left = std::mem::take(&mut self.used).into_iter().rev().collect();
+        self.under_way = true;
+    }
+
+    /// Whether a group that is whole stays so to the end of the backward under way.
+    pub fn keeps(&self, group: usize) -> bool {
+        self.under_way && self.several.contains(&group)
+    }
+
+    /// Whether the backward under way has come to a group before.
+    pub fn has_passed(&self, group: usize) -> bool {
+        self.under_way && !self.left.contains(&group)
     }
 
     /// The backward needs a group. Returns those that others may have needed before it, to be gathered first.
@@ -44,6 +62,8 @@ impl BackwardOrder {
 
     /// The backward is over. Returns those that others may need still.
     pub fn rest(&mut self) -> Vec<usize> {
+        self.under_way = false;
+        self.several.clear();
         std::mem::take(&mut self.left).into()
     }
 
@@ -76,7 +96,20 @@ mod tests {
         for needed in [&[][..], &[0, 3, 2, 1], &[3, 1], &[2], &[0], &[1]] {
             assert_eq!(gathered(needed), [0, 3, 2, 1], "{needed:?}");
         }
-        // What is needed a second time comes on top.
+        // What is needed a second time comes on top, unless it is whole still.
         assert_eq!(gathered(&[3, 2, 3]), [0, 3, 2, 3, 1]);
+    }
+
+    /// Only a group that was used again after others stays, from the begin of the backward to its end.
+    #[test]
+    fn what_several_uses_share_is_kept() {
+        let mut order = BackwardOrder::default();
+        [0, 1, 1, 2, 0, 3].into_iter().for_each(|group| order.used(group));
+        assert!(!order.keeps(0) && !order.has_passed(3));
+        order.begin();
+        assert_eq!([0, 1, 2, 3].map(|group| order.keeps(group)), [true, false, false, false]);
+        assert!(order.until(0) == [3] && order.has_passed(0) && order.has_passed(3) && !order.has_passed(2));
+        assert_eq!(order.rest(), [2, 1]);
+        assert!(!order.keeps(0) && !order.has_passed(0));
     }
 }

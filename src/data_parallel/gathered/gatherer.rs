@@ -211,6 +211,7 @@ impl Gatherer {
 
     fn find(&self, state: &mut State, place: usize, shard: &PlainTensor) -> Result<PlainTensor, Error> {
         let group = self.group_of[place];
+        let again = state.backward.has_passed(group);
         let before = state.backward.until(group);
         self.bring(state, before)?;
         let members = &self.groups[group].0;
@@ -219,7 +220,10 @@ impl Gatherer {
             && same_buffer(&found.shard, shard)
         {
             let whole = found.whole.clone();
-            self.switch(state, group)?;
+            // Others may not ask for it again: nothing is to follow from that.
+            if !again {
+                self.switch(state, group)?;
+            }
             return Ok(whole);
         }
         let known = state.shards[place].as_ref().is_some_and(|known| same_buffer(known, shard));
@@ -237,7 +241,8 @@ impl Gatherer {
     fn take(&self, state: &mut State, group: usize, shards: Vec<PlainTensor>) -> Result<(), Error> {
         if self.keep != Keep::Step {
             // Before the next ones are made.
-            state.live.clear();
+            let State { live, backward, .. } = &mut *state;
+            live.retain(|group, _| backward.keeps(*group));
         }
         let began = Instant::now();
         let wholes = match state.ahead.take() {
@@ -307,7 +312,7 @@ impl Gatherer {
         let (group, rank) = (self.comms.control().group().clone(), self.comms.rank());
         let problem = format!(
             "this rank uses {} where rank {leader} uses {}: with sharded parameters all ranks run the same layers in the same \
-             order",
+             order; captured steps (`engine` \"captured\" in `parallelize`) may differ from rank to rank",
             name(number),
             name(said)
         );

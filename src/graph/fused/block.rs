@@ -1,5 +1,7 @@
 //! A block of a kernel: what it reads is brought together, computed instruction by instruction, and written.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::kernel::{Extent, Home, Instruction, Kernel, Value};
 use super::loops::{Operand, add_rows, binary, choose, reduce, unary};
 use super::native::Native;
@@ -32,6 +34,8 @@ pub(super) struct Running<'a, T> {
     pub(super) targets: Vec<Target>,
     /// The sums over rows, part by part.
     pub(super) sums: Vec<*mut T>,
+    /// The first row, and where rows end: results of each place begin with the first.
+    pub(super) start: usize,
     pub(super) rows: usize,
     pub(super) columns: usize,
     /// Rows of a block, and elements of each.
@@ -40,6 +44,8 @@ pub(super) struct Running<'a, T> {
     /// Where values are that are in no tensor, in elements of the scratch memory.
     pub(super) places: Vec<usize>,
     pub(super) scratch: usize,
+    /// Whether a number was not as the kernel expects.
+    pub(super) unexpected: AtomicBool,
 }
 
 // SAFETY: parts read inputs, and write places of results and sums that no other part touches.
@@ -51,9 +57,10 @@ impl<T: Native> Running<'_, T> {
     #[inline(always)]
     pub(super) unsafe fn block(&self, part: usize, block: usize, first: bool, scratch: *mut T, at: &mut [*mut T]) {
         let across = self.columns.div_ceil(self.width);
-        let (row, column) = (block / across * self.height, block % across * self.width);
+        let (line, column) = (block / across * self.height, block % across * self.width);
+        let row = self.start + line;
         let (height, width) = (self.height.min(self.rows - row), self.width.min(self.columns - column));
-        let place = row * self.columns + column;
+        let place = line * self.columns + column;
         let kernel = self.kernel;
         // SAFETY: direct tensors have an element for each place of the block; all others are in the scratch memory,
         // apart from each other. An instruction never writes what it reads.
@@ -89,7 +96,7 @@ impl<T: Native> Running<'_, T> {
                 let (from, x) = (kernel.extents[value], at[value]);
                 let start = match output.extent {
                     Extent::One => 0,
-                    Extent::Row => row,
+                    Extent::Row => line,
                     Extent::Full => place,
                 };
                 if from == output.extent {
@@ -198,6 +205,12 @@ impl<T: Native> Running<'_, T> {
                 add_rows(sums, read(x), width);
             }
             Instruction::Round { x, to } => T::round(write(x), to),
+            Instruction::Expect { x, above } => {
+                let above = T::from_f64(above);
+                if !read(x).iter().all(|x| *x > above) {
+                    self.unexpected.store(true, Ordering::Relaxed);
+                }
+            }
         }
     }
 }

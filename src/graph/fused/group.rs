@@ -15,7 +15,7 @@ use super::super::instruction::Item;
 use super::work::Work;
 
 /// Beyond this many operations a kernel gains nothing, and its values leave the caches.
-const MOST: usize = 96;
+pub(super) const MOST: usize = 96;
 
 /// After so many operations that do not join it a group is closed, so that what it reads does not stay for long.
 const LONGEST: usize = 32;

@@ -61,6 +61,11 @@ pub(super) enum Instruction {
         x: Value,
         to: DType,
     },
+    /// Tells whether a number is not above another.
+    Expect {
+        x: Value,
+        above: f64,
+    },
 }
 
 impl Instruction {
@@ -68,7 +73,7 @@ impl Instruction {
         let read = match *self {
             Self::Fill { .. } => [None; 3],
             Self::Unary { x, .. } | Self::Spread { x, .. } | Self::Reduce { x, .. } => [Some(x), None, None],
-            Self::AddRows { x, .. } | Self::Round { x, .. } => [Some(x), None, None],
+            Self::AddRows { x, .. } | Self::Round { x, .. } | Self::Expect { x, .. } => [Some(x), None, None],
             Self::Binary { a, b, .. } => [Some(a), Some(b), None],
             Self::Choose { mask, a, b, .. } => [Some(mask), Some(a), Some(b)],
         };
@@ -79,7 +84,7 @@ impl Instruction {
         match *self {
             Self::Fill { out, .. } | Self::Unary { out, .. } | Self::Binary { out, .. } => Some(out),
             Self::Choose { out, .. } | Self::Spread { out, .. } | Self::Reduce { out, .. } => Some(out),
-            Self::AddRows { .. } | Self::Round { .. } => None,
+            Self::AddRows { .. } | Self::Round { .. } | Self::Expect { .. } => None,
         }
     }
 }
@@ -133,6 +138,30 @@ impl Kernel {
         self.outputs.get(output).is_some_and(fits)
             && self.inputs.get(input) == Some(&Extent::Full)
             && !self.outputs.iter().any(given)
+    }
+
+    /// Whether a result is written while it is computed, if it lies one element after the other in the elements that are computed
+    /// with.
+    pub(super) fn writes_at_once(&self, place: usize) -> bool {
+        let value = self.outputs[place].value;
+        value.is_some_and(|value| self.homes[value] == Home::Result(place) && self.extents[value] == Extent::Full)
+    }
+
+    /// The value that an input is.
+    pub(super) fn value_of(&self, input: usize) -> Value {
+        let of = self.homes.iter().position(|home| *home == Home::Input(input));
+        of.expect("each input is a value")
+    }
+
+    /// Where values are in the scratch memory, if the largest has `most` elements, and how many it has room for.
+    pub(super) fn places(&self, most: usize) -> (Vec<usize>, usize) {
+        let (inputs, results) = (self.registers, self.registers + self.inputs.len());
+        let place = |home: &Home| match home {
+            Home::Register(register) => register * most,
+            Home::Input(input) => (inputs + input) * most,
+            Home::Result(result) => (results + result) * most,
+        };
+        (self.homes.iter().map(place).collect(), (results + self.outputs.len()) * most)
     }
 
     /// Whether a row may be cut into several blocks.

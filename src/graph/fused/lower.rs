@@ -1,6 +1,7 @@
 //! Makes a kernel of a group of operations.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt::Debug;
 
 use burn::tensor::DType;
 use burn_ir::{OperationIr, TensorId, TensorIr};
@@ -161,6 +162,9 @@ impl Lowering<'_> {
     }
 
     fn fill(&mut self, with: f64) -> Value {
+        if let Some((out, _)) = self.known.iter().find(|(_, known)| known.to_bits() == with.to_bits()) {
+            return *out;
+        }
         let out = self.value(Extent::One);
         self.known.insert(out, with);
         self.code.push(Instruction::Fill { out, with });
@@ -168,14 +172,36 @@ impl Lowering<'_> {
     }
 
     fn unary(&mut self, op: Unary, x: Value) -> Value {
-        let out = self.value(self.extents[x]);
-        self.code.push(Instruction::Unary { op, out, x });
-        out
+        // Backward passes do again what was done forward.
+        let before = self.code.iter().find_map(|done| match *done {
+            Instruction::Unary { op: other, out, x: of } if of == x && alike(other, op) => Some(out),
+            _ => None,
+        });
+        before.unwrap_or_else(|| {
+            let out = self.value(self.extents[x]);
+            self.code.push(Instruction::Unary { op, out, x });
+            out
+        })
     }
 
     fn binary(&mut self, op: Binary, a: Value, b: Value) -> Value {
-        let out = self.value(self.extents[a].max(self.extents[b]));
-        self.code.push(Instruction::Binary { op, out, a, b });
-        out
+        let before = self.code.iter().find_map(|done| match *done {
+            Instruction::Binary { op: other, out, a: left, b: right }
+                if (left, right) == (a, b) && alike(other, op) =>
+            {
+                Some(out)
+            }
+            _ => None,
+        });
+        before.unwrap_or_else(|| {
+            let out = self.value(self.extents[a].max(self.extents[b]));
+            self.code.push(Instruction::Binary { op, out, a, b });
+            out
+        })
     }
+}
+
+/// Whether two instructions are one. Zeros of two signs are equal, but not alike.
+fn alike<O: PartialEq + Debug>(a: O, b: O) -> bool {
+    a == b && format!("{a:?}") == format!("{b:?}")
 }

@@ -7,6 +7,8 @@
 //! or for each place; it is made of burn's operations by [`lower`] and run on Flex tensors by [`run`], split over the
 //! threads of the rank. A result takes the memory of an input that nobody else holds; else memory that steps before have
 //! used, and that is not zeroed first. Matrix products are written into such memory too ([`multiply`](multiply())).
+//! Attention, whose tensors between its products are the largest of all, runs tile by tile, loops and products together
+//! ([`tiled`](mod@tiled)).
 //!
 //! # Numbers
 //! Sums, products, quotients and roots have the bits that burn gives them. The transcendental functions are those of
@@ -27,6 +29,7 @@ mod multiply;
 mod native;
 mod products;
 mod run;
+mod tiled;
 mod work;
 
 use std::collections::{HashMap, HashSet};
@@ -40,6 +43,8 @@ use self::group::{Group, Part, grouped};
 use self::kernel::Kernel;
 pub(crate) use self::multiply::{multiplies, multiply};
 use self::products::merged;
+pub(crate) use self::tiled::TILED;
+use self::tiled::{Tiled, tiled};
 use super::custom::CustomOps;
 use super::graph_error;
 use super::instruction::Item;
@@ -54,22 +59,26 @@ pub(crate) fn fuses_on(device: &Device) -> bool {
 
 /// The kernels of a program.
 #[derive(Debug, Default)]
-pub(crate) struct Kernels(Vec<Kernel>);
+pub(crate) struct Kernels {
+    loops: Vec<Kernel>,
+    tiled: Vec<Tiled>,
+}
 
 impl Kernels {
     /// Whether a result of the kernel that an operation runs may be written over an input of its dims and dtype.
     pub(crate) fn may_take(&self, op: &OperationIr, output: usize, input: usize) -> bool {
         let OperationIr::Custom(op) = op else { return false };
-        let kernel = number(&op.scalars).and_then(|number| self.0.get(number));
+        let kernel = number(&op.scalars).and_then(|number| self.loops.get(number));
         kernel.is_some_and(|kernel| kernel.may_take(output, input))
     }
 
     /// Adds the operation that runs them.
     pub(crate) fn register(self, ops: &mut CustomOps) {
-        if self.0.is_empty() {
+        tiled::register(self.tiled, ops);
+        if self.loops.is_empty() {
             return;
         }
-        let kernels = Arc::new(self.0);
+        let kernels = Arc::new(self.loops);
         let memory = ops.memory().clone();
         ops.register(FUSED, move |op, inputs| {
             let kernel = number(&op.scalars).and_then(|number| kernels.get(number));
@@ -116,8 +125,9 @@ pub(crate) fn fuse<const SECTIONS: usize>(sections: [Vec<Item>; SECTIONS]) -> ([
     let tensors = operations.flat_map(|op| op.inputs().chain(op.outputs()));
     let mut next_id = tensors.map(|tensor| tensor.id.value() + 1).max().unwrap_or_default();
     let sections = sections.map(|items| merged(items, &readers, &mut next_id));
-    let readers = self::readers(&sections);
     let mut kernels = Kernels::default();
+    let sections = tiled(sections, &mut kernels.tiled);
+    let readers = self::readers(&sections);
     let sections = sections.map(|items| {
         let parts = grouped(items).into_iter();
         parts
@@ -158,8 +168,8 @@ fn fused(group: Group, readers: &HashMap<TensorId, usize>, kernels: &mut Kernels
     let made = operations.iter().flat_map(|op| op.outputs()).map(|out| out.id);
     let wanted: HashSet<TensorId> = made.filter(|id| readers.get(id) != inside.get(id)).collect();
     let Some((kernel, inputs, outputs)) = lower::lower(&operations, &dims, &wanted) else { return apart(operations) };
-    kernels.0.push(kernel);
-    let scalars = vec![ScalarIr::UInt(kernels.0.len() as u64 - 1)];
+    kernels.loops.push(kernel);
+    let scalars = vec![ScalarIr::UInt(kernels.loops.len() as u64 - 1)];
     let op = CustomOpIr { id: FUSED.into(), inputs, outputs, scalars };
     vec![Item::Run(Box::new(OperationIr::Custom(op)))]
 }

@@ -41,8 +41,8 @@ pub(super) struct Factor<'a, T> {
     start: isize,
     /// Along each dim of the batch, 0 where it is broadcast.
     batch: Vec<isize>,
-    row: isize,
-    column: isize,
+    pub(super) row: isize,
+    pub(super) column: isize,
 }
 
 impl<'a, T: Element + bytemuck::Pod> Factor<'a, T> {

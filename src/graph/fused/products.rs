@@ -53,9 +53,9 @@ impl Merging<'_> {
     /// Whether the elements of a tensor lie one after the other, so that it has other dims without a copy: unless it is
     /// a view.
     fn is_plain(&self, tensor: &TensorIr) -> bool {
-        let moved = |op: &OperationIr| match reshape(op) {
-            Some(op) => !self.is_plain(&op.input),
-            None => matches!(Class::of(op), Class::View | Class::Slice | Class::Reorder),
+        // Other dims need no copy but of a view, which then is none any more.
+        let moved = |op: &OperationIr| {
+            reshape(op).is_none() && matches!(Class::of(op), Class::View | Class::Slice | Class::Reorder)
         };
         !self.maker(tensor).is_some_and(moved)
     }

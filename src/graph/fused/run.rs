@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 use std::ptr;
+use std::sync::atomic::AtomicBool;
 
 use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
@@ -20,11 +21,11 @@ use crate::graph::step_memory::StepMemory;
 use crate::tensor::{Loops, PlainTensor, vectorized};
 
 /// Elements of a value in a block: a few values of it fit into the first cache.
-const BLOCK: usize = 2048;
+pub(super) const BLOCK: usize = 2048;
 /// Into so many parts a kernel is split, whatever the number of threads, so that sums over them are the same.
 const PARTS: usize = 16;
 /// Elements from which on it takes less to wake other threads up than to go on alone, as burn has it.
-const SPLIT_FROM: usize = 256 * 1024;
+pub(super) const SPLIT_FROM: usize = 256 * 1024;
 
 /// The blocks of a part.
 struct Part<'a, T> {
@@ -101,23 +102,12 @@ impl Kernel {
                 }
                 None => Memory::new(output.dtype, size, &op.outputs[place], memory),
             };
-            let computed = output
-                .value
-                .is_some_and(|value| self.homes[value] == Home::Result(place) && self.extents[value] == Extent::Full);
-            targets.push(Target { base: made.pointer(), direct: native && taken.is_none() && computed });
+            targets
+                .push(Target { base: made.pointer(), direct: native && taken.is_none() && self.writes_at_once(place) });
             memories.push(made);
         }
 
-        let block = height * width;
-        let mut places = Vec::with_capacity(self.homes.len());
-        let (inputs_at, results_at) = (self.registers * block, (self.registers + sources.len()) * block);
-        for home in &self.homes {
-            places.push(match home {
-                Home::Register(register) => register * block,
-                Home::Input(input) => inputs_at + input * block,
-                Home::Result(result) => results_at + result * block,
-            });
-        }
+        let (places, scratch) = self.places(height * width);
         let blocks = rows.div_ceil(height) * columns.div_ceil(width);
         let parts = blocks.min(PARTS);
         let summed = self.outputs.iter().filter(|output| output.value.is_none());
@@ -132,12 +122,14 @@ impl Kernel {
             sums: sums_of.collect(),
             targets,
             sources,
+            start: 0,
             rows,
             columns,
             height,
             width,
             places,
-            scratch: results_at + self.outputs.len() * block,
+            scratch,
+            unexpected: AtomicBool::new(false),
         };
         let part = |part: usize| running.part(part, blocks * part / parts..blocks * (part + 1) / parts);
         if elements >= SPLIT_FROM && rayon::current_num_threads() > 1 {
@@ -159,7 +151,7 @@ impl Kernel {
         results.map(|(memory, output)| unsafe { memory.filled(&output.dims, output.dtype) }).collect()
     }
 
-    fn source<T: Native>(&self, tensor: &FlexTensor, extent: Extent) -> Source {
+    pub(super) fn source<T: Native>(&self, tensor: &FlexTensor, extent: Extent) -> Source {
         let layout = tensor.layout();
         let broadcast = layout.shape().iter().zip(&self.dims).zip(layout.strides());
         let strides: Vec<isize> =
@@ -177,7 +169,7 @@ impl Kernel {
 }
 
 impl<T: Native> Running<'_, T> {
-    fn part(&self, part: usize, blocks: Range<usize>) {
+    pub(super) fn part(&self, part: usize, blocks: Range<usize>) {
         SCRATCH.with_borrow_mut(|scratch| {
             let words = (self.scratch * size_of::<T>()).div_ceil(8);
             if scratch.len() < words {

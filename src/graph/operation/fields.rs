@@ -2,8 +2,8 @@
 
 use burn_ir::{
     BaseOperationIr as Base, BatchNormOpIr, BinaryOpIr, CastOpIr, FloatOperationIr as Float, MatmulOpIr,
-    ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr, RandomOpIr, ReduceDimOpIr, ScalarOpIr,
-    ShapeOpIr, SwapDimsOpIr, TensorId, TensorIr, UnaryOpIr,
+    ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr, PermuteOpIr, RandomOpIr, ReduceDimOpIr,
+    ScalarOpIr, ShapeOpIr, SwapDimsOpIr, TensorId, TensorIr, UnaryOpIr,
 };
 
 /// `lhs + rhs` of float tensors.
@@ -90,6 +90,14 @@ pub(crate) fn reshape(op: &OperationIr) -> Option<&ShapeOpIr> {
 pub(crate) fn swap_dims(op: &OperationIr) -> Option<&SwapDimsOpIr> {
     match op {
         OperationIr::BaseFloat(Base::SwapDims(op)) => Some(op),
+        _ => None,
+    }
+}
+
+/// The dims of a float tensor in another order.
+pub(crate) fn permute(op: &OperationIr) -> Option<&PermuteOpIr> {
+    match op {
+        OperationIr::BaseFloat(Base::Permute(op)) => Some(op),
         _ => None,
     }
 }

@@ -11,6 +11,7 @@ use super::*;
 use crate::graph::instruction::Instruction;
 use crate::graph::liveness::program;
 use crate::graph::{CustomOps, Executor, StepGraph, capture_step};
+use crate::partition::Exchange;
 
 /// A language model whose head is its embedding.
 #[derive(Module, Debug)]
@@ -199,10 +200,7 @@ fn two_groups_are_alive_at_once() {
 }
 
 #[test]
-fn what_is_exchanged_travels_as_words() {
-    let exchanges =
-        vec![Exchange { gathers: true, numbers: vec![3, 4, 9] }, Exchange { gathers: false, numbers: vec![0] }];
-    assert_eq!(Exchange::of_words(&Exchange::words(&exchanges)), exchanges);
+fn what_is_exchanged_is_found_in_the_operations() {
     let graph = in_rows(&captured(&Lm::new()), ALL[0]);
     let found: Vec<Exchange> = graph.operations.iter().filter_map(Exchange::of).collect();
     assert_eq!(found.iter().filter(|exchange| exchange.gathers).count(), 10);

@@ -4,6 +4,7 @@ mod joined;
 mod moments;
 mod optimizer_error;
 mod own_parts;
+mod panicked;
 mod parts;
 mod recognise;
 mod sharded;

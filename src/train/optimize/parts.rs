@@ -9,7 +9,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
 use burn::tensor::{Device, Tensor, TensorData};
 
-use super::optimizer_error::optimizer_error;
+use super::panicked::Updated;
 use crate::Error;
 use crate::comm::panic_message;
 use crate::graph::SplitParam;
@@ -57,13 +57,7 @@ fn whole_along<M: Module>(optim: &ModuleOptimizer, local: &M, split: &[SplitPara
     let by_id: HashMap<ParamId, &SplitParam> = split.iter().map(|param| (param.id, param)).collect();
     let attempt = |part| {
         let run = AssertUnwindSafe(|| train(optim, local, &by_id, part));
-        catch_unwind(run).map_err(|panic| {
-            let path = &split[0].path;
-            optimizer_error(format!(
-                "it panicked on small parameters in the place of `{path}`: {}",
-                panic_message(&*panic)
-            ))
-        })
+        catch_unwind(run).map_err(|panic| Updated::of_parts(split).error(optim, &panic_message(&*panic)))
     };
     let (whole, halves) = (attempt(Part::Whole)?, [attempt(Part::Half(0))?, attempt(Part::Half(1))?]);
     let looks_at_the_whole = |param: &&SplitParam| {

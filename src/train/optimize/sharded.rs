@@ -7,6 +7,7 @@ use burn::module::ParamId;
 use burn::optim::{GradientsParams, ModuleOptimizer};
 
 use super::joined::{Joined, Part};
+use super::panicked::Updated;
 use super::recognise::{Met, address};
 use super::update::update;
 use super::whole::{Dealt, Work};
@@ -65,8 +66,9 @@ impl ShardedStep<'_> {
         if new {
             moments::check(optim, &all).inspect_err(fail)?;
         }
+        let tried = new.then(|| Updated::of(&all, &work.grads));
         let met = met.with_witness(&all, &work.grads);
-        let updated = update(all, optim, lr, work.grads).inspect_err(fail)?;
+        let updated = update(all, optim, lr, work.grads, tried).inspect_err(fail)?;
         met.remember(optim);
         let (owned, rest): (Vec<_>, Vec<_>) = updated.0.into_iter().partition(|shard| ours.contains(&shard.param.id()));
         let parts = joined.divide(owned)?;

@@ -9,6 +9,7 @@ use burn::tensor::Device;
 
 use super::joined::Joined;
 use super::own_parts::own_parts;
+use super::panicked::Updated;
 use super::recognise::{Met, address};
 use super::update::update;
 use super::{moments, parts};
@@ -51,8 +52,9 @@ impl SplitStep<'_> {
             if new {
                 moments::check(optim, local(&model))?;
             }
+            let tried = new.then(|| Updated::of(local(&model), &grads));
             let met = met.with_witness(local(&model), &grads);
-            let updated = update(model, optim, lr, grads)?;
+            let updated = update(model, optim, lr, grads, tried)?;
             met.remember(optim);
             return Ok(updated);
         }
@@ -64,8 +66,9 @@ impl SplitStep<'_> {
         if new {
             moments::check(optim, &all).inspect_err(fail)?;
         }
+        let tried = new.then(|| Updated::of(&all, &grads));
         let met = met.with_witness(&all, &grads);
-        let WithOwned { owned, model } = update(all, optim, lr, grads).inspect_err(fail)?;
+        let WithOwned { owned, model } = update(all, optim, lr, grads, tried).inspect_err(fail)?;
         met.remember(optim);
         let values = joined.divide(owned.0)?.into_iter().map(|part| (part.param.id(), part.param.value())).collect();
         Ok(params::replace_values(model, values))

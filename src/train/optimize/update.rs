@@ -6,20 +6,22 @@ use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
 use burn::module::Module;
 use burn::optim::{GradientsParams, ModuleOptimizer};
 
-use super::optimizer_error::optimizer_error;
+use super::panicked::Updated;
 use crate::Error;
 use crate::comm::panic_message;
 
-/// Updates the parameters. A panic of the optimizer becomes an error.
+/// Updates the parameters. A panic of the optimizer becomes an error. `updated` are those parameters, if it is not known yet whether it suits
+/// them.
 ///
 /// # Errors
-/// [`Error::Optimizer`] with what the panic said.
+/// [`Error::Optimizer`] with what the panic said, and the parameter if that is known.
 pub(in crate::train) fn update<P: Module>(
     model: P,
     optim: &mut ModuleOptimizer,
     lr: ModuleLearningRate,
     grads: GradientsParams,
+    updated: Option<Updated>,
 ) -> Result<P, Error> {
-    let updated = catch_unwind(AssertUnwindSafe(|| optim.step(lr, model, grads)));
-    updated.map_err(|panic| optimizer_error(format!("it panicked: {}", panic_message(&*panic))))
+    let stepped = catch_unwind(AssertUnwindSafe(|| optim.step(lr, model, grads)));
+    stepped.map_err(|panic| updated.unwrap_or_default().error(optim, &panic_message(&*panic)))
 }

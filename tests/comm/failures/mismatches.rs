@@ -6,7 +6,7 @@ use burn::tensor::{DType, Device, Tensor};
 use burn_parallel::comm::{Communicator, ReduceOp};
 use burn_parallel::{Error, launch};
 
-use super::harness::{LONG, SIZES, failure, is_mismatch, says, tells_the_log};
+use super::harness::{LONG, SHORT, SIZES, failure, is_mismatch, says, tells_the_log};
 
 /// One rank calls `odd`, the others `usual`. All ranks return a mismatch that holds these words.
 fn mismatch<A: Debug, B: Debug>(
@@ -42,10 +42,55 @@ fn another_operation() {
 #[test]
 fn another_name_or_order_of_splits() {
     let split = |name: &'static str| move |comm: &Communicator| comm.split_named(name, 0, comm.rank() as i64).map(drop);
-    mismatch(&["called split by a name of hash"], split("left"), split("right"));
-    mismatch(&["called split by a name of hash"], |comm: &Communicator| comm.split(0, 0).map(drop), split("left"));
+    mismatch(&["called split(left)", "called split(right)"], split("left"), split("right"));
+    mismatch(&["called split(left)"], |comm: &Communicator| comm.split(0, 0).map(drop), split("left"));
     // The names of all ranks are the same, their colors need not be.
     launch::threads(4).run(|rank| rank.split_named("half", rank.rank() as u64 / 2, 0)?.barrier()).unwrap();
+}
+
+/// The rank that alone calls something else comes first, and is told to be alone.
+#[test]
+fn a_stray_barrier_is_told_to_be_of_one_rank() {
+    for (size, culprit) in [(3, 1), (4, 0), (4, 3)] {
+        let error = failure(size, LONG, None, move |rank| {
+            if rank.rank() == culprit {
+                rank.barrier()?;
+            }
+            rank.all_reduce(vec![1.0f32; 6], ReduceOp::Sum).map(drop)
+        });
+        says(&error, &[&format!("collective #2: rank {culprit} called barrier, unlike all others: rank ")]);
+        assert_eq!(error.to_string().matches("called all_reduce(Sum) of F32 [6]").count(), size - 1, "{error}");
+    }
+    // Of two ranks neither is the odd one.
+    let error = failure(2, LONG, None, |rank| match rank.rank() {
+        0 => rank.barrier(),
+        _ => rank.all_reduce(vec![1.0f32; 6], ReduceOp::Sum).map(drop),
+    });
+    says(&error, &["rank 0 called barrier, rank 1 called all_reduce"]);
+}
+
+/// One barrier too many, behind the last call of the others or beside one in another group: whoever waits is not told that only
+/// the others can be wrong.
+#[test]
+fn a_barrier_too_many_may_be_what_is_wrong() {
+    let error = failure(2, LONG, Some(1), |rank| match rank.rank() {
+        0 => rank.barrier(),
+        _ => Ok(()),
+    });
+    assert!(matches!(&error, Error::RankLost { rank: 1, .. }), "{error:?}");
+    says(
+        &error,
+        &["rank 1 left group `world` while barrier was waiting for it", "or the rank that waits calls one more"],
+    );
+    let error = failure(2, SHORT, None, |rank| {
+        let half = rank.split_named("half", 0, rank.rank() as i64)?;
+        if rank.rank() == 1 {
+            rank.barrier()?;
+        }
+        half.all_reduce(vec![1.0f32; 6], ReduceOp::Sum).map(drop)
+    });
+    assert!(matches!(&error, Error::Timeout { .. }), "{error:?}");
+    says(&error, &["waits in turn in another call", "a call that the others do not make", "barrier (waiting for"]);
 }
 
 #[test]

@@ -100,7 +100,7 @@ fn mismatches(factory: &dyn WorldFactory) {
         drop_of(comm.all_reduce_coalesced(vec![vec![1.0f32; 3]; 2], ReduceOp::Sum))
     });
     let named = |name: &'static str| move |comm: Communicator| drop_of(comm.split_named(name, 0, 0));
-    mismatch(factory, &["called split by a name of hash"], &named("left"), &named("right"));
+    mismatch(factory, &["called split(left)", "called split(right)"], &named("left"), &named("right"));
     let root = |root: usize| move |comm: Communicator| drop_of(comm.broadcast(vec![1u8], root));
     mismatch(factory, &["root 0", "root 1"], &root(0), &root(1));
     let ones = |shape: [usize; 2]| Tensor::<2>::ones(shape, &Device::flex());

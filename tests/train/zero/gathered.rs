@@ -437,11 +437,13 @@ fn a_directory_is_saved_from_rows() {
 }
 
 /// Burn's `Linear` makes a matrix of its input where that has few rows, and then asks for its weight again in backward; else it
-/// keeps a view of it. Ranks with different numbers of rows gather the same all the same.
+/// keeps a view of it. Ranks with different numbers of rows gather the same all the same, also of layers that a forward uses
+/// several times.
 #[test]
 fn ranks_with_different_numbers_of_rows_gather_the_same() {
-    let deep = |input: Tensor<3>, model: &Deep| {
-        model.layers.iter().fold(input, |x, layer| layer.forward(x).tanh().narrow(2, 0, 128)).powi_scalar(2).mean()
+    let deep = |input: Tensor<3>, model: &Deep, order: &[usize]| {
+        let layers = order.iter().map(|place| &model.layers[*place]);
+        layers.fold(input, |x, layer| layer.forward(x).tanh().narrow(2, 0, 128)).powi_scalar(2).mean()
     };
     let whole = Deep::new(&Device::flex().autodiff());
     // Dims of the inputs: 5 rows of 3 are a matrix of 15, 32 rows of 2 stay what they are.
@@ -450,7 +452,7 @@ fn ranks_with_different_numbers_of_rows_gather_the_same() {
         let x = crate::common::dense::Dense::fractions(&dims, (step * 3 + rank) as u64);
         x.tensor::<3>(&Device::flex().autodiff(), burn::tensor::DType::F32)
     };
-    let run = |config: DataParallelConfig, frozen: Option<&str>| {
+    let run = |config: DataParallelConfig, frozen: Option<&str>, order: &[usize]| {
         let model = match frozen {
             Some(pattern) => whole.clone().freeze_group(ParamGroup::from_regex(pattern).unwrap()),
             None => whole.clone(),
@@ -464,7 +466,7 @@ fn ranks_with_different_numbers_of_rows_gather_the_same() {
                     // In the last step one rank has less.
                     let batches =
                         (0..if step == 3 && rank.rank() == 1 { 1 } else { 2 }).map(|at| input(rank.rank(), step + at));
-                    let done = model.step_micro_batches(batches, |model, x| deep(x, model))?;
+                    let done = model.step_micro_batches(batches, |model, x| deep(x, model, order))?;
                     model = model.optimize(&mut optim, 1e-2, done)?;
                 }
                 Ok(parameters(&model.assemble()?.valid()))
@@ -472,9 +474,11 @@ fn ranks_with_different_numbers_of_rows_gather_the_same() {
             .unwrap()
             .remove(0)
     };
-    for frozen in [None, Some("layers.[023]")] {
-        let expected = run(config(Sharding::None), frozen);
-        assert_close(&expected, &run(gathered(Keep::Pass), frozen), 3e-5, &format!("frozen: {frozen:?}"));
+    let several: &[usize] = &[0, 1, 2, 0, 0, 3, 1, 4, 0];
+    for (frozen, order) in [(None, &[0, 1, 2, 3, 4][..]), (Some("layers.[023]"), &[0, 1, 2, 3, 4]), (None, several)] {
+        let expected = run(config(Sharding::None), frozen, order);
+        let what = format!("frozen: {frozen:?}, {order:?}");
+        assert_close(&expected, &run(gathered(Keep::Pass), frozen, order), 3e-5, &what);
     }
 }
 
@@ -502,4 +506,31 @@ fn the_next_group_is_gathered_ahead() {
             Ok(())
         })
         .unwrap();
+}
+
+/// A rank whose items count for nothing, and whose loss depends on no parameter, gathers for the backward of the others.
+#[test]
+fn a_loss_of_nothing_takes_part() {
+    let case = Deep::new(&Device::flex().autodiff());
+    let run = |size: usize, config: DataParallelConfig| {
+        let ran = launch::threads(size).timeout(Duration::from_secs(20)).run(|rank| {
+            let mut model = wrap(&rank, &case, config.clone())?;
+            let mut optim = optimizer("sgd");
+            for step in 0..3 {
+                let x = Tensor::<2>::ones([2, 128], &rank.device().autodiff()) * (step as f32 + 0.5);
+                let none = rank.rank() == 1;
+                let done = model.step(x, |model, x| match none {
+                    true => Loss::sum(model.loss(x).detach(), 0),
+                    false => Loss::sum(model.loss(x), 2),
+                })?;
+                model = model.optimize(&mut optim, 1e-2, done)?;
+            }
+            Ok(parameters(&model.assemble()?.valid()))
+        });
+        ran.unwrap().remove(0)
+    };
+    let expected = run(1, config(Sharding::None));
+    for keep in [Keep::Pass, Keep::MicroBatch] {
+        assert_close(&expected, &run(3, gathered(keep)), 3e-5, &format!("{keep:?}"));
+    }
 }

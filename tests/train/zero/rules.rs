@@ -132,6 +132,8 @@ fn settings_that_do_not_go_together_are_errors() {
     says(config(Sharding::Optimizer).with_sharding_ranks(3), "divided among 3 of the 4 replicas");
     says(config(Sharding::Optimizer).with_sharding_ranks(0), "divided among 0 of the 4 replicas");
     says(DataParallelConfig::new().with_sharding_ranks(2), "`sharding_ranks` is set, but `sharding` is \"none\"");
+    says(config(Sharding::Gradients).with_keep(Keep::Step), "with `sharding` \"gradients\" none are");
+    says(DataParallelConfig::new().with_keep(Keep::MicroBatch), "with `sharding` \"none\" none are");
     says(config(Sharding::Gradients).with_comm_hook(AllReduceHook), "a communication hook reduces whole gradients");
     says(
         config(Sharding::Parameters).with_compare_every(2),

@@ -7,6 +7,7 @@ use burn_parallel::train::Engine;
 
 use crate::common::models::{Lm, Numbers, device};
 use crate::common::reference::{alone, difference, optimizer, own, values};
+use crate::grad_norm::lm as tied;
 
 const STEPS: usize = 3;
 
@@ -141,4 +142,46 @@ fn the_first_step_of_a_pipeline_is_for_all() {
         })
         .unwrap_err();
     assert!(error.to_string().contains("every replica must bring a micro-batch"), "{error}");
+}
+
+/// A weight that two stages share has a part of its gradient on each: so it is on the stages of a replica without data, which
+/// hold rows of the sum.
+#[test]
+fn a_tied_weight_of_a_pipeline_without_data_is_summed_up() {
+    let kind = tied::Kind { tied: true, frozen: false, dtype: burn::tensor::DType::F32 };
+    let model = kind.init(&device());
+    let mean = |model: &tied::Lm, batch| {
+        let (sum, items) = model.summed(batch);
+        sum / items as f32
+    };
+    let rows = |step: usize, rows: std::ops::Range<usize>| {
+        let (tokens, targets) = tied::batch(step, &device());
+        (tokens.slice([rows.clone()]), targets.slice([rows]))
+    };
+    let reference = alone(&model, STEPS, |step| tied::batch(step, &device()), mean);
+    for keep in [Keep::Pass, Keep::Step] {
+        launch::threads(4)
+            .run(|world| {
+                let data = DataParallelConfig::new().with_sharding(Sharding::Parameters).with_keep(keep);
+                let strategy =
+                    Strategy::new().with_data(data).with_pp(2, PipelineConfig::new(2).with_cut(tied::cut(2)));
+                let mut model = own(&model).parallelize(&world, &strategy)?;
+                let replica = model.mesh().coordinate("dp")?;
+                let mut optim = optimizer();
+                for step in 0..STEPS {
+                    let parts = match (step, replica) {
+                        (0, 0) => vec![rows(step, 0..4)],
+                        (0, _) => vec![rows(step, 4..9)],
+                        (_, 0) => vec![],
+                        _ => vec![rows(step, 0..5), rows(step, 5..9)],
+                    };
+                    let result = model.step_micro_batches(parts, tied::loss)?;
+                    model = model.optimize(&mut optim, 0.05, result)?;
+                    let worst = difference(&reference.after[step], &values(&model.assemble()?));
+                    assert!(worst < 3e-4, "{worst} after step {step}, {keep:?}");
+                }
+                Ok(())
+            })
+            .unwrap();
+    }
 }

@@ -3,7 +3,7 @@
 use burn::tensor::DType;
 
 use super::{Reader, Writer};
-use crate::comm::{Call, Extent, Operation, ReduceOp, element};
+use crate::comm::{Call, Extent, Operation, ReduceOp, element, split_names};
 
 /// In the place of the number of a dtype.
 const NO_DTYPE: u8 = u8::MAX;
@@ -34,7 +34,12 @@ impl Writer {
         self.number(root as u64).number(tag).number(call.pieces as u64).number(call.fingerprint);
         self.list(call.extent.dims(), |w, dim| {
             w.number(*dim as u64);
-        })
+        });
+        // Others may not know for what a rank wants to split a group.
+        if call.operation == Operation::Split {
+            self.text(&call.split_name().unwrap_or_default());
+        }
+        self
     }
 }
 
@@ -75,6 +80,12 @@ impl Reader<'_> {
             "recv" => Operation::Receive { from: root, tag },
             _ => return None,
         };
+        if operation == Operation::Split {
+            let name = self.text()?;
+            if split_names::number(&name) == fingerprint {
+                split_names::keep(&name);
+            }
+        }
         let mut call = Call::new(operation, dtype, Extent::new(&dims));
         (call.pieces, call.fingerprint) = (pieces, fingerprint);
         Some(call)

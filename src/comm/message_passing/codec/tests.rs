@@ -8,7 +8,7 @@ use burn::tensor::DType;
 use super::error::{DEEPEST, MOST_NAMES, Names};
 use super::{Reader, Writer};
 use crate::Error;
-use crate::comm::{Call, CallLog, Extent, Operation, ReduceOp, element};
+use crate::comm::{Call, CallLog, Extent, Operation, ReduceOp, element, split_names};
 
 fn there_and_back(error: &Error) -> Option<Error> {
     let mut writer = Writer::default();
@@ -135,6 +135,26 @@ fn what_would_overflow_is_garbled() {
         error = Error::RankFailed { rank: 0, cause: Box::new(error), log: CallLog::default() };
     }
     assert_eq!(there_and_back(&error), None);
+}
+
+/// What another rank splits a group for is said by its name, if it does not lie.
+#[test]
+fn names_of_splits_travel() {
+    let there = |number: u64, name: &str| {
+        let mut call = Call::split("");
+        call.fingerprint = number;
+        let mut writer = Writer::default();
+        writer.call(&call);
+        // Nobody here knows the name, which comes last.
+        writer.0.truncate(writer.0.len() - 8);
+        writer.text(name);
+        Reader(&writer.0).call().map(|call| call.to_string())
+    };
+    let number = split_names::number("what only another rank has");
+    assert_eq!(there(number, "something else"), Some(format!("split by a name of hash {number:016x}")));
+    assert_eq!(there(number, "what only another rank has").as_deref(), Some("split(what only another rank has)"));
+    let number = split_names::number("two\nlines");
+    assert_eq!(there(number, "two\nlines"), Some(format!("split by a name of hash {number:016x}")));
 }
 
 #[test]

@@ -5,7 +5,9 @@
 //! scattered ([`shard_parameters`]), and it goes with any split: the rows are those of this rank's part.
 
 mod bundle;
+mod lending;
 mod noise;
+mod operations;
 mod own_rows;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -14,22 +16,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use burn::module::{Module, ParamId};
-use burn::tensor::{Device, FloatDType};
-use burn_ir::CustomOpIr;
+use burn::tensor::FloatDType;
 
 use self::bundle::Bundle;
+use self::lending::Lending;
 use self::noise::RowNoise;
 use self::own_rows::{OwnRows, RowParam, Trained};
 use super::assemble::assemble;
 use super::distribute::{Round, agree_on_layouts, distribute};
 use crate::comm::{Communicator, Pending};
 use crate::error::Error;
-use crate::graph::{CustomOps, StepGraph, graph_error, read_params};
-use crate::params::{self, ParamSlice, Renamed, one_device};
-use crate::partition::{
-    Exchange, Gathering, InRows, START_GATHER, START_SCATTER, WAIT_GATHER, WAIT_SCATTER, exchanged, shard_parameters,
-    tokens,
-};
+use crate::graph::{StepGraph, graph_error, read_params};
+use crate::params::{self, ParamSlice, Renamed};
+use crate::partition::{Gathering, InRows, shard_parameters};
 use crate::plan::PlanTable;
 use crate::sharding::{Keep, Member, Pack, Rows, ShardComms, ShardParams, groups, owners};
 use crate::tensor::PlainTensor;
@@ -74,6 +73,8 @@ struct StepState {
     /// The parameters as they are whole, where they are gathered for the step.
     whole: Option<HashMap<ParamId, PlainTensor>>,
     in_flight: HashMap<(bool, u64), Pending<Vec<PlainTensor>>>,
+    /// What only other replicas exchange in this micro-batch.
+    lending: Lending,
 }
 
 impl RowShards {
@@ -221,37 +222,6 @@ impl RowShards {
         Gathering { gathers: self.keep != Keep::Step, keeps: self.keep == Keep::MicroBatch }
     }
 
-    /// Says how the operations are run that [`apply`](Self::apply) puts in.
-    pub(crate) fn register(&self, ops: &mut CustomOps) {
-        let shards = self.clone();
-        ops.register_maker(START_GATHER, move |op, inputs, device| {
-            let bundle = shards.bundle(&exchanged(op))?;
-            let pending = shards.comms.parameters().start(move |comm| bundle.gather(inputs, comm));
-            shards.keep_pending(true, op, pending)?;
-            Ok(tokens(op, device))
-        });
-        let shards = self.clone();
-        ops.register_maker(START_SCATTER, move |op, inputs, device| {
-            let numbers = exchanged(op);
-            shards.look_at(&numbers, &inputs);
-            let (bundle, factor) = (shards.bundle(&numbers)?, shards.lock().factor);
-            let copies = shards.comms.copies().cloned();
-            let pending =
-                shards.comms.gradients().start(move |comm| bundle.reduce(inputs, factor, (comm, copies.as_ref())));
-            shards.keep_pending(false, op, pending)?;
-            Ok(tokens(op, device))
-        });
-        for (gathers, id) in [(true, WAIT_GATHER), (false, WAIT_SCATTER)] {
-            let shards = self.clone();
-            ops.register(id, move |op, _| {
-                let pending = shards.lock().in_flight.remove(&(gathers, ticket(op)?));
-                let started = || graph_error(format!("custom operation `{}` waits for what was not started", op.id));
-                let pending = pending.ok_or_else(started)?;
-                shards.waiting(|| pending.wait())
-            });
-        }
-    }
-
     /// How long this rank had nothing to do but wait for what is exchanged.
     pub(crate) fn waited(&self) -> Duration {
         Duration::from_nanos(self.waited.load(Relaxed))
@@ -304,6 +274,7 @@ impl RowShards {
         (step.factor, step.unit, step.micro_batch) = (factor, unit, 0);
         // What a step that failed has left.
         step.in_flight.clear();
+        step.lending = Lending::default();
         step.noise.iter_mut().for_each(RowNoise::forget);
         Ok(())
     }
@@ -360,68 +331,13 @@ impl RowShards {
         Ok(whole)
     }
 
-    /// Takes part in what the others exchange in a micro-batch, on a rank that has none: lends its rows, and brings
-    /// gradients of nothing. The sums of the gradients go to `sink`.
-    ///
-    /// # Errors
-    /// Those of [`Communicator`] and of reading parameters.
-    pub(crate) fn take_part<M: Module>(
-        &self,
-        local: &M,
-        exchanges: &[Exchange],
-        sink: &mut dyn FnMut(ParamId, PlainTensor),
-    ) -> Result<(), Error> {
-        let device = one_device(local, "a step")?.unwrap_or_else(Device::flex).inner();
-        let lent = exchanges.iter().filter(|exchange| exchange.gathers).flat_map(|exchange| &exchange.numbers);
-        let lent: HashSet<ParamId> = lent.filter_map(|number| Some(self.params.get(*number)?.id)).collect();
-        let values = read_params(local, &lent)?;
-        for Exchange { gathers, numbers } in exchanges {
-            let bundle = self.bundle(numbers)?;
-            let params: Vec<&RowParam> = numbers.iter().filter_map(|number| self.params.get(*number)).collect();
-            if *gathers {
-                let shards = params.iter().filter_map(|param| values.get(&param.id).cloned()).collect();
-                drop(bundle.gather(shards, self.comms.parameters())?);
-            } else {
-                let zeros =
-                    |param: &&RowParam| PlainTensor::zeros(param.rows.dims().to_vec(), param.dtype.into(), &device);
-                let zeros = params.iter().map(zeros).collect();
-                let comms = (self.comms.gradients(), self.comms.copies());
-                let sums = bundle.reduce(zeros, 0.0, comms)?;
-                params.iter().zip(sums).for_each(|(param, sum)| sink(param.id, sum));
-            }
-        }
-        Ok(())
-    }
-
     fn bundle(&self, numbers: &[usize]) -> Result<Bundle, Error> {
         let rows = |number: &usize| self.params.get(*number).map(|param| param.rows.clone());
         let rows: Option<Vec<Rows>> = numbers.iter().map(rows).collect();
         let unknown = || graph_error("replicas exchange a parameter that this one has not");
-        // FNV-1a; the highest bit is left to say where buffers are.
-        let hash = |hash: u64, number: &usize| (hash ^ (*number as u64 + 1)).wrapping_mul(0x100_0000_01b3);
-        let number = numbers.iter().fold(0xcbf2_9ce4_8422_2325, hash) >> 1;
+        // The highest bit is left to say where buffers are.
+        let number = numbers.iter().fold(HASH, |hash, number| hashed(hash, *number as u64 + 1)) >> 1;
         Ok(Bundle { pack: Pack::new(rows.ok_or_else(unknown)?), number, reduce_dtype: self.reduce_dtype })
-    }
-
-    /// Notes what of these gradients is not finite, and measures them if that was asked for.
-    fn look_at(&self, numbers: &[usize], gradients: &[PlainTensor]) {
-        let measures = self.lock().noise.is_some();
-        let looks: Vec<_> = gradients.iter().map(|gradient| gradient.look_on_host(measures)).collect();
-        let mut step = self.lock();
-        let step = &mut *step;
-        for ((number, gradient), (squares, finite)) in numbers.iter().zip(gradients).zip(looks) {
-            if finite == Some(false) {
-                step.non_finite = Some(step.non_finite.map_or(*number, |first| first.min(*number)));
-            }
-            if let Some(noise) = &mut step.noise {
-                noise.add(step.micro_batch, *number, gradient, squares);
-            }
-        }
-    }
-
-    fn keep_pending(&self, gathers: bool, op: &CustomOpIr, pending: Pending<Vec<PlainTensor>>) -> Result<(), Error> {
-        self.lock().in_flight.insert((gathers, ticket(op)?), pending);
-        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, StepState> {
@@ -429,9 +345,10 @@ impl RowShards {
     }
 }
 
-fn ticket(op: &CustomOpIr) -> Result<u64, Error> {
-    let [.., ticket, _] = op.scalars.as_slice() else {
-        return Err(graph_error(format!("custom operation `{}` lacks its number", op.id)));
-    };
-    Ok(ticket.elem())
+/// What a hash begins with (FNV-1a).
+const HASH: u64 = 0xcbf2_9ce4_8422_2325;
+
+/// The hash of one word more.
+fn hashed(hash: u64, word: u64) -> u64 {
+    (hash ^ word).wrapping_mul(0x100_0000_01b3)
 }

@@ -1,0 +1,43 @@
+//! What groups are split for, by the number by which the ranks agree on it: so errors and logs have a name to say.
+
+use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Most bytes of a name that is kept.
+const LONGEST: usize = 48;
+
+/// So many names are kept: names come from peers as well, which must not fill the memory with them.
+const MOST: usize = 256;
+
+static KNOWN: Mutex<BTreeMap<u64, Box<str>>> = Mutex::new(BTreeMap::new());
+
+/// The number of a name, 0 of none; without the highest bit, which [`Call`](super::Call) has a use for.
+pub(super) fn number(name: &str) -> u64 {
+    if name.is_empty() {
+        return 0;
+    }
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    hasher.finish() >> 1
+}
+
+/// The number of a name, which is kept if it is short and there is room.
+pub(super) fn keep(name: &str) -> u64 {
+    let number = number(name);
+    let harmless = (1..=LONGEST).contains(&name.len()) && !name.contains(char::is_control);
+    let mut known = known();
+    if harmless && known.len() < MOST {
+        known.entry(number).or_insert_with(|| name.into());
+    }
+    number
+}
+
+/// The name of a number, if it was kept.
+pub(super) fn name(number: u64) -> Option<String> {
+    known().get(&number).map(|name| name.to_string())
+}
+
+fn known() -> MutexGuard<'static, BTreeMap<u64, Box<str>>> {
+    KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
+}

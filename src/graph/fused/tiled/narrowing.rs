@@ -1,0 +1,204 @@
+//! How many columns of a tile count for something, by the mask.
+//!
+//! Where a mask is true, scores become a number that is far below all others, so that their weights are 0, and so are
+//! the gradients. If a whole range of columns is masked for all rows of a tile, nothing of it need be computed: the
+//! sums of a row lack terms that are 0, its maximum is among the columns that stay. That this is so follows from the
+//! instructions of the kernel, but for one thing: that a row has a score that is far enough above the number of the
+//! mask. The kernel tells if one has not ([`Instruction::Expect`]), as a row that is masked from end to end, and then
+//! the tile is computed with all its columns.
+//!
+//! What is not computed is not seen either: a value that is no number, at a place that is masked for all rows of its
+//! tile, does not reach the results, which it would by a product with 0.
+
+use std::ops::Range;
+
+use super::super::block::Source;
+use super::super::kernel::{Extent, Instruction, Kernel, Value, homes};
+use super::super::loops::{Binary, Reduction, Unary};
+
+/// The difference from which on an exponential is 0, in `f32` and what is computed in it, and in `f64`.
+const UNDER: [f64; 2] = [110.0, 750.0];
+/// Columns of a mask that are looked at together.
+const MANY: usize = 64;
+
+/// A mask that says how many columns count.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Narrowing {
+    /// The input of the kernel.
+    pub(super) mask: usize,
+}
+
+/// What is known of a value at the columns that are left out.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum State {
+    Unknown,
+    Zero,
+    /// The number of the mask.
+    Filled(f64),
+    /// So far below 0 that its exponential is 0.
+    Under,
+    /// A number for each row, the same with these columns and without.
+    Same,
+    /// The maximum of what is filled with a number, far above that.
+    Top(f64),
+}
+
+impl Narrowing {
+    /// The mask of a kernel, which from then on tells of rows that need all columns.
+    ///
+    /// None if no mask is enough to tell what counts.
+    pub(super) fn of(kernel: &mut Kernel) -> Option<Self> {
+        let inputs: Vec<Value> = (0..kernel.inputs.len()).map(|input| kernel.value_of(input)).collect();
+        for instruction in &kernel.code {
+            let Instruction::Binary { op: Binary::MaskFill(_), b, .. } = *instruction else { continue };
+            let Some(mask) = inputs.iter().position(|value| *value == b) else { continue };
+            let Some(tops) = tops(kernel, b) else { continue };
+            for (place, x, fill) in tops.into_iter().rev() {
+                let above = fill + UNDER[usize::from(kernel.wide)];
+                kernel.code.insert(place + 1, Instruction::Expect { x, above });
+            }
+            let (homes, registers) = homes(&kernel.extents, &inputs, &kernel.code, &kernel.outputs);
+            (kernel.homes, kernel.registers) = (homes, registers);
+            return Some(Self { mask });
+        }
+        None
+    }
+
+    /// How many columns some of the rows need, of a mask with these strides in memory.
+    ///
+    /// # Safety
+    /// The mask is of bools, and has the rows.
+    pub(super) unsafe fn columns(source: &Source, batch: isize, rows: Range<usize>, columns: usize) -> usize {
+        let [.., of_row, of_column] = *source.strides else { return columns };
+        let mut needed = 1;
+        for row in rows.rev() {
+            // SAFETY: as the caller says.
+            let row = unsafe { source.base.offset(source.offset + batch + row as isize * of_row) };
+            // SAFETY: the same.
+            let is_masked = |column: usize| unsafe { *row.offset(column as isize * of_column) != 0 };
+            let mut end = columns;
+            if of_column == 1 {
+                // SAFETY: the same; they lie one after the other.
+                let row = unsafe { std::slice::from_raw_parts(row, columns) };
+                // Many at a time, without a branch for each.
+                while end >= needed + MANY && row[end - MANY..end].iter().fold(true, |all, mask| all & (*mask != 0)) {
+                    end -= MANY;
+                }
+            }
+            while end > needed && is_masked(end - 1) {
+                end -= 1;
+            }
+            needed = end;
+            if of_row == 0 || needed == columns {
+                break;
+            }
+        }
+        needed
+    }
+}
+
+/// The maxima that have to be far above what masks fill in, with where they are made, if columns at which `mask` is true
+/// count for nothing; none if they do.
+fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
+    let mut states: Vec<State> = kernel.extents.iter().map(|extent| state_of(*extent)).collect();
+    let mut tops = Vec::new();
+    for (place, instruction) in kernel.code.iter().enumerate() {
+        match *instruction {
+            Instruction::Unary { op, out, x } => states[out] = unary(op, states[x], kernel.extents[out]),
+            Instruction::Binary { op, out, a, b } => {
+                states[out] = match op {
+                    Binary::MaskFill(value) if b == mask => filled(value),
+                    _ => binary(op, states[a], states[b], kernel.extents[out]),
+                };
+            }
+            Instruction::Reduce { op, out, x } => {
+                states[out] = match (op, states[x]) {
+                    (Reduction::Sum, State::Zero) => State::Same,
+                    (Reduction::Max, State::Filled(fill)) => {
+                        tops.push((place, out, fill));
+                        State::Top(fill)
+                    }
+                    _ => return None,
+                };
+            }
+            Instruction::AddRows { .. } => return None,
+            Instruction::Fill { .. } | Instruction::Choose { .. } | Instruction::Spread { .. } => {}
+            Instruction::Round { .. } | Instruction::Expect { .. } => {}
+        }
+    }
+    // What is rounded to 16 bits after its maximum was taken is rounded before that is looked at.
+    let rounds = |place: usize| matches!(kernel.code.get(place + 1), Some(Instruction::Round { .. }));
+    let tops = tops.into_iter().map(|(place, x, fill)| (place + usize::from(rounds(place)), x, fill)).collect();
+    let is_zero = |value: Option<Value>| value.is_some_and(|value| states[value] == State::Zero);
+    kernel.outputs.iter().all(|output| is_zero(output.value)).then_some(tops)
+}
+
+/// Of what is as large as a kernel nothing is known; the rest is one number for each row.
+fn state_of(extent: Extent) -> State {
+    match extent {
+        Extent::Full => State::Unknown,
+        Extent::One | Extent::Row => State::Same,
+    }
+}
+
+fn filled(value: f64) -> State {
+    if value == 0.0 { State::Zero } else { State::Filled(value) }
+}
+
+fn unary(op: Unary, x: State, extent: Extent) -> State {
+    match (op, x) {
+        (Unary::Copy, x) => x,
+        (Unary::Neg | Unary::Abs | Unary::Square | Unary::Sqrt | Unary::Relu, State::Zero) => State::Zero,
+        (Unary::Exp, State::Under) => State::Zero,
+        // One that is raised is further above.
+        (Unary::ClampMin(_), State::Top(fill)) => State::Top(fill),
+        _ => state_of(extent),
+    }
+}
+
+fn binary(op: Binary, a: State, b: State, extent: Extent) -> State {
+    match (op, a, b) {
+        (Binary::MaskFill(0.0), State::Zero, _) => State::Zero,
+        (Binary::Sub, State::Filled(fill), State::Top(of)) if fill == of => State::Under,
+        (Binary::Add | Binary::Sub, State::Zero, State::Zero) => State::Zero,
+        (Binary::Mul, State::Zero, _) | (Binary::Mul, _, State::Zero) => State::Zero,
+        (Binary::Div, State::Zero, State::Same | State::Top(_)) => State::Zero,
+        _ => state_of(extent),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{BoolStore, DType};
+
+    use super::*;
+
+    fn columns(mask: &[u8], strides: [isize; 2], rows: Range<usize>, columns: usize) -> usize {
+        let source = Source {
+            base: mask.as_ptr(),
+            dtype: DType::Bool(BoolStore::Native),
+            direct: false,
+            offset: 0,
+            strides: strides.to_vec(),
+            still: false,
+        };
+        // SAFETY: the mask has these rows and columns.
+        unsafe { Narrowing::columns(&source, 0, rows, columns) }
+    }
+
+    #[test]
+    fn columns_end_with_the_last_that_a_row_sees() {
+        let size = 200;
+        let causal: Vec<u8> = (0..size * size).map(|place| u8::from(place % size > place / size)).collect();
+        for rows in [0..1, 0..32, 5..9, 63..65, 100..164, 168..200] {
+            assert_eq!(columns(&causal, [200, 1], rows.clone(), size), rows.end);
+        }
+        // The same mask the other way round leaves the last column to all rows but none.
+        assert_eq!(columns(&causal, [1, 200], 3..7, size), size);
+        // One row for all, and none that sees anything.
+        let pad: Vec<u8> = (0..size).map(|column| u8::from(column >= 130)).collect();
+        assert_eq!(columns(&pad, [0, 1], 0..32, size), 130);
+        assert_eq!(columns(&[1; 200], [0, 1], 0..32, size), 1);
+        assert_eq!(columns(&[0; 200], [0, 1], 0..32, size), size);
+    }
+}

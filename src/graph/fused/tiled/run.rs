@@ -1,0 +1,392 @@
+//! Runs attention in tiles, the matrices of the batch split over the threads of the rank.
+
+use std::ops::Range;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use burn::backend::flex::{FlexTensor, Layout};
+use burn::tensor::{Bytes, DType, Element, Shape};
+use burn_ir::{CustomOpIr, TensorIr};
+use bytemuck::Pod;
+use rayon::prelude::*;
+
+use super::super::block::{Running, Source, Target};
+use super::super::multiply::Factor;
+use super::super::native::Native;
+use super::super::run::{BLOCK, SPLIT_FROM};
+use super::{Input, Leaving, Narrowing, Tiled};
+use crate::error::Error;
+use crate::graph::step_memory::StepMemory;
+use crate::tensor::{PlainTensor, Pool, Room};
+
+/// Elements of a tile, of which there are a few: they fit into the second cache. More only where rows are so long that a
+/// tile had few.
+const TILE: usize = 8 * 1024;
+/// The least and the most rows of a tile.
+const ROWS: [usize; 2] = [32, 128];
+
+/// A matrix in memory: where it begins, and how far its elements are apart along rows and columns.
+#[derive(Clone, Copy)]
+struct Matrix<T> {
+    start: *mut T,
+    row: isize,
+    column: isize,
+}
+
+impl<T> Matrix<T> {
+    fn turned(self) -> Self {
+        Self { row: self.column, column: self.row, ..self }
+    }
+
+    /// From a row on.
+    fn below(self, row: usize) -> Self {
+        Self { start: self.start.wrapping_offset(row as isize * self.row), ..self }
+    }
+}
+
+/// A product as it leaves.
+struct Product<'a, T> {
+    leaving: &'a Leaving,
+    other: Factor<'a, T>,
+    out: *mut T,
+    strides: Vec<isize>,
+}
+
+/// What all threads share.
+struct Tiles<'a, T> {
+    tiled: &'a Tiled,
+    inputs: &'a [FlexTensor],
+    batch: &'a [usize],
+    rows: usize,
+    columns: usize,
+    /// Rows of a tile.
+    height: usize,
+    entering: Vec<(Factor<'a, T>, Factor<'a, T>)>,
+    results: Vec<Product<'a, T>>,
+    pool: &'a Arc<Pool>,
+}
+
+// SAFETY: what is pointed to is written by the thread alone that has this matrix of the batch.
+unsafe impl<T: Sync> Sync for Tiles<'_, T> {}
+
+impl Tiled {
+    pub(super) fn run(
+        &self,
+        op: &CustomOpIr,
+        inputs: Vec<PlainTensor>,
+        memory: &StepMemory,
+    ) -> Result<Vec<PlainTensor>, Error> {
+        let inputs = inputs.into_iter().map(PlainTensor::into_flex).collect::<Result<Vec<_>, _>>()?;
+        let run = if self.kernel.wide { Self::run_as::<f64> } else { Self::run_as::<f32> };
+        let results = run(self, op, &inputs, memory);
+        Ok(results.into_iter().map(PlainTensor::from_flex).collect())
+    }
+
+    fn run_as<T: Native + Element + Pod>(
+        &self,
+        op: &CustomOpIr,
+        inputs: &[FlexTensor],
+        memory: &StepMemory,
+    ) -> Vec<FlexTensor> {
+        let [batch @ .., rows, columns] = &self.kernel.dims[..] else { panic!("tiles have rows and columns") };
+        let (rows, columns) = (*rows, *columns);
+        let of_product = self.entering.iter().flat_map(|product| [product.left, product.right]);
+        let factors: Vec<usize> = of_product.chain(self.leaving.iter().map(|leaving| leaving.other)).collect();
+        let natives = inputs
+            .iter()
+            .enumerate()
+            .map(|(place, input)| if factors.contains(&place) { native::<T>(input) } else { input.clone() });
+        let natives: Vec<FlexTensor> = natives.collect();
+        let entering = self.entering.iter().map(|product| {
+            let (left, right) = (&natives[product.left], &natives[product.right]);
+            let inner = left.layout().shape().last().copied().unwrap_or(0);
+            (Factor::<T>::new(left, batch, [rows, inner]), Factor::<T>::new(right, batch, [inner, columns]))
+        });
+        assert_eq!(self.leaving.len(), op.outputs.len(), "an operation has the results of its tiles");
+        let pool = memory.pool();
+        let room = |(leaving, out): (&Leaving, &TensorIr)| {
+            let bytes = leaving.dims.iter().product::<usize>() * size_of::<T>();
+            // What is rounded at the end is made somewhere else.
+            let room = if leaving.dtype == T::DTYPE { memory.room(out) } else { pool.room(bytes) };
+            assert_eq!(room.bytes(), bytes, "a product has room for its elements");
+            room
+        };
+        let rooms: Vec<Room> = self.leaving.iter().zip(&op.outputs).map(room).collect();
+        let results = self.leaving.iter().zip(&rooms).map(|(leaving, room)| {
+            let [given @ .., out_rows, out_columns] = &leaving.dims[..] else {
+                panic!("a product has rows and columns")
+            };
+            assert!(given == batch, "a product is of the batch of its factors");
+            let [own_rows, own_columns] = if leaving.is_turned { [columns, rows] } else { [rows, columns] };
+            let other = match leaving.is_left {
+                true => [own_columns, *out_columns],
+                false => [*out_rows, own_rows],
+            };
+            let kept = if leaving.is_left { (*out_rows, own_rows) } else { (*out_columns, own_columns) };
+            assert!(kept.0 == kept.1, "a product has the rows and columns of its factors");
+            let other = Factor::new(&natives[leaving.other], batch, other);
+            Product { leaving, other, out: room.pointer().cast(), strides: leaving.strides() }
+        });
+        let height = (TILE / columns).clamp(ROWS[0], ROWS[1]).min(rows);
+        let (entering, results) = (entering.collect(), results.collect());
+        let tiles = Tiles { tiled: self, inputs, batch, rows, columns, height, entering, results, pool };
+        let number: usize = batch.iter().product();
+        if number * rows * columns >= SPLIT_FROM && rayon::current_num_threads() > 1 {
+            let parts = number.min(4 * rayon::current_num_threads());
+            (0..parts).into_par_iter().for_each(|part| tiles.part(number * part / parts..number * (part + 1) / parts));
+        } else {
+            tiles.part(0..number);
+        }
+        drop(tiles);
+        let results = self.leaving.iter().zip(rooms).zip(&op.outputs);
+        // SAFETY: tiles cover all rows, and so all elements of results.
+        results.map(|((leaving, room), out)| unsafe { leaving.filled::<T>(room, out, memory) }).collect()
+    }
+}
+
+impl Leaving {
+    fn strides(&self) -> Vec<isize> {
+        let mut strides = vec![0; self.dims.len()];
+        let mut step = 1;
+        for dim in self.order.iter().rev() {
+            strides[*dim] = step;
+            step *= self.dims[*dim] as isize;
+        }
+        strides
+    }
+
+    /// # Safety
+    /// All elements have been written.
+    unsafe fn filled<T: Native>(&self, room: Room, out: &TensorIr, memory: &StepMemory) -> FlexTensor {
+        let layout = Layout::new(Shape::from(self.dims.clone()), self.strides(), 0);
+        if self.dtype == T::DTYPE {
+            // SAFETY: as the caller says.
+            return FlexTensor::new(unsafe { room.filled() }, layout, self.dtype);
+        }
+        let elements = self.dims.iter().product::<usize>();
+        let rounded = memory.room(out);
+        assert_eq!(rounded.bytes(), elements * self.dtype.size(), "a product has room for its elements");
+        // SAFETY: both have so many elements.
+        let bytes = unsafe {
+            T::scatter(self.dtype, rounded.pointer(), 0, room.pointer().cast::<T>(), elements);
+            rounded.filled()
+        };
+        FlexTensor::new(bytes, layout, self.dtype)
+    }
+}
+
+/// A factor in the elements that are computed with.
+fn native<T: Native + Element + Pod>(tensor: &FlexTensor) -> FlexTensor {
+    if tensor.dtype() == T::DTYPE {
+        return tensor.clone();
+    }
+    let plain = tensor.to_contiguous();
+    let layout = plain.layout();
+    let mut values = vec![T::default(); layout.num_elements()];
+    // SAFETY: the elements lie one after the other.
+    unsafe { T::gather(plain.dtype(), plain.bytes().as_ptr(), layout.start_offset() as isize, 1, &mut values) };
+    let layout = Layout::contiguous(layout.shape().clone());
+    FlexTensor::new(Bytes::from_elems(values), layout, T::DTYPE)
+}
+
+impl<T: Native + Element + Pod> Tiles<'_, T> {
+    /// Some matrices of the batch, whose results no other part writes.
+    fn part(&self, numbers: Range<usize>) {
+        let (kernel, of_tile) = (&self.tiled.kernel, self.height * self.columns);
+        let number = self.entering.len() + self.results.len().max(kernel.outputs.len());
+        let room = self.pool.room(number * of_tile * size_of::<T>());
+        let tile = |number: usize| room.pointer().cast::<T>().wrapping_add(number * of_tile);
+        let sources = self.tiled.inputs.iter().zip(&kernel.inputs).map(|(input, extent)| match *input {
+            Input::Given(given) => Source { direct: false, ..kernel.source::<T>(&self.inputs[given], *extent) },
+            Input::Product(product) => Source {
+                base: tile(product).cast_const().cast(),
+                dtype: T::DTYPE,
+                direct: true,
+                offset: 0,
+                strides: Vec::new(),
+                still: false,
+            },
+        });
+        let targets = (0..kernel.outputs.len()).map(|output| Target {
+            base: tile(self.entering.len() + output).cast(),
+            direct: kernel.writes_at_once(output),
+        });
+        let (places, scratch) = kernel.places(BLOCK.max(self.columns));
+        let mut running = Running {
+            kernel,
+            sources: sources.collect(),
+            targets: targets.collect(),
+            sums: Vec::new(),
+            start: 0,
+            rows: 0,
+            columns: self.columns,
+            height: 1,
+            width: self.columns,
+            places,
+            scratch,
+            unexpected: AtomicBool::new(false),
+        };
+        for number in numbers {
+            for result in self.results.iter().filter(|result| result.leaving.adds_up()) {
+                result.clear(number, self.batch);
+            }
+            for first in (0..self.rows).step_by(self.height) {
+                let rows = first..self.rows.min(first + self.height);
+                let needed = self.needed(&running, number, rows.clone());
+                if !self.tile(&mut running, number, rows.clone(), needed) {
+                    self.tile(&mut running, number, rows, self.columns);
+                }
+            }
+        }
+    }
+
+    /// How many columns some rows of a matrix need.
+    fn needed(&self, running: &Running<'_, T>, number: usize, rows: Range<usize>) -> usize {
+        let Some(Narrowing { mask }) = self.tiled.narrowing else { return self.columns };
+        let source = &running.sources[mask];
+        if !matches!(source.dtype, DType::Bool(_)) {
+            return self.columns;
+        }
+        let batch = offset(number, self.batch, &source.strides);
+        // SAFETY: the mask can be broadcast to what the kernel runs over, which has these rows.
+        let needed = unsafe { Narrowing::columns(source, batch, rows, self.columns) };
+        // Whole vectors.
+        self.columns.min(needed.next_multiple_of(32))
+    }
+
+    /// Some rows of a matrix, with its first columns; false, and nothing done, if others count too.
+    fn tile(&self, running: &mut Running<'_, T>, number: usize, rows: Range<usize>, columns: usize) -> bool {
+        let (first, height) = (rows.start, rows.len());
+        let of = |tile: *mut T| Matrix { start: tile, row: columns as isize, column: 1 };
+        for (product, (left, right)) in self.entering.iter().enumerate() {
+            let inner = left_columns(&self.inputs[self.tiled.entering[product].left]);
+            let out = of(self.tile_of(running, product));
+            let (left, right) = (matrix(left, number, self.batch).below(first), matrix(right, number, self.batch));
+            // SAFETY: the factors have these rows and columns, and the tile has room for as many.
+            unsafe { multiply([height, columns, inner], out, left, right, false) };
+            let dtype = self.tiled.entering[product].dtype;
+            if dtype != T::DTYPE {
+                // SAFETY: the tile has just been written.
+                T::round(unsafe { std::slice::from_raw_parts_mut(out.start, height * columns) }, dtype);
+            }
+        }
+        running.start = number * self.rows + first;
+        running.rows = running.start + height;
+        (running.columns, running.width) = (columns, columns);
+        running.height = (BLOCK / columns).clamp(1, height);
+        *running.unexpected.get_mut() = false;
+        running.part(0, 0..height.div_ceil(running.height));
+        if columns < self.columns && running.unexpected.load(Ordering::Relaxed) {
+            return false;
+        }
+        for result in &self.results {
+            let leaving = result.leaving;
+            let own = of(running.targets[leaving.result].base.cast());
+            let (own, [own_rows, own_columns]) = match leaving.is_turned {
+                true => (own.turned(), [columns, height]),
+                false => (own, [height, columns]),
+            };
+            let other = matrix(&result.other, number, self.batch);
+            let out = result.matrix(number, self.batch);
+            let [.., out_rows, out_columns] = leaving.dims[..] else { continue };
+            // Where the rows of the kernel are, beside those of which all are there.
+            let (out, other) = match (leaving.is_left, leaving.is_turned) {
+                (true, false) => (out.below(first), other),
+                (true, true) => (out, other.below(first)),
+                (false, false) => (out, other.turned().below(first).turned()),
+                (false, true) => (out.turned().below(first).turned(), other),
+            };
+            // SAFETY: the factors have these rows and columns, as has the result, which only this thread writes.
+            unsafe {
+                match leaving.is_left {
+                    true => multiply([own_rows, out_columns, own_columns], out, own, other, leaving.adds_up()),
+                    false => multiply([out_rows, own_columns, own_rows], out, other, own, leaving.adds_up()),
+                }
+            }
+        }
+        true
+    }
+
+    /// The tile of a product that enters.
+    fn tile_of(&self, running: &Running<'_, T>, product: usize) -> *mut T {
+        let is = |input: &Input| matches!(input, Input::Product(other) if *other == product);
+        let input = self.tiled.inputs.iter().position(is);
+        input.map_or(ptr::null_mut(), |input| running.sources[input].base.cast_mut().cast())
+    }
+}
+
+impl<T: Native> Product<'_, T> {
+    fn matrix(&self, number: usize, batch: &[usize]) -> Matrix<T> {
+        let [.., row, column] = self.strides[..] else { panic!("a product has rows and columns") };
+        Matrix { start: self.out.wrapping_offset(offset(number, batch, &self.strides)), row, column }
+    }
+
+    /// Sets all elements of one of the batch to 0.
+    fn clear(&self, number: usize, batch: &[usize]) {
+        let Matrix { start, row, column } = self.matrix(number, batch);
+        let [.., rows, columns] = self.leaving.dims[..] else { return };
+        for line in 0..rows as isize {
+            for place in 0..columns as isize {
+                // SAFETY: the result has this element, and only this thread has this matrix.
+                unsafe { *start.offset(line * row + place * column) = T::default() };
+            }
+        }
+    }
+}
+
+/// Where one of a batch begins.
+fn offset(mut number: usize, batch: &[usize], strides: &[isize]) -> isize {
+    let mut offset = 0;
+    for (size, stride) in batch.iter().zip(strides).rev() {
+        offset += (number % size) as isize * stride;
+        number /= size;
+    }
+    offset
+}
+
+fn left_columns(tensor: &FlexTensor) -> usize {
+    tensor.layout().shape().last().copied().unwrap_or(0)
+}
+
+/// One of a batch, which is not written.
+fn matrix<T: Element + Pod>(factor: &Factor<'_, T>, number: usize, batch: &[usize]) -> Matrix<T> {
+    Matrix { start: factor.of(number, batch).first.cast_mut(), row: factor.row, column: factor.column }
+}
+
+/// A product of `[rows, inner]` and `[inner, columns]`, written or added.
+///
+/// # Safety
+/// The matrices have these sizes, and nothing else refers to the product meanwhile.
+unsafe fn multiply<T: Native>(
+    [rows, columns, inner]: [usize; 3],
+    out: Matrix<T>,
+    left: Matrix<T>,
+    right: Matrix<T>,
+    adds: bool,
+) {
+    // SAFETY: as the caller says.
+    unsafe {
+        gemm::gemm(
+            rows,
+            columns,
+            inner,
+            out.start,
+            out.column,
+            out.row,
+            adds,
+            left.start.cast_const(),
+            left.column,
+            left.row,
+            right.start.cast_const(),
+            right.column,
+            right.row,
+            T::from_f64(1.0),
+            T::from_f64(1.0),
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}

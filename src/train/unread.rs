@@ -1,0 +1,77 @@
+//! Keys of a strategy file that nothing reads, beside its other keys: whoever writes one has something else in mind.
+
+use super::Strategy;
+use crate::pipeline_parallel::PipelineConfig;
+use crate::plan::Plan;
+use crate::tensor_parallel::TensorParallelConfig;
+
+/// What says that a key is not read, and which one is, if there is such.
+pub(super) fn check(strategy: &Strategy) -> Result<(), String> {
+    let Strategy { pp, tp, tensor, pipeline, .. } = strategy;
+    let wrong = |key: &str, why: String| Err(format!("nothing reads `{key}`: {why}"));
+    if *tp == 1 && tensor.plan != Plan::new() {
+        return wrong("tensor.plan", "`tp` is 1, so layers are not split: set it, or leave the plan out".into());
+    }
+    if *pp == 1 && pipeline.is_some() {
+        return wrong("pipeline", "`pp` is 1, so there is no pipeline: set it, or leave the table out".into());
+    }
+    if let (2.., Some(key)) = (*pp, tensor_key(tensor, *tp > 1)) {
+        return wrong(&format!("tensor.{key}"), format!("`pp` is {pp}, and steps go by `pipeline.{key}`"));
+    }
+    if let (2.., 2.., Some(key)) = (*pp, *tp, pipeline.as_ref().and_then(pipeline_key)) {
+        let why = format!("`tp` is {tp}, and a pipeline of a split model goes by `tensor.{key}`");
+        return wrong(&format!("pipeline.{key}"), why);
+    }
+    if let (false, Some(key)) = (may_capture(strategy), tensor_key(tensor, false)) {
+        let why = "steps are eager, and it is for captured ones: set `engine = \"captured\"`, or leave it out";
+        return wrong(&format!("tensor.{key}"), why.into());
+    }
+    Ok(())
+}
+
+/// The same strategy without what nothing reads.
+pub(super) fn left_out(strategy: &Strategy) -> Strategy {
+    let mut read = strategy.clone();
+    if read.tp == 1 {
+        read.tensor.plan = Plan::new();
+    }
+    if read.pp == 1 {
+        read.pipeline = None;
+    }
+    match (read.pp, read.tp) {
+        (1, _) if may_capture(&read) => {}
+        (1, _) | (_, 1) => read.tensor = TensorParallelConfig::new(read.tensor.plan),
+        _ => {
+            read.tensor.fusion = true;
+            read.pipeline.iter_mut().for_each(|pipeline| (pipeline.seed, pipeline.check_inputs_every) = (0, None));
+        }
+    }
+    read
+}
+
+/// A setting of captured steps that is not the default, and is not read with a pipeline: of a model that is split as
+/// well, less.
+fn tensor_key(tensor: &TensorParallelConfig, split: bool) -> Option<&'static str> {
+    let TensorParallelConfig { seed, check_inputs_every, fusion, plan: _ } = tensor;
+    match () {
+        () if !fusion => Some("fusion"),
+        () if split => None,
+        () if *seed != 0 => Some("seed"),
+        () if check_inputs_every.is_some() => Some("check_inputs_every"),
+        () => None,
+    }
+}
+
+/// A setting of a pipeline that is not the default, and that a split model has as well.
+fn pipeline_key(pipeline: &PipelineConfig) -> Option<&'static str> {
+    match () {
+        () if pipeline.seed != 0 => Some("seed"),
+        () if pipeline.check_inputs_every.is_some() => Some("check_inputs_every"),
+        () => None,
+    }
+}
+
+/// Whether steps are captured in some world.
+fn may_capture(strategy: &Strategy) -> bool {
+    strategy.captured(strategy.dp.unwrap_or(2)).is_some()
+}

@@ -1,0 +1,188 @@
+//! Attention in tiles against the same operations one by one.
+
+use burn::module::Module;
+use burn::nn::attention::{MhaInput, MultiHeadAttention, MultiHeadAttentionConfig, generate_autoregressive_mask};
+use burn::nn::{Linear, LinearConfig};
+use burn::prelude::*;
+use burn::tensor::{FloatDType, activation};
+use burn_parallel::graph::{CustomOps, Executor, TensorTree, capture_step};
+
+use crate::common::models::*;
+use crate::common::reference::{difference, gradient_values};
+
+/// Loss and gradients fused are those of one by one.
+fn compare<M: Module, I: TensorTree + Clone>(
+    what: &str,
+    model: &M,
+    inputs: I,
+    bound: f32,
+    loss: impl Fn(&M, I) -> Tensor<1>,
+) {
+    let [fused, plain] = [true, false].map(|fusion| {
+        let graph = capture_step(model, inputs.clone(), &loss).unwrap();
+        let mut executor = Executor::new(graph, CustomOps::new().with_fusion(fusion)).unwrap();
+        let first = executor.step(model, inputs.clone()).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let again = executor.step(model, inputs.clone()).unwrap();
+        assert_eq!(first.loss.to_data(), again.loss.to_data());
+        (scalar(first.loss), gradient_values(model, &first.gradients))
+    });
+    assert!(
+        (fused.0 - plain.0).abs() <= bound * (1.0 + plain.0.abs()),
+        "{what}: a loss of {} for {}",
+        fused.0,
+        plain.0
+    );
+    let worst = difference(&fused.1, &plain.1);
+    assert!(worst <= bound, "{what}: gradients differ by {worst}");
+}
+
+/// True where a query may not look: at what comes later, and at what `more` says.
+fn mask([batch, queries, keys]: [usize; 3], more: impl Fn(usize, usize, usize) -> bool) -> Tensor<3, Bool> {
+    let places = (0..batch * queries * keys).map(|place| {
+        let (row, key) = (place / keys, place % keys);
+        more(row / queries, row % queries, key)
+    });
+    Tensor::from_data(TensorData::new(places.collect::<Vec<bool>>(), [batch, queries, keys]), &Device::flex())
+}
+
+fn attention(width: usize, heads: usize, quiet: bool) -> MultiHeadAttention {
+    let config = MultiHeadAttentionConfig::new(width, heads).with_dropout(0.0).with_quiet_softmax(quiet);
+    seeded(config.init(&device()))
+}
+
+type Inputs = (Tensor<3>, Tensor<3>, Tensor<2, Bool>, Tensor<3, Bool>);
+
+fn inputs(batch: usize, [queries, keys]: [usize; 2], width: usize, mask: Tensor<3, Bool>) -> Inputs {
+    let mut numbers = Numbers(11);
+    let x = numbers.tensor([batch, queries, width], &device());
+    let y = numbers.tensor([batch, keys, width], &device());
+    let pad: Vec<bool> = (0..batch * keys).map(|place| place % keys >= keys - (place / keys) % keys.min(7)).collect();
+    let pad = Tensor::from_data(TensorData::new(pad, [batch, keys]), &Device::flex());
+    (x, y, pad, mask)
+}
+
+#[test]
+fn attention_of_all_masks() {
+    // From one key to more than a tile has, and rows that no tile is a multiple of.
+    for (batch, queries, keys, heads, of_head) in
+        [(2, 5, 5, 3, 4), (1, 1, 9, 2, 3), (3, 33, 40, 1, 8), (2, 130, 130, 2, 5), (1, 70, 300, 2, 16), (2, 3, 1, 2, 2)]
+    {
+        let width = heads * of_head;
+        let model = attention(width, heads, false);
+        let causal = mask([batch, queries, keys], |_, query, key| key > query + keys - queries.min(keys));
+        // Some rows see nothing at all, some only what a tile leaves out.
+        let odd = mask([batch, queries, keys], |number, query, key| query % 4 == number || key > query || key % 3 == 2);
+        let none = mask([batch, queries, keys], |_, _, _| false);
+        for (name, mask) in [("causal", causal), ("odd", odd), ("none", none)] {
+            for (pads, masks) in [(false, true), (true, false), (true, true), (false, false)] {
+                let what = format!("{name} {pads} {masks} {queries} {keys}");
+                let inputs = inputs(batch, [queries, keys], width, mask.clone());
+                compare(&what, &model, inputs, 2e-5, |model, (x, y, pad, mask)| {
+                    let mut input = MhaInput::new(x, y.clone(), y);
+                    input = if pads { input.mask_pad(pad) } else { input };
+                    input = if masks { input.mask_attn(mask) } else { input };
+                    model.forward(input).context.powi_scalar(2).mean()
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_with_a_quiet_softmax_and_with_its_weights_read() {
+    let (model, causal) = (attention(12, 3, true), mask([2, 40, 40], |_, query, key| key > query));
+    compare("quiet", &model, inputs(2, [40, 40], 12, causal.clone()), 2e-5, |model, (x, y, _, mask)| {
+        model.forward(MhaInput::new(x, y.clone(), y).mask_attn(mask)).context.powi_scalar(2).mean()
+    });
+    // Then they are in memory.
+    compare("weights", &model, inputs(2, [40, 40], 12, causal), 2e-5, |model, (x, y, _, mask)| {
+        let output = model.forward(MhaInput::new(x, y.clone(), y).mask_attn(mask));
+        output.context.powi_scalar(2).mean() + output.weights.powi_scalar(2).mean()
+    });
+}
+
+/// Queries, keys and values of one projection, in a dtype.
+fn projected(x: Tensor<3>, linear: &[Linear; 3], heads: usize, dtype: FloatDType) -> [Tensor<4>; 3] {
+    let [batch, rows, _] = x.dims();
+    linear.each_ref().map(|linear| {
+        let y = linear.forward(x.clone());
+        let of_head = y.dims()[2] / heads;
+        y.reshape([batch, rows, heads, of_head]).swap_dims(1, 2).cast(dtype)
+    })
+}
+
+#[test]
+fn attention_of_all_dtypes() {
+    let linear = [7, 8, 9].map(|_| seeded(LinearConfig::new(12, 12).init(&device())));
+    let x = Numbers(5).tensor::<3>([2, 50, 12], &device());
+    let causal = mask([1, 50, 50], |_, query, key| key > query);
+    let bounds = [(FloatDType::F32, 2e-5), (FloatDType::F64, 2e-5), (FloatDType::BF16, 2e-2), (FloatDType::F16, 3e-3)];
+    for (dtype, bound) in bounds {
+        compare(&format!("{dtype:?}"), &linear, (x.clone(), causal.clone()), bound, |linear, (x, mask)| {
+            let [query, key, value] = projected(x, linear, 3, dtype);
+            let scores = query.matmul(key.swap_dims(2, 3)) * 0.7;
+            let scores = scores.mask_fill(mask.unsqueeze::<4>(), f32::NEG_INFINITY);
+            activation::softmax(scores, 3).matmul(value).cast(FloatDType::F32).powi_scalar(2).mean()
+        });
+    }
+}
+
+#[test]
+fn attention_written_in_other_ways() {
+    let linear = [7, 8, 9].map(|_| seeded(LinearConfig::new(12, 12).init(&device())));
+    let x = Numbers(5).tensor::<3>([2, 37, 12], &device());
+    let distance = Numbers(6).tensor::<4>([1, 3, 37, 37], &Device::flex());
+    let f32 = FloatDType::F32;
+    let other = |what: &str, attend: &dyn Fn([Tensor<4>; 3], Tensor<4>) -> Tensor<4>| {
+        compare(what, &linear, (x.clone(), distance.clone()), 2e-5, |linear, (x, distance)| {
+            attend(projected(x, linear, 3, f32), distance).powi_scalar(2).mean()
+        });
+    };
+    other("bias", &|[query, key, value], bias| {
+        activation::softmax(query.matmul(key.swap_dims(2, 3)) + bias, 3).matmul(value)
+    });
+    other("keys by rows", &|[query, key, value], _| {
+        let scores = key.matmul(query.swap_dims(2, 3)).swap_dims(2, 3);
+        activation::softmax(scores, 3).matmul(value)
+    });
+    other("values first", &|[query, key, value], _| {
+        let weights = activation::softmax(query.matmul(key.swap_dims(2, 3)), 3);
+        value.swap_dims(2, 3).matmul(weights.swap_dims(2, 3)).swap_dims(2, 3)
+    });
+    other("no softmax", &|[query, key, value], _| {
+        let scores = activation::relu(query.matmul(key.swap_dims(2, 3)));
+        let sum = scores.clone().sum_dim(3) + 1.0;
+        (scores / sum).matmul(value)
+    });
+    other("twice", &|[query, key, value], _| {
+        let weights = activation::softmax(query.matmul(key.swap_dims(2, 3)), 3);
+        weights.clone().matmul(weights.matmul(value))
+    });
+    other("capped", &|[query, key, value], bias| {
+        let scores = (query.matmul(key.swap_dims(2, 3)) / 5.0).tanh() * 5.0;
+        activation::softmax(scores.mask_fill(bias.greater_elem(0.4), -1e9), 3).matmul(value)
+    });
+    other("burn's own", &|[query, key, value], _| {
+        burn::tensor::module::attention(query, key, value, None, None, Default::default())
+    });
+}
+
+/// The same bits with one thread and with several.
+#[test]
+fn threads_change_nothing_of_attention() {
+    let model = attention(24, 6, false);
+    let causal = generate_autoregressive_mask(2, 200, &Device::flex());
+    let inputs = inputs(2, [200, 200], 24, causal);
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let loss = |model: &MultiHeadAttention, (x, y, _, mask): Inputs| {
+                model.forward(MhaInput::new(x, y.clone(), y).mask_attn(mask)).context.powi_scalar(2).mean()
+            };
+            let graph = capture_step(&model, inputs.clone(), loss).unwrap();
+            let step = Executor::new(graph, CustomOps::new()).unwrap().step(&model, inputs.clone()).unwrap();
+            (step.loss.to_data(), gradient_values(&model, &step.gradients))
+        })
+    };
+    assert_eq!(run(1), run(3));
+}
