@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::reduction_state::accumulate;
 use crate::step::{NoNoise, NoisePart, NoiseState};
 use crate::tensor::{PlainTensor, Squares};
 
@@ -40,8 +39,18 @@ impl NoiseMeter {
             return;
         }
         if uses > 1 {
-            let sum = accumulate(self.held.remove(&param), gradient.clone());
-            self.held.insert(param, sum);
+            let (sum, squares) = match self.held.remove(&param) {
+                None => {
+                    self.in_parts |= arrived > uses;
+                    (gradient.clone(), None)
+                }
+                Some(sum) if arrived < uses => (sum.add(gradient.clone()), None),
+                Some(sum) => sum.add_and_measure(gradient),
+            };
+            match squares {
+                Some(_) if arrived == uses => self.in_parts |= self.running.add(&sum, squares).is_err(),
+                _ => drop(self.held.insert(param, sum)),
+            }
         } else if arrived > 1 {
             self.in_parts = true;
         } else {
@@ -111,6 +120,7 @@ mod tests {
         meter.add(0, (2, 1), &gradient([1.0, 0.0]), None);
         meter.add(7, (1, 1), &gradient([9.0, 9.0]), None);
         meter.add(0, (2, 2), &gradient([2.0, -1.0]), None);
+        assert!(meter.held.is_empty(), "it is measured with its last part");
         meter.add(1, (1, 1), &gradient([0.0, 2.0]), None);
         meter.end_micro_batch();
         // One that counts for nothing.

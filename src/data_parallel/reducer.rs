@@ -38,7 +38,7 @@ use crate::comm::{Communicator, Counters, ReduceOp};
 use crate::params::unknown_params;
 use crate::sharding::{ShardComms, Sharding};
 use crate::step::{NoNoise, NoiseState};
-use crate::tensor::PlainTensor;
+use crate::tensor::{Look, PlainTensor};
 
 /// The averages over the group.
 pub(crate) struct Reduced {
@@ -329,10 +329,14 @@ impl Reducer {
         progress.arrived += 1;
         let place = if progress.started { &mut progress.late } else { &mut progress.gradient };
         if measures || self.data.size() > 1 {
+            // One of several parts counts by their sum.
+            let wanted = measures && progress.uses <= 1;
+            let looks = wanted || self.data.size() > 1;
             let (sum, look) = match place.take() {
-                Some(sum) => sum.add_and_look(&gradient, measures),
+                Some(sum) if looks => sum.add_and_look(&gradient, wanted),
                 // Now, while it is in the cache.
-                None => (gradient.clone(), gradient.look_on_host(measures)),
+                None if looks => (gradient.clone(), gradient.look_on_host(wanted)),
+                sum => (accumulate(sum, gradient.clone()), Look::default()),
             };
             *place = Some(sum);
             if self.data.size() > 1 && look.finite == Some(false) {

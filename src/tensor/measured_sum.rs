@@ -14,23 +14,35 @@ use super::squares::Look;
 use super::{Loops, PlainTensor, vectorized};
 
 impl PlainTensor {
+    /// The [sum](Self::add) with another float tensor, and the sum of the squares of that sum, if it is made side by side in host memory.
+    ///
+    /// # Panics
+    /// As [`add`](Self::add).
+    pub(crate) fn add_and_measure(self, other: &Self) -> (Self, Option<f64>) {
+        let term = (self.on_flex() && other.on_flex()).then(|| other.clone().into_flex());
+        let Some(Ok(term)) = term else {
+            return (self.add(other.clone()), None);
+        };
+        let Ok(mut sum) = self.into_flex() else { unreachable!("the sum is in host memory") };
+        match add_in_place::<true>(&mut sum, &term) {
+            Some(squares) => (Self::from_flex(sum), Some(squares)),
+            None => (Self::from_flex(sum).add(other.clone()), None),
+        }
+    }
+
     /// The [sum](Self::add) with another float tensor, and a look at that one, with its squares if `wanted`. It is read once, where both
     /// lie alike in host memory and nothing else holds this one.
     ///
     /// # Panics
     /// As [`add`](Self::add).
     pub(crate) fn add_and_look(self, other: &Self, wanted: bool) -> (Self, Look) {
-        let (mut sum, term) = match (self.on_flex() && other.on_flex(), other.clone().into_flex()) {
-            (true, Ok(term)) => match self.into_flex() {
-                Ok(sum) => (sum, term),
-                Err(_) => unreachable!("the sum is in host memory"),
-            },
-            _ => {
-                let look = other.look_on_host(wanted);
-                return (self.add(other.clone()), look);
-            }
+        let term = (self.on_flex() && other.on_flex()).then(|| other.clone().into_flex());
+        let Some(Ok(term)) = term else {
+            let look = other.look_on_host(wanted);
+            return (self.add(other.clone()), look);
         };
-        match add_in_place(&mut sum, &term) {
+        let Ok(mut sum) = self.into_flex() else { unreachable!("the sum is in host memory") };
+        match add_in_place::<false>(&mut sum, &term) {
             Some(squares) => {
                 // The squares of large elements of `f64` overflow.
                 let finite = if squares.is_finite() { Some(true) } else { is_finite(&term).ok() };
@@ -44,9 +56,9 @@ impl PlainTensor {
     }
 }
 
-/// Adds a tensor to a sum, in the place of that, and returns the sum of the squares of what is added; `None`, with nothing done, if
-/// they cannot be gone through side by side.
-fn add_in_place(sum: &mut FlexTensor, term: &FlexTensor) -> Option<f64> {
+/// Adds a tensor to a sum, in the place of that, and returns the sum of the squares of what is added, or `OF_SUM` of the sum; `None`,
+/// with nothing done, if they cannot be gone through side by side.
+fn add_in_place<const OF_SUM: bool>(sum: &mut FlexTensor, term: &FlexTensor) -> Option<f64> {
     let (one, other) = (sum.layout(), term.layout());
     let alike = one.strides() == other.strides() || one.is_contiguous() && other.is_contiguous();
     let fits = sum.dtype() == term.dtype() && sum.shape() == term.shape() && alike && is_one_run(one);
@@ -54,20 +66,20 @@ fn add_in_place(sum: &mut FlexTensor, term: &FlexTensor) -> Option<f64> {
         return None;
     }
     match sum.dtype() {
-        DType::F64 => Some(add_run::<f64>(sum, term)),
-        DType::F32 => Some(add_run::<f32>(sum, term)),
-        DType::F16 => Some(add_run::<f16>(sum, term)),
-        DType::BF16 => Some(add_run::<bf16>(sum, term)),
+        DType::F64 => Some(add_run::<f64, OF_SUM>(sum, term)),
+        DType::F32 => Some(add_run::<f32, OF_SUM>(sum, term)),
+        DType::F16 => Some(add_run::<f16, OF_SUM>(sum, term)),
+        DType::BF16 => Some(add_run::<bf16, OF_SUM>(sum, term)),
         _ => None,
     }
 }
 
-fn add_run<E: Magnitude + Element + Pod>(sum: &mut FlexTensor, term: &FlexTensor) -> f64 {
+fn add_run<E: Magnitude + Element + Pod, const OF_SUM: bool>(sum: &mut FlexTensor, term: &FlexTensor) -> f64 {
     let (len, to, from) = (term.shape().num_elements(), sum.layout().start_offset(), term.layout().start_offset());
     let (sum, term) = (&mut sum.storage_mut::<E>()[to..to + len], &term.storage::<E>()[from..from + len]);
     let block = |(sum, term): (&mut [E], &[E])| {
         let mut squares = 0.0;
-        vectorized(BlockSum { sum, term, squares: &mut squares });
+        vectorized(BlockSum::<E, OF_SUM> { sum, term, squares: &mut squares });
         squares
     };
     if len <= BLOCK {
@@ -77,14 +89,14 @@ fn add_run<E: Magnitude + Element + Pod>(sum: &mut FlexTensor, term: &FlexTensor
     blocks.map(block).collect::<Vec<f64>>().into_iter().sum()
 }
 
-/// A block of a sum, and the sum of the squares of what is added, in the order of [`squares`](super::magnitude::squares).
-struct BlockSum<'a, E> {
+/// A block of a sum, and the sum of the squares of what is added or comes out, in the order of [`squares`](super::magnitude::squares).
+struct BlockSum<'a, E, const OF_SUM: bool> {
     sum: &'a mut [E],
     term: &'a [E],
     squares: &'a mut f64,
 }
 
-impl<E: Magnitude> Loops for BlockSum<'_, E> {
+impl<E: Magnitude, const OF_SUM: bool> Loops for BlockSum<'_, E, OF_SUM> {
     #[inline(always)]
     fn run(self) {
         let mut squares = [0.0; WIDE];
@@ -94,16 +106,16 @@ impl<E: Magnitude> Loops for BlockSum<'_, E> {
             // Read into local memory, computed, and written back: the compiler then knows that they are apart.
             let mut some = *sum;
             for place in 0..WIDE {
-                let x = term[place].wide();
-                squares[place] += x * x;
                 some[place] = some[place].plus(term[place]);
+                let x = if OF_SUM { some[place] } else { term[place] }.wide();
+                squares[place] += x * x;
             }
             *sum = some;
         }
         for (place, (sum, term)) in last_sums.iter_mut().zip(last_terms).enumerate() {
-            let x = term.wide();
-            squares[place] += x * x;
             *sum = sum.plus(*term);
+            let x = if OF_SUM { *sum } else { *term }.wide();
+            squares[place] += x * x;
         }
         *self.squares = squares.iter().sum();
     }
@@ -142,7 +154,11 @@ mod tests {
                 assert_eq!(bits(sum), expected, "{dtype:?} x {len}");
                 assert_eq!(look.squares.unwrap().to_bits(), squares.to_bits(), "{dtype:?} x {len}");
                 assert_eq!(look.finite, Some(true));
-                assert_eq!(bits(other), kept);
+                assert_eq!(bits(other.clone()), kept);
+                let (sum, squares) = tensor(len, 0.0, dtype).add_and_measure(&other);
+                assert_eq!(bits(sum.clone()), expected, "{dtype:?} x {len}");
+                let measured = magnitude::squares(&sum.into_flex().unwrap(), 1.0).unwrap();
+                assert_eq!(squares.map(f64::to_bits), Some(measured.to_bits()), "{dtype:?} x {len}");
             }
         }
     }

@@ -25,7 +25,7 @@ use burn::tensor::{Bool, DType, Device, Int, Shape, Tensor, TensorData};
 pub(crate) use self::backend::{check_device, with_backend};
 pub(crate) use self::product::{Multiplied, Product, SPLIT_FROM, Strided};
 pub(crate) use self::recycled::{ALIGN, FROM, Pool, Room};
-pub(crate) use self::squares::Squares;
+pub(crate) use self::squares::{Look, Squares};
 #[doc(hidden)]
 pub use self::tree::{TensorMapper, TensorTree};
 pub(crate) use self::tree::{place, rows};

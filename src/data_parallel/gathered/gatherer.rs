@@ -41,20 +41,20 @@ pub(in crate::data_parallel) struct Gatherer {
 
 /// A parameter that was gathered, and the rows that it was gathered of.
 #[derive(Debug, Clone)]
-struct Whole {
+struct GatheredParam {
     shard: PlainTensor,
     whole: PlainTensor,
 }
 
 /// The parameters of a group.
-type Wholes = Vec<Whole>;
+type GatheredGroup = Vec<GatheredParam>;
 
 #[derive(Debug, Default)]
 struct State {
     /// This rank's rows of every parameter, as the model had them when it was last looked at.
     shards: Vec<Option<PlainTensor>>,
     /// The groups that are whole now, by their numbers.
-    live: BTreeMap<usize, Wholes>,
+    live: BTreeMap<usize, GatheredGroup>,
     /// The group that is being gathered ahead of its use.
     ahead: Option<Ahead>,
     /// The group in use and the one before it, in this pass.
@@ -250,7 +250,7 @@ impl Gatherer {
             _ => self.start(state, group, shards.clone())?.wait()?,
         };
         state.waited += began.elapsed();
-        let wholes = shards.into_iter().zip(wholes).map(|(shard, whole)| Whole { shard, whole });
+        let wholes = shards.into_iter().zip(wholes).map(|(shard, whole)| GatheredParam { shard, whole });
         state.live.insert(group, wholes.collect());
         Ok(())
     }
