@@ -11,7 +11,7 @@ use burn_ir::CustomOpIr;
 use rayon::prelude::*;
 
 use super::block::{Running, Source, Target};
-use super::kernel::{Extent, Home, Kernel};
+use super::kernel::{Extent, Kernel};
 use super::loops::add_rows;
 use super::memory::Memory;
 use super::native::Native;
