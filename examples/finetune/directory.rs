@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{Device, Tensor};
 use burn_parallel::hf::{self, Mapping, SaveConfig, Saved};
 use burn_parallel::prelude::*;
 use burn_parallel::train::Parallel;
@@ -17,6 +19,29 @@ pub fn plan() -> Plan {
         .into_iter()
         .fold(Plan::hugging_face(), |plan, name| plan.shard_if_present(format!("*{name}.weight.lora.b"), 1));
     rows.into_iter().fold(plan, |plan, name| plan.shard_if_present(format!("*{name}.weight.lora.a"), 0))
+}
+
+/// A model that is to be loaded, with zeros for weights that are not made yet: replicas make theirs when they are wrapped, and need
+/// not draw what is replaced. Before adapters.
+pub fn unfilled(model: Llama) -> Llama {
+    model.map(&mut Unfilled)
+}
+
+struct Unfilled;
+
+impl ModuleMapper for Unfilled {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if param.is_initialized() {
+            return param;
+        }
+        let (id, shape, device) = (param.id, param.lazy_shape(), param.lazy_device());
+        let dims = shape.clone();
+        let zeros = move |device: &Device, trained: bool| {
+            let zeros = Tensor::zeros(dims, device);
+            if trained { zeros.require_grad() } else { zeros }
+        };
+        Param::uninitialized(id, zeros, device, true, shape)
+    }
 }
 
 /// Gives a model the weights of a directory: each rank reads what it holds. Adapters keep their values. Collective;

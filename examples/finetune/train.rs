@@ -121,7 +121,7 @@ pub fn spread(world: &Communicator, args: &Args, device: &Device) -> Result<Para
 
 /// The model, without weights yet, with its adapters if it has any.
 pub fn adapted(args: &Args, device: &Device) -> Result<Llama, Error> {
-    let model = args.config.init(device);
+    let model = directory::unfilled(args.config.init(device));
     match &args.lora {
         Some(config) => lora::adapt(model, config).map_err(Error::user),
         None => Ok(model),

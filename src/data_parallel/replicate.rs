@@ -30,7 +30,8 @@ pub(crate) fn replicate<M: Module>(
         return Err(Error::invalid("data_parallel", problem));
     }
     let device = one_device(&module, "data_parallel")?.unwrap_or_else(Device::flex);
-    let mut structure = Structure::of(&module);
+    // A single replica has nobody to give values to: what is lazy need not be made before it is loaded.
+    let mut structure = if group.size() > 1 { Structure::of(&module) } else { Structure::unmade(&module) };
     let mut module = module;
     if group.size() > 1 {
         structure.agree(group)?;

@@ -97,6 +97,25 @@ fn a_bare_mean_counts_for_its_rows_whatever_the_model_is_spread_over() {
     }
 }
 
+/// A model that is loaded, or made, later draws nothing when it is wrapped.
+#[test]
+fn one_replica_leaves_lazy_parameters_lazy() {
+    let run = launch::threads(1).run(|world| {
+        let device = world.device().autodiff();
+        let linear: Linear = LinearConfig::new(4, 6).init(&device);
+        assert!(!linear.weight.is_initialized());
+        let mut model = linear.parallelize(&world, &Strategy::new())?;
+        assert!(!model.local().weight.is_initialized());
+        let step = model.step(Tensor::<2>::ones([3, 4], &device), |model, x| model.forward(x).mean())?;
+        assert_eq!(step.weight, 3.0);
+        let before = model.local().weight.val().into_data();
+        let model = model.optimize(&mut sgd(), 0.1, step)?;
+        assert_ne!(model.local().weight.val().into_data(), before);
+        Ok(())
+    });
+    run.unwrap();
+}
+
 #[test]
 fn the_gradients_of_another_backward_stay_with_it() {
     let case = zoo::mlp();
