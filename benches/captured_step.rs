@@ -228,14 +228,14 @@ fn main() -> Result<(), Error> {
             let values: Vec<f32> = (0..32 * 1024).map(|i| ((i * 7919 + salt) % 1000) as f32 / 500.0 - 1.0).collect();
             Tensor::<2>::from_data(TensorData::new(values, [32, 1024]), &device)
         };
-        let sgd = |fused| if fused { SgdConfig::new().init_fused() } else { SgdConfig::new().init().into() };
+        let sgd = |fused| if fused { SgdConfig::new().init_fused() } else { SgdConfig::new().init() };
         let loss = |model: &Mlp, (input, targets)| model.loss(input, targets);
         report(&mut figures, "mlp", memory(Mlp::new, 0, sgd, || (numbers(1), numbers(2)), loss)?);
         let numbers = |salt: usize| {
             let values: Vec<i64> = (0..8 * SEQUENCE).map(|i| ((i * 7919 + salt) % VOCABULARY) as i64).collect();
             Tensor::<2, Int>::from_data(TensorData::new(values, [8, SEQUENCE]), &device)
         };
-        let adam = |fused| if fused { AdamConfig::new().init_fused() } else { AdamConfig::new().init().into() };
+        let adam = |fused| if fused { AdamConfig::new().init_fused() } else { AdamConfig::new().init() };
         let loss = |model: &Gpt, (tokens, targets)| model.loss(tokens, targets);
         report(&mut figures, "gpt", memory(Gpt::new, 2, adam, || (numbers(1), numbers(104729)), loss)?);
     }
