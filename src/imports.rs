@@ -1,5 +1,5 @@
 //! Tests that no file imports in a circle with a file of another folder: what two files need goes to a third, below
-//! both.
+//! both; and that a module imports only those below it in docs/architecture.md.
 //!
 //! Reads the `use` lines and the paths of the sources. A name that a `mod.rs` hands on counts for the file that it
 //! comes from.
@@ -181,6 +181,33 @@ impl Files {
         }
     }
 
+    /// The modules that what a module imports comes from.
+    fn imported(&self, module: &Names) -> Vec<Names> {
+        let paths = self.0[module].imports.iter().filter_map(|path| self.absolute(module, path));
+        paths.filter_map(|path| self.origin(&path, 8)).collect()
+    }
+
+    /// What imports a module of a row below its own, of modules in rows from the ground up. Tests may, and every module
+    /// returns an `Error`.
+    fn upward(&self, rows: &HashMap<String, usize>) -> Vec<String> {
+        let row = |module: &Names| rows.get(module.first()?).copied();
+        let mut found = Vec::new();
+        for (module, file) in self.0.iter().filter(|(_, file)| !file.path.contains("tests")) {
+            let upward = |to: &Names| {
+                to.first().is_some_and(|first| first != "error")
+                    && row(module).zip(row(to)).is_some_and(|(from, to)| to > from)
+            };
+            found.extend(
+                self.imported(module)
+                    .iter()
+                    .filter(|to| upward(to))
+                    .map(|to| format!("{} imports {}", file.path, to.join("::"))),
+            );
+        }
+        found.sort();
+        found
+    }
+
     /// The circles in which a file imports one of another folder.
     fn circles(&self) -> Vec<String> {
         // The root hands on names only.
@@ -189,9 +216,8 @@ impl Files {
         let place: HashMap<&Names, usize> =
             modules.iter().enumerate().map(|(place, module)| (*module, place)).collect();
         let imported = |module: &&Names| {
-            let paths = self.0[*module].imports.iter().filter_map(|path| self.absolute(module, path));
-            let origins = paths.filter_map(|path| self.origin(&path, 8));
-            let mut places: Vec<usize> = origins.filter_map(|origin| place.get(&origin).copied()).collect();
+            let mut places: Vec<usize> =
+                self.imported(module).iter().filter_map(|origin| place.get(origin).copied()).collect();
             places.sort_unstable();
             places.dedup();
             places
@@ -256,6 +282,30 @@ fn no_file_imports_in_a_circle_with_one_of_another_folder() {
     assert!(files.0.len() > 400, "the sources are read");
     let circles = files.circles();
     assert!(circles.is_empty(), "what both need goes to a file below both:\n{}", circles.join("\n"));
+}
+
+/// The modules of the table in `docs/architecture.md`, with the number of their row.
+fn rows(architecture: &str) -> HashMap<String, usize> {
+    let rows = architecture.lines().filter_map(|line| line.strip_prefix("| `")?.split(" | ").next());
+    let modules = |(row, cell): (usize, &str)| {
+        let names = cell.split(", ").map(|name| name.trim_matches('`'));
+        let names = names.map(|name| name.trim_end_matches('/').trim_end_matches(".rs"));
+        names.map(|name| (name.to_owned(), row)).collect::<Vec<_>>()
+    };
+    rows.enumerate().flat_map(modules).collect()
+}
+
+#[test]
+fn modules_import_modules_below_them() {
+    let (folder, mut found) = (Path::new(env!("CARGO_MANIFEST_DIR")), Vec::new());
+    sources(&folder.join("src"), "", &mut found);
+    let files = Files::new(&found);
+    let rows = rows(&fs::read_to_string(folder.join("docs/architecture.md")).unwrap());
+    for module in files.0.keys().filter(|module| module.len() == 1 && module[0] != "imports") {
+        assert!(rows.contains_key(&module[0]), "docs/architecture.md does not name `{}`", module[0]);
+    }
+    let upward = files.upward(&rows);
+    assert!(upward.is_empty(), "docs/architecture.md has these in another order:\n{}", upward.join("\n"));
 }
 
 #[test]

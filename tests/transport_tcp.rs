@@ -24,7 +24,7 @@ use burn_parallel::mesh::Mesh;
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use crate::common::failing::hide_panics_on_purpose;
-use crate::transport_suite::{WorldFactory, checks};
+use crate::transport_suite::{WorldFactory, checks, short_of_memory};
 
 /// A process with this as its first argument is a rank, and the second says what it does.
 const RANK: &str = "as-a-rank";
@@ -57,8 +57,10 @@ fn main() {
         trial(format!("a_rank_that_ends_{role}"), true, Box::new(move || all_say(role, words)));
     }
     for culprit in 0..3 {
-        let test = move || all_say(&format!("short {culprit}"), "<well>");
-        trial(format!("rank_{culprit}_has_no_memory"), cfg!(target_os = "linux"), Box::new(test));
+        for (role, name) in [("short", "has_no_memory"), ("short-of-little", "has_no_memory_for_little")] {
+            let test = move || all_say(&format!("{role} {culprit}"), "<well>");
+            trial(format!("rank_{culprit}_{name}"), cfg!(target_os = "linux"), Box::new(test));
+        }
         for role in ["waited-for", "moving", "computing"] {
             let test = move || survivors_say(role, culprit);
             trial(format!("rank_{culprit}_is_killed_{role}"), true, Box::new(test));
@@ -163,55 +165,15 @@ fn cut_itself_off() {
     }
 }
 
-/// Lets this process have no more than a few MiB beyond what it has; `None` ends that.
-fn limit_memory(more: Option<u64>) {
-    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
-    let held = 4096 * pages.split(' ').next().unwrap().parse::<u64>().unwrap();
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the place outlives the calls.
-    unsafe {
-        assert_eq!(libc::getrlimit(libc::RLIMIT_AS, &mut limit), 0);
-        limit.rlim_cur = more.map_or(limit.rlim_max, |more| held + more);
-        assert_eq!(libc::setrlimit(libc::RLIMIT_AS, &limit), 0);
-    }
-}
-
-/// One rank has no memory for what all gather, and for a message that is sent to it: an error, of all, and no process
-/// ends.
-fn short(rank: &Communicator, culprit: usize) -> Result<(), Error> {
-    const EACH: usize = 64 << 20;
-    /// More than what was brought to the collective, which has gone by then.
-    const LONG: usize = 128 << 20;
-    let (mine, is_short) = (vec![1u8; EACH], rank.rank() == culprit);
-    rank.barrier()?;
-    if is_short {
-        limit_memory(Some(32 << 20));
-    }
-    let error = rank.all_gather(mine).unwrap_err();
-    let group = rank.group().clone();
-    let operation = format!("all_gather of U8 [{EACH}], to which rank 0 brings {EACH} bytes,");
-    assert_eq!(error, Error::OutOfMemory { group, rank: culprit, operation, bytes: rank.size() * EACH });
-    assert_eq!(rank.all_reduce(vec![1u8], ReduceOp::Sum)?, [rank.size() as u8], "the group goes on");
-    let sender = (culprit + 1) % rank.size();
-    let outcome = match rank.rank() {
-        me if me == sender => rank.send(vec![1u8; LONG], culprit, 7).and_then(|()| rank.barrier()),
-        _ if is_short => rank.recv::<Vec<u8>>(sender, 7).map(drop),
-        _ => rank.barrier(),
-    };
-    limit_memory(None);
-    let said = outcome.unwrap_err().to_string();
-    let words = format!("rank {culprit} of group `world` has no memory for the {LONG} bytes");
-    assert!(said.contains(&words) && said.contains(&format!("that rank {sender} sends it with tag 7")), "{said}");
-    Ok(())
-}
-
 /// One rank of a world in which something happens to the rank that the role names.
 fn one_rank(role: &str) {
     let (role, culprit) = role.split_once(' ').map_or((role, 1), |(role, rank)| (role, rank.parse().unwrap()));
     let outcome = launch::from_env().unwrap().run(|rank| {
         rank.barrier()?;
-        if role == "short" {
-            return short(&rank, culprit);
+        match role {
+            "short" => return short_of_memory::for_large(&rank, culprit),
+            "short-of-little" => return short_of_memory::for_little(&rank, culprit),
+            _ => {}
         }
         if role.starts_with("mesh-") {
             return in_turn(&rank, culprit, role);
@@ -415,7 +377,8 @@ fn all_name_the_stopped(role: &str, culprit: usize) -> Result<(), Failed> {
     let said = ranks.end()?;
     let others: Vec<&String> =
         said.iter().enumerate().filter(|(rank, _)| *rank != culprit).map(|(_, text)| text).collect();
-    let cut_off = role == "stopped-moving";
+    let itself = format!(" for itself: the process of rank {culprit} of the world did not run for that long");
+    let cut_off = role == "stopped-moving" && said[culprit].contains(&itself);
     let good = others.iter().all(|text| *text == others[0])
         && (said[culprit] == *others[0] || cut_off)
         && said.iter().all(|text| text.contains("<time-out in group `world`"))

@@ -5,6 +5,7 @@
 //! *same* error, so an [`Error`] never holds anything that differs from rank to rank.
 
 mod describe;
+mod stop_signal;
 mod thrown;
 
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use burn::tensor::DType;
 
 use self::describe::{describe_calls, gathering, last_words, left_behind, rank_failed};
+pub use self::stop_signal::StopSignal;
 pub(crate) use self::thrown::{caught, throw};
 use crate::comm::{Call, CallLog, ReduceOp};
 
@@ -287,7 +289,7 @@ pub enum Error {
     #[error("the run was ended by {signal}")]
     Stopped {
         /// The signal.
-        signal: crate::launch::StopSignal,
+        signal: StopSignal,
     },
 
     /// The transport under the communicator, or a service that it needs, could not be used.

@@ -17,7 +17,6 @@ mod rank;
 mod relay;
 mod rendezvous;
 mod stop;
-mod stop_signal;
 #[cfg(unix)]
 mod supervise;
 mod threads;
@@ -28,7 +27,7 @@ pub use process::{Process, TransportKind, from_env};
 pub use processes::{Processes, processes};
 pub use rank::Rank;
 pub use stop::StopSignals;
-pub use stop_signal::StopSignal;
 pub use threads::{Threads, threads};
 
 pub use crate::comm::tcp::Rendezvous;
+pub use crate::error::StopSignal;

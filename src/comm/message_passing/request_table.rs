@@ -7,7 +7,7 @@ use super::endpoint::Request;
 pub(in crate::comm) struct RequestTable {
     done: Vec<bool>,
     free: Vec<usize>,
-    /// Requests done so far.
+    /// Requests done and messages arrived so far: what a thread may wait for.
     pub count: u64,
 }
 
@@ -27,6 +27,11 @@ impl RequestTable {
 
     pub fn done(&mut self, request: usize) {
         self.done[request] = true;
+        self.count += 1;
+    }
+
+    /// A message has arrived that nobody has posted a receive for.
+    pub fn arrived(&mut self) {
         self.count += 1;
     }
 

@@ -24,8 +24,6 @@ const CONTROL_POLLS: u32 = 256;
 const SHORT_PARK: Duration = Duration::from_micros(50);
 const LONG_PARK: Duration = Duration::from_millis(1);
 
-/// A thread that has not run for this long was stopped.
-const ABSENCE: Duration = Duration::from_secs(1);
 /// Most such absences that are discounted in one wait.
 const ABSENCES: u32 = 4;
 
@@ -110,6 +108,7 @@ impl<'a> Wait<'a> {
             Pause::Sleep => self.world.endpoint.park(SHORT_PARK),
             _ => self.world.endpoint.clock().yield_now(),
         }
+        self.discount_absence();
         self.since.map(|since| self.world.elapsed(since))
     }
 
@@ -119,7 +118,7 @@ impl<'a> Wait<'a> {
         let now = self.world.endpoint.now();
         let since = self.since.get_or_insert(now);
         let absence = self.last.replace(now).map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
-        if absence > self.world.phase_limit(ABSENCE) && self.absences < ABSENCES {
+        if self.world.was_absent(absence) && self.absences < ABSENCES {
             self.absences += 1;
             *since += absence;
         }

@@ -107,7 +107,10 @@ impl<S: Stream> Connection<S> {
                 Destination::Owned(bytes) => match pop(&mut self.posted, tag) {
                     Some(Destination::Buffer(target)) => self.deliver(&bytes, target, table),
                     Some(_) => self.return_credit(len),
-                    None => self.unexpected.entry(tag).or_default().push_back(Unexpected::Eager(bytes)),
+                    None => {
+                        table.arrived();
+                        self.unexpected.entry(tag).or_default().push_back(Unexpected::Eager(bytes));
+                    }
                 },
                 Destination::Discard => self.return_credit(len),
             },
@@ -138,6 +141,7 @@ impl<S: Stream> Connection<S> {
                 if let Some(unexpected) = self.unexpected.get_mut(&tag).and_then(|queue| queue.iter_mut().find(coming))
                 {
                     *unexpected = Unexpected::Eager(bytes);
+                    table.arrived();
                 }
             }
             _ => {}
@@ -170,6 +174,7 @@ impl<S: Stream> Connection<S> {
                 Some(into) => self.accept(tag, id, len, into),
                 None => {
                     self.pending_rts += 1;
+                    table.arrived();
                     self.unexpected.entry(tag).or_default().push_back(Unexpected::Rts { id, len });
                 }
             },

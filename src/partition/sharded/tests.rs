@@ -1,3 +1,5 @@
+//! Steps over parameters that are divided by rows: what is put in, and what is alive at once.
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use burn::module::Module;

@@ -15,6 +15,7 @@ pub mod items;
 #[cfg(feature = "cuda")]
 pub mod over_nccl;
 pub mod over_threads;
+pub mod short_of_memory;
 pub mod thresholds;
 
 use std::time::Duration;

@@ -8,7 +8,7 @@ use super::{Reader, Writer};
 use crate::Error;
 use crate::comm::CallLog;
 use crate::comm::element::number;
-use crate::launch::StopSignal;
+use crate::error::StopSignal;
 
 /// Most bytes of the name of an operation or a transport, or of an advice.
 const LONGEST_WORD: usize = 128;

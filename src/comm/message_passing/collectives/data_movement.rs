@@ -3,16 +3,12 @@
 use std::ops::Range;
 
 use super::receive_counts::ReceiveCounts;
-use super::{Collective, PendingTransfers, Segment, destination, segments_of};
+use super::{Collective, Exchange, PendingTransfers, Segment, destination, segments_of};
 use crate::Error;
 use crate::comm::message_passing::group::MessageKind;
 use crate::comm::message_passing::shared_memory::{Rounds, SharedMemory};
 use crate::comm::transport::BufferRef;
 use crate::comm::{Call, Operation, Output, part};
-
-/// Where a rank receives more than this, all check first that every rank has the memory: compared with the data that
-/// takes next to no time.
-const LARGE: usize = 16 << 20;
 
 impl Collective<'_> {
     pub(super) fn broadcast(&self, root: usize, pieces: &[Segment], size: usize) -> Result<u64, Error> {
@@ -59,14 +55,13 @@ impl Collective<'_> {
     }
 
     /// Collects some rows of every rank's input, in rank order, in the output. The inputs of the others come in
-    /// messages, or are in their slots. `exchange` gives a number to all ranks and returns theirs: the memory that each
-    /// lacks.
+    /// messages, or are in their slots. `exchange` is for [`check_memory`](Self::check_memory).
     pub(super) fn collect(
         &self,
         input: BufferRef<'_>,
         output: &mut dyn Output,
         shared_memory: Option<(&SharedMemory, &Rounds)>,
-        exchange: &mut dyn FnMut(u64) -> Result<Vec<u64>, Error>,
+        exchange: Exchange<'_>,
     ) -> Result<u64, Error> {
         let (n, rank, counts) = (self.group.size(), self.group.rank, ReceiveCounts(self.calls));
         // All ranks come to the same result.
@@ -77,15 +72,11 @@ impl Collective<'_> {
         let mut scratch = Vec::new();
         let mut allocated = takes.then(|| output.allocate(&extent.with_rows(total), dtype));
         let begin = allocated.as_mut().map(|allocated| destination(allocated, &mut scratch, total * row));
-        let lacks = matches!(begin, Some(None));
-        if most >= LARGE && shared_memory.is_none() {
-            // No data has moved: a rank without memory fails this collective, and no more.
-            let reported = exchange(if lacks { (total * row) as u64 } else { 0 })?;
-            if let Some((to, bytes)) = reported.iter().enumerate().find(|(_, bytes)| **bytes > 0) {
-                return Err(self.out_of_memory(to, usize::try_from(*bytes).unwrap_or(usize::MAX)));
-            }
-        } else if lacks {
-            return Err(self.fail_out_of_memory(total * row));
+        let lacks = matches!(begin, Some(None)).then_some(total * row);
+        match (shared_memory, lacks) {
+            (None, _) => self.check_memory(lacks, most, exchange)?,
+            (Some(_), Some(bytes)) => return Err(self.fail_out_of_memory(bytes)),
+            (Some(_), None) => {}
         }
         // Declared after the buffers, so that it is dropped before them.
         let mut transfers = self.transfers();

@@ -37,6 +37,14 @@ use crate::comm::{Call, CallLog, Operation, Output, ReduceOp, host_buffer};
 
 /// How long a rank waits for data once the world has failed: the others may be about to finish.
 const DATA_GRACE: Duration = Duration::from_secs(2);
+/// Where a rank receives more bytes than this, all check first that every rank has the memory: compared with the data that
+/// takes next to no time.
+const LARGE: usize = 16 << 20;
+/// The same where a rank that has begun to receive cannot turn back.
+const LARGE_UNRECLAIMABLE: usize = 64 << 10;
+
+/// Gives a number to all ranks of a group, and returns theirs.
+type Exchange<'a> = &'a mut dyn FnMut(u64) -> Result<Vec<u64>, Error>;
 
 /// A committed collective on one rank.
 pub(super) struct Collective<'a> {
@@ -250,17 +258,17 @@ impl<'a> Collective<'a> {
         moved.and_then(|moved| bools.map(|()| moved))
     }
 
-    /// The share of a collective from an input into an output. Returns the bytes moved. `exchange` is as of
-    /// [`collect`](Self::collect).
+    /// The share of a collective from an input into an output. Returns the bytes moved. `exchange` is for
+    /// [`check_memory`](Self::check_memory).
     pub fn out_of_place(
         &self,
         input: BufferRef<'_>,
         output: &mut dyn Output,
         shared_memory: Option<(&SharedMemory, &Rounds)>,
-        exchange: &mut dyn FnMut(u64) -> Result<Vec<u64>, Error>,
+        exchange: Exchange<'_>,
     ) -> Result<u64, Error> {
         match (self.call.operation, shared_memory) {
-            (Operation::ReduceScatter(op), None) => self.reduce_scatter(op, input, output),
+            (Operation::ReduceScatter(op), None) => self.reduce_scatter(op, input, output, exchange),
             (Operation::ReduceScatter(op), Some((shared_memory, rounds))) => {
                 self.reduce_scatter_in_shared_memory(shared_memory, rounds, op, input, output)
             }
@@ -286,6 +294,21 @@ impl<'a> Collective<'a> {
                 );
                 Err(Error::Transport { transport, problem })
             }
+        }
+    }
+
+    /// Makes sure that all ranks have the memory for what they receive, `most` bytes at most, where `lacks` is what this
+    /// rank has none for. From some size on all say so before data moves, and the group goes on; below it the world
+    /// fails.
+    fn check_memory(&self, lacks: Option<usize>, most: usize, exchange: Exchange<'_>) -> Result<(), Error> {
+        let large = if self.world.endpoint.info().can_reclaim { LARGE } else { LARGE_UNRECLAIMABLE };
+        if most < large {
+            return lacks.map_or(Ok(()), |bytes| Err(self.fail_out_of_memory(bytes)));
+        }
+        let reported = exchange(lacks.unwrap_or_default() as u64)?;
+        match reported.iter().enumerate().find(|(_, bytes)| **bytes > 0) {
+            Some((rank, bytes)) => Err(self.out_of_memory(rank, usize::try_from(*bytes).unwrap_or(usize::MAX))),
+            None => Ok(()),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Collective, PendingTransfers, Segment, destination, grow, segments_of};
+use super::{Collective, Exchange, PendingTransfers, Segment, destination, grow, segments_of};
 use crate::Error;
 use crate::comm::message_passing::group::MessageKind;
 use crate::comm::reduce::{Source, fold};
@@ -135,6 +135,7 @@ impl Collective<'_> {
         op: ReduceOp,
         input: BufferRef<'_>,
         output: &mut dyn Output,
+        exchange: Exchange<'_>,
     ) -> Result<u64, Error> {
         let Call { dtype: Some(dtype), extent, .. } = *self.call else { return Ok(0) };
         let (n, rank, size, width) = (self.group.size(), self.group.rank, dtype.size(), extent.width());
@@ -146,9 +147,10 @@ impl Collective<'_> {
         let rows = part(extent.rows(), n, rank).len();
         let (mut allocated, mut scratch) = (output.allocate(&extent.with_rows(rows), dtype), Vec::new());
         let bytes = mine.len() * size;
-        let Some(target) = destination(&mut allocated, &mut scratch, bytes) else {
-            return Err(self.fail_out_of_memory(bytes));
-        };
+        let target = destination(&mut allocated, &mut scratch, bytes);
+        // The first ranks have the largest shares.
+        self.check_memory(target.is_none().then_some(bytes), share(0).len() * size, exchange)?;
+        let Some(target) = target else { return Err(self.out_of_memory(rank, bytes)) };
         // Inputs are only read: they are sent to others and reduced from.
         let pieces = [Segment { data: input.as_ptr().cast_mut(), bytes: input.elements() * size }];
         // SAFETY: the output is as long as this rank's share.

@@ -26,15 +26,19 @@ impl Output for Place {
     }
 }
 
-/// Gathers so many bytes of each rank, where one has no memory for them.
-fn gather(comm: &Communicator, each: usize, short: Option<usize>) -> Result<Vec<u8>, Error> {
-    let mine = vec![comm.rank() as u8; each];
-    let call = Call::new(Operation::AllGather, Some(DType::U8), Extent::flat(each));
+/// A collective in which each rank receives as many bytes, where one has no memory for them.
+fn receive(comm: &Communicator, operation: Operation, mine: &[u8], short: Option<usize>) -> Result<Vec<u8>, Error> {
+    let call = Call::new(operation, Some(DType::U8), Extent::flat(mine.len()));
     let lacks = (short == Some(comm.rank())).then(|| (comm.group().clone(), comm.rank()));
     let mut output = Place { elements: Vec::new(), lacks };
-    let transfer = Transfer::OutOfPlace { input: BufferRef::new(&mine), output: &mut output };
+    let transfer = Transfer::OutOfPlace { input: BufferRef::new(mine), output: &mut output };
     comm.run(&call, |transport| transport.collective(&call, transfer))?;
     Ok(output.elements)
+}
+
+/// Gathers so many bytes of each rank.
+fn gather(comm: &Communicator, each: usize, short: Option<usize>) -> Result<Vec<u8>, Error> {
+    receive(comm, Operation::AllGather, &vec![comm.rank() as u8; each], short)
 }
 
 fn all(size: usize, each: usize) -> Vec<u8> {
@@ -72,6 +76,27 @@ fn a_large_collective_fails_alone() {
     for size in [2, 3, 4] {
         only_the_call_fails(size, (16 << 20) / size + 1, &|script| {
             World::new(size, 0..size, MemoryNetwork::default()).run(script);
+        });
+    }
+}
+
+/// A rank that has begun to receive cannot turn back over such an endpoint: all ask earlier.
+#[test]
+fn where_buffers_cannot_be_reclaimed_a_collective_fails_alone() {
+    for size in [2, 3] {
+        let run = |script: Script<'_>| {
+            let world = World::new(size, 0..size, MemoryNetwork::never_returning(None, None));
+            world.run(script);
+        };
+        only_the_call_fails(size, (64 << 10) / size + 1, &run);
+        run(&|comm| {
+            let sum = Operation::ReduceScatter(ReduceOp::Sum);
+            let (mine, all) = (vec![1; size * (64 << 10)], vec![size as u8; 64 << 10]);
+            assert_eq!(receive(comm, sum, &mine, None), Ok(all.clone()));
+            let error = receive(comm, sum, &mine, Some(size - 1)).unwrap_err();
+            let Error::OutOfMemory { rank, bytes, .. } = &error else { panic!("{error:?}") };
+            assert_eq!((*rank, *bytes), (size - 1, 64 << 10));
+            assert_eq!((comm.failure(), receive(comm, sum, &mine, None)), (None, Ok(all)));
         });
     }
 }

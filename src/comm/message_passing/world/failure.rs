@@ -17,6 +17,10 @@ use crate::comm::{Call, CallLog};
 
 /// How long a coordinator waits for the reports of the others.
 const INQUIRY_LIMIT: Duration = Duration::from_millis(500);
+/// What waits for a lost rank, if this rank does not.
+const NOBODY: &str = "nobody";
+/// How the words begin by which a rank names itself.
+const ITSELF: &str = "itself: the process of rank ";
 /// How long a rank that has proposed an error waits for the coordinator's query before it turns to the next rank.
 const COORDINATOR_SILENCE: Duration = Duration::from_secs(3);
 
@@ -59,7 +63,8 @@ pub(super) struct Inquiry {
 
 impl World {
     /// Fails the world. The coordinator takes the first proposal, whoever makes it.
-    pub(in crate::comm::message_passing) fn propose(&self, proposal: Proposal) {
+    pub(in crate::comm::message_passing) fn propose(&self, mut proposal: Proposal) {
+        self.blame_itself(&mut proposal);
         {
             let mut proposed = lock(&self.proposed);
             if self.failure.get().is_some() || proposed.is_some() {
@@ -69,6 +74,25 @@ impl World {
         }
         self.submit(&proposal);
         self.poll_control();
+    }
+
+    /// Where this process did not run for so long that the others gave it up, they are not to blame for having gone. What
+    /// they said of it may not have come through.
+    fn blame_itself(&self, proposal: &mut Proposal) {
+        let Some(waited) = self.given_up() else { return };
+        let (group, operation, log) = match &mut proposal.error {
+            Error::Timeout { group, operation, log, .. } | Error::RankLost { group, operation, log, .. } => {
+                (group.clone(), std::mem::take(operation), std::mem::take(log))
+            }
+            _ => return,
+        };
+        let world_rank = self.endpoint.rank();
+        let rank = proposal.members.iter().position(|member| *member == world_rank).unwrap_or_default();
+        let operation = if operation == NOBODY { "no call".into() } else { operation };
+        let missing =
+            format!("{ITSELF}{world_rank} of the world did not run for that long, so the others have given it up");
+        proposal.error = Error::Timeout { group, rank, operation, waited, missing, log };
+        proposal.call = None;
     }
 
     fn submit(&self, proposal: &Proposal) {
@@ -173,11 +197,12 @@ impl World {
                             format!("{call} of `{}`", group.name)
                         })
                     };
-                    let operation = self.groups().iter().find_map(waits).unwrap_or_else(|| "nobody".into());
+                    let operation = self.groups().iter().find_map(waits).unwrap_or_else(|| NOBODY.into());
                     let (group, log) = (self.name.clone(), CallLog::default());
                     let members = (0..self.endpoint.size()).collect();
                     let error = Error::RankLost { group: group.clone(), rank, operation, log };
-                    let proposal = Proposal { error, group, members, call: None };
+                    let mut proposal = Proposal { error, group, members, call: None };
+                    self.blame_itself(&mut proposal);
                     let mut proposed = lock(&self.proposed);
                     if proposed.is_none() && self.failure.get().is_none() {
                         *proposed = Some((proposal.clone(), self.endpoint.now()));
@@ -254,7 +279,9 @@ impl World {
         let others = others.filter(|rank| !proposal.members.contains(rank));
         let others = others.map(|rank| format!("in `{}` rank {rank}: no answer", self.name));
         let mut error = with_log(proposal.error.clone(), CallLog::new(lines.chain(elsewhere).chain(others)));
-        if let Error::Timeout { missing, .. } = &mut error {
+        if let Error::Timeout { missing, .. } = &mut error
+            && !missing.starts_with(ITSELF)
+        {
             let waits = |rank: &usize| reports[proposal.members[*rank]].as_ref().and_then(|report| report.waits);
             let ranks = 0..proposal.members.len();
             let late: Vec<usize> = ranks.clone().filter(|rank| waits(rank).is_none()).collect();

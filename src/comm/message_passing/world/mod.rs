@@ -22,6 +22,8 @@ use crate::comm::lock::lock;
 
 /// The least time for a phase of a failure: machines are busy.
 const MIN_PHASE: Duration = Duration::from_millis(400);
+/// A thread that has not run for this long was stopped.
+const ABSENCE: Duration = Duration::from_secs(1);
 /// Groups remembered after they were left.
 const MAX_LEFT_GROUPS: usize = 32;
 
@@ -57,12 +59,15 @@ pub(in crate::comm) struct World {
     transfers: Mutex<Vec<PendingTransfer>>,
     /// Control messages of this rank to itself.
     loopback: Mutex<VecDeque<Vec<u8>>>,
-    polling: Mutex<()>,
+    /// When control messages were last handled.
+    polling: Mutex<Option<Instant>>,
     inquiry: Mutex<Option<Inquiry>>,
     /// The coordinator of the last query, and its time.
     last_query: Mutex<Option<(usize, Instant)>>,
     /// The error that this rank has proposed, and when.
     proposed: Mutex<Option<(Proposal, Instant)>>,
+    /// For how long this process did not run, the longest time of late, and until when.
+    absence: Mutex<Option<(Duration, Instant)>>,
     /// Ranks that hold nothing of this world any more.
     finished: Mutex<Vec<bool>>,
     /// Ranks that cannot be reached any more: they went without a message, or have ended.
@@ -118,6 +123,7 @@ impl World {
             inquiry: Mutex::default(),
             last_query: Mutex::default(),
             proposed: Mutex::default(),
+            absence: Mutex::default(),
             finished,
             lost,
             unresponsive,
@@ -134,6 +140,28 @@ impl World {
 
     pub fn failure(&self) -> Option<&Error> {
         self.failure.get()
+    }
+
+    /// Whether a thread that polls did not run for so long that this process was stopped. Remembers it.
+    pub fn was_absent(&self, absence: Duration) -> bool {
+        if absence <= self.phase_limit(ABSENCE) {
+            return false;
+        }
+        let (now, mut known) = (self.endpoint.now(), lock(&self.absence));
+        if known
+            .is_none_or(|(longest, until)| absence >= longest || now.saturating_duration_since(until) > self.timeout)
+        {
+            *known = Some((absence, now));
+        }
+        true
+    }
+
+    /// For how long this process did not run, if it was so long, and so lately, that those who waited for it have given
+    /// it up.
+    fn given_up(&self) -> Option<Duration> {
+        let (absence, until) = (*lock(&self.absence))?;
+        (absence > self.timeout.max(ABSENCE) && self.elapsed(until) <= self.timeout.saturating_mul(2))
+            .then_some(absence)
     }
 
     /// The limit for a phase of a failure: all phases together are to be over within half the time-out.

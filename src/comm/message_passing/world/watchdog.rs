@@ -64,7 +64,12 @@ impl World {
     /// Handles the control messages that have arrived, and advances failures. Called by the watchdog, and by threads
     /// that wait.
     pub fn handle_control(&self) {
-        let Ok(_one) = self.polling.try_lock() else { return };
+        let Ok(mut polled) = self.polling.try_lock() else { return };
+        // The watchdog does this all the time.
+        let now = self.endpoint.now();
+        if let Some(last) = polled.replace(now) {
+            self.was_absent(now.saturating_duration_since(last));
+        }
         // Of a rank that is lost by now, all messages have arrived: one that has announced its end is not missed.
         let lost = self.endpoint.lost_ranks();
         self.receive_control();

@@ -19,13 +19,15 @@ const SEEDS: u64 = 60;
 /// What a rank returned, and when.
 type Outcomes = Rc<RefCell<Vec<(usize, Option<Error>, u64)>>>;
 
-/// A world in which all ranks go from collective to collective until one fails.
-fn busy(size: usize, random: &mut Random) -> (Simulation, Outcomes) {
+/// A world in which all ranks go from collective to collective until one fails. If it is `full`, connections take less
+/// than what a collective puts into them.
+fn busy(size: usize, random: &mut Random, full: bool) -> (Simulation, Outcomes) {
     let mut plan = plan(random);
     // Control messages are eager, as they are in truth: a rank that has gone can answer no CTS.
-    (plan.limits.eager, plan.limits.credit, plan.capacity) = (16 << 10, 256 << 10, 1 << 20);
-    let (bytes, simulation, outcomes) =
-        (random.below(4 * plan.limits.turn), Simulation::new(size, plan, random.clone()), Outcomes::default());
+    (plan.limits.eager, plan.limits.credit) = (16 << 10, 256 << 10);
+    plan.capacity = if full { random.pick(&[300, 600, 1500]) } else { 1 << 20 };
+    let bytes = if full { size * (5000 + random.below(3000)) } else { random.below(4 * plan.limits.turn) };
+    let (simulation, outcomes) = (Simulation::new(size, plan, random.clone()), Outcomes::default());
     for rank in 0..size {
         let outcomes = outcomes.clone();
         simulation.rank(rank, TIMEOUT, move |comm, context| {
@@ -59,6 +61,11 @@ fn same_error(outcomes: &Outcomes, ranks: &[usize], by: u64, about: &str) -> Err
     first
 }
 
+/// Whether a text names a rank by its number in the world, whatever the group.
+fn names(text: &str, rank: usize) -> bool {
+    text.split(|c: char| !c.is_ascii_digit()).any(|number| number == rank.to_string())
+}
+
 #[test]
 fn a_rank_that_is_stopped_is_named_in_time_and_blames_nobody() {
     for seed in 0..SEEDS {
@@ -66,7 +73,7 @@ fn a_rank_that_is_stopped_is_named_in_time_and_blames_nobody() {
         let size = 2 + random.below(7);
         // Rank 0 is group root and coordinator: it is the one that matters most.
         let culprit = if random.one_in(2) { 0 } else { random.below(size) };
-        let (mut simulation, outcomes) = busy(size, &mut random);
+        let (mut simulation, outcomes) = busy(size, &mut random, false);
         let at = 1_000_000 + random.below(40_000_000) as u64;
         let goes_on = at + 15 * SECOND;
         simulation.at(at, Event::Stop(culprit, goes_on));
@@ -75,9 +82,10 @@ fn a_rank_that_is_stopped_is_named_in_time_and_blames_nobody() {
         let others: Vec<usize> = (0..size).filter(|rank| *rank != culprit).collect();
         let error = same_error(&outcomes, &others, at + 15 * SECOND / 2, &about);
         let Error::Timeout { group, missing, log, .. } = &error else { panic!("{about}: {error}") };
-        // By its number in the world, whatever the group.
-        let names = |text: &str| text.split(|c: char| !c.is_ascii_digit()).any(|number| number == culprit.to_string());
-        assert!(names(missing) && (group.as_ref() == "world" || missing.contains("of the world")), "{about}: {error}");
+        assert!(
+            names(missing, culprit) && (group.as_ref() == "world" || missing.contains("of the world")),
+            "{about}: {error}"
+        );
         let in_group = if group.as_ref() == "world" { culprit } else { culprit / 2 };
         assert!(
             log.lines().iter().any(|line| line.ends_with(&format!("rank {culprit}: no answer")))
@@ -92,13 +100,37 @@ fn a_rank_that_is_stopped_is_named_in_time_and_blames_nobody() {
     }
 }
 
+/// The others' words cannot reach a rank whose connections were full when it was stopped.
+#[test]
+fn a_rank_that_is_stopped_behind_full_connections_names_itself() {
+    for seed in 0..SEEDS / 3 {
+        let mut random = Random(seed);
+        let size = 2 + random.below(7);
+        let culprit = if random.one_in(2) { 0 } else { random.below(size) };
+        let (mut simulation, outcomes) = busy(size, &mut random, true);
+        let at = 10_000_000 + random.below(40_000_000) as u64;
+        let goes_on = at + 15 * SECOND;
+        simulation.at(at, Event::Stop(culprit, goes_on));
+        let about = format!("seed {seed}, rank {culprit} of {size}");
+        assert!(simulation.run(), "{about}: it does not end");
+        let others: Vec<usize> = (0..size).filter(|rank| *rank != culprit).collect();
+        let error = same_error(&outcomes, &others, at + 15 * SECOND / 2, &about);
+        assert!(matches!(&error, Error::Timeout { missing, .. } if names(missing, culprit)), "{about}: {error}");
+        let outcomes = outcomes.borrow();
+        let (_, own, when) = outcomes.iter().find(|(rank, ..)| *rank == culprit).expect("an outcome of every rank");
+        let own = own.as_ref().unwrap_or_else(|| panic!("{about}: no error"));
+        assert!(matches!(own, Error::Timeout { missing, .. } if names(missing, culprit)), "{about}: {own}");
+        assert!(*when <= goes_on + SECOND, "{about}: {:.1} s", *when as f64 / SECOND as f64);
+    }
+}
+
 #[test]
 fn a_rank_that_is_killed_is_named_at_once() {
     for seed in 0..SEEDS {
         let mut random = Random(seed);
         let size = 2 + random.below(7);
         let culprit = if random.one_in(2) { 0 } else { random.below(size) };
-        let (mut simulation, outcomes) = busy(size, &mut random);
+        let (mut simulation, outcomes) = busy(size, &mut random, false);
         let at = 1_000_000 + random.below(40_000_000) as u64;
         simulation.at(at, Event::Kill(culprit));
         let about = format!("seed {seed}, rank {culprit} of {size}");

@@ -18,6 +18,7 @@ mod message_endpoint;
 mod network;
 mod schedule;
 mod scripts;
+mod wakes;
 
 use self::network::Plan;
 use self::schedule::{RankContext, Simulation};

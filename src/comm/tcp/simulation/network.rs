@@ -339,6 +339,13 @@ impl SimulatedNetwork {
     }
 }
 
+/// The streams of an endpoint are closed when it goes.
+impl Drop for SimulatedNetwork {
+    fn drop(&mut self) {
+        lock(&self.state).end(self.rank);
+    }
+}
+
 impl Clock for SimulatedNetwork {
     fn now(&self) -> Instant {
         self.began + Duration::from_nanos(self.nanoseconds())

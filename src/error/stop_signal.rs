@@ -19,7 +19,7 @@ impl StopSignal {
 
     /// The signal for which a process ended with this exit code, if it did.
     #[cfg(unix)]
-    pub(super) fn of_exit(code: Option<i32>) -> Option<Self> {
+    pub(crate) fn of_exit(code: Option<i32>) -> Option<Self> {
         let number = code? - 128;
         [libc::SIGTERM, libc::SIGUSR1].contains(&number).then_some(Self(number))
     }
@@ -30,7 +30,7 @@ impl StopSignal {
     }
 
     /// The exit code of a program that ends because of it, by custom: 128 and its number, so 143 for SIGTERM.
-    /// [`launch::processes`](super::processes) then starts nothing again.
+    /// [`launch::processes`](crate::launch::processes) then starts nothing again.
     pub fn exit_code(self) -> u8 {
         (128 + self.0) as u8
     }
