@@ -5,6 +5,7 @@ use std::fmt::Display;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use burn_parallel::launch::StopSignal;
@@ -16,6 +17,9 @@ pub const NAME: &str = env!("CARGO_CRATE_NAME");
 
 /// When it was started.
 static STARTED: OnceLock<Instant> = OnceLock::new();
+
+/// Whether a rank has found that what it was given is wrong.
+static REFUSED: AtomicBool = AtomicBool::new(false);
 
 /// How a training has ended.
 pub enum Ended<T> {
@@ -61,9 +65,16 @@ pub fn run<A>(
         Err(Failure::Refused(wrong)) => fail(2, wrong),
         Err(Failure::Failed(why)) => match why.downcast_ref() {
             Some(burn_parallel::Error::Stopped { signal }) => fail(signal.exit_code(), why),
+            _ if REFUSED.load(Ordering::Relaxed) => fail(2, why),
             _ => fail(1, why),
         },
     }
+}
+
+/// The error of a rank that was given what is wrong: the program ends with exit code 2, and is not started again.
+pub fn refused(why: burn_parallel::Error) -> burn_parallel::Error {
+    REFUSED.store(true, Ordering::Relaxed);
+    why
 }
 
 /// For how long the program has been running.

@@ -7,7 +7,7 @@ use burn_parallel::prelude::*;
 use clap::Args;
 
 use super::flags::up_to;
-use super::program::NAME;
+use super::program::{NAME, refused};
 
 /// Where checkpoints are.
 #[derive(Args, Clone, Debug)]
@@ -28,15 +28,19 @@ pub struct SaveFlags {
     /// counts the whole run. If it is the directory of --save, and there is none yet, the run begins anew
     #[arg(long, value_name = "DIR")]
     pub resume: Option<PathBuf>,
+
+    /// Which checkpoint of --resume to go on from, by its step [default: the last one]
+    #[arg(long, value_name = "N", requires = "resume")]
+    resume_step: Option<u64>,
 }
 
 impl SaveFlags {
     /// The same, with nothing saved and nothing to go on from.
     pub fn none(self) -> Self {
-        Self { save: None, resume: None, ..self }
+        Self { save: None, resume: None, resume_step: None, ..self }
     }
 
-    /// Goes on from the last checkpoint of `--resume`, which has them in `folder`, in a run of so many steps. `restore`
+    /// Goes on from a checkpoint of `--resume`, which has them in `folder`, in a run of so many steps. `restore`
     /// is given the step of it. Returns how many steps were made already. Collective.
     pub fn resume(
         &self,
@@ -46,19 +50,46 @@ impl SaveFlags {
         restore: impl FnOnce(&mut Checkpointer, u64) -> Result<(), Error>,
     ) -> Result<usize, Error> {
         let Some(dir) = &self.resume else { return Ok(0) };
-        let mut checkpoints = Checkpointer::new(world, folder(dir), CheckpointOptions::new())?;
-        let Some(step) = checkpoints.latest()? else {
+        // What other runs have not saved may be missing.
+        let options = CheckpointOptions::new().with_allow_missing([format!("values/{STEPS}")]);
+        let mut checkpoints = Checkpointer::new(world, folder(dir), options)?;
+        let there = checkpoints.steps()?;
+        let Some(step) = self.resume_step.or(there.last().copied()) else {
             return match self.save.as_ref() == Some(dir) {
                 true => Ok(0),
-                false => Err(Error::user(format!("--resume {dir:?}: there is no checkpoint"))),
+                false => Err(refused(Error::user(format!("--resume {dir:?}: there is no checkpoint")))),
             };
         };
+        let list = |steps: &[u64]| steps.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
+        if !there.contains(&step) {
+            let problem = format!("--resume-step {step}: --resume {dir:?} has checkpoints of steps [{}]", list(&there));
+            return Err(refused(Error::user(problem)));
+        }
         let steps = step as usize;
-        restore(&mut checkpoints, step)?;
+        let was =
+            checkpoints.read_value::<usize>(step, STEPS).and_then(|was| restore(&mut checkpoints, step).map(|()| was));
+        let was = was.map_err(|why| match why {
+            Error::Checkpoint { problem } => {
+                let others: Vec<u64> = there.iter().copied().filter(|other| *other != step).collect();
+                let advice = match others.is_empty() {
+                    true => String::new(),
+                    false => format!("; --resume-step goes on from another one: {}", list(&others)),
+                };
+                refused(Error::user(format!("{problem}{advice}")))
+            }
+            Error::User(problem) => refused(Error::User(problem)),
+            // Of other ranks.
+            why => why,
+        })?;
         if steps > all {
-            return Err(Error::user(format!(
+            return Err(refused(Error::user(format!(
                 "the whole run has {all} steps, and --resume {dir:?} has made {steps}: give more steps"
-            )));
+            ))));
+        }
+        if let Some(was) = was.filter(|was| *was != all && world.rank() == 0) {
+            eprintln!(
+                "the whole run has {all} steps from here on, and had {was}: learning rates go by that, and are others"
+            );
         }
         match world.rank() {
             0 if steps == all => eprintln!("nothing to do: --resume {dir:?} has made all {steps} steps of the run"),
@@ -68,6 +99,9 @@ impl SaveFlags {
         Ok(steps)
     }
 }
+
+/// The value of a checkpoint that says how many steps the whole run has.
+pub const STEPS: &str = "steps";
 
 /// Saves a run of so many steps when it is time, and when it is asked to end.
 pub struct Saving<'a> {

@@ -10,6 +10,7 @@ use burn_parallel::train::Parallel;
 
 use crate::args::Args;
 use crate::common::batch::Batch;
+use crate::common::saving::STEPS;
 use crate::input::Input;
 use crate::model::Llama;
 use crate::report::HeldOut;
@@ -29,14 +30,22 @@ pub struct Run {
     position: DataPosition,
     /// The rows that it is counted in.
     data: u64,
+    /// How many steps the whole run has.
+    steps: usize,
 }
 
 impl Run {
     /// A run that begins.
-    pub fn new(model: Parallel<Llama>, optim: ModuleOptimizer, schedule: ModuleLrScheduler, input: &Input) -> Self {
+    pub fn new(
+        model: Parallel<Llama>,
+        optim: ModuleOptimizer,
+        schedule: ModuleLrScheduler,
+        steps: usize,
+        input: &Input,
+    ) -> Self {
         let (losses, grad_norms, held_out) = (Vec::new(), Vec::new(), Vec::new());
         let (batch, position, data) = (Batch::default(), DataPosition::default(), input.data.fingerprint());
-        Self { model, optim, schedule, losses, grad_norms, held_out, batch, position, data }
+        Self { model, optim, schedule, losses, grad_norms, held_out, batch, position, data, steps }
     }
 
     /// The number of the next row, through all epochs.
@@ -60,9 +69,10 @@ impl Run {
             .with_value("batch", &mut self.batch)
             .with_value("position", &mut self.position)
             .with_value("data", &mut self.data)
+            .with_value(STEPS, &mut self.steps)
     }
 
-    /// Goes on from the last checkpoint of `--resume`. Returns how many steps were made already.
+    /// Goes on from a checkpoint of `--resume`. Returns how many steps were made already.
     pub fn resume(&mut self, world: &Communicator, args: &Args, input: &Input) -> Result<usize, Error> {
         let data = self.data;
         let begun = args.saving.resume(world, folder, input.steps(args), |checkpoints, step| {
@@ -73,6 +83,7 @@ impl Run {
             }
             checkpoints.restore_step(step, self.state()).map(drop)
         })?;
+        self.steps = input.steps(args);
         self.batch = self.batch.clone().begin(args.batch(), args.growth, input.steps(args))?;
         Ok(begun)
     }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::args::Args;
 use crate::common::batch::Batch;
+use crate::common::saving::STEPS;
 use crate::gpt::Gpt;
 
 /// The flags of a run that its checkpoints hold.
@@ -70,6 +71,8 @@ pub struct Run {
     pub grad_norms: Vec<f64>,
     /// How large the batch is, and how noisy the gradient.
     pub batch: Batch,
+    /// How many steps the whole run has.
+    pub steps: usize,
 }
 
 impl Run {
@@ -81,9 +84,10 @@ impl Run {
             .with_value("losses", &mut self.losses)
             .with_value("grad_norms", &mut self.grad_norms)
             .with_value("batch", &mut self.batch)
+            .with_value(STEPS, &mut self.steps)
     }
 
-    /// Goes on from the last checkpoint of `--resume`. Returns how many steps were made already.
+    /// Goes on from a checkpoint of `--resume`. Returns how many steps were made already.
     pub fn resume(&mut self, world: &Communicator, args: &Args) -> Result<usize, Error> {
         args.saving.resume(world, folder, args.steps, |checkpoints, step| {
             let saved = checkpoints.read_value::<SavedFlags>(step, "flags")?;
@@ -92,7 +96,7 @@ impl Run {
                 changed.iter().for_each(|flag| eprintln!("{flag}"));
             }
             checkpoints.restore_step(step, self.state())?;
-            self.flags = SavedFlags::of(args);
+            (self.flags, self.steps) = (SavedFlags::of(args), args.steps);
             Ok(())
         })
     }

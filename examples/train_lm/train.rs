@@ -49,7 +49,8 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
     model.prepare(batch(0, &args.split(&size)?).swap_remove(0), loss)?;
     let optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init_fused();
     let (schedule, flags) = (schedule(args)?, SavedFlags::of(args));
-    let mut run = Run { model, optim, schedule, flags, losses: Vec::new(), grad_norms: Vec::new(), batch: size };
+    let (losses, grad_norms) = (Vec::new(), Vec::new());
+    let mut run = Run { model, optim, schedule, flags, losses, grad_norms, batch: size, steps: args.steps };
     let first = run.resume(&world, args)?;
     run.batch = begin(run.batch)?;
     let mut saving = Saving::begin(&args.saving, &world, folder, &args.strategy, args.steps)?;

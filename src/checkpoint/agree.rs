@@ -2,40 +2,24 @@
 
 use super::checkpoint_error;
 use crate::Error;
-use crate::comm::{Communicator, ReduceOp};
+use crate::comm::Communicator;
+use crate::params;
+
+/// What a rank does by itself: that it panics is an error like others.
+pub(super) fn attempt<T>(run: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    params::attempt(run, checkpoint_error)
+}
 
 /// What this rank has, if none of the group failed; else the error of the first that did.
 ///
 /// # Errors
 /// That one, on all ranks alike, with the rank; those of the group.
 pub(super) fn together<T>(outcome: Result<T, Error>, group: &Communicator) -> Result<T, Error> {
-    if group.size() == 1 {
-        return outcome;
-    }
-    let own = if outcome.is_err() { group.rank() as u64 } else { u64::MAX };
-    let first = group.all_reduce(vec![own], ReduceOp::Min)?[0];
-    if first == u64::MAX {
-        return outcome;
-    }
-    let rank = first as usize;
-    let text = match outcome {
-        Ok(_) => String::new(),
-        Err(Error::Checkpoint { problem }) => problem,
-        Err(error) => error.to_string(),
+    let words = |error| match error {
+        Error::Checkpoint { problem } => problem,
+        error => error.to_string(),
     };
-    let text = share(text.into_bytes(), rank, group)?;
-    Err(checkpoint_error(format!("rank {rank}: {}", String::from_utf8_lossy(&text))))
-}
-
-/// The bytes of one rank, on all.
-///
-/// # Errors
-/// Those of the group.
-pub(super) fn share(bytes: Vec<u8>, root: usize, group: &Communicator) -> Result<Vec<u8>, Error> {
-    let len = group.broadcast(vec![bytes.len() as u64], root)?[0] as usize;
-    let mut bytes = if group.rank() == root { bytes } else { Vec::new() };
-    bytes.resize(len, 0);
-    group.broadcast(bytes, root)
+    params::together(outcome, group, words, checkpoint_error)
 }
 
 /// The bytes of all ranks, in their order, on every rank. What several ranks bring alike travels once, and is the same

@@ -2,15 +2,19 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
 
 use serde::de::DeserializeOwned;
 
-use super::agree::{share, together};
+use super::agree::{attempt, together};
 use super::contents::Snapshot;
 use super::directory::{clean_up, name_of, steps};
 use super::index::Index;
 use super::job::{self, Saved};
+use super::moments::KnownStates;
 use super::options::CheckpointOptions;
 use super::params::Statistics;
 use super::restore::{self, Restored};
@@ -18,7 +22,7 @@ use super::state::TrainState;
 use super::{checkpoint_error, file_problem, value};
 use crate::Error;
 use crate::comm::{Communicator, panic_message};
-use crate::params::agree;
+use crate::params::{agree, share_bytes};
 use crate::train::ParallelModule;
 
 /// Writes checkpoints into a directory, and reads them. One for each rank of a world; all its calls are collective, in
@@ -30,8 +34,21 @@ pub struct Checkpointer {
     group: Communicator,
     root: PathBuf,
     options: CheckpointOptions,
+    /// What is known of the optimizers that were saved.
+    known: KnownStates,
     /// The save that runs in the background.
-    running: Option<JoinHandle<Result<Saved, Error>>>,
+    running: Option<Running>,
+    /// Why nothing is saved or read any more.
+    stuck: Option<Error>,
+}
+
+/// A save in the background.
+struct Running {
+    step: u64,
+    outcome: Receiver<Result<Saved, Error>>,
+    thread: JoinHandle<()>,
+    /// Bytes that it has written.
+    written: Arc<AtomicU64>,
 }
 
 impl Checkpointer {
@@ -61,7 +78,7 @@ impl Checkpointer {
                 .map_err(|why| file_problem(dir, format!("is not there: {why}; all ranks need it in one file system"))),
             &group,
         )?;
-        Ok(Self { group, root, options, running: None })
+        Ok(Self { group, root, options, known: KnownStates::default(), running: None, stuck: None })
     }
 
     /// Saves a state as the checkpoint of a step, and waits until it is on the disk: the model has made so many steps.
@@ -80,7 +97,7 @@ impl Checkpointer {
     /// checkpoints that cannot be removed are a warning in the log.
     pub fn save<P: ParallelModule>(&mut self, step: u64, state: TrainState<'_, P>) -> Result<Saved, Error> {
         self.wait()?;
-        let snapshot = together(Snapshot::of(step, &state), &self.group)?;
+        let snapshot = together(attempt(|| Snapshot::of(step, &state, self.known.clone())), &self.group)?;
         job::run(snapshot, &self.root, &self.options, &self.group)
     }
 
@@ -94,31 +111,63 @@ impl Checkpointer {
     /// As [`save`](Self::save), also that of the save before.
     pub fn save_async<P: ParallelModule>(&mut self, step: u64, state: TrainState<'_, P>) -> Result<(), Error> {
         self.wait()?;
-        let snapshot = together(Snapshot::of(step, &state), &self.group)?;
+        let snapshot = together(attempt(|| Snapshot::of(step, &state, self.known.clone())), &self.group)?;
+        let written = snapshot.written.clone();
         let (root, options, group) = (self.root.clone(), self.options.clone(), self.group.clone());
         // The save begins when all ranks have a thread for it: until then its group is this thread's.
         let (begin, begun) = std::sync::mpsc::channel::<()>();
-        let run = move || match begun.recv() {
-            Ok(()) => job::run(snapshot, &root, &options, &group),
-            Err(_) => Err(checkpoint_error("another rank has no thread to save in")),
+        let (tell, outcome) = std::sync::mpsc::channel();
+        let run = move || {
+            let ran = match begun.recv() {
+                Ok(()) => job::run(snapshot, &root, &options, &group),
+                Err(_) => Err(checkpoint_error("another rank has no thread to save in")),
+            };
+            // Nobody asks any more if the program has not waited to the end.
+            let _ = tell.send(ran);
         };
         let started = std::thread::Builder::new().name("checkpoint".into()).spawn(run);
         let started = started.map_err(|why| checkpoint_error(format!("no thread to save in: {why}")));
-        self.running = Some(together(started, &self.group)?);
+        let thread = together(started, &self.group)?;
+        self.running = Some(Running { step, outcome, thread, written });
         let _ = begin.send(());
         Ok(())
     }
 
     /// Waits for the save in the background, if there is one, and gives its outcome. Dropping the checkpointer waits as
-    /// well, and logs an error. The wait ends: a rank that does not come is an error after the world's time-out.
+    /// well, and logs an error. The wait ends: a rank that does not come is an error after the world's time-out, and so is
+    /// a disk that takes nothing for twice as long. The save is then left to itself, and this checkpointer does nothing
+    /// any more.
     ///
     /// # Errors
     /// As [`save`](Self::save).
     pub fn wait(&mut self) -> Result<Option<Saved>, Error> {
-        let Some(running) = self.running.take() else { return Ok(None) };
-        match running.join() {
-            Ok(outcome) => outcome.map(Some),
-            Err(panic) => Err(checkpoint_error(format!("the save panicked: {}", panic_message(&*panic)))),
+        if let Some(error) = &self.stuck {
+            return Err(error.clone());
+        }
+        let Some(Running { step, outcome, thread, written }) = self.running.take() else { return Ok(None) };
+        let patience = self.group.timeout().saturating_mul(2);
+        let mut before = written.load(Ordering::Relaxed);
+        loop {
+            match outcome.recv_timeout(patience) {
+                Ok(outcome) => return outcome.map(Some),
+                Err(RecvTimeoutError::Disconnected) => {
+                    let panic = thread.join().err().map(|panic| panic_message(&*panic)).unwrap_or_default();
+                    return Err(checkpoint_error(format!("the save panicked: {panic}")));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            let now = written.load(Ordering::Relaxed);
+            if now == before {
+                let name = name_of(step);
+                let error = checkpoint_error(format!(
+                    "rank {}: the save of {name} into {} has written {now} bytes, and none in the last {patience:?}: does the disk \
+                     still answer? BURN_PARALLEL_TIMEOUT_S gives it more time; open another `Checkpointer` to go on",
+                    self.group.rank(),
+                    self.root.display()
+                ));
+                return Err(self.stuck.insert(error).clone());
+            }
+            before = now;
         }
     }
 
@@ -139,7 +188,7 @@ impl Checkpointer {
         self.wait()?;
         let found = if self.group.rank() == 0 { steps(&self.root) } else { Ok(Vec::new()) };
         let found = together(found, &self.group)?;
-        let bytes = share(found.iter().flat_map(|step| step.to_le_bytes()).collect(), 0, &self.group)?;
+        let bytes = share_bytes(found.iter().flat_map(|step| step.to_le_bytes()).collect(), 0, &self.group)?;
         Ok(bytes.as_chunks::<8>().0.iter().map(|step| u64::from_le_bytes(*step)).collect())
     }
 
@@ -191,7 +240,8 @@ impl Checkpointer {
         self.wait()?;
         let dir = self.root.join(name_of(step));
         let before = Statistics::of(state.model);
-        match together(restore::load(&dir, &mut state, &self.options, self.group.rank() == 0), &self.group) {
+        let (options, first) = (&self.options, self.group.rank() == 0);
+        match together(attempt(|| restore::load(&dir, &mut state, options, first)), &self.group) {
             Ok(loaded) => Ok(loaded.put(&mut state)),
             Err(error) => {
                 before.put_back(state.model);

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, PoisonError};
 
 use burn::module::ParamId;
 use burn::optim::ModuleOptimizer;
@@ -10,10 +12,11 @@ use serde_json::Value;
 
 use super::checkpoint_error;
 use super::index::SavedRandom;
-use super::moments;
+use super::moments::{self, KnownState, KnownStates};
 use super::params::{self, ParamInfo};
 use super::plan::TensorKey;
 use super::scalar::StoredScalar;
+use super::scheduler::of_scheduler;
 use super::state::TrainState;
 use crate::Error;
 use crate::params::ParamSlice;
@@ -21,6 +24,7 @@ use crate::tensor::PlainTensor;
 use crate::train::ParallelModule;
 
 /// A part of a tensor that this rank holds.
+#[derive(Clone)]
 pub(super) struct Slice {
     pub(super) key: TensorKey,
     /// The dims of the whole.
@@ -31,6 +35,7 @@ pub(super) struct Slice {
 }
 
 /// The elements of a slice from the first on; padding may follow along each dim.
+#[derive(Clone)]
 pub(super) enum SliceValue {
     There(PlainTensor),
     /// Those of a moment of this parameter, which its optimizer has.
@@ -60,6 +65,10 @@ pub(super) struct Snapshot {
     optimizers: Vec<(String, ModuleOptimizer, HashMap<ParamId, ParamSlice>)>,
     pub(super) schedulers: BTreeMap<String, BTreeMap<String, StoredScalar>>,
     pub(super) values: BTreeMap<String, Value>,
+    /// What the save before has found out of the optimizers.
+    known: KnownStates,
+    /// Bytes of it that are written.
+    pub(super) written: Arc<AtomicU64>,
 }
 
 /// All that this rank has for a checkpoint.
@@ -67,14 +76,26 @@ pub(super) struct Contents {
     pub(super) slices: Vec<Slice>,
     pub(super) scalars: ParamScalars,
     /// Those of whose moments there are slices, by name.
-    pub(super) optimizers: BTreeMap<String, ModuleOptimizer>,
+    pub(super) optimizers: BTreeMap<String, HeldOptimizer>,
+    /// Counts the bytes that are written.
+    pub(super) written: Arc<AtomicU64>,
+}
+
+/// An optimizer, and what is known of it.
+pub(super) struct HeldOptimizer {
+    pub(super) state: ModuleOptimizer,
+    pub(super) known: KnownState,
 }
 
 impl Snapshot {
     /// # Errors
     /// [`Error::Pipeline`] if it is not known who holds what; [`Error::Checkpoint`] if a name comes twice, or a value is nothing
     /// that JSON has.
-    pub(super) fn of<P: ParallelModule>(step: u64, state: &TrainState<'_, P>) -> Result<Self, Error> {
+    pub(super) fn of<P: ParallelModule>(
+        step: u64,
+        state: &TrainState<'_, P>,
+        known: KnownStates,
+    ) -> Result<Self, Error> {
         names("optimizers", state.optimizers.iter().map(|(name, _)| name))?;
         names("schedulers", state.schedulers.iter().map(|(name, _)| name))?;
         names("values", state.values.iter().map(|(name, _)| name))?;
@@ -87,7 +108,7 @@ impl Snapshot {
         }
         let mut schedulers = BTreeMap::new();
         for (name, scheduler) in &state.schedulers {
-            schedulers.insert(name.clone(), moments::of_scheduler(name, scheduler)?);
+            schedulers.insert(name.clone(), of_scheduler(name, scheduler)?);
         }
         let mut values = BTreeMap::new();
         for (name, value) in &state.values {
@@ -97,23 +118,30 @@ impl Snapshot {
             values.insert(name.clone(), json);
         }
         let random = SavedRandom::of(state.model);
-        Ok(Self { step, random, slices, infos, optimizers, schedulers, values })
+        Ok(Self { step, random, slices, infos, optimizers, schedulers, values, known, written: Arc::default() })
     }
 
     /// Finds out what moments the optimizers have.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if they do not fit the parameters.
-    pub(super) fn contents(&mut self) -> Result<Contents, Error> {
-        let (mut slices, mut scalars) = (std::mem::take(&mut self.slices), ParamScalars::new());
+    pub(super) fn contents(&self) -> Result<Contents, Error> {
+        let (mut slices, mut scalars) = (self.slices.clone(), ParamScalars::new());
         let mut optimizers = BTreeMap::new();
-        for (name, optimizer, held) in std::mem::take(&mut self.optimizers) {
-            let found = moments::of_optimizer(&name, &optimizer, &self.infos, &held)?;
+        let mut all_known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        for (name, state, held) in &self.optimizers {
+            let known = all_known.entry(name.clone()).or_default();
+            let found = moments::of_optimizer(name, state, &self.infos, held, known)?;
             slices.extend(found.slices);
             scalars.insert(name.clone(), found.scalars);
-            optimizers.insert(name, optimizer);
+            optimizers.insert(name.clone(), HeldOptimizer { state: state.clone(), known: known.clone() });
         }
-        Ok(Contents { slices, scalars, optimizers })
+        Ok(Contents { slices, scalars, optimizers, written: self.written.clone() })
+    }
+
+    /// The optimizers are not what they were at the save before: they are looked at again.
+    pub(super) fn forget(&self) {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 }
 

@@ -3,7 +3,7 @@
 pub(super) use crate::tensor_file::fault::point;
 
 #[cfg(test)]
-pub(super) use crate::tensor_file::fault::VARIABLE;
+pub(super) use crate::tensor_file::fault::{STALL, VARIABLE};
 
 /// All points, in their order.
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The index of a checkpoint: what there is, and where.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
 use std::ops::Range;
 use std::path::{Component, Path};
@@ -25,6 +25,8 @@ const FORMAT: &str = "burn-parallel checkpoint";
 const VERSION: u64 = 1;
 /// An index is no longer than this: a million slices.
 const LONGEST: u64 = 1 << 30;
+/// More dims than any tensor of burn has.
+const MOST_DIMS: usize = 64;
 /// Checksums are of blocks of so many bytes of a slice.
 pub(super) const BLOCK_BYTES: usize = 1 << 20;
 
@@ -217,8 +219,17 @@ impl Index {
                 return Err(format!("lists file `{}` twice", file.name));
             }
         }
+        let mut places = HashSet::new();
         for (key, tensor) in self.tensors() {
             self.check_tensor(tensor).map_err(|why| format!("lies about `{key}`: {why}"))?;
+            // No tensor has more bytes than the files.
+            if let Some(again) = tensor.slices.iter().find(|slice| !places.insert((slice.file, slice.tensor.as_str())))
+            {
+                return Err(format!(
+                    "lies about `{key}`: `{}` of file {} is another slice as well",
+                    again.tensor, again.file
+                ));
+            }
         }
         Ok(())
     }
@@ -238,6 +249,9 @@ impl Index {
     fn check_tensor(&self, tensor: &StoredTensor) -> Result<(), String> {
         let StoredTensor { dtype, dims, slices } = tensor;
         let size = dtype_of(dtype).ok_or_else(|| format!("dtype {dtype} is none that burn has"))?.size();
+        if dims.len() > MOST_DIMS {
+            return Err(format!("{} dims are more than a tensor can have", dims.len()));
+        }
         let bytes = dims.iter().try_fold(size, |product, dim| product.checked_mul(*dim));
         if bytes.is_none_or(|bytes| bytes > isize::MAX as usize) {
             return Err(format!("dims {dims:?} are more than there can be"));

@@ -4,16 +4,16 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::agree::{gather, together};
-use super::contents::Snapshot;
+use super::agree::{attempt, gather, together};
+use super::contents::{Contents, ParamScalars, Snapshot};
 use super::directory::{clean_up, name_of, prune};
 use super::index::{INDEX, INDEX_CHECKSUM, Index, StoredFile, StoredSlice, StoredTensor, checksum};
 use super::options::CheckpointOptions;
-use super::plan::{TensorKey, WritePlan};
-use super::write::{file_name, write};
+use super::plan::{TensorKey, WritePlan, add_scalars};
+use super::write::{Outcome, file_name, write};
 use super::{checkpoint_error, fault, file_problem};
 use crate::Error;
-use crate::comm::Communicator;
+use crate::comm::{Communicator, ReduceOp};
 use crate::tensor_file::{Draft, name_of as dtype_name, write_file};
 
 /// What was saved, and what that took.
@@ -31,8 +31,10 @@ pub struct Saved {
 /// What a rank tells rank 0 of its file.
 #[derive(Serialize, Deserialize)]
 struct ToldFile {
-    bytes: u64,
+    /// None if it wrote none.
+    bytes: Option<u64>,
     checksums: Vec<Vec<String>>,
+    scalars: ParamScalars,
 }
 
 /// Writes a checkpoint. Collective.
@@ -40,12 +42,27 @@ struct ToldFile {
 /// # Errors
 /// As [`Checkpointer::save`](super::Checkpointer::save).
 pub(super) fn run(
-    mut snapshot: Snapshot,
+    snapshot: Snapshot,
     root: &Path,
     options: &CheckpointOptions,
     group: &Communicator,
 ) -> Result<Saved, Error> {
-    let contents = together(snapshot.contents(), group)?;
+    if let Some(saved) = save(&snapshot, root, options, group)? {
+        return Ok(saved);
+    }
+    snapshot.forget();
+    let changes = || checkpoint_error("an optimizer does not give out the same moments twice");
+    save(&snapshot, root, options, group)?.ok_or_else(changes)
+}
+
+/// Writes a checkpoint, if all optimizers on all ranks have the moments that they are known to have.
+fn save(
+    snapshot: &Snapshot,
+    root: &Path,
+    options: &CheckpointOptions,
+    group: &Communicator,
+) -> Result<Option<Saved>, Error> {
+    let contents = together(attempt(|| snapshot.contents()), group)?;
     let plan = together(WritePlan::new(&contents, group), group)?;
     fault::point("planned");
     let (first, dir) = (group.rank() == 0, root.join(name_of(snapshot.step)));
@@ -60,37 +77,46 @@ pub(super) fn run(
     let begun = if first { begin() } else { Ok(()) };
     together(begun, group)?;
     fault::point("draft made");
-    let written = finish(&contents, &plan, &snapshot, &draft, options, group);
-    if written.is_err() && first {
+    let written = finish(&contents, &plan, snapshot, &draft, options, group);
+    if !matches!(written, Ok(Some(_))) && first {
         // The error that there is says more than one of this.
         let _ = draft.discard();
     }
-    let bytes_written = written?;
+    let Some(bytes_written) = written? else { return Ok(None) };
     if first && let Err(error) = prune(root, options) {
         log::warn!("old checkpoints are not removed: {error}");
     }
-    Ok(Saved { step: snapshot.step, dir, bytes_written })
+    Ok(Some(Saved { step: snapshot.step, dir, bytes_written }))
 }
 
-/// Writes into the draft and gives it its name. Returns the bytes that this rank wrote.
+/// Writes into the draft and gives it its name. Returns the bytes that this rank wrote; `None` if an optimizer of some rank has other
+/// moments than were known.
 fn finish(
-    contents: &super::contents::Contents,
+    contents: &Contents,
     plan: &WritePlan,
     snapshot: &Snapshot,
     draft: &Draft,
     options: &CheckpointOptions,
     group: &Communicator,
-) -> Result<u64, Error> {
-    let written = together(write(contents, plan, group.rank(), &draft.made_in), group)?;
+) -> Result<Option<u64>, Error> {
+    let outcome = together(attempt(|| write(contents, plan, group.rank(), &draft.made_in)), group)?;
+    let changed = u64::from(matches!(outcome, Outcome::Changed));
+    let changed = if group.size() > 1 { group.all_reduce(vec![changed], ReduceOp::Max)?[0] } else { changed };
+    let Outcome::Written(written) = outcome else { return Ok(None) };
+    if changed > 0 {
+        return Ok(None);
+    }
     fault::point("tensors written");
-    let bytes = written.as_ref().map_or(0, |written| written.bytes);
-    let told = written.map(|written| ToldFile { bytes: written.bytes, checksums: written.checksums });
-    let told = serde_json::to_vec(&told).map_err(|why| checkpoint_error(why.to_string()))?;
-    let told = gather(told, group)?;
-    let committed =
-        if group.rank() == 0 { commit(&told, plan, snapshot, draft, options, group.size()) } else { Ok(()) };
+    let bytes = written.bytes.unwrap_or(0);
+    let told = ToldFile { bytes: written.bytes, checksums: written.checksums, scalars: written.scalars };
+    let told = serde_json::to_vec(&told).map_err(|why| checkpoint_error(why.to_string()));
+    let told = gather(together(told, group)?, group)?;
+    let committed = match group.rank() {
+        0 => attempt(|| commit(&told, plan, snapshot, draft, options, group.size())),
+        _ => Ok(()),
+    };
     together(committed, group)?;
-    Ok(bytes)
+    Ok(Some(bytes))
 }
 
 /// Writes the index: after that, and the renaming, the checkpoint is there.
@@ -120,21 +146,22 @@ fn index(
     ranks: usize,
 ) -> Result<Index, Error> {
     let mut index = Index::new(snapshot.step, snapshot.random, ranks);
-    let mut files = Vec::new();
+    let (mut files, mut all_scalars) = (Vec::new(), plan.scalars.clone());
     for (rank, told) in told.iter().enumerate() {
-        let told: Option<ToldFile> = serde_json::from_slice(told).map_err(|why| checkpoint_error(why.to_string()))?;
-        files.push(told.map(|told| {
-            index.files.push(StoredFile { name: file_name(rank), bytes: told.bytes });
+        let told: ToldFile = serde_json::from_slice(told).map_err(|why| checkpoint_error(why.to_string()))?;
+        add_scalars(&mut all_scalars, told.scalars, rank)?;
+        files.push(told.bytes.map(|bytes| {
+            index.files.push(StoredFile { name: file_name(rank), bytes });
             (index.files.len() - 1, told.checksums.into_iter())
         }));
     }
     index.made_under = options.made_under.clone();
     index.schedulers = snapshot.schedulers.clone();
     index.values = snapshot.values.clone();
-    for (optimizer, params) in &plan.scalars {
-        let stored = index.optimizers.entry(optimizer.clone()).or_default();
+    for (optimizer, params) in all_scalars {
+        let stored = index.optimizers.entry(optimizer).or_default();
         for (path, scalars) in params {
-            stored.entry(path.clone()).or_default().scalars = scalars.clone();
+            stored.entry(path).or_default().scalars = scalars;
         }
     }
     for (key, tensor) in &plan.tensors {

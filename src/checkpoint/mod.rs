@@ -55,8 +55,10 @@ mod params;
 mod plan;
 mod position;
 mod read;
+mod refill;
 mod restore;
 mod scalar;
+mod scheduler;
 mod state;
 mod value;
 mod write;
@@ -75,6 +77,11 @@ use crate::Error;
 /// What is wrong with a checkpoint.
 fn checkpoint_error(problem: impl Into<String>) -> Error {
     Error::Checkpoint { problem: problem.into() }
+}
+
+/// What is wrong with the state of an optimizer or a schedule of this name.
+fn unreadable(name: &str, problem: impl std::fmt::Display) -> Error {
+    checkpoint_error(format!("the state of `{name}` cannot be read out of burn's record: {problem}"))
 }
 
 /// What is wrong with a file of a checkpoint.

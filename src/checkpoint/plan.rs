@@ -79,7 +79,7 @@ pub(super) struct PlannedTensor {
     pub(super) slices: Vec<(Vec<Range<usize>>, usize)>,
 }
 
-/// All tensors of the checkpoint, and the numbers of optimizers.
+/// All tensors of the checkpoint, and those numbers of optimizers that are known before they are read out.
 pub(super) struct WritePlan {
     pub(super) tensors: BTreeMap<TensorKey, PlannedTensor>,
     pub(super) scalars: ParamScalars,
@@ -108,19 +108,7 @@ impl WritePlan {
             for slice in told.slices {
                 add(&mut held, slice, rank, &holders)?;
             }
-            for (optimizer, params) in told.scalars {
-                let all = scalars.entry(optimizer.clone()).or_default();
-                for (path, numbers) in params {
-                    if all.get(&path).is_some_and(|known| *known != numbers) {
-                        let problem = format!(
-                            "rank {rank} has other numbers of `{path}` in optimizer `{optimizer}` than another rank, as if they had \
-                             made different numbers of steps"
-                        );
-                        return Err(checkpoint_error(problem));
-                    }
-                    all.insert(path, numbers);
-                }
-            }
+            add_scalars(&mut scalars, told.scalars, rank)?;
         }
         let mut load = vec![0u64; group.size()];
         let tensors = held.into_iter().map(|(key, tensor)| Ok((key.clone(), tensor.assigned(&key, &mut load)?)));
@@ -134,6 +122,27 @@ impl WritePlan {
             own.map(move |(ranges, _)| (key, tensor, ranges.as_slice()))
         })
     }
+}
+
+/// Adds the numbers that a rank tells.
+///
+/// # Errors
+/// [`Error::Checkpoint`] if another rank has told others of the same parameter.
+pub(super) fn add_scalars(all: &mut ParamScalars, told: ParamScalars, rank: usize) -> Result<(), Error> {
+    for (optimizer, params) in told {
+        let all = all.entry(optimizer.clone()).or_default();
+        for (path, numbers) in params {
+            if all.get(&path).is_some_and(|known| *known != numbers) {
+                let problem = format!(
+                    "rank {rank} has other numbers of `{path}` in optimizer `{optimizer}` than another rank, as if they had made \
+                     different numbers of steps"
+                );
+                return Err(checkpoint_error(problem));
+            }
+            all.insert(path, numbers);
+        }
+    }
+    Ok(())
 }
 
 /// A tensor, and who holds what of it.
@@ -237,5 +246,52 @@ mod tests {
         let said = held(&[(0..2, &[0]), (1..4, &[1])], 4, 1).unwrap_err().to_string();
         assert!(said.contains("`model/a`") && said.contains("overlaps"), "{said}");
         assert!(held(&[(0..2, &[0])], 4, 1).unwrap_err().to_string().contains("leave some"));
+    }
+
+    /// On thousands of ranks: files, entries of the index and its bytes for each of them, as docs/checkpoints.md has them.
+    #[test]
+    fn what_is_told_of_a_rank_does_not_grow_with_ranks() {
+        use crate::checkpoint::index::{BLOCK_BYTES, StoredSlice};
+
+        const WIDTH: usize = 4096;
+        const SPLIT: usize = 8;
+        // A layer of a Llama with the moments of AdamW, split over eight ranks.
+        let wide = [("q", WIDTH, WIDTH), ("k", WIDTH, WIDTH / 4), ("v", WIDTH, WIDTH / 4), ("o", WIDTH, WIDTH)];
+        let all = wide.into_iter().chain([("gate", WIDTH, 14_336), ("up", WIDTH, 14_336), ("down", 14_336, WIDTH)]);
+        let shapes: Vec<(String, [usize; 2])> =
+            all.map(|(name, a, b)| (format!("layers.0.{name}.weight"), [a, b])).collect();
+        let of = |replicas: usize| {
+            let mut held = BTreeMap::new();
+            for (path, [rows, columns]) in &shapes {
+                for key in [
+                    TensorKey::param(path),
+                    TensorKey::moment("adamw", path, "1"),
+                    TensorKey::moment("adamw", path, "2"),
+                ] {
+                    for place in 0..SPLIT {
+                        let holders: Vec<usize> = (0..replicas).map(|replica| replica * SPLIT + place).collect();
+                        let share = part(*columns, SPLIT, place);
+                        let (dims, ranges) = (vec![*rows, *columns], vec![0..*rows, share]);
+                        let slice = ToldSlice { key: key.clone(), dims, dtype: "F32".into(), ranges };
+                        add(&mut held, slice, holders[0], &holders).unwrap();
+                    }
+                }
+            }
+            let mut load = vec![0; SPLIT * replicas];
+            let (mut entries, mut bytes) = (vec![0; load.len()], 0);
+            for (key, tensor) in held {
+                let planned = tensor.assigned(&key, &mut load).unwrap();
+                for (ranges, writer) in planned.slices {
+                    entries[writer] += 1;
+                    let blocks = (ranges.iter().map(Range::len).product::<usize>() * 4).div_ceil(BLOCK_BYTES);
+                    let sums = vec!["0123456789abcdef".to_owned(); blocks];
+                    let stored = StoredSlice::new(writer, key.name(&ranges), &ranges, sums);
+                    bytes += serde_json::to_vec(&stored).unwrap().len() + 1;
+                }
+            }
+            (*entries.iter().max().unwrap(), bytes / 1000)
+        };
+        // The most entries of a rank, and the kilobytes of all.
+        assert_eq!([1, 8, 64, 512].map(of), [(21, 66), (17, 179), (5, 359), (1, 361)]);
     }
 }

@@ -49,8 +49,7 @@ impl Reader {
         }
         let lens: Vec<usize> = ranges.iter().map(ExactSizeIterator::len).collect();
         let strides = row_major(&lens);
-        let mut elements = Elements::zeros(lens.iter().product(), dtype);
-        let bytes = elements.bytes_mut();
+        let mut needed = Vec::new();
         for slice in &tensor.slices {
             let own = slice.ranges();
             let both: Vec<Range<usize>> =
@@ -59,6 +58,13 @@ impl Reader {
                 continue;
             }
             let dims: Vec<usize> = own.iter().map(ExactSizeIterator::len).collect();
+            self.blocks(key, tensor, slice, &dims)?;
+            needed.push((slice, own, both, dims));
+        }
+        // All of it is there, in files of the sizes that they are said to have: only now memory is taken for it.
+        let mut elements = Elements::zeros(lens.iter().product(), dtype);
+        let bytes = elements.bytes_mut();
+        for (slice, own, both, dims) in needed {
             let inner: Vec<Range<usize>> =
                 both.iter().zip(&own).map(|(both, own)| both.start - own.start..both.end - own.start).collect();
             let mut from = self.blocks(key, tensor, slice, &dims)?;

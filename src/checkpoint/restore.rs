@@ -8,10 +8,11 @@ use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::optim::ModuleOptimizer;
 
 use super::index::Index;
-use super::moments::{self, ReadMoment, Wanted};
 use super::options::{CheckpointOptions, matches};
 use super::params::{self, ParamInfo};
 use super::read::{ParamSource, Reader};
+use super::refill::{ReadMoment, Wanted, restored as restored_optimizer};
+use super::scheduler::restored_scheduler;
 use super::state::TrainState;
 use super::{checkpoint_error, file_problem};
 use crate::Error;
@@ -70,12 +71,12 @@ pub(super) fn load<P: ParallelModule>(
             let saved = index.model.get(&info.path).map(|tensor| tensor.burn_dtype()).transpose()?;
             wanted.push(Wanted { info, slice, saved_dtype: saved, state });
         }
-        optimizers.push(Some(moments::restored(name, optimizer, &wanted, &read)?));
+        optimizers.push(Some(restored_optimizer(name, optimizer, &wanted, &read)?));
     }
     let mut schedulers = Vec::new();
     for (name, scheduler) in &state.schedulers {
         let numbers = index.schedulers.get(name);
-        schedulers.push(numbers.map(|numbers| moments::restored_scheduler(name, scheduler, numbers)).transpose()?);
+        schedulers.push(numbers.map(|numbers| restored_scheduler(name, scheduler, numbers)).transpose()?);
     }
     for (name, slot) in &mut state.values {
         if let Some(value) = index.values.get(name) {

@@ -10,7 +10,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor};
 
-use super::fault::{POINTS, VARIABLE};
+use super::fault::{POINTS, STALL, VARIABLE};
 use super::{CheckpointOptions, Checkpointer, TrainState};
 use crate::Error;
 use crate::data_parallel::{DataParallel, DataParallelConfig};
@@ -152,4 +152,33 @@ fn one_rank_is_killed_at_every_point() {
         assert!(!outcome.status.success(), "{rank} {point}");
         assert_eq!(goes_on(&dir, point), 2, "{rank} {point}");
     }
+}
+
+/// Run by the test in a process of its own: saves onto a disk that stops to answer.
+#[test]
+#[ignore = "a helper of the other test"]
+fn onto_a_disk_that_does_not_answer() {
+    let Some(dir) = std::env::var_os(DIR) else { return };
+    let began = std::time::Instant::now();
+    let run = launch::threads(2).timeout(std::time::Duration::from_millis(500)).run(|world| {
+        let mut wrapped = model(1).data_parallel(&world, DataParallelConfig::new())?;
+        let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointOptions::new())?;
+        checkpoints.save_async(1, TrainState::new(&mut wrapped))?;
+        let error = checkpoints.wait().unwrap_err().to_string();
+        // Neither does what comes later wait again.
+        assert_eq!(checkpoints.latest().unwrap_err().to_string(), error);
+        Ok(error)
+    });
+    let errors = run.unwrap();
+    assert!(errors.iter().all(|error| error.contains("does the disk still answer?")), "{errors:?}");
+    assert!(began.elapsed().as_secs() < 20);
+}
+
+#[test]
+fn a_run_ends_though_the_disk_does_not_answer() {
+    let dir = Dir::new("stalled");
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "checkpoint::tests::onto_a_disk_that_does_not_answer", "--ignored"]);
+    command.env(DIR, &dir.0).env(STALL, "half written").stdout(Stdio::null()).stderr(Stdio::null());
+    assert!(command.status().unwrap().success());
 }

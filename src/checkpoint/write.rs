@@ -3,16 +3,19 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
 
 use burn::backend::flex::FlexTensor;
 use burn::module::ParamId;
+use burn::tensor::Device;
 
-use super::contents::{Contents, Slice, SliceValue};
+use super::contents::{Contents, ParamScalars, Slice, SliceValue};
 use super::index::{BLOCK_BYTES, checksum};
-use super::moments::{MOST, PORTION, moments_of};
+use super::moments::stored;
 use super::plan::{PlannedTensor, TensorKey, WritePlan};
-use super::{checkpoint_error, fault};
+use super::{checkpoint_error, fault, unreadable};
 use crate::Error;
+use crate::optim::{MOST_AT_ONCE, StateNames, portions};
 use crate::tensor::PlainTensor;
 use crate::tensor_file::{NewFile, NewTensor, PieceWriter};
 
@@ -24,34 +27,45 @@ pub(super) fn file_name(rank: usize) -> String {
     format!("rank-{rank:05}.safetensors")
 }
 
+/// What came of a rank's file.
+pub(super) enum Outcome {
+    /// It is on the disk.
+    Written(Written),
+    /// An optimizer has other moments than it was known to have.
+    Changed,
+}
+
 /// What a rank wrote.
+#[derive(Default)]
 pub(super) struct Written {
-    /// The size of its file.
-    pub(super) bytes: u64,
+    /// The size of its file; `None` if there was nothing to write.
+    pub(super) bytes: Option<u64>,
     /// The checksums of its slices, in the order of the plan.
     pub(super) checksums: Vec<Vec<String>>,
+    /// The numbers of the parameters whose moments it wrote.
+    pub(super) scalars: ParamScalars,
 }
 
 /// Writes what a rank is to write, if anything, and waits until it is on the disk. Beside its tensors a rank holds a copy of one
-/// slice at most, where that is on a device or not contiguous, and of a [`PORTION`] of its moments.
+/// slice at most, where that is on a device or not contiguous, and of the moments of a [portion](portions) of its parameters.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] if the disk refuses.
-pub(super) fn write(contents: &Contents, plan: &WritePlan, rank: usize, dir: &Path) -> Result<Option<Written>, Error> {
+pub(super) fn write(contents: &Contents, plan: &WritePlan, rank: usize, dir: &Path) -> Result<Outcome, Error> {
     let mut tensors = Vec::new();
     for (key, tensor, ranges) in plan.of_rank(rank) {
         let dims = ranges.iter().map(Range::len).collect();
         tensors.push(NewTensor { name: key.name(ranges), dtype: tensor.dtype, dims });
     }
     if tensors.is_empty() {
-        return Ok(None);
+        return Ok(Outcome::Written(Written::default()));
     }
     let about = BTreeMap::from([("format".to_owned(), "burn-parallel checkpoint".to_owned())]);
     let new_file = NewFile::new(&tensors, &about)?;
     let file = PieceWriter::create(&dir.join(file_name(rank)), &new_file)?;
     let mut held: HashMap<&TensorKey, Vec<&Slice>> = HashMap::new();
     contents.slices.iter().for_each(|slice| held.entry(&slice.key).or_default().push(slice));
-    let mut moments = Portions { contents, held: &held, of: String::new(), there: HashMap::new() };
+    let mut moments = Portions::new(contents, &held);
     let mut checksums = Vec::with_capacity(tensors.len());
     for (place, ((key, _, ranges), start)) in plan.of_rank(rank).zip(&new_file.starts).enumerate() {
         if place == tensors.len() / 2 {
@@ -65,7 +79,10 @@ pub(super) fn write(contents: &Contents, plan: &WritePlan, rank: usize, dir: &Pa
         };
         let value = match &slice.value {
             SliceValue::There(value) => value.clone(),
-            SliceValue::Moment(id, _) => moments.take(key, *id, &mut plan.of_rank(rank).skip(place))?,
+            SliceValue::Moment(id, _) => match moments.take(key, *id, &mut plan.of_rank(rank).skip(place))? {
+                Some(value) => value,
+                None => return Ok(Outcome::Changed),
+            },
         };
         let values = contiguous(value, &slice.ranges, ranges)?;
         let bytes = bytes_of(&values);
@@ -73,11 +90,12 @@ pub(super) fn write(contents: &Contents, plan: &WritePlan, rank: usize, dir: &Pa
         for (piece, bytes) in bytes.chunks(PIECE).enumerate() {
             of_slice.extend(bytes.chunks(BLOCK_BYTES).map(checksum));
             file.write_at(start + (piece * PIECE) as u64, bytes)?;
+            contents.written.fetch_add(bytes.len() as u64, Relaxed);
         }
         checksums.push(of_slice);
     }
     file.sync()?;
-    Ok(Some(Written { bytes: new_file.size, checksums }))
+    Ok(Outcome::Written(Written { bytes: Some(new_file.size), checksums, scalars: moments.scalars }))
 }
 
 fn within(inner: &[Range<usize>], outer: &[Range<usize>]) -> bool {
@@ -88,45 +106,78 @@ fn within(inner: &[Range<usize>], outer: &[Range<usize>]) -> bool {
 struct Portions<'a> {
     contents: &'a Contents,
     held: &'a HashMap<&'a TensorKey, Vec<&'a Slice>>,
-    /// Of this optimizer.
+    /// Of this optimizer, which has these names.
     of: String,
+    names: StateNames,
     there: HashMap<(ParamId, String), PlainTensor>,
+    /// The numbers of all parameters that were read out.
+    scalars: ParamScalars,
 }
 
-impl Portions<'_> {
-    /// A moment of a parameter, which is `first` of those `next` to be written. What was there is dropped, if it is not among it.
+impl<'a> Portions<'a> {
+    fn new(contents: &'a Contents, held: &'a HashMap<&'a TensorKey, Vec<&'a Slice>>) -> Self {
+        let (of, names, there) = (String::new(), StateNames::default(), HashMap::new());
+        Self { contents, held, of, names, there, scalars: ParamScalars::new() }
+    }
+
+    /// A moment of a parameter, which is `first` of those `next` to be written; `None` if the optimizer has others than were
+    /// known. What was there is dropped, if it is not among it.
     fn take<'b>(
         &mut self,
         first: &TensorKey,
         id: ParamId,
         next: &mut dyn Iterator<Item = (&'b TensorKey, &'b PlannedTensor, &'b [Range<usize>])>,
-    ) -> Result<PlainTensor, Error> {
+    ) -> Result<Option<PlainTensor>, Error> {
         let TensorKey::Moment { optimizer, moment, .. } = first else {
             return Err(checkpoint_error(format!("`{first}` is no moment")));
         };
         let place = (id, moment.clone());
         if self.of != *optimizer || !self.there.contains_key(&place) {
-            let (mut ids, mut bytes) = (vec![id], 0);
+            let mut params = Vec::<(ParamId, &str, usize)>::new();
             for (key, ..) in next {
-                let TensorKey::Moment { optimizer: of, .. } = key else { break };
+                let TensorKey::Moment { optimizer: of, path, .. } = key else { break };
                 let Some(slice) = self.held.get(key).and_then(|slices| slices.first()) else { break };
                 let Slice { value: SliceValue::Moment(id, dtype), ranges, .. } = slice else { break };
-                bytes += ranges.iter().map(Range::len).product::<usize>() * dtype.size();
-                let another = ids.last() != Some(id);
-                if of != optimizer || another && (bytes > PORTION || ids.len() == MOST) {
-                    break;
+                let bytes = ranges.iter().map(Range::len).product::<usize>() * dtype.size();
+                let many = of != optimizer || params.len() > MOST_AT_ONCE;
+                match params.last_mut() {
+                    _ if many => break,
+                    Some((last, _, before)) if last == id => *before += bytes,
+                    _ => params.push((*id, path, bytes)),
                 }
-                ids.extend(another.then_some(*id));
             }
-            // The old ones go first.
-            self.there.clear();
-            let state = self.contents.optimizers.get(optimizer);
-            let state = state.ok_or_else(|| checkpoint_error(format!("optimizer `{optimizer}` is gone")))?;
-            self.there = moments_of(optimizer, state, ids)?;
-            self.of.clone_from(optimizer);
+            let params = portions(&params, |(.., bytes)| *bytes).next().unwrap_or_default();
+            if !self.read(optimizer, params)? {
+                return Ok(None);
+            }
         }
         let lost = || checkpoint_error(format!("`{first}` is not in the optimizer any more"));
-        self.there.get(&place).cloned().ok_or_else(lost)
+        self.there.get(&place).cloned().ok_or_else(lost).map(Some)
+    }
+
+    /// Reads out the state of some parameters. Whether it is what was known.
+    fn read(&mut self, optimizer: &str, params: &[(ParamId, &str, usize)]) -> Result<bool, Error> {
+        // The old ones go first.
+        self.there.clear();
+        let held = self.contents.optimizers.get(optimizer);
+        let held = held.ok_or_else(|| checkpoint_error(format!("optimizer `{optimizer}` is gone")))?;
+        if self.of != *optimizer {
+            self.of = optimizer.into();
+            self.names.clone_from(&held.known.names);
+        }
+        let ids: Vec<ParamId> = params.iter().map(|(id, ..)| *id).collect();
+        let mut states = self.names.read(&held.state, &ids).map_err(|why| unreadable(optimizer, why))?;
+        let scalars = self.scalars.entry(optimizer.into()).or_default();
+        for (id, path, _) in params {
+            let Some(state) = states.remove(id).filter(|state| held.known.is(*id, Some(state))) else {
+                return Ok(false);
+            };
+            scalars.insert((*path).into(), stored(state.scalars));
+            let values = state.moments.into_iter();
+            self.there
+                .extend(values.map(|(moment, data)| ((*id, moment), PlainTensor::from_data(data, &Device::flex()))));
+        }
+        Ok(true)
     }
 }
 

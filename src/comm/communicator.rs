@@ -161,6 +161,11 @@ impl Communicator {
         Ok(Self::with_outstanding_jobs(part, self.inner.progress.outstanding_jobs().clone()))
     }
 
+    /// The longest that a rank waits for the others.
+    pub(crate) fn timeout(&self) -> std::time::Duration {
+        self.inner.transport.timeout()
+    }
+
     /// Waits until every rank of the group has come.
     pub fn barrier(&self) -> Result<(), Error> {
         let call = Call::new(Operation::Barrier, None, Extent::flat(0));

@@ -27,6 +27,15 @@ pub fn save_adapter<P: ParallelModule>(
     (base, adapter): (&str, AdapterConfig),
     config: &SaveConfig,
 ) -> Result<Saved, Error> {
+    save_as(STEM, model, world, dir.as_ref(), || adapter_config(model, (base, adapter), config))
+}
+
+/// How adapters are written: with `peft`'s config, and no weights.
+fn adapter_config<P: ParallelModule>(
+    model: &P,
+    (base, adapter): (&str, AdapterConfig),
+    config: &SaveConfig,
+) -> Result<SaveConfig, Error> {
     let targets = targets(model, &config.mapping)?;
     let said = json!({
         "peft_type": "LORA",
@@ -42,8 +51,7 @@ pub fn save_adapter<P: ParallelModule>(
     });
     let text =
         serde_json::to_string_pretty(&said).map_err(|why| Error::invalid("hf::save_adapter", why.to_string()))?;
-    let config = config.clone().with_mapping(adapters(&config.mapping)).with_file("adapter_config.json", text + "\n");
-    save_as(STEM, model, world, dir.as_ref(), &config)
+    Ok(config.clone().with_mapping(adapters(&config.mapping)).with_file("adapter_config.json", text + "\n"))
 }
 
 /// The paths of the first factors of all adapters, with the type of the layer that each is in.

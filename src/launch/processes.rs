@@ -57,8 +57,11 @@ impl Processes {
 
     /// Starts all processes again when one has failed or was killed, so many times. Default 0. A program that is to go
     /// on where it was [restores](crate::checkpoint::Checkpointer::restore) its last checkpoint when it starts; which
-    /// start it is, it finds in [`ProcessInfo::restarts`]. A run that [was asked to end](super::StopSignals) is not
-    /// started again. The log tells, as warnings, which rank was lost and how many are started again.
+    /// start it is, it finds in [`ProcessInfo::restarts`]. The log tells, as warnings, which rank was lost and how many are started again.
+    ///
+    /// Not started again is a run that [was asked to end](super::StopSignals), and one that would fail again: if a rank
+    /// ends with exit code 2, which by custom says that what a program was given is wrong, as its flags or the
+    /// checkpoint, or if a rank fails twice in a row with the same exit code and the same last words.
     pub fn restarts(mut self, restarts: usize) -> Self {
         self.restarts = restarts;
         self
@@ -136,10 +139,23 @@ impl Processes {
     /// [starts](Self::restarts); [`Error::Launch`] if one can't be started; [`Error::Stopped`] if a signal ended the
     /// run.
     pub fn supervise(self) -> Result<(), Error> {
-        let mut size = self.size;
+        let (mut size, mut words) = (self.size, None);
         for before in 0..self.restarts {
             let ended = self.start(size, before)?;
-            let Some(Error::ProcessFailed { .. }) = &ended.first else { return ended.into_result() };
+            let Some(Error::ProcessFailed { status, said, .. }) = &ended.first else { return ended.into_result() };
+            if ended.refused {
+                log::warn!(
+                    "the ranks are not started again: by exit code 2 they say that what they were given is wrong"
+                );
+                return ended.into_result();
+            }
+            // Of one that a signal has ended nothing can be told.
+            let last = (!said.is_empty() && !status.contains("signal")).then(|| (status.clone(), said.clone()));
+            if last.is_some() && last == words {
+                log::warn!("the ranks are not started again: they fail as they did before");
+                return ended.into_result();
+            }
+            words = last;
             let left = size.saturating_sub(ended.lost);
             let next = match self.restart_sizes.is_empty() {
                 true => Some(size),

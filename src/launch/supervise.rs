@@ -22,6 +22,9 @@ use crate::Error;
 /// How often the parent looks whether a rank has ended.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
+/// The exit code, by custom, of a program that was given what makes no sense.
+const REFUSED: i32 = 2;
+
 /// A process that was started, and the threads that read what it says.
 struct Started {
     child: Child,
@@ -55,6 +58,8 @@ pub(super) struct Ended {
     pub first: Option<Error>,
     /// How many ranks were lost, and not ended by the loss of others.
     pub lost: usize,
+    /// Whether one says by its exit code that what it was given is wrong.
+    pub refused: bool,
 }
 
 impl Ended {
@@ -81,7 +86,7 @@ pub(super) fn supervise(commands: Vec<Command>, size: usize, grace: Duration) ->
             problem: problem.to_string(),
         })?);
     }
-    let mut ended = Ended { first: None, lost: 0 };
+    let mut ended = Ended { first: None, lost: 0, refused: false };
     let mut ending: Option<Instant> = None;
     while started.iter().any(|process| process.status.is_none()) {
         for signal in signals.pending() {
@@ -127,6 +132,7 @@ pub(super) fn supervise(commands: Vec<Command>, size: usize, grace: Duration) ->
         }
         thread::sleep(POLL_INTERVAL);
     }
+    ended.refused = started.iter().any(|process| process.status.and_then(|status| status.code()) == Some(REFUSED));
     drop(started);
     Ok(ended)
 }

@@ -32,6 +32,7 @@
 
 mod adam;
 mod number;
+mod read_out;
 mod sgd;
 mod update;
 
@@ -40,6 +41,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use self::adam::{FusedAdam, FusedAdamW};
+pub(crate) use self::read_out::{MOST_AT_ONCE, ParamState, StateNames, has_others, portions, without};
 pub use self::sgd::{FusedSgd, FusedSgdState};
 
 /// Configurations of burn whose optimizers update a parameter in one pass: see the [module page](self).

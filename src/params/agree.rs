@@ -22,10 +22,8 @@ pub(crate) fn agree(lines: &[(String, String)], group: &Communicator) -> Result<
     }
     let rank = first as usize;
     let found = if group.rank() == rank { difference(lines, &theirs) } else { String::new() };
-    let len = group.broadcast(vec![found.len() as u64], rank)?[0] as usize;
-    let mut found = found.into_bytes();
-    found.resize(len, 0);
-    let found = String::from_utf8_lossy(&group.broadcast(found, rank)?).into_owned();
+    let found = share_bytes(found.into_bytes(), rank, group)?;
+    let found = String::from_utf8_lossy(&found).into_owned();
     let (path, problem) = found.split_once('\t').unwrap_or((&found, "it differs"));
     let name = group.group().clone();
     let error = Error::ModelMismatch { group: name, rank, path: path.into(), problem: problem.into() };
@@ -38,10 +36,18 @@ pub(crate) fn agree(lines: &[(String, String)], group: &Communicator) -> Result<
 /// # Errors
 /// Those of [`Communicator::broadcast`].
 pub(crate) fn share_text(text: &str, group: &Communicator) -> Result<String, Error> {
-    let len = group.broadcast(vec![text.len() as u64], 0)?[0] as usize;
-    let mut bytes = text.as_bytes().to_vec();
+    let bytes = share_bytes(text.as_bytes().to_vec(), 0, group)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// The bytes of one rank, on all.
+///
+/// # Errors
+/// Those of [`Communicator::broadcast`].
+pub(crate) fn share_bytes(mut bytes: Vec<u8>, root: usize, group: &Communicator) -> Result<Vec<u8>, Error> {
+    let len = group.broadcast(vec![bytes.len() as u64], root)?[0] as usize;
     bytes.resize(len, 0);
-    Ok(String::from_utf8_lossy(&group.broadcast(bytes, 0)?).into_owned())
+    group.broadcast(bytes, root)
 }
 
 /// The first line that differs from those of rank 0, as `path<tab>problem`.

@@ -16,12 +16,13 @@ mod shard;
 mod source;
 mod statistics;
 mod sweep;
+mod together;
 mod unknown_params;
 mod walk;
 
 pub use source::SliceSource;
 
-pub(crate) use agree::{agree, share_text};
+pub(crate) use agree::{agree, share_bytes, share_text};
 pub(crate) use buffers::own_buffers;
 pub(crate) use device::one_device;
 pub(crate) use gradients::{put_gradients, scale_gradients, take_gradients};
@@ -37,5 +38,6 @@ pub(crate) use retain::{lazy_params, replace_values, retain};
 pub(crate) use shard::{SHARD, ShardedIds, is_shard};
 pub(crate) use statistics::{average_statistics, is_statistic};
 pub(crate) use sweep::sweep_leaves;
+pub(crate) use together::{attempt, together};
 pub(crate) use unknown_params::{check_params_known, unknown_params};
 pub(crate) use walk::{ModulePath, ParamRef, visit_floats, visit_params, visit_params_and_flags};

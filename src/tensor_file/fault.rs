@@ -13,7 +13,14 @@ pub(crate) fn point(name: &str) {
         // The signal may come a moment later.
         std::thread::sleep(std::time::Duration::from_secs(10));
     }
+    if std::env::var(STALL).is_ok_and(|wanted| wanted == name) {
+        std::thread::sleep(std::time::Duration::from_secs(600));
+    }
 }
+
+/// Names a point at which the disk does not answer any more.
+#[cfg(test)]
+pub(crate) const STALL: &str = "BURN_PARALLEL_TEST_STALL";
 
 #[cfg(test)]
 pub(crate) const VARIABLE: &str = "BURN_PARALLEL_TEST_KILL";

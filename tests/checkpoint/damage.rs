@@ -154,6 +154,27 @@ fn indices_that_lie() {
     lies(&|index| index["model"][weight]["dtype"] = json!("F33"), &["dtype F33"]);
     lies(&|index| index["model"][weight]["dims"] = json!([1u64 << 40, 1u64 << 40]), &["more than there can be"]);
     lies(&|index| drop(index["model"].as_object_mut().unwrap().remove(weight)), &["lacks", weight]);
+    // Of one slice a tensor of any size might be made; and moments are as large as they say.
+    let copy = |index: &mut Value| {
+        let slices = index["model"][weight]["slices"].clone();
+        slice(index, "tensor", slices[0]["tensor"].clone());
+        slice(index, "file", slices[0]["file"].clone());
+    };
+    lies(&copy, &["`model/blocks.0.up.weight`", "is another slice as well"]);
+    let moment = |index: &mut Value, key: &str, value: Value| {
+        index["optimizers"]["adamw"]["head.bias"]["moments"]["momentum.moment_1"][key] = value;
+    };
+    let huge = |index: &mut Value| {
+        let elements = 1u64 << 50;
+        // A slice is one block each: of so large ones no more can be told.
+        index["block_bytes"] = json!(u64::MAX >> 1);
+        moment(index, "dims", json!([elements]));
+        let mut first = index["optimizers"]["adamw"]["head.bias"]["moments"]["momentum.moment_1"]["slices"][0].clone();
+        first["ranges"] = json!([[0, elements]]);
+        moment(index, "slices", json!([first]));
+    };
+    lies(&huge, &["rank-0000", "the index says F32 [1125899906842624]"]);
+    lies(&|index| moment(index, "dims", json!(vec![1; 65])), &["65 dims are more than a tensor can have"]);
     let scalar = |index: &mut Value, value: Value| index["optimizers"]["adamw"][weight]["scalars"]["__rank"] = value;
     lies(&|index| scalar(index, json!({ "float": "x" })), &["which is no number"]);
     lies(&|index| scalar(index, json!({ "uint": 99 })), &["adamw"]);

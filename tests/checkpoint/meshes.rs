@@ -5,6 +5,7 @@ use std::fs;
 use burn::lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::module::Module;
+use burn::tensor::{FloatDType, bf16};
 use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, DataPosition, TrainState};
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
@@ -45,27 +46,77 @@ fn any_mesh_goes_on_from_any_other() {
             })
             .unwrap();
     }
-    // Each under three others, so that each is restored under as well.
-    for (number, saved) in MESHES.into_iter().enumerate() {
-        for other in [1, 3, 6] {
-            let axes = MESHES[(number + other) % MESHES.len()];
-            let at = dir.path().join(number.to_string());
-            let losses = launch::threads(axes.ranks())
-                .run(|world| {
-                    // Other values than those that were saved.
-                    let mut model = axes.wrap(&world, &Net::new().map(&mut Negate))?;
+    // Each under every other, on one world for each mesh.
+    for (number, axes) in MESHES.into_iter().enumerate() {
+        let others = || MESHES.into_iter().enumerate().filter(|(other, _)| *other != number);
+        let losses = launch::threads(axes.ranks())
+            .run(|world| {
+                let mut losses = Vec::new();
+                // Other values than those that were saved, and from the second on those of the last step.
+                let mut model = axes.wrap(&world, &Net::new().map(&mut Negate))?;
+                for (other, _) in others() {
                     let mut optim = optimizer();
-                    let mut checkpoints = Checkpointer::new(&world, &at, CheckpointOptions::new())?;
+                    let at = dir.path().join(other.to_string());
+                    let mut checkpoints = Checkpointer::new(&world, at, CheckpointOptions::new())?;
                     let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
                     let restored = checkpoints.restore(state)?.unwrap();
                     assert_eq!(restored.step, 2);
-                    Ok(train(model, &mut optim, (2, 4))?.1)
-                })
-                .unwrap();
-            for (found, expected) in losses[0].iter().zip(&expected[2..]) {
+                    let (trained, next) = train(model, &mut optim, (2, 4))?;
+                    model = trained;
+                    losses.push(next);
+                }
+                Ok(losses)
+            })
+            .unwrap();
+        for ((_, saved), losses) in others().zip(&losses[0]) {
+            for (found, expected) in losses.iter().zip(&expected[2..]) {
                 assert!((found - expected).abs() <= 1e-5 * expected.abs(), "{saved:?} to {axes:?}: {found} {expected}");
             }
         }
+    }
+}
+
+/// Parameters and moments are rounded to what the model has now, and go on from there in more digits again.
+#[test]
+fn another_precision() {
+    let (dir, net) = (Dir::fresh(), Net::new());
+    let states = |dtype: FloatDType, axes: Axes, step: u64| {
+        let run = launch::threads(axes.ranks()).run(|world| {
+            let mut model = axes.wrap(&world, &net.clone().map(&mut Cast(dtype)))?;
+            let mut optim = optimizer();
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+            let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
+            if checkpoints.restore(state)?.is_none() {
+                model = train(model, &mut optim, (0, 1))?.0;
+            }
+            let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
+            checkpoints.save(step, state)?;
+            let whole = model.assemble()?;
+            assert_eq!(whole.devices().len(), 1);
+            let (_, losses) = train(model, &mut optim, (1, 2))?;
+            let numbers: Vec<f32> = values(&whole).into_values().flat_map(|whole| whole.values).collect();
+            Ok((numbers, losses[0]))
+        });
+        run.unwrap().swap_remove(0)
+    };
+    let (whole, loss) = states(FloatDType::F32, Axes::new(1, 1, 2), 1);
+    let rounded: Vec<f32> = whole.iter().map(|value| bf16::from_f32(*value).to_f32()).collect();
+    assert_ne!(whole, rounded);
+    for (dtype, axes, step) in [(FloatDType::BF16, Axes::new(1, 1, 1), 2), (FloatDType::F32, Axes::new(2, 1, 1), 3)] {
+        let (found, near) = states(dtype, axes, step);
+        assert_eq!(found, rounded, "{dtype:?}");
+        assert!((near - loss).abs() < 0.02 * loss, "{dtype:?}: {near} {loss}");
+    }
+}
+
+struct Cast(FloatDType);
+
+impl burn::module::ModuleMapper for Cast {
+    fn map_float<const D: usize>(
+        &mut self,
+        param: burn::module::Param<burn::tensor::Tensor<D>>,
+    ) -> burn::module::Param<burn::tensor::Tensor<D>> {
+        param.map(|value| value.cast(self.0).detach().require_grad())
     }
 }
 

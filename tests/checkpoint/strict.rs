@@ -148,3 +148,49 @@ fn optimizers_of_another_kind_and_names_that_are_not_there() {
         })
         .unwrap();
 }
+
+/// A value that one rank alone cannot write.
+#[derive(Default)]
+struct Fickle(Option<&'static str>);
+
+impl serde::Serialize for Fickle {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.0 {
+            Some("panics") => panic!("it panics"),
+            Some(problem) => Err(serde::ser::Error::custom(problem)),
+            None => serializer.serialize_unit(),
+        }
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for Fickle {
+    fn deserialize<D: serde::Deserializer<'de>>(_: D) -> Result<Self, D::Error> {
+        Ok(Self(None))
+    }
+}
+
+/// One rank fails, or panics, by itself: no other waits for the time-out, and all have its error.
+#[test]
+fn what_one_rank_cannot_do_is_the_error_of_all() {
+    let dir = Dir::fresh();
+    let run = launch::threads(3).timeout(std::time::Duration::from_secs(20)).run(|world| {
+        let mut model = own(&linear(4)).data_parallel(&world, DataParallelConfig::new())?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+        let mut errors = Vec::new();
+        for problem in ["it will not", "panics"] {
+            let mut value = Fickle((world.rank() == 1).then_some(problem));
+            let state = TrainState::new(&mut model).with_value("fickle", &mut value);
+            errors.push(checkpoints.save(1, state).unwrap_err().to_string());
+            let state = TrainState::new(&mut model).with_value("fickle", &mut value);
+            errors.push(checkpoints.save_async(1, state).unwrap_err().to_string());
+        }
+        assert_eq!(checkpoints.latest()?, None);
+        checkpoints.save(1, TrainState::new(&mut model).with_value("fickle", &mut Fickle::default()))?;
+        Ok(errors)
+    });
+    let errors = run.unwrap();
+    assert!(errors.iter().all(|all| *all == errors[0]));
+    for (error, words) in errors[0].iter().zip(["it will not", "it will not", "it panics", "it panics"]) {
+        assert!(error.contains("rank 1: ") && error.contains(words), "{error}");
+    }
+}

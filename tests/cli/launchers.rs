@@ -44,50 +44,53 @@ fn children(process: u32) -> Vec<u32> {
     all
 }
 
-/// The ranks of a job that was requeued so often.
-fn slurm(requeued: usize, job: u64, saved: &str, outcome: &str) -> Vec<Child> {
+/// The so many ranks of a job that was requeued so often.
+fn slurm((requeued, ranks): (usize, usize), job: u64, flags: &[String]) -> Vec<Child> {
     let start = |rank: usize| {
         let mut command = Command::new(example());
-        command
-            .args(flags(saved, outcome))
-            .env("SLURM_JOB_ID", job.to_string())
-            .env("SLURM_STEP_NODELIST", "127.0.0.1");
-        command.env("SLURM_PROCID", rank.to_string()).env("SLURM_LOCALID", rank.to_string()).env("SLURM_NTASKS", "2");
+        command.args(flags).env("SLURM_JOB_ID", job.to_string()).env("SLURM_STEP_NODELIST", "127.0.0.1");
+        command.env("SLURM_PROCID", rank.to_string()).env("SLURM_LOCALID", rank.to_string());
+        command.env("SLURM_NTASKS", ranks.to_string());
         if requeued > 0 {
             command.env("SLURM_RESTART_COUNT", requeued.to_string());
         }
         command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
     };
-    (0..2).map(start).collect()
+    (0..ranks).map(start).collect()
 }
 
-/// As `srun` starts ranks, and again in a job that is requeued: a rank is killed, the other ends with an error that names it.
+/// As `srun` starts ranks, and again in a job that is requeued, which may get fewer nodes: a rank is killed, the other ends with an
+/// error that names it.
 #[test]
 fn a_job_of_slurm_that_is_requeued_goes_on() {
     let folder = Folder::new("slurm");
     let whole = losses(&json(&folder, &[&STEPS[..], &["--dp", "2"]].concat()));
-    let (saved, outcome) = (folder.path("saved"), folder.path("again.json"));
-    // Slurm's ranks meet at a port made of the number of the job.
-    let first = u64::from(std::process::id());
-    let free = |job: &u64| TcpListener::bind(("127.0.0.1", 20_000 + (job % 20_000) as u16)).is_ok();
-    let job = (first..first + 20_000).find(free).unwrap();
+    for left in [2, 1] {
+        let (saved, outcome) = (folder.path(&format!("saved{left}")), folder.path(&format!("again{left}.json")));
+        let mut flags = flags(&saved, &outcome);
+        flags.extend(["--min-ranks".into(), left.to_string()]);
+        // Slurm's ranks meet at a port made of the number of the job.
+        let first = u64::from(std::process::id());
+        let free = |job: &u64| TcpListener::bind(("127.0.0.1", 20_000 + (job % 20_000) as u16)).is_ok();
+        let job = (first..first + 20_000).find(free).unwrap();
 
-    let mut ranks = slurm(0, job, &saved, &outcome);
-    wait_for(&saved, "step-000000004", &mut ranks[0]);
-    ranks[1].kill().unwrap();
-    let mut ended = ranks.into_iter().map(|rank| rank.wait_with_output().unwrap());
-    let (survivor, _) = (ended.next().unwrap(), ended.next().unwrap());
-    let stderr = String::from_utf8_lossy(&survivor.stderr);
-    assert!(survivor.status.code() == Some(1) && stderr.contains("rank 1"), "{stderr}");
-    assert!(!Path::new(&outcome).exists());
+        let mut ranks = slurm((0, 2), job, &flags);
+        wait_for(&saved, "step-000000004", &mut ranks[0]);
+        ranks[1].kill().unwrap();
+        let mut ended = ranks.into_iter().map(|rank| rank.wait_with_output().unwrap());
+        let (survivor, _) = (ended.next().unwrap(), ended.next().unwrap());
+        let stderr = String::from_utf8_lossy(&survivor.stderr);
+        assert!(survivor.status.code() == Some(1) && stderr.contains("rank 1"), "{stderr}");
+        assert!(!Path::new(&outcome).exists());
 
-    for (rank, done) in slurm(1, job, &saved, &outcome).into_iter().enumerate() {
-        let output = done.wait_with_output().unwrap();
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{stderr}");
-        assert_eq!(restored(&stderr), usize::from(rank == 0), "{stderr}");
+        for (rank, done) in slurm((1, left), job, &flags).into_iter().enumerate() {
+            let output = done.wait_with_output().unwrap();
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{stderr}");
+            assert_eq!(restored(&stderr), usize::from(rank == 0), "{stderr}");
+        }
+        same_losses(&whole, &losses_in(&outcome), 1e-5);
     }
-    same_losses(&whole, &losses_in(&outcome), 1e-5);
 }
 
 /// `torchrun` of the Python that `BURN_PARALLEL_PYTHON` names.
@@ -126,6 +129,41 @@ fn torchrun_starts_lost_ranks_again() {
     assert!(output.status.success(), "{stderr}");
     assert_eq!((restored(&stderr), stderr.matches("(exitcode: -9)").count()), (2, 2), "{stderr}");
     assert!(stderr.contains("has lost rank 1"), "{stderr}");
+    same_losses(&whole, &losses_in(&outcome), 1e-5);
+}
+
+/// A node is lost, torchrun's own process on it and all of its ranks: the one that is left starts its ranks again, fewer, and
+/// they go on from the last checkpoint, with the same batches.
+#[test]
+#[ignore = "needs a Python with torch, which BURN_PARALLEL_PYTHON names"]
+fn torchrun_goes_on_with_fewer_nodes() {
+    let folder = Folder::new("torchrun-nodes");
+    let whole = losses(&json(&folder, &[&STEPS[..], &["--dp", "4"]].concat()));
+    let (saved, outcome) = (folder.path("saved"), folder.path("again.json"));
+    let mut flags = flags(&saved, &outcome);
+    let ranks = flags.iter().position(|flag| flag == "--dp").unwrap() + 1;
+    flags[ranks] = "4".into();
+    flags.extend(["--min-ranks".into(), "2".into()]);
+    let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+    let endpoint = format!("127.0.0.1:{port}");
+    // Nodes that say nothing for two seconds are lost; nobody is waited for longer than a second.
+    let node = |host: bool| {
+        let conf = "join_timeout=60,last_call_timeout=1,close_timeout=5,heartbeat_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2";
+        let conf = format!("{conf},is_host={}", u8::from(host));
+        let id = format!("nodes-{}", std::process::id());
+        let more = ["--nnodes", "1:2", "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", &id];
+        torchrun(&[&more[..], &["--rdzv-endpoint", &endpoint, "--rdzv-conf", &conf]].concat(), &flags)
+    };
+    let (mut first, mut second) = (node(true), node(false));
+    wait_for(&saved, "step-000000004", &mut first);
+    let lost: Vec<u32> = children(second.id()).into_iter().chain([second.id()]).collect();
+    for process in lost.into_iter().rev() {
+        send("-9", &process.to_string());
+    }
+    second.wait().unwrap();
+    let (output, stderr) = ended(first);
+    assert!(output.status.success(), "{stderr}");
+    assert!(stderr.contains("goes on after step") && stderr.contains("on 2 ranks"), "{stderr}");
     same_losses(&whole, &losses_in(&outcome), 1e-5);
 }
 

@@ -471,7 +471,7 @@ fn a_run_that_was_killed_goes_on_as_if_it_had_not_been() {
     same_losses(&first, &run(&["--dp", "2"], &both), 0.0);
     let none = folder.path("none");
     let output = tiny(&["--resume", &none]);
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("there is no checkpoint"));
     refused(&["--keep", "2"], "--save");
 }
@@ -578,12 +578,45 @@ fn what_does_not_fit_a_checkpoint_is_named_by_its_flag() {
         (["--steps", "2"], "has made 3: give more steps"),
     ] {
         let (code, stderr) = resume(&flags);
-        assert!(code == Some(1) && stderr.contains(says), "{flags:?}: {stderr}");
+        assert!(code == Some(2) && stderr.contains(says), "{flags:?}: {stderr}");
     }
     let (code, stderr) = resume(&["--dp", "1"]);
     assert!(code == Some(0) && stderr.contains("nothing to do") && stderr.contains("all 3 steps"), "{stderr}");
     let (code, stderr) = resume(&["--steps", "4", "--batch", "8"]);
     assert!(code == Some(0) && stderr.contains("--batch is 8 from here on, and was 16"), "{stderr}");
+    assert!(stderr.contains("the whole run has 4 steps from here on, and had 3: learning rates"), "{stderr}");
+}
+
+/// A damaged checkpoint: the error names the flag that goes on from another one, and nothing is started again.
+#[test]
+fn a_run_goes_on_from_an_earlier_checkpoint() {
+    let folder = Folder::new("earlier");
+    let saved = folder.path("saved");
+    let run = |more: &[&str]| {
+        let path = folder.path("outcome.json");
+        let output = tiny(&[&["--steps", "6", "--dp", "2", "--json", &path], more].concat());
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned(), path)
+    };
+    let (_, _, path) = run(&["--save", &saved, "--save-every", "2"]);
+    let whole = losses_in(&path);
+    let file = Path::new(&saved).join("step-000000006/rank-00001.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&file, bytes).unwrap();
+    let (code, stderr, _) = run(&["--resume", &saved]);
+    assert!(code == Some(2) && stderr.contains("rank-00001.safetensors: bytes"), "{stderr}");
+    assert!(stderr.contains("--resume-step goes on from another one: 2, 4"), "{stderr}");
+    let (code, stderr, _) = run(&["--resume", &saved, "--resume-step", "3"]);
+    assert!(code == Some(2) && stderr.contains("has checkpoints of steps [2, 4, 6]"), "{stderr}");
+    let (code, stderr, path) = run(&["--resume", &saved, "--resume-step", "4"]);
+    assert!(code == Some(0) && stderr.contains("goes on after step 4 of 6"), "{stderr}");
+    same_losses(&whole, &losses_in(&path), 0.0);
+    if cfg!(unix) {
+        let (code, stderr, _) = run(&["--resume", &saved, "--launch", "processes", "--restarts", "3"]);
+        assert!(code == Some(1) && stderr.contains("the ranks are not started again"), "{stderr}");
+        assert!(!stderr.contains("restart 1"), "{stderr}");
+    }
+    refused(&["--resume-step", "2"], "--resume");
 }
 
 #[test]

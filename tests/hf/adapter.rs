@@ -243,3 +243,20 @@ fn a_model_without_adapters_has_none_to_write() {
     let said = error.unwrap_err().to_string();
     assert!(said.contains("`apply_lora` gives it some"), "{said}");
 }
+
+/// One rank passes a mapping that has no place for adapters: all say so at once, and the world goes on.
+#[test]
+fn a_mapping_that_one_rank_alone_cannot_follow() {
+    let dir = Dir::fresh();
+    let ran = launch::threads(2).timeout(std::time::Duration::from_secs(20)).run(|world| {
+        let model = adapted(&world.device().autodiff()).data_parallel(&world, DataParallelConfig::new())?;
+        let mapping = if world.rank() == 1 { Mapping::new() } else { Mapping::llama() };
+        let save = hf::save_adapter(&model, &world, dir.join("a"), ("base", SIZES), &SaveConfig::new(mapping));
+        let error = save.unwrap_err().to_string();
+        world.barrier()?;
+        Ok(error)
+    });
+    let errors = ran.unwrap();
+    assert_eq!(errors[0], errors[1]);
+    assert!(errors[0].contains("rank 1: ") && errors[0].contains("has no place"), "{}", errors[0]);
+}

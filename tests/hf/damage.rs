@@ -108,3 +108,30 @@ proptest! {
         prop_assert!(all <= len);
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..Default::default() })]
+
+    /// An index of which some bytes are others: an error that names a file of the directory, or tensors that are there.
+    #[test]
+    fn any_index_is_an_error_or_tensors(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), prop::sample::select(b"ab./\\0{}:,\"\0\xff".to_vec())), 0..4),
+        cut in prop::option::of(any::<prop::sample::Index>()),
+    ) {
+        let dir = Dir::fresh();
+        fs::write(dir.join("a.safetensors"), file_of(&counting(&[("a", &[2, 3]), ("b", &[4])]))).unwrap();
+        let mut bytes = index(r#"{"a":"a.safetensors","b":"a.safetensors"}"#).into_bytes();
+        for (at, byte) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        if let Some(cut) = cut {
+            bytes.truncate(cut.index(bytes.len()));
+        }
+        fs::write(dir.join("model.safetensors.index.json"), bytes).unwrap();
+        match hf::open(dir.path()) {
+            Ok(weights) => prop_assert!(weights.names().all(|name| ["a", "b"].contains(&name))),
+            Err(error) => prop_assert!(error.to_string().contains(dir.path().to_str().unwrap()), "{}", error),
+        }
+    }
+}

@@ -158,6 +158,22 @@ fn a_run_that_was_asked_to_end_is_not_started_again() {
     assert!(!folder.0.join("1.0").exists());
 }
 
+/// What is certain to fail again is not tried again: wrong flags, and the same failure twice.
+#[test]
+fn what_would_fail_again_is_not_started_again() {
+    let folder = Folder::new("certain");
+    let starts = |name: &str, ends: &str| {
+        let script = format!("echo > {}/{name}.$BURN_PARALLEL_RESTART.$RANK; {ends}", folder.path());
+        let error = launch::processes(2).program("sh", ["-c", &script]).restarts(3).supervise().unwrap_err();
+        assert!(matches!(error, Error::ProcessFailed { .. }), "{error}");
+        (0..4).filter(|start| folder.0.join(format!("{name}.{start}.0")).exists()).count()
+    };
+    assert_eq!(starts("refused", "if [ $RANK = 1 ]; then exit 2; fi; sleep 1000"), 1);
+    assert_eq!(starts("same", "echo no such model >&2; exit 1"), 2);
+    assert_eq!(starts("other", "echo step $BURN_PARALLEL_RESTART >&2; exit 1"), 4);
+    assert_eq!(starts("killed", "echo the same words >&2; kill -9 $$"), 4);
+}
+
 #[test]
 fn one_that_is_killed_ends_all() {
     let (out, _) = run("if [ $RANK = 2 ]; then kill -9 $$; fi; sleep 1000");

@@ -6,7 +6,8 @@
 //! since they last met: what is on its way never is more. Of the pieces that would have one rank send more than one
 //! piece, the later wait for another round.
 //!
-//! A rank whose disk fails goes on without writing: the others need not wait for it, and hear of it at the end.
+//! A rank that fails, as its disk or its device may, goes on without writing, and sends zeros for what it lacks: the
+//! others need not wait for it, and hear of it at the end.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
@@ -14,7 +15,7 @@ use std::path::Path;
 
 use super::pieces::{Piece, SentBlock};
 use super::plan::{HeldParam, PlannedTensor, SavePlan};
-use super::problem::wrong;
+use super::problem::{attempt, wrong};
 use super::rounds::{Rounds, Turn};
 use super::traffic::Traffic;
 use crate::Error;
@@ -65,7 +66,7 @@ pub(super) struct Done {
 }
 
 /// Writes this rank's tensors into the files under `dir`, which are there. The outer error is that of the world, the
-/// inner one that of this rank's disk.
+/// inner one that of this rank's disk or device.
 pub(super) fn exchange(
     plan: &SavePlan,
     params: &[HeldParam],
@@ -90,7 +91,7 @@ pub(super) fn exchange(
                 on_the_way = Traffic::none(group.size());
             }
             on_the_way.add(&more);
-            done.sent += send(plan, &round, own, (&mut buffers, group))?;
+            done.sent += send(plan, &round, own, (&mut buffers, &mut files.outcome, group))?;
             sent.push_back(round);
             next = rounds.next();
         }
@@ -98,7 +99,7 @@ pub(super) fn exchange(
         let mut held = on_the_way.held_by(group.rank());
         if let Some(turn) = round.iter().find(|turn| turn.writer == group.rank()) {
             let tensor = &plan.tensors[turn.tensor];
-            put_together(tensor, turn, own, (&mut buffers, group))?;
+            put_together(tensor, turn, own, (&mut buffers, &mut files.outcome, group))?;
             held += buffers.piece.len();
             done.written += buffers.piece.len() as u64;
             files.write(tensor, &turn.piece, &buffers.piece);
@@ -109,23 +110,34 @@ pub(super) fn exchange(
     Ok((done, files.finish(group.rank())))
 }
 
-/// Sends what the pieces of other ranks need of this rank's parts. Returns how many bytes that is.
+/// Sends what the pieces of other ranks need of this rank's parts, or zeros, once one of them fails. Returns how many bytes
+/// that is.
 fn send(
     plan: &SavePlan,
     round: &[Turn],
     own: &BTreeMap<usize, Part>,
-    (buffers, group): (&mut Buffers, &Communicator),
+    (buffers, outcome, group): (&mut Buffers, &mut Result<(), Error>, &Communicator),
 ) -> Result<u64, Error> {
     let mut sent = 0;
     for turn in round.iter().filter(|turn| turn.writer != group.rank()) {
         let mine: Vec<&SentBlock> = turn.given.iter().filter(|given| given.from == group.rank()).collect();
         if !mine.is_empty() {
-            let message = packed(&plan.tensors[turn.tensor], &mine, own, buffers.spare())?;
+            let (tensor, mut message) = (&plan.tensors[turn.tensor], buffers.spare());
+            let elements: usize = mine.iter().map(|given| given.block.elements()).sum();
+            message.resize(elements * tensor.dtype.size(), 0);
+            remember(outcome, || pack(tensor, &mine, own, &mut message));
             sent += message.len() as u64;
             group.send(message, turn.writer, TAG)?;
         }
     }
     Ok(sent)
+}
+
+/// Does something, unless this rank has failed before; keeps its error.
+fn remember(outcome: &mut Result<(), Error>, run: impl FnOnce() -> Result<(), Error>) {
+    if outcome.is_ok() {
+        *outcome = attempt(run);
+    }
 }
 
 /// Memory that is used again: a large allocation costs as much as what is done with it.
@@ -150,29 +162,27 @@ impl Buffers {
 }
 
 /// What this rank gives to another's piece, block by block.
-fn packed(
+fn pack(
     tensor: &PlannedTensor,
     mine: &[&SentBlock],
     own: &BTreeMap<usize, Part>,
-    mut message: Vec<u8>,
-) -> Result<Vec<u8>, Error> {
-    let size = tensor.dtype.size();
-    message.resize(mine.iter().map(|given| given.block.elements()).sum::<usize>() * size, 0);
+    message: &mut [u8],
+) -> Result<(), Error> {
     let mut start = 0;
     for given in mine {
         let block = &given.block;
-        copy_part(tensor, given, own, &mut message, start, &row_major(&block.lens))?;
+        copy_part(tensor, given, own, message, start, &row_major(&block.lens))?;
         start += block.elements();
     }
-    Ok(message)
+    Ok(())
 }
 
-/// Puts a piece of this rank's together in the buffers.
+/// Puts a piece of this rank's together in the buffers. All messages for it are taken, also when this rank has failed.
 fn put_together(
     tensor: &PlannedTensor,
     Turn { piece, given, .. }: &Turn,
     own: &BTreeMap<usize, Part>,
-    (buffers, group): (&mut Buffers, &Communicator),
+    (buffers, outcome, group): (&mut Buffers, &mut Result<(), Error>, &Communicator),
 ) -> Result<(), Error> {
     let strides = row_major(&piece.lens());
     // The blocks of a piece are all of it.
@@ -190,22 +200,28 @@ fn put_together(
             continue;
         }
         if from == group.rank() {
-            for given in theirs {
-                copy_part(tensor, given, own, &mut buffers.piece, place(&given.block), &to_strides(&given.block))?;
-            }
+            remember(outcome, || {
+                theirs.into_iter().try_for_each(|given| {
+                    let (place, strides) = (place(&given.block), to_strides(&given.block));
+                    copy_part(tensor, given, own, &mut buffers.piece, place, &strides)
+                })
+            });
             continue;
         }
         let message: Vec<u8> = group.recv(from, TAG)?;
-        let mut start = 0;
-        for given in theirs {
-            let block = &given.block;
-            let sides = row_major(&block.lens).into_iter().zip(to_strides(block));
-            let loops: Vec<Loop> =
-                block.lens.iter().zip(sides).map(|(len, (from, to))| Loop { len: *len, from, to }).collect();
-            let side = |start| Side { start, dtype: tensor.dtype };
-            copy_strided((&message, side(start)), (&mut buffers.piece, side(place(block))), &loops)?;
-            start += block.elements();
-        }
+        remember(outcome, || {
+            let mut start = 0;
+            for given in theirs {
+                let block = &given.block;
+                let sides = row_major(&block.lens).into_iter().zip(to_strides(block));
+                let loops: Vec<Loop> =
+                    block.lens.iter().zip(sides).map(|(len, (from, to))| Loop { len: *len, from, to }).collect();
+                let side = |start| Side { start, dtype: tensor.dtype };
+                copy_strided((&message, side(start)), (&mut buffers.piece, side(place(block))), &loops)?;
+                start += block.elements();
+            }
+            Ok(())
+        });
         buffers.give_back(message);
     }
     Ok(())

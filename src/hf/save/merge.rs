@@ -13,7 +13,7 @@ use super::config::SaveConfig;
 use super::exchange::{Adapter, Part};
 use super::own::OwnParam;
 use super::plan::HeldParam;
-use super::problem::wrong;
+use super::problem::{attempt, together, wrong};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::tensor::PlainTensor;
@@ -62,7 +62,8 @@ pub(super) struct Brought {
 /// parameters. Collective.
 ///
 /// # Errors
-/// On all ranks alike: [`Error::InvalidArgument`] if the ranks do not hold all of an adapter. Those of the group.
+/// On all ranks alike: [`Error::InvalidArgument`] if the ranks do not hold all of an adapter, or one of them fails. Those of
+/// the group.
 pub(super) fn merge(
     own: &mut Vec<OwnParam>,
     params: &mut Vec<HeldParam>,
@@ -71,13 +72,19 @@ pub(super) fn merge(
 ) -> Result<Brought, Error> {
     let places: HashMap<usize, usize> = own.iter().enumerate().map(|(at, param)| (param.place, at)).collect();
     let mut brought = Brought::default();
+    // A rank that fails sends zeros from then on, for which others wait.
+    let mut outcome = Ok(());
     for Merge { weight, factors, needs } in plan(params, group.size())? {
         let at = |number: usize| places.get(&params[number].place).copied();
         let parts = factors.map(|factor| at(factor).and_then(|at| own[at].part.as_ref()));
         for (rank, need) in needs.iter().enumerate().filter(|(rank, _)| *rank != group.rank()) {
-            for (need, part) in need.iter().flatten().zip(parts) {
+            for ((need, part), factor) in need.iter().flatten().zip(parts).zip(factors) {
                 for (_, ranges) in need.from.iter().filter(|(from, _)| *from == group.rank()) {
-                    let message = cut(part, ranges)?;
+                    let bytes = lens(ranges).iter().product::<usize>() * params[factor].dtype.size();
+                    let message = attempt(|| cut(part, ranges)).unwrap_or_else(|error| {
+                        outcome = outcome.clone().and(Err(error));
+                        vec![0; bytes]
+                    });
                     brought.sent += message.len();
                     group.send(message, rank, TAG)?;
                 }
@@ -88,13 +95,20 @@ pub(super) fn merge(
         let mut take = |which: usize, need: &Need| {
             take(need, parts[which], params[factors[which]].dtype, (&device, group, &mut brought.held))
         };
-        let (a, b) = (take(0, first)?, take(1, second)?);
+        let (a, b) = match (take(0, first)?, take(1, second)?) {
+            (Ok(a), Ok(b)) => (a, b),
+            (Err(error), _) | (_, Err(error)) => {
+                outcome = outcome.and(Err(error));
+                continue;
+            }
+        };
         let (rows, rank) = (first.ranges[0].start, first.ranges[1].len());
         let adapter = Adapter { a: (a, rows), b: (b, second.ranges[1].start), scale: alpha / rank as f64 };
         if let Some(part) = &mut own[of].part {
             part.adapter = Some(adapter);
         }
     }
+    together(outcome, group)?;
     own.retain(|param| !is_factor(&param.path));
     params.retain(|param| !is_factor(&param.path));
     Ok(brought)
@@ -179,32 +193,40 @@ impl Need {
     }
 }
 
-/// What this rank needs of a factor, of which it may hold a part itself; `held` counts the bytes that it was sent.
+/// What this rank needs of a factor, of which it may hold a part itself; `held` counts the bytes that it was sent. The outer
+/// error is that of the group; with the inner one, of this rank, all messages have been taken as well.
 fn take(
     need: &Need,
     part: Option<&Part>,
     dtype: DType,
     (device, group, held): (&Device, &Communicator, &mut usize),
-) -> Result<PlainTensor, Error> {
+) -> Result<Result<PlainTensor, Error>, Error> {
     if let [(from, ranges)] = need.from.as_slice()
         && *from == group.rank()
     {
         // What is there as a whole is not copied.
-        return within(part, ranges);
+        return Ok(within(part, ranges));
     }
     let lens = lens(&need.ranges);
     let strides = row_major(&lens);
     let mut elements = Elements::zeros(lens.iter().product(), dtype);
+    let mut outcome = Ok(());
     for (from, ranges) in &need.from {
-        let message = if *from == group.rank() { cut(part, ranges)? } else { group.recv(*from, TAG)? };
+        let message = match *from == group.rank() {
+            true => attempt(|| cut(part, ranges)),
+            false => Ok(group.recv(*from, TAG)?),
+        };
         let starts = ranges.iter().zip(&need.ranges).zip(&strides);
         let start = starts.map(|((range, all), stride)| (range.start - all.start) * *stride as usize).sum();
-        let sides = (&message[..], Side { start: 0, dtype });
-        copy(sides, &row_major(&self::lens(ranges)), (elements.bytes_mut(), start), &strides, ranges)?;
+        outcome = outcome.and_then(|()| {
+            let message = message?;
+            let sides = (&message[..], Side { start: 0, dtype });
+            copy(sides, &row_major(&self::lens(ranges)), (elements.bytes_mut(), start), &strides, ranges)
+        });
     }
     let data = elements.into_data(lens, dtype);
     *held += data.as_bytes().len();
-    Ok(PlainTensor::from_data(data, device))
+    Ok(outcome.and_then(|()| attempt(|| Ok(PlainTensor::from_data(data, device)))))
 }
 
 /// What this rank holds in these ranges of the whole, as bytes in their order.

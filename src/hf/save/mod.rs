@@ -20,12 +20,12 @@ use exchange::{Done, exchange};
 use merge::{Brought, merge};
 use own::{all_params, own_params};
 use plan::{PlannedTensor, SavePlan};
-use problem::wrong;
+use problem::{attempt, together, wrong};
 use serde::Serialize;
 
 use super::index::{Metadata, Written};
 use crate::Error;
-use crate::comm::{Communicator, ReduceOp};
+use crate::comm::Communicator;
 use crate::params::agree;
 use crate::tensor_file::{Draft, PieceWriter, fault, name_of, write_file};
 use crate::train::ParallelModule;
@@ -81,10 +81,10 @@ pub struct Saved {
 /// ```
 ///
 /// # Errors
-/// On all ranks alike. [`Error::InvalidArgument`] if no rule of the mapping fits a parameter, if two would be one
+/// On all ranks alike, with the rank that failed, also if it was one alone. [`Error::InvalidArgument`] if no rule of the mapping fits a parameter, if two would be one
 /// tensor, if the model has adapters and the config does not [merge](SaveConfig::with_merged_adapters) them, if the
 /// directory is there and not to be overwritten, or if the disk of a rank fails: the model stays as it is, and what was
-/// there before too. [`Error::Pipeline`] if a pipeline is not cut yet. [`Error::ModelMismatch`] if the ranks pass
+/// there before too. [`Error::Pipeline`]'s words in it if a pipeline is not cut yet. [`Error::ModelMismatch`] if the ranks pass
 /// different configs. The error of the world.
 pub fn save<P: ParallelModule>(
     model: &P,
@@ -92,32 +92,34 @@ pub fn save<P: ParallelModule>(
     dir: impl AsRef<Path>,
     config: &SaveConfig,
 ) -> Result<Saved, Error> {
-    save_as("model", model, world, dir.as_ref(), config)
+    save_as("model", model, world, dir.as_ref(), || Ok(config.clone()))
 }
 
-/// [`save`] of files that are called otherwise.
+/// [`save`] of files that are called otherwise, with the config that each rank makes for itself.
 pub(super) fn save_as<P: ParallelModule>(
     stem: &str,
     model: &P,
     world: &Communicator,
     dir: &Path,
-    config: &SaveConfig,
+    config: impl FnOnce() -> Result<SaveConfig, Error>,
 ) -> Result<Saved, Error> {
     let group = world.split_named("hf::save", 0, world.rank() as i64)?;
-    let mut said = config.lines()?;
-    said.push(("the directory".into(), dir.display().to_string()));
+    // What a rank finds wrong by itself is told before any waits for it.
+    let prepared = attempt(|| {
+        let config = config()?;
+        let mut said = config.lines()?;
+        said.push(("the directory".into(), dir.display().to_string()));
+        let (own, draft) = (own_params(model, &config)?, Draft::new(dir, config.overwrite)?);
+        Ok((config, said, own, draft))
+    });
+    let (config, said, mut own, draft) = together(prepared, &group)?;
     agree(&said, &group)?;
-    let own = own_params(model, config);
-    let failed = own.as_ref().map(|_| ()).map_err(Clone::clone);
-    together(failed, &group)?;
-    let mut own = own?;
     let mut params = all_params(&own, &group)?;
     let brought = match config.merged {
         Some(alpha) => merge(&mut own, &mut params, alpha, &group)?,
         None => Brought::default(),
     };
-    let plan = SavePlan::new(&params, stem, config)?;
-    let draft = Draft::new(dir, config.overwrite)?;
+    let plan = SavePlan::new(&params, stem, &config)?;
     fault::point("planned");
 
     let first = group.rank() == 0;
@@ -129,7 +131,7 @@ pub(super) fn save_as<P: ParallelModule>(
     let (done, wrote) = exchange(&plan, &params, &parts, &draft.made_in, (config.piece_bytes, &group))?;
     fault::point("tensors written");
     let finished = together(wrote, &group).and_then(|()| {
-        let ended = if first { end(&draft, &plan, stem, config) } else { Ok(()) };
+        let ended = if first { attempt(|| end(&draft, &plan, stem, &config)) } else { Ok(()) };
         together(ended, &group)
     });
     if finished.is_err() && first {
@@ -195,25 +197,6 @@ fn end(draft: &Draft, plan: &SavePlan, stem: &str, config: &SaveConfig) -> Resul
 
 fn json(value: &impl Serialize) -> Result<String, Error> {
     serde_json::to_string_pretty(value).map(|text| text + "\n").map_err(|why| wrong(why.to_string()))
-}
-
-/// The error of the first rank that has one, on all ranks.
-///
-/// # Errors
-/// That one, and those of the group.
-pub(super) fn together(outcome: Result<(), Error>, group: &Communicator) -> Result<(), Error> {
-    let own = if outcome.is_err() { group.rank() as u64 } else { u64::MAX };
-    let first = group.all_reduce(vec![own], ReduceOp::Min)?[0];
-    if first == u64::MAX {
-        return Ok(());
-    }
-    let rank = first as usize;
-    let text = outcome.err().map(|error| error.to_string()).unwrap_or_default().into_bytes();
-    let len = group.broadcast(vec![text.len() as u64], rank)?[0] as usize;
-    let mut text = if group.rank() == rank { text } else { Vec::new() };
-    text.resize(len, 0);
-    let text = group.broadcast(text, rank)?;
-    Err(wrong(format!("rank {rank}: {}", String::from_utf8_lossy(&text))))
 }
 
 #[cfg(all(test, unix))]

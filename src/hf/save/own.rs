@@ -26,7 +26,7 @@ pub(super) struct OwnParam {
     pub(super) place: usize,
     pub(super) path: String,
     /// The dims of the whole, if this rank holds something of it.
-    dims: Vec<usize>,
+    pub(super) dims: Vec<usize>,
     pub(super) part: Option<Part>,
 }
 

@@ -1,12 +1,23 @@
-//! Plans of what is written.
+//! Plans of what is written, and ranks that fail alone.
 
-use burn::tensor::DType;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use burn::tensor::{DType, Device, Tensor};
 
 use super::config::SaveConfig;
+use super::exchange::{Part, exchange};
+use super::merge::merge;
+use super::own::OwnParam;
 use super::plan::{HeldParam, SavePlan};
+use super::problem::together;
 use super::rounds::Rounds;
+use crate::comm::Communicator;
 use crate::hf::mapping::Mapping;
 use crate::hf::rule::Rule;
+use crate::launch;
+use crate::tensor::PlainTensor;
+use crate::tensor_file::Draft;
 
 fn whole(place: usize, path: &str, dims: &[usize], holders: &[usize]) -> HeldParam {
     let ranges = dims.iter().map(|size| 0..*size).collect();
@@ -83,4 +94,62 @@ fn what_cannot_be_written() {
     says(Mapping::identity(), &half, "parameter `b` has 4 elements, and the ranks hold 2");
     let kept = Mapping::new().rule(Rule::new("x", "a")).keep("b");
     assert_eq!(plan(&params, &SaveConfig::new(kept)).unwrap().tensors.len(), 1);
+}
+
+fn zeros(dims: [usize; 2], ranges: Vec<std::ops::Range<usize>>) -> Part {
+    Part { value: PlainTensor::from(Tensor::<2>::zeros(dims, &Device::flex())), ranges, adapter: None }
+}
+
+/// A rank lacks what it is to give, and to write: it goes on with zeros, and at the end all have its error, long before the
+/// time-out.
+#[test]
+fn a_rank_that_fails_alone_does_not_keep_the_others_waiting() {
+    let mut param = whole(0, "p", &[4, 6], &[]);
+    let columns = [0..3, 3..6].map(|columns| vec![0..4, columns]);
+    param.parts = vec![(columns[0].clone(), vec![0]), (columns[1].clone(), vec![1])];
+    let params = [param];
+    for failing in 0..2 {
+        let dir = std::env::temp_dir().join(format!("burn-parallel-hf-alone-{failing}-{}", std::process::id()));
+        let ran = launch::threads(2).timeout(Duration::from_secs(20)).run(|rank| {
+            let group: &Communicator = &rank;
+            let found = SavePlan::new(&params, "model", &SaveConfig::new(Mapping::identity()))?;
+            let draft = Draft::new(&dir, true)?;
+            if group.rank() == 0 {
+                super::begin(&draft, &found)?;
+            }
+            group.barrier()?;
+            let own = zeros([4, 3], columns[group.rank()].clone());
+            let own = BTreeMap::from_iter((group.rank() != failing).then_some((0, own)));
+            let (done, wrote) = exchange(&found, &params, &own, &draft.made_in, (24, group))?;
+            assert_eq!((wrote.is_err(), done.written), (group.rank() == failing, 48));
+            Ok(together(wrote, group).unwrap_err().to_string())
+        });
+        let errors = ran.unwrap();
+        std::fs::remove_dir_all(dir.with_file_name(format!(".{}.unfinished", dir.file_name().unwrap().display())))
+            .unwrap();
+        assert_eq!(errors[0], errors[1]);
+        assert!(
+            errors[0].contains(&format!("rank {failing}: ")) && errors[0].contains("a part of `p` is missing"),
+            "{errors:?}"
+        );
+    }
+}
+
+/// The same where adapters are brought to the weights.
+#[test]
+fn a_rank_that_lacks_a_factor_does_not_keep_the_others_waiting() {
+    let params =
+        [whole(0, "w", &[4, 6], &[1]), whole(1, "w.lora.a", &[4, 2], &[0]), whole(2, "w.lora.b", &[2, 6], &[0])];
+    let ran = launch::threads(2).timeout(Duration::from_secs(20)).run(|rank| {
+        let own = params.iter().map(|param| {
+            let holds = param.parts[0].1[0] == rank.rank() && param.path != "w.lora.a";
+            let dims = [param.dims[0], param.dims[1]];
+            let part = holds.then(|| zeros(dims, param.parts[0].0.clone()));
+            OwnParam { place: param.place, path: param.path.clone(), dims: param.dims.clone(), part }
+        });
+        Ok(merge(&mut own.collect(), &mut params.to_vec(), 1.0, &rank).unwrap_err().to_string())
+    });
+    let errors = ran.unwrap();
+    assert_eq!(errors[0], errors[1]);
+    assert!(errors[0].contains("rank 0: ") && errors[0].contains("a factor of an adapter is missing"), "{errors:?}");
 }
