@@ -7,7 +7,7 @@
 //! ranks wait for each other's turns; so beside the time of a step there is, on Linux, the time that the busier rank's
 //! core worked for it.
 //!
-//! Before that, how long it takes to capture and partition a transformer of 24 layers.
+//! Before that, how long it takes to capture, compile (fuse and plan) and partition a transformer of 24 layers.
 //!
 //! With `fused`, instead: the split step with its products and collectives as one operation against the same without.
 //!

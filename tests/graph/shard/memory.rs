@@ -28,10 +28,10 @@ const WIDE: Case<Wide, (Tensor<2>, Tensor<2>)> = Case {
     loss: |m, (x, y)| (m.second.forward(activation::gelu(m.first.forward(x))) - y).powi_scalar(2).mean(),
 };
 
-fn peak<M: Module, I: burn_parallel::graph::TensorTree + Clone>(case: &Case<M, I>, axis: Axis) -> usize {
+fn peak<M: Module, I: burn_parallel::graph::TensorTree + Clone>(case: &Case<M, I>, axis: Axis, fusion: bool) -> usize {
     launch::threads(1)
         .run(|rank| {
-            let mut ops = CustomOps::new();
+            let mut ops = CustomOps::new().with_fusion(fusion);
             register_collectives(&mut ops, axis.name, &rank);
             let (graph, _) = case.split(std::slice::from_ref(&axis), &[0]);
             Ok(Executor::new(graph, ops)?.memory().peak)
@@ -42,9 +42,9 @@ fn peak<M: Module, I: burn_parallel::graph::TensorTree + Clone>(case: &Case<M, I
 #[test]
 fn activations_of_split_layers() {
     let plan = || Plan::new().shard("first.weight", 1).shard("first.bias", 0).shard("second.weight", 0);
-    let whole = peak(&WIDE, Axis::new("tp", 1, plan()));
+    let whole = peak(&WIDE, Axis::new("tp", 1, plan()), true);
     for degree in [2, 3, 4, 8] {
-        let part = peak(&WIDE, Axis::new("tp", degree, plan()));
+        let part = peak(&WIDE, Axis::new("tp", degree, plan()), true);
         let share = part as f64 / whole as f64 * degree as f64;
         assert!((0.95..1.05).contains(&share), "{degree}: {share}");
     }
@@ -62,9 +62,11 @@ fn activations_along_the_sequence() {
         loss: WideLm::loss,
     };
     let axis = |degree| Axis::new("tp", degree, super::vocabulary::megatron_with_vocabulary());
-    let whole = peak(&LONG, axis(1));
-    let plain = peak(&LONG, axis(4));
-    let sequence = peak(&LONG, axis(4).sequence(1));
+    // One by one: heads are so narrow here that a sequence in parts sends the weights of attention, which then are in
+    // memory, where heads in parts have them in tiles only.
+    let whole = peak(&LONG, axis(1), false);
+    let plain = peak(&LONG, axis(4), false);
+    let sequence = peak(&LONG, axis(4).sequence(1), false);
     assert!(plain < whole && sequence < plain, "{whole} {plain} {sequence}");
 }
 

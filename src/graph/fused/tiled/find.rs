@@ -5,6 +5,7 @@
 //! tensors in memory. It is cut into stages: what depends on a product that the web ends in comes after it. Each stage
 //! is one operation, which makes what it reads of earlier ones again.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use burn::tensor::DType;
@@ -38,6 +39,16 @@ struct Web {
     fills: BTreeSet<usize>,
 }
 
+/// What becomes of a stage.
+struct Stage {
+    /// What it comes before.
+    before: usize,
+    /// Views that it reads and that are made later on, which come before it too.
+    views: BTreeSet<usize>,
+    tiles: Tiled,
+    op: CustomOpIr,
+}
+
 /// A program, its sections one after the other.
 struct Program<'a> {
     items: Vec<&'a Item>,
@@ -45,6 +56,8 @@ struct Program<'a> {
     sections: Vec<usize>,
     makers: HashMap<TensorId, usize>,
     readers: HashMap<TensorId, Vec<usize>>,
+    /// Products that leave, and what they come before now.
+    placed: HashMap<TensorId, usize>,
 }
 
 /// The program with attention as one operation for each stage; what these do is added to `all`.
@@ -52,9 +65,11 @@ pub(in super::super) fn tiled<const SECTIONS: usize>(
     sections: [Vec<Item>; SECTIONS],
     all: &mut Vec<Tiled>,
 ) -> [Vec<Item>; SECTIONS] {
-    let program = Program::new(&sections);
+    let mut program = Program::new(&sections);
     let mut replaced: HashSet<usize> = HashSet::new();
     let mut added: HashMap<usize, Vec<Item>> = HashMap::new();
+    // Views by place, and what they come before now.
+    let mut moved: HashMap<usize, usize> = HashMap::new();
     for place in 0..program.items.len() {
         if replaced.contains(&place) {
             continue;
@@ -63,8 +78,22 @@ pub(in super::super) fn tiled<const SECTIONS: usize>(
             continue;
         };
         let Some(stages) = program.stages(&web) else { continue };
+        let is_there =
+            |stage: &Stage| stage.views.iter().all(|view| moved.get(view).is_none_or(|before| *before <= stage.before));
+        if !stages.iter().all(is_there) {
+            continue;
+        }
         let mut read: HashSet<TensorId> = HashSet::new();
-        for (before, tiles, op) in stages {
+        for Stage { before, views, tiles, op } in stages {
+            for view in views {
+                if let Entry::Vacant(entry) = moved.entry(view) {
+                    entry.insert(before);
+                    let op = program.op(view).cloned().map(|op| Item::Run(Box::new(op)));
+                    added.entry(before).or_default().extend(op);
+                    replaced.insert(view);
+                }
+            }
+            program.placed.extend(op.outputs.iter().map(|out| (out.id, before)));
             read.extend(op.inputs.iter().map(|input| input.id));
             let scalars = vec![ScalarIr::UInt(all.len() as u64)];
             added
@@ -113,7 +142,7 @@ impl<'a> Program<'a> {
                 Item::Output(tensor) => readers.entry(tensor.id).or_default().push(place),
             }
         }
-        Self { items: items.clone(), sections: ends.collect(), makers, readers }
+        Self { items: items.clone(), sections: ends.collect(), makers, readers, placed: HashMap::new() }
     }
 
     fn op(&self, place: usize) -> Option<&'a OperationIr> {
@@ -210,7 +239,7 @@ impl<'a> Program<'a> {
     }
 
     /// An operation for each stage, and what it comes before; none if one of them has no place in the program.
-    fn stages(&self, web: &Web) -> Option<Vec<(usize, Tiled, CustomOpIr)>> {
+    fn stages(&self, web: &Web) -> Option<Vec<Stage>> {
         let (first, last) = (*web.roles.first_key_value()?.0, *web.roles.last_key_value()?.0);
         let mut after: HashMap<TensorId, usize> = HashMap::new();
         let mut leaving: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
@@ -226,10 +255,16 @@ impl<'a> Program<'a> {
                 after.extend(op.outputs().map(|out| (out.id, stage)));
             }
         }
-        leaving.into_values().map(|leaving| self.stage(web, &leaving)).collect()
+        let (mut stages, mut placed) = (Vec::new(), self.placed.clone());
+        for leaving in leaving.into_values() {
+            let stage = self.stage(web, &leaving, &placed)?;
+            placed.extend(stage.op.outputs.iter().map(|out| (out.id, stage.before)));
+            stages.push(stage);
+        }
+        Some(stages)
     }
 
-    fn stage(&self, web: &Web, leaving: &[usize]) -> Option<(usize, Tiled, CustomOpIr)> {
+    fn stage(&self, web: &Web, leaving: &[usize], placed: &HashMap<TensorId, usize>) -> Option<Stage> {
         // What it is made of, from the ends.
         let mut needed: BTreeSet<usize> = leaving.iter().copied().collect();
         let mut wanted: Vec<usize> = leaving.to_vec();
@@ -251,13 +286,33 @@ impl<'a> Program<'a> {
             leaving.iter().filter_map(|place| Some(matmul(self.op(*place)?)?.out.clone())).collect();
         let readers = outputs.iter().flat_map(|out| self.readers(out.id)).copied();
         let before = readers.min().map_or(last, |reader| reader.min(last));
-        let made = given.iter().filter_map(|input| self.makers.get(&input.id)).all(|maker| *maker < before);
+        let mut views = BTreeSet::new();
+        let made = given.iter().all(|input| self.is_made(input, before, placed, &mut views));
         if !made || self.section(first) != self.section(last) || self.section(before) != self.section(last) {
             return None;
         }
         let (tiles, inputs) = self.tiles(web, &needed, leaving)?;
         let op = CustomOpIr { id: TILED.into(), inputs, outputs, scalars: Vec::new() };
-        Some((before, tiles, op))
+        Some(Stage { before, views, tiles, op })
+    }
+
+    /// Whether a tensor is made before a place in the program, or can be by views that are made later: these are added.
+    fn is_made(
+        &self,
+        tensor: &TensorIr,
+        before: usize,
+        placed: &HashMap<TensorId, usize>,
+        views: &mut BTreeSet<usize>,
+    ) -> bool {
+        if let Some(other) = placed.get(&tensor.id) {
+            return *other <= before;
+        }
+        let Some((maker, op)) = self.maker(tensor).filter(|(maker, _)| *maker >= before) else { return true };
+        let moves = Class::of(op) == Class::View && self.section(maker) == self.section(before);
+        moves && op.inputs().all(|input| self.is_made(input, before, placed, views)) && {
+            views.insert(maker);
+            true
+        }
     }
 
     /// What an operation does, and its inputs.
