@@ -6,6 +6,8 @@
 //! `cargo bench --bench checkpoint -- [DIRECTORY] [ROUNDS]`; the directory, for 2 GB of files, is that of the system for temporary
 //! files if none is named.
 
+mod figures;
+
 use std::fs::{self, File};
 use std::hint::black_box;
 use std::io::{Read, Write};
@@ -19,6 +21,7 @@ use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::prelude::*;
 use burn_parallel::prelude::*;
+use figures::Figures;
 
 /// The side of a weight, of 16 MiB.
 const SIDE: usize = 2048;
@@ -98,26 +101,37 @@ fn plain_read(path: &Path) -> std::io::Result<Vec<u8>> {
 }
 
 fn main() -> Result<(), Error> {
-    let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
+    let mut arguments = figures::arguments().into_iter();
+    let mut figures = Figures::of("checkpoint");
     let base = arguments.next().map_or_else(std::env::temp_dir, PathBuf::from);
     let rounds: usize = arguments.next().and_then(|rounds| rounds.parse().ok()).unwrap_or(5);
     let dir = base.join(format!("burn-parallel-bench-checkpoint-{}", std::process::id()));
     fs::create_dir_all(&dir).map_err(Error::user)?;
-    let run = || {
-        sizes(&dir, 2, 30, false, rounds)?;
-        sizes(&dir, 2, 10, true, rounds)?;
+    let mut run = || {
+        sizes(&mut figures, &dir, 2, 30, false, rounds)?;
+        sizes(&mut figures, &dir, 2, 10, true, rounds)?;
         for ranks in [1, 2, 4, 8] {
-            sizes(&dir, ranks, 8, false, rounds)?;
+            sizes(&mut figures, &dir, ranks, 8, false, rounds)?;
         }
-        background(&dir, rounds)
+        background(&mut figures, &dir, rounds)
     };
     let outcome = run();
+    if outcome.is_ok() {
+        figures.finish();
+    }
     let _ = fs::remove_dir_all(&dir);
     outcome
 }
 
 /// Saves replicas and loads them split, with the moments of AdamW or without.
-fn sizes(dir: &Path, ranks: usize, layers: usize, moments: bool, rounds: usize) -> Result<(), Error> {
+fn sizes(
+    figures: &mut Figures,
+    dir: &Path,
+    ranks: usize,
+    layers: usize,
+    moments: bool,
+    rounds: usize,
+) -> Result<(), Error> {
     let bytes = layers * SIDE * SIDE * 4 * if moments { 3 } else { 1 };
     let root = dir.join("checkpoints");
     let times = launch::threads(ranks).run(|world| {
@@ -182,13 +196,17 @@ fn sizes(dir: &Path, ranks: usize, layers: usize, moments: bool, rounds: usize) 
             rate(plain),
             100.0 * ratio(which)
         );
+        let name = format!("{} MB, {what}, {ranks} ranks, {}", bytes / 1_000_000, name.trim());
+        figures.note(format!("{name}: time"), 1e3 * ours, "ms");
+        figures.note(format!("{name}: plain over ours"), ratio(which), "ratio");
     }
+    figures.note(format!("{} MB, {what}, {ranks} ranks, memory of a save", bytes / 1_000_000), *most as f64, "MB");
     println!("  a save takes {most} MB of memory on all ranks together");
     fs::remove_dir_all(root).map_err(Error::user)
 }
 
 /// Steps with a save in the background at the first of each so many, against steps without.
-fn background(dir: &Path, rounds: usize) -> Result<(), Error> {
+fn background(figures: &mut Figures, dir: &Path, rounds: usize) -> Result<(), Error> {
     const STEPS: usize = 25;
     let root = dir.join("background");
     let times = launch::threads(2).run(|world| {
@@ -229,5 +247,6 @@ fn background(dir: &Path, rounds: usize) -> Result<(), Error> {
         bytes / 1_000_000,
         100.0 * lost / plain
     );
+    figures.note("steps with a save in the background over without", 1.0 + lost / plain, "ratio");
     Ok(())
 }

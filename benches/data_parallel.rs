@@ -10,6 +10,7 @@
 //!
 //! `cargo bench --bench data_parallel -- [mlp|gpt] [sharded] [ROUNDS]`
 
+mod figures;
 #[allow(dead_code)]
 mod models;
 
@@ -21,6 +22,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_parallel::graph::TensorTree;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
+use figures::{Figures, median};
 use models::{Gpt, Mlp, SEQUENCE, VOCABULARY};
 
 const STEPS_PER_TURN: usize = 2;
@@ -148,7 +150,7 @@ fn load() -> String {
     text.split(' ').next().unwrap_or_default().to_owned()
 }
 
-fn report_divided(name: &str, times: &[Vec<[f64; 3]>]) {
+fn report_divided(figures: &mut Figures, name: &str, times: &[Vec<[f64; 3]>]) {
     for (mode, (what, engine, ..)) in DIVIDED.iter().enumerate() {
         let plain = DIVIDED.iter().position(|(_, other, ..)| other == engine).unwrap_or_default();
         let of = |which: usize| 1e3 * median(times.iter().map(|round| round[mode][which]));
@@ -162,27 +164,30 @@ fn report_divided(name: &str, times: &[Vec<[f64; 3]>]) {
             over(0),
             over(1)
         );
+        figures.note(format!("{name}: {what}, time"), of(0), "ms");
+        figures.note(format!("{name}: {what}, processors"), of(1), "ms");
+        figures.note(format!("{name}: {what} over nothing divided, time"), over(0), "ratio");
+        figures.note(format!("{name}: {what} over nothing divided, processors"), over(1), "ratio");
     }
     println!("{name}: load of the machine {}", load());
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn report(name: &str, times: &[[f64; 3]]) {
+fn report(figures: &mut Figures, name: &str, times: &[[f64; 3]]) {
     let [alone, independent, replicas] = [0, 1, 2].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
     let over = |a: usize, b: usize| median(times.iter().map(|time| time[a] / time[b]));
     println!(
         "{name}: one rank {alone:.1} ms, two independent {independent:.1} ms, two replicas {replicas:.1} ms a step"
     );
     println!("{name}: replicas over independent {:.3}; replicas over one rank {:.3}", over(2, 1), over(2, 0));
+    for (way, took) in [("one rank", alone), ("two independent", independent), ("two replicas", replicas)] {
+        figures.note(format!("{name}: {way}"), took, "ms");
+    }
+    figures.note(format!("{name}: replicas over independent"), over(2, 1), "ratio");
+    figures.note(format!("{name}: replicas over one rank"), over(2, 0), "ratio");
 }
 
 fn main() {
-    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
+    let (arguments, mut figures) = (figures::arguments(), Figures::of("data_parallel"));
     let wanted =
         |name: &str| !arguments.iter().any(|a| a == "mlp" || a == "gpt") || arguments.iter().any(|a| a == name);
     let number = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(9);
@@ -196,9 +201,9 @@ fn main() {
         let (model, optimizer) = (Mlp::new(&device).materialize(), || SgdConfig::new().init());
         if sharded {
             let loss = |model: &Mlp, (x, y)| model.loss(x, y);
-            report_divided("mlp", &divided(number, model, optimizer, || (numbers(1), numbers(2)), loss));
+            report_divided(&mut figures, "mlp", &divided(number, model, optimizer, || (numbers(1), numbers(2)), loss));
         } else {
-            report("mlp", &rounds(number, model, optimizer, |model| model.loss(numbers(1), numbers(2))));
+            report(&mut figures, "mlp", &rounds(number, model, optimizer, |model| model.loss(numbers(1), numbers(2))));
         }
     }
     if wanted("gpt") {
@@ -209,9 +214,18 @@ fn main() {
         let (model, optimizer) = (Gpt::new(&device).materialize(), || AdamConfig::new().init());
         if sharded {
             let loss = |model: &Gpt, (x, y)| model.loss(x, y);
-            report_divided("gpt", &divided(number, model, optimizer, || (numbers(1), numbers(104729)), loss));
+            report_divided(
+                &mut figures,
+                "gpt",
+                &divided(number, model, optimizer, || (numbers(1), numbers(104729)), loss),
+            );
         } else {
-            report("gpt", &rounds(number, model, optimizer, |model| model.loss(numbers(1), numbers(104729))));
+            report(
+                &mut figures,
+                "gpt",
+                &rounds(number, model, optimizer, |model| model.loss(numbers(1), numbers(104729))),
+            );
         }
     }
+    figures.finish();
 }

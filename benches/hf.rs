@@ -10,10 +10,12 @@
 //! for temporary files if none is named. The model has the sizes of SmolLM2-135M; without one, random numbers are
 //! taken.
 
+mod figures;
 #[allow(dead_code, unused_imports)]
 #[path = "../examples/finetune/model/mod.rs"]
 mod model;
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::hint::black_box;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -24,6 +26,7 @@ use std::time::Instant;
 use burn::module::Module;
 use burn_parallel::hf::{self, Mapping, SaveConfig};
 use burn_parallel::prelude::*;
+use figures::Figures;
 use model::{Autocast, LlamaConfig, Rope, Scaling};
 
 /// The sizes of SmolLM2-135M.
@@ -107,18 +110,16 @@ fn plain_write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 }
 
 fn main() -> Result<(), Error> {
-    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
-    if let [memory, model, to] = arguments.as_slice()
-        && memory == "--memory"
-    {
-        return what_is_held(Path::new(model), Path::new(to));
-    }
-    if let [ranks, dir, model, rounds] = arguments.as_slice()
-        && ranks == "--rank"
-    {
-        let (dir, model) = (Path::new(dir), Path::new(model));
-        let rounds = rounds.parse().map_err(Error::user)?;
-        return launch::from_env()?.run(|rank| measure(rank, dir, model, rounds));
+    let arguments = figures::arguments();
+    let asked = std::env::args().nth(1);
+    match (asked.as_deref(), arguments.as_slice()) {
+        (Some("--memory"), [model, to]) => return what_is_held(Path::new(model), Path::new(to)),
+        (Some("--rank"), [dir, model, rounds]) => {
+            let (dir, model) = (Path::new(dir), Path::new(model));
+            let rounds = rounds.parse().map_err(Error::user)?;
+            return launch::from_env()?.run(|rank| measure(rank, "processes", dir, model, rounds));
+        }
+        _ => {}
     }
     let base = arguments.first().map_or_else(std::env::temp_dir, PathBuf::from);
     let rounds: usize = arguments.get(1).and_then(|rounds| rounds.parse().ok()).unwrap_or(7);
@@ -175,14 +176,15 @@ fn bench(dir: &Path, rounds: usize, model: Option<PathBuf>) -> Result<(), Error>
         return Err(Error::user("the process that measures memory failed"));
     }
     println!("threads");
-    launch::threads(RANKS).run(|rank| measure(rank, dir, &model, rounds))?;
+    launch::threads(RANKS).run(|rank| measure(rank, "threads", dir, &model, rounds))?;
     println!("processes");
-    let arguments = ["--rank".into(), dir.into(), model.into_os_string(), rounds.to_string().into()];
+    let rank = ["--rank".into(), dir.into(), model.into_os_string(), rounds.to_string().into()];
+    let arguments = rank.into_iter().chain(figures::flags().into_iter().map(OsString::from));
     launch::processes(RANKS).program(std::env::current_exe().map_err(Error::user)?, arguments).supervise()
 }
 
 /// Takes the turns on a rank, of which the first prints the figures.
-fn measure(rank: Rank, dir: &Path, model: &Path, rounds: usize) -> Result<(), Error> {
+fn measure(rank: Rank, over: &str, dir: &Path, model: &Path, rounds: usize) -> Result<(), Error> {
     let file = model.join("model.safetensors");
     let bytes = fs::metadata(&file).map_err(Error::user)?.len() as f64;
     let mut times = Vec::new();
@@ -229,6 +231,7 @@ fn measure(rank: Rank, dir: &Path, model: &Path, rounds: usize) -> Result<(), Er
     let column = |which: usize| median(times.iter().map(|time| time[which]).collect());
     let ratio = |which: usize| median(times.iter().map(|time| time[which] / time[which + 1]).collect());
     println!("{} MB on {RANKS} ranks that share the model, median of {rounds} rounds", bytes as u64 / 1_000_000);
+    let mut figures = Figures::of("hf");
     for (name, plain, speed) in [("loading", 0, ratio(0)), ("saving ", 2, ratio(2))] {
         let (plain, ours) = (column(plain), column(plain + 1));
         let rate = |seconds: f64| bytes / 1e6 / seconds;
@@ -238,6 +241,9 @@ fn measure(rank: Rank, dir: &Path, model: &Path, rounds: usize) -> Result<(), Er
             rate(plain),
             100.0 * speed
         );
+        figures.note(format!("{over}, {}: time", name.trim()), 1e3 * ours, "ms");
+        figures.note(format!("{over}, {}: plain over ours", name.trim()), speed, "ratio");
     }
+    figures.finish();
     Ok(())
 }

@@ -5,11 +5,14 @@
 //! of a round is the slowest rank's; that of a size is the median over the rounds. Numbers as arguments are the sizes
 //! in bytes to measure in place of the usual ones, and names the operations.
 
+mod figures;
+
 use std::time::{Duration, Instant};
 
 use burn_parallel::comm::WorldConfig;
 use burn_parallel::comm::mpi::Session;
 use burn_parallel::comm::{Communicator, ReduceOp};
+use figures::Figures;
 use mpi_sys as sys;
 
 const SIZES: [usize; 5] = [64 << 10, 256 << 10, 1 << 20, 16 << 20, 64 << 20];
@@ -38,16 +41,20 @@ fn main() {
         println!("{size} ranks, float32; microseconds, median of {ROUNDS} rounds; ratio = ours / bare");
         println!("{:<16}{:>10}{:>12}{:>12}{:>8}", "", "bytes", "ours", "bare MPI", "ratio");
     }
-    let asked: Vec<usize> = std::env::args().filter_map(|argument| argument.parse().ok()).collect();
-    let named: Vec<String> = std::env::args().filter(|argument| NAMES.contains(&argument.as_str())).collect();
+    let (arguments, mut figures) = (figures::arguments(), Figures::of("mpi"));
+    let asked: Vec<usize> = arguments.iter().filter_map(|argument| argument.parse().ok()).collect();
+    let named: Vec<String> = arguments.into_iter().filter(|argument| NAMES.contains(&argument.as_str())).collect();
     for bytes in if asked.is_empty() { SIZES.to_vec() } else { asked } {
         for name in NAMES.into_iter().filter(|name| named.is_empty() || named.iter().any(|other| other == name)) {
-            measure(&session, &comm, name, bytes);
+            measure(&mut figures, &session, &comm, name, bytes);
         }
+    }
+    if rank == 0 {
+        figures.finish();
     }
 }
 
-fn measure(session: &Session, comm: &Communicator, name: &'static str, bytes: usize) {
+fn measure(figures: &mut Figures, session: &Session, comm: &Communicator, name: &'static str, bytes: usize) {
     let (n, rank) = (comm.size(), comm.rank());
     let elements = bytes / 4 / n * n;
     let share = elements / n;
@@ -170,6 +177,8 @@ fn measure(session: &Session, comm: &Communicator, name: &'static str, bytes: us
     });
     if rank == 0 {
         println!("{:<16}{bytes:>10}{ours:>12.1}{bare:>12.1}{:>8.2}", pair.name, ours / bare);
+        figures.note(format!("{name}, {bytes} B"), ours, "us");
+        figures.note(format!("{name}, {bytes} B, over bare MPI"), ours / bare, "ratio");
     }
 }
 

@@ -6,6 +6,7 @@
 //!
 //! `cargo bench --bench noise_scale -- [ROUNDS]`
 
+mod figures;
 #[allow(dead_code)]
 mod models;
 
@@ -14,6 +15,7 @@ use burn::optim::{AdamConfig, ModuleOptimizer};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_parallel::prelude::*;
 use burn_parallel::train::{Clip, Engine};
+use figures::Figures;
 use models::{Gpt, SEQUENCE, VOCABULARY};
 
 /// Rows of a step over all ranks.
@@ -106,19 +108,23 @@ fn quartiles(values: impl Iterator<Item = f64>) -> [f64; 3] {
 }
 
 fn main() -> Result<(), Error> {
-    let number = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(15).max(1);
+    let (arguments, mut figures) = (figures::arguments(), Figures::of("noise_scale"));
+    let number = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(15).max(1);
     let model = Gpt::new(&Device::flex().autodiff()).materialize();
     for way in ways() {
         let times = rounds(number, &model, &way)?;
         let [_, step, _] = quartiles(times.iter().map(|time| time[0]));
         println!("{}: {:.0} ms of the processors a step", way.0, 1e3 * step);
+        figures.note(format!("{}: processors", way.0), 1e3 * step, "ms");
         for (what, over, of) in
             [("norm over nothing", 0, 1), ("norm and noise over norm", 1, 2), ("norm and noise over nothing", 0, 2)]
         {
             let [low, median, high] = quartiles(times.iter().map(|time| 100.0 * (time[of] / time[over] - 1.0)));
             let extra = 1e3 * quartiles(times.iter().map(|time| time[of] - time[over]))[1];
             println!("  {what}: {median:+.2} % ({low:+.2} to {high:+.2}), {extra:+.2} ms");
+            figures.note(format!("{}: {what}", way.0), 1.0 + median / 100.0, "ratio");
         }
     }
+    figures.finish();
     Ok(())
 }

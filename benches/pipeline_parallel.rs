@@ -9,6 +9,7 @@
 //! `cargo bench --bench pipeline_parallel -- [ROUNDS] [measured]`; with `measured` the model is cut by measured costs
 //! of operations, else by counted ones.
 
+mod figures;
 #[allow(dead_code)]
 mod models;
 
@@ -19,6 +20,7 @@ use burn::optim::{AdamConfig, ModuleOptimizer};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_parallel::pipeline_parallel::Pipelined;
 use burn_parallel::prelude::*;
+use figures::{Figures, median};
 use models::{Gpt, SEQUENCE, VOCABULARY};
 
 const STEPS_PER_TURN: usize = 2;
@@ -111,15 +113,10 @@ fn rounds(rounds: usize, model: &Gpt, schedule: &Schedule, micro_batches: usize,
     times.expect("a world of threads").swap_remove(0)
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 fn main() {
-    let number = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(9);
-    let measured = std::env::args().any(|argument| argument == "measured");
+    let (arguments, mut figures) = (figures::arguments(), Figures::of("pipeline_parallel"));
+    let number = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(9);
+    let measured = arguments.iter().any(|argument| argument == "measured");
     let model = Gpt::new(&Device::flex().autodiff()).materialize();
     for micro_batches in [4, 8] {
         let schedules = [
@@ -151,6 +148,15 @@ fn main() {
                 1e3 * of(6),
                 1e6 * of(4)
             );
+            let name = format!("{name}, {}", if measured { "measured" } else { "counted" });
+            for (way, mode) in [("one rank", 0), ("two independent", 1), ("two stages", 2)] {
+                figures.note(format!("{name}: {way}"), 1e3 * of(mode), "ms");
+            }
+            figures.note(format!("{name}: two stages over one rank"), over(2, 0), "ratio");
+            figures.note(format!("{name}: efficiency"), over(1, 2) / 2.0 * (m + 1.0) / m, "ratio");
+            figures.note(format!("{name}: idle"), of(3), "ratio");
+            figures.note(format!("{name}: host time of an action"), 1e6 * of(4), "us");
         }
     }
+    figures.finish();
 }

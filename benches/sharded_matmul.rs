@@ -10,12 +10,15 @@
 #[path = "../tests/common/forwarding.rs"]
 mod forwarding;
 
+mod figures;
+
 use std::time::{Duration, Instant};
 
 use burn::tensor::{Tensor, TensorData};
 use burn_parallel::comm::Communicator;
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::functional::{Overlap, row_parallel};
+use figures::{Figures, median};
 use forwarding::Forwarding;
 
 /// Bytes a second of the made-up network.
@@ -88,14 +91,8 @@ fn compare(
     Ok((median(times[0].iter().copied()), times[1..].iter().map(ratio).collect()))
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 fn main() {
-    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
+    let (arguments, mut figures) = (figures::arguments(), Figures::of("sharded_matmul"));
     let rounds = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(15);
     let explore = arguments.iter().any(|argument| argument == "explore");
     let cut = |chunks, background| Overlap::auto().with_chunks(chunks).in_background(background);
@@ -114,15 +111,22 @@ fn main() {
                 true => Forwarding::over(rank.split(0, rank.rank() as i64)?, travel),
                 false => rank.split(0, rank.rank() as i64)?,
             };
+            let mut found = Vec::new();
             for size in SIZES {
                 let (plain, ratios) = compare(&rank, &comm, size, &ways, rounds)?;
                 if rank.rank() == 0 {
                     let ratios: Vec<String> = ratios.iter().map(|ratio| format!("{ratio:.3}")).collect();
                     println!("{size:?}: {:.3} ms; {}", 1e3 * plain, ratios.join(" "));
                 }
+                found.push((size, plain, ratios));
             }
-            Ok(())
+            Ok(found)
         });
-        run.expect("a world of threads");
+        let over = if network { "1 GB/s" } else { "threads" };
+        for (size, plain, ratios) in run.expect("a world of threads").swap_remove(0) {
+            figures.note(format!("{over}, {size:?}: plain"), 1e3 * plain, "ms");
+            figures.note(format!("{over}, {size:?}: overlapped over plain"), ratios[0], "ratio");
+        }
     }
+    figures.finish();
 }

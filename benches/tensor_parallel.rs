@@ -1,7 +1,7 @@
 //! A tensor-parallel step against one rank: eager burn, its captured graph with operations one by one and fused, and
-//! the graph split over two ranks.
+//! the graph split over two ranks; and that of two replicas, captured.
 //!
-//! The four take turns within one run, round by round, and what counts is the median over rounds of their ratio: a
+//! The five take turns within one run, round by round, and what counts is the median over rounds of their ratio: a
 //! machine that is slower for a while is slower for all of them. Every rank computes with one thread. All steps are
 //! whole: forward, backward and optimizer, which is fused where the operations are. On a machine with other work to do,
 //! ranks wait for each other's turns; so beside the time of a step there is, on Linux, the time that the busier rank's
@@ -13,6 +13,7 @@
 //!
 //! `cargo bench --bench tensor_parallel -- [mlp|gpt] [fused] [ROUNDS]`
 
+mod figures;
 #[allow(dead_code)]
 mod models;
 
@@ -28,12 +29,17 @@ use burn_parallel::partition::{
 };
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::{Sharded, TensorParallelConfig};
+use burn_parallel::train::Engine;
+use figures::{Figures, median};
 use models::{Gpt, Mlp, SEQUENCE, VOCABULARY};
 
 const STEPS_PER_TURN: usize = 2;
 
-/// Seconds a step of one rank eagerly, of one rank from the graph, operation by operation and fused, and of two ranks,
-/// by round; then those of work.
+/// How many ways there are.
+const WAYS: usize = 5;
+
+/// Seconds a step of one rank eagerly, of one rank from the graph, operation by operation and fused, of two ranks, and of
+/// two replicas, by round; then those of work.
 fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
     rounds: usize,
     model: M,
@@ -41,7 +47,7 @@ fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
     optimizer: impl Fn(bool) -> ModuleOptimizer + Sync,
     inputs: impl Fn() -> I + Sync,
     loss: impl Fn(&M, I) -> Tensor<1> + Sync,
-) -> Vec<[f64; 8]> {
+) -> Vec<[f64; 2 * WAYS]> {
     let measured = launch::threads(2).threads_per_rank(1).run(|rank| {
         let device = rank.device().autodiff();
         let alone = rank.split(rank.rank() as u64, 0)?;
@@ -52,7 +58,9 @@ fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
         };
         let (mut single, mut graph) = (captured(false)?, captured(true)?);
         let mut split = Some(model.clone().fork(&device).tensor_parallel(&rank, plan)?);
-        let mut optims = [false, false, true, true].map(&optimizer);
+        let captured = Strategy::new().with_dp(2).with_engine(Engine::Captured);
+        let mut replica = Some(model.clone().fork(&device).parallelize(&rank, &captured)?);
+        let mut optims = [false, false, true, true, true].map(&optimizer);
         // Models go through the optimizer by value, so that it can update them in place.
         let step = |model: &mut Option<Sharded<M>>, optim: &mut ModuleOptimizer| -> Result<(), Error> {
             if let Some(mut taken) = model.take() {
@@ -63,8 +71,8 @@ fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
         };
         let mut times = Vec::new();
         for round in 0..rounds + 1 {
-            let mut time = [0.0; 8];
-            for mode in 0..4 {
+            let mut time = [0.0; 2 * WAYS];
+            for mode in 0..WAYS {
                 rank.barrier()?;
                 let (began, worked) = (Instant::now(), work());
                 for _ in 0..STEPS_PER_TURN {
@@ -78,11 +86,17 @@ fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
                         }
                         1 => step(&mut single, &mut optims[1])?,
                         2 => step(&mut graph, &mut optims[2])?,
-                        _ => step(&mut split, &mut optims[3])?,
+                        3 => step(&mut split, &mut optims[3])?,
+                        _ => {
+                            if let Some(mut taken) = replica.take() {
+                                let done = taken.step(inputs(), &loss)?;
+                                replica = Some(taken.optimize(&mut optims[4], 1e-4, done)?);
+                            }
+                        }
                     }
                 }
                 time[mode] = began.elapsed().as_secs_f64() / STEPS_PER_TURN as f64;
-                time[mode + 4] = (work() - worked) / STEPS_PER_TURN as f64;
+                time[mode + WAYS] = (work() - worked) / STEPS_PER_TURN as f64;
             }
             let slowest = rank.all_reduce(time.to_vec(), ReduceOp::Max)?;
             // The first round captures, and is for caches and lazy initialisation.
@@ -145,11 +159,12 @@ fn fused<M: Module + Sync, I: TensorTree + Clone + Sync>(
     measured.expect("a world of threads").swap_remove(0)
 }
 
-fn report_fused(name: &str, times: &[[f64; 2]]) {
+fn report_fused(figures: &mut Figures, name: &str, times: &[[f64; 2]]) {
     let [apart, together] = [0, 1].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
     let ratio = median(times.iter().map(|time| time[0] / time[1]));
     println!("{name}: forward and backward of two ranks {apart:.1} ms, with fused products {together:.1} ms");
     println!("{name}: speed with fused products over without {ratio:.3}");
+    figures.note(format!("{name}: two ranks, fused products over without, time"), 1.0 / ratio, "ratio");
 }
 
 /// Seconds for which this thread has been on a core.
@@ -158,30 +173,36 @@ fn work() -> f64 {
     text.split(' ').next().and_then(|nanoseconds| nanoseconds.parse::<f64>().ok()).unwrap_or(f64::NAN) / 1e9
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn report(name: &str, times: &[[f64; 8]]) {
+fn report(figures: &mut Figures, name: &str, times: &[[f64; 2 * WAYS]]) {
     let [eager, single, graph, split] = [0, 1, 2, 3].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
     let over = |a: usize, b: usize| median(times.iter().map(|time| time[a] / time[b]));
+    let replicas = 1e3 * median(times.iter().map(|time| time[4]));
     println!("{name}: eager {eager:.1} ms, graph {single:.1} ms, fused {graph:.1} ms, two ranks {split:.1} ms a step");
+    println!("{name}: two replicas {replicas:.1} ms");
     println!(
         "{name}: speed of the fused graph over eager {:.3}; of two ranks over one, both fused, {:.3}",
         over(0, 2),
         over(2, 3)
     );
-    let [eager, single, graph, split] = [4, 5, 6, 7].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
+    let [eager, single, graph, split] =
+        [WAYS, WAYS + 1, WAYS + 2, WAYS + 3].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
     println!("{name}: work {eager:.1} ms, graph {single:.1} ms, fused {graph:.1} ms, each of two ranks {split:.1} ms");
     println!(
         "{name}: work of the graph over that of eager burn {:.3}; fused over eager {:.3}, over one by one {:.3}",
-        over(5, 4),
-        over(6, 4),
-        over(6, 5)
+        over(WAYS + 1, WAYS),
+        over(WAYS + 2, WAYS),
+        over(WAYS + 2, WAYS + 1)
     );
-    println!("{name}: work of one rank over that of each of two {:.3}", over(6, 7));
+    println!("{name}: work of one rank over that of each of two {:.3}", over(WAYS + 2, WAYS + 3));
+    let ways = ["eager", "captured, one by one", "captured, fused", "two ranks, fused", "two replicas, fused"];
+    for (mode, way) in ways.iter().enumerate() {
+        figures.note(format!("{name}: {way}, time"), 1e3 * median(times.iter().map(|time| time[mode])), "ms");
+        figures.note(format!("{name}: {way}, work"), 1e3 * median(times.iter().map(|time| time[mode + WAYS])), "ms");
+    }
+    figures.note(format!("{name}: fused over eager, work"), over(WAYS + 2, WAYS), "ratio");
+    figures.note(format!("{name}: fused over one by one, work"), over(WAYS + 2, WAYS + 1), "ratio");
+    figures.note(format!("{name}: one rank over each of two, time"), over(2, 3), "ratio");
+    figures.note(format!("{name}: one rank over each of two, work"), over(WAYS + 2, WAYS + 3), "ratio");
 }
 
 /// burn's own, or the same in one pass.
@@ -195,37 +216,39 @@ fn adam(fused: bool) -> ModuleOptimizer {
     if fused { config.init_fused() } else { config.init() }
 }
 
-fn capture() {
+fn capture(figures: &mut Figures) {
     let model = TransformerEncoderConfig::new(64, 256, 8, 24).init(&Device::flex().autodiff());
     let loss = |model: &TransformerEncoder, x| model.forward(TransformerEncoderInput::new(x)).powi_scalar(2).mean();
     let began = Instant::now();
     let mut graph = capture_step(&model, Tensor::<3>::zeros([4, 32, 64], &Device::flex()), loss).expect("a step");
     let captured = began.elapsed();
-    let compiling = Instant::now();
-    let executor = Executor::new(graph.clone(), CustomOps::new()).expect("operations of burn");
-    let compiled = compiling.elapsed();
-    drop(executor);
-    let partitioning = Instant::now();
+    let executor = Executor::new(graph.clone(), CustomOps::new()).expect("a step");
+    let (compiled, memory) = (began.elapsed() - captured, executor.memory());
+    let began = Instant::now();
     counter_based_rng(&mut graph);
     let params: Vec<Layout> = graph.params.iter().map(|param| Plan::megatron().layout(&param.path)).collect();
     let options = PartitionOptions::new("tp", 2, 0).with_sequence_dim(1);
     let (local, _) = partition(&graph, &params, &[Layout::Replicated], &options).expect("a partition");
     println!(
-        "24 layers: captured in {captured:.1?}, compiled in {compiled:.1?}, partitioned in {:.1?}; {} operations become {}",
-        partitioning.elapsed(),
+        "24 layers: captured in {captured:.1?}, partitioned in {:.1?}: {} operations become {}",
+        began.elapsed(),
         graph.operations.len(),
         local.operations.len()
     );
+    println!("24 layers: fused and its memory planned in {compiled:.1?}, {} bytes at most", memory.peak);
+    for (what, took) in [("captured", captured), ("partitioned", began.elapsed()), ("compiled", compiled)] {
+        figures.note(format!("24 layers {what}"), 1e3 * took.as_secs_f64(), "ms");
+    }
 }
 
 fn main() {
-    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
+    let (arguments, mut figures) = (figures::arguments(), Figures::of("tensor_parallel"));
     let wanted =
         |name: &str| !arguments.iter().any(|a| a == "mlp" || a == "gpt") || arguments.iter().any(|a| a == name);
     let number = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(9);
     let against = arguments.iter().any(|argument| argument == "fused");
     if !against {
-        capture();
+        capture(&mut figures);
     }
     let device = Device::flex().autodiff();
     if wanted("mlp") {
@@ -242,8 +265,8 @@ fn main() {
         let loss = |model: &Mlp, (input, targets)| model.loss(input, targets);
         let model = Mlp::new(&device).materialize();
         match against {
-            true => report_fused("mlp", &fused(number, model, &plan, inputs, loss)),
-            false => report("mlp", &rounds(number, model, &plan, sgd, inputs, loss)),
+            true => report_fused(&mut figures, "mlp", &fused(number, model, &plan, inputs, loss)),
+            false => report(&mut figures, "mlp", &rounds(number, model, &plan, sgd, inputs, loss)),
         }
     }
     if wanted("gpt") {
@@ -256,8 +279,9 @@ fn main() {
         let loss = |model: &Gpt, (tokens, targets)| model.loss(tokens, targets);
         let model = Gpt::new(&device).materialize();
         match against {
-            true => report_fused("gpt", &fused(number, model, &plan, inputs, loss)),
-            false => report("gpt", &rounds(number, model, &plan, adam, inputs, loss)),
+            true => report_fused(&mut figures, "gpt", &fused(number, model, &plan, inputs, loss)),
+            false => report(&mut figures, "gpt", &rounds(number, model, &plan, adam, inputs, loss)),
         }
     }
+    figures.finish();
 }

@@ -14,6 +14,8 @@ use burn_parallel::prelude::*;
 
 use crate::SIZES;
 
+use crate::figures::Figures;
+
 /// What takes turns.
 const MODES: [&str; 4] = ["floor", "all_reduce_in_place", "all_reduce of a tensor", "in place, a world of one"];
 
@@ -136,6 +138,7 @@ fn spread(values: impl Iterator<Item = f64>) -> [f64; 3] {
 
 /// Prints, for every size and mode, the median time and the ratio to the floor with its spread over the rounds.
 pub fn report(number: usize) {
+    let mut figures = Figures::of("collectives");
     println!("f32, 2 ranks, {number} rounds by turns; ratio to the floor: median (least to greatest)");
     for bytes in SIZES {
         let times = rounds(number, bytes);
@@ -143,6 +146,9 @@ pub fn report(number: usize) {
             let [_, median, _] = spread(times.iter().map(|time| 1e6 * time[mode]));
             let [least, ratio, greatest] = spread(times.iter().map(|time| time[mode] / time[0]));
             println!("{bytes:>9} B  {name:<26}{median:>10.3} us  {ratio:.2} ({least:.2} to {greatest:.2})");
+            figures.note(format!("{bytes} B, {name}"), median, "us");
+            figures.note(format!("{bytes} B, {name} over the floor"), ratio, "ratio");
         }
     }
+    figures.finish();
 }

@@ -5,6 +5,8 @@
 //!
 //! `cargo bench --bench collectives -- [floor|CRITERION FILTER]`
 
+#[path = "../figures/mod.rs"]
+mod figures;
 mod floor;
 
 use std::time::{Duration, Instant};
@@ -110,7 +112,7 @@ criterion_group! {
 }
 
 fn main() {
-    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with("--"));
+    let filter = figures::arguments().into_iter().next();
     if filter.as_deref().is_none_or(|filter| filter == "floor") {
         floor::report(9);
     }

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
-use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr};
+use burn_ir::{IrVisitorMut, TensorId, TensorIr};
 
 use crate::Error;
 use crate::graph::CustomOps;
@@ -117,10 +117,10 @@ fn run(graph: &StepGraph, device: &Device) -> Result<PlainTensor, Error> {
         interpreter.bind_data(*id, data.clone());
     }
     let mut value = None;
-    for action in program(graph, false).0 {
+    for action in program(graph, false).instructions {
         match action {
-            Instruction::Run(op) => interpreter.run(*op)?,
-            Instruction::Free(tensor) => interpreter.run(OperationIr::Drop(tensor))?,
+            Instruction::Run(op) => interpreter.run(&op)?,
+            Instruction::Free(tensor) => interpreter.free(&tensor),
             Instruction::Output(tensor) => value = Some(interpreter.get(&tensor)?),
         }
     }

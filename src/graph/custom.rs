@@ -13,6 +13,8 @@ use burn_router::CustomOpRegistry;
 use super::backend::{GraphBackend, from_handle, into_handle};
 use super::graph_error;
 use super::instruction::Instruction;
+use super::memory_plan::MemoryPlan;
+use super::step_memory::StepMemory;
 use crate::error::Error;
 use crate::tensor::{PlainTensor, Pool};
 
@@ -27,7 +29,7 @@ pub struct CustomOps {
     cube: CustomOpRegistry<Cube>,
     ids: HashSet<String>,
     fusion: bool,
-    pool: Arc<Pool>,
+    memory: Arc<StepMemory>,
     failed: Arc<Mutex<Option<Error>>>,
 }
 
@@ -54,7 +56,7 @@ impl CustomOps {
             cube: CustomOpRegistry::new(),
             ids: HashSet::new(),
             fusion: true,
-            pool: Pool::of_thread(),
+            memory: Arc::new(StepMemory::new(Pool::of_thread())),
             failed: Arc::new(Mutex::new(None)),
         }
     }
@@ -62,8 +64,9 @@ impl CustomOps {
     /// Whether groups of element-wise operations run as one loop each, in blocks that stay in the caches, as they do by
     /// default: additions and products with what they broadcast, masks, casts and activations, and the sums, means and
     /// maxima along the last dim between them, so that a softmax or a norm is one loop. On the host only; on other
-    /// devices burn fuses itself. Results from 256 KiB on are made in memory that is kept from step to step, as long as
-    /// anything on this thread holds these operations; a result that is dropped anywhere goes back there.
+    /// devices burn fuses itself. Tensors from 256 KiB on are made in memory that is kept from step to step, as long as
+    /// anything on this thread holds these operations: those that end within the step at places that were planned for them, in one
+    /// block as large as the largest of these steps needs; its results elsewhere, and one that is dropped anywhere goes back there.
     ///
     /// Attention runs in tiles of some rows, if the step has made both its factors and nothing but itself reads its scores
     /// and weights: product, scaling, masks, softmax and product in one operation, and their backward in another that makes
@@ -84,8 +87,13 @@ impl CustomOps {
     }
 
     /// What fused operations make their results in.
-    pub(crate) fn pool(&self) -> &Arc<Pool> {
-        &self.pool
+    pub(crate) fn memory(&self) -> &Arc<StepMemory> {
+        &self.memory
+    }
+
+    /// Has results made where a plan says.
+    pub(crate) fn plan_memory(&mut self, plan: MemoryPlan) {
+        self.memory = Arc::new(self.memory.with_plan(plan));
     }
 
     /// Says what the operation `id` does, replacing what it did before.

@@ -13,7 +13,7 @@ use super::fused::fuses_on;
 use super::graph_error;
 use super::instruction::Instruction;
 use super::interpret::Interpreter;
-use super::liveness::{Alive, MemoryEstimate, program};
+use super::liveness::{Alive, MemoryEstimate, Program, program};
 use super::module::{gradients_params, read_for_step, write_running_states};
 use super::origin::Origins;
 use super::results::{ResultRole, Results, StepObserver, StepOutputs, StepResult, StepValues};
@@ -41,6 +41,8 @@ pub struct Executor {
     ops: CustomOps,
     /// There once it is known where to run.
     interpreter: Option<Interpreter>,
+    /// The most bytes of a step whose memory is planned, if results stay, and if they leave when they are given.
+    planned: Option<[usize; 2]>,
     /// Edge tensors that some operation or result reads; others would only be kept alive.
     needed: HashSet<TensorId>,
     wanted: HashSet<ParamId>,
@@ -55,8 +57,13 @@ impl Executor {
     /// # Errors
     /// [`Error::Graph`] if the graph has a custom operation that `ops` does not know.
     pub fn new(graph: StepGraph, mut ops: CustomOps) -> Result<Self, Error> {
-        let (program, kernels) = program(&graph, ops.fusion());
-        kernels.register(&mut ops);
+        let Program { instructions: program, fused } = program(&graph, ops.fusion());
+        let planned = fused.map(|(kernels, plan)| {
+            let needed = [true, false].map(|keeps| plan.needed(keeps));
+            ops.plan_memory(plan);
+            kernels.register(&mut ops);
+            needed
+        });
         let needed = ops.read_by(&program)?;
         let mut role: HashMap<TensorId, Vec<ResultRole>> = HashMap::new();
         let mut mean = |tensor: &TensorIr, what| role.entry(tensor.id).or_default().push(what);
@@ -68,7 +75,7 @@ impl Executor {
         }
         graph.outputs.iter().enumerate().for_each(|(index, t)| mean(t, ResultRole::Output(index)));
         let wanted = graph.params.iter().filter(|p| needed.contains(&p.tensor.id)).map(|p| p.id).collect();
-        Ok(Self { graph, program, ops, interpreter: None, needed, wanted, role, position: 0 })
+        Ok(Self { graph, program, ops, interpreter: None, planned, needed, wanted, role, position: 0 })
     }
 
     /// The graph that runs.
@@ -86,12 +93,13 @@ impl Executor {
 
     /// What one step needs of memory beside parameters, inputs and constants.
     pub fn memory(&self) -> MemoryEstimate {
-        MemoryEstimate::of_program(&self.program)
+        let one_by_one = MemoryEstimate::of_program(&self.program);
+        self.planned.map_or(one_by_one, |[peak, _]| MemoryEstimate { peak, ..one_by_one })
     }
 
     /// The most bytes that are alive at once, if results leave when they are given.
     pub(crate) fn memory_giving(&self) -> usize {
-        Alive::giving().run(&self.program)
+        self.planned.map_or_else(|| Alive::giving().run(&self.program), |[_, giving]| giving)
     }
 
     /// Runs one step: loss and gradients of `model` on `inputs`. Running statistics of `model` are updated as by an eager
@@ -196,7 +204,8 @@ impl Executor {
             Some(interpreter) => interpreter,
             None => {
                 if !fuses_on(&device) {
-                    self.program = program(&self.graph, false).0;
+                    self.program = program(&self.graph, false).instructions;
+                    self.planned = None;
                 }
                 self.interpreter(&device)?
             }
@@ -304,14 +313,14 @@ impl Executor {
             self.position = position;
             match action {
                 Instruction::Run(op) => {
-                    interpreter.run(OperationIr::clone(op))?;
+                    interpreter.run(op)?;
                     if matches!(**op, OperationIr::Custom(_))
                         && let Some(error) = self.ops.take_error()
                     {
                         return Err(error);
                     }
                 }
-                Instruction::Free(tensor) => interpreter.run(OperationIr::Drop(tensor.clone()))?,
+                Instruction::Free(tensor) => interpreter.free(tensor),
                 Instruction::Output(tensor) => {
                     let value = interpreter.get(tensor)?;
                     let meanings = self.role.get(&tensor.id).map_or(&[][..], Vec::as_slice);

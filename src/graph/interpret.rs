@@ -14,15 +14,16 @@ use super::custom::CustomOps;
 use super::fused::{fuses_on, multiplies, multiply};
 use super::graph_error;
 use super::operation::matmul;
+use super::step_memory::StepMemory;
 use crate::error::Error;
-use crate::tensor::{PlainTensor, Pool, check_device};
+use crate::tensor::{PlainTensor, check_device};
 
 /// Runs operations on one device. Tensors are known by their ids.
 #[derive(Debug)]
 pub(crate) struct Interpreter {
     device: Device,
     /// What products are written into; none if burn multiplies.
-    pool: Option<Arc<Pool>>,
+    memory: Option<Arc<StepMemory>>,
     backend: Box<dyn Interpret>,
 }
 
@@ -38,8 +39,8 @@ impl Interpreter {
             }
             _ => Box::new(TensorInterpreter::with_custom_ops(FlexDevice, ops.on_flex())),
         };
-        let pool = (ops.fusion() && fuses_on(device)).then(|| ops.pool().clone());
-        Ok(Self { device: device.clone(), pool, backend })
+        let memory = (ops.fusion() && fuses_on(device)).then(|| ops.memory().clone());
+        Ok(Self { device: device.clone(), memory, backend })
     }
 
     pub(crate) fn device(&self) -> &Device {
@@ -59,19 +60,25 @@ impl Interpreter {
         self.backend.bind_data(id, data);
     }
 
-    /// Runs an operation, or frees a tensor.
+    /// Frees a tensor.
+    pub(crate) fn free(&mut self, tensor: &TensorIr) {
+        self.backend.run(OperationIr::Drop(tensor.clone()));
+    }
+
+    /// Runs an operation.
     ///
     /// # Errors
     /// [`Error::Graph`] if a tensor is not on the device.
-    pub(crate) fn run(&mut self, op: OperationIr) -> Result<(), Error> {
-        match (&self.pool, matmul(&op)) {
-            (Some(pool), Some(product)) if multiplies(product.out.dtype) => {
+    pub(crate) fn run(&mut self, op: &OperationIr) -> Result<(), Error> {
+        match (&self.memory, matmul(op)) {
+            (Some(memory), Some(product)) if multiplies(product.out.dtype) => {
                 let left = self.backend.get(&product.lhs)?.into_flex()?;
                 let right = self.backend.get(&product.rhs)?.into_flex()?;
-                let out = multiply(&left, &right, &product.out.shape, pool);
+                let room = memory.room(&product.out);
+                let out = multiply(&left, &right, &product.out.shape, room, memory.pool());
                 self.backend.bind(product.out.id, PlainTensor::from_flex(out))?;
             }
-            _ => self.backend.run(op),
+            _ => self.backend.run(op.clone()),
         }
         Ok(())
     }

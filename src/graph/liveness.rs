@@ -10,9 +10,11 @@ use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
 
 use super::fused::{Kernels, fuse, taken};
 use super::instruction::{Instruction, Item};
+use super::memory_plan::MemoryPlan;
 use super::step::StepGraph;
 
-/// What a step needs of memory beside parameters, inputs and constants, assuming that views copy.
+/// What a step needs of memory beside parameters, inputs and constants. Of operations one by one, assuming that views
+/// copy; where they are fused, by the plan of where tensors lie, from the second step on: memory that steps keep is in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryEstimate {
     /// The most bytes that are alive at once.
@@ -103,7 +105,7 @@ impl Alive {
             }
             MemoryEvent::Run(op) => {
                 // Their memory goes on as that of results.
-                taken(op).into_iter().for_each(|id| self.remove(&id));
+                taken(op).for_each(|id| self.remove(&id));
                 op.outputs().for_each(|out| self.add(out));
                 let peak = self.now;
                 let last = op.inputs().filter(|input| input.status == TensorStatus::ReadWrite);
@@ -120,8 +122,15 @@ enum MemoryEvent<'a> {
     Nothing,
 }
 
-/// The program of a graph, and the kernels that it runs if groups of its operations are to be fused.
-pub(crate) fn program(graph: &StepGraph, fusion: bool) -> (Vec<Instruction>, Kernels) {
+/// What a step runs.
+pub(crate) struct Program {
+    pub(crate) instructions: Vec<Instruction>,
+    /// The kernels that it runs, and where they write, if groups of its operations are fused.
+    pub(crate) fused: Option<(Kernels, MemoryPlan)>,
+}
+
+/// The program of a graph, with groups of its operations fused or without.
+pub(crate) fn program(graph: &StepGraph, fusion: bool) -> Program {
     let results: HashSet<TensorId> = graph.results().map(|t| t.id).collect();
     let keep: HashSet<TensorId> = graph.constants.keys().copied().collect();
     let operations = without_dead(&graph.operations, &results);
@@ -134,8 +143,15 @@ pub(crate) fn program(graph: &StepGraph, fusion: bool) -> (Vec<Instruction>, Ker
         items.push(Item::Run(Box::new(op)));
         items.extend(given.into_iter().map(Item::Output));
     }
-    let (sections, kernels) = if fusion { fuse([items]) } else { ([items], Kernels::default()) };
-    (with_lifetimes(sections, &keep).into_iter().flatten().collect(), kernels)
+    if !fusion {
+        let [instructions] = with_lifetimes([items], &keep);
+        return Program { instructions, fused: None };
+    }
+    let (sections, kernels) = fuse([items]);
+    let mut sections = with_lifetimes(sections, &keep);
+    let plan = MemoryPlan::of(&mut sections, &kernels);
+    let [instructions] = sections;
+    Program { instructions, fused: Some((kernels, plan)) }
 }
 
 /// Works out the lifetimes of a program in sections, which run one after the other with other programs in between.

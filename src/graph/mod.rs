@@ -60,6 +60,7 @@ pub(crate) mod interpret;
 mod leaves;
 mod listing;
 pub(crate) mod liveness;
+pub(crate) mod memory_plan;
 pub(crate) mod module;
 pub(crate) mod operation;
 pub(crate) mod origin;
@@ -70,6 +71,7 @@ mod results;
 mod same_inputs;
 mod signature;
 pub(crate) mod step;
+pub(crate) mod step_memory;
 
 pub use crate::tensor::{TensorMapper, TensorTree};
 pub use bind::graph_tensors;

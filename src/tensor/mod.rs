@@ -2,10 +2,12 @@
 //! are to everything below a model.
 
 mod backend;
+mod block;
 mod digest;
 pub(crate) mod magnitude;
 mod measured_sum;
 mod ops;
+mod product;
 mod recycled;
 mod squares;
 mod tree;
@@ -21,7 +23,8 @@ use burn::tensor::kind::{Autodiff, Basic};
 use burn::tensor::{Bool, DType, Device, Int, Shape, Tensor, TensorData};
 
 pub(crate) use self::backend::{check_device, with_backend};
-pub(crate) use self::recycled::{Pool, Room};
+pub(crate) use self::product::{Multiplied, Product, SPLIT_FROM, Strided};
+pub(crate) use self::recycled::{ALIGN, FROM, Pool, Room};
 pub(crate) use self::squares::{Look, Squares};
 #[doc(hidden)]
 pub use self::tree::{TensorMapper, TensorTree};

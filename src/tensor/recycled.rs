@@ -1,29 +1,41 @@
 //! Memory that is used again: what large tensors of captured steps are made in.
 //!
 //! The system gives and takes memory of this size page by page, each of which it zeroes when it is first touched. That
-//! takes longer than to write it. So what a tensor held stays with the pool that it came from, for the next of about
-//! its size; steps do the same again and again, so the second finds what it needs.
+//! takes longer than to write it. So it stays with the steps of a thread, in two forms: a block in which tensors that
+//! live and die within a step have places that were worked out before, so that it is as large as the step needs; and
+//! pieces for tensors that leave the step or whose end is not known, which are used again by the next of about their
+//! size.
 
-use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use burn::tensor::Bytes;
+use burn::backend::flex::{FlexTensor, Layout as Strides};
+use burn::tensor::{Bytes, DType, Shape};
 use burn_std::{AccessError, AccessPolicy, AllocationController, AllocationProperty};
 
+use super::block::Block;
+
 /// What is smaller comes from the allocator, which keeps it.
-const FROM: usize = 256 << 10;
+pub(crate) const FROM: usize = 256 << 10;
 /// A cache line, and the widest vector.
-const ALIGN: usize = 64;
+pub(crate) const ALIGN: usize = 64;
 /// A piece that is not taken again while so many others are goes back to the system.
 const KEEP: u64 = 4096;
 
 /// The memory that the captured steps of a thread take turns in. It goes back to the system with the last of them.
 #[derive(Debug, Default)]
-pub(crate) struct Pool(Mutex<Pieces>);
+pub(crate) struct Pool {
+    pieces: Mutex<Pieces>,
+    /// As large as the largest step of those that have run.
+    block: Mutex<Option<Arc<Block>>>,
+    /// How many tensors did not find their place free.
+    #[cfg(test)]
+    elsewhere: std::sync::atomic::AtomicUsize,
+}
 
 #[derive(Debug, Default)]
 struct Pieces {
@@ -81,9 +93,11 @@ impl Pieces {
 
 /// A piece of memory, given back to the system when it is dropped.
 #[derive(Debug)]
-struct Piece {
-    pointer: NonNull<u8>,
+pub(super) struct Piece {
+    allocated: NonNull<u8>,
     layout: Layout,
+    /// From its first aligned byte on.
+    bytes: usize,
 }
 
 // SAFETY: a piece is bytes that nothing else refers to.
@@ -92,20 +106,41 @@ unsafe impl Send for Piece {}
 unsafe impl Sync for Piece {}
 
 impl Piece {
+    /// Of which nothing was written yet.
     fn new(bytes: usize) -> Self {
-        let layout = Layout::from_size_align(bytes.max(1), ALIGN);
-        let layout = layout.expect("a tensor is smaller than the address space");
         // SAFETY: its size is not 0.
-        let pointer = unsafe { alloc(layout) };
-        let Some(pointer) = NonNull::new(pointer) else { handle_alloc_error(layout) };
-        Self { pointer, layout }
+        Self::made(bytes, |layout| unsafe { alloc(layout) })
+    }
+
+    /// Zeros: of a large piece pages that the system zeroes when they are touched.
+    pub(super) fn zeroed(bytes: usize) -> Self {
+        // SAFETY: its size is not 0.
+        Self::made(bytes, |layout| unsafe { alloc_zeroed(layout) })
+    }
+
+    /// The allocator would write the zeros itself if it were asked for more than its own alignment.
+    fn made(bytes: usize, allocate: impl FnOnce(Layout) -> *mut u8) -> Self {
+        let layout = bytes.checked_add(ALIGN).and_then(|bytes| Layout::from_size_align(bytes, align_of::<u128>()).ok());
+        let layout = layout.expect("a tensor is smaller than the address space");
+        let Some(allocated) = NonNull::new(allocate(layout)) else { handle_alloc_error(layout) };
+        Self { allocated, layout, bytes }
+    }
+
+    /// The first byte, at a multiple of 64.
+    pub(super) fn pointer(&self) -> *mut u8 {
+        let pointer = self.allocated.as_ptr();
+        pointer.wrapping_add(pointer.align_offset(ALIGN))
+    }
+
+    pub(super) fn size(&self) -> usize {
+        self.bytes
     }
 }
 
 impl Drop for Piece {
     fn drop(&mut self) {
         // SAFETY: it was allocated with this layout, and is dropped once.
-        unsafe { dealloc(self.pointer.as_ptr(), self.layout) };
+        unsafe { dealloc(self.allocated.as_ptr(), self.layout) };
     }
 }
 
@@ -128,7 +163,7 @@ impl Pool {
     /// Room for so many bytes, whose values are not set.
     pub(crate) fn room(self: &Arc<Self>, bytes: usize) -> Room {
         if bytes < FROM {
-            return Room { piece: Some(Piece::new(bytes)), bytes, pool: Weak::new() };
+            return Room { place: Place::Piece(Piece::new(bytes), Weak::new()), bytes };
         }
         let mut pieces = self.pieces();
         pieces.time += 1;
@@ -136,7 +171,7 @@ impl Pool {
         if found.is_none() {
             pieces.make_room(bytes);
         }
-        pieces.used += found.as_ref().map_or(bytes, |piece| piece.layout.size());
+        pieces.used += found.as_ref().map_or(bytes, |piece| piece.size());
         pieces.most = pieces.most.max(pieces.used);
         if pieces.time.is_multiple_of(KEEP) {
             let time = pieces.time;
@@ -146,8 +181,41 @@ impl Pool {
             }
         }
         drop(pieces);
-        let piece = found.unwrap_or_else(|| Piece::new(bytes));
-        Room { piece: Some(piece), bytes, pool: Arc::downgrade(self) }
+        let piece = found.unwrap_or_else(|| Piece::zeroed(bytes));
+        Room { place: Place::Piece(piece, Arc::downgrade(self)), bytes }
+    }
+
+    /// Room in the block, of which the step needs `size` bytes, from `start` on; elsewhere if somebody is still there.
+    pub(crate) fn room_at(self: &Arc<Self>, start: usize, bytes: usize, size: usize) -> Room {
+        let block = {
+            let mut block = self.block.lock().unwrap_or_else(PoisonError::into_inner);
+            // Of a block that is too small tensors keep the rest alive.
+            let large = block.take().filter(|block| block.size() >= size);
+            block.insert(large.unwrap_or_else(|| Arc::new(Block::new(size)))).clone()
+        };
+        match block.lend(start, bytes) {
+            true => Room { place: Place::Block(block, start), bytes },
+            false => {
+                #[cfg(test)]
+                self.elsewhere.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                self.room(bytes)
+            }
+        }
+    }
+
+    /// A tensor with any values, to be written over.
+    pub(crate) fn tensor(self: &Arc<Self>, shape: Shape, dtype: DType) -> FlexTensor {
+        let bytes = shape.num_elements() * dtype.size();
+        if bytes < FROM {
+            return FlexTensor::empty(shape, dtype);
+        }
+        // SAFETY: the memory of the pool was zeroed when it was new.
+        FlexTensor::new(unsafe { self.room(bytes).filled() }, Strides::contiguous(shape), dtype)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn elsewhere(&self) -> usize {
+        self.elsewhere.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// Bytes that no tensor holds.
@@ -157,23 +225,40 @@ impl Pool {
     }
 
     fn pieces(&self) -> MutexGuard<'_, Pieces> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pieces.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Memory for a tensor; it returns to its pool when it is dropped, if there still is one.
+/// Where a room is.
+#[derive(Debug)]
+enum Place {
+    /// In a piece of its own, which returns to its pool, if there still is one.
+    Piece(Piece, Weak<Pool>),
+    /// In a block, from there on.
+    Block(Arc<Block>, usize),
+    /// Given back.
+    Nowhere,
+}
+
+/// Memory for a tensor; it can be used again when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Room {
-    /// There until it is dropped.
-    piece: Option<Piece>,
+    place: Place,
     bytes: usize,
-    pool: Weak<Pool>,
 }
 
 impl Room {
     /// Where it begins, at a multiple of 64 bytes.
     pub(crate) fn pointer(&self) -> *mut u8 {
-        self.piece.as_ref().map_or(std::ptr::null_mut(), |piece| piece.pointer.as_ptr())
+        match &self.place {
+            Place::Piece(piece, _) => piece.pointer(),
+            Place::Block(block, start) => block.pointer(*start),
+            Place::Nowhere => std::ptr::null_mut(),
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// # Safety
@@ -187,12 +272,17 @@ impl Room {
 
 impl Drop for Room {
     fn drop(&mut self) {
-        if let (Some(pool), Some(piece)) = (self.pool.upgrade(), self.piece.take()) {
-            let mut pieces = pool.pieces();
-            let (time, size) = (pieces.time, piece.layout.size());
-            pieces.used -= size;
-            pieces.idle += size;
-            pieces.free.entry(size).or_default().push((piece, time));
+        match std::mem::replace(&mut self.place, Place::Nowhere) {
+            Place::Block(block, start) => block.take_back(start),
+            Place::Piece(piece, pool) => {
+                let Some(pool) = pool.upgrade() else { return };
+                let mut pieces = pool.pieces();
+                let (time, size) = (pieces.time, piece.size());
+                pieces.used -= size;
+                pieces.idle += size;
+                pieces.free.entry(size).or_default().push((piece, time));
+            }
+            Place::Nowhere => {}
         }
     }
 }

@@ -278,3 +278,78 @@ fn sums_of_a_column() {
         });
     }
 }
+
+/// Two captured steps take turns in the memory of a thread; what they gave before stays what it was, whoever holds it.
+#[test]
+fn results_outlive_the_steps_that_follow() {
+    let device = device();
+    let model = (LinearConfig::new(256, 256).init(&device), LayerNormConfig::new(256).init(&device));
+    type Model = (Linear, burn::nn::LayerNorm);
+    let narrow = |(linear, norm): &Model, x: Tensor<2>| {
+        let y = norm.forward(activation::gelu(linear.forward(x.clone())) + x);
+        (linear.forward(y.clone()) * y).powi_scalar(2).mean()
+    };
+    let wide = |(linear, norm): &Model, x: Tensor<2>| {
+        let y = activation::softmax(linear.forward(norm.forward(x)), 1);
+        (y.clone().transpose().matmul(y.clone()) + 1.0).log().mean()
+    };
+    let x = |seed: u64, rows| Numbers(seed).tensor::<2>([rows, 256], &device);
+    let executors = |fusion| {
+        let ops = || CustomOps::new().with_fusion(fusion);
+        let narrow = Executor::new(capture_step(&model, x(1, 257), narrow).unwrap(), ops()).unwrap();
+        (narrow, Executor::new(capture_step(&model, x(1, 512), wide).unwrap(), ops()).unwrap())
+    };
+    let (mut fused, mut plain) = (executors(true), executors(false));
+    let mut held = Vec::new();
+    for turn in 0..3 {
+        for rows in [257, 512] {
+            let step = |(narrow, wide): &mut (Executor, Executor)| {
+                let executor = if rows == 257 { narrow } else { wide };
+                executor.step(&model, x(turn, rows)).unwrap()
+            };
+            let (given, expected) = (step(&mut fused), step(&mut plain));
+            held.push((given, gradient_values(&model, &expected.gradients), scalar(expected.loss)));
+        }
+        if turn == 1 {
+            // What another thread drops returns to this one's memory.
+            let first = held.swap_remove(0).0;
+            std::thread::spawn(move || drop(first)).join().unwrap();
+        }
+    }
+    for (given, gradients, loss) in held {
+        let worst = difference(&gradient_values(&model, &given.gradients), &gradients);
+        assert!(worst <= 2e-5, "gradients differ by {worst}");
+        assert!((scalar(given.loss) - loss).abs() <= 1e-5 * loss.abs());
+    }
+}
+
+/// What leaves a step as a view of something, or as a view of what came, is nobody's to write over.
+#[test]
+fn views_that_leave_a_step_stay_what_they_were() {
+    let model = linear();
+    let run = |(x, weight): (Tensor<2>, Tensor<2>)| {
+        let product = x.clone().matmul(weight);
+        let view = product.clone().swap_dims(0, 1);
+        let scaled = product.clone() * 2.0 + 1.0;
+        let rows = scaled.clone().slice(3..9);
+        let activated = (scaled.clone().tanh() - product.clone()).reshape([128, 2, 272]);
+        let cut = x.clone().slice(0..2);
+        vec![view.exp().swap_dims(0, 1), product.swap_dims(0, 1), rows, activated.flatten(0, 1), cut, scaled, x]
+    };
+    let inputs = |seed| {
+        let mut numbers = Numbers(seed);
+        let mut make = |dims| numbers.tensor::<2>(dims, &Device::flex());
+        (make([256, 260]), make([260, 272]))
+    };
+    let [mut fused, mut plain] = [true, false].map(|fusion| {
+        let captured = capture_forward(&model, inputs(0), |_, inputs| run(inputs)).unwrap();
+        Forward::new(captured, CustomOps::new().with_fusion(fusion)).unwrap()
+    });
+    let held: Vec<_> = (0..4)
+        .map(|seed| (fused.run(&model, inputs(seed)).unwrap(), plain.run(&model, inputs(seed)).unwrap()))
+        .collect();
+    for (turn, (fused, plain)) in held.into_iter().enumerate() {
+        let worst = apart(&[fused, plain]);
+        assert!(worst <= 1e-5, "apart by {worst} in turn {turn}");
+    }
+}

@@ -148,11 +148,10 @@ fn a_step_needs_what_is_known_of_it() {
         ("tp", Strategy::new().with_tp(2, plan())),
         ("pp", Strategy::new().with_pp(2, PipelineConfig::new(2).with_cut(Cut::before(["down.*"])))),
     ] {
-        // Fused loops keep the memory of large tensors from step to step: as much as these had at once, beside what is made
-        // otherwise at another time.
+        // Steps keep their memory, which stands beside what else is made at another time than its tensors.
         let (known, taken) = known_and_taken(&strategy, true);
         let ratio = taken as f64 / known as f64;
-        assert!(ratio < 2.25, "{name}, three steps: {known} known, {taken} needed: {ratio:.2}");
+        assert!(ratio < 1.6, "{name}, three steps: {known} known, {taken} needed: {ratio:.2}");
         strategy.tensor.fusion = false;
         strategy.pipeline = strategy.pipeline.map(|pipeline| pipeline.with_fusion(false));
         let (known, taken) = known_and_taken(&strategy, false);

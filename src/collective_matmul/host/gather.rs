@@ -1,6 +1,7 @@
 //! Products of a left factor that is gathered: of this rank's rows at once, of other ranks' rows as they arrive.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use burn::backend::flex::FlexTensor;
 use burn::backend::{Flex, TensorMetadata};
@@ -13,6 +14,7 @@ use crate::collective_matmul::ProductCall;
 use crate::collective_matmul::chunk_plan::{ChunkPlan, check_positions, total_positions};
 use crate::collective_matmul::schedule::Size;
 use crate::comm::part;
+use crate::tensor::Pool;
 
 pub(super) fn gather<T: Real>(
     left: FlexTensor,
@@ -42,27 +44,28 @@ pub(super) fn gather<T: Real>(
     let (size, rank) = (call.comm.size(), call.comm.rank());
     let plan = ChunkPlan::new(positions, size, rank, schedule);
     let (brought, width) = (with_positions_first(&left, dim), outer * unit * features);
+    let pool = Pool::of_thread();
     let mut in_flight = Vec::with_capacity(schedule.chunks);
     for chunk in 0..schedule.chunks {
         let (own, brought) = (plan.within_own(chunk), brought.clone());
-        let (elements, dims) = (plan.total(chunk) * width, [own.len(), width]);
+        let dims = [own.len(), width];
+        let mut slots = empty_tensor::<T>(&[plan.total(chunk), width], &pool);
         in_flight.push(call.comm.start(move |comm| {
-            let mut slots = vec![T::default(); elements];
             let rows = elements_of::<T>(&brought);
-            comm.all_gather_matrix(&rows[own.start * width..own.end * width], dims, &mut slots)?;
+            comm.all_gather_matrix(&rows[own.start * width..own.end * width], dims, slots.storage_mut())?;
             Ok(slots)
         }));
     }
-    let mut whole = empty_tensor::<T>(&[positions, width]);
-    let mut made: Vec<_> =
-        factors.iter().map(|right| empty_tensor::<T>(&dims_of(&left, dim, positions, right.columns()))).collect();
+    let mut whole = empty_tensor::<T>(&[positions, width], &pool);
+    let dims_of_made = |right: &Factor<'_, T>| dims_of(&left, dim, positions, right.columns());
+    let mut made: Vec<_> = factors.iter().map(|right| empty_tensor::<T>(&dims_of_made(right), &pool)).collect();
     {
         let gathered: &mut [T] = whole.storage_mut();
         let mut outs: Vec<&mut [T]> = made.iter_mut().map(|made| made.storage_mut()).collect();
         let mut place = |at: Range<usize>, slot: &[T]| {
             gathered[at.start * width..at.end * width].copy_from_slice(slot);
             for (right, out) in factors.iter().zip(&mut outs) {
-                write_slot(slot, [outer, unit, features], right, out, [at.start, positions]);
+                write_slot(slot, [outer, unit, features], right, out, [at.start, positions], &pool);
             }
         };
         // What this rank has needs no waiting.
@@ -70,7 +73,7 @@ pub(super) fn gather<T: Real>(
         place(own.clone(), &elements_of::<T>(&brought)[..own.len() * width]);
         for (chunk, slots) in in_flight.into_iter().enumerate() {
             let slots = slots.wait()?;
-            let mut rest = slots.as_slice();
+            let mut rest = slots.storage::<T>();
             for (from, positions) in plan.of_all(chunk).enumerate() {
                 let (slot, behind) = rest.split_at(positions.len() * width);
                 if from != rank {
@@ -91,6 +94,7 @@ fn write_slot<T: Real>(
     right: &Factor<'_, T>,
     out: &mut [T],
     [at, positions]: [usize; 2],
+    pool: &Arc<Pool>,
 ) {
     let columns = right.columns();
     let count = slot.len().checked_div(outer * unit * features).unwrap_or(0);
@@ -100,12 +104,12 @@ fn write_slot<T: Real>(
             let stride = if unit == 1 { outer * features } else { features };
             let rows = slot.get(place * unit * features..).unwrap_or_default();
             let left = Matrix::spread(rows, count * unit, features, stride);
-            multiply(&[(left, right)], OutputRows::packed(out, columns));
+            multiply(&[(left, right)], OutputRows::packed(out, columns), pool);
         } else {
             for position in 0..count {
                 let rows = &slot[(position * outer + place) * unit * features..][..unit * features];
                 let out = &mut out[position * unit * columns..];
-                multiply(&[(Matrix::packed(rows, unit, features), right)], OutputRows::packed(out, columns));
+                multiply(&[(Matrix::packed(rows, unit, features), right)], OutputRows::packed(out, columns), pool);
             }
         }
     }

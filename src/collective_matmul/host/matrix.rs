@@ -1,14 +1,13 @@
 //! Views of matrices in host memory, and Flex's multiplication of them into buffers that exist already.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use burn::backend::flex::FlexTensor;
-use burn::tensor::{Shape, bf16, f16};
+use burn::tensor::{DType, Shape, bf16, f16};
 
 use crate::comm::Element;
-
-/// Flex's threshold: with fewer multiplications than this, a product is made by one thread.
-const PARALLEL_THRESHOLD: usize = 192 * 192 * 192;
+use crate::tensor::{Multiplied, Pool, Product, SPLIT_FROM, Strided};
 
 /// A view of a matrix: any strides, nothing copied.
 #[derive(Debug, Clone, Copy)]
@@ -21,9 +20,12 @@ pub(super) struct Matrix<'a, T> {
     pub column_stride: isize,
 }
 
-impl<'a, T: Real> Matrix<'a, T> {
+impl<'a, T: Copy> Matrix<'a, T> {
     /// The last two dims of a tensor as they lie; the others are 1.
-    pub fn of(tensor: &'a FlexTensor) -> Self {
+    pub fn of(tensor: &'a FlexTensor) -> Self
+    where
+        T: Real,
+    {
         let layout = tensor.layout();
         let (shape, strides) = (layout.shape(), layout.strides());
         let [row, column] = [shape.num_dims() - 2, shape.num_dims() - 1];
@@ -57,6 +59,10 @@ impl<'a, T: Real> Matrix<'a, T> {
         let from = (rows.start as isize * self.row_stride) as usize;
         let data = self.data.get(from..).unwrap_or_default();
         Self { data, rows: rows.len(), ..self }
+    }
+
+    fn strided(&self) -> Strided<T> {
+        Strided { first: self.data.as_ptr(), row: self.row_stride, column: self.column_stride }
     }
 
     fn is_empty(&self) -> bool {
@@ -122,11 +128,11 @@ impl<'a, T> OutputRows<'a, T> {
     }
 }
 
-/// Writes `sum of left * right` to its place.
+/// Writes `sum of left * right` to its place; what is made on the way is made in memory of `pool`.
 ///
 /// # Panics
 /// If the dims do not fit, which callers check.
-pub(super) fn multiply<T: Real>(terms: &[(Matrix<'_, T>, &Factor<'_, T>)], out: OutputRows<'_, T>) {
+pub(super) fn multiply<T: Real>(terms: &[(Matrix<'_, T>, &Factor<'_, T>)], out: OutputRows<'_, T>, pool: &Arc<Pool>) {
     let (rows, columns) = terms.first().map_or((0, 0), |(left, right)| (left.rows, right.columns));
     let fits = |(left, right): &(Matrix<'_, T>, &Factor<'_, T>)| {
         (left.rows, left.columns, right.columns) == (rows, right.rows, columns)
@@ -140,7 +146,7 @@ pub(super) fn multiply<T: Real>(terms: &[(Matrix<'_, T>, &Factor<'_, T>)], out: 
         terms.iter().filter(|(left, _)| left.columns > 0).map(|(left, right)| (*left, &right.packed)).collect();
     match terms.is_empty() {
         true => out.data.chunks_mut(out.row_stride).for_each(|row| row[..columns].fill(T::default())),
-        false => T::multiply(&terms, out, columns),
+        false => T::multiply(&terms, out, columns, pool),
     }
 }
 
@@ -152,11 +158,16 @@ pub(super) trait Real: Element + bytemuck::Pod {
     fn pack(matrix: Matrix<'_, Self>) -> Self::Packed<'_>;
 
     /// Writes the sum of products of matrices that are not empty.
-    fn multiply(terms: &[(Matrix<'_, Self>, &Self::Packed<'_>)], out: OutputRows<'_, Self>, columns: usize);
+    fn multiply(
+        terms: &[(Matrix<'_, Self>, &Self::Packed<'_>)],
+        out: OutputRows<'_, Self>,
+        columns: usize,
+        pool: &Arc<Pool>,
+    );
 }
 
 macro_rules! real {
-    ($($float:ty: $one:expr);*) => {$(
+    ($($float:ty),*) => {$(
         impl Real for $float {
             type Packed<'a> = Matrix<'a, Self>;
 
@@ -164,15 +175,20 @@ macro_rules! real {
                 matrix
             }
 
-            fn multiply(terms: &[(Matrix<'_, Self>, &Matrix<'_, Self>)], out: OutputRows<'_, Self>, _: usize) {
+            fn multiply(
+                terms: &[(Matrix<'_, Self>, &Matrix<'_, Self>)],
+                out: OutputRows<'_, Self>,
+                _: usize,
+                pool: &Arc<Pool>,
+            ) {
                 for (number, (left, right)) in terms.iter().enumerate() {
-                    gemm(*left, **right, out.data, out.row_stride, number > 0, $one);
+                    gemm(*left, **right, out.data, out.row_stride, number > 0, pool);
                 }
             }
         }
     )*};
 }
-real!(f32: 1.0; f64: 1.0; f16: f16::ONE);
+real!(f32, f64, f16);
 
 /// As Flex: multiplied in `f32`, rounded once.
 impl Real for bf16 {
@@ -182,13 +198,19 @@ impl Real for bf16 {
         (matrix.elements().map(bf16::to_f32).collect(), matrix.rows, matrix.columns)
     }
 
-    fn multiply(terms: &[(Matrix<'_, Self>, &Self::Packed<'_>)], out: OutputRows<'_, Self>, columns: usize) {
+    fn multiply(
+        terms: &[(Matrix<'_, Self>, &Self::Packed<'_>)],
+        out: OutputRows<'_, Self>,
+        columns: usize,
+        pool: &Arc<Pool>,
+    ) {
         let rows = terms.first().map_or(0, |(left, _)| left.rows);
-        let mut sum = vec![0f32; rows * columns];
+        let mut sum = pool.tensor(Shape::from(vec![rows, columns]), DType::F32);
+        let sum: &mut [f32] = sum.storage_mut();
         for (number, (left, (right, inner, columns))) in terms.iter().enumerate() {
             let wide: Vec<f32> = left.elements().map(bf16::to_f32).collect();
             let left = Matrix::packed(&wide, rows, left.columns);
-            gemm(left, Matrix::packed(right, *inner, *columns), &mut sum, *columns, number > 0, 1.0);
+            gemm(left, Matrix::packed(right, *inner, *columns), sum, *columns, number > 0, pool);
         }
         for (row, wide) in out.data.chunks_mut(out.row_stride).zip(sum.chunks(columns)) {
             row.iter_mut().zip(wide).for_each(|(out, wide)| *out = bf16::from_f32(*wide));
@@ -197,41 +219,28 @@ impl Real for bf16 {
 }
 
 /// What Flex's `float_matmul` does, but for where the result goes, and that it can be added to what is there.
-fn gemm<T: Real>(left: Matrix<'_, T>, right: Matrix<'_, T>, out: &mut [T], row_stride: usize, add: bool, one: T) {
-    let (m, n, k) = (left.rows, right.columns, left.columns);
+fn gemm<T: Multiplied>(
+    left: Matrix<'_, T>,
+    right: Matrix<'_, T>,
+    out: &mut [T],
+    row_stride: usize,
+    adds: bool,
+    pool: &Arc<Pool>,
+) {
+    let (rows, columns, inner) = (left.rows, right.columns, left.columns);
     assert!(!left.is_empty() && !right.is_empty() && left.fits() && right.fits());
-    assert!(right.rows == k && n <= row_stride && (m - 1) * row_stride + n <= out.len());
-    let parallelism = match m.saturating_mul(n).saturating_mul(k) >= PARALLEL_THRESHOLD {
+    assert!(right.rows == inner && columns <= row_stride && (rows - 1) * row_stride + columns <= out.len());
+    let (left, right) = (left.strided(), right.strided());
+    let product = Product { rows, inner, columns, left, right, adds, pool };
+    let parallelism = match product.work() >= SPLIT_FROM {
         true => gemm::Parallelism::Rayon(0),
         false => gemm::Parallelism::None,
     };
     // SAFETY: all elements lie within their slices, as was just checked, and `out` is lent for writing.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out.as_mut_ptr(),
-            1,
-            row_stride as isize,
-            add,
-            left.data.as_ptr(),
-            left.column_stride,
-            left.row_stride,
-            right.data.as_ptr(),
-            right.column_stride,
-            right.row_stride,
-            if add { one } else { T::default() },
-            one,
-            false,
-            false,
-            false,
-            parallelism,
-        );
-    }
+    unsafe { product.write(out.as_mut_ptr(), row_stride, parallelism) };
 }
 
-/// A tensor whose values are not set: pages of zeros that are not touched before they are written.
-pub(super) fn empty_tensor<T: Real>(dims: &[usize]) -> FlexTensor {
-    FlexTensor::empty(Shape::from(dims.to_vec()), T::DTYPE)
+/// A tensor with any values, to be written over: in memory that captured steps of this thread keep, if there are any.
+pub(super) fn empty_tensor<T: Real>(dims: &[usize], pool: &Arc<Pool>) -> FlexTensor {
+    pool.tensor(Shape::from(dims.to_vec()), T::DTYPE)
 }

@@ -4,6 +4,7 @@
 //! are written there by rows at even distances, and read from there likewise; nothing is brought into another order.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use burn::backend::TensorMetadata;
 use burn::backend::flex::FlexTensor;
@@ -17,13 +18,15 @@ use crate::collective_matmul::chunk_plan::ChunkPlan;
 use crate::collective_matmul::schedule::Size;
 use crate::collective_matmul::{PendingProduct, ProductCall};
 use crate::comm::Pending;
+use crate::tensor::Pool;
 
-/// Pairs of factors whose products are added up.
-struct Terms<'a, T: Real>(Vec<(MatrixBatch<'a, T>, Factor<'a, T>)>);
+/// Pairs of factors whose products are added up, and the memory that this is done in.
+struct Terms<'a, T: Real>(Vec<(MatrixBatch<'a, T>, Factor<'a, T>)>, &'a Arc<Pool>);
 
 impl<'a, T: Real> Terms<'a, T> {
-    fn of(terms: &'a [[FlexTensor; 2]], dim: usize) -> Self {
-        Self(terms.iter().map(|[left, right]| (MatrixBatch::of(left, dim), Factor::new(Matrix::of(right)))).collect())
+    fn of(terms: &'a [[FlexTensor; 2]], dim: usize, pool: &'a Arc<Pool>) -> Self {
+        let pair = |[left, right]: &'a [FlexTensor; 2]| (MatrixBatch::of(left, dim), Factor::new(Matrix::of(right)));
+        Self(terms.iter().map(pair).collect(), pool)
     }
 
     fn columns(&self) -> usize {
@@ -43,7 +46,7 @@ impl<'a, T: Real> Terms<'a, T> {
     /// The rows of each factor as `rows` chooses them, multiplied.
     fn write(&self, place: OutputRows<'_, T>, rows: impl Fn(&MatrixBatch<'a, T>) -> Matrix<'a, T>) {
         let terms: Vec<_> = self.0.iter().map(|(left, right)| (rows(left), right)).collect();
-        multiply(&terms, place);
+        multiply(&terms, place, self.1);
     }
 
     /// Writes some positions, of `unit` rows of each outer place, one behind the other.
@@ -106,12 +109,13 @@ pub(super) fn sum<T: Real>(
 ) -> Result<PendingProduct<FlexTensor>, Error> {
     let terms: Vec<_> = terms.into_iter().map(|[left, right]| [even(left, 0), right]).collect();
     let first = &terms.first().ok_or_else(|| call.no_terms())?[0];
-    let factors = Terms::<T>::of(&terms, 0);
+    let pool = Pool::of_thread();
+    let factors = Terms::<T>::of(&terms, 0, &pool);
     let (rows, columns) = (factors.0[0].0.rows(), factors.columns());
     let schedule = call.schedule(factors.size(rows, beside))?;
     let mut dims = first.shape().to_vec();
     dims.splice(dims.len() - 1.., [columns]);
-    let mut sum = empty_tensor::<T>(&dims);
+    let mut sum = empty_tensor::<T>(&dims, &pool);
     let dims = |rows: &Range<usize>| [rows.len(), columns];
     let write = |rows: Range<usize>, out: &mut [T]| {
         factors.write(OutputRows::packed(out, columns), |left| left.matrix(0).rows(rows.clone()));
@@ -149,13 +153,14 @@ pub(super) fn scatter<T: Real>(
     let terms: Vec<_> = terms.into_iter().map(|[left, right]| [even(left, dim), right]).collect();
     let first = &terms.first().ok_or_else(|| call.no_terms())?[0];
     let (unit, positions) = (unit_of(first, dim), first.shape()[dim]);
-    let factors = Terms::<T>::of(&terms, dim);
+    let pool = Pool::of_thread();
+    let factors = Terms::<T>::of(&terms, dim, &pool);
     let (outer, columns) = (factors.0[0].0.outer, factors.columns());
     let schedule = call.schedule(factors.size(outer * positions * unit, beside))?;
     let plan = ChunkPlan::new(positions, call.comm.size(), call.comm.rank(), schedule);
     let width = outer * unit * columns;
     let dims = dims_of(first, dim, plan.own(), columns);
-    let mut scattered = empty_tensor::<T>(&[plan.own(), width]);
+    let mut scattered = empty_tensor::<T>(&[plan.own(), width], &pool);
     let fill = |chunk: usize, partial: &mut [T]| {
         if schedule.chunks == 1 {
             return factors.write_positions(0..positions, unit, partial);
@@ -168,7 +173,9 @@ pub(super) fn scatter<T: Real>(
         }
     };
     if !schedule.background {
-        let mut partial = vec![T::default(); (0..schedule.chunks).map(|c| plan.total(c)).max().unwrap_or(0) * width];
+        let most = (0..schedule.chunks).map(|chunk| plan.total(chunk)).max().unwrap_or(0);
+        let mut partial = empty_tensor::<T>(&[most, width], &pool);
+        let partial: &mut [T] = partial.storage_mut();
         let mut rest: &mut [T] = scattered.storage_mut();
         for chunk in 0..schedule.chunks {
             let partial = &mut partial[..plan.total(chunk) * width];
@@ -183,10 +190,10 @@ pub(super) fn scatter<T: Real>(
         disjoint_slices::<T>(scattered, (0..schedule.chunks).map(|chunk| plan.of_own(chunk).len() * width));
     let mut in_flight = Vec::with_capacity(schedule.chunks);
     for (chunk, mut own) in owns.into_iter().enumerate() {
-        let mut partial = vec![T::default(); plan.total(chunk) * width];
-        fill(chunk, &mut partial);
         let dims = [plan.total(chunk), width];
-        in_flight.push(call.comm.start(move |comm| comm.reduce_scatter_matrix(&partial, dims, &mut own)));
+        let mut partial = empty_tensor::<T>(&dims, &pool);
+        fill(chunk, partial.storage_mut());
+        in_flight.push(call.comm.start(move |comm| comm.reduce_scatter_matrix(partial.storage::<T>(), dims, &mut own)));
     }
     Ok(PendingProduct::Running(Box::new(move || {
         in_flight.into_iter().try_for_each(Pending::wait)?;
@@ -200,13 +207,14 @@ pub(super) fn multiply_own<T: Real>(left: FlexTensor, right: &FlexTensor) -> Fle
     let left = even(left, dim);
     let (stack, factor) = (MatrixBatch::<T>::of(&left, dim), Factor::new(Matrix::of(right)));
     let (rows, columns) = (stack.rows(), factor.columns());
-    let mut out = empty_tensor::<T>(&dims_of(&left, dim, left.shape()[dim], columns));
+    let pool = Pool::of_thread();
+    let mut out = empty_tensor::<T>(&dims_of(&left, dim, left.shape()[dim], columns), &pool);
     let all: &mut [T] = out.storage_mut();
     match stack.flat() {
-        Some(left) => multiply(&[(left, &factor)], OutputRows::packed(all, columns)),
+        Some(left) => multiply(&[(left, &factor)], OutputRows::packed(all, columns), &pool),
         None => {
             for (place, out) in all.chunks_mut((rows * columns).max(1)).enumerate() {
-                multiply(&[(stack.matrix(place), &factor)], OutputRows::packed(out, columns));
+                multiply(&[(stack.matrix(place), &factor)], OutputRows::packed(out, columns), &pool);
             }
         }
     }
@@ -222,8 +230,9 @@ pub(super) fn multiply_rows<T: Real>(left: FlexTensor, right: FlexTensor) -> Fle
         (Some(left), Some(right)) => vec![(left.transposed(), Factor::new(right))],
         _ => (0..left.outer).map(|place| (left.matrix(place).transposed(), Factor::new(right.matrix(place)))).collect(),
     };
-    let mut out = empty_tensor::<T>(&[left.columns(), right.columns()]);
+    let pool = Pool::of_thread();
+    let mut out = empty_tensor::<T>(&[left.columns(), right.columns()], &pool);
     let terms: Vec<_> = matrices.iter().map(|(left, right)| (*left, right)).collect();
-    multiply(&terms, OutputRows::packed(out.storage_mut(), right.columns()));
+    multiply(&terms, OutputRows::packed(out.storage_mut(), right.columns()), &pool);
     out
 }

@@ -129,6 +129,17 @@ pub(super) struct Kernel {
 }
 
 impl Kernel {
+    /// Whether a result may be written over an input that has its dims and its dtype: block by block, after what is
+    /// there was read. What is a result as it came is read after other results were written.
+    pub(super) fn may_take(&self, output: usize, input: usize) -> bool {
+        let native = if self.wide { DType::F64 } else { DType::F32 };
+        let given = |output: &Output| output.value.is_some_and(|value| self.homes[value] == Home::Input(input));
+        let fits = |output: &Output| output.value.is_some() && output.extent == Extent::Full && output.dtype == native;
+        self.outputs.get(output).is_some_and(fits)
+            && self.inputs.get(input) == Some(&Extent::Full)
+            && !self.outputs.iter().any(given)
+    }
+
     /// Whether a result is written while it is computed, if it lies one element after the other in the elements that are computed
     /// with.
     pub(super) fn writes_at_once(&self, place: usize) -> bool {

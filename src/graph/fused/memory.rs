@@ -1,11 +1,11 @@
 //! The memory that kernels write their results into.
 
-use std::sync::Arc;
-
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{DType, Shape};
+use burn_ir::TensorIr;
 
-use crate::tensor::{Pool, Room};
+use crate::graph::step_memory::StepMemory;
+use crate::tensor::Room;
 
 /// The memory of a result.
 pub(super) enum Memory {
@@ -16,8 +16,11 @@ pub(super) enum Memory {
 }
 
 impl Memory {
-    pub(super) fn new(dtype: DType, elements: usize, pool: &Arc<Pool>) -> Self {
-        Self::Room(pool.room(elements * dtype.size()))
+    /// That of the result `out`, which has so many elements.
+    pub(super) fn new(dtype: DType, elements: usize, out: &TensorIr, memory: &StepMemory) -> Self {
+        let room = memory.room(out);
+        assert_eq!(room.bytes(), elements * dtype.size(), "a kernel writes what its result has room for");
+        Self::Room(room)
     }
 
     pub(super) fn pointer(&mut self) -> *mut u8 {

@@ -36,13 +36,14 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use burn::backend::DispatchDevice;
-use burn::tensor::{DType, Device};
-use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr, TensorStatus};
+use burn::tensor::Device;
+use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId};
 
 use self::group::{Group, Part, grouped};
 use self::kernel::Kernel;
 pub(crate) use self::multiply::{multiplies, multiply};
 use self::products::merged;
+pub(crate) use self::tiled::TILED;
 use self::tiled::{Tiled, tiled};
 use super::custom::CustomOps;
 use super::graph_error;
@@ -64,6 +65,13 @@ pub(crate) struct Kernels {
 }
 
 impl Kernels {
+    /// Whether a result of the kernel that an operation runs may be written over an input of its dims and dtype.
+    pub(crate) fn may_take(&self, op: &OperationIr, output: usize, input: usize) -> bool {
+        let OperationIr::Custom(op) = op else { return false };
+        let kernel = number(&op.scalars).and_then(|number| self.loops.get(number));
+        kernel.is_some_and(|kernel| kernel.may_take(output, input))
+    }
+
     /// Adds the operation that runs them.
     pub(crate) fn register(self, ops: &mut CustomOps) {
         tiled::register(self.tiled, ops);
@@ -71,31 +79,39 @@ impl Kernels {
             return;
         }
         let kernels = Arc::new(self.loops);
-        let pool = ops.pool().clone();
+        let memory = ops.memory().clone();
         ops.register(FUSED, move |op, inputs| {
-            let number = match op.scalars.first() {
-                Some(ScalarIr::UInt(number)) => *number as usize,
-                _ => usize::MAX,
-            };
-            let kernel = kernels.get(number).ok_or_else(|| graph_error(format!("there is no kernel {number}")))?;
-            kernel.run(inputs, &pool)
+            let kernel = number(&op.scalars).and_then(|number| kernels.get(number));
+            kernel.ok_or_else(|| graph_error(format!("there is no kernel {:?}", op.scalars)))?.run(op, inputs, &memory)
         });
     }
 }
 
-/// The inputs of a kernel whose memory its results take, if nobody else holds it.
-pub(crate) fn taken(op: &OperationIr) -> Vec<TensorId> {
-    let OperationIr::Custom(CustomOpIr { id, inputs, outputs, .. }) = op else { return Vec::new() };
-    if id != FUSED {
-        return Vec::new();
+/// The number of the kernel that an operation with these scalars runs.
+fn number(scalars: &[ScalarIr]) -> Option<usize> {
+    match scalars.first() {
+        Some(ScalarIr::UInt(number)) => Some(*number as usize),
+        _ => None,
     }
-    let mut free: Vec<&TensorIr> = inputs.iter().filter(|input| input.status == TensorStatus::ReadWrite).collect();
-    let take = |out: &TensorIr| {
-        let fits = |input: &&TensorIr| input.dtype == out.dtype && input.shape == out.shape;
-        let at = free.iter().position(fits).filter(|_| matches!(out.dtype, DType::F32 | DType::F64))?;
-        Some(free.swap_remove(at).id)
+}
+
+/// The input whose memory each result of a kernel takes, if nobody else holds it: as the memory plan has written it behind
+/// the kernel's number.
+fn takes(op: &CustomOpIr) -> impl Iterator<Item = Option<usize>> {
+    let number = |take: Option<&ScalarIr>| match take {
+        Some(ScalarIr::UInt(input)) => (*input as usize).checked_sub(1),
+        _ => None,
     };
-    outputs.iter().filter_map(take).collect()
+    (1..=op.outputs.len()).map(move |place| number(op.scalars.get(place)))
+}
+
+/// The inputs of a kernel whose memory its results take.
+pub(crate) fn taken(op: &OperationIr) -> impl Iterator<Item = TensorId> {
+    let kernel = match op {
+        OperationIr::Custom(op) if op.id == FUSED => Some(op),
+        _ => None,
+    };
+    kernel.into_iter().flat_map(|op| takes(op).flatten().filter_map(|input| op.inputs.get(input))).map(|input| input.id)
 }
 
 /// The sections of a program with their groups fused, which run one after the other with others in between; and the

@@ -1,45 +1,37 @@
-//! Products of tensors in host memory, into memory that was used before.
-//!
-//! It is Flex's product, by the same `gemm` and split over threads by the same rules, but for two things: the result is
-//! written into memory that nobody has zeroed, and few rows by a matrix that lies transposed (the gradient of an
-//! activation by a weight) are multiplied as they lie. Flex has that matrix packed first, which for 32 rows takes as
-//! long as all the rest.
+//! Products of tensors in host memory, into memory that was used before and that nobody zeroes first: matrix by matrix
+//! of a batch ([`Product`]), split over threads by Flex's rules.
 
 use std::mem::MaybeUninit;
-use std::ops::Range;
 use std::sync::Arc;
 
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{DType, Element, Shape};
 use rayon::prelude::*;
 
-use super::functions::Float;
-use crate::tensor::Pool;
+use crate::tensor::{Multiplied, Pool, Product, Room, SPLIT_FROM, Strided};
 
-/// Flex's: from so many multiplications on several threads make one product.
-const SPLIT_FROM: usize = 192 * 192 * 192;
-/// Flex's: from so many on they make several products of a batch.
+/// Flex's: from so many multiplications on several threads make several products of a batch.
 const SPLIT_BATCH_FROM: usize = 128 * 128 * 128;
-/// Rows for which a transposed matrix is not packed, if it has so many elements.
-const FEW_ROWS: Range<usize> = 2..65;
-const MANY_ELEMENTS: usize = 64 * 1024;
-/// Elements of a row that are transposed at once: with as many of all rows they fit into the first cache.
-const TILE: usize = 64;
 
 /// Whether [`multiply`] knows a dtype.
 pub(crate) fn multiplies(dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::F64)
 }
 
-/// The product of two tensors of one dtype of those that [`multiplies`], of the dims `dims`.
+/// The product of two tensors of one dtype of those that [`multiplies`], of the dims `dims`, made in `room`; what is made on
+/// the way is made in memory of `pool`.
 ///
 /// # Panics
 /// If dims do not fit each other, which burn has checked when the product was recorded.
-pub(crate) fn multiply(left: &FlexTensor, right: &FlexTensor, dims: &[usize], pool: &Arc<Pool>) -> FlexTensor {
-    match left.dtype() {
-        DType::F64 => multiply_as::<f64>(left, right, dims, pool),
-        _ => multiply_as::<f32>(left, right, dims, pool),
-    }
+pub(crate) fn multiply(
+    left: &FlexTensor,
+    right: &FlexTensor,
+    dims: &[usize],
+    room: Room,
+    pool: &Arc<Pool>,
+) -> FlexTensor {
+    let multiply = if left.dtype() == DType::F64 { multiply_as::<f64> } else { multiply_as::<f32> };
+    multiply(left, right, dims, room, pool)
 }
 
 /// A factor as it lies in memory.
@@ -73,19 +65,19 @@ impl<'a, T: Element + bytemuck::Pod> Factor<'a, T> {
         Self { data, start, batch: along, row: strides[shape.len() - 2], column: strides[shape.len() - 1] }
     }
 
-    /// The first element of one of a batch.
-    pub(super) fn of(&self, mut number: usize, batch: &[usize]) -> *const T {
+    /// One of a batch.
+    pub(super) fn of(&self, mut number: usize, batch: &[usize]) -> Strided<T> {
         let mut offset = self.start;
         for (size, stride) in batch.iter().zip(&self.batch).rev() {
             offset += (number % size) as isize * stride;
             number /= size;
         }
-        self.data.as_ptr().wrapping_offset(offset)
+        Strided { first: self.data.as_ptr().wrapping_offset(offset), row: self.row, column: self.column }
     }
 }
 
-/// The sizes of a product, and its factors.
-struct Product<'a, T> {
+/// The sizes of a batch of products, and their factors.
+struct Products<'a, T> {
     batch: &'a [usize],
     rows: usize,
     columns: usize,
@@ -95,10 +87,11 @@ struct Product<'a, T> {
     pool: &'a Arc<Pool>,
 }
 
-fn multiply_as<T: Float + Element + bytemuck::Pod>(
+fn multiply_as<T: Multiplied + Element + bytemuck::Pod>(
     left: &FlexTensor,
     right: &FlexTensor,
     dims: &[usize],
+    room: Room,
     pool: &Arc<Pool>,
 ) -> FlexTensor {
     let [batch @ .., rows, columns] = dims else { panic!("a product has rows and columns") };
@@ -107,18 +100,18 @@ fn multiply_as<T: Float + Element + bytemuck::Pod>(
     let (left, right) = (Factor::<T>::new(left, batch, [rows, inner]), Factor::new(right, batch, [inner, columns]));
     let shape = Shape::from(dims.to_vec());
     let elements = shape.num_elements();
-    let room = pool.room(elements * size_of::<T>());
+    assert_eq!(room.bytes(), elements * size_of::<T>(), "a product has room for its elements");
     // SAFETY: the room has so many elements, for which it is aligned, and nothing else refers to it.
     let out = unsafe { std::slice::from_raw_parts_mut(room.pointer().cast::<MaybeUninit<T>>(), elements) };
     if elements > 0 {
-        Product { batch, rows, columns, inner, left, right, pool }.run(out);
+        Products { batch, rows, columns, inner, left, right, pool }.run(out);
     }
     // SAFETY: every element has been written.
     let bytes = unsafe { room.filled() };
     FlexTensor::new(bytes, Layout::contiguous(shape), T::dtype())
 }
 
-impl<T: Float + Element + bytemuck::Pod> Product<'_, T> {
+impl<T: Multiplied + Element + bytemuck::Pod> Products<'_, T> {
     /// Writes all elements.
     fn run(&self, out: &mut [MaybeUninit<T>]) {
         let of_one = self.rows * self.columns;
@@ -135,63 +128,14 @@ impl<T: Float + Element + bytemuck::Pod> Product<'_, T> {
         }
     }
 
+    /// Writes every element of one of the batch.
     fn one(&self, number: usize, out: &mut [MaybeUninit<T>], parallelism: gemm::Parallelism) {
-        let Self { rows, columns, inner, ref right, .. } = *self;
-        let is_transposed = right.row == 1 && right.column.unsigned_abs() > 1;
-        if !(is_transposed && FEW_ROWS.contains(&rows) && columns * inner >= MANY_ELEMENTS) {
-            return self.gemm(number, out, [columns as isize, 1], parallelism);
-        }
-        // Column by column, so that `gemm` reads the matrix along its memory.
-        let room = self.pool.room(rows * columns * size_of::<T>());
-        // SAFETY: the room has so many elements, for which it is aligned, and nothing else refers to it.
-        let by_column =
-            unsafe { std::slice::from_raw_parts_mut(room.pointer().cast::<MaybeUninit<T>>(), rows * columns) };
-        self.gemm(number, by_column, [1, rows as isize], parallelism);
-        for begin in (0..columns).step_by(TILE) {
-            let end = columns.min(begin + TILE);
-            for (row, out) in out.chunks_exact_mut(columns).enumerate() {
-                for (column, out) in (begin..end).zip(&mut out[begin..end]) {
-                    *out = by_column[column * rows + row];
-                }
-            }
-        }
-    }
-
-    /// Writes every element of one of the batch; the elements of `out` are so far apart along rows and columns.
-    fn gemm(
-        &self,
-        number: usize,
-        out: &mut [MaybeUninit<T>],
-        [row, column]: [isize; 2],
-        parallelism: gemm::Parallelism,
-    ) {
-        let Self { rows, columns, inner, ref left, ref right, .. } = *self;
+        let Self { batch, rows, columns, inner, ref left, ref right, pool } = *self;
+        let (left, right) = (left.of(number, batch), right.of(number, batch));
+        let product = Product { rows, inner, columns, left, right, adds: false, pool };
         assert!(out.len() == rows * columns);
-        // SAFETY: the factors were found to lie in their memory. `out` has a place for each element, either row by row or
-        // column by column, and is not read.
-        unsafe {
-            gemm::gemm(
-                rows,
-                columns,
-                inner,
-                out.as_mut_ptr().cast::<T>(),
-                column,
-                row,
-                false,
-                left.of(number, self.batch),
-                left.column,
-                left.row,
-                right.of(number, self.batch),
-                right.column,
-                right.row,
-                T::from_f64(0.0),
-                T::from_f64(1.0),
-                false,
-                false,
-                false,
-                parallelism,
-            );
-        }
+        // SAFETY: the factors were found to lie in their memory. `out` has a place for each element, row by row.
+        unsafe { product.write(out.as_mut_ptr().cast::<T>(), columns, parallelism) };
     }
 }
 
@@ -209,7 +153,8 @@ mod tests {
         let pool = Pool::of_thread();
         // The second time in the memory of the first.
         for _ in 0..2 {
-            let found = multiply(&flex(&left), &flex(&right), &expected.dims(), &pool);
+            let room = pool.room(expected.shape().num_elements() * expected.dtype().size());
+            let found = multiply(&flex(&left), &flex(&right), &expected.dims(), room, &pool);
             let found: Tensor<D> = PlainTensor::from_flex(found).float().unwrap();
             let (expected, found) = (expected.clone().cast(DType::F64), found.cast(DType::F64));
             let (expected, found) = (expected.into_data(), found.into_data());

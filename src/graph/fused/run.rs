@@ -3,20 +3,22 @@
 use std::cell::RefCell;
 use std::ops::Range;
 use std::ptr;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
+use burn_ir::CustomOpIr;
 use rayon::prelude::*;
 
 use super::block::{Running, Source, Target};
-use super::kernel::{Extent, Home, Kernel, Output};
+use super::kernel::{Extent, Kernel};
 use super::loops::add_rows;
 use super::memory::Memory;
 use super::native::Native;
+use super::takes;
 use crate::error::Error;
-use crate::tensor::{Loops, PlainTensor, Pool, vectorized};
+use crate::graph::step_memory::StepMemory;
+use crate::tensor::{Loops, PlainTensor, vectorized};
 
 /// Elements of a value in a block: a few values of it fit into the first cache.
 pub(super) const BLOCK: usize = 2048;
@@ -50,13 +52,19 @@ thread_local! {
 
 impl Kernel {
     /// Computes the results from the inputs.
-    pub(super) fn run(&self, inputs: Vec<PlainTensor>, pool: &Arc<Pool>) -> Result<Vec<PlainTensor>, Error> {
+    pub(super) fn run(
+        &self,
+        op: &CustomOpIr,
+        inputs: Vec<PlainTensor>,
+        memory: &StepMemory,
+    ) -> Result<Vec<PlainTensor>, Error> {
         let inputs = inputs.into_iter().map(PlainTensor::into_flex).collect::<Result<Vec<_>, _>>()?;
-        let results = if self.wide { self.run_as::<f64>(inputs, pool) } else { self.run_as::<f32>(inputs, pool) };
+        let run = if self.wide { Self::run_as::<f64> } else { Self::run_as::<f32> };
+        let results = run(self, op, inputs, memory);
         Ok(results.into_iter().map(PlainTensor::from_flex).collect())
     }
 
-    fn run_as<T: Native>(&self, mut inputs: Vec<FlexTensor>, pool: &Arc<Pool>) -> Vec<FlexTensor> {
+    fn run_as<T: Native>(&self, op: &CustomOpIr, mut inputs: Vec<FlexTensor>, memory: &StepMemory) -> Vec<FlexTensor> {
         let elements: usize = self.dims.iter().product();
         let columns = self.dims.last().copied().unwrap_or(1);
         let rows = elements / columns.max(1);
@@ -66,15 +74,8 @@ impl Kernel {
         let mut sources: Vec<Source> = inputs.iter().zip(&self.inputs).map(|(t, e)| self.source::<T>(t, *e)).collect();
         let mut memories: Vec<Memory> = Vec::new();
         let mut targets: Vec<Target> = Vec::new();
-        let mut free: Vec<usize> = (0..inputs.len())
-            .filter(|input| {
-                // What is a result as it came is read after other results were written.
-                let given =
-                    |output: &Output| output.value.is_some_and(|value| self.homes[value] == Home::Input(*input));
-                sources[*input].direct && !self.outputs.iter().any(given)
-            })
-            .collect();
-        for (place, output) in self.outputs.iter().enumerate() {
+        assert_eq!(self.outputs.len(), op.outputs.len(), "an operation has the results of its kernel");
+        for ((place, output), take) in self.outputs.iter().enumerate().zip(takes(op)) {
             let size: usize = output.dims.iter().product();
             let written = match (output.value, output.extent) {
                 (None, _) => columns,
@@ -84,28 +85,26 @@ impl Kernel {
             };
             assert_eq!(size, written, "a kernel writes what its result {place} has room for");
             let native = output.dtype == T::DTYPE && output.extent == Extent::Full && output.value.is_some();
-            let taken = free.iter().position(|input| {
+            // The plan is an expectation: that the memory is nobody else's is seen here.
+            let taken = take.filter(|input| self.may_take(place, *input)).filter(|input| {
                 let tensor = &inputs[*input];
-                native
+                sources[*input].direct
                     && tensor.is_unique()
                     && tensor.layout().start_offset() == 0
                     && tensor.bytes().len() == size * size_of::<T>()
             });
-            let mut memory = match taken {
-                Some(at) => {
-                    let input = free.swap_remove(at);
+            let mut made = match taken {
+                Some(input) => {
                     let empty = FlexTensor::empty(Shape::from(vec![0]), T::DTYPE);
                     let mut memory = Memory::Taken(std::mem::replace(&mut inputs[input], empty));
                     sources[input].base = memory.pointer();
                     memory
                 }
-                None => Memory::new(output.dtype, size, pool),
+                None => Memory::new(output.dtype, size, &op.outputs[place], memory),
             };
-            targets.push(Target {
-                base: memory.pointer(),
-                direct: native && taken.is_none() && self.writes_at_once(place),
-            });
-            memories.push(memory);
+            targets
+                .push(Target { base: made.pointer(), direct: native && taken.is_none() && self.writes_at_once(place) });
+            memories.push(made);
         }
 
         let (places, scratch) = self.places(height * width);

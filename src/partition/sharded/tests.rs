@@ -142,7 +142,7 @@ fn alive(graph: &StepGraph) -> (usize, usize) {
     let mut of: HashMap<TensorId, (TensorId, usize)> = HashMap::new();
     let mut alive: HashSet<TensorId> = HashSet::new();
     let (mut most, mut between, mut backward) = (0, 0, false);
-    for instruction in program(graph, false).0 {
+    for instruction in program(graph, false).instructions {
         match instruction {
             Instruction::Run(op) => {
                 if !backward && op.outputs().all(|out| !forward.contains(&out.id)) {

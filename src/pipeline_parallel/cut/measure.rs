@@ -96,14 +96,13 @@ fn fastest(op: &OperationIr, tensors: &mut Interpreter, int: i64, runs: usize) -
     let device = tensors.device().clone();
     let mut best = f64::INFINITY;
     for run in 0..=runs {
-        let again = op.clone();
         let began = Instant::now();
-        tensors.run(again)?;
+        tensors.run(op)?;
         // Other devices than the CPU run behind the host. One that cannot say when it is done is timed without.
         let _ = device.sync();
         let time = began.elapsed().as_secs_f64();
         for out in op.outputs() {
-            tensors.run(OperationIr::Drop(out.clone()))?;
+            tensors.free(out);
         }
         if run > 0 {
             best = best.min(time);

@@ -201,14 +201,14 @@ impl StageRun {
                 position = index;
                 match action {
                     Instruction::Run(op) => {
-                        tensors.run(OperationIr::clone(op))?;
+                        tensors.run(op)?;
                         if matches!(**op, OperationIr::Custom(_))
                             && let Some(error) = ops.take_error()
                         {
                             return Err(error);
                         }
                     }
-                    Instruction::Free(tensor) => tensors.run(OperationIr::Drop(tensor.clone()))?,
+                    Instruction::Free(tensor) => tensors.free(tensor),
                     Instruction::Output(tensor) => {
                         given.insert(tensor.id, tensors.get(tensor)?);
                     }

@@ -9,6 +9,7 @@ use crate::graph::StepGraph;
 use crate::graph::fused::{Kernels, fuse};
 use crate::graph::instruction::{Instruction, Item};
 use crate::graph::liveness::with_lifetimes;
+use crate::graph::memory_plan::MemoryPlan;
 use crate::graph::operation::{bytes, is_view};
 
 /// The three passes of a stage as programs, and the kernels that they run if groups of operations are to be fused.
@@ -34,8 +35,14 @@ pub(super) fn sections(graph: &StepGraph, part: &StageGraph, fusion: bool) -> ([
     let second = give_each(&part.backward_input, backward);
     let third = give_each(&part.backward_weight, late);
     let passes = [first, second, third];
-    let (passes, kernels) = if fusion { fuse(passes) } else { (passes, Kernels::default()) };
-    (with_lifetimes(passes, &keep), kernels)
+    if !fusion {
+        return (with_lifetimes(passes, &keep), Kernels::default());
+    }
+    let (passes, kernels) = fuse(passes);
+    let mut passes = with_lifetimes(passes, &keep);
+    // Several micro-batches are under way at once, so that their tensors have no places: kernels are told what they take.
+    MemoryPlan::of(&mut passes, &kernels);
+    (passes, kernels)
 }
 
 /// The operations, each followed by what it makes of what is wanted; what none of them makes comes first.

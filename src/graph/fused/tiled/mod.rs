@@ -17,16 +17,16 @@ mod narrowing;
 mod run;
 
 use burn::tensor::DType;
-use burn_ir::ScalarIr;
 
 pub(super) use self::find::tiled;
 use self::narrowing::Narrowing;
 use super::super::custom::CustomOps;
 use super::super::graph_error;
 use super::kernel::Kernel;
+use super::number;
 
 /// The custom operation that is attention in tiles; its scalar is the number of what it does.
-pub(super) const TILED: &str = "tiled";
+pub(crate) const TILED: &str = "tiled";
 
 /// Products, a loop, and products.
 #[derive(Debug)]
@@ -86,13 +86,10 @@ pub(super) fn register(all: Vec<Tiled>, ops: &mut CustomOps) {
     if all.is_empty() {
         return;
     }
-    let pool = ops.pool().clone();
+    let memory = ops.memory().clone();
     ops.register(TILED, move |op, inputs| {
-        let number = match op.scalars.first() {
-            Some(ScalarIr::UInt(number)) => *number as usize,
-            _ => usize::MAX,
-        };
-        all.get(number).ok_or_else(|| graph_error(format!("there are no tiles {number}")))?.run(inputs, &pool)
+        let tiles = number(&op.scalars).and_then(|number| all.get(number));
+        tiles.ok_or_else(|| graph_error(format!("there are no tiles {:?}", op.scalars)))?.run(op, inputs, &memory)
     });
 }
 

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{Bytes, DType, Element, Shape};
+use burn_ir::{CustomOpIr, TensorIr};
 use bytemuck::Pod;
 use rayon::prelude::*;
 
@@ -16,6 +17,7 @@ use super::super::native::Native;
 use super::super::run::{BLOCK, SPLIT_FROM};
 use super::{Input, Leaving, Narrowing, Tiled};
 use crate::error::Error;
+use crate::graph::step_memory::StepMemory;
 use crate::tensor::{PlainTensor, Pool, Room};
 
 /// Elements of a tile, of which there are a few: they fit into the second cache. More only where rows are so long that a
@@ -69,14 +71,24 @@ struct Tiles<'a, T> {
 unsafe impl<T: Sync> Sync for Tiles<'_, T> {}
 
 impl Tiled {
-    pub(super) fn run(&self, inputs: Vec<PlainTensor>, pool: &Arc<Pool>) -> Result<Vec<PlainTensor>, Error> {
+    pub(super) fn run(
+        &self,
+        op: &CustomOpIr,
+        inputs: Vec<PlainTensor>,
+        memory: &StepMemory,
+    ) -> Result<Vec<PlainTensor>, Error> {
         let inputs = inputs.into_iter().map(PlainTensor::into_flex).collect::<Result<Vec<_>, _>>()?;
-        let results =
-            if self.kernel.wide { self.run_as::<f64>(&inputs, pool) } else { self.run_as::<f32>(&inputs, pool) };
+        let run = if self.kernel.wide { Self::run_as::<f64> } else { Self::run_as::<f32> };
+        let results = run(self, op, &inputs, memory);
         Ok(results.into_iter().map(PlainTensor::from_flex).collect())
     }
 
-    fn run_as<T: Native + Element + Pod>(&self, inputs: &[FlexTensor], pool: &Arc<Pool>) -> Vec<FlexTensor> {
+    fn run_as<T: Native + Element + Pod>(
+        &self,
+        op: &CustomOpIr,
+        inputs: &[FlexTensor],
+        memory: &StepMemory,
+    ) -> Vec<FlexTensor> {
         let [batch @ .., rows, columns] = &self.kernel.dims[..] else { panic!("tiles have rows and columns") };
         let (rows, columns) = (*rows, *columns);
         let of_product = self.entering.iter().flat_map(|product| [product.left, product.right]);
@@ -91,11 +103,16 @@ impl Tiled {
             let inner = left.layout().shape().last().copied().unwrap_or(0);
             (Factor::<T>::new(left, batch, [rows, inner]), Factor::<T>::new(right, batch, [inner, columns]))
         });
-        let rooms: Vec<Room> = self
-            .leaving
-            .iter()
-            .map(|leaving| pool.room(leaving.dims.iter().product::<usize>() * size_of::<T>()))
-            .collect();
+        assert_eq!(self.leaving.len(), op.outputs.len(), "an operation has the results of its tiles");
+        let pool = memory.pool();
+        let room = |(leaving, out): (&Leaving, &TensorIr)| {
+            let bytes = leaving.dims.iter().product::<usize>() * size_of::<T>();
+            // What is rounded at the end is made somewhere else.
+            let room = if leaving.dtype == T::DTYPE { memory.room(out) } else { pool.room(bytes) };
+            assert_eq!(room.bytes(), bytes, "a product has room for its elements");
+            room
+        };
+        let rooms: Vec<Room> = self.leaving.iter().zip(&op.outputs).map(room).collect();
         let results = self.leaving.iter().zip(&rooms).map(|(leaving, room)| {
             let [given @ .., out_rows, out_columns] = &leaving.dims[..] else {
                 panic!("a product has rows and columns")
@@ -122,8 +139,9 @@ impl Tiled {
             tiles.part(0..number);
         }
         drop(tiles);
+        let results = self.leaving.iter().zip(rooms).zip(&op.outputs);
         // SAFETY: tiles cover all rows, and so all elements of results.
-        self.leaving.iter().zip(rooms).map(|(leaving, room)| unsafe { leaving.filled::<T>(room, pool) }).collect()
+        results.map(|((leaving, room), out)| unsafe { leaving.filled::<T>(room, out, memory) }).collect()
     }
 }
 
@@ -140,14 +158,15 @@ impl Leaving {
 
     /// # Safety
     /// All elements have been written.
-    unsafe fn filled<T: Native>(&self, room: Room, pool: &Arc<Pool>) -> FlexTensor {
+    unsafe fn filled<T: Native>(&self, room: Room, out: &TensorIr, memory: &StepMemory) -> FlexTensor {
         let layout = Layout::new(Shape::from(self.dims.clone()), self.strides(), 0);
         if self.dtype == T::DTYPE {
             // SAFETY: as the caller says.
             return FlexTensor::new(unsafe { room.filled() }, layout, self.dtype);
         }
         let elements = self.dims.iter().product::<usize>();
-        let rounded = pool.room(elements * self.dtype.size());
+        let rounded = memory.room(out);
+        assert_eq!(rounded.bytes(), elements * self.dtype.size(), "a product has room for its elements");
         // SAFETY: both have so many elements.
         let bytes = unsafe {
             T::scatter(self.dtype, rounded.pointer(), 0, room.pointer().cast::<T>(), elements);
@@ -332,7 +351,7 @@ fn left_columns(tensor: &FlexTensor) -> usize {
 
 /// One of a batch, which is not written.
 fn matrix<T: Element + Pod>(factor: &Factor<'_, T>, number: usize, batch: &[usize]) -> Matrix<T> {
-    Matrix { start: factor.of(number, batch).cast_mut(), row: factor.row, column: factor.column }
+    Matrix { start: factor.of(number, batch).first.cast_mut(), row: factor.row, column: factor.column }
 }
 
 /// A product of `[rows, inner]` and `[inner, columns]`, written or added.

@@ -1,0 +1,180 @@
+//! Products of matrices in host memory: Flex's, by the same `gemm` and split over threads by the same rules, but for
+//! where the result goes and that few rows by a matrix that lies transposed (the gradient of an activation by a weight)
+//! are multiplied as they lie. Flex has that matrix packed first, which for 32 rows takes as long as all the rest.
+
+use std::mem::MaybeUninit;
+use std::ops::{Add, Range};
+use std::sync::Arc;
+
+use burn::tensor::f16;
+
+use super::Pool;
+
+/// Flex's: from so many multiplications on several threads make one product.
+pub(crate) const SPLIT_FROM: usize = 192 * 192 * 192;
+/// Rows for which a transposed matrix is not packed, if it has so many elements.
+const FEW_ROWS: Range<usize> = 2..65;
+const MANY_ELEMENTS: usize = 64 * 1024;
+/// Elements of a row that are transposed at once: with as many of all rows they fit into the first cache.
+const TILE: usize = 64;
+
+/// The floats that are multiplied. (Those of bfloat16 are, in `f32`.)
+pub(crate) trait Multiplied: Copy + Add<Output = Self> + 'static {
+    const ZERO: Self;
+    const ONE: Self;
+    /// Whether `gemm` can read a matrix as it lies. Elements of 16 bits it makes wider while it packs them.
+    const READ_AS_THEY_LIE: bool;
+}
+
+macro_rules! multiplied {
+    ($($float:ty: $zero:expr, $one:expr, $read:expr);*) => {$(
+        impl Multiplied for $float {
+            const ZERO: Self = $zero;
+            const ONE: Self = $one;
+            const READ_AS_THEY_LIE: bool = $read;
+        }
+    )*};
+}
+multiplied!(f32: 0.0, 1.0, true; f64: 0.0, 1.0, true; f16: f16::ZERO, f16::ONE, false);
+
+/// A matrix as it lies in memory: its first element, and how far apart neighbours are.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Strided<T> {
+    pub(crate) first: *const T,
+    pub(crate) row: isize,
+    pub(crate) column: isize,
+}
+
+/// One product: of `rows x inner` by `inner x columns`.
+#[derive(Debug)]
+pub(crate) struct Product<'a, T> {
+    pub(crate) rows: usize,
+    pub(crate) inner: usize,
+    pub(crate) columns: usize,
+    pub(crate) left: Strided<T>,
+    pub(crate) right: Strided<T>,
+    /// Whether it is added to what is there.
+    pub(crate) adds: bool,
+    /// What is made on the way is made in.
+    pub(crate) pool: &'a Arc<Pool>,
+}
+
+impl<T: Multiplied> Product<'_, T> {
+    /// The multiplications that it takes.
+    pub(crate) fn work(&self) -> usize {
+        self.rows.saturating_mul(self.columns).saturating_mul(self.inner)
+    }
+
+    /// Writes every element, or adds to it, in rows that are so far apart. Without additions nothing is read there.
+    ///
+    /// # Safety
+    /// The factors have their elements. `out` has a place for each element that nobody else has, and there is something
+    /// in it if that is added to.
+    pub(crate) unsafe fn write(&self, out: *mut T, row_stride: usize, parallelism: gemm::Parallelism) {
+        let Self { rows, inner, columns, ref right, pool, .. } = *self;
+        if rows * columns == 0 {
+            return;
+        }
+        let is_transposed = right.row == 1 && right.column.unsigned_abs() > 1;
+        let few = FEW_ROWS.contains(&rows) && columns * inner >= MANY_ELEMENTS;
+        if !(is_transposed && few && T::READ_AS_THEY_LIE) {
+            // SAFETY: as the caller says.
+            return unsafe { self.gemm(out, [row_stride as isize, 1], self.adds, parallelism) };
+        }
+        // Column by column, so that `gemm` reads the matrix along its memory.
+        let room = pool.room(rows * columns * size_of::<T>());
+        let by_column = room.pointer().cast::<MaybeUninit<T>>();
+        // SAFETY: the room has so many elements, for which it is aligned, and nothing else refers to it; they are all
+        // written before they are read.
+        unsafe {
+            self.gemm(by_column.cast(), [1, rows as isize], false, parallelism);
+            for begin in (0..columns).step_by(TILE) {
+                for row in 0..rows {
+                    for column in begin..columns.min(begin + TILE) {
+                        let (value, place) = (*by_column.add(column * rows + row), out.add(row * row_stride + column));
+                        let value = value.assume_init();
+                        *place = if self.adds { *place + value } else { value };
+                    }
+                }
+            }
+        }
+    }
+
+    /// As [`write`](Self::write), to places that are so far apart along rows and columns.
+    ///
+    /// # Safety
+    /// That of `write`.
+    unsafe fn gemm(&self, out: *mut T, [row, column]: [isize; 2], adds: bool, parallelism: gemm::Parallelism) {
+        let Self { rows, inner, columns, ref left, ref right, .. } = *self;
+        // SAFETY: as the caller says.
+        unsafe {
+            gemm::gemm(
+                rows,
+                columns,
+                inner,
+                out,
+                column,
+                row,
+                adds,
+                left.first,
+                left.column,
+                left.row,
+                right.first,
+                right.column,
+                right.row,
+                if adds { T::ONE } else { T::ZERO },
+                T::ONE,
+                false,
+                false,
+                false,
+                parallelism,
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers that look random, between -1 and 1.
+    fn numbers(len: usize, salt: f32) -> Vec<f32> {
+        (0..len).map(|place| ((place as f32 + salt) * 12.9898).sin()).collect()
+    }
+
+    /// Into rows with something between them, and onto what is there, which a product that does not add never reads.
+    #[test]
+    fn products_are_written_and_added_where_they_are_wanted() {
+        let pool = Pool::of_thread();
+        let (inner, columns, row_stride) = (271, 251, 260);
+        for (rows, transposed, adds) in
+            [(1, true, true), (7, true, false), (7, true, true), (64, true, true), (65, true, true), (7, false, true)]
+        {
+            let (left, right) = (numbers(rows * inner, 0.5), numbers(inner * columns, 0.25));
+            let [row, column] = if transposed { [1, inner] } else { [columns, 1] };
+            let strided = |data: &[f32], [row, column]: [usize; 2]| Strided {
+                first: data.as_ptr(),
+                row: row as isize,
+                column: column as isize,
+            };
+            let (l, r) = (strided(&left, [inner, 1]), strided(&right, [row, column]));
+            let product = Product { rows, inner, columns, left: l, right: r, adds, pool: &pool };
+            let before = if adds { numbers(rows * row_stride, 0.75) } else { vec![f32::NAN; rows * row_stride] };
+            let mut out = before.clone();
+            // SAFETY: all of them are that large.
+            unsafe { product.write(out.as_mut_ptr(), row_stride, gemm::Parallelism::None) };
+            for place in 0..rows * row_stride {
+                let (at, to) = (place / row_stride, place % row_stride);
+                if to >= columns {
+                    assert_eq!(out[place].to_bits(), before[place].to_bits(), "nothing is written between rows");
+                    continue;
+                }
+                let terms =
+                    (0..inner).map(|k| f64::from(left[at * inner + k]) * f64::from(right[k * row + to * column]));
+                let expected = terms.sum::<f64>() + if adds { f64::from(before[place]) } else { 0.0 };
+                let found = f64::from(out[place]);
+                assert!((found - expected).abs() <= 1e-4, "{rows} {transposed} {adds}: {found} for {expected}");
+            }
+        }
+    }
+}
