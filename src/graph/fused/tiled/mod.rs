@@ -141,9 +141,8 @@ mod tests {
             model.forward(MhaInput::new(x, y.clone(), y)).context.powi_scalar(2).mean()
         };
         assert_eq!(found(&attention(0.0), inputs(), unmasked), (2, 0));
-        // But for what dropout draws.
-        let (tiled, whole) = found(&attention(0.1), inputs(), context);
-        assert!(tiled == 2 && whole <= 2, "{tiled} {whole}");
+        // What dropout draws is in memory.
+        assert_eq!(found(&attention(0.1), inputs(), context).0, 2);
     }
 
     #[test]
