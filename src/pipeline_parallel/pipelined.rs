@@ -1,6 +1,6 @@
 //! A pipelined model: each rank holds some stages, and trains them through a captured step.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::module::{Module, ParamId};
@@ -326,6 +326,14 @@ impl<M: Module> StepEngine for Pipelined<M> {
 
     fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
         lock(&self.state).param_slices()
+    }
+
+    fn held_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+        lock(&self.state).held_slices()
+    }
+
+    fn moments_restored(&self, params: &HashSet<ParamId>) {
+        lock(&self.state).moments_restored(params);
     }
 
     fn random_step(&self) -> u64 {
