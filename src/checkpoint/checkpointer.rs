@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use serde::de::DeserializeOwned;
 
 use super::agree::{attempt, together};
-use super::contents::Snapshot;
+use super::contents::{OwnSteps, Snapshot};
 use super::directory::{clean_up, name_of, steps};
 use super::index::Index;
 use super::job::{self, Saved};
@@ -36,6 +36,7 @@ pub struct Checkpointer {
     options: CheckpointOptions,
     /// What is known of the optimizers that were saved.
     known: KnownStates,
+    steps: OwnSteps,
     /// The save that runs in the background.
     running: Option<Running>,
     /// Why nothing is saved or read any more.
@@ -78,12 +79,20 @@ impl Checkpointer {
                 .map_err(|why| file_problem(dir, format!("is not there: {why}; all ranks need it in one file system"))),
             &group,
         )?;
-        Ok(Self { group, root, options, known: KnownStates::default(), running: None, stuck: None })
+        Ok(Self {
+            group,
+            root,
+            options,
+            known: KnownStates::default(),
+            steps: OwnSteps::default(),
+            running: None,
+            stuck: None,
+        })
     }
 
     /// Saves a state as the checkpoint of a step, and waits until it is on the disk: the model has made so many steps.
-    /// One of the same step is replaced, and older ones are removed as the [options](CheckpointOptions::with_keep_last)
-    /// say.
+    /// One of the same step is replaced, and those that were written before are removed as the
+    /// [options](CheckpointOptions::with_keep_last) say.
     ///
     /// Every rank writes the slices that it holds; what several hold alike is written once, by those that have least to
     /// write. Replicas may have seen different data: of running statistics those of the first are saved. Beside the
@@ -97,7 +106,7 @@ impl Checkpointer {
     /// checkpoints that cannot be removed are a warning in the log.
     pub fn save<P: ParallelModule>(&mut self, step: u64, state: TrainState<'_, P>) -> Result<Saved, Error> {
         self.wait()?;
-        let snapshot = together(attempt(|| Snapshot::of(step, &state, self.known.clone())), &self.group)?;
+        let snapshot = together(attempt(|| self.snapshot(step, &state)), &self.group)?;
         job::run(snapshot, &self.root, &self.options, &self.group)
     }
 
@@ -111,7 +120,7 @@ impl Checkpointer {
     /// As [`save`](Self::save), also that of the save before.
     pub fn save_async<P: ParallelModule>(&mut self, step: u64, state: TrainState<'_, P>) -> Result<(), Error> {
         self.wait()?;
-        let snapshot = together(attempt(|| Snapshot::of(step, &state, self.known.clone())), &self.group)?;
+        let snapshot = together(attempt(|| self.snapshot(step, &state)), &self.group)?;
         let written = snapshot.written.clone();
         let (root, options, group) = (self.root.clone(), self.options.clone(), self.group.clone());
         // The save begins when all ranks have a thread for it: until then its group is this thread's.
@@ -131,6 +140,10 @@ impl Checkpointer {
         self.running = Some(Running { step, outcome, thread, written });
         let _ = begin.send(());
         Ok(())
+    }
+
+    fn snapshot<P: ParallelModule>(&self, step: u64, state: &TrainState<'_, P>) -> Result<Snapshot, Error> {
+        Snapshot::of(step, state, self.known.clone(), self.steps.clone())
     }
 
     /// Waits for the save in the background, if there is one, and gives its outcome. Dropping the checkpointer waits as
@@ -175,7 +188,8 @@ impl Checkpointer {
         }
     }
 
-    /// The step of the latest checkpoint, as rank 0 finds it; none if there is none.
+    /// The step of the latest checkpoint, the highest there is, as rank 0 finds it; none if there is none. Where a run has gone
+    /// back to an earlier step and not come as far again, that is one of the run before.
     ///
     /// # Errors
     /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be read; the error of a save in the
@@ -220,6 +234,10 @@ impl Checkpointer {
     /// [fused](crate::optim::FusedOptimizer) can; burn's own loads them in its default dtype, and from then on updates
     /// parameters of fewer bits in that.
     ///
+    /// A pipeline whose stages may share parameters is [prepared](ParallelModule::prepare) before its optimizer is restored: each
+    /// stage that holds one needs its moments, and which do is known then. Without it the first step of one that does share
+    /// some is an error.
+    ///
     /// A state that asks for less than a checkpoint has, as for the model alone, reads that; but the parameters of the
     /// model must be those of the checkpoint, unless the [options](CheckpointOptions::with_allow_missing) allow for
     /// more or for fewer.
@@ -249,7 +267,10 @@ impl Checkpointer {
         let before = Statistics::of(state.model);
         let (options, first) = (&self.options, self.group.rank() == 0);
         match together(attempt(|| restore::load(&dir, &mut state, options, first)), &self.group) {
-            Ok(loaded) => Ok(loaded.put(&mut state)),
+            Ok(loaded) => {
+                self.steps.latest(step);
+                Ok(loaded.put(&mut state))
+            }
             Err(error) => {
                 before.put_back(state.model);
                 Err(error)

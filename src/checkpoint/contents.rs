@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::module::ParamId;
 use burn::optim::ModuleOptimizer;
@@ -51,6 +51,20 @@ impl SliceValue {
     }
 }
 
+/// The steps of a run whose checkpoints it has restored or written, in this order.
+#[derive(Clone, Default)]
+pub(super) struct OwnSteps(Arc<Mutex<Vec<u64>>>);
+
+impl OwnSteps {
+    /// This is the latest now. Returns all.
+    pub(super) fn latest(&self, step: u64) -> Vec<u64> {
+        let mut own = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        own.retain(|other| *other != step);
+        own.push(step);
+        own.clone()
+    }
+}
+
 /// Numbers of an optimizer for each parameter, by optimizer and path.
 pub(super) type ParamScalars = BTreeMap<String, BTreeMap<String, BTreeMap<String, StoredScalar>>>;
 
@@ -67,6 +81,7 @@ pub(super) struct Snapshot {
     pub(super) values: BTreeMap<String, Value>,
     /// What the save before has found out of the optimizers.
     known: KnownStates,
+    steps: OwnSteps,
     /// Bytes of it that are written.
     pub(super) written: Arc<AtomicU64>,
 }
@@ -95,6 +110,7 @@ impl Snapshot {
         step: u64,
         state: &TrainState<'_, P>,
         known: KnownStates,
+        steps: OwnSteps,
     ) -> Result<Self, Error> {
         names("optimizers", state.optimizers.iter().map(|(name, _)| name))?;
         names("schedulers", state.schedulers.iter().map(|(name, _)| name))?;
@@ -103,7 +119,7 @@ impl Snapshot {
         let slices = params::slices(state.model)?;
         let mut optimizers = Vec::new();
         for (name, optimizer) in &state.optimizers {
-            let held = params::moment_slices(state.model, optimizer)?;
+            let held = params::moment_slices(state.model, optimizer, state.model.param_slices()?)?;
             optimizers.push((name.clone(), (**optimizer).clone(), held));
         }
         let mut schedulers = BTreeMap::new();
@@ -118,7 +134,7 @@ impl Snapshot {
             values.insert(name.clone(), json);
         }
         let random = SavedRandom::of(state.model);
-        Ok(Self { step, random, slices, infos, optimizers, schedulers, values, known, written: Arc::default() })
+        Ok(Self { step, random, slices, infos, optimizers, schedulers, values, known, steps, written: Arc::default() })
     }
 
     /// Finds out what moments the optimizers have.
@@ -137,6 +153,11 @@ impl Snapshot {
             optimizers.insert(name.clone(), HeldOptimizer { state: state.clone(), known: known.clone() });
         }
         Ok(Contents { slices, scalars, optimizers, written: self.written.clone() })
+    }
+
+    /// It is on the disk. The steps of this run up to this one.
+    pub(super) fn now_written(&self) -> Vec<u64> {
+        self.steps.latest(self.step)
     }
 
     /// The optimizers are not what they were at the save before: they are looked at again.

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use super::fault;
 use super::file_problem;
@@ -79,13 +80,25 @@ fn remove(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Removes the checkpoints that are not to be kept. One is renamed first, so that none that looks whole lacks files.
+/// The steps of which there are checkpoints, in the order in which they were written: those of this run, `own`, after those of
+/// others. A run that has gone back to an earlier step writes lower ones than there are.
+fn as_written(root: &Path, own: &[u64]) -> Result<Vec<u64>, Error> {
+    let written = |step: u64| fs::metadata(root.join(name_of(step)).join(INDEX)).and_then(|index| index.modified());
+    let place = |step: &u64| own.iter().rposition(|own| own == step);
+    let mut steps = steps(root)?;
+    // A disk that cannot tell has them in the order of their steps.
+    steps.sort_by_cached_key(|step| (place(step), written(*step).unwrap_or(SystemTime::UNIX_EPOCH), *step));
+    Ok(steps)
+}
+
+/// Removes the checkpoints that are not to be kept. `own` are the steps that this run has restored or written, in this order. One is
+/// renamed first, so that none that looks whole lacks files.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if the system refuses.
-pub(super) fn prune(root: &Path, options: &CheckpointOptions) -> Result<(), Error> {
+pub(super) fn prune(root: &Path, options: &CheckpointOptions, own: &[u64]) -> Result<(), Error> {
     let Some(last) = options.keep_last else { return Ok(()) };
-    let steps = steps(root)?;
+    let steps = as_written(root, own)?;
     let old = &steps[..steps.len().saturating_sub(last)];
     for step in old.iter().filter(|step| options.keep_every.is_none_or(|every| !step.is_multiple_of(every))) {
         let path = root.join(name_of(*step));

@@ -83,7 +83,8 @@ fn save(
         let _ = draft.discard();
     }
     let Some(bytes_written) = written? else { return Ok(None) };
-    if first && let Err(error) = prune(root, options) {
+    let own = snapshot.now_written();
+    if first && let Err(error) = prune(root, options, &own) {
         log::warn!("old checkpoints are not removed: {error}");
     }
     Ok(Some(Saved { step: snapshot.step, dir, bytes_written }))

@@ -17,13 +17,15 @@ impl CheckpointOptions {
         Self::default()
     }
 
-    /// Keeps the last `count` checkpoints, at least one, and removes older ones after each save. All by default.
+    /// Keeps the `count` checkpoints that were written last, at least the one just saved, and removes the others after each save:
+    /// where a run has gone back to an earlier step, those of the run before, of higher steps, go first. The one that was restored
+    /// counts as written then. All by default.
     pub fn with_keep_last(mut self, count: usize) -> Self {
         self.keep_last = Some(count.max(1));
         self
     }
 
-    /// Keeps those whose step is a multiple of `steps` as well, however old they are.
+    /// Keeps those whose step is a multiple of `steps` as well, however long ago they were written.
     pub fn with_keep_every(mut self, steps: u64) -> Self {
         self.keep_every = (steps > 0).then_some(steps);
         self

@@ -105,16 +105,17 @@ impl Statistics {
     }
 }
 
-/// What of each parameter the moments of an optimizer on this rank are of: the rows that it updates, where replicas divide them; the
-/// whole, where the optimizer looks at the whole and this rank updates it, and nothing where another does.
+/// What of each of these `slices` the moments of an optimizer on this rank are of: the rows that it updates, where replicas divide them;
+/// the whole, where the optimizer looks at the whole and this rank updates it, and nothing where another does.
 ///
 /// # Errors
-/// [`Error::Pipeline`] if it is not known who holds what; [`Error::Optimizer`] if the optimizer does not suit the model.
+/// [`Error::Optimizer`] if the optimizer does not suit the model.
 pub(super) fn moment_slices<P: ParallelModule>(
     model: &P,
     optimizer: &ModuleOptimizer,
+    slices: HashMap<ParamId, ParamSlice>,
 ) -> Result<HashMap<ParamId, ParamSlice>, Error> {
-    let (slices, shards) = (model.param_slices()?, model.shards());
+    let shards = model.shards();
     let owners = whole_owners(model, optimizer)?;
     // Where replicas divide the parameters themselves, the slices are rows already.
     let divided = model.report().sharding == Sharding::Parameters;

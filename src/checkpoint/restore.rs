@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
+use burn::module::ParamId;
 use burn::optim::ModuleOptimizer;
 
 use super::index::Index;
@@ -33,6 +34,8 @@ pub struct Restored {
 pub(super) struct Loaded<P> {
     model: P,
     optimizers: Vec<Option<ModuleOptimizer>>,
+    /// The parameters that any of them has moments of, on whichever rank.
+    with_moments: HashSet<ParamId>,
     schedulers: Vec<Option<ModuleLrScheduler>>,
     random_step: u64,
     restored: Restored,
@@ -54,14 +57,16 @@ pub(super) fn load<P: ParallelModule>(
     let kept = compare(dir, &index, &infos, state, options)?;
     let mut reader = Reader::new(dir, index.clone());
     let model = (*state.model).clone().load(&mut ParamSource { reader: &mut reader, kept: &kept })?;
-    let mut optimizers = Vec::new();
+    let (mut optimizers, mut with_moments) = (Vec::new(), HashSet::new());
     for (name, optimizer) in &state.optimizers {
         let Some(stored) = index.optimizers.get(name) else {
             optimizers.push(None);
             continue;
         };
-        let slices = params::moment_slices(state.model, optimizer)?;
+        // Every rank that holds a parameter updates it, whichever saves its value.
+        let slices = params::moment_slices(state.model, optimizer, state.model.held_slices()?)?;
         let here = |info: &ParamInfo| Some((slices.get(&info.id)?, stored.get(&info.path)?));
+        with_moments.extend(infos.iter().filter(|info| stored.contains_key(&info.path)).map(|info| info.id));
         let mut wanted = Vec::new();
         for info in &infos {
             let Some((slice, state)) = here(info) else { continue };
@@ -94,7 +99,7 @@ pub(super) fn load<P: ParallelModule>(
         );
     }
     let restored = Restored { step: index.step, bytes_read: reader.bytes_read };
-    Ok(Loaded { model, optimizers, schedulers, random_step: index.random_step, restored })
+    Ok(Loaded { model, optimizers, with_moments, schedulers, random_step: index.random_step, restored })
 }
 
 impl<P: ParallelModule> Loaded<P> {
@@ -102,6 +107,7 @@ impl<P: ParallelModule> Loaded<P> {
     pub(super) fn put(self, state: &mut TrainState<'_, P>) -> Restored {
         *state.model = self.model;
         state.model.set_random_step(self.random_step);
+        state.model.moments_restored(&self.with_moments);
         for ((_, optimizer), loaded) in state.optimizers.iter_mut().zip(self.optimizers) {
             loaded.into_iter().for_each(|loaded| **optimizer = loaded);
         }
@@ -146,7 +152,7 @@ fn compare<P: ParallelModule>(
         .extend(named.filter(|(name, there)| !there && !matches(&options.allow_missing, name)).map(|(name, _)| name));
     let strange = index.model.keys().filter(|path| !own.contains(path.as_str()));
     let unexpected: Vec<String> = strange.filter(|path| !matches(&options.allow_unexpected, path)).cloned().collect();
-    let slices = state.model.param_slices()?;
+    let slices = state.model.held_slices()?;
     let mut misfits = Vec::new();
     for info in infos {
         if let (Some(slice), Some(stored)) = (slices.get(&info.id), index.model.get(&info.path))

@@ -136,6 +136,14 @@ pub trait StepEngine: Module {
     /// What this rank holds of each parameter whose value counts here.
     fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error>;
 
+    /// What this rank holds of each parameter, also of those whose value counts elsewhere.
+    fn held_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+        self.param_slices()
+    }
+
+    /// Optimizers were given moments of these parameters, on each rank of what it held.
+    fn moments_restored(&self, _params: &HashSet<ParamId>) {}
+
     /// The number of the step whose random numbers are drawn next; 0 if it draws from burn's generator.
     fn random_step(&self) -> u64 {
         0

@@ -224,6 +224,7 @@ impl PipelineState {
             }
         }
         if self.cut.is_none() {
+            self.check_early_moments(&graphs[0], &cuts[0])?;
             let params = graphs[0].params.iter().map(|param| param.id);
             self.holders = Some(params.zip(cuts[0].holders.iter().cloned()).collect());
             self.tied_params = TiedParams::new(&graphs[0], &cuts[0], self.timetable.stage_ranks(), &self.group)?;
@@ -238,6 +239,21 @@ impl PipelineState {
         }
         graphs.iter().zip(&cuts).try_for_each(|(graph, cut)| self.check_holders(graph, cut))?;
         Ok(cuts)
+    }
+
+    /// Demands that no other rank needs moments that were restored on those of their own stages alone. The same on all ranks.
+    fn check_early_moments(&self, graph: &StepGraph, cut: &CutGraph) -> Result<(), Error> {
+        let stage_ranks = self.timetable.stage_ranks();
+        for (param, stages) in graph.params.iter().zip(&cut.holders) {
+            let elsewhere = stages.iter().any(|stage| stage_ranks[*stage] != stage_ranks[stages[0]]);
+            if elsewhere && self.early_moments.contains(&param.id) {
+                return Err(stage_error(format!(
+                    "stages {stages:?} share parameter `{}`, of which an optimizer was restored before that was known, and so on the                      first of them alone: `prepare` the model before the optimizer is restored",
+                    param.path
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Demands that no stage needs a parameter that it has dropped.

@@ -1,6 +1,6 @@
 //! A pipelined model: each rank holds some stages, and trains them through a captured step.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::module::{Module, ParamId};
@@ -328,6 +328,14 @@ impl<M: Module> StepEngine for Pipelined<M> {
         lock(&self.state).param_slices()
     }
 
+    fn held_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+        lock(&self.state).held_slices()
+    }
+
+    fn moments_restored(&self, params: &HashSet<ParamId>) {
+        lock(&self.state).moments_restored(params);
+    }
+
     fn random_step(&self) -> u64 {
         lock(&self.state).random.step()
     }
@@ -344,7 +352,7 @@ impl<M: Module> StepEngine for Pipelined<M> {
         let state = lock(&self.state);
         let split = state.split.iter().flat_map(ModelSplit::groups).map(|group| self.clipping.beside(group));
         let tensor = split.fold(Counters::default(), |sum, counters| sum + counters);
-        let (pipeline, norm) = (state.sent.clone(), self.clipping.counters());
+        let (pipeline, norm) = (state.sent.clone() + state.tied_params.counters(), self.clipping.counters());
         StepCounters { tensor, pipeline, norm, skipped: self.clipping.skipped(), ..StepCounters::default() }
     }
 

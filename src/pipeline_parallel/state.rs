@@ -32,6 +32,8 @@ pub(super) struct PipelineState {
     /// The first cut, to which all others keep.
     pub cut: Option<CutGraph>,
     pub tied_params: TiedParams,
+    /// The parameters whose moments were restored before the first cut: on the ranks of their own stages alone.
+    pub early_moments: HashSet<ParamId>,
     /// What the last captured step of a model that is split as well was given, for each axis.
     pub shards: Vec<ShardReport>,
     /// How replicas divide what each of them would hold, if they do.
@@ -100,6 +102,7 @@ impl PipelineState {
             holders,
             cut: None,
             tied_params: TiedParams::default(),
+            early_moments: HashSet::new(),
             shards: Vec::new(),
             row_shards: None,
             sent: Counters::default(),
@@ -128,6 +131,7 @@ impl PipelineState {
             holders.map(|holders| holders.into_iter().map(|(id, stages)| (renamed.id(id), stages)).collect());
         self.split = self.split.take().map(|split| split.renamed(renamed));
         self.tied_params.rename(renamed);
+        self.early_moments = self.early_moments.drain().map(|id| renamed.id(id)).collect();
         // Captured steps know parameters by their ids.
         self.steps.clear();
         self.forwards.clear();
@@ -193,12 +197,26 @@ impl PipelineState {
     /// # Errors
     /// [`Error::Pipeline`] if it is not known who holds what.
     pub(super) fn param_slices(&self) -> Result<HashMap<ParamId, params::ParamSlice>, Error> {
-        let homes = self.homes().ok_or_else(|| {
-            stage_error("who holds what is not known yet: `prepare` the model before it is saved, or cut it by paths")
-        })?;
+        let homes = self.homes().ok_or_else(unknown_holders)?;
         let homes: HashMap<ParamId, usize> = homes.into_iter().map(|(row, home)| (row.id, home)).collect();
         let here = self.rows.iter().filter(|row| homes.get(&row.id).is_none_or(|home| *home == self.group.rank()));
         Ok(here.filter_map(|row| Some((row.id, self.param_slice(row.id)?))).collect())
+    }
+
+    /// What this rank holds of each parameter that it keeps.
+    ///
+    /// # Errors
+    /// [`Error::Pipeline`] if it is not known who holds what.
+    pub(super) fn held_slices(&self) -> Result<HashMap<ParamId, params::ParamSlice>, Error> {
+        let kept = self.kept().ok_or_else(unknown_holders)?;
+        Ok(kept.into_iter().filter_map(|id| Some((id, self.param_slice(id)?))).collect())
+    }
+
+    /// Optimizers were given moments of these parameters, on each rank of what it kept.
+    pub(super) fn moments_restored(&mut self, params: &HashSet<ParamId>) {
+        if self.cut.is_none() {
+            self.early_moments.extend(params);
+        }
     }
 
     /// What a rank that holds a parameter holds of it.
@@ -270,6 +288,12 @@ impl PipelineState {
 
 /// Stages for each parameter at most: more of them would be empty than anybody can want, and take long to lay out.
 const MOST_STAGES: usize = 16;
+
+fn unknown_holders() -> Error {
+    stage_error(
+        "who holds what is not known yet: `prepare` the model before it is saved or restored, or cut it by paths",
+    )
+}
 
 fn enough_parameters(schedule: &Schedule, ranks: usize, params: usize) -> Result<(), Error> {
     let per_rank = schedule.stages_per_rank();

@@ -1,6 +1,6 @@
 //! The trait that all wrappers implement.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use burn::data::dataloader::DataLoader;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
@@ -309,6 +309,12 @@ pub trait ParallelModule: Module + sealed::Sealed {
 
     #[doc(hidden)]
     fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error>;
+
+    #[doc(hidden)]
+    fn held_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error>;
+
+    #[doc(hidden)]
+    fn moments_restored(&self, params: &HashSet<ParamId>);
 
     #[doc(hidden)]
     fn split_params(&self) -> Vec<SplitParam>;

@@ -1,6 +1,6 @@
 //! A model that is parallelised by a strategy.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use burn::data::dataloader::DataLoader;
@@ -240,6 +240,14 @@ impl<M: Module> ParallelModule for Parallel<M> {
 
     fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
         with!(&self.wrapped, model => ParallelModule::param_slices(model))
+    }
+
+    fn held_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+        with!(&self.wrapped, model => ParallelModule::held_slices(model))
+    }
+
+    fn moments_restored(&self, params: &HashSet<ParamId>) {
+        with!(&self.wrapped, model => ParallelModule::moments_restored(model, params));
     }
 
     fn random_step(&self) -> u64 {

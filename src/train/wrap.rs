@@ -1,6 +1,6 @@
 //! Implements `ParallelModule` for the wrappers.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use burn::data::dataloader::DataLoader;
 use burn::module::{Module, ParamId};
@@ -105,6 +105,14 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
 
     fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
         self.engine().param_slices()
+    }
+
+    fn held_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+        self.engine().held_slices()
+    }
+
+    fn moments_restored(&self, params: &HashSet<ParamId>) {
+        self.engine().moments_restored(params);
     }
 
     fn random_step(&self) -> u64 {
@@ -239,6 +247,14 @@ macro_rules! without_replicas {
 
             fn param_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
                 StepEngine::param_slices(self)
+            }
+
+            fn held_slices(&self) -> Result<HashMap<ParamId, ParamSlice>, Error> {
+                StepEngine::held_slices(self)
+            }
+
+            fn moments_restored(&self, params: &HashSet<ParamId>) {
+                StepEngine::moments_restored(self, params);
             }
 
             fn random_step(&self) -> u64 {

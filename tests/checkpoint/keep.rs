@@ -39,6 +39,36 @@ fn the_last_and_every_so_many_are_kept() {
     assert_eq!(names(&dir), ["step-000000004", "step-000000006", "step-000000007"]);
 }
 
+/// A run that goes on from an earlier step keeps what it writes, and those of the run before go first.
+#[test]
+fn a_run_that_went_back_keeps_what_it_saves() {
+    let (dir, net) = (Dir::fresh(), Net::new());
+    let options = CheckpointOptions::new().with_keep_last(2);
+    let line = |from: Option<u64>, saves: &[u64]| {
+        let run = launch::threads(2).run(|world| {
+            let mut model = AXES.wrap(&world, &net)?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), options.clone())?;
+            if let Some(step) = from {
+                checkpoints.restore_step(step, TrainState::new(&mut model))?;
+            }
+            let mut kept = Vec::new();
+            for step in saves {
+                match step % 2 {
+                    0 => drop(checkpoints.save(*step, TrainState::new(&mut model))?),
+                    _ => checkpoints.save_async(*step, TrainState::new(&mut model))?,
+                }
+                kept.push(checkpoints.steps()?);
+            }
+            Ok(kept)
+        });
+        run.unwrap().swap_remove(0)
+    };
+    line(None, &[10, 20, 30]);
+    assert_eq!(line(Some(20), &[11, 12, 20, 30]), [[11, 20], [11, 12], [12, 20], [20, 30]]);
+    // What it goes on from counts as its own, and one that is saved again as the newest.
+    assert_eq!(line(Some(20), &[21, 20, 22]), [[20, 21], [20, 21], [20, 22]]);
+}
+
 #[test]
 fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
     let (dir, net) = (Dir::fresh(), Net::new());

@@ -15,5 +15,6 @@ mod python;
 mod reads;
 mod room;
 mod strict;
+mod tied;
 
 use crate::common::dir::Dir;
