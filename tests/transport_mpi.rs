@@ -17,7 +17,7 @@ use burn_parallel::comm::{Communicator, ReduceOp};
 use burn_parallel::launch;
 
 use crate::common::failing::hide_panics_on_purpose;
-use crate::transport_suite::WorldFactory;
+use crate::transport_suite::{WorldFactory, short_of_memory};
 
 const ROLE: &str = "BURN_PARALLEL_TEST_ROLE";
 
@@ -58,6 +58,11 @@ fn suite() {
 fn one_rank(role: &str) {
     let outcome = launch::from_env().unwrap().timeout(Duration::from_secs(60)).run(|rank| {
         rank.barrier()?;
+        match role {
+            "short" => return short_of_memory::for_large(&rank, 1),
+            "short-of-little" => return short_of_memory::for_little(&rank, 1),
+            _ => {}
+        }
         if rank.rank() == 1 {
             match role {
                 "error" => return Err(Error::user("the disk is full")),
@@ -170,6 +175,11 @@ fn start() -> ExitCode {
     passed &= scenario("error", "<rank 1 failed: the disk is full", true);
     passed &= scenario("panic", "<rank 1 panicked: on purpose", true);
     passed &= scenario("unread", "<well>", true);
+    // Linux alone says how much a process may still take.
+    if cfg!(target_os = "linux") {
+        passed &= scenario("short", "<well>", true);
+        passed &= scenario("short-of-little", "<well>", true);
+    }
     // The launcher's own words, for the rank has none left. MPICH's names the process in place of the rank.
     passed &= scenario("killed", if is_open_mpi() { "rank 1" } else { "Killed (signal 9)" }, false);
     if is_open_mpi() {

@@ -57,8 +57,10 @@ fn main() {
         trial(format!("a_rank_that_ends_{role}"), true, Box::new(move || all_say(role, words)));
     }
     for culprit in 0..3 {
-        let test = move || all_say(&format!("short {culprit}"), "<well>");
-        trial(format!("rank_{culprit}_has_no_memory"), cfg!(target_os = "linux"), Box::new(test));
+        for (role, name) in [("short", "has_no_memory"), ("short-of-little", "has_no_memory_for_little")] {
+            let test = move || all_say(&format!("{role} {culprit}"), "<well>");
+            trial(format!("rank_{culprit}_{name}"), cfg!(target_os = "linux"), Box::new(test));
+        }
         for role in ["waited-for", "moving", "computing"] {
             let test = move || survivors_say(role, culprit);
             trial(format!("rank_{culprit}_is_killed_{role}"), true, Box::new(test));
@@ -168,8 +170,10 @@ fn one_rank(role: &str) {
     let (role, culprit) = role.split_once(' ').map_or((role, 1), |(role, rank)| (role, rank.parse().unwrap()));
     let outcome = launch::from_env().unwrap().run(|rank| {
         rank.barrier()?;
-        if role == "short" {
-            return short_of_memory::for_large(&rank, culprit);
+        match role {
+            "short" => return short_of_memory::for_large(&rank, culprit),
+            "short-of-little" => return short_of_memory::for_little(&rank, culprit),
+            _ => {}
         }
         if role.starts_with("mesh-") {
             return in_turn(&rank, culprit, role);

@@ -66,8 +66,7 @@ impl SameInputs {
         let number = self.runs[run as usize].fetch_add(1, Ordering::Relaxed);
         let inputs = named_tensors(inputs.clone())?;
         let on_host = inputs.iter().all(|(_, input)| input.on_flex());
-        let every = self.every.unwrap_or(if on_host { 1 } else { DEVICE_EVERY });
-        if every == 0 || !number.is_multiple_of(every) {
+        if !is_due(self.every, on_host, number) {
             return Ok(comparison);
         }
         let mut digests = Vec::with_capacity(inputs.len());
@@ -81,6 +80,12 @@ impl SameInputs {
         }
         Ok(comparison)
     }
+}
+
+/// Whether this run's inputs are compared, the first being number 0.
+fn is_due(every: Option<u64>, on_host: bool, number: u64) -> bool {
+    let every = every.unwrap_or(if on_host { 1 } else { DEVICE_EVERY });
+    every != 0 && number.is_multiple_of(every)
 }
 
 impl Comparison {
@@ -111,5 +116,48 @@ impl Comparison {
             }
         }
         outcome
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Device, Tensor};
+
+    use super::*;
+    use crate::launch;
+
+    #[test]
+    fn inputs_on_devices_are_compared_every_so_many_runs() {
+        let due = |every, on_host| (0..=200).filter(|number| is_due(every, on_host, *number)).collect::<Vec<_>>();
+        assert_eq!(due(None, true).len(), 201);
+        assert_eq!(due(None, false), [0, 100, 200]);
+        for on_host in [true, false] {
+            assert_eq!(due(Some(64), on_host), [0, 64, 128, 192]);
+            assert!(due(Some(0), on_host).is_empty());
+        }
+    }
+
+    /// Steps and forwards have their turns apart, and a difference is found in its turn.
+    #[test]
+    fn a_difference_is_found_in_its_turn() {
+        for size in [2, 4] {
+            let outcome = launch::threads(size).run(|rank| {
+                let same = SameInputs::new(std::iter::once(&*rank), Some(3))?;
+                let compared = |run, value: f32| {
+                    let comparison = same.start(run, &Tensor::<1>::from_floats([value], &Device::flex()))?;
+                    let looked = !comparison.found.is_empty();
+                    comparison.finish().map(|()| looked)
+                };
+                let others = (rank.rank() == size - 1) as u8 as f32;
+                assert!(compared(Run::Step, 1.0)?);
+                assert!(compared(Run::Forward, 1.0)?);
+                assert!(!compared(Run::Step, others)?);
+                assert!(!compared(Run::Step, others)?);
+                compared(Run::Step, others).map(drop)
+            });
+            let error = outcome.unwrap_err().to_string();
+            let words = [format!("rank {} of group", size - 1), "another input".into(), "step: ".into()];
+            assert!(words.iter().all(|words| error.contains(words)), "{error}");
+        }
     }
 }

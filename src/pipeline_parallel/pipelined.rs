@@ -352,7 +352,7 @@ impl<M: Module> StepEngine for Pipelined<M> {
         let state = lock(&self.state);
         let split = state.split.iter().flat_map(ModelSplit::groups).map(|group| self.clipping.beside(group));
         let tensor = split.fold(Counters::default(), |sum, counters| sum + counters);
-        let (pipeline, norm) = (state.sent.clone(), self.clipping.counters());
+        let (pipeline, norm) = (state.sent.clone() + state.tied_params.counters(), self.clipping.counters());
         StepCounters { tensor, pipeline, norm, skipped: self.clipping.skipped(), ..StepCounters::default() }
     }
 

@@ -6,7 +6,7 @@ use burn::module::{Module, ParamId};
 use burn::tensor::{DType, Device, Shape};
 
 use crate::Error;
-use crate::comm::{Communicator, ReduceOp};
+use crate::comm::{Communicator, Counters, ReduceOp};
 use crate::graph::{StepGraph, read_params};
 use crate::params::{self, Renamed, one_device};
 use crate::pipeline_parallel::cut::CutGraph;
@@ -93,6 +93,11 @@ impl TiedParams {
 
     pub(super) fn is_empty(&self) -> bool {
         self.groups.is_empty()
+    }
+
+    /// What the holders have sent each other so far: values when they are shared, and gradients.
+    pub(super) fn counters(&self) -> Counters {
+        self.groups.iter().fold(Counters::default(), |sum, (group, _)| sum + group.counters())
     }
 
     /// The parameters, with the values that the ranks of their own stages bring. Those that are lazy there wait.
@@ -189,5 +194,43 @@ impl TiedParams {
             any.extend(held.map(|(_, tie)| tie.id));
         }
         self.sum(gradients, &any, device)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::nn::{Linear, LinearConfig};
+    use burn::tensor::Tensor;
+
+    use super::*;
+    use crate::pipeline_parallel::pipelined::lock;
+    use crate::prelude::*;
+
+    /// Groups are made for the model, and not for the shapes that come: on a network each is a communicator.
+    #[test]
+    fn other_shapes_need_no_other_groups() {
+        for size in [2, 3] {
+            launch::threads(size)
+                .run(|rank| {
+                    let device = Device::flex().autodiff();
+                    let layer = || -> Linear { LinearConfig::new(4, 4).init(&device) };
+                    let cut = Cut::before((1..size).map(|stage| format!("{stage}.*")));
+                    let config = PipelineConfig::new(2).with_cut(cut).with_graphs(2);
+                    let layers: Vec<Linear> = (0..size).map(|_| layer()).collect();
+                    let mut model = layers.pipeline_parallel(&rank, config)?;
+                    // The first layer is the last as well.
+                    let forward = |model: &Vec<Linear>, x: Tensor<2>| {
+                        model[0].forward(model.iter().fold(x, |x, layer| layer.forward(x)))
+                    };
+                    for rows in [2, 4, 6, 2, 8, 5] {
+                        let x = || Tensor::<2>::ones([rows, 4], &device);
+                        model.step(x(), |model, x| forward(model, x).mean())?;
+                        model.forward_with(x(), forward)?;
+                        assert_eq!(lock(&model.state).group.counters().of("split").calls, 1, "{rows} rows");
+                    }
+                    Ok(())
+                })
+                .unwrap();
+        }
     }
 }

@@ -19,7 +19,8 @@ pub struct StepCounters {
     pub statistics: Counters,
     /// Tensor parallelism, over all axes that a model is split over.
     pub tensor: Counters,
-    /// Pipeline parallelism: what goes from stage to stage.
+    /// Pipeline parallelism: what goes from stage to stage, and parameters that several stages hold: their values when
+    /// these are shared, and the sums of their gradients.
     pub pipeline: Counters,
     /// The norm of the gradient, over the ranks that share the model: what
     /// [`clip_grad_norm`](super::Step::clip_grad_norm) takes.

@@ -227,7 +227,7 @@ fn all_ranks_have_the_ids_of_the_first() {
 
 #[test]
 fn replicas_that_drift_apart_are_found() {
-    for size in [2, 3] {
+    for size in [2, 3, 4] {
         let outcome = launch::threads(size).run(|rank| {
             let device = rank.device().autodiff();
             let config = DataParallelConfig::new().with_compare_every(2);
@@ -261,8 +261,8 @@ impl Batcher<f32, Vec<f32>> for Rows {
 
 #[test]
 fn a_dataloader_whose_worker_panics_is_an_error_on_all_ranks() {
-    for (poison, fails) in [(-1.0, false), (13.0, true)] {
-        let outcome = launch::threads(2).run(|rank| {
+    for (size, poison, fails) in [(2, -1.0, false), (2, 13.0, true), (4, -1.0, false), (4, 13.0, true)] {
+        let outcome = launch::threads(size).run(|rank| {
             let device = rank.device().autodiff();
             let model = LinearConfig::new(1, 1).init(&device).data_parallel(&rank, DataParallelConfig::new())?;
             let mut items: Vec<f32> = (20..40 + 10 * rank.rank() as i32).map(|item| item as f32).collect();
@@ -277,7 +277,7 @@ fn a_dataloader_whose_worker_panics_is_an_error_on_all_ranks() {
             Ok(seen)
         });
         match outcome {
-            Ok(seen) => assert!(!fails && seen == [20, 30], "{seen:?}"),
+            Ok(seen) => assert!(!fails && seen == [20, 30, 40, 50][..size], "{seen:?}"),
             Err(error) => assert!(fails && error.to_string().contains("of 30 items"), "{error}"),
         }
     }
@@ -292,21 +292,27 @@ fn a_model_that_is_wrapped_is_not_wrapped_again_in_generic_code() {
         Some(Error::Nesting { operation, wrapper }) => assert_eq!((operation, wrapper), (outer, inner)),
         other => panic!("{other:?}"),
     };
-    launch::threads(2)
-        .run(|rank| {
-            let device = rank.device().autodiff();
-            let make = || -> Linear { LinearConfig::new(4, 4).init(&device) };
-            let plan = Plan::new().shard("weight", 1);
-            let sharded = make().tensor_parallel(&rank, &plan)?;
-            refused(wrap(vec![sharded.clone()], &rank).err(), "data_parallel", "Sharded");
-            refused(wrap(sharded, &rank).err(), "data_parallel", "Sharded");
-            let replica = wrap(make(), &rank)?;
-            refused(TensorParallel::tensor_parallel(replica.clone(), &rank, &plan).err(), "tensor_parallel", "Replica");
-            let config = PipelineConfig::new(1);
-            let cut = PipelineParallel::pipeline_parallel(replica.clone(), &rank, config).err();
-            refused(cut, "pipeline_parallel", "Replica");
-            refused(Parallelize::parallelize(replica, &rank, &Strategy::new()).err(), "parallelize", "Replica");
-            Ok(())
-        })
-        .unwrap();
+    for size in [2, 4] {
+        launch::threads(size)
+            .run(|rank| {
+                let device = rank.device().autodiff();
+                let make = || -> Linear { LinearConfig::new(4, 4).init(&device) };
+                let plan = Plan::new().shard("weight", 1);
+                let sharded = make().tensor_parallel(&rank, &plan)?;
+                refused(wrap(vec![sharded.clone()], &rank).err(), "data_parallel", "Sharded");
+                refused(wrap(sharded, &rank).err(), "data_parallel", "Sharded");
+                let replica = wrap(make(), &rank)?;
+                refused(
+                    TensorParallel::tensor_parallel(replica.clone(), &rank, &plan).err(),
+                    "tensor_parallel",
+                    "Replica",
+                );
+                let config = PipelineConfig::new(1);
+                let cut = PipelineParallel::pipeline_parallel(replica.clone(), &rank, config).err();
+                refused(cut, "pipeline_parallel", "Replica");
+                refused(Parallelize::parallelize(replica, &rank, &Strategy::new()).err(), "parallelize", "Replica");
+                Ok(())
+            })
+            .unwrap();
+    }
 }

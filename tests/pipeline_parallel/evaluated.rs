@@ -152,7 +152,6 @@ fn a_tied_lazy_embedding_that_is_loaded_is_never_made() {
             let mut model = tied(&made).pipeline_parallel(&rank, PipelineConfig::new(2))?;
             model.prepare(words(), tied_loss)?;
             assert_eq!(model.report().cut.unwrap().tied.len(), 1);
-            let sent = model.counters();
             let mut store = Store(Vec::new());
             let mut model = model.load(&mut store)?;
             assert!(store.0.contains(&"words.weight".to_owned()), "{:?}", store.0);
@@ -160,7 +159,11 @@ fn a_tied_lazy_embedding_that_is_loaded_is_never_made() {
             let step = model.step(words(), tied_loss)?;
             assert_eq!(made.load(Ordering::Relaxed), 0);
             assert!((step.loss.item() as f32 - evaluated).abs() < 1e-5 && step.loss.item().is_finite());
-            drop(sent);
+            // Nor sent: the holders sum its gradient, and no more.
+            let sent = model.counters().pipeline;
+            assert_eq!(sent.of("broadcast").calls, 0, "{sent:?}");
+            let sums = sent.of("all_reduce");
+            assert_eq!((sums.calls, sums.bytes), (1, 11 * 6 * 4), "{sent:?}");
             Ok(())
         })
         .unwrap();
@@ -188,6 +191,10 @@ fn a_tied_lazy_embedding_that_is_not_loaded_is_that_of_its_first_stage() {
             assert_eq!(made.load(Ordering::Relaxed), usize::from(rank.rank() == 0));
             let again = model.forward_with(words(), tied_loss)?.into_scalar::<f32>();
             assert!((again - expected).abs() < 1e-5);
+            // Once for the forward pass, once for the step. The second stage of three ranks does not hold it.
+            let sent = model.counters().pipeline.of("broadcast");
+            let times = if rank.rank() == 1 { 0 } else { 2 };
+            assert_eq!(sent.calls, times, "{sent:?}");
             Ok(())
         })
         .unwrap();

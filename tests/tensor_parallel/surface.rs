@@ -19,8 +19,18 @@ fn layers() -> Vec<Linear> {
     filled(vec![LinearConfig::new(4, 8).init(&device()), LinearConfig::new(8, 2).init(&device())])
 }
 
+/// A layer for each of so many stages, and where they begin.
+fn stages(count: usize) -> (Vec<Linear>, PipelineConfig) {
+    let inner = (2..count).map(|_| LinearConfig::new(8, 8).init(&device()));
+    let [first, last]: [Linear; 2] = layers().try_into().unwrap();
+    let model = filled(std::iter::once(first).chain(inner).chain([last]).collect());
+    let cut = Cut::before((1..count).map(|stage| format!("{stage}.*")));
+    (model, PipelineConfig::new(2).with_cut(cut))
+}
+
 fn forward(model: &[Linear], x: Tensor<2>) -> Tensor<2> {
-    model[1].forward(model[0].forward(x).tanh())
+    let (first, others) = model.split_first().unwrap();
+    others.iter().fold(first.forward(x), |x, layer| layer.forward(x.tanh()))
 }
 
 fn rows(seed: u64, rows: usize) -> Tensor<2> {
@@ -39,23 +49,27 @@ fn double(model: &Vec<Linear>, x: Tensor<2>) -> Tensor<1> {
 
 #[test]
 fn what_a_closure_captures_is_followed() {
-    let expected = square(&layers(), rows(0, 4)).into_scalar::<f64>();
+    let of = |model: &Vec<Linear>| square(model, rows(0, 4)).into_scalar::<f64>();
     let close =
-        |found: f64, times: f64| assert!((found - expected * times).abs() < 1e-6, "{found} {expected} x {times}");
+        |found: f64, expected: f64| assert!((found - expected).abs() < 1e-6 * (1.0 + expected), "{found} {expected}");
+    let whole = of(&layers());
     for ranks in [1, 2, 4] {
+        let staged = of(&stages(ranks.max(2)).0);
         launch::threads(ranks)
             .run(|rank| {
                 let mut split = layers().tensor_parallel(&rank, plan())?;
-                let config = PipelineConfig::new(2).with_cut(Cut::before(["1.*"]));
                 let mut cut = match ranks {
-                    2 => Some(layers().pipeline_parallel(&rank, config)?),
-                    _ => None,
+                    1 => None,
+                    _ => {
+                        let (model, config) = stages(ranks);
+                        Some(model.pipeline_parallel(&rank, config)?)
+                    }
                 };
                 for scale in [1.0, 0.5, 0.25, 0.5] {
                     let loss = move |model: &Vec<Linear>, x| square(model, x) * scale;
-                    close(split.step(rows(0, 4), loss)?.loss.item(), scale);
+                    close(split.step(rows(0, 4), loss)?.loss.item(), whole * scale);
                     if let Some(cut) = &mut cut {
-                        close(cut.step(rows(0, 4), loss)?.loss.item(), scale);
+                        close(cut.step(rows(0, 4), loss)?.loss.item(), staged * scale);
                     }
                     let scaled = split.forward_with(rows(0, 4), move |model, x| forward(model, x) * scale)?;
                     let plain = split.forward_with(rows(0, 4), |model, x| forward(model, x))?;
@@ -63,14 +77,14 @@ fn what_a_closure_captures_is_followed() {
                     assert!(far < 1e-6, "{far}");
                     // The same as a plain value among the inputs.
                     let given = split.step((rows(0, 4), scale), |model, (x, scale)| square(model, x) * scale)?;
-                    close(given.loss.item(), scale);
+                    close(given.loss.item(), whole * scale);
                 }
                 let functions: [fn(&Vec<Linear>, Tensor<2>) -> Tensor<1>; 2] = [square, double];
                 for _ in 0..2 {
                     for (times, loss) in [1.0, 2.0].into_iter().zip(functions) {
-                        close(split.step(rows(0, 4), loss)?.loss.item(), times);
+                        close(split.step(rows(0, 4), loss)?.loss.item(), whole * times);
                         if let Some(cut) = &mut cut {
-                            close(cut.step(rows(0, 4), loss)?.loss.item(), times);
+                            close(cut.step(rows(0, 4), loss)?.loss.item(), staged * times);
                         }
                     }
                 }
@@ -82,16 +96,17 @@ fn what_a_closure_captures_is_followed() {
 
 #[test]
 fn ranks_that_share_a_model_must_pass_the_same_inputs() {
-    for (ranks, pipeline, forward) in
-        [(2, false, false), (2, true, false), (4, false, false), (2, false, true), (2, true, true)]
-    {
+    let ways = [(false, false), (true, false), (false, true), (true, true)];
+    for (ranks, (pipeline, forward)) in [2, 4].into_iter().flat_map(|ranks| ways.map(|way| (ranks, way))) {
         let outcome = launch::threads(ranks).run(|rank| {
-            let cut = PipelineConfig::new(2).with_cut(Cut::before(["1.*"]));
-            let strategy = match pipeline {
-                true => Strategy::new().with_pp(ranks, cut),
-                false => Strategy::new().with_tp(ranks, plan()),
+            let (model, strategy) = match pipeline {
+                true => {
+                    let (model, config) = stages(ranks);
+                    (model, Strategy::new().with_pp(ranks, config))
+                }
+                false => (layers(), Strategy::new().with_tp(ranks, plan())),
             };
-            let mut model = layers().parallelize(&rank, &strategy)?;
+            let mut model = model.parallelize(&rank, &strategy)?;
             for step in 0..3 {
                 let other = step == 2 && rank.rank() == ranks - 1;
                 let x = rows(if other { 9 } else { step }, 4);
@@ -211,48 +226,53 @@ fn state_that_does_not_fit_is_an_error_that_names_it() {
     let grads = burn::optim::GradientsParams::from_grads(loss.backward(), &whole);
     whole = optim.step(0.01, whole, grads);
     let record = optim.into_bytes().unwrap();
-    let error = launch::threads(2).run(|rank| {
-        let mut model = whole.clone().fork(&device()).tensor_parallel(&rank, plan())?;
-        let mut optim: ModuleOptimizer = AdamWConfig::new().init().from_bytes(record.clone()).map_err(Error::user)?;
-        let done = step(&mut model)?;
-        model.optimize(&mut optim, 0.01, done).map(|_| ())
-    });
-    let error = error.unwrap_err().to_string();
-    assert!(error.contains("of `0.") && error.contains("dims [") && error.contains("this rank holds ["), "{error}");
+    for ranks in [2, 4] {
+        let error = launch::threads(ranks).run(|rank| {
+            let mut model = whole.clone().fork(&device()).tensor_parallel(&rank, plan())?;
+            let mut optim: ModuleOptimizer =
+                AdamWConfig::new().init().from_bytes(record.clone()).map_err(Error::user)?;
+            let done = step(&mut model)?;
+            model.optimize(&mut optim, 0.01, done).map(|_| ())
+        });
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("of `0.") && error.contains("dims [") && error.contains("this rank holds ["), "{error}");
 
-    // One of other parameters.
-    let error = launch::threads(2).run(|rank| {
-        let mut model = layers().tensor_parallel(&rank, plan())?;
-        let mut optim: ModuleOptimizer = AdamWConfig::new().init().from_bytes(record.clone()).map_err(Error::user)?;
-        let done = step(&mut model)?;
-        model.optimize(&mut optim, 0.01, done).map(|_| ())
-    });
-    let error = error.unwrap_err().to_string();
-    assert!(error.contains("by an id that no parameter here has"), "{error}");
+        // One of other parameters.
+        let error = launch::threads(ranks).run(|rank| {
+            let mut model = layers().tensor_parallel(&rank, plan())?;
+            let mut optim: ModuleOptimizer =
+                AdamWConfig::new().init().from_bytes(record.clone()).map_err(Error::user)?;
+            let done = step(&mut model)?;
+            model.optimize(&mut optim, 0.01, done).map(|_| ())
+        });
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("by an id that no parameter here has"), "{error}");
 
-    // The one that was saved with the model goes on, and a skipped step leaves everything as it is.
-    launch::threads(2)
-        .run(|rank| {
-            let (mut model, mut optim) = (layers().tensor_parallel(&rank, plan())?, AdamWConfig::new().init());
-            for _ in 0..2 {
-                let done = step(&mut model)?;
-                model = model.optimize(&mut optim, 0.01, done)?;
-            }
-            let mut again = AdamWConfig::new().init().from_bytes(optim.into_bytes().unwrap()).map_err(Error::user)?;
-            let mut other = model.clone();
-            for skipped in [true, false] {
-                let before = values(model.local());
-                let mut done = step(&mut model)?;
-                done.skipped = skipped;
-                model = model.optimize(&mut optim, 0.01, done)?;
-                assert_eq!(difference(&before, &values(model.local())) == 0.0, skipped);
-            }
-            let done = step(&mut other)?;
-            other = other.optimize(&mut again, 0.01, done)?;
-            assert_eq!(difference(&values(other.local()), &values(model.local())), 0.0);
-            Ok(())
-        })
-        .unwrap();
+        // The one that was saved with the model goes on, and a skipped step leaves everything as it is.
+        launch::threads(ranks)
+            .run(|rank| {
+                let (mut model, mut optim) = (layers().tensor_parallel(&rank, plan())?, AdamWConfig::new().init());
+                for _ in 0..2 {
+                    let done = step(&mut model)?;
+                    model = model.optimize(&mut optim, 0.01, done)?;
+                }
+                let mut again =
+                    AdamWConfig::new().init().from_bytes(optim.into_bytes().unwrap()).map_err(Error::user)?;
+                let mut other = model.clone();
+                for skipped in [true, false] {
+                    let before = values(model.local());
+                    let mut done = step(&mut model)?;
+                    done.skipped = skipped;
+                    model = model.optimize(&mut optim, 0.01, done)?;
+                    assert_eq!(difference(&before, &values(model.local())) == 0.0, skipped);
+                }
+                let done = step(&mut other)?;
+                other = other.optimize(&mut again, 0.01, done)?;
+                assert_eq!(difference(&values(other.local()), &values(model.local())), 0.0);
+                Ok(())
+            })
+            .unwrap();
+    }
 }
 
 /// Another optimizer may come to be where one was, or another state in the same one.

@@ -4,16 +4,18 @@
 use burn_parallel::Error;
 use burn_parallel::comm::{Communicator, ReduceOp};
 
-/// Lets this process have no more than so many bytes beyond what it has; `None` ends that.
+/// Lets this process have no more than so many bytes beyond what it has; `None` ends that. Of memory that it may write
+/// to: what allocators have only reserved is no room for anything.
 fn limit_memory(more: Option<u64>) {
-    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
-    let held = 4096 * pages.split(' ').next().unwrap().parse::<u64>().unwrap();
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmData:")).unwrap();
+    let held = 1024 * line.trim().trim_end_matches(" kB").parse::<u64>().unwrap();
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the place outlives the calls.
     unsafe {
-        assert_eq!(libc::getrlimit(libc::RLIMIT_AS, &mut limit), 0);
+        assert_eq!(libc::getrlimit(libc::RLIMIT_DATA, &mut limit), 0);
         limit.rlim_cur = more.map_or(limit.rlim_max, |more| held + more);
-        assert_eq!(libc::setrlimit(libc::RLIMIT_AS, &limit), 0);
+        assert_eq!(libc::setrlimit(libc::RLIMIT_DATA, &limit), 0);
     }
 }
 
@@ -47,5 +49,20 @@ pub fn for_large(comm: &Communicator, culprit: usize) -> Result<(), Error> {
     let said = outcome.unwrap_err().to_string();
     let words = format!("rank {culprit} of group `world` has no memory for the {LONG} bytes");
     assert!(said.contains(&words) && said.contains(&format!("that rank {sender} sends it with tag 7")), "{said}");
+    Ok(())
+}
+
+/// As [`for_large`], of so little that over TCP nobody asks for it beforehand: the others move their data already, so the
+/// world fails.
+pub fn for_little(comm: &Communicator, culprit: usize) -> Result<(), Error> {
+    const EACH: usize = 5 << 20;
+    let mine = vec![1u8; EACH];
+    comm.barrier()?;
+    if comm.rank() == culprit {
+        limit_memory(Some(4 << 20));
+    }
+    let outcome = comm.all_gather(mine).and_then(|_| comm.barrier());
+    limit_memory(None);
+    assert_eq!(outcome.unwrap_err(), none_to_gather(comm, culprit, EACH));
     Ok(())
 }
