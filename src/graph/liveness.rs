@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet};
 
 use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
 
+use super::buffers::plan_memory;
 use super::fused::{Kernels, fuse, taken};
 use super::instruction::{Instruction, Item};
 use super::memory_plan::MemoryPlan;
@@ -149,7 +150,7 @@ pub(crate) fn program(graph: &StepGraph, fusion: bool) -> Program {
     }
     let (sections, kernels) = fuse([items]);
     let mut sections = with_lifetimes(sections, &keep);
-    let plan = MemoryPlan::of(&mut sections, &kernels);
+    let plan = plan_memory(&mut sections, &kernels);
     let [instructions] = sections;
     Program { instructions, fused: Some((kernels, plan)) }
 }

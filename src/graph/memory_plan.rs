@@ -1,25 +1,12 @@
-//! The memory plan of a step: which tensors lie where, worked out before it runs.
-//!
-//! It knows when each tensor is made and read for the last time. From that follow three things. A kernel's result takes
-//! the memory of an input that ends there. Tensors that this crate makes, that are large and that end within the step
-//! get a place each in one block, so that no two that are there at the same time overlap, in as small a block as is
-//! found by placing the largest first. And the bytes that the step needs are known.
-//!
-//! burn's own operations allocate as they like. One of them, or a collective, may work in place, and give what it was
-//! given: such memory counts as in use until both have ended. Results of the step are not in the block: who gets them may keep
-//! them.
+//! The memory plan of a step: where tensors lie in one block, no two that are there at the same time in the same place.
 //!
 //! The plan decides nothing about correctness: a place whose tensor is still there, against the plan, is not lent
 //! ([`Pool`](crate::tensor::Pool)), and memory with another owner is not taken.
 
-use std::collections::{BTreeMap, HashMap};
+use std::cmp::Reverse;
+use std::collections::HashMap;
 
-use burn_ir::{OperationIr, ScalarIr, TensorId, TensorIr, TensorStatus};
-
-use super::fused::{FUSED, Kernels, TILED, multiplies};
-use super::instruction::Instruction;
-use super::operation::{Class, is_view, matmul, reshape};
-use crate::tensor::{ALIGN, FROM};
+use burn_ir::TensorId;
 
 /// Where tensors lie in the block of a step.
 #[derive(Debug, Default)]
@@ -47,25 +34,31 @@ impl MemoryPlan {
         self.places.get(&id).copied()
     }
 
-    /// The plan of a program whose operations are fused, in sections that run one after the other. Kernels are told whose
-    /// memory they take.
-    pub(crate) fn of<const SECTIONS: usize>(sections: &mut [Vec<Instruction>; SECTIONS], kernels: &Kernels) -> Self {
-        let planning = Planning::of(sections.iter_mut().flatten(), kernels);
-        let mut buffers: Vec<&Buffer> = planning.buffers.iter().filter(|buffer| buffer.is_planned()).collect();
-        buffers.sort_by_key(|buffer| (std::cmp::Reverse(buffer.bytes), buffer.born));
-        let beside = [true, false].map(|keeps| planning.beside(keeps));
+    /// The plan in which tensors get places, the largest first; with the bytes beside the block.
+    pub(super) fn new(mut lifetimes: Vec<Lifetime>, beside: [usize; 2]) -> Self {
+        lifetimes.sort_by_key(|one| (Reverse(one.bytes), one.born));
         let mut plan = Self { beside, ..Self::default() };
-        let mut placed: Vec<(&Buffer, usize)> = Vec::with_capacity(buffers.len());
-        for buffer in buffers {
-            let meet = |(other, _): &&(&Buffer, usize)| other.born <= buffer.ends && buffer.born <= other.ends;
+        let mut placed: Vec<(Lifetime, usize)> = Vec::with_capacity(lifetimes.len());
+        for one in lifetimes {
+            let meet = |(other, _): &&(Lifetime, usize)| other.born <= one.ends && one.born <= other.ends;
             let taken = placed.iter().filter(meet).map(|(other, start)| (*start, start + other.bytes)).collect();
-            let start = gap(taken, buffer.bytes);
-            plan.places.insert(buffer.made, start);
-            plan.size = plan.size.max(start + buffer.bytes);
-            placed.push((buffer, start));
+            let start = gap(taken, one.bytes);
+            plan.places.insert(one.tensor, start);
+            plan.size = plan.size.max(start + one.bytes);
+            placed.push((one, start));
         }
         plan
     }
+}
+
+/// How long a tensor is there.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Lifetime {
+    pub tensor: TensorId,
+    pub bytes: usize,
+    /// The numbers of the first and the last instruction that it is there for.
+    pub born: usize,
+    pub ends: usize,
 }
 
 /// The begin of the smallest gap that has so many bytes, between places that may overlap each other.
@@ -81,286 +74,9 @@ fn gap(mut taken: Vec<(usize, usize)>, bytes: usize) -> usize {
     best.map_or(end, |(start, _)| start)
 }
 
-/// Memory that tensors lie in.
-#[derive(Debug)]
-struct Buffer {
-    /// The tensor that it was made for.
-    made: TensorId,
-    /// Rounded up if they are many.
-    bytes: usize,
-    /// The first and the last instruction that it is there for, if others work in place.
-    born: usize,
-    ends: usize,
-    /// The last if they do not.
-    ends_alone: usize,
-    /// Whether this crate makes it.
-    ours: bool,
-    /// Whether it leaves the step, if others work in place and if they do not.
-    leaves: bool,
-    leaves_alone: bool,
-    /// How many tensors may lie in it.
-    tensors: usize,
-}
-
-impl Buffer {
-    fn is_planned(&self) -> bool {
-        self.is_kept() && !self.leaves
-    }
-
-    /// Whether its memory stays with the steps.
-    fn is_kept(&self) -> bool {
-        self.ours && self.bytes >= FROM
-    }
-}
-
-/// A tensor that is there.
-#[derive(Debug)]
-struct Known {
-    /// Where it may lie: first where it does if nothing worked in place.
-    buffers: Vec<usize>,
-    /// Whether its elements lie one after the other, and nothing else with them.
-    plain: bool,
-    /// Whether they may lie so in another order of its dims.
-    reordered: bool,
-}
-
-/// Goes through a program.
-#[derive(Debug, Default)]
-struct Planning {
-    now: usize,
-    buffers: Vec<Buffer>,
-    tensors: HashMap<TensorId, Known>,
-}
-
-impl Planning {
-    fn of<'a>(program: impl IntoIterator<Item = &'a mut Instruction>, kernels: &Kernels) -> Self {
-        let mut planning = Self::default();
-        for instruction in program {
-            planning.take(instruction, kernels);
-            planning.now += 1;
-        }
-        planning
-    }
-
-    fn take(&mut self, instruction: &mut Instruction, kernels: &Kernels) {
-        match instruction {
-            Instruction::Run(op) => {
-                op.inputs().for_each(|input| self.touch(input.id));
-                match takes_of(op, |output, input| kernels.may_take(op, output, input) && self.ends_here(op, input)) {
-                    Some(takes) => {
-                        self.run_kernel(op, &takes);
-                        set_takes(op, &takes);
-                    }
-                    None => self.run(op),
-                }
-                op.inputs().filter(|input| ends(input)).for_each(|input| self.forget(input.id));
-            }
-            Instruction::Free(tensor) => {
-                self.touch(tensor.id);
-                self.forget(tensor.id);
-            }
-            Instruction::Output(tensor) => {
-                self.touch(tensor.id);
-                for (number, buffer) in
-                    self.tensors.get(&tensor.id).iter().flat_map(|known| known.buffers.iter().enumerate())
-                {
-                    self.buffers[*buffer].leaves = true;
-                    self.buffers[*buffer].leaves_alone |= number == 0;
-                }
-                if ends(tensor) {
-                    self.forget(tensor.id);
-                }
-            }
-        }
-    }
-
-    /// Notes that a tensor is there still.
-    fn touch(&mut self, id: TensorId) {
-        for (number, buffer) in self.tensors.get(&id).iter().flat_map(|known| known.buffers.iter().enumerate()) {
-            let buffer = &mut self.buffers[*buffer];
-            buffer.ends = self.now;
-            if number == 0 {
-                buffer.ends_alone = self.now;
-            }
-        }
-    }
-
-    fn forget(&mut self, id: TensorId) {
-        for buffer in self.tensors.remove(&id).into_iter().flat_map(|known| known.buffers) {
-            self.buffers[buffer].tensors -= 1;
-        }
-    }
-
-    /// A new tensor, in memory of its own if `ours` says who makes it, and perhaps in that of others.
-    fn add(&mut self, out: &TensorIr, ours: Option<bool>, others: Vec<usize>, plain: bool) {
-        let mut buffers = Vec::with_capacity(others.len() + 1);
-        if let Some(ours) = ours {
-            let bytes = match bytes_of(out) {
-                large if large >= FROM => large.next_multiple_of(ALIGN),
-                small => small,
-            };
-            let (made, now) = (out.id, self.now);
-            let (leaves, leaves_alone) = (false, false);
-            self.buffers.push(Buffer {
-                made,
-                bytes,
-                born: now,
-                ends: now,
-                ends_alone: now,
-                ours,
-                leaves,
-                leaves_alone,
-                tensors: 0,
-            });
-            buffers.push(self.buffers.len() - 1);
-        }
-        buffers.extend(others);
-        buffers.iter().for_each(|buffer| self.buffers[*buffer].tensors += 1);
-        self.tensors.insert(out.id, Known { buffers, plain, reordered: false });
-        self.touch(out.id);
-    }
-
-    /// The most bytes beside the block: of pieces, which stay, and of what comes and goes.
-    fn beside(&self, keeps: bool) -> usize {
-        let mut changes: BTreeMap<usize, [isize; 2]> = BTreeMap::new();
-        for buffer in self.buffers.iter().filter(|buffer| !buffer.is_planned()) {
-            let kind = usize::from(buffer.is_kept());
-            changes.entry(buffer.born).or_default()[kind] += buffer.bytes as isize;
-            if !(buffer.leaves_alone && keeps) {
-                changes.entry(buffer.ends_alone + 1).or_default()[kind] -= buffer.bytes as isize;
-            }
-        }
-        let (mut now, mut most) = ([0; 2], [0; 2]);
-        for change in changes.into_values() {
-            for kind in 0..2 {
-                now[kind] += change[kind];
-                most[kind] = most[kind].max(now[kind]);
-            }
-        }
-        most.iter().sum::<isize>() as usize
-    }
-
-    fn buffers_of(&self, tensor: &TensorIr) -> Vec<usize> {
-        self.tensors.get(&tensor.id).map(|known| known.buffers.clone()).unwrap_or_default()
-    }
-
-    /// Whether the memory of an input has nothing else in it, and no use after this operation.
-    fn ends_here(&self, op: &OperationIr, input: usize) -> bool {
-        let Some(input) = op.inputs().nth(input).filter(|input| ends(input)) else { return false };
-        let alone = |buffer: &usize| self.buffers[*buffer].tensors == 1;
-        self.tensors.get(&input.id).is_some_and(|known| known.plain && known.buffers.iter().all(alone))
-    }
-
-    fn run_kernel(&mut self, op: &OperationIr, takes: &[Option<usize>]) {
-        for (out, take) in op.outputs().zip(takes) {
-            match take.and_then(|input| op.inputs().nth(input)) {
-                Some(input) => {
-                    let buffers = self.buffers_of(input);
-                    self.add(out, None, buffers, true);
-                }
-                None => self.add(out, Some(true), Vec::new(), true),
-            }
-        }
-    }
-
-    fn run(&mut self, op: &OperationIr) {
-        if let Some(product) = matmul(op).filter(|product| multiplies(product.out.dtype)) {
-            return self.add(&product.out, Some(true), Vec::new(), true);
-        }
-        let first = op.inputs().next();
-        if let (true, Some(input)) = (is_view(op), first) {
-            let known = self.tensors.get(&input.id);
-            let (plain, buffers) = (known.is_some_and(|known| known.plain), self.buffers_of(input));
-            let (reordered, reshaped) = (known.is_some_and(|known| known.reordered), reshape(op).is_some());
-            for out in op.outputs() {
-                match plain || reordered || !reshaped || only_units(input, out) {
-                    true => self.add(out, None, buffers.clone(), plain && reshaped),
-                    // What does not lie in order is copied.
-                    false => self.add(out, Some(false), Vec::new(), true),
-                }
-                self.tensors.entry(out.id).and_modify(|known| known.reordered = reordered);
-            }
-            return;
-        }
-        if matches!(op, OperationIr::Custom(op) if op.id == TILED) {
-            // They lie as the operation behind wants them.
-            for out in op.outputs() {
-                self.add(out, Some(true), Vec::new(), false);
-                self.tensors.entry(out.id).and_modify(|known| known.reordered = true);
-            }
-            return;
-        }
-        let custom = Class::of(op) == Class::Custom;
-        for out in op.outputs() {
-            let in_place = |input: &&TensorIr| ends(input) && (custom || bytes_of(input) == bytes_of(out));
-            let others = op.inputs().filter(in_place).flat_map(|input| self.buffers_of(input)).collect();
-            self.add(out, Some(false), others, true);
-        }
-    }
-}
-
-/// Whether an operation is the last to see a tensor.
-fn ends(tensor: &TensorIr) -> bool {
-    tensor.status == TensorStatus::ReadWrite
-}
-
-fn bytes_of(tensor: &TensorIr) -> usize {
-    tensor.shape.num_elements() * tensor.dtype.size()
-}
-
-/// Whether only dims of 1 come or go.
-fn only_units(a: &TensorIr, b: &TensorIr) -> bool {
-    let others = |tensor: &TensorIr| tensor.shape.iter().copied().filter(|size| *size != 1).collect::<Vec<_>>();
-    others(a) == others(b)
-}
-
-/// The input whose memory each result of a kernel takes, where `may` lets it; none if it is no kernel.
-fn takes_of(op: &OperationIr, may: impl Fn(usize, usize) -> bool) -> Option<Vec<Option<usize>>> {
-    let OperationIr::Custom(custom) = op else { return None };
-    if custom.id != FUSED {
-        return None;
-    }
-    let mut free: Vec<usize> = (0..custom.inputs.len()).collect();
-    let take = |(output, out): (usize, &TensorIr)| {
-        let fits = |input: &TensorIr| input.dtype == out.dtype && input.shape == out.shape;
-        let at = free.iter().position(|input| fits(&custom.inputs[*input]) && may(output, *input))?;
-        Some(free.remove(at))
-    };
-    Some(custom.outputs.iter().enumerate().map(take).collect())
-}
-
-/// Writes behind the number of a kernel, for each result, the input that it takes, counted from 1, or 0.
-fn set_takes(op: &mut OperationIr, takes: &[Option<usize>]) {
-    if let OperationIr::Custom(op) = op {
-        op.scalars.truncate(1);
-        op.scalars.extend(takes.iter().map(|input| ScalarIr::UInt(input.map_or(0, |input| input as u64 + 1))));
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
-    use burn::prelude::*;
-
-    use super::super::liveness::{Program, program};
-    use super::super::step::StepGraph;
-    use super::super::{CustomOps, Executor, capture_step};
-    use super::*;
-    use crate::tensor::Pool;
-
-    fn encoder() -> TransformerEncoder {
-        TransformerEncoderConfig::new(128, 256, 4, 2).with_dropout(0.0).init(&Device::flex().autodiff())
-    }
-
-    /// Tensors of the width have 256 KiB.
-    fn x() -> Tensor<3> {
-        Tensor::ones([8, 64, 128], &Device::flex().autodiff())
-    }
-
-    fn captured() -> StepGraph {
-        let loss = |model: &TransformerEncoder, x| model.forward(TransformerEncoderInput::new(x)).powi_scalar(2).mean();
-        capture_step(&encoder(), x(), loss).unwrap()
-    }
+    use super::gap;
 
     #[test]
     fn a_gap_is_the_smallest_that_is_large_enough() {
@@ -369,39 +85,5 @@ mod tests {
         assert_eq!(gap(vec![(10, 20), (0, 3)], 8), 20);
         assert_eq!(gap(vec![(20, 30), (0, 15), (2, 4), (33, 40)], 3), 30);
         assert_eq!(gap(vec![(0, 9), (2, 4), (3, 12)], 1), 12);
-    }
-
-    #[test]
-    fn tensors_that_are_there_at_the_same_time_lie_apart() {
-        let Program { mut instructions, fused } = program(&captured(), true);
-        let (kernels, plan) = fused.unwrap();
-        let planning = Planning::of(&mut instructions, &kernels);
-        let planned: Vec<&Buffer> = planning.buffers.iter().filter(|buffer| buffer.is_planned()).collect();
-        assert!(planned.len() > 30, "{} tensors have a place", planned.len());
-        let mut most = 0;
-        for (number, buffer) in planned.iter().enumerate() {
-            let start = plan.place(buffer.made).unwrap();
-            assert!(start + buffer.bytes <= plan.size() && start % ALIGN == 0);
-            for other in &planned[..number] {
-                let from = plan.place(other.made).unwrap();
-                let apart = buffer.ends < other.born || other.ends < buffer.born;
-                assert!(apart || start + buffer.bytes <= from || from + other.bytes <= start);
-            }
-            let at_birth = planned.iter().filter(|other| other.born <= buffer.born && buffer.born <= other.ends);
-            most = most.max(at_birth.map(|other| other.bytes).sum());
-        }
-        assert!(plan.size() <= most + most / 20, "{} bytes for {most} that are there at once", plan.size());
-    }
-
-    #[test]
-    fn a_step_finds_every_place_free() {
-        let pool = Pool::of_thread();
-        let model = encoder();
-        let loss = |model: &TransformerEncoder, x| model.forward(TransformerEncoderInput::new(x)).powi_scalar(2).mean();
-        let mut executor = Executor::new(capture_step(&model, x(), loss).unwrap(), CustomOps::new()).unwrap();
-        for _ in 0..2 {
-            executor.step(&model, x()).unwrap();
-        }
-        assert_eq!(pool.elsewhere(), 0);
     }
 }

@@ -44,6 +44,7 @@
 mod assemble;
 mod backend;
 pub(crate) mod bind;
+pub(crate) mod buffers;
 mod cache;
 pub(crate) mod capture;
 mod checked_optimizers;
@@ -60,7 +61,7 @@ pub(crate) mod interpret;
 mod leaves;
 mod listing;
 pub(crate) mod liveness;
-pub(crate) mod memory_plan;
+mod memory_plan;
 pub(crate) mod module;
 pub(crate) mod operation;
 pub(crate) mod origin;

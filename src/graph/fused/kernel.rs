@@ -1,6 +1,7 @@
 //! A fused kernel as data: instructions over values that are as large as a block.
 
 use burn::tensor::DType;
+use burn_ir::ScalarIr;
 
 use super::loops::{Binary, Reduction, Unary};
 
@@ -213,4 +214,12 @@ pub(super) fn homes(
     }
     // What nothing makes or reads has no need of a home of its own.
     (homes.into_iter().map(|home| home.unwrap_or(Home::Register(0))).collect(), registers.max(1))
+}
+
+/// The number of the kernel that an operation with these scalars runs.
+pub(super) fn number(scalars: &[ScalarIr]) -> Option<usize> {
+    match scalars.first() {
+        Some(ScalarIr::UInt(number)) => Some(*number as usize),
+        _ => None,
+    }
 }

@@ -40,7 +40,7 @@ use burn::tensor::Device;
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId};
 
 use self::group::{Group, Part, grouped};
-use self::kernel::Kernel;
+use self::kernel::{Kernel, number};
 pub(crate) use self::multiply::{multiplies, multiply};
 use self::products::merged;
 pub(crate) use self::tiled::TILED;
@@ -84,14 +84,6 @@ impl Kernels {
             let kernel = number(&op.scalars).and_then(|number| kernels.get(number));
             kernel.ok_or_else(|| graph_error(format!("there is no kernel {:?}", op.scalars)))?.run(op, inputs, &memory)
         });
-    }
-}
-
-/// The number of the kernel that an operation with these scalars runs.
-fn number(scalars: &[ScalarIr]) -> Option<usize> {
-    match scalars.first() {
-        Some(ScalarIr::UInt(number)) => Some(*number as usize),
-        _ => None,
     }
 }
 

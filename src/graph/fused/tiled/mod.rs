@@ -22,8 +22,7 @@ pub(super) use self::find::tiled;
 use self::narrowing::Narrowing;
 use super::super::custom::CustomOps;
 use super::super::graph_error;
-use super::kernel::Kernel;
-use super::number;
+use super::kernel::{Kernel, number};
 
 /// The custom operation that is attention in tiles; its scalar is the number of what it does.
 pub(crate) const TILED: &str = "tiled";
