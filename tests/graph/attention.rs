@@ -5,7 +5,7 @@ use burn::nn::attention::{MhaInput, MultiHeadAttention, MultiHeadAttentionConfig
 use burn::nn::{Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::{FloatDType, activation};
-use burn_parallel::graph::{CustomOps, Executor, TensorTree, capture_step};
+use burn_parallel::graph::{CustomOps, Executor, Forward, TensorTree, capture_forward, capture_step};
 
 use crate::common::models::*;
 use crate::common::reference::{difference, gradient_values};
@@ -185,4 +185,79 @@ fn threads_change_nothing_of_attention() {
         })
     };
     assert_eq!(run(1), run(3));
+}
+
+/// A mask's number is rounded with the scores that it is among; rows that see nothing need all columns.
+#[test]
+fn scores_that_are_rounded_after_their_mask() {
+    let linear = [7, 8, 9].map(|_| seeded(LinearConfig::new(6, 6).init(&device())));
+    let x = Numbers(5).tensor::<3>([1, 100, 6], &device());
+    let mask = mask([1, 100, 100], |_, query, key| key >= 20 || query >= 64);
+    // In an f16 others are infinite, and such rows no numbers.
+    let (bf16, f16) = (vec![-1e4f32, -1e5, -1e9], vec![-1e4]);
+    for (dtype, fills, bound) in [(FloatDType::BF16, bf16, 2e-2), (FloatDType::F16, f16, 3e-3)] {
+        for fill in fills {
+            let inputs = (x.clone(), mask.clone());
+            compare(&format!("{dtype:?} {fill}"), &linear, inputs, bound, |linear, (x, mask)| {
+                let [query, key, value] = projected(x, linear, 2, FloatDType::F32);
+                let scores = query.matmul(key.swap_dims(2, 3)).mask_fill(mask.unsqueeze::<4>(), fill);
+                let weights = activation::softmax(scores.cast(dtype), 3);
+                weights.matmul(value.cast(dtype)).cast(FloatDType::F32).powi_scalar(2).mean() * 100.0
+            });
+        }
+    }
+    // The maximum is rounded alone.
+    for fill in [-1e4f32, -1e5, -1e9] {
+        compare(&format!("maximum {fill}"), &linear, (x.clone(), mask.clone()), 2e-2, |linear, (x, mask)| {
+            let [query, key, value] = projected(x, linear, 2, FloatDType::F32);
+            let scores = query.matmul(key.swap_dims(2, 3)).mask_fill(mask.unsqueeze::<4>(), fill);
+            let top = scores.clone().max_dim(3).detach().cast(FloatDType::BF16).cast(FloatDType::F32);
+            let weights = (scores - top).exp();
+            let weights = weights.clone() / (weights.sum_dim(3) + 1e-6);
+            weights.matmul(value).powi_scalar(2).mean() * 100.0
+        });
+    }
+}
+
+#[test]
+fn a_mask_of_scores_in_another_dtype() {
+    let linear = [7, 8, 9].map(|_| seeded(LinearConfig::new(6, 6).init(&device())));
+    let x = Numbers(5).tensor::<3>([2, 20, 6], &device());
+    for (of_mask, dtype) in [(FloatDType::F64, FloatDType::F32), (FloatDType::F32, FloatDType::F64)] {
+        compare(&format!("{of_mask:?} {dtype:?}"), &linear, x.clone(), 2e-5, |linear, x| {
+            let [query, key, value] = projected(x, linear, 2, dtype);
+            let low = query.clone().cast(of_mask).matmul(key.clone().cast(of_mask).swap_dims(2, 3)).lower_elem(-0.1);
+            let scores = query.matmul(key.swap_dims(2, 3)).mask_fill(low, -1e4);
+            activation::softmax(scores, 3).matmul(value).cast(FloatDType::F32).powi_scalar(2).mean()
+        });
+    }
+}
+
+/// A constant of the loop of one attention is a factor of another, or is read by a view for a factor.
+#[test]
+fn constants_that_others_read_too() {
+    let linear = [7, 8, 9].map(|_| seeded(LinearConfig::new(6, 6).init(&device())));
+    let x = Numbers(5).tensor::<3>([2, 3, 6], &Device::flex());
+    let scores = |query: Tensor<4>, key: &Tensor<4>| query.matmul(key.clone().swap_dims(2, 3));
+    let attend = |scores: Tensor<4>, value: &Tensor<4>| activation::softmax(scores, 3).matmul(value.clone());
+    for turned in [false, true] {
+        let [fused, plain] = [true, false].map(|fusion| {
+            let captured = capture_forward(&linear, x.clone(), |linear, x| {
+                let [query, key, value] = projected(x, linear, 2, FloatDType::F32);
+                let ones = Tensor::<4>::ones([2, 2, 3, 3], &value.device());
+                if turned {
+                    let weights = activation::softmax(scores(query, &key) / ones.clone(), 3);
+                    let twice = weights.clone().matmul(value) * 2.0;
+                    return twice + weights.matmul(ones.swap_dims(2, 3));
+                }
+                let first = attend(scores(query, &key), &ones) + value.clone();
+                attend(scores(first, &key) / ones, &value)
+            });
+            let mut forward = Forward::new(captured.unwrap(), CustomOps::new().with_fusion(fusion)).unwrap();
+            let out = forward.run(&linear, x.clone()).unwrap_or_else(|error| panic!("turned {turned}: {error}"));
+            out.into_data().iter::<f32>().collect::<Vec<_>>()
+        });
+        let worst = fused.iter().zip(&plain).fold(0.0f32, |worst, (a, b)| worst.max((a - b).abs()));
+        assert!(fused.len() == plain.len() && worst <= 2e-5, "turned {turned}: apart by {worst}");
+    }
 }

@@ -353,3 +353,42 @@ fn views_that_leave_a_step_stay_what_they_were() {
         assert!(worst <= 1e-5, "apart by {worst} in turn {turn}");
     }
 }
+
+/// What is computed in 16 bits and again in 32 are two values of a loop, whichever comes first; so are a value's roundings
+/// to two dtypes.
+#[test]
+fn one_operation_in_several_dtypes() {
+    let narrow = |x: &Tensor<2>| x.clone().cast(FloatDType::BF16);
+    let wide = |x: &Tensor<2>| x.clone().cast(FloatDType::F32);
+    let mut numbers = Numbers(3);
+    let mut make = || narrow(&numbers.tensor::<2>([64, 50], &Device::flex()));
+    let inputs = (make(), make());
+    let check = |what: &str, run: &dyn Fn((Tensor<2>, Tensor<2>)) -> Vec<Tensor<2>>| {
+        let worst = apart(&both(inputs.clone(), run));
+        assert!(worst <= 1e-6, "{what}: apart by {worst}");
+    };
+    check("a sum, and its norm", &|(x, y)| {
+        let exact = wide(&x) + wide(&y);
+        let sum = x + y;
+        let size = (exact.clone().powi_scalar(2).mean_dim(1) + 1e-5).sqrt();
+        vec![exact / size, wide(&sum)]
+    });
+    check("wide first", &|(x, y)| {
+        let exact = wide(&x) * wide(&y);
+        let product = x * y;
+        vec![exact * 2.0 + wide(&product) * 1e-6]
+    });
+    check("narrow first", &|(x, y)| {
+        let product = x.clone() * y.clone();
+        let exact = wide(&x) * wide(&y);
+        vec![wide(&product) * 1e-6 + exact * 2.0]
+    });
+    check("functions", &|(x, _)| {
+        let exact = wide(&x).exp();
+        vec![exact.clone() + wide(&x.clone().exp()) * 1e-6, wide(&x).neg() + exact]
+    });
+    check("two roundings", &|(x, y)| {
+        let sum = wide(&x) * 1.2345 + wide(&y);
+        vec![wide(&narrow(&sum)) * 2.0 - wide(&sum.clone().cast(FloatDType::F16)), sum]
+    });
+}

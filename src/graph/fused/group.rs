@@ -8,11 +8,10 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use burn::tensor::DType;
 use burn_ir::{OperationIr, TensorId};
 
 use super::super::instruction::Item;
-use super::work::Work;
+use super::work::{Work, is_wide};
 
 /// Beyond this many operations a kernel gains nothing, and its values leave the caches.
 pub(super) const MOST: usize = 96;
@@ -35,8 +34,8 @@ impl Space {
         let (work, out) = Work::of(op)?;
         let over = work.over(out);
         let (last, rows) = over.shape.as_slice().split_last()?;
-        let wide = op.inputs().chain([out]).any(|tensor| tensor.dtype == DType::F64);
-        Some(Self { rows: rows.to_vec(), columns: Some(*last).filter(|last| *last != 1), wide })
+        let columns = Some(*last).filter(|last| *last != 1);
+        Some(Self { rows: rows.to_vec(), columns, wide: is_wide(op) })
     }
 
     fn merged(&self, other: &Self) -> Option<Self> {

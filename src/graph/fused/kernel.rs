@@ -56,7 +56,7 @@ pub(super) enum Instruction {
         sums: usize,
         x: Value,
     },
-    /// Rounds a value to what a dtype of 16 bits holds.
+    /// Rounds a value to what a dtype of 16 bits holds, right behind what makes it.
     Round {
         x: Value,
         to: DType,

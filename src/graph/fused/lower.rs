@@ -8,7 +8,7 @@ use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::kernel::{Extent, Instruction, Kernel, Output, Value, homes};
 use super::loops::{Binary, Unary};
-use super::work::Work;
+use super::work::{Work, is_wide};
 
 /// The kernel of `operations`, which run over `dims`, with its inputs and results; `wanted` are the tensors that others
 /// read.
@@ -23,7 +23,7 @@ pub(super) fn lower(
     let mut results: Vec<TensorIr> = Vec::new();
     for op in operations {
         let (work, out) = Work::of(op)?;
-        lowering.wide |= op.inputs().chain([out]).any(|tensor| tensor.dtype == DType::F64);
+        lowering.wide |= is_wide(op);
         let is_wanted = wanted.contains(&out.id);
         if let Work::AddRows(x) = work {
             let x = lowering.read(x)?;
@@ -58,6 +58,8 @@ struct Lowering<'a> {
     extents: Vec<Extent>,
     /// Values that are the same number everywhere.
     known: HashMap<Value, f64>,
+    /// What values are rounded to as they are made. Later on nothing changes a value: others may share it.
+    rounded: HashMap<Value, DType>,
     code: Vec<Instruction>,
     outputs: Vec<Output>,
 }
@@ -108,19 +110,20 @@ impl Lowering<'_> {
     }
 
     fn work(&mut self, work: &Work<'_>, out: &TensorIr) -> Option<Value> {
-        let value = match *work {
-            Work::Fill(with) => return Some(self.fill(with)),
+        let to = Some(out.dtype).filter(|dtype| matches!(dtype, DType::F16 | DType::BF16));
+        Some(match *work {
+            Work::Fill(with) => self.fill(with),
             Work::Unary(Unary::Copy, x) => {
                 let value = self.read(x)?;
                 // A float in a larger dtype is what it was.
-                if x.dtype == out.dtype || !matches!(out.dtype, DType::F16 | DType::BF16) {
+                if x.dtype == out.dtype || to.is_none() {
                     return Some(value);
                 }
-                self.unary(Unary::Copy, value)
+                self.unary(Unary::Copy, value, to)
             }
             Work::Unary(op, x) => {
                 let x = self.read(x)?;
-                self.unary(op, x)
+                self.unary(op, x, to)
             }
             Work::Scalar(op, x, number) => {
                 let x = self.read(x)?;
@@ -128,14 +131,14 @@ impl Lowering<'_> {
                     return Some(x);
                 }
                 let number = self.fill(number);
-                self.binary(op, x, number)
+                self.binary(op, x, number, to)
             }
             Work::Binary(op, a, b) => {
                 let (a, b) = (self.read(a)?, self.read(b)?);
                 match op {
-                    Binary::Mul if self.known.get(&a) == Some(&1.0) => return Some(b),
-                    Binary::Mul if self.known.get(&b) == Some(&1.0) => return Some(a),
-                    _ => self.binary(op, a, b),
+                    Binary::Mul if self.known.get(&a) == Some(&1.0) => b,
+                    Binary::Mul if self.known.get(&b) == Some(&1.0) => a,
+                    _ => self.binary(op, a, b, to),
                 }
             }
             Work::Choose(mask, a, b) => {
@@ -143,22 +146,16 @@ impl Lowering<'_> {
                 let extent = [mask, a, b].map(|value| self.extents[value]).into_iter().max()?;
                 let [mask, a, b] = [mask, a, b].map(|value| self.spread(value, extent));
                 let out = self.value(extent);
-                self.code.push(Instruction::Choose { out, mask, a, b });
-                out
+                self.make(Instruction::Choose { out, mask, a, b }, out, to)
             }
             Work::Reduce(op, x) => {
                 let x = self.read(x)?;
                 let x = self.spread(x, Extent::Full);
                 let out = self.value(Extent::Row);
-                self.code.push(Instruction::Reduce { op, out, x });
-                out
+                self.make(Instruction::Reduce { op, out, x }, out, to)
             }
             Work::AddRows(_) => return None,
-        };
-        if matches!(out.dtype, DType::F16 | DType::BF16) {
-            self.code.push(Instruction::Round { x: value, to: out.dtype });
-        }
-        Some(value)
+        })
     }
 
     fn fill(&mut self, with: f64) -> Value {
@@ -171,33 +168,44 @@ impl Lowering<'_> {
         out
     }
 
-    fn unary(&mut self, op: Unary, x: Value) -> Value {
-        // Backward passes do again what was done forward.
-        let before = self.code.iter().find_map(|done| match *done {
-            Instruction::Unary { op: other, out, x: of } if of == x && alike(other, op) => Some(out),
+    fn unary(&mut self, op: Unary, x: Value, to: Option<DType>) -> Value {
+        let same = |done: &Instruction| match *done {
+            Instruction::Unary { op: other, out, x: of } => (of == x && alike(other, op)).then_some(out),
             _ => None,
-        });
-        before.unwrap_or_else(|| {
+        };
+        self.made(same, to).unwrap_or_else(|| {
             let out = self.value(self.extents[x]);
-            self.code.push(Instruction::Unary { op, out, x });
-            out
+            self.make(Instruction::Unary { op, out, x }, out, to)
         })
     }
 
-    fn binary(&mut self, op: Binary, a: Value, b: Value) -> Value {
-        let before = self.code.iter().find_map(|done| match *done {
-            Instruction::Binary { op: other, out, a: left, b: right }
-                if (left, right) == (a, b) && alike(other, op) =>
-            {
-                Some(out)
+    fn binary(&mut self, op: Binary, a: Value, b: Value, to: Option<DType>) -> Value {
+        let same = |done: &Instruction| match *done {
+            Instruction::Binary { op: other, out, a: left, b: right } => {
+                ((left, right) == (a, b) && alike(other, op)).then_some(out)
             }
             _ => None,
-        });
-        before.unwrap_or_else(|| {
+        };
+        self.made(same, to).unwrap_or_else(|| {
             let out = self.value(self.extents[a].max(self.extents[b]));
-            self.code.push(Instruction::Binary { op, out, a, b });
-            out
+            self.make(Instruction::Binary { op, out, a, b }, out, to)
         })
+    }
+
+    /// What an instruction that is the same has made, rounded to the same: backward passes do again what was done
+    /// forward.
+    fn made(&self, same: impl Fn(&Instruction) -> Option<Value>, to: Option<DType>) -> Option<Value> {
+        self.code.iter().filter_map(same).find(|made| self.rounded.get(made).copied() == to)
+    }
+
+    /// A new value, and what it is rounded to.
+    fn make(&mut self, instruction: Instruction, out: Value, to: Option<DType>) -> Value {
+        self.code.push(instruction);
+        if let Some(to) = to {
+            self.rounded.insert(out, to);
+            self.code.push(Instruction::Round { x: out, to });
+        }
+        out
     }
 }
 

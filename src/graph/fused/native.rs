@@ -2,15 +2,20 @@
 
 use std::ptr;
 
-use burn::tensor::DType;
+use burn::tensor::{BoolStore, DType};
 use half::{bf16, f16};
 
+use super::super::graph_error;
 use super::functions::Float;
 use super::loops::{Stored, round_to_bf16, round_to_f16};
+use crate::error::Error;
 
 /// An element type that kernels compute with, and those of the tensors that it stands for.
 pub(super) trait Native: Float {
     const DTYPE: DType;
+
+    /// Whether it stands for the elements of a tensor of a dtype.
+    fn holds(dtype: DType) -> bool;
 
     /// Reads elements that are `stride` apart.
     ///
@@ -26,6 +31,18 @@ pub(super) trait Native: Float {
 
     /// Rounds to a dtype of 16 bits.
     fn round(x: &mut [Self], to: DType);
+}
+
+fn is_bool(dtype: DType) -> bool {
+    matches!(dtype, DType::Bool(BoolStore::Native | BoolStore::U8))
+}
+
+/// Makes sure that all tensors are of dtypes that `T` stands for.
+pub(super) fn check<T: Native>(dtypes: impl IntoIterator<Item = DType>) -> Result<(), Error> {
+    match dtypes.into_iter().find(|dtype| !T::holds(*dtype)) {
+        Some(dtype) => Err(graph_error(format!("a loop in {:?} was given a tensor of {dtype:?}", T::DTYPE))),
+        None => Ok(()),
+    }
 }
 
 unsafe fn gather_as<T: Float, S: Stored<T>>(base: *const u8, offset: isize, stride: isize, out: &mut [T]) {
@@ -62,6 +79,10 @@ unsafe fn scatter_as<T: Float, S: Stored<T>>(base: *mut u8, offset: usize, x: *c
 impl Native for f32 {
     const DTYPE: DType = DType::F32;
 
+    fn holds(dtype: DType) -> bool {
+        matches!(dtype, DType::F32 | DType::BF16 | DType::F16) || is_bool(dtype)
+    }
+
     #[inline(always)]
     unsafe fn gather(dtype: DType, base: *const u8, offset: isize, stride: isize, out: &mut [Self]) {
         // SAFETY: as the caller says.
@@ -70,7 +91,8 @@ impl Native for f32 {
                 DType::F32 => gather_as::<f32, f32>(base, offset, stride, out),
                 DType::BF16 => gather_as::<f32, bf16>(base, offset, stride, out),
                 DType::F16 => gather_as::<f32, f16>(base, offset, stride, out),
-                _ => gather_as::<f32, u8>(base, offset, stride, out),
+                DType::Bool(_) => gather_as::<f32, u8>(base, offset, stride, out),
+                _ => unreachable!("{dtype:?} is not computed in f32"),
             }
         }
     }
@@ -83,7 +105,8 @@ impl Native for f32 {
                 DType::F32 => scatter_as::<f32, f32>(base, offset, x, len),
                 DType::BF16 => scatter_as::<f32, bf16>(base, offset, x, len),
                 DType::F16 => scatter_as::<f32, f16>(base, offset, x, len),
-                _ => scatter_as::<f32, u8>(base, offset, x, len),
+                DType::Bool(_) => scatter_as::<f32, u8>(base, offset, x, len),
+                _ => unreachable!("{dtype:?} is not computed in f32"),
             }
         }
     }
@@ -100,13 +123,18 @@ impl Native for f32 {
 impl Native for f64 {
     const DTYPE: DType = DType::F64;
 
+    fn holds(dtype: DType) -> bool {
+        dtype == DType::F64 || is_bool(dtype)
+    }
+
     #[inline(always)]
     unsafe fn gather(dtype: DType, base: *const u8, offset: isize, stride: isize, out: &mut [Self]) {
         // SAFETY: as the caller says.
         unsafe {
             match dtype {
                 DType::F64 => gather_as::<f64, f64>(base, offset, stride, out),
-                _ => gather_as::<f64, u8>(base, offset, stride, out),
+                DType::Bool(_) => gather_as::<f64, u8>(base, offset, stride, out),
+                _ => unreachable!("{dtype:?} is not computed in f64"),
             }
         }
     }
@@ -117,7 +145,8 @@ impl Native for f64 {
         unsafe {
             match dtype {
                 DType::F64 => scatter_as::<f64, f64>(base, offset, x, len),
-                _ => scatter_as::<f64, u8>(base, offset, x, len),
+                DType::Bool(_) => scatter_as::<f64, u8>(base, offset, x, len),
+                _ => unreachable!("{dtype:?} is not computed in f64"),
             }
         }
     }

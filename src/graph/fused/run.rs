@@ -14,7 +14,7 @@ use super::block::{Running, Source, Target};
 use super::kernel::{Extent, Kernel};
 use super::loops::add_rows;
 use super::memory::Memory;
-use super::native::Native;
+use super::native::{Native, check};
 use super::takes;
 use crate::error::Error;
 use crate::graph::step_memory::StepMemory;
@@ -60,11 +60,17 @@ impl Kernel {
     ) -> Result<Vec<PlainTensor>, Error> {
         let inputs = inputs.into_iter().map(PlainTensor::into_flex).collect::<Result<Vec<_>, _>>()?;
         let run = if self.wide { Self::run_as::<f64> } else { Self::run_as::<f32> };
-        let results = run(self, op, inputs, memory);
+        let results = run(self, op, inputs, memory)?;
         Ok(results.into_iter().map(PlainTensor::from_flex).collect())
     }
 
-    fn run_as<T: Native>(&self, op: &CustomOpIr, mut inputs: Vec<FlexTensor>, memory: &StepMemory) -> Vec<FlexTensor> {
+    fn run_as<T: Native>(
+        &self,
+        op: &CustomOpIr,
+        mut inputs: Vec<FlexTensor>,
+        memory: &StepMemory,
+    ) -> Result<Vec<FlexTensor>, Error> {
+        check::<T>(inputs.iter().map(FlexTensor::dtype).chain(self.outputs.iter().map(|output| output.dtype)))?;
         let elements: usize = self.dims.iter().product();
         let columns = self.dims.last().copied().unwrap_or(1);
         let rows = elements / columns.max(1);
@@ -148,7 +154,7 @@ impl Kernel {
         }
         let results = memories.into_iter().zip(&self.outputs);
         // SAFETY: the blocks cover all places.
-        results.map(|(memory, output)| unsafe { memory.filled(&output.dims, output.dtype) }).collect()
+        Ok(results.map(|(memory, output)| unsafe { memory.filled(&output.dims, output.dtype) }).collect())
     }
 
     pub(super) fn source<T: Native>(&self, tensor: &FlexTensor, extent: Extent) -> Source {

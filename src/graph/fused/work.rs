@@ -37,7 +37,7 @@ impl<'a> Work<'a> {
             OperationIr::Bool(Bool::IntoFloat(op)) => Self::Unary(Unary::Copy, &op.input),
             _ => return None,
         };
-        let wide = op.inputs().chain([out]).any(|tensor| tensor.dtype == DType::F64);
+        let wide = is_wide(op);
         let fits = |tensor: &TensorIr| {
             let known = match tensor.dtype {
                 DType::F64 => true,
@@ -79,10 +79,24 @@ fn number(value: &ScalarIr, dtype: DType) -> f64 {
         ScalarIr::Bool(value) => f64::from(u8::from(value)),
     };
     match dtype {
-        DType::F16 => f16::from_f32(value as f32).to_f64(),
-        DType::BF16 => bf16::from_f32(value as f32).to_f64(),
+        DType::F16 | DType::BF16 => rounded(value, dtype),
         _ => value,
     }
+}
+
+/// A number as a float dtype holds it.
+pub(super) fn rounded(value: f64, dtype: DType) -> f64 {
+    match dtype {
+        DType::F16 => f16::from_f32(value as f32).to_f64(),
+        DType::BF16 => bf16::from_f32(value as f32).to_f64(),
+        DType::F32 => f64::from(value as f32),
+        _ => value,
+    }
+}
+
+/// Whether an operation is computed in `f64`.
+pub(super) fn is_wide(op: &OperationIr) -> bool {
+    op.inputs().chain(op.outputs()).any(|tensor| tensor.dtype == DType::F64)
 }
 
 fn base<'a>(op: &'a Base, out: &TensorIr) -> Option<Work<'a>> {

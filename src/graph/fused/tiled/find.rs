@@ -15,7 +15,7 @@ use super::super::super::instruction::Item;
 use super::super::super::operation::{Class, matmul, permute, reshape, swap_dims};
 use super::super::group::MOST;
 use super::super::lower::lower;
-use super::super::work::Work;
+use super::super::work::{Work, is_wide};
 use super::{Entering, Input, Leaving, Narrowing, TILED, Tiled};
 
 /// What an operation is in a web.
@@ -34,6 +34,8 @@ enum Role {
 #[derive(Debug, Default)]
 struct Web {
     dims: Vec<usize>,
+    /// Whether all of it is computed in `f64`, else nothing.
+    wide: bool,
     roles: BTreeMap<usize, Role>,
     /// Operations that make the same number everywhere, which each stage does for itself.
     fills: BTreeSet<usize>,
@@ -68,6 +70,9 @@ pub(in super::super) fn tiled<const SECTIONS: usize>(
     let mut program = Program::new(&sections);
     let mut replaced: HashSet<usize> = HashSet::new();
     let mut added: HashMap<usize, Vec<Item>> = HashMap::new();
+    let mut fills: BTreeSet<usize> = BTreeSet::new();
+    // What all stages read.
+    let mut read: HashSet<TensorId> = HashSet::new();
     // Views by place, and what they come before now.
     let mut moved: HashMap<usize, usize> = HashMap::new();
     for place in 0..program.items.len() {
@@ -83,7 +88,6 @@ pub(in super::super) fn tiled<const SECTIONS: usize>(
         if !stages.iter().all(is_there) {
             continue;
         }
-        let mut read: HashSet<TensorId> = HashSet::new();
         for Stage { before, views, tiles, op } in stages {
             for view in views {
                 if let Entry::Vacant(entry) = moved.entry(view) {
@@ -103,14 +107,16 @@ pub(in super::super) fn tiled<const SECTIONS: usize>(
             all.push(tiles);
         }
         replaced.extend(web.roles.keys());
-        let is_read = |fill: &usize| {
-            let mut outputs = program.op(*fill).into_iter().flat_map(|op| op.outputs());
-            let readers = |out: &TensorIr| program.readers(out.id).iter().any(|reader| !replaced.contains(reader));
-            outputs.any(|out| read.contains(&out.id) || readers(out))
-        };
-        let unread: Vec<usize> = web.fills.iter().copied().filter(|fill| !is_read(fill)).collect();
-        replaced.extend(unread);
+        fills.extend(web.fills);
     }
+    // Views that have moved still run.
+    let runs = |place: &usize| moved.contains_key(place) || !replaced.contains(place);
+    let is_read = |fill: &usize| {
+        let mut outputs = program.op(*fill).into_iter().flat_map(|op| op.outputs());
+        outputs.any(|out| read.contains(&out.id) || program.readers(out.id).iter().any(runs))
+    };
+    fills.retain(|fill| !is_read(fill));
+    replaced.extend(fills);
     let mut place = 0;
     sections.map(|items| {
         let mut rest = Vec::with_capacity(items.len());
@@ -182,7 +188,7 @@ impl<'a> Program<'a> {
         if !(fits && self.is_computed(lhs) && self.is_computed(rhs)) {
             return None;
         }
-        let mut web = Web { dims: out.shape.to_vec(), ..Web::default() };
+        let mut web = Web { dims: out.shape.to_vec(), wide: out.dtype == DType::F64, ..Web::default() };
         web.roles.insert(first, Role::Enters);
         let mut reached = vec![out];
         let mut reduces = false;
@@ -209,7 +215,7 @@ impl<'a> Program<'a> {
                     };
                     if matches!(Work::of(op), Some((Work::Fill(_), _))) {
                         web.fills.insert(maker);
-                    } else if matmul(op).is_some() && *input.shape.as_slice() == *web.dims {
+                    } else if matmul(op).is_some() && is_wide(op) == web.wide && *input.shape.as_slice() == *web.dims {
                         web.roles.insert(maker, Role::Enters);
                         reached.push(input);
                     }
@@ -270,9 +276,11 @@ impl<'a> Program<'a> {
         let mut wanted: Vec<usize> = leaving.to_vec();
         let mut given: Vec<&TensorIr> = Vec::new();
         while let Some(place) = wanted.pop() {
+            // Products read fills as they do all else.
+            let loops = web.roles.get(&place) == Some(&Role::Loops);
             for input in self.op(place)?.inputs() {
                 match self.makers.get(&input.id) {
-                    Some(maker) if self.is_of(web, input) || web.fills.contains(maker) => {
+                    Some(maker) if self.is_of(web, input) || loops && web.fills.contains(maker) => {
                         if needed.insert(*maker) {
                             wanted.push(*maker);
                         }
@@ -394,6 +402,10 @@ impl Web {
     /// What an operation is that reads one of its tensors; none if it does not belong there.
     fn role_of(&self, op: &OperationIr, tensor: &TensorIr, is_turned: bool) -> Option<Role> {
         let [batch @ .., rows, columns] = &self.dims[..] else { return None };
+        // A mask may come of scores in another dtype, which are a web of their own.
+        if is_wide(op) != self.wide {
+            return None;
+        }
         if let Some(product) = matmul(op) {
             let dims: &[usize] = &product.out.shape;
             let of: &[usize] = &tensor.shape;

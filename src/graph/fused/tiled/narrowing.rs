@@ -12,9 +12,12 @@
 
 use std::ops::Range;
 
+use burn::tensor::DType;
+
 use super::super::block::Source;
 use super::super::kernel::{Extent, Instruction, Kernel, Value, homes};
 use super::super::loops::{Binary, Reduction, Unary};
+use super::super::work::rounded;
 
 /// The difference from which on an exponential is 0, in `f32` and what is computed in it, and in `f64`.
 const UNDER: [f64; 2] = [110.0, 750.0];
@@ -33,7 +36,7 @@ pub(super) struct Narrowing {
 enum State {
     Unknown,
     Zero,
-    /// The number of the mask.
+    /// The number of the mask, as it is now.
     Filled(f64),
     /// So far below 0 that its exponential is 0.
     Under,
@@ -100,6 +103,7 @@ impl Narrowing {
 /// The maxima that have to be far above what masks fill in, with where they are made, if columns at which `mask` is true
 /// count for nothing; none if they do.
 fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
+    let native = if kernel.wide { DType::F64 } else { DType::F32 };
     let mut states: Vec<State> = kernel.extents.iter().map(|extent| state_of(*extent)).collect();
     let mut tops = Vec::new();
     for (place, instruction) in kernel.code.iter().enumerate() {
@@ -107,7 +111,7 @@ fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
             Instruction::Unary { op, out, x } => states[out] = unary(op, states[x], kernel.extents[out]),
             Instruction::Binary { op, out, a, b } => {
                 states[out] = match op {
-                    Binary::MaskFill(value) if b == mask => filled(value),
+                    Binary::MaskFill(value) if b == mask => filled(rounded(value, native)),
                     _ => binary(op, states[a], states[b], kernel.extents[out]),
                 };
             }
@@ -123,12 +127,21 @@ fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
             }
             Instruction::AddRows { .. } => return None,
             Instruction::Fill { .. } | Instruction::Choose { .. } | Instruction::Spread { .. } => {}
-            Instruction::Round { .. } | Instruction::Expect { .. } => {}
+            Instruction::Round { x, to } => {
+                // A maximum that is rounded as it is made is looked at behind that.
+                let of_top = tops.last().is_some_and(|(top, out, _)| (*top + 1, *out) == (place, x));
+                states[x] = match states[x] {
+                    State::Filled(fill) => filled(rounded(fill, to)),
+                    State::Top(fill) if !(of_top && fill == rounded(fill, to)) => State::Same,
+                    state => state,
+                };
+            }
+            Instruction::Expect { .. } => {}
         }
     }
-    // What is rounded to 16 bits after its maximum was taken is rounded before that is looked at.
-    let rounds = |place: usize| matches!(kernel.code.get(place + 1), Some(Instruction::Round { .. }));
-    let tops = tops.into_iter().map(|(place, x, fill)| (place + usize::from(rounds(place)), x, fill)).collect();
+    // A maximum is looked at as it is used: rounded.
+    let rounds = |place: usize, top: Value| matches!(kernel.code.get(place + 1), Some(Instruction::Round { x, .. }) if *x == top);
+    let tops = tops.into_iter().map(|(place, x, fill)| (place + usize::from(rounds(place, x)), x, fill)).collect();
     let is_zero = |value: Option<Value>| value.is_some_and(|value| states[value] == State::Zero);
     kernel.outputs.iter().all(|output| is_zero(output.value)).then_some(tops)
 }
@@ -169,7 +182,7 @@ fn binary(op: Binary, a: State, b: State, extent: Extent) -> State {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::{BoolStore, DType};
+    use burn::tensor::BoolStore;
 
     use super::*;
 

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use super::super::block::{Running, Source, Target};
 use super::super::multiply::Factor;
-use super::super::native::Native;
+use super::super::native::{Native, check};
 use super::super::run::{BLOCK, SPLIT_FROM};
 use super::{Input, Leaving, Narrowing, Tiled};
 use crate::error::Error;
@@ -79,7 +79,7 @@ impl Tiled {
     ) -> Result<Vec<PlainTensor>, Error> {
         let inputs = inputs.into_iter().map(PlainTensor::into_flex).collect::<Result<Vec<_>, _>>()?;
         let run = if self.kernel.wide { Self::run_as::<f64> } else { Self::run_as::<f32> };
-        let results = run(self, op, &inputs, memory);
+        let results = run(self, op, &inputs, memory)?;
         Ok(results.into_iter().map(PlainTensor::from_flex).collect())
     }
 
@@ -88,7 +88,8 @@ impl Tiled {
         op: &CustomOpIr,
         inputs: &[FlexTensor],
         memory: &StepMemory,
-    ) -> Vec<FlexTensor> {
+    ) -> Result<Vec<FlexTensor>, Error> {
+        check::<T>(inputs.iter().map(FlexTensor::dtype).chain(self.leaving.iter().map(|leaving| leaving.dtype)))?;
         let [batch @ .., rows, columns] = &self.kernel.dims[..] else { panic!("tiles have rows and columns") };
         let (rows, columns) = (*rows, *columns);
         let of_product = self.entering.iter().flat_map(|product| [product.left, product.right]);
@@ -141,7 +142,7 @@ impl Tiled {
         drop(tiles);
         let results = self.leaving.iter().zip(rooms).zip(&op.outputs);
         // SAFETY: tiles cover all rows, and so all elements of results.
-        results.map(|((leaving, room), out)| unsafe { leaving.filled::<T>(room, out, memory) }).collect()
+        Ok(results.map(|((leaving, room), out)| unsafe { leaving.filled::<T>(room, out, memory) }).collect())
     }
 }
 
