@@ -31,7 +31,7 @@ pub const STRATEGY_KEYS: &str = r#"Keys of a --strategy file, in TOML, with what
   [pipeline]
   micro_batches        needed if pp > 1
   schedule             "1f1b"; or "gpipe", "zb_h1", { interleaved = { stages_per_rank = 2 } }, { custom = ".." }
-  cut                  "balanced"; or { before = ["layers.2.*"] }, { patterns = [["layers.0.*"], ["*"]] }, ..
+  cut                  "balanced"; or { before = ["*layers.2.*"] }, { patterns = [[..], [..]] }, ..
   whole_inputs         []
   seed                 0
   graphs               16
@@ -180,6 +180,11 @@ impl MeshFlags {
         let file = self.strategy.as_ref().map(Strategy::read).transpose();
         // In one line, as all that is refused.
         let file = file.map_err(|problem| format!("--strategy: {}", problem.to_string().replace('\n', " ")))?;
+        let no_micro_batch =
+            |file: &Strategy| file.pp > 1 && file.pipeline.as_ref().is_some_and(|pipeline| pipeline.micro_batches == 0);
+        if file.as_ref().is_some_and(no_micro_batch) {
+            return Err("--strategy: `pipeline.micro_batches = 0`: it must be at least 1".into());
+        }
         let given = |axis: fn(&Strategy) -> usize, flag| file.as_ref().map_or(flag, axis);
         let (pp, tp) = (given(|strategy| strategy.pp, self.pp), given(|strategy| strategy.tp, self.tp));
         let dp = file.as_ref().map_or(self.dp, |strategy| strategy.dp);

@@ -1,5 +1,7 @@
 //! Where a run is saved and goes on, and when.
 
+use std::ffi::OsStr;
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn_parallel::launch::{StopSignal, StopSignals};
@@ -34,7 +36,24 @@ pub struct SaveFlags {
     resume_step: Option<u64>,
 }
 
+/// Whether there are checkpoints in a directory.
+pub fn has_checkpoints(dir: &Path) -> bool {
+    let is_one = |name: &OsStr| name.to_string_lossy().starts_with("step-");
+    fs::read_dir(dir).is_ok_and(|mut found| found.any(|it| it.is_ok_and(|it| is_one(&it.file_name()))))
+}
+
 impl SaveFlags {
+    /// Whether what is to be saved comes among checkpoints of another run, which are in `folder` of `--save`.
+    pub fn check(&self, folder: fn(&Path) -> PathBuf) -> Result<(), String> {
+        match &self.save {
+            Some(dir) if self.resume.as_ref() != Some(dir) && has_checkpoints(&folder(dir)) => Err(format!(
+                "--save {0}: there are checkpoints already: give --resume {0} too, or another directory",
+                dir.display()
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// The same, with nothing saved and nothing to go on from.
     pub fn none(self) -> Self {
         Self { save: None, resume: None, resume_step: None, ..self }
@@ -51,7 +70,8 @@ impl SaveFlags {
     ) -> Result<usize, Error> {
         let Some(dir) = &self.resume else { return Ok(0) };
         // What other runs have not saved may be missing.
-        let options = CheckpointOptions::new().with_allow_missing([format!("values/{STEPS}")]);
+        let options =
+            CheckpointOptions::new().with_allow_missing([STEPS, MADE_OF].map(|name| format!("values/{name}")));
         let mut checkpoints = Checkpointer::new(world, folder(dir), options)?;
         let there = checkpoints.steps()?;
         let Some(step) = self.resume_step.or(there.last().copied()) else {
@@ -102,6 +122,9 @@ impl SaveFlags {
 
 /// The value of a checkpoint that says how many steps the whole run has.
 pub const STEPS: &str = "steps";
+
+/// The value of a checkpoint that says what the model is made of.
+pub const MADE_OF: &str = "made_of";
 
 /// Saves a run of so many steps when it is time, and when it is asked to end.
 pub struct Saving<'a> {

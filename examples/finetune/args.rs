@@ -7,10 +7,11 @@ use burn::tensor::{DType, Device};
 use burn_parallel::prelude::*;
 use clap::{Parser, ValueEnum};
 
+use crate::checkpoints::folder;
 use crate::common::batch::{self, GrowthFlags, Rows};
 use crate::common::flags::{learning_rate, norm, parse, up_to, writable, wrong};
 use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS};
-use crate::common::saving::SaveFlags;
+use crate::common::saving::{SaveFlags, has_checkpoints};
 use crate::common::start::{LaunchFlags, Start};
 use crate::data::set::BatchSize;
 use crate::directory;
@@ -326,6 +327,7 @@ impl Args {
         if let Some(json) = &flags.json {
             writable(json, Some(&flags.data))?;
         }
+        flags.saving.check(folder)?;
         places(flags.saving.save.as_deref(), flags.saving.resume.as_deref())?;
         // A trial leaves nothing behind.
         let kept = trial.is_none() || !auto;
@@ -420,20 +422,14 @@ fn idle_recompute(axes: Axes, strategy: &Strategy) -> String {
 
 /// Whether there is what is to be resumed, and room where the outcome is to be, with no model of another run.
 fn places(save: Option<&Path>, resume: Option<&Path>) -> Result<(), String> {
-    let has_checkpoints = |dir: &&Path| {
-        let found = fs::read_dir(dir.join("checkpoints"));
-        found.is_ok_and(|mut found| {
-            found.any(|it| it.is_ok_and(|it| it.file_name().to_string_lossy().starts_with("step-")))
-        })
-    };
-    if let Some(dir) = resume.filter(|dir| save != Some(*dir) && !has_checkpoints(dir)) {
+    if let Some(dir) = resume.filter(|dir| save != Some(*dir) && !has_checkpoints(&folder(dir))) {
         return Err(format!("--resume {}: there are no checkpoints", dir.display()));
     }
     let Some(dir) = save else { return Ok(()) };
     if dir.exists() && !dir.is_dir() {
         return Err(format!("--save {}: it is not a directory", dir.display()));
     }
-    let taken = ["model", "adapter", "checkpoints"].into_iter().find(|name| dir.join(name).exists());
+    let taken = ["model", "adapter"].into_iter().find(|name| dir.join(name).exists());
     if let Some(name) = taken.filter(|_| resume != Some(dir)) {
         return Err(format!("--save {0}: there is a {name} already: give --resume {0} too, or another", dir.display()));
     }

@@ -9,8 +9,9 @@ use burn_parallel::prelude::*;
 use burn_parallel::train::Parallel;
 
 use crate::args::Args;
+use crate::base::MadeOf;
 use crate::common::batch::Batch;
-use crate::common::saving::STEPS;
+use crate::common::saving::{MADE_OF, STEPS};
 use crate::input::Input;
 use crate::model::Llama;
 use crate::report::HeldOut;
@@ -30,6 +31,7 @@ pub struct Run {
     position: DataPosition,
     /// The rows that it is counted in.
     data: u64,
+    made_of: MadeOf,
     /// How many steps the whole run has.
     steps: usize,
 }
@@ -40,12 +42,13 @@ impl Run {
         model: Parallel<Llama>,
         optim: ModuleOptimizer,
         schedule: ModuleLrScheduler,
-        steps: usize,
+        args: &Args,
         input: &Input,
     ) -> Self {
+        let (steps, made_of) = (input.steps(args), MadeOf::of(args, input));
         let (losses, grad_norms, held_out) = (Vec::new(), Vec::new(), Vec::new());
         let (batch, position, data) = (Batch::default(), DataPosition::default(), input.data.fingerprint());
-        Self { model, optim, schedule, losses, grad_norms, held_out, batch, position, data, steps }
+        Self { model, optim, schedule, losses, grad_norms, held_out, batch, position, data, made_of, steps }
     }
 
     /// The number of the next row, through all epochs.
@@ -69,20 +72,26 @@ impl Run {
             .with_value("batch", &mut self.batch)
             .with_value("position", &mut self.position)
             .with_value("data", &mut self.data)
+            .with_value(MADE_OF, &mut self.made_of)
             .with_value(STEPS, &mut self.steps)
     }
 
     /// Goes on from a checkpoint of `--resume`. Returns how many steps were made already.
     pub fn resume(&mut self, world: &Communicator, args: &Args, input: &Input) -> Result<usize, Error> {
-        let data = self.data;
+        let (data, made_of) = (self.data, self.made_of.clone());
         let begun = args.saving.resume(world, folder, input.steps(args), |checkpoints, step| {
             if checkpoints.read_value::<u64>(step, "data")?.is_some_and(|was| was != data) {
                 let dir = args.saving.resume.as_deref().unwrap_or(Path::new(""));
                 let problem = "the run was on other rows: it had another --data, --seq, --seed or tokenizer";
                 return Err(Error::user(format!("--resume {}: {problem}", dir.display())));
             }
+            let was = checkpoints.read_value::<MadeOf>(step, MADE_OF)?;
+            let dir = args.saving.resume.as_deref().unwrap_or(Path::new(""));
+            was.map_or(Ok(()), |was| made_of.compare(&was, dir)).map_err(Error::user)?;
             checkpoints.restore_step(step, self.state()).map(drop)
         })?;
+        // Where the model is now.
+        self.made_of = made_of;
         self.steps = input.steps(args);
         self.batch = self.batch.clone().begin(args.batch(), args.growth, input.steps(args))?;
         Ok(begun)

@@ -7,6 +7,7 @@ use burn::tensor::Device;
 use burn_parallel::hf::{self, Mapping};
 
 use crate::args::{Args, Length};
+use crate::base;
 use crate::data::set::DataSet;
 use crate::data::source::Reading;
 
@@ -15,6 +16,10 @@ pub struct Input {
     pub reading: Arc<Reading>,
     /// How many parameters the model has.
     pub parameters: usize,
+    /// The tensors of the directory that the model does not have.
+    left: Vec<String>,
+    /// What the weights and the config of the directory are.
+    pub base: u64,
     pub data: DataSet,
     pub eval: Option<DataSet>,
     /// The tokens of the prompt.
@@ -27,7 +32,8 @@ impl Input {
     /// # Errors
     /// What is wrong, in one line.
     pub fn open(args: &Args) -> Result<Self, String> {
-        let parameters = weights(args)?;
+        let (parameters, left) = weights(args)?;
+        let base = base::fingerprint(&args.model, &args.config)?;
         let reading = Arc::new(Reading::open(&args.model)?);
         let (words, known) = (reading.tokenizer.words(), args.config.vocab);
         if words > known {
@@ -48,7 +54,7 @@ impl Input {
                 _ => Ok(tokens),
             }
         });
-        let input = Self { data, eval, prompt: prompt.transpose()?, reading, parameters };
+        let input = Self { data, eval, prompt: prompt.transpose()?, reading, parameters, left, base };
         match (args.warmup, input.steps(args)) {
             (warmup, steps) if warmup > steps => {
                 Err(format!("--warmup {warmup} is more than the {steps} steps of the whole run"))
@@ -73,7 +79,7 @@ impl Input {
         }
     }
 
-    /// What the data is, in a line.
+    /// What the data is, in a line; and in another what of the directory is not read.
     pub fn said(&self) -> String {
         let (data, left) = (&self.data, self.data.left());
         let mut said =
@@ -84,13 +90,17 @@ impl Input {
         if left.dropped > 0 {
             said += &format!("; {} without anything to train on are left out", left.dropped);
         }
+        if let Some(first) = self.left.first() {
+            let (count, more) = (self.left.len(), if self.left.len() == 1 { "" } else { ", .." });
+            said += &format!("\nof the weights {count} are not read, which the model does not have: {first}{more}");
+        }
         said
     }
 }
 
 /// Makes sure that the model can be split as it is to be, and that the weights in the directory are those of the model that its
-/// config describes, and counts them. Nothing of them is read.
-fn weights(args: &Args) -> Result<usize, String> {
+/// config describes. Counts them, and gives the names of those that are left over. Nothing of them is read.
+fn weights(args: &Args) -> Result<(usize, Vec<String>), String> {
     let dir = args.model.display();
     let wrong = |why: String| format!("{dir}: {}", why.replace('\n', " "));
     let weights = hf::open(&args.model).map_err(|why| wrong(why.to_string()))?;
@@ -104,9 +114,18 @@ fn weights(args: &Args) -> Result<usize, String> {
     if let Some(unfit) = compared.unfit.first() {
         return Err(wrong(format!("{} does not fit {}: {}", unfit.tensors.join(", "), unfit.path, unfit.problem)));
     }
-    match compared.missing.first() {
-        Some((path, hint)) if hint.is_empty() => Err(wrong(format!("there is nothing for {path}"))),
-        Some((path, hint)) => Err(wrong(format!("there is nothing for {path}: {hint}"))),
-        None => Ok(compared.matched.iter().map(|found| found.dims.iter().product::<usize>()).sum()),
+    if let Some((path, hint)) = compared.missing.first() {
+        let hint = if hint.is_empty() { String::new() } else { format!(": {hint}") };
+        return Err(wrong(format!("there is nothing for {path}{hint}")));
     }
+    // Other tensors may be left, as tables that are computed here; a layer is part of the model.
+    let beyond = |name: &str| {
+        let number = name.split_once("layers.").and_then(|(_, rest)| rest.split('.').next()?.parse::<usize>().ok());
+        number.is_some_and(|number| number >= args.config.layers)
+    };
+    if let Some(name) = compared.left.iter().find(|name| beyond(name)) {
+        let layers = args.config.layers;
+        return Err(wrong(format!("config.json has `num_hidden_layers` {layers}, and the weights have more: {name}")));
+    }
+    Ok((compared.matched.iter().map(|found| found.dims.iter().product::<usize>()).sum(), compared.left))
 }

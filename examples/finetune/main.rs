@@ -5,6 +5,7 @@
 //! ordinary burn loop, run by every rank. docs/fine-tuning.md says how to use it.
 
 mod args;
+mod base;
 mod checkpoints;
 #[path = "../common/mod.rs"]
 mod common;

@@ -43,7 +43,7 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
     let first = share(input.data.batch(0, end, args.size))?;
     let model = directory::load(model, &args.model, &batch(&first[0], &autodiff))?;
     let optim = AdamWConfig::new().with_weight_decay(args.weight_decay as f32).with_epsilon(1e-8).init_fused();
-    let mut run = Run::new(model, optim, schedule(args, steps)?, steps, input);
+    let mut run = Run::new(model, optim, schedule(args, steps)?, args, input);
     let begun = run.resume(&world, args, input)?;
     let mut saving = Saving::begin(&args.saving, &world, folder, &args.strategy, steps)?;
     let mut progress = Progress::new(steps, speaks);

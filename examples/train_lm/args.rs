@@ -6,6 +6,7 @@ use burn_parallel::batch::{BatchSplit, MemoryBudget};
 use burn_parallel::prelude::*;
 use clap::Parser;
 
+use crate::checkpoints::folder;
 use crate::common::batch::{self, Batch, GrowthFlags, Rows};
 use crate::common::device::Compute;
 use crate::common::flags::{learning_rate, norm, parse, up_to, writable, wrong};
@@ -195,6 +196,7 @@ impl Args {
         if let Some(json) = &flags.json {
             writable(json, flags.text.as_deref())?;
         }
+        flags.saving.check(folder)?;
 
         let micro_batches = flags.micro_batches.unwrap_or((4 * pp).min(rows));
         let strategy = flags.growth.strategy(flags.mesh.strategy(&mesh, Plan::megatron(), micro_batches)?);

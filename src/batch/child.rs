@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::Trial;
 use crate::Error;
+use crate::launch::end_with_parent;
 
 /// How often the child is looked at.
 const LOOK: Duration = Duration::from_millis(5);
@@ -21,7 +22,7 @@ const SAID: u64 = 64 << 10;
 /// On Linux the limit is on memory that is private and writable (`RLIMIT_DATA`: heap, stacks, and anonymous mappings;
 /// address space that is reserved and never written does not count); on other Unix systems on address space
 /// (`RLIMIT_AS`). A child that reaches it is refused memory and aborts; one that the system kills, as where a control
-/// group is full, died of the same. Either is [`Trial::TooLarge`].
+/// group is full, died of the same. Either is [`Trial::TooLarge`]. On Linux a child ends with this process, also where that is killed.
 ///
 /// # Errors
 /// [`Error::User`] if the program cannot be started, fails for another reason, with the end of what it wrote to
@@ -29,6 +30,7 @@ const SAID: u64 = 64 << 10;
 pub fn try_in_child(command: &mut Command, bytes: u64, timeout: Duration) -> Result<Trial, Error> {
     let name = command.get_program().to_string_lossy().into_owned();
     limit(command, bytes);
+    end_with_parent(command);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(|why| Error::user(format!("cannot start {name} for a trial: {why}")))?;
     let errors = child.stderr.take();
@@ -116,6 +118,8 @@ fn limit(_: &mut Command, _: u64) {}
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn sh(script: &str) -> Command {
@@ -136,6 +140,45 @@ mod tests {
         let problem = try_in_child(&mut sh("sleep 20"), 1 << 30, Duration::from_millis(50)).unwrap_err().to_string();
         assert!(problem.contains("did not end within 50ms"), "{problem}");
         assert!(try_in_child(&mut Command::new("/no/such/program"), 1 << 30, second).is_err());
+    }
+
+    /// This test binary is its own child: as one it has a trial, which ends when it is killed.
+    #[test]
+    fn a_trial_ends_with_the_process_that_made_it() {
+        const NAME: &str = "batch::child::tests::a_trial_ends_with_the_process_that_made_it";
+        const FILE: &str = "BURN_PARALLEL_TEST_TRIAL";
+        if let Some(file) = std::env::var_os(FILE) {
+            let mut trial = sh("echo $$ > $TRIAL.new && mv $TRIAL.new $TRIAL && exec sleep 60");
+            drop(try_in_child(trial.env("TRIAL", file), 1 << 30, Duration::from_secs(60)));
+            return;
+        }
+        let file = std::env::temp_dir().join(format!("burn-parallel-trial-{}", std::process::id()));
+        let mut parent = Command::new(std::env::current_exe().unwrap());
+        parent.args(["--exact", NAME, "--nocapture", "--test-threads", "1"]).env(FILE, &file).stdout(Stdio::null());
+        let mut parent = parent.spawn().unwrap();
+        let until = |what: &dyn Fn() -> bool| {
+            let began = Instant::now();
+            while !what() && began.elapsed() < Duration::from_secs(20) {
+                thread::sleep(LOOK);
+            }
+            what()
+        };
+        let began = until(&|| file.exists());
+        parent.kill().unwrap();
+        parent.wait().unwrap();
+        assert!(began);
+        let trial: i32 = std::fs::read_to_string(&file).unwrap().trim().parse().unwrap();
+        std::fs::remove_file(&file).unwrap();
+        // One that nobody waits for any more has no command line.
+        let ended = until(&|| {
+            std::fs::read(format!("/proc/{trial}/cmdline")).is_ok_and(|line| line.is_empty())
+                || !Path::new(&format!("/proc/{trial}")).exists()
+        });
+        if !ended {
+            // SAFETY: no memory is involved.
+            unsafe { libc::kill(trial, libc::SIGKILL) };
+        }
+        assert!(ended, "process {trial} still runs");
     }
 
     /// This test binary is its own child: as one it takes memory, page by page.

@@ -162,7 +162,11 @@ impl Checkpointer {
         let mut before = written.load(Ordering::Relaxed);
         loop {
             match outcome.recv_timeout(patience) {
-                Ok(outcome) => return outcome.map(Some),
+                Ok(outcome) => {
+                    // It has nothing left to do but to let go of the group.
+                    let _ = thread.join();
+                    return outcome.map(Some);
+                }
                 Err(RecvTimeoutError::Disconnected) => {
                     let panic = thread.join().err().map(|panic| panic_message(&*panic)).unwrap_or_default();
                     return Err(checkpoint_error(format!("the save panicked: {panic}")));
@@ -226,7 +230,9 @@ impl Checkpointer {
 
     /// Gives a state the values of the latest checkpoint, or leaves it as it is if there is none. Whatever mesh it was
     /// saved on: each rank reads the slices that it needs, checks them, and pads and casts them as its own parameters
-    /// are.
+    /// are. Moments are of the parameter's dtype as well where the optimizer can load such, as the
+    /// [fused](crate::optim::FusedOptimizer) can; burn's own loads them in its default dtype, and from then on updates
+    /// parameters of fewer bits in that.
     ///
     /// A pipeline whose stages may share parameters is [prepared](ParallelModule::prepare) before its optimizer is restored: each
     /// stage that holds one needs its moments, and which do is known then. Without it the first step of one that does share
@@ -238,7 +244,8 @@ impl Checkpointer {
     ///
     /// # Errors
     /// On all ranks alike, with the state as it was: [`Error::Checkpoint`] if a file is damaged or missing, or if the
-    /// checkpoint does not fit: it names file, path and what to do. The error of the world.
+    /// checkpoint does not fit, also if the optimizer loads moments with fewer digits than their parameter: it names
+    /// file, path and what to do. The error of the world.
     pub fn restore<P: ParallelModule>(&mut self, state: TrainState<'_, P>) -> Result<Option<Restored>, Error> {
         match self.latest()? {
             Some(step) => self.restore_step(step, state).map(Some),

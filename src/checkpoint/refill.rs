@@ -1,22 +1,17 @@
 //! Gives an optimizer the state of a checkpoint.
 //!
-//! The fields of burn's record are private. One that is read from a file in memory keeps all of that file as long as
-//! one tensor of it is there, though the optimizer has changed them all since. One that an optimizer gives out has
-//! memory of its own for each. So the record is that of an optimizer of ours: asked for the state of a parameter, it
-//! reads that from the checkpoint. Nothing is there twice.
+//! The record that it loads is that of an optimizer which, asked for the state of a parameter, reads that from the
+//! checkpoint. Nothing is there twice.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use burn::module::ParamGroup;
-use burn::optim::{
-    DynOptimizer, DynState, LearningRate, ModuleOptimizer, OptimizerRecord, SgdConfig, StateSink, StateSource,
-};
-use burn::tensor::kind::BridgeTensor;
-use burn::tensor::{Bytes, DType, Device, TensorData};
-use burn_pack::{Reader, Scalar, Writer};
+use burn::optim::{ModuleOptimizer, OptimizerRecord};
+use burn::tensor::{Bytes, DType, TensorData};
+use burn_pack::{Reader, Writer};
 
 use super::index::{OptimizerParam, StoredTensor};
 use super::params::ParamInfo;
@@ -24,6 +19,7 @@ use super::plan::TensorKey;
 use super::{checkpoint_error, unreadable};
 use crate::Error;
 use crate::comm::panic_message;
+use crate::optim::{ParamState, StateNames, Widened, record_of};
 use crate::params::ParamSlice;
 use crate::tensor_file::{Elements, Loop, Side, copy_strided, row_major};
 
@@ -38,11 +34,14 @@ pub(super) struct Wanted<'a> {
 }
 
 /// Gives the part of a moment in some ranges.
-pub(super) type ReadMoment =
-    Arc<dyn Fn(&TensorKey, &StoredTensor, &[Range<usize>]) -> Result<TensorData, Error> + Send + Sync>;
+pub(super) type ReadMoment<'a> =
+    dyn FnMut(&TensorKey, &StoredTensor, &[Range<usize>]) -> Result<TensorData, Error> + 'a;
 
-/// An optimizer with the state of a checkpoint, of which `read` gives the part of a moment in some ranges. Beside the
-/// state there is no more than one moment, if it is to be padded or cast.
+/// An optimizer with the state of a checkpoint, of which `read` gives the part of a moment in some ranges, in the order of
+/// the files. Beside the state there is no more than one moment, if it is to be padded or cast.
+///
+/// Moments are of the dtype of their parameter, as burn's optimizers make them, but where the optimizer cannot load such:
+/// they are what it loads, if the parameter's numbers are all numbers of that, and the parameter is updated in it.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if the optimizer is of another kind, or moments do not fit; those of `read`.
@@ -50,34 +49,48 @@ pub(super) fn restored(
     optimizer: &str,
     into: &ModuleOptimizer,
     params: &[Wanted<'_>],
-    read: &ReadMoment,
+    read: &mut ReadMoment<'_>,
 ) -> Result<ModuleOptimizer, Error> {
-    let outline = outline(optimizer, params)?;
+    let mut params: Vec<&Wanted<'_>> = params.iter().collect();
+    params.sort_by_key(|wanted| &wanted.info.path);
+    let outline = outline(optimizer, &params)?;
     let record = || OptimizerRecord::from_bytes(outline.clone()).map_err(|why| unreadable(optimizer, why));
-    same_kind(optimizer, into, record()?, params)?;
+    let loaded = loaded_dtypes(optimizer, into, record()?, &params)?;
+    let mut into = into.clone();
+    for wanted in &params {
+        if let Some(dtype) = wanted.widened(optimizer, &loaded)? {
+            let ParamInfo { id, path, .. } = wanted.info;
+            let names = |names: Vec<&String>| names.into_iter().cloned().collect();
+            let (moments, scalars) = (wanted.state.moments.keys().collect(), wanted.state.scalars.keys().collect());
+            let optim = Widened::new(*id, path, &into, StateNames::new(names(moments), names(scalars)), dtype);
+            into = into.with_group(ParamGroup::from_ids(vec![*id]), optim, None);
+        }
+    }
     let mut states = HashMap::new();
-    for wanted in params {
-        states.insert(wanted.info.id.val().to_string(), wanted.stored(optimizer)?);
+    for wanted in &params {
+        let widened = wanted.widened(optimizer, &loaded)?.is_some();
+        states.insert(wanted.info.id.val().to_string(), wanted.state(optimizer, widened, read)?);
     }
-    let failed = Arc::new(Mutex::new(None));
-    let stored = Stored { states, read: read.clone(), failed: failed.clone() };
-    let giver: ModuleOptimizer = SgdConfig::new().init();
-    let record = giver.with_group(ParamGroup::all(), stored, None).load_record(record()?).to_record();
-    if let Some(error) = failed.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        return Err(error);
-    }
-    load(optimizer, into, record)
+    let states = Mutex::new(states);
+    let record = record_of(record()?, move |id, into| {
+        // Given away: a state is there once.
+        let Some(state) = states.lock().unwrap_or_else(PoisonError::into_inner).remove(id) else { return };
+        state.scalars.into_iter().for_each(|(name, scalar)| into.push_scalar(id, &name, scalar));
+        state.moments.into_iter().for_each(|(name, data)| into.push_tensor(id, &name, data));
+    });
+    load(optimizer, &into, record)
 }
 
-/// A record with a tensor of one element for each moment, and the numbers and paths that there are to be.
-fn outline(optimizer: &str, params: &[Wanted<'_>]) -> Result<Bytes, Error> {
+/// A record with a tensor of one element for each moment, of the dtype of its parameter, and the numbers and paths that
+/// there are to be.
+fn outline(optimizer: &str, params: &[&Wanted<'_>]) -> Result<Bytes, Error> {
     let (mut tensors, mut scalars, mut paths) = (Vec::new(), Vec::new(), Vec::new());
     for Wanted { info, state, .. } in params {
         let id = info.id.val();
         for (name, stored) in &state.moments {
-            let one = Bytes::from_elems(vec![0f32]);
-            let dims = vec![1; stored.dims.len()];
-            tensors.push(burn_pack::Tensor::new(format!("{id}.{name}"), DType::F32, dims, Some(id), one));
+            let one = Elements::zeros(1, info.dtype).into_data(vec![1; stored.dims.len()], info.dtype);
+            let (bytes, dims, dtype) = one.into_parts();
+            tensors.push(burn_pack::Tensor::new(format!("{id}.{name}"), dtype, dims, Some(id), bytes));
         }
         for (name, scalar) in &state.scalars {
             let name = format!("{id}.{name}");
@@ -93,22 +106,30 @@ fn outline(optimizer: &str, params: &[Wanted<'_>]) -> Result<Bytes, Error> {
     writer.into_bytes().map_err(|why| unreadable(optimizer, why))
 }
 
-/// Demands that the optimizer takes all that there is: burn silently drops what does not fit.
-fn same_kind(
+/// The dtypes in which the optimizer loads the moments of parameters, if they are recorded in that of the parameter.
+///
+/// # Errors
+/// [`Error::Checkpoint`] if the optimizer does not take all that there is: burn silently drops what does not fit.
+fn loaded_dtypes(
     optimizer: &str,
     into: &ModuleOptimizer,
     outline: OptimizerRecord,
-    params: &[Wanted<'_>],
-) -> Result<(), Error> {
+    params: &[&Wanted<'_>],
+) -> Result<BTreeMap<String, DType>, Error> {
     let tried = load(optimizer, into, outline)?;
     let bytes = tried.to_record().into_bytes().map_err(|why| unreadable(optimizer, why))?;
     let reader = Reader::from_bytes(bytes).map_err(|why| unreadable(optimizer, why))?;
-    let kept: std::collections::HashSet<&str> =
-        reader.tensor_names().into_iter().chain(reader.scalars().keys().map(String::as_str)).collect();
+    let scalars: HashSet<String> = reader.scalars().keys().cloned().collect();
+    let mut dtypes = BTreeMap::new();
+    for tensor in reader.into_tensors().map_err(|why| unreadable(optimizer, why))? {
+        let (name, dtype, ..) = tensor.into_parts().map_err(|why| unreadable(optimizer, why))?;
+        dtypes.insert(name, dtype);
+    }
     for Wanted { info, state, .. } in params {
         let names = state.moments.keys().chain(state.scalars.keys());
         for name in names {
-            if !kept.contains(format!("{}.{name}", info.id.val()).as_str()) {
+            let named = format!("{}.{name}", info.id.val());
+            if !dtypes.contains_key(&named) && !scalars.contains(&named) {
                 return Err(checkpoint_error(format!(
                     "optimizer `{optimizer}` does not take `{name}` of `{}`, which the checkpoint has: it was saved of an optimizer \
                      of another kind. Take that one, or restore without this optimizer, which then begins anew",
@@ -117,7 +138,7 @@ fn same_kind(
             }
         }
     }
-    Ok(())
+    Ok(dtypes)
 }
 
 fn load(optimizer: &str, into: &ModuleOptimizer, record: OptimizerRecord) -> Result<ModuleOptimizer, Error> {
@@ -132,10 +153,32 @@ fn load(optimizer: &str, into: &ModuleOptimizer, record: OptimizerRecord) -> Res
 }
 
 impl Wanted<'_> {
-    /// Where the state of this parameter is, and what this rank takes of it.
-    fn stored(&self, optimizer: &str) -> Result<StoredState, Error> {
+    /// The dtype in which the parameter is to be updated, if the optimizer loads its moments in another than its own.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it would lose digits there.
+    fn widened(&self, optimizer: &str, loaded: &BTreeMap<String, DType>) -> Result<Option<DType>, Error> {
+        let ParamInfo { id, path, dtype, .. } = self.info;
+        let name = |moment: &String| format!("{}.{moment}", id.val());
+        let Some(found) =
+            self.state.moments.keys().filter_map(|moment| loaded.get(&name(moment))).find(|it| *it != dtype)
+        else {
+            return Ok(None);
+        };
+        if !Widened::takes(*dtype, *found) {
+            return Err(checkpoint_error(format!(
+                "optimizer `{optimizer}` loads moments as {found:?}, and `{path}` is {dtype:?}, which would be updated with fewer \
+                 digits, or not at all: make the optimizer with `init_fused`, which loads any, have burn's default device \
+                 make {dtype:?} by `Device::configure` as the program begins, or restore without this optimizer"
+            )));
+        }
+        Ok(Some(*found))
+    }
+
+    /// Reads the state of this parameter that this rank takes.
+    fn state(&self, optimizer: &str, widened: bool, read: &mut ReadMoment<'_>) -> Result<ParamState, Error> {
         let Self { info, slice, saved_dtype, state } = self;
-        let mut moments = Vec::new();
+        let mut moments = BTreeMap::new();
         for (moment, stored) in &state.moments {
             let Some((ranges, dims)) = wanted(&stored.dims, slice) else {
                 return Err(checkpoint_error(format!(
@@ -145,13 +188,16 @@ impl Wanted<'_> {
                 )));
             };
             let dtype = stored.burn_dtype()?;
-            // Moments are of the dtype of their parameter, if they were.
-            let dtype = if Some(dtype) == *saved_dtype { info.dtype } else { dtype };
-            let key = TensorKey::moment(optimizer, &info.path, moment.clone());
-            moments.push(StoredMoment { name: moment.clone(), key, stored: stored.clone(), ranges, dims, dtype });
+            // Those that were of the dtype of their parameter are so again; what is updated with more digits keeps its own.
+            let dtype = if Some(dtype) == *saved_dtype && !widened { info.dtype } else { dtype };
+            let data = match ranges.iter().any(Range::is_empty) {
+                true => None,
+                false => Some(read(&TensorKey::moment(optimizer, &info.path, moment.clone()), stored, &ranges)?),
+            };
+            moments.insert(moment.clone(), zero_padded(data, &dims, dtype)?);
         }
         let scalars = state.scalars.iter().filter_map(|(name, scalar)| Some((name.clone(), scalar.read()?))).collect();
-        Ok(StoredState { moments, scalars })
+        Ok(ParamState { moments, scalars })
     }
 }
 
@@ -180,31 +226,6 @@ fn wanted(dims: &[usize], param: &ParamSlice) -> Option<(Vec<Range<usize>>, Vec<
     })
 }
 
-/// The state of a parameter in the checkpoint.
-struct StoredState {
-    moments: Vec<StoredMoment>,
-    scalars: Vec<(String, Scalar)>,
-}
-
-struct StoredMoment {
-    name: String,
-    key: TensorKey,
-    stored: StoredTensor,
-    ranges: Vec<Range<usize>>,
-    dims: Vec<usize>,
-    dtype: DType,
-}
-
-impl StoredMoment {
-    fn read(&self, read: &ReadMoment) -> Result<TensorData, Error> {
-        let data = match self.ranges.iter().any(Range::is_empty) {
-            true => None,
-            false => Some(read(&self.key, &self.stored, &self.ranges)?),
-        };
-        zero_padded(data, &self.dims, self.dtype)
-    }
-}
-
 /// The values with zeros behind along each dim, up to these dims.
 fn zero_padded(data: Option<TensorData>, dims: &[usize], dtype: DType) -> Result<TensorData, Error> {
     match data {
@@ -221,52 +242,5 @@ fn zero_padded(data: Option<TensorData>, dims: &[usize], dtype: DType) -> Result
             }
             Ok(elements.into_data(dims.to_vec(), dtype))
         }
-    }
-}
-
-/// An optimizer that gives out the states of a checkpoint as its own.
-struct Stored {
-    /// By the number of the parameter.
-    states: HashMap<String, StoredState>,
-    read: ReadMoment,
-    /// Why a moment could not be read: nothing is read after that.
-    failed: Arc<Mutex<Option<Error>>>,
-}
-
-impl DynOptimizer for Stored {
-    fn step_dyn(
-        &self,
-        _: usize,
-        _: LearningRate,
-        tensor: BridgeTensor,
-        _: BridgeTensor,
-        state: Option<DynState>,
-    ) -> (BridgeTensor, Option<DynState>) {
-        (tensor, state)
-    }
-
-    fn to_device_dyn(&self, state: DynState, _: &Device) -> DynState {
-        state
-    }
-
-    fn state_flatten(&self, prefix: &str, _: &DynState, into: &mut StateSink) {
-        let Some(state) = self.states.get(prefix) else { return };
-        for (name, scalar) in &state.scalars {
-            into.push_scalar(prefix, name, *scalar);
-        }
-        for moment in &state.moments {
-            let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
-            if failed.is_some() {
-                return;
-            }
-            match moment.read(&self.read) {
-                Ok(data) => into.push_tensor(prefix, &moment.name, data),
-                Err(error) => *failed = Some(error),
-            }
-        }
-    }
-
-    fn state_unflatten(&self, rank: usize, _: &str, _: &mut StateSource, _: &Device) -> Option<DynState> {
-        Some(DynState::create((), rank))
     }
 }

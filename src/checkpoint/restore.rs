@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::module::ParamId;
@@ -12,7 +12,7 @@ use super::index::Index;
 use super::options::{CheckpointOptions, matches};
 use super::params::{self, ParamInfo};
 use super::read::{ParamSource, Reader};
-use super::refill::{ReadMoment, Wanted, restored as restored_optimizer};
+use super::refill::{Wanted, restored as restored_optimizer};
 use super::scheduler::restored_scheduler;
 use super::state::TrainState;
 use super::{checkpoint_error, file_problem};
@@ -57,9 +57,6 @@ pub(super) fn load<P: ParallelModule>(
     let kept = compare(dir, &index, &infos, state, options)?;
     let mut reader = Reader::new(dir, index.clone());
     let model = (*state.model).clone().load(&mut ParamSource { reader: &mut reader, kept: &kept })?;
-    let reader = Arc::new(Mutex::new(reader));
-    let shared = reader.clone();
-    let read: ReadMoment = Arc::new(move |key, stored, ranges| lock(&shared).read(key, stored, ranges));
     let (mut optimizers, mut with_moments) = (Vec::new(), HashSet::new());
     for (name, optimizer) in &state.optimizers {
         let Some(stored) = index.optimizers.get(name) else {
@@ -76,7 +73,9 @@ pub(super) fn load<P: ParallelModule>(
             let saved = index.model.get(&info.path).map(|tensor| tensor.burn_dtype()).transpose()?;
             wanted.push(Wanted { info, slice, saved_dtype: saved, state });
         }
-        optimizers.push(Some(restored_optimizer(name, optimizer, &wanted, &read)?));
+        optimizers.push(Some(restored_optimizer(name, optimizer, &wanted, &mut |key, stored, ranges| {
+            reader.read(key, stored, ranges)
+        })?));
     }
     let mut schedulers = Vec::new();
     for (name, scheduler) in &state.schedulers {
@@ -99,12 +98,8 @@ pub(super) fn load<P: ParallelModule>(
             index.replicas
         );
     }
-    let restored = Restored { step: index.step, bytes_read: lock(&reader).bytes_read };
+    let restored = Restored { step: index.step, bytes_read: reader.bytes_read };
     Ok(Loaded { model, optimizers, with_moments, schedulers, random_step: index.random_step, restored })
-}
-
-fn lock(reader: &Mutex<Reader>) -> MutexGuard<'_, Reader> {
-    reader.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<P: ParallelModule> Loaded<P> {

@@ -8,6 +8,7 @@
 //! [`Processes::restarts`] starts lost ranks again; [`StopSignals`] tells all ranks that a cluster is about to end
 //! them.
 
+mod end_with_parent;
 mod environment;
 mod process;
 #[cfg(unix)]
@@ -21,6 +22,7 @@ mod stop;
 mod supervise;
 mod threads;
 
+pub(crate) use end_with_parent::end_with_parent;
 pub use environment::{Launcher, ProcessInfo};
 pub use process::{Process, TransportKind, from_env};
 #[cfg(unix)]

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
-use super::StopSignal;
 use super::relay::relay;
+use super::{StopSignal, end_with_parent};
 use crate::Error;
 
 /// How often the parent looks whether a rank has ended.
@@ -139,21 +139,7 @@ pub(super) fn supervise(commands: Vec<Command>, size: usize, grace: Duration) ->
 
 fn start(mut command: Command, rank: Option<usize>, size: usize) -> std::io::Result<Started> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
-    #[cfg(target_os = "linux")]
-    {
-        let parent = std::process::id();
-        // SAFETY: between fork and exec only these two system calls are made, which take no lock and no memory.
-        unsafe {
-            command.pre_exec(move || {
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                match libc::getppid() as u32 == parent {
-                    true => Ok(()),
-                    // The parent died before the kernel knew that this matters.
-                    false => Err(std::io::ErrorKind::NotFound.into()),
-                }
-            });
-        }
-    }
+    end_with_parent(&mut command);
     let mut child = command.spawn()?;
     let said = Arc::new(Mutex::new(VecDeque::new()));
     let mut readers = Vec::new();

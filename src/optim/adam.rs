@@ -2,14 +2,15 @@
 
 use burn::optim::{
     Adam, AdamConfig, AdamState, AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, LearningRate, Optimizer,
+    RecordState, StateSink, StateSource, join_path,
 };
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 use serde::Deserialize;
 
 use super::number::Number;
 use super::numbers_of;
 use super::sgd::WeightDecay;
-use super::update::{Rule, is_here, update};
+use super::update::{Rule, as_recorded, is_here, update};
 
 /// burn's [`Adam`] in one pass: see the [module page](super).
 #[derive(Clone)]
@@ -25,6 +26,14 @@ pub struct FusedAdamW {
     burn: AdamW,
     betas: Betas,
     decay: Decoupled,
+}
+
+/// What [`FusedAdam`] and [`FusedAdamW`] keep of a parameter. Its record is that of burn's [`AdamState`] and
+/// [`AdamWState`], of which moments are loaded in the dtype that they have there.
+#[derive(Clone)]
+pub struct FusedAdamState<const D: usize> {
+    /// The moments, of the dims of the parameter.
+    pub momentum: AdaptiveMomentumState<D>,
 }
 
 /// What both have in common, with burn's names and types.
@@ -200,47 +209,74 @@ fn step<const D: usize, R: Rule<2> + Rule<3>>(
 }
 
 impl Optimizer for FusedAdam {
-    type State<const D: usize> = AdamState<D>;
+    type State<const D: usize> = FusedAdamState<D>;
 
     fn step<const D: usize>(
         &self,
         lr: LearningRate,
         tensor: Tensor<D>,
         grad: Tensor<D>,
-        state: Option<AdamState<D>>,
-    ) -> (Tensor<D>, Option<AdamState<D>>) {
+        state: Option<FusedAdamState<D>>,
+    ) -> (Tensor<D>, Option<FusedAdamState<D>>) {
         if !all_here(&tensor, &grad, state.as_ref().map(|state| &state.momentum), self.betas.amsgrad) {
-            return self.burn.step(lr, tensor, grad, state);
+            let state = state.map(|state| AdamState::new(of_dtype(state.momentum, grad.dtype())));
+            let (tensor, state) = self.burn.step(lr, tensor, grad, state);
+            return (tensor, state.map(|state| FusedAdamState { momentum: state.momentum }));
         }
         let rule = |moments, time| AdamRule::new(moments, time, lr, self.weight_decay);
         let (tensor, state) = step(tensor, grad, state.map(|state| state.momentum), self.betas, rule);
-        (tensor, Some(AdamState::new(state)))
+        (tensor, Some(FusedAdamState { momentum: state }))
     }
 
-    fn to_device<const D: usize>(state: AdamState<D>, device: &Device) -> AdamState<D> {
-        Adam::to_device(state, device)
+    fn to_device<const D: usize>(state: FusedAdamState<D>, device: &Device) -> FusedAdamState<D> {
+        FusedAdamState { momentum: state.momentum.to_device(device) }
     }
 }
 
 impl Optimizer for FusedAdamW {
-    type State<const D: usize> = AdamWState<D>;
+    type State<const D: usize> = FusedAdamState<D>;
 
     fn step<const D: usize>(
         &self,
         lr: LearningRate,
         tensor: Tensor<D>,
         grad: Tensor<D>,
-        state: Option<AdamWState<D>>,
-    ) -> (Tensor<D>, Option<AdamWState<D>>) {
+        state: Option<FusedAdamState<D>>,
+    ) -> (Tensor<D>, Option<FusedAdamState<D>>) {
         if !all_here(&tensor, &grad, state.as_ref().map(|state| &state.momentum), self.betas.amsgrad) {
-            return self.burn.step(lr, tensor, grad, state);
+            let state = state.map(|state| AdamWState::new(of_dtype(state.momentum, grad.dtype())));
+            let (tensor, state) = self.burn.step(lr, tensor, grad, state);
+            return (tensor, state.map(|state| FusedAdamState { momentum: state.momentum }));
         }
         let rule = |moments, time| AdamWRule::new(moments, time, lr, self.decay);
         let (tensor, state) = step(tensor, grad, state.map(|state| state.momentum), self.betas, rule);
-        (tensor, Some(AdamWState::new(state)))
+        (tensor, Some(FusedAdamState { momentum: state }))
     }
 
-    fn to_device<const D: usize>(state: AdamWState<D>, device: &Device) -> AdamWState<D> {
-        AdamW::to_device(state, device)
+    fn to_device<const D: usize>(state: FusedAdamState<D>, device: &Device) -> FusedAdamState<D> {
+        FusedAdamState { momentum: state.momentum.to_device(device) }
+    }
+}
+
+/// Moments of the dtype of a gradient, which burn's operations demand.
+fn of_dtype<const D: usize>(mut state: AdaptiveMomentumState<D>, dtype: DType) -> AdaptiveMomentumState<D> {
+    let moments = [&mut state.moment_1, &mut state.moment_2].into_iter().chain(&mut state.max_moment_2);
+    for moment in moments.filter(|moment| moment.dtype() != dtype) {
+        *moment = moment.clone().cast(dtype);
+    }
+    state
+}
+
+impl<const D: usize> RecordState for FusedAdamState<D> {
+    fn state_flatten(&self, prefix: &str, out: &mut StateSink) {
+        AdamState::new(self.momentum.clone()).state_flatten(prefix, out);
+    }
+
+    fn state_unflatten(prefix: &str, src: &mut StateSource, device: &Device) -> Option<Self> {
+        let prefix = join_path(prefix, "momentum");
+        let time = src.take_scalar(&prefix, "time")?.try_into().ok()?;
+        let mut moment = |name| Some(as_recorded(src.take_tensor(&prefix, name)?, device));
+        let (moment_1, moment_2, max_moment_2) = (moment("moment_1")?, moment("moment_2")?, moment("max_moment_2"));
+        Some(Self { momentum: AdaptiveMomentumState { time, moment_1, moment_2, max_moment_2 } })
     }
 }

@@ -26,23 +26,28 @@
 //!
 //! # The same numbers
 //! Every element is computed by the operations of burn 0.22, in their order, each rounded as burn rounds it: values and
-//! moments have burn's bits, in `f32`, `f64`, `bf16` and `f16`. A record of the one is loaded by the other.
+//! moments have burn's bits, in `f32`, `f64`, `bf16` and `f16`. A record of the one is loaded by the other. A fused optimizer
+//! loads moments in the dtype that they have in the record, burn's own in the default dtype of burn's default device.
 //!
 //! An update is in place where nothing else holds the memory of the parameter; a clone of the model keeps its values.
 
 mod adam;
+mod given;
 mod number;
 mod read_out;
 mod sgd;
 mod update;
+mod widened;
 
 use burn::optim::{AdamConfig, AdamWConfig, ModuleOptimizer, Optimizer, SgdConfig};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use self::adam::{FusedAdam, FusedAdamW};
+pub use self::adam::{FusedAdam, FusedAdamState, FusedAdamW};
+pub(crate) use self::given::record_of;
 pub(crate) use self::read_out::{MOST_AT_ONCE, ParamState, StateNames, has_others, portions, without};
 pub use self::sgd::{FusedSgd, FusedSgdState};
+pub(crate) use self::widened::Widened;
 
 /// Configurations of burn whose optimizers update a parameter in one pass: see the [module page](self).
 pub trait FusedOptimizer {

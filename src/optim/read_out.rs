@@ -53,6 +53,23 @@ impl StateNames {
         self.learn(record())
     }
 
+    /// These names.
+    pub(crate) fn new(moments: BTreeSet<String>, scalars: BTreeSet<String>) -> Self {
+        Self { moments, scalars }
+    }
+
+    /// What burn gives to an optimizer as the state of a parameter, by the names that are known.
+    pub(crate) fn take(&self, prefix: &str, from: &mut StateSource) -> ParamState {
+        let mut state = ParamState::default();
+        for name in &self.moments {
+            state.moments.extend(from.take_tensor(prefix, name).map(|data| (name.clone(), data)));
+        }
+        for name in &self.scalars {
+            state.scalars.extend(from.take_scalar(prefix, name).map(|scalar| (name.clone(), scalar)));
+        }
+        state
+    }
+
     /// Takes a record apart; `None` if it has more than the names that are known stand for.
     fn collect(&self, record: OptimizerRecord) -> Option<ParamStates> {
         let (tensors, scalars) = (record.len(), number_of_scalars(&record)?);
@@ -157,13 +174,7 @@ impl DynOptimizer for Collector {
 
     fn state_unflatten(&self, _: usize, prefix: &str, from: &mut StateSource, _: &Device) -> Option<DynState> {
         let id = prefix.parse::<u64>().ok()?;
-        let mut state = ParamState::default();
-        for name in &self.names.moments {
-            state.moments.extend(from.take_tensor(prefix, name).map(|data| (name.clone(), data)));
-        }
-        for name in &self.names.scalars {
-            state.scalars.extend(from.take_scalar(prefix, name).map(|scalar| (name.clone(), scalar)));
-        }
+        let state = self.names.take(prefix, from);
         self.found.lock().unwrap_or_else(PoisonError::into_inner).insert(id.into(), state);
         None
     }

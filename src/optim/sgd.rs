@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::number::Number;
 use super::numbers_of;
-use super::update::{Rule, is_here, update};
+use super::update::{Rule, as_recorded, is_here, update};
 
 /// burn's [`Sgd`](burn::optim::Sgd) in one pass: see the [module page](super).
 #[derive(Debug, Clone)]
@@ -15,7 +15,7 @@ pub struct FusedSgd {
 }
 
 /// What [`FusedSgd`] keeps of a parameter. Its record is that of burn's
-/// [`SgdState`](burn::optim::SgdState), whose velocity burn does not give away.
+/// [`SgdState`](burn::optim::SgdState), whose velocity burn does not give away; it is loaded in the dtype that it has there.
 #[derive(Debug, Clone)]
 pub struct FusedSgdState<const D: usize> {
     /// What momentum has gathered, of the dims of the parameter.
@@ -142,6 +142,8 @@ impl FusedSgd {
         let Some(momentum) = self.numbers.momentum else { return (tensor - grad.mul_scalar(lr), velocity) };
         let velocity = match velocity {
             Some(velocity) => {
+                // burn's operations demand one dtype.
+                let velocity = if velocity.dtype() == grad.dtype() { velocity } else { velocity.cast(grad.dtype()) };
                 grad.clone().mul_scalar(1.0 - momentum.dampening).add(velocity.mul_scalar(momentum.factor()))
             }
             None => grad.clone(),
@@ -167,6 +169,6 @@ impl<const D: usize> RecordState for FusedSgdState<D> {
 
     fn state_unflatten(prefix: &str, src: &mut StateSource, device: &Device) -> Option<Self> {
         let velocity = src.take_tensor(&burn::optim::join_path(prefix, MOMENTUM), VELOCITY);
-        Some(Self { velocity: velocity.map(|data| Tensor::from_data(data, device)) })
+        Some(Self { velocity: velocity.map(|data| as_recorded(data, device)) })
     }
 }

@@ -1,7 +1,7 @@
 //! One pass over a parameter, its gradient and its moments.
 
 use burn::backend::flex::FlexTensor;
-use burn::tensor::{DType, Tensor, bf16, f16};
+use burn::tensor::{DType, Device, Tensor, TensorData, bf16, f16};
 
 use super::number::Number;
 use crate::tensor::{Loops, PlainTensor, vectorized};
@@ -35,7 +35,7 @@ fn is_on_host<const D: usize>(tensor: &Tensor<D>) -> bool {
 }
 
 /// Updates a parameter that [`is_here`], in place if nothing else holds its memory. Moments that are not there yet
-/// begin as zeros. burn loads all moments in its default dtype: they become what the parameter is.
+/// begin as zeros. Those of another dtype, as a record may have, become what the parameter is.
 pub(super) fn update<const D: usize, const N: usize>(
     value: Tensor<D>,
     gradient: Tensor<D>,
@@ -57,6 +57,16 @@ pub(super) fn update<const D: usize, const N: usize>(
         _ => update_as::<f32, N>(&mut value, &gradient, &mut moments, rule),
     }
     (tensor(value), moments.map(tensor))
+}
+
+/// A moment of a record in the dtype that it has there, if the device has that. burn's own optimizers load all moments in
+/// the default dtype of the device.
+pub(super) fn as_recorded<const D: usize>(data: TensorData, device: &Device) -> Tensor<D> {
+    let dtype = data.dtype();
+    match dtype.is_float() && device.supports_dtype(dtype) {
+        true => Tensor::from_data(data, (device, dtype)),
+        false => Tensor::from_data(data, device),
+    }
 }
 
 /// The elements one behind the other, from the begin of their memory to its end.

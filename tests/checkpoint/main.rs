@@ -10,6 +10,7 @@ mod keep;
 mod meshes;
 mod net;
 mod optimizers;
+mod precision;
 mod python;
 mod reads;
 mod room;

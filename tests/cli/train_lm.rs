@@ -179,10 +179,25 @@ fn keys_of_a_file_are_called_keys() {
         ),
         ("dp = 1\n[data]\nsharding = 'optimizer'\n".into(), &[], "with `dp = 1` of --strategy there is one"),
         ("[tensor]\nplan = 'megatron'\n".into(), &[], "nothing reads `tensor.plan`: `tp` is 1"),
+        ("pp = 2\n[pipeline]\nmicro_batches = 0\n".into(), &[], "`pipeline.micro_batches = 0`: it must be at least 1"),
+        ("pp = 2\n[pipeline]\nmicro_batches = 0\n".into(), &["--batch", "auto"], "it must be at least 1"),
     ] {
         let file = file(&text);
         refused(&[&["--strategy", &file][..], flags].concat(), what);
     }
+}
+
+/// The cut that the help has as an example is one of this model.
+#[test]
+fn the_cut_of_the_help_fits_the_model() {
+    let folder = Folder::new("cuts");
+    let help = String::from_utf8(train_lm(&["--help"]).stdout).unwrap();
+    let cut = help.split("{ before = ").nth(1).and_then(|rest| rest.split(" }").next()).unwrap();
+    let text = format!("pp = 2\n[pipeline]\nmicro_batches = 2\ncut = {{ before = {cut} }}\n");
+    let file = folder.write("strategy.toml", text.as_bytes());
+    let sizes = ["--layers", "3", "--d-model", "16", "--seq", "16", "--steps", "1"];
+    let output = train_lm(&[&sizes[..], &["--strategy", &file]].concat());
+    assert!(output.status.success(), "{cut}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
@@ -474,6 +489,17 @@ fn a_run_that_was_killed_goes_on_as_if_it_had_not_been() {
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("there is no checkpoint"));
     refused(&["--keep", "2"], "--save");
+}
+
+/// Another run's checkpoints are not pruned, nor gone on from, by a run that did not ask for them.
+#[test]
+fn checkpoints_of_another_run_are_left_alone() {
+    let folder = Folder::new("taken");
+    let saved = folder.path("saved");
+    assert!(tiny(&["--save", &saved, "--dp", "1", "--steps", "1"]).status.success());
+    refused(&["--save", &saved, "--steps", "1"], "there are checkpoints already: give --resume");
+    assert!(Path::new(&saved).join("step-000000001").exists());
+    assert!(tiny(&["--save", &saved, "--resume", &saved, "--dp", "1", "--steps", "2"]).status.success());
 }
 
 /// A run in the background, when its first checkpoints are there.

@@ -138,7 +138,7 @@ fn a_run_that_was_interrupted_goes_on_as_if_it_had_not_been() {
         &["--data", "in:data.jsonl", "--scheduler", "constant", "--seq", "32", "--resume", "in:half"],
     );
     let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(2));
     assert!(stderr.contains("the run was on other rows"), "{stderr}");
 }
 

@@ -88,6 +88,42 @@ fn flags_that_make_no_sense_are_refused() {
     refused(&directory, &["--resume", "in:begun"], "begun: there are no checkpoints");
 }
 
+/// A run goes on with the model that it began with, or the flag is named that makes another.
+#[test]
+fn flags_that_make_another_model_than_the_checkpoint_are_refused() {
+    let directory = prepared();
+    let run =
+        ["--data", "in:data.jsonl", "--seq", "64", "--batch", "2", "--lora-targets", "q_proj,v_proj", "--lora", "2"];
+    let output = finetune(&directory, &[&run[..], &["--steps", "1", "--save", "in:saved"]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let resume = |flags: &[&str], code: i32, what: &str| {
+        let flags =
+            [&["--data", "in:data.jsonl", "--seq", "64", "--batch", "2", "--resume", "in:saved"][..], flags].concat();
+        let output = finetune(&directory, &[&flags[..], &["--steps", "2"]].concat());
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{flags:?}: {stderr}");
+        let last = stderr.lines().last().unwrap();
+        assert!(last.contains(what) && last.len() < 300, "{flags:?}: {stderr}");
+    };
+    let targets = ["--lora-targets", "v_proj,q_proj"];
+    for (flags, what) in [
+        (&["--lora", "2", "--lora-alpha", "9"][..], "--lora-alpha 9 makes another model than --resume"),
+        (&["--lora", "4"], "saved with --lora 2"),
+    ] {
+        resume(&[&targets[..], flags].concat(), 2, what);
+    }
+    resume(&[], 2, "leaving out --lora makes another model");
+    resume(&["--lora", "2", "--lora-targets", "k_proj"], 2, "saved with --lora-targets q_proj,v_proj");
+    let file = directory.path().join("model.safetensors");
+    let mut weights = fs::read(&file).unwrap();
+    let (original, place) = (weights.clone(), weights.len() - 4);
+    weights[place] ^= 1;
+    fs::write(&file, weights).unwrap();
+    resume(&[&targets[..], &["--lora", "2"]].concat(), 2, "has other weights or another config than");
+    fs::write(&file, original).unwrap();
+    resume(&[&targets[..], &["--lora", "2"]].concat(), 0, "step 2");
+}
+
 #[test]
 fn data_that_makes_no_sense_is_refused_with_its_line() {
     let directory = prepared();
@@ -113,6 +149,7 @@ fn a_directory_that_makes_no_sense_is_refused() {
     with("\"llama\"", "\"mamba\"", "mamba");
     with("\"vocab_size\": 512", "\"vocab_size\": 500", "does not fit");
     with("\"num_hidden_layers\": 4", "\"num_hidden_layers\": 5", "there is nothing for model.layers.4");
+    with("\"num_hidden_layers\": 4", "\"num_hidden_layers\": 3", "the weights have more: model.layers.3.");
     directory.write("config.json", config.as_bytes());
     let tokenizer = directory.path().join("tokenizer.json");
     let letters: Vec<String> = ('a'..='t').map(String::from).collect();
