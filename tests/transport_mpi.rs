@@ -96,6 +96,7 @@ fn stopped(role: &str) {
         if rank.rank() == 0 {
             std::thread::sleep(Duration::from_millis(500));
             let _ = Command::new("kill").args(["-STOP", &processes[1].to_string()]).status();
+            wait_until_stopped(processes[1]);
         }
         match (role, rank.rank()) {
             ("stopped-call", _) => rank.barrier(),
@@ -109,6 +110,21 @@ fn stopped(role: &str) {
     let in_time = if began.elapsed() < Duration::from_secs(15) { "in time" } else { "late" };
     let said = outcome.map_or_else(|error| error.to_string(), |()| "well".into());
     print!("{}", format!("<{in_time}: {said}>\n").replace("\n ", " "));
+}
+
+/// Waits until no thread of a process runs any more: on busy cores a signal takes a while to reach all of them, and one
+/// that still runs sends what was announced.
+fn wait_until_stopped(process: u32) {
+    let is_stopped = |task: &std::fs::DirEntry| {
+        std::fs::read_to_string(task.path().join("stat")).is_ok_and(|stat| stat.contains(") T "))
+    };
+    for _ in 0..500 {
+        let tasks = std::fs::read_dir(format!("/proc/{process}/task"));
+        if tasks.is_ok_and(|tasks| tasks.flatten().all(|task| is_stopped(&task))) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 fn is_open_mpi() -> bool {

@@ -6,6 +6,7 @@ use burn::backend::{DispatchTensor, TensorMetadata};
 use burn::module::Module;
 use burn::tensor::{Device, Shape};
 use burn_capture::CaptureDevice;
+use burn_ir::OperationIr;
 
 use super::capture::in_scope;
 use super::custom::CustomOps;
@@ -86,6 +87,11 @@ impl<O: TensorTree + Clone> Forward<O> {
     /// Those of [`Executor::new`].
     pub fn new(captured: ForwardGraph<O>, ops: CustomOps) -> Result<Self, Error> {
         Ok(Self { executor: Executor::new(captured.graph.clone(), ops)?, captured })
+    }
+
+    /// The operations in the order in which they are run.
+    pub(crate) fn operations(&self) -> impl Iterator<Item = &OperationIr> {
+        self.executor.operations()
     }
 
     /// Runs it: what the closure would give.

@@ -3,6 +3,7 @@
 use burn::module::Module;
 use burn::tensor::Device;
 
+use super::by_rows::exchanges;
 use super::pipelined::lock;
 use super::schedule::Unit;
 use super::step::bound;
@@ -59,13 +60,22 @@ impl<M: Module> Pipelined<M> {
         // Only a step can keep what is shared here.
         let settled = state.tied_params.settled(&self.local)?;
         let local = settled.as_ref().unwrap_or(&self.local);
-        let whole = state.row_shards.as_ref().map_or(Ok(None), |shards| shards.bound(local))?;
-        let local = whole.as_ref().unwrap_or(local);
+        let (rows, shards) = (local, state.row_shards.clone());
+        let whole = shards.as_ref().map_or(Ok(None), |shards| shards.bound(rows))?;
+        let local = whole.as_ref().unwrap_or(rows);
         let (captured, batch) = state.prepare_forward(&mut Some(self.local.clone()), inputs, forward)?;
         let count = captured.sizes.len();
         let inputs: Vec<Vec<PlainTensor>> = (0..count).map(|micro_batch| batch.micro_batch(micro_batch)).collect();
         let pipeline = &mut captured.pipeline;
-        let mut executed = bound(&mut captured.stages, local, |stages| pipeline.evaluate(stages, &inputs))?;
+        let own = match &shards {
+            Some(_) => exchanges(&captured.stages, &pipeline.forwards(count)?.rows()[group.rank()]),
+            None => Vec::new(),
+        };
+        let mut run = || bound(&mut captured.stages, local, |stages| pipeline.evaluate(stages, &inputs));
+        let mut executed = match &shards {
+            Some(shards) => shards.forward(rows, &own, run)?,
+            None => run()?,
+        };
         captured.stages.iter_mut().for_each(|stage| drop(stage.unbind(local)));
         let mut whole = Vec::with_capacity(captured.givers.len());
         for (place, giver) in captured.givers.iter().enumerate() {

@@ -249,7 +249,14 @@ impl<M: Module> StepEngine for Sharded<M> {
         let whole = || self.split.meta_module(&self.local);
         let bound = self.split.shards().map_or(Ok(None), |shards| shards.bound(&self.local))?;
         let captured = state.graphs.forward_of(signature, &inputs, forward, whole)?;
-        let outputs = captured.run(bound.as_ref().unwrap_or(&self.local), inputs)?;
+        let outputs = match self.split.shards() {
+            Some(shards) => {
+                let own = captured.operations().filter_map(Exchange::of).collect();
+                let run = || captured.run(bound.as_ref().unwrap_or(&self.local), inputs);
+                shards.forward(&self.local, &[own], run)?
+            }
+            None => captured.run(&self.local, inputs)?,
+        };
         comparison.finish()?;
         Ok(outputs)
     }

@@ -1,9 +1,10 @@
 //! The strategy: how a model is parallelised, as data.
 
 use std::fmt;
+use std::io;
 use std::path::Path;
 
-use burn::config::Config;
+use burn::config::{Config, ConfigError, config_to_json};
 use serde::{Deserialize, Serialize};
 
 use super::unread;
@@ -49,8 +50,9 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// ```
 ///
 /// # Every key
-/// With the value that it has when it is left out; `micro_batches` is needed. Where there is no default the line says so. A file with
-/// a key that nothing reads, as a `plan` where `tp` is 1, is an error.
+/// With the value that it has when it is left out; `micro_batches` is needed. Where there is no default the line says so. A key that
+/// nobody knows is an error, and so is one of `[tensor]`, or `[pipeline]`, that nothing reads beside the others, as a `plan` where
+/// `tp` is 1. `[data]` may stay as it is for any number of replicas: a single one reads `noise_scale` alone.
 ///
 /// ```
 /// # let all: burn_parallel::train::Strategy = r#"
@@ -142,7 +144,29 @@ pub(super) enum Chosen {
     ForParameters,
 }
 
-impl Config for Strategy {}
+/// Files are those of [`Strategy::read`]: TOML, or JSON if the name ends in `.json`, without what nothing reads.
+impl Config for Strategy {
+    fn save<P: AsRef<Path>>(&self, file: P) -> io::Result<()> {
+        let text = match is_json(file.as_ref()) {
+            true => config_to_json(&unread::left_out(self)),
+            false => self.to_string(),
+        };
+        std::fs::write(file, text)
+    }
+
+    fn load<P: AsRef<Path>>(file: P) -> Result<Self, ConfigError> {
+        let file = file.as_ref();
+        if !file.exists() {
+            return Err(ConfigError::FileNotFound(file.display().to_string()));
+        }
+        Self::read(file).map_err(|error| ConfigError::InvalidFormat(error.to_string()))
+    }
+
+    fn load_binary(data: &[u8]) -> Result<Self, ConfigError> {
+        let text = std::str::from_utf8(data).map_err(|problem| problem.to_string());
+        text.and_then(Self::of_json).map_err(ConfigError::InvalidFormat)
+    }
+}
 
 impl Strategy {
     /// Replicas alone, as many as there are ranks.
@@ -191,17 +215,23 @@ impl Strategy {
     /// Reads a strategy from a file: JSON if its name ends in `.json`, else TOML.
     ///
     /// # Errors
-    /// [`Error::Strategy`] if it cannot be read, or has keys that nothing reads.
+    /// [`Error::Strategy`] if it cannot be read, or has keys that nothing reads: those that it says [above](Self#every-key).
     pub fn read(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
         let wrong = |problem: String| strategy_error(format!("{}: {problem}", path.display()));
         let text = read_text(path).map_err(wrong)?;
-        let read: Result<Self, String> = match path.extension().is_some_and(|extension| extension == "json") {
-            true => serde_json::from_str(&text).map(|Table(strategy)| strategy).map_err(|problem| problem.to_string()),
-            false => toml::from_str(&text).map_err(|problem| problem.to_string()),
-        };
-        let strategy = read.map_err(wrong)?;
-        unread::check(&strategy).map_err(wrong)?;
+        if is_json(path) { Self::of_json(&text) } else { Self::of_toml(&text) }.map_err(wrong)
+    }
+
+    fn of_json(text: &str) -> Result<Self, String> {
+        let Table(strategy): Table<Self> = serde_json::from_str(text).map_err(|problem| problem.to_string())?;
+        unread::check(&strategy)?;
+        Ok(strategy)
+    }
+
+    fn of_toml(text: &str) -> Result<Self, String> {
+        let strategy: Self = toml::from_str(text).map_err(|problem| problem.to_string())?;
+        unread::check(&strategy)?;
         Ok(strategy)
     }
 
@@ -308,10 +338,13 @@ impl std::str::FromStr for Strategy {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        let strategy: Self = toml::from_str(text).map_err(|problem| strategy_error(problem.to_string()))?;
-        unread::check(&strategy).map_err(strategy_error)?;
-        Ok(strategy)
+        Self::of_toml(text).map_err(strategy_error)
     }
+}
+
+/// Whether a file is JSON, by its name.
+fn is_json(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "json")
 }
 
 fn strategy_error(problem: String) -> Error {

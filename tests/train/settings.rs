@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use burn::config::{Config, ConfigError};
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{ModuleOptimizer, SgdConfig};
@@ -167,6 +168,29 @@ fn keys_that_nothing_reads_are_refused() {
     let buckets = "data.bucket_bytes = 0".parse::<Strategy>().unwrap();
     let error = launch::threads(2).run(|rank| two().parallelize(&rank, &buckets).map(|_| ())).unwrap_err();
     says(&error, &["`bucket_bytes` is 0", "1 at least"]);
+}
+
+/// In code a size may be 1 beside a plan for others: a file leaves that out.
+#[test]
+fn what_is_saved_can_be_read() {
+    let strategy = Strategy::new().with_dp(2).with_tp(1, Plan::megatron());
+    for extension in ["json", "toml"] {
+        let path = std::env::temp_dir().join(format!("saved-strategy-{}.{extension}", std::process::id()));
+        strategy.save(&path).unwrap();
+        let read = [Strategy::read(&path).unwrap(), Strategy::load(&path).unwrap()];
+        std::fs::write(
+            &path,
+            if extension == "json" { "{\"tensor\": {\"plan\": \"megatron\"}}" } else { "tensor.plan = 'megatron'" },
+        )
+        .unwrap();
+        let refused = Strategy::load(&path).unwrap_err();
+        std::fs::remove_file(&path).unwrap();
+        read.iter().for_each(|read| assert_eq!(read.to_string(), strategy.to_string()));
+        assert!(refused.to_string().contains("nothing reads `tensor.plan`"), "{refused}");
+        assert!(matches!(Strategy::load(&path), Err(ConfigError::FileNotFound(_))));
+    }
+    let refused = Strategy::load_binary(b"{\"pipeline\": {\"micro_batches\": 2}}").unwrap_err();
+    assert!(refused.to_string().contains("nothing reads `pipeline`"), "{refused}");
 }
 
 /// The plan of docs/strategies.md.

@@ -1,9 +1,9 @@
 //! Exchanges that a replica's own step does not have, and others do.
 //!
 //! Replicas whose steps use different parameters exchange different groups of them, and one without data none at all.
-//! So before a micro-batch all learn whether they exchange the same. If not, they take part in all that any of them does, in
-//! one [order](Exchange::in_one_order): lend their rows to what only others gather, and add nothing to what only others
-//! reduce.
+//! So before a micro-batch, and before a forward alone, all learn whether they exchange the same. If not, they take part in
+//! all that any of them does, in one [order](Exchange::in_one_order): lend their rows to what only others gather, and add
+//! nothing to what only others reduce.
 //!
 //! What a replica lends is started right behind the exchange of its own that comes before it, and not waited for until the
 //! micro-batch is over. So no replica waits for more than if its own step had everything in it, and stages of a pipeline,
@@ -91,6 +91,24 @@ impl RowShards {
             true => Ok(sums),
             false => Err(graph_error("a step did not exchange what its replicas wait for")),
         }
+    }
+
+    /// Runs a forward alone that gathers `own`, of which other replicas may gather something else: as a micro-batch of a step, of
+    /// which nothing is reduced. Collective over the replicas.
+    ///
+    /// # Errors
+    /// Those of `run`, and of [`agree`](Self::agree).
+    pub(crate) fn forward<M: Module, T>(
+        &self,
+        local: &M,
+        own: &[Vec<Exchange>],
+        run: impl FnOnce() -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.lock().lending = Lending::default();
+        self.agree(local, own)?;
+        let outputs = run()?;
+        self.end_lending()?;
+        Ok(outputs)
     }
 
     /// The step has started an exchange: starts those of others that come behind it.

@@ -147,18 +147,28 @@ impl Pipeline {
             let problem = "every rank must bring the same number of micro-batches, at least 1; they brought";
             return Err(self.comm.fail_with(stage_error(format!("{problem} {counts:?}"))));
         }
-        let known = self.evaluation.take().filter(|timetable| timetable.micro_batches() == count);
-        let timetable = match known {
-            Some(timetable) => timetable,
-            None => {
-                let forwards = evaluation(self.timetable.stage_ranks(), self.comm.size(), count);
-                let full = forwards.and_then(|forwards| forwards.with_communication(&self.routes));
-                full.map_err(|error| self.comm.fail_with(error))?
-            }
-        };
+        let timetable = self.take_forwards(count)?;
         let run = self.run(&timetable, stages, micro_batches);
         self.evaluation = Some(timetable);
         run
+    }
+
+    /// The timetable of the forwards of so many micro-batches.
+    ///
+    /// # Errors
+    /// As [`evaluate`](Self::evaluate).
+    pub fn forwards(&mut self, count: usize) -> Result<&Timetable, Error> {
+        let timetable = self.take_forwards(count)?;
+        Ok(self.evaluation.insert(timetable))
+    }
+
+    fn take_forwards(&mut self, count: usize) -> Result<Timetable, Error> {
+        if let Some(known) = self.evaluation.take().filter(|timetable| timetable.micro_batches() == count) {
+            return Ok(known);
+        }
+        let forwards = evaluation(self.timetable.stage_ranks(), self.comm.size(), count);
+        let full = forwards.and_then(|forwards| forwards.with_communication(&self.routes));
+        full.map_err(|error| self.comm.fail_with(error))
     }
 
     fn run<I, S: Stage<I>>(

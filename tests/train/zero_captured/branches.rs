@@ -116,6 +116,46 @@ fn replicas_of_pipelines_that_use_different_layers_train_like_one() {
     }
 }
 
+/// Replicas evaluate with other layers and other numbers of rows, before the next step as behind it.
+#[test]
+fn replicas_that_use_different_layers_evaluate_each_its_own() {
+    let plan = Plan::new().shard_padded("*.weight", 1).shard_padded("*.bias", 0);
+    let keeping = |keep| captured(DataParallelConfig::new().with_keep(keep));
+    let pipeline = |schedule| PipelineConfig::new(2).with_schedule(schedule);
+    for (ranks, strategy) in [
+        (3, keeping(Keep::Pass)),
+        (3, keeping(Keep::Step)),
+        (4, keeping(Keep::Pass).with_tp(2, plan)),
+        (4, keeping(Keep::Pass).with_pp(2, pipeline(Schedule::OneForwardOneBackward))),
+        (4, keeping(Keep::Pass).with_pp(2, pipeline(Schedule::Interleaved { stages_per_rank: 2 }))),
+    ] {
+        let threads = launch::threads(ranks).timeout(std::time::Duration::from_secs(30));
+        let ran = threads.run(|world| {
+            let mut model = own(&layers()).parallelize(&world, &strategy)?;
+            let replica = model.mesh().coordinate("dp")?;
+            for turn in 0..2 {
+                // In a pipeline the first step decides on the cut.
+                model.step_micro_batches(share(turn, replica), |layers, batch| loss(layers, batch))?;
+                let used = [[1, 1, 0, 0, 0], [1, 0, 1, 1, 0], [0, 0, 0, 0, 1]][(replica + turn) % 3];
+                let rows = [3, 1, 2][replica];
+                let batch =
+                    (Numbers(turn as u64).tensor::<2>([rows, WIDTH], &device()), used.map(|used| used == 1).to_vec());
+                let forward = |layers: &Vec<Linear>, (x, used): Batch| {
+                    let used = layers.iter().zip(used).filter(|(_, used)| *used);
+                    used.fold(x, |x, (layer, _)| layer.forward(x).tanh())
+                };
+                let found = model.forward_with(batch.clone(), forward)?.into_data();
+                let expected = forward(&layers(), batch).into_data();
+                for (found, expected) in found.iter::<f32>().zip(expected.iter::<f32>()) {
+                    assert!((found - expected).abs() < 1e-5, "{found} for {expected} with {strategy}");
+                }
+            }
+            Ok(())
+        });
+        ran.unwrap();
+    }
+}
+
 /// What only some replicas exchange costs bytes; what all do, none more.
 #[test]
 fn nothing_more_is_exchanged_where_all_use_the_same() {

@@ -140,7 +140,7 @@ impl World {
 
     /// Runs the watchdog until all ranks have ended. Returns whether the world ended cleanly.
     pub fn run_watchdog(&self) -> bool {
-        let mut finished_since = None;
+        let (mut finished_since, mut warned) = (None, false);
         let whole = loop {
             self.poll_control();
             let finished: Vec<bool> = lock(&self.finished)
@@ -165,6 +165,16 @@ impl World {
                 if can_reclaim && self.elapsed(since) > self.timeout {
                     // The others know that this rank has left. They may go on for as long as they like.
                     break all;
+                }
+                if !all && !warned && self.elapsed(since) > self.timeout {
+                    warned = true;
+                    let missing: Vec<usize> = (0..finished.len()).filter(|rank| !finished[*rank]).collect();
+                    log::warn!(
+                        "rank {} is done and waits for ranks {missing:?} of the world, which are not: {} ends with all its \
+                         processes",
+                        self.endpoint.rank(),
+                        self.endpoint.name()
+                    );
                 }
             }
             let waits = || self.waiting.load(Ordering::Relaxed) > 0;
