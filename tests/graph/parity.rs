@@ -29,6 +29,7 @@ fn parity_of<M: Module, I: TensorTree + Clone>(
         std::array::from_fn(|_| AdamWConfig::new().with_weight_decay(0.01).init());
     let graph = capture_step(&graph_model, batch(0), &loss).unwrap();
     let mut executor = Executor::new(graph, ops).unwrap();
+    let mut apart = 0.0;
 
     for step in 1..=4 {
         let (eager_loss, eager_grads) = eager(&eager_model, |m| loss(m, batch(step)));
@@ -36,12 +37,13 @@ fn parity_of<M: Module, I: TensorTree + Clone>(
         assert!((eager_loss - scalar(result.loss)).abs() <= 1e-6 * eager_loss.abs(), "loss of step {step}");
         let worst =
             difference(&gradient_values(&eager_model, &eager_grads), &gradient_values(&graph_model, &result.gradients));
-        assert!(worst <= bound, "gradients of step {step} differ by {worst}");
+        // Gradients of parameters that are apart are apart too.
+        assert!(worst <= bound + 2.0 * apart, "gradients of step {step} differ by {worst}, parameters by {apart}");
         eager_model = eager_optim.step(0.01, eager_model, eager_grads);
         graph_model = graph_optim.step(0.01, graph_model, result.gradients);
-        let worst = difference(&values(&eager_model), &values(&graph_model));
+        apart = difference(&values(&eager_model), &values(&graph_model));
         // A gradient that is 0 but for rounding, as that of the bias of keys, moves its parameter all the same.
-        assert!(worst <= 10.0 * bound, "parameters or running statistics after step {step} differ by {worst}");
+        assert!(apart <= 10.0 * bound, "parameters or running statistics after step {step} differ by {apart}");
     }
 }
 

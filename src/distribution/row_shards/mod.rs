@@ -24,7 +24,7 @@ use self::noise::RowNoise;
 use self::own_rows::{OwnRows, RowParam, Trained};
 use super::assemble::assemble;
 use super::distribute::{Round, agree_on_layouts, distribute};
-use crate::comm::{Communicator, Pending};
+use crate::comm::{Communicator, GATHERED_PARAMETERS, Pending};
 use crate::error::Error;
 use crate::graph::{StepGraph, graph_error, read_params};
 use crate::params::{self, ParamSlice, Renamed};
@@ -115,6 +115,7 @@ impl RowShards {
             places.into_iter().for_each(|place| params[place].group = group);
         }
         let numbers = params.iter().enumerate().map(|(number, param)| (param.id, number)).collect();
+        let control = format!("{GATHERED_PARAMETERS}_control");
         Ok(Self {
             table: Arc::new(table),
             params: Arc::new(params),
@@ -122,7 +123,7 @@ impl RowShards {
             keep,
             reduce_dtype,
             comms,
-            replicas: replicas.split_named("control", 0, replicas.rank() as i64)?,
+            replicas: replicas.split_named(&control, 0, replicas.rank() as i64)?,
             step: Arc::default(),
             waited: Arc::default(),
         })
