@@ -17,8 +17,8 @@ pub struct GradientLayout {
     pub elsewhere: HashSet<ParamId>,
     /// This rank in the world.
     pub rank: usize,
-    /// The group over which gradients were averaged, and the path of the first parameter of which this rank brought a gradient
-    /// that was not finite.
+    /// The group over which gradients were averaged, and the path of the first parameter of which this rank brought a
+    /// gradient that was not finite.
     pub averaged: Option<(Communicator, Option<Arc<str>>)>,
     /// Whether the caller has said how layers that are split by hand lie.
     pub by_hand: bool,

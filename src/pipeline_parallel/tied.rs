@@ -179,8 +179,8 @@ impl TiedParams {
         Ok(())
     }
 
-    /// As [`sum`](Self::sum), of all parameters of which a holder has a part of the gradient: where replicas use different
-    /// ones, that does not follow from the step of this one.
+    /// As [`sum`](Self::sum), of all parameters of which a holder has a part of the gradient: where replicas use
+    /// different ones, that does not follow from the step of this one.
     ///
     /// # Errors
     /// Those of [`Communicator`].
