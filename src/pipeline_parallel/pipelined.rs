@@ -155,7 +155,9 @@ impl<M: Module> Pipelined<M> {
     /// # let device = rank.device().autodiff();
     /// # let model: Vec<_> = (0..4).map(|_| LinearConfig::new(8, 8).init(&device)).collect();
     /// # let batch = Tensor::<2>::ones([16, 8], &device);
-    /// # let loss = |model: &Vec<burn::nn::Linear>, rows: Tensor<2>| model.iter().fold(rows, |x, l| l.forward(x)).mean();
+    /// # let loss = |model: &Vec<burn::nn::Linear>, rows: Tensor<2>| {
+    /// #     model.iter().fold(rows, |x, layer| layer.forward(x)).mean()
+    /// # };
     /// let config = PipelineConfig::new(4);
     /// let costs = model.clone().pipeline_parallel(&rank, config.clone())?.measure(batch.clone(), loss, 5)?;
     /// let costs = rank.broadcast(costs, 0)?; // `rank` is the world
