@@ -1,6 +1,7 @@
-//! Tests of the sources themselves: what files import, and whether the paths that the
-//! documentation names exist.
+//! Tests of the sources themselves: what files import, whether the paths that the documentation names exist, and whether
+//! the gate runs every unit test.
 
+mod features;
 mod imports;
 mod paths;
 
