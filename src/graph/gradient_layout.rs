@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use burn::module::ParamId;
 
+use crate::comm::lock::lock;
 use crate::comm::{Communicator, Counters};
 
 /// How the parameters of a model lie over ranks.
@@ -77,6 +78,6 @@ impl ClipRecord {
     }
 
     fn communicated(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Counters>> {
-        self.0.communicated.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0.communicated)
     }
 }
