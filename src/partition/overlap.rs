@@ -192,7 +192,7 @@ pub(super) fn register(ops: &mut CustomOps, axis: &str, group: &Communicator) {
     let keep_pending =
         |in_flight: &InFlight, op: &CustomOpIr, collective: PendingProduct<Vec<PlainTensor>>, device: &Device| {
             // A collective of a step that failed is forgotten here.
-            lock(&in_flight).insert(ticket(op)?, collective);
+            lock(in_flight).insert(ticket(op)?, collective);
             Ok(op.outputs.iter().map(|out| token(out, device)).collect())
         };
     for kind in CollectiveKind::ALL {

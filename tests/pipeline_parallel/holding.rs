@@ -1,6 +1,5 @@
 //! No rank ever holds, makes or reads what belongs to another stage.
 
-use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::activation;
