@@ -134,11 +134,38 @@ fn settings_that_do_not_go_together_are_errors() {
     says(DataParallelConfig::new().with_sharding_ranks(2), "`sharding_ranks` is set, but `sharding` is \"none\"");
     says(config(Sharding::Gradients).with_keep(Keep::Step), "with `sharding` \"gradients\" none are");
     says(DataParallelConfig::new().with_keep(Keep::MicroBatch), "with `sharding` \"none\" none are");
+    says(config(Sharding::Optimizer).with_allow_unused_parameters(true), "with `sharding` \"optimizer\" none are");
     says(config(Sharding::Gradients).with_comm_hook(AllReduceHook), "a communication hook reduces whole gradients");
     says(
         config(Sharding::Parameters).with_compare_every(2),
         "`compare_every` compares parameters that replicas hold alike",
     );
+}
+
+/// Settings decide which collectives a rank calls: all are told who has another one, when they wrap.
+#[test]
+fn ranks_with_other_settings_are_told_so() {
+    let case = zoo::mlp();
+    let wrapped = |one: DataParallelConfig, others: DataParallelConfig| {
+        let ended = launch::threads(3).run(|rank| {
+            let config = if rank.rank() == 1 { &one } else { &others };
+            wrap(&rank, &case.model, config.clone()).map(drop)
+        });
+        let said = ended.unwrap_err().to_string();
+        assert!(said.contains("give all ranks the same `DataParallelConfig`"), "{said}");
+        said
+    };
+    let divided = || config(Sharding::Parameters);
+    let said = wrapped(divided().with_keep(Keep::Step), divided());
+    assert!(said.contains("rank 1 of") && said.contains(r#"`keep = "step"`, and rank 0 with `keep = "pass"`"#), "{said}");
+    let said = wrapped(divided().with_allow_unused_parameters(true), divided());
+    assert!(said.contains("`allow_unused_parameters = true`"), "{said}");
+    let said = wrapped(config(Sharding::Gradients), divided());
+    assert!(said.contains(r#"`sharding = "gradients"`"#), "{said}");
+    let said = wrapped(config(Sharding::None).with_comm_hook(AllReduceHook), config(Sharding::None));
+    assert!(said.contains("`comm_hook = present`"), "{said}");
+    let said = wrapped(config(Sharding::None).with_reduce_dtype(FloatDType::BF16), config(Sharding::None));
+    assert!(said.contains("`reduce_dtype = none`"), "{said}");
 }
 
 /// Gradients travel in 16 bits.
