@@ -299,11 +299,12 @@ impl<E: StepEngine> Replica<E> {
 
     /// Registers everything that the model trains now with the reduction.
     pub(super) fn admit(&mut self, reducer: &Arc<Reducer>, forward: ForwardState) -> Result<(), Error> {
-        let admitted = self.engine.end_gathers().and_then(|()| reducer.admit(&self.engine, forward)).inspect_err(|_| {
-            self.loss_weight = LossWeight::default();
-            self.losses.clear();
-            reducer.discard();
-        })?;
+        let admitted =
+            self.engine.end_gathers().and_then(|()| reducer.admit(&self.engine, forward)).inspect_err(|_| {
+                self.loss_weight = LossWeight::default();
+                self.losses.clear();
+                reducer.discard();
+            })?;
         if let Some(engine) = admitted {
             self.engine = match self.hooks.filter(|_| reducer.data().size() > 1) {
                 Some(hooks) => {

@@ -133,7 +133,8 @@ impl Gatherer {
                     let (members, pack) = &self.groups[group];
                     let shards: Option<Vec<PlainTensor>> =
                         members.iter().map(|place| state.shards[*place].clone()).collect();
-                    let shards = shards.ok_or_else(|| Error::invalid("a sharded parameter", "its rows are not known"))?;
+                    let shards =
+                        shards.ok_or_else(|| Error::invalid("a sharded parameter", "its rows are not known"))?;
                     let wholes = pack.gather_agreed(shards, self.comms.parameters(), group as u64 + 1)?;
                     if want.is_of(group) {
                         return Ok(wholes);

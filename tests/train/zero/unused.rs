@@ -48,7 +48,12 @@ fn ordered(layers: &[Linear], (x, order): (Tensor<2>, Vec<usize>)) -> Loss {
 }
 
 /// Losses and parameters of ranks with these orders, each with its own, or with those of all.
-fn run(orders: &Orders, ranks: usize, config: &DataParallelConfig, make: &(dyn Fn() -> Vec<Linear> + Sync)) -> (Vec<f64>, Wholes) {
+fn run(
+    orders: &Orders,
+    ranks: usize,
+    config: &DataParallelConfig,
+    make: &(dyn Fn() -> Vec<Linear> + Sync),
+) -> (Vec<f64>, Wholes) {
     let threads = launch::threads(ranks).timeout(Duration::from_secs(30));
     let ran = threads.run(|world| {
         let mut model = own(&make()).data_parallel(&world, config.clone())?;
@@ -68,7 +73,12 @@ fn run(orders: &Orders, ranks: usize, config: &DataParallelConfig, make: &(dyn F
     ran.unwrap().swap_remove(0)
 }
 
-fn orders_train_like_one(orders: &Orders, ranks: usize, config: &DataParallelConfig, make: &(dyn Fn() -> Vec<Linear> + Sync)) {
+fn orders_train_like_one(
+    orders: &Orders,
+    ranks: usize,
+    config: &DataParallelConfig,
+    make: &(dyn Fn() -> Vec<Linear> + Sync),
+) {
     let what = format!("{ranks} ranks, {config:?}, {orders:?}");
     let (expected, found) = (run(orders, 1, &DataParallelConfig::new(), make), run(orders, ranks, config, make));
     for (expected, found) in expected.0.iter().zip(&found.0) {
@@ -213,7 +223,8 @@ fn ranks_evaluate_each_its_own() {
                 let whole = model.assemble()?;
                 let order: [&[usize]; 3] = [&[0, 1, 2, 3, 4], &[4, 1], &[]];
                 let order = order[(world.rank() + turn) % 3];
-                let found = model.forward_with(Tensor::<1>::zeros([1], &device()), |layers, _| layers_of(layers, order))?;
+                let found =
+                    model.forward_with(Tensor::<1>::zeros([1], &device()), |layers, _| layers_of(layers, order))?;
                 let expected = layers_of(&whole, order).into_data();
                 for (found, expected) in found.into_data().iter::<f32>().zip(expected.iter::<f32>()) {
                     assert!((found - expected).abs() <= 1e-5 * expected.abs().max(1.0), "{found} for {expected}");

@@ -85,7 +85,10 @@ fn ranks_that_would_gather_something_else_are_told_so() {
     let kept = refused(|rank| (6, if rank == 2 { keeping(Keep::Step) } else { keeping(Keep::Pass) }));
     assert_eq!((wide.len(), kept.len()), (3, 3), "all ranks return: {wide:?} {kept:?}");
     for said in wide {
-        assert!(said.contains("`0.weight`") && said.contains("[7, 6], sharded along dim 0 here and F32 [6, 6]"), "{said}");
+        assert!(
+            said.contains("`0.weight`") && said.contains("[7, 6], sharded along dim 0 here and F32 [6, 6]"),
+            "{said}"
+        );
         assert!(said.contains("build the same model on every rank"), "{said}");
     }
     for said in kept {
