@@ -187,7 +187,11 @@ mod tests {
                         wants.next_if(|want| want.is_of(group));
                     }
                 }
-                Agreed::Alone(_) => left.iter_mut().for_each(|wants| drop(wants.next())),
+                Agreed::Alone(_) => {
+                    for wants in &mut left {
+                        wants.next();
+                    }
+                }
                 end => return (gathered, end),
             }
         }
