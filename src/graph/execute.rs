@@ -25,12 +25,12 @@ use crate::tensor::{PlainTensor, TensorTree};
 
 /// Runs a [`StepGraph`] on the device of the model, any number of times.
 ///
-/// Each step takes parameters and running statistics from the module and the batch from the inputs, sharing their buffers,
-/// and frees every intermediate at its last use. Random operations draw new numbers each time. Only the constants of the
-/// graph stay between steps.
+/// Each step takes parameters and running statistics from the module and the batch from the inputs, sharing their
+/// buffers, and frees every intermediate at its last use. Random operations draw new numbers each time. Only the
+/// constants of the graph stay between steps.
 ///
-/// On the host, groups of element-wise operations run as one loop each; [`CustomOps::with_fusion`] says how exactly, and turns it
-/// off.
+/// On the host, groups of element-wise operations run as one loop each; [`CustomOps::with_fusion`] says how exactly,
+/// and turns it off.
 ///
 /// Ranks that are threads need running statistics of their own: `model.clone().fork(&device)` still shares them between
 /// clones (so in eager burn too), `.train()` after it gives each its own.
@@ -102,9 +102,9 @@ impl Executor {
         self.planned.map_or_else(|| Alive::giving().run(&self.program), |[_, giving]| giving)
     }
 
-    /// Runs one step: loss and gradients of `model` on `inputs`. Running statistics of `model` are updated as by an eager
-    /// forward, seen by all its clones. A [`Loss`](crate::step::Loss) over items and its gradients are divided by their
-    /// number.
+    /// Runs one step: loss and gradients of `model` on `inputs`. Running statistics of `model` are updated as by an
+    /// eager forward, seen by all its clones. A [`Loss`](crate::step::Loss) over items and its gradients are divided by
+    /// their number.
     ///
     /// # Errors
     /// [`Error::Graph`] if the model or the inputs do not fit the graph, or an operation panics; the error of a custom
@@ -149,8 +149,8 @@ impl Executor {
         Ok(StepOutputs { loss, weight, outputs: results.outputs })
     }
 
-    /// As [`step`](Self::step), but hands each gradient to `on_gradient` as soon as it is computed, while the rest of the
-    /// backward pass is still to run: a reduction that starts here overlaps with it.
+    /// As [`step`](Self::step), but hands each gradient to `on_gradient` as soon as it is computed, while the rest of
+    /// the backward pass is still to run: a reduction that starts here overlaps with it.
     ///
     /// Gradients come in the order of the backward pass, the same on every rank, once per parameter, and have the
     /// parameter's shape and dtype (not necessarily contiguous). Turn what becomes of them into burn's

@@ -15,7 +15,8 @@ use super::memory_plan::MemoryPlan;
 use super::step::StepGraph;
 
 /// What a step needs of memory beside parameters, inputs and constants. Of operations one by one, assuming that views
-/// copy; where they are fused, by the plan of where tensors lie, from the second step on: memory that steps keep is in it.
+/// copy; where they are fused, by the plan of where tensors lie, from the second step on: memory that steps keep is in
+/// it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryEstimate {
     /// The most bytes that are alive at once.
