@@ -5,9 +5,10 @@
 //! get a place each in one block, so that no two that are there at the same time overlap, in as small a block as is
 //! found by placing the largest first. And the bytes that the step needs are known.
 //!
-//! burn's own operations allocate as they like. One of them, or a collective, may work in place, and give what it was
-//! given: such memory counts as in use until both have ended. Results of the step are not in the block: who gets them may keep
-//! them.
+//! burn's own operations allocate by themselves, but for those that write over an input that nobody else has, as is known of
+//! them. Others, or a collective, may give what they were given: such memory counts as in use until both have ended. Results of
+//! the step are in the block where there is room, up to the end of the step. Whoever gets them may keep them: what has its
+//! place there in a later step is made elsewhere then.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -16,7 +17,7 @@ use burn_ir::{OperationIr, ScalarIr, TensorId, TensorIr, TensorStatus};
 use super::fused::{FUSED, Kernels, TILED, multiplies};
 use super::instruction::Instruction;
 use super::memory_plan::{Lifetime, MemoryPlan};
-use super::operation::{Class, is_view, matmul, reshape};
+use super::operation::{Class, is_view, matmul, passing_bytes, reshape, written_over};
 use crate::tensor::{ALIGN, FROM};
 
 /// The plan of a program whose operations are fused, in sections that run one after the other. Kernels are told whose
@@ -26,12 +27,16 @@ pub(crate) fn plan_memory<const SECTIONS: usize>(
     kernels: &Kernels,
 ) -> MemoryPlan {
     let planning = Planning::of(sections.iter_mut().flatten(), kernels);
-    let planned = planning.buffers.iter().filter(|buffer| buffer.is_planned());
+    let (leaving, ending): (Vec<&Buffer>, Vec<&Buffer>) =
+        planning.buffers.iter().filter(|buffer| buffer.is_kept()).partition(|buffer| buffer.leaves);
     let lifetime = |buffer: &Buffer| {
-        let Buffer { made, bytes, born, ends, .. } = *buffer;
-        Lifetime { tensor: made, bytes, born, ends }
+        let Buffer { made, bytes, born, ends, leaves, .. } = *buffer;
+        Lifetime { tensor: made, bytes, born, ends: if leaves { usize::MAX } else { ends } }
     };
-    MemoryPlan::new(planned.map(lifetime).collect(), [true, false].map(|keeps| planning.beside(keeps)))
+    let [ending, leaving] = [ending, leaving].map(|buffers| buffers.into_iter().map(lifetime).collect());
+    let plan = MemoryPlan::new(ending, leaving);
+    let beside = [true, false].map(|keeps| planning.beside(&plan, keeps));
+    plan.with_beside(beside)
 }
 
 /// Memory that tensors lie in.
@@ -56,10 +61,6 @@ struct Buffer {
 }
 
 impl Buffer {
-    fn is_planned(&self) -> bool {
-        self.is_kept() && !self.leaves
-    }
-
     /// Whether its memory stays with the steps.
     fn is_kept(&self) -> bool {
         self.ours && self.bytes >= FROM
@@ -83,6 +84,8 @@ struct Planning {
     now: usize,
     buffers: Vec<Buffer>,
     tensors: HashMap<TensorId, Known>,
+    /// Bytes that instructions take only while they run.
+    passing: Vec<(usize, usize)>,
 }
 
 impl Planning {
@@ -174,14 +177,18 @@ impl Planning {
     }
 
     /// The most bytes beside the block: of pieces, which stay, and of what comes and goes.
-    fn beside(&self, keeps: bool) -> usize {
+    fn beside(&self, plan: &MemoryPlan, keeps: bool) -> usize {
         let mut changes: BTreeMap<usize, [isize; 2]> = BTreeMap::new();
-        for buffer in self.buffers.iter().filter(|buffer| !buffer.is_planned()) {
+        for buffer in self.buffers.iter().filter(|buffer| plan.place(buffer.made).is_none()) {
             let kind = usize::from(buffer.is_kept());
             changes.entry(buffer.born).or_default()[kind] += buffer.bytes as isize;
             if !(buffer.leaves_alone && keeps) {
                 changes.entry(buffer.ends_alone + 1).or_default()[kind] -= buffer.bytes as isize;
             }
+        }
+        for (at, bytes) in &self.passing {
+            changes.entry(*at).or_default()[0] += *bytes as isize;
+            changes.entry(at + 1).or_default()[0] -= *bytes as isize;
         }
         let (mut now, mut most) = ([0; 2], [0; 2]);
         for change in changes.into_values() {
@@ -202,6 +209,14 @@ impl Planning {
         let Some(input) = op.inputs().nth(input).filter(|input| ends(input)) else { return false };
         let alone = |buffer: &usize| self.buffers[*buffer].tensors == 1;
         self.tensors.get(&input.id).is_some_and(|known| known.plain && known.buffers.iter().all(alone))
+    }
+
+    /// The input that burn writes a result over.
+    fn written_over<'a>(&self, op: &'a OperationIr, out: &TensorIr) -> Option<&'a TensorIr> {
+        let fits = |(place, input): &(usize, &TensorIr)| {
+            input.shape == out.shape && input.dtype == out.dtype && self.ends_here(op, *place)
+        };
+        op.inputs().enumerate().take(written_over(op)).find(fits).map(|(_, input)| input)
     }
 
     fn run_kernel(&mut self, op: &OperationIr, takes: &[Option<usize>]) {
@@ -244,7 +259,12 @@ impl Planning {
             return;
         }
         let custom = Class::of(op) == Class::Custom;
+        self.passing.extend(Some((self.now, passing_bytes(op))).filter(|(_, bytes)| *bytes > 0));
         for out in op.outputs() {
+            if let Some(input) = self.written_over(op, out) {
+                self.add(out, None, self.buffers_of(input), true);
+                continue;
+            }
             let in_place = |input: &&TensorIr| ends(input) && (custom || bytes_of(input) == bytes_of(out));
             let others = op.inputs().filter(in_place).flat_map(|input| self.buffers_of(input)).collect();
             self.add(out, Some(false), others, true);
@@ -320,7 +340,8 @@ mod tests {
         let Program { mut instructions, fused } = program(&captured(), true);
         let (kernels, plan) = fused.unwrap();
         let planning = Planning::of(&mut instructions, &kernels);
-        let planned: Vec<&Buffer> = planning.buffers.iter().filter(|buffer| buffer.is_planned()).collect();
+        let planned: Vec<&Buffer> = planning.buffers.iter().filter(|buffer| plan.place(buffer.made).is_some()).collect();
+        let ends = |buffer: &Buffer| if buffer.leaves { usize::MAX } else { buffer.ends };
         assert!(planned.len() > 30, "{} tensors have a place", planned.len());
         let mut most = 0;
         for (number, buffer) in planned.iter().enumerate() {
@@ -328,10 +349,10 @@ mod tests {
             assert!(start + buffer.bytes <= plan.size() && start % ALIGN == 0);
             for other in &planned[..number] {
                 let from = plan.place(other.made).unwrap();
-                let apart = buffer.ends < other.born || other.ends < buffer.born;
+                let apart = ends(buffer) < other.born || ends(other) < buffer.born;
                 assert!(apart || start + buffer.bytes <= from || from + other.bytes <= start);
             }
-            let at_birth = planned.iter().filter(|other| other.born <= buffer.born && buffer.born <= other.ends);
+            let at_birth = planned.iter().filter(|other| other.born <= buffer.born && buffer.born <= ends(other));
             most = most.max(at_birth.map(|other| other.bytes).sum());
         }
         assert!(plan.size() <= most + most / 20, "{} bytes for {most} that are there at once", plan.size());
