@@ -10,7 +10,8 @@
 //! the step are in the block where there is room, up to the end of the step. Whoever gets them may keep them: what has its
 //! place there in a later step is made elsewhere then.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::rc::Rc;
 
 use burn_ir::{OperationIr, ScalarIr, TensorId, TensorIr, TensorStatus};
 
@@ -70,12 +71,20 @@ impl Buffer {
 /// A tensor that is there.
 #[derive(Debug)]
 struct Known {
-    /// Where it may lie: first where it does if nothing worked in place.
-    buffers: Vec<usize>,
+    /// Where it lies if nothing worked in place.
+    own: Option<usize>,
+    /// Where else it may lie: for all results of an operation one list.
+    others: Rc<BTreeSet<usize>>,
     /// Whether its elements lie one after the other, and nothing else with them.
     plain: bool,
     /// Whether they may lie so in another order of its dims.
     reordered: bool,
+}
+
+impl Known {
+    fn buffers(&self) -> impl Iterator<Item = usize> {
+        self.own.into_iter().chain(self.others.iter().copied())
+    }
 }
 
 /// Goes through a program.
@@ -86,6 +95,8 @@ struct Planning {
     tensors: HashMap<TensorId, Known>,
     /// Bytes that instructions take only while they run.
     passing: Vec<(usize, usize)>,
+    /// How long all lists of what tensors may lie in are together.
+    listed: usize,
 }
 
 impl Planning {
@@ -117,11 +128,9 @@ impl Planning {
             }
             Instruction::Output(tensor) => {
                 self.touch(tensor.id);
-                for (number, buffer) in
-                    self.tensors.get(&tensor.id).iter().flat_map(|known| known.buffers.iter().enumerate())
-                {
-                    self.buffers[*buffer].leaves = true;
-                    self.buffers[*buffer].leaves_alone |= number == 0;
+                if let Some(known) = self.tensors.get(&tensor.id) {
+                    known.buffers().for_each(|buffer| self.buffers[buffer].leaves = true);
+                    known.own.into_iter().for_each(|buffer| self.buffers[buffer].leaves_alone = true);
                 }
                 if ends(tensor) {
                     self.forget(tensor.id);
@@ -132,47 +141,50 @@ impl Planning {
 
     /// Notes that a tensor is there still.
     fn touch(&mut self, id: TensorId) {
-        for (number, buffer) in self.tensors.get(&id).iter().flat_map(|known| known.buffers.iter().enumerate()) {
-            let buffer = &mut self.buffers[*buffer];
-            buffer.ends = self.now;
-            if number == 0 {
-                buffer.ends_alone = self.now;
-            }
+        if let Some(known) = self.tensors.get(&id) {
+            known.buffers().for_each(|buffer| self.buffers[buffer].ends = self.now);
+            known.own.into_iter().for_each(|buffer| self.buffers[buffer].ends_alone = self.now);
         }
     }
 
     fn forget(&mut self, id: TensorId) {
-        for buffer in self.tensors.remove(&id).into_iter().flat_map(|known| known.buffers) {
-            self.buffers[buffer].tensors -= 1;
+        if let Some(known) = self.tensors.remove(&id) {
+            known.buffers().for_each(|buffer| self.buffers[buffer].tensors -= 1);
         }
     }
 
-    /// A new tensor, in memory of its own if `ours` says who makes it, and perhaps in that of others.
-    fn add(&mut self, out: &TensorIr, ours: Option<bool>, others: Vec<usize>, plain: bool) {
-        let mut buffers = Vec::with_capacity(others.len() + 1);
-        if let Some(ours) = ours {
-            let bytes = match bytes_of(out) {
-                large if large >= FROM => large.next_multiple_of(ALIGN),
-                small => small,
-            };
-            let (made, now) = (out.id, self.now);
-            let (leaves, leaves_alone) = (false, false);
-            self.buffers.push(Buffer {
-                made,
-                bytes,
-                born: now,
-                ends: now,
-                ends_alone: now,
-                ours,
-                leaves,
-                leaves_alone,
-                tensors: 0,
-            });
-            buffers.push(self.buffers.len() - 1);
-        }
-        buffers.extend(others);
-        buffers.iter().for_each(|buffer| self.buffers[*buffer].tensors += 1);
-        self.tensors.insert(out.id, Known { buffers, plain, reordered: false });
+    /// A new tensor in memory of its own, and perhaps in that of others; `ours` says who makes it.
+    fn make(&mut self, out: &TensorIr, ours: bool, others: Rc<BTreeSet<usize>>, plain: bool) {
+        let bytes = match bytes_of(out) {
+            large if large >= FROM => large.next_multiple_of(ALIGN),
+            small => small,
+        };
+        let (made, now) = (out.id, self.now);
+        let (leaves, leaves_alone) = (false, false);
+        self.buffers.push(Buffer {
+            made,
+            bytes,
+            born: now,
+            ends: now,
+            ends_alone: now,
+            ours,
+            leaves,
+            leaves_alone,
+            tensors: 0,
+        });
+        self.add(out, Known { own: Some(self.buffers.len() - 1), others, plain, reordered: false });
+    }
+
+    /// A new tensor in the memory of an input.
+    fn take_memory(&mut self, out: &TensorIr, input: &TensorIr, plain: bool, reordered: bool) {
+        let known = self.tensors.get(&input.id);
+        let (own, others) = known.map(|known| (known.own, known.others.clone())).unwrap_or_default();
+        self.add(out, Known { own, others, plain, reordered });
+    }
+
+    fn add(&mut self, out: &TensorIr, known: Known) {
+        known.buffers().for_each(|buffer| self.buffers[buffer].tensors += 1);
+        self.tensors.insert(out.id, known);
         self.touch(out.id);
     }
 
@@ -200,15 +212,11 @@ impl Planning {
         most.iter().sum::<isize>() as usize
     }
 
-    fn buffers_of(&self, tensor: &TensorIr) -> Vec<usize> {
-        self.tensors.get(&tensor.id).map(|known| known.buffers.clone()).unwrap_or_default()
-    }
-
     /// Whether the memory of an input has nothing else in it, and no use after this operation.
     fn ends_here(&self, op: &OperationIr, input: usize) -> bool {
         let Some(input) = op.inputs().nth(input).filter(|input| ends(input)) else { return false };
-        let alone = |buffer: &usize| self.buffers[*buffer].tensors == 1;
-        self.tensors.get(&input.id).is_some_and(|known| known.plain && known.buffers.iter().all(alone))
+        let alone = |buffer: usize| self.buffers[buffer].tensors == 1;
+        self.tensors.get(&input.id).is_some_and(|known| known.plain && known.buffers().all(alone))
     }
 
     /// The input that burn writes a result over.
@@ -222,53 +230,66 @@ impl Planning {
     fn run_kernel(&mut self, op: &OperationIr, takes: &[Option<usize>]) {
         for (out, take) in op.outputs().zip(takes) {
             match take.and_then(|input| op.inputs().nth(input)) {
-                Some(input) => {
-                    let buffers = self.buffers_of(input);
-                    self.add(out, None, buffers, true);
-                }
-                None => self.add(out, Some(true), Vec::new(), true),
+                Some(input) => self.take_memory(out, input, true, false),
+                None => self.make(out, true, Rc::default(), true),
             }
         }
     }
 
     fn run(&mut self, op: &OperationIr) {
         if let Some(product) = matmul(op).filter(|product| multiplies(product.out.dtype)) {
-            return self.add(&product.out, Some(true), Vec::new(), true);
+            return self.make(&product.out, true, Rc::default(), true);
         }
         let first = op.inputs().next();
         if let (true, Some(input)) = (is_view(op), first) {
             let known = self.tensors.get(&input.id);
-            let (plain, buffers) = (known.is_some_and(|known| known.plain), self.buffers_of(input));
-            let (reordered, reshaped) = (known.is_some_and(|known| known.reordered), reshape(op).is_some());
+            let [plain, reordered] = known.map_or([false; 2], |known| [known.plain, known.reordered]);
+            let reshaped = reshape(op).is_some();
             for out in op.outputs() {
                 match plain || reordered || !reshaped || only_units(input, out) {
-                    true => self.add(out, None, buffers.clone(), plain && reshaped),
+                    true => self.take_memory(out, input, plain && reshaped, reordered),
                     // What does not lie in order is copied.
-                    false => self.add(out, Some(false), Vec::new(), true),
+                    false => self.make(out, false, Rc::default(), true),
                 }
-                self.tensors.entry(out.id).and_modify(|known| known.reordered = reordered);
             }
             return;
         }
         if matches!(op, OperationIr::Custom(op) if op.id == TILED) {
             // They lie as the operation behind wants them.
             for out in op.outputs() {
-                self.add(out, Some(true), Vec::new(), false);
+                self.make(out, true, Rc::default(), false);
                 self.tensors.entry(out.id).and_modify(|known| known.reordered = true);
             }
             return;
         }
-        let custom = Class::of(op) == Class::Custom;
         self.passing.extend(Some((self.now, passing_bytes(op))).filter(|(_, bytes)| *bytes > 0));
+        let custom = Class::of(op) == Class::Custom;
+        // What it gives may be what it was given, of the same size if it is burn's: one list for all that may.
+        let mut lists: HashMap<Option<usize>, Rc<BTreeSet<usize>>> = HashMap::new();
         for out in op.outputs() {
             if let Some(input) = self.written_over(op, out) {
-                self.add(out, None, self.buffers_of(input), true);
+                self.take_memory(out, input, true, false);
                 continue;
             }
-            let in_place = |input: &&TensorIr| ends(input) && (custom || bytes_of(input) == bytes_of(out));
-            let others = op.inputs().filter(in_place).flat_map(|input| self.buffers_of(input)).collect();
-            self.add(out, Some(false), others, true);
+            let of_size = (!custom).then(|| bytes_of(out));
+            let others = lists.entry(of_size).or_insert_with(|| self.ending(op, of_size)).clone();
+            self.make(out, false, others, true);
         }
+    }
+
+    /// The memory of all inputs that end with an operation, of some size.
+    fn ending(&mut self, op: &OperationIr, of_size: Option<usize>) -> Rc<BTreeSet<usize>> {
+        let mut all = BTreeSet::new();
+        let mut seen: HashSet<*const BTreeSet<usize>> = HashSet::new();
+        for input in op.inputs().filter(|input| ends(input) && of_size.is_none_or(|bytes| bytes_of(input) == bytes)) {
+            let Some(known) = self.tensors.get(&input.id) else { continue };
+            all.extend(known.own);
+            if seen.insert(Rc::as_ptr(&known.others)) {
+                all.extend(known.others.iter().copied());
+            }
+        }
+        self.listed += all.len();
+        Rc::new(all)
     }
 }
 
@@ -314,6 +335,8 @@ fn set_takes(op: &mut OperationIr, takes: &[Option<usize>]) {
 mod tests {
     use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
     use burn::prelude::*;
+    use burn::tensor::{DType, Shape};
+    use burn_ir::CustomOpIr;
 
     use super::super::liveness::{Program, program};
     use super::super::step::StepGraph;
@@ -340,7 +363,8 @@ mod tests {
         let Program { mut instructions, fused } = program(&captured(), true);
         let (kernels, plan) = fused.unwrap();
         let planning = Planning::of(&mut instructions, &kernels);
-        let planned: Vec<&Buffer> = planning.buffers.iter().filter(|buffer| plan.place(buffer.made).is_some()).collect();
+        let planned: Vec<&Buffer> =
+            planning.buffers.iter().filter(|buffer| plan.place(buffer.made).is_some()).collect();
         let ends = |buffer: &Buffer| if buffer.leaves { usize::MAX } else { buffer.ends };
         assert!(planned.len() > 30, "{} tensors have a place", planned.len());
         let mut most = 0;
@@ -356,6 +380,39 @@ mod tests {
             most = most.max(at_birth.map(|other| other.bytes).sum());
         }
         assert!(plan.size() <= most + most / 20, "{} bytes for {most} that are there at once", plan.size());
+    }
+
+    /// Nothing grows with the paths from one tensor to another, or with the square of what an operation reads.
+    #[test]
+    fn lists_of_memory_stay_short() {
+        let device = Device::flex().autodiff();
+        let model = burn::nn::LinearConfig::new(8, 8).init(&device);
+        let x = Tensor::<2>::ones([8, 8], &device);
+        let graph = capture_step(&model, x, |model: &burn::nn::Linear, x| {
+            (0..40).fold(model.forward(x), |x, _| x.clone() + x.transpose()).mean()
+        });
+        let Program { mut instructions, fused } = program(&graph.unwrap(), true);
+        let planning = Planning::of(&mut instructions, &fused.unwrap().0);
+        assert!(planning.listed < 100 * 100 / 2, "{}", planning.listed);
+
+        let many = 300;
+        let tensor = |number: usize| {
+            let shape = Shape::from([64]);
+            TensorIr {
+                status: TensorStatus::ReadWrite,
+                ..TensorIr::uninit(TensorId::new(number as u64), shape, DType::F32)
+            }
+        };
+        let tensors = |from: usize| (from..from + many).map(tensor).collect::<Vec<_>>();
+        let run = |id: &str, inputs, outputs| {
+            let op = CustomOpIr { id: id.into(), inputs, outputs, scalars: Vec::new() };
+            Instruction::Run(Box::new(OperationIr::Custom(op)))
+        };
+        let mut bucket: Vec<Instruction> = (0..many).map(|number| run("made", vec![], vec![tensor(number)])).collect();
+        bucket.push(run("start", tensors(0), tensors(many)));
+        bucket.push(run("wait", tensors(many), tensors(2 * many)));
+        let planning = Planning::of(&mut bucket, &Kernels::default());
+        assert!(planning.listed <= 4 * many, "{}", planning.listed);
     }
 
     #[test]

@@ -379,7 +379,6 @@ mod tests {
             assert!(step == 0 || pool.free() == 33 * FROM, "step {step}: {}", pool.free());
             let all: Vec<Room> = (0..4).map(|_| pool.room(8 * FROM)).collect();
             drop(all);
-            assert_eq!(pool.free(), 33 * FROM, "step {step}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! What burn's own operations take of memory on the host.
+//! What operations take of memory on the host beside what they give, where it is known.
 
 use burn_ir::{BaseOperationIr as Base, ModuleOperationIr as Module, OperationIr};
 
@@ -19,14 +19,16 @@ pub(crate) fn written_over(op: &OperationIr) -> usize {
     }
 }
 
-/// Bytes that an operation takes while it runs, beside inputs and outputs: zeros are copied once to where they are aligned.
+/// Bytes that an operation takes while it runs, beside inputs and outputs: zeros are copied once to where they are aligned; what
+/// communicates has as much again on its way, in partial sums and chunks.
 pub(crate) fn passing_bytes(op: &OperationIr) -> usize {
-    let makes_zeros = match op {
+    let twice = match op {
         OperationIr::BaseFloat(op) | OperationIr::BaseInt(op) | OperationIr::BaseBool(op) => {
             matches!(op, Base::Zeros(_) | Base::Empty(_))
         }
         OperationIr::Module(op) => matches!(op, Module::EmbeddingBackward(_)),
+        OperationIr::Custom(_) => true,
         _ => false,
     };
-    if makes_zeros { op.outputs().map(bytes).sum::<u64>() as usize } else { 0 }
+    if twice { op.outputs().map(bytes).sum::<u64>() as usize } else { 0 }
 }

@@ -379,9 +379,13 @@ impl<T: Native> Product<'_, T> {
     fn add_parts(&self, batch: &[usize], parts: usize) {
         let [.., rows, columns] = self.leaving.dims[..] else { return };
         let beside = if self.leaving.adds_up() { 1..parts } else { 0..0 };
-        for (number, part) in (0..batch.iter().product()).flat_map(|number| beside.clone().map(move |part| (number, part))) {
+        for (number, part) in
+            (0..batch.iter().product()).flat_map(|number| beside.clone().map(move |part| (number, part)))
+        {
             let [sum, other] = [0, part].map(|part| self.matrix(number, batch, part, parts));
-            for (line, place) in (0..rows as isize).flat_map(|line| (0..columns as isize).map(move |place| (line, place))) {
+            for (line, place) in
+                (0..rows as isize).flat_map(|line| (0..columns as isize).map(move |place| (line, place)))
+            {
                 // SAFETY: both have this element, which is written, and no other thread has them any more.
                 unsafe {
                     let sum = sum.start.offset(line * sum.row + place * sum.column);
