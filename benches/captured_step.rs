@@ -1,15 +1,15 @@
 //! What a captured step costs beside its operations, in time on the host and in memory.
 //!
 //! `host`: chains of tiny products and views, called directly on the device, captured and run one by one, and captured
-//! with the products of this crate; what is more than the direct calls, for each operation. And steps of a model of many tiny layers,
-//! which is walked over to read its parameters.
+//! with the products of this crate; what is more than the direct calls, for each operation. And steps of a model of
+//! many tiny layers, which is walked over to read its parameters.
 //!
-//! `memory`: the most bytes that the process holds in the third step, forward and backward, and with the optimizer, beside
-//! model and moments and with what steps keep: eager burn, captured one by one, and captured with fused operations in
-//! planned memory; and what the plan says.
+//! `memory`: the most bytes that the process holds in the third step, forward and backward, and with the optimizer,
+//! beside model and moments and with what steps keep: eager burn, captured one by one, and captured with fused
+//! operations in planned memory; and what the plan says.
 //!
-//! `compile`: how much longer the first step of a transformer of 24 layers takes than the second, where it is captured and
-//! compiled: on one rank, and on two with each strategy.
+//! `compile`: how much longer the first step of a transformer of 24 layers takes than the second, where it is captured
+//! and compiled: on one rank, and on two with each strategy.
 //!
 //! `cargo bench --bench captured_step -- [host|memory|compile] [ROUNDS]`
 
@@ -152,8 +152,8 @@ fn host(figures: &mut Figures, rounds: usize) -> Result<(), Error> {
     Ok(())
 }
 
-/// The most bytes in the third step beside model and moments, forward and backward, and with the optimizer: eagerly, one by
-/// one, and fused; and those of the plan.
+/// The most bytes in the third step beside model and moments, forward and backward, and with the optimizer: eagerly,
+/// one by one, and fused; and those of the plan.
 fn memory<M: Module + Sync, I: TensorTree + Clone + Sync>(
     model: impl Fn(&Device) -> M + Sync,
     moments: usize,

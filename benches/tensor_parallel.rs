@@ -38,8 +38,8 @@ const STEPS_PER_TURN: usize = 2;
 /// How many ways there are.
 const WAYS: usize = 5;
 
-/// Seconds a step of one rank eagerly, of one rank from the graph, operation by operation and fused, of two ranks, and of
-/// two replicas, by round; then those of work.
+/// Seconds a step of one rank eagerly, of one rank from the graph, operation by operation and fused, of two ranks, and
+/// of two replicas, by round; then those of work.
 fn rounds<M: Module + Sync, I: TensorTree + Clone + Sync>(
     rounds: usize,
     model: M,

@@ -5,10 +5,10 @@
 //! get a place each in one block, so that no two that are there at the same time overlap, in as small a block as is
 //! found by placing the largest first. And the bytes that the step needs are known.
 //!
-//! burn's own operations allocate by themselves, but for those that write over an input that nobody else has, as is known of
-//! them. Others, or a collective, may give what they were given: such memory counts as in use until both have ended. Results of
-//! the step are in the block where there is room, up to the end of the step. Whoever gets them may keep them: what has its
-//! place there in a later step is made elsewhere then.
+//! burn's own operations allocate by themselves, but for those that write over an input that nobody else has, as is
+//! known of them. Others, or a collective, may give what they were given: such memory counts as in use until both have
+//! ended. Results of the step are in the block where there is room, up to the end of the step. Whoever gets them may
+//! keep them: what has its place there in a later step is made elsewhere then.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::rc::Rc;

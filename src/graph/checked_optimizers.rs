@@ -6,11 +6,12 @@
 //! of other parameters, has another.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use burn::module::ParamId;
 
 use crate::Error;
+use crate::comm::lock::lock;
 
 /// The state that an optimizer has of a parameter: the names of what it keeps, with the dims of tensors.
 pub type StateLayout = Vec<(String, Vec<usize>)>;
@@ -79,11 +80,13 @@ impl CheckedOptimizers {
         if let Some(whole) = self.known_whole(address, params) {
             return Ok(whole);
         }
-        let whole = Arc::new(find()?);
+        let found = find()?;
         let mut known = self.lock();
         let checked = known.entry(address).or_default();
-        (checked.params, checked.whole) = (params.clone(), whole.clone());
-        Ok(whole)
+        // Steps need not have gradients of the same parameters.
+        checked.params.extend(params);
+        checked.whole = Arc::new(checked.whole.union(&found).copied().collect());
+        Ok(checked.whole.clone())
     }
 
     /// What [`whole`](Self::whole) has found out, if it was asked for all of `params`.
@@ -92,6 +95,6 @@ impl CheckedOptimizers {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<usize, Checked>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }

@@ -23,8 +23,8 @@ impl MemoryPlan {
         self.size
     }
 
-    /// The bytes that the step needs at most beside parameters, inputs and constants, from its second run on: of the block, which
-    /// stays, of the results, all of them if the caller `keeps` them, and of what burn makes meanwhile.
+    /// The bytes that the step needs at most beside parameters, inputs and constants, from its second run on: of the
+    /// block, which stays, of the results, all of them if the caller `keeps` them, and of what burn makes meanwhile.
     pub(crate) fn needed(&self, keeps: bool) -> usize {
         self.size + self.beside[usize::from(!keeps)]
     }
@@ -34,8 +34,9 @@ impl MemoryPlan {
         self.places.get(&id).copied()
     }
 
-    /// The plan in which tensors get places, the largest first. Those that leave the step get one where there is room for
-    /// them anyway: as far up as can be, so that if they stay for longer they are in the way of few others in the next run.
+    /// The plan in which tensors get places, the largest first. Those that leave the step get one where there is room
+    /// for them anyway: as far up as can be, so that if they stay for longer they are in the way of few others in the
+    /// next run.
     pub(super) fn new(ending: Vec<Lifetime>, leaving: Vec<Lifetime>) -> Self {
         let mut plan = Self::default();
         let mut placed: Vec<(Lifetime, usize)> = Vec::with_capacity(ending.len() + leaving.len());

@@ -9,8 +9,8 @@ use super::graph_stage::GraphStage;
 use super::schedule::{Action, Direction};
 use crate::graph::liveness::Alive;
 
-/// The most bytes that are alive at once while a rank with these stages goes through its row of the timetable on a device: what
-/// its passes make and receive, and the sums of its gradients. Messages on their way are not in it.
+/// The most bytes that are alive at once while a rank with these stages goes through its row of the timetable on a
+/// device: what its passes make and receive, and the sums of its gradients. Messages on their way are not in it.
 pub(super) fn peak(stages: &[GraphStage], row: &[Action], device: &Device) -> usize {
     let gradients: usize = stages.iter().map(GraphStage::gradient_bytes).sum();
     let mut alive: HashMap<(usize, usize), Alive> = HashMap::new();

@@ -53,7 +53,8 @@ struct Pieces {
 }
 
 impl Pieces {
-    /// A piece of so many bytes or a few more, if there is one: not one that is much larger, which will be wanted for what is.
+    /// A piece of so many bytes or a few more, if there is one: not one that is much larger, which will be wanted for
+    /// what is.
     fn take(&mut self, bytes: usize) -> Option<Piece> {
         let size = *self.free.range(bytes..=bytes + bytes / 4).next()?.0;
         let of_size = self.free.get_mut(&size)?;
@@ -65,9 +66,10 @@ impl Pieces {
         Some(piece)
     }
 
-    /// Gives pieces back to the system, those first that have been free for longest, until there is room for so many bytes more: all
-    /// take little more than tensors had at once at most. A step that wants large ones after many small ones would hold both
-    /// else. A little more, so that what is small and there for a moment does not cost a large one in each step.
+    /// Gives pieces back to the system, those first that have been free for longest, until there is room for so many
+    /// bytes more: all take little more than tensors had at once at most. A step that wants large ones after many small
+    /// ones would hold both else. A little more, so that what is small and there for a moment does not cost a large one
+    /// in each step.
     fn make_room(&mut self, bytes: usize) {
         let most = self.most.max(self.used + bytes);
         let most = most + most / SLACK;

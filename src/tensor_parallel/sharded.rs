@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use burn::module::{Module, ParamId};
 use burn::tensor::Device;
 
 use super::TensorParallelConfig;
 use crate::Error;
+use crate::comm::lock::lock;
 use crate::comm::{Communicator, Counters};
 use crate::delegate::module_of_field;
 use crate::distribution::{ModelSplit, RowShards};
@@ -319,10 +320,6 @@ impl<M: Module> StepEngine for Sharded<M> {
     fn checked_optimizers(&self) -> &CheckedOptimizers {
         &self.checked_optimizers
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<M: fmt::Debug> fmt::Debug for Sharded<M> {

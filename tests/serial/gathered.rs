@@ -117,8 +117,8 @@ fn checkpointed() -> Device {
     Device::flex().autodiff().gradient_checkpointing()
 }
 
-/// With `Keep::Pass` no more is whole when forward ends than two groups, on a device with burn's gradient checkpointing, whatever
-/// burn's layers do with their weights; with `Keep::MicroBatch` everything is.
+/// With `Keep::Pass` no more is whole when forward ends than two groups, on a device with burn's gradient
+/// checkpointing, whatever burn's layers do with their weights; with `Keep::MicroBatch` everything is.
 #[test]
 fn two_groups_are_whole_with_gradient_checkpointing() {
     let _turn = crate::turn();
@@ -161,8 +161,9 @@ fn growth<M: Module + Sync>(model: &M, strategy: &Strategy, loss: fn(&M, Tensor<
     found.into_inner()
 }
 
-/// What a user of `parallelize` gets who asks for nothing but that parameters are divided, on an ordinary device: whatever
-/// burn's layers do with their weights, two groups of them are whole, beside rows of gradients and what is exchanged.
+/// What a user of `parallelize` gets who asks for nothing but that parameters are divided, on an ordinary device:
+/// whatever burn's layers do with their weights, two groups of them are whole, beside rows of gradients and what is
+/// exchanged.
 #[test]
 fn two_groups_are_whole_by_default() {
     fn check<M: Module + Sync>(model: &M, loss: fn(&M, Tensor<3>) -> Tensor<1>) {
@@ -206,8 +207,8 @@ fn adapted_weights_are_not_kept() {
     assert!(pass - alone < 3 * group + FEW, "{} of groups of {group}", pass - alone);
 }
 
-/// Without it burn keeps what a product multiplies by, if that was made of a weight by an operation: a view of one's own, or
-/// that of a `Linear` whose input has more than two dims.
+/// Without it burn keeps what a product multiplies by, if that was made of a weight by an operation: a view of one's
+/// own, or that of a `Linear` whose input has more than two dims.
 #[test]
 fn views_of_weights_are_kept_without_gradient_checkpointing() {
     let _turn = crate::turn();
@@ -226,4 +227,17 @@ fn views_of_weights_are_kept_without_gradient_checkpointing() {
         let plain = gathered(&model, 200, Keep::Pass, &device, Chain::plain);
         assert!(plain < 2 * group + FEW, "{plain} of groups of {group}");
     }
+}
+
+/// Where ranks may use different layers one group is whole when forward ends: none is gathered ahead.
+#[test]
+fn one_group_is_whole_where_ranks_say_what_they_want() {
+    let _turn = crate::turn();
+    let device = Device::flex().autodiff();
+    let model = Chain::new(&device);
+    let (group, _) = sizes(&model);
+    let divided = DataParallelConfig::new().with_sharding(Sharding::Parameters).with_allow_unused_parameters(true);
+    let with = |config| after_forward(&model, 200, config, &device, Chain::plain);
+    let found = with(divided) - with(DataParallelConfig::new());
+    assert!(found < group + FEW, "{found} of groups of {group}");
 }

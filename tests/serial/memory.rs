@@ -102,8 +102,8 @@ fn is_lazy<M: Module>(model: &M) -> bool {
     lazy.0
 }
 
-/// The bytes that two ranks know a step to need before it has run, and those that they take: in the third step, or in all of the
-/// first three.
+/// The bytes that two ranks know a step to need before it has run, and those that they take: in the third step, or in
+/// all of the first three.
 fn known_and_taken(strategy: &Strategy, in_all: bool) -> (u64, isize) {
     const ROWS: usize = 512;
     let found = launch::threads(2)

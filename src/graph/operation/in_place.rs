@@ -5,8 +5,8 @@ use burn_ir::{BaseOperationIr as Base, ModuleOperationIr as Module, OperationIr}
 use super::class::{Class, is_elementwise};
 use super::cost::bytes;
 
-/// How many of an operation's inputs it may write its result over, from the first on: it takes the first that has the dims and
-/// the dtype of the result, that lies in order and that nobody else has.
+/// How many of an operation's inputs it may write its result over, from the first on: it takes the first that has the
+/// dims and the dtype of the result, that lies in order and that nobody else has.
 pub(crate) fn written_over(op: &OperationIr) -> usize {
     match op {
         OperationIr::BaseFloat(op) | OperationIr::BaseInt(op) | OperationIr::BaseBool(op)
@@ -19,8 +19,8 @@ pub(crate) fn written_over(op: &OperationIr) -> usize {
     }
 }
 
-/// Bytes that an operation takes while it runs, beside inputs and outputs: zeros are copied once to where they are aligned; what
-/// communicates has as much again on its way, in partial sums and chunks.
+/// Bytes that an operation takes while it runs, beside inputs and outputs: zeros are copied once to where they are
+/// aligned; what communicates has as much again on its way, in partial sums and chunks.
 pub(crate) fn passing_bytes(op: &OperationIr) -> usize {
     let twice = match op {
         OperationIr::BaseFloat(op) | OperationIr::BaseInt(op) | OperationIr::BaseBool(op) => {

@@ -1,9 +1,9 @@
 //! What each of burn's operations is, in one table; what it takes; the form that rules ask for, and the fields that
 //! passes look for; how operations are made and changed.
 //!
-//! Modules above ask here: the enums of burn's operations are matched on in these files, in `graph/fused/work.rs`, which
-//! says what a kernel does for each, and no others, so that operations which a new version of burn renames or adds touch
-//! few files.
+//! Modules above ask here: the enums of burn's operations are matched on in these files, in `graph/fused/work.rs`,
+//! which says what a kernel does for each, and no others, so that operations which a new version of burn renames or
+//! adds touch few files.
 
 pub(crate) mod build;
 mod class;

@@ -21,13 +21,13 @@ use crate::error::Error;
 use crate::graph::step_memory::StepMemory;
 use crate::tensor::{PlainTensor, Pool, Room};
 
-/// Elements of a tile, of which there are a few: they fit into the second cache. More only where rows are so long that a
-/// tile had few.
+/// Elements of a tile, of which there are a few: they fit into the second cache. More only where rows are so long that
+/// a tile had few.
 const TILE: usize = 8 * 1024;
 /// The least and the most rows of a tile.
 const ROWS: [usize; 2] = [32, 128];
-/// Of fewer matrices the rows are split, each into so many parts that there are about as many parts: whatever the number of
-/// threads, so that sums over rows are the same.
+/// Of fewer matrices the rows are split, each into so many parts that there are about as many parts: whatever the
+/// number of threads, so that sums over rows are the same.
 const PARTS: usize = 8;
 
 /// A matrix in memory: where it begins, and how far its elements are apart along rows and columns.
@@ -55,7 +55,8 @@ struct Product<'a, T> {
     other: Factor<'a, T>,
     out: *mut T,
     strides: Vec<isize>,
-    /// Where the parts of a matrix but its first add up, one behind the other; null if each row gives elements of its own.
+    /// Where the parts of a matrix but its first add up, one behind the other; null if each row gives elements of its
+    /// own.
     sums: *mut T,
 }
 
