@@ -241,14 +241,16 @@ impl PipelineState {
         Ok(cuts)
     }
 
-    /// Demands that no other rank needs moments that were restored on those of their own stages alone. The same on all ranks.
+    /// Demands that no other rank needs moments that were restored on those of their own stages alone. The same on all
+    /// ranks.
     fn check_early_moments(&self, graph: &StepGraph, cut: &CutGraph) -> Result<(), Error> {
         let stage_ranks = self.timetable.stage_ranks();
         for (param, stages) in graph.params.iter().zip(&cut.holders) {
             let elsewhere = stages.iter().any(|stage| stage_ranks[*stage] != stage_ranks[stages[0]]);
             if elsewhere && self.early_moments.contains(&param.id) {
                 return Err(stage_error(format!(
-                    "stages {stages:?} share parameter `{}`, of which an optimizer was restored before that was known, and so on the                      first of them alone: `prepare` the model before the optimizer is restored",
+                    "stages {stages:?} share parameter `{}`, of which an optimizer was restored before that was known, and so on the \
+                     first of them alone: wrap the model anew, and `prepare` it before the optimizer is restored",
                     param.path
                 )));
             }
