@@ -273,7 +273,8 @@ impl Checkpointer {
         let dir = self.root.join(name_of(step));
         let before = Statistics::of(state.model);
         let (options, first) = (&self.options, self.group.rank() == 0);
-        let loaded = attempt(|| restore::load(&dir, &mut state, options, first)).map_err(|why| of_checkpoint(&dir, why));
+        let loaded =
+            attempt(|| restore::load(&dir, &mut state, options, first)).map_err(|why| of_checkpoint(&dir, why));
         match together(loaded, &self.group) {
             Ok(loaded) => {
                 self.steps.add(step);

@@ -146,7 +146,18 @@ impl Snapshot {
             values.insert(name.clone(), json);
         }
         let random = SavedRandom::of(state.model);
-        Ok(Self { step, random, slices, infos, optimizers, schedulers, values, known, own_steps, written: Arc::default() })
+        Ok(Self {
+            step,
+            random,
+            slices,
+            infos,
+            optimizers,
+            schedulers,
+            values,
+            known,
+            own_steps,
+            written: Arc::default(),
+        })
     }
 
     /// Finds out what moments the optimizers have.

@@ -191,9 +191,11 @@ mod tests {
     /// Ranks would compare at different steps, and wait for each other: the first step says so. It does not matter where that is set.
     #[test]
     fn inputs_on_the_host_and_on_devices_do_not_go_together() {
-        for (every, host, expected) in
-            [(None, 0, "on a device, and rank 0 on the host"), (None, 1, "on the host alone, and rank 0 on a device"), (Some(1), 1, "")]
-        {
+        for (every, host, expected) in [
+            (None, 0, "on a device, and rank 0 on the host"),
+            (None, 1, "on the host alone, and rank 0 on a device"),
+            (Some(1), 1, ""),
+        ] {
             let outcome = launch::threads(2).run(|rank| {
                 let same = SameInputs::new(std::iter::once(&*rank), every)?;
                 let comparison = Comparison { run: Run::Step, paths: Vec::new(), found: Vec::new() };

@@ -147,7 +147,8 @@ fn the_latest_is_what_was_written_last() {
     fs::remove_dir_all(dir.path().join("step-000000021")).unwrap();
     assert_eq!(run(Some(20), &[]), (Some(12), vec![10, 11, 12, 20, 30]));
     fs::write(dir.path().join(".order"), "ten").unwrap();
-    let failed = launch::threads(2).run(|world| Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.latest());
+    let failed =
+        launch::threads(2).run(|world| Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.latest());
     let failed = failed.unwrap_err().to_string();
     assert!(failed.contains(".order: is no list of steps") && failed.contains("remove it"), "{failed}");
 }

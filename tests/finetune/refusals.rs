@@ -114,7 +114,11 @@ fn flags_that_make_another_model_than_the_checkpoint_are_refused() {
     }
     resume(&[], 2, "leaving out --lora makes another model");
     // All of it at once.
-    resume(&["--lora", "4", "--lora-targets", "k_proj"], 2, "--lora 4 and --lora-targets k_proj make another model than");
+    resume(
+        &["--lora", "4", "--lora-targets", "k_proj"],
+        2,
+        "--lora 4 and --lora-targets k_proj make another model than",
+    );
     resume(&[&targets[..], &["--seq", "32", "--lora", "4"]].concat(), 2, "--lora 2; --resume");
     resume(&["--lora", "2", "--lora-targets", "k_proj"], 2, "saved with --lora-targets q_proj,v_proj");
     let file = directory.path().join("model.safetensors");

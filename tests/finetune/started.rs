@@ -124,11 +124,9 @@ fn a_tied_model_that_is_killed_goes_on_on_any_mesh() {
     run.wait_with_output().unwrap();
     let saved = directory.path().join("tied");
     assert!(!saved.join("model").exists() && last(&saved) < 10);
-    for (mesh, within) in [
-        (&["--pp", "2"][..], 0.0),
-        (&["--dp", "2", "--zero", "1"], 1e-5),
-        (&["--pp", "2", "--tp", "2"], 1e-5),
-    ] {
+    for (mesh, within) in
+        [(&["--pp", "2"][..], 0.0), (&["--dp", "2", "--zero", "1"], 1e-5), (&["--pp", "2", "--tp", "2"], 1e-5)]
+    {
         let gone_on = trained(&directory, &[&flags[..], &["--resume", "in:tied"], mesh].concat());
         same(&expected, &numbers(&gone_on, "losses"), within, &mesh);
     }
