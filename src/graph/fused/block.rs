@@ -190,11 +190,15 @@ impl<T: Native> Running<'_, T> {
             Instruction::Spread { out, x } => {
                 let x = read(x);
                 let each = write(out).len() / x.len();
-                write(out).chunks_exact_mut(each).zip(x).for_each(|(out, x)| out.fill(*x));
+                for (out, x) in write(out).chunks_exact_mut(each).zip(x) {
+                    out.fill(*x);
+                }
             }
             Instruction::Reduce { op, out, x } => {
-                let rows = read(x).chunks_exact(width);
-                write(out).iter_mut().zip(rows).for_each(|(out, row)| *out = reduce(op, row));
+                // Not by an iterator's method with a closure, which would be a function of its own, without wide vectors.
+                for (out, row) in write(out).iter_mut().zip(read(x).chunks_exact(width)) {
+                    *out = reduce(op, row);
+                }
             }
             Instruction::AddRows { sums, x } => {
                 // SAFETY: each part has sums of its own.

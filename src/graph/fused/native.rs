@@ -45,6 +45,7 @@ pub(super) fn check<T: Native>(dtypes: impl IntoIterator<Item = DType>) -> Resul
     }
 }
 
+#[inline(always)]
 unsafe fn gather_as<T: Float, S: Stored<T>>(base: *const u8, offset: isize, stride: isize, out: &mut [T]) {
     // SAFETY: as the caller says.
     unsafe {
@@ -52,7 +53,9 @@ unsafe fn gather_as<T: Float, S: Stored<T>>(base: *const u8, offset: isize, stri
         match stride {
             1 => {
                 let source = std::slice::from_raw_parts(base, out.len());
-                out.iter_mut().zip(source).for_each(|(out, x)| *out = x.load());
+                for (out, x) in out.iter_mut().zip(source) {
+                    *out = x.load();
+                }
             }
             0 => out.fill((*base).load()),
             _ => {
@@ -64,6 +67,7 @@ unsafe fn gather_as<T: Float, S: Stored<T>>(base: *const u8, offset: isize, stri
     }
 }
 
+#[inline(always)]
 unsafe fn scatter_as<T: Float, S: Stored<T>>(base: *mut u8, offset: usize, x: *const T, len: usize) {
     // SAFETY: as the caller says; the elements are either at the same places as they go to, or elsewhere.
     unsafe {
@@ -72,7 +76,9 @@ unsafe fn scatter_as<T: Float, S: Stored<T>>(base: *mut u8, offset: usize, x: *c
             return;
         }
         let (x, out) = (std::slice::from_raw_parts(x, len), std::slice::from_raw_parts_mut(base, len));
-        out.iter_mut().zip(x).for_each(|(out, x)| *out = S::store(*x));
+        for (out, x) in out.iter_mut().zip(x) {
+            *out = S::store(*x);
+        }
     }
 }
 
