@@ -200,6 +200,23 @@ impl<T: Native> Running<'_, T> {
                     *out = reduce(op, row);
                 }
             }
+            Instruction::Pick { out, x, index } => {
+                let rows = read(x).chunks_exact(width).zip(read(index));
+                write(out).iter_mut().zip(rows).for_each(|(out, (row, index))| *out = row[place(*index, width)]);
+            }
+            Instruction::AddAt { out, x, index, add } => {
+                let out = write(out);
+                match (extent(x), read(x)) {
+                    (Extent::Full, x) => out.copy_from_slice(x),
+                    (Extent::Row, x) => out.chunks_exact_mut(width).zip(x).for_each(|(out, x)| out.fill(*x)),
+                    (Extent::One, x) => out.fill(x[0]),
+                }
+                let added = read(index).iter().zip(read(add));
+                for (row, (index, add)) in out.chunks_exact_mut(width).zip(added) {
+                    let out = &mut row[place(*index, width)];
+                    *out = out.add(*add);
+                }
+            }
             Instruction::AddRows { sums, x } => {
                 // SAFETY: each part has sums of its own.
                 let sums = unsafe {
@@ -217,6 +234,17 @@ impl<T: Native> Running<'_, T> {
             }
         }
     }
+}
+
+/// Where an index points to.
+///
+/// # Panics
+/// If that is beyond the row, as burn does.
+fn place<T: Native>(index: T, columns: usize) -> usize {
+    let is = |place: &usize| T::from_f64(*place as f64) == index;
+    let place = index.to_f64() as usize;
+    assert!(place < columns && is(&place), "index {} is not one of {columns}", index.to_f64());
+    place
 }
 
 /// The elements of a value in a block of so many rows of so many elements.

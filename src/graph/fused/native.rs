@@ -33,8 +33,9 @@ pub(super) trait Native: Float {
     fn round(x: &mut [Self], to: DType);
 }
 
-fn is_bool(dtype: DType) -> bool {
-    matches!(dtype, DType::Bool(BoolStore::Native | BoolStore::U8))
+/// Bools, and indices, which a kernel reads but never gives.
+fn is_other(dtype: DType) -> bool {
+    matches!(dtype, DType::Bool(BoolStore::Native | BoolStore::U8) | DType::I64 | DType::I32)
 }
 
 /// Makes sure that all tensors are of dtypes that `T` stands for.
@@ -86,7 +87,7 @@ impl Native for f32 {
     const DTYPE: DType = DType::F32;
 
     fn holds(dtype: DType) -> bool {
-        matches!(dtype, DType::F32 | DType::BF16 | DType::F16) || is_bool(dtype)
+        matches!(dtype, DType::F32 | DType::BF16 | DType::F16) || is_other(dtype)
     }
 
     #[inline(always)]
@@ -98,6 +99,8 @@ impl Native for f32 {
                 DType::BF16 => gather_as::<f32, bf16>(base, offset, stride, out),
                 DType::F16 => gather_as::<f32, f16>(base, offset, stride, out),
                 DType::Bool(_) => gather_as::<f32, u8>(base, offset, stride, out),
+                DType::I64 => gather_as::<f32, i64>(base, offset, stride, out),
+                DType::I32 => gather_as::<f32, i32>(base, offset, stride, out),
                 _ => unreachable!("{dtype:?} is not computed in f32"),
             }
         }
@@ -130,7 +133,7 @@ impl Native for f64 {
     const DTYPE: DType = DType::F64;
 
     fn holds(dtype: DType) -> bool {
-        dtype == DType::F64 || is_bool(dtype)
+        dtype == DType::F64 || is_other(dtype)
     }
 
     #[inline(always)]
@@ -140,6 +143,8 @@ impl Native for f64 {
             match dtype {
                 DType::F64 => gather_as::<f64, f64>(base, offset, stride, out),
                 DType::Bool(_) => gather_as::<f64, u8>(base, offset, stride, out),
+                DType::I64 => gather_as::<f64, i64>(base, offset, stride, out),
+                DType::I32 => gather_as::<f64, i32>(base, offset, stride, out),
                 _ => unreachable!("{dtype:?} is not computed in f64"),
             }
         }

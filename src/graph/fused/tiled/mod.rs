@@ -14,7 +14,10 @@
 
 mod find;
 mod narrowing;
+mod program;
 mod run;
+mod stages;
+mod web;
 
 use burn::tensor::DType;
 

@@ -125,7 +125,7 @@ fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
                     _ => return None,
                 };
             }
-            Instruction::AddRows { .. } => return None,
+            Instruction::AddRows { .. } | Instruction::Pick { .. } | Instruction::AddAt { .. } => return None,
             Instruction::Fill { .. } | Instruction::Choose { .. } | Instruction::Spread { .. } => {}
             Instruction::Round { x, to } => {
                 // A maximum that is rounded as it is made is looked at behind that.
