@@ -438,13 +438,13 @@ fn elements_at_indices() {
 #[test]
 fn indices_beyond_a_row_are_an_error() {
     let model = linear();
-    for wrong in [4, -1, i32::MAX] {
+    for (wrong, named) in [(4, "4"), (-1, "-1"), (i32::MAX, "about 2147483648")] {
         let inputs =
             (Tensor::<2>::ones([2, 4], &Device::flex()), Tensor::<2, Int>::from_ints([[1], [wrong]], &Device::flex()));
         let run = |(x, classes): (Tensor<2>, Tensor<2, Int>)| (x * 2.0).gather(1, classes) + 1.0;
         let captured = capture_forward(&model, inputs.clone(), |_, inputs| run(inputs)).unwrap();
         let mut forward = Forward::new(captured, CustomOps::new()).unwrap();
         let error = forward.run(&model, inputs).unwrap_err().to_string();
-        assert!(error.contains(&format!("index {wrong} is not one of 4")), "{error}");
+        assert!(error.contains(&format!("index {named} is not one of a row of 4")), "{error}");
     }
 }

@@ -242,8 +242,11 @@ impl<T: Native> Running<'_, T> {
 /// If that is beyond the row, as burn does.
 fn place<T: Native>(index: T, columns: usize) -> usize {
     let is = |place: &usize| T::from_f64(*place as f64) == index;
-    let place = index.to_f64() as usize;
-    assert!(place < columns && is(&place), "index {} is not one of {columns}", index.to_f64());
+    let number = index.to_f64();
+    let place = number as usize;
+    // Larger ones are rounded.
+    let about = if number.abs() < f64::from(1 << f32::MANTISSA_DIGITS) { "" } else { "about " };
+    assert!(place < columns && is(&place), "index {about}{number} is not one of a row of {columns}");
     place
 }
 
