@@ -45,12 +45,15 @@ pub(in super::super) fn tiled<const SECTIONS: usize>(
             for view in views {
                 if let Entry::Vacant(entry) = moved.entry(view) {
                     entry.insert(before);
-                    let op = program.op(view).cloned().map(|op| Item::Run(Box::new(op)));
-                    added.entry(before).or_default().extend(op);
+                    if let Some(op) = program.op(view) {
+                        program.moved(op.inputs(), before);
+                        added.entry(before).or_default().push(Item::Run(Box::new(op.clone())));
+                    }
                     replaced.insert(view);
                 }
             }
             program.placed.extend(op.outputs.iter().map(|out| (out.id, before)));
+            program.moved(&op.inputs, before);
             read.extend(op.inputs.iter().map(|input| input.id));
             let scalars = vec![ScalarIr::UInt(all.len() as u64)];
             added

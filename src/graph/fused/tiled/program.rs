@@ -16,6 +16,8 @@ pub(super) struct Program<'a> {
     pub(super) readers: HashMap<TensorId, Vec<usize>>,
     /// Products that leave, and what they come before now.
     pub(super) placed: HashMap<TensorId, usize>,
+    /// What operations read that have got another place: what the first of them comes before now.
+    pub(super) read_before: HashMap<TensorId, usize>,
 }
 
 impl<'a> Program<'a> {
@@ -35,7 +37,8 @@ impl<'a> Program<'a> {
                 Item::Output(tensor) => readers.entry(tensor.id).or_default().push(place),
             }
         }
-        Self { items: items.clone(), sections: ends.collect(), makers, readers, placed: HashMap::new() }
+        let sections = ends.collect();
+        Self { items: items.clone(), sections, makers, readers, placed: HashMap::new(), read_before: HashMap::new() }
     }
 
     pub(super) fn op(&self, place: usize) -> Option<&'a OperationIr> {
@@ -52,6 +55,14 @@ impl<'a> Program<'a> {
 
     pub(super) fn readers(&self, tensor: TensorId) -> &[usize] {
         self.readers.get(&tensor).map_or(&[], Vec::as_slice)
+    }
+
+    /// Notes that an operation comes before a place now.
+    pub(super) fn moved<'b>(&mut self, inputs: impl IntoIterator<Item = &'b TensorIr>, before: usize) {
+        for input in inputs {
+            let first = self.read_before.entry(input.id).or_insert(before);
+            *first = before.min(*first);
+        }
     }
 
     /// The section that a place is in.

@@ -78,6 +78,10 @@ impl Program<'_> {
         if !made || self.section(first) != self.section(last) || self.section(before) != self.section(last) {
             return None;
         }
+        // Another stage, or a view, that has come forward may read a product before this would make it.
+        if outputs.iter().any(|out| self.read_before.get(&out.id).is_some_and(|read| *read <= before)) {
+            return None;
+        }
         let (tiles, inputs) = self.tiles(web, &needed, leaving)?;
         let op = CustomOpIr { id: TILED.into(), inputs, outputs, scalars: Vec::new() };
         Some(Stage { before, views, tiles, op })
