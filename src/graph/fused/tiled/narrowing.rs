@@ -132,7 +132,9 @@ fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
                 };
             }
             Instruction::AddRows { .. } | Instruction::Pick { .. } | Instruction::AddAt { .. } => return None,
-            Instruction::Fill { out, with } => drop(numbers.insert(out, with)),
+            Instruction::Fill { out, with } => {
+                numbers.insert(out, with);
+            }
             Instruction::Choose { .. } | Instruction::Spread { .. } => {}
             Instruction::Round { x, to } => {
                 // A maximum that is rounded as it is made is looked at behind that.
