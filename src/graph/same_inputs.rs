@@ -11,7 +11,8 @@ use crate::tensor::TensorTree;
 /// How often inputs are compared that must be read back from a device.
 const DEVICE_EVERY: u64 = 100;
 
-/// Compares the inputs of steps and of forwards, over groups of its own: the comparison runs in the background while the step does.
+/// Compares the inputs of steps and of forwards, over groups of its own: the comparison runs in the background while
+/// the step does.
 #[derive(Debug, Clone)]
 pub(crate) struct SameInputs {
     groups: Arc<[Communicator]>,

@@ -9,6 +9,8 @@ mod dtype;
 mod elements;
 pub(crate) mod fault;
 mod header;
+#[cfg(all(test, unix))]
+pub(crate) mod killed;
 mod mapped;
 mod problem;
 mod strided;

@@ -47,8 +47,8 @@ impl ModuleMapper for Cast {
     }
 }
 
-/// Restores what is there, saves it again as the checkpoint of `step`, and trains on: the parameters that were saved, and
-/// the losses of the next steps.
+/// Restores what is there, saves it again as the checkpoint of `step`, and trains on: the parameters that were saved,
+/// and the losses of the next steps.
 fn go_on(
     dir: &Dir,
     optimizer: fn() -> ModuleOptimizer,
@@ -83,8 +83,8 @@ fn moment_dtypes(dir: &Dir, step: u64) -> Vec<String> {
     moments.map(|moment| moment["dtype"].as_str().unwrap().to_owned()).collect()
 }
 
-/// Parameters are rounded to what the model has now, and go on from there in more digits again; moments with them, but for
-/// those of optimizers that cannot load such.
+/// Parameters are rounded to what the model has now, and go on from there in more digits again; moments with them, but
+/// for those of optimizers that cannot load such.
 #[test]
 fn another_precision() {
     use FloatDType::{BF16, F16, F32};

@@ -519,8 +519,8 @@ pub fn send(signal: &str, process: &str) {
     assert!(Command::new("kill").args([signal, process]).status().unwrap().success());
 }
 
-/// A rank is killed in the middle of the training: all start again from the last checkpoint, or those that are left, and end with the
-/// same losses.
+/// A rank is killed in the middle of the training: all start again from the last checkpoint, or those that are left,
+/// and end with the same losses.
 #[cfg(target_os = "linux")]
 #[test]
 fn ranks_that_are_lost_are_started_again() {

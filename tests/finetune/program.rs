@@ -41,7 +41,8 @@ pub fn finetune(directory: &Directory, flags: &[&str]) -> Output {
     command.output().unwrap_or_else(|why| panic!("{command:?}: {why}"))
 }
 
-/// The outcome of a run; on the conversations, in rows of 64 tokens, at a rate of 1e-3, where the flags say nothing else.
+/// The outcome of a run; on the conversations, in rows of 64 tokens, at a rate of 1e-3, where the flags say nothing
+/// else.
 pub fn trained(directory: &Directory, flags: &[&str]) -> Value {
     let usual = [["--data", "in:data.jsonl"], ["--seq", "64"], ["--lr", "1e-3"], ["--json", "in:outcome.json"]];
     let usual = usual.into_iter().filter(|[flag, _]| !flags.contains(flag));
@@ -212,7 +213,8 @@ fn a_dry_run_says_what_would_be_and_trains_nothing() {
     assert!(!directory.path().join("save").exists());
 }
 
-/// What is computed again is what was, with tensor parallelism and gathered parameters too; in less memory where the steps are eager or a pipeline's.
+/// What is computed again is what was, with tensor parallelism and gathered parameters too; in less memory where the
+/// steps are eager or a pipeline's.
 #[test]
 fn what_is_computed_again_needs_not_be_kept() {
     let directory = prepared();
@@ -222,7 +224,8 @@ fn what_is_computed_again_needs_not_be_kept() {
         let (kept, again) = (run(flags), run(&[flags, &["--recompute"]].concat()));
         same(&numbers(&kept, "losses"), &numbers(&again, "losses"), 1e-6, &flags);
         let step = |outcome: &Value| outcome["bytes_held"]["step"].as_u64().unwrap();
-        // Captured steps fuse what would be computed again: they hold little of it in any case, and the flag does nothing.
+        // Captured steps fuse what would be computed again: they hold little of it in any case, and the flag does
+        // nothing.
         if flags[0] == "--tp" || flags.contains(&"--zero") {
             continue;
         }

@@ -117,8 +117,8 @@ fn checkpointed() -> Device {
     Device::flex().autodiff().gradient_checkpointing()
 }
 
-/// With `Keep::Pass` no more is whole when forward ends than two groups, on a device with burn's gradient checkpointing, whatever
-/// burn's layers do with their weights; with `Keep::MicroBatch` everything is.
+/// With `Keep::Pass` no more is whole when forward ends than two groups, on a device with burn's gradient
+/// checkpointing, whatever burn's layers do with their weights; with `Keep::MicroBatch` everything is.
 #[test]
 fn two_groups_are_whole_with_gradient_checkpointing() {
     let _turn = crate::turn();
@@ -161,8 +161,9 @@ fn growth<M: Module + Sync>(model: &M, strategy: &Strategy, loss: fn(&M, Tensor<
     found.into_inner()
 }
 
-/// What a user of `parallelize` gets who asks for nothing but that parameters are divided, on an ordinary device: whatever
-/// burn's layers do with their weights, two groups of them are whole, beside rows of gradients and what is exchanged.
+/// What a user of `parallelize` gets who asks for nothing but that parameters are divided, on an ordinary device:
+/// whatever burn's layers do with their weights, two groups of them are whole, beside rows of gradients and what is
+/// exchanged.
 #[test]
 fn two_groups_are_whole_by_default() {
     fn check<M: Module + Sync>(model: &M, loss: fn(&M, Tensor<3>) -> Tensor<1>) {
@@ -206,8 +207,8 @@ fn adapted_weights_are_not_kept() {
     assert!(pass - alone < 3 * group + FEW, "{} of groups of {group}", pass - alone);
 }
 
-/// Without it burn keeps what a product multiplies by, if that was made of a weight by an operation: a view of one's own, or
-/// that of a `Linear` whose input has more than two dims.
+/// Without it burn keeps what a product multiplies by, if that was made of a weight by an operation: a view of one's
+/// own, or that of a `Linear` whose input has more than two dims.
 #[test]
 fn views_of_weights_are_kept_without_gradient_checkpointing() {
     let _turn = crate::turn();

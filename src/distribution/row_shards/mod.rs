@@ -12,7 +12,7 @@ mod own_rows;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use burn::module::{Module, ParamId};
@@ -24,6 +24,7 @@ use self::noise::RowNoise;
 use self::own_rows::{OwnRows, RowParam, Trained};
 use super::assemble::assemble;
 use super::distribute::{Round, agree_on_layouts, distribute};
+use crate::comm::lock::lock;
 use crate::comm::{Communicator, GATHERED_PARAMETERS, Pending};
 use crate::error::Error;
 use crate::graph::{StepGraph, graph_error, read_params};
@@ -342,7 +343,7 @@ impl RowShards {
     }
 
     fn lock(&self) -> MutexGuard<'_, StepState> {
-        self.step.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.step)
     }
 }
 
