@@ -18,6 +18,7 @@ use super::config::DataParallelConfig;
 use super::noise_meter;
 use super::reduction_state::accumulate;
 use super::replica::{Averaging, Replica};
+use super::same_settings::agree_on_settings;
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::distribution::RowShards;
@@ -29,7 +30,8 @@ impl<E: StepEngine> Replica<E> {
     /// A replica of a model that runs captured steps, of which replicas divide the parameters. `divide` leaves the engine its rows.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if the config asks for what goes with whole gradients or parameters only;
+    /// [`Error::InvalidArgument`] if the config asks for what goes with whole gradients or parameters only, or is not that of
+    /// all ranks;
     /// [`Error::ModelMismatch`] if the ranks bring different models; those of [`Communicator`].
     pub(crate) fn by_rows(
         engine: E,
@@ -38,6 +40,7 @@ impl<E: StepEngine> Replica<E> {
         divide: impl FnOnce(E, RowShards) -> Result<E, Error>,
     ) -> Result<Self, Error> {
         config.check()?;
+        agree_on_settings(config, group)?;
         let engine = engine.share_ids(group)?;
         let DataParallelConfig { sharding_ranks, keep, reduce_dtype, noise_scale, .. } = *config;
         let shards =

@@ -33,6 +33,8 @@ pub struct DataParallelConfig {
     pub sharding_ranks: Option<usize>,
     /// How long gathered parameters are kept, with [`Sharding::Parameters`].
     pub keep: Keep,
+    /// Whether a rank may leave parameters unused that others use, with [`Sharding::Parameters`].
+    pub allow_unused_parameters: bool,
     /// Whether steps measure the noise of their gradient.
     pub noise_scale: bool,
     /// A reduction of one's own, which no file knows of.
@@ -55,6 +57,7 @@ impl DataParallelConfig {
             sharding: Sharding::None,
             sharding_ranks: None,
             keep: Keep::Pass,
+            allow_unused_parameters: false,
             noise_scale: false,
             hook: None,
         }
@@ -120,6 +123,24 @@ impl DataParallelConfig {
         self
     }
 
+    /// Lets ranks use different parameters in the same micro-batch with [`Sharding::Parameters`], where the model runs by its own
+    /// forward: experts that the data choose, layers that are dropped, a forward that ends early. (PyTorch's
+    /// `DistributedDataParallel` calls it `find_unused_parameters`.) The default is `false`: all ranks run the same layers in the
+    /// same order, and another order is an error.
+    ///
+    /// Ranks then say before each gather what they want, in one all-gather of 8 bytes from each, once more when a step begins, and
+    /// once when a micro-batch ends. They gather what the first of them wants in the order of the model, in backward in
+    /// the reverse; those that do not want it bring their rows. Nothing is gathered ahead. A parameter that no rank uses is not
+    /// gathered. Steps average the gradients as always, with zeros from ranks that have not used a parameter; one that none has used
+    /// gets none. A forward that is called directly ends with the next [`backward`](super::Replica::backward), step or `assemble`: until then no
+    /// rank may wait for the others in another way. [`forward_with`](crate::train::ParallelModule::forward_with) ends by itself.
+    ///
+    /// Captured steps allow it as they are, and gather ahead. An error with another sharding, which needs no such setting.
+    pub fn with_allow_unused_parameters(mut self, allow: bool) -> Self {
+        self.allow_unused_parameters = allow;
+        self
+    }
+
     /// Has steps measure the noise of their gradient ([`Step::noise`](crate::step::Step::noise)): the square of every
     /// micro-batch's gradient is taken while it is in the cache, and three numbers more go with those that replicas sum
     /// up at the end of a step. A parameter that a forward uses several times has its gradient held once more until the
@@ -163,6 +184,14 @@ impl DataParallelConfig {
             );
             return wrong(&problem);
         }
+        if self.allow_unused_parameters && self.sharding != Sharding::Parameters {
+            let problem = format!(
+                "`allow_unused_parameters` is for parameters that are gathered, and with `sharding` \"{}\" none are: any rank may \
+                 leave any unused then; leave it out",
+                self.sharding
+            );
+            return wrong(&problem);
+        }
         if self.sharding == Sharding::None {
             return match self.sharding_ranks {
                 Some(_) => wrong("`sharding_ranks` is set, but `sharding` is \"none\": set what is divided"),
@@ -176,6 +205,11 @@ impl DataParallelConfig {
             ),
             None => Ok(()),
         }
+    }
+
+    /// Whether a bucket is reduced in a way of one's own.
+    pub(super) fn has_hook(&self) -> bool {
+        self.hook.is_some()
     }
 
     /// How a bucket is reduced.

@@ -34,7 +34,11 @@ impl<E: StepEngine> Replica<E> {
         self.admit(reducer, ForwardState::Pending)?;
         let micro_batches: Vec<I> = micro_batches.collect();
         let most = reducer.control().all_reduce(vec![micro_batches.len() as u64], ReduceOp::Max)?[0];
-        let rounds = self.rounds(reducer, micro_batches.len())?;
+        let rounds = match reducer.says_what_is_gathered() {
+            // Nobody follows: ranks without data want nothing.
+            true => None,
+            false => self.rounds(reducer, micro_batches.len())?,
+        };
         let mut micro_batches = micro_batches.into_iter();
         let (mut outputs, mut runs) = (Vec::new(), Vec::new());
         let mut sum = ShardSum::default();
@@ -59,6 +63,7 @@ impl<E: StepEngine> Replica<E> {
                     leader.map_or(Ok(()), |leader| self.engine.follow(leader))
                 }
             };
+            let ran = ran.and_then(|()| self.engine.end_gathers());
             self.loss_weight = LossWeight::default();
             let losses = std::mem::take(&mut self.losses);
             let reduced = ran.and_then(|()| reducer.finish(summed(&losses)));

@@ -231,7 +231,10 @@ impl<M: Module> StepEngine for Eager<M> {
     {
         let inputs = inputs.map_tensors(&mut Detach)?;
         let outputs = self.forward_gathering(|| forward(&self.module.valid(), inputs))?;
-        self.gatherer.iter().for_each(|gatherer| gatherer.end_pass());
+        if let Some(gatherer) = &self.gatherer {
+            gatherer.end_pass();
+            gatherer.end_gathers()?;
+        }
         outputs.map_tensors(&mut Detach)
     }
 
@@ -244,6 +247,7 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn assemble(&self) -> Result<M, Error> {
         let Some(gatherer) = &self.gatherer else { return Ok(self.module.clone()) };
+        self.end_gathers()?;
         gatherer.set_shards(shards_of(&self.module, gatherer));
         assemble(&self.module, gatherer)
     }
@@ -263,7 +267,8 @@ impl<M: Module> StepEngine for Eager<M> {
     fn counters(&self) -> StepCounters {
         let statistics = self.synchronized().as_ref().map(SyncBatchNorm::counters).unwrap_or_default();
         let waited = self.gatherer.as_ref().map(|gatherer| gatherer.waited()).unwrap_or_default();
-        StepCounters { statistics, skipped: self.clipping.skipped(), waited, ..StepCounters::default() }
+        let control = self.gatherer.as_ref().map(|gatherer| gatherer.wants_counters()).unwrap_or_default();
+        StepCounters { statistics, control, skipped: self.clipping.skipped(), waited, ..StepCounters::default() }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {
@@ -304,6 +309,14 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn end_uneven(&self) -> Result<(), Error> {
         self.gatherer.as_ref().map_or(Ok(()), |gatherer| gatherer.end_uneven())
+    }
+
+    fn end_gathers(&self) -> Result<(), Error> {
+        let Some(gatherer) = self.gatherer.as_ref().filter(|gatherer| gatherer.says_what_it_wants()) else {
+            return Ok(());
+        };
+        gatherer.set_shards(shards_of(&self.module, gatherer));
+        gatherer.end_gathers()
     }
 
     fn follow(&self, leader: usize) -> Result<(), Error> {

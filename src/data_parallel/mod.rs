@@ -76,6 +76,7 @@ mod register;
 mod replica;
 mod replica_backward;
 mod replicate;
+mod same_settings;
 mod sampler;
 mod shard_update;
 mod structure;
@@ -111,7 +112,7 @@ pub trait DataParallel: Module {
     ///
     /// With [`Sharding::Parameters`] each rank keeps its rows of the parameters, which no rank but the first holds
     /// whole meanwhile, one at a time. Then a forward, whoever calls it, is collective: all ranks run the same layers
-    /// in the same order.
+    /// in the same order, or [say what they need](DataParallelConfig::with_allow_unused_parameters).
     ///
     /// Attach LoRA adapters before wrapping, or after [`Replica::into_inner`]: a parameter takes one
     /// reparameterization, and the replica's hook is one.
@@ -125,7 +126,8 @@ pub trait DataParallel: Module {
     /// # Errors
     ///
     /// [`Error::Nesting`] if the module is wrapped already; [`Error::ModelMismatch`] if the ranks' models differ in
-    /// structure; [`Error::InvalidArgument`] if parameters are on several devices; those of [`Communicator`].
+    /// structure; [`Error::InvalidArgument`] if parameters are on several devices, settings do not go together, or ranks
+    /// bring different ones; those of [`Communicator`].
     fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replica<Eager<Self>>, Error> {
         nesting::check(&self, "data_parallel")?;
         let hooks = HookGroup::new();

@@ -165,6 +165,11 @@ impl Reducer {
         self.shards.as_ref().map_or(Sharding::None, |_| self.config.sharding)
     }
 
+    /// Whether ranks may use different parameters, and say so before they gather any.
+    pub fn says_what_is_gathered(&self) -> bool {
+        self.sharding() == Sharding::Parameters && self.config.allow_unused_parameters
+    }
+
     /// What gradients have cost in communication.
     pub fn gradient_counters(&self) -> Counters {
         let shards = self.shards.as_ref().map(ShardComms::gradient_counters).unwrap_or_default();

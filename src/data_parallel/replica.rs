@@ -193,7 +193,9 @@ impl<E: StepEngine> Replica<E> {
                 gradients: reducer.gradient_counters(),
                 parameters: reducer.parameter_counters() + of_engine.parameters,
                 control: match self.shards() {
-                    Some(shards) => reducer.control_counters() - self.engine.clipping().of(shards.control()),
+                    Some(shards) => {
+                        reducer.control_counters() + of_engine.control - self.engine.clipping().of(shards.control())
+                    }
                     None => reducer.control_counters(),
                 },
                 waited: self.waited + of_engine.waited,
@@ -297,11 +299,12 @@ impl<E: StepEngine> Replica<E> {
 
     /// Registers everything that the model trains now with the reduction.
     pub(super) fn admit(&mut self, reducer: &Arc<Reducer>, forward: ForwardState) -> Result<(), Error> {
-        let admitted = reducer.admit(&self.engine, forward).inspect_err(|_| {
-            self.loss_weight = LossWeight::default();
-            self.losses.clear();
-            reducer.discard();
-        })?;
+        let admitted =
+            self.engine.end_gathers().and_then(|()| reducer.admit(&self.engine, forward)).inspect_err(|_| {
+                self.loss_weight = LossWeight::default();
+                self.losses.clear();
+                reducer.discard();
+            })?;
         if let Some(engine) = admitted {
             self.engine = match self.hooks.filter(|_| reducer.data().size() > 1) {
                 Some(hooks) => {
@@ -345,6 +348,7 @@ impl<E: StepEngine> Replica<E> {
         // Replicas reduce the sum on the host; a single one need not wait for the device.
         let sum =
             |losses: &[(Tensor<1>, f64)]| losses.iter().map(|(loss, by)| loss.clone().into_scalar::<f64>() * by).sum();
+        let ran = ran.and_then(|()| self.engine.end_gathers());
         let reduced = ran.and_then(|()| reducer.finish(if alone { 0.0 } else { sum(&losses) }));
         let outcome = reduced.and_then(|reduced| {
             let (known, weight, grads) = self.complete(reducer, reduced)?;

@@ -36,14 +36,15 @@ impl<M: Module> Replica<Eager<M>> {
     /// Takes part in the `backward` of the others, on a rank that has no data left.
     ///
     /// # Errors
-    /// The error of the world.
+    /// [`Error::InvalidArgument`] if parameters are divided ([`Sharding::Parameters`](crate::sharding::Sharding::Parameters)) without
+    /// [`allow_unused_parameters`](super::DataParallelConfig::with_allow_unused_parameters); the error of the world.
     pub fn backward_without_data(&mut self) -> Result<GradientsParams, Error> {
         let reducer = self.ready()?;
-        if self.engine.gathers() {
+        if self.engine.gathers() && !reducer.says_what_is_gathered() {
             return Err(self.refuse_gathers(
                 "backward_without_data",
-                "a rank without data cannot know which parameters the forwards of the others use: take steps by \
-                 `step_micro_batches`, with no micro-batch on this rank",
+                "a rank without data cannot know which parameters the forwards of the others use: set `allow_unused_parameters`, \
+                 with which they say so, or take steps by `step_micro_batches`, with no micro-batch on this rank",
             ));
         }
         self.admit(&reducer, ForwardState::Done)?;

@@ -5,6 +5,7 @@ use burn::tensor::Device;
 
 use super::config::DataParallelConfig;
 use super::reducer::Reducer;
+use super::same_settings::agree_on_settings;
 use super::structure::{self, Structure};
 use crate::Error;
 use crate::comm::Communicator;
@@ -16,7 +17,7 @@ use crate::sharding::Sharding;
 ///
 /// # Errors
 /// [`Error::ModelMismatch`] if the ranks' modules differ in structure; [`Error::InvalidArgument`] if parameters are on
-/// several devices; those of [`Communicator`].
+/// several devices, or the ranks' settings differ; those of [`Communicator`].
 pub(crate) fn replicate<M: Module>(
     module: M,
     group: &Communicator,
@@ -24,6 +25,7 @@ pub(crate) fn replicate<M: Module>(
     share_ids: impl FnOnce(M, &Communicator) -> Result<M, Error>,
 ) -> Result<(M, Reducer), Error> {
     config.check()?;
+    agree_on_settings(&config, group)?;
     if config.sharding == Sharding::Parameters && group.size() > 1 {
         let problem =
             "parameters cannot be divided among replicas yet: set `sharding` to \"gradients\", or split the model";

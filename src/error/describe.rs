@@ -45,10 +45,10 @@ pub(super) fn gathering(group: &str, log: &CallLog) -> &'static str {
     let gathers = |words: &str| words.contains(&format!("/{GATHERED_PARAMETERS}"));
     match gathers(group) || log.lines().iter().any(|line| line.starts_with("in `") && gathers(line)) {
         true => {
-            "; replicas that divide their parameters gather them together: all run the same layers in the same order, and forwards \
-             (`forward_with`, and the model's own) equally often, so a rank that is done goes on with the others for as long as \
-             `join` says so; in captured steps (`engine` \"captured\" in `parallelize`), though not in evaluations, ranks may use \
-             different layers"
+            "; replicas that divide their parameters gather them together: if ranks are to use different layers, set \
+             `allow_unused_parameters` (`with_allow_unused_parameters(true)`), which captured steps (`engine` \"captured\" in \
+             `parallelize`) have no need of; without it all run the same layers in the same order; forwards (`forward_with`, and \
+             the model's own) all run equally often, so a rank that is done goes on with the others for as long as `join` says so"
         }
         false => "",
     }

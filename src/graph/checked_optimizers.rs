@@ -79,11 +79,13 @@ impl CheckedOptimizers {
         if let Some(whole) = self.known_whole(address, params) {
             return Ok(whole);
         }
-        let whole = Arc::new(find()?);
+        let found = find()?;
         let mut known = self.lock();
         let checked = known.entry(address).or_default();
-        (checked.params, checked.whole) = (params.clone(), whole.clone());
-        Ok(whole)
+        // Steps need not have gradients of the same parameters.
+        checked.params.extend(params);
+        checked.whole = Arc::new(checked.whole.union(&found).copied().collect());
+        Ok(checked.whole.clone())
     }
 
     /// What [`whole`](Self::whole) has found out, if it was asked for all of `params`.

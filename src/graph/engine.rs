@@ -206,6 +206,15 @@ pub trait StepEngine: Module {
         Ok(())
     }
 
+    /// Takes part in what others of the replicas that divide parameters gather, until none of them needs anything: before this one
+    /// waits for them in another way.
+    ///
+    /// # Errors
+    /// Those of [`Communicator`].
+    fn end_gathers(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Takes part in the micro-batch of the others.
     ///
     /// # Errors

@@ -248,7 +248,8 @@ impl PipelineState {
             let elsewhere = stages.iter().any(|stage| stage_ranks[*stage] != stage_ranks[stages[0]]);
             if elsewhere && self.early_moments.contains(&param.id) {
                 return Err(stage_error(format!(
-                    "stages {stages:?} share parameter `{}`, of which an optimizer was restored before that was known, and so on the                      first of them alone: `prepare` the model before the optimizer is restored",
+                    "stages {stages:?} share parameter `{}`, of which an optimizer was restored before that was known, and so on the \
+                     first of them alone: wrap the model anew, and `prepare` it before the optimizer is restored",
                     param.path
                 )));
             }

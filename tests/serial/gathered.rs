@@ -227,3 +227,16 @@ fn views_of_weights_are_kept_without_gradient_checkpointing() {
         assert!(plain < 2 * group + FEW, "{plain} of groups of {group}");
     }
 }
+
+/// Where ranks may use different layers one group is whole when forward ends: none is gathered ahead.
+#[test]
+fn one_group_is_whole_where_ranks_say_what_they_want() {
+    let _turn = crate::turn();
+    let device = Device::flex().autodiff();
+    let model = Chain::new(&device);
+    let (group, _) = sizes(&model);
+    let divided = DataParallelConfig::new().with_sharding(Sharding::Parameters).with_allow_unused_parameters(true);
+    let with = |config| after_forward(&model, 200, config, &device, Chain::plain);
+    let found = with(divided) - with(DataParallelConfig::new());
+    assert!(found < group + FEW, "{found} of groups of {group}");
+}

@@ -57,7 +57,8 @@ fn empty_parts() {
     }
 }
 
-/// Large enough to be cut without being told to, and for the kernels that split a product over threads.
+/// Large enough to be cut without being told to, and for the kernels that split a product over threads; without features the
+/// value is zeros.
 #[test]
 fn large() {
     for size in [2, 3] {
@@ -66,6 +67,7 @@ fn large() {
             for overlap in [Overlap::auto(), Overlap::auto().in_background(true)] {
                 compare(rank, &device, DType::F32, [3, 517, 65, 515], overlap)?;
             }
+            compare(rank, &device, DType::F32, [1, 517, 0, 515], Overlap::auto().with_chunks(2).in_background(true))?;
             Ok(())
         });
     }

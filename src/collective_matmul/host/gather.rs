@@ -65,7 +65,7 @@ pub(super) fn gather<T: Real>(
         let mut place = |at: Range<usize>, slot: &[T]| {
             gathered[at.start * width..at.end * width].copy_from_slice(slot);
             for (right, out) in factors.iter().zip(&mut outs) {
-                write_slot(slot, [outer, unit, features], right, out, [at.start, positions], &pool);
+                write_slot(slot, [outer, unit, features], right, out, (at.clone(), positions), &pool);
             }
         };
         // What this rank has needs no waiting.
@@ -86,20 +86,20 @@ pub(super) fn gather<T: Real>(
     Ok((made, positions_first(whole, dims_of(&left, dim, positions, features), dim)))
 }
 
-/// Multiplies gathered positions, of which the first is number `at` of `positions`, into their places among the outer
-/// ones.
+/// Multiplies gathered positions, which are `at` of `positions`, into their places among the outer ones.
 fn write_slot<T: Real>(
     slot: &[T],
     [outer, unit, features]: [usize; 3],
     right: &Factor<'_, T>,
     out: &mut [T],
-    [at, positions]: [usize; 2],
+    (at, positions): (Range<usize>, usize),
     pool: &Arc<Pool>,
 ) {
     let columns = right.columns();
-    let count = slot.len().checked_div(outer * unit * features).unwrap_or(0);
+    // Of them, since without features the slot is empty, and what is made still zeros.
+    let count = at.len();
     for place in 0..outer {
-        let Some(out) = out.get_mut((place * positions + at) * unit * columns..) else { continue };
+        let Some(out) = out.get_mut((place * positions + at.start) * unit * columns..) else { continue };
         if outer == 1 || unit == 1 {
             let stride = if unit == 1 { outer * features } else { features };
             let rows = slot.get(place * unit * features..).unwrap_or_default();

@@ -38,6 +38,10 @@ impl BackwardOrder {
         self.under_way = true;
     }
 
+    pub fn is_under_way(&self) -> bool {
+        self.under_way
+    }
+
     /// Whether a group that is whole stays so to the end of the backward under way.
     pub fn keeps(&self, group: usize) -> bool {
         self.under_way && self.several.contains(&group)

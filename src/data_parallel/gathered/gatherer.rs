@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use burn::module::ParamId;
 
 use super::backward_order::BackwardOrder;
+use super::wants::Want;
 use crate::Error;
-use crate::comm::Pending;
+use crate::comm::{Communicator, Pending};
 use crate::graph::same_buffer;
 use crate::sharding::{Keep, Pack, Rows, ShardComms};
 use crate::tensor::PlainTensor;
@@ -23,15 +24,18 @@ pub(in crate::data_parallel) struct Gathered {
     pub scale: Option<f64>,
 }
 
-/// Gathers the parameters of one model, a group of them at a time. Every rank makes the same calls in the same order.
+/// Gathers the parameters of one model, a group of them at a time. Every rank makes the same calls in the same order, unless
+/// they say what they [want](super::wants).
 #[derive(Debug)]
 pub(in crate::data_parallel) struct Gatherer {
-    comms: ShardComms,
+    pub(super) comms: ShardComms,
+    /// Carries what ranks want that may use different parameters.
+    pub(super) wants: Option<Communicator>,
     keep: Keep,
-    params: Vec<Gathered>,
+    pub(super) params: Vec<Gathered>,
     places: HashMap<ParamId, usize>,
     /// Places of the parameters that are gathered together, and their pack.
-    groups: Vec<(Vec<usize>, Pack)>,
+    pub(super) groups: Vec<(Vec<usize>, Pack)>,
     /// The group of each parameter.
     group_of: Vec<usize>,
     /// What stands for the parameters in the module.
@@ -50,9 +54,9 @@ struct GatheredParam {
 type GatheredGroup = Vec<GatheredParam>;
 
 #[derive(Debug, Default)]
-struct State {
+pub(super) struct State {
     /// This rank's rows of every parameter, as the model had them when it was last looked at.
-    shards: Vec<Option<PlainTensor>>,
+    pub shards: Vec<Option<PlainTensor>>,
     /// The groups that are whole now, by their numbers.
     live: BTreeMap<usize, GatheredGroup>,
     /// The group that is being gathered ahead of its use.
@@ -65,9 +69,9 @@ struct State {
     follows: HashMap<[Option<usize>; 2], usize>,
     /// The rank that says what is gathered, while some have no data.
     leader: Option<usize>,
-    failure: Option<Error>,
+    pub failure: Option<Error>,
     /// How long this rank had nothing to do but wait for what is gathered.
-    waited: Duration,
+    pub waited: Duration,
 }
 
 #[derive(Debug)]
@@ -81,8 +85,15 @@ struct Ahead {
 const OVER: u64 = 0;
 
 impl Gatherer {
-    /// Of parameters in groups, which are places in `params`.
-    pub fn new(comms: ShardComms, keep: Keep, params: Vec<Gathered>, groups: Vec<Vec<usize>>) -> Self {
+    /// Of parameters in groups, which are places in `params`. With a communicator for what ranks want they may use different
+    /// ones.
+    pub fn new(
+        comms: ShardComms,
+        wants: Option<Communicator>,
+        keep: Keep,
+        params: Vec<Gathered>,
+        groups: Vec<Vec<usize>>,
+    ) -> Self {
         let mut group_of = vec![0; params.len()];
         for (number, group) in groups.iter().enumerate() {
             group.iter().for_each(|place| group_of[*place] = number);
@@ -91,7 +102,8 @@ impl Gatherer {
         let groups = groups.into_iter().map(|group| (group.clone(), pack(&group))).collect();
         let places = params.iter().enumerate().map(|(place, param)| (param.id, place)).collect();
         let state = State { shards: vec![None; params.len()], ..State::default() };
-        Self { comms, keep, params, places, groups, group_of, stand_ins: OnceLock::new(), state: Mutex::new(state) }
+        let (stand_ins, state) = (OnceLock::new(), Mutex::new(state));
+        Self { comms, wants, keep, params, places, groups, group_of, stand_ins, state }
     }
 
     pub fn keep(&self) -> Keep {
@@ -191,7 +203,11 @@ impl Gatherer {
             Some(error) => Err(error.clone()),
             None => {
                 let rest = state.backward.rest();
-                self.bring(&mut state, rest)
+                match self.wants {
+                    // The others say themselves what they need.
+                    Some(_) => Ok(()),
+                    None => self.bring(&mut state, rest),
+                }
             }
         }
     }
@@ -212,8 +228,10 @@ impl Gatherer {
     fn find(&self, state: &mut State, place: usize, shard: &PlainTensor) -> Result<PlainTensor, Error> {
         let group = self.group_of[place];
         let again = state.backward.has_passed(group);
-        let before = state.backward.until(group);
-        self.bring(state, before)?;
+        if self.wants.is_none() {
+            let before = state.backward.until(group);
+            self.bring(state, before)?;
+        }
         let members = &self.groups[group].0;
         let index = members.iter().position(|member| *member == place).unwrap_or_default();
         if let Some(found) = state.live.get(&group).map(|wholes| &wholes[index])
@@ -245,9 +263,18 @@ impl Gatherer {
             live.retain(|group, _| backward.keeps(*group));
         }
         let began = Instant::now();
-        let wholes = match state.ahead.take() {
-            Some(ahead) if ahead.group == group && same_buffers(&ahead.shards, &shards) => ahead.wholes.wait()?,
-            _ => self.start(state, group, shards.clone())?.wait()?,
+        let wholes = match (&self.wants, state.ahead.take()) {
+            (Some(comm), _) => {
+                let want = match state.backward.is_under_way() {
+                    true => Want::Backward(group),
+                    false => Want::Forward(group),
+                };
+                self.gather_wanted(state, comm, want, None)?
+            }
+            (None, Some(ahead)) if ahead.group == group && same_buffers(&ahead.shards, &shards) => {
+                ahead.wholes.wait()?
+            }
+            (None, _) => self.start(state, group, shards.clone())?.wait()?,
         };
         state.waited += began.elapsed();
         let wholes = shards.into_iter().zip(wholes).map(|(shard, whole)| GatheredParam { shard, whole });
@@ -262,8 +289,8 @@ impl Gatherer {
         }
         state.follows.insert(state.recent, group);
         state.recent = [state.recent[1], Some(group)];
-        // Of what a leader says nothing is known beforehand.
-        if state.leader.is_some() || state.ahead.is_some() {
+        // Of what a leader says, or the others want, nothing is known beforehand.
+        if self.wants.is_some() || state.leader.is_some() || state.ahead.is_some() {
             return Ok(());
         }
         let Some(&next) = state.follows.get(&state.recent) else { return Ok(()) };
@@ -289,11 +316,16 @@ impl Gatherer {
 
     /// Gathers a parameter by itself: its rows are not those that the model had when it was last looked at.
     fn alone(&self, state: &mut State, place: usize, shard: &PlainTensor) -> Result<PlainTensor, Error> {
-        let number = (self.groups.len() + place) as u64 + 1;
-        self.announce(state, number)?;
-        let pack = Pack::new(vec![self.params[place].rows.clone()]);
         let began = Instant::now();
-        let whole = pack.gather_agreed(vec![shard.clone()], self.comms.parameters(), number)?;
+        let whole = match &self.wants {
+            Some(comm) => self.gather_wanted(state, comm, Want::Alone(place), Some(shard))?,
+            None => {
+                let number = (self.groups.len() + place) as u64 + 1;
+                self.announce(state, number)?;
+                let pack = Pack::new(vec![self.params[place].rows.clone()]);
+                pack.gather_agreed(vec![shard.clone()], self.comms.parameters(), number)?
+            }
+        };
         state.waited += began.elapsed();
         whole.into_iter().next().ok_or_else(|| Error::invalid("a sharded parameter", "nothing was gathered"))
     }
@@ -311,8 +343,9 @@ impl Gatherer {
         };
         let (group, rank) = (self.comms.control().group().clone(), self.comms.rank());
         let problem = format!(
-            "this rank uses {} where rank {leader} uses {}: with sharded parameters all ranks run the same layers in the same \
-             order; captured steps (`engine` \"captured\" in `parallelize`) may differ from rank to rank",
+            "this rank uses {} where rank {leader} uses {}: set `allow_unused_parameters` if ranks may use different parameters \
+             (`with_allow_unused_parameters(true)`; captured steps, `engine` \"captured\" in `parallelize`, allow it as they are); \
+             without it, all run the same layers in the same order where parameters are divided",
             name(number),
             name(said)
         );
@@ -400,7 +433,7 @@ impl Gatherer {
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

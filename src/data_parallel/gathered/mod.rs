@@ -22,6 +22,9 @@
 //!
 //! In a round in which a rank has no micro-batch, the first rank that has one says before each gather which it is, and
 //! the ranks without data take part in it ([`Gatherer::follow`]).
+//!
+//! # Ranks that use different parameters
+//! Every rank says before each gather what it wants, and all gather what comes first ([`wants`]).
 
 mod adapters;
 mod assemble;
@@ -32,6 +35,7 @@ mod merge;
 mod operation;
 mod row_shard;
 mod stand_in;
+mod wants;
 mod wrap;
 
 pub(super) use assemble::{assemble, hollow, shards_of};

@@ -17,6 +17,7 @@ use crate::comm::Communicator;
 use crate::data_parallel::config::DataParallelConfig;
 use crate::data_parallel::hook::HookGroup;
 use crate::data_parallel::reducer::Reducer;
+use crate::data_parallel::same_settings::agree_on_settings;
 use crate::data_parallel::structure::{Structure, broadcast_some};
 use crate::params::{LazyParam, LeafKind, ShardedIds, leaf, one_device, own_buffers, share_ids, visit_params};
 use crate::sharding::{Keep, Member, Pack, RankedParam, Rows, ShardComms, groups};
@@ -41,7 +42,9 @@ pub(in crate::data_parallel) fn shard_parameters<M: Module>(
     hooks: HookGroup,
 ) -> Result<(M, Arc<Reducer>, Arc<Gatherer>), Error> {
     config.check()?;
-    let (keep, device) = (config.keep, one_device(&module, "data_parallel")?.unwrap_or_else(Device::flex));
+    agree_on_settings(&config, group)?;
+    let (keep, different) = (config.keep, config.allow_unused_parameters);
+    let device = one_device(&module, "data_parallel")?.unwrap_or_else(Device::flex);
     if keep == Keep::Pass && group.rank() == 0 && keeps_views(&module) {
         log::warn!("{KEPT}");
     }
@@ -55,7 +58,11 @@ pub(in crate::data_parallel) fn shard_parameters<M: Module>(
     let (module, adapters) = take_adapters(module);
     let found = Inventory::of(&module, comms.ranks(), &adapters);
     let groups = groups(&found.members);
-    let gatherer = Arc::new(Gatherer::new(comms.clone(), keep, found.params, groups));
+    let wants = match different {
+        true => Some(comms.parameters().split_named("wanted", 0, comms.rank() as i64)?),
+        false => None,
+    };
+    let gatherer = Arc::new(Gatherer::new(comms.clone(), wants, keep, found.params, groups));
     let link = Link { gatherer: gatherer.clone(), reducer: Arc::downgrade(&reducer), hooks };
     let mut outcome = Ok(());
     let sharder = Sharder { comms: &comms, group, link, adapters, made: HashMap::new(), outcome: &mut outcome };

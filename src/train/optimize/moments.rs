@@ -19,12 +19,16 @@ struct Param {
     bytes: usize,
 }
 
-/// Demands that an optimizer has moments of no other parameters than those of `local`, and of their dims. Copies them,
-/// a few at a time, if there are any.
+/// Demands that an optimizer has moments of no other parameters than those of `local`, of their dims, and `others`. Copies
+/// those of `local`, a few at a time, if there are any.
 ///
 /// # Errors
 /// [`Error::Optimizer`] with the first that does not fit.
-pub(super) fn check<M: Module>(optim: &ModuleOptimizer, local: &M) -> Result<(), Error> {
+pub(super) fn check<M: Module>(
+    optim: &ModuleOptimizer,
+    local: &M,
+    others: impl IntoIterator<Item = ParamId>,
+) -> Result<(), Error> {
     let (mut params, mut seen) = (Vec::new(), HashSet::new());
     visit_floats(local, &mut |param| {
         if seen.insert(param.id()) {
@@ -34,7 +38,7 @@ pub(super) fn check<M: Module>(optim: &ModuleOptimizer, local: &M) -> Result<(),
         }
     });
     let unreadable = |problem: String| optimizer_error(format!("its state cannot be read: {problem}"));
-    let known = params.iter().map(|param| param.id).collect();
+    let known = params.iter().map(|param| param.id).chain(others).collect();
     if let Some(path) = stranger(optim, known).map_err(unreadable)? {
         return Err(optimizer_error(format!(
             "it has moments of `{path}` by an id that no parameter here has: load the state that was saved with this model, into an \

@@ -36,6 +36,7 @@ impl ShardedStep<'_> {
     /// [`Error::Optimizer`]; those of [`Communicator`](crate::comm::Communicator).
     pub fn run(self, shards: ShardParams, comms: &ShardComms) -> Result<ShardParams, Error> {
         let Self { optim, lr, mut grads, checked, split } = self;
+        let held: Vec<ParamId> = shards.0.iter().map(|shard| shard.param.id()).collect();
         let mut gradients = Vec::new();
         let mut with_gradient = |shard: &ShardParam| match shard.param.take_gradient(&mut grads) {
             Some(gradient) => {
@@ -64,7 +65,7 @@ impl ShardedStep<'_> {
             comms.control().fail(error.clone());
         };
         if new {
-            moments::check(optim, &all).inspect_err(fail)?;
+            moments::check(optim, &all, held).inspect_err(fail)?;
         }
         let tried = new.then(|| Updated::of(&all, &work.grads));
         let met = met.with_witness(&all, &work.grads);

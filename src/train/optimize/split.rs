@@ -50,7 +50,7 @@ impl SplitStep<'_> {
         };
         if parts.is_empty() {
             if new {
-                moments::check(optim, local(&model))?;
+                moments::check(optim, local(&model), [])?;
             }
             let tried = new.then(|| Updated::of(local(&model), &grads));
             let met = met.with_witness(local(&model), &grads);
@@ -64,7 +64,7 @@ impl SplitStep<'_> {
         let (owned, joined) = Joined::join(parts, &split, &mut grads)?;
         let all = WithOwned { owned, model };
         if new {
-            moments::check(optim, &all).inspect_err(fail)?;
+            moments::check(optim, &all, []).inspect_err(fail)?;
         }
         let tried = new.then(|| Updated::of(&all, &grads));
         let met = met.with_witness(&all, &grads);

@@ -303,6 +303,9 @@ fn ranks_that_use_other_layers_are_told_so() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("do not agree"), "{error}");
+    // First what helps.
+    let (setting, captured) = (error.find("allow_unused_parameters"), error.find("captured"));
+    assert!(setting.is_some() && setting < captured, "{error}");
 }
 
 /// Frozen parameters are divided too, and trained from some step on.

@@ -7,6 +7,7 @@ mod generation;
 mod parity;
 mod rules;
 mod splits;
+mod unused;
 mod wholes;
 
 use burn::module::{Module, ParamGroup};

@@ -134,11 +134,41 @@ fn settings_that_do_not_go_together_are_errors() {
     says(DataParallelConfig::new().with_sharding_ranks(2), "`sharding_ranks` is set, but `sharding` is \"none\"");
     says(config(Sharding::Gradients).with_keep(Keep::Step), "with `sharding` \"gradients\" none are");
     says(DataParallelConfig::new().with_keep(Keep::MicroBatch), "with `sharding` \"none\" none are");
+    says(config(Sharding::Optimizer).with_allow_unused_parameters(true), "with `sharding` \"optimizer\" none are");
     says(config(Sharding::Gradients).with_comm_hook(AllReduceHook), "a communication hook reduces whole gradients");
     says(
         config(Sharding::Parameters).with_compare_every(2),
         "`compare_every` compares parameters that replicas hold alike",
     );
+}
+
+/// Settings decide which collectives a rank calls: all are told who has another one, when they wrap.
+#[test]
+fn ranks_with_other_settings_are_told_so() {
+    let case = zoo::mlp();
+    let wrapped = |one: DataParallelConfig, others: DataParallelConfig| {
+        let ended = launch::threads(3).run(|rank| {
+            let config = if rank.rank() == 1 { &one } else { &others };
+            wrap(&rank, &case.model, config.clone()).map(drop)
+        });
+        let said = ended.unwrap_err().to_string();
+        assert!(said.contains("give all ranks the same `DataParallelConfig`"), "{said}");
+        said
+    };
+    let divided = || config(Sharding::Parameters);
+    let said = wrapped(divided().with_keep(Keep::Step), divided());
+    assert!(
+        said.contains("rank 1 of") && said.contains(r#"`keep = "step"`, and rank 0 with `keep = "pass"`"#),
+        "{said}"
+    );
+    let said = wrapped(divided().with_allow_unused_parameters(true), divided());
+    assert!(said.contains("`allow_unused_parameters = true`"), "{said}");
+    let said = wrapped(config(Sharding::Gradients), divided());
+    assert!(said.contains(r#"`sharding = "gradients"`"#), "{said}");
+    let said = wrapped(config(Sharding::None).with_comm_hook(AllReduceHook), config(Sharding::None));
+    assert!(said.contains("`comm_hook = present`"), "{said}");
+    let said = wrapped(config(Sharding::None).with_reduce_dtype(FloatDType::BF16), config(Sharding::None));
+    assert!(said.contains("`reduce_dtype = none`"), "{said}");
 }
 
 /// Gradients travel in 16 bits.
@@ -184,5 +214,32 @@ fn what_is_trained_may_change() {
     let expected = run(1, Sharding::None);
     for level in LEVELS {
         assert_close(&expected, &run(2, level), 3e-5, &format!("{level}"));
+    }
+}
+
+/// Parameters that get their first gradient in a later step, while those of the first step get none: their moments are no strangers.
+#[test]
+fn parameters_may_take_turns() {
+    use crate::common::models::{Numbers, device};
+    use crate::common::reference::{all_same, own, values};
+    use crate::zero_captured::branches::{WIDTH, layers, loss};
+    let run = |size: usize, config: DataParallelConfig, optim: &str| {
+        let ran = launch::threads(size).run(|rank| {
+            let mut model = own(&layers()).data_parallel(&rank, config.clone())?;
+            let mut optim = optimizer(optim);
+            for used in [[1, 0, 0, 0, 0], [0, 1, 0, 0, 1], [1, 1, 0, 0, 0]] {
+                let batch = (Numbers(3).tensor::<2>([2, WIDTH], &device()), used.map(|used| used == 1).to_vec());
+                let done = model.step(batch, |layers, batch| loss(layers, batch))?;
+                model = model.optimize(&mut optim, 1e-2, done)?;
+            }
+            Ok(values(&model.assemble()?))
+        });
+        ran.unwrap().swap_remove(0)
+    };
+    for optim in ["adamw", "muon"] {
+        let expected = run(1, DataParallelConfig::new(), optim);
+        for level in LEVELS {
+            all_same(&format!("{level}, {optim}"), &expected, &run(2, config(level), optim), 3e-4);
+        }
     }
 }

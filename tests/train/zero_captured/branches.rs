@@ -11,22 +11,22 @@ use crate::common::reference::{Wholes, all_same, filled, optimizer, own, values}
 const STEPS: usize = 4;
 
 /// Large enough that each layer is a group of its own; no number of ranks divides its rows.
-const WIDTH: usize = 131;
+pub const WIDTH: usize = 131;
 
-fn layers() -> Vec<Linear> {
+pub fn layers() -> Vec<Linear> {
     filled((0..5).map(|_| LinearConfig::new(WIDTH, WIDTH).init(&device())).collect())
 }
 
 /// Rows, and which layers they go through.
-type Batch = (Tensor<2>, Vec<bool>);
+pub type Batch = (Tensor<2>, Vec<bool>);
 
-fn loss(layers: &[Linear], (x, used): Batch) -> Tensor<1> {
+pub fn loss(layers: &[Linear], (x, used): Batch) -> Tensor<1> {
     let used = layers.iter().zip(used).filter(|(_, used)| *used);
     used.fold(x, |x, (layer, _)| layer.forward(x).tanh()).powi_scalar(2).mean()
 }
 
 /// What a replica trains on in a step: in the first all layers, in the others some, or nothing.
-fn share(step: usize, replica: usize) -> Vec<Batch> {
+pub fn share(step: usize, replica: usize) -> Vec<Batch> {
     let batch = |salt: usize, rows: usize, used: [usize; 5]| {
         let seed = (step * 97 + replica * 13 + salt) as u64;
         (Numbers(seed).tensor::<2>([rows, WIDTH], &device()), used.map(|used| used == 1).to_vec())
@@ -63,7 +63,7 @@ fn alone(replicas: usize) -> (Vec<(f64, f64)>, Wholes) {
     ran.unwrap().remove(0)
 }
 
-fn trains_like_one(ranks: usize, replicas: usize, strategy: &Strategy, what: &str) {
+pub fn trains_like_one(ranks: usize, replicas: usize, strategy: &Strategy, what: &str) {
     let (told, expected) = alone(replicas);
     let threads = launch::threads(ranks).timeout(std::time::Duration::from_secs(30));
     let ran = threads.run(|world| {

@@ -58,3 +58,41 @@ fn a_panic_ends_all() {
     let error = ended(|_| panic!("in the middle"));
     assert!(error.to_string().contains("in the middle"), "{error}");
 }
+
+/// What each rank is told that wraps layers of such widths with such a strategy.
+fn refused(of_rank: impl Fn(usize) -> (usize, Strategy) + Sync) -> Vec<String> {
+    let said = std::sync::Mutex::new(Vec::new());
+    let ended = launch::threads(3).timeout(Duration::from_secs(20)).run(|world| {
+        let (width, strategy) = of_rank(world.rank());
+        let layer = |_| LinearConfig::new(width, 6).init(&device());
+        let layers: Vec<Linear> = filled((0..3).map(layer).collect());
+        let error = layers.parallelize(&world, &strategy).map(drop).unwrap_err();
+        said.lock().unwrap().push(error.to_string());
+        Err::<(), _>(error)
+    });
+    ended.unwrap_err();
+    said.into_inner().unwrap()
+}
+
+/// Ranks that would gather other rows than the others, or at other times, are told so before they gather anything.
+#[test]
+fn ranks_that_would_gather_something_else_are_told_so() {
+    let keeping = |keep| {
+        let data = DataParallelConfig::new().with_sharding(Sharding::Parameters).with_keep(keep);
+        Strategy::new().with_data(data).with_engine(Engine::Captured)
+    };
+    let wide = refused(|rank| (if rank == 1 { 7 } else { 6 }, strategy()));
+    let kept = refused(|rank| (6, if rank == 2 { keeping(Keep::Step) } else { keeping(Keep::Pass) }));
+    assert_eq!((wide.len(), kept.len()), (3, 3), "all ranks return: {wide:?} {kept:?}");
+    for said in wide {
+        assert!(
+            said.contains("`0.weight`") && said.contains("[7, 6], sharded along dim 0 here and F32 [6, 6]"),
+            "{said}"
+        );
+        assert!(said.contains("build the same model on every rank"), "{said}");
+    }
+    for said in kept {
+        assert!(said.contains(r#"`keep = "step"`, and rank 0 with `keep = "pass"`"#), "{said}");
+        assert!(said.contains("give all ranks the same `DataParallelConfig`"), "{said}");
+    }
+}

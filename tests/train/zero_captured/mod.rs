@@ -1,6 +1,6 @@
 //! Replicas that divide parameters, gradients and optimizer state by rows, in captured steps.
 
-mod branches;
+pub mod branches;
 mod counted;
 mod failing;
 pub mod parity;
