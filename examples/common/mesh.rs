@@ -25,6 +25,7 @@ pub const STRATEGY_KEYS: &str = r#"Keys of a --strategy file, in TOML, with what
   sharding_ranks       all replicas
   keep                 "pass"; or "micro_batch", "step"
   noise_scale          false
+  allow_unused_parameters  false
   [tensor]
   plan                 needed if tp > 1: "megatron", "hugging_face", or a table of rules
   seed                 0

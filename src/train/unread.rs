@@ -43,6 +43,7 @@ pub(super) fn of_one_replica(data: &DataParallelConfig) -> Option<String> {
         ("sharding", data.sharding != usual.sharding),
         ("sharding_ranks", data.sharding_ranks != usual.sharding_ranks),
         ("keep", data.keep != usual.keep),
+        ("allow_unused_parameters", data.allow_unused_parameters != usual.allow_unused_parameters),
     ];
     let keys: Vec<String> = keys.iter().filter(|(_, set)| *set).map(|(key, _)| format!("`data.{key}`")).collect();
     (!keys.is_empty()).then(|| format!("nothing reads {}: there is one replica of the model", keys.join(", ")))
@@ -111,6 +112,7 @@ mod tests {
             ("sharding", "'optimizer'"),
             ("sharding_ranks", "1"),
             ("keep", "'step'"),
+            ("allow_unused_parameters", "true"),
         ] {
             let said = of_one_replica(&data(&format!("[data]\n{key} = {value}"))).unwrap();
             assert_eq!(said, format!("nothing reads `data.{key}`: there is one replica of the model"));
