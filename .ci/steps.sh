@@ -34,11 +34,11 @@ end_script() {
 }
 
 export CARGO_INCREMENTAL=0
-# Lints come with every build, and documentation with the doc tests: clippy's driver compiles this crate, as `cargo clippy`
-# has it, but for a build in place of a check. So no dependency is compiled a second time only to be looked at.
-RUSTC_WORKSPACE_WRAPPER=$(rustc --print sysroot)/bin/clippy-driver
+# Documentation comes with the doc tests (.ci/rustdoc), lints with every build.
+CLIPPY_DRIVER=$(rustc --print sysroot)/bin/clippy-driver
+RUSTC_WORKSPACE_WRAPPER=$PWD/.ci/rustc
 RUSTDOC=$PWD/.ci/rustdoc
-export RUSTC_WORKSPACE_WRAPPER RUSTDOC CLIPPY_ARGS="-D__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__"
+export CLIPPY_DRIVER RUSTC_WORKSPACE_WRAPPER RUSTDOC CLIPPY_ARGS="-D__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__"
 step_name= step_scratch=$(mktemp) step_first=no
 if [ -z "${STEPS:-}" ]; then
     step_first=yes

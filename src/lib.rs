@@ -74,8 +74,6 @@ mod error;
 mod forms;
 pub mod graph;
 pub mod hf;
-#[cfg(test)]
-mod imports;
 pub mod launch;
 pub mod layout;
 pub mod mesh;
@@ -87,6 +85,8 @@ pub mod partition;
 pub mod pipeline_parallel;
 pub mod plan;
 pub mod sharding;
+#[cfg(test)]
+mod sources;
 pub mod step;
 pub mod tensor;
 mod tensor_file;

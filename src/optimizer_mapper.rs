@@ -3,7 +3,8 @@
 use crate::Error;
 use crate::error::throw;
 
-/// What is in the names of the mappers by which a `ModuleOptimizer` and `LBFGS` update modules, and of the visitors of the latter.
+/// What is in the names of the mappers by which a `ModuleOptimizer` and `LBFGS` update modules, and of the visitors of
+/// the latter.
 const BY_PARAMETER: &str = "ModuleOptimizerMapper";
 const AT_ONCE: &str = "::lbfgs::";
 
@@ -16,8 +17,8 @@ pub(crate) fn is_optimizer<Mapper>() -> bool {
 /// Refuses an optimizer that looks at all parameters at once.
 ///
 /// # Panics
-/// If the mapper or visitor is that of `LBFGS`: on each rank it would see other parameters, and make another update of them. There
-/// is no other way out of a mapper. The run ends with [`Error::Optimizer`].
+/// If the mapper or visitor is that of `LBFGS`: on each rank it would see other parameters, and make another update of
+/// them. There is no other way out of a mapper. The run ends with [`Error::Optimizer`].
 pub(crate) fn refuse_at_once<Mapper>(wrapper: &str) {
     if std::any::type_name::<Mapper>().contains(AT_ONCE) {
         let problem = format!(

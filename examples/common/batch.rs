@@ -56,7 +56,8 @@ pub struct GrowthFlags {
     #[arg(long)]
     pub noise_scale: bool,
 
-    /// Doubles the batch, up to so many rows, whenever the noise scale is beyond the doubled one; the learning rate grows by the root
+    /// Doubles the batch, up to so many rows, whenever the noise scale is beyond the doubled one; the learning rate
+    /// grows by the root
     #[arg(long, value_name = "MOST", value_parser = up_to::<1_000_000>)]
     pub grow_batch: Option<usize>,
 }
@@ -101,8 +102,8 @@ pub fn trial() -> Option<usize> {
     env::var(TRIAL).ok()?.parse().ok()
 }
 
-/// How many rows, of at most so many, are known to go through every layer at once with no more than so many bytes on all
-/// ranks together, which are threads. `make` makes the whole model, and `batch` inputs of so many rows.
+/// How many rows, of at most so many, are known to go through every layer at once with no more than so many bytes on
+/// all ranks together, which are threads. `make` makes the whole model, and `batch` inputs of so many rows.
 ///
 /// # Errors
 /// If the model cannot be spread, or its step not captured.
@@ -130,9 +131,9 @@ pub fn known_to_fit<M: Module, I: TensorTree + Clone>(
     Ok(known[0])
 }
 
-/// The most rows, at most `most`, that go through every layer at once on each replica. `known` says how many of so many are known
-/// to need no more than so many bytes on all ranks together. This process takes no step for it: children do, with a
-/// limit on their memory, which are this program with the same arguments and [`trial`].
+/// The most rows, at most `most`, that go through every layer at once on each replica. `known` says how many of so many
+/// are known to need no more than so many bytes on all ranks together. This process takes no step for it: children do,
+/// with a limit on their memory, which are this program with the same arguments and [`trial`].
 ///
 /// # Errors
 /// What `known` and trials return; if not even one row fits.
@@ -179,8 +180,8 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// What the flags say, a run of so many steps that begins with so many rows; or what a checkpoint said before as far
-    /// as the flags still do.
+    /// What the flags say, a run of so many steps that begins with so many rows; or what a checkpoint said before as
+    /// far as the flags still do.
     pub fn begin(self, rows: usize, flags: GrowthFlags, steps: usize) -> Result<Self, Error> {
         let grow = match (flags.grow_batch, self.grow) {
             (None, _) => None,

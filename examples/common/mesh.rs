@@ -50,8 +50,8 @@ pub struct MeshFlags {
     #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
     ranks: Option<usize>,
 
-    /// How many replicas of the model share each batch: data parallelism [default: as many as there are ranks for, after
-    /// --pp and --tp]
+    /// How many replicas of the model share each batch: data parallelism [default: as many as there are ranks for,
+    /// after --pp and --tp]
     #[arg(long, value_name = "N", value_parser = up_to::<1024>)]
     dp: Option<usize>,
 
@@ -150,8 +150,8 @@ impl Mesh {
         }
     }
 
-    /// Whether a model of so many layers can be cut into the stages of a pipeline, where the file does not say how: each
-    /// layer has two blocks, attention and MLP, and embedding and head are one each.
+    /// Whether a model of so many layers can be cut into the stages of a pipeline, where the file does not say how:
+    /// each layer has two blocks, attention and MLP, and embedding and head are one each.
     pub fn every_stage(&self, strategy: &Strategy, layers: usize) -> Result<(), String> {
         let Axes { pp, .. } = self.axes;
         let Some(pipeline) = strategy.pipeline.as_ref().filter(|pipeline| pp > 1 && pipeline.cut == Cut::Balanced)

@@ -1,9 +1,9 @@
-//! Points at which the tests end a process in the middle of a save.
+//! The points of a save of a checkpoint at which tests end the process.
 
 pub(super) use crate::tensor_file::fault::point;
 
 #[cfg(test)]
-pub(super) use crate::tensor_file::fault::{STALL, VARIABLE};
+pub(super) use crate::tensor_file::fault::STALL;
 
 /// All points, in their order.
 #[cfg(test)]

@@ -3,43 +3,23 @@
 #![cfg(unix)]
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor};
 
-use super::fault::{POINTS, STALL, VARIABLE};
+use super::fault::{POINTS, STALL};
 use super::{CheckpointOptions, Checkpointer, TrainState};
 use crate::Error;
 use crate::data_parallel::{DataParallel, DataParallelConfig};
 use crate::launch::{self, Rank};
+use crate::tensor_file::killed::{self, Dir, killed, two_ranks};
 use crate::train::ParallelModule;
 
 /// Where a rank in a process of its own saves.
 const DIR: &str = "BURN_PARALLEL_TEST_CHECKPOINTS";
-
-struct Dir(PathBuf);
-
-impl Dir {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!(
-            "burn-parallel-killed-{}-{}",
-            name.replace(' ', "-"),
-            std::process::id()
-        ));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-}
-
-impl Drop for Dir {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
 
 /// A model whose values are all the number of a step.
 fn model(step: u64) -> Linear {
@@ -93,12 +73,8 @@ fn some_ranks() {
 }
 
 fn helper(dir: &Dir, kill: Option<&str>) -> Command {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "checkpoint::tests::some_ranks", "--ignored"]).env(DIR, &dir.0);
-    command.stdout(Stdio::null()).stderr(Stdio::null());
-    if let Some(point) = kill {
-        command.env(VARIABLE, point);
-    }
+    let mut command = killed::helper("checkpoint::tests::some_ranks", kill);
+    command.env(DIR, &dir.0);
     command
 }
 
@@ -113,15 +89,10 @@ fn goes_on(dir: &Dir, at: &str) -> u64 {
     step
 }
 
-fn killed(mut child: Child) -> bool {
-    use std::os::unix::process::ExitStatusExt;
-    child.wait().unwrap().signal() == Some(libc::SIGKILL)
-}
-
 #[test]
 fn all_ranks_are_killed_at_every_point() {
     for point in POINTS {
-        let dir = Dir::new(point);
+        let dir = Dir::new();
         assert!(helper(&dir, None).status().unwrap().success());
         // The first of two saves after step 2.
         assert!(killed(helper(&dir, Some(point)).spawn().unwrap()), "{point}");
@@ -136,18 +107,10 @@ fn one_rank_is_killed_at_every_point() {
     for (rank, point) in
         [(0, "draft made"), (1, "half written"), (0, "tensors written"), (0, "index written"), (1, "planned")]
     {
-        let dir = Dir::new(&format!("{rank} {point}"));
+        let dir = Dir::new();
         assert!(helper(&dir, None).status().unwrap().success());
-        let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port().to_string();
-        let start = |own: usize| {
-            let mut command = helper(&dir, (own == rank).then_some(point));
-            command.env("RANK", own.to_string()).env("LOCAL_RANK", own.to_string()).env("WORLD_SIZE", "2");
-            command.env("LOCAL_WORLD_SIZE", "2").env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port);
-            command.env("BURN_PARALLEL_TIMEOUT_S", "20").spawn().unwrap()
-        };
-        let mut ranks = vec![start(0), start(1)];
-        let other = ranks.remove(1 - rank);
-        assert!(killed(ranks.remove(0)), "{rank} {point}");
+        let (victim, other) = two_ranks(rank, |kill| helper(&dir, kill.then_some(point)));
+        assert!(killed(victim), "{rank} {point}");
         let outcome = other.wait_with_output().unwrap();
         assert!(!outcome.status.success(), "{rank} {point}");
         assert_eq!(goes_on(&dir, point), 2, "{rank} {point}");
@@ -176,9 +139,8 @@ fn onto_a_disk_that_does_not_answer() {
 
 #[test]
 fn a_run_ends_though_the_disk_does_not_answer() {
-    let dir = Dir::new("stalled");
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "checkpoint::tests::onto_a_disk_that_does_not_answer", "--ignored"]);
-    command.env(DIR, &dir.0).env(STALL, "half written").stdout(Stdio::null()).stderr(Stdio::null());
+    let dir = Dir::new();
+    let mut command = killed::helper("checkpoint::tests::onto_a_disk_that_does_not_answer", None);
+    command.env(DIR, &dir.0).env(STALL, "half written");
     assert!(command.status().unwrap().success());
 }

@@ -44,6 +44,8 @@ mod group_names;
 pub(crate) mod host_buffer;
 pub mod local;
 pub(crate) mod lock;
+#[cfg(any(feature = "cuda", test))]
+mod message_header;
 mod message_passing;
 #[cfg(feature = "mpi")]
 pub mod mpi;
@@ -57,6 +59,8 @@ mod part;
 mod payload;
 mod pending;
 mod point_to_point;
+#[cfg(any(feature = "cuda", test))]
+mod posted_receives;
 pub(crate) mod receive_buffer;
 pub(crate) mod reduce;
 #[cfg(any(feature = "cuda", test))]

@@ -155,8 +155,8 @@ fn batch_norms(inventory: &Inventory) -> Vec<BatchNormIds> {
 
 /// The next value of every running statistic that the forward pass updates.
 ///
-/// burn hands an update to the `RunningState`, which keeps it out of reach of visitors. So it is found in the operations:
-/// `BatchNorm` computes `running * (1 - momentum) + batch * momentum` and nothing reads the sum.
+/// burn hands an update to the `RunningState`, which keeps it out of reach of visitors. So it is found in the
+/// operations: `BatchNorm` computes `running * (1 - momentum) + batch * momentum` and nothing reads the sum.
 fn running_updates(
     inventory: &Inventory,
     running: &HashSet<ParamId>,

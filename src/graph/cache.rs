@@ -22,16 +22,16 @@ use crate::tensor::{TensorMapper, TensorTree, place};
 
 type Pass = Box<dyn Fn(&mut StepGraph) -> Result<(), Error> + Send>;
 
-/// Executors by what their graph was captured for: the closure, shapes and dtypes of inputs and parameters, training flags,
-/// trainable parameters.
+/// Executors by what their graph was captured for: the closure, shapes and dtypes of inputs and parameters, training
+/// flags, trainable parameters.
 ///
 /// Closures are told apart by where they are written. One that captures nothing of what is around it is called only to
-/// capture. One that captures something (a factor, a reference, a function pointer) may compute something else the next time: it
-/// is captured anew at every step, 1 to 2 ms a layer, and the last graph runs if both are equal. What
-/// changes from step to step is better an input. Changes of plain fields of the module (a dropout probability) and of statics
-/// are not noticed: [`clear`](Self::clear) then. A graph holds operations and constants, no weights. Of steps and of forwards so
-/// many are kept, 16 unless [said otherwise](Self::with_most): one that was thrown out is captured anew when it comes again, so
-/// pad batches, at least the last, to few different shapes.
+/// capture. One that captures something (a factor, a reference, a function pointer) may compute something else the next
+/// time: it is captured anew at every step, 1 to 2 ms a layer, and the last graph runs if both are equal. What changes
+/// from step to step is better an input. Changes of plain fields of the module (a dropout probability) and of statics
+/// are not noticed: [`clear`](Self::clear) then. A graph holds operations and constants, no weights. Of steps and of
+/// forwards so many are kept, 16 unless [said otherwise](Self::with_most): one that was thrown out is captured anew
+/// when it comes again, so pad batches, at least the last, to few different shapes.
 pub struct GraphCache {
     ops: CustomOps,
     pass: Pass,
@@ -64,8 +64,8 @@ impl GraphCache {
         Self { ops, pass: Box::new(pass), executors: Recent::new(GRAPHS), forwards: Recent::new(GRAPHS) }
     }
 
-    /// Sets how many graphs of steps, and as many of forwards, are kept: those used last, and at least one. Where graphs have
-    /// collectives in them, all ranks must keep the same number. Forgets all graphs.
+    /// Sets how many graphs of steps, and as many of forwards, are kept: those used last, and at least one. Where
+    /// graphs have collectives in them, all ranks must keep the same number. Forgets all graphs.
     pub fn with_most(self, graphs: usize) -> Self {
         Self { executors: Recent::new(graphs), forwards: Recent::new(graphs), ..self }
     }
@@ -91,8 +91,8 @@ impl GraphCache {
         self.executor_of(signature, inputs, StepFn::new::<F>(&mut call), || model.clone())
     }
 
-    /// As [`executor`](Self::executor), of a closure that is known already, for a model of this signature that is made only if it
-    /// is captured now.
+    /// As [`executor`](Self::executor), of a closure that is known already, for a model of this signature that is made
+    /// only if it is captured now.
     pub(crate) fn executor_of<M, I>(
         &mut self,
         signature: Signature,

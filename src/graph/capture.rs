@@ -1,9 +1,9 @@
 //! Captures a training step of an unmodified module.
 //!
 //! burn's capture device records tensor code, but has no autodiff of its own: `Device::capture().autodiff()` panics. So
-//! the leaves are made here, on `Autodiff<CaptureBackend>`, and the concrete backward of that backend is called. Parameters
-//! and inputs enter as tensors *without data*: nothing is copied, and a `forward` that reads them on the host fails
-//! instead of freezing what it read.
+//! the leaves are made here, on `Autodiff<CaptureBackend>`, and the concrete backward of that backend is called.
+//! Parameters and inputs enter as tensors *without data*: nothing is copied, and a `forward` that reads them on the
+//! host fails instead of freezing what it read.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -27,18 +27,19 @@ use crate::tensor::TensorTree;
 
 /// Records one training step of `model`: `loss` on `inputs`, and the backward pass.
 ///
-/// The module is taken in training mode, as after [`Module::train`]: parameters require gradients and flags are on unless
-/// they were frozen. `model` and `inputs` stay as they are, on whatever device with or without autodiff. The inputs give
-/// shapes and dtypes only. `loss` must be computed from the module and the inputs that the closure is given; it must have
-/// one element. A [`Loss`] that says over how many items it is taken is captured as a sum that comes with its number of items.
-/// Further outputs are returned beside it: `|model, x| (loss, (logits, accuracy))`.
+/// The module is taken in training mode, as after [`Module::train`]: parameters require gradients and flags are on
+/// unless they were frozen. `model` and `inputs` stay as they are, on whatever device with or without autodiff. The
+/// inputs give shapes and dtypes only. `loss` must be computed from the module and the inputs that the closure is
+/// given; it must have one element. A [`Loss`] that says over how many items it is taken is captured as a sum that
+/// comes with its number of items. Further outputs are returned beside it: `|model, x| (loss, (logits, accuracy))`.
 ///
-/// If the module's device checkpoints gradients ([`Device::gradient_checkpointing`]), the recomputation is in the graph.
+/// If the module's device checkpoints gradients ([`Device::gradient_checkpointing`]), the recomputation is in the
+/// graph.
 ///
 /// # Errors
-/// [`Error::Graph`] saying what to do, if the step cannot be recorded (see [the module page](super)), if the loss has more
-/// than one element, or does not depend on a trainable parameter. burn reports some of these as panics, which are caught;
-/// their message still goes through the panic hook.
+/// [`Error::Graph`] saying what to do, if the step cannot be recorded (see [the module page](super)), if the loss has
+/// more than one element, or does not depend on a trainable parameter. burn reports some of these as panics, which are
+/// caught; their message still goes through the panic hook.
 pub fn capture_step<M, I, F, R>(model: &M, inputs: I, loss: F) -> Result<StepGraph, Error>
 where
     M: Module,

@@ -6,11 +6,12 @@
 //! of other parameters, has another.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use burn::module::ParamId;
 
 use crate::Error;
+use crate::comm::lock::lock;
 
 /// The state that an optimizer has of a parameter: the names of what it keeps, with the dims of tensors.
 pub type StateLayout = Vec<(String, Vec<usize>)>;
@@ -94,6 +95,6 @@ impl CheckedOptimizers {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<usize, Checked>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }

@@ -65,18 +65,19 @@ impl CustomOps {
     /// default: additions and products with what they broadcast, masks, casts and activations, and the sums, means and
     /// maxima along the last dim between them, so that a softmax or a norm is one loop. On the host only; on other
     /// devices burn fuses itself. Tensors from 256 KiB on are made in memory that is kept from step to step, as long as
-    /// anything on this thread holds these operations: those that end within the step at places that were planned for them, in one
-    /// block as large as the largest of these steps needs; its results elsewhere, and one that is dropped anywhere goes back there.
+    /// anything on this thread holds these operations: those that end within the step at places that were planned for
+    /// them, in one block as large as the largest of these steps needs; its results elsewhere, and one that is dropped
+    /// anywhere goes back there.
     ///
-    /// Attention runs in tiles of some rows, if the step has made both its factors and nothing but itself reads its scores
-    /// and weights: product, scaling, masks, softmax and product in one operation, and their backward in another that makes
-    /// the scores anew, so that none is in memory as a whole. Columns that a mask leaves to none of a tile's rows, as a causal
-    /// one half of them, are left out where their weights are 0; a value that is no number and that no row sees does not
-    /// reach the results then, which it does one by one, as a product with 0.
+    /// Attention runs in tiles of some rows, if the step has made both its factors and nothing but itself reads its
+    /// scores and weights: product, scaling, masks, softmax and product in one operation, and their backward in another
+    /// that makes the scores anew, so that none is in memory as a whole. Columns that a mask leaves to none of a tile's
+    /// rows, as a causal one half of them, are left out where their weights are 0; a value that is no number and that
+    /// no row sees does not reach the results then, which it does one by one, as a product with 0.
     ///
-    /// Numbers are those of the operations one by one, but for sums, those of products too, which are added in another order, and for `exp`,
-    /// `log`, `tanh` and `erf` in `f32`, which are within 0.55 units in the last place of the exact value (burn's
-    /// within 1). Turn it off to have burn's very operations, or to see which of them fails.
+    /// Numbers are those of the operations one by one, but for sums, those of products too, which are added in another
+    /// order, and for `exp`, `log`, `tanh` and `erf` in `f32`, which are within 0.55 units in the last place of the
+    /// exact value (burn's within 1). Turn it off to have burn's very operations, or to see which of them fails.
     pub fn with_fusion(mut self, fusion: bool) -> Self {
         self.fusion = fusion;
         self

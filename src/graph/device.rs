@@ -27,8 +27,8 @@ thread_local! {
     static DEVICES: RefCell<Vec<(Dtypes, Result<CaptureDevice, Error>)>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The capture device of this thread with the default dtypes of a device: an index made inside the step must have the dtype of
-/// one that comes from outside.
+/// The capture device of this thread with the default dtypes of a device: an index made inside the step must have the
+/// dtype of one that comes from outside.
 pub(crate) fn capture_device_like(home: &Device) -> Result<CaptureDevice, Error> {
     let settings = home.settings();
     let dtypes = (settings.float_dtype, settings.int_dtype, settings.bool_dtype);

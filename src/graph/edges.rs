@@ -21,8 +21,8 @@ pub(crate) struct EdgeTensor {
     pub(crate) dtype: DType,
 }
 
-/// Inputs become capture tensors without data; for training on autodiff, as a batch made on the training device would be:
-/// dropout and batch norm ask their input whether this is training.
+/// Inputs become capture tensors without data; for training on autodiff, as a batch made on the training device would
+/// be: dropout and batch norm ask their input whether this is training.
 pub(crate) struct CaptureInputs {
     device: CaptureDevice,
     strategy: Option<GradientCheckpointingStrategy>,

@@ -1,7 +1,7 @@
 //! The engines of steps: what runs the micro-batches of a model, whatever the model is spread over.
 //!
-//! A [`StepEngine`] runs forward and backward of one micro-batch and gives gradients away as they come: to a sum, or to the
-//! reduction over replicas.
+//! A [`StepEngine`] runs forward and backward of one micro-batch and gives gradients away as they come: to a sum, or to
+//! the reduction over replicas.
 
 use std::collections::{HashMap, HashSet};
 
@@ -24,7 +24,8 @@ pub trait GradientSink {
     /// Before anything runs: the parameters whose gradients will come, if that is known.
     fn expect(&mut self, gradients: &[ParamId]) -> Result<(), Error>;
 
-    /// How many items the loss of the micro-batch counts for; gradients are those of the sum over them, divided by `unit`.
+    /// How many items the loss of the micro-batch counts for; gradients are those of the sum over them, divided by
+    /// `unit`.
     fn weight(&mut self, weight: f64, unit: f64) -> Result<(), Error>;
 
     /// A gradient, or a part of one.
@@ -33,7 +34,8 @@ pub trait GradientSink {
 
 /// What a micro-batch gave beside its gradients.
 pub struct MicroBatch {
-    /// A tensor of one element, and what it is to be multiplied by to be the sum of losses. None if it counts for nothing.
+    /// A tensor of one element, and what it is to be multiplied by to be the sum of losses. None if it counts for
+    /// nothing.
     pub loss: Option<(Tensor<1>, f64)>,
     /// The further outputs of the closure.
     pub outputs: Vec<Vec<PlainTensor>>,
@@ -82,8 +84,8 @@ pub trait StepEngine: Module {
         Ok(())
     }
 
-    /// Runs forward and backward of a micro-batch. Gradients are those of the sum over its items, divided by `unit`; by one
-    /// that suits the engine if there is none.
+    /// Runs forward and backward of a micro-batch. Gradients are those of the sum over its items, divided by `unit`; by
+    /// one that suits the engine if there is none.
     fn run<I: TensorTree + Clone>(
         &mut self,
         inputs: I,
@@ -104,8 +106,8 @@ pub trait StepEngine: Module {
         keeps: bool,
     ) -> Result<usize, Error>;
 
-    /// Completes the gradients of a micro-batch that only other replicas have: those of this rank's rows, as the replicas have
-    /// summed them up.
+    /// Completes the gradients of a micro-batch that only other replicas have: those of this rank's rows, as the
+    /// replicas have summed them up.
     fn complete(&mut self, _gradients: &mut HashMap<ParamId, PlainTensor>) -> Result<(), Error> {
         Ok(())
     }
@@ -115,7 +117,8 @@ pub trait StepEngine: Module {
         true
     }
 
-    /// The dims that this rank's part of a parameter will have, if the rank does not hold it, but may once the model is cut.
+    /// The dims that this rank's part of a parameter will have, if the rank does not hold it, but may once the model is
+    /// cut.
     fn later_dims(&self, _id: ParamId) -> Option<Vec<usize>> {
         None
     }
@@ -195,7 +198,8 @@ pub trait StepEngine: Module {
     /// Notes the rows that it holds now: a forward that is called directly gathers them in groups then, as a step does.
     fn rows_changed(&self) {}
 
-    /// Before a micro-batch that some of the replicas that divide parameters among themselves do not have: the first that has it.
+    /// Before a micro-batch that some of the replicas that divide parameters among themselves do not have: the first
+    /// that has it.
     fn begin_uneven(&self, _leader: usize) {}
 
     /// After it, on a replica that had it.

@@ -25,12 +25,12 @@ use crate::tensor::{PlainTensor, TensorTree};
 
 /// Runs a [`StepGraph`] on the device of the model, any number of times.
 ///
-/// Each step takes parameters and running statistics from the module and the batch from the inputs, sharing their buffers,
-/// and frees every intermediate at its last use. Random operations draw new numbers each time. Only the constants of the
-/// graph stay between steps.
+/// Each step takes parameters and running statistics from the module and the batch from the inputs, sharing their
+/// buffers, and frees every intermediate at its last use. Random operations draw new numbers each time. Only the
+/// constants of the graph stay between steps.
 ///
-/// On the host, groups of element-wise operations run as one loop each; [`CustomOps::with_fusion`] says how exactly, and turns it
-/// off.
+/// On the host, groups of element-wise operations run as one loop each; [`CustomOps::with_fusion`] says how exactly,
+/// and turns it off.
 ///
 /// Ranks that are threads need running statistics of their own: `model.clone().fork(&device)` still shares them between
 /// clones (so in eager burn too), `.train()` after it gives each its own.
@@ -91,20 +91,30 @@ impl Executor {
         })
     }
 
-    /// What one step needs of memory beside parameters, inputs and constants.
+    /// What one step needs of memory beside parameters, inputs and constants: on the host, until a step has run on
+    /// another device.
     pub fn memory(&self) -> MemoryEstimate {
         let one_by_one = MemoryEstimate::of_program(&self.program);
         self.planned.map_or(one_by_one, |[peak, _]| MemoryEstimate { peak, ..one_by_one })
     }
 
-    /// The most bytes that are alive at once, if results leave when they are given.
-    pub(crate) fn memory_giving(&self) -> usize {
-        self.planned.map_or_else(|| Alive::giving().run(&self.program), |[_, giving]| giving)
+    /// The most bytes that are alive at once in a step on a device, which may not have run there yet, if results stay,
+    /// or if they leave when they are given.
+    pub(crate) fn memory_on(&self, device: &Device, keeps: bool) -> usize {
+        let peak = |program: &[Instruction]| match keeps {
+            true => MemoryEstimate::of_program(program).peak,
+            false => Alive::giving().run(program),
+        };
+        match self.planned {
+            Some(needed) if fuses_on(device) => needed[usize::from(!keeps)],
+            Some(_) => peak(&program(&self.graph, false).instructions),
+            None => peak(&self.program),
+        }
     }
 
-    /// Runs one step: loss and gradients of `model` on `inputs`. Running statistics of `model` are updated as by an eager
-    /// forward, seen by all its clones. A [`Loss`](crate::step::Loss) over items and its gradients are divided by their
-    /// number.
+    /// Runs one step: loss and gradients of `model` on `inputs`. Running statistics of `model` are updated as by an
+    /// eager forward, seen by all its clones. A [`Loss`](crate::step::Loss) over items and its gradients are divided by
+    /// their number.
     ///
     /// # Errors
     /// [`Error::Graph`] if the model or the inputs do not fit the graph, or an operation panics; the error of a custom
@@ -149,8 +159,8 @@ impl Executor {
         Ok(StepOutputs { loss, weight, outputs: results.outputs })
     }
 
-    /// As [`step`](Self::step), but hands each gradient to `on_gradient` as soon as it is computed, while the rest of the
-    /// backward pass is still to run: a reduction that starts here overlaps with it.
+    /// As [`step`](Self::step), but hands each gradient to `on_gradient` as soon as it is computed, while the rest of
+    /// the backward pass is still to run: a reduction that starts here overlaps with it.
     ///
     /// Gradients come in the order of the backward pass, the same on every rank, once per parameter, and have the
     /// parameter's shape and dtype (not necessarily contiguous). Turn what becomes of them into burn's

@@ -34,9 +34,9 @@ pub struct ForwardGraph<O> {
 
 /// Records a forward pass of `model` in evaluation mode, as after [`Module::valid`]: `forward` on `inputs`.
 ///
-/// Dropout is off, batch norms take their running statistics, nothing is differentiated. What `forward` gives is a tensor
-/// or a structure of tensors, anything that implements [`TensorTree`]; what is not a tensor in it is that of the capture
-/// at every execution. `model` and `inputs` stay as they are; the inputs give shapes and dtypes only.
+/// Dropout is off, batch norms take their running statistics, nothing is differentiated. What `forward` gives is a
+/// tensor or a structure of tensors, anything that implements [`TensorTree`]; what is not a tensor in it is that of the
+/// capture at every execution. `model` and `inputs` stay as they are; the inputs give shapes and dtypes only.
 ///
 /// # Errors
 /// As [`capture_step`](super::capture_step), but for what concerns the loss.

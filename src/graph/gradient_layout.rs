@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use burn::module::ParamId;
 
+use crate::comm::lock::lock;
 use crate::comm::{Communicator, Counters};
 
 /// How the parameters of a model lie over ranks.
@@ -17,8 +18,8 @@ pub struct GradientLayout {
     pub elsewhere: HashSet<ParamId>,
     /// This rank in the world.
     pub rank: usize,
-    /// The group over which gradients were averaged, and the path of the first parameter of which this rank brought a gradient
-    /// that was not finite.
+    /// The group over which gradients were averaged, and the path of the first parameter of which this rank brought a
+    /// gradient that was not finite.
     pub averaged: Option<(Communicator, Option<Arc<str>>)>,
     /// Whether the caller has said how layers that are split by hand lie.
     pub by_hand: bool,
@@ -77,6 +78,6 @@ impl ClipRecord {
     }
 
     fn communicated(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, Counters>> {
-        self.0.communicated.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0.communicated)
     }
 }

@@ -8,8 +8,8 @@ use super::operation::op_name;
 use super::step::StepGraph;
 
 impl fmt::Display for StepGraph {
-    /// One line for each operation: its outputs with their dims, its name, its inputs. Of a custom operation there are the
-    /// scalars too, but for the last, which may differ from rank to rank.
+    /// One line for each operation: its outputs with their dims, its name, its inputs. Of a custom operation there are
+    /// the scalars too, but for the last, which may differ from rank to rank.
     ///
     /// ```text
     /// %17 [4, 5, 24] = Module.Linear %12 %1 %2

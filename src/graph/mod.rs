@@ -2,15 +2,15 @@
 //!
 //! An eager wrapper cannot reach inside an unmodified `forward`. Here the step (forward, loss and backward) of an
 //! ordinary [`Module`](burn::module::Module) is recorded once with [`capture_step`], or a forward alone with
-//! [`capture_forward`], which yields a [`StepGraph`]: burn-ir operations with the parameters, inputs and results named. Passes
-//! rewrite that list:
+//! [`capture_forward`], which yields a [`StepGraph`]: burn-ir operations with the parameters, inputs and results named.
+//! Passes rewrite that list:
 //!
 //! - [`counter_based_rng`] has every rank draw the random numbers of one device,
 //! - [`partition`](crate::partition::partition) splits the step over the ranks of a mesh axis,
 //! - [`sync_batch_norm`](crate::data_parallel::sync_batch_norm) puts a collective after every batch statistic.
 //!
-//! An [`Executor`] then runs it on the model's device at each step with the current parameters and new inputs, without a
-//! tape. On the host it runs groups of element-wise operations as one loop each ([`CustomOps::with_fusion`]).
+//! An [`Executor`] then runs it on the model's device at each step with the current parameters and new inputs, without
+//! a tape. On the host it runs groups of element-wise operations as one loop each ([`CustomOps::with_fusion`]).
 //!
 //! ```
 //! use burn::{nn::{Linear, LinearConfig}, prelude::*};
@@ -36,8 +36,8 @@
 //!
 //! # What cannot be captured (each is an [`Error::Graph`])
 //! A host read in `forward` (`into_scalar`, `into_data`), `to_device` of a float tensor in `forward`, one `BatchNorm`
-//! called twice in one forward (burn 0.22 moves its running statistics with `to_device`), a `RunningState` that is not a
-//! `BatchNorm`'s, quantized parameters.
+//! called twice in one forward (burn 0.22 moves its running statistics with `to_device`), a `RunningState` that is not
+//! a `BatchNorm`'s, quantized parameters.
 //!
 //! [`Error::Graph`]: crate::Error::Graph
 

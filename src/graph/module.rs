@@ -71,7 +71,8 @@ pub(crate) fn read_params<M: Module>(
     read.failed.map_or(Ok(read.values), Err)
 }
 
-/// As [`read_params`], with the one device, without autodiff, of all parameters of the module; `None` if there are none.
+/// As [`read_params`], with the one device, without autodiff, of all parameters of the module; `None` if there are
+/// none.
 ///
 /// # Errors
 /// Those of [`read_params`] and of [`one_device`].

@@ -1,7 +1,7 @@
 //! Which layer of the model an operation belongs to, for messages and reports.
 //!
-//! burn does not say when a module is entered in a forward pass. But parameters have paths: an operation that reads one belongs
-//! to the layer that holds it, and any other to the layer from which the latest of what it reads came.
+//! burn does not say when a module is entered in a forward pass. But parameters have paths: an operation that reads one
+//! belongs to the layer that holds it, and any other to the layer from which the latest of what it reads came.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -1,13 +1,14 @@
 //! A counter-based random number generator, of which each rank draws its part.
 //!
-//! burn draws from one generator of the process, in the order in which operations happen to run: ranks cannot share out such
-//! numbers. [`counter_based_rng`] replaces every random operation by one in which each element's number is a function of the
-//! seed, the replica, the step, the operation's number and the element's place in the whole tensor: a counter-based generator in the
-//! sense of Salmon et al., [Parallel random numbers: as easy as 1, 2, 3](https://doi.org/10.1145/2063384.2063405), here
-//! ChaCha with 8 rounds. So a rank draws exactly its part, and a step split in whatever way draws what it draws on one rank.
+//! burn draws from one generator of the process, in the order in which operations happen to run: ranks cannot share out
+//! such numbers. [`counter_based_rng`] replaces every random operation by one in which each element's number is a
+//! function of the seed, the replica, the step, the operation's number and the element's place in the whole tensor: a
+//! counter-based generator in the sense of Salmon et al., [Parallel random numbers: as easy as 1, 2,
+//! 3](https://doi.org/10.1145/2063384.2063405), here ChaCha with 8 rounds. So a rank draws exactly its part, and a step
+//! split in whatever way draws what it draws on one rank.
 //!
-//! [By rows](RandomSource::draw_rows) the place of a row in the global batch takes the place of replica and micro-batch: then
-//! replicas and micro-batches, too, draw what one rank draws on the whole batch.
+//! [By rows](RandomSource::draw_rows) the place of a row in the global batch takes the place of replica and
+//! micro-batch: then replicas and micro-batches, too, draw what one rank draws on the whole batch.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -27,8 +28,8 @@ use crate::tensor::PlainTensor;
 /// Id of the custom operation that draws numbers.
 pub const COUNTER_BASED_RNG: &str = "counter_based_rng";
 
-/// Replaces the random operations of a step by such whose numbers depend on nothing but the seed, the step, the number of
-/// the operation and the place of the element. Returns how many there were.
+/// Replaces the random operations of a step by such whose numbers depend on nothing but the seed, the step, the number
+/// of the operation and the place of the element. Returns how many there were.
 ///
 /// Run it before anything that splits the graph. [`register_counter_based_rng`] says what they do.
 pub fn counter_based_rng(graph: &mut StepGraph) -> usize {
@@ -58,7 +59,8 @@ struct Position {
     step: AtomicU64,
     /// Whether numbers go by rows, not by replicas.
     by_rows: AtomicBool,
-    /// The place of the first row of the micro-batch in the global batch, from one row to the next, and how many there are.
+    /// The place of the first row of the micro-batch in the global batch, from one row to the next, and how many there
+    /// are.
     first_row: AtomicU64,
     row_stride: AtomicU64,
     rows: AtomicU64,
@@ -177,8 +179,8 @@ impl RandomSource {
         self.position.by_rows.store(false, Ordering::Relaxed);
     }
 
-    /// Appends the numbers of so many elements of an operation, from a place on: two words for each. The whole of what it draws has
-    /// `whole` elements.
+    /// Appends the numbers of so many elements of an operation, from a place on: two words for each. The whole of what
+    /// it draws has `whole` elements.
     fn draw(&self, operation: u64, whole: u64, place: u64, count: usize, bits: &mut Vec<u64>) {
         self.position.drawn.store(true, Ordering::Relaxed);
         if !self.by_rows() {

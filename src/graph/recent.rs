@@ -7,8 +7,8 @@ use std::hash::Hash;
 /// How many graphs are kept unless said otherwise.
 pub(crate) const GRAPHS: usize = 16;
 
-/// A map that holds so many entries at most: what was not used for the longest time goes first. Ranks that make the same calls
-/// hold the same keys.
+/// A map that holds so many entries at most: what was not used for the longest time goes first. Ranks that make the
+/// same calls hold the same keys.
 #[derive(Debug)]
 pub(crate) struct Recent<K, V> {
     most: usize,

@@ -46,8 +46,8 @@ pub trait StepObserver {
         Ok(())
     }
 
-    /// The number of items of the loss, once; mostly before the first gradient, always if it follows from shapes or from
-    /// the inputs alone. 1 for a plain mean.
+    /// The number of items of the loss, once; mostly before the first gradient, always if it follows from shapes or
+    /// from the inputs alone. 1 for a plain mean.
     ///
     /// # Errors
     /// Whatever ends the step.

@@ -6,8 +6,8 @@ use burn::tensor::{DType, Shape};
 use crate::error::Error;
 use crate::params::{ModulePath, NewDims, ParamRef, visit_params_and_flags};
 
-/// The tensors and training flags of a module, in the order in which a visitor meets them: two modules that have the same
-/// are captured as the same graph.
+/// The tensors and training flags of a module, in the order in which a visitor meets them: two modules that have the
+/// same are captured as the same graph.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Signature {
     tensors: Vec<(ParamId, Shape, DType, TensorUse)>,
@@ -30,8 +30,8 @@ impl Signature {
     /// training settings switched on. Float parameters have the dims that `dims` says, as in
     /// [`meta_module`](crate::params::meta_module).
     ///
-    /// Lazy parameters are not made, and no autodiff leaf is, but for those whose training setting shows in no other way:
-    /// lazy ones, and trained ones on a plain device.
+    /// Lazy parameters are not made, and no autodiff leaf is, but for those whose training setting shows in no other
+    /// way: lazy ones, and trained ones on a plain device.
     pub(crate) fn of_step<M: Module>(module: &M, dims: &NewDims) -> Self {
         Self::of(module, dims, true)
     }

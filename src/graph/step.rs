@@ -89,8 +89,8 @@ impl StepGraph {
         TensorId::new(self.next_id - 1)
     }
 
-    /// The tensors that the step gives: loss, its weight, gradients, updates and extra outputs. A tensor may appear several
-    /// times.
+    /// The tensors that the step gives: loss, its weight, gradients, updates and extra outputs. A tensor may appear
+    /// several times.
     pub fn results(&self) -> impl Iterator<Item = &TensorIr> {
         let params = self.params.iter().flat_map(|p| p.gradient.iter().chain(&p.update));
         self.loss.iter().chain(&self.weight).chain(params).chain(&self.outputs)

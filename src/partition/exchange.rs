@@ -1,7 +1,7 @@
 //! What replicas exchange while a micro-batch runs, and one order of it for all of them.
 //!
-//! Replicas whose steps use different parameters, because data or ranks decide which, exchange different groups. Then all
-//! take part in everything that any of them exchanges, in one order, in which each finds its own in its own order.
+//! Replicas whose steps use different parameters, because data or ranks decide which, exchange different groups. Then
+//! all take part in everything that any of them exchanges, in one order, in which each finds its own in its own order.
 
 use burn_ir::{CustomOpIr, OperationIr};
 
@@ -60,8 +60,8 @@ impl Exchange {
         exchanges
     }
 
-    /// One order of all that any of these exchange, action by action: each is found in it in its own order, and of two of
-    /// them as little is there twice as can be.
+    /// One order of all that any of these exchange, action by action: each is found in it in its own order, and of two
+    /// of them as little is there twice as can be.
     pub(crate) fn in_one_order(all: Vec<Exchanges>) -> Exchanges {
         let mut all = all.into_iter();
         let first = all.next().unwrap_or_default();

@@ -5,10 +5,11 @@
 //! other devices, from which indices have to be read back, in the first step and every 64th after it.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorIr};
 
+use crate::comm::lock::lock;
 use crate::error::Error;
 use crate::graph::{CustomOps, graph_error};
 use crate::tensor::PlainTensor;
@@ -42,7 +43,7 @@ pub(super) fn register(ops: &mut CustomOps, axis: &str) {
         let below = op.scalars.first().map_or(0, |below| below.elem::<u64>());
         let out = op.outputs.first().map_or(0, |out| out.id.value());
         let due = indices.on_flex() || {
-            let mut looks = looks.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut looks = lock(&looks);
             let before = looks.entry(out).or_default();
             *before += 1;
             (*before - 1).is_multiple_of(STEPS)

@@ -9,7 +9,7 @@
 //! all, by the same rule as in the explicit layers.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use burn::tensor::Device;
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
@@ -19,6 +19,7 @@ use super::collectives::{CollectiveKind, CollectiveOp};
 use super::products::{ProductKind, ProductOp};
 use crate::collective_matmul::PendingProduct;
 use crate::comm::Communicator;
+use crate::comm::lock::lock;
 use crate::error::Error;
 use crate::graph::operation::only_moves;
 use crate::graph::{CustomOps, StepGraph, graph_error};
@@ -191,7 +192,7 @@ pub(super) fn register(ops: &mut CustomOps, axis: &str, group: &Communicator) {
     let keep_pending =
         |in_flight: &InFlight, op: &CustomOpIr, collective: PendingProduct<Vec<PlainTensor>>, device: &Device| {
             // A collective of a step that failed is forgotten here.
-            in_flight.lock().unwrap_or_else(PoisonError::into_inner).insert(ticket(op)?, collective);
+            lock(in_flight).insert(ticket(op)?, collective);
             Ok(op.outputs.iter().map(|out| token(out, device)).collect())
         };
     for kind in CollectiveKind::ALL {
@@ -209,7 +210,7 @@ pub(super) fn register(ops: &mut CustomOps, axis: &str, group: &Communicator) {
         });
     }
     ops.register(&wait_id(axis), move |op, _| {
-        let pending = in_flight.lock().unwrap_or_else(PoisonError::into_inner).remove(&ticket(op)?);
+        let pending = lock(&in_flight).remove(&ticket(op)?);
         pending
             .ok_or_else(|| graph_error(format!("custom operation `{}` waits for what was not started", op.id)))?
             .wait()

@@ -241,7 +241,8 @@ impl PipelineState {
         Ok(cuts)
     }
 
-    /// Demands that no other rank needs moments that were restored on those of their own stages alone. The same on all ranks.
+    /// Demands that no other rank needs moments that were restored on those of their own stages alone. The same on all
+    /// ranks.
     fn check_early_moments(&self, graph: &StepGraph, cut: &CutGraph) -> Result<(), Error> {
         let stage_ranks = self.timetable.stage_ranks();
         for (param, stages) in graph.params.iter().zip(&cut.holders) {

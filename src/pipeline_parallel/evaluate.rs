@@ -4,11 +4,11 @@ use burn::module::Module;
 use burn::tensor::Device;
 
 use super::by_rows::exchanges;
-use super::pipelined::lock;
 use super::schedule::Unit;
 use super::step::bound;
 use super::{Pipelined, stage_error};
 use crate::Error;
+use crate::comm::lock::lock;
 use crate::graph::TensorTree;
 use crate::params::one_device;
 use crate::tensor::PlainTensor;

@@ -1,7 +1,7 @@
 //! A pipelined model: each rank holds some stages, and trains them through a captured step.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use burn::module::{Module, ParamId};
 use burn::tensor::Device;
@@ -10,6 +10,7 @@ use super::PipelineConfig;
 use super::schedule::Timetable;
 use super::state::PipelineState;
 use crate::Error;
+use crate::comm::lock::lock;
 use crate::comm::{Communicator, Counters};
 use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{
@@ -155,7 +156,9 @@ impl<M: Module> Pipelined<M> {
     /// # let device = rank.device().autodiff();
     /// # let model: Vec<_> = (0..4).map(|_| LinearConfig::new(8, 8).init(&device)).collect();
     /// # let batch = Tensor::<2>::ones([16, 8], &device);
-    /// # let loss = |model: &Vec<burn::nn::Linear>, rows: Tensor<2>| model.iter().fold(rows, |x, l| l.forward(x)).mean();
+    /// # let loss = |model: &Vec<burn::nn::Linear>, rows: Tensor<2>| {
+    /// #     model.iter().fold(rows, |x, layer| layer.forward(x)).mean()
+    /// # };
     /// let config = PipelineConfig::new(4);
     /// let costs = model.clone().pipeline_parallel(&rank, config.clone())?.measure(batch.clone(), loss, 5)?;
     /// let costs = rank.broadcast(costs, 0)?; // `rank` is the world
@@ -390,10 +393,6 @@ impl<M: Module> StepEngine for Pipelined<M> {
     fn checked_optimizers(&self) -> &CheckedOptimizers {
         &self.checked_optimizers
     }
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 refuse_wrapping!(Pipelined: tensor_parallel, pipeline_parallel, parallelize);

@@ -10,9 +10,9 @@ use super::captured_step::CapturedStep;
 use super::graph_stage::{GraphStage, accumulate};
 use super::memory::peak;
 use super::pipeline::PipelineRun;
-use super::pipelined::lock;
 use super::{Pipelined, Stage, stage_error};
 use crate::Error;
+use crate::comm::lock::lock;
 use crate::distribution::RowShards;
 use crate::graph::TensorTree;
 use crate::params::{one_device, sweep_leaves};
@@ -62,7 +62,8 @@ impl<M: Module> Pipelined<M> {
         let Some(CapturedStep { pipeline, stages, .. }) = state.steps.get_mut(&key) else {
             return Err(stage_error("the step was not captured"));
         };
-        Ok(peak(stages, &pipeline.timetable().rows()[rank]))
+        let device = one_device(&self.local, "the memory of a step")?.unwrap_or_else(Device::flex);
+        Ok(peak(stages, &pipeline.timetable().rows()[rank], &device))
     }
 
     /// Runs a step. Returns its result, the outputs, and the gradients of the summed loss in the order of the module.

@@ -179,8 +179,8 @@ impl TiedParams {
         Ok(())
     }
 
-    /// As [`sum`](Self::sum), of all parameters of which a holder has a part of the gradient: where replicas use different
-    /// ones, that does not follow from the step of this one.
+    /// As [`sum`](Self::sum), of all parameters of which a holder has a part of the gradient: where replicas use
+    /// different ones, that does not follow from the step of this one.
     ///
     /// # Errors
     /// Those of [`Communicator`].
@@ -203,7 +203,7 @@ mod tests {
     use burn::tensor::Tensor;
 
     use super::*;
-    use crate::pipeline_parallel::pipelined::lock;
+    use crate::comm::lock::lock;
     use crate::prelude::*;
 
     /// Groups are made for the model, and not for the shapes that come: on a network each is a communicator.

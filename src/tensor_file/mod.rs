@@ -9,12 +9,14 @@ mod dtype;
 mod elements;
 pub(crate) mod fault;
 mod header;
+#[cfg(all(test, unix))]
+pub(crate) mod killed;
 mod mapped;
 mod problem;
 mod strided;
 mod writer;
 
-pub(crate) use draft::{Draft, left_by_a_save, write_file};
+pub(crate) use draft::{Draft, left_by_a_save, sync_dir, write_file};
 pub(crate) use dtype::{dtype_of, name_of};
 pub(crate) use elements::Elements;
 pub(crate) use header::Entry;

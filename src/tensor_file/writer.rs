@@ -125,8 +125,8 @@ fn refused(path: &Path, why: &io::Error) -> Error {
     file_error(path, format!("cannot be written: {why}"))
 }
 
-/// Has the system begin to bring bytes of a file to the disk, which it else does when it is waited for. What it says to that matters
-/// to nobody: whoever waits hears of what is wrong.
+/// Has the system begin to bring bytes of a file to the disk, which it else does when it is waited for. What it says to
+/// that matters to nobody: whoever waits hears of what is wrong.
 #[cfg(target_os = "linux")]
 fn begin_write_back(file: &File, start: u64, len: usize) {
     use std::os::fd::AsRawFd;

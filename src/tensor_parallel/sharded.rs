@@ -2,12 +2,14 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use burn::module::{Module, ParamId};
+use burn::tensor::Device;
 
 use super::TensorParallelConfig;
 use crate::Error;
+use crate::comm::lock::lock;
 use crate::comm::{Communicator, Counters};
 use crate::delegate::module_of_field;
 use crate::distribution::{ModelSplit, RowShards};
@@ -16,7 +18,7 @@ use crate::graph::{
     RandomSource, Run, SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph, StepObserver,
 };
 use crate::nesting::{self, refuse_wrapping};
-use crate::params::{self, ParamSlice, SliceSource};
+use crate::params::{self, ParamSlice, SliceSource, one_device};
 use crate::partition::{Exchange, ShardReport};
 use crate::plan::PlanTable;
 use crate::step::{StepCounters, StepFn};
@@ -234,7 +236,8 @@ impl<M: Module> StepEngine for Sharded<M> {
         let whole = || self.split.meta_module(&self.local);
         let mut state = lock(&self.state);
         let executor = state.graphs.executor_of(signature, &inputs, step, whole)?;
-        Ok(if keeps { executor.memory().peak } else { executor.memory_giving() })
+        let device = one_device(&self.local, "the memory of a step")?.unwrap_or_else(Device::flex);
+        Ok(executor.memory_on(&device, keeps))
     }
 
     fn forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>
@@ -317,10 +320,6 @@ impl<M: Module> StepEngine for Sharded<M> {
     fn checked_optimizers(&self) -> &CheckedOptimizers {
         &self.checked_optimizers
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<M: fmt::Debug> fmt::Debug for Sharded<M> {

@@ -24,17 +24,18 @@ pub(super) mod sealed {
     pub trait Sealed {}
 }
 
-/// A model that is spread over ranks, in whatever way. Implemented by [`Parallel`](super::Parallel), [`Replica`](crate::data_parallel::Replica),
-/// [`Sharded`](crate::tensor_parallel::Sharded) and [`Pipelined`](crate::pipeline_parallel::Pipelined); nothing outside this
-/// crate can implement it.
+/// A model that is spread over ranks, in whatever way. Implemented by [`Parallel`](super::Parallel),
+/// [`Replica`](crate::data_parallel::Replica), [`Sharded`](crate::tensor_parallel::Sharded) and
+/// [`Pipelined`](crate::pipeline_parallel::Pipelined); nothing outside this crate can implement it.
 ///
-/// It is a burn [`Module`] with the parameter paths of the model, so optimizers, records and visitors take it as they take the
-/// model. Whatever it is spread over, it trains like one device on the whole batch.
+/// It is a burn [`Module`] with the parameter paths of the model, so optimizers, records and visitors take it as they
+/// take the model. Whatever it is spread over, it trains like one device on the whole batch.
 ///
 /// # Who passes what
-/// Ranks that share one copy of the model (those of a split, those of a pipeline) all pass the same whole inputs, which is made
-/// sure of: in every step on CPUs, in every 100th on other devices. Replicas pass inputs of their own. All calls but
-/// [`load`](Self::load), [`replica`](Self::replica), [`counters`](Self::counters) and [`report`](Self::report) are collective.
+/// Ranks that share one copy of the model (those of a split, those of a pipeline) all pass the same whole inputs, which
+/// is made sure of: in every step on CPUs, in every 100th on other devices. Replicas pass inputs of their own. All
+/// calls but [`load`](Self::load), [`replica`](Self::replica), [`counters`](Self::counters) and
+/// [`report`](Self::report) are collective.
 ///
 /// # Order
 /// A model is split first, then cut into stages, then replicated. Another order does not compile:
@@ -49,9 +50,10 @@ pub(super) mod sealed {
 /// ```
 ///
 /// # What is not here
-/// [`backward`](crate::data_parallel::Replica::backward) and [`accumulate`](crate::data_parallel::Replica::accumulate) need a loss
-/// that the model's own forward has computed: they are methods of replicas of eager models. To accumulate gradients over
-/// micro-batches, whatever the model is spread over, is [`step_micro_batches`](Self::step_micro_batches).
+/// [`backward`](crate::data_parallel::Replica::backward) and [`accumulate`](crate::data_parallel::Replica::accumulate)
+/// need a loss that the model's own forward has computed: they are methods of replicas of eager models. To accumulate
+/// gradients over micro-batches, whatever the model is spread over, is
+/// [`step_micro_batches`](Self::step_micro_batches).
 pub trait ParallelModule: Module + sealed::Sealed {
     /// The model that closures see.
     type Model: Module;
@@ -59,23 +61,24 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// This rank's part of the model.
     fn local(&self) -> &Self::Model;
 
-    /// Which of the replicas this rank belongs to, counted from 0, and how many there are: 0 and 1 without replicas. By this a
-    /// training loop takes its share of the data, whatever the model is spread over.
+    /// Which of the replicas this rank belongs to, counted from 0, and how many there are: 0 and 1 without replicas. By
+    /// this a training loop takes its share of the data, whatever the model is spread over.
     fn replica(&self) -> (usize, usize);
 
-    /// Runs a training step, forward and backward, on this replica's share of the batch, and averages over the replicas.
+    /// Runs a training step, forward and backward, on this replica's share of the batch, and averages over the
+    /// replicas.
     ///
-    /// `loss` sees the model with the dims that it has as a whole, and returns a [`Loss`] or what becomes one: a bare tensor is
-    /// the mean over the rows of the inputs. With a model that is split or cut, the step is recorded when inputs of these shapes
-    /// come for the first time, as [`graph`](crate::graph) tells, which also says what cannot be; after that `loss` is called
-    /// again only if it captures something ([`GraphCache`](crate::graph::GraphCache) says why). A pipeline divides the rows of
-    /// the inputs into its micro-batches.
+    /// `loss` sees the model with the dims that it has as a whole, and returns a [`Loss`] or what becomes one: a bare
+    /// tensor is the mean over the rows of the inputs. With a model that is split or cut, the step is recorded when
+    /// inputs of these shapes come for the first time, as [`graph`](crate::graph) tells, which also says what cannot
+    /// be; after that `loss` is called again only if it captures something ([`GraphCache`](crate::graph::GraphCache)
+    /// says why). A pipeline divides the rows of the inputs into its micro-batches.
     ///
     /// # Errors
-    /// [`Error::Graph`] if the step cannot be recorded; [`Error::Plan`] if an input cannot be split or the model not be cut as
-    /// planned; [`Error::Pipeline`] if the inputs cannot be divided; [`Error::Stage`] on all ranks, if a stage fails on one;
-    /// [`Error::InvalidArgument`] if the loss is not one number, ranks that share the model were given different inputs, or a
-    /// record has brought other parameters; the error of the world.
+    /// [`Error::Graph`] if the step cannot be recorded; [`Error::Plan`] if an input cannot be split or the model not be
+    /// cut as planned; [`Error::Pipeline`] if the inputs cannot be divided; [`Error::Stage`] on all ranks, if a stage
+    /// fails on one; [`Error::InvalidArgument`] if the loss is not one number, ranks that share the model were given
+    /// different inputs, or a record has brought other parameters; the error of the world.
     fn step<I, F, R>(&mut self, inputs: I, loss: F) -> Result<Step, Error>
     where
         I: TensorTree + Clone,
@@ -86,8 +89,8 @@ pub trait ParallelModule: Module + sealed::Sealed {
     }
 
     /// As [`step`](Self::step), on every micro-batch, and averages over all of them and over the replicas. Nothing is
-    /// communicated for that before the last one, whose backward the reduction overlaps with. Replicas may bring different numbers
-    /// of micro-batches, also none. (Each goes through a pipeline as a batch of its own.)
+    /// communicated for that before the last one, whose backward the reduction overlaps with. Replicas may bring
+    /// different numbers of micro-batches, also none. (Each goes through a pipeline as a batch of its own.)
     ///
     /// # Errors
     /// As [`step`](Self::step).
@@ -101,10 +104,10 @@ pub trait ParallelModule: Module + sealed::Sealed {
         F: FnMut(&Self::Model, I) -> R,
         R: Into<Loss>;
 
-    /// Finds out which rank holds which parameters, where the first step would: a pipeline is cut for a micro-batch of these
-    /// inputs, and nothing is run. Before a model is [loaded](Self::load), saved or [restored](crate::checkpoint), unless the cut is
-    /// given by paths; and before a pipeline is [evaluated](Self::forward_with) that has not been trained yet. Else it does nothing.
-    /// Collective.
+    /// Finds out which rank holds which parameters, where the first step would: a pipeline is cut for a micro-batch of
+    /// these inputs, and nothing is run. Before a model is [loaded](Self::load), saved or
+    /// [restored](crate::checkpoint), unless the cut is given by paths; and before a pipeline is
+    /// [evaluated](Self::forward_with) that has not been trained yet. Else it does nothing. Collective.
     ///
     /// # Errors
     /// As [`step`](Self::step).
@@ -114,11 +117,11 @@ pub trait ParallelModule: Module + sealed::Sealed {
         F: FnMut(&Self::Model, I) -> R,
         R: Into<Loss>;
 
-    /// The most bytes that a step of one micro-batch of such inputs has alive on this rank, beside parameters, inputs and
-    /// the state of optimizers, as far as that is known without running it: of the step as it is captured, partitioned,
-    /// cut and scheduled, in which each tensor is freed after its last use, with gathered parameters and gradients.
-    /// Nothing is run but what [`prepare`](Self::prepare) does; captured steps are kept for when they are. An eager step
-    /// needs as much or more. Collective.
+    /// The most bytes that a step of one micro-batch of such inputs has alive on this rank, beside parameters, inputs
+    /// and the state of optimizers, as far as that is known without running it: of the step as it is captured,
+    /// partitioned, cut and scheduled, in which each tensor is freed after its last use, with gathered parameters and
+    /// gradients. Nothing is run but what [`prepare`](Self::prepare) does; captured steps are kept for when they are.
+    /// An eager step needs as much or more. Collective.
     ///
     /// # Errors
     /// As [`step`](Self::step); [`Error::Graph`] also if an eager step cannot be captured.
@@ -128,13 +131,14 @@ pub trait ParallelModule: Module + sealed::Sealed {
         F: FnMut(&Self::Model, I) -> R,
         R: Into<Loss>;
 
-    /// Runs a forward pass for evaluation: what `forward` gives, without autodiff, whole on every rank that shares the model.
-    /// Replicas evaluate each for itself, unless they [divide the parameters](crate::sharding::Sharding::Parameters): then each calls this
-    /// as often as the others, with inputs of its own.
+    /// Runs a forward pass for evaluation: what `forward` gives, without autodiff, whole on every rank that shares the
+    /// model. Replicas evaluate each for itself, unless they [divide the
+    /// parameters](crate::sharding::Sharding::Parameters): then each calls this as often as the others, with inputs of
+    /// its own.
     ///
-    /// The model is in evaluation mode, as after [`Module::valid`]: no dropout, running statistics in batch norms. Outputs are a
-    /// tensor or a structure of tensors. Recorded like [`step`](Self::step); a pipeline puts the outputs of its micro-batches
-    /// together along their first dim.
+    /// The model is in evaluation mode, as after [`Module::valid`]: no dropout, running statistics in batch norms.
+    /// Outputs are a tensor or a structure of tensors. Recorded like [`step`](Self::step); a pipeline puts the outputs
+    /// of its micro-batches together along their first dim.
     ///
     /// # Errors
     /// As [`step`](Self::step); [`Error::Pipeline`] if a pipeline is not cut yet.
@@ -144,21 +148,23 @@ pub trait ParallelModule: Module + sealed::Sealed {
         F: FnMut(&Self::Model, I) -> O,
         O: TensorTree + Clone + Send + 'static;
 
-    /// Updates the parameters with the gradients of a step: every optimizer of burn gives the update that it gives on one device.
+    /// Updates the parameters with the gradients of a step: every optimizer of burn gives the update that it gives on
+    /// one device.
     ///
-    /// The first time that it meets an optimizer it makes sure that the optimizer has moments for no other parameters, and of their
-    /// dims; and, where parameters are split or [divided by rows](crate::sharding), it tries out on small matrices whether the update
-    /// of a part is the part of the update. Element-wise optimizers (SGD, Adam, AdamW, ...) update parts. What is not updated so
-    /// (by Muon, LAMB, Adafactor, or where burn clips each gradient by its norm) is joined, each parameter on one of the ranks that
-    /// hold parts of it, which updates it and sends the others theirs; its state is whole there. Collective then, and with sharded
-    /// replicas, which gather each other's rows. What is put in the place of an optimizer between two calls (`optim = ..`) is not
-    /// looked at again.
+    /// The first time that it meets an optimizer it makes sure that the optimizer has moments for no other parameters,
+    /// and of their dims; and, where parameters are split or [divided by rows](crate::sharding), it tries out on small
+    /// matrices whether the update of a part is the part of the update. Element-wise optimizers (SGD, Adam, AdamW, ...)
+    /// update parts. What is not updated so (by Muon, LAMB, Adafactor, or where burn clips each gradient by its norm)
+    /// is joined, each parameter on one of the ranks that hold parts of it, which updates it and sends the others
+    /// theirs; its state is whole there. Collective then, and with sharded replicas, which gather each other's rows.
+    /// What is put in the place of an optimizer between two calls (`optim = ..`) is not looked at again.
     ///
     /// A [`skipped`](Step::skipped) step leaves parameters and moments as they are.
     ///
     /// # Errors
-    /// [`Error::Optimizer`], which names a parameter if the optimizer was tried on one by itself; [`Error::Schedule`] if the schedule of
-    /// the pipeline has no backward pass. The model is lost with it: keep a clone of one that is to live on.
+    /// [`Error::Optimizer`], which names a parameter if the optimizer was tried on one by itself; [`Error::Schedule`]
+    /// if the schedule of the pipeline has no backward pass. The model is lost with it: keep a clone of one that is to
+    /// live on.
     fn optimize(
         self,
         optim: &mut ModuleOptimizer,
@@ -187,13 +193,13 @@ pub trait ParallelModule: Module + sealed::Sealed {
         SplitStep { optim, lr: lr.into(), grads: step.grads, checked, split }.run(self, Self::local)
     }
 
-    /// Gives all parameters the values that a store has under their paths. Each rank asks for what it holds only, and lazy
-    /// parameters are never made whole: so a model is loaded that no rank could hold. Not collective; every rank has the same
-    /// store.
+    /// Gives all parameters the values that a store has under their paths. Each rank asks for what it holds only, and
+    /// lazy parameters are never made whole: so a model is loaded that no rank could hold. Not collective; every rank
+    /// has the same store.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if the source lacks a parameter, or has it with other dims than the whole one has; those of
-    /// the source; [`Error::Pipeline`] if a pipeline is not cut yet:
+    /// [`Error::InvalidArgument`] if the source lacks a parameter, or has it with other dims than the whole one has;
+    /// those of the source; [`Error::Pipeline`] if a pipeline is not cut yet:
     /// [`prepare`](crate::pipeline_parallel::Pipelined::prepare) it, or cut it by paths.
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error>;
 
@@ -203,17 +209,17 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// The error of the world.
     fn assemble(&self) -> Result<Self::Model, Error>;
 
-    /// Gives everything that is not trained, running statistics above all, the values of the first replica: before saving or
-    /// evaluating, when replicas have seen different data. Without replicas it does nothing.
+    /// Gives everything that is not trained, running statistics above all, the values of the first replica: before
+    /// saving or evaluating, when replicas have seen different data. Without replicas it does nothing.
     ///
     /// # Errors
     /// The error of the world.
     fn sync_buffers(self) -> Result<Self, Error>;
 
-    /// Iterates over this rank's batches until every replica has run out, so that replicas with different numbers of batches
-    /// finish together: `Some(batch)`, then `None` while others still have one, to be given to
-    /// [`step_micro_batches`](Self::step_micro_batches) as no micro-batch. Without replicas it ends with the batches. Over a
-    /// dataloader of burn use [`join_loader`](Self::join_loader).
+    /// Iterates over this rank's batches until every replica has run out, so that replicas with different numbers of
+    /// batches finish together: `Some(batch)`, then `None` while others still have one, to be given to
+    /// [`step_micro_batches`](Self::step_micro_batches) as no micro-batch. Without replicas it ends with the batches.
+    /// Over a dataloader of burn use [`join_loader`](Self::join_loader).
     ///
     /// ```
     /// # use burn::nn::LinearConfig;
@@ -233,9 +239,9 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// ```
     fn join<B: IntoIterator>(&self, batches: B) -> Join<B::IntoIter>;
 
-    /// As [`join`](Self::join), over an epoch of one of burn's dataloaders: the items are batches, not `Result`s of the dataset,
-    /// whose errors are errors on all ranks. So is a loader that ends before it has given all its items, as it does when one of
-    /// its worker threads panics: `join(loader.iter())` would take that for the end of the epoch.
+    /// As [`join`](Self::join), over an epoch of one of burn's dataloaders: the items are batches, not `Result`s of the
+    /// dataset, whose errors are errors on all ranks. So is a loader that ends before it has given all its items, as it
+    /// does when one of its worker threads panics: `join(loader.iter())` would take that for the end of the epoch.
     fn join_loader<'a, O>(&self, loader: &'a dyn DataLoader<O>) -> JoinLoader<'a, O>;
 
     /// What this rank has communicated since it was wrapped.
@@ -244,8 +250,9 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// How the model is run, and what its captured steps were given.
     fn report(&self) -> Report;
 
-    /// Measures gradients over all ranks, and clips them: those of [`Replica::backward`](crate::data_parallel::Replica::backward), for
-    /// example. For those of a step there is [`Step::clip_grad_norm`].
+    /// Measures gradients over all ranks, and clips them: those of
+    /// [`Replica::backward`](crate::data_parallel::Replica::backward), for example. For those of a step there is
+    /// [`Step::clip_grad_norm`].
     ///
     /// # Errors
     /// As [`Step::clip_grad_norm`].
@@ -253,23 +260,24 @@ pub trait ParallelModule: Module + sealed::Sealed {
         norm::clip(self, grads, &self.gradient_layout(), clip.into())
     }
 
-    /// The number of the step whose random numbers are drawn next, where steps are captured; 0 where they are eager, and draw from
-    /// burn's own generator. Part of a [checkpoint](crate::checkpoint).
+    /// The number of the step whose random numbers are drawn next, where steps are captured; 0 where they are eager,
+    /// and draw from burn's own generator. Part of a [checkpoint](crate::checkpoint).
     fn random_step(&self) -> u64;
 
-    /// Has the next captured step draw the random numbers of step number `step`: when training goes on. The same on every rank;
-    /// shared by all clones.
+    /// Has the next captured step draw the random numbers of step number `step`: when training goes on. The same on
+    /// every rank; shared by all clones.
     fn set_random_step(&self, step: u64);
 
-    /// Has the next captured step draw random numbers by the places of its rows in the global batch: those of step number `step`, of
-    /// rows number `first`, `first + stride` and so on. Dropout then is the same on any mesh and with any micro-batches, as if one
-    /// device had the whole batch. To be called before each step, with a number of its own for each; shared by all clones.
+    /// Has the next captured step draw random numbers by the places of its rows in the global batch: those of step
+    /// number `step`, of rows number `first`, `first + stride` and so on. Dropout then is the same on any mesh and with
+    /// any micro-batches, as if one device had the whole batch. To be called before each step, with a number of its own
+    /// for each; shared by all clones.
     ///
     /// A replica whose share is the rows `a..b` passes `(step, a, 1)`; one that takes every n-th, as
-    /// [`DistributedSampler`](crate::data_parallel::DistributedSampler) deals them out, `(step, replica, n)`. All ranks of a replica
-    /// pass the same. Without this call numbers go by replica and micro-batch. It holds for what has the batch as its outermost dim;
-    /// what else a step draws (with the batch in another place, or without one) depends on the mesh as before. Eager steps draw from
-    /// burn's own generator, whatever is passed here.
+    /// [`DistributedSampler`](crate::data_parallel::DistributedSampler) deals them out, `(step, replica, n)`. All ranks
+    /// of a replica pass the same. Without this call numbers go by replica and micro-batch. It holds for what has the
+    /// batch as its outermost dim; what else a step draws (with the batch in another place, or without one) depends on
+    /// the mesh as before. Eager steps draw from burn's own generator, whatever is passed here.
     ///
     /// ```
     /// use burn::nn::{Dropout, DropoutConfig, Linear, LinearConfig};
@@ -331,7 +339,8 @@ pub trait ParallelModule: Module + sealed::Sealed {
         None
     }
 
-    /// Hands this rank's rows of the parameters that are trained to `update`, and gives all replicas those that it returns.
+    /// Hands this rank's rows of the parameters that are trained to `update`, and gives all replicas those that it
+    /// returns.
     #[doc(hidden)]
     fn update_shards(self, _update: &mut UpdateShards<'_>) -> Result<Self, Error> {
         Ok(self)

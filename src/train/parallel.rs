@@ -26,9 +26,9 @@ use crate::tensor_parallel::{Sharded, TensorParallel, TensorParallelConfig};
 
 /// Spreads any burn module as a strategy says. Implemented for every [`Module`].
 pub trait Parallelize: Module + Sized {
-    /// Wraps the model for every axis of the strategy that has more than one rank: split over `tp`, cut over `pp`, replicated
-    /// over `dp`. The ranks of `tp` are next to each other, then those of `pp`. Collective over the world: every rank brings the
-    /// same model and the same strategy.
+    /// Wraps the model for every axis of the strategy that has more than one rank: split over `tp`, cut over `pp`,
+    /// replicated over `dp`. The ranks of `tp` are next to each other, then those of `pp`. Collective over the world:
+    /// every rank brings the same model and the same strategy.
     ///
     /// ```
     /// use burn::nn::{Linear, LinearConfig};
@@ -55,8 +55,8 @@ pub trait Parallelize: Module + Sized {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Strategy`] if the strategy does not fit the world; [`Error::Nesting`] if the module is wrapped already; those of
-    /// [`TensorParallel`], [`PipelineParallel`] and [`DataParallel`].
+    /// [`Error::Strategy`] if the strategy does not fit the world; [`Error::Nesting`] if the module is wrapped already;
+    /// those of [`TensorParallel`], [`PipelineParallel`] and [`DataParallel`].
     fn parallelize(self, world: &Communicator, strategy: &Strategy) -> Result<Parallel<Self>, Error> {
         nesting::check(&self, "parallelize")?;
         let [dp, pp, tp] = strategy.axes(world.size())?;
@@ -142,8 +142,8 @@ impl<M: Module> Parallel<M> {
         &self.mesh
     }
 
-    /// What became of a step or a forward that was captured. If it could not be, and nobody has asked for that, the error
-    /// says what else there is.
+    /// What became of a step or a forward that was captured. If it could not be, and nobody has asked for that, the
+    /// error says what else there is.
     fn captured<T>(eager_would_do: bool, outcome: Result<T, Error>) -> Result<T, Error> {
         outcome.map_err(|error| match error {
             Error::Graph { problem } if eager_would_do => Error::Graph {

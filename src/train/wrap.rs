@@ -290,14 +290,14 @@ macro_rules! without_replicas {
 without_replicas!(Sharded, Pipelined);
 
 impl<M: Module> Pipelined<M> {
-    /// Joins this pipeline with its replicas along another axis: each trains on a batch of its own, and gradients are averaged
-    /// over `group` once the pipeline has drained. Collective over `group`, in which every rank holds the same stages: the
-    /// axis of a [`Mesh`](crate::mesh::Mesh) that is not that of the pipeline.
+    /// Joins this pipeline with its replicas along another axis: each trains on a batch of its own, and gradients are
+    /// averaged over `group` once the pipeline has drained. Collective over `group`, in which every rank holds the same
+    /// stages: the axis of a [`Mesh`](crate::mesh::Mesh) that is not that of the pipeline.
     ///
-    /// All replicas take the values and ids of the first, and draw different random numbers: now, if the model is cut already
-    /// (by paths, or after [`prepare`](Self::prepare)), or in the first step, which cuts it, and to which every replica brings a
-    /// micro-batch then. Lazy parameters of this rank's stages are made then; if the replicas
-    /// [divide the parameters](Sharding::Parameters), they stay lazy, and all of this is done now, but for the cut.
+    /// All replicas take the values and ids of the first, and draw different random numbers: now, if the model is cut
+    /// already (by paths, or after [`prepare`](Self::prepare)), or in the first step, which cuts it, and to which every
+    /// replica brings a micro-batch then. Lazy parameters of this rank's stages are made then; if the replicas [divide
+    /// the parameters](Sharding::Parameters), they stay lazy, and all of this is done now, but for the cut.
     ///
     /// # Errors
     /// [`Error::ModelMismatch`] if the ranks of `group` hold different stages; those of [`Communicator`].
@@ -312,8 +312,8 @@ impl<M: Module> Pipelined<M> {
 }
 
 impl<M: Module> Sharded<M> {
-    /// Cuts this split model into the stages of a pipeline along another axis: every rank holds its parts of the parameters
-    /// of its stages. Collective over `group`, in which every rank holds the same parts: the axis of a
+    /// Cuts this split model into the stages of a pipeline along another axis: every rank holds its parts of the
+    /// parameters of its stages. Collective over `group`, in which every rank holds the same parts: the axis of a
     /// [`Mesh`](crate::mesh::Mesh) that is not that of the split.
     ///
     /// # Errors
@@ -326,8 +326,8 @@ impl<M: Module> Sharded<M> {
     }
 
     /// Joins this split model with its replicas along another axis: each trains on inputs of its own, and gradients are
-    /// averaged over `group` while the backward pass still runs. Collective over `group`, in which every rank holds the same
-    /// parts: the axis of a [`Mesh`](crate::mesh::Mesh) that is not the one of the split.
+    /// averaged over `group` while the backward pass still runs. Collective over `group`, in which every rank holds the
+    /// same parts: the axis of a [`Mesh`](crate::mesh::Mesh) that is not the one of the split.
     ///
     /// All replicas take the values and ids of the first. Lazy parameters are made now, unless the replicas
     /// [divide the parameters](Sharding::Parameters). They draw different random numbers,

@@ -1,4 +1,5 @@
-//! Runs whose ranks other launchers start again: they go on from the last checkpoint, and end with the losses of an undisturbed run.
+//! Runs whose ranks other launchers start again: they go on from the last checkpoint, and end with the losses of an
+//! undisturbed run.
 #![cfg(target_os = "linux")]
 
 use std::fs;
@@ -59,8 +60,8 @@ fn slurm((requeued, ranks): (usize, usize), job: u64, flags: &[String]) -> Vec<C
     (0..ranks).map(start).collect()
 }
 
-/// As `srun` starts ranks, and again in a job that is requeued, which may get fewer nodes: a rank is killed, the other ends with an
-/// error that names it.
+/// As `srun` starts ranks, and again in a job that is requeued, which may get fewer nodes: a rank is killed, the other
+/// ends with an error that names it.
 #[test]
 fn a_job_of_slurm_that_is_requeued_goes_on() {
     let folder = Folder::new("slurm");
@@ -132,8 +133,8 @@ fn torchrun_starts_lost_ranks_again() {
     same_losses(&whole, &losses_in(&outcome), 1e-5);
 }
 
-/// A node is lost, torchrun's own process on it and all of its ranks: the one that is left starts its ranks again, fewer, and
-/// they go on from the last checkpoint, with the same batches.
+/// A node is lost, torchrun's own process on it and all of its ranks: the one that is left starts its ranks again,
+/// fewer, and they go on from the last checkpoint, with the same batches.
 #[test]
 #[ignore = "needs a Python with torch, which BURN_PARALLEL_PYTHON names"]
 fn torchrun_goes_on_with_fewer_nodes() {
@@ -167,7 +168,8 @@ fn torchrun_goes_on_with_fewer_nodes() {
     same_losses(&whole, &losses_in(&outcome), 1e-5);
 }
 
-/// torchrun hands on the signal by which it is asked to end: the ranks save the same step, and the next run goes on from there.
+/// torchrun hands on the signal by which it is asked to end: the ranks save the same step, and the next run goes on
+/// from there.
 #[test]
 #[ignore = "needs a Python with torch, which BURN_PARALLEL_PYTHON names"]
 fn torchrun_is_asked_to_end() {

@@ -12,4 +12,5 @@ pub mod products;
 pub mod reference;
 pub mod rotary;
 pub mod shapes;
+pub mod store;
 pub mod zoo;

@@ -6,6 +6,7 @@ use burn::backend::Flex;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::prelude::*;
+use burn::tensor::Transaction;
 
 use crate::common::models::{Numbers, eager};
 
@@ -19,11 +20,14 @@ pub struct Whole {
 /// Tensors by the paths of their parameters.
 pub type Wholes = BTreeMap<String, Whole>;
 
+/// The floats of a module, read from their device all at once.
 #[derive(Default)]
 struct Floats<'a> {
     gradients: Option<&'a GradientsParams>,
     path: Vec<String>,
-    values: Wholes,
+    /// Path and dims of each, in their order.
+    found: Vec<(String, Vec<usize>)>,
+    reads: Transaction,
 }
 
 impl ModuleVisitor for Floats<'_> {
@@ -33,12 +37,12 @@ impl ModuleVisitor for Floats<'_> {
             Some(gradients) => gradients.get::<D>(param.id),
         };
         if let Some(value) = value {
-            let dims = value.dims().to_vec();
-            let values = value.into_data().convert::<f32>().try_to_vec().unwrap();
-            let (path, visits) = (self.path.join("."), self.values.len());
+            let (path, visits) = (self.path.join("."), self.found.len());
             // An adapter has the path of what it adapts.
-            let path = if self.values.contains_key(&path) { format!("{path} {visits}") } else { path };
-            self.values.insert(path, Whole { dims, values });
+            let seen = self.found.iter().any(|(other, _)| *other == path);
+            let path = if seen { format!("{path} {visits}") } else { path };
+            self.found.push((path, value.dims().to_vec()));
+            self.reads = std::mem::take(&mut self.reads).register(value);
         }
     }
 
@@ -51,16 +55,24 @@ impl ModuleVisitor for Floats<'_> {
     }
 }
 
+impl Floats<'_> {
+    fn read(self) -> Wholes {
+        let values = self.reads.execute().into_iter().map(|data| data.convert::<f32>().try_into_vec().unwrap());
+        let wholes = self.found.into_iter().zip(values);
+        wholes.map(|((path, dims), values)| (path, Whole { dims, values })).collect()
+    }
+}
+
 pub fn values<M: Module>(model: &M) -> Wholes {
     let mut floats = Floats::default();
     model.valid().visit(&mut floats);
-    floats.values
+    floats.read()
 }
 
 pub fn gradient_values<M: Module>(model: &M, gradients: &GradientsParams) -> Wholes {
     let mut floats = Floats { gradients: Some(gradients), ..Floats::default() };
     model.visit(&mut floats);
-    floats.values
+    floats.read()
 }
 
 /// The bytes of the buffers behind all initialized parameters.

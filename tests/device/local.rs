@@ -15,6 +15,7 @@ pub fn add_to(trials: &mut Trials) {
     trials.add("a_vector_can_be_received_from_a_device", a_vector_can_be_received_from_a_device);
     trials.add("ranks_with_devices_of_their_own", ranks_with_devices_of_their_own);
     trials.add("reductions_are_the_hosts_bit_for_bit", reductions_are_the_hosts_bit_for_bit);
+    trials.add("more_ranks_than_a_kernel_reads_reduce_alike", more_ranks_than_a_kernel_reads_reduce_alike);
     for (name, check) in CHECKS {
         trials.add(name, move || {
             for size in [1, 2, 3, 4] {
@@ -133,6 +134,17 @@ fn reductions_are_the_hosts_bit_for_bit() {
             })
             .unwrap();
     }
+}
+
+/// No kernel reads the tensors of more than 61 ranks: the partial result of the first goes to a second.
+fn more_ranks_than_a_kernel_reads_reduce_alike() {
+    launch::threads(64)
+        .threads_per_rank(1)
+        .run(|rank| {
+            floats_are_alike(&rank, 100, DType::F32)?;
+            integers_are_alike(&rank, 100, DType::I32)
+        })
+        .unwrap();
 }
 
 const EXACT: [ReduceOp; 4] = [ReduceOp::Sum, ReduceOp::Product, ReduceOp::Max, ReduceOp::Min];

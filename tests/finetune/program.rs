@@ -8,9 +8,14 @@ use serde_json::Value;
 
 use crate::directory::{CHATML, Directory};
 
-/// A model, and conversations to train it on.
+/// A Llama, and conversations to train it on.
 pub fn prepared() -> Directory {
-    let directory = Directory::new(&[]).with_template(CHATML).with_llama();
+    prepared_with("llama_gqa")
+}
+
+/// The same with another model.
+pub fn prepared_with(model: &str) -> Directory {
+    let directory = Directory::new(&[]).with_template(CHATML).with_model(model);
     let line = |number: usize| {
         let (asked, said) = ("why? ".repeat(number % 3 + 1), "so. ".repeat(number % 5 + 1));
         let messages =
@@ -45,7 +50,8 @@ pub fn finetune(directory: &Directory, flags: &[&str]) -> Output {
     command.output().unwrap_or_else(|why| panic!("{command:?}: {why}"))
 }
 
-/// The outcome of a run; on the conversations, in rows of 64 tokens, at a rate of 1e-3, where the flags say nothing else.
+/// The outcome of a run; on the conversations, in rows of 64 tokens, at a rate of 1e-3, where the flags say nothing
+/// else.
 pub fn trained(directory: &Directory, flags: &[&str]) -> Value {
     let usual = [["--data", "in:data.jsonl"], ["--seq", "64"], ["--lr", "1e-3"], ["--json", "in:outcome.json"]];
     let usual = usual.into_iter().filter(|[flag, _]| !flags.contains(flag));
@@ -246,7 +252,8 @@ fn a_dry_run_says_what_would_be_and_trains_nothing() {
     assert!(!directory.path().join("save").exists());
 }
 
-/// What is computed again is what was, with tensor parallelism and gathered parameters too; in less memory where the steps are eager or a pipeline's.
+/// What is computed again is what was, with tensor parallelism and gathered parameters too; in less memory where the
+/// steps are eager or a pipeline's.
 #[test]
 fn what_is_computed_again_needs_not_be_kept() {
     let directory = prepared();
@@ -257,7 +264,8 @@ fn what_is_computed_again_needs_not_be_kept() {
     for flags in [&["--dp", "1"][..], &["--pp", "2"], &["--tp", "2"], &["--dp", "2", "--zero", "3"], &["--lora", "2"]] {
         let (kept, again) = (run(flags), run(&[flags, &["--recompute"]].concat()));
         same(&numbers(&kept, "losses"), &numbers(&again, "losses"), 1e-6, &flags);
-        // Captured steps fuse what would be computed again: they hold little of it in any case, and the flag does nothing.
+        // Captured steps fuse what would be computed again: they hold little of it in any case, and the flag does
+        // nothing.
         if flags[0] == "--tp" || flags.contains(&"--zero") {
             continue;
         }

@@ -354,8 +354,8 @@ fn views_that_leave_a_step_stay_what_they_were() {
     }
 }
 
-/// What is computed in 16 bits and again in 32 are two values of a loop, whichever comes first; so are a value's roundings
-/// to two dtypes.
+/// What is computed in 16 bits and again in 32 are two values of a loop, whichever comes first; so are a value's
+/// roundings to two dtypes.
 #[test]
 fn one_operation_in_several_dtypes() {
     let narrow = |x: &Tensor<2>| x.clone().cast(FloatDType::BF16);

@@ -1,18 +1,14 @@
 //! No rank ever holds, makes or reads what belongs to another stage.
 
-use std::collections::BTreeMap;
-use std::ops::Range;
-
-use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::prelude::*;
-use burn::tensor::{TensorData, activation};
-use burn_parallel::params::SliceSource;
+use burn::tensor::activation;
 use burn_parallel::prelude::*;
 
 use super::parity::{lm, lm_loss, rows_of_tokens, schedules, tied, tied_loss, tokens};
 use crate::common::models::{Lm, Tied, device};
-use crate::common::reference::{Whole, Wholes, bytes, filled, values};
+use crate::common::reference::{Whole, bytes, filled, values};
+use crate::common::store::Store;
 
 #[test]
 fn lazy_parameters_of_other_stages_are_never_made() {
@@ -44,37 +40,6 @@ fn lazy_parameters_of_other_stages_are_never_made() {
         .unwrap();
 }
 
-/// A store that counts what is asked of it.
-#[derive(Default)]
-struct Store {
-    whole: Wholes,
-    /// Elements read, by path.
-    read: BTreeMap<String, usize>,
-}
-
-impl Store {
-    /// A store of what a model holds.
-    fn of<M: Module>(model: &M) -> Self {
-        Self { whole: values(model), read: BTreeMap::new() }
-    }
-}
-
-impl SliceSource for Store {
-    fn dims(&mut self, path: &str) -> Result<Option<Vec<usize>>, Error> {
-        Ok(self.whole.get(path).map(|whole| whole.dims.clone()))
-    }
-
-    fn read(&mut self, path: &str, ranges: &[Range<usize>]) -> Result<TensorData, Error> {
-        let Whole { dims, values } = &self.whole[path];
-        let places = ranges.iter().zip(dims).fold(vec![0], |places: Vec<usize>, (range, size)| {
-            places.iter().flat_map(|place| range.clone().map(move |index| place * size + index)).collect()
-        });
-        *self.read.entry(path.into()).or_default() += places.len();
-        let shape: Vec<usize> = ranges.iter().map(Range::len).collect();
-        Ok(TensorData::new(places.into_iter().map(|place| values[place]).collect::<Vec<_>>(), shape))
-    }
-}
-
 #[test]
 fn a_model_is_loaded_of_which_each_rank_reads_and_makes_its_stages_only() {
     let trained = filled(lm());
@@ -95,14 +60,14 @@ fn a_model_is_loaded_of_which_each_rank_reads_and_makes_its_stages_only() {
                     model.prepare(tokens(0), lm_loss)?;
                     let all = bytes(&model);
                     assert_eq!(all.bytes.values().sum::<usize>(), 0, "nothing is made before it is loaded");
-                    let mut store = Store::of(&trained);
+                    let mut store = Store::of(values(&trained));
                     let mut model = model.load(&mut store)?;
                     let own: u64 = {
                         let report = model.report().cut.unwrap();
                         let mine = model.timetable().stages_of(rank.rank());
                         mine.iter().map(|stage| report.stages[*stage].param_bytes).sum()
                     };
-                    let read: usize = store.read.values().sum();
+                    let read = store.elements_read();
                     assert_eq!(4 * read as u64, own);
                     let held = bytes(&model);
                     assert_eq!((held.bytes.values().sum::<usize>() as u64, held.lazy), (own, 0));
@@ -127,7 +92,7 @@ fn what_several_stages_use_is_loaded_by_each_of_them() {
         .run(|rank| {
             let cut = Cut::patterns([vec!["embedding*"], vec!["inner*"]]);
             let model = Tied::new(&device()).pipeline_parallel(&rank, PipelineConfig::new(2).with_cut(cut))?;
-            let mut store = Store::of(&trained);
+            let mut store = Store::of(values(&trained));
             let mut model = model.load(&mut store)?;
             // Before the step is known only the first rank has the embedding, then both.
             assert_eq!(store.read.contains_key("embedding.weight"), rank.rank() == 0);
@@ -152,9 +117,9 @@ fn a_split_model_is_loaded_by_parts_of_stages() {
             let (pp, tp) = (mesh.axis("pp")?, mesh.axis("tp")?);
             let config = PipelineConfig::new(2).with_cut(Cut::before(["encoder.layers.1.*"]));
             let model = Lm::lazy(13, 8, 3, &device()).tensor_parallel(&tp, Plan::megatron())?;
-            let mut store = Store::of(&trained);
+            let mut store = Store::of(values(&trained));
             let model = model.pipeline_parallel(&pp, config)?.load(&mut store)?;
-            let read: usize = store.read.values().sum();
+            let read = store.elements_read();
             let held: usize = bytes(model.local()).bytes.values().sum();
             assert_eq!(4 * read, held);
             let all: usize = expected.values().map(|whole| whole.values.len()).sum();
@@ -172,7 +137,7 @@ fn what_cannot_be_loaded_is_refused() {
     launch::threads(2)
         .run(|rank| {
             let model = lm().pipeline_parallel(&rank, PipelineConfig::new(2))?;
-            let mut store = Store::of(&filled(lm()));
+            let mut store = Store::of(values(&filled(lm())));
             let error = model.clone().load(&mut store).unwrap_err();
             assert!(matches!(&error, Error::Pipeline { problem } if problem.contains("prepare")), "{error}");
             let mut model = model;

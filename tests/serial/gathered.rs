@@ -117,8 +117,8 @@ fn checkpointed() -> Device {
     Device::flex().autodiff().gradient_checkpointing()
 }
 
-/// With `Keep::Pass` no more is whole when forward ends than two groups, on a device with burn's gradient checkpointing, whatever
-/// burn's layers do with their weights; with `Keep::MicroBatch` everything is.
+/// With `Keep::Pass` no more is whole when forward ends than two groups, on a device with burn's gradient
+/// checkpointing, whatever burn's layers do with their weights; with `Keep::MicroBatch` everything is.
 #[test]
 fn two_groups_are_whole_with_gradient_checkpointing() {
     let _turn = crate::turn();
@@ -161,8 +161,9 @@ fn growth<M: Module + Sync>(model: &M, strategy: &Strategy, loss: fn(&M, Tensor<
     found.into_inner()
 }
 
-/// What a user of `parallelize` gets who asks for nothing but that parameters are divided, on an ordinary device: whatever
-/// burn's layers do with their weights, two groups of them are whole, beside rows of gradients and what is exchanged.
+/// What a user of `parallelize` gets who asks for nothing but that parameters are divided, on an ordinary device:
+/// whatever burn's layers do with their weights, two groups of them are whole, beside rows of gradients and what is
+/// exchanged.
 #[test]
 fn two_groups_are_whole_by_default() {
     fn check<M: Module + Sync>(model: &M, loss: fn(&M, Tensor<3>) -> Tensor<1>) {
@@ -206,8 +207,8 @@ fn adapted_weights_are_not_kept() {
     assert!(pass - alone < 3 * group + FEW, "{} of groups of {group}", pass - alone);
 }
 
-/// Without it burn keeps what a product multiplies by, if that was made of a weight by an operation: a view of one's own, or
-/// that of a `Linear` whose input has more than two dims.
+/// Without it burn keeps what a product multiplies by, if that was made of a weight by an operation: a view of one's
+/// own, or that of a `Linear` whose input has more than two dims.
 #[test]
 fn views_of_weights_are_kept_without_gradient_checkpointing() {
     let _turn = crate::turn();
@@ -239,4 +240,41 @@ fn one_group_is_whole_where_ranks_say_what_they_want() {
     let with = |config| after_forward(&model, 200, config, &device, Chain::plain);
     let found = with(divided) - with(DataParallelConfig::new());
     assert!(found < group + FEW, "{found} of groups of {group}");
+}
+
+/// Captured steps gather for a pass into memory that stays: that of two groups. What is kept for longer goes back.
+#[test]
+fn memory_of_two_groups_stays_between_steps() {
+    let _turn = crate::turn();
+    const WIDE: usize = 600;
+    let device = Device::flex().autodiff();
+    let layer = |_| LinearConfig::new(WIDE, WIDE).with_bias(false).init(&device);
+    let model = Chain { layers: (0..LAYERS).map(layer).collect() };
+    let (group, _) = sizes(&model);
+    let stays = |keep| {
+        let data = DataParallelConfig::new().with_sharding(Sharding::Parameters).with_keep(keep);
+        let strategy = Strategy::new().with_data(data).with_engine(Engine::Captured);
+        let found = AtomicIsize::new(0);
+        launch::threads(2)
+            .run(|rank| {
+                let mut model = model.clone().fork(&device).parallelize(&rank, &strategy)?;
+                let mut optim: ModuleOptimizer = SgdConfig::new().init();
+                rank.barrier()?;
+                let before = held();
+                rank.barrier()?;
+                for _ in 0..3 {
+                    let done = model.step(Tensor::<2>::ones([2, WIDE], &device), Chain::plain)?;
+                    model = model.optimize(&mut optim, 1e-3, done)?;
+                }
+                rank.barrier()?;
+                found.store((held() - before) / 2, Relaxed);
+                rank.barrier()?;
+                Ok(())
+            })
+            .unwrap();
+        found.into_inner()
+    };
+    let (pass, micro_batch) = (stays(Keep::Pass), stays(Keep::MicroBatch));
+    let more = pass - micro_batch;
+    assert!(more > group && more < 2 * group + 2 * FEW, "{pass} and {micro_batch} with groups of {group}");
 }

@@ -102,8 +102,8 @@ fn is_lazy<M: Module>(model: &M) -> bool {
     lazy.0
 }
 
-/// The bytes that two ranks know a step to need before it has run, and those that they take: in the third step, or in all of the
-/// first three.
+/// The bytes that two ranks know a step to need before it has run, and those that they take: in the third step, or in
+/// all of the first three.
 fn known_and_taken(strategy: &Strategy, in_all: bool) -> (u64, isize) {
     const ROWS: usize = 512;
     let found = launch::threads(2)
@@ -151,7 +151,7 @@ fn a_step_needs_what_is_known_of_it() {
         // Steps keep their memory, which stands beside what else is made at another time than its tensors.
         let (known, taken) = known_and_taken(&strategy, true);
         let ratio = taken as f64 / known as f64;
-        assert!(ratio < 1.9, "{name}, three steps: {known} known, {taken} needed: {ratio:.2}");
+        assert!((0.7..1.9).contains(&ratio), "{name}, three steps: {known} known, {taken} needed: {ratio:.2}");
         strategy.tensor.fusion = false;
         strategy.pipeline = strategy.pipeline.map(|pipeline| pipeline.with_fusion(false));
         let (known, taken) = known_and_taken(&strategy, false);

@@ -1,4 +1,5 @@
-//! What all strategies have in common: settings, what fits, the gradient norm, sharded replicas, and how often a step walks the model.
+//! What all strategies have in common: settings, what fits, the gradient norm, sharded replicas, and how often a step
+//! walks the model.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -334,7 +334,8 @@ fn what_a_micro_batch_was_is_told_when_it_cannot_be_captured() {
     says(&error, &["a micro-batch of 2 of 4 rows", "[\"1\"]", "must be divided"]);
 }
 
-/// Divided parameters are for those who lack memory, and captured steps keep what is promised: nobody has to ask for them.
+/// Divided parameters are for those who lack memory, and captured steps keep what is promised: nobody has to ask for
+/// them.
 #[test]
 fn steps_are_captured_where_parameters_are_divided() {
     let strategy = |sharding, engine| {

@@ -25,23 +25,11 @@ pub(super) fn fold(
     op: ReduceOp,
     dtype: DType,
 ) -> Result<DeviceTensor, Error> {
-    // The bindings that a kernel has beside its result, the partial reduction and its own arguments.
-    let bindings = |like: &DeviceTensor| like.client.properties().hardware.max_bindings.clamp(5, 64) as usize - 3;
-    let most = shards.first().map_or(1, bindings);
-    fold_by(most, shards, elements, op, dtype)
-}
-
-/// As [`fold`], with `most` tensors at most in one kernel; the partial result goes to the next kernel in the wide
-/// dtype.
-fn fold_by(
-    most: usize,
-    shards: &[DeviceTensor],
-    elements: Range<usize>,
-    op: ReduceOp,
-    dtype: DType,
-) -> Result<DeviceTensor, Error> {
     let none = || Error::invalid("a reduction on a device", "there is nothing to reduce");
     let like = shards.first().ok_or_else(none)?;
+    // The bindings that a kernel has beside its result, the partial reduction and its own arguments. The partial result
+    // of so many tensors goes to the next kernel in the wide dtype.
+    let most = like.client.properties().hardware.max_bindings.clamp(5, 64) as usize - 3;
     let ends = number(like.dtype);
     let between = match ends {
         DType::F16 | DType::BF16 => DType::F32,
@@ -198,51 +186,4 @@ fn integers<E: Int>(
         total = combine::<E>(total, next, op);
     }
     folded[ABSOLUTE_POS] = total;
-}
-
-#[cfg(all(test, feature = "wgpu"))]
-mod tests {
-    use std::panic::catch_unwind;
-
-    use burn::tensor::{Device, DeviceKind, Float, Int, Tensor, TensorData};
-
-    use super::*;
-    use crate::comm::device::{from_device, to_device};
-
-    /// More tensors than one kernel reads: the same bits as if it read all.
-    #[test]
-    fn many_kernels_fold_as_one() {
-        let device = Device::wgpu(DeviceKind::DefaultDevice);
-        if catch_unwind(|| Tensor::<1>::ones([1], &device).into_data()).is_err() {
-            println!("there is no device: many_kernels_fold_as_one was skipped");
-            return;
-        }
-        let numbers = |rank: usize| (0..100).map(move |i| ((i * 7919 + rank * 104_729) % 2003) as f32 / 7.0 - 99.0);
-        for op in [ReduceOp::Sum, ReduceOp::Mean, ReduceOp::Product, ReduceOp::Max, ReduceOp::Min] {
-            for dtype in [DType::F32, DType::F16].into_iter().filter(|dtype| device.supports_dtype(*dtype)) {
-                let shard = |rank: usize| {
-                    let data = TensorData::new(numbers(rank).collect(), [100]).convert_dtype(dtype);
-                    to_device(Tensor::<1>::from_data(data, (&device, dtype))).unwrap()
-                };
-                let shards: Vec<_> = (0..7).map(shard).collect();
-                let folded =
-                    |most| from_device::<1, Float>(fold_by(most, &shards, 3..98, op, dtype).unwrap()).into_data();
-                let at_once = folded(7);
-                for most in [2, 3, 6] {
-                    assert_eq!(folded(most), at_once, "{op:?} of {dtype:?}, {most} at once");
-                }
-            }
-            if op == ReduceOp::Mean {
-                continue;
-            }
-            let shard = |rank: usize| {
-                let data = TensorData::new(numbers(rank).map(|x| x as i32).collect(), [100]);
-                to_device(Tensor::<1, Int>::from_data(data, (&device, DType::I32))).unwrap()
-            };
-            let shards: Vec<_> = (0..7).map(shard).collect();
-            let folded =
-                |most| from_device::<1, Int>(fold_by(most, &shards, 3..98, op, DType::I32).unwrap()).into_data();
-            assert_eq!(folded(2), folded(7), "{op:?} of integers");
-        }
-    }
 }

@@ -13,7 +13,7 @@ use crate::comm::{Operation, ReduceOp, part};
 use crate::{Error, comm};
 
 /// NCCL's name of a dtype, if it has one.
-pub(super) fn data_type(dtype: DType) -> Option<DataType> {
+pub(super) const fn data_type(dtype: DType) -> Option<DataType> {
     Some(match dtype {
         DType::F64 => DataType::ncclFloat64,
         DType::F32 => DataType::ncclFloat32,

@@ -128,15 +128,3 @@ impl Library {
         Ok((self, [low, high]))
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::Version;
-
-    #[test]
-    fn versions_print_as_nvidia_writes_them() {
-        assert_eq!(Version(22809).to_string(), "2.28.9");
-        assert_eq!(Version(21800).to_string(), "2.18.0");
-        assert!(Version(23007) > Version(22809));
-    }
-}

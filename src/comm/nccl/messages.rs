@@ -10,7 +10,7 @@
 //!    that messages of host and device data of one tag keep their order, and any tag may be received first. It returns.
 //! 2. `recv` takes the header, allocates the buffer, answers with the number (*clear to send*) and enqueues `ncclRecv`,
 //!    both under one lock (`receiver.rs`). `start_recv` leaves that to a thread of its own, which does it when the
-//!    header arrives, whatever the rank computes meanwhile (`posted_receives`).
+//!    header arrives, whatever the rank computes meanwhile (`comm/posted_receives.rs`).
 //! 3. The watchdog of the sending rank takes the answers in their order and enqueues `ncclSend` for each.
 //!
 //! **A rank may go before its messages.** When it drops its communicator, its watchdog keeps what has not been asked
@@ -38,13 +38,10 @@
 //! **Who makes the communicator's id?** The receiver, who sends it with its first answer: the first thing that both
 //! sides are sure to see in the same order.
 //!
-//! A header is told from a user's message by its form, 64-bit integers of eight dims that begin with a fixed number; a
-//! user's message of that form is refused.
+//! A header (`comm/message_header.rs`) is told from a user's message by its form; a user's message of that form is refused.
 
 use std::sync::{Arc, Mutex};
 
-use burn::backend::flex::FlexTensor;
-use burn::tensor::{BoolStore, DType, TensorData};
 use burn_cubecl::CubeDevice;
 use cudarc::nccl::result as nccl;
 
@@ -56,73 +53,18 @@ use super::watchdog::{Link, Watchdog};
 use crate::Error;
 use crate::comm::device::{DeviceTensor, empty_on};
 use crate::comm::lock::lock;
+use crate::comm::message_header::{DTYPES, Header};
 use crate::comm::sent_messages::SentMessages;
-use crate::comm::{Call, Extent, Message, Operation, Transport};
+use crate::comm::{Call, Extent, Operation, Transport};
 
-const MAGIC: u64 = 0x6e63_636c_6865_6164;
-/// Dims of a header but the last.
-const FORM: [usize; 7] = [1; 7];
-
-const DTYPES: [DType; 13] = [
-    DType::F64,
-    DType::F32,
-    DType::F16,
-    DType::BF16,
-    DType::I64,
-    DType::I32,
-    DType::I8,
-    DType::U64,
-    DType::U32,
-    DType::U8,
-    DType::Bool(BoolStore::Native),
-    DType::Bool(BoolStore::U8),
-    DType::Bool(BoolStore::U32),
-];
-
-/// The announcement of a message.
-#[derive(Debug, PartialEq)]
-pub(super) struct Header {
-    pub number: u64,
-    pub dtype: DType,
-    pub dims: Vec<usize>,
-}
-
-impl Header {
-    fn write(&self) -> Result<Message, Error> {
-        let unsupported = || Error::UnsupportedDType { operation: "send over NCCL", dtype: self.dtype };
-        let dtype = DTYPES.iter().position(|dtype| *dtype == self.dtype).ok_or_else(unsupported)?;
-        let words = [MAGIC, self.number, dtype as u64].into_iter().chain(self.dims.iter().map(|dim| *dim as u64));
-        let words: Vec<u64> = words.collect();
-        let dims: Vec<usize> = FORM.into_iter().chain([words.len()]).collect();
-        Ok(Message(FlexTensor::from_data(TensorData::new(words, dims))))
+// NCCL transfers every dtype that a header can announce.
+const _: () = {
+    let mut place = 0;
+    while place < DTYPES.len() {
+        assert!(data_type(DTYPES[place]).is_some());
+        place += 1;
     }
-
-    /// Whether a message has the form of a header.
-    pub fn is_in(Message(tensor): &Message) -> bool {
-        let dims = tensor.layout().shape();
-        tensor.dtype() == DType::U64
-            && dims.num_dims() == FORM.len() + 1
-            && dims[..FORM.len()] == FORM
-            && words(tensor).first() == Some(&MAGIC)
-    }
-
-    pub fn read(Message(tensor): &Message) -> Option<Self> {
-        match words(tensor)[..] {
-            [MAGIC, number, dtype, ref dims @ ..] => {
-                let dtype = *DTYPES.get(usize::try_from(dtype).ok()?)?;
-                let dims = dims.iter().map(|dim| usize::try_from(*dim).ok()).collect::<Option<Vec<_>>>()?;
-                // Nobody has sent more than there is memory.
-                dims.iter().try_fold(dtype.size(), |bytes, dim| bytes.checked_mul(*dim))?;
-                Some(Self { number, dtype, dims })
-            }
-            _ => None,
-        }
-    }
-}
-
-fn words(tensor: &FlexTensor) -> Vec<u64> {
-    tensor.clone().into_data().try_into_vec().unwrap_or_default()
-}
+};
 
 /// The communicator and stream of one direction between two ranks. The sender is rank 0 of it.
 #[derive(Debug)]
@@ -208,45 +150,5 @@ impl SendQueue {
         let call = Call::on_device(Operation::Send { to, tag }, tensor.dtype, extent);
         watchdog.watch(call, &channel.link, (ready, done), vec![(tensor, Some(prepared))]);
         called
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use burn::backend::flex::FlexTensor;
-    use burn::tensor::{BoolStore, DType, TensorData};
-
-    use super::{DTYPES, FORM, Header, MAGIC, Message};
-    use crate::comm::nccl::collective::data_type;
-
-    #[test]
-    fn headers_are_read_as_written() {
-        for (number, dtype) in DTYPES.into_iter().enumerate() {
-            assert!(data_type(dtype).is_some());
-            for dims in [vec![], vec![0], vec![3, 5], vec![1; 9]] {
-                let header = Header { number: number as u64 + (1 << 40), dtype, dims };
-                let message = header.write().unwrap();
-                assert!(Header::is_in(&message));
-                assert_eq!(Header::read(&message), Some(header));
-            }
-        }
-        let header = Header { number: 0, dtype: DType::I16, dims: vec![1] };
-        assert!(header.write().is_err(), "NCCL does not know it");
-    }
-
-    #[test]
-    fn other_messages_are_no_headers() {
-        let message = |words: Vec<u64>, dims: Vec<usize>| Message(FlexTensor::from_data(TensorData::new(words, dims)));
-        let form = |len| FORM.into_iter().chain([len]).collect::<Vec<_>>();
-        assert!(!Header::is_in(&message(vec![MAGIC, 0, 0], vec![3])));
-        assert!(!Header::is_in(&message(vec![7, 0, 0], form(3))));
-        assert!(!Header::is_in(&message(vec![], form(0))));
-        assert!(Header::is_in(&message(vec![MAGIC], form(1))), "of that form");
-        let huge = vec![MAGIC, 1, 0, u64::MAX / 4, 2];
-        for garbled in [vec![MAGIC], vec![MAGIC, 1], vec![MAGIC, 1, 99], vec![MAGIC, 1, u64::MAX, 4], huge] {
-            let len = garbled.len();
-            assert_eq!(Header::read(&message(garbled, form(len))), None);
-        }
-        assert_eq!(DTYPES[10], DType::Bool(BoolStore::Native));
     }
 }

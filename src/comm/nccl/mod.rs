@@ -60,7 +60,6 @@ mod gpu;
 mod library;
 mod messages;
 mod nccl_comm;
-mod posted_receives;
 mod receiver;
 mod shape_exchange;
 mod stream;

@@ -7,14 +7,15 @@ use cudarc::nccl::result as nccl;
 
 use super::collective::data_type;
 use super::event::Event;
-use super::messages::{Channel, Header, SendQueue};
+use super::messages::{Channel, SendQueue};
 use super::nccl_comm::unique_id;
-use super::posted_receives::{Asked, Key, PostedReceives};
 use super::stream::{follow_here, prepare};
 use super::watchdog::Watchdog;
 use crate::Error;
 use crate::comm::device::{DeviceTensor, empty_on};
 use crate::comm::lock::lock;
+use crate::comm::message_header::Header;
+use crate::comm::posted_receives::{Asked, Key, PostedReceives};
 use crate::comm::sent_messages::{ask, ask_nothing_more};
 use crate::comm::{Arrival, Call, Extent, Message, Operation, Transport};
 

@@ -9,7 +9,7 @@ use cubecl_environment::stream::StreamId;
 
 use super::collective::{Task, data_type};
 use super::conversion::Conversion;
-use super::messages::{Header, SendQueue};
+use super::messages::SendQueue;
 use super::nccl_comm::NcclComm;
 use super::receiver::Receiver;
 use super::shape_exchange::{Shapes, reduce};
@@ -18,6 +18,7 @@ use super::watchdog::{HeldBuffer, Link, Watchdog};
 use crate::Error;
 use crate::comm::coalesced::pieces_on_device;
 use crate::comm::device::{DeviceTensor, DeviceTransport, bytes_moved, empty_on, flat, rows_received};
+use crate::comm::message_header::Header;
 use crate::comm::transport::check_rank;
 use crate::comm::{Arrival, Call, CallLog, Message, Operation, ReduceOp, Transfer, Transport};
 

@@ -1,9 +1,9 @@
 //! What each of burn's operations is, in one table; what it takes; the form that rules ask for, and the fields that
 //! passes look for; how operations are made and changed.
 //!
-//! Modules above ask here: the enums of burn's operations are matched on in these files, in `graph/fused/work.rs`, which
-//! says what a kernel does for each, and no others, so that operations which a new version of burn renames or adds touch
-//! few files.
+//! Modules above ask here: the enums of burn's operations are matched on in these files, in `graph/fused/work.rs`,
+//! which says what a kernel does for each, and no others, so that operations which a new version of burn renames or
+//! adds touch few files.
 
 pub(crate) mod build;
 mod class;
@@ -12,6 +12,7 @@ mod edit;
 mod effect;
 mod fields;
 mod form;
+mod in_place;
 mod name;
 
 pub(crate) use class::{Class, is_cheap, is_elementwise, is_linear, is_view, only_moves};
@@ -26,4 +27,5 @@ pub(crate) use fields::{
 pub(crate) use form::{
     AlongDim, AlongDimKind, Convolution, ConvolutionPass, Form, Reduction, ReductionDims, ReductionKind,
 };
+pub(crate) use in_place::{passing_bytes, written_over};
 pub(crate) use name::op_name;

@@ -110,8 +110,8 @@ pub(super) fn exchange(
     Ok((done, files.finish(group.rank())))
 }
 
-/// Sends what the pieces of other ranks need of this rank's parts, or zeros, once one of them fails. Returns how many bytes
-/// that is.
+/// Sends what the pieces of other ranks need of this rank's parts, or zeros, once one of them fails. Returns how many
+/// bytes that is.
 fn send(
     plan: &SavePlan,
     round: &[Turn],

@@ -2,8 +2,8 @@
 //! written is no directory, and the next save goes through.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::Device;
@@ -16,7 +16,8 @@ use crate::hf::weights::open;
 use crate::launch::{self, Rank};
 use crate::params::SliceSource;
 use crate::plan::Plan;
-use crate::tensor_file::fault::{NO_EXCHANGE, VARIABLE};
+use crate::tensor_file::fault::NO_EXCHANGE;
+use crate::tensor_file::killed::{self as process, Dir, killed, two_ranks};
 use crate::tensor_parallel::TensorParallel;
 
 /// Where a rank in a process of its own saves, and the value of all elements.
@@ -33,24 +34,6 @@ const POINTS: [(&str, bool); 7] = [
     ("names exchanged", true),
     ("committed", true),
 ];
-
-struct Dir(PathBuf);
-
-impl Dir {
-    fn new(name: &str) -> Self {
-        let name = format!("burn-parallel-hf-killed-{}-{}", name.replace(' ', "-"), std::process::id());
-        let path = std::env::temp_dir().join(name);
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-}
-
-impl Drop for Dir {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
 
 /// Two ranks write halves of a matrix, of which one sends to the other, in several files and many rounds.
 fn save_model(rank: &Rank, dir: &Path, value: f64) -> Result<(), Error> {
@@ -75,21 +58,9 @@ fn some_ranks() {
 }
 
 fn helper(dir: &Dir, value: u8, kill: Option<&str>) -> Command {
-    let mut command = Command::new(std::env::current_exe().unwrap());
+    let mut command = process::helper("hf::save::killed::some_ranks", kill);
+    command.env(DIR, &dir.0).env(VALUE, value.to_string());
     command
-        .args(["--exact", "hf::save::killed::some_ranks", "--ignored"])
-        .env(DIR, &dir.0)
-        .env(VALUE, value.to_string());
-    command.stdout(Stdio::null()).stderr(Stdio::null());
-    if let Some(point) = kill {
-        command.env(VARIABLE, point);
-    }
-    command
-}
-
-fn killed(mut child: Child) -> bool {
-    use std::os::unix::process::ExitStatusExt;
-    child.wait().unwrap().signal() == Some(libc::SIGKILL)
 }
 
 /// Demands a whole directory whose weights are all this value.
@@ -116,7 +87,7 @@ fn goes_on(dir: &Dir, at: &str) {
 #[test]
 fn all_ranks_are_killed_at_every_point() {
     for (point, there) in POINTS {
-        let dir = Dir::new(point);
+        let dir = Dir::new();
         let out = dir.0.join("out");
         // Where nothing was before, nothing is there.
         let first = killed(helper(&dir, 1, Some(point)).spawn().unwrap());
@@ -134,7 +105,7 @@ fn all_ranks_are_killed_at_every_point() {
 #[test]
 fn it_is_known_where_the_old_directory_is() {
     for point in ["old renamed", "new renamed"] {
-        let dir = Dir::new(point);
+        let dir = Dir::new();
         let out = dir.0.join("out");
         assert!(helper(&dir, 1, None).status().unwrap().success());
         assert!(killed(helper(&dir, 2, Some(point)).env(NO_EXCHANGE, "1").spawn().unwrap()), "{point}");
@@ -153,18 +124,10 @@ fn it_is_known_where_the_old_directory_is() {
 #[test]
 fn one_rank_is_killed() {
     for (rank, point) in [(1, "draft made"), (0, "half written"), (1, "half written"), (0, "files written")] {
-        let dir = Dir::new(&format!("{rank} {point}"));
+        let dir = Dir::new();
         assert!(helper(&dir, 1, None).status().unwrap().success());
-        let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port().to_string();
-        let start = |own: usize| {
-            let mut command = helper(&dir, 2, (own == rank).then_some(point));
-            command.env("RANK", own.to_string()).env("LOCAL_RANK", own.to_string()).env("WORLD_SIZE", "2");
-            command.env("LOCAL_WORLD_SIZE", "2").env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port);
-            command.env("BURN_PARALLEL_TIMEOUT_S", "20").spawn().unwrap()
-        };
-        let mut ranks = vec![start(0), start(1)];
-        let other = ranks.remove(1 - rank);
-        assert!(killed(ranks.remove(0)), "{rank} {point}");
+        let (victim, other) = two_ranks(rank, |kill| helper(&dir, 2, kill.then_some(point)));
+        assert!(killed(victim), "{rank} {point}");
         assert!(!other.wait_with_output().unwrap().status.success(), "{rank} {point}");
         holds(&dir.0.join("out"), 1, point);
         goes_on(&dir, point);

@@ -62,8 +62,8 @@ pub(super) struct Brought {
 /// parameters. Collective.
 ///
 /// # Errors
-/// On all ranks alike: [`Error::InvalidArgument`] if the ranks do not hold all of an adapter, or one of them fails. Those of
-/// the group.
+/// On all ranks alike: [`Error::InvalidArgument`] if the ranks do not hold all of an adapter, or one of them fails.
+/// Those of the group.
 pub(super) fn merge(
     own: &mut Vec<OwnParam>,
     params: &mut Vec<HeldParam>,
@@ -193,8 +193,8 @@ impl Need {
     }
 }
 
-/// What this rank needs of a factor, of which it may hold a part itself; `held` counts the bytes that it was sent. The outer
-/// error is that of the group; with the inner one, of this rank, all messages have been taken as well.
+/// What this rank needs of a factor, of which it may hold a part itself; `held` counts the bytes that it was sent. The
+/// outer error is that of the group; with the inner one, of this rank, all messages have been taken as well.
 fn take(
     need: &Need,
     part: Option<&Part>,

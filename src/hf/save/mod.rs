@@ -81,11 +81,11 @@ pub struct Saved {
 /// ```
 ///
 /// # Errors
-/// On all ranks alike, with the rank that failed, also if it was one alone. [`Error::InvalidArgument`] if no rule of the mapping fits a parameter, if two would be one
-/// tensor, if the model has adapters and the config does not [merge](SaveConfig::with_merged_adapters) them, if the
-/// directory is there and not to be overwritten, or if the disk of a rank fails: the model stays as it is, and what was
-/// there before too. [`Error::Pipeline`]'s words in it if a pipeline is not cut yet. [`Error::ModelMismatch`] if the ranks pass
-/// different configs. The error of the world.
+/// On all ranks alike, with the rank that failed, also if it was one alone. [`Error::InvalidArgument`] if no rule of
+/// the mapping fits a parameter, if two would be one tensor, if the model has adapters and the config does not
+/// [merge](SaveConfig::with_merged_adapters) them, if the directory is there and not to be overwritten, or if the disk
+/// of a rank fails: the model stays as it is, and what was there before too. [`Error::Pipeline`]'s words in it if a
+/// pipeline is not cut yet. [`Error::ModelMismatch`] if the ranks pass different configs. The error of the world.
 pub fn save<P: ParallelModule>(
     model: &P,
     world: &Communicator,

@@ -100,8 +100,8 @@ fn zeros(dims: [usize; 2], ranges: Vec<std::ops::Range<usize>>) -> Part {
     Part { value: PlainTensor::from(Tensor::<2>::zeros(dims, &Device::flex())), ranges, adapter: None }
 }
 
-/// A rank lacks what it is to give, and to write: it goes on with zeros, and at the end all have its error, long before the
-/// time-out.
+/// A rank lacks what it is to give, and to write: it goes on with zeros, and at the end all have its error, long before
+/// the time-out.
 #[test]
 fn a_rank_that_fails_alone_does_not_keep_the_others_waiting() {
     let mut param = whole(0, "p", &[4, 6], &[]);

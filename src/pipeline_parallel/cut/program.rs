@@ -40,7 +40,8 @@ pub(super) fn sections(graph: &StepGraph, part: &StageGraph, fusion: bool) -> ([
     }
     let (passes, kernels) = fuse(passes);
     let mut passes = with_lifetimes(passes, &keep);
-    // Several micro-batches are under way at once, so that their tensors have no places: kernels are told what they take.
+    // Several micro-batches are under way at once, so that their tensors have no places: kernels are told what they
+    // take.
     plan_memory(&mut passes, &kernels);
     (passes, kernels)
 }

@@ -13,7 +13,7 @@
 //!          x    A_0  A_1  A_2
 //! ```
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
@@ -26,6 +26,7 @@ use super::failed::{check_shape, zeros_instead};
 use super::tensor_list::TensorList;
 use crate::Error;
 use crate::collective_matmul::{PendingProduct, ProductCall, Products};
+use crate::comm::lock::lock;
 
 /// Most weights on one input: an operation of burn's tape has as many parents as its type says.
 const MOST: usize = 3;
@@ -157,7 +158,7 @@ impl<B: Products + ColumnProducts> Backward<B, 1> for SaveGradient {
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let (saved, place) = ops.state;
         let gradient = grads.consume::<B>(&ops.node);
-        let mut saved = saved.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut saved = lock(&saved);
         // The tape wants a gradient of the shared input, whatever that is.
         if let ([Some(shared)], true) = (ops.parents, saved.iter().all(Option::is_none)) {
             grads.register::<B>(shared.id, gradient.clone());
@@ -202,7 +203,7 @@ impl<B: Products + ColumnProducts> SharedInput<B> {
     /// The gradients of the input and of the weights, if wanted.
     fn gradients(self, wanted: &[bool]) -> Result<Vec<Option<FloatTensor<B>>>, Error> {
         let Self { x, shape, weights, gathered, saved, call } = self;
-        let saved = std::mem::take(&mut *saved.lock().unwrap_or_else(PoisonError::into_inner));
+        let saved = std::mem::take(&mut *lock(&saved));
         let (wants_x, wanted) = wanted.split_first().map_or((false, wanted), |(first, others)| (*first, others));
         let sum = |beside: bool| {
             let terms = saved.iter().zip(&weights);

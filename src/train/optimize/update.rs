@@ -10,8 +10,8 @@ use super::panicked::Updated;
 use crate::Error;
 use crate::comm::panic_message;
 
-/// Updates the parameters. A panic of the optimizer becomes an error. `updated` are those parameters, if it is not known yet whether it suits
-/// them.
+/// Updates the parameters. A panic of the optimizer becomes an error. `updated` are those parameters, if it is not
+/// known yet whether it suits them.
 ///
 /// # Errors
 /// [`Error::Optimizer`] with what the panic said, and the parameter if that is known.

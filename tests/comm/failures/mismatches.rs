@@ -69,8 +69,8 @@ fn a_stray_barrier_is_told_to_be_of_one_rank() {
     says(&error, &["rank 0 called barrier, rank 1 called all_reduce"]);
 }
 
-/// One barrier too many, behind the last call of the others or beside one in another group: whoever waits is not told that only
-/// the others can be wrong.
+/// One barrier too many, behind the last call of the others or beside one in another group: whoever waits is not told
+/// that only the others can be wrong.
 #[test]
 fn a_barrier_too_many_may_be_what_is_wrong() {
     let error = failure(2, LONG, Some(1), |rank| match rank.rank() {

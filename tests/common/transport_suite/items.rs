@@ -146,8 +146,8 @@ pub fn mix(seed: u64, rank: usize, place: usize) -> u64 {
     x ^ (x >> 31)
 }
 
-/// Places after which the numbers of a rank repeat themselves, so that few are computed, which takes long where it isn't
-/// optimised. A prime: no window, share or buffer is a multiple of it, so numbers in a wrong place are wrong.
+/// Places after which the numbers of a rank repeat themselves, so that few are computed, which takes long where it
+/// isn't optimised. A prime: no window, share or buffer is a multiple of it, so numbers in a wrong place are wrong.
 const PERIOD: usize = 4099;
 
 /// Repeats a period, or the part of one, up to this length.

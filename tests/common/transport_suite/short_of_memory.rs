@@ -52,8 +52,8 @@ pub fn for_large(comm: &Communicator, culprit: usize) -> Result<(), Error> {
     Ok(())
 }
 
-/// As [`for_large`], of so little that over TCP nobody asks for it beforehand: the others move their data already, so the
-/// world fails.
+/// As [`for_large`], of so little that over TCP nobody asks for it beforehand: the others move their data already, so
+/// the world fails.
 pub fn for_little(comm: &Communicator, culprit: usize) -> Result<(), Error> {
     const EACH: usize = 5 << 20;
     let mine = vec![1u8; EACH];

@@ -103,8 +103,9 @@ fn narrowed(batch: Batch, row: usize) -> Batch {
     }
 }
 
-/// Which documents there are differs from row to row and from step to step, and masks and positions with it: each stage makes its own,
-/// of inputs that it has. What crosses is the residual stream and its gradient, whole for each micro-batch.
+/// Which documents there are differs from row to row and from step to step, and masks and positions with it: each stage
+/// makes its own, of inputs that it has. What crosses is the residual stream and its gradient, whole for each
+/// micro-batch.
 #[test]
 fn stages_make_masks_and_positions_of_packed_rows_themselves() {
     let steps: Vec<Batch> = [[5, 1, 9, 4, 12, 3], [2, 7, 6, 3, 3, 9], [11, 4, 1, 1, 8, 10]]

@@ -1,5 +1,5 @@
-//! A small language model with all that a norm can get wrong: a vocabulary and a width that no number of ranks divides, tied
-//! weights, frozen ones, and parameters that stay whole.
+//! A small language model with all that a norm can get wrong: a vocabulary and a width that no number of ranks divides,
+//! tied weights, frozen ones, and parameters that stay whole.
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};

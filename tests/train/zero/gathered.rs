@@ -359,8 +359,9 @@ impl Deep {
     }
 }
 
-/// Every group is gathered for forward, and again for backward, but for the one that is in use where these meet: the same
-/// in the first step, which knows of no order, and in those that gather ahead. Nothing is gathered that is not used.
+/// Every group is gathered for forward, and again for backward, but for the one that is in use where these meet: the
+/// same in the first step, which knows of no order, and in those that gather ahead. Nothing is gathered that is not
+/// used.
 #[test]
 fn groups_are_gathered_once_a_pass() {
     let model = Deep::new(&Device::flex().autodiff());
@@ -439,9 +440,9 @@ fn a_directory_is_saved_from_rows() {
     std::fs::remove_dir_all(&dir).unwrap();
 }
 
-/// Burn's `Linear` makes a matrix of its input where that has few rows, and then asks for its weight again in backward; else it
-/// keeps a view of it. Ranks with different numbers of rows gather the same all the same, also of layers that a forward uses
-/// several times.
+/// Burn's `Linear` makes a matrix of its input where that has few rows, and then asks for its weight again in backward;
+/// else it keeps a view of it. Ranks with different numbers of rows gather the same all the same, also of layers that a
+/// forward uses several times.
 #[test]
 fn ranks_with_different_numbers_of_rows_gather_the_same() {
     let deep = |input: Tensor<3>, model: &Deep, order: &[usize]| {
@@ -511,7 +512,8 @@ fn the_next_group_is_gathered_ahead() {
         .unwrap();
 }
 
-/// A rank whose items count for nothing, and whose loss depends on no parameter, gathers for the backward of the others.
+/// A rank whose items count for nothing, and whose loss depends on no parameter, gathers for the backward of the
+/// others.
 #[test]
 fn a_loss_of_nothing_takes_part() {
     let case = Deep::new(&Device::flex().autodiff());

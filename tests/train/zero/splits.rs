@@ -97,8 +97,8 @@ impl Branches {
     }
 }
 
-/// Parameters that only some ranks use. Divided, eager steps need them to be of one group, which all ranks gather then; captured steps
-/// gather no more of a group than they read, and take part in what others read.
+/// Parameters that only some ranks use. Divided, eager steps need them to be of one group, which all ranks gather then;
+/// captured steps gather no more of a group than they read, and take part in what others read.
 #[test]
 fn parameters_that_some_ranks_use() {
     let layer = || LinearConfig::new(3, 5).init(&device());

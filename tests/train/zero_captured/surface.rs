@@ -1,43 +1,20 @@
 //! What else is done with a model of which ranks hold rows: evaluated, loaded, put together, reported, refused.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 
 use burn::module::Module;
 use burn::prelude::*;
-use burn::tensor::{DType, TensorData};
-use burn_parallel::params::SliceSource;
+use burn::tensor::DType;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 
 use super::parity::{share, strategy};
 use crate::common::models::{Cnn, Lm as Encoder, Mlp, Numbers, device, images};
-use crate::common::reference::{Whole, Wholes, all_same, bytes, filled, optimizer, own, values};
+use crate::common::reference::{all_same, bytes, filled, optimizer, own, values};
+use crate::common::store::Store;
 use crate::grad_norm::lm::{Kind, Lm, loss};
 
 const TIED: Kind = Kind { tied: true, frozen: true, dtype: DType::F32 };
-
-/// A store that counts the elements that are asked of it.
-struct Store {
-    whole: Wholes,
-    read: usize,
-}
-
-impl SliceSource for Store {
-    fn dims(&mut self, path: &str) -> Result<Option<Vec<usize>>, Error> {
-        Ok(self.whole.get(path).map(|whole| whole.dims.clone()))
-    }
-
-    fn read(&mut self, path: &str, ranges: &[Range<usize>]) -> Result<TensorData, Error> {
-        let Whole { dims, values } = &self.whole[path];
-        let places = ranges.iter().zip(dims).fold(vec![0], |places: Vec<usize>, (range, size)| {
-            places.iter().flat_map(|place| range.clone().map(move |index| place * size + index)).collect()
-        });
-        self.read += places.len();
-        let shape: Vec<usize> = ranges.iter().map(Range::len).collect();
-        Ok(TensorData::new(places.into_iter().map(|place| values[place]).collect::<Vec<_>>(), shape))
-    }
-}
 
 fn meshes() -> Vec<[usize; 3]> {
     vec![[2, 1, 1], [3, 1, 1], [2, 1, 2], [2, 2, 1], [2, 2, 2]]
@@ -115,13 +92,13 @@ fn rows_of_lazy_parameters_are_loaded_and_no_rank_makes_more() {
                 let all = bytes(&lazy).lazy;
                 let model = lazy.parallelize(&world, &strategy)?;
                 assert_eq!(bytes(model.local()).lazy, all, "nothing is made by wrapping");
-                let mut store = Store { whole: expected.clone(), read: 0 };
+                let mut store = Store::of(expected.clone());
                 let model = model.load(&mut store)?;
                 let held: usize = bytes(model.local()).bytes.values().sum();
                 // Padding is at most a row for each parameter.
                 assert!(held <= elements * 4 / ranks + expected.len() * 64 * 4, "{held} of {}", elements * 4);
                 all_same("loaded", &expected, &values(&model.assemble()?), 0.0);
-                Ok(store.read)
+                Ok(store.elements_read())
             })
             .unwrap();
         assert_eq!(read.iter().sum::<usize>(), elements, "every element is read by one rank");

@@ -144,8 +144,8 @@ fn the_first_step_of_a_pipeline_is_for_all() {
     assert!(error.to_string().contains("every replica must bring a micro-batch"), "{error}");
 }
 
-/// A weight that two stages share has a part of its gradient on each: so it is on the stages of a replica without data, which
-/// hold rows of the sum.
+/// A weight that two stages share has a part of its gradient on each: so it is on the stages of a replica without data,
+/// which hold rows of the sum.
 #[test]
 fn a_tied_weight_of_a_pipeline_without_data_is_summed_up() {
     let kind = tied::Kind { tied: true, frozen: false, dtype: burn::tensor::DType::F32 };

@@ -1,4 +1,5 @@
-//! Stands in for the crate through which CubeCL calls LLVM, where only the types are asked for: gate builds without LLVM.
+//! Stands in for the crate through which CubeCL calls LLVM, where only the types are asked for: gate builds without
+//! LLVM.
 
 pub mod nvptx {
     pub mod ptx_version {

@@ -37,8 +37,8 @@ use crate::comm::{Call, CallLog, Operation, Output, ReduceOp, host_buffer};
 
 /// How long a rank waits for data once the world has failed: the others may be about to finish.
 const DATA_GRACE: Duration = Duration::from_secs(2);
-/// Where a rank receives more bytes than this, all check first that every rank has the memory: compared with the data that
-/// takes next to no time.
+/// Where a rank receives more bytes than this, all check first that every rank has the memory: compared with the data
+/// that takes next to no time.
 const LARGE: usize = 16 << 20;
 /// The same where a rank that has begun to receive cannot turn back.
 const LARGE_UNRECLAIMABLE: usize = 64 << 10;
@@ -297,9 +297,9 @@ impl<'a> Collective<'a> {
         }
     }
 
-    /// Makes sure that all ranks have the memory for what they receive, `most` bytes at most, where `lacks` is what this
-    /// rank has none for. From some size on all say so before data moves, and the group goes on; below it the world
-    /// fails.
+    /// Makes sure that all ranks have the memory for what they receive, `most` bytes at most, where `lacks` is what
+    /// this rank has none for. From some size on all say so before data moves, and the group goes on; below it the
+    /// world fails.
     fn check_memory(&self, lacks: Option<usize>, most: usize, exchange: Exchange<'_>) -> Result<(), Error> {
         let large = if self.world.endpoint.info().can_reclaim { LARGE } else { LARGE_UNRECLAIMABLE };
         if most < large {

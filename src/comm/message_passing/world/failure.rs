@@ -76,8 +76,8 @@ impl World {
         self.poll_control();
     }
 
-    /// Where this process did not run for so long that the others gave it up, they are not to blame for having gone. What
-    /// they said of it may not have come through.
+    /// Where this process did not run for so long that the others gave it up, they are not to blame for having gone.
+    /// What they said of it may not have come through.
     fn blame_itself(&self, proposal: &mut Proposal) {
         let Some(waited) = self.given_up() else { return };
         let (group, operation, log) = match &mut proposal.error {

@@ -66,36 +66,71 @@ fn names(text: &str, rank: usize) -> bool {
     text.split(|c: char| !c.is_ascii_digit()).any(|number| number == rank.to_string())
 }
 
-#[test]
-fn a_rank_that_is_stopped_is_named_in_time_and_blames_nobody() {
-    for seed in 0..SEEDS {
+/// A busy world in which something has happened to one rank, and which has ended.
+struct Disturbed {
+    culprit: usize,
+    others: Vec<usize>,
+    /// When it happened.
+    at: u64,
+    simulation: Simulation,
+    outcomes: Outcomes,
+    about: String,
+}
+
+impl Disturbed {
+    fn run(seed: u64, full: bool, event: impl FnOnce(usize, u64) -> Event) -> Self {
         let mut random = Random(seed);
         let size = 2 + random.below(7);
         // Rank 0 is group root and coordinator: it is the one that matters most.
         let culprit = if random.one_in(2) { 0 } else { random.below(size) };
-        let (mut simulation, outcomes) = busy(size, &mut random, false);
-        let at = 1_000_000 + random.below(40_000_000) as u64;
-        let goes_on = at + 15 * SECOND;
-        simulation.at(at, Event::Stop(culprit, goes_on));
+        let (mut simulation, outcomes) = busy(size, &mut random, full);
+        // It takes a moment until connections are full.
+        let at = if full { 10_000_000 } else { 1_000_000 } + random.below(40_000_000) as u64;
+        simulation.at(at, event(culprit, at));
         let about = format!("seed {seed}, rank {culprit} of {size}");
         assert!(simulation.run(), "{about}: it does not end");
-        let others: Vec<usize> = (0..size).filter(|rank| *rank != culprit).collect();
-        let error = same_error(&outcomes, &others, at + 15 * SECOND / 2, &about);
+        let others = (0..size).filter(|rank| *rank != culprit).collect();
+        Self { culprit, others, at, simulation, outcomes, about }
+    }
+
+    /// The error that these ranks return, all the same, so many nanoseconds after it happened at most.
+    #[track_caller]
+    fn error(&self, ranks: &[usize], within: u64) -> Error {
+        same_error(&self.outcomes, ranks, self.at + within, &self.about)
+    }
+}
+
+/// For how long a rank is stopped: long enough for the others to give it up.
+const STOPPED: u64 = 15 * SECOND;
+/// When the others have given it up: after one and a half time-outs.
+const GIVEN_UP: u64 = 15 * SECOND / 2;
+
+fn stop(culprit: usize, at: u64) -> Event {
+    Event::Stop(culprit, at + STOPPED)
+}
+
+#[test]
+fn a_rank_that_is_stopped_is_named_in_time_and_blames_nobody() {
+    for seed in 0..SEEDS {
+        let world = Disturbed::run(seed, false, stop);
+        let Disturbed { culprit, about, others, .. } = &world;
+        let error = world.error(others, GIVEN_UP);
         let Error::Timeout { group, missing, log, .. } = &error else { panic!("{about}: {error}") };
         assert!(
-            names(missing, culprit) && (group.as_ref() == "world" || missing.contains("of the world")),
+            names(missing, *culprit) && (group.as_ref() == "world" || missing.contains("of the world")),
             "{about}: {error}"
         );
-        let in_group = if group.as_ref() == "world" { culprit } else { culprit / 2 };
+        let in_group = if group.as_ref() == "world" { *culprit } else { culprit / 2 };
         assert!(
             log.lines().iter().any(|line| line.ends_with(&format!("rank {culprit}: no answer")))
                 || log.lines().iter().any(|line| line.contains(&format!("rank {in_group}: no answer"))),
             "{about}: {error}"
         );
         // It learns what happened to the others, and returns the same error.
-        same_error(&outcomes, &[others[0], culprit], goes_on + SECOND, &about);
+        world.error(&[others[0], *culprit], STOPPED + SECOND);
         // All have left by then, too.
-        let late = simulation.ends().into_iter().find(|(rank, end)| *rank != culprit && *end > at + 15 * SECOND / 2);
+        let mut ends = world.simulation.ends().into_iter();
+        let late = ends.find(|(rank, end)| rank != culprit && *end > world.at + GIVEN_UP);
         assert!(late.is_none(), "{about}: {late:?}");
     }
 }
@@ -104,40 +139,21 @@ fn a_rank_that_is_stopped_is_named_in_time_and_blames_nobody() {
 #[test]
 fn a_rank_that_is_stopped_behind_full_connections_names_itself() {
     for seed in 0..SEEDS / 3 {
-        let mut random = Random(seed);
-        let size = 2 + random.below(7);
-        let culprit = if random.one_in(2) { 0 } else { random.below(size) };
-        let (mut simulation, outcomes) = busy(size, &mut random, true);
-        let at = 10_000_000 + random.below(40_000_000) as u64;
-        let goes_on = at + 15 * SECOND;
-        simulation.at(at, Event::Stop(culprit, goes_on));
-        let about = format!("seed {seed}, rank {culprit} of {size}");
-        assert!(simulation.run(), "{about}: it does not end");
-        let others: Vec<usize> = (0..size).filter(|rank| *rank != culprit).collect();
-        let error = same_error(&outcomes, &others, at + 15 * SECOND / 2, &about);
-        assert!(matches!(&error, Error::Timeout { missing, .. } if names(missing, culprit)), "{about}: {error}");
-        let outcomes = outcomes.borrow();
-        let (_, own, when) = outcomes.iter().find(|(rank, ..)| *rank == culprit).expect("an outcome of every rank");
-        let own = own.as_ref().unwrap_or_else(|| panic!("{about}: no error"));
-        assert!(matches!(own, Error::Timeout { missing, .. } if names(missing, culprit)), "{about}: {own}");
-        assert!(*when <= goes_on + SECOND, "{about}: {:.1} s", *when as f64 / SECOND as f64);
+        let world = Disturbed::run(seed, true, stop);
+        let Disturbed { culprit, about, .. } = &world;
+        let error = world.error(&world.others, GIVEN_UP);
+        assert!(matches!(&error, Error::Timeout { missing, .. } if names(missing, *culprit)), "{about}: {error}");
+        let own = world.error(&[*culprit], STOPPED + SECOND);
+        assert!(matches!(&own, Error::Timeout { missing, .. } if names(missing, *culprit)), "{about}: {own}");
     }
 }
 
 #[test]
 fn a_rank_that_is_killed_is_named_at_once() {
     for seed in 0..SEEDS {
-        let mut random = Random(seed);
-        let size = 2 + random.below(7);
-        let culprit = if random.one_in(2) { 0 } else { random.below(size) };
-        let (mut simulation, outcomes) = busy(size, &mut random, false);
-        let at = 1_000_000 + random.below(40_000_000) as u64;
-        simulation.at(at, Event::Kill(culprit));
-        let about = format!("seed {seed}, rank {culprit} of {size}");
-        assert!(simulation.run(), "{about}: it does not end");
-        let others: Vec<usize> = (0..size).filter(|rank| *rank != culprit).collect();
-        let error = same_error(&outcomes, &others, at + 3 * SECOND, &about);
-        assert!(matches!(&error, Error::RankLost { rank, .. } if *rank == culprit), "{about}: {error}");
+        let world = Disturbed::run(seed, false, |culprit, _| Event::Kill(culprit));
+        let error = world.error(&world.others, 3 * SECOND);
+        assert!(matches!(&error, Error::RankLost { rank, .. } if *rank == world.culprit), "{}: {error}", world.about);
     }
 }
 

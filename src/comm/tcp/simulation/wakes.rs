@@ -30,7 +30,8 @@ impl Awaited {
     }
 }
 
-/// Two threads of rank 0 wait for rank 1, each on a group of its own. Returns how long after rank 1 the first came back.
+/// Two threads of rank 0 wait for rank 1, each on a group of its own. Returns how long after rank 1 the first came
+/// back.
 fn delay(seed: u64, awaited: Awaited) -> u64 {
     let mut random = Random(seed);
     let mut plan = plan(&mut random);

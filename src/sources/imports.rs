@@ -5,8 +5,8 @@
 //! comes from.
 
 use std::collections::{HashMap, VecDeque};
-use std::fs;
-use std::path::Path;
+
+use super::{read_files, text};
 
 /// The path of a module, or of what is in one, from the crate on.
 type Names = Vec<String>;
@@ -261,24 +261,9 @@ fn way(edges: &[Vec<usize>], from: usize, to: usize) -> Option<Vec<usize>> {
     None
 }
 
-fn sources(folder: &Path, within: &str, found: &mut Vec<(String, String)>) {
-    for entry in fs::read_dir(folder).unwrap() {
-        let entry = entry.unwrap();
-        let name = entry.file_name().into_string().unwrap();
-        let path = if within.is_empty() { name.clone() } else { format!("{within}/{name}") };
-        if entry.file_type().unwrap().is_dir() {
-            sources(&entry.path(), &path, found);
-        } else if name.ends_with(".rs") {
-            found.push((path, fs::read_to_string(entry.path()).unwrap()));
-        }
-    }
-}
-
 #[test]
 fn no_file_imports_in_a_circle_with_one_of_another_folder() {
-    let mut found = Vec::new();
-    sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), "", &mut found);
-    let files = Files::new(&found);
+    let files = Files::new(&read_files("src", ".rs"));
     assert!(files.0.len() > 400, "the sources are read");
     let circles = files.circles();
     assert!(circles.is_empty(), "what both need goes to a file below both:\n{}", circles.join("\n"));
@@ -297,11 +282,9 @@ fn rows(architecture: &str) -> HashMap<String, usize> {
 
 #[test]
 fn modules_import_modules_below_them() {
-    let (folder, mut found) = (Path::new(env!("CARGO_MANIFEST_DIR")), Vec::new());
-    sources(&folder.join("src"), "", &mut found);
-    let files = Files::new(&found);
-    let rows = rows(&fs::read_to_string(folder.join("docs/architecture.md")).unwrap());
-    for module in files.0.keys().filter(|module| module.len() == 1 && module[0] != "imports") {
+    let files = Files::new(&read_files("src", ".rs"));
+    let rows = rows(&text("docs/architecture.md"));
+    for module in files.0.keys().filter(|module| module.len() == 1 && module[0] != "sources") {
         assert!(rows.contains_key(&module[0]), "docs/architecture.md does not name `{}`", module[0]);
     }
     let upward = files.upward(&rows);
