@@ -34,7 +34,8 @@ pub(crate) fn check<M: Module>(module: &M, operation: &'static str) -> Result<()
     }
 }
 
-/// The wrapper that a module is, or holds, of which a rank may have parts alone: what compares whole models has no use for it.
+/// The wrapper that a module is, or holds, of which a rank may have parts alone: what compares whole models has no use
+/// for it.
 pub(crate) fn wrapper<M: Module>(module: &M) -> Option<&'static str> {
     struct VisitAll;
     impl ModuleVisitor for VisitAll {}

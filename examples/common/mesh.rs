@@ -72,8 +72,9 @@ pub struct MeshFlags {
     #[arg(long, value_name = "STAGE", value_parser = zero, conflicts_with = "strategy")]
     zero: Option<Sharding>,
 
-    /// How steps are run: `eager` by the model's own forward, for replicas alone; `captured` as a graph whose operations are fused;
-    /// `auto` captures where the model is split or cut, or its parameters are divided [default: auto]
+    /// How steps are run: `eager` by the model's own forward, for replicas alone; `captured` as a graph whose
+    /// operations are fused; `auto` captures where the model is split or cut, or its parameters are divided [default:
+    /// auto]
     #[arg(long, value_name = "HOW", value_parser = engine(), conflicts_with = "strategy")]
     engine: Option<Engine>,
 
@@ -239,8 +240,8 @@ impl MeshFlags {
         Ok(Mesh { axes, file })
     }
 
-    /// How the model is spread: as the file says, or as the flags say, by a plan and with so many micro-batches, and by an engine if
-    /// they do not say it.
+    /// How the model is spread: as the file says, or as the flags say, by a plan and with so many micro-batches, and by
+    /// an engine if they do not say it.
     pub fn strategy(
         &self,
         mesh: &Mesh,

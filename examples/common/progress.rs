@@ -77,7 +77,8 @@ impl Progress {
         self.started.elapsed()
     }
 
-    /// Tells of a step: its tokens over all ranks, and what `what` says of learning and of what it takes, given the time so far.
+    /// Tells of a step: its tokens over all ranks, and what `what` says of learning and of what it takes, given the
+    /// time so far.
     pub fn step(&mut self, step: usize, tokens: usize, what: impl FnOnce(Duration) -> [String; 2]) {
         self.tokens += tokens;
         self.seconds.push(self.elapsed().as_secs_f64() - self.seconds.iter().sum::<f64>());

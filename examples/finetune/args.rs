@@ -91,8 +91,8 @@ struct Flags {
     #[arg(long, value_name = "TYPE", value_enum, default_value = "f32")]
     dtype: Products,
 
-    /// Computes operations that cost little once more in backward, in place of keeping what they gave: for --engine eager and
-    /// pipelines. Other captured steps hold less than that, and it does nothing
+    /// Computes operations that cost little once more in backward, in place of keeping what they gave: for --engine
+    /// eager and pipelines. Other captured steps hold less than that, and it does nothing
     #[arg(long)]
     recompute: bool,
 

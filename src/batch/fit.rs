@@ -168,9 +168,9 @@ pub fn largest_that_fits(
 
 /// Tries a step, forward and backward, on this rank's whole model, where the device refuses what does not fit. Nothing
 /// is communicated and nothing stays: gradients are dropped, running statistics are those of a copy, and no optimizer
-/// is there. (Dropout draws from the generator of the device.) A device that cannot allocate a tensor says so when it is read, or what
-/// was computed from it, not when its queue is waited for: so the loss is read, and of each gradient one element. A panic, by which
-/// burn tells of some of it, is caught; its message still goes through the panic hook.
+/// is there. (Dropout draws from the generator of the device.) A device that cannot allocate a tensor says so when it
+/// is read, or what was computed from it, not when its queue is waited for: so the loss is read, and of each gradient
+/// one element. A panic, by which burn tells of some of it, is caught; its message still goes through the panic hook.
 ///
 /// On a CPU use [`try_in_child`](super::try_in_child): the system would kill this process.
 pub fn try_step<M, I, F, R>(model: &M, inputs: I, loss: F) -> Trial

@@ -62,8 +62,8 @@ impl Comparison {
 /// Compares a directory with a model that is not wrapped yet. Nothing is read, and no parameter made.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] if a rule of the mapping can fit no model, or if the model is wrapped, so that a rank may hold parts of
-/// its parameters alone.
+/// [`Error::InvalidArgument`] if a rule of the mapping can fit no model, or if the model is wrapped, so that a rank may
+/// hold parts of its parameters alone.
 pub fn compare<M: Module>(model: &M, weights: &Weights, mapping: &Mapping) -> Result<Comparison, Error> {
     mapping.check()?;
     if let Some(wrapper) = nesting::wrapper(model) {

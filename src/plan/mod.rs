@@ -189,8 +189,8 @@ impl Plan {
     /// [`Error::Plan`] if the plan was given an empty name of a field, or names an axis that is not given; if a pattern
     /// matches no parameter, or no rule of an axis does; if a parameter is claimed twice; if a rule splits a dim that a
     /// parameter does not have, or that the degree does not divide and is not to be [padded](Self::shard_padded), or a
-    /// parameter that is not float; if a [sequence](Self::sequence_parallel) is along another dim than 0 or 1; or if the model is
-    /// wrapped already, so that a rank may hold parts of its parameters alone.
+    /// parameter that is not float; if a [sequence](Self::sequence_parallel) is along another dim than 0 or 1; or if
+    /// the model is wrapped already, so that a rank may hold parts of its parameters alone.
     pub fn table_over<M: Module>(&self, model: &M, axes: &[(&str, usize)]) -> Result<PlanTable, Error> {
         if let Some(wrapper) = nesting::wrapper(model) {
             return Err(plan_error(format!(

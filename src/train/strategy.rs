@@ -136,8 +136,8 @@ pub enum Engine {
     /// tells.
     Eager,
     /// Captured as a graph once for each shape of the inputs, with random numbers that do not depend on the number of
-    /// ranks; on the host, in an optimised build, faster than eager steps, by loops over several operations, and slower without
-    /// optimisation. [`graph`](crate::graph) says what a step must not do.
+    /// ranks; on the host, in an optimised build, faster than eager steps, by loops over several operations, and slower
+    /// without optimisation. [`graph`](crate::graph) says what a step must not do.
     Captured,
 }
 

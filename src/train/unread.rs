@@ -30,8 +30,8 @@ pub(super) fn check(strategy: &Strategy) -> Result<(), String> {
     Ok(())
 }
 
-/// What says that keys of `[data]` are not read where there is one replica, if there are such. Unlike others they may stay: the same
-/// file is for any number of replicas, of which a run that loses ranks may keep one.
+/// What says that keys of `[data]` are not read where there is one replica, if there are such. Unlike others they may
+/// stay: the same file is for any number of replicas, of which a run that loses ranks may keep one.
 pub(super) fn of_one_replica(data: &DataParallelConfig) -> Option<String> {
     let usual = DataParallelConfig::new();
     let keys = [

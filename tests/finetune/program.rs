@@ -27,8 +27,9 @@ pub fn prepared_with(model: &str) -> Directory {
     directory
 }
 
-/// The program with a directory as its model, and files of it by name after `--data` and the like. Steps are captured where they must be,
-/// or as the flags say: the loops of those that could be eager take long in a program that is not optimised.
+/// The program with a directory as its model, and files of it by name after `--data` and the like. Steps are captured
+/// where they must be, or as the flags say: the loops of those that could be eager take long in a program that is not
+/// optimised.
 pub fn command(directory: &Directory, flags: &[&str]) -> Command {
     let test = std::env::current_exe().unwrap();
     // The example beside this test: `cargo build --features finetune --example finetune` makes it.

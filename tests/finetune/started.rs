@@ -129,7 +129,8 @@ fn ranks_that_are_lost_are_started_again_or_left_out() {
     assert!(directory.path().join("lost/model/model.safetensors").exists());
 }
 
-/// A tied embedding, which the first stage and the last hold: each goes on with its moments after a kill, on the same mesh to the bit.
+/// A tied embedding, which the first stage and the last hold: each goes on with its moments after a kill, on the same
+/// mesh to the bit.
 #[cfg(unix)]
 #[test]
 fn a_tied_model_that_is_killed_goes_on_on_any_mesh() {

@@ -6,7 +6,8 @@ use std::process::Command;
 
 use crate::program::{command, numbers, outcome, prepared};
 
-/// A file of more bytes than the program may have of memory: it holds places of documents, and reads them when they are needed.
+/// A file of more bytes than the program may have of memory: it holds places of documents, and reads them when they are
+/// needed.
 #[test]
 fn a_file_larger_than_memory_is_trained_on() {
     const MOST: usize = 80 << 20;

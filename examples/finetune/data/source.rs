@@ -209,7 +209,8 @@ impl Lines {
         Ok(Self { file, block, offset: mark as u64, line: 0 })
     }
 
-    /// The next documents with their places, and whether there are more; or what is wrong, after the number of its line.
+    /// The next documents with their places, and whether there are more; or what is wrong, after the number of its
+    /// line.
     fn batch(&mut self, form: Form) -> Result<(Vec<Found>, bool), String> {
         let (mut batch, mut taken) = (Vec::new(), 0);
         while taken < AT_ONCE {

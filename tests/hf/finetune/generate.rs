@@ -68,7 +68,8 @@ fn a_prompt_has_tokens_and_not_too_many() {
     assert!(error.unwrap_err().to_string().contains("not 0"));
 }
 
-/// Prompts of unequal lengths have the tokens that they have alone: padding is not seen, whatever the model is spread over.
+/// Prompts of unequal lengths have the tokens that they have alone: padding is not seen, whatever the model is spread
+/// over.
 #[test]
 fn prompts_of_any_length_are_padded_to_few() {
     let lengths: std::collections::BTreeSet<usize> = (1..=256).map(padded).collect();
