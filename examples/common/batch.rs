@@ -7,8 +7,8 @@ use std::time::Duration;
 use burn::module::Module;
 use burn::tensor::Device;
 use burn_parallel::batch::{
-    GrowBatch, MemoryBudget, NoiseScale, RankMemory, Trial, largest_that_fits, model_memory, rows_within_on_all, try_in_child,
-    warm_up,
+    GrowBatch, MemoryBudget, NoiseScale, RankMemory, Trial, largest_that_fits, model_memory, rows_within_on_all,
+    try_in_child, warm_up,
 };
 use burn_parallel::graph::TensorTree;
 use burn_parallel::prelude::*;

@@ -242,13 +242,7 @@ impl MeshFlags {
 
     /// How the model is spread: as the file says, or as the flags say, by a plan and with so many micro-batches, and by
     /// an engine if they do not say it.
-    pub fn strategy(
-        &self,
-        mesh: &Mesh,
-        plan: Plan,
-        micro_batches: usize,
-        engine: Engine,
-    ) -> Result<Strategy, String> {
+    pub fn strategy(&self, mesh: &Mesh, plan: Plan, micro_batches: usize, engine: Engine) -> Result<Strategy, String> {
         let Axes { ranks, dp, pp, tp, .. } = mesh.axes;
         let engine = self.engine.unwrap_or(engine);
         if engine == Engine::Eager && mesh.file.is_none() && (pp > 1 || tp > 1) {

@@ -35,8 +35,14 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--scheduler", "none"], "possible values: constant, linear, cosine"),
         (&["--zero", "4"], "0, 1, 2 or 3"),
         (&["--engine", "fast"], "possible values: auto, eager, captured"),
-        (&["--engine", "eager", "--tp", "2"], "--engine eager runs the model's own forward, and --tp 2 needs captured steps"),
-        (&["--engine", "eager", "--pp", "2"], "--engine eager runs the model's own forward, and --pp 2 needs captured steps"),
+        (
+            &["--engine", "eager", "--tp", "2"],
+            "--engine eager runs the model's own forward, and --tp 2 needs captured steps",
+        ),
+        (
+            &["--engine", "eager", "--pp", "2"],
+            "--engine eager runs the model's own forward, and --pp 2 needs captured steps",
+        ),
         (&["--engine", "eager", "--strategy", "in:nowhere.toml"], "--strategy"),
         (&["--steps", "3", "--epochs", "2"], "--epochs"),
         (&["--batch", "3", "--batch-tokens", "200"], "--batch"),

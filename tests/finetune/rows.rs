@@ -218,7 +218,11 @@ fn a_bad_line_is_named_with_its_number() {
         ("a.jsonl", format!("{good}\n{good}{{\"text\"\n{good}").into_bytes(), "a.jsonl:4: is not JSON"),
         ("b.jsonl", [good.as_bytes(), b"{\"text\": \"\xff\"}"].concat(), "b.jsonl:2: is not UTF-8: its byte 11 is"),
         ("c.txt", b"a\nb\n\xff".to_vec(), "c.txt:3: is not UTF-8: its byte 1 is"),
-        ("g.jsonl", b"{\"text\": \"a\"}\r\n\r\n{\"text\": \r\n".to_vec(), "g.jsonl:3: is not JSON: EOF while parsing a value, column 8"),
+        (
+            "g.jsonl",
+            b"{\"text\": \"a\"}\r\n\r\n{\"text\": \r\n".to_vec(),
+            "g.jsonl:3: is not JSON: EOF while parsing a value, column 8",
+        ),
         ("h.jsonl", b"\xef\xbb\xbf{\"text\": 1}".to_vec(), "h.jsonl:1: `text` is not a text"),
         ("i.jsonl", b"\xff\xfe{\0\"\0".to_vec(), "i.jsonl:1: is UTF-16: save the file as UTF-8"),
         ("j.txt", b"\xfe\xff\0a".to_vec(), "j.txt:1: is UTF-16: save the file as UTF-8"),

@@ -22,7 +22,8 @@ fn a_file_larger_than_memory_is_trained_on() {
     }
     large.into_inner().unwrap();
     assert!(file.metadata().unwrap().len() > MOST as u64);
-    let flags = ["--data", "in:large.jsonl", "--seq", "64", "--batch", "4", "--steps", "3", "--json", "in:outcome.json"];
+    let flags =
+        ["--data", "in:large.jsonl", "--seq", "64", "--batch", "4", "--steps", "3", "--json", "in:outcome.json"];
     let program = command(&directory, &flags);
     let script = format!("ulimit -d {} && exec \"$0\" \"$@\"", MOST >> 10);
     let mut limited = Command::new("sh");

@@ -147,7 +147,8 @@ impl Source {
 
     fn parse(&self, place: Place, bytes: &[u8], reading: &Reading) -> Result<Document, String> {
         let wrong = |why: String| self.wrong(place, &why);
-        let text = std::str::from_utf8(bytes).map_err(|why| self.not_utf_8(place, &bytes[..why.valid_up_to()], bytes))?;
+        let text =
+            std::str::from_utf8(bytes).map_err(|why| self.not_utf_8(place, &bytes[..why.valid_up_to()], bytes))?;
         match self.form {
             Form::Json => {
                 Document::of_json(text.trim_end(), &reading.tokenizer, reading.template.as_ref()).map_err(wrong)
