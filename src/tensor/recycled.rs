@@ -6,7 +6,7 @@
 //! pieces for tensors that leave the step or whose end is not known, which are used again by the next of about their
 //! size.
 
-use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
@@ -112,23 +112,13 @@ unsafe impl Send for Piece {}
 unsafe impl Sync for Piece {}
 
 impl Piece {
-    /// Of which nothing was written yet.
-    fn new(bytes: usize) -> Self {
-        // SAFETY: its size is not 0.
-        Self::made(bytes, |layout| unsafe { alloc(layout) })
-    }
-
-    /// Zeros: of a large piece pages that the system zeroes when they are touched.
+    /// Zeros, since kernels refer to elements before they write them: of a large piece pages that the system zeroes when
+    /// they are touched. The allocator would write the zeros itself if it were asked for more than its own alignment.
     pub(super) fn zeroed(bytes: usize) -> Self {
-        // SAFETY: its size is not 0.
-        Self::made(bytes, |layout| unsafe { alloc_zeroed(layout) })
-    }
-
-    /// The allocator would write the zeros itself if it were asked for more than its own alignment.
-    fn made(bytes: usize, allocate: impl FnOnce(Layout) -> *mut u8) -> Self {
         let layout = bytes.checked_add(ALIGN).and_then(|bytes| Layout::from_size_align(bytes, align_of::<u128>()).ok());
         let layout = layout.expect("a tensor is smaller than the address space");
-        let Some(allocated) = NonNull::new(allocate(layout)) else { handle_alloc_error(layout) };
+        // SAFETY: its size is not 0.
+        let Some(allocated) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
         Self { allocated, layout, bytes }
     }
 
@@ -166,10 +156,10 @@ impl Pool {
         })
     }
 
-    /// Room for so many bytes, whose values are not set.
+    /// Room for so many bytes, with any values.
     pub(crate) fn room(self: &Arc<Self>, bytes: usize) -> Room {
         if bytes < FROM {
-            return Room { place: Place::Piece(Piece::new(bytes), Weak::new()), bytes };
+            return Room { place: Place::Piece(Piece::zeroed(bytes), Weak::new()), bytes };
         }
         let mut pieces = self.pieces();
         pieces.time += 1;
