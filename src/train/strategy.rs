@@ -74,7 +74,7 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// sharding = "none"              # or "optimizer", "gradients", "parameters", see `Sharding`
 /// sharding_ranks = 2             # left out, all replicas
 /// keep = "pass"                  # or "micro_batch", "step", see `Keep`
-/// allow_unused_parameters = false  # true lets ranks use different ones, with eager steps and `sharding = "parameters"`
+/// allow_unused_parameters = false  # true lets ranks use different ones, in eager steps with "parameters"
 /// noise_scale = false            # true measures the noise of gradients, see `batch::NoiseScale`
 ///
 /// [tensor]            # `TensorParallelConfig`
