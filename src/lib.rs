@@ -62,8 +62,6 @@
 //! else than its peers fails the world, and all ranks return the same [`Error`], which says who did what.
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
-// Examples may leave results unused, but show no import that they do not need.
-#![doc(test(attr(allow(unused), deny(unused_imports))))]
 
 pub mod batch;
 pub mod checkpoint;
