@@ -88,7 +88,7 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// [pipeline]          # `PipelineConfig`
 /// micro_batches = 8
 /// schedule = "1f1b"   # or "gpipe", "zb_h1", { interleaved = { stages_per_rank = 2 } }, { custom = "0F0,0B0" }
-/// cut = "balanced"    # or { before = ["layers.6.*"] }, { patterns = [["embed.*"], ["*"]] }, { listed = [["path", 0]] }
+/// cut = "balanced"    # { before = ["layers.6.*"] }, { patterns = [["embed.*"], ["*"]] }, { listed = [["path", 0]] }
 /// whole_inputs = []   # as ["1"], the second input
 /// seed = 0
 /// graphs = 16
