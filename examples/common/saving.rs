@@ -42,16 +42,35 @@ pub fn has_checkpoints(dir: &Path) -> bool {
     fs::read_dir(dir).is_ok_and(|mut found| found.any(|it| it.is_ok_and(|it| is_one(&it.file_name()))))
 }
 
+fn started_again() -> bool {
+    ProcessInfo::from_env().is_ok_and(|process| process.restarts > 0)
+}
+
+/// Whether two paths are of one directory.
+fn same(one: &Path, other: &Path) -> bool {
+    let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    real(one) == real(other)
+}
+
 impl SaveFlags {
     /// Whether what is to be saved comes among checkpoints of another run, which are in `folder` of `--save`.
     pub fn check(&self, folder: fn(&Path) -> PathBuf) -> Result<(), String> {
         match &self.save {
-            Some(dir) if self.resume.as_ref() != Some(dir) && has_checkpoints(&folder(dir)) => Err(format!(
-                "--save {0}: there are checkpoints already: give --resume {0} too, or another directory",
-                dir.display()
-            )),
+            Some(dir) if self.resumed(folder).is_none_or(|from| !same(from, dir)) && has_checkpoints(&folder(dir)) => {
+                Err(format!(
+                    "--save {0}: there are checkpoints already: give --resume {0} too, or another directory",
+                    dir.display()
+                ))
+            }
             _ => Ok(()),
         }
+    }
+
+    /// The directory to go on from: that of `--resume`, but for ranks that are started again that of `--save`, once there
+    /// is a checkpoint.
+    fn resumed(&self, folder: fn(&Path) -> PathBuf) -> Option<&PathBuf> {
+        let again = self.save.as_ref().filter(|dir| started_again() && has_checkpoints(&folder(dir)));
+        again.or(self.resume.as_ref())
     }
 
     /// The same, with nothing saved and nothing to go on from.
@@ -78,7 +97,7 @@ impl SaveFlags {
         let latest = checkpoints.latest()?;
         let (Some(back), Some(last)) = (self.resume_step, latest) else { return Ok(self.resume_step.or(latest)) };
         // Ranks that are started again go on from what this run has saved since it went back.
-        if !ProcessInfo::from_env().is_ok_and(|process| process.restarts > 0) {
+        if !started_again() {
             return Ok(Some(back));
         }
         let by_this_run = checkpoints.read_value::<Option<u64>>(last, WENT_BACK)?.flatten() == Some(back);
@@ -95,8 +114,9 @@ impl SaveFlags {
         (strategy, all): (&Strategy, usize),
         restore: impl FnOnce(&mut Checkpointer, u64) -> Result<(), Error>,
     ) -> Result<(usize, Option<Checkpointer>), Error> {
-        let Some(dir) = &self.resume else { return Ok((0, None)) };
-        let (mut checkpoints, saves) = (self.open(dir, world, folder, strategy)?, self.save.as_ref() == Some(dir));
+        let Some(dir) = self.resumed(folder) else { return Ok((0, None)) };
+        let saves = self.save.as_ref().is_some_and(|save| same(save, dir));
+        let mut checkpoints = self.open(dir, world, folder, strategy)?;
         let there = checkpoints.steps()?;
         let Some(step) = self.step(&mut checkpoints)? else {
             return match saves {
@@ -132,7 +152,7 @@ impl SaveFlags {
         }
         if let Some(was) = was.filter(|was| *was != all && world.rank() == 0) {
             eprintln!(
-                "the whole run has {all} steps from here on, and had {was}: learning rates go by that, and are others"
+                "the whole run has {all} steps from here on, and had {was}: a schedule of learning rates over them is another"
             );
         }
         match world.rank() {

@@ -56,13 +56,13 @@ pub(super) fn restored(
     let outline = outline(optimizer, &params)?;
     let record = || OptimizerRecord::from_bytes(outline.clone()).map_err(|why| unreadable(optimizer, why));
     let loaded = loaded_dtypes(optimizer, into, record()?, &params)?;
-    let mut into = into.clone();
+    let (plain, mut into) = (into, into.clone());
     for wanted in &params {
         if let Some(dtype) = wanted.widened(optimizer, &loaded)? {
             let ParamInfo { id, path, .. } = wanted.info;
             let names = |names: Vec<&String>| names.into_iter().cloned().collect();
             let (moments, scalars) = (wanted.state.moments.keys().collect(), wanted.state.scalars.keys().collect());
-            let optim = Widened::new(*id, path, &into, StateNames::new(names(moments), names(scalars)), dtype);
+            let optim = Widened::new(*id, path, plain, StateNames::new(names(moments), names(scalars)), dtype);
             into = into.with_group(ParamGroup::from_ids(vec![*id]), optim, None);
         }
     }
