@@ -431,8 +431,12 @@ fn elements_at_indices() {
                 let zeros = Tensor::zeros(x.dims(), (&x.device(), x.dtype()));
                 let update = burn::tensor::IndexingUpdateOp::Add;
                 let spot = zeros.scatter(1, classes.clone(), picked.clone(), update) * 3.0;
-                let added = (x.clone() - 0.5).scatter(1, classes, x.slice([0..rows, 0..1]), update) * 0.5;
-                vec![picked, spot, added]
+                let column = x.clone().slice([0..rows, 0..1]);
+                let added = (x.clone() - 0.5).scatter(1, classes.clone(), column, update) * 0.5;
+                // A number for each row among longer rows.
+                let top = x.clone().max_dim(1);
+                let twice = top.clone().scatter(1, classes.zeros_like(), top, update);
+                vec![picked, spot, added, x * twice]
             };
             assert_eq!(apart(&both((x, classes), run)), 0.0, "{rows} {columns} {dtype:?}");
         }

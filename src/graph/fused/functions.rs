@@ -89,7 +89,7 @@ impl Float for f32 {
         // Adding it leaves the nearest integer in the lowest bits.
         const ROUND: f32 = 12_582_912.0;
         // The logarithm of 2 in two parts, of which the first has so few bits that its multiples are exact.
-        const HIGH: f32 = 0.693_359_4;
+        const HIGH: f32 = 355.0 / 512.0;
         const LOW: f32 = -2.121_944_4e-4;
         let shifted = x * std::f32::consts::LOG2_E + ROUND;
         let n = shifted - ROUND;
