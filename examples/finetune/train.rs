@@ -10,7 +10,7 @@ use crate::checkpoints::{Run, folder};
 use crate::common::device;
 use crate::common::figures::Figures;
 use crate::common::memory::{Memory, Peak};
-use crate::common::program::Ended;
+use crate::common::program::{Ended, refused};
 use crate::common::progress::Progress;
 use crate::common::saving::Saving;
 use crate::common::usage::Pipeline;
@@ -44,8 +44,8 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
     let model = directory::load(model, &args.model, &batch(&first[0], &autodiff))?;
     let optim = AdamWConfig::new().with_weight_decay(args.weight_decay as f32).with_epsilon(1e-8).init_fused();
     let mut run = Run::new(model, optim, schedule(args, steps)?, args, input);
-    let begun = run.resume(&world, args, input)?;
-    let mut saving = Saving::begin(&args.saving, &world, folder, &args.strategy, steps)?;
+    let (begun, opened) = run.resume(&world, args, input)?;
+    let mut saving = Saving::begin(&args.saving, &world, folder, (&args.strategy, steps), opened)?;
     let mut progress = Progress::new(steps, speaks);
     let speed = Speed::new(args);
     let (mut pipeline, mut memory, mut tokens) = (Pipeline::default(), Memory::default(), 0);
@@ -97,7 +97,7 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
             let held_out = run.held_out.last().filter(|last| last.step == done);
             let held_out = held_out.map_or(String::new(), |last| format!(", held-out {:.4}", last.loss));
             let speed = speed.said(tokens, elapsed, counters.waited, &pipeline);
-            format!("loss {loss:.4}{held_out}, lr {rate:.2e}, norm {norm:.3}, {speed}")
+            [format!("loss {loss:.4}{held_out}, lr {rate:.2e}, norm {norm:.3}"), speed]
         });
         if let Some(signal) = saving.after_step(done, |checkpoints| run.save(done, checkpoints))? {
             return Ok(Ended::Stopped(signal));
@@ -136,7 +136,7 @@ fn agree(world: &Communicator, args: &Args, input: &Input) -> Result<(), Error> 
         return Ok(());
     }
     let (data, model) = (args.data.display(), args.model.display());
-    Err(Error::user(format!("{data}, or the tokenizer in {model}, is not the same file on all machines")))
+    Err(refused(Error::user(format!("{data}, or the tokenizer in {model}, is not the same file on all machines"))))
 }
 
 /// Writes what the run was for.

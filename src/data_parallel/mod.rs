@@ -5,7 +5,7 @@
 //! own optimizers do the rest:
 //!
 //! ```
-//! use burn::nn::{Linear, LinearConfig};
+//! use burn::nn::LinearConfig;
 //! use burn::optim::{ModuleOptimizer, SgdConfig};
 //! use burn::tensor::Tensor;
 //! use burn_parallel::prelude::*;

@@ -113,13 +113,19 @@ unsafe impl Sync for Piece {}
 
 impl Piece {
     /// Zeros, since kernels refer to elements before they write them: of a large piece pages that the system zeroes when
-    /// they are touched. The allocator would write the zeros itself if it were asked for more than its own alignment.
+    /// they are touched.
     pub(super) fn zeroed(bytes: usize) -> Self {
+        Self::try_zeroed(bytes).unwrap_or_else(|layout| handle_alloc_error(layout))
+    }
+
+    /// The same, if there is memory for it. The allocator would write the zeros itself if it were asked for more than its
+    /// own alignment.
+    fn try_zeroed(bytes: usize) -> Result<Self, Layout> {
         let layout = bytes.checked_add(ALIGN).and_then(|bytes| Layout::from_size_align(bytes, align_of::<u128>()).ok());
         let layout = layout.expect("a tensor is smaller than the address space");
         // SAFETY: its size is not 0.
-        let Some(allocated) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
-        Self { allocated, layout, bytes }
+        let allocated = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(layout)?;
+        Ok(Self { allocated, layout, bytes })
     }
 
     /// The first byte, at a multiple of 64.
@@ -161,13 +167,22 @@ impl Pool {
         if bytes < FROM {
             return Room { place: Place::Piece(Piece::zeroed(bytes), Weak::new()), bytes };
         }
+        self.large_room(bytes).unwrap_or_else(|layout| handle_alloc_error(layout))
+    }
+
+    /// The same for many bytes, if there is memory for them.
+    fn large_room(self: &Arc<Self>, bytes: usize) -> Result<Room, Layout> {
         let mut pieces = self.pieces();
         pieces.time += 1;
         let found = pieces.take(bytes);
-        if found.is_none() {
-            pieces.make_room(bytes);
-        }
-        pieces.used += found.as_ref().map_or(bytes, |piece| piece.size());
+        let piece = match found {
+            Some(piece) => piece,
+            None => {
+                pieces.make_room(bytes);
+                Piece::try_zeroed(bytes)?
+            }
+        };
+        pieces.used += piece.size();
         pieces.most = pieces.most.max(pieces.used);
         if pieces.time.is_multiple_of(KEEP) {
             let time = pieces.time;
@@ -176,9 +191,7 @@ impl Pool {
                 pieces.release(size, |of_size| of_size.retain(|(_, since)| since + KEEP > time));
             }
         }
-        drop(pieces);
-        let piece = found.unwrap_or_else(|| Piece::zeroed(bytes));
-        Room { place: Place::Piece(piece, Arc::downgrade(self)), bytes }
+        Ok(Room { place: Place::Piece(piece, Arc::downgrade(self)), bytes })
     }
 
     /// Room in the block, of which the step needs `size` bytes, from `start` on; elsewhere if somebody is still there.
@@ -207,6 +220,20 @@ impl Pool {
         }
         // SAFETY: the memory of the pool was zeroed when it was new.
         FlexTensor::new(unsafe { self.room(bytes).filled() }, Strides::contiguous(shape), dtype)
+    }
+
+    /// A tensor of floats with any values, to be written over; `None` if it is too small, or larger than anything.
+    ///
+    /// # Errors
+    /// What there is no memory for.
+    pub(crate) fn large_tensor(self: &Arc<Self>, dims: &[usize], dtype: DType) -> Option<Result<FlexTensor, Layout>> {
+        let elements = dims.iter().try_fold(1usize, |product, dim| product.checked_mul(*dim))?;
+        let may_be = |bytes: &usize| *bytes >= FROM && *bytes <= isize::MAX as usize / 2;
+        let bytes = elements.checked_mul(dtype.size()).filter(may_be).filter(|_| dtype.is_float())?;
+        // SAFETY: the memory of the pool was zeroed when it was new.
+        let tensor = |room: Room| unsafe { room.filled() };
+        let shape = Shape::from(dims.to_vec());
+        Some(self.large_room(bytes).map(|room| FlexTensor::new(tensor(room), Strides::contiguous(shape), dtype)))
     }
 
     #[cfg(test)]

@@ -21,7 +21,6 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// In TOML, all of it but the sizes of the axes with their defaults left out:
 ///
 /// ```
-/// use burn_parallel::pipeline_parallel::schedule::Schedule;
 /// use burn_parallel::prelude::*;
 ///
 /// let strategy: Strategy = r#"
@@ -53,7 +52,7 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// With the value that it has when it is left out; `micro_batches` is needed. Where there is no default the line says
 /// so. A key that nobody knows is an error, and so is one of `[tensor]`, or `[pipeline]`, that nothing reads beside the
 /// others, as a `plan` where `tp` is 1. `[data]` may stay as it is for any number of replicas: a single one reads
-/// `noise_scale` alone.
+/// `noise_scale` alone, and [`parallelize`](super::Parallelize::parallelize) warns of the others (by the crate `log`).
 ///
 /// ```
 /// # let all: burn_parallel::train::Strategy = r#"
@@ -74,7 +73,7 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// sharding = "none"              # or "optimizer", "gradients", "parameters", see `Sharding`
 /// sharding_ranks = 2             # left out, all replicas
 /// keep = "pass"                  # or "micro_batch", "step", see `Keep`
-/// allow_unused_parameters = false  # true lets ranks use different ones, with eager steps and `sharding = "parameters"`
+/// allow_unused_parameters = false  # true lets ranks use different ones, in eager steps with "parameters"
 /// noise_scale = false            # true measures the noise of gradients, see `batch::NoiseScale`
 ///
 /// [tensor]            # `TensorParallelConfig`
@@ -89,8 +88,7 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// [pipeline]          # `PipelineConfig`
 /// micro_batches = 8
 /// schedule = "1f1b"   # or "gpipe", "zb_h1", { interleaved = { stages_per_rank = 2 } }, { custom = "0F0,0B0" }
-/// cut = "balanced"    # or { before = ["layers.6.*"] }, { patterns = [["layers.0.*"], ["*"]] },
-///                     # { listed = [["path", 0]] }
+/// cut = "balanced"    # { before = ["layers.6.*"] }, { patterns = [["embed.*"], ["*"]] }, { listed = [["path", 0]] }
 /// whole_inputs = []   # as ["1"], the second input
 /// seed = 0
 /// graphs = 16
@@ -136,7 +134,8 @@ pub enum Engine {
     /// tells.
     Eager,
     /// Captured as a graph once for each shape of the inputs, with random numbers that do not depend on the number of
-    /// ranks; as fast as eager steps. [`graph`](crate::graph) says what a step must not do.
+    /// ranks; on the host, in an optimised build, faster than eager steps, by loops over several operations, and slower
+    /// without optimisation. [`graph`](crate::graph) says what a step must not do.
     Captured,
 }
 

@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::directory::Directory;
-use crate::program::{finetune, prepared};
+use crate::program::{command, finetune, prepared};
 
 #[track_caller]
 fn refused(directory: &Directory, flags: &[&str], what: &str) {
@@ -34,6 +34,16 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--temperature", "-1", "--generate", "a"], "0 or more"),
         (&["--scheduler", "none"], "possible values: constant, linear, cosine"),
         (&["--zero", "4"], "0, 1, 2 or 3"),
+        (&["--engine", "fast"], "possible values: auto, eager, captured"),
+        (
+            &["--engine", "eager", "--tp", "2"],
+            "--engine eager runs the model's own forward, and --tp 2 needs captured steps",
+        ),
+        (
+            &["--engine", "eager", "--pp", "2"],
+            "--engine eager runs the model's own forward, and --pp 2 needs captured steps",
+        ),
+        (&["--engine", "eager", "--strategy", "in:nowhere.toml"], "--strategy"),
         (&["--steps", "3", "--epochs", "2"], "--epochs"),
         (&["--batch", "3", "--batch-tokens", "200"], "--batch"),
         (&["--eval-every", "3"], "--eval"),
@@ -97,8 +107,8 @@ fn flags_that_make_another_model_than_the_checkpoint_are_refused() {
     let output = finetune(&directory, &[&run[..], &["--steps", "1", "--save", "in:saved"]].concat());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let resume = |flags: &[&str], code: i32, what: &str| {
-        let flags =
-            [&["--data", "in:data.jsonl", "--seq", "64", "--batch", "2", "--resume", "in:saved"][..], flags].concat();
+        let seq: &[&str] = if flags.contains(&"--seq") { &[] } else { &["--seq", "64"] };
+        let flags = [&["--data", "in:data.jsonl", "--batch", "2", "--resume", "in:saved"][..], seq, flags].concat();
         let output = finetune(&directory, &[&flags[..], &["--steps", "2"]].concat());
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(code), "{flags:?}: {stderr}");
@@ -113,6 +123,13 @@ fn flags_that_make_another_model_than_the_checkpoint_are_refused() {
         resume(&[&targets[..], flags].concat(), 2, what);
     }
     resume(&[], 2, "leaving out --lora makes another model");
+    // All of it at once.
+    resume(
+        &["--lora", "4", "--lora-targets", "k_proj"],
+        2,
+        "--lora 4 and --lora-targets k_proj make another model than",
+    );
+    resume(&[&targets[..], &["--seq", "32", "--lora", "4"]].concat(), 2, "--lora 2; --resume");
     resume(&["--lora", "2", "--lora-targets", "k_proj"], 2, "saved with --lora-targets q_proj,v_proj");
     let file = directory.path().join("model.safetensors");
     let mut weights = fs::read(&file).unwrap();
@@ -124,6 +141,17 @@ fn flags_that_make_another_model_than_the_checkpoint_are_refused() {
     resume(&[&targets[..], &["--lora", "2"]].concat(), 0, "step 2");
 }
 
+/// What goes wrong on the way is no nonsense: exit code 1.
+#[test]
+fn ranks_that_fail_end_the_run_with_code_1() {
+    let directory = prepared();
+    let flags = ["--data", "in:data.jsonl", "--seq", "64", "--batch", "2", "--steps", "1", "--dp", "2"];
+    let output = command(&directory, &flags).env("BURN_PARALLEL_TIMEOUT_S", "0.000001").output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(output.stdout.is_empty() && stderr.contains("finetune: time-out"), "{stderr}");
+}
+
 #[test]
 fn data_that_makes_no_sense_is_refused_with_its_line() {
     let directory = prepared();
@@ -131,6 +159,17 @@ fn data_that_makes_no_sense_is_refused_with_its_line() {
     refused(&directory, &["--data", "in:bad.jsonl"], "bad.jsonl:2: `text` is not a text");
     refused(&directory, &["--eval", "in:bad.jsonl"], "bad.jsonl:2: `text` is not a text");
     refused(&directory, &["--data", "in:nowhere.txt"], "nowhere.txt");
+    let good: &[u8] = b"\xef\xbb\xbf{\"text\": \"a\"}\r\n\r\n";
+    for (bad, what) in [
+        (&b"{\"text\": \"b\"\r\n"[..], "ends.jsonl:3: is not JSON: EOF while parsing an object, column 12"),
+        (b"{\"text\": \"\xe9\"}\n", "ends.jsonl:3: is not UTF-8: its byte 11 is the first bad one"),
+    ] {
+        directory.write("ends.jsonl", &[good, bad].concat());
+        refused(&directory, &["--data", "in:ends.jsonl"], what);
+    }
+    let endless = directory.write("endless.jsonl", good);
+    fs::OpenOptions::new().append(true).open(endless).unwrap().set_len(65 << 20).unwrap();
+    refused(&directory, &["--data", "in:endless.jsonl"], "endless.jsonl:3: has more than 67108864 bytes");
     fs::remove_file(directory.path().join("chat_template.jinja")).unwrap();
     refused(&directory, &[], ": has `messages`, and the model has no chat template");
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::directory::Directory;
-use crate::program::{command, numbers, outcome, prepared, same, trained};
+use crate::program::{command, numbers, outcome, prepared, prepared_with, same, trained};
 
 const STEPS: [&str; 6] = ["--data", "in:data.jsonl", "--seq", "64", "--batch", "8"];
 
@@ -16,25 +16,43 @@ fn losses(directory: &Directory) -> Vec<f64> {
     numbers(&outcome(directory), "losses")
 }
 
-/// As torchrun starts it, which says by variables which rank a process is.
+/// Two ranks with flags of their own, as torchrun starts them, which says by variables which rank a process is.
+fn ranks_of_torchrun(directory: &Directory, flags: [&[&str]; 2]) -> Vec<Output> {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let ranks: Vec<Child> = ["0", "1"]
+        .iter()
+        .zip(flags)
+        .map(|(rank, flags)| {
+            let mut command = command(directory, flags);
+            command.env("RANK", rank).env("LOCAL_RANK", rank).env("WORLD_SIZE", "2").env("LOCAL_WORLD_SIZE", "2");
+            command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port).env("TORCHELASTIC_RUN_ID", "a");
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        })
+        .collect();
+    ranks.into_iter().map(|rank| rank.wait_with_output().unwrap()).collect()
+}
+
+/// Machines whose files differ would not make as many steps: found out before the first.
+#[test]
+fn ranks_that_read_other_data_are_refused() {
+    let directory = prepared();
+    let flags = |data| ["--data", data, "--seq", "64", "--batch", "4", "--dp", "2"];
+    for output in ranks_of_torchrun(&directory, [&flags("in:data.jsonl"), &flags("in:eval.jsonl")]) {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(stderr.contains("is not the same file on all machines"), "{stderr}");
+    }
+}
+
 #[test]
 fn ranks_of_a_launcher_have_the_losses_of_threads() {
     let directory = prepared();
     let flags = ["--batch", "4", "--steps", "2", "--tp", "2"];
     let threads = numbers(&trained(&directory, &flags), "losses");
     fs::remove_file(directory.path().join("outcome.json")).unwrap();
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
     let usual = ["--data", "in:data.jsonl", "--seq", "64", "--lr", "1e-3", "--json", "in:outcome.json"];
-    let ranks: Vec<Child> = ["0", "1"]
-        .iter()
-        .map(|rank| {
-            let mut command = command(&directory, &[&usual[..], &flags].concat());
-            command.env("RANK", rank).env("LOCAL_RANK", rank).env("WORLD_SIZE", "2").env("LOCAL_WORLD_SIZE", "2");
-            command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port).env("TORCHELASTIC_RUN_ID", "a");
-            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
-        })
-        .collect();
-    let outputs: Vec<Output> = ranks.into_iter().map(|rank| rank.wait_with_output().unwrap()).collect();
+    let flags = [&usual[..], &flags].concat();
+    let outputs = ranks_of_torchrun(&directory, [&flags, &flags]);
     for output in &outputs {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
@@ -67,9 +85,14 @@ fn ranks_of_mpirun_have_the_losses_of_threads() {
 
 /// A run in the background, when its first checkpoints are there.
 fn running(directory: &Directory, saved: &str, flags: &[&str]) -> Child {
+    running_in(directory, saved, &[&STEPS[..], flags].concat())
+}
+
+/// The same with all flags but those of saving.
+fn running_in(directory: &Directory, saved: &str, flags: &[&str]) -> Child {
     let place = format!("in:{saved}");
     let more = ["--save", &place, "--resume", &place, "--save-every", "2", "--json", "in:outcome.json"];
-    let mut command = command(directory, &[&STEPS[..], &more, flags].concat());
+    let mut command = command(directory, &[&more[..], flags].concat());
     let mut run = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let checkpoint = directory.path().join(saved).join("checkpoints/step-000000004");
     while !checkpoint.exists() {
@@ -104,6 +127,28 @@ fn ranks_that_are_lost_are_started_again_or_left_out() {
     assert!(stderr.contains("goes on after step") && stderr.contains("on 1 ranks"), "{stderr}");
     same(&expected, &losses(&directory), 1e-5, &"lost");
     assert!(directory.path().join("lost/model/model.safetensors").exists());
+}
+
+/// A tied embedding, which the first stage and the last hold: each goes on with its moments after a kill, on the same
+/// mesh to the bit.
+#[cfg(unix)]
+#[test]
+fn a_tied_model_that_is_killed_goes_on_on_any_mesh() {
+    let directory = prepared_with("qwen2_tied");
+    let flags = ["--data", "in:data.jsonl", "--seq", "64", "--batch", "2", "--steps", "10", "--lr", "1e-3"];
+    let pipeline = [&flags[..], &["--pp", "2"]].concat();
+    let expected = numbers(&trained(&directory, &pipeline), "losses");
+    let run = running_in(&directory, "tied", &pipeline);
+    send("-9", &run.id().to_string());
+    run.wait_with_output().unwrap();
+    let saved = directory.path().join("tied");
+    assert!(!saved.join("model").exists() && last(&saved) < 10);
+    for (mesh, within) in
+        [(&["--pp", "2"][..], 0.0), (&["--dp", "2", "--zero", "1"], 1e-5), (&["--pp", "2", "--tp", "2"], 1e-5)]
+    {
+        let gone_on = trained(&directory, &[&flags[..], &["--resume", "in:tied"], mesh].concat());
+        same(&expected, &numbers(&gone_on, "losses"), within, &mesh);
+    }
 }
 
 /// A signal that asks for the end: all ranks save the same step and end, with the exit code that says so.

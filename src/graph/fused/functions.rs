@@ -89,7 +89,7 @@ impl Float for f32 {
         // Adding it leaves the nearest integer in the lowest bits.
         const ROUND: f32 = 12_582_912.0;
         // The logarithm of 2 in two parts, of which the first has so few bits that its multiples are exact.
-        const HIGH: f32 = 0.693_359_375;
+        const HIGH: f32 = 0.693_359_4;
         const LOW: f32 = -2.121_944_4e-4;
         let shifted = x * std::f32::consts::LOG2_E + ROUND;
         let n = shifted - ROUND;
@@ -99,7 +99,7 @@ impl Float for f32 {
         let rest = (near - r) - low;
         let p = 1.398_199_9e-3 + r * 1.987_569_1e-4;
         let p = 4.166_579_6e-2 + r * (8.333_452e-3 + r * p);
-        let p = 5.000_000_1e-1 + r * (1.666_666_5e-1 + r * p);
+        let p = 0.5 + r * (1.666_666_5e-1 + r * p);
         let one_and_r = 1.0 + r;
         let p = one_and_r + ((1.0 - one_and_r) + r + (r * r * p + rest));
         // Powers of two by their exponents: two, since one may be none that an `f32` holds.
