@@ -13,10 +13,10 @@ and allocates. The table has medians over rounds: tokens a second; the same over
 the speed-up of two ranks; tokens a second of processor time, of all ranks together, which is what can be compared on a machine that others
 use; the seconds from the start of the program to its first step, of which reading the weights is a part; and the load of the machine.
 
-One rank and replicas run eager steps unless their strategy says `engine = "captured"`, and have a row for each. --only leaves out all rows
-but those that it names, as
+Steps are captured, as by default on CPUs; one rank and replicas have a row of eager steps as well. --only leaves out all rows but those
+that it names, as
 
-    python scripts/finetune_speed.py --seq 64 --only "one rank" "one rank, captured" "PyTorch, one process"
+    python scripts/finetune_speed.py --seq 64 --only "one rank" "one rank, eager" "PyTorch, one process"
 """
 
 import argparse
@@ -76,14 +76,6 @@ def burn(*more):
         ["--lr", "1e-4", "--scheduler", "constant", "--seed", 1, "--json", f"{out}/run.json", *more]
 
 
-def captured(ranks):
-    """Steps of replicas that are captured, which a strategy in a file asks for."""
-    file = f"{out}/captured-{ranks}.toml"
-    with open(file, "w") as strategy:
-        strategy.write(f'dp = {ranks}\nengine = "captured"\n')
-    return burn("--strategy", file)
-
-
 def torch(ranks):
     script = [f"{here}/finetune_reference.py", model, text, args.seq, args.batch, args.steps, f"{out}/run.json", 1]
     if ranks == 1:
@@ -93,11 +85,11 @@ def torch(ranks):
 
 # What runs on how many cores, and what its speed is compared with.
 CONTENDERS = {
-    "one rank": (1, burn(), "one rank"),
-    "one rank, captured": (1, captured(1), "one rank"),
+    "one rank": (1, burn("--engine", "captured"), "one rank"),
+    "one rank, eager": (1, burn("--engine", "eager"), "one rank"),
     "PyTorch, one process": (1, torch(1), "PyTorch, one process"),
-    "dp 2": (2, burn("--dp", 2), "one rank"),
-    "dp 2, captured": (2, captured(2), "one rank, captured"),
+    "dp 2": (2, burn("--engine", "captured", "--dp", 2), "one rank"),
+    "dp 2, eager": (2, burn("--engine", "eager", "--dp", 2), "one rank, eager"),
     "PyTorch DDP, two processes": (2, torch(2), "PyTorch, one process"),
     "tp 2": (2, burn("--tp", 2), "one rank"),
     "pp 2": (2, burn("--pp", 2, "--micro-batch", 1), "one rank"),

@@ -66,14 +66,17 @@ impl CustomOps {
     /// maxima along the last dim between them, so that a softmax or a norm is one loop. On the host only; on other
     /// devices burn fuses itself. Tensors from 256 KiB on are made in memory that is kept from step to step, as long as
     /// anything on this thread holds these operations: those that end within the step at places that were planned for
-    /// them, in one block as large as the largest of these steps needs; its results elsewhere, and one that is dropped
-    /// anywhere goes back there.
+    /// them, in one block as large as the largest of these steps needs; its results there too where there is room, else
+    /// in a piece each. One that is dropped anywhere goes back there; whoever keeps one longer keeps the whole block from
+    /// going back to the system.
     ///
     /// Attention runs in tiles of some rows, if the step has made both its factors and nothing but itself reads its
     /// scores and weights: product, scaling, masks, softmax and product in one operation, and their backward in another
     /// that makes the scores anew, so that none is in memory as a whole. Columns that a mask leaves to none of a tile's
     /// rows, as a causal one half of them, are left out where their weights are 0; a value that is no number and that
-    /// no row sees does not reach the results then, which it does one by one, as a product with 0.
+    /// no row sees does not reach the results then, which it does one by one, as a product with 0. burn's own function
+    /// `burn::tensor::module::attention` is not among them in steps that train: burn differentiates its maximum too, by
+    /// the place of it in the scores, which then are in memory.
     ///
     /// Numbers are those of the operations one by one, but for sums, those of products too, which are added in another
     /// order, and for `exp`, `log`, `tanh` and `erf` in `f32`, which are within 0.7 units in the last place of the
