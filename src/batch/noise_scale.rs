@@ -27,7 +27,7 @@ use crate::step::{GradientNoise, NoNoise, Step};
 ///     for _ in 0..20 {
 ///         let x = Tensor::<2>::random([8, 4], Distribution::Default, &device);
 ///         let step = model.step(x, |model, x| model.forward(x).powi_scalar(2).mean())?;
-///         let step = step.clip_grad_norm(&model, Clip::never())?;            // completes the measurement with the norm
+///         let step = step.clip_grad_norm(&model, Clip::never())?;  // completes the measurement with the norm
 ///         noise.add(&step);
 ///     }
 ///     println!("{:?} rows", noise.items());                                // or why there is no number

@@ -61,7 +61,7 @@
 //! The MLP of Megatron-LM: columns of the first weight, then rows of the second.
 //!
 //! ```
-//! use burn::tensor::{Device, Tensor, activation::gelu};
+//! use burn::tensor::{Tensor, activation::gelu};
 //! use burn_parallel::prelude::*;
 //!
 //! fn mlp(x: Tensor<2>, a: Tensor<2>, b: Tensor<2>, tp: &Communicator) -> Result<Tensor<2>, Error> {

@@ -21,7 +21,6 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// In TOML, all of it but the sizes of the axes with their defaults left out:
 ///
 /// ```
-/// use burn_parallel::pipeline_parallel::schedule::Schedule;
 /// use burn_parallel::prelude::*;
 ///
 /// let strategy: Strategy = r#"
@@ -74,7 +73,7 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// sharding = "none"              # or "optimizer", "gradients", "parameters", see `Sharding`
 /// sharding_ranks = 2             # left out, all replicas
 /// keep = "pass"                  # or "micro_batch", "step", see `Keep`
-/// allow_unused_parameters = false  # true lets ranks use different ones, with eager steps and `sharding = "parameters"`
+/// allow_unused_parameters = false  # true lets ranks use different ones, in eager steps with "parameters"
 /// noise_scale = false            # true measures the noise of gradients, see `batch::NoiseScale`
 ///
 /// [tensor]            # `TensorParallelConfig`
@@ -89,8 +88,7 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// [pipeline]          # `PipelineConfig`
 /// micro_batches = 8
 /// schedule = "1f1b"   # or "gpipe", "zb_h1", { interleaved = { stages_per_rank = 2 } }, { custom = "0F0,0B0" }
-/// cut = "balanced"    # or { before = ["layers.6.*"] }, { patterns = [["layers.0.*"], ["*"]] },
-///                     # { listed = [["path", 0]] }
+/// cut = "balanced"    # { before = ["layers.6.*"] }, { patterns = [["embed.*"], ["*"]] }, { listed = [["path", 0]] }
 /// whole_inputs = []   # as ["1"], the second input
 /// seed = 0
 /// graphs = 16

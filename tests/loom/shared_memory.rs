@@ -209,17 +209,17 @@ fn a_rank_that_does_not_wait_is_found() {
 }
 
 /// The mailbox from one rank to another.
-struct Mail {
+struct MailboxMemory {
     posted: Counter,
     taken: Counter,
     entries: [UnsafeCell<u64>; ENTRIES as usize],
 }
 
 // SAFETY: loom checks every access to the cells.
-unsafe impl Sync for Mail {}
-unsafe impl Send for Mail {}
+unsafe impl Sync for MailboxMemory {}
+unsafe impl Send for MailboxMemory {}
 
-impl Mail {
+impl MailboxMemory {
     fn mailbox(&self) -> Mailbox<'_> {
         Mailbox { posted: &self.posted, taken: &self.taken }
     }
@@ -231,8 +231,8 @@ impl Mail {
 fn messages_come_in_order() {
     explore("mailbox", Some(4), || {
         let entries = std::array::from_fn(|_| UnsafeCell::new(0));
-        let mail = loom::sync::Arc::new(Mail { posted: counter(), taken: counter(), entries });
-        let sender = mail.clone();
+        let memory = loom::sync::Arc::new(MailboxMemory { posted: counter(), taken: counter(), entries });
+        let sender = memory.clone();
         let sending = thread::spawn(move || {
             for message in 1..=2 * ENTRIES {
                 let mailbox = sender.mailbox();
@@ -244,14 +244,14 @@ fn messages_come_in_order() {
             }
         });
         for message in 1..=2 * ENTRIES {
-            let mailbox = mail.mailbox();
+            let mailbox = memory.mailbox();
             wait(|| mailbox.next().is_some());
             let entry = mailbox.next().unwrap() as usize;
             // SAFETY: loom looks.
-            assert_eq!(mail.entries[entry].with(|entry| unsafe { *entry }), message);
+            assert_eq!(memory.entries[entry].with(|entry| unsafe { *entry }), message);
             mailbox.take();
         }
         sending.join().unwrap();
-        assert!(mail.mailbox().next().is_none());
+        assert!(memory.mailbox().next().is_none());
     });
 }

@@ -145,7 +145,7 @@ pub(super) struct Group {
     /// World ranks of the members.
     pub members: Vec<usize>,
     pub barrier: Barrier<CallDescriptor>,
-    pub mail: Mailboxes,
+    pub mailboxes: Mailboxes,
     pub history: CallHistory,
     pub world_failure: Arc<WorldFailure>,
     pub timeout: Duration,
@@ -206,7 +206,7 @@ impl Group {
             name,
             members,
             barrier: Barrier::new(size),
-            mail: Mailboxes::new(size),
+            mailboxes: Mailboxes::new(size),
             history: CallHistory::new(size),
             world_failure,
             timeout,

@@ -108,7 +108,7 @@ impl LocalTransport {
         if let Some(error) = group.world_failure.error() {
             return Err(error.clone());
         }
-        group.mail.put(self.rank, to, tag, message);
+        group.mailboxes.put(self.rank, to, tag, message);
         group.barrier.event_count.notify();
         Ok(())
     }
@@ -121,7 +121,7 @@ impl LocalTransport {
             return Err(error.clone());
         }
         let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
-        let mut message = group.mail.take(from, self.rank, tag);
+        let mut message = group.mailboxes.take(from, self.rank, tag);
         if message.is_none() {
             // Only a receive that has to wait is recorded in the call history. It does not hold up collectives on
             // another thread of this rank: the message may be sent only after them.
@@ -131,7 +131,7 @@ impl LocalTransport {
             let ready = || {
                 // Read before the mailbox: what the sender put in before it left is still delivered.
                 over = group.barrier.interruption().filter(|why| *why == Interrupted::Aborted || gone());
-                message = group.mail.take(from, self.rank, tag);
+                message = group.mailboxes.take(from, self.rank, tag);
                 message.is_some() || over.is_some()
             };
             let in_time = group.barrier.event_count.wait(backoff(group), ready, || call_timer.remaining());
@@ -142,7 +142,7 @@ impl LocalTransport {
                 return Err(self.interrupted(why, &call, call_timer.elapsed(), || {
                     format!(
                         "rank {from}; tags that it has sent and nobody has read: {:?}",
-                        group.mail.tags(from, self.rank)
+                        group.mailboxes.tags(from, self.rank)
                     )
                 }));
             }
@@ -232,7 +232,7 @@ impl Transport for LocalTransport {
         check_rank(self, from, "recv")?;
         match self.group.world_failure.error() {
             Some(error) => Err(error.clone()),
-            None => self.group.mail.take(from, self.rank, tag).map(Arrival::into_host).transpose(),
+            None => self.group.mailboxes.take(from, self.rank, tag).map(Arrival::into_host).transpose(),
         }
     }
 

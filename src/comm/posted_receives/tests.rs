@@ -15,7 +15,7 @@ const B: Key = (1, 8);
 /// A mailbox, and the thread that fetches from it.
 #[derive(Default, Clone)]
 struct Mailbox {
-    mail: Arc<Mutex<BTreeMap<Key, VecDeque<u32>>>>,
+    messages: Arc<Mutex<BTreeMap<Key, VecDeque<u32>>>>,
     posted: Arc<PostedReceives<u32>>,
     /// Fetching waits for it.
     held_up: Arc<AtomicBool>,
@@ -23,11 +23,11 @@ struct Mailbox {
 
 impl Mailbox {
     fn send(&self, key: Key, message: u32) {
-        self.mail.lock().unwrap().entry(key).or_default().push_back(message);
+        self.messages.lock().unwrap().entry(key).or_default().push_back(message);
     }
 
     fn look(&self, key: Key) -> Option<u32> {
-        self.mail.lock().unwrap().get_mut(&key).and_then(VecDeque::pop_front)
+        self.messages.lock().unwrap().get_mut(&key).and_then(VecDeque::pop_front)
     }
 
     fn expect(&self, key: Key) {
@@ -67,7 +67,7 @@ impl Mailbox {
 
     fn until_mail_is_taken(&self) {
         let began = Instant::now();
-        while self.mail.lock().unwrap().values().any(|mail| !mail.is_empty()) {
+        while self.messages.lock().unwrap().values().any(|messages| !messages.is_empty()) {
             assert!(began.elapsed() < LIMIT, "nobody fetches it");
             yield_now();
         }
@@ -81,12 +81,12 @@ fn what_is_expected_is_fetched_before_it_is_asked_for_and_in_order() {
     mailbox.expect(A);
     [1, 2, 3].into_iter().for_each(|message| mailbox.send(A, message));
     let began = Instant::now();
-    while mailbox.mail.lock().unwrap()[&A].len() > 1 {
+    while mailbox.messages.lock().unwrap()[&A].len() > 1 {
         assert!(began.elapsed() < LIMIT, "nobody fetches them");
         yield_now();
     }
     sleep(Duration::from_millis(20));
-    assert_eq!(mailbox.mail.lock().unwrap()[&A], [3], "no more than was posted");
+    assert_eq!(mailbox.messages.lock().unwrap()[&A], [3], "no more than was posted");
     assert_eq!([mailbox.receive(A), mailbox.receive(A), mailbox.receive(A)], [101, 102, 3]);
 }
 
@@ -113,7 +113,7 @@ fn one_that_is_on_its_way_is_waited_for() {
     mailbox.expect(A);
     [1, 2].into_iter().for_each(|message| mailbox.send(A, message));
     let began = Instant::now();
-    while mailbox.mail.lock().unwrap()[&A].len() == 2 {
+    while mailbox.messages.lock().unwrap()[&A].len() == 2 {
         assert!(began.elapsed() < LIMIT, "nobody fetches it");
     }
     let late = mailbox.posted.take(A, Duration::from_millis(30));
@@ -137,13 +137,13 @@ fn whoever_asks_first_gets_the_oldest() {
     // Others are fetched meanwhile.
     mailbox.send(B, 5);
     let began = Instant::now();
-    while !mailbox.mail.lock().unwrap()[&B].is_empty() {
+    while !mailbox.messages.lock().unwrap()[&B].is_empty() {
         assert!(began.elapsed() < LIMIT, "nobody fetches it");
     }
     assert_eq!(mailbox.receive(B), 105);
     assert_eq!(mailbox.look(A), Some(1));
     sleep(Duration::from_millis(20));
-    assert_eq!(mailbox.mail.lock().unwrap()[&A], [2], "he does not have it yet");
+    assert_eq!(mailbox.messages.lock().unwrap()[&A], [2], "he does not have it yet");
     drop(turn);
     mailbox.until_mail_is_taken();
     assert_eq!(mailbox.receive(A), 102);

@@ -18,7 +18,7 @@ use crate::tensor::PlainTensor;
 /// An edge and a micro-batch.
 type MessageKey = (usize, usize, usize);
 
-/// The mail of one rank in one run.
+/// The messages that one rank sends and receives in one run.
 pub(super) struct MessageExchange<'a> {
     comm: &'a Communicator,
     timetable: &'a Timetable,
