@@ -1,14 +1,17 @@
 //! What a captured step costs beside its operations, in time on the host and in memory.
 //!
 //! `host`: chains of tiny products and views, called directly on the device, captured and run one by one, and captured
-//! with the products of this crate; what is more than the direct calls, for each operation. And steps of a model of many tiny layers,
-//! which is walked over to read its parameters.
+//! with the products of this crate; what is more than the direct calls, for each operation. And steps of a model of
+//! many tiny layers, which is walked over to read its parameters.
 //!
-//! `memory`: the most bytes that the process holds in the third step, forward and backward, and with the optimizer, beside
-//! model and moments and with what steps keep: eager burn, captured one by one, and captured with fused operations in
-//! planned memory; and what the plan says.
+//! `memory`: the most bytes that the process holds in the third step, forward and backward, and with the optimizer,
+//! beside model and moments and with what steps keep: eager burn, captured one by one, and captured with fused
+//! operations in planned memory; and what the plan says.
 //!
-//! `cargo bench --bench captured_step -- [host|memory] [ROUNDS]`
+//! `compile`: how much longer the first step of a transformer of 24 layers takes than the second, where it is captured
+//! and compiled: on one rank, and on two with each strategy.
+//!
+//! `cargo bench --bench captured_step -- [host|memory|compile] [ROUNDS]`
 
 mod figures;
 #[allow(dead_code)]
@@ -20,12 +23,14 @@ use std::sync::atomic::{AtomicIsize, Ordering::Relaxed};
 use std::time::Instant;
 
 use burn::module::Module;
+use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamConfig, GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_parallel::graph::{CustomOps, Executor, Forward, TensorTree, capture_forward, capture_step};
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::TensorParallelConfig;
+use burn_parallel::train::Engine;
 use figures::{Figures, median};
 use models::{Gpt, Mlp, SEQUENCE, VOCABULARY};
 
@@ -147,8 +152,8 @@ fn host(figures: &mut Figures, rounds: usize) -> Result<(), Error> {
     Ok(())
 }
 
-/// The most bytes in the third step beside model and moments, forward and backward, and with the optimizer: eagerly, one by
-/// one, and fused; and those of the plan.
+/// The most bytes in the third step beside model and moments, forward and backward, and with the optimizer: eagerly,
+/// one by one, and fused; and those of the plan.
 fn memory<M: Module + Sync, I: TensorTree + Clone + Sync>(
     model: impl Fn(&Device) -> M + Sync,
     moments: usize,
@@ -213,14 +218,49 @@ fn report(figures: &mut Figures, name: &str, found: [[f64; 2]; 4]) {
     figures.note(format!("{name}: memory of a step over its plan"), fused / planned, "ratio");
 }
 
+/// Seconds that the first step takes beyond the second, on the slowest rank.
+fn compile(figures: &mut Figures) -> Result<(), Error> {
+    let captured = || Strategy::new().with_engine(Engine::Captured);
+    let sharded = DataParallelConfig::new().with_sharding(Sharding::Parameters);
+    let ways = [
+        ("one rank", 1, captured()),
+        ("tp 2", 2, captured().with_tp(2, Plan::megatron())),
+        ("pp 2", 2, captured().with_pp(2, PipelineConfig::new(4))),
+        ("ZeRO 3, dp 2", 2, captured().with_dp(2).with_data(sharded)),
+    ];
+    for (name, ranks, strategy) in ways {
+        let took = launch::threads(ranks).threads_per_rank(1).run(|rank| {
+            let device = rank.device().autodiff();
+            let model = TransformerEncoderConfig::new(64, 256, 8, 24).with_dropout(0.0).init(&device);
+            let mut model = model.parallelize(&rank, &strategy)?;
+            let x = Tensor::<3>::ones([4, 32, 64], &device);
+            let loss =
+                |model: &TransformerEncoder, x| model.forward(TransformerEncoderInput::new(x)).powi_scalar(2).mean();
+            let mut times = [0.0; 2];
+            for time in &mut times {
+                let began = Instant::now();
+                model.step(x.clone(), loss)?;
+                *time = began.elapsed().as_secs_f64();
+            }
+            Ok(rank.all_reduce(vec![times[0] - times[1]], ReduceOp::Max)?[0])
+        })?[0];
+        println!("24 layers, {name}: captured and compiled in {took:.3} s");
+        figures.note(format!("24 layers, {name}: captured and compiled"), took, "s");
+    }
+    Ok(())
+}
+
 fn main() -> Result<(), Error> {
     let (arguments, mut figures) = (figures::arguments(), Figures::of("captured_step"));
     let wanted = |name: &str| {
-        let named = |argument: &String| argument == "host" || argument == "memory";
+        let named = |argument: &String| ["host", "memory", "compile"].contains(&argument.as_str());
         !arguments.iter().any(named) || arguments.iter().any(|argument| argument == name)
     };
     if wanted("host") {
         host(&mut figures, arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(31))?;
+    }
+    if wanted("compile") {
+        compile(&mut figures)?;
     }
     if wanted("memory") {
         let device = Device::flex().autodiff();

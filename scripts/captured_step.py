@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,6 +45,8 @@ def torch_step(name, way):
 def bench_step(program, name):
     """What the bench measured in one round, by way."""
     command = [program] if program else ["cargo", "bench", "--bench", "tensor_parallel", "--"]
+    # The bench keeps the figures that a run does not take.
+    shutil.rmtree(KEPT / ".round", ignore_errors=True)
     subprocess.run([*command, name, "1", "--save-baseline", ".round"], stdout=subprocess.DEVNULL, cwd=ROOT, check=True)
     lines = [json.loads(line) for line in (KEPT / ".round" / "tensor_parallel.jsonl").read_text().splitlines()]
     found = {line["figure"]: line["value"] for line in lines}

@@ -1,6 +1,7 @@
 """The speed of `examples/finetune` beside PyTorch with `transformers`, on the same cores, by turns.
 
     python scripts/finetune_speed.py [--finetune PROGRAM] [--model DIRECTORY] [--text FILE] [--rounds 3] [--seq 128] [--batch 4] [--steps 4]
+        [--only NAME ...]
 
 Without --finetune the program is built, as for a release; without --model SmolLM2-135M is made as scripts/finetune_smollm2.sh makes it, in
 target/smollm2; the text is that of `train_lm`, unless --text names another. Needs torch and transformers, and to make the model numpy and
@@ -11,6 +12,11 @@ machine does falls on all. One rank has one core and one thread; two ranks have 
 and allocates. The table has medians over rounds: tokens a second; the same over those of one rank, or of one process of PyTorch, which is
 the speed-up of two ranks; tokens a second of processor time, of all ranks together, which is what can be compared on a machine that others
 use; the seconds from the start of the program to its first step, of which reading the weights is a part; and the load of the machine.
+
+One rank and replicas run eager steps unless their strategy says `engine = "captured"`, and have a row for each. --only leaves out all rows
+but those that it names, as
+
+    python scripts/finetune_speed.py --seq 64 --only "one rank" "one rank, captured" "PyTorch, one process"
 """
 
 import argparse
@@ -29,6 +35,7 @@ flags.add_argument("--model", metavar="DIRECTORY")
 flags.add_argument("--text", metavar="FILE", default=f"{root}/examples/train_lm/text.txt")
 for name, number in ("rounds", 3), ("seq", 128), ("batch", 4), ("steps", 4):
     flags.add_argument(f"--{name}", metavar="N", type=int, default=number)
+flags.add_argument("--only", metavar="NAME", nargs="+")
 args = flags.parse_args()
 if args.steps < 2:
     flags.error("--steps: the first one does not count, so there are two at least")
@@ -69,6 +76,14 @@ def burn(*more):
         ["--lr", "1e-4", "--scheduler", "constant", "--seed", 1, "--json", f"{out}/run.json", *more]
 
 
+def captured(ranks):
+    """Steps of replicas that are captured, which a strategy in a file asks for."""
+    file = f"{out}/captured-{ranks}.toml"
+    with open(file, "w") as strategy:
+        strategy.write(f'dp = {ranks}\nengine = "captured"\n')
+    return burn("--strategy", file)
+
+
 def torch(ranks):
     script = [f"{here}/finetune_reference.py", model, text, args.seq, args.batch, args.steps, f"{out}/run.json", 1]
     if ranks == 1:
@@ -79,13 +94,19 @@ def torch(ranks):
 # What runs on how many cores, and what its speed is compared with.
 CONTENDERS = {
     "one rank": (1, burn(), "one rank"),
+    "one rank, captured": (1, captured(1), "one rank"),
     "PyTorch, one process": (1, torch(1), "PyTorch, one process"),
     "dp 2": (2, burn("--dp", 2), "one rank"),
+    "dp 2, captured": (2, captured(2), "one rank, captured"),
     "PyTorch DDP, two processes": (2, torch(2), "PyTorch, one process"),
     "tp 2": (2, burn("--tp", 2), "one rank"),
     "pp 2": (2, burn("--pp", 2, "--micro-batch", 1), "one rank"),
     "dp 2, ZeRO 3": (2, burn("--dp", 2, "--zero", 3), "one rank"),
 }
+unknown = set(args.only or ()) - set(CONTENDERS)
+if unknown:
+    flags.error(f"--only: there is no {sorted(unknown)}, but {list(CONTENDERS)}")
+CONTENDERS = {name: row for name, row in CONTENDERS.items() if not args.only or name in args.only}
 
 
 def run(cores, command):
@@ -111,5 +132,6 @@ print(f"Rows of {args.seq} tokens, {args.batch} a step, {args.steps} steps, {arg
 print("| | tokens/s | over one | tokens/s of processor time | seconds to the first step | load |")
 print("|---|---|---|---|---|---|")
 for name, (speed, processor, start, load) in median.items():
-    over = "" if CONTENDERS[name][2] == name else f"{speed / median[CONTENDERS[name][2]][0]:.2f}"
+    of = CONTENDERS[name][2]
+    over = "" if of == name or of not in median else f"{speed / median[of][0]:.2f}"
     print(f"| {name} | {speed:.1f} | {over} | {processor:.1f} | {start:.1f} | {load:.1f} |")

@@ -65,6 +65,8 @@ pub fn run<A>(
         Err(Failure::Refused(wrong)) => fail(2, wrong),
         Err(Failure::Failed(why)) => match why.downcast_ref() {
             Some(burn_parallel::Error::Stopped { signal }) => fail(signal.exit_code(), why),
+            // A rank that is a process of its own has said so.
+            Some(burn_parallel::Error::ProcessFailed { status, .. }) if status == "with exit status 2" => fail(2, why),
             _ if REFUSED.load(Ordering::Relaxed) => fail(2, why),
             _ => fail(1, why),
         },

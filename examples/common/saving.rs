@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use burn_parallel::launch::{StopSignal, StopSignals};
+use burn_parallel::launch::{ProcessInfo, StopSignal, StopSignals};
 use burn_parallel::prelude::*;
 use clap::Args;
 
@@ -26,14 +26,14 @@ pub struct SaveFlags {
     #[arg(long, value_name = "K", requires = "save", default_value_t = 3, value_parser = up_to::<1_000_000>)]
     keep: usize,
 
-    /// A directory of checkpoints, to go on from the last of them: with any flags that do not change the model. --steps
+    /// A directory of checkpoints, to go on from the one that was written last: with any flags that do not change the model. --steps
     /// counts the whole run. If it is the directory of --save, and there is none yet, the run begins anew
     #[arg(long, value_name = "DIR")]
     pub resume: Option<PathBuf>,
 
-    /// Which checkpoint of --resume to go on from, by its step [default: the last one]
+    /// Which checkpoint of --resume to go on from, by its step [default: the one that was written last]
     #[arg(long, value_name = "N", requires = "resume")]
-    resume_step: Option<u64>,
+    pub resume_step: Option<u64>,
 }
 
 /// Whether there are checkpoints in a directory.
@@ -59,24 +59,48 @@ impl SaveFlags {
         Self { save: None, resume: None, resume_step: None, ..self }
     }
 
+    /// Opens a directory of checkpoints, which are in `folder` of it.
+    fn open(
+        &self,
+        dir: &Path,
+        world: &Communicator,
+        folder: fn(&Path) -> PathBuf,
+        strategy: &Strategy,
+    ) -> Result<Checkpointer, Error> {
+        // What other runs have not saved may be missing.
+        let missing = [STEPS, MADE_OF, WENT_BACK].map(|name| format!("values/{name}"));
+        let options = CheckpointOptions::new().with_allow_missing(missing).with_keep_last(self.keep);
+        Checkpointer::new(world, folder(dir), options.with_strategy(strategy))
+    }
+
+    /// The step to go on from, if there is a checkpoint.
+    fn step(&self, checkpoints: &mut Checkpointer) -> Result<Option<u64>, Error> {
+        let latest = checkpoints.latest()?;
+        let (Some(back), Some(last)) = (self.resume_step, latest) else { return Ok(self.resume_step.or(latest)) };
+        // Ranks that are started again go on from what this run has saved since it went back.
+        if !ProcessInfo::from_env().is_ok_and(|process| process.restarts > 0) {
+            return Ok(Some(back));
+        }
+        let by_this_run = checkpoints.read_value::<Option<u64>>(last, WENT_BACK)?.flatten() == Some(back);
+        Ok(Some(if by_this_run { last } else { back }))
+    }
+
     /// Goes on from a checkpoint of `--resume`, which has them in `folder`, in a run of so many steps. `restore`
-    /// is given the step of it. Returns how many steps were made already. Collective.
+    /// is given the step of it. Returns how many steps were made already, and the checkpoints if the run saves there too.
+    /// Collective.
     pub fn resume(
         &self,
         world: &Communicator,
         folder: fn(&Path) -> PathBuf,
-        all: usize,
+        (strategy, all): (&Strategy, usize),
         restore: impl FnOnce(&mut Checkpointer, u64) -> Result<(), Error>,
-    ) -> Result<usize, Error> {
-        let Some(dir) = &self.resume else { return Ok(0) };
-        // What other runs have not saved may be missing.
-        let options =
-            CheckpointOptions::new().with_allow_missing([STEPS, MADE_OF].map(|name| format!("values/{name}")));
-        let mut checkpoints = Checkpointer::new(world, folder(dir), options)?;
+    ) -> Result<(usize, Option<Checkpointer>), Error> {
+        let Some(dir) = &self.resume else { return Ok((0, None)) };
+        let (mut checkpoints, saves) = (self.open(dir, world, folder, strategy)?, self.save.as_ref() == Some(dir));
         let there = checkpoints.steps()?;
-        let Some(step) = self.resume_step.or(there.last().copied()) else {
-            return match self.save.as_ref() == Some(dir) {
-                true => Ok(0),
+        let Some(step) = self.step(&mut checkpoints)? else {
+            return match saves {
+                true => Ok((0, Some(checkpoints))),
                 false => Err(refused(Error::user(format!("--resume {dir:?}: there is no checkpoint")))),
             };
         };
@@ -116,8 +140,17 @@ impl SaveFlags {
             0 => eprintln!("goes on after step {steps} of {all}, on {} ranks", world.size()),
             _ => {}
         }
-        Ok(steps)
+        Ok((steps, saves.then_some(checkpoints)))
     }
+}
+
+/// What makes another model, in one line: what a run has now and had before, each with the flag.
+pub fn other_model(dir: &Path, changed: &[(String, String)]) -> Option<String> {
+    let all = |side: fn(&(String, String)) -> &str| changed.iter().map(side).collect::<Vec<_>>().join(" and ");
+    let (now, before) = (all(|(now, _)| now), all(|(_, before)| before));
+    let make = if changed.len() == 1 { "makes" } else { "make" };
+    let said = format!("{now} {make} another model than --resume {}, which was saved {before}", dir.display());
+    (!changed.is_empty()).then_some(said)
 }
 
 /// The value of a checkpoint that says how many steps the whole run has.
@@ -125,6 +158,9 @@ pub const STEPS: &str = "steps";
 
 /// The value of a checkpoint that says what the model is made of.
 pub const MADE_OF: &str = "made_of";
+
+/// The value of a checkpoint that says which step its run went back to by `--resume-step`.
+pub const WENT_BACK: &str = "went_back";
 
 /// Saves a run of so many steps when it is time, and when it is asked to end.
 pub struct Saving<'a> {
@@ -137,17 +173,18 @@ pub struct Saving<'a> {
 }
 
 impl<'a> Saving<'a> {
-    /// Begins. The checkpoints are in `folder` of `--save`. Collective.
+    /// Begins. The checkpoints are in `folder` of `--save`; `opened` if the run goes on from there. Collective.
     pub fn begin(
         flags: &'a SaveFlags,
         world: &Communicator,
         folder: fn(&Path) -> PathBuf,
-        strategy: &Strategy,
-        all: usize,
+        (strategy, all): (&Strategy, usize),
+        opened: Option<Checkpointer>,
     ) -> Result<Self, Error> {
-        let options = || CheckpointOptions::new().with_keep_last(flags.keep).with_strategy(strategy);
-        let open = |dir: &PathBuf| Checkpointer::new(world, folder(dir), options());
-        let checkpoints = flags.save.as_ref().map(open).transpose()?;
+        let checkpoints = match (opened, &flags.save) {
+            (None, Some(dir)) => Some(flags.open(dir, world, folder, strategy)?),
+            (opened, _) => opened,
+        };
         let signals = checkpoints.is_some().then(|| StopSignals::listen(world)).transpose()?;
         Ok(Self { flags, all, speaks: world.rank() == 0, checkpoints, signals })
     }

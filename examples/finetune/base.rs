@@ -1,5 +1,6 @@
 //! What a run begins with: a model, and the adapters that it is given.
 
+use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -8,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::args::Args;
+use crate::common::saving::other_model;
 use crate::input::Input;
 use crate::lora::LoraConfig;
 use crate::model::{Autocast, LlamaConfig};
@@ -76,6 +78,11 @@ impl Adapters {
         targets.dedup();
         Self { rank, alpha, targets }
     }
+
+    /// Whether the scale is the one that goes with the rank if none is given.
+    fn by_rank(&self) -> bool {
+        self.alpha == 2.0 * self.rank as f64
+    }
 }
 
 impl MadeOf {
@@ -83,38 +90,38 @@ impl MadeOf {
         Self { model: args.model.clone(), base: input.base, lora: args.lora.as_ref().map(Adapters::of) }
     }
 
-    /// Demands that a run which is resumed from `dir` goes on with the same.
-    ///
-    /// # Errors
-    /// The flags that change the model, in one line.
-    pub fn compare(&self, was: &Self, dir: &Path) -> Result<(), String> {
-        let dir = dir.display();
-        let (now, before) = match (&self.lora, &was.lora) {
-            (None, None) => Default::default(),
-            (Some(now), None) => (format!("--lora {}", now.rank), "without --lora".into()),
-            (None, Some(was)) => ("leaving out --lora".into(), format!("with --lora {}", was.rank)),
-            (Some(now), Some(was)) if now.rank != was.rank => {
-                (format!("--lora {}", now.rank), format!("with --lora {}", was.rank))
-            }
-            (Some(now), Some(was)) if now.alpha != was.alpha => {
-                (format!("--lora-alpha {}", now.alpha), format!("with --lora-alpha {}", was.alpha))
-            }
-            (Some(now), Some(was)) if now.targets != was.targets => {
-                let flag = |adapters: &Adapters| format!("--lora-targets {}", adapters.targets.join(","));
-                (flag(now), format!("with {}", flag(was)))
-            }
-            _ => Default::default(),
+    /// What a run that is resumed from `dir` does not go on with, each in one line: the flags that change the model, and the
+    /// model that it is fine-tuned from.
+    pub fn compare(&self, was: &Self, dir: &Path) -> Vec<String> {
+        let mut changed = Vec::new();
+        let mut flag = |name: &str, now: &dyn Display, before: &dyn Display| {
+            changed.push((format!("--{name} {now}"), format!("with --{name} {before}")));
         };
-        if !now.is_empty() {
-            return Err(format!("{now} makes another model than --resume {dir}, which was saved {before}"));
+        match (&self.lora, &was.lora) {
+            (None, None) => {}
+            (Some(now), None) => changed.push((format!("--lora {}", now.rank), "without --lora".into())),
+            (None, Some(was)) => changed.push(("leaving out --lora".into(), format!("with --lora {}", was.rank))),
+            (Some(now), Some(was)) => {
+                if now.rank != was.rank {
+                    flag("lora", &now.rank, &was.rank);
+                }
+                if now.alpha != was.alpha && !(now.by_rank() && was.by_rank()) {
+                    flag("lora-alpha", &now.alpha, &was.alpha);
+                }
+                if now.targets != was.targets {
+                    flag("lora-targets", &now.targets.join(","), &was.targets.join(","));
+                }
+            }
         }
+        let mut all: Vec<String> = other_model(dir, &changed).into_iter().collect();
         if self.base != was.base {
-            return Err(format!(
-                "--model {} has other weights or another config than the model of --resume {dir}, which was {} then",
+            all.push(format!(
+                "--model {} has other weights or another config than the model of --resume {}, which was {} then",
                 self.model.display(),
+                dir.display(),
                 was.model.display()
             ));
         }
-        Ok(())
+        all
     }
 }

@@ -11,7 +11,7 @@ use burn_parallel::train::Parallel;
 use crate::args::Args;
 use crate::base::MadeOf;
 use crate::common::batch::Batch;
-use crate::common::saving::{MADE_OF, STEPS};
+use crate::common::saving::{MADE_OF, STEPS, WENT_BACK};
 use crate::input::Input;
 use crate::model::Llama;
 use crate::report::HeldOut;
@@ -34,6 +34,8 @@ pub struct Run {
     made_of: MadeOf,
     /// How many steps the whole run has.
     steps: usize,
+    /// The step that it went back to.
+    went_back: Option<u64>,
 }
 
 impl Run {
@@ -48,7 +50,8 @@ impl Run {
         let (steps, made_of) = (input.steps(args), MadeOf::of(args, input));
         let (losses, grad_norms, held_out) = (Vec::new(), Vec::new(), Vec::new());
         let (batch, position, data) = (Batch::default(), DataPosition::default(), input.data.fingerprint());
-        Self { model, optim, schedule, losses, grad_norms, held_out, batch, position, data, made_of, steps }
+        let went_back = args.saving.resume_step;
+        Self { model, optim, schedule, losses, grad_norms, held_out, batch, position, data, made_of, steps, went_back }
     }
 
     /// The number of the next row, through all epochs.
@@ -74,25 +77,33 @@ impl Run {
             .with_value("data", &mut self.data)
             .with_value(MADE_OF, &mut self.made_of)
             .with_value(STEPS, &mut self.steps)
+            .with_value(WENT_BACK, &mut self.went_back)
     }
 
-    /// Goes on from a checkpoint of `--resume`. Returns how many steps were made already.
-    pub fn resume(&mut self, world: &Communicator, args: &Args, input: &Input) -> Result<usize, Error> {
+    /// Goes on from a checkpoint of `--resume`. Returns how many steps were made already, and the checkpoints if it saves there.
+    pub fn resume(
+        &mut self,
+        world: &Communicator,
+        args: &Args,
+        input: &Input,
+    ) -> Result<(usize, Option<Checkpointer>), Error> {
         let (data, made_of) = (self.data, self.made_of.clone());
-        let begun = args.saving.resume(world, folder, input.steps(args), |checkpoints, step| {
-            if checkpoints.read_value::<u64>(step, "data")?.is_some_and(|was| was != data) {
-                let dir = args.saving.resume.as_deref().unwrap_or(Path::new(""));
-                let problem = "the run was on other rows: it had another --data, --seq, --seed or tokenizer";
-                return Err(Error::user(format!("--resume {}: {problem}", dir.display())));
-            }
-            let was = checkpoints.read_value::<MadeOf>(step, MADE_OF)?;
+        let begun = args.saving.resume(world, folder, (&args.strategy, input.steps(args)), |checkpoints, step| {
             let dir = args.saving.resume.as_deref().unwrap_or(Path::new(""));
-            was.map_or(Ok(()), |was| made_of.compare(&was, dir)).map_err(Error::user)?;
+            let was = checkpoints.read_value::<MadeOf>(step, MADE_OF)?;
+            let mut changed = was.map_or(Vec::new(), |was| made_of.compare(&was, dir));
+            if checkpoints.read_value::<u64>(step, "data")?.is_some_and(|was| was != data) {
+                let problem = "the run was on other rows: it had another --data, --seq, --seed or tokenizer";
+                changed.push(format!("--resume {}: {problem}", dir.display()));
+            }
+            if !changed.is_empty() {
+                return Err(Error::User(changed.join("; ")));
+            }
             checkpoints.restore_step(step, self.state()).map(drop)
         })?;
         // Where the model is now.
         self.made_of = made_of;
-        self.steps = input.steps(args);
+        (self.steps, self.went_back) = (input.steps(args), args.saving.resume_step);
         self.batch = self.batch.clone().begin(args.batch(), args.growth, input.steps(args))?;
         Ok(begun)
     }

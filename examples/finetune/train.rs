@@ -44,8 +44,8 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
     let model = directory::load(model, &args.model, &batch(&first[0], &autodiff))?;
     let optim = AdamWConfig::new().with_weight_decay(args.weight_decay as f32).with_epsilon(1e-8).init_fused();
     let mut run = Run::new(model, optim, schedule(args, steps)?, args, input);
-    let begun = run.resume(&world, args, input)?;
-    let mut saving = Saving::begin(&args.saving, &world, folder, &args.strategy, steps)?;
+    let (begun, opened) = run.resume(&world, args, input)?;
+    let mut saving = Saving::begin(&args.saving, &world, folder, (&args.strategy, steps), opened)?;
     let mut progress = Progress::new(steps, speaks);
     let speed = Speed::new(args);
     let (mut pipeline, mut memory, mut tokens) = (Pipeline::default(), Memory::default(), 0);

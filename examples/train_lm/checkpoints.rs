@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::args::Args;
 use crate::common::batch::Batch;
-use crate::common::saving::STEPS;
+use crate::common::saving::{STEPS, WENT_BACK, other_model};
 use crate::gpt::Gpt;
 
 /// The flags of a run that its checkpoints hold.
@@ -41,11 +41,12 @@ impl SavedFlags {
             ("heads", self.heads, now.heads),
             ("seq", self.seq, now.seq),
         ];
-        if let Some((flag, was, is)) = model.into_iter().find(|(_, was, is)| was != is) {
-            let dir = args.saving.resume.as_deref().unwrap_or(Path::new(""));
-            return Err(Error::user(format!(
-                "--{flag} {is} makes another model than --resume {dir:?}, which was saved with --{flag} {was}"
-            )));
+        let changed = model.into_iter().filter(|(_, was, is)| was != is);
+        let changed: Vec<_> =
+            changed.map(|(flag, was, is)| (format!("--{flag} {is}"), format!("with --{flag} {was}"))).collect();
+        let dir = args.saving.resume.as_deref().unwrap_or(Path::new(""));
+        if let Some(other) = other_model(dir, &changed) {
+            return Err(Error::User(other));
         }
         let clip = |clip: Option<f64>| clip.map_or("none".into(), |norm| norm.to_string());
         let others = [
@@ -73,6 +74,8 @@ pub struct Run {
     pub batch: Batch,
     /// How many steps the whole run has.
     pub steps: usize,
+    /// The step that it went back to.
+    pub went_back: Option<u64>,
 }
 
 impl Run {
@@ -85,18 +88,19 @@ impl Run {
             .with_value("grad_norms", &mut self.grad_norms)
             .with_value("batch", &mut self.batch)
             .with_value(STEPS, &mut self.steps)
+            .with_value(WENT_BACK, &mut self.went_back)
     }
 
-    /// Goes on from a checkpoint of `--resume`. Returns how many steps were made already.
-    pub fn resume(&mut self, world: &Communicator, args: &Args) -> Result<usize, Error> {
-        args.saving.resume(world, folder, args.steps, |checkpoints, step| {
+    /// Goes on from a checkpoint of `--resume`. Returns how many steps were made already, and the checkpoints if it saves there.
+    pub fn resume(&mut self, world: &Communicator, args: &Args) -> Result<(usize, Option<Checkpointer>), Error> {
+        args.saving.resume(world, folder, (&args.strategy, args.steps), |checkpoints, step| {
             let saved = checkpoints.read_value::<SavedFlags>(step, "flags")?;
             let changed = saved.map_or(Ok(Vec::new()), |saved| saved.compare(args))?;
             if world.rank() == 0 {
                 changed.iter().for_each(|flag| eprintln!("{flag}"));
             }
             checkpoints.restore_step(step, self.state())?;
-            (self.flags, self.steps) = (SavedFlags::of(args), args.steps);
+            (self.flags, self.steps, self.went_back) = (SavedFlags::of(args), args.steps, args.saving.resume_step);
             Ok(())
         })
     }

@@ -50,10 +50,11 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
     let optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init_fused();
     let (schedule, flags) = (schedule(args)?, SavedFlags::of(args));
     let (losses, grad_norms) = (Vec::new(), Vec::new());
-    let mut run = Run { model, optim, schedule, flags, losses, grad_norms, batch: size, steps: args.steps };
-    let first = run.resume(&world, args)?;
+    let (steps, went_back) = (args.steps, args.saving.resume_step);
+    let mut run = Run { model, optim, schedule, flags, losses, grad_norms, batch: size, steps, went_back };
+    let (first, opened) = run.resume(&world, args)?;
     run.batch = begin(run.batch)?;
-    let mut saving = Saving::begin(&args.saving, &world, folder, &args.strategy, args.steps)?;
+    let mut saving = Saving::begin(&args.saving, &world, folder, (&args.strategy, args.steps), opened)?;
     let mut progress = Progress::new(args.steps, rank.rank() == 0);
     let mut pipeline = Pipeline::default();
     let mut memory = Memory::default();

@@ -1,9 +1,12 @@
-//! Checkpoints of any bytes: an index and a file of tensors, restored.
+//! Checkpoints of any bytes: an index and files of tensors, restored by one rank or by two.
+//!
+//! `BURN_PARALLEL_FUZZ_SEEDS=DIR checkpoint` writes inputs to begin with: checkpoints of several meshes.
 #![no_main]
 
-use std::cell::RefCell;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Mutex, OnceLock};
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::{Linear, LinearConfig};
@@ -11,25 +14,35 @@ use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::tensor::{Device, Tensor};
 use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, DataPosition, TrainState};
 use burn_parallel::prelude::*;
-use serde_json::Value;
-use xxhash_rust::xxh3::xxh3_64;
+use burn_parallel::sharding::Sharding;
+use burn_parallel::train::Parallel;
+
+#[path = "../../tests/checkpoint/sealed.rs"]
+mod sealed;
+
+use sealed::{INDEX, put_index, sealed as seal};
 
 const STEP: &str = "step-000000001";
+/// Files of tensors that an input has at most.
+const MOST_FILES: usize = 4;
 
-thread_local! {
-    /// The directory of this process, with a checkpoint in it that is replaced by each input.
-    static ROOT: RefCell<PathBuf> = RefCell::new(root());
-}
-
-fn root() -> PathBuf {
-    let root = std::env::temp_dir().join(format!("burn-parallel-fuzz-{}", std::process::id()));
-    fs::create_dir_all(root.join(STEP)).expect("there is a place for files");
-    root
+fn file_name(rank: usize) -> String {
+    format!("rank-{rank:05}.safetensors")
 }
 
 fn model() -> Linear {
     let ones = burn::nn::Initializer::Ones;
     LinearConfig::new(2, 3).with_initializer(ones).init(&Device::flex().autodiff())
+}
+
+fn wrapped(world: &Rank, axes: (usize, usize), sharding: Sharding) -> Result<Parallel<Linear>, Error> {
+    let (dp, tp) = axes;
+    let mut strategy = Strategy::new().with_dp(dp);
+    strategy.data.sharding = sharding;
+    if tp > 1 {
+        strategy = strategy.with_tp(tp, Plan::new().shard_padded("weight", 1).shard_padded("bias", 0));
+    }
+    model().parallelize(world, &strategy)
 }
 
 fn values<M: Module>(model: &M) -> Vec<f32> {
@@ -44,59 +57,156 @@ fn values<M: Module>(model: &M) -> Vec<f32> {
     values.0
 }
 
-/// Gives all slices the checksums of what the file has where the header says. Without that no input would get further.
-fn with_checksums(index: &[u8], file: &[u8]) -> Option<Vec<u8>> {
-    let mut index: Value = serde_json::from_slice(index).ok()?;
-    let block = index["block_bytes"].as_u64()?.clamp(1, 1 << 30) as usize;
-    let length = u64::from_le_bytes(*file.first_chunk()?) as usize;
-    let header: Value = serde_json::from_slice(file.get(8..8usize.checked_add(length)?)?).ok()?;
-    let data = file.get(8 + length..)?;
-    let sums = |tensor: &mut Value| -> Option<()> {
-        for slice in tensor["slices"].as_array_mut()? {
-            let place = &header[slice["tensor"].as_str()?]["data_offsets"];
-            let bytes = data.get(place[0].as_u64()? as usize..place[1].as_u64()? as usize)?;
-            let sums: Vec<String> = bytes.chunks(block).map(|block| format!("{:016x}", xxh3_64(block))).collect();
-            slice["xxh3"] = sums.into();
-        }
-        Some(())
-    };
-    let of_optimizers = |index: &mut Value| -> Option<()> {
-        let params = index["optimizers"].as_object_mut()?.values_mut().filter_map(Value::as_object_mut);
-        let moments = params.flat_map(|params| params.values_mut()).filter_map(|param| param["moments"].as_object_mut());
-        moments.flat_map(|moments| moments.values_mut()).for_each(|tensor| drop(sums(tensor)));
-        Some(())
-    };
-    index["model"].as_object_mut()?.values_mut().for_each(|tensor| drop(sums(tensor)));
-    of_optimizers(&mut index)?;
-    serde_json::to_vec(&index).ok()
+/// Ranks that wait for a checkpoint to restore.
+struct World {
+    restore: Vec<Sender<()>>,
+    restored: Receiver<()>,
 }
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    // Where the index ends, and whether its checksums are to be right.
-    let [low, high, right, rest @ ..] = bytes else { return };
-    let (index, file) = rest.split_at(usize::from(u16::from_le_bytes([*low, *high])).min(rest.len()));
-    let index = match right & 1 {
-        0 => index.to_vec(),
-        _ => with_checksums(index, file).unwrap_or_else(|| index.to_vec()),
-    };
-    let root = ROOT.with(|root| root.borrow().clone());
-    let dir = root.join(STEP);
-    fs::write(dir.join("checkpoint.json.xxh3"), format!("{:016x}\n", xxh3_64(&index))).expect("it is written");
-    fs::write(dir.join("checkpoint.json"), index).expect("it is written");
-    fs::write(dir.join("rank-00000.safetensors"), file).expect("it is written");
-    let run = launch::threads(1).run(|world| {
-        let mut model = model().data_parallel(&world, DataParallelConfig::new())?;
-        let (mut optim, mut position): (ModuleOptimizer, _) = (AdamWConfig::new().init(), DataPosition::default());
-        let mut checkpoints = Checkpointer::new(&world, &root, CheckpointOptions::new())?;
-        let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
-        let restored = checkpoints.restore_step(1, state.with_value("position", &mut position));
-        if let Err(error) = restored {
-            assert!(matches!(error, Error::Checkpoint { .. } | Error::InvalidArgument { .. }), "{error:?}");
-            assert!(error.to_string().contains(STEP) || error.to_string().contains('`'), "{error}");
-            assert_eq!(values(model.local()), [1.0; 9]);
-            assert!(optim.to_record().is_empty() && position == DataPosition::default());
+impl World {
+    /// The ranks are threads that stay: they are started once.
+    fn start(ranks: usize, root: &'static Path) -> Self {
+        let (restore, waiting): (Vec<_>, Vec<_>) = (0..ranks).map(|_| channel::<()>()).unzip();
+        let waiting: Vec<_> = waiting.into_iter().map(|waiting| Mutex::new(Some(waiting))).collect();
+        let (done, restored) = channel();
+        std::thread::spawn(move || {
+            let run = launch::threads(ranks).threads_per_rank(1).run(|world| {
+                let waiting = waiting[world.rank()].lock().expect("nobody panics").take().expect("one for each");
+                let pristine = wrapped(&world, (1, ranks), Sharding::None)?;
+                let before = values(pristine.local());
+                let mut checkpoints = Checkpointer::new(&world, root, CheckpointOptions::new())?;
+                while waiting.recv().is_ok() {
+                    let (mut model, mut position) = (pristine.clone(), DataPosition::default());
+                    let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+                    let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
+                    let restored = checkpoints.restore_step(1, state.with_value("position", &mut position));
+                    if let Err(error) = restored {
+                        let said = error.to_string();
+                        assert!(matches!(error, Error::Checkpoint { .. }) && said.contains(STEP), "{said}");
+                        assert!(!said.contains("panicked"), "{said}");
+                        assert_eq!(values(model.local()), before);
+                        assert!(optim.to_record().is_empty() && position == DataPosition::default());
+                    }
+                    done.send(()).expect("the fuzzer waits");
+                }
+                Ok(())
+            });
+            run.expect("there is no other error");
+        });
+        Self { restore, restored }
+    }
+
+    fn restore(&self) {
+        self.restore.iter().for_each(|rank| rank.send(()).expect("it waits"));
+        self.restore.iter().for_each(|_| self.restored.recv().expect("it goes on"));
+    }
+}
+
+/// A directory of this process, with a checkpoint in it that is replaced by each input; and those who restore it.
+struct Place {
+    dir: PathBuf,
+    worlds: Mutex<[World; 2]>,
+}
+
+fn place() -> &'static Place {
+    static PLACE: OnceLock<Place> = OnceLock::new();
+    PLACE.get_or_init(|| {
+        let root = std::env::temp_dir().join(format!("burn-parallel-fuzz-{}", std::process::id()));
+        let root: &'static Path = Box::leak(root.into_boxed_path());
+        let dir = root.join(STEP);
+        fs::create_dir_all(&dir).expect("there is a place for files");
+        Place { dir, worlds: Mutex::new([1, 2].map(|ranks| World::start(ranks, root))) }
+    })
+}
+
+/// A panic of this crate ends the fuzzer. burn refuses some records by panics, which this crate catches.
+fn begin() {
+    std::panic::set_hook(Box::new(|panic| {
+        let of_burn = panic.location().is_some_and(|place| place.file().contains("/registry/src/"));
+        if !of_burn {
+            eprintln!("{panic}");
+            std::process::abort();
         }
-        Ok(())
-    });
-    run.expect("there is no other error");
+    }));
+    if let Some(seeds) = std::env::var_os("BURN_PARALLEL_FUZZ_SEEDS") {
+        write_seeds(Path::new(&seeds));
+        std::process::exit(0);
+    }
+}
+
+/// An input: how long the index is (two bytes), how it is taken (one byte), the index, the files; each file but the last with
+/// its length (two bytes) before it.
+fn parse(bytes: &[u8]) -> Option<(u8, &[u8], Vec<(String, &[u8])>)> {
+    let [low, high, how, rest @ ..] = bytes else { return None };
+    let split = |rest: &[u8], length: [u8; 2]| usize::from(u16::from_le_bytes(length)).min(rest.len());
+    let (index, mut rest) = rest.split_at(split(rest, [*low, *high]));
+    let mut files = Vec::new();
+    for rank in 0..usize::from(how >> 1) % MOST_FILES {
+        let Some((length, behind)) = rest.split_first_chunk() else { break };
+        let (file, behind) = behind.split_at(split(behind, *length));
+        files.push((file_name(rank), file));
+        rest = behind;
+    }
+    files.push((file_name(files.len()), rest));
+    Some((*how, index, files))
+}
+
+libfuzzer_sys::fuzz_target!(init: begin(), |bytes: &[u8]| {
+    let Some((how, index, files)) = parse(bytes) else { return };
+    let place = place();
+    // Without right checksums no input would get far.
+    let right = if how & 1 == 1 { seal(index, &files) } else { None };
+    put_index(&place.dir, right.as_deref().unwrap_or(index));
+    for rank in 0..MOST_FILES {
+        let path = place.dir.join(file_name(rank));
+        match files.get(rank) {
+            Some((_, bytes)) => fs::write(path, bytes).expect("it is written"),
+            None => drop(fs::remove_file(path)),
+        }
+    }
+    let worlds = place.worlds.lock().expect("one input at a time");
+    worlds[usize::from(how >> 3 & 1)].restore();
 });
+
+/// Checkpoints of a step of training under several meshes, as inputs, each for one rank and for two.
+fn write_seeds(seeds: &Path) {
+    let meshes = [
+        ("whole", (1, 1), Sharding::None),
+        ("split", (1, 2), Sharding::None),
+        ("thirds", (1, 3), Sharding::None),
+        ("rows", (2, 1), Sharding::Optimizer),
+        ("gathered", (2, 1), Sharding::Parameters),
+        ("both", (2, 2), Sharding::Gradients),
+    ];
+    for (name, (dp, tp), sharding) in meshes {
+        let root = seeds.join(format!(".{name}"));
+        let run = launch::threads(dp * tp).run(|world| {
+            let (mut model, mut position) = (wrapped(&world, (dp, tp), sharding)?, DataPosition::default());
+            let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+            let x = Tensor::<2>::ones([2, 2], &Device::flex().autodiff());
+            let gave = model.step(x, |model, x| model.forward(x).powi_scalar(2).mean())?;
+            model = model.optimize(&mut optim, 0.01, gave)?;
+            let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
+            let options = CheckpointOptions::new().with_strategy(name);
+            Checkpointer::new(&world, &root, options)?.save(1, state.with_value("position", &mut position))
+        });
+        run.expect("the model trains");
+        let read = |name: &str| fs::read(root.join(STEP).join(name));
+        let index = read(INDEX).expect("it was written");
+        let files: Vec<Vec<u8>> = (0..MOST_FILES).map_while(|rank| read(&file_name(rank)).ok()).collect();
+        for (reader, bit) in [("one", 0), ("two", 1 << 3)] {
+            let how = 1 | ((files.len() - 1) as u8) << 1 | bit;
+            let mut input = (index.len() as u16).to_le_bytes().to_vec();
+            input.push(how);
+            input.extend(&index);
+            for (number, file) in files.iter().enumerate() {
+                if number + 1 < files.len() {
+                    input.extend((file.len() as u16).to_le_bytes());
+                }
+                input.extend(file);
+            }
+            fs::write(seeds.join(format!("{name}-{reader}")), input).expect("it is written");
+        }
+        fs::remove_dir_all(root).expect("it is ours");
+    }
+}

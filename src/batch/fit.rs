@@ -30,9 +30,10 @@ pub struct Fit {
 }
 
 /// The bytes that a training step of a whole model needs beside its parameters, gradients included: the most that are
-/// alive at once in the captured step, in which each tensor is freed after its last use. Nothing is run. An eager step
-/// needs as much or more, since it keeps tensors for the backward pass that the captured step can free, and libraries
-/// need room to compute.
+/// alive at once in the captured step, operation by operation, in which each tensor is freed after its last use.
+/// Nothing is run. An eager step needs as much or more, since it keeps tensors for the backward pass that the captured
+/// step can free, and libraries need room to compute. A captured step that fuses operations on the host needs less,
+/// above all of attention.
 ///
 /// # Errors
 /// [`Error::Graph`] if the step cannot be captured.
@@ -44,11 +45,11 @@ where
     R: Into<Loss>,
 {
     let graph = capture_step(model, inputs, loss)?;
-    Ok(Executor::new(graph, CustomOps::default())?.memory().peak)
+    Ok(Executor::new(graph, CustomOps::new().with_fusion(false))?.memory().peak)
 }
 
-/// The bytes of a model and of the moments of its optimizer, of which Adam has 2 for each parameter that is trained, SGD
-/// with momentum 1.
+/// The bytes of a model and of the moments of its optimizer, of which Adam has 2 for each parameter that is trained,
+/// SGD with momentum 1.
 pub fn model_memory<M: Module>(model: &M, moments: usize) -> usize {
     let [all, trained] = held(model);
     all + moments * trained
@@ -100,7 +101,8 @@ pub fn rows_within(
     bisect(most, |rows| Ok(memory(rows)? as u64 <= budget))
 }
 
-/// The largest number, at most `most`, of which `fits` holds, which holds of all smaller ones too; 0 if it holds of none.
+/// The largest number, at most `most`, of which `fits` holds, which holds of all smaller ones too; 0 if it holds of
+/// none.
 pub(super) fn bisect(most: usize, mut fits: impl FnMut(usize) -> Result<bool, Error>) -> Result<usize, Error> {
     let (mut known, mut beyond) = (0, most.saturating_add(1));
     // The most first: it may be all that is asked for.

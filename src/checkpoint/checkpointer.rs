@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 
 use super::agree::{attempt, together};
 use super::contents::{OwnSteps, Snapshot};
-use super::directory::{clean_up, name_of, steps};
+use super::directory::{as_written, clean_up, name_of, steps};
 use super::index::Index;
 use super::job::{self, Saved};
 use super::moments::KnownStates;
@@ -188,23 +188,30 @@ impl Checkpointer {
         }
     }
 
-    /// The step of the latest checkpoint, the highest there is, as rank 0 finds it; none if there is none. Where a run has gone
-    /// back to an earlier step and not come as far again, that is one of the run before.
+    /// The step of the latest checkpoint, as rank 0 finds it; none if there is none. The latest is the one that was written last: the
+    /// highest step, unless a run went back to an earlier one with [`restore_step`](Self::restore_step). From its first save on that
+    /// run's are the latest, though the run before has come further; the same order says which are
+    /// [kept](CheckpointOptions::with_keep_last).
     ///
     /// # Errors
     /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be read; the error of a save in the
     /// background; that of the world.
     pub fn latest(&mut self) -> Result<Option<u64>, Error> {
-        Ok(self.steps()?.last().copied())
+        Ok(self.found(as_written)?.last().copied())
     }
 
-    /// The steps of all checkpoints, as rank 0 finds them, in order.
+    /// The steps of all checkpoints, as rank 0 finds them, from the lowest on.
     ///
     /// # Errors
     /// As [`latest`](Self::latest).
     pub fn steps(&mut self) -> Result<Vec<u64>, Error> {
+        self.found(steps)
+    }
+
+    /// What rank 0 finds in the directory.
+    fn found(&mut self, look: fn(&Path) -> Result<Vec<u64>, Error>) -> Result<Vec<u64>, Error> {
         self.wait()?;
-        let found = if self.group.rank() == 0 { steps(&self.root) } else { Ok(Vec::new()) };
+        let found = if self.group.rank() == 0 { look(&self.root) } else { Ok(Vec::new()) };
         let found = together(found, &self.group)?;
         let bytes = share_bytes(found.iter().flat_map(|step| step.to_le_bytes()).collect(), 0, &self.group)?;
         Ok(bytes.as_chunks::<8>().0.iter().map(|step| u64::from_le_bytes(*step)).collect())
@@ -266,9 +273,11 @@ impl Checkpointer {
         let dir = self.root.join(name_of(step));
         let before = Statistics::of(state.model);
         let (options, first) = (&self.options, self.group.rank() == 0);
-        match together(attempt(|| restore::load(&dir, &mut state, options, first)), &self.group) {
+        let loaded =
+            attempt(|| restore::load(&dir, &mut state, options, first)).map_err(|why| of_checkpoint(&dir, why));
+        match together(loaded, &self.group) {
             Ok(loaded) => {
-                self.steps.latest(step);
+                self.steps.add(step);
                 Ok(loaded.put(&mut state))
             }
             Err(error) => {
@@ -277,6 +286,17 @@ impl Checkpointer {
             }
         }
     }
+}
+
+/// What is wrong with the checkpoint in this directory, which is named if it is not yet.
+fn of_checkpoint(dir: &Path, why: Error) -> Error {
+    let problem = match why {
+        Error::Checkpoint { problem } => problem,
+        Error::InvalidArgument { .. } => why.to_string(),
+        why => return why,
+    };
+    let dir = dir.display().to_string();
+    checkpoint_error(if problem.contains(&dir) { problem } else { format!("{dir}: {problem}") })
 }
 
 impl Drop for Checkpointer {

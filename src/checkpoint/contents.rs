@@ -1,6 +1,6 @@
 //! What a rank brings to a checkpoint.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -56,13 +56,24 @@ impl SliceValue {
 pub(super) struct OwnSteps(Arc<Mutex<Vec<u64>>>);
 
 impl OwnSteps {
-    /// This is the latest now. Returns all.
-    pub(super) fn latest(&self, step: u64) -> Vec<u64> {
+    /// This is the latest now.
+    pub(super) fn add(&self, step: u64) {
         let mut own = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         own.retain(|other| *other != step);
         own.push(step);
-        own.clone()
     }
+
+    pub(super) fn all(&self) -> Vec<u64> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// What the moments of an optimizer on this rank are of.
+pub(super) struct OfMoments {
+    /// What it updates of each parameter.
+    pub(super) held: HashMap<ParamId, ParamSlice>,
+    /// Those of them whose moments this rank saves: what several stages of a pipeline hold, one of them does.
+    pub(super) saved: HashSet<ParamId>,
 }
 
 /// Numbers of an optimizer for each parameter, by optimizer and path.
@@ -75,13 +86,13 @@ pub(super) struct Snapshot {
     pub(super) random: SavedRandom,
     slices: Vec<Slice>,
     infos: Vec<ParamInfo>,
-    /// Each with what its moments are of.
-    optimizers: Vec<(String, ModuleOptimizer, HashMap<ParamId, ParamSlice>)>,
+    optimizers: Vec<(String, ModuleOptimizer, OfMoments)>,
     pub(super) schedulers: BTreeMap<String, BTreeMap<String, StoredScalar>>,
     pub(super) values: BTreeMap<String, Value>,
     /// What the save before has found out of the optimizers.
     known: KnownStates,
-    steps: OwnSteps,
+    /// Those of the run up to this save.
+    pub(super) own_steps: OwnSteps,
     /// Bytes of it that are written.
     pub(super) written: Arc<AtomicU64>,
 }
@@ -110,17 +121,18 @@ impl Snapshot {
         step: u64,
         state: &TrainState<'_, P>,
         known: KnownStates,
-        steps: OwnSteps,
+        own_steps: OwnSteps,
     ) -> Result<Self, Error> {
         names("optimizers", state.optimizers.iter().map(|(name, _)| name))?;
         names("schedulers", state.schedulers.iter().map(|(name, _)| name))?;
         names("values", state.values.iter().map(|(name, _)| name))?;
         let infos = params::infos(state.model.local())?;
         let slices = params::slices(state.model)?;
+        let saved: HashSet<ParamId> = state.model.param_slices()?.into_keys().collect();
         let mut optimizers = Vec::new();
         for (name, optimizer) in &state.optimizers {
-            let held = params::moment_slices(state.model, optimizer, state.model.param_slices()?)?;
-            optimizers.push((name.clone(), (**optimizer).clone(), held));
+            let held = params::moment_slices(state.model, optimizer, state.model.held_slices()?)?;
+            optimizers.push((name.clone(), (**optimizer).clone(), OfMoments { held, saved: saved.clone() }));
         }
         let mut schedulers = BTreeMap::new();
         for (name, scheduler) in &state.schedulers {
@@ -134,7 +146,18 @@ impl Snapshot {
             values.insert(name.clone(), json);
         }
         let random = SavedRandom::of(state.model);
-        Ok(Self { step, random, slices, infos, optimizers, schedulers, values, known, steps, written: Arc::default() })
+        Ok(Self {
+            step,
+            random,
+            slices,
+            infos,
+            optimizers,
+            schedulers,
+            values,
+            known,
+            own_steps,
+            written: Arc::default(),
+        })
     }
 
     /// Finds out what moments the optimizers have.
@@ -145,19 +168,14 @@ impl Snapshot {
         let (mut slices, mut scalars) = (self.slices.clone(), ParamScalars::new());
         let mut optimizers = BTreeMap::new();
         let mut all_known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        for (name, state, held) in &self.optimizers {
+        for (name, state, of) in &self.optimizers {
             let known = all_known.entry(name.clone()).or_default();
-            let found = moments::of_optimizer(name, state, &self.infos, held, known)?;
+            let found = moments::of_optimizer(name, state, &self.infos, of, known)?;
             slices.extend(found.slices);
             scalars.insert(name.clone(), found.scalars);
             optimizers.insert(name.clone(), HeldOptimizer { state: state.clone(), known: known.clone() });
         }
         Ok(Contents { slices, scalars, optimizers, written: self.written.clone() })
-    }
-
-    /// It is on the disk. The steps of this run up to this one.
-    pub(super) fn now_written(&self) -> Vec<u64> {
-        self.steps.latest(self.step)
     }
 
     /// The optimizers are not what they were at the save before: they are looked at again.
@@ -167,7 +185,7 @@ impl Snapshot {
 }
 
 fn names<'a>(what: &str, names: impl Iterator<Item = &'a String>) -> Result<(), Error> {
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
     for name in names {
         if name.is_empty() || name.contains('/') {
             return Err(checkpoint_error(format!(

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::agree::{attempt, gather, together};
 use super::contents::{Contents, ParamScalars, Snapshot};
-use super::directory::{clean_up, name_of, prune};
+use super::directory::{clean_up, name_of, prune, put_down_order};
 use super::index::{INDEX, INDEX_CHECKSUM, Index, StoredFile, StoredSlice, StoredTensor, checksum};
 use super::options::CheckpointOptions;
 use super::plan::{TensorKey, WritePlan, add_scalars};
@@ -72,7 +72,10 @@ fn save(
         if !root.is_dir() {
             return Err(file_problem(root, "is not there any more: bring it back, or open another `Checkpointer`"));
         }
-        clean_up(root).and_then(|()| draft.begin())
+        clean_up(root)?;
+        // That the run has gone back to an earlier step: from now on what it writes is the latest.
+        put_down_order(root, &snapshot.own_steps.all())?;
+        draft.begin()
     };
     let begun = if first { begin() } else { Ok(()) };
     together(begun, group)?;
@@ -83,9 +86,15 @@ fn save(
         let _ = draft.discard();
     }
     let Some(bytes_written) = written? else { return Ok(None) };
-    let own = snapshot.now_written();
-    if first && let Err(error) = prune(root, options, &own) {
-        log::warn!("old checkpoints are not removed: {error}");
+    snapshot.own_steps.add(snapshot.step);
+    if first {
+        let own = snapshot.own_steps.all();
+        if let Err(error) = put_down_order(root, &own) {
+            log::warn!("it is not put down that {} is the latest checkpoint: {error}", dir.display());
+        }
+        if let Err(error) = prune(root, options, &own) {
+            log::warn!("old checkpoints are not removed: {error}");
+        }
     }
     Ok(Some(Saved { step: snapshot.step, dir, bytes_written }))
 }

@@ -13,7 +13,7 @@ use burn::optim::ModuleOptimizer;
 use burn::tensor::{DType, TensorData};
 use burn_pack::Scalar;
 
-use super::contents::{Slice, SliceValue};
+use super::contents::{OfMoments, Slice, SliceValue};
 use super::params::ParamInfo;
 use super::plan::TensorKey;
 use super::scalar::StoredScalar;
@@ -53,9 +53,10 @@ pub(super) fn of_optimizer(
     optimizer: &str,
     state: &ModuleOptimizer,
     infos: &[ParamInfo],
-    held: &HashMap<ParamId, ParamSlice>,
+    of: &OfMoments,
     known: &mut KnownState,
 ) -> Result<Moments, Error> {
+    let OfMoments { held, saved } = of;
     let scalars = match known.still(optimizer, state, infos, held)? {
         Some(scalars) => scalars,
         None => {
@@ -64,7 +65,7 @@ pub(super) fn of_optimizer(
         }
     };
     let mut slices = Vec::new();
-    for info in infos {
+    for info in infos.iter().filter(|info| saved.contains(&info.id)) {
         let (Some(moments), Some(slice)) = (known.params.get(&info.id), held.get(&info.id)) else { continue };
         for (moment, (dims, dtype)) in moments {
             let Some((dims, ranges)) = part(dims, slice) else {
@@ -167,7 +168,7 @@ fn shape(data: &TensorData) -> Shape {
     (data.shape().to_vec(), data.dtype())
 }
 
-/// The bytes of what this rank holds of a parameter.
+/// The bytes of what this rank updates of a parameter.
 fn bytes(info: &ParamInfo, held: &HashMap<ParamId, ParamSlice>) -> usize {
     held.get(&info.id).map_or(0, |slice| slice.local_dims.iter().product::<usize>() * info.dtype.size())
 }
@@ -191,4 +192,35 @@ fn part(dims: &[usize], param: &ParamSlice) -> Option<(Vec<usize>, Vec<Range<usi
         });
         sides.unzip()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::nn::{Linear, LinearConfig};
+    use burn::optim::{AdamWConfig, GradientsParams};
+    use burn::tensor::{Device, Tensor};
+
+    use super::*;
+    use crate::checkpoint::params;
+
+    /// What a rank updates and another saves, as a stage of a pipeline does with tied parameters, is as large as it is: from one save
+    /// to the next the smallest is looked at.
+    #[test]
+    fn what_another_rank_saves_counts_with_its_size() {
+        let device = Device::flex().autodiff();
+        let model: Linear = LinearConfig::new(40, 30).init(&device);
+        let (weight, bias) = (model.weight.id, model.bias.as_ref().unwrap().id);
+        let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+        let loss = model.forward(Tensor::<2>::ones([2, 40], &device)).powi_scalar(2).sum();
+        let model = optim.step(0.1, model.clone(), GradientsParams::from_grads(loss.backward(), &model));
+        let infos = params::infos(&model).unwrap();
+        let held = [(weight, ParamSlice::whole(vec![40, 30])), (bias, ParamSlice::whole(vec![30]))].into();
+        let of = OfMoments { held, saved: [bias].into() };
+        let mut known = KnownState::default();
+        for looked_at in [&["bias", "weight"][..], &["bias"], &["bias"]] {
+            let found = of_optimizer("adamw", &optim, &infos, &of, &mut known).unwrap();
+            assert_eq!(found.scalars.keys().collect::<Vec<_>>(), looked_at);
+            assert!(found.slices.len() == 2 && found.slices.iter().all(|slice| slice.dims == [30]));
+        }
+    }
 }

@@ -1,9 +1,12 @@
 //! The collectives of a communicator.
 
+use std::sync::Arc;
+
 use super::communicator::Communicator;
 use super::transport::BufferMut;
 use super::{Call, Element, Extent, Operation, Payload, ReduceOp, reduce};
 use crate::Error;
+use crate::tensor::Pool;
 
 impl Communicator {
     /// Every rank gets the reduction over all ranks, bit-identical everywhere. All pass the same shape and dtype.
@@ -57,6 +60,14 @@ impl Communicator {
         let operation = Operation::AllGather;
         self.dispatch_agreed(operation, payload, agreed, |data| {
             self.out_of_place_agreed(operation, Some(data), None, agreed)
+        })
+    }
+
+    /// [`all_gather_agreed`](Self::all_gather_agreed) into memory that is used again, where the result is large and in host memory.
+    pub(crate) fn all_gather_in<P: Payload>(&self, pool: &Arc<Pool>, payload: P, agreed: u64) -> Result<P, Error> {
+        let operation = Operation::AllGather;
+        self.dispatch_agreed(operation, payload, agreed, |data| {
+            self.out_of_place_in(Some(pool), operation, Some(data), None, agreed)
         })
     }
 

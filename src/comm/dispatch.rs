@@ -1,5 +1,7 @@
 //! Dispatches a collective to the device transport or, through host memory, to the host transport.
 
+use std::sync::Arc;
+
 use burn::backend::TensorMetadata;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
@@ -11,6 +13,7 @@ use super::payload::OnDevice;
 use super::transport::{BufferMut, BufferRef, Transfer};
 use super::{Call, Element, Extent, Operation, Payload};
 use crate::Error;
+use crate::tensor::Pool;
 
 impl Communicator {
     /// [`dispatch_agreed`](Self::dispatch_agreed) where the shapes are all that the ranks must agree on.
@@ -96,6 +99,18 @@ impl Communicator {
         expected: Option<DType>,
         agreed: u64,
     ) -> Result<FlexTensor, Error> {
+        self.out_of_place_in(None, operation, data, expected, agreed)
+    }
+
+    /// [`out_of_place_agreed`](Self::out_of_place_agreed) into memory of a pool, if there is one.
+    pub(super) fn out_of_place_in(
+        &self,
+        pool: Option<&Arc<Pool>>,
+        operation: Operation,
+        data: Option<FlexTensor>,
+        expected: Option<DType>,
+        agreed: u64,
+    ) -> Result<FlexTensor, Error> {
         let data = data.map(host_buffer::contiguous);
         let dtype = data.as_ref().map(FlexTensor::dtype).or(expected);
         if let Some(dtype) = dtype {
@@ -114,7 +129,7 @@ impl Communicator {
         // SAFETY: nothing is read through a null place of length 0.
         let nothing = unsafe { BufferRef::from_raw(std::ptr::null(), 0, dtype.unwrap_or(DType::F32)) };
         let input = data.as_ref().map_or(nothing, host_buffer::buffer_ref);
-        let mut output = TensorOutput::new(self, call, dtype);
+        let mut output = TensorOutput::new(self, call, dtype, pool);
         self.run(&call, |transport| transport.collective(&call, Transfer::OutOfPlace { input, output: &mut output }))?;
         let unfold = |output: FlexTensor| match folded_hash {
             0 => output,

@@ -1,5 +1,7 @@
 //! Host tensors as input and output buffers of a transport.
 
+use std::sync::Arc;
+
 use burn::backend::TensorMetadata;
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{Bytes, DType, Shape};
@@ -8,6 +10,7 @@ use super::element::with_storage_type;
 use super::transport::{BufferMut, BufferRef, Output};
 use super::{Call, Communicator, Element, Extent};
 use crate::Error;
+use crate::tensor::Pool;
 
 pub(crate) fn extent(tensor: &FlexTensor) -> Extent {
     Extent::new(tensor.shape().as_slice())
@@ -101,13 +104,15 @@ pub(crate) struct TensorOutput<'a> {
     /// The communicator and the call, for errors.
     receiver: (&'a Communicator, Call),
     expected: Option<DType>,
+    /// The memory that it is made in, if it is not fresh.
+    pool: Option<&'a Arc<Pool>>,
     tensor: Option<FlexTensor>,
 }
 
 impl<'a> TensorOutput<'a> {
-    /// Accepts elements of dtype `expected`, or of any.
-    pub fn new(comm: &'a Communicator, call: Call, expected: Option<DType>) -> Self {
-        Self { receiver: (comm, call), expected, tensor: None }
+    /// Accepts elements of dtype `expected`, or of any. A large tensor is made in memory of the pool, if there is one.
+    pub fn new(comm: &'a Communicator, call: Call, expected: Option<DType>, pool: Option<&'a Arc<Pool>>) -> Self {
+        Self { receiver: (comm, call), expected, pool, tensor: None }
     }
 
     /// The received tensor; `None` if nothing was received.
@@ -121,7 +126,11 @@ impl Output for TensorOutput<'_> {
         if let Some(expected) = self.expected.filter(|expected| *expected != dtype) {
             return Err(Error::invalid("receive", format!("elements of {expected:?} were expected, {dtype:?} came")));
         }
-        let tensor = zeros("receive", dims, dtype)?.ok_or_else(|| {
+        let tensor = match self.pool.and_then(|pool| pool.large_tensor(dims, dtype)) {
+            Some(made) => made.ok(),
+            None => zeros("receive", dims, dtype)?,
+        };
+        let tensor = tensor.ok_or_else(|| {
             let bytes = dims.iter().try_fold(dtype.size(), |bytes, dim| bytes.checked_mul(*dim)).unwrap_or(usize::MAX);
             let (comm, call) = &self.receiver;
             Error::OutOfMemory { group: comm.group().clone(), rank: comm.rank(), operation: call.to_string(), bytes }

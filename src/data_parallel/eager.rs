@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::backend::DispatchTensor;
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Gradients, Tensor};
+use burn::tensor::{Device, Gradients, Tensor};
 
 use super::batch_norm::SyncBatchNorm;
 use super::gathered::{Gatherer, assemble, hollow, shards_of};
@@ -97,8 +97,8 @@ impl<M: Module> Eager<M> {
         sink.weight(weight, unit)?;
         if weight == 0.0 {
             if let Some(gatherer) = &self.gatherer {
-                // For the gathers of the others; nobody listens to its gradients. One that depends on no parameter has none: then the
-                // end of the micro-batch gathers what its forward has used.
+                // For the gathers of the others; nobody listens to its gradients. One that depends on no parameter has
+                // none: then the end of the micro-batch gathers what its forward has used.
                 gatherer.begin_backward();
                 if value.is_tracked() {
                     drop(value.backward());
@@ -206,7 +206,7 @@ impl<M: Module> StepEngine for Eager<M> {
         self.backward(loss, rows, unit, sink)
     }
 
-    /// That of the captured step, which frees as early as can be.
+    /// That of the captured step operation by operation, which frees as early as can be: eager steps fuse nothing.
     fn step_memory<I: TensorTree + Clone>(
         &mut self,
         inputs: I,
@@ -219,8 +219,8 @@ impl<M: Module> StepEngine for Eager<M> {
         };
         let whole = params::meta_module(&module, &|_, _| None);
         let graph = capture_step(&whole, inputs, |model: &M, inputs| step.call(model, inputs))?;
-        let executor = Executor::new(graph, CustomOps::default())?;
-        Ok(if keeps { executor.memory().peak } else { executor.memory_giving() })
+        let executor = Executor::new(graph, CustomOps::new().with_fusion(false))?;
+        Ok(executor.memory_on(&Device::flex(), keeps))
     }
 
     fn forward<I, F, O>(&self, inputs: I, mut forward: F) -> Result<O, Error>

@@ -5,18 +5,20 @@
 //! get a place each in one block, so that no two that are there at the same time overlap, in as small a block as is
 //! found by placing the largest first. And the bytes that the step needs are known.
 //!
-//! burn's own operations allocate as they like. One of them, or a collective, may work in place, and give what it was
-//! given: such memory counts as in use until both have ended. Results of the step are not in the block: who gets them may keep
-//! them.
+//! burn's own operations allocate by themselves, but for those that write over an input that nobody else has, as is
+//! known of them. Others, or a collective, may give what they were given: such memory counts as in use until both have
+//! ended. Results of the step are in the block where there is room, up to the end of the step. Whoever gets them may
+//! keep them: what has its place there in a later step is made elsewhere then.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::rc::Rc;
 
 use burn_ir::{OperationIr, ScalarIr, TensorId, TensorIr, TensorStatus};
 
 use super::fused::{FUSED, Kernels, TILED, multiplies};
 use super::instruction::Instruction;
 use super::memory_plan::{Lifetime, MemoryPlan};
-use super::operation::{Class, is_view, matmul, reshape};
+use super::operation::{Class, is_view, matmul, passing_bytes, reshape, written_over};
 use crate::tensor::{ALIGN, FROM};
 
 /// The plan of a program whose operations are fused, in sections that run one after the other. Kernels are told whose
@@ -26,12 +28,16 @@ pub(crate) fn plan_memory<const SECTIONS: usize>(
     kernels: &Kernels,
 ) -> MemoryPlan {
     let planning = Planning::of(sections.iter_mut().flatten(), kernels);
-    let planned = planning.buffers.iter().filter(|buffer| buffer.is_planned());
+    let (leaving, ending): (Vec<&Buffer>, Vec<&Buffer>) =
+        planning.buffers.iter().filter(|buffer| buffer.is_kept()).partition(|buffer| buffer.leaves);
     let lifetime = |buffer: &Buffer| {
-        let Buffer { made, bytes, born, ends, .. } = *buffer;
-        Lifetime { tensor: made, bytes, born, ends }
+        let Buffer { made, bytes, born, ends, leaves, .. } = *buffer;
+        Lifetime { tensor: made, bytes, born, ends: if leaves { usize::MAX } else { ends } }
     };
-    MemoryPlan::new(planned.map(lifetime).collect(), [true, false].map(|keeps| planning.beside(keeps)))
+    let [ending, leaving] = [ending, leaving].map(|buffers| buffers.into_iter().map(lifetime).collect());
+    let plan = MemoryPlan::new(ending, leaving);
+    let beside = [true, false].map(|keeps| planning.beside(&plan, keeps));
+    plan.with_beside(beside)
 }
 
 /// Memory that tensors lie in.
@@ -56,10 +62,6 @@ struct Buffer {
 }
 
 impl Buffer {
-    fn is_planned(&self) -> bool {
-        self.is_kept() && !self.leaves
-    }
-
     /// Whether its memory stays with the steps.
     fn is_kept(&self) -> bool {
         self.ours && self.bytes >= FROM
@@ -69,12 +71,20 @@ impl Buffer {
 /// A tensor that is there.
 #[derive(Debug)]
 struct Known {
-    /// Where it may lie: first where it does if nothing worked in place.
-    buffers: Vec<usize>,
+    /// Where it lies if nothing worked in place.
+    own: Option<usize>,
+    /// Where else it may lie: for all results of an operation one list.
+    others: Rc<BTreeSet<usize>>,
     /// Whether its elements lie one after the other, and nothing else with them.
     plain: bool,
     /// Whether they may lie so in another order of its dims.
     reordered: bool,
+}
+
+impl Known {
+    fn buffers(&self) -> impl Iterator<Item = usize> {
+        self.own.into_iter().chain(self.others.iter().copied())
+    }
 }
 
 /// Goes through a program.
@@ -83,6 +93,10 @@ struct Planning {
     now: usize,
     buffers: Vec<Buffer>,
     tensors: HashMap<TensorId, Known>,
+    /// Bytes that instructions take only while they run.
+    passing: Vec<(usize, usize)>,
+    /// How long all lists of what tensors may lie in are together.
+    listed: usize,
 }
 
 impl Planning {
@@ -114,11 +128,9 @@ impl Planning {
             }
             Instruction::Output(tensor) => {
                 self.touch(tensor.id);
-                for (number, buffer) in
-                    self.tensors.get(&tensor.id).iter().flat_map(|known| known.buffers.iter().enumerate())
-                {
-                    self.buffers[*buffer].leaves = true;
-                    self.buffers[*buffer].leaves_alone |= number == 0;
+                if let Some(known) = self.tensors.get(&tensor.id) {
+                    known.buffers().for_each(|buffer| self.buffers[buffer].leaves = true);
+                    known.own.into_iter().for_each(|buffer| self.buffers[buffer].leaves_alone = true);
                 }
                 if ends(tensor) {
                     self.forget(tensor.id);
@@ -129,59 +141,66 @@ impl Planning {
 
     /// Notes that a tensor is there still.
     fn touch(&mut self, id: TensorId) {
-        for (number, buffer) in self.tensors.get(&id).iter().flat_map(|known| known.buffers.iter().enumerate()) {
-            let buffer = &mut self.buffers[*buffer];
-            buffer.ends = self.now;
-            if number == 0 {
-                buffer.ends_alone = self.now;
-            }
+        if let Some(known) = self.tensors.get(&id) {
+            known.buffers().for_each(|buffer| self.buffers[buffer].ends = self.now);
+            known.own.into_iter().for_each(|buffer| self.buffers[buffer].ends_alone = self.now);
         }
     }
 
     fn forget(&mut self, id: TensorId) {
-        for buffer in self.tensors.remove(&id).into_iter().flat_map(|known| known.buffers) {
-            self.buffers[buffer].tensors -= 1;
+        if let Some(known) = self.tensors.remove(&id) {
+            known.buffers().for_each(|buffer| self.buffers[buffer].tensors -= 1);
         }
     }
 
-    /// A new tensor, in memory of its own if `ours` says who makes it, and perhaps in that of others.
-    fn add(&mut self, out: &TensorIr, ours: Option<bool>, others: Vec<usize>, plain: bool) {
-        let mut buffers = Vec::with_capacity(others.len() + 1);
-        if let Some(ours) = ours {
-            let bytes = match bytes_of(out) {
-                large if large >= FROM => large.next_multiple_of(ALIGN),
-                small => small,
-            };
-            let (made, now) = (out.id, self.now);
-            let (leaves, leaves_alone) = (false, false);
-            self.buffers.push(Buffer {
-                made,
-                bytes,
-                born: now,
-                ends: now,
-                ends_alone: now,
-                ours,
-                leaves,
-                leaves_alone,
-                tensors: 0,
-            });
-            buffers.push(self.buffers.len() - 1);
-        }
-        buffers.extend(others);
-        buffers.iter().for_each(|buffer| self.buffers[*buffer].tensors += 1);
-        self.tensors.insert(out.id, Known { buffers, plain, reordered: false });
+    /// A new tensor in memory of its own, and perhaps in that of others; `ours` says who makes it.
+    fn make(&mut self, out: &TensorIr, ours: bool, others: Rc<BTreeSet<usize>>, plain: bool) {
+        let bytes = match bytes_of(out) {
+            large if large >= FROM => large.next_multiple_of(ALIGN),
+            small => small,
+        };
+        let (made, now) = (out.id, self.now);
+        let (leaves, leaves_alone) = (false, false);
+        self.buffers.push(Buffer {
+            made,
+            bytes,
+            born: now,
+            ends: now,
+            ends_alone: now,
+            ours,
+            leaves,
+            leaves_alone,
+            tensors: 0,
+        });
+        self.add(out, Known { own: Some(self.buffers.len() - 1), others, plain, reordered: false });
+    }
+
+    /// A new tensor in the memory of an input.
+    fn take_memory(&mut self, out: &TensorIr, input: &TensorIr, plain: bool, reordered: bool) {
+        let known = self.tensors.get(&input.id);
+        let (own, others) = known.map(|known| (known.own, known.others.clone())).unwrap_or_default();
+        self.add(out, Known { own, others, plain, reordered });
+    }
+
+    fn add(&mut self, out: &TensorIr, known: Known) {
+        known.buffers().for_each(|buffer| self.buffers[buffer].tensors += 1);
+        self.tensors.insert(out.id, known);
         self.touch(out.id);
     }
 
     /// The most bytes beside the block: of pieces, which stay, and of what comes and goes.
-    fn beside(&self, keeps: bool) -> usize {
+    fn beside(&self, plan: &MemoryPlan, keeps: bool) -> usize {
         let mut changes: BTreeMap<usize, [isize; 2]> = BTreeMap::new();
-        for buffer in self.buffers.iter().filter(|buffer| !buffer.is_planned()) {
+        for buffer in self.buffers.iter().filter(|buffer| plan.place(buffer.made).is_none()) {
             let kind = usize::from(buffer.is_kept());
             changes.entry(buffer.born).or_default()[kind] += buffer.bytes as isize;
             if !(buffer.leaves_alone && keeps) {
                 changes.entry(buffer.ends_alone + 1).or_default()[kind] -= buffer.bytes as isize;
             }
+        }
+        for (at, bytes) in &self.passing {
+            changes.entry(*at).or_default()[0] += *bytes as isize;
+            changes.entry(at + 1).or_default()[0] -= *bytes as isize;
         }
         let (mut now, mut most) = ([0; 2], [0; 2]);
         for change in changes.into_values() {
@@ -193,62 +212,84 @@ impl Planning {
         most.iter().sum::<isize>() as usize
     }
 
-    fn buffers_of(&self, tensor: &TensorIr) -> Vec<usize> {
-        self.tensors.get(&tensor.id).map(|known| known.buffers.clone()).unwrap_or_default()
-    }
-
     /// Whether the memory of an input has nothing else in it, and no use after this operation.
     fn ends_here(&self, op: &OperationIr, input: usize) -> bool {
         let Some(input) = op.inputs().nth(input).filter(|input| ends(input)) else { return false };
-        let alone = |buffer: &usize| self.buffers[*buffer].tensors == 1;
-        self.tensors.get(&input.id).is_some_and(|known| known.plain && known.buffers.iter().all(alone))
+        let alone = |buffer: usize| self.buffers[buffer].tensors == 1;
+        self.tensors.get(&input.id).is_some_and(|known| known.plain && known.buffers().all(alone))
+    }
+
+    /// The input that burn writes a result over.
+    fn written_over<'a>(&self, op: &'a OperationIr, out: &TensorIr) -> Option<&'a TensorIr> {
+        let fits = |(place, input): &(usize, &TensorIr)| {
+            input.shape == out.shape && input.dtype == out.dtype && self.ends_here(op, *place)
+        };
+        op.inputs().enumerate().take(written_over(op)).find(fits).map(|(_, input)| input)
     }
 
     fn run_kernel(&mut self, op: &OperationIr, takes: &[Option<usize>]) {
         for (out, take) in op.outputs().zip(takes) {
             match take.and_then(|input| op.inputs().nth(input)) {
-                Some(input) => {
-                    let buffers = self.buffers_of(input);
-                    self.add(out, None, buffers, true);
-                }
-                None => self.add(out, Some(true), Vec::new(), true),
+                Some(input) => self.take_memory(out, input, true, false),
+                None => self.make(out, true, Rc::default(), true),
             }
         }
     }
 
     fn run(&mut self, op: &OperationIr) {
         if let Some(product) = matmul(op).filter(|product| multiplies(product.out.dtype)) {
-            return self.add(&product.out, Some(true), Vec::new(), true);
+            return self.make(&product.out, true, Rc::default(), true);
         }
         let first = op.inputs().next();
         if let (true, Some(input)) = (is_view(op), first) {
             let known = self.tensors.get(&input.id);
-            let (plain, buffers) = (known.is_some_and(|known| known.plain), self.buffers_of(input));
-            let (reordered, reshaped) = (known.is_some_and(|known| known.reordered), reshape(op).is_some());
+            let [plain, reordered] = known.map_or([false; 2], |known| [known.plain, known.reordered]);
+            let reshaped = reshape(op).is_some();
             for out in op.outputs() {
                 match plain || reordered || !reshaped || only_units(input, out) {
-                    true => self.add(out, None, buffers.clone(), plain && reshaped),
+                    true => self.take_memory(out, input, plain && reshaped, reordered),
                     // What does not lie in order is copied.
-                    false => self.add(out, Some(false), Vec::new(), true),
+                    false => self.make(out, false, Rc::default(), true),
                 }
-                self.tensors.entry(out.id).and_modify(|known| known.reordered = reordered);
             }
             return;
         }
         if matches!(op, OperationIr::Custom(op) if op.id == TILED) {
             // They lie as the operation behind wants them.
             for out in op.outputs() {
-                self.add(out, Some(true), Vec::new(), false);
+                self.make(out, true, Rc::default(), false);
                 self.tensors.entry(out.id).and_modify(|known| known.reordered = true);
             }
             return;
         }
+        self.passing.extend(Some((self.now, passing_bytes(op))).filter(|(_, bytes)| *bytes > 0));
         let custom = Class::of(op) == Class::Custom;
+        // What it gives may be what it was given, of the same size if it is burn's: one list for all that may.
+        let mut lists: HashMap<Option<usize>, Rc<BTreeSet<usize>>> = HashMap::new();
         for out in op.outputs() {
-            let in_place = |input: &&TensorIr| ends(input) && (custom || bytes_of(input) == bytes_of(out));
-            let others = op.inputs().filter(in_place).flat_map(|input| self.buffers_of(input)).collect();
-            self.add(out, Some(false), others, true);
+            if let Some(input) = self.written_over(op, out) {
+                self.take_memory(out, input, true, false);
+                continue;
+            }
+            let of_size = (!custom).then(|| bytes_of(out));
+            let others = lists.entry(of_size).or_insert_with(|| self.ending(op, of_size)).clone();
+            self.make(out, false, others, true);
         }
+    }
+
+    /// The memory of all inputs that end with an operation, of some size.
+    fn ending(&mut self, op: &OperationIr, of_size: Option<usize>) -> Rc<BTreeSet<usize>> {
+        let mut all = BTreeSet::new();
+        let mut seen: HashSet<*const BTreeSet<usize>> = HashSet::new();
+        for input in op.inputs().filter(|input| ends(input) && of_size.is_none_or(|bytes| bytes_of(input) == bytes)) {
+            let Some(known) = self.tensors.get(&input.id) else { continue };
+            all.extend(known.own);
+            if seen.insert(Rc::as_ptr(&known.others)) {
+                all.extend(known.others.iter().copied());
+            }
+        }
+        self.listed += all.len();
+        Rc::new(all)
     }
 }
 
@@ -294,6 +335,8 @@ fn set_takes(op: &mut OperationIr, takes: &[Option<usize>]) {
 mod tests {
     use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
     use burn::prelude::*;
+    use burn::tensor::{DType, Shape};
+    use burn_ir::CustomOpIr;
 
     use super::super::liveness::{Program, program};
     use super::super::step::StepGraph;
@@ -320,7 +363,9 @@ mod tests {
         let Program { mut instructions, fused } = program(&captured(), true);
         let (kernels, plan) = fused.unwrap();
         let planning = Planning::of(&mut instructions, &kernels);
-        let planned: Vec<&Buffer> = planning.buffers.iter().filter(|buffer| buffer.is_planned()).collect();
+        let planned: Vec<&Buffer> =
+            planning.buffers.iter().filter(|buffer| plan.place(buffer.made).is_some()).collect();
+        let ends = |buffer: &Buffer| if buffer.leaves { usize::MAX } else { buffer.ends };
         assert!(planned.len() > 30, "{} tensors have a place", planned.len());
         let mut most = 0;
         for (number, buffer) in planned.iter().enumerate() {
@@ -328,13 +373,46 @@ mod tests {
             assert!(start + buffer.bytes <= plan.size() && start % ALIGN == 0);
             for other in &planned[..number] {
                 let from = plan.place(other.made).unwrap();
-                let apart = buffer.ends < other.born || other.ends < buffer.born;
+                let apart = ends(buffer) < other.born || ends(other) < buffer.born;
                 assert!(apart || start + buffer.bytes <= from || from + other.bytes <= start);
             }
-            let at_birth = planned.iter().filter(|other| other.born <= buffer.born && buffer.born <= other.ends);
+            let at_birth = planned.iter().filter(|other| other.born <= buffer.born && buffer.born <= ends(other));
             most = most.max(at_birth.map(|other| other.bytes).sum());
         }
         assert!(plan.size() <= most + most / 20, "{} bytes for {most} that are there at once", plan.size());
+    }
+
+    /// Nothing grows with the paths from one tensor to another, or with the square of what an operation reads.
+    #[test]
+    fn lists_of_memory_stay_short() {
+        let device = Device::flex().autodiff();
+        let model = burn::nn::LinearConfig::new(8, 8).init(&device);
+        let x = Tensor::<2>::ones([8, 8], &device);
+        let graph = capture_step(&model, x, |model: &burn::nn::Linear, x| {
+            (0..40).fold(model.forward(x), |x, _| x.clone() + x.transpose()).mean()
+        });
+        let Program { mut instructions, fused } = program(&graph.unwrap(), true);
+        let planning = Planning::of(&mut instructions, &fused.unwrap().0);
+        assert!(planning.listed < 100 * 100 / 2, "{}", planning.listed);
+
+        let many = 300;
+        let tensor = |number: usize| {
+            let shape = Shape::from([64]);
+            TensorIr {
+                status: TensorStatus::ReadWrite,
+                ..TensorIr::uninit(TensorId::new(number as u64), shape, DType::F32)
+            }
+        };
+        let tensors = |from: usize| (from..from + many).map(tensor).collect::<Vec<_>>();
+        let run = |id: &str, inputs, outputs| {
+            let op = CustomOpIr { id: id.into(), inputs, outputs, scalars: Vec::new() };
+            Instruction::Run(Box::new(OperationIr::Custom(op)))
+        };
+        let mut bucket: Vec<Instruction> = (0..many).map(|number| run("made", vec![], vec![tensor(number)])).collect();
+        bucket.push(run("start", tensors(0), tensors(many)));
+        bucket.push(run("wait", tensors(many), tensors(2 * many)));
+        let planning = Planning::of(&mut bucket, &Kernels::default());
+        assert!(planning.listed <= 4 * many, "{}", planning.listed);
     }
 
     #[test]

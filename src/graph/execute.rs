@@ -91,15 +91,25 @@ impl Executor {
         })
     }
 
-    /// What one step needs of memory beside parameters, inputs and constants.
+    /// What one step needs of memory beside parameters, inputs and constants: on the host, until a step has run on
+    /// another device.
     pub fn memory(&self) -> MemoryEstimate {
         let one_by_one = MemoryEstimate::of_program(&self.program);
         self.planned.map_or(one_by_one, |[peak, _]| MemoryEstimate { peak, ..one_by_one })
     }
 
-    /// The most bytes that are alive at once, if results leave when they are given.
-    pub(crate) fn memory_giving(&self) -> usize {
-        self.planned.map_or_else(|| Alive::giving().run(&self.program), |[_, giving]| giving)
+    /// The most bytes that are alive at once in a step on a device, which may not have run there yet, if results stay,
+    /// or if they leave when they are given.
+    pub(crate) fn memory_on(&self, device: &Device, keeps: bool) -> usize {
+        let peak = |program: &[Instruction]| match keeps {
+            true => MemoryEstimate::of_program(program).peak,
+            false => Alive::giving().run(program),
+        };
+        match self.planned {
+            Some(needed) if fuses_on(device) => needed[usize::from(!keeps)],
+            Some(_) => peak(&program(&self.graph, false).instructions),
+            None => peak(&self.program),
+        }
     }
 
     /// Runs one step: loss and gradients of `model` on `inputs`. Running statistics of `model` are updated as by an

@@ -14,14 +14,14 @@ use super::instruction::{Instruction, Item};
 use super::memory_plan::MemoryPlan;
 use super::step::StepGraph;
 
-/// What a step needs of memory beside parameters, inputs and constants. Of operations one by one, assuming that views
-/// copy; where they are fused, by the plan of where tensors lie, from the second step on: memory that steps keep is in
-/// it.
+/// What a step needs of memory beside parameters, inputs and constants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryEstimate {
-    /// The most bytes that are alive at once.
+    /// The most bytes that are alive at once. Of operations one by one, assuming that views copy; where they are fused,
+    /// by the plan of where tensors lie, from the second step on: memory that steps keep is in it.
     pub peak: usize,
-    /// Bytes still alive after the step, results included.
+    /// Bytes of the tensors that are still alive after the step, results included, assuming that views copy. Memory
+    /// that fused steps keep for the next is not in it, unless these tensors lie there.
     pub left_over: usize,
 }
 

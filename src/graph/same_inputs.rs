@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::Error;
 use crate::comm::{Communicator, Pending};
 use crate::graph::named_tensors;
-use crate::tensor::TensorTree;
+use crate::tensor::{PlainTensor, TensorTree};
 
 /// How often inputs are compared that must be read back from a device.
 const DEVICE_EVERY: u64 = 100;
@@ -20,6 +20,9 @@ pub(crate) struct SameInputs {
     /// How many of each kind there were.
     runs: Arc<[AtomicU64; 2]>,
 }
+
+/// What a rank tells of inputs that are on the host, before their digests.
+const ON_HOST: u64 = 1;
 
 /// What is given inputs.
 #[derive(Debug, Clone, Copy)]
@@ -60,17 +63,30 @@ impl SameInputs {
     /// # Errors
     /// [`Error::Graph`] if an input cannot be read.
     pub(crate) fn start<I: TensorTree + Clone>(&self, run: Run, inputs: &I) -> Result<Comparison, Error> {
-        let mut comparison = Comparison { run, paths: Vec::new(), found: Vec::new() };
+        let comparison = Comparison { run, paths: Vec::new(), found: Vec::new() };
         if self.groups.is_empty() {
             return Ok(comparison);
         }
         let number = self.runs[run as usize].fetch_add(1, Ordering::Relaxed);
         let inputs = named_tensors(inputs.clone())?;
         let on_host = inputs.iter().all(|(_, input)| input.on_flex());
+        self.start_with(comparison, inputs, (on_host, number))
+    }
+
+    /// The same for tensors by name, all on the host or not, of this run.
+    fn start_with(
+        &self,
+        mut comparison: Comparison,
+        inputs: Vec<(String, PlainTensor)>,
+        (on_host, number): (bool, u64),
+    ) -> Result<Comparison, Error> {
         if !is_due(self.every, on_host, number) {
             return Ok(comparison);
         }
-        let mut digests = Vec::with_capacity(inputs.len());
+        // How often is the same for all, or goes by where the inputs are.
+        let turn = if self.every.is_none() && on_host { ON_HOST } else { 0 };
+        let mut digests = Vec::with_capacity(1 + inputs.len());
+        digests.push(turn);
         for (path, input) in inputs {
             comparison.paths.push(path);
             digests.push(input.digest()?);
@@ -98,17 +114,27 @@ impl Comparison {
         let mut outcome = Ok(());
         for (group, found) in self.found {
             let found = found.wait()?;
-            let inputs = self.paths.len().max(1);
-            let differs = found.chunks(inputs).enumerate().find_map(|(rank, digests)| {
+            let differs = found.chunks(1 + self.paths.len()).enumerate().find_map(|(rank, digests)| {
                 (0..digests.len()).find(|place| digests[*place] != found[*place]).map(|place| (rank, place))
             });
             if let Some((rank, place)) = differs {
-                let problem = format!(
-                    "rank {rank} of group `{}` was given another input `{}` than rank 0: the ranks that share a model pass the \
-                     same whole inputs, each of them; replicas with inputs of their own are along another axis",
-                    group.group(),
-                    self.paths[place],
-                );
+                let group = group.group();
+                let problem = match place.checked_sub(1) {
+                    Some(input) => format!(
+                        "rank {rank} of group `{group}` was given another input `{}` than rank 0: the ranks that share a model pass \
+                         the same whole inputs, each of them; replicas with inputs of their own are along another axis",
+                        self.paths[input],
+                    ),
+                    None => {
+                        let places = ["the host alone", "a device"];
+                        let [first, other] = if found[0] == ON_HOST { [0, 1] } else { [1, 0] };
+                        format!(
+                            "rank {rank} of group `{group}` was given inputs on {}, and rank 0 on {}: the ranks that share a model \
+                             compute on devices of one kind, and make their inputs there",
+                            places[other], places[first],
+                        )
+                    }
+                };
                 let operation = match self.run {
                     Run::Step => "step",
                     Run::Forward => "forward_with",
@@ -159,6 +185,27 @@ mod tests {
             let error = outcome.unwrap_err().to_string();
             let words = [format!("rank {} of group", size - 1), "another input".into(), "step: ".into()];
             assert!(words.iter().all(|words| error.contains(words)), "{error}");
+        }
+    }
+
+    /// Ranks would compare at different steps, and wait for each other: the first step says so. It does not matter where that is set.
+    #[test]
+    fn inputs_on_the_host_and_on_devices_do_not_go_together() {
+        for (every, host, expected) in [
+            (None, 0, "on a device, and rank 0 on the host"),
+            (None, 1, "on the host alone, and rank 0 on a device"),
+            (Some(1), 1, ""),
+        ] {
+            let outcome = launch::threads(2).run(|rank| {
+                let same = SameInputs::new(std::iter::once(&*rank), every)?;
+                let comparison = Comparison { run: Run::Step, paths: Vec::new(), found: Vec::new() };
+                let input = PlainTensor::from(Tensor::<1>::from_floats([1.0], &Device::flex()));
+                same.start_with(comparison, vec![("x".into(), input)], (rank.rank() == host, 0))?.finish()
+            });
+            match outcome {
+                Ok(_) => assert!(expected.is_empty()),
+                Err(error) => assert!(!expected.is_empty() && error.to_string().contains(expected), "{error}"),
+            }
         }
     }
 }

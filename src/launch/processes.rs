@@ -15,6 +15,8 @@ use crate::comm::tcp::{descriptors, nonce};
 const CHILD: &str = "BURN_PARALLEL_CHILD";
 /// How long ranks have to end once they are told to, unless the program says otherwise.
 const GRACE: Duration = Duration::from_secs(5);
+/// How soon ranks fail that would fail again, unless the program says otherwise.
+const FAILS_AGAIN_WITHIN: Duration = Duration::from_secs(60);
 
 /// Prepares a world of `size` ranks that are processes of this very program on this machine. [`Processes::run`] starts
 /// it.
@@ -26,6 +28,7 @@ pub fn processes(size: usize) -> Processes {
         restarts: 0,
         restart_sizes: Vec::new(),
         grace: GRACE,
+        fails_again_within: FAILS_AGAIN_WITHIN,
     }
 }
 
@@ -39,6 +42,7 @@ pub struct Processes {
     restarts: usize,
     restart_sizes: Vec<usize>,
     grace: Duration,
+    fails_again_within: Duration,
 }
 
 impl Processes {
@@ -61,7 +65,8 @@ impl Processes {
     ///
     /// Not started again is a run that [was asked to end](super::StopSignals), and one that would fail again: if a rank
     /// ends with exit code 2, which by custom says that what a program was given is wrong, as its flags or the
-    /// checkpoint, or if a rank fails twice in a row with the same exit code and the same last words.
+    /// checkpoint, or if twice in a row a rank fails [soon](Self::fails_again_within) with the same exit code and the same
+    /// last words. What fails alike after it has run for longer, as when the network breaks now and then, is started again.
     pub fn restarts(mut self, restarts: usize) -> Self {
         self.restarts = restarts;
         self
@@ -82,6 +87,14 @@ impl Processes {
     /// checkpoint then.
     pub fn grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
+        self
+    }
+
+    /// Sets how soon after its start a failure counts as one that would come again: two in a row, each within this time, with
+    /// the same exit code and the same last words, end the run, whatever [restarts](Self::restarts) are left. Default 60 s:
+    /// more, if ranks need longer to begin. With zero every failure is tried again, but exit code 2.
+    pub fn fails_again_within(mut self, time: Duration) -> Self {
+        self.fails_again_within = time;
         self
     }
 
@@ -149,10 +162,15 @@ impl Processes {
                 );
                 return ended.into_result();
             }
-            // Of one that a signal has ended nothing can be told.
-            let last = (!said.is_empty() && !status.contains("signal")).then(|| (status.clone(), said.clone()));
+            // Of one that a signal has ended nothing can be told, and one that ran for a while has got further.
+            let soon = ended.lasted < self.fails_again_within;
+            let tells = soon && !said.is_empty() && !status.contains("signal");
+            let last = tells.then(|| (status.clone(), said.clone()));
             if last.is_some() && last == words {
-                log::warn!("the ranks are not started again: they fail as they did before");
+                log::warn!(
+                    "the ranks are not started again: twice in a row they failed alike, less than {:?} after their start",
+                    self.fails_again_within
+                );
                 return ended.into_result();
             }
             words = last;

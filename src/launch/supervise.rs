@@ -60,6 +60,8 @@ pub(super) struct Ended {
     pub lost: usize,
     /// Whether one says by its exit code that what it was given is wrong.
     pub refused: bool,
+    /// How long all of them ran before something ended the run.
+    pub lasted: Duration,
 }
 
 impl Ended {
@@ -75,6 +77,7 @@ impl Ended {
 /// # Errors
 /// [`Error::Launch`] if one can't be started.
 pub(super) fn supervise(commands: Vec<Command>, size: usize, grace: Duration) -> Result<Ended, Error> {
+    let began = Instant::now();
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1]).map_err(Error::user)?;
     let alone = commands.len() < size;
     let mut started = Vec::with_capacity(commands.len());
@@ -86,7 +89,7 @@ pub(super) fn supervise(commands: Vec<Command>, size: usize, grace: Duration) ->
             problem: problem.to_string(),
         })?);
     }
-    let mut ended = Ended { first: None, lost: 0, refused: false };
+    let mut ended = Ended { first: None, lost: 0, refused: false, lasted: Duration::MAX };
     let mut ending: Option<Instant> = None;
     while started.iter().any(|process| process.status.is_none()) {
         for signal in signals.pending() {
@@ -122,6 +125,7 @@ pub(super) fn supervise(commands: Vec<Command>, size: usize, grace: Duration) ->
             });
         }
         if ended.first.is_some() {
+            ended.lasted = ended.lasted.min(began.elapsed());
             let since = *ending.get_or_insert_with(|| {
                 started.iter().filter(|p| p.status.is_none()).for_each(|process| process.signal(SIGTERM));
                 Instant::now()

@@ -36,6 +36,7 @@ mod given;
 mod number;
 mod read_out;
 mod sgd;
+mod states_only;
 mod update;
 mod widened;
 

@@ -8,12 +8,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::module::{ParamGroup, ParamId};
-use burn::optim::{
-    DynOptimizer, DynState, LearningRate, ModuleOptimizer, OptimizerRecord, SgdConfig, StateSink, StateSource,
-};
-use burn::tensor::kind::BridgeTensor;
-use burn::tensor::{Device, TensorData};
+use burn::optim::{DynState, ModuleOptimizer, OptimizerRecord, SgdConfig, StateSink, StateSource};
+use burn::tensor::TensorData;
 use burn_pack::{Reader, Scalar};
+
+use super::states_only::{States, states_only};
 
 /// Bytes of parameters whose state is read out at once, unless one has more: of what burn makes of it there are two copies
 /// meanwhile.
@@ -75,8 +74,7 @@ impl StateNames {
         let (tensors, scalars) = (record.len(), number_of_scalars(&record)?);
         let found = Arc::new(Mutex::new(ParamStates::new()));
         let collector = Collector { names: self.clone(), found: found.clone() };
-        let optimizer: ModuleOptimizer = SgdConfig::new().init();
-        drop(optimizer.with_group(ParamGroup::all(), collector, None).load_record(record));
+        drop(states_only(collector).load_record(record));
         let found = std::mem::take(&mut *found.lock().unwrap_or_else(PoisonError::into_inner));
         let all = |number: fn(&ParamState) -> usize| found.values().map(number).sum::<usize>();
         let whole = (all(|state| state.moments.len()), all(|state| state.scalars.len())) == (tensors, scalars);
@@ -148,34 +146,19 @@ fn number_of_scalars(record: &OptimizerRecord) -> Option<usize> {
     behind.split(|digit: char| !digit.is_ascii_digit()).next()?.parse().ok()
 }
 
-/// An optimizer that takes the states of a record for others.
+/// Takes the states of a record for others.
 struct Collector {
     names: StateNames,
     found: Arc<Mutex<ParamStates>>,
 }
 
-impl DynOptimizer for Collector {
-    fn step_dyn(
-        &self,
-        _: usize,
-        _: LearningRate,
-        tensor: BridgeTensor,
-        _: BridgeTensor,
-        state: Option<DynState>,
-    ) -> (BridgeTensor, Option<DynState>) {
-        (tensor, state)
-    }
+impl States for Collector {
+    fn give(&self, _: &str, _: &mut StateSink) {}
 
-    fn to_device_dyn(&self, state: DynState, _: &Device) -> DynState {
-        state
-    }
-
-    fn state_flatten(&self, _: &str, _: &DynState, _: &mut StateSink) {}
-
-    fn state_unflatten(&self, _: usize, prefix: &str, from: &mut StateSource, _: &Device) -> Option<DynState> {
-        let id = prefix.parse::<u64>().ok()?;
-        let state = self.names.take(prefix, from);
-        self.found.lock().unwrap_or_else(PoisonError::into_inner).insert(id.into(), state);
+    fn take(&self, _: usize, id: &str, from: &mut StateSource) -> Option<DynState> {
+        let param = id.parse::<u64>().ok()?;
+        let state = self.names.take(id, from);
+        self.found.lock().unwrap_or_else(PoisonError::into_inner).insert(param.into(), state);
         None
     }
 }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
 use burn::module::{Module, ParamId};
+use burn::tensor::Device;
 use burn_ir::TensorIr;
 
 use super::schedule::{Direction, Edge};
@@ -70,10 +71,10 @@ impl GraphStage {
         run.map(|run| run.exchanges(pass)).unwrap_or_default()
     }
 
-    /// What a pass of a micro-batch runs.
-    pub(super) fn program(&self, micro_batch: usize, pass: usize) -> &[Instruction] {
+    /// What a pass of a micro-batch runs on a device.
+    pub(super) fn program(&self, micro_batch: usize, pass: usize, device: &Device) -> &[Instruction] {
         let run = self.sizes.get(micro_batch).and_then(|size| self.runs.get(*size));
-        run.map_or(&[], |run| run.program(pass))
+        run.map_or(&[], |run| run.program(pass, device))
     }
 
     /// What a micro-batch receives in a direction.

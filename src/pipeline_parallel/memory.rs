@@ -2,14 +2,16 @@
 
 use std::collections::HashMap;
 
+use burn::tensor::Device;
+
 use super::Stage;
 use super::graph_stage::GraphStage;
 use super::schedule::{Action, Direction};
 use crate::graph::liveness::Alive;
 
-/// The most bytes that are alive at once while a rank with these stages goes through its row of the timetable: what its
-/// passes make and receive, and the sums of its gradients. Messages on their way are not in it.
-pub(super) fn peak(stages: &[GraphStage], row: &[Action]) -> usize {
+/// The most bytes that are alive at once while a rank with these stages goes through its row of the timetable on a
+/// device: what its passes make and receive, and the sums of its gradients. Messages on their way are not in it.
+pub(super) fn peak(stages: &[GraphStage], row: &[Action], device: &Device) -> usize {
     let gradients: usize = stages.iter().map(GraphStage::gradient_bytes).sum();
     let mut alive: HashMap<(usize, usize), Alive> = HashMap::new();
     let mut peak = 0;
@@ -28,7 +30,7 @@ pub(super) fn peak(stages: &[GraphStage], row: &[Action]) -> usize {
         let others: usize = alive.values().map(Alive::bytes).sum();
         direction.into_iter().for_each(|from| own.bind(&stage.received(unit.micro_batch, from)));
         for pass in passes.clone() {
-            peak = peak.max(others + own.run(stage.program(unit.micro_batch, pass)));
+            peak = peak.max(others + own.run(stage.program(unit.micro_batch, pass, device)));
         }
         // After its last pass nothing of a micro-batch is left.
         if passes.end < 3 {

@@ -62,7 +62,8 @@ impl<M: Module> Pipelined<M> {
         let Some(CapturedStep { pipeline, stages, .. }) = state.steps.get_mut(&key) else {
             return Err(stage_error("the step was not captured"));
         };
-        Ok(peak(stages, &pipeline.timetable().rows()[rank]))
+        let device = one_device(&self.local, "the memory of a step")?.unwrap_or_else(Device::flex);
+        Ok(peak(stages, &pipeline.timetable().rows()[rank], &device))
     }
 
     /// Runs a step. Returns its result, the outputs, and the gradients of the summed loss in the order of the module.

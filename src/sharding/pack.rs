@@ -5,11 +5,13 @@
 //! single parameter is packed as it is, without a copy, where the ranks divide its rows; so large ones travel by
 //! themselves.
 
+use std::sync::Arc;
+
 use burn::tensor::{DType, Device};
 
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
-use crate::tensor::PlainTensor;
+use crate::tensor::{PlainTensor, Pool};
 
 use super::Rows;
 
@@ -103,8 +105,26 @@ impl Pack {
         group: &Communicator,
         number: u64,
     ) -> Result<Vec<PlainTensor>, Error> {
+        self.gather_in(None, shards, group, number)
+    }
+
+    /// As [`gather_agreed`](Self::gather_agreed), into memory of a pool what is not copied out of a pack.
+    ///
+    /// # Errors
+    /// Those of [`Communicator::all_gather`].
+    pub(crate) fn gather_in(
+        &self,
+        pool: Option<&Arc<Pool>>,
+        shards: Vec<PlainTensor>,
+        group: &Communicator,
+        number: u64,
+    ) -> Result<Vec<PlainTensor>, Error> {
         self.in_collectives(shards, |pack, shards| {
-            pack.unpack_wholes(group.all_gather_agreed(pack.pack_shards(shards)?, number)?)
+            let packed = pack.pack_shards(shards)?;
+            pack.unpack_wholes(match pool.filter(|_| pack.members.len() == 1) {
+                Some(pool) => group.all_gather_in(pool, packed, number)?,
+                None => group.all_gather_agreed(packed, number)?,
+            })
         })
     }
 
@@ -298,6 +318,33 @@ mod tests {
                 Ok(())
             })
             .unwrap();
+    }
+
+    /// What was gathered before is written over, whatever of it is padding, and no more is held than was at once.
+    #[test]
+    fn memory_of_a_pool_is_used_again() {
+        for dims in [[602, 512], [601, 512]] {
+            launch::threads(3)
+                .run(|rank| {
+                    let (pool, rows) = (Arc::<Pool>::default(), Rows::new(&dims, 3).unwrap());
+                    let bytes = rows.padded_dims().iter().product::<usize>() * 4;
+                    let pack = Pack::new(vec![rows]);
+                    let shards = |first| pack.reduce_scatter(vec![numbers(first, &dims)], ReduceOp::Max, &rank);
+                    let gather =
+                        |first| Ok::<_, Error>(pack.gather_in(Some(&pool), shards(first)?, &rank, 1)?.remove(0));
+                    let (one, two) = (gather(1.0)?, gather(2.0)?);
+                    assert_eq!(pool.free(), 0);
+                    drop(one);
+                    assert_eq!(pool.free(), bytes);
+                    let three = gather(3.0)?;
+                    assert_eq!((pool.free(), values(three)), (0, values(numbers(3.0, &dims))));
+                    assert_eq!((pool.free(), values(two)), (bytes, values(numbers(2.0, &dims))));
+                    drop((gather(4.0)?, gather(5.0)?));
+                    assert_eq!(pool.free(), 2 * bytes);
+                    Ok(())
+                })
+                .unwrap();
+        }
     }
 
     #[test]

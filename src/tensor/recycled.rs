@@ -25,6 +25,8 @@ pub(crate) const FROM: usize = 256 << 10;
 pub(crate) const ALIGN: usize = 64;
 /// A piece that is not taken again while so many others are goes back to the system.
 const KEEP: u64 = 4096;
+/// All pieces may take this part more than tensors had at once at most.
+const SLACK: usize = 16;
 
 /// The memory that the captured steps of a thread take turns in. It goes back to the system with the last of them.
 #[derive(Debug, Default)]
@@ -51,7 +53,8 @@ struct Pieces {
 }
 
 impl Pieces {
-    /// A piece of so many bytes or a few more, if there is one: not one that is much larger, which will be wanted for what is.
+    /// A piece of so many bytes or a few more, if there is one: not one that is much larger, which will be wanted for
+    /// what is.
     fn take(&mut self, bytes: usize) -> Option<Piece> {
         let size = *self.free.range(bytes..=bytes + bytes / 4).next()?.0;
         let of_size = self.free.get_mut(&size)?;
@@ -63,10 +66,13 @@ impl Pieces {
         Some(piece)
     }
 
-    /// Gives pieces back to the system, those first that have been free for longest, until there is room for so many bytes more: all
-    /// take no more than tensors had at once at most. A step that wants large ones after many small ones would hold both else.
+    /// Gives pieces back to the system, those first that have been free for longest, until there is room for so many
+    /// bytes more: all take little more than tensors had at once at most. A step that wants large ones after many small
+    /// ones would hold both else. A little more, so that what is small and there for a moment does not cost a large one
+    /// in each step.
     fn make_room(&mut self, bytes: usize) {
         let most = self.most.max(self.used + bytes);
+        let most = most + most / SLACK;
         while self.idle > 0 && self.used + self.idle + bytes > most {
             let oldest = |of_size: &Vec<(Piece, u64)>| of_size.iter().map(|(_, since)| *since).min();
             let Some(size) = self.free.iter().min_by_key(|(_, of_size)| oldest(of_size)).map(|(size, _)| *size) else {
@@ -109,21 +115,26 @@ impl Piece {
     /// Of which nothing was written yet.
     fn new(bytes: usize) -> Self {
         // SAFETY: its size is not 0.
-        Self::made(bytes, |layout| unsafe { alloc(layout) })
+        Self::made(bytes, |layout| unsafe { alloc(layout) }).unwrap_or_else(|layout| handle_alloc_error(layout))
     }
 
     /// Zeros: of a large piece pages that the system zeroes when they are touched.
     pub(super) fn zeroed(bytes: usize) -> Self {
+        Self::try_zeroed(bytes).unwrap_or_else(|layout| handle_alloc_error(layout))
+    }
+
+    /// The same, if there is memory for it.
+    fn try_zeroed(bytes: usize) -> Result<Self, Layout> {
         // SAFETY: its size is not 0.
         Self::made(bytes, |layout| unsafe { alloc_zeroed(layout) })
     }
 
     /// The allocator would write the zeros itself if it were asked for more than its own alignment.
-    fn made(bytes: usize, allocate: impl FnOnce(Layout) -> *mut u8) -> Self {
+    fn made(bytes: usize, allocate: impl FnOnce(Layout) -> *mut u8) -> Result<Self, Layout> {
         let layout = bytes.checked_add(ALIGN).and_then(|bytes| Layout::from_size_align(bytes, align_of::<u128>()).ok());
         let layout = layout.expect("a tensor is smaller than the address space");
-        let Some(allocated) = NonNull::new(allocate(layout)) else { handle_alloc_error(layout) };
-        Self { allocated, layout, bytes }
+        let allocated = NonNull::new(allocate(layout)).ok_or(layout)?;
+        Ok(Self { allocated, layout, bytes })
     }
 
     /// The first byte, at a multiple of 64.
@@ -165,13 +176,22 @@ impl Pool {
         if bytes < FROM {
             return Room { place: Place::Piece(Piece::new(bytes), Weak::new()), bytes };
         }
+        self.large_room(bytes).unwrap_or_else(|layout| handle_alloc_error(layout))
+    }
+
+    /// The same for many bytes, if there is memory for them.
+    fn large_room(self: &Arc<Self>, bytes: usize) -> Result<Room, Layout> {
         let mut pieces = self.pieces();
         pieces.time += 1;
         let found = pieces.take(bytes);
-        if found.is_none() {
-            pieces.make_room(bytes);
-        }
-        pieces.used += found.as_ref().map_or(bytes, |piece| piece.size());
+        let piece = match found {
+            Some(piece) => piece,
+            None => {
+                pieces.make_room(bytes);
+                Piece::try_zeroed(bytes)?
+            }
+        };
+        pieces.used += piece.size();
         pieces.most = pieces.most.max(pieces.used);
         if pieces.time.is_multiple_of(KEEP) {
             let time = pieces.time;
@@ -180,9 +200,7 @@ impl Pool {
                 pieces.release(size, |of_size| of_size.retain(|(_, since)| since + KEEP > time));
             }
         }
-        drop(pieces);
-        let piece = found.unwrap_or_else(|| Piece::zeroed(bytes));
-        Room { place: Place::Piece(piece, Arc::downgrade(self)), bytes }
+        Ok(Room { place: Place::Piece(piece, Arc::downgrade(self)), bytes })
     }
 
     /// Room in the block, of which the step needs `size` bytes, from `start` on; elsewhere if somebody is still there.
@@ -211,6 +229,20 @@ impl Pool {
         }
         // SAFETY: the memory of the pool was zeroed when it was new.
         FlexTensor::new(unsafe { self.room(bytes).filled() }, Strides::contiguous(shape), dtype)
+    }
+
+    /// A tensor of floats with any values, to be written over; `None` if it is too small, or larger than anything.
+    ///
+    /// # Errors
+    /// What there is no memory for.
+    pub(crate) fn large_tensor(self: &Arc<Self>, dims: &[usize], dtype: DType) -> Option<Result<FlexTensor, Layout>> {
+        let elements = dims.iter().try_fold(1usize, |product, dim| product.checked_mul(*dim))?;
+        let may_be = |bytes: &usize| *bytes >= FROM && *bytes <= isize::MAX as usize / 2;
+        let bytes = elements.checked_mul(dtype.size()).filter(may_be).filter(|_| dtype.is_float())?;
+        // SAFETY: the memory of the pool was zeroed when it was new.
+        let tensor = |room: Room| unsafe { room.filled() };
+        let shape = Shape::from(dims.to_vec());
+        Some(self.large_room(bytes).map(|room| FlexTensor::new(tensor(room), Strides::contiguous(shape), dtype)))
     }
 
     #[cfg(test)]
@@ -360,10 +392,22 @@ mod tests {
             let some: Vec<Room> = (0..96 / size).map(|_| pool.room(size * FROM)).collect();
             drop(some);
             let held = pool.free();
-            assert_eq!(held, 96 * FROM);
+            assert!((96 * FROM..=96 * FROM + 96 * FROM / SLACK).contains(&held), "{size}: {held}");
         }
         let all = pool.pieces().free.iter().map(|(size, of_size)| size * of_size.len()).sum::<usize>();
         assert_eq!(all, pool.free());
+    }
+
+    /// Gradients, and in the midst of each step something small for a moment.
+    #[test]
+    fn what_is_there_for_a_moment_costs_no_large_piece() {
+        let pool = Pool::of_thread();
+        for step in 0..3 {
+            drop(pool.room(FROM));
+            assert!(step == 0 || pool.free() == 33 * FROM, "step {step}: {}", pool.free());
+            let all: Vec<Room> = (0..4).map(|_| pool.room(8 * FROM)).collect();
+            drop(all);
+        }
     }
 
     #[test]

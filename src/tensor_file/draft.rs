@@ -162,14 +162,15 @@ fn remove(dir: &Path) -> Result<(), Error> {
     }
 }
 
+/// Waits until the names in a directory are on the disk.
 #[cfg(unix)]
-fn sync_dir(dir: &Path) -> Result<(), Error> {
+pub(crate) fn sync_dir(dir: &Path) -> Result<(), Error> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(|why| refused(dir, &why))
 }
 
 /// Other systems have no way to wait for a directory.
 #[cfg(not(unix))]
-fn sync_dir(_: &Path) -> Result<(), Error> {
+pub(crate) fn sync_dir(_: &Path) -> Result<(), Error> {
     Ok(())
 }
 

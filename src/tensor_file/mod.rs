@@ -16,7 +16,7 @@ mod problem;
 mod strided;
 mod writer;
 
-pub(crate) use draft::{Draft, left_by_a_save, write_file};
+pub(crate) use draft::{Draft, left_by_a_save, sync_dir, write_file};
 pub(crate) use dtype::{dtype_of, name_of};
 pub(crate) use elements::Elements;
 pub(crate) use header::Entry;

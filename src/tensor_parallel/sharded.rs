@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 
 use burn::module::{Module, ParamId};
+use burn::tensor::Device;
 
 use super::TensorParallelConfig;
 use crate::Error;
@@ -17,7 +18,7 @@ use crate::graph::{
     RandomSource, Run, SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph, StepObserver,
 };
 use crate::nesting::{self, refuse_wrapping};
-use crate::params::{self, ParamSlice, SliceSource};
+use crate::params::{self, ParamSlice, SliceSource, one_device};
 use crate::partition::{Exchange, ShardReport};
 use crate::plan::PlanTable;
 use crate::step::{StepCounters, StepFn};
@@ -235,7 +236,8 @@ impl<M: Module> StepEngine for Sharded<M> {
         let whole = || self.split.meta_module(&self.local);
         let mut state = lock(&self.state);
         let executor = state.graphs.executor_of(signature, &inputs, step, whole)?;
-        Ok(if keeps { executor.memory().peak } else { executor.memory_giving() })
+        let device = one_device(&self.local, "the memory of a step")?.unwrap_or_else(Device::flex);
+        Ok(executor.memory_on(&device, keeps))
     }
 
     fn forward<I, F, O>(&self, inputs: I, forward: F) -> Result<O, Error>

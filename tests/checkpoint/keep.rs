@@ -93,6 +93,7 @@ fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
     fs::rename(at("step-000000003"), at(".step-000000003.replaced")).unwrap();
     save(2);
     let expected = [
+        ".order",
         ".other.unfinished",
         "notes",
         "step-000000001",
@@ -103,7 +104,53 @@ fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
     ];
     assert_eq!(names(&dir), expected);
     let run = launch::threads(1).run(|world| Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.latest());
-    assert_eq!(run.unwrap(), [Some(3)]);
+    // The one that was written last.
+    assert_eq!(run.unwrap(), [Some(2)]);
+}
+
+/// A run that has gone back is gone on with, though the one before has come further: from its first save on, whenever it is ended,
+/// and in a copy of the directory too.
+#[test]
+fn the_latest_is_what_was_written_last() {
+    let (dir, net) = (Dir::fresh(), Net::new());
+    let run = |from: Option<u64>, saves: &[u64]| {
+        let run = launch::threads(2).run(|world| {
+            let mut model = AXES.wrap(&world, &net)?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+            let found = checkpoints.latest()?;
+            match from {
+                Some(step) => drop(checkpoints.restore_step(step, TrainState::new(&mut model))?),
+                None => assert_eq!(checkpoints.restore(TrainState::new(&mut model))?.map(|it| it.step), found),
+            }
+            // To look at one is not to go back to it.
+            assert_eq!(checkpoints.latest()?, found);
+            for step in saves {
+                checkpoints.save(*step, TrainState::new(&mut model))?;
+                assert_eq!(checkpoints.latest()?, Some(*step));
+            }
+            Ok((found, checkpoints.steps()?))
+        });
+        run.unwrap().swap_remove(0)
+    };
+    let order = || fs::read_to_string(dir.path().join(".order")).ok();
+    run(None, &[10, 20, 30]);
+    assert_eq!(order(), None);
+    assert_eq!(run(Some(20), &[]), (Some(30), vec![10, 20, 30]));
+    assert_eq!(run(Some(20), &[21]), (Some(30), vec![10, 20, 21, 30]));
+    assert_eq!(order().as_deref(), Some("10\n30\n20\n21\n"));
+    assert_eq!(run(None, &[22, 30]), (Some(21), vec![10, 20, 21, 22, 30]));
+    // As if it had never gone back.
+    assert_eq!(order(), None);
+    // One that was ended before it could put down what it has written, and one that somebody has removed.
+    run(Some(10), &[11]);
+    fs::rename(dir.path().join("step-000000022"), dir.path().join("step-000000012")).unwrap();
+    fs::remove_dir_all(dir.path().join("step-000000021")).unwrap();
+    assert_eq!(run(Some(20), &[]), (Some(12), vec![10, 11, 12, 20, 30]));
+    fs::write(dir.path().join(".order"), "ten").unwrap();
+    let failed =
+        launch::threads(2).run(|world| Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.latest());
+    let failed = failed.unwrap_err().to_string();
+    assert!(failed.contains(".order: is no list of steps") && failed.contains("remove it"), "{failed}");
 }
 
 #[test]

@@ -14,6 +14,7 @@ mod precision;
 mod python;
 mod reads;
 mod room;
+mod sealed;
 mod strict;
 mod tied;
 

@@ -104,7 +104,10 @@ fn another_precision() {
             (BF16, Axes::new(2, 1, 2).sharded(Sharding::Gradients)),
             (F32, Axes::new(2, 1, 1)),
             (F16, Axes::new(3, 1, 1).sharded(Sharding::Parameters)),
+            (BF16, Axes::new(1, 2, 1)),
             (F16, Axes::new(1, 1, 2)),
+            (F32, Axes::new(1, 2, 2)),
+            (BF16, Axes::new(2, 2, 1).sharded(Sharding::Optimizer)),
         ];
         for (leg, (dtype, axes)) in legs.into_iter().enumerate() {
             let step = 3 + leg as u64;
@@ -128,7 +131,7 @@ fn another_precision() {
 fn fused_optimizers_go_on_to_the_bit_in_any_precision() {
     let net = Net::new();
     for dtype in [FloatDType::BF16, FloatDType::F16, FloatDType::F64] {
-        for axes in [Axes::new(1, 1, 1), Axes::new(2, 1, 2).sharded(Sharding::Optimizer)] {
+        for axes in [Axes::new(1, 1, 1), Axes::new(2, 1, 2).sharded(Sharding::Optimizer), Axes::new(1, 2, 2)] {
             let dir = Dir::fresh();
             let ran = launch::threads(axes.ranks()).run(|world| {
                 let mut optim = adamw().init_fused();
@@ -148,13 +151,19 @@ fn fused_optimizers_go_on_to_the_bit_in_any_precision() {
     }
 }
 
-/// What would be updated with fewer digits than it has is refused, and says what takes it.
+/// What would be updated with fewer digits than it has is refused, by all ranks alike, and says what takes it.
 #[test]
 fn moments_of_fewer_digits_than_the_parameter_are_refused() {
+    for axes in [Axes::new(1, 1, 1), Axes::new(1, 2, 1), Axes::new(1, 2, 2)] {
+        refused_in_f64(axes);
+    }
+}
+
+fn refused_in_f64(axes: Axes) {
     let (dir, net) = (Dir::fresh(), Net::new());
-    launch::threads(1)
+    launch::threads(axes.ranks())
         .run(|world| {
-            let model = Axes::new(1, 1, 1).wrap(&world, &net.clone().map(&mut Cast(FloatDType::F64)))?;
+            let model = axes.wrap(&world, &net.clone().map(&mut Cast(FloatDType::F64)))?;
             let mut optim = adamw().init();
             let mut model = train(model, &mut optim, (0, 1))?.0;
             let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
@@ -165,7 +174,7 @@ fn moments_of_fewer_digits_than_the_parameter_are_refused() {
             // The state is as it was.
             model = train(model, &mut optim, (1, 2))?.0;
             // One that was restored for 16 bits is refused as well.
-            let mut narrow = Axes::new(1, 1, 1).wrap(&world, &net.clone().map(&mut Cast(FloatDType::BF16)))?;
+            let mut narrow = axes.wrap(&world, &net.clone().map(&mut Cast(FloatDType::BF16)))?;
             let mut optim = adamw().init();
             checkpoints.restore(TrainState::new(&mut narrow).with_optimizer("optim", &mut optim))?;
             let restored = checkpoints.restore(TrainState::new(&mut model).with_optimizer("optim", &mut optim));

@@ -606,6 +606,10 @@ fn what_does_not_fit_a_checkpoint_is_named_by_its_flag() {
         let (code, stderr) = resume(&flags);
         assert!(code == Some(2) && stderr.contains(says), "{flags:?}: {stderr}");
     }
+    // All of it at once.
+    let (code, stderr) = resume(&["--d-model", "32", "--layers", "2"]);
+    let all = ["--layers 2 and --d-model 32 make another model than", "saved with --layers 1 and with --d-model 16"];
+    assert!(code == Some(2) && all.iter().all(|says| stderr.contains(says)), "{stderr}");
     let (code, stderr) = resume(&["--dp", "1"]);
     assert!(code == Some(0) && stderr.contains("nothing to do") && stderr.contains("all 3 steps"), "{stderr}");
     let (code, stderr) = resume(&["--steps", "4", "--batch", "8"]);
@@ -639,10 +643,48 @@ fn a_run_goes_on_from_an_earlier_checkpoint() {
     same_losses(&whole, &losses_in(&path), 0.0);
     if cfg!(unix) {
         let (code, stderr, _) = run(&["--resume", &saved, "--launch", "processes", "--restarts", "3"]);
-        assert!(code == Some(1) && stderr.contains("the ranks are not started again"), "{stderr}");
+        assert!(code == Some(2) && stderr.contains("the ranks are not started again"), "{stderr}");
         assert!(!stderr.contains("restart 1"), "{stderr}");
     }
     refused(&["--resume-step", "2"], "--resume");
+}
+
+/// A run that has gone back is gone on with, and ranks that are lost go on from what it has saved since.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_run_that_went_back_is_gone_on_with() {
+    let folder = Folder::new("back");
+    let saved = folder.path("saved");
+    let flags = ["--steps", "9", "--save", &saved, "--save-every", "2", "--keep", "9", "--resume", &saved];
+    let whole = losses(&json(&folder, &flags));
+    let run = |steps: &str, more: &[&str]| {
+        let flags: Vec<&str> = flags.iter().map(|flag| if *flag == "9" { steps } else { flag }).collect();
+        let output = tiny(&[&flags[..], &["--json", &folder.path("outcome.json")], more].concat());
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{stderr}");
+        stderr
+    };
+    // There are checkpoints of steps 2, 4, 6, 8 and 9.
+    let stderr = run("5", &["--resume-step", "2"]);
+    assert!(stderr.contains("goes on after step 2 of 5"), "{stderr}");
+    let stderr = run("9", &[]);
+    assert!(stderr.contains("goes on after step 5 of 9"), "{stderr}");
+    assert_eq!(losses_in(&folder.path("outcome.json")).len(), whole.len());
+    // As a start after a loss: what this run has saved since, if it has.
+    let restarted = |step: &str| {
+        let flags: Vec<&str> = flags.iter().map(|flag| if *flag == "9" { "10" } else { flag }).collect();
+        let mut command = Command::new(example());
+        command.args(TINY).args(flags).args(["--resume-step", step, "--dp", "1", "--launch", "env"]);
+        let one = [("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")];
+        let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port().to_string();
+        command.envs(one).env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port).env("BURN_PARALLEL_RESTART", "1");
+        let output = command.output().unwrap();
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let stderr = restarted("4");
+    assert!(stderr.contains("goes on after step 4 of 10"), "{stderr}");
+    let stderr = restarted("4");
+    assert!(stderr.contains("has made all 10 steps"), "{stderr}");
 }
 
 #[test]

@@ -35,9 +35,9 @@ impl Directory {
         self
     }
 
-    /// With the tiny Llama of tests/data, whose words are the tokens.
-    pub fn with_llama(self) -> Self {
-        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/hf/llama_gqa");
+    /// With a tiny model of tests/data, whose words are the tokens.
+    pub fn with_model(self, name: &str) -> Self {
+        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/hf").join(name);
         for name in ["config.json", "model.safetensors"] {
             fs::copy(from.join(name), self.0.join(name)).unwrap();
         }

@@ -8,9 +8,14 @@ use serde_json::Value;
 
 use crate::directory::{CHATML, Directory};
 
-/// A model, and conversations to train it on.
+/// A Llama, and conversations to train it on.
 pub fn prepared() -> Directory {
-    let directory = Directory::new(&[]).with_template(CHATML).with_llama();
+    prepared_with("llama_gqa")
+}
+
+/// The same with another model.
+pub fn prepared_with(model: &str) -> Directory {
+    let directory = Directory::new(&[]).with_template(CHATML).with_model(model);
     let line = |number: usize| {
         let (asked, said) = ("why? ".repeat(number % 3 + 1), "so. ".repeat(number % 5 + 1));
         let messages =

@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::directory::Directory;
-use crate::program::{finetune, prepared};
+use crate::program::{command, finetune, prepared};
 
 #[track_caller]
 fn refused(directory: &Directory, flags: &[&str], what: &str) {
@@ -97,8 +97,8 @@ fn flags_that_make_another_model_than_the_checkpoint_are_refused() {
     let output = finetune(&directory, &[&run[..], &["--steps", "1", "--save", "in:saved"]].concat());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let resume = |flags: &[&str], code: i32, what: &str| {
-        let flags =
-            [&["--data", "in:data.jsonl", "--seq", "64", "--batch", "2", "--resume", "in:saved"][..], flags].concat();
+        let seq: &[&str] = if flags.contains(&"--seq") { &[] } else { &["--seq", "64"] };
+        let flags = [&["--data", "in:data.jsonl", "--batch", "2", "--resume", "in:saved"][..], seq, flags].concat();
         let output = finetune(&directory, &[&flags[..], &["--steps", "2"]].concat());
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(code), "{flags:?}: {stderr}");
@@ -113,6 +113,13 @@ fn flags_that_make_another_model_than_the_checkpoint_are_refused() {
         resume(&[&targets[..], flags].concat(), 2, what);
     }
     resume(&[], 2, "leaving out --lora makes another model");
+    // All of it at once.
+    resume(
+        &["--lora", "4", "--lora-targets", "k_proj"],
+        2,
+        "--lora 4 and --lora-targets k_proj make another model than",
+    );
+    resume(&[&targets[..], &["--seq", "32", "--lora", "4"]].concat(), 2, "--lora 2; --resume");
     resume(&["--lora", "2", "--lora-targets", "k_proj"], 2, "saved with --lora-targets q_proj,v_proj");
     let file = directory.path().join("model.safetensors");
     let mut weights = fs::read(&file).unwrap();
@@ -122,6 +129,17 @@ fn flags_that_make_another_model_than_the_checkpoint_are_refused() {
     resume(&[&targets[..], &["--lora", "2"]].concat(), 2, "has other weights or another config than");
     fs::write(&file, original).unwrap();
     resume(&[&targets[..], &["--lora", "2"]].concat(), 0, "step 2");
+}
+
+/// What goes wrong on the way is no nonsense: exit code 1.
+#[test]
+fn ranks_that_fail_end_the_run_with_code_1() {
+    let directory = prepared();
+    let flags = ["--data", "in:data.jsonl", "--seq", "64", "--batch", "2", "--steps", "1", "--dp", "2"];
+    let output = command(&directory, &flags).env("BURN_PARALLEL_TIMEOUT_S", "0.000001").output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(output.stdout.is_empty() && stderr.contains("finetune: time-out"), "{stderr}");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::directory::Directory;
-use crate::program::{command, numbers, outcome, prepared, same, trained};
+use crate::program::{command, numbers, outcome, prepared, prepared_with, same, trained};
 
 const STEPS: [&str; 6] = ["--data", "in:data.jsonl", "--seq", "64", "--batch", "8"];
 
@@ -67,9 +67,14 @@ fn ranks_of_mpirun_have_the_losses_of_threads() {
 
 /// A run in the background, when its first checkpoints are there.
 fn running(directory: &Directory, saved: &str, flags: &[&str]) -> Child {
+    running_in(directory, saved, &[&STEPS[..], flags].concat())
+}
+
+/// The same with all flags but those of saving.
+fn running_in(directory: &Directory, saved: &str, flags: &[&str]) -> Child {
     let place = format!("in:{saved}");
     let more = ["--save", &place, "--resume", &place, "--save-every", "2", "--json", "in:outcome.json"];
-    let mut command = command(directory, &[&STEPS[..], &more, flags].concat());
+    let mut command = command(directory, &[&more[..], flags].concat());
     let mut run = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     let checkpoint = directory.path().join(saved).join("checkpoints/step-000000004");
     while !checkpoint.exists() {
@@ -104,6 +109,27 @@ fn ranks_that_are_lost_are_started_again_or_left_out() {
     assert!(stderr.contains("goes on after step") && stderr.contains("on 1 ranks"), "{stderr}");
     same(&expected, &losses(&directory), 1e-5, &"lost");
     assert!(directory.path().join("lost/model/model.safetensors").exists());
+}
+
+/// A tied embedding, which the first stage and the last hold: each goes on with its moments after a kill, on the same mesh to the bit.
+#[cfg(unix)]
+#[test]
+fn a_tied_model_that_is_killed_goes_on_on_any_mesh() {
+    let directory = prepared_with("qwen2_tied");
+    let flags = ["--data", "in:data.jsonl", "--seq", "64", "--batch", "2", "--steps", "10", "--lr", "1e-3"];
+    let pipeline = [&flags[..], &["--pp", "2"]].concat();
+    let expected = numbers(&trained(&directory, &pipeline), "losses");
+    let run = running_in(&directory, "tied", &pipeline);
+    send("-9", &run.id().to_string());
+    run.wait_with_output().unwrap();
+    let saved = directory.path().join("tied");
+    assert!(!saved.join("model").exists() && last(&saved) < 10);
+    for (mesh, within) in
+        [(&["--pp", "2"][..], 0.0), (&["--dp", "2", "--zero", "1"], 1e-5), (&["--pp", "2", "--tp", "2"], 1e-5)]
+    {
+        let gone_on = trained(&directory, &[&flags[..], &["--resume", "in:tied"], mesh].concat());
+        same(&expected, &numbers(&gone_on, "losses"), within, &mesh);
+    }
 }
 
 /// A signal that asks for the end: all ranks save the same step and end, with the exit code that says so.

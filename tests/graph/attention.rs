@@ -167,24 +167,28 @@ fn attention_written_in_other_ways() {
     });
 }
 
-/// The same bits with one thread and with several.
+/// The same bits with one thread and with several, also where the rows of a few matrices are split over them.
 #[test]
 fn threads_change_nothing_of_attention() {
-    let model = attention(24, 6, false);
-    let causal = generate_autoregressive_mask(2, 200, &Device::flex());
-    let inputs = inputs(2, [200, 200], 24, causal);
-    let run = |threads: usize| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| {
-            let loss = |model: &MultiHeadAttention, (x, y, _, mask): Inputs| {
-                model.forward(MhaInput::new(x, y.clone(), y).mask_attn(mask)).context.powi_scalar(2).mean()
-            };
-            let graph = capture_step(&model, inputs.clone(), loss).unwrap();
-            let step = Executor::new(graph, CustomOps::new()).unwrap().step(&model, inputs.clone()).unwrap();
-            (step.loss.to_data(), gradient_values(&model, &step.gradients))
-        })
-    };
-    assert_eq!(run(1), run(3));
+    for (batch, tokens, heads, of_head) in [(2, 200, 6, 4), (1, 530, 1, 5), (1, 300, 3, 2)] {
+        let model = attention(heads * of_head, heads, false);
+        let causal = generate_autoregressive_mask(batch, tokens, &Device::flex());
+        let inputs = inputs(batch, [tokens, tokens], heads * of_head, causal);
+        let loss = |model: &MultiHeadAttention, (x, y, _, mask): Inputs| {
+            model.forward(MhaInput::new(x, y.clone(), y).mask_attn(mask)).context.powi_scalar(2).mean()
+        };
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let graph = capture_step(&model, inputs.clone(), loss).unwrap();
+                let step = Executor::new(graph, CustomOps::new()).unwrap().step(&model, inputs.clone()).unwrap();
+                (step.loss.to_data(), gradient_values(&model, &step.gradients))
+            })
+        };
+        let one = run(1);
+        assert_eq!((&one, &one), (&run(2), &run(3)), "{batch} x {heads}, {tokens} tokens");
+        compare(&format!("{batch} x {heads}, {tokens} tokens"), &model, inputs, 2e-5, loss);
+    }
 }
 
 /// A mask's number is rounded with the scores that it is among; rows that see nothing need all columns.

@@ -162,18 +162,28 @@ fn a_run_that_was_asked_to_end_is_not_started_again() {
 #[test]
 fn what_would_fail_again_is_not_started_again() {
     let folder = Folder::new("certain");
-    let starts = |name: &str, ends: &str| {
+    let starts_within = |limit: Option<Duration>, name: &str, ends: &str| {
         let script = format!("echo > {}/{name}.$BURN_PARALLEL_RESTART.$RANK; {ends}", folder.path());
-        let error = launch::processes(2).program("sh", ["-c", &script]).restarts(3).supervise().unwrap_err();
+        let processes = launch::processes(2).program("sh", ["-c", &script]).restarts(3);
+        let processes = limit.into_iter().fold(processes, launch::Processes::fails_again_within);
+        let error = processes.supervise().unwrap_err();
         assert!(matches!(error, Error::ProcessFailed { .. }), "{error}");
         // A rank may be ended, for another that failed, before it has written.
         let started = |start: usize| (0..2).any(|rank| folder.0.join(format!("{name}.{start}.{rank}")).exists());
         (0..4).filter(|start| started(*start)).count()
     };
+    let starts = |name: &str, ends: &str| starts_within(None, name, ends);
     assert_eq!(starts("refused", "if [ $RANK = 1 ]; then exit 2; fi; sleep 1000"), 1);
     assert_eq!(starts("same", "echo no such model >&2; exit 1"), 2);
     assert_eq!(starts("other", "echo step $BURN_PARALLEL_RESTART >&2; exit 1"), 4);
     assert_eq!(starts("killed", "echo the same words >&2; kill -9 $$"), 4);
+    // What ran for a while has got further, as when a network breaks now and then.
+    let limit = Some(Duration::from_millis(100));
+    assert_eq!(starts_within(limit, "later", "sleep 0.2; echo connection reset >&2; exit 1"), 4);
+    // Only the second start fails soon: the third does so as well.
+    let once = "if [ $BURN_PARALLEL_RESTART = 0 ]; then sleep 3.3; fi; echo connection reset >&2; exit 1";
+    assert_eq!(starts_within(Some(Duration::from_secs(3)), "once", once), 3);
+    assert_eq!(starts_within(Some(Duration::ZERO), "always", "echo no such model >&2; exit 1"), 4);
 }
 
 #[test]

@@ -241,3 +241,40 @@ fn one_group_is_whole_where_ranks_say_what_they_want() {
     let found = with(divided) - with(DataParallelConfig::new());
     assert!(found < group + FEW, "{found} of groups of {group}");
 }
+
+/// Captured steps gather for a pass into memory that stays: that of two groups. What is kept for longer goes back.
+#[test]
+fn memory_of_two_groups_stays_between_steps() {
+    let _turn = crate::turn();
+    const WIDE: usize = 600;
+    let device = Device::flex().autodiff();
+    let layer = |_| LinearConfig::new(WIDE, WIDE).with_bias(false).init(&device);
+    let model = Chain { layers: (0..LAYERS).map(layer).collect() };
+    let (group, _) = sizes(&model);
+    let stays = |keep| {
+        let data = DataParallelConfig::new().with_sharding(Sharding::Parameters).with_keep(keep);
+        let strategy = Strategy::new().with_data(data).with_engine(Engine::Captured);
+        let found = AtomicIsize::new(0);
+        launch::threads(2)
+            .run(|rank| {
+                let mut model = model.clone().fork(&device).parallelize(&rank, &strategy)?;
+                let mut optim: ModuleOptimizer = SgdConfig::new().init();
+                rank.barrier()?;
+                let before = held();
+                rank.barrier()?;
+                for _ in 0..3 {
+                    let done = model.step(Tensor::<2>::ones([2, WIDE], &device), Chain::plain)?;
+                    model = model.optimize(&mut optim, 1e-3, done)?;
+                }
+                rank.barrier()?;
+                found.store((held() - before) / 2, Relaxed);
+                rank.barrier()?;
+                Ok(())
+            })
+            .unwrap();
+        found.into_inner()
+    };
+    let (pass, micro_batch) = (stays(Keep::Pass), stays(Keep::MicroBatch));
+    let more = pass - micro_batch;
+    assert!(more > group && more < 2 * group + 2 * FEW, "{pass} and {micro_batch} with groups of {group}");
+}

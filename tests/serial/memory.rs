@@ -151,7 +151,7 @@ fn a_step_needs_what_is_known_of_it() {
         // Steps keep their memory, which stands beside what else is made at another time than its tensors.
         let (known, taken) = known_and_taken(&strategy, true);
         let ratio = taken as f64 / known as f64;
-        assert!(ratio < 1.9, "{name}, three steps: {known} known, {taken} needed: {ratio:.2}");
+        assert!((0.7..1.9).contains(&ratio), "{name}, three steps: {known} known, {taken} needed: {ratio:.2}");
         strategy.tensor.fusion = false;
         strategy.pipeline = strategy.pipeline.map(|pipeline| pipeline.with_fusion(false));
         let (known, taken) = known_and_taken(&strategy, false);

@@ -1,11 +1,13 @@
 //! Parameters that are gathered, or whose gradients are reduced, in one collective.
 
+use std::sync::Arc;
+
 use burn::tensor::FloatDType;
 
 use crate::comm::{Communicator, ReduceOp};
 use crate::error::Error;
 use crate::sharding::Pack;
-use crate::tensor::PlainTensor;
+use crate::tensor::{PlainTensor, Pool};
 
 /// Parameters that are exchanged together.
 pub(super) struct Bundle {
@@ -13,11 +15,13 @@ pub(super) struct Bundle {
     /// By which ranks make sure that they exchange the same: groups of one size are told apart by nothing else.
     pub number: u64,
     pub reduce_dtype: Option<FloatDType>,
+    /// The memory in which parameters are gathered that are dropped soon.
+    pub pool: Option<Arc<Pool>>,
 }
 
 impl Bundle {
     pub fn gather(&self, shards: Vec<PlainTensor>, comm: &Communicator) -> Result<Vec<PlainTensor>, Error> {
-        self.pack.gather_agreed(shards, comm, self.number)
+        self.pack.gather_in(self.pool.as_ref(), shards, comm, self.number)
     }
 
     /// This rank's rows of the sum of gradients, over the ranks that divide them and then over those that hold the same

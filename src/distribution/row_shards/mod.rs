@@ -32,7 +32,7 @@ use crate::params::{self, ParamSlice, Renamed};
 use crate::partition::{Gathering, InRows, shard_parameters};
 use crate::plan::PlanTable;
 use crate::sharding::{Keep, Member, Pack, Rows, ShardComms, ShardParams, groups, owners};
-use crate::tensor::PlainTensor;
+use crate::tensor::{PlainTensor, Pool};
 
 /// The name of the axis of the replicas in tables.
 const AXIS: &str = "replicas";
@@ -53,6 +53,9 @@ pub(crate) struct RowShards {
     /// Joins all replicas; carries what is neither parameters nor gradients.
     replicas: Communicator,
     step: Arc<Mutex<StepState>>,
+    /// The memory in which parameters are gathered for a pass: that of the group in use, and of the next. What is kept for longer
+    /// goes back to the system, which would have nothing of it between steps else.
+    pool: Option<Arc<Pool>>,
     /// For how many nanoseconds this rank had nothing to do but wait for what is exchanged.
     waited: Arc<AtomicU64>,
 }
@@ -126,6 +129,7 @@ impl RowShards {
             comms,
             replicas: replicas.split_named(&control, 0, replicas.rank() as i64)?,
             step: Arc::default(),
+            pool: (keep == Keep::Pass).then(Arc::default),
             waited: Arc::default(),
         })
     }
@@ -339,7 +343,8 @@ impl RowShards {
         let unknown = || graph_error("replicas exchange a parameter that this one has not");
         // The highest bit is left to say where buffers are.
         let number = numbers.iter().fold(HASH, |hash, number| hashed(hash, *number as u64 + 1)) >> 1;
-        Ok(Bundle { pack: Pack::new(rows.ok_or_else(unknown)?), number, reduce_dtype: self.reduce_dtype })
+        let (pack, pool) = (Pack::new(rows.ok_or_else(unknown)?), self.pool.clone());
+        Ok(Bundle { pack, number, reduce_dtype: self.reduce_dtype, pool })
     }
 
     fn lock(&self) -> MutexGuard<'_, StepState> {

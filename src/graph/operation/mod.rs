@@ -12,6 +12,7 @@ mod edit;
 mod effect;
 mod fields;
 mod form;
+mod in_place;
 mod name;
 
 pub(crate) use class::{Class, is_cheap, is_elementwise, is_linear, is_view, only_moves};
@@ -26,4 +27,5 @@ pub(crate) use fields::{
 pub(crate) use form::{
     AlongDim, AlongDimKind, Convolution, ConvolutionPass, Form, Reduction, ReductionDims, ReductionKind,
 };
+pub(crate) use in_place::{passing_bytes, written_over};
 pub(crate) use name::op_name;

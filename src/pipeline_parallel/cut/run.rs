@@ -105,9 +105,10 @@ impl StageRun {
         operations.collect()
     }
 
-    /// What a pass runs.
-    pub(crate) fn program(&self, pass: usize) -> &[Instruction] {
-        self.sections.get(pass).map_or(&[], Vec::as_slice)
+    /// What a pass runs on a device, where it may not have run yet.
+    pub(crate) fn program(&self, pass: usize, device: &Device) -> &[Instruction] {
+        let unfused = self.unfused.as_ref().filter(|_| !fuses_on(device));
+        unfused.unwrap_or(&self.sections).get(pass).map_or(&[], Vec::as_slice)
     }
 
     /// What the stage runs, sends and receives.

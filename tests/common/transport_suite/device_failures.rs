@@ -85,9 +85,7 @@ fn leaving(factory: &dyn WorldFactory, device: &Device) {
             comm.recv::<Tensor<2>>(culprit, 3).map(drop)
         });
         match &error {
-            Error::User(text) => {
-                assert!(text.contains(&format!("RankLost {{ group: \"world\", rank: {culprit}")), "{text}")
-            }
+            Error::User(text) => assert!(text.contains(&format!("rank {culprit} left group `world`")), "{text}"),
             error => assert!(matches!(error, Error::RankLost { rank, .. } if *rank == culprit), "{error:?}"),
         }
     }

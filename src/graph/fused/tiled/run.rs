@@ -1,4 +1,5 @@
-//! Runs attention in tiles, the matrices of the batch split over the threads of the rank.
+//! Runs attention in tiles, the matrices of the batch split over the threads of the rank, and where they are few their
+//! rows.
 
 use std::ops::Range;
 use std::ptr;
@@ -20,11 +21,14 @@ use crate::error::Error;
 use crate::graph::step_memory::StepMemory;
 use crate::tensor::{PlainTensor, Pool, Room};
 
-/// Elements of a tile, of which there are a few: they fit into the second cache. More only where rows are so long that a
-/// tile had few.
+/// Elements of a tile, of which there are a few: they fit into the second cache. More only where rows are so long that
+/// a tile had few.
 const TILE: usize = 8 * 1024;
 /// The least and the most rows of a tile.
 const ROWS: [usize; 2] = [32, 128];
+/// Of fewer matrices the rows are split, each into so many parts that there are about as many parts: whatever the
+/// number of threads, so that sums over rows are the same.
+const PARTS: usize = 8;
 
 /// A matrix in memory: where it begins, and how far its elements are apart along rows and columns.
 #[derive(Clone, Copy)]
@@ -51,6 +55,9 @@ struct Product<'a, T> {
     other: Factor<'a, T>,
     out: *mut T,
     strides: Vec<isize>,
+    /// Where the parts of a matrix but its first add up, one behind the other; null if each row gives elements of its
+    /// own.
+    sums: *mut T,
 }
 
 /// What all threads share.
@@ -62,12 +69,14 @@ struct Tiles<'a, T> {
     columns: usize,
     /// Rows of a tile.
     height: usize,
+    /// Into how many parts the rows of a matrix are split.
+    parts: usize,
     entering: Vec<(Factor<'a, T>, Factor<'a, T>)>,
     results: Vec<Product<'a, T>>,
     pool: &'a Arc<Pool>,
 }
 
-// SAFETY: what is pointed to is written by the thread alone that has this matrix of the batch.
+// SAFETY: what is pointed to is written by the thread alone that has this part of this matrix of the batch.
 unsafe impl<T: Sync> Sync for Tiles<'_, T> {}
 
 impl Tiled {
@@ -114,7 +123,16 @@ impl Tiled {
             room
         };
         let rooms: Vec<Room> = self.leaving.iter().zip(&op.outputs).map(room).collect();
-        let results = self.leaving.iter().zip(&rooms).map(|(leaving, room)| {
+        let height = (TILE / columns).clamp(ROWS[0], ROWS[1]).min(rows);
+        let number: usize = batch.iter().product();
+        let splits = number * rows * columns >= SPLIT_FROM;
+        let parts = if splits { parts(number, rows.div_ceil(height)) } else { 1 };
+        let sums = self.leaving.iter().map(|leaving| {
+            let beside = if leaving.adds_up() { parts - 1 } else { 0 };
+            (beside > 0).then(|| pool.room(leaving.dims.iter().product::<usize>() * beside * size_of::<T>()))
+        });
+        let sums: Vec<Option<Room>> = sums.collect();
+        let results = self.leaving.iter().zip(&rooms).zip(&sums).map(|((leaving, room), sums)| {
             let [given @ .., out_rows, out_columns] = &leaving.dims[..] else {
                 panic!("a product has rows and columns")
             };
@@ -127,23 +145,29 @@ impl Tiled {
             let kept = if leaving.is_left { (*out_rows, own_rows) } else { (*out_columns, own_columns) };
             assert!(kept.0 == kept.1, "a product has the rows and columns of its factors");
             let other = Factor::new(&natives[leaving.other], batch, other);
-            Product { leaving, other, out: room.pointer().cast(), strides: leaving.strides() }
+            let sums = sums.as_ref().map_or(ptr::null_mut(), |sums| sums.pointer().cast());
+            Product { leaving, other, out: room.pointer().cast(), strides: leaving.strides(), sums }
         });
-        let height = (TILE / columns).clamp(ROWS[0], ROWS[1]).min(rows);
         let (entering, results) = (entering.collect(), results.collect());
-        let tiles = Tiles { tiled: self, inputs, batch, rows, columns, height, entering, results, pool };
-        let number: usize = batch.iter().product();
-        if number * rows * columns >= SPLIT_FROM && rayon::current_num_threads() > 1 {
-            let parts = number.min(4 * rayon::current_num_threads());
-            (0..parts).into_par_iter().for_each(|part| tiles.part(number * part / parts..number * (part + 1) / parts));
+        let tiles = Tiles { tiled: self, inputs, batch, rows, columns, height, parts, entering, results, pool };
+        let all = number * parts;
+        if splits && rayon::current_num_threads() > 1 {
+            let tasks = all.min(4 * rayon::current_num_threads());
+            (0..tasks).into_par_iter().for_each(|task| tiles.part(all * task / tasks..all * (task + 1) / tasks));
         } else {
-            tiles.part(0..number);
+            tiles.part(0..all);
         }
+        tiles.results.iter().for_each(|result| result.add_parts(batch, parts));
         drop(tiles);
         let results = self.leaving.iter().zip(rooms).zip(&op.outputs);
         // SAFETY: tiles cover all rows, and so all elements of results.
         Ok(results.map(|((leaving, room), out)| unsafe { leaving.filled::<T>(room, out, memory) }).collect())
     }
+}
+
+/// Into how many parts each of so many matrices of so many tiles is split.
+fn parts(matrices: usize, tiles: usize) -> usize {
+    (PARTS / matrices).clamp(1, tiles)
 }
 
 impl Leaving {
@@ -192,8 +216,8 @@ fn native<T: Native + Element + Pod>(tensor: &FlexTensor) -> FlexTensor {
 }
 
 impl<T: Native + Element + Pod> Tiles<'_, T> {
-    /// Some matrices of the batch, whose results no other part writes.
-    fn part(&self, numbers: Range<usize>) {
+    /// Some parts of matrices of the batch, whose results nobody else writes.
+    fn part(&self, parts: Range<usize>) {
         let (kernel, of_tile) = (&self.tiled.kernel, self.height * self.columns);
         let number = self.entering.len() + self.results.len().max(kernel.outputs.len());
         let room = self.pool.room(number * of_tile * size_of::<T>());
@@ -228,15 +252,18 @@ impl<T: Native + Element + Pod> Tiles<'_, T> {
             scratch,
             unexpected: AtomicBool::new(false),
         };
-        for number in numbers {
+        let of_matrix = self.rows.div_ceil(self.height);
+        for place in parts {
+            let (number, part) = (place / self.parts, place % self.parts);
             for result in self.results.iter().filter(|result| result.leaving.adds_up()) {
-                result.clear(number, self.batch);
+                result.clear(result.matrix(number, self.batch, part, self.parts));
             }
-            for first in (0..self.rows).step_by(self.height) {
+            for tile in of_matrix * part / self.parts..of_matrix * (part + 1) / self.parts {
+                let first = tile * self.height;
                 let rows = first..self.rows.min(first + self.height);
                 let needed = self.needed(&running, number, rows.clone());
-                if !self.tile(&mut running, number, rows.clone(), needed) {
-                    self.tile(&mut running, number, rows, self.columns);
+                if !self.tile(&mut running, number, part, rows.clone(), needed) {
+                    self.tile(&mut running, number, part, rows, self.columns);
                 }
             }
         }
@@ -257,7 +284,14 @@ impl<T: Native + Element + Pod> Tiles<'_, T> {
     }
 
     /// Some rows of a matrix, with its first columns; false, and nothing done, if others count too.
-    fn tile(&self, running: &mut Running<'_, T>, number: usize, rows: Range<usize>, columns: usize) -> bool {
+    fn tile(
+        &self,
+        running: &mut Running<'_, T>,
+        number: usize,
+        part: usize,
+        rows: Range<usize>,
+        columns: usize,
+    ) -> bool {
         let (first, height) = (rows.start, rows.len());
         let of = |tile: *mut T| Matrix { start: tile, row: columns as isize, column: 1 };
         for (product, (left, right)) in self.entering.iter().enumerate() {
@@ -289,7 +323,7 @@ impl<T: Native + Element + Pod> Tiles<'_, T> {
                 false => (own, [height, columns]),
             };
             let other = matrix(&result.other, number, self.batch);
-            let out = result.matrix(number, self.batch);
+            let out = result.matrix(number, self.batch, part, self.parts);
             let [.., out_rows, out_columns] = leaving.dims[..] else { continue };
             // Where the rows of the kernel are, beside those of which all are there.
             let (out, other) = match (leaving.is_left, leaving.is_turned) {
@@ -318,19 +352,46 @@ impl<T: Native + Element + Pod> Tiles<'_, T> {
 }
 
 impl<T: Native> Product<'_, T> {
-    fn matrix(&self, number: usize, batch: &[usize]) -> Matrix<T> {
+    /// Where a part of one of the batch goes.
+    fn matrix(&self, number: usize, batch: &[usize], part: usize, parts: usize) -> Matrix<T> {
         let [.., row, column] = self.strides[..] else { panic!("a product has rows and columns") };
-        Matrix { start: self.out.wrapping_offset(offset(number, batch, &self.strides)), row, column }
+        let [.., rows, columns] = self.leaving.dims[..] else { panic!("a product has rows and columns") };
+        match part.checked_sub(1) {
+            Some(beside) if self.leaving.adds_up() => {
+                let at = (number * (parts - 1) + beside) * rows * columns;
+                Matrix { start: self.sums.wrapping_add(at), row: columns as isize, column: 1 }
+            }
+            _ => Matrix { start: self.out.wrapping_offset(offset(number, batch, &self.strides)), row, column },
+        }
     }
 
-    /// Sets all elements of one of the batch to 0.
-    fn clear(&self, number: usize, batch: &[usize]) {
-        let Matrix { start, row, column } = self.matrix(number, batch);
+    /// Sets all elements of a part to 0.
+    fn clear(&self, Matrix { start, row, column }: Matrix<T>) {
         let [.., rows, columns] = self.leaving.dims[..] else { return };
         for line in 0..rows as isize {
             for place in 0..columns as isize {
-                // SAFETY: the result has this element, and only this thread has this matrix.
+                // SAFETY: the result has this element, and only this thread has this part of it.
                 unsafe { *start.offset(line * row + place * column) = T::default() };
+            }
+        }
+    }
+
+    /// Adds the parts of each matrix to its first, in their order.
+    fn add_parts(&self, batch: &[usize], parts: usize) {
+        let [.., rows, columns] = self.leaving.dims[..] else { return };
+        let beside = if self.leaving.adds_up() { 1..parts } else { 0..0 };
+        for (number, part) in
+            (0..batch.iter().product()).flat_map(|number| beside.clone().map(move |part| (number, part)))
+        {
+            let [sum, other] = [0, part].map(|part| self.matrix(number, batch, part, parts));
+            for (line, place) in
+                (0..rows as isize).flat_map(|line| (0..columns as isize).map(move |place| (line, place)))
+            {
+                // SAFETY: both have this element, which is written, and no other thread has them any more.
+                unsafe {
+                    let sum = sum.start.offset(line * sum.row + place * sum.column);
+                    *sum = T::add(*sum, *other.start.offset(line * other.row + place * other.column));
+                }
             }
         }
     }
@@ -389,5 +450,16 @@ unsafe fn multiply<T: Native>(
             false,
             gemm::Parallelism::None,
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parts;
+
+    #[test]
+    fn rows_of_few_matrices_are_split() {
+        assert_eq!([parts(1, 20), parts(3, 20), parts(4, 20), parts(5, 20), parts(64, 20)], [8, 2, 2, 1, 1]);
+        assert_eq!([parts(1, 3), parts(2, 1)], [3, 1]);
     }
 }
