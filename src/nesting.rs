@@ -28,14 +28,20 @@ pub(crate) fn visited(wrapper: &'static str) {
 /// # Errors
 /// [`Error::Nesting`] if one is.
 pub(crate) fn check<M: Module>(module: &M, operation: &'static str) -> Result<(), Error> {
+    match wrapper(module) {
+        Some(wrapper) => Err(Error::Nesting { operation, wrapper }),
+        None => Ok(()),
+    }
+}
+
+/// The wrapper that a module is, or holds, of which a rank may have parts alone: what compares whole models has no use
+/// for it.
+pub(crate) fn wrapper<M: Module>(module: &M) -> Option<&'static str> {
     struct VisitAll;
     impl ModuleVisitor for VisitAll {}
     SEARCH.set(Some(None));
     module.visit(&mut VisitAll);
-    match SEARCH.take().flatten() {
-        Some(wrapper) => Err(Error::Nesting { operation, wrapper }),
-        None => Ok(()),
-    }
+    SEARCH.take().flatten()
 }
 
 /// A module that is not wrapped yet. No wrapper is one.

@@ -7,8 +7,8 @@ use std::time::Duration;
 use burn::module::Module;
 use burn::tensor::Device;
 use burn_parallel::batch::{
-    GrowBatch, MemoryBudget, NoiseScale, RankMemory, largest_that_fits, model_memory, rows_within_on_all, try_in_child,
-    warm_up,
+    GrowBatch, MemoryBudget, NoiseScale, RankMemory, Trial, largest_that_fits, model_memory, rows_within_on_all,
+    try_in_child, warm_up,
 };
 use burn_parallel::graph::TensorTree;
 use burn_parallel::prelude::*;
@@ -141,19 +141,25 @@ pub fn largest(most: usize, known: impl FnOnce(u64, usize) -> Result<usize, Erro
     let budget = MemoryBudget::of_system()?;
     // What others take meanwhile.
     let bytes = budget.bytes / 10 * 9;
+    let limit = &budget.limit;
+    eprintln!("--batch auto: at most {most} rows at once are looked for, within {bytes} bytes ({limit})");
     let most = known(bytes, most)?;
     if most == 0 {
         return Err(Error::user(format!(
-            "--batch auto: not even one row fits into the {bytes} bytes of {}: take a smaller model, or split it with --tp or --pp",
-            budget.limit
+            "--batch auto: not even one row fits into the {bytes} bytes of {limit}: take a smaller model, or split it with --tp or --pp"
         )));
     }
     let program = env::current_exe().map_err(Error::user)?;
     let one = |rank: Rank| {
         largest_that_fits(most, &rank, |rows| {
+            eprintln!("--batch auto: tries {rows} rows at once");
             let mut child = Command::new(&program);
             child.args(env::args_os().skip(1)).env(TRIAL, rows.to_string());
-            try_in_child(&mut child, bytes, Duration::from_secs(600))
+            let trial = try_in_child(&mut child, bytes, Duration::from_secs(600))?;
+            if let Trial::TooLarge(why) = &trial {
+                eprintln!("--batch auto: {rows} rows do not fit: {why}");
+            }
+            Ok(trial)
         })
     };
     let fit = launch::threads(1).run(one)?.swap_remove(0);
@@ -220,8 +226,11 @@ impl Batch {
         }
     }
 
-    /// What the summary says of the noise: how large it is, and what would help.
-    pub fn advice(&self) -> String {
+    /// What the summary says of the noise: how large it is, and what would help; or what would say so.
+    pub fn advice(&self, flags: GrowthFlags) -> String {
+        if !flags.measures() {
+            return "not measured: --noise-scale says whether a larger batch, or a smaller one, would help".into();
+        }
         let rows = match self.noise_rows() {
             Ok(rows) => rows,
             Err(why) => return format!("none: {why}"),

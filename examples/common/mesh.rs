@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 
 use burn_parallel::prelude::*;
+use burn_parallel::train::Engine;
+use clap::builder::{PossibleValuesParser, TypedValueParser, ValueParser};
 use clap::{Args, ValueEnum};
 
 use super::flags::up_to;
@@ -23,6 +25,7 @@ pub const STRATEGY_KEYS: &str = r#"Keys of a --strategy file, in TOML, with what
   sharding_ranks       all replicas
   keep                 "pass"; or "micro_batch", "step"
   noise_scale          false
+  allow_unused_parameters  false
   [tensor]
   plan                 needed if tp > 1: "megatron", "hugging_face", or a table of rules
   seed                 0
@@ -68,6 +71,12 @@ pub struct MeshFlags {
     /// parameters as well
     #[arg(long, value_name = "STAGE", value_parser = zero, conflicts_with = "strategy")]
     zero: Option<Sharding>,
+
+    /// How steps are run: `eager` by the model's own forward, for replicas alone; `captured` as a graph whose
+    /// operations are fused; `auto` captures where the model is split or cut, or its parameters are divided [default:
+    /// auto]
+    #[arg(long, value_name = "HOW", value_parser = engine(), conflicts_with = "strategy")]
+    engine: Option<Engine>,
 
     /// In which order the stages of a pipeline take the micro-batches [default: 1f1b]
     #[arg(long, value_name = "NAME", value_enum)]
@@ -231,12 +240,21 @@ impl MeshFlags {
         Ok(Mesh { axes, file })
     }
 
-    /// How the model is spread: as the file says, or as the flags say, by a plan and with so many micro-batches.
-    pub fn strategy(&self, mesh: &Mesh, plan: Plan, micro_batches: usize) -> Result<Strategy, String> {
+    /// How the model is spread: as the file says, or as the flags say, by a plan and with so many micro-batches, and by
+    /// an engine if they do not say it.
+    pub fn strategy(&self, mesh: &Mesh, plan: Plan, micro_batches: usize, engine: Engine) -> Result<Strategy, String> {
         let Axes { ranks, dp, pp, tp, .. } = mesh.axes;
+        let engine = self.engine.unwrap_or(engine);
+        if engine == Engine::Eager && mesh.file.is_none() && (pp > 1 || tp > 1) {
+            let (axis, size) = if pp > 1 { ("pp", pp) } else { ("tp", tp) };
+            return Err(format!(
+                "--engine eager runs the model's own forward, and {} needs captured steps: leave it out",
+                mesh.axes.said(axis, size)
+            ));
+        }
         let strategy = mesh.file.clone().unwrap_or_else(|| {
             let data = DataParallelConfig::new().with_sharding(self.zero.unwrap_or_default());
-            let strategy = Strategy::new().with_dp(dp).with_data(data);
+            let strategy = Strategy::new().with_dp(dp).with_data(data).with_engine(engine);
             let strategy = if tp == 1 { strategy } else { strategy.with_tp(tp, plan) };
             match pp {
                 1 => strategy,
@@ -301,4 +319,12 @@ impl ScheduleName {
 fn zero(value: &str) -> Result<Sharding, String> {
     let stage = value.parse().map_err(|_| "it must be 0, 1, 2 or 3")?;
     Sharding::from_zero_stage(stage).map_err(|_| "it must be 0, 1, 2 or 3".into())
+}
+
+/// Reads `--engine`, by the names that it has in files.
+fn engine() -> ValueParser {
+    let engines = [("auto", Engine::Auto), ("eager", Engine::Eager), ("captured", Engine::Captured)];
+    let names = PossibleValuesParser::new(engines.map(|(name, _)| name));
+    let of = move |name: String| engines.iter().find(|(known, _)| *known == name).map_or(Engine::Auto, |(_, it)| *it);
+    names.map(of).into()
 }

@@ -48,8 +48,8 @@ impl Progress {
             if !io::stderr().is_terminal() {
                 return Shown::Lines;
             }
-            // In two lines it fits a narrow terminal.
-            let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} steps, {eta} left\n{wide_msg}");
+            // What is learned and what it takes in lines of their own: together they are wider than many terminals.
+            let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} steps, {eta} left\n{wide_msg}\n{prefix}");
             let bar = ProgressBar::new(steps as u64).with_finish(ProgressFinish::Abandon);
             Shown::Bar(bar.with_style(style.unwrap_or(ProgressStyle::default_bar())))
         });
@@ -77,8 +77,9 @@ impl Progress {
         self.started.elapsed()
     }
 
-    /// Tells of a step: its tokens over all ranks, and whatever `what` says, given the time so far.
-    pub fn step(&mut self, step: usize, tokens: usize, what: impl FnOnce(Duration) -> String) {
+    /// Tells of a step: its tokens over all ranks, and what `what` says of learning and of what it takes, given the
+    /// time so far.
+    pub fn step(&mut self, step: usize, tokens: usize, what: impl FnOnce(Duration) -> [String; 2]) {
         self.tokens += tokens;
         self.seconds.push(self.elapsed().as_secs_f64() - self.seconds.iter().sum::<f64>());
         self.processor.extend(processor());
@@ -90,17 +91,19 @@ impl Progress {
         }
         let elapsed = self.elapsed();
         let speed = self.tokens as f64 / elapsed.as_secs_f64();
-        let message = format!("{}, {speed:.0} tokens/s", what(elapsed));
+        let [learned, took] = what(elapsed);
+        let took = format!("{speed:.0} tokens/s, {took}");
         match shown {
             Shown::Bar(bar) => {
-                bar.set_message(message);
+                bar.set_message(learned);
+                bar.set_prefix(took);
                 bar.set_position(done as u64);
                 if done == self.steps {
                     bar.finish();
                 }
             }
             Shown::Lines => {
-                eprintln!("step {done}/{}: {message}", self.steps);
+                eprintln!("step {done}/{}: {learned}, {took}", self.steps);
                 self.spoke = Some(Instant::now());
             }
         }

@@ -5,10 +5,12 @@ use std::{fs, io, process};
 
 use burn::tensor::{DType, Device};
 use burn_parallel::prelude::*;
+use burn_parallel::train::Engine;
 use clap::{Parser, ValueEnum};
 
 use crate::checkpoints::folder;
 use crate::common::batch::{self, GrowthFlags, Rows};
+use crate::common::device::Compute;
 use crate::common::flags::{learning_rate, norm, parse, up_to, writable, wrong};
 use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS};
 use crate::common::saving::{SaveFlags, has_checkpoints};
@@ -20,6 +22,9 @@ use crate::model::{Autocast, LlamaConfig};
 
 const SAVE: &str = "A directory for what comes of it: `model`, a Hugging Face directory, and with --lora `adapter`, at the end; \
                     `checkpoints`, one every --save-every steps, and one at the end";
+const ENGINE: &str = "How steps are run: `captured` as a graph whose operations are fused, since all rows are of one length; `eager` by \
+                      the model's own forward, for replicas alone; `auto` captures where the model is split or cut, or its parameters are \
+                      divided [default: captured on CPUs, else auto]";
 const RESUME: &str = "The --save directory of a run, to go on from its last checkpoint, on any mesh. --steps and --epochs count the \
                       whole run. If it is that of --save, and has no checkpoint yet, the run begins anew";
 
@@ -28,6 +33,7 @@ const RESUME: &str = "The --save directory of a run, to go on from its last chec
 #[command(name = "finetune", max_term_width = 100, after_help = STRATEGY_KEYS)]
 #[command(mut_arg("save", |save| save.help(SAVE)))]
 #[command(mut_arg("resume", |resume| resume.help(RESUME)))]
+#[command(mut_arg("engine", |engine| engine.help(ENGINE)))]
 struct Flags {
     /// The directory of the model: config.json, *.safetensors, tokenizer.json
     #[arg(long, value_name = "DIR")]
@@ -85,8 +91,8 @@ struct Flags {
     #[arg(long, value_name = "TYPE", value_enum, default_value = "f32")]
     dtype: Products,
 
-    /// Computes operations that cost little once more in backward, in place of keeping what they gave; where --tp or
-    /// --zero 3 have steps captured without a pipeline it does nothing
+    /// Computes operations that cost little once more in backward, in place of keeping what they gave: for --engine
+    /// eager and pipelines. Other captured steps hold less than that, and it does nothing
     #[arg(long)]
     recompute: bool,
 
@@ -301,7 +307,9 @@ impl Args {
         mesh.every_micro_batch(share)?;
         let micro = flags.micro_batch.unwrap_or(if pp == 1 { share } else { (share / (4 * pp)).max(1) });
         let plan = if tp == 1 { Plan::new() } else { directory::plan() };
-        let strategy = flags.growth.strategy(flags.mesh.strategy(&mesh, plan, share.div_ceil(micro))?);
+        // On devices burn fuses the operations of eager steps as well.
+        let engine = if start.device == Compute::Flex { Engine::Captured } else { Engine::Auto };
+        let strategy = flags.growth.strategy(flags.mesh.strategy(&mesh, plan, share.div_ceil(micro), engine)?);
         mesh.every_stage(&strategy, config.layers)?;
         let captured = strategy.captures(axes.ranks).map_err(|problem| problem.to_string())?;
         let recompute = flags.recompute && (pp > 1 || !captured);
@@ -411,8 +419,9 @@ impl Args {
 /// Why `--recompute` does nothing where steps are captured, and no pipeline divides forward from backward.
 fn idle_recompute(axes: Axes, strategy: &Strategy) -> String {
     let why = match (axes.tp, strategy.data.sharding) {
-        (1, Sharding::Parameters) => "divided parameters have".into(),
-        (1, _) => "`engine = \"captured\"` has".into(),
+        (1, _) if strategy.engine == Engine::Captured && axes.in_file => "`engine = \"captured\"` has".into(),
+        (1, _) if strategy.engine == Engine::Captured => "--engine captured has".into(),
+        (1, _) => "divided parameters have".into(),
         (tp, _) => format!("{} has", axes.said("tp", tp)),
     };
     format!(

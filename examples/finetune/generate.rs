@@ -60,9 +60,14 @@ pub fn generate(
     Ok(text.split_off(prompt.len()))
 }
 
+/// To how many tokens a text of so many is padded.
+pub fn padded(tokens: usize) -> usize {
+    tokens.next_power_of_two().max(SHORTEST)
+}
+
 /// The logits of the token behind a text.
 fn next(model: &Parallel<Llama>, device: &Device, text: &[u32], config: &Continuation) -> Result<Vec<f32>, Error> {
-    let (rows, length) = (config.rows, text.len().next_power_of_two().max(SHORTEST));
+    let (rows, length) = (config.rows, padded(text.len()));
     // What is behind the text is not seen by it.
     let padded = text.iter().map(|token| i64::from(*token)).chain(std::iter::repeat_n(0, length - text.len()));
     let padded: Vec<i64> = padded.collect();

@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use burn_parallel::batch::BatchSplit;
 use serde::{Deserialize, Serialize};
 
 use crate::args::{Args, Length};
@@ -60,6 +61,16 @@ impl Outcome {
         fs::write(path, serde_json::to_string(&json)? + "\n")
     }
 
+    /// How the last batch was divided.
+    fn divided(&self, args: &Args) -> String {
+        let at_once = args.rows.div_ceil(args.in_pipeline());
+        match BatchSplit::of(&args.strategy, args.axes.ranks, self.batch.rows(), Some(at_once)) {
+            Ok(split) if args.batch() > 0 => split.to_string(),
+            // Rows that only have tokens in common, or fewer than there are micro-batches: they are filled up.
+            _ => format!("{} replicas, at most {at_once} rows at once", args.axes.dp),
+        }
+    }
+
     /// What ends a run: the sample and a table.
     pub fn summary(&self, args: &Args) -> String {
         let per_token = "nats per token";
@@ -79,9 +90,8 @@ impl Outcome {
         if let Some(lora) = &args.lora {
             rows.push(row("adapters", format!("rank {}, on {}", lora.rank, lora.targets.join(", "))));
         }
-        if args.growth.measures() {
-            rows.push(row("gradient noise scale", self.batch.advice()));
-        }
+        rows.push(row("batch", self.divided(args)));
+        rows.push(row("gradient noise scale", self.batch.advice(args.growth)));
         rows.extend(self.figures.losses(per_token));
         if let Some(last) = self.held_out.last() {
             rows.push(row("loss, held-out data", format!("{:.4} {per_token}, after step {}", last.loss, last.step)));

@@ -10,7 +10,7 @@ use crate::checkpoints::{Run, folder};
 use crate::common::device;
 use crate::common::figures::Figures;
 use crate::common::memory::{Memory, Peak};
-use crate::common::program::Ended;
+use crate::common::program::{Ended, refused};
 use crate::common::progress::Progress;
 use crate::common::saving::Saving;
 use crate::common::usage::Pipeline;
@@ -97,7 +97,7 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
             let held_out = run.held_out.last().filter(|last| last.step == done);
             let held_out = held_out.map_or(String::new(), |last| format!(", held-out {:.4}", last.loss));
             let speed = speed.said(tokens, elapsed, counters.waited, &pipeline);
-            format!("loss {loss:.4}{held_out}, lr {rate:.2e}, norm {norm:.3}, {speed}")
+            [format!("loss {loss:.4}{held_out}, lr {rate:.2e}, norm {norm:.3}"), speed]
         });
         if let Some(signal) = saving.after_step(done, |checkpoints| run.save(done, checkpoints))? {
             return Ok(Ended::Stopped(signal));
@@ -136,7 +136,7 @@ fn agree(world: &Communicator, args: &Args, input: &Input) -> Result<(), Error> 
         return Ok(());
     }
     let (data, model) = (args.data.display(), args.model.display());
-    Err(Error::user(format!("{data}, or the tokenizer in {model}, is not the same file on all machines")))
+    Err(refused(Error::user(format!("{data}, or the tokenizer in {model}, is not the same file on all machines"))))
 }
 
 /// Writes what the run was for.

@@ -13,8 +13,15 @@ use crate::training::{BASE_ROWS, Sizes, loss, mean_loss, model, optimizer, setti
 /// The loss that a larger batch may cost, in nats per token.
 const TOLERANCE: f64 = 0.02;
 
+/// How many times the batch the branches have.
+const FACTORS: [usize; 4] = [1, 2, 4, 8];
+
+/// A table of every seed and of their mean, and what it says.
 pub fn measure(sizes: &Sizes, text: &Text, seeds: u64) -> Result<String, Error> {
-    let mut told = String::from("| seed | noise scale, rows | branches |\n|---|---|---|\n");
+    let cells = |first: [&str; 2], more: [String; 4]| format!("| {} | {} |\n", first.join(" | "), more.join(" | "));
+    let mut told = cells(["seed", "noise scale, rows"], FACTORS.map(|factor| format!("{} rows", factor * BASE_ROWS)));
+    told += "|---|---|---|---|---|---|\n";
+    let mut sums = [0.0; FACTORS.len()];
     for seed in 0..seeds {
         let whole = model(sizes.small, sizes.seq, seed);
         let mut all = launch::threads(2).run(|rank| {
@@ -33,7 +40,7 @@ pub fn measure(sizes: &Sizes, text: &Text, seeds: u64) -> Result<String, Error> 
             }
             let (whole, state_of) = (state.into_inner(), optim);
             let held_out = text.held_out(256);
-            let found = critical_batch_size(BASE_ROWS, sizes.branch_rows, &[1, 2, 4, 8], TOLERANCE, |branch| {
+            let found = critical_batch_size(BASE_ROWS, sizes.branch_rows, &FACTORS, TOLERANCE, |branch| {
                 let mut model = whole.clone().fork(&device).data_parallel(&rank, data.clone())?;
                 let settings = settings(branch.rows)?;
                 let mut optim = optimizer(settings).load_record(state_of.to_record());
@@ -51,8 +58,24 @@ pub fn measure(sizes: &Sizes, text: &Text, seeds: u64) -> Result<String, Error> 
             Ok(tokens) => format!("{:.0}", tokens / sizes.seq as f64),
             Err(why) => why.to_string(),
         };
-        let _ = writeln!(told, "| {seed} | {noise} | {found} |");
+        let losses: [f64; FACTORS.len()] = std::array::from_fn(|at| found.branches[at].1);
+        sums = std::array::from_fn(|at| sums[at] + losses[at]);
+        eprintln!("seed {seed}: {found}");
+        told += &cells([&seed.to_string(), &noise], losses.map(|loss| format!("{loss:.4}")));
     }
-    let _ = writeln!(told, "\ntolerance {TOLERANCE} nats, {} rows a branch", sizes.branch_rows);
+    let means = sums.map(|sum| sum / seeds as f64);
+    told += &cells(["mean", ""], means.map(|loss| format!("{loss:.4}")));
+    // What the means of the seeds say, by the same rule.
+    let mut losses = means.into_iter();
+    let found = critical_batch_size(BASE_ROWS, sizes.branch_rows, &FACTORS, TOLERANCE, |_| {
+        Ok(losses.next().unwrap_or(f64::NAN))
+    })?;
+    let (beyond, steps) = (if found.bounded { "" } else { "at least " }, sizes.branch_rows * 2 / BASE_ROWS);
+    let _ = writeln!(
+        told,
+        "\nafter {steps} steps of {BASE_ROWS} rows, {} rows a branch, tolerance {TOLERANCE} nats: the critical batch size is {beyond}{} rows \
+         on the mean of {seeds} seeds",
+        sizes.branch_rows, found.rows
+    );
     Ok(told)
 }

@@ -22,7 +22,7 @@ use std::fmt::Display;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 
 use crate::common::flags::parse;
 use crate::common::program::{self, Failure};
@@ -45,9 +45,24 @@ struct Flags {
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=100))]
     seeds: u64,
 
+    /// Which parts are measured [default: all]
+    #[arg(long, value_name = "PARTS", value_enum, value_delimiter = ',')]
+    only: Vec<Part>,
+
     /// A run of seconds that shows that all of it works, and measures nothing of worth
     #[arg(long)]
     quick: bool,
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// The table of all strategies
+    Strategies,
+    /// Small and large batches: a table, and the figures
+    Curves,
+    /// The critical batch size by branches: a table
+    Critical,
 }
 
 fn main() -> ExitCode {
@@ -59,10 +74,17 @@ fn run(flags: &Flags) -> Result<(), Failure> {
     let sizes = if flags.quick { Sizes::quick() } else { Sizes::full() };
     let text = Text::load(flags.text.as_deref(), sizes.seq).map_err(Failure::Refused)?;
     std::fs::create_dir_all(&flags.out).map_err(|why| Failure::Refused(format!("--out {}", wrong(&why))))?;
-    program::tell(&strategies::measure(&sizes)?)?;
-    let curves = curves::measure(&sizes, &text, flags.seeds)?;
-    program::tell(&curves::table(&curves))?;
-    figures::draw(&curves, sizes.seq, &flags.out).map_err(|why| wrong(&why))?;
-    program::tell(&critical::measure(&sizes, &text, flags.seeds)?)?;
+    let wanted = |part| flags.only.is_empty() || flags.only.contains(&part);
+    if wanted(Part::Strategies) {
+        program::tell(&strategies::measure(&sizes)?)?;
+    }
+    if wanted(Part::Curves) {
+        let curves = curves::measure(&sizes, &text, flags.seeds)?;
+        program::tell(&curves::table(&curves))?;
+        figures::draw(&curves, sizes.seq, &flags.out).map_err(|why| wrong(&why))?;
+    }
+    if wanted(Part::Critical) {
+        program::tell(&critical::measure(&sizes, &text, flags.seeds)?)?;
+    }
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use burn_parallel::batch::{BatchSplit, MemoryBudget};
 use burn_parallel::prelude::*;
+use burn_parallel::train::Engine;
 use clap::Parser;
 
 use crate::checkpoints::folder;
@@ -199,7 +200,8 @@ impl Args {
         flags.saving.check(folder)?;
 
         let micro_batches = flags.micro_batches.unwrap_or((4 * pp).min(rows));
-        let strategy = flags.growth.strategy(flags.mesh.strategy(&mesh, Plan::megatron(), micro_batches)?);
+        let strategy =
+            flags.growth.strategy(flags.mesh.strategy(&mesh, Plan::megatron(), micro_batches, Engine::Auto)?);
         mesh.every_stage(&strategy, flags.layers)?;
         // A trial leaves nothing behind.
         let kept = trial.is_none() || !auto;

@@ -61,9 +61,7 @@ impl Outcome {
         ];
         let split = args.split(&self.batch);
         rows.push(row("batch", split.map_or_else(|why| why.to_string(), |split| split.to_string())));
-        if args.growth.measures() {
-            rows.push(row("gradient noise scale", self.batch.advice()));
-        }
+        rows.push(row("gradient noise scale", self.batch.advice(args.growth)));
         rows.extend(self.figures.losses("nats per byte"));
         rows.push(row("loss, held-out text", held_out));
         rows.extend(self.figures.costs(args.clip, &args.strategy));

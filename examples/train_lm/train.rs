@@ -96,7 +96,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
         let waited = run.model.counters().waited;
         progress.step(number, rows * args.seq, |elapsed| {
             let share = 100.0 * waited.as_secs_f64() / elapsed.as_secs_f64();
-            format!("loss {loss:.4}, {share:.1} % communication")
+            [format!("loss {loss:.4}"), format!("{share:.1} % communication")]
         });
         if let Some(signal) = saving.after_step(number + 1, |checkpoints| run.save(number + 1, checkpoints))? {
             return Ok(Ended::Stopped(signal));

@@ -3,7 +3,9 @@
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use burn::module::Module;
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::optim::GradientsParams;
+use burn::tensor::{DType, Tensor};
 
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp, panic_message};
@@ -166,8 +168,9 @@ pub fn largest_that_fits(
 
 /// Tries a step, forward and backward, on this rank's whole model, where the device refuses what does not fit. Nothing
 /// is communicated and nothing stays: gradients are dropped, running statistics are those of a copy, and no optimizer
-/// is there. (Dropout draws from the generator of the device.) A panic, by which burn tells of a device that is out of
-/// memory, is caught; its message still goes through the panic hook.
+/// is there. (Dropout draws from the generator of the device.) A device that cannot allocate a tensor says so when it
+/// is read, or what was computed from it, not when its queue is waited for: so the loss is read, and of each gradient
+/// one element. A panic, by which burn tells of some of it, is caught; its message still goes through the panic hook.
 ///
 /// On a CPU use [`try_in_child`](super::try_in_child): the system would kill this process.
 pub fn try_step<M, I, F, R>(model: &M, inputs: I, loss: F) -> Trial
@@ -179,14 +182,35 @@ where
     let step = || {
         let copy = model.clone().train();
         let parts = loss(&copy, inputs).into().into_parts()?;
-        let device = parts.value.device();
-        drop(parts.value.backward());
+        let (value, device) = (parts.value.clone().inner(), parts.value.device());
+        let gradients = GradientsParams::from_grads(parts.value.backward(), &copy);
+        let mut firsts = Firsts { gradients: &gradients, found: vec![value.cast(DType::F32)] };
+        copy.visit(&mut firsts);
+        Tensor::cat(firsts.found, 0).try_into_data().map_err(Error::user)?;
+        // Until here, as before the update of a real step.
+        drop(gradients);
         device.sync().map_err(Error::user)
     };
     match catch_unwind(AssertUnwindSafe(step)) {
         Ok(Ok(())) => Trial::Fits,
         Ok(Err(error)) => Trial::TooLarge(error.to_string()),
         Err(panic) => Trial::TooLarge(panic_message(&*panic)),
+    }
+}
+
+/// One element of each gradient, which all of it had to be computed for.
+struct Firsts<'a> {
+    gradients: &'a GradientsParams,
+    found: Vec<Tensor<1>>,
+}
+
+impl ModuleVisitor for Firsts<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let Some(gradient) = self.gradients.get::<D>(param.id) else { return };
+        if gradient.dims().iter().all(|dim| *dim > 0) {
+            let first = gradient.slice([const { 0..1 }; D]).reshape([1]);
+            self.found.push(first.cast(DType::F32));
+        }
     }
 }
 

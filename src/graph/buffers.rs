@@ -316,7 +316,9 @@ fn takes_of(op: &OperationIr, may: impl Fn(usize, usize) -> bool) -> Option<Vec<
     }
     let mut free: Vec<usize> = (0..custom.inputs.len()).collect();
     let take = |(output, out): (usize, &TensorIr)| {
-        let fits = |input: &TensorIr| input.dtype == out.dtype && input.shape == out.shape;
+        // Loops read a tensor under other dims as well.
+        let fits =
+            |input: &TensorIr| input.dtype == out.dtype && input.shape.num_elements() == out.shape.num_elements();
         let at = free.iter().position(|input| fits(&custom.inputs[*input]) && may(output, *input))?;
         Some(free.remove(at))
     };

@@ -76,7 +76,7 @@ impl CustomOps {
     /// no row sees does not reach the results then, which it does one by one, as a product with 0.
     ///
     /// Numbers are those of the operations one by one, but for sums, those of products too, which are added in another
-    /// order, and for `exp`, `log`, `tanh` and `erf` in `f32`, which are within 0.55 units in the last place of the
+    /// order, and for `exp`, `log`, `tanh` and `erf` in `f32`, which are within 0.7 units in the last place of the
     /// exact value (burn's within 1). Turn it off to have burn's very operations, or to see which of them fails.
     pub fn with_fusion(mut self, fusion: bool) -> Self {
         self.fusion = fusion;

@@ -11,6 +11,7 @@ use super::mapping::Mapping;
 use super::relation::swapped;
 use super::weights::Weights;
 use crate::Error;
+use crate::nesting;
 
 /// Which tensors of a directory are which parameters of a model under a mapping. Prints as a list.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -61,9 +62,17 @@ impl Comparison {
 /// Compares a directory with a model that is not wrapped yet. Nothing is read, and no parameter made.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] if a rule of the mapping can fit no model.
+/// [`Error::InvalidArgument`] if a rule of the mapping can fit no model, or if the model is wrapped, so that a rank may
+/// hold parts of its parameters alone.
 pub fn compare<M: Module>(model: &M, weights: &Weights, mapping: &Mapping) -> Result<Comparison, Error> {
     mapping.check()?;
+    if let Some(wrapper) = nesting::wrapper(model) {
+        let problem = format!(
+            "the model is, or holds, a `{wrapper}`, of which a rank may have parts: compare it before it is wrapped; `load` of what it is \
+             wrapped in compares each part with the directory"
+        );
+        return Err(Error::invalid("hf::compare", problem));
+    }
     let mut params = Params::default();
     model.visit(&mut params);
     let mut comparison = Comparison::default();

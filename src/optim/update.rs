@@ -6,8 +6,9 @@ use burn::tensor::{DType, Device, Tensor, TensorData, bf16, f16};
 use super::number::Number;
 use crate::tensor::{Loops, PlainTensor, vectorized};
 
-/// Elements that are read into local memory, computed, and written back: the compiler then knows that they are apart.
-const BLOCK: usize = 32;
+/// Elements that are read into local memory, computed, and written back: the compiler then knows that they are apart. Of
+/// fewer it unrolls a short rule whole, and takes the elements of a vector from as many blocks; more are copied by calls.
+const BLOCK: usize = 128;
 /// Elements from which on two threads share the work.
 const SPLIT_FROM: usize = 128 * 1024;
 

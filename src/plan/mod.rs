@@ -67,6 +67,7 @@ use self::text::PlanText;
 use crate::Error;
 use crate::forms::Table;
 use crate::layout::Layout;
+use crate::nesting;
 
 /// Which parameters and inputs are split over the ranks of a group, and along which dims.
 ///
@@ -188,8 +189,14 @@ impl Plan {
     /// [`Error::Plan`] if the plan was given an empty name of a field, or names an axis that is not given; if a pattern
     /// matches no parameter, or no rule of an axis does; if a parameter is claimed twice; if a rule splits a dim that a
     /// parameter does not have, or that the degree does not divide and is not to be [padded](Self::shard_padded), or a
-    /// parameter that is not float; or if a [sequence](Self::sequence_parallel) is along another dim than 0 or 1.
+    /// parameter that is not float; if a [sequence](Self::sequence_parallel) is along another dim than 0 or 1; or if
+    /// the model is wrapped already, so that a rank may hold parts of its parameters alone.
     pub fn table_over<M: Module>(&self, model: &M, axes: &[(&str, usize)]) -> Result<PlanTable, Error> {
+        if let Some(wrapper) = nesting::wrapper(model) {
+            return Err(plan_error(format!(
+                "the model is, or holds, a `{wrapper}`, of which a rank may have parts: make the table before it is wrapped"
+            )));
+        }
         PlanTable::of(self.over(axes.iter().map(|axis| axis.0))?, model, axes)
     }
 

@@ -45,6 +45,18 @@ pub(crate) struct Strided<T> {
     pub(crate) column: isize,
 }
 
+impl<T> Strided<T> {
+    /// With rows and columns swapped.
+    pub(crate) fn turned(self) -> Self {
+        Self { row: self.column, column: self.row, ..self }
+    }
+
+    /// From a row on.
+    pub(crate) fn below(self, row: usize) -> Self {
+        Self { first: self.first.wrapping_offset(row as isize * self.row), ..self }
+    }
+}
+
 /// One product: of `rows x inner` by `inner x columns`.
 #[derive(Debug)]
 pub(crate) struct Product<'a, T> {
@@ -100,7 +112,16 @@ impl<T: Multiplied> Product<'_, T> {
         }
     }
 
-    /// As [`write`](Self::write), to places that are so far apart along rows and columns.
+    /// As [`write`](Self::write), on one thread, to a matrix as it lies.
+    ///
+    /// # Safety
+    /// That of `write`.
+    pub(crate) unsafe fn write_to(&self, out: Strided<T>) {
+        // SAFETY: as the caller says.
+        unsafe { self.gemm(out.first.cast_mut(), [out.row, out.column], self.adds, gemm::Parallelism::None) }
+    }
+
+    /// To places that are so far apart along rows and columns.
     ///
     /// # Safety
     /// That of `write`.

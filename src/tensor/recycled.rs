@@ -6,7 +6,7 @@
 //! pieces for tensors that leave the step or whose end is not known, which are used again by the next of about their
 //! size.
 
-use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
@@ -112,28 +112,19 @@ unsafe impl Send for Piece {}
 unsafe impl Sync for Piece {}
 
 impl Piece {
-    /// Of which nothing was written yet.
-    fn new(bytes: usize) -> Self {
-        // SAFETY: its size is not 0.
-        Self::made(bytes, |layout| unsafe { alloc(layout) }).unwrap_or_else(|layout| handle_alloc_error(layout))
-    }
-
-    /// Zeros: of a large piece pages that the system zeroes when they are touched.
+    /// Zeros, since kernels refer to elements before they write them: of a large piece pages that the system zeroes when
+    /// they are touched.
     pub(super) fn zeroed(bytes: usize) -> Self {
         Self::try_zeroed(bytes).unwrap_or_else(|layout| handle_alloc_error(layout))
     }
 
-    /// The same, if there is memory for it.
+    /// The same, if there is memory for it. The allocator would write the zeros itself if it were asked for more than its
+    /// own alignment.
     fn try_zeroed(bytes: usize) -> Result<Self, Layout> {
-        // SAFETY: its size is not 0.
-        Self::made(bytes, |layout| unsafe { alloc_zeroed(layout) })
-    }
-
-    /// The allocator would write the zeros itself if it were asked for more than its own alignment.
-    fn made(bytes: usize, allocate: impl FnOnce(Layout) -> *mut u8) -> Result<Self, Layout> {
         let layout = bytes.checked_add(ALIGN).and_then(|bytes| Layout::from_size_align(bytes, align_of::<u128>()).ok());
         let layout = layout.expect("a tensor is smaller than the address space");
-        let allocated = NonNull::new(allocate(layout)).ok_or(layout)?;
+        // SAFETY: its size is not 0.
+        let allocated = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(layout)?;
         Ok(Self { allocated, layout, bytes })
     }
 
@@ -171,10 +162,10 @@ impl Pool {
         })
     }
 
-    /// Room for so many bytes, whose values are not set.
+    /// Room for so many bytes, with any values.
     pub(crate) fn room(self: &Arc<Self>, bytes: usize) -> Room {
         if bytes < FROM {
-            return Room { place: Place::Piece(Piece::new(bytes), Weak::new()), bytes };
+            return Room { place: Place::Piece(Piece::zeroed(bytes), Weak::new()), bytes };
         }
         self.large_room(bytes).unwrap_or_else(|layout| handle_alloc_error(layout))
     }

@@ -10,7 +10,7 @@ use burn::tensor::Device;
 use super::module::UpdateShards;
 use super::module::sealed::Sealed;
 use super::strategy::Chosen;
-use super::{ParallelModule, Report, Strategy};
+use super::{ParallelModule, Report, Strategy, unread};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::data_parallel::{DataParallel, Eager, Join, JoinLoader, Replica};
@@ -60,6 +60,9 @@ pub trait Parallelize: Module + Sized {
     fn parallelize(self, world: &Communicator, strategy: &Strategy) -> Result<Parallel<Self>, Error> {
         nesting::check(&self, "parallelize")?;
         let [dp, pp, tp] = strategy.axes(world.size())?;
+        if let Some(unread) = unread::of_one_replica(&strategy.data).filter(|_| dp == 1 && world.rank() == 0) {
+            log::warn!("{unread}");
+        }
         let mesh = Mesh::new(world, [("dp", dp), ("pp", pp), ("tp", tp)])?;
         let (replicas, data) = (mesh.axis("dp")?, strategy.data.clone());
         let (stages, layers) = (mesh.axis("pp")?, mesh.axis("tp")?);

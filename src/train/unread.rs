@@ -1,6 +1,7 @@
 //! Keys of a strategy file that nothing reads, beside its other keys: whoever writes one has something else in mind.
 
 use super::Strategy;
+use crate::data_parallel::DataParallelConfig;
 use crate::pipeline_parallel::PipelineConfig;
 use crate::plan::Plan;
 use crate::tensor_parallel::TensorParallelConfig;
@@ -27,6 +28,25 @@ pub(super) fn check(strategy: &Strategy) -> Result<(), String> {
         return wrong(&format!("tensor.{key}"), why.into());
     }
     Ok(())
+}
+
+/// What says that keys of `[data]` are not read where there is one replica, if there are such. Unlike others they may
+/// stay: the same file is for any number of replicas, of which a run that loses ranks may keep one.
+pub(super) fn of_one_replica(data: &DataParallelConfig) -> Option<String> {
+    let usual = DataParallelConfig::new();
+    let keys = [
+        ("bucket_bytes", data.bucket_bytes != usual.bucket_bytes),
+        ("first_bucket_bytes", data.first_bucket_bytes != usual.first_bucket_bytes),
+        ("reduce_dtype", data.reduce_dtype != usual.reduce_dtype),
+        ("overlap", data.overlap != usual.overlap),
+        ("compare_every", data.compare_every != usual.compare_every),
+        ("sharding", data.sharding != usual.sharding),
+        ("sharding_ranks", data.sharding_ranks != usual.sharding_ranks),
+        ("keep", data.keep != usual.keep),
+        ("allow_unused_parameters", data.allow_unused_parameters != usual.allow_unused_parameters),
+    ];
+    let keys: Vec<String> = keys.iter().filter(|(_, set)| *set).map(|(key, _)| format!("`data.{key}`")).collect();
+    (!keys.is_empty()).then(|| format!("nothing reads {}: there is one replica of the model", keys.join(", ")))
 }
 
 /// The same strategy without what nothing reads.
@@ -74,4 +94,31 @@ fn pipeline_key(pipeline: &PipelineConfig) -> Option<&'static str> {
 /// Whether steps are captured in some world.
 fn may_capture(strategy: &Strategy) -> bool {
     strategy.captured(strategy.dp.unwrap_or(2)).is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_one_replica_does_not_read_is_named() {
+        let data = |toml: &str| toml.parse::<Strategy>().unwrap().data;
+        for (key, value) in [
+            ("bucket_bytes", "5"),
+            ("first_bucket_bytes", "5"),
+            ("reduce_dtype", "'BF16'"),
+            ("overlap", "false"),
+            ("compare_every", "5"),
+            ("sharding", "'optimizer'"),
+            ("sharding_ranks", "1"),
+            ("keep", "'step'"),
+            ("allow_unused_parameters", "true"),
+        ] {
+            let said = of_one_replica(&data(&format!("[data]\n{key} = {value}"))).unwrap();
+            assert_eq!(said, format!("nothing reads `data.{key}`: there is one replica of the model"));
+        }
+        let two = of_one_replica(&data("[data]\noverlap = false\ncompare_every = 5")).unwrap();
+        assert!(two.starts_with("nothing reads `data.overlap`, `data.compare_every`: "), "{two}");
+        assert_eq!(of_one_replica(&data("[data]\nnoise_scale = true\noverlap = true")), None);
+    }
 }

@@ -275,6 +275,7 @@ fn help_is_no_error() {
         "--seq",
         "--noise-scale",
         "--grow-batch",
+        "--engine",
     ] {
         assert!(help.contains(flag), "{flag}: {help}");
     }
@@ -361,6 +362,8 @@ fn any_number_of_ranks_gives_the_losses_of_one() {
         for dp in ["2", "3", "4"] {
             same_losses(&alone, &run(dp), 1e-4);
         }
+        let captured = ["--steps", "12", "--dp", "2", "--engine", "captured"];
+        same_losses(&alone, &losses(&json(&folder, &[flags, &captured].concat())), 1e-4);
     }
 }
 
@@ -920,6 +923,8 @@ fn the_table_tells_what_was_sent_for_what() {
         for (name, shown) in names.into_iter().zip(shown) {
             assert_eq!(table.contains(name), shown, "{flags:?}, {name}: {table}");
         }
+        // What batch was used, and what would help.
+        assert!(table.contains("8 rows = ") && table.contains("--noise-scale says whether a larger batch"), "{table}");
         if flags.contains(&"--pp") {
             assert!(table.contains("1f1b, 8 micro-batches"), "{table}");
         }

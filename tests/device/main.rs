@@ -5,6 +5,7 @@ mod common;
 #[path = "../common/transport_suite/mod.rs"]
 mod transport_suite;
 
+mod fits;
 mod kernels;
 mod local;
 mod strategies;
@@ -13,6 +14,7 @@ mod trials;
 fn main() {
     let mut trials = trials::Trials::new();
     local::add_to(&mut trials);
+    fits::add_to(&mut trials);
     kernels::add_to(&mut trials);
     strategies::add_to(&mut trials);
     trials.run()

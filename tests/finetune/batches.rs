@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::program::{command, numbers, outcome, prepared, same, trained};
+use crate::program::{command, finetune, numbers, outcome, prepared, same, trained};
 
 /// Accumulation and replicas see the same noise, and a batch that has grown goes on where the run was saved.
 #[test]
@@ -39,6 +39,48 @@ fn noise_is_measured_and_the_batch_grows() {
     same(&numbers(&whole, "losses"), &numbers(&again, "losses"), 1e-4, &"resumed");
 }
 
+#[test]
+fn the_summary_says_what_batch_was_used_and_what_would_help() {
+    let directory = prepared();
+    let said = |flags: &[&str]| {
+        let usual = ["--data", "in:data.jsonl", "--seq", "64", "--steps", "2"];
+        let output = finetune(&directory, &[&usual[..], flags].concat());
+        assert!(output.status.success(), "{flags:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for (flags, words) in [
+        (
+            &["--batch", "5", "--dp", "2", "--micro-batch", "2"][..],
+            &["5 rows = 2 replicas x 2 micro-batches of at most 2 rows", "--noise-scale says whether a larger batch"][..],
+        ),
+        (
+            &["--batch", "8", "--pp", "2", "--micro-batch", "2"],
+            &["8 rows = 1 replicas x 1 runs x 4 micro-batches of at most 2 rows"],
+        ),
+        (&["--batch-tokens", "200", "--dp", "2"], &["2 replicas, at most 1 rows at once"]),
+        (&["--batch", "4", "--noise-scale"], &["take two smaller micro-batches"]),
+        (&["--batch", "4", "--noise-scale", "--dp", "2"], &["4 rows = 2 replicas x 1 micro-batches of at most 2 rows"]),
+    ] {
+        let said = said(flags);
+        words.iter().for_each(|words| assert!(said.contains(words), "{flags:?}: {words}: {said}"));
+    }
+}
+
+/// What a file says of replicas is not read where there is one, and that is told.
+#[test]
+fn keys_that_one_replica_does_not_read_are_named() {
+    let directory = prepared();
+    directory.write("one.toml", b"engine = 'captured'\n[data]\nbucket_bytes = 1000\noverlap = false\n");
+    let flags = ["--data", "in:data.jsonl", "--seq", "64", "--batch", "4", "--steps", "1", "--strategy", "in:one.toml"];
+    let told = |more: &[&str]| {
+        let output = finetune(&directory, &[&flags[..], more].concat());
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{told}");
+        told.matches("nothing reads `data.bucket_bytes`, `data.overlap`: there is one replica").count()
+    };
+    assert_eq!((told(&[]), told(&["--ranks", "2"])), (1, 0));
+}
+
 /// In children with a limit on their memory: less memory, fewer rows.
 #[cfg(target_os = "linux")]
 #[test]
@@ -53,6 +95,10 @@ fn the_batch_that_fits_is_found() {
             limited.args(["-c", &script]).arg(program.get_program()).args(program.get_args()).output().unwrap();
         let told = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && told.contains("rows at once fit on a rank"), "{told}");
+        // It takes a while: each trial is told, and what came of it.
+        let count = |words: &str| told.lines().filter(|line| line.contains(words)).count();
+        assert!(count("--batch auto: tries ") >= 1 && count("--batch auto: at most 128 rows") == 1, "{told}");
+        assert!(count(" rows do not fit: ") < count("--batch auto: tries "), "{told}");
         outcome(&directory)["rows"].as_u64().unwrap()
     };
     let (little, more) = (rows("60000"), rows("100000"));

@@ -14,3 +14,7 @@ mod program;
 mod refusals;
 mod rows;
 mod started;
+#[cfg(target_os = "linux")]
+mod streamed;
+#[cfg(unix)]
+mod terminal;

@@ -27,7 +27,9 @@ pub fn prepared_with(model: &str) -> Directory {
     directory
 }
 
-/// The program with a directory as its model, and files of it by name after `--data` and the like.
+/// The program with a directory as its model, and files of it by name after `--data` and the like. Steps are captured
+/// where they must be, or as the flags say: the loops of those that could be eager take long in a program that is not
+/// optimised.
 pub fn command(directory: &Directory, flags: &[&str]) -> Command {
     let test = std::env::current_exe().unwrap();
     // The example beside this test: `cargo build --features finetune --example finetune` makes it.
@@ -38,6 +40,9 @@ pub fn command(directory: &Directory, flags: &[&str]) -> Command {
     };
     let mut command = Command::new(&example);
     command.arg("--model").arg(directory.path()).args(flags.iter().map(place));
+    if !["--engine", "--strategy", "--dry-run"].iter().any(|flag| flags.contains(flag)) {
+        command.args(["--engine", "auto"]);
+    }
     command
 }
 
@@ -89,6 +94,8 @@ fn any_mesh_gives_the_losses_of_one_rank() {
     assert!(held_out(&one)[1] < held_out(&one)[0]);
     for flags in [
         &["--dp", "2"][..],
+        &["--engine", "captured"],
+        &["--engine", "captured", "--dp", "2", "--micro-batch", "1"],
         &["--dp", "3", "--zero", "3", "--micro-batch", "1"],
         &["--tp", "2"],
         &["--pp", "2"],
@@ -99,6 +106,27 @@ fn any_mesh_gives_the_losses_of_one_rank() {
             same(&numbers(&one, name), &numbers(&found, name), 1e-4, &flags);
         }
         same(&held_out(&one), &held_out(&found), 1e-4, &flags);
+    }
+}
+
+/// Ranks whose shares of a batch are of other lengths make as many steps, and those that one rank makes.
+#[test]
+fn ranks_agree_on_the_steps_of_an_epoch() {
+    let directory = prepared();
+    let data = ["--data", "in:eval.jsonl", "--epochs", "2"];
+    for size in [["--batch", "3"], ["--batch-tokens", "200"]] {
+        let run = |flags: &[&str]| trained(&directory, &[&size[..], &data, flags].concat());
+        let one = numbers(&run(&[]), "losses");
+        let said = finetune(&directory, &[&data[..], &["--seq", "64", "--dry-run"], &size].concat());
+        let said = String::from_utf8(said.stdout).unwrap();
+        assert!(said.contains(&format!("\n{} steps\n", one.len())), "{size:?}: {said}");
+        // The rows of both epochs are no whole number of batches: the last has fewer rows than the others.
+        let rows = said.split(" rows an epoch").next().and_then(|said| said.split(' ').next_back()).unwrap();
+        let rows: usize = rows.parse().unwrap();
+        assert!(size[0] != "--batch" || !(2 * rows).is_multiple_of(3), "{rows} rows");
+        for flags in [&["--dp", "3", "--micro-batch", "1"][..], &["--dp", "2", "--micro-batch", "1"]] {
+            same(&one, &numbers(&run(flags), "losses"), 1e-4, &(size, flags));
+        }
     }
 }
 
@@ -173,6 +201,9 @@ fn adapters_are_trained_on_a_mesh_and_the_model_writes() {
     let one = run(&["--save", "in:one"]);
     let two = run(&["--tp", "2", "--save", "in:two"]);
     same(&numbers(&one, "losses"), &numbers(&two, "losses"), 1e-4, &"tp 2");
+    let captured = run(&["--engine", "captured"]);
+    same(&numbers(&one, "losses"), &numbers(&captured, "losses"), 1e-4, &"captured");
+    assert_eq!(one["sample"], captured["sample"]);
     assert_eq!(one["sample"], two["sample"]);
     assert!(one["sample"].as_str().unwrap().starts_with("<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"));
     for (name, file) in
@@ -206,9 +237,13 @@ fn a_dry_run_says_what_would_be_and_trains_nothing() {
     );
     assert!(one.contains("<|im_start|>assistant\n⟦so."), "{one}");
     // Half of each matrix on each rank, and the state of the optimizer divided among two.
-    let (tp, zero) = (said(&["--tp", "2", "--recompute"]), said(&["--dp", "2", "--zero", "1", "--recompute"]));
+    let zero = ["--dp", "2", "--zero", "1", "--recompute"];
+    let (tp, captured) = (said(&["--tp", "2", "--recompute"]), said(&zero));
+    let zero = said(&[&zero[..], &["--engine", "eager"]].concat());
     // Where a flag does nothing, that is said.
     assert!(tp.contains("--recompute does nothing: --tp 2 has steps captured"), "{tp}");
+    assert!(captured.contains("--recompute does nothing: --engine captured has steps captured"), "{captured}");
+    assert!(captured.contains("engine = \"captured\"") && zero.contains("engine = \"eager\""), "{captured} {zero}");
     assert!(!zero.contains("--recompute does nothing"), "{zero}");
     assert!(tp.contains("rank 1") && !tp.contains(&format!("parameters {parameters}")), "{tp}");
     assert!(
@@ -225,17 +260,24 @@ fn what_is_computed_again_needs_not_be_kept() {
     let directory = prepared();
     let run =
         |flags: &[&str]| trained(&directory, &[&["--batch", "8", "--steps", "2", "--seq", "128"], flags].concat());
+    let step = |outcome: &Value| outcome["bytes_held"]["step"].as_u64().unwrap();
+    let mut eager = Value::Null;
     for flags in [&["--dp", "1"][..], &["--pp", "2"], &["--tp", "2"], &["--dp", "2", "--zero", "3"], &["--lora", "2"]] {
         let (kept, again) = (run(flags), run(&[flags, &["--recompute"]].concat()));
         same(&numbers(&kept, "losses"), &numbers(&again, "losses"), 1e-6, &flags);
-        let step = |outcome: &Value| outcome["bytes_held"]["step"].as_u64().unwrap();
         // Captured steps fuse what would be computed again: they hold little of it in any case, and the flag does
         // nothing.
         if flags[0] == "--tp" || flags.contains(&"--zero") {
             continue;
         }
         assert!(step(&again) < step(&kept), "{flags:?}: {} and {}", step(&again), step(&kept));
+        if flags[0] == "--dp" {
+            eager = again;
+        }
     }
+    let captured = run(&["--engine", "captured"]);
+    same(&numbers(&eager, "losses"), &numbers(&captured, "losses"), 1e-4, &"captured");
+    assert!(step(&captured) < step(&eager), "{} and {}", step(&captured), step(&eager));
 }
 
 /// Products of 16 bits have nearly the losses of 32, on any mesh; what is held and written is of 32.

@@ -34,6 +34,16 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--temperature", "-1", "--generate", "a"], "0 or more"),
         (&["--scheduler", "none"], "possible values: constant, linear, cosine"),
         (&["--zero", "4"], "0, 1, 2 or 3"),
+        (&["--engine", "fast"], "possible values: auto, eager, captured"),
+        (
+            &["--engine", "eager", "--tp", "2"],
+            "--engine eager runs the model's own forward, and --tp 2 needs captured steps",
+        ),
+        (
+            &["--engine", "eager", "--pp", "2"],
+            "--engine eager runs the model's own forward, and --pp 2 needs captured steps",
+        ),
+        (&["--engine", "eager", "--strategy", "in:nowhere.toml"], "--strategy"),
         (&["--steps", "3", "--epochs", "2"], "--epochs"),
         (&["--batch", "3", "--batch-tokens", "200"], "--batch"),
         (&["--eval-every", "3"], "--eval"),
@@ -149,6 +159,17 @@ fn data_that_makes_no_sense_is_refused_with_its_line() {
     refused(&directory, &["--data", "in:bad.jsonl"], "bad.jsonl:2: `text` is not a text");
     refused(&directory, &["--eval", "in:bad.jsonl"], "bad.jsonl:2: `text` is not a text");
     refused(&directory, &["--data", "in:nowhere.txt"], "nowhere.txt");
+    let good: &[u8] = b"\xef\xbb\xbf{\"text\": \"a\"}\r\n\r\n";
+    for (bad, what) in [
+        (&b"{\"text\": \"b\"\r\n"[..], "ends.jsonl:3: is not JSON: EOF while parsing an object, column 12"),
+        (b"{\"text\": \"\xe9\"}\n", "ends.jsonl:3: is not UTF-8: its byte 11 is the first bad one"),
+    ] {
+        directory.write("ends.jsonl", &[good, bad].concat());
+        refused(&directory, &["--data", "in:ends.jsonl"], what);
+    }
+    let endless = directory.write("endless.jsonl", good);
+    fs::OpenOptions::new().append(true).open(endless).unwrap().set_len(65 << 20).unwrap();
+    refused(&directory, &["--data", "in:endless.jsonl"], "endless.jsonl:3: has more than 67108864 bytes");
     fs::remove_file(directory.path().join("chat_template.jinja")).unwrap();
     refused(&directory, &[], ": has `messages`, and the model has no chat template");
 }

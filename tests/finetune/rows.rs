@@ -5,9 +5,11 @@ use std::fmt::Write as _;
 
 use burn::tensor::Device;
 
+use crate::data::document::Document;
 use crate::data::packing::{Packing, Part, parts};
 use crate::data::row::{Row, batch};
 use crate::data::set::{BatchSize, DataSet, Left};
+use crate::data::source::Source;
 use crate::directory::{CHATML, Directory};
 
 /// Texts of 0 to 70 letters, so that some are longer than a row.
@@ -215,7 +217,17 @@ fn a_bad_line_is_named_with_its_number() {
     for (name, bytes, why) in [
         ("a.jsonl", format!("{good}\n{good}{{\"text\"\n{good}").into_bytes(), "a.jsonl:4: is not JSON"),
         ("b.jsonl", [good.as_bytes(), b"{\"text\": \"\xff\"}"].concat(), "b.jsonl:2: is not UTF-8: its byte 11 is"),
-        ("c.txt", b"a\nb\n\xff".to_vec(), "c.txt:1: is not UTF-8: its byte 5 is"),
+        ("c.txt", b"a\nb\n\xff".to_vec(), "c.txt:3: is not UTF-8: its byte 1 is"),
+        (
+            "g.jsonl",
+            b"{\"text\": \"a\"}\r\n\r\n{\"text\": \r\n".to_vec(),
+            "g.jsonl:3: is not JSON: EOF while parsing a value, column 8",
+        ),
+        ("h.jsonl", b"\xef\xbb\xbf{\"text\": 1}".to_vec(), "h.jsonl:1: `text` is not a text"),
+        ("i.jsonl", b"\xff\xfe{\0\"\0".to_vec(), "i.jsonl:1: is UTF-16: save the file as UTF-8"),
+        ("j.txt", b"\xfe\xff\0a".to_vec(), "j.txt:1: is UTF-16: save the file as UTF-8"),
+        // The first of several, whoever finds which.
+        ("k.jsonl", "{}\n".repeat(200).into_bytes(), "k.jsonl:1: has no `text`"),
         ("d.jsonl", b"\n \n".to_vec(), "d.jsonl: has no documents"),
         ("e.txt", Vec::new(), "e.txt: has no documents"),
         ("f.json", b"[]".to_vec(), "f.json: a .json file: give JSON Lines"),
@@ -227,6 +239,59 @@ fn a_bad_line_is_named_with_its_number() {
     for path in [directory.path().join("nowhere.jsonl"), directory.path().to_owned()] {
         assert!(DataSet::open(&path, 8, true, 0, directory.reading()).is_err());
     }
+}
+
+/// What other systems write around lines is no part of them.
+#[test]
+fn marks_line_ends_and_empty_lines_change_nothing() {
+    let directory = Directory::new(&[]);
+    let lines = "{\"text\": \"one\\r\\ntwo\"}\n{\"text\": \"three\"}\n";
+    let text = "First, é.\n\nSecond.\n";
+    let rows = |name: &str, bytes: &[u8]| {
+        let set = DataSet::open(&directory.write(name, bytes), 64, true, 0, directory.reading()).unwrap();
+        every_row(&set).collect::<Vec<_>>()
+    };
+    let mark = |text: &str| [b"\xef\xbb\xbf", text.as_bytes()].concat();
+    for (name, plain) in [("a.jsonl", lines), ("a.txt", text)] {
+        let expected = rows(name, plain.as_bytes());
+        assert_eq!(rows(name, &mark(plain)), expected, "{name}");
+        let windows = plain.replace('\n', "\r\n");
+        assert_eq!(rows(name, windows.as_bytes()), expected, "{name}");
+        assert_eq!(rows(name, &mark(&windows)), expected, "{name}");
+    }
+    let empty = lines.replace('\n', "\n \n\n");
+    assert_eq!(rows("a.jsonl", empty.as_bytes()), rows("a.jsonl", lines.as_bytes()));
+}
+
+/// A line is read whole; of a plain text it need not be.
+#[test]
+fn a_line_that_is_too_long_is_refused_or_divided() {
+    let directory = Directory::new(&[]);
+    let file = directory.write("long.jsonl", b"{\"text\": \"a\"}\n{");
+    std::fs::OpenOptions::new().append(true).open(&file).unwrap().set_len((64 << 20) + 100).unwrap();
+    let problem = DataSet::open(&file, 8, true, 0, directory.reading()).err().unwrap();
+    assert!(problem.ends_with("long.jsonl:2: has more than 67108864 bytes: a line is one document"), "{problem}");
+
+    let line = |word: &str, count: usize| word.repeat(count) + "\nthe end.";
+    for (text, begins) in [(line("words, é ", 20_000), "\u{20}"), (line("é", 70_000), "é")] {
+        let text = format!("A beginning.\n{text}");
+        let (file, reading) = (directory.write("long.txt", text.as_bytes()), directory.reading());
+        let source = Source::open(&file, 1024, &reading).unwrap();
+        let blocks: Vec<Document> =
+            (0..source.places().len()).map(|number| source.document(number, &reading).unwrap()).collect();
+        // Not one, nor many, and all of it.
+        assert!((3..=5).contains(&blocks.len()), "{}", blocks.len());
+        let tokens: Vec<u32> = blocks.iter().flat_map(|block| block.tokens.clone()).collect();
+        let bytes: Vec<u8> = tokens[..tokens.len() - 1].iter().map(|token| (token - 3) as u8).collect();
+        assert_eq!(String::from_utf8(bytes).unwrap(), text);
+        // Words are whole, and characters.
+        let first = blocks[1].tokens[0] - 3;
+        assert_eq!(first as u8, begins.as_bytes()[0]);
+    }
+    // What is wrong behind it has the number of its line.
+    let bytes = [b"a\n", "word ".repeat(30_000).as_bytes(), b"\n\xff"].concat();
+    let problem = DataSet::open(&directory.write("bad.txt", &bytes), 64, true, 0, directory.reading()).err().unwrap();
+    assert!(problem.contains("bad.txt:3: is not UTF-8: its byte 1 is"), "{problem}");
 }
 
 #[test]

@@ -16,25 +16,43 @@ fn losses(directory: &Directory) -> Vec<f64> {
     numbers(&outcome(directory), "losses")
 }
 
-/// As torchrun starts it, which says by variables which rank a process is.
+/// Two ranks with flags of their own, as torchrun starts them, which says by variables which rank a process is.
+fn ranks_of_torchrun(directory: &Directory, flags: [&[&str]; 2]) -> Vec<Output> {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let ranks: Vec<Child> = ["0", "1"]
+        .iter()
+        .zip(flags)
+        .map(|(rank, flags)| {
+            let mut command = command(directory, flags);
+            command.env("RANK", rank).env("LOCAL_RANK", rank).env("WORLD_SIZE", "2").env("LOCAL_WORLD_SIZE", "2");
+            command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port).env("TORCHELASTIC_RUN_ID", "a");
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        })
+        .collect();
+    ranks.into_iter().map(|rank| rank.wait_with_output().unwrap()).collect()
+}
+
+/// Machines whose files differ would not make as many steps: found out before the first.
+#[test]
+fn ranks_that_read_other_data_are_refused() {
+    let directory = prepared();
+    let flags = |data| ["--data", data, "--seq", "64", "--batch", "4", "--dp", "2"];
+    for output in ranks_of_torchrun(&directory, [&flags("in:data.jsonl"), &flags("in:eval.jsonl")]) {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(stderr.contains("is not the same file on all machines"), "{stderr}");
+    }
+}
+
 #[test]
 fn ranks_of_a_launcher_have_the_losses_of_threads() {
     let directory = prepared();
     let flags = ["--batch", "4", "--steps", "2", "--tp", "2"];
     let threads = numbers(&trained(&directory, &flags), "losses");
     fs::remove_file(directory.path().join("outcome.json")).unwrap();
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
     let usual = ["--data", "in:data.jsonl", "--seq", "64", "--lr", "1e-3", "--json", "in:outcome.json"];
-    let ranks: Vec<Child> = ["0", "1"]
-        .iter()
-        .map(|rank| {
-            let mut command = command(&directory, &[&usual[..], &flags].concat());
-            command.env("RANK", rank).env("LOCAL_RANK", rank).env("WORLD_SIZE", "2").env("LOCAL_WORLD_SIZE", "2");
-            command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port).env("TORCHELASTIC_RUN_ID", "a");
-            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
-        })
-        .collect();
-    let outputs: Vec<Output> = ranks.into_iter().map(|rank| rank.wait_with_output().unwrap()).collect();
+    let flags = [&usual[..], &flags].concat();
+    let outputs = ranks_of_torchrun(&directory, [&flags, &flags]);
     for output in &outputs {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
@@ -111,7 +129,8 @@ fn ranks_that_are_lost_are_started_again_or_left_out() {
     assert!(directory.path().join("lost/model/model.safetensors").exists());
 }
 
-/// A tied embedding, which the first stage and the last hold: each goes on with its moments after a kill, on the same mesh to the bit.
+/// A tied embedding, which the first stage and the last hold: each goes on with its moments after a kill, on the same
+/// mesh to the bit.
 #[cfg(unix)]
 #[test]
 fn a_tied_model_that_is_killed_goes_on_on_any_mesh() {

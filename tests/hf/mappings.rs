@@ -6,6 +6,7 @@ use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, L
 use burn::prelude::*;
 use burn_parallel::hf::{self, Mapping, Rule, Weights};
 use burn_parallel::params::SliceSource;
+use burn_parallel::prelude::*;
 
 use crate::golden::Name;
 use crate::{Tensors, counting, file_of};
@@ -210,6 +211,18 @@ fn a_dry_run_tells_what_is_wrong() {
     assert_eq!(tied.left, ["lm_head.weight"]);
     let said = hf::compare(&model, &weights, &Mapping::new().rule(Rule::new("a", "b").rotary_pairs(1))).unwrap_err();
     assert!(said.to_string().contains("an even size"), "{said}");
+    // A rank of a model that is spread may hold parts, which are not what the directory has.
+    launch::threads(2)
+        .run(|rank| {
+            let strategy = Strategy::new().with_tp(2, Plan::new().shard("*_proj.weight", 1));
+            let spread = Name::Llama.fresh(&rank.device().autodiff()).parallelize(&rank, &strategy)?;
+            let said = hf::compare(&spread, &weights, &Mapping::llama()).unwrap_err().to_string();
+            assert!(said.contains("a `Parallel`") && said.contains("before it is wrapped"), "{said}");
+            let said = Plan::new().table(&spread, 2).unwrap_err().to_string();
+            assert!(said.contains("a `Parallel`") && said.contains("before it is wrapped"), "{said}");
+            Ok(())
+        })
+        .unwrap();
     assert_eq!(Mapping::of_type("qwen3").unwrap(), Mapping::llama());
     assert!(Mapping::of_type("t5").unwrap_err().to_string().contains("`t5`"));
 }

@@ -3,6 +3,7 @@
 
 mod attention;
 mod checkpoints;
+mod compile;
 mod directories;
 mod gathered;
 mod lazy;

@@ -2,8 +2,8 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::sync::atomic::AtomicIsize;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicIsize, AtomicUsize};
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::{BatchNorm, BatchNormConfig, Linear, LinearConfig};
@@ -26,6 +26,8 @@ thread_local! {
 /// Bytes that are held now, and that were at most.
 pub static HELD: AtomicIsize = AtomicIsize::new(0);
 pub static MOST: AtomicIsize = AtomicIsize::new(0);
+/// How often any thread has asked for memory.
+pub static CALLS: AtomicUsize = AtomicUsize::new(0);
 
 /// The bytes that all threads hold now.
 pub fn held() -> isize {
@@ -33,6 +35,7 @@ pub fn held() -> isize {
 }
 
 fn asked(size: usize) {
+    CALLS.fetch_add(1, Relaxed);
     let _ = LARGEST.try_with(|largest| largest.set(largest.get().max(size)));
     change(size as isize);
 }

@@ -39,7 +39,7 @@ impl Document {
 
     /// A line of JSON Lines: `{"text": ..}`, `{"prompt": .., "completion": ..}` or `{"messages": [..]}`.
     pub fn of_json(line: &str, tokenizer: &Tokenizer, template: Option<&ChatTemplate>) -> Result<Self, String> {
-        let value: Value = serde_json::from_str(line).map_err(|why| format!("is not JSON: {why}"))?;
+        let value: Value = serde_json::from_str(line).map_err(|why| not_json(&why))?;
         let Some(fields) = value.as_object() else { return Err("is not a JSON object".into()) };
         let text = |key: &str| match fields.get(key) {
             Some(Value::String(text)) => Ok(text.as_str()),
@@ -61,6 +61,12 @@ impl Document {
             _ => Err(format!("has `{}`: one kind of document a line", found.join("` and `"))),
         }
     }
+}
+
+/// What is wrong with a line. The parser counts lines too, from where it begins.
+fn not_json(why: &serde_json::Error) -> String {
+    let (said, place) = (why.to_string(), format!(" at line {} column {}", why.line(), why.column()));
+    format!("is not JSON: {}, column {}", said.strip_suffix(&place).unwrap_or(&said), why.column())
 }
 
 /// A completion is trained on, its prompt is not.

@@ -1,5 +1,6 @@
 //! A file of documents, of which only places are held in memory.
 
+use std::borrow::Cow;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -13,8 +14,11 @@ use super::tokenizer::Tokenizer;
 /// So many bytes are read and tokenised at once when a file is looked through.
 const AT_ONCE: usize = 8 << 20;
 
-/// The longest line: a file without line breaks would be read whole.
-const LONGEST_LINE: u64 = 256 << 20;
+/// The longest line of JSON Lines: a file without line breaks would be read whole.
+const LONGEST_LINE: u64 = 64 << 20;
+
+/// What some systems write before a text.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// What turns text into documents.
 pub struct Reading {
@@ -96,12 +100,13 @@ impl Source {
         let mut source = Self { path: path.into(), form, places: Vec::new() };
         let mut lines = Lines::open(path, if form == Form::Text { block } else { 0 }).map_err(|why| wrong(&why))?;
         loop {
-            let (batch, more) = lines.batch(form).map_err(|why| wrong(&why))?;
-            let places: Vec<Place> = batch
-                .into_par_iter()
-                .map(|(place, bytes)| source.measured(place, &bytes, reading))
-                .collect::<Result<_, _>>()?;
-            source.places.extend(places);
+            let (batch, more) = lines.batch(form).map_err(|why| format!("{}:{why}", path.display()))?;
+            let places: Vec<Result<Place, String>> =
+                batch.into_par_iter().map(|(place, bytes)| source.measured(place, &bytes, reading)).collect();
+            // Of several wrong lines always the first is told.
+            for place in places {
+                source.places.push(place?);
+            }
             if !more {
                 break;
             }
@@ -142,13 +147,15 @@ impl Source {
 
     fn parse(&self, place: Place, bytes: &[u8], reading: &Reading) -> Result<Document, String> {
         let wrong = |why: String| self.wrong(place, &why);
-        let text = std::str::from_utf8(bytes)
-            .map_err(|why| wrong(format!("is not UTF-8: its byte {} is the first bad one", why.valid_up_to() + 1)))?;
+        let text =
+            std::str::from_utf8(bytes).map_err(|why| self.not_utf_8(place, &bytes[..why.valid_up_to()], bytes))?;
         match self.form {
-            Form::Json => Document::of_json(text, &reading.tokenizer, reading.template.as_ref()).map_err(wrong),
+            Form::Json => {
+                Document::of_json(text.trim_end(), &reading.tokenizer, reading.template.as_ref()).map_err(wrong)
+            }
             Form::Text => {
-                let tokenizer = &reading.tokenizer;
-                let tokens = if place.last { tokenizer.document(text) } else { tokenizer.beginning(text) };
+                let (tokenizer, text) = (&reading.tokenizer, line_feeds(text));
+                let tokens = if place.last { tokenizer.document(&text) } else { tokenizer.beginning(&text) };
                 tokens.map(Document::text).map_err(wrong)
             }
         }
@@ -162,9 +169,24 @@ impl Source {
         Ok(Place { tokens, first_trained, kind, ..place })
     }
 
+    /// Says where the first byte is that is no UTF-8, behind those that are.
+    fn not_utf_8(&self, place: Place, before: &[u8], all: &[u8]) -> String {
+        if place.offset == 0 && (all.starts_with(b"\xff\xfe") || all.starts_with(b"\xfe\xff")) {
+            return self.wrong(place, "is UTF-16: save the file as UTF-8");
+        }
+        let within = before.rsplit(|byte| *byte == b'\n').next().map_or(0, <[u8]>::len);
+        let line = place.line + before.iter().filter(|byte| **byte == b'\n').count() as u32;
+        self.wrong(Place { line, ..place }, &format!("is not UTF-8: its byte {} is the first bad one", within + 1))
+    }
+
     fn wrong(&self, place: Place, why: &str) -> String {
         format!("{}:{}: {why}", self.path.display(), place.line)
     }
+}
+
+/// A text with the line ends that models have seen most.
+fn line_feeds(text: &str) -> Cow<'_, str> {
+    if text.contains("\r\n") { text.replace("\r\n", "\n").into() } else { text.into() }
 }
 
 /// A document that is not tokenised yet.
@@ -176,37 +198,31 @@ struct Lines {
     /// The bytes of a block at least; one line if none.
     block: usize,
     offset: u64,
+    /// The lines that have ended before.
     line: u32,
 }
 
 impl Lines {
     fn open(path: &Path, block: usize) -> std::io::Result<Self> {
-        Ok(Self { file: BufReader::with_capacity(1 << 20, File::open(path)?), block, offset: 0, line: 0 })
+        let mut file = BufReader::with_capacity(1 << 20, File::open(path)?);
+        let mark = if file.fill_buf()?.starts_with(BYTE_ORDER_MARK) { BYTE_ORDER_MARK.len() } else { 0 };
+        file.consume(mark);
+        Ok(Self { file, block, offset: mark as u64, line: 0 })
     }
 
-    /// The next documents with their places, and whether there are more.
+    /// The next documents with their places, and whether there are more; or what is wrong, after the number of its
+    /// line.
     fn batch(&mut self, form: Form) -> Result<(Vec<Found>, bool), String> {
         let (mut batch, mut taken) = (Vec::new(), 0);
         while taken < AT_ONCE {
             let (offset, line) = (self.offset, self.line + 1);
-            let mut bytes = Vec::new();
-            loop {
-                let mut line = (&mut self.file).take(LONGEST_LINE);
-                let read = line.read_until(b'\n', &mut bytes).map_err(|why| why.to_string())? as u64;
-                if read == LONGEST_LINE && bytes.last() != Some(&b'\n') {
-                    return Err(format!("line {} has more than {LONGEST_LINE} bytes", self.line + 1));
-                }
-                self.offset += read;
-                self.line += u32::from(read > 0);
-                if read == 0 || bytes.len() >= self.block {
-                    break;
-                }
-            }
-            let last = self.file.fill_buf().map_err(|why| why.to_string())?.is_empty();
+            let bytes = self.next(form).map_err(|why| format!("{}: {why}", self.line + 1))?;
+            self.offset += bytes.len() as u64;
+            let last = self.file.fill_buf().map_err(|why| format!("{}: {why}", self.line + 1))?.is_empty();
             taken += bytes.len();
             // Lines of white space are no documents.
             if form == Form::Text && !bytes.is_empty() || !bytes.trim_ascii().is_empty() {
-                // The block is less than a line longer than it must be.
+                // A block is no longer than `LONGEST_LINE`, or little.
                 let length = bytes.len() as u32;
                 let place = Place { offset, bytes: length, line, tokens: 0, first_trained: 0, kind: Kind::Text, last };
                 batch.push((place, bytes));
@@ -217,4 +233,41 @@ impl Lines {
         }
         Ok((batch, true))
     }
+
+    /// The next line, or block of lines. A long line of a plain text is divided among blocks, between words.
+    fn next(&mut self, form: Form) -> Result<Vec<u8>, String> {
+        let most = match form {
+            Form::Json => LONGEST_LINE,
+            Form::Text => (8 * self.block as u64).clamp(64 << 10, LONGEST_LINE),
+        };
+        let mut bytes = Vec::new();
+        loop {
+            let read = (&mut self.file).take(most).read_until(b'\n', &mut bytes).map_err(|why| why.to_string())?;
+            let ended = bytes.last() == Some(&b'\n');
+            self.line += u32::from(ended && read > 0);
+            if read as u64 == most && !ended {
+                if form == Form::Json {
+                    return Err(format!("has more than {LONGEST_LINE} bytes: a line is one document"));
+                }
+                let end = word_end(&bytes);
+                self.file.seek_relative(end as i64 - bytes.len() as i64).map_err(|why| why.to_string())?;
+                bytes.truncate(end);
+                return Ok(bytes);
+            }
+            if read == 0 || bytes.len() >= self.block {
+                return Ok(bytes);
+            }
+        }
+    }
+}
+
+/// Where the last word that is whole ends in the second half of some text; where no space is there, the last character.
+fn word_end(text: &[u8]) -> usize {
+    let half = text.len() / 2;
+    if let Some(space) = text[half..].iter().rposition(|byte| *byte == b' ') {
+        return half + space;
+    }
+    let begins = |at: &usize| text[*at] & 0b1100_0000 != 0b1000_0000;
+    // A character has four bytes at most.
+    (text.len().saturating_sub(4).max(1)..text.len()).rev().find(begins).unwrap_or(text.len())
 }

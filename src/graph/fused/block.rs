@@ -190,11 +190,32 @@ impl<T: Native> Running<'_, T> {
             Instruction::Spread { out, x } => {
                 let x = read(x);
                 let each = write(out).len() / x.len();
-                write(out).chunks_exact_mut(each).zip(x).for_each(|(out, x)| out.fill(*x));
+                for (out, x) in write(out).chunks_exact_mut(each).zip(x) {
+                    out.fill(*x);
+                }
             }
             Instruction::Reduce { op, out, x } => {
-                let rows = read(x).chunks_exact(width);
-                write(out).iter_mut().zip(rows).for_each(|(out, row)| *out = reduce(op, row));
+                // Not by an iterator's method with a closure, which would be a function of its own, without wide vectors.
+                for (out, row) in write(out).iter_mut().zip(read(x).chunks_exact(width)) {
+                    *out = reduce(op, row);
+                }
+            }
+            Instruction::Pick { out, x, index } => {
+                let rows = read(x).chunks_exact(width).zip(read(index));
+                write(out).iter_mut().zip(rows).for_each(|(out, (row, index))| *out = row[place(*index, width)]);
+            }
+            Instruction::AddAt { out, x, index, add } => {
+                let out = write(out);
+                match (extent(x), read(x)) {
+                    (Extent::Full, x) => out.copy_from_slice(x),
+                    (Extent::Row, x) => out.chunks_exact_mut(width).zip(x).for_each(|(out, x)| out.fill(*x)),
+                    (Extent::One, x) => out.fill(x[0]),
+                }
+                let added = read(index).iter().zip(read(add));
+                for (row, (index, add)) in out.chunks_exact_mut(width).zip(added) {
+                    let out = &mut row[place(*index, width)];
+                    *out = out.add(*add);
+                }
             }
             Instruction::AddRows { sums, x } => {
                 // SAFETY: each part has sums of its own.
@@ -213,6 +234,20 @@ impl<T: Native> Running<'_, T> {
             }
         }
     }
+}
+
+/// Where an index points to.
+///
+/// # Panics
+/// If that is beyond the row, as burn does.
+fn place<T: Native>(index: T, columns: usize) -> usize {
+    let is = |place: &usize| T::from_f64(*place as f64) == index;
+    let number = index.to_f64();
+    let place = number as usize;
+    // Larger ones are rounded.
+    let about = if number.abs() < f64::from(1 << f32::MANTISSA_DIGITS) { "" } else { "about " };
+    assert!(place < columns && is(&place), "index {about}{number} is not one of a row of {columns}");
+    place
 }
 
 /// The elements of a value in a block of so many rows of so many elements.

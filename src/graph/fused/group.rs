@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use burn_ir::{OperationIr, TensorId};
+use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::super::instruction::Item;
 use super::work::{Work, is_wide};
@@ -27,6 +27,8 @@ struct Space {
     /// The last dim; none if only numbers for whole rows are known so far.
     columns: Option<usize>,
     wide: bool,
+    /// Whether all tensors have all rows or none, so that these may be under other dims.
+    flat: bool,
 }
 
 impl Space {
@@ -34,8 +36,14 @@ impl Space {
         let (work, out) = Work::of(op)?;
         let over = work.over(out);
         let (last, rows) = over.shape.as_slice().split_last()?;
+        let number: usize = rows.iter().product();
+        let is_flat = |tensor: &TensorIr| {
+            let own: usize = tensor.shape.iter().rev().skip(1).product();
+            own == number || own == 1
+        };
+        let flat = op.inputs().chain([out]).all(is_flat);
         let columns = Some(*last).filter(|last| *last != 1);
-        Some(Self { rows: rows.to_vec(), columns, wide: is_wide(op) })
+        Some(Self { rows: rows.to_vec(), columns, wide: is_wide(op), flat })
     }
 
     fn merged(&self, other: &Self) -> Option<Self> {
@@ -43,8 +51,17 @@ impl Space {
             (Some(a), Some(b)) if a != b => return None,
             (a, b) => a.or(b),
         };
-        let same = self.rows == other.rows && self.wide == other.wide;
-        same.then(|| Self { columns, ..self.clone() })
+        if self.wide != other.wide {
+            return None;
+        }
+        let flat = self.flat && other.flat;
+        let as_many = || self.rows.iter().product::<usize>() == other.rows.iter().product::<usize>();
+        match self.rows == other.rows {
+            true => Some(Self { columns, flat, ..self.clone() }),
+            false if other.flat && as_many() => Some(Self { columns, flat, ..self.clone() }),
+            false if self.flat && as_many() => Some(Self { columns, flat, ..other.clone() }),
+            false => None,
+        }
     }
 }
 
@@ -74,8 +91,10 @@ impl Group {
     /// Whether one loop takes less than the operations one by one.
     pub(super) fn is_worth_it(&self) -> bool {
         let works = || self.operations.values().filter_map(|op| Work::of(op)).map(|(work, _)| work);
-        let real = |work: &Work<'_>| !matches!(work, Work::Fill(_) | Work::AddRows(_));
-        works().any(|work| work.is_dear()) || works().filter(real).count() > 1
+        let real = |work: &Work<'_>| !matches!(work, Work::Fill(_) | Work::AddRows(_) | Work::Reshape(_));
+        // burn goes through what it broadcasts element by element, and into new memory.
+        let spreads = |work: Work<'_>| matches!(work, Work::Binary(_, a, b) if a.shape != b.shape);
+        works().any(|work| work.is_dear() || spreads(work)) || works().filter(real).count() > 1
     }
 }
 
@@ -165,6 +184,10 @@ impl Grouping {
                     self.close_maker(input.id);
                 }
             }
+        }
+        if joined.is_empty() && matches!(Work::of(&op), Some((Work::Reshape(_), _))) {
+            self.parts.push(Part::Item(Item::Run(op)));
+            return;
         }
         // Of no group it reads a result of, but perhaps the same as one.
         if joined.is_empty() {

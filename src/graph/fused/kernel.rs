@@ -52,6 +52,19 @@ pub(super) enum Instruction {
         out: Value,
         x: Value,
     },
+    /// Of each row the element at an index.
+    Pick {
+        out: Value,
+        x: Value,
+        index: Value,
+    },
+    /// The first, with a number of each row added at an index.
+    AddAt {
+        out: Value,
+        x: Value,
+        index: Value,
+        add: Value,
+    },
     /// Adds the rows to sums that are a result.
     AddRows {
         sums: usize,
@@ -76,6 +89,8 @@ impl Instruction {
             Self::Unary { x, .. } | Self::Spread { x, .. } | Self::Reduce { x, .. } => [Some(x), None, None],
             Self::AddRows { x, .. } | Self::Round { x, .. } | Self::Expect { x, .. } => [Some(x), None, None],
             Self::Binary { a, b, .. } => [Some(a), Some(b), None],
+            Self::Pick { x, index, .. } => [Some(x), Some(index), None],
+            Self::AddAt { x, index, add, .. } => [Some(x), Some(index), Some(add)],
             Self::Choose { mask, a, b, .. } => [Some(mask), Some(a), Some(b)],
         };
         read.into_iter().flatten()
@@ -85,6 +100,7 @@ impl Instruction {
         match *self {
             Self::Fill { out, .. } | Self::Unary { out, .. } | Self::Binary { out, .. } => Some(out),
             Self::Choose { out, .. } | Self::Spread { out, .. } | Self::Reduce { out, .. } => Some(out),
+            Self::Pick { out, .. } | Self::AddAt { out, .. } => Some(out),
             Self::AddRows { .. } | Self::Round { .. } | Self::Expect { .. } => None,
         }
     }
@@ -119,8 +135,9 @@ pub(super) struct Kernel {
     pub(super) dims: Vec<usize>,
     /// Whether it computes in `f64`, else in `f32`.
     pub(super) wide: bool,
-    /// How much of each input there is in a block.
+    /// How much of each input there is in a block, and under which dims it is read.
     pub(super) inputs: Vec<Extent>,
+    pub(super) views: Vec<Vec<usize>>,
     pub(super) extents: Vec<Extent>,
     pub(super) homes: Vec<Home>,
     /// How many registers there are beside those of inputs and results.
@@ -167,7 +184,8 @@ impl Kernel {
 
     /// Whether a row may be cut into several blocks.
     pub(super) fn cuts_rows(&self) -> bool {
-        let whole = |code: &Instruction| matches!(code, Instruction::Reduce { .. } | Instruction::AddRows { .. });
+        use Instruction::{AddAt, AddRows, Pick, Reduce};
+        let whole = |code: &Instruction| matches!(code, Reduce { .. } | AddRows { .. } | Pick { .. } | AddAt { .. });
         !self.code.iter().any(whole) && self.outputs.iter().all(|output| output.extent == Extent::Full)
     }
 }

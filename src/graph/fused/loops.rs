@@ -281,4 +281,8 @@ stored! {
     f16 as f32: |x| x.to_f32(), |y| f16::from_f32(y);
     u8 as f32: |x| f32::from(u8::from(x != 0)), |y| u8::from(y != 0.0);
     u8 as f64: |x| f64::from(u8::from(x != 0)), |y| u8::from(y != 0.0);
+    i64 as f32: |x| x as f32, |y| y as i64;
+    i32 as f32: |x| x as f32, |y| y as i32;
+    i64 as f64: |x| x as f64, |y| y as i64;
+    i32 as f64: |x| x.into(), |y| y as i32;
 }

@@ -36,16 +36,17 @@ pub(super) fn lower(
         let value = lowering.work(&work, out)?;
         lowering.values.insert(out.id, value);
         if is_wanted {
-            let extent = lowering.extent_of(out)?;
+            let extent = lowering.read_as(out)?.0;
             lowering.output(Some(value), out, extent);
             results.push(out.clone());
         }
     }
-    let Lowering { wide, values, inputs, extents, code, outputs, .. } = lowering;
+    let Lowering { wide, values, inputs, views, extents, code, outputs, .. } = lowering;
     let at: Vec<Value> = inputs.iter().map(|input| values[&input.id]).collect();
     let read = at.iter().map(|value| extents[*value]).collect();
     let (homes, registers) = homes(&extents, &at, &code, &outputs);
-    let kernel = Kernel { dims: dims.to_vec(), wide, inputs: read, extents, homes, registers, code, outputs };
+    let dims = dims.to_vec();
+    let kernel = Kernel { dims, wide, inputs: read, views, extents, homes, registers, code, outputs };
     Some((kernel, inputs, results))
 }
 
@@ -55,6 +56,7 @@ struct Lowering<'a> {
     wide: bool,
     values: HashMap<TensorId, Value>,
     inputs: Vec<TensorIr>,
+    views: Vec<Vec<usize>>,
     extents: Vec<Extent>,
     /// Values that are the same number everywhere.
     known: HashMap<Value, f64>,
@@ -74,29 +76,41 @@ impl Lowering<'_> {
         self.outputs.push(Output { value, dims: out.shape.to_vec(), dtype: out.dtype, extent });
     }
 
-    /// How much of a tensor there is in a block; none if it cannot be broadcast to what the kernel runs over.
-    fn extent_of(&self, tensor: &TensorIr) -> Option<Extent> {
+    /// How much of a tensor there is in a block, and the dims under which it is read; none if it cannot be broadcast to
+    /// what the kernel runs over.
+    fn read_as(&self, tensor: &TensorIr) -> Option<(Extent, Vec<usize>)> {
         let of: &[usize] = &tensor.shape;
         let broadcast = |(size, whole): (&usize, &usize)| size == whole || *size == 1;
-        if of.len() != self.dims.len() || !of.iter().zip(self.dims).all(broadcast) {
-            return None;
-        }
-        let columns = *self.dims.last()?;
-        Some(match of.iter().all(|size| *size == 1) {
+        let (columns, rows) = self.dims.split_last()?;
+        let view = if of.len() == self.dims.len() && of.iter().zip(self.dims).all(broadcast) {
+            of.to_vec()
+        } else {
+            // All rows one after the other, or none.
+            let (own_columns, own_rows) = of.split_last()?;
+            let (number, all) = (own_rows.iter().product::<usize>(), rows.iter().product::<usize>());
+            if !(number == all || number == 1) || !(own_columns == columns || *own_columns == 1) {
+                return None;
+            }
+            let rows = rows.iter().map(|size| if number == all { *size } else { 1 });
+            rows.chain([*own_columns]).collect()
+        };
+        let extent = match view.iter().all(|size| *size == 1) {
             true if self.dims.iter().any(|size| *size != 1) => Extent::One,
-            _ if of.last() == Some(&1) && columns != 1 => Extent::Row,
+            _ if view.last() == Some(&1) && *columns != 1 => Extent::Row,
             _ => Extent::Full,
-        })
+        };
+        Some((extent, view))
     }
 
     fn read(&mut self, tensor: &TensorIr) -> Option<Value> {
         if let Some(value) = self.values.get(&tensor.id) {
             return Some(*value);
         }
-        let extent = self.extent_of(tensor)?;
+        let (extent, view) = self.read_as(tensor)?;
         let value = self.value(extent);
         self.values.insert(tensor.id, value);
         self.inputs.push(tensor.clone());
+        self.views.push(view);
         Some(value)
     }
 
@@ -113,6 +127,7 @@ impl Lowering<'_> {
         let to = Some(out.dtype).filter(|dtype| matches!(dtype, DType::F16 | DType::BF16));
         Some(match *work {
             Work::Fill(with) => self.fill(with),
+            Work::Reshape(x) => self.read(x)?,
             Work::Unary(Unary::Copy, x) => {
                 let value = self.read(x)?;
                 // A float in a larger dtype is what it was.
@@ -153,6 +168,19 @@ impl Lowering<'_> {
                 let x = self.spread(x, Extent::Full);
                 let out = self.value(Extent::Row);
                 self.make(Instruction::Reduce { op, out, x }, out, to)
+            }
+            Work::Pick(x, index) => {
+                let (x, index) = (self.read(x)?, self.read(index)?);
+                let x = self.spread(x, Extent::Full);
+                let index = self.spread(index, Extent::Row);
+                let out = self.value(Extent::Row);
+                self.make(Instruction::Pick { out, x, index }, out, to)
+            }
+            Work::AddAt(x, index, add) => {
+                let [x, index, add] = [self.read(x)?, self.read(index)?, self.read(add)?];
+                let [index, add] = [index, add].map(|value| self.spread(value, Extent::Row));
+                let out = self.value(Extent::Full);
+                self.make(Instruction::AddAt { out, x, index, add }, out, to)
             }
             Work::AddRows(_) => return None,
         })

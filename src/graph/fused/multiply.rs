@@ -41,8 +41,8 @@ pub(super) struct Factor<'a, T> {
     start: isize,
     /// Along each dim of the batch, 0 where it is broadcast.
     batch: Vec<isize>,
-    pub(super) row: isize,
-    pub(super) column: isize,
+    row: isize,
+    column: isize,
 }
 
 impl<'a, T: Element + bytemuck::Pod> Factor<'a, T> {
@@ -66,14 +66,20 @@ impl<'a, T: Element + bytemuck::Pod> Factor<'a, T> {
     }
 
     /// One of a batch.
-    pub(super) fn of(&self, mut number: usize, batch: &[usize]) -> Strided<T> {
-        let mut offset = self.start;
-        for (size, stride) in batch.iter().zip(&self.batch).rev() {
-            offset += (number % size) as isize * stride;
-            number /= size;
-        }
+    pub(super) fn of(&self, number: usize, batch: &[usize]) -> Strided<T> {
+        let offset = self.start + offset(number, batch, &self.batch);
         Strided { first: self.data.as_ptr().wrapping_offset(offset), row: self.row, column: self.column }
     }
+}
+
+/// Where one of a batch begins, if its neighbours along each dim are so far apart.
+pub(super) fn offset(mut number: usize, batch: &[usize], strides: &[isize]) -> isize {
+    let mut offset = 0;
+    for (size, stride) in batch.iter().zip(strides).rev() {
+        offset += (number % size) as isize * stride;
+        number /= size;
+    }
+    offset
 }
 
 /// The sizes of a batch of products, and their factors.

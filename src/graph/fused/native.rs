@@ -33,8 +33,9 @@ pub(super) trait Native: Float {
     fn round(x: &mut [Self], to: DType);
 }
 
-fn is_bool(dtype: DType) -> bool {
-    matches!(dtype, DType::Bool(BoolStore::Native | BoolStore::U8))
+/// Bools, and indices, which a kernel reads but never gives.
+fn is_other(dtype: DType) -> bool {
+    matches!(dtype, DType::Bool(BoolStore::Native | BoolStore::U8) | DType::I64 | DType::I32)
 }
 
 /// Makes sure that all tensors are of dtypes that `T` stands for.
@@ -45,6 +46,7 @@ pub(super) fn check<T: Native>(dtypes: impl IntoIterator<Item = DType>) -> Resul
     }
 }
 
+#[inline(always)]
 unsafe fn gather_as<T: Float, S: Stored<T>>(base: *const u8, offset: isize, stride: isize, out: &mut [T]) {
     // SAFETY: as the caller says.
     unsafe {
@@ -52,7 +54,9 @@ unsafe fn gather_as<T: Float, S: Stored<T>>(base: *const u8, offset: isize, stri
         match stride {
             1 => {
                 let source = std::slice::from_raw_parts(base, out.len());
-                out.iter_mut().zip(source).for_each(|(out, x)| *out = x.load());
+                for (out, x) in out.iter_mut().zip(source) {
+                    *out = x.load();
+                }
             }
             0 => out.fill((*base).load()),
             _ => {
@@ -64,6 +68,7 @@ unsafe fn gather_as<T: Float, S: Stored<T>>(base: *const u8, offset: isize, stri
     }
 }
 
+#[inline(always)]
 unsafe fn scatter_as<T: Float, S: Stored<T>>(base: *mut u8, offset: usize, x: *const T, len: usize) {
     // SAFETY: as the caller says; the elements are either at the same places as they go to, or elsewhere.
     unsafe {
@@ -72,7 +77,9 @@ unsafe fn scatter_as<T: Float, S: Stored<T>>(base: *mut u8, offset: usize, x: *c
             return;
         }
         let (x, out) = (std::slice::from_raw_parts(x, len), std::slice::from_raw_parts_mut(base, len));
-        out.iter_mut().zip(x).for_each(|(out, x)| *out = S::store(*x));
+        for (out, x) in out.iter_mut().zip(x) {
+            *out = S::store(*x);
+        }
     }
 }
 
@@ -80,7 +87,7 @@ impl Native for f32 {
     const DTYPE: DType = DType::F32;
 
     fn holds(dtype: DType) -> bool {
-        matches!(dtype, DType::F32 | DType::BF16 | DType::F16) || is_bool(dtype)
+        matches!(dtype, DType::F32 | DType::BF16 | DType::F16) || is_other(dtype)
     }
 
     #[inline(always)]
@@ -92,6 +99,8 @@ impl Native for f32 {
                 DType::BF16 => gather_as::<f32, bf16>(base, offset, stride, out),
                 DType::F16 => gather_as::<f32, f16>(base, offset, stride, out),
                 DType::Bool(_) => gather_as::<f32, u8>(base, offset, stride, out),
+                DType::I64 => gather_as::<f32, i64>(base, offset, stride, out),
+                DType::I32 => gather_as::<f32, i32>(base, offset, stride, out),
                 _ => unreachable!("{dtype:?} is not computed in f32"),
             }
         }
@@ -124,7 +133,7 @@ impl Native for f64 {
     const DTYPE: DType = DType::F64;
 
     fn holds(dtype: DType) -> bool {
-        dtype == DType::F64 || is_bool(dtype)
+        dtype == DType::F64 || is_other(dtype)
     }
 
     #[inline(always)]
@@ -134,6 +143,8 @@ impl Native for f64 {
             match dtype {
                 DType::F64 => gather_as::<f64, f64>(base, offset, stride, out),
                 DType::Bool(_) => gather_as::<f64, u8>(base, offset, stride, out),
+                DType::I64 => gather_as::<f64, i64>(base, offset, stride, out),
+                DType::I32 => gather_as::<f64, i32>(base, offset, stride, out),
                 _ => unreachable!("{dtype:?} is not computed in f64"),
             }
         }

@@ -14,7 +14,8 @@ use super::super::operation::{Class, build, matmul, reshape, sum_dim, swap_dims}
 
 /// What a program has made so far.
 struct Merging<'a> {
-    items: Vec<Item>,
+    /// None where nobody reads any more what was made.
+    items: Vec<Option<Item>>,
     makers: HashMap<TensorId, usize>,
     readers: &'a HashMap<TensorId, usize>,
     next_id: &'a mut u64,
@@ -31,22 +32,22 @@ pub(super) fn merged(items: Vec<Item>, readers: &HashMap<TensorId, usize>, next_
                     merging.push(*op);
                 }
             }
-            item => merging.items.push(item),
+            item => merging.items.push(Some(item)),
         }
     }
-    merging.items
+    merging.items.into_iter().flatten().collect()
 }
 
 impl Merging<'_> {
     fn push(&mut self, op: OperationIr) {
         self.makers.extend(op.outputs().map(|out| (out.id, self.items.len())));
-        self.items.push(Item::Run(Box::new(op)));
+        self.items.push(Some(Item::Run(Box::new(op))));
     }
 
     fn maker(&self, tensor: &TensorIr) -> Option<&OperationIr> {
         match self.items.get(*self.makers.get(&tensor.id)?)? {
-            Item::Run(op) => Some(op),
-            Item::Output(_) => None,
+            Some(Item::Run(op)) => Some(op),
+            Some(Item::Output(_)) | None => None,
         }
     }
 
@@ -106,8 +107,7 @@ impl Merging<'_> {
         self.push(build::swap_dims(input, 1, 2, lhs.clone()));
         self.push(build::matmul(lhs, rhs, sum.out.clone()));
         // Nobody reads the products of the batch any more.
-        self.items.remove(at);
-        self.makers.values_mut().filter(|place| **place > at).for_each(|place| *place -= 1);
+        self.items[at] = None;
         Some(())
     }
 }

@@ -71,6 +71,11 @@ impl Kernel {
         memory: &StepMemory,
     ) -> Result<Vec<FlexTensor>, Error> {
         check::<T>(inputs.iter().map(FlexTensor::dtype).chain(self.outputs.iter().map(|output| output.dtype)))?;
+        for (input, view) in inputs.iter_mut().zip(&self.views) {
+            if *input.layout().shape().as_slice() != **view {
+                *input = input.reshape(Shape::from(view.clone()));
+            }
+        }
         let elements: usize = self.dims.iter().product();
         let columns = self.dims.last().copied().unwrap_or(1);
         let rows = elements / columns.max(1);

@@ -1,7 +1,7 @@
 //! What the operations of burn that can be fused do, element by element: those on whose numbers a kernel agrees with
 //! burn.
 
-use burn::tensor::{BoolStore, DType};
+use burn::tensor::{BoolStore, DType, IndexingUpdateOp};
 use burn_ir::{
     ActivationOperationIr as Activation, BaseOperationIr as Base, BoolOperationIr as Bool, FloatOperationIr as Float,
     NumericOperationIr as Numeric, OperationIr, ScalarIr, ScalarOpIr, TensorIr,
@@ -19,8 +19,14 @@ pub(super) enum Work<'a> {
     Scalar(Binary, &'a TensorIr, f64),
     /// Where the first is true the second, else the third.
     Choose(&'a TensorIr, &'a TensorIr, &'a TensorIr),
+    /// The same under other dims, of which the last stays.
+    Reshape(&'a TensorIr),
     /// Over the last dim.
     Reduce(Reduction, &'a TensorIr),
+    /// Of each row the element at an index.
+    Pick(&'a TensorIr, &'a TensorIr),
+    /// The first, with a number of each row added at an index.
+    AddAt(&'a TensorIr, &'a TensorIr, &'a TensorIr),
     /// The sums over all dims but the last.
     AddRows(&'a TensorIr),
 }
@@ -38,8 +44,13 @@ impl<'a> Work<'a> {
             _ => return None,
         };
         let wide = is_wide(op);
+        let index = match work {
+            Self::Pick(_, index) | Self::AddAt(_, index, _) => Some(index.id),
+            _ => None,
+        };
         let fits = |tensor: &TensorIr| {
             let known = match tensor.dtype {
+                DType::I64 | DType::I32 => index == Some(tensor.id),
                 DType::F64 => true,
                 DType::F32 | DType::F16 | DType::BF16 => !wide,
                 DType::Bool(BoolStore::Native | BoolStore::U8) => true,
@@ -55,7 +66,7 @@ impl<'a> Work<'a> {
     /// What it runs over: the dims of what it reads, if it reduces, else of what it gives.
     pub(super) fn over(&self, out: &'a TensorIr) -> &'a TensorIr {
         match self {
-            Self::Reduce(_, x) | Self::AddRows(x) => x,
+            Self::Reduce(_, x) | Self::AddRows(x) | Self::Pick(x, _) => x,
             _ => out,
         }
     }
@@ -109,12 +120,32 @@ fn base<'a>(op: &'a Base, out: &TensorIr) -> Option<Work<'a>> {
             Work::Binary(Binary::MaskFill(value), &op.tensor, &op.mask)
         }
         Base::MaskWhere(op) => Work::Choose(&op.mask, &op.value, &op.tensor),
+        Base::Reshape(op) => {
+            let same = op.input.shape.last() == out.shape.last() && op.input.shape.num_dims() > 0;
+            same.then_some(Work::Reshape(&op.input))?
+        }
+        Base::Gather(op) => {
+            is_one_of_row(&op.tensor, op.dim, &op.indices).then_some(Work::Pick(&op.tensor, &op.indices))?
+        }
+        Base::Scatter(op) => {
+            let adds = matches!(op.update, IndexingUpdateOp::Add) && op.value.shape == op.indices.shape;
+            let one = adds && is_one_of_row(&op.tensor, op.dim, &op.indices);
+            one.then_some(Work::AddAt(&op.tensor, &op.indices, &op.value))?
+        }
         Base::Equal(op) => Work::Binary(Binary::Equal, &op.lhs, &op.rhs),
         Base::NotEqual(op) => Work::Binary(Binary::NotEqual, &op.lhs, &op.rhs),
         Base::EqualElem(op) => compared(Binary::Equal, op)?,
         Base::NotEqualElem(op) => compared(Binary::NotEqual, op)?,
         _ => return None,
     })
+}
+
+/// Whether indices are of one element of each row, of so few that each is a number of its own in all floats that are
+/// computed with; and of several, since a loop over longer rows takes one element for a number of the row.
+fn is_one_of_row(tensor: &TensorIr, dim: usize, indices: &TensorIr) -> bool {
+    let Some((columns, rows)) = tensor.shape.split_last() else { return false };
+    let one_each = indices.shape.split_last() == Some((&1, rows));
+    dim == rows.len() && one_each && (2..1 << f32::MANTISSA_DIGITS).contains(columns)
 }
 
 /// A comparison with a number. With 16 bits burn compares with one that they may not hold.

@@ -3,9 +3,11 @@
 use burn::prelude::*;
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
+use burn_parallel::train::Engine;
 
 use super::{model, strategy};
-use crate::common::finetune::generate::{Continuation, generate};
+use crate::common::finetune::generate::{Continuation, generate, padded};
+use crate::common::finetune::model::whole_rows;
 use crate::common::models::device;
 
 fn continuation(axes: [usize; 3]) -> Continuation {
@@ -64,4 +66,39 @@ fn a_prompt_has_tokens_and_not_too_many() {
         generate(&model, &world.device(), &[], &config)
     });
     assert!(error.unwrap_err().to_string().contains("not 0"));
+}
+
+/// Prompts of unequal lengths have the tokens that they have alone: padding is not seen, whatever the model is spread
+/// over.
+#[test]
+fn prompts_of_any_length_are_padded_to_few() {
+    let lengths: std::collections::BTreeSet<usize> = (1..=256).map(padded).collect();
+    assert_eq!(Vec::from_iter(lengths), [32, 64, 128, 256]);
+    let model = model();
+    let text = |length: usize| (0..length).map(|at| (at * 7 % 47) as u32).collect::<Vec<u32>>();
+    let alone = |length: usize| {
+        let ints = |values: Vec<i64>| {
+            let dims = [1, values.len()];
+            Tensor::<2, Int>::from_data(burn::tensor::TensorData::new(values, dims), &device())
+        };
+        let (positions, documents) = whole_rows([1, length], &device());
+        let tokens = ints(text(length).into_iter().map(i64::from).collect());
+        let logits = model.next(tokens, positions, documents, ints(vec![length as i64 - 1]));
+        logits.argmax(1).into_scalar::<i64>() as u32
+    };
+    let lengths = [1, 5, 31, 32, 33, 63];
+    let expected = lengths.map(alone);
+    assert!(expected.iter().any(|token| *token != expected[0]), "{expected:?}");
+    for (axes, engine) in [([1, 1, 1], Engine::Eager), ([1, 1, 1], Engine::Captured), ([1, 1, 2], Engine::Auto)] {
+        let found = launch::threads(axes.iter().product())
+            .run(|world| {
+                let strategy = strategy(axes, Sharding::None).with_engine(engine);
+                let model = model.clone().fork(&device()).parallelize(&world, &strategy)?;
+                let config = Continuation { length: 1, ..continuation(axes) };
+                let first = |length| Ok(generate(&model, &world.device(), &text(length), &config)?[0]);
+                lengths.into_iter().map(first).collect::<Result<Vec<u32>, Error>>()
+            })
+            .unwrap();
+        assert!(found.iter().all(|found| *found == expected), "{axes:?}, {engine:?}: {found:?} {expected:?}");
+    }
 }

@@ -9,6 +9,7 @@ use burn::prelude::*;
 use burn_parallel::hf::{self, Mapping};
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
+use burn_parallel::train::Engine;
 
 use super::meshes::{Meshed, on_mesh};
 use crate::common::finetune::directory;
@@ -128,17 +129,25 @@ fn qwen2_with_a_tied_head_trains_as_with_pytorch_on_every_mesh() {
     MESHES.into_iter().for_each(|axes| pytorch("qwen2_tied", axes));
 }
 
-/// Replicas that divide the parameters among themselves.
+/// Replicas alone, whose steps may be captured as well; and those that divide something among themselves.
 #[test]
-fn zero_3_trains_as_with_pytorch() {
-    for (name, replicas) in [("llama_gqa", 2), ("qwen2_tied", 3)] {
+fn replicas_train_as_with_pytorch_by_either_engine() {
+    for (name, replicas, sharding, engine) in [
+        ("llama_gqa", 1, Sharding::None, Engine::Captured),
+        ("llama_gqa", 2, Sharding::None, Engine::Captured),
+        ("qwen2_tied", 2, Sharding::Gradients, Engine::Captured),
+        ("llama_gqa", 2, Sharding::Optimizer, Engine::Eager),
+        ("llama_gqa", 2, Sharding::Parameters, Engine::Auto),
+        ("qwen2_tied", 3, Sharding::Parameters, Engine::Auto),
+    ] {
         launch::threads(replicas)
             .run(|world| {
                 let device = world.device().autodiff();
                 let config = LlamaConfig::read(folder(name)).map_err(Error::user)?;
-                let data = DataParallelConfig::new().with_sharding(Sharding::Parameters);
-                let model =
-                    config.init(&device).parallelize(&world, &Strategy::new().with_dp(replicas).with_data(data))?;
+                let data = DataParallelConfig::new().with_sharding(sharding);
+                let strategy = Strategy::new().with_dp(replicas).with_data(data).with_engine(engine);
+                let model = config.init(&device).parallelize(&world, &strategy)?;
+                assert_eq!(model.report().captured, engine != Engine::Eager);
                 let replicas = model.mesh().axis("dp")?;
                 Check { golden: &Golden::read(name), name, axes: [replicas.size(), 1, 1], device }.run(model, &replicas)
             })

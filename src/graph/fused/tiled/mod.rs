@@ -14,7 +14,10 @@
 
 mod find;
 mod narrowing;
+mod program;
 mod run;
+mod stages;
+mod web;
 
 use burn::tensor::DType;
 
@@ -96,9 +99,12 @@ pub(super) fn register(all: Vec<Tiled>, ops: &mut CustomOps) {
 mod tests {
     use burn::module::Module;
     use burn::nn::attention::{MhaInput, MultiHeadAttention, MultiHeadAttentionConfig, generate_autoregressive_mask};
+    use burn::nn::{Linear, LinearConfig};
     use burn::prelude::*;
+    use burn::tensor::{FloatDType, activation};
     use burn_ir::TensorIr;
 
+    use super::super::super::liveness::program;
     use super::super::super::operation::op_name;
     use super::super::super::{CustomOps, Executor, TensorTree, capture_step};
 
@@ -142,6 +148,25 @@ mod tests {
         assert_eq!(found(&attention(0.0), inputs(), unmasked), (2, 0));
         // What dropout draws is in memory.
         assert_eq!(found(&attention(0.1), inputs(), context).0, 2);
+    }
+
+    /// Forward and backward.
+    #[test]
+    fn a_mask_leaves_columns_out() {
+        fn narrowed<M: Module>(model: &M, loss: impl Fn(&M, Inputs) -> Tensor<1>) -> Vec<bool> {
+            let (kernels, _) = program(&capture_step(model, inputs(), loss).unwrap(), true).fused.unwrap();
+            kernels.tiled.iter().map(|tiled| tiled.narrowing.is_some()).collect()
+        }
+        assert_eq!(narrowed(&attention(0.0), context), [true, true]);
+        let quiet = MultiHeadAttentionConfig::new(12, 3).with_dropout(0.0).with_quiet_softmax(true);
+        assert_eq!(narrowed(&quiet.init(&Device::flex().autodiff()), context), [true, true], "a quiet softmax");
+        let linear: Linear = LinearConfig::new(12, 12).init(&Device::flex().autodiff());
+        let rounded = |linear: &Linear, (x, y, mask): Inputs| {
+            let [query, key] = [x, y].map(|x| linear.forward(x).cast(FloatDType::BF16));
+            let scores = query.matmul(key.clone().swap_dims(1, 2)).mask_fill(mask, f32::NEG_INFINITY);
+            activation::softmax(scores, 2).matmul(key).cast(FloatDType::F32).powi_scalar(2).mean()
+        };
+        assert_eq!(narrowed(&linear, rounded), [true, true], "bf16");
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! What is not computed is not seen either: a value that is no number, at a place that is masked for all rows of its
 //! tile, does not reach the results, which it would by a product with 0.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use burn::tensor::DType;
@@ -44,6 +45,8 @@ enum State {
     Same,
     /// The maximum of what is filled with a number, far above that.
     Top(f64),
+    /// Whether such a maximum is that number, or one below.
+    False,
 }
 
 impl Narrowing {
@@ -106,12 +109,15 @@ fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
     let native = if kernel.wide { DType::F64 } else { DType::F32 };
     let mut states: Vec<State> = kernel.extents.iter().map(|extent| state_of(*extent)).collect();
     let mut tops = Vec::new();
+    let mut numbers: HashMap<Value, f64> = HashMap::new();
     for (place, instruction) in kernel.code.iter().enumerate() {
         match *instruction {
             Instruction::Unary { op, out, x } => states[out] = unary(op, states[x], kernel.extents[out]),
             Instruction::Binary { op, out, a, b } => {
                 states[out] = match op {
                     Binary::MaskFill(value) if b == mask => filled(rounded(value, native)),
+                    Binary::MaskFill(_) if states[b] == State::False => states[a],
+                    Binary::Equal if is_below(states[a], numbers.get(&b)) => State::False,
                     _ => binary(op, states[a], states[b], kernel.extents[out]),
                 };
             }
@@ -125,8 +131,11 @@ fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
                     _ => return None,
                 };
             }
-            Instruction::AddRows { .. } => return None,
-            Instruction::Fill { .. } | Instruction::Choose { .. } | Instruction::Spread { .. } => {}
+            Instruction::AddRows { .. } | Instruction::Pick { .. } | Instruction::AddAt { .. } => return None,
+            Instruction::Fill { out, with } => {
+                numbers.insert(out, with);
+            }
+            Instruction::Choose { .. } | Instruction::Spread { .. } => {}
             Instruction::Round { x, to } => {
                 // A maximum that is rounded as it is made is looked at behind that.
                 let of_top = tops.last().is_some_and(|(top, out, _)| (*top + 1, *out) == (place, x));
@@ -152,6 +161,11 @@ fn state_of(extent: Extent) -> State {
         Extent::Full => State::Unknown,
         Extent::One | Extent::Row => State::Same,
     }
+}
+
+/// Whether a number is below what is known to be a maximum.
+fn is_below(top: State, number: Option<&f64>) -> bool {
+    matches!((top, number), (State::Top(fill), Some(number)) if *number <= fill)
 }
 
 fn filled(value: f64) -> State {

@@ -13,13 +13,13 @@ use bytemuck::Pod;
 use rayon::prelude::*;
 
 use super::super::block::{Running, Source, Target};
-use super::super::multiply::Factor;
+use super::super::multiply::{Factor, offset};
 use super::super::native::{Native, check};
 use super::super::run::{BLOCK, SPLIT_FROM};
 use super::{Input, Leaving, Narrowing, Tiled};
 use crate::error::Error;
 use crate::graph::step_memory::StepMemory;
-use crate::tensor::{PlainTensor, Pool, Room};
+use crate::tensor::{Multiplied, PlainTensor, Pool, Product, Room, Strided};
 
 /// Elements of a tile, of which there are a few: they fit into the second cache. More only where rows are so long that
 /// a tile had few.
@@ -30,27 +30,8 @@ const ROWS: [usize; 2] = [32, 128];
 /// number of threads, so that sums over rows are the same.
 const PARTS: usize = 8;
 
-/// A matrix in memory: where it begins, and how far its elements are apart along rows and columns.
-#[derive(Clone, Copy)]
-struct Matrix<T> {
-    start: *mut T,
-    row: isize,
-    column: isize,
-}
-
-impl<T> Matrix<T> {
-    fn turned(self) -> Self {
-        Self { row: self.column, column: self.row, ..self }
-    }
-
-    /// From a row on.
-    fn below(self, row: usize) -> Self {
-        Self { start: self.start.wrapping_offset(row as isize * self.row), ..self }
-    }
-}
-
 /// A product as it leaves.
-struct Product<'a, T> {
+struct Leaves<'a, T> {
     leaving: &'a Leaving,
     other: Factor<'a, T>,
     out: *mut T,
@@ -72,7 +53,7 @@ struct Tiles<'a, T> {
     /// Into how many parts the rows of a matrix are split.
     parts: usize,
     entering: Vec<(Factor<'a, T>, Factor<'a, T>)>,
-    results: Vec<Product<'a, T>>,
+    results: Vec<Leaves<'a, T>>,
     pool: &'a Arc<Pool>,
 }
 
@@ -92,7 +73,7 @@ impl Tiled {
         Ok(results.into_iter().map(PlainTensor::from_flex).collect())
     }
 
-    fn run_as<T: Native + Element + Pod>(
+    fn run_as<T: Native + Multiplied + Element + Pod>(
         &self,
         op: &CustomOpIr,
         inputs: &[FlexTensor],
@@ -146,7 +127,7 @@ impl Tiled {
             assert!(kept.0 == kept.1, "a product has the rows and columns of its factors");
             let other = Factor::new(&natives[leaving.other], batch, other);
             let sums = sums.as_ref().map_or(ptr::null_mut(), |sums| sums.pointer().cast());
-            Product { leaving, other, out: room.pointer().cast(), strides: leaving.strides(), sums }
+            Leaves { leaving, other, out: room.pointer().cast(), strides: leaving.strides(), sums }
         });
         let (entering, results) = (entering.collect(), results.collect());
         let tiles = Tiles { tiled: self, inputs, batch, rows, columns, height, parts, entering, results, pool };
@@ -215,7 +196,7 @@ fn native<T: Native + Element + Pod>(tensor: &FlexTensor) -> FlexTensor {
     FlexTensor::new(Bytes::from_elems(values), layout, T::DTYPE)
 }
 
-impl<T: Native + Element + Pod> Tiles<'_, T> {
+impl<T: Native + Multiplied + Element + Pod> Tiles<'_, T> {
     /// Some parts of matrices of the batch, whose results nobody else writes.
     fn part(&self, parts: Range<usize>) {
         let (kernel, of_tile) = (&self.tiled.kernel, self.height * self.columns);
@@ -255,17 +236,30 @@ impl<T: Native + Element + Pod> Tiles<'_, T> {
         let of_matrix = self.rows.div_ceil(self.height);
         for place in parts {
             let (number, part) = (place / self.parts, place % self.parts);
-            for result in self.results.iter().filter(|result| result.leaving.adds_up()) {
-                result.clear(result.matrix(number, self.batch, part, self.parts));
-            }
-            for tile in of_matrix * part / self.parts..of_matrix * (part + 1) / self.parts {
+            let mut begins = true;
+            // From the end, where a causal mask leaves all columns, so that there are no zeros to add to.
+            for tile in (of_matrix * part / self.parts..of_matrix * (part + 1) / self.parts).rev() {
                 let first = tile * self.height;
                 let rows = first..self.rows.min(first + self.height);
                 let needed = self.needed(&running, number, rows.clone());
-                if !self.tile(&mut running, number, part, rows.clone(), needed) {
-                    self.tile(&mut running, number, part, rows, self.columns);
+                for columns in [needed, self.columns] {
+                    if begins && columns < self.columns {
+                        self.clear(number, part);
+                        begins = false;
+                    }
+                    if self.tile(&mut running, [number, part], rows.clone(), columns, begins) {
+                        break;
+                    }
                 }
+                begins = false;
             }
+        }
+    }
+
+    /// Sets all sums of a part to 0.
+    fn clear(&self, number: usize, part: usize) {
+        for result in self.results.iter().filter(|result| result.leaving.adds_up()) {
+            result.clear(result.matrix(number, self.batch, part, self.parts));
         }
     }
 
@@ -284,26 +278,37 @@ impl<T: Native + Element + Pod> Tiles<'_, T> {
     }
 
     /// Some rows of a matrix, with its first columns; false, and nothing done, if others count too.
+    ///
+    /// Where it `begins`, sums begin with it.
     fn tile(
         &self,
         running: &mut Running<'_, T>,
-        number: usize,
-        part: usize,
+        [number, part]: [usize; 2],
         rows: Range<usize>,
         columns: usize,
+        begins: bool,
     ) -> bool {
         let (first, height) = (rows.start, rows.len());
-        let of = |tile: *mut T| Matrix { start: tile, row: columns as isize, column: 1 };
-        for (product, (left, right)) in self.entering.iter().enumerate() {
-            let inner = left_columns(&self.inputs[self.tiled.entering[product].left]);
-            let out = of(self.tile_of(running, product));
-            let (left, right) = (matrix(left, number, self.batch).below(first), matrix(right, number, self.batch));
+        let of = |tile: *mut T| Strided { first: tile.cast_const(), row: columns as isize, column: 1 };
+        let product = |[rows, columns, inner]: [usize; 3], left, right, adds| Product {
+            rows,
+            inner,
+            columns,
+            left,
+            right,
+            adds,
+            pool: self.pool,
+        };
+        for (entering, (left, right)) in self.entering.iter().enumerate() {
+            let inner = left_columns(&self.inputs[self.tiled.entering[entering].left]);
+            let out = self.tile_of(running, entering);
+            let (left, right) = (left.of(number, self.batch).below(first), right.of(number, self.batch));
             // SAFETY: the factors have these rows and columns, and the tile has room for as many.
-            unsafe { multiply([height, columns, inner], out, left, right, false) };
-            let dtype = self.tiled.entering[product].dtype;
+            unsafe { product([height, columns, inner], left, right, false).write_to(of(out)) };
+            let dtype = self.tiled.entering[entering].dtype;
             if dtype != T::DTYPE {
                 // SAFETY: the tile has just been written.
-                T::round(unsafe { std::slice::from_raw_parts_mut(out.start, height * columns) }, dtype);
+                T::round(unsafe { std::slice::from_raw_parts_mut(out, height * columns) }, dtype);
             }
         }
         running.start = number * self.rows + first;
@@ -322,7 +327,7 @@ impl<T: Native + Element + Pod> Tiles<'_, T> {
                 true => (own.turned(), [columns, height]),
                 false => (own, [height, columns]),
             };
-            let other = matrix(&result.other, number, self.batch);
+            let other = result.other.of(number, self.batch);
             let out = result.matrix(number, self.batch, part, self.parts);
             let [.., out_rows, out_columns] = leaving.dims[..] else { continue };
             // Where the rows of the kernel are, beside those of which all are there.
@@ -332,13 +337,13 @@ impl<T: Native + Element + Pod> Tiles<'_, T> {
                 (false, false) => (out, other.turned().below(first).turned()),
                 (false, true) => (out.turned().below(first).turned(), other),
             };
+            let adds = leaving.adds_up() && !begins;
+            let product = match leaving.is_left {
+                true => product([own_rows, out_columns, own_columns], own, other, adds),
+                false => product([out_rows, own_columns, own_rows], other, own, adds),
+            };
             // SAFETY: the factors have these rows and columns, as has the result, which only this thread writes.
-            unsafe {
-                match leaving.is_left {
-                    true => multiply([own_rows, out_columns, own_columns], out, own, other, leaving.adds_up()),
-                    false => multiply([out_rows, own_columns, own_rows], out, other, own, leaving.adds_up()),
-                }
-            }
+            unsafe { product.write_to(out) };
         }
         true
     }
@@ -351,27 +356,27 @@ impl<T: Native + Element + Pod> Tiles<'_, T> {
     }
 }
 
-impl<T: Native> Product<'_, T> {
+impl<T: Native + Multiplied> Leaves<'_, T> {
     /// Where a part of one of the batch goes.
-    fn matrix(&self, number: usize, batch: &[usize], part: usize, parts: usize) -> Matrix<T> {
+    fn matrix(&self, number: usize, batch: &[usize], part: usize, parts: usize) -> Strided<T> {
         let [.., row, column] = self.strides[..] else { panic!("a product has rows and columns") };
         let [.., rows, columns] = self.leaving.dims[..] else { panic!("a product has rows and columns") };
         match part.checked_sub(1) {
             Some(beside) if self.leaving.adds_up() => {
                 let at = (number * (parts - 1) + beside) * rows * columns;
-                Matrix { start: self.sums.wrapping_add(at), row: columns as isize, column: 1 }
+                Strided { first: self.sums.wrapping_add(at), row: columns as isize, column: 1 }
             }
-            _ => Matrix { start: self.out.wrapping_offset(offset(number, batch, &self.strides)), row, column },
+            _ => Strided { first: self.out.wrapping_offset(offset(number, batch, &self.strides)), row, column },
         }
     }
 
     /// Sets all elements of a part to 0.
-    fn clear(&self, Matrix { start, row, column }: Matrix<T>) {
+    fn clear(&self, Strided { first, row, column }: Strided<T>) {
         let [.., rows, columns] = self.leaving.dims[..] else { return };
         for line in 0..rows as isize {
             for place in 0..columns as isize {
                 // SAFETY: the result has this element, and only this thread has this part of it.
-                unsafe { *start.offset(line * row + place * column) = T::default() };
+                unsafe { *first.cast_mut().offset(line * row + place * column) = T::ZERO };
             }
         }
     }
@@ -389,68 +394,16 @@ impl<T: Native> Product<'_, T> {
             {
                 // SAFETY: both have this element, which is written, and no other thread has them any more.
                 unsafe {
-                    let sum = sum.start.offset(line * sum.row + place * sum.column);
-                    *sum = T::add(*sum, *other.start.offset(line * other.row + place * other.column));
+                    let sum = sum.first.cast_mut().offset(line * sum.row + place * sum.column);
+                    *sum = *sum + *other.first.offset(line * other.row + place * other.column);
                 }
             }
         }
     }
 }
 
-/// Where one of a batch begins.
-fn offset(mut number: usize, batch: &[usize], strides: &[isize]) -> isize {
-    let mut offset = 0;
-    for (size, stride) in batch.iter().zip(strides).rev() {
-        offset += (number % size) as isize * stride;
-        number /= size;
-    }
-    offset
-}
-
 fn left_columns(tensor: &FlexTensor) -> usize {
     tensor.layout().shape().last().copied().unwrap_or(0)
-}
-
-/// One of a batch, which is not written.
-fn matrix<T: Element + Pod>(factor: &Factor<'_, T>, number: usize, batch: &[usize]) -> Matrix<T> {
-    Matrix { start: factor.of(number, batch).first.cast_mut(), row: factor.row, column: factor.column }
-}
-
-/// A product of `[rows, inner]` and `[inner, columns]`, written or added.
-///
-/// # Safety
-/// The matrices have these sizes, and nothing else refers to the product meanwhile.
-unsafe fn multiply<T: Native>(
-    [rows, columns, inner]: [usize; 3],
-    out: Matrix<T>,
-    left: Matrix<T>,
-    right: Matrix<T>,
-    adds: bool,
-) {
-    // SAFETY: as the caller says.
-    unsafe {
-        gemm::gemm(
-            rows,
-            columns,
-            inner,
-            out.start,
-            out.column,
-            out.row,
-            adds,
-            left.start.cast_const(),
-            left.column,
-            left.row,
-            right.start.cast_const(),
-            right.column,
-            right.row,
-            T::from_f64(1.0),
-            T::from_f64(1.0),
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
 }
 
 #[cfg(test)]
