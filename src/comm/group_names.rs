@@ -3,3 +3,6 @@
 /// What the groups are called over which replicas gather the parameters that they divide among themselves; how the
 /// names begin of others that only such replicas have.
 pub(crate) const GATHERED_PARAMETERS: &str = "parameters";
+
+/// What the groups are called over which such replicas say what they gather next, where they may use different parameters.
+pub(crate) const WANTED_PARAMETERS: &str = "wanted_parameters";

@@ -81,7 +81,7 @@ pub(crate) use device::same_buffer;
 #[cfg(feature = "cubecl")]
 pub use device::{DeviceTensor, DeviceTransport};
 pub use element::Element;
-pub(crate) use group_names::GATHERED_PARAMETERS;
+pub(crate) use group_names::{GATHERED_PARAMETERS, WANTED_PARAMETERS};
 pub use operation::{Operation, ReduceOp};
 pub(crate) use panicked::panic_message;
 pub(crate) use part::check_part;

@@ -50,6 +50,7 @@
 //! this: they come from rank 0. What can be drawn outside burn is better drawn from
 //! [`Rank::rng`](crate::launch::Rank::rng), which is a stream of its own for each rank.
 
+mod arrivals;
 mod batch_norm;
 mod bucket_launch;
 mod bucket_reduction;
@@ -71,6 +72,7 @@ mod module_impl;
 mod noise_meter;
 mod reducer;
 mod reducer_sink;
+mod reduction;
 mod reduction_state;
 mod register;
 mod replica;

@@ -1,58 +1,21 @@
-//! The reducer: averages the gradients of a step over the group while backward still computes them.
-//!
-//! # A step
-//!
-//! The thread that runs backward hands gradients in ([`GradientListener::arrived`]); as soon as all those of a bucket are
-//! there, and the buckets before it are on their way, the bucket is started on the communicator's background thread. Every
-//! rank starts the same collectives in the same order, whatever the order in which its gradients arrive:
-//!
-//! 1. the *head*: the weights of all ranks are summed, which gives each rank's factor in the average;
-//! 2. the buckets, in order; what a rank has no gradient for counts as zero;
-//! 3. the *tail*: the losses are summed; and it is agreed which parameters were used anywhere, so that one that no rank
-//!    used gets no gradient at all, as on a single device, and which gradients came late.
-//!
-//! *Late* is a gradient that arrives after its bucket was started. That takes a parameter that is used in a forward before
-//! the last backward and is then used again; it is summed in a collective of its own after the tail.
-//!
-//! Head and tail go over a communicator of their own, so the counters of the other one are those of the gradients alone.
-//!
-//! With [sharded](crate::sharding) replicas a bucket is reduce-scattered, and what comes out are the rows of this rank.
+//! The reducer: averages the gradients of a step over the group while backward still computes them. What it knows of the model, and
+//! what it has cost.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
-use std::time::{Duration, Instant};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use burn::module::{Module, ParamId};
 use burn::tensor::Device;
 
-use super::bucket_reduction::reduce_scatter;
 use super::config::DataParallelConfig;
-use super::hook::GradientListener;
-use super::known_params::{KnownParams, head};
-use super::loss_weight::LossWeight;
-use super::noise_meter::{self, NoiseMeter};
-use super::reduction_state::{LATE, ParamProgress, PendingReduction, ReductionState, accumulate};
+use super::known_params::KnownParams;
+use super::reduction_state::{ParamProgress, ReductionState};
 use super::structure::Structure;
 use crate::Error;
-use crate::comm::{Communicator, Counters, ReduceOp};
+use crate::comm::{Communicator, Counters};
 use crate::params::unknown_params;
 use crate::sharding::{ShardComms, Sharding};
-use crate::step::{NoNoise, NoiseState};
-use crate::tensor::{Look, PlainTensor};
-
-/// The averages over the group.
-pub(crate) struct Reduced {
-    /// Mean loss over everything that made up the step; NaN if nothing did.
-    pub loss: f64,
-    /// Weight over all ranks.
-    pub weight: f64,
-    /// Gradient of each parameter that was used on any rank.
-    pub gradients: HashMap<usize, PlainTensor>,
-    /// How long this rank had nothing to do but wait for them.
-    pub waited: Duration,
-    /// What the micro-batches of all ranks say of the noise of the gradient.
-    pub noise: NoiseState,
-}
+use crate::tensor::PlainTensor;
 
 pub(crate) struct Reducer {
     known: RwLock<KnownParams>,
@@ -113,14 +76,6 @@ impl Reducer {
                 self.add(number, gradient);
             }
         }
-    }
-
-    /// Keeps the gradient of a parameter that has no number yet.
-    pub(super) fn add_unindexed(&self, id: ParamId, gradient: PlainTensor) {
-        let mut step = self.lock();
-        step.noise.iter_mut().for_each(NoiseMeter::add_unknown);
-        let sum = accumulate(step.unindexed.remove(&id), gradient);
-        step.unindexed.insert(id, sum);
     }
 
     /// The number of a parameter among those that are trained.
@@ -211,21 +166,6 @@ impl Reducer {
         self.lock().last_non_finite = path;
     }
 
-    /// The averages over a group of one: nothing to communicate, and nothing to compute but for accumulated gradients.
-    fn finish_alone(&self, loss: f64) -> Reduced {
-        let mut step = self.lock();
-        let LossWeight { weight, unit } = step.alone;
-        let factor = if unit == weight || weight == 0.0 { 1.0 } else { unit / weight };
-        let taken =
-            step.params.iter_mut().enumerate().filter_map(|(place, param)| Some((place, param.gradient.take()?)));
-        let gradients = taken.map(|(place, gradient)| (place, gradient.scale(factor))).collect();
-        let noise = step.noise.take();
-        step.reset();
-        drop(step);
-        let noise = noise.map_or(NoiseState::None(NoNoise::Off), |noise| noise_meter::of_sums(&noise.numbers()));
-        Reduced { loss: loss / weight, weight, gradients, waited: Duration::ZERO, noise }
-    }
-
     /// Whether the replicas are to be compared after this many steps.
     pub fn compares(&self, steps: u64) -> bool {
         self.data.size() > 1 && self.config.compare_every > 0 && steps.is_multiple_of(self.config.compare_every)
@@ -234,157 +174,6 @@ impl Reducer {
     /// Number of buckets, each one collective a step.
     pub fn buckets(&self) -> usize {
         self.lock().buckets.len()
-    }
-
-    /// Starts the reduction: what arrives from now on completes the step.
-    pub fn begin(&self, loss_weight: LossWeight) {
-        if self.data.size() == 1 {
-            self.lock().alone = loss_weight;
-            return;
-        }
-        let factor = Arc::new(OnceLock::new());
-        let (control, set, lines) = (self.control.clone(), factor.clone(), self.known().lines.clone());
-        let head = self.data.start(move |_| {
-            let weight = head(loss_weight.weight, &lines, &control)?;
-            let _ = set.set(if weight > 0.0 { loss_weight.unit / weight } else { 0.0 });
-            Ok(weight)
-        });
-        self.lock().pending = Some(PendingReduction { head, factor, buckets: Vec::new() });
-        if self.config.overlap {
-            self.start_complete();
-        }
-    }
-
-    /// Starts what is left and waits for everything. `loss` is this rank's sum of weight times mean loss.
-    ///
-    /// # Errors
-    /// The error of the world; the step is then void.
-    pub fn finish(&self, loss: f64) -> Result<Reduced, Error> {
-        if self.data.size() == 1 {
-            return Ok(self.finish_alone(loss));
-        }
-        let began = Instant::now();
-        let mut step = self.lock();
-        while self.start_next(&mut step, true) {}
-        let Some(pending) = step.pending.take() else {
-            return Err(Error::invalid("DataParallel::backward", "the reduction was not open"));
-        };
-        let mut tail: Vec<f64> = step.params.iter().map(ParamProgress::mark).collect();
-        let params = tail.len();
-        let noise = step.noise.take();
-        let layout = step.buckets.clone();
-        let completed = std::mem::take(&mut step.completed);
-        let mut late: HashMap<usize, PlainTensor> =
-            step.params.iter_mut().enumerate().filter_map(|(place, param)| Some((place, param.late.take()?))).collect();
-        let device = self.device(&step);
-        let observed = std::mem::replace(&mut step.observed, true);
-        step.last_non_finite = step.non_finite.map(|param| self.known().params[param].path.clone());
-        step.reset();
-        drop(step);
-
-        tail.push(loss);
-        tail.extend(noise.into_iter().flat_map(NoiseMeter::numbers));
-        let control = self.control.clone();
-        let tail = self.data.start(move |_| control.all_reduce(tail, ReduceOp::Sum));
-        let weight = pending.head.wait()?;
-        let mut gradients = HashMap::new();
-        for (params, bucket) in layout.iter().zip(pending.buckets) {
-            gradients.extend(params.iter().copied().zip(bucket.wait()?));
-        }
-        let tail = tail.wait()?;
-        let (marks, sums) = tail.split_at(params);
-        let (loss, noise) = match sums {
-            [loss] => (loss / weight, NoiseState::None(NoNoise::Off)),
-            [loss, noise @ ..] => (loss / weight, noise_meter::of_sums(noise)),
-            [] => {
-                return Err(Error::invalid("DataParallel::backward", "the sums of the replicas came back incomplete"));
-            }
-        };
-        let late_params: Vec<usize> = (0..marks.len()).filter(|param| marks[*param] >= LATE).collect();
-        if !late_params.is_empty() {
-            let factor = pending.factor.get().copied().unwrap_or_default();
-            let extra = late_params
-                .iter()
-                .map(|param| late.remove(param).unwrap_or_else(|| self.zeros(*param, &device)))
-                .collect();
-            let extra = match &self.shards {
-                None => self.data.all_reduce_coalesced(extra, ReduceOp::PreMulSum(factor))?,
-                Some(shards) => reduce_scatter(extra, factor, None, shards)?,
-            };
-            for (param, extra) in late_params.into_iter().zip(extra) {
-                let sum = accumulate(gradients.remove(&param), extra);
-                gradients.insert(param, sum);
-            }
-        }
-        gradients.retain(|param, _| marks[*param] > 0.0);
-        if !observed {
-            self.follow(completed)?;
-        }
-        Ok(Reduced { loss, weight, gradients, waited: began.elapsed(), noise })
-    }
-
-    /// Takes a gradient that did not come through a hook.
-    pub fn add(&self, param: usize, gradient: PlainTensor) {
-        let measures = self.config.noise_scale;
-        let mut step = self.lock();
-        let step = &mut *step;
-        step.device = Some(gradient.device());
-        let progress = &mut step.params[param];
-        progress.used = true;
-        progress.arrived += 1;
-        let place = if progress.started { &mut progress.late } else { &mut progress.gradient };
-        if measures || self.data.size() > 1 {
-            // One of several parts counts by their sum.
-            let wanted = measures && progress.uses <= 1;
-            let looks = wanted || self.data.size() > 1;
-            let (sum, look) = match place.take() {
-                Some(sum) if looks => sum.add_and_look(&gradient, wanted),
-                // Now, while it is in the cache.
-                None if looks => (gradient.clone(), gradient.look_on_host(wanted)),
-                sum => (accumulate(sum, gradient.clone()), Look::default()),
-            };
-            *place = Some(sum);
-            if self.data.size() > 1 && look.finite == Some(false) {
-                step.non_finite = Some(step.non_finite.map_or(param, |first| first.min(param)));
-            }
-            if let Some(noise) = &mut step.noise {
-                noise.add(param, (progress.uses, progress.arrived), &gradient, look.squares);
-            }
-        } else {
-            *place = Some(accumulate(place.take(), gradient));
-        }
-        if progress.arrived >= progress.uses {
-            step.completed.push(param);
-        }
-    }
-
-    /// Forgets the uses of a forward whose backward has run, or that will have none; its gradients stay with the step.
-    pub fn forget_uses(&self) {
-        self.lock().forget_uses();
-    }
-
-    /// Measures the gradients of the micro-batches that come now, if that was asked for: of all parameters but those that another
-    /// rank counts.
-    pub fn begin_noise(&self, elsewhere: impl FnOnce() -> HashSet<ParamId>) {
-        if self.config.noise_scale {
-            let elsewhere = elsewhere().into_iter().filter_map(|id| self.index_of(id)).collect();
-            self.lock().noise = Some(NoiseMeter::new(elsewhere));
-        }
-    }
-
-    /// The micro-batch that runs counts for so many items, and its gradients are in units of so many.
-    pub fn weigh(&self, weight: f64, unit: f64) {
-        self.lock().noise.iter_mut().for_each(|noise| noise.weigh(weight, unit));
-    }
-
-    /// All gradients of a micro-batch have come.
-    pub fn end_micro_batch(&self) {
-        self.lock().noise.iter_mut().for_each(NoiseMeter::end_micro_batch);
-    }
-
-    /// Throws away everything that was accumulated.
-    pub fn discard(&self) {
-        self.lock().reset();
     }
 
     pub(super) fn zeros(&self, param: usize, device: &Device) -> PlainTensor {
@@ -399,26 +188,5 @@ impl Reducer {
 
     pub(super) fn lock(&self) -> MutexGuard<'_, ReductionState> {
         self.step.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-}
-
-impl GradientListener for Reducer {
-    fn used(&self, param: usize) -> usize {
-        let mut step = self.lock();
-        step.params[param].uses += 1;
-        step.uses += 1;
-        step.uses
-    }
-
-    fn arrived(&self, param: usize, gradient: PlainTensor) {
-        self.add(param, gradient);
-        if self.config.overlap {
-            self.start_complete();
-        }
-    }
-
-    fn passed(&self, param: usize) {
-        let uses = &mut self.lock().params[param].uses;
-        *uses = uses.saturating_sub(1);
     }
 }

@@ -3,7 +3,8 @@
 use burn::module::Module;
 use burn::optim::GradientsParams;
 
-use super::reducer::{Reduced, Reducer};
+use super::reducer::Reducer;
+use super::reduction::Reduced;
 use crate::Error;
 use crate::params::put_gradients;
 

@@ -1,7 +1,7 @@
 //! The parts of error messages that depend on what there is to say.
 
 use super::Error;
-use crate::comm::{Call, CallLog, GATHERED_PARAMETERS};
+use crate::comm::{Call, CallLog, GATHERED_PARAMETERS, WANTED_PARAMETERS};
 
 /// What says by itself what is wrong, as errors of settings do, is likely found by all ranks, and one of them was
 /// first; what they have called before is of no use then.
@@ -42,16 +42,20 @@ pub(super) fn left_behind(operation: &str) -> String {
 
 /// What to do, if a rank was waiting for parameters that replicas divide among themselves.
 pub(super) fn gathering(group: &str, log: &CallLog) -> &'static str {
-    let gathers = |words: &str| words.contains(&format!("/{GATHERED_PARAMETERS}"));
-    match gathers(group) || log.lines().iter().any(|line| line.starts_with("in `") && gathers(line)) {
-        true => {
-            "; replicas that divide their parameters gather them together: if ranks are to use different layers, set \
-             `allow_unused_parameters` (`with_allow_unused_parameters(true)`), which captured steps (`engine` \"captured\" in \
-             `parallelize`) have no need of; without it all run the same layers in the same order; forwards (`forward_with`, and \
-             the model's own) all run equally often, so a rank that is done goes on with the others for as long as `join` says so"
-        }
-        false => "",
+    let of = |words: &str, name: &str| words.contains(&format!("/{name}"));
+    let waits = |name| of(group, name) || log.lines().iter().any(|line| line.starts_with("in `") && of(line, name));
+    if waits(WANTED_PARAMETERS) {
+        return "; with `allow_unused_parameters` replicas say what they gather next: none waits for the others by anything but the \
+                replica in the middle of a forward, or between a forward and its `backward`; and all evaluate by `forward_with`, \
+                equally often, so a rank that is done goes on with the others for as long as `join` says so";
     }
+    if waits(GATHERED_PARAMETERS) {
+        return "; replicas that divide their parameters gather them together: if ranks are to use different layers, set \
+                `allow_unused_parameters` (`with_allow_unused_parameters(true)`), which captured steps (`engine` \"captured\" in \
+                `parallelize`) have no need of; without it all run the same layers in the same order; forwards (`forward_with`, and \
+                the model's own) all run equally often, so a rank that is done goes on with the others for as long as `join` says so";
+    }
+    ""
 }
 
 pub(super) fn describe_calls(calls: &[Call]) -> String {

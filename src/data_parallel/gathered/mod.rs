@@ -30,6 +30,8 @@ mod adapters;
 mod assemble;
 mod backward_order;
 mod gatherer;
+mod gathers;
+mod leader;
 mod logical;
 mod merge;
 mod operation;

@@ -45,14 +45,14 @@ impl fmt::Debug for Source {
 /// is frozen.
 ///
 /// # Errors
-/// Those of [`Gatherer::whole`].
+/// Those of [`Gatherer::full_param`].
 pub(super) fn gather<const D: usize>(
     shard: Tensor<D>,
     source: &Source,
     arrival: Option<(Arrival, usize)>,
 ) -> Result<Tensor<D>, Error> {
     let plain = PlainTensor::from(shard.clone());
-    let whole = source.gatherer.whole(source.id, plain.clone())?;
+    let whole = source.gatherer.full_param(source.id, plain.clone())?;
     let Some(strategy) = shard.gradient_checkpointing_strategy() else { return whole.float() };
     source.gatherer.used(source.id);
     let keep = source.gatherer.keep();
@@ -139,7 +139,7 @@ where
             // It was kept for this only, and burn counts who has asked for it.
             drop(states.get_state::<B::FloatTensorPrimitive>(tracked));
         }
-        let whole = source.gatherer.whole(source.id, shard.clone()).unwrap_or_else(|_| {
+        let whole = source.gatherer.full_param(source.id, shard.clone()).unwrap_or_else(|_| {
             // No error can be returned from here: the gatherer keeps it, and whoever runs this backward returns it.
             let dims = source.gatherer.rows(source.id).map(|rows| rows.dims().to_vec()).unwrap_or_default();
             PlainTensor::zeros(dims, shard.dtype(), &shard.device())

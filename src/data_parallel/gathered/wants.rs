@@ -98,7 +98,7 @@ impl Gatherer {
     /// Takes part in what the ranks gather until none of them wants anything. Nothing, unless they may use different parameters.
     ///
     /// # Errors
-    /// Those of [`whole`](Self::whole).
+    /// Those of [`full_param`](Self::full_param).
     pub fn end_gathers(&self) -> Result<(), Error> {
         let Some(comm) = &self.wants else { return Ok(()) };
         let mut state = self.lock();
@@ -135,9 +135,9 @@ impl Gatherer {
                         members.iter().map(|place| state.shards[*place].clone()).collect();
                     let shards =
                         shards.ok_or_else(|| Error::invalid("a sharded parameter", "its rows are not known"))?;
-                    let wholes = pack.gather_agreed(shards, self.comms.parameters(), group as u64 + 1)?;
+                    let full = pack.gather_agreed(shards, self.comms.parameters(), group as u64 + 1)?;
                     if want.is_of(group) {
-                        return Ok(wholes);
+                        return Ok(full);
                     }
                 }
                 Agreed::Alone(place) => {
