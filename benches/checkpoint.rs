@@ -1,10 +1,11 @@
-//! Checkpoints against plain writes and reads of the same bytes by as many threads, and what a save in the background costs the steps.
+//! Checkpoints against plain writes and reads of the same bytes by as many threads, and what a save in the background
+//! costs the steps.
 //!
-//! Turns are taken within one run, round by round, and what counts is the median over rounds of their ratio. Files are in the page
-//! cache when they are read; writes end when they are on the disk.
+//! Turns are taken within one run, round by round, and what counts is the median over rounds of their ratio. Files are
+//! in the page cache when they are read; writes end when they are on the disk.
 //!
-//! `cargo bench --bench checkpoint -- [DIRECTORY] [ROUNDS]`; the directory, for 2 GB of files, is that of the system for temporary
-//! files if none is named.
+//! `cargo bench --bench checkpoint -- [DIRECTORY] [ROUNDS]`; the directory, for 2 GB of files, is that of the system
+//! for temporary files if none is named.
 
 mod figures;
 

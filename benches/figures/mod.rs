@@ -1,8 +1,8 @@
 //! Figures of a bench, kept under a name and compared with those that were kept, as Criterion does with times.
 //!
-//! `-- --save-baseline NAME` writes them to `target/performance/NAME/BENCH.jsonl`, a line each, where figures that the run
-//! did not take stay; `-- --baseline NAME` prints a table of ratios to what is there. `scripts/bench_ratios.py` prints
-//! that of all benches between two names, those of Criterion too.
+//! `-- --save-baseline NAME` writes them to `target/performance/NAME/BENCH.jsonl`, a line each, where figures that the
+//! run did not take stay; `-- --baseline NAME` prints a table of ratios to what is there. `scripts/bench_ratios.py`
+//! prints that of all benches between two names, those of Criterion too.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -26,8 +26,9 @@ pub struct SaveFlags {
     #[arg(long, value_name = "K", requires = "save", default_value_t = 3, value_parser = up_to::<1_000_000>)]
     keep: usize,
 
-    /// A directory of checkpoints, to go on from the one that was written last: with any flags that do not change the model. --steps
-    /// counts the whole run. If it is the directory of --save, and there is none yet, the run begins anew
+    /// A directory of checkpoints, to go on from the one that was written last: with any flags that do not change the
+    /// model. --steps counts the whole run. If it is the directory of --save, and there is none yet, the run begins
+    /// anew
     #[arg(long, value_name = "DIR")]
     pub resume: Option<PathBuf>,
 
@@ -66,8 +67,8 @@ impl SaveFlags {
         }
     }
 
-    /// The directory to go on from: that of `--resume`, but for ranks that are started again that of `--save`, once there
-    /// is a checkpoint.
+    /// The directory to go on from: that of `--resume`, but for ranks that are started again that of `--save`, once
+    /// there is a checkpoint.
     fn resumed(&self, folder: fn(&Path) -> PathBuf) -> Option<&PathBuf> {
         let again = self.save.as_ref().filter(|dir| started_again() && has_checkpoints(&folder(dir)));
         again.or(self.resume.as_ref())
@@ -104,8 +105,8 @@ impl SaveFlags {
         Ok(Some(if by_this_run { last } else { back }))
     }
 
-    /// Goes on from a checkpoint of `--resume`, which has them in `folder`, in a run of so many steps. `restore`
-    /// is given the step of it. Returns how many steps were made already, and the checkpoints if the run saves there too.
+    /// Goes on from a checkpoint of `--resume`, which has them in `folder`, in a run of so many steps. `restore` is
+    /// given the step of it. Returns how many steps were made already, and the checkpoints if the run saves there too.
     /// Collective.
     pub fn resume(
         &self,

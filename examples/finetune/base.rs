@@ -90,8 +90,8 @@ impl MadeOf {
         Self { model: args.model.clone(), base: input.base, lora: args.lora.as_ref().map(Adapters::of) }
     }
 
-    /// What a run that is resumed from `dir` does not go on with, each in one line: the flags that change the model, and the
-    /// model that it is fine-tuned from.
+    /// What a run that is resumed from `dir` does not go on with, each in one line: the flags that change the model,
+    /// and the model that it is fine-tuned from.
     pub fn compare(&self, was: &Self, dir: &Path) -> Vec<String> {
         let mut changed = Vec::new();
         let mut flag = |name: &str, now: &dyn Display, before: &dyn Display| {

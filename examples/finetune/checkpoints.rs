@@ -80,7 +80,8 @@ impl Run {
             .with_value(WENT_BACK, &mut self.went_back)
     }
 
-    /// Goes on from a checkpoint of `--resume`. Returns how many steps were made already, and the checkpoints if it saves there.
+    /// Goes on from a checkpoint of `--resume`. Returns how many steps were made already, and the checkpoints if it
+    /// saves there.
     pub fn resume(
         &mut self,
         world: &Communicator,

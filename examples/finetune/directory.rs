@@ -21,8 +21,8 @@ pub fn plan() -> Plan {
     rows.into_iter().fold(plan, |plan, name| plan.shard_if_present(format!("*{name}.weight.lora.a"), 0))
 }
 
-/// A model that is to be loaded, with zeros for weights that are not made yet: replicas make theirs when they are wrapped, and need
-/// not draw what is replaced. Before adapters.
+/// A model that is to be loaded, with zeros for weights that are not made yet: replicas make theirs when they are
+/// wrapped, and need not draw what is replaced. Before adapters.
 pub fn unfilled(model: Llama) -> Llama {
     model.map(&mut Unfilled)
 }

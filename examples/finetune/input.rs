@@ -98,8 +98,8 @@ impl Input {
     }
 }
 
-/// Makes sure that the model can be split as it is to be, and that the weights in the directory are those of the model that its
-/// config describes. Counts them, and gives the names of those that are left over. Nothing of them is read.
+/// Makes sure that the model can be split as it is to be, and that the weights in the directory are those of the model
+/// that its config describes. Counts them, and gives the names of those that are left over. Nothing of them is read.
 fn weights(args: &Args) -> Result<(usize, Vec<String>), String> {
     let dir = args.model.display();
     let wrong = |why: String| format!("{dir}: {}", why.replace('\n', " "));

@@ -91,7 +91,8 @@ impl Run {
             .with_value(WENT_BACK, &mut self.went_back)
     }
 
-    /// Goes on from a checkpoint of `--resume`. Returns how many steps were made already, and the checkpoints if it saves there.
+    /// Goes on from a checkpoint of `--resume`. Returns how many steps were made already, and the checkpoints if it
+    /// saves there.
     pub fn resume(&mut self, world: &Communicator, args: &Args) -> Result<(usize, Option<Checkpointer>), Error> {
         args.saving.resume(world, folder, (&args.strategy, args.steps), |checkpoints, step| {
             let saved = checkpoints.read_value::<SavedFlags>(step, "flags")?;

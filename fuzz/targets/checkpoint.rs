@@ -134,8 +134,8 @@ fn begin() {
     }
 }
 
-/// An input: how long the index is (two bytes), how it is taken (one byte), the index, the files; each file but the last with
-/// its length (two bytes) before it.
+/// An input: how long the index is (two bytes), how it is taken (one byte), the index, the files; each file but the
+/// last with its length (two bytes) before it.
 fn parse(bytes: &[u8]) -> Option<(u8, &[u8], Vec<(String, &[u8])>)> {
     let [low, high, how, rest @ ..] = bytes else { return None };
     let split = |rest: &[u8], length: [u8; 2]| usize::from(u16::from_le_bytes(length)).min(rest.len());

@@ -22,7 +22,8 @@ const SAID: u64 = 64 << 10;
 /// On Linux the limit is on memory that is private and writable (`RLIMIT_DATA`: heap, stacks, and anonymous mappings;
 /// address space that is reserved and never written does not count); on other Unix systems on address space
 /// (`RLIMIT_AS`). A child that reaches it is refused memory and aborts; one that the system kills, as where a control
-/// group is full, died of the same. Either is [`Trial::TooLarge`]. On Linux a child ends with this process, also where that is killed.
+/// group is full, died of the same. Either is [`Trial::TooLarge`]. On Linux a child ends with this process, also where
+/// that is killed.
 ///
 /// # Errors
 /// [`Error::User`] if the program cannot be started, fails for another reason, with the end of what it wrote to

@@ -5,9 +5,9 @@
 //!
 //! - **What fits** into the memory of a rank bounds the micro-batch. What a captured step needs is known without
 //!   running it, of a whole model ([`step_memory`], [`rows_within`]) and of each rank's part of one that is spread over
-//!   ranks ([`RankMemory`], [`rows_within_on_all`]); then it is tried ([`largest_that_fits`], by [`try_step`] on devices
-//!   and [`try_in_child`] on CPUs, within the [`MemoryBudget`] of the system). A larger micro-batch keeps a processor
-//!   busier; beyond that it makes no difference, since accumulation trains the same.
+//!   ranks ([`RankMemory`], [`rows_within_on_all`]); then it is tried ([`largest_that_fits`], by [`try_step`] on
+//!   devices and [`try_in_child`] on CPUs, within the [`MemoryBudget`] of the system). A larger micro-batch keeps a
+//!   processor busier; beyond that it makes no difference, since accumulation trains the same.
 //! - **The critical batch size** bounds the global batch: beyond it a larger batch costs more data for the same loss,
 //!   and saves few steps. [`NoiseScale`] estimates it during training, at almost no cost; [`critical_batch_size`]
 //!   measures it.

@@ -22,9 +22,9 @@ pub struct RankMemory {
 }
 
 impl RankMemory {
-    /// Of this rank, for micro-batches of such inputs and an optimizer with so many moments for each parameter (Adam has
-    /// 2, SGD with momentum 1). The step is captured, partitioned, cut and scheduled as it will be, and not run: see
-    /// [`ParallelModule::step_memory`]. Collective.
+    /// Of this rank, for micro-batches of such inputs and an optimizer with so many moments for each parameter (Adam
+    /// has 2, SGD with momentum 1). The step is captured, partitioned, cut and scheduled as it will be, and not run:
+    /// see [`ParallelModule::step_memory`]. Collective.
     ///
     /// ```
     /// use burn::{nn::LinearConfig, prelude::*};
@@ -71,8 +71,8 @@ impl RankMemory {
 
 /// As [`rows_within`](super::rows_within), on all ranks of a group with one answer: the largest number of rows that is
 /// known to need no more than its budget on any rank. `memory` is asked about the same numbers on all ranks, so that it
-/// may be collective ([`RankMemory::of`] is). Ranks that share a memory have one budget, and `memory` gives the sum over
-/// them.
+/// may be collective ([`RankMemory::of`] is). Ranks that share a memory have one budget, and `memory` gives the sum
+/// over them.
 ///
 /// ```
 /// use burn_parallel::batch::rows_within_on_all;

@@ -147,9 +147,9 @@ impl Checkpointer {
     }
 
     /// Waits for the save in the background, if there is one, and gives its outcome. Dropping the checkpointer waits as
-    /// well, and logs an error. The wait ends: a rank that does not come is an error after the world's time-out, and so is
-    /// a disk that takes nothing for twice as long. The save is then left to itself, and this checkpointer does nothing
-    /// any more.
+    /// well, and logs an error. The wait ends: a rank that does not come is an error after the world's time-out, and so
+    /// is a disk that takes nothing for twice as long. The save is then left to itself, and this checkpointer does
+    /// nothing any more.
     ///
     /// # Errors
     /// As [`save`](Self::save).
@@ -188,10 +188,10 @@ impl Checkpointer {
         }
     }
 
-    /// The step of the latest checkpoint, as rank 0 finds it; none if there is none. The latest is the one that was written last: the
-    /// highest step, unless a run went back to an earlier one with [`restore_step`](Self::restore_step). From its first save on that
-    /// run's are the latest, though the run before has come further; the same order says which are
-    /// [kept](CheckpointOptions::with_keep_last).
+    /// The step of the latest checkpoint, as rank 0 finds it; none if there is none. The latest is the one that was
+    /// written last: the highest step, unless a run went back to an earlier one with
+    /// [`restore_step`](Self::restore_step). From its first save on that run's are the latest, though the run before
+    /// has come further; the same order says which are [kept](CheckpointOptions::with_keep_last).
     ///
     /// # Errors
     /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be read; the error of a save in the
@@ -241,9 +241,9 @@ impl Checkpointer {
     /// [fused](crate::optim::FusedOptimizer) can; burn's own loads them in its default dtype, and from then on updates
     /// parameters of fewer bits in that.
     ///
-    /// A pipeline whose stages may share parameters is [prepared](ParallelModule::prepare) before its optimizer is restored: each
-    /// stage that holds one needs its moments, and which do is known then. Without it the first step of one that does share
-    /// some is an error.
+    /// A pipeline whose stages may share parameters is [prepared](ParallelModule::prepare) before its optimizer is
+    /// restored: each stage that holds one needs its moments, and which do is known then. Without it the first step of
+    /// one that does share some is an error.
     ///
     /// A state that asks for less than a checkpoint has, as for the model alone, reads that; but the parameters of the
     /// model must be those of the checkpoint, unless the [options](CheckpointOptions::with_allow_missing) allow for

@@ -79,8 +79,8 @@ pub(super) struct OfMoments {
 /// Numbers of an optimizer for each parameter, by optimizer and path.
 pub(super) type ParamScalars = BTreeMap<String, BTreeMap<String, BTreeMap<String, StoredScalar>>>;
 
-/// A state as it is at one moment. It shares its tensors with the state, of which nothing is copied: what trains on in the meantime
-/// writes its new values elsewhere.
+/// A state as it is at one moment. It shares its tensors with the state, of which nothing is copied: what trains on in
+/// the meantime writes its new values elsewhere.
 pub(super) struct Snapshot {
     pub(super) step: u64,
     pub(super) random: SavedRandom,
@@ -115,8 +115,8 @@ pub(super) struct HeldOptimizer {
 
 impl Snapshot {
     /// # Errors
-    /// [`Error::Pipeline`] if it is not known who holds what; [`Error::Checkpoint`] if a name comes twice, or a value is nothing
-    /// that JSON has.
+    /// [`Error::Pipeline`] if it is not known who holds what; [`Error::Checkpoint`] if a name comes twice, or a value
+    /// is nothing that JSON has.
     pub(super) fn of<P: ParallelModule>(
         step: u64,
         state: &TrainState<'_, P>,

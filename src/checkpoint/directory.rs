@@ -11,7 +11,8 @@ use super::options::CheckpointOptions;
 use crate::Error;
 use crate::tensor_file::{sync_dir, write_file};
 
-/// The file that says in which order checkpoints were written, where that is not the order of their steps: one step a line.
+/// The file that says in which order checkpoints were written, where that is not the order of their steps: one step a
+/// line.
 pub(super) const ORDER: &str = ".order";
 
 /// The name of the checkpoint of a step.
@@ -83,7 +84,8 @@ fn remove(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// The steps of which there are checkpoints, in the order in which they were written: a run goes on from the last of them.
+/// The steps of which there are checkpoints, in the order in which they were written: a run goes on from the last of
+/// them.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if the system refuses, or if [`ORDER`] is not what a save writes.
@@ -113,8 +115,8 @@ fn listed(root: &Path) -> Result<Vec<u64>, Error> {
     })
 }
 
-/// Puts down that `own`, the steps that this run has restored or written, came after all others, in this order. Of a run that has
-/// never gone back that is the order of the steps, and there is no file of it.
+/// Puts down that `own`, the steps that this run has restored or written, came after all others, in this order. Of a
+/// run that has never gone back that is the order of the steps, and there is no file of it.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if the system refuses.
@@ -136,8 +138,8 @@ pub(super) fn put_down_order(root: &Path, own: &[u64]) -> Result<(), Error> {
     sync_dir(root)
 }
 
-/// Removes the checkpoints that are not to be kept. `own` are the steps that this run has restored or written, in this order. One is
-/// renamed first, so that none that looks whole lacks files.
+/// Removes the checkpoints that are not to be kept. `own` are the steps that this run has restored or written, in this
+/// order. One is renamed first, so that none that looks whole lacks files.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if the system refuses.

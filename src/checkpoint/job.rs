@@ -99,8 +99,8 @@ fn save(
     Ok(Some(Saved { step: snapshot.step, dir, bytes_written }))
 }
 
-/// Writes into the draft and gives it its name. Returns the bytes that this rank wrote; `None` if an optimizer of some rank has other
-/// moments than were known.
+/// Writes into the draft and gives it its name. Returns the bytes that this rank wrote; `None` if an optimizer of some
+/// rank has other moments than were known.
 fn finish(
     contents: &Contents,
     plan: &WritePlan,

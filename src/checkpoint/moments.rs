@@ -1,8 +1,8 @@
 //! The moments that an optimizer keeps on this rank, by the paths of their parameters.
 //!
 //! What there is, its names, dims and dtypes, must be known before anything is written, and burn tells it with all
-//! values alone: a copy of the whole state. From one save to the next it stays the same, as a rule: so it is remembered,
-//! and compared with what is read out when that is written.
+//! values alone: a copy of the whole state. From one save to the next it stays the same, as a rule: so it is
+//! remembered, and compared with what is read out when that is written.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
@@ -39,16 +39,18 @@ pub(super) struct KnownState {
 /// By the name of the optimizer; kept from one save to the next.
 pub(super) type KnownStates = Arc<Mutex<BTreeMap<String, KnownState>>>;
 
-/// The state of an optimizer on this rank, by path. Of its moments it is known what they are: they are read as they are written.
+/// The state of an optimizer on this rank, by path. Of its moments it is known what they are: they are read as they are
+/// written.
 pub(super) struct Moments {
     pub(super) slices: Vec<Slice>,
-    /// Some numbers of parameters, of which those that other ranks tell must be the same: of one parameter at least, and all of
-    /// those that have no moments.
+    /// Some numbers of parameters, of which those that other ranks tell must be the same: of one parameter at least,
+    /// and all of those that have no moments.
     pub(super) scalars: BTreeMap<String, BTreeMap<String, StoredScalar>>,
 }
 
 /// # Errors
-/// [`Error::Checkpoint`] if it has moments of parameters that the model does not have, or of dims that do not fit theirs.
+/// [`Error::Checkpoint`] if it has moments of parameters that the model does not have, or of dims that do not fit
+/// theirs.
 pub(super) fn of_optimizer(
     optimizer: &str,
     state: &ModuleOptimizer,
@@ -102,8 +104,8 @@ impl KnownState {
         known.len() == state.moments.len() && found.zip(known).all(|((a, found), (b, known))| a == b && found == *known)
     }
 
-    /// If the optimizer has a state of these parameters still, and of no others: the numbers of the smallest of them, which is
-    /// looked at, and of those without moments.
+    /// If the optimizer has a state of these parameters still, and of no others: the numbers of the smallest of them,
+    /// which is looked at, and of those without moments.
     fn still(
         &self,
         optimizer: &str,
@@ -203,8 +205,8 @@ mod tests {
     use super::*;
     use crate::checkpoint::params;
 
-    /// What a rank updates and another saves, as a stage of a pipeline does with tied parameters, is as large as it is: from one save
-    /// to the next the smallest is looked at.
+    /// What a rank updates and another saves, as a stage of a pipeline does with tied parameters, is as large as it is:
+    /// from one save to the next the smallest is looked at.
     #[test]
     fn what_another_rank_saves_counts_with_its_size() {
         let device = Device::flex().autodiff();

@@ -17,9 +17,10 @@ impl CheckpointOptions {
         Self::default()
     }
 
-    /// Keeps the `count` checkpoints that were written last, at least the one just saved, and removes the others after each save:
-    /// where a run has gone back to an earlier step, those of the run before, of higher steps, go first. The one that was restored
-    /// counts as written then. The last of this order is the [latest](super::Checkpointer::latest). All by default.
+    /// Keeps the `count` checkpoints that were written last, at least the one just saved, and removes the others after
+    /// each save: where a run has gone back to an earlier step, those of the run before, of higher steps, go first. The
+    /// one that was restored counts as written then. The last of this order is the
+    /// [latest](super::Checkpointer::latest). All by default.
     pub fn with_keep_last(mut self, count: usize) -> Self {
         self.keep_last = Some(count.max(1));
         self

@@ -105,8 +105,9 @@ impl Statistics {
     }
 }
 
-/// What of each of these `slices` the moments of an optimizer on this rank are of: the rows that it updates, where replicas divide them;
-/// the whole, where the optimizer looks at the whole and this rank updates it, and nothing where another does.
+/// What of each of these `slices` the moments of an optimizer on this rank are of: the rows that it updates, where
+/// replicas divide them; the whole, where the optimizer looks at the whole and this rank updates it, and nothing where
+/// another does.
 ///
 /// # Errors
 /// [`Error::Optimizer`] if the optimizer does not suit the model.

@@ -248,7 +248,8 @@ mod tests {
         assert!(held(&[(0..2, &[0])], 4, 1).unwrap_err().to_string().contains("leave some"));
     }
 
-    /// On thousands of ranks: files, entries of the index and its bytes for each of them, as docs/checkpoints.md has them.
+    /// On thousands of ranks: files, entries of the index and its bytes for each of them, as docs/checkpoints.md has
+    /// them.
     #[test]
     fn what_is_told_of_a_rank_does_not_grow_with_ranks() {
         use crate::checkpoint::index::{BLOCK_BYTES, StoredSlice};

@@ -37,11 +37,12 @@ pub(super) struct Wanted<'a> {
 pub(super) type ReadMoment<'a> =
     dyn FnMut(&TensorKey, &StoredTensor, &[Range<usize>]) -> Result<TensorData, Error> + 'a;
 
-/// An optimizer with the state of a checkpoint, of which `read` gives the part of a moment in some ranges, in the order of
-/// the files. Beside the state there is no more than one moment, if it is to be padded or cast.
+/// An optimizer with the state of a checkpoint, of which `read` gives the part of a moment in some ranges, in the order
+/// of the files. Beside the state there is no more than one moment, if it is to be padded or cast.
 ///
-/// Moments are of the dtype of their parameter, as burn's optimizers make them, but where the optimizer cannot load such:
-/// they are what it loads, if the parameter's numbers are all numbers of that, and the parameter is updated in it.
+/// Moments are of the dtype of their parameter, as burn's optimizers make them, but where the optimizer cannot load
+/// such: they are what it loads, if the parameter's numbers are all numbers of that, and the parameter is updated in
+/// it.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if the optimizer is of another kind, or moments do not fit; those of `read`.
@@ -188,7 +189,8 @@ impl Wanted<'_> {
                 )));
             };
             let dtype = stored.burn_dtype()?;
-            // Those that were of the dtype of their parameter are so again; what is updated with more digits keeps its own.
+            // Those that were of the dtype of their parameter are so again; what is updated with more digits keeps its
+            // own.
             let dtype = if Some(dtype) == *saved_dtype && !widened { info.dtype } else { dtype };
             let data = match ranges.iter().any(Range::is_empty) {
                 true => None,

@@ -41,8 +41,8 @@ pub(super) struct Loaded<P> {
     restored: Restored,
 }
 
-/// Reads this rank's part of a checkpoint. The state stays as it is, but for values that it keeps aside. Not collective; the first
-/// rank warns of what cannot go on.
+/// Reads this rank's part of a checkpoint. The state stays as it is, but for values that it keeps aside. Not
+/// collective; the first rank warns of what cannot go on.
 ///
 /// # Errors
 /// As [`Checkpointer::restore`](super::Checkpointer::restore).
@@ -119,7 +119,8 @@ impl<P: ParallelModule> Loaded<P> {
     }
 }
 
-/// Demands that a checkpoint has what the state asks for, and no parameters besides. Returns the parameters that stay as they are.
+/// Demands that a checkpoint has what the state asks for, and no parameters besides. Returns the parameters that stay
+/// as they are.
 fn compare<P: ParallelModule>(
     dir: &Path,
     index: &Index,

@@ -46,8 +46,9 @@ pub(super) struct Written {
     pub(super) scalars: ParamScalars,
 }
 
-/// Writes what a rank is to write, if anything, and waits until it is on the disk. Beside its tensors a rank holds a copy of one
-/// slice at most, where that is on a device or not contiguous, and of the moments of a [portion](portions) of its parameters.
+/// Writes what a rank is to write, if anything, and waits until it is on the disk. Beside its tensors a rank holds a
+/// copy of one slice at most, where that is on a device or not contiguous, and of the moments of a [portion](portions)
+/// of its parameters.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] if the disk refuses.
@@ -120,8 +121,8 @@ impl<'a> Portions<'a> {
         Self { contents, held, of, names, there, scalars: ParamScalars::new() }
     }
 
-    /// A moment of a parameter, which is `first` of those `next` to be written; `None` if the optimizer has others than were
-    /// known. What was there is dropped, if it is not among it.
+    /// A moment of a parameter, which is `first` of those `next` to be written; `None` if the optimizer has others than
+    /// were known. What was there is dropped, if it is not among it.
     fn take<'b>(
         &mut self,
         first: &TensorKey,
@@ -181,8 +182,8 @@ impl<'a> Portions<'a> {
     }
 }
 
-/// The elements of a value in these ranges of the whole, of which it is the part `own`, row-major in host memory: where they are, if
-/// they are so there.
+/// The elements of a value in these ranges of the whole, of which it is the part `own`, row-major in host memory: where
+/// they are, if they are so there.
 fn contiguous(mut value: PlainTensor, own: &[Range<usize>], ranges: &[Range<usize>]) -> Result<FlexTensor, Error> {
     for (dim, (range, own)) in ranges.iter().zip(own).enumerate() {
         let local = range.start - own.start..range.end - own.start;

@@ -63,7 +63,8 @@ impl Communicator {
         })
     }
 
-    /// [`all_gather_agreed`](Self::all_gather_agreed) into memory that is used again, where the result is large and in host memory.
+    /// [`all_gather_agreed`](Self::all_gather_agreed) into memory that is used again, where the result is large and in
+    /// host memory.
     pub(crate) fn all_gather_in<P: Payload>(&self, pool: &Arc<Pool>, payload: P, agreed: u64) -> Result<P, Error> {
         let operation = Operation::AllGather;
         self.dispatch_agreed(operation, payload, agreed, |data| {

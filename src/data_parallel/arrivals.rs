@@ -51,8 +51,8 @@ impl Reducer {
         self.lock().forget_uses();
     }
 
-    /// Measures the gradients of the micro-batches that come now, if that was asked for: of all parameters but those that another
-    /// rank counts.
+    /// Measures the gradients of the micro-batches that come now, if that was asked for: of all parameters but those
+    /// that another rank counts.
     pub fn begin_noise(&self, elsewhere: impl FnOnce() -> HashSet<ParamId>) {
         if self.config.noise_scale {
             let elsewhere = elsewhere().into_iter().filter_map(|id| self.index_of(id)).collect();

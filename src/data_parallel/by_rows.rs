@@ -1,12 +1,12 @@
 //! Captured steps of replicas that divide the parameters by rows.
 //!
-//! The collectives over the replicas are in the graph: each micro-batch gathers parameters and leaves this rank its rows of the
-//! sum of the gradients over all replicas, which are added up here. What is left are a few numbers.
+//! The collectives over the replicas are in the graph: each micro-batch gathers parameters and leaves this rank its
+//! rows of the sum of the gradients over all replicas, which are added up here. What is left are a few numbers.
 //!
-//! 1. Before each micro-batch the replicas tell each other how many rows theirs has, if they have one, and whether more come. The
-//!    rows of the first are the unit in which all gradients of the step are summed.
-//! 2. They make sure that all exchange the same in it. A replica that has none, or uses other parameters than others, takes part in
-//!    what it does not exchange itself with nothing of its own ([`RowShards::agree`]).
+//! 1. Before each micro-batch the replicas tell each other how many rows theirs has, if they have one, and whether more
+//!    come. The rows of the first are the unit in which all gradients of the step are summed.
+//! 2. They make sure that all exchange the same in it. A replica that has none, or uses other parameters than others,
+//!    takes part in what it does not exchange itself with nothing of its own ([`RowShards::agree`]).
 //! 3. After the last one losses and weights are summed: the gradients are divided by the weight.
 
 use std::collections::HashMap;
@@ -27,12 +27,12 @@ use crate::step::{LossValue, NoNoise, NoiseState, Step, StepFn};
 use crate::tensor::{PlainTensor, TensorTree, rows};
 
 impl<E: StepEngine> Replica<E> {
-    /// A replica of a model that runs captured steps, of which replicas divide the parameters. `divide` leaves the engine its rows.
+    /// A replica of a model that runs captured steps, of which replicas divide the parameters. `divide` leaves the
+    /// engine its rows.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if the config asks for what goes with whole gradients or parameters only, or is not that of
-    /// all ranks;
-    /// [`Error::ModelMismatch`] if the ranks bring different models; those of [`Communicator`].
+    /// [`Error::InvalidArgument`] if the config asks for what goes with whole gradients or parameters only, or is not
+    /// that of all ranks; [`Error::ModelMismatch`] if the ranks bring different models; those of [`Communicator`].
     pub(crate) fn by_rows(
         engine: E,
         group: &Communicator,

@@ -116,26 +116,28 @@ impl DataParallelConfig {
         self
     }
 
-    /// Sets how long gathered parameters are kept, with [`Sharding::Parameters`]; another than the default is an error with
-    /// others, that gather none.
+    /// Sets how long gathered parameters are kept, with [`Sharding::Parameters`]; another than the default is an error
+    /// with others, that gather none.
     pub fn with_keep(mut self, keep: Keep) -> Self {
         self.keep = keep;
         self
     }
 
-    /// Lets ranks use different parameters in the same micro-batch with [`Sharding::Parameters`], where the model runs by its own
-    /// forward: experts that the data choose, layers that are dropped, a forward that ends early. (PyTorch's
-    /// `DistributedDataParallel` calls it `find_unused_parameters`.) The default is `false`: all ranks run the same layers in the
-    /// same order, and another order is an error.
+    /// Lets ranks use different parameters in the same micro-batch with [`Sharding::Parameters`], where the model runs
+    /// by its own forward: experts that the data choose, layers that are dropped, a forward that ends early. (PyTorch's
+    /// `DistributedDataParallel` calls it `find_unused_parameters`.) The default is `false`: all ranks run the same
+    /// layers in the same order, and another order is an error.
     ///
-    /// Ranks then say before each gather what they want, in one all-gather of 8 bytes from each, once more when a step begins, and
-    /// once when a micro-batch ends. They gather what the first of them wants in the order of the model, in backward in
-    /// the reverse; those that do not want it bring their rows. Nothing is gathered ahead. A parameter that no rank uses is not
-    /// gathered. Steps average the gradients as always, with zeros from ranks that have not used a parameter; one that none has used
-    /// gets none. A forward that is called directly ends with the next [`backward`](super::Replica::backward), step or `assemble`: until then no
-    /// rank may wait for the others in another way. [`forward_with`](crate::train::ParallelModule::forward_with) ends by itself.
+    /// Ranks then say before each gather what they want, in one all-gather of 8 bytes from each, once more when a step
+    /// begins, and once when a micro-batch ends. They gather what the first of them wants in the order of the model, in
+    /// backward in the reverse; those that do not want it bring their rows. Nothing is gathered ahead. A parameter that
+    /// no rank uses is not gathered. Steps average the gradients as always, with zeros from ranks that have not used a
+    /// parameter; one that none has used gets none. A forward that is called directly ends with the next
+    /// [`backward`](super::Replica::backward), step or `assemble`: until then no rank may wait for the others in
+    /// another way. [`forward_with`](crate::train::ParallelModule::forward_with) ends by itself.
     ///
-    /// Captured steps allow it as they are, and gather ahead. An error with another sharding, which needs no such setting.
+    /// Captured steps allow it as they are, and gather ahead. An error with another sharding, which needs no such
+    /// setting.
     pub fn with_allow_unused_parameters(mut self, allow: bool) -> Self {
         self.allow_unused_parameters = allow;
         self
@@ -147,8 +149,8 @@ impl DataParallelConfig {
     /// end of the micro-batch.
     ///
     /// It takes two micro-batches at least, on one replica or on several. What goes through a pipeline at once is one,
-    /// but with [`Sharding::Parameters`], where the gradients of each micro-batch of the pipeline leave its stages apart,
-    /// and count apart.
+    /// but with [`Sharding::Parameters`], where the gradients of each micro-batch of the pipeline leave its stages
+    /// apart, and count apart.
     pub fn with_noise_scale(mut self, measure: bool) -> Self {
         self.noise_scale = measure;
         self

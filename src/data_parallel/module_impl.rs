@@ -70,8 +70,8 @@ impl<E: StepEngine> Module for Replica<E> {
     }
 
     /// # Panics
-    /// If `LBFGS` looks at sharded replicas, for [`map`](Self::map) it is too late: the gradients of rows do not fit whole
-    /// parameters.
+    /// If `LBFGS` looks at sharded replicas, for [`map`](Self::map) it is too late: the gradients of rows do not fit
+    /// whole parameters.
     fn visit<Visitor: ModuleVisitor>(&self, visitor: &mut Visitor) {
         nesting::visited("Replica");
         if self.sharding() != Sharding::None {
@@ -85,7 +85,8 @@ impl<E: StepEngine> Module for Replica<E> {
 
     /// # Panics
     /// If an optimizer of burn steps sharded replicas by itself: it would update rows with the gradients of others, or
-    /// not at all. [`optimize`](crate::train::ParallelModule::optimize) does it. The run ends with [`Error::Optimizer`](crate::Error::Optimizer).
+    /// not at all. [`optimize`](crate::train::ParallelModule::optimize) does it. The run ends with
+    /// [`Error::Optimizer`](crate::Error::Optimizer).
     fn map<Mapper: ModuleMapper>(self, mapper: &mut Mapper) -> Self {
         let sharding = self.sharding();
         if sharding != Sharding::None && is_optimizer::<Mapper>() {

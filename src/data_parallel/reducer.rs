@@ -1,5 +1,5 @@
-//! The reducer: averages the gradients of a step over the group while backward still computes them. What it knows of the model, and
-//! what it has cost.
+//! The reducer: averages the gradients of a step over the group while backward still computes them. What it knows of
+//! the model, and what it has cost.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
@@ -94,8 +94,8 @@ impl Reducer {
         unknown_params(module, &|id| known.ids.contains(&id))
     }
 
-    /// Learns the ids that a record of another run has brought into the module: its parameters are still those of these paths.
-    /// Those that were not known `before` it was loaded are no part of this.
+    /// Learns the ids that a record of another run has brought into the module: its parameters are still those of these
+    /// paths. Those that were not known `before` it was loaded are no part of this.
     pub fn recognise<M: Module>(&self, module: &M, before: &[(ParamId, String)]) {
         let mut unknown = self.unknown_params(module);
         unknown.retain(|(_, path)| before.iter().all(|(_, new)| new != path));
@@ -155,8 +155,9 @@ impl Reducer {
         &self.control
     }
 
-    /// The path of the first parameter of which this rank brought a gradient to the last step that has an element that is NaN or
-    /// infinite: the average does not show which rank it came from. Gradients that are not in host memory are not checked.
+    /// The path of the first parameter of which this rank brought a gradient to the last step that has an element that
+    /// is NaN or infinite: the average does not show which rank it came from. Gradients that are not in host memory are
+    /// not checked.
     pub fn non_finite(&self) -> Option<Arc<str>> {
         self.lock().last_non_finite.clone()
     }

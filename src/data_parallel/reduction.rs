@@ -2,8 +2,9 @@
 //!
 //! # A step
 //!
-//! The thread that runs backward hands gradients in ([`GradientListener::arrived`](super::hook::GradientListener::arrived)); as soon as all those of a bucket are
-//! there, and the buckets before it are on their way, the bucket is started on the communicator's background thread. Every
+//! The thread that runs backward hands gradients in
+//! ([`GradientListener::arrived`](super::hook::GradientListener::arrived)); as soon as all those of a bucket are there,
+//! and the buckets before it are on their way, the bucket is started on the communicator's background thread. Every
 //! rank starts the same collectives in the same order, whatever the order in which its gradients arrive:
 //!
 //! 1. the *head*: the weights of all ranks are summed, which gives each rank's factor in the average;
@@ -11,10 +12,11 @@
 //! 3. the *tail*: the losses are summed; and it is agreed which parameters were used anywhere, so that one that no rank
 //!    used gets no gradient at all, as on a single device, and which gradients came late.
 //!
-//! *Late* is a gradient that arrives after its bucket was started. That takes a parameter that is used in a forward before
-//! the last backward and is then used again; it is summed in a collective of its own after the tail.
+//! *Late* is a gradient that arrives after its bucket was started. That takes a parameter that is used in a forward
+//! before the last backward and is then used again; it is summed in a collective of its own after the tail.
 //!
-//! Head and tail go over a communicator of their own, so the counters of the other one are those of the gradients alone.
+//! Head and tail go over a communicator of their own, so the counters of the other one are those of the gradients
+//! alone.
 //!
 //! With [sharded](crate::sharding) replicas a bucket is reduce-scattered, and what comes out are the rows of this rank.
 

@@ -25,17 +25,17 @@ use crate::sharding::Sharding;
 use crate::step::{LossValue, NoNoise, NoiseState, RunReport, Step, StepCounters, StepFn};
 use crate::tensor::{PlainTensor, TensorTree};
 
-/// One of several replicas of a model, each with its share of the batch. `E` says what runs it: [`Eager`](super::Eager) a model that every
-/// rank holds whole, [`Sharded`](crate::tensor_parallel::Sharded) or [`Pipelined`](crate::pipeline_parallel::Pipelined) one
-/// that is split itself.
+/// One of several replicas of a model, each with its share of the batch. `E` says what runs it: [`Eager`](super::Eager)
+/// a model that every rank holds whole, [`Sharded`](crate::tensor_parallel::Sharded) or
+/// [`Pipelined`](crate::pipeline_parallel::Pipelined) one that is split itself.
 ///
-/// Dereferences to what runs it (and so, if that is eager, to the model), and is a burn [`Module`](burn::module::Module) with the same parameter
-/// paths, so optimizers, records and visitors take it as they take the model. It trains by
-/// [`ParallelModule::step`](crate::train::ParallelModule::step).
+/// Dereferences to what runs it (and so, if that is eager, to the model), and is a burn
+/// [`Module`](burn::module::Module) with the same parameter paths, so optimizers, records and visitors take it as they
+/// take the model. It trains by [`ParallelModule::step`](crate::train::ParallelModule::step).
 ///
 /// A replica of an eager model is also trained by its own forward: between two optimizer steps, call either `step`, or
-/// [`backward`](Self::backward), preceded by any number of [`accumulate`](Self::accumulate)s. Every rank makes the same number
-/// of `backward`s; not of `accumulate`s.
+/// [`backward`](Self::backward), preceded by any number of [`accumulate`](Self::accumulate)s. Every rank makes the same
+/// number of `backward`s; not of `accumulate`s.
 #[derive(Clone)]
 pub struct Replica<E> {
     pub(super) engine: E,
@@ -57,8 +57,8 @@ pub(super) enum Averaging {
     Ready(Arc<Reducer>),
     /// Nothing yet: the first step finds out which parameters this rank holds.
     Deferred(Communicator, DataParallelConfig),
-    /// Captured steps themselves, which gather parameters and leave this rank its rows of the gradients, and may measure
-    /// their noise.
+    /// Captured steps themselves, which gather parameters and leave this rank its rows of the gradients, and may
+    /// measure their noise.
     ByRows {
         shards: RowShards,
         measures: bool,
@@ -90,8 +90,9 @@ impl<E: StepEngine> Replica<E> {
         Self { engine, averaging, loss_weight, losses, waited: Duration::ZERO, noise, steps: 0, hooks: None }
     }
 
-    /// What was wrapped, as it was before but for its values. If an eager model has adapters (LoRA) or other reparameterizations
-    /// of its own, its parameters keep a hook that does nothing once all clones of the replica are gone.
+    /// What was wrapped, as it was before but for its values. If an eager model has adapters (LoRA) or other
+    /// reparameterizations of its own, its parameters keep a hook that does nothing once all clones of the replica are
+    /// gone.
     pub fn into_inner(self) -> E::Wrapped {
         let reducer = self.reducer().cloned();
         let wrapped = self.engine.into_wrapped();
@@ -102,8 +103,9 @@ impl<E: StepEngine> Replica<E> {
         wrapped
     }
 
-    /// Number of buckets in which gradients are reduced: collectives a step. It may change after the first step, when the
-    /// order is known in which backward completes the gradients. 0 before the first step of a pipeline that it cuts.
+    /// Number of buckets in which gradients are reduced: collectives a step. It may change after the first step, when
+    /// the order is known in which backward completes the gradients. 0 before the first step of a pipeline that it
+    /// cuts.
     pub fn buckets(&self) -> usize {
         self.reducer().map_or(0, |reducer| reducer.buckets())
     }

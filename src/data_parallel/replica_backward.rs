@@ -36,7 +36,8 @@ impl<M: Module> Replica<Eager<M>> {
     /// Takes part in the `backward` of the others, on a rank that has no data left.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] if parameters are divided ([`Sharding::Parameters`](crate::sharding::Sharding::Parameters)) without
+    /// [`Error::InvalidArgument`] if parameters are divided
+    /// ([`Sharding::Parameters`](crate::sharding::Sharding::Parameters)) without
     /// [`allow_unused_parameters`](super::DataParallelConfig::with_allow_unused_parameters); the error of the world.
     pub fn backward_without_data(&mut self) -> Result<GradientsParams, Error> {
         let reducer = self.ready()?;

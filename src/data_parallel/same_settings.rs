@@ -8,8 +8,8 @@ use crate::params::{share_bytes, share_text};
 /// Collective, unless there is a single replica.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`], the same on all ranks, with the first rank whose settings are not those of rank 0, and the first of
-/// these; those of [`Communicator`].
+/// [`Error::InvalidArgument`], the same on all ranks, with the first rank whose settings are not those of rank 0, and
+/// the first of these; those of [`Communicator`].
 pub(super) fn agree_on_settings(config: &DataParallelConfig, group: &Communicator) -> Result<(), Error> {
     if group.size() == 1 {
         return Ok(());

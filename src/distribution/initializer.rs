@@ -1,11 +1,11 @@
 //! The initialiser of a lazy parameter as data, so that its value can be made a piece at a time.
 //!
-//! Run on a capture device, it leaves its operations behind. Where these make each element from nothing but random numbers of
-//! its own and constants, as all of burn's initialisers do but the orthogonal one, a piece of the value is what the same
-//! operations make of a smaller shape.
+//! Run on a capture device, it leaves its operations behind. Where these make each element from nothing but random
+//! numbers of its own and constants, as all of burn's initialisers do but the orthogonal one, a piece of the value is
+//! what the same operations make of a smaller shape.
 //!
-//! Pieces follow each other in the order of memory. A generator that goes through a tensor in that order, as that of Flex does,
-//! gives them the numbers that it would have given the whole, if the initialiser draws once.
+//! Pieces follow each other in the order of memory. A generator that goes through a tensor in that order, as that of
+//! Flex does, gives them the numbers that it would have given the whole, if the initialiser draws once.
 
 use std::collections::HashMap;
 use std::ops::Range;

@@ -67,8 +67,8 @@ impl CustomOps {
     /// devices burn fuses itself. Tensors from 256 KiB on are made in memory that is kept from step to step, as long as
     /// anything on this thread holds these operations: those that end within the step at places that were planned for
     /// them, in one block as large as the largest of these steps needs; its results there too where there is room, else
-    /// in a piece each. One that is dropped anywhere goes back there; whoever keeps one longer keeps the whole block from
-    /// going back to the system.
+    /// in a piece each. One that is dropped anywhere goes back there; whoever keeps one longer keeps the whole block
+    /// from going back to the system.
     ///
     /// Attention runs in tiles of some rows, if the step has made both its factors and nothing but itself reads its
     /// scores and weights: product, scaling, masks, softmax and product in one operation, and their backward in another

@@ -210,8 +210,8 @@ pub trait StepEngine: Module {
         Ok(())
     }
 
-    /// Takes part in what others of the replicas that divide parameters gather, until none of them needs anything: before this one
-    /// waits for them in another way.
+    /// Takes part in what others of the replicas that divide parameters gather, until none of them needs anything:
+    /// before this one waits for them in another way.
     ///
     /// # Errors
     /// Those of [`Communicator`].

@@ -188,7 +188,8 @@ mod tests {
         }
     }
 
-    /// Ranks would compare at different steps, and wait for each other: the first step says so. It does not matter where that is set.
+    /// Ranks would compare at different steps, and wait for each other: the first step says so. It does not matter
+    /// where that is set.
     #[test]
     fn inputs_on_the_host_and_on_devices_do_not_go_together() {
         for (every, host, expected) in [

@@ -2,8 +2,8 @@
 
 use std::process::Command;
 
-/// Has the kernel kill the child when the thread that starts it ends, and so when this process does, however it ends. On
-/// Linux alone.
+/// Has the kernel kill the child when the thread that starts it ends, and so when this process does, however it ends.
+/// On Linux alone.
 #[cfg(target_os = "linux")]
 pub(crate) fn end_with_parent(command: &mut Command) {
     use std::os::unix::process::CommandExt;

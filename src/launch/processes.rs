@@ -61,12 +61,14 @@ impl Processes {
 
     /// Starts all processes again when one has failed or was killed, so many times. Default 0. A program that is to go
     /// on where it was [restores](crate::checkpoint::Checkpointer::restore) its last checkpoint when it starts; which
-    /// start it is, it finds in [`ProcessInfo::restarts`]. The log tells, as warnings, which rank was lost and how many are started again.
+    /// start it is, it finds in [`ProcessInfo::restarts`]. The log tells, as warnings, which rank was lost and how many
+    /// are started again.
     ///
     /// Not started again is a run that [was asked to end](super::StopSignals), and one that would fail again: if a rank
     /// ends with exit code 2, which by custom says that what a program was given is wrong, as its flags or the
-    /// checkpoint, or if twice in a row a rank fails [soon](Self::fails_again_within) with the same exit code and the same
-    /// last words. What fails alike after it has run for longer, as when the network breaks now and then, is started again.
+    /// checkpoint, or if twice in a row a rank fails [soon](Self::fails_again_within) with the same exit code and the
+    /// same last words. What fails alike after it has run for longer, as when the network breaks now and then, is
+    /// started again.
     pub fn restarts(mut self, restarts: usize) -> Self {
         self.restarts = restarts;
         self
@@ -90,9 +92,10 @@ impl Processes {
         self
     }
 
-    /// Sets how soon after its start a failure counts as one that would come again: two in a row, each within this time, with
-    /// the same exit code and the same last words, end the run, whatever [restarts](Self::restarts) are left. Default 60 s:
-    /// more, if ranks need longer to begin. With zero every failure is tried again, but exit code 2.
+    /// Sets how soon after its start a failure counts as one that would come again: two in a row, each within this
+    /// time, with the same exit code and the same last words, end the run, whatever [restarts](Self::restarts) are
+    /// left. Default 60 s: more, if ranks need longer to begin. With zero every failure is tried again, but exit code
+    /// 2.
     pub fn fails_again_within(mut self, time: Duration) -> Self {
         self.fails_again_within = time;
         self

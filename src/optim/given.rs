@@ -8,8 +8,8 @@ use burn::optim::{DynState, OptimizerRecord, StateSink, StateSource};
 
 use super::states_only::{States, states_only};
 
-/// The record with the state of each parameter that `outline` has, where the outline has its number of dims and its path:
-/// `give` is told the number of the parameter, and puts the state in.
+/// The record with the state of each parameter that `outline` has, where the outline has its number of dims and its
+/// path: `give` is told the number of the parameter, and puts the state in.
 pub(crate) fn record_of<F>(outline: OptimizerRecord, give: F) -> OptimizerRecord
 where
     F: Fn(&str, &mut StateSink) + Send + Sync + 'static,

@@ -26,8 +26,9 @@
 //!
 //! # The same numbers
 //! Every element is computed by the operations of burn 0.22, in their order, each rounded as burn rounds it: values and
-//! moments have burn's bits, in `f32`, `f64`, `bf16` and `f16`. A record of the one is loaded by the other. A fused optimizer
-//! loads moments in the dtype that they have in the record, burn's own in the default dtype of burn's default device.
+//! moments have burn's bits, in `f32`, `f64`, `bf16` and `f16`. A record of the one is loaded by the other. A fused
+//! optimizer loads moments in the dtype that they have in the record, burn's own in the default dtype of burn's default
+//! device.
 //!
 //! An update is in place where nothing else holds the memory of the parameter; a clone of the model keeps its values.
 

@@ -14,8 +14,8 @@ use burn_pack::{Reader, Scalar};
 
 use super::states_only::{States, states_only};
 
-/// Bytes of parameters whose state is read out at once, unless one has more: of what burn makes of it there are two copies
-/// meanwhile.
+/// Bytes of parameters whose state is read out at once, unless one has more: of what burn makes of it there are two
+/// copies meanwhile.
 const PORTION: usize = 2 << 20;
 /// Parameters whose state is read out at once, at most: burn looks through them for each that it forgets.
 pub(crate) const MOST_AT_ONCE: usize = 256;

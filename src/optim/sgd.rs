@@ -14,8 +14,8 @@ pub struct FusedSgd {
     numbers: Numbers,
 }
 
-/// What [`FusedSgd`] keeps of a parameter. Its record is that of burn's
-/// [`SgdState`](burn::optim::SgdState), whose velocity burn does not give away; it is loaded in the dtype that it has there.
+/// What [`FusedSgd`] keeps of a parameter. Its record is that of burn's [`SgdState`](burn::optim::SgdState), whose
+/// velocity burn does not give away; it is loaded in the dtype that it has there.
 #[derive(Debug, Clone)]
 pub struct FusedSgdState<const D: usize> {
     /// What momentum has gathered, of the dims of the parameter.

@@ -1,4 +1,5 @@
-//! Optimizers that update nothing: what they give out and take are the states of a record, whose fields burn keeps private.
+//! Optimizers that update nothing: what they give out and take are the states of a record, whose fields burn keeps
+//! private.
 
 use burn::module::ParamGroup;
 use burn::optim::{DynOptimizer, DynState, LearningRate, ModuleOptimizer, SgdConfig, StateSink, StateSource};
@@ -10,8 +11,8 @@ pub(super) trait States: Send + Sync + 'static {
     /// Puts the state of the parameter of this number into a record that is made.
     fn give(&self, id: &str, into: &mut StateSink);
 
-    /// Takes the state of the parameter of this number, of `rank` dims, out of a record that is loaded. Of a parameter for which this
-    /// returns something, [`give`](Self::give) is asked for the state.
+    /// Takes the state of the parameter of this number, of `rank` dims, out of a record that is loaded. Of a parameter
+    /// for which this returns something, [`give`](Self::give) is asked for the state.
     fn take(&self, rank: usize, id: &str, from: &mut StateSource) -> Option<DynState>;
 }
 

@@ -6,8 +6,9 @@ use burn::tensor::{DType, Device, Tensor, TensorData, bf16, f16};
 use super::number::Number;
 use crate::tensor::{Loops, PlainTensor, vectorized};
 
-/// Elements that are read into local memory, computed, and written back: the compiler then knows that they are apart. Of
-/// fewer it unrolls a short rule whole, and takes the elements of a vector from as many blocks; more are copied by calls.
+/// Elements that are read into local memory, computed, and written back: the compiler then knows that they are apart.
+/// Of fewer it unrolls a short rule whole, and takes the elements of a vector from as many blocks; more are copied by
+/// calls.
 const BLOCK: usize = 128;
 /// Elements from which on two threads share the work.
 const SPLIT_FROM: usize = 128 * 1024;
@@ -60,8 +61,8 @@ pub(super) fn update<const D: usize, const N: usize>(
     (tensor(value), moments.map(tensor))
 }
 
-/// A moment of a record in the dtype that it has there, if the device has that. burn's own optimizers load all moments in
-/// the default dtype of the device.
+/// A moment of a record in the dtype that it has there, if the device has that. burn's own optimizers load all moments
+/// in the default dtype of the device.
 pub(super) fn as_recorded<const D: usize>(data: TensorData, device: &Device) -> Tensor<D> {
     let dtype = data.dtype();
     match dtype.is_float() && device.supports_dtype(dtype) {

@@ -2,8 +2,8 @@
 //!
 //! burn loads all moments in the default dtype of its default device, `f32` as a rule, and has no other way to give an
 //! optimizer moments. Its first step then adds a gradient of `bf16` to a moment of `f32`, and panics. So value and
-//! gradient are cast to the dtype of the moments, the optimizer updates what they are there, and the new value is rounded
-//! to the dtype of the parameter.
+//! gradient are cast to the dtype of the moments, the optimizer updates what they are there, and the new value is
+//! rounded to the dtype of the parameter.
 
 use burn::module::{Param, ParamId};
 use burn::optim::{

@@ -1,6 +1,7 @@
-//! Tests of the sources themselves: what files import, whether the paths that the documentation names exist, and whether
-//! the gate runs every unit test.
+//! Tests of the sources themselves: what files import, how wide comments are, whether the paths that the documentation
+//! names exist, and whether the gate runs every unit test.
 
+mod comments;
 mod features;
 mod imports;
 mod paths;

@@ -5,8 +5,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::recycled::Piece;
 
-/// Memory whose places are lent, each to one tensor at a time. Whoever works out the places may err in who is still there:
-/// a place that is not free is not lent.
+/// Memory whose places are lent, each to one tensor at a time. Whoever works out the places may err in who is still
+/// there: a place that is not free is not lent.
 #[derive(Debug)]
 pub(super) struct Block {
     piece: Piece,

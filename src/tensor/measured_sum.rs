@@ -14,7 +14,8 @@ use super::squares::Look;
 use super::{Loops, PlainTensor, vectorized};
 
 impl PlainTensor {
-    /// The [sum](Self::add) with another float tensor, and the sum of the squares of that sum, if it is made side by side in host memory.
+    /// The [sum](Self::add) with another float tensor, and the sum of the squares of that sum, if it is made side by
+    /// side in host memory.
     ///
     /// # Panics
     /// As [`add`](Self::add).
@@ -30,8 +31,8 @@ impl PlainTensor {
         }
     }
 
-    /// The [sum](Self::add) with another float tensor, and a look at that one, with its squares if `wanted`. It is read once, where both
-    /// lie alike in host memory and nothing else holds this one.
+    /// The [sum](Self::add) with another float tensor, and a look at that one, with its squares if `wanted`. It is read
+    /// once, where both lie alike in host memory and nothing else holds this one.
     ///
     /// # Panics
     /// As [`add`](Self::add).
@@ -56,8 +57,8 @@ impl PlainTensor {
     }
 }
 
-/// Adds a tensor to a sum, in the place of that, and returns the sum of the squares of what is added, or `OF_SUM` of the sum; `None`,
-/// with nothing done, if they cannot be gone through side by side.
+/// Adds a tensor to a sum, in the place of that, and returns the sum of the squares of what is added, or `OF_SUM` of
+/// the sum; `None`, with nothing done, if they cannot be gone through side by side.
 fn add_in_place<const OF_SUM: bool>(sum: &mut FlexTensor, term: &FlexTensor) -> Option<f64> {
     let (one, other) = (sum.layout(), term.layout());
     let alike = one.strides() == other.strides() || one.is_contiguous() && other.is_contiguous();
@@ -89,7 +90,8 @@ fn add_run<E: Magnitude + Element + Pod, const OF_SUM: bool>(sum: &mut FlexTenso
     blocks.map(block).collect::<Vec<f64>>().into_iter().sum()
 }
 
-/// A block of a sum, and the sum of the squares of what is added or comes out, in the order of [`squares`](super::magnitude::squares).
+/// A block of a sum, and the sum of the squares of what is added or comes out, in the order of
+/// [`squares`](super::magnitude::squares).
 struct BlockSum<'a, E, const OF_SUM: bool> {
     sum: &'a mut [E],
     term: &'a [E],

@@ -112,14 +112,14 @@ unsafe impl Send for Piece {}
 unsafe impl Sync for Piece {}
 
 impl Piece {
-    /// Zeros, since kernels refer to elements before they write them: of a large piece pages that the system zeroes when
-    /// they are touched.
+    /// Zeros, since kernels refer to elements before they write them: of a large piece pages that the system zeroes
+    /// when they are touched.
     pub(super) fn zeroed(bytes: usize) -> Self {
         Self::try_zeroed(bytes).unwrap_or_else(|layout| handle_alloc_error(layout))
     }
 
-    /// The same, if there is memory for it. The allocator would write the zeros itself if it were asked for more than its
-    /// own alignment.
+    /// The same, if there is memory for it. The allocator would write the zeros itself if it were asked for more than
+    /// its own alignment.
     fn try_zeroed(bytes: usize) -> Result<Self, Layout> {
         let layout = bytes.checked_add(ALIGN).and_then(|bytes| Layout::from_size_align(bytes, align_of::<u128>()).ok());
         let layout = layout.expect("a tensor is smaller than the address space");

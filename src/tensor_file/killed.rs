@@ -44,7 +44,8 @@ pub(crate) fn killed(mut child: Child) -> bool {
     child.wait().unwrap().signal() == Some(libc::SIGKILL)
 }
 
-/// Two helpers as ranks of one world: that of the rank that is to be killed, for which `helper` is told so, and the other.
+/// Two helpers as ranks of one world: that of the rank that is to be killed, for which `helper` is told so, and the
+/// other.
 pub(crate) fn two_ranks(victim: usize, helper: impl Fn(bool) -> Command) -> (Child, Child) {
     let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port().to_string();
     let start = |rank: usize| {

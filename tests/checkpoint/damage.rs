@@ -189,8 +189,9 @@ fn indices_that_lie() {
     assert_eq!(restore(&dir, &net), Ok(()));
 }
 
-/// Any byte of any file, with the checksums as they were or made right again: an error that names the checkpoint and changes
-/// nothing, or values. The header of a file may have other words that mean the same; the tensors of one with its own checksums may not.
+/// Any byte of any file, with the checksums as they were or made right again: an error that names the checkpoint and
+/// changes nothing, or values. The header of a file may have other words that mean the same; the tensors of one with
+/// its own checksums may not.
 #[test]
 fn any_byte_may_be_another() {
     let net = Net::new();

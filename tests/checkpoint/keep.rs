@@ -108,8 +108,8 @@ fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
     assert_eq!(run.unwrap(), [Some(2)]);
 }
 
-/// A run that has gone back is gone on with, though the one before has come further: from its first save on, whenever it is ended,
-/// and in a copy of the directory too.
+/// A run that has gone back is gone on with, though the one before has come further: from its first save on, whenever
+/// it is ended, and in a copy of the directory too.
 #[test]
 fn the_latest_is_what_was_written_last() {
     let (dir, net) = (Dir::fresh(), Net::new());

@@ -16,8 +16,8 @@ pub fn put_index(dir: &Path, index: &[u8]) {
     fs::write(dir.join(INDEX), index).expect("it is written");
 }
 
-/// An index with the sizes of these files, and for all slices with the checksums of what the files have where their headers
-/// say, as far as there is such; `None` if it is no index at all.
+/// An index with the sizes of these files, and for all slices with the checksums of what the files have where their
+/// headers say, as far as there is such; `None` if it is no index at all.
 pub fn sealed(index: &[u8], files: &[(String, &[u8])]) -> Option<Vec<u8>> {
     let mut index: Value = serde_json::from_slice(index).ok()?;
     let block = index["block_bytes"].as_u64()?.clamp(1, 1 << 30) as usize;

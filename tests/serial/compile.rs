@@ -9,7 +9,8 @@ use burn_parallel::train::Engine;
 
 use crate::memory::CALLS;
 
-/// How often the ranks ask for memory in the first step of so many layers more than in the second, which finds it compiled.
+/// How often the ranks ask for memory in the first step of so many layers more than in the second, which finds it
+/// compiled.
 fn compiled(layers: usize, ranks: usize, strategy: &Strategy) -> usize {
     let counted = launch::threads(ranks).run(|rank| {
         let device = rank.device().autodiff();

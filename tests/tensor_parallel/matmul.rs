@@ -57,8 +57,8 @@ fn empty_parts() {
     }
 }
 
-/// Large enough to be cut without being told to, and for the kernels that split a product over threads; without features the
-/// value is zeros.
+/// Large enough to be cut without being told to, and for the kernels that split a product over threads; without
+/// features the value is zeros.
 #[test]
 fn large() {
     for size in [2, 3] {

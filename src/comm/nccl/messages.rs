@@ -38,7 +38,8 @@
 //! **Who makes the communicator's id?** The receiver, who sends it with its first answer: the first thing that both
 //! sides are sure to see in the same order.
 //!
-//! A header (`comm/message_header.rs`) is told from a user's message by its form; a user's message of that form is refused.
+//! A header (`comm/message_header.rs`) is told from a user's message by its form; a user's message of that form is
+//! refused.
 
 use std::sync::{Arc, Mutex};
 

@@ -1,10 +1,11 @@
 //! In which order groups are gathered again in a backward.
 //!
-//! What burn asks for again depends on the number of rows: `Linear` multiplies either by its weight, which burn asks for again, or
-//! by a view of it, which burn keeps without gradient checkpointing. Ranks with different numbers of rows would gather different
-//! groups. So all of them gather every group that the forward used, in the reverse of the order in which it used them last,
-//! whoever needs it. The forward uses the same on all ranks. A group that it used several times, with others between, may be asked
-//! for as often on some ranks: all keep it from its gather to the end of the backward.
+//! What burn asks for again depends on the number of rows: `Linear` multiplies either by its weight, which burn asks
+//! for again, or by a view of it, which burn keeps without gradient checkpointing. Ranks with different numbers of rows
+//! would gather different groups. So all of them gather every group that the forward used, in the reverse of the order
+//! in which it used them last, whoever needs it. The forward uses the same on all ranks. A group that it used several
+//! times, with others between, may be asked for as often on some ranks: all keep it from its gather to the end of the
+//! backward.
 
 use std::collections::{HashSet, VecDeque};
 

@@ -23,8 +23,8 @@ pub(in crate::data_parallel) struct Gathered {
     pub scale: Option<f64>,
 }
 
-/// Gathers the parameters of one model, a group of them at a time. Every rank makes the same calls in the same order, unless
-/// they say what they [want](super::wants).
+/// Gathers the parameters of one model, a group of them at a time. Every rank makes the same calls in the same order,
+/// unless they say what they [want](super::wants).
 #[derive(Debug)]
 pub(in crate::data_parallel) struct Gatherer {
     pub(super) comms: ShardComms,
@@ -78,8 +78,8 @@ pub(super) struct State {
 }
 
 impl Gatherer {
-    /// Of parameters in groups, which are places in `params`. With a communicator for what ranks want they may use different
-    /// ones.
+    /// Of parameters in groups, which are places in `params`. With a communicator for what ranks want they may use
+    /// different ones.
     pub fn new(
         comms: ShardComms,
         wants: Option<Communicator>,
@@ -157,8 +157,8 @@ impl Gatherer {
         }
     }
 
-    /// The full parameter of which this rank holds `shard`. Gathers its group if need be, and begins with the one that is
-    /// likely next.
+    /// The full parameter of which this rank holds `shard`. Gathers its group if need be, and begins with the one that
+    /// is likely next.
     ///
     /// # Errors
     /// Those of [`Communicator::all_gather`](crate::comm::Communicator::all_gather).
@@ -189,7 +189,8 @@ impl Gatherer {
     /// Gathers what the backward that is over has not needed on this rank, and may need on others.
     ///
     /// # Errors
-    /// What went wrong in the middle of the backward; those of [`Communicator::all_gather`](crate::comm::Communicator::all_gather).
+    /// What went wrong in the middle of the backward; those of
+    /// [`Communicator::all_gather`](crate::comm::Communicator::all_gather).
     pub fn end_backward(&self) -> Result<(), Error> {
         let mut state = self.lock();
         match &state.failure {

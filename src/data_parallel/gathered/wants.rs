@@ -1,11 +1,12 @@
 //! How ranks that use different parameters agree on what they gather (`allow_unused_parameters`).
 //!
-//! A gather takes all ranks. Where the data or the rank decide which blocks a model runs (mixture of experts, early exit, layer
-//! drop), no rank knows what the others need. So each says before each gather what it *wants* next: 8 bytes from each rank, in
-//! one all-gather. All choose the same of that: what a forward wants, the first group in the order of the module; when no forward
-//! wants anything, what a backward wants, the last group. A rank that wants another one brings its rows, drops what was
-//! gathered, and says again what it wants; one that has all it needs says so, and goes on taking part until all say it. By this
-//! order a rank that skips blocks waits for those that do not, and a block that several use is gathered for all of them at once.
+//! A gather takes all ranks. Where the data or the rank decide which blocks a model runs (mixture of experts, early
+//! exit, layer drop), no rank knows what the others need. So each says before each gather what it *wants* next: 8 bytes
+//! from each rank, in one all-gather. All choose the same of that: what a forward wants, the first group in the order
+//! of the module; when no forward wants anything, what a backward wants, the last group. A rank that wants another one
+//! brings its rows, drops what was gathered, and says again what it wants; one that has all it needs says so, and goes
+//! on taking part until all say it. By this order a rank that skips blocks waits for those that do not, and a block
+//! that several use is gathered for all of them at once.
 //!
 //! A rank says that it wants nothing before it waits for the others in any other way: before the reduction of a step is
 //! finished, in which all gradients are reduced in an order that does not depend on who has which.
@@ -95,7 +96,8 @@ impl Gatherer {
         self.wants.as_ref().map(Communicator::counters).unwrap_or_default()
     }
 
-    /// Takes part in what the ranks gather until none of them wants anything. Nothing, unless they may use different parameters.
+    /// Takes part in what the ranks gather until none of them wants anything. Nothing, unless they may use different
+    /// parameters.
     ///
     /// # Errors
     /// Those of [`full_param`](Self::full_param).
@@ -111,12 +113,12 @@ impl Gatherer {
         ended.inspect_err(|error| state.failure = Some(error.clone()))
     }
 
-    /// Takes part in what the ranks gather until this one has what it wants, which is returned: a group, or a parameter of which
-    /// it holds `own` rows. If it wants nothing, until none of them does.
+    /// Takes part in what the ranks gather until this one has what it wants, which is returned: a group, or a parameter
+    /// of which it holds `own` rows. If it wants nothing, until none of them does.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`], the same on all ranks, if one wants a parameter by itself, and others do not; those of
-    /// [`Communicator`].
+    /// [`Error::InvalidArgument`], the same on all ranks, if one wants a parameter by itself, and others do not; those
+    /// of [`Communicator`].
     pub(super) fn gather_wanted(
         &self,
         state: &State,

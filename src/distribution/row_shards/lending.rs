@@ -1,13 +1,13 @@
 //! Exchanges that a replica's own step does not have, and others do.
 //!
 //! Replicas whose steps use different parameters exchange different groups of them, and one without data none at all.
-//! So before a micro-batch, and before a forward alone, all learn whether they exchange the same. If not, they take part in
-//! all that any of them does, in one [order](Exchange::in_one_order): lend their rows to what only others gather, and add
-//! nothing to what only others reduce.
+//! So before a micro-batch, and before a forward alone, all learn whether they exchange the same. If not, they take
+//! part in all that any of them does, in one [order](Exchange::in_one_order): lend their rows to what only others
+//! gather, and add nothing to what only others reduce.
 //!
-//! What a replica lends is started right behind the exchange of its own that comes before it, and not waited for until the
-//! micro-batch is over. So no replica waits for more than if its own step had everything in it, and stages of a pipeline,
-//! whose replicas meet action by action, cannot wait for each other in a circle.
+//! What a replica lends is started right behind the exchange of its own that comes before it, and not waited for until
+//! the micro-batch is over. So no replica waits for more than if its own step had everything in it, and stages of a
+//! pipeline, whose replicas meet action by action, cannot wait for each other in a circle.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
@@ -40,8 +40,8 @@ pub(super) struct Lending {
 }
 
 impl RowShards {
-    /// Makes sure before a micro-batch that the replicas exchange the same in it, or has this one take part in what only
-    /// others exchange. `own` is what its step does. Collective over the replicas.
+    /// Makes sure before a micro-batch that the replicas exchange the same in it, or has this one take part in what
+    /// only others exchange. `own` is what its step does. Collective over the replicas.
     ///
     /// # Errors
     /// Those of [`Communicator`](crate::comm::Communicator) and of reading parameters.
@@ -80,8 +80,8 @@ impl RowShards {
         Ok(sums)
     }
 
-    /// Ends a micro-batch: waits for what this rank has lent. Returns the sums of the gradients that only others had, several of a
-    /// parameter if they had it in several groups.
+    /// Ends a micro-batch: waits for what this rank has lent. Returns the sums of the gradients that only others had,
+    /// several of a parameter if they had it in several groups.
     ///
     /// # Errors
     /// Those of [`Communicator`](crate::comm::Communicator).
@@ -93,8 +93,8 @@ impl RowShards {
         }
     }
 
-    /// Runs a forward alone that gathers `own`, of which other replicas may gather something else: as a micro-batch of a step, of
-    /// which nothing is reduced. Collective over the replicas.
+    /// Runs a forward alone that gathers `own`, of which other replicas may gather something else: as a micro-batch of
+    /// a step, of which nothing is reduced. Collective over the replicas.
     ///
     /// # Errors
     /// Those of `run`, and of [`agree`](Self::agree).

@@ -53,8 +53,8 @@ pub(crate) struct RowShards {
     /// Joins all replicas; carries what is neither parameters nor gradients.
     replicas: Communicator,
     step: Arc<Mutex<StepState>>,
-    /// The memory in which parameters are gathered for a pass: that of the group in use, and of the next. What is kept for longer
-    /// goes back to the system, which would have nothing of it between steps else.
+    /// The memory in which parameters are gathered for a pass: that of the group in use, and of the next. What is kept
+    /// for longer goes back to the system, which would have nothing of it between steps else.
     pool: Option<Arc<Pool>>,
     /// For how many nanoseconds this rank had nothing to do but wait for what is exchanged.
     waited: Arc<AtomicU64>,

@@ -195,7 +195,8 @@ impl<T: Native> Running<'_, T> {
                 }
             }
             Instruction::Reduce { op, out, x } => {
-                // Not by an iterator's method with a closure, which would be a function of its own, without wide vectors.
+                // Not by an iterator's method with a closure, which would be a function of its own, without wide
+                // vectors.
                 for (out, row) in write(out).iter_mut().zip(read(x).chunks_exact(width)) {
                     *out = reduce(op, row);
                 }

@@ -2,10 +2,10 @@
 //! calls.
 //!
 //! Those of `f32` are computed in `f64` and rounded once, but for `exp`, of which there are most. Without fused
-//! multiply-adds, so that a result has the same bits whatever vectors the processor has. Errors against the exact value,
-//! over all of `f32` ([tests](self#tests)), in units in the last place: `exp` 0.69, and 0.76 where that is no normal
-//! number any more, `log`, `log1p` and `tanh` 0.51, `erf` 0.55; burn's own (the C library's, and `libm`'s `erff`) are
-//! within 1. Those of `f64` are burn's.
+//! multiply-adds, so that a result has the same bits whatever vectors the processor has. Errors against the exact
+//! value, over all of `f32` ([tests](self#tests)), in units in the last place: `exp` 0.69, and 0.76 where that is no
+//! normal number any more, `log`, `log1p` and `tanh` 0.51, `erf` 0.55; burn's own (the C library's, and `libm`'s
+//! `erff`) are within 1. Those of `f64` are burn's.
 
 /// An element that kernels compute with.
 pub(super) trait Float: Copy + Default + PartialOrd + Send + Sync + 'static {

@@ -158,8 +158,8 @@ impl Kernel {
             && !self.outputs.iter().any(given)
     }
 
-    /// Whether a result is written while it is computed, if it lies one element after the other in the elements that are computed
-    /// with.
+    /// Whether a result is written while it is computed, if it lies one element after the other in the elements that
+    /// are computed with.
     pub(super) fn writes_at_once(&self, place: usize) -> bool {
         let value = self.outputs[place].value;
         value.is_some_and(|value| self.homes[value] == Home::Result(place) && self.extents[value] == Extent::Full)

@@ -5,11 +5,11 @@
 //! whatever layers they come from. So softmax, norms, activations and their backwards become one kernel each, or parts
 //! of one. A kernel is data ([`kernel`]): instructions over values, each with one element for the block, for each row,
 //! or for each place; it is made of burn's operations by [`lower`] and run on Flex tensors by [`run`], split over the
-//! threads of the rank. A result takes the memory of an input that nobody else holds; else memory that steps before have
-//! used, and that is not zeroed first. Loops go on through tensors under other dims, and through what an index picks of
-//! each row: a loss by classes is part of the loop of its log-softmax, forward and backward, without zeros to add to. Matrix products are written into such memory too ([`multiply`](multiply())).
-//! Attention, whose tensors between its products are the largest of all, runs tile by tile, loops and products together
-//! ([`tiled`](mod@tiled)).
+//! threads of the rank. A result takes the memory of an input that nobody else holds; else memory that steps before
+//! have used, and that is not zeroed first. Loops go on through tensors under other dims, and through what an index
+//! picks of each row: a loss by classes is part of the loop of its log-softmax, forward and backward, without zeros to
+//! add to. Matrix products are written into such memory too ([`multiply`](multiply())). Attention, whose tensors
+//! between its products are the largest of all, runs tile by tile, loops and products together ([`tiled`](mod@tiled)).
 //!
 //! # Numbers
 //! Sums, products, quotients and roots have the bits that burn gives them. The transcendental functions are those of
@@ -89,8 +89,8 @@ impl Kernels {
     }
 }
 
-/// The input whose memory each result of a kernel takes, if nobody else holds it: as the memory plan has written it behind
-/// the kernel's number.
+/// The input whose memory each result of a kernel takes, if nobody else holds it: as the memory plan has written it
+/// behind the kernel's number.
 fn takes(op: &CustomOpIr) -> impl Iterator<Item = Option<usize>> {
     let number = |take: Option<&ScalarIr>| match take {
         Some(ScalarIr::UInt(input)) => (*input as usize).checked_sub(1),

@@ -18,8 +18,8 @@ pub(crate) fn multiplies(dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::F64)
 }
 
-/// The product of two tensors of one dtype of those that [`multiplies`], of the dims `dims`, made in `room`; what is made on
-/// the way is made in memory of `pool`.
+/// The product of two tensors of one dtype of those that [`multiplies`], of the dims `dims`, made in `room`; what is
+/// made on the way is made in memory of `pool`.
 ///
 /// # Panics
 /// If dims do not fit each other, which burn has checked when the product was recorded.

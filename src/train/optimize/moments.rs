@@ -19,8 +19,8 @@ struct Param {
     bytes: usize,
 }
 
-/// Demands that an optimizer has moments of no other parameters than those of `local`, of their dims, and `others`. Copies
-/// those of `local`, a few at a time, if there are any.
+/// Demands that an optimizer has moments of no other parameters than those of `local`, of their dims, and `others`.
+/// Copies those of `local`, a few at a time, if there are any.
 ///
 /// # Errors
 /// [`Error::Optimizer`] with the first that does not fit.

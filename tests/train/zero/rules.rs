@@ -217,7 +217,8 @@ fn what_is_trained_may_change() {
     }
 }
 
-/// Parameters that get their first gradient in a later step, while those of the first step get none: their moments are no strangers.
+/// Parameters that get their first gradient in a later step, while those of the first step get none: their moments are
+/// no strangers.
 #[test]
 fn parameters_may_take_turns() {
     use crate::common::models::{Numbers, device};

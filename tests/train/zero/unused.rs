@@ -126,7 +126,8 @@ fn frozen_and_adapted_layers_train_like_one_device() {
     orders_train_like_one(&orders, 3, &allowing(Keep::Pass), &|| own(&adapted));
 }
 
-/// A loop of one's own: different numbers of `accumulate`s, forwards without a backward between, and a rank without data.
+/// A loop of one's own: different numbers of `accumulate`s, forwards without a backward between, and a rank without
+/// data.
 #[test]
 fn a_loop_of_ones_own_trains_like_one_device() {
     // In each step the layers of each micro-batch, of two ranks.
@@ -173,8 +174,8 @@ fn layers_of(layers: &[Linear], order: &[usize]) -> Tensor<2> {
     order.iter().fold(Tensor::ones([1, WIDTH], &device()), |x, place| layers[*place].forward(x))
 }
 
-/// Experts that are split by hand over an axis of their own: the ranks that share a replica use the same ones, and wait for each other
-/// in the middle of each.
+/// Experts that are split by hand over an axis of their own: the ranks that share a replica use the same ones, and wait
+/// for each other in the middle of each.
 #[test]
 fn experts_that_are_split_by_hand_train_like_one_device() {
     let losses = |dp: usize, tp: usize, config: DataParallelConfig| {
@@ -238,12 +239,12 @@ fn ranks_evaluate_each_its_own() {
         .unwrap();
 }
 
-/// Each block is gathered once a pass for all that use it, whoever skips it; each gather takes one message more, as does each step
-/// and the end of each micro-batch.
+/// Each block is gathered once a pass for all that use it, whoever skips it; each gather takes one message more, as
+/// does each step and the end of each micro-batch.
 #[test]
 fn a_block_is_gathered_once_for_all_that_use_it() {
-    // The layers that ranks use, and how many groups are gathered for it. Backward has no need of the first layer's weight, and
-    // that in use at the end of a forward is there still.
+    // The layers that ranks use, and how many groups are gathered for it. Backward has no need of the first layer's
+    // weight, and that in use at the end of a forward is there still.
     let cases: [([&[usize]; 3], u64); 4] = [
         ([&[0, 1, 2, 3, 4], &[0, 1, 2, 3, 4], &[0, 1, 2, 3, 4]], 8),
         // Dropped layers, and early exit.

@@ -103,8 +103,8 @@ impl Narrowing {
     }
 }
 
-/// The maxima that have to be far above what masks fill in, with where they are made, if columns at which `mask` is true
-/// count for nothing; none if they do.
+/// The maxima that have to be far above what masks fill in, with where they are made, if columns at which `mask` is
+/// true count for nothing; none if they do.
 fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
     let native = if kernel.wide { DType::F64 } else { DType::F32 };
     let mut states: Vec<State> = kernel.extents.iter().map(|extent| state_of(*extent)).collect();
