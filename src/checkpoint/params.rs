@@ -12,7 +12,7 @@ use super::contents::{Slice, SliceValue};
 use super::plan::TensorKey;
 use crate::Error;
 use crate::params::{ParamRef, ParamSlice, ShardedIds, average_statistics, is_statistic, visit_params};
-use crate::sharding::{Rows, ShardComms, Sharding};
+use crate::sharding::{Rows, ShardComms};
 use crate::tensor::PlainTensor;
 use crate::train::{ParallelModule, whole_owners};
 
@@ -118,14 +118,13 @@ pub(super) fn moment_slices<P: ParallelModule>(
 ) -> Result<HashMap<ParamId, ParamSlice>, Error> {
     let shards = model.shards();
     let owners = whole_owners(model, optimizer)?;
-    // Where replicas divide the parameters themselves, the slices are rows already.
-    let divided = model.report().sharding == Sharding::Parameters;
     let held = slices.into_iter().filter_map(|(id, param)| {
         let slice = match owners.get(&id) {
             Some(false) => return None,
             Some(true) => ParamSlice::whole(param.dims),
             None => match &shards {
-                Some(shards) if !divided => rows(param, shards),
+                // Where this rank holds rows alone, its slices are these.
+                Some(shards) if !model.holds_rows(id) => rows(param, shards),
                 _ => param,
             },
         };

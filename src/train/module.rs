@@ -339,6 +339,12 @@ pub trait ParallelModule: Module + sealed::Sealed {
         None
     }
 
+    /// Whether this replica holds its rows of a parameter only, and not the whole, of which it updates its rows.
+    #[doc(hidden)]
+    fn holds_rows(&self, _id: ParamId) -> bool {
+        false
+    }
+
     /// Hands this rank's rows of the parameters that are trained to `update`, and gives all replicas those that it
     /// returns.
     #[doc(hidden)]

@@ -280,6 +280,10 @@ impl<M: Module> ParallelModule for Parallel<M> {
         with!(&self.wrapped, model => ParallelModule::shards(model))
     }
 
+    fn holds_rows(&self, id: ParamId) -> bool {
+        with!(&self.wrapped, model => ParallelModule::holds_rows(model, id))
+    }
+
     fn update_shards(self, update: &mut UpdateShards<'_>) -> Result<Self, Error> {
         Ok(renew!(self, model => ParallelModule::update_shards(model, update)?))
     }

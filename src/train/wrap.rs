@@ -143,6 +143,10 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
         Replica::shards(self)
     }
 
+    fn holds_rows(&self, id: ParamId) -> bool {
+        Replica::holds_rows(self, id)
+    }
+
     fn update_shards(self, update: &mut UpdateShards<'_>) -> Result<Self, Error> {
         Replica::update_shards(self, update)
     }

@@ -4,6 +4,7 @@
 mod common;
 
 mod background;
+mod beside_rows;
 mod damage;
 mod dropout;
 mod keep;
