@@ -1,5 +1,6 @@
 //! What a run is given, looked through before there are ranks: what is wrong with it is the user's to know at once.
 
+use std::iter;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -160,10 +161,8 @@ fn equal(weights: &mut Weights, one: &str, other: &str) -> Result<bool, Error> {
     let [rows, rest @ ..] = &dims[..] else { return Ok(false) };
     let at_once = (ELEMENTS / rest.iter().product::<usize>().max(1)).max(1);
     for from in (0..*rows).step_by(at_once) {
-        let ranges: Vec<_> = [from..rows.min(&(from + at_once)).to_owned()]
-            .into_iter()
-            .chain(rest.iter().map(|size| 0..*size))
-            .collect();
+        let ranges: Vec<_> =
+            iter::once(from..(from + at_once).min(*rows)).chain(rest.iter().map(|size| 0..*size)).collect();
         if weights.read(one, &ranges)?.as_bytes() != weights.read(other, &ranges)?.as_bytes() {
             return Ok(false);
         }
