@@ -64,6 +64,11 @@ where
     Ok(tables.into_iter().map(|(name, Table(value))| (name, value)).collect())
 }
 
+/// What is wrong within a table: TOML's errors have the place in lines of its own.
+fn in_one_line(problem: &impl fmt::Display) -> String {
+    problem.to_string().lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(", ")
+}
+
 /// A field that is a name or a table. `forms` says which there are; `named` gives what a name stands for, or why it is
 /// none.
 pub(crate) fn name_or_table<'de, T, D>(
@@ -96,7 +101,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for NameOrTable<T> {
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
         T::deserialize(MapAccessDeserializer::new(map))
-            .map_err(|problem| de::Error::custom(format!("{problem}; it is {}", self.forms)))
+            .map_err(|problem| de::Error::custom(format!("{}; the forms are {}", in_one_line(&problem), self.forms)))
     }
 }
 

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::device::Compute;
 use super::flags::up_to;
+use super::mesh::Axes;
 use super::start::{Launch, Start};
 
 /// Tells a child of `--batch auto` how many rows to try.
@@ -69,6 +70,25 @@ impl GrowthFlags {
             Some(most) if most < batch => Err(format!("--grow-batch {most} is smaller than --batch {batch}")),
             _ => Ok(()),
         }
+    }
+
+    /// What is wrong with these flags where a replica takes so many micro-batches a step, one after the other: alone,
+    /// and with one gradient, it measures no noise, and its batch never grows.
+    pub fn check_gradients(&self, axes: Axes, strategy: &Strategy, micro_batches: usize) -> Result<(), String> {
+        let Some(most) = self.grow_batch.filter(|_| axes.dp == 1) else { return Ok(()) };
+        // Divided parameters have the gradients of a pipeline's micro-batches apart.
+        if axes.pp > 1 && strategy.data.sharding != Sharding::Parameters {
+            let stages = axes.said("pp", axes.pp);
+            return Err(format!(
+                "--grow-batch {most}: one replica with {stages} has one gradient a step, and measures no noise: give --dp 2"
+            ));
+        }
+        if axes.pp == 1 && micro_batches == 1 {
+            return Err(format!(
+                "--grow-batch {most}: one replica with one micro-batch a step measures no noise: give --dp 2, or a --batch of several --micro-batch"
+            ));
+        }
+        Ok(())
     }
 
     /// Whether steps measure the noise of their gradient.

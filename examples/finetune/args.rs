@@ -135,7 +135,7 @@ struct Flags {
     #[command(flatten)]
     saving: SaveFlags,
 
-    /// Writes a text that begins so with the trained model
+    /// Writes a text that begins so with the trained model; where --data are conversations, the answer to this message
     #[arg(long, value_name = "PROMPT")]
     generate: Option<String>,
 
@@ -310,6 +310,7 @@ impl Args {
         // On devices burn fuses the operations of eager steps as well.
         let engine = if start.device == Compute::Flex { Engine::Captured } else { Engine::Auto };
         let strategy = flags.growth.strategy(flags.mesh.strategy(&mesh, plan, share.div_ceil(micro), engine)?);
+        flags.growth.check_gradients(axes, &strategy, share.div_ceil(micro))?;
         mesh.every_stage(&strategy, config.layers)?;
         let captured = strategy.captures(axes.ranks).map_err(|problem| problem.to_string())?;
         let recompute = flags.recompute && (pp > 1 || !captured);

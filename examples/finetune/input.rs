@@ -1,15 +1,22 @@
 //! What a run is given, looked through before there are ranks: what is wrong with it is the user's to know at once.
 
+use std::iter;
 use std::path::Path;
 use std::sync::Arc;
 
 use burn::tensor::Device;
-use burn_parallel::hf::{self, Mapping};
+use burn_parallel::hf::{self, Mapping, Weights};
+use burn_parallel::params::SliceSource;
+use burn_parallel::prelude::*;
 
 use crate::args::{Args, Length};
 use crate::base;
 use crate::data::set::DataSet;
 use crate::data::source::Reading;
+
+/// The output layer of a directory, and what it is if it is tied.
+const HEAD: &str = "lm_head.weight";
+const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// What a run is given.
 pub struct Input {
@@ -103,7 +110,7 @@ impl Input {
 fn weights(args: &Args) -> Result<(usize, Vec<String>), String> {
     let dir = args.model.display();
     let wrong = |why: String| format!("{dir}: {}", why.replace('\n', " "));
-    let weights = hf::open(&args.model).map_err(|why| wrong(why.to_string()))?;
+    let mut weights = hf::open(&args.model).map_err(|why| wrong(why.to_string()))?;
     let model = args.config.init(&Device::flex());
     if args.axes.tp > 1 {
         let split = args.strategy.tensor.plan.table(&model, args.axes.tp);
@@ -118,6 +125,7 @@ fn weights(args: &Args) -> Result<(usize, Vec<String>), String> {
         let hint = if hint.is_empty() { String::new() } else { format!(": {hint}") };
         return Err(wrong(format!("there is nothing for {path}{hint}")));
     }
+    check_head(&mut weights, args.config.tied).map_err(wrong)?;
     // Other tensors may be left, as tables that are computed here; a layer is part of the model.
     let beyond = |name: &str| {
         let number = name.split_once("layers.").and_then(|(_, rest)| rest.split('.').next()?.parse::<usize>().ok());
@@ -128,4 +136,36 @@ fn weights(args: &Args) -> Result<(usize, Vec<String>), String> {
         return Err(wrong(format!("config.json has `num_hidden_layers` {layers}, and the weights have more: {name}")));
     }
     Ok((compared.matched.iter().map(|found| found.dims.iter().product::<usize>()).sum(), compared.left))
+}
+
+/// Makes sure that the output layer is what the config says: a layer of its own, or the embedding once more.
+fn check_head(weights: &mut Weights, tied: bool) -> Result<(), String> {
+    match (tied, weights.tensor_dims(HEAD).is_some()) {
+        (false, false) => Err(format!(
+            "config.json has `tie_word_embeddings` false, or not at all, and the weights have no {HEAD}: set it to true if the embedding is the output layer"
+        )),
+        (true, true) if !equal(weights, HEAD, EMBEDDING).map_err(|why| why.to_string())? => Err(format!(
+            "config.json has `tie_word_embeddings` true, and the weights have a {HEAD} that is not {EMBEDDING}: set it to false to train both"
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Whether two tensors, most of them matrices, are equal. Reads some rows at a time, up to where they differ.
+fn equal(weights: &mut Weights, one: &str, other: &str) -> Result<bool, Error> {
+    const ELEMENTS: usize = 1 << 20;
+    let dims = weights.tensor_dims(one).map_or(Vec::new(), <[usize]>::to_vec);
+    if weights.tensor_dims(other) != Some(&dims) || weights.tensor_dtype(one) != weights.tensor_dtype(other) {
+        return Ok(false);
+    }
+    let [rows, rest @ ..] = &dims[..] else { return Ok(false) };
+    let at_once = (ELEMENTS / rest.iter().product::<usize>().max(1)).max(1);
+    for from in (0..*rows).step_by(at_once) {
+        let ranges: Vec<_> =
+            iter::once(from..(from + at_once).min(*rows)).chain(rest.iter().map(|size| 0..*size)).collect();
+        if weights.read(one, &ranges)?.as_bytes() != weights.read(other, &ranges)?.as_bytes() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }

@@ -103,6 +103,12 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
             return Ok(Ended::Stopped(signal));
         }
     }
+    // With nothing to do there is still the file to be asked about that is given now: another than was saved, maybe.
+    if let Some(set) = input.eval.as_ref().filter(|_| begun == steps) {
+        let loss = held_out_loss(&run.model, set, args.rows, &device)?;
+        run.held_out.retain(|before| before.step != steps);
+        run.held_out.push(HeldOut { step: steps, loss });
+    }
     saving.end()?;
     let (elapsed, seconds, counters) = (progress.elapsed(), progress.seconds(), run.model.counters() - wrapping);
     let (pipeline, memory) = (pipeline.of(&args.strategy)?, memory.with_optimizer(&run.optim)?);

@@ -202,6 +202,8 @@ impl Args {
         let micro_batches = flags.micro_batches.unwrap_or((4 * pp).min(rows));
         let strategy =
             flags.growth.strategy(flags.mesh.strategy(&mesh, Plan::megatron(), micro_batches, Engine::Auto)?);
+        let micro_batch = flags.micro_batch.unwrap_or(batch).min(batch.div_ceil(dp));
+        flags.growth.check_gradients(axes, &strategy, batch.div_ceil(dp).div_ceil(micro_batch))?;
         mesh.every_stage(&strategy, flags.layers)?;
         // A trial leaves nothing behind.
         let kept = trial.is_none() || !auto;
@@ -213,7 +215,7 @@ impl Args {
             batch,
             auto: auto && kept,
             growth: flags.growth,
-            micro_batch: flags.micro_batch.unwrap_or(batch).min(batch.div_ceil(dp)),
+            micro_batch,
             seq: flags.seq,
             layers: flags.layers,
             d_model,

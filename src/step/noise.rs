@@ -59,7 +59,8 @@ impl fmt::Display for NoNoise {
             }
             Self::OtherNorm => "it takes the L2 norm, and the gradient was measured by another",
             Self::OneMicroBatch => {
-                "one micro-batch on one replica has nothing to be compared with: take two smaller micro-batches"
+                "one micro-batch on one replica has nothing to be compared with: take two smaller micro-batches, or two replicas; \
+                 the micro-batches of a pipeline go through it at once and count as one, so with `pp` take two replicas (`dp`)"
             }
             Self::BetweenStages => {
                 "stages share a parameter, and with `sharding` \"parameters\" nobody sees the whole of its gradient: set `sharding` to \
@@ -120,6 +121,6 @@ mod tests {
     fn what_cannot_be_told_has_a_reason() {
         assert!(matches!(NoiseState::complete(1, 1.0, 1.0, 1.0), NoiseState::None(NoNoise::OneMicroBatch)));
         assert!(matches!(NoiseState::complete(2, f64::INFINITY, 1.0, 1.0), NoiseState::None(NoNoise::NotFinite)));
-        assert!(NoNoise::OneMicroBatch.to_string().contains("two smaller micro-batches"));
+        assert!(NoNoise::OneMicroBatch.to_string().contains("with `pp` take two replicas (`dp`)"));
     }
 }

@@ -137,6 +137,11 @@ fn flags_that_do_not_fit_together_are_refused() {
     refused(&["--pp", "2", "--dp", "2", "--batch", "5", "--micro-batches", "3"], "more than the 2 rows of a replica");
     refused(&["--batch", "4", "--micro-batch", "5"], "--micro-batch 5 is larger than --batch 4");
     refused(&["--batch", "4", "--grow-batch", "3"], "--grow-batch 3 is smaller than --batch 4");
+    refused(&["--dp", "1", "--grow-batch", "64"], "give --dp 2, or a --batch of several --micro-batch");
+    refused(
+        &["--pp", "2", "--dp", "1", "--grow-batch", "64"],
+        "has one gradient a step, and measures no noise: give --dp 2",
+    );
     refused(&["--batch", "auto", "--micro-batch", "5"], "leave --micro-batch out");
     refused(&["--batch", "auto", "--launch", "processes"], "give --launch threads");
     refused(&["--schedule", "zb_h1"], "--schedule zb_h1 is for pipelines: give --pp");

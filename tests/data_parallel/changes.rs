@@ -8,6 +8,8 @@ use burn::optim::{GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::prelude::*;
 use burn_parallel::data_parallel::{Eager, Replica};
 use burn_parallel::prelude::*;
+use burn_parallel::sharding::Sharding;
+use burn_parallel::train::Engine;
 
 type Layers = Vec<Linear>;
 
@@ -305,6 +307,38 @@ fn one_parameter_in_two_fields_is_an_error_once_they_differ() {
         });
         let text = error.unwrap_err().to_string();
         assert!(text.contains("`b.weight` shares its id") && text.contains("Keep one `Param`"), "{text}");
+    }
+}
+
+/// Where replicas divide the update of a parameter, the result goes into all its fields.
+#[test]
+fn one_parameter_in_two_fields_stays_one_where_its_update_is_divided() {
+    const WORLD: usize = 2;
+    let layer = || Linear { bias: None, ..head(3) };
+    let (mut once, mut optim, mut expected) = (layer(), sgd(), Vec::new());
+    for step in 0..3 {
+        let both = Twice { b: once.clone(), a: once.clone() };
+        let loss = twice_loss(&both, rows(step, 0..WORLD * ROWS));
+        let grads = GradientsParams::from_grads(loss.backward(), &once);
+        expected.push(loss.into_scalar::<f32>());
+        once = optim.step(0.5, once, grads);
+    }
+    let stages = [Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
+    for (sharding, engine) in stages.into_iter().flat_map(|one| [(one, Engine::Eager), (one, Engine::Captured)]) {
+        let data = DataParallelConfig::new().with_sharding(sharding);
+        let strategy = Strategy::new().with_dp(WORLD).with_data(data).with_engine(engine);
+        let losses = launch::threads(WORLD).timeout(Duration::from_secs(20)).run(|rank| {
+            let layer = layer();
+            let mut model = Twice { b: layer.clone(), a: layer }.parallelize(&rank, &strategy)?;
+            let (mut optim, mut losses) = (sgd(), Vec::new());
+            for step in 0..3 {
+                let step = model.step(rows(step, share(&rank)), twice_loss)?;
+                losses.push(step.loss.item() as f32);
+                model = model.optimize(&mut optim, 0.5, step)?;
+            }
+            Ok(losses)
+        });
+        close(&format!("{sharding:?}, {engine:?}"), &losses.unwrap()[0], &expected);
     }
 }
 

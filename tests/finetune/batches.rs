@@ -59,6 +59,7 @@ fn the_summary_says_what_batch_was_used_and_what_would_help() {
         ),
         (&["--batch-tokens", "200", "--dp", "2"], &["2 replicas, at most 1 rows at once"]),
         (&["--batch", "4", "--noise-scale"], &["take two smaller micro-batches"]),
+        (&["--batch", "4", "--noise-scale", "--pp", "2"], &["with `pp` take two replicas (`dp`)"]),
         (&["--batch", "4", "--noise-scale", "--dp", "2"], &["4 rows = 2 replicas x 1 micro-batches of at most 2 rows"]),
     ] {
         let said = said(flags);

@@ -139,7 +139,8 @@ fn lines_that_are_no_documents_are_refused() {
     let directory = Directory::new(&[]);
     for (line, why) in [
         (r#"{"text": "#, "is not JSON"),
-        (r#"["text"]"#, "is not a JSON object"),
+        ("[", "is not JSON: EOF while parsing a list, column 1: give JSON Lines, one document a line"),
+        (r#"["text"]"#, "is not a JSON object: give JSON Lines, one document a line"),
         (r#"{"txt": "a"}"#, "has no `text`, no `prompt` with `completion`, and no `messages`"),
         (r#"{"text": 1}"#, "`text` is not a text"),
         (r#"{"prompt": "a"}"#, "has no `completion`"),

@@ -109,6 +109,23 @@ fn any_mesh_gives_the_losses_of_one_rank() {
     }
 }
 
+/// The held-out loss is that of the file that is given, though it was saved with that of another.
+#[test]
+fn a_run_with_nothing_to_do_measures_the_file_that_it_is_given() {
+    let directory = prepared();
+    let text = fs::read_to_string(directory.path().join("eval.jsonl")).unwrap();
+    directory.write("other.jsonl", text.replace("so. ", "well ").as_bytes());
+    let flags = ["--batch", "4", "--steps", "2", "--scheduler", "constant"];
+    let run = |more: &[&str]| held_out(&trained(&directory, &[&flags[..], more].concat()));
+    let (one, other) = (run(&["--eval", "in:eval.jsonl", "--save", "in:saved"]), run(&["--eval", "in:other.jsonl"]));
+    assert!((one[0] - other[0]).abs() > 1e-2, "{one:?}, {other:?}");
+    for mesh in [&[][..], &["--pp", "2"]] {
+        for (file, expected) in [("in:other.jsonl", &other), ("in:eval.jsonl", &one)] {
+            same(expected, &run(&[&["--resume", "in:saved", "--eval", file], mesh].concat()), 1e-5, &(file, mesh));
+        }
+    }
+}
+
 /// Ranks whose shares of a batch are of other lengths make as many steps, and those that one rank makes.
 #[test]
 fn ranks_agree_on_the_steps_of_an_epoch() {

@@ -2,8 +2,11 @@
 
 use std::fs;
 
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+
 use crate::directory::Directory;
-use crate::program::{command, finetune, prepared};
+use crate::program::{command, finetune, prepared, prepared_with};
 
 #[track_caller]
 fn refused(directory: &Directory, flags: &[&str], what: &str) {
@@ -78,6 +81,8 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--batch", "4", "--grow-batch", "3", "--steps", "2"], "--grow-batch 3 is smaller than --batch 4"),
         (&["--grow-batch", "16"], "give --steps"),
         (&["--grow-batch", "16", "--batch-tokens", "200"], "--grow-batch"),
+        (&["--grow-batch", "16", "--steps", "2", "--batch", "4"], "give --dp 2, or a --batch of several --micro-batch"),
+        (&["--grow-batch", "16", "--steps", "2", "--pp", "2"], "--pp 2 has one gradient a step, and measures no noise"),
         (&["--restarts", "1", "--save", "in:new", "--resume", "in:new"], "--restarts is for --launch processes"),
         (&["--restarts", "1"], "--resume"),
         (&["--dp", "2", "--min-ranks", "1"], "give --restarts"),
@@ -172,6 +177,42 @@ fn data_that_makes_no_sense_is_refused_with_its_line() {
     refused(&directory, &["--data", "in:endless.jsonl"], "endless.jsonl:3: has more than 67108864 bytes");
     fs::remove_file(directory.path().join("chat_template.jinja")).unwrap();
     refused(&directory, &[], ": has `messages`, and the model has no chat template");
+}
+
+/// Training goes by the config: a head of its own that is there would be lost, one that is not there drawn.
+#[test]
+fn a_head_that_is_not_as_the_config_says_is_refused() {
+    let directory = prepared_with("qwen2_tied");
+    let (config, weights) = (directory.path().join("config.json"), directory.path().join("model.safetensors"));
+    let (said, bytes) = (fs::read_to_string(&config).unwrap(), fs::read(&weights).unwrap());
+    let untied = said.replace("\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false");
+    assert_ne!(untied, said);
+    directory.write("config.json", untied.as_bytes());
+    refused(
+        &directory,
+        &[],
+        "`tie_word_embeddings` false, or not at all, and the weights have no lm_head.weight: set it",
+    );
+    directory.write("config.json", said.as_bytes());
+
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let embedding = tensors.tensor("model.embed_tokens.weight").unwrap();
+    let with_head = |head: &[u8]| {
+        let head = TensorView::new(embedding.dtype(), embedding.shape().to_vec(), head).unwrap();
+        let all = tensors.tensors().into_iter().chain([("lm_head.weight".into(), head)]);
+        directory.write("model.safetensors", &safetensors::serialize(all, None).unwrap());
+    };
+    let mut other = embedding.data().to_vec();
+    *other.last_mut().unwrap() ^= 1;
+    with_head(&other);
+    let what =
+        "`tie_word_embeddings` true, and the weights have a lm_head.weight that is not model.embed_tokens.weight";
+    refused(&directory, &[], what);
+    // What is there twice is read once.
+    with_head(embedding.data());
+    let flags = ["--data", "in:data.jsonl", "--seq", "64", "--dry-run"];
+    let output = finetune(&directory, &flags);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]

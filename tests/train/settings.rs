@@ -56,11 +56,23 @@ fn wrong_forms_in_a_file_are_told_which_there_are() {
     let plans = ["`megatron`", "`hugging_face`", "`parameters`"];
     let schedules = ["`1f1b`", "`zb_h1`", "interleaved = { stages_per_rank = 2 }"];
     let cuts = ["`balanced`", "before = ["];
-    let wrong: [(&str, &[&str], &[&str]); 15] = [
+    let wrong: [(&str, &[&str], &[&str]); 17] = [
         ("tensor.plan = 'megatrn'", &["no ready plan `megatrn`"], &plans),
         ("tensor.plan = 3", &["integer `3`"], &plans),
         ("tensor.plan = []", &["sequence"], &plans),
         ("tensor.plan = { parameter = [] }", &["unknown field `parameter`"], &plans),
+        (
+            "tensor.plan = { parameters = [{ pattern = 'a', shards = 1 }] }",
+            &["unknown field `shards`", ", in `parameters`; the forms are "],
+            &plans,
+        ),
+        (
+            "tensor.plan = { parameters = [{ pattern = 'a', shard = 1, replicate = true }] }",
+            &[
+                "pattern `a` needs either `shard`, the number of a dim, or `replicate = true`, in `parameters`; the forms are ",
+            ],
+            &plans,
+        ),
         ("tensor.plan = { parameters = [['a', 1]] }", &["sequence", "a table"], &plans),
         ("pipeline = { micro_batches = 2, schedule = 'interleaved' }", &["lacks how many stages"], &schedules),
         ("pipeline = { micro_batches = 2, schedule = 'zb' }", &["ZB-H1 is called `zb_h1`"], &schedules),

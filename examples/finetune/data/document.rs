@@ -5,6 +5,9 @@ use serde_json::Value;
 use super::template::ChatTemplate;
 use super::tokenizer::Tokenizer;
 
+/// What to give in place of a document that is spread over lines, or of a list of documents.
+const LINES: &str = "give JSON Lines, one document a line";
+
 /// Tokens that belong together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Document {
@@ -40,7 +43,7 @@ impl Document {
     /// A line of JSON Lines: `{"text": ..}`, `{"prompt": .., "completion": ..}` or `{"messages": [..]}`.
     pub fn of_json(line: &str, tokenizer: &Tokenizer, template: Option<&ChatTemplate>) -> Result<Self, String> {
         let value: Value = serde_json::from_str(line).map_err(|why| not_json(&why))?;
-        let Some(fields) = value.as_object() else { return Err("is not a JSON object".into()) };
+        let Some(fields) = value.as_object() else { return Err(format!("is not a JSON object: {LINES}")) };
         let text = |key: &str| match fields.get(key) {
             Some(Value::String(text)) => Ok(text.as_str()),
             Some(_) => Err(format!("`{key}` is not a text")),
@@ -66,7 +69,8 @@ impl Document {
 /// What is wrong with a line. The parser counts lines too, from where it begins.
 fn not_json(why: &serde_json::Error) -> String {
     let (said, place) = (why.to_string(), format!(" at line {} column {}", why.line(), why.column()));
-    format!("is not JSON: {}, column {}", said.strip_suffix(&place).unwrap_or(&said), why.column())
+    let hint = if why.is_eof() { format!(": {LINES}") } else { String::new() };
+    format!("is not JSON: {}, column {}{hint}", said.strip_suffix(&place).unwrap_or(&said), why.column())
 }
 
 /// A completion is trained on, its prompt is not.
