@@ -622,7 +622,10 @@ fn what_does_not_fit_a_checkpoint_is_named_by_its_flag() {
     assert!(code == Some(0) && stderr.contains("nothing to do") && stderr.contains("all 3 steps"), "{stderr}");
     let (code, stderr) = resume(&["--steps", "4", "--batch", "8"]);
     assert!(code == Some(0) && stderr.contains("--batch is 8 from here on, and was 16"), "{stderr}");
-    assert!(stderr.contains("the whole run has 4 steps from here on, and had 3: a schedule of learning rates"), "{stderr}");
+    assert!(
+        stderr.contains("the whole run has 4 steps from here on, and had 3: a schedule of learning rates"),
+        "{stderr}"
+    );
 }
 
 /// A damaged checkpoint: the error names the flag that goes on from another one, and nothing is started again.
