@@ -22,8 +22,8 @@ impl<E: StepEngine> Replica<E> {
         }
     }
 
-    /// Whether this replica holds its rows of a parameter only: not of an adapter, nor of what was put in later, which are
-    /// whole and updated by rows.
+    /// Whether this replica holds its rows of a parameter only: not of an adapter, nor of what was put in later, which
+    /// are whole and updated by rows.
     pub(crate) fn holds_rows(&self, id: ParamId) -> bool {
         self.row_shards().is_some_and(|shards| shards.divides(id)) || self.engine.shard_rows(id).is_some()
     }
