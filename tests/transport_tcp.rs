@@ -228,6 +228,12 @@ fn one_rank(role: &str) {
             "moving" | "cut" | "stopped-moving" => loop {
                 rank.all_reduce(vec![1.0f32; 2_000_000], ReduceOp::Sum)?;
             },
+            "stopped" => {
+                rank.all_reduce(vec![1.0f32; 1000], ReduceOp::Sum)?;
+                // The one that was stopped may find all of it there that it needs, and the reason why the others ended
+                // behind it: then its next call says so.
+                rank.barrier()
+            }
             "computing" => {
                 let began = Instant::now();
                 while rank.failure().is_none() && began.elapsed() < LIMIT {
