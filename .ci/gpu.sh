@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The GPU features, as far as they can be built and tested without a GPU: kernels on a software Vulkan device, and what users
-# are told where CUDA or NCCL is missing. A feature set of its own, so burn is built once more; with `build` that is all.
+# are told where CUDA or NCCL is missing. A feature set of its own, so burn is built once more; with `build` that is all,
+# and with `install` only what tests need of the system is put there.
 # Every test of Cargo.toml that requires one of these features is run: a new one needs no line here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,6 +12,8 @@ if ! ldconfig -p | grep -q libvulkan_lvp && [ "$(id -u)" = 0 ] && command -v apt
     apt-get install -y --no-install-recommends mesa-vulkan-drivers libvulkan1 >/dev/null ||
         { apt-get update >/dev/null && apt-get install -y --no-install-recommends mesa-vulkan-drivers libvulkan1 >/dev/null; }
 fi
+
+[ "${1:-}" != install ] || exit 0
 
 # In a copy and a target folder of its own, where the stand-in for LLVM may change the lock file, and beside the rest of the
 # gate: next to nothing that is built here is of use there.
