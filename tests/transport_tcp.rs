@@ -124,7 +124,7 @@ fn kill_itself() {
 
 fn stop_itself() {
     // SAFETY: no memory is involved.
-    unsafe { libc::kill(libc::getpid(), libc::SIGSTOP) };
+    unsafe { libc::raise(libc::SIGSTOP) };
 }
 
 /// Drops its session while something still holds a communicator.
