@@ -193,6 +193,20 @@ fn what_would_fail_again_is_not_started_again() {
     assert_eq!(starts_within(Some(Duration::ZERO), "always", "echo no such model >&2; exit 1"), 4);
 }
 
+/// All starts of a run are told one name, and no other run is told it.
+#[test]
+fn a_run_has_a_name() {
+    let run = |name: &str| -> Vec<String> {
+        let folder = Folder::new(name);
+        let script = format!("echo $BURN_PARALLEL_RUN > {}/$BURN_PARALLEL_RESTART; kill -9 $$", folder.path());
+        launch::processes(1).program("sh", ["-c", &script]).restarts(2).supervise().unwrap_err();
+        (0..3).map(|start| fs::read_to_string(folder.0.join(start.to_string())).unwrap()).collect()
+    };
+    let (one, other) = (run("one"), run("another"));
+    assert!(one[0].trim().len() > 20 && one.iter().all(|name| *name == one[0]), "{one:?}");
+    assert_ne!(one[0], other[0]);
+}
+
 #[test]
 fn one_that_is_killed_ends_all() {
     let (out, _) = run("if [ $RANK = 2 ]; then kill -9 $$; fi; sleep 1000");
