@@ -116,6 +116,10 @@ impl<T: Multiplied> Product<'_, T> {
         // written before they are read.
         unsafe {
             self.gemm(by_column.cast(), [1, rows as isize], false, parallelism);
+            if !self.adds && row_stride == columns {
+                let by_column = Strided { first: by_column.cast_const().cast(), row: 1, column: rows as isize };
+                return Panel { first: out, rows, columns }.fill(by_column, false);
+            }
             for begin in (0..columns).step_by(TILE) {
                 for row in 0..rows {
                     for column in begin..columns.min(begin + TILE) {
