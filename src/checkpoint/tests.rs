@@ -184,7 +184,7 @@ fn one_rank_is_killed_at_every_point() {
 fn onto_a_disk_that_does_not_answer() {
     let Some(dir) = std::env::var_os(DIR) else { return };
     let began = std::time::Instant::now();
-    let run = launch::threads(2).timeout(std::time::Duration::from_millis(500)).run(|world| {
+    let run = launch::threads(2).timeout(std::time::Duration::from_millis(1500)).run(|world| {
         let mut wrapped = model(1).data_parallel(&world, DataParallelConfig::new())?;
         let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointOptions::new())?;
         checkpoints.save_async(1, TrainState::new(&mut wrapped))?;

@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use super::environment::{RESTART, RUN};
+use super::relay;
 use super::rendezvous::SECRET;
 use super::supervise::{Ended, supervise};
 use super::{Process, ProcessInfo, Rank, TransportKind};
@@ -159,7 +160,9 @@ impl Processes {
         let (mut size, mut words, run) = (self.size, None, made_up());
         for before in 0..self.restarts {
             let ended = self.start(size, before, &run)?;
-            let Some(Error::ProcessFailed { status, said, .. }) = &ended.first else { return ended.into_result() };
+            let Some(Error::ProcessFailed { rank, status, said, .. }) = &ended.first else {
+                return ended.into_result();
+            };
             if ended.refused {
                 log::warn!(
                     "the ranks are not started again: by exit code 2 they say that what they were given is wrong"
@@ -169,7 +172,10 @@ impl Processes {
             // Of one that a signal has ended nothing can be told, and one that ran for a while has got further.
             let soon = ended.lasted < self.fails_again_within;
             let tells = soon && !said.is_empty() && !status.contains("signal");
-            let last = tells.then(|| (status.clone(), said.clone()));
+            // Where several ranks fail alike, any of them may be the first.
+            let prefix = relay::prefix(*rank, size);
+            let plain = |line: &String| line.strip_prefix(&prefix).unwrap_or(line).to_owned();
+            let last = tells.then(|| (status.clone(), said.iter().map(plain).collect::<Vec<_>>()));
             if last.is_some() && last == words {
                 log::warn!(
                     "the ranks are not started again: twice in a row they failed alike, less than {:?} after their start",
