@@ -269,7 +269,7 @@ fn gradient_checkpointing() {
 #[test]
 fn every_rank_gets_the_same_collectives() {
     let model = pre(&device());
-    let graph = capture_step(&model, tokens(0), |m, batch| m.loss(batch)).unwrap();
+    let graph = capture_step(&model, tokens(0), lm_loss).unwrap();
     let plan = Plan::megatron();
     let layouts: Vec<Layout> = graph.params.iter().map(|param| plan.layout(&param.path)).collect();
     for degree in [2, 4] {

@@ -44,7 +44,7 @@ fn drawn(source: &RandomSource, steps: usize) -> Vec<[Vec<f64>; 5]> {
             Tensor::<2, Int>::random([100, 400], Distribution::Uniform(-3.0, 7.0), &batch.0.device()),
         );
         drop(device);
-        (model.loss(batch), outputs)
+        (model.loss(batch.0, batch.1), outputs)
     })
     .unwrap();
     assert_eq!(counter_based_rng(&mut graph), 5);

@@ -44,7 +44,7 @@ fn uneven_replicas_train_like_one_device() {
         sum / count.inner().into_scalar::<f32>()
     };
     let reference = alone(&model, STEPS, |step| token_rows(step, 0..9), mean);
-    for (dp, keep) in [(2, Keep::Pass), (3, Keep::Pass), (3, Keep::MicroTokens), (3, Keep::Step)] {
+    for (dp, keep) in [(2, Keep::Pass), (3, Keep::Pass), (3, Keep::MicroBatch), (3, Keep::Step)] {
         launch::threads(dp)
             .run(|world| {
                 let data = DataParallelConfig::new().with_sharding(Sharding::Parameters).with_keep(keep);
@@ -156,10 +156,10 @@ fn a_tied_weight_of_a_pipeline_without_data_is_summed_up() {
                 let mut optim = optimizer();
                 for step in 0..STEPS {
                     let parts = match (step, replica) {
-                        (0, 0) => vec![token_rows(step, 0..4)],
-                        (0, _) => vec![token_rows(step, 4..9)],
+                        (0, 0) => vec![rows(step, 0..4)],
+                        (0, _) => vec![rows(step, 4..9)],
                         (_, 0) => vec![],
-                        _ => vec![token_rows(step, 0..5), token_rows(step, 5..9)],
+                        _ => vec![rows(step, 0..5), rows(step, 5..9)],
                     };
                     let result = model.step_micro_batches(parts, tied::loss)?;
                     model = model.optimize(&mut optim, 0.05, result)?;
