@@ -10,6 +10,7 @@ use super::SliceSource;
 use super::leaf::{LazyParam, LeafKind, leaf};
 use super::map::{MapParams, MappedParam, map_params};
 use super::pad::padded;
+use super::sweep::sweep_leaves;
 use super::walk::{ModulePath, visit_params};
 use crate::Error;
 
@@ -52,6 +53,8 @@ pub(crate) fn load<M: Module>(
 ) -> Result<M, Error> {
     let mut mapper = Load { source, held, outcome: Ok(()) };
     let module = map_params(module, &mut mapper);
+    // Each value is a new leaf, and the old ones go.
+    sweep_leaves();
     mapper.outcome.map(|()| module)
 }
 

@@ -20,24 +20,15 @@ impl PlainTensor {
     /// # Panics
     /// As [`add`](Self::add).
     pub(crate) fn add_and_measure(self, other: &Self) -> (Self, Option<f64>) {
-        let (mut sum, term) = match self.in_host_memory_with(other) {
-            Ok(both) => both,
-            Err(sum) => return (sum.add(other.clone()), None),
+        let term = (self.on_flex() && other.on_flex()).then(|| other.clone().into_flex());
+        let Some(Ok(term)) = term else {
+            return (self.add(other.clone()), None);
         };
+        let Ok(mut sum) = self.into_flex() else { unreachable!("the sum is in host memory") };
         match add_in_place::<true>(&mut sum, &term) {
             Some(squares) => (Self::from_flex(sum), Some(squares)),
             None => (Self::from_flex(sum).add(other.clone()), None),
         }
-    }
-
-    /// This tensor and another, if both are in host memory; else this one.
-    fn in_host_memory_with(self, other: &Self) -> Result<(FlexTensor, FlexTensor), Self> {
-        if !self.on_flex() || !other.on_flex() {
-            return Err(self);
-        }
-        let Ok(other) = other.clone().into_flex() else { return Err(self) };
-        let Ok(sum) = self.into_flex() else { unreachable!("the sum is in host memory") };
-        Ok((sum, other))
     }
 
     /// The [sum](Self::add) with another float tensor, and a look at that one, with its squares if `wanted`. It is read
@@ -46,13 +37,12 @@ impl PlainTensor {
     /// # Panics
     /// As [`add`](Self::add).
     pub(crate) fn add_and_look(self, other: &Self, wanted: bool) -> (Self, Look) {
-        let (mut sum, term) = match self.in_host_memory_with(other) {
-            Ok(both) => both,
-            Err(sum) => {
-                let look = other.look_on_host(wanted);
-                return (sum.add(other.clone()), look);
-            }
+        let term = (self.on_flex() && other.on_flex()).then(|| other.clone().into_flex());
+        let Some(Ok(term)) = term else {
+            let look = other.look_on_host(wanted);
+            return (self.add(other.clone()), look);
         };
+        let Ok(mut sum) = self.into_flex() else { unreachable!("the sum is in host memory") };
         match add_in_place::<false>(&mut sum, &term) {
             Some(squares) => {
                 // The squares of large elements of `f64` overflow.

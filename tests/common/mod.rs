@@ -10,6 +10,7 @@ pub mod finetune;
 pub mod forwarding;
 pub mod llama;
 pub mod models;
+pub mod ports;
 pub mod products;
 pub mod reference;
 pub mod rotary;

@@ -149,6 +149,13 @@ fn several_files_and_another_dtype() {
     let index: serde_json::Value =
         serde_json::from_slice(&fs::read(dir.join("out/model.safetensors.index.json")).unwrap()).unwrap();
     assert_eq!(index["metadata"]["total_size"], saved[0].bytes);
+
+    // What is loaded of 16 bits, trained and written with more says so: nobody rounds it when it is loaded.
+    let config = SaveConfig::new(Mapping::llama()).with_files_of(dir.join("out"));
+    through(name, &dir.join("out"), [1, 1, 2], &dir.join("wide"), &config).unwrap();
+    let wide = hf::open(dir.join("wide")).unwrap();
+    assert_eq!(wide.tensor_dtype("model.norm.weight"), Some(DType::F32));
+    assert_eq!(wide.config().unwrap()["dtype"], "float32");
 }
 
 #[test]
