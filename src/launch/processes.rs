@@ -87,7 +87,8 @@ impl Processes {
     }
 
     /// Sets how long ranks have to end once they are told to, before they are killed. Default 5 s: more, if they save a
-    /// checkpoint then.
+    /// checkpoint then. What they have started and leave behind is killed as well, but for what has left their process
+    /// group, as a daemon does: that is not waited for.
     pub fn grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
         self
